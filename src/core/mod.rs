@@ -1,0 +1,29 @@
+//! Where values live and how gradients flow: shapes, dtypes, tensors, the tape and parameters. Knows no op.
+
+mod display;
+mod dtype;
+mod gradcheck;
+mod init;
+mod param;
+mod philox;
+mod real;
+mod shape;
+mod tape;
+mod tensor;
+mod views;
+
+pub use dtype::{DType, Element, Readable};
+pub use gradcheck::{Gradcheck, GradcheckReport, InputReport, gradcheck};
+pub use init::Init;
+pub use param::{Param, ParamMap, Store};
+pub use philox::{Philox, philox4x32};
+pub use shape::{IntoShape, MAX_RANK, Shape};
+pub use tape::{
+    Backward, Contribution, Contributions, Gradients, LeafId, Mode, Part, Tape, checkpoint, discrete, record,
+};
+pub use tensor::Tensor;
+
+pub(crate) use dtype::{Float, dispatch_float};
+pub(crate) use real::Real;
+pub(crate) use shape::{Layout, collapse};
+pub(crate) use tape::{DropoutStream, dropout_stream, needs};

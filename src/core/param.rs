@@ -1,0 +1,266 @@
+//! Parameters and their names: one registration serves initialisation, the optimizer, loading and saving.
+
+use std::{
+    collections::BTreeMap,
+    fmt,
+    sync::{Arc, Mutex, RwLock},
+};
+
+use super::{
+    init::Init,
+    philox::Philox,
+    shape::IntoShape,
+    tape::{GradSlot, LeafId},
+    tensor::Tensor,
+};
+use crate::{DType, Device, Error, Result, error::ensure};
+
+/// A trainable tensor. Clones share it: a tied weight is one parameter under two names.
+#[derive(Clone)]
+pub struct Param(Arc<ParamCell>);
+
+struct ParamCell {
+    leaf: LeafId,
+    value: RwLock<Tensor>,
+}
+
+impl Param {
+    /// A parameter with this value.
+    ///
+    /// Errors: the dtype is not float.
+    pub fn new(value: Tensor) -> Result<Self> {
+        ensure!(
+            value.dtype().is_float(),
+            Error::dtype("param", format!("parameters are float, this one is {}", value.dtype()))
+        );
+        Ok(Self(Arc::new(ParamCell { leaf: LeafId::new(), value: RwLock::new(value.detach()) })))
+    }
+
+    /// The present value, as a leaf of the tape.
+    pub fn tensor(&self) -> Tensor {
+        let value = self.0.value.read().unwrap_or_else(|poisoned| poisoned.into_inner());
+        value.with_slot(GradSlot::Leaf(self.0.leaf))
+    }
+
+    /// Replaces the value.
+    ///
+    /// Errors: another shape or dtype.
+    pub fn set(&self, value: Tensor) -> Result<()> {
+        self.update(|old| {
+            ensure!(
+                old.shape() == value.shape() && old.dtype() == value.dtype(),
+                Error::shape(
+                    "set",
+                    format!(
+                        "the parameter is {:?} {}, the value {:?} {}",
+                        old.shape(),
+                        old.dtype(),
+                        value.shape(),
+                        value.dtype()
+                    )
+                )
+            );
+            *old = value.detach();
+            Ok(())
+        })
+    }
+
+    /// The identity under which gradients are kept.
+    pub fn leaf(&self) -> LeafId {
+        self.0.leaf
+    }
+
+    /// Changes the value; whoever still holds the old tensor keeps its values.
+    pub(crate) fn update<R>(&self, f: impl FnOnce(&mut Tensor) -> Result<R>) -> Result<R> {
+        f(&mut self.0.value.write().unwrap_or_else(|poisoned| poisoned.into_inner()))
+    }
+}
+
+impl fmt::Debug for Param {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let value = self.tensor();
+        write!(f, "Param({:?} {})", value.shape(), value.dtype())
+    }
+}
+
+/// The named parameters and buffers of a model: state dict, optimizer list, loader and saver in one.
+///
+/// Names are those of PyTorch's `state_dict()`.
+#[derive(Clone, Default, Debug)]
+pub struct ParamMap {
+    params: BTreeMap<String, Param>,
+    buffers: BTreeMap<String, Tensor>,
+}
+
+impl ParamMap {
+    /// All parameters by name, in alphabetical order; a tied one appears under each of its names.
+    pub fn iter(&self) -> impl Iterator<Item = (&str, &Param)> {
+        self.params.iter().map(|(name, param)| (name.as_str(), param))
+    }
+
+    /// Each parameter once, under the first of its names.
+    pub fn unique(&self) -> impl Iterator<Item = (&str, &Param)> {
+        let mut seen = std::collections::HashSet::new();
+        self.iter().filter(move |(_, param)| seen.insert(param.leaf()))
+    }
+
+    /// Tensors that are saved but not trained.
+    pub fn buffers(&self) -> impl Iterator<Item = (&str, &Tensor)> {
+        self.buffers.iter().map(|(name, buffer)| (name.as_str(), buffer))
+    }
+
+    /// A parameter by name.
+    pub fn get(&self, name: &str) -> Option<&Param> {
+        self.params.get(name)
+    }
+
+    /// Number of trainable values, tied ones counted once.
+    pub fn elements(&self) -> usize {
+        self.unique().map(|(_, param)| param.tensor().elements()).sum()
+    }
+
+    /// Every tensor by name, parameters and buffers: what PyTorch calls the state dict.
+    pub fn state_dict(&self) -> BTreeMap<String, Tensor> {
+        let params = self.params.iter().map(|(name, param)| (name.clone(), param.tensor().detach()));
+        params.chain(self.buffers.iter().map(|(name, buffer)| (name.clone(), buffer.clone()))).collect()
+    }
+
+    /// Loads a state dict, converting to each parameter's dtype and device.
+    ///
+    /// Buffers are fixed by the config: the file may hold them, with the right shape, or leave them out.
+    ///
+    /// Errors: [`Error::Weights`] with every missing, unused and misshapen name; nothing is changed then.
+    pub fn load(&self, state: &BTreeMap<String, Tensor>) -> Result<()> {
+        let missing: Vec<_> = self.params.keys().filter(|&name| !state.contains_key(name)).cloned().collect();
+        let known = |name: &str| self.params.contains_key(name) || self.buffers.contains_key(name);
+        let unused: Vec<_> = state.keys().filter(|&name| !known(name)).cloned().collect();
+        let shape = |name: &String| match self.params.get(name) {
+            Some(param) => Some(*param.tensor().shape()),
+            None => self.buffers.get(name).map(|buffer| *buffer.shape()),
+        };
+        let misshapen: Vec<_> = state
+            .iter()
+            .filter_map(|(name, tensor)| {
+                let expected = shape(name)?;
+                (expected != *tensor.shape()).then(|| (name.clone(), expected.to_vec(), tensor.shape().to_vec()))
+            })
+            .collect();
+        ensure!(
+            missing.is_empty() && unused.is_empty() && misshapen.is_empty(),
+            Error::Weights { missing, unused, misshapen }
+        );
+        // Converted first, so that a failure half way leaves the model as it was.
+        let mut values = Vec::with_capacity(self.params.len());
+        for (name, param) in &self.params {
+            let (tensor, old) = (&state[name], param.tensor());
+            ensure!(
+                tensor.dtype().is_float(),
+                Error::dtype("load", format!("{name} is {}, expected a float type", tensor.dtype()))
+            );
+            values.push((param, tensor.to_dtype(old.dtype())?.contiguous()?));
+        }
+        values.into_iter().try_for_each(|(param, value)| param.set(value))
+    }
+}
+
+/// Where modules get their parameters: a place in the tree of names, a source of initial values, and the map.
+#[derive(Clone)]
+pub struct Store {
+    prefix: String,
+    seed: Option<u64>,
+    dtype: DType,
+    device: Device,
+    map: Arc<Mutex<ParamMap>>,
+}
+
+impl Store {
+    /// Parameters drawn at random. A parameter's values depend on the seed and its name alone.
+    pub fn new(seed: u64, dtype: DType, device: &Device) -> Self {
+        Self { prefix: String::new(), seed: Some(seed), dtype, device: device.clone(), map: Arc::default() }
+    }
+
+    /// Parameters that start as zeros, to be loaded with [`ParamMap::load`].
+    pub fn zeros(dtype: DType, device: &Device) -> Self {
+        Self { seed: None, ..Self::new(0, dtype, device) }
+    }
+
+    /// The place below this one: `store.at("layers").at(3)`.
+    pub fn at(&self, name: impl fmt::Display) -> Store {
+        let prefix = if self.prefix.is_empty() { name.to_string() } else { format!("{}.{name}", self.prefix) };
+        Store { prefix, ..self.clone() }
+    }
+
+    /// The name of this place, for messages.
+    pub fn name(&self) -> &str {
+        &self.prefix
+    }
+
+    /// The dtype of the parameters.
+    pub fn dtype(&self) -> DType {
+        self.dtype
+    }
+
+    /// The device of the parameters.
+    pub fn device(&self) -> &Device {
+        &self.device
+    }
+
+    /// Creates and registers a parameter.
+    ///
+    /// Errors: the name is taken, or the shape is illegal.
+    pub fn param(&self, name: &str, shape: impl IntoShape, init: Init) -> Result<Param> {
+        let full = self.at(name).prefix;
+        let shape = shape.into_shape()?;
+        let value = match self.seed {
+            Some(seed) => init.tensor(shape, self.dtype, &self.device, Philox::new(seed, hash(&full)))?,
+            None => Tensor::zeros(shape, self.dtype, &self.device)?,
+        };
+        let param = Param::new(value)?;
+        self.register(full, param)
+    }
+
+    /// Registers an existing parameter under another name: tied weights.
+    ///
+    /// Errors: the name is taken.
+    pub fn tie(&self, name: &str, param: &Param) -> Result<Param> {
+        self.register(self.at(name).prefix, param.clone())
+    }
+
+    /// Registers a tensor that is saved but not trained.
+    ///
+    /// Errors: the name is taken.
+    pub fn buffer(&self, name: &str, value: Tensor) -> Result<Tensor> {
+        let full = self.at(name).prefix;
+        let mut map = self.lock();
+        ensure!(
+            !map.params.contains_key(&full) && !map.buffers.contains_key(&full),
+            Error::argument("store", format!("the name {full} is registered twice"))
+        );
+        map.buffers.insert(full, value.clone());
+        Ok(value)
+    }
+
+    /// All that is registered so far.
+    pub fn params(&self) -> ParamMap {
+        self.lock().clone()
+    }
+
+    fn register(&self, name: String, param: Param) -> Result<Param> {
+        let mut map = self.lock();
+        ensure!(
+            !map.params.contains_key(&name) && !map.buffers.contains_key(&name),
+            Error::argument("store", format!("the name {name} is registered twice"))
+        );
+        map.params.insert(name, param.clone());
+        Ok(param)
+    }
+
+    fn lock(&self) -> std::sync::MutexGuard<'_, ParamMap> {
+        self.map.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
+    }
+}
+
+/// FNV-1a: the random stream of a name.
+fn hash(name: &str) -> u64 {
+    name.bytes().fold(0xcbf2_9ce4_8422_2325, |hash, byte| (hash ^ byte as u64).wrapping_mul(0x0100_0000_01b3))
+}

@@ -1,0 +1,342 @@
+//! Shapes and layouts: at most six dimensions, kept inline, `Copy`.
+
+use std::{fmt, ops::Deref};
+
+use crate::{Error, Result, error::ensure};
+
+/// The largest number of dimensions a tensor can have.
+pub const MAX_RANK: usize = 6;
+
+/// The sizes of a tensor's dimensions, outermost first. Dereferences to `[usize]`.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub struct Shape {
+    rank: u8,
+    dims: [usize; MAX_RANK],
+}
+
+impl Shape {
+    /// A shape from its dimensions.
+    ///
+    /// Errors: more than [`MAX_RANK`] dimensions, or a number of elements whose bytes exceed `isize::MAX`.
+    pub fn new(dims: &[usize]) -> Result<Self> {
+        ensure!(
+            dims.len() <= MAX_RANK,
+            Error::shape("shape", format!("{dims:?} has {} dimensions, at most {MAX_RANK} are supported", dims.len()))
+        );
+        // Zeros are skipped so that the strides of an empty tensor cannot overflow either.
+        let elements = dims.iter().filter(|&&d| d != 0).try_fold(1usize, |n, &d| n.checked_mul(d));
+        ensure!(
+            elements.is_some_and(|n| n <= isize::MAX as usize / 8),
+            Error::shape("shape", format!("{dims:?} has more elements than can be addressed"))
+        );
+        Ok(Self::unchecked(dims))
+    }
+
+    /// Callers have checked rank and size, or derive the dims from a shape that was checked.
+    pub(crate) fn unchecked(dims: &[usize]) -> Self {
+        let mut shape = Self { rank: dims.len() as u8, dims: [0; MAX_RANK] };
+        shape.dims[..dims.len()].copy_from_slice(dims);
+        shape
+    }
+
+    /// Number of elements: the product of the dimensions, 1 for rank 0.
+    pub fn elements(&self) -> usize {
+        self.iter().product()
+    }
+
+    /// Number of dimensions.
+    pub fn rank(&self) -> usize {
+        self.rank as usize
+    }
+
+    /// The same shape with one dimension replaced.
+    pub(crate) fn with_dim(mut self, dim: usize, size: usize) -> Self {
+        self[dim] = size;
+        self
+    }
+
+    /// The same shape without one dimension.
+    pub(crate) fn without(&self, dim: usize) -> Self {
+        let mut dims = [0; MAX_RANK];
+        let mut rank = 0;
+        for (index, &size) in self.iter().enumerate() {
+            if index != dim {
+                dims[rank] = size;
+                rank += 1;
+            }
+        }
+        Self { rank: rank as u8, dims }
+    }
+
+    /// The shape that two shapes broadcast to, as in PyTorch: aligned at the last dimension, sizes equal or 1.
+    pub fn broadcast(&self, other: &Shape, op: &'static str) -> Result<Shape> {
+        let rank = self.rank().max(other.rank());
+        let mut dims = [1; MAX_RANK];
+        for back in 1..=rank {
+            let a = self.rank().checked_sub(back).map_or(1, |i| self[i]);
+            let b = other.rank().checked_sub(back).map_or(1, |i| other[i]);
+            ensure!(
+                a == b || a == 1 || b == 1,
+                Error::shape(op, format!("shapes {self:?} and {other:?} do not broadcast: sizes {a} and {b} differ"))
+            );
+            dims[rank - back] = if a == 1 { b } else { a };
+        }
+        Shape::new(&dims[..rank])
+    }
+
+    /// Resolves a dimension that may count from the end (`-1` is the last one).
+    ///
+    /// Errors: out of range.
+    pub fn dim(&self, dim: isize, op: &'static str) -> Result<usize> {
+        let rank = self.rank() as isize;
+        let resolved = if dim < 0 { dim.saturating_add(rank) } else { dim };
+        ensure!(
+            (0..rank).contains(&resolved),
+            Error::shape(op, format!("dimension {dim} is out of range for shape {self:?}"))
+        );
+        Ok(resolved as usize)
+    }
+}
+
+impl Deref for Shape {
+    type Target = [usize];
+
+    fn deref(&self) -> &[usize] {
+        &self.dims[..self.rank as usize]
+    }
+}
+
+impl std::ops::DerefMut for Shape {
+    fn deref_mut(&mut self) -> &mut [usize] {
+        &mut self.dims[..self.rank as usize]
+    }
+}
+
+impl fmt::Debug for Shape {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.deref().fmt(f)
+    }
+}
+
+impl fmt::Display for Shape {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Debug::fmt(self, f)
+    }
+}
+
+/// What can be given where a shape is asked for: arrays, slices, vectors, a [`Shape`], or `()` for rank 0.
+pub trait IntoShape {
+    /// Converts, checking rank and size.
+    fn into_shape(self) -> Result<Shape>;
+}
+
+impl IntoShape for Shape {
+    fn into_shape(self) -> Result<Shape> {
+        Ok(self)
+    }
+}
+
+impl IntoShape for () {
+    fn into_shape(self) -> Result<Shape> {
+        Shape::new(&[])
+    }
+}
+
+impl<const N: usize> IntoShape for [usize; N] {
+    fn into_shape(self) -> Result<Shape> {
+        Shape::new(&self)
+    }
+}
+
+impl IntoShape for &[usize] {
+    fn into_shape(self) -> Result<Shape> {
+        Shape::new(self)
+    }
+}
+
+impl IntoShape for Vec<usize> {
+    fn into_shape(self) -> Result<Shape> {
+        Shape::new(&self)
+    }
+}
+
+impl IntoShape for &Vec<usize> {
+    fn into_shape(self) -> Result<Shape> {
+        Shape::new(self)
+    }
+}
+
+/// Where the elements of a tensor are in its buffer. Strides and offset count elements.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) struct Layout {
+    pub shape: Shape,
+    pub strides: [usize; MAX_RANK],
+    pub offset: usize,
+}
+
+impl Layout {
+    /// Row-major, from the start of the buffer.
+    pub fn contiguous(shape: Shape) -> Self {
+        let mut strides = [0; MAX_RANK];
+        let mut stride = 1usize;
+        for dim in (0..shape.rank()).rev() {
+            strides[dim] = stride;
+            stride = stride.saturating_mul(shape[dim].max(1));
+        }
+        Self { shape, strides, offset: 0 }
+    }
+
+    pub fn strides(&self) -> &[usize] {
+        &self.strides[..self.shape.rank()]
+    }
+
+    /// Whether the elements are packed in row-major order (the offset may be anything).
+    pub fn is_contiguous(&self) -> bool {
+        let mut expected = 1;
+        for (&size, &stride) in self.shape.iter().zip(self.strides()).rev() {
+            if size == 0 {
+                return true;
+            }
+            if size != 1 && stride != expected {
+                return false;
+            }
+            expected *= size;
+        }
+        true
+    }
+
+    /// Whether the last dimension is packed, so that rows are slices.
+    pub fn has_packed_rows(&self) -> bool {
+        let rank = self.shape.rank();
+        rank > 0 && (self.shape[rank - 1] <= 1 || self.strides[rank - 1] == 1)
+    }
+
+    pub fn permute(&self, order: &[usize]) -> Self {
+        let mut result = *self;
+        for (to, &from) in order.iter().enumerate() {
+            result.shape[to] = self.shape[from];
+            result.strides[to] = self.strides[from];
+        }
+        result
+    }
+
+    pub fn narrow(&self, dim: usize, start: usize, len: usize) -> Self {
+        let mut result = *self;
+        result.shape[dim] = len;
+        result.offset += if len == 0 { 0 } else { start * self.strides[dim] };
+        result
+    }
+
+    /// To a shape that this one broadcasts to (checked by the caller); new and size-1 dimensions get stride 0.
+    pub fn expand(&self, shape: Shape) -> Self {
+        let mut strides = [0; MAX_RANK];
+        let shift = shape.rank() - self.shape.rank();
+        for dim in 0..self.shape.rank() {
+            if self.shape[dim] == shape[dim + shift] {
+                strides[dim + shift] = self.strides[dim];
+            }
+        }
+        Self { shape, strides, offset: self.offset }
+    }
+
+    pub fn unsqueeze(&self, dim: usize) -> Self {
+        let rank = self.shape.rank();
+        let mut dims = [1; MAX_RANK];
+        let mut strides = [0; MAX_RANK];
+        for old in 0..rank {
+            let new = if old < dim { old } else { old + 1 };
+            dims[new] = self.shape[old];
+            strides[new] = self.strides[old];
+        }
+        dims[dim] = 1;
+        Self { shape: Shape::unchecked(&dims[..rank + 1]), strides, offset: self.offset }
+    }
+
+    pub fn squeeze(&self, dim: usize) -> Self {
+        let mut strides = [0; MAX_RANK];
+        let mut rank = 0;
+        for (old, &stride) in self.strides().iter().enumerate() {
+            if old != dim {
+                strides[rank] = stride;
+                rank += 1;
+            }
+        }
+        Self { shape: self.shape.without(dim), strides, offset: self.offset }
+    }
+
+    /// The same elements in the same order under another shape, if strides can express it.
+    pub fn reshape(&self, shape: Shape) -> Option<Self> {
+        if self.is_contiguous() {
+            return Some(Self { offset: self.offset, ..Self::contiguous(shape) });
+        }
+        // Walk both shapes from the outside; a group of old dims that is packed in itself can be cut anew.
+        let (old, strides) = (&self.shape, self.strides());
+        let mut result = Self { shape, strides: [0; MAX_RANK], offset: self.offset };
+        let (mut from, mut to) = (0, 0);
+        while from < old.rank() && to < shape.rank() {
+            let (start_from, start_to) = (from, to);
+            let (mut n_old, mut n_new) = (old[from], shape[to]);
+            from += 1;
+            to += 1;
+            while n_old != n_new {
+                if n_old < n_new {
+                    n_old *= old[from];
+                    from += 1;
+                } else {
+                    n_new *= shape[to];
+                    to += 1;
+                }
+            }
+            // Size-1 dims carry no stride; the others must be packed among themselves.
+            let mut stride = None;
+            for dim in (start_from..from).rev().filter(|&dim| old[dim] != 1) {
+                match stride {
+                    Some(expected) if expected != strides[dim] => return None,
+                    _ => stride = Some(strides[dim] * old[dim]),
+                }
+            }
+            let mut next = (start_from..from).rev().find(|&dim| old[dim] != 1).map_or(1, |dim| strides[dim]);
+            for dim in (start_to..to).rev() {
+                result.strides[dim] = next;
+                next *= shape[dim];
+            }
+        }
+        // Only size-1 dims can be left on either side.
+        Some(result)
+    }
+
+    /// Buffer position of the first element of row `row`, rows being counted over all dims but the last.
+    pub fn row_offset(&self, mut row: usize) -> usize {
+        let mut offset = self.offset;
+        for dim in (0..self.shape.rank().saturating_sub(1)).rev() {
+            offset += row % self.shape[dim] * self.strides[dim];
+            row /= self.shape[dim];
+        }
+        offset
+    }
+}
+
+/// Merges adjacent dimensions that all of the given strides can walk as one, and drops dimensions of size 1.
+///
+/// The result enumerates the same elements in the same order; fully packed operands come out with one dimension.
+pub(crate) fn collapse<const N: usize>(shape: &Shape, strides: [&[usize]; N]) -> (Shape, [[usize; MAX_RANK]; N]) {
+    let mut dims = [0; MAX_RANK];
+    let mut merged = [[0; MAX_RANK]; N];
+    let mut rank = 0;
+    for dim in 0..shape.rank() {
+        if shape[dim] == 1 {
+            continue;
+        }
+        let joins = rank > 0 && (0..N).all(|n| merged[n][rank - 1] == strides[n][dim] * shape[dim]);
+        if joins {
+            dims[rank - 1] *= shape[dim];
+        } else {
+            dims[rank] = shape[dim];
+            rank += 1;
+        }
+        for n in 0..N {
+            merged[n][rank - 1] = strides[n][dim];
+        }
+    }
+    (Shape::unchecked(&dims[..rank]), merged)
+}

@@ -1,0 +1,292 @@
+//! The tensor: a cheap handle on shared storage, with shape, strides and its place on the tape.
+
+use std::sync::Arc;
+
+use super::{
+    dtype::{DType, Element, Readable, dispatch_float},
+    shape::{IntoShape, Layout, Shape},
+    tape::{GradSlot, LeafId},
+};
+use crate::{Device, Error, Result, device::Buffer, error::ensure};
+
+/// An n-dimensional array of up to six dimensions.
+///
+/// Cloning copies a handle; views (`reshape`, `transpose`, `narrow`, …) share the storage. Values never change
+/// once a tensor is made: every op returns a new tensor, or an [`Error`].
+///
+/// ```
+/// use x_transformers::{Device, Tensor};
+/// # fn main() -> x_transformers::Result<()> {
+/// let x = Tensor::from_slice(&[1.0f32, 2.0, 3.0, 4.0, 5.0, 6.0], [2, 3], &Device::Cpu)?;
+/// let y = x.transpose(0, 1)?.matmul(&x)?;
+/// assert_eq!(y.shape(), [3, 3]);
+/// assert_eq!(y.to_vec::<f32>()?[0], 17.0);
+/// # Ok(())
+/// # }
+/// ```
+#[derive(Clone)]
+pub struct Tensor {
+    buffer: Arc<Buffer>,
+    layout: Layout,
+    dtype: DType,
+    device: Device,
+    pub(super) grad: GradSlot,
+}
+
+impl Tensor {
+    /// A tensor from values in row-major order; `u8` and `u32` become [`DType::I64`].
+    ///
+    /// Errors: the number of values is not that of the shape, or the shape is illegal.
+    pub fn from_slice<E: Element>(values: &[E], shape: impl IntoShape, device: &Device) -> Result<Self> {
+        let shape = shape.into_shape()?;
+        ensure!(
+            shape.elements() == values.len(),
+            Error::shape("from_slice", format!("{} values do not fill shape {shape:?}", values.len()))
+        );
+        let mut tensor = Self::uninit(shape, E::DTYPE, device)?;
+        for (to, &from) in tensor.values_mut::<E>()?.iter_mut().zip(values) {
+            *to = from.to_stored();
+        }
+        Ok(tensor)
+    }
+
+    /// As [`Tensor::from_slice`], from a vector.
+    pub fn from_vec<E: Element>(values: Vec<E>, shape: impl IntoShape, device: &Device) -> Result<Self> {
+        Self::from_slice(&values, shape, device)
+    }
+
+    /// A rank-0 tensor.
+    pub fn scalar<E: Element>(value: E, device: &Device) -> Result<Self> {
+        Self::from_slice(&[value], (), device)
+    }
+
+    /// All zeros (false for bool).
+    pub fn zeros(shape: impl IntoShape, dtype: DType, device: &Device) -> Result<Self> {
+        let mut tensor = Self::uninit(shape.into_shape()?, dtype, device)?;
+        tensor.bytes_mut()?.fill(0);
+        Ok(tensor)
+    }
+
+    /// All ones (true for bool).
+    pub fn ones(shape: impl IntoShape, dtype: DType, device: &Device) -> Result<Self> {
+        Self::full(shape, 1.0, dtype, device)
+    }
+
+    /// All elements equal to `value`, rounded to the dtype; for bool, whether it is not zero.
+    pub fn full(shape: impl IntoShape, value: f64, dtype: DType, device: &Device) -> Result<Self> {
+        Self::generate(shape, dtype, device, |_| value)
+    }
+
+    /// `0, 1, …, n − 1` as [`DType::I64`], shape `[n]`.
+    pub fn arange(n: usize, device: &Device) -> Result<Self> {
+        let mut tensor = Self::uninit([n].into_shape()?, DType::I64, device)?;
+        for (index, value) in tensor.values_mut::<i64>()?.iter_mut().enumerate() {
+            *value = index as i64;
+        }
+        Ok(tensor)
+    }
+
+    /// Element `i` in row-major order is `f(i)`, rounded to the dtype. Called in order.
+    pub fn generate(
+        shape: impl IntoShape,
+        dtype: DType,
+        device: &Device,
+        mut f: impl FnMut(usize) -> f64,
+    ) -> Result<Self> {
+        let mut tensor = Self::uninit(shape.into_shape()?, dtype, device)?;
+        match dtype {
+            DType::I64 => fill(tensor.values_mut::<i64>()?, |i| f(i) as i64),
+            DType::Bool => fill(tensor.values_mut::<bool>()?, |i| (f(i) != 0.0) as u8),
+            float => dispatch_float!("generate", float, T, {
+                fill(tensor.values_mut::<T>()?, |i| <T as super::Float>::from_f64(f(i)));
+                Ok(())
+            })?,
+        }
+        Ok(tensor)
+    }
+
+    /// A tensor whose content is unspecified, for ops that write every element.
+    pub(crate) fn uninit(shape: Shape, dtype: DType, device: &Device) -> Result<Self> {
+        let buffer = Buffer::new(shape.elements() * dtype.size(), device)?;
+        Ok(Self {
+            buffer: Arc::new(buffer),
+            layout: Layout::contiguous(shape),
+            dtype,
+            device: device.clone(),
+            grad: GradSlot::Constant,
+        })
+    }
+
+    /// Unspecified content, with this tensor's shape, dtype and device.
+    pub(crate) fn uninit_like(&self) -> Result<Self> {
+        Self::uninit(*self.shape(), self.dtype, &self.device)
+    }
+
+    /// Sizes of the dimensions.
+    pub fn shape(&self) -> &Shape {
+        &self.layout.shape
+    }
+
+    /// Number of dimensions.
+    pub fn rank(&self) -> usize {
+        self.layout.shape.rank()
+    }
+
+    /// Number of elements.
+    pub fn elements(&self) -> usize {
+        self.layout.shape.elements()
+    }
+
+    /// Size of one dimension; negative ones count from the end.
+    ///
+    /// Errors: out of range.
+    pub fn dim(&self, dim: isize) -> Result<usize> {
+        Ok(self.shape()[self.shape().dim(dim, "dim")?])
+    }
+
+    /// Type of the elements.
+    pub fn dtype(&self) -> DType {
+        self.dtype
+    }
+
+    /// Where the elements are.
+    pub fn device(&self) -> &Device {
+        &self.device
+    }
+
+    /// Steps between neighbours along each dimension, in elements.
+    pub fn strides(&self) -> &[usize] {
+        self.layout.strides()
+    }
+
+    /// Whether the elements are packed in row-major order.
+    pub fn is_contiguous(&self) -> bool {
+        self.layout.is_contiguous()
+    }
+
+    /// Whether two tensors share storage.
+    pub fn shares_storage(&self, other: &Tensor) -> bool {
+        Arc::ptr_eq(&self.buffer, &other.buffer)
+    }
+
+    /// The same values as a new leaf: the next [`Tape`](crate::Tape) gives its gradient.
+    ///
+    /// Errors: the dtype is not float.
+    pub fn requires_grad(&self) -> Result<Self> {
+        ensure!(
+            self.dtype.is_float(),
+            Error::dtype("requires_grad", format!("only float tensors have gradients, this one is {}", self.dtype))
+        );
+        Ok(self.with_slot(GradSlot::Leaf(LeafId::new())))
+    }
+
+    /// The same values as a constant: no gradient flows through it.
+    pub fn detach(&self) -> Self {
+        self.with_slot(GradSlot::Constant)
+    }
+
+    pub(super) fn with_slot(&self, grad: GradSlot) -> Self {
+        Self { grad, ..self.clone() }
+    }
+
+    /// The values in row-major order.
+    ///
+    /// Errors: `E` is not the tensor's dtype; convert with [`Tensor::to_dtype`] first.
+    pub fn to_vec<E: Readable>(&self) -> Result<Vec<E>> {
+        let packed = self.detach().contiguous()?;
+        Ok(packed.values::<E>()?.iter().map(|&stored| E::from_stored(stored)).collect())
+    }
+
+    /// The values in row-major order, widened to f64 from any dtype.
+    pub fn to_f64_vec(&self) -> Result<Vec<f64>> {
+        let packed = self.detach().contiguous()?;
+        match self.dtype {
+            DType::I64 => Ok(packed.values::<i64>()?.iter().map(|&x| x as f64).collect()),
+            DType::Bool => Ok(packed.values::<bool>()?.iter().map(|&x| x as f64).collect()),
+            float => dispatch_float!("to_f64_vec", float, T, {
+                Ok(packed.values::<T>()?.iter().map(|&x| to_f64::<T>(x)).collect())
+            }),
+        }
+    }
+
+    /// The value of a tensor with one element.
+    ///
+    /// Errors: it has another number of elements.
+    pub fn item(&self) -> Result<f64> {
+        ensure!(
+            self.elements() == 1,
+            Error::shape("item", format!("expected one element, the shape is {:?}", self.shape()))
+        );
+        Ok(self.to_f64_vec()?[0])
+    }
+
+    pub(crate) fn layout(&self) -> &Layout {
+        &self.layout
+    }
+
+    /// Another view of the same storage, as a constant: the caller records it.
+    pub(crate) fn with_layout(&self, layout: Layout) -> Self {
+        Self { layout, grad: GradSlot::Constant, ..self.clone() }
+    }
+
+    /// The whole storage, for ops that walk strides from `layout().offset`.
+    pub(crate) fn storage<E: Element>(&self) -> Result<&[E::Stored]> {
+        self.check_dtype::<E>()?;
+        match &*self.buffer {
+            Buffer::Cpu(buffer) => Ok(bytemuck::cast_slice(buffer.bytes())),
+        }
+    }
+
+    /// The elements of a contiguous tensor.
+    pub(crate) fn values<E: Element>(&self) -> Result<&[E::Stored]> {
+        debug_assert!(self.is_contiguous(), "values of a strided tensor");
+        let elements = self.elements();
+        // The offset of an empty view may lie behind the end.
+        let start = if elements == 0 { 0 } else { self.layout.offset };
+        Ok(&self.storage::<E>()?[start..start + elements])
+    }
+
+    /// The elements of a contiguous tensor that no other handle shares.
+    pub(crate) fn values_mut<E: Element>(&mut self) -> Result<&mut [E::Stored]> {
+        self.check_dtype::<E>()?;
+        let (start, end) = (self.layout.offset, self.layout.offset + self.elements());
+        debug_assert!(self.is_contiguous(), "values_mut of a strided tensor");
+        Ok(&mut bytemuck::cast_slice_mut(self.bytes_mut()?)[start..end])
+    }
+
+    /// The whole storage for writing, if no other handle shares it.
+    pub(crate) fn storage_mut<E: Element>(&mut self) -> Result<&mut [E::Stored]> {
+        self.check_dtype::<E>()?;
+        Ok(bytemuck::cast_slice_mut(self.bytes_mut()?))
+    }
+
+    /// Whether `values_mut` may write: the handle is the only one, and contiguous.
+    pub(crate) fn is_unique(&mut self) -> bool {
+        Arc::get_mut(&mut self.buffer).is_some() && self.is_contiguous()
+    }
+
+    fn bytes_mut(&mut self) -> Result<&mut [u8]> {
+        match Arc::get_mut(&mut self.buffer) {
+            Some(Buffer::Cpu(buffer)) => Ok(buffer.bytes_mut()),
+            None => Err(Error::argument("write", "the storage is shared; ops write only to tensors that they own")),
+        }
+    }
+
+    fn check_dtype<E: Element>(&self) -> Result<()> {
+        ensure!(
+            self.dtype == E::DTYPE,
+            Error::dtype("read", format!("the tensor is {}, not {}; convert with `to_dtype`", self.dtype, E::DTYPE))
+        );
+        Ok(())
+    }
+}
+
+fn fill<T>(values: &mut [T], mut f: impl FnMut(usize) -> T) {
+    for (index, value) in values.iter_mut().enumerate() {
+        *value = f(index);
+    }
+}
+
+fn to_f64<T: super::Float>(x: T) -> f64 {
+    super::Real::to_f64(x.to_acc())
+}

@@ -1,0 +1,223 @@
+//! Views: other shapes and strides on the same storage. None of them copies, except a `reshape` that strides cannot
+//! express.
+
+use super::{
+    shape::{IntoShape, Layout, MAX_RANK, Shape},
+    tape::{Backward, Contribution, Contributions, Part, record},
+    tensor::Tensor,
+};
+use crate::{Error, Result, error::ensure};
+
+impl Tensor {
+    /// The same elements in the same order under another shape. Copies only if the strides do not allow a view.
+    ///
+    /// Errors: another number of elements.
+    pub fn reshape(&self, shape: impl IntoShape) -> Result<Tensor> {
+        let shape = shape.into_shape()?;
+        ensure!(
+            shape.elements() == self.elements(),
+            Error::shape("reshape", format!("{:?} and {shape:?} have different numbers of elements", self.shape()))
+        );
+        match self.layout().reshape(shape) {
+            Some(layout) => self.view("reshape", layout, ReshapeBackward { shape: *self.shape() }),
+            None => self.contiguous()?.reshape(shape),
+        }
+    }
+
+    /// `[a, b, c, …] → [a, b · c, …]`: merges dimensions `first..=last` into one. Negative ones count from the end.
+    ///
+    /// Errors: a dimension out of range, or `first > last`.
+    pub fn flatten(&self, first: isize, last: isize) -> Result<Tensor> {
+        let (first, last) = (self.shape().dim(first, "flatten")?, self.shape().dim(last, "flatten")?);
+        ensure!(
+            first <= last,
+            Error::argument("flatten", format!("first dimension {first} comes after the last, {last}"))
+        );
+        let mut dims = self.shape()[..first].to_vec();
+        dims.push(self.shape()[first..=last].iter().product());
+        dims.extend_from_slice(&self.shape()[last + 1..]);
+        self.reshape(dims)
+    }
+
+    /// Swaps two dimensions; negative ones count from the end.
+    ///
+    /// Errors: a dimension out of range.
+    pub fn transpose(&self, a: isize, b: isize) -> Result<Tensor> {
+        let (a, b) = (self.shape().dim(a, "transpose")?, self.shape().dim(b, "transpose")?);
+        let mut order: Vec<usize> = (0..self.rank()).collect();
+        order.swap(a, b);
+        self.permute(&order)
+    }
+
+    /// Reorders the dimensions: dimension `i` of the result is dimension `order[i]` of this one.
+    ///
+    /// Errors: `order` is not a permutation of `0..rank`.
+    pub fn permute(&self, order: &[usize]) -> Result<Tensor> {
+        let mut inverse = [usize::MAX; MAX_RANK];
+        let legal = order.len() == self.rank()
+            && order
+                .iter()
+                .enumerate()
+                .all(|(to, &from)| from < self.rank() && std::mem::replace(&mut inverse[from], to) == usize::MAX);
+        ensure!(
+            legal,
+            Error::argument("permute", format!("{order:?} does not reorder the dimensions of {:?}", self.shape()))
+        );
+        self.view("permute", self.layout().permute(order), PermuteBackward { inverse, rank: self.rank() })
+    }
+
+    /// Elements `start..start + len` along a dimension; negative dimensions count from the end.
+    ///
+    /// Errors: the dimension or the range is out of range.
+    pub fn narrow(&self, dim: isize, start: usize, len: usize) -> Result<Tensor> {
+        let dim = self.shape().dim(dim, "narrow")?;
+        ensure!(
+            start.checked_add(len).is_some_and(|end| end <= self.shape()[dim]),
+            Error::shape(
+                "narrow",
+                format!("{len} elements from {start} exceed dimension {dim} of shape {:?}", self.shape())
+            )
+        );
+        let backward = NarrowBackward { shape: *self.shape(), part: Part { dim, start, len } };
+        self.view("narrow", self.layout().narrow(dim, start, len), backward)
+    }
+
+    /// Element `index` along a dimension, which disappears.
+    ///
+    /// Errors: the dimension or the index is out of range.
+    pub fn select(&self, dim: isize, index: usize) -> Result<Tensor> {
+        self.narrow(dim, index, 1)?.squeeze(dim)
+    }
+
+    /// Repeats dimensions of size 1, and adds dimensions in front, without copying.
+    ///
+    /// Errors: the shape does not broadcast to the target.
+    pub fn expand(&self, shape: impl IntoShape) -> Result<Tensor> {
+        let shape = shape.into_shape()?;
+        let fits = self.shape().broadcast(&shape, "expand").is_ok_and(|result| result == shape);
+        ensure!(fits, Error::shape("expand", format!("{:?} does not expand to {shape:?}", self.shape())));
+        if shape == *self.shape() {
+            return Ok(self.clone());
+        }
+        self.view("expand", self.layout().expand(shape), ExpandBackward { shape: *self.shape() })
+    }
+
+    /// Adds a dimension of size 1 at `dim`, which may be the rank; `-1` adds it at the end.
+    ///
+    /// Errors: out of range, or the rank is 6 already.
+    pub fn unsqueeze(&self, dim: isize) -> Result<Tensor> {
+        let rank = self.rank();
+        let at = if dim < 0 { dim.saturating_add(rank as isize + 1) } else { dim };
+        ensure!(
+            rank < MAX_RANK && (0..=rank as isize).contains(&at),
+            Error::shape("unsqueeze", format!("no dimension can be added at {dim} of shape {:?}", self.shape()))
+        );
+        self.view("unsqueeze", self.layout().unsqueeze(at as usize), ReshapeBackward { shape: *self.shape() })
+    }
+
+    /// Removes a dimension of size 1; negative ones count from the end.
+    ///
+    /// Errors: out of range, or its size is not 1.
+    pub fn squeeze(&self, dim: isize) -> Result<Tensor> {
+        let at = self.shape().dim(dim, "squeeze")?;
+        ensure!(
+            self.shape()[at] == 1,
+            Error::shape("squeeze", format!("dimension {dim} of shape {:?} is not 1", self.shape()))
+        );
+        self.view("squeeze", self.layout().squeeze(at), ReshapeBackward { shape: *self.shape() })
+    }
+
+    /// Cuts a dimension into pieces of the given sizes.
+    ///
+    /// Errors: the sizes do not add up to the dimension.
+    pub fn split(&self, sizes: &[usize], dim: isize) -> Result<Vec<Tensor>> {
+        let at = self.shape().dim(dim, "split")?;
+        let total = sizes.iter().try_fold(0usize, |sum, &size| sum.checked_add(size));
+        ensure!(
+            total == Some(self.shape()[at]),
+            Error::shape("split", format!("sizes {sizes:?} do not add up to dimension {dim} of {:?}", self.shape()))
+        );
+        let mut start = 0;
+        sizes
+            .iter()
+            .map(|&size| {
+                start += size;
+                self.narrow(at as isize, start - size, size)
+            })
+            .collect()
+    }
+
+    /// Cuts a dimension into `n` pieces of equal size.
+    ///
+    /// Errors: `n` is 0 or does not divide the dimension.
+    pub fn chunk(&self, n: usize, dim: isize) -> Result<Vec<Tensor>> {
+        let size = self.dim(dim)?;
+        ensure!(
+            n > 0 && size.is_multiple_of(n),
+            Error::shape("chunk", format!("dimension {dim} of shape {:?} does not split in {n}", self.shape()))
+        );
+        self.split(&vec![size / n; n], dim)
+    }
+
+    fn view(&self, op: &'static str, layout: Layout, backward: impl Backward + 'static) -> Result<Tensor> {
+        record(op, self.with_layout(layout), &[self], |_| backward)
+    }
+}
+
+struct ReshapeBackward {
+    shape: Shape,
+}
+
+impl Backward for ReshapeBackward {
+    fn name(&self) -> &'static str {
+        "reshape"
+    }
+
+    fn backward(self: Box<Self>, grad: Tensor, _need: &[bool]) -> Result<Contributions> {
+        grad.reshape(self.shape).map(Contributions::one)
+    }
+}
+
+struct PermuteBackward {
+    inverse: [usize; MAX_RANK],
+    rank: usize,
+}
+
+impl Backward for PermuteBackward {
+    fn name(&self) -> &'static str {
+        "permute"
+    }
+
+    fn backward(self: Box<Self>, grad: Tensor, _need: &[bool]) -> Result<Contributions> {
+        grad.permute(&self.inverse[..self.rank]).map(Contributions::one)
+    }
+}
+
+struct NarrowBackward {
+    shape: Shape,
+    part: Part,
+}
+
+impl Backward for NarrowBackward {
+    fn name(&self) -> &'static str {
+        "narrow"
+    }
+
+    fn backward(self: Box<Self>, grad: Tensor, _need: &[bool]) -> Result<Contributions> {
+        Ok(Contributions::new(vec![Contribution::Part { shape: self.shape, part: self.part, value: grad }]))
+    }
+}
+
+struct ExpandBackward {
+    shape: Shape,
+}
+
+impl Backward for ExpandBackward {
+    fn name(&self) -> &'static str {
+        "expand"
+    }
+
+    fn backward(self: Box<Self>, grad: Tensor, _need: &[bool]) -> Result<Contributions> {
+        grad.sum_to(self.shape).map(Contributions::one)
+    }
+}

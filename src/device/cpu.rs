@@ -1,0 +1,198 @@
+//! Processor memory and how work is cut for the `rayon` pool.
+
+use std::{
+    alloc::{Layout, alloc_zeroed, dealloc},
+    ptr::NonNull,
+};
+
+use rayon::prelude::*;
+
+use super::{cpu_pool, pool::Pool};
+use crate::{
+    Error, Result,
+    core::{Layout as TensorLayout, Shape, collapse},
+};
+
+/// Bytes to which buffers are aligned: a cache line, and the widest vector load.
+const ALIGNMENT: usize = 64;
+
+/// Memory from the system allocator, zeroed once when it is made.
+pub(super) struct Block {
+    pointer: NonNull<u8>,
+    bytes: usize,
+}
+
+// SAFETY: a block owns its memory exclusively, like a `Vec<u8>`.
+unsafe impl Send for Block {}
+// SAFETY: shared access only reads.
+unsafe impl Sync for Block {}
+
+impl Block {
+    fn layout(bytes: usize) -> Option<Layout> {
+        Layout::from_size_align(bytes, ALIGNMENT).ok()
+    }
+
+    fn new(bytes: usize) -> Option<Self> {
+        let layout = Self::layout(bytes)?;
+        // SAFETY: the size is not zero, classes start at 64 bytes. Zeroed memory is initialised for every Pod type.
+        let pointer = NonNull::new(unsafe { alloc_zeroed(layout) })?;
+        Some(Self { pointer, bytes })
+    }
+}
+
+impl Drop for Block {
+    fn drop(&mut self) {
+        if let Some(layout) = Self::layout(self.bytes) {
+            // SAFETY: allocated in `new` with the same layout.
+            unsafe { dealloc(self.pointer.as_ptr(), layout) }
+        }
+    }
+}
+
+/// Bytes in the processor's memory, 64-byte aligned, returned to the pool on drop.
+pub(crate) struct CpuBuffer {
+    block: Option<Block>,
+    bytes: usize,
+}
+
+impl CpuBuffer {
+    pub fn new(bytes: usize) -> Result<Self> {
+        if bytes == 0 {
+            return Ok(Self { block: None, bytes });
+        }
+        let (class, pool) = (Pool::size_class(bytes), cpu_pool());
+        let block = match pool.take(class).or_else(|| Block::new(class)) {
+            Some(block) => block,
+            None => {
+                let stats = pool.stats();
+                pool.trim();
+                Block::new(class).ok_or_else(|| {
+                    pool.cancel(class);
+                    Error::OutOfMemory { requested: bytes, live: stats.live - class, cached: stats.cached }
+                })?
+            }
+        };
+        let mut buffer = Self { block: Some(block), bytes };
+        if cfg!(debug_assertions) {
+            // All bits set is NaN in every float type: an element that an op forgets shows.
+            buffer.bytes_mut().fill(0xFF);
+        }
+        Ok(buffer)
+    }
+
+    pub fn bytes(&self) -> &[u8] {
+        match &self.block {
+            // SAFETY: the block has at least `bytes` initialised bytes and lives as long as `self`.
+            Some(block) => unsafe { std::slice::from_raw_parts(block.pointer.as_ptr(), self.bytes) },
+            None => align(&mut []),
+        }
+    }
+
+    pub fn bytes_mut(&mut self) -> &mut [u8] {
+        match &self.block {
+            // SAFETY: as in `bytes`, and `&mut self` is exclusive.
+            Some(block) => unsafe { std::slice::from_raw_parts_mut(block.pointer.as_ptr(), self.bytes) },
+            None => align(&mut []),
+        }
+    }
+}
+
+/// An empty slice that is aligned for every element type, so that it can be cast.
+fn align(_: &mut [u8; 0]) -> &'static mut [u8] {
+    // SAFETY: a slice of length 0 needs only a non-null, aligned pointer.
+    unsafe { std::slice::from_raw_parts_mut(std::ptr::without_provenance_mut(ALIGNMENT), 0) }
+}
+
+impl Drop for CpuBuffer {
+    fn drop(&mut self) {
+        if let Some(block) = self.block.take() {
+            cpu_pool().give(block.bytes, block);
+        }
+    }
+}
+
+/// Element operations that a task should have at least, so that handing it to another thread pays.
+pub(crate) const GRAIN: usize = 32 * 1024;
+
+/// Runs `body(first_row, rows)` on parts of `out` that hold whole rows of `width` elements.
+///
+/// `cost` is the number of element operations of one row. Rows are independent, so that the cut, which depends on
+/// the sizes alone, never changes a result.
+pub(crate) fn for_rows<T: Send>(out: &mut [T], width: usize, cost: usize, body: impl Fn(usize, &mut [T]) + Sync) {
+    if out.is_empty() || width == 0 {
+        return;
+    }
+    let rows = rows_per_task(out.len() / width, cost);
+    if out.len() <= rows * width {
+        return body(0, out);
+    }
+    out.par_chunks_mut(rows * width).enumerate().for_each(|(task, part)| body(task * rows, part));
+}
+
+/// As [`for_rows`] with two outputs, whose rows have `widths` elements.
+pub(crate) fn for_rows2<A: Send, B: Send>(
+    a: &mut [A],
+    b: &mut [B],
+    widths: (usize, usize),
+    cost: usize,
+    body: impl Fn(usize, &mut [A], &mut [B]) + Sync,
+) {
+    if widths.0 == 0 || widths.1 == 0 {
+        return;
+    }
+    let rows = rows_per_task(a.len() / widths.0, cost);
+    a.par_chunks_mut(rows * widths.0)
+        .zip(b.par_chunks_mut(rows * widths.1))
+        .enumerate()
+        .for_each(|(task, (a, b))| body(task * rows, a, b));
+}
+
+/// Rows that one task takes: enough work to pay for the hand-over, and few enough to balance.
+pub(crate) fn rows_per_task(rows: usize, cost: usize) -> usize {
+    let smallest = GRAIN.div_ceil(cost.max(1));
+    // 64 tasks balance well on any machine; the number must not depend on the threads at hand.
+    smallest.max(rows.div_ceil(64)).max(1)
+}
+
+/// Calls `body(task)` for every task in `0..tasks`, in parallel.
+pub(crate) fn for_tasks(tasks: usize, body: impl Fn(usize) + Sync + Send) {
+    if tasks == 1 {
+        return body(0);
+    }
+    (0..tasks).into_par_iter().for_each(body);
+}
+
+/// Walks a packed output together with strided inputs of the same shape.
+///
+/// `body(part, offsets, strides)` gets a run of the output, and for each input the position of its first element in
+/// the input's storage and the step from one element of the run to the next (1 packed, 0 repeated).
+pub(crate) fn for_strided<T: Send, const N: usize>(
+    out: &mut [T],
+    shape: &Shape,
+    inputs: [&TensorLayout; N],
+    body: impl Fn(&mut [T], [usize; N], [usize; N]) + Sync,
+) {
+    let (shape, strides) = collapse(shape, inputs.map(TensorLayout::strides));
+    let inner = shape.last().copied().unwrap_or(1);
+    let steps = strides.map(|strides| shape.rank().checked_sub(1).map_or(0, |last| strides[last]));
+    for_rows(out, 1, 1, |start, mut part| {
+        let mut at = start;
+        while !part.is_empty() {
+            let (mut row, column) = (at / inner, at % inner);
+            let (run, rest) = part.split_at_mut((inner - column).min(part.len()));
+            let mut offsets = inputs.map(|layout| layout.offset);
+            for dim in (0..shape.rank().saturating_sub(1)).rev() {
+                for n in 0..N {
+                    offsets[n] += row % shape[dim] * strides[n][dim];
+                }
+                row /= shape[dim];
+            }
+            for n in 0..N {
+                offsets[n] += column * steps[n];
+            }
+            at += run.len();
+            body(run, offsets, steps);
+            part = rest;
+        }
+    });
+}

@@ -1,0 +1,111 @@
+//! A caching pool of memory blocks in size classes, so that training does not return memory to the system after
+//! each op and pay for its pages again.
+
+use std::{collections::BTreeMap, sync::Mutex};
+
+/// Bytes of a device's memory.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct MemoryStats {
+    /// In use by tensors.
+    pub live: usize,
+    /// Kept for reuse.
+    pub cached: usize,
+    /// The largest `live` since the start or the last reset.
+    pub peak: usize,
+}
+
+/// A block of memory that gives itself back to the system when dropped.
+pub(super) type Block = super::cpu::Block;
+
+/// Free blocks by size class.
+pub(super) struct Pool {
+    state: Mutex<State>,
+}
+
+#[derive(Default)]
+struct State {
+    free: BTreeMap<usize, Vec<Block>>,
+    limit: usize,
+    stats: MemoryStats,
+}
+
+impl Pool {
+    pub fn new(limit: usize) -> Self {
+        Self { state: Mutex::new(State { limit, ..State::default() }) }
+    }
+
+    /// A size that blocks are made in: eight steps per power of two, at least 64 bytes; at most 12.5 % is unused.
+    pub fn size_class(bytes: usize) -> usize {
+        let bytes = bytes.max(64);
+        let step = (1usize << (usize::BITS - 1 - bytes.leading_zeros())) / 8;
+        bytes.div_ceil(step).saturating_mul(step)
+    }
+
+    /// Counts a block of this class as live and returns a free one if there is one.
+    pub fn take(&self, class: usize) -> Option<Block> {
+        let mut state = self.lock();
+        state.stats.live += class;
+        state.stats.peak = state.stats.peak.max(state.stats.live);
+        let block = state.free.get_mut(&class)?.pop()?;
+        state.stats.cached -= class;
+        Some(block)
+    }
+
+    /// Takes back what `take` counted, for a block that could not be made.
+    pub fn cancel(&self, class: usize) {
+        self.lock().stats.live -= class;
+    }
+
+    /// Keeps a block for reuse, or drops it when the cache is full.
+    pub fn give(&self, class: usize, block: Block) {
+        let mut state = self.lock();
+        state.stats.live -= class;
+        if state.stats.cached + class <= state.limit {
+            state.stats.cached += class;
+            state.free.entry(class).or_default().push(block);
+        }
+    }
+
+    pub fn trim(&self) {
+        let mut state = self.lock();
+        state.stats.cached = 0;
+        let blocks = std::mem::take(&mut state.free);
+        drop(state);
+        drop(blocks);
+    }
+
+    pub fn set_limit(&self, bytes: usize) {
+        self.lock().limit = bytes;
+        if self.stats().cached > bytes {
+            self.trim();
+        }
+    }
+
+    pub fn stats(&self) -> MemoryStats {
+        self.lock().stats
+    }
+
+    pub fn reset_peak(&self) {
+        let mut state = self.lock();
+        state.stats.peak = state.stats.live;
+    }
+
+    fn lock(&self) -> std::sync::MutexGuard<'_, State> {
+        // The counters are plain numbers: a panic elsewhere while they were locked leaves them usable.
+        self.state.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::Pool;
+
+    #[test]
+    fn pool_size_classes_waste_little() {
+        for bytes in (1..5000).chain([1 << 20, (1 << 20) + 1, 123_456_789]) {
+            let class = Pool::size_class(bytes);
+            assert!(class >= bytes && class <= (bytes + bytes / 8 + 8).max(64), "{bytes} -> {class}");
+            assert_eq!(Pool::size_class(class), class);
+        }
+    }
+}

@@ -1,0 +1,272 @@
+//! One error type for the whole crate. Every message names what was expected, what came, and what to do.
+
+use std::{fmt, io, path::PathBuf};
+
+/// The result of everything that can fail in this crate.
+pub type Result<T> = std::result::Result<T, Error>;
+
+/// What went wrong.
+///
+/// Match on the variant to react, print it to tell a person: the text holds the op, the shapes or values
+/// involved, and where in a model it happened ([`Error::At`]).
+#[derive(Debug)]
+#[non_exhaustive]
+pub enum Error {
+    /// Shapes that do not fit the op, or a size that no tensor can have.
+    Shape {
+        /// The op that refused.
+        op: &'static str,
+        /// Expected and actual shapes.
+        message: String,
+    },
+    /// A dtype that the op does not take.
+    DType {
+        /// The op that refused.
+        op: &'static str,
+        /// Expected and actual dtype.
+        message: String,
+    },
+    /// Tensors on different devices, or a device that is not there.
+    Device {
+        /// The op or the call that refused.
+        op: &'static str,
+        /// Which devices, and what to do.
+        message: String,
+    },
+    /// An index (token, class, position) outside of its table.
+    Index {
+        /// The op that refused.
+        op: &'static str,
+        /// What the index stands for, for instance `token`.
+        what: &'static str,
+        /// The offending value.
+        index: i64,
+        /// Valid indices are `0..limit`.
+        limit: usize,
+    },
+    /// An argument of a call outside of its domain.
+    Argument {
+        /// The op or function that refused.
+        op: &'static str,
+        /// The argument, its domain and its value.
+        message: String,
+    },
+    /// A config value that is illegal alone or in combination.
+    Option {
+        /// The keyword.
+        key: String,
+        /// Why, with expected and actual value.
+        why: String,
+    },
+    /// A config key that does not exist.
+    UnknownOption {
+        /// The key as written.
+        key: String,
+        /// The nearest key that exists, if one is close.
+        nearest: Option<String>,
+    },
+    /// `backward` was called a second time: the saved activations are gone.
+    BackwardTwice,
+    /// `backward` of a tensor with more than one element needs a cotangent.
+    NotScalar {
+        /// The shape of the tensor.
+        shape: Vec<usize>,
+    },
+    /// `backward` of a tensor that depends on no leaf, or was made outside of the tape.
+    NotTracked,
+    /// A tensor that belongs to another tape was used in an op.
+    StaleTape {
+        /// The op that was given it.
+        op: &'static str,
+    },
+    /// An op without a gradient was given a tensor that requires one.
+    NoGradient {
+        /// The op that refused.
+        op: &'static str,
+    },
+    /// Memory ran out.
+    OutOfMemory {
+        /// Bytes asked for.
+        requested: usize,
+        /// Bytes in use by tensors.
+        live: usize,
+        /// Bytes kept for reuse, already given back before this error.
+        cached: usize,
+    },
+    /// A file that could not be read or written.
+    Io {
+        /// The file or folder.
+        path: PathBuf,
+        /// The operating system's reason.
+        source: io::Error,
+    },
+    /// A file whose content is not what it should be.
+    File {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it.
+        why: String,
+    },
+    /// Weights that do not fit the model.
+    Weights {
+        /// Names that the model has and the file lacks.
+        missing: Vec<String>,
+        /// Names that the file has and the model lacks.
+        unused: Vec<String>,
+        /// Names with another shape: name, shape in the model, shape in the file.
+        misshapen: Vec<(String, Vec<usize>, Vec<usize>)>,
+    },
+    /// Training met NaN or infinity.
+    NonFinite {
+        /// The step, counted from 0.
+        step: u64,
+        /// What was not finite: `loss`, or the name of a parameter.
+        what: String,
+    },
+    /// Another error, with the place in the model or program where it happened.
+    At {
+        /// For instance `attn_layers.layers.3.1`.
+        place: String,
+        /// The error itself.
+        source: Box<Error>,
+    },
+}
+
+impl Error {
+    pub(crate) fn shape(op: &'static str, message: impl Into<String>) -> Self {
+        Self::Shape { op, message: message.into() }
+    }
+
+    pub(crate) fn dtype(op: &'static str, message: impl Into<String>) -> Self {
+        Self::DType { op, message: message.into() }
+    }
+
+    pub(crate) fn argument(op: &'static str, message: impl Into<String>) -> Self {
+        Self::Argument { op, message: message.into() }
+    }
+
+    pub(crate) fn option(key: impl Into<String>, why: impl Into<String>) -> Self {
+        Self::Option { key: key.into(), why: why.into() }
+    }
+
+    pub(crate) fn io(path: impl Into<PathBuf>, source: io::Error) -> Self {
+        Self::Io { path: path.into(), source }
+    }
+
+    pub(crate) fn file(path: impl Into<PathBuf>, why: impl Into<String>) -> Self {
+        Self::File { path: path.into(), why: why.into() }
+    }
+
+    /// The same error with a place in front; nested places read from the outside in.
+    pub fn at(self, place: impl fmt::Display) -> Self {
+        match self {
+            Self::At { place: inner, source } => Self::At { place: format!("{place}.{inner}"), source },
+            other => Self::At { place: place.to_string(), source: Box::new(other) },
+        }
+    }
+
+    /// The error without its place.
+    pub fn root(&self) -> &Error {
+        match self {
+            Self::At { source, .. } => source.root(),
+            other => other,
+        }
+    }
+}
+
+/// Adds a place to the error of a result.
+pub(crate) trait At<T> {
+    fn at(self, place: impl fmt::Display) -> Result<T>;
+}
+
+impl<T> At<T> for Result<T> {
+    fn at(self, place: impl fmt::Display) -> Result<T> {
+        self.map_err(|error| error.at(place))
+    }
+}
+
+impl fmt::Display for Error {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Shape { op, message }
+            | Self::DType { op, message }
+            | Self::Device { op, message }
+            | Self::Argument { op, message } => write!(f, "{op}: {message}"),
+            Self::Index { op, what, index, limit } => {
+                write!(f, "{op}: {what} {index} is out of range, valid are 0 to {}", *limit as i64 - 1)
+            }
+            Self::Option { key, why } => write!(f, "option `{key}`: {why}"),
+            Self::UnknownOption { key, nearest: Some(nearest) } => {
+                write!(f, "unknown option `{key}`, did you mean `{nearest}`?")
+            }
+            Self::UnknownOption { key, nearest: None } => write!(f, "unknown option `{key}`"),
+            Self::BackwardTwice => write!(
+                f,
+                "backward: called twice on one tape; its saved activations are freed, record the forward pass again"
+            ),
+            Self::NotScalar { shape } => write!(
+                f,
+                "backward: the tensor has shape {shape:?}, only a single element has an implied cotangent; \
+                 use `backward_with` and give one of that shape"
+            ),
+            Self::NotTracked => write!(
+                f,
+                "backward: the tensor depends on no parameter or `requires_grad` leaf of this tape, \
+                 so there is nothing to differentiate"
+            ),
+            Self::StaleTape { op } => write!(
+                f,
+                "{op}: an input was recorded on another tape; use `.detach()` for its value alone \
+                 (inside `checkpoint`, pass it as an input)"
+            ),
+            Self::NoGradient { op } => {
+                write!(f, "{op}: this op has no gradient but an input requires one; use `.detach()` if that is meant")
+            }
+            Self::OutOfMemory { requested, live, cached } => write!(
+                f,
+                "out of memory: {requested} bytes requested with {live} bytes live ({cached} cached bytes were given \
+                 back first); use a smaller batch or sequence, or activation checkpointing"
+            ),
+            Self::Io { path, source } => write!(f, "{}: {source}", path.display()),
+            Self::File { path, why } => write!(f, "{}: {why}", path.display()),
+            Self::Weights { missing, unused, misshapen } => {
+                write!(f, "the weights do not fit the model:")?;
+                for name in missing {
+                    write!(f, "\n  missing    {name}")?;
+                }
+                for name in unused {
+                    write!(f, "\n  unused     {name}")?;
+                }
+                for (name, model, file) in misshapen {
+                    write!(f, "\n  misshapen  {name}: {model:?} in the model, {file:?} in the file")?;
+                }
+                Ok(())
+            }
+            Self::NonFinite { step, what } => write!(
+                f,
+                "step {step}: {what} is not finite, training stopped; lower the learning rate or resume from the last checkpoint"
+            ),
+            Self::At { place, source } => write!(f, "{place}: {source}"),
+        }
+    }
+}
+
+impl std::error::Error for Error {
+    fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
+        match self {
+            Self::Io { source, .. } => Some(source),
+            Self::At { source, .. } => Some(source),
+            _ => None,
+        }
+    }
+}
+
+/// Returns the error unless the condition holds.
+macro_rules! ensure {
+    ($condition:expr, $error:expr) => {
+        if !$condition {
+            return Err($error);
+        }
+    };
+}
+pub(crate) use ensure;

@@ -1,0 +1,28 @@
+//! Every variant of lucidrains' x-transformers, on a tensor engine of its own.
+//!
+//! Three layers, one direction of knowledge:
+//!
+//! * [`Tensor`], [`Tape`], [`Param`]: values, gradients and names. Ops are methods of [`Tensor`] that return
+//!   [`Result`]; gradients are recorded while a [`Tape`] lives, and never dropped in silence.
+//! * `ops`: what can be computed, one file per op with its backward rule.
+//! * [`nn`], [`models`], [`config`]: what x-transformers is, with its keyword names and PyTorch's state-dict keys.
+//!
+//! Around them, [`train`] has optimizers, schedules and checkpoints, and [`io`] reads and writes files.
+
+#![warn(missing_docs)]
+#![deny(unsafe_op_in_unsafe_fn)]
+
+mod core;
+pub mod device;
+mod error;
+pub mod ops;
+
+pub use crate::{
+    core::{
+        Backward, Contribution, Contributions, DType, Element, Gradcheck, GradcheckReport, Gradients, Init,
+        InputReport, IntoShape, LeafId, MAX_RANK, Mode, Param, ParamMap, Part, Philox, Readable, Shape, Store, Tape,
+        Tensor, checkpoint, discrete, gradcheck, philox4x32, record,
+    },
+    device::Device,
+    error::{Error, Result},
+};

@@ -1,0 +1,21 @@
+//! What can be computed: one file per op, or family of ops, with its backward rule beside it.
+//!
+//! Every op is a method of [`Tensor`](crate::Tensor). Adding one takes its file here, a word in the list below, and a
+//! case in `tests/contract`.
+
+/// Makes the modules and [`NAMES`] from one list: `file: op, op; …`.
+macro_rules! ops {
+    ($($file:ident : $($op:ident),+;)+) => {
+        $(pub(crate) mod $file;)+
+
+        /// Every op; the contract suite has a case for each.
+        pub const NAMES: &[&str] = &[$($(stringify!($op)),+),+];
+    };
+}
+
+ops! {
+    copy: contiguous, to_dtype, cat;
+    pointwise: affine;
+    reduce: sum, mean, sum_to;
+    softmax: softmax;
+}

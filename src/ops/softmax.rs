@@ -1,0 +1,86 @@
+//! Softmax over the last dimension.
+
+use crate::{
+    Error, Result, Tensor,
+    core::{Backward, Contributions, Float, Real, dispatch_float, record},
+    device::{cpu, simd::vectorized},
+    error::ensure,
+};
+
+impl Tensor {
+    /// Softmax over the last dimension: `y_j = exp(x_j − max x) / Σ exp(x − max x)`.
+    ///
+    /// Shapes: `[.., j] → [.., j]`. Statistics in f32 (f64 for f64). Saves: `y`.
+    /// Errors: rank 0, or a dtype that is not float.
+    pub fn softmax(&self) -> Result<Tensor> {
+        ensure!(self.rank() > 0, Error::shape("softmax", "expected at least one dimension, got a scalar"));
+        let x = self.contiguous()?;
+        let mut y = x.uninit_like()?;
+        let width = x.dim(-1)?;
+        dispatch_float!("softmax", x.dtype(), T, {
+            let from = x.values::<T>()?;
+            cpu::for_rows(y.values_mut::<T>()?, width, 8 * width, |row, y| {
+                forward::<T>(&from[row * width..][..y.len()], y, width);
+            });
+            Ok(())
+        })?;
+        record("softmax", y, &[&x], |y| SoftmaxBackward { y: y.detach() })
+    }
+}
+
+vectorized! {
+    fn forward<T: Float>(x: &[T], y: &mut [T], width: usize) {
+        for (x, y) in x.chunks_exact(width).zip(y.chunks_exact_mut(width)) {
+            let max = x.iter().fold(T::Acc::NEG_INFINITY, |max, x| x.to_acc().max(max));
+            let mut sum = T::Acc::ZERO;
+            for (x, y) in x.iter().zip(y.iter_mut()) {
+                let e = (x.to_acc() - max).exp();
+                sum += e;
+                *y = T::from_acc(e);
+            }
+            let scale = T::Acc::ONE / sum;
+            for y in y {
+                *y = T::from_acc(y.to_acc() * scale);
+            }
+        }
+    }
+}
+
+struct SoftmaxBackward {
+    y: Tensor,
+}
+
+impl Backward for SoftmaxBackward {
+    fn name(&self) -> &'static str {
+        "softmax"
+    }
+
+    /// `dx = y ⊙ (g − ⟨g, y⟩)`
+    fn backward(self: Box<Self>, grad: Tensor, _need: &[bool]) -> Result<Contributions> {
+        let grad = grad.contiguous()?;
+        let mut dx = self.y.uninit_like()?;
+        let width = self.y.dim(-1)?;
+        dispatch_float!("softmax", dx.dtype(), T, {
+            let (y, g) = (self.y.values::<T>()?, grad.values::<T>()?);
+            cpu::for_rows(dx.values_mut::<T>()?, width, 4 * width, |row, dx| {
+                backward::<T>(&y[row * width..][..dx.len()], &g[row * width..][..dx.len()], dx, width);
+            });
+            Ok(())
+        })?;
+        Ok(Contributions::one(dx))
+    }
+}
+
+vectorized! {
+    fn backward<T: Float>(y: &[T], g: &[T], dx: &mut [T], width: usize) {
+        for ((y, g), dx) in y.chunks_exact(width).zip(g.chunks_exact(width)).zip(dx.chunks_exact_mut(width)) {
+            let mut dot = T::Acc::ZERO;
+            for (y, g) in y.iter().zip(g) {
+                dot += y.to_acc() * g.to_acc();
+            }
+            for ((y, g), dx) in y.iter().zip(g).zip(dx) {
+                *dx = T::from_acc(y.to_acc() * (g.to_acc() - dot));
+            }
+        }
+    }
+}
