@@ -19,4 +19,11 @@ ops! {
         eq, ne, lt, le, gt, ge, logical_and, logical_or, logical_not, where_cond, masked_fill;
     reduce: sum, mean, sum_to, max, argmax;
     softmax: softmax;
+    position: relative_position_bias, sinusoid;
+    entmax: entmax15;
+    topk: top_k_mask;
+    shift: shift_tokens;
+    gru: gru_gate;
 }
+
+pub use position::Buckets;
