@@ -15,6 +15,7 @@ macro_rules! ops {
 
 ops! {
     copy: contiguous, to_dtype, cat;
+    matmul: matmul, linear;
     pointwise: affine;
     reduce: sum, mean, sum_to;
     softmax: softmax;
