@@ -15,6 +15,7 @@ macro_rules! ops {
 
 ops! {
     copy: contiguous, to_dtype, cat;
+    matmul: matmul, linear;
     pointwise: neg, exp, ln, sqrt, square, sigmoid, tanh, relu, relu_squared, gelu, affine, add, sub, mul, div,
         eq, ne, lt, le, gt, ge, logical_and, logical_or, logical_not, where_cond, masked_fill;
     reduce: sum, mean, sum_to, max, argmax;
