@@ -19,4 +19,5 @@ ops! {
         eq, ne, lt, le, gt, ge, logical_and, logical_or, logical_not, where_cond, masked_fill;
     reduce: sum, mean, sum_to, max, argmax;
     softmax: softmax;
+    norm: layer_norm, rms_norm, scale_norm;
 }
