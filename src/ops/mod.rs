@@ -3,6 +3,8 @@
 //! Every op is a method of [`Tensor`](crate::Tensor). Adding one takes its file here, a word in the list below, and a
 //! case in `tests/contract`.
 
+pub use attention::{AttentionSpec, PositionBias, attention};
+
 /// Makes the modules and [`NAMES`] from one list: `file: op, op; …`.
 macro_rules! ops {
     ($($file:ident : $($op:ident),+;)+) => {
@@ -14,6 +16,7 @@ macro_rules! ops {
 }
 
 ops! {
+    attention: attention;
     copy: contiguous, to_dtype, cat;
     pointwise: affine;
     reduce: sum, mean, sum_to;

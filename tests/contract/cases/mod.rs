@@ -2,6 +2,7 @@
 
 use super::case::Case;
 
+mod attention;
 mod copy;
 mod pointwise;
 mod reduce;
@@ -9,5 +10,8 @@ mod softmax;
 
 /// Every case of every op.
 pub fn all() -> Vec<Case> {
-    [copy::cases(), pointwise::cases(), reduce::cases(), softmax::cases()].into_iter().flatten().collect()
+    [attention::cases(), copy::cases(), pointwise::cases(), reduce::cases(), softmax::cases()]
+        .into_iter()
+        .flatten()
+        .collect()
 }
