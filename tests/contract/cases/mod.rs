@@ -4,14 +4,24 @@ use super::case::Case;
 
 mod attention;
 mod copy;
+mod matmul;
+mod norm;
 mod pointwise;
 mod reduce;
 mod softmax;
 
 /// Every case of every op.
 pub fn all() -> Vec<Case> {
-    [attention::cases(), copy::cases(), pointwise::cases(), reduce::cases(), softmax::cases()]
-        .into_iter()
-        .flatten()
-        .collect()
+    [
+        attention::cases(),
+        copy::cases(),
+        matmul::cases(),
+        norm::cases(),
+        pointwise::cases(),
+        reduce::cases(),
+        softmax::cases(),
+    ]
+    .into_iter()
+    .flatten()
+    .collect()
 }
