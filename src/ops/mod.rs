@@ -20,4 +20,11 @@ ops! {
     reduce: sum, mean, sum_to, max, argmax;
     softmax: softmax;
     norm: layer_norm, rms_norm, scale_norm;
+    cross_entropy: cross_entropy;
+    embedding: embedding;
+    glu: glu;
+    rotary: rotary;
+    dropout: dropout;
 }
+
+pub use glu::Activation;
