@@ -3,11 +3,16 @@
 use super::case::Case;
 
 mod copy;
+mod matmul;
+mod norm;
 mod pointwise;
 mod reduce;
 mod softmax;
 
 /// Every case of every op.
 pub fn all() -> Vec<Case> {
-    [copy::cases(), pointwise::cases(), reduce::cases(), softmax::cases()].into_iter().flatten().collect()
+    [copy::cases(), matmul::cases(), norm::cases(), pointwise::cases(), reduce::cases(), softmax::cases()]
+        .into_iter()
+        .flatten()
+        .collect()
 }
