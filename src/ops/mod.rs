@@ -15,7 +15,8 @@ macro_rules! ops {
 
 ops! {
     copy: contiguous, to_dtype, cat;
-    pointwise: affine;
-    reduce: sum, mean, sum_to;
+    pointwise: neg, exp, ln, sqrt, square, sigmoid, tanh, relu, relu_squared, gelu, affine, add, sub, mul, div,
+        eq, ne, lt, le, gt, ge, logical_and, logical_or, logical_not, where_cond, masked_fill;
+    reduce: sum, mean, sum_to, max, argmax;
     softmax: softmax;
 }
