@@ -66,7 +66,10 @@ fn par_order(depth: usize, ratio: usize, block: &[LayerType]) -> Result<Vec<Laye
     let width = (cut + cut / attention) / attention;
     ensure!(
         block.len() <= width,
-        Error::option("par_ratio", format!("{ratio} leaves {width} sublayers for a block with {} attentions", block.len()))
+        Error::option(
+            "par_ratio",
+            format!("{ratio} leaves {width} sublayers for a block with {} attentions", block.len())
+        )
     );
     block.resize(width, FeedForward);
     let mut order = block.repeat(attention);
@@ -101,7 +104,11 @@ mod tests {
             (AttentionLayersConfig { par_ratio: Some(5), ..base(6) }, "affffaffffff"),
             (AttentionLayersConfig { par_ratio: Some(4), ..base(4) }, "afffafff"),
             (
-                AttentionLayersConfig { custom_layers: Some(vec![SelfAttention, FeedForward]), par_ratio: Some(2), ..base(6) },
+                AttentionLayersConfig {
+                    custom_layers: Some(vec![SelfAttention, FeedForward]),
+                    par_ratio: Some(2),
+                    ..base(6)
+                },
                 "af",
             ),
         ];

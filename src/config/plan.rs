@@ -3,10 +3,7 @@
 use std::fmt;
 
 use super::options::{AttentionLayersConfig, LayerType};
-use crate::{
-    Result,
-    ops::{Activation, Buckets},
-};
+use crate::{Result, ops::Activation};
 
 /// A stack of sublayers, resolved from [`AttentionLayersConfig`].
 ///
@@ -89,8 +86,12 @@ pub struct T5Plan {
     pub heads: usize,
     /// Factor on the table, `√dim_head`.
     pub scale: f64,
-    /// How distances become buckets.
-    pub buckets: Buckets,
+    /// Rows of the table.
+    pub buckets: usize,
+    /// Distance from which on all positions share a bucket.
+    pub max_distance: usize,
+    /// Whether keys after the query share bucket 0.
+    pub causal: bool,
 }
 
 /// ALiBi.

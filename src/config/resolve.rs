@@ -8,11 +8,7 @@ use super::{
         Positions, ResidualPlan, RotaryPlan, T5Plan, Temperature, WrapPlan,
     },
 };
-use crate::{
-    Error, Result,
-    error::ensure,
-    ops::{Activation, Buckets},
-};
+use crate::{Error, Result, error::ensure, ops::Activation};
 
 /// The largest width of any layer: beyond it weights could not be addressed.
 const WIDEST: usize = 1 << 30;
@@ -111,7 +107,10 @@ fn positions(config: &AttentionLayersConfig, order: &[LayerType], causal: bool, 
         let even = config.dim.is_multiple_of(2);
         ensure!(
             even,
-            Error::option("position_infused_attn", format!("needs an even `dim`: half sines, half cosines; it is {}", config.dim))
+            Error::option(
+                "position_infused_attn",
+                format!("needs an even `dim`: half sines, half cosines; it is {}", config.dim)
+            )
         );
     }
     Ok(Positions {
@@ -127,7 +126,8 @@ fn rotary(config: &AttentionLayersConfig, dim_head: usize, dim_qk: usize) -> Res
         without("rotary_qk_only", config.rotary_qk_only, "rotary_pos_emb")?;
         return Ok(None);
     }
-    let plan = RotaryPlan { dim: config.rotary_emb_dim.unwrap_or(dim_head / 2).max(32), values: !config.rotary_qk_only };
+    let plan =
+        RotaryPlan { dim: config.rotary_emb_dim.unwrap_or(dim_head / 2).max(32), values: !config.rotary_qk_only };
     ensure!(
         plan.dim <= WIDEST && plan.features() <= dim_head,
         Error::option(
@@ -161,10 +161,7 @@ fn bias(config: &AttentionLayersConfig, causal: bool) -> Result<BiasPlan> {
         (true, true) => Err(Error::option("alibi_pos_bias", "cannot be used with `rel_pos_bias`: choose one of them")),
         (false, true) => t5(config, causal).map(BiasPlan::T5),
         (true, false) => {
-            ensure!(
-                causal,
-                Error::option("alibi_pos_bias", "needs a causal model: `kind` = Decoder")
-            );
+            ensure!(causal, Error::option("alibi_pos_bias", "needs a causal model: `kind` = Decoder"));
             let sloped = config.alibi_num_heads.unwrap_or(config.heads);
             ensure!(
                 (1..=config.heads).contains(&sloped),
@@ -189,8 +186,8 @@ fn t5(config: &AttentionLayersConfig, causal: bool) -> Result<T5Plan> {
             format!("expected at most `rel_pos_max_distance` = {distance}, got {buckets}")
         )
     );
-    let buckets = Buckets { causal, count: buckets, max_distance: distance };
-    Ok(T5Plan { heads: config.heads, scale: (config.attn.dim_head as f64).sqrt(), buckets })
+    let scale = (config.attn.dim_head as f64).sqrt();
+    Ok(T5Plan { heads: config.heads, scale, buckets, max_distance: distance, causal })
 }
 
 /// Plans for token shift, one per sublayer.
@@ -200,7 +197,10 @@ fn shifts(config: &AttentionLayersConfig, layers: usize, causal: bool) -> Result
         ShiftTokens::Each(amounts) => {
             ensure!(
                 amounts.len() == layers,
-                Error::option("shift_tokens", format!("expected one number per sublayer, {layers}, got {}", amounts.len()))
+                Error::option(
+                    "shift_tokens",
+                    format!("expected one number per sublayer, {layers}, got {}", amounts.len())
+                )
             );
             amounts.clone()
         }
@@ -279,7 +279,11 @@ fn shared_width(attn: &AttentionConfig, width: usize) -> Result<Option<usize>> {
 
 fn temperature(config: &AttentionLayersConfig) -> Result<Temperature> {
     let attn = &config.attn;
-    without("qk_norm_attn_seq_len", config.qk_norm_attn_seq_len.is_some() && !config.use_qk_norm_attn, "use_qk_norm_attn")?;
+    without(
+        "qk_norm_attn_seq_len",
+        config.qk_norm_attn_seq_len.is_some() && !config.use_qk_norm_attn,
+        "use_qk_norm_attn",
+    )?;
     without("attn_scale_init_value", attn.scale_init_value.is_some() && !attn.qk_norm, "attn_qk_norm")?;
     ensure!(
         !(attn.scale_init_value.is_some() && config.use_qk_norm_attn),
@@ -312,7 +316,10 @@ pub(super) fn feedforward(
     // Written so that NaN is refused.
     ensure!(
         (1.0..=WIDEST as f64).contains(&inner),
-        Error::option("ff_mult", format!("expected a number that gives 1 to {WIDEST} inner features, got {}", config.mult))
+        Error::option(
+            "ff_mult",
+            format!("expected a number that gives 1 to {WIDEST} inner features, got {}", config.mult)
+        )
     );
     probability("ff_dropout", config.dropout)?;
     Ok(FeedForwardPlan {
@@ -329,10 +336,7 @@ pub(super) fn feedforward(
 
 /// Refuses 0, and what no weight could be as large as.
 pub(super) fn at_least_one(key: &str, value: usize) -> Result<()> {
-    ensure!(
-        (1..=WIDEST).contains(&value),
-        Error::option(key, format!("expected 1 to {WIDEST}, got {value}"))
-    );
+    ensure!((1..=WIDEST).contains(&value), Error::option(key, format!("expected 1 to {WIDEST}, got {value}")));
     Ok(())
 }
 

@@ -51,17 +51,17 @@ impl TransformerWrapperConfig {
         at_least_one("emb_dim", emb_dim)?;
         ensure!(
             !self.tie_embedding || emb_dim == layers.dim,
-            Error::option(
-                "tie_embedding",
-                format!("needs `emb_dim` = `dim`; they are {emb_dim} and {}", layers.dim)
-            )
+            Error::option("tie_embedding", format!("needs `emb_dim` = `dim`; they are {emb_dim} and {}", layers.dim))
         );
         let memories = layers.self_attentions();
         ensure!(
             self.shift_mem_down <= memories,
             Error::option(
                 "shift_mem_down",
-                format!("expected at most the number of self-attention layers, {memories}, got {}", self.shift_mem_down)
+                format!(
+                    "expected at most the number of self-attention layers, {memories}, got {}",
+                    self.shift_mem_down
+                )
             )
         );
         ensure!(

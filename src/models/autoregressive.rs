@@ -128,12 +128,16 @@ impl AutoregressiveWrapper {
         let flat = start_tokens.rank() == 1;
         let prompt = if flat { start_tokens.unsqueeze(0)? } else { start_tokens.clone() };
         let (b, t) = (prompt.shape()[0], prompt.shape()[1]);
-        ensure!(b > 0 && t > 0, Error::shape("start_tokens", format!("expected a token, got {:?}", start_tokens.shape())));
+        ensure!(
+            b > 0 && t > 0,
+            Error::shape("start_tokens", format!("expected a token, got {:?}", start_tokens.shape()))
+        );
         let mut rows: Vec<Vec<i64>> = prompt.to_vec::<i64>()?.chunks(t).map(<[i64]>::to_vec).collect();
         let mut mask = self.prompt_mask(forward, b, t)?;
         for step in 0..seq_len {
             let logits = self.next_logits(&rows, mask.as_deref(), forward, start_tokens)?;
-            let draws = (0..b).map(|row| Philox::new(options.seed, row as u64).uniform(step as u64)).collect::<Vec<_>>();
+            let draws =
+                (0..b).map(|row| Philox::new(options.seed, row as u64).uniform(step as u64)).collect::<Vec<_>>();
             let tokens = sample(&logits, &options.sampling, &draws)?;
             for (row, &token) in rows.iter_mut().zip(&tokens) {
                 row.push(token);

@@ -14,7 +14,7 @@ pub use crate::nn::ForwardOptions;
 pub use autoregressive::{AutoregressiveWrapper, GenerateOptions};
 pub use continuous::ContinuousTransformerWrapper;
 pub use encoder_decoder::{EncoderDecoderOptions, XTransformer};
-pub use run::{Call, Model};
+pub use run::{Model, RunOptions};
 pub use sampling::{filter_probabilities, sample};
 pub use transformer::{Output, TransformerWrapper};
 pub use vision::ViTransformerWrapper;

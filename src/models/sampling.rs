@@ -70,9 +70,7 @@ pub fn filter_probabilities(logits: &[Vec<f64>], config: &SamplingConfig) -> Res
             let probabilities: Vec<Vec<f64>> = logits.iter().map(|row| softmax(row)).collect();
             let best = probabilities.iter().flatten().copied().fold(0.0, f64::max);
             let limit = best.powf(config.min_p_pow) * config.min_p_ratio;
-            let flat = |row: &Vec<f64>| row.iter().map(|&p| if p < limit { f64::NEG_INFINITY } else { 1.0 }).collect();
-            let flat: Vec<Vec<f64>> = probabilities.iter().map(flat).collect();
-            flat.iter().map(|row| softmax(&scaled(row))).collect()
+            probabilities.iter().map(|row| uniform_above(row, limit)).collect()
         }
         FilterLogits::MinP => {
             let filter = |row: &Vec<f64>| {
@@ -118,6 +116,16 @@ fn pick(probabilities: &[f64], draw: f64) -> i64 {
 fn one_hot(row: &[f64]) -> Vec<f64> {
     let best = best_first(row).first().copied();
     (0..row.len()).map(|token| if Some(token) == best { 1.0 } else { 0.0 }).collect()
+}
+
+/// Equal shares for all with at least this probability; where another row of the batch has set the limit out of
+/// reach, the best token.
+fn uniform_above(probabilities: &[f64], limit: f64) -> Vec<f64> {
+    let kept = probabilities.iter().filter(|&&p| p >= limit).count();
+    if kept == 0 {
+        return one_hot(probabilities);
+    }
+    probabilities.iter().map(|&p| if p >= limit { 1.0 / kept as f64 } else { 0.0 }).collect()
 }
 
 /// Tokens by falling logit, the earlier of equal ones first.

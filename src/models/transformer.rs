@@ -162,7 +162,8 @@ impl TransformerWrapper {
         );
         if let Some(mems) = &mut options.mems {
             // Too few to be rotated are too few for the layers, which say so.
-            mems.rotate_left(self.plan.shift_mem_down.min(mems.len()));
+            let down = self.plan.shift_mem_down.min(mems.len());
+            mems.rotate_left(down);
         }
         Ok(options)
     }
@@ -186,9 +187,6 @@ impl TransformerWrapper {
 
 /// Refuses a sequence that is too long.
 pub(super) fn check_length(n: usize, max_seq_len: usize) -> Result<()> {
-    ensure!(
-        n <= max_seq_len,
-        Error::argument("sequence", format!("has length {n}, `max_seq_len` is {max_seq_len}"))
-    );
+    ensure!(n <= max_seq_len, Error::argument("sequence", format!("has length {n}, `max_seq_len` is {max_seq_len}")));
     Ok(())
 }

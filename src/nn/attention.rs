@@ -2,12 +2,12 @@
 
 use std::sync::Arc;
 
-use super::{Linear, positions::inverse_frequencies};
+use super::{Linear, ScoreBias, positions::inverse_frequencies};
 use crate::{
     DType, Error, Init, Param, Result, Store, Tensor,
     config::{AttentionPlan, Normalize, Temperature},
     error::{At, ensure},
-    ops::Activation,
+    ops::{Activation, AttentionSpec, PositionBias, attention},
 };
 
 /// Scaled dot-product attention of several heads (Vaswani et al., <https://arxiv.org/abs/1706.03762>).
@@ -70,8 +70,8 @@ pub struct AttentionInput {
     pub key_mask: Option<Tensor>,
     /// Which pairs may meet: Bool, broadcasts to `[b, heads, i, j]`, memory key/values included.
     pub attn_mask: Option<Tensor>,
-    /// Added to the scores: broadcasts to `[b, heads, i, j]`, memory key/values included.
-    pub bias: Option<Tensor>,
+    /// Added to the scores; positions count memory key/values.
+    pub bias: Option<ScoreBias>,
     /// The scores that the previous layer handed on, `[b, heads, i, j]`.
     pub prev: Option<Tensor>,
     /// Whether the attention map is wanted.
@@ -141,10 +141,12 @@ impl Attention {
         let [q, k, v] = self.project(x, input)?;
         let [q, k, v] = self.rotate(q, k, v)?;
         let [k, v] = self.prepend_memory(k, v)?;
-        let q = self.scale_logits(q)?;
-        let k = self.normalize_length(k)?;
+        let (q, k) = (self.scale_queries(q)?, self.normalize_length(k)?);
         check_mask(input.attn_mask.as_ref(), &q, &k)?;
-        let (out, scores, attn) = self.explicit(&q, &k, &v, input)?;
+        let (out, scores, attn) = match self.needs_scores(input) {
+            None => (self.fused(&q, &k, &v, input)?, None, None),
+            Some(_) => self.explicit(&q, &k, &v, input)?,
+        };
         let out = match &self.head_scale {
             Some(scale) => out.mul(&scale.tensor())?,
             None => out,
@@ -212,18 +214,13 @@ impl Attention {
         Ok([prepend(mem_k, &k)?, prepend(mem_v, &v)?])
     }
 
-    /// Whatever multiplies the logits multiplies the queries, of which there are fewer.
-    fn scale_logits(&self, q: Tensor) -> Result<Tensor> {
-        match (&self.temperature, self.plan.temperature) {
-            (Some(learned), _) => {
-                let scale = learned.scale.tensor().exp()?;
-                let floor = Tensor::full((), 1e-2, scale.dtype(), scale.device())?;
-                let low = scale.detach().lt(&floor)?;
-                self.normalize_length(q)?.div(&low.where_cond(&floor, &scale)?)
-            }
-            (None, Temperature::Fixed(scale)) => q.affine(scale, 0.0),
-            (None, Temperature::Learned(_)) => Ok(q),
-        }
+    /// With a learned temperature, queries are what is divided by it: there are fewer of them than of scores.
+    fn scale_queries(&self, q: Tensor) -> Result<Tensor> {
+        let Some(learned) = &self.temperature else { return Ok(q) };
+        let scale = learned.scale.tensor().exp()?;
+        let floor = Tensor::full((), 1e-2, scale.dtype(), scale.device())?;
+        let low = scale.detach().lt(&floor)?;
+        self.normalize_length(q)?.div(&low.where_cond(&floor, &scale)?)
     }
 
     /// Length 1 for every vector, if the temperature is learned; lengths below 1e-12 count as that.
@@ -234,9 +231,49 @@ impl Attention {
         }
     }
 
+    /// Why this call needs the matrix of scores, or `None`: the fused op computes exactly this.
+    fn needs_scores(&self, input: &AttentionInput) -> Option<&'static str> {
+        if input.return_attn {
+            return Some("the caller asked for attention maps");
+        }
+        if input.explicit {
+            return Some("the caller asked for the explicit path");
+        }
+        if input.prev.is_some() {
+            return Some("residual attention adds scores of the previous layer");
+        }
+        self.plan.needs_scores()
+    }
+
+    /// Attention in blocks, without the matrix of scores.
+    fn fused(&self, q: &Tensor, k: &Tensor, v: &Tensor, input: &AttentionInput) -> Result<Tensor> {
+        let spec = AttentionSpec {
+            scale: self.scale(),
+            causal: self.plan.causal,
+            mask: input.attn_mask.as_ref(),
+            query_mask: input.query_mask.as_ref(),
+            key_mask: input.key_mask.as_ref(),
+            mem_keys: self.plan.num_mem_kv,
+            max_attend_past: self.plan.max_attend_past,
+            bias: None,
+            position_bias: input.bias.as_ref().map_or(PositionBias::None, ScoreBias::fused),
+            dropout: self.plan.dropout,
+        };
+        attention(q, k, v, &spec)
+    }
+
+    /// The constant factor of the logits.
+    fn scale(&self) -> f64 {
+        match self.plan.temperature {
+            Temperature::Fixed(scale) => scale,
+            Temperature::Learned(_) => 1.0,
+        }
+    }
+
     /// Attention from the matrix of scores. Gives the output, the scores to hand on, and the map.
     fn explicit(&self, q: &Tensor, k: &Tensor, v: &Tensor, input: &AttentionInput) -> Result<Explicit> {
-        let mut scores = q.matmul(&k.transpose(-1, -2)?)?;
+        // The factor goes onto the queries, of which there are fewer than of scores.
+        let mut scores = q.affine(self.scale(), 0.0)?.matmul(&k.transpose(-1, -2)?)?;
         if let Some(prev) = &input.prev {
             scores = scores.add(prev)?;
         }
@@ -245,7 +282,7 @@ impl Attention {
             scores = mix_heads(&scores, before)?;
         }
         if let Some(bias) = &input.bias {
-            scores = scores.add(bias)?;
+            scores = scores.add(&bias.dense(q.dim(2)?, k.dim(2)?)?)?;
         }
         let lowest = Tensor::full((), scores.dtype().lowest(), scores.dtype(), scores.device())?;
         if let Some(keep) = self.keep(&scores, input)? {

@@ -1,12 +1,7 @@
 //! The feedforward branch.
 
 use super::{Linear, Norm};
-use crate::{
-    Result, Store, Tensor, config,
-    config::FeedForwardPlan,
-    error::At,
-    ops::Activation,
-};
+use crate::{Result, Store, Tensor, config, config::FeedForwardPlan, error::At, ops::Activation};
 
 /// `W₂ act(W₁ x)`, or gated: `W₂ (a ⊙ act(b))` with `[a, b] = W₁ x` (Shazeer, <https://arxiv.org/abs/2002.05202>).
 #[derive(Clone, Debug)]
@@ -32,7 +27,9 @@ impl FeedForward {
         let net = store.at("net");
         let (project_in, activation) = match (plan.glu, plan.activation) {
             (true, gate) => (Linear::new(&net.at("0.proj"), plan.dim, 2 * plan.inner)?, Activate::Gated(gate)),
-            (false, Activation::ReluSquared) => (Linear::new(&net.at("0.0"), plan.dim, plan.inner)?, Activate::ReluSquared),
+            (false, Activation::ReluSquared) => {
+                (Linear::new(&net.at("0.0"), plan.dim, plan.inner)?, Activate::ReluSquared)
+            }
             (false, _) => (Linear::new(&net.at("0.0"), plan.dim, plan.inner)?, Activate::Gelu),
         };
         let norm = plan.post_act_ln.then(|| Norm::new(config::Norm::Layer, plan.inner, &net.at(1))).transpose()?;

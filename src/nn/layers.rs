@@ -3,7 +3,8 @@
 use std::sync::Arc;
 
 use super::{
-    Attention, AttentionInput, FeedForward, Norm, PositionBias, Residual, attention::AttentionPositions, wrap::Wrap,
+    Attention, AttentionInput, FeedForward, Norm, PositionBias, Residual, ScoreBias, attention::AttentionPositions,
+    wrap::Wrap,
 };
 use crate::{
     DType, Error, Result, Store, Tensor, checkpoint,
@@ -80,9 +81,8 @@ struct LayerOutput {
 
 impl Layer {
     fn new(plan: &LayerPlan, dim: usize, positions: &AttentionPositions, store: &Store) -> Result<Self> {
-        let norm = |place: usize| {
-            plan.norms[place].map(|norm| Norm::new(norm, dim, &store.at(0).at(place))).transpose()
-        };
+        let norm =
+            |place: usize| plan.norms[place].map(|norm| Norm::new(norm, dim, &store.at(0).at(place))).transpose();
         let (wrap, place) = Wrap::new(&plan.wrap, &store.at(1))?;
         let branch = match &plan.branch {
             BranchPlan::SelfAttention(plan) => {
@@ -142,7 +142,8 @@ impl Layer {
 
 /// The inputs of attention that gradients flow into.
 fn flowing_mut(input: &mut AttentionInput) -> impl Iterator<Item = &mut Tensor> {
-    [&mut input.context, &mut input.mem, &mut input.bias].into_iter().flatten()
+    let bias = input.bias.as_mut().map(ScoreBias::weights_mut);
+    [input.context.as_mut(), input.mem.as_mut(), bias].into_iter().flatten()
 }
 
 impl AttentionLayers {
@@ -175,6 +176,7 @@ impl AttentionLayers {
             query_mask: options.mask.clone(),
             attn_mask: options.attn_mask.clone(),
             return_attn: options.return_attn,
+            bias: self.bias.forward().at("rel_pos")?,
             explicit: options.explicit_attention,
             ..AttentionInput::default()
         };
@@ -182,26 +184,16 @@ impl AttentionLayers {
             context: options.context.clone(),
             key_mask: options.context_mask.clone(),
             attn_mask: None,
+            bias: None,
             ..own.clone()
         };
-        let mut bias: Option<(usize, Option<Tensor>)> = None;
         for (index, (layer, plan)) in self.layers.iter().zip(&self.plan.layers).enumerate() {
             let input = match &plan.branch {
-                BranchPlan::SelfAttention(plan) => {
+                BranchPlan::SelfAttention(_) => {
                     hiddens.push(x.clone());
                     let mem = mems.next().cloned();
-                    let keys = plan.num_mem_kv + mem.as_ref().map_or(Ok(0), |mem| mem.dim(1))? + x.dim(1)?;
-                    // Computed once: the layers share it, unless their memories differ in length.
-                    if bias.as_ref().is_none_or(|(of, _)| *of != keys) {
-                        bias = Some((keys, self.bias.forward(x.dim(1)?, keys).at("rel_pos")?));
-                    }
-                    AttentionInput {
-                        key_mask: key_mask(options.mask.as_ref(), mem.as_ref())?,
-                        mem,
-                        bias: bias.as_ref().and_then(|(_, bias)| bias.clone()),
-                        prev: prev.take(),
-                        ..own.clone()
-                    }
+                    let key_mask = key_mask(options.mask.as_ref(), mem.as_ref())?;
+                    AttentionInput { key_mask, mem, prev: prev.take(), ..own.clone() }
                 }
                 BranchPlan::CrossAttention(_) => AttentionInput { prev: prev_cross.take(), ..cross.clone() },
                 BranchPlan::FeedForward(_) => AttentionInput::default(),
@@ -277,9 +269,8 @@ impl AttentionLayers {
             mems.len() == expected,
             Error::argument("mems", format!("expected one per self-attention layer, {expected}, got {}", mems.len()))
         );
-        let fits = |mem: &Tensor| {
-            mem.rank() == 3 && mem.shape()[0] == b && mem.shape()[2] == dim && mem.dtype() == x.dtype()
-        };
+        let fits =
+            |mem: &Tensor| mem.rank() == 3 && mem.shape()[0] == b && mem.shape()[2] == dim && mem.dtype() == x.dtype();
         match mems.iter().find(|mem| !fits(mem)) {
             Some(mem) => Err(Error::shape(
                 "mems",

@@ -19,5 +19,5 @@ pub use feedforward::FeedForward;
 pub use layers::{AttentionLayers, ForwardOptions, LayersOutput};
 pub use linear::{Embedding, Linear};
 pub use norm::Norm;
-pub use positions::{AbsolutePositionalEmbedding, PositionBias};
+pub use positions::{AbsolutePositionalEmbedding, PositionBias, ScoreBias};
 pub use residual::Residual;

@@ -3,7 +3,8 @@
 use super::Embedding;
 use crate::{
     Init, Param, Result, Store, Tensor,
-    config::{AlibiPlan, BiasPlan, T5Plan},
+    config::{BiasPlan, T5Plan},
+    ops,
 };
 
 /// A table of learned positions, times `dim^-½`.
@@ -45,12 +46,12 @@ pub enum PositionBias {
     None,
     /// T5's table (Raffel et al., <https://arxiv.org/abs/1910.10683>).
     T5 {
-        /// Buckets and their factor.
+        /// How distances become rows of the table.
         plan: T5Plan,
         /// One row per bucket, `[buckets, heads]`.
         table: Embedding,
     },
-    /// ALiBi with the slopes of the paper (Press et al., <https://arxiv.org/abs/2108.12409>), `[heads, 1, 1]`.
+    /// ALiBi with the slopes of the paper (Press et al., <https://arxiv.org/abs/2108.12409>), `[heads]`.
     Alibi(Tensor),
     /// ALiBi with learned slopes.
     LearnedAlibi {
@@ -68,51 +69,84 @@ impl PositionBias {
             BiasPlan::None => Self::None,
             BiasPlan::T5(plan) => {
                 let store = store.at("relative_attention_bias");
-                Self::T5 { plan, table: Embedding::new(&store, plan.buckets.count, plan.heads, Init::Normal(1.0))? }
+                Self::T5 { plan, table: Embedding::new(&store, plan.buckets, plan.heads, Init::Normal(1.0))? }
             }
-            BiasPlan::Alibi(plan) if plan.learned => {
+            BiasPlan::Alibi(plan) => {
                 let slopes = plan.slopes();
-                let logslopes = store.param("learned_logslopes", [1, plan.sloped, 1, 1], Init::Constant(0.0))?;
-                let start = Tensor::generate([1, plan.sloped, 1, 1], store.dtype(), store.device(), |head| {
-                    f64::from(libm::log(f64::from(slopes[head])) as f32)
-                })?;
-                logslopes.set(start)?;
+                let slope = |head: usize| f64::from(slopes.get(head).copied().unwrap_or(0.0));
+                if !plan.learned {
+                    return Ok(Self::Alibi(Tensor::generate([plan.heads], store.dtype(), store.device(), slope)?));
+                }
+                let shape = [1, plan.sloped, 1, 1];
+                let logslopes = store.param("learned_logslopes", shape, Init::Constant(0.0))?;
+                let start = |head: usize| f64::from(libm::log(slope(head)) as f32);
+                logslopes.set(Tensor::generate(shape, store.dtype(), store.device(), start)?)?;
                 Self::LearnedAlibi { heads: plan.heads, logslopes }
             }
-            BiasPlan::Alibi(plan) => Self::Alibi(fixed_slopes(&plan, store)?),
         })
     }
 
-    /// The bias as a tensor that broadcasts to `[batch, heads, query, key]`: `[heads, query, key]` or `[heads, 1, key]`.
-    ///
-    /// Queries count from 0 in T5's, even when memories precede the keys; ALiBi depends on the key alone.
-    pub fn forward(&self, queries: usize, keys: usize) -> Result<Option<Tensor>> {
-        match self {
-            Self::None => Ok(None),
-            Self::T5 { plan, table } => {
-                table.table().relative_position_bias(queries, keys, plan.buckets, plan.scale).map(Some)
-            }
-            Self::Alibi(slopes) => linear_bias(slopes, keys).map(Some),
+    /// What the layers need of it in one forward pass.
+    pub fn forward(&self) -> Result<Option<ScoreBias>> {
+        Ok(match self {
+            Self::None => None,
+            Self::T5 { plan, table } => Some(ScoreBias::T5 { plan: *plan, table: table.table() }),
+            Self::Alibi(slopes) => Some(ScoreBias::Alibi { slopes: slopes.clone() }),
             Self::LearnedAlibi { heads, logslopes } => {
-                let logslopes = logslopes.tensor();
-                let sloped = logslopes.dim(1)?;
-                let slopes = logslopes.exp()?.reshape([sloped, 1, 1])?;
-                let flat = Tensor::zeros([heads - sloped, 1, 1], slopes.dtype(), slopes.device())?;
-                linear_bias(&Tensor::cat(&[&slopes, &flat], 0)?, keys).map(Some)
+                let slopes = logslopes.tensor().exp()?.flatten(0, 3)?;
+                let flat = Tensor::zeros([heads - slopes.dim(0)?], slopes.dtype(), slopes.device())?;
+                Some(ScoreBias::Alibi { slopes: Tensor::cat(&[&slopes, &flat], 0)? })
             }
-        }
+        })
     }
 }
 
-/// The slopes of all heads, those without one at 0: `[heads, 1, 1]`.
-fn fixed_slopes(plan: &AlibiPlan, store: &Store) -> Result<Tensor> {
-    let slopes = plan.slopes();
-    Tensor::generate([plan.heads, 1, 1], store.dtype(), store.device(), |head| {
-        slopes.get(head).copied().unwrap_or(0.0).into()
-    })
+/// A bias on the scores of one forward pass. Queries count from 0, even when memories precede the keys.
+#[derive(Clone, Debug)]
+pub enum ScoreBias {
+    /// A table by buckets of distances, `[buckets, heads]`.
+    T5 {
+        /// How distances become rows of the table.
+        plan: T5Plan,
+        /// The table.
+        table: Tensor,
+    },
+    /// `slopes[head] · key`, `[heads]`.
+    Alibi {
+        /// The slopes.
+        slopes: Tensor,
+    },
 }
 
-/// `slope[h] · key`: `[heads, 1, 1] → [heads, 1, keys]`.
-fn linear_bias(slopes: &Tensor, keys: usize) -> Result<Tensor> {
-    slopes.mul(&Tensor::arange(keys, slopes.device())?.to_dtype(slopes.dtype())?)
+impl ScoreBias {
+    /// As an argument of the fused op.
+    pub(super) fn fused(&self) -> ops::PositionBias<'_> {
+        match self {
+            Self::T5 { plan, table } => {
+                ops::PositionBias::T5 { table, scale: plan.scale, causal: plan.causal, max_distance: plan.max_distance }
+            }
+            Self::Alibi { slopes } => ops::PositionBias::Alibi { slopes },
+        }
+    }
+
+    /// As a tensor that broadcasts to `[batch, heads, query, key]`: `[heads, query, key]` or `[heads, 1, key]`.
+    pub(super) fn dense(&self, queries: usize, keys: usize) -> Result<Tensor> {
+        match self {
+            Self::T5 { plan, table } => {
+                table.relative_position_bias(queries, keys, plan.causal, plan.max_distance, plan.scale)
+            }
+            Self::Alibi { slopes } => {
+                let keys = Tensor::arange(keys, slopes.device())?.to_dtype(slopes.dtype())?;
+                slopes.reshape([slopes.dim(0)?, 1, 1])?.mul(&keys)
+            }
+        }
+    }
+
+    /// The tensor that gradients flow into.
+    pub(super) fn weights_mut(&mut self) -> &mut Tensor {
+        match self {
+            Self::T5 { table, .. } => table,
+            Self::Alibi { slopes } => slopes,
+        }
+    }
 }

@@ -1,6 +1,5 @@
 //! How a branch and the residual stream become one.
 
-use super::Linear;
 use crate::{Init, Param, Result, Store, Tensor, config::ResidualPlan};
 
 /// A sum, or a GRU cell (Parisotto et al., <https://arxiv.org/abs/1910.06764>); the residual may be scaled first.

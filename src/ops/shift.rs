@@ -67,7 +67,7 @@ fn moved(x: &Tensor, amounts: &[isize], masked: Masked) -> Result<Tensor> {
                     let kept = |source: usize| mask.is_none_or(|mask| mask[if about_source { source } else { row }] != 0);
                     match source.filter(|&source| kept(source)) {
                         Some(source) => y.copy_from_slice(&from[source * dim + t * chunk..][..chunk]),
-                        None => y.fill(T::from_acc(<T::Acc as crate::core::Real>::ZERO)),
+                        None => y.fill(T::from_f64(0.0)),
                     }
                 }
             }
