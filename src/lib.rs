@@ -15,6 +15,7 @@
 mod core;
 pub mod device;
 mod error;
+pub mod io;
 pub mod ops;
 
 pub use crate::{

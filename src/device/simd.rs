@@ -72,22 +72,22 @@ macro_rules! vectorized {
                 #[target_feature(enable = "avx2,fma")]
                 #[allow(clippy::too_many_arguments)]
                 fn avx2 $(<$($T: $bound),+>)? ($($arg: $ty),*) $(-> $ret)? {
-                    body($($arg),*)
+                    body $(::<$($T),+>)? ($($arg),*)
                 }
                 #[target_feature(enable = "avx2,fma,avx512f,avx512bw,avx512dq,avx512vl")]
                 #[allow(clippy::too_many_arguments)]
                 fn avx512 $(<$($T: $bound),+>)? ($($arg: $ty),*) $(-> $ret)? {
-                    body($($arg),*)
+                    body $(::<$($T),+>)? ($($arg),*)
                 }
                 match $crate::device::simd::level() {
                     // SAFETY: `level` is at most what was detected on this processor.
-                    $crate::device::Level::Avx512 => return unsafe { avx512($($arg),*) },
+                    $crate::device::Level::Avx512 => return unsafe { avx512 $(::<$($T),+>)? ($($arg),*) },
                     // SAFETY: as above.
-                    $crate::device::Level::Avx2 => return unsafe { avx2($($arg),*) },
+                    $crate::device::Level::Avx2 => return unsafe { avx2 $(::<$($T),+>)? ($($arg),*) },
                     $crate::device::Level::Portable => {}
                 }
             }
-            body($($arg),*)
+            body $(::<$($T),+>)? ($($arg),*)
         }
     };
 }

@@ -1,8 +1,8 @@
 //! Sums and means over dimensions.
 
 use crate::{
-    Error, Result, Tensor,
-    core::{Backward, Contributions, Float, Real, Shape, dispatch_float, record},
+    DType, Error, Result, Tensor,
+    core::{Backward, Contributions, Float, Real, Shape, discrete, dispatch_float, record},
     device::{cpu, simd::vectorized},
     error::ensure,
 };
@@ -244,5 +244,89 @@ impl Backward for ReduceBackward {
             grad = grad.unsqueeze(dim as isize)?;
         }
         grad.expand(self.shape).map(Contributions::one)
+    }
+}
+
+impl Tensor {
+    /// The largest value along a dimension, which disappears; the gradient goes to the first of equal ones.
+    ///
+    /// NaN wins, as in PyTorch. Saves: the position of each maximum.
+    /// Errors: the dimension is out of range or empty, or a dtype that is not float.
+    pub fn max(&self, dim: isize) -> Result<Tensor> {
+        let index = self.detach().argmax(dim)?;
+        let dim = self.shape().dim(dim, "max")?;
+        let x = self.detach().dim_last(dim)?;
+        let mut out = Tensor::uninit(self.shape().without(dim), self.dtype(), self.device())?;
+        dispatch_float!("max", self.dtype(), T, {
+            let (x, index, width) = (x.values::<T>()?, index.values::<i64>()?, self.shape()[dim]);
+            for (row, (out, &at)) in out.values_mut::<T>()?.iter_mut().zip(index).enumerate() {
+                *out = x[row * width + at as usize];
+            }
+            Ok(())
+        })?;
+        record("max", out, &[self], |_| MaxBackward { index, dim, shape: *self.shape() })
+    }
+
+    /// The position of the largest value along a dimension, which disappears, as I64; the first of equal ones, NaN
+    /// wins.
+    ///
+    /// Errors: the dimension is out of range or empty, a dtype that is not float, or a tensor that requires a gradient.
+    pub fn argmax(&self, dim: isize) -> Result<Tensor> {
+        discrete("argmax", &[self])?;
+        let dim = self.shape().dim(dim, "argmax")?;
+        let width = self.shape()[dim];
+        ensure!(width > 0, Error::shape("argmax", format!("dimension {dim} of shape {:?} is empty", self.shape())));
+        let x = self.dim_last(dim)?;
+        let mut index = Tensor::uninit(self.shape().without(dim), DType::I64, x.device())?;
+        dispatch_float!("argmax", x.dtype(), T, {
+            let x = x.values::<T>()?;
+            cpu::for_rows(index.values_mut::<i64>()?, 1, width, |row, out| {
+                for (x, out) in x[row * width..].chunks_exact(width).zip(out) {
+                    *out = first_largest(x) as i64;
+                }
+            });
+            Ok(())
+        })?;
+        Ok(index)
+    }
+
+    /// Packed, with a dimension moved to the end: each of its lines is a row.
+    fn dim_last(&self, dim: usize) -> Result<Tensor> {
+        let order: Vec<usize> = (0..self.rank()).filter(|&other| other != dim).chain([dim]).collect();
+        self.permute(&order)?.contiguous()
+    }
+}
+
+fn first_largest<T: Float>(x: &[T]) -> usize {
+    let is_nan = |x: T| x.partial_cmp(&x).is_none();
+    let mut best = 0;
+    for (index, &value) in x.iter().enumerate() {
+        if value > x[best] || (is_nan(value) && !is_nan(x[best])) {
+            best = index;
+        }
+    }
+    best
+}
+
+struct MaxBackward {
+    index: Tensor,
+    dim: usize,
+    shape: Shape,
+}
+
+impl Backward for MaxBackward {
+    fn name(&self) -> &'static str {
+        "max"
+    }
+
+    fn backward(self: Box<Self>, grad: Tensor, _need: &[bool]) -> Result<Contributions> {
+        let positions = Tensor::arange(self.shape[self.dim], grad.device())?;
+        let hit = self.index.unsqueeze(-1)?.eq(&positions)?;
+        let zero = Tensor::zeros((), grad.dtype(), grad.device())?;
+        let spread = hit.where_cond(&grad.unsqueeze(-1)?, &zero)?;
+        // The inverse of `dim_last`.
+        let mut order: Vec<usize> = (0..self.shape.rank() - 1).collect();
+        order.insert(self.dim, self.shape.rank() - 1);
+        spread.permute(&order).map(Contributions::one)
     }
 }

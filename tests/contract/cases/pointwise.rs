@@ -1,11 +1,156 @@
+use x_transformers::{Result, Tensor};
+
 use crate::case::{Array, Case, Input};
 
-pub fn cases() -> Vec<Case> {
-    vec![Case::new(
-        "affine",
+fn unary(
+    op: &'static str,
+    range: (f64, f64),
+    run: fn(&Tensor) -> Result<Tensor>,
+    reference: fn(f64) -> f64,
+) -> Vec<Case> {
+    // Short, odd, empty, scalar, and longer than one task.
+    let shapes: [&[usize]; 5] = [&[3, 5], &[0, 4], &[], &[1], &[5, 7001]];
+    let case = |shape: &&[usize]| {
+        Case::new(
+            op,
+            format!("{shape:?}"),
+            vec![Input::between(shape, range.0, range.1)],
+            move |x| run(&x[0]),
+            move |x| Array::from_fn(&x[0].shape, |i| reference(x[0].at(i))),
+        )
+    };
+    shapes.iter().map(case).collect()
+}
+
+fn binary(
+    op: &'static str,
+    second: (f64, f64),
+    run: fn(&Tensor, &Tensor) -> Result<Tensor>,
+    reference: fn(f64, f64) -> f64,
+) -> Vec<Case> {
+    let shapes: [(&[usize], &[usize], &[usize]); 8] = [
+        (&[3, 5], &[3, 5], &[3, 5]),
+        (&[3, 5], &[5], &[3, 5]),
+        (&[2, 1, 4], &[3, 1], &[2, 3, 4]),
+        (&[], &[2, 3], &[2, 3]),
+        (&[2, 0, 3], &[1, 3], &[2, 0, 3]),
+        (&[1, 1, 2, 1, 3, 1], &[2, 1, 1, 2, 1, 2], &[2, 1, 2, 2, 3, 2]),
+        (&[7, 6001], &[7, 1], &[7, 6001]),
+        (&[1], &[1, 1], &[1, 1]),
+    ];
+    let case = |&(a, b, out): &(&'static [usize], &'static [usize], &'static [usize])| {
+        Case::new(
+            op,
+            format!("{a:?} {b:?}"),
+            vec![Input::float(a), Input::between(b, second.0, second.1)],
+            move |x| run(&x[0], &x[1]),
+            move |x| Array::from_fn(out, |i| reference(x[0].at(i), x[1].at(i))),
+        )
+    };
+    shapes.iter().map(case).collect()
+}
+
+/// The integral of the normal density by Simpson's rule: no erf that the op could share.
+fn normal_cdf(x: f64) -> f64 {
+    let (n, low) = (4000, -12.0);
+    let step = (x - low) / n as f64;
+    let density = |t: f64| (-0.5 * t * t).exp() / (2.0 * std::f64::consts::PI).sqrt();
+    let weight = |i: usize| {
+        if i == 0 || i == n {
+            1.0
+        } else if i % 2 == 1 {
+            4.0
+        } else {
+            2.0
+        }
+    };
+    (0..=n).map(|i| weight(i) * density(low + i as f64 * step)).sum::<f64>() * step / 3.0
+}
+
+fn comparisons() -> Vec<Case> {
+    type Op = (&'static str, fn(&Tensor, &Tensor) -> Result<Tensor>, fn(f64, f64) -> bool);
+    let float: [Op; 6] = [
+        ("eq", Tensor::eq, |a, b| a == b),
+        ("ne", Tensor::ne, |a, b| a != b),
+        ("lt", Tensor::lt, |a, b| a < b),
+        ("le", Tensor::le, |a, b| a <= b),
+        ("gt", Tensor::gt, |a, b| a > b),
+        ("ge", Tensor::ge, |a, b| a >= b),
+    ];
+    let logic: [Op; 2] = [
+        ("logical_and", Tensor::logical_and, |a, b| a != 0.0 && b != 0.0),
+        ("logical_or", Tensor::logical_or, |a, b| a != 0.0 || b != 0.0),
+    ];
+    let case = |(op, run, reference): Op, name: &str, input: fn(&[usize]) -> Input| {
+        Case::new(
+            op,
+            name,
+            vec![input(&[4, 1, 5]), input(&[3, 5])],
+            move |x| run(&x[0].detach(), &x[1].detach()),
+            move |x| Array::from_fn(&[4, 3, 5], |i| reference(x[0].at(i), x[1].at(i)) as u8 as f64),
+        )
+    };
+    let floats = |shape: &[usize]| Input::Float { shape: shape.to_vec(), low: -1.0, high: 1.0, grad: false };
+    let mut cases = Vec::new();
+    for op in float {
+        cases.push(case(op, "floats", floats));
+        cases.push(case(op, "integers", |shape| Input::int(shape, 3)));
+        cases.push(case(op, "booleans", Input::mask));
+    }
+    cases.extend(logic.map(|op| case(op, "broadcast", Input::mask)));
+    cases.push(Case::new(
+        "logical_not",
         "odd",
-        vec![Input::float(&[3, 5])],
-        |x| x[0].affine(1.5, -0.25),
-        |x| Array::from_fn(&x[0].shape, |i| x[0].at(i) * 1.5 - 0.25),
-    )]
+        vec![Input::mask(&[3, 7])],
+        |x| x[0].logical_not(),
+        |x| Array::from_fn(&[3, 7], |i| 1.0 - x[0].at(i)),
+    ));
+    cases
+}
+
+pub fn cases() -> Vec<Case> {
+    let mut cases = vec![
+        Case::new(
+            "affine",
+            "odd",
+            vec![Input::float(&[3, 5])],
+            |x| x[0].affine(1.5, -0.25),
+            |x| Array::from_fn(&x[0].shape, |i| x[0].at(i) * 1.5 - 0.25),
+        ),
+        Case::new(
+            "where_cond",
+            "broadcast",
+            vec![Input::mask(&[3, 1]), Input::float(&[2, 1, 4]), Input::float(&[4])],
+            |x| x[0].where_cond(&x[1], &x[2]),
+            |x| Array::from_fn(&[2, 3, 4], |i| if x[0].at(i) != 0.0 { x[1].at(i) } else { x[2].at(i) }),
+        ),
+        Case::new(
+            "masked_fill",
+            "broadcast",
+            vec![Input::float(&[2, 3, 5]), Input::mask(&[3, 1])],
+            |x| x[0].masked_fill(&x[1], -3.0),
+            |x| Array::from_fn(&[2, 3, 5], |i| if x[1].at(i) != 0.0 { -3.0 } else { x[0].at(i) }),
+        ),
+    ];
+    cases.extend(unary("neg", (-2.0, 2.0), Tensor::neg, |x| -x));
+    cases.extend(unary("exp", (-3.0, 3.0), Tensor::exp, f64::exp));
+    cases.extend(unary("ln", (0.5, 4.0), Tensor::ln, f64::ln));
+    cases.extend(unary("sqrt", (0.5, 4.0), Tensor::sqrt, f64::sqrt));
+    cases.extend(unary("square", (-2.0, 2.0), Tensor::square, |x| x * x));
+    cases.extend(unary("sigmoid", (-6.0, 6.0), Tensor::sigmoid, |x| 1.0 / (1.0 + (-x).exp())));
+    // Beyond, 1 − y² of a y that is rounded to half precision has no digits left.
+    cases.extend(unary("tanh", (-1.5, 1.5), Tensor::tanh, f64::tanh));
+    // Away from the kink at 0, on either side of it.
+    cases.extend(unary("relu", (0.1, 2.0), Tensor::relu, |x| x.max(0.0)));
+    cases.extend(unary("relu", (-2.0, -0.1), Tensor::relu, |x| x.max(0.0)));
+    cases.extend(unary("relu_squared", (0.1, 2.0), Tensor::relu_squared, |x| x.max(0.0).powi(2)));
+    cases.extend(unary("relu_squared", (-2.0, -0.1), Tensor::relu_squared, |x| x.max(0.0).powi(2)));
+    // Below, 1 + erf cancels and a single element cannot hold a relative bound.
+    cases.extend(unary("gelu", (-1.5, 4.0), Tensor::gelu, |x| x * normal_cdf(x)));
+    cases.extend(binary("add", (-2.0, 2.0), Tensor::add, |a, b| a + b));
+    cases.extend(binary("sub", (-2.0, 2.0), Tensor::sub, |a, b| a - b));
+    cases.extend(binary("mul", (-2.0, 2.0), Tensor::mul, |a, b| a * b));
+    cases.extend(binary("div", (0.5, 2.0), Tensor::div, |a, b| a / b));
+    cases.extend(comparisons());
+    cases
 }

@@ -12,6 +12,19 @@ fn sum(x: &Array, dims: &[usize]) -> Array {
     out
 }
 
+/// Value and position of the first largest element along a dimension.
+fn largest(x: &Array, dim: usize) -> (Array, Array) {
+    let mut shape = x.shape.clone();
+    let size = shape.remove(dim);
+    let at = |i: &[usize], k: usize| {
+        let mut i = i.to_vec();
+        i.insert(dim, k);
+        x.at(&i)
+    };
+    let position = |i: &[usize]| (0..size).fold(0, |best, k| if at(i, k) > at(i, best) { k } else { best });
+    (Array::from_fn(&shape, |i| at(i, position(i))), Array::from_fn(&shape, |i| position(i) as f64))
+}
+
 pub fn cases() -> Vec<Case> {
     let case = |name: &str, shape: &[usize], dims: &'static [isize]| {
         let rank = shape.len() as isize;
@@ -29,7 +42,27 @@ pub fn cases() -> Vec<Case> {
             },
         )
     };
-    vec![
+    let mut cases = Vec::new();
+    for (dim, shape) in
+        [(0, vec![5, 3, 4]), (1, vec![5, 3, 4]), (2, vec![5, 3, 4]), (0, vec![9]), (1, vec![2, 3, 2, 5])]
+    {
+        let name = format!("{shape:?} along {dim}");
+        cases.push(Case::new(
+            "max",
+            &name,
+            vec![Input::float(&shape)],
+            move |x| x[0].max(dim as isize),
+            move |x| largest(&x[0], dim).0,
+        ));
+        cases.push(Case::new(
+            "argmax",
+            &name,
+            vec![Input::Float { shape, low: -1.0, high: 1.0, grad: false }],
+            move |x| x[0].argmax(dim as isize),
+            move |x| largest(&x[0], dim).1,
+        ));
+    }
+    cases.extend([
         case("all", &[3, 5, 7], &[]),
         case("last", &[3, 5, 37], &[-1]),
         case("first", &[5, 33], &[0]),
@@ -57,5 +90,6 @@ pub fn cases() -> Vec<Case> {
                 out
             },
         ),
-    ]
+    ]);
+    cases
 }
