@@ -13,6 +13,9 @@ macro_rules! ops {
     };
 }
 
+// Not an op of tensors: it works on the parameters and the state of an optimizer in place.
+pub(crate) mod adamw;
+
 ops! {
     copy: contiguous, to_dtype, cat;
     pointwise: neg, exp, ln, sqrt, square, sigmoid, tanh, relu, relu_squared, gelu, affine, add, sub, mul, div,
