@@ -20,6 +20,7 @@ pub mod io;
 pub mod models;
 pub mod nn;
 pub mod ops;
+pub mod train;
 
 pub use crate::{
     core::{
