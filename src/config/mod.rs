@@ -70,7 +70,7 @@ pub enum Config {
     /// `ViTransformerWrapper`: images in, classes out.
     ViTransformerWrapper(ViTransformerWrapperConfig),
     /// `XTransformer`: a sequence in, another one out.
-    XTransformer(XTransformerConfig),
+    XTransformer(Box<XTransformerConfig>),
     /// `AutoregressiveWrapper`: a decoder with its loss and its sampling.
     AutoregressiveWrapper(AutoregressiveConfig),
     /// `Encoder`, `Decoder` or `CrossAttender`: attention layers alone.
@@ -128,7 +128,7 @@ impl Config {
                 ContinuousTransformerWrapperConfig::from_map(map).map(Self::ContinuousTransformerWrapper)
             }
             "ViTransformerWrapper" => ViTransformerWrapperConfig::from_map(map).map(Self::ViTransformerWrapper),
-            "XTransformer" => XTransformerConfig::from_map(map).map(Self::XTransformer),
+            "XTransformer" => XTransformerConfig::from_map(map).map(Box::new).map(Self::XTransformer),
             "AutoregressiveWrapper" => AutoregressiveConfig::from_map(map).map(Self::AutoregressiveWrapper),
             "Encoder" | "Decoder" | "CrossAttender" => {
                 ensure!(

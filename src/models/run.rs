@@ -42,7 +42,7 @@ enum Kind {
     Transformer(TransformerWrapper),
     Continuous(ContinuousTransformerWrapper),
     Vision(ViTransformerWrapper),
-    EncoderDecoder(XTransformer),
+    EncoderDecoder(Box<XTransformer>),
     Autoregressive(AutoregressiveWrapper),
     Layers(AttentionLayers),
     Filter(SamplingConfig),
@@ -143,7 +143,7 @@ impl Model {
                 Kind::Continuous(ContinuousTransformerWrapper::new(config, store)?)
             }
             Config::ViTransformerWrapper(config) => Kind::Vision(ViTransformerWrapper::new(config, store)?),
-            Config::XTransformer(config) => Kind::EncoderDecoder(XTransformer::new(config, store)?),
+            Config::XTransformer(config) => Kind::EncoderDecoder(Box::new(XTransformer::new(config, store)?)),
             Config::AutoregressiveWrapper(config) => Kind::Autoregressive(AutoregressiveWrapper::new(config, store)?),
             Config::AttentionLayers(config) => Kind::Layers(AttentionLayers::new(&LayersPlan::new(config)?, store)?),
             Config::SamplingFilter(config) => Kind::Filter(config.clone()),

@@ -55,7 +55,7 @@ fn forward_row<T: Float>(x: &[T], y: &mut [T], sorted: &mut Vec<T::Acc>) {
 fn threshold<A: Real>(sorted: &[A], two: A) -> A {
     let (mut sum, mut squares, mut count) = (A::ZERO, A::ZERO, A::ZERO);
     // A row without a finite maximum has no entries here: its threshold, and so its output, is NaN.
-    let mut threshold = A::NEG_INFINITY - A::NEG_INFINITY;
+    let mut threshold = A::NEG_INFINITY * A::ZERO;
     for &z in sorted {
         sum += z;
         squares += z * z;
