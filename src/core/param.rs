@@ -44,19 +44,21 @@ impl Param {
 
     /// Replaces the value.
     ///
-    /// Errors: another shape or dtype.
+    /// Errors: another shape, dtype or device.
     pub fn set(&self, value: Tensor) -> Result<()> {
         self.update(|old| {
             ensure!(
-                old.shape() == value.shape() && old.dtype() == value.dtype(),
+                old.shape() == value.shape() && old.dtype() == value.dtype() && old.device() == value.device(),
                 Error::shape(
                     "set",
                     format!(
-                        "the parameter is {:?} {}, the value {:?} {}",
+                        "the parameter is {:?} {} {}, the value {:?} {} {}",
                         old.shape(),
                         old.dtype(),
+                        old.device(),
                         value.shape(),
-                        value.dtype()
+                        value.dtype(),
+                        value.device()
                     )
                 )
             );

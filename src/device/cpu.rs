@@ -7,7 +7,7 @@ use std::{
 
 use rayon::prelude::*;
 
-use super::{cpu_pool, pool::Pool};
+use super::{MemoryStats, cpu_pool, pool::Pool};
 use crate::{
     Error, Result,
     core::{Layout as TensorLayout, Shape, collapse},
@@ -61,15 +61,14 @@ impl CpuBuffer {
             return Ok(Self { block: None, bytes });
         }
         let (class, pool) = (Pool::size_class(bytes), cpu_pool());
-        let block = match pool.take(class).or_else(|| Block::new(class)) {
+        // Counted once it exists: a request that fails must not leave its size in the peak.
+        let make = || Block::new(class).inspect(|_| pool.made(class));
+        let block = match pool.take(class).or_else(make) {
             Some(block) => block,
             None => {
-                let stats = pool.stats();
+                let MemoryStats { live, cached, .. } = pool.stats();
                 pool.trim();
-                Block::new(class).ok_or_else(|| {
-                    pool.cancel(class);
-                    Error::OutOfMemory { requested: bytes, live: stats.live - class, cached: stats.cached }
-                })?
+                make().ok_or(Error::OutOfMemory { requested: bytes, live, cached })?
             }
         };
         let mut buffer = Self { block: Some(block), bytes };
@@ -84,7 +83,7 @@ impl CpuBuffer {
         match &self.block {
             // SAFETY: the block has at least `bytes` initialised bytes and lives as long as `self`.
             Some(block) => unsafe { std::slice::from_raw_parts(block.pointer.as_ptr(), self.bytes) },
-            None => align(&mut []),
+            None => empty(),
         }
     }
 
@@ -92,13 +91,13 @@ impl CpuBuffer {
         match &self.block {
             // SAFETY: as in `bytes`, and `&mut self` is exclusive.
             Some(block) => unsafe { std::slice::from_raw_parts_mut(block.pointer.as_ptr(), self.bytes) },
-            None => align(&mut []),
+            None => empty(),
         }
     }
 }
 
 /// An empty slice that is aligned for every element type, so that it can be cast.
-fn align(_: &mut [u8; 0]) -> &'static mut [u8] {
+fn empty() -> &'static mut [u8] {
     // SAFETY: a slice of length 0 needs only a non-null, aligned pointer.
     unsafe { std::slice::from_raw_parts_mut(std::ptr::without_provenance_mut(ALIGNMENT), 0) }
 }
@@ -137,7 +136,7 @@ pub(crate) fn for_rows2<A: Send, B: Send>(
     cost: usize,
     body: impl Fn(usize, &mut [A], &mut [B]) + Sync,
 ) {
-    if widths.0 == 0 || widths.1 == 0 {
+    if a.is_empty() || widths.0 == 0 || widths.1 == 0 {
         return;
     }
     let rows = rows_per_task(a.len() / widths.0, cost);

@@ -3,6 +3,8 @@
 //! Every op is a method of [`Tensor`](crate::Tensor). Adding one takes its file here, a word in the list below, and a
 //! case in `tests/contract`.
 
+pub use attention::{AttentionSpec, PositionBias, attention};
+
 /// Makes the modules and [`NAMES`] from one list: `file: op, op; …`.
 macro_rules! ops {
     ($($file:ident : $($op:ident),+;)+) => {
@@ -14,9 +16,19 @@ macro_rules! ops {
 }
 
 ops! {
+    attention: attention;
     copy: contiguous, to_dtype, cat;
+    cross_entropy: cross_entropy;
+    dropout: dropout;
+    embedding: embedding;
+    glu: glu;
+    matmul: matmul, linear;
+    norm: layer_norm, rms_norm, scale_norm;
     pointwise: neg, exp, ln, sqrt, square, sigmoid, tanh, relu, relu_squared, gelu, affine, add, sub, mul, div,
         eq, ne, lt, le, gt, ge, logical_and, logical_or, logical_not, where_cond, masked_fill;
     reduce: sum, mean, sum_to, max, argmax;
+    rotary: rotary;
     softmax: softmax;
 }
+
+pub use glu::Activation;

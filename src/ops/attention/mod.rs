@@ -1,0 +1,342 @@
+//! Fused scaled dot-product attention in blocks with an online softmax: memory grows with the sequence, not with its
+//! square (FlashAttention, Dao et al., <https://arxiv.org/abs/2205.14135>, <https://arxiv.org/abs/2307.08691>).
+//!
+//! This file holds what every device shares: the arguments, their checks, and what the backward pass keeps.
+
+mod backward;
+mod cpu;
+mod position;
+mod tile;
+
+use crate::{
+    DType, Error, Philox, Result, Tensor,
+    core::{Backward, Contributions, Shape, dropout_stream, record},
+    error::ensure,
+    ops::copy::same_kind,
+};
+use position::Position;
+
+const OP: &str = "attention";
+
+/// How [`attention`] turns products of queries and keys into weights.
+///
+/// Masks replace scores by the most negative finite number: a query without any key left attends to all keys equally,
+/// future ones included, and passes no gradient to its scores.
+///
+/// ```
+/// use x_transformers::{Device, Tensor, ops::{AttentionSpec, attention}};
+/// # fn main() -> x_transformers::Result<()> {
+/// let x = Tensor::from_slice(&[1.0f32, 2.0, 3.0, 4.0], [1, 1, 2, 2], &Device::Cpu)?;
+/// let y = attention(&x, &x, &x, &AttentionSpec { causal: true, ..AttentionSpec::default() })?;
+/// assert_eq!(y.to_vec::<f32>()?[..2], [1.0, 2.0]); // the first query sees the first key alone
+/// # Ok(())
+/// # }
+/// ```
+#[derive(Clone)]
+pub struct AttentionSpec<'a> {
+    /// Multiplies the products of queries and keys. Default 1; usually `dim_head^-0.5`.
+    pub scale: f64,
+    /// Masks the keys behind a query. The last query is aligned with the last key: query `i` sits at position
+    /// `i + keys − queries`. Default false.
+    pub causal: bool,
+    /// Bool, broadcasts to `[batch, heads, query, key]`; true keeps.
+    pub mask: Option<&'a Tensor>,
+    /// Padding of the queries, Bool `[batch, query]`: a padded (false) query sees the memory keys alone.
+    pub query_mask: Option<&'a Tensor>,
+    /// Padding of the keys, Bool `[batch, key]`, with or without the memory keys in front; true keeps.
+    pub key_mask: Option<&'a Tensor>,
+    /// Number of keys in front that `query_mask` and `key_mask` never mask (learned memory key/values). Default 0.
+    pub mem_keys: usize,
+    /// Masks the keys that are further than this before a query's position.
+    pub max_attend_past: Option<usize>,
+    /// Added to the scaled products: the dtype of the queries, broadcasts to `[batch, heads, query, key]`. Has a
+    /// gradient, summed to its shape.
+    pub bias: Option<&'a Tensor>,
+    /// Added to the scaled products, generated block by block. Default none.
+    pub position_bias: PositionBias<'a>,
+    /// Probability of dropping a weight after the softmax; acts under [`Tape::train`](crate::Tape::train). Default 0.
+    pub dropout: f64,
+}
+
+impl Default for AttentionSpec<'_> {
+    fn default() -> Self {
+        Self {
+            scale: 1.0,
+            causal: false,
+            mask: None,
+            query_mask: None,
+            key_mask: None,
+            mem_keys: 0,
+            max_attend_past: None,
+            bias: None,
+            position_bias: PositionBias::None,
+            dropout: 0.0,
+        }
+    }
+}
+
+/// A bias that depends on a query's and a key's position alone: no `[heads, query, key]` tensor is made of it.
+#[derive(Clone, Copy, Default)]
+pub enum PositionBias<'a> {
+    /// Nothing is added.
+    #[default]
+    None,
+    /// ALiBi: `slopes[head] · key`, `key` counted from 0 (Press et al., <https://arxiv.org/abs/2108.12409>).
+    Alibi {
+        /// Float `[heads]`; has a gradient.
+        slopes: &'a Tensor,
+    },
+    /// T5: `scale · table[bucket(query − key), head]`, both counted from 0 (Raffel et al.,
+    /// <https://arxiv.org/abs/1910.10683>).
+    ///
+    /// With `r = query − key` and `B` buckets, `e = B / 2`: bucket `r` below `e`, above it
+    /// `min(B − 1, e + ⌊ln(r / e) / ln(max_distance / e) · (B − e)⌋)`.
+    T5 {
+        /// Float `[buckets, heads]`; has a gradient.
+        table: &'a Tensor,
+        /// Multiplies the table; x-transformers has `sqrt(dim_head)`.
+        scale: f64,
+        /// Whether keys behind the query share bucket 0. Otherwise half of the buckets are theirs, and `r = |r|`.
+        causal: bool,
+        /// The distance from which on all share the last bucket; x-transformers has 128.
+        max_distance: usize,
+    },
+}
+
+/// Attention: `softmax(scale · q kᵀ + biases) v`, masked scores being replaced by the lowest finite number.
+///
+/// Shapes: `q` `[batch, heads, query, d]`, `k` `[batch, kv_heads, key, d]`, `v` `[batch, kv_heads, key, e]` →
+/// `[batch, heads, query, e]`. `heads` is a multiple of `kv_heads`; query head `h` uses key head `h / (heads /
+/// kv_heads)` (grouped queries, <https://arxiv.org/abs/2305.13245>). Any strides: rows with a packed last dimension are
+/// read in place. The result lies in memory as `[batch, query, heads, e]`, so that merging the heads is a view.
+///
+/// Products, statistics and sums are in f32 (f64 for f64). Without keys the result is zero.
+/// Saves: `q`, `k`, `v`, the output and one number per query.
+/// Errors: shapes, dtypes or devices that do not fit, or a value outside of its domain.
+pub fn attention(q: &Tensor, k: &Tensor, v: &Tensor, spec: &AttentionSpec) -> Result<Tensor> {
+    let sizes = Sizes::new(q, k, v)?;
+    spec.check(&sizes, q)?;
+    let position = Position::new(&spec.position_bias, &sizes)?;
+    let (q, k, v) = (packed_rows(q)?, packed_rows(k)?, packed_rows(v)?);
+    let bias = spec.bias.map(packed_rows).transpose()?;
+    let problem = Problem {
+        sizes,
+        q: q.detach(),
+        k: k.detach(),
+        v: v.detach(),
+        scale: spec.scale,
+        causal: spec.causal,
+        mask: spec.mask.map(packed_rows).transpose()?,
+        query_mask: spec.query_mask.map(Tensor::contiguous).transpose()?,
+        key_mask: spec.key_mask.map(Tensor::contiguous).transpose()?,
+        mem_keys: spec.mem_keys,
+        max_attend_past: spec.max_attend_past,
+        bias: bias.as_ref().map(Tensor::detach),
+        position,
+        dropout: if spec.dropout > 0.0 { dropout_stream().map(|stream| Dropout::new(stream, spec.dropout)) } else { None },
+    };
+    let (out, log_sums) = cpu::forward(&problem)?;
+    let mut inputs = vec![&q, &k, &v];
+    inputs.extend(&bias);
+    inputs.extend(spec.position_bias.weights());
+    record(OP, out, &inputs, |out| AttentionBackward { problem, out: out.detach(), log_sums })
+}
+
+/// The tensor itself if its last dimension is packed, else a packed copy.
+fn packed_rows(x: &Tensor) -> Result<Tensor> {
+    if x.layout().has_packed_rows() { Ok(x.clone()) } else { x.contiguous() }
+}
+
+impl<'a> PositionBias<'a> {
+    /// The tensor that has a gradient.
+    fn weights(&self) -> Option<&'a Tensor> {
+        match *self {
+            Self::None => None,
+            Self::Alibi { slopes } => Some(slopes),
+            Self::T5 { table, .. } => Some(table),
+        }
+    }
+}
+
+/// The sizes of one call.
+#[derive(Clone, Copy)]
+struct Sizes {
+    batch: usize,
+    heads: usize,
+    kv_heads: usize,
+    queries: usize,
+    keys: usize,
+    /// Features of a query and a key.
+    d: usize,
+    /// Features of a value.
+    e: usize,
+}
+
+impl Sizes {
+    fn new(q: &Tensor, k: &Tensor, v: &Tensor) -> Result<Self> {
+        same_kind(OP, q, k)?;
+        same_kind(OP, q, v)?;
+        ensure!(
+            q.dtype().is_float(),
+            Error::dtype(OP, format!("expected float queries, keys and values, got {}", q.dtype()))
+        );
+        let (&[batch, heads, queries, d], &[k_batch, kv_heads, keys, k_d], &[v_batch, v_heads, v_keys, e]) =
+            (&q.shape()[..], &k.shape()[..], &v.shape()[..])
+        else {
+            return Err(Error::shape(
+                OP,
+                format!(
+                    "expected four dimensions [batch, heads, sequence, features] each, got q {:?}, k {:?}, v {:?}",
+                    q.shape(),
+                    k.shape(),
+                    v.shape()
+                ),
+            ));
+        };
+        ensure!(
+            k_batch == batch && v_batch == batch && v_heads == kv_heads && v_keys == keys && k_d == d,
+            Error::shape(
+                OP,
+                format!(
+                    "expected q [batch, heads, query, d], k [batch, kv_heads, key, d], v [batch, kv_heads, key, e], \
+                     got q {:?}, k {:?}, v {:?}",
+                    q.shape(),
+                    k.shape(),
+                    v.shape()
+                )
+            )
+        );
+        ensure!(
+            heads == kv_heads || (kv_heads > 0 && heads.is_multiple_of(kv_heads)),
+            Error::shape(OP, format!("the {heads} heads of q are not a multiple of the {kv_heads} heads of k and v"))
+        );
+        Ok(Self { batch, heads, kv_heads, queries, keys, d, e })
+    }
+
+    /// Query heads that share one key head.
+    fn group(&self) -> usize {
+        self.heads.checked_div(self.kv_heads).unwrap_or(1)
+    }
+
+    /// The shape of the scores, which is never allocated.
+    fn scores(&self) -> Result<Shape> {
+        Shape::new(&[self.batch, self.heads, self.queries, self.keys])
+    }
+}
+
+impl AttentionSpec<'_> {
+    fn check(&self, sizes: &Sizes, q: &Tensor) -> Result<()> {
+        ensure!(self.scale.is_finite(), Error::argument(OP, format!("scale is {}, expected a finite number", self.scale)));
+        ensure!(
+            (0.0..=1.0).contains(&self.dropout),
+            Error::argument(OP, format!("dropout is {}, expected a probability from 0 to 1", self.dropout))
+        );
+        ensure!(
+            self.mem_keys <= sizes.keys,
+            Error::argument(OP, format!("mem_keys is {}, there are {} keys", self.mem_keys, sizes.keys))
+        );
+        if let Some(mask) = self.mask {
+            expect_bool("mask", mask, q)?;
+            expect_scores("mask", mask, sizes)?;
+        }
+        if let Some(bias) = self.bias {
+            same_kind(OP, q, bias)?;
+            expect_scores("bias", bias, sizes)?;
+        }
+        if let Some(mask) = self.query_mask {
+            expect_bool("query_mask", mask, q)?;
+            expect_padding("query_mask [batch, query]", mask, sizes.batch, &[sizes.queries])?;
+        }
+        if let Some(mask) = self.key_mask {
+            expect_bool("key_mask", mask, q)?;
+            expect_padding("key_mask [batch, key]", mask, sizes.batch, &[sizes.keys, sizes.keys - self.mem_keys])?;
+        }
+        Ok(())
+    }
+}
+
+fn expect_bool(name: &str, mask: &Tensor, q: &Tensor) -> Result<()> {
+    ensure!(
+        mask.dtype() == DType::Bool,
+        Error::dtype(OP, format!("{name} is {}, expected bool (true keeps)", mask.dtype()))
+    );
+    ensure!(
+        mask.device() == q.device(),
+        Error::Device { op: OP, message: format!("{name} is on {}, q on {}; move one", mask.device(), q.device()) }
+    );
+    Ok(())
+}
+
+fn expect_scores(name: &str, x: &Tensor, sizes: &Sizes) -> Result<()> {
+    let scores = sizes.scores()?;
+    ensure!(
+        x.shape().broadcast(&scores, OP).is_ok_and(|shape| shape == scores),
+        Error::shape(
+            OP,
+            format!("{name} {:?} does not broadcast to [batch, heads, query, key] = {scores:?}", x.shape())
+        )
+    );
+    Ok(())
+}
+
+fn expect_padding(name: &str, mask: &Tensor, batch: usize, lengths: &[usize]) -> Result<()> {
+    ensure!(
+        lengths.iter().any(|&length| mask.shape()[..] == [batch, length]),
+        Error::shape(OP, format!("{name} has shape {:?}, expected {:?}", mask.shape(), [batch, lengths[0]]))
+    );
+    Ok(())
+}
+
+/// Which weights are dropped: a function of the position in `[batch, heads, query, key]`.
+#[derive(Clone, Copy)]
+struct Dropout {
+    stream: Philox,
+    threshold: u64,
+    /// What a kept weight is multiplied by: `1 / (1 − p)`.
+    factor: f64,
+}
+
+impl Dropout {
+    fn new(stream: Philox, p: f64) -> Self {
+        // With p = 1 nothing is kept.
+        let factor = if p < 1.0 { 1.0 / (1.0 - p) } else { 0.0 };
+        Self { stream, threshold: Philox::drop_threshold(p), factor }
+    }
+}
+
+/// One checked call: its operands, as constants with packed rows, and its spec.
+struct Problem {
+    sizes: Sizes,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: f64,
+    causal: bool,
+    mask: Option<Tensor>,
+    query_mask: Option<Tensor>,
+    key_mask: Option<Tensor>,
+    mem_keys: usize,
+    max_attend_past: Option<usize>,
+    bias: Option<Tensor>,
+    position: Option<Position>,
+    dropout: Option<Dropout>,
+}
+
+struct AttentionBackward {
+    problem: Problem,
+    out: Tensor,
+    /// `ln Σ exp(score)` of each query, infinite where everything is masked: `[batch, heads, query]`.
+    log_sums: Tensor,
+}
+
+impl Backward for AttentionBackward {
+    fn name(&self) -> &'static str {
+        OP
+    }
+
+    /// With `P` the weights, `D = Σ_e grad ⊙ out`: `dV = Pᵀ grad`, `dS = P ⊙ (grad Vᵀ − D)`, `dQ = scale · dS K`,
+    /// `dK = scale · dSᵀ Q`; the biases get the sums of `dS`.
+    fn backward(self: Box<Self>, grad: Tensor, need: &[bool]) -> Result<Contributions> {
+        backward::backward(&self.problem, &self.out, &self.log_sums, &grad, need).map(Contributions::whole)
+    }
+}

@@ -1,0 +1,136 @@
+//! Biases that depend on the distance of key and query: one value per head and distance.
+
+use super::{OP, PositionBias, Sizes};
+use crate::{
+    Error, Result, Tensor,
+    core::{Real, dispatch_float},
+    error::ensure,
+};
+
+/// A position bias in one form: `weights[parameter(distance), head] · factor(distance)`, `distance = key − query`,
+/// both counted from 0.
+pub(super) struct Position {
+    /// `[parameters, heads]`, or `[heads]` for one parameter.
+    weights: Tensor,
+    /// Parameter and factor of each distance, from `1 − queries` to `keys − 1`.
+    terms: Vec<(usize, f64)>,
+    parameters: usize,
+    heads: usize,
+}
+
+impl Position {
+    pub fn new(bias: &PositionBias, sizes: &Sizes) -> Result<Option<Self>> {
+        let distances = 1 - sizes.queries as i64..sizes.keys as i64;
+        let (weights, parameters, terms) = match *bias {
+            PositionBias::None => return Ok(None),
+            PositionBias::Alibi { slopes } => {
+                expect_weights("slopes", slopes, &[sizes.heads])?;
+                // Counted from the query's position instead of from 0: the softmax does not see the difference, and
+                // small numbers keep their digits.
+                let shift = sizes.keys as i64 - sizes.queries as i64;
+                (slopes, 1, distances.map(|distance| (0, (distance - shift) as f64)).collect())
+            }
+            PositionBias::T5 { table, scale, causal, max_distance } => {
+                let buckets = table.shape().first().copied().unwrap_or(0);
+                expect_weights("table", table, &[buckets, sizes.heads])?;
+                ensure!(scale.is_finite(), Error::argument(OP, format!("the T5 scale is {scale}, expected a finite number")));
+                let one_side = if causal { buckets } else { buckets / 2 };
+                ensure!(
+                    one_side >= 2 && max_distance > one_side / 2,
+                    Error::argument(
+                        OP,
+                        format!(
+                            "the T5 table has {buckets} buckets with max_distance {max_distance}; expected at least {} \
+                             buckets, and a max_distance above {}",
+                            if causal { 2 } else { 4 },
+                            one_side / 2
+                        )
+                    )
+                );
+                let term = |distance: i64| (bucket(-distance, causal, buckets, max_distance), scale);
+                (table, buckets, distances.map(term).collect())
+            }
+        };
+        Ok(Some(Self { weights: weights.detach(), terms, parameters, heads: sizes.heads }))
+    }
+
+    /// The weights: a gradient has their shape.
+    pub fn weights(&self) -> &Tensor {
+        &self.weights
+    }
+
+    /// Weights per head.
+    pub fn parameters(&self) -> usize {
+        self.parameters
+    }
+
+    /// The bias of each head and distance, `[heads, distances]`.
+    pub fn curves<A: Real>(&self) -> Result<Vec<A>> {
+        let weights = self.weights.to_f64_vec()?;
+        let curve = |head: usize| {
+            let weights = &weights;
+            self.terms.iter().map(move |&(parameter, factor)| A::from_f64(weights[parameter * self.heads + head] * factor))
+        };
+        Ok((0..self.heads).flat_map(curve).collect())
+    }
+
+    /// Adds the gradients of the distances from number `first` on to those of one head's weights.
+    pub fn reduce<A: Real>(&self, gradients: &[A], first: usize, into: &mut [f64]) {
+        for (gradient, &(parameter, factor)) in gradients.iter().zip(&self.terms[first..]) {
+            into[parameter] += gradient.to_f64() * factor;
+        }
+    }
+
+    /// The gradient of the weights from that of each head's, `[heads, parameters]`.
+    pub fn gradient(&self, per_head: &[f64]) -> Result<Tensor> {
+        let mut gradient = self.weights.contiguous()?.uninit_like()?;
+        dispatch_float!(OP, gradient.dtype(), T, {
+            for (at, to) in gradient.values_mut::<T>()?.iter_mut().enumerate() {
+                let (parameter, head) = (at / self.heads, at % self.heads);
+                *to = <T as crate::core::Float>::from_f64(per_head[head * self.parameters + parameter]);
+            }
+            Ok(())
+        })?;
+        Ok(gradient)
+    }
+}
+
+fn expect_weights(name: &str, weights: &Tensor, shape: &[usize]) -> Result<()> {
+    ensure!(
+        weights.dtype().is_float(),
+        Error::dtype(OP, format!("{name} is {}, expected a float tensor", weights.dtype()))
+    );
+    ensure!(
+        weights.shape()[..] == *shape,
+        Error::shape(OP, format!("{name} has shape {:?}, expected {shape:?}", weights.shape()))
+    );
+    Ok(())
+}
+
+/// The T5 bucket of a distance `query − key`. The quotient is computed in f64: with the usual sizes, powers of two fall
+/// exactly on bucket edges.
+fn bucket(distance: i64, causal: bool, buckets: usize, max_distance: usize) -> usize {
+    let (side, buckets, distance) = match (causal, distance < 0) {
+        (true, _) => (0, buckets, distance.max(0) as usize),
+        (false, behind) => (if behind { buckets / 2 } else { 0 }, buckets / 2, distance.unsigned_abs() as usize),
+    };
+    let exact = buckets / 2;
+    if distance < exact {
+        return side + distance;
+    }
+    let part = libm::log(distance as f64 / exact as f64) / libm::log(max_distance as f64 / exact as f64);
+    side + (exact + (part * (buckets - exact) as f64) as usize).min(buckets - 1)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::bucket;
+
+    #[test]
+    fn attention_t5_buckets() {
+        let causal: Vec<usize> = [-5, 0, 1, 15, 16, 17, 18, 19, 32, 64, 113, 128, 5000].map(|r| bucket(r, true, 32, 128)).into();
+        assert_eq!(causal, [0, 0, 1, 15, 16, 16, 16, 17, 21, 26, 31, 31, 31]);
+        let both: Vec<usize> = [0, 1, 7, 8, 16, 32, 64, 128, -1, -8, -64].map(|r| bucket(r, false, 32, 128)).into();
+        assert_eq!(both, [0, 1, 7, 8, 10, 12, 14, 15, 17, 24, 30]);
+    }
+}

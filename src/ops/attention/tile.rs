@@ -1,0 +1,459 @@
+//! A tile: the scores of a block of queries against a block of keys, with every bias and mask, in one place for the
+//! forward and the backward pass.
+
+use std::{cell::RefCell, ops::Range};
+
+use super::{Problem, Sizes};
+use crate::{
+    Philox, Result, Tensor,
+    core::{Element, Float, Real},
+    device::simd::vectorized,
+    ops::{
+        matmul::cpu::{Matrix, gemm_block},
+        reduce::sum_slice,
+    },
+};
+
+/// Queries of a tile.
+pub(super) const QUERIES: usize = 64;
+/// Keys of a tile, and the step from one of its rows to the next.
+pub(super) const KEYS: usize = 128;
+/// Rows are processed in whole groups of this many scores; those behind the last key are masked.
+const LANES: usize = 16;
+
+/// One operand `[batch, heads, sequence, features]` with packed rows.
+pub(super) struct Rows<'a, A> {
+    data: &'a [A],
+    batch: usize,
+    head: usize,
+    row: usize,
+}
+
+impl<'a, A: Real> Rows<'a, A> {
+    pub fn new(x: &'a Tensor) -> Result<Self> {
+        let layout = x.layout();
+        let (strides, storage) = (layout.strides(), x.storage::<A>()?);
+        let data = &storage[layout.offset.min(storage.len())..];
+        Ok(Self { data, batch: strides[0], head: strides[1], row: strides[2] })
+    }
+
+    /// The rows from `start` on.
+    pub fn block(&self, batch: usize, head: usize, start: usize) -> Matrix<'a, A> {
+        let offset = batch * self.batch + head * self.head + start * self.row;
+        // Rows without features may start behind the end.
+        Matrix { data: &self.data[offset.min(self.data.len())..], row: self.row, col: 1 }
+    }
+
+    pub fn row(&self, batch: usize, head: usize, row: usize, width: usize) -> &'a [A] {
+        &self.block(batch, head, row).data[..width]
+    }
+}
+
+/// A transposed view.
+pub(super) fn transposed<A: Copy>(x: Matrix<A>) -> Matrix<A> {
+    Matrix { row: x.col, col: x.row, ..x }
+}
+
+/// A tensor that broadcasts to the scores; its last dimension is packed or repeated.
+struct Broadcast<'a, S> {
+    data: &'a [S],
+    strides: [usize; 4],
+}
+
+impl<'a, S: Copy> Broadcast<'a, S> {
+    fn new<E: Element<Stored = S>>(x: &'a Tensor, sizes: &Sizes) -> Result<Self> {
+        let layout = x.layout().expand(sizes.scores()?);
+        let mut strides = [0; 4];
+        strides.copy_from_slice(layout.strides());
+        Ok(Self { data: &x.storage::<E>()?[layout.offset..], strides })
+    }
+
+    /// The entries of a run of keys: one each, or one for all of them.
+    fn row(&self, index: [usize; 4], keys: usize) -> &'a [S] {
+        let start: usize = index.iter().zip(&self.strides).map(|(index, stride)| index * stride).sum();
+        &self.data[start..start + if self.strides[3] == 1 { keys } else { 1 }]
+    }
+}
+
+/// Where a tile lies.
+#[derive(Clone, Copy)]
+pub(super) struct At {
+    pub batch: usize,
+    pub head: usize,
+    /// First query.
+    pub query: usize,
+    pub queries: usize,
+    /// First key.
+    pub key: usize,
+    pub keys: usize,
+}
+
+impl At {
+    /// Keys with those that fill the last group of lanes.
+    pub fn width(&self) -> usize {
+        self.keys.next_multiple_of(LANES)
+    }
+}
+
+/// Everything that the tiles of one call are computed from. `T` is the type of the tensors.
+pub(super) struct Tiles<'a, T: Float> {
+    pub sizes: Sizes,
+    pub q: Rows<'a, T::Acc>,
+    pub k: Rows<'a, T::Acc>,
+    pub v: Rows<'a, T::Acc>,
+    scale: T::Acc,
+    causal: bool,
+    mask: Option<Broadcast<'a, u8>>,
+    query_mask: Option<&'a [u8]>,
+    key_mask: Option<&'a [u8]>,
+    mem_keys: usize,
+    max_attend_past: Option<i64>,
+    bias: Option<Broadcast<'a, T>>,
+    /// `[heads, queries + keys − 1]`.
+    curves: Option<Vec<T::Acc>>,
+    dropout: Option<super::Dropout>,
+}
+
+impl<'a, T: Float> Tiles<'a, T> {
+    /// `operands`: queries, keys and values in the type of the computation.
+    pub fn new(problem: &'a Problem, operands: &'a [Tensor; 3]) -> Result<Self> {
+        let sizes = problem.sizes;
+        let padding = |mask: &'a Option<Tensor>| mask.as_ref().map(|mask| mask.values::<bool>()).transpose();
+        let [q, k, v] = operands;
+        Ok(Self {
+            sizes,
+            q: Rows::new(q)?,
+            k: Rows::new(k)?,
+            v: Rows::new(v)?,
+            scale: T::Acc::from_f64(problem.scale),
+            causal: problem.causal,
+            mask: problem.mask.as_ref().map(|mask| Broadcast::new::<bool>(mask, &sizes)).transpose()?,
+            query_mask: padding(&problem.query_mask)?,
+            key_mask: padding(&problem.key_mask)?,
+            mem_keys: problem.mem_keys,
+            max_attend_past: problem.max_attend_past.map(|past| i64::try_from(past).unwrap_or(i64::MAX)),
+            bias: problem.bias.as_ref().map(|bias| Broadcast::new::<T>(bias, &sizes)).transpose()?,
+            curves: problem.position.as_ref().map(|position| position.curves()).transpose()?,
+            dropout: problem.dropout,
+        })
+    }
+
+    /// The keys that causality, the maximum past and the padding of the queries leave to a query.
+    fn kept(&self, batch: usize, query: usize) -> Range<usize> {
+        let keys = self.sizes.keys;
+        let position = query as i64 + keys as i64 - self.sizes.queries as i64;
+        let mut end = if self.causal { (position + 1).clamp(0, keys as i64) as usize } else { keys };
+        if self.query_mask.is_some_and(|mask| mask[batch * self.sizes.queries + query] == 0) {
+            end = end.min(self.mem_keys);
+        }
+        let start = self.max_attend_past.map_or(0, |past| position.saturating_sub(past).clamp(0, keys as i64) as usize);
+        start.min(end)..end
+    }
+
+    /// Whether any score of the tile may be kept; masks of their own are not looked at.
+    pub fn reaches(&self, at: At) -> bool {
+        let keys = at.key..at.key + at.keys;
+        let seen = (at.query..at.query + at.queries).any(|query| {
+            let kept = self.kept(at.batch, query);
+            kept.start.max(keys.start) < kept.end.min(keys.end)
+        });
+        seen && self.padding(at).is_none_or(|(free, mask)| free > 0 || mask.iter().any(|&keep| keep != 0))
+    }
+
+    /// The keys of the tile that no padding masks, counted from its first one, and the mask of those behind.
+    fn padding(&self, at: At) -> Option<(usize, &'a [u8])> {
+        let mask = self.key_mask?;
+        let length = mask.len() / self.sizes.batch;
+        // The mask may leave out the memory keys.
+        let skipped = self.sizes.keys - length;
+        let free = self.mem_keys.saturating_sub(at.key).min(at.keys);
+        let start = at.batch * length + (at.key + free).saturating_sub(skipped);
+        Some((free, &mask[start..start + at.keys - free]))
+    }
+
+    /// `scale · q kᵀ` with biases, −∞ where masked; rows of `s` are [`KEYS`] apart.
+    pub fn scores(&self, at: At, q: Matrix<T::Acc>, k: Matrix<T::Acc>, s: &mut [T::Acc]) {
+        gemm_block::<T::Acc>(at.queries, at.keys, self.sizes.d, q, transposed(k), false, s, KEYS);
+        let s = &mut s[..at.queries * KEYS];
+        match &self.curves {
+            None => scale_rows(s, at.keys, self.scale),
+            Some(curves) => {
+                let curve = self.curve(at);
+                scale_rows_and_add(s, at.keys, self.scale, &curves[curve]);
+            }
+        }
+        let padding = self.padding(at);
+        for (row, s) in s.chunks_exact_mut(KEYS).enumerate() {
+            let query = at.query + row;
+            let (s, behind) = s.split_at_mut(at.keys);
+            if let Some(bias) = &self.bias {
+                add_bias::<T>(s, bias.row([at.batch, at.head, query, at.key], at.keys));
+            }
+            if let Some(mask) = &self.mask {
+                apply_mask(s, mask.row([at.batch, at.head, query, at.key], at.keys));
+            }
+            if let Some((free, mask)) = padding {
+                apply_mask(&mut s[free..], mask);
+            }
+            let kept = self.kept(at.batch, query);
+            s[..kept.start.saturating_sub(at.key).min(at.keys)].fill(T::Acc::NEG_INFINITY);
+            s[kept.end.saturating_sub(at.key).min(at.keys)..].fill(T::Acc::NEG_INFINITY);
+            behind.fill(T::Acc::NEG_INFINITY);
+        }
+    }
+
+    /// The part of the position bias that a tile reads: that of its last query and first key comes first, and each
+    /// query before it starts one element later.
+    pub fn curve(&self, at: At) -> Range<usize> {
+        let distances = self.sizes.queries + self.sizes.keys - 1;
+        let start = at.head * distances + self.sizes.queries + at.key - at.query - at.queries;
+        start..start + at.keys + at.queries - 1
+    }
+
+    /// Whether weights are dropped.
+    pub fn drops(&self) -> bool {
+        self.dropout.is_some()
+    }
+
+    /// What dropout multiplies the weights of one query by; unchanged without dropout.
+    pub fn dropout(&self, at: At, row: usize, factors: &mut [T::Acc]) {
+        let Some(dropout) = &self.dropout else { return };
+        let Sizes { heads, queries, keys, .. } = self.sizes;
+        let first = (((at.batch * heads + at.head) * queries + at.query + row) * keys + at.key) as u64;
+        let factor = T::Acc::from_f64(dropout.factor);
+        keep_factors(dropout.stream, first, dropout.threshold, factor, &mut factors[..at.keys]);
+    }
+
+    /// Gives fully masked queries their weights, `1 / keys` for every key, and applies dropout to them.
+    pub fn spread(&self, at: At, masked: impl Fn(usize) -> bool, p: &mut [T::Acc], factors: &mut [T::Acc]) {
+        let weight = T::Acc::ONE / T::Acc::from_f64(self.sizes.keys as f64);
+        for (row, p) in p.chunks_exact_mut(KEYS).take(at.queries).enumerate().filter(|(row, _)| masked(*row)) {
+            p[..at.keys].fill(weight);
+            if self.drops() {
+                self.dropout(at, row, factors);
+                multiply(&mut p[..at.keys], factors);
+            }
+        }
+    }
+}
+
+vectorized! {
+    fn scale_rows<A: Real>(s: &mut [A], keys: usize, scale: A) {
+        for s in s.chunks_exact_mut(KEYS) {
+            for s in &mut s[..keys] {
+                *s *= scale;
+            }
+        }
+    }
+}
+
+vectorized! {
+    /// The curve of the last row comes first.
+    fn scale_rows_and_add<A: Real>(s: &mut [A], keys: usize, scale: A, curve: &[A]) {
+        for (start, s) in s.chunks_exact_mut(KEYS).rev().enumerate() {
+            for (s, curve) in s[..keys].iter_mut().zip(&curve[start..]) {
+                *s = *s * scale + *curve;
+            }
+        }
+    }
+}
+
+vectorized! {
+    fn add_bias<T: Float>(s: &mut [T::Acc], bias: &[T]) {
+        if let [bias] = bias {
+            for s in s {
+                *s += bias.to_acc();
+            }
+        } else {
+            for (s, bias) in s.iter_mut().zip(bias) {
+                *s += bias.to_acc();
+            }
+        }
+    }
+}
+
+vectorized! {
+    fn apply_mask<A: Real>(s: &mut [A], mask: &[u8]) {
+        if let [keep] = mask {
+            if *keep == 0 {
+                s.fill(A::NEG_INFINITY);
+            }
+        } else {
+            for (s, keep) in s.iter_mut().zip(mask) {
+                *s = if *keep != 0 { *s } else { A::NEG_INFINITY };
+            }
+        }
+    }
+}
+
+vectorized! {
+    /// Word `first + n` of the stream decides on element `n`.
+    fn keep_factors<A: Real>(stream: Philox, first: u64, threshold: u64, factor: A, factors: &mut [A]) {
+        let mut words = [0u32; KEYS + 8];
+        let skip = (first % 4) as usize;
+        let blocks = (skip + factors.len()).div_ceil(4);
+        for (block, words) in words.chunks_exact_mut(4).take(blocks).enumerate() {
+            words.copy_from_slice(&stream.block(first / 4 + block as u64));
+        }
+        for (factor_of, word) in factors.iter_mut().zip(&words[skip..]) {
+            *factor_of = if *word as u64 >= threshold { factor } else { A::ZERO };
+        }
+    }
+}
+
+vectorized! {
+    /// One step of the online softmax: turns the scores of a tile into `exp(score − max)`, where `max` is that of all
+    /// tiles so far, and brings the sums so far (`sum`, and rows of `acc`) to that maximum.
+    pub(super) fn softmax_step<A: Real>(s: &mut [A], width: usize, max: &mut [A], sum: &mut [A], acc: &mut [A]) {
+        let e = acc.len() / max.len();
+        for (row, s) in s.chunks_exact_mut(KEYS).take(max.len()).enumerate() {
+            let s = &mut s[..width];
+            let mut lanes = [A::NEG_INFINITY; LANES];
+            for s in s.chunks_exact(LANES) {
+                for (lane, s) in lanes.iter_mut().zip(s) {
+                    *lane = lane.max(*s);
+                }
+            }
+            let largest = lanes.iter().fold(max[row], |max, lane| max.max(*lane));
+            // With no key kept so far, every exponential must be 0 and not NaN.
+            let shift = if largest == A::NEG_INFINITY { A::ZERO } else { largest };
+            let mut lanes = [A::ZERO; LANES];
+            for s in s.chunks_exact_mut(LANES) {
+                for (lane, s) in lanes.iter_mut().zip(s) {
+                    *s = (*s - shift).exp();
+                    *lane += *s;
+                }
+            }
+            let correction = (max[row] - shift).exp();
+            sum[row] = sum[row] * correction + total(lanes);
+            if largest != max[row] {
+                for acc in &mut acc[row * e..(row + 1) * e] {
+                    *acc *= correction;
+                }
+            }
+            max[row] = largest;
+        }
+    }
+}
+
+/// The sum of all lanes, in a fixed order.
+#[inline(always)]
+fn total<A: Real>(mut lanes: [A; LANES]) -> A {
+    for width in [8, 4, 2, 1] {
+        for lane in 0..width {
+            let other = lanes[lane + width];
+            lanes[lane] += other;
+        }
+    }
+    lanes[0]
+}
+
+vectorized! {
+    /// Weights from scores: `exp(score − log_sum)`.
+    pub(super) fn weights<A: Real>(s: &mut [A], width: usize, log_sums: &[A]) {
+        for (s, log_sum) in s.chunks_exact_mut(KEYS).zip(log_sums) {
+            for s in &mut s[..width] {
+                *s = (*s - *log_sum).exp();
+            }
+        }
+    }
+}
+
+vectorized! {
+    /// `ds = p ⊙ (dp − delta)`, over `dp`.
+    pub(super) fn score_gradients<A: Real>(p: &[A], dp: &mut [A], width: usize, delta: &[A]) {
+        for ((p, dp), delta) in p.chunks_exact(KEYS).zip(dp.chunks_exact_mut(KEYS)).zip(delta) {
+            for (p, dp) in p[..width].iter().zip(&mut dp[..width]) {
+                *dp = *p * (*dp - *delta);
+            }
+        }
+    }
+}
+
+vectorized! {
+    /// As [`score_gradients`] for one row with dropout: the weights come back as they met the values.
+    pub(super) fn score_gradients_dropped<A: Real>(p: &mut [A], dp: &mut [A], factors: &[A], delta: A) {
+        for ((p, dp), factor) in p.iter_mut().zip(dp).zip(factors) {
+            *dp = *p * (*dp * *factor - delta);
+            *p *= *factor;
+        }
+    }
+}
+
+vectorized! {
+    pub(super) fn dot<A: Real>(x: &[A], y: &[A]) -> A {
+        let (x, y) = (x.chunks_exact(LANES), y.chunks_exact(LANES));
+        let mut rest = A::ZERO;
+        for (x, y) in x.remainder().iter().zip(y.remainder()) {
+            rest += *x * *y;
+        }
+        let mut lanes = [A::ZERO; LANES];
+        for (x, y) in x.zip(y) {
+            for ((lane, x), y) in lanes.iter_mut().zip(x).zip(y) {
+                *lane += *x * *y;
+            }
+        }
+        rest + total(lanes)
+    }
+}
+
+vectorized! {
+    pub(super) fn sum<A: Real>(x: &[A]) -> A {
+        sum_slice::<A>(x)
+    }
+}
+
+vectorized! {
+    /// `to = factor · Σ rows`, rows being `step` apart.
+    pub(super) fn sum_rows<T: Float>(rows: &[T::Acc], step: usize, count: usize, factor: T::Acc, to: &mut [T]) {
+        for (column, to) in to.iter_mut().enumerate() {
+            let mut sum = rows[column];
+            for row in 1..count {
+                sum += rows[row * step + column];
+            }
+            *to = T::from_acc(sum * factor);
+        }
+    }
+}
+
+vectorized! {
+    pub(super) fn multiply<A: Real>(x: &mut [A], factors: &[A]) {
+        for (x, factor) in x.iter_mut().zip(factors) {
+            *x *= *factor;
+        }
+    }
+}
+
+vectorized! {
+    pub(super) fn add<A: Real>(sum: &mut [A], x: &[A]) {
+        for (sum, x) in sum.iter_mut().zip(x) {
+            *sum += *x;
+        }
+    }
+}
+
+/// Lends out `LENGTHS` pieces of this thread's working memory, of unspecified content.
+pub(super) fn with_scratch<A: Real, const N: usize, R>(lengths: [usize; N], body: impl FnOnce([&mut [A]; N]) -> R) -> R {
+    thread_local! {
+        static SCRATCH: RefCell<Vec<f64>> = const { RefCell::new(Vec::new()) };
+    }
+    // Pieces start at cache lines of 64 bytes.
+    let line = 64 / size_of::<A>();
+    let total: usize = lengths.iter().map(|length| length.next_multiple_of(line)).sum();
+    // Taken, not borrowed: a body that starts other work of this thread finds an empty vector, no error.
+    let mut memory = SCRATCH.take();
+    let needed = (total * size_of::<A>() + 64).div_ceil(size_of::<f64>());
+    if memory.len() < needed {
+        memory.resize(needed, 0.0);
+    }
+    let skip = memory.as_ptr().align_offset(64).min(64 / size_of::<f64>());
+    let mut rest: &mut [A] = bytemuck::cast_slice_mut(&mut memory[skip..]);
+    let pieces = lengths.map(|length| {
+        let (piece, behind) = std::mem::take(&mut rest).split_at_mut(length.next_multiple_of(line));
+        rest = behind;
+        &mut piece[..length]
+    });
+    let result = body(pieces);
+    SCRATCH.replace(memory);
+    result
+}

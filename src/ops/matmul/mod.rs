@@ -1,0 +1,270 @@
+//! Matrix products: `matmul` with PyTorch's broadcasting over batches, and `linear`.
+
+pub(crate) mod cpu;
+mod microkernel;
+mod pack;
+
+use crate::{
+    Error, Result, Tensor,
+    core::{Backward, Contributions, Float, MAX_RANK, Shape, collapse, dispatch_float, needs, record},
+    error::ensure,
+    ops::copy::same_kind,
+};
+use cpu::{Matrix, Product, gemm};
+
+impl Tensor {
+    /// Matrix product: `y[.., i, j] = Σ_k a[.., i, k] · b[.., k, j]`.
+    ///
+    /// Shapes: `[.., m, k], [.., k, n] → [.., m, n]`, the dimensions in front broadcast as in PyTorch; any strides,
+    /// nothing is copied. Sums in f32 (f64 for f64); `k = 0` gives zeros. Saves each operand if the other one needs
+    /// a gradient. Errors: fewer than two dimensions, sizes that do not match, other dtypes or devices.
+    ///
+    /// ```
+    /// use x_transformers::{Device, Tensor};
+    /// # fn main() -> x_transformers::Result<()> {
+    /// let a = Tensor::from_slice(&[1.0f32, 2.0, 3.0, 4.0, 5.0, 6.0], [2, 1, 3], &Device::Cpu)?;
+    /// let b = Tensor::from_slice(&[1.0f32, 0.0, 0.0, 1.0, 1.0, 1.0], [3, 2], &Device::Cpu)?;
+    /// let y = a.matmul(&b)?;
+    /// assert_eq!(y.shape(), [2, 1, 2]);
+    /// assert_eq!(y.to_vec::<f32>()?, [4.0, 5.0, 10.0, 11.0]);
+    /// # Ok(())
+    /// # }
+    /// ```
+    pub fn matmul(&self, b: &Tensor) -> Result<Tensor> {
+        let y = product(self, b, None)?;
+        let [need_a, need_b] = needs("matmul", [self, b])?;
+        record("matmul", y, &[self, b], |_| MatmulBackward {
+            a: need_b.then(|| self.detach()),
+            b: need_a.then(|| b.detach()),
+            shapes: [*self.shape(), *b.shape()],
+        })
+    }
+
+    /// The affine map of a dense layer: `y = x·Wᵀ + b`.
+    ///
+    /// Shapes: `x [.., in]`, `weight [out, in]`, `bias [out]` → `[.., out]`. Sums in f32 (f64 for f64), the bias is
+    /// added before the result is rounded. Saves `x` if the weight needs a gradient, and the weight if `x` needs
+    /// one. Errors: sizes that do not match, other dtypes or devices.
+    ///
+    /// ```
+    /// use x_transformers::{Device, Tensor};
+    /// # fn main() -> x_transformers::Result<()> {
+    /// let x = Tensor::from_slice(&[1.0f32, 2.0], [1, 2], &Device::Cpu)?;
+    /// let weight = Tensor::from_slice(&[1.0f32, 1.0, 0.0, 3.0, 2.0, 0.0], [3, 2], &Device::Cpu)?;
+    /// let bias = Tensor::from_slice(&[0.5f32, 0.0, 0.0], [3], &Device::Cpu)?;
+    /// assert_eq!(x.linear(&weight, Some(&bias))?.to_vec::<f32>()?, [3.5, 6.0, 2.0]);
+    /// # Ok(())
+    /// # }
+    /// ```
+    pub fn linear(&self, weight: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
+        let fits = self.rank() > 0 && weight.rank() == 2 && self.shape()[self.rank() - 1] == weight.shape()[1];
+        ensure!(
+            fits,
+            Error::shape(
+                "linear",
+                format!("expected x [.., in] and weight [out, in], got {:?} and {:?}", self.shape(), weight.shape())
+            )
+        );
+        same_kind("linear", self, weight)?;
+        if let Some(bias) = bias {
+            ensure!(
+                **bias.shape() == [weight.shape()[0]],
+                Error::shape("linear", format!("expected a bias [{}], got {:?}", weight.shape()[0], bias.shape()))
+            );
+            same_kind("linear", self, bias)?;
+        }
+        let packed = bias.map(|bias| bias.detach().contiguous()).transpose()?;
+        let y = product(&self.as_rows()?, &weight.detach().transpose(0, 1)?, packed.as_ref())?;
+        let y = y.reshape(self.shape().with_dim(self.rank() - 1, weight.shape()[0]))?;
+        let [need_x, need_weight] = needs("linear", [self, weight])?;
+        let backward = |_: &Tensor| LinearBackward {
+            x: need_weight.then(|| self.detach()),
+            weight: need_x.then(|| weight.detach()),
+            shapes: [*self.shape(), *weight.shape()],
+        };
+        match bias {
+            Some(bias) => record("linear", y, &[self, weight, bias], backward),
+            None => record("linear", y, &[self, weight], backward),
+        }
+    }
+
+    /// The same values as a constant with at least two dimensions.
+    fn as_rows(&self) -> Result<Tensor> {
+        if self.rank() == 1 { self.detach().unsqueeze(0) } else { Ok(self.detach()) }
+    }
+}
+
+/// The sizes of a product of two tensors.
+struct Sizes {
+    /// The broadcast dimensions in front.
+    batch: Shape,
+    m: usize,
+    n: usize,
+    k: usize,
+}
+
+impl Sizes {
+    fn of(a: &Shape, b: &Shape) -> Result<Self> {
+        ensure!(
+            a.rank() >= 2 && b.rank() >= 2,
+            Error::shape("matmul", format!("expected at least two dimensions each, got {a:?} and {b:?}"))
+        );
+        let (batch_a, [m, k]) = split_last_two(a);
+        let (batch_b, [rows, n]) = split_last_two(b);
+        ensure!(
+            k == rows,
+            Error::shape("matmul", format!("{a:?} and {b:?} do not match: {k} columns times {rows} rows"))
+        );
+        Ok(Self { batch: batch_a.broadcast(&batch_b, "matmul")?, m, n, k })
+    }
+
+    /// The batch followed by two more dimensions.
+    fn with(&self, last: [usize; 2]) -> Result<Shape> {
+        let mut dims = self.batch.to_vec();
+        dims.extend(last);
+        Shape::new(&dims)
+    }
+}
+
+fn split_last_two(shape: &Shape) -> (Shape, [usize; 2]) {
+    let (batch, last) = shape.split_at(shape.rank() - 2);
+    (Shape::unchecked(batch), [last[0], last[1]])
+}
+
+/// `a·b (+ bias)` as a constant.
+fn product(a: &Tensor, b: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
+    let sizes = Sizes::of(a.shape(), b.shape())?;
+    same_kind("matmul", a, b)?;
+    let mut out = Tensor::uninit(sizes.with([sizes.m, sizes.n])?, a.dtype(), a.device())?;
+    dispatch_float!("matmul", a.dtype(), T, run::<T>(&sizes, a, b, bias, &mut out))?;
+    Ok(out)
+}
+
+fn run<T: Float>(sizes: &Sizes, a: &Tensor, b: &Tensor, bias: Option<&Tensor>, out: &mut Tensor) -> Result<()> {
+    let &Sizes { batch, mut m, n, k } = sizes;
+    if out.elements() == 0 {
+        return Ok(());
+    }
+    let (a_layout, b_layout) = (a.layout().expand(sizes.with([m, k])?), b.layout().expand(sizes.with([k, n])?));
+    let mut rank = batch.rank();
+    let (mut a_row, a_col) = (a_layout.strides[rank], a_layout.strides[rank + 1]);
+    let (b_row, b_col) = (b_layout.strides[rank], b_layout.strides[rank + 1]);
+    // A dimension along which B repeats continues the rows of A, if their strides agree: one tall product.
+    while rank > 0 && (batch[rank - 1] == 1 || b_layout.strides[rank - 1] == 0) {
+        let (size, stride) = (batch[rank - 1], a_layout.strides[rank - 1]);
+        if size != 1 && m != 1 && stride != m * a_row {
+            break;
+        }
+        if m == 1 && size != 1 {
+            a_row = stride;
+        }
+        m *= size;
+        rank -= 1;
+    }
+    let batch = Shape::unchecked(&batch[..rank]);
+    let (batch, strides) = collapse(&batch, [&a_layout.strides()[..rank], &b_layout.strides()[..rank]]);
+    let product = Product {
+        batch: batch.elements(),
+        m,
+        n,
+        k,
+        a: Matrix { data: a.storage::<T>()?, row: a_row, col: a_col },
+        b: Matrix { data: b.storage::<T>()?, row: b_row, col: b_col },
+        offsets: &|item| positions(item, &batch, &strides, [a_layout.offset, b_layout.offset]),
+        bias: bias.map(Tensor::values::<T>).transpose()?,
+        accumulate: false,
+    };
+    gemm(&product, out.values_mut::<T>()?)
+}
+
+/// Where both operands of an item of the batch start.
+fn positions(mut item: usize, batch: &Shape, strides: &[[usize; MAX_RANK]; 2], start: [usize; 2]) -> (usize, usize) {
+    let [mut a, mut b] = start;
+    for dim in (0..batch.rank()).rev() {
+        a += item % batch[dim] * strides[0][dim];
+        b += item % batch[dim] * strides[1][dim];
+        item /= batch[dim];
+    }
+    (a, b)
+}
+
+struct MatmulBackward {
+    a: Option<Tensor>,
+    b: Option<Tensor>,
+    shapes: [Shape; 2],
+}
+
+impl Backward for MatmulBackward {
+    fn name(&self) -> &'static str {
+        "matmul"
+    }
+
+    /// `dA = G·Bᵀ`, `dB = Aᵀ·G`, summed over the dimensions that were broadcast.
+    fn backward(self: Box<Self>, grad: Tensor, need: &[bool]) -> Result<Contributions> {
+        let [a_shape, b_shape] = self.shapes;
+        let da = match self.b.filter(|_| need[0]) {
+            Some(b) => Some(product(&grad, &b.transpose(-1, -2)?, None)?.sum_to(a_shape)?),
+            None => None,
+        };
+        let db = match self.a.filter(|_| need[1]) {
+            Some(a) => Some(right_gradient(&a, &grad, b_shape)?),
+            None => None,
+        };
+        Ok(Contributions::whole([da, db]))
+    }
+}
+
+/// `Aᵀ·G`, summed to the shape of B.
+fn right_gradient(a: &Tensor, grad: &Tensor, b_shape: Shape) -> Result<Tensor> {
+    if a.elements() == 0 || grad.elements() == 0 {
+        return Tensor::zeros(b_shape, grad.dtype(), grad.device());
+    }
+    let (batch, [m, n]) = split_last_two(grad.shape());
+    let k = a.shape()[a.rank() - 1];
+    let (b_batch, _) = split_last_two(&b_shape);
+    // The last dimensions along which B repeats join the rows that are summed over: one product instead of many.
+    let repeats = (1..=batch.rank())
+        .take_while(|&back| b_batch.rank().checked_sub(back).is_none_or(|dim| b_batch[dim] == 1))
+        .count();
+    let (kept, joined) = batch.split_at(batch.rank() - repeats);
+    let rows = joined.iter().product::<usize>() * m;
+    let shape = |last: [usize; 2]| Shape::new(&[kept, &last].concat());
+    let a = a.expand(Shape::new(&[&*batch, &[m, k]].concat())?)?.reshape(shape([rows, k])?)?;
+    let grad = grad.reshape(shape([rows, n])?)?;
+    let sum = product(&a.transpose(-1, -2)?, &grad, None)?;
+    // What is left in front of B's shape has size 1 now.
+    let b_kept = b_batch.rank().saturating_sub(repeats);
+    sum.sum_to(Shape::new(&[&b_batch[..b_kept], &[k, n]].concat())?)?.reshape(b_shape)
+}
+
+struct LinearBackward {
+    x: Option<Tensor>,
+    weight: Option<Tensor>,
+    shapes: [Shape; 2],
+}
+
+impl Backward for LinearBackward {
+    fn name(&self) -> &'static str {
+        "linear"
+    }
+
+    /// `dx = g·W`, `dW = gᵀ·x`, `db = Σ_rows g`.
+    fn backward(self: Box<Self>, grad: Tensor, need: &[bool]) -> Result<Contributions> {
+        let [x_shape, weight_shape] = self.shapes;
+        let grad = grad.as_rows()?;
+        let dx = match self.weight.filter(|_| need[0]) {
+            Some(weight) => Some(product(&grad, &weight, None)?.reshape(x_shape)?),
+            None => None,
+        };
+        let dw = match self.x.filter(|_| need[1]) {
+            Some(x) => Some(right_gradient(&grad, &x.as_rows()?, weight_shape)?),
+            None => None,
+        };
+        let mut grads = vec![dx, dw];
+        if let Some(&need_bias) = need.get(2) {
+            let rows: Vec<isize> = (0..grad.rank() as isize - 1).collect();
+            grads.push(if need_bias { Some(grad.sum(&rows)?) } else { None });
+        }
+        Ok(Contributions::whole(grads))
+    }
+}

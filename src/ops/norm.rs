@@ -1,0 +1,344 @@
+//! Normalisation of rows: layer norm, and RMS norm and scale norm in the form with a floor.
+
+use super::{
+    copy::same_kind,
+    reduce::{fold, sum_slice},
+};
+use crate::{
+    Error, Result, Tensor,
+    core::{Backward, Contributions, Element, Float, Real, Shape, dispatch_float, record},
+    device::{cpu, simd::vectorized},
+    error::ensure,
+};
+
+impl Tensor {
+    /// Layer norm over the last dimension: `y = (x − mean) / √(variance + eps) ⊙ weight + bias`, the variance being
+    /// the mean of the squared deviations. <https://arxiv.org/abs/1607.06450>
+    ///
+    /// Shapes: `[.., dim]`, weight and bias `[dim]` → `[.., dim]`; without them 1 and 0. PyTorch's default `eps` is
+    /// 1e-5. Statistics in f32 (f64 for f64). Saves: `x`, and the mean and inverse deviation of each row.
+    /// Errors: rank 0, a dtype that is not float or not the same for all, a weight or bias of another shape, a
+    /// negative `eps`.
+    pub fn layer_norm(&self, weight: Option<&Tensor>, bias: Option<&Tensor>, eps: f64) -> Result<Tensor> {
+        let dim = self.shape().last().copied().unwrap_or(0);
+        normalize("layer_norm", self, weight.map(|weight| (weight, dim)), bias, Form::Centred, eps)
+    }
+
+    /// RMS norm over the last dimension: `y = x / max(|x| dim^-½, eps) ⊙ g`. <https://arxiv.org/abs/1910.07467>
+    ///
+    /// As in x-transformers `eps` is a floor (1e-8 there), not a summand; where it acts, the divisor is a constant
+    /// for the gradient.
+    ///
+    /// Shapes: `[.., dim]`, `g` `[dim]` → `[.., dim]`. Saves: `x`, and the inverse divisor of each row.
+    /// Errors: as [`Tensor::layer_norm`].
+    pub fn rms_norm(&self, g: &Tensor, eps: f64) -> Result<Tensor> {
+        let dim = self.shape().last().copied().unwrap_or(0);
+        normalize("rms_norm", self, Some((g, dim)), None, Form::Floored, eps)
+    }
+
+    /// Scale norm over the last dimension: as [`Tensor::rms_norm`] with one factor for all features (`eps` is 1e-5 in
+    /// x-transformers). <https://arxiv.org/abs/1910.05895>
+    ///
+    /// Shapes: `[.., dim]`, `g` `[1]` → `[.., dim]`. Saves: `x`, and the inverse divisor of each row.
+    /// Errors: as [`Tensor::layer_norm`].
+    pub fn scale_norm(&self, g: &Tensor, eps: f64) -> Result<Tensor> {
+        normalize("scale_norm", self, Some((g, 1)), None, Form::Floored, eps)
+    }
+}
+
+/// What is subtracted from a row and what it is divided by.
+#[derive(Clone, Copy, PartialEq)]
+enum Form {
+    /// The mean, and `√(variance + eps)`.
+    Centred,
+    /// Nothing, and `max(√mean(x²), eps)`.
+    Floored,
+}
+
+impl Form {
+    /// Numbers that are saved per row: mean and inverse divisor, or the latter alone.
+    fn statistics(self) -> usize {
+        match self {
+            Self::Centred => 2,
+            Self::Floored => 1,
+        }
+    }
+}
+
+/// All three norms; the weight comes with the number of elements that it must have.
+fn normalize(
+    op: &'static str,
+    x: &Tensor,
+    weight: Option<(&Tensor, usize)>,
+    bias: Option<&Tensor>,
+    form: Form,
+    eps: f64,
+) -> Result<Tensor> {
+    ensure!(x.rank() > 0, Error::shape(op, "expected at least one dimension, got a scalar"));
+    ensure!(
+        eps >= 0.0 && eps.is_finite(),
+        Error::argument(op, format!("eps must be a number that is not negative, got {eps}"))
+    );
+    let dim = x.dim(-1)?;
+    for (name, operand, expected) in [("weight", weight.map(|w| w.0), weight.map_or(dim, |w| w.1)), ("bias", bias, dim)]
+    {
+        if let Some(operand) = operand {
+            same_kind(op, x, operand)?;
+            ensure!(
+                **operand.shape() == [expected],
+                Error::shape(
+                    op,
+                    format!("expected a {name} of shape [{expected}] for {:?}, got {:?}", x.shape(), operand.shape())
+                )
+            );
+        }
+    }
+    let x = x.contiguous()?;
+    let weight = weight.map(|weight| weight.0);
+    let (y, statistics) =
+        dispatch_float!(op, x.dtype(), T, forward_rows::<T>(&x, [weight, bias], form, <T as Float>::Acc::from_f64(eps)))?;
+    let inputs: Vec<&Tensor> = [Some(&x), weight, bias].into_iter().flatten().collect();
+    record(op, y, &inputs, |_| NormBackward {
+        op,
+        x: x.detach(),
+        statistics,
+        weight: weight.map(Tensor::detach),
+        has_bias: bias.is_some(),
+        form,
+        eps,
+    })
+}
+
+fn forward_rows<T: Float>(
+    x: &Tensor,
+    [weight, bias]: [Option<&Tensor>; 2],
+    form: Form,
+    eps: T::Acc,
+) -> Result<(Tensor, Tensor)> {
+    let width = x.dim(-1)?;
+    let rows = x.elements().checked_div(width).unwrap_or(0);
+    let per_row = form.statistics();
+    let mut y = x.uninit_like()?;
+    let mut statistics = Tensor::uninit(Shape::new(&[rows, per_row])?, <T::Acc as Element>::DTYPE, x.device())?;
+    let (weight, bias) = (widen::<T>(weight, width, T::Acc::ONE)?, widen::<T>(bias, width, T::Acc::ZERO)?);
+    let from = x.values::<T>()?;
+    let (to, save) = (y.values_mut::<T>()?, statistics.values_mut::<T::Acc>()?);
+    cpu::for_rows2(to, save, (width, per_row), 4 * width, |row, y, statistics| {
+        forward::<T>(&from[row * width..][..y.len()], &weight, &bias, form, eps, y, statistics);
+    });
+    Ok((y, statistics))
+}
+
+/// A weight or bias in the accumulation type, one per feature, so that the loops have one form.
+fn widen<T: Float>(values: Option<&Tensor>, width: usize, default: T::Acc) -> Result<Vec<T::Acc>> {
+    let Some(values) = values else { return Ok(vec![default; width]) };
+    let values = values.detach().contiguous()?;
+    Ok(match values.values::<T>()? {
+        [one] => vec![one.to_acc(); width],
+        each => each.iter().map(|value| value.to_acc()).collect(),
+    })
+}
+
+vectorized! {
+    fn forward<T: Float>(
+        x: &[T],
+        weight: &[T::Acc],
+        bias: &[T::Acc],
+        form: Form,
+        eps: T::Acc,
+        y: &mut [T],
+        statistics: &mut [T::Acc],
+    ) {
+        let width = weight.len();
+        let count = T::Acc::from_f64(width as f64);
+        let rows = x.chunks_exact(width).zip(y.chunks_exact_mut(width));
+        for ((x, y), statistics) in rows.zip(statistics.chunks_exact_mut(form.statistics())) {
+            let (mean, inverse) = match form {
+                Form::Centred => {
+                    // Deviations from the mean, and not x² − mean²: no cancellation for rows far from zero.
+                    let mean = sum_slice(x) / count;
+                    let variance = fold(x, T::Acc::ZERO, |x| (x.to_acc() - mean) * (x.to_acc() - mean)) / count;
+                    (mean, T::Acc::ONE / (variance + eps).sqrt())
+                }
+                Form::Floored => {
+                    let square = fold(x, T::Acc::ZERO, |x| x.to_acc() * x.to_acc()) / count;
+                    (T::Acc::ZERO, T::Acc::ONE / square.sqrt().max(eps))
+                }
+            };
+            for (((y, x), &weight), &bias) in y.iter_mut().zip(x).zip(weight).zip(bias) {
+                *y = T::from_acc((x.to_acc() - mean) * inverse * weight + bias);
+            }
+            statistics[0] = mean;
+            statistics[form.statistics() - 1] = inverse;
+        }
+    }
+}
+
+struct NormBackward {
+    op: &'static str,
+    x: Tensor,
+    /// `[rows, 2]` or `[rows, 1]`, see [`Form::statistics`]; never rounded to a half type.
+    statistics: Tensor,
+    weight: Option<Tensor>,
+    has_bias: bool,
+    form: Form,
+    eps: f64,
+}
+
+impl Backward for NormBackward {
+    fn name(&self) -> &'static str {
+        self.op
+    }
+
+    /// With `x̂ = (x − mean) / divisor` and `h = g ⊙ weight`: `dx = (h − mean h − x̂ mean(h ⊙ x̂)) / divisor`,
+    /// `dweight = Σ g ⊙ x̂` and `dbias = Σ g` over rows. Without centring, `mean h` falls out; where the floor acts, the
+    /// other mean does.
+    fn backward(self: Box<Self>, grad: Tensor, need: &[bool]) -> Result<Contributions> {
+        dispatch_float!(self.op, grad.dtype(), T, self.backward_rows::<T>(grad, need))
+    }
+}
+
+impl NormBackward {
+    fn backward_rows<T: Float>(&self, grad: Tensor, need: &[bool]) -> Result<Contributions> {
+        let width = self.x.dim(-1)?;
+        let rows = self.x.elements().checked_div(width).unwrap_or(0);
+        let after_weight = 1 + self.weight.is_some() as usize;
+        let (weight_needed, bias_needed) =
+            (self.weight.is_some() && need[1], self.has_bias && need[after_weight]);
+        let weight = widen::<T>(self.weight.as_ref(), width, T::Acc::ONE)?;
+        let (mut dx, source) = reuse(grad)?;
+        let source = source.as_ref().map(|source| source.values::<T>()).transpose()?;
+        let (x, statistics) = (self.x.values::<T>()?, self.statistics.values::<T::Acc>()?);
+        let floor = (self.form == Form::Floored).then(|| T::Acc::ONE / T::Acc::from_f64(self.eps));
+
+        // Rows are summed up in blocks whose size depends on the shape alone, then the blocks in order.
+        let block = cpu::rows_per_task(rows, 8 * width);
+        let blocks = rows.div_ceil(block);
+        let partial = Shape::new(&[blocks, 2 * width])?;
+        let mut partials = Tensor::uninit(partial, <T::Acc as Element>::DTYPE, self.x.device())?;
+        let run = |first: usize, dx: &mut [T], partial: &mut [T::Acc]| {
+            let part = first * width..first * width + dx.len();
+            let per_row = self.form.statistics();
+            let statistics = &statistics[first * per_row..][..part.len() / width * per_row];
+            let source = source.map(|source| &source[part.clone()]);
+            backward::<T>(&x[part], source, &weight, statistics, floor, need[0], dx, partial);
+        };
+        let to = dx.values_mut::<T>()?;
+        if weight_needed || bias_needed {
+            let sums = partials.values_mut::<T::Acc>()?;
+            cpu::for_rows2(to, sums, (block * width, 2 * width), 8 * block * width, |first, dx, partials| {
+                let parts = dx.chunks_mut(block * width).zip(partials.chunks_exact_mut(2 * width));
+                parts.enumerate().for_each(|(index, (dx, partial))| run((first + index) * block, dx, partial));
+            });
+        } else {
+            cpu::for_rows(to, width, 8 * width, |first, dx| run(first, dx, &mut []));
+        }
+
+        let sum = |start: usize, needed: bool| -> Result<Option<Tensor>> {
+            needed.then(|| sum_blocks::<T>(&partials, start, width)).transpose()
+        };
+        let (dweight, dbias) = (sum(0, weight_needed)?, sum(width, bias_needed)?);
+        let mut grads = vec![need[0].then_some(dx)];
+        if let Some(weight) = &self.weight {
+            grads.push(dweight.map(|sums| total(sums, weight)).transpose()?);
+        }
+        if self.has_bias {
+            grads.push(dbias.map(|sums| sums.to_dtype(self.x.dtype())).transpose()?);
+        }
+        Ok(Contributions::whole(grads))
+    }
+}
+
+/// The gradient of each feature's factor as that of the weight: itself, or its sum if one factor serves all features.
+fn total(each: Tensor, weight: &Tensor) -> Result<Tensor> {
+    let sum = if weight.elements() == each.elements() { each } else { each.sum(&[])?.reshape([1])? };
+    sum.to_dtype(weight.dtype())
+}
+
+/// `Σ_block partials[block, start..start + width]`, in the order of the blocks.
+fn sum_blocks<T: Float>(partials: &Tensor, start: usize, width: usize) -> Result<Tensor> {
+    let mut sums = Tensor::zeros([width], partials.dtype(), partials.device())?;
+    let from = partials.values::<T::Acc>()?;
+    let blocks = partials.shape()[0];
+    cpu::for_rows(sums.values_mut::<T::Acc>()?, 1, blocks, |column, sums| {
+        for partial in from.chunks_exact(2 * width) {
+            for (sum, &part) in sums.iter_mut().zip(&partial[start + column..]) {
+                *sum += part;
+            }
+        }
+    });
+    Ok(sums)
+}
+
+vectorized! {
+    /// Writes `dx` over the gradient of the output, which `source` holds unless `dx` does already. `partial`, if not
+    /// empty, gets the sums for weight and bias; `floor` is the inverse divisor of rows where the floor acts.
+    fn backward<T: Float>(
+        x: &[T],
+        source: Option<&[T]>,
+        weight: &[T::Acc],
+        statistics: &[T::Acc],
+        floor: Option<T::Acc>,
+        input_needed: bool,
+        dx: &mut [T],
+        partial: &mut [T::Acc],
+    ) {
+        let width = weight.len();
+        let count = T::Acc::from_f64(width as f64);
+        let per_row = if floor.is_some() { 1 } else { 2 };
+        partial.fill(T::Acc::ZERO);
+        let (dweight, dbias) = partial.split_at_mut(partial.len() / 2);
+        let rows = x.chunks_exact(width).zip(dx.chunks_exact_mut(width));
+        for (row, ((x, dx), statistics)) in rows.zip(statistics.chunks_exact(per_row)).enumerate() {
+            if let Some(source) = source {
+                dx.copy_from_slice(&source[row * width..][..width]);
+            }
+            let inverse = statistics[per_row - 1];
+            let mean = if floor.is_some() { T::Acc::ZERO } else { statistics[0] };
+            for (((x, g), dweight), dbias) in x.iter().zip(&*dx).zip(&mut *dweight).zip(&mut *dbias) {
+                *dweight += g.to_acc() * ((x.to_acc() - mean) * inverse);
+                *dbias += g.to_acc();
+            }
+            if !input_needed {
+                continue;
+            }
+            let (sum, dot) = sums(x, dx, weight, mean, inverse);
+            let along = if floor.is_some() { T::Acc::ZERO } else { sum / count };
+            let across = if floor.is_some_and(|floor| inverse >= floor) { T::Acc::ZERO } else { dot / count };
+            for ((dx, x), &weight) in dx.iter_mut().zip(x).zip(weight) {
+                let normal = (x.to_acc() - mean) * inverse;
+                *dx = T::from_acc((dx.to_acc() * weight - along - normal * across) * inverse);
+            }
+        }
+    }
+}
+
+/// `Σ g ⊙ weight` and `Σ g ⊙ weight ⊙ (x − mean) · inverse`, in sixteen lanes.
+#[inline(always)]
+fn sums<T: Float>(x: &[T], g: &[T], weight: &[T::Acc], mean: T::Acc, inverse: T::Acc) -> (T::Acc, T::Acc) {
+    let mut lanes = [[T::Acc::ZERO; 16]; 2];
+    let [sums, dots] = &mut lanes;
+    let ((x, x_rest), (g, g_rest)) = (x.as_chunks::<16>(), g.as_chunks::<16>());
+    let (weight, weight_rest) = weight.as_chunks::<16>();
+    for ((x, g), weight) in x.iter().zip(g).zip(weight) {
+        for lane in 0..16 {
+            let h = g[lane].to_acc() * weight[lane];
+            sums[lane] += h;
+            dots[lane] += h * ((x[lane].to_acc() - mean) * inverse);
+        }
+    }
+    for (lane, ((x, g), &weight)) in x_rest.iter().zip(g_rest).zip(weight_rest).enumerate() {
+        let h = g.to_acc() * weight;
+        sums[lane] += h;
+        dots[lane] += h * ((x.to_acc() - mean) * inverse);
+    }
+    (sum_slice(sums), sum_slice(dots))
+}
+
+/// The tensor to write over, and where its values are to be read from if that is another one.
+///
+/// A gradient that no other handle shares is overwritten in place, which saves the memory of a second one.
+pub(crate) fn reuse(x: Tensor) -> Result<(Tensor, Option<Tensor>)> {
+    let mut x = x.contiguous()?;
+    if x.is_unique() { Ok((x, None)) } else { Ok((x.uninit_like()?, Some(x))) }
+}

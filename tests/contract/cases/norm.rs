@@ -1,0 +1,120 @@
+use crate::case::{Array, Case, Input};
+
+/// What a row is normalised by: the mean that goes off and the divisor.
+type Statistics = fn(&[f64], f64) -> (f64, f64);
+
+fn centred(row: &[f64], eps: f64) -> (f64, f64) {
+    let n = row.len() as f64;
+    let mean = row.iter().sum::<f64>() / n;
+    let variance = row.iter().map(|v| (v - mean).powi(2)).sum::<f64>() / n;
+    (mean, (variance + eps).sqrt())
+}
+
+fn floored(row: &[f64], eps: f64) -> (f64, f64) {
+    let norm = row.iter().map(|v| v * v).sum::<f64>().sqrt();
+    (0.0, (norm * (row.len() as f64).powf(-0.5)).max(eps))
+}
+
+/// `(x − mean) / divisor · weight + bias`; a weight of one element serves all features.
+fn reference(x: &Array, weight: Option<&Array>, bias: Option<&Array>, statistics: Statistics, eps: f64) -> Array {
+    let mut out = x.clone();
+    for row in out.data.chunks_mut(x.shape.last().copied().unwrap_or(1).max(1)) {
+        let (mean, divisor) = statistics(row, eps);
+        for (j, value) in row.iter_mut().enumerate() {
+            let (weight, bias) = (weight.map_or(1.0, |w| w.at(&[j])), bias.map_or(0.0, |b| b.at(&[j])));
+            *value = (*value - mean) / divisor * weight + bias;
+        }
+    }
+    out
+}
+
+fn layer(name: &str, x: Input, dim: usize) -> Case {
+    Case::new(
+        "layer_norm",
+        name,
+        vec![x, Input::float(&[dim]), Input::float(&[dim])],
+        |x| x[0].layer_norm(Some(&x[1]), Some(&x[2]), 1e-5),
+        |x| reference(&x[0], Some(&x[1]), Some(&x[2]), centred, 1e-5),
+    )
+}
+
+fn rms(name: &str, x: Input, dim: usize, eps: f64) -> Case {
+    Case::new(
+        "rms_norm",
+        name,
+        vec![x, Input::float(&[dim])],
+        move |x| x[0].rms_norm(&x[1], eps),
+        move |x| reference(&x[0], Some(&x[1]), None, floored, eps),
+    )
+}
+
+fn scale(name: &str, x: Input, eps: f64) -> Case {
+    Case::new(
+        "scale_norm",
+        name,
+        vec![x, Input::float(&[1])],
+        move |x| x[0].scale_norm(&x[1], eps),
+        move |x| reference(&x[0], Some(&x[1]), None, floored, eps),
+    )
+}
+
+pub fn cases() -> Vec<Case> {
+    // A floor of 1 acts on all of ±0.5 and on nothing with a root mean square above 1.
+    let small = |shape: &[usize]| Input::between(shape, -0.5, 0.5);
+    vec![
+        layer("ordinary", Input::float(&[2, 3, 16]), 16),
+        layer("odd", Input::float(&[7, 37]), 37),
+        layer("vector", Input::float(&[123]), 123),
+        layer("several blocks", Input::float(&[3, 111, 37]), 37),
+        // bf16 inputs near 100 are multiples of 0.5, so that the variance stays well above their rounding.
+        layer("far from zero", Input::between(&[4, 33], 96.0, 104.0), 33),
+        layer("empty batch", Input::float(&[0, 5]), 5),
+        layer("empty rows", Input::float(&[3, 0]), 0),
+        Case::new(
+            "layer_norm",
+            "one feature",
+            // The deviation is zero: the output is the bias, whatever the input.
+            vec![Input::float(&[4, 1]), Input::float(&[1]), Input::float(&[1])],
+            |x| x[0].layer_norm(Some(&x[1]), Some(&x[2]), 1e-5),
+            |x| Array::from_fn(&[4, 1], |_| x[2].at(&[0])),
+        ),
+        Case::new(
+            "layer_norm",
+            "plain wide",
+            vec![Input::float(&[1, 1030])],
+            |x| x[0].layer_norm(None, None, 1e-5),
+            |x| reference(&x[0], None, None, centred, 1e-5),
+        ),
+        Case::new(
+            "layer_norm",
+            "weight alone",
+            vec![Input::float(&[5, 9]), Input::float(&[9])],
+            |x| x[0].layer_norm(Some(&x[1]), None, 0.5),
+            |x| reference(&x[0], Some(&x[1]), None, centred, 0.5),
+        ),
+        Case::new(
+            "layer_norm",
+            "bias alone",
+            vec![Input::float(&[5, 9]), Input::float(&[9])],
+            |x| x[0].layer_norm(None, Some(&x[1]), 0.0),
+            |x| reference(&x[0], None, Some(&x[1]), centred, 0.0),
+        ),
+        rms("ordinary", Input::float(&[2, 3, 16]), 16, 1e-8),
+        rms("odd", Input::float(&[7, 37]), 37, 1e-8),
+        rms("wide", Input::float(&[1, 1030]), 1030, 1e-8),
+        rms("several blocks", Input::float(&[211, 37]), 37, 1e-8),
+        rms("vector", Input::float(&[17]), 17, 1e-8),
+        rms("two features above the floor", Input::between(&[5, 2], 1.25, 2.0), 2, 1.0),
+        rms("below the floor", small(&[5, 37]), 37, 1.0),
+        rms("some rows below the floor", Input::between(&[16, 3], -2.0, 2.0), 3, 1.0),
+        rms("empty batch", Input::float(&[2, 0, 5]), 5, 1e-8),
+        rms("empty rows", Input::float(&[3, 0]), 0, 1e-8),
+        scale("ordinary", Input::float(&[2, 3, 16]), 1e-5),
+        scale("odd", Input::float(&[7, 37]), 1e-5),
+        scale("wide", Input::float(&[1, 1030]), 1e-5),
+        scale("several blocks", Input::float(&[211, 37]), 1e-5),
+        scale("below the floor", small(&[5, 37]), 1.0),
+        scale("one feature below the floor", small(&[6, 1]), 1.0),
+        scale("empty batch", Input::float(&[0, 5]), 1e-5),
+    ]
+}
