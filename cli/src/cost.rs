@@ -3,7 +3,21 @@
 //! Counted are matrix products and attention, a multiplication and an addition each; norms, activations and sums are
 //! below two percent of that for any width worth training. Causal attention is counted as the half that is computed.
 
-use x_transformers::config::{AttentionPath, AttentionPlan, BranchPlan, FeedForwardPlan, LayerPlan, LayersPlan};
+use x_transformers::{
+    Result,
+    config::{
+        AttentionPath, AttentionPlan, BranchPlan, Config, FeedForwardPlan, LayerPlan, LayersPlan, TransformerPlan,
+    },
+};
+
+/// What is asked for.
+#[derive(Clone, Copy)]
+pub struct Sizes {
+    /// Sequences, or images.
+    pub rows: usize,
+    /// Their length, if not the longest that the model takes.
+    pub tokens: Option<usize>,
+}
 
 /// Sequences that are computed at once.
 #[derive(Clone, Copy)]
@@ -28,21 +42,94 @@ pub struct Cost {
 }
 
 impl Cost {
+    /// The cost of a whole model and the batch that it is of, a context being as long as the sequence. `None` for
+    /// what is no model.
+    ///
+    /// Errors: the config is illegal.
+    pub fn of_model(config: &Config, sizes: Sizes) -> Result<Option<(Batch, Self)>> {
+        let batch = |longest: usize| {
+            let tokens = sizes.tokens.unwrap_or(longest);
+            Batch { rows: sizes.rows, tokens, context: tokens }
+        };
+        Ok(match config {
+            Config::TransformerWrapper(config) => {
+                let plan = config.plan()?;
+                let batch = batch(plan.max_seq_len);
+                Some((batch, transformer(&plan, batch)))
+            }
+            Config::AutoregressiveWrapper(config) => {
+                let plan = config.net.plan()?;
+                let batch = batch(plan.max_seq_len);
+                Some((batch, transformer(&plan, batch)))
+            }
+            Config::XTransformer(config) => {
+                let plan = config.plan()?;
+                let batch = batch(plan.dec.max_seq_len);
+                let mut cost = transformer(&TransformerPlan { num_tokens: 0, ..plan.enc }, batch);
+                cost.add(transformer(&plan.dec, batch));
+                Some((batch, cost))
+            }
+            Config::ContinuousTransformerWrapper(config) => {
+                let plan = config.plan()?;
+                let (batch, dim) = (batch(plan.max_seq_len), plan.layers.dim);
+                let rows = batch.rows * batch.tokens;
+                let mut cost = layers(&plan.layers, batch);
+                cost.add(linear(rows, plan.dim_in.unwrap_or(0), dim));
+                cost.add(linear(rows, dim, plan.dim_out.unwrap_or(0)));
+                cost.saved += (rows * 2 * dim) as f64;
+                Some((batch, cost))
+            }
+            Config::ViTransformerWrapper(config) => {
+                let plan = config.plan()?;
+                // The class token goes in front of the patches.
+                let batch = Batch { rows: sizes.rows, tokens: plan.patches + 1, context: 0 };
+                let (rows, dim) = (batch.rows * batch.tokens, plan.layers.dim);
+                let mut cost = linear(batch.rows * plan.patches, 3 * plan.patch_size * plan.patch_size, dim);
+                cost.add(layers(&plan.layers, batch));
+                cost.saved += (rows * 2 * dim) as f64;
+                if let Some(head) = &plan.head {
+                    cost.add(feedforward(head, batch.rows));
+                }
+                Some((batch, cost))
+            }
+            Config::AttentionLayers(config) => {
+                let batch = batch(1024);
+                Some((batch, layers(&LayersPlan::new(config)?, batch)))
+            }
+            _ => None,
+        })
+    }
+
     /// Operations of a training step.
     pub fn training(&self) -> f64 {
         self.forward + self.backward
     }
 
-    /// Adds another part.
-    pub fn add(&mut self, other: Self) {
+    fn add(&mut self, other: Self) {
         self.forward += other.forward;
         self.backward += other.backward;
         self.saved += other.saved;
     }
 }
 
+/// A wrapper from tokens to logits, and their cross-entropy.
+fn transformer(plan: &TransformerPlan, batch: Batch) -> Cost {
+    let dim = plan.layers.dim;
+    let rows = batch.rows * batch.tokens;
+    let seen = Batch { tokens: batch.tokens + plan.num_memory_tokens, ..batch };
+    let mut cost = layers(&plan.layers, seen);
+    if plan.emb_dim != dim {
+        cost.add(linear(rows, plan.emb_dim, dim));
+        cost.saved += (rows * plan.emb_dim) as f64;
+    }
+    cost.add(linear(rows, dim, plan.num_tokens));
+    // Input and output of the last norm, the logits, and their gradient, which is there before anything is freed.
+    cost.saved += (rows * (2 * dim + 2 * plan.num_tokens)) as f64;
+    cost
+}
+
 /// The cost of attention layers.
-pub fn layers(plan: &LayersPlan, batch: Batch) -> Cost {
+fn layers(plan: &LayersPlan, batch: Batch) -> Cost {
     let mut cost = Cost::default();
     for layer in &plan.layers {
         cost.add(sublayer(layer, plan.dim, batch));
@@ -51,7 +138,7 @@ pub fn layers(plan: &LayersPlan, batch: Batch) -> Cost {
 }
 
 /// A linear layer applied to `rows` vectors; the backward pass makes two products of the same size.
-pub fn linear(rows: usize, inputs: usize, outputs: usize) -> Cost {
+fn linear(rows: usize, inputs: usize, outputs: usize) -> Cost {
     let forward = 2.0 * rows as f64 * inputs as f64 * outputs as f64;
     Cost { forward, backward: 2.0 * forward, saved: 0.0 }
 }

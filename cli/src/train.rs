@@ -222,7 +222,7 @@ pub fn run(args: TrainArgs) -> Result<()> {
     let progress = Progress::start(trainer.steps_done(), trainer.options().steps, args.every, &device);
     let mut training = Training { run, trainer, metrics, progress, device, yardstick };
     training.introduce(&sizes)?;
-    training.all_steps(args.every).map_err(|failure| training.with_checkpoint(failure))?;
+    training.all_steps(args.every)?;
     training.conclude()
 }
 
@@ -242,7 +242,8 @@ impl Training {
         let options = self.trainer.options().clone();
         let layers = &self.trainer.config().net.attn_layers;
         let parameters = HumanCount(self.trainer.params().elements() as u64);
-        let model = format!("dim {}, depth {}, heads {}: {parameters} parameters", layers.dim, layers.depth, layers.heads);
+        let model =
+            format!("dim {}, depth {}, heads {}: {parameters} parameters", layers.dim, layers.depth, layers.heads);
         let batch = options.batch_size * options.accumulate;
         let done = match self.trainer.steps_done() {
             0 => String::new(),
@@ -252,7 +253,8 @@ impl Training {
         self.progress.say(format_args!("text        {text}"))?;
         self.progress.say(format_args!("yardstick   {:.3} bits/byte, {ORDER_2}", self.yardstick))?;
         self.progress.say(format_args!("device      {}, {}", self.device, options.dtype))?;
-        self.progress.say(format_args!("steps       {}{done}, each {batch} x {} bytes", options.steps, options.seq_len))?;
+        self.progress
+            .say(format_args!("steps       {}{done}, each {batch} x {} bytes", options.steps, options.seq_len))?;
         self.progress.say(format_args!("folder      {}\n", self.run.dir.display()))
     }
 
@@ -301,11 +303,6 @@ impl Training {
     fn sample(&self, length: usize) -> Result<String> {
         let options = GenerateOptions { seed: self.trainer.options().seed, ..Default::default() };
         sample::block(self.trainer.model(), length, &options, &self.device)
-    }
-
-    /// Says what is left when a run fails.
-    fn with_checkpoint(&self, failure: Failure) -> Failure {
-        failure
     }
 
     fn conclude(mut self) -> Result<()> {
