@@ -9,10 +9,13 @@ use std::time::{Duration, Instant};
 
 use criterion::{Criterion, criterion_group, criterion_main};
 use peak::{Group, Work};
-use x_transformers::{DType, Device, IntoShape, Philox, Result, Tape, Tensor, ops::NAMES};
+use x_transformers::{
+    DType, Device, IntoShape, Philox, Result, Tape, Tensor,
+    ops::{Activation, NAMES},
+};
 
 /// Ops whose benchmarks count operations, each in a file of its own.
-const ELSEWHERE: [&str; 2] = ["matmul", "linear"];
+const ELSEWHERE: [&str; 3] = ["attention", "matmul", "linear"];
 
 /// Activations of eight sequences.
 const X: &[usize] = &[8, 512, 1024];
@@ -22,7 +25,11 @@ const X: &[usize] = &[8, 512, 1024];
 enum Input {
     /// Differentiated, uniform in `0.5..1.5`, so that every function is defined.
     Float(&'static [usize]),
+    /// The same, not differentiated.
+    Constant(&'static [usize]),
     Mask(&'static [usize]),
+    /// Integers below 1024.
+    Tokens(&'static [usize]),
 }
 
 impl Input {
@@ -33,13 +40,15 @@ impl Input {
         };
         match self {
             Self::Float(shape) => draw(shape, float, &|u| 0.5 + u)?.requires_grad(),
+            Self::Constant(shape) => draw(shape, float, &|u| 0.5 + u),
+            Self::Tokens(shape) => draw(shape, DType::I64, &|u| (1024.0 * u).floor()),
             Self::Mask(shape) => draw(shape, DType::Bool, &|u| (u < 0.5) as u8 as f64),
         }
     }
 }
 
-/// An op, and how many tensors of the size of its output its backward pass reads besides the gradient; `None` for ops
-/// without gradient.
+/// An op, and how many tensors of the size of its first input its backward pass reads besides the gradient; `None`
+/// for ops without gradient.
 struct Op {
     name: &'static str,
     inputs: Vec<Input>,
@@ -53,7 +62,7 @@ fn op(name: &'static str, inputs: &[Input], saved: Option<usize>, run: fn(&[Tens
 
 /// In the order of `ops::NAMES`.
 fn ops() -> Vec<Op> {
-    use Input::{Float, Mask};
+    use Input::{Constant, Float, Mask, Tokens};
     let (x, two, row) = ([Float(X)], [Float(X), Float(X)], [Float(X), Float(&[1024])]);
     let masks = [Mask(X), Mask(X)];
     vec![
@@ -62,6 +71,10 @@ fn ops() -> Vec<Op> {
             x[0].to_dtype(if x[0].dtype() == DType::F32 { DType::BF16 } else { DType::F32 })
         }),
         op("cat", &two, Some(0), |x| Tensor::cat(&[&x[0], &x[1]], -1)),
+        op("cross_entropy", &[Float(X), Tokens(&[8, 512])], Some(1), |x| x[0].cross_entropy(&x[1], -100)),
+        op("dropout", &x, Some(0), |x| x[0].dropout(0.1)),
+        op("embedding", &[Float(&[1024, 1024]), Tokens(&[8, 512])], Some(0), |x| x[0].embedding(&x[1])),
+        op("glu", &x, Some(1), |x| x[0].glu(Activation::Gelu)),
         op("layer_norm", &[Float(X), Float(&[1024]), Float(&[1024])], Some(1), |x| {
             x[0].layer_norm(Some(&x[1]), Some(&x[2]), 1e-5)
         }),
@@ -98,6 +111,7 @@ fn ops() -> Vec<Op> {
         op("sum_to", &x, Some(0), |x| x[0].sum_to([1024].into_shape()?)),
         op("max", &x, Some(0), |x| x[0].max(-1)),
         op("argmax", &x, None, |x| x[0].detach().argmax(-1)),
+        op("rotary", &[Float(&[8, 8, 512, 128]), Constant(&[32])], Some(0), |x| x[0].rotary(&x[1], 0)),
         op("softmax", &x, Some(1), |x| x[0].softmax()),
     ]
 }
@@ -118,12 +132,14 @@ fn bench_op(criterion: &mut Criterion, op: &Op) -> Result<()> {
         let output = (op.run)(&inputs)?;
         let read: usize = inputs.iter().map(bytes).sum();
         group.bench(&format!("forward {dtype}"), Work::Bytes(read + bytes(&output)), || {
+            let _tape = Tape::train(0);
             (op.run)(&inputs).map(drop).expect("it ran above");
         });
         let Some(saved) = op.saved else { continue };
         let cotangent = Tensor::ones(*output.shape(), output.dtype(), &Device::Cpu)?;
-        let leaves: usize = inputs.iter().filter(|input| input.dtype().is_float()).map(bytes).sum();
-        let traffic = Work::Bytes((1 + saved) * bytes(&output) + leaves);
+        let leaves = op.inputs.iter().zip(&inputs).filter(|(input, _)| matches!(input, Input::Float(_)));
+        let written: usize = leaves.map(|(_, leaf)| bytes(leaf)).sum();
+        let traffic = Work::Bytes(bytes(&output) + saved * bytes(&inputs[0]) + written);
         group.bench_part(&format!("backward {dtype}"), traffic, || backward(op, &inputs, &cotangent).expect("it ran"));
     }
     group.finish();
@@ -132,7 +148,7 @@ fn bench_op(criterion: &mut Criterion, op: &Op) -> Result<()> {
 
 /// Time of the backward pass alone.
 fn backward(op: &Op, inputs: &[Tensor], cotangent: &Tensor) -> Result<Duration> {
-    let mut tape = Tape::grad();
+    let mut tape = Tape::train(0);
     let output = (op.run)(inputs)?;
     let start = Instant::now();
     let gradients = tape.backward_with(&output, cotangent)?;

@@ -122,10 +122,11 @@ pub(crate) fn for_rows<T: Send>(out: &mut [T], width: usize, cost: usize, body: 
         return;
     }
     let rows = rows_per_task(out.len() / width, cost);
-    if out.len() <= rows * width {
-        return body(0, out);
-    }
-    out.par_chunks_mut(rows * width).enumerate().for_each(|(task, part)| body(task * rows, part));
+    let parts = Parts::new(out, rows * width);
+    run(parts.count(), &|task| {
+        // SAFETY: every task is run once, and its part is its own.
+        body(task * rows, unsafe { parts.get(task) });
+    });
 }
 
 /// As [`for_rows`] with two outputs, whose rows have `widths` elements.
@@ -140,10 +141,42 @@ pub(crate) fn for_rows2<A: Send, B: Send>(
         return;
     }
     let rows = rows_per_task(a.len() / widths.0, cost);
-    a.par_chunks_mut(rows * widths.0)
-        .zip(b.par_chunks_mut(rows * widths.1))
-        .enumerate()
-        .for_each(|(task, (a, b))| body(task * rows, a, b));
+    let (a, b) = (Parts::new(a, rows * widths.0), Parts::new(b, rows * widths.1));
+    run(a.count().min(b.count()), &|task| {
+        // SAFETY: every task is run once, and its parts are its own.
+        body(task * rows, unsafe { a.get(task) }, unsafe { b.get(task) });
+    });
+}
+
+/// A slice cut into parts of equal length (the last may be shorter), each for one task.
+struct Parts<'a, T> {
+    start: *mut T,
+    len: usize,
+    part: usize,
+    slice: std::marker::PhantomData<&'a mut [T]>,
+}
+
+// SAFETY: tasks reach disjoint parts only, as `get` demands.
+unsafe impl<T: Send> Sync for Parts<'_, T> {}
+
+impl<'a, T> Parts<'a, T> {
+    fn new(slice: &'a mut [T], part: usize) -> Self {
+        Self { start: slice.as_mut_ptr(), len: slice.len(), part, slice: std::marker::PhantomData }
+    }
+
+    fn count(&self) -> usize {
+        self.len.div_ceil(self.part)
+    }
+
+    /// # Safety
+    ///
+    /// `index` is below `count`, and no two calls with the same one overlap.
+    #[allow(clippy::mut_from_ref)]
+    unsafe fn get(&self, index: usize) -> &mut [T] {
+        let start = index * self.part;
+        // SAFETY: within the slice by the contract of `index`; exclusive because parts do not overlap.
+        unsafe { std::slice::from_raw_parts_mut(self.start.add(start), self.part.min(self.len - start)) }
+    }
 }
 
 /// Rows that one task takes: enough work to pay for the hand-over, and few enough to balance.
@@ -154,11 +187,17 @@ pub(crate) fn rows_per_task(rows: usize, cost: usize) -> usize {
 }
 
 /// Calls `body(task)` for every task in `0..tasks`, in parallel.
-pub(crate) fn for_tasks(tasks: usize, body: impl Fn(usize) + Sync + Send) {
-    if tasks == 1 {
-        return body(0);
+pub(crate) fn for_tasks(tasks: usize, body: impl Fn(usize) + Sync) {
+    run(tasks, &body);
+}
+
+/// The only place that hands work to `rayon`: not generic, so that its machinery is compiled once and not per op.
+fn run(tasks: usize, body: &(dyn Fn(usize) + Sync)) {
+    match tasks {
+        0 => {}
+        1 => body(0),
+        _ => (0..tasks).into_par_iter().for_each(body),
     }
-    (0..tasks).into_par_iter().for_each(body);
 }
 
 /// Walks a packed output together with strided inputs of the same shape.

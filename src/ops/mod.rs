@@ -15,6 +15,9 @@ macro_rules! ops {
     };
 }
 
+// Not an op of tensors: it works on the parameters and the state of an optimizer in place.
+pub(crate) mod adamw;
+
 ops! {
     attention: attention;
     copy: contiguous, to_dtype, cat;
