@@ -1,1 +1,194 @@
-fn main() {}
+//! Embeds the CUDA sources: each `kernels/*.cu` with its includes written out, a hash of that text, and the
+//! parameters of its kernels. Plain text work; no CUDA toolkit, network or GPU is touched.
+
+use std::{env, fmt::Write, fs, path::Path, process::ExitCode};
+
+/// Longest line of a kernel source, in characters.
+const LINE: usize = 120;
+
+/// Types of parameters that are passed by value, with their bytes. None depends on compile options, so that one
+/// signature serves every variant of a kernel.
+const SCALARS: [(&str, usize); 7] =
+    [("i32", 4), ("u32", 4), ("f32", 4), ("i64", 8), ("u64", 8), ("f64", 8), ("Layout", 88)];
+
+/// What a kernel takes in one place of its argument list. Ordered as parameters must be.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
+pub enum Kind {
+    Output,
+    Input,
+    Scalar { bytes: usize },
+}
+
+/// A kernel's name and its parameters in order.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Signature {
+    pub kernel: String,
+    pub parameters: Vec<(String, Kind)>,
+}
+
+fn main() -> ExitCode {
+    println!("cargo::rerun-if-changed=build.rs");
+    println!("cargo::rerun-if-changed=kernels");
+    let written = embed(Path::new("kernels")).and_then(|text| {
+        let out = env::var("OUT_DIR").map_err(|error| error.to_string())?;
+        fs::write(Path::new(&out).join("kernels.rs"), text).map_err(|error| error.to_string())
+    });
+    match written {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(message) => {
+            println!("cargo::error={message}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// The text of `kernels.rs` for the sources in a folder.
+fn embed(folder: &Path) -> Result<String, String> {
+    let entries = fs::read_dir(folder).map_err(|error| format!("{}: {error}", folder.display()))?;
+    let mut names: Vec<String> = entries.flatten().map(|e| e.file_name().to_string_lossy().into_owned()).collect();
+    names.sort();
+    let read = |name: &str| fs::read_to_string(folder.join(name)).ok();
+    let (mut sources, mut signatures, mut kernels) = (String::new(), String::new(), Vec::new());
+    for name in names.iter().filter(|name| name.ends_with(".cu") || name.ends_with(".cuh")) {
+        check_lines(name, &read(name).ok_or_else(|| format!("{name} cannot be read as text"))?)?;
+        let Some(stem) = name.strip_suffix(".cu") else { continue };
+        let text = flatten(name, &read)?;
+        writeln!(sources, "    KernelSource {{ name: {stem:?}, hash: {:#018x}, source: {text:?} }},", fnv1a(&text))
+            .map_err(|error| error.to_string())?;
+        for signature in parse_signatures(name, &read(name).unwrap_or_default())? {
+            let Signature { kernel, parameters } = &signature;
+            if kernels.contains(kernel) {
+                return Err(format!("{name}: kernel `{kernel}` is defined in another file already"));
+            }
+            kernels.push(kernel.clone());
+            let fields =
+                |(name, kind): &(String, Kind)| format!("Parameter {{ name: {name:?}, kind: Kind::{kind:?} }}");
+            let list = parameters.iter().map(fields).collect::<Vec<_>>().join(", ");
+            writeln!(signatures, "    Signature {{ file: {stem:?}, kernel: {kernel:?}, parameters: &[{list}] }},")
+                .map_err(|error| error.to_string())?;
+        }
+    }
+    Ok(format!(
+        "/// Every kernel source, by name.\npub static SOURCES: &[KernelSource] = &[\n{sources}];\n\n\
+         /// Every kernel, by file.\npub static SIGNATURES: &[Signature] = &[\n{signatures}];\n"
+    ))
+}
+
+/// A source with each `#include "x"` replaced by that file, once; `#line` keeps the compiler's messages right.
+pub fn flatten(name: &str, read: &dyn Fn(&str) -> Option<String>) -> Result<String, String> {
+    let mut out = String::new();
+    expand(name, read, &mut Vec::new(), &mut Vec::new(), &mut out)?;
+    Ok(out)
+}
+
+fn expand(
+    name: &str,
+    read: &dyn Fn(&str) -> Option<String>,
+    open: &mut Vec<String>,
+    done: &mut Vec<String>,
+    out: &mut String,
+) -> Result<(), String> {
+    if open.iter().any(|file| file == name) {
+        return Err(format!("includes form a cycle: {} -> {name}", open.join(" -> ")));
+    }
+    if done.iter().any(|file| file == name) {
+        return Ok(());
+    }
+    let text = read(name).ok_or_else(|| match open.last() {
+        Some(file) => format!("{file} includes \"{name}\", which is not in kernels/"),
+        None => format!("{name} is not in kernels/"),
+    })?;
+    open.push(name.into());
+    out.push_str(&format!("#line 1 \"{name}\"\n"));
+    for (index, line) in text.lines().enumerate() {
+        let Some(target) = line.trim_start().strip_prefix("#include") else {
+            out.push_str(line);
+            out.push('\n');
+            continue;
+        };
+        let quoted = target.trim().strip_prefix('"').and_then(|target| target.split_once('"'));
+        let Some((target, _)) = quoted else {
+            let at = index + 1;
+            return Err(format!(
+                "{name}:{at}: expected #include \"file.cuh\", got `{line}`; NVRTC has no include path"
+            ));
+        };
+        expand(target, read, open, done, out)?;
+        out.push_str(&format!("#line {} \"{name}\"\n", index + 2));
+    }
+    open.pop();
+    done.push(name.into());
+    Ok(())
+}
+
+/// The 64-bit FNV-1a hash of a text.
+pub fn fnv1a(text: &str) -> u64 {
+    text.bytes().fold(0xcbf2_9ce4_8422_2325, |hash, byte| (hash ^ byte as u64).wrapping_mul(0x0000_0100_0000_01b3))
+}
+
+/// Checks the length of a file's lines.
+pub fn check_lines(file: &str, text: &str) -> Result<(), String> {
+    match text.lines().position(|line| line.chars().count() > LINE) {
+        Some(index) => Err(format!("{file}:{}: the line is longer than {LINE} characters", index + 1)),
+        None => Ok(()),
+    }
+}
+
+/// The kernels of a source, each written as `extern "C" __global__ void name(parameters)`.
+///
+/// Names start with the file's, parameters are ordered outputs, inputs, values.
+pub fn parse_signatures(file: &str, text: &str) -> Result<Vec<Signature>, String> {
+    let stem = file.trim_end_matches(".cu");
+    let code: String = text.lines().map(|line| line.split("//").next().unwrap_or("")).collect::<Vec<_>>().join(" ");
+    let mut before = "";
+    let mut signatures = Vec::new();
+    for (index, part) in code.split("__global__").enumerate() {
+        if index > 0 {
+            let plain = before.trim_end().ends_with("extern \"C\"");
+            let head = part.trim_start().strip_prefix("void ").filter(|_| plain).map(skip_launch_bounds);
+            let parsed = head.and_then(|head| head.split_once('(')).and_then(|(kernel, rest)| {
+                let (list, _) = rest.split_once(')')?;
+                Some((kernel.trim(), list))
+            });
+            let (kernel, list) = parsed.ok_or_else(|| {
+                format!("{file}: kernel {index} is not written as `extern \"C\" __global__ void name(parameters)`")
+            })?;
+            if kernel != stem && !kernel.starts_with(&format!("{stem}_")) {
+                return Err(format!("{file}: kernel `{kernel}` must be named `{stem}_…`"));
+            }
+            signatures.push(Signature { kernel: kernel.into(), parameters: parse_parameters(file, kernel, list)? });
+        }
+        before = part;
+    }
+    Ok(signatures)
+}
+
+fn skip_launch_bounds(head: &str) -> &str {
+    let rest = head.trim_start().strip_prefix("__launch_bounds__").and_then(|rest| rest.split_once(')'));
+    rest.map_or(head, |(_, rest)| rest)
+}
+
+fn parse_parameters(file: &str, kernel: &str, list: &str) -> Result<Vec<(String, Kind)>, String> {
+    let mut parameters: Vec<(String, Kind)> = Vec::new();
+    for parameter in list.split(',').map(str::trim).filter(|parameter| !parameter.is_empty()) {
+        let split = parameter.rfind(|c: char| !c.is_alphanumeric() && c != '_').map_or(0, |at| at + 1);
+        let (kind, name) = (parameter[..split].trim(), &parameter[split..]);
+        let scalar = SCALARS.iter().find(|(scalar, _)| *scalar == kind);
+        let kind = match scalar {
+            Some(&(_, bytes)) => Kind::Scalar { bytes },
+            None if kind.ends_with('*') && kind.starts_with("const ") => Kind::Input,
+            None if kind.ends_with('*') => Kind::Output,
+            None => {
+                let known = SCALARS.map(|(name, _)| name).join(", ");
+                return Err(format!("{file}: `{parameter}` of `{kernel}` is neither a pointer nor one of {known}"));
+            }
+        };
+        // All values rank alike.
+        let rank = |kind: Kind| if let Kind::Scalar { .. } = kind { Kind::Scalar { bytes: 0 } } else { kind };
+        if parameters.last().is_some_and(|(_, last)| rank(*last) > rank(kind)) {
+            return Err(format!("{file}: `{parameter}` of `{kernel}`: the order is outputs, inputs, sizes, scalars"));
+        }
+        parameters.push((name.into(), kind));
+    }
+    Ok(parameters)
+}

@@ -192,6 +192,9 @@ impl fmt::Display for Error {
             | Self::DType { op, message }
             | Self::Device { op, message }
             | Self::Argument { op, message } => write!(f, "{op}: {message}"),
+            Self::Index { op, what, index, limit: 0 } => {
+                write!(f, "{op}: {what} {index} is out of range, there is none to choose from")
+            }
             Self::Index { op, what, index, limit } => {
                 write!(f, "{op}: {what} {index} is out of range, valid are 0 to {}", *limit as i64 - 1)
             }

@@ -17,6 +17,7 @@ pub mod device;
 mod error;
 pub mod io;
 pub mod ops;
+pub mod train;
 
 pub use crate::{
     core::{

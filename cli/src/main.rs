@@ -1,1 +1,54 @@
-fn main() {}
+//! `xt`: train, sample and inspect x-transformers from the command line.
+//!
+//! Exit codes: 0 done, 1 failed with one line on standard error, 2 wrong usage.
+
+mod corpus;
+mod devices;
+mod failure;
+mod markov;
+mod metrics;
+mod plot;
+mod progress;
+mod text;
+
+use std::{
+    io::{self, Write},
+    process::ExitCode,
+};
+
+use clap::{Parser, Subcommand};
+
+use failure::{Failure, Result};
+
+/// Train, sample and inspect x-transformers.
+#[derive(Parser)]
+#[command(version, about)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Show what there is to compute on, and what is missing and why
+    Devices,
+}
+
+impl Command {
+    fn run(self) -> Result<()> {
+        match self {
+            Self::Devices => devices::run(),
+        }
+    }
+}
+
+fn main() -> ExitCode {
+    match Cli::parse().command.run() {
+        Ok(()) | Err(Failure::ClosedPipe) => ExitCode::SUCCESS,
+        Err(failure) => {
+            // Where even standard error is closed, the exit code has to do.
+            let _ = writeln!(io::stderr(), "xt: {failure}");
+            ExitCode::FAILURE
+        }
+    }
+}

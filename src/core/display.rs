@@ -2,7 +2,7 @@
 
 use std::fmt;
 
-use super::tensor::Tensor;
+use super::{dtype::DType, tensor::Tensor};
 
 /// Elements shown at each end of a long dimension.
 const EDGE: usize = 3;
@@ -15,7 +15,7 @@ impl fmt::Debug for Tensor {
         }
         if self.elements() <= 8 {
             write!(f, " ")?;
-            write_values(self, f, 0)?;
+            write_values(self, f, None)?;
         }
         f.write_str(")")
     }
@@ -23,17 +23,19 @@ impl fmt::Debug for Tensor {
 
 impl fmt::Display for Tensor {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write_values(self, f, 0)?;
+        write_values(self, f, Some(0))?;
         write!(f, "\n{:?} {} {}", self.shape(), self.dtype(), self.device())
     }
 }
 
-fn write_values(tensor: &Tensor, f: &mut fmt::Formatter<'_>, indent: usize) -> fmt::Result {
+/// Writes rows below each other, indented by this much, or all on one line.
+fn write_values(tensor: &Tensor, f: &mut fmt::Formatter<'_>, indent: Option<usize>) -> fmt::Result {
     let Some(&len) = tensor.shape().first() else {
         let value = tensor.item().map_err(|_| fmt::Error)?;
         return match tensor.dtype() {
-            crate::DType::Bool => write!(f, "{}", value != 0.0),
-            crate::DType::I64 => write!(f, "{value}"),
+            DType::Bool => write!(f, "{}", value != 0.0),
+            // Not through f64, which has no room for the last digits of a large integer.
+            DType::I64 => write!(f, "{}", tensor.to_vec::<i64>().map_err(|_| fmt::Error)?[0]),
             _ if value != 0.0 && value.is_finite() && !(1e-3..1e5).contains(&value.abs()) => write!(f, "{value:.4e}"),
             _ => write!(f, "{value:.4}"),
         };
@@ -49,14 +51,13 @@ fn write_values(tensor: &Tensor, f: &mut fmt::Formatter<'_>, indent: usize) -> f
         }
         if index > 0 {
             // Rows of numbers stay on one line, blocks go below each other.
-            if tensor.rank() > 1 {
-                write!(f, ",\n{:width$}", "", width = indent + 1)?;
-            } else {
-                f.write_str(", ")?;
+            match indent {
+                Some(indent) if tensor.rank() > 1 => write!(f, ",\n{:width$}", "", width = indent + 1)?,
+                _ => f.write_str(", ")?,
             }
         }
         let part = tensor.detach().select(0, index).map_err(|_| fmt::Error)?;
-        write_values(&part, f, indent + 1)?;
+        write_values(&part, f, indent.map(|indent| indent + 1))?;
     }
     f.write_str("]")
 }

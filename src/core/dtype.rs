@@ -111,7 +111,8 @@ pub(crate) trait Float: Element<Stored = Self> + Readable + Pod + PartialOrd {
     type Acc: Real;
     fn to_acc(self) -> Self::Acc;
     fn from_acc(acc: Self::Acc) -> Self;
-    /// Rounds to nearest even, once.
+    /// Rounds to nearest even, once. The half types have a method of this name that does not: write
+    /// `<T as Float>::from_f64` where `T` is not a type parameter.
     fn from_f64(x: f64) -> Self;
 }
 
@@ -135,11 +136,20 @@ macro_rules! float {
     )*};
 }
 
+/// To f32, with the last bit set if anything was cut off: rounding the result to fewer bits is then as good as rounding
+/// `x` itself, which two roundings to nearest are not.
+#[inline(always)]
+fn round_to_odd(x: f64) -> f32 {
+    let nearest = x as f32;
+    let (cut, away) = (nearest as f64 != x, (nearest as f64).abs() > x.abs());
+    f32::from_bits((nearest.to_bits() - away as u32) | cut as u32)
+}
+
 float! {
     f32 => f32, |x| x, |x| x, |x| x as f32;
     f64 => f64, |x| x, |x| x, |x| x;
-    bf16 => f32, bf16::to_f32, bf16::from_f32, bf16::from_f64;
-    f16 => f32, f16::to_f32, f16::from_f32, f16::from_f64;
+    bf16 => f32, bf16::to_f32, bf16::from_f32, |x| bf16::from_f32(round_to_odd(x));
+    f16 => f32, f16::to_f32, f16::from_f32, |x| f16::from_f32(round_to_odd(x));
 }
 
 /// Runs an expression with `$T` bound to the stored float type of a dtype; other dtypes are a typed error.

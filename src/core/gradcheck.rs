@@ -12,7 +12,7 @@ pub struct Gradcheck {
     pub step: f64,
     /// Allowed error, relative to the largest gradient of the input (at least 1).
     pub tolerance: f64,
-    /// At most this many elements of an input are perturbed, spread evenly; every one below that.
+    /// At most this many elements of an input are perturbed, one drawn from each of as many equal runs.
     pub max_elements: usize,
 }
 
@@ -126,9 +126,12 @@ pub fn gradcheck(
             None => vec![0.0; values.len()],
         };
         let scale = analytic.iter().fold(1.0f64, |largest, g| largest.max(g.abs()));
-        let every = values.len().div_ceil(options.max_elements.max(1)).max(1);
+        let count = values.len().min(options.max_elements.max(1));
         let mut entry = InputReport { input: position, checked: 0, error: 0.0, worst: 0, analytic: 0.0, numeric: 0.0 };
-        for element in (0..values.len()).step_by(every) {
+        for run in 0..count {
+            // Drawn, because even steps would visit the same few columns of every row.
+            let (start, end) = (run * values.len() / count, (run + 1) * values.len() / count);
+            let element = start + random.below(run as u64, (end - start) as u64) as usize;
             let step = options.step * values[element].abs().max(1.0);
             let mut at = |offset: f64| -> Result<f64> {
                 let mut moved = values.clone();

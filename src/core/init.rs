@@ -28,7 +28,7 @@ impl Init {
     /// Draws the values.
     pub(crate) fn tensor(self, shape: Shape, dtype: DType, device: &Device, random: Philox) -> Result<Tensor> {
         match self {
-            Self::Constant(value) => Tensor::full(shape, value, dtype, device),
+            Self::Constant(value) => Tensor::full(shape, round(value), dtype, device),
             Self::Normal(deviation) => {
                 Tensor::generate(shape, dtype, device, |i| round(deviation * random.normal(i as u64)))
             }

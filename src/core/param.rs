@@ -3,7 +3,7 @@
 use std::{
     collections::BTreeMap,
     fmt,
-    sync::{Arc, Mutex, RwLock},
+    sync::{Arc, Mutex, RwLock, RwLockWriteGuard},
 };
 
 use super::{
@@ -44,19 +44,21 @@ impl Param {
 
     /// Replaces the value.
     ///
-    /// Errors: another shape or dtype.
+    /// Errors: another shape, dtype or device.
     pub fn set(&self, value: Tensor) -> Result<()> {
         self.update(|old| {
             ensure!(
-                old.shape() == value.shape() && old.dtype() == value.dtype(),
+                old.shape() == value.shape() && old.dtype() == value.dtype() && old.device() == value.device(),
                 Error::shape(
                     "set",
                     format!(
-                        "the parameter is {:?} {}, the value {:?} {}",
+                        "the parameter is {:?} {} {}, the value {:?} {} {}",
                         old.shape(),
                         old.dtype(),
+                        old.device(),
                         value.shape(),
-                        value.dtype()
+                        value.dtype(),
+                        value.device()
                     )
                 )
             );
@@ -72,7 +74,12 @@ impl Param {
 
     /// Changes the value; whoever still holds the old tensor keeps its values.
     pub(crate) fn update<R>(&self, f: impl FnOnce(&mut Tensor) -> Result<R>) -> Result<R> {
-        f(&mut self.0.value.write().unwrap_or_else(|poisoned| poisoned.into_inner()))
+        f(&mut self.lock())
+    }
+
+    /// The value to be changed in place together with others; who reads it waits until the guard is dropped.
+    pub(crate) fn lock(&self) -> RwLockWriteGuard<'_, Tensor> {
+        self.0.value.write().unwrap_or_else(|poisoned| poisoned.into_inner())
     }
 }
 

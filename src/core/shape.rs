@@ -41,7 +41,8 @@ impl Shape {
 
     /// Number of elements: the product of the dimensions, 1 for rank 0.
     pub fn elements(&self) -> usize {
-        self.iter().product()
+        // Saturating, because whoever writes to a shape's dimensions can leave them too large.
+        self.iter().fold(1, |elements, &size| elements.saturating_mul(size))
     }
 
     /// Number of dimensions.
@@ -112,6 +113,18 @@ impl std::ops::DerefMut for Shape {
     }
 }
 
+impl<const N: usize> PartialEq<[usize; N]> for Shape {
+    fn eq(&self, other: &[usize; N]) -> bool {
+        **self == *other
+    }
+}
+
+impl<const N: usize> PartialEq<[usize; N]> for &Shape {
+    fn eq(&self, other: &[usize; N]) -> bool {
+        ***self == *other
+    }
+}
+
 impl fmt::Debug for Shape {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         self.deref().fmt(f)
@@ -132,7 +145,8 @@ pub trait IntoShape {
 
 impl IntoShape for Shape {
     fn into_shape(self) -> Result<Shape> {
-        Ok(self)
+        // Checked again: its dimensions can be written to.
+        Shape::new(&self)
     }
 }
 

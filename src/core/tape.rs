@@ -16,7 +16,7 @@ use super::{
     shape::Shape,
     tensor::Tensor,
 };
-use crate::{Error, Result, error::ensure};
+use crate::{DType, Error, Result, error::ensure};
 
 static NEXT_ID: AtomicU64 = AtomicU64::new(1);
 
@@ -116,8 +116,40 @@ impl Contributions {
 }
 
 struct Node {
-    inputs: Vec<GradSlot>,
+    inputs: Vec<Input>,
     backward: Box<dyn Backward>,
+}
+
+/// Where the gradient of an input goes, and what it must look like.
+struct Input {
+    slot: GradSlot,
+    shape: Shape,
+    dtype: DType,
+}
+
+impl Input {
+    fn all(tensors: &[&Tensor]) -> Vec<Self> {
+        tensors.iter().map(|&x| Self { slot: x.grad, shape: *x.shape(), dtype: x.dtype() }).collect()
+    }
+
+    /// Refuses a gradient of another shape or dtype where it comes from, instead of where it would do harm.
+    fn check(&self, op: &'static str, contribution: &Contribution) -> Result<()> {
+        let (shape, value) = match contribution {
+            _ if matches!(self.slot, GradSlot::Constant) => return Ok(()),
+            Contribution::None => return Ok(()),
+            Contribution::Whole(value) => (value.shape(), value),
+            Contribution::Part { shape, value, .. } => (shape, value),
+        };
+        let (given, needed) = ((shape, value.dtype()), (&self.shape, self.dtype));
+        ensure!(
+            given == needed,
+            Error::shape(
+                op,
+                format!("its backward gave a gradient {shape:?} {} for an input {:?} {}", given.1, needed.0, needed.1)
+            )
+        );
+        Ok(())
+    }
 }
 
 struct Recording {
@@ -226,7 +258,7 @@ impl Tape {
         grads[last] = Some(cotangent.detach());
         while let Some(Node { inputs, backward }) = nodes.pop() {
             let Some(grad) = grads.pop().flatten() else { continue };
-            let need: Vec<bool> = inputs.iter().map(|slot| !matches!(slot, GradSlot::Constant)).collect();
+            let need: Vec<bool> = inputs.iter().map(|input| !matches!(input.slot, GradSlot::Constant)).collect();
             let name = backward.name();
             let given = backward.backward(grad, &need)?;
             ensure!(
@@ -236,8 +268,9 @@ impl Tape {
                     format!("its backward gave {} contributions for {} inputs", given.inputs.len(), inputs.len())
                 )
             );
-            for (slot, contribution) in inputs.into_iter().zip(given.inputs) {
-                match slot {
+            for (input, contribution) in inputs.into_iter().zip(given.inputs) {
+                input.check(name, &contribution)?;
+                match input.slot {
                     GradSlot::Constant => {}
                     GradSlot::Leaf(leaf) => leaves.contribute(leaf, contribution)?,
                     GradSlot::Node { index, .. } => accumulate(&mut grads[index], contribution)?,
@@ -254,7 +287,9 @@ impl Tape {
 impl Drop for Tape {
     fn drop(&mut self) {
         // The nodes are dropped outside of the borrow: what they saved may be anything.
-        let recording = with_stack(|stack| {
+        // A tape kept in a thread-local may outlive the list, which has then dropped its recording.
+        let recording = STACK.try_with(|stack| {
+            let mut stack = stack.borrow_mut();
             let at = stack.iter().position(|recording| recording.id == self.id)?;
             Some(stack.remove(at))
         });
@@ -272,7 +307,8 @@ fn accumulate(sum: &mut Option<Tensor>, contribution: Contribution) -> Result<()
         Contribution::None => {}
         Contribution::Whole(value) => {
             *sum = Some(match sum.take() {
-                None => value,
+                // A rule may hand out what it saved, which need not be a constant.
+                None => value.detach(),
                 Some(sum) => sum.accumulate(&value)?,
             });
         }
@@ -305,10 +341,7 @@ pub fn record<B: Backward + 'static>(
     })?;
     let Some(discard) = tracked else { return Ok(output) };
     // Outside of the borrow: the closure may compute what it saves.
-    let node = (!discard).then(|| Node {
-        inputs: inputs.iter().map(|input| input.grad).collect(),
-        backward: Box::new(backward(&output)),
-    });
+    let node = (!discard).then(|| Node { inputs: Input::all(inputs), backward: Box::new(backward(&output)) });
     Ok(push(output, node))
 }
 
@@ -392,7 +425,14 @@ pub fn checkpoint(f: impl Fn(&[Tensor]) -> Result<Tensor> + 'static, inputs: &[&
     let (output, tracked) = {
         let tape = Tape::start(mode, seed, stream, true);
         let output = f(&inner)?;
-        let tracked = !matches!(output.grad, GradSlot::Constant);
+        let tracked = match output.grad {
+            GradSlot::Constant => false,
+            // Captured and handed back without an op that would have refused it.
+            GradSlot::Node { tape: other, .. } if other != tape.id => {
+                return Err(Error::StaleTape { op: "checkpoint" });
+            }
+            _ => true,
+        };
         let end = with_stack(|stack| stack.iter().find(|r| r.id == tape.id).map_or(stream, |r| r.stream));
         drop(tape);
         with_stack(|stack| {
@@ -408,7 +448,7 @@ pub fn checkpoint(f: impl Fn(&[Tensor]) -> Result<Tensor> + 'static, inputs: &[&
     // Not through `record`: the output may be tracked by parameters alone.
     let discard = with_stack(|stack| stack.last().is_none_or(|recording| recording.discard));
     let node = (!discard).then(|| Node {
-        inputs: inputs.iter().map(|input| input.grad).collect(),
+        inputs: Input::all(inputs),
         backward: Box::new(CheckpointBackward { f: Box::new(f), inputs: inner, mode, seed, stream }),
     });
     Ok(push(output, node))
@@ -481,8 +521,16 @@ impl Gradients {
 
     /// Adds the gradients of another micro-batch.
     ///
-    /// Errors: a leaf with another shape, dtype or device.
+    /// Errors: a leaf with another shape, dtype or device; nothing is added then.
     pub fn accumulate(&mut self, other: Gradients) -> Result<()> {
+        for (leaf, grad) in &other.leaves {
+            let fits = |sum: &Tensor| {
+                sum.shape() == grad.shape() && sum.dtype() == grad.dtype() && sum.device() == grad.device()
+            };
+            if let Some(sum) = self.leaves.get(leaf).filter(|&sum| !fits(sum)) {
+                return Err(Error::shape("accumulate", format!("a gradient {grad:?} cannot be added to {sum:?}")));
+            }
+        }
         other.leaves.into_iter().try_for_each(|(leaf, grad)| self.add(leaf, grad))
     }
 

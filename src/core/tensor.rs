@@ -240,18 +240,23 @@ impl Tensor {
     /// The elements of a contiguous tensor.
     pub(crate) fn values<E: Element>(&self) -> Result<&[E::Stored]> {
         debug_assert!(self.is_contiguous(), "values of a strided tensor");
-        let elements = self.elements();
-        // The offset of an empty view may lie behind the end.
-        let start = if elements == 0 { 0 } else { self.layout.offset };
-        Ok(&self.storage::<E>()?[start..start + elements])
+        Ok(&self.storage::<E>()?[self.range()])
     }
 
     /// The elements of a contiguous tensor that no other handle shares.
     pub(crate) fn values_mut<E: Element>(&mut self) -> Result<&mut [E::Stored]> {
         self.check_dtype::<E>()?;
-        let (start, end) = (self.layout.offset, self.layout.offset + self.elements());
         debug_assert!(self.is_contiguous(), "values_mut of a strided tensor");
-        Ok(&mut bytemuck::cast_slice_mut(self.bytes_mut()?)[start..end])
+        let range = self.range();
+        Ok(&mut bytemuck::cast_slice_mut(self.bytes_mut()?)[range])
+    }
+
+    /// Where the elements of a contiguous tensor are in its storage.
+    fn range(&self) -> std::ops::Range<usize> {
+        let elements = self.elements();
+        // The offset of an empty view may lie behind the end.
+        let start = if elements == 0 { 0 } else { self.layout.offset };
+        start..start + elements
     }
 
     /// The whole storage for writing, if no other handle shares it.

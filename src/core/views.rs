@@ -86,6 +86,14 @@ impl Tensor {
     ///
     /// Errors: the dimension or the index is out of range.
     pub fn select(&self, dim: isize, index: usize) -> Result<Tensor> {
+        let at = self.shape().dim(dim, "select")?;
+        ensure!(
+            index < self.shape()[at],
+            Error::shape(
+                "select",
+                format!("index {index} is out of range for dimension {dim} of shape {:?}", self.shape())
+            )
+        );
         self.narrow(dim, index, 1)?.squeeze(dim)
     }
 

@@ -7,7 +7,7 @@ use std::{
 
 use rayon::prelude::*;
 
-use super::{cpu_pool, pool::Pool};
+use super::{MemoryStats, cpu_pool, pool::Pool};
 use crate::{
     Error, Result,
     core::{Layout as TensorLayout, Shape, collapse},
@@ -61,15 +61,14 @@ impl CpuBuffer {
             return Ok(Self { block: None, bytes });
         }
         let (class, pool) = (Pool::size_class(bytes), cpu_pool());
-        let block = match pool.take(class).or_else(|| Block::new(class)) {
+        // Counted once it exists: a request that fails must not leave its size in the peak.
+        let make = || Block::new(class).inspect(|_| pool.made(class));
+        let block = match pool.take(class).or_else(make) {
             Some(block) => block,
             None => {
-                let stats = pool.stats();
+                let MemoryStats { live, cached, .. } = pool.stats();
                 pool.trim();
-                Block::new(class).ok_or_else(|| {
-                    pool.cancel(class);
-                    Error::OutOfMemory { requested: bytes, live: stats.live - class, cached: stats.cached }
-                })?
+                make().ok_or(Error::OutOfMemory { requested: bytes, live, cached })?
             }
         };
         let mut buffer = Self { block: Some(block), bytes };
@@ -84,7 +83,7 @@ impl CpuBuffer {
         match &self.block {
             // SAFETY: the block has at least `bytes` initialised bytes and lives as long as `self`.
             Some(block) => unsafe { std::slice::from_raw_parts(block.pointer.as_ptr(), self.bytes) },
-            None => align(&mut []),
+            None => empty(),
         }
     }
 
@@ -92,13 +91,13 @@ impl CpuBuffer {
         match &self.block {
             // SAFETY: as in `bytes`, and `&mut self` is exclusive.
             Some(block) => unsafe { std::slice::from_raw_parts_mut(block.pointer.as_ptr(), self.bytes) },
-            None => align(&mut []),
+            None => empty(),
         }
     }
 }
 
 /// An empty slice that is aligned for every element type, so that it can be cast.
-fn align(_: &mut [u8; 0]) -> &'static mut [u8] {
+fn empty() -> &'static mut [u8] {
     // SAFETY: a slice of length 0 needs only a non-null, aligned pointer.
     unsafe { std::slice::from_raw_parts_mut(std::ptr::without_provenance_mut(ALIGNMENT), 0) }
 }
@@ -123,10 +122,11 @@ pub(crate) fn for_rows<T: Send>(out: &mut [T], width: usize, cost: usize, body: 
         return;
     }
     let rows = rows_per_task(out.len() / width, cost);
-    if out.len() <= rows * width {
-        return body(0, out);
-    }
-    out.par_chunks_mut(rows * width).enumerate().for_each(|(task, part)| body(task * rows, part));
+    let parts = Parts::new(out, rows * width);
+    run(parts.count(), &|task| {
+        // SAFETY: every task is run once, and its part is its own.
+        body(task * rows, unsafe { parts.get(task) });
+    });
 }
 
 /// As [`for_rows`] with two outputs, whose rows have `widths` elements.
@@ -137,14 +137,46 @@ pub(crate) fn for_rows2<A: Send, B: Send>(
     cost: usize,
     body: impl Fn(usize, &mut [A], &mut [B]) + Sync,
 ) {
-    if widths.0 == 0 || widths.1 == 0 {
+    if a.is_empty() || widths.0 == 0 || widths.1 == 0 {
         return;
     }
     let rows = rows_per_task(a.len() / widths.0, cost);
-    a.par_chunks_mut(rows * widths.0)
-        .zip(b.par_chunks_mut(rows * widths.1))
-        .enumerate()
-        .for_each(|(task, (a, b))| body(task * rows, a, b));
+    let (a, b) = (Parts::new(a, rows * widths.0), Parts::new(b, rows * widths.1));
+    run(a.count().min(b.count()), &|task| {
+        // SAFETY: every task is run once, and its parts are its own.
+        body(task * rows, unsafe { a.get(task) }, unsafe { b.get(task) });
+    });
+}
+
+/// A slice cut into parts of equal length (the last may be shorter), each for one task.
+struct Parts<'a, T> {
+    start: *mut T,
+    len: usize,
+    part: usize,
+    slice: std::marker::PhantomData<&'a mut [T]>,
+}
+
+// SAFETY: tasks reach disjoint parts only, as `get` demands.
+unsafe impl<T: Send> Sync for Parts<'_, T> {}
+
+impl<'a, T> Parts<'a, T> {
+    fn new(slice: &'a mut [T], part: usize) -> Self {
+        Self { start: slice.as_mut_ptr(), len: slice.len(), part, slice: std::marker::PhantomData }
+    }
+
+    fn count(&self) -> usize {
+        self.len.div_ceil(self.part)
+    }
+
+    /// # Safety
+    ///
+    /// `index` is below `count`, and no two calls with the same one overlap.
+    #[allow(clippy::mut_from_ref)]
+    unsafe fn get(&self, index: usize) -> &mut [T] {
+        let start = index * self.part;
+        // SAFETY: within the slice by the contract of `index`; exclusive because parts do not overlap.
+        unsafe { std::slice::from_raw_parts_mut(self.start.add(start), self.part.min(self.len - start)) }
+    }
 }
 
 /// Rows that one task takes: enough work to pay for the hand-over, and few enough to balance.
@@ -155,11 +187,17 @@ pub(crate) fn rows_per_task(rows: usize, cost: usize) -> usize {
 }
 
 /// Calls `body(task)` for every task in `0..tasks`, in parallel.
-pub(crate) fn for_tasks(tasks: usize, body: impl Fn(usize) + Sync + Send) {
-    if tasks == 1 {
-        return body(0);
+pub(crate) fn for_tasks(tasks: usize, body: impl Fn(usize) + Sync) {
+    run(tasks, &body);
+}
+
+/// The only place that hands work to `rayon`: not generic, so that its machinery is compiled once and not per op.
+fn run(tasks: usize, body: &(dyn Fn(usize) + Sync)) {
+    match tasks {
+        0 => {}
+        1 => body(0),
+        _ => (0..tasks).into_par_iter().for_each(body),
     }
-    (0..tasks).into_par_iter().for_each(body);
 }
 
 /// Walks a packed output together with strided inputs of the same shape.

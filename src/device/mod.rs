@@ -7,6 +7,8 @@ use crate::{Error, Result};
 pub(crate) mod cpu;
 #[cfg(feature = "cuda")]
 pub(crate) mod cuda;
+#[cfg(feature = "cuda")]
+pub mod kernels;
 mod pool;
 pub(crate) mod simd;
 

@@ -14,6 +14,13 @@ pub struct MemoryStats {
     pub peak: usize,
 }
 
+impl MemoryStats {
+    fn grow(&mut self, bytes: usize) {
+        self.live += bytes;
+        self.peak = self.peak.max(self.live);
+    }
+}
+
 /// A block of memory that gives itself back to the system when dropped.
 pub(super) type Block = super::cpu::Block;
 
@@ -41,19 +48,18 @@ impl Pool {
         bytes.div_ceil(step).saturating_mul(step)
     }
 
-    /// Counts a block of this class as live and returns a free one if there is one.
+    /// A free block of this class, if there is one; it counts as live from now on.
     pub fn take(&self, class: usize) -> Option<Block> {
         let mut state = self.lock();
-        state.stats.live += class;
-        state.stats.peak = state.stats.peak.max(state.stats.live);
         let block = state.free.get_mut(&class)?.pop()?;
         state.stats.cached -= class;
+        state.stats.grow(class);
         Some(block)
     }
 
-    /// Takes back what `take` counted, for a block that could not be made.
-    pub fn cancel(&self, class: usize) {
-        self.lock().stats.live -= class;
+    /// Counts a block that was made as live.
+    pub fn made(&self, class: usize) {
+        self.lock().stats.grow(class);
     }
 
     /// Keeps a block for reuse, or drops it when the cache is full.

@@ -8,4 +8,4 @@ pub use self::{
     safetensors::{read_safetensors, write_safetensors},
 };
 
-pub(crate) use self::atomic::sync_folder;
+pub(crate) use self::{atomic::sync_folder, safetensors::read_with_metadata};

@@ -43,7 +43,11 @@ const METADATA: &str = "__metadata__";
 /// file, truncated, not a safetensors file, has a tensor of another dtype or more than six dimensions, or positions
 /// that overlap, leave gaps, contradict shape and dtype, or lie behind the end.
 pub fn read_safetensors(path: impl AsRef<Path>) -> Result<BTreeMap<String, Tensor>> {
-    let path = path.as_ref();
+    read_with_metadata(path.as_ref()).map(|(tensors, _)| tensors)
+}
+
+/// As [`read_safetensors`], with the text about the tensors.
+pub(crate) fn read_with_metadata(path: &Path) -> Result<(BTreeMap<String, Tensor>, BTreeMap<String, String>)> {
     let invalid = |why: String| Error::file(path, why);
     let broken = |source: io::Error| Error::io(path, source);
     // Asked before opening: opening a pipe would wait for a writer.
@@ -66,7 +70,7 @@ pub fn read_safetensors(path: impl AsRef<Path>) -> Result<BTreeMap<String, Tenso
     let mut header = vec![0; length as usize];
     file.read_exact(&mut header).map_err(broken)?;
     let header: Header = serde_json::from_slice(&header).map_err(|why| invalid(format!("has a bad header: {why}")))?;
-    let mut tensors: Vec<_> = header.0.into_iter().collect();
+    let mut tensors: Vec<_> = header.tensors.into_iter().collect();
     tensors.sort_by_key(|(_, info)| info.data_offsets);
     let metadata = Metadata::new(None, tensors.clone()).map_err(|why| invalid(format!("has a bad header: {why}")))?;
     let (described, present) = (metadata.data_len() as u64, total - LENGTH - length);
@@ -77,7 +81,7 @@ pub fn read_safetensors(path: impl AsRef<Path>) -> Result<BTreeMap<String, Tenso
         ))
     );
     // The tensors cover the rest of the file without gaps, which was checked, so that reading goes straight on.
-    tensors
+    let tensors = tensors
         .into_iter()
         .map(|(name, info)| {
             let shape = Shape::new(&info.shape).map_err(|why| invalid(format!("tensor `{name}`: {why}")))?;
@@ -94,7 +98,8 @@ pub fn read_safetensors(path: impl AsRef<Path>) -> Result<BTreeMap<String, Tenso
             })?;
             Ok((name, tensor))
         })
-        .collect()
+        .collect::<Result<_>>()?;
+    Ok((tensors, header.metadata.unwrap_or_default()))
 }
 
 enum Problem {
@@ -161,9 +166,12 @@ fn read_widened<const N: usize>(
     Ok(tensor)
 }
 
-/// The tensors of a header. Parsed here and not by the safetensors crate, which keeps the last of several entries
+/// What a header says. Parsed here and not by the safetensors crate, which keeps the last of several entries
 /// with one name and sets memory aside for fields that it does not know.
-struct Header(BTreeMap<String, TensorInfo>);
+struct Header {
+    tensors: BTreeMap<String, TensorInfo>,
+    metadata: Option<BTreeMap<String, String>>,
+}
 
 impl<'de> Deserialize<'de> for Header {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> std::result::Result<Self, D::Error> {
@@ -176,13 +184,12 @@ impl<'de> Deserialize<'de> for Header {
             }
 
             fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> std::result::Result<Header, A::Error> {
-                let (mut tensors, mut metadata) = (BTreeMap::new(), false);
+                let (mut tensors, mut metadata) = (BTreeMap::new(), None);
                 while let Some(name) = map.next_key::<String>()? {
                     if name == METADATA {
-                        if std::mem::replace(&mut metadata, true) {
+                        if metadata.replace(map.next_value()?).is_some() {
                             return Err(A::Error::custom("`__metadata__` occurs twice"));
                         }
-                        map.next_value::<BTreeMap<String, String>>()?;
                         continue;
                     }
                     let info = map.next_value().map_err(|why| A::Error::custom(format!("tensor `{name}`: {why}")))?;
@@ -193,7 +200,7 @@ impl<'de> Deserialize<'de> for Header {
                         }
                     }
                 }
-                Ok(Header(tensors))
+                Ok(Header { tensors, metadata })
             }
         }
         deserializer.deserialize_map(Entries)

@@ -66,7 +66,7 @@ impl Tensor {
         let mut dims = first.shape().to_vec();
         dims[dim] = total;
         let mut out = Tensor::uninit(Shape::new(&dims)?, first.dtype(), first.device())?;
-        let packed = tensors.iter().map(|tensor| tensor.contiguous()).collect::<Result<Vec<_>>>()?;
+        let packed = tensors.iter().map(|tensor| tensor.detach().contiguous()).collect::<Result<Vec<_>>>()?;
         match first.dtype() {
             DType::I64 => join::<i64>(&packed, dim, &mut out)?,
             DType::Bool => join::<bool>(&packed, dim, &mut out)?,
@@ -84,6 +84,11 @@ impl Tensor {
 
     /// Adds a tensor to a part of this one, in place if no other handle shares the values.
     pub(crate) fn accumulate_part(mut self, part: Part, value: &Tensor) -> Result<Tensor> {
+        let inside = |&size: &usize| part.start.checked_add(part.len).is_some_and(|end| end <= size);
+        ensure!(
+            self.rank() == 0 || self.shape().get(part.dim).is_some_and(inside),
+            Error::shape("accumulate", format!("{part:?} is no part of a gradient of shape {:?}", self.shape()))
+        );
         let expected = if self.rank() == 0 { *self.shape() } else { self.shape().with_dim(part.dim, part.len) };
         ensure!(
             expected == *value.shape() && self.dtype() == value.dtype(),
@@ -97,7 +102,7 @@ impl Tensor {
                 )
             )
         );
-        let value = value.contiguous()?;
+        let value = value.detach().contiguous()?;
         if !self.is_unique() {
             let mut copy = self.uninit_like()?;
             dispatch_float!("accumulate", self.dtype(), T, pack::<T>(&self, &mut copy))?;
@@ -177,7 +182,8 @@ fn convert_to<S: Copy + Sync>(from: &[S], widen: impl Fn(S) -> f64 + Sync, out: 
         DType::I64 => convert(from, out.values_mut::<i64>()?, |x| widen(x) as i64),
         DType::Bool => convert(from, out.values_mut::<bool>()?, |x| (widen(x) != 0.0) as u8),
         float => dispatch_float!("to_dtype", float, T, {
-            convert(from, out.values_mut::<T>()?, |x| T::from_f64(widen(x)));
+            // Not `T::from_f64`: the half types have a method of that name, which cuts bits off before it rounds.
+            convert(from, out.values_mut::<T>()?, |x| <T as Float>::from_f64(widen(x)));
             Ok(())
         })?,
     }

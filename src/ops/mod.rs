@@ -15,13 +15,23 @@ macro_rules! ops {
     };
 }
 
+// Not an op of tensors: it works on the parameters and the state of an optimizer in place.
+pub(crate) mod adamw;
+
 ops! {
     attention: attention;
     copy: contiguous, to_dtype, cat;
+    cross_entropy: cross_entropy;
+    dropout: dropout;
+    embedding: embedding;
+    glu: glu;
     matmul: matmul, linear;
     norm: layer_norm, rms_norm, scale_norm;
     pointwise: neg, exp, ln, sqrt, square, sigmoid, tanh, relu, relu_squared, gelu, affine, add, sub, mul, div,
         eq, ne, lt, le, gt, ge, logical_and, logical_or, logical_not, where_cond, masked_fill;
     reduce: sum, mean, sum_to, max, argmax;
+    rotary: rotary;
     softmax: softmax;
 }
+
+pub use glu::Activation;

@@ -14,45 +14,51 @@ impl Tensor {
     /// Shapes: `[.., i, ..] → [.., ..]`. Accumulates in f32 (f64 for f64). Saves nothing.
     /// Errors: a dimension out of range or named twice, or a dtype that is not float.
     pub fn sum(&self, dims: &[isize]) -> Result<Tensor> {
+        self.reduce("sum", dims, |_| 1.0)
+    }
+
+    /// The mean over the given dimensions, which disappear; all of them if none is given. Negative ones count from
+    /// the end.
+    ///
+    /// Shapes: `[.., i, ..] → [.., ..]`. Accumulates and divides in f32 (f64 for f64), so that a half type overflows
+    /// only if the mean does. The mean of no elements is NaN, as in PyTorch. Saves nothing.
+    /// Errors: as [`Tensor::sum`].
+    pub fn mean(&self, dims: &[isize]) -> Result<Tensor> {
+        self.reduce("mean", dims, |count| count as f64)
+    }
+
+    /// The sum divided by a function of the number of summands.
+    fn reduce(&self, op: &'static str, dims: &[isize], divisor: fn(usize) -> f64) -> Result<Tensor> {
         ensure!(
             self.dtype().is_float(),
-            Error::dtype("sum", format!("expected a float tensor, got {}", self.dtype()))
+            Error::dtype(op, format!("expected a float tensor, got {}", self.dtype()))
         );
         let mut reduced = vec![dims.is_empty(); self.rank()];
         for &dim in dims {
-            let dim = self.shape().dim(dim, "sum")?;
+            let dim = self.shape().dim(dim, op)?;
             let repeated = std::mem::replace(&mut reduced[dim], true);
-            ensure!(!repeated, Error::argument("sum", format!("dimension {dim} is named twice in {dims:?}")));
+            ensure!(!repeated, Error::argument(op, format!("dimension {dim} is named twice in {dims:?}")));
         }
-        // Kept dimensions first, so that each sum is one packed row.
-        let kept: Vec<usize> = (0..self.rank()).filter(|&dim| !reduced[dim]).collect();
-        let order: Vec<usize> = kept.iter().copied().chain((0..self.rank()).filter(|&dim| reduced[dim])).collect();
+        let (gone, kept): (Vec<usize>, Vec<usize>) = (0..self.rank()).partition(|&dim| reduced[dim]);
         let shape = Shape::unchecked(&kept.iter().map(|&dim| self.shape()[dim]).collect::<Vec<_>>());
+        let divisor = divisor(gone.iter().map(|&dim| self.shape()[dim]).product());
         let mut out = Tensor::uninit(shape, self.dtype(), self.device())?;
-        let kept_is_last = !kept.is_empty() && kept.iter().enumerate().all(|(i, &dim)| dim == self.rank() - kept.len() + i);
-        dispatch_float!("sum", self.dtype(), T, {
+        let kept_is_last = gone.last() < kept.first();
+        dispatch_float!(op, self.dtype(), T, {
+            let divisor = <T as Float>::Acc::from_f64(divisor);
             if kept_is_last {
                 // Whole rows are added up: no transposed copy, and the inner loop runs over packed columns.
                 let x = self.detach().contiguous()?;
-                sum_rows_together::<T>(x.values::<T>()?, out.values_mut::<T>()?);
+                let width = out.elements();
+                sum_rows_together::<T, T>(x.values::<T>()?, width, out.values_mut::<T>()?, divisor);
             } else {
-                let x = self.detach().permute(&order)?.contiguous()?;
-                let (x, out) = (x.values::<T>()?, out.values_mut::<T>()?);
-                let width = x.len().checked_div(out.len()).unwrap_or(0);
-                cpu::for_rows(out, 1, width, |row, out| sum_each_row::<T>(&x[row * width..], width, out));
+                // Kept dimensions first, so that each sum is one packed row.
+                let x = self.detach().permute(&[kept, gone].concat())?.contiguous()?;
+                sum_each_row::<T>(x.values::<T>()?, out.values_mut::<T>()?, divisor);
             }
             Ok(())
         })?;
-        record("sum", out, &[self], |_| SumBackward { shape: *self.shape(), reduced })
-    }
-
-    /// The mean over the given dimensions, which disappear; all of them if none is given.
-    ///
-    /// Errors: as [`Tensor::sum`]. The mean of no elements is NaN, as in PyTorch.
-    pub fn mean(&self, dims: &[isize]) -> Result<Tensor> {
-        let sum = self.sum(dims)?;
-        let count = self.elements() as f64 / sum.elements() as f64;
-        if sum.elements() == 0 { Ok(sum) } else { sum.affine(1.0 / count, 0.0) }
+        record(op, out, &[self], |_| ReduceBackward { op, shape: *self.shape(), reduced, divisor })
     }
 
     /// Sums over whatever dimensions broadcasting has added or repeated: the inverse of [`Tensor::expand`].
@@ -73,42 +79,85 @@ impl Tensor {
     }
 }
 
-/// Columns that one pass of [`sum_rows_together`] keeps in registers and first-level cache.
-const COLUMNS: usize = 512;
+/// Rows that are added up in one go before their sum joins the total: bounds the rounding error of long sums, and
+/// gives the threads something to share.
+const ROWS: usize = 256;
 
-/// `out[j] = Σ_i x[i, j]`: over columns in parallel, over rows in order.
-fn sum_rows_together<T: Float>(x: &[T], out: &mut [T]) {
-    let width = out.len();
+/// `out[j] = Σ_i x[i, j] / divisor`, in blocks of rows.
+fn sum_rows_together<S: Float, T: Float<Acc = S::Acc>>(x: &[S], width: usize, out: &mut [T], divisor: S::Acc) {
     let rows = x.len().checked_div(width).unwrap_or(0);
-    let tasks_of = COLUMNS.min(width.max(1));
-    cpu::for_rows(out, 1, rows.max(1), |start, out| {
-        for (index, out) in out.chunks_mut(tasks_of).enumerate() {
-            sum_columns::<T>(x, width, start + index * tasks_of, out);
+    if rows <= ROWS {
+        cpu::for_rows(out, 1, rows.max(1), |start, out| sum_columns::<S, T>(x, width, start, out, divisor));
+        return;
+    }
+    let mut sums = vec![S::Acc::ZERO; rows.div_ceil(ROWS) * width];
+    cpu::for_rows(&mut sums, width, ROWS * width, |block, sums| {
+        for (sums, x) in sums.chunks_exact_mut(width).zip(x[block * ROWS * width..].chunks(ROWS * width)) {
+            sum_columns::<S, S::Acc>(x, width, 0, sums, S::Acc::ONE);
         }
     });
+    sum_rows_together::<S::Acc, T>(&sums, width, out, divisor);
 }
 
+/// Columns that one pass over the rows adds up, so that their sums stay in the first-level cache.
+const COLUMNS: usize = 512;
+
+/// Rows after which the sums of a pass join its total, for the same reason as [`ROWS`].
+const FEW: usize = 16;
+
 vectorized! {
-    fn sum_columns<T: Float>(x: &[T], width: usize, start: usize, out: &mut [T]) {
-        let mut sums = [T::Acc::ZERO; COLUMNS];
-        let sums = &mut sums[..out.len()];
-        for row in x.chunks_exact(width) {
-            for (sum, x) in sums.iter_mut().zip(&row[start..]) {
-                *sum += x.to_acc();
+    /// `out[j] = Σ_i x[i, start + j] / divisor`.
+    fn sum_columns<S: Float, T: Float<Acc = S::Acc>>(x: &[S], width: usize, start: usize, out: &mut [T], divisor: S::Acc) {
+        for (block, out) in out.chunks_mut(COLUMNS).enumerate() {
+            let (mut totals, start) = ([S::Acc::ZERO; COLUMNS], start + block * COLUMNS);
+            let totals = &mut totals[..out.len()];
+            for rows in x.chunks(FEW * width) {
+                let mut sums = [S::Acc::ZERO; COLUMNS];
+                let sums = &mut sums[..out.len()];
+                for row in rows.chunks_exact(width) {
+                    for (sum, x) in sums.iter_mut().zip(&row[start..]) {
+                        *sum += x.to_acc();
+                    }
+                }
+                for (total, sum) in totals.iter_mut().zip(sums) {
+                    *total += *sum;
+                }
             }
-        }
-        for (out, sum) in out.iter_mut().zip(sums) {
-            *out = T::from_acc(*sum);
+            for (out, total) in out.iter_mut().zip(totals) {
+                *out = T::from_acc(*total / divisor);
+            }
         }
     }
 }
 
-vectorized! {
-    /// `out[i] = Σ_j x[i, j]`.
-    fn sum_each_row<T: Float>(x: &[T], width: usize, out: &mut [T]) {
-        for (row, out) in out.iter_mut().enumerate() {
-            *out = T::from_acc(sum_slice(&x[row * width..(row + 1) * width]));
+/// `out[i] = Σ_j x[i, j] / divisor`; rows that are long enough are shared between threads.
+fn sum_each_row<T: Float>(x: &[T], out: &mut [T], divisor: T::Acc) {
+    let width = x.len().checked_div(out.len()).unwrap_or(0);
+    if width < 2 * cpu::GRAIN {
+        cpu::for_rows(out, 1, width, |row, out| {
+            for (index, out) in out.iter_mut().enumerate() {
+                *out = T::from_acc(sum_row::<T>(&x[(row + index) * width..][..width]) / divisor);
+            }
+        });
+        return;
+    }
+    let pieces = width.div_ceil(cpu::GRAIN);
+    let mut sums = vec![T::Acc::ZERO; out.len() * pieces];
+    cpu::for_rows(&mut sums, 1, cpu::GRAIN, |start, sums| {
+        for (index, sum) in sums.iter_mut().enumerate() {
+            let (row, piece) = ((start + index) / pieces, (start + index) % pieces);
+            let x = &x[row * width..][..width];
+            *sum = sum_row::<T>(&x[piece * cpu::GRAIN..x.len().min((piece + 1) * cpu::GRAIN)]);
         }
+    });
+    for (out, sums) in out.iter_mut().zip(sums.chunks_exact(pieces)) {
+        *out = T::from_acc(sum_row::<T::Acc>(sums) / divisor);
+    }
+}
+
+vectorized! {
+    fn sum_row<T: Float>(x: &[T]) -> T::Acc {
+        sum_slice(x)
     }
 }
 
@@ -118,41 +167,79 @@ pub(crate) fn sum_slice<T: Float>(x: &[T]) -> T::Acc {
     fold(x, T::Acc::ZERO, |x| x.to_acc())
 }
 
-/// `Σ f(x)` in sixteen lanes.
+/// Sums of a row that are kept apart, so that they fill the widest registers twice.
+const LANES: usize = 16;
+
+/// Elements after which the lanes join the total: bounds the rounding error of long rows.
+const BLOCK: usize = 1024;
+
+/// `start + Σ f(x)` in sixteen lanes.
 #[inline(always)]
 pub(crate) fn fold<T: Float>(x: &[T], start: T::Acc, f: impl Fn(T) -> T::Acc) -> T::Acc {
-    let mut lanes = [T::Acc::ZERO; 16];
-    let chunks = x.chunks_exact(16);
-    let mut sum = start;
-    for &x in chunks.remainder() {
-        sum += f(x);
-    }
-    for chunk in chunks {
-        for (lane, &x) in lanes.iter_mut().zip(chunk) {
-            *lane += f(x);
-        }
-    }
-    for width in [8, 4, 2, 1] {
-        for lane in 0..width {
-            let other = lanes[lane + width];
-            lanes[lane] += other;
-        }
-    }
-    sum + lanes[0]
+    fold2(x, x, start, |x, _| f(x))
 }
 
-struct SumBackward {
+/// `start + Σ f(x, y)` over two slices of one length, in sixteen lanes.
+#[inline(always)]
+pub(crate) fn fold2<T: Float>(x: &[T], y: &[T], start: T::Acc, f: impl Fn(T, T) -> T::Acc) -> T::Acc {
+    let mut total = start;
+    for (x, y) in x.chunks(BLOCK).zip(y.chunks(BLOCK)) {
+        let (packets, others) = (x.chunks_exact(LANES), y.chunks_exact(LANES));
+        let mut sum = T::Acc::ZERO;
+        for (&x, &y) in packets.remainder().iter().zip(others.remainder()) {
+            sum += f(x, y);
+        }
+        let mut lanes = [T::Acc::ZERO; LANES];
+        for (x, y) in packets.zip(others) {
+            for ((lane, &x), &y) in lanes.iter_mut().zip(x).zip(y) {
+                *lane += f(x, y);
+            }
+        }
+        for width in [8, 4, 2, 1] {
+            for lane in 0..width {
+                let other = lanes[lane + width];
+                lanes[lane] += other;
+            }
+        }
+        total += sum + lanes[0];
+    }
+    total
+}
+
+/// The largest element, `−∞` of none; a NaN is passed over.
+#[inline(always)]
+pub(crate) fn max_slice<T: Float>(x: &[T]) -> T::Acc {
+    let packets = x.chunks_exact(LANES);
+    let mut max = packets.remainder().iter().fold(T::Acc::NEG_INFINITY, |max, x| max.max(x.to_acc()));
+    let mut lanes = [T::Acc::NEG_INFINITY; LANES];
+    for packet in packets {
+        for (lane, x) in lanes.iter_mut().zip(packet) {
+            *lane = lane.max(x.to_acc());
+        }
+    }
+    for lane in lanes {
+        max = max.max(lane);
+    }
+    max
+}
+
+struct ReduceBackward {
+    op: &'static str,
     shape: Shape,
     reduced: Vec<bool>,
+    divisor: f64,
 }
 
-impl Backward for SumBackward {
+impl Backward for ReduceBackward {
     fn name(&self) -> &'static str {
-        "sum"
+        self.op
     }
 
     /// Every summand gets the gradient of its sum.
     fn backward(self: Box<Self>, mut grad: Tensor, _need: &[bool]) -> Result<Contributions> {
+        if self.divisor != 1.0 {
+            grad = grad.affine(1.0 / self.divisor, 0.0)?;
+        }
         for (dim, _) in self.reduced.iter().enumerate().filter(|(_, reduced)| **reduced) {
             grad = grad.unsqueeze(dim as isize)?;
         }

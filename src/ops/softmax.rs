@@ -5,6 +5,7 @@ use crate::{
     core::{Backward, Contributions, Float, Real, dispatch_float, record},
     device::{cpu, simd::vectorized},
     error::ensure,
+    ops::reduce::{fold, fold2, max_slice, sum_slice},
 };
 
 impl Tensor {
@@ -31,16 +32,21 @@ impl Tensor {
 vectorized! {
     fn forward<T: Float>(x: &[T], y: &mut [T], width: usize) {
         for (x, y) in x.chunks_exact(width).zip(y.chunks_exact_mut(width)) {
-            let max = x.iter().fold(T::Acc::NEG_INFINITY, |max, x| x.to_acc().max(max));
-            let mut sum = T::Acc::ZERO;
-            for (x, y) in x.iter().zip(y.iter_mut()) {
-                let e = (x.to_acc() - max).exp();
-                sum += e;
-                *y = T::from_acc(e);
-            }
-            let scale = T::Acc::ONE / sum;
-            for y in y {
-                *y = T::from_acc(y.to_acc() * scale);
+            let max = max_slice(x);
+            if size_of::<T>() < size_of::<T::Acc>() {
+                // Computed twice, because `y` cannot hold the exponentials without rounding them first.
+                let scale = T::Acc::ONE / fold(x, T::Acc::ZERO, |x| (x.to_acc() - max).exp());
+                for (x, y) in x.iter().zip(y) {
+                    *y = T::from_acc((x.to_acc() - max).exp() * scale);
+                }
+            } else {
+                for (x, y) in x.iter().zip(y.iter_mut()) {
+                    *y = T::from_acc((x.to_acc() - max).exp());
+                }
+                let scale = T::Acc::ONE / sum_slice(y);
+                for y in y {
+                    *y = T::from_acc(y.to_acc() * scale);
+                }
             }
         }
     }
@@ -74,10 +80,7 @@ impl Backward for SoftmaxBackward {
 vectorized! {
     fn backward<T: Float>(y: &[T], g: &[T], dx: &mut [T], width: usize) {
         for ((y, g), dx) in y.chunks_exact(width).zip(g.chunks_exact(width)).zip(dx.chunks_exact_mut(width)) {
-            let mut dot = T::Acc::ZERO;
-            for (y, g) in y.iter().zip(g) {
-                dot += y.to_acc() * g.to_acc();
-            }
+            let dot = fold2(y, g, T::Acc::ZERO, |y, g| y.to_acc() * g.to_acc());
             for ((y, g), dx) in y.iter().zip(g).zip(dx) {
                 *dx = T::from_acc(y.to_acc() * (g.to_acc() - dot));
             }

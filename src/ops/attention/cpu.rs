@@ -1,6 +1,6 @@
 //! The forward pass on the processor: one task per block of queries, which walks over the blocks of keys.
 
-use rayon::prelude::*;
+use std::sync::Mutex;
 
 use super::{
     OP, Problem, Sizes,
@@ -52,12 +52,16 @@ fn forward_as<T: Float>(problem: &Problem) -> Result<(Tensor, Tensor)> {
 }
 
 /// Calls `body` for each task with its number, in parallel if the work per task pays for it.
-pub(super) fn run<S: Send>(tasks: Vec<S>, cost: usize, body: impl Fn(usize, S) + Sync + Send) {
-    if tasks.len() <= 1 || tasks.len().saturating_mul(cost) <= cpu::GRAIN {
-        tasks.into_iter().enumerate().for_each(|(index, task)| body(index, task));
-    } else {
-        tasks.into_par_iter().enumerate().for_each(|(index, task)| body(index, task));
+pub(super) fn run<S: Send>(tasks: Vec<S>, cost: usize, body: impl Fn(usize, S) + Sync) {
+    if tasks.len().saturating_mul(cost) <= cpu::GRAIN {
+        return tasks.into_iter().enumerate().for_each(|(index, task)| body(index, task));
     }
+    // Each task is taken out of its slot by the one thread that runs it.
+    let slots: Vec<Mutex<Option<S>>> = tasks.into_iter().map(|task| Mutex::new(Some(task))).collect();
+    cpu::for_tasks(slots.len(), |index| {
+        let task = slots[index].lock().ok().and_then(|mut slot| slot.take());
+        task.into_iter().for_each(|task| body(index, task));
+    });
 }
 
 /// The blocks of keys.

@@ -4,10 +4,15 @@ use super::case::Case;
 
 mod attention;
 mod copy;
+mod cross_entropy;
+mod dropout;
+mod embedding;
+mod glu;
 mod matmul;
 mod norm;
 mod pointwise;
 mod reduce;
+mod rotary;
 mod softmax;
 
 /// Every case of every op.
@@ -15,10 +20,15 @@ pub fn all() -> Vec<Case> {
     [
         attention::cases(),
         copy::cases(),
+        cross_entropy::cases(),
+        dropout::cases(),
+        embedding::cases(),
+        glu::cases(),
         matmul::cases(),
         norm::cases(),
         pointwise::cases(),
         reduce::cases(),
+        rotary::cases(),
         softmax::cases(),
     ]
     .into_iter()

@@ -1,0 +1,174 @@
+//! Every op that memory limits, forward and backward, as a share of the bandwidth of a copy.
+//!
+//! `cargo bench --bench ops -- softmax` times one op. Bytes are those that the formula must read and write; an op on
+//! tensors that fit into the caches can pass the peak.
+
+mod peak;
+
+use std::time::{Duration, Instant};
+
+use criterion::{Criterion, criterion_group, criterion_main};
+use peak::{Group, Work};
+use x_transformers::{
+    DType, Device, IntoShape, Philox, Result, Tape, Tensor,
+    ops::{Activation, NAMES},
+};
+
+/// Ops whose benchmarks count operations, each in a file of its own.
+const ELSEWHERE: [&str; 3] = ["attention", "matmul", "linear"];
+
+/// Activations of eight sequences.
+const X: &[usize] = &[8, 512, 1024];
+
+/// An input of an op.
+#[derive(Clone, Copy)]
+enum Input {
+    /// Differentiated, uniform in `0.5..1.5`, so that every function is defined.
+    Float(&'static [usize]),
+    /// The same, not differentiated.
+    Constant(&'static [usize]),
+    Mask(&'static [usize]),
+    /// Integers below 1024.
+    Tokens(&'static [usize]),
+}
+
+impl Input {
+    fn tensor(self, float: DType) -> Result<Tensor> {
+        let random = Philox::new(0, 0);
+        let draw = |shape: &[usize], dtype, f: &dyn Fn(f64) -> f64| {
+            Tensor::generate(shape.into_shape()?, dtype, &Device::Cpu, |i| f(random.uniform(i as u64)))
+        };
+        match self {
+            Self::Float(shape) => draw(shape, float, &|u| 0.5 + u)?.requires_grad(),
+            Self::Constant(shape) => draw(shape, float, &|u| 0.5 + u),
+            Self::Tokens(shape) => draw(shape, DType::I64, &|u| (1024.0 * u).floor()),
+            Self::Mask(shape) => draw(shape, DType::Bool, &|u| (u < 0.5) as u8 as f64),
+        }
+    }
+}
+
+/// An op, and how many tensors of the size of its first input its backward pass reads besides the gradient; `None`
+/// for ops without gradient.
+struct Op {
+    name: &'static str,
+    inputs: Vec<Input>,
+    saved: Option<usize>,
+    run: fn(&[Tensor]) -> Result<Tensor>,
+}
+
+fn op(name: &'static str, inputs: &[Input], saved: Option<usize>, run: fn(&[Tensor]) -> Result<Tensor>) -> Op {
+    Op { name, inputs: inputs.to_vec(), saved, run }
+}
+
+/// In the order of `ops::NAMES`.
+fn ops() -> Vec<Op> {
+    use Input::{Constant, Float, Mask, Tokens};
+    let (x, two, row) = ([Float(X)], [Float(X), Float(X)], [Float(X), Float(&[1024])]);
+    let masks = [Mask(X), Mask(X)];
+    vec![
+        op("contiguous", &x, Some(0), |x| x[0].transpose(1, 2)?.contiguous()),
+        op("to_dtype", &x, Some(0), |x| {
+            x[0].to_dtype(if x[0].dtype() == DType::F32 { DType::BF16 } else { DType::F32 })
+        }),
+        op("cat", &two, Some(0), |x| Tensor::cat(&[&x[0], &x[1]], -1)),
+        op("cross_entropy", &[Float(X), Tokens(&[8, 512])], Some(1), |x| x[0].cross_entropy(&x[1], -100)),
+        op("dropout", &x, Some(0), |x| x[0].dropout(0.1)),
+        op("embedding", &[Float(&[1024, 1024]), Tokens(&[8, 512])], Some(0), |x| x[0].embedding(&x[1])),
+        op("glu", &x, Some(1), |x| x[0].glu(Activation::Gelu)),
+        op("layer_norm", &[Float(X), Float(&[1024]), Float(&[1024])], Some(1), |x| {
+            x[0].layer_norm(Some(&x[1]), Some(&x[2]), 1e-5)
+        }),
+        op("rms_norm", &row, Some(1), |x| x[0].rms_norm(&x[1], 1e-8)),
+        op("scale_norm", &[Float(X), Float(&[1])], Some(1), |x| x[0].scale_norm(&x[1], 1e-5)),
+        op("neg", &x, Some(0), |x| x[0].neg()),
+        op("exp", &x, Some(1), |x| x[0].exp()),
+        op("ln", &x, Some(1), |x| x[0].ln()),
+        op("sqrt", &x, Some(1), |x| x[0].sqrt()),
+        op("square", &x, Some(1), |x| x[0].square()),
+        op("sigmoid", &x, Some(1), |x| x[0].sigmoid()),
+        op("tanh", &x, Some(1), |x| x[0].tanh()),
+        op("relu", &x, Some(1), |x| x[0].relu()),
+        op("relu_squared", &x, Some(1), |x| x[0].relu_squared()),
+        op("gelu", &x, Some(1), |x| x[0].gelu()),
+        op("affine", &x, Some(0), |x| x[0].affine(0.5, 1.0)),
+        op("add", &row, Some(0), |x| x[0].add(&x[1])),
+        op("sub", &two, Some(0), |x| x[0].sub(&x[1])),
+        op("mul", &two, Some(2), |x| x[0].mul(&x[1])),
+        op("div", &two, Some(2), |x| x[0].div(&x[1])),
+        op("eq", &two, None, |x| x[0].detach().eq(&x[1].detach())),
+        op("ne", &two, None, |x| x[0].detach().ne(&x[1].detach())),
+        op("lt", &two, None, |x| x[0].detach().lt(&x[1].detach())),
+        op("le", &two, None, |x| x[0].detach().le(&x[1].detach())),
+        op("gt", &two, None, |x| x[0].detach().gt(&x[1].detach())),
+        op("ge", &two, None, |x| x[0].detach().ge(&x[1].detach())),
+        op("logical_and", &masks, None, |x| x[0].logical_and(&x[1])),
+        op("logical_or", &masks, None, |x| x[0].logical_or(&x[1])),
+        op("logical_not", &[Mask(X)], None, |x| x[0].logical_not()),
+        op("where_cond", &[Mask(X), Float(X), Float(X)], Some(1), |x| x[0].where_cond(&x[1], &x[2])),
+        op("masked_fill", &[Float(X), Mask(&[8, 1, 1024])], Some(0), |x| x[0].masked_fill(&x[1], -1.0)),
+        op("sum", &x, Some(0), |x| x[0].sum(&[-1])),
+        op("mean", &x, Some(0), |x| x[0].mean(&[-1])),
+        op("sum_to", &x, Some(0), |x| x[0].sum_to([1024].into_shape()?)),
+        op("max", &x, Some(0), |x| x[0].max(-1)),
+        op("argmax", &x, None, |x| x[0].detach().argmax(-1)),
+        op("rotary", &[Float(&[8, 8, 512, 128]), Constant(&[32])], Some(0), |x| x[0].rotary(&x[1], 0)),
+        op("softmax", &x, Some(1), |x| x[0].softmax()),
+    ]
+}
+
+fn bytes(tensor: &Tensor) -> usize {
+    tensor.elements() * tensor.dtype().size()
+}
+
+fn bench_op(criterion: &mut Criterion, op: &Op) -> Result<()> {
+    let mut group = Group::new(criterion, op.name);
+    let dtypes: &[DType] = if matches!(op.inputs[0], Input::Mask(_)) && op.saved.is_none() {
+        &[DType::Bool]
+    } else {
+        &[DType::F32, DType::BF16]
+    };
+    for &dtype in dtypes {
+        let inputs = op.inputs.iter().map(|input| input.tensor(dtype)).collect::<Result<Vec<_>>>()?;
+        let output = (op.run)(&inputs)?;
+        let read: usize = inputs.iter().map(bytes).sum();
+        group.bench(&format!("forward {dtype}"), Work::Bytes(read + bytes(&output)), || {
+            let _tape = Tape::train(0);
+            (op.run)(&inputs).map(drop).expect("it ran above");
+        });
+        let Some(saved) = op.saved else { continue };
+        let cotangent = Tensor::ones(*output.shape(), output.dtype(), &Device::Cpu)?;
+        let leaves = op.inputs.iter().zip(&inputs).filter(|(input, _)| matches!(input, Input::Float(_)));
+        let written: usize = leaves.map(|(_, leaf)| bytes(leaf)).sum();
+        let traffic = Work::Bytes(bytes(&output) + saved * bytes(&inputs[0]) + written);
+        group.bench_part(&format!("backward {dtype}"), traffic, || backward(op, &inputs, &cotangent).expect("it ran"));
+    }
+    group.finish();
+    Ok(())
+}
+
+/// Time of the backward pass alone.
+fn backward(op: &Op, inputs: &[Tensor], cotangent: &Tensor) -> Result<Duration> {
+    let mut tape = Tape::train(0);
+    let output = (op.run)(inputs)?;
+    let start = Instant::now();
+    let gradients = tape.backward_with(&output, cotangent)?;
+    let elapsed = start.elapsed();
+    drop(gradients);
+    Ok(elapsed)
+}
+
+fn bench_ops(criterion: &mut Criterion) {
+    let ops = ops();
+    for name in NAMES {
+        let known = ELSEWHERE.contains(name) || ops.iter().any(|op| op.name == *name);
+        assert!(known, "op `{name}` has no benchmark");
+    }
+    for op in &ops {
+        if let Err(error) = bench_op(criterion, op) {
+            panic!("{}: {error}", op.name);
+        }
+    }
+}
+
+criterion_group!(benches, bench_ops);
+criterion_main!(benches);

@@ -1,0 +1,108 @@
+//! How a command fails: one line that says what is wrong and what to do.
+
+use std::{
+    fmt,
+    io::{self, Write},
+    path::Path,
+};
+
+use x_transformers::Error;
+
+pub type Result<T> = std::result::Result<T, Failure>;
+
+/// Why a command ended early.
+#[derive(Debug)]
+pub enum Failure {
+    /// Whoever read the output has gone; there is nobody to tell.
+    ClosedPipe,
+    /// One line for a person.
+    Message(String),
+}
+
+impl Failure {
+    /// A failure with this message.
+    pub fn new(message: impl fmt::Display) -> Self {
+        Self::Message(one_line(&message.to_string()))
+    }
+
+    /// A file that could not be read or written.
+    pub fn io(path: &Path, error: &io::Error) -> Self {
+        Self::new(format_args!("{}: {error}{}", path.display(), advice(error)))
+    }
+
+    /// The same failure with more to say about what to do.
+    pub fn and(self, advice: impl fmt::Display) -> Self {
+        match self {
+            Self::ClosedPipe => self,
+            Self::Message(message) => Self::new(format_args!("{message}; {advice}")),
+        }
+    }
+}
+
+impl From<Error> for Failure {
+    fn from(error: Error) -> Self {
+        let advice = match error.root() {
+            Error::Io { source, .. } => advice(source),
+            Error::Weights { .. } => "; the weights belong to another config, give the folder that `xt train` wrote",
+            Error::UnknownOption { nearest: None, .. } => "; remove it, x-transformers has no such option",
+            _ => "",
+        };
+        Self::new(format_args!("{error}{advice}"))
+    }
+}
+
+impl fmt::Display for Failure {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::ClosedPipe => f.write_str("the output was closed"),
+            Self::Message(message) => f.write_str(message),
+        }
+    }
+}
+
+/// Writes to standard output at once.
+pub fn print(text: impl fmt::Display) -> Result<()> {
+    let mut out = io::stdout().lock();
+    write!(out, "{text}").and_then(|()| out.flush()).map_err(|error| match error.kind() {
+        io::ErrorKind::BrokenPipe => Failure::ClosedPipe,
+        _ => Failure::new(format_args!("standard output: {error}{}", advice(&error))),
+    })
+}
+
+/// What to do about an error of the operating system.
+fn advice(error: &io::Error) -> &'static str {
+    match error.kind() {
+        io::ErrorKind::NotFound => "; check the path",
+        io::ErrorKind::PermissionDenied => "; check its permissions",
+        io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => {
+            "; free some space, the last checkpoint is whole and `xt train --resume` goes on from it"
+        }
+        io::ErrorKind::IsADirectory => "; give a file",
+        io::ErrorKind::NotADirectory => "; give a folder",
+        _ => "",
+    }
+}
+
+/// Joins the lines of a long message and drops other control characters.
+fn one_line(text: &str) -> String {
+    let lines: Vec<&str> = text.lines().map(str::trim).filter(|line| !line.is_empty()).collect();
+    lines.join("; ").replace(":; ", ": ").chars().map(|c| if c.is_control() { ' ' } else { c }).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::Failure;
+    use x_transformers::Error;
+
+    #[test]
+    fn messages_are_one_line() {
+        let weights = Error::Weights {
+            missing: vec!["a.weight".into(), "b.weight".into()],
+            unused: vec![],
+            misshapen: vec![("c".into(), vec![1], vec![2])],
+        };
+        let text = Failure::from(weights.at("out")).to_string();
+        assert!(!text.contains('\n') && text.contains("missing    b.weight; misshapen  c"), "{text}");
+        assert!(text.ends_with("`xt train` wrote"), "{text}");
+    }
+}

@@ -1,0 +1,208 @@
+//! What a person sees during training: a bar on a terminal, plain lines anywhere else.
+
+use std::{
+    fmt,
+    io::{IsTerminal, stderr, stdout},
+    time::{Duration, Instant},
+};
+
+use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+use x_transformers::Device;
+
+use crate::{
+    failure::{Failure, Result, print},
+    metrics::bits,
+};
+
+/// A display of the steps from `first` to `steps`.
+pub struct Progress {
+    bar: Option<ProgressBar>,
+    steps: u64,
+    first: u64,
+    /// Lines are printed at multiples of this.
+    interval: u64,
+    started: Instant,
+    device: Device,
+    /// Nobody reads standard output any more.
+    deaf: bool,
+}
+
+impl Progress {
+    /// Starts the clock. `every` is the number of steps between validations, `first` how many were done before.
+    pub fn start(first: u64, steps: u64, every: u64, device: &Device) -> Self {
+        let bar = (stdout().is_terminal() && stderr().is_terminal())
+            .then(|| ProgressBar::with_draw_target(Some(steps), ProgressDrawTarget::stderr()))
+            .filter(|bar| !bar.is_hidden());
+        if let Some(bar) = &bar {
+            let style = ProgressStyle::with_template("{pos}/{len}  {wide_bar:.cyan/dim}  {prefix}\n{wide_msg}");
+            // The template is a constant: were it refused, the default style would do.
+            bar.set_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()).progress_chars("━╸─"));
+            bar.set_position(first);
+        }
+        Self {
+            bar,
+            steps,
+            first,
+            interval: (every / 10).max(1),
+            started: Instant::now(),
+            device: device.clone(),
+            deaf: false,
+        }
+    }
+
+    /// Shows the result of a step, `done` counting it.
+    pub fn step(&mut self, done: u64, loss: f64, tokens_per_second: f64) -> Result<()> {
+        if self.bar.is_none() && !done.is_multiple_of(self.interval) && done != self.steps {
+            return Ok(());
+        }
+        let figures = format!("loss {loss:.4}  {:.3} bits/byte  {} tokens/s", bits(loss), Short(tokens_per_second),);
+        let left = duration(self.left(done));
+        let peak = bytes(peak_memory(&self.device));
+        match &self.bar {
+            Some(bar) => {
+                bar.set_prefix(format!("{left} left"));
+                bar.set_message(format!("{figures}  peak memory {peak}"));
+                bar.set_position(done);
+                Ok(())
+            }
+            None => {
+                let steps = self.steps;
+                self.say(format_args!("step {done}/{steps}  {figures}  {left} left  peak memory {peak}"))
+            }
+        }
+    }
+
+    /// Prints lines that stay.
+    pub fn say(&mut self, text: impl fmt::Display) -> Result<()> {
+        if self.deaf {
+            return Ok(());
+        }
+        let line = format_args!("{text}\n");
+        let result = match &self.bar {
+            Some(bar) => bar.suspend(|| print(line)),
+            None => print(line),
+        };
+        match result {
+            // What training is for are its files: it goes on without an audience.
+            Err(Failure::ClosedPipe) => {
+                self.deaf = true;
+                Ok(())
+            }
+            result => result,
+        }
+    }
+
+    /// Takes the bar away.
+    pub fn finish(&mut self) {
+        if let Some(bar) = self.bar.take() {
+            bar.finish_and_clear();
+        }
+    }
+
+    /// The time since the start.
+    pub fn elapsed(&self) -> Duration {
+        self.started.elapsed()
+    }
+
+    /// The time that the rest will take at the present mean speed, validations included.
+    fn left(&self, done: u64) -> Duration {
+        let so_far = done.saturating_sub(self.first).max(1) as f64;
+        self.elapsed().mul_f64(self.steps.saturating_sub(done) as f64 / so_far)
+    }
+}
+
+impl Drop for Progress {
+    /// An error message must not be overdrawn by the bar.
+    fn drop(&mut self) {
+        self.finish();
+    }
+}
+
+/// The most memory that this process has held on the CPU, or tensors on another device.
+fn peak_memory(device: &Device) -> u64 {
+    let tensors = device.memory().peak as u64;
+    match device {
+        Device::Cpu => resident_peak().unwrap_or(tensors),
+        _ => tensors,
+    }
+}
+
+/// The high-water mark of resident memory, where Linux tells it.
+fn resident_peak() -> Option<u64> {
+    let status = std::fs::read_to_string("/proc/self/status").ok()?;
+    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"))?;
+    Some(line.trim().strip_suffix(" kB")?.parse::<u64>().ok()? * 1024)
+}
+
+/// A number with three digits and a suffix.
+pub struct Short(pub f64);
+
+impl fmt::Display for Short {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let (value, suffix) = match self.0 {
+            x if x >= 999.5e9 => (x / 1e12, "T"),
+            x if x >= 999.5e6 => (x / 1e9, "G"),
+            x if x >= 999.5e3 => (x / 1e6, "M"),
+            x if x >= 999.5 => (x / 1e3, "k"),
+            x => return write!(f, "{x:.0}"),
+        };
+        let digits = if value >= 99.95 {
+            0
+        } else if value >= 9.995 {
+            1
+        } else {
+            2
+        };
+        write!(f, "{value:.digits$}{suffix}")
+    }
+}
+
+/// Bytes in binary units.
+pub fn bytes(count: u64) -> String {
+    let count = count as f64;
+    for (unit, size) in [("GiB", 1u64 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10)] {
+        let value = count / size as f64;
+        if value >= 1.0 {
+            return if value >= 100.0 { format!("{value:.0} {unit}") } else { format!("{value:.1} {unit}") };
+        }
+    }
+    format!("{count} bytes")
+}
+
+/// Hours, minutes and seconds, the first two that are not zero.
+pub fn duration(time: Duration) -> String {
+    let seconds = time.as_secs_f64().round() as u64;
+    match (seconds / 3600, seconds / 60 % 60, seconds % 60) {
+        (0, 0, s) => format!("{s}s"),
+        (0, m, s) => format!("{m}m {s:02}s"),
+        (h, m, _) => format!("{h}h {m:02}m"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{Short, bytes, duration, resident_peak};
+    use std::time::Duration;
+
+    #[test]
+    fn figures_are_short() {
+        let shown: Vec<String> =
+            [0.0, 12.4, 999.0, 999.7, 12_345.0, 234_567.0, 1.5e6, 99.97e9].map(|x| Short(x).to_string()).into();
+        assert_eq!(shown, ["0", "12", "999", "1.00k", "12.3k", "235k", "1.50M", "100G"]);
+        assert_eq!(
+            [0, 1023, 1536, 200 << 20, 3 << 30].map(bytes),
+            ["0 bytes", "1023 bytes", "1.5 KiB", "200 MiB", "3.0 GiB"]
+        );
+        assert_eq!(
+            [0, 59, 61, 3600, 7325].map(|s| duration(Duration::from_secs(s))),
+            ["0s", "59s", "1m 01s", "1h 00m", "2h 02m"]
+        );
+    }
+
+    #[test]
+    #[cfg(target_os = "linux")]
+    fn the_peak_is_at_least_what_is_held() {
+        let held = vec![1u8; 64 << 20];
+        assert!(resident_peak().is_some_and(|peak| peak >= held.len() as u64));
+    }
+}

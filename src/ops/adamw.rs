@@ -1,0 +1,255 @@
+//! What training does to all parameters at once: the norm of the gradients, the AdamW update, the moving average.
+//!
+//! Tensors are cut into chunks of a fixed size and every chunk of every tensor is a task of one parallel loop, so that
+//! many small parameters keep all threads as busy as one large one. The cut depends on the sizes alone: the results
+//! have the same bits for any number of threads.
+
+use rayon::prelude::*;
+
+use crate::{
+    Error, Result, Tensor,
+    core::{Float, Real, dispatch_float},
+    device::simd::vectorized,
+    error::ensure,
+};
+
+/// Elements of one task: enough to pay for handing it over, few enough to balance.
+const CHUNK: usize = 16 * 1024;
+
+/// Makes a tensor the packed and only owner of its values, so that it can be written in place.
+pub(crate) fn own(tensor: &mut Tensor) -> Result<()> {
+    if !tensor.is_unique() {
+        let packed = tensor.detach().contiguous()?;
+        let mut copy = tensor.uninit_like()?;
+        dispatch_float!("own", copy.dtype(), T, {
+            copy.values_mut::<T>()?.copy_from_slice(packed.values::<T>()?);
+            Ok(())
+        })?;
+        *tensor = copy;
+    }
+    Ok(())
+}
+
+/// The sum of the squares of each tensor, in f64. The tensors are packed.
+pub(crate) fn square_norms(tensors: &[Tensor]) -> Result<Vec<f64>> {
+    type Part<'a> = Box<dyn Fn() -> f64 + Send + Sync + 'a>;
+    let mut parts: Vec<(usize, Part)> = Vec::new();
+    for (index, tensor) in tensors.iter().enumerate() {
+        dispatch_float!("gradient_norm", tensor.dtype(), T, {
+            for chunk in tensor.values::<T>()?.chunks(CHUNK) {
+                parts.push((index, Box::new(move || square_norm::<T>(chunk))));
+            }
+            Ok(())
+        })?;
+    }
+    let squares: Vec<f64> = parts.par_iter().map(|(_, part)| part()).collect();
+    let mut sums = vec![0.0; tensors.len()];
+    for ((index, _), square) in parts.iter().zip(squares) {
+        sums[*index] += square;
+    }
+    Ok(sums)
+}
+
+vectorized! {
+    fn square_norm<T: Float>(x: &[T]) -> f64 {
+        // Sixteen sums side by side: a fixed order of additions that every vector width can keep.
+        let mut lanes = [0.0f64; 16];
+        let blocks = x.chunks_exact(16);
+        let rest = blocks.remainder();
+        for block in blocks {
+            for (sum, x) in lanes.iter_mut().zip(block) {
+                let x = x.to_acc().to_f64();
+                *sum += x * x;
+            }
+        }
+        for (sum, x) in lanes.iter_mut().zip(rest) {
+            let x = x.to_acc().to_f64();
+            *sum += x * x;
+        }
+        lanes.iter().sum()
+    }
+}
+
+/// One parameter of an AdamW step. All tensors are packed, of one shape, and the written ones uniquely owned.
+pub(crate) struct Update<'a> {
+    pub value: &'a mut Tensor,
+    /// Of the parameter's dtype, or of the state's.
+    pub grad: &'a Tensor,
+    /// The running means of the gradient and of its square, f64 for an f64 parameter and f32 otherwise.
+    pub exp_avg: &'a mut Tensor,
+    pub exp_avg_sq: &'a mut Tensor,
+    /// The parameter in f32, which the value of a half type is rounded from.
+    pub master: Option<&'a mut Tensor>,
+    /// Updates of this parameter including this one.
+    pub step: u64,
+}
+
+/// What is the same for all parameters of an AdamW step.
+#[derive(Clone, Copy)]
+pub(crate) struct Settings {
+    pub lr: f64,
+    pub beta1: f64,
+    pub beta2: f64,
+    pub eps: f64,
+    pub weight_decay: f64,
+    /// Gradients are multiplied by this first: clipping without a pass of its own.
+    pub grad_scale: f64,
+}
+
+/// One AdamW step of all parameters.
+///
+/// Errors, before anything is changed: a gradient of a dtype that is neither the parameter's nor its state's, or of
+/// another shape.
+pub(crate) fn adamw(updates: Vec<Update<'_>>, settings: Settings) -> Result<()> {
+    let mut tasks = Vec::new();
+    for update in updates {
+        let (value, grad) = (&update.value, update.grad);
+        ensure!(
+            value.shape() == grad.shape(),
+            Error::shape("adamw", format!("the parameter is {:?}, its gradient {:?}", value.shape(), grad.shape()))
+        );
+        dispatch_float!("adamw", value.dtype(), T, {
+            if value.dtype() == grad.dtype() {
+                cut::<T, T>(update, settings, &mut tasks)
+            } else {
+                cut::<T, <T as Float>::Acc>(update, settings, &mut tasks)
+            }
+        })?;
+    }
+    tasks.into_par_iter().for_each(|task| task());
+    Ok(())
+}
+
+type Task<'a> = Box<dyn FnOnce() + Send + 'a>;
+
+fn cut<'a, T: Float, G: Float<Acc = T::Acc>>(
+    update: Update<'a>,
+    settings: Settings,
+    tasks: &mut Vec<Task<'a>>,
+) -> Result<()> {
+    let factors = Factors::<T::Acc>::new(settings, update.step);
+    let chunks = update
+        .value
+        .values_mut::<T>()?
+        .chunks_mut(CHUNK)
+        .zip(update.grad.values::<G>()?.chunks(CHUNK))
+        .zip(update.exp_avg.values_mut::<T::Acc>()?.chunks_mut(CHUNK))
+        .zip(update.exp_avg_sq.values_mut::<T::Acc>()?.chunks_mut(CHUNK))
+        .map(|(((value, grad), mean), square)| (value, grad, mean, square));
+    match update.master {
+        None => tasks.extend(chunks.map(|(value, grad, mean, square)| -> Task<'a> {
+            Box::new(move || step_chunk::<T, G>(value, grad, mean, square, factors))
+        })),
+        Some(master) => {
+            let master = master.values_mut::<T::Acc>()?.chunks_mut(CHUNK);
+            tasks.extend(chunks.zip(master).map(|((value, grad, mean, square), master)| -> Task<'a> {
+                Box::new(move || step_rounded::<T, G>(value, master, grad, mean, square, factors))
+            }));
+        }
+    }
+    Ok(())
+}
+
+/// The numbers of an AdamW step as the state's type, computed in f64 as PyTorch does.
+#[derive(Clone, Copy)]
+struct Factors<A> {
+    grad_scale: A,
+    /// `1 − lr · weight_decay`
+    decay: A,
+    /// `1 − β₁`
+    mean: A,
+    beta2: A,
+    /// `1 − β₂`
+    square: A,
+    /// `lr / (1 − β₁^t)`
+    rate: A,
+    /// `√(1 − β₂^t)`
+    correction: A,
+    eps: A,
+}
+
+impl<A: Real> Factors<A> {
+    fn new(settings: Settings, step: u64) -> Self {
+        let Settings { lr, beta1, beta2, eps, weight_decay, grad_scale } = settings;
+        let correction = |beta: f64| 1.0 - libm::pow(beta, step as f64);
+        Self {
+            grad_scale: A::from_f64(grad_scale),
+            decay: A::from_f64(1.0 - lr * weight_decay),
+            mean: A::from_f64(1.0 - beta1),
+            beta2: A::from_f64(beta2),
+            square: A::from_f64(1.0 - beta2),
+            rate: A::from_f64(lr / correction(beta1)),
+            correction: A::from_f64(correction(beta2).sqrt()),
+            eps: A::from_f64(eps),
+        }
+    }
+
+    /// The new value of one weight; `mean` and `square` are its state.
+    #[inline(always)]
+    fn apply(&self, weight: A, grad: A, mean: &mut A, square: &mut A) -> A {
+        let grad = grad * self.grad_scale;
+        *mean += self.mean * (grad - *mean);
+        *square = *square * self.beta2 + self.square * grad * grad;
+        let denominator = square.sqrt() / self.correction + self.eps;
+        weight * self.decay - self.rate * *mean / denominator
+    }
+}
+
+vectorized! {
+    fn step_chunk<T: Float, G: Float<Acc = T::Acc>>(
+        value: &mut [T],
+        grad: &[G],
+        mean: &mut [T::Acc],
+        square: &mut [T::Acc],
+        factors: Factors<T::Acc>,
+    ) {
+        for (((value, grad), mean), square) in value.iter_mut().zip(grad).zip(mean).zip(square) {
+            *value = T::from_acc(factors.apply(value.to_acc(), grad.to_acc(), mean, square));
+        }
+    }
+}
+
+vectorized! {
+    fn step_rounded<T: Float, G: Float<Acc = T::Acc>>(
+        value: &mut [T],
+        master: &mut [T::Acc],
+        grad: &[G],
+        mean: &mut [T::Acc],
+        square: &mut [T::Acc],
+        factors: Factors<T::Acc>,
+    ) {
+        for ((((value, master), grad), mean), square) in value.iter_mut().zip(master).zip(grad).zip(mean).zip(square) {
+            // A value that is not the rounded master was set by someone else since, and counts.
+            let weight = if T::from_acc(*master) == *value { *master } else { value.to_acc() };
+            *master = factors.apply(weight, grad.to_acc(), mean, square);
+            *value = T::from_acc(*master);
+        }
+    }
+}
+
+/// One step of the moving averages: `average += (1 − decay) · (value − average)`.
+///
+/// The averages are uniquely owned and packed, f64 for f64 values and f32 otherwise; the values are packed.
+pub(crate) fn average(averages: Vec<&mut Tensor>, values: &[Tensor], decay: f64) -> Result<()> {
+    let mut tasks: Vec<Task> = Vec::new();
+    for (average, value) in averages.into_iter().zip(values) {
+        dispatch_float!("ema", value.dtype(), T, {
+            let weight = <<T as Float>::Acc as Float>::from_f64(1.0 - decay);
+            let chunks = average.values_mut::<<T as Float>::Acc>()?.chunks_mut(CHUNK);
+            for (average, value) in chunks.zip(value.values::<T>()?.chunks(CHUNK)) {
+                tasks.push(Box::new(move || average_chunk::<T>(average, value, weight)));
+            }
+            Ok(())
+        })?;
+    }
+    tasks.into_par_iter().for_each(|task| task());
+    Ok(())
+}
+
+vectorized! {
+    fn average_chunk<T: Float>(average: &mut [T::Acc], value: &[T], weight: T::Acc) {
+        for (average, value) in average.iter_mut().zip(value) {
+            *average += weight * (value.to_acc() - *average);
+        }
+    }
+}

@@ -1,0 +1,210 @@
+//! Softmax cross-entropy from logits, without storing the probabilities.
+
+use super::{
+    norm::reuse,
+    reduce::fold,
+};
+use crate::{
+    DType, Error, Result, Tensor,
+    core::{Backward, Contributions, Element, Float, Real, Shape, dispatch_float, record},
+    device::{cpu, simd::vectorized},
+    error::ensure,
+};
+
+impl Tensor {
+    /// Mean over the rows of `−ln softmax(logits)[target]`, leaving out the rows whose target is `ignore_index`
+    /// (PyTorch's default is −100).
+    ///
+    /// Shapes: `[.., classes]`, targets `[..]` of [`DType::I64`] → `[]`. Rows in f32 (f64 for f64), their mean in f64.
+    /// Saves: the logits, and the maximum and sum of exponentials of each row; the probabilities are computed again in
+    /// the backward pass, over the logits if no other handle shares them.
+    ///
+    /// Errors: targets of another shape or dtype, a target that is no class ([`Error::Index`]), no target to average
+    /// over (PyTorch gives NaN), or logits that are not float.
+    ///
+    /// ```
+    /// use x_transformers::{Device, Tensor};
+    /// # fn main() -> x_transformers::Result<()> {
+    /// let logits = Tensor::from_slice(&[0.0f32, 0.0, 5.0, 5.0], [2, 2], &Device::Cpu)?;
+    /// let targets = Tensor::from_slice(&[1i64, -100], [2], &Device::Cpu)?;
+    /// let loss = logits.cross_entropy(&targets, -100)?.item()?;
+    /// assert!((loss - std::f64::consts::LN_2).abs() < 1e-6);
+    /// # Ok(())
+    /// # }
+    /// ```
+    pub fn cross_entropy(&self, targets: &Tensor, ignore_index: i64) -> Result<Tensor> {
+        const OP: &str = "cross_entropy";
+        let Some((&classes, batch)) = self.shape().split_last() else {
+            return Err(Error::shape(OP, "expected logits of shape [.., classes], got a scalar"));
+        };
+        ensure!(
+            **targets.shape() == *batch,
+            Error::shape(
+                OP,
+                format!("expected targets of shape {batch:?} for logits {:?}, got {:?}", self.shape(), targets.shape())
+            )
+        );
+        ensure!(
+            targets.dtype() == DType::I64,
+            Error::dtype(OP, format!("expected targets of i64, got {}", targets.dtype()))
+        );
+        ensure!(
+            self.device() == targets.device(),
+            Error::Device {
+                op: OP,
+                message: format!("the logits are on {} and the targets on {}", self.device(), targets.device())
+            }
+        );
+        let (x, targets) = (self.contiguous()?, targets.contiguous()?);
+        let count = count_targets(targets.values::<i64>()?, classes, ignore_index)?;
+        let (sum, statistics) =
+            dispatch_float!(OP, x.dtype(), T, forward_rows::<T>(&x, &targets, classes, ignore_index))?;
+        let loss = Tensor::full((), sum / count as f64, x.dtype(), x.device())?;
+        record(OP, loss, &[&x], |_| CrossEntropyBackward { logits: x.detach(), statistics, targets, ignore_index, count })
+    }
+}
+
+/// The number of targets that count.
+fn count_targets(targets: &[i64], classes: usize, ignore_index: i64) -> Result<usize> {
+    let mut count = 0;
+    for &target in targets.iter().filter(|&&target| target != ignore_index) {
+        // A negative target becomes a large number.
+        ensure!(
+            (target as u64) < classes as u64,
+            Error::Index { op: "cross_entropy", what: "class", index: target, limit: classes }
+        );
+        count += 1;
+    }
+    ensure!(
+        count > 0,
+        Error::argument(
+            "cross_entropy",
+            format!("all of the {} targets are ignore_index {ignore_index}, the mean is over none", targets.len())
+        )
+    );
+    Ok(count)
+}
+
+/// The sum of the losses, and for each row `[maximum, 1 / Σ exp(x − maximum)]`.
+fn forward_rows<T: Float>(x: &Tensor, targets: &Tensor, classes: usize, ignore_index: i64) -> Result<(f64, Tensor)> {
+    let rows = targets.elements();
+    let mut statistics = Tensor::uninit(Shape::new(&[rows, 2])?, <T::Acc as Element>::DTYPE, x.device())?;
+    let mut losses = vec![0.0; rows];
+    let (x, targets) = (x.values::<T>()?, targets.values::<i64>()?);
+    let save = statistics.values_mut::<T::Acc>()?;
+    cpu::for_rows2(save, &mut losses, (2, 1), COST * classes, |row, statistics, losses| {
+        let part = row..row + losses.len();
+        let x = &x[part.start * classes..part.end * classes];
+        forward::<T>(x, &targets[part], classes, ignore_index, statistics, losses);
+    });
+    // In order, whatever the threads.
+    Ok((losses.iter().sum(), statistics))
+}
+
+/// Element operations that an exponential counts for.
+const COST: usize = 8;
+
+vectorized! {
+    fn forward<T: Float>(
+        x: &[T],
+        targets: &[i64],
+        classes: usize,
+        ignore_index: i64,
+        statistics: &mut [T::Acc],
+        losses: &mut [f64],
+    ) {
+        let rows = x.chunks_exact(classes).zip(targets);
+        for ((x, &target), (statistics, loss)) in rows.zip(statistics.chunks_exact_mut(2).zip(losses)) {
+            if target == ignore_index {
+                statistics.fill(T::Acc::ZERO);
+                *loss = 0.0;
+                continue;
+            }
+            let max = largest(x);
+            let sum = fold(x, T::Acc::ZERO, |x| (x.to_acc() - max).exp());
+            // Not from a rounded log-sum-exp: its error would grow with the logits.
+            *loss = (max - x[target as usize].to_acc()).to_f64() + Real::ln(sum.to_f64());
+            statistics[0] = max;
+            statistics[1] = T::Acc::ONE / sum;
+        }
+    }
+}
+
+/// The largest element, in sixteen lanes; NaN is skipped.
+#[inline(always)]
+fn largest<T: Float>(x: &[T]) -> T::Acc {
+    let mut lanes = [T::Acc::NEG_INFINITY; 16];
+    let (chunks, rest) = x.as_chunks::<16>();
+    for chunk in chunks {
+        for (lane, x) in lanes.iter_mut().zip(chunk) {
+            *lane = lane.max(x.to_acc());
+        }
+    }
+    for (lane, x) in lanes.iter_mut().zip(rest) {
+        *lane = lane.max(x.to_acc());
+    }
+    lanes.iter().fold(T::Acc::NEG_INFINITY, |max, &lane| max.max(lane))
+}
+
+struct CrossEntropyBackward {
+    logits: Tensor,
+    statistics: Tensor,
+    targets: Tensor,
+    ignore_index: i64,
+    count: usize,
+}
+
+impl Backward for CrossEntropyBackward {
+    fn name(&self) -> &'static str {
+        "cross_entropy"
+    }
+
+    /// `dx = (softmax(x) − onehot(target)) g / count`; zero for rows that are left out.
+    fn backward(self: Box<Self>, grad: Tensor, _need: &[bool]) -> Result<Contributions> {
+        let scale = grad.item()? / self.count as f64;
+        let classes = self.logits.dim(-1)?;
+        let (mut dx, source) = reuse(self.logits)?;
+        dispatch_float!("cross_entropy", dx.dtype(), T, {
+            let source = source.as_ref().map(|source| source.values::<T>()).transpose()?;
+            let statistics = self.statistics.values::<<T as Float>::Acc>()?;
+            let (targets, scale) = (self.targets.values::<i64>()?, <T as Float>::Acc::from_f64(scale));
+            cpu::for_rows(dx.values_mut::<T>()?, classes, COST * classes, |row, dx| {
+                let source = source.map(|source| &source[row * classes..][..dx.len()]);
+                backward::<T>(source, &statistics[2 * row..], &targets[row..], classes, self.ignore_index, scale, dx);
+            });
+            Ok(())
+        })?;
+        Ok(Contributions::one(dx))
+    }
+}
+
+vectorized! {
+    /// Writes `dx` over the logits, which `source` holds unless `dx` does already.
+    fn backward<T: Float>(
+        source: Option<&[T]>,
+        statistics: &[T::Acc],
+        targets: &[i64],
+        classes: usize,
+        ignore_index: i64,
+        scale: T::Acc,
+        dx: &mut [T],
+    ) {
+        let saved = statistics.chunks_exact(2).zip(targets);
+        for (row, (dx, (statistics, &target))) in dx.chunks_exact_mut(classes).zip(saved).enumerate() {
+            if target == ignore_index {
+                dx.fill(T::from_acc(T::Acc::ZERO));
+                continue;
+            }
+            if let Some(source) = source {
+                dx.copy_from_slice(&source[row * classes..][..classes]);
+            }
+            let (max, inverse) = (statistics[0], statistics[1]);
+            let chosen = (dx[target as usize].to_acc() - max).exp() * inverse;
+            let factor = inverse * scale;
+            for dx in dx.iter_mut() {
+                *dx = T::from_acc((dx.to_acc() - max).exp() * factor);
+            }
+            dx[target as usize] = T::from_acc((chosen - T::Acc::ONE) * scale);
+        }
+    }
+}

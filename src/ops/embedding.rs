@@ -1,0 +1,145 @@
+//! Rows of a table by index.
+
+use crate::{
+    DType, Error, Result, Tensor,
+    core::{Backward, Contributions, Float, Real, Shape, dispatch_float, record},
+    device::{cpu, simd::vectorized},
+    error::ensure,
+};
+
+impl Tensor {
+    /// The rows of this table with the given indices: `y[.., j] = table[indices[..], j]`.
+    ///
+    /// Shapes: table `[tokens, dim]`, indices `[..]` of [`DType::I64`] → `[.., dim]`. Saves: the indices. The gradient
+    /// of a row is the sum over its uses in their order, in f32 (f64 for f64).
+    ///
+    /// Errors: an index outside of the table ([`Error::Index`]), a table that is not a float matrix, indices of another
+    /// dtype or of rank 6.
+    ///
+    /// ```
+    /// use x_transformers::{Device, Tensor};
+    /// # fn main() -> x_transformers::Result<()> {
+    /// let table = Tensor::from_slice(&[0.0f32, 0.5, 1.0, 1.5], [2, 2], &Device::Cpu)?;
+    /// let tokens = Tensor::from_slice(&[1i64, 0, 1], [3], &Device::Cpu)?;
+    /// assert_eq!(table.embedding(&tokens)?.to_vec::<f32>()?, [1.0, 1.5, 0.0, 0.5, 1.0, 1.5]);
+    /// # Ok(())
+    /// # }
+    /// ```
+    pub fn embedding(&self, indices: &Tensor) -> Result<Tensor> {
+        const OP: &str = "embedding";
+        let &[tokens, dim] = &**self.shape() else {
+            return Err(Error::shape(OP, format!("expected a table of shape [tokens, dim], got {:?}", self.shape())));
+        };
+        ensure!(
+            indices.dtype() == DType::I64,
+            Error::dtype(OP, format!("expected indices of i64, got {}", indices.dtype()))
+        );
+        ensure!(
+            self.device() == indices.device(),
+            Error::Device {
+                op: OP,
+                message: format!("the table is on {} and the indices on {}", self.device(), indices.device())
+            }
+        );
+        let (table, indices) = (self.contiguous()?, indices.contiguous()?);
+        let at = indices.values::<i64>()?;
+        // A negative index becomes a large number.
+        if let Some(&index) = at.iter().find(|&&index| index as u64 >= tokens as u64) {
+            return Err(Error::Index { op: OP, what: "token", index, limit: tokens });
+        }
+        let shape = Shape::new(&[&**indices.shape(), &[dim]].concat())?;
+        let mut y = Tensor::uninit(shape, table.dtype(), table.device())?;
+        dispatch_float!(OP, table.dtype(), T, {
+            let table = table.values::<T>()?;
+            cpu::for_rows(y.values_mut::<T>()?, dim, dim, |row, y| {
+                for (y, &index) in y.chunks_exact_mut(dim).zip(&at[row..]) {
+                    y.copy_from_slice(&table[index as usize * dim..][..dim]);
+                }
+            });
+            Ok(())
+        })?;
+        record(OP, y, &[&table], |_| EmbeddingBackward { indices: indices.clone(), shape: *table.shape() })
+    }
+}
+
+struct EmbeddingBackward {
+    indices: Tensor,
+    /// Of the table.
+    shape: Shape,
+}
+
+impl Backward for EmbeddingBackward {
+    fn name(&self) -> &'static str {
+        "embedding"
+    }
+
+    /// `dtable[t] = Σ g[i]` over the positions `i` that hold `t`, in their order.
+    fn backward(self: Box<Self>, grad: Tensor, _need: &[bool]) -> Result<Contributions> {
+        let grad = grad.contiguous()?;
+        let (tokens, dim) = (self.shape[0], self.shape[1]);
+        let uses = Uses::new(self.indices.values::<i64>()?, tokens);
+        let mut dtable = Tensor::uninit(self.shape, grad.dtype(), grad.device())?;
+        dispatch_float!("embedding", grad.dtype(), T, {
+            let g = grad.values::<T>()?;
+            // Each task owns rows of the table, so that no two threads add to one row.
+            let uses_per_token = uses.positions.len().div_ceil(tokens.max(1));
+            cpu::for_rows(dtable.values_mut::<T>()?, dim, dim * (1 + uses_per_token), |row, dtable| {
+                let mut sum = vec![<T as Float>::Acc::ZERO; dim];
+                for (token, dtable) in dtable.chunks_exact_mut(dim).enumerate() {
+                    add_up::<T>(g, uses.of(row + token), &mut sum, dtable);
+                }
+            });
+            Ok(())
+        })?;
+        Ok(Contributions::one(dtable))
+    }
+}
+
+/// For each token the positions that hold it, in order.
+struct Uses {
+    positions: Vec<usize>,
+    /// Where the positions of each token end.
+    ends: Vec<usize>,
+}
+
+impl Uses {
+    /// A counting sort, which keeps the order within a token.
+    fn new(indices: &[i64], tokens: usize) -> Self {
+        let mut ends = vec![0; tokens];
+        for &index in indices {
+            ends[index as usize] += 1;
+        }
+        let mut start = 0;
+        for end in &mut ends {
+            start += std::mem::replace(end, start);
+        }
+        // Each entry is where its token's next position goes, and so becomes the end.
+        let mut positions = vec![0; indices.len()];
+        for (position, &index) in indices.iter().enumerate() {
+            positions[ends[index as usize]] = position;
+            ends[index as usize] += 1;
+        }
+        Self { positions, ends }
+    }
+
+    fn of(&self, token: usize) -> &[usize] {
+        let start = token.checked_sub(1).map_or(0, |before| self.ends[before]);
+        &self.positions[start..self.ends[token]]
+    }
+}
+
+vectorized! {
+    /// `out = Σ g[position]`; `sum` is scratch of the same width.
+    fn add_up<T: Float>(g: &[T], positions: &[usize], sum: &mut [T::Acc], out: &mut [T]) {
+        sum.fill(T::Acc::ZERO);
+        let width = sum.len();
+        for &position in positions {
+            for (sum, g) in sum.iter_mut().zip(&g[position * width..][..width]) {
+                *sum += g.to_acc();
+            }
+        }
+        for (out, &sum) in out.iter_mut().zip(&*sum) {
+            *out = T::from_acc(sum);
+        }
+    }
+}

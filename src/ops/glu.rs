@@ -1,0 +1,132 @@
+//! Gated linear units: one half of the features times an activation of the other.
+
+use super::pointwise::{Gelu, Keep, ReluSquared, Sigmoid, Unary};
+use crate::{
+    Error, Result, Tensor,
+    core::{Backward, Contributions, Float, dispatch_float, record},
+    device::{cpu, simd::vectorized},
+    error::ensure,
+};
+
+/// The function of the gate in [`Tensor::glu`].
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub enum Activation {
+    /// `x Φ(x)`, the exact form: [`Tensor::gelu`].
+    Gelu,
+    /// `max(x, 0)²`: [`Tensor::relu_squared`].
+    ReluSquared,
+    /// `1 / (1 + e^−x)`: [`Tensor::sigmoid`].
+    Sigmoid,
+}
+
+impl Tensor {
+    /// `value ⊙ activation(gate)`, where the first half of the features is the value and the second the gate
+    /// (Shazeer, GLU variants improve transformer, <https://arxiv.org/abs/2002.05202>).
+    ///
+    /// Shapes: `[.., 2 dim] → [.., dim]`. Saves: the input alone; the activation is computed again in the backward pass.
+    ///
+    /// Errors: rank 0, an odd number of features, or a dtype that is not float.
+    ///
+    /// ```
+    /// use x_transformers::{Device, Tensor, ops::Activation};
+    /// # fn main() -> x_transformers::Result<()> {
+    /// let x = Tensor::from_slice(&[3.0f32, 5.0, 2.0, -1.0], [4], &Device::Cpu)?;
+    /// assert_eq!(x.glu(Activation::ReluSquared)?.to_vec::<f32>()?, [12.0, 0.0]);
+    /// # Ok(())
+    /// # }
+    /// ```
+    pub fn glu(&self, activation: Activation) -> Result<Tensor> {
+        let width = self.shape().last().copied();
+        let Some(width) = width.filter(|width| width.is_multiple_of(2)) else {
+            let shape = self.shape();
+            return Err(Error::shape("glu", format!("expected an even number of features [.., 2 dim], got {shape:?}")));
+        };
+        ensure!(
+            self.dtype().is_float(),
+            Error::dtype("glu", format!("expected a float tensor, got {}", self.dtype()))
+        );
+        let x = self.contiguous()?;
+        match activation {
+            Activation::Gelu => glu::<Gelu>(&x, width / 2),
+            Activation::ReluSquared => glu::<ReluSquared>(&x, width / 2),
+            Activation::Sigmoid => glu::<Sigmoid>(&x, width / 2),
+        }
+    }
+}
+
+/// Element operations that an activation counts for.
+const COST: usize = 12;
+
+fn glu<F: Unary>(x: &Tensor, dim: usize) -> Result<Tensor> {
+    let mut y = Tensor::uninit(x.shape().with_dim(x.rank() - 1, dim), x.dtype(), x.device())?;
+    dispatch_float!("glu", x.dtype(), T, {
+        let from = x.values::<T>()?;
+        cpu::for_rows(y.values_mut::<T>()?, dim, COST * dim, |row, y| {
+            forward::<T, F>(&from[2 * row * dim..][..2 * y.len()], dim, y);
+        });
+        Ok(())
+    })?;
+    record("glu", y, &[x], |_| GluBackward::<F> { x: x.detach(), activation: std::marker::PhantomData })
+}
+
+vectorized! {
+    fn forward<T: Float, F: Unary>(x: &[T], dim: usize, y: &mut [T]) {
+        for (x, y) in x.chunks_exact(2 * dim).zip(y.chunks_exact_mut(dim)) {
+            let (value, gate) = x.split_at(dim);
+            for ((y, value), gate) in y.iter_mut().zip(value).zip(gate) {
+                *y = T::from_acc(value.to_acc() * F::value(gate.to_acc()));
+            }
+        }
+    }
+}
+
+struct GluBackward<F> {
+    x: Tensor,
+    activation: std::marker::PhantomData<F>,
+}
+
+impl<F: Unary> Backward for GluBackward<F> {
+    fn name(&self) -> &'static str {
+        "glu"
+    }
+
+    /// `dvalue = g ⊙ activation(gate)`, `dgate = g ⊙ value ⊙ activation'(gate)`
+    fn backward(self: Box<Self>, grad: Tensor, _need: &[bool]) -> Result<Contributions> {
+        let grad = grad.contiguous()?;
+        let dim = grad.dim(-1)?;
+        // Nobody else may hold the input: then its gradient takes its place.
+        let (mut dx, source) = super::norm::reuse(self.x)?;
+        dispatch_float!("glu", grad.dtype(), T, {
+            let source = source.as_ref().map(|source| source.values::<T>()).transpose()?;
+            let g = grad.values::<T>()?;
+            cpu::for_rows(dx.values_mut::<T>()?, 2 * dim, 2 * COST * dim, |row, dx| {
+                let source = source.map(|source| &source[2 * row * dim..][..dx.len()]);
+                backward::<T, F>(source, &g[row * dim..][..dx.len() / 2], dim, dx);
+            });
+            Ok(())
+        })?;
+        Ok(Contributions::one(dx))
+    }
+}
+
+vectorized! {
+    /// Writes `dx` over the input, which `source` holds unless `dx` does already.
+    fn backward<T: Float, F: Unary>(source: Option<&[T]>, g: &[T], dim: usize, dx: &mut [T]) {
+        for (row, (g, dx)) in g.chunks_exact(dim).zip(dx.chunks_exact_mut(2 * dim)).enumerate() {
+            if let Some(source) = source {
+                dx.copy_from_slice(&source[2 * row * dim..][..2 * dim]);
+            }
+            let (dvalue, dgate) = dx.split_at_mut(dim);
+            for ((dvalue, dgate), g) in dvalue.iter_mut().zip(dgate).zip(g) {
+                let (value, gate, g) = (dvalue.to_acc(), dgate.to_acc(), g.to_acc());
+                let activated = F::value(gate);
+                let slope = F::derivative(match F::KEEP {
+                    Keep::Input => gate,
+                    Keep::Output => activated,
+                });
+                *dvalue = T::from_acc(g * activated);
+                *dgate = T::from_acc(g * value * slope);
+            }
+        }
+    }
+}

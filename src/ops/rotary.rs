@@ -1,0 +1,176 @@
+//! Rotary position embedding.
+
+use super::norm::reuse;
+use crate::{
+    Error, Result, Tensor,
+    core::{Backward, Contributions, Float, Layout, Real, discrete, dispatch_float, record},
+    device::{cpu, simd::vectorized},
+    error::ensure,
+};
+
+impl Tensor {
+    /// Rotates pairs of features by angles that grow with the position (Su et al., RoFormer,
+    /// <https://arxiv.org/abs/2104.09864>): feature `k` and feature `k + r/2` by `position · inv_freq[k]`.
+    ///
+    /// Shapes: `[.., position, d]`, usually `[batch, heads, position, d]`, and `inv_freq` `[r/2]` with `r ≤ d`, of any
+    /// float dtype → the shape of the input. Positions count from `first_position`; features from `r` on stay as they
+    /// are. Angles, sines and cosines are computed in f64 and rounded once. Saves: the frequencies.
+    ///
+    /// Errors: rank below 2, frequencies that are not a vector, are more than half of the features or require a
+    /// gradient, or a dtype that is not float.
+    ///
+    /// ```
+    /// use x_transformers::{Device, Tensor};
+    /// # fn main() -> x_transformers::Result<()> {
+    /// let x = Tensor::from_slice(&[1.0f64, 0.0, 7.0, 1.0, 0.0, 7.0], [2, 3], &Device::Cpu)?;
+    /// let quarter_turn = Tensor::from_slice(&[std::f64::consts::FRAC_PI_2], [1], &Device::Cpu)?;
+    /// let y = x.rotary(&quarter_turn, 0)?.to_vec::<f64>()?;
+    /// assert_eq!(y[..3], [1.0, 0.0, 7.0]);
+    /// assert!(y[3].abs() < 1e-15 && y[4] == 1.0 && y[5] == 7.0);
+    /// # Ok(())
+    /// # }
+    /// ```
+    pub fn rotary(&self, inv_freq: &Tensor, first_position: usize) -> Result<Tensor> {
+        const OP: &str = "rotary";
+        let (rank, shape) = (self.rank(), self.shape());
+        ensure!(rank >= 2, Error::shape(OP, format!("expected at least [position, d], got {shape:?}")));
+        ensure!(
+            inv_freq.rank() == 1 && 2 * inv_freq.elements() <= shape[rank - 1],
+            Error::shape(
+                OP,
+                format!(
+                    "expected inv_freq of shape [r/2] with r at most {}, the last dimension of {shape:?}, got {:?}",
+                    shape[rank - 1],
+                    inv_freq.shape()
+                )
+            )
+        );
+        for tensor in [self, inv_freq] {
+            let dtype = tensor.dtype();
+            ensure!(dtype.is_float(), Error::dtype(OP, format!("expected float tensors, one is {dtype}")));
+        }
+        ensure!(
+            self.device() == inv_freq.device(),
+            Error::Device {
+                op: OP,
+                message: format!("the input is on {} and inv_freq on {}", self.device(), inv_freq.device())
+            }
+        );
+        discrete(OP, &[inv_freq])?;
+        let turn = Turn { inv_freq: inv_freq.to_f64_vec()?, first_position };
+        // Heads that are still interleaved, as a projection leaves them, are packed on the way.
+        let x = if self.layout().has_packed_rows() { self.clone() } else { self.contiguous()? };
+        let mut y = x.uninit_like()?;
+        turn.apply(Some(&x), 1.0, &mut y)?;
+        record(OP, y, &[&x], |_| RotaryBackward { turn })
+    }
+}
+
+/// By how much to rotate.
+struct Turn {
+    inv_freq: Vec<f64>,
+    first_position: usize,
+}
+
+impl Turn {
+    /// Rotates `source`, or `out` in place, by the angle times `direction`.
+    fn apply(&self, source: Option<&Tensor>, direction: f64, out: &mut Tensor) -> Result<()> {
+        let (positions, dim, pairs) = (out.dim(-2)?, out.dim(-1)?, self.inv_freq.len());
+        dispatch_float!("rotary", out.dtype(), T, {
+            let table = self.table::<<T as Float>::Acc>(positions, direction);
+            let source = source.map(|x| Ok((x.storage::<T>()?, x.layout()))).transpose()?;
+            cpu::for_rows(out.values_mut::<T>()?, dim, 4 * dim, |row, out| match source {
+                None => rotate_rows::<T>(&table, pairs, positions, row, dim, out),
+                Some((from, layout)) => {
+                    copy_rows(from, layout, row, dim, out);
+                    rotate_rows::<T>(&table, pairs, positions, row, dim, out);
+                }
+            });
+            Ok(())
+        })
+    }
+
+    /// For each position the cosines of all frequencies, then the sines.
+    ///
+    /// Position `64 a + b` comes from the exact values at `64 a` and at `b` by the addition theorem: the evaluations
+    /// of sine and cosine are few, and a value depends on its position alone, not on where the call starts.
+    fn table<R: Real>(&self, positions: usize, direction: f64) -> Vec<R> {
+        const BLOCK: usize = 64;
+        let pairs = self.inv_freq.len();
+        let angles = |position: f64| {
+            self.inv_freq.iter().map(move |&frequency| libm::sincos(direction * position * frequency))
+        };
+        let near: Vec<(f64, f64)> = (0..BLOCK).flat_map(|position| angles(position as f64)).collect();
+        let mut table = vec![R::ZERO; 2 * pairs * positions];
+        cpu::for_rows(&mut table, 2 * pairs, 16 * pairs, |row, table| {
+            let mut block = usize::MAX;
+            let mut far = Vec::new();
+            for (index, table) in table.chunks_exact_mut(2 * pairs).enumerate() {
+                let position = self.first_position.saturating_add(row + index);
+                if position / BLOCK != block {
+                    block = position / BLOCK;
+                    far = angles((block * BLOCK) as f64).collect();
+                }
+                let near = &near[position % BLOCK * pairs..][..pairs];
+                let (cosines, sines) = table.split_at_mut(pairs);
+                for (((cos, sin), a), b) in cosines.iter_mut().zip(sines).zip(&far).zip(near) {
+                    *cos = R::from_f64(a.1 * b.1 - a.0 * b.0);
+                    *sin = R::from_f64(a.0 * b.1 + a.1 * b.0);
+                }
+            }
+        });
+        table
+    }
+}
+
+/// Copies rows of a tensor whose rows are packed; `first` counts them over all dimensions but the last.
+fn copy_rows<T: Copy>(from: &[T], layout: &Layout, first: usize, width: usize, out: &mut [T]) {
+    let positions = layout.shape[layout.shape.rank() - 2];
+    let stride = layout.strides[layout.shape.rank() - 2];
+    let mut start = 0;
+    for (index, out) in out.chunks_exact_mut(width).enumerate() {
+        // Within the dimension of positions a row is one stride behind the one before.
+        let row = first + index;
+        start = if index == 0 || row.is_multiple_of(positions) { layout.row_offset(row) } else { start + stride };
+        out.copy_from_slice(&from[start..start + width]);
+    }
+}
+
+vectorized! {
+    fn rotate_rows<T: Float>(
+        table: &[T::Acc],
+        pairs: usize,
+        positions: usize,
+        first: usize,
+        width: usize,
+        out: &mut [T],
+    ) {
+        for (index, out) in out.chunks_exact_mut(width).enumerate() {
+            let position = (first + index) % positions;
+            let (cosines, sines) = table[2 * pairs * position..][..2 * pairs].split_at(pairs);
+            let (a, b) = out[..2 * pairs].split_at_mut(pairs);
+            for (((a, b), &cos), &sin) in a.iter_mut().zip(b).zip(cosines).zip(sines) {
+                let (x, y) = (a.to_acc(), b.to_acc());
+                *a = T::from_acc(x * cos - y * sin);
+                *b = T::from_acc(y * cos + x * sin);
+            }
+        }
+    }
+}
+
+struct RotaryBackward {
+    turn: Turn,
+}
+
+impl Backward for RotaryBackward {
+    fn name(&self) -> &'static str {
+        "rotary"
+    }
+
+    /// A rotation is undone by its transpose: the gradient turns back.
+    fn backward(self: Box<Self>, grad: Tensor, _need: &[bool]) -> Result<Contributions> {
+        let (mut dx, source) = reuse(grad)?;
+        self.turn.apply(source.as_ref(), -1.0, &mut dx)?;
+        Ok(Contributions::one(dx))
+    }
+}

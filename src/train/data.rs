@@ -1,0 +1,210 @@
+//! Text as bytes: reading it, splitting it, and the windows of a batch.
+
+use std::{
+    fs::{self, File},
+    io::Read,
+    path::Path,
+};
+
+use super::random::{Purpose, stream};
+use crate::{DType, Device, Error, Philox, Result, Shape, Tensor, error::ensure};
+
+/// Windows that [`ByteText::validation_windows`] gives.
+const VALIDATION_WINDOWS: usize = 64;
+
+/// Bytes read at a time, so that a large binary file is recognised before it is read whole.
+const BLOCK: usize = 64 * 1024;
+
+/// A text for a byte-level model: the first 9/10 of its bytes train, the rest validate.
+///
+/// ```
+/// use x_transformers::{Device, train::ByteText};
+/// # fn main() -> x_transformers::Result<()> {
+/// let text = ByteText::from_bytes("to be or not to be, ".repeat(20))?;
+/// assert_eq!((text.train().len(), text.validation().len()), (360, 40));
+/// let batch = text.batch(0, 0, 0, 4, 16, &Device::Cpu)?;
+/// assert_eq!(batch.shape(), [4, 17]);
+/// # Ok(())
+/// # }
+/// ```
+#[derive(Clone)]
+pub struct ByteText {
+    bytes: Vec<u8>,
+}
+
+impl ByteText {
+    /// The files, and all files below the folders, one after the other.
+    ///
+    /// A folder is walked in the order of its names; hidden names, binary files (with a zero byte), empty files and
+    /// links to folders are passed over.
+    ///
+    /// Errors: [`Error::Io`] for what cannot be read; [`Error::File`] for a binary or empty file that was named
+    /// itself, for what is neither file nor folder, and for a folder without text; an empty list.
+    pub fn from_paths<P: AsRef<Path>>(paths: &[P]) -> Result<Self> {
+        ensure!(!paths.is_empty(), Error::option("text", "expected at least one file or folder"));
+        let mut bytes = Vec::new();
+        for path in paths.iter().map(AsRef::as_ref) {
+            let before = bytes.len();
+            let found = fs::metadata(path).map_err(|source| Error::io(path, source))?;
+            if found.is_dir() {
+                read_folder(path, &mut bytes)?;
+                ensure!(bytes.len() > before, Error::file(path, "has no text in it or below it"));
+            } else if found.is_file() {
+                ensure!(
+                    read_file(path, &mut bytes)?,
+                    Error::file(path, "is binary (it has a zero byte), expected text")
+                );
+                ensure!(bytes.len() > before, Error::file(path, "is empty, expected text"));
+            } else {
+                return Err(Error::file(path, "is neither a file nor a folder"));
+            }
+        }
+        Ok(Self { bytes })
+    }
+
+    /// A text from memory.
+    ///
+    /// Errors: it is empty.
+    pub fn from_bytes(bytes: impl Into<Vec<u8>>) -> Result<Self> {
+        let bytes = bytes.into();
+        ensure!(!bytes.is_empty(), Error::option("text", "is empty"));
+        Ok(Self { bytes })
+    }
+
+    /// All bytes.
+    pub fn bytes(&self) -> &[u8] {
+        &self.bytes
+    }
+
+    /// The bytes to train on: the first `⌊9/10⌋`.
+    pub fn train(&self) -> &[u8] {
+        &self.bytes[..self.cut()]
+    }
+
+    /// The bytes to validate on.
+    pub fn validation(&self) -> &[u8] {
+        &self.bytes[self.cut()..]
+    }
+
+    fn cut(&self) -> usize {
+        // Not `len * 9 / 10`, which could overflow.
+        self.bytes.len() / 10 * 9 + self.bytes.len() % 10 * 9 / 10
+    }
+
+    /// FNV-1a of all bytes, to recognise a text.
+    pub fn fingerprint(&self) -> u64 {
+        self.bytes.iter().fold(0xcbf2_9ce4_8422_2325, |hash, &byte| (hash ^ byte as u64).wrapping_mul(0x0100_0000_01b3))
+    }
+
+    /// Checks that windows of `seq_len + 1` bytes fit into both parts.
+    ///
+    /// Errors: [`Error::Option`] with the sizes.
+    pub fn check(&self, seq_len: usize) -> Result<()> {
+        // The validation part is the smaller one but for the shortest texts.
+        let shortest = self.validation().len().min(self.train().len());
+        ensure!(
+            seq_len < shortest,
+            Error::option(
+                "text",
+                format!(
+                    "{} bytes are too short for windows of {} bytes: {} are to train on and {} to validate; use a \
+                     longer text or a smaller seq_len",
+                    self.bytes.len(),
+                    seq_len.saturating_add(1),
+                    self.train().len(),
+                    self.validation().len()
+                )
+            )
+        );
+        Ok(())
+    }
+
+    /// `batch_size` windows of the training part at random offsets, as tokens `[batch_size, seq_len + 1]`.
+    ///
+    /// The offsets depend on `seed`, `step` and `micro`, the number of the micro-batch in the step, alone.
+    ///
+    /// Errors: a text too short for the windows; a shape too large.
+    pub fn batch(
+        &self,
+        seed: u64,
+        step: u64,
+        micro: u64,
+        batch_size: usize,
+        seq_len: usize,
+        device: &Device,
+    ) -> Result<Tensor> {
+        self.check(seq_len)?;
+        let starts = (self.train().len() - seq_len) as u64;
+        let random = Philox::new(seed, stream(Purpose::Batch, step, micro));
+        windows(self.train(), (0..batch_size).map(|row| random.below(row as u64, starts) as usize), seq_len, device)
+    }
+
+    /// 64 windows spaced evenly over the validation part, the first at its start and the last at its end, as tokens
+    /// `[64, seq_len + 1]`.
+    ///
+    /// Errors: a text too short for the windows; a shape too large.
+    pub fn validation_windows(&self, seq_len: usize, device: &Device) -> Result<Tensor> {
+        self.check(seq_len)?;
+        let room = (self.validation().len() - seq_len - 1) as u128;
+        let start = |window| (window as u128 * room / (VALIDATION_WINDOWS as u128 - 1)) as usize;
+        windows(self.validation(), (0..VALIDATION_WINDOWS).map(start), seq_len, device)
+    }
+}
+
+fn windows(
+    bytes: &[u8],
+    starts: impl ExactSizeIterator<Item = usize>,
+    seq_len: usize,
+    device: &Device,
+) -> Result<Tensor> {
+    let mut tokens = Tensor::uninit(Shape::new(&[starts.len(), seq_len + 1])?, DType::I64, device)?;
+    for (row, start) in tokens.values_mut::<i64>()?.chunks_exact_mut(seq_len + 1).zip(starts) {
+        for (token, &byte) in row.iter_mut().zip(&bytes[start..]) {
+            *token = byte as i64;
+        }
+    }
+    Ok(tokens)
+}
+
+/// Appends the text below a folder.
+fn read_folder(folder: &Path, bytes: &mut Vec<u8>) -> Result<()> {
+    let broken = |source| Error::io(folder, source);
+    let entries = fs::read_dir(folder).map_err(broken)?.collect::<std::io::Result<Vec<_>>>().map_err(broken)?;
+    let mut names: Vec<_> = entries.into_iter().map(|entry| entry.file_name()).collect();
+    names.sort();
+    for name in names {
+        if name.as_encoded_bytes().starts_with(b".") {
+            continue;
+        }
+        let path = folder.join(name);
+        let is_link = fs::symlink_metadata(&path).map_err(|source| Error::io(&path, source))?.is_symlink();
+        let found = fs::metadata(&path).map_err(|source| Error::io(&path, source))?;
+        if found.is_dir() && !is_link {
+            read_folder(&path, bytes)?;
+        } else if found.is_file() {
+            read_file(&path, bytes)?;
+        }
+    }
+    Ok(())
+}
+
+/// Appends a file, or nothing and `false` if it is binary.
+fn read_file(path: &Path, bytes: &mut Vec<u8>) -> Result<bool> {
+    let before = bytes.len();
+    let broken = |source| Error::io(path, source);
+    let mut file = File::open(path).map_err(broken)?;
+    let mut block = vec![0; BLOCK];
+    loop {
+        let length = match file.read(&mut block) {
+            Ok(0) => return Ok(true),
+            Ok(length) => length,
+            Err(error) if error.kind() == std::io::ErrorKind::Interrupted => continue,
+            Err(error) => return Err(broken(error)),
+        };
+        if block[..length].contains(&0) {
+            bytes.truncate(before);
+            return Ok(false);
+        }
+        bytes.extend_from_slice(&block[..length]);
+    }
+}

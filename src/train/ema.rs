@@ -1,0 +1,141 @@
+//! The exponential moving average of weights.
+
+use std::collections::BTreeMap;
+
+use crate::{
+    DType, Error, Param, ParamMap, Result, Tensor,
+    error::ensure,
+    ops::adamw::{average, own},
+};
+
+/// An exponential moving average of every parameter, often better at evaluation than the last weights (Polyak and
+/// Juditsky, 1992).
+///
+/// `average ← average + (1 − decay) · (value − average)` after each step, from the initial weights on; f32, and f64
+/// for f64 parameters.
+#[derive(Clone)]
+pub struct Ema {
+    decay: f64,
+    averages: BTreeMap<String, Tensor>,
+}
+
+impl Ema {
+    /// An average that starts at the present values.
+    ///
+    /// Errors: a decay outside of `[0, 1]`.
+    pub fn new(params: &ParamMap, decay: f64) -> Result<Self> {
+        ensure!((0.0..=1.0).contains(&decay), Error::option("ema_decay", format!("expected 0 to 1, got {decay}")));
+        let averages = params.unique().map(|(name, param)| {
+            let value = param.tensor().detach();
+            let mut average = value.to_dtype(dtype(&value))?;
+            own(&mut average)?;
+            Ok((name.to_string(), average))
+        });
+        Ok(Self { decay, averages: averages.collect::<Result<_>>()? })
+    }
+
+    /// Takes the present values into the average.
+    ///
+    /// Errors: other parameters than those it was made for.
+    pub fn update(&mut self, params: &ParamMap) -> Result<()> {
+        let mut values = Vec::with_capacity(self.averages.len());
+        for (name, param) in params.unique() {
+            let value = param.tensor().detach().contiguous()?;
+            self.check(name, &value)?;
+            values.push(value);
+        }
+        ensure!(
+            values.len() == self.averages.len(),
+            Error::argument("ema", format!("{} parameters for {} averages", values.len(), self.averages.len()))
+        );
+        // Both go through the names in alphabetical order.
+        let mut averages: Vec<&mut Tensor> = self.averages.values_mut().collect();
+        averages.iter_mut().try_for_each(|average| own(average))?;
+        average(averages, &values, self.decay)
+    }
+
+    /// Gives the parameters their averages until the guard is dropped, which gives them their values back.
+    ///
+    /// Errors: other parameters than those it was made for; nothing is changed then.
+    pub fn swap_in(&self, params: &ParamMap) -> Result<Swapped> {
+        let mut swaps = Vec::with_capacity(self.averages.len());
+        for (name, param) in params.unique() {
+            let value = param.tensor().detach();
+            let average = self.check(name, &value)?.to_dtype(value.dtype())?;
+            swaps.push((param.clone(), value, average));
+        }
+        let mut swapped = Swapped { values: Vec::with_capacity(swaps.len()) };
+        for (param, value, average) in swaps {
+            param.set(average)?;
+            swapped.values.push((param, value));
+        }
+        Ok(swapped)
+    }
+
+    /// The averages by the names of their parameters.
+    pub fn state_dict(&self) -> BTreeMap<String, Tensor> {
+        self.averages.clone()
+    }
+
+    /// Replaces the averages.
+    ///
+    /// Errors, with nothing changed: [`Error::Weights`] with every missing, unused and misshapen name; another dtype.
+    pub fn load_state_dict(&mut self, dict: &BTreeMap<String, Tensor>) -> Result<()> {
+        let missing: Vec<_> = self.averages.keys().filter(|&name| !dict.contains_key(name)).cloned().collect();
+        let unused: Vec<_> = dict.keys().filter(|&name| !self.averages.contains_key(name)).cloned().collect();
+        let pairs = || self.averages.iter().filter_map(|(name, average)| Some((name, average, dict.get(name)?)));
+        let misshapen: Vec<_> = pairs()
+            .filter(|(_, average, given)| average.shape() != given.shape())
+            .map(|(name, average, given)| (name.clone(), average.shape().to_vec(), given.shape().to_vec()))
+            .collect();
+        ensure!(
+            missing.is_empty() && unused.is_empty() && misshapen.is_empty(),
+            Error::Weights { missing, unused, misshapen }
+        );
+        for (name, average, given) in pairs() {
+            ensure!(
+                average.dtype() == given.dtype(),
+                Error::dtype("load_state_dict", format!("{name} is {}, expected {}", given.dtype(), average.dtype()))
+            );
+        }
+        self.averages = dict.iter().map(|(name, tensor)| (name.clone(), tensor.detach())).collect();
+        Ok(())
+    }
+
+    /// The average of a parameter, if it fits.
+    fn check(&self, name: &str, value: &Tensor) -> Result<&Tensor> {
+        match self.averages.get(name) {
+            Some(average) if average.shape() == value.shape() && average.dtype() == dtype(value) => Ok(average),
+            Some(average) => Err(Error::shape(
+                "ema",
+                format!(
+                    "the average of {name} is {:?} {}, the parameter {:?} {}",
+                    average.shape(),
+                    average.dtype(),
+                    value.shape(),
+                    value.dtype()
+                ),
+            )),
+            None => Err(Error::argument("ema", format!("there is no average of {name}"))),
+        }
+    }
+}
+
+fn dtype(value: &Tensor) -> DType {
+    if value.dtype() == DType::F64 { DType::F64 } else { DType::F32 }
+}
+
+/// Parameters that have other values for a while; dropping it gives them their own back.
+#[must_use = "dropping it ends the swap"]
+pub struct Swapped {
+    values: Vec<(Param, Tensor)>,
+}
+
+impl Drop for Swapped {
+    fn drop(&mut self) {
+        for (param, value) in self.values.drain(..) {
+            // The value came from this parameter, so that shape and dtype fit.
+            let _ = param.set(value);
+        }
+    }
+}

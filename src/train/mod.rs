@@ -1,0 +1,18 @@
+//! Training: text, optimizer, learning-rate schedule, moving averages, checkpoints, and the loop over all of them.
+
+mod checkpoint;
+mod data;
+mod ema;
+mod optimizer;
+mod options;
+mod random;
+mod schedule;
+
+pub use self::{
+    checkpoint::{Checkpoint, Losses, TextPrint, TrainingState},
+    data::ByteText,
+    ema::{Ema, Swapped},
+    optimizer::{AdamW, AdamWOptions, StepInfo},
+    options::TrainOptions,
+    schedule::Schedule,
+};

@@ -1,0 +1,342 @@
+//! AdamW, with the state of each parameter under the parameter's name.
+
+use std::collections::BTreeMap;
+
+use crate::{
+    DType, Error, Gradients, ParamMap, Result, Tensor,
+    core::Param,
+    error::ensure,
+    ops::adamw::{Settings, Update, adamw, own, square_norms},
+};
+
+/// The constants of [`AdamW`]; the learning rate comes with each step.
+#[derive(Clone, Copy, PartialEq, Debug)]
+pub struct AdamWOptions {
+    /// Weight of the past in the mean of gradients. Default 0.9.
+    pub beta1: f64,
+    /// Weight of the past in the mean of squared gradients. Default 0.999.
+    pub beta2: f64,
+    /// Added to the denominator. Default 1e-8.
+    pub eps: f64,
+    /// Each step takes `lr · weight_decay` of every weight away. Default 0.01.
+    pub weight_decay: f64,
+}
+
+impl Default for AdamWOptions {
+    /// PyTorch's values.
+    fn default() -> Self {
+        Self { beta1: 0.9, beta2: 0.999, eps: 1e-8, weight_decay: 0.01 }
+    }
+}
+
+/// AdamW (Loshchilov and Hutter, <https://arxiv.org/abs/1711.05101>) as in PyTorch, with gradients clipped by their
+/// global norm in the same pass over the parameters.
+///
+/// `p ← p · (1 − lr · weight_decay)`, `m ← β₁ m + (1 − β₁) g`, `v ← β₂ v + (1 − β₂) g²`,
+/// `p ← p − lr / (1 − β₁ᵗ) · m / (√v / √(1 − β₂ᵗ) + eps)`, where `t` counts the updates of this parameter.
+///
+/// `m` and `v` are f32 (f64 for f64 parameters). For a bf16 or f16 parameter the state has the weight in f32 too, and
+/// the parameter is that weight rounded: updates smaller than half a unit of the half type are not lost. Whoever sets
+/// such a parameter to another value continues from that value. Results have the same bits for any number of threads.
+///
+/// ```
+/// use x_transformers::{DType, Device, Init, Store, Tape, train::{AdamW, AdamWOptions}};
+/// # fn main() -> x_transformers::Result<()> {
+/// let store = Store::new(0, DType::F32, &Device::Cpu);
+/// let weight = store.param("weight", [3], Init::Constant(1.0))?;
+/// let mut optimizer = AdamW::new(AdamWOptions::default())?;
+/// let mut tape = Tape::train(0);
+/// let loss = weight.tensor().square()?.sum(&[])?;
+/// let grads = tape.backward(&loss)?;
+/// let info = optimizer.step(&store.params(), &grads, 0.1, Some(1.0))?;
+/// assert_eq!((info.updated, info.grad_norm), (1, 12f64.sqrt()));
+/// assert!((weight.tensor().to_vec::<f32>()?[0] - 0.899).abs() < 1e-6);
+/// # Ok(())
+/// # }
+/// ```
+#[derive(Clone)]
+pub struct AdamW {
+    options: AdamWOptions,
+    state: BTreeMap<String, State>,
+    steps: u64,
+}
+
+#[derive(Clone)]
+struct State {
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    master: Option<Tensor>,
+    step: u64,
+}
+
+/// What a step did.
+#[derive(Clone, Copy, PartialEq, Debug)]
+pub struct StepInfo {
+    /// The norm of all gradients together, before clipping.
+    pub grad_norm: f64,
+    /// Parameters that had a gradient and were changed.
+    pub updated: usize,
+}
+
+/// The dtype of the state of a parameter.
+fn state_dtype(dtype: DType) -> DType {
+    if dtype == DType::F64 { DType::F64 } else { DType::F32 }
+}
+
+impl State {
+    fn new(value: &Tensor) -> Result<Self> {
+        let dtype = state_dtype(value.dtype());
+        let zeros = || Tensor::zeros(*value.shape(), dtype, value.device());
+        let master = if value.dtype() == dtype { None } else { Some(value.to_dtype(dtype)?) };
+        Ok(Self { exp_avg: zeros()?, exp_avg_sq: zeros()?, master, step: 0 })
+    }
+}
+
+impl AdamW {
+    /// An optimizer without state.
+    ///
+    /// Errors: a beta outside of `[0, 1)`, or `eps` or `weight_decay` negative or not finite.
+    pub fn new(options: AdamWOptions) -> Result<Self> {
+        let AdamWOptions { beta1, beta2, eps, weight_decay } = options;
+        for (key, beta) in [("beta1", beta1), ("beta2", beta2)] {
+            ensure!(
+                (0.0..1.0).contains(&beta),
+                Error::option(key, format!("expected at least 0 and below 1, got {beta}"))
+            );
+        }
+        for (key, value) in [("eps", eps), ("weight_decay", weight_decay)] {
+            ensure!(
+                value >= 0.0 && value.is_finite(),
+                Error::option(key, format!("expected a finite number of at least 0, got {value}"))
+            );
+        }
+        Ok(Self { options, state: BTreeMap::new(), steps: 0 })
+    }
+
+    /// The constants.
+    pub fn options(&self) -> AdamWOptions {
+        self.options
+    }
+
+    /// Steps done so far.
+    pub fn steps(&self) -> u64 {
+        self.steps
+    }
+
+    /// Updates every parameter that has a gradient; the others stay as they are, without weight decay.
+    ///
+    /// `clip`: gradients are multiplied by `clip / (norm + 1e-6)` if that is below 1, as PyTorch's `clip_grad_norm_`
+    /// does. A gradient has its parameter's dtype, or f32 where that is a half type.
+    ///
+    /// Errors, with nothing changed: [`Error::NonFinite`] for a gradient with NaN or infinity, naming its parameter;
+    /// a rate that is negative or not finite; a clip that is not positive; a gradient of another shape or dtype.
+    pub fn step(&mut self, params: &ParamMap, grads: &Gradients, lr: f64, clip: Option<f64>) -> Result<StepInfo> {
+        ensure!(
+            lr >= 0.0 && lr.is_finite(),
+            Error::option("lr", format!("expected a finite number of at least 0, got {lr}"))
+        );
+        ensure!(
+            clip.is_none_or(|clip| clip > 0.0),
+            Error::option("clip", format!("expected a number above 0, got {}", clip.unwrap_or_default()))
+        );
+        let with_grad = params.unique().filter_map(|(name, param)| Some((name, param, grads.param(param)?)));
+        let (named, packed): (Vec<(&str, &Param)>, Vec<Tensor>) = with_grad
+            .map(|(name, param, grad)| Ok(((name, param), grad.detach().contiguous()?)))
+            .collect::<Result<Vec<_>>>()?
+            .into_iter()
+            .unzip();
+        let grad_norm = self.norm(&named, &packed)?;
+        let grad_scale = clip.map_or(1.0, |clip| (clip / (grad_norm + 1e-6)).min(1.0));
+        self.prepare(&named)?;
+
+        let mut values: Vec<_> = named.iter().map(|(_, param)| param.lock()).collect();
+        let mut states: BTreeMap<&str, &mut State> =
+            self.state.iter_mut().map(|(name, state)| (name.as_str(), state)).collect();
+        let mut updates = Vec::with_capacity(named.len());
+        for (((name, _), value), grad) in named.iter().zip(&mut values).zip(&packed) {
+            own(value)?;
+            // `prepare` made one for every name.
+            let Some(State { exp_avg, exp_avg_sq, master, step }) = states.remove(name) else { continue };
+            let master = master.as_mut();
+            updates.push(Update { value, grad, exp_avg, exp_avg_sq, master, step: *step + 1 });
+        }
+        let AdamWOptions { beta1, beta2, eps, weight_decay } = self.options;
+        adamw(updates, Settings { lr, beta1, beta2, eps, weight_decay, grad_scale })?;
+        drop(values);
+        for (name, _) in &named {
+            if let Some(state) = self.state.get_mut(*name) {
+                state.step += 1;
+            }
+        }
+        self.steps += 1;
+        Ok(StepInfo { grad_norm, updated: named.len() })
+    }
+
+    /// The norm of all gradients together.
+    fn norm(&self, named: &[(&str, &Param)], grads: &[Tensor]) -> Result<f64> {
+        let squares = square_norms(grads)?;
+        let norm = squares.iter().sum::<f64>().sqrt();
+        if norm.is_finite() {
+            return Ok(norm);
+        }
+        // Finite ones can add up to infinity in f64; the largest is to blame then.
+        let largest = || squares.iter().enumerate().max_by(|a, b| a.1.total_cmp(b.1)).map(|(index, _)| index);
+        let culprit = squares.iter().position(|square| !square.is_finite()).or_else(largest);
+        let what = culprit.map_or("gradient norm".to_string(), |index| format!("gradient of {}", named[index].0));
+        Err(Error::NonFinite { step: self.steps, what })
+    }
+
+    /// Makes the state of parameters that are new, and every state writable.
+    fn prepare(&mut self, named: &[(&str, &Param)]) -> Result<()> {
+        for (name, param) in named {
+            let value = param.tensor().detach();
+            let state = match self.state.get_mut(*name) {
+                Some(state) => state,
+                None => self.state.entry(name.to_string()).or_insert(State::new(&value)?),
+            };
+            ensure!(
+                state.exp_avg.shape() == value.shape()
+                    && state.exp_avg.dtype() == state_dtype(value.dtype())
+                    && state.master.is_some() == (value.dtype() != state.exp_avg.dtype()),
+                Error::argument(
+                    "adamw",
+                    format!(
+                        "the state of {name} is for a parameter of shape {:?}, the parameter is {:?} {}",
+                        state.exp_avg.shape(),
+                        value.shape(),
+                        value.dtype()
+                    )
+                )
+            );
+            for tensor in [&mut state.exp_avg, &mut state.exp_avg_sq].into_iter().chain(&mut state.master) {
+                own(tensor)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// The state by name, for a checkpoint: `exp_avg.P`, `exp_avg_sq.P`, `step.P` and, for half types, `master.P` of
+    /// each parameter `P` that was updated, and `steps`.
+    pub fn state_dict(&self) -> Result<BTreeMap<String, Tensor>> {
+        let count = |steps: u64| Tensor::scalar(steps as i64, &crate::Device::Cpu);
+        let mut dict = BTreeMap::from([("steps".to_string(), count(self.steps)?)]);
+        for (name, state) in &self.state {
+            dict.insert(format!("exp_avg.{name}"), state.exp_avg.clone());
+            dict.insert(format!("exp_avg_sq.{name}"), state.exp_avg_sq.clone());
+            dict.insert(format!("step.{name}"), count(state.step)?);
+            if let Some(master) = &state.master {
+                dict.insert(format!("master.{name}"), master.clone());
+            }
+        }
+        Ok(dict)
+    }
+
+    /// Replaces the state by one from [`AdamW::state_dict`].
+    ///
+    /// Errors, with nothing changed: [`Error::Weights`] with every name that is missing, belongs to no parameter or
+    /// has another shape; [`Error::DType`] for a tensor of another dtype; [`Error::Argument`] for a negative count.
+    pub fn load_state_dict(&mut self, params: &ParamMap, dict: &BTreeMap<String, Tensor>) -> Result<()> {
+        let mut loader = Loader { dict, used: Default::default(), missing: Vec::new(), misshapen: Vec::new() };
+        let steps = loader.count("steps")?;
+        let mut state = BTreeMap::new();
+        for (name, param) in params.unique() {
+            let keys = ["exp_avg", "exp_avg_sq", "step", "master"].map(|kind| format!("{kind}.{name}"));
+            if !keys.iter().any(|key| dict.contains_key(key)) {
+                continue;
+            }
+            let value = param.tensor();
+            let dtype = state_dtype(value.dtype());
+            let [exp_avg, exp_avg_sq, step, master] = &keys;
+            let master =
+                if value.dtype() == dtype { Some(None) } else { loader.tensor(master, &value, dtype)?.map(Some) };
+            let parts = (loader.tensor(exp_avg, &value, dtype)?, loader.tensor(exp_avg_sq, &value, dtype)?);
+            let step = loader.count(step)?;
+            if let ((Some(exp_avg), Some(exp_avg_sq)), Some(master), Some(step)) = (parts, master, step) {
+                state.insert(name.to_string(), State { exp_avg, exp_avg_sq, master, step });
+            }
+        }
+        self.steps = loader.finish(steps)?;
+        self.state = state;
+        Ok(())
+    }
+}
+
+/// Takes tensors out of a state dict and collects what does not fit.
+struct Loader<'a> {
+    dict: &'a BTreeMap<String, Tensor>,
+    used: std::collections::BTreeSet<String>,
+    missing: Vec<String>,
+    misshapen: Vec<(String, Vec<usize>, Vec<usize>)>,
+}
+
+impl Loader<'_> {
+    fn find(&mut self, key: &str, shape: &[usize], dtype: DType) -> Result<Option<Tensor>> {
+        let Some(tensor) = self.dict.get(key) else {
+            self.missing.push(key.to_string());
+            return Ok(None);
+        };
+        self.used.insert(key.to_string());
+        if **tensor.shape() != *shape {
+            self.misshapen.push((key.to_string(), shape.to_vec(), tensor.shape().to_vec()));
+            return Ok(None);
+        }
+        ensure!(
+            tensor.dtype() == dtype,
+            Error::dtype("load_state_dict", format!("{key} is {}, expected {dtype}", tensor.dtype()))
+        );
+        Ok(Some(tensor.clone()))
+    }
+
+    fn tensor(&mut self, key: &str, like: &Tensor, dtype: DType) -> Result<Option<Tensor>> {
+        self.find(key, like.shape(), dtype)
+    }
+
+    fn count(&mut self, key: &str) -> Result<Option<u64>> {
+        let Some(tensor) = self.find(key, &[], DType::I64)? else { return Ok(None) };
+        let count = tensor.to_vec::<i64>()?[0];
+        let count = u64::try_from(count);
+        let count = count.map_err(|_| Error::argument("load_state_dict", format!("{key} is negative")))?;
+        Ok(Some(count))
+    }
+
+    fn finish(self, steps: Option<u64>) -> Result<u64> {
+        let Self { dict, used, missing, misshapen } = self;
+        let unused: Vec<_> = dict.keys().filter(|&key| !used.contains(key)).cloned().collect();
+        match steps {
+            Some(steps) if missing.is_empty() && unused.is_empty() && misshapen.is_empty() => Ok(steps),
+            _ => Err(Error::Weights { missing, unused, misshapen }),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{Device, Init, Store, Tape};
+
+    /// Micro-batches of a half model are summed in f32: the gradient is of another dtype than the parameter.
+    #[test]
+    fn adamw_takes_f32_gradients_for_half_parameters() -> Result<()> {
+        for dtype in [DType::BF16, DType::F16] {
+            let store = Store::new(0, dtype, &Device::Cpu);
+            let param = store.param("p", [20_000], Init::Constant(1.0))?;
+            let mut tape = Tape::grad();
+            let mut grads = tape.backward(&param.tensor().sum(&[])?)?;
+            for grad in grads.tensors_mut() {
+                // 1 + 2⁻²⁰ is 1 in a half type.
+                *grad = grad.to_dtype(DType::F32)?.affine(1.0, 2f64.powi(-20))?;
+            }
+            let mut optimizer = AdamW::new(AdamWOptions::default())?;
+            optimizer.step(&store.params(), &grads, 0.1, None)?;
+            let mean = optimizer.state_dict()?["exp_avg.p"].to_f64_vec()?;
+            assert!(mean.iter().all(|mean| (mean - 0.1 * (1.0 + 2f64.powi(-20))).abs() < 1e-8), "{}", mean[0]);
+            // f64 gradients are nobody's.
+            for grad in grads.tensors_mut() {
+                *grad = grad.to_dtype(DType::F64)?;
+            }
+            assert!(matches!(optimizer.step(&store.params(), &grads, 0.1, None), Err(Error::DType { .. })));
+            assert_eq!(optimizer.steps(), 1);
+        }
+        Ok(())
+    }
+}

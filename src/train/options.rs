@@ -1,0 +1,123 @@
+//! The options of a training run.
+
+use serde::{Deserialize, Serialize};
+
+use super::{
+    optimizer::{AdamW, AdamWOptions},
+    random::{MAX_MICRO, MAX_STEPS},
+    schedule::Schedule,
+};
+use crate::{DType, Error, Result, error::ensure};
+
+/// How to train; saved with every checkpoint.
+#[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct TrainOptions {
+    /// Steps, each one update of the weights. Default 300.
+    pub steps: u64,
+    /// Windows of text in a micro-batch. Default 8.
+    pub batch_size: usize,
+    /// Bytes that a window predicts. Default 256.
+    pub seq_len: usize,
+    /// Micro-batches of a step, whose gradients are averaged. Default 1.
+    pub accumulate: usize,
+    /// The peak of the learning rate. Default 1e-3.
+    pub lr: f64,
+    /// Steps until the peak. Default 30.
+    pub warmup: u64,
+    /// The learning rate at the end as a fraction of the peak. Default 0.1.
+    pub final_lr_ratio: f64,
+    /// The largest norm of all gradients together; longer ones are scaled down. Default 1.
+    pub clip: f64,
+    /// AdamW's weight decay. Default 0.01.
+    pub weight_decay: f64,
+    /// AdamW's first β. Default 0.9.
+    pub beta1: f64,
+    /// AdamW's second β. Default 0.99.
+    pub beta2: f64,
+    /// AdamW's ε. Default 1e-8.
+    pub eps: f64,
+    /// Decay of the moving average of the weights, which validation uses then. Default none.
+    pub ema_decay: Option<f64>,
+    /// Fixes the initial weights, the batches and the dropout masks. Default 0.
+    pub seed: u64,
+    /// Type of the weights and activations. Default f32.
+    pub dtype: DType,
+}
+
+impl Default for TrainOptions {
+    fn default() -> Self {
+        Self {
+            steps: 300,
+            batch_size: 8,
+            seq_len: 256,
+            accumulate: 1,
+            lr: 1e-3,
+            warmup: 30,
+            final_lr_ratio: 0.1,
+            clip: 1.0,
+            weight_decay: 0.01,
+            beta1: 0.9,
+            beta2: 0.99,
+            eps: 1e-8,
+            ema_decay: None,
+            seed: 0,
+            dtype: DType::F32,
+        }
+    }
+}
+
+impl TrainOptions {
+    /// Checks every option, and `seq_len` against the model's `max_seq_len`.
+    ///
+    /// Errors: [`Error::Option`] with the name, what is expected and the value.
+    pub fn check(&self, max_seq_len: usize) -> Result<()> {
+        let whole = |key: &str, value: u64, least: u64, most: u64| {
+            ensure!(
+                (least..=most).contains(&value),
+                Error::option(key, format!("expected {least} to {most}, got {value}"))
+            );
+            Ok(())
+        };
+        whole("steps", self.steps, 0, MAX_STEPS)?;
+        whole("batch_size", self.batch_size as u64, 1, u32::MAX as u64)?;
+        whole("accumulate", self.accumulate as u64, 1, MAX_MICRO)?;
+        ensure!(
+            (1..=max_seq_len).contains(&self.seq_len),
+            Error::option(
+                "seq_len",
+                format!("expected 1 to {max_seq_len}, the model's max_seq_len, got {}", self.seq_len)
+            )
+        );
+        let positive = |key: &str, value: f64| {
+            ensure!(
+                value > 0.0 && value.is_finite(),
+                Error::option(key, format!("expected a finite number above 0, got {value}"))
+            );
+            Ok(())
+        };
+        positive("lr", self.lr)?;
+        positive("clip", self.clip)?;
+        let fraction = |key: &str, value: f64| {
+            ensure!((0.0..=1.0).contains(&value), Error::option(key, format!("expected 0 to 1, got {value}")));
+            Ok(())
+        };
+        fraction("final_lr_ratio", self.final_lr_ratio)?;
+        self.ema_decay.map_or(Ok(()), |decay| fraction("ema_decay", decay))?;
+        ensure!(
+            self.dtype.is_float(),
+            Error::option("dtype", format!("expected f32, bf16, f16 or f64, got {}", self.dtype))
+        );
+        AdamW::new(self.adamw()).map(drop)
+    }
+
+    /// The learning rate of each step.
+    pub fn schedule(&self) -> Schedule {
+        Schedule { lr: self.lr, warmup: self.warmup, steps: self.steps, final_ratio: self.final_lr_ratio }
+    }
+
+    /// The constants of the optimizer.
+    pub fn adamw(&self) -> AdamWOptions {
+        AdamWOptions { beta1: self.beta1, beta2: self.beta2, eps: self.eps, weight_decay: self.weight_decay }
+    }
+}

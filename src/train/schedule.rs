@@ -1,0 +1,41 @@
+//! The learning rate of each step.
+
+/// Linear warm-up, then half a cosine down to a fraction of the peak (Loshchilov and Hutter,
+/// <https://arxiv.org/abs/1608.03983>, with one period).
+///
+/// `lr · (step + 1) / warmup` for `step < warmup`; from there on, with `p = (step − warmup) / (steps − warmup)`,
+/// `lr · (final_ratio + (1 − final_ratio) · (1 + cos πp) / 2)`. Steps count from 0; behind the last one the rate stays
+/// at `lr · final_ratio`.
+///
+/// ```
+/// let schedule = x_transformers::train::Schedule { lr: 1.0, warmup: 2, steps: 12, final_ratio: 0.1 };
+/// assert_eq!([schedule.at(0), schedule.at(1), schedule.at(2)], [0.5, 1.0, 1.0]);
+/// assert!((schedule.at(7) - 0.55).abs() < 1e-12);
+/// assert!((schedule.at(12) - 0.1).abs() < 1e-12);
+/// ```
+#[derive(Clone, Copy, PartialEq, Debug)]
+pub struct Schedule {
+    /// The peak.
+    pub lr: f64,
+    /// Steps until the peak.
+    pub warmup: u64,
+    /// Steps in all.
+    pub steps: u64,
+    /// The rate at the end as a fraction of the peak.
+    pub final_ratio: f64,
+}
+
+impl Schedule {
+    /// The learning rate of a step, counted from 0.
+    pub fn at(&self, step: u64) -> f64 {
+        if step < self.warmup {
+            return self.lr * (step + 1) as f64 / self.warmup as f64;
+        }
+        let progress = match self.steps.saturating_sub(self.warmup) {
+            0 => 1.0,
+            length => ((step - self.warmup) as f64 / length as f64).min(1.0),
+        };
+        let cosine = 0.5 * (1.0 + libm::cos(std::f64::consts::PI * progress));
+        self.lr * (self.final_ratio + (1.0 - self.final_ratio) * cosine)
+    }
+}

@@ -1,0 +1,43 @@
+use crate::case::{Array, Case, Input};
+
+fn reference(x: &[Array], ignore_index: i64) -> Array {
+    let classes = x[0].shape.last().copied().unwrap_or(1);
+    let (mut sum, mut count) = (0.0, 0.0);
+    for (row, &target) in x[0].data.chunks(classes).zip(&x[1].data) {
+        if target as i64 == ignore_index {
+            continue;
+        }
+        let max = row.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+        let log_sum = max + row.iter().map(|v| (v - max).exp()).sum::<f64>().ln();
+        sum += log_sum - row[target as usize];
+        count += 1.0;
+    }
+    Array { shape: vec![], data: vec![sum / count] }
+}
+
+fn case(name: &str, logits: Input, ignore_index: i64) -> Case {
+    let Input::Float { shape, .. } = &logits else { unreachable!("logits are floats") };
+    let (classes, batch) = (shape[shape.len() - 1], shape[..shape.len() - 1].to_vec());
+    Case::new(
+        "cross_entropy",
+        name,
+        vec![logits, Input::int(&batch, classes as u64)],
+        move |x| x[0].cross_entropy(&x[1], ignore_index),
+        move |x| reference(x, ignore_index),
+    )
+}
+
+pub fn cases() -> Vec<Case> {
+    vec![
+        case("ordinary", Input::float(&[2, 3, 16]), -100),
+        case("odd", Input::float(&[7, 37]), -100),
+        case("ignored class", Input::float(&[5, 9, 4]), 2),
+        case("wide", Input::float(&[3, 1030]), -100),
+        case("several tasks", Input::float(&[61, 123]), 5),
+        case("large", Input::between(&[6, 19], -300.0, 300.0), -100),
+        // So many elements that no differences are taken: their step grows with the input.
+        case("far from zero", Input::between(&[300, 19], 1000.0, 1016.0), -100),
+        case("one row", Input::float(&[11]), -100),
+        case("two classes", Input::float(&[4, 2]), 1),
+    ]
+}

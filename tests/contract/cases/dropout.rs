@@ -1,0 +1,9 @@
+use crate::case::{Case, Input};
+
+/// The suite runs without a training tape, where dropout hands its input on. `tests/dropout.rs` has the masks.
+pub fn cases() -> Vec<Case> {
+    let case = |name: &str, shape: &[usize], p: f64| {
+        Case::new("dropout", name, vec![Input::float(shape)], move |x| x[0].dropout(p), |x| x[0].clone())
+    };
+    vec![case("outside of training", &[3, 37], 0.5), case("empty", &[0, 4], 1.0), case("scalar", &[], 0.1)]
+}

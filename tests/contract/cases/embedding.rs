@@ -1,0 +1,28 @@
+use crate::case::{Array, Case, Input};
+
+fn reference(x: &[Array]) -> Array {
+    let shape = [&x[1].shape[..], &x[0].shape[1..]].concat();
+    Array::from_fn(&shape, |i| {
+        let (j, at) = i.split_last().expect("rank 1 or more");
+        x[0].at(&[x[1].at(at) as usize, *j])
+    })
+}
+
+fn case(name: &str, table: [usize; 2], indices: &[usize]) -> Case {
+    let inputs = vec![Input::float(&table), Input::int(indices, table[0] as u64)];
+    Case::new("embedding", name, inputs, |x| x[0].embedding(&x[1]), reference)
+}
+
+pub fn cases() -> Vec<Case> {
+    vec![
+        case("ordinary", [11, 8], &[2, 5]),
+        case("odd", [37, 13], &[3, 2, 7]),
+        case("many uses", [3, 5], &[200]),
+        case("several tasks", [123, 37], &[9, 41]),
+        case("wide", [3, 1030], &[4]),
+        case("one token", [1, 4], &[6]),
+        case("one index", [5, 3], &[]),
+        case("no indices", [5, 3], &[2, 0]),
+        case("no features", [5, 0], &[4]),
+    ]
+}

@@ -1,0 +1,50 @@
+use x_transformers::ops::Activation;
+
+use crate::case::{Array, Case, Input};
+
+fn activation(activation: Activation, x: f64) -> f64 {
+    match activation {
+        Activation::Gelu => x * 0.5 * (1.0 + libm::erf(x / 2.0f64.sqrt())),
+        Activation::ReluSquared => x.max(0.0).powi(2),
+        Activation::Sigmoid => 1.0 / (1.0 + (-x).exp()),
+    }
+}
+
+fn case(name: &str, input: Input, function: Activation) -> Case {
+    Case::new(
+        "glu",
+        format!("{function:?} {name}"),
+        vec![input],
+        move |x| x[0].glu(function),
+        move |x| {
+            let mut shape = x[0].shape.clone();
+            let last = shape.len() - 1;
+            shape[last] /= 2;
+            let dim = shape[last];
+            Array::from_fn(&shape, |i| {
+                let mut gate = i.to_vec();
+                gate[last] += dim;
+                x[0].at(i) * activation(function, x[0].at(&gate))
+            })
+        },
+    )
+}
+
+pub fn cases() -> Vec<Case> {
+    // Squared ReLU has a continuous derivative, so that no kink has to be avoided.
+    [Activation::Gelu, Activation::ReluSquared, Activation::Sigmoid]
+        .into_iter()
+        .flat_map(|function| {
+            [
+                case("ordinary", Input::float(&[2, 3, 16]), function),
+                case("odd half", Input::between(&[5, 74], -4.0, 4.0), function),
+                case("vector", Input::float(&[6]), function),
+                case("one", Input::float(&[3, 2]), function),
+                case("wide", Input::float(&[1, 2060]), function),
+                case("several tasks", Input::float(&[3, 41, 246]), function),
+                case("empty batch", Input::float(&[0, 6]), function),
+                case("no features", Input::float(&[3, 0]), function),
+            ]
+        })
+        .collect()
+}

@@ -1,0 +1,125 @@
+//! Bad arguments of the fused ops: each is refused with an error that names what was expected and what came.
+
+use x_transformers::{DType, Device, Error, Result, Tape, Tensor, ops::Activation};
+
+const CPU: Device = Device::Cpu;
+
+fn floats(shape: &[usize]) -> Tensor {
+    Tensor::generate(shape, DType::F32, &CPU, |i| i as f64).expect("a legal shape")
+}
+
+fn tokens(values: &[i64]) -> Tensor {
+    Tensor::from_slice(values, [values.len()], &CPU).expect("a legal shape")
+}
+
+/// The message of an error, which must be of the given kind.
+#[track_caller]
+fn refused(result: Result<Tensor>, kind: fn(&Error) -> bool, parts: &[&str]) {
+    let error = result.expect_err("bad arguments must be refused");
+    assert!(kind(&error), "another kind of error: {error:?}");
+    let message = error.to_string();
+    for part in parts {
+        assert!(message.contains(part), "`{message}` does not say `{part}`");
+    }
+}
+
+fn shape(error: &Error) -> bool {
+    matches!(error, Error::Shape { .. })
+}
+
+fn dtype(error: &Error) -> bool {
+    matches!(error, Error::DType { .. })
+}
+
+fn argument(error: &Error) -> bool {
+    matches!(error, Error::Argument { .. })
+}
+
+#[test]
+fn norm_errors() {
+    let (x, g) = (floats(&[2, 4]), floats(&[4]));
+    refused(floats(&[]).layer_norm(None, None, 1e-5), shape, &["layer_norm", "scalar"]);
+    refused(tokens(&[1, 2]).layer_norm(None, None, 1e-5), dtype, &["layer_norm", "i64"]);
+    refused(x.layer_norm(Some(&floats(&[5])), None, 1e-5), shape, &["layer_norm", "weight", "[4]", "[5]"]);
+    refused(x.layer_norm(Some(&g), Some(&floats(&[1, 4])), 1e-5), shape, &["layer_norm", "bias", "[4]", "[1, 4]"]);
+    let half = g.to_dtype(DType::BF16).expect("a conversion");
+    refused(x.layer_norm(Some(&half), None, 1e-5), dtype, &["layer_norm", "f32", "bf16"]);
+    refused(x.layer_norm(None, None, -1.0), argument, &["layer_norm", "eps", "-1"]);
+    refused(x.layer_norm(None, None, f64::NAN), argument, &["layer_norm", "eps", "NaN"]);
+    refused(x.rms_norm(&floats(&[1]), 1e-8), shape, &["rms_norm", "[4]", "[1]"]);
+    refused(x.rms_norm(&half, 1e-8), dtype, &["rms_norm"]);
+    refused(x.scale_norm(&g, 1e-5), shape, &["scale_norm", "[1]", "[4]"]);
+    refused(x.scale_norm(&floats(&[1]), f64::INFINITY), argument, &["scale_norm", "inf"]);
+}
+
+#[test]
+fn cross_entropy_errors() {
+    let logits = floats(&[2, 4]);
+    refused(floats(&[]).cross_entropy(&tokens(&[]), -100), shape, &["cross_entropy", "scalar"]);
+    refused(logits.cross_entropy(&tokens(&[1, 2, 3]), -100), shape, &["cross_entropy", "[2]", "[3]", "[2, 4]"]);
+    refused(logits.cross_entropy(&floats(&[2]), -100), dtype, &["cross_entropy", "i64", "f32"]);
+    for (bad, message) in [(4, "class 4"), (-1, "class -1"), (i64::MIN, "class -9223372036854775808")] {
+        let class = |error: &Error| matches!(error, Error::Index { what: "class", limit: 4, .. });
+        refused(logits.cross_entropy(&tokens(&[0, bad]), -100), class, &["cross_entropy", message, "0 to 3"]);
+    }
+    refused(logits.cross_entropy(&tokens(&[7, 7]), 7), argument, &["cross_entropy", "2 targets", "ignore_index 7"]);
+    refused(floats(&[0, 4]).cross_entropy(&tokens(&[]), -100), argument, &["cross_entropy", "0 targets"]);
+    let no_classes = |error: &Error| matches!(error, Error::Index { what: "class", limit: 0, .. });
+    refused(floats(&[1, 0]).cross_entropy(&tokens(&[0]), -100), no_classes, &["cross_entropy"]);
+    let integers = Tensor::zeros([2, 4], DType::I64, &CPU).expect("a legal shape");
+    refused(integers.cross_entropy(&tokens(&[0, 1]), -100), dtype, &["cross_entropy", "i64"]);
+}
+
+#[test]
+fn embedding_errors() {
+    let table = floats(&[5, 3]);
+    for (bad, message) in [(5, "token 5"), (-1, "token -1")] {
+        let token = |error: &Error| matches!(error, Error::Index { what: "token", limit: 5, .. });
+        refused(table.embedding(&tokens(&[0, bad])), token, &["embedding", message, "0 to 4"]);
+    }
+    refused(floats(&[0, 3]).embedding(&tokens(&[0])), |error| matches!(error, Error::Index { .. }), &["token 0"]);
+    refused(table.embedding(&floats(&[2])), dtype, &["embedding", "i64", "f32"]);
+    refused(floats(&[5]).embedding(&tokens(&[0])), shape, &["embedding", "[tokens, dim]", "[5]"]);
+    refused(tokens(&[1]).unsqueeze(0).and_then(|x| x.embedding(&tokens(&[0]))), dtype, &["embedding", "i64"]);
+    let deep = tokens(&[1]).reshape([1; 6]).expect("six dimensions");
+    refused(table.embedding(&deep), shape, &["7 dimensions"]);
+}
+
+#[test]
+fn glu_errors() {
+    refused(floats(&[2, 5]).glu(Activation::Gelu), shape, &["glu", "even", "[2, 5]"]);
+    refused(floats(&[]).glu(Activation::Gelu), shape, &["glu"]);
+    refused(tokens(&[1, 2]).glu(Activation::Sigmoid), dtype, &["glu", "i64"]);
+}
+
+#[test]
+fn rotary_errors() {
+    let x = floats(&[3, 4]);
+    refused(floats(&[4]).rotary(&floats(&[2]), 0), shape, &["rotary", "[4]"]);
+    refused(x.rotary(&floats(&[3]), 0), shape, &["rotary", "at most 4", "[3]"]);
+    refused(x.rotary(&floats(&[1, 2]), 0), shape, &["rotary", "[1, 2]"]);
+    refused(x.rotary(&tokens(&[1, 2]), 0), dtype, &["rotary", "i64"]);
+    let learned = floats(&[2]).requires_grad().expect("a float tensor");
+    let _tape = Tape::grad();
+    refused(x.rotary(&learned, 0), |error| matches!(error, Error::NoGradient { .. }), &["rotary"]);
+}
+
+#[test]
+fn dropout_errors() {
+    for p in [-0.1, 1.1, f64::NAN] {
+        refused(floats(&[3]).dropout(p), argument, &["dropout", "between 0 and 1"]);
+    }
+    // Not only where it acts.
+    refused(tokens(&[1]).dropout(0.0), dtype, &["dropout", "i64"]);
+}
+
+#[test]
+fn ops_refuse_tensors_of_another_tape() {
+    let x = floats(&[2, 4]).requires_grad().expect("a float tensor");
+    let stale = {
+        let _tape = Tape::grad();
+        x.glu(Activation::Gelu).expect("a legal call")
+    };
+    let _tape = Tape::grad();
+    refused(stale.layer_norm(None, None, 1e-5), |error| matches!(error, Error::StaleTape { .. }), &["layer_norm"]);
+}

@@ -1,0 +1,140 @@
+//! The fused ops on sizes that are cut into many tasks: the same bits for any number of threads, and sums over the
+//! whole that equal the sums over its parts.
+
+use x_transformers::{DType, Device, Philox, Result, Tape, Tensor, ops::Activation};
+
+const CPU: Device = Device::Cpu;
+
+fn random(shape: &[usize], dtype: DType, stream: u64) -> Result<Tensor> {
+    let random = Philox::new(17, stream);
+    Tensor::generate(shape, dtype, &CPU, |i| random.normal(i as u64))
+}
+
+fn tokens(shape: &[usize], limit: u64) -> Result<Tensor> {
+    let random = Philox::new(18, 0);
+    Tensor::generate(shape, DType::I64, &CPU, |i| random.below(i as u64, limit) as f64)
+}
+
+type Op = fn(&[Tensor]) -> Result<Tensor>;
+
+/// Output and gradients of an op.
+fn run(op: Op, inputs: &[Tensor]) -> Result<Vec<Vec<f64>>> {
+    let leaves: Vec<Tensor> = inputs
+        .iter()
+        .map(|x| if x.dtype().is_float() { x.requires_grad() } else { Ok(x.clone()) })
+        .collect::<Result<_>>()?;
+    let mut tape = Tape::train(4);
+    let y = op(&leaves)?;
+    let grads = tape.backward_with(&y, &random(y.shape(), y.dtype(), 9)?)?;
+    let mut all = vec![y.to_f64_vec()?];
+    for leaf in leaves.iter().filter(|leaf| leaf.dtype().is_float()) {
+        all.push(grads.get(leaf).expect("a gradient").to_f64_vec()?);
+    }
+    Ok(all)
+}
+
+#[test]
+fn same_bits_for_any_number_of_threads() -> Result<()> {
+    for dtype in [DType::F32, DType::BF16, DType::F64] {
+        let x = random(&[3, 211, 74], dtype, 0)?;
+        let (weight, bias, one) = (random(&[74], dtype, 1)?, random(&[74], dtype, 2)?, random(&[1], dtype, 3)?);
+        let ops: [(&str, Op, Vec<Tensor>); 8] = [
+            ("layer_norm", |x| x[0].layer_norm(Some(&x[1]), Some(&x[2]), 1e-5), vec![x.clone(), weight.clone(), bias]),
+            ("rms_norm", |x| x[0].rms_norm(&x[1], 1e-8), vec![x.clone(), weight]),
+            ("scale_norm", |x| x[0].scale_norm(&x[1], 1e-5), vec![x.clone(), one]),
+            ("cross_entropy", |x| x[0].cross_entropy(&x[1], 5), vec![x.clone(), tokens(&[3, 211], 74)?]),
+            ("embedding", |x| x[0].embedding(&x[1]), vec![random(&[97, 74], dtype, 5)?, tokens(&[3, 211], 97)?]),
+            ("glu", |x| x[0].glu(Activation::Gelu), vec![x.clone()]),
+            ("rotary", |x| x[0].rotary(&Tensor::full([16], 0.1, DType::F64, &CPU)?, 3), vec![x.clone()]),
+            ("dropout", |x| x[0].dropout(0.2), vec![x.clone()]),
+        ];
+        for (name, op, inputs) in ops {
+            let on = |threads: usize| {
+                let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().expect("a thread pool");
+                pool.install(|| run(op, &inputs))
+            };
+            let one = on(1)?;
+            for threads in [2, 5] {
+                assert!(on(threads)? == one, "{name} {dtype}: other bits with {threads} threads");
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Sums over rows are made of blocks: the gradient of a weight is that of the parts, added up.
+#[test]
+fn weight_gradients_add_up_over_parts() -> Result<()> {
+    const ROWS: usize = 1500;
+    const PART: usize = 30;
+    let x = random(&[ROWS, 37], DType::F64, 0)?;
+    let (weight, bias, one) =
+        (random(&[37], DType::F64, 1)?, random(&[37], DType::F64, 2)?, random(&[1], DType::F64, 3)?);
+    let ops: [(Op, Vec<&Tensor>); 3] = [
+        (|x| x[0].layer_norm(Some(&x[1]), Some(&x[2]), 1e-5), vec![&weight, &bias]),
+        (|x| x[0].rms_norm(&x[1], 1e-8), vec![&weight]),
+        (|x| x[0].scale_norm(&x[1], 1e-5), vec![&one]),
+    ];
+    let cotangent = random(&[ROWS, 37], DType::F64, 7)?;
+    for (op, weights) in ops {
+        let gradients = |start: usize, rows: usize| -> Result<Vec<Vec<f64>>> {
+            let mut inputs = vec![x.narrow(0, start, rows)?];
+            for weight in &weights {
+                inputs.push(weight.requires_grad()?);
+            }
+            let mut tape = Tape::grad();
+            let y = op(&inputs)?;
+            let grads = tape.backward_with(&y, &cotangent.narrow(0, start, rows)?)?;
+            inputs[1..].iter().map(|weight| grads.get(weight).expect("a gradient").to_f64_vec()).collect()
+        };
+        let mut sums: Vec<Vec<f64>> = weights.iter().map(|weight| vec![0.0; weight.elements()]).collect();
+        for start in (0..ROWS).step_by(PART) {
+            for (sum, part) in sums.iter_mut().zip(gradients(start, PART)?) {
+                sum.iter_mut().zip(part).for_each(|(sum, part)| *sum += part);
+            }
+        }
+        for (whole, sum) in gradients(0, ROWS)?.iter().zip(&sums) {
+            for (a, b) in whole.iter().zip(sum) {
+                assert!((a - b).abs() < 1e-10, "{a} is not {b}");
+            }
+        }
+    }
+    Ok(())
+}
+
+/// A gradient may take the place of what is not used any more, never of what somebody still holds.
+#[test]
+fn backward_leaves_held_tensors_alone() -> Result<()> {
+    let x = random(&[5, 8], DType::F32, 0)?.requires_grad()?;
+    let g = random(&[8], DType::F32, 1)?;
+    let targets = tokens(&[5], 4)?;
+    let mut tape = Tape::train(1);
+    let normed = x.rms_norm(&g, 1e-8)?;
+    let gated = normed.glu(Activation::Gelu)?;
+    let turned = gated.rotary(&Tensor::ones([2], DType::F64, &CPU)?, 0)?;
+    let dropped = turned.dropout(0.1)?;
+    let loss = dropped.cross_entropy(&targets, -100)?;
+    let held = [&x, &normed, &gated, &turned, &dropped];
+    let before: Vec<_> = held.iter().map(|tensor| tensor.to_f64_vec()).collect::<Result<_>>()?;
+    let with_handles = tape.backward(&loss)?.get(&x).expect("a gradient").to_f64_vec()?;
+    for (tensor, before) in held.iter().zip(before) {
+        assert_eq!(tensor.to_f64_vec()?, before);
+    }
+    // The same chain with nothing held gives the same gradient.
+    let mut tape = Tape::train(1);
+    let loss = x
+        .rms_norm(&g, 1e-8)?
+        .glu(Activation::Gelu)?
+        .rotary(&Tensor::ones([2], DType::F64, &CPU)?, 0)?
+        .dropout(0.1)?
+        .cross_entropy(&targets, -100)?;
+    assert_eq!(tape.backward(&loss)?.get(&x).expect("a gradient").to_f64_vec()?, with_handles);
+    // A cotangent that the caller keeps.
+    let mut tape = Tape::grad();
+    let y = x.rms_norm(&g, 1e-8)?;
+    let cotangent = random(&[5, 8], DType::F32, 3)?;
+    let kept = cotangent.to_f64_vec()?;
+    tape.backward_with(&y, &cotangent)?;
+    assert_eq!(cotangent.to_f64_vec()?, kept);
+    Ok(())
+}

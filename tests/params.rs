@@ -1,0 +1,284 @@
+//! Parameters: names, initial values, tying, and loading that either succeeds or changes nothing.
+
+use std::collections::BTreeMap;
+
+use x_transformers::{DType, Device, Error, Init, Param, ParamMap, Result, Store, Tape, Tensor};
+
+const CPU: Device = Device::Cpu;
+
+fn values(param: &Param) -> Vec<f64> {
+    param.tensor().to_f64_vec().unwrap()
+}
+
+/// The parameters of a small model, registered in the order of `order`.
+fn model(store: &Store, order: [usize; 3]) -> Result<ParamMap> {
+    for layer in order {
+        let layer = store.at("layers").at(layer);
+        layer.param("weight", [3, 2], Init::linear(2))?;
+        layer.at("norm").param("bias", [2], Init::Normal(0.5))?;
+    }
+    store.param("scale", (), Init::Constant(0.1))?;
+    Ok(store.params())
+}
+
+fn state(entries: &[(&str, &[usize])]) -> BTreeMap<String, Tensor> {
+    let tensor = |shape: &[usize]| Tensor::generate(shape, DType::F64, &CPU, |i| i as f64 + 1.0).unwrap();
+    entries.iter().map(|(name, shape)| (name.to_string(), tensor(shape))).collect()
+}
+
+#[test]
+fn names_follow_the_tree() -> Result<()> {
+    let store = Store::new(1, DType::F32, &CPU);
+    let params = model(&store, [0, 1, 2])?;
+    let names: Vec<_> = params.iter().map(|(name, _)| name).collect();
+    assert_eq!(
+        names,
+        [
+            "layers.0.norm.bias",
+            "layers.0.weight",
+            "layers.1.norm.bias",
+            "layers.1.weight",
+            "layers.2.norm.bias",
+            "layers.2.weight",
+            "scale"
+        ]
+    );
+    assert_eq!(params.elements(), 3 * (6 + 2) + 1);
+    assert_eq!((store.name(), store.at("a").at("b").name()), ("", "a.b"));
+    assert_eq!((store.dtype(), store.device()), (DType::F32, &CPU));
+    assert!(params.get("layers.1.weight").is_some() && params.get("layers.1").is_none());
+    assert_eq!(format!("{:?}", params.get("scale").unwrap()), "Param([] f32)");
+    assert_eq!(params.get("layers.0.weight").unwrap().tensor().shape(), [3, 2]);
+    Ok(())
+}
+
+#[test]
+fn values_depend_on_seed_and_name_alone() -> Result<()> {
+    let maps = [[0, 1, 2], [2, 0, 1]].map(|order| model(&Store::new(7, DType::F32, &CPU), order).unwrap());
+    for (name, param) in maps[0].iter() {
+        assert_eq!(values(param), values(maps[1].get(name).unwrap()), "{name}");
+    }
+    let weight = |map: &ParamMap, layer: usize| values(map.get(&format!("layers.{layer}.weight")).unwrap());
+    assert_ne!(weight(&maps[0], 0), weight(&maps[0], 1));
+    let other = model(&Store::new(8, DType::F32, &CPU), [0, 1, 2])?;
+    assert_ne!(weight(&maps[0], 0), weight(&other, 0));
+    // A place adds nothing but its name.
+    let alone = Store::new(7, DType::F32, &CPU).param("layers.0.weight", [3, 2], Init::linear(2))?;
+    assert_eq!(values(&alone), weight(&maps[0], 0));
+    Ok(())
+}
+
+#[test]
+fn twins_of_other_dtypes_start_from_the_same_values() -> Result<()> {
+    let maps = [DType::F32, DType::F64, DType::BF16].map(|d| model(&Store::new(7, d, &CPU), [0, 1, 2]).unwrap());
+    for (name, single) in maps[0].iter() {
+        assert_eq!(values(single), values(maps[1].get(name).unwrap()), "{name} in f64");
+        let half = single.tensor().detach().to_dtype(DType::BF16)?;
+        assert_eq!(half.to_f64_vec()?, values(maps[2].get(name).unwrap()), "{name} in bf16");
+    }
+    Ok(())
+}
+
+#[test]
+fn initial_values_have_their_distribution() -> Result<()> {
+    let store = Store::new(3, DType::F64, &CPU);
+    let moments = |name: &str, init: Init| -> Result<(f64, f64, f64)> {
+        let x = values(&store.param(name, [200, 250], init)?);
+        let mean = x.iter().sum::<f64>() / x.len() as f64;
+        let variance = x.iter().map(|x| (x - mean).powi(2)).sum::<f64>() / x.len() as f64;
+        Ok((mean, variance.sqrt(), x.iter().fold(0.0, |largest: f64, x| largest.max(x.abs()))))
+    };
+    let (mean, deviation, _) = moments("normal", Init::Normal(0.02))?;
+    assert!(mean.abs() < 4e-4 && (deviation / 0.02 - 1.0).abs() < 0.02, "{mean} {deviation}");
+    let (mean, deviation, largest) = moments("uniform", Init::linear(16))?;
+    assert!(mean.abs() < 4e-3 && (deviation * 12f64.sqrt() / 0.5 - 1.0).abs() < 0.02, "{mean} {deviation}");
+    assert!(largest <= 0.25 && largest > 0.2499);
+    let (_, deviation, _) = moments("kaiming", Init::kaiming_normal(50))?;
+    assert!((deviation / 0.2 - 1.0).abs() < 0.02);
+    assert_eq!(moments("constant", Init::Constant(1.0))?, (1.0, 0.0, 1.0));
+    assert_eq!(values(&store.param("none", [0], Init::linear(0))?), []);
+    Ok(())
+}
+
+#[test]
+fn a_store_of_zeros() -> Result<()> {
+    let params = model(&Store::zeros(DType::F32, &CPU), [0, 1, 2])?;
+    assert!(params.iter().all(|(_, param)| values(param).iter().all(|&x| x == 0.0)));
+    Ok(())
+}
+
+#[test]
+fn duplicates_are_refused() -> Result<()> {
+    let store = Store::new(1, DType::F32, &CPU);
+    let weight = store.at("a").param("weight", [2], Init::Constant(1.0))?;
+    let buffer = Tensor::zeros([1], DType::F32, &CPU)?;
+    store.buffer("a.frequencies", buffer.clone())?;
+    for taken in ["a.weight", "a.frequencies"] {
+        for error in [
+            store.param(taken, [2], Init::Constant(1.0)).map(|_| ()),
+            store.tie(taken, &weight).map(|_| ()),
+            store.buffer(taken, buffer.clone()).map(|_| ()),
+        ] {
+            let message = error.unwrap_err().to_string();
+            assert!(message.contains(taken) && message.contains("twice"), "{message}");
+        }
+    }
+    assert_eq!(store.params().state_dict().len(), 2);
+    Ok(())
+}
+
+#[test]
+fn illegal_parameters_are_refused() -> Result<()> {
+    let store = Store::new(1, DType::F32, &CPU);
+    assert!(store.param("large", [usize::MAX, 2], Init::Constant(0.0)).is_err());
+    assert!(store.param("deep", [1; 7], Init::Constant(0.0)).is_err());
+    assert!(store.params().state_dict().is_empty(), "what failed is not registered");
+    assert!(matches!(Param::new(Tensor::arange(2, &CPU)?), Err(Error::DType { .. })));
+    let integers = Store::new(1, DType::I64, &CPU);
+    assert!(integers.param("weight", [2], Init::Constant(1.0)).is_err());
+    let param = Param::new(Tensor::zeros([2], DType::F32, &CPU)?)?;
+    let message = param.set(Tensor::zeros([3], DType::F32, &CPU)?).unwrap_err().to_string();
+    assert!(message.contains("[2]") && message.contains("[3]"), "{message}");
+    assert!(param.set(Tensor::zeros([2], DType::F64, &CPU)?).is_err());
+    Ok(())
+}
+
+#[test]
+fn tied_parameters_are_one() -> Result<()> {
+    let store = Store::new(1, DType::F64, &CPU);
+    let table = store.param("embedding.weight", [3, 2], Init::Normal(1.0))?;
+    let tied = store.at("logits").tie("weight", &table)?;
+    let params = store.params();
+    assert_eq!(table.leaf(), tied.leaf());
+    assert_eq!((params.iter().count(), params.unique().count(), params.elements()), (2, 1, 6));
+    assert_eq!(params.unique().next().unwrap().0, "embedding.weight");
+    assert_eq!(params.state_dict().len(), 2);
+    // Gradients of both uses meet in one place.
+    let mut tape = Tape::grad();
+    let loss = Tensor::cat(&[&table.tensor(), &tied.tensor().affine(2.0, 0.0)?], 0)?.sum(&[])?;
+    let grads = tape.backward(&loss)?;
+    assert_eq!(grads.len(), 1);
+    assert_eq!(grads.param(&tied).unwrap().to_f64_vec()?, [3.0; 6]);
+    tied.set(Tensor::ones([3, 2], DType::F64, &CPU)?)?;
+    assert_eq!(values(&table), [1.0; 6]);
+    Ok(())
+}
+
+#[test]
+fn buffers_are_saved_and_not_trained() -> Result<()> {
+    let store = Store::new(1, DType::F32, &CPU);
+    store.param("weight", [2], Init::Constant(1.0))?;
+    store.at("rotary").buffer("inv_freq", Tensor::ones([4], DType::F32, &CPU)?)?;
+    let params = store.params();
+    assert_eq!(params.buffers().map(|(name, _)| name).collect::<Vec<_>>(), ["rotary.inv_freq"]);
+    assert_eq!((params.elements(), params.iter().count()), (2, 1));
+    assert_eq!(params.state_dict().into_keys().collect::<Vec<_>>(), ["rotary.inv_freq", "weight"]);
+    // The file may leave a buffer out, or hold it with the right shape.
+    params.load(&state(&[("weight", &[2])]))?;
+    params.load(&state(&[("weight", &[2]), ("rotary.inv_freq", &[4])]))?;
+    assert_eq!(params.buffers().next().unwrap().1.to_f64_vec()?, [1.0; 4], "the config says what a buffer holds");
+    assert!(params.load(&state(&[("weight", &[2]), ("rotary.inv_freq", &[5])])).is_err());
+    Ok(())
+}
+
+#[test]
+fn loading_converts_and_replaces() -> Result<()> {
+    let params = model(&Store::new(1, DType::BF16, &CPU), [0, 1, 2])?;
+    let source = model(&Store::new(2, DType::F32, &CPU), [0, 1, 2])?;
+    let state = source.state_dict();
+    params.load(&state)?;
+    for (name, param) in params.iter() {
+        assert_eq!(param.tensor().dtype(), DType::BF16);
+        assert_eq!(values(param), state[name].to_dtype(DType::BF16)?.to_f64_vec()?, "{name}");
+    }
+    // A strided tensor of the file is packed.
+    let store = Store::zeros(DType::F64, &CPU);
+    let weight = store.param("weight", [2, 3], Init::Constant(0.0))?;
+    let turned = Tensor::generate([3, 2], DType::F64, &CPU, |i| i as f64)?.transpose(0, 1)?;
+    store.params().load(&BTreeMap::from([("weight".to_string(), turned)]))?;
+    assert_eq!(values(&weight), [0.0, 2.0, 4.0, 1.0, 3.0, 5.0]);
+    assert!(weight.tensor().is_contiguous());
+    Ok(())
+}
+
+#[test]
+fn loading_lists_everything_that_does_not_fit() -> Result<()> {
+    let store = Store::new(1, DType::F32, &CPU);
+    for name in ["a", "b", "c", "d"] {
+        store.param(name, [2], Init::Normal(1.0))?;
+    }
+    let params = store.params();
+    let before: Vec<_> = params.iter().map(|(_, param)| values(param)).collect();
+    let wrong = state(&[("a", &[2]), ("b", &[3]), ("c", &[2, 1]), ("e", &[2]), ("f.weight", &[1])]);
+    match params.load(&wrong) {
+        Err(error @ Error::Weights { .. }) => {
+            let message = error.to_string();
+            let Error::Weights { missing, unused, misshapen } = error else { unreachable!() };
+            assert_eq!(missing, ["d"]);
+            assert_eq!(unused, ["e", "f.weight"]);
+            assert_eq!(misshapen, [("b".into(), vec![2], vec![3]), ("c".into(), vec![2], vec![2, 1])]);
+            for line in ["missing    d", "unused     e", "misshapen  b: [2] in the model, [3] in the file"] {
+                assert!(message.contains(line), "{message}");
+            }
+        }
+        other => panic!("{other:?}"),
+    }
+    let after: Vec<_> = params.iter().map(|(_, param)| values(param)).collect();
+    assert_eq!(before, after, "a refused file changes nothing");
+    Ok(())
+}
+
+#[test]
+fn loading_is_all_or_nothing() -> Result<()> {
+    let store = Store::new(1, DType::F32, &CPU);
+    store.param("a", [2], Init::Normal(1.0))?;
+    store.param("z", [2], Init::Normal(1.0))?;
+    let params = store.params();
+    let before: Vec<_> = params.iter().map(|(_, param)| values(param)).collect();
+    // The last name in the alphabet cannot be converted; the first could.
+    let mut wrong = state(&[("a", &[2]), ("z", &[2])]);
+    wrong.insert("z".into(), Tensor::arange(2, &CPU)?);
+    let message = params.load(&wrong).unwrap_err().to_string();
+    assert!(message.contains("z is i64"), "{message}");
+    let after: Vec<_> = params.iter().map(|(_, param)| values(param)).collect();
+    assert_eq!(before, after);
+    Ok(())
+}
+
+#[test]
+fn a_state_dict_is_a_snapshot() -> Result<()> {
+    let store = Store::new(1, DType::F64, &CPU);
+    let weight = store.param("weight", [2], Init::Constant(1.0))?;
+    let params = store.params();
+    let snapshot = params.state_dict();
+    weight.set(Tensor::zeros([2], DType::F64, &CPU)?)?;
+    assert_eq!(snapshot["weight"].to_f64_vec()?, [1.0, 1.0]);
+    params.load(&snapshot)?;
+    assert_eq!(values(&weight), [1.0, 1.0]);
+    // It holds constants, whose use records nothing.
+    let tape = Tape::grad();
+    snapshot["weight"].sum(&[])?;
+    assert!(tape.is_empty());
+    weight.tensor().sum(&[])?;
+    assert_eq!(tape.len(), 1);
+    Ok(())
+}
+
+#[test]
+fn parameters_are_shared_between_threads() -> Result<()> {
+    let store = Store::new(1, DType::F64, &CPU);
+    std::thread::scope(|scope| {
+        for thread in 0..8 {
+            let store = store.at("layers").at(thread);
+            scope.spawn(move || {
+                for index in 0..20 {
+                    store.param(&format!("weight{index}"), [3], Init::Normal(1.0)).unwrap();
+                }
+            });
+        }
+    });
+    assert_eq!(store.params().unique().count(), 160);
+    let alone = Store::new(1, DType::F64, &CPU).param("layers.5.weight7", [3], Init::Normal(1.0))?;
+    assert_eq!(values(store.params().get("layers.5.weight7").unwrap()), values(&alone));
+    Ok(())
+}

@@ -1,0 +1,685 @@
+//! The tape: what is recorded, what is refused, and that gradients add up.
+
+use std::{
+    cell::Cell,
+    panic::{AssertUnwindSafe, catch_unwind},
+};
+
+use x_transformers::{
+    Backward, Contribution, Contributions, DType, Device, Error, Gradcheck, Init, Param, Part, Result, Store, Tape,
+    Tensor, checkpoint, discrete, gradcheck, record,
+};
+
+const CPU: Device = Device::Cpu;
+
+fn vector(values: &[f64]) -> Tensor {
+    Tensor::from_slice(values, [values.len()], &CPU).unwrap()
+}
+
+fn leaf(values: &[f64]) -> Tensor {
+    vector(values).requires_grad().unwrap()
+}
+
+fn values(tensor: &Tensor) -> Vec<f64> {
+    tensor.to_f64_vec().unwrap()
+}
+
+fn grid(rows: usize, columns: usize) -> Tensor {
+    Tensor::generate([rows, columns], DType::F64, &CPU, |i| (i as f64 * 0.7).sin()).unwrap()
+}
+
+/// `x²`, as a user would write it: saves `x`.
+fn square(x: &Tensor) -> Result<Tensor> {
+    let squares: Vec<f64> = x.to_f64_vec()?.iter().map(|x| x * x).collect();
+    let saved = x.detach();
+    record("square", Tensor::from_slice(&squares, *x.shape(), &CPU)?, &[x], |_| SquareBackward { x: saved })
+}
+
+struct SquareBackward {
+    x: Tensor,
+}
+
+impl Backward for SquareBackward {
+    fn name(&self) -> &'static str {
+        "square"
+    }
+
+    fn backward(self: Box<Self>, grad: Tensor, _need: &[bool]) -> Result<Contributions> {
+        let products: Vec<f64> =
+            self.x.to_f64_vec()?.iter().zip(grad.to_f64_vec()?).map(|(x, g)| 2.0 * x * g).collect();
+        Tensor::from_slice(&products, *self.x.shape(), &CPU).map(Contributions::one)
+    }
+}
+
+/// `a + b`, whose backward hands one and the same gradient tensor to both inputs.
+fn sum_of(a: &Tensor, b: &Tensor) -> Result<Tensor> {
+    let sums: Vec<f64> = a.to_f64_vec()?.iter().zip(b.to_f64_vec()?).map(|(a, b)| a + b).collect();
+    record("sum_of", Tensor::from_slice(&sums, *a.shape(), &CPU)?, &[a, b], |_| SharedBackward)
+}
+
+struct SharedBackward;
+
+impl Backward for SharedBackward {
+    fn name(&self) -> &'static str {
+        "sum_of"
+    }
+
+    fn backward(self: Box<Self>, grad: Tensor, _need: &[bool]) -> Result<Contributions> {
+        Ok(Contributions::whole([Some(grad.clone()), Some(grad)]))
+    }
+}
+
+/// An identity whose backward gives whatever `give` makes of the gradient.
+fn giving<F: Fn(Tensor) -> Result<Contributions> + 'static>(x: &Tensor, give: F) -> Result<Tensor> {
+    struct Giving<F>(F);
+    impl<F: Fn(Tensor) -> Result<Contributions>> Backward for Giving<F> {
+        fn name(&self) -> &'static str {
+            "giving"
+        }
+        fn backward(self: Box<Self>, grad: Tensor, _need: &[bool]) -> Result<Contributions> {
+            (self.0)(grad)
+        }
+    }
+    record("giving", x.detach(), &[x], |_| Giving(give))
+}
+
+#[test]
+fn a_leaf_used_many_times_accumulates() -> Result<()> {
+    let x = leaf(&[1.0, -2.0, 3.0]);
+    let mut tape = Tape::grad();
+    let parts = [square(&x)?, x.affine(10.0, 0.0)?, x.clone(), square(&x)?];
+    let loss = Tensor::cat(&parts.iter().collect::<Vec<_>>(), 0)?.sum(&[])?;
+    let grads = tape.backward(&loss)?;
+    assert_eq!(values(grads.get(&x).unwrap()), [15.0, 3.0, 23.0]);
+    assert_eq!(grads.len(), 1);
+    Ok(())
+}
+
+#[test]
+fn an_intermediate_used_many_times_accumulates() -> Result<()> {
+    let x = leaf(&[1.0, -2.0]);
+    let mut tape = Tape::grad();
+    let y = square(&x)?;
+    let loss = Tensor::cat(&[&square(&y)?, &y, &y.affine(3.0, 0.0)?], 0)?.sum(&[])?;
+    // d(x⁴ + 4x²)/dx = 4x³ + 8x
+    assert_eq!(values(tape.backward(&loss)?.get(&x).unwrap()), [12.0, -48.0]);
+    Ok(())
+}
+
+#[test]
+fn gradients_of_views() {
+    type Chain = fn(&Tensor) -> Result<Tensor>;
+    let chains: [(&str, Chain); 17] = [
+        ("narrow", |x| x.narrow(1, 1, 3)),
+        ("narrow of nothing", |x| Tensor::cat(&[&x.narrow(0, 2, 0)?, x], 0)),
+        ("narrow of a narrow", |x| x.narrow(0, 1, 3)?.narrow(1, 2, 2)?.narrow(0, 1, 1)),
+        ("overlapping narrows", |x| Tensor::cat(&[&x.narrow(0, 0, 3)?, &x.narrow(0, 1, 3)?, &x.narrow(0, 1, 2)?], 0)),
+        ("chunk", |x| Tensor::cat(&x.chunk(3, -1)?.iter().rev().collect::<Vec<_>>(), 0)),
+        ("one chunk of three", |x| Ok(x.chunk(3, 1)?.swap_remove(1))),
+        ("split", |x| Ok(x.split(&[1, 0, 5], 1)?.swap_remove(2))),
+        ("select", |x| x.select(0, 2)),
+        ("select the last dim", |x| x.select(-1, 0)),
+        ("transpose", |x| x.transpose(0, 1)),
+        ("reshape of a transposed view", |x| x.transpose(0, 1)?.reshape([3, 8])),
+        ("permute of a reshape", |x| x.reshape([2, 2, 6])?.permute(&[2, 0, 1])?.narrow(0, 1, 4)),
+        ("expand", |x| x.unsqueeze(1)?.expand([4, 3, 6])),
+        ("expand in front", |x| x.expand([2, 3, 4, 6])?.transpose(0, 3)?.flatten(1, 2)),
+        ("expand and narrow", |x| x.narrow(1, 4, 1)?.expand([4, 9])?.narrow(1, 3, 5)),
+        ("squeeze", |x| x.narrow(0, 3, 1)?.squeeze(0)?.unsqueeze(-1)?.expand([6, 2])),
+        ("contiguous", |x| x.transpose(0, 1)?.narrow(0, 1, 4)?.contiguous()?.flatten(0, -1)),
+    ];
+    for (name, chain) in chains {
+        // Squared, so that a gradient that lands on the wrong element shows.
+        let report = gradcheck(|x| square(&chain(&x[0])?), &[grid(4, 6)], Gradcheck::default()).unwrap();
+        assert!(report.passed(), "{name}\n{report}");
+    }
+}
+
+#[test]
+fn overlapping_narrows_count() -> Result<()> {
+    let x = leaf(&[1.0, 2.0, 3.0, 4.0]);
+    let mut tape = Tape::grad();
+    let loss = Tensor::cat(&[&x.narrow(0, 0, 3)?, &x.narrow(0, 1, 3)?], 0)?.sum(&[])?;
+    assert_eq!(values(tape.backward(&loss)?.get(&x).unwrap()), [1.0, 2.0, 2.0, 1.0]);
+    Ok(())
+}
+
+#[test]
+fn a_shared_gradient_is_not_corrupted() -> Result<()> {
+    let (x, y) = (leaf(&[1.0, 2.0]), leaf(&[3.0, 4.0]));
+    let cotangent = vector(&[1.0, 10.0]);
+    let mut tape = Tape::grad();
+    // x and the inner sum get one tensor; x's copy is then added to, while y still waits for it.
+    let total = sum_of(&sum_of(&x, &y)?, &x)?;
+    let total = sum_of(&total, &y.affine(1.0, 0.0)?)?;
+    let grads = tape.backward_with(&total, &cotangent)?;
+    assert_eq!(values(grads.get(&x).unwrap()), [2.0, 20.0]);
+    assert_eq!(values(grads.get(&y).unwrap()), [2.0, 20.0]);
+    assert_eq!(values(&cotangent), [1.0, 10.0], "the caller's cotangent is not the tape's to write to");
+    Ok(())
+}
+
+#[test]
+fn a_gradient_shared_with_one_leaf_twice() -> Result<()> {
+    let x = leaf(&[1.0, 2.0]);
+    let mut tape = Tape::grad();
+    let grads = {
+        let total = sum_of(&x, &x)?;
+        tape.backward_with(&sum_of(&total, &total)?, &vector(&[1.0, 10.0]))?
+    };
+    assert_eq!(values(grads.get(&x).unwrap()), [4.0, 40.0]);
+    Ok(())
+}
+
+#[test]
+fn accumulating_into_strided_and_partial_sums() -> Result<()> {
+    // The first contribution is a transposed view, then an expanded one, then parts, then a packed one.
+    let x = grid(3, 3).requires_grad()?;
+    let mut tape = Tape::grad();
+    let pieces = [
+        square(&x)?,
+        x.narrow(1, 1, 2)?.narrow(0, 0, 1)?.expand([9, 2])?.narrow(0, 0, 9)?.reshape([6, 3])?,
+        x.narrow(0, 1, 1)?,
+        x.sum(&[0])?.expand([2, 3])?,
+        x.transpose(0, 1)?,
+    ];
+    let loss = Tensor::cat(&pieces.iter().collect::<Vec<_>>(), 0)?;
+    let weights = Tensor::generate(*loss.shape(), DType::F64, &CPU, |i| i as f64)?;
+    let grads = tape.backward_with(&loss, &weights)?;
+    let got = values(grads.get(&x).unwrap());
+    let (values, w) = (values(&x), values(&weights));
+    let mut expected = vec![0.0; 9];
+    for row in 0..3 {
+        for column in 0..3 {
+            let at = row * 3 + column;
+            expected[at] += 2.0 * values[at] * w[at];
+            if row == 0 && column > 0 {
+                // Element `column - 1` of each of the nine rows of two.
+                expected[at] += (0..9).map(|r| w[9 + r * 2 + column - 1]).sum::<f64>();
+            }
+            if row == 1 {
+                expected[at] += w[27 + column];
+            }
+            expected[at] += w[30 + column] + w[33 + column];
+            expected[at] += w[36 + column * 3 + row];
+        }
+    }
+    for (got, expected) in got.iter().zip(&expected) {
+        assert!((got - expected).abs() < 1e-12, "{got} {expected}");
+    }
+    Ok(())
+}
+
+#[test]
+fn backward_refusals() -> Result<()> {
+    let x = leaf(&[1.0, 2.0]);
+    let mut tape = Tape::grad();
+    let y = square(&x)?;
+    let constant = vector(&[3.0]);
+    assert!(matches!(tape.backward(&y), Err(Error::NotScalar { shape }) if shape == [2]));
+    assert!(matches!(tape.backward(&constant), Err(Error::NotTracked)));
+    assert!(matches!(tape.backward_with(&y, &vector(&[1.0])), Err(Error::Shape { .. })));
+    let single = Tensor::from_slice(&[1.0f32, 1.0], [2], &CPU)?;
+    assert!(tape.backward_with(&y, &single).is_err(), "a cotangent of another dtype");
+    // A refusal costs nothing: the tape still works.
+    let loss = y.sum(&[])?;
+    assert_eq!(values(tape.backward(&loss)?.get(&x).unwrap()), [2.0, 4.0]);
+    assert!(matches!(tape.backward(&loss), Err(Error::BackwardTwice)));
+    assert!(matches!(tape.backward_with(&y, &y), Err(Error::BackwardTwice)));
+    Ok(())
+}
+
+#[test]
+fn a_loss_without_leaves_is_not_tracked() -> Result<()> {
+    let weight = leaf(&[1.0]);
+    let before = square(&weight)?;
+    let mut tape = Tape::grad();
+    let loss = square(&vector(&[2.0]))?;
+    assert!(matches!(tape.backward(&loss), Err(Error::NotTracked)));
+    assert!(matches!(tape.backward(&before), Err(Error::NotTracked)), "made before the tape");
+    assert!(matches!(tape.backward(&square(&weight.detach())?), Err(Error::NotTracked)));
+    Ok(())
+}
+
+#[test]
+fn the_gradient_of_a_leaf_itself() -> Result<()> {
+    let x = leaf(&[5.0]);
+    let grads = Tape::grad().backward(&x)?;
+    assert_eq!(values(grads.get(&x).unwrap()), [1.0]);
+    Ok(())
+}
+
+#[test]
+fn stale_tensors_are_refused() -> Result<()> {
+    let x = leaf(&[1.0, 2.0]);
+    let (finished, dropped) = {
+        let mut tape = Tape::grad();
+        let y = square(&x)?;
+        tape.backward(&y.sum(&[])?)?;
+        let other = Tape::grad();
+        let z = square(&x)?;
+        drop(other);
+        (y, z)
+    };
+    let tape = Tape::grad();
+    for stale in [&finished, &dropped] {
+        assert!(matches!(square(stale), Err(Error::StaleTape { op: "square" })));
+        assert!(matches!(stale.sum(&[]), Err(Error::StaleTape { .. })));
+        assert!(matches!(stale.narrow(0, 0, 1), Err(Error::StaleTape { op: "narrow" })));
+        assert!(matches!(Tensor::cat(&[&x, stale], 0), Err(Error::StaleTape { op: "cat" })));
+        assert!(matches!(stale.to_dtype(DType::I64), Err(Error::StaleTape { op: "to_dtype" })));
+        assert!(matches!(checkpoint(|t| square(&t[0]), &[stale]), Err(Error::StaleTape { op: "checkpoint" })));
+        // Its value may be used.
+        square(&stale.detach())?;
+    }
+    drop(tape);
+    // Outside of a tape a value is a value.
+    assert_eq!(values(&square(&finished)?), [1.0, 16.0]);
+    Ok(())
+}
+
+#[test]
+fn ops_without_a_gradient_refuse_tracked_inputs() -> Result<()> {
+    let x = leaf(&[1.0, 2.0]);
+    let _tape = Tape::grad();
+    for tracked in [x.clone(), square(&x)?] {
+        assert!(matches!(tracked.to_dtype(DType::I64), Err(Error::NoGradient { op: "to_dtype" })));
+        assert!(matches!(tracked.to_dtype(DType::Bool), Err(Error::NoGradient { op: "to_dtype" })));
+        assert!(matches!(discrete("argsort", &[&tracked]), Err(Error::NoGradient { op: "argsort" })));
+        assert_eq!(tracked.detach().to_dtype(DType::I64)?.dtype(), DType::I64);
+    }
+    discrete("argsort", &[&vector(&[1.0])])?;
+    Ok(())
+}
+
+#[test]
+fn nothing_is_recorded_without_leaves() -> Result<()> {
+    let x = vector(&[1.0, 2.0, 3.0, 4.0]);
+    let tape = Tape::train(1);
+    let y = square(&x)?.reshape([2, 2])?.transpose(0, 1)?.contiguous()?.softmax()?.to_dtype(DType::F32)?;
+    Tensor::cat(&[&y, &y], 1)?.sum(&[0])?.mean(&[])?.affine(2.0, 1.0)?.to_dtype(DType::I64)?;
+    checkpoint(|x| square(&x[0]), &[&x])?;
+    assert_eq!(tape.len(), 0);
+    assert!(tape.is_empty());
+    Ok(())
+}
+
+#[test]
+fn reading_values_records_nothing() -> Result<()> {
+    let x = grid(2, 3).requires_grad()?;
+    let tape = Tape::grad();
+    let y = x.transpose(0, 1)?;
+    let before = tape.len();
+    let _ = (y.to_vec::<f64>()?, y.to_f64_vec()?, y.narrow(0, 0, 1)?.detach().sum(&[])?.item()?);
+    let _ = (format!("{y}"), format!("{y:?}"));
+    assert_eq!(tape.len(), before + 1, "the narrow alone");
+    Ok(())
+}
+
+#[test]
+fn an_op_records_one_node() -> Result<()> {
+    // Copies that an op makes for itself are not on the tape twice.
+    let x = grid(2, 3).requires_grad()?;
+    let tape = Tape::grad();
+    let y = x.transpose(0, 1)?;
+    assert_eq!(tape.len(), 1);
+    Tensor::cat(&[&y, &y], 0)?;
+    assert_eq!(tape.len(), 2, "cat reads strided inputs in one step");
+    y.sum(&[0])?;
+    assert_eq!(tape.len(), 3, "so does sum");
+    y.mean(&[1])?;
+    assert_eq!(tape.len(), 4, "and mean");
+    Ok(())
+}
+
+#[test]
+fn unused_parameters_are_listed_by_name() -> Result<()> {
+    let store = Store::new(3, DType::F64, &CPU);
+    let used = store.at("layers").at(0).param("weight", [2], Init::Normal(1.0))?;
+    store.at("layers").at(1).param("weight", [2], Init::Normal(1.0))?;
+    store.param("bias", [2], Init::Constant(0.0))?;
+    store.tie("again", &used)?;
+    let mut tape = Tape::grad();
+    let grads = tape.backward(&square(&used.tensor())?.sum(&[])?)?;
+    assert_eq!(grads.unused(&store.params()), ["bias", "layers.1.weight"]);
+    assert!(grads.param(&used).is_some());
+    Ok(())
+}
+
+#[test]
+fn gradients_of_micro_batches_add_up() -> Result<()> {
+    let (x, y) = (leaf(&[1.0, 2.0]), leaf(&[7.0]));
+    let step = |with_y: bool| -> Result<_> {
+        let mut tape = Tape::grad();
+        let loss = if with_y { Tensor::cat(&[&square(&x)?, &y], 0)? } else { square(&x)? };
+        tape.backward(&loss.sum(&[])?)
+    };
+    let mut total = step(false)?;
+    total.accumulate(step(true)?)?;
+    total.accumulate(step(false)?)?;
+    assert_eq!(values(total.get(&x).unwrap()), [6.0, 12.0]);
+    assert_eq!(values(total.get(&y).unwrap()), [1.0]);
+    assert_eq!(total.tensors().count(), 2);
+    Ok(())
+}
+
+#[test]
+fn gradients_come_back_as_constants() -> Result<()> {
+    let x = leaf(&[1.0, 2.0]);
+    let mut tape = Tape::grad();
+    // A rule that hands out what it saved without detaching it.
+    let y = x.affine(1.0, 0.0)?;
+    let saved = y.clone();
+    let z = giving(&y, move |_| Ok(Contributions::one(saved.clone())))?;
+    let grads = tape.backward(&z.sum(&[])?)?;
+    let grad = grads.get(&x).unwrap();
+    let next = Tape::grad();
+    square(grad)?;
+    assert!(next.is_empty());
+    Ok(())
+}
+
+#[test]
+fn wrong_contributions_are_named() -> Result<()> {
+    let refused = |give: fn(Tensor) -> Result<Contributions>| {
+        let x = grid(2, 3).requires_grad().unwrap();
+        let mut tape = Tape::grad();
+        // Below a view, so that a wrong gradient would be handed on before a leaf could notice.
+        let y = giving(&x.transpose(0, 1).unwrap(), give).unwrap().sum(&[]).unwrap();
+        let message = tape.backward(&y).map(|_| ()).unwrap_err().to_string();
+        assert!(message.contains("giving"), "{message}");
+        message
+    };
+    let message = refused(|_| Tensor::zeros([2, 2], DType::F64, &Device::Cpu).map(Contributions::one));
+    assert!(message.contains("[2, 2]") && message.contains("[3, 2]"), "{message}");
+    let message = refused(|_| Tensor::zeros([3, 2], DType::F32, &Device::Cpu).map(Contributions::one));
+    assert!(message.contains("f32") && message.contains("f64"), "{message}");
+    let message = refused(|grad| Ok(Contributions::whole([Some(grad.clone()), Some(grad)])));
+    assert!(message.contains("2 contributions for 1 input"), "{message}");
+    for part in [
+        Part { dim: 2, start: 0, len: 1 },
+        Part { dim: 0, start: 3, len: 1 },
+        Part { dim: 1, start: usize::MAX, len: 2 },
+        Part { dim: 0, start: 0, len: 2 },
+    ] {
+        // The value has one row; the last part asks for two.
+        let x = grid(3, 2).requires_grad()?;
+        let mut tape = Tape::grad();
+        let y = giving(&x, move |grad| {
+            let value = grad.narrow(0, 0, 1)?;
+            Ok(Contributions::new(vec![Contribution::Part { shape: *grad.shape(), part, value }]))
+        })?;
+        assert!(tape.backward(&y.sum(&[])?).is_err(), "{part:?}");
+    }
+    Ok(())
+}
+
+#[test]
+fn a_contribution_of_none_stops_there() -> Result<()> {
+    let (x, y) = (leaf(&[1.0]), leaf(&[2.0]));
+    let mut tape = Tape::grad();
+    let z = Tensor::cat(&[&giving(&square(&x)?, |_| Ok(Contributions::new(vec![Contribution::None])))?, &y], 0)?;
+    let grads = tape.backward(&z.sum(&[])?)?;
+    assert!(grads.get(&x).is_none());
+    assert_eq!(values(grads.get(&y).unwrap()), [1.0]);
+    Ok(())
+}
+
+#[test]
+fn need_tells_which_inputs_are_differentiated() -> Result<()> {
+    struct Asserting;
+    impl Backward for Asserting {
+        fn name(&self) -> &'static str {
+            "asserting"
+        }
+        fn backward(self: Box<Self>, grad: Tensor, need: &[bool]) -> Result<Contributions> {
+            assert_eq!(need, [false, true, true]);
+            Ok(Contributions::whole([None, Some(grad.clone()), Some(grad)]))
+        }
+    }
+    let (constant, x) = (vector(&[1.0]), leaf(&[1.0]));
+    let mut tape = Tape::grad();
+    let y = square(&x)?;
+    let z = record("asserting", constant.clone(), &[&constant, &x, &y], |_| Asserting)?;
+    assert_eq!(values(tape.backward(&z)?.get(&x).unwrap()), [3.0]);
+    Ok(())
+}
+
+#[test]
+fn tapes_may_be_dropped_in_any_order() -> Result<()> {
+    let x = leaf(&[3.0]);
+    for _ in 0..3 {
+        let _unused = Tape::train(1);
+        square(&x)?;
+    }
+    let (mut first, second) = (Tape::grad(), Tape::grad());
+    // The innermost tape records.
+    let inner = square(&x)?;
+    assert_eq!((first.len(), second.len()), (0, 1));
+    assert!(matches!(first.backward(&inner), Err(Error::NotTracked)));
+    drop(second);
+    let outer = square(&x)?;
+    assert_eq!(values(first.backward(&outer)?.get(&x).unwrap()), [6.0]);
+    let (one, two) = (Tape::grad(), Tape::grad());
+    drop(one);
+    square(&x)?;
+    assert_eq!(two.len(), 1);
+    Ok(())
+}
+
+#[test]
+fn a_panic_leaves_the_thread_usable() -> Result<()> {
+    struct Panicking;
+    impl Backward for Panicking {
+        fn name(&self) -> &'static str {
+            "panicking"
+        }
+        fn backward(self: Box<Self>, _grad: Tensor, _need: &[bool]) -> Result<Contributions> {
+            panic!("in backward")
+        }
+    }
+    let x = leaf(&[3.0]);
+    let while_recording = catch_unwind(AssertUnwindSafe(|| {
+        let _tape = Tape::grad();
+        record("panicking", x.detach(), &[&x], |_| -> Panicking { panic!("while saving") })
+    }));
+    let in_backward = catch_unwind(AssertUnwindSafe(|| {
+        let mut tape = Tape::grad();
+        let y = record("panicking", x.detach(), &[&x], |_| Panicking)?;
+        tape.backward(&y)
+    }));
+    let in_checkpoint = catch_unwind(AssertUnwindSafe(|| {
+        let _tape = Tape::grad();
+        checkpoint(|_| panic!("in checkpoint"), &[&x])
+    }));
+    assert!(while_recording.is_err() && in_backward.is_err() && in_checkpoint.is_err());
+    assert!(square(&x)?.to_dtype(DType::I64).is_ok(), "no tape is left behind");
+    let mut tape = Tape::grad();
+    let y = square(&x)?;
+    assert_eq!(values(tape.backward(&y)?.get(&x).unwrap()), [6.0]);
+    Ok(())
+}
+
+#[test]
+fn each_thread_has_its_tape() -> Result<()> {
+    let weight = Param::new(vector(&[2.0, 3.0]))?;
+    std::thread::scope(|scope| {
+        let threads: Vec<_> = (0..8)
+            .map(|scale| {
+                let weight = &weight;
+                scope.spawn(move || -> Result<Vec<f64>> {
+                    let mut total = vec![];
+                    for _ in 0..50 {
+                        let mut tape = Tape::grad();
+                        let loss = square(&weight.tensor())?.affine(scale as f64, 0.0)?.sum(&[])?;
+                        assert_eq!(tape.len(), 3);
+                        total = values(tape.backward(&loss)?.param(weight).unwrap());
+                    }
+                    Ok(total)
+                })
+            })
+            .collect();
+        for (scale, thread) in threads.into_iter().enumerate() {
+            let scale = scale as f64;
+            assert_eq!(thread.join().unwrap()?, [4.0 * scale, 6.0 * scale]);
+        }
+        Ok(())
+    })
+}
+
+#[test]
+fn a_tape_in_a_thread_local_may_die_with_its_thread() {
+    thread_local! {
+        static TAPE: Cell<Option<Tape>> = const { Cell::new(None) };
+    }
+    std::thread::spawn(|| {
+        // Touched before and after the tape's own thread-local, so that either may be destroyed first.
+        TAPE.set(None);
+        let x = leaf(&[3.0]);
+        TAPE.set(Some(Tape::grad()));
+        square(&x).unwrap();
+    })
+    .join()
+    .unwrap();
+}
+
+// Checkpointing.
+
+/// Some layers with parameters; the middle ones recomputed if asked.
+fn layers(store: &Store, x: &Tensor, recompute: bool) -> Result<Tensor> {
+    let params = store.params();
+    let weight = |name: &str| params.get(name).unwrap().clone();
+    let (first, second) = (weight("first"), weight("second"));
+    let block = move |x: &[Tensor]| -> Result<Tensor> {
+        let y = sum_of(&square(&x[0])?, &first.tensor().expand(*x[0].shape())?.contiguous()?)?.softmax()?;
+        sum_of(&y.transpose(0, 1)?.contiguous()?.transpose(0, 1)?.contiguous()?, &second.tensor())
+    };
+    let hidden = x.affine(0.5, 0.1)?;
+    let output = if recompute { checkpoint(block, &[&hidden])? } else { block(&[hidden])? };
+    square(&output)?.sum(&[])
+}
+
+fn layer_store() -> Store {
+    let store = Store::new(5, DType::F64, &CPU);
+    store.param("first", [6], Init::Normal(1.0)).unwrap();
+    store.param("second", [4, 6], Init::Normal(1.0)).unwrap();
+    store
+}
+
+#[test]
+fn checkpoint_changes_no_value() -> Result<()> {
+    let (store, x) = (layer_store(), grid(4, 6).requires_grad()?);
+    let run = |recompute: bool| -> Result<_> {
+        let mut tape = Tape::train(9);
+        let loss = layers(&store, &x, recompute)?;
+        let nodes = tape.len();
+        let grads = tape.backward(&loss)?;
+        assert!(grads.unused(&store.params()).is_empty());
+        let mut bits = vec![loss.item()?];
+        bits.extend(grads.get(&x).unwrap().to_f64_vec()?);
+        for (_, param) in store.params().iter() {
+            bits.extend(grads.param(param).unwrap().to_f64_vec()?);
+        }
+        Ok((nodes, bits))
+    };
+    let ((plain_nodes, plain), (nodes, recomputed)) = (run(false)?, run(true)?);
+    assert_eq!(plain, recomputed);
+    assert_eq!(nodes, 4, "affine, checkpoint, square, sum");
+    assert!(plain_nodes > nodes);
+    // Outside of a tape it is a plain call.
+    assert_eq!(layers(&store, &x, true)?.item()?, plain[0]);
+    Ok(())
+}
+
+#[test]
+fn checkpoints_nest() -> Result<()> {
+    let x = grid(2, 3);
+    let nested = |x: &[Tensor]| -> Result<Tensor> {
+        let inner = |x: &[Tensor]| -> Result<Tensor> {
+            let y = checkpoint(|x: &[Tensor]| square(&x[0])?.softmax(), &[&x[0]])?;
+            square(&y)
+        };
+        let y = square(&x[0])?;
+        let z = checkpoint(inner, &[&y])?;
+        sum_of(&z, &checkpoint(inner, &[&z])?)
+    };
+    let report = gradcheck(|x| checkpoint(nested, &[&x[0]]), &[x], Gradcheck::default())?;
+    assert!(report.passed(), "{report}");
+    Ok(())
+}
+
+#[test]
+fn checkpoint_tracks_parameters_under_constant_inputs() -> Result<()> {
+    let weight = Param::new(vector(&[1.0, 2.0]))?;
+    let inside = weight.clone();
+    let mut tape = Tape::grad();
+    let loss = checkpoint(move |x| square(&sum_of(&x[0], &inside.tensor())?), &[&vector(&[1.0, 1.0])])?.sum(&[])?;
+    assert_eq!(values(tape.backward(&loss)?.param(&weight).unwrap()), [4.0, 6.0]);
+    Ok(())
+}
+
+#[test]
+fn checkpoint_adds_to_gradients_from_outside() -> Result<()> {
+    let weight = Param::new(vector(&[1.0, 2.0]))?;
+    let (x, inside) = (leaf(&[3.0, 4.0]), weight.clone());
+    let mut tape = Tape::grad();
+    let y = checkpoint(move |x| square(&sum_of(&x[0], &inside.tensor())?), &[&x])?;
+    let loss = sum_of(&sum_of(&y, &square(&weight.tensor())?)?, &square(&x)?)?.sum(&[])?;
+    let grads = tape.backward(&loss)?;
+    assert_eq!(values(grads.param(&weight).unwrap()), [2.0 * 4.0 + 2.0, 2.0 * 6.0 + 4.0]);
+    assert_eq!(values(grads.get(&x).unwrap()), [2.0 * 4.0 + 6.0, 2.0 * 6.0 + 8.0]);
+    Ok(())
+}
+
+#[test]
+fn checkpoint_of_integers_and_several_inputs() -> Result<()> {
+    let (x, y, tokens) = (leaf(&[1.0, 2.0]), leaf(&[5.0, 6.0]), Tensor::arange(2, &CPU)?);
+    let mut tape = Tape::grad();
+    let z = checkpoint(|t| sum_of(&sum_of(&square(&t[0])?, &t[1].to_dtype(DType::F64)?)?, &t[2]), &[&x, &tokens, &y])?;
+    assert_eq!(values(&z), [6.0, 11.0]);
+    let grads = tape.backward_with(&z, &vector(&[1.0, 10.0]))?;
+    assert_eq!(values(grads.get(&x).unwrap()), [2.0, 40.0]);
+    assert_eq!(values(grads.get(&y).unwrap()), [1.0, 10.0]);
+    Ok(())
+}
+
+#[test]
+fn checkpoint_may_return_its_input_or_a_constant() -> Result<()> {
+    let x = leaf(&[3.0]);
+    let mut tape = Tape::grad();
+    let same = checkpoint(|x| Ok(x[0].clone()), &[&square(&x)?])?;
+    assert_eq!(values(tape.backward(&same)?.get(&x).unwrap()), [6.0]);
+    let mut tape = Tape::grad();
+    let constant = checkpoint(|_| Ok(vector(&[1.0])), &[&x])?;
+    assert!(matches!(tape.backward(&constant), Err(Error::NotTracked)));
+    assert!(tape.is_empty());
+    Ok(())
+}
+
+#[test]
+fn checkpoint_refuses_captured_tensors_of_the_outer_tape() -> Result<()> {
+    let x = leaf(&[3.0]);
+    let _tape = Tape::grad();
+    let outer = square(&x)?;
+    let captured = outer.clone();
+    let used = checkpoint(move |x| sum_of(&x[0], &captured), &[&x]);
+    assert!(matches!(used, Err(Error::StaleTape { op: "sum_of" })), "{used:?}");
+    let captured = outer.clone();
+    let returned = checkpoint(move |_| Ok(captured.clone()), &[&x]);
+    assert!(matches!(returned, Err(Error::StaleTape { op: "checkpoint" })), "{returned:?}");
+    // A captured leaf is no trouble.
+    let free = x.clone();
+    checkpoint(move |t| sum_of(&t[0], &free), &[&outer])?;
+    Ok(())
+}
+
+#[test]
+fn checkpoint_passes_errors_on() -> Result<()> {
+    let x = leaf(&[3.0]);
+    let mut tape = Tape::grad();
+    assert!(matches!(checkpoint(|x| x[0].narrow(0, 4, 1), &[&x]), Err(Error::Shape { op: "narrow", .. })));
+    let y = square(&x)?;
+    assert_eq!(tape.len(), 1, "nothing is left of the failed segment");
+    assert_eq!(values(tape.backward(&y)?.get(&x).unwrap()), [6.0]);
+    Ok(())
+}
