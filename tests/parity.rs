@@ -31,6 +31,9 @@ const F64: Bounds = Bounds { dtype: DType::F64, outputs: 2e-7, gradients: 2e-7 }
 /// PyTorch's own f32 stays within 1e-5.
 const F32: Bounds = Bounds { dtype: DType::F32, outputs: 2e-5, gradients: 1e-4 };
 
+/// bf16 has eight bits: each value is rounded by up to 0.4 %.
+const BF16: Bounds = Bounds { dtype: DType::BF16, outputs: 5e-2, gradients: 2e-1 };
+
 /// One case folder.
 struct Case {
     name: String,
@@ -183,6 +186,11 @@ fn parity_f64() {
 #[test]
 fn parity_f32() {
     expect_all(F32, RunOptions::default());
+}
+
+#[test]
+fn parity_bf16() {
+    expect_all(BF16, RunOptions::default());
 }
 
 /// Attention from the matrix of scores wherever the fused op would do.
