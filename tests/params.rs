@@ -101,6 +101,20 @@ fn initial_values_have_their_distribution() -> Result<()> {
 }
 
 #[test]
+fn a_store_of_shapes_holds_no_memory() -> Result<()> {
+    let store = Store::shapes(DType::F32, &CPU);
+    let huge = store.at("layers").param("weight", [1 << 20, 1 << 12], Init::Normal(1.0))?;
+    store.param("none", [0, 3], Init::Constant(1.0))?;
+    assert_eq!(huge.tensor().shape()[..], [1 << 20, 1 << 12]);
+    assert_eq!(store.params().elements(), 1 << 32);
+    // Loading gives them memory of their own.
+    let small = store.param("small", [2], Init::Constant(1.0))?;
+    small.set(Tensor::from_slice(&[1.0f32, 2.0], [2], &CPU)?)?;
+    assert_eq!(small.tensor().to_vec::<f32>()?, [1.0, 2.0]);
+    Ok(())
+}
+
+#[test]
 fn a_store_of_zeros() -> Result<()> {
     let params = model(&Store::zeros(DType::F32, &CPU), [0, 1, 2])?;
     assert!(params.iter().all(|(_, param)| values(param).iter().all(|&x| x == 0.0)));
