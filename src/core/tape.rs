@@ -539,11 +539,6 @@ impl Gradients {
         self.leaves.values()
     }
 
-    #[cfg(test)]
-    pub(crate) fn tensors_mut(&mut self) -> impl Iterator<Item = &mut Tensor> {
-        self.leaves.values_mut()
-    }
-
     /// All gradients, to be replaced.
     pub(crate) fn tensors_mut(&mut self) -> impl Iterator<Item = &mut Tensor> {
         self.leaves.values_mut()
