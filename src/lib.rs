@@ -12,10 +12,13 @@
 #![warn(missing_docs)]
 #![deny(unsafe_op_in_unsafe_fn)]
 
+pub mod config;
 mod core;
 pub mod device;
 mod error;
 pub mod io;
+pub mod models;
+pub mod nn;
 pub mod ops;
 pub mod train;
 
@@ -28,3 +31,8 @@ pub use crate::{
     device::Device,
     error::{Error, Result},
 };
+
+/// The README's programs, compiled and run with the other examples of the documentation.
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+struct Readme;

@@ -96,7 +96,21 @@ fn initial_values_have_their_distribution() -> Result<()> {
     let (_, deviation, _) = moments("kaiming", Init::kaiming_normal(50))?;
     assert!((deviation / 0.2 - 1.0).abs() < 0.02);
     assert_eq!(moments("constant", Init::Constant(1.0))?, (1.0, 0.0, 1.0));
-    assert_eq!(values(&store.param("none", [0], Init::linear(0))?), []);
+    assert!(values(&store.param("none", [0], Init::linear(0))?).is_empty());
+    Ok(())
+}
+
+#[test]
+fn a_store_of_shapes_holds_no_memory() -> Result<()> {
+    let store = Store::shapes(DType::F32, &CPU);
+    let huge = store.at("layers").param("weight", [1 << 20, 1 << 12], Init::Normal(1.0))?;
+    store.param("none", [0, 3], Init::Constant(1.0))?;
+    assert_eq!(huge.tensor().shape()[..], [1 << 20, 1 << 12]);
+    assert_eq!(store.params().elements(), 1 << 32);
+    // Loading gives them memory of their own.
+    let small = store.param("small", [2], Init::Constant(1.0))?;
+    small.set(Tensor::from_slice(&[1.0f32, 2.0], [2], &CPU)?)?;
+    assert_eq!(small.tensor().to_vec::<f32>()?, [1.0, 2.0]);
     Ok(())
 }
 

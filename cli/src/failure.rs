@@ -30,6 +30,14 @@ impl Failure {
         Self::new(format_args!("{}: {error}{}", path.display(), advice(error)))
     }
 
+    /// The same failure with the file or folder that it is about.
+    pub fn within(self, path: &Path) -> Self {
+        match self {
+            Self::ClosedPipe => self,
+            Self::Message(message) => Self::new(format_args!("{}: {message}", path.display())),
+        }
+    }
+
     /// The same failure with more to say about what to do.
     pub fn and(self, advice: impl fmt::Display) -> Self {
         match self {

@@ -3,13 +3,19 @@
 //! Exit codes: 0 done, 1 failed with one line on standard error, 2 wrong usage.
 
 mod corpus;
+mod cost;
 mod devices;
 mod failure;
+mod files;
+mod generate;
+mod info;
 mod markov;
 mod metrics;
 mod plot;
 mod progress;
+mod sample;
 mod text;
+mod train;
 
 use std::{
     io::{self, Write},
@@ -30,6 +36,12 @@ struct Cli {
 
 #[derive(Subcommand)]
 enum Command {
+    /// Train a byte-level language model on text
+    Train(train::TrainArgs),
+    /// Continue a prompt with a trained model
+    Generate(generate::GenerateArgs),
+    /// Show what a model consists of and what it costs
+    Info(info::InfoArgs),
     /// Show what there is to compute on, and what is missing and why
     Devices,
 }
@@ -37,6 +49,9 @@ enum Command {
 impl Command {
     fn run(self) -> Result<()> {
         match self {
+            Self::Train(args) => train::run(args),
+            Self::Generate(args) => generate::run(args),
+            Self::Info(args) => info::run(args),
             Self::Devices => devices::run(),
         }
     }

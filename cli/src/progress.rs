@@ -134,27 +134,36 @@ fn resident_peak() -> Option<u64> {
     Some(line.trim().strip_suffix(" kB")?.parse::<u64>().ok()? * 1024)
 }
 
-/// A number with three digits and a suffix.
+/// A number with three digits and the letter of its thousands.
 pub struct Short(pub f64);
 
 impl fmt::Display for Short {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let (value, suffix) = match self.0 {
-            x if x >= 999.5e9 => (x / 1e12, "T"),
-            x if x >= 999.5e6 => (x / 1e9, "G"),
-            x if x >= 999.5e3 => (x / 1e6, "M"),
-            x if x >= 999.5 => (x / 1e3, "k"),
-            x => return write!(f, "{x:.0}"),
-        };
-        let digits = if value >= 99.95 {
-            0
-        } else if value >= 9.995 {
-            1
-        } else {
-            2
-        };
-        write!(f, "{value:.digits$}{suffix}")
+        let (digits, letter) = thousands(self.0);
+        write!(f, "{digits}{letter}")
     }
+}
+
+/// Floating-point operations.
+pub fn operations(count: f64) -> String {
+    let (digits, letter) = thousands(count);
+    format!("{digits} {letter}FLOP")
+}
+
+fn thousands(number: f64) -> (String, &'static str) {
+    let scales = [("P", 1e15), ("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)];
+    let Some((letter, scale)) = scales.into_iter().find(|(_, scale)| number >= 0.9995 * scale) else {
+        return (format!("{number:.0}"), "");
+    };
+    let value = number / scale;
+    let digits = if value >= 99.95 {
+        0
+    } else if value >= 9.995 {
+        1
+    } else {
+        2
+    };
+    (format!("{value:.digits$}"), letter)
 }
 
 /// Bytes in binary units.

@@ -174,21 +174,34 @@ impl ParamMap {
 #[derive(Clone)]
 pub struct Store {
     prefix: String,
-    seed: Option<u64>,
+    start: Start,
     dtype: DType,
     device: Device,
     map: Arc<Mutex<ParamMap>>,
 }
 
+/// How parameters begin.
+#[derive(Clone, Copy)]
+enum Start {
+    Random(u64),
+    Zeros,
+    Shapes,
+}
+
 impl Store {
     /// Parameters drawn at random. A parameter's values depend on the seed and its name alone.
     pub fn new(seed: u64, dtype: DType, device: &Device) -> Self {
-        Self { prefix: String::new(), seed: Some(seed), dtype, device: device.clone(), map: Arc::default() }
+        Self { prefix: String::new(), start: Start::Random(seed), dtype, device: device.clone(), map: Arc::default() }
     }
 
     /// Parameters that start as zeros, to be loaded with [`ParamMap::load`].
     pub fn zeros(dtype: DType, device: &Device) -> Self {
-        Self { seed: None, ..Self::new(0, dtype, device) }
+        Self { start: Start::Zeros, ..Self::new(0, dtype, device) }
+    }
+
+    /// Parameters that are zero and share one number of memory each: names and shapes of a model of any size.
+    pub fn shapes(dtype: DType, device: &Device) -> Self {
+        Self { start: Start::Shapes, ..Self::new(0, dtype, device) }
     }
 
     /// The place below this one: `store.at("layers").at(3)`.
@@ -218,9 +231,10 @@ impl Store {
     pub fn param(&self, name: &str, shape: impl IntoShape, init: Init) -> Result<Param> {
         let full = self.at(name).prefix;
         let shape = shape.into_shape()?;
-        let value = match self.seed {
-            Some(seed) => init.tensor(shape, self.dtype, &self.device, Philox::new(seed, hash(&full)))?,
-            None => Tensor::zeros(shape, self.dtype, &self.device)?,
+        let value = match self.start {
+            Start::Random(seed) => init.tensor(shape, self.dtype, &self.device, Philox::new(seed, hash(&full)))?,
+            Start::Zeros => Tensor::zeros(shape, self.dtype, &self.device)?,
+            Start::Shapes => Tensor::zeros((), self.dtype, &self.device)?.expand(shape)?,
         };
         let param = Param::new(value)?;
         self.register(full, param)

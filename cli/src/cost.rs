@@ -1,0 +1,218 @@
+//! What a model costs: floating-point operations and saved activations, from its plan.
+//!
+//! Counted are matrix products and attention, a multiplication and an addition each; norms, activations and sums are
+//! below two percent of that for any width worth training. Causal attention is counted as the half that is computed.
+
+use x_transformers::{
+    Result,
+    config::{
+        AttentionPath, AttentionPlan, BranchPlan, Config, FeedForwardPlan, LayerPlan, LayersPlan, TransformerPlan,
+    },
+};
+
+/// What is asked for.
+#[derive(Clone, Copy)]
+pub struct Sizes {
+    /// Sequences, or images.
+    pub rows: usize,
+    /// Their length, if not the longest that the model takes.
+    pub tokens: Option<usize>,
+}
+
+/// Sequences that are computed at once.
+#[derive(Clone, Copy)]
+pub struct Batch {
+    /// How many.
+    pub rows: usize,
+    /// Their length.
+    pub tokens: usize,
+    /// The length of the context that cross-attention looks at.
+    pub context: usize,
+}
+
+/// Totals of a part of a model.
+#[derive(Clone, Copy, Default, PartialEq, Debug)]
+pub struct Cost {
+    /// Operations of the forward pass.
+    pub forward: f64,
+    /// Operations of the backward pass.
+    pub backward: f64,
+    /// Elements that the forward pass keeps for the backward pass.
+    pub saved: f64,
+}
+
+impl Cost {
+    /// The cost of a whole model and the batch that it is of, a context being as long as the sequence. `None` for
+    /// what is no model.
+    ///
+    /// Errors: the config is illegal.
+    pub fn of_model(config: &Config, sizes: Sizes) -> Result<Option<(Batch, Self)>> {
+        let batch = |longest: usize| {
+            let tokens = sizes.tokens.unwrap_or(longest);
+            Batch { rows: sizes.rows, tokens, context: tokens }
+        };
+        Ok(match config {
+            Config::TransformerWrapper(config) => {
+                let plan = config.plan()?;
+                let batch = batch(plan.max_seq_len);
+                Some((batch, transformer(&plan, batch)))
+            }
+            Config::AutoregressiveWrapper(config) => {
+                let plan = config.net.plan()?;
+                let batch = batch(plan.max_seq_len);
+                Some((batch, transformer(&plan, batch)))
+            }
+            Config::XTransformer(config) => {
+                let plan = config.plan()?;
+                let batch = batch(plan.dec.max_seq_len);
+                let mut cost = transformer(&TransformerPlan { num_tokens: 0, ..plan.enc }, batch);
+                cost.add(transformer(&plan.dec, batch));
+                Some((batch, cost))
+            }
+            Config::ContinuousTransformerWrapper(config) => {
+                let plan = config.plan()?;
+                let (batch, dim) = (batch(plan.max_seq_len), plan.layers.dim);
+                let rows = batch.rows * batch.tokens;
+                let mut cost = layers(&plan.layers, batch);
+                cost.add(linear(rows, plan.dim_in.unwrap_or(0), dim));
+                cost.add(linear(rows, dim, plan.dim_out.unwrap_or(0)));
+                cost.saved += (rows * 2 * dim) as f64;
+                Some((batch, cost))
+            }
+            Config::ViTransformerWrapper(config) => {
+                let plan = config.plan()?;
+                // The class token goes in front of the patches.
+                let batch = Batch { rows: sizes.rows, tokens: plan.patches + 1, context: 0 };
+                let (rows, dim) = (batch.rows * batch.tokens, plan.layers.dim);
+                let mut cost = linear(batch.rows * plan.patches, 3 * plan.patch_size * plan.patch_size, dim);
+                cost.add(layers(&plan.layers, batch));
+                cost.saved += (rows * 2 * dim) as f64;
+                if let Some(head) = &plan.head {
+                    cost.add(feedforward(head, batch.rows));
+                }
+                Some((batch, cost))
+            }
+            Config::AttentionLayers(config) => {
+                let batch = batch(1024);
+                Some((batch, layers(&LayersPlan::new(config)?, batch)))
+            }
+            _ => None,
+        })
+    }
+
+    /// Operations of a training step.
+    pub fn training(&self) -> f64 {
+        self.forward + self.backward
+    }
+
+    fn add(&mut self, other: Self) {
+        self.forward += other.forward;
+        self.backward += other.backward;
+        self.saved += other.saved;
+    }
+}
+
+/// A wrapper from tokens to logits, and their cross-entropy.
+fn transformer(plan: &TransformerPlan, batch: Batch) -> Cost {
+    let dim = plan.layers.dim;
+    let rows = batch.rows * batch.tokens;
+    let seen = Batch { tokens: batch.tokens + plan.num_memory_tokens, ..batch };
+    let mut cost = layers(&plan.layers, seen);
+    if plan.emb_dim != dim {
+        cost.add(linear(rows, plan.emb_dim, dim));
+        cost.saved += (rows * plan.emb_dim) as f64;
+    }
+    cost.add(linear(rows, dim, plan.num_tokens));
+    // Input and output of the last norm, the logits, and their gradient, which is there before anything is freed.
+    cost.saved += (rows * (2 * dim + 2 * plan.num_tokens)) as f64;
+    cost
+}
+
+/// The cost of attention layers.
+fn layers(plan: &LayersPlan, batch: Batch) -> Cost {
+    let mut cost = Cost::default();
+    for layer in &plan.layers {
+        cost.add(sublayer(layer, plan.dim, batch));
+    }
+    cost
+}
+
+/// A linear layer applied to `rows` vectors; the backward pass makes two products of the same size.
+fn linear(rows: usize, inputs: usize, outputs: usize) -> Cost {
+    let forward = 2.0 * rows as f64 * inputs as f64 * outputs as f64;
+    Cost { forward, backward: 2.0 * forward, saved: 0.0 }
+}
+
+fn sublayer(layer: &LayerPlan, dim: usize, batch: Batch) -> Cost {
+    let rows = batch.rows * batch.tokens;
+    let mut cost = match &layer.branch {
+        BranchPlan::SelfAttention(plan) => attention(plan, batch, batch.tokens),
+        BranchPlan::CrossAttention(plan) => attention(plan, batch, batch.context),
+        BranchPlan::FeedForward(plan) => feedforward(plan, rows),
+    };
+    // The residual stream in front, and what each norm keeps: its input, or its output in the branch.
+    let norms = layer.norms.iter().flatten().count();
+    cost.saved += (rows * dim * (1 + norms)) as f64;
+    if layer.residual.gated {
+        // A GRU cell: three gates from the branch and three from the residual.
+        cost.add(linear(rows, dim, 3 * dim));
+        cost.add(linear(rows, dim, 3 * dim));
+        cost.saved += (6 * rows * dim) as f64;
+    }
+    if layer.residual.scaled {
+        cost.saved += (rows * dim) as f64;
+    }
+    cost
+}
+
+fn attention(plan: &AttentionPlan, batch: Batch, keys: usize) -> Cost {
+    let (queries, rows) = (batch.rows * batch.tokens, batch.rows * keys);
+    let inner = plan.heads * plan.dim_head;
+    let shared = plan.shared.unwrap_or(inner);
+    let mut cost = linear(queries, plan.dim, shared);
+    cost.add(linear(rows, plan.dim, shared + inner));
+    cost.add(linear(queries, inner, if plan.on_attn { 2 * plan.dim } else { plan.dim }));
+    if plan.gate_values {
+        cost.add(linear(queries, plan.dim, inner));
+    }
+
+    let fused = plan.path() == AttentionPath::Fused;
+    let seen = keys + plan.num_mem_kv;
+    // Blocks beyond the diagonal are skipped by the fused path alone.
+    let half = if fused && plan.causal { (keys as f64 + 1.0) / (2.0 * keys.max(1) as f64) } else { 1.0 };
+    let pairs = (plan.heads * queries) as f64 * (keys as f64 * half + plan.num_mem_kv as f64);
+    let (scores, sums) = (2.0 * pairs * plan.dim_qk() as f64, 2.0 * pairs * plan.dim_head as f64);
+    cost.forward += scores + sums;
+    // The fused path computes its scores again.
+    cost.backward += 2.0 * (scores + sums) + if fused { scores } else { 0.0 };
+
+    // Queries, keys, values, and the output, which is the input of the output projection too.
+    cost.saved += (queries * (shared + inner) + rows * (shared + inner)) as f64;
+    let matrix = plan.heads as f64 * queries as f64 * seen as f64;
+    if fused {
+        // The logarithm of each query's sum.
+        cost.saved += (queries * plan.heads) as f64;
+    } else {
+        cost.saved += matrix;
+    }
+    if plan.talking_heads {
+        let mix = 2.0 * plan.heads as f64 * matrix;
+        cost.forward += 2.0 * mix;
+        cost.backward += 4.0 * mix;
+        cost.saved += 2.0 * matrix;
+    }
+    if plan.gate_values {
+        cost.saved += (2 * queries * inner) as f64;
+    }
+    cost
+}
+
+fn feedforward(plan: &FeedForwardPlan, rows: usize) -> Cost {
+    let hidden = if plan.glu { 2 * plan.inner } else { plan.inner };
+    let mut cost = linear(rows, plan.dim, hidden);
+    cost.add(linear(rows, plan.inner, plan.dim_out));
+    // Before and after the activation.
+    let normed = if plan.post_act_ln { plan.inner } else { 0 };
+    cost.saved = (rows * (hidden + plan.inner + normed)) as f64;
+    cost
+}

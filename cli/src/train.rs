@@ -1,0 +1,322 @@
+//! `xt train`: a byte-level language model from text, with checkpoints, curves and samples.
+
+use std::{
+    fs,
+    path::{Path, PathBuf},
+    time::{Duration, Instant},
+};
+
+use clap::{Args, ValueEnum, value_parser};
+use indicatif::HumanCount;
+use x_transformers::{
+    DType, Device,
+    config::{AttentionLayersConfig, AutoregressiveConfig, Config, TransformerWrapperConfig},
+    io::write_atomically,
+    models::GenerateOptions,
+    train::{ByteText, TrainOptions, Trainer},
+};
+
+use crate::{
+    corpus,
+    failure::{Failure, Result},
+    files::Run,
+    markov::Markov,
+    metrics::{Metrics, bits},
+    plot::Chart,
+    progress::{Progress, bytes, duration},
+    sample,
+};
+
+/// What a run without arguments does; all other options have the library's defaults.
+mod defaults {
+    pub const DIM: usize = 128;
+    pub const DEPTH: usize = 4;
+    pub const HEADS: usize = 4;
+    pub const STEPS: u64 = 600;
+    pub const EVERY: u64 = 100;
+}
+
+/// Bytes of the samples along the way, and of the last one.
+const SAMPLE: usize = 96;
+const LAST_SAMPLE: usize = 384;
+
+/// The name of the yardstick.
+const ORDER_2: &str = "order-2 model";
+
+#[derive(Args)]
+pub struct TrainArgs {
+    /// Text files, or folders of them; the first nine tenths train, the rest validates [default: the sources and
+    /// documents of this program]
+    #[arg(long, value_name = "FILE|DIR", num_args = 1..)]
+    text: Vec<PathBuf>,
+
+    /// JSON config of an AutoregressiveWrapper or TransformerWrapper, in place of a plain decoder
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["dim", "depth", "heads", "resume"])]
+    config: Option<PathBuf>,
+
+    #[command(flatten)]
+    model: ModelArgs,
+
+    #[command(flatten)]
+    options: OptionArgs,
+
+    /// Where to compute: auto, cpu or cuda:N
+    #[arg(long, default_value = "auto")]
+    device: String,
+
+    /// Folder for the checkpoint, metrics.csv and loss.svg
+    #[arg(long, value_name = "DIR", default_value = "out", conflicts_with = "resume")]
+    out: PathBuf,
+
+    /// Replace the model in that folder
+    #[arg(long, conflicts_with = "resume")]
+    overwrite: bool,
+
+    /// Continue the run in this folder, with its model, its options and the same text
+    #[arg(long, value_name = "DIR")]
+    resume: Option<PathBuf>,
+
+    /// Validate, sample and save after every N steps
+    #[arg(long, value_name = "N", default_value_t = defaults::EVERY, value_parser = value_parser!(u64).range(1..))]
+    every: u64,
+}
+
+/// The shape of the plain decoder.
+#[derive(Args)]
+struct ModelArgs {
+    /// Width of the model
+    #[arg(long, value_name = "N", default_value_t = defaults::DIM, conflicts_with = "resume")]
+    dim: usize,
+
+    /// Number of blocks
+    #[arg(long, value_name = "N", default_value_t = defaults::DEPTH, conflicts_with = "resume")]
+    depth: usize,
+
+    /// Attention heads
+    #[arg(long, value_name = "N", default_value_t = defaults::HEADS, conflicts_with = "resume")]
+    heads: usize,
+}
+
+#[derive(Args)]
+struct OptionArgs {
+    /// Bytes of context [default: 256, or the config's max_seq_len if that is less]
+    #[arg(long, value_name = "N", conflicts_with = "resume")]
+    seq_len: Option<usize>,
+
+    /// Windows of text in a batch
+    #[arg(long, value_name = "N", default_value_t = TrainOptions::default().batch_size, conflicts_with = "resume")]
+    batch_size: usize,
+
+    /// Batches of a step, whose gradients are averaged
+    #[arg(long, value_name = "N", default_value_t = TrainOptions::default().accumulate, conflicts_with = "resume")]
+    accumulate: usize,
+
+    /// Updates of the weights
+    #[arg(long, value_name = "N", default_value_t = defaults::STEPS, conflicts_with = "resume")]
+    steps: u64,
+
+    /// Peak learning rate; it falls to a tenth along a cosine
+    #[arg(long, value_name = "X", default_value_t = TrainOptions::default().lr, conflicts_with = "resume")]
+    lr: f64,
+
+    /// Steps until the learning rate is at its peak
+    #[arg(long, value_name = "N", default_value_t = TrainOptions::default().warmup, conflicts_with = "resume")]
+    warmup: u64,
+
+    /// Largest norm of the gradient
+    #[arg(long, value_name = "X", default_value_t = TrainOptions::default().clip, conflicts_with = "resume")]
+    clip: f64,
+
+    /// Fixes the initial weights and the order of the text
+    #[arg(long, value_name = "N", default_value_t = TrainOptions::default().seed, conflicts_with = "resume")]
+    seed: u64,
+
+    /// Type of the weights and activations
+    #[arg(long, value_enum, default_value_t = Precision::F32, conflicts_with = "resume")]
+    dtype: Precision,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+enum Precision {
+    F32,
+    Bf16,
+}
+
+impl From<Precision> for DType {
+    fn from(precision: Precision) -> Self {
+        match precision {
+            Precision::F32 => Self::F32,
+            Precision::Bf16 => Self::BF16,
+        }
+    }
+}
+
+impl OptionArgs {
+    fn resolve(&self, max_seq_len: usize) -> TrainOptions {
+        let defaults = TrainOptions::default();
+        TrainOptions {
+            steps: self.steps,
+            batch_size: self.batch_size,
+            seq_len: self.seq_len.unwrap_or(defaults.seq_len.min(max_seq_len)),
+            accumulate: self.accumulate,
+            lr: self.lr,
+            warmup: self.warmup,
+            clip: self.clip,
+            seed: self.seed,
+            dtype: self.dtype.into(),
+            ..defaults
+        }
+    }
+}
+
+impl TrainArgs {
+    /// The model to train.
+    fn config(&self) -> Result<AutoregressiveConfig> {
+        let Some(path) = &self.config else {
+            let attn_layers = AttentionLayersConfig {
+                heads: self.model.heads,
+                ..AttentionLayersConfig::decoder(self.model.dim, self.model.depth)
+            };
+            let max_seq_len = self.options.seq_len.unwrap_or(TrainOptions::default().seq_len);
+            let net = TransformerWrapperConfig { num_tokens: 256, max_seq_len, attn_layers, ..Default::default() };
+            return Ok(AutoregressiveConfig { net, ..Default::default() });
+        };
+        let text = fs::read_to_string(path).map_err(|error| Failure::io(path, &error))?;
+        match Config::from_json(&text).map_err(|error| Failure::from(error).within(path))? {
+            Config::AutoregressiveWrapper(config) => Ok(config),
+            Config::TransformerWrapper(net) => Ok(AutoregressiveConfig { net, ..Default::default() }),
+            _ => Err(Failure::new("expected an AutoregressiveWrapper or a TransformerWrapper").within(path)),
+        }
+    }
+}
+
+pub fn run(args: TrainArgs) -> Result<()> {
+    let device = Device::parse(&args.device)?;
+    let text = match &args.text[..] {
+        [] => ByteText::from_bytes(corpus::EMBEDDED)?,
+        paths => ByteText::from_paths(paths)?,
+    };
+    // Counted before the text is the trainer's; takes a moment even for large texts.
+    let yardstick = Markov::new(text.train()).bits_per_byte(text.validation());
+    let size = |bytes_: &[u8]| bytes(bytes_.len() as u64);
+    let source = if args.text.is_empty() { "the embedded sources".into() } else { size(text.bytes()) };
+    let sizes = format!("{source}: {} to train on, {} to validate", size(text.train()), size(text.validation()));
+
+    let (run, trainer, metrics) = match &args.resume {
+        Some(dir) => {
+            let run = Run::find(dir);
+            let trainer = Trainer::resume(run.checkpoint(), text, &device)?;
+            let metrics = Metrics::resume(&run.metrics(), trainer.steps_done())?;
+            (run, trainer, metrics)
+        }
+        None => {
+            let config = args.config()?;
+            let options = args.options.resolve(config.net.max_seq_len);
+            let trainer = Trainer::new(config, options, text, &device)?;
+            let run = Run { dir: args.out.clone() };
+            run.create(args.overwrite)?;
+            let metrics = Metrics::create(&run.metrics())?;
+            (run, trainer, metrics)
+        }
+    };
+    let progress = Progress::start(trainer.steps_done(), trainer.options().steps, args.every, &device);
+    let mut training = Training { run, trainer, metrics, progress, device, yardstick };
+    training.introduce(&sizes)?;
+    training.all_steps(args.every)?;
+    training.conclude()
+}
+
+/// A run and everything that is written about it.
+struct Training {
+    run: Run,
+    trainer: Trainer,
+    metrics: Metrics,
+    progress: Progress,
+    device: Device,
+    /// Bits per byte of the order-2 model.
+    yardstick: f64,
+}
+
+impl Training {
+    fn introduce(&mut self, text: &str) -> Result<()> {
+        let options = self.trainer.options().clone();
+        let layers = &self.trainer.config().net.attn_layers;
+        let parameters = HumanCount(self.trainer.params().elements() as u64);
+        let model =
+            format!("dim {}, depth {}, heads {}: {parameters} parameters", layers.dim, layers.depth, layers.heads);
+        let batch = options.batch_size * options.accumulate;
+        let done = match self.trainer.steps_done() {
+            0 => String::new(),
+            done => format!(", {done} done before"),
+        };
+        self.progress.say(format_args!("model       {model}"))?;
+        self.progress.say(format_args!("text        {text}"))?;
+        self.progress.say(format_args!("yardstick   {:.3} bits/byte, {ORDER_2}", self.yardstick))?;
+        self.progress.say(format_args!("device      {}, {}", self.device, options.dtype))?;
+        self.progress
+            .say(format_args!("steps       {}{done}, each {batch} x {} bytes", options.steps, options.seq_len))?;
+        self.progress.say(format_args!("folder      {}\n", self.run.dir.display()))
+    }
+
+    fn all_steps(&mut self, every: u64) -> Result<()> {
+        let steps = self.trainer.options().steps;
+        if self.trainer.steps_done() == 0 {
+            self.milestone(steps == 0)?;
+        }
+        while self.trainer.steps_done() < steps {
+            let clock = Instant::now();
+            let report = self.trainer.step()?;
+            let speed = report.tokens as f64 / clock.elapsed().max(Duration::from_nanos(1)).as_secs_f64();
+            self.metrics.train(report.step, report.loss, report.lr, speed)?;
+            let done = self.trainer.steps_done();
+            self.progress.step(done, report.loss, speed)?;
+            if done.is_multiple_of(every) || done == steps {
+                self.milestone(true)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Validates and, if there is something new, samples and saves.
+    fn milestone(&mut self, save: bool) -> Result<()> {
+        let done = self.trainer.steps_done();
+        let loss = self.trainer.validate()?;
+        self.metrics.validation(done, loss)?;
+        let steps = self.trainer.options().steps;
+        let line = format!("step {done}/{steps}  validation loss {loss:.4}  {:.3} bits/byte", bits(loss));
+        if !save {
+            return self.progress.say(line);
+        }
+        self.trainer.save(self.run.checkpoint())?;
+        self.draw()?;
+        let sample = if done < steps { format!("\n{}", self.sample(SAMPLE)?) } else { String::new() };
+        self.progress.say(format_args!("{line}  saved{sample}"))
+    }
+
+    fn draw(&self) -> Result<()> {
+        let reference = Some((ORDER_2, self.yardstick));
+        let chart = Chart { train: &self.metrics.train, validation: &self.metrics.validation, reference };
+        let svg = chart.svg();
+        Ok(write_atomically(self.run.plot(), |file| file.write_all(svg.as_bytes()))?)
+    }
+
+    fn sample(&self, length: usize) -> Result<String> {
+        let options = GenerateOptions { seed: self.trainer.options().seed, ..Default::default() };
+        sample::block(self.trainer.model(), length, &options, &self.device)
+    }
+
+    fn conclude(mut self) -> Result<()> {
+        self.progress.finish();
+        let took = duration(self.progress.elapsed());
+        let bits = self.metrics.validation.last().map_or(f64::NAN, |&(_, bits)| bits);
+        let sample = self.sample(LAST_SAMPLE)?;
+        let dir = self.run.dir.display();
+        self.progress.say(format_args!("\nvalidation  {bits:.3} bits/byte after {took}"))?;
+        self.progress.say(format_args!("yardstick   {:.3} bits/byte, {ORDER_2} on the same text", self.yardstick))?;
+        self.progress.say(format_args!("sample\n{sample}"))?;
+        let (checkpoint, metrics, plot) = (self.run.checkpoint(), self.run.metrics(), self.run.plot());
+        let files = [&checkpoint, &metrics, &plot].map(|path: &PathBuf| path.display().to_string()).join("  ");
+        self.progress.say(format_args!("wrote       {files}"))?;
+        self.progress.say(format_args!("try         xt generate --checkpoint {dir} --prompt \"The \" --length 400"))
+    }
+}

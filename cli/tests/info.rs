@@ -1,0 +1,59 @@
+//! `xt info`: the figures of a model that can be worked out by hand, and quickly.
+
+mod command;
+
+use std::{fs, time::Instant};
+
+use command::{path, succeeds};
+
+const GPT: &str = r#"{"model": "AutoregressiveWrapper", "net": {"model": "TransformerWrapper", "num_tokens": 256,
+    "max_seq_len": 128, "attn_layers": {"kind": "Decoder", "dim": 64, "depth": 2, "heads": 2, "attn_dim_head": 32}}}"#;
+
+#[test]
+fn figures_of_a_small_gpt() {
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let config = path(folder.path(), "c.json");
+    fs::write(&config, GPT).expect("write");
+    let info = succeeds(&["info", "--config", &config, "--batch-size", "4", "--seq-len", "100"]);
+    let row = |name: &str| {
+        let line = info.lines().find(|line| line.starts_with(name)).unwrap_or_else(|| panic!("{name} in\n{info}"));
+        line.split_whitespace().nth(1).expect("a number").replace(',', "").parse::<u64>().expect("a number")
+    };
+    let (dim, inner, tokens) = (64, 64, 256);
+    // A norm, three projections without bias, and one with.
+    let attention = 2 * dim + 3 * dim * inner + inner * dim + dim;
+    let feedforward = 2 * dim + dim * 4 * dim + 4 * dim + 4 * dim * dim + dim;
+    assert_eq!(row("net.token_emb"), tokens * dim);
+    assert_eq!(row("net.pos_emb"), 128 * dim);
+    assert_eq!(row("net.attn_layers.layers.0 "), attention);
+    assert_eq!(row("net.attn_layers.layers.3 "), feedforward);
+    assert_eq!(row("net.norm"), 2 * dim);
+    assert_eq!(row("net.to_logits"), tokens * dim + tokens);
+    let total = 2 * (attention + feedforward) + (2 * tokens + 128) * dim + 2 * dim + tokens;
+    assert_eq!(row("total"), total);
+    assert!(info.contains("layer order of net.attn_layers: a f a f"), "{info}");
+    assert_eq!(info.matches("fused").count(), 2, "{info}");
+
+    // Per sequence and layer: 12 dim² products per token, and causal attention.
+    let matrices = (2 * (4 * dim * inner + 8 * dim * dim) + dim * tokens) * 100;
+    let attention = 2 * 2 * inner * (100 * 101 / 2);
+    let forward = 2.0 * 4.0 * (matrices + attention) as f64;
+    assert!(info.contains(&format!("{:.1} MFLOP", forward / 1e6)), "{forward} in\n{info}");
+}
+
+#[test]
+fn a_large_model_is_described_at_once() {
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let config = path(folder.path(), "large.json");
+    fs::write(
+        &config,
+        r#"{"model": "TransformerWrapper", "num_tokens": 50257, "max_seq_len": 2048, "attn_layers":
+            {"kind": "Decoder", "dim": 12288, "depth": 96, "heads": 96, "attn_dim_head": 128}}"#,
+    )
+    .expect("write");
+    let clock = Instant::now();
+    let info = succeeds(&["info", "--config", &config]);
+    // 50 ms is the aim; a machine that is busy with other tests takes longer, building the model would take minutes.
+    assert!(clock.elapsed().as_secs_f64() < 2.0, "{:?}", clock.elapsed());
+    assert!(info.contains("GiB") && info.contains(" PFLOP"), "{info}");
+}
