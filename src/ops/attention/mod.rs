@@ -5,7 +5,9 @@
 
 mod backward;
 mod cpu;
+mod gradients;
 mod position;
+mod rows;
 mod tile;
 
 use crate::{

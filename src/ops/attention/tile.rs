@@ -54,6 +54,18 @@ pub(super) fn transposed<A: Copy>(x: Matrix<A>) -> Matrix<A> {
     Matrix { row: x.col, col: x.row, ..x }
 }
 
+/// What is added to the scores.
+trait Addend<A>: Sync {
+    /// Adds the entries of a run of keys, the first of which is at `index`.
+    fn add(&self, s: &mut [A], index: [usize; 4]);
+}
+
+impl<T: Float> Addend<T::Acc> for Broadcast<'_, T> {
+    fn add(&self, s: &mut [T::Acc], index: [usize; 4]) {
+        add_bias::<T>(s, self.row(index, s.len()));
+    }
+}
+
 /// A tensor that broadcasts to the scores; its last dimension is packed or repeated.
 struct Broadcast<'a, S> {
     data: &'a [S],
@@ -73,6 +85,10 @@ impl<'a, S: Copy> Broadcast<'a, S> {
         let start: usize = index.iter().zip(&self.strides).map(|(index, stride)| index * stride).sum();
         &self.data[start..start + if self.strides[3] == 1 { keys } else { 1 }]
     }
+}
+
+fn addend<'a, T: Float>(bias: &'a Tensor, sizes: &Sizes) -> Result<Box<dyn Addend<T::Acc> + 'a>> {
+    Ok(Box::new(Broadcast::new::<T>(bias, sizes)?))
 }
 
 /// Where a tile lies.
@@ -95,28 +111,28 @@ impl At {
     }
 }
 
-/// Everything that the tiles of one call are computed from. `T` is the type of the tensors.
-pub(super) struct Tiles<'a, T: Float> {
+/// Everything that the tiles of one call are computed from, in the type of the computation.
+pub(super) struct Tiles<'a, A: Real> {
     pub sizes: Sizes,
-    pub q: Rows<'a, T::Acc>,
-    pub k: Rows<'a, T::Acc>,
-    pub v: Rows<'a, T::Acc>,
-    scale: T::Acc,
+    pub q: Rows<'a, A>,
+    pub k: Rows<'a, A>,
+    pub v: Rows<'a, A>,
+    pub scale: A,
     causal: bool,
     mask: Option<Broadcast<'a, u8>>,
     query_mask: Option<&'a [u8]>,
     key_mask: Option<&'a [u8]>,
     mem_keys: usize,
     max_attend_past: Option<i64>,
-    bias: Option<Broadcast<'a, T>>,
+    bias: Option<Box<dyn Addend<A> + 'a>>,
     /// `[heads, queries + keys − 1]`.
-    curves: Option<Vec<T::Acc>>,
+    curves: Option<Vec<A>>,
     dropout: Option<super::Dropout>,
 }
 
-impl<'a, T: Float> Tiles<'a, T> {
-    /// `operands`: queries, keys and values in the type of the computation.
-    pub fn new(problem: &'a Problem, operands: &'a [Tensor; 3]) -> Result<Self> {
+impl<'a, A: Real> Tiles<'a, A> {
+    /// `T` is the type of the tensors, `operands` are queries, keys and values in that of the computation.
+    pub fn new<T: Float<Acc = A>>(problem: &'a Problem, operands: &'a [Tensor; 3]) -> Result<Self> {
         let sizes = problem.sizes;
         let padding = |mask: &'a Option<Tensor>| mask.as_ref().map(|mask| mask.values::<bool>()).transpose();
         let [q, k, v] = operands;
@@ -125,14 +141,14 @@ impl<'a, T: Float> Tiles<'a, T> {
             q: Rows::new(q)?,
             k: Rows::new(k)?,
             v: Rows::new(v)?,
-            scale: T::Acc::from_f64(problem.scale),
+            scale: A::from_f64(problem.scale),
             causal: problem.causal,
             mask: problem.mask.as_ref().map(|mask| Broadcast::new::<bool>(mask, &sizes)).transpose()?,
             query_mask: padding(&problem.query_mask)?,
             key_mask: padding(&problem.key_mask)?,
             mem_keys: problem.mem_keys,
             max_attend_past: problem.max_attend_past.map(|past| i64::try_from(past).unwrap_or(i64::MAX)),
-            bias: problem.bias.as_ref().map(|bias| Broadcast::new::<T>(bias, &sizes)).transpose()?,
+            bias: problem.bias.as_ref().map(|bias| addend::<T>(bias, &sizes)).transpose()?,
             curves: problem.position.as_ref().map(|position| position.curves()).transpose()?,
             dropout: problem.dropout,
         })
@@ -178,10 +194,10 @@ impl<'a, T: Float> Tiles<'a, T> {
     }
 
     /// `scale · q kᵀ` with biases, −∞ where masked; rows of `s` are [`KEYS`] apart.
-    pub fn scores(&self, at: At, s: &mut [T::Acc]) {
+    pub fn scores(&self, at: At, s: &mut [A]) {
         let q = self.q.block(at.batch, at.head, at.query);
         let k = self.k.block(at.batch, at.head / self.sizes.group(), at.key);
-        gemm_block::<T::Acc>(at.queries, at.keys, self.sizes.d, q, transposed(k), false, s, KEYS);
+        gemm_block::<A>(at.queries, at.keys, self.sizes.d, q, transposed(k), false, s, KEYS);
         let s = &mut s[..at.queries * KEYS];
         match &self.curves {
             None => scale_rows(s, at.keys, self.scale),
@@ -195,7 +211,7 @@ impl<'a, T: Float> Tiles<'a, T> {
             let query = at.query + row;
             let (s, behind) = s.split_at_mut(at.keys);
             if let Some(bias) = &self.bias {
-                add_bias::<T>(s, bias.row([at.batch, at.head, query, at.key], at.keys));
+                bias.add(s, [at.batch, at.head, query, at.key]);
             }
             if let Some(mask) = &self.mask {
                 apply_mask(s, mask.row([at.batch, at.head, query, at.key], at.keys));
@@ -204,9 +220,9 @@ impl<'a, T: Float> Tiles<'a, T> {
                 apply_mask(&mut s[free..], mask);
             }
             let kept = self.kept(at.batch, query);
-            s[..kept.start.saturating_sub(at.key).min(at.keys)].fill(T::Acc::NEG_INFINITY);
-            s[kept.end.saturating_sub(at.key).min(at.keys)..].fill(T::Acc::NEG_INFINITY);
-            behind.fill(T::Acc::NEG_INFINITY);
+            s[..kept.start.saturating_sub(at.key).min(at.keys)].fill(A::NEG_INFINITY);
+            s[kept.end.saturating_sub(at.key).min(at.keys)..].fill(A::NEG_INFINITY);
+            behind.fill(A::NEG_INFINITY);
         }
     }
 
@@ -224,17 +240,17 @@ impl<'a, T: Float> Tiles<'a, T> {
     }
 
     /// What dropout multiplies the weights of one query by; unchanged without dropout.
-    pub fn dropout(&self, at: At, row: usize, factors: &mut [T::Acc]) {
+    pub fn dropout(&self, at: At, row: usize, factors: &mut [A]) {
         let Some(dropout) = &self.dropout else { return };
         let Sizes { heads, queries, keys, .. } = self.sizes;
         let first = (((at.batch * heads + at.head) * queries + at.query + row) * keys + at.key) as u64;
-        let factor = T::Acc::from_f64(dropout.factor);
+        let factor = A::from_f64(dropout.factor);
         keep_factors(dropout.stream, first, dropout.threshold, factor, &mut factors[..at.keys]);
     }
 
     /// Gives fully masked queries their weights, `1 / keys` for every key, and applies dropout to them.
-    pub fn spread(&self, at: At, masked: impl Fn(usize) -> bool, p: &mut [T::Acc], factors: &mut [T::Acc]) {
-        let weight = T::Acc::ONE / T::Acc::from_f64(self.sizes.keys as f64);
+    pub fn spread(&self, at: At, masked: impl Fn(usize) -> bool, p: &mut [A], factors: &mut [A]) {
+        let weight = A::ONE / A::from_f64(self.sizes.keys as f64);
         for (row, p) in p.chunks_exact_mut(KEYS).take(at.queries).enumerate().filter(|(row, _)| masked(*row)) {
             p[..at.keys].fill(weight);
             if self.drops() {

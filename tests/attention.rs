@@ -1,0 +1,384 @@
+//! What the contract cases of attention cannot see: memory, threads, dropout, special values and bad input.
+
+use std::sync::{Mutex, MutexGuard};
+
+use x_transformers::{
+    DType, Device, Error, Philox, Result, Tape, Tensor,
+    ops::{AttentionSpec, PositionBias, attention},
+};
+
+/// Peak memory is measured for the whole process: tests of this file run one after the other.
+fn alone() -> MutexGuard<'static, ()> {
+    static LOCK: Mutex<()> = Mutex::new(());
+    LOCK.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
+}
+
+fn random(shape: &[usize], dtype: DType, stream: u64) -> Tensor {
+    let random = Philox::new(5, stream);
+    Tensor::generate(shape, dtype, &Device::Cpu, |i| half::bf16::from_f64(random.normal(i as u64)).to_f64()).unwrap()
+}
+
+fn bools(shape: &[usize], f: impl FnMut(usize) -> bool) -> Tensor {
+    let values: Vec<bool> = (0..shape.iter().product()).map(f).collect();
+    Tensor::from_slice(&values, shape, &Device::Cpu).unwrap()
+}
+
+/// `[batch, heads, n, width]` as a view of leaves `[batch, n, heads, width]`.
+fn operands(batch: usize, heads: usize, [queries, keys]: [usize; 2], width: usize, dtype: DType) -> [Tensor; 3] {
+    [(0, queries), (1, keys), (2, keys)]
+        .map(|(stream, n)| random(&[batch, n, heads, width], dtype, stream).requires_grad().unwrap())
+}
+
+/// Output, and the gradients of queries, keys and values.
+fn forward_backward(leaves: &[Tensor; 3], spec: &AttentionSpec, mut tape: Tape) -> Result<[Tensor; 4]> {
+    let [q, k, v] = leaves.each_ref().map(|x| x.transpose(1, 2).unwrap());
+    let out = attention(&q, &k, &v, spec)?;
+    let cotangent = random(out.shape(), out.dtype(), 9);
+    let grads = tape.backward_with(&out, &cotangent)?;
+    let [dq, dk, dv] = leaves.each_ref().map(|leaf| grads.get(leaf).unwrap().clone());
+    Ok([out.detach(), dq, dk, dv])
+}
+
+fn bits(tensors: &[Tensor]) -> Vec<u64> {
+    tensors.iter().flat_map(|x| x.to_f64_vec().unwrap()).map(f64::to_bits).collect()
+}
+
+fn relative(a: &Tensor, b: &Tensor) -> f64 {
+    let (a, b) = (a.to_f64_vec().unwrap(), b.to_f64_vec().unwrap());
+    let error: f64 = a.iter().zip(&b).map(|(a, b)| (a - b).powi(2)).sum();
+    (error / b.iter().map(|b| b * b).sum::<f64>()).sqrt()
+}
+
+#[test]
+fn attention_memory_is_linear() {
+    let _alone = alone();
+    let peak = |n: usize, dtype: DType| {
+        let leaves = operands(1, 4, [n, n], 32, dtype);
+        let spec = AttentionSpec { scale: 0.2, causal: true, ..AttentionSpec::default() };
+        let before = Device::Cpu.memory().live;
+        Device::Cpu.reset_peak_memory();
+        let results = forward_backward(&leaves, &spec, Tape::grad()).unwrap();
+        let peak = Device::Cpu.memory().peak - before;
+        drop(results);
+        assert_eq!(Device::Cpu.memory().live, before, "memory is left over");
+        peak
+    };
+    for dtype in [DType::F32, DType::BF16] {
+        let (short, long) = (peak(2048, dtype), peak(4096, dtype));
+        assert!((long as f64) < 2.3 * short as f64, "{dtype}: {short} bytes for 2048 positions, {long} for 4096");
+        // One head's scores alone would take more.
+        assert!(long < 4 * 4096 * 4096, "{long} bytes");
+    }
+}
+
+#[test]
+fn attention_saves_no_scores_and_nothing_without_a_tape() {
+    let _alone = alone();
+    let leaves = operands(1, 2, [512, 512], 16, DType::F32);
+    let [q, k, v] = leaves.each_ref().map(|x| x.transpose(1, 2).unwrap());
+    let spec = AttentionSpec { dropout: 0.5, ..AttentionSpec::default() };
+    let before = Device::Cpu.memory().live;
+    let out = attention(&q, &k, &v, &spec).unwrap();
+    let without = Device::Cpu.memory().live - before;
+    assert_eq!(without, out.elements() * 4);
+    drop(out);
+    let tape = Tape::train(1);
+    let [q, k, v] = leaves.each_ref().map(|x| x.transpose(1, 2).unwrap());
+    let out = attention(&q, &k, &v, &spec).unwrap();
+    // The output and a number per query.
+    assert_eq!(Device::Cpu.memory().live - before, out.elements() * 4 + 2 * 512 * 4);
+    drop(tape);
+}
+
+#[test]
+fn attention_same_bits_on_any_number_of_threads() {
+    let _alone = alone();
+    let key_mask = bools(&[2, 300], |i| i % 7 != 0);
+    let table = random(&[8, 4], DType::F32, 20).requires_grad().unwrap();
+    let bias = random(&[300], DType::F32, 21).requires_grad().unwrap();
+    let run = |threads: usize| {
+        let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+        pool.install(|| {
+            let leaves = operands(2, 4, [280, 300], 24, DType::F32);
+            let spec = AttentionSpec {
+                scale: 0.3,
+                causal: true,
+                key_mask: Some(&key_mask),
+                bias: Some(&bias),
+                position_bias: PositionBias::T5 { table: &table, scale: 2.0, causal: true, max_distance: 128 },
+                dropout: 0.2,
+                ..AttentionSpec::default()
+            };
+            let mut tape = Tape::train(3);
+            let [q, k, v] = leaves.each_ref().map(|x| x.transpose(1, 2).unwrap());
+            let out = attention(&q, &k, &v, &spec).unwrap();
+            let grads = tape.backward_with(&out, &random(out.shape(), DType::F32, 9)).unwrap();
+            let leaves = leaves.iter().chain([&table, &bias]);
+            let grads: Vec<Tensor> = leaves.map(|leaf| grads.get(leaf).unwrap().clone()).collect();
+            [bits(&[out.detach()]), bits(&grads)].concat()
+        })
+    };
+    let one = run(1);
+    assert_eq!(one, run(2));
+    assert_eq!(one, run(3));
+}
+
+#[test]
+fn attention_dtypes_agree() {
+    let _alone = alone();
+    let spec = AttentionSpec { scale: 0.125, causal: true, ..AttentionSpec::default() };
+    let run = |dtype: DType| {
+        let leaves = operands(1, 2, [200, 260], 64, dtype);
+        forward_backward(&leaves, &spec, Tape::grad()).unwrap()
+    };
+    let exact = run(DType::F64);
+    for (dtype, allowed) in [(DType::F32, 2e-6), (DType::F16, 2e-3), (DType::BF16, 1.5e-2)] {
+        for (actual, exact) in run(dtype).iter().zip(&exact) {
+            let error = relative(actual, exact);
+            assert!(error < allowed, "{dtype}: relative error {error:.1e}");
+        }
+    }
+}
+
+/// The output is laid out for the merge of the heads, and gradients for the way back: neither copies.
+#[test]
+fn attention_layouts_need_no_copies() {
+    let _alone = alone();
+    let leaves = operands(2, 3, [5, 5], 4, DType::F32);
+    let [q, k, v] = leaves.each_ref().map(|x| x.transpose(1, 2).unwrap());
+    let out = attention(&q, &k, &v, &AttentionSpec::default()).unwrap();
+    let merged = out.transpose(1, 2).unwrap().reshape([2, 5, 12]).unwrap();
+    assert!(merged.shares_storage(&out) && merged.is_contiguous());
+    let [_, dq, dk, dv] = forward_backward(&leaves, &AttentionSpec::default(), Tape::grad()).unwrap();
+    assert!([dq, dk, dv].iter().all(Tensor::is_contiguous));
+}
+
+/// One column of ones as values makes each output the sum of a query's weights after dropout.
+#[test]
+fn attention_dropout_statistics() {
+    let _alone = alone();
+    let (queries, keys, p) = (400, 500, 0.3);
+    let (q, k) = (random(&[1, 1, queries, 8], DType::F32, 0), random(&[1, 1, keys, 8], DType::F32, 1));
+    // Equal weights: a sum counts the kept ones.
+    let q = q.affine(0.0, 0.0).unwrap();
+    let v = Tensor::ones([1, 1, keys, 1], DType::F32, &Device::Cpu).unwrap();
+    let spec = AttentionSpec { dropout: p, ..AttentionSpec::default() };
+    let _tape = Tape::train(8);
+    let first = attention(&q, &k, &v, &spec).unwrap().to_f64_vec().unwrap();
+    let mean = first.iter().sum::<f64>() / queries as f64;
+    // Standard error of the mean of 200 000 draws of 1 / (1 − p) or 0.
+    assert!((mean - 1.0).abs() < 5.0 * (p / (1.0 - p) / (queries * keys) as f64).sqrt(), "mean {mean}");
+    let variance = first.iter().map(|x| (x - mean).powi(2)).sum::<f64>() / queries as f64;
+    let expected = p / (1.0 - p) / keys as f64;
+    assert!((variance / expected - 1.0).abs() < 0.3, "variance {variance}, expected {expected}");
+    // Another call draws another mask; without a training tape there is none.
+    assert_ne!(first, attention(&q, &k, &v, &spec).unwrap().to_f64_vec().unwrap());
+    drop(_tape);
+    let _tape = Tape::grad();
+    let plain = attention(&q, &k, &v, &spec).unwrap().to_f64_vec().unwrap();
+    assert!(plain.iter().all(|x| (x - 1.0).abs() < 1e-5));
+}
+
+/// With the values as an identity matrix, the output is the dropped weights; the gradient of `Σ out ⊙ c` by the values
+/// is then `weightsᵀ c`, so that a backward mask other than the forward one would show.
+#[test]
+fn attention_dropout_masks_are_equal_forward_and_backward() {
+    let _alone = alone();
+    let (queries, keys) = (150, 140);
+    let identity =
+        Tensor::generate([1, 1, keys, keys], DType::F64, &Device::Cpu, |i| (i / keys == i % keys) as u8 as f64);
+    let v = identity.unwrap().requires_grad().unwrap();
+    let q = random(&[1, 1, queries, 4], DType::F64, 0).requires_grad().unwrap();
+    let k = random(&[1, 1, keys, 4], DType::F64, 1).requires_grad().unwrap();
+    for causal in [false, true] {
+        // With more queries than keys, a causal call has fully masked queries, whose weights are dropped too.
+        let spec = AttentionSpec { scale: 0.5, causal, dropout: 0.4, ..AttentionSpec::default() };
+        let c = random(&[1, 1, queries, keys], DType::F64, 7).to_f64_vec().unwrap();
+        let mut tape = Tape::train(12);
+        let out = attention(&q, &k, &v, &spec).unwrap();
+        let weights = out.to_f64_vec().unwrap();
+        let dropped = weights.iter().filter(|&&w| w == 0.0).count() as f64 / weights.len() as f64;
+        assert!(causal || (dropped - 0.4).abs() < 0.02, "{dropped} dropped");
+        let cotangent = Tensor::from_slice(&c, [1, 1, queries, keys], &Device::Cpu).unwrap();
+        let grads = tape.backward_with(&out, &cotangent).unwrap();
+        let dv = grads.get(&v).unwrap().to_f64_vec().unwrap();
+        for (key, feature) in (0..keys).flat_map(|key| [0, 17, 139].map(|feature| (key, feature))) {
+            let expected: f64 = (0..queries).map(|i| weights[i * keys + key] * c[i * keys + feature]).sum();
+            assert!((dv[key * keys + feature] - expected).abs() < 1e-12);
+        }
+        // The gradient of the queries by differences, under the same seed.
+        let value = |q: &Tensor| -> f64 {
+            let _tape = Tape::train(12);
+            let out = attention(q, &k, &v, &spec).unwrap().to_f64_vec().unwrap();
+            out.iter().zip(&c).map(|(out, c)| out * c).sum()
+        };
+        let (base, dq) = (q.to_f64_vec().unwrap(), grads.get(&q).unwrap().to_f64_vec().unwrap());
+        for at in [0, 5, 77, 599] {
+            let moved = |step: f64| {
+                let mut values = base.clone();
+                values[at] += step;
+                value(&Tensor::from_slice(&values, [1, 1, queries, 4], &Device::Cpu).unwrap())
+            };
+            let numeric = (moved(1e-5) - moved(-1e-5)) / 2e-5;
+            assert!((numeric - dq[at]).abs() < 1e-7 * dq[at].abs().max(1.0), "{numeric} {}", dq[at]);
+        }
+    }
+}
+
+#[test]
+fn attention_drops_everything_at_probability_one() {
+    let _alone = alone();
+    let leaves = operands(1, 1, [3, 3], 2, DType::F32);
+    let spec = AttentionSpec { dropout: 1.0, ..AttentionSpec::default() };
+    for result in forward_backward(&leaves, &spec, Tape::train(1)).unwrap() {
+        assert!(result.to_f64_vec().unwrap().iter().all(|&x| x == 0.0));
+    }
+}
+
+#[test]
+fn attention_is_never_nan() {
+    let _alone = alone();
+    let leaves = operands(1, 2, [70, 140], 8, DType::F32);
+    let blind = bools(&[70, 1], |i| i % 3 != 0);
+    let lowest = Tensor::full([140], f32::MIN as f64, DType::F32, &Device::Cpu).unwrap();
+    let infinite =
+        Tensor::generate([70, 140], DType::F32, &Device::Cpu, |i| if i / 140 < 10 { f64::NEG_INFINITY } else { 0.0 })
+            .unwrap();
+    let specs = [
+        AttentionSpec { scale: 1e4, causal: true, mask: Some(&blind), ..AttentionSpec::default() },
+        AttentionSpec { scale: 1e-30, max_attend_past: Some(0), ..AttentionSpec::default() },
+        AttentionSpec { bias: Some(&lowest), ..AttentionSpec::default() },
+        AttentionSpec { bias: Some(&infinite), ..AttentionSpec::default() },
+    ];
+    for spec in &specs {
+        for result in forward_backward(&leaves, spec, Tape::grad()).unwrap() {
+            assert!(result.to_f64_vec().unwrap().iter().all(|x| x.is_finite()));
+        }
+    }
+}
+
+/// What is added to all scores of a query changes nothing, so it has no gradient.
+#[test]
+fn attention_bias_of_a_whole_row_has_no_gradient() {
+    let _alone = alone();
+    for shape in [&[70, 1][..], &[][..], &[2, 1, 1]] {
+        let bias = random(shape, DType::F32, 3).requires_grad().unwrap();
+        let [q, k, v] = operands(1, 2, [70, 140], 8, DType::F32).map(|x| x.transpose(1, 2).unwrap());
+        let mut tape = Tape::grad();
+        let spec = AttentionSpec { causal: true, bias: Some(&bias), ..AttentionSpec::default() };
+        let out = attention(&q, &k, &v, &spec).unwrap();
+        let grads = tape.backward_with(&out, &random(out.shape(), DType::F32, 9)).unwrap();
+        let grad = grads.get(&bias).unwrap();
+        assert_eq!(grad.shape(), bias.shape());
+        assert!(grad.to_f64_vec().unwrap().iter().all(|g| g.abs() < 1e-4));
+    }
+}
+
+/// Far positions cost no digits: the bias is counted from the query.
+#[test]
+fn attention_alibi_is_exact_far_away() {
+    let _alone = alone();
+    let (n, slopes) = (3000, Tensor::from_slice(&[0.5f64, 0.03], [2], &Device::Cpu).unwrap());
+    let run = |dtype: DType| {
+        let slopes = slopes.to_dtype(dtype).unwrap();
+        let position_bias = PositionBias::Alibi { slopes: &slopes };
+        let spec = AttentionSpec { scale: 0.25, causal: true, position_bias, ..AttentionSpec::default() };
+        let [q, k, v] = operands(1, 2, [4, n], 16, dtype).map(|x| x.transpose(1, 2).unwrap());
+        attention(&q, &k, &v, &spec).unwrap()
+    };
+    let error = relative(&run(DType::F32), &run(DType::F64));
+    assert!(error < 1e-6, "relative error {error:.1e}");
+}
+
+/// Weights of a position bias may have another float type than the queries: slopes keep their digits in half precision.
+#[test]
+fn attention_position_weights_keep_their_dtype() {
+    let _alone = alone();
+    let slopes = Tensor::from_slice(&[0.7f32, 0.1], [2], &Device::Cpu).unwrap().requires_grad().unwrap();
+    let [q, k, v] = operands(1, 2, [5, 9], 4, DType::BF16).map(|x| x.transpose(1, 2).unwrap());
+    let position_bias = PositionBias::Alibi { slopes: &slopes };
+    let mut tape = Tape::grad();
+    let out = attention(&q, &k, &v, &AttentionSpec { position_bias, ..AttentionSpec::default() }).unwrap();
+    let grads = tape.backward_with(&out, &random(out.shape(), DType::BF16, 9)).unwrap();
+    let grad = grads.get(&slopes).unwrap();
+    assert_eq!((grad.dtype(), &grad.shape()[..]), (DType::F32, &[2][..]));
+    assert!(grad.to_f64_vec().unwrap().iter().all(|g| g.abs() > 1e-6));
+}
+
+/// Only what is asked for is computed, and it does not depend on what else is asked for.
+#[test]
+fn attention_single_gradients() {
+    let _alone = alone();
+    let leaves = operands(1, 2, [70, 140], 8, DType::F32);
+    let spec = AttentionSpec { causal: true, ..AttentionSpec::default() };
+    let all = forward_backward(&leaves, &spec, Tape::grad()).unwrap();
+    for wanted in 0..3 {
+        let mut tape = Tape::grad();
+        let views: Vec<Tensor> = leaves
+            .iter()
+            .enumerate()
+            .map(|(i, x)| if i == wanted { x.clone() } else { x.detach() })
+            .map(|x| x.transpose(1, 2).unwrap())
+            .collect();
+        let out = attention(&views[0], &views[1], &views[2], &spec).unwrap();
+        let grads = tape.backward_with(&out, &random(out.shape(), DType::F32, 9)).unwrap();
+        assert_eq!(grads.len(), 1);
+        assert_eq!(bits(&[grads.get(&leaves[wanted]).unwrap().clone()]), bits(&all[wanted + 1..wanted + 2]));
+    }
+}
+
+#[test]
+fn attention_errors_name_what_is_wrong() {
+    let _alone = alone();
+    let [q, k, v] = [[2, 4, 5, 8], [2, 2, 7, 8], [2, 2, 7, 3]].map(|shape| random(&shape, DType::F32, 0));
+    let with = |spec: &AttentionSpec| attention(&q, &k, &v, spec);
+    let plain = AttentionSpec::default();
+    let text = |result: Result<Tensor>, parts: &[&str]| {
+        let error = result.expect_err("an error");
+        let message = error.to_string();
+        assert!(parts.iter().all(|part| message.contains(part)), "{message} lacks one of {parts:?}");
+        error
+    };
+    let float = |shape: &[usize]| random(shape, DType::F32, 0);
+
+    let error = text(attention(&q.select(0, 0).unwrap(), &k, &v, &plain), &["four dimensions", "[4, 5, 8]"]);
+    assert!(matches!(error, Error::Shape { .. }));
+    text(attention(&q, &float(&[2, 2, 7, 9]), &v, &plain), &["[2, 2, 7, 9]", "[2, 4, 5, 8]"]);
+    text(attention(&q, &k, &float(&[2, 2, 6, 3]), &plain), &["[2, 2, 7, 8]", "[2, 2, 6, 3]"]);
+    text(attention(&q, &float(&[1, 2, 7, 8]), &float(&[1, 2, 7, 3]), &plain), &["[1, 2, 7, 8]"]);
+    text(attention(&q, &float(&[2, 3, 7, 8]), &float(&[2, 3, 7, 3]), &plain), &["4 heads", "3 heads"]);
+    text(attention(&q, &float(&[2, 0, 7, 8]), &float(&[2, 0, 7, 3]), &plain), &["4 heads", "0 heads"]);
+    let error = text(attention(&q, &k.to_dtype(DType::BF16).unwrap(), &v, &plain), &["f32", "bf16"]);
+    assert!(matches!(error, Error::DType { .. }));
+    let int = Tensor::zeros([1, 1, 1, 1], DType::I64, &Device::Cpu).unwrap();
+    text(attention(&int, &int, &int, &plain), &["i64", "float"]);
+
+    let mask = bools(&[5, 6], |_| true);
+    text(with(&AttentionSpec { mask: Some(&mask), ..plain.clone() }), &["mask [5, 6]", "[2, 4, 5, 7]"]);
+    let large = bools(&[3, 2, 4, 5, 7], |_| true);
+    text(with(&AttentionSpec { mask: Some(&large), ..plain.clone() }), &["[3, 2, 4, 5, 7]", "[2, 4, 5, 7]"]);
+    text(with(&AttentionSpec { mask: Some(&float(&[5, 7])), ..plain.clone() }), &["mask is f32", "bool"]);
+    text(with(&AttentionSpec { query_mask: Some(&mask), ..plain.clone() }), &["query_mask", "[5, 6]", "[2, 5]"]);
+    text(with(&AttentionSpec { key_mask: Some(&mask), ..plain.clone() }), &["key_mask", "[5, 6]", "[2, 7]"]);
+    text(with(&AttentionSpec { mem_keys: 8, ..plain.clone() }), &["mem_keys is 8", "7 keys"]);
+    text(with(&AttentionSpec { bias: Some(&float(&[5, 6])), ..plain.clone() }), &["bias [5, 6]", "[2, 4, 5, 7]"]);
+    let half = random(&[5, 7], DType::F16, 0);
+    text(with(&AttentionSpec { bias: Some(&half), ..plain.clone() }), &["f32", "f16"]);
+    text(with(&AttentionSpec { dropout: 1.5, ..plain.clone() }), &["dropout is 1.5"]);
+    text(with(&AttentionSpec { dropout: f64::NAN, ..plain.clone() }), &["dropout is NaN"]);
+    text(with(&AttentionSpec { scale: f64::INFINITY, ..plain.clone() }), &["scale is inf"]);
+
+    let alibi = |slopes: &Tensor| {
+        with(&AttentionSpec { position_bias: PositionBias::Alibi { slopes }, ..AttentionSpec::default() })
+    };
+    text(alibi(&float(&[3])), &["slopes", "[3]", "[4]"]);
+    text(alibi(&mask), &["slopes", "bool"]);
+    let t5 = |table: &Tensor, causal, max_distance| {
+        let position_bias = PositionBias::T5 { table, scale: 1.0, causal, max_distance };
+        with(&AttentionSpec { position_bias, ..AttentionSpec::default() })
+    };
+    text(t5(&float(&[32, 3]), true, 128), &["table", "[32, 3]", "[32, 4]"]);
+    text(t5(&float(&[]), true, 128), &["table", "[]"]);
+    text(t5(&float(&[3, 4]), false, 128), &["3 buckets", "at least 4"]);
+    text(t5(&float(&[32, 4]), true, 16), &["max_distance 16", "above 16"]);
+}
