@@ -12,10 +12,13 @@
 #![warn(missing_docs)]
 #![deny(unsafe_op_in_unsafe_fn)]
 
+pub mod config;
 mod core;
 pub mod device;
 mod error;
 pub mod io;
+pub mod models;
+pub mod nn;
 pub mod ops;
 pub mod train;
 

@@ -41,6 +41,16 @@ impl DType {
         !matches!(self, Self::I64 | Self::Bool)
     }
 
+    /// The most negative finite number: what masks write into scores. That of f64 for types that are not float.
+    pub fn lowest(self) -> f64 {
+        match self {
+            Self::F32 => f32::MIN as f64,
+            Self::BF16 => bf16::MIN.to_f64(),
+            Self::F16 => f16::MIN.to_f64(),
+            Self::F64 | Self::I64 | Self::Bool => f64::MIN,
+        }
+    }
+
     /// The name as in configs and on the command line: `f32`, `f64`, `bf16`, `f16`, `i64`, `bool`.
     pub fn name(self) -> &'static str {
         match self {

@@ -24,14 +24,19 @@ ops! {
     cross_entropy: cross_entropy;
     dropout: dropout;
     embedding: embedding;
+    entmax: entmax15;
     glu: glu;
+    gru: gru_gate;
     matmul: matmul, linear;
     norm: layer_norm, rms_norm, scale_norm;
     pointwise: neg, exp, ln, sqrt, square, sigmoid, tanh, relu, relu_squared, gelu, affine, add, sub, mul, div,
         eq, ne, lt, le, gt, ge, logical_and, logical_or, logical_not, where_cond, masked_fill;
+    position: relative_position_bias, sinusoid;
     reduce: sum, mean, sum_to, max, argmax;
     rotary: rotary;
+    shift: shift_tokens;
     softmax: softmax;
+    topk: top_k_mask;
 }
 
 pub use glu::Activation;

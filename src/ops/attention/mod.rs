@@ -16,6 +16,8 @@ use crate::{
 };
 use position::Position;
 
+pub(super) use position::bucket;
+
 const OP: &str = "attention";
 
 /// How [`attention`] turns products of queries and keys into weights.

@@ -7,13 +7,18 @@ mod copy;
 mod cross_entropy;
 mod dropout;
 mod embedding;
+mod entmax;
 mod glu;
+mod gru;
 mod matmul;
 mod norm;
 mod pointwise;
+mod position;
 mod reduce;
 mod rotary;
+mod shift;
 mod softmax;
+mod topk;
 
 /// Every case of every op.
 pub fn all() -> Vec<Case> {
@@ -23,13 +28,18 @@ pub fn all() -> Vec<Case> {
         cross_entropy::cases(),
         dropout::cases(),
         embedding::cases(),
+        entmax::cases(),
         glu::cases(),
+        gru::cases(),
         matmul::cases(),
         norm::cases(),
         pointwise::cases(),
+        position::cases(),
         reduce::cases(),
         rotary::cases(),
+        shift::cases(),
         softmax::cases(),
+        topk::cases(),
     ]
     .into_iter()
     .flatten()

@@ -1,0 +1,81 @@
+//! What a call asks of a model, besides its tensors.
+
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+
+use super::{
+    SamplingConfig,
+    kwargs::{self, Keywords, Map},
+};
+use crate::{Error, Result, error::ensure};
+
+/// The options of one call, as the key `call` beside a config has them.
+#[derive(Clone, PartialEq, Debug, Default)]
+pub struct Call {
+    /// Give normed hidden states instead of logits.
+    pub return_embeddings: bool,
+    /// Give new memories.
+    pub return_mems: bool,
+    /// Give attention maps.
+    pub return_attn: bool,
+    /// Generate tokens instead: `"method": "generate"` with the arguments of `generate`.
+    pub generate: Option<GenerateCall>,
+}
+
+/// The arguments of `generate`.
+#[derive(Clone, PartialEq, Debug)]
+pub struct GenerateCall {
+    /// Tokens to generate.
+    pub seq_len: usize,
+    /// Where rows end.
+    pub eos_token: Option<i64>,
+    /// Filter and temperature.
+    pub sampling: SamplingConfig,
+}
+
+/// The keys of a call, those of sampling apart.
+#[derive(Clone, Default, Serialize, Deserialize)]
+#[serde(default)]
+struct Keys {
+    return_embeddings: bool,
+    return_mems: bool,
+    return_attn: bool,
+    method: Option<String>,
+    seq_len: Option<usize>,
+    eos_token: Option<i64>,
+}
+
+impl Keywords for Keys {
+    const REQUIRED: &'static [&'static str] = &[];
+}
+
+impl Call {
+    /// Reads a JSON object.
+    ///
+    /// Errors: [`Error::UnknownOption`], or [`Error::Option`] for what does not go together.
+    pub fn from_value(value: Value) -> Result<Self> {
+        let map = super::object("call", value)?;
+        let sampling_keys = kwargs::flat(&SamplingConfig::default());
+        let (sampling, keys): (Map, Map) = map.into_iter().partition(|(key, _)| sampling_keys.contains_key(key));
+        let samples = !sampling.is_empty();
+        let (keys, sampling) = (kwargs::read::<Keys>(keys)?, kwargs::read(sampling)?);
+        let generate = match keys.method.as_deref() {
+            None => {
+                let given = keys.seq_len.is_some() || keys.eos_token.is_some() || samples;
+                ensure!(!given, Error::option("method", "must be \"generate\" for seq_len, eos_token or sampling"));
+                None
+            }
+            Some("generate") => {
+                let seq_len = keys.seq_len.ok_or_else(|| Error::option("seq_len", "is required, and missing"))?;
+                Some(GenerateCall { seq_len, eos_token: keys.eos_token, sampling })
+            }
+            Some(other) => return Err(Error::option("method", format!("expected \"generate\", got \"{other}\""))),
+        };
+        Ok(Self {
+            return_embeddings: keys.return_embeddings,
+            return_mems: keys.return_mems,
+            return_attn: keys.return_attn,
+            generate,
+        })
+    }
+}

@@ -1,0 +1,144 @@
+//! Keyword arguments: flat JSON keys with prefixes in, nested structs out, and back. Unknown keys are errors.
+
+use serde::{Serialize, de::DeserializeOwned};
+use serde_json::Value;
+
+use crate::{Error, Result, error::ensure};
+
+/// A JSON object.
+pub(super) type Map = serde_json::Map<String, Value>;
+
+/// A struct whose fields are keyword arguments.
+pub(super) trait Keywords: Default + Serialize + DeserializeOwned {
+    /// Keywords without a default.
+    const REQUIRED: &'static [&'static str];
+    /// Prefixes, and the fields that hold the keywords which carry them.
+    const GROUPS: &'static [(&'static str, &'static str)] = &[];
+    /// Spellings that are accepted for another keyword.
+    const ALIASES: &'static [(&'static str, &'static str)] = &[];
+
+    /// The fields as JSON, groups as objects of their own.
+    fn to_nested(&self) -> serde_json::Result<Value> {
+        serde_json::to_value(self)
+    }
+
+    /// The inverse of [`Keywords::to_nested`].
+    fn from_nested(value: Value) -> serde_json::Result<Self> {
+        serde_json::from_value(value)
+    }
+}
+
+/// Reads keyword arguments.
+///
+/// Errors: [`Error::UnknownOption`]; [`Error::Option`] for a missing one or a value of another type.
+pub(super) fn read<T: Keywords>(mut map: Map) -> Result<T> {
+    for &(alias, key) in T::ALIASES {
+        if let Some(value) = map.remove(alias) {
+            let taken = map.insert(key.to_string(), value).is_some();
+            ensure!(!taken, Error::option(alias, format!("is another name of `{key}`, which is given too")));
+        }
+    }
+    let defaults = flat(&T::default());
+    check_known(&map, || defaults.keys().map(String::as_str).chain(T::ALIASES.iter().map(|alias| alias.0)))?;
+    for &key in T::REQUIRED {
+        ensure!(map.contains_key(key), Error::option(key, "is required, and missing"));
+    }
+    build(map.clone()).map_err(|error| {
+        // The message of serde names expected and actual, but not the key: it is the one that fails alone.
+        let alone = |(key, value): (String, Value)| {
+            let mut one = defaults.clone();
+            one.insert(key.clone(), value);
+            build::<T>(one).err().map(|error| Error::option(key, error.to_string()))
+        };
+        map.into_iter().find_map(alone).unwrap_or_else(|| Error::argument("config", error.to_string()))
+    })
+}
+
+/// The keywords that differ from their defaults, and the required ones.
+pub(super) fn write<T: Keywords>(config: &T) -> Map {
+    let defaults = flat(&T::default());
+    let mut map = flat(config);
+    map.retain(|key, value| T::REQUIRED.contains(&key.as_str()) || defaults.get(key) != Some(value));
+    map
+}
+
+/// Every keyword with its value.
+pub(super) fn flat<T: Keywords>(config: &T) -> Map {
+    let Ok(Value::Object(mut map)) = config.to_nested() else { return Map::new() };
+    for &(prefix, field) in T::GROUPS {
+        if let Some(Value::Object(group)) = map.remove(field) {
+            map.extend(group.into_iter().map(|(key, value)| (format!("{prefix}{key}"), value)));
+        }
+    }
+    map
+}
+
+fn build<T: Keywords>(map: Map) -> serde_json::Result<T> {
+    let mut nested = Map::new();
+    for &(_, field) in T::GROUPS {
+        nested.insert(field.to_string(), Value::Object(Map::new()));
+    }
+    for (key, value) in map {
+        let group = T::GROUPS.iter().find_map(|&(prefix, field)| Some((field, key.strip_prefix(prefix)?)));
+        match group.and_then(|(field, key)| Some((nested.get_mut(field)?.as_object_mut()?, key))) {
+            Some((group, key)) => group.insert(key.to_string(), value),
+            None => nested.insert(key, value),
+        };
+    }
+    T::from_nested(Value::Object(nested))
+}
+
+/// Refuses keys that are not among the known ones.
+pub(super) fn check_known<'a, I: Iterator<Item = &'a str>>(map: &Map, known: impl Fn() -> I) -> Result<()> {
+    match map.keys().find(|&key| !known().any(|known| known == key)) {
+        Some(key) => Err(Error::UnknownOption { key: key.clone(), nearest: nearest(key, known()) }),
+        None => Ok(()),
+    }
+}
+
+/// The known key that takes the fewest edits, if those are few.
+fn nearest<'a>(key: &str, known: impl Iterator<Item = &'a str>) -> Option<String> {
+    let (edits, nearest) = known.map(|known| (edit_distance(key, known), known)).min()?;
+    (edits <= 2.max(key.len() / 3)).then(|| nearest.to_string())
+}
+
+/// Levenshtein's distance: insertions, deletions and replacements of single characters.
+fn edit_distance(a: &str, b: &str) -> usize {
+    let b: Vec<char> = b.chars().collect();
+    let mut row: Vec<usize> = (0..=b.len()).collect();
+    for (i, a) in a.chars().enumerate() {
+        let mut diagonal = i;
+        row[0] = i + 1;
+        for (j, &b) in b.iter().enumerate() {
+            let replaced = diagonal + usize::from(a != b);
+            diagonal = row[j + 1];
+            row[j + 1] = replaced.min(row[j] + 1).min(diagonal + 1);
+        }
+    }
+    row[b.len()]
+}
+
+/// The same error with a prefix on the keys that it names.
+pub(super) fn with_prefix(error: Error, prefix: &str) -> Error {
+    match error {
+        Error::Option { key, why } => Error::Option { key: format!("{prefix}{key}"), why },
+        Error::UnknownOption { key, nearest } => Error::UnknownOption {
+            key: format!("{prefix}{key}"),
+            nearest: nearest.map(|nearest| format!("{prefix}{nearest}")),
+        },
+        other => other,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn edit_distance_known_pairs() {
+        for (a, b, distance) in [("", "abc", 3), ("kitten", "sitting", 3), ("heads", "head", 1), ("same", "same", 0)] {
+            assert_eq!(edit_distance(a, b), distance, "{a} {b}");
+            assert_eq!(edit_distance(b, a), distance, "{b} {a}");
+        }
+    }
+}

@@ -1,0 +1,204 @@
+//! What to build: keyword arguments with x-transformers' names, and the plans that they are turned into.
+//!
+//! Two steps, so that no module has to know which options go together:
+//!
+//! * Config structs hold keywords. They read and write JSON as flat as Python's calls; an unknown key is an error that
+//!   names the nearest known one.
+//! * Plans ([`LayersPlan`]) say what is built. Making one checks all that can be illegal, and nothing is checked later.
+
+mod call;
+mod json;
+mod kwargs;
+mod options;
+mod order;
+mod plan;
+mod resolve;
+mod wrapper_plan;
+mod wrappers;
+
+pub use call::{Call, GenerateCall};
+pub use options::{AttentionConfig, AttentionLayersConfig, FeedForwardConfig, LayerType, LayersKind, ShiftTokens};
+pub use plan::{
+    AlibiPlan, AttentionPath, AttentionPlan, BiasPlan, BranchPlan, FeedForwardPlan, LayerPlan, LayersPlan, Norm,
+    Normalize, Positions, ResidualPlan, RotaryPlan, T5Plan, Temperature, WrapPlan,
+};
+pub use wrapper_plan::{ContinuousPlan, TransformerPlan, ViTransformerPlan, XTransformerPlan};
+pub use wrappers::{
+    AutoregressiveConfig, ContinuousTransformerWrapperConfig, FilterLogits, SamplingConfig, TransformerWrapperConfig,
+    ViTransformerWrapperConfig, XTransformerConfig,
+};
+
+use serde::{Deserialize, Serialize};
+use serde_json::{Value, json};
+
+use crate::{
+    Error, Result,
+    error::{At, ensure},
+};
+use json::object;
+
+/// Any model: in JSON the keywords of a class, and its name under `model`.
+///
+/// ```
+/// use x_transformers::{Error, config::Config};
+/// # fn main() -> x_transformers::Result<()> {
+/// let json = r#"{
+///     "model": "AutoregressiveWrapper",
+///     "net": {
+///         "model": "TransformerWrapper", "num_tokens": 256, "max_seq_len": 128,
+///         "attn_layers": {"kind": "Decoder", "dim": 64, "depth": 2, "rotary_pos_emb": true, "ff_glu": true}
+///     }
+/// }"#;
+/// let config = Config::from_json(json)?;
+/// assert_eq!(Config::from_json(&config.to_json())?, config);
+///
+/// let misspelt = Config::from_json(&json.replace("rotary_pos_emb", "rotary_pos_embd"));
+/// assert_eq!(
+///     misspelt.unwrap_err().to_string(),
+///     "net.attn_layers: unknown option `rotary_pos_embd`, did you mean `rotary_pos_emb`?"
+/// );
+/// # Ok(())
+/// # }
+/// ```
+#[derive(Clone, PartialEq, Debug)]
+#[non_exhaustive]
+pub enum Config {
+    /// `TransformerWrapper`: tokens in, logits out.
+    TransformerWrapper(TransformerWrapperConfig),
+    /// `ContinuousTransformerWrapper`: vectors in, vectors out.
+    ContinuousTransformerWrapper(ContinuousTransformerWrapperConfig),
+    /// `ViTransformerWrapper`: images in, classes out.
+    ViTransformerWrapper(ViTransformerWrapperConfig),
+    /// `XTransformer`: a sequence in, another one out.
+    XTransformer(Box<XTransformerConfig>),
+    /// `AutoregressiveWrapper`: a decoder with its loss and its sampling.
+    AutoregressiveWrapper(AutoregressiveConfig),
+    /// `Encoder`, `Decoder` or `CrossAttender`: attention layers alone.
+    AttentionLayers(AttentionLayersConfig),
+    /// `SamplingFilter`: no model, but the step from logits to probabilities.
+    SamplingFilter(SamplingConfig),
+}
+
+/// The names that `model` can have.
+const MODELS: [&str; 9] = [
+    "TransformerWrapper",
+    "ContinuousTransformerWrapper",
+    "ViTransformerWrapper",
+    "XTransformer",
+    "AutoregressiveWrapper",
+    "Encoder",
+    "Decoder",
+    "CrossAttender",
+    "SamplingFilter",
+];
+
+impl Config {
+    /// Reads JSON.
+    ///
+    /// Errors: text that is not a JSON object; [`Error::UnknownOption`]; [`Error::Option`] for a missing keyword or a
+    /// value of another type. What is illegal in combination is found by [`Config::layers`] and by the models.
+    pub fn from_json(json: &str) -> Result<Self> {
+        let value = serde_json::from_str(json);
+        let value = value.map_err(|error| Error::argument("config", format!("expected JSON: {error}")))?;
+        Self::from_value(value)
+    }
+
+    /// Reads JSON that may have the key `call` beside the keywords: what to ask of the model.
+    ///
+    /// Errors: as [`Config::from_json`] and [`Call::from_value`].
+    pub fn with_call(json: &str) -> Result<(Self, Call)> {
+        let value = serde_json::from_str(json);
+        let mut value: Value = value.map_err(|error| Error::argument("config", format!("expected JSON: {error}")))?;
+        let call = value.as_object_mut().and_then(|map| map.remove("call"));
+        let call = call.map_or_else(|| Ok(Call::default()), |call| Call::from_value(call).at("call"))?;
+        Ok((Self::from_value(value)?, call))
+    }
+
+    /// Reads a JSON value, as [`Config::from_json`].
+    pub fn from_value(value: Value) -> Result<Self> {
+        let mut map = object("config", value)?;
+        let model = match map.remove("model") {
+            Some(Value::String(model)) => model,
+            Some(other) => return Err(Error::option("model", format!("expected a name, got {other}"))),
+            None => return Err(Error::option("model", format!("is required: one of {}", MODELS.join(", ")))),
+        };
+        match model.as_str() {
+            "TransformerWrapper" => TransformerWrapperConfig::from_map(map).map(Self::TransformerWrapper),
+            "ContinuousTransformerWrapper" => {
+                ContinuousTransformerWrapperConfig::from_map(map).map(Self::ContinuousTransformerWrapper)
+            }
+            "ViTransformerWrapper" => ViTransformerWrapperConfig::from_map(map).map(Self::ViTransformerWrapper),
+            "XTransformer" => XTransformerConfig::from_map(map).map(Box::new).map(Self::XTransformer),
+            "AutoregressiveWrapper" => AutoregressiveConfig::from_map(map).map(Self::AutoregressiveWrapper),
+            "Encoder" | "Decoder" | "CrossAttender" => {
+                ensure!(
+                    !map.contains_key("kind"),
+                    Error::UnknownOption { key: "kind".to_string(), nearest: Some("model".to_string()) }
+                );
+                map.insert("kind".to_string(), json!(model));
+                kwargs::read(map).map(Self::AttentionLayers)
+            }
+            "SamplingFilter" => kwargs::read(map).map(Self::SamplingFilter),
+            other => Err(Error::option("model", format!("expected one of {}, got `{other}`", MODELS.join(", ")))),
+        }
+    }
+
+    /// The keywords as JSON, those at their defaults left out.
+    pub fn to_value(&self) -> Value {
+        let (model, mut map) = match self {
+            Self::TransformerWrapper(config) => ("TransformerWrapper", config.to_map()),
+            Self::ContinuousTransformerWrapper(config) => ("ContinuousTransformerWrapper", config.to_map()),
+            Self::ViTransformerWrapper(config) => ("ViTransformerWrapper", config.to_map()),
+            Self::XTransformer(config) => ("XTransformer", config.to_map()),
+            Self::AutoregressiveWrapper(config) => ("AutoregressiveWrapper", config.to_map()),
+            Self::SamplingFilter(config) => ("SamplingFilter", kwargs::write(config)),
+            Self::AttentionLayers(config) => {
+                let mut map = kwargs::write(config);
+                map.remove("kind");
+                let model = match config.kind {
+                    LayersKind::Encoder => "Encoder",
+                    LayersKind::Decoder => "Decoder",
+                    LayersKind::CrossAttender => "CrossAttender",
+                };
+                (model, map)
+            }
+        };
+        map.insert("model".to_string(), json!(model));
+        Value::Object(map)
+    }
+
+    /// As [`Config::to_value`], indented text.
+    pub fn to_json(&self) -> String {
+        format!("{:#}", self.to_value())
+    }
+
+    /// The plans of all attention layers in the model, with the names that their parameters begin with.
+    ///
+    /// Errors: whatever the options cannot do alone or together.
+    pub fn layers(&self) -> Result<Vec<(&'static str, LayersPlan)>> {
+        Ok(match self {
+            Self::TransformerWrapper(config) => vec![("attn_layers", config.plan()?.layers)],
+            Self::ContinuousTransformerWrapper(config) => vec![("attn_layers", config.plan()?.layers)],
+            Self::ViTransformerWrapper(config) => vec![("attn_layers", config.plan()?.layers)],
+            Self::XTransformer(config) => {
+                let plan = config.plan()?;
+                vec![("encoder.attn_layers", plan.enc.layers), ("decoder.net.attn_layers", plan.dec.layers)]
+            }
+            Self::AutoregressiveWrapper(config) => vec![("net.attn_layers", config.net.plan().at("net")?.layers)],
+            Self::AttentionLayers(config) => vec![("", LayersPlan::new(config)?)],
+            Self::SamplingFilter(_) => Vec::new(),
+        })
+    }
+}
+
+impl Serialize for Config {
+    fn serialize<S: serde::Serializer>(&self, serializer: S) -> std::result::Result<S::Ok, S::Error> {
+        self.to_value().serialize(serializer)
+    }
+}
+
+impl<'de> Deserialize<'de> for Config {
+    fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> std::result::Result<Self, D::Error> {
+        Self::from_value(Value::deserialize(deserializer)?).map_err(serde::de::Error::custom)
+    }
+}

@@ -1,0 +1,411 @@
+//! What is built: the structs that modules are made from. `resolve.rs` makes them from options.
+
+use std::fmt;
+
+use super::options::{AttentionLayersConfig, LayerType};
+use crate::{Result, ops::Activation};
+
+/// A stack of sublayers, resolved from [`AttentionLayersConfig`].
+///
+/// Its `Display` is a table of the sublayers: kind, norms, and for attention the path that computes it.
+///
+/// ```
+/// use x_transformers::config::{AttentionLayersConfig, LayersPlan};
+/// # fn main() -> x_transformers::Result<()> {
+/// let plan = LayersPlan::new(&AttentionLayersConfig::decoder(64, 1))?;
+/// assert_eq!(
+///     plan.to_string(),
+///     "0  self-attention   norms: LayerNorm before  8 heads of 64, causal; fused\n\
+///      1  feedforward      norms: LayerNorm before  64 -> 256 -> 64, GELU\n"
+/// );
+/// # Ok(())
+/// # }
+/// ```
+#[derive(Clone, PartialEq, Debug)]
+pub struct LayersPlan {
+    /// Width of the model.
+    pub dim: usize,
+    /// Whether a context must be given.
+    pub cross_attend: bool,
+    /// Position schemes of self-attention.
+    pub positions: Positions,
+    /// The sublayers in their order.
+    pub layers: Vec<LayerPlan>,
+}
+
+/// How self-attention knows positions; absolute embeddings belong to the wrappers.
+#[derive(Clone, PartialEq, Debug, Default)]
+pub struct Positions {
+    /// Sinusoids on the inputs of queries and keys.
+    pub infused: bool,
+    /// Rotation of queries and keys.
+    pub rotary: Option<RotaryPlan>,
+    /// A bias on the scores.
+    pub bias: BiasPlan,
+}
+
+impl Positions {
+    /// Whether a wrapper leaves out its absolute positions. ALiBi does not turn them off.
+    pub fn replace_absolute(&self) -> bool {
+        self.infused || self.rotary.is_some() || matches!(self.bias, BiasPlan::T5(_))
+    }
+}
+
+/// Rotary position embedding.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct RotaryPlan {
+    /// The number in the exponents of the frequencies.
+    pub dim: usize,
+    /// Whether values are rotated too.
+    pub values: bool,
+}
+
+impl RotaryPlan {
+    /// Features of each head that are rotated: `dim`, rounded up to an even number.
+    pub fn features(&self) -> usize {
+        2 * self.dim.div_ceil(2)
+    }
+}
+
+/// A bias on the scores that depends on positions.
+#[derive(Clone, Copy, PartialEq, Debug, Default)]
+pub enum BiasPlan {
+    /// No bias.
+    #[default]
+    None,
+    /// T5's table of buckets.
+    T5(T5Plan),
+    /// Linear in the position of the key.
+    Alibi(AlibiPlan),
+}
+
+/// T5's relative position bias.
+#[derive(Clone, Copy, PartialEq, Debug)]
+pub struct T5Plan {
+    /// Heads.
+    pub heads: usize,
+    /// Factor on the table, `√dim_head`.
+    pub scale: f64,
+    /// Rows of the table.
+    pub buckets: usize,
+    /// Distance from which on all positions share a bucket.
+    pub max_distance: usize,
+    /// Whether keys after the query share bucket 0.
+    pub causal: bool,
+}
+
+/// ALiBi.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct AlibiPlan {
+    /// All heads.
+    pub heads: usize,
+    /// The first heads, which have a slope.
+    pub sloped: usize,
+    /// Whether slopes are parameters.
+    pub learned: bool,
+}
+
+impl AlibiPlan {
+    /// The slopes of the paper, as f32 like PyTorch's: `2^(−8k/H)` for a power of two, else those of the power of two
+    /// below, and every second one of the next.
+    pub fn slopes(&self) -> Vec<f32> {
+        let series = |heads: usize| (1..=heads).map(move |k| libm::exp2(-8.0 * k as f64 / heads as f64) as f32);
+        let below = (self.sloped + 1).next_power_of_two() / 2;
+        series(below).chain(series(2 * below).step_by(2)).take(self.sloped).collect()
+    }
+}
+
+/// One sublayer.
+#[derive(Clone, PartialEq, Debug)]
+pub struct LayerPlan {
+    /// What it computes.
+    pub branch: BranchPlan,
+    /// Norms before the branch, after it, and after the sum with the residual.
+    pub norms: [Option<Norm>; 3],
+    /// What lies around the branch.
+    pub wrap: WrapPlan,
+    /// How branch and residual become one.
+    pub residual: ResidualPlan,
+}
+
+/// What a sublayer computes.
+#[derive(Clone, PartialEq, Debug)]
+pub enum BranchPlan {
+    /// Attention of a sequence to itself.
+    SelfAttention(AttentionPlan),
+    /// Attention to the context.
+    CrossAttention(AttentionPlan),
+    /// Feedforward.
+    FeedForward(FeedForwardPlan),
+}
+
+impl BranchPlan {
+    /// `a`, `c` or `f`.
+    pub fn layer_type(&self) -> LayerType {
+        match self {
+            Self::SelfAttention(_) => LayerType::SelfAttention,
+            Self::CrossAttention(_) => LayerType::CrossAttention,
+            Self::FeedForward(_) => LayerType::FeedForward,
+        }
+    }
+
+    /// The attention, if it is one.
+    pub fn attention(&self) -> Option<&AttentionPlan> {
+        match self {
+            Self::SelfAttention(plan) | Self::CrossAttention(plan) => Some(plan),
+            Self::FeedForward(_) => None,
+        }
+    }
+}
+
+/// The kind of a norm.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Norm {
+    /// LayerNorm, affine.
+    Layer,
+    /// ScaleNorm.
+    Scale,
+    /// RMSNorm.
+    Rms,
+}
+
+/// What lies around a branch, outermost first.
+#[derive(Clone, PartialEq, Eq, Debug, Default)]
+pub struct WrapPlan {
+    /// Times a learned scalar.
+    pub rezero: bool,
+    /// Chunks of features move by these amounts along the sequence.
+    pub shifts: Option<Vec<isize>>,
+    /// Times one half: the feedforwards of a macaron.
+    pub half: bool,
+}
+
+/// How branch and residual become one.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct ResidualPlan {
+    /// By a GRU cell, otherwise by a sum.
+    pub gated: bool,
+    /// The residual is multiplied by a learned vector first.
+    pub scaled: bool,
+}
+
+/// Feedforward.
+#[derive(Clone, PartialEq, Debug)]
+pub struct FeedForwardPlan {
+    /// Width of the input.
+    pub dim: usize,
+    /// Width between the layers.
+    pub inner: usize,
+    /// Width of the output.
+    pub dim_out: usize,
+    /// The activation.
+    pub activation: Activation,
+    /// Whether it is a gate on the other half of the first projection.
+    pub glu: bool,
+    /// Whether a LayerNorm follows the activation.
+    pub post_act_ln: bool,
+    /// Dropout before the output layer.
+    pub dropout: f64,
+    /// Whether the output layer starts at 0.
+    pub zero_init: bool,
+}
+
+/// Attention.
+#[derive(Clone, PartialEq, Debug)]
+pub struct AttentionPlan {
+    /// Width of the model.
+    pub dim: usize,
+    /// Heads.
+    pub heads: usize,
+    /// Features of a head's values, and of its queries and keys unless heads share them.
+    pub dim_head: usize,
+    /// Width of the queries and keys that all heads share, for collaborative heads.
+    pub shared: Option<usize>,
+    /// Whether queries see only keys up to their own position.
+    pub causal: bool,
+    /// Keys further in the past than this are masked.
+    pub max_attend_past: Option<usize>,
+    /// What divides the logits.
+    pub temperature: Temperature,
+    /// Rotation.
+    pub rotary: Option<RotaryPlan>,
+    /// Learned keys and values in front of the others.
+    pub num_mem_kv: usize,
+    /// Whether scores are mixed across heads.
+    pub talking_heads: bool,
+    /// Only so many of the best keys of each query are attended to.
+    pub sparse_topk: Option<usize>,
+    /// Scores to weights.
+    pub normalize: Normalize,
+    /// Whether scores are handed on to the next attention of the same kind.
+    pub residual: bool,
+    /// Dropout of the weights.
+    pub dropout: f64,
+    /// Whether each head's output has a learned factor.
+    pub head_scale: bool,
+    /// Whether values are gated by the layer's input.
+    pub gate_values: bool,
+    /// Whether the output projection has a gate.
+    pub on_attn: bool,
+    /// Whether the output projection starts at 0.
+    pub zero_init: bool,
+}
+
+/// What multiplies the logits.
+#[derive(Clone, Copy, PartialEq, Debug)]
+pub enum Temperature {
+    /// A constant.
+    Fixed(f64),
+    /// Queries and keys are normalised; the temperature is learned per head, as a logarithm that starts here.
+    Learned(f64),
+}
+
+/// Scores to weights.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Normalize {
+    /// Softmax.
+    Softmax,
+    /// 1.5-entmax.
+    Entmax15,
+}
+
+/// Which code computes an attention layer.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum AttentionPath {
+    /// In blocks, without a tensor of all scores.
+    Fused,
+    /// From the matrix of scores, for this reason.
+    Explicit(&'static str),
+}
+
+impl fmt::Display for AttentionPath {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Fused => f.write_str("fused"),
+            Self::Explicit(why) => write!(f, "explicit: {why}"),
+        }
+    }
+}
+
+impl AttentionPlan {
+    /// Features of a head's queries and keys.
+    pub fn dim_qk(&self) -> usize {
+        self.shared.unwrap_or(self.dim_head)
+    }
+
+    /// The path that a call takes which asks for nothing special.
+    pub fn path(&self) -> AttentionPath {
+        self.needs_scores().map_or(AttentionPath::Fused, AttentionPath::Explicit)
+    }
+
+    /// `None`: the fused op computes exactly this. `Some(why)`: the matrix of scores is needed.
+    pub fn needs_scores(&self) -> Option<&'static str> {
+        if self.talking_heads {
+            return Some("talking heads mix scores across heads");
+        }
+        if self.sparse_topk.is_some() {
+            return Some("top-k needs whole rows of scores");
+        }
+        if self.normalize != Normalize::Softmax {
+            return Some("entmax needs whole rows of scores");
+        }
+        if self.residual {
+            return Some("residual attention hands scores to the next layer");
+        }
+        None
+    }
+}
+
+impl LayersPlan {
+    /// Resolves options.
+    ///
+    /// Errors: [`crate::Error::Option`] for the first one that is illegal, alone or with another.
+    pub fn new(config: &AttentionLayersConfig) -> Result<Self> {
+        super::resolve::layers(config)
+    }
+
+    /// How many self-attention sublayers there are: each has a memory.
+    pub fn self_attentions(&self) -> usize {
+        self.layers.iter().filter(|layer| layer.branch.layer_type() == LayerType::SelfAttention).count()
+    }
+}
+
+impl fmt::Display for LayersPlan {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let width = self.layers.len().saturating_sub(1).to_string().len();
+        self.layers.iter().enumerate().try_for_each(|(index, layer)| writeln!(f, "{index:width$}  {layer}"))
+    }
+}
+
+impl fmt::Display for LayerPlan {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let kind = match self.branch {
+            BranchPlan::SelfAttention(_) => "self-attention",
+            BranchPlan::CrossAttention(_) => "cross-attention",
+            BranchPlan::FeedForward(_) => "feedforward",
+        };
+        let places = ["before", "inside", "after"];
+        let norms: Vec<String> = self
+            .norms
+            .iter()
+            .zip(places)
+            .filter_map(|(norm, place)| Some(format!("{} {place}", norm.as_ref()?)))
+            .collect();
+        let norms = if norms.is_empty() { "none".to_string() } else { norms.join(", ") };
+        write!(f, "{kind:15}  norms: {norms}  ")?;
+        match &self.branch {
+            BranchPlan::SelfAttention(plan) | BranchPlan::CrossAttention(plan) => write!(f, "{plan}")?,
+            BranchPlan::FeedForward(plan) => write!(f, "{plan}")?,
+        }
+        let marks = [
+            (self.wrap.rezero, "re-zero"),
+            (self.wrap.shifts.is_some(), "shifted tokens"),
+            (self.wrap.half, "halved"),
+            (self.residual.gated, "gated residual"),
+            (self.residual.scaled, "scaled residual"),
+        ];
+        marks.iter().filter(|mark| mark.0).try_for_each(|mark| write!(f, ", {}", mark.1))
+    }
+}
+
+impl fmt::Display for Norm {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Layer => "LayerNorm",
+            Self::Scale => "ScaleNorm",
+            Self::Rms => "RMSNorm",
+        })
+    }
+}
+
+impl fmt::Display for AttentionPlan {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} heads of {}", self.heads, self.dim_head)?;
+        let marks = [
+            (self.causal, "causal"),
+            (self.shared.is_some(), "collaborative"),
+            (self.rotary.is_some(), "rotary"),
+            (self.num_mem_kv > 0, "memory key/values"),
+            (self.max_attend_past.is_some(), "limited past"),
+            (matches!(self.temperature, Temperature::Learned(_)), "learned temperature"),
+            (self.head_scale, "head scale"),
+            (self.gate_values, "gated values"),
+            (self.on_attn, "gated output"),
+        ];
+        marks.iter().filter(|mark| mark.0).try_for_each(|mark| write!(f, ", {}", mark.1))?;
+        write!(f, "; {}", self.path())
+    }
+}
+
+impl fmt::Display for FeedForwardPlan {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let activation = match self.activation {
+            Activation::ReluSquared => "squared ReLU",
+            Activation::Gelu => "GELU",
+            Activation::Sigmoid => "sigmoid",
+        };
+        write!(f, "{} -> {} -> {}, {activation}", self.dim, self.inner, self.dim_out)?;
+        let marks = [(self.glu, "gated"), (self.post_act_ln, "inner LayerNorm")];
+        marks.iter().filter(|mark| mark.0).try_for_each(|mark| write!(f, ", {}", mark.1))
+    }
+}

@@ -1,0 +1,353 @@
+//! Options to plans: the one place that knows which options go together.
+
+use super::{
+    options::{AttentionConfig, AttentionLayersConfig, FeedForwardConfig, LayerType, LayersKind, ShiftTokens},
+    order::layer_order,
+    plan::{
+        AlibiPlan, AttentionPlan, BiasPlan, BranchPlan, FeedForwardPlan, LayerPlan, LayersPlan, Norm, Normalize,
+        Positions, ResidualPlan, RotaryPlan, T5Plan, Temperature, WrapPlan,
+    },
+};
+use crate::{Error, Result, error::ensure, ops::Activation};
+
+/// The largest width of any layer: beyond it weights could not be addressed.
+const WIDEST: usize = 1 << 30;
+
+/// Resolves the options of attention layers.
+pub(super) fn layers(config: &AttentionLayersConfig) -> Result<LayersPlan> {
+    at_least_one("dim", config.dim)?;
+    at_least_one("heads", config.heads)?;
+    let causal = config.kind == LayersKind::Decoder;
+    let cross_attend = config.cross_attend || config.kind == LayersKind::CrossAttender;
+    without("only_cross", config.only_cross && !cross_attend, "cross_attend")?;
+    ensure!(
+        config.pre_norm || !config.sandwich_norm,
+        Error::option("sandwich_norm", "cannot be used with `pre_norm` = false, which puts norms after the sums")
+    );
+    let order = layer_order(config)?;
+    check_branches(config, &order, cross_attend)?;
+    let attention = attention(config)?;
+    let positions = positions(config, &order, causal, attention.dim_qk())?;
+    let feedforward = feedforward(config.dim, config.dim, &config.ff, config.zero_init_branch_output)?;
+    let shifts = shifts(config, order.len(), causal)?;
+    let norm = norm(config);
+    let last = order.len() - 1;
+    let layer = |(index, (&kind, shifts)): (usize, (&LayerType, Option<Vec<isize>>))| {
+        let branch = match kind {
+            LayerType::SelfAttention => BranchPlan::SelfAttention(AttentionPlan {
+                causal,
+                rotary: positions.rotary,
+                residual: config.residual_attn,
+                ..attention.clone()
+            }),
+            LayerType::CrossAttention => {
+                BranchPlan::CrossAttention(AttentionPlan { residual: config.cross_residual_attn, ..attention.clone() })
+            }
+            LayerType::FeedForward => BranchPlan::FeedForward(feedforward.clone()),
+        };
+        let is_feedforward = kind == LayerType::FeedForward;
+        let cosine = config.use_qk_norm_attn && !is_feedforward;
+        let norms = [
+            norm.filter(|_| config.pre_norm && !cosine),
+            norm.filter(|_| config.sandwich_norm || cosine),
+            norm.filter(|_| !config.pre_norm && index != last),
+        ];
+        let wrap = WrapPlan { rezero: config.use_rezero, shifts, half: config.macaron && is_feedforward };
+        let residual = ResidualPlan { gated: config.gate_residual, scaled: config.scale_residual };
+        LayerPlan { branch, norms, wrap, residual }
+    };
+    let layers = order.iter().zip(shifts).enumerate().map(layer).collect();
+    Ok(LayersPlan { dim: config.dim, cross_attend, positions, layers })
+}
+
+/// ReZero replaces all norms of branches; RMSNorm wins over ScaleNorm.
+fn norm(config: &AttentionLayersConfig) -> Option<Norm> {
+    match (config.use_rezero, config.use_rmsnorm, config.use_scalenorm) {
+        (true, ..) => None,
+        (false, true, _) => Some(Norm::Rms),
+        (false, false, true) => Some(Norm::Scale),
+        (false, false, false) => Some(Norm::Layer),
+    }
+}
+
+/// Options about a kind of sublayer need one of that kind.
+fn check_branches(config: &AttentionLayersConfig, order: &[LayerType], cross_attend: bool) -> Result<()> {
+    let cross = order.contains(&LayerType::CrossAttention);
+    ensure!(
+        cross_attend || !cross,
+        Error::option("custom_layers", "has a cross-attention `c`, which needs `cross_attend` = true")
+    );
+    ensure!(
+        !cross_attend || cross,
+        Error::option("cross_attend", "is true, but the order of layers has no cross-attention `c`")
+    );
+    ensure!(
+        cross || !config.cross_residual_attn,
+        Error::option("cross_residual_attn", "needs cross-attention: `cross_attend` = true")
+    );
+    let own = order.contains(&LayerType::SelfAttention);
+    let needs_own = [
+        ("residual_attn", config.residual_attn),
+        ("rotary_pos_emb", config.rotary_pos_emb),
+        ("position_infused_attn", config.position_infused_attn),
+        ("rel_pos_bias", config.rel_pos_bias),
+        ("alibi_pos_bias", config.alibi_pos_bias),
+    ];
+    needs_own.into_iter().try_for_each(|(key, on)| {
+        let legal = own || !on;
+        ensure!(legal, Error::option(key, "acts on self-attention, and the order of layers has none"));
+        Ok(())
+    })
+}
+
+fn positions(config: &AttentionLayersConfig, order: &[LayerType], causal: bool, dim_qk: usize) -> Result<Positions> {
+    debug_assert!(!order.is_empty());
+    let dim_head = config.attn.dim_head;
+    if config.position_infused_attn {
+        let even = config.dim.is_multiple_of(2);
+        ensure!(
+            even,
+            Error::option(
+                "position_infused_attn",
+                format!("needs an even `dim`: half sines, half cosines; it is {}", config.dim)
+            )
+        );
+    }
+    Ok(Positions {
+        infused: config.position_infused_attn,
+        rotary: rotary(config, dim_head, dim_qk)?,
+        bias: bias(config, causal)?,
+    })
+}
+
+fn rotary(config: &AttentionLayersConfig, dim_head: usize, dim_qk: usize) -> Result<Option<RotaryPlan>> {
+    if !config.rotary_pos_emb {
+        without("rotary_emb_dim", config.rotary_emb_dim.is_some(), "rotary_pos_emb")?;
+        without("rotary_qk_only", config.rotary_qk_only, "rotary_pos_emb")?;
+        return Ok(None);
+    }
+    let plan =
+        RotaryPlan { dim: config.rotary_emb_dim.unwrap_or(dim_head / 2).max(32), values: !config.rotary_qk_only };
+    ensure!(
+        plan.dim <= WIDEST && plan.features() <= dim_head,
+        Error::option(
+            "rotary_pos_emb",
+            format!("rotates at least 32 features, here {}; `attn_dim_head` is only {dim_head}", plan.dim)
+        )
+    );
+    ensure!(
+        plan.features() <= dim_qk,
+        Error::option(
+            "rotary_pos_emb",
+            format!("rotates {} features; the {dim_qk} that `attn_collab_heads` shares are fewer", plan.dim)
+        )
+    );
+    Ok(Some(plan))
+}
+
+fn bias(config: &AttentionLayersConfig, causal: bool) -> Result<BiasPlan> {
+    let defaults = AttentionLayersConfig::default();
+    if !config.alibi_pos_bias {
+        without("alibi_num_heads", config.alibi_num_heads.is_some(), "alibi_pos_bias")?;
+        without("alibi_learned", config.alibi_learned, "alibi_pos_bias")?;
+    }
+    if !config.rel_pos_bias {
+        let (buckets, distance) = (config.rel_pos_num_buckets, config.rel_pos_max_distance);
+        without("rel_pos_num_buckets", buckets != defaults.rel_pos_num_buckets, "rel_pos_bias")?;
+        without("rel_pos_max_distance", distance != defaults.rel_pos_max_distance, "rel_pos_bias")?;
+    }
+    match (config.alibi_pos_bias, config.rel_pos_bias) {
+        (false, false) => Ok(BiasPlan::None),
+        (true, true) => Err(Error::option("alibi_pos_bias", "cannot be used with `rel_pos_bias`: choose one of them")),
+        (false, true) => t5(config, causal).map(BiasPlan::T5),
+        (true, false) => {
+            ensure!(causal, Error::option("alibi_pos_bias", "needs a causal model: `kind` = Decoder"));
+            let sloped = config.alibi_num_heads.unwrap_or(config.heads);
+            ensure!(
+                (1..=config.heads).contains(&sloped),
+                Error::option("alibi_num_heads", format!("expected 1 to `heads` = {}, got {sloped}", config.heads))
+            );
+            Ok(BiasPlan::Alibi(AlibiPlan { heads: config.heads, sloped, learned: config.alibi_learned }))
+        }
+    }
+}
+
+fn t5(config: &AttentionLayersConfig, causal: bool) -> Result<T5Plan> {
+    let (buckets, distance) = (config.rel_pos_num_buckets, config.rel_pos_max_distance);
+    let least = if causal { 2 } else { 4 };
+    ensure!(
+        (least..=WIDEST).contains(&buckets),
+        Error::option("rel_pos_num_buckets", format!("expected at least {least}, got {buckets}"))
+    );
+    ensure!(
+        buckets <= distance,
+        Error::option(
+            "rel_pos_num_buckets",
+            format!("expected at most `rel_pos_max_distance` = {distance}, got {buckets}")
+        )
+    );
+    let scale = (config.attn.dim_head as f64).sqrt();
+    Ok(T5Plan { heads: config.heads, scale, buckets, max_distance: distance, causal })
+}
+
+/// Plans for token shift, one per sublayer.
+fn shifts(config: &AttentionLayersConfig, layers: usize, causal: bool) -> Result<Vec<Option<Vec<isize>>>> {
+    let amounts = match &config.shift_tokens {
+        ShiftTokens::All(amount) => vec![*amount; layers],
+        ShiftTokens::Each(amounts) => {
+            ensure!(
+                amounts.len() == layers,
+                Error::option(
+                    "shift_tokens",
+                    format!("expected one number per sublayer, {layers}, got {}", amounts.len())
+                )
+            );
+            amounts.clone()
+        }
+    };
+    let most = if causal { config.dim - 1 } else { (config.dim - 1) / 2 };
+    let plan = |amount: usize| {
+        ensure!(
+            amount <= most,
+            Error::option("shift_tokens", format!("each shift needs a feature: expected at most {most}, got {amount}"))
+        );
+        let amount = amount as isize;
+        Ok((amount > 0).then(|| (if causal { 0 } else { -amount }..=amount).collect()))
+    };
+    amounts.into_iter().map(plan).collect()
+}
+
+/// The plan of cross-attention; self-attention adds causality, positions and its own chain of scores.
+fn attention(config: &AttentionLayersConfig) -> Result<AttentionPlan> {
+    let attn = &config.attn;
+    at_least_one("attn_dim_head", attn.dim_head)?;
+    let width = attn.dim_head.checked_mul(config.heads).filter(|&width| width <= WIDEST);
+    let Some(width) = width else {
+        let why = format!("{} heads of {} features are more than {WIDEST} in all", config.heads, attn.dim_head);
+        return Err(Error::option("attn_dim_head", why));
+    };
+    probability("attn_dropout", attn.dropout)?;
+    ensure!(
+        attn.sparse_topk != Some(0),
+        Error::option("attn_sparse_topk", "expected at least 1, got 0: no key would be left")
+    );
+    ensure!(
+        attn.num_mem_kv <= WIDEST,
+        Error::option("attn_num_mem_kv", format!("expected at most {WIDEST}, got {}", attn.num_mem_kv))
+    );
+    Ok(AttentionPlan {
+        dim: config.dim,
+        heads: config.heads,
+        dim_head: attn.dim_head,
+        shared: shared_width(attn, width)?,
+        causal: false,
+        max_attend_past: attn.max_attend_past,
+        temperature: temperature(config)?,
+        rotary: None,
+        num_mem_kv: attn.num_mem_kv,
+        talking_heads: attn.talking_heads,
+        sparse_topk: attn.sparse_topk,
+        normalize: if attn.use_entmax15 { Normalize::Entmax15 } else { Normalize::Softmax },
+        residual: false,
+        dropout: attn.dropout,
+        head_scale: attn.head_scale,
+        gate_values: attn.gate_values,
+        on_attn: attn.on_attn,
+        zero_init: attn.zero_init_output || config.zero_init_branch_output,
+    })
+}
+
+/// `⌊compression · heads · dim_head⌋` for collaborative heads.
+fn shared_width(attn: &AttentionConfig, width: usize) -> Result<Option<usize>> {
+    let compression = attn.collab_compression;
+    if !attn.collab_heads {
+        let changed = compression != AttentionConfig::default().collab_compression;
+        without("attn_collab_compression", changed, "attn_collab_heads")?;
+        return Ok(None);
+    }
+    let shared = compression * width as f64;
+    // Written so that NaN is refused.
+    ensure!(
+        (1.0..=WIDEST as f64).contains(&shared),
+        Error::option(
+            "attn_collab_compression",
+            format!("expected a number that leaves at least one of {width} features, got {compression}")
+        )
+    );
+    Ok(Some(shared as usize))
+}
+
+fn temperature(config: &AttentionLayersConfig) -> Result<Temperature> {
+    let attn = &config.attn;
+    without(
+        "qk_norm_attn_seq_len",
+        config.qk_norm_attn_seq_len.is_some() && !config.use_qk_norm_attn,
+        "use_qk_norm_attn",
+    )?;
+    without("attn_scale_init_value", attn.scale_init_value.is_some() && !attn.qk_norm, "attn_qk_norm")?;
+    ensure!(
+        !(attn.scale_init_value.is_some() && config.use_qk_norm_attn),
+        Error::option("attn_scale_init_value", "cannot be used with `use_qk_norm_attn`: give `qk_norm_attn_seq_len`")
+    );
+    if let Some(length) = config.qk_norm_attn_seq_len {
+        ensure!(length >= 2, Error::option("qk_norm_attn_seq_len", format!("expected at least 2, got {length}")));
+        let length = length as f64;
+        return Ok(Temperature::Learned(-(length * length - length).log2().ln()));
+    }
+    if !(attn.qk_norm || config.use_qk_norm_attn) {
+        return Ok(Temperature::Fixed((attn.dim_head as f64).powf(-0.5)));
+    }
+    let start = attn.scale_init_value.unwrap_or(-3.0);
+    ensure!(
+        start.is_finite(),
+        Error::option("attn_scale_init_value", format!("expected a finite number, got {start}"))
+    );
+    Ok(Temperature::Learned(start))
+}
+
+/// The plan of a feedforward from `dim` to `dim_out` features.
+pub(super) fn feedforward(
+    dim: usize,
+    dim_out: usize,
+    config: &FeedForwardConfig,
+    zero_init: bool,
+) -> Result<FeedForwardPlan> {
+    let inner = dim as f64 * config.mult;
+    // Written so that NaN is refused.
+    ensure!(
+        (1.0..=WIDEST as f64).contains(&inner),
+        Error::option(
+            "ff_mult",
+            format!("expected a number that gives 1 to {WIDEST} inner features, got {}", config.mult)
+        )
+    );
+    probability("ff_dropout", config.dropout)?;
+    Ok(FeedForwardPlan {
+        dim,
+        inner: inner as usize,
+        dim_out,
+        activation: if config.relu_squared { Activation::ReluSquared } else { Activation::Gelu },
+        glu: config.glu,
+        post_act_ln: config.post_act_ln,
+        dropout: config.dropout,
+        zero_init: config.zero_init_output || zero_init,
+    })
+}
+
+/// Refuses 0, and what no weight could be as large as.
+pub(super) fn at_least_one(key: &str, value: usize) -> Result<()> {
+    ensure!((1..=WIDEST).contains(&value), Error::option(key, format!("expected 1 to {WIDEST}, got {value}")));
+    Ok(())
+}
+
+/// Refuses what is not in `0..=1`, NaN included.
+pub(super) fn probability(key: &str, value: f64) -> Result<()> {
+    ensure!((0.0..=1.0).contains(&value), Error::option(key, format!("expected 0 to 1, got {value}")));
+    Ok(())
+}
+
+/// Refuses an option that would do nothing because another one is off.
+fn without(key: &str, given: bool, needed: &str) -> Result<()> {
+    ensure!(!given, Error::option(key, format!("needs `{needed}` = true, which is off")));
+    Ok(())
+}

@@ -1,0 +1,240 @@
+//! Plans of the wrappers.
+
+use super::{
+    FeedForwardPlan, LayersKind, LayersPlan,
+    options::FeedForwardConfig,
+    resolve::{at_least_one, feedforward, probability},
+    wrappers::{
+        ContinuousTransformerWrapperConfig, TransformerWrapperConfig, ViTransformerWrapperConfig, XTransformerConfig,
+    },
+};
+use crate::{
+    Error, Result,
+    error::{At, ensure},
+};
+
+/// A [`TransformerWrapper`](crate::models::TransformerWrapper), resolved.
+#[derive(Clone, PartialEq, Debug)]
+pub struct TransformerPlan {
+    /// Size of the vocabulary.
+    pub num_tokens: usize,
+    /// The longest sequence.
+    pub max_seq_len: usize,
+    /// Width of the embeddings.
+    pub emb_dim: usize,
+    /// Whether there is a table of absolute positions.
+    pub absolute_positions: bool,
+    /// Dropout after the embeddings.
+    pub emb_dropout: f64,
+    /// Learned tokens in front of the sequence.
+    pub num_memory_tokens: usize,
+    /// Whether logits come from the embedding table.
+    pub tie_embedding: bool,
+    /// Memories kept per layer, 0 for all; `None`: it gives none.
+    pub max_mem_len: Option<usize>,
+    /// How far the incoming memories are rotated to the left.
+    pub shift_mem_down: usize,
+    /// The attention layers.
+    pub layers: LayersPlan,
+}
+
+impl TransformerWrapperConfig {
+    /// Resolves the options.
+    ///
+    /// Errors: [`Error::Option`] for the first one that is illegal, alone or with another.
+    pub fn plan(&self) -> Result<TransformerPlan> {
+        at_least_one("num_tokens", self.num_tokens)?;
+        at_least_one("max_seq_len", self.max_seq_len)?;
+        probability("emb_dropout", self.emb_dropout)?;
+        let layers = LayersPlan::new(&self.attn_layers).at("attn_layers")?;
+        let emb_dim = self.emb_dim.unwrap_or(layers.dim);
+        at_least_one("emb_dim", emb_dim)?;
+        ensure!(
+            !self.tie_embedding || emb_dim == layers.dim,
+            Error::option("tie_embedding", format!("needs `emb_dim` = `dim`; they are {emb_dim} and {}", layers.dim))
+        );
+        let memories = layers.self_attentions();
+        ensure!(
+            self.shift_mem_down <= memories,
+            Error::option(
+                "shift_mem_down",
+                format!(
+                    "expected at most the number of self-attention layers, {memories}, got {}",
+                    self.shift_mem_down
+                )
+            )
+        );
+        ensure!(
+            self.num_memory_tokens == 0 || at_least_one("num_memory_tokens", self.num_memory_tokens).is_ok(),
+            Error::option("num_memory_tokens", format!("{} are too many", self.num_memory_tokens))
+        );
+        Ok(TransformerPlan {
+            num_tokens: self.num_tokens,
+            max_seq_len: self.max_seq_len,
+            emb_dim,
+            absolute_positions: self.use_pos_emb && !layers.positions.replace_absolute(),
+            emb_dropout: self.emb_dropout,
+            num_memory_tokens: self.num_memory_tokens,
+            tie_embedding: self.tie_embedding,
+            max_mem_len: self.max_mem_len,
+            shift_mem_down: self.shift_mem_down,
+            layers,
+        })
+    }
+}
+
+/// A [`ContinuousTransformerWrapper`](crate::models::ContinuousTransformerWrapper), resolved.
+#[derive(Clone, PartialEq, Debug)]
+pub struct ContinuousPlan {
+    /// The longest sequence.
+    pub max_seq_len: usize,
+    /// Features of the input, if they are projected.
+    pub dim_in: Option<usize>,
+    /// Features of the output, if it is projected.
+    pub dim_out: Option<usize>,
+    /// Whether there is a table of absolute positions.
+    pub absolute_positions: bool,
+    /// Dropout after the positions.
+    pub emb_dropout: f64,
+    /// The attention layers.
+    pub layers: LayersPlan,
+}
+
+impl ContinuousTransformerWrapperConfig {
+    /// Resolves the options.
+    ///
+    /// Errors: [`Error::Option`] for the first one that is illegal, alone or with another.
+    pub fn plan(&self) -> Result<ContinuousPlan> {
+        at_least_one("max_seq_len", self.max_seq_len)?;
+        at_least_one("dim_in", self.dim_in.unwrap_or(1))?;
+        at_least_one("dim_out", self.dim_out.unwrap_or(1))?;
+        probability("emb_dropout", self.emb_dropout)?;
+        let layers = LayersPlan::new(&self.attn_layers).at("attn_layers")?;
+        Ok(ContinuousPlan {
+            max_seq_len: self.max_seq_len,
+            dim_in: self.dim_in,
+            dim_out: self.dim_out,
+            absolute_positions: self.use_pos_emb && !layers.positions.replace_absolute(),
+            emb_dropout: self.emb_dropout,
+            layers,
+        })
+    }
+}
+
+/// A [`ViTransformerWrapper`](crate::models::ViTransformerWrapper), resolved.
+#[derive(Clone, PartialEq, Debug)]
+pub struct ViTransformerPlan {
+    /// Side of a patch, in pixels.
+    pub patch_size: usize,
+    /// Patches of the largest image.
+    pub patches: usize,
+    /// The head on the class token.
+    pub head: Option<FeedForwardPlan>,
+    /// Dropout after the positions.
+    pub emb_dropout: f64,
+    /// The attention layers.
+    pub layers: LayersPlan,
+}
+
+impl ViTransformerWrapperConfig {
+    /// Resolves the options.
+    ///
+    /// Errors: [`Error::Option`] for the first one that is illegal, alone or with another.
+    pub fn plan(&self) -> Result<ViTransformerPlan> {
+        /// Three channels of a patch this large are still addressable.
+        const LARGEST: usize = 1 << 14;
+        ensure!(
+            (1..=LARGEST).contains(&self.image_size),
+            Error::option("image_size", format!("expected 1 to {LARGEST} pixels, got {}", self.image_size))
+        );
+        ensure!(
+            self.patch_size > 0 && self.image_size.is_multiple_of(self.patch_size),
+            Error::option(
+                "patch_size",
+                format!("expected a divisor of `image_size` = {}, got {}", self.image_size, self.patch_size)
+            )
+        );
+        ensure!(
+            self.attn_layers.kind == LayersKind::Encoder,
+            Error::option("kind", format!("expected Encoder, got {:?}", self.attn_layers.kind)).at("attn_layers")
+        );
+        probability("dropout", self.dropout)?;
+        probability("emb_dropout", self.emb_dropout)?;
+        let layers = LayersPlan::new(&self.attn_layers).at("attn_layers")?;
+        ensure!(
+            !layers.cross_attend,
+            Error::option("cross_attend", "an image transformer has no context to attend to").at("attn_layers")
+        );
+        let head = |classes: usize| {
+            at_least_one("num_classes", classes)?;
+            let options = FeedForwardConfig { dropout: self.dropout, ..FeedForwardConfig::default() };
+            feedforward(layers.dim, classes, &options, false)
+        };
+        let head = self.num_classes.map(head).transpose()?;
+        ensure!(
+            head.is_some() || self.dropout == 0.0,
+            Error::option("dropout", "acts in the head, which needs `num_classes`")
+        );
+        let side = self.image_size / self.patch_size;
+        let emb_dropout = self.emb_dropout;
+        Ok(ViTransformerPlan { patch_size: self.patch_size, patches: side * side, head, emb_dropout, layers })
+    }
+}
+
+/// An [`XTransformer`](crate::models::XTransformer), resolved.
+#[derive(Clone, PartialEq, Debug)]
+pub struct XTransformerPlan {
+    /// The encoder.
+    pub enc: TransformerPlan,
+    /// The decoder.
+    pub dec: TransformerPlan,
+    /// Whether they share the table of token embeddings.
+    pub tie_token_emb: bool,
+}
+
+impl XTransformerConfig {
+    /// Resolves the options.
+    ///
+    /// Errors: [`Error::Option`] for the first one that is illegal, alone or with another.
+    pub fn plan(&self) -> Result<XTransformerPlan> {
+        for (side, config) in [("enc", &self.enc), ("dec", &self.dec)] {
+            let taken = TransformerWrapperConfig {
+                num_tokens: config.num_tokens,
+                max_seq_len: config.max_seq_len,
+                emb_dropout: config.emb_dropout,
+                num_memory_tokens: if side == "enc" { config.num_memory_tokens } else { 0 },
+                attn_layers: config.attn_layers.clone(),
+                ..Default::default()
+            };
+            let why = "XTransformer takes only num_tokens, max_seq_len, emb_dropout and enc_num_memory_tokens of the \
+                       options of a wrapper";
+            ensure!(*config == taken, Error::option(side, why));
+        }
+        let (enc, dec) = (&self.enc.attn_layers, &self.dec.attn_layers);
+        ensure!(
+            enc.kind == LayersKind::Encoder && !enc.cross_attend,
+            Error::option("enc", format!("expected an Encoder without `cross_attend`, got {:?}", enc.kind))
+        );
+        ensure!(
+            dec.kind == LayersKind::Decoder && dec.cross_attend,
+            Error::option("dec", format!("expected a Decoder with `cross_attend` = true, got {:?}", dec.kind))
+        );
+        ensure!(
+            enc.dim == dec.dim,
+            Error::option("dim", format!("encoder and decoder have one width; they are {} and {}", enc.dim, dec.dim))
+        );
+        let (encoder, decoder) = (self.enc.num_tokens, self.dec.num_tokens);
+        ensure!(
+            !self.tie_token_emb || encoder == decoder,
+            Error::option(
+                "tie_token_emb",
+                format!("needs `enc_num_tokens` = `dec_num_tokens`; they are {encoder} and {decoder}")
+            )
+        );
+        Ok(XTransformerPlan {
+            enc: self.enc.plan().at("encoder")?,
+            dec: self.dec.plan().at("decoder.net")?,
+            tie_token_emb: self.tie_token_emb,
+        })
+    }
+}

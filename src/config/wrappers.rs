@@ -1,0 +1,215 @@
+//! The keyword arguments of the wrappers around attention layers, with the names and defaults of x-transformers 0.22.0.
+
+use serde::{Deserialize, Serialize};
+
+use super::{AttentionLayersConfig, kwargs::Keywords};
+
+/// Keyword arguments of [`TransformerWrapper`](crate::models::TransformerWrapper).
+///
+/// ```
+/// use x_transformers::config::{AttentionLayersConfig, TransformerWrapperConfig};
+/// let config = TransformerWrapperConfig {
+///     num_tokens: 256,
+///     max_seq_len: 1024,
+///     attn_layers: AttentionLayersConfig::decoder(512, 6),
+///     ..Default::default()
+/// };
+/// assert!(config.plan().is_ok());
+/// ```
+#[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct TransformerWrapperConfig {
+    /// Size of the vocabulary. Required.
+    pub num_tokens: usize,
+    /// The longest sequence. Required.
+    pub max_seq_len: usize,
+    /// The attention layers. Required.
+    pub attn_layers: AttentionLayersConfig,
+    /// Width of the embeddings. Default that of the model; otherwise a linear layer follows them.
+    pub emb_dim: Option<usize>,
+    /// Memories kept per layer for recurrence; 0 keeps all. <https://arxiv.org/abs/1901.02860>
+    pub max_mem_len: Option<usize>,
+    /// A layer reads the memory of the layer so many above it. <https://arxiv.org/abs/2012.15688>
+    pub shift_mem_down: usize,
+    /// Dropout after the embeddings.
+    pub emb_dropout: f64,
+    /// Learned tokens in front of the sequence. <https://arxiv.org/abs/2006.11527>
+    pub num_memory_tokens: usize,
+    /// Logits from the transposed embedding table.
+    pub tie_embedding: bool,
+    /// Learned absolute positions, unless the layers have a scheme of their own. Default true.
+    pub use_pos_emb: bool,
+}
+
+impl Default for TransformerWrapperConfig {
+    fn default() -> Self {
+        Self {
+            num_tokens: 0,
+            max_seq_len: 0,
+            attn_layers: AttentionLayersConfig::default(),
+            emb_dim: None,
+            max_mem_len: None,
+            shift_mem_down: 0,
+            emb_dropout: 0.0,
+            num_memory_tokens: 0,
+            tie_embedding: false,
+            use_pos_emb: true,
+        }
+    }
+}
+
+impl Keywords for TransformerWrapperConfig {
+    const REQUIRED: &'static [&'static str] = &["num_tokens", "max_seq_len"];
+}
+
+/// Keyword arguments of [`ContinuousTransformerWrapper`](crate::models::ContinuousTransformerWrapper).
+#[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct ContinuousTransformerWrapperConfig {
+    /// The longest sequence. Required.
+    pub max_seq_len: usize,
+    /// The attention layers. Required.
+    pub attn_layers: AttentionLayersConfig,
+    /// Features of the input. Default those of the model, without a projection.
+    pub dim_in: Option<usize>,
+    /// Features of the output. Default those of the model, without a projection.
+    pub dim_out: Option<usize>,
+    /// Dropout after the positions.
+    pub emb_dropout: f64,
+    /// Learned absolute positions, unless the layers have a scheme of their own. Default true.
+    pub use_pos_emb: bool,
+}
+
+impl Default for ContinuousTransformerWrapperConfig {
+    fn default() -> Self {
+        Self {
+            max_seq_len: 0,
+            attn_layers: AttentionLayersConfig::default(),
+            dim_in: None,
+            dim_out: None,
+            emb_dropout: 0.0,
+            use_pos_emb: true,
+        }
+    }
+}
+
+impl Keywords for ContinuousTransformerWrapperConfig {
+    const REQUIRED: &'static [&'static str] = &["max_seq_len"];
+}
+
+/// Keyword arguments of [`ViTransformerWrapper`](crate::models::ViTransformerWrapper).
+#[derive(Clone, PartialEq, Debug, Default, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct ViTransformerWrapperConfig {
+    /// Side of the largest image, in pixels. Required.
+    pub image_size: usize,
+    /// Side of a patch, in pixels. Required.
+    pub patch_size: usize,
+    /// The attention layers, an encoder. Required.
+    pub attn_layers: AttentionLayersConfig,
+    /// Classes of the head. Default none: the embeddings come back.
+    pub num_classes: Option<usize>,
+    /// Dropout inside the head.
+    pub dropout: f64,
+    /// Dropout after the positions.
+    pub emb_dropout: f64,
+}
+
+impl Keywords for ViTransformerWrapperConfig {
+    const REQUIRED: &'static [&'static str] = &["image_size", "patch_size"];
+}
+
+/// Keyword arguments of [`XTransformer`](crate::models::XTransformer), an encoder and a decoder.
+///
+/// Of the options of the two wrappers it has `num_tokens`, `max_seq_len`, `emb_dropout` and, in the encoder,
+/// `num_memory_tokens`. In JSON the keys are flat and begin with `enc_` and `dec_`.
+#[derive(Clone, PartialEq, Debug)]
+pub struct XTransformerConfig {
+    /// The encoder.
+    pub enc: TransformerWrapperConfig,
+    /// The decoder; `cross_attend` is implied.
+    pub dec: TransformerWrapperConfig,
+    /// One table of token embeddings for both.
+    pub tie_token_emb: bool,
+}
+
+/// Keyword arguments of [`AutoregressiveWrapper`](crate::models::AutoregressiveWrapper).
+#[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct AutoregressiveConfig {
+    /// The wrapped model. Required.
+    pub net: TransformerWrapperConfig,
+    /// Targets that do not count in the loss. Default -100.
+    pub ignore_index: i64,
+    /// What follows the end token of a generated row. Default 0.
+    pub pad_value: i64,
+}
+
+impl Default for AutoregressiveConfig {
+    fn default() -> Self {
+        Self { net: TransformerWrapperConfig::default(), ignore_index: -100, pad_value: 0 }
+    }
+}
+
+impl Keywords for AutoregressiveConfig {
+    const REQUIRED: &'static [&'static str] = &[];
+}
+
+/// What is left of the next-token distribution before a token is drawn.
+///
+/// The first four have the names and the meaning of x-transformers 0.22.0. Prefer [`FilterLogits::Nucleus`] to
+/// `TopP` and [`FilterLogits::MinP`] to `TopA`: they do what the names of the papers say.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum FilterLogits {
+    /// The `k` best tokens, or `⌈(1 − filter_thres) · tokens⌉` of them.
+    #[default]
+    TopK,
+    /// The smallest set of best tokens with more than the mass `1 − filter_thres`.
+    TopP,
+    /// Tokens with at least `max p ^ min_p_pow · min_p_ratio`, all equally likely; the maximum is over the batch.
+    TopA,
+    /// 1.3-entmax in place of softmax. <https://arxiv.org/abs/1905.05702>
+    Entmax,
+    /// The smallest set of best tokens with at least the mass `filter_thres`. <https://arxiv.org/abs/1904.09751>
+    Nucleus,
+    /// Tokens with at least `min_p_ratio` times the probability of the row's best. <https://arxiv.org/abs/2407.01082>
+    MinP,
+    /// All tokens.
+    None,
+}
+
+/// Keyword arguments of sampling: those of `generate` in x-transformers 0.22.0, and `k`.
+#[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct SamplingConfig {
+    /// The filter.
+    pub filter_logits_fn: FilterLogits,
+    /// Threshold of `top_k`, `top_p` and `nucleus`. Default 0.9.
+    pub filter_thres: f64,
+    /// For `top_k`: the number of tokens itself.
+    pub k: Option<usize>,
+    /// For `top_a`: the power of the largest probability. Default 2.
+    pub min_p_pow: f64,
+    /// For `top_a` and `min_p`: the factor on it. Default 0.02.
+    pub min_p_ratio: f64,
+    /// Divides the logits; 0 takes the best token. Default 1.
+    pub temperature: f64,
+}
+
+impl Default for SamplingConfig {
+    fn default() -> Self {
+        Self {
+            filter_logits_fn: FilterLogits::TopK,
+            filter_thres: 0.9,
+            k: None,
+            min_p_pow: 2.0,
+            min_p_ratio: 0.02,
+            temperature: 1.0,
+        }
+    }
+}
+
+impl Keywords for SamplingConfig {
+    const REQUIRED: &'static [&'static str] = &[];
+}

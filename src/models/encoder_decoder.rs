@@ -1,0 +1,99 @@
+//! A sequence in, another one out.
+
+use super::{AutoregressiveWrapper, GenerateOptions, TransformerWrapper};
+use crate::{
+    Error, Result, Store, Tensor,
+    config::XTransformerConfig,
+    error::{At, ensure},
+    nn::ForwardOptions,
+};
+
+/// An encoder, and a decoder that attends to its output (Vaswani et al., <https://arxiv.org/abs/1706.03762>).
+#[derive(Clone, Debug)]
+pub struct XTransformer {
+    /// The encoder.
+    pub encoder: TransformerWrapper,
+    /// The decoder with its loss and its sampling.
+    pub decoder: AutoregressiveWrapper,
+}
+
+/// What [`XTransformer::loss`] is given besides source and target. The default is none of it.
+#[derive(Clone, Debug, Default)]
+pub struct EncoderDecoderOptions {
+    /// Which source tokens are no padding: `[b, n]` Bool.
+    pub src_mask: Option<Tensor>,
+    /// Which target tokens are no padding: `[b, m]` Bool.
+    pub tgt_mask: Option<Tensor>,
+    /// Which pairs may meet in the encoder, as [`ForwardOptions::attn_mask`].
+    pub src_attn_mask: Option<Tensor>,
+    /// As [`ForwardOptions::checkpoint_layers`], on both sides.
+    pub checkpoint_layers: bool,
+    /// As [`ForwardOptions::explicit_attention`], on both sides.
+    pub explicit_attention: bool,
+}
+
+impl XTransformer {
+    /// A model from its keywords; names begin with `encoder.` and `decoder.net.`.
+    ///
+    /// Errors: [`Error::Option`] for what is illegal alone or together.
+    pub fn new(config: &XTransformerConfig, store: &Store) -> Result<Self> {
+        let plan = config.plan()?;
+        let encoder = TransformerWrapper::from_plan(&plan.enc, &store.at("encoder"), None)?;
+        let tied = plan.tie_token_emb.then(|| encoder.token_emb());
+        let decoder = TransformerWrapper::from_plan(&plan.dec, &store.at("decoder").at("net"), tied)?;
+        Ok(Self { decoder: AutoregressiveWrapper::around(decoder), encoder })
+    }
+
+    /// The decoder's loss on `tgt [b, m]` given `src [b, n]`: a scalar.
+    ///
+    /// Errors: tokens or masks that do not fit.
+    pub fn loss(&self, src: &Tensor, tgt: &Tensor, options: &EncoderDecoderOptions) -> Result<Tensor> {
+        let decoder = ForwardOptions { mask: options.tgt_mask.clone(), ..self.encode(src, options)? };
+        self.decoder.loss(tgt, &decoder).at("decoder")
+    }
+
+    /// Continues `seq_out_start`, `[b, t]` or `[t]`, given `seq_in [b, n]`, as [`AutoregressiveWrapper::generate`].
+    ///
+    /// The source is encoded once. Of `options.forward` only the mask of the prompt is used.
+    ///
+    /// Errors: as [`AutoregressiveWrapper::generate`], or a context, which is the encoder's to give.
+    pub fn generate(
+        &self,
+        seq_in: &Tensor,
+        seq_out_start: &Tensor,
+        seq_len: usize,
+        source: &EncoderDecoderOptions,
+        options: &GenerateOptions,
+        on_token: &mut dyn FnMut(&[i64]) -> bool,
+    ) -> Result<Tensor> {
+        ensure!(
+            options.forward.context.is_none() && options.forward.context_mask.is_none(),
+            Error::argument("context", "comes from the encoder; it cannot be given")
+        );
+        let encoded = self.encode(seq_in, source)?;
+        let forward =
+            ForwardOptions { context: encoded.context, context_mask: encoded.context_mask, ..options.forward.clone() };
+        let options = GenerateOptions { forward, ..options.clone() };
+        self.decoder.generate(seq_out_start, seq_len, &options, on_token).at("decoder")
+    }
+
+    /// What the decoder is given of the source.
+    fn encode(&self, src: &Tensor, options: &EncoderDecoderOptions) -> Result<ForwardOptions> {
+        let encoder = ForwardOptions {
+            mask: options.src_mask.clone(),
+            attn_mask: options.src_attn_mask.clone(),
+            return_embeddings: true,
+            checkpoint_layers: options.checkpoint_layers,
+            explicit_attention: options.explicit_attention,
+            ..ForwardOptions::default()
+        };
+        let context = self.encoder.forward(src, &encoder).at("encoder")?.out;
+        Ok(ForwardOptions {
+            context: Some(context),
+            context_mask: options.src_mask.clone(),
+            checkpoint_layers: options.checkpoint_layers,
+            explicit_attention: options.explicit_attention,
+            ..ForwardOptions::default()
+        })
+    }
+}

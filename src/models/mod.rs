@@ -1,0 +1,20 @@
+//! The models: what x-transformers calls wrappers.
+
+#![forbid(unsafe_code)]
+
+mod autoregressive;
+mod continuous;
+mod encoder_decoder;
+mod run;
+mod sampling;
+mod transformer;
+mod vision;
+
+pub use crate::nn::ForwardOptions;
+pub use autoregressive::{AutoregressiveWrapper, GenerateOptions};
+pub use continuous::ContinuousTransformerWrapper;
+pub use encoder_decoder::{EncoderDecoderOptions, XTransformer};
+pub use run::{Model, RunOptions};
+pub use sampling::{filter_probabilities, sample};
+pub use transformer::{Output, TransformerWrapper};
+pub use vision::ViTransformerWrapper;

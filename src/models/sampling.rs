@@ -1,0 +1,189 @@
+//! From logits to the next token.
+
+use crate::{
+    Error, Result,
+    config::{FilterLogits, SamplingConfig},
+    error::ensure,
+};
+
+/// Refuses settings that have no meaning.
+pub(super) fn check(config: &SamplingConfig) -> Result<()> {
+    let SamplingConfig { filter_thres, k, min_p_pow, min_p_ratio, temperature, .. } = *config;
+    ensure!(
+        temperature.is_finite() && temperature >= 0.0,
+        Error::option("temperature", format!("expected a finite number of at least 0, got {temperature}"))
+    );
+    ensure!(
+        (0.0..=1.0).contains(&filter_thres),
+        Error::option("filter_thres", format!("expected 0 to 1, got {filter_thres}"))
+    );
+    ensure!(k != Some(0), Error::option("k", "expected at least 1, got 0"));
+    ensure!(
+        k.is_none() || config.filter_logits_fn == FilterLogits::TopK,
+        Error::option("k", format!("acts with `filter_logits_fn` = top_k, not with {:?}", config.filter_logits_fn))
+    );
+    ensure!(
+        (0.0..=1.0).contains(&min_p_ratio),
+        Error::option("min_p_ratio", format!("expected 0 to 1, got {min_p_ratio}"))
+    );
+    ensure!(
+        min_p_pow.is_finite() && min_p_pow >= 0.0,
+        Error::option("min_p_pow", format!("expected a finite number of at least 0, got {min_p_pow}"))
+    );
+    Ok(())
+}
+
+/// The distribution of the next token for each row of logits, after filter and temperature.
+///
+/// The filter sees raw logits and the temperature divides after it, except for entmax, where it divides before. A
+/// temperature of 0 leaves the best token alone.
+///
+/// Errors: settings out of their domain, rows without entries, or logits that are NaN or all −∞.
+pub fn filter_probabilities(logits: &[Vec<f64>], config: &SamplingConfig) -> Result<Vec<Vec<f64>>> {
+    check(config)?;
+    for row in logits {
+        let best = row.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+        ensure!(
+            best.is_finite() && !row.iter().any(|x| x.is_nan()),
+            Error::argument("sampling", "expected finite logits, got NaN or infinity: the model's weights are broken")
+        );
+    }
+    if config.temperature == 0.0 {
+        return Ok(logits.iter().map(|row| one_hot(row)).collect());
+    }
+    let scaled = |row: &[f64]| row.iter().map(|x| x / config.temperature).collect::<Vec<_>>();
+    let thres = config.filter_thres;
+    Ok(match config.filter_logits_fn {
+        FilterLogits::None => logits.iter().map(|row| softmax(&scaled(row))).collect(),
+        FilterLogits::Entmax => logits.iter().map(|row| entmax(&scaled(row), 1.3)).collect(),
+        FilterLogits::TopK => {
+            let keep = |row: &[f64]| config.k.unwrap_or(((1.0 - thres) * row.len() as f64).ceil() as usize);
+            logits.iter().map(|row| softmax(&scaled(&only_best(row, keep(row))))).collect()
+        }
+        FilterLogits::TopP => {
+            logits.iter().map(|row| softmax(&scaled(&only_mass(row, |before| before > 1.0 - thres)))).collect()
+        }
+        FilterLogits::Nucleus => {
+            logits.iter().map(|row| softmax(&scaled(&only_mass(row, |before| before >= thres)))).collect()
+        }
+        FilterLogits::TopA => {
+            let probabilities: Vec<Vec<f64>> = logits.iter().map(|row| softmax(row)).collect();
+            let best = probabilities.iter().flatten().copied().fold(0.0, f64::max);
+            let limit = best.powf(config.min_p_pow) * config.min_p_ratio;
+            probabilities.iter().map(|row| uniform_above(row, limit)).collect()
+        }
+        FilterLogits::MinP => {
+            let filter = |row: &Vec<f64>| {
+                let probabilities = softmax(row);
+                let limit = probabilities.iter().copied().fold(0.0, f64::max) * config.min_p_ratio;
+                let kept = row.iter().zip(probabilities).map(|(&x, p)| if p < limit { f64::NEG_INFINITY } else { x });
+                softmax(&scaled(&kept.collect::<Vec<_>>()))
+            };
+            logits.iter().map(filter).collect()
+        }
+    })
+}
+
+/// Draws one token per row; `draws` are uniform in `[0, 1)`.
+///
+/// Errors: as [`filter_probabilities`], or another number of draws than rows.
+pub fn sample(logits: &[Vec<f64>], config: &SamplingConfig, draws: &[f64]) -> Result<Vec<i64>> {
+    ensure!(
+        logits.len() == draws.len(),
+        Error::argument("sample", format!("expected one draw per row, got {} for {}", draws.len(), logits.len()))
+    );
+    let probabilities = filter_probabilities(logits, config)?;
+    Ok(probabilities.iter().zip(draws).map(|(row, &draw)| pick(row, draw)).collect())
+}
+
+/// The token in whose share of `0..1` the draw falls.
+fn pick(probabilities: &[f64], draw: f64) -> i64 {
+    let target = draw * probabilities.iter().sum::<f64>();
+    let mut sum = 0.0;
+    let mut last = 0;
+    for (token, &p) in probabilities.iter().enumerate() {
+        if p > 0.0 {
+            sum += p;
+            last = token;
+            if sum > target {
+                break;
+            }
+        }
+    }
+    last as i64
+}
+
+fn one_hot(row: &[f64]) -> Vec<f64> {
+    let best = best_first(row).first().copied();
+    (0..row.len()).map(|token| if Some(token) == best { 1.0 } else { 0.0 }).collect()
+}
+
+/// Equal shares for all with at least this probability; where another row of the batch has set the limit out of
+/// reach, the best token.
+fn uniform_above(probabilities: &[f64], limit: f64) -> Vec<f64> {
+    let kept = probabilities.iter().filter(|&&p| p >= limit).count();
+    if kept == 0 {
+        return one_hot(probabilities);
+    }
+    probabilities.iter().map(|&p| if p >= limit { 1.0 / kept as f64 } else { 0.0 }).collect()
+}
+
+/// Tokens by falling logit, the earlier of equal ones first.
+fn best_first(row: &[f64]) -> Vec<usize> {
+    let mut order: Vec<usize> = (0..row.len()).collect();
+    order.sort_by(|&a, &b| row[b].total_cmp(&row[a]));
+    order
+}
+
+/// The logits of these tokens, −∞ for the others.
+fn only(row: &[f64], tokens: impl Iterator<Item = usize>) -> Vec<f64> {
+    let mut kept = vec![f64::NEG_INFINITY; row.len()];
+    tokens.for_each(|token| kept[token] = row[token]);
+    kept
+}
+
+/// Exactly `k` of the best tokens, at least one.
+fn only_best(row: &[f64], k: usize) -> Vec<f64> {
+    only(row, best_first(row).into_iter().take(k.max(1)))
+}
+
+/// The best tokens, until the mass before the next one is enough; at least one.
+fn only_mass(row: &[f64], enough: impl Fn(f64) -> bool) -> Vec<f64> {
+    let probabilities = softmax(row);
+    let mut before = 0.0;
+    let order = best_first(row).into_iter().enumerate();
+    let kept = order.take_while(|&(rank, token)| {
+        let stays = rank == 0 || !enough(before);
+        before += probabilities[token];
+        stays
+    });
+    only(row, kept.map(|(_, token)| token))
+}
+
+fn softmax(row: &[f64]) -> Vec<f64> {
+    let max = row.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+    let powers: Vec<f64> = row.iter().map(|x| (x - max).exp()).collect();
+    let sum: f64 = powers.iter().sum();
+    powers.into_iter().map(|power| power / sum).collect()
+}
+
+/// α-entmax by bisection, 50 steps, normalised at the end (Peters et al., <https://arxiv.org/abs/1905.05702>).
+fn entmax(row: &[f64], alpha: f64) -> Vec<f64> {
+    let row: Vec<f64> = row.iter().map(|x| x * (alpha - 1.0)).collect();
+    let max = row.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+    let weights = |threshold: f64| row.iter().map(move |x| (x - threshold).max(0.0).powf(1.0 / (alpha - 1.0)));
+    let mut low = max - 1.0;
+    let high = max - (1.0 / row.len() as f64).powf(alpha - 1.0);
+    let excess_at_low = weights(low).sum::<f64>() - 1.0;
+    let mut width = high - low;
+    let mut middle = low;
+    for _ in 0..50 {
+        width /= 2.0;
+        middle = low + width;
+        if (weights(middle).sum::<f64>() - 1.0) * excess_at_low >= 0.0 {
+            low = middle;
+        }
+    }
+    let sum: f64 = weights(middle).sum();
+    weights(middle).map(|weight| weight / sum).collect()
+}

@@ -1,0 +1,365 @@
+//! Multi-head attention with everything that x-transformers puts into it.
+
+use std::sync::Arc;
+
+use super::{Linear, ScoreBias, positions::inverse_frequencies};
+use crate::{
+    DType, Error, Init, Param, Result, Store, Tensor,
+    config::{AttentionPlan, Normalize, Temperature},
+    error::{At, ensure},
+    ops::{Activation, AttentionSpec, PositionBias, attention},
+};
+
+/// Scaled dot-product attention of several heads (Vaswani et al., <https://arxiv.org/abs/1706.03762>).
+///
+/// The scores are computed in blocks by one fused op, unless something needs the whole matrix of them:
+/// [`AttentionPlan::needs_scores`] says what. Both ways have one meaning.
+#[derive(Clone, Debug)]
+pub struct Attention {
+    plan: Arc<AttentionPlan>,
+    to_q: Linear,
+    to_k: Linear,
+    to_v: Linear,
+    to_out: Linear,
+    to_v_gate: Option<Linear>,
+    collab_mixing: Option<Param>,
+    temperature: Option<LearnedTemperature>,
+    memory: Option<[Param; 2]>,
+    talking: Option<[Param; 2]>,
+    head_scale: Option<Param>,
+    positions: AttentionPositions,
+}
+
+/// Frequencies that the layers share.
+#[derive(Clone, Debug, Default)]
+pub(super) struct AttentionPositions {
+    /// Of the rotation, `[features / 2]`.
+    pub rotary: Option<Tensor>,
+    /// Of the sinusoids on queries and keys, `[dim / 2]`.
+    pub infused: Option<Tensor>,
+}
+
+impl AttentionPositions {
+    /// Frequencies under the names of the layers that own them.
+    pub fn new(plan: &crate::config::LayersPlan, store: &Store) -> Result<Self> {
+        let rotary = plan.positions.rotary.map(|rotary| inverse_frequencies(rotary.dim, &store.at("rotary_pos_emb")));
+        let infused = plan.positions.infused.then(|| inverse_frequencies(plan.dim, &store.at("pia_pos_emb")));
+        Ok(Self { rotary: rotary.transpose()?, infused: infused.transpose()? })
+    }
+}
+
+/// Cosine attention: queries and keys of length 1, logits divided by `max(exp(scale), 1e-2)`.
+#[derive(Clone, Debug)]
+struct LearnedTemperature {
+    /// `[1, heads, 1, 1]`
+    scale: Param,
+    /// What makes a scale norm an l2 norm: `dim^-½`, `[1]`.
+    unit: Tensor,
+}
+
+/// What attention is given besides its input; everything is optional.
+#[derive(Clone, Debug, Default)]
+pub struct AttentionInput {
+    /// Keys and values come from here, `[b, m, dim]`; otherwise from the input.
+    pub context: Option<Tensor>,
+    /// In front of the keys and values as it is, `[b, memories, dim]`.
+    pub mem: Option<Tensor>,
+    /// Which queries are no padding, `[b, i]` Bool.
+    pub query_mask: Option<Tensor>,
+    /// Which keys are no padding, `[b, j]` Bool, without memory key/values.
+    pub key_mask: Option<Tensor>,
+    /// Which pairs may meet: Bool, broadcasts to `[b, heads, i, j]`, memory key/values included.
+    pub attn_mask: Option<Tensor>,
+    /// Added to the scores; positions count memory key/values.
+    pub bias: Option<ScoreBias>,
+    /// The scores that the previous layer handed on, `[b, heads, i, j]`.
+    pub prev: Option<Tensor>,
+    /// Whether the attention map is wanted.
+    pub return_attn: bool,
+    /// Compute the matrix of scores even if the fused op would do.
+    pub explicit: bool,
+}
+
+/// What attention gives.
+#[derive(Clone, Debug)]
+pub struct AttentionOutput {
+    /// `[b, i, dim]`
+    pub out: Tensor,
+    /// The scores for the next layer, if the plan hands them on: `[b, heads, i, j]`.
+    pub scores: Option<Tensor>,
+    /// The weights after the softmax, if they were asked for: `[b, heads, i, j]`.
+    pub attn: Option<Tensor>,
+}
+
+impl Attention {
+    /// As planned.
+    pub(super) fn new(plan: &AttentionPlan, positions: AttentionPositions, store: &Store) -> Result<Self> {
+        let (heads, dim_qk) = (plan.heads, plan.dim_qk());
+        let width = heads * plan.dim_head;
+        let qk_width = plan.shared.unwrap_or(width);
+        let normal = |name: &str, shape: &[usize]| store.param(name, shape, Init::Normal(1.0));
+        let per_head = |name: &str, start: f64| store.param(name, [1, heads, 1, 1], Init::Constant(start));
+        let pair = |on: bool, names: [&str; 2], shapes: [&[usize]; 2]| -> Result<Option<[Param; 2]>> {
+            if !on {
+                return Ok(None);
+            }
+            Ok(Some([normal(names[0], shapes[0])?, normal(names[1], shapes[1])?]))
+        };
+        let temperature = match plan.temperature {
+            Temperature::Fixed(_) => None,
+            Temperature::Learned(start) => Some(LearnedTemperature {
+                scale: per_head("scale", start)?,
+                unit: Tensor::full([1], (dim_qk as f64).powf(-0.5), store.dtype(), store.device())?,
+            }),
+        };
+        // The gate starts almost open, whatever it sees.
+        let gate = (Init::Constant(0.0), Some(Init::Constant(1.0)));
+        let gate = || Linear::with_init(&store.at("to_v_gate"), plan.dim, width, gate.0, gate.1);
+        let (out_place, out_width) = if plan.on_attn { ("to_out.0", 2 * plan.dim) } else { ("to_out", plan.dim) };
+        let memory: [&[usize]; 2] = [&[heads, plan.num_mem_kv, dim_qk], &[heads, plan.num_mem_kv, plan.dim_head]];
+        let mixing: [&[usize]; 2] = [&[heads, heads], &[heads, heads]];
+        Ok(Self {
+            to_q: Linear::without_bias(&store.at("to_q"), plan.dim, qk_width)?,
+            to_k: Linear::without_bias(&store.at("to_k"), plan.dim, qk_width)?,
+            to_v: Linear::without_bias(&store.at("to_v"), plan.dim, width)?,
+            to_out: Linear::output(&store.at(out_place), width, out_width, plan.zero_init)?,
+            to_v_gate: plan.gate_values.then(gate).transpose()?,
+            collab_mixing: plan.shared.map(|shared| normal("collab_mixing", &[heads, shared])).transpose()?,
+            temperature,
+            memory: pair(plan.num_mem_kv > 0, ["mem_k", "mem_v"], memory)?,
+            talking: pair(plan.talking_heads, ["pre_softmax_proj", "post_softmax_proj"], mixing)?,
+            head_scale: plan.head_scale.then(|| per_head("head_scale_params", 1.0)).transpose()?,
+            positions,
+            plan: Arc::new(plan.clone()),
+        })
+    }
+
+    /// `[b, i, dim] → [b, i, dim]`.
+    ///
+    /// Errors: shapes that do not fit.
+    pub fn forward(&self, x: &Tensor, input: &AttentionInput) -> Result<AttentionOutput> {
+        let [q, k, v] = self.project(x, input)?;
+        let [q, k, v] = self.rotate(q, k, v)?;
+        let [k, v] = self.prepend_memory(k, v)?;
+        let (q, k) = (self.scale_queries(q)?, self.normalize_length(k)?);
+        check_mask(input.attn_mask.as_ref(), &q, &k)?;
+        let (out, scores, attn) = match self.needs_scores(input) {
+            None => (self.fused(&q, &k, &v, input)?, None, None),
+            Some(_) => self.explicit(&q, &k, &v, input)?,
+        };
+        let out = match &self.head_scale {
+            Some(scale) => out.mul(&scale.tensor())?,
+            None => out,
+        };
+        let mut out = out.transpose(1, 2)?.flatten(2, 3)?;
+        if let Some(gate) = &self.to_v_gate {
+            out = out.mul(&gate.forward(x).at("to_v_gate")?.sigmoid()?)?;
+        }
+        let out = self.to_out.forward(&out).at("to_out")?;
+        let out = if self.plan.on_attn { out.glu(Activation::Sigmoid)? } else { out };
+        Ok(AttentionOutput { out, scores, attn })
+    }
+
+    /// Queries, keys and values of each head: `[b, heads, i, d]`, twice `[b, heads, j, d]`.
+    fn project(&self, x: &Tensor, input: &AttentionInput) -> Result<[Tensor; 3]> {
+        let source = input.context.as_ref().unwrap_or(x);
+        let source = match &input.mem {
+            Some(mem) => Tensor::cat(&[mem, source], 1).at("mems")?,
+            None => source.clone(),
+        };
+        let (mut queries, mut keys) = (x.clone(), source.clone());
+        if let Some(frequencies) = &self.positions.infused {
+            let (i, j) = (x.dim(1)?, source.dim(1)?);
+            let positions = frequencies.sinusoid(0, j)?;
+            queries = queries.add(&positions.narrow(0, j - i, i)?)?;
+            keys = keys.add(&positions)?;
+        }
+        let q = self.to_q.forward(&queries).at("to_q")?;
+        let k = self.to_k.forward(&keys).at("to_k")?;
+        let v = self.to_v.forward(&source).at("to_v")?;
+        match &self.collab_mixing {
+            None => Ok([self.split_heads(&q)?, self.split_heads(&k)?, self.split_heads(&v)?]),
+            Some(mixing) => {
+                let mixing = mixing.tensor().unsqueeze(1)?;
+                let mut shape = k.unsqueeze(1)?.shape().to_vec();
+                shape[1] = self.plan.heads;
+                Ok([q.unsqueeze(1)?.mul(&mixing)?, k.unsqueeze(1)?.expand(&shape[..])?, self.split_heads(&v)?])
+            }
+        }
+    }
+
+    /// `[b, n, heads · d] → [b, heads, n, d]`
+    fn split_heads(&self, x: &Tensor) -> Result<Tensor> {
+        let (b, n, width) = (x.dim(0)?, x.dim(1)?, x.dim(2)?);
+        x.reshape([b, n, self.plan.heads, width / self.plan.heads])?.transpose(1, 2)
+    }
+
+    /// Keys count from 0, memories included; queries are the last of them.
+    fn rotate(&self, q: Tensor, k: Tensor, v: Tensor) -> Result<[Tensor; 3]> {
+        let (Some(frequencies), Some(plan)) = (&self.positions.rotary, self.plan.rotary) else { return Ok([q, k, v]) };
+        let first = k.dim(2)? - q.dim(2)?;
+        let v = if plan.values { v.rotary(frequencies, 0)? } else { v };
+        Ok([q.rotary(frequencies, first)?, k.rotary(frequencies, 0)?, v])
+    }
+
+    /// Learned keys and values in front of the others.
+    fn prepend_memory(&self, k: Tensor, v: Tensor) -> Result<[Tensor; 2]> {
+        let Some([mem_k, mem_v]) = &self.memory else { return Ok([k, v]) };
+        let batch = k.dim(0)?;
+        let prepend = |memory: &Param, x: &Tensor| {
+            let memory = memory.tensor();
+            let shape = [batch, memory.dim(0)?, memory.dim(1)?, memory.dim(2)?];
+            Tensor::cat(&[&memory.expand(shape)?, x], 2)
+        };
+        Ok([prepend(mem_k, &k)?, prepend(mem_v, &v)?])
+    }
+
+    /// With a learned temperature, queries are what is divided by it: there are fewer of them than of scores.
+    fn scale_queries(&self, q: Tensor) -> Result<Tensor> {
+        let Some(learned) = &self.temperature else { return Ok(q) };
+        let scale = learned.scale.tensor().exp()?;
+        let floor = Tensor::full((), 1e-2, scale.dtype(), scale.device())?;
+        let low = scale.detach().lt(&floor)?;
+        self.normalize_length(q)?.div(&low.where_cond(&floor, &scale)?)
+    }
+
+    /// Length 1 for every vector, if the temperature is learned; lengths below 1e-12 count as that.
+    fn normalize_length(&self, x: Tensor) -> Result<Tensor> {
+        match &self.temperature {
+            Some(learned) => x.scale_norm(&learned.unit, 1e-12 * (self.plan.dim_qk() as f64).powf(-0.5)),
+            None => Ok(x),
+        }
+    }
+
+    /// Why this call needs the matrix of scores, or `None`: the fused op computes exactly this.
+    fn needs_scores(&self, input: &AttentionInput) -> Option<&'static str> {
+        if input.return_attn {
+            return Some("the caller asked for attention maps");
+        }
+        if input.explicit {
+            return Some("the caller asked for the explicit path");
+        }
+        if input.prev.is_some() {
+            return Some("residual attention adds scores of the previous layer");
+        }
+        self.plan.needs_scores()
+    }
+
+    /// Attention in blocks, without the matrix of scores.
+    fn fused(&self, q: &Tensor, k: &Tensor, v: &Tensor, input: &AttentionInput) -> Result<Tensor> {
+        let spec = AttentionSpec {
+            scale: self.scale(),
+            causal: self.plan.causal,
+            mask: input.attn_mask.as_ref(),
+            query_mask: input.query_mask.as_ref(),
+            key_mask: input.key_mask.as_ref(),
+            mem_keys: self.plan.num_mem_kv,
+            max_attend_past: self.plan.max_attend_past,
+            bias: None,
+            position_bias: input.bias.as_ref().map_or(PositionBias::None, ScoreBias::fused),
+            dropout: self.plan.dropout,
+        };
+        attention(q, k, v, &spec)
+    }
+
+    /// The constant factor of the logits.
+    fn scale(&self) -> f64 {
+        match self.plan.temperature {
+            Temperature::Fixed(scale) => scale,
+            Temperature::Learned(_) => 1.0,
+        }
+    }
+
+    /// Attention from the matrix of scores. Gives the output, the scores to hand on, and the map.
+    fn explicit(&self, q: &Tensor, k: &Tensor, v: &Tensor, input: &AttentionInput) -> Result<Explicit> {
+        // The factor goes onto the queries, of which there are fewer than of scores.
+        let mut scores = q.affine(self.scale(), 0.0)?.matmul(&k.transpose(-1, -2)?)?;
+        if let Some(prev) = &input.prev {
+            scores = scores.add(prev)?;
+        }
+        let handed_on = self.plan.residual.then(|| scores.clone());
+        if let Some([before, _]) = &self.talking {
+            scores = mix_heads(&scores, before)?;
+        }
+        if let Some(bias) = &input.bias {
+            scores = scores.add(&bias.dense(q.dim(2)?, k.dim(2)?)?)?;
+        }
+        let lowest = Tensor::full((), scores.dtype().lowest(), scores.dtype(), scores.device())?;
+        if let Some(keep) = self.keep(&scores, input)? {
+            scores = keep.where_cond(&scores, &lowest)?;
+        }
+        if let Some(k) = self.plan.sparse_topk {
+            scores = scores.detach().top_k_mask(k)?.where_cond(&scores, &lowest)?;
+        }
+        let mut weights = match self.plan.normalize {
+            Normalize::Softmax => scores.softmax()?,
+            Normalize::Entmax15 => scores.entmax15()?,
+        };
+        let attn = input.return_attn.then(|| weights.clone());
+        weights = weights.dropout(self.plan.dropout)?;
+        if let Some([_, after]) = &self.talking {
+            weights = mix_heads(&weights, after)?;
+        }
+        Ok((weights.matmul(v)?, handed_on, attn))
+    }
+
+    /// Which scores stay; broadcasts to them. `None`: all.
+    fn keep(&self, scores: &Tensor, input: &AttentionInput) -> Result<Option<Tensor>> {
+        let (b, i, j) = (scores.dim(0)?, scores.dim(2)?, scores.dim(3)?);
+        let device = scores.device();
+        let mut parts: Vec<Tensor> = Vec::new();
+        if input.query_mask.is_some() || input.key_mask.is_some() {
+            let seen = |size: usize| Tensor::ones([b, size], DType::Bool, device);
+            let queries = input.query_mask.clone().map_or_else(|| seen(i), Ok)?;
+            let keys = input.key_mask.clone().map_or_else(|| seen(j - self.plan.num_mem_kv), Ok)?;
+            let pairs = queries.reshape([b, 1, i, 1])?.logical_and(&keys.reshape([b, 1, 1, keys.dim(1)?])?)?;
+            let memory = Tensor::ones([b, 1, i, self.plan.num_mem_kv], DType::Bool, device)?;
+            parts.push(Tensor::cat(&[&memory, &pairs], 3)?);
+        }
+        parts.extend(input.attn_mask.clone());
+        // Query `q` stands at key `q + j − i`. Both sides are shifted so that neither is negative.
+        let position = |first: usize, n: usize| Tensor::arange(first + n, device)?.narrow(0, first, n);
+        if let Some(limit) = self.plan.max_attend_past {
+            let limit = limit.min(i + j);
+            parts.push(position(j, i)?.unsqueeze(1)?.le(&position(i + limit, j)?)?);
+        }
+        if self.plan.causal {
+            parts.push(position(j, i)?.unsqueeze(1)?.ge(&position(i, j)?)?);
+        }
+        let mut parts = parts.into_iter();
+        let Some(first) = parts.next() else { return Ok(None) };
+        parts.try_fold(first, |keep, part| keep.logical_and(&part)).map(Some)
+    }
+}
+
+/// Output, scores to hand on, attention map.
+type Explicit = (Tensor, Option<Tensor>, Option<Tensor>);
+
+/// `y[b, k, i, j] = Σ_h x[b, h, i, j] · mixing[h, k]` (Shazeer et al., <https://arxiv.org/abs/2003.02436>).
+fn mix_heads(x: &Tensor, mixing: &Param) -> Result<Tensor> {
+    mixing.tensor().transpose(0, 1)?.matmul(&x.flatten(2, 3)?)?.reshape(*x.shape())
+}
+
+/// Checks the mask of pairs against the scores that queries and keys will have.
+fn check_mask(mask: Option<&Tensor>, q: &Tensor, k: &Tensor) -> Result<()> {
+    let Some(mask) = mask else { return Ok(()) };
+    let scores = [q.dim(0)?, q.dim(1)?, q.dim(2)?, k.dim(2)?];
+    let fits = (2..=4).contains(&mask.rank())
+        && mask.shape().iter().rev().zip(scores.iter().rev()).all(|(&mask, &scores)| mask == scores || mask == 1);
+    ensure!(
+        fits,
+        Error::shape(
+            "attn_mask",
+            format!(
+                "expected two to four dimensions that broadcast to [batch, heads, queries, keys] = {scores:?}, memories \
+                 included, got {:?}",
+                mask.shape()
+            )
+        )
+    );
+    ensure!(
+        mask.dtype() == DType::Bool,
+        Error::dtype("attn_mask", format!("expected bool, true where attention is allowed, got {}", mask.dtype()))
+    );
+    Ok(())
+}

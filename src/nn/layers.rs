@@ -1,0 +1,306 @@
+//! A stack of sublayers: norm, branch, norm, residual, norm.
+
+use std::sync::Arc;
+
+use super::{
+    Attention, AttentionInput, FeedForward, Norm, PositionBias, Residual, ScoreBias, attention::AttentionPositions,
+    wrap::Wrap,
+};
+use crate::{
+    DType, Error, Result, Store, Tensor, checkpoint,
+    config::{BranchPlan, LayerPlan, LayerType, LayersPlan},
+    error::{At, ensure},
+};
+
+/// What a forward pass is given besides its input. The default is none of it.
+#[derive(Clone, Debug, Default)]
+pub struct ForwardOptions {
+    /// Which tokens are no padding: `[b, n]` Bool, true keeps. With memories, those are all kept.
+    pub mask: Option<Tensor>,
+    /// What cross-attention attends to: `[b, m, dim]`.
+    pub context: Option<Tensor>,
+    /// Which of its positions are no padding: `[b, m]` Bool.
+    pub context_mask: Option<Tensor>,
+    /// Which pairs may meet in self-attention: Bool, `[i, j]`, `[heads, i, j]` or `[b, heads, i, j]`, sizes of 1
+    /// broadcast. It covers memories, memory tokens and memory key/values too.
+    pub attn_mask: Option<Tensor>,
+    /// The memories that the previous segment gave, one `[b, memories, dim]` per self-attention, the first one first.
+    pub mems: Option<Vec<Tensor>>,
+    /// Give the normed hidden states instead of logits.
+    pub return_embeddings: bool,
+    /// Give new memories.
+    pub return_mems: bool,
+    /// Give the attention maps, `[b, heads, i, j]`, self- and cross-attention in the order of the layers.
+    pub return_attn: bool,
+    /// Keep only the inputs of sublayers for the backward pass, which runs each of them again.
+    pub checkpoint_layers: bool,
+    /// Compute every attention from its matrix of scores, even where the fused op would do. For comparisons.
+    pub explicit_attention: bool,
+}
+
+/// What attention layers give.
+#[derive(Clone, Debug)]
+pub struct LayersOutput {
+    /// `[b, n, dim]`, without a final norm.
+    pub out: Tensor,
+    /// The input of each self-attention sublayer before its norm, `[b, n, dim]`.
+    pub hiddens: Vec<Tensor>,
+    /// The attention maps, if they were asked for.
+    pub attn: Vec<Tensor>,
+}
+
+/// An `Encoder`, `Decoder` or `CrossAttender`.
+#[derive(Clone, Debug)]
+pub struct AttentionLayers {
+    plan: Arc<LayersPlan>,
+    layers: Vec<Layer>,
+    bias: PositionBias,
+}
+
+/// One sublayer.
+#[derive(Clone, Debug)]
+struct Layer {
+    norms: [Option<Norm>; 3],
+    wrap: Wrap,
+    branch: Branch,
+    residual: Residual,
+}
+
+#[derive(Clone, Debug)]
+enum Branch {
+    Attention(Box<Attention>),
+    FeedForward(FeedForward),
+}
+
+/// What a sublayer gives: the stream, and from attention the scores to hand on and the map.
+struct LayerOutput {
+    x: Tensor,
+    scores: Option<Tensor>,
+    attn: Option<Tensor>,
+}
+
+impl Layer {
+    fn new(plan: &LayerPlan, dim: usize, positions: &AttentionPositions, store: &Store) -> Result<Self> {
+        let norm =
+            |place: usize| plan.norms[place].map(|norm| Norm::new(norm, dim, &store.at(0).at(place))).transpose();
+        let (wrap, place) = Wrap::new(&plan.wrap, &store.at(1))?;
+        let branch = match &plan.branch {
+            BranchPlan::SelfAttention(plan) => {
+                Branch::Attention(Box::new(Attention::new(plan, positions.clone(), &place)?))
+            }
+            BranchPlan::CrossAttention(plan) => {
+                Branch::Attention(Box::new(Attention::new(plan, AttentionPositions::default(), &place)?))
+            }
+            BranchPlan::FeedForward(plan) => Branch::FeedForward(FeedForward::new(plan, &place)?),
+        };
+        let residual = Residual::new(plan.residual, dim, &store.at(2))?;
+        Ok(Self { norms: [norm(0)?, norm(1)?, norm(2)?], wrap, branch, residual })
+    }
+
+    fn forward(&self, x: &Tensor, input: &AttentionInput) -> Result<LayerOutput> {
+        let normed = self.norm(0, x.clone())?;
+        let (out, scores, attn) = match &self.branch {
+            Branch::Attention(attention) => {
+                let normed = self.wrap.input(&normed, input.query_mask.as_ref()).at(1)?;
+                let output = attention.forward(&normed, input).at(1)?;
+                (output.out, output.scores, output.attn)
+            }
+            Branch::FeedForward(feedforward) => {
+                let normed = self.wrap.input(&normed, None).at(1)?;
+                (feedforward.forward(&normed).at(1)?, None, None)
+            }
+        };
+        let out = self.norm(1, self.wrap.output(out).at(1)?)?;
+        let x = self.residual.forward(&out, x).at(2)?;
+        Ok(LayerOutput { x: self.norm(2, x)?, scores, attn })
+    }
+
+    fn norm(&self, place: usize, x: Tensor) -> Result<Tensor> {
+        match &self.norms[place] {
+            Some(norm) => norm.forward(&x).at(format_args!("0.{place}")),
+            None => Ok(x),
+        }
+    }
+
+    /// As [`Layer::forward`], keeping nothing but the inputs for the backward pass.
+    fn forward_checkpointed(&self, x: &Tensor, input: &AttentionInput) -> Result<Tensor> {
+        let mut input = input.clone();
+        // What gradients flow into has to be an input of the checkpoint; the closure captures the rest.
+        let flowing: Vec<Tensor> = flowing_mut(&mut input).map(|tensor| tensor.clone()).collect();
+        let inputs: Vec<&Tensor> = std::iter::once(x).chain(&flowing).collect();
+        let layer = self.clone();
+        let run = move |given: &[Tensor]| {
+            let mut input = input.clone();
+            for (slot, given) in flowing_mut(&mut input).zip(&given[1..]) {
+                *slot = given.clone();
+            }
+            Ok(layer.forward(&given[0], &input)?.x)
+        };
+        checkpoint(run, &inputs)
+    }
+}
+
+/// The inputs of attention that gradients flow into.
+fn flowing_mut(input: &mut AttentionInput) -> impl Iterator<Item = &mut Tensor> {
+    let bias = input.bias.as_mut().map(ScoreBias::weights_mut);
+    [input.context.as_mut(), input.mem.as_mut(), bias].into_iter().flatten()
+}
+
+impl AttentionLayers {
+    /// As planned; the place is that of the layers.
+    pub fn new(plan: &LayersPlan, store: &Store) -> Result<Self> {
+        let positions = AttentionPositions::new(plan, store)?;
+        let layer = |(index, layer)| Layer::new(layer, plan.dim, &positions, &store.at("layers").at(index));
+        let layers = plan.layers.iter().enumerate().map(layer).collect::<Result<_>>()?;
+        let bias = PositionBias::new(plan.positions.bias, &store.at("rel_pos"))?;
+        Ok(Self { plan: Arc::new(plan.clone()), layers, bias })
+    }
+
+    /// What was built.
+    pub fn plan(&self) -> &LayersPlan {
+        &self.plan
+    }
+
+    /// `[b, n, dim] → [b, n, dim]`.
+    ///
+    /// `return_embeddings` and `return_mems` are for the wrappers, and ignored here: the output has both.
+    ///
+    /// Errors: a context that is missing or not wanted, or tensors of other shapes or dtypes than the options say.
+    pub fn forward(&self, x: &Tensor, options: &ForwardOptions) -> Result<LayersOutput> {
+        self.check(x, options)?;
+        let mut x = x.clone();
+        let (mut hiddens, mut attn) = (Vec::new(), Vec::new());
+        let (mut prev, mut prev_cross) = (None, None);
+        let mut mems = options.mems.iter().flatten();
+        let own = AttentionInput {
+            query_mask: options.mask.clone(),
+            attn_mask: options.attn_mask.clone(),
+            return_attn: options.return_attn,
+            bias: self.bias.forward().at("rel_pos")?,
+            explicit: options.explicit_attention,
+            ..AttentionInput::default()
+        };
+        let cross = AttentionInput {
+            context: options.context.clone(),
+            key_mask: options.context_mask.clone(),
+            attn_mask: None,
+            bias: None,
+            ..own.clone()
+        };
+        for (index, (layer, plan)) in self.layers.iter().zip(&self.plan.layers).enumerate() {
+            let input = match &plan.branch {
+                BranchPlan::SelfAttention(_) => {
+                    hiddens.push(x.clone());
+                    let mem = mems.next().cloned();
+                    let key_mask = key_mask(options.mask.as_ref(), mem.as_ref())?;
+                    AttentionInput { key_mask, mem, prev: prev.take(), ..own.clone() }
+                }
+                BranchPlan::CrossAttention(_) => AttentionInput { prev: prev_cross.take(), ..cross.clone() },
+                BranchPlan::FeedForward(_) => AttentionInput::default(),
+            };
+            let place = format_args!("layers.{index}");
+            if options.checkpoint_layers {
+                x = layer.forward_checkpointed(&x, &input).at(place)?;
+                continue;
+            }
+            let output = layer.forward(&x, &input).at(place)?;
+            x = output.x;
+            attn.extend(output.attn);
+            match plan.branch.layer_type() {
+                LayerType::SelfAttention => prev = output.scores,
+                LayerType::CrossAttention => prev_cross = output.scores,
+                LayerType::FeedForward => {}
+            }
+        }
+        Ok(LayersOutput { out: x, hiddens, attn })
+    }
+
+    fn check(&self, x: &Tensor, options: &ForwardOptions) -> Result<()> {
+        const OP: &str = "attention layers";
+        let dim = self.plan.dim;
+        ensure!(
+            x.rank() == 3 && x.shape()[2] == dim && x.dtype().is_float(),
+            Error::shape(OP, format!("expected a float tensor [batch, n, {dim}], got {:?} {}", x.shape(), x.dtype()))
+        );
+        let (b, n) = (x.shape()[0], x.shape()[1]);
+        check_mask("mask", options.mask.as_ref(), b, n)?;
+        match (&options.context, self.plan.cross_attend) {
+            (None, true) => return Err(Error::argument("context", "is missing: the layers have cross-attention")),
+            (Some(_), false) => {
+                return Err(Error::argument("context", "is given, but the layers have no cross-attention to use it"));
+            }
+            (None, false) => ensure!(
+                options.context_mask.is_none(),
+                Error::argument("context_mask", "is given, but the layers have no cross-attention to use it")
+            ),
+            (Some(context), true) => {
+                let shape = context.shape();
+                ensure!(
+                    context.rank() == 3 && shape[0] == b && shape[2] == dim && context.dtype() == x.dtype(),
+                    Error::shape(
+                        "context",
+                        format!("expected [{b}, length, {dim}] {}, got {shape:?} {}", x.dtype(), context.dtype())
+                    )
+                );
+                check_mask("context_mask", options.context_mask.as_ref(), b, shape[1])?;
+            }
+        }
+        self.check_mems(x, options)?;
+        let scores = self.plan.layers.iter().filter_map(|layer| layer.branch.attention()).any(|plan| plan.residual);
+        ensure!(
+            !(options.checkpoint_layers && (scores || options.return_attn)),
+            Error::argument(
+                "checkpoint_layers",
+                "cannot be used with residual_attn, cross_residual_attn or return_attn: scores leave the layers there"
+            )
+        );
+        let own = self.plan.self_attentions() > 0;
+        ensure!(
+            own || options.attn_mask.is_none(),
+            Error::argument("attn_mask", "is given, but the layers have no self-attention to use it")
+        );
+        Ok(())
+    }
+
+    fn check_mems(&self, x: &Tensor, options: &ForwardOptions) -> Result<()> {
+        let Some(mems) = &options.mems else { return Ok(()) };
+        let (expected, b, dim) = (self.plan.self_attentions(), x.shape()[0], self.plan.dim);
+        ensure!(
+            mems.len() == expected,
+            Error::argument("mems", format!("expected one per self-attention layer, {expected}, got {}", mems.len()))
+        );
+        let fits =
+            |mem: &Tensor| mem.rank() == 3 && mem.shape()[0] == b && mem.shape()[2] == dim && mem.dtype() == x.dtype();
+        match mems.iter().find(|mem| !fits(mem)) {
+            Some(mem) => Err(Error::shape(
+                "mems",
+                format!("expected [{b}, memories, {dim}] {}, got {:?} {}", x.dtype(), mem.shape(), mem.dtype()),
+            )),
+            None => Ok(()),
+        }
+    }
+}
+
+fn check_mask(name: &'static str, mask: Option<&Tensor>, b: usize, n: usize) -> Result<()> {
+    let Some(mask) = mask else { return Ok(()) };
+    ensure!(
+        **mask.shape() == [b, n],
+        Error::shape(name, format!("expected [{b}, {n}], one value per token, got {:?}", mask.shape()))
+    );
+    ensure!(
+        mask.dtype() == DType::Bool,
+        Error::dtype(name, format!("expected bool, true for tokens that are no padding, got {}", mask.dtype()))
+    );
+    Ok(())
+}
+
+/// The mask of keys: that of the tokens, memories in front kept.
+fn key_mask(mask: Option<&Tensor>, mem: Option<&Tensor>) -> Result<Option<Tensor>> {
+    match (mask, mem) {
+        (Some(mask), Some(mem)) => {
+            let kept = Tensor::ones([mem.dim(0)?, mem.dim(1)?], DType::Bool, mem.device())?;
+            Tensor::cat(&[&kept, mask], 1).map(Some)
+        }
+        (mask, _) => Ok(mask.cloned()),
+    }
+}

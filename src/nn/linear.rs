@@ -1,0 +1,72 @@
+//! Linear layers and tables of embeddings.
+
+use crate::{Init, Param, Result, Store, Tensor};
+
+/// `x Wᵀ + b`, PyTorch's `nn.Linear`: `weight [out, in]`, `bias [out]`.
+#[derive(Clone, Debug)]
+pub struct Linear {
+    weight: Param,
+    bias: Option<Param>,
+}
+
+impl Linear {
+    /// Weight and bias, uniform in `±1/√in`.
+    pub fn new(store: &Store, fan_in: usize, fan_out: usize) -> Result<Self> {
+        let init = Init::linear(fan_in);
+        Self::with_init(store, fan_in, fan_out, init, Some(init))
+    }
+
+    /// A weight alone, uniform in `±1/√in`.
+    pub fn without_bias(store: &Store, fan_in: usize, fan_out: usize) -> Result<Self> {
+        Self::with_init(store, fan_in, fan_out, Init::linear(fan_in), None)
+    }
+
+    /// Weight and bias, all zeros if `zero`: the last layer of a branch that starts as the identity.
+    pub fn output(store: &Store, fan_in: usize, fan_out: usize, zero: bool) -> Result<Self> {
+        let init = if zero { Init::Constant(0.0) } else { Init::linear(fan_in) };
+        Self::with_init(store, fan_in, fan_out, init, Some(init))
+    }
+
+    /// Weight, and bias if it has a start.
+    pub fn with_init(store: &Store, fan_in: usize, fan_out: usize, weight: Init, bias: Option<Init>) -> Result<Self> {
+        Ok(Self {
+            weight: store.param("weight", [fan_out, fan_in], weight)?,
+            bias: bias.map(|bias| store.param("bias", [fan_out], bias)).transpose()?,
+        })
+    }
+
+    /// `[.., in] → [.., out]`.
+    pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        x.linear(&self.weight.tensor(), self.bias.as_ref().map(Param::tensor).as_ref())
+    }
+}
+
+/// A table of vectors, PyTorch's `nn.Embedding`: `weight [count, dim]`.
+#[derive(Clone, Debug)]
+pub struct Embedding {
+    weight: Param,
+}
+
+impl Embedding {
+    /// A table of `count` vectors.
+    pub fn new(store: &Store, count: usize, dim: usize, init: Init) -> Result<Self> {
+        Ok(Self { weight: store.param("weight", [count, dim], init)? })
+    }
+
+    /// The table of another module, under this place's name too.
+    pub fn tied(store: &Store, other: &Embedding) -> Result<Self> {
+        Ok(Self { weight: store.tie("weight", &other.weight)? })
+    }
+
+    /// Rows by index: `[..] → [.., dim]`.
+    ///
+    /// Errors: an index out of range.
+    pub fn forward(&self, indices: &Tensor) -> Result<Tensor> {
+        self.weight.tensor().embedding(indices)
+    }
+
+    /// The table itself, `[count, dim]`.
+    pub fn table(&self) -> Tensor {
+        self.weight.tensor()
+    }
+}

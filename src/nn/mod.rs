@@ -1,0 +1,23 @@
+//! The modules that models are built of: made from a plan and a [`Store`](crate::Store), composed of tensor methods.
+//!
+//! A module is a cheap handle: cloning it shares its parameters. The names that it registers are those of PyTorch's
+//! `state_dict()`.
+
+#![forbid(unsafe_code)]
+
+mod attention;
+mod feedforward;
+mod layers;
+mod linear;
+mod norm;
+mod positions;
+mod residual;
+mod wrap;
+
+pub use attention::{Attention, AttentionInput, AttentionOutput};
+pub use feedforward::FeedForward;
+pub use layers::{AttentionLayers, ForwardOptions, LayersOutput};
+pub use linear::{Embedding, Linear};
+pub use norm::Norm;
+pub use positions::{AbsolutePositionalEmbedding, PositionBias, ScoreBias};
+pub use residual::Residual;

@@ -1,0 +1,56 @@
+//! How a branch and the residual stream become one.
+
+use crate::{Init, Param, Result, Store, Tensor, config::ResidualPlan};
+
+/// A sum, or a GRU cell (Parisotto et al., <https://arxiv.org/abs/1910.06764>); the residual may be scaled first.
+#[derive(Clone, Debug)]
+pub struct Residual {
+    scale: Option<Param>,
+    gru: Option<GruCell>,
+}
+
+impl Residual {
+    /// As planned, over `dim` features.
+    pub fn new(plan: ResidualPlan, dim: usize, store: &Store) -> Result<Self> {
+        let scale = plan.scaled.then(|| store.param("residual_scale", [dim], Init::Constant(1.0))).transpose()?;
+        let gru = plan.gated.then(|| GruCell::new(dim, &store.at("gru"))).transpose()?;
+        Ok(Self { scale, gru })
+    }
+
+    /// `branch + residual`, or the GRU cell's new state; both `[.., dim]`.
+    pub fn forward(&self, branch: &Tensor, residual: &Tensor) -> Result<Tensor> {
+        let scaled = self.scale.as_ref().map(|scale| residual.mul(&scale.tensor())).transpose()?;
+        let residual = scaled.as_ref().unwrap_or(residual);
+        match &self.gru {
+            Some(gru) => gru.forward(branch, residual),
+            None => branch.add(residual),
+        }
+    }
+}
+
+/// PyTorch's `nn.GRUCell`: the branch is its input, the residual its hidden state.
+#[derive(Clone, Debug)]
+struct GruCell {
+    weight_ih: Param,
+    weight_hh: Param,
+    bias_ih: Param,
+    bias_hh: Param,
+}
+
+impl GruCell {
+    fn new(dim: usize, store: &Store) -> Result<Self> {
+        let init = Init::linear(dim);
+        Ok(Self {
+            weight_ih: store.param("weight_ih", [3 * dim, dim], init)?,
+            weight_hh: store.param("weight_hh", [3 * dim, dim], init)?,
+            bias_ih: store.param("bias_ih", [3 * dim], init)?,
+            bias_hh: store.param("bias_hh", [3 * dim], init)?,
+        })
+    }
+
+    fn forward(&self, x: &Tensor, hidden: &Tensor) -> Result<Tensor> {
+        let of_input = x.linear(&self.weight_ih.tensor(), Some(&self.bias_ih.tensor()))?;
+        let of_hidden = hidden.linear(&self.weight_hh.tensor(), Some(&self.bias_hh.tensor()))?;
+        hidden.gru_gate(&of_input, &of_hidden)
+    }
+}

@@ -1,0 +1,38 @@
+//! What lies around a branch: ReZero, token shift, the macaron's half.
+
+use crate::{Init, Param, Result, Store, Tensor, config::WrapPlan};
+
+/// The wrappers of one branch, outermost first.
+#[derive(Clone, Debug)]
+pub(super) struct Wrap {
+    rezero: Option<Param>,
+    shifts: Option<Vec<isize>>,
+    half: bool,
+}
+
+impl Wrap {
+    /// As planned; also gives the place of the branch, one level down for each wrapper.
+    pub fn new(plan: &WrapPlan, store: &Store) -> Result<(Self, Store)> {
+        let rezero = plan.rezero.then(|| store.param("g", [1], Init::Constant(0.0))).transpose()?;
+        let levels = [plan.rezero, plan.shifts.is_some(), plan.half].into_iter().filter(|&level| level);
+        let store = levels.fold(store.clone(), |store, _| store.at("fn"));
+        Ok((Self { rezero, shifts: plan.shifts.clone(), half: plan.half }, store))
+    }
+
+    /// Before the branch. The mask, `[b, n]`, is known to attention alone.
+    pub fn input(&self, x: &Tensor, mask: Option<&Tensor>) -> Result<Tensor> {
+        match &self.shifts {
+            Some(amounts) => x.shift_tokens(amounts, mask),
+            None => Ok(x.clone()),
+        }
+    }
+
+    /// After the branch.
+    pub fn output(&self, x: Tensor) -> Result<Tensor> {
+        let x = if self.half { x.affine(0.5, 0.0)? } else { x };
+        match &self.rezero {
+            Some(g) => x.mul(&g.tensor()),
+            None => Ok(x),
+        }
+    }
+}

@@ -1,0 +1,114 @@
+//! 1.5-entmax over the last dimension (Peters, Niculae and Martins, <https://arxiv.org/abs/1905.05702>).
+
+use crate::{
+    Error, Result, Tensor,
+    core::{Backward, Contributions, Float, Real, dispatch_float, record},
+    device::cpu,
+    error::ensure,
+};
+
+impl Tensor {
+    /// 1.5-entmax over the last dimension: `y_j = max(x_j / 2 − τ, 0)²`, with `τ` such that a row sums to 1.
+    ///
+    /// A sparse softmax: entries far below the largest become exactly 0. `τ` comes from sorting.
+    ///
+    /// Shapes: `[.., j] → [.., j]`. Statistics in f32 (f64 for f64). Saves: `y`.
+    /// Errors: rank 0, or a dtype that is not float.
+    pub fn entmax15(&self) -> Result<Tensor> {
+        ensure!(self.rank() > 0, Error::shape("entmax15", "expected at least one dimension, got a scalar"));
+        let x = self.contiguous()?;
+        let mut y = x.uninit_like()?;
+        let width = x.dim(-1)?;
+        dispatch_float!("entmax15", x.dtype(), T, {
+            let from = x.values::<T>()?;
+            cpu::for_rows(y.values_mut::<T>()?, width, 32 * width, |row, rows| {
+                let mut sorted = Vec::with_capacity(width);
+                for (x, y) in from[row * width..].chunks_exact(width).zip(rows.chunks_exact_mut(width)) {
+                    forward_row::<T>(x, y, &mut sorted);
+                }
+            });
+            Ok(())
+        })?;
+        record("entmax15", y, &[&x], |y| Entmax15Backward { y: y.detach() })
+    }
+}
+
+fn forward_row<T: Float>(x: &[T], y: &mut [T], sorted: &mut Vec<T::Acc>) {
+    let (half, two) = (T::Acc::from_f64(0.5), T::Acc::from_f64(2.0));
+    let max = x.iter().fold(T::Acc::NEG_INFINITY, |max, x| x.to_acc().max(max));
+    // (x − max) / 2 would overflow to −∞ for masked entries first halved, never to NaN.
+    let shifted = |x: T| x.to_acc() * half - max * half;
+    // τ is at least −1, so that lower entries are 0 whatever τ is: they need no sorting, and no squares that overflow.
+    sorted.clear();
+    sorted.extend(x.iter().map(|&x| shifted(x)).filter(|&z| z > -T::Acc::ONE));
+    sorted.sort_unstable_by(|a, b| b.partial_cmp(a).unwrap_or(std::cmp::Ordering::Equal));
+    let threshold = threshold(sorted, two);
+    for (x, y) in x.iter().zip(y) {
+        let root = (shifted(*x) - threshold).max(T::Acc::ZERO);
+        *y = T::from_acc(root * root);
+    }
+}
+
+/// The largest support whose threshold its smallest member reaches: for the `k` largest entries `z` with mean `m`,
+/// `τ_k = m − √((1 − Σ (z − m)²) / k)`.
+#[inline(always)]
+fn threshold<A: Real>(sorted: &[A], two: A) -> A {
+    let (mut sum, mut squares, mut count) = (A::ZERO, A::ZERO, A::ZERO);
+    // A row without a finite maximum has no entries here: its threshold, and so its output, is NaN.
+    let mut threshold = A::NEG_INFINITY * A::ZERO;
+    for &z in sorted {
+        sum += z;
+        squares += z * z;
+        count += A::ONE;
+        let mean = sum / count;
+        let spread = squares - two * mean * sum + count * mean * mean;
+        let delta = ((A::ONE - spread) / count).max(A::ZERO);
+        let candidate = mean - delta.sqrt();
+        if candidate > z {
+            break;
+        }
+        threshold = candidate;
+    }
+    threshold
+}
+
+struct Entmax15Backward {
+    y: Tensor,
+}
+
+impl Backward for Entmax15Backward {
+    fn name(&self) -> &'static str {
+        "entmax15"
+    }
+
+    /// With `s = √y`: `dx = s ⊙ (g − ⟨s, g⟩ / Σ s)`
+    fn backward(self: Box<Self>, grad: Tensor, _need: &[bool]) -> Result<Contributions> {
+        let grad = grad.contiguous()?;
+        let mut dx = self.y.uninit_like()?;
+        let width = self.y.dim(-1)?;
+        dispatch_float!("entmax15", dx.dtype(), T, {
+            let (y, g) = (self.y.values::<T>()?, grad.values::<T>()?);
+            cpu::for_rows(dx.values_mut::<T>()?, width, 8 * width, |row, rows| {
+                let (y, g) = (y[row * width..].chunks_exact(width), g[row * width..].chunks_exact(width));
+                for ((y, g), dx) in y.zip(g).zip(rows.chunks_exact_mut(width)) {
+                    backward_row::<T>(y, g, dx);
+                }
+            });
+            Ok(())
+        })?;
+        Ok(Contributions::one(dx))
+    }
+}
+
+fn backward_row<T: Float>(y: &[T], g: &[T], dx: &mut [T]) {
+    let (mut dot, mut sum) = (T::Acc::ZERO, T::Acc::ZERO);
+    for (y, g) in y.iter().zip(g) {
+        let root = y.to_acc().sqrt();
+        dot += root * g.to_acc();
+        sum += root;
+    }
+    let mean = dot / sum;
+    for ((y, g), dx) in y.iter().zip(g).zip(dx) {
+        *dx = T::from_acc(y.to_acc().sqrt() * (g.to_acc() - mean));
+    }
+}

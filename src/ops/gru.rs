@@ -1,0 +1,124 @@
+//! The pointwise part of a GRU cell.
+
+use crate::{
+    Error, Result, Tensor,
+    core::{Backward, Contributions, Float, Real, Shape, dispatch_float, record},
+    device::{cpu, simd::vectorized},
+    error::ensure,
+    ops::copy::same_kind,
+};
+
+impl Tensor {
+    /// A GRU cell's step from its projections, gates in PyTorch's order (reset, update, new), this being the hidden
+    /// state `h`: `r = σ(i_r + h_r)`, `z = σ(i_z + h_z)`, `n = tanh(i_n + r ⊙ h_n)`, `h' = (1 − z) ⊙ n + z ⊙ h`.
+    ///
+    /// Shapes: `self [.., dim]`, `input` and `hidden [.., 3 · dim]`, result `[.., dim]`. Saves: its inputs; the gates
+    /// are computed again. Errors: other shapes, or dtypes or devices that differ.
+    pub fn gru_gate(&self, input: &Tensor, hidden: &Tensor) -> Result<Tensor> {
+        const OP: &str = "gru_gate";
+        same_kind(OP, self, input)?;
+        same_kind(OP, self, hidden)?;
+        ensure!(self.rank() > 0, Error::shape(OP, "expected at least one dimension, got a scalar"));
+        let dim = self.dim(-1)?;
+        let mut dims = self.shape().to_vec();
+        dims[self.rank() - 1] = 3 * dim;
+        let gates = Shape::new(&dims)?;
+        ensure!(
+            *input.shape() == gates && *hidden.shape() == gates,
+            Error::shape(
+                OP,
+                format!("expected gates {gates:?} for {:?}, got {:?} and {:?}", self.shape(), input.shape(), hidden.shape())
+            )
+        );
+        let (h, input, hidden) = (self.contiguous()?, input.contiguous()?, hidden.contiguous()?);
+        let mut y = h.uninit_like()?;
+        dispatch_float!(OP, h.dtype(), T, {
+            let (h, i, u) = (h.values::<T>()?, input.values::<T>()?, hidden.values::<T>()?);
+            cpu::for_rows(y.values_mut::<T>()?, dim, 32 * dim, |row, y| {
+                let gates = 3 * row * dim..3 * (row * dim + y.len());
+                forward::<T>(&h[row * dim..][..y.len()], &i[gates.clone()], &u[gates], y, dim);
+            });
+            Ok(())
+        })?;
+        record(OP, y, &[&h, &input, &hidden], |_| GruGateBackward {
+            h: h.detach(),
+            input: input.detach(),
+            hidden: hidden.detach(),
+        })
+    }
+}
+
+vectorized! {
+    fn forward<T: Float>(h: &[T], input: &[T], hidden: &[T], y: &mut [T], dim: usize) {
+        let rows = h.chunks_exact(dim).zip(y.chunks_exact_mut(dim));
+        for ((h, y), (i, u)) in rows.zip(input.chunks_exact(3 * dim).zip(hidden.chunks_exact(3 * dim))) {
+            for (k, (h, y)) in h.iter().zip(y).enumerate() {
+                let gate = |part: usize| (i[part * dim + k].to_acc(), u[part * dim + k].to_acc());
+                let [_, z, n] = gates(gate(0), gate(1), gate(2));
+                *y = T::from_acc((T::Acc::ONE - z) * n + z * h.to_acc());
+            }
+        }
+    }
+}
+
+/// `r`, `z` and `n` from the parts of input and hidden state.
+#[inline(always)]
+fn gates<A: Real>(r: (A, A), z: (A, A), n: (A, A)) -> [A; 3] {
+    let (r, z) = ((r.0 + r.1).sigmoid(), (z.0 + z.1).sigmoid());
+    [r, z, (n.0 + r * n.1).tanh()]
+}
+
+struct GruGateBackward {
+    h: Tensor,
+    input: Tensor,
+    hidden: Tensor,
+}
+
+impl Backward for GruGateBackward {
+    fn name(&self) -> &'static str {
+        "gru_gate"
+    }
+
+    fn backward(self: Box<Self>, grad: Tensor, _need: &[bool]) -> Result<Contributions> {
+        let grad = grad.contiguous()?;
+        let dim = self.h.dim(-1)?;
+        let rows = self.h.elements().checked_div(dim).unwrap_or(0);
+        // One buffer for the three gradients of a row: 3 · dim, 3 · dim and dim.
+        let mut all = Tensor::uninit(Shape::new(&[rows, 7 * dim])?, grad.dtype(), grad.device())?;
+        dispatch_float!(self.name(), grad.dtype(), T, {
+            let (h, g) = (self.h.values::<T>()?, grad.values::<T>()?);
+            let (i, u) = (self.input.values::<T>()?, self.hidden.values::<T>()?);
+            cpu::for_rows(all.values_mut::<T>()?, 7 * dim, 64 * dim, |row, all| {
+                let len = all.len() / 7;
+                let gates = 3 * row * dim..3 * (row * dim + len);
+                let (h, g) = (&h[row * dim..][..len], &g[row * dim..][..len]);
+                backward::<T>(h, &i[gates.clone()], &u[gates], g, all, dim);
+            });
+            Ok(())
+        })?;
+        let parts = all.split(&[dim, 3 * dim, 3 * dim], 1)?;
+        let shapes = [*self.h.shape(), *self.input.shape(), *self.hidden.shape()];
+        let parts = parts.iter().zip(shapes).map(|(part, shape)| part.contiguous()?.reshape(shape));
+        Ok(Contributions::whole(parts.collect::<Result<Vec<_>>>()?.into_iter().map(Some)))
+    }
+}
+
+vectorized! {
+    fn backward<T: Float>(h: &[T], input: &[T], hidden: &[T], grad: &[T], all: &mut [T], dim: usize) {
+        let rows = h.chunks_exact(dim).zip(grad.chunks_exact(dim)).zip(all.chunks_exact_mut(7 * dim));
+        for (((h, g), all), (i, u)) in rows.zip(input.chunks_exact(3 * dim).zip(hidden.chunks_exact(3 * dim))) {
+            for (k, (h, g)) in h.iter().zip(g).enumerate() {
+                let (h, g, one) = (h.to_acc(), g.to_acc(), T::Acc::ONE);
+                let gate = |part: usize| (i[part * dim + k].to_acc(), u[part * dim + k].to_acc());
+                let [r, z, n] = gates(gate(0), gate(1), gate(2));
+                let dn = g * (one - z) * (one - n * n);
+                let dr = dn * gate(2).1 * r * (one - r);
+                let dz = g * (h - n) * z * (one - z);
+                // Hidden state, then the gates of the input, then those of the hidden state.
+                for (part, value) in [g * z, dr, dz, dn, dr, dz, dn * r].into_iter().enumerate() {
+                    all[part * dim + k] = T::from_acc(value);
+                }
+            }
+        }
+    }
+}

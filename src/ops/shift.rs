@@ -1,0 +1,95 @@
+//! Token shift: chunks of features move along the sequence.
+
+use crate::{
+    DType, Error, Result, Tensor,
+    core::{Backward, Contributions, Float, dispatch_float, record},
+    device::cpu,
+    error::ensure,
+};
+
+impl Tensor {
+    /// Moves chunks of features along the sequence: chunk `t`, of `dim / amounts` features, by `amounts[t]` positions
+    /// (positive: later). Zeros come in, features that are left over stay.
+    ///
+    /// Where `mask` is false, a position counts as zeros for every move by another amount than 0.
+    ///
+    /// Shapes: `[b, n, dim] → [b, n, dim]`, mask `[b, n]` Bool. Saves: the mask.
+    /// Errors: another rank, no amounts or more than features, a mask of another shape or dtype, or a dtype that is
+    /// not float.
+    pub fn shift_tokens(&self, amounts: &[isize], mask: Option<&Tensor>) -> Result<Tensor> {
+        const OP: &str = "shift_tokens";
+        ensure!(self.rank() == 3, Error::shape(OP, format!("expected [batch, n, dim], got {:?}", self.shape())));
+        let (batch, n, dim) = (self.shape()[0], self.shape()[1], self.shape()[2]);
+        ensure!(
+            (1..=dim).contains(&amounts.len()),
+            Error::argument(OP, format!("expected 1 to {dim} amounts, one per chunk of features, got {amounts:?}"))
+        );
+        if let Some(mask) = mask {
+            ensure!(
+                **mask.shape() == [batch, n] && mask.dtype() == DType::Bool,
+                Error::shape(OP, format!("expected a bool mask [{batch}, {n}], got {:?} {}", mask.shape(), mask.dtype()))
+            );
+        }
+        let x = self.contiguous()?;
+        let mask = mask.map(Tensor::contiguous).transpose()?;
+        let y = moved(&x, amounts, Masked::Source(mask.as_ref()))?;
+        record(OP, y, &[&x], |_| ShiftTokensBackward { amounts: amounts.to_vec(), mask })
+    }
+}
+
+/// Which end of a move the mask is about.
+enum Masked<'a> {
+    Source(Option<&'a Tensor>),
+    Target(Option<&'a Tensor>),
+}
+
+fn moved(x: &Tensor, amounts: &[isize], masked: Masked) -> Result<Tensor> {
+    let (n, dim) = (x.shape()[1], x.shape()[2]);
+    let chunk = dim / amounts.len();
+    let (mask, about_source) = match masked {
+        Masked::Source(mask) => (mask, true),
+        Masked::Target(mask) => (mask, false),
+    };
+    let mask = mask.map(Tensor::values::<bool>).transpose()?;
+    let mut y = x.uninit_like()?;
+    dispatch_float!("shift_tokens", x.dtype(), T, {
+        let from = x.values::<T>()?;
+        cpu::for_rows(y.values_mut::<T>()?, dim, dim, |first, rows| {
+            for (index, y) in rows.chunks_exact_mut(dim).enumerate() {
+                let row = first + index;
+                y.copy_from_slice(&from[row * dim..][..dim]);
+                for (y, (t, &amount)) in y.chunks_exact_mut(chunk).zip(amounts.iter().enumerate()) {
+                    if amount == 0 {
+                        continue;
+                    }
+                    let position = (row % n).checked_add_signed(-amount).filter(|&position| position < n);
+                    let source = position.map(|position| row - row % n + position);
+                    let kept = |source: usize| mask.is_none_or(|mask| mask[if about_source { source } else { row }] != 0);
+                    match source.filter(|&source| kept(source)) {
+                        Some(source) => y.copy_from_slice(&from[source * dim + t * chunk..][..chunk]),
+                        None => y.fill(T::from_f64(0.0)),
+                    }
+                }
+            }
+        });
+        Ok(())
+    })?;
+    Ok(y)
+}
+
+struct ShiftTokensBackward {
+    amounts: Vec<isize>,
+    mask: Option<Tensor>,
+}
+
+impl Backward for ShiftTokensBackward {
+    fn name(&self) -> &'static str {
+        "shift_tokens"
+    }
+
+    /// Moves back; what was masked on its way gets nothing.
+    fn backward(self: Box<Self>, grad: Tensor, _need: &[bool]) -> Result<Contributions> {
+        let amounts: Vec<isize> = self.amounts.iter().map(|amount| -amount).collect();
+        moved(&grad.contiguous()?, &amounts, Masked::Target(self.mask.as_ref())).map(Contributions::one)
+    }
+}

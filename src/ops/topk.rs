@@ -1,0 +1,51 @@
+//! Which entries of each row are among its largest.
+
+use std::cmp::Ordering;
+
+use crate::{
+    DType, Error, Result, Tensor,
+    core::{Float, discrete, dispatch_float},
+    device::cpu,
+    error::ensure,
+};
+
+impl Tensor {
+    /// True where an entry is not below the `k`-th largest of its row: at least `k` entries, more if values tie.
+    ///
+    /// Shapes: `[.., j] → [.., j]` Bool. NaN counts as the largest, as in PyTorch's `topk`.
+    /// Errors: rank 0, `k` = 0, a dtype that is not float, or a tensor that requires a gradient (use `detach`).
+    pub fn top_k_mask(&self, k: usize) -> Result<Tensor> {
+        const OP: &str = "top_k_mask";
+        discrete(OP, &[self])?;
+        ensure!(self.rank() > 0, Error::shape(OP, "expected at least one dimension, got a scalar"));
+        ensure!(k > 0, Error::argument(OP, "expected a k of at least 1, got 0"));
+        let x = self.contiguous()?;
+        let width = x.dim(-1)?;
+        if k >= width {
+            return Tensor::ones(*x.shape(), DType::Bool, x.device());
+        }
+        let mut keep = Tensor::uninit(*x.shape(), DType::Bool, x.device())?;
+        dispatch_float!(OP, x.dtype(), T, {
+            let x = x.values::<T>()?;
+            cpu::for_rows(keep.values_mut::<bool>()?, width, 16 * width, |row, rows| {
+                let mut order = Vec::with_capacity(width);
+                for (x, keep) in x[row * width..].chunks_exact(width).zip(rows.chunks_exact_mut(width)) {
+                    order.clear();
+                    order.extend_from_slice(x);
+                    let (_, &mut kth, _) = order.select_nth_unstable_by(k - 1, |a, b| descending(*a, *b));
+                    for (x, keep) in x.iter().zip(keep) {
+                        *keep = u8::from(descending(*x, kth) != Ordering::Greater);
+                    }
+                }
+            });
+            Ok(())
+        })?;
+        Ok(keep)
+    }
+}
+
+/// Largest first, NaN before all.
+fn descending<T: Float>(a: T, b: T) -> Ordering {
+    let is_nan = |x: T| x.partial_cmp(&x).is_none();
+    b.partial_cmp(&a).unwrap_or_else(|| is_nan(b).cmp(&is_nan(a)))
+}
