@@ -1,12 +1,29 @@
-//! The contract of every op: its values and gradients against a naive f64 definition.
+//! The contract of every op: its values and gradients against a naive f64 definition, for every dtype, layout, number
+//! of threads and vector level.
 
 #[path = "contract/case.rs"]
 mod case;
 #[path = "contract/cases/mod.rs"]
 mod cases;
+#[path = "contract/check.rs"]
+mod check;
 
-use case::{Case, check};
-use x_transformers::ops::NAMES;
+use std::{process::Command, sync::Mutex};
+
+use case::Case;
+use check::{bits, check, same_bits};
+use x_transformers::{device::Level, ops::NAMES};
+
+/// Cases measure memory in use, so no two tests may run them at once.
+static ALONE: Mutex<()> = Mutex::new(());
+
+/// The cases of `XT_CASE` (a part of a name), or all of them.
+fn selected() -> Vec<Case> {
+    let filter = std::env::var("XT_CASE").unwrap_or_default();
+    let cases: Vec<Case> = cases::all().into_iter().filter(|case| case.name.contains(&filter)).collect();
+    assert!(!cases.is_empty(), "no case matches `{filter}`");
+    cases
+}
 
 /// Every op has a case, and every case names an op: an op cannot be half-added.
 #[test]
@@ -20,12 +37,44 @@ fn every_op_has_a_case() {
     }
 }
 
-/// All cases of `XT_CASE` (a part of a name), or of every op.
+/// Values, gradients, layouts, and nothing left behind.
 #[test]
 fn contract() {
-    let filter = std::env::var("XT_CASE").unwrap_or_default();
-    let cases: Vec<Case> = cases::all().into_iter().filter(|case| case.name.contains(&filter)).collect();
-    assert!(!cases.is_empty(), "no case matches `{filter}`");
-    let failures: Vec<String> = cases.iter().flat_map(check).collect();
+    let _alone = ALONE.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+    let failures: Vec<String> = selected().iter().flat_map(check).collect();
     assert!(failures.is_empty(), "{} failures:\n{}", failures.len(), failures.join("\n"));
+}
+
+/// One, two or three threads, and a second run: the same bits.
+#[test]
+fn any_number_of_threads_gives_the_same_bits() {
+    let _alone = ALONE.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+    let on = |threads: usize| -> Vec<(String, Vec<Vec<f64>>)> {
+        let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().expect("a thread pool");
+        // Cases are made inside, because they cannot travel between threads.
+        pool.install(|| selected().iter().map(|case| (case.name.clone(), bits(case).expect("a legal case"))).collect())
+    };
+    let one = on(1);
+    for threads in [1, 2, 3] {
+        for ((name, expected), (_, results)) in one.iter().zip(on(threads)) {
+            let same = expected.iter().zip(&results).all(|(a, b)| same_bits(a, b));
+            assert!(same, "{name}: other bits in another run with {threads} threads");
+        }
+    }
+}
+
+/// The code for lesser processors, which this one would never run: the contract again, in a process that is told to
+/// use no more than that.
+#[test]
+fn every_vector_level_keeps_the_contract() {
+    for level in [Level::Portable, Level::Avx2] {
+        if level >= Level::detected() {
+            continue;
+        }
+        let this = std::env::current_exe().expect("the path of this test");
+        let child = Command::new(this).args(["contract", "--exact"]).env("XT_CPU", level.name()).output();
+        let output = child.expect("a process");
+        let (text, errors) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
+        assert!(text.contains("1 passed") && output.status.success(), "XT_CPU={}:\n{text}{errors}", level.name());
+    }
 }

@@ -34,7 +34,7 @@ fn constructors() -> Result<()> {
     assert_eq!((scalar.rank(), scalar.elements(), scalar.item()?), (0, 1, 2.5));
     assert!(scalar.is_contiguous() && scalar.strides().is_empty());
     assert_eq!(Tensor::arange(4, &CPU)?.to_vec::<i64>()?, [0, 1, 2, 3]);
-    assert_eq!(Tensor::arange(0, &CPU)?.to_vec::<i64>()?, []);
+    assert!(Tensor::arange(0, &CPU)?.to_vec::<i64>()?.is_empty());
     for dtype in ALL {
         assert_eq!(values(&Tensor::zeros([2, 2], dtype, &CPU)?), [0.0; 4]);
         assert_eq!(values(&Tensor::ones([2], dtype, &CPU)?), [1.0; 2]);
@@ -393,7 +393,7 @@ fn every_view_error_names_what_was_wrong() {
 #[test]
 fn narrow_at_the_edges() -> Result<()> {
     let x = counting([2, 3]);
-    assert_eq!(values(&x.narrow(1, 3, 0)?), []);
+    assert!(values(&x.narrow(1, 3, 0)?).is_empty());
     assert_eq!(values(&x.narrow(-1, 2, 1)?), [2.0, 5.0]);
     assert_eq!(values(&x.narrow(0, 0, 2)?), values(&x));
     assert_eq!(values(&x.narrow(0, 1, 1)?.narrow(1, 1, 2)?), [4.0, 5.0]);

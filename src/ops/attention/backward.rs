@@ -269,8 +269,6 @@ struct Work<'a, A> {
 /// What a tile gives.
 #[derive(Clone, Copy, PartialEq)]
 enum Reach {
-    /// Nothing is kept.
-    Nothing,
     /// The weights of fully masked queries alone: their scores have no gradient.
     Weights,
     /// Weights and the gradient of the scores.
@@ -283,20 +281,21 @@ impl<T: Float> Pass<'_, T> {
         &values[(at.batch * heads + at.head) * queries + at.query..][..at.queries]
     }
 
-    /// Weights (as they met the values, after dropout) and gradient of the scores of one tile, in `work`.
-    fn tile(&self, at: At, work: &mut Work<T::Acc>) -> Reach {
+    /// Weights (as they met the values, after dropout) and gradient of the scores of one tile, in `work`, for those
+    /// queries of the tile that are returned.
+    fn tile(&self, at: At, work: &mut Work<T::Acc>) -> Option<(At, Reach)> {
         let (tiles, kv_head) = (&self.tiles, at.head / self.tiles.sizes.group());
-        let log_sums = self.per_query(at, self.log_sums);
-        let masked = |row: usize| log_sums[row] == -T::Acc::NEG_INFINITY;
-        let any_masked = (0..at.queries).any(masked);
-        let reach = match (tiles.reaches(at), any_masked) {
-            (true, _) => Reach::Scores,
-            (false, true) => Reach::Weights,
-            (false, false) => return Reach::Nothing,
+        let masked = |log_sum: &T::Acc| *log_sum == -T::Acc::NEG_INFINITY;
+        let any_masked = self.per_query(at, self.log_sums).iter().any(masked);
+        let (at, reach) = match (tiles.reach(at), any_masked) {
+            (None, false) => return None,
+            (None, true) => (at, Reach::Weights),
+            (Some(seen), false) => (seen, Reach::Scores),
+            (Some(_), true) => (at, Reach::Scores),
         };
+        let log_sums = self.per_query(at, self.log_sums);
         if reach == Reach::Scores {
-            let q = tiles.q.block(at.batch, at.head, at.query);
-            tiles.scores(at, q, tiles.k.block(at.batch, kv_head, at.key), work.p);
+            tiles.scores(at, work.p);
             // Fully masked queries come out with weight and gradient 0.
             weights(work.p, at.width(), log_sums);
             let grad = self.grad.block(at.batch, at.head, at.query);
@@ -307,9 +306,9 @@ impl<T: Float> Pass<'_, T> {
             work.p.fill(T::Acc::ZERO);
         }
         if any_masked {
-            tiles.spread(at, masked, work.p, work.factors);
+            tiles.spread(at, |row| masked(&log_sums[row]), work.p, work.factors);
         }
-        reach
+        Some((at, reach))
     }
 
     fn score_gradients(&self, at: At, work: &mut Work<T::Acc>) {
@@ -341,10 +340,7 @@ impl<T: Float> Pass<'_, T> {
                 dv_sum.fill(T::Acc::ZERO);
                 for member in 0..group {
                     for at in query_blocks(At { head: start.head + member, ..block }, 0..queries) {
-                        let reach = self.tile(at, &mut work);
-                        if reach == Reach::Nothing {
-                            continue;
-                        }
+                        let Some((at, reach)) = self.tile(at, &mut work) else { continue };
                         if wanted.v {
                             let (p, grad) = (rows_of(work.p), self.grad.block(batch, at.head, at.query));
                             gemm_block::<T::Acc>(at.keys, e, at.queries, transposed(p), grad, true, dv_sum, e);
@@ -413,9 +409,7 @@ impl<T: Float> Pass<'_, T> {
                         let start = At { batch, head, query: 0, queries: 0, key: 0, keys: 0 };
                         let blocks = query_blocks(start, query_range.clone());
                         for at in blocks.flat_map(|at| key_blocks(at, key_range.clone())) {
-                            if self.tile(at, &mut work) != Reach::Scores {
-                                continue;
-                            }
+                            let Some((at, Reach::Scores)) = self.tile(at, &mut work) else { continue };
                             for (row, ds) in work.ds.chunks_exact(KEYS).take(at.queries).enumerate() {
                                 let row = if rows == 1 { 0 } else { at.query + row - query_range.start };
                                 if columns == 1 {

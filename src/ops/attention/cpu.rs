@@ -72,23 +72,23 @@ pub(super) fn key_blocks(at: At, keys: std::ops::Range<usize>) -> impl Iterator<
 
 fn forward_block<T: Float>(tiles: &Tiles<T>, at: At, out: &mut [&mut [T]], log_sums: &mut [T::Acc]) {
     let Sizes { keys, e, .. } = tiles.sizes;
-    let head = at.head / tiles.sizes.group();
-    let q = tiles.q.block(at.batch, at.head, at.query);
     let lengths = [at.queries * KEYS, at.queries * e, at.queries, at.queries, KEYS];
     with_scratch(lengths, |[s, acc, max, sum, factors]: [&mut [T::Acc]; 5]| {
         acc.fill(T::Acc::ZERO);
         max.fill(T::Acc::NEG_INFINITY);
         sum.fill(T::Acc::ZERO);
-        for at in key_blocks(at, 0..keys).filter(|&at| tiles.reaches(at)) {
-            tiles.scores(at, q, tiles.k.block(at.batch, head, at.key), s);
-            softmax_step(s, at.width(), max, sum, acc);
+        for seen in key_blocks(at, 0..keys).filter_map(|at| tiles.reach(at)) {
+            let (first, last) = (seen.query - at.query, seen.query - at.query + seen.queries);
+            let acc = &mut acc[first * e..last * e];
+            tiles.scores(seen, s);
+            softmax_step(s, seen.width(), &mut max[first..last], &mut sum[first..last], acc);
             if tiles.drops() {
-                for (row, s) in s.chunks_exact_mut(KEYS).enumerate() {
-                    tiles.dropout(at, row, factors);
-                    multiply(&mut s[..at.keys], factors);
+                for (row, s) in s.chunks_exact_mut(KEYS).take(seen.queries).enumerate() {
+                    tiles.dropout(seen, row, factors);
+                    multiply(&mut s[..seen.keys], factors);
                 }
             }
-            add_values(tiles, at, s, acc);
+            add_values(tiles, seen, s, acc);
         }
         let masked: &dyn Fn(usize) -> bool = &|row| sum[row] == T::Acc::ZERO;
         if (0..at.queries).any(masked) {

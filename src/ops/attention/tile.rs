@@ -15,7 +15,7 @@ use crate::{
 };
 
 /// Queries of a tile.
-pub(super) const QUERIES: usize = 64;
+pub(super) const QUERIES: usize = 256;
 /// Keys of a tile, and the step from one of its rows to the next.
 pub(super) const KEYS: usize = 128;
 /// Rows are processed in whole groups of this many scores; those behind the last key are masked.
@@ -150,14 +150,20 @@ impl<'a, T: Float> Tiles<'a, T> {
         start.min(end)..end
     }
 
-    /// Whether any score of the tile may be kept; masks of their own are not looked at.
-    pub fn reaches(&self, at: At) -> bool {
-        let keys = at.key..at.key + at.keys;
-        let seen = (at.query..at.query + at.queries).any(|query| {
+    /// The tile with those of its queries that may keep a score of it, from the first to the last; masks of their own
+    /// are not looked at.
+    pub fn reach(&self, at: At) -> Option<At> {
+        let sees = |&query: &usize| {
             let kept = self.kept(at.batch, query);
-            kept.start.max(keys.start) < kept.end.min(keys.end)
-        });
-        seen && self.padding(at).is_none_or(|(free, mask)| free > 0 || mask.iter().any(|&keep| keep != 0))
+            kept.start.max(at.key) < kept.end.min(at.key + at.keys)
+        };
+        if self.padding(at).is_some_and(|(free, mask)| free == 0 && mask.iter().all(|&keep| keep == 0)) {
+            return None;
+        }
+        let mut queries = at.query..at.query + at.queries;
+        let first = queries.find(sees)?;
+        let last = queries.rfind(sees).unwrap_or(first);
+        Some(At { query: first, queries: last + 1 - first, ..at })
     }
 
     /// The keys of the tile that no padding masks, counted from its first one, and the mask of those behind.
@@ -172,7 +178,9 @@ impl<'a, T: Float> Tiles<'a, T> {
     }
 
     /// `scale · q kᵀ` with biases, −∞ where masked; rows of `s` are [`KEYS`] apart.
-    pub fn scores(&self, at: At, q: Matrix<T::Acc>, k: Matrix<T::Acc>, s: &mut [T::Acc]) {
+    pub fn scores(&self, at: At, s: &mut [T::Acc]) {
+        let q = self.q.block(at.batch, at.head, at.query);
+        let k = self.k.block(at.batch, at.head / self.sizes.group(), at.key);
         gemm_block::<T::Acc>(at.queries, at.keys, self.sizes.d, q, transposed(k), false, s, KEYS);
         let s = &mut s[..at.queries * KEYS];
         match &self.curves {

@@ -1,0 +1,241 @@
+//! What every case must hold: values, gradients, layouts, inputs left alone, and nothing left behind.
+
+use x_transformers::{DType, Device, Gradcheck, Result, Tape, Tensor, gradcheck};
+
+use crate::case::{Array, Case, Gradient, Input, Lay, cotangent};
+
+const FLOATS: [DType; 4] = [DType::F64, DType::F32, DType::F16, DType::BF16];
+
+/// Relative error (in the Euclidean norm) allowed per dtype.
+fn allowed(dtype: DType) -> f64 {
+    match dtype {
+        DType::F64 => 1e-12,
+        DType::F32 => 2e-6,
+        DType::F16 => 4e-3,
+        _ => 3e-2,
+    }
+}
+
+/// The error of one element may be larger than that of the whole by this factor.
+const WORST: f64 = 8.0;
+
+/// Runs a case; returns what went wrong.
+pub fn check(case: &Case) -> Vec<String> {
+    let mut check = Check { case, failures: Vec::new() };
+    if let Err(error) = check.all() {
+        check.failures.push(format!("{}: {error}", case.name));
+    }
+    check.failures
+}
+
+struct Check<'a> {
+    case: &'a Case,
+    failures: Vec<String>,
+}
+
+/// What a case gives on packed inputs, which other layouts are held against.
+struct Packed {
+    output: Vec<f64>,
+    gradients: Vec<Vec<f64>>,
+}
+
+impl Check<'_> {
+    fn all(&mut self) -> Result<()> {
+        let arrays = self.case.draw();
+        self.differences(&arrays)?;
+        self.layouts(&arrays, &[Lay::Packed, Lay::Transposed, Lay::Sliced, Lay::Offset])?;
+        for lay in [Lay::RepeatedRows, Lay::RepeatedColumns] {
+            if self.case.repeats {
+                let possible = |(array, input): (&Array, &Input)| match input {
+                    Input::Values { .. } => array.clone(),
+                    _ => lay.possible(array),
+                };
+                let arrays: Vec<Array> = arrays.iter().zip(&self.case.inputs).map(possible).collect();
+                self.layouts(&arrays, &[Lay::Packed, lay])?;
+            }
+        }
+        self.leaves_nothing_behind(&arrays)
+    }
+
+    fn fail(&mut self, what: &str, message: impl std::fmt::Display) {
+        self.failures.push(format!("{what}: {message}"));
+    }
+
+    /// Gradients in f64 by differences of the op itself.
+    fn differences(&mut self, arrays: &[Array]) -> Result<()> {
+        let case = self.case;
+        let elements: usize = arrays.iter().map(|array| array.data.len()).sum();
+        if !case.differentiable() || elements + (case.reference)(arrays).data.len() >= 4000 {
+            return Ok(());
+        }
+        let run = |tensors: &[Tensor]| {
+            let keep = |i: usize| if case.differentiates(i) { tensors[i].clone() } else { tensors[i].detach() };
+            (case.run)(&(0..tensors.len()).map(keep).collect::<Vec<_>>())
+        };
+        let report = gradcheck(run, &case.tensors(arrays, DType::F64, Lay::Packed)?, Gradcheck::default())?;
+        let wrong = |input: &x_transformers::InputReport| !(input.error <= report.tolerance);
+        if report.inputs.iter().any(|input| case.differentiates(input.input) && wrong(input)) {
+            self.fail(&case.name, format!("gradient\n{report}"));
+        }
+        Ok(())
+    }
+
+    /// Values and gradients in every dtype; the first layout is the packed one.
+    fn layouts(&mut self, arrays: &[Array], layouts: &[Lay]) -> Result<()> {
+        let expected = (self.case.reference)(arrays);
+        let mut exact: Option<Vec<Vec<f64>>> = None;
+        for dtype in FLOATS {
+            let mut packed: Option<Packed> = None;
+            for &lay in layouts {
+                let what = format!("{} {dtype} {lay:?}", self.case.name);
+                let given = self.case.tensors(arrays, dtype, lay)?;
+                let Some(this) = self.one(&what, dtype, &given, &expected, exact.as_deref())? else { continue };
+                match &packed {
+                    Some(packed) => {
+                        if !same_bits(&packed.output, &this.output) {
+                            self.fail(&what, "other bits than packed inputs");
+                        }
+                        for (index, (packed, this)) in packed.gradients.iter().zip(&this.gradients).enumerate() {
+                            if !same_bits(packed, this) {
+                                self.fail(&what, format!("gradient {index} has other bits than for packed inputs"));
+                            }
+                        }
+                    }
+                    None => {
+                        exact.get_or_insert_with(|| this.gradients.clone());
+                        packed = Some(this);
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// One run against the reference, and against the gradients in f64 once they are known.
+    fn one(
+        &mut self,
+        what: &str,
+        dtype: DType,
+        given: &[Tensor],
+        expected: &Array,
+        exact: Option<&[Vec<f64>]>,
+    ) -> Result<Option<Packed>> {
+        let before = given.iter().map(Tensor::to_f64_vec).collect::<Result<Vec<_>>>()?;
+        let output = (self.case.run)(given)?;
+        if **output.shape() != *expected.shape {
+            self.fail(what, format!("shape {:?}, expected {:?}", output.shape(), expected.shape));
+            return Ok(None);
+        }
+        let values = output.to_f64_vec()?;
+        let bound = allowed(dtype) * self.case.tolerance;
+        if let Some(message) = far(&values, &expected.data, bound) {
+            self.fail(what, message);
+        }
+        let mut gradients = Vec::new();
+        if self.case.differentiable() {
+            let (recorded, grads) = self.case.run_with_gradients(given)?;
+            if !same_bits(&recorded.to_f64_vec()?, &values) {
+                self.fail(what, "other bits on a tape than without one");
+            }
+            for Gradient { input, fits, values } in grads {
+                if !fits {
+                    self.fail(what, format!("the gradient of input {input} has another shape or dtype"));
+                } else if let Some(message) = exact.and_then(|exact| {
+                    // Gradients pass through one more rounding of each operand.
+                    far(&values, &exact[gradients.len()], 2.0 * bound)
+                }) {
+                    self.fail(what, format!("gradient of input {input}: {message}"));
+                }
+                gradients.push(values);
+            }
+        }
+        for (tensor, before) in given.iter().zip(&before) {
+            if !same_bits(&tensor.to_f64_vec()?, before) {
+                self.fail(what, "an input was changed");
+            }
+        }
+        Ok(Some(Packed { output: values, gradients }))
+    }
+
+    /// No tape, no node; and whatever a tape saved is free after its backward pass, or when it is dropped.
+    fn leaves_nothing_behind(&mut self, arrays: &[Array]) -> Result<()> {
+        let case = self.case;
+        let inputs = case.tensors(arrays, DType::F32, Lay::Packed)?;
+        let leaves = case.leaves(&inputs)?;
+        let live = || Device::Cpu.memory().live as isize;
+        let start = live();
+
+        let output = (case.run)(&leaves)?;
+        let tape = Tape::grad();
+        output.unsqueeze(0).or_else(|_| output.flatten(0, 1))?;
+        if !tape.is_empty() {
+            self.fail(&case.name, "the output is tracked though no tape was there");
+        }
+        (case.run)(&inputs)?;
+        if !tape.is_empty() {
+            self.fail(&case.name, format!("{} nodes were recorded though no input requires a gradient", tape.len()));
+        }
+        drop((tape, output));
+        if live() != start {
+            self.fail(&case.name, format!("{} bytes are left from a run without gradients", live() - start));
+        }
+        if !case.differentiable() {
+            return Ok(());
+        }
+        let tape = Tape::grad();
+        drop((case.run)(&leaves)?);
+        drop(tape);
+        if live() != start {
+            self.fail(&case.name, format!("{} bytes are left from a tape that was dropped", live() - start));
+        }
+        let mut tape = Tape::grad();
+        let output = (case.run)(&leaves)?;
+        let grads = tape.backward_with(&output, &cotangent(&output)?)?;
+        drop((output, grads));
+        if live() != start {
+            self.fail(&case.name, format!("{} bytes are left from a backward pass", live() - start));
+        }
+        Ok(())
+    }
+}
+
+/// Output and gradients of a case in every float dtype: what must not depend on threads.
+pub fn bits(case: &Case) -> Result<Vec<Vec<f64>>> {
+    let arrays = case.draw();
+    let mut all = Vec::new();
+    for dtype in FLOATS {
+        let tensors = case.tensors(&arrays, dtype, Lay::Packed)?;
+        if case.differentiable() {
+            let (output, gradients) = case.run_with_gradients(&tensors)?;
+            all.push(output.to_f64_vec()?);
+            all.extend(gradients.into_iter().map(|gradient| gradient.values));
+        } else {
+            all.push((case.run)(&tensors)?.to_f64_vec()?);
+        }
+    }
+    Ok(all)
+}
+
+/// Whether two results are the same to the last bit; every NaN counts as the same.
+pub fn same_bits(a: &[f64], b: &[f64]) -> bool {
+    let same = |(a, b): (&f64, &f64)| a.to_bits() == b.to_bits() || (a.is_nan() && b.is_nan());
+    a.len() == b.len() && a.iter().zip(b).all(same)
+}
+
+/// Says how far a result is from what it should be, if it is too far: as a whole, or in one element.
+fn far(actual: &[f64], expected: &[f64], bound: f64) -> Option<String> {
+    if actual.len() != expected.len() {
+        return Some(format!("{} elements, expected {}", actual.len(), expected.len()));
+    }
+    let same = |a: f64, e: f64| a == e || (a.is_nan() && e.is_nan());
+    let square = |(&a, &e): (&f64, &f64)| if same(a, e) { 0.0 } else { (a - e).powi(2) };
+    let error = actual.iter().zip(expected).map(square).sum::<f64>().sqrt();
+    let norm = expected.iter().filter(|e| e.is_finite()).map(|e| e * e).sum::<f64>().sqrt().max(1e-6);
+    if !(error <= bound * norm) {
+        return Some(format!("relative error {:.2e}, allowed {bound:.0e}", error / norm));
+    }
+    let typical = norm / (expected.len() as f64).sqrt();
+    let near = |a: f64, e: f64| same(a, e) || (a - e).abs() <= WORST * bound * e.abs().max(typical);
+    let at = actual.iter().zip(expected).position(|(&a, &e)| !near(a, e))?;
+    Some(format!("element {at} is {:e}, expected {:e}", actual[at], expected[at]))
+}

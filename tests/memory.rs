@@ -1,0 +1,329 @@
+//! Memory: what is copied, what is kept, what is given back, and how much a backward pass needs.
+
+use std::{
+    cell::Cell,
+    rc::Rc,
+    sync::{Mutex, MutexGuard},
+};
+
+use x_transformers::{Backward, Contributions, DType, Device, Result, Tape, Tensor, checkpoint, record};
+
+const CPU: Device = Device::Cpu;
+const MIB: usize = 1 << 20;
+
+/// The counters belong to the process, so one test runs at a time.
+fn alone() -> MutexGuard<'static, ()> {
+    static ALONE: Mutex<()> = Mutex::new(());
+    let guard = ALONE.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+    CPU.set_cache_limit(2 << 30);
+    CPU.trim();
+    CPU.reset_peak_memory();
+    guard
+}
+
+fn live() -> usize {
+    CPU.memory().live
+}
+
+/// A tensor of one MiB.
+fn mebibyte() -> Tensor {
+    Tensor::generate([512, 512], DType::F32, &CPU, |i| (i % 1000) as f64 / 1000.0).unwrap()
+}
+
+/// Bytes that a call has in use at its peak, above what is in use before.
+fn peak_of<R>(f: impl FnOnce() -> R) -> (R, usize) {
+    let before = live();
+    CPU.reset_peak_memory();
+    let result = f();
+    (result, CPU.memory().peak - before)
+}
+
+#[test]
+fn views_copy_nothing() -> Result<()> {
+    let _alone = alone();
+    let x = mebibyte();
+    let (views, peak) = peak_of(|| -> Result<_> {
+        Ok([
+            x.clone(),
+            x.detach(),
+            x.reshape([2, 256, 512])?,
+            x.transpose(0, 1)?,
+            x.permute(&[1, 0])?,
+            x.narrow(0, 3, 100)?,
+            x.select(1, 7)?,
+            x.expand([50, 512, 512])?,
+            x.unsqueeze(0)?.squeeze(0)?,
+            x.flatten(0, 1)?,
+            x.contiguous()?,
+            x.to_dtype(DType::F32)?,
+            x.chunk(4, 0)?.swap_remove(3),
+        ])
+    });
+    assert_eq!(peak, 0);
+    let start = live();
+    drop(x);
+    assert_eq!(live(), start, "views keep the storage");
+    drop(views?);
+    assert!(start - live() >= MIB, "the last one gives it back");
+    Ok(())
+}
+
+#[test]
+fn an_op_allocates_its_output_alone() -> Result<()> {
+    let _alone = alone();
+    let x = mebibyte();
+    type Op = fn(&Tensor) -> Result<Tensor>;
+    let ops: [(&str, Op); 8] = [
+        ("contiguous", |x| x.transpose(0, 1)?.contiguous()),
+        ("softmax", |x| x.softmax()),
+        ("affine", |x| x.affine(2.0, 1.0)),
+        ("add", |x| x.add(&x.select(0, 3)?)),
+        ("mul of strided tensors", |x| x.mul(&x.transpose(0, 1)?)),
+        ("masked_fill", |x| x.masked_fill(&Tensor::scalar(true, &CPU)?, 1.0)),
+        ("cat", |x| Tensor::cat(&[&x.narrow(0, 0, 200)?, &x.narrow(0, 200, 312)?], 0)),
+        ("gelu", |x| x.gelu()),
+    ];
+    for (name, op) in ops {
+        let (y, peak) = peak_of(|| op(&x));
+        assert_eq!(y?.elements(), x.elements());
+        // Some bytes for scalars.
+        assert!((MIB..MIB + 1024).contains(&peak), "{name} had {peak} bytes in use");
+    }
+    let (_, peak) = peak_of(|| x.sum(&[0]));
+    assert!(peak <= 4096, "a sum of rows had {peak} bytes in use");
+    Ok(())
+}
+
+#[test]
+fn nothing_of_nothing() -> Result<()> {
+    let _alone = alone();
+    let (_, peak) = peak_of(|| -> Result<()> {
+        let x = Tensor::zeros([0, 1 << 40], DType::F64, &CPU)?;
+        x.transpose(0, 1)?.contiguous()?.softmax()?.to_dtype(DType::F32)?;
+        Ok(())
+    });
+    assert_eq!(peak, 0);
+    Ok(())
+}
+
+#[test]
+fn freed_blocks_are_used_again() -> Result<()> {
+    let _alone = alone();
+    let x = mebibyte();
+    let step = || -> Result<()> {
+        let leaf = x.requires_grad()?;
+        let mut tape = Tape::train(1);
+        let y = leaf.matmul(&leaf)?.softmax()?.dropout(0.1)?.gelu()?.transpose(0, 1)?.contiguous()?;
+        let loss = y.mul(&leaf)?.mean(&[])?;
+        tape.backward(&loss)?;
+        Ok(())
+    };
+    step()?;
+    step()?;
+    let (start, after_two) = (live(), CPU.memory());
+    for _ in 0..20 {
+        step()?;
+    }
+    let now = CPU.memory();
+    assert_eq!(live(), start);
+    assert_eq!(now.cached, after_two.cached, "every later step found its blocks");
+    assert_eq!(now.peak, after_two.peak);
+    Ok(())
+}
+
+#[test]
+fn the_cache_has_a_limit() -> Result<()> {
+    let _alone = alone();
+    CPU.set_cache_limit(4 * MIB);
+    let tensors: Vec<Tensor> = (0..16).map(|_| mebibyte()).collect();
+    let in_use = live();
+    drop(tensors);
+    let stats = CPU.memory();
+    assert!(stats.cached <= 4 * MIB && stats.cached >= 3 * MIB, "{stats:?}");
+    assert!(in_use - stats.live >= 16 * MIB);
+    CPU.set_cache_limit(2 * MIB);
+    assert!(CPU.memory().cached <= 2 * MIB, "a lower limit acts at once");
+    CPU.set_cache_limit(0);
+    drop(mebibyte());
+    assert_eq!(CPU.memory().cached, 0);
+    CPU.set_cache_limit(2 << 30);
+    drop(mebibyte());
+    assert!(CPU.memory().cached >= MIB);
+    Ok(())
+}
+
+#[test]
+fn trim_gives_back_what_is_free_alone() -> Result<()> {
+    let _alone = alone();
+    let kept = mebibyte();
+    drop(mebibyte());
+    let before = CPU.memory();
+    assert!(before.cached >= MIB);
+    CPU.trim();
+    let after = CPU.memory();
+    assert_eq!((after.cached, after.live), (0, before.live));
+    assert_eq!(kept.select(0, 0)?.to_f64_vec()?.len(), 512);
+    Ok(())
+}
+
+#[test]
+fn the_peak_is_the_largest_use() -> Result<()> {
+    let _alone = alone();
+    let base = live();
+    drop((mebibyte(), mebibyte(), mebibyte()));
+    let peak = CPU.memory().peak;
+    assert!((base + 3 * MIB..base + 4 * MIB).contains(&peak), "{peak} over {base}");
+    mebibyte();
+    assert_eq!(CPU.memory().peak, peak);
+    CPU.reset_peak_memory();
+    assert_eq!(CPU.memory().peak, live());
+    assert!(Tensor::zeros([1 << 50], DType::F32, &CPU).is_err());
+    assert_eq!(CPU.memory().peak, live(), "what was refused was never in use");
+    Ok(())
+}
+
+#[test]
+fn threads_share_the_pool() {
+    let _alone = alone();
+    let start = live();
+    std::thread::scope(|scope| {
+        for thread in 0..8u64 {
+            scope.spawn(move || {
+                let mut held: Vec<(i64, Tensor)> = Vec::new();
+                let mut state = thread + 1;
+                for round in 0..400 {
+                    // A linear congruential generator: sizes from nothing to 64 KiB.
+                    state = state.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
+                    let (size, mark) = ((state >> 33) as usize % 8192, (thread * 1000 + round) as i64);
+                    held.push((mark, Tensor::full([size], mark as f64, DType::I64, &CPU).unwrap()));
+                    if held.len() > 16 {
+                        let (mark, tensor) = held.swap_remove((state >> 50) as usize % 16);
+                        // A block that was handed out twice would hold another thread's mark.
+                        assert!(tensor.to_vec::<i64>().unwrap().iter().all(|&value| value == mark));
+                    }
+                    if round % 100 == 0 {
+                        CPU.trim();
+                    }
+                }
+                for (mark, tensor) in held {
+                    assert!(tensor.to_vec::<i64>().unwrap().iter().all(|&value| value == mark));
+                }
+            });
+        }
+    });
+    let stats = CPU.memory();
+    assert_eq!(stats.live, start);
+    CPU.trim();
+    assert_eq!(CPU.memory().cached, 0);
+}
+
+#[test]
+fn a_tensor_may_die_on_another_thread() {
+    let _alone = alone();
+    let start = live();
+    let tensors: Vec<Tensor> = (0..4).map(|_| mebibyte()).collect();
+    std::thread::spawn(move || drop(tensors)).join().unwrap();
+    assert_eq!(live(), start);
+}
+
+/// An identity that notes the bytes in use when its backward runs.
+fn probe(x: &Tensor, seen: &Rc<Cell<usize>>) -> Result<Tensor> {
+    struct Probe(Rc<Cell<usize>>);
+    impl Backward for Probe {
+        fn name(&self) -> &'static str {
+            "probe"
+        }
+        fn backward(self: Box<Self>, grad: Tensor, _need: &[bool]) -> Result<Contributions> {
+            self.0.set(live());
+            Ok(Contributions::one(grad))
+        }
+    }
+    record("probe", x.detach(), &[x], |_| Probe(seen.clone()))
+}
+
+#[test]
+fn activations_are_freed_while_backward_runs() -> Result<()> {
+    let _alone = alone();
+    let x = mebibyte().requires_grad()?;
+    let (near_leaf, near_loss) = (Rc::new(Cell::new(0)), Rc::new(Cell::new(0)));
+    let before = live();
+    let mut tape = Tape::grad();
+    let mut y = probe(&x, &near_leaf)?;
+    for _ in 0..12 {
+        // Saves its output.
+        y = y.sigmoid()?;
+    }
+    let loss = probe(&y, &near_loss)?.sum(&[])?;
+    drop(y);
+    assert!(live() - before >= 12 * MIB, "twelve activations are kept");
+    let grads = tape.backward(&loss)?;
+    assert!(near_loss.get() - before >= 12 * MIB);
+    // The gradient alone is left, and what the pass has in hand.
+    assert!(near_leaf.get() - before <= 2 * MIB, "{} bytes in use near the leaf", near_leaf.get() - before);
+    drop((grads, loss));
+    assert_eq!(live(), before);
+    Ok(())
+}
+
+#[test]
+fn nothing_is_kept_without_a_tape() -> Result<()> {
+    let _alone = alone();
+    let x = mebibyte().requires_grad()?;
+    let (_, peak) = peak_of(|| -> Result<Tensor> {
+        let mut y = x.clone();
+        for _ in 0..12 {
+            y = y.sigmoid()?;
+        }
+        Ok(y)
+    });
+    assert!(peak <= 2 * MIB + 1024, "{peak} bytes");
+    Ok(())
+}
+
+/// Sixteen activations in a row, in segments that are recomputed if asked.
+fn deep(x: &Tensor, segments: usize, recompute: bool) -> Result<Tensor> {
+    let mut y = x.clone();
+    for _ in 0..segments {
+        let segment = move |x: &[Tensor]| (0..16 / segments).try_fold(x[0].clone(), |y, _| y.sigmoid()?.dropout(0.1));
+        y = if recompute { checkpoint(segment, &[&y])? } else { segment(&[y])? };
+    }
+    y.sum(&[])
+}
+
+#[test]
+fn checkpoints_lower_the_peak() -> Result<()> {
+    let _alone = alone();
+    let x = mebibyte().requires_grad()?;
+    let run = |recompute: bool| {
+        let (gradient, peak) = peak_of(|| -> Result<_> {
+            let mut tape = Tape::train(7);
+            let grads = tape.backward(&deep(&x, 4, recompute)?)?;
+            Ok(grads.get(&x).unwrap().clone())
+        });
+        (gradient.unwrap(), peak)
+    };
+    let ((plain, plain_peak), (recomputed, peak)) = (run(false), run(true));
+    assert_eq!(plain.to_f64_vec()?, recomputed.to_f64_vec()?, "the same dropout masks");
+    assert!(plain_peak >= 16 * MIB, "{plain_peak}");
+    assert!(peak <= 10 * MIB, "{} MiB instead of {}", peak / MIB, plain_peak / MIB);
+    Ok(())
+}
+
+#[test]
+fn slices_add_into_one_gradient() -> Result<()> {
+    let _alone = alone();
+    let x = mebibyte().requires_grad()?;
+    let (grads, peak) = peak_of(|| -> Result<_> {
+        let mut tape = Tape::grad();
+        let rows = x.chunk(512, 0)?;
+        let parts: Vec<Tensor> = rows.iter().map(|row| row.affine(2.0, 0.0)).collect::<Result<_>>()?;
+        let loss = Tensor::cat(&parts.iter().collect::<Vec<_>>(), 0)?;
+        drop(parts);
+        let weights = loss.detach();
+        tape.backward_with(&loss, &weights)
+    });
+    assert_eq!(grads?.get(&x).unwrap().elements(), x.elements());
+    // Parts, output, gradient, and single rows: not 512 gradients of full size.
+    assert!(peak <= 4 * MIB, "{} MiB", peak / MIB);
+    Ok(())
+}
