@@ -10,8 +10,9 @@ use std::time::{Duration, Instant};
 use criterion::{Criterion, criterion_group, criterion_main};
 use peak::{Group, Work};
 use x_transformers::{
-    DType, Device, IntoShape, Philox, Result, Tape, Tensor,
+    DType, Device, Init, IntoShape, Philox, Result, Store, Tape, Tensor,
     ops::{Activation, NAMES},
+    train::{AdamW, AdamWOptions},
 };
 
 /// Ops whose benchmarks count operations, each in a file of its own.
@@ -157,6 +158,26 @@ fn backward(op: &Op, inputs: &[Tensor], cotangent: &Tensor) -> Result<Duration> 
     Ok(elapsed)
 }
 
+/// A step over eight parameters. It reads the gradients twice, for their norm and for the update, and reads and writes
+/// parameters and both moments: eight times four bytes per value.
+fn bench_adamw(criterion: &mut Criterion) -> Result<()> {
+    let store = Store::new(0, DType::F32, &Device::Cpu);
+    let mut tape = Tape::grad();
+    let mut loss = Tensor::scalar(0.0f32, &Device::Cpu)?;
+    for index in 0..8 {
+        let weight = store.at(index).param("weight", [1024, 512], Init::Normal(0.02))?;
+        loss = loss.add(&weight.tensor().square()?.sum(&[])?)?;
+    }
+    let (gradients, params) = (tape.backward(&loss)?, store.params());
+    let mut optimizer = AdamW::new(AdamWOptions::default())?;
+    let mut group = Group::new(criterion, "adamw");
+    group.bench("step f32", Work::Bytes(8 * 4 * params.elements()), || {
+        optimizer.step(&params, &gradients, 1e-4, Some(1.0)).map(drop).expect("finite gradients");
+    });
+    group.finish();
+    Ok(())
+}
+
 fn bench_ops(criterion: &mut Criterion) {
     let ops = ops();
     for name in NAMES {
@@ -167,6 +188,9 @@ fn bench_ops(criterion: &mut Criterion) {
         if let Err(error) = bench_op(criterion, op) {
             panic!("{}: {error}", op.name);
         }
+    }
+    if let Err(error) = bench_adamw(criterion) {
+        panic!("adamw: {error}");
     }
 }
 

@@ -124,10 +124,15 @@ fn flops(all_threads: bool) -> f64 {
     let rounds = 2_000_000;
     let work = (2 * rounds * CHAINS * lanes) as f64;
     if all_threads {
-        let seconds = best(5, || drop(rayon::broadcast(|_| black_box(run(black_box(rounds))))));
+        let seconds = best(5, || {
+            rayon::broadcast(|_| black_box(run(black_box(rounds))));
+        });
         work * rayon::current_num_threads() as f64 / seconds
     } else {
-        work / best(5, || drop(black_box(run(black_box(rounds)))))
+        let seconds = best(5, || {
+            black_box(run(black_box(rounds)));
+        });
+        work / seconds
     }
 }
 
