@@ -37,14 +37,6 @@ impl Failure {
             Self::Message(message) => Self::new(format_args!("{}: {message}", path.display())),
         }
     }
-
-    /// The same failure with more to say about what to do.
-    pub fn and(self, advice: impl fmt::Display) -> Self {
-        match self {
-            Self::ClosedPipe => self,
-            Self::Message(message) => Self::new(format_args!("{message}; {advice}")),
-        }
-    }
 }
 
 impl From<Error> for Failure {

@@ -52,7 +52,7 @@ pub fn run(args: GenerateArgs) -> Result<()> {
     let dir = files::checkpoint(&args.checkpoint);
     let (config, weights) = Checkpoint::load_model(&dir)?;
     let broken = |error: Error| Failure::from(error).within(&dir);
-    let Config::AutoregressiveWrapper(config) = Config::from_value(config).map_err(broken)? else {
+    let Config::AutoregressiveWrapper(config) = config else {
         let why = "expected an AutoregressiveWrapper; give the folder that `xt train` wrote";
         return Err(Failure::new(why).within(&dir));
     };

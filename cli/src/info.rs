@@ -1,11 +1,11 @@
 //! `xt info`: what a model consists of and what it costs, without building it in memory.
 
-use std::{fs, path::PathBuf};
+use std::{collections::BTreeMap, fs, path::PathBuf};
 
 use clap::{ArgGroup, Args, value_parser};
 use indicatif::HumanCount;
 use x_transformers::{
-    DType, Device, ParamMap, Store,
+    DType, Device, Error, ParamMap, Store,
     config::{Config, LayersPlan},
     models::Model,
     train::Checkpoint,
@@ -39,79 +39,103 @@ pub struct InfoArgs {
 }
 
 pub fn run(args: InfoArgs) -> Result<()> {
-    let config = read(&args)?;
+    let (path, config) = read(&args)?;
+    let broken = |error: Error| Failure::from(error).within(&path);
+    let layers = config.layers().map_err(broken)?;
     let store = Store::shapes(DType::F32, &Device::Cpu);
-    let params = Model::new(&config, &store)?.params().clone();
-    let layers = config.layers()?;
+    let params = Model::new(&config, &store).map_err(broken)?.params().clone();
     print(modules(&params, &layers))?;
     for (name, plan) in &layers {
         let order: Vec<String> =
             plan.layers.iter().map(|layer| layer.branch.layer_type().letter().to_string()).collect();
         let of = if name.is_empty() { String::new() } else { format!(" of {name}") };
-        print(format_args!("\nlayer order{of}: {}\n", order.join(" ")))?;
-        print(plan)?;
+        print(format_args!("\nlayer order{of}: {}\n{plan}", order.join(" ")))?;
     }
     let sizes = Sizes { rows: args.batch_size as usize, tokens: args.seq_len.map(|tokens| tokens as usize) };
-    match Cost::of_model(&config, sizes)? {
+    match Cost::of_model(&config, sizes).map_err(broken)? {
         Some((batch, cost)) => print(step(&params, batch, cost)),
         None => Ok(()),
     }
 }
 
-fn read(args: &InfoArgs) -> Result<Config> {
+/// The config, and the file or folder that it is in.
+fn read(args: &InfoArgs) -> Result<(PathBuf, Config)> {
     match (&args.config, &args.checkpoint) {
         (Some(path), _) => {
             let text = fs::read_to_string(path).map_err(|error| Failure::io(path, &error))?;
-            Config::from_json(&text).map_err(|error| Failure::from(error).within(path))
+            let config = Config::from_json(&text).map_err(|error| Failure::from(error).within(path))?;
+            Ok((path.clone(), config))
         }
         (None, Some(dir)) => {
             let dir = files::checkpoint(dir);
-            Config::from_value(Checkpoint::load_config(&dir)?).map_err(|error| Failure::from(error).within(&dir))
+            let config = Checkpoint::load_config(&dir)?;
+            Ok((dir, config))
         }
         (None, None) => Err(Failure::new("give --config or --checkpoint")),
     }
 }
 
-/// Modules with their parameters; sublayers are modules of their own.
-fn modules(params: &ParamMap, layers: &[(&'static str, LayersPlan)]) -> String {
-    // In the order of first sight, sublayers by number.
-    let mut rows: Vec<(String, usize)> = Vec::new();
+type Stacks = [(&'static str, LayersPlan)];
+
+/// A table of the modules and their parameters; sublayers are modules of their own.
+fn modules(params: &ParamMap, stacks: &Stacks) -> String {
+    let mut sizes: BTreeMap<Module, usize> = BTreeMap::new();
     for (name, param) in params.unique() {
-        let (module, elements) = (module(name, layers), param.tensor().elements());
-        match rows.iter_mut().find(|(known, _)| *known == module) {
-            Some((_, sum)) => *sum += elements,
-            None => rows.push((module, elements)),
-        }
+        *sizes.entry(Module::of(name, stacks)).or_default() += param.tensor().elements();
     }
-    rows.sort_by_cached_key(|(module, _)| {
-        let (place, number) = module.rsplit_once('.').unwrap_or(("", module));
-        match number.parse::<usize>() {
-            Ok(number) => (place.to_string(), number),
-            Err(_) => (module.clone(), 0),
-        }
-    });
-    rows.push(("total".to_string(), params.elements()));
-    let width = rows.iter().map(|(module, _)| module.len()).max().unwrap_or(0);
+    let rows = sizes.into_iter().map(|(module, elements)| (module.name, elements));
+    let rows: Vec<(String, usize)> = rows.chain([("total".to_string(), params.elements())]).collect();
+    let width = rows.iter().map(|(name, _)| name.len()).max().unwrap_or(0);
     let mut text = format!("{:width$}  {:>15}\n", "module", "parameters");
-    for (module, elements) in rows {
-        text += &format!("{module:width$}  {:>15}\n", HumanCount(elements as u64).to_string());
+    for (name, elements) in rows {
+        text += &format!("{name:width$}  {:>15}\n", HumanCount(elements as u64).to_string());
     }
     text
 }
 
-/// The module that a parameter is counted under.
-fn module(name: &str, layers: &[(&'static str, LayersPlan)]) -> String {
-    for (prefix, _) in layers {
-        let place = if prefix.is_empty() { String::new() } else { format!("{prefix}.") };
-        let Some(inner) = name.strip_prefix(&place) else { continue };
-        let mut parts = inner.split('.');
-        return match (parts.next(), parts.next()) {
-            (Some("layers"), Some(number)) => format!("{place}layers.{number}"),
-            (Some(first), _) => format!("{place}{first}"),
-            _ => name.to_string(),
-        };
+/// What parameters are counted under; the order is that of a forward pass.
+#[derive(PartialEq, Eq, PartialOrd, Ord)]
+struct Module {
+    /// Which attention layers it belongs to, or its wrapper does.
+    stack: usize,
+    /// Before them, in them, or after them.
+    part: Part,
+    sublayer: usize,
+    name: String,
+}
+
+#[derive(PartialEq, Eq, PartialOrd, Ord)]
+enum Part {
+    Before,
+    Layers,
+    After,
+}
+
+impl Module {
+    fn of(parameter: &str, stacks: &Stacks) -> Self {
+        // The names of layers without a wrapper have no prefix.
+        let dotted = |path: &str| if path.is_empty() { String::new() } else { format!("{path}.") };
+        for (stack, (layers, _)) in stacks.iter().enumerate() {
+            let wrapper = layers.rsplit_once('.').map_or("", |(wrapper, _)| wrapper);
+            if let Some(inner) = parameter.strip_prefix(&dotted(layers)) {
+                let parts: Vec<&str> = inner.split('.').collect();
+                let numbered = (parts[0] == "layers").then(|| parts.get(1)?.parse().ok()).flatten();
+                let inner = numbered.map_or(parts[0].to_string(), |number: usize| format!("layers.{number}"));
+                let name = dotted(layers) + &inner;
+                return Self { stack, part: Part::Layers, sublayer: numbered.unwrap_or(0), name };
+            }
+            if let Some(inner) = parameter.strip_prefix(&dotted(wrapper)) {
+                let inner = inner.split('.').next().unwrap_or(inner);
+                let part = if inner.contains("emb") || inner.contains("token") || inner == "project_in" {
+                    Part::Before
+                } else {
+                    Part::After
+                };
+                return Self { stack, part, sublayer: 0, name: dotted(wrapper) + inner };
+            }
+        }
+        Self { stack: stacks.len(), part: Part::After, sublayer: 0, name: parameter.to_string() }
     }
-    name.rsplit_once('.').map_or(name, |(module, _)| module).to_string()
 }
 
 /// What a training step computes and holds.

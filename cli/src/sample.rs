@@ -46,6 +46,17 @@ pub fn block(
         text.push_str(piece);
         Ok(())
     })?;
-    let lines: Vec<String> = text.lines().map(|line| format!("  | {}", line.replace(['\t', '\r'], " "))).collect();
-    Ok(lines.join("\n"))
+    let mut block = String::new();
+    for line in text.replace(['\t', '\r'], " ").lines() {
+        let characters: Vec<char> = line.chars().collect();
+        // A line that is broken here reads better than one that the terminal breaks; an empty one has no chunk.
+        for part in characters.chunks(WIDTH).chain(characters.is_empty().then_some(&[][..])) {
+            block.push_str("\n  | ");
+            block.extend(part);
+        }
+    }
+    Ok(block.trim_start_matches('\n').to_string())
 }
+
+/// Characters of a line of a sample.
+const WIDTH: usize = 72;

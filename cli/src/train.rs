@@ -2,15 +2,15 @@
 
 use std::{
     fs,
-    path::{Path, PathBuf},
+    path::PathBuf,
     time::{Duration, Instant},
 };
 
 use clap::{Args, ValueEnum, value_parser};
 use indicatif::HumanCount;
 use x_transformers::{
-    DType, Device,
-    config::{AttentionLayersConfig, AutoregressiveConfig, Config, TransformerWrapperConfig},
+    DType, Device, Error,
+    config::{AttentionConfig, AttentionLayersConfig, AutoregressiveConfig, Config, TransformerWrapperConfig},
     io::write_atomically,
     models::GenerateOptions,
     train::{ByteText, TrainOptions, Trainer},
@@ -34,6 +34,9 @@ mod defaults {
     pub const HEADS: usize = 4;
     pub const STEPS: u64 = 600;
     pub const EVERY: u64 = 100;
+    /// Of the model that is trained when nothing is said about it: it has rotary positions, which a short run learns
+    /// with, while learned absolute positions need thousands of steps to look further back than a byte or two.
+    pub const DIM_HEAD: usize = 32;
 }
 
 /// Bytes of the samples along the way, and of the last one.
@@ -84,17 +87,33 @@ pub struct TrainArgs {
 /// The shape of the plain decoder.
 #[derive(Args)]
 struct ModelArgs {
-    /// Width of the model
-    #[arg(long, value_name = "N", default_value_t = defaults::DIM, conflicts_with = "resume")]
-    dim: usize,
+    /// Train a plain Decoder(dim, depth, heads) of this width, with learned absolute positions [default: 128; if none
+    /// of the three is given, the heads are small and the positions rotary]
+    #[arg(long, value_name = "N", conflicts_with = "resume")]
+    dim: Option<usize>,
 
-    /// Number of blocks
-    #[arg(long, value_name = "N", default_value_t = defaults::DEPTH, conflicts_with = "resume")]
-    depth: usize,
+    /// Number of its blocks [default: 4]
+    #[arg(long, value_name = "N", conflicts_with = "resume")]
+    depth: Option<usize>,
 
-    /// Attention heads
-    #[arg(long, value_name = "N", default_value_t = defaults::HEADS, conflicts_with = "resume")]
-    heads: usize,
+    /// Its attention heads [default: 4]
+    #[arg(long, value_name = "N", conflicts_with = "resume")]
+    heads: Option<usize>,
+}
+
+impl ModelArgs {
+    fn layers(&self) -> AttentionLayersConfig {
+        let Self { dim, depth, heads } = *self;
+        let plain = AttentionLayersConfig {
+            heads: heads.unwrap_or(defaults::HEADS),
+            ..AttentionLayersConfig::decoder(dim.unwrap_or(defaults::DIM), depth.unwrap_or(defaults::DEPTH))
+        };
+        if dim.is_some() || depth.is_some() || heads.is_some() {
+            return plain;
+        }
+        let attn = AttentionConfig { dim_head: defaults::DIM_HEAD, ..plain.attn };
+        AttentionLayersConfig { rotary_pos_emb: true, attn, ..plain }
+    }
 }
 
 #[derive(Args)]
@@ -173,16 +192,17 @@ impl TrainArgs {
     /// The model to train.
     fn config(&self) -> Result<AutoregressiveConfig> {
         let Some(path) = &self.config else {
-            let attn_layers = AttentionLayersConfig {
-                heads: self.model.heads,
-                ..AttentionLayersConfig::decoder(self.model.dim, self.model.depth)
-            };
             let max_seq_len = self.options.seq_len.unwrap_or(TrainOptions::default().seq_len);
+            let attn_layers = self.model.layers();
             let net = TransformerWrapperConfig { num_tokens: 256, max_seq_len, attn_layers, ..Default::default() };
             return Ok(AutoregressiveConfig { net, ..Default::default() });
         };
         let text = fs::read_to_string(path).map_err(|error| Failure::io(path, &error))?;
-        match Config::from_json(&text).map_err(|error| Failure::from(error).within(path))? {
+        let broken = |error: Error| Failure::from(error).within(path);
+        let config = Config::from_json(&text).map_err(broken)?;
+        // What is illegal together is found here, where the file is known.
+        config.layers().map_err(broken)?;
+        match config {
             Config::AutoregressiveWrapper(config) => Ok(config),
             Config::TransformerWrapper(net) => Ok(AutoregressiveConfig { net, ..Default::default() }),
             _ => Err(Failure::new("expected an AutoregressiveWrapper or a TransformerWrapper").within(path)),
@@ -240,10 +260,12 @@ struct Training {
 impl Training {
     fn introduce(&mut self, text: &str) -> Result<()> {
         let options = self.trainer.options().clone();
-        let layers = &self.trainer.config().net.attn_layers;
+        let layers = &self.trainer.model().net.plan().layers;
+        let attention = layers.layers.iter().find_map(|layer| layer.branch.attention());
+        let attention = attention.map_or(String::new(), |plan| format!(", {plan}"));
         let parameters = HumanCount(self.trainer.params().elements() as u64);
         let model =
-            format!("dim {}, depth {}, heads {}: {parameters} parameters", layers.dim, layers.depth, layers.heads);
+            format!("{parameters} parameters, {} sublayers of width {}{attention}", layers.layers.len(), layers.dim);
         let batch = options.batch_size * options.accumulate;
         let done = match self.trainer.steps_done() {
             0 => String::new(),
