@@ -544,6 +544,11 @@ impl Gradients {
         self.leaves.values_mut()
     }
 
+    /// All gradients, to be replaced.
+    pub(crate) fn tensors_mut(&mut self) -> impl Iterator<Item = &mut Tensor> {
+        self.leaves.values_mut()
+    }
+
     fn add(&mut self, leaf: LeafId, grad: Tensor) -> Result<()> {
         self.contribute(leaf, Contribution::Whole(grad))
     }
