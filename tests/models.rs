@@ -3,12 +3,12 @@
 use x_transformers::{
     DType, Device, Error, Result, Store, Tape, Tensor,
     config::{
-        AttentionConfig, AttentionLayersConfig, AutoregressiveConfig, Config, FilterLogits, SamplingConfig,
-        TransformerWrapperConfig, ViTransformerWrapperConfig,
+        AttentionConfig, AttentionLayersConfig, AutoregressiveConfig, Config, ContinuousTransformerWrapperConfig,
+        FilterLogits, SamplingConfig, TransformerWrapperConfig, ViTransformerWrapperConfig,
     },
     models::{
-        AutoregressiveWrapper, EncoderDecoderOptions, ForwardOptions, GenerateOptions, TransformerWrapper,
-        ViTransformerWrapper, XTransformer, filter_probabilities,
+        AutoregressiveWrapper, ContinuousAutoregressiveWrapper, EncoderDecoderOptions, ForwardOptions, GenerateOptions,
+        TransformerWrapper, ViTransformerWrapper, XTransformer, filter_probabilities,
     },
 };
 
@@ -280,24 +280,23 @@ fn models_generate_stops() -> Result<()> {
     Ok(())
 }
 
-/// The prompt's mask grows with the tokens and slides with the window.
+/// The prompt's mask grows with the tokens and slides with the window: padding in front never matters.
 #[test]
 fn models_generate_with_a_prompt_mask() -> Result<()> {
-    let net = wrapper(AttentionLayersConfig { rotary_pos_emb: false, ..decoder() });
-    let model = autoregressive(AutoregressiveConfig { net, ..Default::default() })?;
-    let greedy = SamplingConfig { temperature: 0.0, ..Default::default() };
-    let mask = bools(&[true, true, false, false], &[1, 4])?;
+    let model = autoregressive(AutoregressiveConfig { net: wrapper(decoder()), ..Default::default() })?;
+    let mask = bools(&[false, true, true, true], &[1, 4])?;
     let options = GenerateOptions {
-        sampling: greedy,
+        sampling: SamplingConfig { temperature: 0.0, ..Default::default() },
         forward: ForwardOptions { mask: Some(mask), ..Default::default() },
         ..Default::default()
     };
-    let generate = |third: i64| {
-        model.generate(&ints(&[3, 4, third, third], &[1, 4])?, 12, &options, &mut |_| true)?.to_vec::<i64>()
+    let generate = |padding: i64, options: &GenerateOptions| {
+        model.generate(&ints(&[padding, 4, 9, 2], &[1, 4])?, 12, options, &mut |_| true)?.to_vec::<i64>()
     };
-    // The masked tokens never matter: not as keys, and their own outputs are not used after the first step. The first
-    // token comes from the last, masked, position, which sees nothing and knows only itself.
-    assert_eq!(generate(5)?[1..].len(), 11);
+    let padded = generate(5, &options)?;
+    assert_eq!(padded, generate(17, &options)?);
+    let seen = GenerateOptions { forward: ForwardOptions::default(), ..options };
+    assert!((0..20).any(|token| generate(token, &seen).is_ok_and(|tokens| tokens != padded)));
     let short = bools(&[true], &[1, 1])?;
     let wrong =
         GenerateOptions { forward: ForwardOptions { mask: Some(short), ..Default::default() }, ..Default::default() };
@@ -451,6 +450,44 @@ fn vision_refuses_bad_images() -> Result<()> {
     refused(model.forward(&image([2, 3, 8, 12])?, false), &["img", "up to 4", "8 by 12"]);
     refused(model.forward(&image([2, 1, 8, 8])?, false), &["img", "[2, 1, 8, 8]"]);
     refused(model.forward(&Tensor::ones([3, 8, 8], DType::F32, &CPU)?, false), &["img", "[3, 8, 8]"]);
+    Ok(())
+}
+
+#[test]
+fn continuous_sequences_are_predicted_and_continued() -> Result<()> {
+    let config = ContinuousTransformerWrapperConfig {
+        max_seq_len: 6,
+        dim_in: Some(3),
+        dim_out: Some(3),
+        attn_layers: decoder(),
+        ..Default::default()
+    };
+    let store = Store::new(1, DType::F64, &CPU);
+    let model = ContinuousAutoregressiveWrapper::new(&config, &store)?;
+    let x = Tensor::generate([2, 5, 3], DType::F64, &CPU, |i| (i as f64).sin())?;
+    let none = ForwardOptions::default();
+    let out = model.net.forward(&x.narrow(1, 0, 4)?, &none)?.out.to_f64_vec()?;
+    let targets = x.narrow(1, 1, 4)?.to_f64_vec()?;
+    let errors: Vec<f64> = out.iter().zip(&targets).map(|(a, b)| (a - b).powi(2)).collect();
+    assert!((model.loss(&x, &none)?.item()? - errors.iter().sum::<f64>() / 24.0).abs() < 1e-12);
+    let mut tape = Tape::train(0);
+    let grads = tape.backward(&model.loss(&x, &none)?)?;
+    assert!(grads.unused(&store.params()).is_empty());
+    drop(tape);
+    // The last position is padding in the first row: causal attention of the others does not change.
+    let mask = bools(&[true, true, true, false, false, true, true, true, true, true], &[2, 5])?;
+    let masked = model.loss(&x, &ForwardOptions { mask: Some(mask), ..none.clone() })?.item()?;
+    let kept: f64 = errors.iter().enumerate().filter(|(i, _)| i / 3 != 3).map(|(_, e)| e).sum();
+    assert!((masked - kept / 21.0).abs() < 1e-12);
+
+    let new = model.generate(&x, 4, &none)?;
+    assert_eq!(new.shape()[..], [2, 4, 3]);
+    let first = model.net.forward(&x, &none)?.out.narrow(1, 4, 1)?;
+    assert!(largest_difference(&new.narrow(1, 0, 1)?, &first)? < 1e-12);
+    assert_eq!(model.generate(&x.select(0, 1)?, 4, &none)?.shape()[..], [4, 3]);
+    refused(model.loss(&x.narrow(1, 0, 1)?, &none), &["loss", "[2, 1, 3]"]);
+    let wide = ContinuousTransformerWrapperConfig { dim_out: Some(4), ..config };
+    refused(ContinuousAutoregressiveWrapper::new(&wide, &Store::new(1, DType::F64, &CPU)), &["dim_out", "3", "4"]);
     Ok(())
 }
 

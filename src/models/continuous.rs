@@ -77,3 +77,74 @@ impl ContinuousTransformerWrapper {
         Ok(Output { out, mems: Vec::new(), attn: layers.attn })
     }
 }
+
+/// Predicts each vector of a sequence from those before it.
+#[derive(Clone, Debug)]
+pub struct ContinuousAutoregressiveWrapper {
+    /// The wrapped model.
+    pub net: ContinuousTransformerWrapper,
+}
+
+impl ContinuousAutoregressiveWrapper {
+    /// A model from the keywords of the wrapped one; its parameters' names begin with `net.`.
+    ///
+    /// Errors: [`Error::Option`] for what is illegal alone or together, or an output of other features than the input.
+    pub fn new(config: &ContinuousTransformerWrapperConfig, store: &Store) -> Result<Self> {
+        let net = ContinuousTransformerWrapper::new(config, &store.at("net")).at("net")?;
+        let dim = net.plan.layers.dim;
+        let (dim_in, dim_out) = (net.plan.dim_in.unwrap_or(dim), net.plan.dim_out.unwrap_or(dim));
+        ensure!(
+            dim_in == dim_out,
+            Error::option("dim_out", format!("predictions are inputs: expected `dim_in` = {dim_in}, got {dim_out}"))
+                .at("net")
+        );
+        Ok(Self { net })
+    }
+
+    /// Mean squared error of the predictions of `x[:, 1:]` from `x[:, :-1]`: `[b, n + 1, dim_in]` to a scalar.
+    ///
+    /// A mask as long as the sequence loses its last column. Predictions from masked positions do not count.
+    ///
+    /// Errors: fewer than two vectors, no position that counts, and those of [`ContinuousTransformerWrapper::forward`].
+    pub fn loss(&self, x: &Tensor, options: &ForwardOptions) -> Result<Tensor> {
+        ensure!(
+            x.rank() == 3 && x.shape()[1] >= 2,
+            Error::shape("loss", format!("expected [batch, n, features] with n of at least 2, got {:?}", x.shape()))
+        );
+        let n = x.shape()[1] - 1;
+        let mut options = options.clone();
+        if let Some(mask) = options.mask.take() {
+            let full = mask.rank() == 2 && mask.shape()[1] == n + 1;
+            options.mask = Some(if full { mask.narrow(1, 0, n)? } else { mask });
+        }
+        let out = self.net.forward(&x.narrow(1, 0, n)?, &options).at("net")?.out;
+        let error = out.sub(&x.narrow(1, 1, n)?)?.square()?.mean(&[-1])?;
+        let Some(mask) = &options.mask else { return error.mean(&[]) };
+        let kept = mask.to_vec::<bool>()?.into_iter().filter(|&kept| kept).count();
+        ensure!(kept > 0, Error::argument("mask", "masks every position: there is no prediction to average over"));
+        error.masked_fill(&mask.logical_not()?, 0.0)?.sum(&[])?.affine(1.0 / kept as f64, 0.0)
+    }
+
+    /// Continues a sequence, `[b, t, dim_in]` or `[t, dim_in]`, by `seq_len` vectors, and gives only those.
+    ///
+    /// The model sees the last `max_seq_len` vectors; of the options, those of the forward pass that fit every step.
+    ///
+    /// Errors: an empty sequence, and those of [`ContinuousTransformerWrapper::forward`].
+    pub fn generate(&self, start: &Tensor, seq_len: usize, options: &ForwardOptions) -> Result<Tensor> {
+        let flat = start.rank() == 2;
+        let mut all = if flat { start.unsqueeze(0)? } else { start.clone() }.detach();
+        ensure!(
+            all.rank() == 3 && all.shape()[1] > 0,
+            Error::shape("start", format!("expected [batch, n, features] or [n, features], got {:?}", start.shape()))
+        );
+        let prompt = all.shape()[1];
+        for _ in 0..seq_len {
+            let length = all.dim(1)?;
+            let seen = length.min(self.net.plan.max_seq_len);
+            let out = self.net.forward(&all.narrow(1, length - seen, seen)?, options).at("net")?.out;
+            all = Tensor::cat(&[&all, &out.narrow(1, seen - 1, 1)?.detach()], 1)?;
+        }
+        let new = all.narrow(1, prompt, seq_len)?;
+        if flat { new.squeeze(0) } else { Ok(new) }
+    }
+}

@@ -12,7 +12,7 @@ mod vision;
 
 pub use crate::nn::ForwardOptions;
 pub use autoregressive::{AutoregressiveWrapper, GenerateOptions};
-pub use continuous::ContinuousTransformerWrapper;
+pub use continuous::{ContinuousAutoregressiveWrapper, ContinuousTransformerWrapper};
 pub use encoder_decoder::{EncoderDecoderOptions, XTransformer};
 pub use run::{Model, RunOptions};
 pub use sampling::{filter_probabilities, sample};

@@ -21,7 +21,7 @@ use crate::{
 /// # fn main() -> x_transformers::Result<()> {
 /// let config = Config::from_json(r#"{"model": "Encoder", "dim": 8, "depth": 1, "heads": 2, "attn_dim_head": 4}"#)?;
 /// let model = Model::new(&config, &Store::new(0, DType::F32, &Device::Cpu))?;
-/// let x = Tensor::ones([1, 3, 8], DType::F32, &Device::Cpu)?;
+/// let x = Tensor::generate([1, 3, 8], DType::F32, &Device::Cpu, |i| (i % 5) as f64)?;
 /// let inputs = BTreeMap::from([("x".to_string(), x.clone()), ("cotangent".to_string(), x)]);
 /// let outputs = model.run(&inputs, &Call::default(), &RunOptions { gradients: true, ..Default::default() })?;
 /// assert_eq!(outputs["out"].shape()[..], [1, 3, 8]);

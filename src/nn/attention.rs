@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use super::{Linear, ScoreBias, positions::inverse_frequencies};
+use super::{Linear, ScoreBias};
 use crate::{
     DType, Error, Init, Param, Result, Store, Tensor,
     config::{AttentionPlan, Normalize, Temperature},
@@ -27,25 +27,8 @@ pub struct Attention {
     memory: Option<[Param; 2]>,
     talking: Option<[Param; 2]>,
     head_scale: Option<Param>,
-    positions: AttentionPositions,
-}
-
-/// Frequencies that the layers share.
-#[derive(Clone, Debug, Default)]
-pub(super) struct AttentionPositions {
-    /// Of the rotation, `[features / 2]`.
-    pub rotary: Option<Tensor>,
-    /// Of the sinusoids on queries and keys, `[dim / 2]`.
-    pub infused: Option<Tensor>,
-}
-
-impl AttentionPositions {
-    /// Frequencies under the names of the layers that own them.
-    pub fn new(plan: &crate::config::LayersPlan, store: &Store) -> Result<Self> {
-        let rotary = plan.positions.rotary.map(|rotary| inverse_frequencies(rotary.dim, &store.at("rotary_pos_emb")));
-        let infused = plan.positions.infused.then(|| inverse_frequencies(plan.dim, &store.at("pia_pos_emb")));
-        Ok(Self { rotary: rotary.transpose()?, infused: infused.transpose()? })
-    }
+    /// Frequencies of the rotation, `[features / 2]`.
+    rotary: Option<Tensor>,
 }
 
 /// Cosine attention: queries and keys of length 1, logits divided by `max(exp(scale), 1e-2)`.
@@ -70,6 +53,9 @@ pub struct AttentionInput {
     pub key_mask: Option<Tensor>,
     /// Which pairs may meet: Bool, broadcasts to `[b, heads, i, j]`, memory key/values included.
     pub attn_mask: Option<Tensor>,
+    /// Added to the inputs of queries and keys, `[j or more, dim]`: row `k` to key `k`, the last rows of the `j` keys to
+    /// the queries.
+    pub sinusoids: Option<Tensor>,
     /// Added to the scores; positions count memory key/values.
     pub bias: Option<ScoreBias>,
     /// The scores that the previous layer handed on, `[b, heads, i, j]`.
@@ -92,8 +78,8 @@ pub struct AttentionOutput {
 }
 
 impl Attention {
-    /// As planned.
-    pub(super) fn new(plan: &AttentionPlan, positions: AttentionPositions, store: &Store) -> Result<Self> {
+    /// As planned, with the frequencies of the rotation, if there is one.
+    pub(super) fn new(plan: &AttentionPlan, rotary: Option<&Tensor>, store: &Store) -> Result<Self> {
         let (heads, dim_qk) = (plan.heads, plan.dim_qk());
         let width = heads * plan.dim_head;
         let qk_width = plan.shared.unwrap_or(width);
@@ -129,7 +115,7 @@ impl Attention {
             memory: pair(plan.num_mem_kv > 0, ["mem_k", "mem_v"], memory)?,
             talking: pair(plan.talking_heads, ["pre_softmax_proj", "post_softmax_proj"], mixing)?,
             head_scale: plan.head_scale.then(|| per_head("head_scale_params", 1.0)).transpose()?,
-            positions,
+            rotary: rotary.cloned(),
             plan: Arc::new(plan.clone()),
         })
     }
@@ -168,11 +154,10 @@ impl Attention {
             None => source.clone(),
         };
         let (mut queries, mut keys) = (x.clone(), source.clone());
-        if let Some(frequencies) = &self.positions.infused {
+        if let Some(sinusoids) = &input.sinusoids {
             let (i, j) = (x.dim(1)?, source.dim(1)?);
-            let positions = frequencies.sinusoid(0, j, x.dtype())?;
-            queries = queries.add(&positions.narrow(0, j - i, i)?)?;
-            keys = keys.add(&positions)?;
+            queries = queries.add(&sinusoids.narrow(0, j - i, i)?)?;
+            keys = keys.add(&sinusoids.narrow(0, 0, j)?)?;
         }
         let q = self.to_q.forward(&queries).at("to_q")?;
         let k = self.to_k.forward(&keys).at("to_k")?;
@@ -196,7 +181,7 @@ impl Attention {
 
     /// Keys count from 0, memories included; queries are the last of them.
     fn rotate(&self, q: Tensor, k: Tensor, v: Tensor) -> Result<[Tensor; 3]> {
-        let (Some(frequencies), Some(plan)) = (&self.positions.rotary, self.plan.rotary) else { return Ok([q, k, v]) };
+        let (Some(frequencies), Some(plan)) = (&self.rotary, self.plan.rotary) else { return Ok([q, k, v]) };
         let first = k.dim(2)? - q.dim(2)?;
         let v = if plan.values { v.rotary(frequencies, 0)? } else { v };
         Ok([q.rotary(frequencies, first)?, k.rotary(frequencies, 0)?, v])

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use super::{
-    Attention, AttentionInput, FeedForward, Norm, PositionBias, Residual, ScoreBias, attention::AttentionPositions,
+    Attention, AttentionInput, FeedForward, Norm, PositionBias, Residual, ScoreBias, positions::inverse_frequencies,
     wrap::Wrap,
 };
 use crate::{
@@ -55,6 +55,8 @@ pub struct AttentionLayers {
     plan: Arc<LayersPlan>,
     layers: Vec<Layer>,
     bias: PositionBias,
+    /// Frequencies of the sinusoids of position-infused attention, `[dim / 2]`.
+    infused: Option<Tensor>,
 }
 
 /// One sublayer.
@@ -80,17 +82,13 @@ struct LayerOutput {
 }
 
 impl Layer {
-    fn new(plan: &LayerPlan, dim: usize, positions: &AttentionPositions, store: &Store) -> Result<Self> {
+    fn new(plan: &LayerPlan, dim: usize, rotary: Option<&Tensor>, store: &Store) -> Result<Self> {
         let norm =
             |place: usize| plan.norms[place].map(|norm| Norm::new(norm, dim, &store.at(0).at(place))).transpose();
         let (wrap, place) = Wrap::new(&plan.wrap, &store.at(1))?;
         let branch = match &plan.branch {
-            BranchPlan::SelfAttention(plan) => {
-                Branch::Attention(Box::new(Attention::new(plan, positions.clone(), &place)?))
-            }
-            BranchPlan::CrossAttention(plan) => {
-                Branch::Attention(Box::new(Attention::new(plan, AttentionPositions::default(), &place)?))
-            }
+            BranchPlan::SelfAttention(plan) => Branch::Attention(Box::new(Attention::new(plan, rotary, &place)?)),
+            BranchPlan::CrossAttention(plan) => Branch::Attention(Box::new(Attention::new(plan, None, &place)?)),
             BranchPlan::FeedForward(plan) => Branch::FeedForward(FeedForward::new(plan, &place)?),
         };
         let residual = Residual::new(plan.residual, dim, &store.at(2))?;
@@ -149,11 +147,13 @@ fn flowing_mut(input: &mut AttentionInput) -> impl Iterator<Item = &mut Tensor> 
 impl AttentionLayers {
     /// As planned; the place is that of the layers.
     pub fn new(plan: &LayersPlan, store: &Store) -> Result<Self> {
-        let positions = AttentionPositions::new(plan, store)?;
-        let layer = |(index, layer)| Layer::new(layer, plan.dim, &positions, &store.at("layers").at(index));
+        let frequencies = |name: &str, dim: usize| inverse_frequencies(dim, &store.at(name));
+        let rotary = plan.positions.rotary.map(|rotary| frequencies("rotary_pos_emb", rotary.dim)).transpose()?;
+        let infused = plan.positions.infused.then(|| frequencies("pia_pos_emb", plan.dim)).transpose()?;
+        let layer = |(index, layer)| Layer::new(layer, plan.dim, rotary.as_ref(), &store.at("layers").at(index));
         let layers = plan.layers.iter().enumerate().map(layer).collect::<Result<_>>()?;
         let bias = PositionBias::new(plan.positions.bias, &store.at("rel_pos"))?;
-        Ok(Self { plan: Arc::new(plan.clone()), layers, bias })
+        Ok(Self { plan: Arc::new(plan.clone()), layers, bias, infused })
     }
 
     /// What was built.
@@ -177,6 +177,7 @@ impl AttentionLayers {
             attn_mask: options.attn_mask.clone(),
             return_attn: options.return_attn,
             bias: self.bias.forward().at("rel_pos")?,
+            sinusoids: self.sinusoids(&x, options)?,
             explicit: options.explicit_attention,
             ..AttentionInput::default()
         };
@@ -185,6 +186,7 @@ impl AttentionLayers {
             key_mask: options.context_mask.clone(),
             attn_mask: None,
             bias: None,
+            sinusoids: None,
             ..own.clone()
         };
         for (index, (layer, plan)) in self.layers.iter().zip(&self.plan.layers).enumerate() {
@@ -213,6 +215,13 @@ impl AttentionLayers {
             }
         }
         Ok(LayersOutput { out: x, hiddens, attn })
+    }
+
+    /// Sinusoids for the longest row of keys, shared by the layers.
+    fn sinusoids(&self, x: &Tensor, options: &ForwardOptions) -> Result<Option<Tensor>> {
+        let Some(frequencies) = &self.infused else { return Ok(None) };
+        let memories = options.mems.iter().flatten().map(|mem| mem.shape()[1]).max().unwrap_or(0);
+        frequencies.sinusoid(0, memories + x.dim(1)?, x.dtype()).map(Some)
     }
 
     fn check(&self, x: &Tensor, options: &ForwardOptions) -> Result<()> {
