@@ -20,7 +20,7 @@ pub(super) const MAX_STEPS: u64 = 1 << 40;
 
 /// The number of a stream: purpose, step and micro-batch in bits of their own.
 pub(super) fn stream(purpose: Purpose, step: u64, micro: u64) -> u64 {
-    (purpose as u64) << 60 | (step % MAX_STEPS) << 20 | micro % MAX_MICRO
+    ((purpose as u64) << 60) | ((step % MAX_STEPS) << 20) | (micro % MAX_MICRO)
 }
 
 /// The seed of the tape of a micro-batch.

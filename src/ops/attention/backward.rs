@@ -147,6 +147,9 @@ struct Sums<A> {
     phantom: PhantomData<A>,
 }
 
+/// The rows of `dq` and of the position bias's gradient that one task sums up.
+type TaskSums<'a, A> = (Vec<&'a mut [A]>, Vec<&'a mut [f64]>);
+
 impl<A: Real> Sums<A> {
     fn new(problem: &Problem, cut: &Cut, need_q: bool, need_position: bool) -> Result<Self> {
         let Sizes { batch, heads, kv_heads, queries, d, .. } = problem.sizes;
@@ -161,7 +164,8 @@ impl<A: Real> Sums<A> {
         })
     }
 
-    fn parts(&mut self, cut: &Cut) -> Result<impl Iterator<Item = (Vec<&mut [A]>, Vec<&mut [f64]>)>> {
+    /// What each task adds to.
+    fn parts(&mut self, cut: &Cut) -> Result<impl Iterator<Item = TaskSums<'_, A>>> {
         let dq = cut.deal(self.dq.values_mut::<A>()?, self.tasks);
         Ok(dq.into_iter().zip(cut.deal(&mut self.position, self.tasks)))
     }
