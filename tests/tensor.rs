@@ -89,7 +89,7 @@ fn nearest(x: f64, to_f64: impl Fn(u16) -> f64, bits_of_max: u16) -> f64 {
     }
     let below = above.saturating_sub(1);
     let (low, high) = (magnitude - to_f64(below), to_f64(above) - magnitude);
-    let bits = if low < high || (low == high && below % 2 == 0) { below } else { above };
+    let bits = if low < high || (low == high && below.is_multiple_of(2)) { below } else { above };
     to_f64(bits).copysign(x)
 }
 

@@ -389,7 +389,9 @@ fn trainer_same_bits_for_any_number_of_threads() {
     let run = |threads: usize| {
         with_threads(threads, || {
             let mut trainer = trainer(0.1, TrainOptions { accumulate: 2, ..options(5) }).expect("a trainer");
-            (0..4).for_each(|_| drop(trainer.step().expect("a step")));
+            for _ in 0..4 {
+                trainer.step().expect("a step");
+            }
             bits(&trainer, &folder.0.join(threads.to_string()))
         })
     };

@@ -71,7 +71,7 @@ fn a_text_without_permission() {
     let folder = tempfile::tempdir().expect("a temporary folder");
     let text = path(folder.path(), "secret.txt");
     write_text(&text);
-    fs::set_permissions(&text, fs::Permissions::from_mode(0)).expect("permissions");
+    fs::set_permissions(&text, fs::Permissions::from_mode(0o000)).expect("permissions");
     // Root may read everything.
     if fs::read(&text).is_err() {
         let message = fails(&["train", "--text", &text]);

@@ -101,8 +101,8 @@ mod tests {
             (AttentionLayersConfig { sandwich_coef: Some(2), ..base(6) }, "aaafafafafff"),
             (AttentionLayersConfig { sandwich_coef: Some(1), cross_attend: true, ..base(2) }, "aacff"),
             (AttentionLayersConfig { sandwich_coef: Some(2), ..base(2) }, "aaff"),
-            (AttentionLayersConfig { par_ratio: Some(5), ..base(6) }, "affffaffffff"),
-            (AttentionLayersConfig { par_ratio: Some(4), ..base(4) }, "afffafff"),
+            (AttentionLayersConfig { par_ratio: Some(5), ..base(6) }, "afffffafffff"),
+            (AttentionLayersConfig { par_ratio: Some(4), ..base(4) }, "affaffff"),
             (
                 AttentionLayersConfig {
                     custom_layers: Some(vec![SelfAttention, FeedForward]),

@@ -206,11 +206,11 @@ impl Layout {
 
     /// Whether the elements are packed in row-major order (the offset may be anything).
     pub fn is_contiguous(&self) -> bool {
+        if self.shape.contains(&0) {
+            return true;
+        }
         let mut expected = 1;
         for (&size, &stride) in self.shape.iter().zip(self.strides()).rev() {
-            if size == 0 {
-                return true;
-            }
             if size != 1 && stride != expected {
                 return false;
             }

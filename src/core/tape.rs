@@ -235,10 +235,15 @@ impl Tape {
                 )
             )
         );
+        self.walk(output.grad, cotangent.detach())
+    }
+
+    /// The backward pass. Takes the slot and not the output, and owns the cotangent: neither outlives its use.
+    fn walk(&mut self, output: GradSlot, cotangent: Tensor) -> Result<Gradients> {
         let found = with_stack(|stack| {
             let at = stack.iter().position(|recording| recording.id == self.id)?;
             // Nothing is lost by checking first: a wrong output leaves the tape usable.
-            match output.grad {
+            match output {
                 GradSlot::Node { tape, index } if tape == self.id => Some(Ok((stack.remove(at), Some(index)))),
                 GradSlot::Leaf(_) => Some(Ok((stack.remove(at), None))),
                 _ => Some(Err(Error::NotTracked)),
@@ -248,14 +253,14 @@ impl Tape {
         let mut leaves = Gradients::default();
         let mut nodes = recording.nodes;
         let Some(last) = index else {
-            if let GradSlot::Leaf(leaf) = output.grad {
-                leaves.add(leaf, cotangent.detach())?;
+            if let GradSlot::Leaf(leaf) = output {
+                leaves.add(leaf, cotangent)?;
             }
             return Ok(leaves);
         };
         nodes.truncate(last + 1);
         let mut grads: Vec<Option<Tensor>> = vec![None; nodes.len()];
-        grads[last] = Some(cotangent.detach());
+        grads[last] = Some(cotangent);
         while let Some(Node { inputs, backward }) = nodes.pop() {
             let Some(grad) = grads.pop().flatten() else { continue };
             let need: Vec<bool> = inputs.iter().map(|input| !matches!(input.slot, GradSlot::Constant)).collect();
@@ -469,8 +474,8 @@ impl Backward for CheckpointBackward {
 
     fn backward(self: Box<Self>, grad: Tensor, _need: &[bool]) -> Result<Contributions> {
         let mut tape = Tape::start(self.mode, self.seed, self.stream, false);
-        let output = (self.f)(&self.inputs)?;
-        let mut grads = tape.backward_with(&output, &grad)?;
+        let output = (self.f)(&self.inputs)?.grad;
+        let mut grads = tape.walk(output, grad.detach())?;
         let inputs = self
             .inputs
             .iter()
