@@ -36,11 +36,6 @@ impl Array {
         }
         self.data[position]
     }
-
-    /// Rows along the last dimension.
-    pub fn rows(&self) -> impl Iterator<Item = &[f64]> {
-        self.data.chunks(self.shape.last().copied().unwrap_or(1).max(1))
-    }
 }
 
 /// One input of an op.
@@ -115,6 +110,11 @@ impl Input {
     }
 }
 
+/// The code under test.
+type Run = Box<dyn Fn(&[Tensor]) -> Result<Tensor>>;
+/// Its naive definition.
+type Reference = Box<dyn Fn(&[Array]) -> Array>;
+
 /// An op on some inputs, with its definition.
 pub struct Case {
     /// In `ops::NAMES`.
@@ -122,8 +122,8 @@ pub struct Case {
     /// For messages and `XT_CASE`.
     pub name: String,
     pub inputs: Vec<Input>,
-    pub run: Box<dyn Fn(&[Tensor]) -> Result<Tensor>>,
-    pub reference: Box<dyn Fn(&[Array]) -> Array>,
+    pub run: Run,
+    pub reference: Reference,
     /// Multiplies the default tolerance; anything but 1 needs its reason beside it.
     pub tolerance: f64,
     /// Whether inputs whose rows or columns are all the same have a defined result.
