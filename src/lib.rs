@@ -31,3 +31,8 @@ pub use crate::{
     device::Device,
     error::{Error, Result},
 };
+
+/// The README's programs, compiled and run with the other examples of the documentation.
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+struct Readme;

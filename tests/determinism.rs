@@ -46,7 +46,11 @@ fn ops_give_the_same_bits_for_any_number_of_threads() -> Result<()> {
         ("mean", |x| x[0].mean(&[]), &[&[313, 1001]]),
         ("max", |x| x[0].max(1), &[&[31, 127, 83]]),
         ("softmax", |x| x[0].softmax(), &[&[313, 501]]),
-        ("copies", |x| Tensor::cat(&[&x[0].permute(&[2, 0, 1])?.contiguous()?, &x[1]], 0), &[&[61, 47, 33], &[5, 61, 47]]),
+        (
+            "copies",
+            |x| Tensor::cat(&[&x[0].permute(&[2, 0, 1])?.contiguous()?, &x[1]], 0),
+            &[&[61, 47, 33], &[5, 61, 47]],
+        ),
         ("broadcast product", |x| x[0].mul(&x[1]), &[&[313, 1, 401], &[7, 1]]),
         ("broadcast quotient", |x| x[0].div(&x[1].square()?.affine(1.0, 1.0)?), &[&[401], &[313, 401]]),
         ("gelu", |x| x[0].gelu(), &[&[100_003]]),
@@ -77,9 +81,12 @@ fn ops_give_the_same_bits_for_any_number_of_threads() -> Result<()> {
 /// A layer of a transformer with a loss, its blocks recomputed if asked: the loss and every gradient.
 fn step(seed: u64, recompute: bool) -> Result<Vec<Vec<f64>>> {
     const DIM: usize = 48;
-    let shapes: [&[usize]; 7] = [&[71, DIM], &[DIM], &[3 * DIM, DIM], &[DIM, DIM], &[DIM], &[8 * DIM, DIM], &[DIM, 4 * DIM]];
-    let weights: Vec<Tensor> =
-        (0..).zip(shapes).map(|(i, shape)| random(shape, DType::F32, i).affine(0.1, 0.0)?.requires_grad()).collect::<Result<_>>()?;
+    let shapes: [&[usize]; 7] =
+        [&[71, DIM], &[DIM], &[3 * DIM, DIM], &[DIM, DIM], &[DIM], &[8 * DIM, DIM], &[DIM, 4 * DIM]];
+    let weights: Vec<Tensor> = (0..)
+        .zip(shapes)
+        .map(|(i, shape)| random(shape, DType::F32, i).affine(0.1, 0.0)?.requires_grad())
+        .collect::<Result<_>>()?;
     let draw = Philox::new(3, 0);
     let tokens = Tensor::generate([2, 67], DType::I64, &CPU, |i| draw.below(i as u64, 71) as f64)?;
 

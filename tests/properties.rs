@@ -46,7 +46,8 @@ fn laid_out(values: &[f64], shape: &[usize], dtype: DType, code: u64) -> Result<
     }
     let gaps: Vec<usize> = (0..rank).map(|dim| (code >> (2 * dim)) as usize & 3).collect();
     // The memory holds dimension `order[i]` as its i-th, with `gaps` elements before and one behind if there are any.
-    let stored: Vec<usize> = order.iter().map(|&dim| shape[dim] + if gaps[dim] > 0 { gaps[dim] + 1 } else { 0 }).collect();
+    let stored: Vec<usize> =
+        order.iter().map(|&dim| shape[dim] + if gaps[dim] > 0 { gaps[dim] + 1 } else { 0 }).collect();
     let mut memory = vec![1e4; stored.iter().product()];
     for_each_index(shape, |index| {
         let at = order.iter().zip(&stored).fold(0, |at, (&dim, &size)| at * size + index[dim] + gaps[dim]);
@@ -117,12 +118,15 @@ impl Model {
                 let mut order: Vec<usize> = (0..rank).collect();
                 order.swap(dim, other);
                 self.tensor = self.tensor.transpose(signed(dim), signed(other))?;
-                self.reindex(|shape| order.iter().map(|&d| shape[d]).collect(), |index| {
-                    order.iter().enumerate().fold(vec![0; rank], |mut old, (new, &d)| {
-                        old[d] = index[new];
-                        old
-                    })
-                });
+                self.reindex(
+                    |shape| order.iter().map(|&d| shape[d]).collect(),
+                    |index| {
+                        order.iter().enumerate().fold(vec![0; rank], |mut old, (new, &d)| {
+                            old[d] = index[new];
+                            old
+                        })
+                    },
+                );
             }
             1 => {
                 let mut order: Vec<usize> = (0..rank).collect();
@@ -131,12 +135,15 @@ impl Model {
                     order.reverse();
                 }
                 self.tensor = self.tensor.permute(&order)?;
-                self.reindex(|shape| order.iter().map(|&d| shape[d]).collect(), |index| {
-                    order.iter().enumerate().fold(vec![0; rank], |mut old, (new, &d)| {
-                        old[d] = index[new];
-                        old
-                    })
-                });
+                self.reindex(
+                    |shape| order.iter().map(|&d| shape[d]).collect(),
+                    |index| {
+                        order.iter().enumerate().fold(vec![0; rank], |mut old, (new, &d)| {
+                            old[d] = index[new];
+                            old
+                        })
+                    },
+                );
             }
             2 if rank > 0 => {
                 let start = (b / 2) % (self.shape[dim] + 1);
@@ -169,9 +176,10 @@ impl Model {
                 }
                 let (old, skip) = (self.shape.clone(), target.len() - rank);
                 self.tensor = self.tensor.expand(&target)?;
-                self.reindex(|_| target.clone(), |index| {
-                    index[skip..].iter().zip(&old).map(|(&i, &size)| if size == 1 { 0 } else { i }).collect()
-                });
+                self.reindex(
+                    |_| target.clone(),
+                    |index| index[skip..].iter().zip(&old).map(|(&i, &size)| if size == 1 { 0 } else { i }).collect(),
+                );
             }
             7 if rank > 0 => {
                 let last = dim + b / 2 % (rank - dim);

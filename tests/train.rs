@@ -1,10 +1,22 @@
-//! Training: the optimizer against a scalar reference, the schedule, moving averages, and reading text.
+//! Training: schedule, moving averages, text, options, and the loop, which a kill does not change.
 
-use std::{collections::BTreeMap, fs, path::PathBuf};
+use std::{
+    collections::BTreeMap,
+    env, fs,
+    io::{BufRead, BufReader},
+    path::{Path, PathBuf},
+    process::{Command, Stdio},
+    time::Duration,
+};
 
 use x_transformers::{
-    DType, Device, Error, Gradients, Init, Param, ParamMap, Philox, Result, Store, Tape, Tensor,
-    train::{AdamW, AdamWOptions, ByteText, Ema, Schedule, TrainOptions},
+    DType, Device, Error, Init, ParamMap, Philox, Result, Store, Tape, Tensor,
+    config::{
+        AttentionConfig, AttentionLayersConfig, AutoregressiveConfig, FeedForwardConfig, TransformerWrapperConfig,
+    },
+    io::{read_safetensors, write_safetensors},
+    models::{AutoregressiveWrapper, ForwardOptions},
+    train::{AdamW, ByteText, Ema, Schedule, TrainOptions, Trainer},
 };
 
 const CPU: Device = Device::Cpu;
@@ -16,299 +28,10 @@ fn numbers(stream: u64, count: usize, scale: f64) -> Vec<f64> {
     (0..count).map(|i| half::bf16::from_f64(scale * random.normal(i as u64)).to_f64()).collect()
 }
 
-/// Gradients with these values: those of `Σ p ⊙ g`.
-fn gradients(given: &[(&Param, Tensor)]) -> Result<Gradients> {
-    let mut tape = Tape::grad();
-    let mut loss: Option<Tensor> = None;
-    for (param, grad) in given {
-        let term = param.tensor().mul(grad)?.to_dtype(DType::F64)?.sum(&[])?;
-        loss = Some(match loss {
-            Some(loss) => loss.add(&term)?,
-            None => term,
-        });
-    }
-    tape.backward(&loss.expect("at least one gradient"))
-}
-
-/// To the nearest number of a half type; the others are given as they are.
-fn round(x: f64, dtype: DType) -> f64 {
-    match dtype {
-        DType::BF16 => half::bf16::from_f32(x as f32).to_f64(),
-        DType::F16 => half::f16::from_f32(x as f32).to_f64(),
-        _ => x,
-    }
-}
-
 fn largest_error(actual: &[f64], expected: &[f64]) -> f64 {
     assert_eq!(actual.len(), expected.len());
     let scale = expected.iter().fold(1e-30f64, |m, x| m.max(x.abs()));
     actual.iter().zip(expected).map(|(a, e)| (a - e).abs() / scale).fold(0.0, f64::max)
-}
-
-/// AdamW of PyTorch, one scalar at a time, in f64.
-struct Reference {
-    weight: Vec<f64>,
-    mean: Vec<f64>,
-    square: Vec<f64>,
-    step: i32,
-}
-
-impl Reference {
-    fn new(weight: &[f64]) -> Self {
-        let zeros = vec![0.0; weight.len()];
-        Self { weight: weight.to_vec(), mean: zeros.clone(), square: zeros, step: 0 }
-    }
-
-    fn step(&mut self, grad: &[f64], factor: f64, lr: f64, o: AdamWOptions) {
-        self.step += 1;
-        for (i, g) in grad.iter().enumerate() {
-            let g = g * factor;
-            self.weight[i] *= 1.0 - lr * o.weight_decay;
-            self.mean[i] = o.beta1 * self.mean[i] + (1.0 - o.beta1) * g;
-            self.square[i] = o.beta2 * self.square[i] + (1.0 - o.beta2) * g * g;
-            let (c1, c2) = (1.0 - o.beta1.powi(self.step), 1.0 - o.beta2.powi(self.step));
-            self.weight[i] -= lr / c1 * self.mean[i] / (self.square[i].sqrt() / c2.sqrt() + o.eps);
-        }
-    }
-}
-
-#[test]
-fn adamw_follows_the_reference() -> Result<()> {
-    let options = AdamWOptions { beta1: 0.9, beta2: 0.99, eps: 1e-8, weight_decay: 0.1 };
-    // Longer than a chunk, odd, a scalar, and nothing at all.
-    let shapes: [&[usize]; 4] = [&[137, 151], &[7], &[], &[0, 3]];
-    for dtype in FLOATS {
-        let store = Store::new(0, dtype, &CPU);
-        let mut params = Vec::new();
-        let mut references = Vec::new();
-        for (index, shape) in shapes.iter().enumerate() {
-            let param = store.param(&format!("p{index}"), *shape, Init::Constant(0.0))?;
-            let start = numbers(index as u64, shape.iter().product(), 1.0);
-            param.set(Tensor::from_slice(&start, *shape, &CPU)?.to_dtype(dtype)?)?;
-            references.push(Reference::new(&start));
-            params.push(param);
-        }
-        // One that never gets a gradient keeps its value: no weight decay either.
-        let idle = store.param("idle", [3], Init::Constant(2.0))?;
-        let mut optimizer = AdamW::new(options)?;
-        let schedule = Schedule { lr: 1e-2, warmup: 5, steps: 60, final_ratio: 0.1 };
-        for step in 0..60 {
-            let lr = schedule.at(step);
-            let values: Vec<Vec<f64>> = shapes
-                .iter()
-                .enumerate()
-                // Gradients of very different sizes from step to step.
-                .map(|(i, shape)| {
-                    numbers(100 + step * 10 + i as u64, shape.iter().product(), 0.1 * (1 << (step % 7)) as f64)
-                })
-                .collect();
-            let norm = values.iter().flatten().map(|g| g * g).sum::<f64>().sqrt();
-            let clip = (step % 3 != 0).then_some(1.5);
-            let factor = clip.map_or(1.0, |clip| (clip / (norm + 1e-6)).min(1.0));
-            let given = params
-                .iter()
-                .zip(&shapes)
-                .zip(&values)
-                .map(|((param, shape), values)| Ok((param, Tensor::from_slice(values, *shape, &CPU)?.to_dtype(dtype)?)))
-                .collect::<Result<Vec<_>>>()?;
-            let info = optimizer.step(&store.params(), &gradients(&given)?, lr, clip)?;
-            assert_eq!(info.updated, params.len());
-            assert!((info.grad_norm - norm).abs() <= 1e-12 * norm, "{} {norm}", info.grad_norm);
-            for (reference, values) in references.iter_mut().zip(&values) {
-                reference.step(values, factor, lr, options);
-            }
-        }
-        assert_eq!(idle.tensor().to_f64_vec()?, [2.0; 3]);
-        let state = optimizer.state_dict()?;
-        for (index, (param, reference)) in params.iter().zip(&references).enumerate() {
-            let value = param.tensor();
-            // The exact weight is the master of a half type; f32 rounds each of 60 steps.
-            let exact = state.get(&format!("master.p{index}")).unwrap_or(&value);
-            let allowed = if dtype == DType::F64 { 1e-13 } else { 2e-6 };
-            let error = largest_error(&exact.to_f64_vec()?, &reference.weight);
-            assert!(error <= allowed, "{dtype} p{index}: {error:e}");
-            for (kind, expected) in [("exp_avg", &reference.mean), ("exp_avg_sq", &reference.square)] {
-                let tensor = &state[&format!("{kind}.p{index}")];
-                assert_eq!(tensor.dtype(), if dtype == DType::F64 { DType::F64 } else { DType::F32 });
-                let error = largest_error(&tensor.to_f64_vec()?, expected);
-                assert!(error <= allowed, "{dtype} {kind} p{index}: {error:e}");
-            }
-            // And the parameter is the master, rounded.
-            let rounded = exact.to_f64_vec()?.into_iter().map(|x| round(x, dtype)).collect::<Vec<_>>();
-            assert!(value.to_f64_vec()? == rounded, "{dtype} p{index}");
-            assert_eq!(state[&format!("step.p{index}")].to_vec::<i64>()?, [60]);
-        }
-        assert!(!state.contains_key("exp_avg.idle"));
-        assert_eq!(state.contains_key("master.p0"), matches!(dtype, DType::BF16 | DType::F16));
-    }
-    Ok(())
-}
-
-/// Updates far below the spacing of bf16 numbers add up.
-#[test]
-fn adamw_half_types_keep_small_updates() -> Result<()> {
-    let store = Store::new(0, DType::BF16, &CPU);
-    let param = store.param("p", [4], Init::Constant(1.0))?;
-    let mut optimizer = AdamW::new(AdamWOptions { weight_decay: 0.0, ..Default::default() })?;
-    let one = Tensor::ones([4], DType::BF16, &CPU)?;
-    for _ in 0..1000 {
-        optimizer.step(&store.params(), &gradients(&[(&param, one.clone())])?, 1e-4, None)?;
-    }
-    assert!((param.tensor().to_f64_vec()?[0] - 0.9).abs() < 0.002);
-    // A value set from outside counts from then on.
-    param.set(Tensor::full([4], 3.0, DType::BF16, &CPU)?)?;
-    optimizer.step(&store.params(), &gradients(&[(&param, one)])?, 1e-4, None)?;
-    assert!((optimizer.state_dict()?["master.p"].to_f64_vec()?[0] - 2.9999).abs() < 1e-6);
-    Ok(())
-}
-
-fn with_threads<R: Send>(threads: usize, f: impl FnOnce() -> R + Send) -> R {
-    rayon::ThreadPoolBuilder::new().num_threads(threads).build().expect("a pool").install(f)
-}
-
-#[test]
-fn adamw_same_bits_for_any_number_of_threads() -> Result<()> {
-    let run = || -> Result<(Vec<u64>, u64)> {
-        let store = Store::new(1, DType::F32, &CPU);
-        let params = [store.param("a", [300, 333], Init::Normal(1.0))?, store.param("b", [5], Init::Normal(1.0))?];
-        let mut optimizer = AdamW::new(AdamWOptions::default())?;
-        let mut norm = 0.0;
-        for step in 0..3 {
-            let given = params
-                .iter()
-                .map(|param| {
-                    let shape = *param.tensor().shape();
-                    let random = Philox::new(9, step);
-                    Ok((param, Tensor::generate(shape, DType::F32, &CPU, |i| random.normal(i as u64))?))
-                })
-                .collect::<Result<Vec<_>>>()?;
-            norm = optimizer.step(&store.params(), &gradients(&given)?, 0.01, Some(1.0))?.grad_norm;
-        }
-        let mut bits = Vec::new();
-        for tensor in store.params().state_dict().values().chain(optimizer.state_dict()?.values()) {
-            bits.extend(tensor.to_f64_vec()?.into_iter().map(f64::to_bits));
-        }
-        Ok((bits, norm.to_bits()))
-    };
-    let one = with_threads(1, run)?;
-    for threads in [2, 3, 7] {
-        assert!(with_threads(threads, run)? == one, "{threads} threads give other bits than one");
-    }
-    Ok(())
-}
-
-/// Someone who holds the old tensor keeps its values; a tied parameter is updated once.
-#[test]
-fn adamw_tied_and_shared_parameters() -> Result<()> {
-    let store = Store::new(0, DType::F32, &CPU);
-    let base = Tensor::from_slice(&[1.0f32, 2.0, 3.0, 4.0, 5.0, 6.0], [2, 3], &CPU)?;
-    let param = store.param("a", [3, 2], Init::Constant(0.0))?;
-    // A strided view as value.
-    param.set(base.transpose(0, 1)?)?;
-    store.tie("z", &param)?;
-    let before = param.tensor();
-    let mut optimizer = AdamW::new(AdamWOptions { weight_decay: 0.0, ..Default::default() })?;
-    let grads = gradients(&[(&param, Tensor::ones([3, 2], DType::F32, &CPU)?)])?;
-    let info = optimizer.step(&store.params(), &grads, 0.5, None)?;
-    assert_eq!(info.updated, 1);
-    assert_eq!(before.to_vec::<f32>()?, [1.0, 4.0, 2.0, 5.0, 3.0, 6.0]);
-    assert_eq!(base.to_vec::<f32>()?, [1.0, 2.0, 3.0, 4.0, 5.0, 6.0]);
-    assert!(largest_error(&param.tensor().to_f64_vec()?, &[0.5, 3.5, 1.5, 4.5, 2.5, 5.5]) < 1e-7);
-    Ok(())
-}
-
-#[test]
-fn adamw_refuses_what_is_not_finite_and_changes_nothing() -> Result<()> {
-    let store = Store::new(0, DType::F32, &CPU);
-    let params: Vec<Param> =
-        ["a", "b", "c"].iter().map(|name| store.param(name, [3], Init::Constant(1.0))).collect::<Result<_>>()?;
-    let mut optimizer = AdamW::new(AdamWOptions::default())?;
-    let fine = Tensor::ones([3], DType::F32, &CPU)?;
-    let mut step = |b: f32, lr: f64, clip: Option<f64>| {
-        let bad = Tensor::from_slice(&[1.0, b, 1.0], [3], &CPU)?;
-        let given = [(&params[0], fine.clone()), (&params[1], bad.clone()), (&params[2], bad)];
-        optimizer.step(&store.params(), &gradients(&given)?, lr, clip)
-    };
-    for bad in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
-        match step(bad, 0.1, Some(1.0)) {
-            Err(Error::NonFinite { step: 0, what }) => assert_eq!(what, "gradient of b"),
-            other => panic!("{other:?}"),
-        }
-    }
-    for lr in [f64::NAN, f64::INFINITY, -0.1] {
-        assert!(matches!(step(1.0, lr, None), Err(Error::Option { key, .. }) if key == "lr"));
-    }
-    for clip in [f64::NAN, 0.0, -1.0] {
-        assert!(matches!(step(1.0, 0.1, Some(clip)), Err(Error::Option { key, .. }) if key == "clip"));
-    }
-    // An infinite clip is no clip; large gradients do not overflow the norm.
-    let info = step(f32::MAX, 0.0, Some(f64::INFINITY))?;
-    assert!(info.grad_norm.is_finite());
-    for param in &params {
-        assert_eq!(param.tensor().to_vec::<f32>()?, [1.0; 3]);
-    }
-    for options in [
-        AdamWOptions { beta1: 1.0, ..Default::default() },
-        AdamWOptions { beta2: -0.1, ..Default::default() },
-        AdamWOptions { eps: f64::NAN, ..Default::default() },
-        AdamWOptions { weight_decay: f64::INFINITY, ..Default::default() },
-    ] {
-        assert!(matches!(AdamW::new(options), Err(Error::Option { .. })), "{options:?}");
-    }
-    Ok(())
-}
-
-#[test]
-fn adamw_state_comes_back_or_is_refused() -> Result<()> {
-    for dtype in FLOATS {
-        let store = Store::new(3, dtype, &CPU);
-        let params = [store.param("a", [4, 3], Init::Normal(1.0))?, store.param("b", [2], Init::Normal(1.0))?];
-        let grads = |step: u64| -> Result<Gradients> {
-            let g = |param: &Param| {
-                Tensor::from_slice(&numbers(step, param.tensor().elements(), 1.0), *param.tensor().shape(), &CPU)?
-                    .to_dtype(dtype)
-            };
-            gradients(&[(&params[0], g(&params[0])?), (&params[1], g(&params[1])?)])
-        };
-        let mut first = AdamW::new(AdamWOptions::default())?;
-        first.step(&store.params(), &grads(0)?, 0.1, None)?;
-        let (dict, weights) = (first.state_dict()?, store.params().state_dict());
-        first.step(&store.params(), &grads(1)?, 0.1, None)?;
-        let expected = store.params().state_dict();
-        // From the state again.
-        store.params().load(&weights)?;
-        let mut second = AdamW::new(AdamWOptions::default())?;
-        second.load_state_dict(&store.params(), &dict)?;
-        assert_eq!(second.steps(), 1);
-        second.step(&store.params(), &grads(1)?, 0.1, None)?;
-        for (name, tensor) in store.params().state_dict() {
-            assert_eq!(tensor.to_f64_vec()?, expected[&name].to_f64_vec()?, "{dtype} {name}");
-        }
-
-        let refused = |change: &dyn Fn(&mut BTreeMap<String, Tensor>)| {
-            let mut changed = dict.clone();
-            change(&mut changed);
-            let mut optimizer = second.clone();
-            let error = optimizer.load_state_dict(&store.params(), &changed).unwrap_err();
-            assert_eq!(optimizer.steps(), 2, "nothing is changed");
-            error.to_string()
-        };
-        let scalar = Tensor::scalar(-1i64, &CPU)?;
-        let message = refused(&|dict| drop(dict.remove("exp_avg.a")));
-        assert!(message.contains("missing") && message.contains("exp_avg.a"), "{message}");
-        let message = refused(&|dict| drop(dict.insert("exp_avg.x".into(), scalar.clone())));
-        assert!(message.contains("unused") && message.contains("exp_avg.x"), "{message}");
-        let message = refused(&|dict| drop(dict.insert("exp_avg.a".into(), scalar.clone())));
-        assert!(message.contains("misshapen"), "{message}");
-        let message = refused(&|dict| drop(dict.insert("step.a".into(), scalar.clone())));
-        assert!(message.contains("negative"), "{message}");
-        let bools = Tensor::zeros([4, 3], DType::Bool, &CPU)?;
-        let message = refused(&|dict| drop(dict.insert("exp_avg.a".into(), bools.clone())));
-        assert!(message.contains("bool"), "{message}");
-        let message = refused(&|dict| drop(dict.remove("steps")));
-        assert!(message.contains("steps"), "{message}");
-    }
-    Ok(())
 }
 
 #[test]
@@ -551,4 +274,323 @@ fn options_are_checked() {
     let json = serde_json::to_string(&fine).unwrap();
     assert_eq!(serde_json::from_str::<TrainOptions>(&json).unwrap(), fine);
     assert!(serde_json::from_str::<TrainOptions>(r#"{"learning_rate": 1}"#).is_err());
+}
+
+/// A text with something to learn.
+fn text() -> ByteText {
+    let words = ["the", "cat", "sat", "on", "a", "mat", "and", "saw", "it"];
+    let random = Philox::new(1, 1);
+    let text: Vec<&str> = (0..2000).map(|i| words[random.below(i, words.len() as u64) as usize]).collect();
+    ByteText::from_bytes(text.join(" ")).expect("a text")
+}
+
+/// A small decoder.
+fn config(dropout: f64) -> AutoregressiveConfig {
+    let attn_layers = AttentionLayersConfig {
+        heads: 2,
+        attn: AttentionConfig { dim_head: 16, dropout, ..Default::default() },
+        ff: FeedForwardConfig { dropout, ..Default::default() },
+        ..AttentionLayersConfig::decoder(32, 1)
+    };
+    let net = TransformerWrapperConfig { num_tokens: 128, max_seq_len: 32, attn_layers, ..Default::default() };
+    AutoregressiveConfig { net, ..Default::default() }
+}
+
+fn options(steps: u64) -> TrainOptions {
+    TrainOptions { steps, warmup: 3, lr: 1e-2, batch_size: 4, seq_len: 24, ..Default::default() }
+}
+
+fn trainer(dropout: f64, options: TrainOptions) -> Result<Trainer> {
+    Trainer::new(config(dropout), options, text(), &CPU)
+}
+
+/// The bits of everything that a run has learned.
+fn bits(trainer: &Trainer, folder: &Path) -> (Vec<u8>, Vec<u8>) {
+    trainer.save(folder).expect("a checkpoint");
+    files(folder)
+}
+
+fn files(folder: &Path) -> (Vec<u8>, Vec<u8>) {
+    let read = |name| fs::read(folder.join(name)).expect(name);
+    (read("model.safetensors"), read("optimizer.safetensors"))
+}
+
+#[test]
+fn trainer_learns() -> Result<()> {
+    for (dtype, ema_decay) in [(DType::F32, None), (DType::F32, Some(0.8)), (DType::BF16, None), (DType::F64, None)] {
+        let mut trainer = trainer(0.0, TrainOptions { dtype, ema_decay, ..options(40) })?;
+        let start = trainer.validate()?;
+        // A model that knows nothing guesses among 128 bytes.
+        assert!((start - 128f64.ln()).abs() < 0.7, "{start}");
+        let mut losses = Vec::new();
+        while trainer.steps_done() < trainer.options().steps {
+            let report = trainer.step()?;
+            assert_eq!(report.step + 1, trainer.steps_done());
+            assert_eq!(report.tokens, 4 * 24);
+            assert_eq!(report.lr, trainer.options().schedule().at(report.step));
+            assert!(report.grad_norm > 0.0);
+            losses.push(report.loss);
+        }
+        let end = trainer.validate()?;
+        assert!(end < 0.75 * start, "{dtype}: validation from {start} to {end}");
+        assert!(losses[39] < 0.75 * losses[0], "{dtype}: {losses:?}");
+        let seen = trainer.losses();
+        assert_eq!((seen.last, seen.last_validation), (Some(losses[39]), Some(end)));
+        assert_eq!(seen.best, losses.iter().copied().reduce(f64::min));
+        assert_eq!(seen.best_validation, Some(end.min(start)));
+    }
+    Ok(())
+}
+
+/// A step is: the mean gradient over the micro-batches, clipped, then AdamW.
+#[test]
+fn trainer_step_is_its_definition() -> Result<()> {
+    for (dtype, tolerance) in [(DType::F64, 1e-12), (DType::F32, 1e-4)] {
+        let options = TrainOptions { accumulate: 3, clip: 0.5, dtype, seed: 11, ..options(10) };
+        let mut trainer = trainer(0.0, options.clone())?;
+        let store = Store::new(11, dtype, &CPU);
+        let model = AutoregressiveWrapper::new(&config(0.0), &store)?;
+        let mut optimizer = AdamW::new(options.adamw())?;
+        for step in 0..3 {
+            let report = trainer.step()?;
+            let mut tape = Tape::grad();
+            let mut mean: Option<Tensor> = None;
+            for micro in 0..3 {
+                let tokens = text().batch(11, step, micro, 4, 24, &CPU)?;
+                let loss = model.loss(&tokens, &ForwardOptions::default())?.affine(1.0 / 3.0, 0.0)?;
+                mean = Some(match mean {
+                    Some(mean) => mean.add(&loss)?,
+                    None => loss,
+                });
+            }
+            let mean = mean.expect("three losses");
+            assert!((mean.item()? - report.loss).abs() <= 10.0 * tolerance);
+            let grads = tape.backward(&mean)?;
+            let info = optimizer.step(&store.params(), &grads, options.schedule().at(step), Some(0.5))?;
+            assert!((info.grad_norm - report.grad_norm).abs() <= tolerance * info.grad_norm, "{step} {dtype}");
+        }
+        for (name, param) in store.params().iter() {
+            let (expected, actual) = (param.tensor(), trainer.params().get(name).expect(name).tensor());
+            // Adam divides by the size of a gradient: where that is all rounding, so is the update.
+            let error = largest_error(&actual.to_f64_vec()?, &expected.to_f64_vec()?);
+            assert!(error <= 100.0 * tolerance, "{dtype} {name}: {error:e}");
+        }
+    }
+    Ok(())
+}
+
+fn with_threads<R: Send>(threads: usize, f: impl FnOnce() -> R + Send) -> R {
+    rayon::ThreadPoolBuilder::new().num_threads(threads).build().expect("a pool").install(f)
+}
+
+#[test]
+fn trainer_same_bits_for_any_number_of_threads() {
+    let folder = Folder::new("threads");
+    let run = |threads: usize| {
+        with_threads(threads, || {
+            let mut trainer = trainer(0.1, TrainOptions { accumulate: 2, ..options(5) }).expect("a trainer");
+            (0..4).for_each(|_| drop(trainer.step().expect("a step")));
+            bits(&trainer, &folder.0.join(threads.to_string()))
+        })
+    };
+    let one = run(1);
+    assert!(run(2) == one && run(5) == one);
+}
+
+/// Saved, dropped and resumed after every few steps: the same bits as in one go, with dropout, averaged weights,
+/// several micro-batches and every type.
+#[test]
+fn trainer_resume_is_exact() -> Result<()> {
+    let folder = Folder::new("resume");
+    for dtype in FLOATS {
+        let options = TrainOptions { dtype, accumulate: 2, ema_decay: Some(0.9), lr: 1.0 / 300.0, ..options(9) };
+        let mut whole = trainer(0.1, options.clone())?;
+        let mut parts = trainer(0.1, options)?;
+        let run = folder.0.join(dtype.name());
+        for step in 0..9 {
+            whole.step()?;
+            parts.step()?;
+            if step % 3 == 1 {
+                parts.validate()?;
+                parts.save(&run)?;
+                let before = parts.losses();
+                parts = Trainer::resume(&run, text(), &CPU)?;
+                assert_eq!((parts.steps_done(), parts.losses()), (step + 1, before));
+            }
+        }
+        assert!(whole.validate()? == parts.validate()?);
+        assert!(bits(&whole, &folder.0.join("whole")) == bits(&parts, &folder.0.join("parts")), "{dtype}");
+    }
+    Ok(())
+}
+
+/// The name under which this program runs itself as a child.
+const CHILD: &str = "XT_TEST_TRAIN_CHILD";
+
+/// Not a test of its own: trains and saves until the run is done.
+#[test]
+fn trainer_child() {
+    let Some(folder) = env::var_os(CHILD).map(PathBuf::from) else { return };
+    let mut trainer = match Trainer::resume(&folder, text(), &CPU) {
+        Ok(trainer) => trainer,
+        Err(error) => {
+            assert!(!folder.join("config.json").exists(), "{error}");
+            trainer(0.1, TrainOptions { ema_decay: Some(0.95), ..options(60) }).expect("a trainer")
+        }
+    };
+    println!("start {}", trainer.steps_done());
+    while trainer.steps_done() < trainer.options().steps {
+        trainer.step().expect("a step");
+        if trainer.steps_done() % 3 == 0 {
+            trainer.save(&folder).expect("a checkpoint");
+        }
+    }
+    println!("done");
+}
+
+#[test]
+fn trainer_killed_at_any_moment_ends_with_the_same_bits() {
+    let folder = Folder::new("killed");
+    let run = |name: &str, kill: Option<Duration>| -> bool {
+        let mut process = Command::new(env::current_exe().expect("this program"))
+            .args(["trainer_child", "--exact", "--nocapture", "--test-threads=1"])
+            .env(CHILD, folder.0.join(name))
+            .stdout(Stdio::piped())
+            .spawn()
+            .expect("the child starts");
+        let mut lines = BufReader::new(process.stdout.take().expect("its output")).lines().map_while(|line| line.ok());
+        assert!(lines.any(|line| line.contains("start ")), "the child did not start");
+        if let Some(after) = kill {
+            std::thread::sleep(after);
+            process.kill().expect("a signal");
+        }
+        process.wait().expect("its end");
+        lines.any(|line| line.contains("done"))
+    };
+    let clock = std::time::Instant::now();
+    assert!(run("whole", None));
+    let whole = clock.elapsed();
+    let expected = files(&folder.0.join("whole"));
+    // Kills at random moments, each round somewhere in the first half of what the whole run took.
+    let random = Philox::new(std::process::id() as u64, 0);
+    let mut killed = 0;
+    for round in 0..200 {
+        let after = (round < 8).then(|| whole.mul_f64(0.5 * random.uniform(round)));
+        if run("parts", after) {
+            break;
+        }
+        killed += 1;
+    }
+    assert!(killed >= 2, "killed {killed} times");
+    assert!(files(&folder.0.join("parts")) == expected, "other bits after {killed} kills");
+}
+
+#[test]
+fn trainer_stops_at_what_is_not_finite() -> Result<()> {
+    let folder = Folder::new("nan");
+    let mut trainer = trainer(0.0, options(10))?;
+    trainer.step()?;
+    trainer.save(&folder.0)?;
+    let saved = files(&folder.0);
+    let name = "net.attn_layers.layers.0.1.to_q.weight";
+    let poisoned = trainer.params().get(name).expect(name).clone();
+    let fine = poisoned.tensor().detach();
+    for bad in [f64::NAN, f64::INFINITY] {
+        poisoned.set(Tensor::full(*fine.shape(), bad, DType::F32, &CPU)?)?;
+        match trainer.step() {
+            Err(Error::NonFinite { step: 1, what }) => assert!(what.contains("loss") && what.contains(name), "{what}"),
+            other => panic!("{other:?}"),
+        }
+        assert!(matches!(trainer.validate(), Err(Error::NonFinite { step: 1, .. })));
+        assert!(matches!(trainer.save(&folder.0), Err(Error::NonFinite { what, .. }) if what.contains(name)));
+    }
+    // Every weight is finite, but what they compute is not.
+    let logits = trainer.params().get("net.to_logits.weight").expect("logits").clone();
+    let weights = logits.tensor().detach();
+    poisoned.set(fine)?;
+    logits.set(Tensor::full(*weights.shape(), 3e38, DType::F32, &CPU)?)?;
+    match trainer.step() {
+        Err(Error::NonFinite { step: 1, what }) => assert!(what.contains("loss") && what.contains("net."), "{what}"),
+        other => panic!("{other:?}"),
+    }
+    assert_eq!(trainer.steps_done(), 1);
+    // The checkpoint is the one from before, and the run goes on from it.
+    assert!(files(&folder.0) == saved);
+    Trainer::resume(&folder.0, text(), &CPU)?.step()?;
+    Ok(())
+}
+
+#[test]
+fn trainer_refuses_what_cannot_work() -> Result<()> {
+    let key = |result: Result<Trainer>| match result.map(drop) {
+        Err(Error::Option { key, .. }) => key,
+        other => panic!("{other:?}"),
+    };
+    assert_eq!(key(trainer(0.0, TrainOptions { batch_size: 0, ..options(1) })), "batch_size");
+    assert_eq!(key(trainer(0.0, TrainOptions { seq_len: 33, ..options(1) })), "seq_len");
+    assert_eq!(key(trainer(0.0, TrainOptions { lr: f64::NAN, ..options(1) })), "lr");
+    let short = ByteText::from_bytes("too short")?;
+    assert_eq!(key(Trainer::new(config(0.0), options(1), short, &CPU)), "text");
+    let other = ByteText::from_bytes(vec![200u8; 5000])?;
+    assert_eq!(key(Trainer::new(config(0.0), options(1), other, &CPU)), "num_tokens");
+    Ok(())
+}
+
+#[test]
+fn trainer_resume_refuses_what_does_not_fit() -> Result<()> {
+    let folder = Folder::new("unfit");
+    let run = &folder.0;
+    let mut first = trainer(0.0, TrainOptions { ema_decay: Some(0.5), ..options(5) })?;
+    first.step()?;
+    first.save(run)?;
+    let resume = |text: ByteText| Trainer::resume(run, text, &CPU).map(drop).map_err(|error| error.to_string());
+    assert!(resume(text()).is_ok());
+    // Another text, of the same length.
+    let mut bytes = text().bytes().to_vec();
+    bytes[0] ^= 1;
+    let message = resume(ByteText::from_bytes(bytes)?).unwrap_err();
+    assert!(message.contains("text") && message.contains("fingerprint"), "{message}");
+
+    // The config of another model.
+    let json = fs::read_to_string(run.join("config.json")).unwrap();
+    let with = |name: &str, from: &str, to: &str, expected: &[&str]| {
+        let content = fs::read_to_string(run.join(name)).unwrap();
+        assert!(content.contains(from), "{content}");
+        fs::write(run.join(name), content.replacen(from, to, 1)).unwrap();
+        let message = resume(text()).unwrap_err();
+        assert!(expected.iter().all(|part| message.contains(part)), "{to}: {message}");
+        fs::write(run.join(name), content).unwrap();
+    };
+    with("config.json", "\"dim\": 32", "\"dim\": 48", &["misshapen", "model.safetensors"]);
+    with("config.json", "\"depth\": 1", "\"depth\": 2", &["missing"]);
+    with("config.json", "\"depth\": 1", "\"depht\": 1", &["depht", "depth"]);
+    with("config.json", "\"max_seq_len\": 32", "\"max_seq_len\": 8", &["seq_len"]);
+    let decoder = r#"{"model": "Decoder", "dim": 32, "depth": 1}"#;
+    fs::write(run.join("config.json"), decoder).unwrap();
+    assert!(resume(text()).unwrap_err().contains("AutoregressiveWrapper"));
+    fs::write(run.join("config.json"), json).unwrap();
+    // Options that contradict the files.
+    with("training.json", "\"dtype\": \"f32\"", "\"dtype\": \"bf16\"", &["f32", "bf16"]);
+    with("training.json", "\"ema_decay\": 0.5", "\"ema_decay\": null", &["unused", "ema."]);
+    with("training.json", "\"batch_size\": 4", "\"batch_size\": 0", &["batch_size"]);
+    with("training.json", "\"step\": 1", "\"step\": 2", &["step"]);
+    // Files that agree with each other, but not with what they hold.
+    let change = |name: &str, change: &dyn Fn(&mut BTreeMap<String, Tensor>), expected: &str| -> Result<()> {
+        let original = fs::read(run.join(name)).unwrap();
+        let mut tensors = read_safetensors(run.join(name))?;
+        change(&mut tensors);
+        write_safetensors(run.join(name), &tensors, &BTreeMap::new())?;
+        let message = resume(text()).unwrap_err();
+        assert!(message.contains(expected) && message.contains(run.to_str().unwrap()), "{message}");
+        fs::write(run.join(name), original).unwrap();
+        Ok(())
+    };
+    let five = Tensor::scalar(5i64, &CPU)?;
+    change("optimizer.safetensors", &|state| drop(state.insert("steps".into(), five.clone())), "5 steps")?;
+    change("optimizer.safetensors", &|state| drop(state.pop_first()), "missing")?;
+    change("optimizer.safetensors", &|state| state.retain(|name, _| !name.starts_with("ema.")), "missing")?;
+    change("model.safetensors", &|model| drop(model.pop_last()), "missing")?;
+    change("model.safetensors", &|model| drop(model.insert("more".into(), five.clone())), "unused")?;
+    assert!(resume(text()).is_ok());
+    Ok(())
 }

@@ -26,4 +26,4 @@ pub use tensor::Tensor;
 pub(crate) use dtype::{Float, dispatch_float};
 pub(crate) use real::Real;
 pub(crate) use shape::{Layout, collapse};
-pub(crate) use tape::{DropoutStream, dropout_stream, needs};
+pub(crate) use tape::{dropout_stream, needs};

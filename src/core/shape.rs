@@ -354,3 +354,88 @@ pub(crate) fn collapse<const N: usize>(shape: &Shape, strides: [&[usize]; N]) ->
     }
     (Shape::unchecked(&dims[..rank]), merged)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn shape(dims: &[usize]) -> Shape {
+        Shape::new(dims).expect("a legal shape")
+    }
+
+    /// Every buffer position that a layout visits, in row-major order.
+    fn positions(layout: &Layout) -> Vec<usize> {
+        (0..layout.shape.elements())
+            .map(|mut at| {
+                let mut position = layout.offset;
+                for dim in (0..layout.shape.rank()).rev() {
+                    position += at % layout.shape[dim] * layout.strides[dim];
+                    at /= layout.shape[dim];
+                }
+                position
+            })
+            .collect()
+    }
+
+    #[test]
+    fn shape_collapse_merges_what_walks_as_one() {
+        let packed = Layout::contiguous(shape(&[2, 1, 3, 4]));
+        let (dims, strides) = collapse(&packed.shape, [packed.strides()]);
+        assert_eq!((&*dims, strides[0][0]), (&[24][..], 1));
+        // Two operands: only what both can walk.
+        let row = Layout::contiguous(shape(&[4])).expand(packed.shape);
+        let (dims, strides) = collapse(&packed.shape, [packed.strides(), row.strides()]);
+        assert_eq!((&*dims, &strides[1][..2]), (&[6, 4][..], &[0, 1][..]));
+        // A scalar that repeats everywhere is one dimension of stride 0.
+        let scalar = Layout::contiguous(shape(&[])).expand(packed.shape);
+        let (dims, strides) = collapse(&packed.shape, [scalar.strides()]);
+        assert_eq!((&*dims, strides[0][0]), (&[24][..], 0));
+        let ones = Layout::contiguous(shape(&[1, 1]));
+        assert_eq!(collapse(&ones.shape, [ones.strides()]).0.rank(), 0);
+        let turned = packed.permute(&[3, 1, 2, 0]);
+        let (dims, strides) = collapse(&turned.shape, [turned.strides()]);
+        assert_eq!((&*dims, &strides[0][..3]), (&[4, 3, 2][..], &[1, 4, 12][..]));
+        let empty = Layout::contiguous(shape(&[3, 0, 2]));
+        assert_eq!(collapse(&empty.shape, [empty.strides()]).0.elements(), 0);
+    }
+
+    #[test]
+    fn shape_reshape_of_views() {
+        let base = Layout::contiguous(shape(&[4, 6]));
+        let cases: [(Layout, &[usize], bool); 14] = [
+            (base, &[3, 8], true),
+            (base.permute(&[1, 0]), &[24], false),
+            (base.permute(&[1, 0]), &[2, 3, 2, 2], true),
+            (base.permute(&[1, 0]), &[6, 1, 4, 1], true),
+            (base.permute(&[1, 0]), &[3, 8], false),
+            (base.narrow(1, 1, 3), &[2, 2, 3, 1], true),
+            (base.narrow(1, 1, 3), &[12], false),
+            (base.narrow(1, 2, 1), &[2, 2], true),
+            (base.narrow(1, 2, 1).narrow(0, 3, 1), &[1, 1, 1], true),
+            (base.narrow(0, 1, 1).expand(shape(&[5, 6])), &[5, 2, 3], true),
+            (base.narrow(0, 1, 1).expand(shape(&[5, 6])), &[30], false),
+            (base.narrow(0, 1, 1).narrow(1, 5, 1).expand(shape(&[5, 6])), &[15, 2], true),
+            (base.narrow(0, 4, 0), &[7, 0, 2], true),
+            (base.unsqueeze(1).permute(&[2, 1, 0]), &[2, 3, 4], true),
+        ];
+        for (layout, target, possible) in cases {
+            let result = layout.reshape(shape(target));
+            assert_eq!(result.is_some(), possible, "{layout:?} to {target:?}");
+            if let Some(result) = result {
+                assert_eq!(positions(&result), positions(&layout), "{layout:?} to {target:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn shape_contiguity_ignores_what_has_one_place() {
+        let base = Layout::contiguous(shape(&[4, 1, 6]));
+        assert!(base.permute(&[1, 0, 2]).is_contiguous());
+        assert!(base.narrow(0, 2, 2).is_contiguous(), "the offset does not matter");
+        assert!(!base.narrow(2, 0, 5).is_contiguous());
+        assert!(base.narrow(2, 0, 5).narrow(0, 1, 1).is_contiguous(), "one row has no gap");
+        assert!(base.narrow(2, 6, 0).is_contiguous());
+        assert!(!base.narrow(0, 0, 1).expand(shape(&[2, 1, 6])).is_contiguous());
+        assert!(base.narrow(2, 1, 5).has_packed_rows() && !base.permute(&[2, 1, 0]).has_packed_rows());
+    }
+}

@@ -391,11 +391,8 @@ impl Recording {
     }
 }
 
-/// The random numbers of one dropout call.
-pub(crate) type DropoutStream = Philox;
-
 /// A fresh stream for a dropout mask, or `None` where dropout does not act.
-pub(crate) fn dropout_stream() -> Option<DropoutStream> {
+pub(crate) fn dropout_stream() -> Option<Philox> {
     with_stack(|stack| {
         let recording = stack.last_mut().filter(|recording| recording.mode == Mode::Train)?;
         recording.stream += 1;
@@ -454,8 +451,11 @@ pub fn checkpoint(f: impl Fn(&[Tensor]) -> Result<Tensor> + 'static, inputs: &[&
     Ok(push(output, node))
 }
 
+/// What `checkpoint` runs twice.
+type Segment = dyn Fn(&[Tensor]) -> Result<Tensor>;
+
 struct CheckpointBackward {
-    f: Box<dyn Fn(&[Tensor]) -> Result<Tensor>>,
+    f: Box<Segment>,
     inputs: Vec<Tensor>,
     mode: Mode,
     seed: u64,
@@ -539,6 +539,12 @@ impl Gradients {
         self.leaves.values()
     }
 
+    #[cfg(test)]
+    pub(crate) fn tensors_mut(&mut self) -> impl Iterator<Item = &mut Tensor> {
+        self.leaves.values_mut()
+    }
+
+    /// All gradients, to be replaced.
     pub(crate) fn tensors_mut(&mut self) -> impl Iterator<Item = &mut Tensor> {
         self.leaves.values_mut()
     }

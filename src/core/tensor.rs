@@ -259,12 +259,6 @@ impl Tensor {
         start..start + elements
     }
 
-    /// The whole storage for writing, if no other handle shares it.
-    pub(crate) fn storage_mut<E: Element>(&mut self) -> Result<&mut [E::Stored]> {
-        self.check_dtype::<E>()?;
-        Ok(bytemuck::cast_slice_mut(self.bytes_mut()?))
-    }
-
     /// Whether `values_mut` may write: the handle is the only one, and contiguous.
     pub(crate) fn is_unique(&mut self) -> bool {
         Arc::get_mut(&mut self.buffer).is_some() && self.is_contiguous()

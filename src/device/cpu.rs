@@ -234,3 +234,101 @@ pub(crate) fn for_strided<T: Send, const N: usize>(
         }
     });
 }
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::{AtomicUsize, Ordering};
+
+    use super::*;
+
+    /// What makes an element that an op forgets show in debug builds: fresh and used memory is NaN.
+    #[test]
+    #[cfg(debug_assertions)]
+    fn cpu_unwritten_memory_is_nan() -> Result<()> {
+        for round in 0..3 {
+            let mut buffer = CpuBuffer::new(1000)?;
+            let nan = bytemuck::cast_slice::<u8, f32>(buffer.bytes()).iter().all(|x| x.is_nan())
+                && bytemuck::cast_slice::<u8, f64>(buffer.bytes()).iter().all(|x| x.is_nan())
+                && bytemuck::cast_slice::<u8, half::bf16>(buffer.bytes()).iter().all(|x| x.is_nan())
+                && bytemuck::cast_slice::<u8, half::f16>(buffer.bytes()).iter().all(|x| x.is_nan());
+            assert!(nan, "round {round}");
+            buffer.bytes_mut().fill(1);
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn cpu_buffers_are_aligned() -> Result<()> {
+        for bytes in [0, 1, 63, 64, 65, 1000, 1 << 20] {
+            let mut buffer = CpuBuffer::new(bytes)?;
+            assert_eq!((buffer.bytes().len(), buffer.bytes_mut().len()), (bytes, bytes));
+            assert_eq!(buffer.bytes().as_ptr().align_offset(ALIGNMENT), 0);
+        }
+        Ok(())
+    }
+
+    /// Every row once, in its place, whatever the sizes and costs.
+    #[test]
+    fn cpu_rows_are_visited_once() {
+        for width in [0, 1, 3, 64, 1000] {
+            for rows in [0, 1, 2, 63, 64, 65, 257] {
+                for cost in [0, 1, 1000, 100_000] {
+                    let mut out = vec![0; rows * width];
+                    for_rows(&mut out, width, cost, |first, part| {
+                        for (index, row) in part.chunks_exact_mut(width).enumerate() {
+                            row.iter_mut().for_each(|x| *x += first + index + 1);
+                        }
+                    });
+                    assert!(out.iter().enumerate().all(|(at, &x)| x == at / width + 1));
+                    let (mut a, mut b) = (vec![0; rows * width], vec![0; rows * 2]);
+                    for_rows2(&mut a, &mut b, (width, 2), cost, |first, a, b| {
+                        for (index, (a, b)) in a.chunks_exact_mut(width).zip(b.chunks_exact_mut(2)).enumerate() {
+                            a.iter_mut().for_each(|x| *x += first + index + 1);
+                            b.fill(first + index + 1);
+                        }
+                    });
+                    assert_eq!(a, out);
+                    assert!(width == 0 || b.iter().enumerate().all(|(at, &x)| x == at / 2 + 1));
+                }
+            }
+        }
+        for tasks in [0, 1, 100] {
+            let visits = AtomicUsize::new(0);
+            for_tasks(tasks, |task| {
+                visits.fetch_add(task + 1, Ordering::Relaxed);
+            });
+            assert_eq!(visits.into_inner(), tasks * (tasks + 1) / 2);
+        }
+    }
+
+    /// Runs start where they should for every layout that a view can have.
+    #[test]
+    fn cpu_strided_walks() -> Result<()> {
+        let base = TensorLayout::contiguous(Shape::new(&[3, 4, 5])?);
+        let layouts = [
+            base,
+            base.permute(&[2, 0, 1]),
+            base.narrow(1, 1, 2).permute(&[1, 2, 0]),
+            base.narrow(0, 2, 1).expand(Shape::new(&[7, 4, 5])?),
+            base.narrow(1, 3, 1).narrow(2, 4, 1).expand(Shape::new(&[3, 6, 2])?),
+            base.narrow(2, 5, 0),
+            TensorLayout::contiguous(Shape::new(&[])?),
+            base.narrow(0, 1, 1).squeeze(0).unsqueeze(2),
+        ];
+        for layout in layouts {
+            let mut seen = vec![usize::MAX; layout.shape.elements()];
+            for_strided(&mut seen, &layout.shape, [&layout], |run, [start], [step]| {
+                run.iter_mut().enumerate().for_each(|(index, to)| *to = start + index * step);
+            });
+            for (at, &seen) in seen.iter().enumerate() {
+                let (mut rest, mut expected) = (at, layout.offset);
+                for dim in (0..layout.shape.rank()).rev() {
+                    expected += rest % layout.shape[dim] * layout.strides[dim];
+                    rest /= layout.shape[dim];
+                }
+                assert_eq!(seen, expected, "element {at} of {layout:?}");
+            }
+        }
+        Ok(())
+    }
+}

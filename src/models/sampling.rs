@@ -51,7 +51,11 @@ pub fn filter_probabilities(logits: &[Vec<f64>], config: &SamplingConfig) -> Res
     if config.temperature == 0.0 {
         return Ok(logits.iter().map(|row| one_hot(row)).collect());
     }
-    let scaled = |row: &[f64]| row.iter().map(|x| x / config.temperature).collect::<Vec<_>>();
+    // The best logit is taken off first, so that no temperature makes the others overflow.
+    let scaled = |row: &[f64]| {
+        let best = row.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+        row.iter().map(|x| (x - best) / config.temperature).collect::<Vec<_>>()
+    };
     let thres = config.filter_thres;
     Ok(match config.filter_logits_fn {
         FilterLogits::None => logits.iter().map(|row| softmax(&scaled(row))).collect(),

@@ -170,7 +170,7 @@ impl Attention {
         let (mut queries, mut keys) = (x.clone(), source.clone());
         if let Some(frequencies) = &self.positions.infused {
             let (i, j) = (x.dim(1)?, source.dim(1)?);
-            let positions = frequencies.sinusoid(0, j)?;
+            let positions = frequencies.sinusoid(0, j, x.dtype())?;
             queries = queries.add(&positions.narrow(0, j - i, i)?)?;
             keys = keys.add(&positions)?;
         }
@@ -282,7 +282,7 @@ impl Attention {
             scores = mix_heads(&scores, before)?;
         }
         if let Some(bias) = &input.bias {
-            scores = scores.add(&bias.dense(q.dim(2)?, k.dim(2)?)?)?;
+            scores = scores.add(&bias.dense(q.dim(2)?, k.dim(2)?, q.dtype())?)?;
         }
         let lowest = Tensor::full((), scores.dtype().lowest(), scores.dtype(), scores.device())?;
         if let Some(keep) = self.keep(&scores, input)? {

@@ -2,7 +2,7 @@
 
 use super::Embedding;
 use crate::{
-    Init, Param, Result, Store, Tensor,
+    DType, Init, Param, Result, Store, Tensor,
     config::{BiasPlan, T5Plan},
     ops,
 };
@@ -29,13 +29,14 @@ impl AbsolutePositionalEmbedding {
     }
 }
 
-/// `1 / 10000^(2k / dim)` for `k` from 0 to `⌈dim / 2⌉`, in f32 as PyTorch computes them.
+/// `1 / 10000^(2k / dim)` for `k` from 0 to `⌈dim / 2⌉`, in f32 as PyTorch computes them, whatever the model's dtype:
+/// half types would turn far positions by wrong angles.
 pub(super) fn inverse_frequencies(dim: usize, store: &Store) -> Result<Tensor> {
     let frequency = |k: usize| {
         let exponent = (2 * k) as f32 / dim as f32;
         1.0 / libm::pow(10000.0, f64::from(exponent)) as f32
     };
-    let values = Tensor::generate([dim.div_ceil(2)], store.dtype(), store.device(), |k| frequency(k) as f64)?;
+    let values = Tensor::generate([dim.div_ceil(2)], DType::F32, store.device(), |k| f64::from(frequency(k)))?;
     store.buffer("inv_freq", values)
 }
 
@@ -75,7 +76,7 @@ impl PositionBias {
                 let slopes = plan.slopes();
                 let slope = |head: usize| f64::from(slopes.get(head).copied().unwrap_or(0.0));
                 if !plan.learned {
-                    return Ok(Self::Alibi(Tensor::generate([plan.heads], store.dtype(), store.device(), slope)?));
+                    return Ok(Self::Alibi(Tensor::generate([plan.heads], DType::F32, store.device(), slope)?));
                 }
                 let shape = [1, plan.sloped, 1, 1];
                 let logslopes = store.param("learned_logslopes", shape, Init::Constant(0.0))?;
@@ -129,15 +130,17 @@ impl ScoreBias {
         }
     }
 
-    /// As a tensor that broadcasts to `[batch, heads, query, key]`: `[heads, query, key]` or `[heads, 1, key]`.
-    pub(super) fn dense(&self, queries: usize, keys: usize) -> Result<Tensor> {
+    /// As a tensor of this dtype that broadcasts to `[batch, heads, query, key]`: `[heads, query, key]` or
+    /// `[heads, 1, key]`.
+    pub(super) fn dense(&self, queries: usize, keys: usize, dtype: DType) -> Result<Tensor> {
         match self {
             Self::T5 { plan, table } => {
                 table.relative_position_bias(queries, keys, plan.causal, plan.max_distance, plan.scale)
             }
             Self::Alibi { slopes } => {
-                let keys = Tensor::arange(keys, slopes.device())?.to_dtype(slopes.dtype())?;
-                slopes.reshape([slopes.dim(0)?, 1, 1])?.mul(&keys)
+                // Half types do not hold all positions: the product is rounded once.
+                let keys = Tensor::arange(keys, slopes.device())?.to_dtype(DType::F64)?;
+                slopes.to_dtype(DType::F64)?.reshape([slopes.dim(0)?, 1, 1])?.mul(&keys)?.to_dtype(dtype)
             }
         }
     }

@@ -4,12 +4,12 @@
 //! many small parameters keep all threads as busy as one large one. The cut depends on the sizes alone: the results
 //! have the same bits for any number of threads.
 
-use rayon::prelude::*;
+use std::sync::Mutex;
 
 use crate::{
     Error, Result, Tensor,
     core::{Float, Real, dispatch_float},
-    device::simd::vectorized,
+    device::{cpu, simd::vectorized},
     error::ensure,
 };
 
@@ -42,7 +42,12 @@ pub(crate) fn square_norms(tensors: &[Tensor]) -> Result<Vec<f64>> {
             Ok(())
         })?;
     }
-    let squares: Vec<f64> = parts.par_iter().map(|(_, part)| part()).collect();
+    let mut squares = vec![0.0; parts.len()];
+    cpu::for_rows(&mut squares, 1, CHUNK, |first, squares| {
+        for (square, (_, part)) in squares.iter_mut().zip(&parts[first..]) {
+            *square = part();
+        }
+    });
     let mut sums = vec![0.0; tensors.len()];
     for ((index, _), square) in parts.iter().zip(squares) {
         sums[*index] += square;
@@ -116,11 +121,22 @@ pub(crate) fn adamw(updates: Vec<Update<'_>>, settings: Settings) -> Result<()> 
             }
         })?;
     }
-    tasks.into_par_iter().for_each(|task| task());
+    run(tasks);
     Ok(())
 }
 
-type Task<'a> = Box<dyn FnOnce() + Send + 'a>;
+/// The work on one chunk.
+type Task<'a> = Box<dyn FnMut() + Send + 'a>;
+
+/// Does each task once, in parallel.
+fn run(tasks: Vec<Task<'_>>) {
+    // Never contended: the lock shows the compiler that one thread at a time has a task.
+    let tasks: Vec<Mutex<Task>> = tasks.into_iter().map(Mutex::new).collect();
+    cpu::for_tasks(tasks.len(), |index| {
+        let mut task = tasks[index].lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+        task();
+    });
+}
 
 fn cut<'a, T: Float, G: Float<Acc = T::Acc>>(
     update: Update<'a>,
@@ -242,7 +258,7 @@ pub(crate) fn average(averages: Vec<&mut Tensor>, values: &[Tensor], decay: f64)
             Ok(())
         })?;
     }
-    tasks.into_par_iter().for_each(|task| task());
+    run(tasks);
     Ok(())
 }
 

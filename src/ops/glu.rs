@@ -3,7 +3,7 @@
 use super::pointwise::{Gelu, Keep, ReluSquared, Sigmoid, Unary};
 use crate::{
     Error, Result, Tensor,
-    core::{Backward, Contributions, Float, dispatch_float, record},
+    core::{Backward, Contributions, Float, Real, dispatch_float, record},
     device::{cpu, simd::vectorized},
     error::ensure,
 };
@@ -117,16 +117,33 @@ vectorized! {
                 dx.copy_from_slice(&source[2 * row * dim..][..2 * dim]);
             }
             let (dvalue, dgate) = dx.split_at_mut(dim);
-            for ((dvalue, dgate), g) in dvalue.iter_mut().zip(dgate).zip(g) {
-                let (value, gate, g) = (dvalue.to_acc(), dgate.to_acc(), g.to_acc());
-                let activated = F::value(gate);
-                let slope = F::derivative(match F::KEEP {
-                    Keep::Input => gate,
-                    Keep::Output => activated,
-                });
-                *dvalue = T::from_acc(g * activated);
-                *dgate = T::from_acc(g * value * slope);
+            let tiles = dvalue.chunks_mut(TILE).zip(dgate.chunks_mut(TILE));
+            for ((dvalue, dgate), g) in tiles.zip(g.chunks(TILE)) {
+                backward_tile::<T, F>(dvalue, dgate, g);
             }
         }
+    }
+}
+
+/// Features that the backward pass handles together.
+const TILE: usize = 64;
+
+/// The loops write one array each, so that they vectorise.
+#[inline(always)]
+fn backward_tile<T: Float, F: Unary>(dvalue: &mut [T], dgate: &mut [T], g: &[T]) {
+    let (mut activated, mut slope) = ([T::Acc::ZERO; TILE], [T::Acc::ZERO; TILE]);
+    for ((activated, slope), gate) in activated.iter_mut().zip(&mut slope).zip(&*dgate) {
+        let gate = gate.to_acc();
+        *activated = F::value(gate);
+        *slope = F::derivative(match F::KEEP {
+            Keep::Input => gate,
+            Keep::Output => *activated,
+        });
+    }
+    for (((dgate, value), g), &slope) in dgate.iter_mut().zip(&*dvalue).zip(g).zip(&slope) {
+        *dgate = T::from_acc(g.to_acc() * value.to_acc() * slope);
+    }
+    for ((dvalue, g), &activated) in dvalue.iter_mut().zip(g).zip(&activated) {
+        *dvalue = T::from_acc(g.to_acc() * activated);
     }
 }

@@ -313,26 +313,20 @@ vectorized! {
     }
 }
 
-/// `Σ g ⊙ weight` and `Σ g ⊙ weight ⊙ (x − mean) · inverse`, in sixteen lanes.
+/// `Σ g ⊙ weight` and `Σ g ⊙ weight ⊙ (x − mean) · inverse`.
 #[inline(always)]
 fn sums<T: Float>(x: &[T], g: &[T], weight: &[T::Acc], mean: T::Acc, inverse: T::Acc) -> (T::Acc, T::Acc) {
-    let mut lanes = [[T::Acc::ZERO; 16]; 2];
-    let [sums, dots] = &mut lanes;
-    let ((x, x_rest), (g, g_rest)) = (x.as_chunks::<16>(), g.as_chunks::<16>());
-    let (weight, weight_rest) = weight.as_chunks::<16>();
-    for ((x, g), weight) in x.iter().zip(g).zip(weight) {
-        for lane in 0..16 {
-            let h = g[lane].to_acc() * weight[lane];
-            sums[lane] += h;
-            dots[lane] += h * ((x[lane].to_acc() - mean) * inverse);
+    // So many lanes that the compiler keeps the inner loop and turns it into vector operations as a whole.
+    const LANES: usize = 64;
+    let (mut sums, mut dots) = ([T::Acc::ZERO; LANES], [T::Acc::ZERO; LANES]);
+    for ((x, g), weight) in x.chunks(LANES).zip(g.chunks(LANES)).zip(weight.chunks(LANES)) {
+        for ((((sum, dot), x), g), &weight) in sums.iter_mut().zip(&mut dots).zip(x).zip(g).zip(weight) {
+            let h = g.to_acc() * weight;
+            *sum += h;
+            *dot += h * ((x.to_acc() - mean) * inverse);
         }
     }
-    for (lane, ((x, g), &weight)) in x_rest.iter().zip(g_rest).zip(weight_rest).enumerate() {
-        let h = g.to_acc() * weight;
-        sums[lane] += h;
-        dots[lane] += h * ((x.to_acc() - mean) * inverse);
-    }
-    (sum_slice(sums), sum_slice(dots))
+    (sum_slice(&sums), sum_slice(&dots))
 }
 
 /// The tensor to write over, and where its values are to be read from if that is another one.

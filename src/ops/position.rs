@@ -1,7 +1,7 @@
 //! Tensors that depend on positions alone: T5's relative bias and sinusoids.
 
 use crate::{
-    Error, Result, Tensor,
+    DType, Error, Result, Tensor,
     core::{Backward, Contributions, Float, Real, Shape, discrete, dispatch_float, record},
     device::cpu,
     error::ensure,
@@ -66,28 +66,26 @@ impl Tensor {
 
     /// Sinusoids at `n` positions: `[sin(p · f) | cos(p · f)]` for `p` from `first` on, with these frequencies `f`.
     ///
-    /// Shapes: `[frequencies] → [n, 2 · frequencies]`. Computed in f64.
+    /// Shapes: `[frequencies] → [n, 2 · frequencies]` of the given dtype. Computed in f64, rounded once.
     /// Errors: another rank, a dtype that is not float, or frequencies that require a gradient.
-    pub fn sinusoid(&self, first: usize, n: usize) -> Result<Tensor> {
+    pub fn sinusoid(&self, first: usize, n: usize, dtype: DType) -> Result<Tensor> {
         const OP: &str = "sinusoid";
         discrete(OP, &[self])?;
         ensure!(
-            self.rank() == 1,
-            Error::shape(OP, format!("expected frequencies of one dimension, got {:?}", self.shape()))
+            self.rank() == 1 && self.dtype().is_float(),
+            Error::shape(OP, format!("expected float frequencies [n], got {:?} {}", self.shape(), self.dtype()))
         );
-        let frequencies = self.contiguous()?;
-        let half = frequencies.elements();
-        let mut y = Tensor::uninit(Shape::new(&[n, 2 * half])?, self.dtype(), self.device())?;
-        dispatch_float!(OP, self.dtype(), T, {
-            let frequencies = frequencies.values::<T>()?;
+        let frequencies = self.to_f64_vec()?;
+        let half = frequencies.len();
+        let mut y = Tensor::uninit(Shape::new(&[n, 2 * half])?, dtype, self.device())?;
+        dispatch_float!(OP, dtype, T, {
             cpu::for_rows(y.values_mut::<T>()?, 2 * half, 64 * half, |row, rows| {
                 for (index, y) in rows.chunks_exact_mut(2 * half).enumerate() {
                     let position = (first + row + index) as f64;
                     let (sines, cosines) = y.split_at_mut(half);
-                    for ((sine, cosine), f) in sines.iter_mut().zip(cosines).zip(frequencies) {
-                        let angle = position * f.to_acc().to_f64();
-                        *sine = T::from_f64(libm::sin(angle));
-                        *cosine = T::from_f64(libm::cos(angle));
+                    for ((sine, cosine), f) in sines.iter_mut().zip(cosines).zip(&frequencies) {
+                        *sine = T::from_f64(libm::sin(position * f));
+                        *cosine = T::from_f64(libm::cos(position * f));
                     }
                 }
             });

@@ -30,11 +30,10 @@ use serde::{Deserialize, Serialize, de::DeserializeOwned};
 use super::TrainOptions;
 use crate::{
     Error, Result, Tensor,
+    config::Config,
     error::ensure,
     io::{read_with_metadata, sync_folder, write_atomically, write_safetensors},
 };
-
-type Config = serde_json::Value;
 
 const CONFIG: &str = "config.json";
 const MODEL: &str = "model.safetensors";

@@ -7,6 +7,7 @@ mod optimizer;
 mod options;
 mod random;
 mod schedule;
+mod trainer;
 
 pub use self::{
     checkpoint::{Checkpoint, Losses, TextPrint, TrainingState},
@@ -15,4 +16,5 @@ pub use self::{
     optimizer::{AdamW, AdamWOptions, StepInfo},
     options::TrainOptions,
     schedule::Schedule,
+    trainer::{StepReport, Trainer},
 };

@@ -131,6 +131,18 @@ impl AdamW {
     /// Errors, with nothing changed: [`Error::NonFinite`] for a gradient with NaN or infinity, naming its parameter;
     /// a rate that is negative or not finite; a clip that is not positive; a gradient of another shape or dtype.
     pub fn step(&mut self, params: &ParamMap, grads: &Gradients, lr: f64, clip: Option<f64>) -> Result<StepInfo> {
+        self.step_scaled(params, grads, 1.0, lr, clip)
+    }
+
+    /// As [`AdamW::step`], with all gradients multiplied by `scale` first, before their norm is taken.
+    pub(crate) fn step_scaled(
+        &mut self,
+        params: &ParamMap,
+        grads: &Gradients,
+        scale: f64,
+        lr: f64,
+        clip: Option<f64>,
+    ) -> Result<StepInfo> {
         ensure!(
             lr >= 0.0 && lr.is_finite(),
             Error::option("lr", format!("expected a finite number of at least 0, got {lr}"))
@@ -145,8 +157,8 @@ impl AdamW {
             .collect::<Result<Vec<_>>>()?
             .into_iter()
             .unzip();
-        let grad_norm = self.norm(&named, &packed)?;
-        let grad_scale = clip.map_or(1.0, |clip| (clip / (grad_norm + 1e-6)).min(1.0));
+        let grad_norm = scale * self.norm(&named, &packed)?;
+        let grad_scale = scale * clip.map_or(1.0, |clip| (clip / (grad_norm + 1e-6)).min(1.0));
         self.prepare(&named)?;
 
         let mut values: Vec<_> = named.iter().map(|(_, param)| param.lock()).collect();

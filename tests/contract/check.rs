@@ -168,14 +168,17 @@ impl Check<'_> {
         let output = (case.run)(&leaves)?;
         let tape = Tape::grad();
         output.unsqueeze(0).or_else(|_| output.flatten(0, 1))?;
-        if !tape.is_empty() {
+        // An op that has nothing to do may hand the leaf itself back.
+        if !tape.is_empty() && !leaves.iter().any(|leaf| leaf.shares_storage(&output)) {
             self.fail(&case.name, "the output is tracked though no tape was there");
         }
+        drop((tape, output));
+        let tape = Tape::grad();
         (case.run)(&inputs)?;
         if !tape.is_empty() {
             self.fail(&case.name, format!("{} nodes were recorded though no input requires a gradient", tape.len()));
         }
-        drop((tape, output));
+        drop(tape);
         if live() != start {
             self.fail(&case.name, format!("{} bytes are left from a run without gradients", live() - start));
         }

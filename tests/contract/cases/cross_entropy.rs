@@ -38,6 +38,7 @@ pub fn cases() -> Vec<Case> {
         // So many elements that no differences are taken: their step grows with the input.
         case("far from zero", Input::between(&[300, 19], 1000.0, 1016.0), -100),
         case("one row", Input::float(&[11]), -100),
-        case("two classes", Input::float(&[4, 2]), 1),
+        // Repeated targets could all be the ignored one.
+        case("two classes", Input::float(&[4, 2]), 1).distinct(),
     ]
 }

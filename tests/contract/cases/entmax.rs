@@ -19,7 +19,6 @@ fn reference(x: &[Array]) -> Array {
 }
 
 pub fn cases() -> Vec<Case> {
-    // The threshold is a root: half of its digits are lost where the sum of squares is rounded.
     let case = |name: &str, input: Input| Case::new("entmax15", name, vec![input], |x| x[0].entmax15(), reference);
     let masked: Vec<f64> = vec![0.5, f64::from(f32::MIN), 1.25, -0.75, f64::from(f32::MIN), 0.25];
     vec![

@@ -35,7 +35,7 @@ fn sinusoid(name: &str, frequencies: &[usize], first: usize, n: usize) -> Case {
         "sinusoid",
         name,
         vec![input],
-        move |x| x[0].sinusoid(first, n),
+        move |x| x[0].sinusoid(first, n, x[0].dtype()),
         move |x| {
             let half = x[0].data.len();
             Array::from_fn(&[n, 2 * half], |i| {

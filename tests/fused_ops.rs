@@ -1,5 +1,5 @@
-//! The fused ops on sizes that are cut into many tasks: the same bits for any number of threads, and sums over the
-//! whole that equal the sums over its parts.
+//! Properties of the fused ops that no single case shows: the same bits for any number of threads, sums over the whole
+//! that equal the sums over its parts, tensors in use that stay as they are, and values at the edge.
 
 use x_transformers::{DType, Device, Philox, Result, Tape, Tensor, ops::Activation};
 
@@ -136,5 +136,72 @@ fn backward_leaves_held_tensors_alone() -> Result<()> {
     let kept = cotangent.to_f64_vec()?;
     tape.backward_with(&y, &cotangent)?;
     assert_eq!(cotangent.to_f64_vec()?, kept);
+    Ok(())
+}
+
+/// Output and gradient of an op of one input.
+fn edge(x: &[f32], op: impl Fn(&Tensor) -> Result<Tensor>) -> Result<(Vec<f64>, Vec<f64>)> {
+    let x = Tensor::from_slice(x, [1, x.len()], &CPU)?.requires_grad()?;
+    let mut tape = Tape::grad();
+    let y = op(&x)?;
+    let grads = tape.backward_with(&y, &Tensor::ones(*y.shape(), y.dtype(), &CPU)?)?;
+    Ok((y.to_f64_vec()?, grads.get(&x).expect("a gradient").to_f64_vec()?))
+}
+
+#[test]
+fn classes_ruled_out_by_infinity() -> Result<()> {
+    let target = Tensor::from_slice(&[1i64], [1], &CPU)?;
+    let (loss, grad) = edge(&[0.0, 0.0, f32::NEG_INFINITY], |x| x.cross_entropy(&target, -100))?;
+    assert!((loss[0] - std::f64::consts::LN_2).abs() < 1e-7);
+    assert_eq!(grad, [0.5, -0.5, 0.0]);
+    // The loss of a class that is ruled out is infinite, not NaN.
+    assert_eq!(edge(&[0.0, f32::NEG_INFINITY], |x| x.cross_entropy(&target, -100))?.0, [f64::INFINITY]);
+    for bad in [[f32::NAN, 0.0], [0.0, f32::NAN], [f32::INFINITY, 0.0]] {
+        assert!(edge(&bad, |x| x.cross_entropy(&target, -100))?.0[0].is_nan(), "{bad:?} must not pass unseen");
+    }
+    Ok(())
+}
+
+#[test]
+fn loss_of_large_logits_is_exact() -> Result<()> {
+    let target = Tensor::from_slice(&[0i64], [1], &CPU)?;
+    // A log-sum-exp rounded to f32 would lose everything behind the third digit.
+    let (loss, grad) = edge(&[1e4, 1e4 + 0.5], |x| x.cross_entropy(&target, -100))?;
+    assert!((loss[0] - (0.5 + (1.0 + (-0.5f64).exp()).ln())).abs() < 1e-7, "{loss:?}");
+    assert!((grad[1] - 1.0 / (1.0 + (-0.5f64).exp())).abs() < 1e-7, "{grad:?}");
+    Ok(())
+}
+
+#[test]
+fn zero_rows_have_finite_norms() -> Result<()> {
+    let g = Tensor::from_slice(&[2.0f32], [1], &CPU)?;
+    let (y, grad) = edge(&[0.0; 4], |x| x.scale_norm(&g, 0.5))?;
+    assert_eq!((y, grad), (vec![0.0; 4], vec![4.0; 4]));
+    let (y, grad) = edge(&[0.0; 4], |x| x.layer_norm(None, None, 1e-5))?;
+    assert_eq!((y, grad), (vec![0.0; 4], vec![0.0; 4]));
+    assert!(edge(&[0.0, f32::NAN], |x| x.scale_norm(&g, 0.5))?.0.iter().all(|y| y.is_nan()));
+    Ok(())
+}
+
+#[test]
+fn variance_far_from_zero() -> Result<()> {
+    // The mean of squares minus the square of the mean would have no correct digit here.
+    let (y, _) = edge(&[1e4, 1e4 + 1.0, 1e4 + 2.0, 1e4 + 3.0], |x| x.layer_norm(None, None, 0.0))?;
+    for (y, deviation) in y.iter().zip([-1.5, -0.5, 0.5, 1.5]) {
+        assert!((y - deviation / 1.25f64.sqrt()).abs() < 1e-6, "{y}");
+    }
+    Ok(())
+}
+
+/// A key that is rotated alone, as with a cache, has the bits that it has within a sequence.
+#[test]
+fn rotation_depends_on_the_position_alone() -> Result<()> {
+    let frequencies = Tensor::generate([8], DType::F32, &CPU, |k| 10000f64.powf(k as f64 / -8.0))?;
+    let x = random(&[1, 300, 20], DType::F32, 0)?;
+    let whole = x.rotary(&frequencies, 7)?;
+    for position in [0, 1, 56, 57, 299] {
+        let alone = x.narrow(1, position, 1)?.rotary(&frequencies, 7 + position)?;
+        assert_eq!(alone.to_f64_vec()?, whole.narrow(1, position, 1)?.to_f64_vec()?);
+    }
     Ok(())
 }

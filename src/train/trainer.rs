@@ -1,0 +1,348 @@
+//! The training loop.
+
+use std::{cell::Cell, collections::BTreeMap, path::Path};
+
+use super::{
+    AdamW, ByteText, Checkpoint, Ema, Losses, TextPrint, TrainOptions, TrainingState,
+    random::{MAX_STEPS, tape_seed},
+};
+use crate::{
+    DType, Device, Error, Gradients, ParamMap, Result, Store, Tape, Tensor,
+    config::{AutoregressiveConfig, Config},
+    error::{At, ensure},
+    models::{AutoregressiveWrapper, ForwardOptions},
+    ops::adamw::square_norms,
+};
+
+/// What the averaged weights are called in a checkpoint.
+const EMA: &str = "ema.";
+
+/// Trains a byte-level model on a text, step by step.
+///
+/// Everything random depends on the seed and the number of the step: a run that is saved, killed and resumed ends with
+/// the same bits as one that was never interrupted, on any number of threads.
+///
+/// ```
+/// use x_transformers::{
+///     Device,
+///     config::{AttentionLayersConfig, AutoregressiveConfig, TransformerWrapperConfig},
+///     train::{ByteText, TrainOptions, Trainer},
+/// };
+/// # fn main() -> x_transformers::Result<()> {
+/// let net = TransformerWrapperConfig {
+///     num_tokens: 256,
+///     max_seq_len: 16,
+///     attn_layers: AttentionLayersConfig::decoder(16, 1),
+///     ..Default::default()
+/// };
+/// let config = AutoregressiveConfig { net, ..Default::default() };
+/// let options = TrainOptions { steps: 3, warmup: 1, seq_len: 16, batch_size: 2, ..Default::default() };
+/// let text = ByteText::from_bytes("It was the best of times, it was the worst of times. ".repeat(10))?;
+/// let mut trainer = Trainer::new(config, options, text, &Device::Cpu)?;
+/// let before = trainer.validate()?;
+/// while trainer.steps_done() < trainer.options().steps {
+///     trainer.step()?;
+/// }
+/// assert!(trainer.validate()? < before);
+/// # Ok(())
+/// # }
+/// ```
+pub struct Trainer {
+    config: AutoregressiveConfig,
+    options: TrainOptions,
+    text: ByteText,
+    print: TextPrint,
+    device: Device,
+    model: AutoregressiveWrapper,
+    params: ParamMap,
+    optimizer: AdamW,
+    ema: Option<Ema>,
+    step: u64,
+    losses: Cell<Losses>,
+}
+
+/// What a step did.
+#[derive(Clone, Copy, PartialEq, Debug)]
+pub struct StepReport {
+    /// The number of the step, counted from 0.
+    pub step: u64,
+    /// The loss before the update, in nats per byte, averaged over the micro-batches.
+    pub loss: f64,
+    /// The norm of all gradients together, before clipping.
+    pub grad_norm: f64,
+    /// The learning rate.
+    pub lr: f64,
+    /// Bytes that were predicted.
+    pub tokens: u64,
+}
+
+impl Trainer {
+    /// A run from its beginning, with random weights.
+    ///
+    /// Errors: [`Error::Option`] for what is illegal in the config or the options, a text too short for `seq_len`, or
+    /// bytes in it that the model has no tokens for.
+    pub fn new(config: AutoregressiveConfig, options: TrainOptions, text: ByteText, device: &Device) -> Result<Self> {
+        let store = Store::new(options.seed, options.dtype, device);
+        Self::build(config, options, text, store)
+    }
+
+    fn build(config: AutoregressiveConfig, options: TrainOptions, text: ByteText, store: Store) -> Result<Self> {
+        options.check(config.net.max_seq_len)?;
+        text.check(options.seq_len)?;
+        let largest = text.bytes().iter().copied().max().unwrap_or(0);
+        ensure!(
+            usize::from(largest) < config.net.num_tokens,
+            Error::option(
+                "num_tokens",
+                format!("expected more than {largest}, which is a byte of the text, got {}", config.net.num_tokens)
+            )
+        );
+        let model = AutoregressiveWrapper::new(&config, &store)?;
+        let params = store.params();
+        let optimizer = AdamW::new(options.adamw())?;
+        let ema = options.ema_decay.map(|decay| Ema::new(&params, decay)).transpose()?;
+        let print = TextPrint { bytes: text.bytes().len() as u64, fingerprint: format!("{:016x}", text.fingerprint()) };
+        let (device, losses) = (store.device().clone(), Cell::default());
+        Ok(Self { config, options, text, print, device, model, params, optimizer, ema, step: 0, losses })
+    }
+
+    /// A run from where [`Trainer::save`] was called.
+    ///
+    /// Errors: those of [`Checkpoint::load`]; another text than the run had ([`Error::Option`]); weights or a state
+    /// that do not fit the config, with the file in front.
+    pub fn resume(folder: impl AsRef<Path>, text: ByteText, device: &Device) -> Result<Self> {
+        let folder = folder.as_ref();
+        let Checkpoint { config, model, optimizer, training } = Checkpoint::load(folder)?;
+        let Config::AutoregressiveWrapper(config) = config else {
+            return Err(Error::file(folder, "has another model than an AutoregressiveWrapper"));
+        };
+        let TrainingState { step, options, text: print, losses, .. } = training;
+        ensure!(step <= MAX_STEPS, Error::file(folder, format!("is of step {step}, at most {MAX_STEPS} are possible")));
+        let store = Store::zeros(options.dtype, device);
+        let mut trainer = Self::build(config, options, text, store).at(folder.display())?;
+        ensure!(
+            trainer.print == print,
+            Error::option(
+                "text",
+                format!(
+                    "the run in {} trains on a text of {} bytes (fingerprint {}), this one has {} bytes \
+                     (fingerprint {}); give the same text",
+                    folder.display(),
+                    print.bytes,
+                    print.fingerprint,
+                    trainer.print.bytes,
+                    trainer.print.fingerprint
+                )
+            )
+        );
+        trainer.load(model, optimizer, step).at(folder.display())?;
+        trainer.step = step;
+        trainer.losses = Cell::new(losses);
+        Ok(trainer)
+    }
+
+    fn load(&mut self, model: BTreeMap<String, Tensor>, state: BTreeMap<String, Tensor>, step: u64) -> Result<()> {
+        // Converting weights would be a loss that nobody asked for.
+        let other = model
+            .iter()
+            .find(|(name, value)| self.params.get(name).is_some_and(|param| param.tensor().dtype() != value.dtype()));
+        if let Some((name, value)) = other {
+            let message = format!("{name} is {}, the run trains in {}", value.dtype(), self.options.dtype);
+            return Err(Error::dtype("resume", message));
+        }
+        self.params.load(&model).at("model.safetensors")?;
+        let (mut averages, mut optimizer) = (BTreeMap::new(), BTreeMap::new());
+        for (name, value) in state {
+            match (name.strip_prefix(EMA), &self.ema) {
+                (Some(name), Some(_)) => averages.insert(name.to_string(), value),
+                // Without an average in the options it is unused, which the optimizer refuses.
+                _ => optimizer.insert(name, value),
+            };
+        }
+        self.optimizer.load_state_dict(&self.params, &optimizer).at("optimizer.safetensors")?;
+        if let Some(ema) = &mut self.ema {
+            ema.load_state_dict(&averages).at("optimizer.safetensors")?;
+        }
+        let steps = self.optimizer.steps();
+        ensure!(
+            steps == step,
+            Error::argument("resume", format!("the optimizer has done {steps} steps, the run {step}"))
+        );
+        Ok(())
+    }
+
+    /// One update of the weights.
+    ///
+    /// Errors, with the weights as they were: [`Error::NonFinite`] with the step, and the parameter if one is to blame,
+    /// for a loss or a gradient that is NaN or infinite; the memory runs out.
+    pub fn step(&mut self) -> Result<StepReport> {
+        let TrainOptions { batch_size, seq_len, accumulate, seed, clip, .. } = self.options;
+        let mut loss = 0.0;
+        let mut grads = Gradients::default();
+        for micro in 0..accumulate as u64 {
+            let tokens = self.text.batch(seed, self.step, micro, batch_size, seq_len, &self.device)?;
+            let mut tape = Tape::train(tape_seed(seed, self.step, micro));
+            let output = self.model.loss(&tokens, &ForwardOptions::default())?;
+            let value = output.item()?;
+            if !value.is_finite() {
+                return Err(self.diverged(tape, &output));
+            }
+            loss += value;
+            let mut part = tape.backward(&output)?;
+            if accumulate > 1 {
+                widen(&mut part)?;
+            }
+            grads.accumulate(part)?;
+        }
+        let lr = self.options.schedule().at(self.step);
+        // The mean over the micro-batches is taken in the pass that updates the weights.
+        let mean = 1.0 / accumulate as f64;
+        let info = self.optimizer.step_scaled(&self.params, &grads, mean, lr, Some(clip))?;
+        if let Some(ema) = &mut self.ema {
+            ema.update(&self.params)?;
+        }
+        let loss = loss * mean;
+        let report = StepReport {
+            step: self.step,
+            loss,
+            grad_norm: info.grad_norm,
+            lr,
+            tokens: (batch_size * seq_len * accumulate) as u64,
+        };
+        self.step += 1;
+        let losses = self.losses.get();
+        self.losses.set(Losses { last: Some(loss), best: lower(losses.best, loss), ..losses });
+        Ok(report)
+    }
+
+    /// The error for a loss that is not finite, with a parameter that shows it.
+    fn diverged(&self, mut tape: Tape, loss: &Tensor) -> Error {
+        let mut what = "loss".to_string();
+        if let Some(name) = self.not_finite(|tensor| Some(tensor.detach())) {
+            what = format!("loss (and the parameter {name})");
+        } else if let Ok(grads) = tape.backward(loss)
+            && let Some(name) = self.not_finite(|tensor| grads.get(tensor).cloned())
+        {
+            what = format!("loss (and the gradient of {name})");
+        }
+        Error::NonFinite { step: self.step, what }
+    }
+
+    /// The first parameter for which a tensor has NaN or infinity.
+    fn not_finite(&self, tensor: impl Fn(&Tensor) -> Option<Tensor>) -> Option<&str> {
+        let bad = |tensor: Tensor| -> Result<bool> { Ok(!square_norms(&[tensor.contiguous()?])?[0].is_finite()) };
+        let found = self.params.unique().find(|(_, param)| {
+            // Memory for a packed copy may be missing: the message is poorer then, not another one.
+            tensor(&param.tensor()).is_some_and(|tensor| bad(tensor).unwrap_or(false))
+        });
+        found.map(|(name, _)| name)
+    }
+
+    /// Mean loss over 64 windows spaced evenly over the validation part of the text, in nats per byte, without dropout
+    /// and, if the options have `ema_decay`, with the averaged weights.
+    ///
+    /// Errors: [`Error::NonFinite`]; the memory runs out.
+    pub fn validate(&self) -> Result<f64> {
+        let windows = self.text.validation_windows(self.options.seq_len, &self.device)?;
+        let count = windows.dim(0)?;
+        let total = self.evaluate(|model| {
+            let mut total = 0.0;
+            for start in (0..count).step_by(self.options.batch_size) {
+                let length = self.options.batch_size.min(count - start);
+                let tokens = windows.narrow(0, start, length)?;
+                total += model.loss(&tokens, &ForwardOptions::default())?.item()? * length as f64;
+            }
+            Ok(total)
+        })?;
+        let loss = total / count as f64;
+        ensure!(loss.is_finite(), Error::NonFinite { step: self.step, what: "validation loss".to_string() });
+        let losses = self.losses.get();
+        let best = lower(losses.best_validation, loss);
+        self.losses.set(Losses { last_validation: Some(loss), best_validation: best, ..losses });
+        Ok(loss)
+    }
+
+    /// Calls `f` with the weights that are meant for use: the averaged ones if the options have `ema_decay`, which the
+    /// parameters hold until `f` returns.
+    ///
+    /// Errors: those of `f`; the memory runs out.
+    pub fn evaluate<R>(&self, f: impl FnOnce(&AutoregressiveWrapper) -> Result<R>) -> Result<R> {
+        let _swapped = self.ema.as_ref().map(|ema| ema.swap_in(&self.params)).transpose()?;
+        f(&self.model)
+    }
+
+    /// Saves a checkpoint into a folder, as [`Checkpoint::save`] does.
+    ///
+    /// Errors, with the checkpoint before it still there: [`Error::NonFinite`] for weights with NaN or infinity, from
+    /// which no run could continue; [`Error::Io`].
+    pub fn save(&self, folder: impl AsRef<Path>) -> Result<()> {
+        if let Some(name) = self.not_finite(|tensor| Some(tensor.detach())) {
+            return Err(Error::NonFinite { step: self.step, what: format!("parameter {name}") });
+        }
+        let mut optimizer = self.optimizer.state_dict()?;
+        let averages = self.ema.iter().flat_map(Ema::state_dict);
+        optimizer.extend(averages.map(|(name, average)| (format!("{EMA}{name}"), average)));
+        let checkpoint = Checkpoint {
+            config: Config::AutoregressiveWrapper(self.config.clone()),
+            model: self.params.state_dict(),
+            optimizer,
+            training: TrainingState {
+                version: env!("CARGO_PKG_VERSION").to_string(),
+                step: self.step,
+                options: self.options.clone(),
+                text: self.print.clone(),
+                losses: self.losses.get(),
+            },
+        };
+        checkpoint.save(folder)
+    }
+
+    /// Steps done, those before a resume included.
+    pub fn steps_done(&self) -> u64 {
+        self.step
+    }
+
+    /// How the run trains.
+    pub fn options(&self) -> &TrainOptions {
+        &self.options
+    }
+
+    /// The model's keywords.
+    pub fn config(&self) -> &AutoregressiveConfig {
+        &self.config
+    }
+
+    /// The model, with the weights of the last step.
+    pub fn model(&self) -> &AutoregressiveWrapper {
+        &self.model
+    }
+
+    /// The model's parameters.
+    pub fn params(&self) -> &ParamMap {
+        &self.params
+    }
+
+    /// The text.
+    pub fn text(&self) -> &ByteText {
+        &self.text
+    }
+
+    /// Losses so far.
+    pub fn losses(&self) -> Losses {
+        self.losses.get()
+    }
+}
+
+/// Gradients of half types to f32, in which micro-batches are summed.
+fn widen(grads: &mut Gradients) -> Result<()> {
+    for grad in grads.tensors_mut() {
+        if matches!(grad.dtype(), DType::BF16 | DType::F16) {
+            *grad = grad.to_dtype(DType::F32)?;
+        }
+    }
+    Ok(())
+}
+
+fn lower(best: Option<f64>, loss: f64) -> Option<f64> {
+    Some(best.map_or(loss, |best| best.min(loss)))
+}
