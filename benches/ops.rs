@@ -21,6 +21,9 @@ const ELSEWHERE: [&str; 3] = ["attention", "matmul", "linear"];
 /// Activations of eight sequences.
 const X: &[usize] = &[8, 512, 1024];
 
+/// Three gates for each of them.
+const GATES: &[usize] = &[8, 512, 3072];
+
 /// An input of an op.
 #[derive(Clone, Copy)]
 enum Input {
@@ -75,7 +78,9 @@ fn ops() -> Vec<Op> {
         op("cross_entropy", &[Float(X), Tokens(&[8, 512])], Some(1), |x| x[0].cross_entropy(&x[1], -100)),
         op("dropout", &x, Some(0), |x| x[0].dropout(0.1)),
         op("embedding", &[Float(&[1024, 1024]), Tokens(&[8, 512])], Some(0), |x| x[0].embedding(&x[1])),
+        op("entmax15", &x, Some(1), |x| x[0].entmax15()),
         op("glu", &x, Some(1), |x| x[0].glu(Activation::Gelu)),
+        op("gru_gate", &[Float(X), Float(GATES), Float(GATES)], Some(7), |x| x[0].gru_gate(&x[1], &x[2])),
         op("layer_norm", &[Float(X), Float(&[1024]), Float(&[1024])], Some(1), |x| {
             x[0].layer_norm(Some(&x[1]), Some(&x[2]), 1e-5)
         }),
@@ -107,13 +112,19 @@ fn ops() -> Vec<Op> {
         op("logical_not", &[Mask(X)], None, |x| x[0].logical_not()),
         op("where_cond", &[Mask(X), Float(X), Float(X)], Some(1), |x| x[0].where_cond(&x[1], &x[2])),
         op("masked_fill", &[Float(X), Mask(&[8, 1, 1024])], Some(0), |x| x[0].masked_fill(&x[1], -1.0)),
+        op("relative_position_bias", &[Float(&[32, 8])], Some(0), |x| {
+            x[0].relative_position_bias(512, 512, true, 128, 8.0)
+        }),
+        op("sinusoid", &[Constant(&[512])], None, |x| x[0].sinusoid(0, 4096)),
         op("sum", &x, Some(0), |x| x[0].sum(&[-1])),
         op("mean", &x, Some(0), |x| x[0].mean(&[-1])),
         op("sum_to", &x, Some(0), |x| x[0].sum_to([1024].into_shape()?)),
         op("max", &x, Some(0), |x| x[0].max(-1)),
         op("argmax", &x, None, |x| x[0].detach().argmax(-1)),
         op("rotary", &[Float(&[8, 8, 512, 128]), Constant(&[32])], Some(0), |x| x[0].rotary(&x[1], 0)),
+        op("shift_tokens", &x, Some(0), |x| x[0].shift_tokens(&[0, 1], None)),
         op("softmax", &x, Some(1), |x| x[0].softmax()),
+        op("top_k_mask", &x, None, |x| x[0].detach().top_k_mask(64)),
     ]
 }
 
