@@ -115,7 +115,7 @@ fn ops() -> Vec<Op> {
         op("relative_position_bias", &[Float(&[32, 8])], Some(0), |x| {
             x[0].relative_position_bias(512, 512, true, 128, 8.0)
         }),
-        op("sinusoid", &[Constant(&[512])], None, |x| x[0].sinusoid(0, 4096)),
+        op("sinusoid", &[Constant(&[512])], None, |x| x[0].sinusoid(0, 4096, DType::F32)),
         op("sum", &x, Some(0), |x| x[0].sum(&[-1])),
         op("mean", &x, Some(0), |x| x[0].mean(&[-1])),
         op("sum_to", &x, Some(0), |x| x[0].sum_to([1024].into_shape()?)),

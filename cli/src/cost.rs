@@ -216,3 +216,50 @@ fn feedforward(plan: &FeedForwardPlan, rows: usize) -> Cost {
     cost.saved = (rows * (hidden + plan.inner + normed)) as f64;
     cost
 }
+
+#[cfg(test)]
+mod tests {
+    use super::{Cost, Sizes};
+    use x_transformers::{
+        DType, Device, Store, Tape, Tensor,
+        config::Config,
+        models::{AutoregressiveWrapper, ForwardOptions},
+    };
+
+    /// What is estimated against what a training step takes from the pool.
+    #[test]
+    fn estimated_memory_is_that_of_a_real_step() -> x_transformers::Result<()> {
+        for layers in [
+            r#""kind": "Decoder", "dim": 64, "depth": 3, "heads": 2"#,
+            r#""kind": "Decoder", "dim": 96, "depth": 2, "heads": 3, "attn_dim_head": 32, "rotary_pos_emb": true"#,
+            r#""kind": "Decoder", "dim": 64, "depth": 2, "heads": 4, "attn_dim_head": 32, "ff_glu": true"#,
+            r#""kind": "Decoder", "dim": 64, "depth": 2, "heads": 4, "attn_dim_head": 16, "attn_talking_heads": true"#,
+        ] {
+            let json = format!(
+                r#"{{"model": "AutoregressiveWrapper", "net": {{"num_tokens": 256, "max_seq_len": 200,
+                    "attn_layers": {{{layers}}}}}}}"#
+            );
+            let config = Config::from_json(&json)?;
+            let (batch, cost) = Cost::of_model(&config, Sizes { rows: 4, tokens: None })?.expect("a model");
+            assert_eq!((batch.rows, batch.tokens), (4, 200));
+            let Config::AutoregressiveWrapper(config) = config else { panic!("{config:?}") };
+
+            let device = Device::Cpu;
+            let store = Store::new(0, DType::F32, &device);
+            let model = AutoregressiveWrapper::new(&config, &store)?;
+            let tokens = Tensor::zeros([batch.rows, batch.tokens + 1], DType::I64, &device)?;
+            device.reset_peak_memory();
+            let before = device.memory().live;
+            let mut tape = Tape::train(0);
+            let loss = model.loss(&tokens, &ForwardOptions::default())?;
+            let gradients = tape.backward(&loss)?;
+            let measured = (device.memory().peak - before) as f64;
+            drop(gradients);
+            // The gradients of the weights come while activations go.
+            let estimated = 4.0 * cost.saved;
+            let ratio = measured / estimated;
+            assert!((0.85..1.3).contains(&ratio), "{layers}: {measured:.3e} bytes, estimated {estimated:.3e}");
+        }
+        Ok(())
+    }
+}

@@ -155,11 +155,50 @@ fn round_to_odd(x: f64) -> f32 {
     f32::from_bits((nearest.to_bits() - away as u32) | cut as u32)
 }
 
+// The conversions of the `half` crate branch, and ask for the processor's features per call; these are selects only, so
+// that loops over them vectorise.
+
+#[inline(always)]
+fn widen_bf16(x: bf16) -> f32 {
+    f32::from_bits((x.to_bits() as u32) << 16)
+}
+
+/// To nearest even; NaN stays NaN.
+#[inline(always)]
+fn round_to_bf16(x: f32) -> bf16 {
+    let bits = x.to_bits();
+    let rounded = bits.wrapping_add(0x7FFF + ((bits >> 16) & 1)) >> 16;
+    // The mantissa of a NaN must not round away or over: its quiet bit is set instead.
+    let is_nan = bits & 0x7FFF_FFFF > 0x7F80_0000;
+    bf16::from_bits(if is_nan { (bits >> 16) | 0x40 } else { rounded } as u16)
+}
+
+#[inline(always)]
+fn widen_f16(x: f16) -> f32 {
+    let bits = x.to_bits() as u32;
+    // The exponent moves from bias 15 to 127 by a multiplication, which also normalises subnormal numbers.
+    let scaled = f32::from_bits((bits & 0x7FFF) << 13) * f32::from_bits(0x7780_0000);
+    let special = if bits & 0x7C00 == 0x7C00 { 0x7F80_0000 } else { 0 };
+    f32::from_bits(scaled.to_bits() | special | (bits & 0x8000) << 16)
+}
+
+/// To nearest even; too large numbers become infinite, NaN stays NaN.
+#[inline(always)]
+fn round_to_f16(x: f32) -> f16 {
+    let (sign, bits) = (x.to_bits() >> 16 & 0x8000, x.to_bits() & 0x7FFF_FFFF);
+    // Adding 0.5 leaves the multiple of 2^-24, the smallest subnormal, in the low bits.
+    let subnormal = (f32::from_bits(bits) + 0.5).to_bits().wrapping_sub(0.5f32.to_bits());
+    let normal = bits.wrapping_add((15u32.wrapping_sub(127) << 23).wrapping_add(0xFFF + (bits >> 13 & 1))) >> 13;
+    let finite = if bits < 113 << 23 { subnormal } else { normal };
+    let special = if bits > 0x7F80_0000 { 0x7E00 } else { 0x7C00 };
+    f16::from_bits((sign | if bits >= 0x4780_0000 { special } else { finite }) as u16)
+}
+
 float! {
     f32 => f32, |x| x, |x| x, |x| x as f32;
     f64 => f64, |x| x, |x| x, |x| x;
-    bf16 => f32, bf16::to_f32, bf16::from_f32, |x| bf16::from_f32(round_to_odd(x));
-    f16 => f32, f16::to_f32, f16::from_f32, |x| f16::from_f32(round_to_odd(x));
+    bf16 => f32, widen_bf16, round_to_bf16, |x| round_to_bf16(round_to_odd(x));
+    f16 => f32, widen_f16, round_to_f16, |x| round_to_f16(round_to_odd(x));
 }
 
 /// Runs an expression with `$T` bound to the stored float type of a dtype; other dtypes are a typed error.
@@ -187,3 +226,31 @@ macro_rules! dispatch_float {
     };
 }
 pub(crate) use dispatch_float;
+
+#[cfg(test)]
+mod half_conversions {
+    use super::*;
+
+    #[test]
+    fn every_half_widens_as_in_the_half_crate() {
+        for bits in 0..=u16::MAX {
+            let (a, b) = (bf16::from_bits(bits), f16::from_bits(bits));
+            for (own, other) in [(widen_bf16(a), a.to_f32()), (widen_f16(b), b.to_f32())] {
+                assert!(own.to_bits() == other.to_bits() || own.is_nan() && other.is_nan(), "{bits:#x}");
+            }
+        }
+    }
+
+    #[test]
+    fn floats_round_as_in_the_half_crate() {
+        // Every exponent and sign, with mantissas around each place where rounding decides.
+        for high in 0..=u16::MAX as u32 {
+            for low in [0, 1, 0xFFF, 0x1000, 0x1001, 0x1FFF, 0x2000, 0x3000, 0x7FFF, 0x8000, 0x8001, 0xFFFF] {
+                let x = f32::from_bits(high << 16 | low);
+                let (bf, ff) = (round_to_bf16(x), round_to_f16(x));
+                assert!(bf.to_bits() == bf16::from_f32(x).to_bits() || bf.is_nan() && x.is_nan(), "{x:e}");
+                assert!(ff.to_bits() == f16::from_f32(x).to_bits() || ff.is_nan() && x.is_nan(), "{x:e}");
+            }
+        }
+    }
+}
