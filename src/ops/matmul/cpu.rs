@@ -8,13 +8,17 @@
 use std::cell::Cell;
 
 use super::{
-    microkernel::{Left, Right, Start, Tile, Window, multiply, tile},
+    microkernel::{Left, Order, Right, Start, Window, multiply, tile},
     pack::pack,
+    shared, skinny,
 };
 use crate::{
     Result,
     core::{Element, Float, Real},
-    device::cpu,
+    device::{
+        cpu::{self, CpuBuffer},
+        simd::vectorized,
+    },
 };
 
 /// A matrix inside of a slice: element (i, j) is `data[i * row + j * col]`.
@@ -27,30 +31,39 @@ pub(crate) struct Matrix<'a, T> {
 
 impl<T: Copy> Matrix<'_, T> {
     /// The matrix that starts `offset` elements later; an empty one may start behind the end.
-    fn at(self, offset: usize) -> Self {
+    pub(super) fn at(self, offset: usize) -> Self {
         Self { data: &self.data[offset.min(self.data.len())..], ..self }
     }
 
     /// The matrix from row `i` and column `j` on.
-    fn from(self, i: usize, j: usize) -> Self {
+    pub(super) fn from(self, i: usize, j: usize) -> Self {
         self.at(i * self.row + j * self.col)
     }
 
     /// Rows and columns exchanged.
-    fn transposed(self) -> Self {
+    pub(super) fn transposed(self) -> Self {
         Self { data: self.data, row: self.col, col: self.row }
     }
 }
 
 /// Products that are summed in one chain before they are added to C. Part of the result: see the module's head.
-const STEPS: usize = 512;
+pub(super) const STEPS: usize = 256;
 
-/// Rows and columns of the blocks that [`gemm_block`] packs: A stays in the second-level cache.
+/// Rows and columns of the blocks that one thread packs for itself: both stay in the second-level cache.
 const BLOCK_ROWS: usize = 168;
-const BLOCK_COLUMNS: usize = 512;
+const BLOCK_COLUMNS: usize = 256;
+
+/// Columns that are packed at a time for few rows: they stay in the first-level cache.
+const FEW_COLUMNS: usize = 64;
+
+/// Elements of an operand that lie so close together that packing them first gains nothing.
+const CLOSE: usize = 1 << 15;
 
 /// Products below which a task does not pay for its hand-over.
 const GRAIN: usize = 1 << 19;
+
+/// Products of a single matrix from which it pays to pack the operands for all threads together.
+const LARGE: usize = 1 << 24;
 
 /// Operands with at most this many rows (or columns) are cut along the other side alone.
 const THIN: usize = 64;
@@ -79,7 +92,6 @@ struct Scratch {
     left: Vec<u64>,
     right: Vec<u64>,
     sums: Vec<u64>,
-    bias: Vec<u64>,
 }
 
 thread_local! {
@@ -107,8 +119,8 @@ fn aligned<R: Real>(buffer: &mut Vec<u64>, elements: usize) -> &mut [R] {
     &mut bytemuck::cast_slice_mut(&mut buffer[skip..skip + words])[..elements]
 }
 
-/// The operand as the type of the sums, if it has it.
-fn as_sums<T: Float>(data: &[T]) -> Option<&[T::Acc]> {
+/// Values as the type of the sums, if they have it.
+pub(super) fn as_sums<T: Float>(data: &[T]) -> Option<&[T::Acc]> {
     (T::DTYPE == T::Acc::DTYPE).then(|| bytemuck::cast_slice(data))
 }
 
@@ -122,38 +134,86 @@ fn block<T: Float>(
     scratch: &mut Scratch,
 ) {
     let (m, n) = (c.rows(), c.columns());
-    if m == 0 || n == 0 {
-        return;
-    }
-    let Tile { rows, columns } = tile::<T::Acc>();
-    for j in (0..n).step_by(BLOCK_COLUMNS) {
-        let width = BLOCK_COLUMNS.min(n - j);
+    let done = if m <= skinny::ROWS { few_rows(k, a, b, start, &mut c, scratch) } else { 0 };
+    let width = if m <= THIN { FEW_COLUMNS } else { BLOCK_COLUMNS };
+    for j in (done..n).step_by(width) {
+        let width = width.min(n - j);
         for step in (0..k.max(1)).step_by(STEPS) {
             let steps = STEPS.min(k - step);
-            let start = match start {
-                _ if step > 0 => Start::Previous,
-                Start::Bias(bias) => Start::Bias(&bias[j..]),
-                start => start,
-            };
-            let packed = aligned::<T::Acc>(&mut scratch.right, width.next_multiple_of(columns) * steps);
-            pack(b.from(step, j).transposed(), width, steps, columns, packed);
-            let right = Right { data: packed, panel: columns * steps, step: columns };
+            let start = start.of_block(step, j);
+            let right = right(b.from(step, j), m, width, steps, &mut scratch.right);
             for i in (0..m).step_by(BLOCK_ROWS) {
                 let height = BLOCK_ROWS.min(m - i);
-                let part = a.from(i, step);
-                let direct = as_sums(part.data).filter(|_| part.col == 1);
-                let left = match direct {
-                    Some(data) => Left { data, panel: rows * part.row, row: part.row, step: 1 },
-                    None => {
-                        let packed = aligned::<T::Acc>(&mut scratch.left, height.next_multiple_of(rows) * steps);
-                        pack(part, height, steps, rows, packed);
-                        Left { data: packed, panel: rows * steps, row: 1, step: rows }
-                    }
-                };
+                let left = left(a.from(i, step), height, width, steps, &mut scratch.left);
                 multiply(steps, left, right, start, c.part(i, j, height, width));
             }
         }
     }
+}
+
+/// Rows of A for the micro-kernel, in place where that is as fast.
+fn left<'a, T: Float>(
+    a: Matrix<'a, T>,
+    rows: usize,
+    columns: usize,
+    steps: usize,
+    packed: &'a mut Vec<u64>,
+) -> Left<'a, T::Acc> {
+    let tall = tile::<T::Acc>().rows;
+    // Steps next to each other are read along cache lines; others only if few lines serve all rows and columns.
+    let near = a.col == 1 || (a.row == 1 && steps * a.col <= CLOSE && columns <= 2 * FEW_COLUMNS);
+    if let Some(data) = as_sums(a.data).filter(|_| near) {
+        let (order, stride) = if a.row == 1 { (Order::Rows, a.col) } else { (Order::Steps, a.row) };
+        return Left { data, panel: tall * a.row, order, stride };
+    }
+    let packed = aligned::<T::Acc>(packed, rows.next_multiple_of(tall) * steps);
+    pack(a, rows, steps, tall, packed);
+    Left { data: packed, panel: tall * steps, order: Order::Rows, stride: tall }
+}
+
+/// Columns of B for the micro-kernel, in place where that is as fast.
+fn right<'a, T: Float>(
+    b: Matrix<'a, T>,
+    rows: usize,
+    columns: usize,
+    steps: usize,
+    packed: &'a mut Vec<u64>,
+) -> Right<'a, T::Acc> {
+    let wide = tile::<T::Acc>().columns;
+    let near = b.col == 1 && steps * b.row <= CLOSE && rows <= 2 * THIN && columns.is_multiple_of(wide);
+    if let Some(data) = as_sums(b.data).filter(|_| near) {
+        return Right { data, panel: wide, step: b.row };
+    }
+    let packed = aligned::<T::Acc>(packed, columns.next_multiple_of(wide) * steps);
+    pack(b.transposed(), columns, steps, wide, packed);
+    Right { data: packed, panel: wide * steps, step: wide }
+}
+
+/// As [`block`] for at most [`skinny::ROWS`] rows; returns how many columns are done.
+fn few_rows<T: Float>(
+    k: usize,
+    a: Matrix<T>,
+    b: Matrix<T>,
+    start: Start<T::Acc>,
+    c: &mut Window<T::Acc>,
+    scratch: &mut Scratch,
+) -> usize {
+    let (m, n) = (c.rows(), c.columns());
+    let mut done = 0;
+    for step in (0..k).step_by(STEPS) {
+        let steps = STEPS.min(k - step);
+        let left = aligned::<T::Acc>(&mut scratch.left, m * steps);
+        pack(a.from(0, step), m, steps, m, left);
+        let sums = aligned::<T::Acc>(&mut scratch.right, m * n);
+        done = skinny::multiply(m, n, steps, left, b.from(step, 0), sums);
+        if done == 0 {
+            break;
+        }
+        for (i, sums) in sums.chunks_exact(n).enumerate() {
+            start.of_block(step, 0).add_to(&sums[..done], c.row_mut(i));
+        }
+    }
+    done
 }
 
 /// A batch of products of the same size. `offsets(item)` are the positions of A and B of an item in their data.
@@ -167,26 +227,40 @@ pub(crate) struct Product<'a, T> {
     pub offsets: &'a (dyn Fn(usize) -> (usize, usize) + Sync),
     /// Added to every row.
     pub bias: Option<&'a [T]>,
-    /// Adds to the output instead of overwriting it; excludes a bias.
-    pub accumulate: bool,
 }
 
 /// `out[item] = A[item]·B[item] (+ bias)`, out packed `[batch, m, n]`, on all threads of the pool.
 ///
-/// Errors: out of memory for packed operands.
+/// How the work is cut depends on the sizes alone. Errors: out of memory for packed operands.
 pub(crate) fn gemm<T: Float>(product: &Product<T>, out: &mut [T]) -> Result<()> {
     let &Product { batch, m, n, k, .. } = product;
     if batch == 0 || m == 0 || n == 0 {
         return Ok(());
     }
-    // Pieces that one thread computes alone: whole items, rows of them, or columns where there are few rows.
+    // The bias as sums: converted once, before it is added to every row.
+    let mut converted = CpuBuffer::new(if T::DTYPE == T::Acc::DTYPE { 0 } else { n * size_of::<T::Acc>() })?;
+    let bias = product.bias.map(|bias| {
+        as_sums(bias).unwrap_or_else(|| {
+            let values = bytemuck::cast_slice_mut::<u8, T::Acc>(converted.bytes_mut());
+            values.iter_mut().zip(bias).for_each(|(value, bias)| *value = bias.to_acc());
+            values
+        })
+    });
+    let start = bias.map_or(Start::Zero, Start::Bias);
     let depth = k.max(1);
     let cost = m.saturating_mul(n).saturating_mul(depth);
+    if cost >= LARGE && m > THIN && n > THIN && batch < 8 {
+        return out.chunks_exact_mut(m * n).enumerate().try_for_each(|(item, out)| {
+            let (a, b) = product.item(item);
+            shared::product(k, a, b, start, Window::new(out, m, n, n))
+        });
+    }
+    // Pieces that one thread computes alone: whole items, rows of them, or columns where there are few rows.
     let (height, width) = if cost <= 2 * GRAIN {
         (m, n)
     } else if m <= THIN {
-        let tile = tile::<T::Acc>().columns;
-        (m, (GRAIN / (m * depth)).max(n / 64).next_multiple_of(tile).min(n))
+        let columns = (GRAIN / (m * depth)).max(n / 64).max(FEW_COLUMNS);
+        (m, columns.next_multiple_of(FEW_COLUMNS).min(n))
     } else {
         ((GRAIN / (n * depth)).max(256).min(m), n)
     };
@@ -202,45 +276,49 @@ pub(crate) fn gemm<T: Float>(product: &Product<T>, out: &mut [T]) -> Result<()> 
                 let (rows, columns) = (height.min(m - i), width.min(n - j));
                 // SAFETY: every piece is another window of the output.
                 let out = unsafe { whole.shared_part(item * m + i, j, rows, columns) };
-                part(product, item, i, j, out, scratch);
+                let (a, b) = product.item(item);
+                one_piece(k, a.from(i, 0), b.from(0, j), start.of_block(0, j), out, scratch);
             }
         });
     });
     Ok(())
 }
 
-/// One piece of the output, from row `i` and column `j` of an item, on the calling thread.
-fn part<T: Float>(product: &Product<T>, item: usize, i: usize, j: usize, mut out: Window<T>, scratch: &mut Scratch) {
+impl<'a, T: Float> Product<'a, T> {
+    /// The operands of one item.
+    fn item(&self, item: usize) -> (Matrix<'a, T>, Matrix<'a, T>) {
+        let (a, b) = (self.offsets)(item);
+        (self.a.at(a), self.b.at(b))
+    }
+}
+
+/// `out = start + A·B` on the calling thread, rounded to the type of the output.
+fn one_piece<T: Float>(
+    k: usize,
+    a: Matrix<T>,
+    b: Matrix<T>,
+    start: Start<T::Acc>,
+    mut out: Window<T>,
+    scratch: &mut Scratch,
+) {
+    if let Some(out) = out.as_sums() {
+        return block(k, a, b, start, out, scratch);
+    }
     let (rows, columns) = (out.rows(), out.columns());
-    let (a, b) = (product.offsets)(item);
-    let a = product.a.at(a).from(i, 0);
-    let b = product.b.at(b).from(0, j);
-    let mut bias_values = std::mem::take(&mut scratch.bias);
-    let mut sums = std::mem::take(&mut scratch.sums);
-    let start = match product.bias {
-        _ if product.accumulate => Start::Previous,
-        Some(bias) => {
-            let values = aligned::<T::Acc>(&mut bias_values, columns);
-            values.iter_mut().zip(&bias[j..]).for_each(|(value, bias)| *value = bias.to_acc());
-            Start::Bias(values)
-        }
-        None => Start::Zero,
-    };
-    match out.as_sums() {
-        Some(out) => block(product.k, a, b, start, out, scratch),
-        None => {
-            let sums = aligned::<T::Acc>(&mut sums, rows * columns);
-            if product.accumulate {
-                for (row, sums) in sums.chunks_exact_mut(columns).enumerate() {
-                    sums.iter_mut().zip(out.row_mut(row)).for_each(|(sum, out)| *sum = out.to_acc());
-                }
-            }
-            block(product.k, a, b, start, Window::new(sums, rows, columns, columns), scratch);
-            for (row, sums) in sums.chunks_exact(columns).enumerate() {
-                out.row_mut(row).iter_mut().zip(sums).for_each(|(out, sum)| *out = T::from_acc(*sum));
-            }
+    let mut buffer = std::mem::take(&mut scratch.sums);
+    let sums = aligned::<T::Acc>(&mut buffer, rows * columns);
+    block(k, a, b, start, Window::new(sums, rows, columns, columns), scratch);
+    for (row, sums) in sums.chunks_exact(columns).enumerate() {
+        round::<T>(sums, out.row_mut(row));
+    }
+    scratch.sums = buffer;
+}
+
+vectorized! {
+    /// Rounds sums to the type of the output.
+    pub(super) fn round<T: Float>(sums: &[T::Acc], out: &mut [T]) {
+        for (out, sum) in out.iter_mut().zip(sums) {
+            *out = T::from_acc(*sum);
         }
     }
-    scratch.bias = bias_values;
-    scratch.sums = sums;
 }

@@ -4,134 +4,15 @@
 //! instruction level, do not change the order of additions. AVX2 and AVX-512 give the same bits.
 
 #[cfg(target_arch = "x86_64")]
-use std::arch::x86_64::*;
+use std::arch::x86_64::{__m256, __m256d, __m512, __m512d};
 use std::marker::PhantomData;
 
+use super::lanes::{Lanes, Portable};
 use crate::{
     DType,
     core::{Element, Float, Real},
     device::{Level, simd},
 };
-
-/// A vector register of floats.
-///
-/// # Safety
-///
-/// The methods may be called only where the processor has the instructions, with pointers to `COUNT` elements (one
-/// for `splat`). They carry no alignment requirement.
-unsafe trait Lanes: Copy {
-    type Scalar: Real;
-    const COUNT: usize;
-    unsafe fn zero() -> Self;
-    /// One element in all lanes.
-    unsafe fn splat(from: *const Self::Scalar) -> Self;
-    unsafe fn load(from: *const Self::Scalar) -> Self;
-    unsafe fn store(self, to: *mut Self::Scalar);
-    unsafe fn add(self, other: Self) -> Self;
-    /// `self · factor + summand`
-    unsafe fn mul_add(self, factor: Self, summand: Self) -> Self;
-}
-
-macro_rules! x86_lanes {
-    ($($vector:ty: $scalar:ty, $count:literal, $zero:ident, $splat:ident, $load:ident, $store:ident, $add:ident, $fma:ident;)*) => {$(
-        // SAFETY: each method is one instruction, whose presence and pointers the caller answers for.
-        #[cfg(target_arch = "x86_64")]
-        unsafe impl Lanes for $vector {
-            type Scalar = $scalar;
-            const COUNT: usize = $count;
-            #[inline(always)]
-            unsafe fn zero() -> Self {
-                // SAFETY: see the trait.
-                unsafe { $zero() }
-            }
-            #[inline(always)]
-            unsafe fn splat(from: *const $scalar) -> Self {
-                // SAFETY: see the trait.
-                unsafe { $splat(*from) }
-            }
-            #[inline(always)]
-            unsafe fn load(from: *const $scalar) -> Self {
-                // SAFETY: see the trait.
-                unsafe { $load(from) }
-            }
-            #[inline(always)]
-            unsafe fn store(self, to: *mut $scalar) {
-                // SAFETY: see the trait.
-                unsafe { $store(to, self) }
-            }
-            #[inline(always)]
-            unsafe fn add(self, other: Self) -> Self {
-                // SAFETY: see the trait.
-                unsafe { $add(self, other) }
-            }
-            #[inline(always)]
-            unsafe fn mul_add(self, factor: Self, summand: Self) -> Self {
-                // SAFETY: see the trait.
-                unsafe { $fma(self, factor, summand) }
-            }
-        }
-    )*};
-}
-
-x86_lanes! {
-    __m256: f32, 8, _mm256_setzero_ps, _mm256_set1_ps, _mm256_loadu_ps, _mm256_storeu_ps, _mm256_add_ps, _mm256_fmadd_ps;
-    __m256d: f64, 4, _mm256_setzero_pd, _mm256_set1_pd, _mm256_loadu_pd, _mm256_storeu_pd, _mm256_add_pd, _mm256_fmadd_pd;
-    __m512: f32, 16, _mm512_setzero_ps, _mm512_set1_ps, _mm512_loadu_ps, _mm512_storeu_ps, _mm512_add_ps, _mm512_fmadd_ps;
-    __m512d: f64, 8, _mm512_setzero_pd, _mm512_set1_pd, _mm512_loadu_pd, _mm512_storeu_pd, _mm512_add_pd, _mm512_fmadd_pd;
-}
-
-/// 128 bits, which every processor of the common architectures computes at once; the compiler vectorises the loops.
-#[derive(Clone, Copy)]
-struct Portable<S, const N: usize>([S; N]);
-
-macro_rules! portable_lanes {
-    ($($scalar:ty, $count:literal;)*) => {$(
-        // SAFETY: plain arithmetic; the caller answers for the pointers.
-        unsafe impl Lanes for Portable<$scalar, $count> {
-            type Scalar = $scalar;
-            const COUNT: usize = $count;
-            #[inline(always)]
-            unsafe fn zero() -> Self {
-                Self([0.0; $count])
-            }
-            #[inline(always)]
-            unsafe fn splat(from: *const $scalar) -> Self {
-                // SAFETY: see the trait.
-                Self([unsafe { *from }; $count])
-            }
-            #[inline(always)]
-            unsafe fn load(from: *const $scalar) -> Self {
-                // SAFETY: see the trait; the array has the alignment of its elements.
-                Self(unsafe { *from.cast() })
-            }
-            #[inline(always)]
-            unsafe fn store(self, to: *mut $scalar) {
-                // SAFETY: as in `load`.
-                unsafe { *to.cast() = self.0 }
-            }
-            #[inline(always)]
-            unsafe fn add(self, other: Self) -> Self {
-                Self(std::array::from_fn(|lane| self.0[lane] + other.0[lane]))
-            }
-            #[inline(always)]
-            unsafe fn mul_add(self, factor: Self, summand: Self) -> Self {
-                Self(std::array::from_fn(|lane| {
-                    if cfg!(target_arch = "aarch64") {
-                        // Every processor of this architecture multiplies and adds in one instruction.
-                        <$scalar>::mul_add(self.0[lane], factor.0[lane], summand.0[lane])
-                    } else {
-                        self.0[lane] * factor.0[lane] + summand.0[lane]
-                    }
-                }))
-            }
-        }
-    )*};
-}
-
-portable_lanes! {
-    f32, 4;
-    f64, 2;
-}
 
 /// Rows and columns of the tile of C that is kept in registers.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -232,17 +113,46 @@ pub(super) enum Start<'a, R> {
     Previous,
 }
 
-/// Rows of A: element (i, step) is `data[(i / tile.rows) * panel + (i % tile.rows) * row + step * step_stride]`.
+impl<'a, R: Real> Start<'a, R> {
+    /// The start of the block of steps from `step` on, for the columns from `column` on.
+    pub fn of_block(self, step: usize, column: usize) -> Self {
+        match self {
+            _ if step > 0 => Self::Previous,
+            Self::Bias(bias) => Self::Bias(&bias[column..]),
+            start => start,
+        }
+    }
+
+    /// `row = start + sums` for the columns that have sums.
+    pub fn add_to(self, sums: &[R], row: &mut [R]) {
+        match self {
+            Self::Zero => row[..sums.len()].copy_from_slice(sums),
+            Self::Bias(bias) => row.iter_mut().zip(sums).zip(bias).for_each(|((c, &sum), &bias)| *c = sum + bias),
+            Self::Previous => row.iter_mut().zip(sums).for_each(|(c, &sum)| *c = sum + *c),
+        }
+    }
+}
+
+/// Which elements of A lie next to each other.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) enum Order {
+    /// The rows of a panel; `stride` leads to the next step.
+    Rows,
+    /// The steps of a row; `stride` leads to the next row.
+    Steps,
+}
+
+/// Rows of A in panels of [`Tile::rows`] that start `panel` elements apart.
 #[derive(Clone, Copy)]
 pub(super) struct Left<'a, R> {
     pub data: &'a [R],
     pub panel: usize,
-    pub row: usize,
-    pub step: usize,
+    pub order: Order,
+    pub stride: usize,
 }
 
-/// Columns of B: element (step, j) is `data[(j / tile.columns) * panel + j % tile.columns + step * step_stride]`.
-/// All columns of the last panel are readable, even if C ends before.
+/// Columns of B in panels of [`Tile::columns`] that start `panel` elements apart; the columns of a panel lie next to each
+/// other, `step` leads to the next step. All columns of the last panel are readable, even if C ends before.
 #[derive(Clone, Copy)]
 pub(super) struct Right<'a, R> {
     pub data: &'a [R],
@@ -258,10 +168,11 @@ pub(super) fn multiply<R: Real>(steps: usize, a: Left<R>, b: Right<R>, start: St
     }
     let tile = tile::<R>();
     if steps > 0 {
-        let last_row = ((m - 1) / tile.rows) * a.panel + ((m - 1) % tile.rows).min(m - 1) * a.row;
-        // Full panels reach at least as far as the last one, which may be lower.
-        let full = (m / tile.rows).saturating_sub(1) * a.panel + (tile.rows.min(m) - 1) * a.row;
-        assert!(last_row.max(full) + (steps - 1) * a.step < a.data.len(), "A ends before its block");
+        let (row, step) = if a.order == Order::Rows { (1, a.stride) } else { (a.stride, 1) };
+        // A full panel may reach further than the last one, which may be lower.
+        let last_panel = (m - 1) / tile.rows * a.panel + (m - 1) % tile.rows * row;
+        let full_panel = (m / tile.rows).saturating_sub(1) * a.panel + (tile.rows.min(m) - 1) * row;
+        assert!(last_panel.max(full_panel) + (steps - 1) * step < a.data.len(), "A ends before its block");
         let last_column = ((n - 1) / tile.columns) * b.panel + tile.columns - 1;
         assert!(last_column + (steps - 1) * b.step < b.data.len(), "B ends before its block");
     }
@@ -279,8 +190,8 @@ pub(super) fn multiply<R: Real>(steps: usize, a: Left<R>, b: Right<R>, start: St
         steps,
         a: a.data.as_ptr(),
         a_panel: a.panel,
-        a_row: a.row,
-        a_step: a.step,
+        a_order: a.order,
+        a_stride: a.stride,
         b: b.data.as_ptr(),
         b_panel: b.panel,
         b_step: b.step,
@@ -322,8 +233,8 @@ struct Block<R> {
     steps: usize,
     a: *const R,
     a_panel: usize,
-    a_row: usize,
-    a_step: usize,
+    a_order: Order,
+    a_stride: usize,
     b: *const R,
     b_panel: usize,
     b_step: usize,
@@ -341,8 +252,8 @@ impl<R> Block<R> {
             steps: self.steps,
             a: self.a.cast(),
             a_panel: self.a_panel,
-            a_row: self.a_row,
-            a_step: self.a_step,
+            a_order: self.a_order,
+            a_stride: self.a_stride,
             b: self.b.cast(),
             b_panel: self.b_panel,
             b_step: self.b_step,
@@ -392,6 +303,90 @@ levels! {
     avx512_f64: __m512d, 14 = [1 2 3 4 5 6 7 8 9 10 11 12 13];
 }
 
+/// The sums of one tile.
+type Sums<V, const ROWS: usize> = [[V; 2]; ROWS];
+
+/// The sums of a tile from rows of A that lie next to each other.
+///
+/// # Safety
+///
+/// The processor has the instructions of `V`; the pointers reach as far as the sizes say.
+#[inline(always)]
+unsafe fn sums_of_rows<V: Lanes, const ROWS: usize>(
+    steps: usize,
+    mut a: *const V::Scalar,
+    step: usize,
+    mut b: *const V::Scalar,
+    b_step: usize,
+) -> Sums<V, ROWS> {
+    // SAFETY: see above.
+    unsafe {
+        let mut sums = [[V::zero(); 2]; ROWS];
+        for _ in 0..steps {
+            one_step::<V, ROWS>(a, 1, b, &mut sums);
+            // Wrapping: after the last step the pointers may leave their slices.
+            (a, b) = (a.wrapping_add(step), b.wrapping_add(b_step));
+        }
+        sums
+    }
+}
+
+/// The sums of a tile from steps of A that lie next to each other.
+///
+/// # Safety
+///
+/// As for [`sums_of_rows`].
+#[inline(always)]
+unsafe fn sums_of_steps<V: Lanes, const ROWS: usize>(
+    steps: usize,
+    mut a: *const V::Scalar,
+    row: usize,
+    mut b: *const V::Scalar,
+    b_step: usize,
+) -> Sums<V, ROWS> {
+    /// Steps for which the addresses of the rows are computed once.
+    const UNROLLED: usize = 4;
+    // SAFETY: see above.
+    unsafe {
+        let mut sums = [[V::zero(); 2]; ROWS];
+        for _ in 0..steps / UNROLLED {
+            for step in 0..UNROLLED {
+                one_step::<V, ROWS>(a.add(step), row, b, &mut sums);
+                b = b.wrapping_add(b_step);
+            }
+            a = a.add(UNROLLED);
+        }
+        for _ in 0..steps % UNROLLED {
+            one_step::<V, ROWS>(a, row, b, &mut sums);
+            (a, b) = (a.add(1), b.wrapping_add(b_step));
+        }
+        sums
+    }
+}
+
+/// Adds the products of one step.
+///
+/// # Safety
+///
+/// As for [`sums_of_rows`].
+#[inline(always)]
+unsafe fn one_step<V: Lanes, const ROWS: usize>(
+    a: *const V::Scalar,
+    row: usize,
+    b: *const V::Scalar,
+    sums: &mut Sums<V, ROWS>,
+) {
+    // SAFETY: see above.
+    unsafe {
+        let columns = [V::load(b), V::load(b.add(V::COUNT))];
+        for (index, sums) in sums.iter_mut().enumerate() {
+            let a = V::splat(a.add(index * row));
+            sums[0] = a.mul_add(columns[0], sums[0]);
+            sums[1] = a.mul_add(columns[1], sums[1]);
+        }
+    }
+}
+
 /// The tile of `ROWS` rows at row `i`, which is panel `panel` of A, and column `j`.
 ///
 /// # Safety
@@ -401,21 +396,14 @@ levels! {
 unsafe fn one_tile<V: Lanes, const ROWS: usize>(block: &Block<V::Scalar>, i: usize, panel: usize, j: usize) {
     // SAFETY: see above.
     unsafe {
-        let mut a = block.a.add(panel * block.a_panel);
-        let mut b = block.b.add(j / (2 * V::COUNT) * block.b_panel);
-        let mut sums = [[V::zero(); 2]; ROWS];
-        for _ in 0..block.steps {
-            let columns = [V::load(b), V::load(b.add(V::COUNT))];
-            for (row, sums) in sums.iter_mut().enumerate() {
-                let a = V::splat(a.add(row * block.a_row));
-                sums[0] = a.mul_add(columns[0], sums[0]);
-                sums[1] = a.mul_add(columns[1], sums[1]);
-            }
-            // Wrapping: after the last step the pointers may leave their slices.
-            a = a.wrapping_add(block.a_step);
-            b = b.wrapping_add(block.b_step);
-        }
+        let a = block.a.add(panel * block.a_panel);
+        let b = block.b.add(j / (2 * V::COUNT) * block.b_panel);
         let c = block.c.add(i * block.c_row + j);
+        // Each order has its own loop, where all but one stride is a constant of the addresses.
+        let sums = match block.a_order {
+            Order::Rows => sums_of_rows::<V, ROWS>(block.steps, a, block.a_stride, b, block.b_step),
+            Order::Steps => sums_of_steps::<V, ROWS>(block.steps, a, block.a_stride, b, block.b_step),
+        };
         let bias = block.bias.wrapping_add(j);
         if block.n - j >= 2 * V::COUNT {
             for (row, sums) in sums.iter().enumerate() {
@@ -441,6 +429,61 @@ unsafe fn one_tile<V: Lanes, const ROWS: usize>(block: &Block<V::Scalar>, i: usi
                         Kind::Bias => sum + *bias.add(column),
                         Kind::Previous => sum + *c,
                     };
+                }
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    levels! {
+        emulated_avx512: Portable<f32, 16>, 14 = [1 2 3 4 5 6 7 8 9 10 11 12 13];
+    }
+
+    /// The tile of AVX-512 with vectors that any processor has, on every height and width of the last tile.
+    #[test]
+    fn microkernel_with_the_largest_tile() {
+        let (tall, wide, steps) = (14, 32, 5);
+        for (m, n) in (1..=29usize).map(|m| (m, 65usize)).chain((1..=65).map(|n| (15, n))) {
+            let a: Vec<f32> = (0..m.div_ceil(tall) * tall * steps).map(|i| (i % 13) as f32 - 6.0).collect();
+            let b: Vec<f32> = (0..n.div_ceil(wide) * wide * steps).map(|i| (i % 11) as f32 - 5.0).collect();
+            let bias: Vec<f32> = (0..n).map(|j| j as f32).collect();
+            let mut c = vec![100.0; m * n];
+            for start in [Kind::Zero, Kind::Bias, Kind::Previous] {
+                let block = Block {
+                    m,
+                    n,
+                    steps,
+                    a: a.as_ptr(),
+                    a_panel: tall * steps,
+                    a_order: Order::Rows,
+                    a_stride: tall,
+                    b: b.as_ptr(),
+                    b_panel: wide * steps,
+                    b_step: wide,
+                    c: c.as_mut_ptr(),
+                    c_row: n,
+                    bias: bias.as_ptr(),
+                    start,
+                };
+                let before = c.clone();
+                // SAFETY: the operands are packed for these sizes, and the vectors are plain arrays.
+                unsafe { emulated_avx512(&block) };
+                for (index, (&c, &before)) in c.iter().zip(&before).enumerate() {
+                    let (i, j) = (index / n, index % n);
+                    let at = |panel: usize, lane: usize, width: usize, step: usize| (panel * steps + step) * width + lane;
+                    let sum: f32 = (0..steps)
+                        .map(|step| a[at(i / tall, i % tall, tall, step)] * b[at(j / wide, j % wide, wide, step)])
+                        .sum();
+                    let start = match start {
+                        Kind::Zero => 0.0,
+                        Kind::Bias => bias[j],
+                        Kind::Previous => before,
+                    };
+                    assert_eq!(c, start + sum, "{m}x{n} at ({i}, {j})");
                 }
             }
         }

@@ -1,8 +1,11 @@
 //! Matrix products: `matmul` with PyTorch's broadcasting over batches, and `linear`.
 
 pub(crate) mod cpu;
+mod lanes;
 mod microkernel;
 mod pack;
+mod shared;
+mod skinny;
 
 use crate::{
     Error, Result, Tensor,
@@ -172,7 +175,6 @@ fn run<T: Float>(sizes: &Sizes, a: &Tensor, b: &Tensor, bias: Option<&Tensor>, o
         b: Matrix { data: b.storage::<T>()?, row: b_row, col: b_col },
         offsets: &|item| positions(item, &batch, &strides, [a_layout.offset, b_layout.offset]),
         bias: bias.map(Tensor::values::<T>).transpose()?,
-        accumulate: false,
     };
     gemm(&product, out.values_mut::<T>()?)
 }

@@ -1,0 +1,236 @@
+//! A few rows times a matrix: each element of B is used once per row, so that reading it is all the cost. B is not
+//! packed but streams through the registers once, in the order of the packed product.
+
+use super::cpu::Matrix;
+use crate::core::Float;
+
+/// At most this many rows are worth it.
+pub(super) const ROWS: usize = 4;
+
+/// `sums[i * n + j] = Σ_step A[i, step] · B[step, j]` for one block of steps, `rows` rows and the first of `n` columns;
+/// returns how many, none if processor or layout do not allow it. Element (i, step) of A is `a[step * rows + i]`.
+pub(super) fn multiply<T: Float>(
+    rows: usize,
+    n: usize,
+    steps: usize,
+    a: &[T::Acc],
+    b: Matrix<T>,
+    sums: &mut [T::Acc],
+) -> usize {
+    if rows == 0 || n == 0 || steps == 0 {
+        return 0;
+    }
+    assert!(rows * steps <= a.len() && rows * n <= sums.len(), "A or the sums end before their block");
+    assert!((steps - 1) * b.row + (n - 1) * b.col < b.data.len(), "B ends before its block");
+    #[cfg(target_arch = "x86_64")]
+    {
+        avx2::multiply(rows, n, steps, a, b, sums)
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    {
+        0
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+mod avx2 {
+    use std::arch::x86_64::{__m256, __m256d};
+
+    use half::{bf16, f16};
+
+    use super::{
+        super::lanes::{Square, Widen},
+        Float, Matrix,
+    };
+    use crate::{
+        DType,
+        core::Real,
+        device::{Level, simd},
+    };
+
+    pub fn multiply<T: Float>(
+        rows: usize,
+        n: usize,
+        steps: usize,
+        a: &[T::Acc],
+        b: Matrix<T>,
+        sums: &mut [T::Acc],
+    ) -> usize {
+        if simd::level() < Level::Avx2 || (b.row != 1 && b.col != 1) {
+            return 0;
+        }
+        let (a, right, sums) = (a.as_ptr(), b.data.as_ptr(), sums.as_mut_ptr());
+        // SAFETY: the level has AVX2; the caller has checked the reach of the operands; the casts go to the type that
+        // has the dtype of `T`.
+        unsafe {
+            match T::DTYPE {
+                DType::F32 => columns::<f32, __m256, 8>(rows, n, steps, a.cast(), right.cast(), b.row, b.col, sums.cast()),
+                DType::BF16 => columns::<bf16, __m256, 8>(rows, n, steps, a.cast(), right.cast(), b.row, b.col, sums.cast()),
+                DType::F16 => columns::<f16, __m256, 8>(rows, n, steps, a.cast(), right.cast(), b.row, b.col, sums.cast()),
+                DType::F64 => columns::<f64, __m256d, 4>(rows, n, steps, a.cast(), right.cast(), b.row, b.col, sums.cast()),
+                _ => 0,
+            }
+        }
+    }
+
+    /// # Safety
+    ///
+    /// AVX2 is there, a stride of B is 1, and the pointers reach as far as the sizes say.
+    #[allow(clippy::too_many_arguments)]
+    #[target_feature(enable = "avx2,fma")]
+    unsafe fn columns<T: Widen<V, N>, V: Square<N>, const N: usize>(
+        rows: usize,
+        n: usize,
+        steps: usize,
+        a: *const V::Scalar,
+        b: *const T,
+        row: usize,
+        col: usize,
+        sums: *mut V::Scalar,
+    ) -> usize {
+        // SAFETY: see above.
+        unsafe {
+            match (row, rows) {
+                (1, 1) => columns_apart::<T, V, N, 1, 4>(n, steps, a, b, col, sums),
+                (1, 2) => columns_apart::<T, V, N, 2, 4>(n, steps, a, b, col, sums),
+                (1, 3) => columns_apart::<T, V, N, 3, 2>(n, steps, a, b, col, sums),
+                (1, 4) => columns_apart::<T, V, N, 4, 2>(n, steps, a, b, col, sums),
+                (_, 1) => columns_together::<T, V, N, 1, 8>(n, steps, a, b, row, sums),
+                (_, 2) => columns_together::<T, V, N, 2, 4>(n, steps, a, b, row, sums),
+                (_, 3) => columns_together::<T, V, N, 3, 4>(n, steps, a, b, row, sums),
+                (_, 4) => columns_together::<T, V, N, 4, 4>(n, steps, a, b, row, sums),
+                _ => 0,
+            }
+        }
+    }
+
+    /// The steps of a column lie next to each other: `BLOCKS` square blocks at a time are transposed in registers, so
+    /// that lanes are columns.
+    #[inline(always)]
+    unsafe fn columns_apart<T: Widen<V, N>, V: Square<N>, const N: usize, const ROWS: usize, const BLOCKS: usize>(
+        n: usize,
+        steps: usize,
+        a: *const V::Scalar,
+        b: *const T,
+        col: usize,
+        sums: *mut V::Scalar,
+    ) -> usize {
+        let done = n - n % (N * BLOCKS);
+        // SAFETY: as for `columns`.
+        unsafe {
+            for first in (0..done).step_by(N * BLOCKS) {
+                let b = b.add(first * col);
+                let mut chains = [[V::zero(); ROWS]; BLOCKS];
+                let mut lines = [[[V::zero(); BLOCKS]; N]; 2];
+                // Two blocks of steps fill a cache line, which is used up before the next: columns that lie a power of
+                // two apart share few sets of the cache. All blocks are transposed before their chains go on, since
+                // the links of one chain wait for each other.
+                let whole = steps - steps % (2 * N);
+                for pair in (0..whole).step_by(2 * N) {
+                    for block in 0..BLOCKS {
+                        for (half, lines) in lines.iter_mut().enumerate() {
+                            let b = b.add(block * N * col + pair + half * N);
+                            for (line, column) in lines.iter_mut().zip(T::columns(b, col)) {
+                                line[block] = column;
+                            }
+                        }
+                    }
+                    for (index, line) in lines.as_flattened().iter().enumerate() {
+                        for row in 0..ROWS {
+                            let factor = V::splat(a.add((pair + index) * ROWS + row));
+                            for (block, &column) in line.iter().enumerate() {
+                                chains[block][row] = factor.mul_add(column, chains[block][row]);
+                            }
+                        }
+                    }
+                }
+                for step in whole..steps {
+                    for (block, chains) in chains.iter_mut().enumerate() {
+                        let b = b.add(block * N * col + step);
+                        let mut column = [V::Scalar::ZERO; N];
+                        for (lane, value) in column.iter_mut().enumerate() {
+                            *value = (*b.add(lane * col)).to_acc();
+                        }
+                        for (row, chain) in chains.iter_mut().enumerate() {
+                            *chain = V::splat(a.add(step * ROWS + row)).mul_add(V::load(column.as_ptr()), *chain);
+                        }
+                    }
+                }
+                for (block, chains) in chains.iter().enumerate() {
+                    for (row, chain) in chains.iter().enumerate() {
+                        chain.store(sums.add(row * n + first + block * N));
+                    }
+                }
+            }
+        }
+        done
+    }
+
+    /// The columns of a step lie next to each other: `STEPS` rows of B at a time are added to sums in the first-level
+    /// cache.
+    #[inline(always)]
+    unsafe fn columns_together<T: Widen<V, N>, V: Square<N>, const N: usize, const ROWS: usize, const STEPS: usize>(
+        n: usize,
+        steps: usize,
+        a: *const V::Scalar,
+        b: *const T,
+        row: usize,
+        sums: *mut V::Scalar,
+    ) -> usize {
+        /// Columns at a time.
+        const STRIP: usize = 1024;
+        let done = n - n % N;
+        // SAFETY: as for `columns`.
+        unsafe {
+            for start in (0..done).step_by(STRIP) {
+                let end = done.min(start + STRIP);
+                for row in 0..ROWS {
+                    std::slice::from_raw_parts_mut(sums.add(row * n + start), end - start).fill(V::Scalar::ZERO);
+                }
+                let whole = steps - steps % STEPS;
+                for step in (0..whole).step_by(STEPS) {
+                    strip::<T, V, N, ROWS, STEPS>(start, end, n, a.add(step * ROWS), b.add(step * row), row, sums);
+                }
+                for step in whole..steps {
+                    strip::<T, V, N, ROWS, 1>(start, end, n, a.add(step * ROWS), b.add(step * row), row, sums);
+                }
+            }
+        }
+        done
+    }
+
+    #[inline(always)]
+    unsafe fn strip<T: Widen<V, N>, V: Square<N>, const N: usize, const ROWS: usize, const STEPS: usize>(
+        start: usize,
+        end: usize,
+        n: usize,
+        a: *const V::Scalar,
+        b: *const T,
+        row: usize,
+        sums: *mut V::Scalar,
+    ) {
+        // SAFETY: as for `columns`.
+        unsafe {
+            let mut factors = [[V::zero(); ROWS]; STEPS];
+            for (step, factors) in factors.iter_mut().enumerate() {
+                for (row, factor) in factors.iter_mut().enumerate() {
+                    *factor = V::splat(a.add(step * ROWS + row));
+                }
+            }
+            for column in (start..end).step_by(N) {
+                let mut columns = [V::zero(); STEPS];
+                for (step, values) in columns.iter_mut().enumerate() {
+                    *values = T::widen(b.add(step * row + column));
+                }
+                for row in 0..ROWS {
+                    let at = sums.add(row * n + column);
+                    let mut chain = V::load(at);
+                    for (factors, column) in factors.iter().zip(columns) {
+                        chain = factors[row].mul_add(column, chain);
+                    }
+                    chain.store(at);
+                }
+            }
+        }
+    }
+}
