@@ -195,7 +195,9 @@ fn time(group: &mut BenchmarkGroup<WallTime>, name: &str, flops: u64, peak: f64,
     }
 }
 
-fn run(criterion: &mut Criterion, threads: usize) -> Result<()> {
+fn run(threads: usize) -> Result<()> {
+    // Of this thread: the benchmark cannot move between threads.
+    let mut criterion = Criterion::default().configure_from_args();
     for (name, sizes) in SHAPES {
         let mut group = criterion.benchmark_group(format!("matmul/{name} {sizes:?}/{threads} threads"));
         group.sample_size(10).warm_up_time(std::time::Duration::from_millis(200));
@@ -214,18 +216,17 @@ fn run(criterion: &mut Criterion, threads: usize) -> Result<()> {
         }
         group.finish();
     }
+    criterion.final_summary();
     Ok(())
 }
 
 fn main() -> Result<()> {
-    let mut criterion = Criterion::default().configure_from_args();
     let all = std::thread::available_parallelism().map_or(1, usize::from);
     for threads in if all > 1 { vec![1, all] } else { vec![1] } {
         match rayon::ThreadPoolBuilder::new().num_threads(threads).build() {
-            Ok(pool) => pool.install(|| run(&mut criterion, threads))?,
+            Ok(pool) => pool.install(|| run(threads))?,
             Err(error) => eprintln!("no pool of {threads} threads: {error}"),
         }
     }
-    criterion.final_summary();
     Ok(())
 }

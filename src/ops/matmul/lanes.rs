@@ -268,10 +268,10 @@ mod avx2 {
                 let mut columns = [_mm256_setzero_ps(); 8];
                 for half in 0..2 {
                     let mut r = [_mm256_setzero_ps(); 4];
-                    for i in 0..4 {
+                    for (i, r) in r.iter_mut().enumerate() {
                         let low = _mm_loadu_ps(from.add(i * row + 4 * half));
                         let high = _mm_loadu_ps(from.add((i + 4) * row + 4 * half));
-                        r[i] = _mm256_insertf128_ps::<1>(_mm256_castps128_ps256(low), high);
+                        *r = _mm256_insertf128_ps::<1>(_mm256_castps128_ps256(low), high);
                     }
                     let (a, b) = (_mm256_unpacklo_ps(r[0], r[1]), _mm256_unpackhi_ps(r[0], r[1]));
                     let (c, d) = (_mm256_unpacklo_ps(r[2], r[3]), _mm256_unpackhi_ps(r[2], r[3]));

@@ -136,10 +136,9 @@ mod avx2 {
                         }
                     }
                     for (index, line) in lines.as_flattened().iter().enumerate() {
-                        for row in 0..ROWS {
-                            let factor = V::splat(a.add((pair + index) * ROWS + row));
-                            for (block, &column) in line.iter().enumerate() {
-                                chains[block][row] = factor.mul_add(column, chains[block][row]);
+                        for (chains, &column) in chains.iter_mut().zip(line) {
+                            for (row, chain) in chains.iter_mut().enumerate() {
+                                *chain = V::splat(a.add((pair + index) * ROWS + row)).mul_add(column, *chain);
                             }
                         }
                     }
