@@ -119,9 +119,9 @@ extern "C" __global__ void attention_bwd_delta(
 extern "C" __global__ void __launch_bounds__(256, 2) attention_bwd_queries(
     T* dq, Acc* position, const T* grad, const T* q, const T* k, const T* v, const Acc* log_sums, const Acc* delta,
     const i64* bucket_of, const bool* mask, const bool* query_mask, const bool* key_mask, const T* bias,
-    const Acc* curves, Layout dq_at, Layout grad_at, Layout q_at, Layout k_at, Layout v_at, Layout mask_at,
-    Layout bias_at, i32 unmasked, i32 mem_keys, i32 past, i32 parameters, i32 reach, i32 behind, i32 causal, f64 scale,
-    u64 seed, u64 stream, u64 threshold, f64 factor) {
+    const Acc* curves, Layout dq_at, Layout grad_at, Layout q_at, Layout k_at, Layout v_at, i32 parameters, i32 reach,
+    i32 behind, Layout mask_at, Layout bias_at, i32 unmasked, i32 mem_keys, i32 past, i32 causal, f64 scale, u64 seed,
+    u64 stream, u64 threshold, f64 factor) {
     __shared__ Shared shared;
     __shared__ PositionTile of_tile;
     const i32 heads = q_at.dims[1], queries = q_at.dims[2], keys = k_at.dims[2];

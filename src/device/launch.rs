@@ -126,6 +126,12 @@ impl IntoArg for Option<&Tensor> {
     }
 }
 
+impl IntoArg for Option<Storage<'_>> {
+    fn into_arg(self) -> Result<Arg> {
+        self.map_or(Ok(Arg::Input(0)), IntoArg::into_arg)
+    }
+}
+
 impl IntoArg for Option<&mut Tensor> {
     fn into_arg(self) -> Result<Arg> {
         self.map_or(Ok(Arg::Output(0)), IntoArg::into_arg)
