@@ -106,46 +106,59 @@ struct Scores {
         return inside && !mask && !query_mask && !key_mask && !curve && !bias;
     }
 
-    // Turns a query's products with N consecutive keys into scores.
-    template <int N> __device__ __forceinline__ void finish(Acc (&s)[N], i32 query, i32 key) const {
-        // Rows that do not exist are computed like the last one; their results are not used.
-        query = min(query, queries - 1);
+    // The keys that causality, the maximum past and a query's own padding leave to it.
+    __device__ __forceinline__ Span kept(i32 query) const {
         Span kept = keys_of(query, query);
         if (query_mask && !query_mask[query]) kept.end = min(kept.end, mem_keys);
-#pragma unroll
-        for (int c = 0; c < N; ++c) {
-            const i32 at = key + c;
-            bool keep = at >= kept.start && at < kept.end;
-            if (keep && key_mask) keep = at < mem_keys || key_mask[at];
-            if (keep && mask) keep = mask[query * mask_query + at * mask_key];
-            s[c] *= scale;
-            if (keep && curve) s[c] += curve[at - query];
-            if (keep && bias) s[c] += Element<T>::to_acc(bias[query * bias_query + at * bias_key]);
-            if (!keep) s[c] = -infinity();
-        }
+        return kept;
     }
 
-    // What dropout multiplies a query's weights of N consecutive keys by; word i of the stream decides on score i.
-    template <int N> __device__ __forceinline__ void dropout(Acc (&factors)[N], i32 query, i32 key) const {
+    // Whether keys have masks of their own.
+    __device__ __forceinline__ bool masked() const { return key_mask || mask; }
+
+    // Whether these keep a score that exists.
+    __device__ __forceinline__ bool keeps(i32 query, i32 key) const {
+        return (!key_mask || key < mem_keys || key_mask[key]) && (!mask || mask[query * mask_query + key * mask_key]);
+    }
+
+    __device__ __forceinline__ bool biased() const { return curve || bias; }
+
+    // What is added to the scaled product of a score that exists.
+    __device__ __forceinline__ Acc bias_of(i32 query, i32 key) const {
+        const Acc position = curve ? curve[key - query] : 0;
+        return bias ? position + Element<T>::to_acc(bias[query * bias_query + key * bias_key]) : position;
+    }
+
+    // Bit c says whether dropout keeps a query's weight of key `key` + c, for c below N, at most 4. Word i of the stream
+    // decides on score i.
+    template <int N> __device__ __forceinline__ u32 undropped(i32 query, i32 key) const {
         const u64 index = first + (u64)query * keys + key;
         const u32 skip = index % 4;
-        Words words = philox_block(seed, stream, index / 4);
-        // Words that the N keys have in the block after.
-        Words next = words;
-        if (skip + N > 4) next = philox_block(seed, stream, index / 4 + 1);
+        const auto above = [&](const Words& words) {
+            u32 bits = 0;
 #pragma unroll
-        for (u32 c = 0; c < N; ++c) {
-            u32 word = 0;
-            // Selects of values: an index that is not constant would move the words to local memory.
-#pragma unroll
-            for (u32 lane = 0; lane < 4; ++lane) {
-                const u32 here = words.word[lane], behind = next.word[lane];
-                if ((skip + c) % 4 == lane) word = skip + c < 4 ? here : behind;
-            }
-            factors[c] = word >= threshold ? factor : 0;
-        }
+            for (u32 lane = 0; lane < 4; ++lane) bits |= (u32)(words.word[lane] >= threshold) << lane;
+            return bits;
+        };
+        u32 bits = above(philox_block(seed, stream, index / 4)) >> skip;
+        if (skip + N > 4) bits |= above(philox_block(seed, stream, index / 4 + 1)) << (4 - skip);
+        return bits;
     }
+};
 
-    // The weight that a query without any key gives to each.
-    __device__ __forceinline__ Acc spread() const { return 1 / (Acc)keys; }
+// Rows of one head with packed features, at strides of their own.
+struct Rows {
+    const T* start;
+    i64 step;
+    i32 count, features;
+    // Whether rows can be read 128 bits at a time.
+    bool packed;
+
+    __device__ __forceinline__ void set(const T* storage, const Layout& at, i32 batch, i32 head) {
+        start = storage + (at.offset + batch * at.strides[0] + head * at.strides[1]);
+        step = at.strides[2];
+        count = at.dims[2];
+        features = at.dims[3];
+        packed = aligned(start) && step % LANES == 0;
+    }
 };

@@ -61,36 +61,6 @@ __device__ __forceinline__ void score_gradients(Square& ds, const Square& p, Sha
     }
 }
 
-// The sums of the diagonals of a tile, which each have one distance, and their parameters.
-struct PositionTile {
-    Acc sums[2 * TILE];
-    i32 parameters[2 * TILE];
-};
-
-// Adds the shared tile, the first key and query of which are `distance` apart, to the sums of this block. Each
-// parameter has one thread that adds to it, and the diagonals have a fixed order.
-__device__ __forceinline__ void add_position(
-    Acc* sums, PositionTile& of_tile, const Shared& shared, const PositionTerms& terms, i32 distance) {
-    __syncthreads();
-    for (i32 diagonal = threadIdx.x; diagonal < 2 * TILE - 1; diagonal += TILE_THREADS) {
-        const i32 offset = diagonal - (TILE - 1);
-        Acc sum = 0;
-        for (i32 row = max(0, -offset); row < min(TILE, TILE - offset); ++row) {
-            sum += shared.scores[row * SCORE_PITCH + row + offset];
-        }
-        of_tile.sums[diagonal] = sum * terms.factor<Acc>(distance + offset);
-        of_tile.parameters[diagonal] = terms.parameter(distance + offset);
-    }
-    __syncthreads();
-    for (i32 parameter = threadIdx.x; parameter < terms.parameters; parameter += TILE_THREADS) {
-        Acc sum = 0;
-        for (i32 diagonal = 0; diagonal < 2 * TILE - 1; ++diagonal) {
-            if (of_tile.parameters[diagonal] == parameter) sum += of_tile.sums[diagonal];
-        }
-        sums[parameter] += sum;
-    }
-}
-
 extern "C" __global__ void attention_bwd_delta(
     Acc* delta, const T* out, const T* grad, Layout out_at, Layout grad_at, i64 rows) {
     const i64 step = (i64)gridDim.x * blockDim.y;
@@ -123,7 +93,7 @@ extern "C" __global__ void __launch_bounds__(256, 2) attention_bwd_queries(
     i32 behind, Layout mask_at, Layout bias_at, i32 unmasked, i32 mem_keys, i32 past, i32 causal, f64 scale, u64 seed,
     u64 stream, u64 threshold, f64 factor) {
     __shared__ Shared shared;
-    __shared__ PositionTile of_tile;
+    __shared__ PositionTile<TILE, TILE, Acc> position_tile;
     const i32 heads = q_at.dims[1], queries = q_at.dims[2], keys = k_at.dims[2];
     const i32 tiles = ceil_div(queries, TILE), index = blockIdx.x / tiles;
     const i32 batch = index / heads, head = index % heads;
@@ -156,7 +126,7 @@ extern "C" __global__ void __launch_bounds__(256, 2) attention_bwd_queries(
         weigh(p, shared, query, key);
         score_gradients(ds, p, shared, query, key);
         put_scores(shared, ds);
-        if (position_sums) add_position(position_sums, of_tile, shared, terms, key - query);
+        if (position_sums) position_tile.add(position_sums, shared.scores, SCORE_PITCH, terms, key - query);
 #pragma unroll
         for (i32 group = 0; group < GROUPS; ++group) {
             if (dq && column + group * TILE < shared.k.features) {

@@ -110,7 +110,7 @@ extern "C" __global__ void __launch_bounds__(256, 2) attention_fwd(
 #pragma unroll
             for (i32 r = 0; r < SIDE; ++r) {
 #pragma unroll
-                for (i32 c = 0; c < SIDE; ++c) s[r][c] = blind[r] ? scores.spread() : 0;
+                for (i32 c = 0; c < SIDE; ++c) s[r][c] = blind[r] ? 1 / (Acc)scores.keys : 0;
             }
             add_values(s, key);
         }

@@ -26,3 +26,35 @@ struct PositionTerms {
         return bucket_of ? 1 : distance - shift;
     }
 };
+
+// What a block needs in shared memory to add up the gradients of a tile of QUERIES × KEYS scores by parameter.
+template <i32 QUERIES, i32 KEYS, typename A> struct PositionTile {
+    // A diagonal has one distance; the first is that of the last query and the first key.
+    static constexpr i32 DIAGONALS = QUERIES + KEYS - 1;
+    A sums[DIAGONALS];
+    i32 parameters[DIAGONALS];
+
+    // Adds a tile in shared memory, the first key and query of which are `distance` apart, to the sums of the block.
+    // Each parameter has one thread that adds to it, and the diagonals have a fixed order.
+    __device__ __forceinline__ void add(
+        A* to, const A* tile, i32 pitch, const PositionTerms& terms, i32 distance) {
+        __syncthreads();
+        for (i32 diagonal = threadIdx.x; diagonal < DIAGONALS; diagonal += blockDim.x) {
+            const i32 offset = diagonal - (QUERIES - 1);
+            A sum = 0;
+            for (i32 row = max(0, -offset); row < min(QUERIES, KEYS - offset); ++row) {
+                sum += tile[row * pitch + row + offset];
+            }
+            sums[diagonal] = sum * terms.factor<A>(distance + offset);
+            parameters[diagonal] = terms.parameter(distance + offset);
+        }
+        __syncthreads();
+        for (i32 parameter = threadIdx.x; parameter < terms.parameters; parameter += blockDim.x) {
+            A sum = 0;
+            for (i32 diagonal = 0; diagonal < DIAGONALS; ++diagonal) {
+                if (parameters[diagonal] == parameter) sum += sums[diagonal];
+            }
+            to[parameter] += sum;
+        }
+    }
+};

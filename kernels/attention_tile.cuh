@@ -27,23 +27,6 @@ __device__ __forceinline__ Vector vector_at(const Acc* from) { return *reinterpr
 __device__ __forceinline__ i32 thread_row() { return threadIdx.x / 16; }
 __device__ __forceinline__ i32 thread_column() { return threadIdx.x % 16; }
 
-// Rows of one head with packed features, at strides of their own.
-struct Rows {
-    const T* start;
-    i64 step;
-    i32 count, features;
-    // Whether rows can be read 128 bits at a time.
-    bool packed;
-
-    __device__ __forceinline__ void set(const T* storage, const Layout& at, i32 batch, i32 head) {
-        start = storage + (at.offset + batch * at.strides[0] + head * at.strides[1]);
-        step = at.strides[2];
-        count = at.dims[2];
-        features = at.dims[3];
-        packed = aligned(start) && step % LANES == 0;
-    }
-};
-
 // Copies TILE rows of COLUMNS features to shared memory, zeros where there are none. Row r goes to slot
 // r % SIDE * 16 + r / SIDE if `INTERLEAVED`: the 16 threads that read every SIDE-th row then meet different banks.
 template <i32 COLUMNS, i32 PITCH, bool INTERLEAVED, int N>
@@ -212,9 +195,17 @@ __device__ __forceinline__ void finish_scores(Square& s, Shared& shared, i32 que
     put_scores(shared, s);
 #pragma unroll 1
     for (i32 r = 0; r < SIDE; ++r) {
-        Vector row = score_row(shared, r);
-        scores.finish(row.lane, query + thread_row() * SIDE + r, key + thread_column() * SIDE);
-        score_row(shared, r) = row;
+        // Rows that do not exist are computed like the last one; their results are not used.
+        const i32 row = min(query + thread_row() * SIDE + r, scores.queries - 1);
+        const Span kept = scores.kept(row);
+        Vector values = score_row(shared, r);
+#pragma unroll
+        for (i32 c = 0; c < SIDE; ++c) {
+            const i32 at = key + thread_column() * SIDE + c;
+            const bool keep = at >= kept.start && at < kept.end && scores.keeps(row, at);
+            values.lane[c] = keep ? values.lane[c] * scores.scale + scores.bias_of(row, at) : -infinity();
+        }
+        score_row(shared, r) = values;
     }
     take_scores(s, shared);
 }
@@ -224,11 +215,10 @@ __device__ __forceinline__ void drop_scores(Shared& shared, i32 query, i32 key) 
     const Scores& scores = shared.of_head;
 #pragma unroll 1
     for (i32 r = 0; r < SIDE; ++r) {
-        Acc factors[SIDE];
-        scores.dropout(factors, query + thread_row() * SIDE + r, key + thread_column() * SIDE);
+        const u32 bits = scores.undropped<SIDE>(query + thread_row() * SIDE + r, key + thread_column() * SIDE);
         Vector& row = score_row(shared, r);
 #pragma unroll
-        for (i32 c = 0; c < SIDE; ++c) row.lane[c] *= factors[c];
+        for (i32 c = 0; c < SIDE; ++c) row.lane[c] *= bits >> c & 1 ? scores.factor : 0;
     }
 }
 
@@ -257,7 +247,7 @@ __device__ __forceinline__ void spread_weights(Square& p, const Shared& shared, 
         if (row >= scores.queries || shared.log_sums[row] != infinity()) continue;
 #pragma unroll
         for (i32 c = 0; c < SIDE; ++c) {
-            if (key + thread_column() * SIDE + c < scores.keys) p[r][c] = scores.spread();
+            if (key + thread_column() * SIDE + c < scores.keys) p[r][c] = 1 / (Acc)scores.keys;
         }
     }
 }
