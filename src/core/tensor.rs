@@ -341,8 +341,12 @@ impl Tensor {
         record("to_device", y, &[&x], |_| ToDeviceBackward { device: self.device.clone() })
     }
 
+    /// The same values in packed storage that no other handle shares: this one, or a copy.
+    pub(crate) fn into_owned(mut self) -> Result<Tensor> {
+        if self.is_unique() { Ok(self) } else { self.to_owned_copy() }
+    }
+
     /// A packed copy with storage of its own.
-    #[cfg(feature = "cuda")]
     pub(crate) fn to_owned_copy(&self) -> Result<Tensor> {
         let (x, mut y) = (self.detach().contiguous()?, self.uninit_like()?);
         match &self.device {

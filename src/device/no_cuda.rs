@@ -41,6 +41,7 @@ uncallable! {
     gemm(gemm: &Gemm) -> Result<()>;
     upload(to: u64, from: &[u8]) -> Result<()>;
     read_back_at(from: u64, to: &mut [u8]) -> Result<()>;
+    copy(to: u64, from: u64, bytes: usize) -> Result<()>;
     fill_zero(to: u64, bytes: usize) -> Result<()>;
     synchronize() -> Result<()>;
     ordinal() -> usize;
