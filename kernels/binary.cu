@@ -2,7 +2,7 @@
 //
 // Shapes: y [n] packed; a and b any layouts of y's shape, with step 0 along the dimensions in which they repeat, whose
 // dimensions the host has merged where both layouts allow it. FUNCTION names a row below, one for each row of the
-// tables in src/ops/pointwise.rs. Arithmetic gives a T, computed in f32 for half types; comparisons and logic give bool.
+// tables in src/ops/pointwise.rs. Arithmetic gives a T, computed in f32 for half types, the others bool.
 // Variants: DTYPE=f32,f64,bf16,f16 FUNCTION=add,sub,mul,div
 // Variants: DTYPE=f32,f64,bf16,f16,i64,bool FUNCTION=eq,ne,lt,le,gt,ge
 // Variants: DTYPE=bool FUNCTION=logical_and,logical_or,logical_not
@@ -16,9 +16,9 @@
 
 typedef Element<T>::Acc Acc;
 
-#define ROW(name, value_of_a_b)                                                                                       \
-    struct name {                                                                                                     \
-        static __device__ __forceinline__ auto value(Acc a, Acc b) { return value_of_a_b; }                           \
+#define ROW(name, value_of_a_b) \
+    struct name { \
+        static __device__ __forceinline__ auto value(Acc a, Acc b) { return value_of_a_b; } \
     };
 
 namespace function {

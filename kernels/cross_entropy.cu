@@ -6,8 +6,8 @@
 // Rows whose target is `ignore_index` are left out of the mean and get no gradient. A target that is no class is
 // reported, and so is a mean over no rows.
 //
-// Shapes: x, dx [rows, columns] packed, targets, losses [rows], statistics [rows, 2] maximum and 1 / sum, loss, g, count
-// one element. T: f32, f64, bf16, f16; statistics in f32 (f64 for f64), losses and their mean in f64.
+// Shapes: x, dx [rows, columns] packed, targets, losses [rows], statistics [rows, 2] maximum and 1 / sum, loss, g and
+// count one element. T: f32, f64, bf16, f16; statistics in f32 (f64 for f64), losses and their mean in f64.
 // Variants: DTYPE=f32,f64,bf16,f16
 //
 // One row per warp, or per block for long rows (see for_row); the mean by one block, in an order that the number of

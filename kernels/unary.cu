@@ -21,11 +21,11 @@ __device__ __forceinline__ Acc positive(Acc x) { return x < 0 ? 0 : x; }
 __device__ __forceinline__ Acc normal_cdf(Acc x) { return Acc(0.5) * (1 + erf(x * Acc(0.70710678118654752))); }
 __device__ __forceinline__ Acc normal_pdf(Acc x) { return Acc(0.39894228040143268) * exp(Acc(-0.5) * x * x); }
 
-// Name, value at x, and derivative in the number that is kept. In a namespace, because some have the names of functions.
-#define ROW(name, value_at_x, derivative)                                                                             \
-    struct name {                                                                                                     \
-        static __device__ __forceinline__ Acc value(Acc x) { return value_at_x; }                                     \
-        static __device__ __forceinline__ Acc slope(Acc kept) { return derivative; }                                  \
+// Name, value at x, derivative in the number that is kept. In a namespace, as some have the names of functions.
+#define ROW(name, value_at_x, derivative) \
+    struct name { \
+        static __device__ __forceinline__ Acc value(Acc x) { return value_at_x; } \
+        static __device__ __forceinline__ Acc slope(Acc kept) { return derivative; } \
     };
 
 namespace function {

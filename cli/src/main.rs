@@ -9,6 +9,8 @@ mod failure;
 mod files;
 mod generate;
 mod info;
+#[cfg(feature = "cuda")]
+mod kernels;
 mod markov;
 mod metrics;
 mod plot;
@@ -44,6 +46,9 @@ enum Command {
     Info(info::InfoArgs),
     /// Show what there is to compute on, and what is missing and why
     Devices,
+    /// Compile the CUDA kernels ahead of their first use
+    #[cfg(feature = "cuda")]
+    Kernels(kernels::KernelsArgs),
 }
 
 impl Command {
@@ -53,6 +58,8 @@ impl Command {
             Self::Generate(args) => generate::run(args),
             Self::Info(args) => info::run(args),
             Self::Devices => devices::run(),
+            #[cfg(feature = "cuda")]
+            Self::Kernels(args) => kernels::run(args),
         }
     }
 }
