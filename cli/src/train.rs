@@ -150,7 +150,7 @@ struct OptionArgs {
     #[arg(long, value_name = "N", default_value_t = TrainOptions::default().seed, conflicts_with = "resume")]
     seed: u64,
 
-    /// Type of the weights and activations
+    /// Type of the weights and activations; half types keep f32 weights for the optimizer, f16 scales the loss
     #[arg(long, value_enum, default_value_t = Precision::F32, conflicts_with = "resume")]
     dtype: Precision,
 }
@@ -159,6 +159,7 @@ struct OptionArgs {
 enum Precision {
     F32,
     Bf16,
+    F16,
 }
 
 impl From<Precision> for DType {
@@ -166,6 +167,7 @@ impl From<Precision> for DType {
         match precision {
             Precision::F32 => Self::F32,
             Precision::Bf16 => Self::BF16,
+            Precision::F16 => Self::F16,
         }
     }
 }
