@@ -25,6 +25,8 @@ struct f16 {
     unsigned short bits;
 };
 
+#include "ptx.cuh"
+
 typedef DTYPE T;
 
 // How an element is computed with: f32 for the half types, itself otherwise. Stores round to nearest even.
@@ -44,31 +46,21 @@ template <> struct Element<f64> {
 
 template <> struct Element<f16> {
     typedef f32 Acc;
-    static __device__ __forceinline__ f32 to_acc(f16 x) {
-        f32 y;
-        asm("cvt.f32.f16 %0, %1;" : "=f"(y) : "h"(x.bits));
-        return y;
-    }
-    static __device__ __forceinline__ f16 from_acc(f32 x) {
-        f16 y;
-        asm("cvt.rn.f16.f32 %0, %1;" : "=h"(y.bits) : "f"(x));
-        return y;
-    }
+    static __device__ __forceinline__ f32 to_acc(f16 x) { return ptx_f16_to_f32(x.bits); }
+    static __device__ __forceinline__ f16 from_acc(f32 x) { return {ptx_f32_to_f16(x)}; }
 };
 
 template <> struct Element<bf16> {
     typedef f32 Acc;
     static __device__ __forceinline__ f32 to_acc(bf16 x) { return __uint_as_float((u32)x.bits << 16); }
     static __device__ __forceinline__ bf16 from_acc(f32 x) {
-        bf16 y;
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
-        asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(y.bits) : "f"(x));
+#if __CUDA_ARCH__ >= 800
+        return {ptx_f32_to_bf16(x)};
 #else
         // Cards before sm_80 have no bf16 instruction. NaN becomes 0x7FFF, as it does there.
         const u32 bits = __float_as_uint(x);
-        y.bits = x != x ? 0x7FFF : (bits + 0x7FFF + (bits >> 16 & 1)) >> 16;
+        return {(unsigned short)(x != x ? 0x7FFF : (bits + 0x7FFF + (bits >> 16 & 1)) >> 16)};
 #endif
-        return y;
     }
 };
 
@@ -140,23 +132,11 @@ template <int N> __device__ __forceinline__ Packet<N> load(const T* from) {
     return packet;
 }
 
-// An assignment may be taken apart into stores of single lanes, which PTX prevents.
-__device__ __forceinline__ void store_128(void* to, uint4 raw) {
-#ifdef __CUDA_ARCH__
-    asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};"
-                 :
-                 : "l"(__cvta_generic_to_global(to)), "r"(raw.x), "r"(raw.y), "r"(raw.z), "r"(raw.w)
-                 : "memory");
-#else
-    *reinterpret_cast<uint4*>(to) = raw;
-#endif
-}
-
 template <int N> __device__ __forceinline__ void store(T* to, const Packet<N>& packet) {
     if constexpr (N == LANES && N > 1) {
         uint4 raw;
         memcpy(&raw, &packet, sizeof(raw));
-        store_128(to, raw);
+        ptx_store_128(to, raw);
     } else {
         static_assert(N == 1, "a packet has LANES elements or one");
         to[0] = packet.lane[0];

@@ -132,6 +132,10 @@ mod on_the_host {
         fn build(test: &str, source: &str, dtype: &str, main: &str) -> Option<Self> {
             let kernels = Path::new(env!("CARGO_MANIFEST_DIR")).join("kernels");
             let text = super::flatten(source, &|name| std::fs::read_to_string(kernels.join(name)).ok()).unwrap();
+            // host.h stands in for the PTX.
+            let (before, rest) = text.split_once("#line 1 \"ptx.cuh\"\n").unwrap();
+            let (_, after) = rest.split_once("\n#line").unwrap();
+            let text = format!("{before}#line{after}");
             let program = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("{test}_{dtype}"));
             let code = program.with_extension("cpp");
             std::fs::write(&code, format!("#include \"host.h\"\n{text}\nint main() {{\n{main}\n}}\n")).unwrap();
