@@ -7,8 +7,8 @@
 // Shapes: y, h, g, dh [rows, columns]; i, u, di, du [rows, 3 columns]; all packed. T: f32, f64, bf16, f16.
 // Variants: DTYPE=f32,f64,bf16,f16
 //
-// A thread takes a packet of y, a grid apart. Moves 8 sizeof(T) per element of y forward and 15 backward. Limited by
-// memory bandwidth.
+// One row per warp, or per block for long rows (see for_row); rows are a grid apart. Moves 8 sizeof(T) per element of y
+// forward and 15 backward. Limited by memory bandwidth.
 
 #include "activation.cuh"
 #include "common.cuh"
@@ -22,15 +22,20 @@ struct Gates {
         : r(sigmoid::value(ir + ur)), z(sigmoid::value(iz + uz)), n(tanh(in + r * un)) {}
 };
 
-// N elements of the three parts of a row of gates, from where the first part has them.
+// N elements of each of the three parts of a row of gates.
 template <int N> struct Parts {
     Packet<N> part[3];
 
-    __device__ __forceinline__ Parts(const T* from, u32 columns)
-        : part{load<N>(from), load<N>(from + columns), load<N>(from + 2 * columns)} {}
+    __device__ __forceinline__ Parts(const T* row, u32 columns, u32 j)
+        : part{load<N>(row + j), load<N>(row + columns + j), load<N>(row + 2 * columns + j)} {}
 
     __device__ __forceinline__ Acc of(int which, int lane) const {
         return Element<T>::to_acc(part[which].lane[lane]);
+    }
+
+    __device__ __forceinline__ void write(T* row, u32 columns, u32 j) const {
+#pragma unroll
+        for (int which = 0; which < 3; ++which) store(row + which * columns + j, part[which]);
     }
 };
 
@@ -38,64 +43,52 @@ template <int N> __device__ __forceinline__ Gates gates(const Parts<N>& i, const
     return Gates(i.of(0, lane), i.of(1, lane), i.of(2, lane), u.of(0, lane), u.of(1, lane), u.of(2, lane));
 }
 
-template <int N, typename Body> __device__ __forceinline__ void for_packets(Index n, u32 columns, Body body) {
-    const Index step = (Index)gridDim.x * blockDim.x * N;
-    for (Index k = ((Index)blockIdx.x * blockDim.x + threadIdx.x) * N; k < n; k += step) {
-        body(k, k + k / columns * 2 * columns, Lanes<N>());
-    }
-}
-
-// Calls body(k, at, Lanes<N>()) for packets of y: k is their place in y, at that of their reset gate.
-template <typename Body>
-__device__ __forceinline__ void for_hidden(Index n, u32 columns, bool packed, Body body) {
-    if (packed && columns % LANES == 0) {
-        for_packets<LANES>(n, columns, body);
-    } else {
-        for_packets<1>(n, columns, body);
-    }
-}
-
-extern "C" __global__ void gru_fwd(T* y, const T* h, const T* i, const T* u, i64 n, u32 columns) {
-    const bool packed = aligned(y) && aligned(h) && aligned(i) && aligned(u);
-    for_hidden((Index)n, columns, packed, [&](Index k, Index at, auto lanes) {
-        auto state = load<lanes.COUNT>(h + k);
-        const Parts<lanes.COUNT> input(i + at, columns), hidden(u + at, columns);
+extern "C" __global__ void gru_fwd(T* y, const T* h, const T* i, const T* u, i64 rows, u32 columns) {
+    const bool packed = columns % LANES == 0 && aligned(y) && aligned(h) && aligned(i) && aligned(u);
+    const i64 step = (i64)gridDim.x * blockDim.y;
+    for (i64 row = (i64)blockIdx.x * blockDim.y + threadIdx.y; row < rows; row += step) {
+        const i64 states = row * columns, gates_of_row = 3 * states;
+        for_row(columns, packed, [&](u32 j, auto lanes) {
+            auto state = load<lanes.COUNT>(h + states + j);
+            const Parts<lanes.COUNT> input(i + gates_of_row, columns, j), hidden(u + gates_of_row, columns, j);
 #pragma unroll
-        for (int lane = 0; lane < lanes.COUNT; ++lane) {
-            const Gates gate = gates(input, hidden, lane);
-            const Acc before = Element<T>::to_acc(state.lane[lane]);
-            state.lane[lane] = Element<T>::from_acc((1 - gate.z) * gate.n + gate.z * before);
-        }
-        store(y + k, state);
-    });
+            for (int lane = 0; lane < lanes.COUNT; ++lane) {
+                const Gates gate = gates(input, hidden, lane);
+                const Acc before = Element<T>::to_acc(state.lane[lane]);
+                state.lane[lane] = Element<T>::from_acc((1 - gate.z) * gate.n + gate.z * before);
+            }
+            store(y + states + j, state);
+        });
+    }
 }
 
-extern "C" __global__ void gru_bwd(T* dh, T* di, T* du, const T* h, const T* i, const T* u, const T* g, i64 n,
+extern "C" __global__ void gru_bwd(T* dh, T* di, T* du, const T* h, const T* i, const T* u, const T* g, i64 rows,
                                    u32 columns) {
     const bool outputs = aligned(dh) && aligned(di) && aligned(du);
-    const bool packed = outputs && aligned(h) && aligned(i) && aligned(u) && aligned(g);
-    for_hidden((Index)n, columns, packed, [&](Index k, Index at, auto lanes) {
-        auto state = load<lanes.COUNT>(h + k);
-        const auto gradient = load<lanes.COUNT>(g + k);
-        Parts<lanes.COUNT> input(i + at, columns), hidden(u + at, columns);
+    const bool packed = columns % LANES == 0 && outputs && aligned(h) && aligned(i) && aligned(u) && aligned(g);
+    const i64 step = (i64)gridDim.x * blockDim.y;
+    for (i64 row = (i64)blockIdx.x * blockDim.y + threadIdx.y; row < rows; row += step) {
+        const i64 states = row * columns, gates_of_row = 3 * states;
+        for_row(columns, packed, [&](u32 j, auto lanes) {
+            auto state = load<lanes.COUNT>(h + states + j);
+            const auto gradient = load<lanes.COUNT>(g + states + j);
+            Parts<lanes.COUNT> input(i + gates_of_row, columns, j), hidden(u + gates_of_row, columns, j);
 #pragma unroll
-        for (int lane = 0; lane < lanes.COUNT; ++lane) {
-            const Gates gate = gates(input, hidden, lane);
-            const Acc before = Element<T>::to_acc(state.lane[lane]), grad = Element<T>::to_acc(gradient.lane[lane]);
-            const Acc dn = grad * (1 - gate.z) * (1 - gate.n * gate.n);
-            const Acc dr = dn * hidden.of(2, lane) * gate.r * (1 - gate.r);
-            const Acc dz = grad * (before - gate.n) * gate.z * (1 - gate.z);
-            state.lane[lane] = Element<T>::from_acc(grad * gate.z);
-            input.part[0].lane[lane] = hidden.part[0].lane[lane] = Element<T>::from_acc(dr);
-            input.part[1].lane[lane] = hidden.part[1].lane[lane] = Element<T>::from_acc(dz);
-            input.part[2].lane[lane] = Element<T>::from_acc(dn);
-            hidden.part[2].lane[lane] = Element<T>::from_acc(dn * gate.r);
-        }
-        store(dh + k, state);
-#pragma unroll
-        for (int part = 0; part < 3; ++part) {
-            store(di + at + part * columns, input.part[part]);
-            store(du + at + part * columns, hidden.part[part]);
-        }
-    });
+            for (int lane = 0; lane < lanes.COUNT; ++lane) {
+                const Gates gate = gates(input, hidden, lane);
+                const Acc before = Element<T>::to_acc(state.lane[lane]), grad = Element<T>::to_acc(gradient.lane[lane]);
+                const Acc dn = grad * (1 - gate.z) * (1 - gate.n * gate.n);
+                const Acc dr = dn * hidden.of(2, lane) * gate.r * (1 - gate.r);
+                const Acc dz = grad * (before - gate.n) * gate.z * (1 - gate.z);
+                state.lane[lane] = Element<T>::from_acc(grad * gate.z);
+                input.part[0].lane[lane] = hidden.part[0].lane[lane] = Element<T>::from_acc(dr);
+                input.part[1].lane[lane] = hidden.part[1].lane[lane] = Element<T>::from_acc(dz);
+                input.part[2].lane[lane] = Element<T>::from_acc(dn);
+                hidden.part[2].lane[lane] = Element<T>::from_acc(dn * gate.r);
+            }
+            store(dh + states + j, state);
+            input.write(di + gates_of_row, columns, j);
+            hidden.write(du + gates_of_row, columns, j);
+        });
+    }
 }

@@ -56,7 +56,7 @@ template <typename E, int N> struct alignas(N * sizeof(E) % 16 == 0 ? 16 : align
             uint4 raw[PACKETS];
             memcpy(raw, lane, sizeof(lane));
 #pragma unroll
-            for (int i = 0; i < PACKETS; ++i) store_128(reinterpret_cast<uint4*>(to) + i, raw[i]);
+            for (int i = 0; i < PACKETS; ++i) ptx_store_128(reinterpret_cast<uint4*>(to) + i, raw[i]);
         }
     }
 };

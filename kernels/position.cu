@@ -10,38 +10,31 @@
 // frequencies [half]. T: f32, f64, bf16, f16; sums in f32 (f64 for f64), sinusoids in f64, rounded once.
 // Variants: DTYPE=f32,f64,bf16,f16
 //
-// Forward, a thread takes an element, or a packet of y, a grid apart. Backward, first a thread adds one diagonal over a
-// chunk of the queries, its neighbours being on the diagonals beside it, so that reads are coalesced; then the threads
-// of a block add what is in one bucket.
+// Forward, one row of keys per warp, or per block for long rows (see for_row). Backward, first a thread adds one
+// diagonal over a chunk of the queries, its neighbours being on the diagonals beside it, so that reads are coalesced;
+// then the threads of a block add what is in one bucket.
 // Moves sizeof(T) per element of y or g. Limited by memory bandwidth, sinusoids by the arithmetic of f64.
 
 #include "common.cuh"
 
 typedef Element<T>::Acc Acc;
 
-template <int N>
-__device__ __forceinline__ void spread(T* y, const T* table, const i64* bucket_of, Index n, u32 queries, u32 keys,
-                                       u32 buckets, Acc scale) {
-    const Index step = (Index)gridDim.x * blockDim.x * N;
-    for (Index i = ((Index)blockIdx.x * blockDim.x + threadIdx.x) * N; i < n; i += step) {
-        Packet<N> packet;
+extern "C" __global__ void position_bias_fwd(T* y, const T* table, const i64* bucket_of, i64 rows, u32 queries,
+                                             u32 keys, u32 buckets, f64 scale) {
+    const i64 step = (i64)gridDim.x * blockDim.y;
+    for (i64 row = (i64)blockIdx.x * blockDim.y + threadIdx.y; row < rows; row += step) {
+        T* to = y + row * keys;
+        const T* of_head = table + row / queries * buckets;
+        const i64* of_key = bucket_of + queries - 1 - row % queries;
+        for_row(keys, aligned(to), [&](u32 key, auto lanes) {
+            Packet<lanes.COUNT> packet;
 #pragma unroll
-        for (int lane = 0; lane < N; ++lane) {
-            const u32 key = (i + lane) % keys;
-            const Index row = (i + lane) / keys;
-            const T value = table[row / queries * buckets + bucket_of[key + queries - 1 - row % queries]];
-            packet.lane[lane] = Element<T>::from_acc(Element<T>::to_acc(value) * scale);
-        }
-        store(y + i, packet);
-    }
-}
-
-extern "C" __global__ void position_bias_fwd(T* y, const T* table, const i64* bucket_of, i64 n, u32 queries, u32 keys,
-                                             u32 buckets, f64 scale) {
-    if (aligned(y) && n % LANES == 0) {
-        spread<LANES>(y, table, bucket_of, (Index)n, queries, keys, buckets, (Acc)scale);
-    } else {
-        spread<1>(y, table, bucket_of, (Index)n, queries, keys, buckets, (Acc)scale);
+            for (int lane = 0; lane < lanes.COUNT; ++lane) {
+                const Acc value = Element<T>::to_acc(of_head[of_key[key + lane]]);
+                packet.lane[lane] = Element<T>::from_acc(value * (Acc)scale);
+            }
+            store(to + key, packet);
+        });
     }
 }
 

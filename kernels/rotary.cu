@@ -7,7 +7,7 @@
 // gives the backward pass. Shapes: y [rows, columns] packed, positions repeating along rows; x of any layout whose last
 // dimension is packed; table [positions, 2 pairs], cosines then sines. T: f32, f64, bf16, f16; table in f32 (f64 for
 // f64).
-// Variants: DTYPE=f32,f64,bf16,f16
+// Variants: DTYPE=f32,f64,bf16,f16 INDEX=u32,i64
 //
 // A thread takes a packet of pairs, or of features that stay as they are; threads are a grid apart.
 // Moves 2 sizeof(T) per element; the table is shared by all heads and stays in the caches. Limited by memory bandwidth.

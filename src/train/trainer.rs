@@ -177,7 +177,10 @@ impl Trainer {
         let (steps, skipped) = (self.optimizer.steps(), self.skipped_steps());
         ensure!(
             steps.checked_add(skipped) == Some(step),
-            Error::argument("resume", format!("the optimizer has done {steps} steps and skipped {skipped}, the run {step}"))
+            Error::argument(
+                "resume",
+                format!("the optimizer has done {steps} steps and skipped {skipped}, the run {step}")
+            )
         );
         Ok(())
     }
