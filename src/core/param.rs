@@ -164,7 +164,7 @@ impl ParamMap {
                 tensor.dtype().is_float(),
                 Error::dtype("load", format!("{name} is {}, expected a float type", tensor.dtype()))
             );
-            values.push((param, tensor.to_dtype(old.dtype())?.contiguous()?));
+            values.push((param, tensor.to_device(old.device())?.to_dtype(old.dtype())?.contiguous()?));
         }
         values.into_iter().try_for_each(|(param, value)| param.set(value))
     }
