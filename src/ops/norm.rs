@@ -79,6 +79,7 @@ fn normalize(
         eps >= 0.0 && eps.is_finite(),
         Error::argument(op, format!("eps must be a number that is not negative, got {eps}"))
     );
+    x.dtype().expect_float(op)?;
     let dim = x.dim(-1)?;
     for (name, operand, expected) in [("weight", weight.map(|w| w.0), weight.map_or(dim, |w| w.1)), ("bias", bias, dim)]
     {
