@@ -6,7 +6,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use clap::{Args, ValueEnum, value_parser};
+use clap::{Args, value_parser};
 use indicatif::HumanCount;
 use x_transformers::{
     DType, Device, Error,
@@ -17,6 +17,7 @@ use x_transformers::{
 };
 
 use crate::{
+    compute::dtypes,
     corpus,
     failure::{Failure, Result},
     files::Run,
@@ -151,23 +152,8 @@ struct OptionArgs {
     seed: u64,
 
     /// Type of the weights and activations
-    #[arg(long, value_enum, default_value_t = Precision::F32, conflicts_with = "resume")]
-    dtype: Precision,
-}
-
-#[derive(Clone, Copy, ValueEnum)]
-enum Precision {
-    F32,
-    Bf16,
-}
-
-impl From<Precision> for DType {
-    fn from(precision: Precision) -> Self {
-        match precision {
-            Precision::F32 => Self::F32,
-            Precision::Bf16 => Self::BF16,
-        }
-    }
+    #[arg(long, default_value = "f32", value_parser = dtypes([DType::F32, DType::BF16]), conflicts_with = "resume")]
+    dtype: DType,
 }
 
 impl OptionArgs {
@@ -182,7 +168,7 @@ impl OptionArgs {
             warmup: self.warmup,
             clip: self.clip,
             seed: self.seed,
-            dtype: self.dtype.into(),
+            dtype: self.dtype,
             ..defaults
         }
     }

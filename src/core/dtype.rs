@@ -41,6 +41,15 @@ impl DType {
         !matches!(self, Self::I64 | Self::Bool)
     }
 
+    /// The type for what must not be rounded to this one, such as sums, losses and the state of optimizers: f32 for half
+    /// precision. Other types are their own.
+    pub fn accumulator(self) -> Self {
+        match self {
+            Self::BF16 | Self::F16 => Self::F32,
+            other => other,
+        }
+    }
+
     /// The most negative finite number: what masks write into scores. That of f64 for types that are not float.
     pub fn lowest(self) -> f64 {
         match self {
