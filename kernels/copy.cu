@@ -5,6 +5,7 @@
 // everything is aligned to 128 bits, it takes 16 bytes at a time instead of one element.
 // Moves 2 sizeof(T) per element. Limited by memory bandwidth where x is packed along its last dimension; a transposed
 // x is read in sectors of 32 bytes of which one element is used at a time, the rest being left to the caches.
+// Variants: DTYPE=f32,f64,bf16,f16,i64,bool INDEX=u32,i64
 
 #include "common.cuh"
 

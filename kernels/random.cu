@@ -4,6 +4,7 @@
 // Uniform numbers are in [0, 1) with 53 bits and are then rounded to T, so that f32 may reach 1.
 // Moves 4 bytes (words) or sizeof(T) (uniform) per element, written only; limited by the 32-bit multiplications of
 // Philox, 40 per four words.
+// Variants: DTYPE=f32,f64
 
 #include "common.cuh"
 #include "philox.cuh"

@@ -12,6 +12,7 @@
 //
 // A row of equal values gives 1 / columns even if they are the lowest finite number, as masks make them. A row that
 // holds NaN or +inf, or nothing but -inf, gives NaN, as on the CPU.
+// Variants: DTYPE=f32,f64,bf16,f16
 
 #include "common.cuh"
 

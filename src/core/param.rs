@@ -175,7 +175,8 @@ impl ParamMap {
             );
             match values.entry(param.leaf()) {
                 Entry::Vacant(entry) => {
-                    let value = tensor.to_dtype(param.tensor().dtype())?.contiguous()?;
+                    let old = param.tensor();
+                    let value = tensor.to_device(old.device())?.to_dtype(old.dtype())?.contiguous()?;
                     entry.insert((name, param, value));
                 }
                 Entry::Occupied(entry) => {
