@@ -15,7 +15,8 @@ impl Tensor {
     /// Mean over the rows of `−ln softmax(logits)[target]`, leaving out the rows whose target is `ignore_index`
     /// (PyTorch's default is −100).
     ///
-    /// Shapes: `[.., classes]`, targets `[..]` of [`DType::I64`] → `[]`. Rows in f32 (f64 for f64), their mean in f64.
+    /// Shapes: `[.., classes]`, targets `[..]` of [`DType::I64`] → `[]` in f32 (f64 for f64), of half-precision logits
+    /// too. Rows in the same type, their mean in f64.
     /// Saves: the logits, and the maximum and sum of exponentials of each row; the probabilities are computed again in
     /// the backward pass, over the logits if no other handle shares them.
     ///
@@ -59,7 +60,7 @@ impl Tensor {
         let count = count_targets(targets.values::<i64>()?, classes, ignore_index)?;
         let (sum, statistics) =
             dispatch_float!(OP, x.dtype(), T, forward_rows::<T>(&x, &targets, classes, ignore_index))?;
-        let loss = Tensor::full((), sum / count as f64, x.dtype(), x.device())?;
+        let loss = Tensor::full((), sum / count as f64, x.dtype().accumulator(), x.device())?;
         record(OP, loss, &[&x], |_| CrossEntropyBackward { logits: x.detach(), statistics, targets, ignore_index, count })
     }
 }

@@ -394,3 +394,37 @@ fn widen(grads: &mut Gradients) -> Result<()> {
 fn lower(best: Option<f64>, loss: f64) -> Option<f64> {
     Some(best.map_or(loss, |best| best.min(loss)))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::{AttentionLayersConfig, TransformerWrapperConfig};
+
+    /// Gradients that are not finite at any scale are an error at last, with the weights as they were.
+    #[test]
+    fn trainer_gives_up_scaling() -> Result<()> {
+        let attn_layers = AttentionLayersConfig::decoder(8, 1);
+        let net = TransformerWrapperConfig { num_tokens: 128, max_seq_len: 8, attn_layers, ..Default::default() };
+        let options = TrainOptions { dtype: DType::F16, seq_len: 8, ..Default::default() };
+        let text = ByteText::from_bytes("abcdefgh ".repeat(20))?;
+        let config = AutoregressiveConfig { net, ..Default::default() };
+        let mut trainer = Trainer::new(config, options, text, &Device::Cpu)?;
+        let tokens = trainer.text.batch(0, 0, 0, 1, 8, &Device::Cpu)?;
+        let mut tape = Tape::grad();
+        let mut grads = tape.backward(&trainer.model.loss(&tokens, &ForwardOptions::default())?)?;
+        for grad in grads.tensors_mut() {
+            *grad = grad.affine(f64::NAN, 0.0)?;
+        }
+        let values = |trainer: &Trainer| -> Result<Vec<Vec<f64>>> {
+            trainer.params.iter().map(|(_, param)| param.tensor().to_f64_vec()).collect()
+        };
+        let before = values(&trainer)?;
+        for halved in 1..=16 {
+            assert_eq!(trainer.update(&grads, 1.0, 0.1)?, None);
+            assert_eq!(trainer.grad_scaler().map(GradScaler::scale), Some(2f64.powi(16 - halved)));
+        }
+        assert!(matches!(trainer.update(&grads, 1.0, 0.1), Err(Error::NonFinite { step: 0, .. })));
+        assert_eq!(values(&trainer)?, before);
+        Ok(())
+    }
+}
