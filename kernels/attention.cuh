@@ -129,8 +129,8 @@ struct Scores {
         return bias ? position + Element<T>::to_acc(bias[query * bias_query + key * bias_key]) : position;
     }
 
-    // Bit c says whether dropout keeps a query's weight of key `key` + c, for c below N, at most 4. Word i of the stream
-    // decides on score i.
+    // Bit c says whether dropout keeps a query's weight of key `key` + c, for c below N, at most 4. Word i of the
+    // stream decides on score i.
     template <int N> __device__ __forceinline__ u32 undropped(i32 query, i32 key) const {
         const u64 index = first + (u64)query * keys + key;
         const u32 skip = index % 4;

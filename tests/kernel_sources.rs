@@ -7,7 +7,7 @@ mod build;
 
 use std::io::Write;
 
-use build::{Kind, check_lines, flatten, fnv1a, parse_signatures};
+use build::{Kind, check_lines, flatten, fnv1a, parse_signatures, parse_variants};
 
 /// Flattens the first of some files given as name and text.
 fn flatten_files(files: &[(&str, &str)]) -> Result<String, String> {
@@ -91,6 +91,19 @@ fn signatures_have_names_and_kinds() {
     ];
     assert_eq!(signatures[0].parameters, expected.map(|(name, kind)| (name.to_string(), kind)));
     assert!(signatures[1].parameters.is_empty());
+}
+
+#[test]
+fn variants_are_the_combinations_of_options() {
+    let text = "// a kernel\n// Variants: DTYPE=f32,bf16 INDEX=u32\n// Variants: DTYPE=f64\n";
+    let axis =
+        |name: &str, values: &[&str]| (name.to_string(), values.iter().map(|v| v.to_string()).collect::<Vec<_>>());
+    let expected = vec![vec![axis("DTYPE", &["f32", "bf16"]), axis("INDEX", &["u32"])], vec![axis("DTYPE", &["f64"])]];
+    assert_eq!(parse_variants("a.cu", text), Ok(expected));
+    let error = parse_variants("a.cu", "// Variants: DTYPE\n").unwrap_err();
+    assert_eq!(error, "a.cu: `DTYPE` of its variants is not written OPTION=value,value");
+    let error = parse_variants("a.cu", "// a kernel\n").unwrap_err();
+    assert_eq!(error, "a.cu: a line `// Variants: DTYPE=…` must say what it is compiled for");
 }
 
 #[test]
@@ -179,7 +192,7 @@ mod on_the_host {
     fn philox_published_vectors() {
         let main = "const u32* v = input<u32>(18);
             for (int n = 0; n < 3; ++n, v += 6) output(philox4x32({{v[0], v[1], v[2], v[3]}}, v[4], v[5]).word, 4);";
-        let Some(program) = Program::build("philox_published_vectors", "random.cu", "f32", main) else { return };
+        let Some(program) = Program::build("philox_published_vectors", "dropout.cu", "f32", main) else { return };
         let (pi, ones) =
             ([0x243f_6a88, 0x85a3_08d3, 0x1319_8a2e, 0x0370_7344, 0xa409_3822, 0x299f_31d0], [u32::MAX; 6]);
         let words: Vec<u32> = program.run(&[[0; 6], ones, pi].concat());
@@ -191,29 +204,23 @@ mod on_the_host {
         assert_eq!(words, expected.concat());
     }
 
-    /// A kernel draws the numbers that the CPU draws, bit by bit.
+    /// A kernel draws the numbers that the CPU draws.
     #[test]
-    fn random_equals_the_library() {
+    fn dropout_keeps_what_the_library_keeps() {
         const N: usize = 1003;
-        let (seed, stream) = (0x1234_5678_9abc_def0, 0xfedc_ba98_7654_3210);
+        let (seed, stream, threshold) = (0x1234_5678_9abc_def0, 0xfedc_ba98_7654_3210, Philox::drop_threshold(0.3));
         let main = format!(
-            "u32* words = room<u32>({N}); T* uniform = room<T>({N});
-            launch(2, {{32, 1}}, [&] {{ random_words(words, {N}, {seed}u, {stream}u); }});
-            launch(3, {{64, 1}}, [&] {{ random_uniform(uniform, {N}, {seed}u, {stream}u); }});
-            output(words, {N}); output(uniform, {N});"
+            "T* x = input<T>({N});
+            launch(2, {{32, 1}}, [&] {{ dropout_mask(x, x, {N}, {seed}u, {stream}u, {threshold}u, 1); }});
+            output(x, {N});"
         );
         let random = Philox::new(seed, stream);
-        let words: Vec<u32> = (0..N as u64).map(|i| random.word(i)).collect();
-        for dtype in ["f32", "f64"] {
-            let Some(program) = Program::build("random_equals_the_library", "random.cu", dtype, &main) else { return };
-            let bytes: Vec<u8> = program.run::<u8, u8>(&[]);
-            assert_eq!(elements::<u32>(&bytes[..4 * N]), words);
-            let uniform = (0..N as u64).map(|i| random.uniform(i));
-            let expected: Vec<u8> = match dtype {
-                "f32" => uniform.flat_map(|x| (x as f32).to_le_bytes()).collect(),
-                _ => uniform.flat_map(f64::to_le_bytes).collect(),
-            };
-            assert!(bytes[4 * N..] == expected, "uniform {dtype}");
+        let kept: Vec<f64> = (0..N as u64).map(|i| random.keeps(i, threshold) as u8 as f64).collect();
+        for dtype in ["f32", "f64", "bf16"] {
+            let test = "dropout_keeps_what_the_library_keeps";
+            let Some(program) = Program::build(test, "dropout.cu", dtype, &main) else { return };
+            let bytes: Vec<u8> = program.run(&narrow(dtype, &[1.0; N]));
+            assert_eq!(widen(dtype, &bytes), kept, "{dtype}");
         }
     }
 
@@ -248,7 +255,8 @@ mod on_the_host {
     fn copy_follows_strides() {
         let main = "const Layout* layout = input<Layout>(1); const i64* sizes = input<i64>(2);
             const T* x = input<T>(sizes[0]); T* y = room<T>(sizes[1]);
-            launch(2, {32, 1}, [&] { copy_strided(y, x, *layout, sizes[1]); });
+            const Layout packed = {1, {(u32)sizes[1]}, 0, {1}, 0};
+            launch(2, {32, 1}, [&] { copy_strided(y, x, packed, *layout, sizes[1]); });
             output(y, sizes[1]);";
         // Dims, strides, offset: transposed, sliced with packed rows, broadcast, in whole packets, packed, one element.
         type Case<'a> = (&'a [u32], &'a [i64], i64);
@@ -352,88 +360,5 @@ mod on_the_host {
                 }
             }
         }
-    }
-}
-
-/// Kernels compiled by NVRTC, which needs no GPU. To run it with the library of the PyPI package
-/// `nvidia-cuda-nvrtc`, name its folder `nvidia/cu13/lib` in `LD_LIBRARY_PATH`.
-#[cfg(feature = "cuda")]
-mod by_nvrtc {
-    use std::ffi::CString;
-
-    use cudarc::nvrtc::{
-        result,
-        sys::{is_culib_present, nvrtcGetCUBIN, nvrtcGetCUBINSize, nvrtcResult},
-    };
-    use x_transformers::device::kernels::{KernelSource, SIGNATURES, SOURCES};
-
-    /// The dtypes that a source is compiled for.
-    fn dtypes(name: &str) -> &'static [&'static str] {
-        match name {
-            "copy" => &["f32", "f64", "bf16", "f16", "i64", "bool"],
-            "random" => &["f32", "f64"],
-            _ => &["f32", "f64", "bf16", "f16"],
-        }
-    }
-
-    /// Bytes of machine code, or the compiler's log. A warning counts as an error.
-    fn compile(source: &KernelSource, options: &[String]) -> Result<usize, String> {
-        let (text, name) = (CString::new(source.source).unwrap(), CString::new(source.name).unwrap());
-        let program = result::create_program(&text, Some(&name)).map_err(|error| format!("{error:?}"))?;
-        // SAFETY: the program was created above and is destroyed below; its text lives until the end of the function.
-        let compiled = unsafe { result::compile_program(program, options) };
-        // SAFETY: as above. The log ends with a zero.
-        let log = unsafe { result::get_program_log(program) }.unwrap_or_default();
-        let log = String::from_utf8_lossy(&log.iter().map(|&c| c as u8).collect::<Vec<_>>()).into_owned();
-        let code = compiled.map_err(|_| log.clone()).and_then(|()| {
-            let mut bytes = 0;
-            // SAFETY: `bytes` is valid for the write.
-            let sized = unsafe { nvrtcGetCUBINSize(program, &mut bytes) };
-            let mut code = vec![0u8; bytes];
-            // SAFETY: `code` has the size that NVRTC asked for.
-            let got = unsafe { nvrtcGetCUBIN(program, code.as_mut_ptr().cast()) };
-            let ok = sized == nvrtcResult::NVRTC_SUCCESS && got == nvrtcResult::NVRTC_SUCCESS;
-            if ok && !log.contains("warning") { Ok(bytes) } else { Err(format!("{sized:?} {got:?} {log}")) }
-        });
-        // SAFETY: created above, not used again.
-        unsafe { result::destroy_program(program) }.map_err(|error| format!("{error:?}"))?;
-        code
-    }
-
-    #[test]
-    fn kernels_compile_for_every_card_and_dtype() {
-        // SAFETY: only tries to open the library; its initialisers are NVIDIA's.
-        if !unsafe { is_culib_present() } {
-            let reason = "the library NVRTC was not found (PyPI package nvidia-cuda-nvrtc, LD_LIBRARY_PATH)";
-            return super::skip("kernels_compile_for_every_card_and_dtype", reason, "XT_REQUIRE_NVRTC");
-        }
-        let mut failures = Vec::new();
-        for source in SOURCES {
-            let indices: &[&str] = if source.source.contains("Index ") { &["u32", "i64"] } else { &["u32"] };
-            for (dtype, card, index) in dtypes(source.name)
-                .iter()
-                .flat_map(|dtype| ["sm_75", "sm_80", "sm_90"].map(|card| (dtype, card)))
-                .flat_map(|(dtype, card)| indices.iter().map(move |index| (dtype, card, index)))
-            {
-                let options =
-                    [format!("--gpu-architecture={card}"), format!("-DDTYPE={dtype}"), format!("-DINDEX={index}")];
-                if let Err(log) = compile(source, &options) {
-                    failures.push(format!("{} {dtype} {card} {index}: {log}", source.name));
-                }
-            }
-        }
-        assert!(failures.is_empty(), "{}", failures.join("\n"));
-    }
-
-    /// The table that launches are checked with holds every kernel.
-    #[test]
-    fn every_kernel_has_a_signature() {
-        for source in SOURCES {
-            let kernels = SIGNATURES.iter().filter(|signature| signature.file == source.name).count();
-            assert_eq!(kernels, source.source.matches("__global__").count(), "{}", source.name);
-        }
-        let softmax = SIGNATURES.iter().find(|signature| signature.kernel == "softmax_bwd").unwrap();
-        let names: Vec<_> = softmax.parameters.iter().map(|parameter| parameter.name).collect();
-        assert_eq!(names, ["dx", "y", "g", "rows", "columns"]);
     }
 }
