@@ -130,7 +130,7 @@ extern "C" __global__ void __launch_bounds__(256, 2) attention_bwd_queries(
 #pragma unroll
         for (i32 group = 0; group < GROUPS; ++group) {
             if (dq && column + group * TILE < shared.k.features) {
-                add_product<false>(acc[group], shared, shared.k, key, column + group * TILE);
+                add_product<false>(acc[group], shared, queries - query, shared.k, key, column + group * TILE);
             }
         }
     }
@@ -189,10 +189,10 @@ extern "C" __global__ void __launch_bounds__(256, 2) attention_bwd_keys(
                 if (tile < value_tiles) {
                     put_scores(shared, p);
                     if (scores.drops) drop_scores(shared, query, key);
-                    add_product<true>(acc[group], shared, shared.grad, query, tile * TILE);
+                    add_product<true>(acc[group], shared, keys - key, shared.grad, query, tile * TILE);
                 } else if (tile < all_tiles && reached) {
                     put_scores(shared, ds);
-                    add_product<true>(acc[group], shared, shared.q, query, (tile - value_tiles) * TILE);
+                    add_product<true>(acc[group], shared, keys - key, shared.q, query, (tile - value_tiles) * TILE);
                 }
             }
         }

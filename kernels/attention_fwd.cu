@@ -50,7 +50,7 @@ extern "C" __global__ void __launch_bounds__(256, 2) attention_fwd(
 #pragma unroll
         for (i32 group = 0; group < GROUPS; ++group) {
             if (column + group * TILE < shared.v.features) {
-                add_product<false>(acc[group], shared, shared.v, key, column + group * TILE);
+                add_product<false>(acc[group], shared, queries - query, shared.v, key, column + group * TILE);
             }
         }
     };

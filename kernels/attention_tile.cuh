@@ -73,7 +73,7 @@ struct Shared {
 };
 static_assert(TILE * TILE <= 2 * TILE * CHUNK_PITCH, "a tile of a result's operand must fit in the place of chunks");
 
-// s = a bᵀ for the rows from `a_first` and `b_first` on.
+// s = a bᵀ for the rows from `a_first` and `b_first` on. Threads without a row or a column of it have zeros.
 __device__ __forceinline__ void multiply_rows(
     Square& s, Shared& shared, const Rows& a, i32 a_first, const Rows& b, i32 b_first) {
 #pragma unroll
@@ -82,13 +82,15 @@ __device__ __forceinline__ void multiply_rows(
         for (i32 c = 0; c < SIDE; ++c) s[r][c] = 0;
     }
     Acc *a_chunk = shared.operands, *b_chunk = shared.operands + TILE * CHUNK_PITCH;
+    const bool busy = a_first + thread_row() * SIDE < a.count && b_first + thread_column() * SIDE < b.count;
     for (i32 feature = 0; feature < a.features; feature += CHUNK) {
         __syncthreads();
         stage<CHUNK, CHUNK_PITCH, true>(a_chunk, a, a_first, feature);
         stage<CHUNK, CHUNK_PITCH, true>(b_chunk, b, b_first, feature);
         __syncthreads();
+        const i32 end = busy ? min(CHUNK, a.features - feature) : 0;
 #pragma unroll 1
-        for (i32 at = 0; at < CHUNK; at += SIDE) {
+        for (i32 at = 0; at < end; at += SIDE) {
             Vector a_rows[SIDE], b_rows[SIDE];
 #pragma unroll
             for (i32 r = 0; r < SIDE; ++r) {
@@ -134,16 +136,20 @@ __device__ __forceinline__ void take_scores(Square& s, Shared& shared) {
     }
 }
 
-// acc += s x, or sᵀ x: the tile in shared memory with TILE columns of the rows from `first` on.
+// acc += s x, or sᵀ x: the tile in shared memory with TILE columns of the rows from `first` on. The result has `rows`
+// rows.
 template <bool TRANSPOSED>
-__device__ __forceinline__ void add_product(Square& acc, Shared& shared, const Rows& x, i32 first, i32 column) {
+__device__ __forceinline__ void add_product(
+    Square& acc, Shared& shared, i32 rows, const Rows& x, i32 first, i32 column) {
     __syncthreads();
     stage<TILE, TILE, false>(shared.operands, x, first, column);
     __syncthreads();
     const Acc *s = shared.scores, *columns = shared.operands + thread_column() * SIDE;
     const i32 row = thread_row() * SIDE;
+    const bool busy = row < rows && column + thread_column() * SIDE < x.features;
+    const i32 end = busy ? min(TILE, x.count - first) : 0;
 #pragma unroll 1
-    for (i32 at = 0; at < TILE; at += SIDE) {
+    for (i32 at = 0; at < end; at += SIDE) {
         Vector s_part[SIDE];
 #pragma unroll
         for (i32 r = 0; r < SIDE; ++r) {
@@ -195,8 +201,9 @@ __device__ __forceinline__ void finish_scores(Square& s, Shared& shared, i32 que
     put_scores(shared, s);
 #pragma unroll 1
     for (i32 r = 0; r < SIDE; ++r) {
-        // Rows that do not exist are computed like the last one; their results are not used.
-        const i32 row = min(query + thread_row() * SIDE + r, scores.queries - 1);
+        const i32 row = query + thread_row() * SIDE + r;
+        // Rows that do not exist stay zero.
+        if (row >= scores.queries) break;
         const Span kept = scores.kept(row);
         Vector values = score_row(shared, r);
 #pragma unroll

@@ -38,7 +38,7 @@ template <i32 WIDTH> struct SwizzledTile {
         ptx_ldmatrix_x4(a, packet(row + lane % 16, 2 * k + lane / 16));
     }
 
-    // Fragments b of the transposed tile: rows `row` … + 7 and the eight behind are columns, elements 16 k … + 15 rows.
+    // Fragments b of the transposed tile: rows `row` … + 15 are columns, elements 16 k … + 15 are rows.
     __device__ __forceinline__ void load_b_transposed(u32 (&b)[2][2], i32 row, i32 k) const {
         const i32 lane = threadIdx.x % 32;
         u32 r[4];
@@ -46,7 +46,7 @@ template <i32 WIDTH> struct SwizzledTile {
         b[0][0] = r[0], b[0][1] = r[1], b[1][0] = r[2], b[1][1] = r[3];
     }
 
-    // Fragments b of the tile: rows 16 k … + 15, columns `column` … + 7 and the eight behind.
+    // Fragments b of the tile: rows 16 k … + 15, columns `column` … + 15.
     __device__ __forceinline__ void load_b(u32 (&b)[2][2], i32 k, i32 column) const {
         const i32 lane = threadIdx.x % 32;
         u32 r[4];
