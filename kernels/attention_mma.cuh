@@ -7,9 +7,10 @@
 
 #include "mma.cuh"
 
+constexpr i32 WARPS = 4, MMA_THREADS = 32 * WARPS;
+
 #if __CUDA_ARCH__ >= 800
 
-constexpr i32 WARPS = 4, MMA_THREADS = 32 * WARPS;
 constexpr f32 LOG2_E = 1.4426950408889634f, LN_2 = 0.6931471805599453f;
 
 typedef SwizzledTile<HEAD> Tile;
@@ -109,6 +110,22 @@ template <i32 M, i32 N, bool BY_KEY> struct ScoreSums : Sums<M, N> {
             const f32 log_sum = row < queries ? log_sums[row] * LOG2_E : infinity();
 #pragma unroll
             for (i32 k = 0; k < KEYS; ++k) score(q, k) = ptx_exp2(score(q, k) * to_log2 - log_sum);
+        }
+    }
+
+    // Gives the queries without keys their weights.
+    __device__ __forceinline__ void spread(
+        const Scores& scores, const f32* log_sums, i32 first_query, i32 first_key) {
+        const u64 kept = scores.drops ? undropped(scores, first_query, first_key) : ~0ull;
+#pragma unroll
+        for (i32 q = 0; q < QUERIES; ++q) {
+            const i32 row = first_query + query(q);
+            const bool blind = row < scores.queries && log_sums[row] == infinity();
+#pragma unroll
+            for (i32 k = 0; k < KEYS; ++k) {
+                const bool keep = first_key + key(k) < scores.keys && kept >> (q * KEYS + k) & 1;
+                if (blind) score(q, k) = keep ? 1 / (f32)scores.keys : 0;
+            }
         }
     }
 

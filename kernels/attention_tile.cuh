@@ -1,14 +1,16 @@
 // The plain rung of attention: tiles in shared memory, multiplied by fused multiply-adds in the type of the
 // computation. It serves every element type, every card and every number of features.
 //
-// A block of 16 × 16 threads owns tiles of TILE × TILE scores, SIDE × SIDE of them per thread, and TILE columns of a
-// result at a time. SIDE is what 128 bits hold, so that every access to shared memory is that wide. Features are
-// staged CHUNK at a time; nothing depends on how many there are.
+// A block of ACROSS × ACROSS threads owns tiles of TILE × TILE scores, SIDE × SIDE of them per thread, and TILE columns
+// of a result at a time. SIDE is what 128 bits hold, so that every access to shared memory is that wide. Features are
+// staged CHUNK at a time; nothing depends on how many there are. Blocks of f64, the type of gradient tests, are small,
+// because their sequences are short.
 
 constexpr i32 SIDE = 16 / sizeof(Acc);
-constexpr i32 TILE = 16 * SIDE;
+constexpr i32 ACROSS = sizeof(Acc) == 8 ? 8 : 16;
+constexpr i32 TILE = ACROSS * SIDE;
 constexpr i32 CHUNK = 128 / sizeof(Acc);
-constexpr u32 TILE_THREADS = 256;
+constexpr i32 TILE_THREADS = ACROSS * ACROSS;
 
 // Steps between the rows of shared tiles: 128 bits more than the row, so that columns meet different banks.
 constexpr i32 CHUNK_PITCH = CHUNK + SIDE;
@@ -23,12 +25,12 @@ struct alignas(16) Vector {
 
 __device__ __forceinline__ Vector vector_at(const Acc* from) { return *reinterpret_cast<const Vector*>(from); }
 
-// Row and column of a thread in the 16 × 16; it owns SIDE consecutive rows and columns of a tile.
-__device__ __forceinline__ i32 thread_row() { return threadIdx.x / 16; }
-__device__ __forceinline__ i32 thread_column() { return threadIdx.x % 16; }
+// Row and column of a thread in its block; it owns SIDE consecutive rows and columns of a tile.
+__device__ __forceinline__ i32 thread_row() { return threadIdx.x / ACROSS; }
+__device__ __forceinline__ i32 thread_column() { return threadIdx.x % ACROSS; }
 
 // Copies TILE rows of COLUMNS features to shared memory, zeros where there are none. Row r goes to slot
-// r % SIDE * 16 + r / SIDE if `INTERLEAVED`: the 16 threads that read every SIDE-th row then meet different banks.
+// r % SIDE * ACROSS + r / SIDE if `INTERLEAVED`: the threads that read every SIDE-th row then meet different banks.
 template <i32 COLUMNS, i32 PITCH, bool INTERLEAVED, int N>
 __device__ __forceinline__ void stage_packets(Acc* to, const Rows& rows, i32 first, i32 column) {
     constexpr i32 PER_ROW = COLUMNS / N;
@@ -45,7 +47,7 @@ __device__ __forceinline__ void stage_packets(Acc* to, const Rows& rows, i32 fir
                 packet.lane[lane] = exists ? rows.start[(first + row) * rows.step + feature + lane] : T{0};
             }
         }
-        const i32 slot = INTERLEAVED ? row % SIDE * 16 + row / SIDE : row;
+        const i32 slot = INTERLEAVED ? row % SIDE * ACROSS + row / SIDE : row;
 #pragma unroll
         for (int lane = 0; lane < N; ++lane) {
             to[slot * PITCH + at % PER_ROW * N + lane] = Element<T>::to_acc(packet.lane[lane]);
@@ -94,8 +96,8 @@ __device__ __forceinline__ void multiply_rows(
             Vector a_rows[SIDE], b_rows[SIDE];
 #pragma unroll
             for (i32 r = 0; r < SIDE; ++r) {
-                a_rows[r] = vector_at(a_chunk + (r * 16 + thread_row()) * CHUNK_PITCH + at);
-                b_rows[r] = vector_at(b_chunk + (r * 16 + thread_column()) * CHUNK_PITCH + at);
+                a_rows[r] = vector_at(a_chunk + (r * ACROSS + thread_row()) * CHUNK_PITCH + at);
+                b_rows[r] = vector_at(b_chunk + (r * ACROSS + thread_column()) * CHUNK_PITCH + at);
             }
 #pragma unroll
             for (i32 lane = 0; lane < SIDE; ++lane) {
@@ -229,10 +231,10 @@ __device__ __forceinline__ void drop_scores(Shared& shared, i32 query, i32 key) 
     }
 }
 
-// Combines the values of a row's 16 threads; each gets the same bits.
+// Combines the values of a row's threads; each gets the same bits.
 template <typename F> __device__ __forceinline__ Acc reduce_tile_row(Acc value, F combine) {
 #pragma unroll
-    for (int step = 8; step > 0; step /= 2) value = combine(value, __shfl_xor_sync(0xFFFFFFFF, value, step));
+    for (int step = ACROSS / 2; step > 0; step /= 2) value = combine(value, __shfl_xor_sync(0xFFFFFFFF, value, step));
     return value;
 }
 
