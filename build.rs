@@ -53,9 +53,15 @@ fn embed(folder: &Path) -> Result<String, String> {
         check_lines(name, &read(name).ok_or_else(|| format!("{name} cannot be read as text"))?)?;
         let Some(stem) = name.strip_suffix(".cu") else { continue };
         let text = flatten(name, &read)?;
-        writeln!(sources, "    KernelSource {{ name: {stem:?}, hash: {:#018x}, source: {text:?} }},", fnv1a(&text))
-            .map_err(|error| error.to_string())?;
-        for signature in parse_signatures(name, &read(name).unwrap_or_default())? {
+        let own = read(name).unwrap_or_default();
+        let (hash, variants) = (fnv1a(&text), parse_variants(name, &own)?);
+        writeln!(
+            sources,
+            "    KernelSource {{ name: {stem:?}, hash: {hash:#018x}, source: {text:?}, variants: &{} }},",
+            write_variants(&variants)
+        )
+        .map_err(|error| error.to_string())?;
+        for signature in parse_signatures(name, &own)? {
             let Signature { kernel, parameters } = &signature;
             if kernels.contains(kernel) {
                 return Err(format!("{name}: kernel `{kernel}` is defined in another file already"));
@@ -119,6 +125,35 @@ fn expand(
     open.pop();
     done.push(name.into());
     Ok(())
+}
+
+/// A set of variants: the values of each compile option, of which every combination is compiled.
+pub type Variants = Vec<(String, Vec<String>)>;
+
+/// What a source is compiled for, from the lines `// Variants: OPTION=value,value OPTION=value` of its comments.
+pub fn parse_variants(file: &str, text: &str) -> Result<Vec<Variants>, String> {
+    let lines = text.lines().filter_map(|line| line.trim_start().strip_prefix("// Variants:"));
+    let sets = lines.map(|line| {
+        let axis = |axis: &str| match axis.split_once('=') {
+            Some((option, values)) if !option.is_empty() && !values.split(',').any(str::is_empty) => {
+                Ok((option.to_string(), values.split(',').map(str::to_string).collect()))
+            }
+            _ => Err(format!("{file}: `{axis}` of its variants is not written OPTION=value,value")),
+        };
+        line.split_whitespace().map(axis).collect::<Result<Variants, _>>()
+    });
+    let sets = sets.collect::<Result<Vec<_>, _>>()?;
+    if sets.is_empty() {
+        return Err(format!("{file}: a line `// Variants: DTYPE=…` must say what it is compiled for"));
+    }
+    Ok(sets)
+}
+
+/// The variants as the text of a Rust slice.
+fn write_variants(sets: &[Variants]) -> String {
+    let axis = |(option, values): &(String, Vec<String>)| format!("({option:?}, &{values:?})");
+    let set = |set: &Variants| format!("&[{}]", set.iter().map(axis).collect::<Vec<_>>().join(", "));
+    format!("[{}]", sets.iter().map(set).collect::<Vec<_>>().join(", "))
 }
 
 /// The 64-bit FNV-1a hash of a text.

@@ -5,9 +5,13 @@ use std::sync::Arc;
 use super::{
     dtype::{DType, Element, Readable, dispatch_float},
     shape::{IntoShape, Layout, Shape},
-    tape::{GradSlot, LeafId},
+    tape::{Backward, Contributions, GradSlot, LeafId, record},
 };
-use crate::{Device, Error, Result, device::Buffer, error::ensure};
+use crate::{
+    Device, Error, Result,
+    device::{Buffer, Grid, args},
+    error::ensure,
+};
 
 /// An n-dimensional array of up to six dimensions.
 ///
@@ -43,11 +47,11 @@ impl Tensor {
             shape.elements() == values.len(),
             Error::shape("from_slice", format!("{} values do not fill shape {shape:?}", values.len()))
         );
-        let mut tensor = Self::uninit(shape, E::DTYPE, device)?;
+        let mut tensor = Self::uninit(shape, E::DTYPE, &Device::Cpu)?;
         for (to, &from) in tensor.values_mut::<E>()?.iter_mut().zip(values) {
             *to = from.to_stored();
         }
-        Ok(tensor)
+        tensor.to_device(device)
     }
 
     /// As [`Tensor::from_slice`], from a vector.
@@ -63,7 +67,10 @@ impl Tensor {
     /// All zeros (false for bool).
     pub fn zeros(shape: impl IntoShape, dtype: DType, device: &Device) -> Result<Self> {
         let mut tensor = Self::uninit(shape.into_shape()?, dtype, device)?;
-        tensor.bytes_mut()?.fill(0);
+        match device {
+            Device::Cpu => tensor.bytes_mut()?.fill(0),
+            Device::Cuda(gpu) => gpu.fill_zero(tensor.address_mut()?, tensor.elements() * dtype.size())?,
+        }
         Ok(tensor)
     }
 
@@ -74,14 +81,28 @@ impl Tensor {
 
     /// All elements equal to `value`, rounded to the dtype; for bool, whether it is not zero.
     pub fn full(shape: impl IntoShape, value: f64, dtype: DType, device: &Device) -> Result<Self> {
-        Self::generate(shape, dtype, device, |_| value)
+        match device {
+            Device::Cpu => Self::generate(shape, dtype, device, |_| value),
+            Device::Cuda(gpu) => {
+                let mut tensor = Self::uninit(shape.into_shape()?, dtype, device)?;
+                // Rounded to the dtype here, so that the kernel's conversions are exact.
+                let value = Self::scalar(value, &Device::Cpu)?.to_dtype(dtype)?.item()?;
+                let n = tensor.elements();
+                gpu.kernel("fill_value", &[("DTYPE", dtype.name())])?
+                    .launch(Grid::elements(n), args![&mut tensor, n as i64, value])?;
+                Ok(tensor)
+            }
+        }
     }
 
     /// `0, 1, …, n − 1` as [`DType::I64`], shape `[n]`.
     pub fn arange(n: usize, device: &Device) -> Result<Self> {
         let mut tensor = Self::uninit([n].into_shape()?, DType::I64, device)?;
-        for (index, value) in tensor.values_mut::<i64>()?.iter_mut().enumerate() {
-            *value = index as i64;
+        match device {
+            Device::Cpu => fill(tensor.values_mut::<i64>()?, |index| index as i64),
+            Device::Cuda(gpu) => gpu
+                .kernel("fill_arange", &[("DTYPE", DType::I64.name())])?
+                .launch(Grid::elements(n), args![&mut tensor, n as i64])?,
         }
         Ok(tensor)
     }
@@ -93,7 +114,7 @@ impl Tensor {
         device: &Device,
         mut f: impl FnMut(usize) -> f64,
     ) -> Result<Self> {
-        let mut tensor = Self::uninit(shape.into_shape()?, dtype, device)?;
+        let mut tensor = Self::uninit(shape.into_shape()?, dtype, &Device::Cpu)?;
         match dtype {
             DType::I64 => fill(tensor.values_mut::<i64>()?, |i| f(i) as i64),
             DType::Bool => fill(tensor.values_mut::<bool>()?, |i| (f(i) != 0.0) as u8),
@@ -102,7 +123,7 @@ impl Tensor {
                 Ok(())
             })?,
         }
-        Ok(tensor)
+        tensor.to_device(device)
     }
 
     /// A tensor whose content is unspecified, for ops that write every element.
@@ -193,13 +214,13 @@ impl Tensor {
     ///
     /// Errors: `E` is not the tensor's dtype; convert with [`Tensor::to_dtype`] first.
     pub fn to_vec<E: Readable>(&self) -> Result<Vec<E>> {
-        let packed = self.detach().contiguous()?;
+        let packed = self.detach().contiguous()?.to_device(&Device::Cpu)?;
         Ok(packed.values::<E>()?.iter().map(|&stored| E::from_stored(stored)).collect())
     }
 
     /// The values in row-major order, widened to f64 from any dtype.
     pub fn to_f64_vec(&self) -> Result<Vec<f64>> {
-        let packed = self.detach().contiguous()?;
+        let packed = self.detach().contiguous()?.to_device(&Device::Cpu)?;
         match self.dtype {
             DType::I64 => Ok(packed.values::<i64>()?.iter().map(|&x| x as f64).collect()),
             DType::Bool => Ok(packed.values::<bool>()?.iter().map(|&x| x as f64).collect()),
@@ -234,6 +255,7 @@ impl Tensor {
         self.check_dtype::<E>()?;
         match &*self.buffer {
             Buffer::Cpu(buffer) => Ok(bytemuck::cast_slice(buffer.bytes())),
+            Buffer::Cuda(_) => Err(Self::not_on_the_cpu(&self.device)),
         }
     }
 
@@ -267,7 +289,79 @@ impl Tensor {
     fn bytes_mut(&mut self) -> Result<&mut [u8]> {
         match Arc::get_mut(&mut self.buffer) {
             Some(Buffer::Cpu(buffer)) => Ok(buffer.bytes_mut()),
+            Some(Buffer::Cuda(_)) => Err(Self::not_on_the_cpu(&self.device)),
             None => Err(Error::argument("write", "the storage is shared; ops write only to tensors that they own")),
+        }
+    }
+
+    /// Where a tensor on a GPU has its first element.
+    pub(crate) fn address(&self) -> Result<u64> {
+        Ok(self.storage_address()? + (self.range().start * self.dtype.size()) as u64)
+    }
+
+    /// Where a contiguous tensor on a GPU that no other handle shares has its first element.
+    pub(crate) fn address_mut(&mut self) -> Result<u64> {
+        ensure!(
+            self.is_unique(),
+            Error::argument("write", "the storage is shared; ops write only to packed tensors that they own")
+        );
+        self.address()
+    }
+
+    /// Where the storage of a tensor on a GPU starts.
+    pub(crate) fn storage_address(&self) -> Result<u64> {
+        match &*self.buffer {
+            Buffer::Cuda(buffer) => Ok(buffer.address()),
+            Buffer::Cpu(_) => Err(Error::Device {
+                op: "launch",
+                message: "a tensor on the CPU was given to a kernel; move it with `to_device`".into(),
+            }),
+        }
+    }
+
+    fn not_on_the_cpu(device: &Device) -> Error {
+        Error::Device { op: "read", message: format!("the tensor is on {device}; move it to the CPU with `to_device`") }
+    }
+
+    /// The values on another device; the tensor itself if it is there already. Its gradient goes the way back.
+    ///
+    /// Errors: memory runs out, or an error of the driver.
+    pub fn to_device(&self, device: &Device) -> Result<Tensor> {
+        if self.device == *device {
+            return Ok(self.clone());
+        }
+        let x = self.contiguous()?;
+        let mut y = Self::uninit(*x.shape(), x.dtype, device)?;
+        match (&x.device, device) {
+            (Device::Cpu, Device::Cpu) => {}
+            (Device::Cpu, Device::Cuda(gpu)) => gpu.upload(y.address_mut()?, x.bytes()?)?,
+            (Device::Cuda(gpu), Device::Cpu) => gpu.read_back_at(x.address()?, y.bytes_mut()?)?,
+            (Device::Cuda(_), Device::Cuda(_)) => y = x.detach().to_device(&Device::Cpu)?.to_device(device)?,
+        }
+        record("to_device", y, &[&x], |_| ToDeviceBackward { device: self.device.clone() })
+    }
+
+    /// The same values in packed storage that no other handle shares: this one, or a copy.
+    pub(crate) fn into_owned(mut self) -> Result<Tensor> {
+        if self.is_unique() { Ok(self) } else { self.to_owned_copy() }
+    }
+
+    /// A packed copy with storage of its own.
+    pub(crate) fn to_owned_copy(&self) -> Result<Tensor> {
+        let (x, mut y) = (self.detach().contiguous()?, self.uninit_like()?);
+        match &self.device {
+            Device::Cpu => y.bytes_mut()?.copy_from_slice(x.bytes()?),
+            Device::Cuda(gpu) => gpu.copy(y.address_mut()?, x.address()?, y.elements() * y.dtype.size())?,
+        }
+        Ok(y)
+    }
+
+    /// The bytes of the elements of a contiguous tensor on the CPU.
+    fn bytes(&self) -> Result<&[u8]> {
+        let (range, size) = (self.range(), self.dtype.size());
+        match &*self.buffer {
+            Buffer::Cpu(buffer) => Ok(&buffer.bytes()[range.start * size..range.end * size]),
+            Buffer::Cuda(_) => Err(Self::not_on_the_cpu(&self.device)),
         }
     }
 
@@ -277,6 +371,20 @@ impl Tensor {
             Error::dtype("read", format!("the tensor is {}, not {}; convert with `to_dtype`", self.dtype, E::DTYPE))
         );
         Ok(())
+    }
+}
+
+struct ToDeviceBackward {
+    device: Device,
+}
+
+impl Backward for ToDeviceBackward {
+    fn name(&self) -> &'static str {
+        "to_device"
+    }
+
+    fn backward(self: Box<Self>, grad: Tensor, _need: &[bool]) -> Result<Contributions> {
+        grad.to_device(&self.device).map(Contributions::one)
     }
 }
 

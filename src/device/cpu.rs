@@ -7,9 +7,9 @@ use std::{
 
 use rayon::prelude::*;
 
-use super::{MemoryStats, cpu_pool, pool::Pool};
+use super::{cpu_pool, pool::size_class};
 use crate::{
-    Error, Result,
+    Result,
     core::{Layout as TensorLayout, Shape, collapse},
 };
 
@@ -60,17 +60,8 @@ impl CpuBuffer {
         if bytes == 0 {
             return Ok(Self { block: None, bytes });
         }
-        let (class, pool) = (Pool::size_class(bytes), cpu_pool());
-        // Counted once it exists: a request that fails must not leave its size in the peak.
-        let make = || Block::new(class).inspect(|_| pool.made(class));
-        let block = match pool.take(class).or_else(make) {
-            Some(block) => block,
-            None => {
-                let MemoryStats { live, cached, .. } = pool.stats();
-                pool.trim();
-                make().ok_or(Error::OutOfMemory { requested: bytes, live, cached })?
-            }
-        };
+        let class = size_class(bytes);
+        let block = cpu_pool().allocate(class, bytes, || Block::new(class))?;
         let mut buffer = Self { block: Some(block), bytes };
         if cfg!(debug_assertions) {
             // All bits set is NaN in every float type: an element that an op forgets shows.

@@ -1,4 +1,4 @@
-//! The CUDA sources that `build.rs` embeds, and the parameters of their kernels.
+//! The CUDA sources that `build.rs` embeds: their variants, and the parameters of their kernels.
 
 /// One `kernels/*.cu` with its includes written out, ready for NVRTC.
 #[derive(Clone, Copy, Debug)]
@@ -9,6 +9,45 @@ pub struct KernelSource {
     pub hash: u64,
     /// The text.
     pub source: &'static str,
+    /// What it is compiled for: sets of options with their values, of which every combination is a variant.
+    pub variants: &'static [Axes],
+}
+
+/// Compile options and the values of each.
+pub type Axes = &'static [(&'static str, &'static [&'static str])];
+
+/// The compile options of one variant of a source: names and values, without the `-D`.
+pub type Options = Vec<(&'static str, &'static str)>;
+
+impl KernelSource {
+    /// The source of this name.
+    pub fn named(name: &str) -> Option<&'static Self> {
+        SOURCES.iter().find(|source| source.name == name)
+    }
+
+    /// Every combination of options that the source is compiled for.
+    pub fn options(&self) -> Vec<Options> {
+        let combinations = |axes: &Axes| {
+            axes.iter().fold(vec![Options::new()], |sets, (option, values)| {
+                let with = |set: &Options| {
+                    let set = set.clone();
+                    values.iter().map(move |&value| [&set[..], &[(*option, value)]].concat())
+                };
+                sets.iter().flat_map(with).collect()
+            })
+        };
+        self.variants.iter().flat_map(combinations).collect()
+    }
+
+    /// Whether these options are a variant, in any order.
+    pub(crate) fn has(&self, options: &[(&str, &str)]) -> bool {
+        self.variants.iter().any(|axes| {
+            axes.len() == options.len()
+                && axes.iter().all(|(name, values)| {
+                    options.iter().any(|(option, value)| option == name && values.contains(value))
+                })
+        })
+    }
 }
 
 /// A kernel of a source.
@@ -46,3 +85,20 @@ pub enum Kind {
 }
 
 include!(concat!(env!("OUT_DIR"), "/kernels.rs"));
+
+#[cfg(test)]
+mod tests {
+    use super::KernelSource;
+
+    #[test]
+    fn variants_are_combinations() -> Result<(), &'static str> {
+        let source = KernelSource::named("unary").ok_or("no such source")?;
+        assert_eq!(source.options().len() % 4, 0);
+        for options in source.options() {
+            let reversed: Vec<_> = options.iter().rev().copied().collect();
+            assert!(source.has(&options) && source.has(&reversed) && !source.has(&options[1..]));
+        }
+        assert!(!source.has(&[("DTYPE", "i64"), ("FUNCTION", "exp")]));
+        Ok(())
+    }
+}

@@ -6,17 +6,43 @@ use crate::{Error, Result};
 
 pub(crate) mod cpu;
 #[cfg(feature = "cuda")]
-pub(crate) mod cuda;
+pub mod cuda;
+#[cfg(not(feature = "cuda"))]
+#[path = "no_cuda.rs"]
+pub mod cuda;
 #[cfg(feature = "cuda")]
 pub mod kernels;
+pub(crate) mod launch;
 mod pool;
+mod precision;
 pub(crate) mod simd;
 
+pub use cuda::CudaDevice;
 pub use pool::MemoryStats;
+pub use precision::{Precision, float32_matmul_precision, set_float32_matmul_precision};
 pub use simd::Level;
 
+pub(crate) use launch::{Arg, Gemm, Grid, Operand, Storage, args, index_type, size32};
+
 use cpu::CpuBuffer;
+use cuda::CudaBuffer;
 use pool::Pool;
+
+/// Runs an expression with the pool of a device, whose blocks have a type of their own.
+macro_rules! on_pool {
+    ($device:expr, $pool:ident, $body:expr) => {
+        match $device {
+            Device::Cpu => {
+                let $pool = cpu_pool();
+                $body
+            }
+            Device::Cuda(device) => {
+                let $pool = device.pool();
+                $body
+            }
+        }
+    };
+}
 
 /// Where a tensor lives.
 #[derive(Clone)]
@@ -25,22 +51,16 @@ pub enum Device {
     /// The processor and its memory; ops run on the `rayon` thread pool of the calling thread.
     Cpu,
     /// An NVIDIA GPU.
-    #[cfg(feature = "cuda")]
-    Cuda(std::sync::Arc<cuda::CudaDevice>),
+    Cuda(&'static CudaDevice),
 }
 
 impl Device {
     /// The CUDA device with this number.
     ///
-    /// Errors: the driver, NVRTC or cuBLAS is missing, with what was looked for and how to get it.
+    /// Errors: the driver, NVRTC or cuBLAS is missing, with where it was looked for and how to get it; or there is no
+    /// such card.
     pub fn cuda(ordinal: usize) -> Result<Self> {
-        #[cfg(feature = "cuda")]
-        return cuda::CudaDevice::open(ordinal).map(|device| Self::Cuda(std::sync::Arc::new(device)));
-        #[cfg(not(feature = "cuda"))]
-        Err(Error::Device {
-            op: "device",
-            message: format!("cuda:{ordinal} was asked for, but this build has no CUDA; enable the feature `cuda`"),
-        })
+        CudaDevice::open(ordinal).map(Self::Cuda)
     }
 
     /// A GPU if one is usable, else the CPU.
@@ -65,41 +85,60 @@ impl Device {
 
     /// Memory in use by tensors on this device, kept for reuse, and the largest amount in use so far.
     pub fn memory(&self) -> MemoryStats {
-        self.pool().stats()
+        on_pool!(self, pool, pool.stats())
     }
 
     /// Starts a new measurement of [`MemoryStats::peak`] from what is in use now.
     pub fn reset_peak_memory(&self) {
-        self.pool().reset_peak();
+        on_pool!(self, pool, pool.reset_peak());
     }
 
     /// Gives all memory kept for reuse back to the system.
     pub fn trim(&self) {
-        self.pool().trim();
+        on_pool!(self, pool, pool.trim());
     }
 
-    /// Limits the memory kept for reuse to this many bytes (for the CPU 2 GiB unless `XT_POOL_BYTES` says otherwise).
+    /// Limits the memory kept for reuse to this many bytes. Default: what `XT_POOL_BYTES` says, else 2 GiB on the CPU
+    /// and no limit on a GPU.
     pub fn set_cache_limit(&self, bytes: usize) {
-        self.pool().set_limit(bytes);
+        on_pool!(self, pool, pool.set_limit(bytes));
     }
 
-    fn pool(&self) -> &'static Pool {
+    /// Waits until all that was enqueued on a GPU is done; the CPU is never behind.
+    ///
+    /// Errors: an index out of range that a kernel met since the last read-back, or an error of the driver.
+    pub fn synchronize(&self) -> Result<()> {
         match self {
-            Self::Cpu => cpu_pool(),
-            #[cfg(feature = "cuda")]
-            Self::Cuda(device) => match **device {},
+            Self::Cpu => Ok(()),
+            Self::Cuda(device) => device.synchronize(),
         }
     }
+
+    /// What has gone to a GPU and come back so far; all zero for the CPU.
+    pub fn transfers(&self) -> Transfers {
+        match self {
+            Self::Cpu => Transfers::default(),
+            Self::Cuda(device) => device.transfers(),
+        }
+    }
+}
+
+/// Counts what has gone to a GPU and come back.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct Transfers {
+    /// Kernels that were enqueued, and graphs that were replayed.
+    pub launches: u64,
+    /// Copies to the device.
+    pub uploads: u64,
+    /// Copies from the device, each of which waits for it.
+    pub read_backs: u64,
 }
 
 /// One line per way to compute: what was found, and what is missing and why.
 pub fn describe() -> Vec<String> {
     let mut lines =
         vec![format!("cpu: {} threads, {} vector code", rayon::current_num_threads(), simd::level().name())];
-    #[cfg(feature = "cuda")]
     lines.extend(cuda::describe());
-    #[cfg(not(feature = "cuda"))]
-    lines.push("cuda: this build has no CUDA, the feature `cuda` is off".into());
     lines
 }
 
@@ -107,9 +146,7 @@ impl PartialEq for Device {
     fn eq(&self, other: &Self) -> bool {
         match (self, other) {
             (Self::Cpu, Self::Cpu) => true,
-            #[cfg(feature = "cuda")]
-            (Self::Cuda(a), Self::Cuda(b)) => std::sync::Arc::ptr_eq(a, b),
-            #[cfg(feature = "cuda")]
+            (Self::Cuda(a), Self::Cuda(b)) => std::ptr::eq(*a, *b),
             _ => false,
         }
     }
@@ -121,8 +158,7 @@ impl fmt::Display for Device {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Cpu => f.write_str("cpu"),
-            #[cfg(feature = "cuda")]
-            Self::Cuda(device) => match **device {},
+            Self::Cuda(device) => write!(f, "cuda:{}", device.ordinal()),
         }
     }
 }
@@ -136,21 +172,21 @@ impl fmt::Debug for Device {
 /// Untyped bytes on a device, given back to its pool when dropped.
 pub(crate) enum Buffer {
     Cpu(CpuBuffer),
+    Cuda(CudaBuffer),
 }
 
 impl Buffer {
-    /// `bytes` bytes whose content is unspecified (but initialised).
+    /// `bytes` bytes whose content is unspecified (on the CPU: but initialised).
     pub fn new(bytes: usize, device: &Device) -> Result<Self> {
         match device {
             Device::Cpu => CpuBuffer::new(bytes).map(Self::Cpu),
-            #[cfg(feature = "cuda")]
-            Device::Cuda(device) => match **device {},
+            Device::Cuda(device) => CudaBuffer::new(bytes, device).map(Self::Cuda),
         }
     }
 }
 
-fn cpu_pool() -> &'static Pool {
-    static POOL: OnceLock<Pool> = OnceLock::new();
+fn cpu_pool() -> &'static Pool<cpu::Block> {
+    static POOL: OnceLock<Pool<cpu::Block>> = OnceLock::new();
     POOL.get_or_init(|| {
         let limit = std::env::var("XT_POOL_BYTES").ok().and_then(|bytes| bytes.parse().ok());
         Pool::new(limit.unwrap_or(2 << 30))

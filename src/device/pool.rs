@@ -3,6 +3,8 @@
 
 use std::{collections::BTreeMap, sync::Mutex};
 
+use crate::{Error, Result};
+
 /// Bytes of a device's memory.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub struct MemoryStats {
@@ -21,31 +23,50 @@ impl MemoryStats {
     }
 }
 
-/// A block of memory that gives itself back to the system when dropped.
-pub(super) type Block = super::cpu::Block;
-
-/// Free blocks by size class.
-pub(super) struct Pool {
-    state: Mutex<State>,
+/// Free blocks of one device by size class. A block gives itself back to the system when dropped.
+pub(super) struct Pool<Block> {
+    state: Mutex<State<Block>>,
 }
 
-#[derive(Default)]
-struct State {
-    free: BTreeMap<usize, Vec<Block>>,
+struct State<Block> {
+    free: FreeBlocks<Block>,
     limit: usize,
     stats: MemoryStats,
 }
 
-impl Pool {
+pub(super) type FreeBlocks<Block> = BTreeMap<usize, Vec<Block>>;
+
+/// A size that blocks are made in: eight steps per power of two, at least 64 bytes; at most 12.5 % is unused.
+pub(super) fn size_class(bytes: usize) -> usize {
+    let bytes = bytes.max(64);
+    let step = (1usize << (usize::BITS - 1 - bytes.leading_zeros())) / 8;
+    bytes.div_ceil(step).saturating_mul(step)
+}
+
+impl<Block> Pool<Block> {
     pub fn new(limit: usize) -> Self {
-        Self { state: Mutex::new(State { limit, ..State::default() }) }
+        let state = State { free: FreeBlocks::new(), limit, stats: MemoryStats::default() };
+        Self { state: Mutex::new(state) }
     }
 
-    /// A size that blocks are made in: eight steps per power of two, at least 64 bytes; at most 12.5 % is unused.
-    pub fn size_class(bytes: usize) -> usize {
-        let bytes = bytes.max(64);
-        let step = (1usize << (usize::BITS - 1 - bytes.leading_zeros())) / 8;
-        bytes.div_ceil(step).saturating_mul(step)
+    /// A block of this class: a free one, or a new one from `make`. If that fails, what is kept for reuse goes back to
+    /// the system and `make` is called once more.
+    ///
+    /// Errors: [`Error::OutOfMemory`].
+    pub fn allocate(&self, class: usize, requested: usize, make: impl Fn() -> Option<Block>) -> Result<Block> {
+        if let Some(block) = self.take(class) {
+            return Ok(block);
+        }
+        // Counted once it exists: a request that fails must not leave its size in the peak.
+        let make = || make().inspect(|_| self.made(class));
+        make().map_or_else(
+            || {
+                let MemoryStats { live, cached, .. } = self.stats();
+                self.trim();
+                make().ok_or(Error::OutOfMemory { requested, live, cached })
+            },
+            Ok,
+        )
     }
 
     /// A free block of this class, if there is one; it counts as live from now on.
@@ -58,7 +79,7 @@ impl Pool {
     }
 
     /// Counts a block that was made as live.
-    pub fn made(&self, class: usize) {
+    fn made(&self, class: usize) {
         self.lock().stats.grow(class);
     }
 
@@ -80,6 +101,14 @@ impl Pool {
         drop(blocks);
     }
 
+    /// Puts other blocks in the place of those that are kept for reuse.
+    #[cfg(feature = "cuda")]
+    pub fn exchange(&self, blocks: &mut FreeBlocks<Block>) {
+        let mut state = self.lock();
+        std::mem::swap(&mut state.free, blocks);
+        state.stats.cached = state.free.iter().map(|(class, blocks)| class * blocks.len()).sum();
+    }
+
     pub fn set_limit(&self, bytes: usize) {
         self.lock().limit = bytes;
         if self.stats().cached > bytes {
@@ -96,7 +125,7 @@ impl Pool {
         state.stats.peak = state.stats.live;
     }
 
-    fn lock(&self) -> std::sync::MutexGuard<'_, State> {
+    fn lock(&self) -> std::sync::MutexGuard<'_, State<Block>> {
         // The counters are plain numbers: a panic elsewhere while they were locked leaves them usable.
         self.state.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
     }
@@ -104,14 +133,14 @@ impl Pool {
 
 #[cfg(test)]
 mod tests {
-    use super::Pool;
+    use super::size_class;
 
     #[test]
     fn pool_size_classes_waste_little() {
         for bytes in (1..5000).chain([1 << 20, (1 << 20) + 1, 123_456_789]) {
-            let class = Pool::size_class(bytes);
+            let class = size_class(bytes);
             assert!(class >= bytes && class <= (bytes + bytes / 8 + 8).max(64), "{bytes} -> {class}");
-            assert_eq!(Pool::size_class(class), class);
+            assert_eq!(size_class(class), class);
         }
     }
 }

@@ -231,7 +231,7 @@ pub fn write_safetensors(
     );
     let mut packed = tensors
         .iter()
-        .map(|(name, tensor)| Ok((name.as_str(), tensor.detach().contiguous()?)))
+        .map(|(name, tensor)| Ok((name.as_str(), tensor.detach().contiguous()?.to_device(&Device::Cpu)?)))
         .collect::<Result<Vec<_>>>()?;
     // Wide elements first, so that every tensor is aligned to its element; by name among equals.
     packed.sort_by_key(|(_, tensor)| std::cmp::Reverse(tensor.dtype().size()));

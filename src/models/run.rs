@@ -7,7 +7,7 @@ use super::{
     TransformerWrapper, ViTransformerWrapper, XTransformer, sampling::filter_probabilities,
 };
 use crate::{
-    DType, Error, Param, ParamMap, Result, Store, Tape, Tensor,
+    DType, Device, Error, Param, ParamMap, Result, Store, Tape, Tensor,
     config::{Call, Config, GenerateCall, LayersPlan, SamplingConfig},
     error::{At, ensure},
     nn::{AttentionLayers, ForwardOptions},
@@ -35,6 +35,7 @@ pub struct Model {
     kind: Kind,
     params: ParamMap,
     dtype: DType,
+    device: Device,
 }
 
 #[derive(Clone, Debug)]
@@ -148,7 +149,7 @@ impl Model {
             Config::AttentionLayers(config) => Kind::Layers(AttentionLayers::new(&LayersPlan::new(config)?, store)?),
             Config::SamplingFilter(config) => Kind::Filter(config.clone()),
         };
-        Ok(Self { kind, params: store.params(), dtype: store.dtype() })
+        Ok(Self { kind, params: store.params(), dtype: store.dtype(), device: store.device().clone() })
     }
 
     /// The parameters and buffers, by PyTorch's names.
@@ -158,8 +159,8 @@ impl Model {
 
     /// One forward pass, and one backward pass if asked for.
     ///
-    /// Inputs have the names of PyTorch's arguments: `x`, `mask`, `context`, `mems.0`, `src`, `img`, …; floats are
-    /// converted to the model's dtype. With gradients, an output that is no loss needs a `cotangent` of its shape.
+    /// Inputs have the names of PyTorch's arguments: `x`, `mask`, `context`, `mems.0`, `src`, `img`, …; they are
+    /// moved to the model's device, and floats are converted to its dtype. With gradients, an output that is no loss needs a `cotangent` of its shape.
     ///
     /// Outputs: `out` (or `loss`, `[1]`), `mems.N`, `attn.N`, `grad.<parameter>`, and `grad.input.<name>` for the float
     /// inputs `x`, `context` and `img`. Gradients that are zero everywhere are left out. A tied parameter has one entry,
@@ -177,7 +178,7 @@ impl Model {
         let mut given = BTreeMap::new();
         let mut leaves = Vec::new();
         for (name, tensor) in inputs {
-            let mut tensor = tensor.clone();
+            let mut tensor = tensor.to_device(&self.device)?;
             if tensor.dtype().is_float() {
                 tensor = tensor.to_dtype(self.dtype)?;
                 if gradients && ["x", "context", "img"].contains(&name.as_str()) {

@@ -1,6 +1,7 @@
 //! Matrix products: `matmul` with PyTorch's broadcasting over batches, and `linear`.
 
 pub(crate) mod cpu;
+mod cuda;
 mod lanes;
 mod microkernel;
 mod pack;
@@ -8,7 +9,7 @@ mod shared;
 mod skinny;
 
 use crate::{
-    Error, Result, Tensor,
+    Device, Error, Result, Tensor,
     core::{Backward, Contributions, Float, MAX_RANK, Shape, collapse, dispatch_float, needs, record},
     error::ensure,
     ops::copy::same_kind,
@@ -138,42 +139,71 @@ fn split_last_two(shape: &Shape) -> (Shape, [usize; 2]) {
 fn product(a: &Tensor, b: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
     let sizes = Sizes::of(a.shape(), b.shape())?;
     same_kind("matmul", a, b)?;
-    let mut out = Tensor::uninit(sizes.with([sizes.m, sizes.n])?, a.dtype(), a.device())?;
-    dispatch_float!("matmul", a.dtype(), T, run::<T>(&sizes, a, b, bias, &mut out))?;
+    let shape = sizes.with([sizes.m, sizes.n])?;
+    if let Device::Cuda(gpu) = a.device()
+        && shape.elements() > 0
+    {
+        return cuda::product(gpu, &sizes, shape, [a, b], bias);
+    }
+    let mut out = Tensor::uninit(shape, a.dtype(), a.device())?;
+    if out.elements() > 0 {
+        let merged = Merged::new(&sizes, a, b)?;
+        dispatch_float!("matmul", a.dtype(), T, run::<T>(&merged, a, b, bias, &mut out))?;
+    }
     Ok(out)
 }
 
-fn run<T: Float>(sizes: &Sizes, a: &Tensor, b: &Tensor, bias: Option<&Tensor>, out: &mut Tensor) -> Result<()> {
-    let &Sizes { batch, mut m, n, k } = sizes;
-    if out.elements() == 0 {
-        return Ok(());
-    }
-    let (a_layout, b_layout) = (a.layout().expand(sizes.with([m, k])?), b.layout().expand(sizes.with([k, n])?));
-    let mut rank = batch.rank();
-    let (mut a_row, a_col) = (a_layout.strides[rank], a_layout.strides[rank + 1]);
-    let (b_row, b_col) = (b_layout.strides[rank], b_layout.strides[rank + 1]);
-    // A dimension along which B repeats continues the rows of A, if their strides agree: one tall product.
-    while rank > 0 && (batch[rank - 1] == 1 || b_layout.strides[rank - 1] == 0) {
-        let (size, stride) = (batch[rank - 1], a_layout.strides[rank - 1]);
-        if size != 1 && m != 1 && stride != m * a_row {
-            break;
+/// A product with as few items in its batch as the strides allow.
+struct Merged {
+    batch: Shape,
+    /// Steps of both operands along the batch.
+    strides: [[usize; MAX_RANK]; 2],
+    /// Where both operands start in their storage.
+    start: [usize; 2],
+    m: usize,
+    n: usize,
+    k: usize,
+    /// Steps of A from row to row and from column to column.
+    a: [usize; 2],
+    b: [usize; 2],
+}
+
+impl Merged {
+    fn new(sizes: &Sizes, a: &Tensor, b: &Tensor) -> Result<Self> {
+        let &Sizes { batch, mut m, n, k } = sizes;
+        let (a_layout, b_layout) = (a.layout().expand(sizes.with([m, k])?), b.layout().expand(sizes.with([k, n])?));
+        let mut rank = batch.rank();
+        let [mut a_row, a_col] = [a_layout.strides[rank], a_layout.strides[rank + 1]];
+        let b_steps = [b_layout.strides[rank], b_layout.strides[rank + 1]];
+        // A dimension along which B repeats continues the rows of A, if their strides agree: one tall product.
+        while rank > 0 && (batch[rank - 1] == 1 || b_layout.strides[rank - 1] == 0) {
+            let (size, stride) = (batch[rank - 1], a_layout.strides[rank - 1]);
+            if size != 1 && m != 1 && stride != m * a_row {
+                break;
+            }
+            if m == 1 && size != 1 {
+                a_row = stride;
+            }
+            m *= size;
+            rank -= 1;
         }
-        if m == 1 && size != 1 {
-            a_row = stride;
-        }
-        m *= size;
-        rank -= 1;
+        let batch = Shape::unchecked(&batch[..rank]);
+        let (batch, strides) = collapse(&batch, [&a_layout.strides()[..rank], &b_layout.strides()[..rank]]);
+        let start = [a_layout.offset, b_layout.offset];
+        Ok(Self { batch, strides, start, m, n, k, a: [a_row, a_col], b: b_steps })
     }
-    let batch = Shape::unchecked(&batch[..rank]);
-    let (batch, strides) = collapse(&batch, [&a_layout.strides()[..rank], &b_layout.strides()[..rank]]);
+}
+
+fn run<T: Float>(merged: &Merged, a: &Tensor, b: &Tensor, bias: Option<&Tensor>, out: &mut Tensor) -> Result<()> {
+    let matrix = |data, [row, col]: [usize; 2]| Matrix { data, row, col };
     let product = Product {
-        batch: batch.elements(),
-        m,
-        n,
-        k,
-        a: Matrix { data: a.storage::<T>()?, row: a_row, col: a_col },
-        b: Matrix { data: b.storage::<T>()?, row: b_row, col: b_col },
-        offsets: &|item| positions(item, &batch, &strides, [a_layout.offset, b_layout.offset]),
+        batch: merged.batch.elements(),
+        m: merged.m,
+        n: merged.n,
+        k: merged.k,
+        a: matrix(a.storage::<T>()?, merged.a),
+        b: matrix(b.storage::<T>()?, merged.b),
+        offsets: &|item| positions(item, &merged.batch, &merged.strides, merged.start),
         bias: bias.map(Tensor::values::<T>).transpose()?,
     };
     gemm(&product, out.values_mut::<T>()?)

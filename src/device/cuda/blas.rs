@@ -1,0 +1,118 @@
+//! Matrix products by cuBLAS.
+
+use std::ffi::c_void;
+
+use cudarc::{
+    cublas::{
+        result::{self, CublasError},
+        sys::{self, cublasComputeType_t as Compute, cublasMath_t as Math, cublasOperation_t as Operation},
+    },
+    driver::sys::CUstream,
+};
+
+use super::{Architecture, CudaDevice, error};
+use crate::{
+    DType, Error, Result,
+    device::{
+        launch::{Gemm, Operand},
+        precision::{Precision, float32_matmul_precision},
+    },
+};
+
+/// A handle of cuBLAS with a workspace of its own: with one stream, its results are then the same in every run.
+pub(super) struct Handle(sys::cublasHandle_t);
+
+// SAFETY: used by one thread at a time, behind a lock.
+unsafe impl Send for Handle {}
+
+impl Handle {
+    /// The context of the stream must be current.
+    pub fn new(stream: CUstream, architecture: Architecture) -> Result<Self> {
+        let fail = |why: CublasError| error(format!("cuBLAS: {why:?}"));
+        let handle = result::create_handle().map_err(fail)?;
+        // SAFETY: the handle was made above; both libraries mean the same handle of a stream.
+        unsafe { result::set_stream(handle, stream.cast()) }.map_err(fail)?;
+        // What cuBLAS itself takes on these cards.
+        let bytes = if architecture >= 90 { 32 << 20 } else { 4 << 20 };
+        // SAFETY: the context is current. Never freed: the handle lives as long as the process.
+        let workspace = unsafe { cudarc::driver::result::malloc_sync(bytes) }.map_err(|_| Error::OutOfMemory {
+            requested: bytes,
+            live: 0,
+            cached: 0,
+        })?;
+        // SAFETY: the memory has this size.
+        unsafe { sys::cublasSetWorkspace_v2(handle, workspace as *mut c_void, bytes) }.result().map_err(fail)?;
+        Ok(Self(handle))
+    }
+}
+
+impl CudaDevice {
+    /// Enqueues a matrix product. Sums in f32 (f64 for f64); in TF32 under [`Precision::High`] and below.
+    ///
+    /// Errors: sizes beyond 2³¹ − 1, or an error of cuBLAS.
+    pub(crate) fn gemm(&self, gemm: &Gemm) -> Result<()> {
+        let Gemm { dtype, batch, m, n, k, a, b, c, add } = *gemm;
+        let ints = [m, n, k, a.stride, b.stride, batch].map(i32::try_from);
+        let [Ok(rows), Ok(columns), Ok(inner), Ok(a_stride), Ok(b_stride), Ok(items)] = ints else {
+            return Err(Error::shape("matmul", format!("a size of {gemm:?} exceeds 2^31 - 1")));
+        };
+        let (kind, compute) = match dtype {
+            DType::F32 => (sys::cudaDataType_t::CUDA_R_32F, Compute::CUBLAS_COMPUTE_32F),
+            DType::F64 => (sys::cudaDataType_t::CUDA_R_64F, Compute::CUBLAS_COMPUTE_64F),
+            DType::BF16 => (sys::cudaDataType_t::CUDA_R_16BF, Compute::CUBLAS_COMPUTE_32F),
+            DType::F16 => (sys::cudaDataType_t::CUDA_R_16F, Compute::CUBLAS_COMPUTE_32F),
+            other => return Err(Error::dtype("matmul", format!("expected a float tensor, got {other}"))),
+        };
+        // TF32 only where it was asked for; sums of half types are never rounded to half on the way.
+        let math = match (dtype, float32_matmul_precision()) {
+            (DType::F32, Precision::High | Precision::Medium) => Math::CUBLAS_TF32_TENSOR_OP_MATH,
+            _ => Math::CUBLAS_MATH_DISALLOW_REDUCED_PRECISION_REDUCTION,
+        };
+        let (one, zero) = (1f64.to_bits(), 0u64);
+        let (one32, zero32) = (1f32.to_bits(), 0u32);
+        let factor = |on: bool| -> *const c_void {
+            match (dtype, on) {
+                (DType::F64, true) => std::ptr::from_ref(&one).cast(),
+                (DType::F64, false) => std::ptr::from_ref(&zero).cast(),
+                (_, true) => std::ptr::from_ref(&one32).cast(),
+                (_, false) => std::ptr::from_ref(&zero32).cast(),
+            }
+        };
+        let operation =
+            |operand: Operand| if operand.transposed { Operation::CUBLAS_OP_T } else { Operation::CUBLAS_OP_N };
+        let blas = self.blas.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        self.bind()?;
+        // SAFETY: the handle lives as long as the process.
+        let moded = unsafe { sys::cublasSetMathMode(blas.0, math) }.result();
+        // cuBLAS counts columns first: our rows are its columns, so that it computes cᵀ = bᵀ aᵀ.
+        // SAFETY: the caller's tensors hold what sizes and strides say, and live until they are freed on this stream.
+        let outcome = moded.and_then(|()| unsafe {
+            result::gemm_strided_batched_ex(
+                blas.0,
+                operation(b),
+                operation(a),
+                columns,
+                rows,
+                inner,
+                factor(true),
+                b.address as *const c_void,
+                kind,
+                b_stride,
+                b.batch as i64,
+                a.address as *const c_void,
+                kind,
+                a_stride,
+                a.batch as i64,
+                factor(add),
+                c as *mut c_void,
+                kind,
+                columns,
+                (m * n) as i64,
+                items,
+                compute,
+                sys::cublasGemmAlgo_t::CUBLAS_GEMM_DEFAULT,
+            )
+        });
+        outcome.map_err(|why| error(format!("cuBLAS: {why:?} for {gemm:?}")))
+    }
+}

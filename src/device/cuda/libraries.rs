@@ -1,0 +1,241 @@
+//! Finding the driver, NVRTC and cuBLAS.
+//!
+//! cudarc panics in calls to a library, or a symbol of one, that is not there. So nothing of it is called before all
+//! three libraries were opened and asked for every symbol in use.
+
+use std::{
+    env, fs,
+    path::{Path, PathBuf},
+    sync::OnceLock,
+};
+
+use cudarc::{cublas, driver, nvrtc};
+use libloading::Library;
+
+/// One of the libraries.
+struct Wanted {
+    what: &'static str,
+    /// The name without `lib` and what follows it.
+    name: &'static str,
+    /// How to get it.
+    hint: &'static str,
+    symbols: &'static [&'static str],
+    is_present: unsafe fn() -> bool,
+    opened: unsafe fn() -> &'static Library,
+}
+
+/// All that is called of the driver, here and inside of cudarc.
+const DRIVER: &[&str] = &[
+    "cuInit",
+    "cuDriverGetVersion",
+    "cuDeviceGet",
+    "cuDeviceGetCount",
+    "cuDeviceGetAttribute",
+    "cuDeviceGetName",
+    "cuDevicePrimaryCtxRetain",
+    "cuDevicePrimaryCtxRelease_v2",
+    "cuCtxGetCurrent",
+    "cuCtxSetCurrent",
+    "cuMemAlloc_v2",
+    "cuMemFree_v2",
+    "cuMemGetInfo_v2",
+    "cuMemcpyHtoDAsync_v2",
+    "cuMemcpyDtoHAsync_v2",
+    "cuMemcpyDtoDAsync_v2",
+    "cuMemsetD8Async",
+    "cuModuleLoadData",
+    "cuModuleGetFunction",
+    "cuFuncSetAttribute",
+    "cuLaunchKernel",
+    "cuStreamCreate",
+    "cuStreamSynchronize",
+    "cuStreamBeginCapture_v2",
+    "cuStreamEndCapture",
+    "cuGraphInstantiateWithFlags",
+    "cuGraphLaunch",
+    "cuGraphExecDestroy",
+    "cuGraphDestroy",
+    "cuEventCreate",
+    "cuEventRecord",
+    "cuEventSynchronize",
+    "cuEventElapsedTime_v2",
+    "cuEventDestroy_v2",
+    "cuGetErrorName",
+    "cuGetErrorString",
+];
+const NVRTC: &[&str] = &[
+    "nvrtcVersion",
+    "nvrtcCreateProgram",
+    "nvrtcCompileProgram",
+    "nvrtcGetCUBINSize",
+    "nvrtcGetCUBIN",
+    "nvrtcGetProgramLogSize",
+    "nvrtcGetProgramLog",
+    "nvrtcDestroyProgram",
+];
+const CUBLAS: &[&str] = &[
+    "cublasCreate_v2",
+    "cublasSetStream_v2",
+    "cublasSetWorkspace_v2",
+    "cublasSetMathMode",
+    "cublasGemmStridedBatchedEx",
+];
+
+const WANTED: [Wanted; 3] = [
+    Wanted {
+        what: "driver",
+        name: "cuda",
+        hint: "it comes with the NVIDIA driver, version 525 or later",
+        symbols: DRIVER,
+        is_present: driver::sys::is_culib_present,
+        opened: driver::sys::culib,
+    },
+    Wanted {
+        what: "NVRTC",
+        name: "nvrtc",
+        hint: "from the CUDA toolkit 12 or 13, or `pip install nvidia-cuda-nvrtc`",
+        symbols: NVRTC,
+        is_present: nvrtc::sys::is_culib_present,
+        opened: nvrtc::sys::culib,
+    },
+    Wanted {
+        what: "cuBLAS",
+        name: "cublas",
+        hint: "from the CUDA toolkit 12 or 13, or `pip install nvidia-cublas`",
+        symbols: CUBLAS,
+        is_present: cublas::sys::is_culib_present,
+        opened: cublas::sys::culib,
+    },
+];
+
+/// What was found of one library.
+#[derive(Clone, Debug)]
+pub struct Found {
+    /// `driver`, `NVRTC` or `cuBLAS`.
+    pub what: &'static str,
+    /// Where it is, or why it cannot be used and what to do.
+    pub state: Result<String, String>,
+}
+
+/// Looks for the three libraries, once per process: in `XT_CUDA_LIBS`, in `CUDA_HOME` and `CUDA_PATH`, where the system
+/// looks, and in the folders of Python's NVIDIA packages.
+pub fn find() -> &'static [Found; 3] {
+    static FOUND: OnceLock<[Found; 3]> = OnceLock::new();
+    FOUND.get_or_init(|| WANTED.each_ref().map(|wanted| Found { what: wanted.what, state: wanted.find() }))
+}
+
+/// Whether NVRTC alone is here: enough to compile kernels, without a GPU.
+pub fn nvrtc() -> &'static Found {
+    &find()[1]
+}
+
+impl Wanted {
+    fn find(&self) -> Result<String, String> {
+        let (before, after) = folders();
+        let mut place = before.iter().find_map(|folder| self.open(folder));
+        // SAFETY: opens a library by the names that it is installed under; its initialisers are NVIDIA's.
+        if place.is_none() && unsafe { (self.is_present)() } {
+            place = Some("the system's libraries".into());
+        }
+        let place = place.or_else(|| after.iter().find_map(|folder| self.open(folder)));
+        let Some(place) = place else {
+            let looked: Vec<_> = before.iter().chain(&after).map(|folder| folder.display().to_string()).collect();
+            let folders = if looked.is_empty() { String::new() } else { format!(" and in {}", looked.join(", ")) };
+            return Err(format!(
+                "lib{} was not found among the system's libraries{folders}; {}, or name its folder in XT_CUDA_LIBS",
+                self.name, self.hint
+            ));
+        };
+        // SAFETY: as above.
+        if !unsafe { (self.is_present)() } {
+            return Err(format!("lib{} in {place} cannot be loaded; {}", self.name, self.hint));
+        }
+        // SAFETY: it is present, so that the call does not panic.
+        let library = unsafe { (self.opened)() };
+        let missing = self.symbols.iter().find(|symbol| {
+            // SAFETY: the symbol is only looked up, never called through this type.
+            unsafe { library.get::<unsafe extern "C" fn()>(symbol.as_bytes()) }.is_err()
+        });
+        match missing {
+            Some(symbol) => Err(format!("lib{} in {place} is too old, it has no `{symbol}`; {}", self.name, self.hint)),
+            None => Ok(place),
+        }
+    }
+
+    /// Opens the library of this folder for good, so that a later look-up by its bare name finds it.
+    fn open(&self, folder: &Path) -> Option<String> {
+        let prefix = format!("{}{}{}", env::consts::DLL_PREFIX, self.name, env::consts::DLL_SUFFIX);
+        let windows = format!("{}64_", self.name);
+        let mut names: Vec<PathBuf> = fs::read_dir(folder).ok()?.flatten().map(|entry| entry.path()).collect();
+        names.retain(|path| {
+            let name = path.file_name().and_then(|name| name.to_str()).unwrap_or_default();
+            name == prefix
+                || name.strip_prefix(&prefix).is_some_and(|version| version.starts_with('.'))
+                || cfg!(windows) && name.starts_with(&windows)
+        });
+        names.sort();
+        let opened = names.iter().any(|path| open_for_good(path));
+        opened.then(|| folder.display().to_string())
+    }
+}
+
+#[cfg(unix)]
+fn open_for_good(path: &Path) -> bool {
+    use libloading::os::unix::{Library, RTLD_GLOBAL, RTLD_NOW};
+    // SAFETY: the initialisers are those of a library of NVIDIA, or of what the user put in its place.
+    let library = unsafe { Library::open(Some(path), RTLD_NOW | RTLD_GLOBAL) };
+    library.map(std::mem::forget).is_ok()
+}
+
+#[cfg(not(unix))]
+fn open_for_good(path: &Path) -> bool {
+    // SAFETY: the initialisers are those of a library of NVIDIA, or of what the user put in its place.
+    unsafe { Library::new(path) }.map(std::mem::forget).is_ok()
+}
+
+/// The folders that exist of those to look in before the system's, and after them.
+fn folders() -> (Vec<PathBuf>, Vec<PathBuf>) {
+    let named = env::var_os("XT_CUDA_LIBS").map(|folders| env::split_paths(&folders).collect::<Vec<_>>());
+    let toolkits = ["CUDA_HOME", "CUDA_PATH"].into_iter().filter_map(env::var_os).map(PathBuf::from);
+    let toolkits = toolkits.flat_map(|home| ["lib64", "lib", "bin"].map(|folder| home.join(folder)));
+    let before = named.unwrap_or_default().into_iter().chain(toolkits);
+    let after = [PathBuf::from("/usr/local/cuda/lib64")].into_iter().chain(python_folders());
+    (existing(before), existing(after))
+}
+
+fn existing(folders: impl Iterator<Item = PathBuf>) -> Vec<PathBuf> {
+    let mut found: Vec<PathBuf> = Vec::new();
+    for folder in folders {
+        if folder.is_dir() && !found.contains(&folder) {
+            found.push(folder);
+        }
+    }
+    found
+}
+
+/// `site-packages/nvidia/*/lib` of the active virtual environment, of every Python on `PATH`, and of the user.
+fn python_folders() -> Vec<PathBuf> {
+    let environments = ["VIRTUAL_ENV", "CONDA_PREFIX"].into_iter().filter_map(env::var_os).map(PathBuf::from);
+    let on_path = env::var_os("PATH").map(|path| env::split_paths(&path).collect::<Vec<_>>()).unwrap_or_default();
+    let prefixes = on_path.into_iter().filter_map(|bin| bin.parent().map(Path::to_path_buf));
+    let user = env::var_os("HOME").map(|home| PathBuf::from(home).join(".local"));
+    let mut folders = Vec::new();
+    for prefix in environments.chain(prefixes).chain(user) {
+        for python in subfolders(&prefix.join("lib")) {
+            for packages in ["site-packages", "dist-packages"] {
+                folders
+                    .extend(subfolders(&python.join(packages).join("nvidia")).into_iter().map(|dir| dir.join("lib")));
+            }
+        }
+    }
+    folders
+}
+
+fn subfolders(folder: &Path) -> Vec<PathBuf> {
+    let entries = fs::read_dir(folder).into_iter().flatten().flatten();
+    let mut folders: Vec<PathBuf> = entries.map(|entry| entry.path()).filter(|path| path.is_dir()).collect();
+    folders.sort();
+    // The newest first: cu13 before the folders of older packages.
+    folders.reverse();
+    folders
+}

@@ -1,0 +1,218 @@
+//! What a launch of a kernel is given: how its threads are laid out, and its arguments. Knows nothing of the driver, so
+//! that ops read the same in builds without CUDA.
+
+use crate::{DType, Error, Result, Tensor, core::Layout};
+
+/// Blocks, and threads of each block.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Grid {
+    pub blocks: [u32; 3],
+    pub threads: [u32; 3],
+    /// Bytes of shared memory beside what the kernel declares.
+    pub shared: u32,
+}
+
+/// Blocks that a grid has at most: enough to fill any card several times. Kernels walk on from there, so that sizes
+/// are not limited and each thread has work to pay for its start.
+const MOST_BLOCKS: usize = 1 << 14;
+
+impl Grid {
+    pub fn new(blocks: [u32; 3], threads: [u32; 3]) -> Self {
+        Self { blocks, threads, shared: 0 }
+    }
+
+    /// For kernels whose threads take elements a grid apart.
+    pub fn elements(n: usize) -> Self {
+        Self::new([n.div_ceil(256).min(MOST_BLOCKS) as u32, 1, 1], [256, 1, 1])
+    }
+
+    /// For kernels whose threads take 128-bit packets of elements of this type a grid apart.
+    pub fn packets(n: usize, dtype: DType) -> Self {
+        Self::elements(n.div_ceil(16 / dtype.size()))
+    }
+
+    /// For kernels that give a row to the threads with one `threadIdx.y` (see `for_row` in `kernels/common.cuh`): eight
+    /// rows a block, each for one warp, or one long row for the whole block.
+    pub fn rows(rows: usize, columns: usize) -> Self {
+        let blocks = |rows_per_block: usize| [rows.div_ceil(rows_per_block).min(MOST_BLOCKS) as u32, 1, 1];
+        match columns {
+            0..=1024 => Self::new(blocks(8), [32, 8, 1]),
+            1025..=4096 => Self::new(blocks(1), [256, 1, 1]),
+            _ => Self::new(blocks(1), [512, 1, 1]),
+        }
+    }
+
+    pub fn shared(self, bytes: usize) -> Self {
+        Self { shared: bytes.min(u32::MAX as usize) as u32, ..self }
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.blocks.contains(&0)
+    }
+}
+
+/// The compile option INDEX for a kernel that walks these layouts.
+pub(crate) fn index_type<const N: usize>(layouts: [&Layout; N]) -> &'static str {
+    let reach = |layout: &Layout| {
+        let steps = layout.shape.iter().zip(layout.strides()).map(|(size, stride)| size.saturating_sub(1) * stride);
+        layout.offset + steps.sum::<usize>()
+    };
+    if layouts.iter().all(|layout| reach(layout) < 1 << 31) { "u32" } else { "i64" }
+}
+
+/// The number of columns of a row, or another size that kernels count in 32 bits, with room for a step beyond the end.
+///
+/// Errors: 2³¹ or more.
+pub(crate) fn size32(n: usize) -> Result<u32> {
+    match u32::try_from(n) {
+        Ok(size) if size < 1 << 31 => Ok(size),
+        _ => {
+            Err(Error::shape("launch", format!("a size of {n} was given to a kernel that is made for less than 2^31")))
+        }
+    }
+}
+
+/// One argument of a kernel. The variants are what `build.rs` finds in the kernel's parameter list.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Arg {
+    /// An address that the kernel writes to.
+    Output(u64),
+    /// An address that the kernel reads from.
+    Input(u64),
+    I32(i32),
+    U32(u32),
+    I64(i64),
+    U64(u64),
+    F32(f32),
+    F64(f64),
+    Layout(KernelLayout),
+}
+
+/// The struct `Layout` of `kernels/common.cuh`: the same fields in the same order.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct KernelLayout {
+    rank: u32,
+    dims: [u32; 6],
+    unused: u32,
+    strides: [i64; 6],
+    offset: i64,
+}
+
+/// What [`args!`] takes.
+pub(crate) trait IntoArg {
+    fn into_arg(self) -> Result<Arg>;
+}
+
+macro_rules! scalar {
+    ($($t:ty => $variant:ident),+) => {$(
+        impl IntoArg for $t {
+            fn into_arg(self) -> Result<Arg> {
+                Ok(Arg::$variant(self))
+            }
+        }
+    )+};
+}
+
+scalar!(i32 => I32, u32 => U32, i64 => I64, u64 => U64, f32 => F32, f64 => F64);
+
+impl IntoArg for Arg {
+    fn into_arg(self) -> Result<Arg> {
+        Ok(self)
+    }
+}
+
+/// The first element of a packed tensor that no other handle shares.
+impl IntoArg for &mut Tensor {
+    fn into_arg(self) -> Result<Arg> {
+        self.address_mut().map(Arg::Output)
+    }
+}
+
+/// The first element of a packed tensor.
+impl IntoArg for &Tensor {
+    fn into_arg(self) -> Result<Arg> {
+        debug_assert!(self.is_contiguous(), "a strided tensor where a kernel expects packed elements");
+        self.address().map(Arg::Input)
+    }
+}
+
+/// The start of a tensor's storage, for kernels that are given its layout too.
+pub(crate) struct Storage<'a>(pub &'a Tensor);
+
+impl IntoArg for Storage<'_> {
+    fn into_arg(self) -> Result<Arg> {
+        self.0.storage_address().map(Arg::Input)
+    }
+}
+
+impl IntoArg for Option<Storage<'_>> {
+    fn into_arg(self) -> Result<Arg> {
+        self.map_or(Ok(Arg::Input(0)), IntoArg::into_arg)
+    }
+}
+
+impl IntoArg for Option<&Tensor> {
+    fn into_arg(self) -> Result<Arg> {
+        self.map_or(Ok(Arg::Input(0)), IntoArg::into_arg)
+    }
+}
+
+impl IntoArg for Option<&mut Tensor> {
+    fn into_arg(self) -> Result<Arg> {
+        self.map_or(Ok(Arg::Output(0)), IntoArg::into_arg)
+    }
+}
+
+impl IntoArg for &Layout {
+    fn into_arg(self) -> Result<Arg> {
+        let mut layout =
+            KernelLayout { rank: self.shape.rank() as u32, dims: [1; 6], unused: 0, strides: [0; 6], offset: 0 };
+        layout.offset = self.offset as i64;
+        for (dim, &size) in self.shape.iter().enumerate() {
+            layout.dims[dim] = u32::try_from(size)
+                .map_err(|_| Error::shape("launch", format!("dimension {dim} of {:?} exceeds 2^32 - 1", self.shape)))?;
+            layout.strides[dim] = self.strides[dim] as i64;
+        }
+        Ok(Arg::Layout(layout))
+    }
+}
+
+/// The arguments of a kernel, in the order of its parameters: tensors (`&mut y` is written, `&x` is read), an `Option`
+/// of one (none is a null pointer), `Storage(&x)` beside `x.layout()`, and numbers.
+macro_rules! args {
+    ($($arg:expr),* $(,)?) => {
+        &[$($crate::device::launch::IntoArg::into_arg($arg)?),*]
+    };
+}
+pub(crate) use args;
+
+/// One operand of a [`Gemm`]: a matrix of which either the rows or the columns are packed.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Operand {
+    /// Of the first element.
+    pub address: u64,
+    /// Elements from a row to the next, or from a column to the next if `transposed`.
+    pub stride: usize,
+    /// Whether its columns are packed and not its rows.
+    pub transposed: bool,
+    /// Elements from an item of the batch to the next.
+    pub batch: usize,
+}
+
+/// `c[i] = a[i] · b[i] (+ c[i])` for every item of a batch; `c` `[batch, m, n]` is packed.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Gemm {
+    pub dtype: DType,
+    pub batch: usize,
+    pub m: usize,
+    pub n: usize,
+    pub k: usize,
+    /// `[m, k]`
+    pub a: Operand,
+    /// `[k, n]`
+    pub b: Operand,
+    pub c: u64,
+    /// Whether `c` is added to instead of being overwritten.
+    pub add: bool,
+}

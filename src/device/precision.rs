@@ -1,0 +1,32 @@
+//! How exact products of f32 matrices are.
+
+use std::sync::atomic::{AtomicU8, Ordering};
+
+/// How exact products of f32 matrices are, in PyTorch's words.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub enum Precision {
+    /// Operands and sums in f32. The default.
+    #[default]
+    Highest,
+    /// A device may round operands to TF32 (ten bits of mantissa); a GPU does. Sums stay in f32.
+    High,
+    /// A device may round operands to bf16 (seven bits). No device does so yet: as [`Precision::High`].
+    Medium,
+}
+
+static PRECISION: AtomicU8 = AtomicU8::new(Precision::Highest as u8);
+
+/// Sets how exact products of f32 matrices are, for the whole process, as PyTorch's function of this name does. The CPU
+/// always computes in [`Precision::Highest`].
+pub fn set_float32_matmul_precision(precision: Precision) {
+    PRECISION.store(precision as u8, Ordering::Relaxed);
+}
+
+/// What [`set_float32_matmul_precision`] has set.
+pub fn float32_matmul_precision() -> Precision {
+    match PRECISION.load(Ordering::Relaxed) {
+        value if value == Precision::High as u8 => Precision::High,
+        value if value == Precision::Medium as u8 => Precision::Medium,
+        _ => Precision::Highest,
+    }
+}

@@ -1,0 +1,84 @@
+//! Products on a GPU: the strides as cuBLAS takes them.
+
+use super::{Merged, Sizes, positions};
+use crate::{
+    Result, Shape, Tensor,
+    device::{CudaDevice, Gemm, Operand},
+};
+
+/// `a·b (+ bias)` as a constant of this shape, which has elements.
+pub(super) fn product(
+    gpu: &'static CudaDevice,
+    sizes: &Sizes,
+    shape: Shape,
+    [a, b]: [&Tensor; 2],
+    bias: Option<&Tensor>,
+) -> Result<Tensor> {
+    let mut out = match bias {
+        // The product is added to it in the type of the sums, so that the result is rounded once.
+        Some(bias) => bias.detach().expand(shape)?.contiguous()?.into_owned()?,
+        None => Tensor::uninit(shape, a.dtype(), a.device())?,
+    };
+    if sizes.k == 0 {
+        let bytes = if bias.is_some() { 0 } else { out.elements() * out.dtype().size() };
+        gpu.fill_zero(out.address_mut()?, bytes)?;
+        return Ok(out);
+    }
+    // cuBLAS needs packed rows or packed columns; anything else is packed first.
+    let (mut a, mut b) = (a.detach(), b.detach());
+    let usable = |merged: &Merged| {
+        [fits(merged.a, [merged.m, merged.k]), fits(merged.b, [merged.k, merged.n])]
+    };
+    if !usable(&Merged::new(sizes, &a, &b)?)[1] {
+        b = b.contiguous()?;
+    }
+    if !usable(&Merged::new(sizes, &a, &b)?)[0] {
+        a = a.contiguous()?;
+    }
+    if !usable(&Merged::new(sizes, &a, &b)?)[0] {
+        // Repeated items of the batch that became rows.
+        a = a.expand(sizes.with([sizes.m, sizes.k])?)?.contiguous()?;
+    }
+    let merged = Merged::new(sizes, &a, &b)?;
+
+    // One call serves the last dimension of the batch.
+    let outer = merged.batch.rank().saturating_sub(1);
+    let (outer, last) = merged.batch.split_at(outer);
+    let (outer, items) = (Shape::unchecked(outer), last.first().copied().unwrap_or(1));
+    let step = |operand: usize| if last.is_empty() { 0 } else { merged.strides[operand][outer.rank()] };
+    let size = out.dtype().size();
+    let at = |tensor: &Tensor, element: usize| Ok::<_, crate::Error>(tensor.storage_address()? + (element * size) as u64);
+    let to = out.address_mut()?;
+    let Merged { m, n, k, .. } = merged;
+    for item in 0..outer.elements() {
+        let (a_start, b_start) = positions(item, &outer, &merged.strides, merged.start);
+        gpu.gemm(&Gemm {
+            dtype: out.dtype(),
+            batch: items,
+            m,
+            n,
+            k,
+            a: operand(at(&a, a_start)?, merged.a, [m, k], step(0)),
+            b: operand(at(&b, b_start)?, merged.b, [k, n], step(1)),
+            c: to + (item * items * m * n * size) as u64,
+            add: bias.is_some(),
+        })?;
+    }
+    Ok(out)
+}
+
+/// Whether the rows of a matrix are packed and do not overlap. The step along a dimension of size 1 is never taken.
+fn has_packed_rows([row, column]: [usize; 2], [rows, columns]: [usize; 2]) -> bool {
+    (column == 1 || columns == 1) && (row >= columns || rows == 1)
+}
+
+fn fits(steps: [usize; 2], sizes: [usize; 2]) -> bool {
+    let swapped = |[row, column]: [usize; 2]| [column, row];
+    has_packed_rows(steps, sizes) || has_packed_rows(swapped(steps), swapped(sizes))
+}
+
+fn operand(address: u64, [row, column]: [usize; 2], [rows, columns]: [usize; 2], batch: usize) -> Operand {
+    let transposed = !has_packed_rows([row, column], [rows, columns]);
+    let (stride, packed) = if transposed { (column, rows) } else { (row, columns) };
+    Operand { address, stride: stride.max(packed), transposed, batch }
+}
