@@ -33,6 +33,11 @@ impl Philox {
         Self { seed, stream }
     }
 
+    /// The seed and the number of the stream.
+    pub(crate) fn key(&self) -> (u64, u64) {
+        (self.seed, self.stream)
+    }
+
     /// The four words of block `block`.
     #[inline(always)]
     pub fn block(&self, block: u64) -> [u32; 4] {
