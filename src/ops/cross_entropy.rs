@@ -86,7 +86,7 @@ fn launch_forward(
     let mut losses = Tensor::uninit(Shape::new(&[rows])?, DType::F64, x.device())?;
     gpu.kernel("cross_entropy_fwd", &option)?.launch(
         Grid::rows(rows, classes),
-        args![statistics, &mut losses, gpu.faults(), x, targets, rows as i64, size32(classes)?, ignore_index],
+        args![&mut *statistics, &mut losses, gpu.faults(), x, targets, rows as i64, size32(classes)?, ignore_index],
     )?;
     let scalar = Shape::new(&[])?;
     let mut loss = Tensor::uninit(scalar, statistics.dtype(), x.device())?;
