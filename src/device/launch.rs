@@ -51,15 +51,6 @@ impl Grid {
     }
 }
 
-/// The compile option INDEX for a kernel that walks these layouts.
-pub(crate) fn index_type<const N: usize>(layouts: [&Layout; N]) -> &'static str {
-    let reach = |layout: &Layout| {
-        let steps = layout.shape.iter().zip(layout.strides()).map(|(size, stride)| size.saturating_sub(1) * stride);
-        layout.offset + steps.sum::<usize>()
-    };
-    if layouts.iter().all(|layout| reach(layout) < 1 << 31) { "u32" } else { "i64" }
-}
-
 /// The number of columns of a row, or another size that kernels count in 32 bits, with room for a step beyond the end.
 ///
 /// Errors: 2³¹ or more.
