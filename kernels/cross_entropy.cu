@@ -7,7 +7,7 @@
 // reported, and so is a mean over no rows.
 //
 // Shapes: x, dx [rows, columns] packed, targets, losses [rows], statistics [rows, 2] maximum and 1 / sum, loss, g and
-// count one element. T: f32, f64, bf16, f16; statistics in f32 (f64 for f64), losses and their mean in f64.
+// count one element. T: f32, f64, bf16, f16; statistics, loss and g in f32 (f64 for f64), losses and their mean in f64.
 // Variants: DTYPE=f32,f64,bf16,f16
 //
 // One row per warp, or per block for long rows (see for_row); the mean by one block, in an order that the number of
@@ -38,7 +38,7 @@ extern "C" __global__ void cross_entropy_fwd(Acc* statistics, f64* losses, i64* 
 }
 
 // For one block of one row of threads.
-extern "C" __global__ void cross_entropy_mean(T* loss, f64* count, i64* fault, const f64* losses, const i64* targets,
+extern "C" __global__ void cross_entropy_mean(Acc* loss, f64* count, i64* fault, const f64* losses, const i64* targets,
                                               i64 rows, i64 ignore_index) {
     f64 sum = 0, counted = 0;
     for (i64 row = threadIdx.x; row < rows; row += blockDim.x) {
@@ -49,14 +49,14 @@ extern "C" __global__ void cross_entropy_mean(T* loss, f64* count, i64* fault, c
     counted = sum_row(counted);
     if (threadIdx.x > 0) return;
     if (counted == 0) report_fault(fault, FAULT_NO_TARGETS, ignore_index, rows);
-    loss[0] = from_f64<T>(sum / counted);
+    loss[0] = sum / counted;
     count[0] = counted;
 }
 
 // `dx` may be `x`: an element is read before it is written, by the same thread.
-extern "C" __global__ void cross_entropy_bwd(T* dx, const T* x, const Acc* statistics, const i64* targets, const T* g,
+extern "C" __global__ void cross_entropy_bwd(T* dx, const T* x, const Acc* statistics, const i64* targets, const Acc* g,
                                              const f64* count, i64 rows, u32 columns, i64 ignore_index) {
-    const Acc scale = (f64)Element<T>::to_acc(g[0]) / count[0];
+    const Acc scale = (f64)g[0] / count[0];
     const i64 step = (i64)gridDim.x * blockDim.y;
     for (i64 row = (i64)blockIdx.x * blockDim.y + threadIdx.y; row < rows; row += step) {
         T* to = dx + row * columns;

@@ -369,6 +369,8 @@ fn options_unknown() {
         (wrapper("Decoder", &json!({"rotary_pos_embed": true})), "rotary_pos_embed", Some("rotary_pos_emb")),
         (wrapper("Decoder", &json!({"attn_talking_head": true})), "attn_talking_head", Some("attn_talking_heads")),
         (wrapper("Decoder", &json!({"ff_gul": true})), "ff_gul", Some("ff_glu")),
+        (wrapper("Decoder", &json!({"collab_heads": true})), "collab_heads", Some("attn_collab_heads")),
+        (wrapper("Decoder", &json!({"glu": true})), "glu", Some("ff_glu")),
         (wrapper("Decoder", &json!({"dropout_of_everything": 1})), "dropout_of_everything", None),
         (json!({"model": "Decoder", "dim": 8, "depht": 1}), "depht", Some("depth")),
         (

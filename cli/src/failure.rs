@@ -43,7 +43,7 @@ impl From<Error> for Failure {
     fn from(error: Error) -> Self {
         let advice = match error.root() {
             Error::Io { source, .. } => advice(source),
-            Error::Weights { .. } => "; the weights belong to another config, give the folder that `xt train` wrote",
+            Error::Weights { .. } => "; they belong to another config, give the one that they were trained with",
             Error::UnknownOption { nearest: None, .. } => "; remove it, x-transformers has no such option",
             _ => "",
         };
@@ -103,6 +103,6 @@ mod tests {
         };
         let text = Failure::from(weights.at("out")).to_string();
         assert!(!text.contains('\n') && text.contains("missing    b.weight; misshapen  c"), "{text}");
-        assert!(text.ends_with("`xt train` wrote"), "{text}");
+        assert!(text.ends_with("trained with"), "{text}");
     }
 }

@@ -1,7 +1,8 @@
-//! `xt`: train, sample and inspect x-transformers from the command line.
+//! `xt`: train, sample, inspect and check x-transformers from the command line.
 //!
 //! Exit codes: 0 done, 1 failed with one line on standard error, 2 wrong usage.
 
+mod compute;
 mod corpus;
 mod cost;
 mod devices;
@@ -15,9 +16,11 @@ mod markov;
 mod metrics;
 mod plot;
 mod progress;
+mod run;
 mod sample;
 mod text;
 mod train;
+mod verify;
 
 use std::{
     io::{self, Write},
@@ -28,7 +31,7 @@ use clap::{Parser, Subcommand};
 
 use failure::{Failure, Result};
 
-/// Train, sample and inspect x-transformers.
+/// Train, sample, inspect and check x-transformers.
 #[derive(Parser)]
 #[command(version, about)]
 struct Cli {
@@ -44,6 +47,10 @@ enum Command {
     Generate(generate::GenerateArgs),
     /// Show what a model consists of and what it costs
     Info(info::InfoArgs),
+    /// Run a model on named tensors, forward and backward
+    Run(run::RunArgs),
+    /// Compare models with results that are known to be right
+    Verify(verify::VerifyArgs),
     /// Show what there is to compute on, and what is missing and why
     Devices,
     /// Compile the CUDA kernels ahead of their first use
@@ -57,6 +64,8 @@ impl Command {
             Self::Train(args) => train::run(args),
             Self::Generate(args) => generate::run(args),
             Self::Info(args) => info::run(args),
+            Self::Run(args) => run::run(args),
+            Self::Verify(args) => verify::run(args),
             Self::Devices => devices::run(),
             #[cfg(feature = "cuda")]
             Self::Kernels(args) => kernels::run(args),

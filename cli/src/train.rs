@@ -6,7 +6,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use clap::{Args, ValueEnum, value_parser};
+use clap::{Args, value_parser};
 use indicatif::HumanCount;
 use x_transformers::{
     DType, Device, Error,
@@ -17,6 +17,7 @@ use x_transformers::{
 };
 
 use crate::{
+    compute::dtypes,
     corpus,
     failure::{Failure, Result},
     files::Run,
@@ -150,24 +151,9 @@ struct OptionArgs {
     #[arg(long, value_name = "N", default_value_t = TrainOptions::default().seed, conflicts_with = "resume")]
     seed: u64,
 
-    /// Type of the weights and activations
-    #[arg(long, value_enum, default_value_t = Precision::F32, conflicts_with = "resume")]
-    dtype: Precision,
-}
-
-#[derive(Clone, Copy, ValueEnum)]
-enum Precision {
-    F32,
-    Bf16,
-}
-
-impl From<Precision> for DType {
-    fn from(precision: Precision) -> Self {
-        match precision {
-            Precision::F32 => Self::F32,
-            Precision::Bf16 => Self::BF16,
-        }
-    }
+    /// Type of the weights and activations; half types keep f32 weights for the optimizer, f16 scales the loss
+    #[arg(long, default_value = "f32", value_parser = dtypes([DType::F32, DType::BF16, DType::F16]), conflicts_with = "resume")]
+    dtype: DType,
 }
 
 impl OptionArgs {
@@ -182,7 +168,7 @@ impl OptionArgs {
             warmup: self.warmup,
             clip: self.clip,
             seed: self.seed,
-            dtype: self.dtype.into(),
+            dtype: self.dtype,
             ..defaults
         }
     }
@@ -292,6 +278,11 @@ impl Training {
             self.metrics.train(report.step, report.loss, report.lr, speed)?;
             let done = self.trainer.steps_done();
             self.progress.step(done, report.loss, speed)?;
+            if let (true, Some(scaler)) = (report.skipped, self.trainer.grad_scaler()) {
+                let scale = scaler.scale();
+                self.progress
+                    .say(format_args!("step {done}/{steps}  skipped: gradients overflow; loss scale now {scale}"))?;
+            }
             if done.is_multiple_of(every) || done == steps {
                 self.milestone(true)?;
             }
@@ -335,6 +326,10 @@ impl Training {
         let dir = self.run.dir.display();
         self.progress.say(format_args!("\nvalidation  {bits:.3} bits/byte after {took}"))?;
         self.progress.say(format_args!("yardstick   {:.3} bits/byte, {ORDER_2} on the same text", self.yardstick))?;
+        if let Some(scaler) = self.trainer.grad_scaler() {
+            let (scale, skipped) = (scaler.scale(), scaler.skipped());
+            self.progress.say(format_args!("loss scale  {scale} at the end, {skipped} steps skipped for overflow"))?;
+        }
         self.progress.say(format_args!("sample\n{sample}"))?;
         let (checkpoint, metrics, plot) = (self.run.checkpoint(), self.run.metrics(), self.run.plot());
         let files = [&checkpoint, &metrics, &plot].map(|path: &PathBuf| path.display().to_string()).join("  ");

@@ -89,17 +89,21 @@ fn build<T: Keywords>(map: Map) -> serde_json::Result<T> {
 }
 
 /// Refuses keys that are not among the known ones.
-pub(super) fn check_known<'a, I: Iterator<Item = &'a str>>(map: &Map, known: impl Fn() -> I) -> Result<()> {
+pub(super) fn check_known<'a, I: Iterator<Item = &'a str> + Clone>(map: &Map, known: impl Fn() -> I) -> Result<()> {
     match map.keys().find(|&key| !known().any(|known| known == key)) {
         Some(key) => Err(Error::UnknownOption { key: key.clone(), nearest: nearest(key, known()) }),
         None => Ok(()),
     }
 }
 
-/// The known key that takes the fewest edits, if those are few.
-fn nearest<'a>(key: &str, known: impl Iterator<Item = &'a str>) -> Option<String> {
-    let (edits, nearest) = known.map(|known| (edit_distance(key, known), known)).min()?;
-    (edits <= 2.max(key.len() / 3)).then(|| nearest.to_string())
+/// The known key that takes the fewest edits, if those are few; otherwise one that only has a prefix more.
+fn nearest<'a>(key: &str, mut known: impl Iterator<Item = &'a str> + Clone) -> Option<String> {
+    let (edits, nearest) = known.clone().map(|known| (edit_distance(key, known), known)).min()?;
+    if edits <= 2.max(key.len() / 3) {
+        return Some(nearest.to_string());
+    }
+    let has_prefix = |known: &&str| known.strip_suffix(key).is_some_and(|prefix| prefix.ends_with('_'));
+    known.find(has_prefix).map(str::to_string)
 }
 
 /// Levenshtein's distance: insertions, deletions and replacements of single characters.

@@ -1,7 +1,7 @@
 //! Parameters and their names: one registration serves initialisation, the optimizer, loading and saving.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, HashSet, btree_map::Entry},
     fmt,
     sync::{Arc, Mutex, RwLock, RwLockWriteGuard},
 };
@@ -107,7 +107,7 @@ impl ParamMap {
 
     /// Each parameter once, under the first of its names.
     pub fn unique(&self) -> impl Iterator<Item = (&str, &Param)> {
-        let mut seen = std::collections::HashSet::new();
+        let mut seen = HashSet::new();
         self.iter().filter(move |(_, param)| seen.insert(param.leaf()))
     }
 
@@ -134,11 +134,20 @@ impl ParamMap {
 
     /// Loads a state dict, converting to each parameter's dtype and device.
     ///
-    /// Buffers are fixed by the config: the file may hold them, with the right shape, or leave them out.
+    /// Buffers are fixed by the config: the file may hold them, with the right shape, or leave them out. A tied
+    /// parameter may have any of its names, or several with equal values.
     ///
-    /// Errors: [`Error::Weights`] with every missing, unused and misshapen name; nothing is changed then.
+    /// Errors, with nothing changed: [`Error::Weights`] with every missing, unused and misshapen name; values that are
+    /// not float; a tied parameter with several values.
     pub fn load(&self, state: &BTreeMap<String, Tensor>) -> Result<()> {
-        let missing: Vec<_> = self.params.keys().filter(|&name| !state.contains_key(name)).cloned().collect();
+        let given: HashSet<LeafId> =
+            self.params.iter().filter(|(name, _)| state.contains_key(*name)).map(|(_, param)| param.leaf()).collect();
+        let missing: Vec<_> = self
+            .params
+            .iter()
+            .filter(|(_, param)| !given.contains(&param.leaf()))
+            .map(|(name, _)| name.clone())
+            .collect();
         let known = |name: &str| self.params.contains_key(name) || self.buffers.contains_key(name);
         let unused: Vec<_> = state.keys().filter(|&name| !known(name)).cloned().collect();
         let shape = |name: &String| match self.params.get(name) {
@@ -157,16 +166,34 @@ impl ParamMap {
             Error::Weights { missing, unused, misshapen }
         );
         // Converted first, so that a failure half way leaves the model as it was.
-        let mut values = Vec::with_capacity(self.params.len());
+        let mut values: BTreeMap<LeafId, (&str, &Param, Tensor)> = BTreeMap::new();
         for (name, param) in &self.params {
-            let (tensor, old) = (&state[name], param.tensor());
+            let Some(tensor) = state.get(name) else { continue };
             ensure!(
                 tensor.dtype().is_float(),
                 Error::dtype("load", format!("{name} is {}, expected a float type", tensor.dtype()))
             );
-            values.push((param, tensor.to_device(old.device())?.to_dtype(old.dtype())?.contiguous()?));
+            match values.entry(param.leaf()) {
+                Entry::Vacant(entry) => {
+                    let old = param.tensor();
+                    let value = tensor.to_device(old.device())?.to_dtype(old.dtype())?.contiguous()?;
+                    entry.insert((name, param, value));
+                }
+                Entry::Occupied(entry) => {
+                    let other = entry.get().0;
+                    ensure!(
+                        tensor.to_f64_vec()? == state[other].to_f64_vec()?,
+                        Error::argument(
+                            "load",
+                            format!(
+                                "`{other}` and `{name}` are tied in the model, but have different values in the file"
+                            )
+                        )
+                    );
+                }
+            }
         }
-        values.into_iter().try_for_each(|(param, value)| param.set(value))
+        values.into_values().try_for_each(|(_, param, value)| param.set(value))
     }
 }
 

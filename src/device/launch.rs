@@ -51,6 +51,27 @@ impl Grid {
     }
 }
 
+/// The compile option INDEX for a kernel that walks these layouts.
+pub(crate) fn index_type<const N: usize>(layouts: [&Layout; N]) -> &'static str {
+    let reach = |layout: &Layout| {
+        let steps = layout.shape.iter().zip(layout.strides()).map(|(size, stride)| size.saturating_sub(1) * stride);
+        layout.offset + steps.sum::<usize>()
+    };
+    if layouts.iter().all(|layout| reach(layout) < 1 << 31) { "u32" } else { "i64" }
+}
+
+/// The number of columns of a row, or another size that kernels count in 32 bits, with room for a step beyond the end.
+///
+/// Errors: 2³¹ or more.
+pub(crate) fn size32(n: usize) -> Result<u32> {
+    match u32::try_from(n) {
+        Ok(size) if size < 1 << 31 => Ok(size),
+        _ => {
+            Err(Error::shape("launch", format!("a size of {n} was given to a kernel that is made for less than 2^31")))
+        }
+    }
+}
+
 /// One argument of a kernel. The variants are what `build.rs` finds in the kernel's parameter list.
 #[derive(Clone, Copy, Debug)]
 pub(crate) enum Arg {
@@ -101,18 +122,6 @@ impl IntoArg for Arg {
     }
 }
 
-/// The number of columns of a row, or another size that kernels count in 32 bits, with room for a step beyond the end.
-///
-/// Errors: 2³¹ or more.
-pub(crate) fn size32(n: usize) -> Result<u32> {
-    match u32::try_from(n) {
-        Ok(size) if size < 1 << 31 => Ok(size),
-        _ => {
-            Err(Error::shape("launch", format!("a size of {n} was given to a kernel that is made for less than 2^31")))
-        }
-    }
-}
-
 /// The first element of a packed tensor that no other handle shares.
 impl IntoArg for &mut Tensor {
     fn into_arg(self) -> Result<Arg> {
@@ -134,6 +143,12 @@ pub(crate) struct Storage<'a>(pub &'a Tensor);
 impl IntoArg for Storage<'_> {
     fn into_arg(self) -> Result<Arg> {
         self.0.storage_address().map(Arg::Input)
+    }
+}
+
+impl IntoArg for Option<Storage<'_>> {
+    fn into_arg(self) -> Result<Arg> {
+        self.map_or(Ok(Arg::Input(0)), IntoArg::into_arg)
     }
 }
 

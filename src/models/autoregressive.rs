@@ -79,7 +79,7 @@ impl AutoregressiveWrapper {
     }
 
     /// Mean cross entropy of `tokens[:, 1:]` given `tokens[:, :-1]`, targets equal to `ignore_index` left out: `[b, n + 1]`
-    /// I64 to a scalar.
+    /// I64 to a scalar, in f32 for half precision.
     ///
     /// A mask as long as the tokens loses its last column; it does not enter the loss.
     ///

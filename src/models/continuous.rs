@@ -101,7 +101,8 @@ impl ContinuousAutoregressiveWrapper {
         Ok(Self { net })
     }
 
-    /// Mean squared error of the predictions of `x[:, 1:]` from `x[:, :-1]`: `[b, n + 1, dim_in]` to a scalar.
+    /// Mean squared error of the predictions of `x[:, 1:]` from `x[:, :-1]`: `[b, n + 1, dim_in]` to a scalar, in f32 for
+    /// half precision.
     ///
     /// A mask as long as the sequence loses its last column. Predictions from masked positions do not count.
     ///
@@ -118,7 +119,8 @@ impl ContinuousAutoregressiveWrapper {
             options.mask = Some(if full { mask.narrow(1, 0, n)? } else { mask });
         }
         let out = self.net.forward(&x.narrow(1, 0, n)?, &options).at("net")?.out;
-        let error = out.sub(&x.narrow(1, 1, n)?)?.square()?.mean(&[-1])?;
+        let precise = out.dtype().accumulator();
+        let error = out.to_dtype(precise)?.sub(&x.narrow(1, 1, n)?.to_dtype(precise)?)?.square()?.mean(&[-1])?;
         let Some(mask) = &options.mask else { return error.mean(&[]) };
         let kept = mask.to_vec::<bool>()?.into_iter().filter(|&kept| kept).count();
         ensure!(kept > 0, Error::argument("mask", "masks every position: there is no prediction to average over"));

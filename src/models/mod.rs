@@ -5,6 +5,7 @@
 mod autoregressive;
 mod continuous;
 mod encoder_decoder;
+pub mod parity;
 mod run;
 mod sampling;
 mod transformer;

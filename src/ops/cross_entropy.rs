@@ -12,7 +12,8 @@ impl Tensor {
     /// Mean over the rows of `−ln softmax(logits)[target]`, leaving out the rows whose target is `ignore_index`
     /// (PyTorch's default is −100).
     ///
-    /// Shapes: `[.., classes]`, targets `[..]` of [`DType::I64`] → `[]`. Rows in f32 (f64 for f64), their mean in f64.
+    /// Shapes: `[.., classes]`, targets `[..]` of [`DType::I64`] → `[]` in f32 (f64 for f64), of half-precision logits
+    /// too. Rows in the same type, their mean in f64.
     /// Saves: the logits, and the maximum and sum of exponentials of each row; the probabilities are computed again in
     /// the backward pass, over the logits if no other handle shares them.
     ///
@@ -63,7 +64,7 @@ impl Tensor {
                 let sum = dispatch_float!(OP, x.dtype(), T, {
                     forward_rows::<T>(&x, &targets, classes, ignore_index, &mut statistics)
                 })?;
-                let loss = Tensor::full((), sum / count as f64, x.dtype(), x.device())?;
+                let loss = Tensor::full((), sum / count as f64, x.dtype().accumulator(), x.device())?;
                 (loss, Tensor::scalar(count as f64, x.device())?)
             }
             Device::Cuda(gpu) => launch_forward(gpu, &x, &targets, classes, ignore_index, &mut statistics)?,
@@ -88,7 +89,7 @@ fn launch_forward(
         args![statistics, &mut losses, gpu.faults(), x, targets, rows as i64, size32(classes)?, ignore_index],
     )?;
     let scalar = Shape::new(&[])?;
-    let mut loss = Tensor::uninit(scalar, x.dtype(), x.device())?;
+    let mut loss = Tensor::uninit(scalar, x.dtype().accumulator(), x.device())?;
     let mut count = Tensor::uninit(scalar, DType::F64, x.device())?;
     gpu.kernel("cross_entropy_mean", &option)?.launch(
         Grid::new([1, 1, 1], [512, 1, 1]),

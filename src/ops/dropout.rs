@@ -60,7 +60,7 @@ impl Mask {
                 Ok(())
             }),
             Device::Cuda(gpu) => {
-                let (n, dtype, (seed, stream)) = (out.elements(), out.dtype(), self.random.key());
+                let (n, dtype, seed, stream) = (out.elements(), out.dtype(), self.random.seed(), self.random.stream());
                 gpu.kernel("dropout_mask", &[("DTYPE", dtype.name())])?.launch(
                     Grid::packets(n, dtype),
                     args![&mut *out, source.unwrap_or(&*out), n as i64, seed, stream, self.threshold, self.scale],

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use crate::{
-    DType, Error, Param, ParamMap, Result, Tensor,
+    Error, Param, ParamMap, Result, Tensor,
     error::ensure,
     ops::adamw::{average, own},
 };
@@ -27,7 +27,7 @@ impl Ema {
         ensure!((0.0..=1.0).contains(&decay), Error::option("ema_decay", format!("expected 0 to 1, got {decay}")));
         let averages = params.unique().map(|(name, param)| {
             let value = param.tensor().detach();
-            let mut average = value.to_dtype(dtype(&value))?;
+            let mut average = value.to_dtype(value.dtype().accumulator())?;
             own(&mut average)?;
             Ok((name.to_string(), average))
         });
@@ -98,14 +98,18 @@ impl Ema {
                 Error::dtype("load_state_dict", format!("{name} is {}, expected {}", given.dtype(), average.dtype()))
             );
         }
-        self.averages = dict.iter().map(|(name, tensor)| (name.clone(), tensor.detach())).collect();
+        let moved =
+            pairs().map(|(name, average, given)| Ok((name.clone(), given.detach().to_device(average.device())?)));
+        self.averages = moved.collect::<Result<_>>()?;
         Ok(())
     }
 
     /// The average of a parameter, if it fits.
     fn check(&self, name: &str, value: &Tensor) -> Result<&Tensor> {
         match self.averages.get(name) {
-            Some(average) if average.shape() == value.shape() && average.dtype() == dtype(value) => Ok(average),
+            Some(average) if average.shape() == value.shape() && average.dtype() == value.dtype().accumulator() => {
+                Ok(average)
+            }
             Some(average) => Err(Error::shape(
                 "ema",
                 format!(
@@ -119,10 +123,6 @@ impl Ema {
             None => Err(Error::argument("ema", format!("there is no average of {name}"))),
         }
     }
-}
-
-fn dtype(value: &Tensor) -> DType {
-    if value.dtype() == DType::F64 { DType::F64 } else { DType::F32 }
 }
 
 /// Parameters that have other values for a while; dropping it gives them their own back.

@@ -78,14 +78,9 @@ pub struct StepInfo {
     pub updated: usize,
 }
 
-/// The dtype of the state of a parameter.
-fn state_dtype(dtype: DType) -> DType {
-    if dtype == DType::F64 { DType::F64 } else { DType::F32 }
-}
-
 impl State {
     fn new(value: &Tensor) -> Result<Self> {
-        let dtype = state_dtype(value.dtype());
+        let dtype = value.dtype().accumulator();
         let zeros = || Tensor::zeros(*value.shape(), dtype, value.device());
         let master = if value.dtype() == dtype { None } else { Some(value.to_dtype(dtype)?) };
         Ok(Self { exp_avg: zeros()?, exp_avg_sq: zeros()?, master, step: 0 })
@@ -208,15 +203,18 @@ impl AdamW {
             };
             ensure!(
                 state.exp_avg.shape() == value.shape()
-                    && state.exp_avg.dtype() == state_dtype(value.dtype())
+                    && state.exp_avg.dtype() == value.dtype().accumulator()
+                    && state.exp_avg.device() == value.device()
                     && state.master.is_some() == (value.dtype() != state.exp_avg.dtype()),
                 Error::argument(
                     "adamw",
                     format!(
-                        "the state of {name} is for a parameter of shape {:?}, the parameter is {:?} {}",
+                        "the state of {name} is for a parameter of shape {:?} on {}, the parameter is {:?} {} on {}",
                         state.exp_avg.shape(),
+                        state.exp_avg.device(),
                         value.shape(),
-                        value.dtype()
+                        value.dtype(),
+                        value.device()
                     )
                 )
             );
@@ -257,7 +255,7 @@ impl AdamW {
                 continue;
             }
             let value = param.tensor();
-            let dtype = state_dtype(value.dtype());
+            let dtype = value.dtype().accumulator();
             let [exp_avg, exp_avg_sq, step, master] = &keys;
             let master =
                 if value.dtype() == dtype { Some(None) } else { loader.tensor(master, &value, dtype)?.map(Some) };
@@ -300,7 +298,7 @@ impl Loader<'_> {
     }
 
     fn tensor(&mut self, key: &str, like: &Tensor, dtype: DType) -> Result<Option<Tensor>> {
-        self.find(key, like.shape(), dtype)
+        self.find(key, like.shape(), dtype)?.map(|tensor| tensor.to_device(like.device())).transpose()
     }
 
     fn count(&mut self, key: &str) -> Result<Option<u64>> {

@@ -1,0 +1,67 @@
+//! `xt run`: one forward and backward pass of a model, from files to a file.
+
+use std::{collections::BTreeMap, fs, path::PathBuf};
+
+use clap::Args;
+use x_transformers::{
+    Error, Store,
+    config::Config,
+    io::{read_safetensors, write_safetensors},
+    models::{Model, RunOptions},
+};
+
+use crate::{
+    compute::ComputeArgs,
+    failure::{Failure, Result, print},
+};
+
+#[derive(Args)]
+pub struct RunArgs {
+    /// JSON config of a model, and under `call` what to ask of it
+    #[arg(long, value_name = "FILE")]
+    config: PathBuf,
+
+    /// Its weights, under the names of PyTorch's state dict; only a SamplingFilter has none
+    #[arg(long, value_name = "FILE")]
+    weights: Option<PathBuf>,
+
+    /// What it is given, under the names of PyTorch's arguments: x, mask, context, mems.0, …; for gradients of an output
+    /// that is no loss also its cotangent
+    #[arg(long, value_name = "FILE")]
+    inputs: PathBuf,
+
+    /// Where to write out or loss, mems.N, attn.N, grad.NAME and grad.input.NAME; they have the type of --dtype
+    #[arg(long, value_name = "FILE")]
+    outputs: PathBuf,
+
+    /// Give gradients of parameters and inputs too
+    #[arg(long)]
+    grad: bool,
+
+    #[command(flatten)]
+    compute: ComputeArgs,
+}
+
+pub fn run(args: RunArgs) -> Result<()> {
+    let text = fs::read_to_string(&args.config).map_err(|error| Failure::io(&args.config, &error))?;
+    let in_config = |error: Error| Failure::from(error).within(&args.config);
+    let (config, call) = Config::with_call(&text).map_err(in_config)?;
+    let model = Model::new(&config, &Store::zeros(args.compute.dtype, &args.compute.device()?)).map_err(in_config)?;
+    match &args.weights {
+        Some(path) => {
+            let load = |weights: BTreeMap<_, _>| model.params().load(&weights);
+            load(read_safetensors(path)?).map_err(|error| Failure::from(error).within(path))?;
+        }
+        None if model.params().iter().next().is_none() => {}
+        None => return Err(Failure::new("the model has parameters; give a file for them with --weights")),
+    }
+    let inputs = read_safetensors(&args.inputs)?;
+    let options = RunOptions { gradients: args.grad, ..RunOptions::default() };
+    let outputs = model.run(&inputs, &call, &options).map_err(|error| match error.root() {
+        Error::Option { .. } => in_config(error),
+        _ => Failure::from(error).within(&args.inputs),
+    })?;
+    write_safetensors(&args.outputs, &outputs, &BTreeMap::new())?;
+    let (count, gradients) = (outputs.len(), outputs.keys().filter(|name| name.starts_with("grad.")).count());
+    print(format_args!("{}: {count} tensors, {gradients} of them gradients\n", args.outputs.display()))
+}
