@@ -87,21 +87,21 @@ std::string in_words(const Worker& worker, const Race& race) {
     return text + name.substr(name.rfind("thread"));
 }
 
-// The cell of an address, and the name of its part of shared memory; null if it is in none.
-Cell* find(Worker& worker, const void* address, size_t bytes, std::string& place) {
-    const uintptr_t at = uintptr_t(address);
-    const size_t in_static = at - uintptr_t(worker.static_shared);
-    const size_t in_dynamic = at - uintptr_t(worker.dynamic_shared);
+// The cell of an address; null if it is not in shared memory.
+Cell* find(Worker& worker, uintptr_t address, size_t bytes) {
+    const size_t in_static = address - uintptr_t(worker.static_shared);
+    const size_t in_dynamic = address - uintptr_t(worker.dynamic_shared);
     const auto inside = [bytes](size_t offset, size_t size) { return offset < size && bytes <= size - offset; };
-    if (inside(in_static, worker.static_bytes)) {
-        place = "static shared memory, byte " + std::to_string(in_static);
-        return &worker.cells[in_static];
-    }
-    if (inside(in_dynamic, worker.dynamic_bytes)) {
-        place = "dynamic shared memory, byte " + std::to_string(in_dynamic);
-        return &worker.cells[worker.static_bytes + in_dynamic];
-    }
+    if (inside(in_static, worker.static_bytes)) return &worker.cells[in_static];
+    if (inside(in_dynamic, worker.dynamic_bytes)) return &worker.cells[worker.static_bytes + in_dynamic];
     return nullptr;
+}
+
+std::string shared_place(const Worker& worker, const Cell* cell) {
+    const size_t at = cell - worker.cells.data();
+    const bool in_static = at < worker.static_bytes;
+    return std::string(in_static ? "static" : "dynamic") + " shared memory, byte " +
+           std::to_string(in_static ? at : at - worker.static_bytes);
 }
 
 // A report of another thread's doing, or of the running one's.
@@ -185,13 +185,13 @@ void report(const std::string& text) {
 
 bool check_shared(const Thread& thread, const void* address, size_t bytes, Access access) {
     Worker& worker = *thread.worker;
-    std::string place;
-    Cell* const cells = find(worker, address, bytes, place);
+    Cell* const cells = find(worker, uintptr_t(address), bytes);
     if (cells == nullptr) return false;
     for (size_t i = 0; i < bytes; ++i) {
         Race race;
         if (access_byte(worker, thread.number, cells[i], access, race)) [[likely]] continue;
-        fail_as(thread, in_words(worker, race) + "; " + std::to_string(bytes) + " bytes at " + place);
+        fail_as(thread, in_words(worker, race) + "; " + std::to_string(bytes) + " bytes at " +
+                            shared_place(worker, cells));
     }
     return true;
 }
