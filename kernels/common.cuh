@@ -11,12 +11,6 @@ typedef unsigned long long u64;
 typedef float f32;
 typedef double f64;
 
-// Index arithmetic: 32 bits unless the launch says -DINDEX=i64, because a tensor has 2^31 elements or more.
-#ifndef INDEX
-#define INDEX u32
-#endif
-typedef INDEX Index;
-
 struct bf16 {
     unsigned short bits;
 };
@@ -24,6 +18,8 @@ struct bf16 {
 struct f16 {
     unsigned short bits;
 };
+
+#include "ptx.cuh"
 
 typedef DTYPE T;
 
@@ -44,38 +40,76 @@ template <> struct Element<f64> {
 
 template <> struct Element<f16> {
     typedef f32 Acc;
-    static __device__ __forceinline__ f32 to_acc(f16 x) {
-        f32 y;
-        asm("cvt.f32.f16 %0, %1;" : "=f"(y) : "h"(x.bits));
-        return y;
-    }
-    static __device__ __forceinline__ f16 from_acc(f32 x) {
-        f16 y;
-        asm("cvt.rn.f16.f32 %0, %1;" : "=h"(y.bits) : "f"(x));
-        return y;
-    }
+    static __device__ __forceinline__ f32 to_acc(f16 x) { return ptx_f16_to_f32(x.bits); }
+    static __device__ __forceinline__ f16 from_acc(f32 x) { return {ptx_f32_to_f16(x)}; }
 };
 
 template <> struct Element<bf16> {
     typedef f32 Acc;
     static __device__ __forceinline__ f32 to_acc(bf16 x) { return __uint_as_float((u32)x.bits << 16); }
     static __device__ __forceinline__ bf16 from_acc(f32 x) {
-        bf16 y;
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
-        asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(y.bits) : "f"(x));
+#if __CUDA_ARCH__ >= 800
+        return {ptx_f32_to_bf16(x)};
 #else
         // Cards before sm_80 have no bf16 instruction. NaN becomes 0x7FFF, as it does there.
         const u32 bits = __float_as_uint(x);
-        y.bits = x != x ? 0x7FFF : (bits + 0x7FFF + (bits >> 16 & 1)) >> 16;
+        return {(unsigned short)(x != x ? 0x7FFF : (bits + 0x7FFF + (bits >> 16 & 1)) >> 16)};
 #endif
-        return y;
     }
 };
+
+// Integers and truth values are only moved and compared.
+template <> struct Element<i64> {
+    typedef i64 Acc;
+    static __device__ __forceinline__ i64 to_acc(i64 x) { return x; }
+    static __device__ __forceinline__ i64 from_acc(i64 x) { return x; }
+};
+
+template <> struct Element<bool> {
+    typedef bool Acc;
+    static __device__ __forceinline__ bool to_acc(bool x) { return x; }
+    static __device__ __forceinline__ bool from_acc(bool x) { return x; }
+};
+
+// The element nearest to a number: floats round to nearest even, once; integers truncate and saturate, NaN being 0;
+// a truth value is whether the number is not 0.
+template <typename E> __device__ __forceinline__ E from_f64(f64 x) {
+    if constexpr (sizeof(E) == 2) {
+        // To f32 first, with the last bit set if anything was cut off: rounding that is as good as rounding x itself.
+        const f32 nearest = (f32)x;
+        const bool cut = (f64)nearest != x, away = fabs((f64)nearest) > fabs(x);
+        return Element<E>::from_acc(__uint_as_float((__float_as_uint(nearest) - away) | cut));
+    } else {
+        return (E)x;
+    }
+}
+template <> __device__ __forceinline__ bool from_f64<bool>(f64 x) { return x != 0; }
+template <> __device__ __forceinline__ i64 from_f64<i64>(f64 x) {
+    constexpr i64 MAX = 0x7FFFFFFFFFFFFFFF;
+    if (x != x) return 0;
+    return x >= 9223372036854775808.0 ? MAX : x < -9223372036854775808.0 ? -MAX - 1 : (i64)x;
+}
 
 // The smallest finite number: where a running maximum starts. exp(lowest - lowest) is 1 where infinities give NaN.
 template <typename A> __device__ __forceinline__ A lowest();
 template <> __device__ __forceinline__ f32 lowest<f32>() { return -3.4028234663852886e38f; }
 template <> __device__ __forceinline__ f64 lowest<f64>() { return -1.7976931348623157e308; }
+
+template <typename A> __device__ __forceinline__ A negative_infinity();
+template <> __device__ __forceinline__ f32 negative_infinity<f32>() { return __int_as_float(0xFF800000); }
+template <> __device__ __forceinline__ f64 negative_infinity<f64>() { return __longlong_as_double(0xFFF0000000000000); }
+
+// From f64, rounded once to nearest even.
+template <typename E> __device__ __forceinline__ E rounded_once(f64 x) {
+    if constexpr (sizeof(E) == 2) {
+        // By way of f32 with the last bit set if anything was cut off, which decides the ties of the second rounding.
+        const f32 nearest = (f32)x;
+        const u32 cut = (f64)nearest != x, away = fabs((f64)nearest) > fabs(x);
+        return Element<E>::from_acc(__uint_as_float((__float_as_uint(nearest) - away) | cut));
+    } else {
+        return (E)x;
+    }
+}
 
 // Where the elements of a tensor are: sizes and steps of its dimensions, outermost first, all counted in elements.
 // Passed by value; the same bytes as the struct that the launch fills.
@@ -88,62 +122,76 @@ struct Layout {
     i64 strides[MAX_RANK];
     i64 offset;
 
-    // Position of element `i` in row-major order. Unrolled, so that the arrays are read straight from the parameters.
-    __device__ __forceinline__ Index position(Index i) const {
-        Index at = (Index)offset;
-#pragma unroll
-        for (int dim = MAX_RANK - 1; dim >= 0; --dim) {
-            if (dim < rank) {
-                const Index size = dims[dim];
-                at += i % size * (Index)strides[dim];
-                i /= size;
-            }
-        }
-        return at;
-    }
+    // Position of element `i` in row-major order.
+    __device__ __forceinline__ i64 position(i64 i) const;
 };
 static_assert(sizeof(Layout) == 88, "Layout must have the size that the launch passes");
+
+// The remainder of i / size; i becomes the quotient. In 32 bits where they suffice: cards have no division in 64 bits.
+__device__ __forceinline__ u32 divide(u64& i, u32 size) {
+    const u64 whole = i;
+    i = whole >> 32 == 0 ? (u32)whole / size : whole / size;
+    return (u32)whole - (u32)i * size;
+}
+
+// Positions of element `i` in row-major order, in tensors of one shape whose layouts differ in strides and offset.
+template <int COUNT> struct Positions {
+    i64 of[COUNT];
+};
+
+// Unrolled, so that the arrays of the layouts are read straight from the parameters.
+template <typename... Others>
+__device__ __forceinline__ Positions<1 + sizeof...(Others)> positions(u64 i, const Layout& first,
+                                                                      const Others&... others) {
+    Positions<1 + sizeof...(Others)> at = {{first.offset, others.offset...}};
+#pragma unroll
+    for (int dim = MAX_RANK - 1; dim >= 0; --dim) {
+        if (dim >= first.rank) continue;
+        const i64 along = dim > 0 ? divide(i, first.dims[dim]) : i;
+        int n = 0;
+        at.of[n++] += along * first.strides[dim];
+        ((at.of[n++] += along * others.strides[dim]), ...);
+    }
+    return at;
+}
+
+__device__ __forceinline__ i64 Layout::position(i64 i) const { return positions(i, *this).of[0]; }
 
 // Elements of one 128-bit access.
 constexpr int LANES = 16 / sizeof(T);
 
-// N consecutive elements: LANES of them, read and written at once, or one.
-template <int N> struct alignas(N * sizeof(T)) Packet {
-    T lane[N];
+// N consecutive elements, read and written at once.
+template <int N, typename E = T> struct alignas(N * sizeof(E)) Packet {
+    E lane[N];
 };
 
-template <int N> __device__ __forceinline__ Packet<N> load(const T* from) {
-    Packet<N> packet;
-    if constexpr (N == LANES && N > 1) {
+template <int N, typename E> __device__ __forceinline__ Packet<N, E> load(const E* from) {
+    if constexpr (sizeof(Packet<N, E>) == 16) {
         const uint4 raw = *reinterpret_cast<const uint4*>(from);
+        Packet<N, E> packet;
         memcpy(&packet, &raw, sizeof(raw));
+        return packet;
     } else {
-        static_assert(N == 1, "a packet has LANES elements or one");
-        packet.lane[0] = from[0];
+        return *reinterpret_cast<const Packet<N, E>*>(from);
     }
+}
+
+// As above, from addresses that are aligned for a packet only if `packed`.
+template <int N, typename E> __device__ __forceinline__ Packet<N, E> load(const E* from, bool packed) {
+    if (packed) return load<N>(from);
+    Packet<N, E> packet;
+#pragma unroll
+    for (int lane = 0; lane < N; ++lane) packet.lane[lane] = from[lane];
     return packet;
 }
 
-// An assignment may be taken apart into stores of single lanes, which PTX prevents.
-__device__ __forceinline__ void store_128(void* to, uint4 raw) {
-#ifdef __CUDA_ARCH__
-    asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};"
-                 :
-                 : "l"(__cvta_generic_to_global(to)), "r"(raw.x), "r"(raw.y), "r"(raw.z), "r"(raw.w)
-                 : "memory");
-#else
-    *reinterpret_cast<uint4*>(to) = raw;
-#endif
-}
-
-template <int N> __device__ __forceinline__ void store(T* to, const Packet<N>& packet) {
-    if constexpr (N == LANES && N > 1) {
+template <int N, typename E> __device__ __forceinline__ void store(E* to, const Packet<N, E>& packet) {
+    if constexpr (sizeof(packet) == 16) {
         uint4 raw;
         memcpy(&raw, &packet, sizeof(raw));
-        store_128(to, raw);
+        ptx_store_128(to, raw);
     } else {
-        static_assert(N == 1, "a packet has LANES elements or one");
-        to[0] = packet.lane[0];
+        *reinterpret_cast<Packet<N, E>*>(to) = packet;
     }
 }
 
@@ -154,14 +202,32 @@ template <int N> struct Lanes {
     static constexpr int COUNT = N;
 };
 
+// Calls body(i, Lanes<N>()) for the positions 0, N, 2N, … of n elements, each by one thread of the grid: packets of
+// WIDTH if `packed`, which asks for 128-bit aligned addresses, then what is left one by one.
+template <int WIDTH = LANES, typename Body>
+__device__ __forceinline__ void for_elements(i64 n, bool packed, Body body) {
+    const i64 thread = (i64)blockIdx.x * blockDim.x + threadIdx.x, threads = (i64)gridDim.x * blockDim.x;
+    const i64 in_packets = packed ? n / WIDTH * WIDTH : 0;
+    for (i64 i = thread * WIDTH; i < in_packets; i += threads * WIDTH) body(i, Lanes<WIDTH>());
+    for (i64 i = in_packets + thread; i < n; i += threads) body(i, Lanes<1>());
+}
+
 // The threads with one threadIdx.y share a row: a warp each (blockDim.x 32, several rows a block), or the whole block
 // (blockDim.x a larger multiple of 32, blockDim.y 1).
 //
-// Calls body(j, Lanes<N>()) for the positions 0, N, 2N, … of a row, each by one thread: packets if `packed`, which
-// asks for 128-bit aligned rows, then what is left one by one.
-template <typename Body> __device__ __forceinline__ void for_row(u32 columns, bool packed, Body body) {
-    const u32 in_packets = packed ? columns / LANES * LANES : 0;
-    for (u32 j = threadIdx.x * LANES; j < in_packets; j += blockDim.x * LANES) body(j, Lanes<LANES>());
+// Calls body(j, Lanes<N>()) for the positions 0, N, 2N, … of a row, each by one thread: packets of WIDTH if `packed`,
+// which asks for 128-bit aligned rows, then what is left one by one. A thread sees the same elements in the same order
+// either way, so that sums do not depend on where a row starts.
+template <int WIDTH = LANES, typename Body>
+__device__ __forceinline__ void for_row(u32 columns, bool packed, Body body) {
+    const u32 in_packets = columns / WIDTH * WIDTH;
+    for (u32 j = threadIdx.x * WIDTH; j < in_packets; j += blockDim.x * WIDTH) {
+        if (packed) {
+            body(j, Lanes<WIDTH>());
+        } else {
+            for (u32 lane = 0; lane < WIDTH; ++lane) body(j + lane, Lanes<1>());
+        }
+    }
     for (u32 j = in_packets + threadIdx.x; j < columns; j += blockDim.x) body(j, Lanes<1>());
 }
 
@@ -195,7 +261,7 @@ template <typename A> __device__ __forceinline__ A max_row(A value) {
 
 // Indices that are out of range cannot stop a kernel. It stays within its tables and leaves a note, of which the first
 // one counts; the host turns it into an error when it next waits for the device.
-constexpr i64 FAULT_EMBEDDING = 1, FAULT_CROSS_ENTROPY = 2;
+constexpr i64 FAULT_EMBEDDING = 1, FAULT_CROSS_ENTROPY = 2, FAULT_NO_TARGETS = 3;
 
 __device__ __forceinline__ void report_fault(i64* fault, i64 kind, i64 index, i64 limit) {
     if (atomicCAS((u64*)fault, (u64)0, (u64)kind) == 0) {

@@ -1,36 +1,42 @@
-// Packing of a strided tensor: y[i] = x[position of element i under the layout].
+// Copies between tensors of any strides: y = x, and sum = sum + x.
 //
-// Shapes: y [n] packed, x any layout of n elements (transposed, sliced, broadcast). T: every dtype.
+// Shapes: n elements of one shape on both sides, whose dimensions the host has merged where both layouts allow it: a
+// transposed, sliced or broadcast tensor to a packed one, or a tensor to its part of a larger one. No element of y is
+// written twice. T: every dtype; sums of integers are not used.
+// Variants: DTYPE=f32,f64,bf16,f16,i64,bool
+//
 // Each thread takes elements a grid apart, so that writes are coalesced; where the innermost dimension is packed and
 // everything is aligned to 128 bits, it takes 16 bytes at a time instead of one element.
-// Moves 2 sizeof(T) per element. Limited by memory bandwidth where x is packed along its last dimension; a transposed
-// x is read in sectors of 32 bytes of which one element is used at a time, the rest being left to the caches.
-// Variants: DTYPE=f32,f64,bf16,f16,i64,bool INDEX=u32,i64
+// Moves 2 sizeof(T) per element, 3 for a sum. Limited by memory bandwidth where x is packed along its last dimension;
+// a transposed x is read in sectors of 32 bytes of which one element is used at a time, the rest being left to the
+// caches.
 
 #include "common.cuh"
+#include "strided.cuh"
 
-// Whether groups of LANES elements that are neighbours in y are neighbours in x, both aligned.
-__device__ __forceinline__ bool in_packets(const T* y, const T* x, const Layout& layout) {
-    bool packed = layout.rank > 0 && aligned(y) && aligned(x) && layout.offset % LANES == 0;
+__device__ __forceinline__ bool both_in_packets(const T* y, const T* x, const Layout& to, const Layout& from) {
+    return last_step(to) == 1 && in_packets(y, to) && in_packets(x, from);
+}
+
+extern "C" __global__ void copy_strided(T* y, const T* x, Layout to, Layout from, i64 n) {
+    const i64 step = last_step(from);
+    for_elements(n, both_in_packets(y, x, to, from), [&](i64 i, auto lanes) {
+        const auto at = positions(i, to, from);
+        store(y + at.of[0], gather<lanes.COUNT>(x, at.of[1], step));
+    });
+}
+
+extern "C" __global__ void copy_add(T* sum, const T* x, Layout to, Layout from, i64 n) {
+    const i64 step = last_step(from);
+    for_elements(n, both_in_packets(sum, x, to, from), [&](i64 i, auto lanes) {
+        const auto at = positions(i, to, from);
+        auto total = load<lanes.COUNT>(sum + at.of[0]);
+        const auto summand = gather<lanes.COUNT>(x, at.of[1], step);
 #pragma unroll
-    for (int dim = 0; dim < MAX_RANK; ++dim) {
-        if (dim + 1 == layout.rank) packed &= layout.strides[dim] == 1 && layout.dims[dim] % LANES == 0;
-        if (dim + 1 < layout.rank) packed &= layout.strides[dim] % LANES == 0;
-    }
-    return packed;
-}
-
-template <int N> __device__ __forceinline__ void copy(T* y, const T* x, const Layout& layout, Index n) {
-    const Index step = (Index)gridDim.x * blockDim.x * N;
-    for (Index i = ((Index)blockIdx.x * blockDim.x + threadIdx.x) * N; i < n; i += step) {
-        store<N>(y + i, load<N>(x + layout.position(i)));
-    }
-}
-
-extern "C" __global__ void copy_strided(T* y, const T* x, Layout layout, i64 n) {
-    if (in_packets(y, x, layout)) {
-        copy<LANES>(y, x, layout, (Index)n);
-    } else {
-        copy<1>(y, x, layout, (Index)n);
-    }
+        for (int lane = 0; lane < lanes.COUNT; ++lane) {
+            total.lane[lane] =
+                Element<T>::from_acc(Element<T>::to_acc(total.lane[lane]) + Element<T>::to_acc(summand.lane[lane]));
+        }
+        store(sum + at.of[0], total);
+    });
 }

@@ -1,17 +1,10 @@
 // Values that depend on nothing: y[i] = value, and y[i] = i.
 //
-// Shapes: y [n]. T: every dtype; `value` is one that T holds exactly. Each thread takes elements a grid apart.
+// Shapes: y [n]. T: every dtype, to which `value` is rounded. Each thread takes elements a grid apart.
 // Moves sizeof(T) per element, written only; limited by memory bandwidth.
 // Variants: DTYPE=f32,f64,bf16,f16,i64,bool
 
 #include "common.cuh"
-
-// The element for a number.
-template <typename E> __device__ __forceinline__ E from_f64(f64 x) {
-    return Element<E>::from_acc((typename Element<E>::Acc)x);
-}
-template <> __device__ __forceinline__ i64 from_f64<i64>(f64 x) { return (i64)x; }
-template <> __device__ __forceinline__ bool from_f64<bool>(f64 x) { return x != 0; }
 
 extern "C" __global__ void fill_value(T* y, i64 n, f64 value) {
     const T element = from_f64<T>(value);

@@ -4,17 +4,18 @@
 //   backward: dx_j = y_j (g_j - sum_k g_k y_k)
 //
 // Shapes: y, x, dx, g [rows, columns], packed. T: f32, f64, bf16, f16; statistics in f32 (f64 for f64).
-// One row per warp, or per block for long rows (see for_row); rows are a grid apart. The forward pass keeps a running
-// maximum and the sum under it (Milakov and Gimelshein, "Online normalizer calculation for softmax", 2018), so that x
-// is read twice and not three times.
+// Variants: DTYPE=f32,f64,bf16,f16
+//
+// One row per warp, or per block for long rows (see for_row); rows are a grid apart. The forward pass finds maximum and
+// sum in one reading, so that x is read twice and not three times.
 // Moves 2 sizeof(T) per element forward and 3 backward as long as a row stays in the caches between its two readings.
 // Limited by memory bandwidth; for short rows by the latency of the reductions.
 //
 // A row of equal values gives 1 / columns even if they are the lowest finite number, as masks make them. A row that
 // holds NaN or +inf, or nothing but -inf, gives NaN, as on the CPU.
-// Variants: DTYPE=f32,f64,bf16,f16
 
 #include "common.cuh"
+#include "softmax.cuh"
 
 typedef Element<T>::Acc Acc;
 
@@ -23,25 +24,13 @@ extern "C" __global__ void softmax_fwd(T* y, const T* x, i64 rows, u32 columns) 
     for (i64 row = (i64)blockIdx.x * blockDim.y + threadIdx.y; row < rows; row += step) {
         T* to = y + row * columns;
         const T* from = x + row * columns;
-        const bool packed = aligned(to) && aligned(from);
-        Acc max = lowest<Acc>(), sum = 0;
-        for_row(columns, packed, [&](u32 j, auto lanes) {
-            const auto values = load<lanes.COUNT>(from + j);
-            Acc larger = max;
-#pragma unroll
-            for (T value : values.lane) larger = fmax(larger, Element<T>::to_acc(value));
-            sum *= exp(max - larger);
-            max = larger;
-#pragma unroll
-            for (T value : values.lane) sum += exp(Element<T>::to_acc(value) - max);
-        });
-        const Acc row_max = max_row(max);
-        const Acc scale = 1 / sum_row(sum * exp(max - row_max));
-        for_row(columns, packed, [&](u32 j, auto lanes) {
+        const Softmax<Acc> softmax = softmax_of_row(from, columns);
+        const Acc scale = 1 / softmax.sum;
+        for_row(columns, aligned(to) && aligned(from), [&](u32 j, auto lanes) {
             auto values = load<lanes.COUNT>(from + j);
 #pragma unroll
             for (T& value : values.lane) {
-                value = Element<T>::from_acc(exp(Element<T>::to_acc(value) - row_max) * scale);
+                value = Element<T>::from_acc(exp(Element<T>::to_acc(value) - softmax.max) * scale);
             }
             store(to + j, values);
         });

@@ -145,6 +145,12 @@ impl Error {
         Self::Argument { op, message: message.into() }
     }
 
+    /// A mean loss over no targets.
+    pub(crate) fn no_targets(targets: usize, ignore_index: i64) -> Self {
+        let message = format!("all of the {targets} targets are ignore_index {ignore_index}, the mean is over none");
+        Self::argument("cross_entropy", message)
+    }
+
     pub(crate) fn option(key: impl Into<String>, why: impl Into<String>) -> Self {
         Self::Option { key: key.into(), why: why.into() }
     }

@@ -63,6 +63,7 @@ fn checkpoint(step: u64, elements: usize) -> Checkpoint {
             options: TrainOptions { lr: 0.1 + 0.2, seed: u64::MAX, ..Default::default() },
             text: TextPrint { bytes: 17, fingerprint: "00ff".to_string() },
             losses: Losses { last: Some(1.0 / 3.0), best: Some(f64::MIN_POSITIVE), ..Default::default() },
+            grad_scaler: None,
         },
     }
 }

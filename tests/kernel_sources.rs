@@ -145,6 +145,10 @@ mod on_the_host {
         fn build(test: &str, source: &str, dtype: &str, main: &str) -> Option<Self> {
             let kernels = Path::new(env!("CARGO_MANIFEST_DIR")).join("kernels");
             let text = super::flatten(source, &|name| std::fs::read_to_string(kernels.join(name)).ok()).unwrap();
+            // host.h stands in for the PTX.
+            let (before, rest) = text.split_once("#line 1 \"ptx.cuh\"\n").unwrap();
+            let (_, after) = rest.split_once("\n#line").unwrap();
+            let text = format!("{before}#line{after}");
             let program = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("{test}_{dtype}"));
             let code = program.with_extension("cpp");
             std::fs::write(&code, format!("#include \"host.h\"\n{text}\nint main() {{\n{main}\n}}\n")).unwrap();
@@ -188,7 +192,7 @@ mod on_the_host {
     fn philox_published_vectors() {
         let main = "const u32* v = input<u32>(18);
             for (int n = 0; n < 3; ++n, v += 6) output(philox4x32({{v[0], v[1], v[2], v[3]}}, v[4], v[5]).word, 4);";
-        let Some(program) = Program::build("philox_published_vectors", "random.cu", "f32", main) else { return };
+        let Some(program) = Program::build("philox_published_vectors", "dropout.cu", "f32", main) else { return };
         let (pi, ones) =
             ([0x243f_6a88, 0x85a3_08d3, 0x1319_8a2e, 0x0370_7344, 0xa409_3822, 0x299f_31d0], [u32::MAX; 6]);
         let words: Vec<u32> = program.run(&[[0; 6], ones, pi].concat());
@@ -200,29 +204,23 @@ mod on_the_host {
         assert_eq!(words, expected.concat());
     }
 
-    /// A kernel draws the numbers that the CPU draws, bit by bit.
+    /// A kernel draws the numbers that the CPU draws.
     #[test]
-    fn random_equals_the_library() {
+    fn dropout_keeps_what_the_library_keeps() {
         const N: usize = 1003;
-        let (seed, stream) = (0x1234_5678_9abc_def0, 0xfedc_ba98_7654_3210);
+        let (seed, stream, threshold) = (0x1234_5678_9abc_def0, 0xfedc_ba98_7654_3210, Philox::drop_threshold(0.3));
         let main = format!(
-            "u32* words = room<u32>({N}); T* uniform = room<T>({N});
-            launch(2, {{32, 1}}, [&] {{ random_words(words, {N}, {seed}u, {stream}u); }});
-            launch(3, {{64, 1}}, [&] {{ random_uniform(uniform, {N}, {seed}u, {stream}u); }});
-            output(words, {N}); output(uniform, {N});"
+            "T* x = input<T>({N});
+            launch(2, {{32, 1}}, [&] {{ dropout_mask(x, x, {N}, {seed}u, {stream}u, {threshold}u, 1); }});
+            output(x, {N});"
         );
         let random = Philox::new(seed, stream);
-        let words: Vec<u32> = (0..N as u64).map(|i| random.word(i)).collect();
-        for dtype in ["f32", "f64"] {
-            let Some(program) = Program::build("random_equals_the_library", "random.cu", dtype, &main) else { return };
-            let bytes: Vec<u8> = program.run::<u8, u8>(&[]);
-            assert_eq!(elements::<u32>(&bytes[..4 * N]), words);
-            let uniform = (0..N as u64).map(|i| random.uniform(i));
-            let expected: Vec<u8> = match dtype {
-                "f32" => uniform.flat_map(|x| (x as f32).to_le_bytes()).collect(),
-                _ => uniform.flat_map(f64::to_le_bytes).collect(),
-            };
-            assert!(bytes[4 * N..] == expected, "uniform {dtype}");
+        let kept: Vec<f64> = (0..N as u64).map(|i| random.keeps(i, threshold) as u8 as f64).collect();
+        for dtype in ["f32", "f64", "bf16"] {
+            let test = "dropout_keeps_what_the_library_keeps";
+            let Some(program) = Program::build(test, "dropout.cu", dtype, &main) else { return };
+            let bytes: Vec<u8> = program.run(&narrow(dtype, &[1.0; N]));
+            assert_eq!(widen(dtype, &bytes), kept, "{dtype}");
         }
     }
 
@@ -257,7 +255,8 @@ mod on_the_host {
     fn copy_follows_strides() {
         let main = "const Layout* layout = input<Layout>(1); const i64* sizes = input<i64>(2);
             const T* x = input<T>(sizes[0]); T* y = room<T>(sizes[1]);
-            launch(2, {32, 1}, [&] { copy_strided(y, x, *layout, sizes[1]); });
+            const Layout packed = {1, {(u32)sizes[1]}, 0, {1}, 0};
+            launch(2, {32, 1}, [&] { copy_strided(y, x, packed, *layout, sizes[1]); });
             output(y, sizes[1]);";
         // Dims, strides, offset: transposed, sliced with packed rows, broadcast, in whole packets, packed, one element.
         type Case<'a> = (&'a [u32], &'a [i64], i64);

@@ -317,7 +317,9 @@ fn files(folder: &Path) -> (Vec<u8>, Vec<u8>) {
 
 #[test]
 fn trainer_learns() -> Result<()> {
-    for (dtype, ema_decay) in [(DType::F32, None), (DType::F32, Some(0.8)), (DType::BF16, None), (DType::F64, None)] {
+    let (plain, averaged) =
+        ([DType::F32, DType::BF16, DType::F16, DType::F64].map(|dtype| (dtype, None)), (DType::F32, Some(0.8)));
+    for (dtype, ema_decay) in plain.into_iter().chain([averaged]) {
         let mut trainer = trainer(0.0, TrainOptions { dtype, ema_decay, ..options(40) })?;
         let start = trainer.validate()?;
         // A model that knows nothing guesses among 128 bytes.
@@ -328,7 +330,8 @@ fn trainer_learns() -> Result<()> {
             assert_eq!(report.step + 1, trainer.steps_done());
             assert_eq!(report.tokens, 4 * 24);
             assert_eq!(report.lr, trainer.options().schedule().at(report.step));
-            assert!(report.grad_norm > 0.0);
+            // Gradients of an ordinary loss overflow f16 nowhere near the scale that a run begins with.
+            assert!(report.grad_norm > 0.0 && report.grad_norm.is_finite() && !report.skipped);
             losses.push(report.loss);
         }
         let end = trainer.validate()?;
@@ -422,6 +425,56 @@ fn trainer_resume_is_exact() -> Result<()> {
         }
         assert!(whole.validate()? == parts.validate()?);
         assert!(bits(&whole, &folder.0.join("whole")) == bits(&parts, &folder.0.join("parts")), "{dtype}");
+    }
+    Ok(())
+}
+
+/// A run in f16 whose scale of the loss is far too large skips steps, and halves the scale each time, until the gradients
+/// are finite. That too goes on after a resume as if it had never stopped.
+#[test]
+fn trainer_skips_steps_until_the_scaled_gradients_are_finite() -> Result<()> {
+    let folder = Folder::new("scaled");
+    let (start, run) = (folder.0.join("start"), folder.0.join("run"));
+    let options = TrainOptions { dtype: DType::F16, ema_decay: Some(0.5), accumulate: 2, ..options(40) };
+    trainer(0.1, options)?.save(&start)?;
+    let json = fs::read_to_string(start.join("training.json")).unwrap();
+    let huge = 2f64.powi(40);
+    assert!(json.contains("\"scale\": 65536.0"), "{json}");
+    fs::write(start.join("training.json"), json.replace("65536.0", &format!("{huge:?}"))).unwrap();
+
+    let mut trainer = Trainer::resume(&start, text(), &CPU)?;
+    let before = files(&start).0;
+    let mut skipped = 0;
+    loop {
+        let scale = trainer.grad_scaler().unwrap().scale();
+        assert_eq!(scale, huge / 2f64.powi(skipped as i32));
+        let report = trainer.step()?;
+        assert!(report.loss.is_finite());
+        if !report.skipped {
+            assert!(report.grad_norm.is_finite() && report.grad_norm < 100.0, "{}", report.grad_norm);
+            break;
+        }
+        skipped += 1;
+        assert!(skipped < 40 && report.grad_norm == f64::INFINITY);
+        assert_eq!(trainer.grad_scaler().unwrap().skipped(), skipped);
+        trainer.save(&run)?;
+        assert!(files(&run).0 == before, "step {skipped} changed weights");
+        trainer = Trainer::resume(&run, text(), &CPU)?;
+    }
+    // Nothing near 2^40 fits, and the scale of an ordinary run does.
+    assert!((8..=24).contains(&skipped), "{skipped}");
+    let mut whole = Trainer::resume(&start, text(), &CPU)?;
+    while whole.steps_done() < trainer.steps_done() {
+        whole.step()?;
+    }
+    assert_eq!(whole.grad_scaler(), trainer.grad_scaler());
+    assert!(bits(&whole, &folder.0.join("whole")) == bits(&trainer, &folder.0.join("parts")));
+    // What a run cannot have left behind.
+    let json = fs::read_to_string(run.join("training.json")).unwrap();
+    for (from, to) in [("\"scale\": ", "\"scale\": -"), ("\"skipped\": ", "\"skipped\": 1")] {
+        fs::write(run.join("training.json"), json.replacen(from, to, 1)).unwrap();
+        let message = Trainer::resume(&run, text(), &CPU).map(drop).unwrap_err().to_string();
+        assert!(message.contains(if to.ends_with('-') { "scale" } else { "skipped" }), "{message}");
     }
     Ok(())
 }

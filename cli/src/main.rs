@@ -10,6 +10,8 @@ mod failure;
 mod files;
 mod generate;
 mod info;
+#[cfg(feature = "cuda")]
+mod kernels;
 mod markov;
 mod metrics;
 mod plot;
@@ -51,6 +53,9 @@ enum Command {
     Verify(verify::VerifyArgs),
     /// Show what there is to compute on, and what is missing and why
     Devices,
+    /// Compile the CUDA kernels ahead of their first use
+    #[cfg(feature = "cuda")]
+    Kernels(kernels::KernelsArgs),
 }
 
 impl Command {
@@ -62,6 +67,8 @@ impl Command {
             Self::Run(args) => run::run(args),
             Self::Verify(args) => verify::run(args),
             Self::Devices => devices::run(),
+            #[cfg(feature = "cuda")]
+            Self::Kernels(args) => kernels::run(args),
         }
     }
 }

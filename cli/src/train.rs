@@ -151,8 +151,8 @@ struct OptionArgs {
     #[arg(long, value_name = "N", default_value_t = TrainOptions::default().seed, conflicts_with = "resume")]
     seed: u64,
 
-    /// Type of the weights and activations
-    #[arg(long, default_value = "f32", value_parser = dtypes([DType::F32, DType::BF16]), conflicts_with = "resume")]
+    /// Type of the weights and activations; half types keep f32 weights for the optimizer, f16 scales the loss
+    #[arg(long, default_value = "f32", value_parser = dtypes([DType::F32, DType::BF16, DType::F16]), conflicts_with = "resume")]
     dtype: DType,
 }
 
@@ -278,6 +278,11 @@ impl Training {
             self.metrics.train(report.step, report.loss, report.lr, speed)?;
             let done = self.trainer.steps_done();
             self.progress.step(done, report.loss, speed)?;
+            if let (true, Some(scaler)) = (report.skipped, self.trainer.grad_scaler()) {
+                let scale = scaler.scale();
+                self.progress
+                    .say(format_args!("step {done}/{steps}  skipped: gradients overflow; loss scale now {scale}"))?;
+            }
             if done.is_multiple_of(every) || done == steps {
                 self.milestone(true)?;
             }
@@ -321,6 +326,10 @@ impl Training {
         let dir = self.run.dir.display();
         self.progress.say(format_args!("\nvalidation  {bits:.3} bits/byte after {took}"))?;
         self.progress.say(format_args!("yardstick   {:.3} bits/byte, {ORDER_2} on the same text", self.yardstick))?;
+        if let Some(scaler) = self.trainer.grad_scaler() {
+            let (scale, skipped) = (scaler.scale(), scaler.skipped());
+            self.progress.say(format_args!("loss scale  {scale} at the end, {skipped} steps skipped for overflow"))?;
+        }
         self.progress.say(format_args!("sample\n{sample}"))?;
         let (checkpoint, metrics, plot) = (self.run.checkpoint(), self.run.metrics(), self.run.plot());
         let files = [&checkpoint, &metrics, &plot].map(|path: &PathBuf| path.display().to_string()).join("  ");

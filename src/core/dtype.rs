@@ -3,6 +3,7 @@
 use half::{bf16, f16};
 
 use super::Real;
+use crate::{Error, Result, error::ensure};
 
 pub(crate) use bytemuck::Pod;
 
@@ -39,6 +40,12 @@ impl DType {
     /// Whether it is one of the four float types.
     pub fn is_float(self) -> bool {
         !matches!(self, Self::I64 | Self::Bool)
+    }
+
+    /// The error of an op that takes floats for a type that is not one of them.
+    pub(crate) fn expect_float(self, op: &'static str) -> Result<()> {
+        ensure!(self.is_float(), Error::dtype(op, format!("expected a float tensor, got {self}")));
+        Ok(())
     }
 
     /// The type for what must not be rounded to this one, such as sums, losses and the state of optimizers: f32 for half

@@ -25,5 +25,5 @@ pub use tensor::Tensor;
 
 pub(crate) use dtype::{Float, dispatch_float};
 pub(crate) use real::Real;
-pub(crate) use shape::{Layout, collapse};
+pub(crate) use shape::{Layout, collapse, collapse_layouts};
 pub(crate) use tape::{dropout_stream, needs};

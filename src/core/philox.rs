@@ -33,6 +33,16 @@ impl Philox {
         Self { seed, stream }
     }
 
+    /// The seed: the key of the generator.
+    pub(crate) fn seed(&self) -> u64 {
+        self.seed
+    }
+
+    /// The number of the stream.
+    pub(crate) fn stream(&self) -> u64 {
+        self.stream
+    }
+
     /// The four words of block `block`.
     #[inline(always)]
     pub fn block(&self, block: u64) -> [u32; 4] {

@@ -332,7 +332,8 @@ impl Layout {
 
 /// Merges adjacent dimensions that all of the given strides can walk as one, and drops dimensions of size 1.
 ///
-/// The result enumerates the same elements in the same order; fully packed operands come out with one dimension.
+/// The result enumerates the same elements in the same order; fully packed operands come out with one dimension, unless
+/// it would have 2³² elements or more, which kernels cannot count.
 pub(crate) fn collapse<const N: usize>(shape: &Shape, strides: [&[usize]; N]) -> (Shape, [[usize; MAX_RANK]; N]) {
     let mut dims = [0; MAX_RANK];
     let mut merged = [[0; MAX_RANK]; N];
@@ -341,7 +342,9 @@ pub(crate) fn collapse<const N: usize>(shape: &Shape, strides: [&[usize]; N]) ->
         if shape[dim] == 1 {
             continue;
         }
-        let joins = rank > 0 && (0..N).all(|n| merged[n][rank - 1] == strides[n][dim] * shape[dim]);
+        let joins = rank > 0
+            && dims[rank - 1] * shape[dim] <= u32::MAX as usize
+            && (0..N).all(|n| merged[n][rank - 1] == strides[n][dim] * shape[dim]);
         if joins {
             dims[rank - 1] *= shape[dim];
         } else {
@@ -353,6 +356,12 @@ pub(crate) fn collapse<const N: usize>(shape: &Shape, strides: [&[usize]; N]) ->
         }
     }
     (Shape::unchecked(&dims[..rank]), merged)
+}
+
+/// Layouts of this shape, collapsed together.
+pub(crate) fn collapse_layouts<const N: usize>(shape: &Shape, layouts: [&Layout; N]) -> [Layout; N] {
+    let (shape, strides) = collapse(shape, layouts.map(Layout::strides));
+    std::array::from_fn(|n| Layout { shape, strides: strides[n], offset: layouts[n].offset })
 }
 
 #[cfg(test)]
@@ -395,6 +404,8 @@ mod tests {
         let turned = packed.permute(&[3, 1, 2, 0]);
         let (dims, strides) = collapse(&turned.shape, [turned.strides()]);
         assert_eq!((&*dims, &strides[0][..3]), (&[4, 3, 2][..], &[1, 4, 12][..]));
+        let (dims, _) = collapse(&shape(&[1 << 20, 1 << 20]), [&[1 << 20, 1]]);
+        assert_eq!(dims, [1 << 20, 1 << 20], "a size that 32 bits do not hold");
         let empty = Layout::contiguous(shape(&[3, 0, 2]));
         assert_eq!(collapse(&empty.shape, [empty.strides()]).0.elements(), 0);
     }

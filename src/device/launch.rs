@@ -26,6 +26,11 @@ impl Grid {
         Self::new([n.div_ceil(256).min(MOST_BLOCKS) as u32, 1, 1], [256, 1, 1])
     }
 
+    /// For kernels whose threads take 128-bit packets of elements of this type a grid apart.
+    pub fn packets(n: usize, dtype: DType) -> Self {
+        Self::elements(n.div_ceil(16 / dtype.size()))
+    }
+
     /// For kernels that give a row to the threads with one `threadIdx.y` (see `for_row` in `kernels/common.cuh`): eight
     /// rows a block, each for one warp, or one long row for the whole block.
     pub fn rows(rows: usize, columns: usize) -> Self {
@@ -43,6 +48,27 @@ impl Grid {
 
     pub fn is_empty(&self) -> bool {
         self.blocks.contains(&0)
+    }
+}
+
+/// The compile option INDEX for a kernel that walks these layouts.
+pub(crate) fn index_type<const N: usize>(layouts: [&Layout; N]) -> &'static str {
+    let reach = |layout: &Layout| {
+        let steps = layout.shape.iter().zip(layout.strides()).map(|(size, stride)| size.saturating_sub(1) * stride);
+        layout.offset + steps.sum::<usize>()
+    };
+    if layouts.iter().all(|layout| reach(layout) < 1 << 31) { "u32" } else { "i64" }
+}
+
+/// The number of columns of a row, or another size that kernels count in 32 bits, with room for a step beyond the end.
+///
+/// Errors: 2³¹ or more.
+pub(crate) fn size32(n: usize) -> Result<u32> {
+    match u32::try_from(n) {
+        Ok(size) if size < 1 << 31 => Ok(size),
+        _ => {
+            Err(Error::shape("launch", format!("a size of {n} was given to a kernel that is made for less than 2^31")))
+        }
     }
 }
 
@@ -117,6 +143,12 @@ pub(crate) struct Storage<'a>(pub &'a Tensor);
 impl IntoArg for Storage<'_> {
     fn into_arg(self) -> Result<Arg> {
         self.0.storage_address().map(Arg::Input)
+    }
+}
+
+impl IntoArg for Option<Storage<'_>> {
+    fn into_arg(self) -> Result<Arg> {
+        self.map_or(Ok(Arg::Input(0)), IntoArg::into_arg)
     }
 }
 

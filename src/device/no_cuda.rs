@@ -36,6 +36,7 @@ macro_rules! uncallable {
 }
 
 uncallable! {
+    table(name: &str, values: Vec<i64>) -> Result<Tensor>;
     kernel(name: &'static str, options: &[(&str, &str)]) -> Result<Kernel>;
     faults() -> Arg;
     gemm(gemm: &Gemm) -> Result<()>;

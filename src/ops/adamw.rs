@@ -1,15 +1,16 @@
 //! What training does to all parameters at once: the norm of the gradients, the AdamW update, the moving average.
 //!
-//! Tensors are cut into chunks of a fixed size and every chunk of every tensor is a task of one parallel loop, so that
-//! many small parameters keep all threads as busy as one large one. The cut depends on the sizes alone: the results
-//! have the same bits for any number of threads.
+//! Tensors are cut into chunks of a fixed size and every chunk of every tensor is a task of one parallel loop, or a block
+//! of one launch, so that many small parameters keep all threads as busy as one large one. The cut depends on the sizes
+//! alone: the results have the same bits for any number of threads.
 
 use std::sync::Mutex;
 
+use super::many::{Table, by_device};
 use crate::{
-    Error, Result, Tensor,
-    core::{Float, Real, dispatch_float},
-    device::{cpu, simd::vectorized},
+    DType, Error, Result, Tensor,
+    core::{Float, Real, Shape, dispatch_float},
+    device::{CudaDevice, Grid, args, cpu, simd::vectorized},
     error::ensure,
 };
 
@@ -19,22 +20,25 @@ const CHUNK: usize = 16 * 1024;
 /// Makes a tensor the packed and only owner of its values, so that it can be written in place.
 pub(crate) fn own(tensor: &mut Tensor) -> Result<()> {
     if !tensor.is_unique() {
-        let packed = tensor.detach().contiguous()?;
-        let mut copy = tensor.uninit_like()?;
-        dispatch_float!("own", copy.dtype(), T, {
-            copy.values_mut::<T>()?.copy_from_slice(packed.values::<T>()?);
-            Ok(())
-        })?;
-        *tensor = copy;
+        *tensor = tensor.to_owned_copy()?;
     }
     Ok(())
 }
 
-/// The sum of the squares of each tensor, in f64. The tensors are packed.
+/// The sum of the squares of each tensor, in f64. The tensors are packed. Those on a GPU cost one read-back per dtype.
 pub(crate) fn square_norms(tensors: &[Tensor]) -> Result<Vec<f64>> {
+    let mut sums = vec![0.0; tensors.len()];
+    let indexed = tensors.iter().enumerate().filter(|(_, tensor)| tensor.elements() > 0);
+    let (on_cpu, groups) = by_device(indexed, |(_, tensor)| (tensor.device().clone(), tensor.dtype()));
+    for (gpu, dtype, group) in groups {
+        let norms = square_norms_cuda(gpu, dtype, group.iter().map(|(_, tensor)| *tensor))?;
+        for ((index, _), norm) in group.iter().zip(norms) {
+            sums[*index] = norm;
+        }
+    }
     type Part<'a> = Box<dyn Fn() -> f64 + Send + Sync + 'a>;
     let mut parts: Vec<(usize, Part)> = Vec::new();
-    for (index, tensor) in tensors.iter().enumerate() {
+    for (index, tensor) in on_cpu {
         dispatch_float!("gradient_norm", tensor.dtype(), T, {
             for chunk in tensor.values::<T>()?.chunks(CHUNK) {
                 parts.push((index, Box::new(move || square_norm::<T>(chunk))));
@@ -48,11 +52,28 @@ pub(crate) fn square_norms(tensors: &[Tensor]) -> Result<Vec<f64>> {
             *square = part();
         }
     });
-    let mut sums = vec![0.0; tensors.len()];
     for ((index, _), square) in parts.iter().zip(squares) {
         sums[*index] += square;
     }
     Ok(sums)
+}
+
+/// The sums of tensors that all have elements.
+fn square_norms_cuda<'a>(
+    gpu: &'static CudaDevice,
+    dtype: DType,
+    tensors: impl Iterator<Item = &'a Tensor>,
+) -> Result<Vec<f64>> {
+    let rows = tensors.map(|tensor| Ok(([tensor.address()?], tensor.elements())));
+    let table = Table::new(gpu, &format!("square_norm {dtype}"), rows)?;
+    let uninit = |n: usize| Tensor::uninit(Shape::new(&[n])?, DType::F64, table.rows.device());
+    let (mut partials, mut totals) = (uninit(table.chunks)?, uninit(table.tensors)?);
+    let options = [("DTYPE", dtype.name())];
+    gpu.kernel("square_norm_chunks", &options)?
+        .launch(table.grid(), args![&mut partials, &table.rows, table.tensors as u32])?;
+    gpu.kernel("square_norm_totals", &options)?
+        .launch(Grid::new([table.tensors as u32, 1, 1], [256, 1, 1]), args![&mut totals, &partials, &table.rows])?;
+    totals.to_vec::<f64>()
 }
 
 vectorized! {
@@ -103,16 +124,37 @@ pub(crate) struct Settings {
 
 /// One AdamW step of all parameters.
 ///
-/// Errors, before anything is changed: a gradient of a dtype that is neither the parameter's nor its state's, or of
-/// another shape.
+/// Errors, before anything is changed: a gradient of a dtype that is neither the parameter's nor its state's, of another
+/// shape or on another device.
 pub(crate) fn adamw(updates: Vec<Update<'_>>, settings: Settings) -> Result<()> {
-    let mut tasks = Vec::new();
-    for update in updates {
-        let (value, grad) = (&update.value, update.grad);
+    for Update { value, grad, .. } in &updates {
         ensure!(
-            value.shape() == grad.shape(),
-            Error::shape("adamw", format!("the parameter is {:?}, its gradient {:?}", value.shape(), grad.shape()))
+            value.shape() == grad.shape() && value.device() == grad.device(),
+            Error::shape(
+                "adamw",
+                format!(
+                    "the parameter is {:?} {}, its gradient {:?} {}",
+                    value.shape(),
+                    value.device(),
+                    grad.shape(),
+                    grad.device()
+                )
+            )
         );
+        ensure!(
+            [value.dtype(), value.dtype().accumulator()].contains(&grad.dtype()),
+            Error::dtype("adamw", format!("the parameter is {}, its gradient {}", value.dtype(), grad.dtype()))
+        );
+    }
+    let (on_cpu, groups) = by_device(updates, |update| {
+        (update.value.device().clone(), (update.value.dtype(), update.grad.dtype(), update.step))
+    });
+    for (index, (gpu, (dtype, of_grad, step), group)) in groups.into_iter().enumerate() {
+        adamw_cuda(gpu, &format!("adamw {index}"), [dtype, of_grad], group, Factors::<f64>::new(settings, step))?;
+    }
+    let mut tasks = Vec::new();
+    for update in on_cpu {
+        let (value, grad) = (&update.value, update.grad);
         dispatch_float!("adamw", value.dtype(), T, {
             if value.dtype() == grad.dtype() {
                 cut::<T, T>(update, settings, &mut tasks)
@@ -123,6 +165,28 @@ pub(crate) fn adamw(updates: Vec<Update<'_>>, settings: Settings) -> Result<()> 
     }
     run(tasks);
     Ok(())
+}
+
+/// One step of parameters of one dtype that have had as many updates, in one launch.
+fn adamw_cuda(
+    gpu: &'static CudaDevice,
+    name: &str,
+    [dtype, of_grad]: [DType; 2],
+    updates: Vec<Update<'_>>,
+    factors: Factors<f64>,
+) -> Result<()> {
+    let rows = updates.into_iter().map(|update| {
+        let master = update.master.map_or(Ok(0), Tensor::address_mut)?;
+        let state = [update.exp_avg.address_mut()?, update.exp_avg_sq.address_mut()?];
+        let (value, grad) = (update.value.address_mut()?, update.grad.address()?);
+        Ok(([value, grad, state[0], state[1], master], update.grad.elements()))
+    });
+    let table = Table::new(gpu, name, rows)?;
+    let Factors { grad_scale, decay, mean, beta2, square, rate, correction, eps } = factors;
+    gpu.kernel("adamw_step", &[("DTYPE", dtype.name()), ("GRAD", of_grad.name())])?.launch(
+        table.grid(),
+        args![&table.rows, table.tensors as u32, grad_scale, decay, mean, beta2, square, rate, correction, eps],
+    )
 }
 
 /// The work on one chunk.
@@ -247,8 +311,18 @@ vectorized! {
 ///
 /// The averages are uniquely owned and packed, f64 for f64 values and f32 otherwise; the values are packed.
 pub(crate) fn average(averages: Vec<&mut Tensor>, values: &[Tensor], decay: f64) -> Result<()> {
+    let pairs = averages.into_iter().zip(values);
+    let (on_cpu, groups) = by_device(pairs, |(_, value)| (value.device().clone(), value.dtype()));
+    for (gpu, dtype, group) in groups {
+        let rows = group
+            .into_iter()
+            .map(|(average, value)| Ok(([average.address_mut()?, value.address()?], value.elements())));
+        let table = Table::new(gpu, &format!("ema {dtype}"), rows)?;
+        gpu.kernel("ema_update", &[("DTYPE", dtype.name())])?
+            .launch(table.grid(), args![&table.rows, table.tensors as u32, 1.0 - decay])?;
+    }
     let mut tasks: Vec<Task> = Vec::new();
-    for (average, value) in averages.into_iter().zip(values) {
+    for (average, value) in on_cpu {
         dispatch_float!("ema", value.dtype(), T, {
             let weight = <<T as Float>::Acc as Float>::from_f64(1.0 - decay);
             let chunks = average.values_mut::<<T as Float>::Acc>()?.chunks_mut(CHUNK);

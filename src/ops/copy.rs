@@ -1,9 +1,12 @@
 //! Copies: packing strided tensors, converting dtypes, joining, and the sums in place that the tape needs.
 
 use crate::{
-    DType, Error, Result, Tensor,
-    core::{Backward, Contribution, Contributions, Element, Float, Part, Shape, discrete, dispatch_float, record},
-    device::{cpu, simd::vectorized},
+    DType, Device, Error, Result, Tensor,
+    core::{
+        Backward, Contribution, Contributions, Element, Float, Layout, Part, Shape, collapse_layouts, discrete,
+        dispatch_float, record,
+    },
+    device::{CudaDevice, Grid, Storage, args, cpu, simd::vectorized},
     error::ensure,
 };
 
@@ -13,12 +16,7 @@ impl Tensor {
         if self.is_contiguous() {
             return Ok(self.clone());
         }
-        let mut out = self.uninit_like()?;
-        match self.dtype() {
-            DType::I64 => pack::<i64>(self, &mut out)?,
-            DType::Bool => pack::<bool>(self, &mut out)?,
-            float => dispatch_float!("contiguous", float, T, pack::<T>(self, &mut out))?,
-        }
+        let out = pack(self)?;
         record("contiguous", out, &[self], |_| CopyBackward { dtype: self.dtype() })
     }
 
@@ -34,12 +32,17 @@ impl Tensor {
         }
         let x = self.contiguous()?;
         let mut out = Tensor::uninit(*x.shape(), dtype, x.device())?;
-        match x.dtype() {
-            DType::I64 => convert_to(x.values::<i64>()?, |x| x as f64, &mut out)?,
-            DType::Bool => convert_to(x.values::<bool>()?, |x| x as f64, &mut out)?,
-            float => dispatch_float!("to_dtype", float, T, {
+        match (x.device(), x.dtype()) {
+            (Device::Cpu, DType::I64) => convert_to(x.values::<i64>()?, |x| x as f64, &mut out)?,
+            (Device::Cpu, DType::Bool) => convert_to(x.values::<bool>()?, |x| x as f64, &mut out)?,
+            (Device::Cpu, float) => dispatch_float!("to_dtype", float, T, {
                 convert_to(x.values::<T>()?, |x| crate::core::Real::to_f64(x.to_acc()), &mut out)
             })?,
+            (Device::Cuda(gpu), from) => {
+                let n = x.elements();
+                gpu.kernel("convert_elements", &[("DTYPE", dtype.name()), ("FROM", from.name())])?
+                    .launch(Grid::packets(n, dtype), args![&mut out, &x, n as i64])?;
+            }
         }
         // Recorded against the packed tensor: if that was a copy, its own node follows.
         record("to_dtype", out, &[&x], |_| CopyBackward { dtype: self.dtype() })
@@ -66,13 +69,19 @@ impl Tensor {
         let mut dims = first.shape().to_vec();
         dims[dim] = total;
         let mut out = Tensor::uninit(Shape::new(&dims)?, first.dtype(), first.device())?;
-        let packed = tensors.iter().map(|tensor| tensor.detach().contiguous()).collect::<Result<Vec<_>>>()?;
-        match first.dtype() {
-            DType::I64 => join::<i64>(&packed, dim, &mut out)?,
-            DType::Bool => join::<bool>(&packed, dim, &mut out)?,
-            float => dispatch_float!("cat", float, T, join::<T>(&packed, dim, &mut out))?,
+        let sizes: Vec<usize> = tensors.iter().map(|tensor| tensor.shape()[dim]).collect();
+        match (first.device(), first.dtype()) {
+            (Device::Cpu, DType::I64) => join::<i64>(tensors, dim, &mut out)?,
+            (Device::Cpu, DType::Bool) => join::<bool>(tensors, dim, &mut out)?,
+            (Device::Cpu, float) => dispatch_float!("cat", float, T, join::<T>(tensors, dim, &mut out))?,
+            (Device::Cuda(gpu), _) => {
+                let (whole, mut start) = (Layout::contiguous(*out.shape()), 0);
+                for (tensor, &size) in tensors.iter().zip(&sizes) {
+                    launch_strided(gpu, "copy_strided", &mut out, &whole.narrow(dim, start, size), tensor)?;
+                    start += size;
+                }
+            }
         }
-        let sizes = tensors.iter().map(|tensor| tensor.shape()[dim]).collect();
         record("cat", out, tensors, |_| CatBackward { sizes, dim })
     }
 
@@ -102,29 +111,18 @@ impl Tensor {
                 )
             )
         );
-        let value = value.detach().contiguous()?;
+        self.dtype().expect_float("accumulate")?;
         if !self.is_unique() {
-            let mut copy = self.uninit_like()?;
-            dispatch_float!("accumulate", self.dtype(), T, pack::<T>(&self, &mut copy))?;
-            self = copy;
+            self = pack(&self)?;
         }
-        let inner: usize = self.shape().iter().skip(part.dim + 1).product();
-        let width = self.shape().get(part.dim).copied().unwrap_or(1) * inner;
-        let (start, len) = (part.start * inner, part.len * inner);
-        dispatch_float!("accumulate", self.dtype(), T, {
-            let value = value.values::<T>()?;
-            let sum = self.values_mut::<T>()?;
-            if len == sum.len() {
-                cpu::for_rows(sum, 1, 1, |at, sum| add_assign::<T>(sum, &value[at..at + sum.len()]));
-            } else if len > 0 {
-                cpu::for_rows(sum, width, len, |row, rows| {
-                    for (index, sum) in rows.chunks_exact_mut(width).enumerate() {
-                        add_assign::<T>(&mut sum[start..start + len], &value[(row + index) * len..][..len]);
-                    }
-                });
+        match *self.device() {
+            Device::Cpu => dispatch_float!("accumulate", self.dtype(), T, add_part::<T>(&mut self, part, value))?,
+            Device::Cuda(gpu) => {
+                let whole = Layout::contiguous(*self.shape());
+                let layout = if self.rank() == 0 { whole } else { whole.narrow(part.dim, part.start, part.len) };
+                launch_strided(gpu, "copy_add", &mut self, &layout, value)?;
             }
-            Ok(())
-        })?;
+        }
         Ok(self)
     }
 }
@@ -135,6 +133,11 @@ pub(crate) fn same_kind(op: &'static str, a: &Tensor, b: &Tensor) -> Result<()> 
         a.dtype() == b.dtype(),
         Error::dtype(op, format!("the tensors are {} and {}; convert one with `to_dtype`", a.dtype(), b.dtype()))
     );
+    same_device(op, a, b)
+}
+
+/// Checks that two tensors are on one device.
+pub(crate) fn same_device(op: &'static str, a: &Tensor, b: &Tensor) -> Result<()> {
     ensure!(
         a.device() == b.device(),
         Error::Device { op, message: format!("the tensors are on {} and {}; move one", a.device(), b.device()) }
@@ -142,7 +145,29 @@ pub(crate) fn same_kind(op: &'static str, a: &Tensor, b: &Tensor) -> Result<()> 
     Ok(())
 }
 
-fn pack<E: Element>(x: &Tensor, out: &mut Tensor) -> Result<()> {
+/// A packed copy.
+fn pack(x: &Tensor) -> Result<Tensor> {
+    let mut out = x.uninit_like()?;
+    match (x.device(), x.dtype()) {
+        (Device::Cpu, DType::I64) => pack_into::<i64>(x, &mut out)?,
+        (Device::Cpu, DType::Bool) => pack_into::<bool>(x, &mut out)?,
+        (Device::Cpu, float) => dispatch_float!("contiguous", float, T, pack_into::<T>(x, &mut out))?,
+        (Device::Cuda(gpu), _) => {
+            launch_strided(gpu, "copy_strided", &mut out, &Layout::contiguous(*x.shape()), x)?;
+        }
+    }
+    Ok(out)
+}
+
+/// Runs a kernel of `copy.cu` from a tensor to a part of a packed one, whose elements `part` counts from the first.
+fn launch_strided(gpu: &CudaDevice, kernel: &'static str, to: &mut Tensor, part: &Layout, from: &Tensor) -> Result<()> {
+    let (n, dtype) = (from.elements(), from.dtype());
+    let [part, layout] = collapse_layouts(from.shape(), [part, from.layout()]);
+    gpu.kernel(kernel, &[("DTYPE", dtype.name())])?
+        .launch(Grid::packets(n, dtype), args![to, Storage(from), &part, &layout, n as i64])
+}
+
+fn pack_into<E: Element>(x: &Tensor, out: &mut Tensor) -> Result<()> {
     let from = x.storage::<E>()?;
     cpu::for_strided(out.values_mut::<E>()?, x.shape(), [x.layout()], |run, [start], [step]| {
         if step == 1 {
@@ -156,7 +181,8 @@ fn pack<E: Element>(x: &Tensor, out: &mut Tensor) -> Result<()> {
     Ok(())
 }
 
-fn join<E: Element>(tensors: &[Tensor], dim: usize, out: &mut Tensor) -> Result<()> {
+fn join<E: Element>(tensors: &[&Tensor], dim: usize, out: &mut Tensor) -> Result<()> {
+    let tensors = tensors.iter().map(|tensor| tensor.detach().contiguous()).collect::<Result<Vec<_>>>()?;
     let shape = *out.shape();
     let inner: usize = shape[dim + 1..].iter().product();
     let width = shape[dim] * inner;
@@ -196,6 +222,25 @@ fn convert<S: Copy + Sync, R: Send>(from: &[S], to: &mut [R], f: impl Fn(S) -> R
             *to = f(from);
         }
     });
+}
+
+/// Adds to a part of a packed tensor that no other handle shares.
+fn add_part<T: Float>(sum: &mut Tensor, part: Part, value: &Tensor) -> Result<()> {
+    let inner: usize = sum.shape().iter().skip(part.dim + 1).product();
+    let width = sum.shape().get(part.dim).copied().unwrap_or(1) * inner;
+    let (start, len) = (part.start * inner, part.len * inner);
+    let value = value.detach().contiguous()?;
+    let (sum, value) = (sum.values_mut::<T>()?, value.values::<T>()?);
+    if len == sum.len() {
+        cpu::for_rows(sum, 1, 1, |at, sum| add_assign::<T>(sum, &value[at..at + sum.len()]));
+    } else if len > 0 {
+        cpu::for_rows(sum, width, len, |row, rows| {
+            for (index, sum) in rows.chunks_exact_mut(width).enumerate() {
+                add_assign::<T>(&mut sum[start..start + len], &value[(row + index) * len..][..len]);
+            }
+        });
+    }
+    Ok(())
 }
 
 vectorized! {

@@ -1,13 +1,10 @@
 //! Softmax cross-entropy from logits, without storing the probabilities.
 
-use super::{
-    norm::reuse,
-    reduce::fold,
-};
+use super::{norm::reuse, reduce::fold};
 use crate::{
-    DType, Error, Result, Tensor,
-    core::{Backward, Contributions, Element, Float, Real, Shape, dispatch_float, record},
-    device::{cpu, simd::vectorized},
+    DType, Device, Error, Result, Tensor,
+    core::{Backward, Contributions, Float, Real, Shape, dispatch_float, record},
+    device::{CudaDevice, Grid, args, cpu, simd::vectorized, size32},
     error::ensure,
 };
 
@@ -21,7 +18,8 @@ impl Tensor {
     /// the backward pass, over the logits if no other handle shares them.
     ///
     /// Errors: targets of another shape or dtype, a target that is no class ([`Error::Index`]), no target to average
-    /// over (PyTorch gives NaN), or logits that are not float.
+    /// over (PyTorch gives NaN), or logits that are not float. A GPU tells of wrong targets when values are next read
+    /// back.
     ///
     /// ```
     /// use x_transformers::{Device, Tensor};
@@ -56,13 +54,48 @@ impl Tensor {
                 message: format!("the logits are on {} and the targets on {}", self.device(), targets.device())
             }
         );
+        self.dtype().expect_float(OP)?;
         let (x, targets) = (self.contiguous()?, targets.contiguous()?);
-        let count = count_targets(targets.values::<i64>()?, classes, ignore_index)?;
-        let (sum, statistics) =
-            dispatch_float!(OP, x.dtype(), T, forward_rows::<T>(&x, &targets, classes, ignore_index))?;
-        let loss = Tensor::full((), sum / count as f64, x.dtype().accumulator(), x.device())?;
+        let shape = Shape::new(&[targets.elements(), 2])?;
+        let mut statistics = Tensor::uninit(shape, x.dtype().accumulator(), x.device())?;
+        let (loss, count) = match x.device() {
+            Device::Cpu => {
+                let count = count_targets(targets.values::<i64>()?, classes, ignore_index)?;
+                let sum = dispatch_float!(OP, x.dtype(), T, {
+                    forward_rows::<T>(&x, &targets, classes, ignore_index, &mut statistics)
+                })?;
+                let loss = Tensor::full((), sum / count as f64, x.dtype().accumulator(), x.device())?;
+                (loss, Tensor::scalar(count as f64, x.device())?)
+            }
+            Device::Cuda(gpu) => launch_forward(gpu, &x, &targets, classes, ignore_index, &mut statistics)?,
+        };
         record(OP, loss, &[&x], |_| CrossEntropyBackward { logits: x.detach(), statistics, targets, ignore_index, count })
     }
+}
+
+/// Loss and number of targets that count, one element each.
+fn launch_forward(
+    gpu: &CudaDevice,
+    x: &Tensor,
+    targets: &Tensor,
+    classes: usize,
+    ignore_index: i64,
+    statistics: &mut Tensor,
+) -> Result<(Tensor, Tensor)> {
+    let (option, rows) = ([("DTYPE", x.dtype().name())], targets.elements());
+    let mut losses = Tensor::uninit(Shape::new(&[rows])?, DType::F64, x.device())?;
+    gpu.kernel("cross_entropy_fwd", &option)?.launch(
+        Grid::rows(rows, classes),
+        args![statistics, &mut losses, gpu.faults(), x, targets, rows as i64, size32(classes)?, ignore_index],
+    )?;
+    let scalar = Shape::new(&[])?;
+    let mut loss = Tensor::uninit(scalar, x.dtype().accumulator(), x.device())?;
+    let mut count = Tensor::uninit(scalar, DType::F64, x.device())?;
+    gpu.kernel("cross_entropy_mean", &option)?.launch(
+        Grid::new([1, 1, 1], [512, 1, 1]),
+        args![&mut loss, &mut count, gpu.faults(), &losses, targets, rows as i64, ignore_index],
+    )?;
+    Ok((loss, count))
 }
 
 /// The number of targets that count.
@@ -76,21 +109,19 @@ fn count_targets(targets: &[i64], classes: usize, ignore_index: i64) -> Result<u
         );
         count += 1;
     }
-    ensure!(
-        count > 0,
-        Error::argument(
-            "cross_entropy",
-            format!("all of the {} targets are ignore_index {ignore_index}, the mean is over none", targets.len())
-        )
-    );
+    ensure!(count > 0, Error::no_targets(targets.len(), ignore_index));
     Ok(count)
 }
 
-/// The sum of the losses, and for each row `[maximum, 1 / Σ exp(x − maximum)]`.
-fn forward_rows<T: Float>(x: &Tensor, targets: &Tensor, classes: usize, ignore_index: i64) -> Result<(f64, Tensor)> {
-    let rows = targets.elements();
-    let mut statistics = Tensor::uninit(Shape::new(&[rows, 2])?, <T::Acc as Element>::DTYPE, x.device())?;
-    let mut losses = vec![0.0; rows];
+/// The sum of the losses, and in `statistics` for each row `[maximum, 1 / Σ exp(x − maximum)]`.
+fn forward_rows<T: Float>(
+    x: &Tensor,
+    targets: &Tensor,
+    classes: usize,
+    ignore_index: i64,
+    statistics: &mut Tensor,
+) -> Result<f64> {
+    let mut losses = vec![0.0; targets.elements()];
     let (x, targets) = (x.values::<T>()?, targets.values::<i64>()?);
     let save = statistics.values_mut::<T::Acc>()?;
     cpu::for_rows2(save, &mut losses, (2, 1), COST * classes, |row, statistics, losses| {
@@ -99,7 +130,7 @@ fn forward_rows<T: Float>(x: &Tensor, targets: &Tensor, classes: usize, ignore_i
         forward::<T>(x, &targets[part], classes, ignore_index, statistics, losses);
     });
     // In order, whatever the threads.
-    Ok((losses.iter().sum(), statistics))
+    Ok(losses.iter().sum())
 }
 
 /// Element operations that an exponential counts for.
@@ -152,7 +183,8 @@ struct CrossEntropyBackward {
     statistics: Tensor,
     targets: Tensor,
     ignore_index: i64,
-    count: usize,
+    /// Of the targets that are averaged over: one f64.
+    count: Tensor,
 }
 
 impl Backward for CrossEntropyBackward {
@@ -162,19 +194,39 @@ impl Backward for CrossEntropyBackward {
 
     /// `dx = (softmax(x) − onehot(target)) g / count`; zero for rows that are left out.
     fn backward(self: Box<Self>, grad: Tensor, _need: &[bool]) -> Result<Contributions> {
-        let scale = grad.item()? / self.count as f64;
-        let classes = self.logits.dim(-1)?;
-        let (mut dx, source) = reuse(self.logits)?;
-        dispatch_float!("cross_entropy", dx.dtype(), T, {
-            let source = source.as_ref().map(|source| source.values::<T>()).transpose()?;
-            let statistics = self.statistics.values::<<T as Float>::Acc>()?;
-            let (targets, scale) = (self.targets.values::<i64>()?, <T as Float>::Acc::from_f64(scale));
-            cpu::for_rows(dx.values_mut::<T>()?, classes, COST * classes, |row, dx| {
-                let source = source.map(|source| &source[row * classes..][..dx.len()]);
-                backward::<T>(source, &statistics[2 * row..], &targets[row..], classes, self.ignore_index, scale, dx);
-            });
-            Ok(())
-        })?;
+        let Self { logits, statistics, targets, ignore_index, count } = *self;
+        let classes = logits.dim(-1)?;
+        let (mut dx, source) = reuse(logits)?;
+        match grad.device() {
+            Device::Cpu => dispatch_float!("cross_entropy", dx.dtype(), T, {
+                let scale = <T as Float>::Acc::from_f64(grad.item()? / count.item()?);
+                let source = source.as_ref().map(|source| source.values::<T>()).transpose()?;
+                let (statistics, targets) = (statistics.values::<<T as Float>::Acc>()?, targets.values::<i64>()?);
+                cpu::for_rows(dx.values_mut::<T>()?, classes, COST * classes, |row, dx| {
+                    let source = source.map(|source| &source[row * classes..][..dx.len()]);
+                    backward::<T>(source, &statistics[2 * row..], &targets[row..], classes, ignore_index, scale, dx);
+                });
+                Ok(())
+            })?,
+            Device::Cuda(gpu) => {
+                let rows = targets.elements();
+                let sizes = (rows as i64, size32(classes)?);
+                gpu.kernel("cross_entropy_bwd", &[("DTYPE", dx.dtype().name())])?.launch(
+                    Grid::rows(rows, classes),
+                    args![
+                        &mut dx,
+                        source.as_ref().unwrap_or(&dx),
+                        &statistics,
+                        &targets,
+                        &grad,
+                        &count,
+                        sizes.0,
+                        sizes.1,
+                        ignore_index
+                    ],
+                )?;
+            }
+        }
         Ok(Contributions::one(dx))
     }
 }

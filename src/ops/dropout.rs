@@ -2,9 +2,9 @@
 
 use super::norm::reuse;
 use crate::{
-    Error, Philox, Result, Tensor,
+    Device, Error, Philox, Result, Tensor,
     core::{Backward, Contributions, Float, Real, dispatch_float, dropout_stream, record},
-    device::{cpu, simd::vectorized},
+    device::{Grid, args, cpu, simd::vectorized},
     error::ensure,
 };
 
@@ -23,10 +23,7 @@ impl Tensor {
             (0.0..=1.0).contains(&p),
             Error::argument("dropout", format!("the probability must be between 0 and 1, got {p}"))
         );
-        ensure!(
-            self.dtype().is_float(),
-            Error::dtype("dropout", format!("expected a float tensor, got {}", self.dtype()))
-        );
+        self.dtype().expect_float("dropout")?;
         if p == 0.0 {
             return Ok(self.clone());
         }
@@ -49,18 +46,27 @@ struct Mask {
 impl Mask {
     /// Masks and scales `source`, or `out` in place.
     fn apply(&self, source: Option<&Tensor>, out: &mut Tensor) -> Result<()> {
-        dispatch_float!("dropout", out.dtype(), T, {
-            let source = source.map(|source| source.values::<T>()).transpose()?;
-            let scale = <T as Float>::Acc::from_f64(self.scale);
-            // A task starts at a whole group of words; the last group may be cut short.
-            cpu::for_rows(out.values_mut::<T>()?, GROUP, 8 * GROUP, |group, out| {
-                if let Some(source) = source {
-                    out.copy_from_slice(&source[group * GROUP..][..out.len()]);
-                }
-                apply::<T>(self.random, group as u64, self.threshold, scale, out);
-            });
-            Ok(())
-        })
+        match *out.device() {
+            Device::Cpu => dispatch_float!("dropout", out.dtype(), T, {
+                let source = source.map(|source| source.values::<T>()).transpose()?;
+                let scale = <T as Float>::Acc::from_f64(self.scale);
+                // A task starts at a whole group of words; the last group may be cut short.
+                cpu::for_rows(out.values_mut::<T>()?, GROUP, 8 * GROUP, |group, out| {
+                    if let Some(source) = source {
+                        out.copy_from_slice(&source[group * GROUP..][..out.len()]);
+                    }
+                    apply::<T>(self.random, group as u64, self.threshold, scale, out);
+                });
+                Ok(())
+            }),
+            Device::Cuda(gpu) => {
+                let (n, dtype, seed, stream) = (out.elements(), out.dtype(), self.random.seed(), self.random.stream());
+                gpu.kernel("dropout_mask", &[("DTYPE", dtype.name())])?.launch(
+                    Grid::packets(n, dtype),
+                    args![&mut *out, source.unwrap_or(&*out), n as i64, seed, stream, self.threshold, self.scale],
+                )
+            }
+        }
     }
 }
 

@@ -1,9 +1,9 @@
 //! Rows of a table by index.
 
 use crate::{
-    DType, Error, Result, Tensor,
+    DType, Device, Error, Result, Tensor,
     core::{Backward, Contributions, Float, Real, Shape, dispatch_float, record},
-    device::{cpu, simd::vectorized},
+    device::{CudaDevice, Grid, args, cpu, simd::vectorized, size32},
     error::ensure,
 };
 
@@ -13,8 +13,8 @@ impl Tensor {
     /// Shapes: table `[tokens, dim]`, indices `[..]` of [`DType::I64`] → `[.., dim]`. Saves: the indices. The gradient
     /// of a row is the sum over its uses in their order, in f32 (f64 for f64).
     ///
-    /// Errors: an index outside of the table ([`Error::Index`]), a table that is not a float matrix, indices of another
-    /// dtype or of rank 6.
+    /// Errors: an index outside of the table ([`Error::Index`]; on a GPU when values are next read back), a table that is
+    /// not a float matrix, indices of another dtype or of rank 6.
     ///
     /// ```
     /// use x_transformers::{Device, Tensor};
@@ -30,6 +30,7 @@ impl Tensor {
         let &[tokens, dim] = &**self.shape() else {
             return Err(Error::shape(OP, format!("expected a table of shape [tokens, dim], got {:?}", self.shape())));
         };
+        self.dtype().expect_float(OP)?;
         ensure!(
             indices.dtype() == DType::I64,
             Error::dtype(OP, format!("expected indices of i64, got {}", indices.dtype()))
@@ -42,22 +43,30 @@ impl Tensor {
             }
         );
         let (table, indices) = (self.contiguous()?, indices.contiguous()?);
-        let at = indices.values::<i64>()?;
-        // A negative index becomes a large number.
-        if let Some(&index) = at.iter().find(|&&index| index as u64 >= tokens as u64) {
-            return Err(Error::Index { op: OP, what: "token", index, limit: tokens });
-        }
         let shape = Shape::new(&[&**indices.shape(), &[dim]].concat())?;
         let mut y = Tensor::uninit(shape, table.dtype(), table.device())?;
-        dispatch_float!(OP, table.dtype(), T, {
-            let table = table.values::<T>()?;
-            cpu::for_rows(y.values_mut::<T>()?, dim, dim, |row, y| {
-                for (y, &index) in y.chunks_exact_mut(dim).zip(&at[row..]) {
-                    y.copy_from_slice(&table[index as usize * dim..][..dim]);
+        match table.device() {
+            Device::Cpu => dispatch_float!(OP, table.dtype(), T, {
+                let (table, at) = (table.values::<T>()?, indices.values::<i64>()?);
+                // A negative index becomes a large number.
+                if let Some(&index) = at.iter().find(|&&index| index as u64 >= tokens as u64) {
+                    return Err(Error::Index { op: OP, what: "token", index, limit: tokens });
                 }
-            });
-            Ok(())
-        })?;
+                cpu::for_rows(y.values_mut::<T>()?, dim, dim, |row, y| {
+                    for (y, &index) in y.chunks_exact_mut(dim).zip(&at[row..]) {
+                        y.copy_from_slice(&table[index as usize * dim..][..dim]);
+                    }
+                });
+                Ok(())
+            })?,
+            Device::Cuda(gpu) => {
+                let (count, sizes) = (indices.elements(), (tokens as i64, size32(dim)?));
+                gpu.kernel("embedding_fwd", &[("DTYPE", table.dtype().name())])?.launch(
+                    Grid::rows(count, dim),
+                    args![&mut y, gpu.faults(), &table, &indices, count as i64, sizes.0, sizes.1],
+                )?;
+            }
+        }
         record(OP, y, &[&table], |_| EmbeddingBackward { indices: indices.clone(), shape: *table.shape() })
     }
 }
@@ -77,22 +86,58 @@ impl Backward for EmbeddingBackward {
     fn backward(self: Box<Self>, grad: Tensor, _need: &[bool]) -> Result<Contributions> {
         let grad = grad.contiguous()?;
         let (tokens, dim) = (self.shape[0], self.shape[1]);
-        let uses = Uses::new(self.indices.values::<i64>()?, tokens);
         let mut dtable = Tensor::uninit(self.shape, grad.dtype(), grad.device())?;
-        dispatch_float!("embedding", grad.dtype(), T, {
-            let g = grad.values::<T>()?;
-            // Each task owns rows of the table, so that no two threads add to one row.
-            let uses_per_token = uses.positions.len().div_ceil(tokens.max(1));
-            cpu::for_rows(dtable.values_mut::<T>()?, dim, dim * (1 + uses_per_token), |row, dtable| {
-                let mut sum = vec![<T as Float>::Acc::ZERO; dim];
-                for (token, dtable) in dtable.chunks_exact_mut(dim).enumerate() {
-                    add_up::<T>(g, uses.of(row + token), &mut sum, dtable);
-                }
-            });
-            Ok(())
-        })?;
+        match grad.device() {
+            Device::Cpu => dispatch_float!("embedding", grad.dtype(), T, {
+                let g = grad.values::<T>()?;
+                // Each task owns rows of the table, so that no two threads add to one row.
+                let uses = Uses::new(self.indices.values::<i64>()?, tokens);
+                let uses_per_token = uses.positions.len().div_ceil(tokens.max(1));
+                cpu::for_rows(dtable.values_mut::<T>()?, dim, dim * (1 + uses_per_token), |row, dtable| {
+                    let mut sum = vec![<T as Float>::Acc::ZERO; dim];
+                    for (token, dtable) in dtable.chunks_exact_mut(dim).enumerate() {
+                        add_up::<T>(g, uses.of(row + token), &mut sum, dtable);
+                    }
+                });
+                Ok(())
+            })?,
+            Device::Cuda(gpu) => {
+                let keys = sorted_keys(gpu, &self.indices, tokens, grad.dtype())?;
+                // Eight rows a block, and a packet of columns for each of 32 threads.
+                let columns = dim.div_ceil(32 * 16 / grad.dtype().size());
+                let grid = Grid::new([tokens.div_ceil(8).min(1 << 20) as u32, columns.min(1 << 14) as u32, 1], [32, 8, 1]);
+                let sizes = (self.indices.elements() as i64, tokens as i64, size32(dim)?);
+                gpu.kernel("embedding_bwd", &[("DTYPE", grad.dtype().name())])?
+                    .launch(grid, args![&mut dtable, &grad, &keys, sizes.0, sizes.1, sizes.2])?;
+            }
+        }
         Ok(Contributions::one(dtable))
     }
+}
+
+/// Keys `token · 2³² + position`, sorted: the uses of each token side by side and in their order.
+fn sorted_keys(gpu: &CudaDevice, indices: &Tensor, tokens: usize, dtype: DType) -> Result<Tensor> {
+    /// Keys that a block sorts, as in `kernels/embedding.cu`.
+    const TILE: usize = 2048;
+    let option = [("DTYPE", dtype.name())];
+    let (count, tokens) = (size32(indices.elements())?, size32(tokens)?);
+    let padded = (count as usize).next_power_of_two().max(TILE);
+    let mut keys = Tensor::uninit(Shape::new(&[padded])?, DType::I64, indices.device())?;
+    let tiles = Grid::new([(padded / TILE).min(1 << 14) as u32, 1, 1], [512, 1, 1]);
+    gpu.kernel("embedding_sort_tiles", &option)?
+        .launch(tiles, args![&mut keys, indices, count as i64, padded as i64, tokens as i64])?;
+    let (step, merge) = (gpu.kernel("embedding_sort_step", &option)?, gpu.kernel("embedding_sort_merge", &option)?);
+    let mut size = 2 * TILE;
+    while size <= padded {
+        let mut distance = size / 2;
+        while distance >= TILE {
+            step.launch(Grid::elements(padded / 2), args![&mut keys, padded as i64, size as i64, distance as i64])?;
+            distance /= 2;
+        }
+        merge.launch(tiles, args![&mut keys, padded as i64, size as i64])?;
+        size *= 2;
+    }
+    Ok(keys)
 }
 
 /// For each token the positions that hold it, in order.

@@ -1,41 +1,53 @@
 //! 1.5-entmax over the last dimension (Peters, Niculae and Martins, <https://arxiv.org/abs/1905.05702>).
 
 use crate::{
-    Error, Result, Tensor,
+    Device, Error, Result, Tensor,
     core::{Backward, Contributions, Float, Real, dispatch_float, record},
-    device::cpu,
+    device::{Grid, args, cpu},
     error::ensure,
 };
 
 impl Tensor {
     /// 1.5-entmax over the last dimension: `y_j = max(x_j / 2 − τ, 0)²`, with `τ` such that a row sums to 1.
     ///
-    /// A sparse softmax: entries far below the largest become exactly 0. `τ` comes from sorting.
+    /// A sparse softmax: entries far below the largest become exactly 0. `τ` comes from sorting, on a GPU from Newton's
+    /// method. A row that holds NaN or +∞, or nothing but −∞, becomes NaN.
     ///
     /// Shapes: `[.., j] → [.., j]`. Statistics in f32 (f64 for f64). Saves: `y`.
     /// Errors: rank 0, or a dtype that is not float.
     pub fn entmax15(&self) -> Result<Tensor> {
         ensure!(self.rank() > 0, Error::shape("entmax15", "expected at least one dimension, got a scalar"));
+        self.dtype().expect_float("entmax15")?;
         let x = self.contiguous()?;
         let mut y = x.uninit_like()?;
         let width = x.dim(-1)?;
-        dispatch_float!("entmax15", x.dtype(), T, {
-            let from = x.values::<T>()?;
-            cpu::for_rows(y.values_mut::<T>()?, width, 32 * width, |row, rows| {
-                let mut sorted = Vec::with_capacity(width);
-                for (x, y) in from[row * width..].chunks_exact(width).zip(rows.chunks_exact_mut(width)) {
-                    forward_row::<T>(x, y, &mut sorted);
-                }
-            });
-            Ok(())
-        })?;
+        match x.device() {
+            Device::Cpu => dispatch_float!("entmax15", x.dtype(), T, {
+                let from = x.values::<T>()?;
+                cpu::for_rows(y.values_mut::<T>()?, width, 32 * width, |row, rows| {
+                    let mut sorted = Vec::with_capacity(width);
+                    for (x, y) in from[row * width..].chunks_exact(width).zip(rows.chunks_exact_mut(width)) {
+                        forward_row::<T>(x, y, &mut sorted);
+                    }
+                });
+                Ok(())
+            })?,
+            Device::Cuda(gpu) => {
+                let rows = x.elements().checked_div(width).unwrap_or(0);
+                gpu.kernel("entmax_fwd", &[("DTYPE", x.dtype().name())])?
+                    .launch(Grid::rows(rows, width), args![&mut y, &x, rows as i64, width as u32])?;
+            }
+        }
         record("entmax15", y, &[&x], |y| Entmax15Backward { y: y.detach() })
     }
 }
 
 fn forward_row<T: Float>(x: &[T], y: &mut [T], sorted: &mut Vec<T::Acc>) {
     let (half, two) = (T::Acc::from_f64(0.5), T::Acc::from_f64(2.0));
-    let max = x.iter().fold(T::Acc::NEG_INFINITY, |max, x| x.to_acc().max(max));
+    // NaN is larger than all, and stays the maximum.
+    let is_nan = |x: T::Acc| x.partial_cmp(&x).is_none();
+    let larger = |max: T::Acc, x: T::Acc| if x > max || is_nan(x) { x } else { max };
+    let max = x.iter().fold(T::Acc::NEG_INFINITY, |max, x| larger(max, x.to_acc()));
     // (x − max) / 2 would overflow to −∞ for masked entries first halved, never to NaN.
     let shifted = |x: T| x.to_acc() * half - max * half;
     // τ is at least −1, so that lower entries are 0 whatever τ is: they need no sorting, and no squares that overflow.
@@ -86,16 +98,23 @@ impl Backward for Entmax15Backward {
         let grad = grad.contiguous()?;
         let mut dx = self.y.uninit_like()?;
         let width = self.y.dim(-1)?;
-        dispatch_float!("entmax15", dx.dtype(), T, {
-            let (y, g) = (self.y.values::<T>()?, grad.values::<T>()?);
-            cpu::for_rows(dx.values_mut::<T>()?, width, 8 * width, |row, rows| {
-                let (y, g) = (y[row * width..].chunks_exact(width), g[row * width..].chunks_exact(width));
-                for ((y, g), dx) in y.zip(g).zip(rows.chunks_exact_mut(width)) {
-                    backward_row::<T>(y, g, dx);
-                }
-            });
-            Ok(())
-        })?;
+        match grad.device() {
+            Device::Cpu => dispatch_float!("entmax15", dx.dtype(), T, {
+                let (y, g) = (self.y.values::<T>()?, grad.values::<T>()?);
+                cpu::for_rows(dx.values_mut::<T>()?, width, 8 * width, |row, rows| {
+                    let (y, g) = (y[row * width..].chunks_exact(width), g[row * width..].chunks_exact(width));
+                    for ((y, g), dx) in y.zip(g).zip(rows.chunks_exact_mut(width)) {
+                        backward_row::<T>(y, g, dx);
+                    }
+                });
+                Ok(())
+            })?,
+            Device::Cuda(gpu) => {
+                let rows = grad.elements().checked_div(width).unwrap_or(0);
+                gpu.kernel("entmax_bwd", &[("DTYPE", grad.dtype().name())])?
+                    .launch(Grid::rows(rows, width), args![&mut dx, &self.y, &grad, rows as i64, width as u32])?;
+            }
+        }
         Ok(Contributions::one(dx))
     }
 }

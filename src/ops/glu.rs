@@ -2,10 +2,9 @@
 
 use super::pointwise::{Gelu, Keep, ReluSquared, Sigmoid, Unary};
 use crate::{
-    Error, Result, Tensor,
+    Device, Error, Result, Tensor,
     core::{Backward, Contributions, Float, Real, dispatch_float, record},
-    device::{cpu, simd::vectorized},
-    error::ensure,
+    device::{Grid, args, cpu, simd::vectorized},
 };
 
 /// The function of the gate in [`Tensor::glu`].
@@ -41,10 +40,7 @@ impl Tensor {
             let shape = self.shape();
             return Err(Error::shape("glu", format!("expected an even number of features [.., 2 dim], got {shape:?}")));
         };
-        ensure!(
-            self.dtype().is_float(),
-            Error::dtype("glu", format!("expected a float tensor, got {}", self.dtype()))
-        );
+        self.dtype().expect_float("glu")?;
         let x = self.contiguous()?;
         match activation {
             Activation::Gelu => glu::<Gelu>(&x, width / 2),
@@ -59,13 +55,20 @@ const COST: usize = 12;
 
 fn glu<F: Unary>(x: &Tensor, dim: usize) -> Result<Tensor> {
     let mut y = Tensor::uninit(x.shape().with_dim(x.rank() - 1, dim), x.dtype(), x.device())?;
-    dispatch_float!("glu", x.dtype(), T, {
-        let from = x.values::<T>()?;
-        cpu::for_rows(y.values_mut::<T>()?, dim, COST * dim, |row, y| {
-            forward::<T, F>(&from[2 * row * dim..][..2 * y.len()], dim, y);
-        });
-        Ok(())
-    })?;
+    match x.device() {
+        Device::Cpu => dispatch_float!("glu", x.dtype(), T, {
+            let from = x.values::<T>()?;
+            cpu::for_rows(y.values_mut::<T>()?, dim, COST * dim, |row, y| {
+                forward::<T, F>(&from[2 * row * dim..][..2 * y.len()], dim, y);
+            });
+            Ok(())
+        })?,
+        Device::Cuda(gpu) => {
+            let rows = y.elements().checked_div(dim).unwrap_or(0);
+            gpu.kernel("glu_fwd", &[("DTYPE", x.dtype().name()), ("ACTIVATION", F::NAME)])?
+                .launch(Grid::rows(rows, dim), args![&mut y, x, rows as i64, dim as u32])?;
+        }
+    }
     record("glu", y, &[x], |_| GluBackward::<F> { x: x.detach(), activation: std::marker::PhantomData })
 }
 
@@ -96,15 +99,22 @@ impl<F: Unary> Backward for GluBackward<F> {
         let dim = grad.dim(-1)?;
         // Nobody else may hold the input: then its gradient takes its place.
         let (mut dx, source) = super::norm::reuse(self.x)?;
-        dispatch_float!("glu", grad.dtype(), T, {
-            let source = source.as_ref().map(|source| source.values::<T>()).transpose()?;
-            let g = grad.values::<T>()?;
-            cpu::for_rows(dx.values_mut::<T>()?, 2 * dim, 2 * COST * dim, |row, dx| {
-                let source = source.map(|source| &source[2 * row * dim..][..dx.len()]);
-                backward::<T, F>(source, &g[row * dim..][..dx.len() / 2], dim, dx);
-            });
-            Ok(())
-        })?;
+        match grad.device() {
+            Device::Cpu => dispatch_float!("glu", grad.dtype(), T, {
+                let source = source.as_ref().map(|source| source.values::<T>()).transpose()?;
+                let g = grad.values::<T>()?;
+                cpu::for_rows(dx.values_mut::<T>()?, 2 * dim, 2 * COST * dim, |row, dx| {
+                    let source = source.map(|source| &source[2 * row * dim..][..dx.len()]);
+                    backward::<T, F>(source, &g[row * dim..][..dx.len() / 2], dim, dx);
+                });
+                Ok(())
+            })?,
+            Device::Cuda(gpu) => {
+                let rows = grad.elements().checked_div(dim).unwrap_or(0);
+                gpu.kernel("glu_bwd", &[("DTYPE", grad.dtype().name()), ("ACTIVATION", F::NAME)])?
+                    .launch(Grid::rows(rows, dim), args![&mut dx, source.as_ref(), &grad, rows as i64, dim as u32])?;
+            }
+        }
         Ok(Contributions::one(dx))
     }
 }

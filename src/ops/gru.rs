@@ -1,9 +1,9 @@
 //! The pointwise part of a GRU cell.
 
 use crate::{
-    Error, Result, Tensor,
+    Device, Error, Result, Tensor,
     core::{Backward, Contributions, Float, Real, Shape, dispatch_float, record},
-    device::{cpu, simd::vectorized},
+    device::{CudaDevice, Grid, args, cpu, simd::vectorized},
     error::ensure,
     ops::copy::same_kind,
 };
@@ -16,6 +16,7 @@ impl Tensor {
     /// are computed again. Errors: other shapes, or dtypes or devices that differ.
     pub fn gru_gate(&self, input: &Tensor, hidden: &Tensor) -> Result<Tensor> {
         const OP: &str = "gru_gate";
+        self.dtype().expect_float(OP)?;
         same_kind(OP, self, input)?;
         same_kind(OP, self, hidden)?;
         ensure!(self.rank() > 0, Error::shape(OP, "expected at least one dimension, got a scalar"));
@@ -32,14 +33,21 @@ impl Tensor {
         );
         let (h, input, hidden) = (self.contiguous()?, input.contiguous()?, hidden.contiguous()?);
         let mut y = h.uninit_like()?;
-        dispatch_float!(OP, h.dtype(), T, {
-            let (h, i, u) = (h.values::<T>()?, input.values::<T>()?, hidden.values::<T>()?);
-            cpu::for_rows(y.values_mut::<T>()?, dim, 32 * dim, |row, y| {
-                let gates = 3 * row * dim..3 * (row * dim + y.len());
-                forward::<T>(&h[row * dim..][..y.len()], &i[gates.clone()], &u[gates], y, dim);
-            });
-            Ok(())
-        })?;
+        match h.device() {
+            Device::Cpu => dispatch_float!(OP, h.dtype(), T, {
+                let (h, i, u) = (h.values::<T>()?, input.values::<T>()?, hidden.values::<T>()?);
+                cpu::for_rows(y.values_mut::<T>()?, dim, 32 * dim, |row, y| {
+                    let gates = 3 * row * dim..3 * (row * dim + y.len());
+                    forward::<T>(&h[row * dim..][..y.len()], &i[gates.clone()], &u[gates], y, dim);
+                });
+                Ok(())
+            })?,
+            Device::Cuda(gpu) => {
+                let rows = h.elements().checked_div(dim).unwrap_or(0);
+                gpu.kernel("gru_fwd", &[("DTYPE", h.dtype().name())])?
+                    .launch(Grid::rows(rows, dim), args![&mut y, &h, &input, &hidden, rows as i64, dim as u32])?;
+            }
+        }
         record(OP, y, &[&h, &input, &hidden], |_| GruGateBackward {
             h: h.detach(),
             input: input.detach(),
@@ -81,11 +89,22 @@ impl Backward for GruGateBackward {
 
     fn backward(self: Box<Self>, grad: Tensor, _need: &[bool]) -> Result<Contributions> {
         let grad = grad.contiguous()?;
+        let parts = match grad.device() {
+            Device::Cpu => self.backward_rows(&grad)?,
+            Device::Cuda(gpu) => self.backward_cuda(gpu, &grad)?,
+        };
+        Ok(Contributions::whole(parts.into_iter().map(Some)))
+    }
+}
+
+impl GruGateBackward {
+    /// The gradients of state, input and hidden state.
+    fn backward_rows(&self, grad: &Tensor) -> Result<Vec<Tensor>> {
         let dim = self.h.dim(-1)?;
         let rows = self.h.elements().checked_div(dim).unwrap_or(0);
         // One buffer for the three gradients of a row: 3 · dim, 3 · dim and dim.
         let mut all = Tensor::uninit(Shape::new(&[rows, 7 * dim])?, grad.dtype(), grad.device())?;
-        dispatch_float!(self.name(), grad.dtype(), T, {
+        dispatch_float!("gru_gate", grad.dtype(), T, {
             let (h, g) = (self.h.values::<T>()?, grad.values::<T>()?);
             let (i, u) = (self.input.values::<T>()?, self.hidden.values::<T>()?);
             cpu::for_rows(all.values_mut::<T>()?, 7 * dim, 64 * dim, |row, all| {
@@ -98,8 +117,20 @@ impl Backward for GruGateBackward {
         })?;
         let parts = all.split(&[dim, 3 * dim, 3 * dim], 1)?;
         let shapes = [*self.h.shape(), *self.input.shape(), *self.hidden.shape()];
-        let parts = parts.iter().zip(shapes).map(|(part, shape)| part.contiguous()?.reshape(shape));
-        Ok(Contributions::whole(parts.collect::<Result<Vec<_>>>()?.into_iter().map(Some)))
+        parts.iter().zip(shapes).map(|(part, shape)| part.contiguous()?.reshape(shape)).collect()
+    }
+
+    /// As [`GruGateBackward::backward_rows`].
+    fn backward_cuda(&self, gpu: &CudaDevice, grad: &Tensor) -> Result<Vec<Tensor>> {
+        let Self { h, input, hidden } = self;
+        let dim = h.dim(-1)?;
+        let rows = h.elements().checked_div(dim).unwrap_or(0);
+        let (mut dh, mut di, mut du) = (h.uninit_like()?, input.uninit_like()?, hidden.uninit_like()?);
+        gpu.kernel("gru_bwd", &[("DTYPE", h.dtype().name())])?.launch(
+            Grid::rows(rows, dim),
+            args![&mut dh, &mut di, &mut du, h, input, hidden, grad, rows as i64, dim as u32],
+        )?;
+        Ok(vec![dh, di, du])
     }
 }
 

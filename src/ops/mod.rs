@@ -15,8 +15,9 @@ macro_rules! ops {
     };
 }
 
-// Not an op of tensors: it works on the parameters and the state of an optimizer in place.
+// Not ops of tensors: they work on the parameters and the state of an optimizer in place.
 pub(crate) mod adamw;
+mod many;
 
 ops! {
     attention: attention;

@@ -5,9 +5,9 @@ use super::{
     reduce::{fold, sum_slice},
 };
 use crate::{
-    Error, Result, Tensor,
-    core::{Backward, Contributions, Element, Float, Real, Shape, dispatch_float, record},
-    device::{cpu, simd::vectorized},
+    Device, Error, Result, Tensor,
+    core::{Backward, Contributions, Float, Real, Shape, dispatch_float, record},
+    device::{CudaDevice, Grid, args, cpu, simd::vectorized},
     error::ensure,
 };
 
@@ -79,6 +79,7 @@ fn normalize(
         eps >= 0.0 && eps.is_finite(),
         Error::argument(op, format!("eps must be a number that is not negative, got {eps}"))
     );
+    x.dtype().expect_float(op)?;
     let dim = x.dim(-1)?;
     for (name, operand, expected) in [("weight", weight.map(|w| w.0), weight.map_or(dim, |w| w.1)), ("bias", bias, dim)]
     {
@@ -95,8 +96,15 @@ fn normalize(
     }
     let x = x.contiguous()?;
     let weight = weight.map(|weight| weight.0);
-    let (y, statistics) =
-        dispatch_float!(op, x.dtype(), T, forward_rows::<T>(&x, [weight, bias], form, <T as Float>::Acc::from_f64(eps)))?;
+    let mut y = x.uninit_like()?;
+    let shape = Shape::new(&[rows(&x)?, form.statistics()])?;
+    let mut statistics = Tensor::uninit(shape, x.dtype().accumulator(), x.device())?;
+    match x.device() {
+        Device::Cpu => dispatch_float!(op, x.dtype(), T, {
+            forward_rows::<T>(&x, [weight, bias], form, <T as Float>::Acc::from_f64(eps), &mut y, &mut statistics)
+        })?,
+        Device::Cuda(gpu) => forward_cuda(gpu, &x, [weight, bias], form, eps, &mut y, &mut statistics)?,
+    }
     let inputs: Vec<&Tensor> = [Some(&x), weight, bias].into_iter().flatten().collect();
     record(op, y, &inputs, |_| NormBackward {
         op,
@@ -109,30 +117,53 @@ fn normalize(
     })
 }
 
+/// Number of rows that are normalised.
+fn rows(x: &Tensor) -> Result<usize> {
+    Ok(x.elements().checked_div(x.dim(-1)?).unwrap_or(0))
+}
+
 fn forward_rows<T: Float>(
     x: &Tensor,
     [weight, bias]: [Option<&Tensor>; 2],
     form: Form,
     eps: T::Acc,
-) -> Result<(Tensor, Tensor)> {
-    let width = x.dim(-1)?;
-    let rows = x.elements().checked_div(width).unwrap_or(0);
-    let per_row = form.statistics();
-    let mut y = x.uninit_like()?;
-    let mut statistics = Tensor::uninit(Shape::new(&[rows, per_row])?, <T::Acc as Element>::DTYPE, x.device())?;
+    y: &mut Tensor,
+    statistics: &mut Tensor,
+) -> Result<()> {
+    let (width, per_row) = (x.dim(-1)?, form.statistics());
     let (weight, bias) = (widen::<T>(weight, width, T::Acc::ONE)?, widen::<T>(bias, width, T::Acc::ZERO)?);
     let from = x.values::<T>()?;
     let (to, save) = (y.values_mut::<T>()?, statistics.values_mut::<T::Acc>()?);
     cpu::for_rows2(to, save, (width, per_row), 4 * width, |row, y, statistics| {
         forward::<T>(&from[row * width..][..y.len()], &weight, &bias, form, eps, y, statistics);
     });
-    Ok((y, statistics))
+    Ok(())
+}
+
+fn forward_cuda(
+    gpu: &CudaDevice,
+    x: &Tensor,
+    [weight, bias]: [Option<&Tensor>; 2],
+    form: Form,
+    eps: f64,
+    y: &mut Tensor,
+    statistics: &mut Tensor,
+) -> Result<()> {
+    let (rows, columns) = (rows(x)?, x.dim(-1)?);
+    let (weight, bias) = (packed(weight)?, packed(bias)?);
+    let weights = weight.as_ref().map_or(0, Tensor::elements);
+    let centred = u32::from(form == Form::Centred);
+    let args = args![y, statistics, x, weight.as_ref(), bias.as_ref(), rows as i64, columns as u32, weights as u32, centred, eps];
+    gpu.kernel("norm_fwd", &[("DTYPE", x.dtype().name())])?.launch(Grid::rows(rows, columns), args)
+}
+
+fn packed(values: Option<&Tensor>) -> Result<Option<Tensor>> {
+    values.map(|values| values.detach().contiguous()).transpose()
 }
 
 /// A weight or bias in the accumulation type, one per feature, so that the loops have one form.
 fn widen<T: Float>(values: Option<&Tensor>, width: usize, default: T::Acc) -> Result<Vec<T::Acc>> {
-    let Some(values) = values else { return Ok(vec![default; width]) };
-    let values = values.detach().contiguous()?;
+    let Some(values) = packed(values)? else { return Ok(vec![default; width]) };
     Ok(match values.values::<T>()? {
         [one] => vec![one.to_acc(); width],
         each => each.iter().map(|value| value.to_acc()).collect(),
@@ -194,37 +225,64 @@ impl Backward for NormBackward {
     /// `dweight = Σ g ⊙ x̂` and `dbias = Σ g` over rows. Without centring, `mean h` falls out; where the floor acts, the
     /// other mean does.
     fn backward(self: Box<Self>, grad: Tensor, need: &[bool]) -> Result<Contributions> {
-        dispatch_float!(self.op, grad.dtype(), T, self.backward_rows::<T>(grad, need))
+        let weight_needed = self.weight.is_some() && need[1];
+        let bias_needed = self.has_bias && need[1 + self.weight.is_some() as usize];
+        let wanted = (need[0], weight_needed || bias_needed);
+        let (dx, partials) = match self.x.device() {
+            Device::Cpu => dispatch_float!(self.op, grad.dtype(), T, self.backward_rows::<T>(grad, wanted))?,
+            Device::Cuda(gpu) => self.backward_cuda(gpu, grad, wanted)?,
+        };
+        let width = self.x.dim(-1)?;
+        let sums = partials.map(|partials| partials.sum(&[0])).transpose()?;
+        let part = |start: usize, needed: bool| -> Result<Option<Tensor>> {
+            let sums = sums.as_ref().filter(|_| needed);
+            sums.map(|sums| sums.narrow(0, start, width)?.to_dtype(self.x.dtype())).transpose()
+        };
+        let mut grads = vec![dx];
+        if let Some(weight) = &self.weight {
+            grads.push(match (weight.elements() == width, &sums) {
+                // One factor serves all features: its gradient is the sum of theirs.
+                (false, Some(sums)) if weight_needed => {
+                    Some(sums.narrow(0, 0, width)?.sum(&[])?.reshape([1])?.to_dtype(weight.dtype())?)
+                }
+                _ => part(0, weight_needed)?,
+            });
+        }
+        if self.has_bias {
+            grads.push(part(width, bias_needed)?);
+        }
+        Ok(Contributions::whole(grads))
     }
 }
 
+/// Rows whose sums for weight and bias one chunk adds up on a GPU; and how many chunks there are at most, which bounds
+/// the memory for them.
+const ROWS_PER_CHUNK: usize = 64;
+const MOST_CHUNKS: usize = 256;
+
 impl NormBackward {
-    fn backward_rows<T: Float>(&self, grad: Tensor, need: &[bool]) -> Result<Contributions> {
-        let width = self.x.dim(-1)?;
-        let rows = self.x.elements().checked_div(width).unwrap_or(0);
-        let after_weight = 1 + self.weight.is_some() as usize;
-        let (weight_needed, bias_needed) =
-            (self.weight.is_some() && need[1], self.has_bias && need[after_weight]);
+    /// The gradient of the input if it is wanted, and, if they are, the sums for the gradients of weight and bias over
+    /// blocks of rows, `[blocks, 2 · dim]`.
+    fn backward_rows<T: Float>(&self, grad: Tensor, wanted: (bool, bool)) -> Result<(Option<Tensor>, Option<Tensor>)> {
+        let (width, rows, per_row) = (self.x.dim(-1)?, rows(&self.x)?, self.form.statistics());
         let weight = widen::<T>(self.weight.as_ref(), width, T::Acc::ONE)?;
         let (mut dx, source) = reuse(grad)?;
         let source = source.as_ref().map(|source| source.values::<T>()).transpose()?;
         let (x, statistics) = (self.x.values::<T>()?, self.statistics.values::<T::Acc>()?);
         let floor = (self.form == Form::Floored).then(|| T::Acc::ONE / T::Acc::from_f64(self.eps));
 
-        // Rows are summed up in blocks whose size depends on the shape alone, then the blocks in order.
+        // Rows are summed up in blocks whose size depends on the shape alone.
         let block = cpu::rows_per_task(rows, 8 * width);
-        let blocks = rows.div_ceil(block);
-        let partial = Shape::new(&[blocks, 2 * width])?;
-        let mut partials = Tensor::uninit(partial, <T::Acc as Element>::DTYPE, self.x.device())?;
+        let shape = Shape::new(&[rows.div_ceil(block), 2 * width])?;
+        let mut partials = Tensor::uninit(shape, self.statistics.dtype(), self.x.device())?;
         let run = |first: usize, dx: &mut [T], partial: &mut [T::Acc]| {
             let part = first * width..first * width + dx.len();
-            let per_row = self.form.statistics();
             let statistics = &statistics[first * per_row..][..part.len() / width * per_row];
             let source = source.map(|source| &source[part.clone()]);
-            backward::<T>(&x[part], source, &weight, statistics, floor, need[0], dx, partial);
+            backward::<T>(&x[part], source, &weight, statistics, floor, wanted.0, dx, partial);
         };
         let to = dx.values_mut::<T>()?;
-        if weight_needed || bias_needed {
+        if wanted.1 {
             let sums = partials.values_mut::<T::Acc>()?;
             cpu::for_rows2(to, sums, (block * width, 2 * width), 8 * block * width, |first, dx, partials| {
                 let parts = dx.chunks_mut(block * width).zip(partials.chunks_exact_mut(2 * width));
@@ -233,41 +291,46 @@ impl NormBackward {
         } else {
             cpu::for_rows(to, width, 8 * width, |first, dx| run(first, dx, &mut []));
         }
-
-        let sum = |start: usize, needed: bool| -> Result<Option<Tensor>> {
-            needed.then(|| sum_blocks::<T>(&partials, start, width)).transpose()
-        };
-        let (dweight, dbias) = (sum(0, weight_needed)?, sum(width, bias_needed)?);
-        let mut grads = vec![need[0].then_some(dx)];
-        if let Some(weight) = &self.weight {
-            grads.push(dweight.map(|sums| total(sums, weight)).transpose()?);
-        }
-        if self.has_bias {
-            grads.push(dbias.map(|sums| sums.to_dtype(self.x.dtype())).transpose()?);
-        }
-        Ok(Contributions::whole(grads))
+        Ok((wanted.0.then_some(dx), wanted.1.then_some(partials)))
     }
-}
 
-/// The gradient of each feature's factor as that of the weight: itself, or its sum if one factor serves all features.
-fn total(each: Tensor, weight: &Tensor) -> Result<Tensor> {
-    let sum = if weight.elements() == each.elements() { each } else { each.sum(&[])?.reshape([1])? };
-    sum.to_dtype(weight.dtype())
-}
-
-/// `Σ_block partials[block, start..start + width]`, in the order of the blocks.
-fn sum_blocks<T: Float>(partials: &Tensor, start: usize, width: usize) -> Result<Tensor> {
-    let mut sums = Tensor::zeros([width], partials.dtype(), partials.device())?;
-    let from = partials.values::<T::Acc>()?;
-    let blocks = partials.shape()[0];
-    cpu::for_rows(sums.values_mut::<T::Acc>()?, 1, blocks, |column, sums| {
-        for partial in from.chunks_exact(2 * width) {
-            for (sum, &part) in sums.iter_mut().zip(&partial[start + column..]) {
-                *sum += part;
-            }
+    /// As [`NormBackward::backward_rows`].
+    fn backward_cuda(
+        &self,
+        gpu: &CudaDevice,
+        grad: Tensor,
+        wanted: (bool, bool),
+    ) -> Result<(Option<Tensor>, Option<Tensor>)> {
+        let Self { x, statistics, weight, .. } = self;
+        let (rows, columns) = (rows(x)?, x.dim(-1)?);
+        let (centred, dtype) = (u32::from(self.form == Form::Centred), [("DTYPE", x.dtype().name())]);
+        let (mut dx, source) = reuse(grad)?;
+        // The sums first: the gradient of the output may be overwritten then.
+        let partials = wanted.1.then(|| {
+            let rows_per_chunk = rows.div_ceil(MOST_CHUNKS).max(ROWS_PER_CHUNK);
+            let chunks = rows.div_ceil(rows_per_chunk);
+            let mut partials = Tensor::uninit(Shape::new(&[chunks, 2 * columns])?, statistics.dtype(), x.device())?;
+            // 32 threads side by side, each for 16 bytes of a row.
+            let tiles = columns.div_ceil(32 * 16 / x.dtype().size());
+            let grid = Grid::new([tiles as u32, chunks as u32, 1], [32, 8, 1]);
+            let g = source.as_ref().unwrap_or(&dx);
+            let sizes = (rows as i64, rows_per_chunk as i64, columns as u32);
+            let args = args![&mut partials, x, g, statistics, sizes.0, sizes.1, sizes.2, centred];
+            gpu.kernel("norm_bwd_sums", &dtype)?.launch(grid, args)?;
+            Ok(partials)
+        });
+        let partials = partials.transpose()?;
+        if !wanted.0 {
+            return Ok((None, partials));
         }
-    });
-    Ok(sums)
+        let weight = packed(weight.as_ref())?;
+        let weights = weight.as_ref().map_or(0, Tensor::elements) as u32;
+        let sizes = (rows as i64, columns as u32);
+        let args =
+            args![&mut dx, x, source.as_ref(), weight.as_ref(), statistics, sizes.0, sizes.1, weights, centred, self.eps];
+        gpu.kernel("norm_bwd", &dtype)?.launch(Grid::rows(rows, columns), args)?;
+        Ok((Some(dx), partials))
+    }
 }
 
 vectorized! {

@@ -1,11 +1,13 @@
 //! Elementwise ops: one table row per unary or binary function, with its derivative.
 
 use crate::{
-    DType, Element, Error, Result, Tensor,
-    core::{Backward, Contributions, Float, Layout, Real, discrete, dispatch_float, needs, record},
-    device::{cpu, simd::vectorized},
+    DType, Device, Element, Error, Result, Shape, Tensor,
+    core::{
+        Backward, Contributions, Float, Layout, Real, collapse_layouts, discrete, dispatch_float, needs, record,
+    },
+    device::{CudaDevice, Grid, Storage, args, cpu, simd::vectorized},
     error::ensure,
-    ops::copy::same_kind,
+    ops::copy::{same_device, same_kind},
 };
 
 /// What a unary op keeps for its derivative.
@@ -53,6 +55,9 @@ macro_rules! unary {
                 }
             )*
         }
+
+        #[cfg(all(test, feature = "cuda"))]
+        const UNARY: &[&str] = &[$(stringify!($method)),*];
     };
 }
 
@@ -108,13 +113,21 @@ fn normal_pdf<R: Real>(x: R) -> R {
 const COST: usize = 8;
 
 fn unary<F: Unary>(x: &Tensor) -> Result<Tensor> {
+    x.dtype().expect_float(F::NAME)?;
     let x = x.contiguous()?;
     let mut y = x.uninit_like()?;
-    dispatch_float!(F::NAME, x.dtype(), T, {
-        let from = x.values::<T>()?;
-        cpu::for_rows(y.values_mut::<T>()?, 1, COST, |at, y| map::<T, F>(&from[at..at + y.len()], y));
-        Ok(())
-    })?;
+    match x.device() {
+        Device::Cpu => dispatch_float!(F::NAME, x.dtype(), T, {
+            let from = x.values::<T>()?;
+            cpu::for_rows(y.values_mut::<T>()?, 1, COST, |at, y| map::<T, F>(&from[at..at + y.len()], y));
+            Ok(())
+        })?,
+        Device::Cuda(gpu) => {
+            let n = x.elements();
+            gpu.kernel("unary_fwd", &[("DTYPE", x.dtype().name()), ("FUNCTION", F::NAME)])?
+                .launch(Grid::packets(n, x.dtype()), args![&mut y, &x, n as i64])?;
+        }
+    }
     record(F::NAME, y, &[&x], |y| UnaryBackward::<F> {
         kept: match F::KEEP {
             Keep::Input => x.detach(),
@@ -146,14 +159,21 @@ impl<F: Unary> Backward for UnaryBackward<F> {
     fn backward(self: Box<Self>, grad: Tensor, _need: &[bool]) -> Result<Contributions> {
         let grad = grad.contiguous()?;
         let mut dx = grad.uninit_like()?;
-        dispatch_float!(F::NAME, grad.dtype(), T, {
-            let (kept, g) = (self.kept.values::<T>()?, grad.values::<T>()?);
-            cpu::for_rows(dx.values_mut::<T>()?, 1, COST, |at, dx| {
-                let range = at..at + dx.len();
-                map_backward::<T, F>(&kept[range.clone()], &g[range], dx);
-            });
-            Ok(())
-        })?;
+        match grad.device() {
+            Device::Cpu => dispatch_float!(F::NAME, grad.dtype(), T, {
+                let (kept, g) = (self.kept.values::<T>()?, grad.values::<T>()?);
+                cpu::for_rows(dx.values_mut::<T>()?, 1, COST, |at, dx| {
+                    let range = at..at + dx.len();
+                    map_backward::<T, F>(&kept[range.clone()], &g[range], dx);
+                });
+                Ok(())
+            })?,
+            Device::Cuda(gpu) => {
+                let n = grad.elements();
+                gpu.kernel("unary_bwd", &[("DTYPE", grad.dtype().name()), ("FUNCTION", F::NAME)])?
+                    .launch(Grid::packets(n, grad.dtype()), args![&mut dx, &self.kept, &grad, n as i64])?;
+            }
+        }
         Ok(Contributions::one(dx))
     }
 }
@@ -171,14 +191,22 @@ impl Tensor {
     ///
     /// Errors: a dtype that is not float.
     pub fn affine(&self, multiplier: f64, summand: f64) -> Result<Tensor> {
+        self.dtype().expect_float("affine")?;
         let x = self.contiguous()?;
         let mut y = x.uninit_like()?;
-        dispatch_float!("affine", x.dtype(), T, {
-            let from = x.values::<T>()?;
-            let (a, b) = (c::<<T as Float>::Acc>(multiplier), c::<<T as Float>::Acc>(summand));
-            cpu::for_rows(y.values_mut::<T>()?, 1, 1, |at, y| affine::<T>(&from[at..at + y.len()], y, a, b));
-            Ok(())
-        })?;
+        match x.device() {
+            Device::Cpu => dispatch_float!("affine", x.dtype(), T, {
+                let from = x.values::<T>()?;
+                let (a, b) = (c::<<T as Float>::Acc>(multiplier), c::<<T as Float>::Acc>(summand));
+                cpu::for_rows(y.values_mut::<T>()?, 1, 1, |at, y| affine::<T>(&from[at..at + y.len()], y, a, b));
+                Ok(())
+            })?,
+            Device::Cuda(gpu) => {
+                let n = x.elements();
+                gpu.kernel("affine_fwd", &[("DTYPE", x.dtype().name())])?
+                    .launch(Grid::packets(n, x.dtype()), args![&mut y, &x, n as i64, multiplier, summand])?;
+            }
+        }
         record("affine", y, &[&x], |_| AffineBackward { multiplier })
     }
 }
@@ -255,6 +283,9 @@ macro_rules! binary {
                 }
             )*
         }
+
+        #[cfg(all(test, feature = "cuda"))]
+        const BINARY: &[&str] = &[$(stringify!($method)),*];
     };
 }
 
@@ -273,15 +304,19 @@ binary! {
 }
 
 fn binary<F: Binary>(a: &Tensor, b: &Tensor) -> Result<Tensor> {
+    a.dtype().expect_float(F::NAME)?;
     same_kind(F::NAME, a, b)?;
     let shape = a.shape().broadcast(b.shape(), F::NAME)?;
     let mut y = Tensor::uninit(shape, a.dtype(), a.device())?;
-    dispatch_float!(F::NAME, a.dtype(), T, {
-        let layouts = [&a.layout().expand(shape), &b.layout().expand(shape)];
-        let (a, b) = (a.storage::<T>()?, b.storage::<T>()?);
-        cpu::for_strided(y.values_mut::<T>()?, &shape, layouts, |y, at, steps| zip::<T, F>(y, a, b, at, steps));
-        Ok(())
-    })?;
+    match a.device() {
+        Device::Cpu => dispatch_float!(F::NAME, a.dtype(), T, {
+            let layouts = [&a.layout().expand(shape), &b.layout().expand(shape)];
+            let (a, b) = (a.storage::<T>()?, b.storage::<T>()?);
+            cpu::for_strided(y.values_mut::<T>()?, &shape, layouts, |y, at, steps| zip::<T, F>(y, a, b, at, steps));
+            Ok(())
+        })?,
+        Device::Cuda(gpu) => launch_binary(gpu, F::NAME, &mut y, a, b)?,
+    }
     let need = needs(F::NAME, [a, b])?;
     record(F::NAME, y, &[a, b], |_| BinaryBackward::<F> {
         shapes: [*a.shape(), *b.shape()],
@@ -292,6 +327,17 @@ fn binary<F: Binary>(a: &Tensor, b: &Tensor) -> Result<Tensor> {
         },
         function: std::marker::PhantomData,
     })
+}
+
+/// `y = f(a, b)` by the kernel's function of this name; `a` and `b` broadcast to the shape of `y`.
+fn launch_binary(gpu: &CudaDevice, function: &str, y: &mut Tensor, a: &Tensor, b: &Tensor) -> Result<()> {
+    let shape = *y.shape();
+    let layouts = collapse_layouts(&shape, [&a.layout().expand(shape), &b.layout().expand(shape)]);
+    let n = shape.elements();
+    gpu.kernel("binary_fwd", &[("DTYPE", a.dtype().name()), ("FUNCTION", function)])?.launch(
+        Grid::packets(n, a.dtype()),
+        args![y, Storage(a), Storage(b), &layouts[0], &layouts[1], n as i64],
+    )
 }
 
 vectorized! {
@@ -326,7 +372,7 @@ vectorized! {
 }
 
 struct BinaryBackward<F> {
-    shapes: [crate::Shape; 2],
+    shapes: [Shape; 2],
     saved: Saved,
     function: std::marker::PhantomData<F>,
 }
@@ -360,6 +406,9 @@ macro_rules! comparison {
                 }
             }
         )*}
+
+        #[cfg(all(test, feature = "cuda"))]
+        const COMPARISONS: &[&str] = &[$(stringify!($method)),*];
     };
 }
 
@@ -388,13 +437,18 @@ fn compare<E: Element>(
     same_kind(op, a, b)?;
     let shape = a.shape().broadcast(b.shape(), op)?;
     let mut y = Tensor::uninit(shape, DType::Bool, a.device())?;
-    let layouts = [&a.layout().expand(shape), &b.layout().expand(shape)];
-    let (a, b) = (a.storage::<E>()?, b.storage::<E>()?);
-    cpu::for_strided(y.values_mut::<bool>()?, &shape, layouts, |y, at, steps| {
-        for (i, y) in y.iter_mut().enumerate() {
-            *y = f(a[at[0] + i * steps[0]], b[at[1] + i * steps[1]]) as u8;
+    match a.device() {
+        Device::Cpu => {
+            let layouts = [&a.layout().expand(shape), &b.layout().expand(shape)];
+            let (a, b) = (a.storage::<E>()?, b.storage::<E>()?);
+            cpu::for_strided(y.values_mut::<bool>()?, &shape, layouts, |y, at, steps| {
+                for (i, y) in y.iter_mut().enumerate() {
+                    *y = f(a[at[0] + i * steps[0]], b[at[1] + i * steps[1]]) as u8;
+                }
+            });
         }
-    });
+        Device::Cuda(gpu) => launch_binary(gpu, op, &mut y, a, b)?,
+    }
     Ok(y)
 }
 
@@ -430,14 +484,23 @@ impl Tensor {
         const OP: &str = "where_cond";
         expect_bool(OP, self)?;
         same_kind(OP, a, b)?;
+        same_device(OP, self, a)?;
         let shape = a.shape().broadcast(b.shape(), OP)?.broadcast(self.shape(), OP)?;
         let mask = self.expand(shape)?;
         let mut y = Tensor::uninit(shape, a.dtype(), a.device())?;
         let layouts = [mask.layout(), &a.layout().expand(shape), &b.layout().expand(shape)];
-        match a.dtype() {
-            DType::I64 => choose::<i64>(&mut y, &mask, a, b, layouts)?,
-            DType::Bool => choose::<bool>(&mut y, &mask, a, b, layouts)?,
-            float => dispatch_float!(OP, float, T, choose::<T>(&mut y, &mask, a, b, layouts))?,
+        match (a.device(), a.dtype()) {
+            (Device::Cpu, DType::I64) => choose::<i64>(&mut y, &mask, a, b, layouts)?,
+            (Device::Cpu, DType::Bool) => choose::<bool>(&mut y, &mask, a, b, layouts)?,
+            (Device::Cpu, float) => dispatch_float!(OP, float, T, choose::<T>(&mut y, &mask, a, b, layouts))?,
+            (Device::Cuda(gpu), dtype) => {
+                let [choice, yes, no] = collapse_layouts(&shape, layouts);
+                let n = shape.elements();
+                gpu.kernel("where_cond", &[("DTYPE", dtype.name())])?.launch(
+                    Grid::packets(n, dtype),
+                    args![&mut y, Storage(&mask), Storage(a), Storage(b), &choice, &yes, &no, n as i64],
+                )?;
+            }
         }
         let shapes = [*a.shape(), *b.shape()];
         record(OP, y, &[a, b], |_| WhereBackward { mask: mask.clone(), shapes })
@@ -487,7 +550,7 @@ fn choose<E: Element>(
 
 struct WhereBackward {
     mask: Tensor,
-    shapes: [crate::Shape; 2],
+    shapes: [Shape; 2],
 }
 
 impl Backward for WhereBackward {
@@ -500,5 +563,32 @@ impl Backward for WhereBackward {
         let a = need[0].then(|| self.mask.where_cond(&grad, &zero)?.sum_to(self.shapes[0])).transpose()?;
         let b = need[1].then(|| self.mask.where_cond(&zero, &grad)?.sum_to(self.shapes[1])).transpose()?;
         Ok(Contributions::whole([a, b]))
+    }
+}
+
+#[cfg(all(test, feature = "cuda"))]
+mod tests {
+    use super::*;
+    use crate::device::kernels::KernelSource;
+
+    /// A row of a table above without its row in the kernel, or the other way round, would show on a GPU only.
+    #[test]
+    fn kernels_have_the_rows_of_the_tables() -> std::result::Result<(), String> {
+        let logic = ["logical_and", "logical_or", "logical_not"];
+        let tables = [("unary", UNARY.to_vec()), ("binary", [BINARY, COMPARISONS, &logic].concat())];
+        for (name, mut rows) in tables {
+            let source = KernelSource::named(name).ok_or("no such source")?;
+            let value = |(option, value): &(&str, &'static str)| (*option == "FUNCTION").then_some(*value);
+            let options = source.options();
+            let mut functions: Vec<_> = options.iter().flat_map(|options| options.iter().find_map(value)).collect();
+            functions.sort();
+            functions.dedup();
+            rows.sort();
+            assert_eq!(functions, rows, "{name}.cu");
+            for row in rows {
+                assert!(source.source.contains(&format!("\nROW({row}, ")), "{name}.cu has no row `{row}`");
+            }
+        }
+        Ok(())
     }
 }

@@ -1,17 +1,47 @@
 //! Tensors that depend on positions alone: T5's relative bias and sinusoids.
 
 use crate::{
-    DType, Error, Result, Tensor,
+    DType, Device, Error, Result, Tensor,
     core::{Backward, Contributions, Float, Real, Shape, discrete, dispatch_float, record},
-    device::cpu,
+    device::{CudaDevice, Grid, args, cpu},
     error::ensure,
     ops::attention::bucket,
 };
 
-/// The buckets of a matrix along its diagonals: entry `key − query + queries − 1`.
-fn diagonals(queries: usize, keys: usize, causal: bool, buckets: usize, max_distance: usize) -> Vec<usize> {
-    let length = (queries + keys).saturating_sub(1);
-    (0..length).map(|at| bucket(queries as i64 - 1 - at as i64, causal, buckets, max_distance)).collect()
+/// The matrix of buckets: which row of the table each distance takes.
+#[derive(Clone, Copy)]
+struct Buckets {
+    queries: usize,
+    keys: usize,
+    causal: bool,
+    count: usize,
+    max_distance: usize,
+}
+
+impl Buckets {
+    /// Number of diagonals.
+    fn length(&self) -> usize {
+        (self.queries + self.keys).saturating_sub(1)
+    }
+
+    /// The bucket of each diagonal: entry `key − query + queries − 1`.
+    fn of_diagonals(&self) -> Vec<usize> {
+        (0..self.length()).map(|at| self.at(self.queries as i64 - 1 - at as i64)).collect()
+    }
+
+    /// The same on a GPU, a part of a table that serves many sizes.
+    fn on(&self, gpu: &'static CudaDevice) -> Result<Tensor> {
+        let Self { queries, keys, causal, count, max_distance } = *self;
+        let reach = queries.max(keys).next_power_of_two();
+        let name = format!("relative_position_bias {causal} {count} {max_distance} {reach}");
+        let distances = (1 - reach as i64..reach as i64).rev();
+        let table = gpu.constant(&name, || Ok(distances.map(|distance| self.at(distance) as i64).collect()))?;
+        table.narrow(0, reach - queries, self.length())
+    }
+
+    fn at(&self, distance: i64) -> usize {
+        bucket(distance, self.causal, self.count, self.max_distance)
+    }
 }
 
 impl Tensor {
@@ -33,6 +63,7 @@ impl Tensor {
         let &[buckets, heads] = &**self.shape() else {
             return Err(Error::shape(OP, format!("expected a table [buckets, heads], got {:?}", self.shape())));
         };
+        self.dtype().expect_float(OP)?;
         let least = if causal { 2 } else { 4 };
         ensure!(
             buckets >= least && max_distance > buckets / least,
@@ -46,22 +77,33 @@ impl Tensor {
         );
         let table = self.transpose(0, 1)?.contiguous()?;
         let mut y = Tensor::uninit(Shape::new(&[heads, queries, keys])?, table.dtype(), table.device())?;
-        let diagonals = diagonals(queries, keys, causal, buckets, max_distance);
-        dispatch_float!(OP, table.dtype(), T, {
-            let scale = <T as Float>::Acc::from_f64(scale);
-            let values = table.values::<T>()?.chunks_exact(buckets);
-            let lines: Vec<Vec<T>> = values
-                .map(|row| diagonals.iter().map(|&bucket| T::from_acc(row[bucket].to_acc() * scale)).collect())
-                .collect();
-            cpu::for_rows(y.values_mut::<T>()?, keys, keys, |row, rows| {
-                for (index, y) in rows.chunks_exact_mut(keys).enumerate() {
-                    let (head, query) = ((row + index) / queries, (row + index) % queries);
-                    y.copy_from_slice(&lines[head][queries - 1 - query..][..keys]);
-                }
-            });
-            Ok(())
-        })?;
-        record(OP, y, &[&table], |_| RelativePositionBiasBackward { diagonals, buckets, scale })
+        let of = Buckets { queries, keys, causal, count: buckets, max_distance };
+        match table.device() {
+            Device::Cpu => dispatch_float!(OP, table.dtype(), T, {
+                let scale = <T as Float>::Acc::from_f64(scale);
+                let diagonals = of.of_diagonals();
+                let values = table.values::<T>()?.chunks_exact(buckets);
+                let lines: Vec<Vec<T>> = values
+                    .map(|row| diagonals.iter().map(|&bucket| T::from_acc(row[bucket].to_acc() * scale)).collect())
+                    .collect();
+                cpu::for_rows(y.values_mut::<T>()?, keys, keys, |row, rows| {
+                    for (index, y) in rows.chunks_exact_mut(keys).enumerate() {
+                        let (head, query) = ((row + index) / queries, (row + index) % queries);
+                        y.copy_from_slice(&lines[head][queries - 1 - query..][..keys]);
+                    }
+                });
+                Ok(())
+            })?,
+            Device::Cuda(gpu) => {
+                let rows = heads * queries;
+                let sizes = (rows as i64, queries as u32, keys as u32, buckets as u32);
+                gpu.kernel("position_bias_fwd", &[("DTYPE", table.dtype().name())])?.launch(
+                    Grid::rows(if keys == 0 { 0 } else { rows }, keys),
+                    args![&mut y, &table, &of.on(gpu)?, sizes.0, sizes.1, sizes.2, sizes.3, scale],
+                )?;
+            }
+        }
+        record(OP, y, &[&table], |_| RelativePositionBiasBackward { of, scale })
     }
 
     /// Sinusoids at `n` positions: `[sin(p · f) | cos(p · f)]` for `p` from `first` on, with these frequencies `f`.
@@ -75,29 +117,38 @@ impl Tensor {
             self.rank() == 1 && self.dtype().is_float(),
             Error::shape(OP, format!("expected float frequencies [n], got {:?} {}", self.shape(), self.dtype()))
         );
-        let frequencies = self.to_f64_vec()?;
-        let half = frequencies.len();
+        dtype.expect_float(OP)?;
+        let half = self.elements();
         let mut y = Tensor::uninit(Shape::new(&[n, 2 * half])?, dtype, self.device())?;
-        dispatch_float!(OP, dtype, T, {
-            cpu::for_rows(y.values_mut::<T>()?, 2 * half, 64 * half, |row, rows| {
-                for (index, y) in rows.chunks_exact_mut(2 * half).enumerate() {
-                    let position = (first + row + index) as f64;
-                    let (sines, cosines) = y.split_at_mut(half);
-                    for ((sine, cosine), f) in sines.iter_mut().zip(cosines).zip(&frequencies) {
-                        *sine = T::from_f64(libm::sin(position * f));
-                        *cosine = T::from_f64(libm::cos(position * f));
+        match self.device() {
+            Device::Cpu => dispatch_float!(OP, dtype, T, {
+                let frequencies = self.to_f64_vec()?;
+                cpu::for_rows(y.values_mut::<T>()?, 2 * half, 64 * half, |row, rows| {
+                    for (index, y) in rows.chunks_exact_mut(2 * half).enumerate() {
+                        let position = (first + row + index) as f64;
+                        let (sines, cosines) = y.split_at_mut(half);
+                        for ((sine, cosine), f) in sines.iter_mut().zip(cosines).zip(&frequencies) {
+                            *sine = T::from_f64(libm::sin(position * f));
+                            *cosine = T::from_f64(libm::cos(position * f));
+                        }
                     }
-                }
-            });
-            Ok(())
-        })?;
+                });
+                Ok(())
+            })?,
+            Device::Cuda(gpu) => {
+                let frequencies = self.detach().to_dtype(DType::F64)?.contiguous()?;
+                gpu.kernel("position_sinusoid", &[("DTYPE", dtype.name())])?.launch(
+                    Grid::elements(n * half),
+                    args![&mut y, &frequencies, first as i64, n as i64, half as u32],
+                )?;
+            }
+        }
         Ok(y)
     }
 }
 
 struct RelativePositionBiasBackward {
-    diagonals: Vec<usize>,
-    buckets: usize,
+    of: Buckets,
     scale: f64,
 }
 
@@ -109,10 +160,24 @@ impl Backward for RelativePositionBiasBackward {
     /// Sums along diagonals, then over the diagonals of a bucket.
     fn backward(self: Box<Self>, grad: Tensor, _need: &[bool]) -> Result<Contributions> {
         let grad = grad.contiguous()?;
-        let (heads, queries, keys) = (grad.shape()[0], grad.shape()[1], grad.shape()[2]);
-        let (diagonals, count) = (&self.diagonals, self.buckets);
-        let mut table = Tensor::zeros([heads, count], grad.dtype(), grad.device())?;
-        dispatch_float!(self.name(), grad.dtype(), T, {
+        let table = match grad.device() {
+            Device::Cpu => self.backward_rows(&grad)?,
+            Device::Cuda(gpu) => self.backward_cuda(gpu, &grad)?,
+        };
+        Ok(Contributions::one(table))
+    }
+}
+
+/// Queries of which a thread of a GPU adds up one diagonal.
+const CHUNK: usize = 128;
+
+impl RelativePositionBiasBackward {
+    /// The gradient of the table, `[heads, buckets]`.
+    fn backward_rows(&self, grad: &Tensor) -> Result<Tensor> {
+        let Buckets { queries, keys, count, .. } = self.of;
+        let diagonals = self.of.of_diagonals();
+        let mut table = Tensor::zeros([grad.shape()[0], count], grad.dtype(), grad.device())?;
+        dispatch_float!("relative_position_bias", grad.dtype(), T, {
             let scale = <T as Float>::Acc::from_f64(self.scale);
             let g = grad.values::<T>()?;
             cpu::for_rows(table.values_mut::<T>()?, count, queries * keys, |head, rows| {
@@ -135,6 +200,28 @@ impl Backward for RelativePositionBiasBackward {
             });
             Ok(())
         })?;
-        Ok(Contributions::one(table))
+        Ok(table)
+    }
+
+    /// As [`RelativePositionBiasBackward::backward_rows`].
+    fn backward_cuda(&self, gpu: &'static CudaDevice, grad: &Tensor) -> Result<Tensor> {
+        let Buckets { queries, keys, count, .. } = self.of;
+        let (heads, length, chunks) = (grad.shape()[0], self.of.length(), queries.div_ceil(CHUNK));
+        if grad.elements() == 0 {
+            return Tensor::zeros([heads, count], grad.dtype(), grad.device());
+        }
+        let dtype = [("DTYPE", grad.dtype().name())];
+        let shape = Shape::new(&[heads, chunks, length])?;
+        let mut sums = Tensor::uninit(shape, grad.dtype().accumulator(), grad.device())?;
+        gpu.kernel("position_bias_bwd_sums", &dtype)?.launch(
+            Grid::new([length.div_ceil(256) as u32, chunks as u32, heads as u32], [256, 1, 1]),
+            args![&mut sums, grad, queries as u32, keys as u32, CHUNK as u32],
+        )?;
+        let mut table = Tensor::uninit(Shape::new(&[heads, count])?, grad.dtype(), grad.device())?;
+        gpu.kernel("position_bias_bwd", &dtype)?.launch(
+            Grid::new([count as u32, heads as u32, 1], [256, 1, 1]),
+            args![&mut table, &sums, &self.of.on(gpu)?, length as u32, chunks as u32, self.scale],
+        )?;
+        Ok(table)
     }
 }

@@ -1,9 +1,9 @@
 //! Sums and means over dimensions.
 
 use crate::{
-    DType, Error, Result, Tensor,
+    DType, Device, Error, Result, Tensor,
     core::{Backward, Contributions, Float, Real, Shape, discrete, dispatch_float, record},
-    device::{cpu, simd::vectorized},
+    device::{CudaDevice, Grid, args, cpu, simd::vectorized, size32},
     error::ensure,
 };
 
@@ -29,10 +29,7 @@ impl Tensor {
 
     /// The sum divided by a function of the number of summands.
     fn reduce(&self, op: &'static str, dims: &[isize], divisor: fn(usize) -> f64) -> Result<Tensor> {
-        ensure!(
-            self.dtype().is_float(),
-            Error::dtype(op, format!("expected a float tensor, got {}", self.dtype()))
-        );
+        self.dtype().expect_float(op)?;
         let mut reduced = vec![dims.is_empty(); self.rank()];
         for &dim in dims {
             let dim = self.shape().dim(dim, op)?;
@@ -44,20 +41,32 @@ impl Tensor {
         let divisor = divisor(gone.iter().map(|&dim| self.shape()[dim]).product());
         let mut out = Tensor::uninit(shape, self.dtype(), self.device())?;
         let kept_is_last = gone.last() < kept.first();
-        dispatch_float!(op, self.dtype(), T, {
-            let divisor = <T as Float>::Acc::from_f64(divisor);
-            if kept_is_last {
-                // Whole rows are added up: no transposed copy, and the inner loop runs over packed columns.
-                let x = self.detach().contiguous()?;
-                let width = out.elements();
-                sum_rows_together::<T, T>(x.values::<T>()?, width, out.values_mut::<T>()?, divisor);
-            } else {
-                // Kept dimensions first, so that each sum is one packed row.
-                let x = self.detach().permute(&[kept, gone].concat())?.contiguous()?;
-                sum_each_row::<T>(x.values::<T>()?, out.values_mut::<T>()?, divisor);
+        match *self.device() {
+            Device::Cpu => dispatch_float!(op, self.dtype(), T, {
+                let divisor = <T as Float>::Acc::from_f64(divisor);
+                if kept_is_last {
+                    // Whole rows are added up: no transposed copy, and the inner loop runs over packed columns.
+                    let x = self.detach().contiguous()?;
+                    let width = out.elements();
+                    sum_rows_together::<T, T>(x.values::<T>()?, width, out.values_mut::<T>()?, divisor);
+                } else {
+                    // Kept dimensions first, so that each sum is one packed row.
+                    let x = self.detach().permute(&[kept, gone].concat())?.contiguous()?;
+                    sum_each_row::<T>(x.values::<T>()?, out.values_mut::<T>()?, divisor);
+                }
+                Ok(())
+            })?,
+            Device::Cuda(gpu) => {
+                // Dimensions that lie side by side are summed where they are, others are moved to the end.
+                let neighbours = gone.windows(2).all(|pair| pair[0] + 1 == pair[1]);
+                let order = if neighbours { (0..self.rank()).collect() } else { [&kept[..], &gone].concat() };
+                let x = self.detach().permute(&order)?.contiguous()?;
+                let size = |dims: &[usize]| dims.iter().map(|&dim| self.shape()[dim]).product::<usize>();
+                let before = if neighbours { kept.partition_point(|dim| Some(dim) < gone.first()) } else { kept.len() };
+                let sums = Sums { outer: size(&kept[..before]), count: size(&gone), inner: size(&kept[before..]) };
+                sums.launch(gpu, &mut out, &x, divisor)?;
             }
-            Ok(())
-        })?;
+        }
         record(op, out, &[self], |_| ReduceBackward { op, shape: *self.shape(), reduced, divisor })
     }
 
@@ -76,6 +85,58 @@ impl Tensor {
             .map(|dim| dim as isize)
             .collect();
         if dims.is_empty() { self.reshape(shape) } else { self.sum(&dims)?.reshape(shape) }
+    }
+}
+
+/// Sums over the middle of `[outer, count, inner]`, as `kernels/reduce.cu` takes them.
+struct Sums {
+    outer: usize,
+    count: usize,
+    inner: usize,
+}
+
+impl Sums {
+    /// `y = Σ x / divisor`; in two launches where the sums are too few to fill a card.
+    fn launch(&self, gpu: &CudaDevice, y: &mut Tensor, x: &Tensor, divisor: f64) -> Result<()> {
+        let Self { outer, count, inner } = *self;
+        let dtype = x.dtype();
+        let option = [("DTYPE", dtype.name())];
+        let (outer, inner) = (outer as i64, inner as i64);
+        let (piece, pieces) = self.pieces();
+        if pieces == 1 {
+            let args = args![y, x, outer, count as i64, inner, divisor];
+            return gpu.kernel("reduce_sum", &option)?.launch(self.grid(1, count), args);
+        }
+        let shape = Shape::new(&[self.outer, pieces, self.inner])?;
+        let mut sums = Tensor::uninit(shape, dtype.accumulator(), x.device())?;
+        let args = args![&mut sums, x, outer, count as i64, inner, piece as i64];
+        gpu.kernel("reduce_pieces", &option)?.launch(self.grid(pieces, piece), args)?;
+        let args = args![y, &sums, outer, pieces as i64, inner, divisor];
+        gpu.kernel("reduce_finish", &option)?.launch(self.grid(1, pieces), args)
+    }
+
+    /// The length of pieces that a sum is cut into, and their number: by the sizes alone, so that results do not depend
+    /// on the card.
+    fn pieces(&self) -> (usize, usize) {
+        // Enough blocks to fill a large card, none with less than what pays for its start.
+        const BLOCKS: usize = 1024;
+        let smallest = if self.inner == 1 { 4096 } else { 64 };
+        let wanted = BLOCKS / (self.outer * self.tiles()).clamp(1, BLOCKS);
+        let piece = self.count.div_ceil(wanted).max(smallest).min(1 << 30);
+        (piece, self.count.div_ceil(piece).max(1))
+    }
+
+    /// Blocks that stand side by side along `inner`, about a packet for each of 32 threads.
+    fn tiles(&self) -> usize {
+        self.inner.div_ceil(128)
+    }
+
+    fn grid(&self, pieces: usize, piece: usize) -> Grid {
+        let rows = self.outer * pieces;
+        match self.inner {
+            1 => Grid::rows(rows, piece),
+            _ => Grid::new([self.tiles().min(1 << 14) as u32, rows.min(1 << 14) as u32, 1], [32, 8, 1]),
+        }
     }
 }
 
@@ -253,17 +314,9 @@ impl Tensor {
     /// NaN wins, as in PyTorch. Saves: the position of each maximum.
     /// Errors: the dimension is out of range or empty, or a dtype that is not float.
     pub fn max(&self, dim: isize) -> Result<Tensor> {
-        let index = self.detach().argmax(dim)?;
         let dim = self.shape().dim(dim, "max")?;
-        let x = self.detach().dim_last(dim)?;
         let mut out = Tensor::uninit(self.shape().without(dim), self.dtype(), self.device())?;
-        dispatch_float!("max", self.dtype(), T, {
-            let (x, index, width) = (x.values::<T>()?, index.values::<i64>()?, self.shape()[dim]);
-            for (row, (out, &at)) in out.values_mut::<T>()?.iter_mut().zip(index).enumerate() {
-                *out = x[row * width + at as usize];
-            }
-            Ok(())
-        })?;
+        let index = self.detach().largest("max", dim, Some(&mut out))?;
         record("max", out, &[self], |_| MaxBackward { index, dim, shape: *self.shape() })
     }
 
@@ -274,19 +327,38 @@ impl Tensor {
     pub fn argmax(&self, dim: isize) -> Result<Tensor> {
         discrete("argmax", &[self])?;
         let dim = self.shape().dim(dim, "argmax")?;
+        self.largest("argmax", dim, None)
+    }
+
+    /// The positions of the largest values along a dimension; the values go to `out`.
+    fn largest(&self, op: &'static str, dim: usize, out: Option<&mut Tensor>) -> Result<Tensor> {
+        self.dtype().expect_float(op)?;
         let width = self.shape()[dim];
-        ensure!(width > 0, Error::shape("argmax", format!("dimension {dim} of shape {:?} is empty", self.shape())));
+        ensure!(width > 0, Error::shape(op, format!("dimension {dim} of shape {:?} is empty", self.shape())));
         let x = self.dim_last(dim)?;
         let mut index = Tensor::uninit(self.shape().without(dim), DType::I64, x.device())?;
-        dispatch_float!("argmax", x.dtype(), T, {
-            let x = x.values::<T>()?;
-            cpu::for_rows(index.values_mut::<i64>()?, 1, width, |row, out| {
-                for (x, out) in x[row * width..].chunks_exact(width).zip(out) {
-                    *out = first_largest(x) as i64;
+        match x.device() {
+            Device::Cpu => dispatch_float!(op, x.dtype(), T, {
+                let x = x.values::<T>()?;
+                cpu::for_rows(index.values_mut::<i64>()?, 1, width, |row, out| {
+                    for (x, out) in x[row * width..].chunks_exact(width).zip(out) {
+                        *out = first_largest(x) as i64;
+                    }
+                });
+                if let Some(out) = out {
+                    let rows = x.chunks_exact(width).zip(index.values::<i64>()?);
+                    for (out, (x, &at)) in out.values_mut::<T>()?.iter_mut().zip(rows) {
+                        *out = x[at as usize];
+                    }
                 }
-            });
-            Ok(())
-        })?;
+                Ok(())
+            })?,
+            Device::Cuda(gpu) => {
+                let rows = index.elements();
+                gpu.kernel("reduce_largest", &[("DTYPE", x.dtype().name())])?
+                    .launch(Grid::rows(rows, width), args![&mut index, out, &x, rows as i64, size32(width)?])?;
+            }
+        }
         Ok(index)
     }
 

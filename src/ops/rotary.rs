@@ -2,9 +2,9 @@
 
 use super::norm::reuse;
 use crate::{
-    Error, Result, Tensor,
-    core::{Backward, Contributions, Float, Layout, Real, discrete, dispatch_float, record},
-    device::{cpu, simd::vectorized},
+    Device, Error, Result, Tensor,
+    core::{Backward, Contributions, Float, Layout, Real, Shape, discrete, dispatch_float, record},
+    device::{CudaDevice, Grid, Storage, args, cpu, index_type, simd::vectorized},
     error::ensure,
 };
 
@@ -57,7 +57,7 @@ impl Tensor {
             }
         );
         discrete(OP, &[inv_freq])?;
-        let turn = Turn { inv_freq: inv_freq.to_f64_vec()?, first_position };
+        let turn = Turn { inv_freq: inv_freq.detach().contiguous()?, first_position };
         // Heads that are still interleaved, as a projection leaves them, are packed on the way.
         let x = if self.layout().has_packed_rows() { self.clone() } else { self.contiguous()? };
         let mut y = x.uninit_like()?;
@@ -68,16 +68,19 @@ impl Tensor {
 
 /// By how much to rotate.
 struct Turn {
-    inv_freq: Vec<f64>,
+    inv_freq: Tensor,
     first_position: usize,
 }
 
 impl Turn {
     /// Rotates `source`, or `out` in place, by the angle times `direction`.
     fn apply(&self, source: Option<&Tensor>, direction: f64, out: &mut Tensor) -> Result<()> {
-        let (positions, dim, pairs) = (out.dim(-2)?, out.dim(-1)?, self.inv_freq.len());
+        if let Device::Cuda(gpu) = *out.device() {
+            return self.apply_cuda(gpu, source, direction, out);
+        }
+        let (positions, dim, pairs) = (out.dim(-2)?, out.dim(-1)?, self.inv_freq.elements());
         dispatch_float!("rotary", out.dtype(), T, {
-            let table = self.table::<<T as Float>::Acc>(positions, direction);
+            let table = self.table::<<T as Float>::Acc>(positions, direction)?;
             let source = source.map(|x| Ok((x.storage::<T>()?, x.layout()))).transpose()?;
             cpu::for_rows(out.values_mut::<T>()?, dim, 4 * dim, |row, out| match source {
                 None => rotate_rows::<T>(&table, pairs, positions, row, dim, out),
@@ -90,15 +93,37 @@ impl Turn {
         })
     }
 
+    fn apply_cuda(&self, gpu: &CudaDevice, source: Option<&Tensor>, direction: f64, out: &mut Tensor) -> Result<()> {
+        let (positions, dim, pairs) = (out.dim(-2)?, out.dim(-1)?, self.inv_freq.elements());
+        let rows = out.elements().checked_div(dim).unwrap_or(0);
+        let (dtype, of_table) = (out.dtype().name(), out.dtype().accumulator());
+        let mut table = Tensor::uninit(Shape::new(&[positions, 2 * pairs])?, of_table, out.device())?;
+        let first = self.first_position as i64;
+        gpu.kernel("rotary_table", &[("DTYPE", self.inv_freq.dtype().name()), ("TABLE", of_table.name())])?.launch(
+            Grid::elements(positions * pairs),
+            args![&mut table, &self.inv_freq, first, positions as i64, pairs as u32, direction],
+        )?;
+        let layout = *source.unwrap_or(out).layout();
+        let index = index_type([out.layout(), &layout]);
+        let storage = source.map(Storage);
+        let sizes = (rows as i64, positions as i64, dim as u32, pairs as u32);
+        gpu.kernel("rotary_turn", &[("DTYPE", dtype), ("INDEX", index)])?.launch(
+            // A thread takes 16 bytes or more.
+            Grid::elements((rows * dim).div_ceil(16 / out.dtype().size())),
+            args![out, storage, &table, &layout, sizes.0, sizes.1, sizes.2, sizes.3],
+        )
+    }
+
     /// For each position the cosines of all frequencies, then the sines.
     ///
     /// Position `64 a + b` comes from the exact values at `64 a` and at `b` by the addition theorem: the evaluations
     /// of sine and cosine are few, and a value depends on its position alone, not on where the call starts.
-    fn table<R: Real>(&self, positions: usize, direction: f64) -> Vec<R> {
+    fn table<R: Real>(&self, positions: usize, direction: f64) -> Result<Vec<R>> {
         const BLOCK: usize = 64;
-        let pairs = self.inv_freq.len();
+        let inv_freq = self.inv_freq.to_f64_vec()?;
+        let pairs = inv_freq.len();
         let angles = |position: f64| {
-            self.inv_freq.iter().map(move |&frequency| libm::sincos(direction * position * frequency))
+            inv_freq.iter().map(move |&frequency| libm::sincos(direction * position * frequency))
         };
         let near: Vec<(f64, f64)> = (0..BLOCK).flat_map(|position| angles(position as f64)).collect();
         let mut table = vec![R::ZERO; 2 * pairs * positions];
@@ -119,7 +144,7 @@ impl Turn {
                 }
             }
         });
-        table
+        Ok(table)
     }
 }
 

@@ -1,9 +1,9 @@
 //! Token shift: chunks of features move along the sequence.
 
 use crate::{
-    DType, Error, Result, Tensor,
+    DType, Device, Error, Result, Tensor,
     core::{Backward, Contributions, Float, dispatch_float, record},
-    device::cpu,
+    device::{Grid, args, cpu},
     error::ensure,
 };
 
@@ -19,6 +19,7 @@ impl Tensor {
     pub fn shift_tokens(&self, amounts: &[isize], mask: Option<&Tensor>) -> Result<Tensor> {
         const OP: &str = "shift_tokens";
         ensure!(self.rank() == 3, Error::shape(OP, format!("expected [batch, n, dim], got {:?}", self.shape())));
+        self.dtype().expect_float(OP)?;
         let (batch, n, dim) = (self.shape()[0], self.shape()[1], self.shape()[2]);
         ensure!(
             (1..=dim).contains(&amounts.len()),
@@ -32,8 +33,11 @@ impl Tensor {
         }
         let x = self.contiguous()?;
         let mask = mask.map(Tensor::contiguous).transpose()?;
-        let y = moved(&x, amounts, Masked::Source(mask.as_ref()))?;
-        record(OP, y, &[&x], |_| ShiftTokensBackward { amounts: amounts.to_vec(), mask })
+        // By the whole sequence or further: nothing is left.
+        let furthest = n as isize;
+        let amounts: Vec<isize> = amounts.iter().map(|amount| (*amount).clamp(-furthest, furthest)).collect();
+        let y = moved(&x, &amounts, Masked::Source(mask.as_ref()))?;
+        record(OP, y, &[&x], |_| ShiftTokensBackward { amounts, mask })
     }
 }
 
@@ -50,8 +54,20 @@ fn moved(x: &Tensor, amounts: &[isize], masked: Masked) -> Result<Tensor> {
         Masked::Source(mask) => (mask, true),
         Masked::Target(mask) => (mask, false),
     };
-    let mask = mask.map(Tensor::values::<bool>).transpose()?;
     let mut y = x.uninit_like()?;
+    if let Device::Cuda(gpu) = x.device() {
+        let rows = x.elements() / dim;
+        let table = gpu.constant(&format!("shift_tokens {amounts:?}"), || {
+            Ok(amounts.iter().map(|&amount| amount as i64).collect())
+        })?;
+        let sizes = (rows as i64, n as u32, dim as u32, amounts.len() as u32, chunk as u32);
+        gpu.kernel("shift_tokens", &[("DTYPE", x.dtype().name())])?.launch(
+            Grid::rows(rows, dim),
+            args![&mut y, x, mask, &table, sizes.0, sizes.1, sizes.2, sizes.3, sizes.4, u32::from(about_source)],
+        )?;
+        return Ok(y);
+    }
+    let mask = mask.map(Tensor::values::<bool>).transpose()?;
     dispatch_float!("shift_tokens", x.dtype(), T, {
         let from = x.values::<T>()?;
         cpu::for_rows(y.values_mut::<T>()?, dim, dim, |first, rows| {

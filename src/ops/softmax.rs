@@ -1,9 +1,9 @@
 //! Softmax over the last dimension.
 
 use crate::{
-    Error, Result, Tensor,
+    Device, Error, Result, Tensor,
     core::{Backward, Contributions, Float, Real, dispatch_float, record},
-    device::{cpu, simd::vectorized},
+    device::{Grid, args, cpu, simd::vectorized, size32},
     error::ensure,
     ops::reduce::{fold, fold2, max_slice, sum_slice},
 };
@@ -15,16 +15,24 @@ impl Tensor {
     /// Errors: rank 0, or a dtype that is not float.
     pub fn softmax(&self) -> Result<Tensor> {
         ensure!(self.rank() > 0, Error::shape("softmax", "expected at least one dimension, got a scalar"));
+        self.dtype().expect_float("softmax")?;
         let x = self.contiguous()?;
         let mut y = x.uninit_like()?;
         let width = x.dim(-1)?;
-        dispatch_float!("softmax", x.dtype(), T, {
-            let from = x.values::<T>()?;
-            cpu::for_rows(y.values_mut::<T>()?, width, 8 * width, |row, y| {
-                forward::<T>(&from[row * width..][..y.len()], y, width);
-            });
-            Ok(())
-        })?;
+        match x.device() {
+            Device::Cpu => dispatch_float!("softmax", x.dtype(), T, {
+                let from = x.values::<T>()?;
+                cpu::for_rows(y.values_mut::<T>()?, width, 8 * width, |row, y| {
+                    forward::<T>(&from[row * width..][..y.len()], y, width);
+                });
+                Ok(())
+            })?,
+            Device::Cuda(gpu) => {
+                let rows = x.elements().checked_div(width).unwrap_or(0);
+                gpu.kernel("softmax_fwd", &[("DTYPE", x.dtype().name())])?
+                    .launch(Grid::rows(rows, width), args![&mut y, &x, rows as i64, size32(width)?])?;
+            }
+        }
         record("softmax", y, &[&x], |y| SoftmaxBackward { y: y.detach() })
     }
 }
@@ -66,13 +74,20 @@ impl Backward for SoftmaxBackward {
         let grad = grad.contiguous()?;
         let mut dx = self.y.uninit_like()?;
         let width = self.y.dim(-1)?;
-        dispatch_float!("softmax", dx.dtype(), T, {
-            let (y, g) = (self.y.values::<T>()?, grad.values::<T>()?);
-            cpu::for_rows(dx.values_mut::<T>()?, width, 4 * width, |row, dx| {
-                backward::<T>(&y[row * width..][..dx.len()], &g[row * width..][..dx.len()], dx, width);
-            });
-            Ok(())
-        })?;
+        match dx.device() {
+            Device::Cpu => dispatch_float!("softmax", dx.dtype(), T, {
+                let (y, g) = (self.y.values::<T>()?, grad.values::<T>()?);
+                cpu::for_rows(dx.values_mut::<T>()?, width, 4 * width, |row, dx| {
+                    backward::<T>(&y[row * width..][..dx.len()], &g[row * width..][..dx.len()], dx, width);
+                });
+                Ok(())
+            })?,
+            Device::Cuda(gpu) => {
+                let rows = grad.elements().checked_div(width).unwrap_or(0);
+                gpu.kernel("softmax_bwd", &[("DTYPE", grad.dtype().name())])?
+                    .launch(Grid::rows(rows, width), args![&mut dx, &self.y, &grad, rows as i64, size32(width)?])?;
+            }
+        }
         Ok(Contributions::one(dx))
     }
 }

@@ -3,9 +3,9 @@
 use std::cmp::Ordering;
 
 use crate::{
-    DType, Error, Result, Tensor,
+    DType, Device, Error, Result, Tensor,
     core::{Float, discrete, dispatch_float},
-    device::cpu,
+    device::{Grid, args, cpu},
     error::ensure,
 };
 
@@ -18,6 +18,7 @@ impl Tensor {
         const OP: &str = "top_k_mask";
         discrete(OP, &[self])?;
         ensure!(self.rank() > 0, Error::shape(OP, "expected at least one dimension, got a scalar"));
+        self.dtype().expect_float(OP)?;
         ensure!(k > 0, Error::argument(OP, "expected a k of at least 1, got 0"));
         let x = self.contiguous()?;
         let width = x.dim(-1)?;
@@ -25,21 +26,28 @@ impl Tensor {
             return Tensor::ones(*x.shape(), DType::Bool, x.device());
         }
         let mut keep = Tensor::uninit(*x.shape(), DType::Bool, x.device())?;
-        dispatch_float!(OP, x.dtype(), T, {
-            let x = x.values::<T>()?;
-            cpu::for_rows(keep.values_mut::<bool>()?, width, 16 * width, |row, rows| {
-                let mut order = Vec::with_capacity(width);
-                for (x, keep) in x[row * width..].chunks_exact(width).zip(rows.chunks_exact_mut(width)) {
-                    order.clear();
-                    order.extend_from_slice(x);
-                    let (_, &mut kth, _) = order.select_nth_unstable_by(k - 1, |a, b| descending(*a, *b));
-                    for (x, keep) in x.iter().zip(keep) {
-                        *keep = u8::from(descending(*x, kth) != Ordering::Greater);
+        match x.device() {
+            Device::Cpu => dispatch_float!(OP, x.dtype(), T, {
+                let x = x.values::<T>()?;
+                cpu::for_rows(keep.values_mut::<bool>()?, width, 16 * width, |row, rows| {
+                    let mut order = Vec::with_capacity(width);
+                    for (x, keep) in x[row * width..].chunks_exact(width).zip(rows.chunks_exact_mut(width)) {
+                        order.clear();
+                        order.extend_from_slice(x);
+                        let (_, &mut kth, _) = order.select_nth_unstable_by(k - 1, |a, b| descending(*a, *b));
+                        for (x, keep) in x.iter().zip(keep) {
+                            *keep = u8::from(descending(*x, kth) != Ordering::Greater);
+                        }
                     }
-                }
-            });
-            Ok(())
-        })?;
+                });
+                Ok(())
+            })?,
+            Device::Cuda(gpu) => {
+                let rows = x.elements() / width;
+                gpu.kernel("topk_mask", &[("DTYPE", x.dtype().name())])?
+                    .launch(Grid::rows(rows, width), args![&mut keep, &x, rows as i64, width as u32, k as u32])?;
+            }
+        }
         Ok(keep)
     }
 }

@@ -27,7 +27,7 @@ use std::{
 
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 
-use super::TrainOptions;
+use super::{GradScaler, TrainOptions};
 use crate::{
     Error, Result, Tensor,
     config::Config,
@@ -76,6 +76,9 @@ pub struct TrainingState {
     pub text: TextPrint,
     /// Losses so far.
     pub losses: Losses,
+    /// The loss scaling of a run in f16.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub grad_scaler: Option<GradScaler>,
 }
 
 /// What a text is recognised by.

@@ -157,13 +157,13 @@ fn windows(
     seq_len: usize,
     device: &Device,
 ) -> Result<Tensor> {
-    let mut tokens = Tensor::uninit(Shape::new(&[starts.len(), seq_len + 1])?, DType::I64, device)?;
+    let mut tokens = Tensor::uninit(Shape::new(&[starts.len(), seq_len + 1])?, DType::I64, &Device::Cpu)?;
     for (row, start) in tokens.values_mut::<i64>()?.chunks_exact_mut(seq_len + 1).zip(starts) {
         for (token, &byte) in row.iter_mut().zip(&bytes[start..]) {
             *token = byte as i64;
         }
     }
-    Ok(tokens)
+    tokens.to_device(device)
 }
 
 /// Appends the text below a folder.

@@ -98,7 +98,9 @@ impl Ema {
                 Error::dtype("load_state_dict", format!("{name} is {}, expected {}", given.dtype(), average.dtype()))
             );
         }
-        self.averages = dict.iter().map(|(name, tensor)| (name.clone(), tensor.detach())).collect();
+        let moved =
+            pairs().map(|(name, average, given)| Ok((name.clone(), given.detach().to_device(average.device())?)));
+        self.averages = moved.collect::<Result<_>>()?;
         Ok(())
     }
 

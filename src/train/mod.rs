@@ -3,6 +3,7 @@
 mod checkpoint;
 mod data;
 mod ema;
+mod grad_scaler;
 mod optimizer;
 mod options;
 mod random;
@@ -13,6 +14,7 @@ pub use self::{
     checkpoint::{Checkpoint, Losses, TextPrint, TrainingState},
     data::ByteText,
     ema::{Ema, Swapped},
+    grad_scaler::GradScaler,
     optimizer::{AdamW, AdamWOptions, StepInfo},
     options::TrainOptions,
     schedule::Schedule,

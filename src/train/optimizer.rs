@@ -204,14 +204,17 @@ impl AdamW {
             ensure!(
                 state.exp_avg.shape() == value.shape()
                     && state.exp_avg.dtype() == value.dtype().accumulator()
+                    && state.exp_avg.device() == value.device()
                     && state.master.is_some() == (value.dtype() != state.exp_avg.dtype()),
                 Error::argument(
                     "adamw",
                     format!(
-                        "the state of {name} is for a parameter of shape {:?}, the parameter is {:?} {}",
+                        "the state of {name} is for a parameter of shape {:?} on {}, the parameter is {:?} {} on {}",
                         state.exp_avg.shape(),
+                        state.exp_avg.device(),
                         value.shape(),
-                        value.dtype()
+                        value.dtype(),
+                        value.device()
                     )
                 )
             );
@@ -295,7 +298,7 @@ impl Loader<'_> {
     }
 
     fn tensor(&mut self, key: &str, like: &Tensor, dtype: DType) -> Result<Option<Tensor>> {
-        self.find(key, like.shape(), dtype)
+        self.find(key, like.shape(), dtype)?.map(|tensor| tensor.to_device(like.device())).transpose()
     }
 
     fn count(&mut self, key: &str) -> Result<Option<u64>> {

@@ -41,7 +41,8 @@ pub struct TrainOptions {
     pub ema_decay: Option<f64>,
     /// Fixes the initial weights, the batches and the dropout masks. Default 0.
     pub seed: u64,
-    /// Type of the weights and activations. Default f32.
+    /// Type of the weights and activations. Default f32. In f16 the loss is scaled, see
+    /// [`GradScaler`](super::GradScaler).
     pub dtype: DType,
 }
 

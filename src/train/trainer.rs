@@ -3,11 +3,11 @@
 use std::{cell::Cell, collections::BTreeMap, path::Path};
 
 use super::{
-    AdamW, ByteText, Checkpoint, Ema, Losses, TextPrint, TrainOptions, TrainingState,
+    AdamW, ByteText, Checkpoint, Ema, GradScaler, Losses, StepInfo, TextPrint, TrainOptions, TrainingState,
     random::{MAX_STEPS, tape_seed},
 };
 use crate::{
-    DType, Device, Error, Gradients, ParamMap, Result, Store, Tape, Tensor,
+    DType, Device, Error, Gradients, Param, ParamMap, Result, Store, Tape, Tensor,
     config::{AutoregressiveConfig, Config},
     error::{At, ensure},
     models::{AutoregressiveWrapper, ForwardOptions},
@@ -21,6 +21,9 @@ const EMA: &str = "ema.";
 ///
 /// Everything random depends on the seed and the number of the step: a run that is saved, killed and resumed ends with
 /// the same bits as one that was never interrupted, on any number of threads.
+///
+/// Half types train with the optimizer's weights in f32 and with the loss in f32, f16 with a scaled loss
+/// ([`GradScaler`]) besides.
 ///
 /// ```
 /// use x_transformers::{
@@ -57,6 +60,7 @@ pub struct Trainer {
     params: ParamMap,
     optimizer: AdamW,
     ema: Option<Ema>,
+    scaler: Option<GradScaler>,
     step: u64,
     losses: Cell<Losses>,
 }
@@ -68,12 +72,14 @@ pub struct StepReport {
     pub step: u64,
     /// The loss before the update, in nats per byte, averaged over the micro-batches.
     pub loss: f64,
-    /// The norm of all gradients together, before clipping.
+    /// The norm of all gradients together, before clipping; infinite in a step that was skipped.
     pub grad_norm: f64,
     /// The learning rate.
     pub lr: f64,
     /// Bytes that were predicted.
     pub tokens: u64,
+    /// Whether the weights were left alone, because the gradients of a scaled loss were not finite.
+    pub skipped: bool,
 }
 
 impl Trainer {
@@ -102,8 +108,9 @@ impl Trainer {
         let optimizer = AdamW::new(options.adamw())?;
         let ema = options.ema_decay.map(|decay| Ema::new(&params, decay)).transpose()?;
         let print = TextPrint { bytes: text.bytes().len() as u64, fingerprint: format!("{:016x}", text.fingerprint()) };
+        let scaler = (options.dtype == DType::F16).then(GradScaler::default);
         let (device, losses) = (store.device().clone(), Cell::default());
-        Ok(Self { config, options, text, print, device, model, params, optimizer, ema, step: 0, losses })
+        Ok(Self { config, options, text, print, device, model, params, optimizer, ema, scaler, step: 0, losses })
     }
 
     /// A run from where [`Trainer::save`] was called.
@@ -116,7 +123,7 @@ impl Trainer {
         let Config::AutoregressiveWrapper(config) = config else {
             return Err(Error::file(folder, "has another model than an AutoregressiveWrapper"));
         };
-        let TrainingState { step, options, text: print, losses, .. } = training;
+        let TrainingState { step, options, text: print, losses, grad_scaler, .. } = training;
         ensure!(step <= MAX_STEPS, Error::file(folder, format!("is of step {step}, at most {MAX_STEPS} are possible")));
         let store = Store::zeros(options.dtype, device);
         let mut trainer = Self::build(config, options, text, store).at(folder.display())?;
@@ -135,6 +142,10 @@ impl Trainer {
                 )
             )
         );
+        if let (Some(scaler), Some(saved)) = (&mut trainer.scaler, grad_scaler) {
+            saved.check().at(folder.display())?;
+            *scaler = saved;
+        }
         trainer.load(model, optimizer, step).at(folder.display())?;
         trainer.step = step;
         trainer.losses = Cell::new(losses);
@@ -163,20 +174,24 @@ impl Trainer {
         if let Some(ema) = &mut self.ema {
             ema.load_state_dict(&averages).at("optimizer.safetensors")?;
         }
-        let steps = self.optimizer.steps();
+        let (steps, skipped) = (self.optimizer.steps(), self.skipped_steps());
         ensure!(
-            steps == step,
-            Error::argument("resume", format!("the optimizer has done {steps} steps, the run {step}"))
+            steps.checked_add(skipped) == Some(step),
+            Error::argument(
+                "resume",
+                format!("the optimizer has done {steps} steps and skipped {skipped}, the run {step}")
+            )
         );
         Ok(())
     }
 
-    /// One update of the weights.
+    /// One update of the weights, which a run in f16 skips now and then while it looks for the scale of the loss.
     ///
     /// Errors, with the weights as they were: [`Error::NonFinite`] with the step, and the parameter if one is to blame,
     /// for a loss or a gradient that is NaN or infinite; the memory runs out.
     pub fn step(&mut self) -> Result<StepReport> {
-        let TrainOptions { batch_size, seq_len, accumulate, seed, clip, .. } = self.options;
+        let TrainOptions { batch_size, seq_len, accumulate, seed, .. } = self.options;
+        let scale = self.scaler.as_ref().map_or(1.0, GradScaler::scale);
         let mut loss = 0.0;
         let mut grads = Gradients::default();
         for micro in 0..accumulate as u64 {
@@ -188,7 +203,8 @@ impl Trainer {
                 return Err(self.diverged(tape, &output));
             }
             loss += value;
-            let mut part = tape.backward(&output)?;
+            let start = Tensor::full(*output.shape(), scale, output.dtype(), output.device())?;
+            let mut part = tape.backward_with(&output, &start)?;
             if accumulate > 1 {
                 widen(&mut part)?;
             }
@@ -197,22 +213,45 @@ impl Trainer {
         let lr = self.options.schedule().at(self.step);
         // The mean over the micro-batches is taken in the pass that updates the weights.
         let mean = 1.0 / accumulate as f64;
-        let info = self.optimizer.step_scaled(&self.params, &grads, mean, lr, Some(clip))?;
-        if let Some(ema) = &mut self.ema {
-            ema.update(&self.params)?;
-        }
+        let info = self.update(&grads, mean / scale, lr)?;
         let loss = loss * mean;
         let report = StepReport {
             step: self.step,
             loss,
-            grad_norm: info.grad_norm,
+            grad_norm: info.map_or(f64::INFINITY, |info| info.grad_norm),
             lr,
             tokens: (batch_size * seq_len * accumulate) as u64,
+            skipped: info.is_none(),
         };
         self.step += 1;
         let losses = self.losses.get();
         self.losses.set(Losses { last: Some(loss), best: lower(losses.best, loss), ..losses });
         Ok(report)
+    }
+
+    /// Updates the weights and their average, or leaves them alone and gives `None` if a smaller scale of the loss may
+    /// help.
+    fn update(&mut self, grads: &Gradients, scale: f64, lr: f64) -> Result<Option<StepInfo>> {
+        let info = match self.optimizer.step_scaled(&self.params, grads, scale, lr, Some(self.options.clip)) {
+            Ok(info) => info,
+            Err(Error::NonFinite { what, .. }) => {
+                return match &mut self.scaler {
+                    Some(scaler) if scaler.can_back_off() => {
+                        scaler.update(false);
+                        Ok(None)
+                    }
+                    _ => Err(Error::NonFinite { step: self.step, what }),
+                };
+            }
+            Err(other) => return Err(other),
+        };
+        if let Some(scaler) = &mut self.scaler {
+            scaler.update(true);
+        }
+        if let Some(ema) = &mut self.ema {
+            ema.update(&self.params)?;
+        }
+        Ok(Some(info))
     }
 
     /// The error for a loss that is not finite, with a parameter that shows it.
@@ -230,12 +269,11 @@ impl Trainer {
 
     /// The first parameter for which a tensor has NaN or infinity.
     fn not_finite(&self, tensor: impl Fn(&Tensor) -> Option<Tensor>) -> Option<&str> {
-        let bad = |tensor: Tensor| -> Result<bool> { Ok(!square_norms(&[tensor.contiguous()?])?[0].is_finite()) };
-        let found = self.params.unique().find(|(_, param)| {
-            // Memory for a packed copy may be missing: the message is poorer then, not another one.
-            tensor(&param.tensor()).is_some_and(|tensor| bad(tensor).unwrap_or(false))
-        });
-        found.map(|(name, _)| name)
+        let given = |(name, param): (_, &Param)| Some((name, tensor(&param.tensor())?.contiguous()));
+        let (names, tensors): (Vec<_>, Vec<_>) = self.params.unique().filter_map(given).unzip();
+        // Memory for packed copies may be missing: the message is poorer then, not another one.
+        let squares = square_norms(&tensors.into_iter().collect::<Result<Vec<_>>>().ok()?).ok()?;
+        squares.iter().position(|square| !square.is_finite()).map(|index| names[index])
     }
 
     /// Mean loss over 64 windows spaced evenly over the validation part of the text, in nats per byte, without dropout
@@ -292,6 +330,7 @@ impl Trainer {
                 options: self.options.clone(),
                 text: self.print.clone(),
                 losses: self.losses.get(),
+                grad_scaler: self.scaler,
             },
         };
         checkpoint.save(folder)
@@ -300,6 +339,15 @@ impl Trainer {
     /// Steps done, those before a resume included.
     pub fn steps_done(&self) -> u64 {
         self.step
+    }
+
+    /// The loss scaling of a run in f16.
+    pub fn grad_scaler(&self) -> Option<&GradScaler> {
+        self.scaler.as_ref()
+    }
+
+    fn skipped_steps(&self) -> u64 {
+        self.scaler.as_ref().map_or(0, GradScaler::skipped)
     }
 
     /// How the run trains.
@@ -345,4 +393,38 @@ fn widen(grads: &mut Gradients) -> Result<()> {
 
 fn lower(best: Option<f64>, loss: f64) -> Option<f64> {
     Some(best.map_or(loss, |best| best.min(loss)))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::{AttentionLayersConfig, TransformerWrapperConfig};
+
+    /// Gradients that are not finite at any scale are an error at last, with the weights as they were.
+    #[test]
+    fn trainer_gives_up_scaling() -> Result<()> {
+        let attn_layers = AttentionLayersConfig::decoder(8, 1);
+        let net = TransformerWrapperConfig { num_tokens: 128, max_seq_len: 8, attn_layers, ..Default::default() };
+        let options = TrainOptions { dtype: DType::F16, seq_len: 8, ..Default::default() };
+        let text = ByteText::from_bytes("abcdefgh ".repeat(20))?;
+        let config = AutoregressiveConfig { net, ..Default::default() };
+        let mut trainer = Trainer::new(config, options, text, &Device::Cpu)?;
+        let tokens = trainer.text.batch(0, 0, 0, 1, 8, &Device::Cpu)?;
+        let mut tape = Tape::grad();
+        let mut grads = tape.backward(&trainer.model.loss(&tokens, &ForwardOptions::default())?)?;
+        for grad in grads.tensors_mut() {
+            *grad = grad.affine(f64::NAN, 0.0)?;
+        }
+        let values = |trainer: &Trainer| -> Result<Vec<Vec<f64>>> {
+            trainer.params.iter().map(|(_, param)| param.tensor().to_f64_vec()).collect()
+        };
+        let before = values(&trainer)?;
+        for halved in 1..=16 {
+            assert_eq!(trainer.update(&grads, 1.0, 0.1)?, None);
+            assert_eq!(trainer.grad_scaler().map(GradScaler::scale), Some(2f64.powi(16 - halved)));
+        }
+        assert!(matches!(trainer.update(&grads, 1.0, 0.1), Err(Error::NonFinite { step: 0, .. })));
+        assert_eq!(values(&trainer)?, before);
+        Ok(())
+    }
 }

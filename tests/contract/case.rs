@@ -1,6 +1,8 @@
 //! One case: an op, inputs, and a reference written from the formula; and the tensors to run it on.
 
-use x_transformers::{DType, Device, Philox, Result, Tape, Tensor};
+use x_transformers::{DType, Philox, Result, Tape, Tensor};
+
+use crate::common::device;
 
 /// A plain f64 array for references: nested loops, no cleverness.
 #[derive(Clone, Debug)]
@@ -255,7 +257,7 @@ impl Lay {
 
 fn tensor(array: &Array, input: &Input, float: DType, lay: Lay) -> Result<Tensor> {
     let dtype = input.dtype(float);
-    let build = |array: &Array| Tensor::from_slice(&array.data, &array.shape, &Device::Cpu)?.to_dtype(dtype);
+    let build = |array: &Array| Tensor::from_slice(&array.data, &array.shape, device())?.to_dtype(dtype);
     let (rank, last) = (array.shape.len(), array.shape.len().saturating_sub(1));
     // Fixed values may mean something only as they are.
     let fixed = matches!(input, Input::Values { .. });

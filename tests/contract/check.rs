@@ -1,8 +1,11 @@
 //! What every case must hold: values, gradients, layouts, inputs left alone, and nothing left behind.
 
-use x_transformers::{DType, Device, Gradcheck, Result, Tape, Tensor, gradcheck};
+use x_transformers::{DType, Gradcheck, Result, Tape, Tensor, gradcheck};
 
-use crate::case::{Array, Case, Gradient, Input, Lay, cotangent};
+use crate::{
+    case::{Array, Case, Gradient, Input, Lay, cotangent},
+    common::device,
+};
 
 const FLOATS: [DType; 4] = [DType::F64, DType::F32, DType::F16, DType::BF16];
 
@@ -162,7 +165,7 @@ impl Check<'_> {
         let case = self.case;
         let inputs = case.tensors(arrays, DType::F32, Lay::Packed)?;
         let leaves = case.leaves(&inputs)?;
-        let live = || Device::Cpu.memory().live as isize;
+        let live = || device().memory().live as isize;
         let start = live();
 
         let output = (case.run)(&leaves)?;

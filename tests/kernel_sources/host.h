@@ -59,6 +59,10 @@ inline float __uint_as_float(unsigned bits) {
     return x;
 }
 
+inline float ptx_f16_to_f32(unsigned short) { abort(); }
+inline unsigned short ptx_f32_to_f16(float) { abort(); }
+inline void ptx_store_128(void* to, uint4 raw) { *static_cast<uint4*>(to) = raw; }
+
 // Runs a kernel; the number of threads of a block is a multiple of 32, at most 1024.
 template <typename Kernel> void launch(unsigned grid, Dim3 block, Kernel kernel) {
     gridDim = {grid, 1};

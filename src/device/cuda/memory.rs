@@ -107,12 +107,14 @@ impl CudaDevice {
             return Ok(());
         }
         self.fill_zero(self.faults, size_of_val(&faults))?;
+        let limit = limit.max(0) as usize;
         let (op, what) = match kind {
             1 => ("embedding", "token"),
             2 => ("cross_entropy", "class"),
+            3 => return Err(Error::no_targets(limit, index)),
             _ => return Err(error(format!("a kernel reported the unknown fault {kind}"))),
         };
-        Err(Error::Index { op, what, index, limit: limit.max(0) as usize })
+        Err(Error::Index { op, what, index, limit })
     }
 
     /// Enqueues writing zeros.
@@ -125,7 +127,7 @@ impl CudaDevice {
         self.check("cuMemsetD8Async", unsafe { result::memset_d8_async(to, 0, bytes, self.stream) })
     }
 
-    fn refuse_while_capturing(&self, what: &str) -> Result<()> {
+    pub(super) fn refuse_while_capturing(&self, what: &str) -> Result<()> {
         if self.is_capturing() {
             return Err(error(format!("cuda:{}: {what} cannot be part of a graph", self.ordinal)));
         }

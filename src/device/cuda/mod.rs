@@ -8,6 +8,7 @@ mod compile;
 mod graph;
 mod libraries;
 mod memory;
+mod timer;
 
 use std::{
     collections::{BTreeMap, HashMap},
@@ -50,6 +51,8 @@ pub struct CudaDevice {
     functions: RwLock<HashMap<String, Function>>,
     /// Values that kernels need and that do not change, by name.
     constants: Mutex<BTreeMap<String, Tensor>>,
+    /// The tables of [`CudaDevice::table`], with what they were made from.
+    tables: Mutex<BTreeMap<String, (Vec<i64>, Tensor)>>,
     /// What kernels report: kind, index and limit of the first fault.
     faults: u64,
     blas: Mutex<blas::Handle>,
@@ -135,6 +138,7 @@ impl CudaDevice {
             pool: Pool::new(limit.unwrap_or(usize::MAX)),
             functions: RwLock::default(),
             constants: Mutex::default(),
+            tables: Mutex::default(),
             faults,
             blas: Mutex::new(blas::Handle::new(stream, architecture)?),
             capturing: AtomicBool::new(false),
@@ -205,6 +209,22 @@ impl CudaDevice {
         let constant = Tensor::from_slice(&values, [values.len()], &super::Device::Cuda(self))?;
         constants.insert(name.into(), constant.clone());
         Ok(constant)
+    }
+
+    /// Numbers that are seldom others than at the last call with this name, on the device; uploaded if they are.
+    ///
+    /// Errors: a graph is being recorded, which would keep an address that the next call may give up.
+    pub(crate) fn table(&'static self, name: &str, values: Vec<i64>) -> Result<Tensor> {
+        self.refuse_while_capturing("an update of parameters")?;
+        let mut tables = self.tables.lock().unwrap_or_else(PoisonError::into_inner);
+        match tables.get(name) {
+            Some((known, table)) if *known == values => Ok(table.clone()),
+            _ => {
+                let table = Tensor::from_slice(&values, [values.len()], &super::Device::Cuda(self))?;
+                tables.insert(name.into(), (values, table.clone()));
+                Ok(table)
+            }
+        }
     }
 
     /// Where kernels report indices that are out of range; the error comes at the next read-back.

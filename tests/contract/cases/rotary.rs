@@ -1,4 +1,4 @@
-use x_transformers::{Device, Tensor};
+use x_transformers::Tensor;
 
 use crate::case::{Array, Case, Input};
 
@@ -13,7 +13,7 @@ fn case(name: &str, shape: &[usize], r: usize, first: usize) -> Case {
         "rotary",
         name,
         vec![Input::float(shape)],
-        move |x| x[0].rotary(&Tensor::from_vec(frequencies(r), [r / 2], &Device::Cpu)?, first),
+        move |x| x[0].rotary(&Tensor::from_vec(frequencies(r), [r / 2], x[0].device())?, first),
         move |x| {
             let (frequencies, rank) = (frequencies(r), x[0].shape.len());
             Array::from_fn(&x[0].shape, |i| {

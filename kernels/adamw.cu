@@ -1,0 +1,54 @@
+// AdamW (Loshchilov and Hutter, https://arxiv.org/abs/1711.05101) of many parameters at once.
+//
+//   g <- grad_scale g, m <- m + mean (g - m), v <- beta2 v + square g^2
+//   w <- decay w - rate m / (sqrt(v) / correction + eps)
+//
+// with the factors of src/ops/adamw.rs. Shapes: any; a row of the table has the addresses of w (T), g (GRAD), m, v and,
+// for half types, the weight in f32 that w is the rounding of. m and v are f32, f64 for f64.
+// Variants: DTYPE=f32 GRAD=f32
+// Variants: DTYPE=f64 GRAD=f64
+// Variants: DTYPE=bf16 GRAD=bf16,f32
+// Variants: DTYPE=f16 GRAD=f16,f32
+//
+// A block takes a chunk of a tensor (see many.cuh), its threads groups of elements. Moves 28 bytes per f32 parameter,
+// and 30 per half one (m, v and the weight read and written, w too, g read). Limited by memory bandwidth.
+
+#include "common.cuh"
+#include "many.cuh"
+
+typedef Element<T>::Acc Acc;
+
+enum { VALUE, GRADIENT, EXP_AVG, EXP_AVG_SQ, MASTER, POINTERS };
+
+extern "C" __global__ void adamw_step(const u64* table, u32 tensors, f64 grad_scale, f64 decay, f64 mean, f64 beta2,
+                                      f64 square, f64 rate, f64 correction, f64 eps) {
+    const Chunk chunk = chunk_of_block<POINTERS>(table, tensors);
+    T* values = chunk.at<T>(VALUE);
+    const GRAD* grads = chunk.at<const GRAD>(GRADIENT);
+    Acc *means = chunk.at<Acc>(EXP_AVG), *squares = chunk.at<Acc>(EXP_AVG_SQ), *masters = chunk.at<Acc>(MASTER);
+    const bool packed = aligned(values) && aligned(grads) && aligned(means) && aligned(squares) && aligned(masters);
+    for_chunk<LANES>(chunk, packed, [&](i64 i, auto lanes) {
+        constexpr int N = lanes.COUNT;
+        Lane<T, N> value(values + i);
+        const Lane<GRAD, N> grad(grads + i);
+        Lane<Acc, N> m(means + i), v(squares + i), master(masters == nullptr ? means + i : masters + i);
+#pragma unroll
+        for (int lane = 0; lane < N; ++lane) {
+            const Acc g = Element<GRAD>::to_acc(grad.lane[lane]) * (Acc)grad_scale;
+            m.lane[lane] += (Acc)mean * (g - m.lane[lane]);
+            v.lane[lane] = v.lane[lane] * (Acc)beta2 + (Acc)square * g * g;
+            Acc w = Element<T>::to_acc(value.lane[lane]);
+            // A value that is not the rounded master was set by someone else since, and counts.
+            if (masters != nullptr && Element<T>::to_acc(Element<T>::from_acc(master.lane[lane])) == w) {
+                w = master.lane[lane];
+            }
+            w = w * (Acc)decay - (Acc)rate * m.lane[lane] / (sqrt(v.lane[lane]) / (Acc)correction + (Acc)eps);
+            master.lane[lane] = w;
+            value.lane[lane] = Element<T>::from_acc(w);
+        }
+        value.store(values + i);
+        m.store(means + i);
+        v.store(squares + i);
+        if (masters != nullptr) master.store(masters + i);
+    });
+}

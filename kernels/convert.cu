@@ -1,0 +1,39 @@
+// Conversion between dtypes: y_i = x_i as a T.
+//
+// Shapes: y, x [n], packed. T and FROM: every dtype. Floats round to nearest even, once; to integers they truncate,
+// with NaN to 0 and numbers that are too large to the largest; to bool they ask for "not 0".
+// Variants: DTYPE=f32,f64,bf16,f16,i64,bool FROM=f32,f64,bf16,f16,i64,bool
+//
+// Each thread takes packets a grid apart, 16 bytes of the wider type. Moves sizeof(T) + sizeof(FROM) per element.
+// Limited by memory bandwidth; from and to the integers on consumer cards by their few units for f64.
+
+#include "common.cuh"
+
+constexpr int WIDTH = 16 / (sizeof(T) > sizeof(FROM) ? sizeof(T) : sizeof(FROM));
+
+// f32 holds every bf16, f16 and bool; f64 the rest, integers up to 2^53.
+__device__ __forceinline__ f32 widen(f32 x) { return x; }
+__device__ __forceinline__ f32 widen(bf16 x) { return Element<bf16>::to_acc(x); }
+__device__ __forceinline__ f32 widen(f16 x) { return Element<f16>::to_acc(x); }
+__device__ __forceinline__ f32 widen(bool x) { return x; }
+__device__ __forceinline__ f64 widen(f64 x) { return x; }
+__device__ __forceinline__ f64 widen(i64 x) { return (f64)x; }
+
+__device__ __forceinline__ T narrow(f64 x) { return from_f64<T>(x); }
+__device__ __forceinline__ T narrow(f32 x) {
+    if constexpr (sizeof(T) == 2 || sizeof(T) == 4) {
+        return Element<T>::from_acc(x);
+    } else {
+        return from_f64<T>(x);
+    }
+}
+
+extern "C" __global__ void convert_elements(T* y, const FROM* x, i64 n) {
+    for_elements<WIDTH>(n, aligned(y) && aligned(x), [&](i64 i, auto lanes) {
+        const auto from = load<lanes.COUNT>(x + i);
+        Packet<lanes.COUNT> to;
+#pragma unroll
+        for (int lane = 0; lane < lanes.COUNT; ++lane) to.lane[lane] = narrow(widen(from.lane[lane]));
+        store(y + i, to);
+    });
+}

@@ -1,0 +1,51 @@
+// Dropout: y_i = x_i scale if word i of a Philox stream is at least `threshold`, else 0. The backward pass is the same
+// function of the gradient.
+//
+// Shapes: y, x [n], packed; y may be x. T: f32, f64, bf16, f16; the product in f32 (f64 for f64).
+// Variants: DTYPE=f32,f64,bf16,f16
+//
+// Each thread takes groups of 16 bytes or more that begin with a block of four words, a grid apart.
+// Moves 2 sizeof(T) per element. Limited by memory bandwidth; half types also by the 32-bit multiplications of Philox,
+// ten per element.
+
+#include "common.cuh"
+#include "philox.cuh"
+
+typedef Element<T>::Acc Acc;
+
+// Elements that a thread takes together.
+constexpr int GROUP = LANES < 4 ? 4 : LANES;
+
+extern "C" __global__ void dropout_mask(T* y, const T* x, i64 n, u64 seed, u64 stream, u64 threshold, f64 scale) {
+    const bool packed = aligned(y) && aligned(x);
+    const auto masked = [=](T value, u32 word) {
+        return Element<T>::from_acc(word >= threshold ? Element<T>::to_acc(value) * (Acc)scale : 0);
+    };
+    const i64 step = (i64)gridDim.x * blockDim.x * GROUP;
+    for (i64 i = ((i64)blockIdx.x * blockDim.x + threadIdx.x) * GROUP; i < n; i += step) {
+        u32 words[GROUP];
+#pragma unroll
+        for (int block = 0; block < GROUP / 4; ++block) {
+            const Words drawn = philox_block(seed, stream, i / 4 + block);
+#pragma unroll
+            for (int lane = 0; lane < 4; ++lane) words[4 * block + lane] = drawn.word[lane];
+        }
+        const bool whole = packed && i + GROUP <= n;
+#pragma unroll
+        for (int at = 0; at < GROUP; at += LANES) {
+            if (whole) {
+                auto values = load<LANES>(x + i + at);
+#pragma unroll
+                for (int lane = 0; lane < LANES; ++lane) {
+                    values.lane[lane] = masked(values.lane[lane], words[at + lane]);
+                }
+                store(y + i + at, values);
+            } else {
+#pragma unroll
+                for (int lane = at; lane < at + LANES; ++lane) {
+                    if (i + lane < n) y[i + lane] = masked(x[i + lane], words[lane]);
+                }
+            }
+        }
+    }
+}

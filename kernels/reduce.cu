@@ -1,0 +1,140 @@
+// Sums over one dimension, and the largest element of each row.
+//
+//   y[o, i] = sum_c x[o, c, i] / divisor
+//
+// Shapes: x [outer, count, inner] packed, y [outer, inner]. T: f32, f64, bf16, f16; sums in f32 (f64 for f64).
+// Variants: DTYPE=f32,f64,bf16,f16
+//
+// Where rows are few and sums long, reduce_pieces adds up pieces of `piece` summands, [outer, pieces, inner], and
+// reduce_finish the pieces. inner = 1: a warp or a block per sum (see for_row). Otherwise blocks of 32 x 8 threads: 32
+// packets of neighbours of `inner`, and each eighth summand; the eight sums are added in order.
+// The largest: rows packed along the dimension; each thread keeps its first largest element, then the row agrees on a
+// value and on its first position.
+// Moves sizeof(T) per element of x. Limited by memory bandwidth, for short rows by the latency of the reductions.
+
+#include "common.cuh"
+
+typedef Element<T>::Acc Acc;
+
+constexpr u32 WARP = 32, HEIGHT = 8;
+
+// The part of a sum that piece `piece_index` of its summands makes up.
+struct Span {
+    i64 first, last;
+};
+
+__device__ __forceinline__ Span span_of(i64 piece_index, i64 piece, i64 count) {
+    return {piece_index * piece, min((piece_index + 1) * piece, count)};
+}
+
+template <typename To, typename From>
+__device__ __forceinline__ void sum_rows(To* y, const From* x, i64 outer, i64 count, i64 piece, i64 pieces,
+                                         Acc divisor) {
+    const i64 step = (i64)gridDim.x * blockDim.y;
+    for (i64 row = (i64)blockIdx.x * blockDim.y + threadIdx.y; row < outer * pieces; row += step) {
+        const Span span = span_of(row % pieces, piece, count);
+        const From* from = x + row / pieces * count + span.first;
+        Acc sum = 0;
+        for_row<16 / sizeof(From)>(span.last - span.first, aligned(from), [&](u32 j, auto lanes) {
+            const auto values = load<lanes.COUNT>(from + j);
+#pragma unroll
+            for (From value : values.lane) sum += Element<From>::to_acc(value);
+        });
+        sum = sum_row(sum);
+        if (threadIdx.x == 0) y[row] = Element<To>::from_acc(sum / divisor);
+    }
+}
+
+template <int N, typename To, typename From>
+__device__ __forceinline__ void sum_columns(To* y, const From* x, i64 outer, i64 count, i64 inner, i64 piece,
+                                            i64 pieces, Acc divisor) {
+    __shared__ Acc sums[HEIGHT][N][WARP];
+    for (i64 row = blockIdx.y; row < outer * pieces; row += gridDim.y) {
+        const Span span = span_of(row % pieces, piece, count);
+        const From* from = x + row / pieces * count * inner;
+        for (i64 tile = (i64)blockIdx.x * WARP * N; tile < inner; tile += (i64)gridDim.x * WARP * N) {
+            const i64 column = tile + threadIdx.x * N;
+            Acc sum[N] = {};
+            if (column < inner) {
+#pragma unroll 4
+                for (i64 c = span.first + threadIdx.y; c < span.last; c += HEIGHT) {
+                    const auto values = load<N>(from + c * inner + column);
+#pragma unroll
+                    for (int lane = 0; lane < N; ++lane) sum[lane] += Element<From>::to_acc(values.lane[lane]);
+                }
+            }
+#pragma unroll
+            for (int lane = 0; lane < N; ++lane) sums[threadIdx.y][lane][threadIdx.x] = sum[lane];
+            __syncthreads();
+            if (threadIdx.y == 0 && column < inner) {
+#pragma unroll
+                for (int lane = 0; lane < N; ++lane) {
+                    Acc total = 0;
+#pragma unroll
+                    for (u32 height = 0; height < HEIGHT; ++height) total += sums[height][lane][threadIdx.x];
+                    y[row * inner + column + lane] = Element<To>::from_acc(total / divisor);
+                }
+            }
+            __syncthreads();
+        }
+    }
+}
+
+// Sums of nothing are 0, so that there is at least one piece.
+template <typename To, typename From>
+__device__ __forceinline__ void sum(To* y, const From* x, i64 outer, i64 count, i64 inner, i64 piece, Acc divisor) {
+    constexpr int WIDTH = 16 / sizeof(From);
+    const i64 pieces = max((count + piece - 1) / piece, (i64)1);
+    if (inner == 1) {
+        sum_rows(y, x, outer, count, piece, pieces, divisor);
+    } else if (aligned(x) && inner % WIDTH == 0) {
+        sum_columns<WIDTH>(y, x, outer, count, inner, piece, pieces, divisor);
+    } else {
+        sum_columns<1>(y, x, outer, count, inner, piece, pieces, divisor);
+    }
+}
+
+extern "C" __global__ void reduce_sum(T* y, const T* x, i64 outer, i64 count, i64 inner, f64 divisor) {
+    sum(y, x, outer, count, inner, count, (Acc)divisor);
+}
+
+extern "C" __global__ void reduce_pieces(Acc* sums, const T* x, i64 outer, i64 count, i64 inner, i64 piece) {
+    sum(sums, x, outer, count, inner, piece, (Acc)1);
+}
+
+extern "C" __global__ void reduce_finish(T* y, const Acc* sums, i64 outer, i64 pieces, i64 inner, f64 divisor) {
+    sum(y, sums, outer, pieces, inner, pieces, (Acc)divisor);
+}
+
+// Whether `a` comes before `b` among the largest: NaN first.
+__device__ __forceinline__ bool larger(Acc a, Acc b) { return a > b || (a != a && b == b); }
+
+// The largest element of each row [rows, columns] and, unless `y` is null, its value; the first of equal ones.
+extern "C" __global__ void reduce_largest(i64* index, T* y, const T* x, i64 rows, u32 columns) {
+    const Acc lowest = -__uint_as_float(0x7F800000);
+    const i64 step = (i64)gridDim.x * blockDim.y;
+    for (i64 row = (i64)blockIdx.x * blockDim.y + threadIdx.y; row < rows; row += step) {
+        const T* from = x + row * columns;
+        Acc best = lowest;
+        u32 position = columns;
+        for_row(columns, aligned(from), [&](u32 j, auto lanes) {
+            const auto values = load<lanes.COUNT>(from + j);
+#pragma unroll
+            for (int lane = 0; lane < lanes.COUNT; ++lane) {
+                const Acc value = Element<T>::to_acc(values.lane[lane]);
+                if (position == columns || larger(value, best)) {
+                    best = value;
+                    position = j + lane;
+                }
+            }
+        });
+        const Acc largest = reduce_row(best, lowest, [](Acc a, Acc b) { return larger(b, a) ? b : a; });
+        const bool mine = best == largest || (best != best && largest != largest);
+        const u32 first =
+            reduce_row(mine ? position : columns, columns, [](u32 a, u32 b) { return a < b ? a : b; });
+        if (threadIdx.x == 0) {
+            index[row] = first;
+            if (y != nullptr) y[row] = from[first];
+        }
+    }
+}

@@ -1,0 +1,42 @@
+// The sum of the squares of each of many tensors, for the norm of all gradients.
+//
+//   square_norm_chunks: partials[chunk] = sum of x^2 over the chunk
+//   square_norm_totals: totals[tensor] = sum of its partials
+//
+// Shapes: any; a row of the table has the address of x (T). Sums are f64: squares of f32 overflow in f32.
+// Variants: DTYPE=f32,f64,bf16,f16
+//
+// First a block takes a chunk of a tensor (see many.cuh), then a block a tensor: two stages of a fixed order, whose
+// result does not depend on which block is first. Moves sizeof(T) per element. Limited by memory bandwidth, and by the
+// arithmetic of f64 on cards that have little of it.
+
+#include "common.cuh"
+#include "many.cuh"
+
+enum { X, POINTERS };
+
+extern "C" __global__ void square_norm_chunks(f64* partials, const u64* table, u32 tensors) {
+    const Chunk chunk = chunk_of_block<POINTERS>(table, tensors);
+    const T* values = chunk.at<const T>(X);
+    f64 sum = 0;
+    for_chunk<LANES>(chunk, aligned(values), [&](i64 i, auto lanes) {
+        const Lane<T, lanes.COUNT> value(values + i);
+#pragma unroll
+        for (T element : value.lane) {
+            const f64 x = Element<T>::to_acc(element);
+            sum += x * x;
+        }
+    });
+    sum = sum_row(sum);
+    if (threadIdx.x == 0) partials[blockIdx.x] = sum;
+}
+
+// A block for each tensor.
+extern "C" __global__ void square_norm_totals(f64* totals, const f64* partials, const u64* table) {
+    const u64* row = table + blockIdx.x * (POINTERS + 2);
+    const u64 chunks = (row[POINTERS] + CHUNK - 1) / CHUNK, first = row[POINTERS + 1];
+    f64 sum = 0;
+    for (u64 chunk = threadIdx.x; chunk < chunks; chunk += blockDim.x) sum += partials[first + chunk];
+    sum = sum_row(sum);
+    if (threadIdx.x == 0) totals[blockIdx.x] = sum;
+}

@@ -1,0 +1,67 @@
+//! Tables of tensors, for kernels that take many at once (`kernels/many.cuh`).
+
+use crate::{
+    Device, Result, Tensor,
+    device::{CudaDevice, Grid},
+};
+
+/// Elements of one block: `CHUNK` of `kernels/many.cuh`.
+const CHUNK: usize = 4096;
+
+/// Where the tensors of a launch are, on their device.
+pub(crate) struct Table {
+    pub rows: Tensor,
+    /// Number of tensors that have elements.
+    pub tensors: usize,
+    /// Number of chunks of all of them.
+    pub chunks: usize,
+}
+
+impl Table {
+    /// A table of `POINTERS` addresses, and the number of elements that each of them leads to, per tensor.
+    ///
+    /// It is uploaded if it is another one than the last with this name: tensors that live on stay where they are, and
+    /// the pool gives the gradients of one step the places of those of the last.
+    pub fn new<const POINTERS: usize>(
+        gpu: &'static CudaDevice,
+        name: &str,
+        tensors: impl IntoIterator<Item = Result<([u64; POINTERS], usize)>>,
+    ) -> Result<Self> {
+        let (mut rows, mut chunks) = (Vec::new(), 0);
+        for tensor in tensors {
+            let (addresses, elements) = tensor?;
+            if elements > 0 {
+                rows.extend(addresses.map(|address| address as i64));
+                rows.extend([elements as i64, chunks as i64]);
+                chunks += elements.div_ceil(CHUNK);
+            }
+        }
+        let tensors = rows.len() / (POINTERS + 2);
+        Ok(Self { rows: gpu.table(name, rows)?, tensors, chunks })
+    }
+
+    /// A block for each chunk.
+    pub fn grid(&self) -> Grid {
+        Grid::new([self.chunks as u32, 1, 1], [256, 1, 1])
+    }
+}
+
+/// Parts items by their device, GPUs by a key besides; the order within a group is that of the items.
+pub(crate) fn by_device<I, K: PartialEq>(
+    items: impl IntoIterator<Item = I>,
+    of: impl Fn(&I) -> (Device, K),
+) -> (Vec<I>, Vec<(&'static CudaDevice, K, Vec<I>)>) {
+    let (mut cpu, mut groups) = (Vec::new(), Vec::<(&'static CudaDevice, K, Vec<I>)>::new());
+    for item in items {
+        match of(&item) {
+            (Device::Cpu, _) => cpu.push(item),
+            (Device::Cuda(gpu), key) => {
+                match groups.iter_mut().find(|(other, known, _)| std::ptr::eq(*other, gpu) && *known == key) {
+                    Some((_, _, group)) => group.push(item),
+                    None => groups.push((gpu, key, vec![item])),
+                }
+            }
+        }
+    }
+    (cpu, groups)
+}

@@ -1,0 +1,16 @@
+//! What several test suites share.
+
+use std::sync::OnceLock;
+
+use x_transformers::Device;
+
+/// The device under test: `XT_TEST_DEVICE` (as for [`Device::parse`]), else the CPU.
+///
+/// It is opened once, so that every tensor of a test is on the same one.
+pub fn device() -> &'static Device {
+    static DEVICE: OnceLock<Device> = OnceLock::new();
+    DEVICE.get_or_init(|| {
+        let name = std::env::var("XT_TEST_DEVICE").unwrap_or_else(|_| "cpu".into());
+        Device::parse(&name).unwrap_or_else(|error| panic!("XT_TEST_DEVICE={name}: {error}"))
+    })
+}

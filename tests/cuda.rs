@@ -1,0 +1,329 @@
+//! What is particular to a GPU: transfers, memory, errors that come later, graphs, and bits shared with the CPU.
+//!
+//! Runs on the device that `XT_TEST_DEVICE` names, `cuda:0` for instance, which is either a card or the emulated driver
+//! (`scripts/emulated`); without it every test is skipped by name.
+
+#![cfg(feature = "cuda")]
+
+use std::io::Write;
+
+use x_transformers::{
+    DType, Device, Error, Param, ParamMap, Result, Store, Tape, Tensor,
+    config::{AttentionLayersConfig, AutoregressiveConfig, TransformerWrapperConfig},
+    device::{Precision, cuda::Graph, set_float32_matmul_precision},
+    models::{AutoregressiveWrapper, ForwardOptions, GenerateOptions},
+    train::{AdamW, AdamWOptions},
+};
+
+/// The GPU to test, or a note that there is none.
+fn gpu(test: &str) -> Option<Device> {
+    match std::env::var("XT_TEST_DEVICE") {
+        Ok(name) if name != "cpu" => Some(Device::parse(&name).expect("the device of XT_TEST_DEVICE")),
+        _ => {
+            // Straight to the stream: the harness hides what a passing test prints.
+            let _ = writeln!(std::io::stderr(), "skipped: {test}: XT_TEST_DEVICE names no GPU");
+            None
+        }
+    }
+}
+
+/// A decoder with what has constants of its own: rotary positions, a T5 bias, mem-kv, GLU.
+fn config(dropout: f64) -> AutoregressiveConfig {
+    let mut layers = AttentionLayersConfig { heads: 2, rotary_pos_emb: true, ..AttentionLayersConfig::decoder(32, 2) };
+    layers.rel_pos_bias = true;
+    layers.attn.dim_head = 32;
+    layers.attn.num_mem_kv = 2;
+    layers.attn.dropout = dropout;
+    layers.ff.glu = true;
+    layers.ff.dropout = dropout;
+    let net = TransformerWrapperConfig { num_tokens: 32, max_seq_len: 16, attn_layers: layers, ..Default::default() };
+    AutoregressiveConfig { net, ..Default::default() }
+}
+
+fn model(device: &Device, dtype: DType, dropout: f64) -> Result<(AutoregressiveWrapper, ParamMap)> {
+    let store = Store::new(7, dtype, device);
+    Ok((AutoregressiveWrapper::new(&config(dropout), &store)?, store.params()))
+}
+
+fn tokens(device: &Device) -> Result<Tensor> {
+    let tokens: Vec<i64> = (0..2 * 13).map(|i| (i * 7 + i * i * 3) % 32).collect();
+    Tensor::from_slice(&tokens, [2, 13], device)
+}
+
+/// Losses and final weights of a few steps.
+fn train(device: &Device, dtype: DType, dropout: f64, steps: u64) -> Result<(Vec<f64>, Vec<Vec<f64>>)> {
+    let (model, params) = model(device, dtype, dropout)?;
+    let (tokens, mut optimizer) = (tokens(device)?, AdamW::new(AdamWOptions::default())?);
+    let mut losses = Vec::new();
+    for step in 0..steps {
+        let mut tape = Tape::train(step);
+        let loss = model.loss(&tokens, &ForwardOptions::default())?;
+        let grads = tape.backward(&loss)?;
+        optimizer.step(&params, &grads, 1e-3, Some(1.0))?;
+        losses.push(loss.item()?);
+    }
+    let weights = params.state_dict().values().map(Tensor::to_f64_vec).collect::<Result<_>>()?;
+    Ok((losses, weights))
+}
+
+fn close(a: &[f64], b: &[f64], bound: f64) -> bool {
+    let norm = |x: &mut dyn Iterator<Item = f64>| x.map(|x| x * x).sum::<f64>().sqrt();
+    a.len() == b.len() && norm(&mut a.iter().zip(b).map(|(a, b)| a - b)) <= bound * norm(&mut b.iter().copied())
+}
+
+#[test]
+fn values_go_and_come_back() -> Result<()> {
+    let Some(gpu) = gpu("values_go_and_come_back") else { return Ok(()) };
+    for dtype in [DType::F32, DType::F64, DType::BF16, DType::F16, DType::I64, DType::Bool] {
+        for shape in [vec![], vec![0, 3], vec![5], vec![2, 3, 7]] {
+            let x = Tensor::generate(&shape[..], dtype, &Device::Cpu, |i| (i as f64) - 3.5)?;
+            let there = x.to_device(&gpu)?;
+            assert_eq!((there.device(), there.shape(), there.dtype()), (&gpu, x.shape(), dtype));
+            assert_eq!(there.to_f64_vec()?, x.to_f64_vec()?, "{dtype} {shape:?}");
+            assert_eq!(there.to_device(&Device::Cpu)?.to_f64_vec()?, x.to_f64_vec()?, "{dtype} {shape:?}");
+            for value in [0.0, 1.0, -2.3] {
+                let (here, there) = (
+                    Tensor::full(&shape[..], value, dtype, &Device::Cpu)?,
+                    Tensor::full(&shape[..], value, dtype, &gpu)?,
+                );
+                assert_eq!(here.to_f64_vec()?, there.to_f64_vec()?, "{dtype} {shape:?} full of {value}");
+            }
+        }
+    }
+    assert_eq!(Tensor::arange(1000, &gpu)?.to_vec::<i64>()?, (0..1000).collect::<Vec<_>>());
+    let strided = Tensor::generate([3, 4], DType::F32, &gpu, |i| i as f64)?.transpose(0, 1)?;
+    assert_eq!(strided.to_device(&Device::Cpu)?.to_vec::<f32>()?, strided.to_vec::<f32>()?);
+    Ok(())
+}
+
+#[test]
+fn a_gradient_goes_back_to_where_its_tensor_is() -> Result<()> {
+    let Some(gpu) = gpu("a_gradient_goes_back_to_where_its_tensor_is") else { return Ok(()) };
+    let x = Tensor::from_slice(&[1.0f32, -2.0, 3.0], [3], &Device::Cpu)?.requires_grad()?;
+    let mut tape = Tape::grad();
+    let y = x.to_device(&gpu)?.square()?.sum(&[])?;
+    let grads = tape.backward(&y)?;
+    let grad = grads.get(&x).expect("a gradient");
+    assert_eq!((grad.device(), grad.to_vec::<f32>()?), (&Device::Cpu, vec![2.0, -4.0, 6.0]));
+    Ok(())
+}
+
+#[test]
+fn tensors_of_two_devices_do_not_mix() -> Result<()> {
+    let Some(gpu) = gpu("tensors_of_two_devices_do_not_mix") else { return Ok(()) };
+    let (here, there) = (Tensor::ones([2, 2], DType::F32, &Device::Cpu)?, Tensor::ones([2, 2], DType::F32, &gpu)?);
+    for result in [here.add(&there), there.matmul(&here), there.linear(&here, None), here.softmax()?.mul(&there)] {
+        let error = result.unwrap_err();
+        assert!(matches!(error, Error::Device { .. }), "{error}");
+    }
+    Ok(())
+}
+
+/// Once kernels are compiled and constants are there, a pass over the model is launches alone.
+#[test]
+fn a_step_uploads_nothing_and_reads_one_number_back() -> Result<()> {
+    let Some(gpu) = gpu("a_step_uploads_nothing_and_reads_one_number_back") else { return Ok(()) };
+    let (model, params) = model(&gpu, DType::F32, 0.1)?;
+    let (tokens, mut optimizer) = (tokens(&gpu)?, AdamW::new(AdamWOptions::default())?);
+    let mut counts = Vec::new();
+    for step in 0..3 {
+        let start = gpu.transfers();
+        let mut tape = Tape::train(step);
+        let loss = model.loss(&tokens, &ForwardOptions::default())?;
+        let grads = tape.backward(&loss)?;
+        let passes = gpu.transfers();
+        optimizer.step(&params, &grads, 1e-3, Some(1.0))?;
+        let end = gpu.transfers();
+        assert!(passes.launches > start.launches);
+        counts.push([
+            (passes.uploads - start.uploads, passes.read_backs - start.read_backs),
+            (end.uploads - passes.uploads, end.read_backs - passes.read_backs),
+        ]);
+    }
+    assert_eq!(counts[2][0], (0, 0), "forward and backward pass: uploads, read-backs");
+    assert_eq!(counts[2][1], (0, 1), "optimizer: uploads, read-backs (the norm of the gradients)");
+    Ok(())
+}
+
+#[test]
+fn random_numbers_are_those_of_the_cpu() -> Result<()> {
+    let Some(gpu) = gpu("random_numbers_are_those_of_the_cpu") else { return Ok(()) };
+    let weights = |device: &Device| -> Result<Vec<Vec<f64>>> {
+        model(device, DType::BF16, 0.0)?.1.state_dict().values().map(Tensor::to_f64_vec).collect()
+    };
+    assert_eq!(weights(&gpu)?, weights(&Device::Cpu)?, "initial weights");
+    let mask = |device: &Device| -> Result<Vec<f64>> {
+        let _tape = Tape::train(11);
+        Tensor::ones([7, 91], DType::F32, device)?.dropout(0.3)?.to_f64_vec()
+    };
+    assert_eq!(mask(&gpu)?, mask(&Device::Cpu)?, "dropout");
+    let text = |device: &Device| -> Result<Vec<i64>> {
+        let prompt = Tensor::from_slice(&[3i64, 1, 4], [3], device)?;
+        let options = GenerateOptions { seed: 5, ..GenerateOptions::default() };
+        model(device, DType::F64, 0.0)?.0.generate(&prompt, 12, &options, &mut |_| true)?.to_vec()
+    };
+    assert_eq!(text(&gpu)?, text(&Device::Cpu)?, "sampling");
+    Ok(())
+}
+
+#[test]
+fn training_follows_the_cpu_and_repeats_its_bits() -> Result<()> {
+    let Some(gpu) = gpu("training_follows_the_cpu_and_repeats_its_bits") else { return Ok(()) };
+    for (dtype, bound) in [(DType::F64, 1e-11), (DType::F32, 1e-5), (DType::BF16, 2e-2), (DType::F16, 4e-3)] {
+        let (losses, weights) = train(&gpu, dtype, 0.1, 3)?;
+        let (again, same) = train(&gpu, dtype, 0.1, 3)?;
+        assert!(losses == again && weights == same, "{dtype}: another run has other bits");
+        let (expected, _) = train(&Device::Cpu, dtype, 0.1, 3)?;
+        assert!(close(&losses, &expected, bound), "{dtype}: {losses:?}, on the CPU {expected:?}");
+    }
+    Ok(())
+}
+
+#[test]
+fn an_index_out_of_range_is_an_error_at_the_next_read_back() -> Result<()> {
+    let Some(gpu) = gpu("an_index_out_of_range_is_an_error_at_the_next_read_back") else { return Ok(()) };
+    let table = Tensor::ones([4, 3], DType::F32, &gpu)?;
+    for index in [4i64, -1, i64::MAX, i64::MIN] {
+        let tokens = Tensor::from_slice(&[1, index], [2], &gpu)?;
+        let rows = table.embedding(&tokens)?;
+        let error = rows.to_vec::<f32>().unwrap_err();
+        assert!(matches!(error, Error::Index { op: "embedding", index: at, limit: 4, .. } if at == index), "{error}");
+        assert_eq!(table.to_vec::<f32>()?, [1.0; 12], "the error is told once");
+    }
+    let logits = Tensor::ones([2, 3], DType::F32, &gpu)?;
+    let loss = logits.cross_entropy(&Tensor::from_slice(&[0i64, 3], [2], &gpu)?, -100)?;
+    let error = loss.item().unwrap_err();
+    assert!(matches!(error, Error::Index { op: "cross_entropy", index: 3, limit: 3, .. }), "{error}");
+    gpu.synchronize()
+}
+
+#[test]
+fn memory_that_runs_out_is_an_error_with_numbers() -> Result<()> {
+    let Some(gpu) = gpu("memory_that_runs_out_is_an_error_with_numbers") else { return Ok(()) };
+    let kept = Tensor::ones([1000], DType::F32, &gpu)?;
+    drop(Tensor::ones([5000], DType::F32, &gpu)?);
+    let error = Tensor::zeros([1 << 20, 1 << 25], DType::F32, &gpu).unwrap_err();
+    let Error::OutOfMemory { requested, live, .. } = *error.root() else { panic!("{error}") };
+    assert!(requested == 1 << 47 && live >= 4000, "{error}");
+    assert_eq!(gpu.memory().cached, 0, "what was kept for reuse was given back before the second try");
+    assert_eq!(kept.sum(&[])?.item()?, 1000.0);
+    Ok(())
+}
+
+#[test]
+fn nothing_is_left_of_a_step() -> Result<()> {
+    let Some(gpu) = gpu("nothing_is_left_of_a_step") else { return Ok(()) };
+    train(&gpu, DType::F32, 0.1, 1)?;
+    let before = gpu.memory().live;
+    train(&gpu, DType::F32, 0.1, 2)?;
+    assert_eq!(gpu.memory().live, before);
+    Ok(())
+}
+
+/// Loss and gradients of a step, recorded once and replayed between updates of the weights.
+#[test]
+fn a_recorded_training_step_gives_the_same_bits() -> Result<()> {
+    let Some(gpu) = gpu("a_recorded_training_step_gives_the_same_bits") else { return Ok(()) };
+    let batch = |step: i64| -> Result<Tensor> {
+        let tokens: Vec<i64> = (0..2 * 13).map(|i| (i * 5 + i * i + step) % 32).collect();
+        Tensor::from_slice(&tokens, [2, 13], &gpu)
+    };
+    let step = |model: &AutoregressiveWrapper, tokens: &Tensor| {
+        let mut tape = Tape::grad();
+        let loss = model.loss(tokens, &ForwardOptions::default())?;
+        let grads = tape.backward(&loss)?;
+        Ok((loss, grads))
+    };
+    let run = |recorded: bool| -> Result<(Vec<f64>, Vec<Vec<f64>>)> {
+        let (model, params) = model(&gpu, DType::F32, 0.0)?;
+        let mut optimizer = AdamW::new(AdamWOptions::default())?;
+        let mut graph = match recorded {
+            true => Some(Graph::capture(&[batch(100)?], &params, |inputs| step(&model, &inputs[0]))?),
+            false => None,
+        };
+        let mut losses = Vec::new();
+        for number in 0..4 {
+            let eager;
+            let (loss, grads) = match &mut graph {
+                Some(graph) => graph.replay(&[batch(number)?])?,
+                None => {
+                    eager = step(&model, &batch(number)?)?;
+                    &eager
+                }
+            };
+            losses.push(loss.item()?);
+            optimizer.step(&params, grads, 1e-2, Some(1.0))?;
+        }
+        let weights = params.state_dict().values().map(Tensor::to_f64_vec).collect::<Result<_>>()?;
+        Ok((losses, weights))
+    };
+    assert!(run(true)? == run(false)?, "replays differ from eager steps");
+    Ok(())
+}
+
+#[test]
+fn a_recorded_decode_step_gives_the_same_bits() -> Result<()> {
+    let Some(gpu) = gpu("a_recorded_decode_step_gives_the_same_bits") else { return Ok(()) };
+    let (model, params) = model(&gpu, DType::BF16, 0.0)?;
+    let window =
+        |first: i64| Tensor::from_slice(&(0..8).map(|i| (first + 3 * i) % 32).collect::<Vec<_>>(), [1, 8], &gpu);
+    let decode =
+        |tokens: &Tensor| Ok(model.net.forward(tokens, &ForwardOptions::default())?.out.select(1, 7)?.argmax(-1)?);
+    let mut graph = Graph::capture(&[window(0)?], &params, |inputs| decode(&inputs[0]))?;
+    for first in 0..5 {
+        let replayed = graph.replay(&[window(first)?])?.to_vec::<i64>()?;
+        assert_eq!(replayed, decode(&window(first)?)?.to_vec::<i64>()?, "window {first}");
+    }
+    Ok(())
+}
+
+#[test]
+fn what_a_graph_cannot_hold_is_refused() -> Result<()> {
+    let Some(gpu) = gpu("what_a_graph_cannot_hold_is_refused") else { return Ok(()) };
+    let x = Tensor::ones([4], DType::F32, &gpu)?;
+    let none = ParamMap::default();
+    let read = Graph::capture(std::slice::from_ref(&x), &none, |x| x[0].exp()?.item()).unwrap_err();
+    assert!(read.to_string().contains("one element"), "{read}");
+    let read = Graph::capture(std::slice::from_ref(&x), &none, |x| x[0].sum(&[])?.item()).unwrap_err();
+    assert!(read.to_string().contains("read-back"), "{read}");
+    let upload = |x: &[Tensor]| x[0].add(&Tensor::from_slice(&[1.0f32], [1], &gpu)?);
+    let upload = Graph::capture(std::slice::from_ref(&x), &none, upload).unwrap_err();
+    assert!(upload.to_string().contains("upload"), "{upload}");
+    let random = |x: &[Tensor]| {
+        let _tape = Tape::train(0);
+        x[0].dropout(0.5)
+    };
+    let random = Graph::capture(std::slice::from_ref(&x), &none, random).unwrap_err();
+    assert!(random.to_string().contains("dropout"), "{random}");
+    let here = Graph::capture(&[Tensor::ones([4], DType::F32, &Device::Cpu)?], &none, |x| x[0].exp()).unwrap_err();
+    assert!(here.to_string().contains("GPU"), "{here}");
+
+    let store = Store::new(0, DType::F32, &gpu);
+    let weight: Param = store.param("weight", [4], x_transformers::Init::Constant(2.0))?;
+    let params = store.params();
+    let mut graph = Graph::capture(std::slice::from_ref(&x), &params, |x| x[0].mul(&weight.tensor()))?;
+    assert_eq!(graph.replay(std::slice::from_ref(&x))?.to_vec::<f32>()?, [2.0; 4]);
+    assert!(graph.replay(&[]).is_err() && graph.replay(&[x.narrow(0, 0, 2)?]).is_err());
+    weight.set(Tensor::full([4], 3.0, DType::F32, &gpu)?)?;
+    let replaced = graph.replay(std::slice::from_ref(&x)).unwrap_err();
+    assert!(replaced.to_string().contains("`weight` was replaced"), "{replaced}");
+    // The device is as usable as before.
+    assert_eq!(x.exp()?.ln()?.to_vec::<f32>()?.len(), 4);
+    Ok(())
+}
+
+#[test]
+fn products_of_f32_are_exact_unless_asked_otherwise() -> Result<()> {
+    let Some(gpu) = gpu("products_of_f32_are_exact_unless_asked_otherwise") else { return Ok(()) };
+    let a = Tensor::generate([64, 128], DType::F64, &gpu, |i| ((i * 37 % 101) as f64 - 50.0) / 64.0)?;
+    let b = Tensor::generate([128, 32], DType::F64, &gpu, |i| ((i * 53 % 97) as f64 - 48.0) / 64.0)?;
+    let exact = a.matmul(&b)?.to_f64_vec()?;
+    let product = || a.to_dtype(DType::F32)?.matmul(&b.to_dtype(DType::F32)?)?.to_f64_vec();
+    assert!(close(&product()?, &exact, 1e-6));
+    set_float32_matmul_precision(Precision::High);
+    let rounded = product();
+    set_float32_matmul_precision(Precision::Highest);
+    // TF32 has ten bits of mantissa.
+    assert!(close(&rounded?, &exact, 1e-3));
+    Ok(())
+}

@@ -1,0 +1,81 @@
+// Errors on demand: the n-th allocation, launch, copy or compilation fails.
+
+#include <atomic>
+#include <cstdlib>
+#include <cstring>
+#include <mutex>
+
+#include "emulator.h"
+
+namespace xt {
+namespace {
+
+const char* const NAMES[KINDS] = {"alloc", "launch", "copy", "compile"};
+
+struct Counter {
+    std::atomic<uint64_t> calls{0};
+    // The call that fails, counted like `calls`, 0 for none; and whether all after it fail too.
+    std::atomic<uint64_t> failing{0};
+    std::atomic<bool> from_then_on{false};
+};
+
+Counter counters[KINDS];
+
+// `alloc`, or `alloc+` for all calls from the n-th on. Null if there is no such kind.
+Counter* find(const char* kind, size_t length, bool& from_then_on) {
+    from_then_on = length > 0 && kind[length - 1] == '+';
+    length -= from_then_on;
+    for (int i = 0; i < KINDS; ++i) {
+        if (strlen(NAMES[i]) == length && memcmp(NAMES[i], kind, length) == 0) return &counters[i];
+    }
+    return nullptr;
+}
+
+bool arrange(const char* kind, size_t length, uint64_t n) {
+    bool from_then_on;
+    Counter* const counter = find(kind, length, from_then_on);
+    if (counter == nullptr) return false;
+    counter->from_then_on = from_then_on;
+    counter->failing = n == 0 ? 0 : counter->calls + n;
+    return true;
+}
+
+// XT_EMULATOR_FAIL=alloc:3,launch+:1
+void read_environment() {
+    const char* text = getenv("XT_EMULATOR_FAIL");
+    while (text != nullptr && *text != 0) {
+        const char* const colon = strchr(text, ':');
+        if (colon == nullptr || !arrange(text, colon - text, strtoull(colon + 1, nullptr, 10))) {
+            report(std::string("XT_EMULATOR_FAIL is kind:number,…, with kinds alloc, launch, copy and compile; got ") +
+                   text);
+            return;
+        }
+        text = strchr(colon, ',');
+        if (text != nullptr) ++text;
+    }
+}
+
+}  // namespace
+
+bool shall_fail(Kind kind) {
+    static std::once_flag once;
+    std::call_once(once, read_environment);
+    Counter& counter = counters[kind];
+    const uint64_t call = ++counter.calls, failing = counter.failing;
+    return failing != 0 && (call == failing || (call > failing && counter.from_then_on));
+}
+
+}  // namespace xt
+
+// Makes the n-th call from now on of a kind fail (1 is the next one), and with `alloc+` all that follow it; 0 ends that.
+// 0 if there is no such kind.
+XT_EXPORT int xt_emulator_fail(const char* kind, uint64_t n) { return xt::arrange(kind, strlen(kind), n); }
+
+// How many calls of a kind there were.
+XT_EXPORT uint64_t xt_emulator_count(const char* kind) {
+    bool from_then_on;
+    const xt::Counter* const counter = xt::find(kind, strlen(kind), from_then_on);
+    return counter == nullptr ? 0 : counter->calls.load();
+}
+
+XT_EXPORT uint64_t xt_emulator_live_bytes(void) { return xt::live_bytes(); }

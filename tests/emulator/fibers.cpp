@@ -1,0 +1,342 @@
+// Runs kernels: blocks one after the other, the threads of a block as fibers that give way at barriers and exchanges.
+
+#include "fibers.h"
+
+#include <sys/mman.h>
+
+#include <algorithm>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <random>
+
+// Saves the registers that a call must preserve on this stack and takes those of the other stack.
+asm(R"(
+    .text
+    .type xt_switch, @function
+xt_switch:
+    pushq %rbp
+    pushq %rbx
+    pushq %r12
+    pushq %r13
+    pushq %r14
+    pushq %r15
+    movq %rsp, (%rdi)
+    movq %rsi, %rsp
+    popq %r15
+    popq %r14
+    popq %r13
+    popq %r12
+    popq %rbx
+    popq %rbp
+    ret
+    .size xt_switch, . - xt_switch
+)");
+extern "C" void xt_switch(void** save, void* load);
+
+namespace xt {
+namespace {
+
+constexpr size_t PAGE = 4096;
+constexpr size_t DYNAMIC_SHARED = 256 << 10;
+
+// The order in which threads and blocks run. A kernel must not depend on it.
+enum class Order { FORWARD, REVERSE, RANDOM };
+
+Order order() {
+    static const Order order = [] {
+        const char* const name = getenv("XT_EMULATOR_ORDER");
+        if (name == nullptr || strcmp(name, "forward") == 0) return Order::FORWARD;
+        if (strcmp(name, "reverse") == 0) return Order::REVERSE;
+        if (strcmp(name, "random") == 0) return Order::RANDOM;
+        report(std::string("XT_EMULATOR_ORDER is forward, reverse or random; got ") + name);
+        return Order::FORWARD;
+    }();
+    return order;
+}
+
+// Calls body(i) for each i below n, in that order; stops when it returns false.
+template <typename Body> bool in_order(uint64_t n, Body body) {
+    switch (order()) {
+        case Order::FORWARD:
+            for (uint64_t i = 0; i < n; ++i) {
+                if (!body(i)) return false;
+            }
+            return true;
+        case Order::REVERSE:
+            for (uint64_t i = n; i-- > 0;) {
+                if (!body(i)) return false;
+            }
+            return true;
+        case Order::RANDOM: {
+            thread_local std::minstd_rand random;
+            std::vector<uint64_t> shuffled(n);
+            for (uint64_t i = 0; i < n; ++i) shuffled[i] = i;
+            std::shuffle(shuffled.begin(), shuffled.end(), random);
+            for (uint64_t i : shuffled) {
+                if (!body(i)) return false;
+            }
+            return true;
+        }
+    }
+    return true;
+}
+
+XtDim position(uint64_t number, XtDim sizes) {
+    return {unsigned(number % sizes.x), unsigned(number / sizes.x % sizes.y),
+            unsigned(number / sizes.x / sizes.y)};
+}
+
+std::string in_brackets(XtDim dim) {
+    char text[64];
+    snprintf(text, sizeof text, "(%u, %u, %u)", dim.x, dim.y, dim.z);
+    return text;
+}
+
+bool same(const XtPlace* a, const XtPlace* b) {
+    return a == b || (a->line == b->line && strcmp(a->what, b->what) == 0 && strcmp(a->file, b->file) == 0);
+}
+
+std::string in_words(const XtPlace* place) {
+    return std::string(place->what) + " (" + place->file + ":" + std::to_string(place->line) + ")";
+}
+
+void finish() {
+    Thread* const thread = self();
+    Worker& worker = *thread->worker;
+    worker.states[thread->number] = Stage::DONE;
+    ++worker.done;
+    worker.free_stacks.push_back(thread);
+    yield();
+    __builtin_unreachable();
+}
+
+void start() {
+    const Launch& launch = *self()->worker->launch;
+    launch.kernel->invoke(launch.arguments);
+    finish();
+}
+
+}  // namespace
+
+void yield() {
+    Thread* const thread = self();
+    xt_switch(&thread->stack_pointer, thread->worker->scheduler);
+}
+
+std::string name_of(const Worker& worker, unsigned thread) {
+    return std::string("kernel ") + worker.launch->kernel->name + ", block " + in_brackets(worker.block.index) +
+           ", thread " + in_brackets(position(thread, worker.block.dim));
+}
+
+void fail(const std::string& what) {
+    Thread* const thread = self();
+    report(name_of(*thread->worker, thread->number) + ": " + what);
+    thread->worker->failed = true;
+    yield();
+    __builtin_unreachable();
+}
+
+Worker::Worker() {
+    dynamic_shared = static_cast<char*>(
+        mmap(nullptr, DYNAMIC_SHARED, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
+    now = 1;
+}
+
+// A header, a guard page, and what the fiber uses.
+Thread* Worker::new_stack() {
+    // Aligned to its size, which mmap does not promise.
+    char* const raw = static_cast<char*>(
+        mmap(nullptr, 2 * XT_STACK, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
+    if (raw == MAP_FAILED) {
+        perror("xt-emulator: no memory for the stack of a thread");
+        abort();
+    }
+    const uintptr_t base = (uintptr_t(raw) + XT_STACK - 1) & -XT_STACK;
+    if (base > uintptr_t(raw)) munmap(raw, base - uintptr_t(raw));
+    munmap(reinterpret_cast<void*>(base + XT_STACK), uintptr_t(raw) + XT_STACK - base);
+    mprotect(reinterpret_cast<void*>(base + PAGE), PAGE, PROT_NONE);
+    Thread* const thread = new (reinterpret_cast<void*>(base)) Thread;
+    thread->copies = new std::vector<Copy>;
+    thread->worker = this;
+    thread->block = &block;
+    stacks.push_back(thread);
+    return thread;
+}
+
+void Worker::resume(unsigned number) {
+    if (states[number] == Stage::NEW) {
+        Thread* thread;
+        if (free_stacks.empty()) {
+            thread = new_stack();
+        } else {
+            thread = free_stacks.back();
+            free_stacks.pop_back();
+        }
+        thread->number = number;
+        thread->index = position(number, block.dim);
+        thread->groups = 0;
+        thread->copies->clear();
+        running[number] = thread;
+        // Stacks start at different offsets, or all would compete for the same lines of the cache.
+        const uintptr_t top = uintptr_t(thread) + XT_STACK - 64 - uintptr_t(thread) / XT_STACK % 16 * 192;
+        void** const frame = reinterpret_cast<void**>(top) - 8;
+        memset(frame, 0, 64);
+        frame[6] = reinterpret_cast<void*>(start);
+        thread->stack_pointer = frame;
+    }
+    states[number] = Stage::READY;
+    xt_switch(&scheduler, running[number]->stack_pointer);
+}
+
+void Worker::run_warp(unsigned warp) {
+    const unsigned first = warp * WARP, count = std::min(WARP, threads - first);
+    while (ready_in_warp[warp] > 0 && !failed) {
+        in_order(count, [&](unsigned lane) {
+            Stage& stage = states[first + lane];
+            if (stage != Stage::NEW && stage != Stage::READY) return true;
+            --ready_in_warp[warp];
+            resume(first + lane);
+            return !failed;
+        });
+    }
+}
+
+void Worker::schedule() {
+    while (!failed) {
+        in_order(warps, [&](unsigned warp) {
+            run_warp(warp);
+            return !failed;
+        });
+        if (failed || done == threads) return;
+        const bool together = at_barrier == threads && std::all_of(places, places + threads, [&](const XtPlace* place) {
+                                  return same(place, places[0]);
+                              });
+        if (!together) return complain();
+        release_barrier();
+    }
+}
+
+void Worker::release_barrier() {
+    barrier_result = 0;
+    for (unsigned thread = 0; thread < threads; ++thread) {
+        barrier_result += values[thread];
+        states[thread] = Stage::READY;
+    }
+    for (unsigned warp = 0; warp < warps; ++warp) ready_in_warp[warp] = std::min(WARP, threads - warp * WARP);
+    at_barrier = 0;
+    tick();
+    last_barrier = now;
+}
+
+// No thread can go on: names one that waits, and one that it waits for.
+void Worker::complain() {
+    unsigned waiting = 0;
+    while (states[waiting] != Stage::AT_BARRIER && states[waiting] != Stage::IN_WARP) ++waiting;
+    const bool whole_block = states[waiting] == Stage::AT_BARRIER;
+    unsigned first = 0, last = threads;
+    uint64_t mask = ~uint64_t(0);
+    if (!whole_block) {
+        first = waiting / WARP * WARP;
+        last = std::min(first + WARP, threads);
+        for (const Gathering& gathering : gatherings[waiting / WARP]) {
+            if (gathering.arrived >> waiting % WARP & 1) mask = gathering.mask;
+        }
+    }
+    for (unsigned other = first; other < last; ++other) {
+        const bool asked = whole_block || mask >> other % WARP & 1;
+        const bool there = states[other] == states[waiting] && same(places[other], places[waiting]);
+        if (!asked || there) continue;
+        const std::string where = states[other] == Stage::DONE
+                                      ? "has left the kernel"
+                                      : "waits in " + in_words(places[other]);
+        report(name_of(*this, waiting) + ": waits in " + in_words(places[waiting]) + ", but thread " +
+               in_brackets(position(other, block.dim)) + " " + where);
+        failed = true;
+        return;
+    }
+    report(name_of(*this, waiting) + ": waits in " + in_words(places[waiting]) +
+           " for threads that name other threads to wait for");
+    failed = true;
+}
+
+bool Worker::run_block(XtDim index) {
+    block.index = index;
+    at_barrier = done = 0;
+    memset(states, 0, threads * sizeof(Stage));
+    for (unsigned warp = 0; warp < warps; ++warp) {
+        gatherings[warp].clear();
+        ready_in_warp[warp] = std::min(WARP, threads - warp * WARP);
+    }
+    begin_shared();
+    schedule();
+    return !failed;
+}
+
+void gather(const XtPlace* place, unsigned mask, void* arguments, Together together) {
+    Thread* const thread = self();
+    Worker& worker = *thread->worker;
+    const unsigned warp = thread->warp(), lane = thread->lane(), first = warp * WARP;
+    if (!(mask >> lane & 1)) fail(std::string(place->what) + " by a thread that its mask does not name");
+    const unsigned count = std::min(WARP, worker.threads - first);
+    const unsigned existing = count == WARP ? ~0u : (1u << count) - 1;
+    std::vector<Gathering>& gatherings = worker.gatherings[warp];
+    auto mine = std::find_if(gatherings.begin(), gatherings.end(), [&](const Gathering& gathering) {
+        return gathering.mask == mask && same(gathering.place, place);
+    });
+    if (mine == gatherings.end()) {
+        gatherings.push_back({place, mask, 0, {}});
+        mine = gatherings.end() - 1;
+    }
+    mine->arrived |= 1u << lane;
+    mine->arguments[lane] = arguments;
+    worker.places[thread->number] = place;
+    if (mine->arrived != (mask & existing)) {
+        worker.states[thread->number] = Stage::IN_WARP;
+        yield();
+        return;
+    }
+    Gathering whole = *mine;
+    gatherings.erase(mine);
+    together(worker, warp, whole);
+    for (unsigned other = 0; other < count; ++other) {
+        if (other == lane || !(whole.arrived >> other & 1)) continue;
+        worker.states[first + other] = Stage::READY;
+        ++worker.ready_in_warp[warp];
+    }
+}
+
+bool run(const Launch& launch) {
+    static thread_local std::unique_ptr<Worker> kept;
+    if (kept == nullptr) kept = std::make_unique<Worker>();
+    Worker& worker = *kept;
+    worker.launch = &launch;
+    worker.block.dim = launch.block;
+    worker.block.grid = launch.grid;
+    worker.threads = launch.block.x * launch.block.y * launch.block.z;
+    worker.warps = (worker.threads + WARP - 1) / WARP;
+    worker.static_shared = static_cast<char*>(launch.module->shared_memory()) - launch.module->anchor;
+    worker.static_bytes = launch.module->shared_bytes;
+    worker.dynamic_bytes = launch.dynamic_shared;
+    worker.block.dynamic_shared = worker.dynamic_shared;
+    worker.failed = false;
+    worker.free_stacks.assign(worker.stacks.rbegin(), worker.stacks.rend());
+    const uint64_t blocks = uint64_t(launch.grid.x) * launch.grid.y * launch.grid.z;
+    in_order(blocks, [&](uint64_t number) { return worker.run_block(position(number, launch.grid)); });
+    return !worker.failed;
+}
+
+}  // namespace xt
+
+XT_EXPORT unsigned xt_barrier(const XtPlace* place, unsigned value) {
+    xt::Thread* const thread = xt::self();
+    xt::Worker& worker = *thread->worker;
+    worker.states[thread->number] = xt::Stage::AT_BARRIER;
+    worker.places[thread->number] = place;
+    worker.values[thread->number] = value;
+    ++worker.at_barrier;
+    xt::yield();
+    return worker.barrier_result;
+}
+
+XT_EXPORT void xt_fail(const char* what) { xt::fail(what); }

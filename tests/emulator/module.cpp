@@ -1,0 +1,171 @@
+// Compiled kernels: shared objects, packed as the "machine code" of the emulated card, and loaded.
+
+#include <dlfcn.h>
+#include <elf.h>
+#include <link.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include <atomic>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <map>
+#include <mutex>
+
+#include "emulator.h"
+
+namespace xt {
+namespace {
+
+// What an image starts with. The version is that of the emulator's sources: another one's images are refused.
+struct Header {
+    char magic[8];
+    char version[40];
+    char hash[40];
+    uint32_t architecture;
+    uint32_t unused;
+    uint64_t bytes;
+};
+constexpr char MAGIC[8] = {'x', 't', 'e', 'm', 'u', 'l', 'a', 't'};
+
+struct Image {
+    uintptr_t begin = ~uintptr_t(0), end = 0;
+    size_t shared = 0;
+    uintptr_t base;
+};
+
+int measure(dl_phdr_info* info, size_t, void* data) {
+    Image& image = *static_cast<Image*>(data);
+    if (info->dlpi_addr != image.base) return 0;
+    for (int i = 0; i < info->dlpi_phnum; ++i) {
+        const ElfW(Phdr)& header = info->dlpi_phdr[i];
+        const uintptr_t begin = image.base + header.p_vaddr;
+        if (header.p_type == PT_LOAD) {
+            image.begin = begin < image.begin ? begin : image.begin;
+            image.end = begin + header.p_memsz > image.end ? begin + header.p_memsz : image.end;
+        }
+        if (header.p_type == PT_TLS) image.shared = header.p_memsz;
+    }
+    return 1;
+}
+
+const Module* open_module(const std::string& path, unsigned architecture) {
+    void* const handle = dlopen(path.c_str(), RTLD_NOW | RTLD_LOCAL);
+    if (handle == nullptr) {
+        report(std::string("a compiled kernel cannot be loaded: ") + dlerror());
+        return nullptr;
+    }
+    link_map* map = nullptr;
+    dlinfo(handle, RTLD_DI_LINKMAP, &map);
+    Image image;
+    image.base = map->l_addr;
+    dl_iterate_phdr(measure, &image);
+    const auto shared = reinterpret_cast<void* (*)()>(dlsym(handle, "xt_shared_memory"));
+    // The compiler's linker sorts thread-local memory; this finds where it starts.
+    char* const anchor = static_cast<char*>(shared());
+    void* start = nullptr;
+    dlinfo(handle, RTLD_DI_TLS_DATA, &start);
+    return new Module{handle, image.begin, image.end, image.shared, size_t(anchor - static_cast<char*>(start)),
+                      architecture, shared};
+}
+
+}  // namespace
+
+const std::string& folder() {
+    static const std::string folder = [] {
+        Dl_info info;
+        dladdr(reinterpret_cast<void*>(&hash_of), &info);
+        // By its real name, so that kernels find the symbols of this library and not of a second copy.
+        char* const path = realpath(info.dli_fname, nullptr);
+        const std::string name(path == nullptr ? info.dli_fname : path);
+        free(path);
+        return name.substr(0, name.rfind('/'));
+    }();
+    return folder;
+}
+
+// 128 bits: two FNV-1a hashes from different starts.
+std::string hash_of(const std::string& text) {
+    uint64_t a = 0xcbf29ce484222325, b = 0x9e3779b97f4a7c15;
+    for (unsigned char c : text) {
+        a = (a ^ c) * 0x100000001b3;
+        b = (b ^ c) * 0x100000001b3;
+        b ^= b >> 29;
+    }
+    char hash[33];
+    snprintf(hash, sizeof hash, "%016lx%016lx", a, b);
+    return hash;
+}
+
+bool read_file(const std::string& path, std::string& bytes) {
+    FILE* const file = fopen(path.c_str(), "rb");
+    if (file == nullptr) return false;
+    bytes.clear();
+    char part[65536];
+    for (size_t got; (got = fread(part, 1, sizeof part, file)) > 0;) bytes.append(part, got);
+    const bool ok = !ferror(file);
+    fclose(file);
+    return ok;
+}
+
+// Under a name of its own first, so that nobody finds half a file.
+bool write_file(const std::string& path, const std::string& bytes) {
+    static std::atomic<unsigned> number{0};
+    const std::string part = path + "." + std::to_string(getpid()) + "." + std::to_string(++number);
+    FILE* const file = fopen(part.c_str(), "wb");
+    if (file == nullptr) return false;
+    const bool written = fwrite(bytes.data(), 1, bytes.size(), file) == bytes.size();
+    const bool closed = fclose(file) == 0;
+    if (written && closed && rename(part.c_str(), path.c_str()) == 0) return true;
+    unlink(part.c_str());
+    return false;
+}
+
+std::string pack(const std::string& shared_object, unsigned architecture) {
+    Header header = {};
+    memcpy(header.magic, MAGIC, sizeof MAGIC);
+    strncpy(header.version, XT_EMULATOR_VERSION, sizeof header.version - 1);
+    strncpy(header.hash, hash_of(shared_object).c_str(), sizeof header.hash - 1);
+    header.architecture = architecture;
+    header.bytes = shared_object.size();
+    return std::string(reinterpret_cast<const char*>(&header), sizeof header) + shared_object;
+}
+
+const Module* load(const void* image) {
+    Header header;
+    memcpy(&header, image, sizeof header.magic);
+    if (memcmp(header.magic, MAGIC, sizeof MAGIC) != 0) return nullptr;
+    memcpy(&header, image, sizeof header);
+    if (strncmp(header.version, XT_EMULATOR_VERSION, sizeof header.version - 1) != 0) return nullptr;
+    const std::string bytes(static_cast<const char*>(image) + sizeof header, header.bytes);
+    const std::string hash = hash_of(bytes);
+    if (hash != header.hash) return nullptr;
+    static std::mutex lock;
+    static std::map<std::string, const Module*> loaded;
+    std::lock_guard guard(lock);
+    const Module*& module = loaded[hash];
+    if (module == nullptr) {
+        const std::string path = folder() + "/modules/" + hash + ".so";
+        mkdir((folder() + "/modules").c_str(), 0777);
+        if (access(path.c_str(), R_OK) != 0 && !write_file(path, bytes)) {
+            report("cannot write " + path);
+            return nullptr;
+        }
+        module = open_module(path, header.architecture);
+    }
+    return module;
+}
+
+const XtKernel* kernel_of(const Module& module, const char* name) {
+    return static_cast<const XtKernel*>(dlsym(module.handle, (std::string("xt_kernel_") + name).c_str()));
+}
+
+}  // namespace xt
+
+// Kernels are loaded into the process as libraries of their own; what they call of the emulator must be found there.
+__attribute__((constructor)) static void share_symbols() {
+    Dl_info info;
+    dladdr(reinterpret_cast<void*>(&share_symbols), &info);
+    dlopen(info.dli_fname, RTLD_NOW | RTLD_GLOBAL | RTLD_NOLOAD);
+}

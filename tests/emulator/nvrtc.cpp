@@ -1,0 +1,288 @@
+// NVRTC: the same source, compiled by g++ to a shared object with the emulator's CUDA C++ before it.
+
+#include <spawn.h>
+#include <sys/stat.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cstdlib>
+#include <cstring>
+#include <regex>
+#include <utility>
+
+#include "emulator.h"
+
+extern char** environ;
+
+namespace xt {
+
+struct Program {
+    std::string source, name, log, image;
+};
+
+namespace {
+
+enum NvrtcResult {
+    NVRTC_SUCCESS = 0,
+    NVRTC_OUT_OF_MEMORY = 1,
+    NVRTC_INVALID_INPUT = 3,
+    NVRTC_INVALID_PROGRAM = 4,
+    NVRTC_INVALID_OPTION = 5,
+    NVRTC_COMPILATION = 6,
+    NVRTC_INTERNAL_ERROR = 11,
+};
+
+// What is known and changes nothing here.
+const char* const IGNORED[] = {"--ptxas-options", "-Xptxas", "--std", "-std", "--use_fast_math", "-use_fast_math",
+                               "--fmad", "-fmad", "--ftz", "-ftz", "--prec-div", "--prec-sqrt", "--device-debug", "-G",
+                               "--generate-line-info", "-lineinfo", "--maxrregcount", "-default-device",
+                               "--device-as-default-execution-space", "--extra-device-vectorization", "--restrict",
+                               "--disable-warnings", "-w", "--device-int128", "--diag-suppress", "--minimal"};
+
+bool is_option(const std::string& text, const std::string& option) {
+    return text == option || text.starts_with(option + "=");
+}
+
+struct Options {
+    unsigned architecture = 75;
+    std::vector<std::string> definitions;
+};
+
+// An option that is not known, or an empty text.
+std::string parse(const std::vector<std::string>& given, Options& options) {
+    for (size_t i = 0; i < given.size(); ++i) {
+        const std::string& option = given[i];
+        const size_t equals = option.find('=');
+        const std::string value = equals == std::string::npos ? "" : option.substr(equals + 1);
+        if (is_option(option, "--gpu-architecture") || is_option(option, "-arch")) {
+            const size_t digits = value.find('_');
+            if (digits == std::string::npos) return option;
+            options.architecture = atoi(value.c_str() + digits + 1);
+        } else if (option == "-D" || option == "-U") {
+            if (++i == given.size()) return option;
+            options.definitions.push_back(option + given[i]);
+        } else if (option.starts_with("-D") || option.starts_with("-U")) {
+            options.definitions.push_back(option);
+        } else if (option.starts_with("--define-macro=")) {
+            options.definitions.push_back("-D" + value);
+        } else if (std::none_of(std::begin(IGNORED), std::end(IGNORED),
+                                [&](const char* ignored) { return is_option(option, ignored); })) {
+            return option;
+        }
+    }
+    return "";
+}
+
+// Runs a program; what it writes to both of its outputs goes to `output`.
+bool execute(const std::vector<std::string>& command, std::string& output) {
+    std::vector<char*> arguments;
+    for (const std::string& word : command) arguments.push_back(const_cast<char*>(word.c_str()));
+    arguments.push_back(nullptr);
+    // The compiler must not find this library in place of another.
+    std::vector<char*> environment;
+    for (char** entry = environ; *entry != nullptr; ++entry) {
+        const bool locale = strncmp(*entry, "LC_ALL=", 7) == 0;
+        if (strncmp(*entry, "LD_LIBRARY_PATH=", 16) != 0 && strncmp(*entry, "LD_PRELOAD=", 11) != 0 && !locale) {
+            environment.push_back(*entry);
+        }
+    }
+    char plain[] = "LC_ALL=C";
+    environment.push_back(plain);
+    environment.push_back(nullptr);
+    int ends[2];
+    if (pipe(ends) != 0) return false;
+    posix_spawn_file_actions_t actions;
+    posix_spawn_file_actions_init(&actions);
+    posix_spawn_file_actions_adddup2(&actions, ends[1], 1);
+    posix_spawn_file_actions_adddup2(&actions, ends[1], 2);
+    posix_spawn_file_actions_addclose(&actions, ends[0]);
+    posix_spawn_file_actions_addclose(&actions, ends[1]);
+    pid_t child;
+    const int error = posix_spawnp(&child, arguments[0], &actions, nullptr, arguments.data(), environment.data());
+    posix_spawn_file_actions_destroy(&actions);
+    close(ends[1]);
+    if (error != 0) {
+        close(ends[0]);
+        output = command[0] + ": " + strerror(error);
+        return false;
+    }
+    char part[4096];
+    for (ssize_t got; (got = read(ends[0], part, sizeof part)) > 0;) output.append(part, got);
+    close(ends[0]);
+    int status;
+    waitpid(child, &status, 0);
+    return WIFEXITED(status) && WEXITSTATUS(status) == 0;
+}
+
+// The text of ptx.cuh, by that of ptx.h.
+bool replace_ptx(std::string& source) {
+    static const std::string MARK = "#line 1 \"ptx.cuh\"\n";
+    const size_t start = source.find(MARK);
+    if (start == std::string::npos) return true;
+    std::string replacement;
+    if (!read_file(folder() + "/ptx.h", replacement)) return false;
+    const size_t body = start + MARK.size(), end = source.find("\n#line ", body);
+    source.replace(start, (end == std::string::npos ? source.size() : end + 1) - start,
+                   "#line 1 \"ptx.h\"\n" + replacement);
+    return true;
+}
+
+// `extern __shared__ T name[];` is where dynamic shared memory starts.
+std::string replace_dynamic_shared(const std::string& source) {
+    static const std::regex PATTERN(
+        R"(extern\s+__shared__\s+((?:__align__\s*\([^)]*\)|alignas\s*\([^)]*\))\s*)?([\w\s:<>]+?)\s+((?:__align__\s*\([^)]*\)\s*)?)(\w+)\s*\[\s*\]\s*;)");
+    return std::regex_replace(source, PATTERN, "$2* const $4 = reinterpret_cast<$2*>(xt_dynamic_shared);");
+}
+
+// A line XT_KERNEL for each kernel of a preprocessed source.
+std::string kernels_of(const std::string& source) {
+    static const std::string MARK = "__attribute__((xt_global, noinline, visibility(\"default\")))";
+    static const std::regex BOUNDS(R"(__attribute__\(\(xt_launch_bounds\(\(([^,)]*)[^)]*\)\)\)\))");
+    static const std::regex NAME(R"((\w+)\s*$)");
+    std::string lines;
+    for (size_t at = source.find(MARK); at != std::string::npos; at = source.find(MARK, at)) {
+        at += MARK.size();
+        std::string head = source.substr(at, source.find('{', at) - at), bounds = "0";
+        std::smatch found;
+        if (std::regex_search(head, found, BOUNDS)) {
+            bounds = found[1];
+            head.replace(found.position(), found.length(), "");
+        }
+        const std::string before = head.substr(0, head.find('('));
+        if (std::regex_search(before, found, NAME)) {
+            lines += "XT_KERNEL(" + found[1].str() + ", (" + bounds + "))\n";
+        }
+    }
+    return lines;
+}
+
+NvrtcResult compile(Program& program, const std::vector<std::string>& given) {
+    Options options;
+    const std::string unknown = parse(given, options);
+    if (!unknown.empty()) {
+        program.log = "nvrtc: error: invalid value for --gpu-architecture, or unknown option: " + unknown + "\n";
+        return NVRTC_INVALID_OPTION;
+    }
+    std::string source = program.source;
+    if (!replace_ptx(source)) {
+        program.log = "ptx.h is not in " + folder();
+        return NVRTC_INTERNAL_ERROR;
+    }
+    source = "#include \"cuda_host.h\"\n#line 1 \"" + program.name + "\"\n" + replace_dynamic_shared(source);
+
+    const char* const chosen = getenv("CXX");
+    const std::string compiler = chosen == nullptr || *chosen == 0 ? "g++" : chosen;
+    std::vector<std::string> preprocess = {compiler, "-std=c++20", "-E", "-x", "c++", "-w", "-I", folder(),
+                                           "-D__CUDA_ARCH__=" + std::to_string(options.architecture * 10)};
+    preprocess.insert(preprocess.end(), options.definitions.begin(), options.definitions.end());
+    const std::vector<std::string> build = {
+        compiler, "-std=c++20", "-O2", "-fPIC", "-shared", "-nostdlib", "-pipe", "-w", "-x", "c++",
+        // Memory accesses call the checker, which is in this library.
+        "-fsanitize=thread", "--param", "tsan-instrument-func-entry-exit=0",
+        // No two modules share anything.
+        "-fvisibility=hidden", "-fno-gnu-unique",
+        // Functions mean what cuda_host.h says, and arithmetic is done as it is written.
+        "-fno-builtin", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-fno-strict-aliasing",
+        "-fno-exceptions", "-fno-rtti", "-fno-plt", "-fcf-protection=none", "-fno-stack-protector",
+        "-fno-asynchronous-unwind-tables"};
+
+    std::string key = XT_EMULATOR_VERSION;
+    for (const auto* list : {&std::as_const(preprocess), &build}) {
+        for (const std::string& word : *list) key += word + '\n';
+    }
+    const std::string objects = folder() + "/objects", path = objects + "/" + hash_of(key + source);
+    std::string object;
+    if (!read_file(path + ".so", object)) {
+        mkdir(objects.c_str(), 0777);
+        const std::string part = path + "." + std::to_string(getpid()) + "." + hash_of(std::to_string(uintptr_t(&program)));
+        const std::string text = part + ".cu", expanded = part + ".ii", library = part + ".so";
+        std::string whole;
+        bool ok = write_file(text, source);
+        if (!ok) program.log = "cannot write " + text;
+        preprocess.insert(preprocess.end(), {"-o", expanded, text});
+        ok = ok && execute(preprocess, program.log) && read_file(expanded, whole);
+        if (ok) {
+            const std::string lines = kernels_of(whole);
+            // XT_KERNEL is a macro: it is expanded from the source, with the lines at its end.
+            ok = write_file(text, source + "\n" + lines);
+            std::vector<std::string> command = build;
+            command.insert(command.end(), preprocess.begin() + 6, preprocess.end() - 3);
+            command.insert(command.end(), {"-o", library, text, "-lm"});
+            ok = ok && execute(command, program.log) && read_file(library, object);
+            if (ok) rename(library.c_str(), (path + ".so").c_str());
+        }
+        unlink(text.c_str());
+        unlink(expanded.c_str());
+        unlink(library.c_str());
+        if (!ok) return NVRTC_COMPILATION;
+    }
+    program.image = pack(object, options.architecture);
+    return NVRTC_SUCCESS;
+}
+
+int copy_out(const std::string& text, bool terminated, char* to) {
+    memcpy(to, text.c_str(), text.size() + terminated);
+    return NVRTC_SUCCESS;
+}
+
+}  // namespace
+}  // namespace xt
+
+using namespace xt;
+
+XT_EXPORT int nvrtcVersion(int* major, int* minor) {
+    *major = 13;
+    *minor = 0;
+    return NVRTC_SUCCESS;
+}
+
+XT_EXPORT const char* nvrtcGetErrorString(int result) {
+    switch (result) {
+        case NVRTC_SUCCESS: return "NVRTC_SUCCESS";
+        case NVRTC_OUT_OF_MEMORY: return "NVRTC_ERROR_OUT_OF_MEMORY";
+        case NVRTC_INVALID_INPUT: return "NVRTC_ERROR_INVALID_INPUT";
+        case NVRTC_INVALID_PROGRAM: return "NVRTC_ERROR_INVALID_PROGRAM";
+        case NVRTC_INVALID_OPTION: return "NVRTC_ERROR_INVALID_OPTION";
+        case NVRTC_COMPILATION: return "NVRTC_ERROR_COMPILATION";
+        default: return "NVRTC_ERROR_INTERNAL_ERROR";
+    }
+}
+
+XT_EXPORT int nvrtcCreateProgram(Program** program, const char* source, const char* name, int headers,
+                                 const char* const*, const char* const*) {
+    if (program == nullptr || source == nullptr || headers != 0) return NVRTC_INVALID_INPUT;
+    *program = new Program{source, name == nullptr ? "default_program" : name, "", ""};
+    return NVRTC_SUCCESS;
+}
+
+XT_EXPORT int nvrtcDestroyProgram(Program** program) {
+    if (program == nullptr || *program == nullptr) return NVRTC_INVALID_PROGRAM;
+    delete *program;
+    *program = nullptr;
+    return NVRTC_SUCCESS;
+}
+
+XT_EXPORT int nvrtcCompileProgram(Program* program, int count, const char* const* options) {
+    if (program == nullptr) return NVRTC_INVALID_PROGRAM;
+    if (shall_fail(COMPILE)) {
+        program->log = "the emulator was asked to fail";
+        return NVRTC_OUT_OF_MEMORY;
+    }
+    program->log.clear();
+    return compile(*program, std::vector<std::string>(options, options + count));
+}
+
+// PTX and machine code are the same here; the length of a text counts its end.
+XT_EXPORT int nvrtcGetCUBINSize(Program* program, size_t* bytes) {
+    *bytes = program->image.size();
+    return program->image.empty() ? NVRTC_INVALID_PROGRAM : NVRTC_SUCCESS;
+}
+XT_EXPORT int nvrtcGetCUBIN(Program* program, char* image) { return copy_out(program->image, false, image); }
+XT_EXPORT int nvrtcGetPTXSize(Program* program, size_t* bytes) { return nvrtcGetCUBINSize(program, bytes); }
+XT_EXPORT int nvrtcGetPTX(Program* program, char* image) { return nvrtcGetCUBIN(program, image); }
+XT_EXPORT int nvrtcGetProgramLogSize(Program* program, size_t* bytes) {
+    *bytes = program->log.size() + 1;
+    return NVRTC_SUCCESS;
+}
+XT_EXPORT int nvrtcGetProgramLog(Program* program, char* log) { return copy_out(program->log, true, log); }

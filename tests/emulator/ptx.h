@@ -1,0 +1,36 @@
+// What kernels/ptx.cuh does by inline PTX, by the emulator. Takes that file's place when a kernel is compiled for it,
+// and has the same functions.
+
+inline f32 ptx_f16_to_f32(unsigned short bits) { return xt_f16_to_f32(bits); }
+inline unsigned short ptx_f32_to_f16(f32 x) { return xt_f32_to_f16(x); }
+inline void ptx_store_128(void* to, uint4 raw) { *static_cast<uint4*>(to) = raw; }
+
+inline void ptx_ldmatrix_x4(u32 (&r)[4], const void* shared) { xt_ldmatrix(XT_HERE("ldmatrix"), r, 4, false, shared); }
+inline void ptx_ldmatrix_x4_trans(u32 (&r)[4], const void* shared) {
+    xt_ldmatrix(XT_HERE("ldmatrix"), r, 4, true, shared);
+}
+inline void ptx_ldmatrix_x2(u32 (&r)[2], const void* shared) { xt_ldmatrix(XT_HERE("ldmatrix"), r, 2, false, shared); }
+inline void ptx_ldmatrix_x2_trans(u32 (&r)[2], const void* shared) {
+    xt_ldmatrix(XT_HERE("ldmatrix"), r, 2, true, shared);
+}
+
+#if __CUDA_ARCH__ >= 800
+
+inline unsigned short ptx_f32_to_bf16(f32 x) { return xt_f32_to_bf16(x); }
+inline u32 ptx_pack_f16(f32 low, f32 high) { return xt_f32_to_f16(low) | (u32)xt_f32_to_f16(high) << 16; }
+inline u32 ptx_pack_bf16(f32 low, f32 high) { return xt_f32_to_bf16(low) | (u32)xt_f32_to_bf16(high) << 16; }
+
+inline void ptx_mma_m16n8k16_f16(f32 (&d)[4], const u32 (&a)[4], const u32 (&b)[2]) {
+    xt_mma_m16n8k16(XT_HERE("mma"), d, a, b, false);
+}
+inline void ptx_mma_m16n8k16_bf16(f32 (&d)[4], const u32 (&a)[4], const u32 (&b)[2]) {
+    xt_mma_m16n8k16(XT_HERE("mma"), d, a, b, true);
+}
+
+inline void ptx_cp_async_16(void* shared, const void* global, bool valid) {
+    xt_copy_start(shared, global, 16, valid ? 16 : 0);
+}
+inline void ptx_cp_async_commit() { xt_copy_commit(); }
+template <int N> inline void ptx_cp_async_wait() { xt_copy_wait(N); }
+
+#endif
