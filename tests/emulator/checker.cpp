@@ -1,4 +1,5 @@
-// Every access of a kernel to memory: g++ puts a call before each (-fsanitize=thread), and these are what it calls.
+// Every access of a kernel to memory: g++ puts a call before each (-fsanitize=thread), and one where a pointer is not
+// aligned for its type or an index is outside of its array (-fsanitize=alignment,bounds). These are what it calls.
 
 #include <cstdio>
 #include <cstring>
@@ -87,21 +88,21 @@ std::string in_words(const Worker& worker, const Race& race) {
     return text + name.substr(name.rfind("thread"));
 }
 
-// The cell of an address, and the name of its part of shared memory; null if it is in none.
-Cell* find(Worker& worker, const void* address, size_t bytes, std::string& place) {
-    const uintptr_t at = uintptr_t(address);
-    const size_t in_static = at - uintptr_t(worker.static_shared);
-    const size_t in_dynamic = at - uintptr_t(worker.dynamic_shared);
+// The cell of an address; null if it is not in shared memory.
+Cell* find(Worker& worker, uintptr_t address, size_t bytes) {
+    const size_t in_static = address - uintptr_t(worker.static_shared);
+    const size_t in_dynamic = address - uintptr_t(worker.dynamic_shared);
     const auto inside = [bytes](size_t offset, size_t size) { return offset < size && bytes <= size - offset; };
-    if (inside(in_static, worker.static_bytes)) {
-        place = "static shared memory, byte " + std::to_string(in_static);
-        return &worker.cells[in_static];
-    }
-    if (inside(in_dynamic, worker.dynamic_bytes)) {
-        place = "dynamic shared memory, byte " + std::to_string(in_dynamic);
-        return &worker.cells[worker.static_bytes + in_dynamic];
-    }
+    if (inside(in_static, worker.static_bytes)) return &worker.cells[in_static];
+    if (inside(in_dynamic, worker.dynamic_bytes)) return &worker.cells[worker.static_bytes + in_dynamic];
     return nullptr;
+}
+
+std::string shared_place(const Worker& worker, const Cell* cell) {
+    const size_t at = cell - worker.cells.data();
+    const bool in_static = at < worker.static_bytes;
+    return std::string(in_static ? "static" : "dynamic") + " shared memory, byte " +
+           std::to_string(in_static ? at : at - worker.static_bytes);
 }
 
 // A report of another thread's doing, or of the running one's.
@@ -185,13 +186,13 @@ void report(const std::string& text) {
 
 bool check_shared(const Thread& thread, const void* address, size_t bytes, Access access) {
     Worker& worker = *thread.worker;
-    std::string place;
-    Cell* const cells = find(worker, address, bytes, place);
+    Cell* const cells = find(worker, uintptr_t(address), bytes);
     if (cells == nullptr) return false;
     for (size_t i = 0; i < bytes; ++i) {
         Race race;
         if (access_byte(worker, thread.number, cells[i], access, race)) [[likely]] continue;
-        fail_as(thread, in_words(worker, race) + "; " + std::to_string(bytes) + " bytes at " + place);
+        fail_as(thread, in_words(worker, race) + "; " + std::to_string(bytes) + " bytes at " +
+                            shared_place(worker, cells));
     }
     return true;
 }
@@ -244,3 +245,40 @@ XT_HOOKS(2)
 XT_HOOKS(4)
 XT_HOOKS(8)
 XT_HOOKS(16)
+
+// What g++ says of a place in the source and of a type, in the form of its own run-time library.
+struct SourceLocation {
+    const char* file;
+    unsigned line, column;
+};
+
+struct TypeDescriptor {
+    unsigned short kind, information;
+    char name[1];
+};
+
+struct Mismatch {
+    SourceLocation where;
+    const TypeDescriptor* type;
+    unsigned char log_alignment, kind;
+};
+
+struct OutOfBounds {
+    SourceLocation where;
+    const TypeDescriptor *array, *index;
+};
+
+static std::string in_words(const SourceLocation& where) {
+    return std::string(where.file) + ":" + std::to_string(where.line);
+}
+
+XT_EXPORT void __ubsan_handle_type_mismatch_v1(const Mismatch* what, uintptr_t address) {
+    char text[64];
+    snprintf(text, sizeof text, " at %#lx, which is not aligned to %u; ", address, 1u << what->log_alignment);
+    const std::string place = xt::in_arena(address) ? xt::place_of(address) : "shared memory";
+    xt::fail(in_words(what->where) + ": an access of type " + what->type->name + text + place);
+}
+
+XT_EXPORT void __ubsan_handle_out_of_bounds(const OutOfBounds* what, uintptr_t index) {
+    xt::fail(in_words(what->where) + ": index " + std::to_string(long(index)) + " is outside of " + what->array->name);
+}
