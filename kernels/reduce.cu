@@ -80,11 +80,10 @@ __device__ __forceinline__ void sum_columns(To* y, const From* x, i64 outer, i64
     }
 }
 
-// Sums of nothing are 0, so that there is at least one piece.
 template <typename To, typename From>
-__device__ __forceinline__ void sum(To* y, const From* x, i64 outer, i64 count, i64 inner, i64 piece, Acc divisor) {
+__device__ __forceinline__ void sum_middle(To* y, const From* x, i64 outer, i64 count, i64 inner, i64 piece,
+                                           i64 pieces, Acc divisor) {
     constexpr int WIDTH = 16 / sizeof(From);
-    const i64 pieces = max((count + piece - 1) / piece, (i64)1);
     if (inner == 1) {
         sum_rows(y, x, outer, count, piece, pieces, divisor);
     } else if (aligned(x) && inner % WIDTH == 0) {
@@ -95,15 +94,15 @@ __device__ __forceinline__ void sum(To* y, const From* x, i64 outer, i64 count, 
 }
 
 extern "C" __global__ void reduce_sum(T* y, const T* x, i64 outer, i64 count, i64 inner, f64 divisor) {
-    sum(y, x, outer, count, inner, count, (Acc)divisor);
+    sum_middle(y, x, outer, count, inner, count, 1, (Acc)divisor);
 }
 
 extern "C" __global__ void reduce_pieces(Acc* sums, const T* x, i64 outer, i64 count, i64 inner, i64 piece) {
-    sum(sums, x, outer, count, inner, piece, (Acc)1);
+    sum_middle(sums, x, outer, count, inner, piece, (count + piece - 1) / piece, (Acc)1);
 }
 
 extern "C" __global__ void reduce_finish(T* y, const Acc* sums, i64 outer, i64 pieces, i64 inner, f64 divisor) {
-    sum(y, sums, outer, pieces, inner, pieces, (Acc)divisor);
+    sum_middle(y, sums, outer, pieces, inner, pieces, 1, (Acc)divisor);
 }
 
 // Whether `a` comes before `b` among the largest: NaN first.
