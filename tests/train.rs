@@ -443,7 +443,11 @@ fn trainer_skips_steps_until_the_scaled_gradients_are_finite() -> Result<()> {
     fs::write(start.join("training.json"), json.replace("65536.0", &format!("{huge:?}"))).unwrap();
 
     let mut trainer = Trainer::resume(&start, text(), &CPU)?;
-    let before = files(&start).0;
+    // The files also say after which step they were written.
+    let weights = |folder: &Path| -> Result<Vec<Vec<f64>>> {
+        read_safetensors(folder.join("model.safetensors"))?.values().map(Tensor::to_f64_vec).collect()
+    };
+    let before = weights(&start)?;
     let mut skipped = 0;
     loop {
         let scale = trainer.grad_scaler().unwrap().scale();
@@ -458,7 +462,7 @@ fn trainer_skips_steps_until_the_scaled_gradients_are_finite() -> Result<()> {
         assert!(skipped < 40 && report.grad_norm == f64::INFINITY);
         assert_eq!(trainer.grad_scaler().unwrap().skipped(), skipped);
         trainer.save(&run)?;
-        assert!(files(&run).0 == before, "step {skipped} changed weights");
+        assert!(weights(&run)? == before, "step {skipped} changed weights");
         trainer = Trainer::resume(&run, text(), &CPU)?;
     }
     // Nothing near 2^40 fits, and the scale of an ordinary run does.

@@ -33,9 +33,14 @@ impl Philox {
         Self { seed, stream }
     }
 
-    /// The seed and the number of the stream.
-    pub(crate) fn key(&self) -> (u64, u64) {
-        (self.seed, self.stream)
+    /// The seed: the key of the generator.
+    pub(crate) fn seed(&self) -> u64 {
+        self.seed
+    }
+
+    /// The number of the stream.
+    pub(crate) fn stream(&self) -> u64 {
+        self.stream
     }
 
     /// The four words of block `block`.

@@ -60,7 +60,9 @@ impl Mask {
                 Ok(())
             }),
             Device::Cuda(gpu) => {
-                let (n, dtype, (seed, stream)) = (out.elements(), out.dtype(), self.random.key());
+                // A replay would draw the same mask again and again.
+                gpu.refuse_while_capturing("dropout")?;
+                let (n, dtype, seed, stream) = (out.elements(), out.dtype(), self.random.seed(), self.random.stream());
                 gpu.kernel("dropout_mask", &[("DTYPE", dtype.name())])?.launch(
                     Grid::packets(n, dtype),
                     args![&mut *out, source.unwrap_or(&*out), n as i64, seed, stream, self.threshold, self.scale],

@@ -1,4 +1,5 @@
-// Every access of a kernel to memory: g++ puts a call before each (-fsanitize=thread), and these are what it calls.
+// Every access of a kernel to memory: g++ puts a call before each (-fsanitize=thread), and one where a pointer is not
+// aligned for its type or an index is outside of its array (-fsanitize=alignment,bounds). These are what it calls.
 
 #include <cstdio>
 #include <cstring>
@@ -244,3 +245,40 @@ XT_HOOKS(2)
 XT_HOOKS(4)
 XT_HOOKS(8)
 XT_HOOKS(16)
+
+// What g++ says of a place in the source and of a type, in the form of its own run-time library.
+struct SourceLocation {
+    const char* file;
+    unsigned line, column;
+};
+
+struct TypeDescriptor {
+    unsigned short kind, information;
+    char name[1];
+};
+
+struct Mismatch {
+    SourceLocation where;
+    const TypeDescriptor* type;
+    unsigned char log_alignment, kind;
+};
+
+struct OutOfBounds {
+    SourceLocation where;
+    const TypeDescriptor *array, *index;
+};
+
+static std::string in_words(const SourceLocation& where) {
+    return std::string(where.file) + ":" + std::to_string(where.line);
+}
+
+XT_EXPORT void __ubsan_handle_type_mismatch_v1(const Mismatch* what, uintptr_t address) {
+    char text[64];
+    snprintf(text, sizeof text, " at %#lx, which is not aligned to %u; ", address, 1u << what->log_alignment);
+    const std::string place = xt::in_arena(address) ? xt::place_of(address) : "shared memory";
+    xt::fail(in_words(what->where) + ": an access of type " + what->type->name + text + place);
+}
+
+XT_EXPORT void __ubsan_handle_out_of_bounds(const OutOfBounds* what, uintptr_t index) {
+    xt::fail(in_words(what->where) + ": index " + std::to_string(long(index)) + " is outside of " + what->array->name);
+}

@@ -388,17 +388,20 @@ template <typename... A> struct XtCall<void(A...)> {
     static constexpr unsigned SIZES[COUNT + 1] = {sizeof(A)..., 0};
     static constexpr bool POINTERS[COUNT + 1] = {xt_is_pointer<A>..., false};
 
+    // Arguments lie in the host's memory, which the checker would refuse.
     template <unsigned... I>
     __attribute__((no_sanitize("thread"))) static void unpack(void (*kernel)(A...), void** arguments, XtIndices<I...>) {
         kernel(*static_cast<A*>(arguments[I])...);
     }
-    static void call(void (*kernel)(A...), void** arguments) {
+    __attribute__((no_sanitize("thread"))) static void call(void (*kernel)(A...), void** arguments) {
         unpack(kernel, arguments, XtIndices<__integer_pack(COUNT)...>());
     }
 };
 
 #define XT_KERNEL(kernel, most_threads)                                                                    \
-    static void xt_invoke_##kernel(void** arguments) { XtCall<decltype(kernel)>::call(kernel, arguments); } \
+    __attribute__((no_sanitize("thread"))) static void xt_invoke_##kernel(void** arguments) {              \
+        XtCall<decltype(kernel)>::call(kernel, arguments);                                                 \
+    }                                                                                                      \
     extern "C" __attribute__((visibility("default"))) const XtKernel xt_kernel_##kernel;                   \
     const XtKernel xt_kernel_##kernel = {#kernel,                                                          \
                                          xt_invoke_##kernel,                                               \

@@ -179,7 +179,7 @@ NvrtcResult compile(Program& program, const std::vector<std::string>& given) {
     const std::vector<std::string> build = {
         compiler, "-std=c++20", "-O2", "-fPIC", "-shared", "-nostdlib", "-pipe", "-w", "-x", "c++",
         // Memory accesses call the checker, which is in this library.
-        "-fsanitize=thread", "--param", "tsan-instrument-func-entry-exit=0",
+        "-fsanitize=thread", "--param", "tsan-instrument-func-entry-exit=0", "-fsanitize=alignment,bounds",
         // No two modules share anything.
         "-fvisibility=hidden", "-fno-gnu-unique",
         // Functions mean what cuda_host.h says, and arithmetic is done as it is written.

@@ -8,6 +8,7 @@ mod compile;
 mod graph;
 mod libraries;
 mod memory;
+mod timer;
 
 use std::{
     collections::{BTreeMap, HashMap},

@@ -1,10 +1,11 @@
-//! The backward pass on the processor: who computes which part of the gradients, and how the parts are put together.
+//! The backward pass: which device computes it, and on the processor, who computes which part of the gradients, and how the parts are put together.
 
 use std::marker::PhantomData;
 
 use super::{
     OP, Problem, Sizes,
     cpu::run,
+    cuda,
     gradients::{Pass, Task},
     packed_rows,
     position::Position,
@@ -12,7 +13,7 @@ use super::{
     tile::{KEYS, Rows, Tiles, add, dot, sum_rows},
 };
 use crate::{
-    Result, Tensor,
+    Device, Result, Tensor,
     core::{Float, Real, Shape, dispatch_float},
     device::cpu,
 };
@@ -29,7 +30,10 @@ pub(super) fn backward(
     if batch * heads * queries * keys * e == 0 {
         return zeros(problem, need);
     }
-    dispatch_float!(OP, problem.q.dtype(), T, backward_as::<T>(problem, out, log_sums, grad, need))
+    match problem.q.device() {
+        Device::Cpu => dispatch_float!(OP, problem.q.dtype(), T, backward_as::<T>(problem, out, log_sums, grad, need)),
+        Device::Cuda(gpu) => cuda::backward(gpu, problem, out, log_sums, grad, need),
+    }
 }
 
 /// The gradients where there are no scores or no values.

@@ -9,34 +9,24 @@ use super::{
 };
 use crate::{
     Result, Tensor,
-    core::{Element, Float, Real, Shape, dispatch_float},
+    core::{Float, Real, dispatch_float},
     device::cpu,
     ops::matmul::cpu::{Matrix, gemm_block},
 };
 
-/// The output as a view `[batch, heads, query, e]` of memory `[batch, query, heads, e]`, and the logarithm of the sum of
-/// exponentials of each query, `[batch, heads, query]`; infinite where everything is masked.
-pub(super) fn forward(problem: &Problem) -> Result<(Tensor, Tensor)> {
-    dispatch_float!(OP, problem.q.dtype(), T, forward_as::<T>(problem))
+/// Writes the output `[batch, query, heads, e]` and the logarithms of sums `[batch, heads, query]`, which have elements.
+pub(super) fn forward(problem: &Problem, out: &mut Tensor, log_sums: &mut Tensor) -> Result<()> {
+    dispatch_float!(OP, problem.q.dtype(), T, forward_as::<T>(problem, out, log_sums))
 }
 
-fn forward_as<T: Float>(problem: &Problem) -> Result<(Tensor, Tensor)> {
-    let Sizes { batch, heads, queries, keys, e, .. } = problem.sizes;
-    let device = problem.q.device();
-    let merged = Shape::new(&[batch, queries, heads, e])?;
-    let per_query = Shape::new(&[batch, heads, queries])?;
-    if merged.elements() == 0 || keys == 0 {
-        let out = Tensor::zeros(merged, T::DTYPE, device)?.permute(&[0, 2, 1, 3])?;
-        return Ok((out, Tensor::zeros(per_query, <T::Acc as Element>::DTYPE, device)?));
-    }
-    let mut out = Tensor::uninit(merged, T::DTYPE, device)?;
-    let mut log_sums = Tensor::uninit(per_query, <T::Acc as Element>::DTYPE, device)?;
+fn forward_as<T: Float>(problem: &Problem, out: &mut Tensor, log_sums: &mut Tensor) -> Result<()> {
+    let Sizes { batch, heads, queries, .. } = problem.sizes;
     let operands = [widen::<T>(&problem.q)?, widen::<T>(&problem.k)?, widen::<T>(&problem.v)?];
     let tiles = Tiles::new::<T>(problem, &operands)?;
     let block = queries_per_task(&problem.sizes);
     let rows = deal(out.values_mut::<T>()?, RowOrder::SequenceFirst, [batch, heads, queries], block);
     forward_tasks(&tiles, block, rows, log_sums.values_mut::<T::Acc>()?);
-    Ok((out.permute(&[0, 2, 1, 3])?, log_sums))
+    Ok(())
 }
 
 /// Large blocks read the keys less often; smaller ones are for calls that would have few tasks.

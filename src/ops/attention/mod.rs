@@ -5,13 +5,14 @@
 
 mod backward;
 mod cpu;
+mod cuda;
 mod gradients;
 mod position;
 mod rows;
 mod tile;
 
 use crate::{
-    DType, Error, Philox, Result, Tensor,
+    DType, Device, Error, Philox, Result, Tensor,
     core::{Backward, Contributions, Shape, dropout_stream, record},
     error::ensure,
     ops::copy::same_kind,
@@ -120,7 +121,7 @@ pub enum PositionBias<'a> {
 pub fn attention(q: &Tensor, k: &Tensor, v: &Tensor, spec: &AttentionSpec) -> Result<Tensor> {
     let sizes = Sizes::new(q, k, v)?;
     spec.check(&sizes, q)?;
-    let position = Position::new(&spec.position_bias, &sizes)?;
+    let position = Position::new(&spec.position_bias, &sizes, q.device())?;
     let (q, k, v) = (packed_rows(q)?, packed_rows(k)?, packed_rows(v)?);
     let bias = spec.bias.map(packed_rows).transpose()?;
     let problem = Problem {
@@ -139,7 +140,7 @@ pub fn attention(q: &Tensor, k: &Tensor, v: &Tensor, spec: &AttentionSpec) -> Re
         position,
         dropout: if spec.dropout > 0.0 { dropout_stream().map(|stream| Dropout::new(stream, spec.dropout)) } else { None },
     };
-    let (out, log_sums) = cpu::forward(&problem)?;
+    let (out, log_sums) = problem.forward()?;
     let mut inputs = vec![&q, &k, &v];
     inputs.extend(&bias);
     inputs.extend(spec.position_bias.weights());
@@ -324,6 +325,34 @@ struct Problem {
     bias: Option<Tensor>,
     position: Option<Position>,
     dropout: Option<Dropout>,
+}
+
+impl Problem {
+    /// The type of the computation.
+    fn acc(&self) -> DType {
+        if self.q.dtype() == DType::F64 { DType::F64 } else { DType::F32 }
+    }
+
+    /// The output as a view `[batch, heads, query, e]` of memory `[batch, query, heads, e]`, and the logarithm of the
+    /// sum of exponentials of each query, `[batch, heads, query]`; infinite where everything is masked.
+    fn forward(&self) -> Result<(Tensor, Tensor)> {
+        let Sizes { batch, heads, queries, keys, e, .. } = self.sizes;
+        let device = self.q.device();
+        let merged = Shape::new(&[batch, queries, heads, e])?;
+        let per_query = Shape::new(&[batch, heads, queries])?;
+        let (out, log_sums) = if merged.elements() == 0 || keys == 0 {
+            (Tensor::zeros(merged, self.q.dtype(), device)?, Tensor::zeros(per_query, self.acc(), device)?)
+        } else {
+            let mut out = Tensor::uninit(merged, self.q.dtype(), device)?;
+            let mut log_sums = Tensor::uninit(per_query, self.acc(), device)?;
+            match device {
+                Device::Cpu => cpu::forward(self, &mut out, &mut log_sums)?,
+                Device::Cuda(gpu) => cuda::forward(gpu, self, &mut out, &mut log_sums)?,
+            }
+            (out, log_sums)
+        };
+        Ok((out.permute(&[0, 2, 1, 3])?, log_sums))
+    }
 }
 
 struct AttentionBackward {

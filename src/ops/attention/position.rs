@@ -1,8 +1,10 @@
 //! Biases that depend on the distance of key and query: one value per head and distance.
 
+use std::{ops::Range, sync::OnceLock};
+
 use super::{OP, PositionBias, Sizes};
 use crate::{
-    Error, Result, Tensor,
+    Device, Error, Result, Tensor,
     core::{Real, dispatch_float},
     error::ensure,
 };
@@ -12,27 +14,34 @@ use crate::{
 pub(super) struct Position {
     /// `[parameters, heads]`, or `[heads]` for one parameter.
     weights: Tensor,
-    /// Parameter and factor of each distance, from `1 − queries` to `keys − 1`.
-    terms: Vec<(usize, f64)>,
+    kind: Kind,
     parameters: usize,
     heads: usize,
+    /// From `1 − queries` to `keys − 1`.
+    distances: Range<i64>,
+    /// Parameter and factor of each distance, for the processor.
+    terms: OnceLock<Vec<(usize, f64)>>,
+}
+
+#[derive(Clone, Copy)]
+enum Kind {
+    /// Counted from the distance `shift` of the query's position instead of from 0: the softmax does not see the
+    /// difference, and small numbers keep their digits.
+    Alibi { shift: i64 },
+    T5 { causal: bool, max_distance: usize, scale: f64 },
 }
 
 impl Position {
-    pub fn new(bias: &PositionBias, sizes: &Sizes) -> Result<Option<Self>> {
-        let distances = 1 - sizes.queries as i64..sizes.keys as i64;
-        let (weights, parameters, terms) = match *bias {
+    pub fn new(bias: &PositionBias, sizes: &Sizes, device: &Device) -> Result<Option<Self>> {
+        let (weights, parameters, kind) = match *bias {
             PositionBias::None => return Ok(None),
             PositionBias::Alibi { slopes } => {
-                expect_weights("slopes", slopes, &[sizes.heads])?;
-                // Counted from the query's position instead of from 0: the softmax does not see the difference, and
-                // small numbers keep their digits.
-                let shift = sizes.keys as i64 - sizes.queries as i64;
-                (slopes, 1, distances.map(|distance| (0, (distance - shift) as f64)).collect())
+                expect_weights("slopes", slopes, &[sizes.heads], device)?;
+                (slopes, 1, Kind::Alibi { shift: sizes.keys as i64 - sizes.queries as i64 })
             }
             PositionBias::T5 { table, scale, causal, max_distance } => {
                 let buckets = table.shape().first().copied().unwrap_or(0);
-                expect_weights("table", table, &[buckets, sizes.heads])?;
+                expect_weights("table", table, &[buckets, sizes.heads], device)?;
                 ensure!(scale.is_finite(), Error::argument(OP, format!("the T5 scale is {scale}, expected a finite number")));
                 let one_side = if causal { buckets } else { buckets / 2 };
                 ensure!(
@@ -47,11 +56,41 @@ impl Position {
                         )
                     )
                 );
-                let term = |distance: i64| (bucket(-distance, causal, buckets, max_distance), scale);
-                (table, buckets, distances.map(term).collect())
+                (table, buckets, Kind::T5 { causal, max_distance, scale })
             }
         };
-        Ok(Some(Self { weights: weights.detach(), terms, parameters, heads: sizes.heads }))
+        Ok(Some(Self {
+            weights: weights.detach(),
+            kind,
+            parameters,
+            heads: sizes.heads,
+            distances: 1 - sizes.queries as i64..sizes.keys as i64,
+            terms: OnceLock::new(),
+        }))
+    }
+
+    fn terms(&self) -> &[(usize, f64)] {
+        let term = |distance: i64| match self.kind {
+            Kind::Alibi { shift } => (0, (distance - shift) as f64),
+            Kind::T5 { scale, .. } => (self.bucket(-distance), scale),
+        };
+        self.terms.get_or_init(|| self.distances.clone().map(term).collect())
+    }
+
+    /// The parameter of T5 for a distance `query − key`.
+    pub fn bucket(&self, distance: i64) -> usize {
+        match self.kind {
+            Kind::Alibi { .. } => 0,
+            Kind::T5 { causal, max_distance, .. } => bucket(distance, causal, self.parameters, max_distance),
+        }
+    }
+
+    /// Of T5: `causal`, `max_distance` and `scale`.
+    pub fn t5(&self) -> Option<(bool, usize, f64)> {
+        match self.kind {
+            Kind::Alibi { .. } => None,
+            Kind::T5 { causal, max_distance, scale } => Some((causal, max_distance, scale)),
+        }
     }
 
     /// The weights: a gradient has their shape.
@@ -69,14 +108,14 @@ impl Position {
         let weights = self.weights.to_f64_vec()?;
         let curve = |head: usize| {
             let weights = &weights;
-            self.terms.iter().map(move |&(parameter, factor)| A::from_f64(weights[parameter * self.heads + head] * factor))
+            self.terms().iter().map(move |&(parameter, factor)| A::from_f64(weights[parameter * self.heads + head] * factor))
         };
         Ok((0..self.heads).flat_map(curve).collect())
     }
 
     /// Adds the gradients of the distances from number `first` on to those of one head's weights.
     pub fn reduce<A: Real>(&self, gradients: &[A], first: usize, into: &mut [f64]) {
-        for (gradient, &(parameter, factor)) in gradients.iter().zip(&self.terms[first..]) {
+        for (gradient, &(parameter, factor)) in gradients.iter().zip(&self.terms()[first..]) {
             into[parameter] += gradient.to_f64() * factor;
         }
     }
@@ -95,10 +134,14 @@ impl Position {
     }
 }
 
-fn expect_weights(name: &str, weights: &Tensor, shape: &[usize]) -> Result<()> {
+fn expect_weights(name: &str, weights: &Tensor, shape: &[usize], device: &Device) -> Result<()> {
     ensure!(
         weights.dtype().is_float(),
         Error::dtype(OP, format!("{name} is {}, expected a float tensor", weights.dtype()))
+    );
+    ensure!(
+        weights.device() == device,
+        Error::Device { op: OP, message: format!("{name} is on {}, q on {device}; move one", weights.device()) }
     );
     ensure!(
         weights.shape()[..] == *shape,

@@ -1,0 +1,259 @@
+//! Kernels on a GPU, timed by its events, with the second-level cache flushed: the share of the bandwidth of a copy for
+//! what moves bytes, the share of a large matrix product for what computes. Both peaks are measured in the same run.
+//!
+//! `cargo bench --bench cuda` prints a table, one line per kernel, tab-separated, which `scripts/gpu-check` sets beside
+//! PyTorch's (`benches/peers/torch_cuda.py` has the same names and shapes). `-- --test` runs each once at small sizes.
+//! Without a GPU it says so.
+
+use std::time::Duration;
+
+use x_transformers::{
+    DType, Device, Init, Philox, Result, Store, Tape, Tensor,
+    config::{AttentionLayersConfig, AutoregressiveConfig, TransformerWrapperConfig},
+    device::CudaDevice,
+    models::{AutoregressiveWrapper, ForwardOptions},
+    ops::{Activation, AttentionSpec, attention},
+    train::{AdamW, AdamWOptions},
+};
+
+/// What a time is held against.
+#[derive(Clone, Copy)]
+enum Work {
+    Bytes(usize),
+    Flops(usize),
+}
+
+struct Bench {
+    gpu: &'static CudaDevice,
+    device: Device,
+    /// Small sizes, each once.
+    test: bool,
+    filter: String,
+    /// Bytes per second of a copy.
+    copy: f64,
+    /// Operations per second of a large matrix product.
+    products: Vec<(DType, f64)>,
+}
+
+/// Rounds that are not counted, and rounds that are.
+const ROUNDS: (usize, usize) = (5, 25);
+
+impl Bench {
+    /// The median time that the device takes for `timed`, which gets what `prepare` made.
+    fn time<S>(&self, prepare: impl Fn() -> Result<S>, timed: impl Fn(S) -> Result<()>) -> Result<Duration> {
+        let (warm, counted) = if self.test { (0, 1) } else { ROUNDS };
+        // Larger than any second-level cache.
+        let flush = if self.test { 1 } else { 64 << 20 };
+        let mut times = Vec::new();
+        for round in 0..warm + counted {
+            let prepared = prepare()?;
+            // Evicts what the cache holds, and keeps the device busy while the rest is enqueued.
+            drop(Tensor::zeros([flush], DType::F32, &self.device)?);
+            let (time, ()) = self.gpu.time(|| timed(prepared))?;
+            if round >= warm {
+                times.push(time);
+            }
+        }
+        times.sort();
+        Ok(times[times.len() / 2])
+    }
+
+    /// Times a kernel and prints its line: name, dtype, shape, microseconds, rate, unit, percent of the peak.
+    fn run<S>(
+        &self,
+        (name, dtype, shape): (&str, DType, &[usize]),
+        work: Work,
+        prepare: impl Fn() -> Result<S>,
+        timed: impl Fn(S) -> Result<()>,
+    ) -> Result<f64> {
+        if !name.contains(&self.filter) {
+            return Ok(0.0);
+        }
+        let seconds = self.time(prepare, timed)?.as_secs_f64().max(1e-9);
+        let (rate, unit, peak) = match work {
+            Work::Bytes(bytes) => (bytes as f64 / seconds, "GB/s", self.copy),
+            Work::Flops(flops) => {
+                let peak = self.products.iter().find(|(of, _)| *of == dtype).map_or(f64::NAN, |(_, peak)| *peak);
+                (flops as f64 / seconds, "GFLOP/s", peak)
+            }
+        };
+        let (micros, share) = (seconds * 1e6, 100.0 * rate / peak);
+        println!("{name}\t{dtype}\t{shape:?}\t{micros:.1}\t{:.0}\t{unit}\t{share:.0}", rate / 1e9);
+        Ok(rate)
+    }
+
+    fn random(&self, shape: &[usize], dtype: DType) -> Result<Tensor> {
+        let random = Philox::new(0, shape.len() as u64);
+        Tensor::generate(shape, dtype, &self.device, |i| random.uniform(i as u64) - 0.5)
+    }
+
+    /// The forward pass of an op, and its backward pass alone, by the first of its inputs.
+    fn op(
+        &self,
+        name: &str,
+        inputs: &[Tensor],
+        work: [Work; 2],
+        f: impl Fn(&[Tensor]) -> Result<Tensor>,
+    ) -> Result<()> {
+        let what = |direction: &str| format!("{name} {direction}");
+        let (dtype, shape) = (inputs[0].dtype(), inputs[0].shape().to_vec());
+        self.run((&what("forward"), dtype, &shape), work[0], || Ok(()), |()| f(inputs).map(drop))?;
+        let leaves = inputs.iter().map(|x| if x.dtype().is_float() { x.requires_grad() } else { Ok(x.clone()) });
+        let leaves = leaves.collect::<Result<Vec<_>>>()?;
+        let cotangent = self.random(f(inputs)?.shape(), dtype)?;
+        let forward = || {
+            let tape = Tape::grad();
+            f(&leaves).map(|y| (tape, y))
+        };
+        self.run((&what("backward"), dtype, &shape), work[1], forward, |(mut tape, y)| {
+            tape.backward_with(&y, &cotangent).map(drop)
+        })?;
+        Ok(())
+    }
+
+    /// The peaks, which the other lines are shares of.
+    fn peaks(&mut self) -> Result<()> {
+        let n = if self.test { 1 << 10 } else { 64 << 20 };
+        let x = self.random(&[n], DType::F32)?;
+        self.copy = f64::NAN;
+        let filter = std::mem::take(&mut self.filter);
+        let (what, shape) = ("copy", [n]);
+        self.copy =
+            self.run((what, DType::F32, &shape), Work::Bytes(8 * n), || Ok(()), |()| x.affine(1.0, 0.0).map(drop))?;
+        for dtype in [DType::F32, DType::BF16, DType::F16] {
+            let n = if self.test { 32 } else { 4096 };
+            let (a, b) = (self.random(&[n, n], dtype)?, self.random(&[n, n], dtype)?);
+            let work = Work::Flops(2 * n * n * n);
+            let rate = self.run(("matmul", dtype, &[n, n, n]), work, || Ok(()), |()| a.matmul(&b).map(drop))?;
+            self.products.push((dtype, rate));
+        }
+        self.filter = filter;
+        Ok(())
+    }
+
+    /// What memory limits. Bytes are those that the formula must read and write.
+    fn memory_bound(&self) -> Result<()> {
+        let (rows, dim) = if self.test { (8, 64) } else { (8192, 1024) };
+        let vocabulary = if self.test { 100 } else { 32_000 };
+        for dtype in [DType::F32, DType::BF16] {
+            let x = self.random(&[rows, dim], dtype)?;
+            let bytes = |tensors: usize| Work::Bytes(tensors * rows * dim * dtype.size());
+            let [weight, bias] = [self.random(&[dim], dtype)?, self.random(&[dim], dtype)?];
+            let one = std::slice::from_ref(&x);
+            self.op("softmax", one, [bytes(2), bytes(3)], |x| x[0].softmax())?;
+            let norm = [x.clone(), weight.clone(), bias];
+            self.op("layer_norm", &norm, [bytes(2), bytes(3)], |x| x[0].layer_norm(Some(&x[1]), Some(&x[2]), 1e-5))?;
+            self.op("rms_norm", &norm[..2], [bytes(2), bytes(3)], |x| x[0].rms_norm(&x[1], 1e-8))?;
+            self.op("gelu", one, [bytes(2), bytes(3)], |x| x[0].gelu())?;
+            let half = |tensors: usize| Work::Bytes(tensors * rows * dim / 2 * dtype.size());
+            self.op("glu gelu", one, [half(3), half(5)], |x| x[0].glu(Activation::Gelu))?;
+            let heads =
+                x.reshape([rows / 8, 8, dim])?.reshape([8, rows / 8, dim / 64, 64])?.transpose(1, 2)?.contiguous()?;
+            let inv_freq = Tensor::generate([32], DType::F32, &self.device, |k| 10000f64.powf(k as f64 / -32.0))?;
+            self.op("rotary", &[heads], [bytes(2), bytes(2)], |x| x[0].rotary(&inv_freq, 0))?;
+            let logits = self.random(&[rows / 4, vocabulary], dtype)?;
+            let targets = Tensor::generate([rows / 4], DType::I64, &self.device, |i| (i * 7 % vocabulary) as f64)?;
+            let bytes = |tensors: usize| Work::Bytes(tensors * rows / 4 * vocabulary * dtype.size());
+            self.op("cross_entropy", &[logits], [bytes(1), bytes(2)], |x| x[0].cross_entropy(&targets, -100))?;
+        }
+        let (count, size) = if self.test { (2, 64) } else { (24, 1 << 20) };
+        let store = Store::new(0, DType::F32, &self.device);
+        for index in 0..count {
+            store.param(&format!("p{index}"), [size], Init::Normal(1.0))?;
+        }
+        let params = store.params();
+        let mut tape = Tape::grad();
+        let sums = params.unique().map(|(_, param)| param.tensor().sum(&[])).collect::<Result<Vec<_>>>()?;
+        let total = Tensor::cat(
+            &sums.iter().map(|sum| sum.unsqueeze(0)).collect::<Result<Vec<_>>>()?.iter().collect::<Vec<_>>(),
+            0,
+        )?;
+        let grads = tape.backward(&total.sum(&[])?)?;
+        let optimizer = std::cell::RefCell::new(AdamW::new(AdamWOptions::default())?);
+        // Reads gradient, weight and both moments, writes all but the gradient; the norm reads the gradient once more.
+        let work = Work::Bytes(8 * 4 * count * size);
+        self.run(
+            ("adamw", DType::F32, &[count, size]),
+            work,
+            || Ok(()),
+            |()| optimizer.borrow_mut().step(&params, &grads, 1e-3, Some(1.0)).map(drop),
+        )?;
+        Ok(())
+    }
+
+    /// Attention: four operations per feature of a score that counts, ten backward (the scores are made again).
+    fn attention(&self) -> Result<()> {
+        let shapes: &[[usize; 4]] =
+            if self.test { &[[1, 2, 16, 64]] } else { &[[4, 16, 2048, 64], [4, 16, 2048, 128], [1, 16, 8192, 64]] };
+        for &[batch, heads, length, d] in shapes {
+            for dtype in [DType::BF16, DType::F16, DType::F32] {
+                if dtype == DType::F32 && length > 4096 {
+                    continue;
+                }
+                let qkv = [0; 3].map(|_| self.random(&[batch, heads, length, d], dtype));
+                let qkv = qkv.into_iter().collect::<Result<Vec<_>>>()?;
+                for causal in [false, true] {
+                    let spec = AttentionSpec { scale: (d as f64).powf(-0.5), causal, ..AttentionSpec::default() };
+                    let scores = batch * heads * length * length / if causal { 2 } else { 1 };
+                    let name = if causal { "attention causal" } else { "attention" };
+                    let work = [Work::Flops(4 * d * scores), Work::Flops(10 * d * scores)];
+                    self.op(name, &qkv, work, |x| attention(&x[0], &x[1], &x[2], &spec))?;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// The documentation's decoder: dim 512, depth 6, heads 8, 20,000 tokens, one sequence of 1024.
+    fn training_step(&self) -> Result<()> {
+        let (dim, depth, vocabulary, length) = if self.test { (32, 1, 50, 16) } else { (512, 6, 20_000, 1024) };
+        let net = TransformerWrapperConfig {
+            num_tokens: vocabulary,
+            max_seq_len: length,
+            attn_layers: AttentionLayersConfig { heads: 8, ..AttentionLayersConfig::decoder(dim, depth) },
+            ..Default::default()
+        };
+        for dtype in [DType::F32, DType::BF16] {
+            let store = Store::new(0, dtype, &self.device);
+            let config = AutoregressiveConfig { net: net.clone(), ..Default::default() };
+            let model = AutoregressiveWrapper::new(&config, &store)?;
+            let params = store.params();
+            let shape = [1, length + 1];
+            let tokens = Tensor::generate(shape, DType::I64, &self.device, |i| (i * 7919 % vocabulary) as f64)?;
+            let optimizer = std::cell::RefCell::new(AdamW::new(AdamWOptions::default())?);
+            let work = Work::Flops(6 * params.elements() * length);
+            self.run(
+                ("training step", dtype, &shape),
+                work,
+                || Ok(()),
+                |()| {
+                    let mut tape = Tape::train(optimizer.borrow().steps());
+                    let loss = model.loss(&tokens, &ForwardOptions::default())?;
+                    let grads = tape.backward(&loss)?;
+                    optimizer.borrow_mut().step(&params, &grads, 1e-4, Some(1.0)).map(drop)
+                },
+            )?;
+        }
+        Ok(())
+    }
+}
+
+fn main() -> Result<()> {
+    let arguments: Vec<String> = std::env::args().skip(1).collect();
+    let test = arguments.iter().any(|argument| argument == "--test");
+    let filter = arguments.into_iter().find(|argument| !argument.starts_with("--")).unwrap_or_default();
+    let device = match Device::cuda(0) {
+        Ok(device) => device,
+        Err(error) => {
+            println!("skipped: {error}");
+            return Ok(());
+        }
+    };
+    let Device::Cuda(gpu) = device else { return Ok(()) };
+    println!("# {gpu:?}\n# kernel\tdtype\tshape\tmicroseconds\trate\tunit\t% of the peak");
+    let mut bench = Bench { gpu, device, test, filter, copy: f64::NAN, products: Vec::new() };
+    bench.peaks()?;
+    bench.memory_bound()?;
+    bench.attention()?;
+    bench.training_step()
+}

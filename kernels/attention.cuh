@@ -1,0 +1,164 @@
+// Scores: what turns products of queries and keys into weights, and back into gradients. Every attention kernel
+// shares it, so that masks, biases and dropout mean the same in all of them.
+//
+//   score = scale q·k + bias + curve[key - query], -inf where masked
+//
+// A query whose scores are all -inf attends to every key alike, with weights 1 / keys that have no gradient; its
+// logarithm of the sum of exponentials is stored as +inf.
+
+#include "philox.cuh"
+
+typedef Element<T>::Acc Acc;
+
+__device__ __forceinline__ Acc infinity() { return (Acc)__uint_as_float(0x7F800000); }
+
+__device__ __forceinline__ i32 ceil_div(i32 a, i32 b) { return (a + b - 1) / b; }
+
+// Positions `start` to `end`, none if that is not larger.
+struct Span {
+    i32 start, end;
+};
+
+__device__ __forceinline__ Span span(i32 start, i32 end, i32 limit) {
+    return {start < 0 ? 0 : start, end > limit ? limit : end};
+}
+
+// What holds for all scores of a call: the tail of every kernel's parameters, in their order. Absent tensors are null.
+// `mask` and `bias` have the sizes [batch, heads, query, key], by strides of 0 where they broadcast.
+struct Spec {
+    const bool *mask, *query_mask, *key_mask;
+    const T* bias;
+    const Acc* curves;
+    Layout mask_at, bias_at;
+    // Keys that `key_mask` leaves out: the memory keys, or none of them.
+    i32 unmasked, mem_keys;
+    // Largest distance at which a key is kept. May be as large as queries + keys, not more.
+    i32 past, causal;
+    f64 scale;
+    u64 seed, stream, threshold;
+    f64 factor;
+};
+
+// The scores of one head. Kernels keep it in shared memory: it would take some forty registers of every thread.
+struct Scores {
+    i32 queries, keys;
+    // A query's position among the keys is its number + shift.
+    i32 shift;
+    i32 mem_keys, past;
+    bool causal, drops;
+    Acc scale, factor;
+    const bool *mask, *query_mask, *key_mask;
+    i64 mask_query, mask_key;
+    const T* bias;
+    i64 bias_query, bias_key;
+    // The bias of distance 0: distances from 1 - queries to keys - 1 lie around it.
+    const Acc* curve;
+    // Position of the head's first score among all: dropout counts them.
+    u64 first;
+    u64 seed, stream, threshold;
+
+    __device__ __forceinline__ void set(
+        const Spec& spec, i32 batch, i32 head, i32 heads, i32 query_count, i32 key_count) {
+        queries = query_count, keys = key_count, shift = keys - queries;
+        mem_keys = spec.mem_keys, past = spec.past, causal = spec.causal;
+        scale = (Acc)spec.scale, factor = (Acc)spec.factor;
+        seed = spec.seed, stream = spec.stream, threshold = spec.threshold;
+        drops = spec.threshold != 0 || spec.factor != 1;
+        first = ((u64)batch * heads + head) * queries * keys;
+        const auto start = [&](const Layout& at) {
+            return at.offset + batch * at.strides[0] + head * at.strides[1];
+        };
+        mask = spec.mask ? spec.mask + start(spec.mask_at) : nullptr;
+        mask_query = spec.mask_at.strides[2], mask_key = spec.mask_at.strides[3];
+        bias = spec.bias ? spec.bias + start(spec.bias_at) : nullptr;
+        bias_query = spec.bias_at.strides[2], bias_key = spec.bias_at.strides[3];
+        query_mask = spec.query_mask ? spec.query_mask + (i64)batch * queries : nullptr;
+        const i64 padding = (i64)batch * (keys - spec.unmasked) - spec.unmasked;
+        key_mask = spec.key_mask ? spec.key_mask + padding : nullptr;
+        curve = spec.curves ? spec.curves + (i64)head * (queries + keys - 1) + queries - 1 : nullptr;
+    }
+
+    // The keys that causality and the maximum past leave to one of the queries `first` to `last`.
+    __device__ __forceinline__ Span keys_of(i32 first, i32 last) const {
+        return span(first + shift - past, causal ? last + shift + 1 : keys, keys);
+    }
+
+    // The queries to which they leave one of the keys `first` to `last`.
+    __device__ __forceinline__ Span queries_of(i32 first, i32 last) const {
+        return span(causal ? first - shift : 0, last - shift + past + 1, queries);
+    }
+
+    // Whether the padding keeps one of `count` keys, at least one of which exists. All threads of a warp ask alike.
+    __device__ __forceinline__ bool any_key(i32 first, i32 count) const {
+        if (!key_mask) return true;
+        bool any = false;
+        for (i32 key = first + (i32)threadIdx.x % 32; key < min(first + count, keys); key += 32) {
+            any |= key < mem_keys || key_mask[key];
+        }
+        return __any_sync(0xFFFFFFFF, any);
+    }
+
+    // Whether the scores of a tile are scaled products and nothing else: all exist, and none is masked or biased.
+    __device__ __forceinline__ bool plain(i32 query, i32 key, i32 rows, i32 columns) const {
+        // A key that both the first and the last query keep is kept by those between them.
+        const Span all = {keys_of(query + rows - 1, query).start, keys_of(query, query).end};
+        const bool inside = key >= all.start && key + columns <= all.end && query + rows <= queries;
+        return inside && !mask && !query_mask && !key_mask && !curve && !bias;
+    }
+
+    // The keys that causality, the maximum past and a query's own padding leave to it.
+    __device__ __forceinline__ Span kept(i32 query) const {
+        Span kept = keys_of(query, query);
+        if (query_mask && !query_mask[query]) kept.end = min(kept.end, mem_keys);
+        return kept;
+    }
+
+    // Whether keys have masks of their own.
+    __device__ __forceinline__ bool masked() const { return key_mask || mask; }
+
+    // Whether these keep a score that exists.
+    __device__ __forceinline__ bool keeps(i32 query, i32 key) const {
+        return (!key_mask || key < mem_keys || key_mask[key]) && (!mask || mask[query * mask_query + key * mask_key]);
+    }
+
+    __device__ __forceinline__ bool biased() const { return curve || bias; }
+
+    // What is added to the scaled product of a score that exists.
+    __device__ __forceinline__ Acc bias_of(i32 query, i32 key) const {
+        const Acc position = curve ? curve[key - query] : 0;
+        return bias ? position + Element<T>::to_acc(bias[query * bias_query + key * bias_key]) : position;
+    }
+
+    // Bit c says whether dropout keeps a query's weight of key `key` + c, for c below N, at most 4. Word i of the
+    // stream decides on score i.
+    template <int N> __device__ __forceinline__ u32 undropped(i32 query, i32 key) const {
+        const u64 index = first + (u64)query * keys + key;
+        const u32 skip = index % 4;
+        const auto above = [&](const Words& words) {
+            u32 bits = 0;
+#pragma unroll
+            for (u32 lane = 0; lane < 4; ++lane) bits |= (u32)(words.word[lane] >= threshold) << lane;
+            return bits;
+        };
+        u32 bits = above(philox_block(seed, stream, index / 4)) >> skip;
+        if (skip + N > 4) bits |= above(philox_block(seed, stream, index / 4 + 1)) << (4 - skip);
+        return bits;
+    }
+};
+
+// Rows of one head with packed features, at strides of their own.
+struct Rows {
+    const T* start;
+    i64 step;
+    i32 count, features;
+    // Whether rows can be read 128 bits at a time.
+    bool packed;
+
+    __device__ __forceinline__ void set(const T* storage, const Layout& at, i32 batch, i32 head) {
+        start = storage + (at.offset + batch * at.strides[0] + head * at.strides[1]);
+        step = at.strides[2];
+        count = at.dims[2];
+        features = at.dims[3];
+        packed = aligned(start) && step % LANES == 0;
+    }
+};

@@ -1,0 +1,122 @@
+// Attention, forward: out = dropout(softmax(scale q kᵀ + biases)) v, see src/ops/attention/mod.rs for the semantics.
+//
+// Shapes: q [batch, heads, query, d], k [batch, kv_heads, key, d], v [batch, kv_heads, key, e], out as q with e
+// features, all at strides of their own with packed features; log_sums [batch, heads, query], the logarithm of the sum
+// of exponentials, +inf where everything is masked. Head h uses key head h / (heads / kv_heads).
+// T: f32, f64, bf16, f16; products, statistics and sums in f32 (f64 for f64).
+//
+// A block owns TILE queries of a head and up to GROUPS · TILE features of the values. It walks over the tiles of keys
+// that causality and the maximum past leave, with a running maximum and sum per query (Dao et al., "FlashAttention",
+// 2022, and "FlashAttention-2", 2023), so that scores exist in registers and shared memory alone. Blocks of one head
+// are neighbours, because they share keys; the last queries come first, because causality leaves them the most work.
+// 2 (d + e) operations per score and 2 sizeof(T) (d + e) bytes of keys and values per TILE scores, from the caches:
+// limited by multiply-adds.
+//
+// Variants: DTYPE=f32,f64,bf16,f16
+
+#include "common.cuh"
+#include "attention.cuh"
+#include "attention_tile.cuh"
+
+// Tiles of features that a block accumulates.
+constexpr i32 GROUPS = 2;
+
+extern "C" __global__ void __launch_bounds__(256, 2) attention_fwd(
+    T* out, Acc* log_sums, const T* q, const T* k, const T* v, const bool* mask, const bool* query_mask,
+    const bool* key_mask, const T* bias, const Acc* curves, Layout out_at, Layout q_at, Layout k_at, Layout v_at,
+    Layout mask_at, Layout bias_at, i32 unmasked, i32 mem_keys, i32 past, i32 causal, f64 scale, u64 seed, u64 stream,
+    u64 threshold, f64 factor) {
+    __shared__ Shared shared;
+    const i32 heads = q_at.dims[1], queries = q_at.dims[2], keys = k_at.dims[2];
+    const i32 tiles = ceil_div(queries, TILE), index = blockIdx.x / tiles;
+    const i32 batch = index / heads, head = index % heads;
+    const i32 query = (tiles - 1 - blockIdx.x % tiles) * TILE, column = blockIdx.y * GROUPS * TILE;
+    if (threadIdx.x == 0) {
+        const Spec spec = {mask,     query_mask, key_mask, bias,  curves, mask_at, bias_at,   unmasked,
+                           mem_keys, past,       causal,   scale, seed,   stream,  threshold, factor};
+        const i32 kv_head = head / (heads / (i32)k_at.dims[1]);
+        shared.of_head.set(spec, batch, head, heads, queries, keys);
+        shared.q.set(q, q_at, batch, head);
+        shared.k.set(k, k_at, batch, kv_head);
+        shared.v.set(v, v_at, batch, kv_head);
+    }
+    __syncthreads();
+    const Scores& scores = shared.of_head;
+
+    Square acc[GROUPS] = {};
+    const auto add_values = [&](const Square& weights, i32 key) {
+        put_scores(shared, weights);
+        if (scores.drops) drop_scores(shared, query, key);
+#pragma unroll
+        for (i32 group = 0; group < GROUPS; ++group) {
+            if (column + group * TILE < shared.v.features) {
+                add_product<false>(acc[group], shared, shared.v, key, column + group * TILE);
+            }
+        }
+    };
+
+    Acc max[SIDE], sum[SIDE];
+#pragma unroll
+    for (i32 r = 0; r < SIDE; ++r) max[r] = -infinity(), sum[r] = 0;
+    const Span seen = scores.keys_of(query, min(query + TILE, queries) - 1);
+    for (i32 key = seen.start / TILE * TILE; key < seen.end; key += TILE) {
+        if (!scores.any_key(key, TILE)) continue;
+        Square s;
+        multiply_rows(s, shared, shared.q, query, shared.k, key);
+        finish_scores(s, shared, query, key);
+#pragma unroll
+        for (i32 r = 0; r < SIDE; ++r) {
+            Acc larger = max[r], total = 0;
+#pragma unroll
+            for (i32 c = 0; c < SIDE; ++c) larger = fmax(larger, s[r][c]);
+            larger = reduce_tile_row(larger, [](Acc a, Acc b) { return fmax(a, b); });
+            // With no key kept so far, every exponential must be 0 and not NaN.
+            const Acc base = larger == -infinity() ? 0 : larger;
+#pragma unroll
+            for (i32 c = 0; c < SIDE; ++c) total += s[r][c] = exp(s[r][c] - base);
+            const Acc correction = exp(max[r] - base);
+            // Each thread sums its own columns; the row is put together behind the last tile.
+            sum[r] = sum[r] * correction + total;
+            max[r] = larger;
+#pragma unroll
+            for (i32 group = 0; group < GROUPS; ++group) {
+#pragma unroll
+                for (i32 c = 0; c < SIDE; ++c) acc[group][r][c] *= correction;
+            }
+        }
+        add_values(s, key);
+    }
+
+    bool blind[SIDE], any_blind = false;
+#pragma unroll
+    for (i32 r = 0; r < SIDE; ++r) {
+        const i32 row = query + thread_row() * SIDE + r;
+        sum[r] = reduce_tile_row(sum[r], [](Acc a, Acc b) { return a + b; });
+        blind[r] = sum[r] == 0;
+        any_blind |= blind[r] && row < queries;
+        if (row < queries && thread_column() == 0 && blockIdx.y == 0) {
+            log_sums[(i64)index * queries + row] = blind[r] ? infinity() : max[r] + log(sum[r]);
+        }
+        const Acc divisor = 1 / (blind[r] ? 1 : sum[r]);
+#pragma unroll
+        for (i32 group = 0; group < GROUPS; ++group) {
+#pragma unroll
+            for (i32 c = 0; c < SIDE; ++c) acc[group][r][c] *= divisor;
+        }
+    }
+    if (__syncthreads_or(any_blind)) {
+        for (i32 key = 0; key < keys; key += TILE) {
+            Square s;
+#pragma unroll
+            for (i32 r = 0; r < SIDE; ++r) {
+#pragma unroll
+                for (i32 c = 0; c < SIDE; ++c) s[r][c] = blind[r] ? 1 / (Acc)scores.keys : 0;
+            }
+            add_values(s, key);
+        }
+    }
+#pragma unroll
+    for (i32 group = 0; group < GROUPS; ++group) {
+        write_rows(out, out_at, batch, head, query, column + group * TILE, acc[group], 1);
+    }
+}

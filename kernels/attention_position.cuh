@@ -1,0 +1,60 @@
+// Position biases: which weight a distance has, and how often it counts.
+//
+//   curve[distance] = weights[parameter(distance), head] · factor(distance),    distance = key - query
+//
+// T5 has a parameter per bucket and one factor for all; ALiBi has one parameter per head, the slope, times the distance
+// counted from the query's position (the softmax does not see the difference to counting from 0, and small numbers
+// keep their digits). The sums over a head's distances are the gradients of its weights.
+
+struct PositionTerms {
+    // Buckets of the distances 0 to `reach` of keys before the query; null for ALiBi. All beyond share the last.
+    const i64* bucket_of;
+    i32 parameters, reach;
+    // The first bucket of the keys behind the query: they mirror those before it. 0 if they share bucket 0.
+    i32 behind;
+    // Distance that ALiBi counts from.
+    i32 shift;
+
+    __device__ __forceinline__ i32 parameter(i32 distance) const {
+        if (!bucket_of) return 0;
+        if (distance <= 0) return bucket_of[min(-distance, reach)];
+        return behind == 0 ? bucket_of[0] : behind + bucket_of[min(distance, reach)];
+    }
+
+    // The factor that depends on the distance; that of T5 is applied to the sums.
+    template <typename A> __device__ __forceinline__ A factor(i32 distance) const {
+        return bucket_of ? 1 : distance - shift;
+    }
+};
+
+// What a block needs in shared memory to add up the gradients of a tile of QUERIES × KEYS scores by parameter.
+template <i32 QUERIES, i32 KEYS, typename A> struct PositionTile {
+    // A diagonal has one distance; the first is that of the last query and the first key.
+    static constexpr i32 DIAGONALS = QUERIES + KEYS - 1;
+    A sums[DIAGONALS];
+    i32 parameters[DIAGONALS];
+
+    // Adds a tile in shared memory, the first key and query of which are `distance` apart, to the sums of the block.
+    // Each parameter has one thread that adds to it, and the diagonals have a fixed order.
+    __device__ __forceinline__ void add(
+        A* to, const A* tile, i32 pitch, const PositionTerms& terms, i32 distance) {
+        __syncthreads();
+        for (i32 diagonal = threadIdx.x; diagonal < DIAGONALS; diagonal += blockDim.x) {
+            const i32 offset = diagonal - (QUERIES - 1);
+            A sum = 0;
+            for (i32 row = max(0, -offset); row < min(QUERIES, KEYS - offset); ++row) {
+                sum += tile[row * pitch + row + offset];
+            }
+            sums[diagonal] = sum * terms.factor<A>(distance + offset);
+            parameters[diagonal] = terms.parameter(distance + offset);
+        }
+        __syncthreads();
+        for (i32 parameter = threadIdx.x; parameter < terms.parameters; parameter += blockDim.x) {
+            A sum = 0;
+            for (i32 diagonal = 0; diagonal < DIAGONALS; ++diagonal) {
+                if (parameters[diagonal] == parameter) sum += sums[diagonal];
+            }
+            to[parameter] += sum;
+        }
+    }
+};

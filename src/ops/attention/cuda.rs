@@ -1,0 +1,310 @@
+//! Attention on a GPU: which kernels run, and on what.
+
+use super::{OP, Problem, Sizes, packed_rows, position::Position, rows::RowOrder};
+use crate::{
+    DType, Error, Result, Shape, Tensor,
+    core::Layout,
+    device::{Arg, CudaDevice, Grid, Storage, args},
+    error::ensure,
+};
+
+/// Queries, or keys, of a tile of the plain rung: `TILE` of `kernels/attention_tile.cuh`.
+fn tile(dtype: DType) -> usize {
+    if dtype == DType::F64 { 32 } else { 64 }
+}
+
+/// Tiles of features that a block of the plain rung accumulates: `GROUPS` of its kernels.
+const GROUPS: usize = 2;
+
+/// Threads of a block of the plain rung.
+const THREADS: [u32; 3] = [256, 1, 1];
+
+/// What all kernels of a call are given.
+struct Call<'a> {
+    gpu: &'static CudaDevice,
+    problem: &'a Problem,
+    /// The biases of each head and distance.
+    curves: Option<Tensor>,
+    terms: Option<Terms>,
+}
+
+/// The position bias as the kernels take it: the struct `PositionTerms` of `kernels/attention_position.cuh`.
+struct Terms {
+    /// `[reach + 1]`; ALiBi has none.
+    bucket_of: Option<Tensor>,
+    parameters: i32,
+    reach: i32,
+    behind: i32,
+    scale: f64,
+}
+
+impl<'a> Call<'a> {
+    fn new(gpu: &'static CudaDevice, problem: &'a Problem) -> Result<Self> {
+        let Sizes { heads, queries, keys, .. } = problem.sizes;
+        // Kernels count positions and distances in 32 bits.
+        ensure!(
+            queries.saturating_add(keys) < i32::MAX as usize / 4,
+            Error::shape(OP, format!("{queries} queries and {keys} keys are more than the kernels can count"))
+        );
+        let terms = problem.position.as_ref().map(|position| Terms::new(gpu, position, &problem.sizes)).transpose()?;
+        let mut call = Self { gpu, problem, curves: None, terms };
+        if let (Some(position), Some(terms)) = (&problem.position, &call.terms) {
+            let acc = problem.acc();
+            let weights = position.weights().to_dtype(acc)?.contiguous()?;
+            let mut curves = call.uninit(&[heads, queries + keys - 1])?;
+            let sizes = [heads, queries, keys].map(|size| size as i32);
+            let args = args![&mut curves, &weights, terms.bucket_of.as_ref(), sizes[0], sizes[1], sizes[2],
+                terms.parameters, terms.reach, terms.behind, terms.scale];
+            let elements = curves_len(&problem.sizes);
+            gpu.kernel("attention_position_fwd", &[("DTYPE", acc.name())])?.launch(Grid::elements(elements), args)?;
+            call.curves = Some(curves);
+        }
+        Ok(call)
+    }
+
+    /// Memory for values in the type of the computation.
+    fn uninit(&self, shape: &[usize]) -> Result<Tensor> {
+        Tensor::uninit(Shape::new(shape)?, self.problem.acc(), self.problem.q.device())
+    }
+
+    /// The last inputs of every kernel: masks and biases.
+    fn inputs(&self) -> Result<[Arg; 5]> {
+        let Problem { mask, query_mask, key_mask, bias, .. } = self.problem;
+        let [mask, bias] = [mask, bias].map(|x| x.as_ref().map(Storage));
+        Ok(*args![mask, query_mask.as_ref(), key_mask.as_ref(), bias, self.curves.as_ref()])
+    }
+
+    /// The last values of every kernel: the rest of the struct `Spec` of `kernels/attention.cuh`.
+    fn values(&self) -> Result<[Arg; 11]> {
+        let problem = self.problem;
+        let Sizes { queries, keys, .. } = problem.sizes;
+        let scores = problem.sizes.scores()?;
+        // A tensor that is absent has no layout; any other will do.
+        let expanded = |x: &Option<Tensor>| x.as_ref().map_or(*problem.q.layout(), |x| x.layout().expand(scores));
+        let (mask, bias): (Layout, Layout) = (expanded(&problem.mask), expanded(&problem.bias));
+        let masked = problem.key_mask.as_ref().map_or(keys, |mask| mask.shape()[1]);
+        let past = problem.max_attend_past.map_or(queries + keys, |past| past.min(queries + keys));
+        let (seed, stream, threshold, factor) = problem.dropout.map_or((0, 0, 0, 1.0), |dropout| {
+            (dropout.stream.seed(), dropout.stream.stream(), dropout.threshold, dropout.factor)
+        });
+        Ok(*args![&mask, &bias, (keys - masked) as i32, problem.mem_keys as i32, past as i32, problem.causal as i32,
+            problem.scale, seed, stream, threshold, factor])
+    }
+
+    /// A block for each tile of rows of each head, times `columns` blocks for as many features.
+    fn launch(&self, name: &'static str, [heads, rows]: [usize; 2], columns: usize, args: &[&[Arg]]) -> Result<()> {
+        let dtype = self.problem.q.dtype();
+        let blocks = self.problem.sizes.batch.saturating_mul(heads).saturating_mul(rows.div_ceil(tile(dtype)));
+        let (Ok(x @ 0..=0x7FFF_FFFF), Ok(y @ 0..=0xFFFF)) = (u32::try_from(blocks), u32::try_from(columns)) else {
+            return Err(Error::shape(OP, format!("{blocks} × {columns} tiles are more than a grid has")));
+        };
+        let grid = Grid::new([x, y, 1], THREADS);
+        self.gpu.kernel(name, &[("DTYPE", dtype.name())])?.launch(grid, &args.concat())
+    }
+}
+
+fn curves_len(sizes: &Sizes) -> usize {
+    sizes.heads * (sizes.queries + sizes.keys - 1)
+}
+
+impl Terms {
+    fn new(gpu: &'static CudaDevice, position: &Position, sizes: &Sizes) -> Result<Self> {
+        let parameters = position.parameters() as i32;
+        let Some((causal, max_distance, scale)) = position.t5() else {
+            return Ok(Self { bucket_of: None, parameters, reach: 0, behind: 0, scale: 1.0 });
+        };
+        // Farther keys share a bucket. Rounded up, so that sequences that grow do not bring a table each.
+        let reach = max_distance.min(sizes.queries.max(sizes.keys).next_power_of_two());
+        let name = format!("t5 buckets: causal {causal}, {parameters} up to {max_distance}, {reach} distances");
+        let table = gpu.constant(&name, || {
+            Ok((0..=reach as i64).map(|distance| position.bucket(distance) as i64).collect::<Vec<i64>>())
+        })?;
+        let behind = if causal { 0 } else { parameters / 2 };
+        Ok(Self { bucket_of: Some(table), parameters, reach: reach as i32, behind, scale })
+    }
+}
+
+/// Tiles of some features.
+fn tiles_of(features: usize, dtype: DType) -> usize {
+    features.div_ceil(tile(dtype))
+}
+
+/// Writes output and logarithms of sums, which have elements; see `cpu::forward`.
+pub(super) fn forward(gpu: &'static CudaDevice, problem: &Problem, out: &mut Tensor, log_sums: &mut Tensor) -> Result<()> {
+    let call = Call::new(gpu, problem)?;
+    let Problem { q, k, v, sizes, .. } = problem;
+    let out_at = *out.permute(&[0, 2, 1, 3])?.layout();
+    let columns = tiles_of(sizes.e, q.dtype()).div_ceil(GROUPS);
+    let own = args![out, log_sums, Storage(q), Storage(k), Storage(v)];
+    let layouts = args![&out_at, q.layout(), k.layout(), v.layout()];
+    call.launch("attention_fwd", [sizes.heads, sizes.queries], columns, &[own, &call.inputs()?, layouts, &call.values()?])
+}
+
+/// The gradients, where there are scores and values; see `backward::backward`.
+pub(super) fn backward(
+    gpu: &'static CudaDevice,
+    problem: &Problem,
+    out: &Tensor,
+    log_sums: &Tensor,
+    grad: &Tensor,
+    need: &[bool],
+) -> Result<Vec<Option<Tensor>>> {
+    let grad = packed_rows(&grad.detach())?;
+    let call = Call::new(gpu, problem)?;
+    let pass = Pass { delta: call.delta(out, &grad)?, call, grad, log_sums };
+    let need_bias = problem.bias.is_some() && need[3];
+    let need_position = problem.position.is_some() && need[need.len() - 1];
+    let (dq, position) = pass.queries(need[0], need_position)?;
+    let (dk, dv) = pass.keys(need[1], need[2])?;
+    let mut gradients = vec![dq, dk, dv];
+    if let Some(bias) = &problem.bias {
+        gradients.push(need_bias.then(|| pass.bias(bias)).transpose()?);
+    }
+    if problem.position.is_some() {
+        gradients.push(position);
+    }
+    Ok(gradients)
+}
+
+impl Call<'_> {
+    /// `delta[b, h, i] = Σ_e grad ⊙ out`.
+    fn delta(&self, out: &Tensor, grad: &Tensor) -> Result<Tensor> {
+        let Sizes { batch, heads, queries, e, .. } = self.problem.sizes;
+        let mut delta = self.uninit(&[batch, heads, queries])?;
+        let rows = batch * heads * queries;
+        let args = args![&mut delta, Storage(out), Storage(grad), out.layout(), grad.layout(), rows as i64];
+        let kernel = self.gpu.kernel("attention_bwd_delta", &[("DTYPE", grad.dtype().name())])?;
+        kernel.launch(Grid::rows(rows, e), args)?;
+        Ok(delta)
+    }
+}
+
+/// What the kernels of the backward pass read.
+struct Pass<'a> {
+    call: Call<'a>,
+    grad: Tensor,
+    log_sums: &'a Tensor,
+    delta: Tensor,
+}
+
+impl Pass<'_> {
+    fn inputs(&self) -> Result<[Arg; 6]> {
+        let Problem { q, k, v, .. } = self.call.problem;
+        Ok(*args![Storage(&self.grad), Storage(q), Storage(k), Storage(v), self.log_sums, &self.delta])
+    }
+
+    fn layouts(&self) -> Result<[Arg; 4]> {
+        let Problem { q, k, v, .. } = self.call.problem;
+        Ok(*args![self.grad.layout(), q.layout(), k.layout(), v.layout()])
+    }
+
+    /// The gradients of the queries and of the weights of the position bias.
+    fn queries(&self, need_q: bool, need_position: bool) -> Result<(Option<Tensor>, Option<Tensor>)> {
+        let Pass { call, .. } = self;
+        let Problem { q, sizes, position, .. } = call.problem;
+        let &Sizes { batch, heads, queries, d, .. } = sizes;
+        let mut dq = Memory::new(q, need_q)?;
+        let tiles = queries.div_ceil(tile(q.dtype()));
+        let wanted = call.terms.as_ref().zip(position.as_ref()).filter(|_| need_position);
+        let shape = |terms: &Terms| [batch, heads, tiles, terms.parameters as usize];
+        let mut sums = wanted.map(|(terms, _)| call.uninit(&shape(terms))).transpose()?;
+        let columns = if need_q { tiles_of(d, q.dtype()).div_ceil(GROUPS) } else { 0 }.max(need_position as usize);
+        let terms = call.terms.as_ref();
+        let [parameters, reach, behind] = terms.map_or([0; 3], |terms| [terms.parameters, terms.reach, terms.behind]);
+        call.launch(
+            "attention_bwd_queries",
+            [heads, queries],
+            columns,
+            &[
+                args![dq.memory.as_mut(), sums.as_mut()],
+                &self.inputs()?,
+                args![terms.and_then(|terms| terms.bucket_of.as_ref())],
+                &call.inputs()?,
+                args![&dq.layout],
+                &self.layouts()?,
+                args![parameters, reach, behind],
+                &call.values()?,
+            ],
+        )?;
+        let Some(((terms, position), sums)) = wanted.zip(sums) else { return Ok((dq.finish()?, None)) };
+        let mut gradient = call.uninit(position.weights().shape())?;
+        let weights = terms.parameters as usize * heads;
+        let kernel = call.gpu.kernel("attention_position_bwd", &[("DTYPE", gradient.dtype().name())])?;
+        let sizes = [batch, heads, tiles].map(|size| size as i32);
+        let args = args![&mut gradient, &sums, sizes[0], sizes[1], sizes[2], terms.parameters, terms.scale];
+        kernel.launch(Grid::rows(weights, batch * tiles), args)?;
+        Ok((dq.finish()?, Some(gradient.to_dtype(position.weights().dtype())?)))
+    }
+
+    /// The gradients of keys and values.
+    fn keys(&self, need_k: bool, need_v: bool) -> Result<(Option<Tensor>, Option<Tensor>)> {
+        let Problem { k, v, sizes, .. } = self.call.problem;
+        let (mut dk, mut dv) = (Memory::new(k, need_k)?, Memory::new(v, need_v)?);
+        let tiles = |need: bool, features: usize| if need { tiles_of(features, k.dtype()) } else { 0 };
+        let columns = (tiles(need_k, sizes.d) + tiles(need_v, sizes.e)).div_ceil(GROUPS);
+        self.call.launch(
+            "attention_bwd_keys",
+            [sizes.kv_heads, sizes.keys],
+            columns,
+            &[
+                args![dk.memory.as_mut(), dv.memory.as_mut()],
+                &self.inputs()?,
+                &self.call.inputs()?,
+                args![&dk.layout, &dv.layout],
+                &self.layouts()?,
+                &self.call.values()?,
+            ],
+        )?;
+        Ok((dk.finish()?, dv.finish()?))
+    }
+
+    /// The gradient of the bias.
+    fn bias(&self, bias: &Tensor) -> Result<Tensor> {
+        let mut shape = [1; 4];
+        shape[4 - bias.rank()..].copy_from_slice(bias.shape());
+        let shape = Shape::new(&shape)?;
+        let mut gradient = Tensor::uninit(shape, bias.dtype(), bias.device())?;
+        let layout = Layout::contiguous(shape);
+        let tile = tile(bias.dtype());
+        let blocks = shape[0] * shape[1] * shape[2].div_ceil(tile) * shape[3].div_ceil(tile);
+        let blocks = u32::try_from(blocks)
+            .ok()
+            .filter(|&blocks| blocks <= i32::MAX as u32)
+            .ok_or_else(|| Error::shape(OP, format!("the bias {shape:?} has more tiles than a grid")))?;
+        let parts: [&[Arg]; 6] = [
+            args![&mut gradient],
+            &self.inputs()?,
+            &self.call.inputs()?,
+            args![&layout],
+            &self.layouts()?,
+            &self.call.values()?,
+        ];
+        let kernel = self.call.gpu.kernel("attention_bwd_bias", &[("DTYPE", bias.dtype().name())])?;
+        kernel.launch(Grid::new([blocks, 1, 1], THREADS), &parts.concat())?;
+        gradient.reshape(*bias.shape())
+    }
+}
+
+/// The gradient of an operand, if it is wanted.
+struct Memory {
+    order: RowOrder,
+    memory: Option<Tensor>,
+    /// As `[batch, heads, sequence, features]`.
+    layout: Layout,
+}
+
+impl Memory {
+    fn new(x: &Tensor, wanted: bool) -> Result<Self> {
+        let order = RowOrder::of(x);
+        let memory = wanted.then(|| order.uninit(x)).transpose()?;
+        let layout = match &memory {
+            Some(memory) => *order.view(memory.clone())?.layout(),
+            None => *x.layout(),
+        };
+        Ok(Self { order, memory, layout })
+    }
+
+    fn finish(self) -> Result<Option<Tensor>> {
+        self.memory.map(|memory| self.order.view(memory)).transpose()
+    }
+}
