@@ -34,7 +34,7 @@ use super::{
 };
 use crate::{Element, Error, Result, Tensor};
 
-pub use compile::{Architecture, Compiled, compile, cubin_in, folder, nvrtc_version};
+pub use compile::{Architecture, Cached, Compiled, compile, cubin, cubin_in, folder, nvrtc_version};
 pub use graph::Graph;
 use memory::Block;
 pub(crate) use memory::CudaBuffer;
