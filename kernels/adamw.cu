@@ -27,11 +27,12 @@ extern "C" __global__ void adamw_step(const u64* table, u32 tensors, f64 grad_sc
     const GRAD* grads = chunk.at<const GRAD>(GRADIENT);
     Acc *means = chunk.at<Acc>(EXP_AVG), *squares = chunk.at<Acc>(EXP_AVG_SQ), *masters = chunk.at<Acc>(MASTER);
     const bool packed = aligned(values) && aligned(grads) && aligned(means) && aligned(squares) && aligned(masters);
-    for_chunk<LANES>(chunk, packed, [&](i64 i, auto lanes) {
+    for_chunk<16 / sizeof(Acc)>(chunk, packed, [&](i64 i, auto lanes) {
         constexpr int N = lanes.COUNT;
-        Lane<T, N> value(values + i);
-        const Lane<GRAD, N> grad(grads + i);
-        Lane<Acc, N> m(means + i), v(squares + i), master(masters == nullptr ? means + i : masters + i);
+        auto value = load<N>(values + i);
+        const auto grad = load<N>(grads + i);
+        auto m = load<N>(means + i), v = load<N>(squares + i);
+        auto master = masters == nullptr ? m : load<N>(masters + i);
 #pragma unroll
         for (int lane = 0; lane < N; ++lane) {
             const Acc g = Element<GRAD>::to_acc(grad.lane[lane]) * (Acc)grad_scale;
@@ -46,9 +47,9 @@ extern "C" __global__ void adamw_step(const u64* table, u32 tensors, f64 grad_sc
             master.lane[lane] = w;
             value.lane[lane] = Element<T>::from_acc(w);
         }
-        value.store(values + i);
-        m.store(means + i);
-        v.store(squares + i);
-        if (masters != nullptr) master.store(masters + i);
+        store(values + i, value);
+        store(means + i, m);
+        store(squares + i, v);
+        if (masters != nullptr) store(masters + i, master);
     });
 }

@@ -86,7 +86,7 @@ extern "C" __global__ void attention_bwd_delta(
 
 // `bucket_of` [reach + 1] and the values behind it are those of attention_position.cu; a null `position` is not wanted,
 // nor is a null `dq`. `position` [batch, heads, tiles of queries, parameters].
-extern "C" __global__ void __launch_bounds__(256, 2) attention_bwd_queries(
+extern "C" __global__ void __launch_bounds__(TILE_THREADS, 2) attention_bwd_queries(
     T* dq, Acc* position, const T* grad, const T* q, const T* k, const T* v, const Acc* log_sums, const Acc* delta,
     const i64* bucket_of, const bool* mask, const bool* query_mask, const bool* key_mask, const T* bias,
     const Acc* curves, Layout dq_at, Layout grad_at, Layout q_at, Layout k_at, Layout v_at, i32 parameters, i32 reach,
@@ -130,7 +130,7 @@ extern "C" __global__ void __launch_bounds__(256, 2) attention_bwd_queries(
 #pragma unroll
         for (i32 group = 0; group < GROUPS; ++group) {
             if (dq && column + group * TILE < shared.k.features) {
-                add_product<false>(acc[group], shared, shared.k, key, column + group * TILE);
+                add_product<false>(acc[group], shared, queries - query, shared.k, key, column + group * TILE);
             }
         }
     }
@@ -142,7 +142,7 @@ extern "C" __global__ void __launch_bounds__(256, 2) attention_bwd_queries(
 }
 
 // A null `dk` or `dv` is not wanted. blockIdx.y counts groups of tiles of dv, then those of dk.
-extern "C" __global__ void __launch_bounds__(256, 2) attention_bwd_keys(
+extern "C" __global__ void __launch_bounds__(TILE_THREADS, 2) attention_bwd_keys(
     T* dk, T* dv, const T* grad, const T* q, const T* k, const T* v, const Acc* log_sums, const Acc* delta,
     const bool* mask, const bool* query_mask, const bool* key_mask, const T* bias, const Acc* curves, Layout dk_at,
     Layout dv_at, Layout grad_at, Layout q_at, Layout k_at, Layout v_at, Layout mask_at, Layout bias_at, i32 unmasked,
@@ -189,10 +189,10 @@ extern "C" __global__ void __launch_bounds__(256, 2) attention_bwd_keys(
                 if (tile < value_tiles) {
                     put_scores(shared, p);
                     if (scores.drops) drop_scores(shared, query, key);
-                    add_product<true>(acc[group], shared, shared.grad, query, tile * TILE);
+                    add_product<true>(acc[group], shared, keys - key, shared.grad, query, tile * TILE);
                 } else if (tile < all_tiles && reached) {
                     put_scores(shared, ds);
-                    add_product<true>(acc[group], shared, shared.q, query, (tile - value_tiles) * TILE);
+                    add_product<true>(acc[group], shared, keys - key, shared.q, query, (tile - value_tiles) * TILE);
                 }
             }
         }
@@ -209,7 +209,7 @@ extern "C" __global__ void __launch_bounds__(256, 2) attention_bwd_keys(
 }
 
 // dbias [batch or 1, heads or 1, query or 1, key or 1], packed; `dbias_at` has these sizes.
-extern "C" __global__ void __launch_bounds__(256, 2) attention_bwd_bias(
+extern "C" __global__ void __launch_bounds__(TILE_THREADS, 2) attention_bwd_bias(
     T* dbias, const T* grad, const T* q, const T* k, const T* v, const Acc* log_sums, const Acc* delta,
     const bool* mask, const bool* query_mask, const bool* key_mask, const T* bias, const Acc* curves, Layout dbias_at,
     Layout grad_at, Layout q_at, Layout k_at, Layout v_at, Layout mask_at, Layout bias_at, i32 unmasked, i32 mem_keys,
@@ -265,7 +265,7 @@ extern "C" __global__ void __launch_bounds__(256, 2) attention_bwd_bias(
     __syncthreads();
     T* to = dbias + (i64)slab * rows * columns;
     const i32 height = rows == 1 ? TILE : 1, width = columns == 1 ? TILE : 1;
-    for (i32 at = threadIdx.x; at < (TILE / height) * (TILE / width); at += blockDim.x) {
+    for (i32 at = threadIdx.x; at < (TILE / height) * (TILE / width); at += TILE_THREADS) {
         const i32 row = at / (TILE / width), column = at % (TILE / width);
         if (row_tile * TILE + row >= rows || column_tile * TILE + column >= columns) continue;
         Acc total = 0;

@@ -21,7 +21,7 @@
 // Tiles of features that a block accumulates.
 constexpr i32 GROUPS = 2;
 
-extern "C" __global__ void __launch_bounds__(256, 2) attention_fwd(
+extern "C" __global__ void __launch_bounds__(TILE_THREADS, 2) attention_fwd(
     T* out, Acc* log_sums, const T* q, const T* k, const T* v, const bool* mask, const bool* query_mask,
     const bool* key_mask, const T* bias, const Acc* curves, Layout out_at, Layout q_at, Layout k_at, Layout v_at,
     Layout mask_at, Layout bias_at, i32 unmasked, i32 mem_keys, i32 past, i32 causal, f64 scale, u64 seed, u64 stream,
@@ -50,7 +50,7 @@ extern "C" __global__ void __launch_bounds__(256, 2) attention_fwd(
 #pragma unroll
         for (i32 group = 0; group < GROUPS; ++group) {
             if (column + group * TILE < shared.v.features) {
-                add_product<false>(acc[group], shared, shared.v, key, column + group * TILE);
+                add_product<false>(acc[group], shared, queries - query, shared.v, key, column + group * TILE);
             }
         }
     };

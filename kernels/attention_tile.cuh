@@ -1,14 +1,16 @@
 // The plain rung of attention: tiles in shared memory, multiplied by fused multiply-adds in the type of the
 // computation. It serves every element type, every card and every number of features.
 //
-// A block of 16 × 16 threads owns tiles of TILE × TILE scores, SIDE × SIDE of them per thread, and TILE columns of a
-// result at a time. SIDE is what 128 bits hold, so that every access to shared memory is that wide. Features are
-// staged CHUNK at a time; nothing depends on how many there are.
+// A block of ACROSS × ACROSS threads owns tiles of TILE × TILE scores, SIDE × SIDE of them per thread, and TILE columns
+// of a result at a time. SIDE is what 128 bits hold, so that every access to shared memory is that wide. Features are
+// staged CHUNK at a time; nothing depends on how many there are. Blocks of f64, the type of gradient tests, are small,
+// because their sequences are short.
 
 constexpr i32 SIDE = 16 / sizeof(Acc);
-constexpr i32 TILE = 16 * SIDE;
+constexpr i32 ACROSS = sizeof(Acc) == 8 ? 8 : 16;
+constexpr i32 TILE = ACROSS * SIDE;
 constexpr i32 CHUNK = 128 / sizeof(Acc);
-constexpr u32 TILE_THREADS = 256;
+constexpr i32 TILE_THREADS = ACROSS * ACROSS;
 
 // Steps between the rows of shared tiles: 128 bits more than the row, so that columns meet different banks.
 constexpr i32 CHUNK_PITCH = CHUNK + SIDE;
@@ -23,12 +25,12 @@ struct alignas(16) Vector {
 
 __device__ __forceinline__ Vector vector_at(const Acc* from) { return *reinterpret_cast<const Vector*>(from); }
 
-// Row and column of a thread in the 16 × 16; it owns SIDE consecutive rows and columns of a tile.
-__device__ __forceinline__ i32 thread_row() { return threadIdx.x / 16; }
-__device__ __forceinline__ i32 thread_column() { return threadIdx.x % 16; }
+// Row and column of a thread in its block; it owns SIDE consecutive rows and columns of a tile.
+__device__ __forceinline__ i32 thread_row() { return threadIdx.x / ACROSS; }
+__device__ __forceinline__ i32 thread_column() { return threadIdx.x % ACROSS; }
 
 // Copies TILE rows of COLUMNS features to shared memory, zeros where there are none. Row r goes to slot
-// r % SIDE * 16 + r / SIDE if `INTERLEAVED`: the 16 threads that read every SIDE-th row then meet different banks.
+// r % SIDE * ACROSS + r / SIDE if `INTERLEAVED`: the threads that read every SIDE-th row then meet different banks.
 template <i32 COLUMNS, i32 PITCH, bool INTERLEAVED, int N>
 __device__ __forceinline__ void stage_packets(Acc* to, const Rows& rows, i32 first, i32 column) {
     constexpr i32 PER_ROW = COLUMNS / N;
@@ -45,7 +47,7 @@ __device__ __forceinline__ void stage_packets(Acc* to, const Rows& rows, i32 fir
                 packet.lane[lane] = exists ? rows.start[(first + row) * rows.step + feature + lane] : T{0};
             }
         }
-        const i32 slot = INTERLEAVED ? row % SIDE * 16 + row / SIDE : row;
+        const i32 slot = INTERLEAVED ? row % SIDE * ACROSS + row / SIDE : row;
 #pragma unroll
         for (int lane = 0; lane < N; ++lane) {
             to[slot * PITCH + at % PER_ROW * N + lane] = Element<T>::to_acc(packet.lane[lane]);
@@ -73,7 +75,7 @@ struct Shared {
 };
 static_assert(TILE * TILE <= 2 * TILE * CHUNK_PITCH, "a tile of a result's operand must fit in the place of chunks");
 
-// s = a bᵀ for the rows from `a_first` and `b_first` on.
+// s = a bᵀ for the rows from `a_first` and `b_first` on. Threads without a row or a column of it have zeros.
 __device__ __forceinline__ void multiply_rows(
     Square& s, Shared& shared, const Rows& a, i32 a_first, const Rows& b, i32 b_first) {
 #pragma unroll
@@ -82,18 +84,20 @@ __device__ __forceinline__ void multiply_rows(
         for (i32 c = 0; c < SIDE; ++c) s[r][c] = 0;
     }
     Acc *a_chunk = shared.operands, *b_chunk = shared.operands + TILE * CHUNK_PITCH;
+    const bool busy = a_first + thread_row() * SIDE < a.count && b_first + thread_column() * SIDE < b.count;
     for (i32 feature = 0; feature < a.features; feature += CHUNK) {
         __syncthreads();
         stage<CHUNK, CHUNK_PITCH, true>(a_chunk, a, a_first, feature);
         stage<CHUNK, CHUNK_PITCH, true>(b_chunk, b, b_first, feature);
         __syncthreads();
+        const i32 end = busy ? min(CHUNK, a.features - feature) : 0;
 #pragma unroll 1
-        for (i32 at = 0; at < CHUNK; at += SIDE) {
+        for (i32 at = 0; at < end; at += SIDE) {
             Vector a_rows[SIDE], b_rows[SIDE];
 #pragma unroll
             for (i32 r = 0; r < SIDE; ++r) {
-                a_rows[r] = vector_at(a_chunk + (r * 16 + thread_row()) * CHUNK_PITCH + at);
-                b_rows[r] = vector_at(b_chunk + (r * 16 + thread_column()) * CHUNK_PITCH + at);
+                a_rows[r] = vector_at(a_chunk + (r * ACROSS + thread_row()) * CHUNK_PITCH + at);
+                b_rows[r] = vector_at(b_chunk + (r * ACROSS + thread_column()) * CHUNK_PITCH + at);
             }
 #pragma unroll
             for (i32 lane = 0; lane < SIDE; ++lane) {
@@ -134,16 +138,20 @@ __device__ __forceinline__ void take_scores(Square& s, Shared& shared) {
     }
 }
 
-// acc += s x, or sᵀ x: the tile in shared memory with TILE columns of the rows from `first` on.
+// acc += s x, or sᵀ x: the tile in shared memory with TILE columns of the rows from `first` on. The result has `rows`
+// rows.
 template <bool TRANSPOSED>
-__device__ __forceinline__ void add_product(Square& acc, Shared& shared, const Rows& x, i32 first, i32 column) {
+__device__ __forceinline__ void add_product(
+    Square& acc, Shared& shared, i32 rows, const Rows& x, i32 first, i32 column) {
     __syncthreads();
     stage<TILE, TILE, false>(shared.operands, x, first, column);
     __syncthreads();
     const Acc *s = shared.scores, *columns = shared.operands + thread_column() * SIDE;
     const i32 row = thread_row() * SIDE;
+    const bool busy = row < rows && column + thread_column() * SIDE < x.features;
+    const i32 end = busy ? min(TILE, x.count - first) : 0;
 #pragma unroll 1
-    for (i32 at = 0; at < TILE; at += SIDE) {
+    for (i32 at = 0; at < end; at += SIDE) {
         Vector s_part[SIDE];
 #pragma unroll
         for (i32 r = 0; r < SIDE; ++r) {
@@ -195,8 +203,9 @@ __device__ __forceinline__ void finish_scores(Square& s, Shared& shared, i32 que
     put_scores(shared, s);
 #pragma unroll 1
     for (i32 r = 0; r < SIDE; ++r) {
-        // Rows that do not exist are computed like the last one; their results are not used.
-        const i32 row = min(query + thread_row() * SIDE + r, scores.queries - 1);
+        const i32 row = query + thread_row() * SIDE + r;
+        // Rows that do not exist stay zero.
+        if (row >= scores.queries) break;
         const Span kept = scores.kept(row);
         Vector values = score_row(shared, r);
 #pragma unroll
@@ -222,10 +231,10 @@ __device__ __forceinline__ void drop_scores(Shared& shared, i32 query, i32 key) 
     }
 }
 
-// Combines the values of a row's 16 threads; each gets the same bits.
+// Combines the values of a row's threads; each gets the same bits.
 template <typename F> __device__ __forceinline__ Acc reduce_tile_row(Acc value, F combine) {
 #pragma unroll
-    for (int step = 8; step > 0; step /= 2) value = combine(value, __shfl_xor_sync(0xFFFFFFFF, value, step));
+    for (int step = ACROSS / 2; step > 0; step /= 2) value = combine(value, __shfl_xor_sync(0xFFFFFFFF, value, step));
     return value;
 }
 

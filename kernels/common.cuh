@@ -99,18 +99,6 @@ template <typename A> __device__ __forceinline__ A negative_infinity();
 template <> __device__ __forceinline__ f32 negative_infinity<f32>() { return __int_as_float(0xFF800000); }
 template <> __device__ __forceinline__ f64 negative_infinity<f64>() { return __longlong_as_double(0xFFF0000000000000); }
 
-// From f64, rounded once to nearest even.
-template <typename E> __device__ __forceinline__ E rounded_once(f64 x) {
-    if constexpr (sizeof(E) == 2) {
-        // By way of f32 with the last bit set if anything was cut off, which decides the ties of the second rounding.
-        const f32 nearest = (f32)x;
-        const u32 cut = (f64)nearest != x, away = fabs((f64)nearest) > fabs(x);
-        return Element<E>::from_acc(__uint_as_float((__float_as_uint(nearest) - away) | cut));
-    } else {
-        return (E)x;
-    }
-}
-
 // Where the elements of a tensor are: sizes and steps of its dimensions, outermost first, all counted in elements.
 // Passed by value; the same bytes as the struct that the launch fills.
 constexpr int MAX_RANK = 6;

@@ -49,7 +49,7 @@ extern "C" __global__ void cross_entropy_mean(Acc* loss, f64* count, i64* fault,
     counted = sum_row(counted);
     if (threadIdx.x > 0) return;
     if (counted == 0) report_fault(fault, FAULT_NO_TARGETS, ignore_index, rows);
-    loss[0] = sum / counted;
+    loss[0] = (Acc)(sum / counted);
     count[0] = counted;
 }
 

@@ -17,13 +17,13 @@ extern "C" __global__ void ema_update(const u64* table, u32 tensors, f64 weight)
     const Chunk chunk = chunk_of_block<POINTERS>(table, tensors);
     Acc* averages = chunk.at<Acc>(AVERAGE);
     const T* values = chunk.at<const T>(VALUE);
-    for_chunk<LANES>(chunk, aligned(averages) && aligned(values), [&](i64 i, auto lanes) {
-        Lane<Acc, lanes.COUNT> average(averages + i);
-        const Lane<T, lanes.COUNT> value(values + i);
+    for_chunk<16 / sizeof(Acc)>(chunk, aligned(averages) && aligned(values), [&](i64 i, auto lanes) {
+        auto average = load<lanes.COUNT>(averages + i);
+        const auto value = load<lanes.COUNT>(values + i);
 #pragma unroll
         for (int lane = 0; lane < lanes.COUNT; ++lane) {
             average.lane[lane] += (Acc)weight * (Element<T>::to_acc(value.lane[lane]) - average.lane[lane]);
         }
-        average.store(averages + i);
+        store(averages + i, average);
     });
 }

@@ -3,17 +3,17 @@
 //   forward:  y = v f(u), the first half of x being the value v and the second the gate u
 //   backward: dv = g f(u), du = g v f'(u)
 //
-// Shapes: y, g [rows, columns]; x, dx [rows, 2 columns]; all packed. T: f32, f64, bf16, f16. The activation f is a
-// compile option.
+// Shapes: y, g [rows, columns]; x, dx [rows, 2 columns]; all packed. T: f32, f64, bf16, f16. The activation f is a row
+// of functions.cuh.
 // Variants: DTYPE=f32,f64,bf16,f16 ACTIVATION=gelu,relu_squared,sigmoid
 //
 // One row per warp, or per block for long rows (see for_row); rows are a grid apart. Moves 3 sizeof(T) per element of y
 // forward and 5 backward. Limited by memory bandwidth, if f is cheap; erf and exp of f64 are not.
 
-#include "activation.cuh"
 #include "common.cuh"
+#include "functions.cuh"
 
-typedef Element<T>::Acc Acc;
+typedef function::ACTIVATION Activation;
 
 extern "C" __global__ void glu_fwd(T* y, const T* x, i64 rows, u32 columns) {
     const i64 step = (i64)gridDim.x * blockDim.y;
@@ -25,7 +25,7 @@ extern "C" __global__ void glu_fwd(T* y, const T* x, i64 rows, u32 columns) {
             const auto gate = load<lanes.COUNT>(gates + j);
 #pragma unroll
             for (int lane = 0; lane < lanes.COUNT; ++lane) {
-                const Acc activated = ACTIVATION::value(Element<T>::to_acc(gate.lane[lane]));
+                const Acc activated = Activation::value(Element<T>::to_acc(gate.lane[lane]));
                 value.lane[lane] = Element<T>::from_acc(Element<T>::to_acc(value.lane[lane]) * activated);
             }
             store(to + j, value);
@@ -49,8 +49,10 @@ extern "C" __global__ void glu_bwd(T* dx, const T* x, const T* g, i64 rows, u32 
             for (int lane = 0; lane < lanes.COUNT; ++lane) {
                 const Acc u = Element<T>::to_acc(gate.lane[lane]), v = Element<T>::to_acc(value.lane[lane]);
                 const Acc grad = Element<T>::to_acc(gradient.lane[lane]);
-                value.lane[lane] = Element<T>::from_acc(grad * ACTIVATION::value(u));
-                gate.lane[lane] = Element<T>::from_acc(grad * v * ACTIVATION::derivative(u));
+                const Acc activated = Activation::value(u);
+                const Acc slope = Activation::slope(Activation::KEEP == INPUT ? u : activated);
+                value.lane[lane] = Element<T>::from_acc(grad * activated);
+                gate.lane[lane] = Element<T>::from_acc(grad * v * slope);
             }
             store(to_values + j, value);
             store(to_gates + j, gate);

@@ -10,16 +10,16 @@
 // One row per warp, or per block for long rows (see for_row); rows are a grid apart. Moves 8 sizeof(T) per element of y
 // forward and 15 backward. Limited by memory bandwidth.
 
-#include "activation.cuh"
 #include "common.cuh"
-
-typedef Element<T>::Acc Acc;
+#include "functions.cuh"
 
 struct Gates {
     Acc r, z, n;
 
     __device__ __forceinline__ Gates(Acc ir, Acc iz, Acc in, Acc ur, Acc uz, Acc un)
-        : r(sigmoid::value(ir + ur)), z(sigmoid::value(iz + uz)), n(tanh(in + r * un)) {}
+        : r(function::sigmoid::value(ir + ur)),
+          z(function::sigmoid::value(iz + uz)),
+          n(function::tanh::value(in + r * un)) {}
 };
 
 // N elements of each of the three parts of a row of gates.

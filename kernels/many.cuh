@@ -32,38 +32,9 @@ template <int POINTERS> __device__ __forceinline__ Chunk chunk_of_block(const u6
     return {row, begin, begin + CHUNK < elements ? begin + CHUNK : elements};
 }
 
-// N elements of any type, read and written 128 bits at a time if they fill whole packets.
-template <typename E, int N> struct alignas(N * sizeof(E) % 16 == 0 ? 16 : alignof(E)) Lane {
-    E lane[N];
-
-    static constexpr int PACKETS = N * sizeof(E) / 16;
-
-    __device__ __forceinline__ explicit Lane(const E* from) {
-        if constexpr (N == 1) {
-            lane[0] = from[0];
-        } else {
-            uint4 raw[PACKETS];
-#pragma unroll
-            for (int i = 0; i < PACKETS; ++i) raw[i] = reinterpret_cast<const uint4*>(from)[i];
-            memcpy(lane, raw, sizeof(lane));
-        }
-    }
-
-    __device__ __forceinline__ void store(E* to) const {
-        if constexpr (N == 1) {
-            to[0] = lane[0];
-        } else {
-            uint4 raw[PACKETS];
-            memcpy(raw, lane, sizeof(lane));
-#pragma unroll
-            for (int i = 0; i < PACKETS; ++i) ptx_store_128(reinterpret_cast<uint4*>(to) + i, raw[i]);
-        }
-    }
-};
-
-// Calls body(i, Lanes<N>()) for the elements of a chunk: in groups of N if `packed`, then what is left one by one.
-template <int N, typename Body> __device__ __forceinline__ void for_chunk(const Chunk& chunk, bool packed, Body body) {
-    const i64 in_groups = packed ? chunk.begin + (chunk.end - chunk.begin) / N * N : chunk.begin;
-    for (i64 i = chunk.begin + threadIdx.x * N; i < in_groups; i += blockDim.x * N) body(i, Lanes<N>());
-    for (i64 i = in_groups + threadIdx.x; i < chunk.end; i += blockDim.x) body(i, Lanes<1>());
+// Calls body(i, Lanes<N>()) for the elements of a chunk: packets of WIDTH if `packed`, which asks for 128-bit aligned
+// addresses, then what is left one by one. A thread sees the same elements in the same order either way.
+template <int WIDTH, typename Body>
+__device__ __forceinline__ void for_chunk(const Chunk& chunk, bool packed, Body body) {
+    for_row<WIDTH>((u32)(chunk.end - chunk.begin), packed, [&](u32 j, auto lanes) { body(chunk.begin + j, lanes); });
 }

@@ -74,7 +74,7 @@ extern "C" __global__ void position_sinusoid(T* y, const f64* frequencies, i64 f
         const i64 position = i / half, k = i % half;
         f64 sine, cosine;
         sincos((f64)(first + position) * frequencies[k], &sine, &cosine);
-        y[position * 2 * half + k] = rounded_once<T>(sine);
-        y[position * 2 * half + half + k] = rounded_once<T>(cosine);
+        y[position * 2 * half + k] = from_f64<T>(sine);
+        y[position * 2 * half + half + k] = from_f64<T>(cosine);
     }
 }

@@ -17,6 +17,13 @@ __device__ __forceinline__ unsigned short ptx_f32_to_f16(f32 x) {
     return bits;
 }
 
+// 2 to the power of x, with an error of 2 units in the last place; results below 2^-126 become 0.
+__device__ __forceinline__ f32 ptx_exp2(f32 x) {
+    f32 y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
 // An assignment may be taken apart into stores of single lanes, which PTX prevents.
 __device__ __forceinline__ void ptx_store_128(void* to, uint4 raw) {
     asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};"

@@ -16,7 +16,8 @@
 
 typedef Element<T>::Acc Acc;
 
-constexpr u32 WARP = 32, HEIGHT = 8;
+// FEW summands join the total together, which bounds the rounding error of long sums.
+constexpr u32 WARP = 32, HEIGHT = 8, FEW = 16;
 
 // The part of a sum that piece `piece_index` of its summands makes up.
 struct Span {
@@ -34,11 +35,15 @@ __device__ __forceinline__ void sum_rows(To* y, const From* x, i64 outer, i64 co
     for (i64 row = (i64)blockIdx.x * blockDim.y + threadIdx.y; row < outer * pieces; row += step) {
         const Span span = span_of(row % pieces, piece, count);
         const From* from = x + row / pieces * count + span.first;
+        const bool packed = aligned(from);
         Acc sum = 0;
-        for_row<16 / sizeof(From)>(span.last - span.first, aligned(from), [&](u32 j, auto lanes) {
-            const auto values = load<lanes.COUNT>(from + j);
+        // Packets even where they are not aligned: the order of summation must not depend on where the row starts.
+        for_row<16 / sizeof(From)>(span.last - span.first, true, [&](u32 j, auto lanes) {
+            const auto values = load<lanes.COUNT>(from + j, packed);
+            Acc few = 0;
 #pragma unroll
-            for (From value : values.lane) sum += Element<From>::to_acc(value);
+            for (From value : values.lane) few += Element<From>::to_acc(value);
+            sum += few;
         });
         sum = sum_row(sum);
         if (threadIdx.x == 0) y[row] = Element<To>::from_acc(sum / divisor);
@@ -56,11 +61,17 @@ __device__ __forceinline__ void sum_columns(To* y, const From* x, i64 outer, i64
             const i64 column = tile + threadIdx.x * N;
             Acc sum[N] = {};
             if (column < inner) {
+                for (i64 first = span.first + threadIdx.y; first < span.last; first += HEIGHT * FEW) {
+                    Acc few[N] = {};
+                    const i64 last = min(first + HEIGHT * FEW, span.last);
 #pragma unroll 4
-                for (i64 c = span.first + threadIdx.y; c < span.last; c += HEIGHT) {
-                    const auto values = load<N>(from + c * inner + column);
+                    for (i64 c = first; c < last; c += HEIGHT) {
+                        const auto values = load<N>(from + c * inner + column);
 #pragma unroll
-                    for (int lane = 0; lane < N; ++lane) sum[lane] += Element<From>::to_acc(values.lane[lane]);
+                        for (int lane = 0; lane < N; ++lane) few[lane] += Element<From>::to_acc(values.lane[lane]);
+                    }
+#pragma unroll
+                    for (int lane = 0; lane < N; ++lane) sum[lane] += few[lane];
                 }
             }
 #pragma unroll
@@ -80,11 +91,10 @@ __device__ __forceinline__ void sum_columns(To* y, const From* x, i64 outer, i64
     }
 }
 
-// Sums of nothing are 0, so that there is at least one piece.
 template <typename To, typename From>
-__device__ __forceinline__ void sum(To* y, const From* x, i64 outer, i64 count, i64 inner, i64 piece, Acc divisor) {
+__device__ __forceinline__ void sum_middle(To* y, const From* x, i64 outer, i64 count, i64 inner, i64 piece,
+                                           i64 pieces, Acc divisor) {
     constexpr int WIDTH = 16 / sizeof(From);
-    const i64 pieces = max((count + piece - 1) / piece, (i64)1);
     if (inner == 1) {
         sum_rows(y, x, outer, count, piece, pieces, divisor);
     } else if (aligned(x) && inner % WIDTH == 0) {
@@ -95,15 +105,15 @@ __device__ __forceinline__ void sum(To* y, const From* x, i64 outer, i64 count, 
 }
 
 extern "C" __global__ void reduce_sum(T* y, const T* x, i64 outer, i64 count, i64 inner, f64 divisor) {
-    sum(y, x, outer, count, inner, count, (Acc)divisor);
+    sum_middle(y, x, outer, count, inner, count, 1, (Acc)divisor);
 }
 
 extern "C" __global__ void reduce_pieces(Acc* sums, const T* x, i64 outer, i64 count, i64 inner, i64 piece) {
-    sum(sums, x, outer, count, inner, piece, (Acc)1);
+    sum_middle(sums, x, outer, count, inner, piece, (count + piece - 1) / piece, (Acc)1);
 }
 
 extern "C" __global__ void reduce_finish(T* y, const Acc* sums, i64 outer, i64 pieces, i64 inner, f64 divisor) {
-    sum(y, sums, outer, pieces, inner, pieces, (Acc)divisor);
+    sum_middle(y, sums, outer, pieces, inner, pieces, 1, (Acc)divisor);
 }
 
 // Whether `a` comes before `b` among the largest: NaN first.

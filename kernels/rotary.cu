@@ -7,7 +7,7 @@
 // gives the backward pass. Shapes: y [rows, columns] packed, positions repeating along rows; x of any layout whose last
 // dimension is packed; table [positions, 2 pairs], cosines then sines. T: f32, f64, bf16, f16; table in f32 (f64 for
 // f64).
-// Variants: DTYPE=f32,f64,bf16,f16 INDEX=u32,i64
+// Variants: DTYPE=f32,f64,bf16,f16
 //
 // A thread takes a packet of pairs, or of features that stay as they are; threads are a grid apart.
 // Moves 2 sizeof(T) per element; the table is shared by all heads and stays in the caches. Limited by memory bandwidth.
@@ -17,33 +17,33 @@
 typedef Element<T>::Acc Acc;
 
 template <int N>
-__device__ __forceinline__ void turn(T* y, const T* x, const Acc* table, const Layout& layout, Index rows,
-                                     Index positions, u32 columns, u32 pairs) {
+__device__ __forceinline__ void turn(T* y, const T* x, const Acc* table, const Layout& layout, i64 rows, u32 positions,
+                                     u32 columns, u32 pairs) {
     const u32 turned = pairs / N, items = turned + (columns - 2 * pairs) / N;
-    const Index count = rows * items, step = (Index)gridDim.x * blockDim.x;
-    for (Index i = (Index)blockIdx.x * blockDim.x + threadIdx.x; i < count; i += step) {
-        const Index row = i / items;
-        const u32 item = i % items;
+    const i64 count = rows * items, step = (i64)gridDim.x * blockDim.x;
+    for (i64 i = (i64)blockIdx.x * blockDim.x + threadIdx.x; i < count; i += step) {
+        u64 row = i;
+        const u32 item = divide(row, items);
         T* to = y + row * columns;
         // A row is packed: its start says where all of it is. Without x, y holds it.
         const T* from = x == nullptr ? to : x + layout.position(row * columns);
         if (item >= turned) {
             const u32 k = 2 * pairs + (item - turned) * N;
-            store<N>(to + k, load<N>(from + k));
+            store(to + k, load<N>(from + k));
             continue;
         }
         const u32 k = item * N;
-        const Acc *cosines = table + row % positions * 2 * pairs + k, *sines = cosines + pairs;
+        const Acc* cosines = table + (i64)divide(row, positions) * 2 * pairs + k;
         auto a = load<N>(from + k), b = load<N>(from + pairs + k);
 #pragma unroll
         for (int lane = 0; lane < N; ++lane) {
             const Acc left = Element<T>::to_acc(a.lane[lane]), right = Element<T>::to_acc(b.lane[lane]);
-            const Acc cos = cosines[lane], sin = sines[lane];
+            const Acc cos = cosines[lane], sin = cosines[pairs + lane];
             a.lane[lane] = Element<T>::from_acc(left * cos - right * sin);
             b.lane[lane] = Element<T>::from_acc(right * cos + left * sin);
         }
-        store<N>(to + k, a);
-        store<N>(to + pairs + k, b);
+        store(to + k, a);
+        store(to + pairs + k, b);
     }
 }
 
@@ -58,11 +58,11 @@ __device__ __forceinline__ bool in_packets(const T* y, const T* x, const Layout&
 }
 
 // Without `x`, y holds it and is overwritten: an element is read before it is written, by one thread.
-extern "C" __global__ void rotary_turn(T* y, const T* x, const Acc* table, Layout layout, i64 rows, i64 positions,
+extern "C" __global__ void rotary_turn(T* y, const T* x, const Acc* table, Layout layout, i64 rows, u32 positions,
                                        u32 columns, u32 pairs) {
     if (in_packets(y, x, layout, columns, pairs)) {
-        turn<LANES>(y, x, table, layout, (Index)rows, (Index)positions, columns, pairs);
+        turn<LANES>(y, x, table, layout, rows, positions, columns, pairs);
     } else {
-        turn<1>(y, x, table, layout, (Index)rows, (Index)positions, columns, pairs);
+        turn<1>(y, x, table, layout, rows, positions, columns, pairs);
     }
 }

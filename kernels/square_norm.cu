@@ -20,7 +20,7 @@ extern "C" __global__ void square_norm_chunks(f64* partials, const u64* table, u
     const T* values = chunk.at<const T>(X);
     f64 sum = 0;
     for_chunk<LANES>(chunk, aligned(values), [&](i64 i, auto lanes) {
-        const Lane<T, lanes.COUNT> value(values + i);
+        const auto value = load<lanes.COUNT>(values + i);
 #pragma unroll
         for (T element : value.lane) {
             const f64 x = Element<T>::to_acc(element);

@@ -1,13 +1,16 @@
 //! AdamW against a scalar reference, on every float type, and what it refuses.
 
+mod common;
+
 use std::collections::BTreeMap;
 
 use x_transformers::{
-    DType, Device, Error, Gradients, Init, Param, Philox, Result, Store, Tape, Tensor,
+    DType, Error, Gradients, Init, Param, Philox, Result, Store, Tape, Tensor,
     train::{AdamW, AdamWOptions, Schedule},
 };
 
-const CPU: Device = Device::Cpu;
+use common::device;
+
 const FLOATS: [DType; 4] = [DType::F64, DType::F32, DType::BF16, DType::F16];
 
 /// Normal numbers rounded to eight bits, so that every float type holds them exactly.
@@ -78,13 +81,13 @@ fn adamw_follows_the_reference() -> Result<()> {
     // Longer than a chunk, odd, a scalar, and nothing at all.
     let shapes: [&[usize]; 4] = [&[137, 151], &[7], &[], &[0, 3]];
     for dtype in FLOATS {
-        let store = Store::new(0, dtype, &CPU);
+        let store = Store::new(0, dtype, device());
         let mut params = Vec::new();
         let mut references = Vec::new();
         for (index, shape) in shapes.iter().enumerate() {
             let param = store.param(&format!("p{index}"), *shape, Init::Constant(0.0))?;
             let start = numbers(index as u64, shape.iter().product(), 1.0);
-            param.set(Tensor::from_slice(&start, *shape, &CPU)?.to_dtype(dtype)?)?;
+            param.set(Tensor::from_slice(&start, *shape, device())?.to_dtype(dtype)?)?;
             references.push(Reference::new(&start));
             params.push(param);
         }
@@ -109,7 +112,9 @@ fn adamw_follows_the_reference() -> Result<()> {
                 .iter()
                 .zip(&shapes)
                 .zip(&values)
-                .map(|((param, shape), values)| Ok((param, Tensor::from_slice(values, *shape, &CPU)?.to_dtype(dtype)?)))
+                .map(|((param, shape), values)| {
+                    Ok((param, Tensor::from_slice(values, *shape, device())?.to_dtype(dtype)?))
+                })
                 .collect::<Result<Vec<_>>>()?;
             let info = optimizer.step(&store.params(), &gradients(&given)?, lr, clip)?;
             assert_eq!(info.updated, params.len());
@@ -147,16 +152,16 @@ fn adamw_follows_the_reference() -> Result<()> {
 /// Updates far below the spacing of bf16 numbers add up.
 #[test]
 fn adamw_half_types_keep_small_updates() -> Result<()> {
-    let store = Store::new(0, DType::BF16, &CPU);
+    let store = Store::new(0, DType::BF16, device());
     let param = store.param("p", [4], Init::Constant(1.0))?;
     let mut optimizer = AdamW::new(AdamWOptions { weight_decay: 0.0, ..Default::default() })?;
-    let one = Tensor::ones([4], DType::BF16, &CPU)?;
+    let one = Tensor::ones([4], DType::BF16, device())?;
     for _ in 0..1000 {
         optimizer.step(&store.params(), &gradients(&[(&param, one.clone())])?, 1e-4, None)?;
     }
     assert!((param.tensor().to_f64_vec()?[0] - 0.9).abs() < 0.002);
     // A value set from outside counts from then on.
-    param.set(Tensor::full([4], 3.0, DType::BF16, &CPU)?)?;
+    param.set(Tensor::full([4], 3.0, DType::BF16, device())?)?;
     optimizer.step(&store.params(), &gradients(&[(&param, one)])?, 1e-4, None)?;
     assert!((optimizer.state_dict()?["master.p"].to_f64_vec()?[0] - 2.9999).abs() < 1e-6);
     Ok(())
@@ -169,7 +174,7 @@ fn with_threads<R: Send>(threads: usize, f: impl FnOnce() -> R + Send) -> R {
 #[test]
 fn adamw_same_bits_for_any_number_of_threads() -> Result<()> {
     let run = || -> Result<(Vec<u64>, u64)> {
-        let store = Store::new(1, DType::F32, &CPU);
+        let store = Store::new(1, DType::F32, device());
         let params = [store.param("a", [300, 333], Init::Normal(1.0))?, store.param("b", [5], Init::Normal(1.0))?];
         let mut optimizer = AdamW::new(AdamWOptions::default())?;
         let mut norm = 0.0;
@@ -179,7 +184,7 @@ fn adamw_same_bits_for_any_number_of_threads() -> Result<()> {
                 .map(|param| {
                     let shape = *param.tensor().shape();
                     let random = Philox::new(9, step);
-                    Ok((param, Tensor::generate(shape, DType::F32, &CPU, |i| random.normal(i as u64))?))
+                    Ok((param, Tensor::generate(shape, DType::F32, device(), |i| random.normal(i as u64))?))
                 })
                 .collect::<Result<Vec<_>>>()?;
             norm = optimizer.step(&store.params(), &gradients(&given)?, 0.01, Some(1.0))?.grad_norm;
@@ -200,15 +205,15 @@ fn adamw_same_bits_for_any_number_of_threads() -> Result<()> {
 /// Someone who holds the old tensor keeps its values; a tied parameter is updated once.
 #[test]
 fn adamw_tied_and_shared_parameters() -> Result<()> {
-    let store = Store::new(0, DType::F32, &CPU);
-    let base = Tensor::from_slice(&[1.0f32, 2.0, 3.0, 4.0, 5.0, 6.0], [2, 3], &CPU)?;
+    let store = Store::new(0, DType::F32, device());
+    let base = Tensor::from_slice(&[1.0f32, 2.0, 3.0, 4.0, 5.0, 6.0], [2, 3], device())?;
     let param = store.param("a", [3, 2], Init::Constant(0.0))?;
     // A strided view as value.
     param.set(base.transpose(0, 1)?)?;
     store.tie("z", &param)?;
     let before = param.tensor();
     let mut optimizer = AdamW::new(AdamWOptions { weight_decay: 0.0, ..Default::default() })?;
-    let grads = gradients(&[(&param, Tensor::ones([3, 2], DType::F32, &CPU)?)])?;
+    let grads = gradients(&[(&param, Tensor::ones([3, 2], DType::F32, device())?)])?;
     let info = optimizer.step(&store.params(), &grads, 0.5, None)?;
     assert_eq!(info.updated, 1);
     assert_eq!(before.to_vec::<f32>()?, [1.0, 4.0, 2.0, 5.0, 3.0, 6.0]);
@@ -219,13 +224,13 @@ fn adamw_tied_and_shared_parameters() -> Result<()> {
 
 #[test]
 fn adamw_refuses_what_is_not_finite_and_changes_nothing() -> Result<()> {
-    let store = Store::new(0, DType::F32, &CPU);
+    let store = Store::new(0, DType::F32, device());
     let params: Vec<Param> =
         ["a", "b", "c"].iter().map(|name| store.param(name, [3], Init::Constant(1.0))).collect::<Result<_>>()?;
     let mut optimizer = AdamW::new(AdamWOptions::default())?;
-    let fine = Tensor::ones([3], DType::F32, &CPU)?;
+    let fine = Tensor::ones([3], DType::F32, device())?;
     let mut step = |b: f32, lr: f64, clip: Option<f64>| {
-        let bad = Tensor::from_slice(&[1.0, b, 1.0], [3], &CPU)?;
+        let bad = Tensor::from_slice(&[1.0, b, 1.0], [3], device())?;
         let given = [(&params[0], fine.clone()), (&params[1], bad.clone()), (&params[2], bad)];
         optimizer.step(&store.params(), &gradients(&given)?, lr, clip)
     };
@@ -261,11 +266,11 @@ fn adamw_refuses_what_is_not_finite_and_changes_nothing() -> Result<()> {
 #[test]
 fn adamw_state_comes_back_or_is_refused() -> Result<()> {
     for dtype in FLOATS {
-        let store = Store::new(3, dtype, &CPU);
+        let store = Store::new(3, dtype, device());
         let params = [store.param("a", [4, 3], Init::Normal(1.0))?, store.param("b", [2], Init::Normal(1.0))?];
         let grads = |step: u64| -> Result<Gradients> {
             let g = |param: &Param| {
-                Tensor::from_slice(&numbers(step, param.tensor().elements(), 1.0), *param.tensor().shape(), &CPU)?
+                Tensor::from_slice(&numbers(step, param.tensor().elements(), 1.0), *param.tensor().shape(), device())?
                     .to_dtype(dtype)
             };
             gradients(&[(&params[0], g(&params[0])?), (&params[1], g(&params[1])?)])
@@ -293,7 +298,7 @@ fn adamw_state_comes_back_or_is_refused() -> Result<()> {
             assert_eq!(optimizer.steps(), 2, "nothing is changed");
             error.to_string()
         };
-        let scalar = Tensor::scalar(-1i64, &CPU)?;
+        let scalar = Tensor::scalar(-1i64, device())?;
         let message = refused(&|dict| drop(dict.remove("exp_avg.a")));
         assert!(message.contains("missing") && message.contains("exp_avg.a"), "{message}");
         let message = refused(&|dict| drop(dict.insert("exp_avg.x".into(), scalar.clone())));
@@ -302,7 +307,7 @@ fn adamw_state_comes_back_or_is_refused() -> Result<()> {
         assert!(message.contains("misshapen"), "{message}");
         let message = refused(&|dict| drop(dict.insert("step.a".into(), scalar.clone())));
         assert!(message.contains("negative"), "{message}");
-        let bools = Tensor::zeros([4, 3], DType::Bool, &CPU)?;
+        let bools = Tensor::zeros([4, 3], DType::Bool, device())?;
         let message = refused(&|dict| drop(dict.insert("exp_avg.a".into(), bools.clone())));
         assert!(message.contains("bool"), "{message}");
         let message = refused(&|dict| drop(dict.remove("steps")));

@@ -1,15 +1,16 @@
 //! Dropout masks: their statistics, that the backward pass draws the same ones, and what they do not depend on.
 
-use x_transformers::{DType, Device, Philox, Result, Tape, Tensor, checkpoint};
+mod common;
 
-const CPU: Device = Device::Cpu;
+use common::device;
+use x_transformers::{DType, Philox, Result, Tape, Tensor, checkpoint};
 
 /// Under a training tape: the output of dropout on ones, and the gradient of its sum.
 fn masks(shape: &[usize], p: f64, dtype: DType, seed: u64) -> Result<(Vec<f64>, Vec<f64>)> {
-    let x = Tensor::ones(shape, dtype, &CPU)?.requires_grad()?;
+    let x = Tensor::ones(shape, dtype, device())?.requires_grad()?;
     let mut tape = Tape::train(seed);
     let y = x.dropout(p)?;
-    let grads = tape.backward_with(&y, &Tensor::ones(shape, dtype, &CPU)?)?;
+    let grads = tape.backward_with(&y, &Tensor::ones(shape, dtype, device())?)?;
     Ok((y.to_f64_vec()?, grads.get(&x).expect("a gradient").to_f64_vec()?))
 }
 
@@ -69,7 +70,7 @@ fn masks_depend_on_seed_and_call_alone() -> Result<()> {
         assert_eq!(pool.install(|| masks(&shape, 0.4, DType::F32, 3))?.0, y, "{threads} threads");
     }
     // The layout decides where an element lies, not whether it is kept.
-    let x = Tensor::ones([513, 129], DType::F32, &CPU)?.transpose(0, 1)?;
+    let x = Tensor::ones([513, 129], DType::F32, device())?.transpose(0, 1)?;
     let _tape = Tape::train(3);
     assert_eq!(x.dropout(0.4)?.to_f64_vec()?, y, "transposed");
     assert_ne!(x.dropout(0.4)?.to_f64_vec()?, y, "the second call");
@@ -78,7 +79,7 @@ fn masks_depend_on_seed_and_call_alone() -> Result<()> {
 
 #[test]
 fn acts_only_in_training() -> Result<()> {
-    let x = Tensor::generate([7, 9], DType::F32, &CPU, |i| i as f64)?;
+    let x = Tensor::generate([7, 9], DType::F32, device(), |i| i as f64)?;
     assert!(x.dropout(0.5)?.shares_storage(&x), "no tape");
     {
         let _tape = Tape::grad();
@@ -99,7 +100,7 @@ fn probability_one_has_a_zero_gradient() -> Result<()> {
 
 #[test]
 fn checkpoint_draws_the_same_masks() -> Result<()> {
-    let x = Tensor::generate([40, 50], DType::F64, &CPU, |i| (i as f64).sin())?.requires_grad()?;
+    let x = Tensor::generate([40, 50], DType::F64, device(), |i| (i as f64).sin())?.requires_grad()?;
     let body = |x: &Tensor| x.dropout(0.3)?.square()?.dropout(0.2);
     let gradient = |recompute: bool| -> Result<(Vec<f64>, Vec<f64>)> {
         let mut tape = Tape::train(8);

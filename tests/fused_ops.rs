@@ -1,18 +1,19 @@
 //! Properties of the fused ops that no single case shows: the same bits for any number of threads, sums over the whole
 //! that equal the sums over its parts, tensors in use that stay as they are, and values at the edge.
 
-use x_transformers::{DType, Device, Philox, Result, Tape, Tensor, ops::Activation};
+mod common;
 
-const CPU: Device = Device::Cpu;
+use common::device;
+use x_transformers::{DType, Philox, Result, Tape, Tensor, ops::Activation};
 
 fn random(shape: &[usize], dtype: DType, stream: u64) -> Result<Tensor> {
     let random = Philox::new(17, stream);
-    Tensor::generate(shape, dtype, &CPU, |i| random.normal(i as u64))
+    Tensor::generate(shape, dtype, device(), |i| random.normal(i as u64))
 }
 
 fn tokens(shape: &[usize], limit: u64) -> Result<Tensor> {
     let random = Philox::new(18, 0);
-    Tensor::generate(shape, DType::I64, &CPU, |i| random.below(i as u64, limit) as f64)
+    Tensor::generate(shape, DType::I64, device(), |i| random.below(i as u64, limit) as f64)
 }
 
 type Op = fn(&[Tensor]) -> Result<Tensor>;
@@ -45,7 +46,7 @@ fn same_bits_for_any_number_of_threads() -> Result<()> {
             ("cross_entropy", |x| x[0].cross_entropy(&x[1], 5), vec![x.clone(), tokens(&[3, 211], 74)?]),
             ("embedding", |x| x[0].embedding(&x[1]), vec![random(&[97, 74], dtype, 5)?, tokens(&[3, 211], 97)?]),
             ("glu", |x| x[0].glu(Activation::Gelu), vec![x.clone()]),
-            ("rotary", |x| x[0].rotary(&Tensor::full([16], 0.1, DType::F64, &CPU)?, 3), vec![x.clone()]),
+            ("rotary", |x| x[0].rotary(&Tensor::full([16], 0.1, DType::F64, device())?, 3), vec![x.clone()]),
             ("dropout", |x| x[0].dropout(0.2), vec![x.clone()]),
         ];
         for (name, op, inputs) in ops {
@@ -111,7 +112,7 @@ fn backward_leaves_held_tensors_alone() -> Result<()> {
     let mut tape = Tape::train(1);
     let normed = x.rms_norm(&g, 1e-8)?;
     let gated = normed.glu(Activation::Gelu)?;
-    let turned = gated.rotary(&Tensor::ones([2], DType::F64, &CPU)?, 0)?;
+    let turned = gated.rotary(&Tensor::ones([2], DType::F64, device())?, 0)?;
     let dropped = turned.dropout(0.1)?;
     let loss = dropped.cross_entropy(&targets, -100)?;
     let held = [&x, &normed, &gated, &turned, &dropped];
@@ -125,7 +126,7 @@ fn backward_leaves_held_tensors_alone() -> Result<()> {
     let loss = x
         .rms_norm(&g, 1e-8)?
         .glu(Activation::Gelu)?
-        .rotary(&Tensor::ones([2], DType::F64, &CPU)?, 0)?
+        .rotary(&Tensor::ones([2], DType::F64, device())?, 0)?
         .dropout(0.1)?
         .cross_entropy(&targets, -100)?;
     assert_eq!(tape.backward(&loss)?.get(&x).expect("a gradient").to_f64_vec()?, with_handles);
@@ -141,16 +142,16 @@ fn backward_leaves_held_tensors_alone() -> Result<()> {
 
 /// Output and gradient of an op of one input.
 fn edge(x: &[f32], op: impl Fn(&Tensor) -> Result<Tensor>) -> Result<(Vec<f64>, Vec<f64>)> {
-    let x = Tensor::from_slice(x, [1, x.len()], &CPU)?.requires_grad()?;
+    let x = Tensor::from_slice(x, [1, x.len()], device())?.requires_grad()?;
     let mut tape = Tape::grad();
     let y = op(&x)?;
-    let grads = tape.backward_with(&y, &Tensor::ones(*y.shape(), y.dtype(), &CPU)?)?;
+    let grads = tape.backward_with(&y, &Tensor::ones(*y.shape(), y.dtype(), device())?)?;
     Ok((y.to_f64_vec()?, grads.get(&x).expect("a gradient").to_f64_vec()?))
 }
 
 #[test]
 fn classes_ruled_out_by_infinity() -> Result<()> {
-    let target = Tensor::from_slice(&[1i64], [1], &CPU)?;
+    let target = Tensor::from_slice(&[1i64], [1], device())?;
     let (loss, grad) = edge(&[0.0, 0.0, f32::NEG_INFINITY], |x| x.cross_entropy(&target, -100))?;
     assert!((loss[0] - std::f64::consts::LN_2).abs() < 1e-7);
     assert_eq!(grad, [0.5, -0.5, 0.0]);
@@ -164,7 +165,7 @@ fn classes_ruled_out_by_infinity() -> Result<()> {
 
 #[test]
 fn loss_of_large_logits_is_exact() -> Result<()> {
-    let target = Tensor::from_slice(&[0i64], [1], &CPU)?;
+    let target = Tensor::from_slice(&[0i64], [1], device())?;
     // A log-sum-exp rounded to f32 would lose everything behind the third digit.
     let (loss, grad) = edge(&[1e4, 1e4 + 0.5], |x| x.cross_entropy(&target, -100))?;
     assert!((loss[0] - (0.5 + (1.0 + (-0.5f64).exp()).ln())).abs() < 1e-7, "{loss:?}");
@@ -174,7 +175,7 @@ fn loss_of_large_logits_is_exact() -> Result<()> {
 
 #[test]
 fn zero_rows_have_finite_norms() -> Result<()> {
-    let g = Tensor::from_slice(&[2.0f32], [1], &CPU)?;
+    let g = Tensor::from_slice(&[2.0f32], [1], device())?;
     let (y, grad) = edge(&[0.0; 4], |x| x.scale_norm(&g, 0.5))?;
     assert_eq!((y, grad), (vec![0.0; 4], vec![4.0; 4]));
     let (y, grad) = edge(&[0.0; 4], |x| x.layer_norm(None, None, 1e-5))?;
@@ -196,7 +197,7 @@ fn variance_far_from_zero() -> Result<()> {
 /// A key that is rotated alone, as with a cache, has the bits that it has within a sequence.
 #[test]
 fn rotation_depends_on_the_position_alone() -> Result<()> {
-    let frequencies = Tensor::generate([8], DType::F32, &CPU, |k| 10000f64.powf(k as f64 / -8.0))?;
+    let frequencies = Tensor::generate([8], DType::F32, device(), |k| 10000f64.powf(k as f64 / -8.0))?;
     let x = random(&[1, 300, 20], DType::F32, 0)?;
     let whole = x.rotary(&frequencies, 7)?;
     for position in [0, 1, 56, 57, 299] {

@@ -134,7 +134,106 @@ fn models_loss_needs_targets() -> Result<()> {
     Ok(())
 }
 
-/// Rows without any key left are uniform, and nothing is ever NaN.
+/// Half precision ends at the logits: the mean of many losses is not rounded to it.
+#[test]
+fn models_losses_of_half_precision_are_f32() -> Result<()> {
+    let continuous = ContinuousTransformerWrapperConfig {
+        max_seq_len: 6,
+        dim_in: Some(3),
+        dim_out: Some(3),
+        attn_layers: decoder(),
+        ..Default::default()
+    };
+    let none = ForwardOptions::default();
+    for dtype in [DType::BF16, DType::F16] {
+        let stores = [Store::new(1, dtype, &CPU), Store::new(1, dtype, &CPU)];
+        let config = AutoregressiveConfig { net: wrapper(decoder()), ..Default::default() };
+        let tokenwise = AutoregressiveWrapper::new(&config, &stores[0])?;
+        let vectorwise = ContinuousAutoregressiveWrapper::new(&continuous, &stores[1])?;
+        let (x, vectors) = (tokens(2, 7)?, Tensor::generate([2, 5, 3], dtype, &CPU, |i| (i as f64).sin())?);
+
+        let logits = tokenwise.net.forward(&x.narrow(1, 0, 6)?, &none)?.out.to_dtype(DType::F64)?;
+        let token_loss = logits.cross_entropy(&x.narrow(1, 1, 6)?, -100)?.item()?;
+        let predicted = vectorwise.net.forward(&vectors.narrow(1, 0, 4)?, &none)?.out.to_dtype(DType::F64)?;
+        let targets = vectors.narrow(1, 1, 4)?.to_dtype(DType::F64)?;
+        let vector_loss = predicted.sub(&targets)?.square()?.mean(&[])?.item()?;
+
+        for (store, exact, loss) in [
+            (&stores[0], token_loss, &(|| tokenwise.loss(&x, &none)) as &dyn Fn() -> Result<Tensor>),
+            (&stores[1], vector_loss, &|| vectorwise.loss(&vectors, &none)),
+        ] {
+            let mut tape = Tape::grad();
+            let loss = loss()?;
+            assert_eq!((loss.dtype(), loss.rank()), (DType::F32, 0));
+            // A rounding to eleven bits would be seen in the fourth digit.
+            assert!((loss.item()? - exact).abs() < 1e-6 * exact, "{dtype}: {} instead of {exact}", loss.item()?);
+            let grads = tape.backward(&loss)?;
+            assert!(grads.unused(&store.params()).is_empty());
+            assert!(grads.tensors().all(|grad| grad.dtype() == dtype));
+        }
+    }
+    Ok(())
+}
+
+/// What a loss or a continuation has no place for is not dropped in silence.
+#[test]
+fn models_losses_give_nothing_else() -> Result<()> {
+    let model = autoregressive(AutoregressiveConfig { net: wrapper(decoder()), ..Default::default() })?;
+    let continuous =
+        ContinuousTransformerWrapperConfig { max_seq_len: 6, attn_layers: decoder(), ..Default::default() };
+    let vectorwise = ContinuousAutoregressiveWrapper::new(&continuous, &Store::new(1, DType::F32, &CPU))?;
+    let (x, vectors) = (tokens(1, 4)?, Tensor::ones([1, 4, 16], DType::F32, &CPU)?);
+    let none = ForwardOptions::default;
+    for (options, name) in [
+        (ForwardOptions { return_embeddings: true, ..none() }, "return_embeddings"),
+        (ForwardOptions { return_mems: true, ..none() }, "return_mems"),
+        (ForwardOptions { return_attn: true, ..none() }, "return_attn"),
+    ] {
+        refused(model.loss(&x, &options), &["loss", name]);
+        refused(vectorwise.loss(&vectors, &options), &["loss", name]);
+        refused(vectorwise.generate(&vectors, 1, &options), &["generate", name]);
+        let generate = GenerateOptions { forward: options, ..Default::default() };
+        refused(model.generate(&x, 1, &generate, &mut |_| true), &["generate", name]);
+    }
+    Ok(())
+}
+
+/// A row without any key left attends to all keys alike, later ones included, on either path.
+#[test]
+fn models_fully_masked_rows_are_uniform() -> Result<()> {
+    let key_values = |attn: AttentionConfig| AttentionConfig { num_mem_kv: 2, ..attn };
+    let with_memory =
+        |layers: AttentionLayersConfig| AttentionLayersConfig { attn: key_values(layers.attn.clone()), ..layers };
+    let encoder = layers(AttentionLayersConfig::encoder(16, 2));
+    for (layers, keys, seen) in [(encoder, 5, 5), (decoder(), 5, 5), (with_memory(decoder()), 7, 2)] {
+        let model = build(&wrapper(layers))?;
+        let padding = bools(&[false, true, true, true, true, false, false, false, false, false], &[2, 5])?;
+        let masks = [
+            (ForwardOptions { mask: Some(padding), ..Default::default() }, seen),
+            (
+                ForwardOptions { attn_mask: Some(Tensor::zeros([5, keys], DType::Bool, &CPU)?), ..Default::default() },
+                keys,
+            ),
+        ];
+        for (options, seen) in masks {
+            let shown = model.forward(&tokens(2, 5)?, &ForwardOptions { return_attn: true, ..options.clone() })?;
+            for attn in &shown.attn {
+                // The first query of the second sequence sees nothing.
+                let weights = attn.select(0, 1)?.select(1, 0)?.to_f64_vec()?;
+                if seen == keys {
+                    assert!(weights.iter().all(|weight| (weight - 1.0 / keys as f64).abs() < 1e-12), "{weights:?}");
+                } else {
+                    // Memory key/values are not masked by padding.
+                    assert!(weights.chunks(keys).all(|row| (row[..seen].iter().sum::<f64>() - 1.0).abs() < 1e-12));
+                }
+            }
+            assert!(largest_difference(&model.forward(&tokens(2, 5)?, &options)?.out, &shown.out)? < 1e-12);
+        }
+    }
+    Ok(())
+}
+
+/// Rows without any key left are finite, and nothing is ever NaN.
 #[test]
 fn models_fully_masked_rows_are_finite() -> Result<()> {
     for layers in [decoder(), AttentionLayersConfig { residual_attn: true, ..decoder() }] {
@@ -273,6 +372,14 @@ fn models_generate_stops() -> Result<()> {
         let end = row.iter().position(|&token| token == 5).expect("every row has ended");
         assert!(row[end + 1..].iter().all(|&token| token == 7), "{row:?}");
     }
+    // The prompt counts: a row that has ended there is padded from its end on, once the other one has ended too.
+    let ended = ints(&[5, 1, 5, 2], &[2, 2])?;
+    let new = model.generate(&ended, 9, &options, &mut |_| true)?;
+    assert_eq!(new.to_vec::<i64>()?, [7, 7]);
+    // Before that nothing is padded.
+    let open = GenerateOptions { eos_token: Some(19), ..options.clone() };
+    let new = model.generate(&ints(&[19, 3], &[2, 1])?, 2, &open, &mut |_| true)?.to_vec::<i64>()?;
+    assert!(!new[2..].contains(&19) && new[..2] != [7, 7], "{new:?}");
     // Nothing to do, and nothing to start from.
     assert_eq!(model.generate(&prompt, 0, &options, &mut |_| true)?.shape()[..], [2, 0]);
     refused(model.generate(&ints(&[], &[2, 0])?, 3, &options, &mut |_| true), &["start_tokens", "[2, 0]"]);
@@ -454,6 +561,43 @@ fn vision_refuses_bad_images() -> Result<()> {
     Ok(())
 }
 
+/// Image to caption: the decoder attends to the embeddings of the image, whose transformer learns from its loss.
+#[test]
+fn vision_embeddings_are_a_context() -> Result<()> {
+    let config = ViTransformerWrapperConfig {
+        image_size: 8,
+        patch_size: 4,
+        attn_layers: layers(AttentionLayersConfig::encoder(16, 1)),
+        ..Default::default()
+    };
+    let store = Store::new(1, DType::F64, &CPU);
+    let image = ViTransformerWrapper::new(&config, &store.at("image"))?;
+    let net = wrapper(AttentionLayersConfig { cross_attend: true, ..decoder() });
+    let caption =
+        AutoregressiveWrapper::new(&AutoregressiveConfig { net, ..Default::default() }, &store.at("caption"))?;
+    let pixels = Tensor::generate([2, 3, 8, 8], DType::F64, &CPU, |i| (i as f64 * 0.7).sin())?;
+    let x = tokens(2, 6)?;
+
+    let mut tape = Tape::grad();
+    let context = image.forward(&pixels, true)?;
+    assert_eq!(context.shape()[..], [2, 5, 16]);
+    let options = |context: Tensor| ForwardOptions { context: Some(context), ..Default::default() };
+    let loss = caption.loss(&x, &options(context))?;
+    let grads = tape.backward(&loss)?;
+    assert!(grads.unused(&store.params()).is_empty());
+    drop(tape);
+    // Each image has its own caption.
+    let with = |pixels: &Tensor| caption.loss(&x, &options(image.forward(pixels, true)?))?.item();
+    assert!((with(&pixels)? - loss.item()?).abs() < 1e-12);
+    assert!((with(&pixels.affine(-1.0, 0.0)?)? - loss.item()?).abs() > 1e-6);
+    let generate = |pixels: &Tensor| {
+        let generate = GenerateOptions { forward: options(image.forward(pixels, true)?), ..Default::default() };
+        caption.generate(&x.narrow(1, 0, 1)?, 4, &generate, &mut |_| true)
+    };
+    assert_eq!(generate(&pixels)?.shape()[..], [2, 4]);
+    Ok(())
+}
+
 #[test]
 fn continuous_sequences_are_predicted_and_continued() -> Result<()> {
     let config = ContinuousTransformerWrapperConfig {
@@ -521,5 +665,60 @@ fn encoder_decoder_ties_its_tables() -> Result<()> {
     refused(model.loss(&src, &tokens(3, 5)?, &EncoderDecoderOptions::default()), &["context", "[3, length, 16]"]);
     config.enc.tie_embedding = true;
     refused(config.plan(), &["enc", "num_tokens"]);
+    Ok(())
+}
+
+/// Source masks act in the encoder, and in the decoder's attention to it.
+#[test]
+fn encoder_decoder_masks() -> Result<()> {
+    let side = |kind: AttentionLayersConfig| wrapper(layers(kind));
+    let config = x_transformers::config::XTransformerConfig {
+        enc: side(AttentionLayersConfig::encoder(16, 1)),
+        dec: side(AttentionLayersConfig { cross_attend: true, ..AttentionLayersConfig::decoder(16, 1) }),
+        tie_token_emb: false,
+    };
+    let model = XTransformer::new(&config, &Store::new(1, DType::F64, &CPU))?;
+    let (src, tgt) = (tokens(2, 4)?, tokens(2, 5)?);
+    let source = bools(&[true, true, true, false, true, true, false, false], &[2, 4])?;
+    let target = bools(&[true, false, true, true, true, true, true, true, true, true], &[2, 5])?;
+    let pairs = Tensor::arange(4, &CPU)?.unsqueeze(1)?.ge(&Tensor::arange(4, &CPU)?)?;
+    let options = EncoderDecoderOptions {
+        src_mask: Some(source.clone()),
+        tgt_mask: Some(target.clone()),
+        src_attn_mask: Some(pairs.clone()),
+        ..Default::default()
+    };
+    let loss = model.loss(&src, &tgt, &options)?.item()?;
+    // By hand.
+    let encoder = ForwardOptions {
+        mask: Some(source.clone()),
+        attn_mask: Some(pairs),
+        return_embeddings: true,
+        ..Default::default()
+    };
+    let decoder = ForwardOptions {
+        mask: Some(target),
+        context: Some(model.encoder.forward(&src, &encoder)?.out),
+        context_mask: Some(source),
+        ..Default::default()
+    };
+    assert_eq!(model.decoder.loss(&tgt, &decoder)?.item()?, loss);
+    let without = |options: EncoderDecoderOptions| model.loss(&src, &tgt, &options)?.item();
+    for other in [
+        EncoderDecoderOptions { src_mask: None, ..options.clone() },
+        EncoderDecoderOptions { tgt_mask: None, ..options.clone() },
+        EncoderDecoderOptions { src_attn_mask: None, ..options.clone() },
+    ] {
+        assert!((without(other)? - loss).abs() > 1e-9);
+    }
+    let short = Some(Tensor::ones([2, 3], DType::Bool, &CPU)?);
+    let wrong = [
+        (EncoderDecoderOptions { src_mask: short.clone(), ..Default::default() }, ["encoder", "mask"]),
+        (EncoderDecoderOptions { tgt_mask: short.clone(), ..Default::default() }, ["decoder", "mask"]),
+        (EncoderDecoderOptions { src_attn_mask: short, ..Default::default() }, ["encoder", "attn_mask"]),
+    ];
+    for (options, [place, mask]) in wrong {
+        refused(model.loss(&src, &tgt, &options), &[place, mask, "[2, 3]"]);
+    }
     Ok(())
 }

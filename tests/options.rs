@@ -67,6 +67,8 @@ fn layer_options() -> Vec<(&'static str, Value)> {
         decoder(json!({"attn_use_entmax15": true})),
         decoder(json!({"attn_num_mem_kv": 3})),
         decoder(json!({"attn_on_attn": true})),
+        decoder(json!({"attn_on_attn": true, "zero_init_branch_output": true})),
+        decoder(json!({"attn_zero_init_output": true, "ff_zero_init_output": true})),
         decoder(json!({"attn_gate_values": true})),
         decoder(json!({"attn_max_attend_past": 2})),
         decoder(json!({"ff_mult": 2.5})),
@@ -143,6 +145,79 @@ fn options_each_changes_the_model_and_trains_every_parameter() -> Result<()> {
         for (name, _) in model(&config, DType::F64)?.params().unique() {
             assert!(outputs.contains_key(&format!("grad.{name}")), "{options}: no gradient for {name}");
         }
+    }
+    Ok(())
+}
+
+/// The README of x-transformers writes `alibi_pos_emb`, its code reads `alibi_pos_bias`: here they are one option.
+#[test]
+fn options_aliases() -> Result<()> {
+    let named = |key: &str| config(&wrapper("Decoder", &json!({ key: true })));
+    assert_eq!(named("alibi_pos_emb")?, named("alibi_pos_bias")?);
+    let both = config(&wrapper("Decoder", &json!({"alibi_pos_emb": true, "alibi_pos_bias": true}))).unwrap_err();
+    assert!(["`alibi_pos_emb`", "`alibi_pos_bias`"].iter().all(|key| both.to_string().contains(key)), "{both}");
+    let pair = |key: &str| {
+        let mut value = json!({"model": "XTransformer", "dim": 8, "enc_num_tokens": 4, "enc_max_seq_len": 8,
+            "enc_depth": 1, "dec_num_tokens": 4, "dec_max_seq_len": 8, "dec_depth": 1});
+        value[key] = json!(true);
+        config(&value)
+    };
+    assert_eq!(pair("dec_alibi_pos_emb")?, pair("dec_alibi_pos_bias")?);
+    Ok(())
+}
+
+/// Rotated queries and keys know distances alone; rotated values know where they stand, as in this generation.
+#[test]
+fn options_rotary_of_queries_and_keys_is_relative() -> Result<()> {
+    let moved = |options: Value| -> Result<f64> {
+        let model = model(&config(&wrapper("Decoder", &options))?, DType::F64)?;
+        let out = |inputs: BTreeMap<String, Tensor>| {
+            Ok::<_, Error>(model.run(&inputs, &Call::default(), &RunOptions::default())?["out"].clone())
+        };
+        let x = tokens(2, 7)?;
+        let mask: Vec<bool> = (0..2 * 9).map(|i| i % 9 >= 2).collect();
+        let padded = Tensor::cat(&[&Tensor::ones([2, 2], DType::I64, &Device::Cpu)?, &x], 1)?;
+        let padded = BTreeMap::from([
+            ("x".to_string(), padded),
+            ("mask".to_string(), Tensor::from_vec(mask, [2, 9], &Device::Cpu)?),
+        ]);
+        difference(&out(padded)?.narrow(1, 2, 7)?, &out(BTreeMap::from([("x".to_string(), x)]))?)
+    };
+    let rotary = |more: Value| {
+        let mut options = json!({"rotary_pos_emb": true, "attn_dim_head": 32});
+        merge(&mut options, &more);
+        options
+    };
+    assert!(moved(rotary(json!({"rotary_qk_only": true})))? < 1e-12);
+    assert!(moved(rotary(json!({})))? > 1e-3);
+    Ok(())
+}
+
+#[test]
+fn options_of_cross_attention_change_the_model() -> Result<()> {
+    let out = |options: &Value| -> Result<BTreeMap<String, Tensor>> {
+        let mut all = json!({"cross_attend": true});
+        merge(&mut all, options);
+        let config = config(&wrapper("Decoder", &all))?;
+        let outputs = run(&config, DType::F64, true, RunOptions::default())?;
+        for (name, _) in model(&config, DType::F64)?.params().unique() {
+            assert!(outputs.contains_key(&format!("grad.{name}")), "{all}: no gradient for {name}");
+        }
+        Ok(outputs)
+    };
+    let plain = out(&json!({}))?;
+    for options in [
+        json!({"only_cross": true}),
+        json!({"custom_layers": ["c", "a", "f", "c"]}),
+        json!({"cross_residual_attn": true}),
+        json!({"residual_attn": true, "cross_residual_attn": true}),
+        json!({"sandwich_coef": 1}),
+        json!({"par_ratio": 6}),
+        json!({"macaron": true}),
+        json!({"attn_num_mem_kv": 2, "attn_collab_heads": true}),
+    ] {
+        let changed = difference(&out(&options)?["out"], &plain["out"])?;
+        assert!(changed > 1e-6, "{options} changes the output by {changed:.1e} only");
     }
     Ok(())
 }
@@ -313,6 +388,45 @@ fn options_illegal() {
     }
 }
 
+/// Options that exclude each other: the message names both.
+#[test]
+fn options_that_exclude_each_other() {
+    let cases = [
+        ("Decoder", json!({"only_cross": true}), ["only_cross", "cross_attend"]),
+        ("Decoder", json!({"pre_norm": false, "sandwich_norm": true}), ["sandwich_norm", "pre_norm"]),
+        ("Decoder", json!({"alibi_pos_bias": true, "rel_pos_bias": true}), ["alibi_pos_bias", "rel_pos_bias"]),
+        ("Encoder", json!({"alibi_pos_bias": true}), ["alibi_pos_bias", "kind"]),
+        ("Decoder", json!({"alibi_learned": true}), ["alibi_learned", "alibi_pos_bias"]),
+        ("Decoder", json!({"rel_pos_max_distance": 256}), ["rel_pos_max_distance", "rel_pos_bias"]),
+        ("Decoder", json!({"rotary_pos_emb": true}), ["rotary_pos_emb", "attn_dim_head"]),
+        ("Decoder", json!({"rotary_qk_only": true}), ["rotary_qk_only", "rotary_pos_emb"]),
+        (
+            "Decoder",
+            json!({"rotary_pos_emb": true, "attn_dim_head": 32, "attn_collab_heads": true, "attn_collab_compression": 0.2}),
+            ["rotary_pos_emb", "attn_collab_heads"],
+        ),
+        ("Decoder", json!({"cross_attend": true, "custom_layers": ["a", "f"]}), ["cross_attend", "order of layers"]),
+        ("Decoder", json!({"custom_layers": ["c"]}), ["custom_layers", "cross_attend"]),
+        ("Decoder", json!({"cross_residual_attn": true}), ["cross_residual_attn", "cross_attend"]),
+        ("Decoder", json!({"dim": 33, "position_infused_attn": true}), ["position_infused_attn", "dim"]),
+        ("Decoder", json!({"attn_collab_compression": 0.5}), ["attn_collab_compression", "attn_collab_heads"]),
+        ("Decoder", json!({"qk_norm_attn_seq_len": 8}), ["qk_norm_attn_seq_len", "use_qk_norm_attn"]),
+        (
+            "Decoder",
+            json!({"use_qk_norm_attn": true, "attn_qk_norm": true, "attn_scale_init_value": -1.0}),
+            ["attn_scale_init_value", "use_qk_norm_attn"],
+        ),
+    ];
+    for (kind, options, names) in cases {
+        // That one of them is illegal alone would not be about the combination.
+        let refused = config(&wrapper(kind, &options)).and_then(|config| config.layers()).unwrap_err();
+        assert!(matches!(refused.root(), Error::Option { .. }), "{refused}");
+        for name in names {
+            assert!(refused.to_string().contains(name), "{options}: `{refused}` does not name {name}");
+        }
+    }
+}
+
 #[test]
 fn options_illegal_wrappers() {
     let layers = json!({"kind": "Decoder", "dim": 8, "depth": 1});
@@ -379,6 +493,31 @@ fn options_unknown() {
             Some("enc_num_memory_tokens"),
         ),
         (json!({"model": "XTransformer", "dim": 8, "enc_hedas": 2}), "enc_hedas", Some("enc_heads")),
+        (json!({"model": "XTransformer", "dim": 8, "num_tokens": 2}), "num_tokens", Some("enc_num_tokens")),
+        (
+            json!({"model": "TransformerWrapper", "tie_embeddings": true, "attn_layers": {"kind": "Decoder", "dim": 8,
+                "depth": 1}}),
+            "tie_embeddings",
+            Some("tie_embedding"),
+        ),
+        (
+            json!({"model": "ContinuousTransformerWrapper", "max_seq_len": 4, "emb_dim": 8, "attn_layers": {"kind":
+                "Decoder", "dim": 8, "depth": 1}}),
+            "emb_dim",
+            None,
+        ),
+        (
+            json!({"model": "ViTransformerWrapper", "image_sise": 4, "attn_layers": {"kind": "Encoder", "dim": 8,
+                "depth": 1}}),
+            "image_sise",
+            Some("image_size"),
+        ),
+        (
+            json!({"model": "AutoregressiveWrapper", "ignore_idx": 4, "net": wrapper("Decoder", &json!({}))}),
+            "ignore_idx",
+            Some("ignore_index"),
+        ),
+        (json!({"model": "SamplingFilter", "filter_thresh": 0.5}), "filter_thresh", Some("filter_thres")),
     ];
     for (value, key, nearest) in cases {
         match config(&value).unwrap_err().root() {
@@ -393,10 +532,31 @@ fn options_unknown() {
 /// Dropout acts under `Tape::train` alone, the same for the same seed, on either path.
 #[test]
 fn options_dropouts() -> Result<()> {
-    for key in ["attn_dropout", "ff_dropout"] {
-        let config = config(&wrapper("Decoder", &json!({ key: 0.3 })))?;
+    let layers = |kind: &str| json!({"kind": kind, "dim": 32, "depth": 1, "heads": 2, "attn_dim_head": 8});
+    let floats = |name: &str, shape: &[usize]| -> Result<BTreeMap<String, Tensor>> {
+        let values = Tensor::generate(shape, DType::F32, &Device::Cpu, |i| (i as f64).sin())?;
+        Ok(BTreeMap::from([(name.to_string(), values)]))
+    };
+    let tokens = || Ok::<_, Error>(BTreeMap::from([("x".to_string(), tokens(2, 9)?)]));
+    let image = json!({"model": "ViTransformerWrapper", "image_size": 8, "patch_size": 4, "num_classes": 16,
+                       "attn_layers": layers("Encoder")});
+    let continuous =
+        json!({"model": "ContinuousTransformerWrapper", "max_seq_len": 9, "attn_layers": layers("Decoder")});
+    let with = |mut value: Value, key: &str| {
+        value[key] = json!(0.3);
+        value
+    };
+    let cases = [
+        ("attn_dropout", wrapper("Decoder", &json!({"attn_dropout": 0.3})), tokens()?),
+        ("ff_dropout", wrapper("Decoder", &json!({"ff_dropout": 0.3})), tokens()?),
+        ("emb_dropout", with(wrapper("Decoder", &json!({})), "emb_dropout"), tokens()?),
+        ("continuous emb_dropout", with(continuous, "emb_dropout"), floats("x", &[2, 9, 32])?),
+        ("image emb_dropout", with(image.clone(), "emb_dropout"), floats("img", &[2, 3, 8, 8])?),
+        ("image dropout", with(image, "dropout"), floats("img", &[2, 3, 8, 8])?),
+    ];
+    for (key, value, inputs) in cases {
+        let config = config(&value)?;
         let model = model(&config, DType::F32)?;
-        let inputs = BTreeMap::from([("x".to_string(), tokens(2, 9)?)]);
         let out = |tape: Option<Tape>, explicit_attention: bool| -> Result<Vec<f64>> {
             let options = RunOptions { explicit_attention, ..RunOptions::default() };
             let out = model.run(&inputs, &Call::default(), &options)?["out"].to_f64_vec();
@@ -404,6 +564,11 @@ fn options_dropouts() -> Result<()> {
             out
         };
         let plain = out(None, false)?;
+        // Element by element the same mask: only the order of additions differs.
+        let paths = [false, true].map(|explicit| out(Some(Tape::train(1)), explicit));
+        let [fused, explicit] = paths;
+        let apart = fused?.iter().zip(explicit?).map(|(a, b)| (a - b).abs()).fold(0.0, f64::max);
+        assert!(apart < 1e-4, "{key}: the paths differ by {apart:.1e}");
         for explicit in [false, true] {
             let dropped = out(Some(Tape::train(1)), explicit)?;
             assert_ne!(dropped, plain, "{key}");

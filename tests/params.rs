@@ -243,6 +243,33 @@ fn loading_lists_everything_that_does_not_fit() -> Result<()> {
 }
 
 #[test]
+fn loading_takes_tied_parameters_once() -> Result<()> {
+    let store = Store::zeros(DType::F32, &Device::Cpu);
+    let encoder = store.param("encoder.weight", [2], Init::Constant(0.0))?;
+    store.tie("decoder.weight", &encoder)?;
+    let params = store.params();
+    let of = |numbers: [f32; 2]| Tensor::from_slice(&numbers, [2], &Device::Cpu);
+    let dict = |entries: &[(&str, [f32; 2])]| -> Result<BTreeMap<String, Tensor>> {
+        entries.iter().map(|(name, numbers)| Ok((name.to_string(), of(*numbers)?))).collect()
+    };
+    for (step, names) in
+        [&["encoder.weight"][..], &["decoder.weight"], &["encoder.weight", "decoder.weight"]].into_iter().enumerate()
+    {
+        let numbers = [step as f32, 7.0];
+        params.load(&dict(&names.iter().map(|name| (*name, numbers)).collect::<Vec<_>>())?)?;
+        assert_eq!(values(&encoder), [step as f64, 7.0]);
+    }
+    let two = params.load(&dict(&[("encoder.weight", [1.0, 2.0]), ("decoder.weight", [1.0, 3.0])])?).unwrap_err();
+    assert!(["encoder.weight", "decoder.weight", "tied"].iter().all(|part| two.to_string().contains(part)), "{two}");
+    assert_eq!(values(&encoder), [2.0, 7.0]);
+    match params.load(&BTreeMap::new()).unwrap_err() {
+        Error::Weights { missing, .. } => assert_eq!(missing, ["decoder.weight", "encoder.weight"]),
+        other => panic!("{other}"),
+    }
+    Ok(())
+}
+
+#[test]
 fn loading_is_all_or_nothing() -> Result<()> {
     let store = Store::new(1, DType::F32, &CPU);
     store.param("a", [2], Init::Normal(1.0))?;

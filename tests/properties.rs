@@ -1,9 +1,10 @@
 //! Random shapes, views and values against models made of plain index arithmetic. The seed is fixed.
 
-use proptest::{prelude::*, test_runner::RngSeed};
-use x_transformers::{DType, Device, Result, Tape, Tensor};
+mod common;
 
-const CPU: Device = Device::Cpu;
+use common::device;
+use proptest::{prelude::*, test_runner::RngSeed};
+use x_transformers::{DType, Result, Tape, Tensor};
 
 fn config(cases: u32) -> ProptestConfig {
     ProptestConfig { cases, rng_seed: RngSeed::Fixed(0x5eed), failure_persistence: None, ..ProptestConfig::default() }
@@ -53,7 +54,7 @@ fn laid_out(values: &[f64], shape: &[usize], dtype: DType, code: u64) -> Result<
         let at = order.iter().zip(&stored).fold(0, |at, (&dim, &size)| at * size + index[dim] + gaps[dim]);
         memory[at] = values[position(index, shape)];
     });
-    let mut result = Tensor::from_slice(&memory, &stored, &CPU)?.to_dtype(dtype)?;
+    let mut result = Tensor::from_slice(&memory, &stored, device())?.to_dtype(dtype)?;
     for (i, &dim) in order.iter().enumerate() {
         result = result.narrow(i as isize, gaps[dim], shape[dim])?;
     }
@@ -262,7 +263,7 @@ proptest! {
         let weights = numbers(&model.shape);
         let mut expected = vec![0.0; values.len()];
         model.from.iter().zip(&weights).for_each(|(&at, w)| expected[at] += w);
-        let cotangent = Tensor::from_slice(&weights, &model.shape, &CPU).unwrap();
+        let cotangent = Tensor::from_slice(&weights, &model.shape, device()).unwrap();
         let grads = tape.backward_with(&view, &cotangent).unwrap();
         let gradient = grads.get(&leaf).unwrap();
         prop_assert_eq!(gradient.shape(), leaf.shape());
@@ -350,7 +351,7 @@ proptest! {
         let size = |s: &[usize], back: usize| if back <= s.len() { s[s.len() - back] } else { 1 };
         let fits = |back: usize| size(&a, back) == size(&b, back) || size(&a, back) == 1 || size(&b, back) == 1;
         let legal = (1..=a.len().max(b.len())).all(fits);
-        let (x, y) = (Tensor::zeros(&a, DType::F32, &CPU).unwrap(), Tensor::zeros(&b, DType::F32, &CPU).unwrap());
+        let (x, y) = (Tensor::zeros(&a, DType::F32, device()).unwrap(), Tensor::zeros(&b, DType::F32, device()).unwrap());
         prop_assert_eq!(x.add(&y).is_ok(), legal);
         prop_assert_eq!(y.mul(&x).is_ok(), legal);
         prop_assert_eq!(x.shape().broadcast(y.shape(), "test").is_ok(), legal);
@@ -413,7 +414,7 @@ proptest! {
             at += 1;
         });
         let x = laid_out(&values, &shape, DType::F64, code).unwrap();
-        let target = Tensor::zeros(&small, DType::F64, &CPU).unwrap();
+        let target = Tensor::zeros(&small, DType::F64, device()).unwrap();
         prop_assert_eq!(x.sum_to(*target.shape()).unwrap().to_f64_vec().unwrap(), expected);
     }
 
@@ -443,7 +444,7 @@ proptest! {
         let mut tape = Tape::grad();
         let y = leaf.max(dim as isize - shape.len() as isize).unwrap();
         prop_assert_eq!(y.to_f64_vec().unwrap(), best);
-        let cotangent = Tensor::generate(&out_shape, DType::F32, &CPU, |i| i as f64 + 1.0).unwrap();
+        let cotangent = Tensor::generate(&out_shape, DType::F32, device(), |i| i as f64 + 1.0).unwrap();
         let grads = tape.backward_with(&y, &cotangent).unwrap();
         prop_assert_eq!(grads.get(&leaf).unwrap().to_f64_vec().unwrap(), marks);
     }
@@ -497,7 +498,7 @@ proptest! {
     #[test]
     fn halves_of_singles(bits in prop::collection::vec(any::<u32>(), 1..200)) {
         let singles: Vec<f32> = bits.into_iter().map(f32::from_bits).filter(|x| !x.is_nan()).collect();
-        let x = Tensor::from_slice(&singles, [singles.len()], &CPU).unwrap();
+        let x = Tensor::from_slice(&singles, [singles.len()], device()).unwrap();
         let expected: Vec<f64> = singles.iter().map(|&x| half::bf16::from_f32(x).to_f64()).collect();
         prop_assert_eq!(x.to_dtype(DType::BF16).unwrap().to_f64_vec().unwrap(), expected);
         let expected: Vec<f64> = singles.iter().map(|&x| half::f16::from_f32(x).to_f64()).collect();

@@ -9,7 +9,7 @@ use proptest::{
 use serde_json::{Map, Value, json};
 use x_transformers::{
     DType, Device, Philox, Result, Store, Tensor,
-    config::{Call, Config},
+    config::{Call, Config, LayerType},
     models::{Model, RunOptions},
 };
 
@@ -17,91 +17,161 @@ const CPU: Device = Device::Cpu;
 const VOCABULARY: usize = 11;
 
 /// Options of layers, each taken or left; those that do not go together are sorted out by the plan.
-const OPTIONS: &[(&str, &str)] = &[
-    ("use_scalenorm", "true"),
-    ("use_rmsnorm", "true"),
-    ("use_rezero", "true"),
-    ("alibi_pos_bias", "true"),
-    ("alibi_learned", "true"),
-    ("rel_pos_bias", "true"),
-    ("position_infused_attn", "true"),
-    ("rotary_pos_emb", "true"),
-    ("rotary_qk_only", "true"),
-    ("sandwich_coef", "1"),
-    ("par_ratio", "2"),
-    ("residual_attn", "true"),
-    ("macaron", "true"),
-    ("pre_norm", "false"),
-    ("gate_residual", "true"),
-    ("scale_residual", "true"),
-    ("shift_tokens", "1"),
-    ("sandwich_norm", "true"),
-    ("use_qk_norm_attn", "true"),
-    ("attn_talking_heads", "true"),
-    ("attn_head_scale", "true"),
-    ("attn_collab_heads", "true"),
-    ("attn_sparse_topk", "3"),
-    ("attn_use_entmax15", "true"),
-    ("attn_num_mem_kv", "2"),
-    ("attn_on_attn", "true"),
-    ("attn_gate_values", "true"),
-    ("attn_max_attend_past", "2"),
-    ("ff_glu", "true"),
-    ("ff_relu_squared", "true"),
-    ("ff_post_act_ln", "true"),
-    ("cross_attend", "true"),
-    ("cross_residual_attn", "true"),
+const OPTIONS: &[&str] = &[
+    r#"{"use_scalenorm": true}"#,
+    r#"{"use_rmsnorm": true}"#,
+    r#"{"use_rezero": true}"#,
+    r#"{"alibi_pos_bias": true}"#,
+    r#"{"alibi_pos_bias": true, "alibi_num_heads": 1}"#,
+    r#"{"alibi_pos_bias": true, "alibi_learned": true}"#,
+    r#"{"rel_pos_bias": true}"#,
+    r#"{"rel_pos_bias": true, "rel_pos_num_buckets": 4, "rel_pos_max_distance": 6}"#,
+    r#"{"position_infused_attn": true}"#,
+    r#"{"rotary_pos_emb": true, "attn_dim_head": 33}"#,
+    r#"{"rotary_pos_emb": true, "attn_dim_head": 35, "rotary_emb_dim": 33}"#,
+    r#"{"rotary_pos_emb": true, "attn_dim_head": 33, "rotary_qk_only": true}"#,
+    r#"{"custom_layers": ["a", "f", "a"]}"#,
+    r#"{"sandwich_coef": 1}"#,
+    r#"{"par_ratio": 2}"#,
+    r#"{"residual_attn": true}"#,
+    r#"{"macaron": true}"#,
+    r#"{"pre_norm": false}"#,
+    r#"{"gate_residual": true}"#,
+    r#"{"scale_residual": true}"#,
+    r#"{"shift_tokens": 1}"#,
+    r#"{"shift_tokens": [0, 2, 1, 3]}"#,
+    r#"{"sandwich_norm": true}"#,
+    r#"{"use_qk_norm_attn": true}"#,
+    r#"{"use_qk_norm_attn": true, "qk_norm_attn_seq_len": 9}"#,
+    r#"{"attn_qk_norm": true}"#,
+    r#"{"attn_talking_heads": true}"#,
+    r#"{"attn_head_scale": true}"#,
+    r#"{"attn_collab_heads": true}"#,
+    r#"{"attn_collab_heads": true, "attn_collab_compression": 1.2}"#,
+    r#"{"attn_sparse_topk": 3}"#,
+    r#"{"attn_use_entmax15": true}"#,
+    r#"{"attn_num_mem_kv": 2}"#,
+    r#"{"attn_on_attn": true}"#,
+    r#"{"attn_gate_values": true}"#,
+    r#"{"attn_max_attend_past": 2}"#,
+    r#"{"ff_glu": true}"#,
+    r#"{"ff_relu_squared": true}"#,
+    r#"{"ff_post_act_ln": true}"#,
+    r#"{"cross_attend": true}"#,
+    r#"{"cross_attend": true, "cross_residual_attn": true}"#,
+    r#"{"cross_attend": true, "only_cross": true}"#,
+    r#"{"cross_attend": true, "custom_layers": ["a", "c", "f", "c"]}"#,
 ];
 
 /// A model and the sizes of its inputs.
 #[derive(Debug, Clone)]
 struct Draw {
     value: Value,
+    /// The options in it.
+    picks: Vec<usize>,
     batch: usize,
     n: usize,
     seed: u64,
 }
 
 impl Draw {
+    fn layers(&self) -> &Value {
+        &self.value["attn_layers"]
+    }
+
+    fn given(&self, key: &str) -> bool {
+        self.layers().get(key).is_some()
+    }
+
     fn has(&self, key: &str) -> bool {
-        self.value["attn_layers"].get(key).is_some_and(|value| *value == json!(true))
+        self.layers().get(key).is_some_and(|value| *value == json!(true))
     }
 
     /// Queries of cross-attention are aligned with the end of the context: a limit on the past then depends on their
     /// number.
     fn counts_queries(&self) -> bool {
-        self.has("cross_attend") && self.value["attn_layers"].get("attn_max_attend_past").is_some()
+        self.has("cross_attend") && self.given("attn_max_attend_past")
     }
 
     fn is_causal(&self) -> bool {
-        self.value["attn_layers"]["kind"] == json!("Decoder")
+        self.layers()["kind"] == json!("Decoder")
     }
+
+    fn is_legal(&self) -> bool {
+        Config::from_value(self.value.clone()).and_then(|config| config.layers()).is_ok()
+    }
+
+    /// How many sublayers of this kind there are.
+    fn count(&self, kind: LayerType) -> usize {
+        let stacks = Config::from_value(self.value.clone()).and_then(|config| config.layers()).unwrap();
+        stacks[0].1.layers.iter().filter(|layer| layer.branch.layer_type() == kind).count()
+    }
+
+    /// The same without one of its options.
+    fn without(&self, pick: usize) -> Self {
+        let mut draw = self.clone();
+        draw.picks.retain(|&other| other != pick);
+        let layers = self.layers();
+        let fixed = ["kind", "dim", "depth", "heads", "ff_mult"].map(|key| (key.to_string(), layers[key].clone()));
+        draw.value["attn_layers"] = with_options(Map::from_iter(fixed), &draw.picks);
+        draw
+    }
+
+    /// Whether an option of this draw has something to act on among the others, as documented.
+    fn acts(&self, option: &Map<String, Value>) -> bool {
+        let is = |key: &str| option.contains_key(key);
+        let norms = ["use_scalenorm", "use_rmsnorm", "sandwich_norm", "pre_norm"];
+        let idle = [
+            self.given("use_rezero") && norms.into_iter().any(is),
+            self.given("use_rmsnorm") && is("use_scalenorm"),
+            is("residual_attn") && self.count(LayerType::SelfAttention) < 2,
+            is("cross_residual_attn") && self.count(LayerType::CrossAttention) < 2,
+            // Three ways to say the order.
+            is("only_cross") && self.given("custom_layers"),
+            is("sandwich_coef") && (self.given("par_ratio") || self.given("custom_layers")),
+            is("par_ratio") && (self.given("sandwich_coef") || self.given("custom_layers")),
+            is("attn_qk_norm") && self.given("use_qk_norm_attn"),
+            is("use_qk_norm_attn") && self.given("attn_qk_norm"),
+            // Three keys or fewer are left anyway.
+            is("attn_sparse_topk") && (self.given("attn_max_attend_past") || self.given("attn_use_entmax15")),
+            // All keys that it would leave out may have no weight.
+            is("attn_max_attend_past") && (self.given("attn_sparse_topk") || self.given("attn_use_entmax15")),
+        ];
+        !idle.contains(&true)
+    }
+}
+
+fn option(pick: usize) -> Map<String, Value> {
+    serde_json::from_str(OPTIONS[pick]).unwrap()
+}
+
+/// The later of contradicting options counts.
+fn with_options(mut layers: Map<String, Value>, picks: &[usize]) -> Value {
+    layers.insert("attn_dim_head".to_string(), json!(5));
+    picks.iter().for_each(|&pick| layers.extend(option(pick)));
+    Value::Object(layers)
 }
 
 /// Legal draws: about four options each.
 fn draws() -> impl Strategy<Value = Draw> {
     let picks = proptest::collection::vec(0usize..OPTIONS.len(), 0..7);
-    let wrapper = (any::<bool>(), any::<bool>(), 0usize..3);
-    let sizes = (1usize..4, 1usize..9, 1usize..4, any::<u64>());
+    let wrapper = (any::<bool>(), any::<bool>(), 0usize..3, any::<bool>());
+    let sizes = (1usize..4, 1usize..9, 1usize..4, 13usize..15, any::<u64>());
     (picks, any::<bool>(), wrapper, sizes).prop_filter_map("illegal together", |(picks, causal, wrapper, sizes)| {
-        let mut layers = json!({"kind": if causal { "Decoder" } else { "Encoder" }, "dim": 14, "depth": 2,
-                                "heads": sizes.2, "attn_dim_head": 5, "ff_mult": 1.5});
-        for pick in picks {
-            let (key, value) = OPTIONS[pick];
-            layers[key] = serde_json::from_str(value).unwrap();
-        }
-        if layers.get("rotary_pos_emb").is_some() {
-            layers["attn_dim_head"] = json!(33);
-        }
+        let (batch, n, heads, dim, seed) = sizes;
+        let kind = if causal { "Decoder" } else { "Encoder" };
+        let layers = json!({"kind": kind, "dim": dim, "depth": 2, "heads": heads, "ff_mult": 1.5});
         let mut value = json!({"model": "TransformerWrapper", "num_tokens": VOCABULARY, "max_seq_len": 9,
-                               "attn_layers": layers});
+                               "attn_layers": with_options(layers.as_object().unwrap().clone(), &picks)});
+        let (tied, without_positions, memory_tokens, narrow) = wrapper;
         let mut options = Map::new();
-        options.extend(wrapper.0.then(|| ("tie_embedding".to_string(), json!(true))));
-        options.extend(wrapper.1.then(|| ("use_pos_emb".to_string(), json!(false))));
-        options.extend((wrapper.2 > 0).then(|| ("num_memory_tokens".to_string(), json!(wrapper.2))));
+        options.extend(tied.then(|| ("tie_embedding".to_string(), json!(true))));
+        options.extend(without_positions.then(|| ("use_pos_emb".to_string(), json!(false))));
+        options.extend((memory_tokens > 0).then(|| ("num_memory_tokens".to_string(), json!(memory_tokens))));
+        options.extend((narrow && !tied).then(|| ("emb_dim".to_string(), json!(7))));
         value.as_object_mut().unwrap().extend(options);
-        let legal = Config::from_value(value.clone()).and_then(|config| config.layers()).is_ok();
-        legal.then_some(Draw { value, batch: sizes.0, n: sizes.1, seed: sizes.3 })
+        let draw = Draw { value, picks, batch, n, seed };
+        draw.is_legal().then_some(draw)
     })
 }
 
@@ -124,10 +194,40 @@ fn inputs(draw: &Draw) -> Result<BTreeMap<String, Tensor>> {
     let mut inputs = BTreeMap::from([("x".to_string(), Tensor::from_vec(tokens, [draw.batch, draw.n], &CPU)?)]);
     if draw.has("cross_attend") {
         let random = Philox::new(draw.seed, 2 << 40);
-        let context = Tensor::generate([draw.batch, 4, 14], DType::F64, &CPU, |i| random.normal(i as u64))?;
+        let dim = draw.layers()["dim"].as_u64().unwrap() as usize;
+        let context = Tensor::generate([draw.batch, 4, dim], DType::F64, &CPU, |i| random.normal(i as u64))?;
         inputs.insert("context".to_string(), context);
     }
     Ok(inputs)
+}
+
+/// Masks that leave some queries without a key.
+fn masks(draw: &Draw) -> Result<BTreeMap<String, Tensor>> {
+    let size = |from: &Value, key: &str| from.get(key).and_then(Value::as_u64).unwrap_or(0) as usize;
+    let queries = draw.n + size(&draw.value, "num_memory_tokens");
+    let keys = queries + size(draw.layers(), "attn_num_mem_kv");
+    let mut masks = BTreeMap::new();
+    let mut mask = |name: &str, stream: u64, shape: [usize; 2]| -> Result<()> {
+        let random = Philox::new(draw.seed, stream << 40);
+        let keep: Vec<bool> =
+            (0..shape[0] * shape[1]).map(|i| i >= shape[1] && random.uniform(i as u64) < 0.6).collect();
+        masks.insert(name.to_string(), Tensor::from_vec(keep, shape, &CPU)?);
+        Ok(())
+    };
+    mask("mask", 4, [draw.batch, draw.n])?;
+    if draw.count(LayerType::SelfAttention) > 0 {
+        mask("attn_mask", 5, [queries, keys])?;
+    }
+    if draw.has("cross_attend") {
+        mask("context_mask", 6, [draw.batch, 4])?;
+    }
+    Ok(masks)
+}
+
+/// A cotangent for the output.
+fn cotangent(draw: &Draw) -> Result<Tensor> {
+    let random = Philox::new(draw.seed, 3 << 40);
+    Tensor::generate([draw.batch, draw.n, VOCABULARY], DType::F64, &CPU, |i| random.normal(i as u64))
 }
 
 fn out(model: &Model, inputs: &BTreeMap<String, Tensor>) -> Result<Tensor> {
@@ -145,9 +245,7 @@ fn close(a: &Tensor, b: &Tensor, bound: f64) -> Result<bool> {
 fn directional(draw: &Draw) -> Result<(f64, f64, f64)> {
     let model = model(draw, DType::F64)?;
     let mut inputs = inputs(draw)?;
-    let random = Philox::new(draw.seed, 3 << 40);
-    let shape = [draw.batch, draw.n, VOCABULARY];
-    let cotangent = Tensor::generate(shape, DType::F64, &CPU, |i| random.normal(i as u64))?;
+    let cotangent = cotangent(draw)?;
     inputs.insert("cotangent".to_string(), cotangent.clone());
     let outputs = model.run(&inputs, &Call::default(), &RunOptions { gradients: true, ..RunOptions::default() })?;
     let weights = cotangent.to_f64_vec()?;
@@ -202,10 +300,94 @@ proptest! {
     #[test]
     fn random_options_fused_and_explicit_attention_agree(draw in draws()) {
         let model = model(&draw, DType::F64).unwrap();
-        let inputs = inputs(&draw).unwrap();
-        let explicit = RunOptions { explicit_attention: true, ..RunOptions::default() };
-        let explicit = model.run(&inputs, &Call::default(), &explicit).unwrap();
-        prop_assert!(close(&out(&model, &inputs).unwrap(), &explicit["out"], 1e-11).unwrap());
+        let mut given = inputs(&draw).unwrap();
+        given.insert("cotangent".to_string(), cotangent(&draw).unwrap());
+        for masks in [BTreeMap::new(), masks(&draw).unwrap()] {
+            given.extend(masks);
+            let run = |explicit_attention: bool| {
+                let options = RunOptions { gradients: true, explicit_attention, ..RunOptions::default() };
+                model.run(&given, &Call::default(), &options).unwrap()
+            };
+            let (fused, explicit) = (run(false), run(true));
+            for name in fused.keys().chain(explicit.keys()) {
+                // A gradient that is zero on one path may be a rounding error on the other.
+                let [fused, explicit] = [&fused, &explicit].map(|outputs| outputs.get(name));
+                let zeros = fused.or(explicit).map(|x| x.affine(0.0, 0.0).unwrap()).unwrap();
+                let agree = close(fused.unwrap_or(&zeros), explicit.unwrap_or(&zeros), 1e-11).unwrap();
+                prop_assert!(agree, "{name}");
+            }
+        }
+    }
+
+    #[test]
+    fn random_options_change_the_output(draw in draws()) {
+        let draw = Draw { n: 9, ..draw };
+        let with = model(&draw, DType::F64).unwrap();
+        let all = out(&with, &inputs(&draw).unwrap()).unwrap();
+        for &pick in &draw.picks {
+            let less = draw.without(pick);
+            let option = option(pick);
+            // What another pick switches on as well is not off now.
+            let is_off = !option.keys().any(|key| key != "attn_dim_head" && less.given(key));
+            if !is_off || !less.is_legal() || !draw.acts(&option) {
+                continue;
+            }
+            let without = model(&less, DType::F64).unwrap();
+            for (name, param) in without.params().unique() {
+                if let Some(same) = with.params().get(name).filter(|same| same.tensor().shape() == param.tensor().shape()) {
+                    param.set(same.tensor()).unwrap();
+                }
+            }
+            let changed = out(&without, &inputs(&less).unwrap()).unwrap();
+            prop_assert!(!close(&changed, &all, 1e-9).unwrap(), "{} does nothing", OPTIONS[pick]);
+        }
+    }
+
+    #[test]
+    fn random_options_are_finite_whatever_is_masked(draw in draws()) {
+        for dtype in [DType::F64, DType::F32, DType::BF16, DType::F16] {
+            let model = model(&draw, dtype).unwrap();
+            let mut given = inputs(&draw).unwrap();
+            given.extend(masks(&draw).unwrap());
+            given.insert("cotangent".to_string(), cotangent(&draw).unwrap());
+            let options = RunOptions { gradients: true, ..RunOptions::default() };
+            for (name, tensor) in model.run(&given, &Call::default(), &options).unwrap() {
+                prop_assert!(tensor.to_f64_vec().unwrap().iter().all(|x| x.is_finite()), "{dtype}: {name}");
+            }
+        }
+    }
+
+    /// A memory is put in front of the keys as it is. Where nothing is normalised before attention, and positions are
+    /// relative or count memories, segments are one long sequence.
+    #[test]
+    fn random_options_segments_are_one_sequence(draw in draws().prop_filter("not causal", Draw::is_causal), cut: usize) {
+        let mut draw = Draw { n: 9, ..draw };
+        let wrapper = draw.value.as_object_mut().unwrap();
+        wrapper.remove("num_memory_tokens");
+        wrapper.extend([("use_pos_emb".to_string(), json!(false)), ("max_mem_len".to_string(), json!(0))]);
+        let layers = wrapper["attn_layers"].as_object_mut().unwrap();
+        // T5's queries count from 0 even behind memories; tokens are not shifted across segments.
+        let local = ["shift_tokens", "rel_pos_bias", "rel_pos_num_buckets", "rel_pos_max_distance", "sandwich_norm"];
+        local.iter().for_each(|key| drop(layers.remove(*key)));
+        layers.insert("pre_norm".to_string(), json!(false));
+        prop_assume!(!draw.counts_queries() && draw.is_legal());
+        let memories = draw.count(LayerType::SelfAttention);
+        prop_assume!(memories > 0);
+
+        let model = model(&draw, DType::F64).unwrap();
+        let mut given = inputs(&draw).unwrap();
+        let whole = out(&model, &given).unwrap();
+        let x = given["x"].clone();
+        let first = 1 + cut % 7;
+        let call = Call { return_mems: true, ..Call::default() };
+        for (start, len) in [(0, first), (first, 1), (first + 1, 8 - first)] {
+            given.insert("x".to_string(), x.narrow(1, start, len).unwrap());
+            let mut outputs = model.run(&given, &call, &RunOptions::default()).unwrap();
+            let out = outputs.remove("out").unwrap();
+            prop_assert!(close(&out, &whole.narrow(1, start, len).unwrap(), 1e-10).unwrap(), "{len} tokens from {start}");
+            prop_assert_eq!(outputs.len(), memories);
+            given.extend(outputs);
+        }
     }
 
     #[test]
@@ -236,7 +418,7 @@ proptest! {
     #[test]
     fn random_options_padding_does_not_matter(draw in draws()) {
         // What is padded is seen by nobody; a feedforward's token shift does not know the mask.
-        prop_assume!(draw.value["attn_layers"].get("shift_tokens").is_none() && !draw.counts_queries());
+        prop_assume!(!draw.given("shift_tokens") && !draw.counts_queries());
         // T5's queries count from 0 and memory tokens stand in front, both alike with padding at the end.
         let model = model(&draw, DType::F64).unwrap();
         let mut inputs = inputs(&draw).unwrap();
@@ -247,6 +429,12 @@ proptest! {
         let mask: Vec<bool> = (0..draw.batch * (draw.n + 1)).map(|i| i % (draw.n + 1) < draw.n).collect();
         inputs.insert("x".to_string(), padded);
         inputs.insert("mask".to_string(), Tensor::from_vec(mask, [draw.batch, draw.n + 1], &CPU).unwrap());
+        if let Some(context) = inputs.get("context").cloned() {
+            let noise = context.narrow(1, 0, 2).unwrap().affine(-3.0, 1.0).unwrap();
+            inputs.insert("context".to_string(), Tensor::cat(&[&context, &noise], 1).unwrap());
+            let mask: Vec<bool> = (0..draw.batch * 6).map(|i| i % 6 < 4).collect();
+            inputs.insert("context_mask".to_string(), Tensor::from_vec(mask, [draw.batch, 6], &CPU).unwrap());
+        }
         let all = out(&model, &inputs).unwrap();
         prop_assert!(close(&all.narrow(1, 0, draw.n).unwrap(), &kept, 1e-10).unwrap());
     }
@@ -254,7 +442,7 @@ proptest! {
     #[test]
     fn random_options_precisions_agree(draw in draws()) {
         // Top-k decides between scores that may differ by less than f32 tells apart.
-        prop_assume!(draw.value["attn_layers"].get("attn_sparse_topk").is_none());
+        prop_assume!(!draw.given("attn_sparse_topk"));
         let (wide, narrow) = (model(&draw, DType::F64).unwrap(), model(&draw, DType::F32).unwrap());
         wide.params().load(&narrow.params().state_dict()).unwrap();
         let inputs = inputs(&draw).unwrap();

@@ -1,19 +1,20 @@
 //! The tape: what is recorded, what is refused, and that gradients add up.
 
+mod common;
+
 use std::{
     cell::Cell,
     panic::{AssertUnwindSafe, catch_unwind},
 };
 
+use common::device;
 use x_transformers::{
-    Backward, Contribution, Contributions, DType, Device, Error, Gradcheck, Init, Param, Part, Result, Store, Tape,
-    Tensor, checkpoint, discrete, gradcheck, record,
+    Backward, Contribution, Contributions, DType, Error, Gradcheck, Init, Param, Part, Result, Store, Tape, Tensor,
+    checkpoint, discrete, gradcheck, record,
 };
 
-const CPU: Device = Device::Cpu;
-
 fn vector(values: &[f64]) -> Tensor {
-    Tensor::from_slice(values, [values.len()], &CPU).unwrap()
+    Tensor::from_slice(values, [values.len()], device()).unwrap()
 }
 
 fn leaf(values: &[f64]) -> Tensor {
@@ -25,14 +26,14 @@ fn values(tensor: &Tensor) -> Vec<f64> {
 }
 
 fn grid(rows: usize, columns: usize) -> Tensor {
-    Tensor::generate([rows, columns], DType::F64, &CPU, |i| (i as f64 * 0.7).sin()).unwrap()
+    Tensor::generate([rows, columns], DType::F64, device(), |i| (i as f64 * 0.7).sin()).unwrap()
 }
 
 /// `x²`, as a user would write it: saves `x`.
 fn square(x: &Tensor) -> Result<Tensor> {
     let squares: Vec<f64> = x.to_f64_vec()?.iter().map(|x| x * x).collect();
     let saved = x.detach();
-    record("square", Tensor::from_slice(&squares, *x.shape(), &CPU)?, &[x], |_| SquareBackward { x: saved })
+    record("square", Tensor::from_slice(&squares, *x.shape(), device())?, &[x], |_| SquareBackward { x: saved })
 }
 
 struct SquareBackward {
@@ -47,14 +48,14 @@ impl Backward for SquareBackward {
     fn backward(self: Box<Self>, grad: Tensor, _need: &[bool]) -> Result<Contributions> {
         let products: Vec<f64> =
             self.x.to_f64_vec()?.iter().zip(grad.to_f64_vec()?).map(|(x, g)| 2.0 * x * g).collect();
-        Tensor::from_slice(&products, *self.x.shape(), &CPU).map(Contributions::one)
+        Tensor::from_slice(&products, *self.x.shape(), device()).map(Contributions::one)
     }
 }
 
 /// `a + b`, whose backward hands one and the same gradient tensor to both inputs.
 fn sum_of(a: &Tensor, b: &Tensor) -> Result<Tensor> {
     let sums: Vec<f64> = a.to_f64_vec()?.iter().zip(b.to_f64_vec()?).map(|(a, b)| a + b).collect();
-    record("sum_of", Tensor::from_slice(&sums, *a.shape(), &CPU)?, &[a, b], |_| SharedBackward)
+    record("sum_of", Tensor::from_slice(&sums, *a.shape(), device())?, &[a, b], |_| SharedBackward)
 }
 
 struct SharedBackward;
@@ -184,7 +185,7 @@ fn accumulating_into_strided_and_partial_sums() -> Result<()> {
         x.transpose(0, 1)?,
     ];
     let loss = Tensor::cat(&pieces.iter().collect::<Vec<_>>(), 0)?;
-    let weights = Tensor::generate(*loss.shape(), DType::F64, &CPU, |i| i as f64)?;
+    let weights = Tensor::generate(*loss.shape(), DType::F64, device(), |i| i as f64)?;
     let grads = tape.backward_with(&loss, &weights)?;
     let got = values(grads.get(&x).unwrap());
     let (values, w) = (values(&x), values(&weights));
@@ -219,7 +220,7 @@ fn backward_refusals() -> Result<()> {
     assert!(matches!(tape.backward(&y), Err(Error::NotScalar { shape }) if shape == [2]));
     assert!(matches!(tape.backward(&constant), Err(Error::NotTracked)));
     assert!(matches!(tape.backward_with(&y, &vector(&[1.0])), Err(Error::Shape { .. })));
-    let single = Tensor::from_slice(&[1.0f32, 1.0], [2], &CPU)?;
+    let single = Tensor::from_slice(&[1.0f32, 1.0], [2], device())?;
     assert!(tape.backward_with(&y, &single).is_err(), "a cotangent of another dtype");
     // A refusal costs nothing: the tape still works.
     let loss = y.sum(&[])?;
@@ -334,7 +335,7 @@ fn an_op_records_one_node() -> Result<()> {
 
 #[test]
 fn unused_parameters_are_listed_by_name() -> Result<()> {
-    let store = Store::new(3, DType::F64, &CPU);
+    let store = Store::new(3, DType::F64, device());
     let used = store.at("layers").at(0).param("weight", [2], Init::Normal(1.0))?;
     store.at("layers").at(1).param("weight", [2], Init::Normal(1.0))?;
     store.param("bias", [2], Init::Constant(0.0))?;
@@ -390,9 +391,9 @@ fn wrong_contributions_are_named() -> Result<()> {
         assert!(message.contains("giving"), "{message}");
         message
     };
-    let message = refused(|_| Tensor::zeros([2, 2], DType::F64, &Device::Cpu).map(Contributions::one));
+    let message = refused(|_| Tensor::zeros([2, 2], DType::F64, device()).map(Contributions::one));
     assert!(message.contains("[2, 2]") && message.contains("[3, 2]"), "{message}");
-    let message = refused(|_| Tensor::zeros([3, 2], DType::F32, &Device::Cpu).map(Contributions::one));
+    let message = refused(|_| Tensor::zeros([3, 2], DType::F32, device()).map(Contributions::one));
     assert!(message.contains("f32") && message.contains("f64"), "{message}");
     let message = refused(|grad| Ok(Contributions::whole([Some(grad.clone()), Some(grad)])));
     assert!(message.contains("2 contributions for 1 input"), "{message}");
@@ -560,7 +561,7 @@ fn layers(store: &Store, x: &Tensor, recompute: bool) -> Result<Tensor> {
 }
 
 fn layer_store() -> Store {
-    let store = Store::new(5, DType::F64, &CPU);
+    let store = Store::new(5, DType::F64, device());
     store.param("first", [6], Init::Normal(1.0)).unwrap();
     store.param("second", [4, 6], Init::Normal(1.0)).unwrap();
     store
@@ -633,7 +634,7 @@ fn checkpoint_adds_to_gradients_from_outside() -> Result<()> {
 
 #[test]
 fn checkpoint_of_integers_and_several_inputs() -> Result<()> {
-    let (x, y, tokens) = (leaf(&[1.0, 2.0]), leaf(&[5.0, 6.0]), Tensor::arange(2, &CPU)?);
+    let (x, y, tokens) = (leaf(&[1.0, 2.0]), leaf(&[5.0, 6.0]), Tensor::arange(2, device())?);
     let mut tape = Tape::grad();
     let z = checkpoint(|t| sum_of(&sum_of(&square(&t[0])?, &t[1].to_dtype(DType::F64)?)?, &t[2]), &[&x, &tokens, &y])?;
     assert_eq!(values(&z), [6.0, 11.0]);

@@ -41,6 +41,49 @@ fn figures_of_a_small_gpt() {
     assert!(info.contains(&format!("forward pass   {:.0} MFLOP", forward / 1e6)), "{forward} in\n{info}");
 }
 
+/// The order as it was resolved, and for each attention the path and what rules the fused one out.
+#[test]
+fn layers_and_attention_paths() {
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let config = path(folder.path(), "c.json");
+    let info = |json: &str| {
+        fs::write(&config, json).expect("write");
+        succeeds(&["info", "--config", &config])
+    };
+    let layers =
+        |options: &str| info(&format!(r#"{{"model": "Decoder", "dim": 32, "depth": 2, "heads": 2{options}}}"#));
+    for (options, order) in [
+        ("", "a f a f"),
+        (r#", "macaron": true"#, "f a f f a f"),
+        (r#", "sandwich_coef": 1"#, "a a f f"),
+        (r#", "cross_attend": true"#, "a c f a c f"),
+        (r#", "cross_attend": true, "only_cross": true"#, "c f c f"),
+        (r#", "custom_layers": ["a", "f", "f"]"#, "a f f"),
+    ] {
+        let info = layers(options);
+        assert!(info.contains(&format!("\nlayer order: {order}\n")), "{options}: {info}");
+        let attentions = order.matches(['a', 'c']).count();
+        assert_eq!(info.matches("; fused\n").count(), attentions, "{options}: {info}");
+    }
+    for (options, why) in [
+        (r#", "attn_talking_heads": true"#, "talking heads mix scores across heads"),
+        (r#", "attn_sparse_topk": 4"#, "top-k needs whole rows of scores"),
+        (r#", "attn_use_entmax15": true"#, "entmax needs whole rows of scores"),
+        (r#", "residual_attn": true"#, "residual attention hands scores to the next layer"),
+    ] {
+        let info = layers(options);
+        assert_eq!(info.matches(&format!("; explicit: {why}\n")).count(), 2, "{options}: {info}");
+    }
+    // Self- and cross-attention apart, both sides of a pair.
+    let info = info(
+        r#"{"model": "XTransformer", "dim": 16, "enc_num_tokens": 4, "enc_max_seq_len": 8, "enc_depth": 1, "enc_heads": 2,
+            "dec_num_tokens": 4, "dec_max_seq_len": 8, "dec_depth": 1, "dec_heads": 2, "dec_cross_residual_attn": true}"#,
+    );
+    assert!(info.contains("layer order of encoder.attn_layers: a f\n"), "{info}");
+    assert!(info.contains("layer order of decoder.net.attn_layers: a c f\n"), "{info}");
+    assert_eq!((info.matches("; fused").count(), info.matches("; explicit").count()), (2, 1), "{info}");
+}
+
 #[test]
 fn a_large_model_is_described_at_once() {
     let folder = tempfile::tempdir().expect("a temporary folder");

@@ -94,7 +94,8 @@ pub struct AttentionLayersConfig {
     pub use_scalenorm: bool,
     /// RMSNorm instead of LayerNorm; wins over `use_scalenorm`. <https://arxiv.org/abs/1910.07467>
     pub use_rmsnorm: bool,
-    /// Each branch times a learned scalar that starts at 0, in place of branch norms.
+    /// Each branch times a learned scalar that starts at 0, in place of all norms of branches: with it the options of
+    /// norms (`use_scalenorm`, `use_rmsnorm`, `sandwich_norm`, `pre_norm`) have nothing to act on, as upstream.
     /// <https://arxiv.org/abs/2003.04887>
     pub use_rezero: bool,
     /// Linear position bias; causal models only. `alibi_pos_emb` is accepted too. <https://arxiv.org/abs/2108.12409>
@@ -117,7 +118,7 @@ pub struct AttentionLayersConfig {
     pub rotary_emb_dim: Option<usize>,
     /// With `rotary_pos_emb`: values are not rotated, as in the paper and in later versions.
     pub rotary_qk_only: bool,
-    /// The order of sublayers; wins over the two below.
+    /// The order of sublayers in place of `depth` blocks; wins over the two below, and over `only_cross`.
     pub custom_layers: Option<Vec<LayerType>>,
     /// So many attention sublayers first, as many feedforwards last. <https://arxiv.org/abs/1911.03864>
     pub sandwich_coef: Option<usize>,
@@ -144,7 +145,7 @@ pub struct AttentionLayersConfig {
     pub use_qk_norm_attn: bool,
     /// Sequence length from which that temperature starts. Default as for 1024 or so.
     pub qk_norm_attn_seq_len: Option<usize>,
-    /// The last linear layer of each branch starts at 0.
+    /// The last linear layer of each branch starts at 0; the gated one of `attn_on_attn` too, where upstream fails.
     pub zero_init_branch_output: bool,
     /// Keywords `attn_*`.
     pub attn: AttentionConfig,
@@ -248,7 +249,8 @@ pub struct AttentionConfig {
     pub talking_heads: bool,
     /// A learned factor per head on its output. <https://arxiv.org/abs/2110.09456>
     pub head_scale: bool,
-    /// Heads share queries and keys, and mix their features. <https://arxiv.org/abs/2006.16362>
+    /// Heads share queries and keys, and mix their features. Together with `num_mem_kv`, which upstream refuses, each
+    /// head's memory keys have the shared width. <https://arxiv.org/abs/2006.16362>
     pub collab_heads: bool,
     /// Shared features relative to those of all heads. Default 0.3.
     pub collab_compression: f64,

@@ -93,7 +93,7 @@ mod tests {
     #[test]
     fn variants_are_combinations() -> Result<(), &'static str> {
         let source = KernelSource::named("unary").ok_or("no such source")?;
-        assert_eq!(source.options().len() % 4, 0);
+        assert!(source.options().len() > 4 && source.options().len() % 4 == 0, "a product with four dtypes");
         for options in source.options() {
             let reversed: Vec<_> = options.iter().rev().copied().collect();
             assert!(source.has(&options) && source.has(&reversed) && !source.has(&options[1..]));

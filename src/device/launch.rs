@@ -51,27 +51,6 @@ impl Grid {
     }
 }
 
-/// The compile option INDEX for a kernel that walks these layouts.
-pub(crate) fn index_type<const N: usize>(layouts: [&Layout; N]) -> &'static str {
-    let reach = |layout: &Layout| {
-        let steps = layout.shape.iter().zip(layout.strides()).map(|(size, stride)| size.saturating_sub(1) * stride);
-        layout.offset + steps.sum::<usize>()
-    };
-    if layouts.iter().all(|layout| reach(layout) < 1 << 31) { "u32" } else { "i64" }
-}
-
-/// The number of columns of a row, or another size that kernels count in 32 bits, with room for a step beyond the end.
-///
-/// Errors: 2³¹ or more.
-pub(crate) fn size32(n: usize) -> Result<u32> {
-    match u32::try_from(n) {
-        Ok(size) if size < 1 << 31 => Ok(size),
-        _ => {
-            Err(Error::shape("launch", format!("a size of {n} was given to a kernel that is made for less than 2^31")))
-        }
-    }
-}
-
 /// One argument of a kernel. The variants are what `build.rs` finds in the kernel's parameter list.
 #[derive(Clone, Copy, Debug)]
 pub(crate) enum Arg {
@@ -119,6 +98,18 @@ scalar!(i32 => I32, u32 => U32, i64 => I64, u64 => U64, f32 => F32, f64 => F64);
 impl IntoArg for Arg {
     fn into_arg(self) -> Result<Arg> {
         Ok(self)
+    }
+}
+
+/// The number of columns of a row, or another size that kernels count in 32 bits, with room for a step beyond the end.
+///
+/// Errors: 2³¹ or more.
+pub(crate) fn size32(n: usize) -> Result<u32> {
+    match u32::try_from(n) {
+        Ok(size) if size < 1 << 31 => Ok(size),
+        _ => {
+            Err(Error::shape("launch", format!("a size of {n} was given to a kernel that is made for less than 2^31")))
+        }
     }
 }
 

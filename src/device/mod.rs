@@ -22,7 +22,7 @@ pub use pool::MemoryStats;
 pub use precision::{Precision, float32_matmul_precision, set_float32_matmul_precision};
 pub use simd::Level;
 
-pub(crate) use launch::{Arg, Gemm, Grid, Operand, Storage, args, index_type, size32};
+pub(crate) use launch::{Arg, Gemm, Grid, Operand, Storage, args, size32};
 
 use cpu::CpuBuffer;
 use cuda::CudaBuffer;

@@ -44,6 +44,7 @@ uncallable! {
     read_back_at(from: u64, to: &mut [u8]) -> Result<()>;
     copy(to: u64, from: u64, bytes: usize) -> Result<()>;
     fill_zero(to: u64, bytes: usize) -> Result<()>;
+    refuse_while_capturing(what: &str) -> Result<()>;
     synchronize() -> Result<()>;
     ordinal() -> usize;
     architecture() -> u32;

@@ -83,12 +83,13 @@ impl AutoregressiveWrapper {
     ///
     /// A mask as long as the tokens loses its last column; it does not enter the loss.
     ///
-    /// Errors: fewer than two tokens, and those of [`TransformerWrapper::forward`].
+    /// Errors: fewer than two tokens, options that ask for more than the output, and those of [`TransformerWrapper::forward`].
     pub fn loss(&self, tokens: &Tensor, options: &ForwardOptions) -> Result<Tensor> {
         ensure!(
             tokens.rank() == 2 && tokens.shape()[1] >= 2,
             Error::shape("loss", format!("expected tokens [batch, n] with n of at least 2, got {:?}", tokens.shape()))
         );
+        options.ask_for_output_alone("loss")?;
         let n = tokens.shape()[1] - 1;
         let mut options = options.clone();
         if let Some(mask) = options.mask.take() {
@@ -114,9 +115,10 @@ impl AutoregressiveWrapper {
     ) -> Result<Tensor> {
         check_sampling(&options.sampling)?;
         let forward = &options.forward;
+        forward.ask_for_output_alone("generate")?;
         ensure!(
-            forward.mems.is_none() && !(forward.return_mems || forward.return_attn || forward.return_embeddings),
-            Error::argument("generate", "takes mask, context and attn_mask; it gives tokens, no memories or maps")
+            forward.mems.is_none(),
+            Error::argument("generate", "takes mask, context and attn_mask, but no `mems`")
         );
         ensure!(
             (1..=2).contains(&start_tokens.rank()) && start_tokens.dtype() == DType::I64,

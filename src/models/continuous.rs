@@ -106,12 +106,13 @@ impl ContinuousAutoregressiveWrapper {
     ///
     /// A mask as long as the sequence loses its last column. Predictions from masked positions do not count.
     ///
-    /// Errors: fewer than two vectors, no position that counts, and those of [`ContinuousTransformerWrapper::forward`].
+    /// Errors: fewer than two vectors, no position that counts, options that ask for more than the output, and those of [`ContinuousTransformerWrapper::forward`].
     pub fn loss(&self, x: &Tensor, options: &ForwardOptions) -> Result<Tensor> {
         ensure!(
             x.rank() == 3 && x.shape()[1] >= 2,
             Error::shape("loss", format!("expected [batch, n, features] with n of at least 2, got {:?}", x.shape()))
         );
+        options.ask_for_output_alone("loss")?;
         let n = x.shape()[1] - 1;
         let mut options = options.clone();
         if let Some(mask) = options.mask.take() {
@@ -133,6 +134,7 @@ impl ContinuousAutoregressiveWrapper {
     ///
     /// Errors: an empty sequence, and those of [`ContinuousTransformerWrapper::forward`].
     pub fn generate(&self, start: &Tensor, seq_len: usize, options: &ForwardOptions) -> Result<Tensor> {
+        options.ask_for_output_alone("generate")?;
         let flat = start.rank() == 2;
         let mut all = if flat { start.unsqueeze(0)? } else { start.clone() }.detach();
         ensure!(

@@ -38,6 +38,23 @@ pub struct ForwardOptions {
     pub explicit_attention: bool,
 }
 
+impl ForwardOptions {
+    /// Refuses to be asked for more than the output, by calls that give a loss or a continuation.
+    pub(crate) fn ask_for_output_alone(&self, op: &'static str) -> Result<()> {
+        let asked = [
+            ("return_embeddings", self.return_embeddings),
+            ("return_mems", self.return_mems),
+            ("return_attn", self.return_attn),
+        ];
+        match asked.into_iter().find(|(_, asked)| *asked) {
+            Some((name, _)) => {
+                Err(Error::argument(op, format!("has no place for `{name}`; use `forward` of the wrapped model")))
+            }
+            None => Ok(()),
+        }
+    }
+}
+
 /// What attention layers give.
 #[derive(Clone, Debug)]
 pub struct LayersOutput {

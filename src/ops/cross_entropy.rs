@@ -64,7 +64,7 @@ impl Tensor {
                 let sum = dispatch_float!(OP, x.dtype(), T, {
                     forward_rows::<T>(&x, &targets, classes, ignore_index, &mut statistics)
                 })?;
-                let loss = Tensor::full((), sum / count as f64, x.dtype().accumulator(), x.device())?;
+                let loss = Tensor::full((), sum / count as f64, statistics.dtype(), x.device())?;
                 (loss, Tensor::scalar(count as f64, x.device())?)
             }
             Device::Cuda(gpu) => launch_forward(gpu, &x, &targets, classes, ignore_index, &mut statistics)?,
@@ -86,10 +86,10 @@ fn launch_forward(
     let mut losses = Tensor::uninit(Shape::new(&[rows])?, DType::F64, x.device())?;
     gpu.kernel("cross_entropy_fwd", &option)?.launch(
         Grid::rows(rows, classes),
-        args![statistics, &mut losses, gpu.faults(), x, targets, rows as i64, size32(classes)?, ignore_index],
+        args![&mut *statistics, &mut losses, gpu.faults(), x, targets, rows as i64, size32(classes)?, ignore_index],
     )?;
     let scalar = Shape::new(&[])?;
-    let mut loss = Tensor::uninit(scalar, x.dtype().accumulator(), x.device())?;
+    let mut loss = Tensor::uninit(scalar, statistics.dtype(), x.device())?;
     let mut count = Tensor::uninit(scalar, DType::F64, x.device())?;
     gpu.kernel("cross_entropy_mean", &option)?.launch(
         Grid::new([1, 1, 1], [512, 1, 1]),

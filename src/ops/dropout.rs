@@ -60,6 +60,8 @@ impl Mask {
                 Ok(())
             }),
             Device::Cuda(gpu) => {
+                // A replay would draw the same mask again and again.
+                gpu.refuse_while_capturing("dropout")?;
                 let (n, dtype, seed, stream) = (out.elements(), out.dtype(), self.random.seed(), self.random.stream());
                 gpu.kernel("dropout_mask", &[("DTYPE", dtype.name())])?.launch(
                     Grid::packets(n, dtype),

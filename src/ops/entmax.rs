@@ -3,7 +3,7 @@
 use crate::{
     Device, Error, Result, Tensor,
     core::{Backward, Contributions, Float, Real, dispatch_float, record},
-    device::{Grid, args, cpu},
+    device::{Grid, args, cpu, size32},
     error::ensure,
 };
 
@@ -35,7 +35,7 @@ impl Tensor {
             Device::Cuda(gpu) => {
                 let rows = x.elements().checked_div(width).unwrap_or(0);
                 gpu.kernel("entmax_fwd", &[("DTYPE", x.dtype().name())])?
-                    .launch(Grid::rows(rows, width), args![&mut y, &x, rows as i64, width as u32])?;
+                    .launch(Grid::rows(rows, width), args![&mut y, &x, rows as i64, size32(width)?])?;
             }
         }
         record("entmax15", y, &[&x], |y| Entmax15Backward { y: y.detach() })
@@ -112,7 +112,7 @@ impl Backward for Entmax15Backward {
             Device::Cuda(gpu) => {
                 let rows = grad.elements().checked_div(width).unwrap_or(0);
                 gpu.kernel("entmax_bwd", &[("DTYPE", grad.dtype().name())])?
-                    .launch(Grid::rows(rows, width), args![&mut dx, &self.y, &grad, rows as i64, width as u32])?;
+                    .launch(Grid::rows(rows, width), args![&mut dx, &self.y, &grad, rows as i64, size32(width)?])?;
             }
         }
         Ok(Contributions::one(dx))

@@ -4,7 +4,7 @@ use super::pointwise::{Gelu, Keep, ReluSquared, Sigmoid, Unary};
 use crate::{
     Device, Error, Result, Tensor,
     core::{Backward, Contributions, Float, Real, dispatch_float, record},
-    device::{Grid, args, cpu, simd::vectorized},
+    device::{Grid, args, cpu, simd::vectorized, size32},
 };
 
 /// The function of the gate in [`Tensor::glu`].
@@ -66,7 +66,7 @@ fn glu<F: Unary>(x: &Tensor, dim: usize) -> Result<Tensor> {
         Device::Cuda(gpu) => {
             let rows = y.elements().checked_div(dim).unwrap_or(0);
             gpu.kernel("glu_fwd", &[("DTYPE", x.dtype().name()), ("ACTIVATION", F::NAME)])?
-                .launch(Grid::rows(rows, dim), args![&mut y, x, rows as i64, dim as u32])?;
+                .launch(Grid::rows(rows, dim), args![&mut y, x, rows as i64, size32(dim)?])?;
         }
     }
     record("glu", y, &[x], |_| GluBackward::<F> { x: x.detach(), activation: std::marker::PhantomData })
@@ -112,7 +112,7 @@ impl<F: Unary> Backward for GluBackward<F> {
             Device::Cuda(gpu) => {
                 let rows = grad.elements().checked_div(dim).unwrap_or(0);
                 gpu.kernel("glu_bwd", &[("DTYPE", grad.dtype().name()), ("ACTIVATION", F::NAME)])?
-                    .launch(Grid::rows(rows, dim), args![&mut dx, source.as_ref(), &grad, rows as i64, dim as u32])?;
+                    .launch(Grid::rows(rows, dim), args![&mut dx, source.as_ref(), &grad, rows as i64, size32(dim)?])?;
             }
         }
         Ok(Contributions::one(dx))

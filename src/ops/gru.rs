@@ -3,7 +3,7 @@
 use crate::{
     Device, Error, Result, Tensor,
     core::{Backward, Contributions, Float, Real, Shape, dispatch_float, record},
-    device::{CudaDevice, Grid, args, cpu, simd::vectorized},
+    device::{CudaDevice, Grid, args, cpu, simd::vectorized, size32},
     error::ensure,
     ops::copy::same_kind,
 };
@@ -45,7 +45,7 @@ impl Tensor {
             Device::Cuda(gpu) => {
                 let rows = h.elements().checked_div(dim).unwrap_or(0);
                 gpu.kernel("gru_fwd", &[("DTYPE", h.dtype().name())])?
-                    .launch(Grid::rows(rows, dim), args![&mut y, &h, &input, &hidden, rows as i64, dim as u32])?;
+                    .launch(Grid::rows(rows, dim), args![&mut y, &h, &input, &hidden, rows as i64, size32(dim)?])?;
             }
         }
         record(OP, y, &[&h, &input, &hidden], |_| GruGateBackward {
@@ -128,7 +128,7 @@ impl GruGateBackward {
         let (mut dh, mut di, mut du) = (h.uninit_like()?, input.uninit_like()?, hidden.uninit_like()?);
         gpu.kernel("gru_bwd", &[("DTYPE", h.dtype().name())])?.launch(
             Grid::rows(rows, dim),
-            args![&mut dh, &mut di, &mut du, h, input, hidden, grad, rows as i64, dim as u32],
+            args![&mut dh, &mut di, &mut du, h, input, hidden, grad, rows as i64, size32(dim)?],
         )?;
         Ok(vec![dh, di, du])
     }

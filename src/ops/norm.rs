@@ -7,7 +7,7 @@ use super::{
 use crate::{
     Device, Error, Result, Tensor,
     core::{Backward, Contributions, Float, Real, Shape, dispatch_float, record},
-    device::{CudaDevice, Grid, args, cpu, simd::vectorized},
+    device::{CudaDevice, Grid, args, cpu, simd::vectorized, size32},
     error::ensure,
 };
 
@@ -153,7 +153,7 @@ fn forward_cuda(
     let (weight, bias) = (packed(weight)?, packed(bias)?);
     let weights = weight.as_ref().map_or(0, Tensor::elements);
     let centred = u32::from(form == Form::Centred);
-    let args = args![y, statistics, x, weight.as_ref(), bias.as_ref(), rows as i64, columns as u32, weights as u32, centred, eps];
+    let args = args![y, statistics, x, weight.as_ref(), bias.as_ref(), rows as i64, size32(columns)?, weights as u32, centred, eps];
     gpu.kernel("norm_fwd", &[("DTYPE", x.dtype().name())])?.launch(Grid::rows(rows, columns), args)
 }
 
@@ -312,9 +312,9 @@ impl NormBackward {
             let mut partials = Tensor::uninit(Shape::new(&[chunks, 2 * columns])?, statistics.dtype(), x.device())?;
             // 32 threads side by side, each for 16 bytes of a row.
             let tiles = columns.div_ceil(32 * 16 / x.dtype().size());
-            let grid = Grid::new([tiles as u32, chunks as u32, 1], [32, 8, 1]);
+            let grid = Grid::new([tiles as u32, size32(chunks)?, 1], [32, 8, 1]);
             let g = source.as_ref().unwrap_or(&dx);
-            let sizes = (rows as i64, rows_per_chunk as i64, columns as u32);
+            let sizes = (rows as i64, rows_per_chunk as i64, size32(columns)?);
             let args = args![&mut partials, x, g, statistics, sizes.0, sizes.1, sizes.2, centred];
             gpu.kernel("norm_bwd_sums", &dtype)?.launch(grid, args)?;
             Ok(partials)
@@ -325,7 +325,7 @@ impl NormBackward {
         }
         let weight = packed(weight.as_ref())?;
         let weights = weight.as_ref().map_or(0, Tensor::elements) as u32;
-        let sizes = (rows as i64, columns as u32);
+        let sizes = (rows as i64, size32(columns)?);
         let args =
             args![&mut dx, x, source.as_ref(), weight.as_ref(), statistics, sizes.0, sizes.1, weights, centred, self.eps];
         gpu.kernel("norm_bwd", &dtype)?.launch(Grid::rows(rows, columns), args)?;

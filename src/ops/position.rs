@@ -3,7 +3,7 @@
 use crate::{
     DType, Device, Error, Result, Tensor,
     core::{Backward, Contributions, Float, Real, Shape, discrete, dispatch_float, record},
-    device::{CudaDevice, Grid, args, cpu},
+    device::{CudaDevice, Grid, args, cpu, size32},
     error::ensure,
     ops::attention::bucket,
 };
@@ -96,7 +96,7 @@ impl Tensor {
             })?,
             Device::Cuda(gpu) => {
                 let rows = heads * queries;
-                let sizes = (rows as i64, queries as u32, keys as u32, buckets as u32);
+                let sizes = (rows as i64, size32(queries)?, size32(keys)?, size32(buckets)?);
                 gpu.kernel("position_bias_fwd", &[("DTYPE", table.dtype().name())])?.launch(
                     Grid::rows(if keys == 0 { 0 } else { rows }, keys),
                     args![&mut y, &table, &of.on(gpu)?, sizes.0, sizes.1, sizes.2, sizes.3, scale],
@@ -139,7 +139,7 @@ impl Tensor {
                 let frequencies = self.detach().to_dtype(DType::F64)?.contiguous()?;
                 gpu.kernel("position_sinusoid", &[("DTYPE", dtype.name())])?.launch(
                     Grid::elements(n * half),
-                    args![&mut y, &frequencies, first as i64, n as i64, half as u32],
+                    args![&mut y, &frequencies, first as i64, n as i64, size32(half)?],
                 )?;
             }
         }
@@ -214,13 +214,13 @@ impl RelativePositionBiasBackward {
         let shape = Shape::new(&[heads, chunks, length])?;
         let mut sums = Tensor::uninit(shape, grad.dtype().accumulator(), grad.device())?;
         gpu.kernel("position_bias_bwd_sums", &dtype)?.launch(
-            Grid::new([length.div_ceil(256) as u32, chunks as u32, heads as u32], [256, 1, 1]),
-            args![&mut sums, grad, queries as u32, keys as u32, CHUNK as u32],
+            Grid::new([length.div_ceil(256) as u32, size32(chunks)?, size32(heads)?], [256, 1, 1]),
+            args![&mut sums, grad, size32(queries)?, size32(keys)?, CHUNK as u32],
         )?;
         let mut table = Tensor::uninit(Shape::new(&[heads, count])?, grad.dtype(), grad.device())?;
         gpu.kernel("position_bias_bwd", &dtype)?.launch(
-            Grid::new([count as u32, heads as u32, 1], [256, 1, 1]),
-            args![&mut table, &sums, &self.of.on(gpu)?, length as u32, chunks as u32, self.scale],
+            Grid::new([size32(count)?, size32(heads)?, 1], [256, 1, 1]),
+            args![&mut table, &sums, &self.of.on(gpu)?, size32(length)?, size32(chunks)?, self.scale],
         )?;
         Ok(table)
     }

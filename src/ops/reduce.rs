@@ -118,11 +118,12 @@ impl Sums {
     /// The length of pieces that a sum is cut into, and their number: by the sizes alone, so that results do not depend
     /// on the card.
     fn pieces(&self) -> (usize, usize) {
-        // Enough blocks to fill a large card, none with less than what pays for its start.
+        // Enough blocks to fill a large card, none with less than what pays for its start, nor with so much that the
+        // rounding error of its threads grows.
         const BLOCKS: usize = 1024;
-        let smallest = if self.inner == 1 { 4096 } else { 64 };
+        let (smallest, largest) = if self.inner == 1 { (4096, 1 << 16) } else { (64, 1 << 12) };
         let wanted = BLOCKS / (self.outer * self.tiles()).clamp(1, BLOCKS);
-        let piece = self.count.div_ceil(wanted).max(smallest).min(1 << 30);
+        let piece = self.count.div_ceil(wanted).clamp(smallest, largest);
         (piece, self.count.div_ceil(piece).max(1))
     }
 

@@ -4,7 +4,7 @@ use super::norm::reuse;
 use crate::{
     Device, Error, Result, Tensor,
     core::{Backward, Contributions, Float, Layout, Real, Shape, discrete, dispatch_float, record},
-    device::{CudaDevice, Grid, Storage, args, cpu, index_type, simd::vectorized},
+    device::{CudaDevice, Grid, Storage, args, cpu, simd::vectorized, size32},
     error::ensure,
 };
 
@@ -96,7 +96,7 @@ impl Turn {
     fn apply_cuda(&self, gpu: &CudaDevice, source: Option<&Tensor>, direction: f64, out: &mut Tensor) -> Result<()> {
         let (positions, dim, pairs) = (out.dim(-2)?, out.dim(-1)?, self.inv_freq.elements());
         let rows = out.elements().checked_div(dim).unwrap_or(0);
-        let (dtype, of_table) = (out.dtype().name(), out.dtype().accumulator());
+        let of_table = out.dtype().accumulator();
         let mut table = Tensor::uninit(Shape::new(&[positions, 2 * pairs])?, of_table, out.device())?;
         let first = self.first_position as i64;
         gpu.kernel("rotary_table", &[("DTYPE", self.inv_freq.dtype().name()), ("TABLE", of_table.name())])?.launch(
@@ -104,12 +104,10 @@ impl Turn {
             args![&mut table, &self.inv_freq, first, positions as i64, pairs as u32, direction],
         )?;
         let layout = *source.unwrap_or(out).layout();
-        let index = index_type([out.layout(), &layout]);
         let storage = source.map(Storage);
-        let sizes = (rows as i64, positions as i64, dim as u32, pairs as u32);
-        gpu.kernel("rotary_turn", &[("DTYPE", dtype), ("INDEX", index)])?.launch(
-            // A thread takes 16 bytes or more.
-            Grid::elements((rows * dim).div_ceil(16 / out.dtype().size())),
+        let sizes = (rows as i64, size32(positions)?, size32(dim)?, pairs as u32);
+        gpu.kernel("rotary_turn", &[("DTYPE", out.dtype().name())])?.launch(
+            Grid::packets(rows * dim, out.dtype()),
             args![out, storage, &table, &layout, sizes.0, sizes.1, sizes.2, sizes.3],
         )
     }

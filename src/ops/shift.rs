@@ -3,7 +3,7 @@
 use crate::{
     DType, Device, Error, Result, Tensor,
     core::{Backward, Contributions, Float, dispatch_float, record},
-    device::{Grid, args, cpu},
+    device::{Grid, args, cpu, size32},
     error::ensure,
 };
 
@@ -60,7 +60,7 @@ fn moved(x: &Tensor, amounts: &[isize], masked: Masked) -> Result<Tensor> {
         let table = gpu.constant(&format!("shift_tokens {amounts:?}"), || {
             Ok(amounts.iter().map(|&amount| amount as i64).collect())
         })?;
-        let sizes = (rows as i64, n as u32, dim as u32, amounts.len() as u32, chunk as u32);
+        let sizes = (rows as i64, size32(n)?, size32(dim)?, size32(amounts.len())?, size32(chunk)?);
         gpu.kernel("shift_tokens", &[("DTYPE", x.dtype().name())])?.launch(
             Grid::rows(rows, dim),
             args![&mut y, x, mask, &table, sizes.0, sizes.1, sizes.2, sizes.3, sizes.4, u32::from(about_source)],

@@ -5,7 +5,7 @@ use std::cmp::Ordering;
 use crate::{
     DType, Device, Error, Result, Tensor,
     core::{Float, discrete, dispatch_float},
-    device::{Grid, args, cpu},
+    device::{Grid, args, cpu, size32},
     error::ensure,
 };
 
@@ -45,7 +45,7 @@ impl Tensor {
             Device::Cuda(gpu) => {
                 let rows = x.elements() / width;
                 gpu.kernel("topk_mask", &[("DTYPE", x.dtype().name())])?
-                    .launch(Grid::rows(rows, width), args![&mut keep, &x, rows as i64, width as u32, k as u32])?;
+                    .launch(Grid::rows(rows, width), args![&mut keep, &x, rows as i64, size32(width)?, size32(k)?])?;
             }
         }
         Ok(keep)

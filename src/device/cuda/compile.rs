@@ -86,35 +86,47 @@ pub fn nvrtc_version() -> Result<(i32, i32)> {
 }
 
 /// The machine code of a variant: from the cache on disk, or compiled and put there.
+///
+/// Errors: those of [`compile`]. A cache that cannot be written is no error, only slower the next time.
 pub fn cubin(source: &KernelSource, options: &[(&str, &str)], architecture: Architecture) -> Result<Vec<u8>> {
-    cubin_in(folder().as_deref(), source, options, architecture).map(|(cubin, _)| cubin)
+    match folder() {
+        Some(folder) => cubin_in(&folder, source, options, architecture).map(|cached| cached.cubin),
+        None => compile(source, options, architecture, false).map(|compiled| compiled.cubin),
+    }
 }
 
-/// As [`cubin`], from a cache folder; says whether the code was there already.
+/// Code from a cache folder.
+#[derive(Debug)]
+pub struct Cached {
+    /// Machine code.
+    pub cubin: Vec<u8>,
+    /// Whether it was in the cache; else it was compiled now.
+    pub found: bool,
+    /// Why it could not be put into the cache, if so.
+    pub unwritten: Option<Error>,
+}
+
+/// As [`cubin`], in a folder of one's own. A file that is damaged or foreign is replaced.
 pub fn cubin_in(
-    folder: Option<&Path>,
+    folder: &Path,
     source: &KernelSource,
     options: &[(&str, &str)],
     architecture: Architecture,
-) -> Result<(Vec<u8>, bool)> {
-    let Some(folder) = folder else {
-        return compile(source, options, architecture, false).map(|compiled| (compiled.cubin, false));
-    };
+) -> Result<Cached> {
     let key = Key::new(source, options, architecture)?;
     let path = folder.join(&key.file);
-    // A file that is damaged, foreign or cannot be read is made anew.
     if let Some(cubin) = fs::read(&path).ok().and_then(|bytes| key.code(&bytes)) {
-        return Ok((cubin, true));
+        return Ok(Cached { cubin, found: true, unwritten: None });
     }
     let cubin = compile(source, options, architecture, false)?.cubin;
-    // Without a cache everything still works, only slower the next time.
-    let _ = fs::create_dir_all(folder).map(|()| {
+    let created = fs::create_dir_all(folder).map_err(|why| Error::io(folder, why));
+    let written = created.and_then(|()| {
         write_atomically(&path, |file| {
             file.write_all(&key.header(&cubin))?;
             file.write_all(&cubin)
         })
     });
-    Ok((cubin, false))
+    Ok(Cached { cubin, found: false, unwritten: written.err() })
 }
 
 /// The cache's folder: `XT_KERNEL_CACHE` (`off` for none), else `x-transformers/kernels` in the user's cache folder.

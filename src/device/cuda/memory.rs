@@ -127,7 +127,7 @@ impl CudaDevice {
         self.check("cuMemsetD8Async", unsafe { result::memset_d8_async(to, 0, bytes, self.stream) })
     }
 
-    pub(super) fn refuse_while_capturing(&self, what: &str) -> Result<()> {
+    pub(crate) fn refuse_while_capturing(&self, what: &str) -> Result<()> {
         if self.is_capturing() {
             return Err(error(format!("cuda:{}: {what} cannot be part of a graph", self.ordinal)));
         }

@@ -34,7 +34,7 @@ use super::{
 };
 use crate::{Element, Error, Result, Tensor};
 
-pub use compile::{Architecture, Compiled, compile, cubin_in, folder, nvrtc_version};
+pub use compile::{Architecture, Cached, Compiled, compile, cubin, cubin_in, folder, nvrtc_version};
 pub use graph::Graph;
 use memory::Block;
 pub(crate) use memory::CudaBuffer;
@@ -286,8 +286,9 @@ pub(crate) struct Kernel<'a> {
     function: Function,
 }
 
-/// Shared memory of a block, in bytes, that needs no leave of the driver.
-const PLAIN_SHARED: u32 = 48 << 10;
+/// Shared memory of a launch, in bytes, that needs no leave of the driver: 48 KiB less what kernels declare themselves
+/// beside it.
+const PLAIN_SHARED: u32 = 40 << 10;
 
 impl Kernel<'_> {
     /// Enqueues the kernel; a grid without blocks does nothing.

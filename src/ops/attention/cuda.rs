@@ -8,21 +8,112 @@ use crate::{
     error::ensure,
 };
 
-/// Queries, or keys, of a tile of the plain rung: `TILE` of `kernels/attention_tile.cuh`.
-fn tile(dtype: DType) -> usize {
-    if dtype == DType::F64 { 32 } else { 64 }
+/// Which kernels serve a call.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Rung {
+    /// `kernels/attention_mma_*.cu`, compiled for rows of so many features.
+    TensorCores(usize),
+    /// `kernels/attention_*.cu`, with why not the former.
+    Plain(&'static str),
 }
 
-/// Tiles of features that a block of the plain rung accumulates: `GROUPS` of its kernels.
-const GROUPS: usize = 2;
+/// The rung for rows of `d` and `e` features.
+fn rung(architecture: u32, dtype: DType, [d, e]: [usize; 2]) -> Rung {
+    match [32, 64, 128].into_iter().find(|&head| d.max(e) <= head) {
+        _ if !matches!(dtype, DType::BF16 | DType::F16) => Rung::Plain("tensor cores would round f32 and f64"),
+        _ if architecture < 80 => Rung::Plain("the tensor cores of cards before sm_80 take other fragments"),
+        _ if !d.is_multiple_of(8) || !e.is_multiple_of(8) => Rung::Plain("rows are not whole packets of 16 bytes"),
+        None => Rung::Plain("the registers hold rows of up to 128 features"),
+        Some(head) => Rung::TensorCores(head),
+    }
+}
 
-/// Threads of a block of the plain rung.
-const THREADS: [u32; 3] = [256, 1, 1];
+/// The tensor itself if all its rows start at multiples of 16 bytes, which the copies of the tensor-core rung ask for,
+/// else a packed copy.
+fn aligned(x: &Tensor) -> Result<Tensor> {
+    let lanes = 16 / x.dtype().size();
+    let mut steps = x.shape().iter().zip(x.strides()).take(3);
+    if x.layout().offset.is_multiple_of(lanes) && steps.all(|(&size, step)| size < 2 || step.is_multiple_of(lanes)) {
+        return Ok(x.clone());
+    }
+    x.contiguous()?.to_owned_copy()
+}
+
+impl Rung {
+    /// A tensor with packed rows as the kernels take it.
+    fn operand(self, x: &Tensor) -> Result<Tensor> {
+        if let Self::TensorCores(_) = self { aligned(x) } else { Ok(x.clone()) }
+    }
+}
+
+/// How a kernel cuts its work: the constants of its source.
+struct Blocks {
+    kernel: &'static str,
+    /// Of the sequence, owned by a block.
+    rows: usize,
+    threads: usize,
+    /// Features of a result that a block sums up.
+    features: usize,
+    /// Bytes of shared memory beside what the source declares.
+    shared: usize,
+}
+
+impl Blocks {
+    /// `TILE`, `TILE_THREADS` and `GROUPS` of `kernels/attention_tile.cuh` and the kernels that include it.
+    fn plain(kernel: &'static str, dtype: DType) -> Self {
+        let (rows, threads) = if dtype == DType::F64 { (16, 64) } else { (64, 256) };
+        Self { kernel, rows, threads, features: 2 * rows, shared: 0 }
+    }
+
+    /// `ROWS` and `N` of the kernel; a block keeps the rows of `owned` tensors and two stages of two other tiles.
+    fn tensor_cores(kernel: &'static str, head: usize, [rows, n]: [usize; 2], owned: usize) -> Self {
+        Self { kernel, rows, threads: 128, features: usize::MAX, shared: (owned * rows + 4 * n) * head * 2 }
+    }
+
+    fn forward(rung: Rung, dtype: DType) -> Self {
+        match rung {
+            Rung::Plain(_) => Self::plain("attention_fwd", dtype),
+            Rung::TensorCores(head) => {
+                Self::tensor_cores("attention_mma_fwd", head, [128, if head == 128 { 32 } else { 64 }], 1)
+            }
+        }
+    }
+
+    fn queries(rung: Rung, dtype: DType, position: bool) -> Self {
+        match rung {
+            Rung::Plain(_) => Self::plain("attention_bwd_queries", dtype),
+            Rung::TensorCores(head) => {
+                let [rows, n] = match head {
+                    128 => [64, 32],
+                    64 => [128, 32],
+                    _ => [128, 64],
+                };
+                let blocks = Self::tensor_cores("attention_mma_bwd_queries", head, [rows, n], 2);
+                // The gradients of a tile's scores, in f32.
+                let tile = if position { rows * (n + 4) * 4 } else { 0 };
+                Self { shared: blocks.shared + tile, ..blocks }
+            }
+        }
+    }
+
+    fn keys(rung: Rung, dtype: DType) -> Self {
+        match rung {
+            Rung::Plain(_) => Self::plain("attention_bwd_keys", dtype),
+            Rung::TensorCores(head) => {
+                Self::tensor_cores("attention_mma_bwd_keys", head, [64, if head == 128 { 32 } else { 64 }], 2)
+            }
+        }
+    }
+}
 
 /// What all kernels of a call are given.
 struct Call<'a> {
     gpu: &'static CudaDevice,
     problem: &'a Problem,
+    rung: Rung,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
     /// The biases of each head and distance.
     curves: Option<Tensor>,
     terms: Option<Terms>,
@@ -40,14 +131,16 @@ struct Terms {
 
 impl<'a> Call<'a> {
     fn new(gpu: &'static CudaDevice, problem: &'a Problem) -> Result<Self> {
-        let Sizes { heads, queries, keys, .. } = problem.sizes;
+        let Sizes { heads, queries, keys, d, e, .. } = problem.sizes;
         // Kernels count positions and distances in 32 bits.
         ensure!(
             queries.saturating_add(keys) < i32::MAX as usize / 4,
             Error::shape(OP, format!("{queries} queries and {keys} keys are more than the kernels can count"))
         );
         let terms = problem.position.as_ref().map(|position| Terms::new(gpu, position, &problem.sizes)).transpose()?;
-        let mut call = Self { gpu, problem, curves: None, terms };
+        let rung = rung(gpu.architecture(), problem.q.dtype(), [d, e]);
+        let [q, k, v] = [&problem.q, &problem.k, &problem.v].map(|x| rung.operand(x));
+        let mut call = Self { gpu, problem, rung, q: q?, k: k?, v: v?, curves: None, terms };
         if let (Some(position), Some(terms)) = (&problem.position, &call.terms) {
             let acc = problem.acc();
             let weights = position.weights().to_dtype(acc)?.contiguous()?;
@@ -91,15 +184,26 @@ impl<'a> Call<'a> {
             problem.scale, seed, stream, threshold, factor])
     }
 
-    /// A block for each tile of rows of each head, times `columns` blocks for as many features.
-    fn launch(&self, name: &'static str, [heads, rows]: [usize; 2], columns: usize, args: &[&[Arg]]) -> Result<()> {
-        let dtype = self.problem.q.dtype();
-        let blocks = self.problem.sizes.batch.saturating_mul(heads).saturating_mul(rows.div_ceil(tile(dtype)));
-        let (Ok(x @ 0..=0x7FFF_FFFF), Ok(y @ 0..=0xFFFF)) = (u32::try_from(blocks), u32::try_from(columns)) else {
-            return Err(Error::shape(OP, format!("{blocks} × {columns} tiles are more than a grid has")));
+    /// A block for each `blocks.rows` rows of each of `heads` heads, times `columns` for the features of the results.
+    fn launch(&self, blocks: &Blocks, [heads, rows]: [usize; 2], columns: usize, args: &[&[Arg]]) -> Result<()> {
+        let x = self.problem.sizes.batch.saturating_mul(heads).saturating_mul(rows.div_ceil(blocks.rows));
+        let (Ok(x @ 0..=0x7FFF_FFFF), Ok(y @ 0..=0xFFFF)) = (u32::try_from(x), u32::try_from(columns)) else {
+            return Err(Error::shape(OP, format!("{x} × {columns} blocks are more than a grid has")));
         };
-        let grid = Grid::new([x, y, 1], THREADS);
-        self.gpu.kernel(name, &[("DTYPE", dtype.name())])?.launch(grid, &args.concat())
+        let grid = Grid::new([x, y, 1], [blocks.threads as u32, 1, 1]).shared(blocks.shared);
+        let dtype = ("DTYPE", self.problem.q.dtype().name());
+        let kernel = match self.rung {
+            Rung::Plain(_) => self.gpu.kernel(blocks.kernel, &[dtype])?,
+            Rung::TensorCores(head) => {
+                let head = match head {
+                    32 => "32",
+                    64 => "64",
+                    _ => "128",
+                };
+                self.gpu.kernel(blocks.kernel, &[dtype, ("HEAD", head)])?
+            }
+        };
+        kernel.launch(grid, &args.concat())
     }
 }
 
@@ -124,20 +228,16 @@ impl Terms {
     }
 }
 
-/// Tiles of some features.
-fn tiles_of(features: usize, dtype: DType) -> usize {
-    features.div_ceil(tile(dtype))
-}
-
 /// Writes output and logarithms of sums, which have elements; see `cpu::forward`.
 pub(super) fn forward(gpu: &'static CudaDevice, problem: &Problem, out: &mut Tensor, log_sums: &mut Tensor) -> Result<()> {
     let call = Call::new(gpu, problem)?;
-    let Problem { q, k, v, sizes, .. } = problem;
+    let Call { q, k, v, .. } = &call;
+    let sizes = &problem.sizes;
     let out_at = *out.permute(&[0, 2, 1, 3])?.layout();
-    let columns = tiles_of(sizes.e, q.dtype()).div_ceil(GROUPS);
+    let blocks = Blocks::forward(call.rung, q.dtype());
     let own = args![out, log_sums, Storage(q), Storage(k), Storage(v)];
     let layouts = args![&out_at, q.layout(), k.layout(), v.layout()];
-    call.launch("attention_fwd", [sizes.heads, sizes.queries], columns, &[own, &call.inputs()?, layouts, &call.values()?])
+    call.launch( &blocks, [sizes.heads, sizes.queries], sizes.e.div_ceil(blocks.features), &[own, &call.inputs()?, layouts, &call.values()?])
 }
 
 /// The gradients, where there are scores and values; see `backward::backward`.
@@ -151,6 +251,7 @@ pub(super) fn backward(
 ) -> Result<Vec<Option<Tensor>>> {
     let grad = packed_rows(&grad.detach())?;
     let call = Call::new(gpu, problem)?;
+    let grad = call.rung.operand(&grad)?;
     let pass = Pass { delta: call.delta(out, &grad)?, call, grad, log_sums };
     let need_bias = problem.bias.is_some() && need[3];
     let need_position = problem.position.is_some() && need[need.len() - 1];
@@ -189,12 +290,12 @@ struct Pass<'a> {
 
 impl Pass<'_> {
     fn inputs(&self) -> Result<[Arg; 6]> {
-        let Problem { q, k, v, .. } = self.call.problem;
+        let Call { q, k, v, .. } = &self.call;
         Ok(*args![Storage(&self.grad), Storage(q), Storage(k), Storage(v), self.log_sums, &self.delta])
     }
 
     fn layouts(&self) -> Result<[Arg; 4]> {
-        let Problem { q, k, v, .. } = self.call.problem;
+        let Call { q, k, v, .. } = &self.call;
         Ok(*args![self.grad.layout(), q.layout(), k.layout(), v.layout()])
     }
 
@@ -204,15 +305,15 @@ impl Pass<'_> {
         let Problem { q, sizes, position, .. } = call.problem;
         let &Sizes { batch, heads, queries, d, .. } = sizes;
         let mut dq = Memory::new(q, need_q)?;
-        let tiles = queries.div_ceil(tile(q.dtype()));
+        let blocks = Blocks::queries(call.rung, q.dtype(), need_position);
+        let tiles = queries.div_ceil(blocks.rows);
         let wanted = call.terms.as_ref().zip(position.as_ref()).filter(|_| need_position);
         let shape = |terms: &Terms| [batch, heads, tiles, terms.parameters as usize];
         let mut sums = wanted.map(|(terms, _)| call.uninit(&shape(terms))).transpose()?;
-        let columns = if need_q { tiles_of(d, q.dtype()).div_ceil(GROUPS) } else { 0 }.max(need_position as usize);
+        let columns = if need_q { d.div_ceil(blocks.features) } else { 0 }.max(need_position as usize);
         let terms = call.terms.as_ref();
         let [parameters, reach, behind] = terms.map_or([0; 3], |terms| [terms.parameters, terms.reach, terms.behind]);
-        call.launch(
-            "attention_bwd_queries",
+        call.launch( &blocks,
             [heads, queries],
             columns,
             &[
@@ -240,10 +341,11 @@ impl Pass<'_> {
     fn keys(&self, need_k: bool, need_v: bool) -> Result<(Option<Tensor>, Option<Tensor>)> {
         let Problem { k, v, sizes, .. } = self.call.problem;
         let (mut dk, mut dv) = (Memory::new(k, need_k)?, Memory::new(v, need_v)?);
-        let tiles = |need: bool, features: usize| if need { tiles_of(features, k.dtype()) } else { 0 };
-        let columns = (tiles(need_k, sizes.d) + tiles(need_v, sizes.e)).div_ceil(GROUPS);
-        self.call.launch(
-            "attention_bwd_keys",
+        let blocks = Blocks::keys(self.call.rung, k.dtype());
+        // Each result is cut into whole tiles, as wide as they are high.
+        let tiled = |need: bool, features: usize| if need { features.next_multiple_of(blocks.rows) } else { 0 };
+        let columns = (tiled(need_k, sizes.d) + tiled(need_v, sizes.e)).div_ceil(blocks.features);
+        self.call.launch( &blocks,
             [sizes.kv_heads, sizes.keys],
             columns,
             &[
@@ -265,7 +367,7 @@ impl Pass<'_> {
         let shape = Shape::new(&shape)?;
         let mut gradient = Tensor::uninit(shape, bias.dtype(), bias.device())?;
         let layout = Layout::contiguous(shape);
-        let tile = tile(bias.dtype());
+        let Blocks { rows: tile, threads, .. } = Blocks::plain("attention_bwd_bias", bias.dtype());
         let blocks = shape[0] * shape[1] * shape[2].div_ceil(tile) * shape[3].div_ceil(tile);
         let blocks = u32::try_from(blocks)
             .ok()
@@ -280,7 +382,7 @@ impl Pass<'_> {
             &self.call.values()?,
         ];
         let kernel = self.call.gpu.kernel("attention_bwd_bias", &[("DTYPE", bias.dtype().name())])?;
-        kernel.launch(Grid::new([blocks, 1, 1], THREADS), &parts.concat())?;
+        kernel.launch(Grid::new([blocks, 1, 1], [threads as u32, 1, 1]), &parts.concat())?;
         gradient.reshape(*bias.shape())
     }
 }

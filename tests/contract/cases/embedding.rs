@@ -19,6 +19,7 @@ pub fn cases() -> Vec<Case> {
         case("odd", [37, 13], &[3, 2, 7]),
         case("many uses", [3, 5], &[200]),
         case("several tasks", [123, 37], &[9, 41]),
+        case("more than a tile of the sort", [300, 3], &[2, 2500]),
         case("wide", [3, 1030], &[4]),
         case("one token", [1, 4], &[6]),
         case("one index", [5, 3], &[]),

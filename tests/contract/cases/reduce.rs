@@ -68,6 +68,10 @@ pub fn cases() -> Vec<Case> {
         case("first", &[5, 33], &[0]),
         case("outer", &[2, 3, 4], &[0, 2]),
         case("empty", &[2, 0, 4], &[1]),
+        // Long enough to be cut into pieces: rows, columns, and columns in the middle.
+        case("long", &[2, 9001], &[1]),
+        case("tall", &[300, 12], &[0]),
+        case("middle", &[2, 130, 9], &[1]),
         Case::new(
             "mean",
             "last",

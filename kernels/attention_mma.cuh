@@ -1,0 +1,182 @@
+// The tensor-core rung of attention, for bf16 and f16 on sm_80 and later, and rows of up to HEAD features that can be
+// copied 128 bits at a time.
+//
+// Four warps own 16 M rows each of one operand, whose tile stays in shared memory, while tiles of the other pass by:
+// cp.async fills one stage as the warps multiply the other. Scores are in registers alone; rounded to the type of the
+// tensors, the registers of one product are operands of the next.
+
+#include "mma.cuh"
+
+constexpr i32 WARPS = 4, MMA_THREADS = 32 * WARPS;
+
+#if __CUDA_ARCH__ >= 800
+
+constexpr f32 LOG2_E = 1.4426950408889634f, LN_2 = 0.6931471805599453f;
+
+typedef SwizzledTile<HEAD> Tile;
+
+__device__ __forceinline__ i32 warp_row(i32 rows_of_warp) { return (i32)threadIdx.x / 32 * rows_of_warp; }
+
+// Starts the copy of COUNT rows to shared memory, zeros where there are none.
+template <i32 COUNT> __device__ __forceinline__ void copy_rows(const Tile& to, const Rows& rows, i32 first) {
+#pragma unroll 4
+    for (i32 at = threadIdx.x; at < COUNT * Tile::PACKETS; at += MMA_THREADS) {
+        const i32 row = at / Tile::PACKETS, packet = at % Tile::PACKETS;
+        const bool exists = first + row < rows.count && packet * 8 < rows.features;
+        const T* from = rows.start + (exists ? (first + row) * rows.step + packet * 8 : 0);
+        ptx_cp_async_16(to.packet(row, packet), from, exists);
+    }
+}
+
+// Scores or weights of a warp. BY_KEY: its rows are keys, else queries.
+template <i32 M, i32 N, bool BY_KEY> struct ScoreSums : Sums<M, N> {
+    typedef Sums<M, N> Base;
+    static constexpr i32 QUERIES = BY_KEY ? Base::COLUMNS : Base::ROWS, KEYS = BY_KEY ? Base::ROWS : Base::COLUMNS;
+
+    __device__ __forceinline__ f32& score(i32 query, i32 key) {
+        return BY_KEY ? this->at(key, query) : this->at(query, key);
+    }
+    static __device__ __forceinline__ i32 query(i32 q) { return BY_KEY ? Base::column(q) : Base::row(q); }
+    static __device__ __forceinline__ i32 key(i32 k) { return BY_KEY ? Base::row(k) : Base::column(k); }
+
+    // Products to scores, −inf where masked or outside; returns what they must be multiplied with to be logarithms to
+    // base 2, so that the scale of plain tiles costs nothing. The warp's first query and key are those given.
+    __device__ __forceinline__ f32 finish(const Scores& scores, i32 first_query, i32 first_key) {
+        constexpr i32 ROWS = 16 * M;
+        const i32 rows = BY_KEY ? N : ROWS, columns = BY_KEY ? ROWS : N;
+        // The largest score stays the largest only under a positive scale.
+        if (scores.scale > 0 && scores.plain(first_query, first_key, rows, columns)) return scores.scale * LOG2_E;
+        u64 kept = ~0ull;
+        if (scores.masked()) kept = masks(scores, first_query, first_key);
+#pragma unroll
+        for (i32 q = 0; q < QUERIES; ++q) {
+            const i32 row = first_query + query(q);
+            const Span span = scores.kept(min(row, scores.queries - 1));
+#pragma unroll
+            for (i32 k = 0; k < KEYS; ++k) {
+                const i32 column = first_key + key(k);
+                const bool keep = column >= span.start && column < span.end && row < scores.queries &&
+                                  kept >> (q * KEYS + k) & 1;
+                f32& s = score(q, k);
+                s *= scores.scale;
+                if (keep && scores.biased()) s += scores.bias_of(row, column);
+                if (!keep) s = -infinity();
+            }
+        }
+        return LOG2_E;
+    }
+
+    // Bit q KEYS + k: whether padding and mask keep a score. Not unrolled, as its code would be large.
+    static __device__ __forceinline__ u64 masks(const Scores& scores, i32 first_query, i32 first_key) {
+        static_assert(QUERIES * KEYS <= 64, "a thread's scores must have a bit each");
+        u64 kept = 0;
+#pragma unroll 1
+        for (i32 at = 0; at < QUERIES * KEYS; ++at) {
+            const i32 row = first_query + query(at / KEYS), column = first_key + key(at % KEYS);
+            const bool keep = row < scores.queries && column < scores.keys && scores.keeps(row, column);
+            kept |= (u64)keep << at;
+        }
+        return kept;
+    }
+
+    // Bit q KEYS + k: whether dropout keeps a weight.
+    static __device__ __forceinline__ u64 undropped(const Scores& scores, i32 first_query, i32 first_key) {
+        constexpr i32 STEP = BY_KEY ? 1 : 2;
+        u64 kept = 0;
+#pragma unroll 1
+        for (i32 at = 0; at < QUERIES * KEYS; at += STEP) {
+            const i32 row = first_query + query(at / KEYS), column = first_key + key(at % KEYS);
+            kept |= (u64)(scores.undropped<STEP>(row, column) & ((1 << STEP) - 1)) << at;
+        }
+        return kept;
+    }
+
+    // Sets the weights that dropout takes away to zero. Those it keeps are multiplied where the sums are complete.
+    __device__ __forceinline__ void drop(u64 kept) {
+#pragma unroll
+        for (i32 q = 0; q < QUERIES; ++q) {
+#pragma unroll
+            for (i32 k = 0; k < KEYS; ++k) {
+                if (!(kept >> (q * KEYS + k) & 1)) score(q, k) = 0;
+            }
+        }
+    }
+
+    // exp(score - log_sum) of finished scores; `to_log2` is what `finish` returned.
+    __device__ __forceinline__ void weigh(f32 to_log2, const f32* log_sums, i32 first_query, i32 queries) {
+#pragma unroll
+        for (i32 q = 0; q < QUERIES; ++q) {
+            const i32 row = first_query + query(q);
+            const f32 log_sum = row < queries ? log_sums[row] * LOG2_E : infinity();
+#pragma unroll
+            for (i32 k = 0; k < KEYS; ++k) score(q, k) = ptx_exp2(score(q, k) * to_log2 - log_sum);
+        }
+    }
+
+    // Gives the queries without keys their weights.
+    __device__ __forceinline__ void spread(
+        const Scores& scores, const f32* log_sums, i32 first_query, i32 first_key) {
+        const u64 kept = scores.drops ? undropped(scores, first_query, first_key) : ~0ull;
+#pragma unroll
+        for (i32 q = 0; q < QUERIES; ++q) {
+            const i32 row = first_query + query(q);
+            const bool blind = row < scores.queries && log_sums[row] == infinity();
+#pragma unroll
+            for (i32 k = 0; k < KEYS; ++k) {
+                const bool keep = first_key + key(k) < scores.keys && kept >> (q * KEYS + k) & 1;
+                if (blind) score(q, k) = keep ? 1 / (f32)scores.keys : 0;
+            }
+        }
+    }
+
+    // From the gradients of the weights, which this holds, to those of the scores. The weights lose what is dropped.
+    __device__ __forceinline__ void to_score_gradients(
+        ScoreSums& weights, const Scores& scores, const f32* delta, i32 first_query, i32 first_key) {
+        const bool drops = scores.drops;
+        const u64 kept = drops ? undropped(scores, first_query, first_key) : ~0ull;
+        const f32 factor = scores.factor;
+#pragma unroll
+        for (i32 q = 0; q < QUERIES; ++q) {
+            const i32 row = first_query + query(q);
+            const f32 mean = row < scores.queries ? delta[row] : 0;
+#pragma unroll
+            for (i32 k = 0; k < KEYS; ++k) {
+                f32& ds = score(q, k);
+                const bool keep = kept >> (q * KEYS + k) & 1;
+                if (drops) ds = keep ? ds * factor : 0;
+                ds = weights.score(q, k) * (ds - mean);
+            }
+        }
+        if (drops) weights.drop(kept);
+    }
+};
+
+// Writes the rows of a warp, times `factor`, by way of its part of `tile`, which nobody else uses any more.
+template <i32 M>
+__device__ __forceinline__ void write_rows(
+    T* storage, const Layout& at, i32 batch, i32 head, i32 first, Sums<M, HEAD>& sums, f32 factor, const Tile& tile) {
+    const i32 start = warp_row(16 * M), lane = threadIdx.x % 32;
+#pragma unroll
+    for (i32 r = 0; r < 2 * M; ++r) {
+        const i32 row = start + Sums<M, HEAD>::row(r);
+#pragma unroll
+        for (i32 n = 0; n < HEAD / 8; ++n) {
+            T* packet = tile.packet(row, n);
+            reinterpret_cast<u32*>(packet)[lane % 4] =
+                TensorCore<T>::pack(sums.at(r, 2 * n) * factor, sums.at(r, 2 * n + 1) * factor);
+        }
+    }
+    __syncwarp();
+    T* to = storage + (at.offset + batch * at.strides[0] + head * at.strides[1]);
+    const i32 rows = at.dims[2], features = at.dims[3];
+#pragma unroll 4
+    for (i32 item = lane; item < 16 * M * Tile::PACKETS; item += 32) {
+        const i32 row = start + item / Tile::PACKETS, packet = item % Tile::PACKETS;
+        if (first + row < rows && packet * 8 < features) {
+            const uint4 raw = *reinterpret_cast<const uint4*>(tile.packet(row, packet));
+            ptx_store_128(to + (first + row) * at.strides[2] + packet * 8, raw);
+        }
+    }
+}
+
+#endif

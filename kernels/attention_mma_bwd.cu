@@ -1,0 +1,219 @@
+// Attention, backward, on tensor cores; formulas, shapes and results as in attention_bwd.cu, for rows of up to HEAD
+// features.
+//
+//   attention_mma_bwd_queries  blocks own 64 M queries, tiles of keys and values pass by: dq, position bias
+//   attention_mma_bwd_keys     blocks own 64 M keys, tiles of queries and output gradients pass by: dk, dv
+//
+// The second computes the transposed scores, k qᵀ: weights and gradients of scores are then operands of the products
+// with the gradients and the queries as they lie in the registers. Three products for the one and four for the other,
+// two of which are the same: adding nothing atomically costs 7 products where 5 would do.
+//
+// Variants: DTYPE=bf16,f16 HEAD=32,64,128
+
+#include "common.cuh"
+#include "attention.cuh"
+#include "attention_position.cuh"
+#include "attention_mma.cuh"
+
+extern "C" __global__ void __launch_bounds__(MMA_THREADS) attention_mma_bwd_queries(
+    T* dq, f32* position, const T* grad, const T* q, const T* k, const T* v, const f32* log_sums, const f32* delta,
+    const i64* bucket_of, const bool* mask, const bool* query_mask, const bool* key_mask, const T* bias,
+    const f32* curves, Layout dq_at, Layout grad_at, Layout q_at, Layout k_at, Layout v_at, i32 parameters, i32 reach,
+    i32 behind, Layout mask_at, Layout bias_at, i32 unmasked, i32 mem_keys, i32 past, i32 causal, f64 scale, u64 seed,
+    u64 stream, u64 threshold, f64 factor) {
+#if __CUDA_ARCH__ >= 800
+    constexpr i32 M = HEAD == 128 ? 1 : 2, N = HEAD == 32 ? 64 : 32, ROWS = 16 * M * WARPS;
+    extern __shared__ uint4 memory[];
+    __shared__ Scores scores;
+    __shared__ Rows q_rows, k_rows, v_rows, grad_rows;
+    __shared__ PositionTile<ROWS, N, f32> position_tile;
+    const i32 heads = q_at.dims[1], queries = q_at.dims[2], keys = k_at.dims[2];
+    const i32 tiles = ceil_div(queries, ROWS), index = blockIdx.x / tiles;
+    const i32 batch = index / heads, head = index % heads, first = (tiles - 1 - blockIdx.x % tiles) * ROWS;
+    if (threadIdx.x == 0) {
+        const Spec spec = {mask,     query_mask, key_mask, bias,  curves, mask_at, bias_at,   unmasked,
+                           mem_keys, past,       causal,   scale, seed,   stream,  threshold, factor};
+        const i32 kv_head = head / (heads / (i32)k_at.dims[1]);
+        scores.set(spec, batch, head, heads, queries, keys);
+        q_rows.set(q, q_at, batch, head);
+        k_rows.set(k, k_at, batch, kv_head);
+        v_rows.set(v, v_at, batch, kv_head);
+        grad_rows.set(grad, grad_at, batch, head);
+    }
+    __syncthreads();
+    log_sums += (i64)index * queries, delta += (i64)index * queries;
+    const PositionTerms terms = {bucket_of, parameters, reach, behind, keys - queries};
+    f32* position_sums = position ? position + ((i64)index * tiles + first / ROWS) * parameters : nullptr;
+    if (position_sums) {
+        for (i32 at = threadIdx.x; at < parameters; at += MMA_THREADS) position_sums[at] = 0;
+    }
+    T* const start = reinterpret_cast<T*>(memory);
+    const Tile q_tile = {start}, grad_tile = {start + ROWS * HEAD};
+    const auto k_tile = [&](i32 stage) { return Tile{start + (2 * ROWS + 2 * N * stage) * HEAD}; };
+    const auto v_tile = [&](i32 stage) { return Tile{start + (2 * ROWS + 2 * N * stage + N) * HEAD}; };
+    // The gradients of scores as a tile, for the sums over its diagonals; used if `position` is wanted.
+    f32* const ds_tile = reinterpret_cast<f32*>(start + (2 * ROWS + 4 * N) * HEAD);
+    constexpr i32 DS_PITCH = N + 4;
+
+    const i32 warp = warp_row(16 * M), query = first + warp;
+    const Span seen = scores.keys_of(first, min(first + ROWS, queries) - 1);
+    const auto next = [&](i32 key) {
+        while (key < seen.end && !scores.any_key(key, N)) key += N;
+        return key;
+    };
+    const auto copy_keys = [&](i32 key, i32 stage) {
+        if (key < seen.end) {
+            copy_rows<N>(k_tile(stage), k_rows, key);
+            copy_rows<N>(v_tile(stage), v_rows, key);
+        }
+        ptx_cp_async_commit();
+    };
+    Sums<M, HEAD> acc;
+    acc.clear();
+    i32 key = next(seen.start / N * N), stage = 0;
+    copy_rows<ROWS>(q_tile, q_rows, first);
+    copy_rows<ROWS>(grad_tile, grad_rows, first);
+    copy_keys(key, 0);
+    while (key < seen.end) {
+        const i32 following = next(key + N);
+        copy_keys(following, stage ^ 1);
+        ptx_cp_async_wait<1>();
+        __syncthreads();
+        ScoreSums<M, N, false> p, ds;
+        p.clear();
+        p.add_rows(q_tile, warp, k_tile(stage));
+        p.weigh(p.finish(scores, query, key), log_sums, query, queries);
+        ds.clear();
+        ds.add_rows(grad_tile, warp, v_tile(stage));
+        ds.to_score_gradients(p, scores, delta, query, key);
+        if (position_sums) {
+#pragma unroll
+            for (i32 r = 0; r < ds.ROWS; ++r) {
+#pragma unroll
+                for (i32 c = 0; c < ds.COLUMNS; ++c) {
+                    ds_tile[(warp + ds.row(r)) * DS_PITCH + ds.column(c)] = ds.at(r, c);
+                }
+            }
+            position_tile.add(position_sums, ds_tile, DS_PITCH, terms, key - first);
+        }
+        if (dq) acc.add_product(ds, k_tile(stage));
+        __syncthreads();
+        key = following, stage ^= 1;
+    }
+    ptx_cp_async_wait<0>();
+    // The copies of all threads have landed where results are put together.
+    __syncthreads();
+    if (dq) write_rows(dq, dq_at, batch, head, first, acc, scores.scale, q_tile);
+#endif
+}
+
+extern "C" __global__ void __launch_bounds__(MMA_THREADS) attention_mma_bwd_keys(
+    T* dk, T* dv, const T* grad, const T* q, const T* k, const T* v, const f32* log_sums, const f32* delta,
+    const bool* mask, const bool* query_mask, const bool* key_mask, const T* bias, const f32* curves, Layout dk_at,
+    Layout dv_at, Layout grad_at, Layout q_at, Layout k_at, Layout v_at, Layout mask_at, Layout bias_at, i32 unmasked,
+    i32 mem_keys, i32 past, i32 causal, f64 scale, u64 seed, u64 stream, u64 threshold, f64 factor) {
+#if __CUDA_ARCH__ >= 800
+    constexpr i32 M = 1, N = HEAD == 128 ? 32 : 64, ROWS = 16 * M * WARPS;
+    extern __shared__ uint4 memory[];
+    __shared__ Scores scores;
+    __shared__ Rows q_rows, k_rows, v_rows, grad_rows;
+    const i32 heads = q_at.dims[1], queries = q_at.dims[2], kv_heads = k_at.dims[1], keys = k_at.dims[2];
+    const i32 tiles = ceil_div(keys, ROWS), index = blockIdx.x / tiles, members = heads / kv_heads;
+    const i32 batch = index / kv_heads, kv_head = index % kv_heads, first = blockIdx.x % tiles * ROWS;
+    const i32 first_head = kv_head * members;
+    const auto set_head = [&](i32 head) {
+        __syncthreads();
+        if (threadIdx.x == 0) {
+            const Spec spec = {mask,     query_mask, key_mask, bias,  curves, mask_at, bias_at,   unmasked,
+                               mem_keys, past,       causal,   scale, seed,   stream,  threshold, factor};
+            scores.set(spec, batch, head, heads, queries, keys);
+        }
+        __syncthreads();
+    };
+    if (threadIdx.x == 0) {
+        k_rows.set(k, k_at, batch, kv_head);
+        v_rows.set(v, v_at, batch, kv_head);
+        q_rows.set(q, q_at, batch, first_head);
+        grad_rows.set(grad, grad_at, batch, first_head);
+    }
+    set_head(first_head);
+    log_sums += ((i64)batch * heads + first_head) * queries, delta += ((i64)batch * heads + first_head) * queries;
+    T* const start = reinterpret_cast<T*>(memory);
+    const Tile k_tile = {start}, v_tile = {start + ROWS * HEAD};
+    const auto q_tile = [&](i32 stage) { return Tile{start + (2 * ROWS + 2 * N * stage) * HEAD}; };
+    const auto grad_tile = [&](i32 stage) { return Tile{start + (2 * ROWS + 2 * N * stage + N) * HEAD}; };
+
+    // Tiles of queries are counted over all heads that share the keys.
+    const i32 per_head = ceil_div(queries, N), steps = members * per_head;
+    const bool any_key = scores.any_key(first, ROWS);
+    const Span seen = scores.queries_of(first, min(first + ROWS, keys) - 1);
+    const auto reached = [&](i32 step) {
+        const i32 query = step % per_head * N;
+        return any_key && query < seen.end && query + N > seen.start;
+    };
+    // Whether one of a tile's queries has no key. All threads of a warp ask alike.
+    const auto blind = [&](i32 step) {
+        const i32 query = step % per_head * N;
+        bool any = false;
+        for (i32 row = query + (i32)threadIdx.x % 32; row < min(query + N, queries); row += 32) {
+            any |= log_sums[step / per_head * queries + row] == infinity();
+        }
+        return (bool)__any_sync(0xFFFFFFFF, any);
+    };
+    const auto next = [&](i32 step) {
+        while (step < steps && !reached(step) && !(dv && blind(step))) ++step;
+        return step;
+    };
+    const auto copy_queries = [&](i32 step, i32 stage) {
+        if (step < steps) {
+            Rows rows = q_rows;
+            rows.start += step / per_head * q_at.strides[1];
+            copy_rows<N>(q_tile(stage), rows, step % per_head * N);
+            rows = grad_rows;
+            rows.start += step / per_head * grad_at.strides[1];
+            copy_rows<N>(grad_tile(stage), rows, step % per_head * N);
+        }
+        ptx_cp_async_commit();
+    };
+    Sums<M, HEAD> dk_sums, dv_sums;
+    dk_sums.clear(), dv_sums.clear();
+    i32 step = next(0), stage = 0, member = 0;
+    copy_rows<ROWS>(k_tile, k_rows, first);
+    copy_rows<ROWS>(v_tile, v_rows, first);
+    copy_queries(step, 0);
+    const i32 warp = warp_row(16 * M), key = first + warp;
+    while (step < steps) {
+        const i32 following = next(step + 1);
+        copy_queries(following, stage ^ 1);
+        if (step / per_head != member) {
+            member = step / per_head;
+            set_head(first_head + member);
+        }
+        ptx_cp_async_wait<1>();
+        __syncthreads();
+        const i32 query = step % per_head * N;
+        const f32 *head_log_sums = log_sums + (i64)member * queries, *head_delta = delta + (i64)member * queries;
+        ScoreSums<M, N, true> p, ds;
+        p.clear();
+        if (reached(step)) {
+            p.add_rows(k_tile, warp, q_tile(stage));
+            p.weigh(p.finish(scores, query, key), head_log_sums, query, queries);
+            ds.clear();
+            ds.add_rows(v_tile, warp, grad_tile(stage));
+            ds.to_score_gradients(p, scores, head_delta, query, key);
+            if (dk) dk_sums.add_product(ds, q_tile(stage));
+        }
+        if (dv) {
+            if (blind(step)) p.spread(scores, head_log_sums, query, key);
+            dv_sums.add_product(p, grad_tile(stage));
+        }
+        __syncthreads();
+        step = following, stage ^= 1;
+    }
+    ptx_cp_async_wait<0>();
+    // The copies of all threads have landed where results are put together.
+    __syncthreads();
+    if (dk) write_rows(dk, dk_at, batch, kv_head, first, dk_sums, scores.scale, k_tile);
+    if (dv) write_rows(dv, dv_at, batch, kv_head, first, dv_sums, scores.factor, v_tile);
+#endif
+}
