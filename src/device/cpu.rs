@@ -7,7 +7,10 @@ use std::{
 
 use rayon::prelude::*;
 
-use super::{cpu_pool, pool::size_class};
+use super::{
+    cpu_pool,
+    pool::{Reusable, size_class},
+};
 use crate::{
     Result,
     core::{Layout as TensorLayout, Shape, collapse},
@@ -37,6 +40,13 @@ impl Block {
         // SAFETY: the size is not zero, classes start at 64 bytes. Zeroed memory is initialised for every Pod type.
         let pointer = NonNull::new(unsafe { alloc_zeroed(layout) })?;
         Some(Self { pointer, bytes })
+    }
+}
+
+impl Reusable for Block {
+    /// The caches may still hold it.
+    fn goes_before(&self, _earlier: &Self) -> bool {
+        true
     }
 }
 

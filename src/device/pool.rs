@@ -23,7 +23,13 @@ impl MemoryStats {
     }
 }
 
-/// Free blocks of one device by size class. A block gives itself back to the system when dropped.
+/// What a pool keeps. It gives itself back to the system when dropped.
+pub(super) trait Reusable {
+    /// Of two free blocks of one size, whether this one is to be used before one that became free earlier.
+    fn goes_before(&self, earlier: &Self) -> bool;
+}
+
+/// Free blocks of one device by size class.
 pub(super) struct Pool<Block> {
     state: Mutex<State<Block>>,
 }
@@ -34,6 +40,7 @@ struct State<Block> {
     stats: MemoryStats,
 }
 
+/// The block to be used next is the last one.
 pub(super) type FreeBlocks<Block> = BTreeMap<usize, Vec<Block>>;
 
 /// A size that blocks are made in: eight steps per power of two, at least 64 bytes; at most 12.5 % is unused.
@@ -43,7 +50,7 @@ pub(super) fn size_class(bytes: usize) -> usize {
     bytes.div_ceil(step).saturating_mul(step)
 }
 
-impl<Block> Pool<Block> {
+impl<Block: Reusable> Pool<Block> {
     pub fn new(limit: usize) -> Self {
         let state = State { free: FreeBlocks::new(), limit, stats: MemoryStats::default() };
         Self { state: Mutex::new(state) }
@@ -89,7 +96,9 @@ impl<Block> Pool<Block> {
         state.stats.live -= class;
         if state.stats.cached + class <= state.limit {
             state.stats.cached += class;
-            state.free.entry(class).or_default().push(block);
+            let blocks = state.free.entry(class).or_default();
+            let at = blocks.iter().rposition(|earlier| block.goes_before(earlier)).map_or(0, |last| last + 1);
+            blocks.insert(at, block);
         }
     }
 
