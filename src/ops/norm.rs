@@ -6,7 +6,7 @@ use super::{
 };
 use crate::{
     Error, Result, Tensor,
-    core::{Backward, Contributions, Element, Float, Real, Shape, dispatch_float, record},
+    core::{Backward, Contributions, Element, Float, Real, Shape, dispatch_float, record_cheap},
     device::{cpu, simd::vectorized},
     error::ensure,
 };
@@ -98,7 +98,7 @@ fn normalize(
     let (y, statistics) =
         dispatch_float!(op, x.dtype(), T, forward_rows::<T>(&x, [weight, bias], form, <T as Float>::Acc::from_f64(eps)))?;
     let inputs: Vec<&Tensor> = [Some(&x), weight, bias].into_iter().flatten().collect();
-    record(op, y, &inputs, |_| NormBackward {
+    let backward = |_: &Tensor| NormBackward {
         op,
         x: x.detach(),
         statistics,
@@ -106,7 +106,13 @@ fn normalize(
         has_bias: bias.is_some(),
         form,
         eps,
-    })
+    };
+    let (kept, operands) = (x.detach(), [weight, bias].map(|operand| operand.map(Tensor::detach)));
+    let again = move || {
+        let [weight, bias] = operands.each_ref().map(Option::as_ref);
+        normalize(op, &kept, weight.map(|weight| (weight, weight.elements())), bias, form, eps)
+    };
+    record_cheap(op, y, &inputs, backward, again)
 }
 
 fn forward_rows<T: Float>(

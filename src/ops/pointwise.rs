@@ -2,10 +2,10 @@
 
 use crate::{
     DType, Element, Error, Result, Tensor,
-    core::{Backward, Contributions, Float, Layout, Real, discrete, dispatch_float, needs, record},
+    core::{Backward, Contributions, Float, Layout, Real, discrete, dispatch_float, needs, record, record_cheap},
     device::{cpu, simd::vectorized},
     error::ensure,
-    ops::copy::same_kind,
+    ops::{copy::same_kind, norm::reuse},
 };
 
 /// What a unary op keeps for its derivative.
@@ -115,13 +115,14 @@ fn unary<F: Unary>(x: &Tensor) -> Result<Tensor> {
         cpu::for_rows(y.values_mut::<T>()?, 1, COST, |at, y| map::<T, F>(&from[at..at + y.len()], y));
         Ok(())
     })?;
-    record(F::NAME, y, &[&x], |y| UnaryBackward::<F> {
-        kept: match F::KEEP {
-            Keep::Input => x.detach(),
-            Keep::Output => y.detach(),
-        },
-        function: std::marker::PhantomData,
-    })
+    let rule = |kept: &Tensor| UnaryBackward::<F> { kept: kept.detach(), function: std::marker::PhantomData };
+    match F::KEEP {
+        Keep::Output => record(F::NAME, y, &[&x], rule),
+        Keep::Input => {
+            let kept = x.detach();
+            record_cheap(F::NAME, y, &[&x], |_| rule(&x), move || unary::<F>(&kept))
+        }
+    }
 }
 
 vectorized! {
@@ -144,13 +145,16 @@ impl<F: Unary> Backward for UnaryBackward<F> {
 
     /// `dx = g ⊙ f'`
     fn backward(self: Box<Self>, grad: Tensor, _need: &[bool]) -> Result<Contributions> {
-        let grad = grad.contiguous()?;
-        let mut dx = grad.uninit_like()?;
-        dispatch_float!(F::NAME, grad.dtype(), T, {
-            let (kept, g) = (self.kept.values::<T>()?, grad.values::<T>()?);
+        let (mut dx, source) = reuse(grad)?;
+        dispatch_float!(F::NAME, dx.dtype(), T, {
+            let kept = self.kept.values::<T>()?;
+            let source = source.as_ref().map(|source| source.values::<T>()).transpose()?;
             cpu::for_rows(dx.values_mut::<T>()?, 1, COST, |at, dx| {
                 let range = at..at + dx.len();
-                map_backward::<T, F>(&kept[range.clone()], &g[range], dx);
+                if let Some(source) = source {
+                    dx.copy_from_slice(&source[range.clone()]);
+                }
+                map_backward::<T, F>(&kept[range], dx);
             });
             Ok(())
         })?;
@@ -159,9 +163,10 @@ impl<F: Unary> Backward for UnaryBackward<F> {
 }
 
 vectorized! {
-    fn map_backward<T: Float, F: Unary>(kept: &[T], g: &[T], dx: &mut [T]) {
-        for ((kept, g), dx) in kept.iter().zip(g).zip(dx) {
-            *dx = T::from_acc(g.to_acc() * F::derivative(kept.to_acc()));
+    /// `dx` holds the gradient of the output before.
+    fn map_backward<T: Float, F: Unary>(kept: &[T], dx: &mut [T]) {
+        for (kept, dx) in kept.iter().zip(dx) {
+            *dx = T::from_acc(dx.to_acc() * F::derivative(kept.to_acc()));
         }
     }
 }

@@ -2,7 +2,7 @@
 
 use crate::{
     DType, Error, Result, Tensor,
-    core::{Backward, Contributions, Float, dispatch_float, record},
+    core::{Backward, Contributions, Float, dispatch_float, record_cheap_after},
     device::cpu,
     error::ensure,
 };
@@ -33,7 +33,9 @@ impl Tensor {
         let x = self.contiguous()?;
         let mask = mask.map(Tensor::contiguous).transpose()?;
         let y = moved(&x, amounts, Masked::Source(mask.as_ref()))?;
-        record(OP, y, &[&x], |_| ShiftTokensBackward { amounts: amounts.to_vec(), mask })
+        let rule = ShiftTokensBackward { amounts: amounts.to_vec(), mask };
+        let again = { let rule = rule.clone(); move |x| moved(&x, &rule.amounts, Masked::Source(rule.mask.as_ref())) };
+        record_cheap_after(OP, y, &x, |_| rule, again)
     }
 }
 
@@ -77,6 +79,7 @@ fn moved(x: &Tensor, amounts: &[isize], masked: Masked) -> Result<Tensor> {
     Ok(y)
 }
 
+#[derive(Clone)]
 struct ShiftTokensBackward {
     amounts: Vec<isize>,
     mask: Option<Tensor>,
