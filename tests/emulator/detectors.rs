@@ -93,6 +93,11 @@ emulated! {
         .check("(0, 0, 0), thread (0, 0, 0)", "which is not aligned to 16; byte 4 of allocation");
     }
 
+    fn division_by_zero() {
+        Twins { wrong: "y[i] = (n + i) / (i % 32);", right: "y[i] = (n + i) / (i % 32 + 1);", ..WARP }
+            .check("(0, 0, 0), thread (0, 0, 0)", "test.cu:4: an integer division by zero");
+    }
+
     fn outside_of_an_array() {
         Twins {
             wrong: "__shared__ f32 s[32], t[32]; s[i] = t[i] = x[i]; __syncthreads(); y[i] = s[(i + 1) % 33] + t[i];",

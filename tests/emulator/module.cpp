@@ -146,8 +146,8 @@ const Module* load(const void* image) {
     std::lock_guard guard(lock);
     const Module*& module = loaded[hash];
     if (module == nullptr) {
-        const std::string path = folder() + "/modules/" + hash + ".so";
-        mkdir((folder() + "/modules").c_str(), 0777);
+        const std::string path = folder() + "/kernels/modules/" + hash + ".so";
+        mkdir((folder() + "/kernels/modules").c_str(), 0777);
         if (access(path.c_str(), R_OK) != 0 && !write_file(path, bytes)) {
             report("cannot write " + path);
             return nullptr;

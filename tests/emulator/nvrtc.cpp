@@ -179,7 +179,7 @@ NvrtcResult compile(Program& program, const std::vector<std::string>& given) {
     const std::vector<std::string> build = {
         compiler, "-std=c++20", "-O2", "-fPIC", "-shared", "-nostdlib", "-pipe", "-w", "-x", "c++",
         // Memory accesses call the checker, which is in this library.
-        "-fsanitize=thread", "--param", "tsan-instrument-func-entry-exit=0", "-fsanitize=alignment,bounds",
+        "-fsanitize=thread", "--param", "tsan-instrument-func-entry-exit=0", "-fsanitize=alignment,bounds,integer-divide-by-zero",
         // No two modules share anything.
         "-fvisibility=hidden", "-fno-gnu-unique",
         // Functions mean what cuda_host.h says, and arithmetic is done as it is written.
@@ -191,7 +191,7 @@ NvrtcResult compile(Program& program, const std::vector<std::string>& given) {
     for (const auto* list : {&std::as_const(preprocess), &build}) {
         for (const std::string& word : *list) key += word + '\n';
     }
-    const std::string objects = folder() + "/objects", path = objects + "/" + hash_of(key + source);
+    const std::string objects = folder() + "/kernels/objects", path = objects + "/" + hash_of(key + source);
     std::string object;
     if (!read_file(path + ".so", object)) {
         mkdir(objects.c_str(), 0777);
