@@ -17,13 +17,14 @@ typedef SwizzledTile<HEAD> Tile;
 
 __device__ __forceinline__ i32 warp_row(i32 rows_of_warp) { return (i32)threadIdx.x / 32 * rows_of_warp; }
 
-// Starts the copy of COUNT rows to shared memory, zeros where there are none.
-template <i32 COUNT> __device__ __forceinline__ void copy_rows(const Tile& to, const Rows& rows, i32 first) {
+// Starts the copy of COUNT rows to shared memory, zeros where there are none; another head is `offset` further on.
+template <i32 COUNT>
+__device__ __forceinline__ void copy_rows(const Tile& to, const Rows& rows, i32 first, i64 offset = 0) {
 #pragma unroll 4
     for (i32 at = threadIdx.x; at < COUNT * Tile::PACKETS; at += MMA_THREADS) {
         const i32 row = at / Tile::PACKETS, packet = at % Tile::PACKETS;
         const bool exists = first + row < rows.count && packet * 8 < rows.features;
-        const T* from = rows.start + (exists ? (first + row) * rows.step + packet * 8 : 0);
+        const T* from = rows.start + (exists ? offset + (first + row) * rows.step + packet * 8 : 0);
         ptx_cp_async_16(to.packet(row, packet), from, exists);
     }
 }

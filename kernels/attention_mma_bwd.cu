@@ -166,12 +166,9 @@ extern "C" __global__ void __launch_bounds__(MMA_THREADS) attention_mma_bwd_keys
     };
     const auto copy_queries = [&](i32 step, i32 stage) {
         if (step < steps) {
-            Rows rows = q_rows;
-            rows.start += step / per_head * q_at.strides[1];
-            copy_rows<N>(q_tile(stage), rows, step % per_head * N);
-            rows = grad_rows;
-            rows.start += step / per_head * grad_at.strides[1];
-            copy_rows<N>(grad_tile(stage), rows, step % per_head * N);
+            const i32 member = step / per_head, query = step % per_head * N;
+            copy_rows<N>(q_tile(stage), q_rows, query, member * q_at.strides[1]);
+            copy_rows<N>(grad_tile(stage), grad_rows, query, member * grad_at.strides[1]);
         }
         ptx_cp_async_commit();
     };

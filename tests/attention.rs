@@ -1,7 +1,10 @@
 //! What the contract cases of attention cannot see: memory, threads, dropout, special values and bad input.
 
+mod common;
+
 use std::sync::{Mutex, MutexGuard};
 
+use common::device;
 use x_transformers::{
     DType, Device, Error, Philox, Result, Tape, Tensor,
     ops::{AttentionSpec, PositionBias, attention},
@@ -15,12 +18,17 @@ fn alone() -> MutexGuard<'static, ()> {
 
 fn random(shape: &[usize], dtype: DType, stream: u64) -> Tensor {
     let random = Philox::new(5, stream);
-    Tensor::generate(shape, dtype, &Device::Cpu, |i| half::bf16::from_f64(random.normal(i as u64)).to_f64()).unwrap()
+    generate(shape, dtype, |i| half::bf16::from_f64(random.normal(i as u64)).to_f64())
+}
+
+/// On the device under test.
+fn generate(shape: &[usize], dtype: DType, f: impl FnMut(usize) -> f64) -> Tensor {
+    Tensor::generate(shape, dtype, &Device::Cpu, f).unwrap().to_device(device()).unwrap()
 }
 
 fn bools(shape: &[usize], f: impl FnMut(usize) -> bool) -> Tensor {
     let values: Vec<bool> = (0..shape.iter().product()).map(f).collect();
-    Tensor::from_slice(&values, shape, &Device::Cpu).unwrap()
+    Tensor::from_slice(&values, shape, device()).unwrap()
 }
 
 /// `[batch, heads, n, width]` as a view of leaves `[batch, n, heads, width]`.
@@ -55,19 +63,21 @@ fn attention_memory_is_linear() {
     let peak = |n: usize, dtype: DType| {
         let leaves = operands(1, 4, [n, n], 32, dtype);
         let spec = AttentionSpec { scale: 0.2, causal: true, ..AttentionSpec::default() };
-        let before = Device::Cpu.memory().live;
-        Device::Cpu.reset_peak_memory();
+        let before = device().memory().live;
+        device().reset_peak_memory();
         let results = forward_backward(&leaves, &spec, Tape::grad()).unwrap();
-        let peak = Device::Cpu.memory().peak - before;
+        let peak = device().memory().peak - before;
         drop(results);
-        assert_eq!(Device::Cpu.memory().live, before, "memory is left over");
+        assert_eq!(device().memory().live, before, "memory is left over");
         peak
     };
+    // Long enough for the sizes that do not grow not to count, and no longer than an emulated GPU has time for.
+    let n = if *device() == Device::Cpu { 4096 } else { 1024 };
     for dtype in [DType::F32, DType::BF16] {
-        let (short, long) = (peak(2048, dtype), peak(4096, dtype));
-        assert!((long as f64) < 2.3 * short as f64, "{dtype}: {short} bytes for 2048 positions, {long} for 4096");
-        // One head's scores alone would take more.
-        assert!(long < 4 * 4096 * 4096, "{long} bytes");
+        let (short, long) = (peak(n / 2, dtype), peak(n, dtype));
+        assert!((long as f64) < 2.3 * short as f64, "{dtype}: {short} bytes for {} positions, {long} for {n}", n / 2);
+        // The heads' scores alone would take more.
+        assert!(long < 4 * 4 * n * n, "{long} bytes");
     }
 }
 
@@ -77,16 +87,16 @@ fn attention_saves_no_scores_and_nothing_without_a_tape() {
     let leaves = operands(1, 2, [512, 512], 16, DType::F32);
     let [q, k, v] = leaves.each_ref().map(|x| x.transpose(1, 2).unwrap());
     let spec = AttentionSpec { dropout: 0.5, ..AttentionSpec::default() };
-    let before = Device::Cpu.memory().live;
+    let before = device().memory().live;
     let out = attention(&q, &k, &v, &spec).unwrap();
-    let without = Device::Cpu.memory().live - before;
+    let without = device().memory().live - before;
     assert_eq!(without, out.elements() * 4);
     drop(out);
     let tape = Tape::train(1);
     let [q, k, v] = leaves.each_ref().map(|x| x.transpose(1, 2).unwrap());
     let out = attention(&q, &k, &v, &spec).unwrap();
     // The output and a number per query.
-    assert_eq!(Device::Cpu.memory().live - before, out.elements() * 4 + 2 * 512 * 4);
+    assert_eq!(device().memory().live - before, out.elements() * 4 + 2 * 512 * 4);
     drop(tape);
 }
 
@@ -140,6 +150,110 @@ fn attention_dtypes_agree() {
     }
 }
 
+/// Everything that a spec may hold, for one call.
+struct Extras {
+    mask: Tensor,
+    query_mask: Tensor,
+    key_mask: Tensor,
+    bias: Tensor,
+    slopes: Tensor,
+    table: Tensor,
+}
+
+/// Half types have kernels of their own on a GPU, on tensor cores: every part of a spec, forward and backward, against
+/// the processor's f64. The dropout masks must be the same ones.
+#[test]
+fn attention_half_types_follow_f64() {
+    let _alone = alone();
+    type Spec = for<'a> fn(&'a Extras) -> AttentionSpec<'a>;
+    // Batch, heads, key heads, queries, keys, d and e.
+    let cases: [(&str, [usize; 7], Spec); 8] = [
+        ("causal", [1, 2, 1, 70, 140, 64, 64], |_| AttentionSpec { causal: true, ..AttentionSpec::default() }),
+        ("blind queries", [1, 2, 2, 140, 70, 64, 40], |_| AttentionSpec {
+            causal: true,
+            dropout: 0.3,
+            ..AttentionSpec::default()
+        }),
+        ("padding", [2, 4, 2, 70, 140, 32, 16], |x| AttentionSpec {
+            query_mask: Some(&x.query_mask),
+            key_mask: Some(&x.key_mask),
+            mem_keys: 3,
+            ..AttentionSpec::default()
+        }),
+        ("mask and bias", [1, 2, 2, 70, 140, 16, 24], |x| AttentionSpec {
+            mask: Some(&x.mask),
+            bias: Some(&x.bias),
+            dropout: 0.2,
+            ..AttentionSpec::default()
+        }),
+        ("slopes", [1, 2, 1, 140, 140, 64, 64], |x| AttentionSpec {
+            causal: true,
+            position_bias: PositionBias::Alibi { slopes: &x.slopes },
+            ..AttentionSpec::default()
+        }),
+        ("wide heads", [1, 2, 1, 70, 140, 72, 128], |x| AttentionSpec {
+            causal: true,
+            max_attend_past: Some(90),
+            bias: Some(&x.bias),
+            dropout: 0.2,
+            ..AttentionSpec::default()
+        }),
+        ("odd keys", [1, 1, 1, 33, 131, 32, 32], |_| AttentionSpec { dropout: 0.5, ..AttentionSpec::default() }),
+        ("everything", [2, 4, 2, 70, 140, 64, 64], |x| AttentionSpec {
+            causal: true,
+            mask: Some(&x.mask),
+            query_mask: Some(&x.query_mask),
+            key_mask: Some(&x.key_mask),
+            mem_keys: 2,
+            max_attend_past: Some(90),
+            bias: Some(&x.bias),
+            position_bias: PositionBias::T5 { table: &x.table, scale: 1.7, causal: false, max_distance: 20 },
+            dropout: 0.2,
+            ..AttentionSpec::default()
+        }),
+    ];
+    for (name, [batch, heads, kv_heads, queries, keys, d, e], spec) in cases {
+        let run = |dtype: DType, device: &Device| -> Vec<Tensor> {
+            let leaf = |shape: &[usize], stream: u64| {
+                let x = random(shape, DType::F64, stream).to_device(device).unwrap().to_dtype(dtype).unwrap();
+                x.detach().requires_grad().unwrap()
+            };
+            let bools = |shape: &[usize], every: usize| bools(shape, |i| i % every != 0).to_device(device).unwrap();
+            let leaves = [
+                leaf(&[batch, queries, heads, d], 0),
+                leaf(&[batch, keys, kv_heads, d], 1),
+                leaf(&[batch, keys, kv_heads, e], 2),
+            ];
+            let extras = Extras {
+                mask: bools(&[queries, keys], 5),
+                query_mask: bools(&[batch, queries], 7),
+                key_mask: bools(&[batch, keys], 3),
+                bias: leaf(&[heads, queries, keys], 3),
+                slopes: leaf(&[heads], 4),
+                table: leaf(&[9, heads], 5),
+            };
+            let spec = AttentionSpec { scale: (d as f64).powf(-0.5), ..spec(&extras) };
+            let mut tape = Tape::train(3);
+            let [q, k, v] = leaves.each_ref().map(|x| x.transpose(1, 2).unwrap());
+            let out = attention(&q, &k, &v, &spec).unwrap();
+            let cotangent = random(out.shape(), DType::F64, 9).to_device(device).unwrap().to_dtype(dtype).unwrap();
+            let grads = tape.backward_with(&out, &cotangent).unwrap();
+            let more = [&extras.bias, &extras.slopes, &extras.table];
+            let grads = leaves.iter().chain(more).filter_map(|leaf| grads.get(leaf).cloned());
+            [out.detach()].into_iter().chain(grads).collect()
+        };
+        let exact = run(DType::F64, &Device::Cpu);
+        for (dtype, allowed) in [(DType::F16, 3e-3), (DType::BF16, 2e-2)] {
+            let actual = run(dtype, device());
+            assert_eq!(actual.len(), exact.len());
+            for (index, (actual, exact)) in actual.iter().zip(&exact).enumerate() {
+                let error = relative(actual, exact);
+                assert!(error < allowed, "{name}: {dtype}: result {index}: relative error {error:.1e}");
+            }
+        }
+    }
+}
+
 /// The output is laid out for the merge of the heads, and gradients for the way back: neither copies.
 #[test]
 fn attention_layouts_need_no_copies() {
@@ -161,7 +275,7 @@ fn attention_dropout_statistics() {
     let (q, k) = (random(&[1, 1, queries, 8], DType::F32, 0), random(&[1, 1, keys, 8], DType::F32, 1));
     // Equal weights: a sum counts the kept ones.
     let q = q.affine(0.0, 0.0).unwrap();
-    let v = Tensor::ones([1, 1, keys, 1], DType::F32, &Device::Cpu).unwrap();
+    let v = Tensor::ones([1, 1, keys, 1], DType::F32, device()).unwrap();
     let spec = AttentionSpec { dropout: p, ..AttentionSpec::default() };
     let _tape = Tape::train(8);
     let first = attention(&q, &k, &v, &spec).unwrap().to_f64_vec().unwrap();
@@ -185,9 +299,8 @@ fn attention_dropout_statistics() {
 fn attention_dropout_masks_are_equal_forward_and_backward() {
     let _alone = alone();
     let (queries, keys) = (150, 140);
-    let identity =
-        Tensor::generate([1, 1, keys, keys], DType::F64, &Device::Cpu, |i| (i / keys == i % keys) as u8 as f64);
-    let v = identity.unwrap().requires_grad().unwrap();
+    let identity = generate(&[1, 1, keys, keys], DType::F64, |i| (i / keys == i % keys) as u8 as f64);
+    let v = identity.requires_grad().unwrap();
     let q = random(&[1, 1, queries, 4], DType::F64, 0).requires_grad().unwrap();
     let k = random(&[1, 1, keys, 4], DType::F64, 1).requires_grad().unwrap();
     for causal in [false, true] {
@@ -199,7 +312,7 @@ fn attention_dropout_masks_are_equal_forward_and_backward() {
         let weights = out.to_f64_vec().unwrap();
         let dropped = weights.iter().filter(|&&w| w == 0.0).count() as f64 / weights.len() as f64;
         assert!(causal || (dropped - 0.4).abs() < 0.02, "{dropped} dropped");
-        let cotangent = Tensor::from_slice(&c, [1, 1, queries, keys], &Device::Cpu).unwrap();
+        let cotangent = Tensor::from_slice(&c, [1, 1, queries, keys], device()).unwrap();
         let grads = tape.backward_with(&out, &cotangent).unwrap();
         let dv = grads.get(&v).unwrap().to_f64_vec().unwrap();
         for (key, feature) in (0..keys).flat_map(|key| [0, 17, 139].map(|feature| (key, feature))) {
@@ -217,7 +330,7 @@ fn attention_dropout_masks_are_equal_forward_and_backward() {
             let moved = |step: f64| {
                 let mut values = base.clone();
                 values[at] += step;
-                value(&Tensor::from_slice(&values, [1, 1, queries, 4], &Device::Cpu).unwrap())
+                value(&Tensor::from_slice(&values, [1, 1, queries, 4], device()).unwrap())
             };
             let numeric = (moved(1e-5) - moved(-1e-5)) / 2e-5;
             assert!((numeric - dq[at]).abs() < 1e-7 * dq[at].abs().max(1.0), "{numeric} {}", dq[at]);
@@ -240,10 +353,8 @@ fn attention_is_never_nan() {
     let _alone = alone();
     let leaves = operands(1, 2, [70, 140], 8, DType::F32);
     let blind = bools(&[70, 1], |i| i % 3 != 0);
-    let lowest = Tensor::full([140], f32::MIN as f64, DType::F32, &Device::Cpu).unwrap();
-    let infinite =
-        Tensor::generate([70, 140], DType::F32, &Device::Cpu, |i| if i / 140 < 10 { f64::NEG_INFINITY } else { 0.0 })
-            .unwrap();
+    let lowest = Tensor::full([140], f32::MIN as f64, DType::F32, device()).unwrap();
+    let infinite = generate(&[70, 140], DType::F32, |i| if i / 140 < 10 { f64::NEG_INFINITY } else { 0.0 });
     let specs = [
         AttentionSpec { scale: 1e4, causal: true, mask: Some(&blind), ..AttentionSpec::default() },
         AttentionSpec { scale: 1e-30, max_attend_past: Some(0), ..AttentionSpec::default() },
@@ -278,7 +389,7 @@ fn attention_bias_of_a_whole_row_has_no_gradient() {
 #[test]
 fn attention_alibi_is_exact_far_away() {
     let _alone = alone();
-    let (n, slopes) = (3000, Tensor::from_slice(&[0.5f64, 0.03], [2], &Device::Cpu).unwrap());
+    let (n, slopes) = (3000, Tensor::from_slice(&[0.5f64, 0.03], [2], device()).unwrap());
     let run = |dtype: DType| {
         let slopes = slopes.to_dtype(dtype).unwrap();
         let position_bias = PositionBias::Alibi { slopes: &slopes };
@@ -294,7 +405,7 @@ fn attention_alibi_is_exact_far_away() {
 #[test]
 fn attention_position_weights_keep_their_dtype() {
     let _alone = alone();
-    let slopes = Tensor::from_slice(&[0.7f32, 0.1], [2], &Device::Cpu).unwrap().requires_grad().unwrap();
+    let slopes = Tensor::from_slice(&[0.7f32, 0.1], [2], device()).unwrap().requires_grad().unwrap();
     let [q, k, v] = operands(1, 2, [5, 9], 4, DType::BF16).map(|x| x.transpose(1, 2).unwrap());
     let position_bias = PositionBias::Alibi { slopes: &slopes };
     let mut tape = Tape::grad();
@@ -350,7 +461,7 @@ fn attention_errors_name_what_is_wrong() {
     text(attention(&q, &float(&[2, 0, 7, 8]), &float(&[2, 0, 7, 3]), &plain), &["4 heads", "0 heads"]);
     let error = text(attention(&q, &k.to_dtype(DType::BF16).unwrap(), &v, &plain), &["f32", "bf16"]);
     assert!(matches!(error, Error::DType { .. }));
-    let int = Tensor::zeros([1, 1, 1, 1], DType::I64, &Device::Cpu).unwrap();
+    let int = Tensor::zeros([1, 1, 1, 1], DType::I64, device()).unwrap();
     text(attention(&int, &int, &int, &plain), &["i64", "float"]);
 
     let mask = bools(&[5, 6], |_| true);
