@@ -206,3 +206,59 @@ fn rotation_depends_on_the_position_alone() -> Result<()> {
     }
     Ok(())
 }
+
+/// The rows of a tensor in every float type.
+fn in_every_type(row: &[f64]) -> Result<Vec<Tensor>> {
+    let x = Tensor::from_slice(row, [1, row.len()], device())?;
+    [DType::F32, DType::F64, DType::BF16, DType::F16].iter().map(|&dtype| x.to_dtype(dtype)).collect()
+}
+
+/// Zeros that differ in sign tie, NaN is the largest number, and an infinity is a number like others.
+#[test]
+fn the_largest_of_special_values() -> Result<()> {
+    let (nan, infinity) = (f64::NAN, f64::INFINITY);
+    for (row, k, expected) in [
+        ([0.0, -0.0, -1.0, 1.0], 2, [true, true, false, true]),
+        ([-0.0, 0.0, -1.0, -2.0], 1, [true, true, false, false]),
+        ([nan, infinity, 1.0, -infinity], 1, [true, false, false, false]),
+        ([nan, infinity, -nan, -infinity], 3, [true, true, true, false]),
+        ([nan, nan, -nan, -infinity], 1, [true, true, true, false]),
+        ([-infinity, -infinity, 2.0, -infinity], 2, [true; 4]),
+    ] {
+        for x in in_every_type(&row)? {
+            assert_eq!(x.top_k_mask(k)?.to_vec::<bool>()?, expected, "{row:?} {k} {}", x.dtype());
+        }
+    }
+    Ok(())
+}
+
+/// What has no maximum among the finite numbers has no entmax; what is ruled out by an infinity has none of it.
+#[test]
+fn entmax_of_special_values() -> Result<()> {
+    let (nan, infinity) = (f64::NAN, f64::INFINITY);
+    for row in [[nan, 1.0, 2.0], [1.0, nan, 2.0], [1.0, 2.0, nan], [1.0, infinity, 2.0], [-infinity; 3]] {
+        for x in in_every_type(&row)? {
+            let y = x.entmax15()?.to_f64_vec()?;
+            assert!(y.iter().all(|y| y.is_nan()), "{row:?} {}: {y:?}", x.dtype());
+        }
+    }
+    for x in in_every_type(&[3.0, -infinity, 3.0])? {
+        let y = x.entmax15()?.to_f64_vec()?;
+        // A square root and its square, each rounded.
+        let half = |y: f64| (y - 0.5).abs() < 1e-6;
+        assert!(half(y[0]) && y[1] == 0.0 && half(y[2]), "{}: {y:?}", x.dtype());
+    }
+    Ok(())
+}
+
+/// Moves by any number of positions, the most negative one included, whose opposite is no number.
+#[test]
+fn tokens_move_by_any_amount() -> Result<()> {
+    let x = random(&[2, 3, 2], DType::F32, 0)?.requires_grad()?;
+    let mut tape = Tape::grad();
+    let y = x.shift_tokens(&[isize::MIN, isize::MAX], None)?;
+    assert_eq!(y.to_f64_vec()?, [0.0; 12]);
+    let grads = tape.backward(&y.sum(&[])?)?;
+    assert_eq!(grads.get(&x).expect("a gradient").to_f64_vec()?, [0.0; 12]);
+    Ok(())
+}

@@ -106,6 +106,25 @@ fn a_killed_run_continues_as_if_nothing_had_happened() {
     assert!(message.contains("text"), "{message}");
 }
 
+/// In f16 the loss is scaled: a scale that is too large costs steps, which are told and counted.
+#[test]
+fn f16_says_what_it_skips() {
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let (corpus, out) = (path(folder.path(), "text.txt"), path(folder.path(), "out"));
+    write_text(&corpus);
+    let train = ["train", "--text", &corpus, "--out", &out, "--steps", "2", "--dtype", "f16"];
+    let output = succeeds(&[&train[..], &TINY].concat());
+    assert!(output.contains("loss scale  65536 at the end, 0 steps skipped"), "{output}");
+    let training = folder.path().join("out/checkpoint/training.json");
+    let json = fs::read_to_string(&training).expect("training.json");
+    let json = json.replacen("\"scale\": 65536.0", "\"scale\": 1099511627776.0", 1);
+    fs::write(&training, json.replacen("\"steps\": 2", "\"steps\": 4", 1)).expect("write");
+    let resumed = succeeds(&["train", "--resume", &out, "--text", &corpus]);
+    for part in ["step 3/4  skipped", "loss scale now 549755813888", "step 4/4  skipped", "2 steps skipped"] {
+        assert!(resumed.contains(part), "{part:?} in\n{resumed}");
+    }
+}
+
 #[test]
 fn a_config_is_trained_as_written() {
     let folder = tempfile::tempdir().expect("a temporary folder");

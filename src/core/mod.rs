@@ -7,6 +7,7 @@ mod init;
 mod param;
 mod philox;
 mod real;
+mod recompute;
 mod shape;
 mod tape;
 mod tensor;
@@ -25,5 +26,6 @@ pub use tensor::Tensor;
 
 pub(crate) use dtype::{Float, dispatch_float};
 pub(crate) use real::Real;
+pub(crate) use recompute::Saved;
 pub(crate) use shape::{Layout, collapse, collapse_layouts};
-pub(crate) use tape::{dropout_stream, needs};
+pub(crate) use tape::{dropout_stream, needs, record_cheap, record_cheap_after};

@@ -13,6 +13,7 @@ use std::{
 use super::{
     param::{Param, ParamMap},
     philox::Philox,
+    recompute::Recipe,
     shape::Shape,
     tensor::Tensor,
 };
@@ -348,6 +349,39 @@ pub fn record<B: Backward + 'static>(
     // Outside of the borrow: the closure may compute what it saves.
     let node = (!discard).then(|| Node { inputs: Input::all(inputs), backward: Box::new(backward(&output)) });
     Ok(push(output, node))
+}
+
+/// As [`record`], for an op whose output costs little next to a matrix product: those do not keep it, but call `again`,
+/// which may hold what the op's own rule saves and must give the same bits.
+pub(crate) fn record_cheap<B: Backward + 'static>(
+    op: &'static str,
+    output: Tensor,
+    inputs: &[&Tensor],
+    backward: impl FnOnce(&Tensor) -> B,
+    again: impl Fn() -> Result<Tensor> + Send + Sync + 'static,
+) -> Result<Tensor> {
+    let mut kept = false;
+    let mut output = record(op, output, inputs, |output| {
+        kept = true;
+        backward(output)
+    })?;
+    // Without a rule that holds the inputs, a recipe would prolong their lives.
+    output.recipe = kept.then(|| Recipe::new(again));
+    Ok(output)
+}
+
+/// As [`record_cheap`], for an op whose rule does not save its input: if that is computed again, so is the output.
+pub(crate) fn record_cheap_after<B: Backward + 'static>(
+    op: &'static str,
+    output: Tensor,
+    input: &Tensor,
+    backward: impl FnOnce(&Tensor) -> B,
+    again: impl Fn(Tensor) -> Result<Tensor> + Send + Sync + 'static,
+) -> Result<Tensor> {
+    match input.recipe.clone() {
+        Some(recipe) => record_cheap(op, output, &[input], backward, move || again(recipe.compute()?)),
+        None => record(op, output, &[input], backward),
+    }
 }
 
 /// Marks an output as made by the innermost tape, which keeps the node if there is one.

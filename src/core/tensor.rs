@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use super::{
     dtype::{DType, Element, Readable, dispatch_float},
+    recompute::Recipe,
     shape::{IntoShape, Layout, Shape},
     tape::{Backward, Contributions, GradSlot, LeafId, record},
 };
@@ -35,6 +36,8 @@ pub struct Tensor {
     dtype: DType,
     device: Device,
     pub(super) grad: GradSlot,
+    /// How ops that need the values backward may compute them again; views and constants have none.
+    pub(super) recipe: Option<Recipe>,
 }
 
 impl Tensor {
@@ -135,6 +138,7 @@ impl Tensor {
             dtype,
             device: device.clone(),
             grad: GradSlot::Constant,
+            recipe: None,
         })
     }
 
@@ -207,7 +211,7 @@ impl Tensor {
     }
 
     pub(super) fn with_slot(&self, grad: GradSlot) -> Self {
-        Self { grad, ..self.clone() }
+        Self { grad, recipe: None, ..self.clone() }
     }
 
     /// The values in row-major order.
@@ -247,7 +251,7 @@ impl Tensor {
 
     /// Another view of the same storage, as a constant: the caller records it.
     pub(crate) fn with_layout(&self, layout: Layout) -> Self {
-        Self { layout, grad: GradSlot::Constant, ..self.clone() }
+        Self { layout, grad: GradSlot::Constant, recipe: None, ..self.clone() }
     }
 
     /// The whole storage, for ops that walk strides from `layout().offset`.

@@ -5,9 +5,13 @@ use std::{
     ptr::NonNull,
 };
 
+use memmap2::MmapMut;
 use rayon::prelude::*;
 
-use super::{cpu_pool, pool::size_class};
+use super::{
+    cpu_pool,
+    pool::{Reusable, size_class},
+};
 use crate::{
     Result,
     core::{Layout as TensorLayout, Shape, collapse},
@@ -16,10 +20,16 @@ use crate::{
 /// Bytes to which buffers are aligned: a cache line, and the widest vector load.
 const ALIGNMENT: usize = 64;
 
-/// Memory from the system allocator, zeroed once when it is made.
+/// Blocks from this size on are maps of their own: only those go back to the system for certain, whatever lies beside
+/// them, while an allocator keeps what it cannot give back from the end of its heap.
+const MAPPED: usize = 1 << 20;
+
+/// Zeroed memory from the system.
 pub(super) struct Block {
     pointer: NonNull<u8>,
     bytes: usize,
+    /// Who owns the memory, if it is not the allocator's.
+    map: Option<MmapMut>,
 }
 
 // SAFETY: a block owns its memory exclusively, like a `Vec<u8>`.
@@ -33,16 +43,28 @@ impl Block {
     }
 
     fn new(bytes: usize) -> Option<Self> {
+        if bytes >= MAPPED {
+            // Pages are aligned to far more than a cache line.
+            let mut map = MmapMut::map_anon(bytes).ok()?;
+            return Some(Self { pointer: NonNull::new(map.as_mut_ptr())?, bytes, map: Some(map) });
+        }
         let layout = Self::layout(bytes)?;
         // SAFETY: the size is not zero, classes start at 64 bytes. Zeroed memory is initialised for every Pod type.
         let pointer = NonNull::new(unsafe { alloc_zeroed(layout) })?;
-        Some(Self { pointer, bytes })
+        Some(Self { pointer, bytes, map: None })
+    }
+}
+
+impl Reusable for Block {
+    /// The caches may still hold it.
+    fn goes_before(&self, _earlier: &Self) -> bool {
+        true
     }
 }
 
 impl Drop for Block {
     fn drop(&mut self) {
-        if let Some(layout) = Self::layout(self.bytes) {
+        if let (None, Some(layout)) = (&self.map, Self::layout(self.bytes)) {
             // SAFETY: allocated in `new` with the same layout.
             unsafe { dealloc(self.pointer.as_ptr(), layout) }
         }
@@ -60,8 +82,12 @@ impl CpuBuffer {
         if bytes == 0 {
             return Ok(Self { block: None, bytes });
         }
-        let class = size_class(bytes);
-        let block = cpu_pool().allocate(class, bytes, || Block::new(class))?;
+        let (class, pool) = (size_class(bytes), cpu_pool());
+        let make = || {
+            pool.make_room(class);
+            Block::new(class)
+        };
+        let block = pool.allocate(class, bytes, make)?;
         let mut buffer = Self { block: Some(block), bytes };
         if cfg!(debug_assertions) {
             // All bits set is NaN in every float type: an element that an op forgets shows.

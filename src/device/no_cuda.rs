@@ -3,7 +3,7 @@
 use super::{
     Transfers,
     launch::{Arg, Gemm, Grid},
-    pool::Pool,
+    pool::{Pool, Reusable},
 };
 use crate::{Element, Error, Result, Tensor};
 
@@ -64,6 +64,12 @@ impl CudaDevice {
     }
 
     pub(crate) fn is_capturing(&self) -> bool {
+        match *self {}
+    }
+}
+
+impl Reusable for Block {
+    fn goes_before(&self, _: &Self) -> bool {
         match *self {}
     }
 }

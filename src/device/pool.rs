@@ -16,14 +16,13 @@ pub struct MemoryStats {
     pub peak: usize,
 }
 
-impl MemoryStats {
-    fn grow(&mut self, bytes: usize) {
-        self.live += bytes;
-        self.peak = self.peak.max(self.live);
-    }
+/// What a pool keeps. It gives itself back to the system when dropped.
+pub(super) trait Reusable {
+    /// Of two free blocks of one size, whether this one is to be used before one that became free earlier.
+    fn goes_before(&self, earlier: &Self) -> bool;
 }
 
-/// Free blocks of one device by size class. A block gives itself back to the system when dropped.
+/// Free blocks of one device by size class.
 pub(super) struct Pool<Block> {
     state: Mutex<State<Block>>,
 }
@@ -32,8 +31,11 @@ struct State<Block> {
     free: FreeBlocks<Block>,
     limit: usize,
     stats: MemoryStats,
+    /// The largest `live` since the last [`Pool::trim`].
+    most: usize,
 }
 
+/// The block to be used next is the last one.
 pub(super) type FreeBlocks<Block> = BTreeMap<usize, Vec<Block>>;
 
 /// A size that blocks are made in: eight steps per power of two, at least 64 bytes; at most 12.5 % is unused.
@@ -43,9 +45,28 @@ pub(super) fn size_class(bytes: usize) -> usize {
     bytes.div_ceil(step).saturating_mul(step)
 }
 
-impl<Block> Pool<Block> {
+impl<Block> State<Block> {
+    fn grow(&mut self, bytes: usize) {
+        self.stats.live += bytes;
+        self.stats.peak = self.stats.peak.max(self.stats.live);
+        self.most = self.most.max(self.stats.live);
+    }
+
+    /// Takes out a free block of this class.
+    fn pop(&mut self, class: usize) -> Option<Block> {
+        let block = self.free.get_mut(&class)?.pop()?;
+        self.stats.cached -= class;
+        Some(block)
+    }
+}
+
+/// Bytes that blocks in use and free ones together may have beyond the largest use: free blocks of sizes that are not
+/// asked for now, such as those of gradients while activations are made.
+const SLACK: usize = 64 << 20;
+
+impl<Block: Reusable> Pool<Block> {
     pub fn new(limit: usize) -> Self {
-        let state = State { free: FreeBlocks::new(), limit, stats: MemoryStats::default() };
+        let state = State { free: FreeBlocks::new(), limit, stats: MemoryStats::default(), most: 0 };
         Self { state: Mutex::new(state) }
     }
 
@@ -72,15 +93,31 @@ impl<Block> Pool<Block> {
     /// A free block of this class, if there is one; it counts as live from now on.
     pub fn take(&self, class: usize) -> Option<Block> {
         let mut state = self.lock();
-        let block = state.free.get_mut(&class)?.pop()?;
-        state.stats.cached -= class;
-        state.stats.grow(class);
+        let block = state.pop(class)?;
+        state.grow(class);
         Some(block)
+    }
+
+    /// Gives free blocks back to the system, if all blocks together would outgrow the largest use by more than
+    /// [`SLACK`] with a new one of this class. Otherwise steps of other sizes would leave theirs behind.
+    pub fn make_room(&self, class: usize) {
+        let mut state = self.lock();
+        let mut dropped = Vec::new();
+        loop {
+            let used = state.stats.live + class;
+            let excess = (used + state.stats.cached).saturating_sub(used.max(state.most) + SLACK);
+            let mut sizes = state.free.iter().filter(|(_, blocks)| !blocks.is_empty()).map(|(&size, _)| size);
+            // The smallest one that is enough, else the largest.
+            let size = sizes.clone().find(|&size| size >= excess).or_else(|| sizes.next_back());
+            let Some(block) = size.filter(|_| excess > 0).and_then(|size| state.pop(size)) else { break };
+            dropped.push(block);
+        }
+        drop(state);
     }
 
     /// Counts a block that was made as live.
     fn made(&self, class: usize) {
-        self.lock().stats.grow(class);
+        self.lock().grow(class);
     }
 
     /// Keeps a block for reuse, or drops it when the cache is full.
@@ -89,13 +126,16 @@ impl<Block> Pool<Block> {
         state.stats.live -= class;
         if state.stats.cached + class <= state.limit {
             state.stats.cached += class;
-            state.free.entry(class).or_default().push(block);
+            let blocks = state.free.entry(class).or_default();
+            let at = blocks.iter().rposition(|earlier| block.goes_before(earlier)).map_or(0, |last| last + 1);
+            blocks.insert(at, block);
         }
     }
 
     pub fn trim(&self) {
         let mut state = self.lock();
         state.stats.cached = 0;
+        state.most = state.stats.live;
         let blocks = std::mem::take(&mut state.free);
         drop(state);
         drop(blocks);

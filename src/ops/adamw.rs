@@ -6,7 +6,7 @@
 
 use std::sync::Mutex;
 
-use super::many::{Table, by_device};
+use super::many::{Group, Table, by_device};
 use crate::{
     DType, Error, Result, Tensor,
     core::{Float, Real, Shape, dispatch_float},
@@ -30,9 +30,9 @@ pub(crate) fn square_norms(tensors: &[Tensor]) -> Result<Vec<f64>> {
     let mut sums = vec![0.0; tensors.len()];
     let indexed = tensors.iter().enumerate().filter(|(_, tensor)| tensor.elements() > 0);
     let (on_cpu, groups) = by_device(indexed, |(_, tensor)| (tensor.device().clone(), tensor.dtype()));
-    for (gpu, dtype, group) in groups {
-        let norms = square_norms_cuda(gpu, dtype, group.iter().map(|(_, tensor)| *tensor))?;
-        for ((index, _), norm) in group.iter().zip(norms) {
+    for Group { gpu, key: dtype, items } in groups {
+        let norms = square_norms_cuda(gpu, dtype, items.iter().map(|(_, tensor)| *tensor))?;
+        for ((index, _), norm) in items.iter().zip(norms) {
             sums[*index] = norm;
         }
     }
@@ -149,8 +149,8 @@ pub(crate) fn adamw(updates: Vec<Update<'_>>, settings: Settings) -> Result<()> 
     let (on_cpu, groups) = by_device(updates, |update| {
         (update.value.device().clone(), (update.value.dtype(), update.grad.dtype(), update.step))
     });
-    for (index, (gpu, (dtype, of_grad, step), group)) in groups.into_iter().enumerate() {
-        adamw_cuda(gpu, &format!("adamw {index}"), [dtype, of_grad], group, Factors::<f64>::new(settings, step))?;
+    for (index, Group { gpu, key: (dtype, of_grad, step), items }) in groups.into_iter().enumerate() {
+        adamw_cuda(gpu, &format!("adamw {index}"), [dtype, of_grad], items, Factors::<f64>::new(settings, step))?;
     }
     let mut tasks = Vec::new();
     for update in on_cpu {
@@ -313,8 +313,8 @@ vectorized! {
 pub(crate) fn average(averages: Vec<&mut Tensor>, values: &[Tensor], decay: f64) -> Result<()> {
     let pairs = averages.into_iter().zip(values);
     let (on_cpu, groups) = by_device(pairs, |(_, value)| (value.device().clone(), value.dtype()));
-    for (gpu, dtype, group) in groups {
-        let rows = group
+    for Group { gpu, key: dtype, items } in groups {
+        let rows = items
             .into_iter()
             .map(|(average, value)| Ok(([average.address_mut()?, value.address()?], value.elements())));
         let table = Table::new(gpu, &format!("ema {dtype}"), rows)?;

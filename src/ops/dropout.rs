@@ -3,7 +3,7 @@
 use super::norm::reuse;
 use crate::{
     Device, Error, Philox, Result, Tensor,
-    core::{Backward, Contributions, Float, Real, dispatch_float, dropout_stream, record},
+    core::{Backward, Contributions, Float, Real, dispatch_float, dropout_stream, record_cheap_after},
     device::{Grid, args, cpu, simd::vectorized},
     error::ensure,
 };
@@ -32,11 +32,12 @@ impl Tensor {
         let x = self.contiguous()?;
         let mut y = x.uninit_like()?;
         mask.apply(Some(&x), &mut y)?;
-        record("dropout", y, &[&x], |_| DropoutBackward { mask })
+        record_cheap_after("dropout", y, &x, |_| DropoutBackward { mask }, move |x| mask.applied(x))
     }
 }
 
 /// All that it takes to draw a mask.
+#[derive(Clone, Copy)]
 struct Mask {
     random: Philox,
     threshold: u64,
@@ -44,6 +45,13 @@ struct Mask {
 }
 
 impl Mask {
+    /// A masked and scaled tensor, in place if no other handle shares it.
+    fn applied(&self, x: Tensor) -> Result<Tensor> {
+        let (mut y, source) = reuse(x)?;
+        self.apply(source.as_ref(), &mut y)?;
+        Ok(y)
+    }
+
     /// Masks and scales `source`, or `out` in place.
     fn apply(&self, source: Option<&Tensor>, out: &mut Tensor) -> Result<()> {
         match *out.device() {
@@ -108,8 +116,6 @@ impl Backward for DropoutBackward {
 
     /// The gradient under the same mask.
     fn backward(self: Box<Self>, grad: Tensor, _need: &[bool]) -> Result<Contributions> {
-        let (mut dx, source) = reuse(grad)?;
-        self.mask.apply(source.as_ref(), &mut dx)?;
-        Ok(Contributions::one(dx))
+        self.mask.applied(grad).map(Contributions::one)
     }
 }

@@ -3,7 +3,7 @@
 use super::pointwise::{Gelu, Keep, ReluSquared, Sigmoid, Unary};
 use crate::{
     Device, Error, Result, Tensor,
-    core::{Backward, Contributions, Float, Real, dispatch_float, record},
+    core::{Backward, Contributions, Float, Real, dispatch_float, record_cheap},
     device::{Grid, args, cpu, simd::vectorized, size32},
 };
 
@@ -69,7 +69,10 @@ fn glu<F: Unary>(x: &Tensor, dim: usize) -> Result<Tensor> {
                 .launch(Grid::rows(rows, dim), args![&mut y, x, rows as i64, size32(dim)?])?;
         }
     }
-    record("glu", y, &[x], |_| GluBackward::<F> { x: x.detach(), activation: std::marker::PhantomData })
+    let kept = x.detach();
+    let again = move || glu::<F>(&kept, dim);
+    let backward = |_: &Tensor| GluBackward::<F> { x: x.detach(), activation: std::marker::PhantomData };
+    record_cheap("glu", y, &[x], backward, again)
 }
 
 vectorized! {

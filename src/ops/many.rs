@@ -46,22 +46,29 @@ impl Table {
     }
 }
 
-/// Parts items by their device, GPUs by a key besides; the order within a group is that of the items.
+/// Items that one launch takes, because they are on one GPU and alike in a key.
+pub(crate) struct Group<I, K> {
+    pub gpu: &'static CudaDevice,
+    pub key: K,
+    pub items: Vec<I>,
+}
+
+/// Those on the CPU, and groups of the others. The order within a group is that of the items.
 pub(crate) fn by_device<I, K: PartialEq>(
     items: impl IntoIterator<Item = I>,
     of: impl Fn(&I) -> (Device, K),
-) -> (Vec<I>, Vec<(&'static CudaDevice, K, Vec<I>)>) {
-    let (mut cpu, mut groups) = (Vec::new(), Vec::<(&'static CudaDevice, K, Vec<I>)>::new());
+) -> (Vec<I>, Vec<Group<I, K>>) {
+    let (mut on_cpu, mut groups) = (Vec::new(), Vec::<Group<I, K>>::new());
     for item in items {
         match of(&item) {
-            (Device::Cpu, _) => cpu.push(item),
+            (Device::Cpu, _) => on_cpu.push(item),
             (Device::Cuda(gpu), key) => {
-                match groups.iter_mut().find(|(other, known, _)| std::ptr::eq(*other, gpu) && *known == key) {
-                    Some((_, _, group)) => group.push(item),
-                    None => groups.push((gpu, key, vec![item])),
+                match groups.iter_mut().find(|group| std::ptr::eq(group.gpu, gpu) && group.key == key) {
+                    Some(group) => group.items.push(item),
+                    None => groups.push(Group { gpu, key, items: vec![item] }),
                 }
             }
         }
     }
-    (cpu, groups)
+    (on_cpu, groups)
 }

@@ -6,7 +6,7 @@ use super::{
 };
 use crate::{
     Device, Error, Result, Tensor,
-    core::{Backward, Contributions, Float, Real, Shape, dispatch_float, record},
+    core::{Backward, Contributions, Float, Real, Shape, dispatch_float, record_cheap},
     device::{CudaDevice, Grid, args, cpu, simd::vectorized, size32},
     error::ensure,
 };
@@ -106,7 +106,7 @@ fn normalize(
         Device::Cuda(gpu) => forward_cuda(gpu, &x, [weight, bias], form, eps, &mut y, &mut statistics)?,
     }
     let inputs: Vec<&Tensor> = [Some(&x), weight, bias].into_iter().flatten().collect();
-    record(op, y, &inputs, |_| NormBackward {
+    let backward = |_: &Tensor| NormBackward {
         op,
         x: x.detach(),
         statistics,
@@ -114,7 +114,13 @@ fn normalize(
         has_bias: bias.is_some(),
         form,
         eps,
-    })
+    };
+    let (kept, operands) = (x.detach(), [weight, bias].map(|operand| operand.map(Tensor::detach)));
+    let again = move || {
+        let [weight, bias] = operands.each_ref().map(Option::as_ref);
+        normalize(op, &kept, weight.map(|weight| (weight, weight.elements())), bias, form, eps)
+    };
+    record_cheap(op, y, &inputs, backward, again)
 }
 
 /// Number of rows that are normalised.
@@ -396,6 +402,9 @@ fn sums<T: Float>(x: &[T], g: &[T], weight: &[T::Acc], mean: T::Acc, inverse: T:
 ///
 /// A gradient that no other handle shares is overwritten in place, which saves the memory of a second one.
 pub(crate) fn reuse(x: Tensor) -> Result<(Tensor, Option<Tensor>)> {
-    let mut x = x.contiguous()?;
+    let packed = x.contiguous()?;
+    // Otherwise this handle would be another one.
+    drop(x);
+    let mut x = packed;
     if x.is_unique() { Ok((x, None)) } else { Ok((x.uninit_like()?, Some(x))) }
 }

@@ -4,10 +4,14 @@ use crate::{
     DType, Device, Element, Error, Result, Shape, Tensor,
     core::{
         Backward, Contributions, Float, Layout, Real, collapse_layouts, discrete, dispatch_float, needs, record,
+        record_cheap,
     },
     device::{CudaDevice, Grid, Storage, args, cpu, simd::vectorized},
     error::ensure,
-    ops::copy::{same_device, same_kind},
+    ops::{
+        copy::{same_device, same_kind},
+        norm::reuse,
+    },
 };
 
 /// What a unary op keeps for its derivative.
@@ -128,13 +132,14 @@ fn unary<F: Unary>(x: &Tensor) -> Result<Tensor> {
                 .launch(Grid::packets(n, x.dtype()), args![&mut y, &x, n as i64])?;
         }
     }
-    record(F::NAME, y, &[&x], |y| UnaryBackward::<F> {
-        kept: match F::KEEP {
-            Keep::Input => x.detach(),
-            Keep::Output => y.detach(),
-        },
-        function: std::marker::PhantomData,
-    })
+    let rule = |kept: &Tensor| UnaryBackward::<F> { kept: kept.detach(), function: std::marker::PhantomData };
+    match F::KEEP {
+        Keep::Output => record(F::NAME, y, &[&x], rule),
+        Keep::Input => {
+            let kept = x.detach();
+            record_cheap(F::NAME, y, &[&x], |_| rule(&x), move || unary::<F>(&kept))
+        }
+    }
 }
 
 vectorized! {
@@ -157,21 +162,26 @@ impl<F: Unary> Backward for UnaryBackward<F> {
 
     /// `dx = g ⊙ f'`
     fn backward(self: Box<Self>, grad: Tensor, _need: &[bool]) -> Result<Contributions> {
-        let grad = grad.contiguous()?;
-        let mut dx = grad.uninit_like()?;
-        match grad.device() {
-            Device::Cpu => dispatch_float!(F::NAME, grad.dtype(), T, {
-                let (kept, g) = (self.kept.values::<T>()?, grad.values::<T>()?);
+        let (mut dx, source) = reuse(grad)?;
+        match *dx.device() {
+            Device::Cpu => dispatch_float!(F::NAME, dx.dtype(), T, {
+                let kept = self.kept.values::<T>()?;
+                let source = source.as_ref().map(|source| source.values::<T>()).transpose()?;
                 cpu::for_rows(dx.values_mut::<T>()?, 1, COST, |at, dx| {
                     let range = at..at + dx.len();
-                    map_backward::<T, F>(&kept[range.clone()], &g[range], dx);
+                    if let Some(source) = source {
+                        dx.copy_from_slice(&source[range.clone()]);
+                    }
+                    map_backward::<T, F>(&kept[range], dx);
                 });
                 Ok(())
             })?,
             Device::Cuda(gpu) => {
-                let n = grad.elements();
-                gpu.kernel("unary_bwd", &[("DTYPE", grad.dtype().name()), ("FUNCTION", F::NAME)])?
-                    .launch(Grid::packets(n, grad.dtype()), args![&mut dx, &self.kept, &grad, n as i64])?;
+                let (n, dtype) = (dx.elements(), dx.dtype());
+                gpu.kernel("unary_bwd", &[("DTYPE", dtype.name()), ("FUNCTION", F::NAME)])?.launch(
+                    Grid::packets(n, dtype),
+                    args![&mut dx, &self.kept, source.as_ref().unwrap_or(&dx), n as i64],
+                )?;
             }
         }
         Ok(Contributions::one(dx))
@@ -179,9 +189,10 @@ impl<F: Unary> Backward for UnaryBackward<F> {
 }
 
 vectorized! {
-    fn map_backward<T: Float, F: Unary>(kept: &[T], g: &[T], dx: &mut [T]) {
-        for ((kept, g), dx) in kept.iter().zip(g).zip(dx) {
-            *dx = T::from_acc(g.to_acc() * F::derivative(kept.to_acc()));
+    /// `dx` holds the gradient of the output before.
+    fn map_backward<T: Float, F: Unary>(kept: &[T], dx: &mut [T]) {
+        for (kept, dx) in kept.iter().zip(dx) {
+            *dx = T::from_acc(dx.to_acc() * F::derivative(kept.to_acc()));
         }
     }
 }

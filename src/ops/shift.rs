@@ -2,7 +2,7 @@
 
 use crate::{
     DType, Device, Error, Result, Tensor,
-    core::{Backward, Contributions, Float, dispatch_float, record},
+    core::{Backward, Contributions, Float, dispatch_float, record_cheap_after},
     device::{Grid, args, cpu, size32},
     error::ensure,
 };
@@ -37,7 +37,9 @@ impl Tensor {
         let furthest = n as isize;
         let amounts: Vec<isize> = amounts.iter().map(|amount| (*amount).clamp(-furthest, furthest)).collect();
         let y = moved(&x, &amounts, Masked::Source(mask.as_ref()))?;
-        record(OP, y, &[&x], |_| ShiftTokensBackward { amounts, mask })
+        let rule = ShiftTokensBackward { amounts, mask };
+        let again = { let rule = rule.clone(); move |x| moved(&x, &rule.amounts, Masked::Source(rule.mask.as_ref())) };
+        record_cheap_after(OP, y, &x, |_| rule, again)
     }
 }
 
@@ -93,6 +95,7 @@ fn moved(x: &Tensor, amounts: &[isize], masked: Masked) -> Result<Tensor> {
     Ok(y)
 }
 
+#[derive(Clone)]
 struct ShiftTokensBackward {
     amounts: Vec<isize>,
     mask: Option<Tensor>,

@@ -192,29 +192,29 @@ impl Trainer {
     pub fn step(&mut self) -> Result<StepReport> {
         let TrainOptions { batch_size, seq_len, accumulate, seed, .. } = self.options;
         let scale = self.scaler.as_ref().map_or(1.0, GradScaler::scale);
-        let mut loss = 0.0;
+        let mean = 1.0 / accumulate as f64;
+        let mut losses = Vec::new();
         let mut grads = Gradients::default();
         for micro in 0..accumulate as u64 {
             let tokens = self.text.batch(seed, self.step, micro, batch_size, seq_len, &self.device)?;
             let mut tape = Tape::train(tape_seed(seed, self.step, micro));
             let output = self.model.loss(&tokens, &ForwardOptions::default())?;
-            let value = output.item()?;
-            if !value.is_finite() {
-                return Err(self.diverged(tape, &output));
-            }
-            loss += value;
             let start = Tensor::full(*output.shape(), scale, output.dtype(), output.device())?;
             let mut part = tape.backward_with(&output, &start)?;
             if accumulate > 1 {
                 widen(&mut part)?;
             }
             grads.accumulate(part)?;
+            losses.push(output.detach());
+        }
+        // Read when all passes are on their way: a GPU does not wait for the processor in between.
+        let loss = losses.iter().map(Tensor::item).sum::<Result<f64>>()? * mean;
+        if !loss.is_finite() {
+            return Err(self.diverged(&grads));
         }
         let lr = self.options.schedule().at(self.step);
         // The mean over the micro-batches is taken in the pass that updates the weights.
-        let mean = 1.0 / accumulate as f64;
         let info = self.update(&grads, mean / scale, lr)?;
-        let loss = loss * mean;
         let report = StepReport {
             step: self.step,
             loss,
@@ -255,13 +255,11 @@ impl Trainer {
     }
 
     /// The error for a loss that is not finite, with a parameter that shows it.
-    fn diverged(&self, mut tape: Tape, loss: &Tensor) -> Error {
+    fn diverged(&self, grads: &Gradients) -> Error {
         let mut what = "loss".to_string();
         if let Some(name) = self.not_finite(|tensor| Some(tensor.detach())) {
             what = format!("loss (and the parameter {name})");
-        } else if let Ok(grads) = tape.backward(loss)
-            && let Some(name) = self.not_finite(|tensor| grads.get(tensor).cloned())
-        {
+        } else if let Some(name) = self.not_finite(|tensor| grads.get(tensor).cloned()) {
             what = format!("loss (and the gradient of {name})");
         }
         Error::NonFinite { step: self.step, what }

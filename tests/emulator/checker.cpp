@@ -1,5 +1,6 @@
 // Every access of a kernel to memory: g++ puts a call before each (-fsanitize=thread), and one where a pointer is not
-// aligned for its type or an index is outside of its array (-fsanitize=alignment,bounds). These are what it calls.
+// aligned for its type, an index outside of its array or a divisor zero (-fsanitize=alignment,bounds,
+// integer-divide-by-zero). These are what it calls.
 
 #include <cstdio>
 #include <cstring>
@@ -27,7 +28,7 @@ struct Race {
     uint32_t other;  // a thread, or SEVERAL…
 };
 
-// What is wrong with an access to a byte, and the byte's new state.
+// Whether an access to a byte is right, what is wrong if not, and the byte's new state.
 bool access_byte(const Worker& worker, unsigned thread, Cell& cell, Access access, Race& race) {
     const uint32_t warp = thread / WARP;
     // Whether something that another thread did at a time may come before or after what this one does now.
@@ -116,7 +117,7 @@ void wrong_address(const Thread& thread, uintptr_t address, size_t bytes, bool w
     const Worker& worker = *thread.worker;
     std::string text = std::string(write ? "writes " : "reads ") + std::to_string(bytes) + " bytes at ";
     const size_t in_dynamic = address - uintptr_t(worker.dynamic_shared);
-    if (in_dynamic < (256 << 10)) {
+    if (in_dynamic < DYNAMIC_SHARED) {
         fail_as(thread, text + "byte " + std::to_string(in_dynamic) + " of dynamic shared memory, which has " +
                             std::to_string(worker.dynamic_bytes));
     }
@@ -124,6 +125,16 @@ void wrong_address(const Thread& thread, uintptr_t address, size_t bytes, bool w
     may_write(address, bytes, why);
     if (!write && why.starts_with("writes")) why.replace(0, 6, "reads");
     fail_as(thread, why);
+}
+
+[[gnu::noinline]] void check_bytes(const Thread& thread, Cell* cells, size_t bytes, Access access) {
+    Worker& worker = *thread.worker;
+    for (size_t i = 0; i < bytes; ++i) {
+        Race race;
+        if (access_byte(worker, thread.number, cells[i], access, race)) [[likely]] continue;
+        fail_as(thread, in_words(worker, race) + "; " + std::to_string(bytes) + " bytes at " +
+                            shared_place(worker, cells));
+    }
 }
 
 // Neither device memory nor the thread's own: shared memory, or constants of the module.
@@ -166,7 +177,33 @@ template <size_t N, bool WRITES, bool ALIGN> inline void access(const void* poin
         return check_global(address, N, WRITES, aligned);
     }
     if ((address ^ uintptr_t(__builtin_frame_address(0))) < XT_STACK) return;
-    check_other(address, N, WRITES, aligned);
+    const Thread& thread = *self();
+    Cell* const cells = find(*thread.worker, address, N);
+    if (cells == nullptr || !aligned) return check_other(address, N, WRITES, aligned);
+    // Bytes of a value mostly have one history, so that one of them speaks for all.
+    uint64_t first, differences = 0;
+    memcpy(&first, cells, sizeof first);
+    for (size_t i = 1; i < N; ++i) {
+        uint64_t other;
+        memcpy(&other, cells + i, sizeof other);
+        differences |= other ^ first;
+    }
+    Cell cell = cells[0];
+    const Worker& worker = *thread.worker;
+    if (!WRITES && differences == 0) {
+        // Written before the last barrier, and read since then by the same threads as it is now: nothing new.
+        const uint32_t written = when(cell.write), known = cell.read - (worker.now << WHO);
+        const bool settled = written >= worker.block_start && written < worker.last_barrier && (cell.write & KIND_MASK) != PENDING_COPY;
+        if (settled && (known == SEVERAL_WARPS || known == thread.number)) [[likely]] return;
+    }
+    Race race;
+    if (differences != 0 || !access_byte(worker, thread.number, cell, WRITES ? WRITE : READ, race)) {
+        return check_bytes(thread, cells, N, WRITES ? WRITE : READ);
+    }
+    uint64_t changed;
+    memcpy(&changed, &cell, sizeof changed);
+    if (changed == first) return;
+    for (size_t i = 0; i < N; ++i) cells[i] = cell;
 }
 
 inline void range(const void* pointer, size_t bytes, bool write) {
@@ -185,15 +222,9 @@ void report(const std::string& text) {
 }
 
 bool check_shared(const Thread& thread, const void* address, size_t bytes, Access access) {
-    Worker& worker = *thread.worker;
-    Cell* const cells = find(worker, uintptr_t(address), bytes);
+    Cell* const cells = find(*thread.worker, uintptr_t(address), bytes);
     if (cells == nullptr) return false;
-    for (size_t i = 0; i < bytes; ++i) {
-        Race race;
-        if (access_byte(worker, thread.number, cells[i], access, race)) [[likely]] continue;
-        fail_as(thread, in_words(worker, race) + "; " + std::to_string(bytes) + " bytes at " +
-                            shared_place(worker, cells));
-    }
+    check_bytes(thread, cells, bytes, access);
     return true;
 }
 
@@ -263,6 +294,11 @@ struct Mismatch {
     unsigned char log_alignment, kind;
 };
 
+struct Overflow {
+    SourceLocation where;
+    const TypeDescriptor* type;
+};
+
 struct OutOfBounds {
     SourceLocation where;
     const TypeDescriptor *array, *index;
@@ -281,4 +317,9 @@ XT_EXPORT void __ubsan_handle_type_mismatch_v1(const Mismatch* what, uintptr_t a
 
 XT_EXPORT void __ubsan_handle_out_of_bounds(const OutOfBounds* what, uintptr_t index) {
     xt::fail(in_words(what->where) + ": index " + std::to_string(long(index)) + " is outside of " + what->array->name);
+}
+
+// A card goes on with some number.
+XT_EXPORT void __ubsan_handle_divrem_overflow(const Overflow* what, uintptr_t, uintptr_t) {
+    xt::fail(in_words(what->where) + ": an integer division by zero");
 }

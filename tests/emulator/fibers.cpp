@@ -38,7 +38,6 @@ namespace xt {
 namespace {
 
 constexpr size_t PAGE = 4096;
-constexpr size_t DYNAMIC_SHARED = 256 << 10;
 
 // The order in which threads and blocks run. A kernel must not depend on it.
 enum class Order { FORWARD, REVERSE, RANDOM };
@@ -141,6 +140,14 @@ Worker::Worker() {
     dynamic_shared = static_cast<char*>(
         mmap(nullptr, DYNAMIC_SHARED, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
     now = 1;
+}
+
+Worker::~Worker() {
+    munmap(dynamic_shared, DYNAMIC_SHARED);
+    for (Thread* thread : stacks) {
+        delete thread->copies;
+        munmap(thread, XT_STACK);
+    }
 }
 
 // A header, a guard page, and what the fiber uses.

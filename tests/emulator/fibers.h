@@ -61,6 +61,8 @@ struct Cell {
     uint32_t write, read;
 };
 
+constexpr size_t DYNAMIC_SHARED = 256 << 10;
+
 struct Worker {
     const Launch* launch;
     XtBlock block;
@@ -86,6 +88,7 @@ struct Worker {
     uint32_t now, block_start, last_barrier, last_warp_barrier[MOST_WARPS];
 
     Worker();
+    ~Worker();
     bool run_block(XtDim index);
     void schedule();
     void run_warp(unsigned warp);

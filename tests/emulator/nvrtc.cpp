@@ -138,20 +138,23 @@ std::string replace_dynamic_shared(const std::string& source) {
 // A line XT_KERNEL for each kernel of a preprocessed source.
 std::string kernels_of(const std::string& source) {
     static const std::string MARK = "__attribute__((xt_global, noinline, visibility(\"default\")))";
-    static const std::regex BOUNDS(R"(__attribute__\(\(xt_launch_bounds\(\(([^,)]*)[^)]*\)\)\)\))");
+    static const std::string BOUNDS = "__attribute__((xt_launch_bounds((";
     static const std::regex NAME(R"((\w+)\s*$)");
     std::string lines;
     for (size_t at = source.find(MARK); at != std::string::npos; at = source.find(MARK, at)) {
         at += MARK.size();
         std::string head = source.substr(at, source.find('{', at) - at), bounds = "0";
-        std::smatch found;
-        if (std::regex_search(head, found, BOUNDS)) {
-            bounds = found[1];
-            head.replace(found.position(), found.length(), "");
+        if (const size_t start = head.find(BOUNDS); start != std::string::npos) {
+            // Up to the parenthesis that closes the first of the last two that BOUNDS opens.
+            size_t end = start + BOUNDS.size();
+            for (int open = 1; open > 0 && end < head.size(); ++end) open += (head[end] == '(') - (head[end] == ')');
+            bounds = head.substr(start + BOUNDS.size(), end - 1 - start - BOUNDS.size());
+            head.replace(start, end + 3 - start, "");
         }
         const std::string before = head.substr(0, head.find('('));
+        std::smatch found;
         if (std::regex_search(before, found, NAME)) {
-            lines += "XT_KERNEL(" + found[1].str() + ", (" + bounds + "))\n";
+            lines += "XT_KERNEL(" + found[1].str() + ", xt_first(" + bounds + "))\n";
         }
     }
     return lines;
@@ -179,7 +182,7 @@ NvrtcResult compile(Program& program, const std::vector<std::string>& given) {
     const std::vector<std::string> build = {
         compiler, "-std=c++20", "-O2", "-fPIC", "-shared", "-nostdlib", "-pipe", "-w", "-x", "c++",
         // Memory accesses call the checker, which is in this library.
-        "-fsanitize=thread", "--param", "tsan-instrument-func-entry-exit=0", "-fsanitize=alignment,bounds",
+        "-fsanitize=thread", "--param", "tsan-instrument-func-entry-exit=0", "-fsanitize=alignment,bounds,integer-divide-by-zero",
         // No two modules share anything.
         "-fvisibility=hidden", "-fno-gnu-unique",
         // Functions mean what cuda_host.h says, and arithmetic is done as it is written.
@@ -191,7 +194,7 @@ NvrtcResult compile(Program& program, const std::vector<std::string>& given) {
     for (const auto* list : {&std::as_const(preprocess), &build}) {
         for (const std::string& word : *list) key += word + '\n';
     }
-    const std::string objects = folder() + "/objects", path = objects + "/" + hash_of(key + source);
+    const std::string objects = folder() + "/kernels/objects", path = objects + "/" + hash_of(key + source);
     std::string object;
     if (!read_file(path + ".so", object)) {
         mkdir(objects.c_str(), 0777);

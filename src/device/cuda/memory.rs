@@ -5,7 +5,10 @@ use std::sync::atomic::Ordering;
 use cudarc::driver::result;
 
 use super::{CudaDevice, FAULT_WORDS, error};
-use crate::{Error, Result, device::pool::size_class};
+use crate::{
+    Error, Result,
+    device::pool::{Reusable, size_class},
+};
 
 /// Memory from the driver, given back to it when dropped.
 pub(in crate::device) struct Block {
@@ -20,6 +23,14 @@ impl Block {
         // SAFETY: the context is current; the memory is freed once, when the block is dropped.
         let address = unsafe { result::malloc_sync(bytes) }.ok()?;
         Some(Self { address, bytes, device })
+    }
+}
+
+impl Reusable for Block {
+    /// By address: where the tensors of a step are depends on the step alone then, not on the order in which those of
+    /// the last one were freed, and tables of addresses stay as they are.
+    fn goes_before(&self, earlier: &Self) -> bool {
+        self.address < earlier.address
     }
 }
 

@@ -217,14 +217,18 @@ impl CudaDevice {
     pub(crate) fn table(&'static self, name: &str, values: Vec<i64>) -> Result<Tensor> {
         self.refuse_while_capturing("an update of parameters")?;
         let mut tables = self.tables.lock().unwrap_or_else(PoisonError::into_inner);
-        match tables.get(name) {
-            Some((known, table)) if *known == values => Ok(table.clone()),
-            _ => {
-                let table = Tensor::from_slice(&values, [values.len()], &super::Device::Cuda(self))?;
-                tables.insert(name.into(), (values, table.clone()));
-                Ok(table)
+        let entry = tables.get_mut(name).filter(|(known, _)| known.len() == values.len());
+        if let Some((known, table)) = entry {
+            if *known != values {
+                // Over the old one, which was read by launches before: a new place would move what comes after it.
+                self.upload(table.address()?, bytemuck::cast_slice(&values))?;
+                *known = values;
             }
+            return Ok(table.clone());
         }
+        let table = Tensor::from_slice(&values, [values.len()], &super::Device::Cuda(self))?;
+        tables.insert(name.into(), (values, table.clone()));
+        Ok(table)
     }
 
     /// Where kernels report indices that are out of range; the error comes at the next read-back.

@@ -10,7 +10,7 @@ mod skinny;
 
 use crate::{
     Device, Error, Result, Tensor,
-    core::{Backward, Contributions, Float, MAX_RANK, Shape, collapse, dispatch_float, needs, record},
+    core::{Backward, Contributions, Float, MAX_RANK, Saved, Shape, collapse, dispatch_float, needs, record},
     error::ensure,
     ops::copy::same_kind,
 };
@@ -47,8 +47,8 @@ impl Tensor {
     /// The affine map of a dense layer: `y = x·Wᵀ + b`.
     ///
     /// Shapes: `x [.., in]`, `weight [out, in]`, `bias [out]` → `[.., out]`. Sums in f32 (f64 for f64), the bias is
-    /// added before the result is rounded. Saves `x` if the weight needs a gradient, and the weight if `x` needs
-    /// one. Errors: sizes that do not match, other dtypes or devices.
+    /// added before the result is rounded. Saves `x`, or how to compute it again if that is cheap, if the weight needs
+    /// a gradient, and the weight if `x` needs one. Errors: sizes that do not match, other dtypes or devices.
     ///
     /// ```
     /// use x_transformers::{Device, Tensor};
@@ -82,7 +82,7 @@ impl Tensor {
         let y = y.reshape(self.shape().with_dim(self.rank() - 1, weight.shape()[0]))?;
         let [need_x, need_weight] = needs("linear", [self, weight])?;
         let backward = |_: &Tensor| LinearBackward {
-            x: need_weight.then(|| self.detach()),
+            x: need_weight.then(|| Saved::of(self)),
             weight: need_x.then(|| weight.detach()),
             shapes: [*self.shape(), *weight.shape()],
         };
@@ -270,7 +270,7 @@ fn right_gradient(a: &Tensor, grad: &Tensor, b_shape: Shape) -> Result<Tensor> {
 }
 
 struct LinearBackward {
-    x: Option<Tensor>,
+    x: Option<Saved>,
     weight: Option<Tensor>,
     shapes: [Shape; 2],
 }
@@ -284,12 +284,13 @@ impl Backward for LinearBackward {
     fn backward(self: Box<Self>, grad: Tensor, need: &[bool]) -> Result<Contributions> {
         let [x_shape, weight_shape] = self.shapes;
         let grad = grad.as_rows()?;
-        let dx = match self.weight.filter(|_| need[0]) {
-            Some(weight) => Some(product(&grad, &weight, None)?.reshape(x_shape)?),
+        // First what needs the input, which is gone when the gradient of its size is made.
+        let dw = match self.x.filter(|_| need[1]) {
+            Some(x) => Some(right_gradient(&grad, &x.value()?.as_rows()?, weight_shape)?),
             None => None,
         };
-        let dw = match self.x.filter(|_| need[1]) {
-            Some(x) => Some(right_gradient(&grad, &x.as_rows()?, weight_shape)?),
+        let dx = match self.weight.filter(|_| need[0]) {
+            Some(weight) => Some(product(&grad, &weight, None)?.reshape(x_shape)?),
             None => None,
         };
         let mut grads = vec![dx, dw];

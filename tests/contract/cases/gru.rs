@@ -29,6 +29,7 @@ pub fn cases() -> Vec<Case> {
         case("vector", &[7]),
         case("one feature", &[4, 1]),
         case("long", &[300, 33]),
+        case("wide", &[2, 1032]),
         case("empty rows", &[0, 5]),
         case("empty columns", &[3, 0]),
     ]

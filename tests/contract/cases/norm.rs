@@ -66,6 +66,7 @@ pub fn cases() -> Vec<Case> {
         layer("odd", Input::float(&[7, 37]), 37),
         layer("vector", Input::float(&[123]), 123),
         layer("several blocks", Input::float(&[3, 111, 37]), 37),
+        layer("several chunks and tiles", Input::float(&[130, 264]), 264),
         // bf16 inputs near 100 are multiples of 0.5, so that the variance stays well above their rounding.
         layer("far from zero", Input::between(&[4, 33], 96.0, 104.0), 33),
         layer("empty batch", Input::float(&[0, 5]), 5),

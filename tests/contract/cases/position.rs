@@ -52,6 +52,7 @@ pub fn cases() -> Vec<Case> {
         bias("both ways", (6, 9), 2, false, 8, 16),
         bias("default sizes", (150, 170), 2, false, 32, 128),
         bias("one query", (1, 12), 4, true, 6, 7),
+        bias("many keys", (130, 1100), 1, false, 8, 16),
         bias("no keys", (3, 0), 2, true, 4, 8),
         bias("no queries", (0, 3), 2, false, 4, 8),
         sinusoid("ordinary", &[4], 0, 9),

@@ -33,6 +33,7 @@ pub fn cases() -> Vec<Case> {
         case("further than the sequence", &[2, 3, 6], &[-4, 0, 4], true),
         case("one feature each", &[1, 4, 3], &[-1, 0, 1], false),
         case("long", &[2, 600, 65], &[-2, -1, 0, 1, 2], true),
+        case("wide", &[1, 3, 1040], &[-1, 0, 1, 2], true),
         case("empty batch", &[0, 4, 6], &[0, 1], false),
         case("empty sequence", &[2, 0, 6], &[0, 1], false),
     ]

@@ -1,0 +1,62 @@
+//! Values that the backward pass computes again instead of keeping them.
+//!
+//! The output of a norm or an activation is cheap to compute, its input is on the tape anyway, and what needs it
+//! backward is the matrix product behind it. Such an output carries a recipe, and the product keeps that. It is what
+//! [`checkpoint`](crate::checkpoint) does for whole segments, but costs no second matrix product.
+
+use std::sync::{Arc, Mutex, PoisonError};
+
+use super::tensor::Tensor;
+use crate::Result;
+
+/// How a tensor is computed again, as a constant with the same bits. Clones share the result.
+#[derive(Clone)]
+pub(crate) struct Recipe(Arc<Shared>);
+
+struct Shared {
+    compute: Box<dyn Fn() -> Result<Tensor> + Send + Sync>,
+    /// The result, until the last handle is dropped: several products may need it one after the other.
+    value: Mutex<Option<Tensor>>,
+}
+
+impl Recipe {
+    pub(super) fn new(compute: impl Fn() -> Result<Tensor> + Send + Sync + 'static) -> Self {
+        Self(Arc::new(Shared { compute: Box::new(compute), value: Mutex::new(None) }))
+    }
+
+    /// Computed now, without sharing it.
+    pub(super) fn compute(&self) -> Result<Tensor> {
+        (self.0.compute)()
+    }
+
+    fn value(&self) -> Result<Tensor> {
+        let mut value = self.0.value.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(value) = &*value {
+            return Ok(value.clone());
+        }
+        let computed = self.compute()?;
+        Ok(value.insert(computed).clone())
+    }
+}
+
+/// What a backward rule needs of a tensor: its values, or how to compute them again.
+#[derive(Clone)]
+pub(crate) enum Saved {
+    Kept(Tensor),
+    Again(Recipe),
+}
+
+impl Saved {
+    /// The recipe, if the tensor has one; otherwise the tensor, as a constant.
+    pub fn of(x: &Tensor) -> Self {
+        x.recipe.clone().map_or_else(|| Self::Kept(x.detach()), Self::Again)
+    }
+
+    /// The values, as a constant.
+    pub fn value(&self) -> Result<Tensor> {
+        match self {
+            Self::Kept(x) => Ok(x.clone()),
+            Self::Again(recipe) => recipe.value(),
+        }
+    }
+}
