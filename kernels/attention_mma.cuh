@@ -11,7 +11,7 @@ constexpr i32 WARPS = 4, MMA_THREADS = 32 * WARPS;
 
 #if __CUDA_ARCH__ >= 800
 
-constexpr f32 LOG2_E = 1.4426950408889634f, LN_2 = 0.6931471805599453f;
+constexpr f32 LOG2_E = 1.4426950408889634f;
 
 typedef SwizzledTile<HEAD> Tile;
 
@@ -51,8 +51,8 @@ template <i32 M, i32 N, bool BY_KEY> struct ScoreSums : Sums<M, N> {
     static __device__ __forceinline__ i32 query(i32 q) { return BY_KEY ? Base::column(q) : Base::row(q); }
     static __device__ __forceinline__ i32 key(i32 k) { return BY_KEY ? Base::row(k) : Base::column(k); }
 
-    // Products to scores, −inf where masked or outside; returns what they must be multiplied with to be logarithms to
-    // base 2, so that the scale of plain tiles costs nothing. The warp's first query and key are those given.
+    // Products to scores, −inf where masked or outside, as logarithms to base 2; returns what they must still be
+    // multiplied with, so that the scale of plain tiles costs nothing. The warp's first query and key are those given.
     __device__ __forceinline__ f32 finish(const Scores& scores, i32 first_query, i32 first_key) {
         constexpr i32 ROWS = 16 * M;
         const i32 rows = BY_KEY ? N : ROWS, columns = BY_KEY ? ROWS : N;
@@ -70,12 +70,17 @@ template <i32 M, i32 N, bool BY_KEY> struct ScoreSums : Sums<M, N> {
                 const bool keep = column >= span.start && column < span.end && row < scores.queries &&
                                   kept >> (q * KEYS + k) & 1;
                 f32& s = score(q, k);
-                s *= scores.scale;
-                if (keep && scores.biased()) s += scores.bias_of(row, column);
+                s *= scores.scale * LOG2_E;
+                if (keep && scores.biased()) {
+                    const f32 bias = scores.bias_of(row, column);
+                    s += bias * LOG2_E;
+                    // The lowest finite bias masks nothing.
+                    if (s < lowest<f32>() && bias > -infinity()) s = lowest<f32>();
+                }
                 if (!keep) s = -infinity();
             }
         }
-        return LOG2_E;
+        return 1;
     }
 
     // Bit q KEYS + k: whether padding and mask keep a score. Not unrolled, as its code would be large.
@@ -139,12 +144,12 @@ template <i32 M, i32 N, bool BY_KEY> struct ScoreSums : Sums<M, N> {
         }
     }
 
-    // exp(score - log_sum) of finished scores; `to_log2` is what `finish` returned.
+    // exp(score - log_sum) of finished scores; `to_log2` is what `finish` returned, `log_sums` has base 2 too.
     __device__ __forceinline__ void weigh(f32 to_log2, const f32* log_sums, i32 first_query, i32 queries) {
 #pragma unroll
         for (i32 q = 0; q < QUERIES; ++q) {
             const i32 row = first_query + query(q);
-            const f32 log_sum = row < queries ? log_sums[row] * LOG2_E : infinity();
+            const f32 log_sum = row < queries ? log_sums[row] : infinity();
 #pragma unroll
             for (i32 k = 0; k < KEYS; ++k) score(q, k) = ptx_exp2(score(q, k) * to_log2 - log_sum);
         }

@@ -7,7 +7,7 @@ use std::sync::{Mutex, MutexGuard};
 use common::device;
 use x_transformers::{
     DType, Device, Error, Philox, Result, Tape, Tensor,
-    ops::{AttentionSpec, PositionBias, attention},
+    ops::{AttentionSpec, PositionBias, attention, attention_rung},
 };
 
 /// Peak memory is measured for the whole process: tests of this file run one after the other.
@@ -148,6 +148,30 @@ fn attention_dtypes_agree() {
             assert!(error < allowed, "{dtype}: relative error {error:.1e}");
         }
     }
+}
+
+/// Half types in whole packets are computed on tensor cores where the card has them; anything else says why not.
+#[test]
+fn attention_rungs() {
+    let rung = |dtype, d, e| attention_rung(device(), dtype, d, e);
+    if *device() == Device::Cpu {
+        return assert_eq!(rung(DType::BF16, 64, 64), None);
+    }
+    let plain = |dtype, d, e, why: &str| {
+        let rung = rung(dtype, d, e).expect("a rung on a GPU");
+        assert!(rung.starts_with("plain: ") && rung.contains(why), "{rung}");
+    };
+    plain(DType::F32, 64, 64, "f32");
+    // An older card.
+    if rung(DType::BF16, 64, 64).is_some_and(|rung| rung.contains("sm_80")) {
+        return plain(DType::F16, 128, 128, "sm_80");
+    }
+    for (d, e, head) in [(64, 64, "64"), (8, 32, "32"), (72, 128, "128")] {
+        let rung = rung(DType::BF16, d, e).expect("a rung on a GPU");
+        assert!(rung.starts_with("tensor cores") && rung.contains(head), "{rung}");
+    }
+    plain(DType::BF16, 63, 64, "packets");
+    plain(DType::F16, 64, 136, "128 features");
 }
 
 /// Everything that a spec may hold, for one call.
@@ -351,10 +375,16 @@ fn attention_drops_everything_at_probability_one() {
 #[test]
 fn attention_is_never_nan() {
     let _alone = alone();
-    let leaves = operands(1, 2, [70, 140], 8, DType::F32);
+    for dtype in [DType::F32, DType::BF16] {
+        never_nan(dtype);
+    }
+}
+
+fn never_nan(dtype: DType) {
+    let leaves = operands(1, 2, [70, 140], 8, dtype);
     let blind = bools(&[70, 1], |i| i % 3 != 0);
-    let lowest = Tensor::full([140], f32::MIN as f64, DType::F32, device()).unwrap();
-    let infinite = generate(&[70, 140], DType::F32, |i| if i / 140 < 10 { f64::NEG_INFINITY } else { 0.0 });
+    let lowest = Tensor::full([140], dtype.lowest(), dtype, device()).unwrap();
+    let infinite = generate(&[70, 140], dtype, |i| if i / 140 < 10 { f64::NEG_INFINITY } else { 0.0 });
     let specs = [
         AttentionSpec { scale: 1e4, causal: true, mask: Some(&blind), ..AttentionSpec::default() },
         AttentionSpec { scale: 1e-30, max_attend_past: Some(0), ..AttentionSpec::default() },

@@ -4,7 +4,7 @@
 //! case in `tests/contract`.
 
 pub(crate) use attention::needs_scores;
-pub use attention::{AttentionSpec, PositionBias, attention, gpu_needs_scores};
+pub use attention::{AttentionSpec, PositionBias, attention, attention_rung, gpu_needs_scores};
 
 /// Makes the modules and [`NAMES`] from one list: `file: op, op; …`.
 macro_rules! ops {

@@ -1,5 +1,7 @@
 //! Attention on a GPU: which kernels run, and on what.
 
+use std::{fmt, sync::OnceLock};
+
 use super::{OP, Problem, Sizes, packed_rows, position::Position, rows::RowOrder};
 use crate::{
     DType, Error, Result, Shape, Tensor,
@@ -9,16 +11,25 @@ use crate::{
 };
 
 /// Which kernels serve a call.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-enum Rung {
+#[derive(Clone, Copy)]
+pub(super) enum Rung {
     /// `kernels/attention_mma_*.cu`, compiled for rows of so many features.
     TensorCores(usize),
     /// `kernels/attention_*.cu`, with why not the former.
     Plain(&'static str),
 }
 
+/// Whether `XT_ATTENTION=plain` asks for the plain rung, to compare the two.
+fn plain_is_asked_for() -> bool {
+    static PLAIN: OnceLock<bool> = OnceLock::new();
+    *PLAIN.get_or_init(|| std::env::var("XT_ATTENTION").is_ok_and(|value| value == "plain"))
+}
+
 /// The rung for rows of `d` and `e` features.
-fn rung(architecture: u32, dtype: DType, [d, e]: [usize; 2]) -> Rung {
+pub(super) fn rung(architecture: u32, dtype: DType, [d, e]: [usize; 2]) -> Rung {
+    if plain_is_asked_for() {
+        return Rung::Plain("XT_ATTENTION=plain asks for it");
+    }
     if !matches!(dtype, DType::BF16 | DType::F16) {
         return Rung::Plain("tensor cores would round f32 and f64");
     }
@@ -45,6 +56,15 @@ fn aligned(x: &Tensor) -> Result<Tensor> {
         return Ok(x.clone());
     }
     x.contiguous()?.to_owned_copy()
+}
+
+impl fmt::Display for Rung {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::TensorCores(head) => write!(f, "tensor cores, for rows of up to {head} features"),
+            Self::Plain(why) => write!(f, "plain: {why}"),
+        }
+    }
 }
 
 impl Rung {

@@ -153,6 +153,15 @@ pub fn gpu_needs_scores(features: usize) -> Option<&'static str> {
     (features > 128).then_some("heads of more than 128 features do not fit the registers of the fused kernels")
 }
 
+/// Which kernels a GPU computes [`attention`] with, given the features `d` of queries and keys and `e` of values, and why
+/// not those on tensor cores; `None` on the CPU. `XT_ATTENTION=plain` keeps to the plain ones.
+pub fn attention_rung(device: &Device, dtype: DType, d: usize, e: usize) -> Option<String> {
+    match device {
+        Device::Cpu => None,
+        Device::Cuda(gpu) => Some(cuda::rung(gpu.architecture(), dtype, [d, e]).to_string()),
+    }
+}
+
 /// Why the device of these operands had better compute their matrix of scores, or `None`.
 pub(crate) fn needs_scores(q: &Tensor, v: &Tensor) -> Option<&'static str> {
     let features = [q, v].iter().filter_map(|x| x.shape().last()).max();
@@ -370,7 +379,8 @@ impl Problem {
 struct AttentionBackward {
     problem: Problem,
     out: Tensor,
-    /// `ln Σ exp(score)` of each query, infinite where everything is masked: `[batch, heads, query]`.
+    /// `ln Σ exp(score)` of each query, infinite where everything is masked: `[batch, heads, query]`. To base 2 where tensor
+    /// cores compute.
     log_sums: Tensor,
 }
 
