@@ -6,7 +6,13 @@ use std::{
     sync::{Mutex, MutexGuard},
 };
 
-use x_transformers::{Backward, Contributions, DType, Device, Result, Tape, Tensor, checkpoint, record};
+use x_transformers::{
+    Backward, Contributions, DType, Device, Result, Store, Tape, Tensor, checkpoint,
+    config::{AttentionLayersConfig, AutoregressiveConfig, TransformerWrapperConfig},
+    models::{AutoregressiveWrapper, ForwardOptions},
+    record,
+    train::{AdamW, AdamWOptions},
+};
 
 const CPU: Device = Device::Cpu;
 const MIB: usize = 1 << 20;
@@ -325,5 +331,48 @@ fn slices_add_into_one_gradient() -> Result<()> {
     assert_eq!(grads?.get(&x).unwrap().elements(), x.elements());
     // Parts, output, gradient, and single rows: not 512 gradients of full size.
     assert!(peak <= 4 * MIB, "{} MiB", peak / MIB);
+    Ok(())
+}
+
+/// Bytes in use at the peak of two training steps of a decoder of dim 512, depth 6, heads 8 and 256 tokens on one
+/// sequence, and of its parameters without the table of positions.
+fn training_peak(length: usize) -> Result<(usize, usize)> {
+    let net = TransformerWrapperConfig {
+        num_tokens: 256,
+        max_seq_len: length,
+        attn_layers: AttentionLayersConfig::decoder(512, 6),
+        ..Default::default()
+    };
+    let (params, peak) = peak_of(|| -> Result<usize> {
+        let store = Store::new(0, DType::F32, &CPU);
+        let model = AutoregressiveWrapper::new(&AutoregressiveConfig { net, ..Default::default() }, &store)?;
+        let params = store.params();
+        let tokens = Tensor::generate([1, length + 1], DType::I64, &CPU, |i| (i % 256) as f64)?;
+        let mut optimizer = AdamW::new(AdamWOptions::default())?;
+        for step in 0..2 {
+            let mut tape = Tape::train(step);
+            let loss = model.loss(&tokens, &ForwardOptions::default())?;
+            let grads = tape.backward(&loss)?;
+            optimizer.step(&params, &grads, 1e-4, Some(1.0))?;
+        }
+        Ok(params.elements() - 512 * length)
+    });
+    Ok((peak, 4 * params?))
+}
+
+/// What `cargo bench --bench memory` measures at 8192 tokens, from what two lengths show that are a test's work.
+#[test]
+fn training_memory_grows_with_the_length_alone() -> Result<()> {
+    let _alone = alone();
+    let ((short, params), (long, _)) = (training_peak(512)?, training_peak(1024)?);
+    let per_token = (long - short) as f64 / 512.0;
+    let fixed = short as f64 - 512.0 * per_token;
+    // Weights and two moments, with at most an eighth of it unused. One matrix of scores, `[heads, n, n]`, would grow by
+    // 25 MB between the two lengths, and take 17 MB from this line's value at length 0.
+    let state = 3.0 * params as f64;
+    println!("{short} {long} {fixed} {state}");
+    assert!((0.95 * state..1.125 * state).contains(&fixed), "{fixed} bytes at length 0, {state} are the optimizer's");
+    let longest = fixed + 8192.0 * per_token;
+    assert!(longest < 1.5e9, "{longest} bytes at length 8192");
     Ok(())
 }

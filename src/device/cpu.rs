@@ -5,6 +5,7 @@ use std::{
     ptr::NonNull,
 };
 
+use memmap2::MmapMut;
 use rayon::prelude::*;
 
 use super::{MemoryStats, cpu_pool, pool::Pool};
@@ -16,10 +17,16 @@ use crate::{
 /// Bytes to which buffers are aligned: a cache line, and the widest vector load.
 const ALIGNMENT: usize = 64;
 
-/// Memory from the system allocator, zeroed once when it is made.
+/// Blocks from this size on are maps of their own: only those go back to the system for certain, whatever lies beside
+/// them, while an allocator keeps what it cannot give back from the end of its heap.
+const MAPPED: usize = 1 << 20;
+
+/// Zeroed memory from the system.
 pub(super) struct Block {
     pointer: NonNull<u8>,
     bytes: usize,
+    /// Who owns the memory, if it is not the allocator's.
+    map: Option<MmapMut>,
 }
 
 // SAFETY: a block owns its memory exclusively, like a `Vec<u8>`.
@@ -33,16 +40,21 @@ impl Block {
     }
 
     fn new(bytes: usize) -> Option<Self> {
+        if bytes >= MAPPED {
+            // Pages are aligned to far more than a cache line.
+            let mut map = MmapMut::map_anon(bytes).ok()?;
+            return Some(Self { pointer: NonNull::new(map.as_mut_ptr())?, bytes, map: Some(map) });
+        }
         let layout = Self::layout(bytes)?;
         // SAFETY: the size is not zero, classes start at 64 bytes. Zeroed memory is initialised for every Pod type.
         let pointer = NonNull::new(unsafe { alloc_zeroed(layout) })?;
-        Some(Self { pointer, bytes })
+        Some(Self { pointer, bytes, map: None })
     }
 }
 
 impl Drop for Block {
     fn drop(&mut self) {
-        if let Some(layout) = Self::layout(self.bytes) {
+        if let (None, Some(layout)) = (&self.map, Self::layout(self.bytes)) {
             // SAFETY: allocated in `new` with the same layout.
             unsafe { dealloc(self.pointer.as_ptr(), layout) }
         }
@@ -63,7 +75,11 @@ impl CpuBuffer {
         let (class, pool) = (Pool::size_class(bytes), cpu_pool());
         // Counted once it exists: a request that fails must not leave its size in the peak.
         let make = || Block::new(class).inspect(|_| pool.made(class));
-        let block = match pool.take(class).or_else(make) {
+        let make_room = || {
+            pool.make_room(class);
+            make()
+        };
+        let block = match pool.take(class).or_else(make_room) {
             Some(block) => block,
             None => {
                 let MemoryStats { live, cached, .. } = pool.stats();

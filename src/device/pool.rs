@@ -14,13 +14,6 @@ pub struct MemoryStats {
     pub peak: usize,
 }
 
-impl MemoryStats {
-    fn grow(&mut self, bytes: usize) {
-        self.live += bytes;
-        self.peak = self.peak.max(self.live);
-    }
-}
-
 /// A block of memory that gives itself back to the system when dropped.
 pub(super) type Block = super::cpu::Block;
 
@@ -34,7 +27,28 @@ struct State {
     free: BTreeMap<usize, Vec<Block>>,
     limit: usize,
     stats: MemoryStats,
+    /// The largest `live` since the last [`Pool::trim`].
+    most: usize,
 }
+
+impl State {
+    fn grow(&mut self, bytes: usize) {
+        self.stats.live += bytes;
+        self.stats.peak = self.stats.peak.max(self.stats.live);
+        self.most = self.most.max(self.stats.live);
+    }
+
+    /// Takes out a free block of this class.
+    fn pop(&mut self, class: usize) -> Option<Block> {
+        let block = self.free.get_mut(&class)?.pop()?;
+        self.stats.cached -= class;
+        Some(block)
+    }
+}
+
+/// Bytes that blocks in use and free ones together may have beyond the largest use: free blocks of sizes that are not
+/// asked for now, such as those of gradients while activations are made.
+const SLACK: usize = 64 << 20;
 
 impl Pool {
     pub fn new(limit: usize) -> Self {
@@ -51,15 +65,31 @@ impl Pool {
     /// A free block of this class, if there is one; it counts as live from now on.
     pub fn take(&self, class: usize) -> Option<Block> {
         let mut state = self.lock();
-        let block = state.free.get_mut(&class)?.pop()?;
-        state.stats.cached -= class;
-        state.stats.grow(class);
+        let block = state.pop(class)?;
+        state.grow(class);
         Some(block)
+    }
+
+    /// Gives free blocks back to the system, if all blocks together would outgrow the largest use by more than
+    /// [`SLACK`] with a new one of this class. Otherwise steps of other sizes would leave theirs behind.
+    pub fn make_room(&self, class: usize) {
+        let mut state = self.lock();
+        let mut dropped = Vec::new();
+        loop {
+            let used = state.stats.live + class;
+            let excess = (used + state.stats.cached).saturating_sub(used.max(state.most) + SLACK);
+            let mut sizes = state.free.iter().filter(|(_, blocks)| !blocks.is_empty()).map(|(&size, _)| size);
+            // The smallest one that is enough, else the largest.
+            let size = sizes.clone().find(|&size| size >= excess).or_else(|| sizes.next_back());
+            let Some(block) = size.filter(|_| excess > 0).and_then(|size| state.pop(size)) else { break };
+            dropped.push(block);
+        }
+        drop(state);
     }
 
     /// Counts a block that was made as live.
     pub fn made(&self, class: usize) {
-        self.lock().stats.grow(class);
+        self.lock().grow(class);
     }
 
     /// Keeps a block for reuse, or drops it when the cache is full.
@@ -75,6 +105,7 @@ impl Pool {
     pub fn trim(&self) {
         let mut state = self.lock();
         state.stats.cached = 0;
+        state.most = state.stats.live;
         let blocks = std::mem::take(&mut state.free);
         drop(state);
         drop(blocks);

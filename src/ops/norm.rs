@@ -339,6 +339,9 @@ fn sums<T: Float>(x: &[T], g: &[T], weight: &[T::Acc], mean: T::Acc, inverse: T:
 ///
 /// A gradient that no other handle shares is overwritten in place, which saves the memory of a second one.
 pub(crate) fn reuse(x: Tensor) -> Result<(Tensor, Option<Tensor>)> {
-    let mut x = x.contiguous()?;
+    let packed = x.contiguous()?;
+    // Otherwise this handle would be another one.
+    drop(x);
+    let mut x = packed;
     if x.is_unique() { Ok((x, None)) } else { Ok((x.uninit_like()?, Some(x))) }
 }
