@@ -8,12 +8,8 @@ use super::{AttentionLayersConfig, kwargs::Keywords};
 ///
 /// ```
 /// use x_transformers::config::{AttentionLayersConfig, TransformerWrapperConfig};
-/// let config = TransformerWrapperConfig {
-///     num_tokens: 256,
-///     max_seq_len: 1024,
-///     attn_layers: AttentionLayersConfig::decoder(512, 6),
-///     ..Default::default()
-/// };
+/// let layers = AttentionLayersConfig::decoder(512, 6);
+/// let config = TransformerWrapperConfig { emb_dropout: 0.1, ..TransformerWrapperConfig::new(256, 1024, layers) };
 /// assert!(config.plan().is_ok());
 /// ```
 #[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
@@ -55,6 +51,13 @@ impl Default for TransformerWrapperConfig {
             tie_embedding: false,
             use_pos_emb: true,
         }
+    }
+}
+
+impl TransformerWrapperConfig {
+    /// A wrapper for this vocabulary, this longest sequence and these layers, all else at its default.
+    pub fn new(num_tokens: usize, max_seq_len: usize, attn_layers: AttentionLayersConfig) -> Self {
+        Self { num_tokens, max_seq_len, attn_layers, ..Self::default() }
     }
 }
 
