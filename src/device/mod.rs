@@ -79,6 +79,8 @@ impl Device {
     }
 
     /// Limits the memory kept for reuse to this many bytes (for the CPU 2 GiB unless `XT_POOL_BYTES` says otherwise).
+    ///
+    /// Whatever the limit, it goes before memory in use and memory kept outgrow the largest use so far by 64 MiB.
     pub fn set_cache_limit(&self, bytes: usize) {
         self.pool().set_limit(bytes);
     }
