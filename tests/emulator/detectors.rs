@@ -361,7 +361,7 @@ emulated! {
         refused(card.try_launch(&plain, [1; 3], [1; 3], 1 << 20, &[]), invalid, "and 1048576 of dynamic shared memory");
         // Each kernel of a module has its own.
         let y = arg(card.empty(4).address);
-        assert_eq!(card.try_launch(&big, [1; 3], [1; 3], 9152, &[y.clone()]), Ok(()));
+        assert_eq!(card.try_launch(&big, [1; 3], [1; 3], 9152, std::slice::from_ref(&y)), Ok(()));
         let outcome = card.try_launch(&big, [1; 3], [1; 3], 9153, &[y]);
         refused(outcome, invalid, "40000 bytes of static and 9153 of dynamic shared memory");
     }

@@ -89,7 +89,10 @@ struct Worker {
 
     Worker();
     ~Worker();
-    bool run_block(XtDim index);
+    // That of this thread of the system, for a launch.
+    static Worker& prepared(const Launch& launch);
+    // Whether the block ran to its end.
+    bool run_block(uint64_t number);
     void schedule();
     void run_warp(unsigned warp);
     void resume(unsigned number);
