@@ -25,18 +25,14 @@ use std::{
     sync::OnceLock,
 };
 
-/// Tests whose body runs on the emulated card, with these environment variables.
-macro_rules! emulated {
-    ($($(#[$meta:meta])* fn $name:ident($($variable:ident = $value:literal),*) $body:block)*) => {$(
-        #[test]
-        $(#[$meta])*
-        fn $name() {
-            let path = concat!(module_path!(), "::", stringify!($name));
-            crate::on_the_emulator(path, &[$((stringify!($variable), $value)),*], || $body);
-        }
-    )*};
+/// The path of the function that this stands in, and a name within it.
+macro_rules! here {
+    () => {{
+        fn here() {}
+        std::any::type_name_of_val(&here)
+    }};
 }
-use emulated;
+use here;
 
 fn script() -> Command {
     Command::new(Path::new(env!("CARGO_MANIFEST_DIR")).join("scripts/emulated"))
@@ -65,15 +61,16 @@ fn text(output: &Output) -> String {
     format!("{}{}", String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr))
 }
 
-/// Runs the body of the test `path`: in this process if it is on the emulator already, else in one that is.
-fn on_the_emulator(path: &str, variables: &[(&str, &str)], body: impl FnOnce()) {
+/// Runs the body of a test, whose path is `here!()`, on the emulated card with these environment variables: in this
+/// process if it is on the emulator already, else in one that is.
+fn emulated(path: &str, variables: &[(&str, &str)], body: impl FnOnce()) {
     if std::env::var_os("XT_EMULATOR").is_some() {
         return body();
     }
     if built().is_none() {
         return;
     }
-    let (_, name) = path.split_once("::").expect("a test in a module");
+    let name = path.split_once("::").and_then(|(_, path)| path.strip_suffix("::here")).expect("a test in a module");
     let this = std::env::current_exe().expect("the path of this test");
     let mut command = script();
     command.arg(this).args(["--exact", name, "--nocapture"]).envs(variables.iter().copied());

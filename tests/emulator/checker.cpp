@@ -45,7 +45,8 @@ bool access_byte(const Worker& worker, unsigned thread, Cell& cell, Access acces
         race = {"reads uninitialised shared memory", ~0u};
         return false;
     }
-    if (written && writer != thread && unordered(writer, when(cell.write)) && !(access == ATOMIC && kind == ATOMIC_WRITE)) {
+    const bool atomics = access == ATOMIC && kind == ATOMIC_WRITE;
+    if (written && writer != thread && unordered(writer, when(cell.write)) && !atomics) {
         race = {access == READ ? "reads what is written without a barrier between by"
                                : "writes what is written without a barrier between by",
                 writer};
@@ -193,7 +194,8 @@ template <size_t N, bool WRITES, bool ALIGN> inline void access(const void* poin
     if (!WRITES && differences == 0) {
         // Written before the last barrier, and read since then by the same threads as it is now: nothing new.
         const uint32_t written = when(cell.write), known = cell.read - (worker.now << WHO);
-        const bool settled = written >= worker.block_start && written < worker.last_barrier && (cell.write & KIND_MASK) != PENDING_COPY;
+        const bool settled = written >= worker.block_start && written < worker.last_barrier &&
+                             (cell.write & KIND_MASK) != PENDING_COPY;
         if (settled && (known == SEVERAL_WARPS || known == thread.number)) [[likely]] return;
     }
     Race race;

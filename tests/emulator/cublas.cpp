@@ -168,7 +168,8 @@ int gemm(Handle* handle, int transposed_a, int transposed_b, int m, int n, int k
     const bool in_f32 = compute == COMPUTE_F32 || compute == COMPUTE_F32_PEDANTIC || compute == COMPUTE_F32_FAST_TF32;
     const auto halves = [](int type) { return type == F16 || type == BF16; };
     const bool types = in_f64 ? a_type == F64 && b_type == F64 && c_type == F64
-                              : a_type == b_type && (a_type == F32 || halves(a_type)) && (c_type == a_type || c_type == F32);
+                              : a_type == b_type && (a_type == F32 || halves(a_type)) &&
+                                    (c_type == a_type || c_type == F32);
     if (!(in_f64 || in_f32) || !types) {
         report("cuBLAS: no product of types " + std::to_string(a_type) + ", " + std::to_string(b_type) + " and " +
                std::to_string(c_type) + " with compute type " + std::to_string(compute));
@@ -234,7 +235,8 @@ XT_EXPORT int cublasGetVersion_v2(Handle*, int* version) {
 XT_EXPORT int cublasGemmEx(Handle* handle, int ta, int tb, int m, int n, int k, const void* alpha, const void* a,
                            int a_type, int lda, const void* b, int b_type, int ldb, const void* beta, void* c,
                            int c_type, int ldc, int compute, int) {
-    return gemm(handle, ta, tb, m, n, k, alpha, a, a_type, lda, 0, b, b_type, ldb, 0, beta, c, c_type, ldc, 0, 1, compute);
+    return gemm(handle, ta, tb, m, n, k, alpha, a, a_type, lda, 0, b, b_type, ldb, 0, beta, c, c_type, ldc, 0, 1,
+                compute);
 }
 
 XT_EXPORT int cublasGemmStridedBatchedEx(Handle* handle, int ta, int tb, int m, int n, int k, const void* alpha,

@@ -68,7 +68,13 @@ template <typename E> static inline __attribute__((always_inline)) E xt_read(con
     }())
 
 // Compilers must not keep memory in registers across these.
-#define XT_FENCED(call) ({ asm volatile("" : : : "memory"); auto xt_result = call; asm volatile("" : : : "memory"); xt_result; })
+#define XT_FENCED(call)                    \
+    ({                                     \
+        asm volatile("" : : : "memory");   \
+        auto xt_result = call;             \
+        asm volatile("" : : : "memory");   \
+        xt_result;                         \
+    })
 
 #define __syncthreads() ((void)XT_FENCED(xt_barrier(XT_HERE("__syncthreads"), 0)))
 #define __syncthreads_count(value) ((int)XT_FENCED(xt_barrier(XT_HERE("__syncthreads_count"), (value) ? 1 : 0)))
@@ -159,8 +165,9 @@ static inline unsigned atomicSub(unsigned* a, unsigned v) { return atomicAdd(a, 
 static inline float atomicExch(float* a, float v) {
     return xt_atomic_any(XT_ATOMIC_EXCHANGE, XT_ATOMIC_EXCHANGE, a, v);
 }
-static inline float atomicAdd(float*, float) { xt_fail("atomicAdd of floats, whose result depends on the order of threads"); }
-static inline double atomicAdd(double*, double) { xt_fail("atomicAdd of floats, whose result depends on the order of threads"); }
+static constexpr const char* XT_FLOAT_ATOMIC = "atomicAdd of floats, whose result depends on the order of threads";
+static inline float atomicAdd(float*, float) { xt_fail(XT_FLOAT_ATOMIC); }
+static inline double atomicAdd(double*, double) { xt_fail(XT_FLOAT_ATOMIC); }
 
 // --- Memory.
 

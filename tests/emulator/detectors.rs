@@ -4,7 +4,7 @@ use cudarc::driver::sys::CUresult;
 
 use crate::{
     card::{Card, arg, compile_for, exported, report},
-    emulated,
+    emulated, here,
 };
 
 /// A kernel that is wrong, and how it is right: the body of `extern "C" __global__ void test(f32* y, const f32* x,
@@ -63,71 +63,102 @@ impl Twins {
 /// One block of one warp, without dynamic shared memory.
 const WARP: Twins = Twins { grid: 1, block: 32, shared: 0, wrong: "", right: "" };
 
-emulated! {
-    fn read_past_the_end() {
+#[test]
+fn read_past_the_end() {
+    emulated(here!(), &[], || {
         Twins { grid: 2, wrong: "y[i] = x[i + blockIdx.x * 33];", right: "y[i] = x[i + blockIdx.x * 32];", ..WARP }
             .check("(1, 0, 0), thread (31, 0, 0)", "0 bytes past the end of allocation");
-    }
+    });
+}
 
-    fn write_before_the_start() {
+#[test]
+fn write_before_the_start() {
+    emulated(here!(), &[], || {
         Twins { wrong: "y[(int)i - 1] = x[i];", right: "y[i] = x[i];", ..WARP }
             .check("(0, 0, 0), thread (0, 0, 0)", "writes 4 bytes at 0x");
-    }
+    });
+}
 
-    fn null_pointer() {
+#[test]
+fn null_pointer() {
+    emulated(here!(), &[], || {
         Twins { wrong: "if (i == 3) y = nullptr; y[i] = 1;", right: "y[i] = 1;", ..WARP }
             .check("(0, 0, 0), thread (3, 0, 0)", "a null pointer");
-    }
+    });
+}
 
-    fn memory_of_the_host() {
+#[test]
+fn memory_of_the_host() {
+    emulated(here!(), &[], || {
         Twins { wrong: "y[i] = *(const f32*)0x7fff00000000;", right: "y[i] = 0;", ..WARP }
             .check("(0, 0, 0), thread (0, 0, 0)", "no device memory");
-    }
+    });
+}
 
-    fn misaligned() {
+#[test]
+fn misaligned() {
+    emulated(here!(), &[], || {
         Twins {
             wrong: "*(uint4*)(y + 1) = make_uint4(1, 2, 3, 4);",
             right: "*(uint4*)(y + 4) = make_uint4(1, 2, 3, 4);",
             ..WARP
         }
         .check("(0, 0, 0), thread (0, 0, 0)", "which is not aligned to 16; byte 4 of allocation");
-    }
+    });
+}
 
-    fn division_by_zero() {
+#[test]
+fn division_by_zero() {
+    emulated(here!(), &[], || {
         Twins { wrong: "y[i] = (n + i) / (i % 32);", right: "y[i] = (n + i) / (i % 32 + 1);", ..WARP }
             .check("(0, 0, 0), thread (0, 0, 0)", "test.cu:4: an integer division by zero");
-    }
+    });
+}
 
-    fn outside_of_an_array() {
+#[test]
+fn outside_of_an_array() {
+    emulated(here!(), &[], || {
         Twins {
             wrong: "__shared__ f32 s[32], t[32]; s[i] = t[i] = x[i]; __syncthreads(); y[i] = s[(i + 1) % 33] + t[i];",
             right: "__shared__ f32 s[32], t[32]; s[i] = t[i] = x[i]; y[i] = s[i] + t[i];",
             ..WARP
         }
         .check("(0, 0, 0), thread (31, 0, 0)", "index 32 is outside of 'float [32]'");
-    }
+    });
+}
 
-    fn uninitialised_device_memory() {
+#[test]
+fn uninitialised_device_memory() {
+    emulated(here!(), &[], || {
         Twins { wrong: "if (i != 5) y[i] = 1; y[i] += 1;", right: "y[i] = 1; y[i] += 1;", ..WARP }
             .check("(0, 0, 0), thread (5, 0, 0)", "reads 4 uninitialised bytes");
-    }
+    });
+}
 
-    fn uninitialised_memory_through_memcpy() {
+#[test]
+fn uninitialised_memory_through_memcpy() {
+    emulated(here!(), &[], || {
         Twins { wrong: "memcpy(y, y + n / 2, 4 * i);", right: "memcpy(y, x, 4 * i);", ..WARP }
             .check("(0, 0, 0), thread (1, 0, 0)", "reads 4 uninitialised bytes");
-    }
+    });
+}
 
-    fn uninitialised_shared_memory() {
+#[test]
+fn uninitialised_shared_memory() {
+    emulated(here!(), &[], || {
         Twins {
             wrong: "__shared__ f32 s[33]; s[i] = x[i]; __syncthreads(); y[i] = s[i + 1];",
             right: "__shared__ f32 s[33]; s[i] = x[i]; __syncthreads(); y[i] = s[31 - i];",
             ..WARP
         }
         .check("(0, 0, 0), thread (31, 0, 0)", "reads uninitialised shared memory; 4 bytes at static shared memory");
-    }
+    });
+}
 
-    /// What a block left in shared memory is not there for the next.
-    fn shared_memory_of_another_block() {
+/// What a block left in shared memory is not there for the next.
+#[test]
+fn shared_memory_of_another_block() {
+    emulated(here!(), &[], || {
         Twins {
             grid: 2,
             wrong: "__shared__ f32 s[32]; if (blockIdx.x == 0) s[i] = x[i]; y[i] = s[i];",
@@ -135,9 +166,12 @@ emulated! {
             ..WARP
         }
         .check("(1, 0, 0), thread (0, 0, 0)", "reads uninitialised shared memory");
-    }
+    });
+}
 
-    fn past_dynamic_shared_memory() {
+#[test]
+fn past_dynamic_shared_memory() {
+    emulated(here!(), &[], || {
         Twins {
             shared: 128,
             wrong: "extern __shared__ f32 s[]; s[i + 1] = x[i];",
@@ -145,14 +179,25 @@ emulated! {
             ..WARP
         }
         .check("(0, 0, 0), thread (31, 0, 0)", "byte 128 of dynamic shared memory, which has 128");
-    }
+    });
+}
 
-    fn barrier_that_a_thread_leaves_out() {
-        Twins { block: 64, wrong: "if (i == 40) return; __syncthreads(); y[i] = 1;", right: "__syncthreads(); y[i] = 1;", ..WARP }
-            .check("(0, 0, 0), thread (0, 0, 0)", "but thread (40, 0, 0) has left the kernel");
-    }
+#[test]
+fn barrier_that_a_thread_leaves_out() {
+    emulated(here!(), &[], || {
+        Twins {
+            block: 64,
+            wrong: "if (i == 40) return; __syncthreads(); y[i] = 1;",
+            right: "__syncthreads(); y[i] = 1;",
+            ..WARP
+        }
+        .check("(0, 0, 0), thread (0, 0, 0)", "but thread (40, 0, 0) has left the kernel");
+    });
+}
 
-    fn another_barrier() {
+#[test]
+fn another_barrier() {
+    emulated(here!(), &[], || {
         Twins {
             block: 64,
             wrong: "if (i < 48) {\n __syncthreads();\n } else {\n __syncthreads();\n }\n y[i] = 1;",
@@ -160,27 +205,36 @@ emulated! {
             ..WARP
         }
         .check("(0, 0, 0), thread (0, 0, 0)", "but thread (48, 0, 0) waits in __syncthreads (test.cu:");
-    }
+    });
+}
 
-    fn shuffle_that_a_thread_leaves_out() {
+#[test]
+fn shuffle_that_a_thread_leaves_out() {
+    emulated(here!(), &[], || {
         Twins {
             wrong: "if (i != 7) y[i] = __shfl_xor_sync(0xFFFFFFFF, x[i], 1);",
             right: "y[i] = __shfl_xor_sync(0xFFFFFFFF, x[i], 1);",
             ..WARP
         }
         .check("(0, 0, 0), thread (0, 0, 0)", "waits in __shfl_xor_sync (test.cu:");
-    }
+    });
+}
 
-    fn shuffle_from_a_thread_that_is_not_there() {
+#[test]
+fn shuffle_from_a_thread_that_is_not_there() {
+    emulated(here!(), &[], || {
         Twins {
             wrong: "if (i < 16) y[i] = __shfl_xor_sync(0xFFFF, x[i], 16);",
             right: "if (i < 16) y[i] = __shfl_xor_sync(0xFFFF, x[i], 8);",
             ..WARP
         }
         .check("(0, 0, 0), thread (0, 0, 0)", "reads from lane 16, which takes no part");
-    }
+    });
+}
 
-    fn read_after_write_without_a_barrier() {
+#[test]
+fn read_after_write_without_a_barrier() {
+    emulated(here!(), &[], || {
         // The thread that is read from has run already, so that nothing is uninitialised.
         Twins {
             block: 64,
@@ -189,30 +243,41 @@ emulated! {
             ..WARP
         }
         .check("(0, 0, 0), thread (1, 0, 0)", "reads what is written without a barrier between by thread (0, 0, 0)");
-    }
+    });
+}
 
-    fn write_after_read_without_a_barrier() {
+#[test]
+fn write_after_read_without_a_barrier() {
+    emulated(here!(), &[], || {
         Twins {
             block: 64,
             wrong: "__shared__ f32 s[64]; s[i] = x[i]; __syncthreads(); y[i] = s[(i + 1) % 64]; s[i] = 0;",
-            right: "__shared__ f32 s[64]; s[i] = x[i]; __syncthreads(); y[i] = s[(i + 1) % 64]; __syncthreads(); s[i] = 0;",
+            right: "__shared__ f32 s[64]; s[i] = x[i]; __syncthreads();\n\
+                    y[i] = s[(i + 1) % 64]; __syncthreads(); s[i] = 0;",
             ..WARP
         }
         .check("(0, 0, 0), thread (1, 0, 0)", "writes what is read without a barrier between by thread (0, 0, 0)");
-    }
+    });
+}
 
-    /// Many have read it.
-    fn write_after_reads_without_a_barrier() {
+/// Many have read it.
+#[test]
+fn write_after_reads_without_a_barrier() {
+    emulated(here!(), &[], || {
         Twins {
             block: 64,
             wrong: "__shared__ f32 s; if (i == 0) s = 1; __syncthreads(); y[i] = s; if (i == 63) s = 2;",
-            right: "__shared__ f32 s; if (i == 0) s = 1; __syncthreads(); y[i] = s; __syncthreads(); if (i == 63) s = 2;",
+            right: "__shared__ f32 s; if (i == 0) s = 1; __syncthreads(); y[i] = s;\n\
+                    __syncthreads(); if (i == 63) s = 2;",
             ..WARP
         }
-        .check("(0, 0, 0), thread (63, 0, 0)", "writes what is read without a barrier between by threads of other warps");
-    }
+        .check("(0, 0, 0), thread (63, 0, 0)", "what is read without a barrier between by threads of other warps");
+    });
+}
 
-    fn two_writes_without_a_barrier() {
+#[test]
+fn two_writes_without_a_barrier() {
+    emulated(here!(), &[], || {
         Twins {
             block: 64,
             wrong: "__shared__ f32 s; s = x[i]; __syncthreads(); y[i] = s;",
@@ -220,10 +285,13 @@ emulated! {
             ..WARP
         }
         .check("(0, 0, 0), thread (1, 0, 0)", "writes what is written without a barrier between by thread (0, 0, 0)");
-    }
+    });
+}
 
-    /// A shuffle orders no memory; a barrier of the warp does, within it.
-    fn race_within_a_warp() {
+/// A shuffle orders no memory; a barrier of the warp does, within it.
+#[test]
+fn race_within_a_warp() {
+    emulated(here!(), &[], || {
         Twins {
             block: 64,
             wrong: "__shared__ f32 s[64]; s[i] = x[i]; __shfl_xor_sync(0xFFFFFFFF, i, 1); y[i] = s[i ^ 1];",
@@ -231,10 +299,13 @@ emulated! {
             ..WARP
         }
         .check("(0, 0, 0), thread (31, 0, 0)", "reads what is written without a barrier between by thread (30, 0, 0)");
-    }
+    });
+}
 
-    /// A barrier of the warp orders nothing between warps.
-    fn race_between_warps() {
+/// A barrier of the warp orders nothing between warps.
+#[test]
+fn race_between_warps() {
+    emulated(here!(), &[], || {
         Twins {
             block: 64,
             wrong: "__shared__ f32 s[64]; s[i] = x[i]; __syncwarp(); if (i >= 32) y[i] = s[i - 32];",
@@ -242,10 +313,13 @@ emulated! {
             ..WARP
         }
         .check("(0, 0, 0), thread (63, 0, 0)", "reads what is written without a barrier between by thread (31, 0, 0)");
-    }
+    });
+}
 
-    /// Atomic operations may meet each other, but nothing else.
-    fn race_with_an_atomic_operation() {
+/// Atomic operations may meet each other, but nothing else.
+#[test]
+fn race_with_an_atomic_operation() {
+    emulated(here!(), &[], || {
         Twins {
             block: 64,
             wrong: "__shared__ u32 s; if (i == 0) s = 0; __syncthreads(); atomicAdd(&s, 1); y[i] = s;",
@@ -253,9 +327,12 @@ emulated! {
             ..WARP
         }
         .check("(0, 0, 0), thread (1, 0, 0)", "writes what is read without a barrier between by thread (0, 0, 0)");
-    }
+    });
+}
 
-    fn cp_async_without_a_wait() {
+#[test]
+fn cp_async_without_a_wait() {
+    emulated(here!(), &[], || {
         Twins {
             wrong: "__shared__ __align__(16) f32 s[128]; if (i < 16) ptx_cp_async_16(s + 4 * i, x + 4 * i, true);\n\
                     ptx_cp_async_commit(); __syncthreads(); y[i] = s[i];",
@@ -264,10 +341,13 @@ emulated! {
             ..WARP
         }
         .check("(0, 0, 0), thread (0, 0, 0)", "what a cp.async that was not waited for will write");
-    }
+    });
+}
 
-    /// The wait is for the copies of this thread; those of others need a barrier.
-    fn cp_async_without_a_barrier() {
+/// The wait is for the copies of this thread; those of others need a barrier.
+#[test]
+fn cp_async_without_a_barrier() {
+    emulated(here!(), &[], || {
         Twins {
             wrong: "__shared__ __align__(16) f32 s[128]; if (i < 16) ptx_cp_async_16(s + 4 * i, x + 4 * i, true);\n\
                     ptx_cp_async_commit(); ptx_cp_async_wait<0>(); y[i] = s[i];",
@@ -276,36 +356,54 @@ emulated! {
             ..WARP
         }
         .check("(0, 0, 0), thread (1, 0, 0)", "reads what is written without a barrier between by thread (0, 0, 0)");
-    }
+    });
+}
 
-    /// The youngest group may still be under way.
-    fn cp_async_wait_for_too_few_groups() {
+/// The youngest group may still be under way.
+#[test]
+fn cp_async_wait_for_too_few_groups() {
+    emulated(here!(), &[], || {
         const START: &str = "__shared__ __align__(16) f32 s[256];\n\
             ptx_cp_async_16(s + 4 * i, x + 4 * (i % 16), true); ptx_cp_async_commit();\n\
             ptx_cp_async_16(s + 128 + 4 * i, x + 4 * (i % 16), i < 8); ptx_cp_async_commit();\n";
-        let (wrong, right) = ("ptx_cp_async_wait<1>(); y[i] = s[128 + 4 * i];", "ptx_cp_async_wait<1>(); y[i] = s[4 * i];");
+        let (wrong, right) =
+            ("ptx_cp_async_wait<1>(); y[i] = s[128 + 4 * i];", "ptx_cp_async_wait<1>(); y[i] = s[4 * i];");
         let (wrong, right) = (format!("{START}{wrong}").leak(), format!("{START}{right}").leak());
         Twins { wrong, right, ..WARP }.check("(0, 0, 0), thread (0, 0, 0)", "what a cp.async that was not waited for");
-    }
+    });
+}
 
-    fn atomic_addition_of_floats() {
+#[test]
+fn atomic_addition_of_floats() {
+    emulated(here!(), &[], || {
         Twins { wrong: "y[i] = 0; atomicAdd(y, x[i]);", right: "y[i] = 0; atomicExch(y, x[i]);", ..WARP }
             .check("(0, 0, 0), thread (0, 0, 0)", "depends on the order of threads");
-    }
+    });
+}
 
-    fn trap() {
+#[test]
+fn trap() {
+    emulated(here!(), &[], || {
         Twins { wrong: "if (x[i] == 1) __trap();", right: "if (x[i] != 1) __trap();", ..WARP }
             .check("(0, 0, 0), thread (0, 0, 0)", "__trap()");
-    }
+    });
+}
 
-    fn tensor_core_without_its_whole_warp() {
+#[test]
+fn tensor_core_without_its_whole_warp() {
+    emulated(here!(), &[], || {
         const START: &str = "u32 a[4] = {}, b[2] = {}; f32 d[4] = {};\n";
-        let (wrong, right) = ("if (i < 16) ptx_mma_m16n8k16_f16(d, a, b); y[i] = d[0];", "ptx_mma_m16n8k16_f16(d, a, b); y[i] = d[0];");
+        let (wrong, right) =
+            ("if (i < 16) ptx_mma_m16n8k16_f16(d, a, b); y[i] = d[0];", "ptx_mma_m16n8k16_f16(d, a, b); y[i] = d[0];");
         let (wrong, right) = (format!("{START}{wrong}").leak(), format!("{START}{right}").leak());
-        Twins { wrong, right, ..WARP }.check("(0, 0, 0), thread (0, 0, 0)", "but thread (16, 0, 0) has left the kernel");
-    }
+        Twins { wrong, right, ..WARP }
+            .check("(0, 0, 0), thread (0, 0, 0)", "but thread (16, 0, 0) has left the kernel");
+    });
+}
 
-    fn use_after_free() {
+#[test]
+fn use_after_free() {
+    emulated(here!(), &[], || {
         let card = Card::open();
         let source = "extern \"C\" __global__ void test(float* y) { y[threadIdx.x] = 1; }";
         let (kernel, y) = (card.kernel(source, "test", &[]), card.empty(4 * N));
@@ -316,9 +414,12 @@ emulated! {
         let report = report();
         assert!(report.starts_with("kernel test, block (0, 0, 0), thread (0, 0, 0): writes 4 bytes at 0x"), "{report}");
         assert!(report.contains("byte 0 of freed allocation 1 (256 bytes"), "{report}");
-    }
+    });
+}
 
-    fn host_errors() {
+#[test]
+fn host_errors() {
+    emulated(here!(), &[], || {
         let card = Card::open();
         let (y, x) = (card.empty(16), card.upload(&[1f32; 4]));
         assert!(card.try_read::<f32>(y).is_err() && report().contains("reads 16 uninitialised bytes"), "{}", report());
@@ -333,15 +434,20 @@ emulated! {
         assert!(twice.is_err() && report().contains("freed allocation 2"), "{}", report());
         // None of these loses the context.
         assert_eq!(card.read::<f32>(card.upload(&[2f32])), [2.0]);
-    }
+    });
+}
 
-    fn launch_limits() {
+#[test]
+fn launch_limits() {
+    emulated(here!(), &[], || {
         let card = Card::open();
         let source = "extern \"C\" __global__ void plain() {}\n\
             extern \"C\" __global__ void __launch_bounds__((32 + 32) * 2, 4) bound() {}\n\
             extern \"C\" __global__ void pointer(float* y) {}\n\
-            extern \"C\" __global__ void big(float* y) { __shared__ float s[10000]; s[threadIdx.x] = 1; __syncthreads(); *y = s[threadIdx.x]; }\n";
-        let [plain, bound, pointer, big] = ["plain", "bound", "pointer", "big"].map(|name| card.kernel(source, name, &[]));
+            extern \"C\" __global__ void big(float* y) {\n\
+            __shared__ float s[10000]; s[threadIdx.x] = 1; __syncthreads(); *y = s[threadIdx.x]; }\n";
+        let [plain, bound, pointer, big] =
+            ["plain", "bound", "pointer", "big"].map(|name| card.kernel(source, name, &[]));
         let refused = |outcome: Result<(), CUresult>, result: CUresult, words: &str| {
             assert_eq!(outcome, Err(result), "{words}");
             assert!(report().starts_with("launch of kernel ") && report().contains(words), "{}", report());
@@ -355,7 +461,11 @@ emulated! {
         refused(card.try_launch(&plain, [1; 3], [1, 1, 65], 0, &[]), invalid, "blocks of 1 x 1 x 65 threads");
         refused(card.try_launch(&plain, [1, 65536, 1], [1; 3], 0, &[]), invalid, "a grid of 1 x 65536 x 1 blocks");
         refused(card.try_launch(&plain, [0, 1, 1], [1; 3], 0, &[]), invalid, "a grid of 0 x 1 x 1 blocks");
-        refused(card.try_launch(&plain, [1; 3], [1; 3], (48 << 10) + 1, &[]), invalid, "and 49153 of dynamic shared memory");
+        refused(
+            card.try_launch(&plain, [1; 3], [1; 3], (48 << 10) + 1, &[]),
+            invalid,
+            "and 49153 of dynamic shared memory",
+        );
         refused(card.try_launch(&bound, [1; 3], [160, 1, 1], 0, &[]), resources, "__launch_bounds__ says 128");
         refused(card.try_launch(&pointer, [1; 3], [1; 3], 0, &[arg(64u64)]), invalid, "argument 0 is a pointer");
         refused(card.try_launch(&plain, [1; 3], [1; 3], 1 << 20, &[]), invalid, "and 1048576 of dynamic shared memory");
@@ -364,25 +474,32 @@ emulated! {
         assert_eq!(card.try_launch(&big, [1; 3], [1; 3], 9152, std::slice::from_ref(&y)), Ok(()));
         let outcome = card.try_launch(&big, [1; 3], [1; 3], 9153, &[y]);
         refused(outcome, invalid, "40000 bytes of static and 9153 of dynamic shared memory");
-    }
+    });
+}
 
-    /// More shared memory is there for those who ask, as much as an sm_80 has.
-    fn shared_memory_opt_in() {
+/// More shared memory is there for those who ask, as much as an sm_80 has.
+#[test]
+fn shared_memory_opt_in() {
+    emulated(here!(), &[], || {
         let card = Card::open();
         let source = "extern \"C\" __global__ void test(float* y) {\n\
             extern __shared__ float s[]; s[threadIdx.x * 1024] = 1; y[threadIdx.x] = s[threadIdx.x * 1024]; }";
         let (kernel, y) = (card.kernel(source, "test", &[]), card.empty(128));
         let attribute = cudarc::driver::sys::CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
         // SAFETY: the function is loaded.
-        let set = |bytes| unsafe { cudarc::driver::result::function::set_function_attribute(kernel.0, attribute, bytes) };
+        let set =
+            |bytes| unsafe { cudarc::driver::result::function::set_function_attribute(kernel.0, attribute, bytes) };
         assert!(set((163 << 10) + 1).is_err());
         set(163 << 10).unwrap();
         let outcome = card.try_launch(&kernel, [1; 3], [32, 1, 1], 163 << 10, &[arg(y.address)]);
         assert_eq!(outcome, Ok(()), "{}", report());
         assert_eq!(card.read::<f32>(y), [1f32; 32]);
-    }
+    });
+}
 
-    fn other_architecture(XT_EMULATOR_ARCH = "75") {
+#[test]
+fn other_architecture() {
+    emulated(here!(), &[("XT_EMULATOR_ARCH", "75")], || {
         let card = Card::open();
         let source = "extern \"C\" __global__ void test() {}";
         let newer = card.load(&compile_for(80, source, &[]).unwrap()).unwrap_err();
@@ -392,23 +509,30 @@ emulated! {
         let function = unsafe { cudarc::driver::result::module::get_function(module, c"test".into()) }.unwrap();
         let attribute = cudarc::driver::sys::CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
         // SAFETY: the function is loaded.
-        let set = |bytes| unsafe { cudarc::driver::result::function::set_function_attribute(function, attribute, bytes) };
+        let set =
+            |bytes| unsafe { cudarc::driver::result::function::set_function_attribute(function, attribute, bytes) };
         assert!(set((64 << 10) + 1).is_err());
         set(64 << 10).unwrap();
         // No tensor core of that generation has these.
         let tensor = "#include \"common.cuh\"\nextern \"C\" __global__ void test(f32* y) { ptx_cp_async_commit(); }";
         assert!(compile_for(75, tensor, &["-DDTYPE=f32"]).unwrap_err().contains("ptx_cp_async_commit"));
         assert!(compile_for(80, tensor, &["-DDTYPE=f32"]).is_ok());
-    }
+    });
+}
 
-    fn compiler_errors() {
+#[test]
+fn compiler_errors() {
+    emulated(here!(), &[], || {
         let error = compile_for(80, "extern \"C\" __global__ void test() {\n  unknown();\n}", &[]).unwrap_err();
         assert!(error.contains("test.cu:2") && error.contains("unknown"), "{error}");
         let error = compile_for(80, "", &["--no-such-option"]).unwrap_err();
         assert!(error.contains("NVRTC_ERROR_INVALID_OPTION"), "{error}");
-    }
+    });
+}
 
-    fn foreign_machine_code() {
+#[test]
+fn foreign_machine_code() {
+    emulated(here!(), &[], || {
         let card = Card::open();
         let mut code = compile_for(80, "extern \"C\" __global__ void test() {}", &[]).unwrap();
         assert!(card.load(&code).is_ok());
@@ -417,7 +541,7 @@ emulated! {
         assert_eq!(card.load(&code).unwrap_err().0, CUresult::CUDA_ERROR_INVALID_IMAGE);
         code[0] ^= 1;
         assert_eq!(card.load(&code).unwrap_err().0, CUresult::CUDA_ERROR_INVALID_IMAGE);
-    }
+    });
 }
 
 /// A kernel whose result depends on which thread or block comes last.
@@ -429,17 +553,24 @@ fn last_writer() -> [f32; 2] {
     card.read(y).try_into().unwrap()
 }
 
-emulated! {
-    fn order_forward(XT_EMULATOR_ORDER = "forward") {
+#[test]
+fn order_forward() {
+    emulated(here!(), &[("XT_EMULATOR_ORDER", "forward")], || {
         assert_eq!(last_writer(), [63.0, 7.0]);
-    }
+    });
+}
 
-    fn order_reverse(XT_EMULATOR_ORDER = "reverse") {
+#[test]
+fn order_reverse() {
+    emulated(here!(), &[("XT_EMULATOR_ORDER", "reverse")], || {
         assert_eq!(last_writer(), [0.0, 0.0]);
-    }
+    });
+}
 
-    fn order_random(XT_EMULATOR_ORDER = "random") {
+#[test]
+fn order_random() {
+    emulated(here!(), &[("XT_EMULATOR_ORDER", "random")], || {
         let results: Vec<_> = (0..4).map(|_| last_writer()).collect();
         assert!(results.iter().any(|result| *result != results[0]), "{results:?}");
-    }
+    });
 }

@@ -11,7 +11,11 @@
 namespace xt {
 namespace {
 
-constexpr Card CARDS[] = {{75, 64 << 10, 64 << 10, 1024}, {80, 163 << 10, 164 << 10, 2048}, {90, 227 << 10, 228 << 10, 2048}};
+constexpr Card CARDS[] = {
+    {75, 64 << 10, 64 << 10, 1024},
+    {80, 163 << 10, 164 << 10, 2048},
+    {90, 227 << 10, 228 << 10, 2048},
+};
 constexpr int MULTIPROCESSORS = 4;
 
 std::atomic<bool> context_lost{false};
@@ -39,7 +43,8 @@ constexpr Name NAMES[] = {
     {LAUNCH_OUT_OF_RESOURCES, "CUDA_ERROR_LAUNCH_OUT_OF_RESOURCES", "too many resources requested for launch"},
     {NOT_SUPPORTED, "CUDA_ERROR_NOT_SUPPORTED", "operation not supported"},
     {CAPTURE_UNSUPPORTED, "CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED", "operation not permitted when stream is capturing"},
-    {CAPTURE_INVALIDATED, "CUDA_ERROR_STREAM_CAPTURE_INVALIDATED", "operation failed due to a previous error during capture"},
+    {CAPTURE_INVALIDATED, "CUDA_ERROR_STREAM_CAPTURE_INVALIDATED",
+     "operation failed due to a previous error during capture"},
     {UNKNOWN, "CUDA_ERROR_UNKNOWN", "unknown error"},
 };
 
@@ -63,7 +68,7 @@ int attribute(int which) {
         case 12: case 82: return 65536;                        // MAX_REGISTERS_PER_BLOCK, PER_MULTIPROCESSOR
         case 13: case 36: return 1000000;                      // CLOCK_RATE, MEMORY_CLOCK_RATE
         case 16: return MULTIPROCESSORS;                       // MULTIPROCESSOR_COUNT
-        case 31: case 41: case 95: return 1;                   // CONCURRENT_KERNELS, UNIFIED_ADDRESSING, COOPERATIVE_LAUNCH
+        case 31: case 41: case 95: return 1;                   // CONCURRENT_KERNELS, UNIFIED_ADDRESSING, …
         case 37: return 256;                                   // GLOBAL_MEMORY_BUS_WIDTH
         case 38: return 4 << 20;                               // L2_CACHE_SIZE
         case 39: return card().threads_per_multiprocessor;     // MAX_THREADS_PER_MULTIPROCESSOR

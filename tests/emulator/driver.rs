@@ -19,7 +19,7 @@ use half::{bf16, f16};
 
 use crate::{
     card::{Buffer, Card, arg, compile_for, exported, live_bytes, report},
-    emulated,
+    emulated, here,
 };
 
 const ADD: &str = "extern \"C\" __global__ void add(float* y, float term, float* trail, int at) {\n\
@@ -46,9 +46,10 @@ fn begin(card: &Card) {
     unsafe { result::stream::begin_capture(card.stream, mode) }.unwrap();
 }
 
-emulated! {
-    /// Recorded work is done when the graph is launched, each time, with the arguments of the recording.
-    fn graph_replays_in_order() {
+/// Recorded work is done when the graph is launched, each time, with the arguments of the recording.
+#[test]
+fn graph_replays_in_order() {
+    emulated(here!(), &[], || {
         let card = Card::open();
         let kernel = card.kernel(ADD, "add", &[]);
         let (y, trail, copy) = (card.upload(&[5f32]), card.upload(&[0f32; 3]), card.upload(&[0f32; 3]));
@@ -74,10 +75,13 @@ emulated! {
         }
         // SAFETY: not used again.
         unsafe { result::graph::exec_destroy(executable) }.unwrap();
-    }
+    });
+}
 
-    /// What waits or allocates spoils a recording.
-    fn graph_refuses_what_it_cannot_hold() {
+/// What waits or allocates spoils a recording.
+#[test]
+fn graph_refuses_what_it_cannot_hold() {
+    emulated(here!(), &[], || {
         let card = Card::open();
         begin(&card);
         // SAFETY: the emulator refuses both.
@@ -88,13 +92,17 @@ emulated! {
         let ended = unsafe { result::stream::end_capture(card.stream) };
         assert_eq!(ended.unwrap_err().0, CUresult::CUDA_ERROR_STREAM_CAPTURE_INVALIDATED);
         card.free(card.empty(64));
-    }
+    });
+}
 
-    fn every_kind_of_call_fails_on_demand() {
+#[test]
+fn every_kind_of_call_fails_on_demand() {
+    emulated(here!(), &[], || {
         let card = Card::open();
         let kernel = card.kernel(ADD, "add", &[]);
         let (y, trail) = (card.upload(&[0f32]), card.upload(&[0f32]));
-        let launch = || card.try_launch(&kernel, [1; 3], [1; 3], 0, &[arg(y.address), arg(1f32), arg(trail.address), arg(0)]);
+        let launch =
+            || card.try_launch(&kernel, [1; 3], [1; 3], 0, &[arg(y.address), arg(1f32), arg(trail.address), arg(0)]);
         let before = count("launch");
         fail("launch", 2);
         assert_eq!(launch(), Ok(()));
@@ -116,18 +124,24 @@ emulated! {
         fail("compile", 1);
         assert!(compile_for(80, ADD, &[]).unwrap_err().contains("NVRTC_ERROR_OUT_OF_MEMORY"));
         assert!(compile_for(80, ADD, &[]).is_ok());
-    }
+    });
+}
 
-    fn faults_from_the_environment(XT_EMULATOR_FAIL = "alloc:2,copy:1") {
+#[test]
+fn faults_from_the_environment() {
+    emulated(here!(), &[("XT_EMULATOR_FAIL", "alloc:2,copy:1")], || {
         let card = Card::open();
         let buffer = card.empty(64);
         // SAFETY: no memory is given.
         assert!(unsafe { result::malloc_sync(64) }.is_err());
         assert!(card.try_read::<u8>(buffer).is_err());
         assert_eq!(count("copy"), 1);
-    }
+    });
+}
 
-    fn memory_is_limited_and_counted(XT_EMULATOR_MEMORY = "1000000") {
+#[test]
+fn memory_is_limited_and_counted() {
+    emulated(here!(), &[("XT_EMULATOR_MEMORY", "1000000")], || {
         let card = Card::open();
         assert_eq!(result::mem_get_info().unwrap(), (1_000_000, 1_000_000));
         let buffer = card.empty(900_000);
@@ -137,10 +151,13 @@ emulated! {
         card.free(buffer);
         assert_eq!(live_bytes(), 0);
         card.empty(1_000_000);
-    }
+    });
+}
 
-    /// Against the plain formula, for each type and transposition, in batches with gaps between the matrices.
-    fn products() {
+/// Against the plain formula, for each type and transposition, in batches with gaps between the matrices.
+#[test]
+fn products() {
+    emulated(here!(), &[], || {
         type Convert = fn(f64) -> Vec<u8>;
         let types: [(cudaDataType, Compute, Convert); 4] = [
             (cudaDataType::CUDA_R_32F, Compute::CUBLAS_COMPUTE_32F, |x| arg(x as f32)),
@@ -180,13 +197,29 @@ emulated! {
                 // SAFETY: the buffers hold what the sizes say.
                 unsafe {
                     gemm_strided_batched_ex(
-                        handle, operation(ta), operation(tb), m as i32, n as i32, k as i32,
+                        handle,
+                        operation(ta),
+                        operation(tb),
+                        m as i32,
+                        n as i32,
+                        k as i32,
                         alpha.as_ptr().cast(),
-                        a.address as *const _, kind, lda as i32, (lda * if ta { m } else { k }) as i64,
-                        b.address as *const _, kind, ldb as i32, (ldb * if tb { k } else { n }) as i64,
+                        a.address as *const _,
+                        kind,
+                        lda as i32,
+                        (lda * if ta { m } else { k }) as i64,
+                        b.address as *const _,
+                        kind,
+                        ldb as i32,
+                        (ldb * if tb { k } else { n }) as i64,
                         beta.as_ptr().cast(),
-                        c.address as *mut _, kind, ldc as i32, (ldc * n) as i64,
-                        items as i32, compute, cublasGemmAlgo_t::CUBLAS_GEMM_DEFAULT,
+                        c.address as *mut _,
+                        kind,
+                        ldc as i32,
+                        (ldc * n) as i64,
+                        items as i32,
+                        compute,
+                        cublasGemmAlgo_t::CUBLAS_GEMM_DEFAULT,
                     )
                 }
                 .unwrap_or_else(|error| panic!("{error:?}: {}", report()));
@@ -204,9 +237,12 @@ emulated! {
                 assert!(card.read::<u8>(c) == expected, "{kind:?} {ta} {tb}");
             }
         }
-    }
+    });
+}
 
-    fn products_out_of_bounds_and_in_tf32() {
+#[test]
+fn products_out_of_bounds_and_in_tf32() {
+    emulated(here!(), &[], || {
         let card = Card::open();
         let handle = create_handle().unwrap();
         let multiply = |a: Buffer, c: Buffer, k: i32| {
@@ -214,13 +250,29 @@ emulated! {
             // SAFETY: the emulator checks the sizes.
             unsafe {
                 gemm_strided_batched_ex(
-                    handle, Operation::CUBLAS_OP_N, Operation::CUBLAS_OP_N, 1, 1, k,
+                    handle,
+                    Operation::CUBLAS_OP_N,
+                    Operation::CUBLAS_OP_N,
+                    1,
+                    1,
+                    k,
                     (&raw const one).cast(),
-                    a.address as *const _, cudaDataType::CUDA_R_32F, 1, 0,
-                    a.address as *const _, cudaDataType::CUDA_R_32F, k, 0,
+                    a.address as *const _,
+                    cudaDataType::CUDA_R_32F,
+                    1,
+                    0,
+                    a.address as *const _,
+                    cudaDataType::CUDA_R_32F,
+                    k,
+                    0,
                     (&raw const zero).cast(),
-                    c.address as *mut _, cudaDataType::CUDA_R_32F, 1, 0,
-                    1, Compute::CUBLAS_COMPUTE_32F, cublasGemmAlgo_t::CUBLAS_GEMM_DEFAULT,
+                    c.address as *mut _,
+                    cudaDataType::CUDA_R_32F,
+                    1,
+                    0,
+                    1,
+                    Compute::CUBLAS_COMPUTE_32F,
+                    cublasGemmAlgo_t::CUBLAS_GEMM_DEFAULT,
                 )
             }
         };
@@ -228,10 +280,12 @@ emulated! {
         multiply(a, c, 1).unwrap();
         assert_eq!(card.read::<f32>(c), [(1.0 + 2f32.powi(-12)).powi(2)]);
         // SAFETY: the handle exists.
-        unsafe { cudarc::cublas::sys::cublasSetMathMode(handle, cublasMath_t::CUBLAS_TF32_TENSOR_OP_MATH) }.result().unwrap();
+        unsafe { cudarc::cublas::sys::cublasSetMathMode(handle, cublasMath_t::CUBLAS_TF32_TENSOR_OP_MATH) }
+            .result()
+            .unwrap();
         multiply(a, c, 1).unwrap();
         assert_eq!(card.read::<f32>(c), [1.0], "ten bits are left");
         assert!(multiply(a, c, 3).is_err());
         assert!(report().starts_with("cuBLAS, matrix A of item 0, reads 4 bytes at 0x"), "{}", report());
-    }
+    });
 }

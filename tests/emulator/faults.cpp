@@ -46,8 +46,8 @@ void read_environment() {
     while (text != nullptr && *text != 0) {
         const char* const colon = strchr(text, ':');
         if (colon == nullptr || !arrange(text, colon - text, strtoull(colon + 1, nullptr, 10))) {
-            report(std::string("XT_EMULATOR_FAIL is kind:number,…, with kinds alloc, launch, copy and compile; got ") +
-                   text);
+            report(std::string("XT_EMULATOR_FAIL is a list of kind:number, with kinds alloc, launch, copy and ") +
+                   "compile; got " + text);
             return;
         }
         text = strchr(colon, ',');
@@ -67,7 +67,8 @@ bool shall_fail(Kind kind) {
 
 }  // namespace xt
 
-// Makes the n-th call from now on of a kind fail (1 is the next one), and with `alloc+` all that follow it; 0 ends that.
+// Makes the n-th call from now on of a kind fail (1 is the next one), and with `alloc+` all that follow it; 0 ends
+// that.
 // 0 if there is no such kind.
 XT_EXPORT int xt_emulator_fail(const char* kind, uint64_t n) { return xt::arrange(kind, strlen(kind), n); }
 

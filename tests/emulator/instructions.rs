@@ -6,7 +6,7 @@ use x_transformers::Philox;
 
 use crate::{
     card::{Card, arg},
-    emulated,
+    emulated, here,
 };
 
 /// A kernel over one warp: `body` fills `u32 out[]`, `words` of them a thread, from `u32 in[]`.
@@ -67,8 +67,9 @@ fn pairs(values: impl Iterator<Item = u32>) -> Vec<u32> {
     values.chunks(2).map(|pair| pair[0] | pair[1] << 16).collect()
 }
 
-emulated! {
-    fn mma_follows_the_tables() {
+#[test]
+fn mma_follows_the_tables() {
+    emulated(here!(), &[], || {
         let (a, b, d) = (numbers(256, 1), numbers(128, 2), numbers(128, 3));
         let expected = product(&a, &b, &d);
         for (name, is_bf16) in [("f16", false), ("bf16", true)] {
@@ -94,11 +95,14 @@ emulated! {
                 }
             }
         }
-    }
+    });
+}
 
-    /// By the ISA's section on `ldmatrix`: threads 8 m … 8 m + 7 address the rows of matrix m; a thread gets two
-    /// neighbours of row lane / 4, or of that column.
-    fn ldmatrix_follows_the_tables() {
+/// By the ISA's section on `ldmatrix`: threads 8 m … 8 m + 7 address the rows of matrix m; a thread gets two
+/// neighbours of row lane / 4, or of that column.
+#[test]
+fn ldmatrix_follows_the_tables() {
+    emulated(here!(), &[], || {
         // Element (row, column) of matrix m is a number of its own, and rows lie in no order.
         let element = |m: usize, row: usize, column: usize| (m * 64 + row * 8 + column) as u32;
         let place = |row: usize| (row * 13 + 5) % 32;
@@ -127,11 +131,14 @@ emulated! {
                 }
             }
         }
-    }
+    });
+}
 
-    /// As kernels use them: fragments by `ldmatrix` from row-major a [16, 16], and from b either as [8, 16] or,
-    /// transposed on the way, as [16, 8].
-    fn ldmatrix_feeds_mma() {
+/// As kernels use them: fragments by `ldmatrix` from row-major a [16, 16], and from b either as [8, 16] or,
+/// transposed on the way, as [16, 8].
+#[test]
+fn ldmatrix_feeds_mma() {
+    emulated(here!(), &[], || {
         let (a, b) = (numbers(256, 4), numbers(128, 5));
         let expected = product(&a, &b, &[0.0; 128]);
         for by_columns in [true, false] {
@@ -161,9 +168,12 @@ emulated! {
                 }
             }
         }
-    }
+    });
+}
 
-    fn shuffles_follow_the_definition() {
+#[test]
+fn shuffles_follow_the_definition() {
+    emulated(here!(), &[], || {
         let input: Vec<u32> = (0..32).map(|lane| 100 + lane).collect();
         let body = "const u32 mine = in[lane];\n\
             out[0] = __shfl_sync(0xFFFFFFFF, mine, 5); out[1] = __shfl_sync(0xFFFFFFFF, mine, 9, 8);\n\
@@ -185,9 +195,12 @@ emulated! {
             ];
             assert_eq!(out[7 * lane..][..7], expected.map(|from| 100 + from as u32), "lane {lane}");
         }
-    }
+    });
+}
 
-    fn votes_and_reductions() {
+#[test]
+fn votes_and_reductions() {
+    emulated(here!(), &[], || {
         let input: Vec<u32> = (0..32).map(|lane| lane * 7 % 5).collect();
         let body = "const u32 mine = in[lane];\n\
             out[0] = __ballot_sync(0xFFFFFFFF, mine == 2); out[1] = __any_sync(0xFFFFFFFF, mine == 9);\n\
@@ -196,24 +209,19 @@ emulated! {
             out[6] = __syncthreads_count(mine == 1); out[7] = __syncthreads_or(mine == 9);\n\
             out[8] = __syncthreads_and(mine < 5);";
         let out = warp(body, 9, &input);
-        let equal = |value: u32| input.iter().enumerate().fold(0, |mask, (lane, &x)| mask | u32::from(x == value) << lane);
+        let equal =
+            |value: u32| input.iter().enumerate().fold(0, |mask, (lane, &x)| mask | u32::from(x == value) << lane);
         for lane in 0..32 {
-            let expected = [
-                equal(2),
-                0,
-                1,
-                equal(input[lane]),
-                input.iter().sum(),
-                -2i32 as u32,
-                equal(1).count_ones(),
-                0,
-                1,
-            ];
+            let expected =
+                [equal(2), 0, 1, equal(input[lane]), input.iter().sum(), -2i32 as u32, equal(1).count_ones(), 0, 1];
             assert_eq!(out[9 * lane..][..9], expected, "lane {lane}");
         }
-    }
+    });
+}
 
-    fn cp_async_copies_or_fills_with_zeros() {
+#[test]
+fn cp_async_copies_or_fills_with_zeros() {
+    emulated(here!(), &[], || {
         let input: Vec<u32> = (1..=128).collect();
         let body = "__shared__ __align__(16) u32 tile[128];\n\
             ptx_cp_async_16(tile + 4 * lane, in + 4 * lane, lane % 3 != 0); ptx_cp_async_commit();\n\
@@ -221,16 +229,33 @@ emulated! {
             for (int i = 0; i < 4; ++i) out[i] = tile[4 * lane + i];";
         let expected: Vec<u32> = input.iter().map(|&x| if (x - 1) / 4 % 3 == 0 { 0 } else { x }).collect();
         assert_eq!(warp(body, 4, &input), expected);
-    }
+    });
+}
 
-    /// Both ways of rounding to bf16, f16, and back.
-    fn half_types_round_as_the_crate_does() {
+/// Both ways of rounding to bf16, f16, and back.
+#[test]
+fn half_types_round_as_the_crate_does() {
+    emulated(here!(), &[], || {
         let random = Philox::new(1, 0);
         let mut values: Vec<u32> = (0..100_000).map(|i| random.word(i)).collect();
         // Ties in both directions, the largest number (rounds to infinity), infinities, zeros, NaN, and f16's edges.
         let edges = [
-            0x3f80_8000, 0x3f81_8000, 0x7f7f_ffff, 0x7f80_0000, 0xff80_0000, 0, 0x8000_0000, 1, 0x7f80_0001, 0x477f_efff,
-            0x477f_f000, 0x3300_0000, 0x3300_0001, 0x3380_0000, 0x3f80_1000, 0x3f80_3000,
+            0x3f80_8000,
+            0x3f81_8000,
+            0x7f7f_ffff,
+            0x7f80_0000,
+            0xff80_0000,
+            0,
+            0x8000_0000,
+            1,
+            0x7f80_0001,
+            0x477f_efff,
+            0x477f_f000,
+            0x3300_0000,
+            0x3300_0001,
+            0x3380_0000,
+            0x3f80_1000,
+            0x3f80_3000,
         ];
         values[..16].copy_from_slice(&edges);
         let source = "#include \"common.cuh\"\n\
@@ -248,12 +273,18 @@ emulated! {
                 let expected = if x.is_nan() { 0x7fff } else { bits(x, dtype == "bf16") as u16 };
                 assert_eq!(y, expected, "{dtype} {x:e}");
                 let wide = if dtype == "bf16" { bf16::from_bits(y).to_f32() } else { f16::from_bits(y).to_f32() };
-                assert!(f32::from_bits(back) == wide || wide.is_nan() && f32::from_bits(back).is_nan(), "{dtype} {x:e}");
+                assert!(
+                    f32::from_bits(back) == wide || wide.is_nan() && f32::from_bits(back).is_nan(),
+                    "{dtype} {x:e}"
+                );
             }
         }
-    }
+    });
+}
 
-    fn bf16_rounds_on_older_cards(XT_EMULATOR_ARCH = "75") {
+#[test]
+fn bf16_rounds_on_older_cards() {
+    emulated(here!(), &[("XT_EMULATOR_ARCH", "75")], || {
         let random = Philox::new(2, 0);
         let values: Vec<u32> = (0..10_000).map(|i| random.word(i)).collect();
         let source = "#include \"common.cuh\"\nextern \"C\" __global__ void test(T* y, const f32* x, u32 n) {\n\
@@ -270,9 +301,12 @@ emulated! {
             let x = f32::from_bits(x);
             assert_eq!(y, if x.is_nan() { 0x7fff } else { bf16::from_f32(x).to_bits() }, "{x:e}");
         }
-    }
+    });
+}
 
-    fn atomics_of_the_block_and_the_grid() {
+#[test]
+fn atomics_of_the_block_and_the_grid() {
+    emulated(here!(), &[], || {
         let source = "#include \"common.cuh\"\n\
             extern \"C\" __global__ void test(u32* y, i64* z) {\n\
             __shared__ u32 count; if (threadIdx.x == 0) count = 0; __syncthreads();\n\
@@ -286,9 +320,12 @@ emulated! {
         card.launch(&kernel, 3, [64, 1, 1], &[arg(y.address), arg(z.address)]);
         assert_eq!(card.read::<u32>(y), [3 * 63 * 64 / 2, -37i32 as u32, 7]);
         assert_eq!(card.read::<i64>(z), [5, 0]);
-    }
+    });
+}
 
-    fn indices_of_threads_and_blocks() {
+#[test]
+fn indices_of_threads_and_blocks() {
+    emulated(here!(), &[], || {
         let source = "extern \"C\" __global__ void test(unsigned* y) {\n\
             const unsigned thread = (threadIdx.z * blockDim.y + threadIdx.y) * blockDim.x + threadIdx.x;\n\
             const unsigned block = (blockIdx.z * gridDim.y + blockIdx.y) * gridDim.x + blockIdx.x;\n\
@@ -298,10 +335,14 @@ emulated! {
         card.try_launch(&kernel, [2, 3, 4], [5, 3, 2], 0, &[arg(y.address)]).unwrap();
         let expected: Vec<u32> = (0..24).flat_map(|block| (0..30).map(move |thread| block * 1000 + thread)).collect();
         assert_eq!(card.read::<u32>(y), expected);
-    }
-    /// The known-answer vectors that the authors of Philox publish with their reference implementation.
-    fn philox_published_vectors() {
-        let source = "#include \"common.cuh\"\n#include \"philox.cuh\"\nextern \"C\" __global__ void test(u32* out, const u32* v) {\n\
+    });
+}
+/// The known-answer vectors that the authors of Philox publish with their reference implementation.
+#[test]
+fn philox_published_vectors() {
+    emulated(here!(), &[], || {
+        let source = "#include \"common.cuh\"\n#include \"philox.cuh\"\n\
+            extern \"C\" __global__ void test(u32* out, const u32* v) {\n\
             out += 4 * threadIdx.x; v += 6 * threadIdx.x;\n\
             const Words words = philox4x32({{v[0], v[1], v[2], v[3]}}, v[4], v[5]);\n\
             for (int i = 0; i < 4; ++i) out[i] = words.word[i]; }";
@@ -317,5 +358,5 @@ emulated! {
             [0xd16c_fe09, 0x94fd_cceb, 0x5001_e420, 0x2412_6ea1],
         ];
         assert_eq!(card.read::<u32>(out), expected.concat());
-    }
+    });
 }

@@ -3,7 +3,7 @@
 
 use x_transformers::{DType, Device, Result, Tape, Tensor};
 
-use crate::emulated;
+use crate::{emulated, here};
 
 /// Softmax of rows of every kind, and its gradient.
 fn softmax(device: &Device, dtype: DType, columns: usize) -> Result<Vec<f64>> {
@@ -24,8 +24,9 @@ fn softmax(device: &Device, dtype: DType, columns: usize) -> Result<Vec<f64>> {
     Ok(values)
 }
 
-emulated! {
-    fn softmax_follows_the_cpu() {
+#[test]
+fn softmax_follows_the_cpu() {
+    emulated(here!(), &[], || {
         let gpu = Device::cuda(0).unwrap();
         for (dtype, bound) in [(DType::F64, 1e-14), (DType::F32, 1e-6), (DType::BF16, 8e-3), (DType::F16, 1e-3)] {
             for columns in [1, 7, 64, 203, 1040] {
@@ -35,9 +36,12 @@ emulated! {
                 assert!(error <= bound, "{dtype} {columns}: {error:e}");
             }
         }
-    }
+    });
+}
 
-    fn copies_and_dropout_are_those_of_the_cpu() {
+#[test]
+fn copies_and_dropout_are_those_of_the_cpu() {
+    emulated(here!(), &[], || {
         let values = |device: &Device, dtype: DType| -> Result<Vec<Vec<f64>>> {
             let x = Tensor::generate([4, 6, 16], dtype, device, |i| (i % 100) as f64)?;
             let mut values = vec![
@@ -55,5 +59,5 @@ emulated! {
         for dtype in [DType::F64, DType::F32, DType::BF16, DType::F16, DType::I64, DType::Bool] {
             assert_eq!(values(&gpu, dtype).unwrap(), values(&Device::Cpu, dtype).unwrap(), "{dtype}");
         }
-    }
+    });
 }

@@ -76,7 +76,8 @@ bool may_access(uintptr_t address, size_t bytes, const char* verb, bool fresh, s
     if (outside == bytes && unwritten == bytes) return true;
     const bool uninitialised = outside == bytes;
     char text[128];
-    snprintf(text, sizeof text, "%s %zu %sbytes at %#lx, ", verb, bytes, uninitialised ? "uninitialised " : "", address);
+    const char* const kind = uninitialised ? "uninitialised " : "";
+    snprintf(text, sizeof text, "%s %zu %sbytes at %#lx, ", verb, bytes, kind, address);
     why = text + place_of(address + (uninitialised ? unwritten : outside));
     return false;
 }

@@ -130,9 +130,10 @@ bool replace_ptx(std::string& source) {
 
 // `extern __shared__ T name[];` is where dynamic shared memory starts.
 std::string replace_dynamic_shared(const std::string& source) {
-    static const std::regex PATTERN(
-        R"(extern\s+__shared__\s+((?:__align__\s*\([^)]*\)|alignas\s*\([^)]*\))\s*)?([\w\s:<>]+?)\s+((?:__align__\s*\([^)]*\)\s*)?)(\w+)\s*\[\s*\]\s*;)");
-    return std::regex_replace(source, PATTERN, "$2* const $4 = reinterpret_cast<$2*>(xt_dynamic_shared);");
+    static const std::string ALIGN = R"((?:(?:__align__|alignas)\s*\([^)]*\)\s*)?)";
+    static const std::regex PATTERN(R"(extern\s+__shared__\s+)" + ALIGN + R"(([\w\s:<>]+?)\s+)" + ALIGN +
+                                    R"((\w+)\s*\[\s*\]\s*;)");
+    return std::regex_replace(source, PATTERN, "$1* const $2 = reinterpret_cast<$1*>(xt_dynamic_shared);");
 }
 
 // A line XT_KERNEL for each kernel of a preprocessed source.
@@ -182,7 +183,8 @@ NvrtcResult compile(Program& program, const std::vector<std::string>& given) {
     const std::vector<std::string> build = {
         compiler, "-std=c++20", "-O2", "-fPIC", "-shared", "-nostdlib", "-pipe", "-w", "-x", "c++",
         // Memory accesses call the checker, which is in this library.
-        "-fsanitize=thread", "--param", "tsan-instrument-func-entry-exit=0", "-fsanitize=alignment,bounds,integer-divide-by-zero",
+        "-fsanitize=thread", "--param", "tsan-instrument-func-entry-exit=0",
+        "-fsanitize=alignment,bounds,integer-divide-by-zero",
         // No two modules share anything.
         "-fvisibility=hidden", "-fno-gnu-unique",
         // Functions mean what cuda_host.h says, and arithmetic is done as it is written.
@@ -198,7 +200,9 @@ NvrtcResult compile(Program& program, const std::vector<std::string>& given) {
     std::string object;
     if (!read_file(path + ".so", object)) {
         mkdir(objects.c_str(), 0777);
-        const std::string part = path + "." + std::to_string(getpid()) + "." + hash_of(std::to_string(uintptr_t(&program)));
+        // Of this process and this program: others may compile the same.
+        const std::string mine = std::to_string(getpid()) + "." + std::to_string(uintptr_t(&program));
+        const std::string part = path + "." + mine;
         const std::string text = part + ".cu", expanded = part + ".ii", library = part + ".so";
         std::string whole;
         bool ok = write_file(text, source);

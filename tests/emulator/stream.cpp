@@ -90,7 +90,8 @@ std::string objection(const Function& function, XtDim grid, XtDim block, unsigne
         if (!kernel.pointers[i]) continue;
         uintptr_t address;
         memcpy(&address, arguments[i], sizeof address);
-        if (address != 0 && !in_arena(address)) return argument + " is a pointer, but what is given is no device address";
+        if (address == 0 || in_arena(address)) continue;
+        return argument + " is a pointer, but what is given is no device address";
     }
     result = LAUNCH_OUT_OF_RESOURCES;
     if (kernel.most_threads != 0 && threads > kernel.most_threads) {

@@ -51,7 +51,8 @@ struct Vote {
 void vote(Worker&, unsigned, Gathering& gathering) {
     unsigned ballot = 0;
     for (unsigned lane = 0; lane < WARP; ++lane) {
-        if (gathering.arrived >> lane & 1) ballot |= unsigned(static_cast<Vote*>(gathering.arguments[lane])->value) << lane;
+        if (!(gathering.arrived >> lane & 1)) continue;
+        ballot |= unsigned(static_cast<Vote*>(gathering.arguments[lane])->value) << lane;
     }
     for (unsigned lane = 0; lane < WARP; ++lane) {
         if (!(gathering.arrived >> lane & 1)) continue;
@@ -249,7 +250,7 @@ XT_EXPORT void xt_warp_barrier(const XtPlace* place, unsigned mask) { gather(pla
 
 XT_EXPORT unsigned long long xt_shuffle(const XtPlace* place, XtShuffle kind, unsigned mask, unsigned long long value,
                                         unsigned operand, unsigned width) {
-    if (width == 0 || width > WARP || !std::has_single_bit(width)) fail("a shuffle whose width is no power of two up to 32");
+    if (width > WARP || !std::has_single_bit(width)) fail("a shuffle whose width is no power of two up to 32");
     Shuffle arguments = {kind, value, operand, width, 0};
     gather(place, mask, &arguments, shuffle);
     return arguments.result;
