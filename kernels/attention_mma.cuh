@@ -29,10 +29,21 @@ __device__ __forceinline__ void copy_rows(const Tile& to, const Rows& rows, i32 
     }
 }
 
+template <bool FIRST, typename A, typename B> struct Choice {
+    typedef A Type;
+};
+
+template <typename A, typename B> struct Choice<false, A, B> {
+    typedef B Type;
+};
+
 // Scores or weights of a warp. BY_KEY: its rows are keys, else queries.
 template <i32 M, i32 N, bool BY_KEY> struct ScoreSums : Sums<M, N> {
     typedef Sums<M, N> Base;
     static constexpr i32 QUERIES = BY_KEY ? Base::COLUMNS : Base::ROWS, KEYS = BY_KEY ? Base::ROWS : Base::COLUMNS;
+    // A bit for each of the thread's scores.
+    static_assert(QUERIES * KEYS <= 64, "a thread has up to 64 scores");
+    typedef typename Choice<QUERIES * KEYS <= 32, u32, u64>::Type Bits;
 
     __device__ __forceinline__ f32& score(i32 query, i32 key) {
         return BY_KEY ? this->at(key, query) : this->at(query, key);
@@ -47,7 +58,7 @@ template <i32 M, i32 N, bool BY_KEY> struct ScoreSums : Sums<M, N> {
         const i32 rows = BY_KEY ? N : ROWS, columns = BY_KEY ? ROWS : N;
         // The largest score stays the largest only under a positive scale.
         if (scores.scale > 0 && scores.plain(first_query, first_key, rows, columns)) return scores.scale * LOG2_E;
-        u64 kept = ~0ull;
+        Bits kept = ~Bits(0);
         if (scores.masked()) kept = masks(scores, first_query, first_key);
 #pragma unroll
         for (i32 q = 0; q < QUERIES; ++q) {
@@ -68,32 +79,57 @@ template <i32 M, i32 N, bool BY_KEY> struct ScoreSums : Sums<M, N> {
     }
 
     // Bit q KEYS + k: whether padding and mask keep a score. Not unrolled, as its code would be large.
-    static __device__ __forceinline__ u64 masks(const Scores& scores, i32 first_query, i32 first_key) {
-        static_assert(QUERIES * KEYS <= 64, "a thread's scores must have a bit each");
-        u64 kept = 0;
+    static __device__ __forceinline__ Bits masks(const Scores& scores, i32 first_query, i32 first_key) {
+        Bits kept = 0;
 #pragma unroll 1
         for (i32 at = 0; at < QUERIES * KEYS; ++at) {
             const i32 row = first_query + query(at / KEYS), column = first_key + key(at % KEYS);
             const bool keep = row < scores.queries && column < scores.keys && scores.keeps(row, column);
-            kept |= (u64)keep << at;
+            kept |= (Bits)keep << at;
         }
         return kept;
     }
 
-    // Bit q KEYS + k: whether dropout keeps a weight.
-    static __device__ __forceinline__ u64 undropped(const Scores& scores, i32 first_query, i32 first_key) {
-        constexpr i32 STEP = BY_KEY ? 1 : 2;
-        u64 kept = 0;
+    // Bit q KEYS + k: whether dropout keeps a weight. Not unrolled either; all threads of the warp call it.
+    static __device__ __forceinline__ Bits undropped(const Scores& scores, i32 first_query, i32 first_key) {
+        Bits kept = 0;
+        if (scores.keys % 4 == 0) {
+            // Four words of Philox decide on four keys of a query, which lie with two or four threads: each draws for
+            // some of them and hands the bits on.
+            const u32 lane = threadIdx.x % 32;
+            const u32 own = BY_KEY ? lane / 4 % 4 : lane % 2;
 #pragma unroll 1
-        for (i32 at = 0; at < QUERIES * KEYS; at += STEP) {
+            for (i32 at = 0; at < M * (N / 8); ++at) {
+                const i32 m = at / (N / 8), n = at % (N / 8);
+                if (BY_KEY) {
+                    const i32 row = first_query + query(2 * n + own % 2), column = first_key + key(2 * m + own / 2);
+                    const u32 bits = scores.undropped<4>(row, column - own);
+#pragma unroll
+                    for (u32 part = 0; part < 4; ++part) {
+                        const u32 theirs = __shfl_sync(0xFFFFFFFF, bits, (lane & ~12u) | part << 2);
+                        kept |= (Bits)(theirs >> own & 1) << ((2 * n + part % 2) * KEYS + 2 * m + part / 2);
+                    }
+                } else {
+                    const i32 row = first_query + query(2 * m + own), column = first_key + key(2 * n);
+                    const u32 bits = scores.undropped<4>(row, column - 2 * own);
+                    const u32 theirs = __shfl_xor_sync(0xFFFFFFFF, bits, 1);
+                    const u32 first = own ? theirs : bits, second = own ? bits : theirs;
+                    kept |= (Bits)(first >> 2 * own & 3) << (2 * m * KEYS + 2 * n);
+                    kept |= (Bits)(second >> 2 * own & 3) << ((2 * m + 1) * KEYS + 2 * n);
+                }
+            }
+            return kept;
+        }
+#pragma unroll 1
+        for (i32 at = 0; at < QUERIES * KEYS; ++at) {
             const i32 row = first_query + query(at / KEYS), column = first_key + key(at % KEYS);
-            kept |= (u64)(scores.undropped<STEP>(row, column) & ((1 << STEP) - 1)) << at;
+            kept |= (Bits)(scores.undropped<1>(row, column) & 1) << at;
         }
         return kept;
     }
 
     // Sets the weights that dropout takes away to zero. Those it keeps are multiplied where the sums are complete.
-    __device__ __forceinline__ void drop(u64 kept) {
+    __device__ __forceinline__ void drop(Bits kept) {
 #pragma unroll
         for (i32 q = 0; q < QUERIES; ++q) {
 #pragma unroll
@@ -117,7 +153,7 @@ template <i32 M, i32 N, bool BY_KEY> struct ScoreSums : Sums<M, N> {
     // Gives the queries without keys their weights.
     __device__ __forceinline__ void spread(
         const Scores& scores, const f32* log_sums, i32 first_query, i32 first_key) {
-        const u64 kept = scores.drops ? undropped(scores, first_query, first_key) : ~0ull;
+        const Bits kept = scores.drops ? undropped(scores, first_query, first_key) : ~Bits(0);
 #pragma unroll
         for (i32 q = 0; q < QUERIES; ++q) {
             const i32 row = first_query + query(q);
@@ -134,7 +170,7 @@ template <i32 M, i32 N, bool BY_KEY> struct ScoreSums : Sums<M, N> {
     __device__ __forceinline__ void to_score_gradients(
         ScoreSums& weights, const Scores& scores, const f32* delta, i32 first_query, i32 first_key) {
         const bool drops = scores.drops;
-        const u64 kept = drops ? undropped(scores, first_query, first_key) : ~0ull;
+        const Bits kept = drops ? undropped(scores, first_query, first_key) : ~Bits(0);
         const f32 factor = scores.factor;
 #pragma unroll
         for (i32 q = 0; q < QUERIES; ++q) {

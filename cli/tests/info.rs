@@ -65,6 +65,10 @@ fn layers_and_attention_paths() {
         let attentions = order.matches(['a', 'c']).count();
         assert_eq!(info.matches("; fused\n").count(), attentions, "{options}: {info}");
     }
+    let wide = layers(r#", "attn_dim_head": 136"#);
+    let why =
+        "; fused, on a GPU explicit: heads of more than 128 features do not fit the registers of the fused kernels\n";
+    assert_eq!(wide.matches(why).count(), 2, "{wide}");
     for (options, why) in [
         (r#", "attn_talking_heads": true"#, "talking heads mix scores across heads"),
         (r#", "attn_sparse_topk": 4"#, "top-k needs whole rows of scores"),

@@ -3,7 +3,10 @@
 use std::fmt;
 
 use super::options::{AttentionLayersConfig, LayerType};
-use crate::{Result, ops::Activation};
+use crate::{
+    Result,
+    ops::{Activation, gpu_needs_scores},
+};
 
 /// A stack of sublayers, resolved from [`AttentionLayersConfig`].
 ///
@@ -393,7 +396,11 @@ impl fmt::Display for AttentionPlan {
             (self.on_attn, "gated output"),
         ];
         marks.iter().filter(|mark| mark.0).try_for_each(|mark| write!(f, ", {}", mark.1))?;
-        write!(f, "; {}", self.path())
+        write!(f, "; {}", self.path())?;
+        match (self.path(), gpu_needs_scores(self.dim_qk().max(self.dim_head))) {
+            (AttentionPath::Fused, Some(why)) => write!(f, ", on a GPU explicit: {why}"),
+            _ => Ok(()),
+        }
     }
 }
 

@@ -7,13 +7,14 @@ use crate::{
     DType, Error, Init, Param, Result, Store, Tensor,
     config::{AttentionPlan, Normalize, Temperature},
     error::{At, ensure},
-    ops::{Activation, AttentionSpec, PositionBias, attention},
+    ops::{self, Activation, AttentionSpec, PositionBias, attention},
 };
 
 /// Scaled dot-product attention of several heads (Vaswani et al., <https://arxiv.org/abs/1706.03762>).
 ///
 /// The scores are computed in blocks by one fused op, unless something needs the whole matrix of them:
-/// [`AttentionPlan::needs_scores`] says what. Both ways have one meaning.
+/// [`AttentionPlan::needs_scores`] and [`gpu_needs_scores`](crate::ops::gpu_needs_scores) say what. Both ways have one
+/// meaning.
 #[derive(Clone, Debug)]
 pub struct Attention {
     plan: Arc<AttentionPlan>,
@@ -129,7 +130,7 @@ impl Attention {
         let [k, v] = self.prepend_memory(k, v)?;
         let (q, k) = (self.scale_queries(q)?, self.normalize_length(k)?);
         check_mask(input.attn_mask.as_ref(), &q, &k)?;
-        let (out, scores, attn) = match self.needs_scores(input) {
+        let (out, scores, attn) = match self.needs_scores(&q, &v, input) {
             None => (self.fused(&q, &k, &v, input)?, None, None),
             Some(_) => self.explicit(&q, &k, &v, input)?,
         };
@@ -217,7 +218,7 @@ impl Attention {
     }
 
     /// Why this call needs the matrix of scores, or `None`: the fused op computes exactly this.
-    fn needs_scores(&self, input: &AttentionInput) -> Option<&'static str> {
+    fn needs_scores(&self, q: &Tensor, v: &Tensor, input: &AttentionInput) -> Option<&'static str> {
         if input.return_attn {
             return Some("the caller asked for attention maps");
         }
@@ -227,7 +228,7 @@ impl Attention {
         if input.prev.is_some() {
             return Some("residual attention adds scores of the previous layer");
         }
-        self.plan.needs_scores()
+        self.plan.needs_scores().or_else(|| ops::needs_scores(q, v))
     }
 
     /// Attention in blocks, without the matrix of scores.

@@ -3,7 +3,8 @@
 //! Every op is a method of [`Tensor`](crate::Tensor). Adding one takes its file here, a word in the list below, and a
 //! case in `tests/contract`.
 
-pub use attention::{AttentionSpec, PositionBias, attention};
+pub(crate) use attention::needs_scores;
+pub use attention::{AttentionSpec, PositionBias, attention, gpu_needs_scores};
 
 /// Makes the modules and [`NAMES`] from one list: `file: op, op; …`.
 macro_rules! ops {

@@ -117,7 +117,7 @@ void wrong_address(const Thread& thread, uintptr_t address, size_t bytes, bool w
     const Worker& worker = *thread.worker;
     std::string text = std::string(write ? "writes " : "reads ") + std::to_string(bytes) + " bytes at ";
     const size_t in_dynamic = address - uintptr_t(worker.dynamic_shared);
-    if (in_dynamic < (256 << 10)) {
+    if (in_dynamic < DYNAMIC_SHARED) {
         fail_as(thread, text + "byte " + std::to_string(in_dynamic) + " of dynamic shared memory, which has " +
                             std::to_string(worker.dynamic_bytes));
     }

@@ -398,6 +398,9 @@ template <typename... A> struct XtCall<void(A...)> {
     }
 };
 
+// Of the numbers of __launch_bounds__.
+template <typename... R> constexpr unsigned xt_first(unsigned first, R...) { return first; }
+
 #define XT_KERNEL(kernel, most_threads)                                                                    \
     __attribute__((no_sanitize("thread"))) static void xt_invoke_##kernel(void** arguments) {              \
         XtCall<decltype(kernel)>::call(kernel, arguments);                                                 \

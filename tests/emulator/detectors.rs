@@ -338,9 +338,10 @@ emulated! {
     fn launch_limits() {
         let card = Card::open();
         let source = "extern \"C\" __global__ void plain() {}\n\
-            extern \"C\" __global__ void __launch_bounds__(128) bound() {}\n\
-            extern \"C\" __global__ void pointer(float* y) {}\n";
-        let [plain, bound, pointer] = ["plain", "bound", "pointer"].map(|name| card.kernel(source, name, &[]));
+            extern \"C\" __global__ void __launch_bounds__((32 + 32) * 2, 4) bound() {}\n\
+            extern \"C\" __global__ void pointer(float* y) {}\n\
+            extern \"C\" __global__ void big(float* y) { __shared__ float s[10000]; s[threadIdx.x] = 1; __syncthreads(); *y = s[threadIdx.x]; }\n";
+        let [plain, bound, pointer, big] = ["plain", "bound", "pointer", "big"].map(|name| card.kernel(source, name, &[]));
         let refused = |outcome: Result<(), CUresult>, result: CUresult, words: &str| {
             assert_eq!(outcome, Err(result), "{words}");
             assert!(report().starts_with("launch of kernel ") && report().contains(words), "{}", report());
@@ -354,10 +355,15 @@ emulated! {
         refused(card.try_launch(&plain, [1; 3], [1, 1, 65], 0, &[]), invalid, "blocks of 1 x 1 x 65 threads");
         refused(card.try_launch(&plain, [1, 65536, 1], [1; 3], 0, &[]), invalid, "a grid of 1 x 65536 x 1 blocks");
         refused(card.try_launch(&plain, [0, 1, 1], [1; 3], 0, &[]), invalid, "a grid of 0 x 1 x 1 blocks");
-        refused(card.try_launch(&plain, [1; 3], [1; 3], (48 << 10) + 1, &[]), invalid, "49153 bytes of dynamic shared");
+        refused(card.try_launch(&plain, [1; 3], [1; 3], (48 << 10) + 1, &[]), invalid, "and 49153 of dynamic shared memory");
         refused(card.try_launch(&bound, [1; 3], [160, 1, 1], 0, &[]), resources, "__launch_bounds__ says 128");
         refused(card.try_launch(&pointer, [1; 3], [1; 3], 0, &[arg(64u64)]), invalid, "argument 0 is a pointer");
-        refused(card.try_launch(&plain, [1; 3], [1; 3], 1 << 20, &[]), invalid, "1048576 bytes of dynamic shared");
+        refused(card.try_launch(&plain, [1; 3], [1; 3], 1 << 20, &[]), invalid, "and 1048576 of dynamic shared memory");
+        // Each kernel of a module has its own.
+        let y = arg(card.empty(4).address);
+        assert_eq!(card.try_launch(&big, [1; 3], [1; 3], 9152, std::slice::from_ref(&y)), Ok(()));
+        let outcome = card.try_launch(&big, [1; 3], [1; 3], 9153, &[y]);
+        refused(outcome, invalid, "40000 bytes of static and 9153 of dynamic shared memory");
     }
 
     /// More shared memory is there for those who ask, as much as an sm_80 has.

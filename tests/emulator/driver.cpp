@@ -351,7 +351,9 @@ XT_EXPORT int cuModuleGetFunction(Function** function, const Module* module, con
 XT_EXPORT int cuFuncSetAttribute(Function* function, int which, int value) {
     if (which == 9) return value >= -1 && value <= 100 ? SUCCESS : INVALID_VALUE;  // PREFERRED_SHARED_MEMORY_CARVEOUT
     if (which != 8) return INVALID_VALUE;                                          // MAX_DYNAMIC_SHARED_SIZE_BYTES
-    if (value < 0 || unsigned(value) > card().shared_opt_in) return INVALID_VALUE;
+    if (value < 0 || value + shared_bytes_of(*function->module, *function->kernel) > card().shared_opt_in) {
+        return INVALID_VALUE;
+    }
     function->dynamic_shared = value;
     return SUCCESS;
 }
@@ -361,7 +363,7 @@ XT_EXPORT int cuFuncSetCacheConfig(Function*, int) { return SUCCESS; }
 XT_EXPORT int cuFuncGetAttribute(int* value, int which, const Function* function) {
     switch (which) {
         case 0: *value = function->kernel->most_threads == 0 ? 1024 : function->kernel->most_threads; break;
-        case 1: *value = function->module->shared_bytes; break;
+        case 1: *value = shared_bytes_of(*function->module, *function->kernel); break;
         case 4: *value = 32; break;  // NUM_REGS: a number that permits every launch
         case 5: case 6: *value = function->module->architecture; break;
         case 8: *value = function->dynamic_shared > SHARED_DEFAULT ? function->dynamic_shared : SHARED_DEFAULT; break;
@@ -373,7 +375,7 @@ XT_EXPORT int cuFuncGetAttribute(int* value, int which, const Function* function
 XT_EXPORT int cuOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, const Function* function, int threads,
                                                           size_t dynamic_shared) {
     if (threads <= 0 || threads > 1024) return INVALID_VALUE;
-    const size_t shared = function->module->shared_bytes + dynamic_shared + 1024;
+    const size_t shared = shared_bytes_of(*function->module, *function->kernel) + dynamic_shared + 1024;
     const size_t by_shared = card().shared_per_multiprocessor / shared;
     const size_t by_threads = card().threads_per_multiprocessor / threads;
     *blocks = by_shared < by_threads ? by_shared : by_threads;

@@ -76,6 +76,12 @@ struct Function {
     unsigned dynamic_shared = 0;  // what cuFuncSetAttribute allowed
 };
 
+// A variable in shared memory.
+struct Variable {
+    std::string name;
+    size_t bytes;
+};
+
 struct Module {
     void* handle;
     uintptr_t begin, end;      // of the image in memory
@@ -83,6 +89,7 @@ struct Module {
     size_t anchor;             // how far into it `shared_memory` points
     unsigned architecture;
     void* (*shared_memory)();  // of the calling thread
+    std::vector<Variable> shared_variables;
 };
 
 // The folder of this library; kernels are kept below it.
@@ -95,6 +102,8 @@ std::string pack(const std::string& shared_object, unsigned architecture);
 // Null if the image is damaged or another emulator's.
 const Module* load(const void* image);
 const XtKernel* kernel_of(const Module& module, const char* name);
+// Static shared memory that a kernel may use.
+size_t shared_bytes_of(const Module& module, const XtKernel& kernel);
 
 // --- faults.cpp: errors on demand.
 

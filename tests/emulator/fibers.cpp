@@ -1,6 +1,6 @@
-// Runs kernels: blocks one after the other, the threads of a block as fibers that give way at barriers and exchanges.
+// Runs a block: its threads as fibers that give way at barriers and exchanges.
 
-#include "fibers.h"
+#include "order.h"
 
 #include <sys/mman.h>
 
@@ -8,7 +8,6 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
-#include <random>
 
 // Saves the registers that a call must preserve on this stack and takes those of the other stack.
 asm(R"(
@@ -38,49 +37,6 @@ namespace xt {
 namespace {
 
 constexpr size_t PAGE = 4096;
-constexpr size_t DYNAMIC_SHARED = 256 << 10;
-
-// The order in which threads and blocks run. A kernel must not depend on it.
-enum class Order { FORWARD, REVERSE, RANDOM };
-
-Order order() {
-    static const Order order = [] {
-        const char* const name = getenv("XT_EMULATOR_ORDER");
-        if (name == nullptr || strcmp(name, "forward") == 0) return Order::FORWARD;
-        if (strcmp(name, "reverse") == 0) return Order::REVERSE;
-        if (strcmp(name, "random") == 0) return Order::RANDOM;
-        report(std::string("XT_EMULATOR_ORDER is forward, reverse or random; got ") + name);
-        return Order::FORWARD;
-    }();
-    return order;
-}
-
-// Calls body(i) for each i below n, in that order; stops when it returns false.
-template <typename Body> bool in_order(uint64_t n, Body body) {
-    switch (order()) {
-        case Order::FORWARD:
-            for (uint64_t i = 0; i < n; ++i) {
-                if (!body(i)) return false;
-            }
-            return true;
-        case Order::REVERSE:
-            for (uint64_t i = n; i-- > 0;) {
-                if (!body(i)) return false;
-            }
-            return true;
-        case Order::RANDOM: {
-            thread_local std::minstd_rand random;
-            std::vector<uint64_t> shuffled(n);
-            for (uint64_t i = 0; i < n; ++i) shuffled[i] = i;
-            std::shuffle(shuffled.begin(), shuffled.end(), random);
-            for (uint64_t i : shuffled) {
-                if (!body(i)) return false;
-            }
-            return true;
-        }
-    }
-    return true;
-}
 
 XtDim position(uint64_t number, XtDim sizes) {
     return {unsigned(number % sizes.x), unsigned(number / sizes.x % sizes.y),
@@ -141,6 +97,14 @@ Worker::Worker() {
     dynamic_shared = static_cast<char*>(
         mmap(nullptr, DYNAMIC_SHARED, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
     now = 1;
+}
+
+Worker::~Worker() {
+    munmap(dynamic_shared, DYNAMIC_SHARED);
+    for (Thread* thread : stacks) {
+        delete thread->copies;
+        munmap(thread, XT_STACK);
+    }
 }
 
 // A header, a guard page, and what the fiber uses.
@@ -260,8 +224,8 @@ void Worker::complain() {
     failed = true;
 }
 
-bool Worker::run_block(XtDim index) {
-    block.index = index;
+bool Worker::run_block(uint64_t number) {
+    block.index = position(number, block.grid);
     at_barrier = done = 0;
     memset(states, 0, threads * sizeof(Stage));
     for (unsigned warp = 0; warp < warps; ++warp) {
@@ -306,7 +270,7 @@ void gather(const XtPlace* place, unsigned mask, void* arguments, Together toget
     }
 }
 
-bool run(const Launch& launch) {
+Worker& Worker::prepared(const Launch& launch) {
     static thread_local std::unique_ptr<Worker> kept;
     if (kept == nullptr) kept = std::make_unique<Worker>();
     Worker& worker = *kept;
@@ -321,9 +285,7 @@ bool run(const Launch& launch) {
     worker.block.dynamic_shared = worker.dynamic_shared;
     worker.failed = false;
     worker.free_stacks.assign(worker.stacks.rbegin(), worker.stacks.rend());
-    const uint64_t blocks = uint64_t(launch.grid.x) * launch.grid.y * launch.grid.z;
-    in_order(blocks, [&](uint64_t number) { return worker.run_block(position(number, launch.grid)); });
-    return !worker.failed;
+    return worker;
 }
 
 }  // namespace xt

@@ -61,6 +61,8 @@ struct Cell {
     uint32_t write, read;
 };
 
+constexpr size_t DYNAMIC_SHARED = 256 << 10;
+
 struct Worker {
     const Launch* launch;
     XtBlock block;
@@ -86,7 +88,11 @@ struct Worker {
     uint32_t now, block_start, last_barrier, last_warp_barrier[MOST_WARPS];
 
     Worker();
-    bool run_block(XtDim index);
+    ~Worker();
+    // That of this thread of the system, for a launch.
+    static Worker& prepared(const Launch& launch);
+    // Whether the block ran to its end.
+    bool run_block(uint64_t number);
     void schedule();
     void run_warp(unsigned warp);
     void resume(unsigned number);

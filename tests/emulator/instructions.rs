@@ -299,4 +299,23 @@ emulated! {
         let expected: Vec<u32> = (0..24).flat_map(|block| (0..30).map(move |thread| block * 1000 + thread)).collect();
         assert_eq!(card.read::<u32>(y), expected);
     }
+    /// The known-answer vectors that the authors of Philox publish with their reference implementation.
+    fn philox_published_vectors() {
+        let source = "#include \"common.cuh\"\n#include \"philox.cuh\"\nextern \"C\" __global__ void test(u32* out, const u32* v) {\n\
+            out += 4 * threadIdx.x; v += 6 * threadIdx.x;\n\
+            const Words words = philox4x32({{v[0], v[1], v[2], v[3]}}, v[4], v[5]);\n\
+            for (int i = 0; i < 4; ++i) out[i] = words.word[i]; }";
+        let (pi, ones) =
+            ([0x243f_6a88u32, 0x85a3_08d3, 0x1319_8a2e, 0x0370_7344, 0xa409_3822, 0x299f_31d0], [u32::MAX; 6]);
+        let card = Card::open();
+        let (out, input) = (card.empty(48), card.upload(&[[0; 6], ones, pi].concat()));
+        let kernel = card.kernel(source, "test", &["-DDTYPE=f32"]);
+        card.launch(&kernel, 1, [3, 1, 1], &[arg(out.address), arg(input.address)]);
+        let expected = [
+            [0x6627_e8d5u32, 0xe169_c58d, 0xbc57_ac4c, 0x9b00_dbd8],
+            [0x408f_276d, 0x41c8_3b0e, 0xa20b_c7c6, 0x6d54_51fd],
+            [0xd16c_fe09, 0x94fd_cceb, 0x5001_e420, 0x2412_6ea1],
+        ];
+        assert_eq!(card.read::<u32>(out), expected.concat());
+    }
 }

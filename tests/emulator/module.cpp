@@ -50,7 +50,28 @@ int measure(dl_phdr_info* info, size_t, void* data) {
     return 1;
 }
 
-const Module* open_module(const std::string& path, unsigned architecture) {
+// Name and size of each shared variable, from the symbols of a shared object.
+std::vector<Variable> variables_of(const std::string& object) {
+    const auto at = [&](size_t offset) { return object.data() + offset; };
+    ElfW(Ehdr) file;
+    memcpy(&file, at(0), sizeof file);
+    std::vector<ElfW(Shdr)> sections(file.e_shnum);
+    memcpy(sections.data(), at(file.e_shoff), sections.size() * sizeof(ElfW(Shdr)));
+    std::vector<Variable> variables;
+    for (const ElfW(Shdr)& section : sections) {
+        if (section.sh_type != SHT_SYMTAB) continue;
+        for (size_t offset = 0; offset < section.sh_size; offset += sizeof(ElfW(Sym))) {
+            ElfW(Sym) symbol;
+            memcpy(&symbol, at(section.sh_offset + offset), sizeof symbol);
+            if (ELF64_ST_TYPE(symbol.st_info) != STT_TLS) continue;
+            const char* const name = at(sections[section.sh_link].sh_offset + symbol.st_name);
+            if (strcmp(name, "_ZL9xt_anchor") != 0) variables.push_back({name, symbol.st_size});
+        }
+    }
+    return variables;
+}
+
+const Module* open_module(const std::string& path, const std::string& object, unsigned architecture) {
     void* const handle = dlopen(path.c_str(), RTLD_NOW | RTLD_LOCAL);
     if (handle == nullptr) {
         report(std::string("a compiled kernel cannot be loaded: ") + dlerror());
@@ -67,7 +88,7 @@ const Module* open_module(const std::string& path, unsigned architecture) {
     void* start = nullptr;
     dlinfo(handle, RTLD_DI_TLS_DATA, &start);
     return new Module{handle, image.begin, image.end, image.shared, size_t(anchor - static_cast<char*>(start)),
-                      architecture, shared};
+                      architecture, shared, variables_of(object)};
 }
 
 }  // namespace
@@ -152,13 +173,27 @@ const Module* load(const void* image) {
             report("cannot write " + path);
             return nullptr;
         }
-        module = open_module(path, header.architecture);
+        module = open_module(path, bytes, header.architecture);
     }
     return module;
 }
 
 const XtKernel* kernel_of(const Module& module, const char* name) {
     return static_cast<const XtKernel*>(dlsym(module.handle, (std::string("xt_kernel_") + name).c_str()));
+}
+
+// A variable `s` of a kernel `k` has the symbol _ZZ1kE1s; one of a function may be any kernel's.
+size_t shared_bytes_of(const Module& module, const XtKernel& kernel) {
+    size_t bytes = 0;
+    for (const Variable& variable : module.shared_variables) {
+        const std::string& name = variable.name;
+        const size_t digits = name.find_first_not_of("0123456789", 3);
+        const size_t length = name.starts_with("_ZZ") && digits > 3 && digits != std::string::npos
+                                  ? std::stoul(name.substr(3, digits - 3)) : 0;
+        const std::string owner = length > 0 && digits + length <= name.size() ? name.substr(digits, length) : "";
+        if (owner == kernel.name || kernel_of(module, owner.c_str()) == nullptr) bytes += variable.bytes;
+    }
+    return bytes;
 }
 
 }  // namespace xt

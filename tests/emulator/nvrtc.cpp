@@ -138,20 +138,23 @@ std::string replace_dynamic_shared(const std::string& source) {
 // A line XT_KERNEL for each kernel of a preprocessed source.
 std::string kernels_of(const std::string& source) {
     static const std::string MARK = "__attribute__((xt_global, noinline, visibility(\"default\")))";
-    static const std::regex BOUNDS(R"(__attribute__\(\(xt_launch_bounds\(\(([^,)]*)[^)]*\)\)\)\))");
+    static const std::string BOUNDS = "__attribute__((xt_launch_bounds((";
     static const std::regex NAME(R"((\w+)\s*$)");
     std::string lines;
     for (size_t at = source.find(MARK); at != std::string::npos; at = source.find(MARK, at)) {
         at += MARK.size();
         std::string head = source.substr(at, source.find('{', at) - at), bounds = "0";
-        std::smatch found;
-        if (std::regex_search(head, found, BOUNDS)) {
-            bounds = found[1];
-            head.replace(found.position(), found.length(), "");
+        if (const size_t start = head.find(BOUNDS); start != std::string::npos) {
+            // Up to the parenthesis that closes the first of the last two that BOUNDS opens.
+            size_t end = start + BOUNDS.size();
+            for (int open = 1; open > 0 && end < head.size(); ++end) open += (head[end] == '(') - (head[end] == ')');
+            bounds = head.substr(start + BOUNDS.size(), end - 1 - start - BOUNDS.size());
+            head.replace(start, end + 3 - start, "");
         }
         const std::string before = head.substr(0, head.find('('));
+        std::smatch found;
         if (std::regex_search(before, found, NAME)) {
-            lines += "XT_KERNEL(" + found[1].str() + ", (" + bounds + "))\n";
+            lines += "XT_KERNEL(" + found[1].str() + ", xt_first(" + bounds + "))\n";
         }
     }
     return lines;

@@ -75,10 +75,14 @@ std::string objection(const Function& function, XtDim grid, XtDim block, unsigne
         return "a grid of " + std::to_string(grid.x) + " x " + std::to_string(grid.y) + " x " + std::to_string(grid.z) +
                " blocks; it has at most 2147483647 x 65535 x 65535, and no side is 0";
     }
-    const unsigned allowed = std::max(function.dynamic_shared, SHARED_DEFAULT);
-    if (dynamic_shared > allowed) {
-        return std::to_string(dynamic_shared) + " bytes of dynamic shared memory, where " + std::to_string(allowed) +
-               " are allowed; cuFuncSetAttribute allows more, up to " + std::to_string(card().shared_opt_in);
+    const size_t declared = shared_bytes_of(*function.module, kernel), shared = declared + dynamic_shared;
+    const bool opted_in = function.dynamic_shared > 0;
+    if (shared > (opted_in ? card().shared_opt_in : SHARED_DEFAULT) ||
+        (opted_in && dynamic_shared > std::max(function.dynamic_shared, SHARED_DEFAULT))) {
+        return std::to_string(declared) + " bytes of static and " + std::to_string(dynamic_shared) +
+               " of dynamic shared memory; a launch may have " + std::to_string(SHARED_DEFAULT) +
+               ", and as much dynamic memory more as cuFuncSetAttribute allowed, here " +
+               std::to_string(function.dynamic_shared) + ", up to " + std::to_string(card().shared_opt_in) + " in all";
     }
     for (unsigned i = 0; i < kernel.arguments; ++i) {
         const std::string argument = "argument " + std::to_string(i);

@@ -19,12 +19,20 @@ enum Rung {
 
 /// The rung for rows of `d` and `e` features.
 fn rung(architecture: u32, dtype: DType, [d, e]: [usize; 2]) -> Rung {
-    match [32, 64, 128].into_iter().find(|&head| d.max(e) <= head) {
-        _ if !matches!(dtype, DType::BF16 | DType::F16) => Rung::Plain("tensor cores would round f32 and f64"),
-        _ if architecture < 80 => Rung::Plain("the tensor cores of cards before sm_80 take other fragments"),
-        _ if !d.is_multiple_of(8) || !e.is_multiple_of(8) => Rung::Plain("rows are not whole packets of 16 bytes"),
-        None => Rung::Plain("the registers hold rows of up to 128 features"),
-        Some(head) => Rung::TensorCores(head),
+    if !matches!(dtype, DType::BF16 | DType::F16) {
+        return Rung::Plain("tensor cores would round f32 and f64");
+    }
+    if architecture < 80 {
+        return Rung::Plain("the tensor cores of cards before sm_80 take other fragments");
+    }
+    if !d.is_multiple_of(8) || !e.is_multiple_of(8) {
+        return Rung::Plain("rows are not whole packets of 16 bytes");
+    }
+    match d.max(e) {
+        0..=32 => Rung::TensorCores(32),
+        33..=64 => Rung::TensorCores(64),
+        65..=128 => Rung::TensorCores(128),
+        _ => Rung::Plain("the registers hold sums of up to 128 features"),
     }
 }
 

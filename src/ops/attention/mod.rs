@@ -147,6 +147,18 @@ pub fn attention(q: &Tensor, k: &Tensor, v: &Tensor, spec: &AttentionSpec) -> Re
     record(OP, out, &inputs, |out| AttentionBackward { problem, out: out.detach(), log_sums })
 }
 
+/// Why a GPU had better compute heads of so many features from the matrix of scores, or `None`: its fused kernels on
+/// tensor cores hold their sums in registers. The CPU has no such limit, and [`attention`] itself takes any width.
+pub fn gpu_needs_scores(features: usize) -> Option<&'static str> {
+    (features > 128).then_some("heads of more than 128 features do not fit the registers of the fused kernels")
+}
+
+/// Why the device of these operands had better compute their matrix of scores, or `None`.
+pub(crate) fn needs_scores(q: &Tensor, v: &Tensor) -> Option<&'static str> {
+    let features = [q, v].iter().filter_map(|x| x.shape().last()).max();
+    features.filter(|_| *q.device() != Device::Cpu).and_then(|&features| gpu_needs_scores(features))
+}
+
 /// The tensor itself if its last dimension is packed, else a packed copy.
 fn packed_rows(x: &Tensor) -> Result<Tensor> {
     if x.layout().has_packed_rows() { Ok(x.clone()) } else { x.contiguous() }
