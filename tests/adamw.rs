@@ -202,6 +202,28 @@ fn adamw_same_bits_for_any_number_of_threads() -> Result<()> {
     Ok(())
 }
 
+/// Optimizers of several threads on one device do not get into each other's way.
+#[test]
+fn adamw_on_several_threads() -> Result<()> {
+    let run = |seed: u64| -> Result<Vec<f64>> {
+        let store = Store::new(seed, DType::F32, device());
+        let param = store.param("p", [5000], Init::Normal(1.0))?;
+        let mut optimizer = AdamW::new(AdamWOptions::default())?;
+        for step in 0..20 {
+            let grad = Tensor::from_slice(&numbers(step, 5000, 1.0), [5000], device())?.to_dtype(DType::F32)?;
+            optimizer.step(&store.params(), &gradients(&[(&param, grad)])?, 0.01, Some(1.0))?;
+        }
+        param.tensor().to_f64_vec()
+    };
+    let alone = (0..4).map(run).collect::<Result<Vec<_>>>()?;
+    let together: Vec<_> = std::thread::scope(|scope| {
+        let threads: Vec<_> = (0..4).map(|seed| scope.spawn(move || run(seed))).collect();
+        threads.into_iter().map(|thread| thread.join().expect("no panic")).collect::<Result<_>>()
+    })?;
+    assert!(alone == together);
+    Ok(())
+}
+
 /// Someone who holds the old tensor keeps its values; a tied parameter is updated once.
 #[test]
 fn adamw_tied_and_shared_parameters() -> Result<()> {

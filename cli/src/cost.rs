@@ -134,6 +134,12 @@ fn layers(plan: &LayersPlan, batch: Batch) -> Cost {
     for layer in &plan.layers {
         cost.add(sublayer(layer, plan.dim, batch));
     }
+    // With all of it in use, the backward pass computes the output of the last activation again.
+    let inner = plan.layers.iter().rev().find_map(|layer| match &layer.branch {
+        BranchPlan::FeedForward(plan) => Some(plan.inner),
+        BranchPlan::SelfAttention(_) | BranchPlan::CrossAttention(_) => None,
+    });
+    cost.saved += (batch.rows * batch.tokens * inner.unwrap_or(0)) as f64;
     cost
 }
 
@@ -150,9 +156,9 @@ fn sublayer(layer: &LayerPlan, dim: usize, batch: Batch) -> Cost {
         BranchPlan::CrossAttention(plan) => attention(plan, batch, batch.context),
         BranchPlan::FeedForward(plan) => feedforward(plan, rows),
     };
-    // The residual stream in front, and what each norm keeps: its input, or its output in the branch.
+    // Each norm keeps its input, in front of the branch the residual stream; its output is computed again.
     let norms = layer.norms.iter().flatten().count();
-    cost.saved += (rows * dim * (1 + norms)) as f64;
+    cost.saved += (rows * dim * norms.max(1)) as f64;
     if layer.residual.gated {
         // A GRU cell: three gates from the branch and three from the residual.
         cost.add(linear(rows, dim, 3 * dim));
@@ -211,9 +217,9 @@ fn feedforward(plan: &FeedForwardPlan, rows: usize) -> Cost {
     let hidden = if plan.glu { 2 * plan.inner } else { plan.inner };
     let mut cost = linear(rows, plan.dim, hidden);
     cost.add(linear(rows, plan.inner, plan.dim_out));
-    // Before and after the activation.
+    // The input of the activation, and of the norm behind it; their outputs are computed again.
     let normed = if plan.post_act_ln { plan.inner } else { 0 };
-    cost.saved = (rows * (hidden + plan.inner + normed)) as f64;
+    cost.saved = (rows * (hidden + normed)) as f64;
     cost
 }
 

@@ -12,6 +12,8 @@ pub mod cuda;
 pub mod cuda;
 #[cfg(feature = "cuda")]
 pub mod kernels;
+// Without CUDA, what ops say of their launches is never read.
+#[cfg_attr(not(feature = "cuda"), allow(dead_code))]
 pub(crate) mod launch;
 mod pool;
 mod precision;
@@ -100,6 +102,9 @@ impl Device {
 
     /// Limits the memory kept for reuse to this many bytes. Default: what `XT_POOL_BYTES` says, else 2 GiB on the CPU
     /// and no limit on a GPU.
+    ///
+    /// On the CPU, whatever the limit, it goes before memory in use and memory kept outgrow the largest use so far by
+    /// 64 MiB.
     pub fn set_cache_limit(&self, bytes: usize) {
         on_pool!(self, pool, pool.set_limit(bytes));
     }

@@ -62,10 +62,6 @@ impl CudaDevice {
     pub(crate) fn constant<E: Element>(&self, _: &str, _: impl FnOnce() -> Result<Vec<E>>) -> Result<Tensor> {
         match *self {}
     }
-
-    pub(crate) fn is_capturing(&self) -> bool {
-        match *self {}
-    }
 }
 
 impl Reusable for Block {

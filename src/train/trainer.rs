@@ -257,21 +257,21 @@ impl Trainer {
     /// The error for a loss that is not finite, with a parameter that shows it.
     fn diverged(&self, grads: &Gradients) -> Error {
         let mut what = "loss".to_string();
-        if let Some(name) = self.not_finite(|tensor| Some(tensor.detach())) {
+        // Memory for packed copies may be missing: the message is poorer then, not another one.
+        if let Ok(Some(name)) = self.not_finite(|tensor| Some(tensor.detach())) {
             what = format!("loss (and the parameter {name})");
-        } else if let Some(name) = self.not_finite(|tensor| grads.get(tensor).cloned()) {
+        } else if let Ok(Some(name)) = self.not_finite(|tensor| grads.get(tensor).cloned()) {
             what = format!("loss (and the gradient of {name})");
         }
         Error::NonFinite { step: self.step, what }
     }
 
     /// The first parameter for which a tensor has NaN or infinity.
-    fn not_finite(&self, tensor: impl Fn(&Tensor) -> Option<Tensor>) -> Option<&str> {
+    fn not_finite(&self, tensor: impl Fn(&Tensor) -> Option<Tensor>) -> Result<Option<&str>> {
         let given = |(name, param): (_, &Param)| Some((name, tensor(&param.tensor())?.contiguous()));
         let (names, tensors): (Vec<_>, Vec<_>) = self.params.unique().filter_map(given).unzip();
-        // Memory for packed copies may be missing: the message is poorer then, not another one.
-        let squares = square_norms(&tensors.into_iter().collect::<Result<Vec<_>>>().ok()?).ok()?;
-        squares.iter().position(|square| !square.is_finite()).map(|index| names[index])
+        let squares = square_norms(&tensors.into_iter().collect::<Result<Vec<_>>>()?)?;
+        Ok(squares.iter().position(|square| !square.is_finite()).map(|index| names[index]))
     }
 
     /// Mean loss over 64 windows spaced evenly over the validation part of the text, in nats per byte, without dropout
@@ -312,7 +312,7 @@ impl Trainer {
     /// Errors, with the checkpoint before it still there: [`Error::NonFinite`] for weights with NaN or infinity, from
     /// which no run could continue; [`Error::Io`].
     pub fn save(&self, folder: impl AsRef<Path>) -> Result<()> {
-        if let Some(name) = self.not_finite(|tensor| Some(tensor.detach())) {
+        if let Some(name) = self.not_finite(|tensor| Some(tensor.detach()))? {
             return Err(Error::NonFinite { step: self.step, what: format!("parameter {name}") });
         }
         let mut optimizer = self.optimizer.state_dict()?;

@@ -113,6 +113,8 @@ impl CudaDevice {
                 sys::cublasGemmAlgo_t::CUBLAS_GEMM_DEFAULT,
             )
         });
-        outcome.map_err(|why| error(format!("cuBLAS: {why:?} for {gemm:?}")))
+        outcome.map_err(|why| {
+            error(format!("cuBLAS: {:?} for {batch} products [{m}, {k}] · [{k}, {n}] in {dtype}", why.0))
+        })
     }
 }

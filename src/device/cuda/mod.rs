@@ -217,14 +217,17 @@ impl CudaDevice {
     pub(crate) fn table(&'static self, name: &str, values: Vec<i64>) -> Result<Tensor> {
         self.refuse_while_capturing("an update of parameters")?;
         let mut tables = self.tables.lock().unwrap_or_else(PoisonError::into_inner);
-        let entry = tables.get_mut(name).filter(|(known, _)| known.len() == values.len());
-        if let Some((known, table)) = entry {
-            if *known != values {
-                // Over the old one, which was read by launches before: a new place would move what comes after it.
-                self.upload(table.address()?, bytemuck::cast_slice(&values))?;
-                *known = values;
+        if let Some((known, table)) = tables.get_mut(name) {
+            if *known == values {
+                return Ok(table.clone());
             }
-            return Ok(table.clone());
+            // Over the old one, which earlier launches have read when the copy begins: a table in a new place would move
+            // what comes after it. One that another thread has still to launch with stays as it is.
+            if known.len() == values.len() && table.is_unique() {
+                self.upload(table.address_mut()?, bytemuck::cast_slice(&values))?;
+                *known = values;
+                return Ok(table.clone());
+            }
         }
         let table = Tensor::from_slice(&values, [values.len()], &super::Device::Cuda(self))?;
         tables.insert(name.into(), (values, table.clone()));
