@@ -156,6 +156,12 @@ impl<Block: Reusable> Pool<Block> {
         }
     }
 
+    /// Whether the limit is 0.
+    #[cfg(feature = "cuda")]
+    pub fn keeps_nothing(&self) -> bool {
+        self.lock().limit == 0
+    }
+
     pub fn stats(&self) -> MemoryStats {
         self.lock().stats
     }

@@ -1,6 +1,6 @@
 //! What every case must hold: values, gradients, layouts, inputs left alone, and nothing left behind.
 
-use x_transformers::{DType, Gradcheck, Result, Tape, Tensor, gradcheck};
+use x_transformers::{DType, Device, Gradcheck, Result, Tape, Tensor, gradcheck};
 
 use crate::{
     case::{Array, Case, Gradient, Input, Lay, cotangent},
@@ -45,7 +45,7 @@ struct Packed {
 impl Check<'_> {
     fn all(&mut self) -> Result<()> {
         let arrays = self.case.draw();
-        self.differences(&arrays)?;
+        self.gradients(&arrays)?;
         self.layouts(&arrays, &[Lay::Packed, Lay::Transposed, Lay::Sliced, Lay::Offset])?;
         for lay in [Lay::RepeatedRows, Lay::RepeatedColumns] {
             if self.case.repeats {
@@ -64,21 +64,46 @@ impl Check<'_> {
         self.failures.push(format!("{what}: {message}"));
     }
 
-    /// Gradients in f64 by differences of the op itself.
-    fn differences(&mut self, arrays: &[Array]) -> Result<()> {
+    /// Gradients in f64: on the CPU by differences of the op itself, elsewhere against those of the CPU. Differences take
+    /// two runs per element, which an emulated card has no time for.
+    fn gradients(&mut self, arrays: &[Array]) -> Result<()> {
+        let case = self.case;
+        if !case.differentiable() {
+            return Ok(());
+        }
+        let tensors = case.tensors(arrays, DType::F64, Lay::Packed)?;
+        if *device() == Device::Cpu { self.differences(arrays, &tensors) } else { self.like_the_cpu(&tensors) }
+    }
+
+    fn differences(&mut self, arrays: &[Array], tensors: &[Tensor]) -> Result<()> {
         let case = self.case;
         let elements: usize = arrays.iter().map(|array| array.data.len()).sum();
-        if !case.differentiable() || elements + (case.reference)(arrays).data.len() >= 4000 {
+        if elements + (case.reference)(arrays).data.len() >= 4000 {
             return Ok(());
         }
         let run = |tensors: &[Tensor]| {
             let keep = |i: usize| if case.differentiates(i) { tensors[i].clone() } else { tensors[i].detach() };
             (case.run)(&(0..tensors.len()).map(keep).collect::<Vec<_>>())
         };
-        let report = gradcheck(run, &case.tensors(arrays, DType::F64, Lay::Packed)?, Gradcheck::default())?;
+        let report = gradcheck(run, tensors, Gradcheck::default())?;
         let wrong = |input: &x_transformers::InputReport| !(input.error <= report.tolerance);
         if report.inputs.iter().any(|input| case.differentiates(input.input) && wrong(input)) {
             self.fail(&case.name, format!("gradient\n{report}"));
+        }
+        Ok(())
+    }
+
+    fn like_the_cpu(&mut self, tensors: &[Tensor]) -> Result<()> {
+        let there = tensors.iter().map(|x| x.to_device(&Device::Cpu)).collect::<Result<Vec<_>>>()?;
+        let (_, expected) = self.case.run_with_gradients(&there)?;
+        let (_, actual) = self.case.run_with_gradients(tensors)?;
+        for (actual, expected) in actual.iter().zip(&expected) {
+            // Gradients pass through one more rounding of each operand.
+            let bound = 2.0 * allowed(DType::F64) * self.case.tolerance;
+            if let Some(message) = far(&actual.values, &expected.values, bound) {
+                let input = actual.input;
+                self.fail(&self.case.name, format!("gradient of input {input} in f64 beside the CPU's: {message}"));
+            }
         }
         Ok(())
     }

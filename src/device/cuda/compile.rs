@@ -39,7 +39,9 @@ pub fn compile(
 ) -> Result<Compiled> {
     libraries::nvrtc().state.as_ref().map_err(|why| error(format!("NVRTC: {why}")))?;
     let definitions = options.iter().map(|(name, value)| format!("-D{name}={value}"));
-    let mut arguments = vec![format!("--gpu-architecture=sm_{architecture}"), "--std=c++17".into()];
+    // Older versions take generic lambdas for functions of the host unless told otherwise.
+    let mut arguments =
+        vec![format!("--gpu-architecture=sm_{architecture}"), "--std=c++17".into(), "-default-device".into()];
     arguments.extend(definitions);
     if verbose {
         arguments.push("--ptxas-options=-v".into());

@@ -55,7 +55,8 @@ impl CudaBuffer {
         if bytes == 0 {
             return Ok(Self { block: None, device });
         }
-        let class = size_class(bytes);
+        // Nothing kept, nothing rounded: checkers of memory then see accesses beyond a tensor and after its end.
+        let class = if device.pool.keeps_nothing() { bytes } else { size_class(bytes) };
         let block = if device.is_capturing() {
             // Memory cannot be asked for while a graph is recorded: the run before has left what this one needs.
             let why = || error(format!("a graph needs {bytes} bytes more than in the run before its recording"));
