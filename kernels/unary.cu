@@ -21,6 +21,7 @@ extern "C" __global__ void unary_fwd(T* y, const T* x, i64 n) {
     });
 }
 
+// `dx` may be `g`: an element is read before it is written, by the same thread.
 extern "C" __global__ void unary_bwd(T* dx, const T* kept, const T* g, i64 n) {
     for_elements(n, aligned(dx) && aligned(kept) && aligned(g), [&](i64 i, auto lanes) {
         const auto at = load<lanes.COUNT>(kept + i);

@@ -5,7 +5,11 @@
 
 #![cfg(feature = "cuda")]
 
-use std::io::Write;
+use std::{
+    io::Write,
+    ops::Deref,
+    sync::{Mutex, MutexGuard, PoisonError},
+};
 
 use x_transformers::{
     DType, Device, Error, Param, ParamMap, Result, Store, Tape, Tensor,
@@ -15,10 +19,29 @@ use x_transformers::{
     train::{AdamW, AdamWOptions},
 };
 
-/// The GPU to test, or a note that there is none.
-fn gpu(test: &str) -> Option<Device> {
+/// The GPU to test. Its counters, its memory and what its kernels report are those of the process, so that one test at a
+/// time has it.
+struct Gpu {
+    device: Device,
+    _alone: MutexGuard<'static, ()>,
+}
+
+impl Deref for Gpu {
+    type Target = Device;
+
+    fn deref(&self) -> &Device {
+        &self.device
+    }
+}
+
+/// The GPU, or a note that there is none.
+fn gpu(test: &str) -> Option<Gpu> {
+    static ALONE: Mutex<()> = Mutex::new(());
     match std::env::var("XT_TEST_DEVICE") {
-        Ok(name) if name != "cpu" => Some(Device::parse(&name).expect("the device of XT_TEST_DEVICE")),
+        Ok(name) if name != "cpu" => {
+            let alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
+            Some(Gpu { device: Device::parse(&name).expect("the device of XT_TEST_DEVICE"), _alone: alone })
+        }
         _ => {
             // Straight to the stream: the harness hides what a passing test prints.
             let _ = writeln!(std::io::stderr(), "skipped: {test}: XT_TEST_DEVICE names no GPU");
@@ -78,7 +101,7 @@ fn values_go_and_come_back() -> Result<()> {
         for shape in [vec![], vec![0, 3], vec![5], vec![2, 3, 7]] {
             let x = Tensor::generate(&shape[..], dtype, &Device::Cpu, |i| (i as f64) - 3.5)?;
             let there = x.to_device(&gpu)?;
-            assert_eq!((there.device(), there.shape(), there.dtype()), (&gpu, x.shape(), dtype));
+            assert_eq!((there.device(), there.shape(), there.dtype()), (&*gpu, x.shape(), dtype));
             assert_eq!(there.to_f64_vec()?, x.to_f64_vec()?, "{dtype} {shape:?}");
             assert_eq!(there.to_device(&Device::Cpu)?.to_f64_vec()?, x.to_f64_vec()?, "{dtype} {shape:?}");
             for value in [0.0, 1.0, -2.3] {
