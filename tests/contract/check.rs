@@ -75,8 +75,7 @@ impl Check<'_> {
             let keep = |i: usize| if case.differentiates(i) { tensors[i].clone() } else { tensors[i].detach() };
             (case.run)(&(0..tensors.len()).map(keep).collect::<Vec<_>>())
         };
-        // An emulated GPU takes milliseconds for what the CPU does in microseconds. Whole gradients are held against the
-        // CPU's rules by the suites that compare devices; here a few elements of each are enough.
+        // An emulated GPU takes milliseconds for what the CPU does in microseconds.
         let elements = if *device() == Device::Cpu { Gradcheck::default().max_elements } else { 20 };
         let settings = Gradcheck { max_elements: elements, ..Gradcheck::default() };
         let report = gradcheck(run, &case.tensors(arrays, DType::F64, Lay::Packed)?, settings)?;
