@@ -11,7 +11,7 @@ constexpr i32 WARPS = 4, MMA_THREADS = 32 * WARPS;
 
 #if __CUDA_ARCH__ >= 800
 
-constexpr f32 LOG2_E = 1.4426950408889634f;
+constexpr f32 LOG2_E = 1.4426950408889634f, LN_2 = 0.6931471805599453f;
 
 typedef SwizzledTile<HEAD> Tile;
 
@@ -144,14 +144,18 @@ template <i32 M, i32 N, bool BY_KEY> struct ScoreSums : Sums<M, N> {
         }
     }
 
-    // exp(score - log_sum) of finished scores; `to_log2` is what `finish` returned, `log_sums` has base 2 too.
+    // exp(score - log_sum) of finished scores; `to_log2` is what `finish` returned. No weight exceeds 1, whatever the
+    // rounding of huge scores.
     __device__ __forceinline__ void weigh(f32 to_log2, const f32* log_sums, i32 first_query, i32 queries) {
 #pragma unroll
         for (i32 q = 0; q < QUERIES; ++q) {
             const i32 row = first_query + query(q);
-            const f32 log_sum = row < queries ? log_sums[row] : infinity();
+            const f32 log_sum = row < queries ? log_sums[row] * LOG2_E : infinity();
 #pragma unroll
-            for (i32 k = 0; k < KEYS; ++k) score(q, k) = ptx_exp2(score(q, k) * to_log2 - log_sum);
+            for (i32 k = 0; k < KEYS; ++k) {
+                const f32 exponent = score(q, k) * to_log2 - log_sum;
+                score(q, k) = ptx_exp2(exponent > 0 ? 0 : exponent);
+            }
         }
     }
 

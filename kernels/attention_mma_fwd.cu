@@ -2,8 +2,7 @@
 //
 // A block of four warps owns 64 M queries of a head, 16 M per warp, and walks over tiles of N keys: scores by
 // mma.m16n8k16, the running maximum and sum of FlashAttention-2 (Dao, 2023), then the product with the values, whose
-// operand is the registers of the weights. Exponentials are to base 2, with the scale folded in, and so is the
-// logarithm that the backward pass of this rung gets in log_sums.
+// operand is the registers of the weights. Exponentials are to base 2, with the scale folded in.
 // M = 2 reads each fragment of keys and values for two products, which halves the traffic of shared memory; that, and
 // not the tensor cores, limits M = 1. N is what registers allow without spills.
 //
@@ -106,7 +105,7 @@ extern "C" __global__ void __launch_bounds__(MMA_THREADS) attention_mma_fwd(
         blind[r] = sum[r] == 0;
         any_blind |= blind[r] && row < queries;
         if (row < queries && threadIdx.x % 4 == 0) {
-            log_sums[(i64)index * queries + row] = blind[r] ? infinity() : max[r] + log2(sum[r]);
+            log_sums[(i64)index * queries + row] = blind[r] ? infinity() : (max[r] + log2(sum[r])) * LN_2;
         }
     }
     if (__syncthreads_or(any_blind)) {

@@ -30,6 +30,8 @@ pub(super) struct Pool<Block> {
 struct State<Block> {
     free: FreeBlocks<Block>,
     limit: usize,
+    /// Whether blocks are kept whatever the limit.
+    keep_all: bool,
     stats: MemoryStats,
     /// The largest `live` since the last [`Pool::trim`].
     most: usize,
@@ -66,7 +68,7 @@ const SLACK: usize = 64 << 20;
 
 impl<Block: Reusable> Pool<Block> {
     pub fn new(limit: usize) -> Self {
-        let state = State { free: FreeBlocks::new(), limit, stats: MemoryStats::default(), most: 0 };
+        let state = State { free: FreeBlocks::new(), limit, keep_all: false, stats: MemoryStats::default(), most: 0 };
         Self { state: Mutex::new(state) }
     }
 
@@ -124,7 +126,7 @@ impl<Block: Reusable> Pool<Block> {
     pub fn give(&self, class: usize, block: Block) {
         let mut state = self.lock();
         state.stats.live -= class;
-        if state.stats.cached + class <= state.limit {
+        if state.keep_all || state.stats.cached + class <= state.limit {
             state.stats.cached += class;
             let blocks = state.free.entry(class).or_default();
             let at = blocks.iter().rposition(|earlier| block.goes_before(earlier)).map_or(0, |last| last + 1);
@@ -141,10 +143,12 @@ impl<Block: Reusable> Pool<Block> {
         drop(blocks);
     }
 
-    /// Puts other blocks in the place of those that are kept for reuse.
+    /// Puts other blocks in the place of those that are kept for reuse. `keep_all`: from now on all are kept, whatever the
+    /// limit.
     #[cfg(feature = "cuda")]
-    pub fn exchange(&self, blocks: &mut FreeBlocks<Block>) {
+    pub fn exchange(&self, blocks: &mut FreeBlocks<Block>, keep_all: bool) {
         let mut state = self.lock();
+        state.keep_all = keep_all;
         std::mem::swap(&mut state.free, blocks);
         state.stats.cached = state.free.iter().map(|(class, blocks)| class * blocks.len()).sum();
     }

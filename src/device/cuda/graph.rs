@@ -65,13 +65,13 @@ impl<R> Graph<R> {
         // Copies of their own: a replay writes into them.
         let inputs = inputs.iter().map(Tensor::to_owned_copy).collect::<Result<Vec<_>>>()?;
         let mut memory = FreeBlocks::default();
-        device.pool.exchange(&mut memory);
+        device.pool.exchange(&mut memory, true);
         let recorded = f(&inputs).and_then(|warm| {
             drop(warm);
             device.synchronize()?;
             device.record(|| f(&inputs))
         });
-        device.pool.exchange(&mut memory);
+        device.pool.exchange(&mut memory, false);
         let (handle, output) = recorded?;
         let address = |(name, param): (&str, &crate::Param)| Ok((name.to_string(), param.tensor().storage_address()?));
         let addresses = params.iter().map(address).collect::<Result<_>>()?;

@@ -379,8 +379,7 @@ impl Problem {
 struct AttentionBackward {
     problem: Problem,
     out: Tensor,
-    /// `ln Σ exp(score)` of each query, infinite where everything is masked: `[batch, heads, query]`. To base 2 where tensor
-    /// cores compute.
+    /// `ln Σ exp(score)` of each query, infinite where everything is masked: `[batch, heads, query]`.
     log_sums: Tensor,
 }
 
