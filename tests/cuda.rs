@@ -16,6 +16,7 @@ use x_transformers::{
     config::{AttentionLayersConfig, AutoregressiveConfig, TransformerWrapperConfig},
     device::{Precision, cuda::Graph, set_float32_matmul_precision},
     models::{AutoregressiveWrapper, ForwardOptions, GenerateOptions},
+    ops::{AttentionSpec, attention},
     train::{AdamW, AdamWOptions},
 };
 
@@ -318,6 +319,13 @@ fn what_a_graph_cannot_hold_is_refused() -> Result<()> {
         x[0].dropout(0.5)
     };
     let random = Graph::capture(std::slice::from_ref(&x), &none, random).unwrap_err();
+    assert!(random.to_string().contains("dropout"), "{random}");
+    let weights = |x: &[Tensor]| {
+        let _tape = Tape::train(0);
+        let x = x[0].reshape([1, 1, 4, 1])?;
+        attention(&x, &x, &x, &AttentionSpec { dropout: 0.5, ..AttentionSpec::default() })
+    };
+    let random = Graph::capture(std::slice::from_ref(&x), &none, weights).unwrap_err();
     assert!(random.to_string().contains("dropout"), "{random}");
     let here = Graph::capture(&[Tensor::ones([4], DType::F32, &Device::Cpu)?], &none, |x| x[0].exp()).unwrap_err();
     assert!(here.to_string().contains("GPU"), "{here}");

@@ -258,6 +258,10 @@ impl Terms {
 
 /// Writes output and logarithms of sums, which have elements; see `cpu::forward`.
 pub(super) fn forward(gpu: &'static CudaDevice, problem: &Problem, out: &mut Tensor, log_sums: &mut Tensor) -> Result<()> {
+    if problem.dropout.is_some() {
+        // A replay would draw the same mask again and again.
+        gpu.refuse_while_capturing("dropout")?;
+    }
     let call = Call::new(gpu, problem)?;
     let Call { q, k, v, .. } = &call;
     let sizes = &problem.sizes;
@@ -265,7 +269,9 @@ pub(super) fn forward(gpu: &'static CudaDevice, problem: &Problem, out: &mut Ten
     let blocks = Blocks::forward(call.rung, q.dtype());
     let own = args![out, log_sums, Storage(q), Storage(k), Storage(v)];
     let layouts = args![&out_at, q.layout(), k.layout(), v.layout()];
-    call.launch( &blocks, [sizes.heads, sizes.queries], sizes.e.div_ceil(blocks.features), &[own, &call.inputs()?, layouts, &call.values()?])
+    let columns = sizes.e.div_ceil(blocks.features);
+    let (inputs, values) = (call.inputs()?, call.values()?);
+    call.launch(&blocks, [sizes.heads, sizes.queries], columns, &[own, &inputs, layouts, &values])
 }
 
 /// The gradients, where there are scores and values; see `backward::backward`.
