@@ -23,6 +23,26 @@ __device__ __forceinline__ Span span(i32 start, i32 end, i32 limit) {
     return {start < 0 ? 0 : start, end > limit ? limit : end};
 }
 
+// Whether `holds` says so of one of the positions `first` to `end` - 1. All threads of a warp ask alike.
+template <typename F> __device__ __forceinline__ bool warp_any(i32 first, i32 end, F holds) {
+    bool any = false;
+    for (i32 at = first + (i32)threadIdx.x % 32; at < end; at += 32) any |= holds(at);
+    return __any_sync(0xFFFFFFFF, any);
+}
+
+// What is added to the scaled products of a query; what is absent is null.
+struct RowBias {
+    // At key 0.
+    const Acc* curve;
+    const T* bias;
+    i64 step;
+
+    __device__ __forceinline__ Acc at(i32 key) const {
+        const Acc position = curve ? curve[key] : 0;
+        return bias ? position + Element<T>::to_acc(bias[key * step]) : position;
+    }
+};
+
 // What holds for all scores of a call: the tail of every kernel's parameters, in their order. Absent tensors are null.
 // `mask` and `bias` have the sizes [batch, heads, query, key], by strides of 0 where they broadcast.
 struct Spec {
@@ -88,22 +108,28 @@ struct Scores {
         return span(causal ? first - shift : 0, last - shift + past + 1, queries);
     }
 
-    // Whether the padding keeps one of `count` keys, at least one of which exists. All threads of a warp ask alike.
+    // Whether the padding keeps one of `count` keys, at least one of which exists; whether it masks one of them, or one
+    // of `count` queries. All threads of a warp ask alike.
     __device__ __forceinline__ bool any_key(i32 first, i32 count) const {
-        if (!key_mask) return true;
-        bool any = false;
-        for (i32 key = first + (i32)threadIdx.x % 32; key < min(first + count, keys); key += 32) {
-            any |= key < mem_keys || key_mask[key];
-        }
-        return __any_sync(0xFFFFFFFF, any);
+        const auto kept = [&](i32 key) { return key < mem_keys || key_mask[key]; };
+        return !key_mask || warp_any(first, min(first + count, keys), kept);
+    }
+    __device__ __forceinline__ bool pads_keys(i32 first, i32 count) const {
+        const auto masked = [&](i32 key) { return key >= mem_keys && !key_mask[key]; };
+        return key_mask && warp_any(first, min(first + count, keys), masked);
+    }
+    __device__ __forceinline__ bool pads_queries(i32 first, i32 count) const {
+        const auto masked = [&](i32 query) { return !query_mask[query]; };
+        return query_mask && warp_any(first, min(first + count, queries), masked);
     }
 
-    // Whether the scores of a tile are scaled products and nothing else: all exist, and none is masked or biased.
+    // Whether the scores of a tile are scaled products and nothing else: all exist, and none is masked or biased. All
+    // threads of a warp ask alike.
     __device__ __forceinline__ bool plain(i32 query, i32 key, i32 rows, i32 columns) const {
         // A key that both the first and the last query keep is kept by those between them.
         const Span all = {keys_of(query + rows - 1, query).start, keys_of(query, query).end};
         const bool inside = key >= all.start && key + columns <= all.end && query + rows <= queries;
-        return inside && !mask && !query_mask && !key_mask && !curve && !bias;
+        return inside && !mask && !curve && !bias && !pads_keys(key, columns) && !pads_queries(query, rows);
     }
 
     // The keys that causality, the maximum past and a query's own padding leave to it.
@@ -113,20 +139,15 @@ struct Scores {
         return kept;
     }
 
-    // Whether keys have masks of their own.
-    __device__ __forceinline__ bool masked() const { return key_mask || mask; }
-
-    // Whether these keep a score that exists.
+    // Whether the padding of the keys and the mask keep a score that exists.
     __device__ __forceinline__ bool keeps(i32 query, i32 key) const {
         return (!key_mask || key < mem_keys || key_mask[key]) && (!mask || mask[query * mask_query + key * mask_key]);
     }
 
     __device__ __forceinline__ bool biased() const { return curve || bias; }
 
-    // What is added to the scaled product of a score that exists.
-    __device__ __forceinline__ Acc bias_of(i32 query, i32 key) const {
-        const Acc position = curve ? curve[key - query] : 0;
-        return bias ? position + Element<T>::to_acc(bias[query * bias_query + key * bias_key]) : position;
+    __device__ __forceinline__ RowBias bias_of(i32 query) const {
+        return {curve ? curve - query : nullptr, bias ? bias + query * bias_query : nullptr, bias_key};
     }
 
     // Bit c says whether dropout keeps a query's weight of key `key` + c, for c below N, at most 4. Word i of the

@@ -59,23 +59,26 @@ template <i32 M, i32 N, bool BY_KEY> struct ScoreSums : Sums<M, N> {
         // The largest score stays the largest only under a positive scale.
         if (scores.scale > 0 && scores.plain(first_query, first_key, rows, columns)) return scores.scale * LOG2_E;
         Bits kept = ~Bits(0);
-        if (scores.masked()) kept = masks(scores, first_query, first_key);
+        if (scores.mask || scores.pads_keys(first_key, columns)) kept = masks(scores, first_query, first_key);
+        const bool biased = scores.biased();
+        const f32 to_log2 = scores.scale * LOG2_E;
 #pragma unroll
         for (i32 q = 0; q < QUERIES; ++q) {
             const i32 row = first_query + query(q);
             const Span span = scores.kept(min(row, scores.queries - 1));
+            const RowBias bias = scores.bias_of(row);
 #pragma unroll
             for (i32 k = 0; k < KEYS; ++k) {
                 const i32 column = first_key + key(k);
                 const bool keep = column >= span.start && column < span.end && row < scores.queries &&
                                   kept >> (q * KEYS + k) & 1;
                 f32& s = score(q, k);
-                s *= scores.scale * LOG2_E;
-                if (keep && scores.biased()) {
-                    const f32 bias = scores.bias_of(row, column);
-                    s += bias * LOG2_E;
+                s *= to_log2;
+                if (biased && keep) {
+                    const f32 added = bias.at(column);
+                    s += added * LOG2_E;
                     // The lowest finite bias masks nothing.
-                    if (s < lowest<f32>() && bias > -infinity()) s = lowest<f32>();
+                    if (s < lowest<f32>() && added > -infinity()) s = lowest<f32>();
                 }
                 if (!keep) s = -infinity();
             }

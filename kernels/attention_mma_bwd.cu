@@ -15,7 +15,7 @@
 #include "attention_position.cuh"
 #include "attention_mma.cuh"
 
-extern "C" __global__ void __launch_bounds__(MMA_THREADS) attention_mma_bwd_queries(
+extern "C" __global__ void __launch_bounds__(MMA_THREADS, 2) attention_mma_bwd_queries(
     T* dq, f32* position, const T* grad, const T* q, const T* k, const T* v, const f32* log_sums, const f32* delta,
     const i64* bucket_of, const bool* mask, const bool* query_mask, const bool* key_mask, const T* bias,
     const f32* curves, Layout dq_at, Layout grad_at, Layout q_at, Layout k_at, Layout v_at, i32 parameters, i32 reach,
@@ -107,7 +107,7 @@ extern "C" __global__ void __launch_bounds__(MMA_THREADS) attention_mma_bwd_quer
 #endif
 }
 
-extern "C" __global__ void __launch_bounds__(MMA_THREADS) attention_mma_bwd_keys(
+extern "C" __global__ void __launch_bounds__(MMA_THREADS, 2) attention_mma_bwd_keys(
     T* dk, T* dv, const T* grad, const T* q, const T* k, const T* v, const f32* log_sums, const f32* delta,
     const bool* mask, const bool* query_mask, const bool* key_mask, const T* bias, const f32* curves, Layout dk_at,
     Layout dv_at, Layout grad_at, Layout q_at, Layout k_at, Layout v_at, Layout mask_at, Layout bias_at, i32 unmasked,
@@ -154,11 +154,8 @@ extern "C" __global__ void __launch_bounds__(MMA_THREADS) attention_mma_bwd_keys
     // Whether one of a tile's queries has no key. All threads of a warp ask alike.
     const auto blind = [&](i32 step) {
         const i32 query = step % per_head * N;
-        bool any = false;
-        for (i32 row = query + (i32)threadIdx.x % 32; row < min(query + N, queries); row += 32) {
-            any |= log_sums[step / per_head * queries + row] == infinity();
-        }
-        return (bool)__any_sync(0xFFFFFFFF, any);
+        const f32* of_head = log_sums + (i64)(step / per_head) * queries;
+        return warp_any(query, min(query + N, queries), [&](i32 row) { return of_head[row] == infinity(); });
     };
     const auto next = [&](i32 step) {
         while (step < steps && !reached(step) && !(dv && blind(step))) ++step;

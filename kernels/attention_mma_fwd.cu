@@ -12,7 +12,7 @@
 #include "attention.cuh"
 #include "attention_mma.cuh"
 
-extern "C" __global__ void __launch_bounds__(MMA_THREADS) attention_mma_fwd(
+extern "C" __global__ void __launch_bounds__(MMA_THREADS, 2) attention_mma_fwd(
     T* out, f32* log_sums, const T* q, const T* k, const T* v, const bool* mask, const bool* query_mask,
     const bool* key_mask, const T* bias, const f32* curves, Layout out_at, Layout q_at, Layout k_at, Layout v_at,
     Layout mask_at, Layout bias_at, i32 unmasked, i32 mem_keys, i32 past, i32 causal, f64 scale, u64 seed, u64 stream,

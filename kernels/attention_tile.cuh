@@ -207,12 +207,13 @@ __device__ __forceinline__ void finish_scores(Square& s, Shared& shared, i32 que
         // Rows that do not exist stay zero.
         if (row >= scores.queries) break;
         const Span kept = scores.kept(row);
+        const RowBias bias = scores.bias_of(row);
         Vector values = score_row(shared, r);
 #pragma unroll
         for (i32 c = 0; c < SIDE; ++c) {
             const i32 at = key + thread_column() * SIDE + c;
             const bool keep = at >= kept.start && at < kept.end && scores.keeps(row, at);
-            values.lane[c] = keep ? values.lane[c] * scores.scale + scores.bias_of(row, at) : -infinity();
+            values.lane[c] = keep ? values.lane[c] * scores.scale + bias.at(at) : -infinity();
         }
         score_row(shared, r) = values;
     }
@@ -240,11 +241,8 @@ template <typename F> __device__ __forceinline__ Acc reduce_tile_row(Acc value, 
 
 // Whether one of a tile's queries has no key. All threads of a warp ask alike.
 __device__ __forceinline__ bool blind_query(const Shared& shared, i32 query) {
-    bool any = false;
-    for (i32 row = query + (i32)threadIdx.x % 32; row < min(query + TILE, shared.q.count); row += 32) {
-        any |= shared.log_sums[row] == infinity();
-    }
-    return __any_sync(0xFFFFFFFF, any);
+    const auto blind = [&](i32 row) { return shared.log_sums[row] == infinity(); };
+    return warp_any(query, min(query + TILE, shared.q.count), blind);
 }
 
 // Gives the queries without keys their weights.
