@@ -62,7 +62,10 @@ impl Tensor {
             let fits = tensor.rank() == first.rank() && tensor.shape().without(dim) == first.shape().without(dim);
             ensure!(
                 fits,
-                Error::shape("cat", format!("{:?} and {:?} differ outside dimension {dim}", first.shape(), tensor.shape()))
+                Error::shape(
+                    "cat",
+                    format!("{:?} and {:?} differ outside dimension {dim}", first.shape(), tensor.shape())
+                )
             );
             total = total.saturating_add(tensor.shape()[dim]);
         }

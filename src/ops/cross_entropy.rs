@@ -69,7 +69,13 @@ impl Tensor {
             }
             Device::Cuda(gpu) => launch_forward(gpu, &x, &targets, classes, ignore_index, &mut statistics)?,
         };
-        record(OP, loss, &[&x], |_| CrossEntropyBackward { logits: x.detach(), statistics, targets, ignore_index, count })
+        record(OP, loss, &[&x], |_| CrossEntropyBackward {
+            logits: x.detach(),
+            statistics,
+            targets,
+            ignore_index,
+            count,
+        })
     }
 }
 

@@ -105,7 +105,8 @@ impl Backward for EmbeddingBackward {
                 let keys = sorted_keys(gpu, &self.indices, tokens, grad.dtype())?;
                 // Eight rows a block, and a packet of columns for each of 32 threads.
                 let columns = dim.div_ceil(32 * 16 / grad.dtype().size());
-                let grid = Grid::new([tokens.div_ceil(8).min(1 << 20) as u32, columns.min(1 << 14) as u32, 1], [32, 8, 1]);
+                let grid =
+                    Grid::new([tokens.div_ceil(8).min(1 << 20) as u32, columns.min(1 << 14) as u32, 1], [32, 8, 1]);
                 let sizes = (self.indices.elements() as i64, tokens as i64, size32(dim)?);
                 gpu.kernel("embedding_bwd", &[("DTYPE", grad.dtype().name())])?
                     .launch(grid, args![&mut dtable, &grad, &keys, sizes.0, sizes.1, sizes.2])?;

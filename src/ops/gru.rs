@@ -28,7 +28,12 @@ impl Tensor {
             *input.shape() == gates && *hidden.shape() == gates,
             Error::shape(
                 OP,
-                format!("expected gates {gates:?} for {:?}, got {:?} and {:?}", self.shape(), input.shape(), hidden.shape())
+                format!(
+                    "expected gates {gates:?} for {:?}, got {:?} and {:?}",
+                    self.shape(),
+                    input.shape(),
+                    hidden.shape()
+                )
             )
         );
         let (h, input, hidden) = (self.contiguous()?, input.contiguous()?, hidden.contiguous()?);

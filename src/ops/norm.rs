@@ -159,7 +159,18 @@ fn forward_cuda(
     let (weight, bias) = (packed(weight)?, packed(bias)?);
     let weights = weight.as_ref().map_or(0, Tensor::elements);
     let centred = u32::from(form == Form::Centred);
-    let args = args![y, statistics, x, weight.as_ref(), bias.as_ref(), rows as i64, size32(columns)?, weights as u32, centred, eps];
+    let args = args![
+        y,
+        statistics,
+        x,
+        weight.as_ref(),
+        bias.as_ref(),
+        rows as i64,
+        size32(columns)?,
+        weights as u32,
+        centred,
+        eps
+    ];
     gpu.kernel("norm_fwd", &[("DTYPE", x.dtype().name())])?.launch(Grid::rows(rows, columns), args)
 }
 
@@ -332,8 +343,18 @@ impl NormBackward {
         let weight = packed(weight.as_ref())?;
         let weights = weight.as_ref().map_or(0, Tensor::elements) as u32;
         let sizes = (rows as i64, size32(columns)?);
-        let args =
-            args![&mut dx, x, source.as_ref(), weight.as_ref(), statistics, sizes.0, sizes.1, weights, centred, self.eps];
+        let args = args![
+            &mut dx,
+            x,
+            source.as_ref(),
+            weight.as_ref(),
+            statistics,
+            sizes.0,
+            sizes.1,
+            weights,
+            centred,
+            self.eps
+        ];
         gpu.kernel("norm_bwd", &dtype)?.launch(Grid::rows(rows, columns), args)?;
         Ok((Some(dx), partials))
     }

@@ -345,10 +345,8 @@ fn launch_binary(gpu: &CudaDevice, function: &str, y: &mut Tensor, a: &Tensor, b
     let shape = *y.shape();
     let layouts = collapse_layouts(&shape, [&a.layout().expand(shape), &b.layout().expand(shape)]);
     let n = shape.elements();
-    gpu.kernel("binary_fwd", &[("DTYPE", a.dtype().name()), ("FUNCTION", function)])?.launch(
-        Grid::packets(n, a.dtype()),
-        args![y, Storage(a), Storage(b), &layouts[0], &layouts[1], n as i64],
-    )
+    gpu.kernel("binary_fwd", &[("DTYPE", a.dtype().name()), ("FUNCTION", function)])?
+        .launch(Grid::packets(n, a.dtype()), args![y, Storage(a), Storage(b), &layouts[0], &layouts[1], n as i64])
 }
 
 vectorized! {
@@ -534,20 +532,11 @@ impl Tensor {
 }
 
 fn expect_bool(op: &'static str, mask: &Tensor) -> Result<()> {
-    ensure!(
-        mask.dtype() == DType::Bool,
-        Error::dtype(op, format!("expected a bool tensor, got {}", mask.dtype()))
-    );
+    ensure!(mask.dtype() == DType::Bool, Error::dtype(op, format!("expected a bool tensor, got {}", mask.dtype())));
     Ok(())
 }
 
-fn choose<E: Element>(
-    y: &mut Tensor,
-    mask: &Tensor,
-    a: &Tensor,
-    b: &Tensor,
-    layouts: [&Layout; 3],
-) -> Result<()> {
+fn choose<E: Element>(y: &mut Tensor, mask: &Tensor, a: &Tensor, b: &Tensor, layouts: [&Layout; 3]) -> Result<()> {
     let shape = *y.shape();
     let (mask, a, b) = (mask.storage::<bool>()?, a.storage::<E>()?, b.storage::<E>()?);
     cpu::for_strided(y.values_mut::<E>()?, &shape, layouts, |y, at, steps| {

@@ -120,9 +120,8 @@ impl Turn {
         const BLOCK: usize = 64;
         let inv_freq = self.inv_freq.to_f64_vec()?;
         let pairs = inv_freq.len();
-        let angles = |position: f64| {
-            inv_freq.iter().map(move |&frequency| libm::sincos(direction * position * frequency))
-        };
+        let angles =
+            |position: f64| inv_freq.iter().map(move |&frequency| libm::sincos(direction * position * frequency));
         let near: Vec<(f64, f64)> = (0..BLOCK).flat_map(|position| angles(position as f64)).collect();
         let mut table = vec![R::ZERO; 2 * pairs * positions];
         cpu::for_rows(&mut table, 2 * pairs, 16 * pairs, |row, table| {

@@ -28,7 +28,10 @@ impl Tensor {
         if let Some(mask) = mask {
             ensure!(
                 **mask.shape() == [batch, n] && mask.dtype() == DType::Bool,
-                Error::shape(OP, format!("expected a bool mask [{batch}, {n}], got {:?} {}", mask.shape(), mask.dtype()))
+                Error::shape(
+                    OP,
+                    format!("expected a bool mask [{batch}, {n}], got {:?} {}", mask.shape(), mask.dtype())
+                )
             );
         }
         let x = self.contiguous()?;
@@ -38,7 +41,10 @@ impl Tensor {
         let amounts: Vec<isize> = amounts.iter().map(|amount| (*amount).clamp(-furthest, furthest)).collect();
         let y = moved(&x, &amounts, Masked::Source(mask.as_ref()))?;
         let rule = ShiftTokensBackward { amounts, mask };
-        let again = { let rule = rule.clone(); move |x| moved(&x, &rule.amounts, Masked::Source(rule.mask.as_ref())) };
+        let again = {
+            let rule = rule.clone();
+            move |x| moved(&x, &rule.amounts, Masked::Source(rule.mask.as_ref()))
+        };
         record_cheap_after(OP, y, &x, |_| rule, again)
     }
 }
@@ -82,7 +88,8 @@ fn moved(x: &Tensor, amounts: &[isize], masked: Masked) -> Result<Tensor> {
                     }
                     let position = (row % n).checked_add_signed(-amount).filter(|&position| position < n);
                     let source = position.map(|position| row - row % n + position);
-                    let kept = |source: usize| mask.is_none_or(|mask| mask[if about_source { source } else { row }] != 0);
+                    let kept =
+                        |source: usize| mask.is_none_or(|mask| mask[if about_source { source } else { row }] != 0);
                     match source.filter(|&source| kept(source)) {
                         Some(source) => y.copy_from_slice(&from[source * dim + t * chunk..][..chunk]),
                         None => y.fill(T::from_f64(0.0)),

@@ -174,8 +174,18 @@ impl<'a> Call<'a> {
             let weights = position.weights().to_dtype(acc)?.contiguous()?;
             let mut curves = call.uninit(&[heads, queries + keys - 1])?;
             let sizes = [heads, queries, keys].map(|size| size as i32);
-            let args = args![&mut curves, &weights, terms.bucket_of.as_ref(), sizes[0], sizes[1], sizes[2],
-                terms.parameters, terms.reach, terms.behind, terms.scale];
+            let args = args![
+                &mut curves,
+                &weights,
+                terms.bucket_of.as_ref(),
+                sizes[0],
+                sizes[1],
+                sizes[2],
+                terms.parameters,
+                terms.reach,
+                terms.behind,
+                terms.scale
+            ];
             let elements = curves_len(&problem.sizes);
             gpu.kernel("attention_position_fwd", &[("DTYPE", acc.name())])?.launch(Grid::elements(elements), args)?;
             call.curves = Some(curves);
@@ -208,8 +218,19 @@ impl<'a> Call<'a> {
         let (seed, stream, threshold, factor) = problem.dropout.map_or((0, 0, 0, 1.0), |dropout| {
             (dropout.stream.seed(), dropout.stream.stream(), dropout.threshold, dropout.factor)
         });
-        Ok(*args![&mask, &bias, (keys - masked) as i32, problem.mem_keys as i32, past as i32, problem.causal as i32,
-            problem.scale, seed, stream, threshold, factor])
+        Ok(*args![
+            &mask,
+            &bias,
+            (keys - masked) as i32,
+            problem.mem_keys as i32,
+            past as i32,
+            problem.causal as i32,
+            problem.scale,
+            seed,
+            stream,
+            threshold,
+            factor
+        ])
     }
 
     /// A block for each `blocks.rows` rows of each of `heads` heads, times `columns` for the features of the results.
@@ -257,7 +278,12 @@ impl Terms {
 }
 
 /// Writes output and logarithms of sums, which have elements; see `cpu::forward`.
-pub(super) fn forward(gpu: &'static CudaDevice, problem: &Problem, out: &mut Tensor, log_sums: &mut Tensor) -> Result<()> {
+pub(super) fn forward(
+    gpu: &'static CudaDevice,
+    problem: &Problem,
+    out: &mut Tensor,
+    log_sums: &mut Tensor,
+) -> Result<()> {
     if problem.dropout.is_some() {
         // A replay would draw the same mask again and again.
         gpu.refuse_while_capturing("dropout")?;
@@ -347,7 +373,8 @@ impl Pass<'_> {
         let columns = if need_q { d.div_ceil(blocks.features) } else { 0 }.max(need_position as usize);
         let terms = call.terms.as_ref();
         let [parameters, reach, behind] = terms.map_or([0; 3], |terms| [terms.parameters, terms.reach, terms.behind]);
-        call.launch( &blocks,
+        call.launch(
+            &blocks,
             [heads, queries],
             columns,
             &[
@@ -379,7 +406,8 @@ impl Pass<'_> {
         // Each result is cut into whole tiles, as wide as they are high.
         let tiled = |need: bool, features: usize| if need { features.next_multiple_of(blocks.rows) } else { 0 };
         let columns = (tiled(need_k, sizes.d) + tiled(need_v, sizes.e)).div_ceil(blocks.features);
-        self.call.launch( &blocks,
+        self.call.launch(
+            &blocks,
             [sizes.kv_heads, sizes.keys],
             columns,
             &[

@@ -222,4 +222,3 @@ fn query_blocks(at: At, queries: Range<usize>) -> impl Iterator<Item = At> {
 fn rows_of<A>(tile: &[A]) -> Matrix<'_, A> {
     Matrix { data: tile, row: KEYS, col: 1 }
 }
-

@@ -138,7 +138,11 @@ pub fn attention(q: &Tensor, k: &Tensor, v: &Tensor, spec: &AttentionSpec) -> Re
         max_attend_past: spec.max_attend_past,
         bias: bias.as_ref().map(Tensor::detach),
         position,
-        dropout: if spec.dropout > 0.0 { dropout_stream().map(|stream| Dropout::new(stream, spec.dropout)) } else { None },
+        dropout: if spec.dropout > 0.0 {
+            dropout_stream().map(|stream| Dropout::new(stream, spec.dropout))
+        } else {
+            None
+        },
     };
     let (out, log_sums) = problem.forward()?;
     let mut inputs = vec![&q, &k, &v];
@@ -252,7 +256,10 @@ impl Sizes {
 
 impl AttentionSpec<'_> {
     fn check(&self, sizes: &Sizes, q: &Tensor) -> Result<()> {
-        ensure!(self.scale.is_finite(), Error::argument(OP, format!("scale is {}, expected a finite number", self.scale)));
+        ensure!(
+            self.scale.is_finite(),
+            Error::argument(OP, format!("scale is {}, expected a finite number", self.scale))
+        );
         ensure!(
             (0.0..=1.0).contains(&self.dropout),
             Error::argument(OP, format!("dropout is {}, expected a probability from 0 to 1", self.dropout))

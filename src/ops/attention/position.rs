@@ -27,8 +27,14 @@ pub(super) struct Position {
 enum Kind {
     /// Counted from the distance `shift` of the query's position instead of from 0: the softmax does not see the
     /// difference, and small numbers keep their digits.
-    Alibi { shift: i64 },
-    T5 { causal: bool, max_distance: usize, scale: f64 },
+    Alibi {
+        shift: i64,
+    },
+    T5 {
+        causal: bool,
+        max_distance: usize,
+        scale: f64,
+    },
 }
 
 impl Position {
@@ -42,7 +48,10 @@ impl Position {
             PositionBias::T5 { table, scale, causal, max_distance } => {
                 let buckets = table.shape().first().copied().unwrap_or(0);
                 expect_weights("table", table, &[buckets, sizes.heads], device)?;
-                ensure!(scale.is_finite(), Error::argument(OP, format!("the T5 scale is {scale}, expected a finite number")));
+                ensure!(
+                    scale.is_finite(),
+                    Error::argument(OP, format!("the T5 scale is {scale}, expected a finite number"))
+                );
                 let one_side = if causal { buckets } else { buckets / 2 };
                 ensure!(
                     one_side >= 2 && max_distance > one_side / 2,
@@ -108,7 +117,9 @@ impl Position {
         let weights = self.weights.to_f64_vec()?;
         let curve = |head: usize| {
             let weights = &weights;
-            self.terms().iter().map(move |&(parameter, factor)| A::from_f64(weights[parameter * self.heads + head] * factor))
+            self.terms()
+                .iter()
+                .map(move |&(parameter, factor)| A::from_f64(weights[parameter * self.heads + head] * factor))
         };
         Ok((0..self.heads).flat_map(curve).collect())
     }
@@ -171,7 +182,8 @@ mod tests {
 
     #[test]
     fn attention_t5_buckets() {
-        let causal: Vec<usize> = [-5, 0, 1, 15, 16, 17, 18, 19, 32, 64, 113, 128, 5000].map(|r| bucket(r, true, 32, 128)).into();
+        let causal: Vec<usize> =
+            [-5, 0, 1, 15, 16, 17, 18, 19, 32, 64, 113, 128, 5000].map(|r| bucket(r, true, 32, 128)).into();
         assert_eq!(causal, [0, 0, 1, 15, 16, 16, 16, 17, 21, 26, 31, 31, 31]);
         let both: Vec<usize> = [0, 1, 7, 8, 16, 32, 64, 128, -1, -8, -64].map(|r| bucket(r, false, 32, 128)).into();
         assert_eq!(both, [0, 1, 7, 8, 10, 12, 14, 15, 17, 24, 30]);

@@ -457,7 +457,10 @@ vectorized! {
 }
 
 /// Lends out `LENGTHS` pieces of this thread's working memory, of unspecified content.
-pub(super) fn with_scratch<A: Real, const N: usize, R>(lengths: [usize; N], body: impl FnOnce([&mut [A]; N]) -> R) -> R {
+pub(super) fn with_scratch<A: Real, const N: usize, R>(
+    lengths: [usize; N],
+    body: impl FnOnce([&mut [A]; N]) -> R,
+) -> R {
     thread_local! {
         static SCRATCH: RefCell<Vec<f64>> = const { RefCell::new(Vec::new()) };
     }

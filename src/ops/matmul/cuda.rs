@@ -26,9 +26,7 @@ pub(super) fn product(
     }
     // cuBLAS needs packed rows or packed columns; anything else is packed first.
     let (mut a, mut b) = (a.detach(), b.detach());
-    let usable = |merged: &Merged| {
-        [fits(merged.a, [merged.m, merged.k]), fits(merged.b, [merged.k, merged.n])]
-    };
+    let usable = |merged: &Merged| [fits(merged.a, [merged.m, merged.k]), fits(merged.b, [merged.k, merged.n])];
     if !usable(&Merged::new(sizes, &a, &b)?)[1] {
         b = b.contiguous()?;
     }
@@ -47,7 +45,8 @@ pub(super) fn product(
     let (outer, items) = (Shape::unchecked(outer), last.first().copied().unwrap_or(1));
     let step = |operand: usize| if last.is_empty() { 0 } else { merged.strides[operand][outer.rank()] };
     let size = out.dtype().size();
-    let at = |tensor: &Tensor, element: usize| Ok::<_, crate::Error>(tensor.storage_address()? + (element * size) as u64);
+    let at =
+        |tensor: &Tensor, element: usize| Ok::<_, crate::Error>(tensor.storage_address()? + (element * size) as u64);
     let to = out.address_mut()?;
     let Merged { m, n, k, .. } = merged;
     for item in 0..outer.elements() {

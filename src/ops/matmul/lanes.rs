@@ -131,7 +131,6 @@ portable_lanes! {
     f32, 16;
 }
 
-
 /// A square block of a matrix in as many registers as each has lanes.
 ///
 /// # Safety

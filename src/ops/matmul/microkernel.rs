@@ -474,7 +474,8 @@ mod tests {
                 unsafe { emulated_avx512(&block) };
                 for (index, (&c, &before)) in c.iter().zip(&before).enumerate() {
                     let (i, j) = (index / n, index % n);
-                    let at = |panel: usize, lane: usize, width: usize, step: usize| (panel * steps + step) * width + lane;
+                    let at =
+                        |panel: usize, lane: usize, width: usize, step: usize| (panel * steps + step) * width + lane;
                     let sum: f32 = (0..steps)
                         .map(|step| a[at(i / tall, i % tall, tall, step)] * b[at(j / wide, j % wide, wide, step)])
                         .sum();

@@ -96,7 +96,13 @@ mod avx2 {
                 rows_of_lanes::<T, V, N, WIDTH>(from, col, lanes, steps, to);
             } else {
                 for lane in (0..lanes).step_by(WIDTH) {
-                    rows_of_steps::<T, V, N, WIDTH>(from.add(lane * row), row, lanes - lane, steps, to.add(lane * steps));
+                    rows_of_steps::<T, V, N, WIDTH>(
+                        from.add(lane * row),
+                        row,
+                        lanes - lane,
+                        steps,
+                        to.add(lane * steps),
+                    );
                 }
             }
         }

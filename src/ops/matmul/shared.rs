@@ -62,13 +62,7 @@ pub(super) fn product<T: Float>(
 }
 
 /// As [`product`] for a part of C whose operands are packed together, some blocks of steps at a time.
-fn chunk<T: Float>(
-    k: usize,
-    a: Matrix<T>,
-    b: Matrix<T>,
-    start: Start<T::Acc>,
-    c: Window<T::Acc>,
-) -> Result<()> {
+fn chunk<T: Float>(k: usize, a: Matrix<T>, b: Matrix<T>, start: Start<T::Acc>, c: Window<T::Acc>) -> Result<()> {
     let (m, n) = (c.rows(), c.columns());
     let Tile { rows, columns } = tile::<T::Acc>();
     let (height, width) = (TASK_PANELS * rows, TASK_COLUMNS);
@@ -108,9 +102,12 @@ fn chunk<T: Float>(
                     break;
                 }
                 let left = match rows_of_a {
-                    Some(data) => {
-                        Left { data: &data[i * height * a.row + step..], panel: rows * a.row, order: Order::Steps, stride: a.row }
-                    }
+                    Some(data) => Left {
+                        data: &data[i * height * a.row + step..],
+                        panel: rows * a.row,
+                        order: Order::Steps,
+                        stride: a.row,
+                    },
                     None => {
                         let data = &packed_a[(block * down + i) * height * STEPS..];
                         Left { data, panel: rows * steps, order: Order::Rows, stride: rows }

@@ -64,10 +64,18 @@ mod avx2 {
         // has the dtype of `T`.
         unsafe {
             match T::DTYPE {
-                DType::F32 => columns::<f32, __m256, 8>(rows, n, steps, a.cast(), right.cast(), b.row, b.col, sums.cast()),
-                DType::BF16 => columns::<bf16, __m256, 8>(rows, n, steps, a.cast(), right.cast(), b.row, b.col, sums.cast()),
-                DType::F16 => columns::<f16, __m256, 8>(rows, n, steps, a.cast(), right.cast(), b.row, b.col, sums.cast()),
-                DType::F64 => columns::<f64, __m256d, 4>(rows, n, steps, a.cast(), right.cast(), b.row, b.col, sums.cast()),
+                DType::F32 => {
+                    columns::<f32, __m256, 8>(rows, n, steps, a.cast(), right.cast(), b.row, b.col, sums.cast())
+                }
+                DType::BF16 => {
+                    columns::<bf16, __m256, 8>(rows, n, steps, a.cast(), right.cast(), b.row, b.col, sums.cast())
+                }
+                DType::F16 => {
+                    columns::<f16, __m256, 8>(rows, n, steps, a.cast(), right.cast(), b.row, b.col, sums.cast())
+                }
+                DType::F64 => {
+                    columns::<f64, __m256d, 4>(rows, n, steps, a.cast(), right.cast(), b.row, b.col, sums.cast())
+                }
                 _ => 0,
             }
         }
