@@ -100,7 +100,8 @@ impl Bench {
         self.run((&what("forward"), dtype, &shape), work[0], || Ok(()), |()| f(inputs).map(drop))?;
         let leaves = inputs.iter().map(|x| if x.dtype().is_float() { x.requires_grad() } else { Ok(x.clone()) });
         let leaves = leaves.collect::<Result<Vec<_>>>()?;
-        let cotangent = self.random(f(inputs)?.shape(), dtype)?;
+        let output = f(inputs)?;
+        let cotangent = self.random(output.shape(), output.dtype())?;
         let forward = || {
             let tape = Tape::grad();
             f(&leaves).map(|y| (tape, y))
