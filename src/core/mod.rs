@@ -25,6 +25,7 @@ pub use tape::{
 pub use tensor::Tensor;
 
 pub(crate) use dtype::{Float, dispatch_float};
+pub(crate) use param::fnv1a;
 pub(crate) use real::Real;
 pub(crate) use recompute::Saved;
 pub(crate) use shape::{Layout, collapse, collapse_layouts};

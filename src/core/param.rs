@@ -259,7 +259,9 @@ impl Store {
         let full = self.at(name).prefix;
         let shape = shape.into_shape()?;
         let value = match self.start {
-            Start::Random(seed) => init.tensor(shape, self.dtype, &self.device, Philox::new(seed, hash(&full)))?,
+            Start::Random(seed) => {
+                init.tensor(shape, self.dtype, &self.device, Philox::new(seed, fnv1a(full.as_bytes())))?
+            }
             Start::Zeros => Tensor::zeros(shape, self.dtype, &self.device)?,
             Start::Shapes => Tensor::zeros((), self.dtype, &self.device)?.expand(shape)?,
         };
@@ -308,7 +310,7 @@ impl Store {
     }
 }
 
-/// FNV-1a: the random stream of a name.
-fn hash(name: &str) -> u64 {
-    name.bytes().fold(0xcbf2_9ce4_8422_2325, |hash, byte| (hash ^ byte as u64).wrapping_mul(0x0100_0000_01b3))
+/// The 64-bit FNV-1a hash.
+pub(crate) fn fnv1a(bytes: &[u8]) -> u64 {
+    bytes.iter().fold(0xcbf2_9ce4_8422_2325, |hash, &byte| (hash ^ byte as u64).wrapping_mul(0x0100_0000_01b3))
 }

@@ -361,7 +361,7 @@ impl Tensor {
     }
 
     /// The bytes of the elements of a contiguous tensor on the CPU.
-    fn bytes(&self) -> Result<&[u8]> {
+    pub(crate) fn bytes(&self) -> Result<&[u8]> {
         let (range, size) = (self.range(), self.dtype.size());
         match &*self.buffer {
             Buffer::Cpu(buffer) => Ok(&buffer.bytes()[range.start * size..range.end * size]),

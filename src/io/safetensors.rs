@@ -18,11 +18,7 @@ use serde::{
 };
 
 use super::write_atomically;
-use crate::{
-    DType, Device, Error, Result, Shape, Tensor,
-    core::{Element, dispatch_float},
-    error::ensure,
-};
+use crate::{DType, Device, Error, Result, Shape, Tensor, core::Element, error::ensure};
 
 const _: () = assert!(cfg!(target_endian = "little"), "values are read and written without swapping their bytes");
 
@@ -256,7 +252,7 @@ pub fn write_safetensors(
         header.len() as u64 <= MAX_HEADER,
         Error::file(path, format!("would get a header of {} bytes, at most {MAX_HEADER} are allowed", header.len()))
     );
-    let bytes = packed.iter().map(|(_, tensor)| bytes(tensor)).collect::<Result<Vec<_>>>()?;
+    let bytes = packed.iter().map(|(_, tensor)| tensor.bytes()).collect::<Result<Vec<_>>>()?;
     write_atomically(path, |file: &mut dyn Write| {
         file.write_all(&(header.len() as u64).to_le_bytes())?;
         file.write_all(&header)?;
@@ -272,14 +268,5 @@ fn stored_dtype(dtype: DType) -> Dtype {
         DType::F16 => Dtype::F16,
         DType::I64 => Dtype::I64,
         DType::Bool => Dtype::BOOL,
-    }
-}
-
-/// The values of a packed tensor as they go into the file.
-fn bytes(tensor: &Tensor) -> Result<&[u8]> {
-    match tensor.dtype() {
-        DType::I64 => tensor.values::<i64>().map(bytemuck::cast_slice),
-        DType::Bool => tensor.values::<bool>(),
-        float => dispatch_float!("write_safetensors", float, T, tensor.values::<T>().map(bytemuck::cast_slice)),
     }
 }

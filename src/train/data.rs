@@ -7,7 +7,7 @@ use std::{
 };
 
 use super::random::{Purpose, stream};
-use crate::{DType, Device, Error, Philox, Result, Shape, Tensor, error::ensure};
+use crate::{DType, Device, Error, Philox, Result, Shape, Tensor, core::fnv1a, error::ensure};
 
 /// Windows that [`ByteText::validation_windows`] gives.
 const VALIDATION_WINDOWS: usize = 64;
@@ -93,7 +93,7 @@ impl ByteText {
 
     /// FNV-1a of all bytes, to recognise a text.
     pub fn fingerprint(&self) -> u64 {
-        self.bytes.iter().fold(0xcbf2_9ce4_8422_2325, |hash, &byte| (hash ^ byte as u64).wrapping_mul(0x0100_0000_01b3))
+        fnv1a(&self.bytes)
     }
 
     /// Checks that windows of `seq_len + 1` bytes fit into both parts.

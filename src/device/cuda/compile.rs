@@ -12,7 +12,7 @@ use std::{
 use cudarc::nvrtc::{result, sys};
 
 use super::libraries;
-use crate::{Error, Result, device::kernels::KernelSource, io::write_atomically};
+use crate::{Error, Result, core::fnv1a, device::kernels::KernelSource, io::write_atomically};
 
 /// A card's architecture: 80 for `sm_80`.
 pub type Architecture = u32;
@@ -181,10 +181,6 @@ impl Key {
         let (header, cubin) = bytes.split_at_checked(HEADER)?;
         (*header == self.header(cubin)).then(|| cubin.to_vec())
     }
-}
-
-fn fnv1a(bytes: &[u8]) -> u64 {
-    bytes.iter().fold(0xcbf2_9ce4_8422_2325, |hash, &byte| (hash ^ byte as u64).wrapping_mul(0x0000_0100_0000_01b3))
 }
 
 fn error(message: String) -> Error {
