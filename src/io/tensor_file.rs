@@ -320,8 +320,8 @@ fn gather(bytes: &[u8], shape: &Shape, strides: &[usize], size: usize) -> Vec<u8
 
 /// Refuses a small file that describes many large tensors: tied weights lie in one place, all else in its own.
 fn check_total(entries: &BTreeMap<String, Entry>, bytes: usize) -> Parsed<()> {
-    let sizes = entries.values().map(|entry| entry.stored.bytes(entry.shape.elements()));
-    let total = sizes.fold(Some(0usize), |total, size| total?.checked_add(size?));
+    let mut sizes = entries.values().map(|entry| entry.stored.bytes(entry.shape.elements()));
+    let total = sizes.try_fold(0usize, |total, size| total.checked_add(size?));
     match total {
         Some(total) if total <= bytes.saturating_mul(2) => Ok(()),
         _ => Err(format!("describes more than twice the {bytes} bytes that it has: its tensors overlap")),
