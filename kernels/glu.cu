@@ -5,7 +5,7 @@
 //
 // Shapes: y, g [rows, columns]; x, dx [rows, 2 columns]; all packed. T: f32, f64, bf16, f16. The activation f is a row
 // of functions.cuh.
-// Variants: DTYPE=f32,f64,bf16,f16 ACTIVATION=gelu,relu_squared,sigmoid
+// Variants: DTYPE=f32,f64,bf16,f16 ACTIVATION=gelu,gelu_tanh,relu_squared,sigmoid,silu
 //
 // One row per warp, or per block for long rows (see for_row); rows are a grid apart. Moves 3 sizeof(T) per element of y
 // forward and 5 backward. Limited by memory bandwidth, if f is cheap; erf and exp of f64 are not.

@@ -2,10 +2,13 @@
 
 use std::sync::Arc;
 
-use super::{Output, transformer::check_length};
+use super::{
+    Output,
+    transformer::{check_length, norm},
+};
 use crate::{
     Error, Result, Store, Tensor,
-    config::{self, ContinuousPlan, ContinuousTransformerWrapperConfig},
+    config::{ContinuousPlan, ContinuousTransformerWrapperConfig},
     error::{At, ensure},
     nn::{AbsolutePositionalEmbedding, AttentionLayers, ForwardOptions, Linear, Norm},
 };
@@ -17,7 +20,7 @@ pub struct ContinuousTransformerWrapper {
     project_in: Option<Linear>,
     pos_emb: Option<AbsolutePositionalEmbedding>,
     attn_layers: AttentionLayers,
-    norm: Norm,
+    norm: Option<Norm>,
     project_out: Option<Linear>,
 }
 
@@ -28,12 +31,12 @@ impl ContinuousTransformerWrapper {
     pub fn new(config: &ContinuousTransformerWrapperConfig, store: &Store) -> Result<Self> {
         let plan = config.plan()?;
         let dim = plan.layers.dim;
-        let positions = || AbsolutePositionalEmbedding::new(dim, plan.max_seq_len, &store.at("pos_emb"));
+        let positions = || AbsolutePositionalEmbedding::new(dim, plan.max_seq_len, true, &store.at("pos_emb"));
         Ok(Self {
             project_in: plan.dim_in.map(|dim_in| Linear::new(&store.at("project_in"), dim_in, dim)).transpose()?,
             pos_emb: plan.absolute_positions.then(positions).transpose()?,
             attn_layers: AttentionLayers::new(&plan.layers, &store.at("attn_layers"))?,
-            norm: Norm::new(config::Norm::Layer, dim, &store.at("norm"))?,
+            norm: plan.layers.final_norm.map(|norm| Norm::new(norm, dim, &store.at("norm"))).transpose()?,
             project_out: plan.dim_out.map(|dim_out| Linear::new(&store.at("project_out"), dim, dim_out)).transpose()?,
             plan: Arc::new(plan),
         })
@@ -69,7 +72,7 @@ impl ContinuousTransformerWrapper {
         }
         let x = x.dropout(self.plan.emb_dropout)?;
         let layers = self.attn_layers.forward(&x, options).at("attn_layers")?;
-        let x = self.norm.forward(&layers.out).at("norm")?;
+        let x = norm(self.norm.as_ref(), layers.out)?;
         let out = match &self.project_out {
             Some(project) if !options.return_embeddings => project.forward(&x).at("project_out")?,
             _ => x,

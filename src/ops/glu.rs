@@ -1,6 +1,6 @@
 //! Gated linear units: one half of the features times an activation of the other.
 
-use super::pointwise::{Gelu, Keep, ReluSquared, Sigmoid, Unary};
+use super::pointwise::{Gelu, GeluTanh, Keep, ReluSquared, Sigmoid, Silu, Unary};
 use crate::{
     Device, Error, Result, Tensor,
     core::{Backward, Contributions, Float, Real, dispatch_float, record_cheap},
@@ -12,10 +12,29 @@ use crate::{
 pub enum Activation {
     /// `x Φ(x)`, the exact form: [`Tensor::gelu`].
     Gelu,
+    /// Its approximation by tanh: [`Tensor::gelu_tanh`].
+    GeluTanh,
     /// `max(x, 0)²`: [`Tensor::relu_squared`].
     ReluSquared,
     /// `1 / (1 + e^−x)`: [`Tensor::sigmoid`].
     Sigmoid,
+    /// `x / (1 + e^−x)`: [`Tensor::silu`].
+    Silu,
+}
+
+impl Activation {
+    /// The function of each element.
+    ///
+    /// Errors: a dtype that is not float.
+    pub fn of(self, x: &Tensor) -> Result<Tensor> {
+        match self {
+            Self::Gelu => x.gelu(),
+            Self::GeluTanh => x.gelu_tanh(),
+            Self::ReluSquared => x.relu_squared(),
+            Self::Sigmoid => x.sigmoid(),
+            Self::Silu => x.silu(),
+        }
+    }
 }
 
 impl Tensor {
@@ -44,8 +63,10 @@ impl Tensor {
         let x = self.contiguous()?;
         match activation {
             Activation::Gelu => glu::<Gelu>(&x, width / 2),
+            Activation::GeluTanh => glu::<GeluTanh>(&x, width / 2),
             Activation::ReluSquared => glu::<ReluSquared>(&x, width / 2),
             Activation::Sigmoid => glu::<Sigmoid>(&x, width / 2),
+            Activation::Silu => glu::<Silu>(&x, width / 2),
         }
     }
 }
