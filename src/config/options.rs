@@ -276,7 +276,8 @@ impl<'de> Deserialize<'de> for AttentionLayersConfig {
 pub struct AttentionConfig {
     /// Features of a head. Default 64, whatever the width of the model.
     pub dim_head: usize,
-    /// Heads of keys and values, each shared by as many heads of queries. Default all `heads`.
+    /// Heads of keys and values, each shared by as many heads of queries: head `h` of queries uses head
+    /// `h / (heads / kv_heads)`, as in Llama (in today's x-transformers `h % kv_heads`). Default all `heads`.
     /// <https://arxiv.org/abs/2305.13245>
     pub kv_heads: Option<usize>,
     /// The projections of queries, keys and values have biases, as in BERT.

@@ -43,6 +43,8 @@ pub struct TransformerPlan {
     pub pooler: bool,
     /// The activation and the norm of the masked-LM head.
     pub mlm_head: Option<(Activation, Norm)>,
+    /// Whether there are no logits.
+    pub return_only_embed: bool,
     /// Whether the layer of the logits has a bias.
     pub logits_bias: bool,
     /// Memories kept per layer, 0 for all; `None`: it gives none.
@@ -71,6 +73,14 @@ impl TransformerWrapperConfig {
         ensure!(
             !self.mlm_head || self.tie_embedding,
             Error::option("mlm_head", "needs `tie_embedding` = true, whose table its logits come from")
+        );
+        ensure!(
+            !(self.return_only_embed && self.tie_embedding),
+            Error::option("return_only_embed", "cannot be used with `tie_embedding`, which is about logits")
+        );
+        ensure!(
+            self.logits_bias || !self.return_only_embed,
+            Error::option("logits_bias", "is of the layer that `return_only_embed` leaves out")
         );
         ensure!(
             self.logits_bias || !self.tie_embedding,
@@ -111,6 +121,7 @@ impl TransformerWrapperConfig {
             average_pool_embed: self.average_pool_embed,
             pooler: self.pooler,
             mlm_head: self.mlm_head.then_some((activation, norm)),
+            return_only_embed: self.return_only_embed,
             logits_bias: self.logits_bias,
             max_mem_len: self.max_mem_len,
             shift_mem_down: self.shift_mem_down,

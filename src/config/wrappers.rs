@@ -48,6 +48,8 @@ pub struct TransformerWrapperConfig {
     /// The masked-LM head of BERT: a linear layer to `emb_dim`, the feedforward's activation, a LayerNorm, and logits
     /// from the embedding table with a bias. Needs `tie_embedding`, which may have another `emb_dim` then.
     pub mlm_head: bool,
+    /// There are no logits: the output are embeddings.
+    pub return_only_embed: bool,
     /// The layer of the logits has a bias, where the table is not tied. Default true.
     pub logits_bias: bool,
     /// Learned absolute positions, unless the layers have a scheme of their own. Default true.
@@ -72,6 +74,7 @@ impl Default for TransformerWrapperConfig {
             average_pool_embed: false,
             pooler: false,
             mlm_head: false,
+            return_only_embed: false,
             logits_bias: true,
             use_pos_emb: true,
         }

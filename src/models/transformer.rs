@@ -127,7 +127,7 @@ impl TransformerWrapper {
             norm: norm(plan.layers.final_norm, "norm", dim)?,
             mlm_head: plan.mlm_head.map(mlm_head).transpose()?,
             pooler: plan.pooler.then(|| Linear::new(&store.at("pooler"), dim, dim)).transpose()?,
-            to_logits: (!plan.tie_embedding).then(to_logits).transpose()?,
+            to_logits: (!plan.tie_embedding && !plan.return_only_embed).then(to_logits).transpose()?,
             plan: Arc::new(plan.clone()),
         })
     }
@@ -159,12 +159,16 @@ impl TransformerWrapper {
             x = mean_over_tokens(&x, mask.as_ref())?;
         }
         let mems = if options.return_mems { self.new_mems(&layers.hiddens, options.mems.as_deref())? } else { vec![] };
-        let out = if options.return_embeddings { x } else { self.logits(&x)? };
+        let out = if options.return_embeddings || self.plan.return_only_embed { x } else { self.logits(&x)? };
         Ok(Output { out, mems, attn: layers.attn })
     }
 
     /// Normed hidden states `[.., dim]` to logits `[.., num_tokens]`.
     pub fn logits(&self, embeddings: &Tensor) -> Result<Tensor> {
+        ensure!(
+            !self.plan.return_only_embed,
+            Error::option("return_only_embed", "is on: the model gives no logits, only embeddings")
+        );
         match (&self.mlm_head, &self.to_logits) {
             (Some(head), _) => head.forward(embeddings, &self.token_emb.table()).at("mlm_head"),
             (None, Some(to_logits)) => to_logits.forward(embeddings).at("to_logits"),
