@@ -36,7 +36,7 @@ pub struct DecodeSpec<'a> {
     pub key_mask: Option<&'a Tensor>,
     /// Padding of the queries, Bool `[batch, query]`: a padded (false) query sees the memory keys alone.
     pub query_mask: Option<&'a Tensor>,
-    /// Added to the scaled products: `[heads, distances]` in f32 (f64 for f64), the distance being that of the query's
+    /// Added to the scaled products: float `[heads, distances]`, best in the type of the sums, the distance being that of the query's
     /// position behind the key. The last one serves all that are further.
     pub curves: Option<&'a Tensor>,
 }
@@ -61,7 +61,14 @@ pub fn attention_decode(q: &Tensor, k: &Tensor, v: &Tensor, ends: &Tensor, spec:
         return Tensor::zeros(merged, q.dtype(), q.device())?.permute(&[0, 2, 1, 3]);
     }
     let (q, k, v) = (packed_rows(&q.detach())?, packed_rows(&k.detach())?, packed_rows(&v.detach())?);
-    let call = Call { sizes, q: &q, k: &k, v: &v, ends, spec };
+    // All packed already, unless a caller brings tensors of its own.
+    let packed = |x: Option<&Tensor>| x.map(Tensor::contiguous).transpose();
+    let (ends, key_mask, query_mask) = (ends.contiguous()?, packed(spec.key_mask)?, packed(spec.query_mask)?);
+    let acc = q.dtype().accumulator();
+    let curves = spec.curves.map(|curves| curves.detach().to_dtype(acc)?.contiguous()).transpose()?;
+    let spec =
+        &DecodeSpec { key_mask: key_mask.as_ref(), query_mask: query_mask.as_ref(), curves: curves.as_ref(), ..*spec };
+    let call = Call { sizes, q: &q, k: &k, v: &v, ends: &ends, spec };
     let out = match *q.device() {
         Device::Cpu => dispatch_float!(OP, q.dtype(), T, call.on_cpu::<T>(merged))?,
         Device::Cuda(gpu) => call.on_cuda(gpu, merged)?,
@@ -72,7 +79,7 @@ pub fn attention_decode(q: &Tensor, k: &Tensor, v: &Tensor, ends: &Tensor, spec:
 fn check(sizes: &Sizes, q: &Tensor, ends: &Tensor, spec: &DecodeSpec) -> Result<()> {
     let Sizes { batch, heads, queries, keys, .. } = *sizes;
     ensure!(
-        **ends.shape() == [batch] && ends.dtype() == DType::I64 && ends.is_contiguous() && ends.device() == q.device(),
+        **ends.shape() == [batch] && ends.dtype() == DType::I64 && ends.device() == q.device(),
         Error::shape(OP, format!("expected ends [{batch}] of i64 on {}, got {ends:?}", q.device()))
     );
     ensure!(
@@ -85,25 +92,24 @@ fn check(sizes: &Sizes, q: &Tensor, ends: &Tensor, spec: &DecodeSpec) -> Result<
     if let Some(mask) = spec.key_mask {
         expect_bool("key_mask", mask, q)?;
         ensure!(
-            mask.is_contiguous() && mask.elements() == batch * (keys - spec.front),
+            mask.elements() == batch * (keys - spec.front),
             Error::shape(OP, format!("expected key_mask [{batch}, {}], got {:?}", keys - spec.front, mask.shape()))
         );
     }
     if let Some(mask) = spec.query_mask {
         expect_bool("query_mask", mask, q)?;
         ensure!(
-            mask.is_contiguous() && **mask.shape() == [batch, queries],
+            **mask.shape() == [batch, queries],
             Error::shape(OP, format!("expected query_mask [{batch}, {queries}], got {:?}", mask.shape()))
         );
     }
     if let Some(curves) = spec.curves {
         let shape = curves.shape();
         ensure!(
-            curves.is_contiguous()
-                && curves.rank() == 2
+            curves.rank() == 2
                 && shape[0] == heads
                 && shape[1] > 0
-                && curves.dtype() == q.dtype().accumulator()
+                && curves.dtype().is_float()
                 && curves.device() == q.device(),
             Error::shape(OP, format!("expected curves [{heads}, distances], got {shape:?} {}", curves.dtype()))
         );
