@@ -14,7 +14,8 @@ use x_transformers::{
 };
 
 fn folders() -> Vec<PathBuf> {
-    let mut roots = ["tests/parity", "tests/parity_today"].map(|root| Path::new(env!("CARGO_MANIFEST_DIR")).join(root)).to_vec();
+    let mut roots =
+        ["tests/parity", "tests/parity_today"].map(|root| Path::new(env!("CARGO_MANIFEST_DIR")).join(root)).to_vec();
     // The binary may run on a machine that did not build it.
     roots.retain(|root| root.is_dir());
     roots.extend(std::env::var_os("XT_PARITY_DIR").map(PathBuf::from));

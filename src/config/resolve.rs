@@ -1,7 +1,9 @@
 //! Options to plans: the one place that knows which options go together.
 
 use super::{
-    options::{AttentionConfig, AttentionLayersConfig, FeedForwardConfig, FinalNorm, LayerType, LayersKind, ShiftTokens},
+    options::{
+        AttentionConfig, AttentionLayersConfig, FeedForwardConfig, FinalNorm, LayerType, LayersKind, ShiftTokens,
+    },
     order::layer_order,
     plan::{
         AlibiPlan, AttentionPlan, BiasPlan, BranchPlan, FeedForwardPlan, LayerPlan, LayersPlan, Norm, Normalize,
@@ -74,14 +76,18 @@ fn distinct(config: &AttentionLayersConfig, order: &[LayerType]) -> Result<usize
     }
     const KEY: &str = "weight_tie_layers";
     let block = order.len() / config.depth.max(1);
-    let repeats = block > 0 && order.len().is_multiple_of(block) && order.chunks(block).all(|blocks| *blocks == order[..block]);
+    let repeats =
+        block > 0 && order.len().is_multiple_of(block) && order.chunks(block).all(|blocks| *blocks == order[..block]);
     ensure!(
         config.custom_layers.is_none() && repeats,
         Error::option(KEY, "needs blocks that are alike: no `custom_layers`, `sandwich_coef` or `par_ratio`")
     );
     ensure!(
         config.pre_norm || config.final_norm == FinalNorm::None,
-        Error::option(KEY, "needs `final_norm` = \"none\" with `pre_norm` = false, so that the last block has the norms of all")
+        Error::option(
+            KEY,
+            "needs `final_norm` = \"none\" with `pre_norm` = false, so that the last block has the norms of all"
+        )
     );
     ensure!(
         matches!(config.shift_tokens, ShiftTokens::All(_)),

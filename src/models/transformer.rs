@@ -142,6 +142,16 @@ impl TransformerWrapper {
         &self.token_emb
     }
 
+    /// The layers.
+    pub(super) fn attn_layers(&self) -> &AttentionLayers {
+        &self.attn_layers
+    }
+
+    /// The norm behind them.
+    pub(super) fn norm(&self) -> Option<&Norm> {
+        self.norm.as_ref()
+    }
+
     /// Tokens `[b, n]` to logits, or to what the options ask for. With `average_pool_embed` they are those of the mean
     /// over the tokens that the mask keeps, `[b, ..]`.
     ///
@@ -187,32 +197,63 @@ impl TransformerWrapper {
 
     /// What enters the layers: `[b, n] → [b, memory tokens + n, dim]`.
     fn embed(&self, tokens: &Tensor, options: &ForwardOptions) -> Result<Tensor> {
+        self.check_tokens(tokens)?;
+        let n = tokens.shape()[1];
+        check_length(n, self.plan.max_seq_len)?;
+        let x = self.embed_tokens(tokens, options.token_types.as_ref(), |positions| positions.forward(n))?;
+        if self.memory_tokens.is_some() { self.prepend_memory_tokens(&x) } else { Ok(x) }
+    }
+
+    /// Refuses what are no rows of tokens.
+    pub(super) fn check_tokens(&self, tokens: &Tensor) -> Result<()> {
         ensure!(
             tokens.rank() == 2 && tokens.dtype() == DType::I64,
             Error::shape("tokens", format!("expected i64 [batch, n], got {:?} {}", tokens.shape(), tokens.dtype()))
         );
-        let (b, n) = (tokens.shape()[0], tokens.shape()[1]);
-        check_length(n, self.plan.max_seq_len)?;
+        Ok(())
+    }
+
+    /// Tokens, of these types, with the positions that the closure takes from their table: `[b, n] → [b, n, dim]`.
+    pub(super) fn embed_tokens(
+        &self,
+        tokens: &Tensor,
+        types: Option<&Tensor>,
+        positions_of: impl FnOnce(&AbsolutePositionalEmbedding) -> Result<Tensor>,
+    ) -> Result<Tensor> {
         let mut x = self.token_emb.forward(tokens).at("token_emb")?;
         if let Some(positions) = &self.pos_emb {
-            x = x.add(&positions.forward(n)?).at("pos_emb")?;
+            x = x.add(&positions_of(positions)?).at("pos_emb")?;
         }
-        if let Some(types) = self.token_types(tokens, options.token_types.as_ref())? {
+        if let Some(types) = self.token_types(tokens, types)? {
             x = x.add(&types)?;
         }
         if let Some(norm) = &self.post_emb_norm {
             x = norm.forward(&x).at("post_emb_norm")?;
         }
         x = x.dropout(self.plan.emb_dropout)?;
-        if let Some(project) = &self.project_emb {
-            x = project.forward(&x).at("project_emb")?;
+        match &self.project_emb {
+            Some(project) => project.forward(&x).at("project_emb"),
+            None => Ok(x),
         }
-        if let Some(memory) = &self.memory_tokens {
-            let memory = memory.tensor();
-            let memory = memory.expand([b, memory.dim(0)?, memory.dim(1)?])?;
-            x = Tensor::cat(&[&memory, &x], 1)?;
-        }
-        Ok(x)
+    }
+
+    /// Memory tokens in front of embedded ones, if there are any.
+    pub(super) fn prepend_memory_tokens(&self, x: &Tensor) -> Result<Tensor> {
+        let Some(memory) = &self.memory_tokens else { return Ok(x.clone()) };
+        let memory = memory.tensor();
+        let memory = memory.expand([x.dim(0)?, memory.dim(0)?, memory.dim(1)?])?;
+        Tensor::cat(&[&memory, x], 1)
+    }
+
+    /// A mask of tokens with that of memory tokens, which are no padding.
+    pub(super) fn mask_with_memory_tokens(&self, mask: Option<&Tensor>) -> Result<Option<Tensor>> {
+        let (Some(mask), true) = (mask, self.memory_tokens.is_some()) else { return Ok(mask.cloned()) };
+        ensure!(
+            mask.rank() == 2 && mask.dtype() == DType::Bool,
+            Error::shape("mask", format!("expected bool [batch, n], got {:?} {}", mask.shape(), mask.dtype()))
+        );
+        let kept = Tensor::ones([mask.dim(0)?, self.plan.num_memory_tokens], DType::Bool, mask.device())?;
+        Tensor::cat(&[&kept, mask], 1).map(Some)
     }
 
     /// What the types of tokens add, if there are types: `[b, n, dim]`, or `[1, dim]` where all are 0.
@@ -222,7 +263,10 @@ impl TransformerWrapper {
             (Some(table), None) => return table.table().narrow(0, 0, 1).map(Some),
             (None, None) => return Ok(None),
             (None, Some(_)) => {
-                return Err(Error::argument("token_types", "are given, but the model has none: `num_token_types` is 0"));
+                return Err(Error::argument(
+                    "token_types",
+                    "are given, but the model has none: `num_token_types` is 0",
+                ));
             }
         };
         ensure!(
@@ -236,16 +280,9 @@ impl TransformerWrapper {
     }
 
     /// The options as the layers see them: the mask covers memory tokens, memories are rotated.
-    fn layers_options(&self, options: &ForwardOptions) -> Result<ForwardOptions> {
+    pub(super) fn layers_options(&self, options: &ForwardOptions) -> Result<ForwardOptions> {
         let mut options = options.clone();
-        if let (Some(mask), true) = (&options.mask, self.memory_tokens.is_some()) {
-            ensure!(
-                mask.rank() == 2 && mask.dtype() == DType::Bool,
-                Error::shape("mask", format!("expected bool [batch, n], got {:?} {}", mask.shape(), mask.dtype()))
-            );
-            let kept = Tensor::ones([mask.dim(0)?, self.plan.num_memory_tokens], DType::Bool, mask.device())?;
-            options.mask = Some(Tensor::cat(&[&kept, mask], 1)?);
-        }
+        options.mask = self.mask_with_memory_tokens(options.mask.as_ref())?;
         ensure!(
             !options.return_mems || self.plan.max_mem_len.is_some(),
             Error::option("max_mem_len", "is needed for `return_mems`: how many memories are kept, 0 for all")
