@@ -9,6 +9,7 @@ mod encoder_decoder;
 pub mod parity;
 mod run;
 mod sampling;
+mod sentence;
 mod transformer;
 mod vision;
 
@@ -19,5 +20,6 @@ pub use continuous::{ContinuousAutoregressiveWrapper, ContinuousTransformerWrapp
 pub use encoder_decoder::{EncoderDecoderOptions, XTransformer};
 pub use run::{Model, RunOptions};
 pub use sampling::{filter_probabilities, sample};
+pub use sentence::{Pooling, SentenceEncoder};
 pub use transformer::{Output, TransformerWrapper};
 pub use vision::ViTransformerWrapper;
