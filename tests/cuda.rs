@@ -12,7 +12,7 @@ use std::{
 };
 
 use x_transformers::{
-    DType, Device, Error, Param, ParamMap, Result, Store, Tape, Tensor,
+    DType, Device, Error, Init, Param, ParamMap, Result, Store, Tape, Tensor,
     config::{AttentionLayersConfig, AutoregressiveConfig, TransformerWrapperConfig},
     device::{Precision, cuda::Graph, set_float32_matmul_precision},
     models::{AutoregressiveWrapper, ForwardOptions, GenerateOptions},
@@ -178,6 +178,17 @@ fn random_numbers_are_those_of_the_cpu() -> Result<()> {
         model(device, DType::BF16, 0.0)?.1.state_dict().values().map(Tensor::to_f64_vec).collect()
     };
     assert_eq!(weights(&gpu)?, weights(&Device::Cpu)?, "initial weights");
+    for dtype in [DType::F32, DType::F64, DType::F16] {
+        for init in [Init::Normal(0.7), Init::Uniform(0.3)] {
+            let draw = |device: &Device| -> Result<Vec<f64>> {
+                Store::new(3, dtype, device).param("weight", [9_001], init)?.tensor().to_f64_vec()
+            };
+            assert_eq!(draw(&gpu)?, draw(&Device::Cpu)?, "{init:?} {dtype}");
+        }
+    }
+    let uploads = gpu.transfers().uploads;
+    Store::new(3, DType::F32, &gpu).param("weight", [1000], Init::Normal(0.7))?;
+    assert_eq!(gpu.transfers().uploads, uploads, "weights are drawn where they are");
     let mask = |device: &Device| -> Result<Vec<f64>> {
         let _tape = Tape::train(11);
         Tensor::ones([7, 91], DType::F32, device)?.dropout(0.3)?.to_f64_vec()
@@ -331,7 +342,7 @@ fn what_a_graph_cannot_hold_is_refused() -> Result<()> {
     assert!(here.to_string().contains("GPU"), "{here}");
 
     let store = Store::new(0, DType::F32, &gpu);
-    let weight: Param = store.param("weight", [4], x_transformers::Init::Constant(2.0))?;
+    let weight: Param = store.param("weight", [4], Init::Constant(2.0))?;
     let params = store.params();
     let mut graph = Graph::capture(std::slice::from_ref(&x), &params, |x| x[0].mul(&weight.tensor()))?;
     assert_eq!(graph.replay(std::slice::from_ref(&x))?.to_vec::<f32>()?, [2.0; 4]);
