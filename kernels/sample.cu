@@ -86,6 +86,23 @@ template <typename Measure> __device__ __forceinline__ u64 total(u32 columns, Me
     return sum_row(sum);
 }
 
+// The sums of three numbers of each thread, for every thread.
+__device__ __forceinline__ void sum_rows(u64 (&sums)[3]) {
+    __shared__ u64 of_warp[3][WARPS];
+    const u32 warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    const auto add = [](u64 a, u64 b) { return a + b; };
+    // An earlier call has been read by all.
+    __syncthreads();
+#pragma unroll
+    for (int which = 0; which < 3; ++which) {
+        const u64 sum = reduce_warp(sums[which], add);
+        if (lane == 0) of_warp[which][warp] = sum;
+    }
+    __syncthreads();
+#pragma unroll
+    for (int which = 0; which < 3; ++which) sums[which] = reduce_warp(lane < WARPS ? of_warp[which][lane] : 0, add);
+}
+
 // The first position at which the measures so far add up to more than `target`; `columns` if there is none.
 template <typename Measure> __device__ __forceinline__ u32 locate(u32 columns, u64 target, Measure measure) {
     __shared__ u64 sums[WARPS];
@@ -139,11 +156,8 @@ __device__ __forceinline__ Cut select(const T* x, u32 columns, u64 bound, Measur
                 sums[digit - 1] += of >= (Key)(key | (Key)digit << shift) ? adds : 0;
             }
         }
-        u32 digit = 0;
-#pragma unroll
-        for (u32 candidate = 1; candidate < 4; ++candidate) {
-            if (sum_row(sums[candidate - 1]) >= bound) digit = candidate;
-        }
+        sum_rows(sums);
+        const u32 digit = (sums[0] >= bound) + (sums[1] >= bound) + (sums[2] >= bound);
         key |= (Key)digit << shift;
     }
     const u64 above = total(columns, [&](u32 j) { return key_of(x[j]) > key ? measure(j) : 0; });

@@ -12,10 +12,19 @@ use std::{collections::BTreeMap, fmt::Write as _, fs, io::Write as _, path::Path
 use rayon::prelude::*;
 use x_transformers::device::{
     cuda::{Architecture, compile, nvrtc_version},
-    kernels::{KernelSource, Options, SIGNATURES, SOURCES},
+    kernels::{KernelSource, LAB_SIGNATURES, LAB_SOURCES, Options, SIGNATURES, SOURCES, Signature},
 };
 
 const ARCHITECTURES: [Architecture; 3] = [75, 80, 90];
+
+/// The shipped sources, and the rungs below them.
+fn sources() -> impl Iterator<Item = &'static KernelSource> {
+    SOURCES.iter().chain(LAB_SOURCES)
+}
+
+fn signatures_of(source: &KernelSource) -> impl Iterator<Item = &'static Signature> {
+    SIGNATURES.iter().chain(LAB_SIGNATURES).filter(|signature| signature.file == source.name)
+}
 
 /// What one kernel of a variant takes on one card.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
@@ -38,7 +47,7 @@ fn compile_variant(source: &KernelSource, options: &Options, architecture: Archi
         return Err(format!("{what}: {}", compiled.log));
     }
     let table = parse(&compiled.log, options, architecture);
-    let kernels = SIGNATURES.iter().filter(|signature| signature.file == source.name).count();
+    let kernels = signatures_of(source).count();
     if table.len() != kernels {
         return Err(format!("{what}: {} kernels were reported, {kernels} are declared\n{}", table.len(), compiled.log));
     }
@@ -98,8 +107,7 @@ fn kernels_compile_for_every_card_and_variant() {
         }
     };
     let filter = std::env::var("XT_KERNEL").unwrap_or_default();
-    let jobs: Vec<(&KernelSource, Options, Architecture)> = SOURCES
-        .iter()
+    let jobs: Vec<(&KernelSource, Options, Architecture)> = sources()
         .filter(|source| source.name.contains(&filter))
         .flat_map(|source| source.options().into_iter().map(move |options| (source, options)))
         .flat_map(|(source, options)| ARCHITECTURES.map(|architecture| (source, options.clone(), architecture)))
@@ -143,8 +151,8 @@ fn kernels_compile_for_every_card_and_variant() {
 
 #[test]
 fn every_kernel_has_a_signature() {
-    for source in SOURCES {
-        let kernels = SIGNATURES.iter().filter(|signature| signature.file == source.name).count();
+    for source in sources() {
+        let kernels = signatures_of(source).count();
         assert_eq!(kernels, source.source.matches("__global__").count(), "{}", source.name);
     }
     let softmax = SIGNATURES.iter().find(|signature| signature.kernel == "softmax_bwd").expect("the kernel");

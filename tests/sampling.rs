@@ -57,14 +57,12 @@ fn rows(logits: &Tensor) -> Result<Vec<Vec<f64>>> {
 /// Where the draw falls among the shares of the reference, up to what rounding moves them by.
 #[test]
 fn sampling_chooses_as_the_reference_does() -> Result<()> {
-    let emulated = *device() != Device::Cpu;
-    let sizes: &[(usize, usize)] = if emulated { &[(3, 1), (4, 37)] } else { &[(3, 1), (4, 37), (3, 3001)] };
     for dtype in [DType::F32, DType::F64, DType::BF16, DType::F16] {
-        for &(b, columns) in sizes {
-            let logits = logits(b, columns, dtype, device())?;
+        for (b, columns) in [(3, 1), (4, 37), (3, 3001)] {
+            let logits = logits(b, columns, dtype, &Device::Cpu)?;
             for config in configs() {
                 let expected = filter_probabilities(&rows(&logits)?, &config)?;
-                let tokens = sample_tokens(&logits, &config, 8, &step(2, device())?)?.to_vec::<i64>()?;
+                let tokens = sample_tokens(&logits, &config, 8, &step(2, &Device::Cpu)?)?.to_vec::<i64>()?;
                 for (row, (&token, shares)) in tokens.iter().zip(&expected).enumerate() {
                     let draw = Philox::new(8, row as u64).uniform(2);
                     let before: f64 = shares[..token as usize].iter().sum();
@@ -83,11 +81,11 @@ fn sampling_chooses_as_the_reference_does() -> Result<()> {
 /// Shares of many draws come close to the distribution, and what has no share is never drawn.
 #[test]
 fn sampling_has_the_distribution_of_the_reference() -> Result<()> {
-    let draws = if *device() == Device::Cpu { 20_000 } else { 600 };
-    let logits = logits(1, 9, DType::F32, device())?;
+    let draws = 20_000;
+    let logits = logits(1, 9, DType::F32, &Device::Cpu)?;
     for config in configs() {
         let many = logits.expand([draws, 9])?;
-        let tokens = sample_tokens(&many, &config, 1, &step(0, device())?)?.to_vec::<i64>()?;
+        let tokens = sample_tokens(&many, &config, 1, &step(0, &Device::Cpu)?)?.to_vec::<i64>()?;
         for (token, &p) in filter_probabilities(&rows(&logits)?, &config)?[0].iter().enumerate() {
             let share = tokens.iter().filter(|&&drawn| drawn == token as i64).count() as f64 / draws as f64;
             let deviation = (p * (1.0 - p) / draws as f64).sqrt();
@@ -98,26 +96,24 @@ fn sampling_has_the_distribution_of_the_reference() -> Result<()> {
     Ok(())
 }
 
-/// Bit for bit, in rows of any length.
+/// What the tests above say of the CPU is so on the others, in rows of any length.
 #[test]
 fn sampling_is_the_same_on_every_device() -> Result<()> {
     if *device() == Device::Cpu {
         return Ok(());
     }
     for dtype in [DType::F32, DType::F64, DType::BF16, DType::F16] {
-        for columns in [2, 64, 1000] {
-            let here = logits(3, columns, dtype, &Device::Cpu)?;
+        for columns in [2, 700] {
+            let here = logits(2, columns, dtype, &Device::Cpu)?;
             // Few distinct values tie, which only their order decides.
             let tied = here.to_dtype(DType::I64)?.to_dtype(dtype)?;
             for logits in [here, tied] {
                 for config in configs() {
-                    for at in [0, 7] {
-                        let tokens = |device: &Device| {
-                            let logits = logits.to_device(device)?;
-                            sample_tokens(&logits, &config, 5, &step(at, device)?)?.to_vec::<i64>()
-                        };
-                        assert_eq!(tokens(device())?, tokens(&Device::Cpu)?, "{dtype} {columns} {config:?} step {at}");
-                    }
+                    let tokens = |device: &Device| {
+                        let logits = logits.to_device(device)?;
+                        sample_tokens(&logits, &config, 5, &step(7, device)?)?.to_vec::<i64>()
+                    };
+                    assert_eq!(tokens(device())?, tokens(&Device::Cpu)?, "{dtype} {columns} {config:?}");
                 }
             }
         }
@@ -132,7 +128,7 @@ fn sampling_of_ties_and_infinities() -> Result<()> {
         let mut values = vec![1.5; 700];
         values[3] = f64::NEG_INFINITY;
         values[650] = 2.5;
-        let logits = Tensor::generate([1, 700], dtype, device(), |i| values[i])?.expand([200, 700])?;
+        let logits = Tensor::generate([1, 700], dtype, device(), |i| values[i])?.expand([60, 700])?;
         let config = SamplingConfig { k: Some(4), temperature: 3.0, ..with(FilterLogits::TopK) };
         let tokens = sample_tokens(&logits, &config, 1, &step(0, device())?)?.to_vec::<i64>()?;
         for token in [0, 1, 2, 650] {
@@ -141,7 +137,7 @@ fn sampling_of_ties_and_infinities() -> Result<()> {
         assert!(tokens.iter().all(|token| [0, 1, 2, 650].contains(token)), "{tokens:?}");
         let greedy = SamplingConfig { temperature: 0.0, ..config };
         let best = sample_tokens(&logits.narrow(1, 0, 640)?, &greedy, 1, &step(0, device())?)?;
-        assert_eq!(best.to_vec::<i64>()?, [0; 200]);
+        assert_eq!(best.to_vec::<i64>()?, [0; 60]);
     }
     Ok(())
 }

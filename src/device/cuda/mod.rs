@@ -6,6 +6,7 @@
 mod blas;
 mod compile;
 mod graph;
+mod lab;
 mod libraries;
 mod memory;
 mod timer;
@@ -15,7 +16,7 @@ use std::{
     ffi::{CString, c_void},
     fmt,
     sync::{
-        Mutex, OnceLock, PoisonError, RwLock,
+        Mutex, MutexGuard, OnceLock, PoisonError, RwLock,
         atomic::{AtomicBool, AtomicU64, Ordering},
     },
 };
@@ -32,10 +33,11 @@ use super::{
     launch::{Arg, Grid},
     pool::Pool,
 };
-use crate::{Element, Error, Result, Tensor};
+use crate::{DType, Element, Error, Result, Tensor, core::Shape};
 
 pub use compile::{Architecture, Cached, Compiled, compile, cubin, cubin_in, folder, nvrtc_version};
 pub use graph::Graph;
+pub use lab::{Rung, Scalar};
 use memory::Block;
 pub(crate) use memory::CudaBuffer;
 
@@ -58,6 +60,8 @@ pub struct CudaDevice {
     blas: Mutex<blas::Handle>,
     /// Whether the stream is being recorded into a graph.
     capturing: AtomicBool,
+    /// The tables of a graph that is being made, from its first run on.
+    graph_tables: Mutex<Option<GraphTables>>,
     launches: AtomicU64,
     uploads: AtomicU64,
     read_backs: AtomicU64,
@@ -73,6 +77,9 @@ impl fmt::Debug for CudaDevice {
         write!(f, "cuda:{} ({}, sm_{})", self.ordinal, self.name, self.architecture)
     }
 }
+
+/// Tables with their values. They are kept as long as their graph, so that no other tensor gets their place.
+type GraphTables = Vec<(Tensor, Vec<i64>)>;
 
 /// Words that a kernel writes about a fault.
 const FAULT_WORDS: usize = 3;
@@ -142,6 +149,7 @@ impl CudaDevice {
             faults,
             blas: Mutex::new(blas::Handle::new(stream, architecture)?),
             capturing: AtomicBool::new(false),
+            graph_tables: Mutex::default(),
             launches: AtomicU64::new(0),
             uploads: AtomicU64::new(0),
             read_backs: AtomicU64::new(0),
@@ -211,11 +219,18 @@ impl CudaDevice {
         Ok(constant)
     }
 
-    /// Numbers that are seldom others than at the last call with this name, on the device; uploaded if they are.
-    ///
-    /// Errors: a graph is being recorded, which would keep an address that the next call may give up.
+    /// Numbers that are seldom others than at the last call with this name, on the device; uploaded if they are. A graph
+    /// that is being made gets tables of its own, which the recording fills when it is done.
     pub(crate) fn table(&'static self, name: &str, values: Vec<i64>) -> Result<Tensor> {
-        self.refuse_while_capturing("an update of parameters")?;
+        if let Some(tables) = self.graph_tables().as_mut() {
+            let shape = Shape::new(&[values.len()])?;
+            let mut table = Tensor::uninit(shape, DType::I64, &super::Device::Cuda(self))?;
+            if !self.is_capturing() {
+                self.upload(table.address_mut()?, bytemuck::cast_slice(&values))?;
+            }
+            tables.push((table.clone(), values));
+            return Ok(table);
+        }
         let mut tables = self.tables.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some((known, table)) = tables.get_mut(name) {
             if *known == values {
@@ -232,6 +247,10 @@ impl CudaDevice {
         let table = Tensor::from_slice(&values, [values.len()], &super::Device::Cuda(self))?;
         tables.insert(name.into(), (values, table.clone()));
         Ok(table)
+    }
+
+    fn graph_tables(&self) -> MutexGuard<'_, Option<GraphTables>> {
+        self.graph_tables.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Where kernels report indices that are out of range; the error comes at the next read-back.
@@ -260,12 +279,20 @@ impl CudaDevice {
     fn load(&self, name: &'static str, options: &[(&str, &str)]) -> Result<Function> {
         let signature = SIGNATURES.iter().find(|signature| signature.kernel == name);
         let signature = signature.ok_or_else(|| error(format!("there is no kernel `{name}`")))?;
-        let source = KernelSource::named(signature.file).filter(|source| source.has(options));
-        let source = source.ok_or_else(|| {
+        self.load_from(KernelSource::named(signature.file), signature, options)
+    }
+
+    fn load_from(
+        &self,
+        source: Option<&KernelSource>,
+        signature: &'static Signature,
+        options: &[(&str, &str)],
+    ) -> Result<Function> {
+        let source = source.filter(|source| source.has(options)).ok_or_else(|| {
             error(format!("{}.cu has no variant {options:?}; its `// Variants:` say what", signature.file))
         })?;
         let cubin = compile::cubin(source, options, self.architecture)?;
-        let kernel = CString::new(name).map_err(|why| error(why.to_string()))?;
+        let kernel = CString::new(signature.kernel).map_err(|why| error(why.to_string()))?;
         self.bind()?;
         // SAFETY: the code is whole: NVRTC made it, or the cache checked its hash. The module is never unloaded.
         let module = self.check("cuModuleLoadData", unsafe { result::module::load_data(cubin.as_ptr().cast()) })?;
