@@ -4,7 +4,7 @@ use std::{fmt, sync::atomic::Ordering};
 
 use cudarc::driver::{result, sys};
 
-use super::{CudaDevice, error, memory::Block};
+use super::{CudaDevice, GraphTables, error, memory::Block};
 use crate::{Device, Error, ParamMap, Result, Tensor, device::pool::FreeBlocks};
 
 /// A recorded computation on a GPU. Replaying it costs one launch instead of one per kernel.
@@ -68,15 +68,13 @@ impl<R> Graph<R> {
         let inputs = inputs.iter().map(Tensor::to_owned_copy).collect::<Result<Vec<_>>>()?;
         let mut memory = FreeBlocks::default();
         device.pool.exchange(&mut memory, true);
-        *device.graph_tables() = Some(Vec::new());
+        *device.graph_tables() = Some(GraphTables::default());
         let recorded = f(&inputs).and_then(|warm| {
             drop(warm);
             device.synchronize()?;
-            // Only now, as no other tensor of the recording may have their places either.
-            *device.graph_tables() = Some(Vec::new());
             device.record(|| f(&inputs))
         });
-        let tables = device.graph_tables().take().unwrap_or_default();
+        let tables = device.graph_tables().take().unwrap_or_default().made;
         device.pool.exchange(&mut memory, false);
         let (handle, output) = recorded?;
         let executable = Executable { handle, device };

@@ -31,7 +31,7 @@ use super::{
     Transfers,
     kernels::{KernelSource, Kind, SIGNATURES, Signature},
     launch::{Arg, Grid},
-    pool::Pool,
+    pool::{FreeBlocks, Pool},
 };
 use crate::{DType, Element, Error, Result, Tensor, core::Shape};
 
@@ -78,8 +78,12 @@ impl fmt::Debug for CudaDevice {
     }
 }
 
-/// Tables with their values. They are kept as long as their graph, so that no other tensor gets their place.
-type GraphTables = Vec<(Tensor, Vec<i64>)>;
+/// The tables of a graph, with their values, and how many the recording has come to.
+#[derive(Default)]
+struct GraphTables {
+    made: Vec<(Tensor, Vec<i64>)>,
+    used: usize,
+}
 
 /// Words that a kernel writes about a fault.
 const FAULT_WORDS: usize = 3;
@@ -223,13 +227,7 @@ impl CudaDevice {
     /// that is being made gets tables of its own, which the recording fills when it is done.
     pub(crate) fn table(&'static self, name: &str, values: Vec<i64>) -> Result<Tensor> {
         if let Some(tables) = self.graph_tables().as_mut() {
-            let shape = Shape::new(&[values.len()])?;
-            let mut table = Tensor::uninit(shape, DType::I64, &super::Device::Cuda(self))?;
-            if !self.is_capturing() {
-                self.upload(table.address_mut()?, bytemuck::cast_slice(&values))?;
-            }
-            tables.push((table.clone(), values));
-            return Ok(table);
+            return self.table_of_graph(tables, values);
         }
         let mut tables = self.tables.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some((known, table)) = tables.get_mut(name) {
@@ -246,6 +244,27 @@ impl CudaDevice {
         }
         let table = Tensor::from_slice(&values, [values.len()], &super::Device::Cuda(self))?;
         tables.insert(name.into(), (values, table.clone()));
+        Ok(table)
+    }
+
+    /// The next table of a graph: the first run makes them, the recording goes through them again.
+    fn table_of_graph(&'static self, tables: &mut GraphTables, values: Vec<i64>) -> Result<Tensor> {
+        if self.is_capturing() {
+            let known = tables.made.get_mut(tables.used).filter(|(table, _)| table.elements() == values.len());
+            let (table, known) =
+                known.ok_or_else(|| error("a graph's recording is unlike the run before it".into()))?;
+            *known = values;
+            tables.used += 1;
+            return Ok(table.clone());
+        }
+        // Memory that no other tensor of the graph has, neither before nor after: not from the blocks that are free.
+        let mut free = FreeBlocks::default();
+        self.pool.exchange(&mut free, true);
+        let table = Tensor::uninit(Shape::new(&[values.len()])?, DType::I64, &super::Device::Cuda(self));
+        self.pool.exchange(&mut free, true);
+        let mut table = table?;
+        self.upload(table.address_mut()?, bytemuck::cast_slice(&values))?;
+        tables.made.push((table.clone(), values));
         Ok(table)
     }
 
