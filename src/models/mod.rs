@@ -21,5 +21,6 @@ pub use encoder_decoder::{EncoderDecoderOptions, XTransformer};
 pub use run::{Model, RunOptions};
 pub use sampling::{filter_probabilities, sample};
 pub use sentence::{Pooling, SentenceEncoder};
+pub use sampling::{filter_probabilities, sample, sample_tokens};
 pub use transformer::{Output, TransformerWrapper};
 pub use vision::ViTransformerWrapper;
