@@ -10,7 +10,7 @@ use std::{
 
 use serde_json::Value;
 
-use super::{Format, TensorFile, names::Names};
+use super::{Format, Metadata, TensorFile, names::Names};
 use crate::{
     DType, Device, Error, ParamMap, Result, Store,
     config::{AutoregressiveConfig, TransformerWrapperConfig},
@@ -42,6 +42,7 @@ pub struct Pretrained {
     names: Names,
     file: TensorFile,
     folder: Option<PathBuf>,
+    end: Option<i64>,
 }
 
 /// A family of models.
@@ -95,7 +96,9 @@ impl Pretrained {
         let file = TensorFile::open(path)?;
         if file.format() == Format::Gguf {
             let (config, names) = llama::of_gguf(&file)?;
-            return Ok(Self { family: Family::Llama, config, names, file, folder: None });
+            let end = file.metadata().get("tokenizer.ggml.eos_token_id").and_then(Metadata::as_usize);
+            let end = end.map(|end| end as i64);
+            return Ok(Self { family: Family::Llama, config, names, file, folder: None, end });
         }
         let folder = if path.is_dir() { path } else { path.parent().unwrap_or(Path::new("")) };
         let place = folder.join("config.json");
@@ -106,7 +109,9 @@ impl Pretrained {
             "llama" => (Family::Llama, llama::of_json(&options)?),
             other => return Err(options.refuse("model_type", format!("is `{other}`, expected bert, albert or llama"))),
         };
-        Ok(Self { family, config, names, file, folder: Some(folder.to_path_buf()) })
+        // Some models have several; the first one is that of a text.
+        let end = options.get("eos_token_id").and_then(|end| end.as_i64().or_else(|| end.get(0)?.as_i64()));
+        Ok(Self { family, config, names, file, folder: Some(folder.to_path_buf()), end })
     }
 
     /// The family.
@@ -127,6 +132,11 @@ impl Pretrained {
     /// The folder with what belongs to the model, a tokenizer for instance; none for a GGUF file, which holds all.
     pub fn folder(&self) -> Option<&Path> {
         self.folder.as_deref()
+    }
+
+    /// The token that ends a text, if the files name one.
+    pub fn end_token(&self) -> Option<i64> {
+        self.end
     }
 
     /// The model with its weights.
