@@ -3,6 +3,7 @@
 #![forbid(unsafe_code)]
 
 mod autoregressive;
+mod cache;
 mod continuous;
 mod encoder_decoder;
 pub mod parity;
@@ -13,9 +14,10 @@ mod vision;
 
 pub use crate::nn::ForwardOptions;
 pub use autoregressive::{AutoregressiveWrapper, GenerateOptions};
+pub use cache::DecodeCache;
 pub use continuous::{ContinuousAutoregressiveWrapper, ContinuousTransformerWrapper};
 pub use encoder_decoder::{EncoderDecoderOptions, XTransformer};
 pub use run::{Model, RunOptions};
-pub use sampling::{filter_probabilities, sample};
+pub use sampling::{filter_probabilities, sample, sample_tokens};
 pub use transformer::{Output, TransformerWrapper};
 pub use vision::ViTransformerWrapper;

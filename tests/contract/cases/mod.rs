@@ -3,6 +3,7 @@
 use super::case::Case;
 
 mod attention;
+mod attention_decode;
 mod copy;
 mod cross_entropy;
 mod dropout;
@@ -16,6 +17,7 @@ mod pointwise;
 mod position;
 mod reduce;
 mod rotary;
+mod sample;
 mod shift;
 mod softmax;
 mod topk;
@@ -24,6 +26,7 @@ mod topk;
 pub fn all() -> Vec<Case> {
     [
         attention::cases(),
+        attention_decode::cases(),
         copy::cases(),
         cross_entropy::cases(),
         dropout::cases(),
@@ -37,6 +40,7 @@ pub fn all() -> Vec<Case> {
         position::cases(),
         reduce::cases(),
         rotary::cases(),
+        sample::cases(),
         shift::cases(),
         softmax::cases(),
         topk::cases(),
