@@ -44,13 +44,13 @@ impl Level {
                 && is_x86_feature_detected!("avx512bw")
                 && is_x86_feature_detected!("avx512dq")
                 && is_x86_feature_detected!("avx512vl");
-            return match (avx2, avx512, is_x86_feature_detected!("avx512bf16")) {
+            match (avx2, avx512, is_x86_feature_detected!("avx512bf16")) {
                 (true, true, true) if amx::detected() => Self::Amx,
                 (true, true, true) => Self::Avx512Bf16,
                 (true, true, false) => Self::Avx512,
                 (true, false, _) => Self::Avx2,
                 (false, ..) => Self::Portable,
-            };
+            }
         }
         #[cfg(not(target_arch = "x86_64"))]
         Self::Portable

@@ -130,7 +130,7 @@ fn positions_of(
     n: usize,
     like: &Tensor,
 ) -> Result<Tensor> {
-    match cache.positions(n, embedding.len(), like)? {
+    match cache.positions(n, embedding.count(), like)? {
         Some(positions) => embedding.at(&positions),
         None => embedding.forward(n),
     }

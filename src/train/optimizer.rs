@@ -330,8 +330,11 @@ pub(super) fn check(lr: f64, clip: Option<f64>) -> Result<()> {
     Ok(())
 }
 
+/// A parameter with its name.
+type NamedParam<'a> = (&'a str, &'a Param);
+
 /// The parameters that have a gradient, and their gradients, packed.
-fn with_gradients<'a>(params: &'a ParamMap, grads: &Gradients) -> Result<(Vec<(&'a str, &'a Param)>, Vec<Tensor>)> {
+fn with_gradients<'a>(params: &'a ParamMap, grads: &Gradients) -> Result<(Vec<NamedParam<'a>>, Vec<Tensor>)> {
     let with_grad = params.unique().filter_map(|(name, param)| Some((name, param, grads.param(param)?)));
     let packed = with_grad.map(|(name, param, grad)| Ok(((name, param), grad.detach().contiguous()?)));
     Ok(packed.collect::<Result<Vec<_>>>()?.into_iter().unzip())

@@ -232,6 +232,9 @@ impl Packing<f32> for Split {
     }
 }
 
+/// Packs one part of as many lanes.
+type PackPart<'a> = &'a dyn Fn(Matrix<bf16>, usize, &mut [bf16]);
+
 /// Splits panels of `width` lanes and packs the parts of each one after the other, `panel` elements each. Gives whether the
 /// operand is ordinary: of finite numbers, the largest of which is neither huge nor tiny.
 fn pack_parts(
@@ -241,7 +244,7 @@ fn pack_parts(
     width: usize,
     to: &mut [[u16; PARTS]],
     panel: usize,
-    pack: &dyn Fn(Matrix<bf16>, usize, &mut [bf16]),
+    pack: PackPart,
 ) -> bool {
     if lanes == 0 || steps == 0 {
         return true;

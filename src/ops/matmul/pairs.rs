@@ -345,12 +345,13 @@ unsafe fn rows_of_lanes(
         for step in (0..steps).step_by(16) {
             for row in (0..rows).step_by(16) {
                 let mut squares = [[_mm256_setzero_ps(); 8]; 2];
-                for pair in 0..8 {
+                let [first, second] = &mut squares;
+                for (pair, (first, second)) in first.iter_mut().zip(second).enumerate() {
                     let from = from.add((step + 2 * pair) * step_stride + row);
                     let even = _mm256_loadu_si256(from.cast());
                     let odd = _mm256_loadu_si256(from.add(step_stride).cast());
-                    squares[0][pair] = _mm256_castsi256_ps(_mm256_permutex2var_epi16(even, index, odd));
-                    squares[1][pair] = _mm256_castsi256_ps(_mm256_permutex2var_epi16(even, other, odd));
+                    *first = _mm256_castsi256_ps(_mm256_permutex2var_epi16(even, index, odd));
+                    *second = _mm256_castsi256_ps(_mm256_permutex2var_epi16(even, other, odd));
                 }
                 for (half, square) in squares.into_iter().enumerate() {
                     for (lane, pairs) in __m256::transpose(square).into_iter().enumerate() {

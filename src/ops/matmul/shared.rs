@@ -50,17 +50,17 @@ pub(super) fn product<T: Float, P: Packing<T>>(
             let (a, b, start) = (a.from(i, 0), b.from(0, j), start.of_block(0, j));
             let mut out = out.part(i, j, rows, columns);
             if let Some(out) = out.as_sums() {
-                Chunk::<T, P>::new(k, a, b, start, rows, columns).into_sums(&out)?;
+                Chunk::<T, P>::new(k, a, b, start, rows, columns).write_sums(&out)?;
                 continue;
             }
             let chunk = Chunk::<T, P>::new(k, a, b, start, rows, columns);
             if chunk.blocks_at_a_time * STEPS >= k {
-                chunk.into_rounded(&out)?;
+                chunk.write_rounded(&out)?;
                 continue;
             }
             let mut buffer = CpuBuffer::new(rows * columns * size_of::<T::Acc>())?;
             let sums = bytemuck::cast_slice_mut::<u8, T::Acc>(buffer.bytes_mut());
-            chunk.into_sums(&Window::new(sums, rows, columns, columns))?;
+            chunk.write_sums(&Window::new(sums, rows, columns, columns))?;
             let out = &out;
             sums.par_chunks_exact(columns).enumerate().for_each(|(row, sums)| {
                 // SAFETY: every task writes another row.
@@ -101,7 +101,7 @@ impl<'a, T: Float, P: Packing<T>> Chunk<'a, T, P> {
     }
 
     /// `c = start + A·B`
-    fn into_sums(&self, c: &Window<T::Acc>) -> Result<()> {
+    fn write_sums(&self, c: &Window<T::Acc>) -> Result<()> {
         self.run(|i, j, rows, columns, add| {
             // SAFETY: every task has another part of C.
             add(unsafe { c.shared_part(i, j, rows, columns) });
@@ -109,7 +109,7 @@ impl<'a, T: Float, P: Packing<T>> Chunk<'a, T, P> {
     }
 
     /// `out = start + A·B` rounded, if all steps are packed at a time: the sums of a task never leave the cache.
-    fn into_rounded(&self, out: &Window<T>) -> Result<()> {
+    fn write_rounded(&self, out: &Window<T>) -> Result<()> {
         self.run(|i, j, rows, columns, add| {
             sums_of_task(rows * columns, |sums| {
                 add(Window::new(sums, rows, columns, columns));
