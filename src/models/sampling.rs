@@ -1,9 +1,10 @@
 //! From logits to the next token.
 
 use crate::{
-    Error, Result,
+    Device, Error, Result,
     config::{FilterLogits, SamplingConfig},
     error::ensure,
+    profile,
 };
 
 /// Refuses settings that have no meaning.
@@ -97,7 +98,9 @@ pub fn sample(logits: &[Vec<f64>], config: &SamplingConfig, draws: &[f64]) -> Re
         Error::argument("sample", format!("expected one draw per row, got {} for {}", draws.len(), logits.len()))
     );
     let probabilities = filter_probabilities(logits, config)?;
-    Ok(probabilities.iter().zip(draws).map(|(row, &draw)| pick(row, draw)).collect())
+    let tokens = probabilities.iter().zip(draws).map(|(row, &draw)| pick(row, draw)).collect();
+    profile::done("sample", profile::Phase::Read, &Device::Cpu, || probabilities.iter().map(|row| size_of_val(&row[..])).sum())?;
+    Ok(tokens)
 }
 
 /// The token in whose share of `0..1` the draw falls.

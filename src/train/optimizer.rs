@@ -3,10 +3,11 @@
 use std::collections::BTreeMap;
 
 use crate::{
-    DType, Error, Gradients, ParamMap, Result, Tensor,
+    DType, Device, Error, Gradients, ParamMap, Result, Tensor,
     core::Param,
     error::ensure,
     ops::adamw::{Settings, Update, adamw, own, square_norms},
+    profile::{self, Phase},
 };
 
 /// The constants of [`AdamW`]; the learning rate comes with each step.
@@ -153,6 +154,9 @@ impl AdamW {
             .into_iter()
             .unzip();
         let grad_norm = scale * self.norm(&named, &packed)?;
+        let bytes = |tensor: &Tensor| tensor.elements() * tensor.dtype().size();
+        let device = packed.first().map_or(Device::Cpu, |grad| grad.device().clone());
+        profile::done("gradient_norm", Phase::Update, &device, || packed.iter().map(bytes).sum())?;
         let grad_scale = scale * clip.map_or(1.0, |clip| (clip / (grad_norm + 1e-6)).min(1.0));
         self.prepare(&named)?;
 
@@ -168,7 +172,14 @@ impl AdamW {
             updates.push(Update { value, grad, exp_avg, exp_avg_sq, master, step: *step + 1 });
         }
         let AdamWOptions { beta1, beta2, eps, weight_decay } = self.options;
+        // Everything but the gradient is read and written.
+        let moved = |update: &Update| {
+            let state = [&*update.exp_avg, &*update.exp_avg_sq].into_iter().chain(update.master.as_deref());
+            bytes(update.grad) + 2 * (bytes(update.value) + state.map(bytes).sum::<usize>())
+        };
+        let moved: usize = if profile::active() { updates.iter().map(moved).sum() } else { 0 };
         adamw(updates, Settings { lr, beta1, beta2, eps, weight_decay, grad_scale })?;
+        profile::done("adamw", Phase::Update, &device, || moved)?;
         drop(values);
         for (name, _) in &named {
             if let Some(state) = self.state.get_mut(*name) {
