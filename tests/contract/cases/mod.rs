@@ -3,6 +3,7 @@
 use super::case::Case;
 
 mod attention;
+mod attention_decode;
 mod copy;
 mod cross_entropy;
 mod dropout;
@@ -24,6 +25,7 @@ mod topk;
 pub fn all() -> Vec<Case> {
     [
         attention::cases(),
+        attention_decode::cases(),
         copy::cases(),
         cross_entropy::cases(),
         dropout::cases(),
