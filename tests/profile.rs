@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 
 use serde_json::Value;
 use x_transformers::{
-    DType, Device, Result, Store, Tape, Tensor, checkpoint,
+    DType, Result, Store, Tape, Tensor, checkpoint,
     config::{AutoregressiveConfig, Config},
     models::{AutoregressiveWrapper, ForwardOptions, GenerateOptions},
     profile::{OpProfile, Phase, Profile, Report},
@@ -17,7 +17,7 @@ use common::device;
 fn gpt(layers: &str) -> AutoregressiveConfig {
     let json = format!(
         r#"{{"model": "AutoregressiveWrapper", "net": {{"num_tokens": 64, "max_seq_len": 32,
-            "attn_layers": {{"kind": "Decoder", "dim": 32, "depth": 2, "heads": 2, "attn_dim_head": 16{layers}}}}}}}"#
+            "attn_layers": {{"kind": "Decoder", "dim": 32, "depth": 2, "heads": 2, "attn_dim_head": 32{layers}}}}}}}"#
     );
     match Config::from_json(&json).expect("a legal config") {
         Config::AutoregressiveWrapper(config) => config,
@@ -120,11 +120,11 @@ fn operations_are_those_of_products() -> Result<()> {
     let linears = |phase| -> f64 {
         report.ops().filter(|op| op.phase == phase && op.name.contains("linear")).map(|op| op.operations).sum()
     };
-    // Per layer four square projections and two of four times the width; logits.
-    let forward = 2.0 * 64.0 * (2.0 * (4.0 * 32.0 * 32.0 + 8.0 * 32.0 * 32.0) + 32.0 * 64.0);
+    // Per layer four projections to or from twice the width, and two of four times the width; logits.
+    let forward = 2.0 * 64.0 * (2.0 * (4.0 * 32.0 * 64.0 + 8.0 * 32.0 * 32.0) + 32.0 * 64.0);
     assert_eq!((linears(Phase::Forward), linears(Phase::Backward)), (forward, 2.0 * forward));
     // Scores and sums of two layers, two sequences, two heads, and the pairs that causality keeps.
-    let attention = 2.0 * 2.0 * 2.0 * (32.0 * 33.0 / 2.0) * 4.0 * 16.0;
+    let attention = 2.0 * 2.0 * 2.0 * (32.0 * 33.0 / 2.0) * 4.0 * 32.0;
     assert_eq!(op(&report, Phase::Forward, "attention").operations, attention);
     assert_eq!(op(&report, Phase::Backward, "attention").operations, 2.5 * attention);
     Ok(())

@@ -144,8 +144,11 @@ class Contender:
 def measure(case, contenders, args, record):
     """Rounds of one step each, until their number or the time is up."""
     started = time.monotonic()
-    contenders = [Contender(peer, *found) for peer, found in contenders if found]
-    first = {contender.peer: contender.step() for contender in contenders}
+    contenders, first = [(peer, found) for peer, found in contenders if found], {}
+    # One after the other: a first step must not share the processor with the start of the next contender.
+    for index, (peer, found) in enumerate(contenders):
+        contenders[index] = Contender(peer, *found)
+        first[peer] = contenders[index].step()
     if record["kind"] == "model":
         for contender in contenders:
             contender.step()
