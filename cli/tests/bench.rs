@@ -137,7 +137,7 @@ fn dtypes_and_precisions() {
 fn a_report_for_people() {
     let bench = Bench::new();
     let config = bench.config(GPT);
-    let text =
+    let report =
         succeeds(&["bench", "--config", &config, "--mode", "train", "--batch", "2", "--threads", "2", "--repeat", "4"]);
     for part in [
         "f32, precision highest, cpu: 2 threads",

@@ -99,7 +99,9 @@ pub fn sample(logits: &[Vec<f64>], config: &SamplingConfig, draws: &[f64]) -> Re
     );
     let probabilities = filter_probabilities(logits, config)?;
     let tokens = probabilities.iter().zip(draws).map(|(row, &draw)| pick(row, draw)).collect();
-    profile::done("sample", profile::Phase::Read, &Device::Cpu, || probabilities.iter().map(|row| size_of_val(&row[..])).sum())?;
+    profile::done("sample", profile::Phase::Read, &Device::Cpu, || {
+        probabilities.iter().map(|row| size_of_val(&row[..])).sum()
+    })?;
     Ok(tokens)
 }
 

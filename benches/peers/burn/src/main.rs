@@ -64,8 +64,7 @@ fn main() {
     let device = if train { Device::flex().autodiff() } else { Device::flex() };
     let mut model = Decoder::new(vocabulary, length, &device);
     let mut optimizer = AdamWConfig::new().init();
-    let tokens: Vec<i64> =
-        (0..(batch * (length + 1)) as i64).map(|i| (i * 2654435761) % vocabulary as i64).collect();
+    let tokens: Vec<i64> = (0..(batch * (length + 1)) as i64).map(|i| (i * 2654435761) % vocabulary as i64).collect();
     let tokens = Tensor::<1, Int>::from_data(tokens.as_slice(), &device).reshape([batch, length + 1]);
     let inputs = tokens.clone().slice([0..batch, 0..length]);
     let targets = tokens.slice([0..batch, 1..length + 1]).reshape([batch * length]);
