@@ -50,7 +50,7 @@ pub enum Phase {
     Backward,
     /// The norm of the gradients, the optimizer, and the average of the weights.
     Update,
-    /// Values read by the program, and the choice of tokens from them.
+    /// Values read by the program.
     Read,
 }
 

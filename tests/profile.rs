@@ -155,7 +155,7 @@ fn generation_reads_and_samples() -> Result<()> {
     let profile = Profile::start()?;
     model.generate(&prompt, 4, &GenerateOptions::default(), &mut |_| true)?;
     let report = profile.finish();
-    assert_eq!(op(&report, Phase::Read, "sample").calls, 4);
+    assert_eq!(op(&report, Phase::Forward, "sample").calls, 4);
     assert!(calls(&report, Phase::Backward).is_empty());
     Ok(())
 }
