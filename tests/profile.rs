@@ -28,9 +28,9 @@ fn gpt(layers: &str) -> AutoregressiveConfig {
 /// A training step under a profile.
 fn step(config: &AutoregressiveConfig, dtype: DType) -> Result<Report> {
     let device = device();
-    let store = Store::new(0, dtype, &device);
+    let store = Store::new(0, dtype, device);
     let model = AutoregressiveWrapper::new(config, &store)?;
-    let tokens = Tensor::generate([2, 33], DType::I64, &device, |i| (i * 7 % 64) as f64)?;
+    let tokens = Tensor::generate([2, 33], DType::I64, device, |i| (i * 7 % 64) as f64)?;
     let mut optimizer = AdamW::new(AdamWOptions::default())?;
     let mut ema = Ema::new(&store.params(), 0.9)?;
     let profile = Profile::with_trace()?;
@@ -134,7 +134,7 @@ fn operations_are_those_of_products() -> Result<()> {
 #[test]
 fn a_checkpointed_segment_runs_forward_twice() -> Result<()> {
     let device = device();
-    let x = Tensor::ones([8, 8], DType::F32, &device)?.requires_grad()?;
+    let x = Tensor::ones([8, 8], DType::F32, device)?.requires_grad()?;
     let profile = Profile::start()?;
     let mut tape = Tape::grad();
     let y = checkpoint(|x| x[0].softmax()?.exp(), &[&x])?.sum(&[])?;
@@ -149,9 +149,9 @@ fn a_checkpointed_segment_runs_forward_twice() -> Result<()> {
 #[test]
 fn generation_reads_and_samples() -> Result<()> {
     let device = device();
-    let store = Store::new(0, DType::F32, &device);
+    let store = Store::new(0, DType::F32, device);
     let model = AutoregressiveWrapper::new(&gpt(""), &store)?;
-    let prompt = Tensor::from_slice(&[1i64, 2, 3], [3], &device)?;
+    let prompt = Tensor::from_slice(&[1i64, 2, 3], [3], device)?;
     let profile = Profile::start()?;
     model.generate(&prompt, 4, &GenerateOptions::default(), &mut |_| true)?;
     let report = profile.finish();
@@ -162,7 +162,7 @@ fn generation_reads_and_samples() -> Result<()> {
 
 #[test]
 fn one_profile_at_a_time() -> Result<()> {
-    let x = Tensor::ones([2, 2], DType::F32, &device())?;
+    let x = Tensor::ones([2, 2], DType::F32, device())?;
     let profile = Profile::start()?;
     let message = Profile::start().map(drop).unwrap_err().to_string();
     assert!(message.contains("already"), "{message}");
@@ -180,7 +180,7 @@ fn one_profile_at_a_time() -> Result<()> {
 /// An error in a backward rule leaves the profile usable.
 #[test]
 fn errors_leave_the_profile_whole() -> Result<()> {
-    let x = Tensor::ones([2, 2], DType::F32, &device())?.requires_grad()?;
+    let x = Tensor::ones([2, 2], DType::F32, device())?.requires_grad()?;
     let profile = Profile::start()?;
     let mut tape = Tape::grad();
     assert!(tape.backward(&x.exp()?).is_err());
@@ -227,7 +227,7 @@ fn reports_add_up_and_become_traces() -> Result<()> {
 fn a_trainer_is_watched() -> Result<()> {
     let options = TrainOptions { steps: 2, warmup: 1, seq_len: 16, batch_size: 2, ..Default::default() };
     let text = ByteText::from_bytes("0123456789+-*/ ".repeat(40))?;
-    let mut trainer = Trainer::new(gpt(""), options, text, &device())?;
+    let mut trainer = Trainer::new(gpt(""), options, text, device())?;
     let profile = Profile::start()?;
     trainer.step()?;
     let report = profile.finish();
