@@ -5,10 +5,11 @@ use std::collections::BTreeMap;
 #[cfg(feature = "cuda")]
 use crate::ops::adamw::{adamw_recorded, clip_on_device};
 use crate::{
-    DType, Error, Gradients, ParamMap, Result, Tensor,
+    DType, Device, Error, Gradients, ParamMap, Result, Tensor,
     core::Param,
     error::ensure,
     ops::adamw::{Settings, Update, adamw, own, square_norms},
+    profile::{self, Phase},
 };
 
 /// The constants of [`AdamW`]; the learning rate comes with each step.
@@ -143,9 +144,20 @@ impl AdamW {
         check(lr, clip)?;
         let (named, packed) = with_gradients(params, grads)?;
         let grad_norm = scale * self.norm(&named, &packed)?;
+        let device = packed.first().map_or(Device::Cpu, |grad| grad.device().clone());
+        profile::done("gradient_norm", Phase::Update, &device, || packed.iter().map(bytes).sum())?;
         let grad_scale = scale * clip.map_or(1.0, |clip| (clip / (grad_norm + 1e-6)).min(1.0));
         let settings = self.settings(lr, grad_scale);
-        self.update(&named, &packed, |updates| adamw(updates, settings))?;
+        self.update(&named, &packed, |updates| {
+            // Everything but the gradient is read and written.
+            let moved = |update: &Update| {
+                let state = [&*update.exp_avg, &*update.exp_avg_sq].into_iter().chain(update.master.as_deref());
+                bytes(update.grad) + 2 * (bytes(update.value) + state.map(bytes).sum::<usize>())
+            };
+            let moved: usize = if profile::active() { updates.iter().map(moved).sum() } else { 0 };
+            adamw(updates, settings)?;
+            profile::done("adamw", Phase::Update, &device, || moved)
+        })?;
         self.advance(named.iter().map(|(name, _)| *name));
         Ok(StepInfo { grad_norm, updated: named.len() })
     }
@@ -335,6 +347,10 @@ fn with_gradients<'a>(params: &'a ParamMap, grads: &Gradients) -> Result<(Vec<(&
     let with_grad = params.unique().filter_map(|(name, param)| Some((name, param, grads.param(param)?)));
     let packed = with_grad.map(|(name, param, grad)| Ok(((name, param), grad.detach().contiguous()?)));
     Ok(packed.collect::<Result<Vec<_>>>()?.into_iter().unzip())
+}
+
+fn bytes(tensor: &Tensor) -> usize {
+    tensor.elements() * tensor.dtype().size()
 }
 
 /// Takes tensors out of a state dict and collects what does not fit.
