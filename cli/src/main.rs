@@ -18,6 +18,7 @@ mod markov;
 mod metrics;
 mod plot;
 mod pretrained;
+mod profiler;
 mod progress;
 mod run;
 mod sample;

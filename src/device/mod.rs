@@ -4,6 +4,8 @@ use std::{fmt, sync::OnceLock};
 
 use crate::{Error, Result};
 
+#[cfg(target_arch = "x86_64")]
+mod amx;
 pub(crate) mod cpu;
 #[cfg(feature = "cuda")]
 pub mod cuda;
@@ -116,6 +118,14 @@ impl Device {
         match self {
             Self::Cpu => Ok(()),
             Self::Cuda(device) => device.synchronize(),
+        }
+    }
+
+    /// As [`Device::synchronize`], but nothing while a graph is recorded, which a wait would end.
+    pub(crate) fn settle(&self) -> Result<()> {
+        match self {
+            Self::Cuda(device) if device.is_capturing() => Ok(()),
+            _ => self.synchronize(),
         }
     }
 
