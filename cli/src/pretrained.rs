@@ -45,8 +45,7 @@ pub fn generate(path: &Path, asked: Continue, device: &Device) -> Result<()> {
         show(&mut Decoder::default(), &prompt)?;
     }
     let length = asked.length.min(window - tokens.len());
-    let options = GenerateOptions { eos_token: pretrained.end_token(), ..asked.options };
-    stream(&model, &tokenizer, &tokens, length, &options, device)?;
+    stream(&model, &tokenizer, &tokens, length, pretrained.end_token(), &asked.options, device)?;
     print("\n")
 }
 
@@ -55,12 +54,17 @@ fn stream(
     tokenizer: &Tokenizer,
     tokens: &[i64],
     length: usize,
+    end: Option<i64>,
     options: &GenerateOptions,
     device: &Device,
 ) -> Result<()> {
     let (mut new, mut shown, mut decoder) = (Vec::new(), 0, Decoder::default());
     let mut result = Ok(());
     let mut on_token = |tokens: &[i64]| {
+        // Not `eos_token`, which the turns of a chat in the prompt end with too.
+        if end.is_some_and(|end| tokens.contains(&end)) {
+            return false;
+        }
         new.extend_from_slice(tokens);
         result = tokenizer.decode(&new).and_then(|text| {
             // A character whose bytes are spread over tokens is not whole yet.

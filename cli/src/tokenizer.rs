@@ -24,7 +24,11 @@ impl Tokenizer {
             Some(folder) => known::of_folder(folder, pretrained.family()),
             None => known::of_gguf(pretrained.file()).map_err(|why| Failure::new(why).within(file)),
         }?;
-        let inner = json.parse().map_err(|error| Failure::new(format_args!("tokenizer: {error}")).within(file))?;
+        let broken = |error| Failure::new(format_args!("tokenizer: {error}")).within(file);
+        let mut inner: tokenizers::Tokenizer = json.parse().map_err(broken)?;
+        // Files may ask for a fixed length: what is padding is for the caller to say, and nothing is cut in silence.
+        inner.with_padding(None);
+        inner.with_truncation(None).map_err(broken)?;
         Ok(Self { inner })
     }
 
