@@ -86,6 +86,15 @@ fn ops() -> Vec<Op> {
         }),
         op("rms_norm", &row, Some(1), |x| x[0].rms_norm(&x[1], 1e-8)),
         op("scale_norm", &[Float(X), Float(&[1])], Some(1), |x| x[0].scale_norm(&x[1], 1e-5)),
+        op("add_layer_norm", &[Float(X), Constant(X), Float(&[1024]), Float(&[1024])], Some(1), |x| {
+            Ok(x[0].add_layer_norm(&x[1], Some(&x[2]), Some(&x[3]), 1e-5)?.1)
+        }),
+        op("add_rms_norm", &[Float(X), Constant(X), Float(&[1024])], Some(1), |x| {
+            Ok(x[0].add_rms_norm(&x[1], &x[2], 1e-8)?.1)
+        }),
+        op("add_scale_norm", &[Float(X), Constant(X), Float(&[1])], Some(1), |x| {
+            Ok(x[0].add_scale_norm(&x[1], &x[2], 1e-5)?.1)
+        }),
         op("neg", &x, Some(0), |x| x[0].neg()),
         op("exp", &x, Some(1), |x| x[0].exp()),
         op("ln", &x, Some(1), |x| x[0].ln()),

@@ -56,6 +56,11 @@ fn norm_errors() {
     refused(x.rms_norm(&half, 1e-8), dtype, &["rms_norm"]);
     refused(x.scale_norm(&g, 1e-5), shape, &["scale_norm", "[1]", "[4]"]);
     refused(x.scale_norm(&floats(&[1]), f64::INFINITY), argument, &["scale_norm", "inf"]);
+    let other = floats(&[4]);
+    refused(x.add_layer_norm(&other, None, None, 1e-5).map(|y| y.0), shape, &["add_layer_norm", "[2, 4]", "[4]"]);
+    let half = x.to_dtype(DType::F16).expect("a conversion");
+    refused(x.add_rms_norm(&half, &g, 1e-8).map(|y| y.0), dtype, &["add_rms_norm", "f32", "f16"]);
+    refused(x.add_scale_norm(&x, &g, 1e-5).map(|y| y.0), shape, &["add_scale_norm", "[1]", "[4]"]);
 }
 
 #[test]

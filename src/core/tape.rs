@@ -63,6 +63,13 @@ pub trait Backward {
     /// `need[i]` says whether input `i` wants one. `grad` has the output's shape and dtype, any layout, and may be
     /// overwritten if it is the only handle on its storage.
     fn backward(self: Box<Self>, grad: Tensor, need: &[bool]) -> Result<Contributions>;
+
+    /// Offers the gradient that later ops have given to the first input so far. A rule that adds it to its own in the
+    /// same pass keeps it, and gives the sum of both as a whole; the others hand it back, as they do unless they say
+    /// otherwise.
+    fn add_to(&mut self, sum: Tensor) -> Option<Tensor> {
+        Some(sum)
+    }
 }
 
 /// What a backward rule gives to one input.
@@ -262,10 +269,13 @@ impl Tape {
         nodes.truncate(last + 1);
         let mut grads: Vec<Option<Tensor>> = vec![None; nodes.len()];
         grads[last] = Some(cotangent);
-        while let Some(Node { inputs, backward }) = nodes.pop() {
+        while let Some(Node { inputs, mut backward }) = nodes.pop() {
             let Some(grad) = grads.pop().flatten() else { continue };
             let need: Vec<bool> = inputs.iter().map(|input| !matches!(input.slot, GradSlot::Constant)).collect();
             let name = backward.name();
+            if let Some(&Input { slot: GradSlot::Node { index, .. }, .. }) = inputs.first() {
+                grads[index] = grads[index].take().and_then(|sum| backward.add_to(sum));
+            }
             let given = backward.backward(grad, &need)?;
             ensure!(
                 given.inputs.len() == inputs.len(),

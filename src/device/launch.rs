@@ -34,12 +34,19 @@ impl Grid {
     /// For kernels that give a row to the threads with one `threadIdx.y` (see `for_row` in `kernels/common.cuh`): eight
     /// rows a block, each for one warp, or one long row for the whole block.
     pub fn rows(rows: usize, columns: usize) -> Self {
-        let blocks = |rows_per_block: usize| [rows.div_ceil(rows_per_block).min(MOST_BLOCKS) as u32, 1, 1];
-        match columns {
-            0..=1024 => Self::new(blocks(8), [32, 8, 1]),
-            1025..=4096 => Self::new(blocks(1), [256, 1, 1]),
-            _ => Self::new(blocks(1), [512, 1, 1]),
-        }
+        let threads = match columns {
+            0..=1024 => 32,
+            1025..=4096 => 256,
+            _ => 512,
+        };
+        Self::rows_by(rows, threads)
+    }
+
+    /// As [`Grid::rows`] with this many threads for a row, a multiple of 32.
+    pub fn rows_by(rows: usize, threads: usize) -> Self {
+        let at_once = if threads == 32 { 8 } else { 1 };
+        let blocks = rows.div_ceil(at_once).min(MOST_BLOCKS);
+        Self::new([blocks as u32, 1, 1], [threads as u32, at_once as u32, 1])
     }
 
     pub fn shared(self, bytes: usize) -> Self {

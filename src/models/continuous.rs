@@ -68,8 +68,8 @@ impl ContinuousTransformerWrapper {
             x = x.add(&positions.forward(n)?).at("pos_emb")?;
         }
         let x = x.dropout(self.plan.emb_dropout)?;
-        let layers = self.attn_layers.forward(&x, options).at("attn_layers")?;
-        let x = self.norm.forward(&layers.out).at("norm")?;
+        let layers = self.attn_layers.forward_normed(&x, options, &self.norm)?;
+        let x = layers.out;
         let out = match &self.project_out {
             Some(project) if !options.return_embeddings => project.forward(&x).at("project_out")?,
             _ => x,
