@@ -23,6 +23,7 @@
 // memory bandwidth; for short rows by the latency of the reductions.
 
 #include "common.cuh"
+#include "columns.cuh"
 
 typedef Element<T>::Acc Acc;
 
@@ -286,53 +287,25 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     }
 }
 
-// Threads of a block of norm_bwd_sums: neighbours in columns, and rows side by side.
-constexpr u32 WIDTH = 32, HEIGHT = 8;
-
-template <int N>
-__device__ __forceinline__ void sum_columns(Acc* partial, const T* x, const T* g, const Acc* statistics, i64 first,
-                                            i64 last, u32 columns, u32 centred) {
-    __shared__ Acc sums[HEIGHT][2][N][WIDTH];
-    for (u32 tile = blockIdx.x * WIDTH * N; tile < columns; tile += gridDim.x * WIDTH * N) {
-        const u32 column = tile + threadIdx.x * N;
-        Acc dweight[N] = {}, dbias[N] = {};
+// Chunk blockIdx.y of the rows; a grid of any width in x.
+extern "C" __global__ void norm_bwd_sums(Acc* partials, const T* x, const T* g, const Acc* statistics, i64 rows,
+                                         i64 rows_per_chunk, u32 columns, u32 centred) {
+    Acc* partial = partials + (i64)blockIdx.y * 2 * columns;
+    const i64 first = blockIdx.y * rows_per_chunk, last = min(first + rows_per_chunk, rows);
+    for_columns(columns, aligned(x) && aligned(g), [&](u32 column, auto lanes) {
+        Acc dweight[lanes.COUNT] = {}, dbias[lanes.COUNT] = {};
         for (i64 row = first + threadIdx.y; row < last && column < columns; row += HEIGHT) {
-            const auto value = load<N>(x + row * columns + column), gradient = load<N>(g + row * columns + column);
+            const i64 at = row * columns + column;
+            const auto value = load<lanes.COUNT>(x + at), gradient = load<lanes.COUNT>(g + at);
             const Statistics of_row(statistics, row, centred);
 #pragma unroll
-            for (int lane = 0; lane < N; ++lane) {
+            for (int lane = 0; lane < lanes.COUNT; ++lane) {
                 const Acc grad = Element<T>::to_acc(gradient.lane[lane]);
                 dweight[lane] += grad * of_row.normal(value.lane[lane]);
                 dbias[lane] += grad;
             }
         }
-#pragma unroll
-        for (int lane = 0; lane < N; ++lane) {
-            sums[threadIdx.y][0][lane][threadIdx.x] = dweight[lane];
-            sums[threadIdx.y][1][lane][threadIdx.x] = dbias[lane];
-        }
-        __syncthreads();
-        for (u32 i = threadIdx.y * WIDTH + threadIdx.x; i < 2 * N * WIDTH; i += HEIGHT * WIDTH) {
-            const u32 which = i / (N * WIDTH), lane = i / WIDTH % N, thread = i % WIDTH;
-            Acc sum = 0;
-#pragma unroll
-            for (u32 y = 0; y < HEIGHT; ++y) sum += sums[y][which][lane][thread];
-            const u32 at = tile + thread * N + lane;
-            if (at < columns) partial[which * columns + at] = sum;
-        }
-        __syncthreads();
-    }
-}
-
-// Chunk blockIdx.y of the rows; a grid of any width in x.
-extern "C" __global__ void norm_bwd_sums(Acc* partials, const T* x, const T* g, const Acc* statistics, i64 rows,
-                                         i64 rows_per_chunk, u32 columns, u32 centred) {
-    Acc* partial = partials + (i64)blockIdx.y * 2 * columns;
-    const i64 first = blockIdx.y * rows_per_chunk;
-    const i64 last = min(first + rows_per_chunk, rows);
-    if (aligned(x) && aligned(g) && columns % LANES == 0) {
-        sum_columns<LANES>(partial, x, g, statistics, first, last, columns, centred);
-    } else {
-        sum_columns<1>(partial, x, g, statistics, first, last, columns, centred);
-    }
+        store_sums(partial, dweight, column, columns);
+        store_sums(partial + columns, dbias, column, columns);
+    });
 }

@@ -103,6 +103,18 @@ fn glu_errors() {
     refused(floats(&[2, 5]).glu(Activation::Gelu), shape, &["glu", "even", "[2, 5]"]);
     refused(floats(&[]).glu(Activation::Gelu), shape, &["glu"]);
     refused(tokens(&[1, 2]).glu(Activation::Sigmoid), dtype, &["glu", "i64"]);
+    refused(floats(&[2, 4]).add_glu(&floats(&[2]), Activation::Gelu), shape, &["add_glu", "bias", "[4]", "[2]"]);
+    refused(floats(&[2, 3]).add_glu(&floats(&[3]), Activation::Gelu), shape, &["add_glu", "even", "[2, 3]"]);
+}
+
+#[test]
+fn activation_errors() {
+    let (x, bias) = (floats(&[2, 4]), floats(&[4]));
+    refused(floats(&[]).add_activation(&bias, Activation::Gelu), shape, &["add_activation", "scalar"]);
+    refused(x.add_activation(&floats(&[2]), Activation::Gelu), shape, &["add_activation", "[4]", "[2]"]);
+    refused(tokens(&[1, 2]).add_activation(&tokens(&[1, 2]), Activation::Gelu), dtype, &["add_activation", "i64"]);
+    let half = bias.to_dtype(DType::F16).expect("a conversion");
+    refused(x.add_activation(&half, Activation::Sigmoid), dtype, &["add_activation", "f32", "f16"]);
 }
 
 #[test]
@@ -124,6 +136,10 @@ fn dropout_errors() {
     }
     // Not only where it acts.
     refused(tokens(&[1]).dropout(0.0), dtype, &["dropout", "i64"]);
+    let x = floats(&[3]);
+    refused(x.dropout_add(&x, 1.5), argument, &["dropout_add", "between 0 and 1", "1.5"]);
+    refused(x.dropout_add(&floats(&[1]), 0.5), shape, &["dropout_add", "[3]", "[1]"]);
+    refused(x.dropout_add(&x.to_dtype(DType::F64).expect("f64"), 0.5), dtype, &["dropout_add", "f32", "f64"]);
 }
 
 #[test]

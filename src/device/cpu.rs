@@ -188,6 +188,25 @@ pub(crate) fn for_rows3<A: Send, B: Send, C: Send>(
     });
 }
 
+/// As [`for_rows`], with a row of `sums` for each block of `block` rows: what is added up over rows has the same bits
+/// for any number of threads, if blocks depend on the sizes alone. `sums` may be empty: its rows are, then.
+pub(crate) fn for_blocks<T: Send, A: Send>(
+    out: &mut [T],
+    sums: &mut [A],
+    widths: (usize, usize),
+    block: usize,
+    cost: usize,
+    body: impl Fn(usize, &mut [T], &mut [A]) + Sync,
+) {
+    if sums.is_empty() {
+        return for_rows(out, widths.0, cost, |row, out| body(row, out, &mut []));
+    }
+    for_rows2(out, sums, (block * widths.0, widths.1), block * cost, |first, out, sums| {
+        let parts = out.chunks_mut(block * widths.0).zip(sums.chunks_exact_mut(widths.1));
+        parts.enumerate().for_each(|(index, (out, sums))| body((first + index) * block, out, sums));
+    });
+}
+
 /// A slice cut into parts of equal length (the last may be shorter), each for one task.
 struct Parts<'a, T> {
     start: *mut T,

@@ -49,6 +49,22 @@ impl Grid {
         Self::new([blocks as u32, 1, 1], [threads as u32, at_once as u32, 1])
     }
 
+    /// For kernels that walk down the columns of chunks of rows (see `kernels/columns.cuh`).
+    pub fn columns(columns: usize, chunks: usize, dtype: DType) -> Self {
+        let tiles = columns.div_ceil(32 * 16 / dtype.size());
+        Self::new([tiles.min(MOST_BLOCKS) as u32, chunks.min(u32::MAX as usize) as u32, 1], [32, 8, 1])
+    }
+
+    /// How many rows a chunk has for those, and how many chunks there are: enough of both to fill any card, and so few
+    /// chunks that sums over them are small beside the rows.
+    pub fn chunks(rows: usize, columns: usize, dtype: DType) -> (usize, usize) {
+        const FEWEST_ROWS: usize = 32;
+        let tiles = columns.div_ceil(32 * 16 / dtype.size()).max(1);
+        let most = (2048 / tiles).max(1);
+        let rows_per_chunk = rows.div_ceil(most).max(FEWEST_ROWS);
+        (rows_per_chunk, rows.div_ceil(rows_per_chunk))
+    }
+
     pub fn shared(self, bytes: usize) -> Self {
         Self { shared: bytes.min(u32::MAX as usize) as u32, ..self }
     }

@@ -3,6 +3,7 @@
 //! Every op is a method of [`Tensor`](crate::Tensor). Adding one takes its file here, a word in the list below, and a
 //! case in `tests/contract`.
 
+pub use activation::Activation;
 pub(crate) use attention::needs_scores;
 pub use attention::{AttentionSpec, PositionBias, attention, attention_rung, gpu_needs_scores};
 
@@ -21,13 +22,14 @@ pub(crate) mod adamw;
 mod many;
 
 ops! {
+    activation: add_activation;
     attention: attention;
     copy: contiguous, to_dtype, cat;
     cross_entropy: cross_entropy;
-    dropout: dropout;
+    dropout: dropout, dropout_add;
     embedding: embedding;
     entmax: entmax15;
-    glu: glu;
+    glu: glu, add_glu;
     gru: gru_gate;
     matmul: matmul, linear;
     norm: layer_norm, rms_norm, scale_norm, add_layer_norm, add_rms_norm, add_scale_norm;
@@ -40,5 +42,3 @@ ops! {
     softmax: softmax;
     topk: top_k_mask;
 }
-
-pub use glu::Activation;

@@ -290,12 +290,13 @@ fn threads_per_row(columns: usize) -> usize {
     columns.div_ceil(HELD).min(MOST_THREADS).next_power_of_two().max(32)
 }
 
-fn packed(values: Option<&Tensor>) -> Result<Option<Tensor>> {
+/// A packed constant.
+pub(super) fn packed(values: Option<&Tensor>) -> Result<Option<Tensor>> {
     values.map(|values| values.detach().contiguous()).transpose()
 }
 
 /// A weight or bias in the accumulation type, one per feature, so that the loops have one form.
-fn widen<T: Float>(values: Option<&Tensor>, width: usize, default: T::Acc) -> Result<Vec<T::Acc>> {
+pub(super) fn widen<T: Float>(values: Option<&Tensor>, width: usize, default: T::Acc) -> Result<Vec<T::Acc>> {
     let Some(values) = packed(values)? else { return Ok(vec![default; width]) };
     Ok(match values.values::<T>()? {
         [one] => vec![one.to_acc(); width],
@@ -436,16 +437,8 @@ impl NormBackward {
             let [source, onto] = [source, onto].map(|values| values.map(|values| &values[part.clone()]));
             backward::<T>(&x[part], source, onto, &weight, statistics, floor, wanted.0, dx, partial);
         };
-        let to = dx.values_mut::<T>()?;
-        if wanted.1 {
-            let sums = partials.values_mut::<T::Acc>()?;
-            cpu::for_rows2(to, sums, (block * width, 2 * width), 8 * block * width, |first, dx, partials| {
-                let parts = dx.chunks_mut(block * width).zip(partials.chunks_exact_mut(2 * width));
-                parts.enumerate().for_each(|(index, (dx, partial))| run((first + index) * block, dx, partial));
-            });
-        } else {
-            cpu::for_rows(to, width, 8 * width, |first, dx| run(first, dx, &mut []));
-        }
+        let sums = if wanted.1 { partials.values_mut::<T::Acc>()? } else { &mut [] };
+        cpu::for_blocks(dx.values_mut::<T>()?, sums, (width, 2 * width), block, 8 * width, run);
         Ok((wanted.0.then_some(dx), wanted.1.then_some(partials)))
     }
 
@@ -493,9 +486,7 @@ impl NormBackward {
         // The sums first: the gradient of the output may be overwritten then.
         let partials = wanted.1.then(|| {
             let mut partials = sums()?;
-            // 32 threads side by side, each for 16 bytes of a row.
-            let tiles = columns.div_ceil(32 * 16 / x.dtype().size());
-            let grid = Grid::new([tiles as u32, size32(chunks)?, 1], [32, 8, 1]);
+            let grid = Grid::columns(columns, chunks, x.dtype());
             let g = source.as_ref().unwrap_or(&dx);
             let args = args![&mut partials, x, g, statistics, sizes.0, per_chunk, sizes.1, centred];
             gpu.kernel("norm_bwd_sums", &dtype)?.launch(grid, args)?;

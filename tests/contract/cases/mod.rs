@@ -2,6 +2,7 @@
 
 use super::case::Case;
 
+mod activation;
 mod attention;
 mod copy;
 mod cross_entropy;
@@ -23,6 +24,7 @@ mod topk;
 /// Every case of every op.
 pub fn all() -> Vec<Case> {
     [
+        activation::cases(),
         attention::cases(),
         copy::cases(),
         cross_entropy::cases(),
