@@ -49,6 +49,11 @@ impl Grid {
         Self::new([blocks as u32, 1, 1], [threads as u32, at_once as u32, 1])
     }
 
+    /// For kernels whose blocks take tiles of 32 by 32 elements a grid apart.
+    pub fn tiles(tiles: usize) -> Self {
+        Self::new([tiles.min(MOST_BLOCKS) as u32, 1, 1], [32, 8, 1])
+    }
+
     /// For kernels that walk down the columns of chunks of rows (see `kernels/columns.cuh`).
     pub fn columns(columns: usize, chunks: usize, dtype: DType) -> Self {
         let tiles = columns.div_ceil(32 * 16 / dtype.size());
