@@ -16,7 +16,7 @@ use x_transformers::{
 };
 
 /// Ops whose benchmarks count operations, each in a file of its own.
-const ELSEWHERE: [&str; 3] = ["attention", "matmul", "linear"];
+const ELSEWHERE: [&str; 4] = ["attention", "attention_decode", "matmul", "linear"];
 
 /// Activations of eight sequences.
 const X: &[usize] = &[8, 512, 1024];

@@ -100,6 +100,31 @@ impl Cost {
         })
     }
 
+    /// Operations that continue a prompt, if every token goes through the model once and keys and values are kept: what
+    /// a step does twice does not count. `None` for what does not generate, or beyond the longest sequence.
+    ///
+    /// Errors: the config is illegal.
+    pub fn of_generation(config: &Config, rows: usize, prompt: usize, new: usize) -> Result<Option<f64>> {
+        let (encoder, decoder, start) = match config {
+            Config::AutoregressiveWrapper(config) => (None, config.net.plan()?, prompt),
+            Config::XTransformer(config) => {
+                let plan = config.plan()?;
+                (Some(plan.enc), plan.dec, 1)
+            }
+            _ => return Ok(None),
+        };
+        // The last token is given, but not read.
+        let read = start + new.saturating_sub(1);
+        if read > decoder.max_seq_len {
+            return Ok(None);
+        }
+        let headless = |plan: TransformerPlan, tokens: usize| {
+            transformer(&TransformerPlan { num_tokens: 0, ..plan }, Batch { rows, tokens, context: prompt }).forward
+        };
+        let logits = linear(rows * new, decoder.layers.dim, decoder.num_tokens).forward;
+        Ok(Some(encoder.map_or(0.0, |plan| headless(plan, prompt)) + headless(decoder, read) + logits))
+    }
+
     /// Operations of a training step.
     pub fn training(&self) -> f64 {
         self.forward + self.backward

@@ -2,6 +2,7 @@
 //!
 //! Exit codes: 0 done, 1 failed with one line on standard error, 2 wrong usage.
 
+mod bench;
 mod compute;
 mod corpus;
 mod cost;
@@ -21,6 +22,7 @@ mod sample;
 mod text;
 mod train;
 mod verify;
+mod workload;
 
 use std::{
     io::{self, Write},
@@ -49,6 +51,8 @@ enum Command {
     Info(info::InfoArgs),
     /// Run a model on named tensors, forward and backward
     Run(run::RunArgs),
+    /// Time a model on random data
+    Bench(bench::BenchArgs),
     /// Compare models with results that are known to be right
     Verify(verify::VerifyArgs),
     /// Show what there is to compute on, and what is missing and why
@@ -65,6 +69,7 @@ impl Command {
             Self::Generate(args) => generate::run(args),
             Self::Info(args) => info::run(args),
             Self::Run(args) => run::run(args),
+            Self::Bench(args) => bench::run(args),
             Self::Verify(args) => verify::run(args),
             Self::Devices => devices::run(),
             #[cfg(feature = "cuda")]

@@ -128,7 +128,7 @@ fn peak_memory(device: &Device) -> u64 {
 }
 
 /// The high-water mark of resident memory, where Linux tells it.
-fn resident_peak() -> Option<u64> {
+pub fn resident_peak() -> Option<u64> {
     let status = std::fs::read_to_string("/proc/self/status").ok()?;
     let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"))?;
     Some(line.trim().strip_suffix(" kB")?.parse::<u64>().ok()? * 1024)

@@ -1,11 +1,20 @@
-//! Files: tensors by name in the safetensors format, and replacing a file in one step.
+//! Files: tensors by name in the formats that checkpoints come in, and replacing a file in one step.
 
 mod atomic;
+mod bytes;
+mod gguf;
+mod pickle;
+mod pytorch;
 mod safetensors;
+mod stored;
+mod tensor_file;
+mod zip;
 
 pub use self::{
     atomic::write_atomically,
     safetensors::{read_safetensors, write_safetensors},
+    stored::Stored,
+    tensor_file::{Format, Metadata, TensorFile, TensorInfo},
 };
 
 pub(crate) use self::{atomic::sync_folder, safetensors::read_with_metadata};

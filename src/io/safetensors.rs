@@ -4,10 +4,9 @@
 //! A file is not trusted: everything it says is checked against its size before memory is taken for it.
 
 use std::{
-    collections::{BTreeMap, btree_map::Entry},
+    collections::{BTreeMap, btree_map::Entry as Slot},
     fmt,
-    fs::{self, File},
-    io::{self, Read, Write},
+    io::Write,
     path::Path,
 };
 
@@ -17,8 +16,13 @@ use serde::{
     de::{Error as _, MapAccess, Visitor},
 };
 
-use super::write_atomically;
-use crate::{DType, Device, Error, Result, Shape, Tensor, core::Element, error::ensure};
+use super::{
+    bytes::{Bytes, Cursor, Parsed},
+    stored::{Stored, Unreadable},
+    tensor_file::{Entry, Listing},
+    write_atomically,
+};
+use crate::{DType, Device, Error, Result, Shape, Tensor, error::ensure};
 
 const _: () = assert!(cfg!(target_endian = "little"), "values are read and written without swapping their bytes");
 
@@ -33,7 +37,8 @@ const METADATA: &str = "__metadata__";
 
 /// Reads every tensor of a safetensors file, on the CPU.
 ///
-/// F64, F32, BF16, F16, I64 and BOOL come as they are, I32 and U8 as [`DType::I64`].
+/// F64, F32, BF16, F16, I64 and BOOL come as they are, I32, I16, I8 and U8 as [`DType::I64`]. The file is mapped into
+/// memory while it is read.
 ///
 /// Errors: [`Error::Io`] if the file cannot be read; [`Error::File`], which says what is wrong, if it is no regular
 /// file, truncated, not a safetensors file, has a tensor of another dtype or more than six dimensions, or positions
@@ -44,122 +49,80 @@ pub fn read_safetensors(path: impl AsRef<Path>) -> Result<BTreeMap<String, Tenso
 
 /// As [`read_safetensors`], with the text about the tensors.
 pub(crate) fn read_with_metadata(path: &Path) -> Result<(BTreeMap<String, Tensor>, BTreeMap<String, String>)> {
-    let invalid = |why: String| Error::file(path, why);
-    let broken = |source: io::Error| Error::io(path, source);
-    // Asked before opening: opening a pipe would wait for a writer.
-    let found = fs::metadata(path).map_err(broken)?;
-    ensure!(found.is_file(), invalid("is not a regular file".into()));
-    let mut file = File::open(path).map_err(broken)?;
-    let total = file.metadata().map_err(broken)?.len();
-    ensure!(total >= LENGTH, invalid(format!("has {total} bytes, which is too short for a safetensors file")));
-    let mut length = [0; LENGTH as usize];
-    file.read_exact(&mut length).map_err(broken)?;
-    let length = u64::from_le_bytes(length);
-    ensure!(
-        length <= MAX_HEADER,
-        invalid(format!("is not a safetensors file: a header of {length} bytes, at most {MAX_HEADER} are allowed"))
-    );
-    ensure!(
-        length <= total - LENGTH,
-        invalid(format!("is truncated: a header of {length} bytes in a file of {total}"))
-    );
-    let mut header = vec![0; length as usize];
-    file.read_exact(&mut header).map_err(broken)?;
-    let header: Header = serde_json::from_slice(&header).map_err(|why| invalid(format!("has a bad header: {why}")))?;
+    let bytes = Bytes::map(path)?;
+    let Found { tensors, metadata, values } = parse(&bytes).map_err(|why| Error::file(path, why))?;
+    let tensors = tensors.into_iter().map(|(name, info)| {
+        let entry = entry(&name, &info, values).map_err(|why| Error::file(path, why))?;
+        let tensor = entry.read(&bytes).map_err(|problem| match problem {
+            Unreadable::Content(why) => Error::file(path, format!("tensor `{name}` {why}")),
+            Unreadable::Tensor(error) => error.at(&name),
+        })?;
+        Ok((name, tensor))
+    });
+    Ok((tensors.collect::<Result<_>>()?, metadata))
+}
+
+/// The tensors and the text of a file.
+pub(super) fn listing(bytes: &[u8]) -> Parsed<Listing> {
+    let Found { tensors, metadata, values } = parse(bytes)?;
+    let entries = tensors.into_iter().map(|(name, info)| {
+        let entry = entry(&name, &info, values)?;
+        Ok((name, entry))
+    });
+    let metadata = metadata.into_iter().map(|(name, text)| (name, super::Metadata::Text(text))).collect();
+    Ok(Listing { entries: entries.collect::<Parsed<_>>()?, metadata })
+}
+
+/// What a header describes, and where the values begin.
+struct Found {
+    tensors: Vec<(String, TensorInfo)>,
+    metadata: BTreeMap<String, String>,
+    values: usize,
+}
+
+/// Reads a header and checks that the tensors cover the rest of the file without gaps.
+fn parse(bytes: &[u8]) -> Parsed<Found> {
+    let total = bytes.len() as u64;
+    let mut cursor = Cursor::new(bytes, 0);
+    let length = cursor.u64().map_err(|_| format!("has {total} bytes, which is too short for a safetensors file"))?;
+    if length > MAX_HEADER {
+        return Err(format!("is not a safetensors file: a header of {length} bytes, at most {MAX_HEADER} are allowed"));
+    }
+    let header = cursor.take(length as usize);
+    let header = header.map_err(|_| format!("is truncated: a header of {length} bytes in a file of {total}"))?;
+    let header: Header = serde_json::from_slice(header).map_err(|why| format!("has a bad header: {why}"))?;
     let mut tensors: Vec<_> = header.tensors.into_iter().collect();
     tensors.sort_by_key(|(_, info)| info.data_offsets);
-    let metadata = Metadata::new(None, tensors.clone()).map_err(|why| invalid(format!("has a bad header: {why}")))?;
-    let (described, present) = (metadata.data_len() as u64, total - LENGTH - length);
-    ensure!(
-        described == present,
-        invalid(format!(
-            "is truncated or damaged: the header describes {described} bytes of values, there are {present}"
-        ))
-    );
-    // The tensors cover the rest of the file without gaps, which was checked, so that reading goes straight on.
-    let tensors = tensors
-        .into_iter()
-        .map(|(name, info)| {
-            let shape = Shape::new(&info.shape).map_err(|why| invalid(format!("tensor `{name}`: {why}")))?;
-            let tensor = read_tensor(&mut file, shape, info.dtype).map_err(|problem| match problem {
-                Problem::Broken(source) => broken(source),
-                Problem::Dtype => invalid(format!(
-                    "tensor `{name}` is {:?}, expected one of F64, F32, BF16, F16, I64, I32, U8, BOOL",
-                    info.dtype
-                )),
-                Problem::Bool(value) => {
-                    invalid(format!("tensor `{name}` is BOOL but holds the byte {value}, expected 0 or 1"))
-                }
-                Problem::Tensor(error) => error.at(&name),
-            })?;
-            Ok((name, tensor))
-        })
-        .collect::<Result<_>>()?;
-    Ok((tensors, header.metadata.unwrap_or_default()))
-}
-
-enum Problem {
-    Broken(io::Error),
-    Dtype,
-    Bool(u8),
-    Tensor(Error),
-}
-
-impl From<io::Error> for Problem {
-    fn from(error: io::Error) -> Self {
-        Self::Broken(error)
+    let described = Metadata::new(None, tensors.clone()).map_err(|why| format!("has a bad header: {why}"))?.data_len();
+    if described != cursor.left() {
+        return Err(format!(
+            "is truncated or damaged: the header describes {described} bytes of values, there are {}",
+            cursor.left()
+        ));
     }
+    Ok(Found { tensors, metadata: header.metadata.unwrap_or_default(), values: cursor.at() })
 }
 
-impl From<Error> for Problem {
-    fn from(error: Error) -> Self {
-        Self::Tensor(error)
-    }
-}
-
-fn read_tensor(file: &mut File, shape: Shape, dtype: Dtype) -> std::result::Result<Tensor, Problem> {
-    match dtype {
-        Dtype::F64 => read_values::<f64>(file, shape),
-        Dtype::F32 => read_values::<f32>(file, shape),
-        Dtype::BF16 => read_values::<half::bf16>(file, shape),
-        Dtype::F16 => read_values::<half::f16>(file, shape),
-        Dtype::I64 => read_values::<i64>(file, shape),
-        Dtype::I32 => read_widened(file, shape, |bytes: [u8; 4]| i32::from_le_bytes(bytes) as i64),
-        Dtype::U8 => read_widened(file, shape, |[byte]: [u8; 1]| byte as i64),
-        Dtype::BOOL => {
-            let tensor = read_values::<bool>(file, shape)?;
-            match tensor.values::<bool>()?.iter().find(|&&byte| byte > 1) {
-                Some(&byte) => Err(Problem::Bool(byte)),
-                None => Ok(tensor),
-            }
+fn entry(name: &str, info: &TensorInfo, values: usize) -> Parsed<Entry> {
+    let stored = match info.dtype {
+        Dtype::F64 => Stored::F64,
+        Dtype::F32 => Stored::F32,
+        Dtype::BF16 => Stored::BF16,
+        Dtype::F16 => Stored::F16,
+        Dtype::I64 => Stored::I64,
+        Dtype::I32 => Stored::I32,
+        Dtype::I16 => Stored::I16,
+        Dtype::I8 => Stored::I8,
+        Dtype::U8 => Stored::U8,
+        Dtype::BOOL => Stored::Bool,
+        other => {
+            return Err(format!(
+                "tensor `{name}` is {other:?}, expected one of F64, F32, BF16, F16, I64, I32, I16, I8, U8, BOOL"
+            ));
         }
-        _ => Err(Problem::Dtype),
-    }
-}
-
-/// Reads straight into the tensor's memory.
-fn read_values<E: Element>(file: &mut File, shape: Shape) -> std::result::Result<Tensor, Problem> {
-    let mut tensor = Tensor::uninit(shape, E::DTYPE, &Device::Cpu)?;
-    file.read_exact(bytemuck::cast_slice_mut(tensor.values_mut::<E>()?))?;
-    Ok(tensor)
-}
-
-/// Reads integers of `N` bytes, a block at a time.
-fn read_widened<const N: usize>(
-    file: &mut File,
-    shape: Shape,
-    widen: fn([u8; N]) -> i64,
-) -> std::result::Result<Tensor, Problem> {
-    let mut tensor = Tensor::uninit(shape, DType::I64, &Device::Cpu)?;
-    let mut block = [[0; N]; 4096];
-    for values in tensor.values_mut::<i64>()?.chunks_mut(block.len()) {
-        let block = &mut block[..values.len()];
-        file.read_exact(block.as_flattened_mut())?;
-        for (value, bytes) in values.iter_mut().zip(block) {
-            *value = widen(*bytes);
-        }
-    }
-    Ok(tensor)
+    };
+    let shape = Shape::new(&info.shape).map_err(|why| format!("tensor `{name}`: {why}"))?;
+    Ok(Entry { part: 0, stored, shape, strides: None, start: values + info.data_offsets.0 })
 }
 
 /// What a header says. Parsed here and not by the safetensors crate, which keeps the last of several entries
@@ -190,8 +153,8 @@ impl<'de> Deserialize<'de> for Header {
                     }
                     let info = map.next_value().map_err(|why| A::Error::custom(format!("tensor `{name}`: {why}")))?;
                     match tensors.entry(name) {
-                        Entry::Vacant(entry) => drop(entry.insert(info)),
-                        Entry::Occupied(entry) => {
+                        Slot::Vacant(entry) => drop(entry.insert(info)),
+                        Slot::Occupied(entry) => {
                             return Err(A::Error::custom(format!("tensor `{}` occurs twice", entry.key())));
                         }
                     }

@@ -49,32 +49,61 @@ impl ContinuousTransformerWrapper {
     /// Errors: an input of another shape, longer than `max_seq_len`, or options that do not fit the model; this wrapper
     /// gives no memories.
     pub fn forward(&self, x: &Tensor, options: &ForwardOptions) -> Result<Output> {
-        let features = self.plan.dim_in.unwrap_or(self.plan.layers.dim);
-        ensure!(
-            x.rank() == 3 && x.shape()[2] == features && x.dtype().is_float(),
-            Error::shape("x", format!("expected floats [batch, n, {features}], got {:?} {}", x.shape(), x.dtype()))
-        );
+        self.check_vectors(x)?;
         ensure!(
             !options.return_mems,
             Error::argument("return_mems", "is for TransformerWrapper; the continuous wrapper gives no memories")
         );
         let n = x.shape()[1];
         check_length(n, self.plan.max_seq_len)?;
+        let x = self.embed_vectors(x, |positions| positions.forward(n))?;
+        let layers = self.attn_layers.forward_normed(&x, options, &self.norm)?;
+        let out = if options.return_embeddings { layers.out } else { self.outputs(layers.out)? };
+        Ok(Output { out, mems: Vec::new(), attn: layers.attn })
+    }
+
+    /// The layers.
+    pub(super) fn attn_layers(&self) -> &AttentionLayers {
+        &self.attn_layers
+    }
+
+    /// Refuses what are no rows of vectors.
+    pub(super) fn check_vectors(&self, x: &Tensor) -> Result<()> {
+        let features = self.plan.dim_in.unwrap_or(self.plan.layers.dim);
+        ensure!(
+            x.rank() == 3 && x.shape()[2] == features && x.dtype().is_float(),
+            Error::shape("x", format!("expected floats [batch, n, {features}], got {:?} {}", x.shape(), x.dtype()))
+        );
+        Ok(())
+    }
+
+    /// Vectors with the positions that the closure takes from their table: `[b, n, dim_in] → [b, n, dim]`.
+    pub(super) fn embed_vectors(
+        &self,
+        x: &Tensor,
+        positions_of: impl FnOnce(&AbsolutePositionalEmbedding) -> Result<Tensor>,
+    ) -> Result<Tensor> {
         let mut x = match &self.project_in {
             Some(project) => project.forward(x).at("project_in")?,
             None => x.clone(),
         };
         if let Some(positions) = &self.pos_emb {
-            x = x.add(&positions.forward(n)?).at("pos_emb")?;
+            x = x.add(&positions_of(positions)?).at("pos_emb")?;
         }
-        let x = x.dropout(self.plan.emb_dropout)?;
-        let layers = self.attn_layers.forward_normed(&x, options, &self.norm)?;
-        let x = layers.out;
-        let out = match &self.project_out {
-            Some(project) if !options.return_embeddings => project.forward(&x).at("project_out")?,
-            _ => x,
-        };
-        Ok(Output { out, mems: Vec::new(), attn: layers.attn })
+        x.dropout(self.plan.emb_dropout)
+    }
+
+    /// The norm behind the layers.
+    pub(super) fn norm(&self) -> &Norm {
+        &self.norm
+    }
+
+    /// Normed hidden states to outputs: `[.., dim] → [.., dim_out]`.
+    pub(super) fn outputs(&self, normed: Tensor) -> Result<Tensor> {
+        match &self.project_out {
+            Some(project) => project.forward(&normed).at("project_out"),
+            None => Ok(normed),
+        }
     }
 }
 

@@ -3,6 +3,7 @@
 #![forbid(unsafe_code)]
 
 mod autoregressive;
+mod cache;
 mod continuous;
 mod encoder_decoder;
 pub mod parity;
@@ -13,6 +14,7 @@ mod vision;
 
 pub use crate::nn::ForwardOptions;
 pub use autoregressive::{AutoregressiveWrapper, GenerateOptions};
+pub use cache::DecodeCache;
 pub use continuous::{ContinuousAutoregressiveWrapper, ContinuousTransformerWrapper};
 pub use encoder_decoder::{EncoderDecoderOptions, XTransformer};
 pub use run::{Model, RunOptions};

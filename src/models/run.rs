@@ -175,26 +175,20 @@ impl Model {
     ) -> Result<BTreeMap<String, Tensor>> {
         let discrete = call.generate.is_some() || matches!(self.kind, Kind::Filter(_));
         let gradients = options.gradients && !discrete;
-        let mut given = BTreeMap::new();
+        let mut given = self.adopt(inputs)?;
         let mut leaves = Vec::new();
-        for (name, tensor) in inputs {
-            let mut tensor = tensor.to_device(&self.device)?;
-            if tensor.dtype().is_float() {
-                tensor = tensor.to_dtype(self.dtype)?;
-                if gradients && ["x", "context", "img"].contains(&name.as_str()) {
-                    tensor = tensor.requires_grad()?;
-                    leaves.push((name.clone(), tensor.clone()));
-                }
+        for name in ["x", "context", "img"] {
+            if let Some(tensor) = given.0.get_mut(name).filter(|tensor| gradients && tensor.dtype().is_float()) {
+                *tensor = tensor.requires_grad()?;
+                leaves.push((name, tensor.clone()));
             }
-            given.insert(name.clone(), tensor);
         }
-        let mut given = Inputs(given);
         // Only a pass with gradients uses it, but it may lie beside the other inputs always.
         let cotangent = given.take("cotangent");
         let mut tape = gradients.then(Tape::grad);
         let forward = match &call.generate {
             Some(generate) => self.generate(&mut given, call, generate, options)?,
-            None => self.forward(&mut given, call, options)?,
+            None => self.pass(&mut given, call, options)?,
         };
         given.finish()?;
         let mut outputs: BTreeMap<String, Tensor> = forward.extras.into_iter().collect();
@@ -220,7 +214,32 @@ impl Model {
         Ok(outputs.into_iter().map(|(name, tensor)| (name, tensor.detach())).collect())
     }
 
-    fn forward(&self, inputs: &mut Inputs, call: &Call, run: &RunOptions) -> Result<Forward> {
+    /// The forward pass of [`Model::run`] alone: what is called `out` there, or the loss, a scalar. The tape of this
+    /// thread, if there is one, records it, so that [`Tape::backward`] gives the gradients of the parameters.
+    ///
+    /// Errors: inputs that are missing, not taken by this call, or do not fit; a call that generates.
+    pub fn forward(&self, inputs: &BTreeMap<String, Tensor>, call: &Call, options: &RunOptions) -> Result<Tensor> {
+        ensure!(
+            call.generate.is_none(),
+            Error::option("method", "a forward pass does not generate; use `run`").at("call")
+        );
+        let mut given = self.adopt(inputs)?;
+        let forward = self.pass(&mut given, call, options)?;
+        given.finish()?;
+        Ok(forward.value)
+    }
+
+    /// The inputs on the model's device, floats in its dtype.
+    fn adopt(&self, inputs: &BTreeMap<String, Tensor>) -> Result<Inputs> {
+        let adopt = |tensor: &Tensor| {
+            let tensor = tensor.to_device(&self.device)?;
+            if tensor.dtype().is_float() { tensor.to_dtype(self.dtype) } else { Ok(tensor) }
+        };
+        let adopted = inputs.iter().map(|(name, tensor)| Ok((name.clone(), adopt(tensor)?)));
+        adopted.collect::<Result<_>>().map(Inputs)
+    }
+
+    fn pass(&self, inputs: &mut Inputs, call: &Call, run: &RunOptions) -> Result<Forward> {
         let asks = [
             ("return_embeddings", call.return_embeddings),
             ("return_mems", call.return_mems),

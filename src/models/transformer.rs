@@ -97,6 +97,16 @@ impl TransformerWrapper {
         &self.token_emb
     }
 
+    /// The layers.
+    pub(super) fn attn_layers(&self) -> &AttentionLayers {
+        &self.attn_layers
+    }
+
+    /// The norm behind them.
+    pub(super) fn norm(&self) -> &Norm {
+        &self.norm
+    }
+
     /// Tokens `[b, n]` to logits, or to what the options ask for.
     ///
     /// Errors: tokens of another rank or dtype, out of the vocabulary ([`Error::Index`]), or more than `max_seq_len`;
@@ -122,39 +132,62 @@ impl TransformerWrapper {
 
     /// What enters the layers: `[b, n] → [b, memory tokens + n, dim]`.
     fn embed(&self, tokens: &Tensor) -> Result<Tensor> {
+        self.check_tokens(tokens)?;
+        let n = tokens.shape()[1];
+        check_length(n, self.plan.max_seq_len)?;
+        let x = self.embed_tokens(tokens, |positions| positions.forward(n))?;
+        if self.memory_tokens.is_some() { self.prepend_memory_tokens(&x) } else { Ok(x) }
+    }
+
+    /// Refuses what are no rows of tokens.
+    pub(super) fn check_tokens(&self, tokens: &Tensor) -> Result<()> {
         ensure!(
             tokens.rank() == 2 && tokens.dtype() == DType::I64,
             Error::shape("tokens", format!("expected i64 [batch, n], got {:?} {}", tokens.shape(), tokens.dtype()))
         );
-        let (b, n) = (tokens.shape()[0], tokens.shape()[1]);
-        check_length(n, self.plan.max_seq_len)?;
+        Ok(())
+    }
+
+    /// Tokens with the positions that the closure takes from their table: `[b, n] → [b, n, dim]`.
+    pub(super) fn embed_tokens(
+        &self,
+        tokens: &Tensor,
+        positions_of: impl FnOnce(&AbsolutePositionalEmbedding) -> Result<Tensor>,
+    ) -> Result<Tensor> {
         let mut x = self.token_emb.forward(tokens).at("token_emb")?;
         if let Some(positions) = &self.pos_emb {
-            x = x.add(&positions.forward(n)?).at("pos_emb")?;
+            x = x.add(&positions_of(positions)?).at("pos_emb")?;
         }
         x = x.dropout(self.plan.emb_dropout)?;
-        if let Some(project) = &self.project_emb {
-            x = project.forward(&x).at("project_emb")?;
+        match &self.project_emb {
+            Some(project) => project.forward(&x).at("project_emb"),
+            None => Ok(x),
         }
-        if let Some(memory) = &self.memory_tokens {
-            let memory = memory.tensor();
-            let memory = memory.expand([b, memory.dim(0)?, memory.dim(1)?])?;
-            x = Tensor::cat(&[&memory, &x], 1)?;
-        }
-        Ok(x)
+    }
+
+    /// Memory tokens in front of embedded ones, if there are any.
+    pub(super) fn prepend_memory_tokens(&self, x: &Tensor) -> Result<Tensor> {
+        let Some(memory) = &self.memory_tokens else { return Ok(x.clone()) };
+        let memory = memory.tensor();
+        let memory = memory.expand([x.dim(0)?, memory.dim(0)?, memory.dim(1)?])?;
+        Tensor::cat(&[&memory, x], 1)
+    }
+
+    /// A mask of tokens with that of memory tokens, which are no padding.
+    pub(super) fn mask_with_memory_tokens(&self, mask: Option<&Tensor>) -> Result<Option<Tensor>> {
+        let (Some(mask), true) = (mask, self.memory_tokens.is_some()) else { return Ok(mask.cloned()) };
+        ensure!(
+            mask.rank() == 2 && mask.dtype() == DType::Bool,
+            Error::shape("mask", format!("expected bool [batch, n], got {:?} {}", mask.shape(), mask.dtype()))
+        );
+        let kept = Tensor::ones([mask.dim(0)?, self.plan.num_memory_tokens], DType::Bool, mask.device())?;
+        Tensor::cat(&[&kept, mask], 1).map(Some)
     }
 
     /// The options as the layers see them: the mask covers memory tokens, memories are rotated.
-    fn layers_options(&self, options: &ForwardOptions) -> Result<ForwardOptions> {
+    pub(super) fn layers_options(&self, options: &ForwardOptions) -> Result<ForwardOptions> {
         let mut options = options.clone();
-        if let (Some(mask), true) = (&options.mask, self.memory_tokens.is_some()) {
-            ensure!(
-                mask.rank() == 2 && mask.dtype() == DType::Bool,
-                Error::shape("mask", format!("expected bool [batch, n], got {:?} {}", mask.shape(), mask.dtype()))
-            );
-            let kept = Tensor::ones([mask.dim(0)?, self.plan.num_memory_tokens], DType::Bool, mask.device())?;
-            options.mask = Some(Tensor::cat(&[&kept, mask], 1)?);
-        }
+        options.mask = self.mask_with_memory_tokens(options.mask.as_ref())?;
         ensure!(
             !options.return_mems || self.plan.max_mem_len.is_some(),
             Error::option("max_mem_len", "is needed for `return_mems`: how many memories are kept, 0 for all")

@@ -2,12 +2,15 @@
 
 use std::sync::Arc;
 
-use super::{Linear, ScoreBias};
+use super::{
+    Linear, ScoreBias,
+    cache::{AttentionCache, Step, Tables},
+};
 use crate::{
     DType, Error, Init, Param, Result, Store, Tensor,
     config::{AttentionPlan, Normalize, Temperature},
     error::{At, ensure},
-    ops::{self, Activation, AttentionSpec, PositionBias, attention},
+    ops::{self, Activation, AttentionSpec, DecodeSpec, PositionBias, attention, attention_decode},
 };
 
 /// Scaled dot-product attention of several heads (Vaswani et al., <https://arxiv.org/abs/1706.03762>).
@@ -125,15 +128,132 @@ impl Attention {
     ///
     /// Errors: shapes that do not fit.
     pub fn forward(&self, x: &Tensor, input: &AttentionInput) -> Result<AttentionOutput> {
+        let operands = self.operands(x, input)?;
+        self.attend(x, &operands, input)
+    }
+
+    /// As [`Attention::forward`] for the next positions of sequences whose keys and values are in the cache, where those
+    /// of these positions join them.
+    pub(super) fn extend(
+        &self,
+        x: &Tensor,
+        input: &AttentionInput,
+        cache: &mut AttentionCache,
+        tables: &Tables,
+        step: &Step,
+    ) -> Result<AttentionOutput> {
+        if step.first {
+            let operands = self.operands(x, input)?;
+            let [_, k, v] = &operands;
+            if input.context.is_some() {
+                cache.keys_values = Some([k.contiguous()?, v.contiguous()?]);
+            } else {
+                let memories = input.mem.as_ref().map_or(Ok(0), |mem| mem.dim(1))?;
+                cache.memories = memories;
+                cache.front = memories + self.plan.num_mem_kv;
+                cache.curves = self.curves(tables.bias.as_ref(), cache.front, step.capacity, x.dtype())?;
+                cache.write(&self.shared_once(k)?, v, step)?;
+            }
+            return self.attend(x, &operands, input);
+        }
+        if input.context.is_some() {
+            let Some([k, v]) = &cache.keys_values else { return Err(Error::argument("cache", "is empty")) };
+            let q = self.scale_queries(self.queries(&self.to_q.forward(x).at("to_q")?)?)?;
+            return self.attend(x, &[q, k.clone(), v.clone()], input);
+        }
+        let [q, k, v] = self.new_operands(x, cache, tables, step)?;
+        cache.write(&k, &v, step)?;
+        drop((k, v));
+        let Some([k, v]) = &cache.keys_values else { return Err(Error::argument("cache", "is empty")) };
+        let why = self.plan.needs_scores().is_some() || input.explicit || input.prev.is_some();
+        let (out, scores) = if why {
+            let keys = step.keys(cache.front);
+            let bias = cache.curves.as_ref().map(|curves| step.bias(curves, cache.front, q.dtype())).transpose()?;
+            let keep = step.keep(cache.front, self.plan.num_mem_kv, self.plan.max_attend_past)?;
+            let [k, v] = [self.all_heads(&k.narrow(2, 0, keys)?)?, v.narrow(2, 0, keys)?];
+            let (out, scores, _) = self.explicit([&q, &k, &v], input, bias, Some(keep))?;
+            (out, scores)
+        } else {
+            let spec = DecodeSpec {
+                scale: self.scale(),
+                front: cache.front,
+                mem_keys: self.plan.num_mem_kv,
+                max_attend_past: self.plan.max_attend_past,
+                key_mask: step.whole_mask.as_ref(),
+                query_mask: step.mask.as_ref(),
+                curves: cache.curves.as_ref(),
+            };
+            (attention_decode(&q, &self.all_heads(k)?, v, &step.ends, &spec)?, None)
+        };
+        self.merge(x, out, scores, None)
+    }
+
+    /// What enters the scores: queries `[b, heads, i, d]`, keys and values of `j` positions.
+    fn operands(&self, x: &Tensor, input: &AttentionInput) -> Result<[Tensor; 3]> {
         let [q, k, v] = self.project(x, input)?;
         let [q, k, v] = self.rotate(q, k, v)?;
         let [k, v] = self.prepend_memory(k, v)?;
-        let (q, k) = (self.scale_queries(q)?, self.normalize_length(k)?);
-        check_mask(input.attn_mask.as_ref(), &q, &k)?;
-        let (out, scores, attn) = match self.needs_scores(&q, &v, input) {
-            None => (self.fused(&q, &k, &v, input)?, None, None),
-            Some(_) => self.explicit(&q, &k, &v, input)?,
+        Ok([self.scale_queries(q)?, self.normalize_length(k)?, v])
+    }
+
+    /// The operands of new positions alone. Keys that all heads share are there once.
+    fn new_operands(&self, x: &Tensor, cache: &AttentionCache, tables: &Tables, step: &Step) -> Result<[Tensor; 3]> {
+        let infused = match &tables.sinusoids {
+            Some(sinusoids) => {
+                let positions = step.positions(cache.memories, sinusoids.dim(0)?)?;
+                x.add(&sinusoids.embedding(&positions)?)?
+            }
+            None => x.clone(),
         };
+        let q = self.to_q.forward(&infused).at("to_q")?;
+        let k = self.to_k.forward(&infused).at("to_k")?;
+        let mut v = self.split_heads(&self.to_v.forward(x).at("to_v")?)?;
+        let mut k = if self.plan.shared.is_some() { k.unsqueeze(1)? } else { self.split_heads(&k)? };
+        let mut q = self.queries(&q)?;
+        if let (Some(table), Some(plan)) = (&tables.rotary, self.plan.rotary) {
+            let rotate = |x: &Tensor| x.rotate_rows(table, &step.ends, cache.memories);
+            (q, k) = (rotate(&q)?, rotate(&k)?);
+            v = if plan.values { rotate(&v)? } else { v };
+        }
+        let k = self.normalize_length(k)?;
+        let k = if self.plan.num_mem_kv > 0 { self.all_heads(&k)? } else { k };
+        Ok([self.scale_queries(q)?, k, v])
+    }
+
+    /// The position bias by distance, `[heads, distances]`, for keys with so many in front.
+    fn curves(&self, bias: Option<&ScoreBias>, front: usize, capacity: usize, dtype: DType) -> Result<Option<Tensor>> {
+        bias.map(|bias| bias.curves(front, front + capacity, dtype.accumulator())).transpose()
+    }
+
+    /// Keys that all heads share, once, unless memory keys tell the heads apart.
+    fn shared_once(&self, k: &Tensor) -> Result<Tensor> {
+        if self.plan.shared.is_some() && self.plan.num_mem_kv == 0 { k.narrow(1, 0, 1) } else { Ok(k.clone()) }
+    }
+
+    /// Keys that all heads share, for each of them.
+    fn all_heads(&self, k: &Tensor) -> Result<Tensor> {
+        if self.plan.shared.is_none() || k.dim(1)? == self.plan.heads {
+            return Ok(k.clone());
+        }
+        k.expand([k.dim(0)?, self.plan.heads, k.dim(2)?, k.dim(3)?])
+    }
+
+    /// Scores and weights of operands, and what follows.
+    fn attend(&self, x: &Tensor, [q, k, v]: &[Tensor; 3], input: &AttentionInput) -> Result<AttentionOutput> {
+        check_mask(input.attn_mask.as_ref(), q, k)?;
+        let (out, scores, attn) = match self.needs_scores(q, v, input) {
+            None => (self.fused(q, k, v, input)?, None, None),
+            Some(_) => {
+                let [queries, keys] = [q.dim(2)?, k.dim(2)?];
+                let bias = input.bias.as_ref().map(|bias| bias.dense(queries, keys, q.dtype())).transpose()?;
+                self.explicit([q, k, v], input, bias, self.keep(q, keys, input)?)?
+            }
+        };
+        self.merge(x, out, scores, attn)
+    }
+
+    /// From the heads' outputs to that of the layer.
+    fn merge(&self, x: &Tensor, out: Tensor, scores: Option<Tensor>, attn: Option<Tensor>) -> Result<AttentionOutput> {
         let out = match &self.head_scale {
             Some(scale) => out.mul(&scale.tensor())?,
             None => out,
@@ -166,14 +286,15 @@ impl Attention {
         let q = self.to_q.forward(&queries).at("to_q")?;
         let k = self.to_k.forward(&keys).at("to_k")?;
         let v = self.to_v.forward(&source).at("to_v")?;
+        let k = if self.collab_mixing.is_some() { self.all_heads(&k.unsqueeze(1)?)? } else { self.split_heads(&k)? };
+        Ok([self.queries(&q)?, k, self.split_heads(&v)?])
+    }
+
+    /// Queries of each head, mixed from shared ones: `[b, n, width] → [b, heads, n, d]`.
+    fn queries(&self, q: &Tensor) -> Result<Tensor> {
         match &self.collab_mixing {
-            None => Ok([self.split_heads(&q)?, self.split_heads(&k)?, self.split_heads(&v)?]),
-            Some(mixing) => {
-                let mixing = mixing.tensor().unsqueeze(1)?;
-                let mut shape = k.unsqueeze(1)?.shape().to_vec();
-                shape[1] = self.plan.heads;
-                Ok([q.unsqueeze(1)?.mul(&mixing)?, k.unsqueeze(1)?.expand(&shape[..])?, self.split_heads(&v)?])
-            }
+            None => self.split_heads(q),
+            Some(mixing) => q.unsqueeze(1)?.mul(&mixing.tensor().unsqueeze(1)?),
         }
     }
 
@@ -260,7 +381,13 @@ impl Attention {
     }
 
     /// Attention from the matrix of scores. Gives the output, the scores to hand on, and the map.
-    fn explicit(&self, q: &Tensor, k: &Tensor, v: &Tensor, input: &AttentionInput) -> Result<Explicit> {
+    fn explicit(
+        &self,
+        [q, k, v]: [&Tensor; 3],
+        input: &AttentionInput,
+        bias: Option<Tensor>,
+        keep: Option<Tensor>,
+    ) -> Result<Explicit> {
         // The factor goes onto the queries, of which there are fewer than of scores.
         let mut scores = q.affine(self.scale(), 0.0)?.matmul(&k.transpose(-1, -2)?)?;
         if let Some(prev) = &input.prev {
@@ -270,11 +397,11 @@ impl Attention {
         if let Some([before, _]) = &self.talking {
             scores = mix_heads(&scores, before)?;
         }
-        if let Some(bias) = &input.bias {
-            scores = scores.add(&bias.dense(q.dim(2)?, k.dim(2)?, q.dtype())?)?;
+        if let Some(bias) = bias {
+            scores = scores.add(&bias)?;
         }
         let lowest = Tensor::full((), scores.dtype().lowest(), scores.dtype(), scores.device())?;
-        if let Some(keep) = self.keep(&scores, input)? {
+        if let Some(keep) = keep {
             scores = keep.where_cond(&scores, &lowest)?;
         }
         if let Some(k) = self.plan.sparse_topk {
@@ -293,9 +420,9 @@ impl Attention {
     }
 
     /// Which scores stay; broadcasts to them. `None`: all.
-    fn keep(&self, scores: &Tensor, input: &AttentionInput) -> Result<Option<Tensor>> {
-        let (b, i, j) = (scores.dim(0)?, scores.dim(2)?, scores.dim(3)?);
-        let device = scores.device();
+    fn keep(&self, q: &Tensor, j: usize, input: &AttentionInput) -> Result<Option<Tensor>> {
+        let (b, i) = (q.dim(0)?, q.dim(2)?);
+        let device = q.device();
         let mut parts: Vec<Tensor> = Vec::new();
         if input.query_mask.is_some() || input.key_mask.is_some() {
             let seen = |size: usize| Tensor::ones([b, size], DType::Bool, device);

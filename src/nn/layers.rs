@@ -3,12 +3,16 @@
 use std::sync::Arc;
 
 use super::{
-    Attention, AttentionInput, FeedForward, Norm, PositionBias, Residual, ScoreBias, positions::inverse_frequencies,
-    residual::Stream, wrap::Wrap,
+    Attention, AttentionInput, FeedForward, LayersCache, Norm, PositionBias, Residual, ScoreBias,
+    cache::{LayerCache, Step, Tables},
+    positions::inverse_frequencies,
+    residual::Stream,
+    wrap::Wrap,
 };
 use crate::{
     DType, Error, Result, Store, Tensor, checkpoint,
     config::{BranchPlan, LayerPlan, LayerType, LayersPlan},
+    core::dropout_stream,
     error::{At, ensure},
 };
 
@@ -72,6 +76,8 @@ pub struct AttentionLayers {
     plan: Arc<LayersPlan>,
     layers: Vec<Layer>,
     bias: PositionBias,
+    /// Frequencies of the rotation, `[features / 2]`.
+    rotary: Option<Tensor>,
     /// Frequencies of the sinusoids of position-infused attention, `[dim / 2]`.
     infused: Option<Tensor>,
 }
@@ -114,8 +120,7 @@ impl Layer {
     }
 
     fn forward(&self, stream: Stream, input: &AttentionInput) -> Result<LayerOutput> {
-        let [before, between, behind] = self.norms.each_ref().map(Option::as_ref);
-        let (x, normed) = stream.normed(before).at("0.0")?;
+        let (x, normed) = stream.normed(self.norms[0].as_ref()).at("0.0")?;
         let (out, scores, attn) = match &self.branch {
             Branch::Attention(attention) => {
                 let normed = self.wrap.input(&normed, input.query_mask.as_ref()).at(1)?;
@@ -127,10 +132,37 @@ impl Layer {
                 (feedforward.forward(&normed).at(1)?, None, None)
             }
         };
-        let out = Stream::Whole(self.wrap.output(out).at(1)?).normed(between).at("0.1")?.1;
+        self.join(x, out, scores, attn)
+    }
+
+    /// As [`Layer::forward`] for the next positions of sequences.
+    fn extend(
+        &self,
+        stream: Stream,
+        input: &AttentionInput,
+        cache: &mut LayerCache,
+        tables: &Tables,
+        step: &Step,
+    ) -> Result<LayerOutput> {
+        let (x, normed) = stream.normed(self.norms[0].as_ref()).at("0.0")?;
+        let attends = matches!(self.branch, Branch::Attention(_));
+        let normed = self.wrap.next_input(&normed, attends, cache, step).at(1)?;
+        let (out, scores) = match &self.branch {
+            Branch::Attention(attention) => {
+                let output = attention.extend(&normed, input, &mut cache.attention, tables, step).at(1)?;
+                (output.out, output.scores)
+            }
+            Branch::FeedForward(feedforward) => (feedforward.forward(&normed).at(1)?, None),
+        };
+        self.join(x, out, scores, None)
+    }
+
+    /// What follows the branch, of which `x` was the input before its norm.
+    fn join(&self, x: Tensor, out: Tensor, scores: Option<Tensor>, attn: Option<Tensor>) -> Result<LayerOutput> {
+        let out = Stream::Whole(self.wrap.output(out).at(1)?).normed(self.norms[1].as_ref()).at("0.1")?.1;
         let mut stream = self.residual.forward(out, x.clone()).at(2)?;
-        if behind.is_some() {
-            stream = Stream::Whole(stream.normed(behind).at("0.2")?.1);
+        if let Some(norm) = &self.norms[2] {
+            stream = Stream::Whole(stream.normed(Some(norm)).at("0.2")?.1);
         }
         Ok(LayerOutput { input: x, stream, scores, attn })
     }
@@ -168,7 +200,7 @@ impl AttentionLayers {
         let layer = |(index, layer)| Layer::new(layer, plan.dim, rotary.as_ref(), &store.at("layers").at(index));
         let layers = plan.layers.iter().enumerate().map(layer).collect::<Result<_>>()?;
         let bias = PositionBias::new(plan.positions.bias, &store.at("rel_pos"))?;
-        Ok(Self { plan: Arc::new(plan.clone()), layers, bias, infused })
+        Ok(Self { plan: Arc::new(plan.clone()), layers, bias, rotary, infused })
     }
 
     /// What was built.
@@ -250,6 +282,130 @@ impl AttentionLayers {
             }
         }
         Ok((stream, |out| LayersOutput { out, hiddens, attn }))
+    }
+
+    /// Why growing sequences must be computed anew in each step to have the numbers of [`AttentionLayers::forward`], or
+    /// `None`: a cache gives the same.
+    pub fn needs_recomputing(&self, options: &ForwardOptions) -> Option<&'static str> {
+        let branches = || self.plan.layers.iter().map(|layer| &layer.branch);
+        let own = branches().filter(|branch| matches!(branch, BranchPlan::SelfAttention(_)));
+        if own.filter_map(BranchPlan::attention).any(|plan| !plan.causal) {
+            return Some("tokens see those after them: `kind` is not Decoder");
+        }
+        let shifts = || self.plan.layers.iter().filter_map(|layer| layer.wrap.shifts.as_ref());
+        if shifts().flatten().any(|&amount| amount < 0) {
+            return Some("`shift_tokens` moves tokens to the front: `kind` is not Decoder");
+        }
+        let cross = branches().filter(|branch| matches!(branch, BranchPlan::CrossAttention(_)));
+        if cross.filter_map(BranchPlan::attention).any(|plan| plan.max_attend_past.is_some()) {
+            return Some("`attn_max_attend_past` in cross-attention counts from the last token");
+        }
+        if options.attn_mask.is_some() {
+            return Some("`attn_mask` is about all tokens at once");
+        }
+        if options.mask.is_some() && shifts().next().is_some() {
+            return Some("`shift_tokens` mixes padded positions, which see what follows them, into others");
+        }
+        dropout_stream().map(|_| "the tape draws dropout for whole sequences")
+    }
+
+    /// An empty cache for `batch` sequences of up to `capacity` positions, with the context and the memories of these
+    /// options.
+    ///
+    /// Errors: [`AttentionLayers::needs_recomputing`], or no rows or positions.
+    pub fn cache(&self, batch: usize, capacity: usize, dtype: DType, options: &ForwardOptions) -> Result<LayersCache> {
+        if let Some(why) = self.needs_recomputing(options) {
+            return Err(Error::argument("cache", format!("cannot be used: {why}")));
+        }
+        let options = ForwardOptions {
+            context: options.context.clone(),
+            context_mask: options.context_mask.clone(),
+            mems: options.mems.clone(),
+            explicit_attention: options.explicit_attention,
+            ..ForwardOptions::default()
+        };
+        let memories = options.mems.iter().flatten().filter_map(|mem| mem.dim(1).ok()).max().unwrap_or(0);
+        let positions = capacity.saturating_add(memories);
+        let bias = self.bias.forward().at("rel_pos")?;
+        let tables = Tables::new(positions, self.rotary.as_ref(), self.infused.as_ref(), bias, dtype)?;
+        LayersCache::new(batch, capacity, self.layers.len(), tables, options)
+    }
+
+    /// As [`AttentionLayers::forward`] for the next `n` positions of every sequence: `[b, n, dim] → [b, n, dim]`.
+    ///
+    /// Of each row the first `counts[b]` positions join its sequence; what is behind them is computed and forgotten, so
+    /// that rows of different lengths go together. `mask` `[b, n]`: which of them are no padding.
+    ///
+    /// Errors: sequences that outgrow the cache, or tensors that do not fit.
+    pub fn extend(
+        &self,
+        x: &Tensor,
+        counts: &[usize],
+        mask: Option<&Tensor>,
+        cache: &mut LayersCache,
+    ) -> Result<Tensor> {
+        let first = cache.lengths().iter().all(|&length| length == 0);
+        let mut options = cache.options.clone();
+        options.mask = mask.cloned();
+        // What follows was checked with the first positions.
+        if !first {
+            options.mems = None;
+        }
+        self.check(x, &options)?;
+        let (b, n) = (x.shape()[0], x.shape()[1]);
+        let fits = |(&count, &length): (&usize, &usize)| count <= n && length + count <= cache.capacity();
+        ensure!(
+            b == cache.batch() && counts.len() == b && counts.iter().zip(cache.lengths()).all(fits),
+            Error::shape(
+                "cache",
+                format!(
+                    "{counts:?} of {n} new positions in {b} rows do not fit {} sequences of {:?} of {} positions",
+                    cache.batch(),
+                    cache.lengths(),
+                    cache.capacity()
+                )
+            )
+        );
+        let step = cache.step(n, mask, x.device())?;
+        let mut stream = Stream::Whole(x.clone());
+        let (mut prev, mut prev_cross) = (None, None);
+        let mut mems = options.mems.iter().flatten();
+        let own = AttentionInput {
+            query_mask: step.mask.clone(),
+            bias: if first { cache.tables.bias.clone() } else { None },
+            sinusoids: if first { self.sinusoids(x, &options)? } else { None },
+            explicit: options.explicit_attention,
+            ..AttentionInput::default()
+        };
+        let cross = AttentionInput {
+            context: options.context.clone(),
+            key_mask: options.context_mask.clone(),
+            bias: None,
+            sinusoids: None,
+            ..own.clone()
+        };
+        let LayersCache { layers: caches, tables, .. } = cache;
+        for (index, (layer, (plan, cache))) in self.layers.iter().zip(self.plan.layers.iter().zip(caches)).enumerate() {
+            let input = match &plan.branch {
+                BranchPlan::SelfAttention(_) => {
+                    let mem = mems.next().cloned();
+                    let key_mask = key_mask(step.mask.as_ref(), mem.as_ref())?;
+                    AttentionInput { key_mask, mem, prev: prev.take(), ..own.clone() }
+                }
+                BranchPlan::CrossAttention(_) => AttentionInput { prev: prev_cross.take(), ..cross.clone() },
+                BranchPlan::FeedForward(_) => AttentionInput::default(),
+            };
+            let output = layer.extend(stream, &input, cache, tables, &step).at(format_args!("layers.{index}"))?;
+            stream = output.stream;
+            match plan.branch.layer_type() {
+                LayerType::SelfAttention => prev = output.scores,
+                LayerType::CrossAttention => prev_cross = output.scores,
+                LayerType::FeedForward => {}
+            }
+        }
+        drop(step);
+        cache.advance(counts);
+        stream.whole()
     }
 
     /// Sinusoids for the longest row of keys, shared by the layers.

@@ -6,6 +6,7 @@
 #![forbid(unsafe_code)]
 
 mod attention;
+mod cache;
 mod feedforward;
 mod layers;
 mod linear;
@@ -15,6 +16,7 @@ mod residual;
 mod wrap;
 
 pub use attention::{Attention, AttentionInput, AttentionOutput};
+pub use cache::LayersCache;
 pub use feedforward::FeedForward;
 pub use layers::{AttentionLayers, ForwardOptions, LayersOutput};
 pub use linear::{Embedding, Linear};

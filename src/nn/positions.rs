@@ -27,6 +27,18 @@ impl AbsolutePositionalEmbedding {
     pub fn forward(&self, n: usize) -> Result<Tensor> {
         self.emb.table().narrow(0, 0, n)?.affine(self.scale, 0.0)
     }
+
+    /// These positions: `[..] → [.., dim]`.
+    ///
+    /// Errors: more than the table has.
+    pub fn at(&self, positions: &Tensor) -> Result<Tensor> {
+        self.emb.forward(positions)?.affine(self.scale, 0.0)
+    }
+
+    /// How many there are.
+    pub fn len(&self) -> usize {
+        self.emb.table().shape()[0]
+    }
 }
 
 /// `1 / 10000^(2k / dim)` for `k` from 0 to `⌈dim / 2⌉`, in f32 as PyTorch computes them, whatever the model's dtype:
@@ -141,6 +153,26 @@ impl ScoreBias {
                 // Half types do not hold all positions: the product is rounded once.
                 let keys = Tensor::arange(keys, slopes.device())?.to_dtype(DType::F64)?;
                 slopes.to_dtype(DType::F64)?.reshape([slopes.dim(0)?, 1, 1])?.mul(&keys)?.to_dtype(dtype)
+            }
+        }
+    }
+
+    /// By the distance of a key behind a query's position, when `front` keys are in front of a causal sequence: `[heads,
+    /// distances]` of this dtype. Relative to the key at the query's position where only differences count.
+    pub(super) fn curves(&self, front: usize, distances: usize, dtype: DType) -> Result<Tensor> {
+        match self {
+            Self::T5 { plan, table } => {
+                // Queries count from 0 in front of which there is nothing: nearer keys are in the future, in bucket 0.
+                let table = table.detach().to_dtype(dtype)?;
+                let bias = |n: usize| table.relative_position_bias(n, 1, plan.causal, plan.max_distance, plan.scale);
+                let past = bias(distances.saturating_sub(front).max(1))?.squeeze(-1)?;
+                let now = past.narrow(1, 0, 1)?.expand([past.dim(0)?, front])?;
+                Tensor::cat(&[&now, &past], 1)
+            }
+            Self::Alibi { slopes } => {
+                let distances = Tensor::arange(distances, slopes.device())?.to_dtype(DType::F64)?.affine(-1.0, 0.0)?;
+                let slopes = slopes.detach().to_dtype(DType::F64)?;
+                slopes.reshape([slopes.dim(0)?, 1])?.mul(&distances)?.to_dtype(dtype)
             }
         }
     }

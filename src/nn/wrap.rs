@@ -1,5 +1,6 @@
 //! What lies around a branch: ReZero, token shift, the macaron's half.
 
+use super::cache::{LayerCache, Step};
 use crate::{Init, Param, Result, Store, Tensor, config::WrapPlan};
 
 /// The wrappers of one branch, outermost first.
@@ -25,6 +26,14 @@ impl Wrap {
             Some(amounts) => x.shift_tokens(amounts, mask),
             None => Ok(x.clone()),
         }
+    }
+
+    /// As [`Wrap::input`] for the next positions of sequences; `mask`: whether the branch knows of padding.
+    pub fn next_input(&self, x: &Tensor, mask: bool, cache: &mut LayerCache, step: &Step) -> Result<Tensor> {
+        let Some(amounts) = &self.shifts else { return Ok(x.clone()) };
+        let history = cache.remember(x, step)?;
+        let whole = step.whole_mask.as_ref().filter(|_| mask);
+        history.shift_rows(&step.ends, step.n, amounts, whole)
     }
 
     /// After the branch.

@@ -5,7 +5,9 @@
 
 pub use activation::Activation;
 pub(crate) use attention::needs_scores;
-pub use attention::{AttentionSpec, PositionBias, attention, attention_rung, gpu_needs_scores};
+pub use attention::{
+    AttentionSpec, DecodeSpec, PositionBias, attention, attention_decode, attention_rung, gpu_needs_scores,
+};
 
 /// Makes the modules and [`NAMES`] from one list: `file: op, op; …`.
 macro_rules! ops {
@@ -20,10 +22,12 @@ macro_rules! ops {
 // Not ops of tensors: they work on the parameters and the state of an optimizer in place.
 pub(crate) mod adamw;
 mod many;
+// Not ops of the tape either: they write and read the buffers of decoding.
+pub(crate) mod cache;
 
 ops! {
     activation: add_activation;
-    attention: attention;
+    attention: attention, attention_decode;
     copy: contiguous, to_dtype, cat;
     cross_entropy: cross_entropy;
     dropout: dropout, dropout_add;

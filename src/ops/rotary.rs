@@ -2,7 +2,7 @@
 
 use super::norm::reuse;
 use crate::{
-    Device, Error, Result, Tensor,
+    DType, Device, Error, Result, Tensor,
     core::{Backward, Contributions, Float, Layout, Real, Shape, discrete, dispatch_float, record},
     device::{CudaDevice, Grid, Storage, args, cpu, simd::vectorized, size32},
     error::ensure,
@@ -66,6 +66,25 @@ impl Tensor {
     }
 }
 
+/// The cosines of all frequencies at each of the first positions, then the sines: `[positions, 2 · frequencies]` in f32,
+/// or f64. What [`Tensor::rotary`] turns by.
+///
+/// Errors: frequencies that are no vector of floats, or memory that runs out.
+pub(crate) fn rotary_table(inv_freq: &Tensor, positions: usize, dtype: DType) -> Result<Tensor> {
+    ensure!(
+        inv_freq.rank() == 1 && inv_freq.dtype().is_float(),
+        Error::shape("rotary", format!("expected inv_freq of shape [r/2], got {:?}", inv_freq.shape()))
+    );
+    let turn = Turn { inv_freq: inv_freq.detach().contiguous()?, first_position: 0 };
+    match *inv_freq.device() {
+        Device::Cuda(gpu) => turn.table_cuda(gpu, positions, dtype, 1.0),
+        Device::Cpu => dispatch_float!("rotary", dtype, T, {
+            let table = turn.table::<<T as Float>::Acc>(positions, 1.0)?;
+            Tensor::from_vec(table, [positions, 2 * inv_freq.elements()], &Device::Cpu)
+        }),
+    }
+}
+
 /// By how much to rotate.
 struct Turn {
     inv_freq: Tensor,
@@ -96,13 +115,7 @@ impl Turn {
     fn apply_cuda(&self, gpu: &CudaDevice, source: Option<&Tensor>, direction: f64, out: &mut Tensor) -> Result<()> {
         let (positions, dim, pairs) = (out.dim(-2)?, out.dim(-1)?, self.inv_freq.elements());
         let rows = out.elements().checked_div(dim).unwrap_or(0);
-        let of_table = out.dtype().accumulator();
-        let mut table = Tensor::uninit(Shape::new(&[positions, 2 * pairs])?, of_table, out.device())?;
-        let first = self.first_position as i64;
-        gpu.kernel("rotary_table", &[("DTYPE", self.inv_freq.dtype().name()), ("TABLE", of_table.name())])?.launch(
-            Grid::elements(positions * pairs),
-            args![&mut table, &self.inv_freq, first, positions as i64, pairs as u32, direction],
-        )?;
+        let table = self.table_cuda(gpu, positions, out.dtype().accumulator(), direction)?;
         let layout = *source.unwrap_or(out).layout();
         let storage = source.map(Storage);
         let sizes = (rows as i64, size32(positions)?, size32(dim)?, pairs as u32);
@@ -110,6 +123,18 @@ impl Turn {
             Grid::packets(rows * dim, out.dtype()),
             args![out, storage, &table, &layout, sizes.0, sizes.1, sizes.2, sizes.3],
         )
+    }
+
+    /// As [`Turn::table`], of this dtype.
+    fn table_cuda(&self, gpu: &CudaDevice, positions: usize, dtype: DType, direction: f64) -> Result<Tensor> {
+        let pairs = self.inv_freq.elements();
+        let mut table = Tensor::uninit(Shape::new(&[positions, 2 * pairs])?, dtype, self.inv_freq.device())?;
+        let first = self.first_position as i64;
+        gpu.kernel("rotary_table", &[("DTYPE", self.inv_freq.dtype().name()), ("TABLE", dtype.name())])?.launch(
+            Grid::elements(positions * pairs),
+            args![&mut table, &self.inv_freq, first, positions as i64, pairs as u32, direction],
+        )?;
+        Ok(table)
     }
 
     /// For each position the cosines of all frequencies, then the sines.

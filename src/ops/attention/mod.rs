@@ -6,6 +6,7 @@
 mod backward;
 mod cpu;
 mod cuda;
+mod decode;
 mod gradients;
 mod position;
 mod rows;
@@ -19,6 +20,7 @@ use crate::{
 };
 use position::Position;
 
+pub use decode::{DecodeSpec, attention_decode};
 pub(super) use position::bucket;
 
 const OP: &str = "attention";

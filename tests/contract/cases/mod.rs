@@ -4,6 +4,7 @@ use super::case::Case;
 
 mod activation;
 mod attention;
+mod attention_decode;
 mod copy;
 mod cross_entropy;
 mod dropout;
@@ -26,6 +27,7 @@ pub fn all() -> Vec<Case> {
     [
         activation::cases(),
         attention::cases(),
+        attention_decode::cases(),
         copy::cases(),
         cross_entropy::cases(),
         dropout::cases(),

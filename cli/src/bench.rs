@@ -1,0 +1,225 @@
+//! `xt bench`: how fast a model is, on random data.
+
+use std::{fs, path::PathBuf, time::Instant};
+
+use clap::{Args, ValueEnum, value_parser};
+use serde_json::{Value, json};
+use x_transformers::{
+    Device, Error,
+    config::Config,
+    device::{Precision, describe, set_float32_matmul_precision},
+};
+
+use crate::{
+    compute::ComputeArgs,
+    failure::{Failure, Result, print},
+    progress::{Short, bytes, operations, resident_peak},
+    workload::{Extent, Mode, Workload},
+};
+
+/// Repetitions after the first one that are not counted.
+const WARM_UP: usize = 1;
+
+#[derive(Args)]
+pub struct BenchArgs {
+    /// JSON config of a model
+    #[arg(long, value_name = "FILE")]
+    config: PathBuf,
+
+    /// What to time; a loss is the model's own, or the cross-entropy of its logits, or the mean square of its vectors
+    #[arg(long, value_enum)]
+    mode: Mode,
+
+    /// Sequences, or images
+    #[arg(long, value_name = "B", default_value_t = 1, value_parser = value_parser!(u32).range(1..))]
+    batch: u32,
+
+    /// Their length; generating, that of the prompt [default: the longest that the model takes]
+    #[arg(long, value_name = "N", value_parser = value_parser!(u32).range(1..))]
+    seq_len: Option<u32>,
+
+    /// Tokens that `generate` adds
+    #[arg(long, value_name = "T", default_value_t = 64, value_parser = value_parser!(u32).range(1..))]
+    new_tokens: u32,
+
+    #[command(flatten)]
+    compute: ComputeArgs,
+
+    /// How exact products of f32 matrices are
+    #[arg(long, value_enum, default_value_t = Exactness::Highest)]
+    precision: Exactness,
+
+    /// Threads of the CPU [default: RAYON_NUM_THREADS, or one per core]
+    #[arg(long, value_name = "N", value_parser = value_parser!(u32).range(1..=1024))]
+    threads: Option<u32>,
+
+    /// Repetitions that are timed, after a first one and a warm-up
+    #[arg(long, value_name = "R", default_value_t = 10, value_parser = value_parser!(u32).range(1..))]
+    repeat: u32,
+
+    /// Print one line of JSON
+    #[arg(long)]
+    json: bool,
+}
+
+/// [`Precision`] by the names of PyTorch.
+#[derive(Clone, Copy, ValueEnum)]
+enum Exactness {
+    /// Operands and sums in f32
+    Highest,
+    /// A device may round operands, to TF32 or better
+    High,
+    /// A device may round operands to bf16
+    Medium,
+}
+
+impl Exactness {
+    fn precision(self) -> Precision {
+        match self {
+            Self::Highest => Precision::Highest,
+            Self::High => Precision::High,
+            Self::Medium => Precision::Medium,
+        }
+    }
+
+    fn name(self) -> &'static str {
+        match self {
+            Self::Highest => "highest",
+            Self::High => "high",
+            Self::Medium => "medium",
+        }
+    }
+}
+
+pub fn run(args: BenchArgs) -> Result<()> {
+    if let Some(threads) = args.threads {
+        let pool = rayon::ThreadPoolBuilder::new().num_threads(threads as usize);
+        pool.build_global().map_err(|error| Failure::new(format_args!("--threads {threads}: {error}")))?;
+    }
+    set_float32_matmul_precision(args.precision.precision());
+    let device = args.compute.device()?;
+    let text = fs::read_to_string(&args.config).map_err(|error| Failure::io(&args.config, &error))?;
+    let broken = |error: Error| Failure::from(error).within(&args.config);
+    let (config, call) = Config::with_call(&text).map_err(broken)?;
+    let extent = Extent {
+        batch: args.batch as usize,
+        seq_len: args.seq_len.map(|length| length as usize),
+        new_tokens: args.new_tokens as usize,
+    };
+    if let (Config::ViTransformerWrapper(_), Some(_)) = (&config, extent.seq_len) {
+        let why = "an image has the length that its patches give; leave --seq-len out";
+        return Err(Failure::new(why).within(&args.config));
+    }
+    let workload = Workload::new(&config, &call, args.mode, extent, args.compute.dtype, &device).map_err(broken)?;
+    let Some(mut workload) = workload else {
+        let why = match args.mode {
+            Mode::Generate => "only an AutoregressiveWrapper and an XTransformer generate",
+            Mode::Forward | Mode::Train => "is no model, so there is nothing to time",
+        };
+        return Err(Failure::new(why).within(&args.config));
+    };
+    let mut time = || {
+        let clock = Instant::now();
+        workload.step().map(|()| clock.elapsed().as_secs_f64()).map_err(broken)
+    };
+    let first = time()?;
+    for _ in 0..WARM_UP {
+        time()?;
+    }
+    let seconds = (0..args.repeat).map(|_| time()).collect::<Result<Vec<_>>>()?;
+    let report = Report { args: &args, device: &device, workload: &workload, first, seconds };
+    if args.json { print(format_args!("{}\n", report.json())) } else { print(report.text()) }
+}
+
+/// What was measured.
+struct Report<'a> {
+    args: &'a BenchArgs,
+    device: &'a Device,
+    workload: &'a Workload,
+    /// Seconds of the first repetition.
+    first: f64,
+    /// Seconds of those that count.
+    seconds: Vec<f64>,
+}
+
+impl Report<'_> {
+    /// Median, smallest and largest time.
+    fn times(&self) -> [f64; 3] {
+        let mut sorted = self.seconds.clone();
+        sorted.sort_by(f64::total_cmp);
+        let (low, high) = ((sorted.len() - 1) / 2, sorted.len() / 2);
+        [(sorted[low] + sorted[high]) / 2.0, sorted[0], sorted[sorted.len() - 1]]
+    }
+
+    fn text(&self) -> String {
+        let Self { args, workload, first, .. } = self;
+        let [median, least, most] = self.times();
+        let what = match args.mode {
+            Mode::Forward => "forward pass",
+            Mode::Train => "loss, backward pass, AdamW",
+            Mode::Generate => "generation",
+        };
+        let new = if args.mode == Mode::Generate { format!(" + {}", args.new_tokens) } else { String::new() };
+        let rate = |count: f64| Short(count / median);
+        let speed = workload
+            .operations
+            .map_or(String::new(), |count| format!(", {}/s of {}", operations(count / median), operations(count)));
+        let tensors = bytes(self.device.memory().peak as u64);
+        let resident = resident_peak().map_or(String::new(), |peak| format!("{} resident, ", bytes(peak)));
+        format!(
+            "{}: {} parameters, {}, precision {}, {}\n\
+             {what} of {} x {}{new}\n\
+             first       {first:.4} s\n\
+             {:<11} median {median:.4} s, minimum {least:.4} s, maximum {most:.4} s\n\
+             speed       {} tokens/s{speed}\n\
+             peak memory {resident}{tensors} of tensors\n",
+            args.config.display(),
+            Short(workload.parameters() as f64),
+            args.compute.dtype,
+            args.precision.name(),
+            self.machine(),
+            args.batch,
+            workload.seq_len,
+            format!("{} more", self.seconds.len()),
+            rate(workload.tokens as f64),
+        )
+    }
+
+    fn json(&self) -> Value {
+        let Self { args, workload, first, .. } = self;
+        let [median, least, most] = self.times();
+        json!({
+            "config": args.config,
+            "mode": args.mode.name(),
+            "batch": args.batch,
+            "seq_len": workload.seq_len,
+            "new_tokens": (args.mode == Mode::Generate).then_some(args.new_tokens),
+            "dtype": args.compute.dtype.name(),
+            "precision": args.precision.name(),
+            "device": self.device.to_string(),
+            "machine": self.machine(),
+            "threads": rayon::current_num_threads(),
+            "parameters": workload.parameters(),
+            "first_seconds": first,
+            "median_seconds": median,
+            "min_seconds": least,
+            "max_seconds": most,
+            "seconds": self.seconds,
+            "tokens": workload.tokens,
+            "tokens_per_second": workload.tokens as f64 / median,
+            "flop": workload.operations,
+            "flop_per_second": workload.operations.map(|count| count / median),
+            "peak_resident_bytes": resident_peak(),
+            "peak_tensor_bytes": self.device.memory().peak,
+        })
+    }
+
+    /// What computes.
+    fn machine(&self) -> String {
+        match self.device {
+            // The first line is about the CPU.
+            Device::Cpu => describe().into_iter().next().unwrap_or_default(),
+            device => device.to_string(),
+        }
+    }
+}

@@ -1,0 +1,238 @@
+//! A model and random data for it: what `xt bench` repeats.
+
+use std::collections::BTreeMap;
+
+use clap::ValueEnum;
+use x_transformers::{
+    DType, Device, Philox, Result, Store, Tape, Tensor,
+    config::{Call, Config, GenerateCall, LayersPlan},
+    models::{Model, RunOptions},
+    train::{AdamW, AdamWOptions},
+};
+
+use crate::cost::{Cost, Sizes};
+
+/// What is repeated.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, ValueEnum)]
+pub enum Mode {
+    /// Logits or vectors, without gradients
+    Forward,
+    /// Loss, backward pass and AdamW
+    Train,
+    /// New tokens after a prompt
+    Generate,
+}
+
+impl Mode {
+    /// As the command line has it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Forward => "forward",
+            Self::Train => "train",
+            Self::Generate => "generate",
+        }
+    }
+}
+
+/// How much of it.
+#[derive(Clone, Copy)]
+pub struct Extent {
+    /// Sequences, or images.
+    pub batch: usize,
+    /// Their length, of a prompt if there is one; the longest that the model takes if `None`.
+    pub seq_len: Option<usize>,
+    /// Tokens to generate.
+    pub new_tokens: usize,
+}
+
+/// A model with inputs, and an optimizer if it is trained.
+pub struct Workload {
+    model: Model,
+    call: Call,
+    inputs: BTreeMap<String, Tensor>,
+    loss: Loss,
+    optimizer: Option<AdamW>,
+    device: Device,
+    /// The length of the sequences.
+    pub seq_len: usize,
+    /// Tokens, vectors or patches that one repetition reads or, generating, gives.
+    pub tokens: usize,
+    /// Floating-point operations of one repetition, if they can be told.
+    pub operations: Option<f64>,
+}
+
+/// What the gradients of a training step are of.
+enum Loss {
+    /// The output itself.
+    Given,
+    /// The cross-entropy of logits and these tokens or classes.
+    Targets(Tensor),
+    /// The mean of the squares.
+    Squares,
+}
+
+/// Draws inputs.
+struct Source<'a> {
+    dtype: DType,
+    device: &'a Device,
+}
+
+impl Source<'_> {
+    fn tokens(&self, rows: usize, length: usize, limit: usize) -> Result<Tensor> {
+        let random = Philox::new(1, 0);
+        let token = |index: usize| random.below(index as u64, limit.max(1) as u64) as f64;
+        Tensor::generate([rows, length], DType::I64, self.device, token)
+    }
+
+    fn floats(&self, shape: &[usize]) -> Result<Tensor> {
+        let random = Philox::new(2, 0);
+        Tensor::generate(shape, self.dtype, self.device, |index| random.normal(index as u64))
+    }
+
+    fn mask(&self, rows: usize, length: usize) -> Result<Tensor> {
+        Tensor::ones([rows, length], DType::Bool, self.device)
+    }
+
+    /// The context that layers attend to, and a mask, all true, where padding is usual: in encoders.
+    fn extras(&self, plan: &LayersPlan, rows: usize, length: usize) -> Result<Vec<(&'static str, Tensor)>> {
+        let attentions = || plan.layers.iter().filter_map(|layer| layer.branch.attention());
+        let mut extras = Vec::new();
+        if attentions().any(|attention| !attention.causal) && !plan.cross_attend {
+            extras.push(("mask", self.mask(rows, length)?));
+        }
+        if plan.cross_attend {
+            extras.push(("context", self.floats(&[rows, length, plan.dim])?));
+        }
+        Ok(extras)
+    }
+}
+
+impl Workload {
+    /// A model with random weights, and random data.
+    ///
+    /// `call` may say how tokens are drawn. Errors: the config is illegal; `None` for a class that does not do this.
+    pub fn new(
+        config: &Config,
+        call: &Call,
+        mode: Mode,
+        extent: Extent,
+        dtype: DType,
+        device: &Device,
+    ) -> Result<Option<Self>> {
+        // The forward pass of a wrapper with a loss is that of what it wraps.
+        let wrapped = match (config, mode) {
+            (Config::AutoregressiveWrapper(wrapper), Mode::Forward) => {
+                Some(Config::TransformerWrapper(wrapper.net.clone()))
+            }
+            _ => None,
+        };
+        let config = wrapped.as_ref().unwrap_or(config);
+        let Extent { batch, new_tokens, .. } = extent;
+        let Some((sizes, cost)) = Cost::of_model(config, Sizes { rows: batch, tokens: extent.seq_len })? else {
+            return Ok(None);
+        };
+        let length = sizes.tokens;
+        let source = Source { dtype, device };
+        let generates = mode == Mode::Generate;
+        let mut loss = Loss::Squares;
+        let mut inputs: Vec<(&str, Tensor)> = match config {
+            Config::AutoregressiveWrapper(config) => {
+                let plan = config.net.plan()?;
+                loss = Loss::Given;
+                // The last token is predicted only.
+                let (name, read) = if generates { ("start_tokens", length) } else { ("x", length + 1) };
+                let mut inputs = source.extras(&plan.layers, batch, length)?;
+                inputs.push((name, source.tokens(batch, read, plan.num_tokens)?));
+                inputs
+            }
+            Config::XTransformer(config) => {
+                let plan = config.plan()?;
+                loss = Loss::Given;
+                let src = source.tokens(batch, length, plan.enc.num_tokens)?;
+                let mask = source.mask(batch, length)?;
+                if generates {
+                    let start = source.tokens(batch, 1, plan.dec.num_tokens)?;
+                    vec![("seq_in", src), ("seq_out_start", start), ("src_mask", mask)]
+                } else {
+                    let tgt = source.tokens(batch, length + 1, plan.dec.num_tokens)?;
+                    vec![("src", src), ("tgt", tgt), ("src_mask", mask)]
+                }
+            }
+            _ if generates => return Ok(None),
+            Config::TransformerWrapper(config) => {
+                let plan = config.plan()?;
+                loss = Loss::Targets(source.tokens(batch, length, plan.num_tokens)?);
+                let mut inputs = source.extras(&plan.layers, batch, length)?;
+                inputs.push(("x", source.tokens(batch, length, plan.num_tokens)?));
+                inputs
+            }
+            Config::ContinuousTransformerWrapper(config) => {
+                let plan = config.plan()?;
+                let mut inputs = source.extras(&plan.layers, batch, length)?;
+                let features = plan.dim_in.unwrap_or(plan.layers.dim);
+                inputs.push(("x", source.floats(&[batch, length, features])?));
+                inputs
+            }
+            Config::ViTransformerWrapper(config) => {
+                if let Some(classes) = config.num_classes {
+                    loss = Loss::Targets(source.tokens(batch, 1, classes)?.reshape([batch])?);
+                }
+                vec![("img", source.floats(&[batch, 3, config.image_size, config.image_size])?)]
+            }
+            Config::AttentionLayers(config) => {
+                let plan = LayersPlan::new(config)?;
+                let mut inputs = source.extras(&plan, batch, length)?;
+                inputs.push(("x", source.floats(&[batch, length, plan.dim])?));
+                inputs
+            }
+            _ => return Ok(None),
+        };
+        let sampling = call.generate.as_ref().map(|generate| generate.sampling.clone()).unwrap_or_default();
+        let generate = GenerateCall { seq_len: new_tokens, eos_token: None, sampling };
+        let (tokens, operations) = match mode {
+            Mode::Forward => (batch * length, Some(cost.forward)),
+            Mode::Train => (batch * length, Some(cost.training())),
+            Mode::Generate => (batch * new_tokens, Cost::of_generation(config, batch, length, new_tokens)?),
+        };
+        Ok(Some(Self {
+            model: Model::new(config, &Store::new(0, dtype, device))?,
+            call: Call { generate: generates.then_some(generate), ..Call::default() },
+            inputs: inputs.drain(..).map(|(name, tensor)| (name.to_string(), tensor)).collect(),
+            loss,
+            optimizer: (mode == Mode::Train).then(|| AdamW::new(AdamWOptions::default())).transpose()?,
+            device: device.clone(),
+            seq_len: length,
+            tokens,
+            operations,
+        }))
+    }
+
+    /// The number of weights.
+    pub fn parameters(&self) -> usize {
+        self.model.params().elements()
+    }
+
+    /// One repetition, and all that the device has to do for it.
+    ///
+    /// Errors: sizes that the model does not take; memory runs out.
+    pub fn step(&mut self) -> Result<()> {
+        let Self { model, call, inputs, loss, optimizer, device, .. } = self;
+        let options = RunOptions::default();
+        match optimizer {
+            Some(optimizer) => {
+                let mut tape = Tape::train(optimizer.steps());
+                let output = model.forward(inputs, call, &options)?;
+                let output = match loss {
+                    Loss::Given => output,
+                    Loss::Targets(targets) => output.cross_entropy(targets, -100)?,
+                    Loss::Squares => output.square()?.mean(&[])?,
+                };
+                let gradients = tape.backward(&output)?;
+                optimizer.step(model.params(), &gradients, 1e-4, None)?;
+            }
+            None if call.generate.is_some() => drop(model.run(inputs, call, &options)?),
+            None => drop(model.forward(inputs, call, &options)?),
+        }
+        device.synchronize()
+    }
+}

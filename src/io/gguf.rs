@@ -1,0 +1,201 @@
+//! GGUF, the format of llama.cpp (<https://github.com/ggml-org/ggml/blob/master/docs/gguf.md>), versions 2 and 3:
+//! metadata by name, then where each tensor lies, then the tensors.
+
+use std::collections::{BTreeMap, btree_map::Entry as Slot};
+
+use super::{
+    bytes::{Cursor, Parsed},
+    stored::Stored,
+    tensor_file::{Entry, Listing, Metadata},
+};
+use crate::Shape;
+
+/// What every file begins with.
+pub(super) const MAGIC: &[u8] = b"GGUF";
+
+/// Values of all lists together; the largest vocabularies have about half a million entries with merges and scores.
+const MAX_VALUES: usize = 4_000_000;
+/// Bytes of a name, by the format.
+const MAX_NAME: usize = 65535;
+/// Lists inside one another.
+const MAX_DEPTH: usize = 4;
+
+/// The tensors and the metadata of a file.
+pub(super) fn listing(bytes: &[u8]) -> Parsed<Listing> {
+    let mut cursor = Cursor::new(bytes, MAGIC.len());
+    match cursor.u32()? {
+        2 | 3 => {}
+        version => {
+            return Err(format!("is GGUF of version {version}, known are 2 and 3 in the byte order of this machine"));
+        }
+    }
+    // Bytes that the smallest description of a tensor and the smallest pair take.
+    let tensors = cursor.count(24, "tensors")?;
+    let pairs = cursor.count(13, "pairs of metadata")?;
+    let mut values = Values { cursor, left: MAX_VALUES };
+    let mut metadata = BTreeMap::new();
+    for _ in 0..pairs {
+        let name = name(&mut values.cursor)?;
+        let value = values.value(&name)?;
+        if metadata.insert(name.clone(), value).is_some() {
+            return Err(format!("has metadata `{name}` twice"));
+        }
+    }
+    let mut cursor = values.cursor;
+    let alignment = match metadata.get("general.alignment") {
+        None => 32,
+        Some(&Metadata::Int(alignment @ 1..=65536)) if (alignment as usize).is_power_of_two() => alignment as usize,
+        Some(other) => return Err(format!("has general.alignment {other:?}, expected a power of two")),
+    };
+    let mut described = Vec::with_capacity(tensors);
+    for _ in 0..tensors {
+        described.push(tensor(&mut cursor)?);
+    }
+    let data = cursor.at().checked_next_multiple_of(alignment).unwrap_or(usize::MAX);
+    let mut entries = BTreeMap::new();
+    for (name, shape, stored, offset) in described {
+        let size = stored.bytes(shape.elements()).ok_or_else(|| format!("tensor `{name}` is too large"))?;
+        let start = usize::try_from(offset).ok().and_then(|offset| data.checked_add(offset));
+        let Some(start) = start.filter(|&start| start.checked_add(size).is_some_and(|end| end <= bytes.len())) else {
+            return Err(format!(
+                "tensor `{name}` has {size} bytes from byte {offset} of the values on; the file has {} in all",
+                bytes.len()
+            ));
+        };
+        match entries.entry(name) {
+            Slot::Vacant(slot) => slot.insert(Entry { part: 0, stored, shape, strides: None, start }),
+            Slot::Occupied(slot) => return Err(format!("has tensor `{}` twice", slot.key())),
+        };
+    }
+    Ok(Listing { entries, metadata })
+}
+
+/// Name, shape, type and offset of a tensor.
+fn tensor(cursor: &mut Cursor) -> Parsed<(String, Shape, Stored, u64)> {
+    let name = name(cursor)?;
+    let rank = cursor.u32()?;
+    if rank > 6 {
+        return Err(format!("tensor `{name}` has {rank} dimensions, tensors have at most 6"));
+    }
+    let mut dims = Vec::new();
+    for _ in 0..rank {
+        let dim = cursor.u64()?;
+        dims.push(usize::try_from(dim).map_err(|_| format!("tensor `{name}` has a dimension of {dim}"))?);
+    }
+    let kind = cursor.u32()?;
+    let stored = stored(kind).map_err(|kind| {
+        format!("tensor `{name}` is {kind}, expected one of F32, F16, BF16, F64, I8, I16, I32, I64, Q8_0, Q4_0, Q4_1")
+    })?;
+    // Blocks lie along the first dimension, which is the last of a tensor here.
+    let values = stored.block().0;
+    let row = dims.first().copied().unwrap_or(1);
+    if !row.is_multiple_of(values) {
+        return Err(format!("tensor `{name}` has rows of {row} values, not of whole blocks of {values}"));
+    }
+    dims.reverse();
+    let shape = Shape::new(&dims).map_err(|why| format!("tensor `{name}`: {why}"))?;
+    Ok((name, shape, stored, cursor.u64()?))
+}
+
+/// The types by their numbers, or the name of one that is not read.
+fn stored(kind: u32) -> Result<Stored, String> {
+    let unread = |name: &str| Err(name.to_string());
+    match kind {
+        0 => Ok(Stored::F32),
+        1 => Ok(Stored::F16),
+        2 => Ok(Stored::Q4_0),
+        3 => Ok(Stored::Q4_1),
+        6 => unread("Q5_0"),
+        7 => unread("Q5_1"),
+        8 => Ok(Stored::Q8_0),
+        9 => unread("Q8_1"),
+        10 => unread("Q2_K"),
+        11 => unread("Q3_K"),
+        12 => unread("Q4_K"),
+        13 => unread("Q5_K"),
+        14 => unread("Q6_K"),
+        15 => unread("Q8_K"),
+        24 => Ok(Stored::I8),
+        25 => Ok(Stored::I16),
+        26 => Ok(Stored::I32),
+        27 => Ok(Stored::I64),
+        28 => Ok(Stored::F64),
+        30 => Ok(Stored::BF16),
+        other => Err(format!("of type {other}")),
+    }
+}
+
+fn name(cursor: &mut Cursor) -> Parsed<String> {
+    let name = text(cursor)?;
+    if name.len() > MAX_NAME {
+        return Err(format!("has a name of {} bytes, at most {MAX_NAME} are allowed", name.len()));
+    }
+    Ok(name)
+}
+
+fn text(cursor: &mut Cursor) -> Parsed<String> {
+    let length = cursor.count(1, "bytes of text")?;
+    let at = cursor.at();
+    let bytes = cursor.take(length)?;
+    str::from_utf8(bytes).map(str::to_string).map_err(|_| format!("has text at byte {at} that is not UTF-8"))
+}
+
+/// The values of metadata, limited in number.
+struct Values<'a> {
+    cursor: Cursor<'a>,
+    left: usize,
+}
+
+impl Values<'_> {
+    fn value(&mut self, name: &str) -> Parsed<Metadata> {
+        let kind = self.cursor.u32()?;
+        self.of_kind(kind, name, 0)
+    }
+
+    fn of_kind(&mut self, kind: u32, name: &str, depth: usize) -> Parsed<Metadata> {
+        let Some(left) = self.left.checked_sub(1) else {
+            return Err(format!("has more than {MAX_VALUES} values of metadata"));
+        };
+        self.left = left;
+        let cursor = &mut self.cursor;
+        Ok(match kind {
+            0 => Metadata::Int(cursor.u8()?.into()),
+            1 => Metadata::Int((cursor.u8()? as i8).into()),
+            2 => Metadata::Int(cursor.u16()?.into()),
+            3 => Metadata::Int((cursor.u16()? as i16).into()),
+            4 => Metadata::Int(cursor.u32()?.into()),
+            5 => Metadata::Int((cursor.u32()? as i32).into()),
+            6 => Metadata::Float(f32::from_bits(cursor.u32()?).into()),
+            7 => match cursor.u8()? {
+                0 => Metadata::Bool(false),
+                1 => Metadata::Bool(true),
+                other => return Err(format!("has metadata `{name}` with the truth value {other}, expected 0 or 1")),
+            },
+            8 => Metadata::Text(text(cursor)?),
+            9 => {
+                if depth == MAX_DEPTH {
+                    return Err(format!("has metadata `{name}` with lists {MAX_DEPTH} deep"));
+                }
+                let kind = cursor.u32()?;
+                let least = match kind {
+                    0 | 1 | 7 => 1,
+                    2 | 3 => 2,
+                    4..=6 => 4,
+                    9 => 12,
+                    _ => 8,
+                };
+                let count = cursor.count(least, "values")?;
+                let values = (0..count).map(|_| self.of_kind(kind, name, depth + 1));
+                Metadata::List(values.collect::<Parsed<_>>()?)
+            }
+            10 => {
+                let value = cursor.u64()?;
+                let value = i64::try_from(value);
+                Metadata::Int(value.map_err(|_| format!("has metadata `{name}` with a number that is too large"))?)
+            }
+            11 => Metadata::Int(cursor.u64()? as i64),
+            12 => Metadata::Float(f64::from_bits(cursor.u64()?)),
+            other => return Err(format!("has metadata `{name}` of the unknown type {other}")),
+        })
+    }
+}

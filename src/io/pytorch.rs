@@ -1,0 +1,167 @@
+//! Files of `torch.save`: a zip archive since PyTorch 1.6, before that pickles one after the other.
+
+use std::{
+    collections::{BTreeMap, HashMap, HashSet},
+    ops::Range,
+};
+
+use super::{
+    bytes::{Cursor, Parsed},
+    pickle::{Pickle, Value, View},
+    stored::Stored,
+    tensor_file::{Entry, Listing},
+    zip,
+};
+use crate::Shape;
+
+/// The number that an old file begins with, as the bytes of a Python integer.
+const MAGIC: &[u8] = &[0x6C, 0xFC, 0x9C, 0x46, 0xF9, 0x20, 0x6A, 0xA8, 0x50, 0x19];
+/// The version of the old format.
+const VERSION: i64 = 1001;
+
+/// Dictionaries inside one another: a checkpoint has its state dict under a name such as `state_dict`.
+const MAX_DEPTH: usize = 8;
+/// Tensors of a file.
+const MAX_TENSORS: usize = 100_000;
+/// Bytes of a tensor's name.
+const MAX_NAME: usize = 1024;
+
+/// Whether a file begins as an old one does: a pickle of the magic number.
+pub(super) fn is_legacy(bytes: &[u8]) -> bool {
+    bytes.len() > 4 && bytes[0] == 0x80 && bytes[2..4] == [0x8A, MAGIC.len() as u8] && bytes[4..].starts_with(MAGIC)
+}
+
+/// The tensors of an archive.
+pub(super) fn archive(bytes: &[u8]) -> Parsed<Listing> {
+    let files = zip::directory(bytes)?;
+    let pickle = files.keys().find_map(|name| name.strip_suffix("data.pkl").map(|folder| (folder, *name)));
+    let Some((folder, name)) = pickle.filter(|(folder, _)| folder.is_empty() || folder.ends_with('/')) else {
+        return Err("is a zip archive without `data.pkl`, so that PyTorch did not write it".into());
+    };
+    if let Some(order) = files.get(format!("{folder}byteorder").as_str())
+        && &bytes[order.clone()] != b"little"
+    {
+        return Err("was written on a machine of another byte order".into());
+    }
+    let range = files[name].clone();
+    let (pickle, top) = Pickle::load(&mut Cursor::new(&bytes[..range.end], range.start))?;
+    let storage = |key: &str| files.get(format!("{folder}data/{key}").as_str()).cloned();
+    listing(&pickle, top, &storage)
+}
+
+/// The tensors of an old file.
+pub(super) fn legacy(bytes: &[u8]) -> Parsed<Listing> {
+    let mut cursor = Cursor::new(bytes, 0);
+    if Pickle::load(&mut cursor)?.1 != Value::Long(MAGIC) {
+        return Err("does not begin with the number of PyTorch's old format".into());
+    }
+    match Pickle::load(&mut cursor)?.1 {
+        Value::Int(VERSION) => {}
+        _ => return Err(format!("has another version of PyTorch's old format than {VERSION}")),
+    }
+    let (machine, described) = Pickle::load(&mut cursor)?;
+    let entries = machine.entries(described).unwrap_or_default();
+    if entries.contains(&(Value::Text("little_endian"), Value::Bool(false))) {
+        return Err("was written on a machine of another byte order".into());
+    }
+    let (pickle, top) = Pickle::load(&mut cursor)?;
+    let (keys, list) = Pickle::load(&mut cursor)?;
+    let types: HashMap<&str, Stored> = pickle.storages().iter().map(|storage| (storage.key, storage.stored)).collect();
+    let mut ranges: HashMap<&str, Range<usize>> = HashMap::new();
+    for key in keys.items(list).ok_or("has no list of its storages")? {
+        let Value::Text(key) = *key else { return Err("has a list of storages with something else than names".into()) };
+        let stored = types.get(key).ok_or_else(|| format!("holds a storage `{key}` that no tensor refers to"))?;
+        let count = cursor.count(stored.block().1, "values")?;
+        let start = cursor.at();
+        cursor.take(count * stored.block().1)?;
+        ranges.insert(key, start..cursor.at());
+    }
+    listing(&pickle, top, &|key| ranges.get(key).cloned())
+}
+
+/// The tensors below the top value, each with its place in the file.
+fn listing(pickle: &Pickle, top: Value, storage: &dyn Fn(&str) -> Option<Range<usize>>) -> Parsed<Listing> {
+    let mut entries = BTreeMap::new();
+    let mut seen = HashSet::new();
+    // Dictionaries to look into, with their names and depths. One that occurs twice, inside itself for instance, is
+    // looked into once.
+    let mut open = vec![(String::new(), top, 0)];
+    while let Some((prefix, dict, depth)) = open.pop() {
+        let Value::Dict(index) = dict else {
+            return Err("holds something else than a dictionary of tensors; save `model.state_dict()`".into());
+        };
+        if !seen.insert(index) || depth > MAX_DEPTH {
+            continue;
+        }
+        for &(key, value) in pickle.entries(dict).unwrap_or_default() {
+            let name = match key {
+                Value::Text(key) if prefix.len() + key.len() > MAX_NAME => {
+                    return Err(format!("has a tensor with a name of more than {MAX_NAME} bytes"));
+                }
+                Value::Text(key) => format!("{prefix}{key}"),
+                Value::Int(key) => format!("{prefix}{key}"),
+                _ => continue,
+            };
+            match value {
+                Value::Dict(_) => open.push((format!("{name}."), value, depth + 1)),
+                Value::Tensor(index) => {
+                    let view = pickle.tensor(index).ok_or("refers to a tensor that it does not have")?;
+                    let entry = place(pickle, view, storage).map_err(|why| format!("tensor `{name}`: {why}"))?;
+                    entries.insert(name, entry);
+                    if entries.len() > MAX_TENSORS {
+                        return Err(format!("has more than {MAX_TENSORS} tensors"));
+                    }
+                }
+                // Steps, options and the like.
+                _ => {}
+            }
+        }
+    }
+    Ok(Listing { entries, metadata: BTreeMap::new() })
+}
+
+/// Where the values of a view lie.
+fn place(pickle: &Pickle, view: &View, storage: &dyn Fn(&str) -> Option<Range<usize>>) -> Parsed<Entry> {
+    let of = pickle.storages().get(view.storage as usize).ok_or("has no storage")?;
+    let range = storage(of.key).ok_or_else(|| format!("its storage `{}` is not in the file", of.key))?;
+    let size = of.stored.block().1;
+    let shape = Shape::new(&view.shape).map_err(|why| why.to_string())?;
+    if view.strides.len() != view.shape.len() {
+        return Err(format!("has {} dimensions and {} strides", view.shape.len(), view.strides.len()));
+    }
+    // The last value of the view, counted from the start of the storage.
+    let reach = view
+        .shape
+        .iter()
+        .zip(&view.strides)
+        .try_fold(0usize, |reach, (&dim, &stride)| reach.checked_add(dim.saturating_sub(1).checked_mul(stride)?));
+    let values = if shape.elements() == 0 { Some(0) } else { reach.and_then(|reach| reach.checked_add(1)) };
+    let inside = |end: usize| end <= of.elements && shape.elements() <= of.elements;
+    let end = values.and_then(|values| view.offset.checked_add(values)).filter(|&end| inside(end));
+    let start = end.and_then(|_| of.first.checked_add(view.offset)?.checked_mul(size));
+    let bytes = values.and_then(|values| values.checked_mul(size));
+    let last = start.zip(bytes).and_then(|(start, bytes)| start.checked_add(bytes));
+    let (Some(start), true) = (start, last.is_some_and(|last| last <= range.len())) else {
+        return Err(format!(
+            "shape {:?}, strides {:?}, offset {} do not fit into a storage of {} values, {} bytes in the file",
+            view.shape,
+            view.strides,
+            view.offset,
+            of.elements,
+            range.len()
+        ));
+    };
+    let packed = packed(&view.shape, &view.strides);
+    let strides = (!packed).then(|| view.strides.clone());
+    Ok(Entry { part: 0, stored: of.stored, shape, strides, start: range.start + start })
+}
+
+/// Whether values lie in the order of the shape without gaps.
+fn packed(shape: &[usize], strides: &[usize]) -> bool {
+    let mut expected = 1usize;
+    shape.iter().zip(strides).rev().all(|(&dim, &stride)| {
+        let fits = dim <= 1 || stride == expected;
+        expected = expected.saturating_mul(dim);
+        fits
+    }) || shape.contains(&0)
+}

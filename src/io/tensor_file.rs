@@ -1,0 +1,390 @@
+//! Files with tensors by name, whatever their format.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    fmt, fs,
+    path::{Path, PathBuf},
+};
+
+use serde::Deserialize;
+
+use super::{
+    bytes::{Bytes, Parsed},
+    gguf, pytorch, safetensors,
+    stored::{Stored, Unreadable, decode},
+    zip,
+};
+use crate::{Error, Result, Shape, Tensor, error::ensure};
+
+/// A file with tensors by name, or several that belong together: mapped into memory, and read tensor by tensor.
+///
+/// | format | recognised by |
+/// |---|---|
+/// | safetensors | anything else |
+/// | safetensors in several files | its index, a name that ends in `.index.json` |
+/// | PyTorch, `torch.save` of a state dict | a zip archive with `data.pkl` |
+/// | PyTorch before 1.6 | a pickle with the number of that format |
+/// | GGUF 2 and 3 | `GGUF` |
+///
+/// Pickles are read by a machine of its own that executes nothing: it knows the instructions and functions that state
+/// dicts need, and refuses all others by their names.
+///
+/// A file is not trusted. Whatever it says is checked against its size before memory is taken for it, and reading all
+/// of its tensors takes at most sixteen times its size.
+///
+/// ```
+/// use x_transformers::{Device, Tensor, io::{TensorFile, write_safetensors}};
+/// # fn main() -> x_transformers::Result<()> {
+/// # let folder = std::env::temp_dir().join(format!("xt-doc-tensor-file-{}", std::process::id()));
+/// # std::fs::create_dir_all(&folder).unwrap();
+/// # let path = folder.join("weights.safetensors");
+/// let weight = Tensor::from_slice(&[1.0f32, 2.0], [2], &Device::Cpu)?;
+/// write_safetensors(&path, &[("weight".to_string(), weight)].into(), &Default::default())?;
+/// let file = TensorFile::open(&path)?;
+/// assert_eq!(file.info("weight").unwrap().shape, [2]);
+/// assert_eq!(file.tensor("weight")?.to_vec::<f32>()?, [1.0, 2.0]);
+/// # std::fs::remove_dir_all(&folder).unwrap();
+/// # Ok(())
+/// # }
+/// ```
+#[derive(Debug)]
+pub struct TensorFile {
+    path: PathBuf,
+    format: Format,
+    parts: Vec<Part>,
+    entries: BTreeMap<String, Entry>,
+    metadata: BTreeMap<String, Metadata>,
+}
+
+/// What a file is.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[non_exhaustive]
+pub enum Format {
+    /// <https://github.com/huggingface/safetensors>
+    Safetensors,
+    /// `torch.save` since PyTorch 1.6.
+    PytorchArchive,
+    /// `torch.save` before.
+    PytorchLegacy,
+    /// llama.cpp's.
+    Gguf,
+}
+
+impl fmt::Display for Format {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Safetensors => "safetensors",
+            Self::PytorchArchive => "PyTorch",
+            Self::PytorchLegacy => "PyTorch before 1.6",
+            Self::Gguf => "GGUF",
+        })
+    }
+}
+
+/// What a file says beside its tensors.
+#[derive(Clone, PartialEq, Debug)]
+#[non_exhaustive]
+pub enum Metadata {
+    /// True or false.
+    Bool(bool),
+    /// An integer of any width.
+    Int(i64),
+    /// A float of any width.
+    Float(f64),
+    /// Text.
+    Text(String),
+    /// Values of one kind.
+    List(Vec<Metadata>),
+}
+
+/// Type and shape of a tensor in a file.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct TensorInfo {
+    /// How the values lie in the file.
+    pub stored: Stored,
+    /// The shape.
+    pub shape: Vec<usize>,
+}
+
+/// One file.
+#[derive(Debug)]
+struct Part {
+    path: PathBuf,
+    bytes: Bytes,
+}
+
+/// Where a tensor lies. Whoever makes one has checked that it lies inside its file.
+#[derive(Clone, Debug)]
+pub(super) struct Entry {
+    pub part: usize,
+    pub stored: Stored,
+    pub shape: Shape,
+    /// Distances between neighbours, in values; `None`: packed in the order of the shape.
+    pub strides: Option<Vec<usize>>,
+    /// The byte of the first value.
+    pub start: usize,
+}
+
+/// What a reader finds in a file.
+pub(super) struct Listing {
+    pub entries: BTreeMap<String, Entry>,
+    pub metadata: BTreeMap<String, Metadata>,
+}
+
+/// Bytes that the index of a sharded checkpoint may have.
+const MAX_INDEX: u64 = 100_000_000;
+
+/// The files of a folder that are looked for, the best first.
+const IN_FOLDERS: [&str; 4] =
+    ["model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json"];
+
+impl TensorFile {
+    /// Opens a file of any of the formats, an index of several, or a folder that holds one of
+    /// `model.safetensors`, `model.safetensors.index.json`, `pytorch_model.bin`, `pytorch_model.bin.index.json`, or a
+    /// single `.gguf`.
+    ///
+    /// Errors: [`Error::Io`] if a file cannot be read; [`Error::File`], which says what is wrong and where.
+    pub fn open(path: impl AsRef<Path>) -> Result<Self> {
+        let path = path.as_ref();
+        let path = if path.is_dir() { &in_folder(path)? } else { path };
+        if path.to_string_lossy().ends_with(".index.json") { Self::open_index(path) } else { Self::open_one(path) }
+    }
+
+    /// The same for the bytes of one file.
+    ///
+    /// Errors: [`Error::File`], which says what is wrong and where.
+    pub fn from_bytes(bytes: impl Into<Vec<u8>>) -> Result<Self> {
+        Self::of(PathBuf::from("memory"), Bytes::Owned(bytes.into()))
+    }
+
+    fn open_one(path: &Path) -> Result<Self> {
+        Self::of(path.to_path_buf(), Bytes::map(path)?)
+    }
+
+    fn of(path: PathBuf, bytes: Bytes) -> Result<Self> {
+        let format = if bytes.starts_with(gguf::MAGIC) {
+            Format::Gguf
+        } else if zip::is_zip(&bytes) {
+            Format::PytorchArchive
+        } else if pytorch::is_legacy(&bytes) {
+            Format::PytorchLegacy
+        } else {
+            Format::Safetensors
+        };
+        let listing = match format {
+            Format::Safetensors => safetensors::listing(&bytes),
+            Format::PytorchArchive => pytorch::archive(&bytes),
+            Format::PytorchLegacy => pytorch::legacy(&bytes),
+            Format::Gguf => gguf::listing(&bytes),
+        };
+        let Listing { entries, metadata } = listing.map_err(|why| Error::file(&path, why))?;
+        check_total(&entries, bytes.len()).map_err(|why| Error::file(&path, why))?;
+        Ok(Self { parts: vec![Part { path: path.clone(), bytes }], path, format, entries, metadata })
+    }
+
+    /// Opens all files that an index names; they must hold exactly what it says.
+    fn open_index(path: &Path) -> Result<Self> {
+        #[derive(Deserialize)]
+        struct Index {
+            weight_map: BTreeMap<String, String>,
+        }
+        let broken = |source| Error::io(path, source);
+        let found = fs::metadata(path).map_err(broken)?;
+        ensure!(found.is_file(), Error::file(path, "is not a regular file"));
+        ensure!(
+            found.len() <= MAX_INDEX,
+            Error::file(path, format!("has {} bytes, too many for an index", found.len()))
+        );
+        let text = fs::read(path).map_err(broken)?;
+        let index: Index = serde_json::from_slice(&text)
+            .map_err(|why| Error::file(path, format!("is no index of a checkpoint in several files: {why}")))?;
+        let names: BTreeSet<&str> = index.weight_map.values().map(String::as_str).collect();
+        let plain = |name: &str| !name.is_empty() && !name.contains(['/', '\\', '\0']) && name != ".." && name != ".";
+        if let Some(name) = names.iter().find(|name| !plain(name)) {
+            return Err(Error::file(path, format!("names the file `{name}`, expected one in the same folder")));
+        }
+        let folder = path.parent().unwrap_or(Path::new(""));
+        let mut whole = Self {
+            path: path.to_path_buf(),
+            format: Format::Safetensors,
+            parts: Vec::new(),
+            entries: BTreeMap::new(),
+            metadata: BTreeMap::new(),
+        };
+        for name in names {
+            let shard = Self::open_one(&folder.join(name))?;
+            let part = whole.parts.len();
+            for (tensor, entry) in shard.entries {
+                ensure!(
+                    index.weight_map.get(&tensor).is_some_and(|file| file == name),
+                    Error::file(&shard.path, format!("holds tensor `{tensor}`, which the index does not place there"))
+                );
+                whole.entries.insert(tensor, Entry { part, ..entry });
+            }
+            whole.format = shard.format;
+            whole.metadata.extend(shard.metadata);
+            whole.parts.extend(shard.parts);
+        }
+        match index.weight_map.iter().find(|(tensor, _)| !whole.entries.contains_key(*tensor)) {
+            Some((tensor, file)) => {
+                Err(Error::file(path, format!("places tensor `{tensor}` in `{file}`, which lacks it")))
+            }
+            None => Ok(whole),
+        }
+    }
+
+    /// The file that was opened; of a folder the one that was found in it.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// What it is.
+    pub fn format(&self) -> Format {
+        self.format
+    }
+
+    /// Bytes of all files.
+    pub fn bytes(&self) -> usize {
+        self.parts.iter().map(|part| part.bytes.len()).sum()
+    }
+
+    /// The names of the tensors, in alphabetical order.
+    pub fn names(&self) -> impl Iterator<Item = &str> {
+        self.entries.keys().map(String::as_str)
+    }
+
+    /// Type and shape of a tensor.
+    pub fn info(&self, name: &str) -> Option<TensorInfo> {
+        self.entries.get(name).map(|entry| TensorInfo { stored: entry.stored, shape: entry.shape.to_vec() })
+    }
+
+    /// What the file says beside its tensors.
+    pub fn metadata(&self) -> &BTreeMap<String, Metadata> {
+        &self.metadata
+    }
+
+    /// Reads a tensor, on the CPU. Its dtype is that of [`Stored::dtype`].
+    ///
+    /// Errors: there is none of this name; values that its type does not allow; [`Error::OutOfMemory`].
+    pub fn tensor(&self, name: &str) -> Result<Tensor> {
+        let entry = self.entries.get(name);
+        let entry = entry.ok_or_else(|| Error::file(&self.path, format!("has no tensor `{name}`")))?;
+        let Part { path, bytes } = &self.parts[entry.part];
+        entry.read(bytes).map_err(|problem| match problem {
+            Unreadable::Content(why) => Error::file(path, format!("tensor `{name}` {why}")),
+            Unreadable::Tensor(error) => error.at(name),
+        })
+    }
+
+    /// Reads every tensor.
+    ///
+    /// Errors: as [`TensorFile::tensor`].
+    pub fn tensors(&self) -> Result<BTreeMap<String, Tensor>> {
+        self.entries.keys().map(|name| Ok((name.clone(), self.tensor(name)?))).collect()
+    }
+}
+
+impl Entry {
+    pub fn read(&self, bytes: &[u8]) -> std::result::Result<Tensor, Unreadable> {
+        let count = self.stored.bytes(self.shape.elements()).unwrap_or(usize::MAX);
+        match &self.strides {
+            None => {
+                let range = self.start.checked_add(count).and_then(|end| bytes.get(self.start..end));
+                decode(range.ok_or_else(|| Unreadable::Content("lies behind the end".into()))?, self.shape, self.stored)
+            }
+            Some(strides) => {
+                let bytes = bytes.get(self.start..).unwrap_or_default();
+                decode(&gather(bytes, &self.shape, strides, self.stored.block().1), self.shape, self.stored)
+            }
+        }
+    }
+}
+
+/// The values of a strided view, one behind the other.
+fn gather(bytes: &[u8], shape: &Shape, strides: &[usize], size: usize) -> Vec<u8> {
+    let mut packed = Vec::with_capacity(shape.elements() * size);
+    let mut index = vec![0usize; shape.rank()];
+    for _ in 0..shape.elements() {
+        let at: usize = index.iter().zip(strides).map(|(index, stride)| index * stride).sum();
+        packed.extend_from_slice(&bytes[at * size..][..size]);
+        for (index, &dim) in index.iter_mut().zip(shape.iter()).rev() {
+            *index += 1;
+            if *index < dim {
+                break;
+            }
+            *index = 0;
+        }
+    }
+    packed
+}
+
+/// Refuses a small file that describes many large tensors: tied weights lie in one place, all else in its own.
+fn check_total(entries: &BTreeMap<String, Entry>, bytes: usize) -> Parsed<()> {
+    let mut sizes = entries.values().map(|entry| entry.stored.bytes(entry.shape.elements()));
+    let total = sizes.try_fold(0usize, |total, size| total.checked_add(size?));
+    match total {
+        Some(total) if total <= bytes.saturating_mul(2) => Ok(()),
+        _ => Err(format!("describes more than twice the {bytes} bytes that it has: its tensors overlap")),
+    }
+}
+
+/// The file with the weights in a folder.
+fn in_folder(folder: &Path) -> Result<PathBuf> {
+    if let Some(found) = IN_FOLDERS.iter().map(|name| folder.join(name)).find(|path| path.is_file()) {
+        return Ok(found);
+    }
+    let entries = fs::read_dir(folder).map_err(|source| Error::io(folder, source))?;
+    let mut found: Vec<PathBuf> = entries
+        .filter_map(|entry| Some(entry.ok()?.path()))
+        .filter(|path| path.extension().is_some_and(|ending| ending == "gguf") && path.is_file())
+        .collect();
+    found.sort();
+    match &found[..] {
+        [one] => Ok(one.clone()),
+        [] => Err(Error::file(folder, format!("has no weights: none of {}, and no .gguf", IN_FOLDERS.join(", ")))),
+        _ => Err(Error::file(folder, format!("has {} .gguf files, give one of them", found.len()))),
+    }
+}
+
+impl Metadata {
+    /// The number, if it is an integer that is not negative.
+    pub fn as_usize(&self) -> Option<usize> {
+        match self {
+            Self::Int(value) => usize::try_from(*value).ok(),
+            _ => None,
+        }
+    }
+
+    /// The number, integers included.
+    pub fn as_f64(&self) -> Option<f64> {
+        match self {
+            Self::Int(value) => Some(*value as f64),
+            Self::Float(value) => Some(*value),
+            _ => None,
+        }
+    }
+
+    /// The truth value.
+    pub fn as_bool(&self) -> Option<bool> {
+        match self {
+            Self::Bool(value) => Some(*value),
+            _ => None,
+        }
+    }
+
+    /// The text.
+    pub fn as_str(&self) -> Option<&str> {
+        match self {
+            Self::Text(text) => Some(text),
+            _ => None,
+        }
+    }
+
+    /// The values of a list.
+    pub fn as_list(&self) -> Option<&[Metadata]> {
+        match self {
+            Self::List(values) => Some(values),
+            _ => None,
+        }
+    }
+}

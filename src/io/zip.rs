@@ -1,0 +1,115 @@
+//! The directory of a zip archive whose files are stored as they are, which is how PyTorch writes them.
+
+use std::{collections::BTreeMap, ops::Range};
+
+use super::bytes::{Cursor, Parsed};
+
+/// Signature of a file's own header.
+const LOCAL: u32 = 0x0403_4B50;
+/// Signature of an entry of the directory.
+const ENTRY: u32 = 0x0201_4B50;
+/// Signature of the record at the end.
+const END: u32 = 0x0605_4B50;
+/// Signature of the record of 64-bit sizes, and of what says where it is.
+const END64: u32 = 0x0606_4B50;
+const END64_PLACE: u32 = 0x0706_4B50;
+
+/// Bytes of the record at the end, before its comment of up to 64 KiB.
+const END_BYTES: usize = 22;
+
+/// Tag of the extra field with 64-bit sizes.
+const EXTRA64: u16 = 1;
+
+/// Whether a file begins as an archive does.
+pub(super) fn is_zip(bytes: &[u8]) -> bool {
+    bytes.starts_with(&LOCAL.to_le_bytes())
+}
+
+/// Where the content of each file lies.
+pub(super) fn directory(bytes: &[u8]) -> Parsed<BTreeMap<&str, Range<usize>>> {
+    let (count, start) = find(bytes)?;
+    let mut cursor = Cursor::new(bytes, start);
+    let mut files = BTreeMap::new();
+    for _ in 0..count {
+        let at = cursor.at();
+        if cursor.u32()? != ENTRY {
+            return Err(format!("has no entry of its directory at byte {at}"));
+        }
+        let _versions = cursor.u32()?;
+        let flags = cursor.u16()?;
+        let method = cursor.u16()?;
+        let _time_and_sum: [u8; 8] = cursor.array()?;
+        let (mut packed, mut size) = (u64::from(cursor.u32()?), u64::from(cursor.u32()?));
+        let [name, extra, comment] = [cursor.u16()?, cursor.u16()?, cursor.u16()?].map(usize::from);
+        let _disk_and_attributes: [u8; 8] = cursor.array()?;
+        let mut offset = u64::from(cursor.u32()?);
+        let name = str::from_utf8(cursor.take(name)?).map_err(|_| format!("names a file at byte {at} not in UTF-8"))?;
+        wide(cursor.take(extra)?, [&mut size, &mut packed, &mut offset])?;
+        cursor.take(comment)?;
+        if method != 0 || packed != size {
+            return Err(format!("holds `{name}` compressed (method {method}); expected it stored, as PyTorch does"));
+        }
+        if flags & 1 != 0 {
+            return Err(format!("holds `{name}` encrypted"));
+        }
+        if files.insert(name, content(bytes, name, offset, size)?).is_some() {
+            return Err(format!("holds `{name}` twice"));
+        }
+    }
+    Ok(files)
+}
+
+/// How many entries the directory has, and where it begins.
+fn find(bytes: &[u8]) -> Parsed<(u64, usize)> {
+    let none = || "has no directory at its end: it is truncated or no zip archive".to_string();
+    let latest = bytes.len().checked_sub(END_BYTES).ok_or_else(none)?;
+    let earliest = latest.saturating_sub(usize::from(u16::MAX));
+    let at = (earliest..=latest).rev().find(|&at| bytes[at..].starts_with(&END.to_le_bytes())).ok_or_else(none)?;
+    let mut cursor = Cursor::new(bytes, at + 4);
+    let _disks: [u8; 6] = cursor.array()?;
+    let (count, _size, offset) = (cursor.u16()?, cursor.u32()?, cursor.u32()?);
+    let (mut count, mut offset) = (u64::from(count), u64::from(offset));
+    // The place of the record of 64-bit sizes is right in front, if there is one.
+    if let Some(place) = at.checked_sub(20).filter(|&place| bytes[place..].starts_with(&END64_PLACE.to_le_bytes())) {
+        let record = Cursor::new(bytes, place + 8).u64()?;
+        let record = usize::try_from(record).map_err(|_| none())?;
+        let mut cursor = Cursor::new(bytes, record);
+        if cursor.u32()? != END64 {
+            return Err(format!("has no record of 64-bit sizes at byte {record}"));
+        }
+        let _sizes_and_disks: [u8; 28] = cursor.array()?;
+        (count, _, offset) = (cursor.u64()?, cursor.u64()?, cursor.u64()?);
+    }
+    let start = usize::try_from(offset).ok().filter(|&start| start <= at);
+    start.map(|start| (count, start)).ok_or_else(|| format!("has its directory at byte {offset}, behind its end"))
+}
+
+/// Reads the 64-bit sizes that take the place of those at their maximum.
+fn wide(extra: &[u8], sizes: [&mut u64; 3]) -> Parsed<()> {
+    let mut cursor = Cursor::new(extra, 0);
+    let mut sizes = sizes.into_iter().filter(|size| **size == u64::from(u32::MAX)).peekable();
+    while sizes.peek().is_some() && cursor.left() > 0 {
+        let (tag, length) = (cursor.u16()?, cursor.u16()?);
+        let field = cursor.take(length.into())?;
+        if tag == EXTRA64 {
+            let mut field = Cursor::new(field, 0);
+            sizes.by_ref().take(field.left() / 8).try_for_each(|size| field.u64().map(|wide| *size = wide))?;
+        }
+    }
+    Ok(())
+}
+
+/// Where the content of a file lies, behind its own header.
+fn content(bytes: &[u8], name: &str, offset: u64, size: u64) -> Parsed<Range<usize>> {
+    let outside = || format!("holds `{name}` at byte {offset}, {size} bytes, outside of its {} bytes", bytes.len());
+    let mut cursor = Cursor::new(bytes, usize::try_from(offset).map_err(|_| outside())?);
+    if cursor.u32()? != LOCAL {
+        return Err(format!("has no header of `{name}` at byte {offset}"));
+    }
+    let _fields: [u8; 22] = cursor.array()?;
+    let (name_length, extra) = (cursor.u16()?, cursor.u16()?);
+    cursor.take(usize::from(name_length) + usize::from(extra))?;
+    let start = cursor.at();
+    let size = usize::try_from(size).ok().filter(|&size| size <= cursor.left()).ok_or_else(outside)?;
+    Ok(start..start + size)
+}

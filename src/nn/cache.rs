@@ -1,0 +1,308 @@
+//! What attention layers keep of a sequence that grows: keys, values and the inputs that token shift looks back at.
+
+use super::{ForwardOptions, ScoreBias};
+use crate::{
+    DType, Device, Error, Result, Tensor,
+    error::{At, ensure},
+    ops::rotary::rotary_table,
+};
+
+/// The memory of [`AttentionLayers::extend`](super::AttentionLayers::extend): one sequence per row of a batch, each of
+/// its own length. Buffers are made once and written in place.
+#[derive(Clone, Debug)]
+pub struct LayersCache {
+    /// Context, memories and the path of attention, for all steps.
+    pub(super) options: ForwardOptions,
+    pub(super) layers: Vec<LayerCache>,
+    pub(super) tables: Tables,
+    batch: usize,
+    capacity: usize,
+    lengths: Vec<usize>,
+    /// Which positions are no padding, `[b, 1, capacity, 1]`, once any is.
+    mask: Option<Tensor>,
+    /// The same by rows.
+    kept: Option<Vec<Vec<bool>>>,
+}
+
+/// What depends on positions alone, the same in every layer.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Tables {
+    /// Cosines and sines, `[positions, features]`.
+    pub rotary: Option<Tensor>,
+    /// `[positions, dim]`
+    pub sinusoids: Option<Tensor>,
+    pub bias: Option<ScoreBias>,
+}
+
+/// What one sublayer keeps.
+#[derive(Clone, Debug, Default)]
+pub(super) struct LayerCache {
+    /// The inputs behind the norm, `[b, 1, capacity, dim]`, where tokens are shifted.
+    pub history: Option<Tensor>,
+    pub attention: AttentionCache,
+}
+
+/// Keys and values `[b, heads, front + capacity, d]`; those of a context have no more than they need.
+#[derive(Clone, Debug, Default)]
+pub(super) struct AttentionCache {
+    pub keys_values: Option<[Tensor; 2]>,
+    /// Keys in front of the sequence: memory key/values and memories.
+    pub front: usize,
+    /// Memories among those.
+    pub memories: usize,
+    /// The position bias by the distance of a key behind a query, `[heads, distances]`.
+    pub curves: Option<Tensor>,
+}
+
+/// Where the new positions of one call are.
+#[derive(Clone, Debug)]
+pub(super) struct Step {
+    /// Lengths of the sequences before, `[b]` I64.
+    pub ends: Tensor,
+    pub lengths: Vec<usize>,
+    /// New positions of each row.
+    pub n: usize,
+    pub capacity: usize,
+    /// Whether all sequences begin here.
+    pub first: bool,
+    /// Padding of the new positions, `[b, n]`.
+    pub mask: Option<Tensor>,
+    /// Padding of all positions, `[b, 1, capacity, 1]`.
+    pub whole_mask: Option<Tensor>,
+    /// The same by rows.
+    pub kept: Option<Vec<Vec<bool>>>,
+}
+
+impl LayersCache {
+    pub(super) fn new(
+        batch: usize,
+        capacity: usize,
+        layers: usize,
+        tables: Tables,
+        options: ForwardOptions,
+    ) -> Result<Self> {
+        ensure!(
+            batch > 0 && capacity > 0,
+            Error::argument("cache", format!("expected rows and positions, got {batch} and {capacity}"))
+        );
+        Ok(Self {
+            options,
+            layers: vec![LayerCache::default(); layers],
+            tables,
+            batch,
+            capacity,
+            lengths: vec![0; batch],
+            mask: None,
+            kept: None,
+        })
+    }
+
+    /// Rows.
+    pub fn batch(&self) -> usize {
+        self.batch
+    }
+
+    /// The longest sequence that fits.
+    pub fn capacity(&self) -> usize {
+        self.capacity
+    }
+
+    /// The length of each row's sequence.
+    pub fn lengths(&self) -> &[usize] {
+        &self.lengths
+    }
+
+    /// Makes sequences shorter: what is behind the new lengths will be overwritten.
+    ///
+    /// Errors: another number of lengths than rows, or one that is longer than the sequence.
+    pub fn truncate(&mut self, lengths: &[usize]) -> Result<()> {
+        ensure!(
+            lengths.len() == self.batch && lengths.iter().zip(&self.lengths).all(|(new, old)| new <= old),
+            Error::argument("cache", format!("cannot shorten sequences of {:?} to {lengths:?}", self.lengths))
+        );
+        self.lengths.copy_from_slice(lengths);
+        Ok(())
+    }
+
+    /// Counts the positions of the last call that are part of each row's sequence.
+    pub(super) fn advance(&mut self, counts: &[usize]) {
+        self.lengths.iter_mut().zip(counts).for_each(|(length, count)| *length += count);
+    }
+
+    /// Takes these rows in this order; a row may be taken several times.
+    ///
+    /// Errors: no rows, or one that does not exist.
+    pub fn select_rows(&mut self, rows: &[usize]) -> Result<()> {
+        ensure!(
+            !rows.is_empty() && rows.iter().all(|&row| row < self.batch),
+            Error::argument("cache", format!("cannot take rows {rows:?} of {}", self.batch))
+        );
+        let device = self.layers.iter().find_map(LayerCache::device).cloned();
+        self.batch = rows.len();
+        self.lengths = rows.iter().map(|&row| self.lengths[row]).collect();
+        self.kept = self.kept.as_ref().map(|kept| rows.iter().map(|&row| kept[row].clone()).collect());
+        let Some(device) = device else { return Ok(()) };
+        let rows: Vec<i64> = rows.iter().map(|&row| row as i64).collect();
+        let rows = Tensor::from_vec(rows, [self.batch], &device)?;
+        let tensors = self
+            .layers
+            .iter_mut()
+            .flat_map(|layer| layer.history.iter_mut().chain(layer.attention.keys_values.iter_mut().flatten()));
+        tensors.chain(self.options.context.as_mut()).try_for_each(|tensor| select(tensor, &rows))?;
+        let masks = self.mask.iter_mut().chain(self.options.context_mask.as_mut());
+        masks.chain(self.options.mems.iter_mut().flatten()).try_for_each(|mask| select(mask, &rows))
+    }
+
+    /// The next `n` positions of every row.
+    pub(super) fn step(&mut self, n: usize, mask: Option<&Tensor>, device: &Device) -> Result<Step> {
+        let longest = self.lengths.iter().copied().max().unwrap_or(0);
+        ensure!(n > 0, Error::argument("cache", "expected at least one new position"));
+        let ends: Vec<i64> = self.lengths.iter().map(|&length| length as i64).collect();
+        let ends = Tensor::from_vec(ends, [self.batch], device)?;
+        if mask.is_some() || self.mask.is_some() {
+            self.write_mask(n, mask, &ends)?;
+        }
+        let mask = match (mask, &self.mask) {
+            (None, Some(_)) => Some(Tensor::ones([self.batch, n], DType::Bool, device)?),
+            (mask, _) => mask.map(Tensor::contiguous).transpose()?,
+        };
+        Ok(Step {
+            ends,
+            lengths: self.lengths.clone(),
+            n,
+            capacity: self.capacity,
+            first: longest == 0,
+            mask,
+            whole_mask: self.mask.clone(),
+            kept: self.kept.clone(),
+        })
+    }
+
+    fn write_mask(&mut self, n: usize, mask: Option<&Tensor>, ends: &Tensor) -> Result<()> {
+        let (batch, capacity) = (self.batch, self.capacity);
+        let new = match mask {
+            Some(mask) => mask.to_vec::<bool>()?,
+            None => vec![true; batch * n],
+        };
+        let kept = self.kept.get_or_insert_with(|| vec![vec![true; capacity]; batch]);
+        for ((kept, &length), new) in kept.iter_mut().zip(&self.lengths).zip(new.chunks(n)) {
+            kept.iter_mut().skip(length).zip(new).for_each(|(kept, &new)| *kept = new);
+        }
+        let mut whole = match self.mask.take() {
+            Some(whole) => whole,
+            None => Tensor::ones([batch, 1, capacity, 1], DType::Bool, ends.device())?,
+        };
+        let new = Tensor::from_vec(new, [batch, 1, n, 1], ends.device())?;
+        whole.write_rows(&new, ends, 0).at("mask")?;
+        self.mask = Some(whole);
+        Ok(())
+    }
+}
+
+/// Rows of the first dimension, in packed storage of their own.
+fn select(tensor: &mut Tensor, rows: &Tensor) -> Result<()> {
+    let mut shape = tensor.shape().to_vec();
+    shape[0] = rows.elements();
+    let width: usize = shape[1..].iter().product();
+    let old_rows = tensor.shape()[0];
+    let dtype = tensor.dtype();
+    // Rows are looked up as those of a table, which is float.
+    let table = if dtype.is_float() { tensor.clone() } else { tensor.to_dtype(DType::F32)? };
+    *tensor = table.reshape([old_rows, width])?.embedding(rows)?.to_dtype(dtype)?.reshape(shape)?;
+    Ok(())
+}
+
+impl LayerCache {
+    fn device(&self) -> Option<&Device> {
+        self.history.as_ref().or(self.attention.keys_values.as_ref().map(|[keys, _]| keys)).map(Tensor::device)
+    }
+
+    /// Notes the inputs of a step; gives all of them.
+    pub fn remember(&mut self, x: &Tensor, step: &Step) -> Result<&Tensor> {
+        let (batch, dim) = (x.dim(0)?, x.dim(2)?);
+        let mut history = match self.history.take() {
+            Some(history) => history,
+            None => Tensor::zeros([batch, 1, step.capacity, dim], x.dtype(), x.device())?,
+        };
+        history.write_rows(&x.unsqueeze(1)?, &step.ends, 0)?;
+        Ok(self.history.insert(history))
+    }
+}
+
+impl AttentionCache {
+    /// Writes keys and values of a step, `[b, heads, n, d]`; those of the first one include what is in front.
+    pub fn write(&mut self, k: &Tensor, v: &Tensor, step: &Step) -> Result<()> {
+        let offset = if step.first { 0 } else { self.front };
+        let room = self.front + step.capacity;
+        let buffer = |x: &Tensor| Tensor::zeros([x.dim(0)?, x.dim(1)?, room, x.dim(3)?], x.dtype(), x.device());
+        let [mut keys, mut values] = match self.keys_values.take() {
+            Some(buffers) => buffers,
+            None => [buffer(k)?, buffer(v)?],
+        };
+        keys.write_rows(k, &step.ends, offset).at("keys")?;
+        values.write_rows(v, &step.ends, offset).at("values")?;
+        self.keys_values = Some([keys, values]);
+        Ok(())
+    }
+}
+
+impl Tables {
+    /// For sequences of up to so many positions, memories included.
+    pub fn new(
+        positions: usize,
+        rotary: Option<&Tensor>,
+        infused: Option<&Tensor>,
+        bias: Option<ScoreBias>,
+        dtype: DType,
+    ) -> Result<Self> {
+        let rotary = rotary.map(|frequencies| rotary_table(frequencies, positions, dtype.accumulator())).transpose()?;
+        let sinusoids = infused.map(|frequencies| frequencies.sinusoid(0, positions, dtype)).transpose()?;
+        Ok(Self { rotary, sinusoids, bias })
+    }
+}
+
+impl Step {
+    /// The positions of the step, each `first` later, and none beyond `limit`: `[b, n]` I64.
+    pub fn positions(&self, first: usize, limit: usize) -> Result<Tensor> {
+        let row = |&length: &usize| (0..self.n).map(move |i| (first + length + i).min(limit - 1) as i64);
+        let positions: Vec<i64> = self.lengths.iter().flat_map(row).collect();
+        Tensor::from_vec(positions, [self.lengths.len(), self.n], self.ends.device())
+    }
+
+    /// Keys that the queries of the step see at most, with those in front.
+    pub fn keys(&self, front: usize) -> usize {
+        let longest = self.lengths.iter().copied().max().unwrap_or(0);
+        front + (longest + self.n).min(self.capacity)
+    }
+
+    /// Which scores stay, `[b, 1, n, keys]`, as the uncached call decides it.
+    pub fn keep(&self, front: usize, mem_keys: usize, max_attend_past: Option<usize>) -> Result<Tensor> {
+        let keys = self.keys(front);
+        let mut keep = Vec::with_capacity(self.lengths.len() * self.n * keys);
+        for (row, &length) in self.lengths.iter().enumerate() {
+            let kept = self.kept.as_ref().map(|kept| &kept[row]);
+            let padded = |position: usize| kept.is_some_and(|kept| !kept.get(position).is_none_or(|&kept| kept));
+            for i in 0..self.n {
+                let position = front + length + i;
+                let query_padded = padded(length + i);
+                keep.extend((0..keys).map(|key| {
+                    let padding = key < mem_keys || !(query_padded || key >= front && padded(key - front));
+                    padding && key <= position && max_attend_past.is_none_or(|past| position - key <= past)
+                }));
+            }
+        }
+        Tensor::from_vec(keep, [self.lengths.len(), 1, self.n, keys], self.ends.device())
+    }
+
+    /// The position bias of the step's scores from its curves, `[b, heads, n, keys]`.
+    pub fn bias(&self, curves: &Tensor, front: usize, dtype: DType) -> Result<Tensor> {
+        let (keys, distances) = (self.keys(front), curves.dim(1)?);
+        let row = |&length: &usize| {
+            let distance = move |position: usize, key: usize| position.saturating_sub(key).min(distances - 1) as i64;
+            (0..self.n).flat_map(move |i| (0..keys).map(move |key| distance(front + length + i, key)))
+        };
+        let index: Vec<i64> = self.lengths.iter().flat_map(row).collect();
+        let index = Tensor::from_vec(index, [self.lengths.len(), self.n, keys], curves.device())?;
+        curves.transpose(0, 1)?.embedding(&index)?.permute(&[0, 3, 1, 2])?.to_dtype(dtype)
+    }
+}

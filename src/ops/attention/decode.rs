@@ -1,0 +1,435 @@
+//! Attention of the last few tokens to a cache of keys and values: what decoding computes in each step.
+//!
+//! Each head's keys are cut into parts of a fixed length, which are read once, in parallel, and whose sums are joined
+//! in their order: a sequence's result depends neither on the rest of its batch nor on the threads.
+
+use std::ops::Range;
+
+use super::{OP, Sizes, expect_bool, packed_rows};
+use crate::{
+    DType, Device, Error, Result, Tensor,
+    core::{Float, Real, Shape, discrete, dispatch_float},
+    device::{CudaDevice, Grid, Storage, args, cpu, simd::vectorized},
+    error::ensure,
+};
+
+/// Keys of a part.
+const PART: usize = 256;
+/// Sums that run side by side in a product of a query and a key.
+const LANES: usize = 16;
+/// Keys at a time.
+const TOGETHER: usize = 4;
+
+/// How [`attention_decode`] reads a cache of keys. In front of the keys of the sequence there may be others, which every
+/// query may see.
+#[derive(Clone, Copy, Default)]
+pub struct DecodeSpec<'a> {
+    /// Multiplies the products of queries and keys; usually `dim_head^-0.5`.
+    pub scale: f64,
+    /// Keys in front of the sequence: learned memory key/values and memories.
+    pub front: usize,
+    /// The first of those, which padded queries see too.
+    pub mem_keys: usize,
+    /// Masks the keys that are further than this before a query's position.
+    pub max_attend_past: Option<usize>,
+    /// Padding of the sequence's keys, Bool with `batch · positions` elements; true keeps.
+    pub key_mask: Option<&'a Tensor>,
+    /// Padding of the queries, Bool `[batch, query]`: a padded (false) query sees the memory keys alone.
+    pub query_mask: Option<&'a Tensor>,
+    /// Added to the scaled products: float `[heads, distances]`, best in the type of the sums, the distance being that of the query's
+    /// position behind the key. The last one serves all that are further.
+    pub curves: Option<&'a Tensor>,
+}
+
+/// Causal attention of new tokens to cached keys: query `i` of sequence `b` stands at position
+/// `front + ends[b] + i` and sees the keys up to there. Computes what [`attention`](super::attention) computes for the
+/// last rows.
+///
+/// Shapes: `q` `[batch, heads, query, d]`, caches `k` `[batch, kv_heads, capacity, d]` and `v` `[batch, kv_heads,
+/// capacity, e]`, `ends` `[batch]` I64 → `[batch, heads, query, e]`, which lies in memory as `[batch, query, heads, e]`.
+/// `heads` is a multiple of `kv_heads`. Keys behind a query's position are not read: the cache may be larger.
+/// A query without any key left attends to all keys of its sequence equally.
+///
+/// Errors: shapes, dtypes or devices that do not fit, or a tensor that requires a gradient: decoding has none.
+pub fn attention_decode(q: &Tensor, k: &Tensor, v: &Tensor, ends: &Tensor, spec: &DecodeSpec) -> Result<Tensor> {
+    let sizes = Sizes::new(q, k, v)?;
+    discrete(OP, &[q, k, v])?;
+    check(&sizes, q, ends, spec)?;
+    let Sizes { batch, heads, queries, keys, e, .. } = sizes;
+    let merged = Shape::new(&[batch, queries, heads, e])?;
+    if merged.elements() == 0 || keys == 0 {
+        return Tensor::zeros(merged, q.dtype(), q.device())?.permute(&[0, 2, 1, 3]);
+    }
+    let (q, k, v) = (packed_rows(&q.detach())?, packed_rows(&k.detach())?, packed_rows(&v.detach())?);
+    // All packed already, unless a caller brings tensors of its own.
+    let packed = |x: Option<&Tensor>| x.map(Tensor::contiguous).transpose();
+    let (ends, key_mask, query_mask) = (ends.contiguous()?, packed(spec.key_mask)?, packed(spec.query_mask)?);
+    let acc = q.dtype().accumulator();
+    let curves = spec.curves.map(|curves| curves.detach().to_dtype(acc)?.contiguous()).transpose()?;
+    let spec =
+        &DecodeSpec { key_mask: key_mask.as_ref(), query_mask: query_mask.as_ref(), curves: curves.as_ref(), ..*spec };
+    let call = Call { sizes, q: &q, k: &k, v: &v, ends: &ends, spec };
+    let out = match *q.device() {
+        Device::Cpu => dispatch_float!(OP, q.dtype(), T, call.on_cpu::<T>(merged))?,
+        Device::Cuda(gpu) => call.on_cuda(gpu, merged)?,
+    };
+    out.permute(&[0, 2, 1, 3])
+}
+
+fn check(sizes: &Sizes, q: &Tensor, ends: &Tensor, spec: &DecodeSpec) -> Result<()> {
+    let Sizes { batch, heads, queries, keys, .. } = *sizes;
+    ensure!(
+        **ends.shape() == [batch] && ends.dtype() == DType::I64 && ends.device() == q.device(),
+        Error::shape(OP, format!("expected ends [{batch}] of i64 on {}, got {ends:?}", q.device()))
+    );
+    ensure!(
+        spec.scale.is_finite() && spec.mem_keys <= spec.front && spec.front <= keys,
+        Error::argument(
+            OP,
+            format!("scale {}, front {} and mem_keys {} do not fit", spec.scale, spec.front, spec.mem_keys)
+        )
+    );
+    if let Some(mask) = spec.key_mask {
+        expect_bool("key_mask", mask, q)?;
+        ensure!(
+            mask.elements() == batch * (keys - spec.front),
+            Error::shape(OP, format!("expected key_mask [{batch}, {}], got {:?}", keys - spec.front, mask.shape()))
+        );
+    }
+    if let Some(mask) = spec.query_mask {
+        expect_bool("query_mask", mask, q)?;
+        ensure!(
+            **mask.shape() == [batch, queries],
+            Error::shape(OP, format!("expected query_mask [{batch}, {queries}], got {:?}", mask.shape()))
+        );
+    }
+    if let Some(curves) = spec.curves {
+        let shape = curves.shape();
+        ensure!(
+            curves.rank() == 2
+                && shape[0] == heads
+                && shape[1] > 0
+                && curves.dtype().is_float()
+                && curves.device() == q.device(),
+            Error::shape(OP, format!("expected curves [{heads}, distances], got {shape:?} {}", curves.dtype()))
+        );
+    }
+    Ok(())
+}
+
+/// One checked call.
+struct Call<'a> {
+    sizes: Sizes,
+    q: &'a Tensor,
+    k: &'a Tensor,
+    v: &'a Tensor,
+    ends: &'a Tensor,
+    spec: &'a DecodeSpec<'a>,
+}
+
+impl Call<'_> {
+    fn on_cuda(&self, gpu: &CudaDevice, merged: Shape) -> Result<Tensor> {
+        let Sizes { batch, heads, queries, keys, .. } = self.sizes;
+        let (q, spec) = (self.q, self.spec);
+        ensure!(
+            keys < i32::MAX as usize / 2 && batch * heads * queries <= i32::MAX as usize,
+            Error::shape(OP, format!("{keys} keys, or {batch} × {heads} × {queries} queries, are too many"))
+        );
+        let mut out = Tensor::uninit(merged, q.dtype(), q.device())?;
+        let mut scores =
+            Tensor::uninit(Shape::new(&[batch * heads * queries, keys])?, q.dtype().accumulator(), q.device())?;
+        let distances = spec.curves.map_or(1, |curves| curves.shape()[1]);
+        let past = spec.max_attend_past.map_or(keys, |past| past.min(keys));
+        let rows = (batch * heads * queries) as u32;
+        gpu.kernel("attention_decode", &[("DTYPE", q.dtype().name())])?.launch(
+            Grid::new([rows, 1, 1], [256, 1, 1]),
+            args![
+                &mut out,
+                &mut scores,
+                Storage(q),
+                Storage(self.k),
+                Storage(self.v),
+                self.ends,
+                spec.key_mask,
+                spec.query_mask,
+                spec.curves,
+                q.layout(),
+                self.k.layout(),
+                self.v.layout(),
+                spec.front as i32,
+                spec.mem_keys as i32,
+                past as i32,
+                distances as i32,
+                spec.scale
+            ],
+        )?;
+        Ok(out)
+    }
+
+    fn on_cpu<T: Float>(&self, merged: Shape) -> Result<Tensor> {
+        let Sizes { batch, heads, queries, keys, d, e, .. } = self.sizes;
+        let spec = self.spec;
+        let acc = q_accumulator::<T>();
+        let ends = self.ends.values::<i64>()?;
+        // The cache may be far larger than what it holds.
+        let held = ends.iter().map(|&end| spec.front + end as usize + queries).max().unwrap_or(0).min(keys);
+        let parts = held.div_ceil(PART).max(1);
+        let cached = Cached {
+            sizes: self.sizes,
+            k: rows::<T>(self.k)?,
+            v: rows::<T>(self.v)?,
+            ends,
+            key_mask: spec.key_mask.map(Tensor::values::<bool>).transpose()?,
+            query_mask: spec.query_mask.map(Tensor::values::<bool>).transpose()?,
+            curves: spec.curves.map(Tensor::values::<T::Acc>).transpose()?,
+            scale: T::Acc::from_f64(spec.scale),
+            front: spec.front,
+            mem_keys: spec.mem_keys,
+            past: spec.max_attend_past,
+        };
+        // Queries in the type of the computation, `[batch, heads, query, d]`.
+        let wide = self.q.to_dtype(acc)?.contiguous()?;
+        let wide = wide.values::<T::Acc>()?;
+        // Of each part and query: sums, their maximum and the sum of weights.
+        let width = queries * (e + 2);
+        let mut sums = Tensor::uninit(Shape::new(&[batch * heads * parts, width])?, acc, self.q.device())?;
+        let cost = queries * PART.min(held) * (d + e);
+        cpu::for_rows(sums.values_mut::<T::Acc>()?, width, cost, |first, rows| {
+            for (index, sums) in rows.chunks_exact_mut(width).enumerate() {
+                let (head, part) = ((first + index) / parts, (first + index) % parts);
+                let q = &wide[head * queries * d..][..queries * d];
+                cached.part(head / heads, head % heads, part, q, sums);
+            }
+        });
+        let sums = sums.values::<T::Acc>()?;
+        let mut out = Tensor::uninit(merged, self.q.dtype(), self.q.device())?;
+        cpu::for_rows(out.values_mut::<T>()?, e, parts * e, |first, rows| {
+            for (index, out) in rows.chunks_exact_mut(e).enumerate() {
+                let (at, head) = ((first + index) / heads, (first + index) % heads);
+                let (b, i) = (at / queries, at % queries);
+                let of_head = &sums[(b * heads + head) * parts * width..][..parts * width];
+                let blind = join::<T>(of_head, width, i * (e + 2), out);
+                if blind {
+                    cached.spread(b, head, out);
+                }
+            }
+        });
+        Ok(out)
+    }
+}
+
+fn q_accumulator<T: Float>() -> DType {
+    T::DTYPE.accumulator()
+}
+
+/// Rows of a cache `[batch, heads, capacity, features]`.
+struct CacheRows<'a, T> {
+    data: &'a [T],
+    batch: usize,
+    head: usize,
+    row: usize,
+}
+
+fn rows<T: Float>(x: &Tensor) -> Result<CacheRows<'_, T>> {
+    let (layout, storage) = (x.layout(), x.storage::<T>()?);
+    let strides = layout.strides();
+    Ok(CacheRows { data: &storage[layout.offset..], batch: strides[0], head: strides[1], row: strides[2] })
+}
+
+impl<'a, T> CacheRows<'a, T> {
+    fn from(&self, batch: usize, head: usize, row: usize) -> &'a [T] {
+        &self.data[batch * self.batch + head * self.head + row * self.row..]
+    }
+}
+
+/// What all parts are computed from.
+struct Cached<'a, T: Float> {
+    sizes: Sizes,
+    k: CacheRows<'a, T>,
+    v: CacheRows<'a, T>,
+    ends: &'a [i64],
+    key_mask: Option<&'a [u8]>,
+    query_mask: Option<&'a [u8]>,
+    curves: Option<&'a [T::Acc]>,
+    scale: T::Acc,
+    front: usize,
+    mem_keys: usize,
+    past: Option<usize>,
+}
+
+impl<T: Float> Cached<'_, T> {
+    /// The keys that causality, the maximum past and the padding of the queries leave to a query at a position.
+    fn kept(&self, b: usize, i: usize, position: usize) -> Range<usize> {
+        let mut end = (position + 1).min(self.sizes.keys);
+        if self.query_mask.is_some_and(|mask| mask[b * self.sizes.queries + i] == 0) {
+            end = end.min(self.mem_keys);
+        }
+        let start = self.past.map_or(0, |past| position.saturating_sub(past));
+        start.min(end)..end
+    }
+
+    /// Of each query: the weighted sum of the part's values, the largest score, and the sum of the weights relative to it.
+    fn part(&self, b: usize, head: usize, part: usize, q: &[T::Acc], sums: &mut [T::Acc]) {
+        let Sizes { d, e, keys, .. } = self.sizes;
+        let kv_head = head / self.sizes.group();
+        let mut scores = [T::Acc::ZERO; PART];
+        for (i, sums) in sums.chunks_exact_mut(e + 2).enumerate() {
+            let (sums, statistics) = sums.split_at_mut(e);
+            sums.fill(T::Acc::ZERO);
+            statistics.copy_from_slice(&[T::Acc::NEG_INFINITY, T::Acc::ZERO]);
+            let position = self.front + self.ends[b] as usize + i;
+            let kept = self.kept(b, i, position);
+            let (start, end) = (kept.start.max(part * PART), kept.end.min((part + 1) * PART));
+            if start >= end {
+                continue;
+            }
+            let scores = &mut scores[..end - start];
+            products::<T>(&q[i * d..][..d], self.k.from(b, kv_head, start), self.k.row, self.scale, scores);
+            if let Some(curves) = self.curves {
+                let distances = curves.len() / self.sizes.heads;
+                let curve = &curves[head * distances..][..distances];
+                for (at, score) in scores.iter_mut().enumerate() {
+                    *score += curve[(position - start - at).min(distances - 1)];
+                }
+            }
+            if let Some(mask) = self.key_mask {
+                let mask = &mask[b * (keys - self.front)..];
+                for (key, score) in (start..end).zip(&mut *scores) {
+                    if key >= self.front && mask[key - self.front] == 0 {
+                        *score = T::Acc::NEG_INFINITY;
+                    }
+                }
+            }
+            let (max, sum) = exponentials(scores);
+            statistics.copy_from_slice(&[max, sum]);
+            if sum != T::Acc::ZERO {
+                add_weighted::<T>(scores, self.v.from(b, kv_head, start), self.v.row, sums);
+            }
+        }
+    }
+
+    /// The mean of all values of a sequence.
+    fn spread(&self, b: usize, head: usize, out: &mut [T]) {
+        let Sizes { queries, keys, e, .. } = self.sizes;
+        let kv_head = head / self.sizes.group();
+        let held = (self.front + self.ends[b] as usize + queries).min(keys);
+        let mut sums = vec![T::Acc::ZERO; e];
+        for key in 0..held {
+            for (sum, value) in sums.iter_mut().zip(self.v.from(b, kv_head, key)) {
+                *sum += value.to_acc();
+            }
+        }
+        let factor = T::Acc::ONE / T::Acc::from_f64(held as f64);
+        for (out, sum) in out.iter_mut().zip(sums) {
+            *out = T::from_acc(sum * factor);
+        }
+    }
+}
+
+vectorized! {
+    /// `s[j] = scale · q·k[j]`, the rows of `k` being `row` apart.
+    fn products<T: Float>(q: &[T::Acc], k: &[T], row: usize, scale: T::Acc, s: &mut [T::Acc]) {
+        let d = q.len();
+        let whole = d - d % LANES;
+        let mut start = 0;
+        for s in s.chunks_mut(TOGETHER) {
+            let mut lanes = [[T::Acc::ZERO; LANES]; TOGETHER];
+            let mut rest = [T::Acc::ZERO; TOGETHER];
+            for (j, (lanes, rest)) in lanes.iter_mut().zip(&mut rest).enumerate().take(s.len()) {
+                let k = &k[start + j * row..][..d];
+                for (q, k) in q[..whole].chunks_exact(LANES).zip(k[..whole].chunks_exact(LANES)) {
+                    for ((lane, q), k) in lanes.iter_mut().zip(q).zip(k) {
+                        *lane += *q * k.to_acc();
+                    }
+                }
+                for (q, k) in q[whole..].iter().zip(&k[whole..]) {
+                    *rest += *q * k.to_acc();
+                }
+            }
+            for ((s, lanes), rest) in s.iter_mut().zip(&mut lanes).zip(rest) {
+                for width in [8, 4, 2, 1] {
+                    for lane in 0..width {
+                        let other = lanes[lane + width];
+                        lanes[lane] += other;
+                    }
+                }
+                *s = (lanes[0] + rest) * scale;
+            }
+            start += TOGETHER * row;
+        }
+    }
+}
+
+vectorized! {
+    /// `out += Σ_j p[j] · v[j]`, the rows of `v` being `row` apart.
+    fn add_weighted<T: Float>(p: &[T::Acc], v: &[T], row: usize, out: &mut [T::Acc]) {
+        let e = out.len();
+        let mut fours = p.chunks_exact(TOGETHER);
+        let mut start = 0;
+        for p in &mut fours {
+            let [a, b, c, d] = [0, 1, 2, 3].map(|j| &v[start + j * row..][..e]);
+            for ((((out, a), b), c), d) in out.iter_mut().zip(a).zip(b).zip(c).zip(d) {
+                let ab = p[0] * a.to_acc() + p[1] * b.to_acc();
+                let cd = p[2] * c.to_acc() + p[3] * d.to_acc();
+                *out += ab + cd;
+            }
+            start += TOGETHER * row;
+        }
+        for (j, p) in fours.remainder().iter().enumerate() {
+            for (out, v) in out.iter_mut().zip(&v[start + j * row..][..e]) {
+                *out += *p * v.to_acc();
+            }
+        }
+    }
+}
+
+vectorized! {
+    /// Replaces scores by `exp(score − max)`; gives the maximum and the sum.
+    fn exponentials<A: Real>(s: &mut [A]) -> (A, A) {
+        let mut max = A::NEG_INFINITY;
+        for s in &*s {
+            max = max.max(*s);
+        }
+        // With no key kept, every exponential must be 0 and not NaN.
+        let shift = if max == A::NEG_INFINITY { A::ZERO } else { max };
+        for s in &mut *s {
+            *s = (*s - shift).exp();
+        }
+        let mut sum = A::ZERO;
+        for s in &*s {
+            sum += *s;
+        }
+        (max, sum)
+    }
+}
+
+/// Joins the parts of one query, whose entries start at `at` in each row of `width`; gives whether no key was kept.
+fn join<T: Float>(parts: &[T::Acc], width: usize, at: usize, out: &mut [T]) -> bool {
+    let e = out.len();
+    let of = |part: &[T::Acc]| (part[at + e], part[at + e + 1]);
+    let max = parts.chunks_exact(width).fold(T::Acc::NEG_INFINITY, |max, part| max.max(of(part).0));
+    if max == T::Acc::NEG_INFINITY {
+        return true;
+    }
+    if parts.len() == width {
+        let only = parts;
+        let factor = T::Acc::ONE / of(only).1;
+        for (out, sum) in out.iter_mut().zip(&only[at..]) {
+            *out = T::from_acc(*sum * factor);
+        }
+        return false;
+    }
+    let mut total = T::Acc::ZERO;
+    let mut sums = vec![T::Acc::ZERO; e];
+    for part in parts.chunks_exact(width) {
+        let factor = (of(part).0 - max).exp();
+        total += of(part).1 * factor;
+        for (sum, of_part) in sums.iter_mut().zip(&part[at..]) {
+            *sum += *of_part * factor;
+        }
+    }
+    for (out, sum) in out.iter_mut().zip(sums) {
+        *out = T::from_acc(sum * (T::Acc::ONE / total));
+    }
+    false
+}

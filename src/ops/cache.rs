@@ -1,0 +1,240 @@
+//! Buffers that grow in place along a sequence, for decoding token by token: rows are written where each sequence of a
+//! batch has its end, and read from there. Not ops of the tape: nothing here has a gradient.
+
+use crate::{
+    DType, Device, Element, Error, Result, Tensor,
+    core::{Float, Shape, discrete, dispatch_float},
+    device::{Grid, Storage, args, cpu, simd::vectorized, size32},
+    error::ensure,
+};
+
+const OP: &str = "cache";
+
+/// Where the sequences of a batch end: `[b]` I64, each of at least 0. Everything below counts from there.
+fn ends(ends: &Tensor, batch: usize, like: &Tensor) -> Result<()> {
+    ensure!(
+        **ends.shape() == [batch] && ends.dtype() == DType::I64 && ends.is_contiguous(),
+        Error::shape(OP, format!("expected ends [{batch}] of i64, got {:?} {}", ends.shape(), ends.dtype()))
+    );
+    ensure!(
+        ends.device() == like.device(),
+        Error::Device { op: OP, message: format!("ends are on {}, values on {}", ends.device(), like.device()) }
+    );
+    Ok(())
+}
+
+/// Rows `[b, heads, n, d]` with packed features.
+fn packed_rows(x: &Tensor) -> Result<Tensor> {
+    let x = x.detach();
+    if x.layout().has_packed_rows() { Ok(x) } else { x.contiguous() }
+}
+
+impl Tensor {
+    /// Writes rows `[b, heads, n, d]` into this buffer, `[b, heads, capacity, d]`: row `i` of sequence `b` goes to
+    /// position `offset + ends[b] + i`. What does not fit is left out.
+    ///
+    /// Errors: other shapes, dtypes or devices, or a view of the buffer that is still held.
+    pub(crate) fn write_rows(&mut self, rows: &Tensor, ends_of: &Tensor, offset: usize) -> Result<()> {
+        let (&[batch, heads, capacity, d], &[b, h, n, width]) = (&self.shape()[..], &rows.shape()[..]) else {
+            return Err(Error::shape(OP, format!("cannot write {:?} into {:?}", rows.shape(), self.shape())));
+        };
+        ensure!(
+            [b, h, width] == [batch, heads, d] && self.dtype() == rows.dtype() && self.device() == rows.device(),
+            Error::shape(
+                OP,
+                format!("cannot write {:?} {} into {:?} {}", rows.shape(), rows.dtype(), self.shape(), self.dtype())
+            )
+        );
+        ends(ends_of, batch, self)?;
+        ensure!(self.dtype() != DType::I64, Error::dtype(OP, "expected floats or bool, got i64"));
+        ensure!(self.is_unique(), Error::argument(OP, "a view of the buffer is still held: it cannot be written to"));
+        if rows.elements() == 0 || capacity == 0 {
+            return Ok(());
+        }
+        let rows = packed_rows(rows)?;
+        match (self.device().clone(), self.dtype()) {
+            (Device::Cuda(gpu), dtype) => {
+                let sizes = (rows.elements() as i64, size32(heads)?, size32(n)?, size32(d)?, capacity as i64);
+                let layout = *rows.layout();
+                gpu.kernel("cache_write", &[("DTYPE", dtype.name())])?.launch(
+                    Grid::elements(rows.elements()),
+                    args![
+                        self,
+                        Storage(&rows),
+                        ends_of,
+                        &layout,
+                        sizes.0,
+                        sizes.1,
+                        sizes.2,
+                        sizes.3,
+                        sizes.4,
+                        offset as i64
+                    ],
+                )
+            }
+            (_, DType::Bool) => write::<bool>(self, &rows, ends_of, offset),
+            (_, float) => dispatch_float!(OP, float, T, write::<T>(self, &rows, ends_of, offset)),
+        }
+    }
+
+    /// Rotates rows `[b, heads, n, d]` as [`Tensor::rotary`], row `i` of sequence `b` by position `offset + ends[b] + i`
+    /// of a table of [`rotary_table`](super::rotary::rotary_table).
+    ///
+    /// Errors: other shapes, dtypes or devices.
+    pub(crate) fn rotate_rows(&self, table: &Tensor, ends_of: &Tensor, offset: usize) -> Result<Tensor> {
+        let (&[batch, heads, n, d], &[positions, width]) = (&self.shape()[..], &table.shape()[..]) else {
+            return Err(Error::shape(OP, format!("cannot rotate {:?} by {:?}", self.shape(), table.shape())));
+        };
+        ensure!(
+            width <= d && positions > 0 && table.dtype() == self.dtype().accumulator() && self.dtype().is_float(),
+            Error::shape(OP, format!("cannot rotate {:?} by {:?} {}", self.shape(), table.shape(), table.dtype()))
+        );
+        ends(ends_of, batch, self)?;
+        discrete(OP, &[self, table])?;
+        let x = packed_rows(self)?;
+        let mut y = x.uninit_like()?;
+        if let Device::Cuda(gpu) = *x.device() {
+            let sizes = (x.elements() as i64, size32(heads)?, size32(n)?, size32(d)?, size32(width / 2)?);
+            gpu.kernel("cache_rotate", &[("DTYPE", x.dtype().name())])?.launch(
+                Grid::elements(x.elements()),
+                args![
+                    &mut y,
+                    Storage(&x),
+                    table,
+                    ends_of,
+                    x.layout(),
+                    sizes.0,
+                    sizes.1,
+                    sizes.2,
+                    sizes.3,
+                    sizes.4,
+                    positions as i64,
+                    offset as i64
+                ],
+            )?;
+            return Ok(y);
+        }
+        let starts = ends_of.values::<i64>()?;
+        dispatch_float!(OP, x.dtype(), T, {
+            let (from, layout) = (x.storage::<T>()?, x.layout());
+            let table = table.values::<<T as Float>::Acc>()?;
+            cpu::for_rows(y.values_mut::<T>()?, d, 4 * d, |first, rows| {
+                for (index, row) in rows.chunks_exact_mut(d).enumerate() {
+                    let at = first + index;
+                    let position = offset + starts[at / (heads * n)] as usize + at % n;
+                    let start = layout.row_offset(at);
+                    row.copy_from_slice(&from[start..start + d]);
+                    rotate_row::<T>(row, &table[position.min(positions - 1) * width..][..width]);
+                }
+            });
+            Ok(())
+        })?;
+        Ok(y)
+    }
+
+    /// The rows behind the ends of this buffer of inputs, `[b, 1, capacity, dim]`, with their features shifted as by
+    /// [`Tensor::shift_tokens`]: `[b, n, dim]`. `mask` `[b, capacity]`: what counts as zeros for the moves.
+    ///
+    /// Errors: other shapes, dtypes or devices, or amounts that move tokens to the front.
+    pub(crate) fn shift_rows(
+        &self,
+        ends_of: &Tensor,
+        n: usize,
+        amounts: &[isize],
+        mask: Option<&Tensor>,
+    ) -> Result<Tensor> {
+        let &[batch, _, capacity, dim] = &self.shape()[..] else {
+            return Err(Error::shape(OP, format!("expected inputs [batch, 1, capacity, dim], got {:?}", self.shape())));
+        };
+        ensure!(
+            (1..=dim).contains(&amounts.len()) && amounts.iter().all(|&amount| amount >= 0) && capacity > 0,
+            Error::argument(OP, format!("cannot shift {dim} features of a growing sequence by {amounts:?}"))
+        );
+        if let Some(mask) = mask {
+            ensure!(
+                mask.elements() == batch * capacity && mask.dtype() == DType::Bool && mask.is_contiguous(),
+                Error::shape(OP, format!("expected a bool mask [{batch}, {capacity}], got {:?}", mask.shape()))
+            );
+        }
+        ends(ends_of, batch, self)?;
+        let chunk = dim / amounts.len();
+        let mut y = Tensor::uninit(Shape::new(&[batch, n, dim])?, self.dtype(), self.device())?;
+        if let Device::Cuda(gpu) = *self.device() {
+            let table = gpu.constant(&format!("shift_tokens {amounts:?}"), || {
+                Ok(amounts.iter().map(|&amount| amount as i64).collect())
+            })?;
+            let sizes = (y.elements() as i64, size32(n)?, size32(dim)?, size32(amounts.len())?, size32(chunk)?);
+            gpu.kernel("cache_shift", &[("DTYPE", self.dtype().name())])?.launch(
+                Grid::elements(y.elements()),
+                args![
+                    &mut y,
+                    self,
+                    mask,
+                    &table,
+                    ends_of,
+                    sizes.0,
+                    sizes.1,
+                    sizes.2,
+                    sizes.3,
+                    sizes.4,
+                    capacity as i64
+                ],
+            )?;
+            return Ok(y);
+        }
+        let starts = ends_of.values::<i64>()?;
+        let mask = mask.map(Tensor::values::<bool>).transpose()?;
+        dispatch_float!(OP, self.dtype(), T, {
+            let from = self.values::<T>()?;
+            cpu::for_rows(y.values_mut::<T>()?, dim, dim, |first, rows| {
+                for (index, y) in rows.chunks_exact_mut(dim).enumerate() {
+                    let (b, i) = ((first + index) / n, (first + index) % n);
+                    let position = (starts[b] as usize + i).min(capacity - 1);
+                    let row = |position: usize| &from[(b * capacity + position) * dim..][..dim];
+                    y.copy_from_slice(row(position));
+                    for (t, (y, &amount)) in y.chunks_exact_mut(chunk).zip(amounts).enumerate() {
+                        if amount == 0 {
+                            continue;
+                        }
+                        let kept = |&source: &usize| mask.is_none_or(|mask| mask[b * capacity + source] != 0);
+                        match position.checked_sub(amount as usize).filter(kept) {
+                            Some(source) => y.copy_from_slice(&row(source)[t * chunk..][..chunk]),
+                            None => y.fill(T::from_f64(0.0)),
+                        }
+                    }
+                }
+            });
+            Ok(())
+        })?;
+        Ok(y)
+    }
+}
+
+fn write<E: Element>(buffer: &mut Tensor, rows: &Tensor, ends_of: &Tensor, offset: usize) -> Result<()> {
+    let [heads, capacity, d, n] = [buffer.shape()[1], buffer.shape()[2], buffer.shape()[3], rows.shape()[2]];
+    let (starts, from, layout) = (ends_of.values::<i64>()?, rows.storage::<E>()?, *rows.layout());
+    cpu::for_rows(buffer.values_mut::<E>()?, capacity * d, n * d, |first, buffers| {
+        for (index, buffer) in buffers.chunks_exact_mut(capacity * d).enumerate() {
+            let head = first + index;
+            let start = offset + starts[head / heads] as usize;
+            for i in 0..n.min(capacity.saturating_sub(start)) {
+                let at = layout.row_offset(head * n + i);
+                buffer[(start + i) * d..][..d].copy_from_slice(&from[at..at + d]);
+            }
+        }
+    });
+    Ok(())
+}
+
+vectorized! {
+    fn rotate_row<T: Float>(row: &mut [T], table: &[T::Acc]) {
+        let pairs = table.len() / 2;
+        let (cosines, sines) = table.split_at(pairs);
+        let (a, b) = row[..2 * pairs].split_at_mut(pairs);
+        for (((a, b), &cos), &sin) in a.iter_mut().zip(b).zip(cosines).zip(sines) {
+            let (x, y) = (a.to_acc(), b.to_acc());
+            *a = T::from_acc(x * cos - y * sin);
+            *b = T::from_acc(y * cos + x * sin);
+        }
+    }
+}

@@ -1,0 +1,117 @@
+use x_transformers::ops::{DecodeSpec, attention_decode};
+
+use crate::case::{Array, Case, Input};
+
+/// Sizes of a call, and which inputs stand behind queries, keys and values.
+#[derive(Clone, Default)]
+struct Setup {
+    front: usize,
+    mem_keys: usize,
+    past: Option<usize>,
+    /// Lengths of the sequences before the call.
+    ends: Vec<f64>,
+    key_mask: bool,
+    query_mask: bool,
+    curves: Option<usize>,
+}
+
+fn float(shape: &[usize]) -> Input {
+    Input::Float { shape: shape.to_vec(), low: -2.0, high: 2.0, grad: false }
+}
+
+/// `heads`: of queries and of keys.
+fn case(name: &str, heads: [usize; 2], [queries, capacity, d, e]: [usize; 4], setup: Setup) -> Case {
+    let batch = setup.ends.len();
+    let mut inputs = vec![
+        float(&[batch, heads[0], queries, d]),
+        float(&[batch, heads[1], capacity, d]),
+        float(&[batch, heads[1], capacity, e]),
+    ];
+    // The device's lengths do not depend on the layouts that are tried.
+    let ends = setup.ends.clone();
+    if setup.key_mask {
+        inputs.push(Input::mask(&[batch, capacity - setup.front]));
+    }
+    if setup.query_mask {
+        inputs.push(Input::mask(&[batch, queries]));
+    }
+    inputs.extend(setup.curves.map(|distances| float(&[heads[0], distances])));
+    let reference = setup.clone();
+    let run = move |x: &[x_transformers::Tensor]| {
+        let mut rest = x[3..].iter();
+        let ends: Vec<i64> = ends.iter().map(|&end| end as i64).collect();
+        let ends = x_transformers::Tensor::from_vec(ends, [batch], x[0].device())?;
+        let spec = DecodeSpec {
+            scale: 0.6,
+            front: setup.front,
+            mem_keys: setup.mem_keys,
+            max_attend_past: setup.past,
+            key_mask: setup.key_mask.then(|| rest.next()).flatten(),
+            query_mask: setup.query_mask.then(|| rest.next()).flatten(),
+            curves: setup.curves.and_then(|_| rest.next()),
+        };
+        attention_decode(&x[0], &x[1], &x[2], &ends, &spec)
+    };
+    Case::new("attention_decode", name, inputs, run, move |x| reference.reference(x))
+}
+
+impl Setup {
+    /// The formulas, one score at a time.
+    fn reference(&self, x: &[Array]) -> Array {
+        let (q, k, v) = (&x[0], &x[1], &x[2]);
+        let [batch, heads, queries, d] = [0, 1, 2, 3].map(|dim| q.shape[dim]);
+        let (group, capacity, e) = (heads / k.shape[1].max(1), k.shape[2], v.shape[3]);
+        let mut rest = x[3..].iter();
+        let key_mask = self.key_mask.then(|| rest.next().unwrap());
+        let query_mask = self.query_mask.then(|| rest.next().unwrap());
+        let curves = self.curves.map(|_| rest.next().unwrap());
+        Array::from_fn(&[batch, heads, queries, e], |at| {
+            let [b, h, i, f] = [at[0], at[1], at[2], at[3]];
+            let position = self.front + self.ends[b] as usize + i;
+            let held = (self.front + self.ends[b] as usize + queries).min(capacity);
+            let padded = query_mask.is_some_and(|mask| mask.at(&[b, i]) == 0.0);
+            let keeps = |j: usize| {
+                let masked = j >= self.front && key_mask.is_some_and(|mask| mask.at(&[b, j - self.front]) == 0.0);
+                j <= position
+                    && (j < self.mem_keys || !padded)
+                    && !masked
+                    && self.past.is_none_or(|past| position - j <= past)
+            };
+            let score = |j: usize| {
+                let dot: f64 = (0..d).map(|c| q.at(&[b, h, i, c]) * k.at(&[b, h / group, j, c])).sum();
+                let bias = curves.map_or(0.0, |curves| curves.at(&[h, (position - j).min(curves.shape[1] - 1)]));
+                0.6 * dot + bias
+            };
+            let mut kept: Vec<usize> = (0..held).filter(|&j| keeps(j)).collect();
+            let blind = kept.is_empty();
+            if blind {
+                kept = (0..held).collect();
+            }
+            let scores: Vec<f64> = kept.iter().map(|&j| if blind { 0.0 } else { score(j) }).collect();
+            let max = scores.iter().copied().fold(f64::MIN, f64::max);
+            let sum: f64 = scores.iter().map(|score| (score - max).exp()).sum();
+            kept.iter().zip(&scores).map(|(&j, s)| (s - max).exp() / sum * v.at(&[b, h / group, j, f])).sum()
+        })
+    }
+}
+
+pub fn cases() -> Vec<Case> {
+    let at = |ends: &[f64]| Setup { ends: ends.to_vec(), ..Setup::default() };
+    let full =
+        |ends: &[f64]| Setup { front: 3, mem_keys: 2, key_mask: true, query_mask: true, curves: Some(6), ..at(ends) };
+    vec![
+        case("one query", [2, 2], [1, 9, 8, 8], at(&[4.0, 8.0])),
+        case("odd widths", [3, 3], [2, 12, 5, 7], at(&[3.0, 9.0])),
+        case("wide heads", [1, 1], [1, 6, 70, 300], at(&[5.0])),
+        case("grouped", [4, 2], [3, 20, 16, 16], at(&[0.0, 17.0, 5.0])),
+        case("shared keys", [4, 1], [1, 10, 33, 17], at(&[6.0])),
+        case("limited past", [2, 2], [2, 30, 8, 8], Setup { past: Some(4), ..at(&[20.0, 1.0]) }),
+        case("padding", [2, 2], [3, 14, 8, 8], full(&[8.0, 2.0])),
+        case("padding of several parts", [2, 2], [2, 600, 17, 9], full(&[590.0, 300.0, 250.0])),
+        // Sums of 1100 weights, which a GPU adds one by one.
+        case("long", [2, 1], [1, 1100, 64, 64], at(&[1099.0, 255.0])).tolerance(2.0),
+        case("parts without a key", [1, 1], [1, 800, 8, 8], Setup { past: Some(10), ..at(&[700.0]) }),
+        case("no features of values", [2, 2], [1, 9, 8, 0], at(&[4.0])),
+        case("empty batch", [2, 2], [1, 9, 8, 8], at(&[])),
+    ]
+}

@@ -1,0 +1,447 @@
+//! Files of other programs: what `tests/files/make.py` wrote with PyTorch, safetensors and gguf, whole and damaged.
+//!
+//! Damage is drawn from a seed. `XT_MUTATION_SECONDS` says for how long each reader is given damaged files, and
+//! `XT_MUTATION_SEED` where to begin; a failure names the seed of its file.
+
+use std::{
+    alloc::{GlobalAlloc, Layout, System},
+    cell::Cell,
+    collections::BTreeMap,
+    fs,
+    path::PathBuf,
+    time::{Duration, Instant},
+};
+
+use x_transformers::{
+    DType, Philox, Result, Tensor,
+    io::{Format, Metadata, Stored, TensorFile, read_safetensors},
+};
+
+/// Counts what this thread has allocated.
+struct Counting;
+
+thread_local! {
+    static LIVE: Cell<isize> = const { Cell::new(0) };
+    static PEAK: Cell<isize> = const { Cell::new(0) };
+}
+
+fn count(bytes: isize) {
+    // Threads that end allocate when their counters are gone.
+    let _ = LIVE.try_with(|live| {
+        live.set(live.get() + bytes);
+        let _ = PEAK.try_with(|peak| peak.set(peak.get().max(live.get())));
+    });
+}
+
+// SAFETY: the system's allocator does the work.
+unsafe impl GlobalAlloc for Counting {
+    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
+        count(layout.size() as isize);
+        // SAFETY: the caller's promises are handed on.
+        unsafe { System.alloc(layout) }
+    }
+
+    unsafe fn dealloc(&self, pointer: *mut u8, layout: Layout) {
+        count(-(layout.size() as isize));
+        // SAFETY: the caller's promises are handed on.
+        unsafe { System.dealloc(pointer, layout) }
+    }
+}
+
+#[global_allocator]
+static COUNTING: Counting = Counting;
+
+fn file(name: &str) -> PathBuf {
+    PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/files").join(name)
+}
+
+fn bytes(name: &str) -> Vec<u8> {
+    fs::read(file(name)).unwrap()
+}
+
+fn floats(tensor: &Tensor) -> Vec<f64> {
+    tensor.to_f64_vec().unwrap()
+}
+
+/// What `make.py` calls `ramp`.
+fn ramp(i: usize) -> f64 {
+    i as f64 / 4.0 - 3.0
+}
+
+/// Checks everything that `tensors()` of `make.py` makes.
+fn check_all(tensors: &BTreeMap<String, Tensor>) {
+    let names = [
+        "bfloat",
+        "bool",
+        "byte",
+        "char",
+        "empty",
+        "half",
+        "int",
+        "layers.0.rows",
+        "layers.0.transposed",
+        "layers.0.weight",
+        "layers.1.weight",
+        "long",
+        "scalar",
+        "short",
+    ];
+    assert_eq!(tensors.keys().map(String::as_str).collect::<Vec<_>>(), names);
+    let all: Vec<f64> = (0..24).map(ramp).collect();
+    let is = |name: &str, shape: &[usize], dtype: DType, values: &[f64]| {
+        let tensor = &tensors[name];
+        assert_eq!((&tensor.shape()[..], tensor.dtype()), (shape, dtype), "{name}");
+        assert_eq!(floats(tensor), values, "{name}");
+    };
+    is("layers.0.weight", &[4, 6], DType::F32, &all);
+    is("layers.0.rows", &[2, 6], DType::F32, &all[6..18]);
+    let transposed: Vec<f64> = (0..24).map(|i| ramp(i % 4 * 6 + i / 4)).collect();
+    is("layers.0.transposed", &[6, 4], DType::F32, &transposed);
+    let tripled: Vec<f64> = all.iter().map(|x| 3.0 * x).collect();
+    is("layers.1.weight", &[4, 6], DType::F64, &tripled);
+    is("half", &[6], DType::F16, &all[..6]);
+    is("bfloat", &[6], DType::BF16, &all[..6]);
+    is("int", &[2], DType::I64, &[-5.0, 2147483647.0]);
+    is("short", &[2], DType::I64, &[-5.0, 32767.0]);
+    is("char", &[2], DType::I64, &[-128.0, 127.0]);
+    is("byte", &[2], DType::I64, &[0.0, 255.0]);
+    is("scalar", &[], DType::F32, &[2.5]);
+    is("empty", &[0, 3], DType::F32, &[]);
+    assert_eq!(tensors["long"].to_vec::<i64>().unwrap(), [-(1 << 62), 0, 7]);
+    assert_eq!(tensors["bool"].to_vec::<bool>().unwrap(), [true, false, true]);
+}
+
+#[test]
+fn pytorch_files_are_read() -> Result<()> {
+    for (name, format) in [("archive.pt", Format::PytorchArchive), ("legacy.pt", Format::PytorchLegacy)] {
+        let file = TensorFile::open(file(name))?;
+        assert_eq!(file.format(), format);
+        check_all(&file.tensors()?);
+    }
+    // A state dict among other things is found under the names of its places.
+    let nested = TensorFile::open(file("nested.pt"))?;
+    assert_eq!(nested.names().collect::<Vec<_>>(), ["state_dict.weight"]);
+    assert_eq!(floats(&nested.tensor("state_dict.weight")?)[23], ramp(23));
+    Ok(())
+}
+
+#[test]
+fn safetensors_in_several_files_are_read() -> Result<()> {
+    let parts = TensorFile::open(file("parts.safetensors.index.json"))?;
+    check_all(&parts.tensors()?);
+    assert_eq!(parts.metadata()["format"], Metadata::Text("pt".into()));
+    assert_eq!(parts.bytes(), bytes("part-1.safetensors").len() + bytes("part-2.safetensors").len());
+    Ok(())
+}
+
+#[test]
+fn gguf_files_are_read_as_their_own_package_reads_them() -> Result<()> {
+    let file_ = TensorFile::open(file("quantised.gguf"))?;
+    let expected = read_safetensors(file("quantised.safetensors"))?;
+    let stored = [
+        ("F32", Stored::F32),
+        ("F16", Stored::F16),
+        ("BF16", Stored::BF16),
+        ("Q8_0", Stored::Q8_0),
+        ("Q4_0", Stored::Q4_0),
+        ("Q4_1", Stored::Q4_1),
+    ];
+    assert_eq!(file_.names().count(), stored.len());
+    for (name, stored) in stored {
+        let info = file_.info(name).unwrap();
+        assert_eq!((info.stored, &info.shape[..]), (stored, &[2, 64][..]), "{name}");
+        let tensor = file_.tensor(name)?;
+        assert_eq!(tensor.dtype(), stored.dtype());
+        assert_eq!(floats(&tensor), floats(&expected[name]), "{name}");
+    }
+    let metadata = file_.metadata();
+    assert_eq!(metadata["llama.block_count"].as_usize(), Some(2));
+    assert_eq!(metadata["llama.rope.freq_base"].as_f64(), Some(100000.0));
+    assert_eq!(metadata["tokenizer.ggml.add_bos_token"].as_bool(), Some(false));
+    assert_eq!(metadata["negative"], Metadata::Int(-7));
+    assert_eq!(metadata["negative"].as_usize(), None);
+    assert_eq!(metadata["general.architecture"].as_str(), Some("llama"));
+    let tokens: Vec<_> = metadata["tokens"].as_list().unwrap().iter().map(|token| token.as_str().unwrap()).collect();
+    assert_eq!(tokens, ["a", "b", "Ġc"]);
+    assert_eq!(metadata["scores"], Metadata::List(vec![Metadata::Float(0.5), Metadata::Float(-1.5)]));
+    Ok(())
+}
+
+/// Every cut of every file is refused.
+#[test]
+fn truncated_files_are_refused() {
+    for name in ["archive.pt", "legacy.pt", "part-2.safetensors", "quantised.gguf"] {
+        let whole = bytes(name);
+        // GGUF fills its last tensor up to a multiple of 32 bytes, which nobody misses.
+        let filled = if name.ends_with("gguf") { 32 } else { 1 };
+        for length in 0..=whole.len() - filled {
+            assert!(read(&whole[..length]).is_err(), "{name}: {length} of {} bytes", whole.len());
+        }
+    }
+}
+
+fn read(bytes: &[u8]) -> std::result::Result<usize, String> {
+    let file = TensorFile::from_bytes(bytes).map_err(|error| error.to_string())?;
+    // One after the other: what counts is that each is bounded, together they are by the size of the file.
+    file.names().try_fold(0, |sum, name| Ok(sum + file.tensor(name).map_err(|error| error.to_string())?.elements()))
+}
+
+/// An old PyTorch file with this pickle in the place of the state dict.
+fn legacy(pickle: &[u8]) -> Vec<u8> {
+    let magic = b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19.\x80\x02M\xe9\x03.\x80\x02}.";
+    [&magic[..], pickle, b"\x80\x02]."].concat()
+}
+
+#[test]
+fn pickles_execute_nothing_and_say_what_they_were_asked_for() {
+    let storage = b"X\x07\0\0\0storagectorch\nFloatStorage\nX\x01\0\0\00X\x03\0\0\0cpuK\x01tQ";
+    let cases: [(&str, Vec<u8>, &str); 14] = [
+        ("a call", b"cos\nsystem\nX\x04\0\0\0true\x85R.".to_vec(), "`os.system`"),
+        ("a call by names on the stack", b"X\x02\0\0\0osX\x06\0\0\0system\x93.".to_vec(), "`os.system`"),
+        ("eval", b"cbuiltins\neval\n.".to_vec(), "`builtins.eval`"),
+        ("a hidden loader", b"ctorch.storage\n_load_from_bytes\n.".to_vec(), "_load_from_bytes"),
+        ("an unknown instruction", b"i.".to_vec(), "0x69"),
+        ("a new protocol", b"\x80\x09.".to_vec(), "protocol 9"),
+        ("an empty stack", b".".to_vec(), "lacks a value"),
+        ("a mark that is not there", b"t.".to_vec(), "lacks a mark"),
+        ("values below a mark", b"K\x01(\x85.".to_vec(), "lacks values"),
+        ("a memory that is not there", b"h\x07.".to_vec(), "remembered"),
+        ("no dictionary", b"K\x01.".to_vec(), "dictionary of tensors"),
+        ("text that is none", b"X\x02\0\0\0\xff\xff.".to_vec(), "UTF-8"),
+        ("text longer than the file", b"X\xff\xff\xff\xff.".to_vec(), "truncated"),
+        ("a storage that is not in the file", [b"(", &storage[..], b"."].concat(), "dictionary of tensors"),
+    ];
+    for (what, pickle, expected) in cases {
+        let error = read(&legacy(&pickle)).expect_err(what);
+        assert!(error.contains(expected), "{what}: {error}");
+    }
+    // Dictionaries and lists that hold themselves, and one dictionary at many places.
+    let circle = b"}q\0X\x01\0\0\0ah\0s]q\x01h\x01aX\x01\0\0\0bh\x01s";
+    assert!(read(&legacy(b"}q\0X\x01\0\0\0ah\0s.")).is_ok());
+    assert!(read(&legacy(&[&circle[..], b"."].concat())).is_err());
+    let mut doubled = b"}q\0".to_vec();
+    for level in 1..200u8 {
+        // Each holds the one before twice.
+        doubled.extend([b'}', b'q', level, b'X', 1, 0, 0, 0, b'a', b'h', level - 1, b's']);
+        doubled.extend([b'X', 1, 0, 0, 0, b'b', b'h', level - 1, b's']);
+    }
+    doubled.push(b'.');
+    assert_eq!(read(&legacy(&doubled)), Ok(0));
+    // A tuple of a tuple of a tuple, a million deep.
+    let deep = [&b")"[..], &vec![0x85; 1_000_000], b"0}."].concat();
+    assert_eq!(read(&legacy(&deep)), Ok(0));
+    let long = [&b"}"[..], &b"N0".repeat(2_000_000), b"."].concat();
+    assert!(read(&legacy(&long)).unwrap_err().contains("too many"));
+}
+
+/// An old PyTorch file with one tensor of this view of a storage with four values.
+fn view(offset: u8, shape: &[u8], strides: &[u8]) -> Vec<u8> {
+    let tuple = |numbers: &[u8]| {
+        let numbers: Vec<u8> = numbers.iter().flat_map(|&number| [b'K', number]).collect();
+        [&b"("[..], &numbers, b"t"].concat()
+    };
+    let pickle = [
+        &b"}X\x01\0\0\0wctorch._utils\n_rebuild_tensor_v2\n((X\x07\0\0\0storagectorch\nFloatStorage\nX\x01\0\0\0"[..],
+        b"0X\x03\0\0\0cpuK\x04NtQK",
+        &[offset],
+        &tuple(shape),
+        &tuple(strides),
+        b"\x89}tRs.\x80\x02]X\x01\0\0\0",
+        b"0a.\x04\0\0\0\0\0\0\0",
+        &[1.0f32, 2.0, 3.0, 4.0].map(f32::to_le_bytes).concat(),
+    ];
+    let whole = legacy(&pickle.concat());
+    // The empty list of storages that `legacy` adds comes too late to be read.
+    whole[..whole.len() - 4].to_vec()
+}
+
+#[test]
+fn views_stay_inside_of_their_storage() -> Result<()> {
+    let values = |bytes: Vec<u8>| -> Result<Vec<f64>> { TensorFile::from_bytes(bytes)?.tensor("w")?.to_f64_vec() };
+    assert_eq!(values(view(0, &[2, 2], &[2, 1]))?, [1.0, 2.0, 3.0, 4.0]);
+    assert_eq!(values(view(0, &[2, 2], &[1, 2]))?, [1.0, 3.0, 2.0, 4.0]);
+    assert_eq!(values(view(1, &[3], &[1]))?, [2.0, 3.0, 4.0]);
+    assert_eq!(values(view(3, &[1, 4], &[9, 0]))?, [4.0; 4]);
+    assert!(values(view(4, &[0], &[1]))?.is_empty());
+    let outside = [
+        (0, &[5][..], &[1][..]),
+        (1, &[2, 2], &[2, 1]),
+        (4, &[1], &[1]),
+        (0, &[3], &[2]),
+        (0, &[255, 255], &[0, 0]),
+        (0, &[2], &[1, 1]),
+    ];
+    for (offset, shape, strides) in outside {
+        assert!(read(&view(offset, shape, strides)).is_err(), "{offset} {shape:?} {strides:?}");
+    }
+    Ok(())
+}
+
+#[test]
+fn gguf_lies_are_refused() {
+    let whole = bytes("quantised.gguf");
+    let with = |at: usize, bytes: &[u8]| {
+        let mut changed = whole.clone();
+        changed[at..at + bytes.len()].copy_from_slice(bytes);
+        read(&changed).unwrap_err()
+    };
+    let find = |text: &str| whole.windows(text.len()).position(|window| window == text.as_bytes()).unwrap();
+    assert!(with(4, &9u32.to_le_bytes()).contains("version 9"));
+    assert!(with(8, &u64::MAX.to_le_bytes()).contains("tensors follow"));
+    assert!(with(16, &(1u64 << 60).to_le_bytes()).contains("pairs of metadata follow"));
+    let tokens = find("tokens") + "tokens".len();
+    assert!(with(tokens, &99u32.to_le_bytes()).contains("unknown type 99"));
+    assert!(with(tokens + 8, &(1u64 << 61).to_le_bytes()).contains("values follow"));
+    let tensor = find("Q8_0") + "Q8_0".len();
+    assert!(with(tensor, &7u32.to_le_bytes()).contains("7 dimensions"));
+    assert!(with(tensor + 4, &63u64.to_le_bytes()).contains("whole blocks of 32"));
+    assert!(with(tensor + 12, &(1u64 << 40).to_le_bytes()).contains("`Q8_0`"));
+    assert!(with(tensor + 20, &14u32.to_le_bytes()).contains("is Q6_K"));
+    assert!(with(tensor + 24, &(u64::MAX - 31).to_le_bytes()).contains("the file has"));
+}
+
+#[test]
+fn an_index_is_held_to_its_word() {
+    let folder = std::env::temp_dir().join(format!("xt-index-{}", std::process::id()));
+    fs::create_dir_all(&folder).unwrap();
+    let part = |name: &str| fs::copy(file(name), folder.join(name)).unwrap();
+    part("part-1.safetensors");
+    part("part-2.safetensors");
+    let index = fs::read_to_string(file("parts.safetensors.index.json")).unwrap();
+    let open = |text: &str| {
+        let path = folder.join("model.safetensors.index.json");
+        fs::write(&path, text).unwrap();
+        // A folder is opened by what is in it.
+        TensorFile::open(&folder).map(|file| file.names().count()).map_err(|error| error.to_string())
+    };
+    assert_eq!(open(&index), Ok(14));
+    let cases = [
+        ("a tensor that is nowhere", index.replace("\"bool\"", "\"bowl\""), "`bool`"),
+        ("the wrong file", index.replacen("part-2", "part-1", 1), "does not place there"),
+        ("another folder", index.replacen("part-2", "../part-2", 1), "same folder"),
+        ("a file that is not there", index.replace("part-2", "part-3"), "part-3"),
+        ("no JSON", "{".into(), "no index"),
+        ("no map", "{}".into(), "weight_map"),
+    ];
+    for (what, text, expected) in cases {
+        let error = open(&text).expect_err(what);
+        assert!(error.contains(expected), "{what}: {error}");
+    }
+    fs::remove_dir_all(&folder).unwrap();
+    let missing = TensorFile::open(&folder).unwrap_err().to_string();
+    assert!(missing.contains("No such file"), "{missing}");
+}
+
+/// Damages a file in one to eight places.
+struct Damage {
+    random: Philox,
+    drawn: u64,
+}
+
+impl Damage {
+    fn below(&mut self, limit: usize) -> usize {
+        self.drawn += 1;
+        (self.random.uniform(self.drawn) * limit.max(1) as f64) as usize
+    }
+
+    fn apply(&mut self, bytes: &mut Vec<u8>, others: &[Vec<u8>]) {
+        for _ in 0..=self.below(8) {
+            let at = self.below(bytes.len());
+            match self.below(8) {
+                0 if at < bytes.len() => bytes[at] ^= 1 << self.below(8),
+                1 if at < bytes.len() => bytes[at] = [0, 1, 0x7F, 0x80, 0xFF, b'.', b'}', b'('][self.below(8)],
+                2 => {
+                    // A count, length or offset of 8 or 4 bytes.
+                    let length = bytes.len() as u64;
+                    let lies =
+                        [0, 1, length, length + 1, 1 << 31, u64::from(u32::MAX), 1 << 40, i64::MAX as u64, u64::MAX];
+                    let lie = lies[self.below(lies.len())].to_le_bytes();
+                    let width = [4, 8][self.below(2)].min(bytes.len() - at.min(bytes.len()));
+                    bytes[at..at + width].copy_from_slice(&lie[..width]);
+                }
+                3 => bytes.truncate(at.max(bytes.len() / 2)),
+                4 => {
+                    let end = (at + self.below(16)).min(bytes.len());
+                    bytes.drain(at..end);
+                }
+                5 => {
+                    let end = (at + self.below(64)).min(bytes.len());
+                    let again = bytes[at..end].to_vec();
+                    let to = self.below(bytes.len());
+                    bytes.splice(to..to, again);
+                }
+                6 => {
+                    let other = &others[self.below(others.len())];
+                    let from = self.below(other.len());
+                    let end = (from + self.below(64)).min(other.len());
+                    bytes.splice(at..at, other[from..end].iter().copied());
+                }
+                _ => {
+                    let digit = b"0123456789-e.\"[]{},:h\x85tRQbsu"[self.below(28)];
+                    let from = self.below(bytes.len());
+                    if let Some(byte) = bytes.get_mut(from) {
+                        *byte = digit;
+                    }
+                }
+            }
+        }
+    }
+}
+
+fn setting(name: &str, default: u64) -> u64 {
+    std::env::var(name).ok().and_then(|text| text.parse().ok()).unwrap_or(default)
+}
+
+/// Whatever happens to a file, reading it is an answer within bounds: tensors, or an error with a message.
+fn mutate(names: &[&str]) {
+    /// Bytes that may be live at once while files of a few thousand bytes are read.
+    const MOST: isize = 4 << 20;
+    let files: Vec<Vec<u8>> = names.iter().map(|name| bytes(name)).collect();
+    let length = Duration::from_secs(setting("XT_MUTATION_SECONDS", 3));
+    let start = Instant::now();
+    let first = setting("XT_MUTATION_SEED", 0);
+    let (mut seed, mut whole) = (first, 0);
+    while start.elapsed() < length {
+        let mut damage = Damage { random: Philox::new(seed, 17), drawn: 0 };
+        let mut bytes = files[damage.below(files.len())].clone();
+        damage.apply(&mut bytes, &files);
+        let before = LIVE.get();
+        PEAK.set(before);
+        let began = Instant::now();
+        let result = std::panic::catch_unwind(|| read(&bytes));
+        let (took, peak) = (began.elapsed(), PEAK.get() - before);
+        let result = result.unwrap_or_else(|_| panic!("{names:?}: seed {seed} panicked"));
+        assert!(peak < MOST, "{names:?}: seed {seed} took {peak} bytes of memory");
+        assert!(took < Duration::from_secs(2), "{names:?}: seed {seed} took {took:?}");
+        match result {
+            Ok(elements) => {
+                assert!(elements <= 4 * bytes.len(), "{names:?}: seed {seed}: {elements} values");
+                whole += 1;
+            }
+            Err(error) => assert!(error.len() > 10 && error.len() < 100_000, "{names:?}: seed {seed}: {error}"),
+        }
+        seed += 1;
+    }
+    println!("{names:?}: {} damaged files, {whole} of them readable", seed - first);
+    assert!(seed > first, "no file was read");
+}
+
+#[test]
+fn damaged_archives_are_answered() {
+    mutate(&["archive.pt", "nested.pt"]);
+}
+
+#[test]
+fn damaged_legacy_files_are_answered() {
+    mutate(&["legacy.pt"]);
+}
+
+#[test]
+fn damaged_safetensors_are_answered() {
+    mutate(&["part-1.safetensors", "part-2.safetensors"]);
+}
+
+#[test]
+fn damaged_gguf_files_are_answered() {
+    mutate(&["quantised.gguf"]);
+}
