@@ -2,10 +2,10 @@
 
 use super::{
     Output, TransformerWrapper,
-    sampling::{check as check_sampling, sample},
+    sampling::{check as check_sampling, sample_tokens},
 };
 use crate::{
-    DType, Error, Philox, Result, Store, Tensor,
+    DType, Error, Result, Store, Tensor,
     config::{AutoregressiveConfig, SamplingConfig},
     error::{At, ensure},
     nn::ForwardOptions,
@@ -138,9 +138,8 @@ impl AutoregressiveWrapper {
         let mut mask = self.prompt_mask(forward, b, t)?;
         for step in 0..seq_len {
             let logits = self.next_logits(&rows, mask.as_deref(), forward, start_tokens)?;
-            let draws =
-                (0..b).map(|row| Philox::new(options.seed, row as u64).uniform(step as u64)).collect::<Vec<_>>();
-            let tokens = sample(&logits, &options.sampling, &draws)?;
+            let step = Tensor::full([1], step as f64, DType::I64, logits.device())?;
+            let tokens = sample_tokens(&logits, &options.sampling, options.seed, &step)?.to_vec::<i64>()?;
             for (row, &token) in rows.iter_mut().zip(&tokens) {
                 row.push(token);
             }
@@ -167,14 +166,14 @@ impl AutoregressiveWrapper {
         Ok(Some(mask.to_vec::<bool>()?.chunks(t).map(<[bool]>::to_vec).collect()))
     }
 
-    /// The logits after the last token of each row, `[b, num_tokens]`, in f64.
+    /// The logits after the last token of each row, `[b, num_tokens]`.
     fn next_logits(
         &self,
         rows: &[Vec<i64>],
         mask: Option<&[Vec<bool>]>,
         forward: &ForwardOptions,
         start: &Tensor,
-    ) -> Result<Vec<Vec<f64>>> {
+    ) -> Result<Tensor> {
         let length = rows.first().map_or(0, Vec::len);
         let seen = length.min(self.net.plan().max_seq_len);
         let window: Vec<i64> = rows.iter().flat_map(|row| &row[length - seen..]).copied().collect();
@@ -186,8 +185,7 @@ impl AutoregressiveWrapper {
         // Only the last position needs logits.
         let options = ForwardOptions { mask: mask.transpose()?, return_embeddings: true, ..forward.clone() };
         let last = self.net.forward(&window, &options).at("net")?.out.select(1, seen - 1)?;
-        let logits = self.net.logits(&last).at("net")?.detach().to_f64_vec()?;
-        Ok(logits.chunks(self.net.plan().num_tokens).map(<[f64]>::to_vec).collect())
+        Ok(self.net.logits(&last).at("net")?.detach())
     }
 
     /// Whether every row has ended; then pads what follows the ends.

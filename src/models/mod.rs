@@ -18,6 +18,6 @@ pub use cache::DecodeCache;
 pub use continuous::{ContinuousAutoregressiveWrapper, ContinuousTransformerWrapper};
 pub use encoder_decoder::{EncoderDecoderOptions, XTransformer};
 pub use run::{Model, RunOptions};
-pub use sampling::{filter_probabilities, sample};
+pub use sampling::{filter_probabilities, sample, sample_tokens};
 pub use transformer::{Output, TransformerWrapper};
 pub use vision::ViTransformerWrapper;

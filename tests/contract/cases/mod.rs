@@ -18,6 +18,7 @@ mod pointwise;
 mod position;
 mod reduce;
 mod rotary;
+mod sample;
 mod shift;
 mod softmax;
 mod topk;
@@ -41,6 +42,7 @@ pub fn all() -> Vec<Case> {
         position::cases(),
         reduce::cases(),
         rotary::cases(),
+        sample::cases(),
         shift::cases(),
         softmax::cases(),
         topk::cases(),
