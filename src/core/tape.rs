@@ -17,7 +17,7 @@ use super::{
     shape::Shape,
     tensor::Tensor,
 };
-use crate::{DType, Error, Result, error::ensure};
+use crate::{DType, Error, Result, error::ensure, profile};
 
 static NEXT_ID: AtomicU64 = AtomicU64::new(1);
 
@@ -126,6 +126,8 @@ impl Contributions {
 struct Node {
     inputs: Vec<Input>,
     backward: Box<dyn Backward>,
+    /// Of the forward pass, if a profile counts them.
+    operations: f64,
 }
 
 /// Where the gradient of an input goes, and what it must look like.
@@ -138,6 +140,10 @@ struct Input {
 impl Input {
     fn all(tensors: &[&Tensor]) -> Vec<Self> {
         tensors.iter().map(|&x| Self { slot: x.grad, shape: *x.shape(), dtype: x.dtype() }).collect()
+    }
+
+    fn bytes(&self) -> usize {
+        self.shape.elements() * self.dtype.size()
     }
 
     /// Refuses a gradient of another shape or dtype where it comes from, instead of where it would do harm.
@@ -201,6 +207,7 @@ impl Tape {
     }
 
     fn start(mode: Mode, seed: u64, stream: u64, discard: bool) -> Self {
+        profile::pause();
         let id = NEXT_ID.fetch_add(1, Ordering::Relaxed);
         with_stack(|stack| stack.push(Recording { id, nodes: Vec::new(), mode, seed, stream, discard }));
         Self { id, thread: PhantomData }
@@ -269,8 +276,10 @@ impl Tape {
         nodes.truncate(last + 1);
         let mut grads: Vec<Option<Tensor>> = vec![None; nodes.len()];
         grads[last] = Some(cotangent);
-        while let Some(Node { inputs, mut backward }) = nodes.pop() {
+        while let Some(Node { inputs, mut backward, operations }) = nodes.pop() {
             let Some(grad) = grads.pop().flatten() else { continue };
+            let rule = profile::Rule::begin(&grad);
+            let sizes = rule.as_ref().map(|_| inputs.iter().map(Input::bytes).collect::<Vec<_>>());
             let need: Vec<bool> = inputs.iter().map(|input| !matches!(input.slot, GradSlot::Constant)).collect();
             let name = backward.name();
             if let Some(&Input { slot: GradSlot::Node { index, .. }, .. }) = inputs.first() {
@@ -294,6 +303,9 @@ impl Tape {
             }
             for (leaf, grad) in given.leaves {
                 leaves.add(leaf, grad)?;
+            }
+            if let (Some(rule), Some(sizes)) = (rule, sizes) {
+                rule.end(name, operations, sizes.into_iter().zip(need))?;
             }
         }
         Ok(leaves)
@@ -351,13 +363,43 @@ pub fn record<B: Backward + 'static>(
     inputs: &[&Tensor],
     backward: impl FnOnce(&Tensor) -> B,
 ) -> Result<Tensor> {
+    let operations = if profile::active() {
+        profile::computed(op, &output, inputs, with_stack(|stack| !stack.is_empty()))?
+    } else {
+        0.0
+    };
+    record_with(operations, op, output, inputs, backward)
+}
+
+/// As [`record`], for an output that an op has besides the one that it records next with this among its inputs; a profile
+/// counts both as one call.
+pub(crate) fn record_beside<B: Backward + 'static>(
+    op: &'static str,
+    output: Tensor,
+    inputs: &[&Tensor],
+    backward: impl FnOnce(&Tensor) -> B,
+) -> Result<Tensor> {
+    if profile::active() {
+        profile::beside(inputs);
+    }
+    record_with(0.0, op, output, inputs, backward)
+}
+
+fn record_with<B: Backward + 'static>(
+    operations: f64,
+    op: &'static str,
+    output: Tensor,
+    inputs: &[&Tensor],
+    backward: impl FnOnce(&Tensor) -> B,
+) -> Result<Tensor> {
     let tracked = with_stack(|stack| match stack.last() {
         Some(recording) => recording.tracks(op, inputs).map(|tracked| tracked.then_some(recording.discard)),
         None => Ok(None),
     })?;
     let Some(discard) = tracked else { return Ok(output) };
     // Outside of the borrow: the closure may compute what it saves.
-    let node = (!discard).then(|| Node { inputs: Input::all(inputs), backward: Box::new(backward(&output)) });
+    let node =
+        (!discard).then(|| Node { inputs: Input::all(inputs), backward: Box::new(backward(&output)), operations });
     Ok(push(output, node))
 }
 
@@ -392,6 +434,14 @@ pub(crate) fn record_cheap_after<B: Backward + 'static>(
         Some(recipe) => record_cheap(op, output, &[input], backward, move || again(recipe.compute()?)),
         None => record(op, output, &[input], backward),
     }
+}
+
+/// Returns the output of an op without a gradient, of which [`discrete`] has approved.
+pub(crate) fn computed(op: &'static str, output: Tensor, inputs: &[&Tensor]) -> Result<Tensor> {
+    if profile::active() {
+        profile::computed(op, &output, inputs, with_stack(|stack| !stack.is_empty()))?;
+    }
+    Ok(output)
 }
 
 /// Marks an output as made by the innermost tape, which keeps the node if there is one.
@@ -496,6 +546,7 @@ pub fn checkpoint(f: impl Fn(&[Tensor]) -> Result<Tensor> + 'static, inputs: &[&
     let node = (!discard).then(|| Node {
         inputs: Input::all(inputs),
         backward: Box::new(CheckpointBackward { f: Box::new(f), inputs: inner, mode, seed, stream }),
+        operations: 0.0,
     });
     Ok(push(output, node))
 }

@@ -215,7 +215,7 @@ vectorized! {
                     });
                 }
                 for (gradient, dx) in gradient.iter_mut().zip(&mut *dx) {
-                    *gradient = *gradient * dx.to_acc();
+                    *gradient *= dx.to_acc();
                 }
                 for (dx, &gradient) in dx.iter_mut().zip(&gradient) {
                     *dx = T::from_acc(gradient);

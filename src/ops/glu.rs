@@ -226,7 +226,7 @@ fn backward_tile<T: Float, F: Unary>(
         *du = *du * g.to_acc() * (value.to_acc() + to_value);
     }
     for (dv, g) in dv.iter_mut().zip(g) {
-        *dv = *dv * g.to_acc();
+        *dv *= g.to_acc();
     }
     for (gate, &du) in gate.iter_mut().zip(&du) {
         *gate = T::from_acc(du);

@@ -6,7 +6,7 @@ use super::{
 };
 use crate::{
     Device, Error, Result, Tensor,
-    core::{Backward, Contributions, Float, Real, Shape, dispatch_float, record, record_cheap},
+    core::{Backward, Contributions, Float, Real, Shape, dispatch_float, record_beside, record_cheap},
     device::{CudaDevice, Grid, args, cpu, simd::vectorized, size32},
     error::ensure,
 };
@@ -169,7 +169,7 @@ fn normalize_sum(op: &'static str, x: &Tensor, residual: &Tensor, spec: &Spec) -
     let Forward { y, sum, statistics } = Forward::of(op, &x, Some(&residual), spec)?;
     let sum = sum.ok_or_else(|| Error::argument(op, "no sum was computed"))?;
     // Two nodes with an output each: the gradient of the sum is whole when the norm has added its part to it.
-    let sum = record(op, sum, &[&x, &residual], |_| SumBackward { op })?;
+    let sum = record_beside(op, sum, &[&x, &residual], |_| SumBackward)?;
     let y = record_norm(op, &sum, y, statistics, spec)?;
     Ok((sum, y))
 }
@@ -196,13 +196,11 @@ fn record_norm(op: &'static str, x: &Tensor, y: Tensor, statistics: Tensor, spec
     record_cheap(op, y, &inputs, backward, again)
 }
 
-struct SumBackward {
-    op: &'static str,
-}
+struct SumBackward;
 
 impl Backward for SumBackward {
     fn name(&self) -> &'static str {
-        self.op
+        "add"
     }
 
     fn backward(self: Box<Self>, grad: Tensor, need: &[bool]) -> Result<Contributions> {
