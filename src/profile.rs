@@ -242,6 +242,7 @@ pub(crate) fn computed(op: &'static str, output: &Tensor, inputs: &[&Tensor], re
     if inputs.iter().any(|input| input.shares_storage(output)) {
         return Ok(0.0);
     }
+    let besides = with_session(|session| std::mem::take(&mut session.besides)).unwrap_or(0.0);
     let counts = with_session(|session| session.inside == 0 || recorded);
     if counts != Some(true) {
         return Ok(0.0);
@@ -250,8 +251,7 @@ pub(crate) fn computed(op: &'static str, output: &Tensor, inputs: &[&Tensor], re
     let moved = bytes(output) + inputs.iter().map(|&input| bytes(input)).sum::<f64>();
     let operations = with_session(|session| {
         let operations = session.operations.take().unwrap_or_else(|| product(op, output, inputs));
-        let moved = moved + std::mem::take(&mut session.besides);
-        session.end(op, Phase::Forward, *output.shape(), operations, moved);
+        session.end(op, Phase::Forward, *output.shape(), operations, moved + besides);
         operations
     });
     Ok(operations.unwrap_or(0.0))
