@@ -162,9 +162,8 @@ impl TransformerWrapper {
         let memory_tokens = self.plan.num_memory_tokens;
         let mask = options.mask.clone();
         let options = self.layers_options(options)?;
-        let layers = self.attn_layers.forward(&x, &options).at("attn_layers")?;
-        let x = norm(self.norm.as_ref(), layers.out)?;
-        let mut x = x.narrow(1, memory_tokens, tokens.dim(1)?)?;
+        let layers = self.attn_layers.forward_normed(&x, &options, self.norm.as_ref())?;
+        let mut x = layers.out.narrow(1, memory_tokens, tokens.dim(1)?)?;
         if self.plan.average_pool_embed {
             x = mean_over_tokens(&x, mask.as_ref())?;
         }

@@ -8,7 +8,7 @@ use crate::{Result, Store, Tensor, config, config::FeedForwardPlan, error::At, o
 pub struct FeedForward {
     project_in: Linear,
     activation: Activation,
-    glu: bool,
+    gated: bool,
     norm: Option<Norm>,
     dropout: f64,
     project_out: Linear,
@@ -22,14 +22,17 @@ impl FeedForward {
         let project_in = Linear::maybe_biased(&net.at(place), plan.dim, width, plan.bias)?;
         let norm = plan.post_act_ln.then(|| Norm::new(config::Norm::LAYER, plan.inner, &net.at(1))).transpose()?;
         let project_out = Linear::output(&net.at(3), plan.inner, plan.dim_out, plan.bias, plan.zero_init)?;
-        let FeedForwardPlan { activation, glu, dropout, .. } = *plan;
-        Ok(Self { project_in, activation, glu, norm, dropout, project_out })
+        let FeedForwardPlan { activation, glu: gated, dropout, .. } = *plan;
+        Ok(Self { project_in, activation, gated, norm, dropout, project_out })
     }
 
     /// `[.., dim] → [.., dim_out]`.
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        let inner = self.project_in.forward(x).at("net.0")?;
-        let mut inner = if self.glu { inner.glu(self.activation)? } else { self.activation.of(&inner)? };
+        let inner = match self.gated {
+            true => self.project_in.gated(x, self.activation),
+            false => self.project_in.activated(x, self.activation),
+        };
+        let mut inner = inner.at("net.0")?;
         if let Some(norm) = &self.norm {
             inner = norm.forward(&inner).at("net.1")?;
         }

@@ -67,4 +67,20 @@ impl Norm {
             }
         }
     }
+
+    /// The sum of two tensors `[.., dim]`, and the norm of it.
+    pub fn forward_sum(&self, x: &Tensor, residual: &Tensor) -> Result<(Tensor, Tensor)> {
+        match self {
+            Self::Layer { weight, bias, eps } => {
+                x.add_layer_norm(residual, Some(&weight.tensor()), Some(&bias.tensor()), *eps)
+            }
+            Self::Scale { g, eps } => x.add_scale_norm(residual, &g.tensor(), *eps),
+            Self::Rms { g, eps } => x.add_rms_norm(residual, &g.tensor(), *eps),
+            Self::MeanSquare { .. } => {
+                let sum = x.add(residual)?;
+                let normed = self.forward(&sum)?;
+                Ok((sum, normed))
+            }
+        }
+    }
 }
