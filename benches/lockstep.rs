@@ -80,8 +80,9 @@ fn attend(length: usize, dtype: DType, pass: Pass) -> Result<Run> {
     })
 }
 
-/// An update of the weights of a decoder of width 512, depth 6 and 20,000 tokens.
-fn adamw() -> Result<Run> {
+/// An update of the weights of a decoder of width 512, depth 6 and 20,000 tokens. The norm of the gradients is taken even
+/// if nothing is clipped: weights stay as they are if it is not finite.
+fn adamw(clip: Option<f64>) -> Result<Run> {
     let store = Store::new(0, DType::F32, &Device::Cpu);
     let shapes = [([20_000, 512], 2), ([512, 512], 24), ([2048, 512], 12), ([1024, 512], 1)];
     let each = shapes.into_iter().flat_map(|(shape, count)| std::iter::repeat_n(shape, count)).enumerate();
@@ -95,7 +96,7 @@ fn adamw() -> Result<Run> {
     let gradients = tape.backward(&loss)?;
     let mut optimizer = AdamW::new(AdamWOptions::default())?;
     let params = store.params();
-    Ok(Box::new(move || timed(|| optimizer.step(&params, &gradients, 1e-4, None))))
+    Ok(Box::new(move || timed(|| optimizer.step(&params, &gradients, 1e-4, clip))))
 }
 
 /// `[m, k]` by `[k, n]`; of the letters, `t` says that an operand lies transposed in memory.
@@ -129,7 +130,7 @@ fn names() -> Vec<String> {
             names.push(format!("{name}-1024-{pass}"));
         }
     }
-    names.push("adamw".into());
+    names.extend(["adamw".into(), "adamw_clip".into()]);
     for (length, dtype) in [1024, 4096].into_iter().flat_map(|n| [(n, "f32"), (n, "bf16")]) {
         for pass in ["forward", "both"] {
             names.push(format!("attention-{length}-{dtype}-{pass}"));
@@ -186,7 +187,8 @@ fn find(name: &str) -> Result<Option<Run>> {
             let inputs = vec![normal(&[20_000, 512], f32)?, tokens(&[rows], 20_000)?];
             op(inputs, pass, |x| x[0].embedding(&x[1]))?
         }
-        "adamw" => adamw()?,
+        "adamw" => adamw(None)?,
+        "adamw_clip" => adamw(Some(1.0))?,
         "attention" => attend(rows, dtype, pass)?,
         kind @ ("matmul" | "batched") => {
             let sizes: Vec<usize> = parts[2].split('x').filter_map(|size| size.parse().ok()).collect();
