@@ -7,6 +7,8 @@ mod cache;
 mod continuous;
 mod encoder_decoder;
 pub mod parity;
+#[cfg(feature = "cuda")]
+mod recorded;
 mod run;
 mod sampling;
 mod transformer;
@@ -17,6 +19,8 @@ pub use autoregressive::{AutoregressiveWrapper, GenerateOptions};
 pub use cache::DecodeCache;
 pub use continuous::{ContinuousAutoregressiveWrapper, ContinuousTransformerWrapper};
 pub use encoder_decoder::{EncoderDecoderOptions, XTransformer};
+#[cfg(feature = "cuda")]
+pub use recorded::RecordedDecode;
 pub use run::{Model, RunOptions};
 pub use sampling::{filter_probabilities, sample, sample_tokens};
 pub use transformer::{Output, TransformerWrapper};
