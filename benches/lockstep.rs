@@ -1,6 +1,6 @@
 //! Single ops, one round for each line of standard input: what benches/peers/cpu.py interleaves with PyTorch.
 //!
-//! `cargo bench --bench lockstep -- NAME` prints a line of JSON with the mean seconds of a repetition for each line that
+//! `cargo bench --bench lockstep -- NAME` prints a line of JSON with the median seconds of a repetition for each line that
 //! it reads; without a name it lists the names. Shapes are those of a decoder of width 512 on 1024 tokens, and larger
 //! ones that leave the caches.
 
@@ -199,14 +199,14 @@ fn find(name: &str) -> Result<Option<Run>> {
     }))
 }
 
-/// Mean seconds of a repetition.
+/// Median seconds of a repetition: one that waited for the processor must not weigh more than another.
 fn round(run: &mut Run) -> Result<f64> {
-    let (clock, mut total, mut count) = (Instant::now(), Duration::ZERO, 0u32);
-    while count == 0 || clock.elapsed() < ROUND {
-        total += run()?;
-        count += 1;
+    let (clock, mut times) = (Instant::now(), Vec::new());
+    while times.is_empty() || clock.elapsed() < ROUND {
+        times.push(run()?.as_secs_f64());
     }
-    Ok(total.as_secs_f64() / f64::from(count))
+    times.sort_by(f64::total_cmp);
+    Ok(times[times.len() / 2])
 }
 
 fn main() -> Result<()> {

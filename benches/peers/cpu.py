@@ -84,7 +84,7 @@ class Tools:
 
     def __init__(self, args):
         self.old, self.new = Path(args.old).absolute(), Path(args.new).absolute()
-        self.xt = ROOT / "target/release/xt"
+        self.xt = args.xt.absolute()
         self.lockstep = newest("target/release/deps/lockstep-*")
         self.candle = HERE / "candle/target/release/candle-peer"
         self.burn = HERE / "burn/target/release/burn-peer"
@@ -305,6 +305,7 @@ def main():
     parser.add_argument("command", choices=["setup", "run", "table", "summary"])
     parser.add_argument("--old", default=HERE / "venv-old", help="virtual environment with x-transformers 0.22.0")
     parser.add_argument("--new", default=HERE / "venv-new", help="one with the newest x-transformers")
+    parser.add_argument("--xt", type=Path, default=ROOT / "target/release/xt", help="this library's command")
     parser.add_argument("--raw", type=Path, default=RAW, help="file of measurements, one JSON object a line")
     parser.add_argument("--only", help="workloads, with wildcards, separated by commas: D-train,op-gelu*")
     parser.add_argument("--peers", help="contenders beside this library: new,new tuned")

@@ -208,11 +208,10 @@ def op(name, compiled):
 
 
 def op_round(repetition):
-    clock, total, count = time.perf_counter(), 0.0, 0
-    while count == 0 or time.perf_counter() - clock < ROUND:
-        total += repetition()
-        count += 1
-    return total / count
+    clock, times = time.perf_counter(), []
+    while not times or time.perf_counter() - clock < ROUND:
+        times.append(repetition())
+    return sorted(times)[len(times) // 2]
 
 
 def peak():
