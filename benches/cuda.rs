@@ -144,10 +144,20 @@ impl Bench {
             self.op("softmax", one, [bytes(2), bytes(3)], |x| x[0].softmax())?;
             let norm = [x.clone(), weight.clone(), bias];
             self.op("layer_norm", &norm, [bytes(2), bytes(3)], |x| x[0].layer_norm(Some(&x[1]), Some(&x[2]), 1e-5))?;
+            let sum = [x.clone(), x.detach(), weight.clone(), norm[2].clone()];
+            // The sum is written too; its gradient comes from the norm alone here.
+            self.op("add_layer_norm", &sum, [bytes(4), bytes(3)], |x| {
+                Ok(x[0].add_layer_norm(&x[1], Some(&x[2]), Some(&x[3]), 1e-5)?.1)
+            })?;
             self.op("rms_norm", &norm[..2], [bytes(2), bytes(3)], |x| x[0].rms_norm(&x[1], 1e-8))?;
             self.op("gelu", one, [bytes(2), bytes(3)], |x| x[0].gelu())?;
+            let biased = [x.clone(), weight.clone()];
+            let activation = Activation::Gelu;
+            self.op("bias gelu", &biased, [bytes(2), bytes(3)], |x| x[0].add_activation(&x[1], activation))?;
             let half = |tensors: usize| Work::Bytes(tensors * rows * dim / 2 * dtype.size());
             self.op("glu gelu", one, [half(3), half(5)], |x| x[0].glu(Activation::Gelu))?;
+            self.op("bias glu gelu", &biased, [half(3), half(5)], |x| x[0].add_glu(&x[1], activation))?;
+            self.op("transpose", one, [bytes(2), bytes(2)], |x| x[0].transpose(0, 1)?.contiguous())?;
             let heads =
                 x.reshape([rows / 8, 8, dim])?.reshape([8, rows / 8, dim / 64, 64])?.transpose(1, 2)?.contiguous()?;
             let inv_freq = Tensor::generate([32], DType::F32, &self.device, |k| 10000f64.powf(k as f64 / -32.0))?;
