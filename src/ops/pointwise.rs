@@ -25,18 +25,9 @@ pub(crate) trait Unary: 'static {
     const NAME: &'static str;
     const KEEP: Keep;
     /// The value; `FUSED` as for [`Real::fma`].
-    fn fused_value<R: Real, const FUSED: bool>(x: R) -> R;
+    fn value<R: Real, const FUSED: bool>(x: R) -> R;
     /// The derivative at `kept`, which is the input or the output as [`Unary::KEEP`] says.
-    fn fused_derivative<R: Real, const FUSED: bool>(kept: R) -> R;
-
-    #[inline(always)]
-    fn value<R: Real>(x: R) -> R {
-        Self::fused_value::<R, false>(x)
-    }
-    #[inline(always)]
-    fn derivative<R: Real>(kept: R) -> R {
-        Self::fused_derivative::<R, false>(kept)
-    }
+    fn derivative<R: Real, const FUSED: bool>(kept: R) -> R;
 }
 
 /// The table: method, type, what the derivative is written in, value, derivative.
@@ -49,11 +40,11 @@ macro_rules! unary {
                 const NAME: &'static str = stringify!($method);
                 const KEEP: Keep = Keep::$keep;
                 #[inline(always)]
-                fn fused_value<R: Real, const FUSED: bool>($x: R) -> R {
+                fn value<R: Real, const FUSED: bool>($x: R) -> R {
                     $value
                 }
                 #[inline(always)]
-                fn fused_derivative<R: Real, const FUSED: bool>($k: R) -> R {
+                fn derivative<R: Real, const FUSED: bool>($k: R) -> R {
                     $derivative
                 }
             }
@@ -145,7 +136,7 @@ fn unary<F: Unary>(x: &Tensor) -> Result<Tensor> {
 vectorized! {
     fn map<T: Float, F: Unary>(x: &[T], y: &mut [T]) {
         for (x, y) in x.iter().zip(y) {
-            *y = T::from_acc(F::fused_value::<T::Acc, FUSED>(x.to_acc()));
+            *y = T::from_acc(F::value::<T::Acc, FUSED>(x.to_acc()));
         }
     }
 }
@@ -192,7 +183,7 @@ vectorized! {
     /// `dx` holds the gradient of the output before.
     fn map_backward<T: Float, F: Unary>(kept: &[T], dx: &mut [T]) {
         for (kept, dx) in kept.iter().zip(dx) {
-            *dx = T::from_acc(dx.to_acc() * F::fused_derivative::<T::Acc, FUSED>(kept.to_acc()));
+            *dx = T::from_acc(dx.to_acc() * F::derivative::<T::Acc, FUSED>(kept.to_acc()));
         }
     }
 }
