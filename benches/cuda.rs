@@ -12,8 +12,8 @@ use x_transformers::{
     config::{AttentionLayersConfig, AutoregressiveConfig, TransformerWrapperConfig},
     device::CudaDevice,
     models::{AutoregressiveWrapper, ForwardOptions},
-    ops::{Activation, AttentionSpec, attention},
-    train::{AdamW, AdamWOptions},
+    ops::{Activation, AttentionSpec, SampleFilter, SampleSpec, attention},
+    train::{AdamW, AdamWOptions, RecordedStep},
 };
 
 /// What a time is held against.
@@ -244,6 +244,34 @@ impl Bench {
                     optimizer.borrow_mut().step(&params, &grads, 1e-4, Some(1.0)).map(drop)
                 },
             )?;
+            let recorded = RecordedStep::new(
+                optimizer.into_inner(),
+                &params,
+                std::slice::from_ref(&tokens),
+                Some(1.0),
+                |inputs| model.loss(&inputs[0], &ForwardOptions::default()),
+            )?;
+            let recorded = std::cell::RefCell::new(recorded);
+            self.run(
+                ("training step, recorded", dtype, &shape),
+                work,
+                || Ok(()),
+                |()| recorded.borrow_mut().step(std::slice::from_ref(&tokens), 1e-4, 1.0).map(drop),
+            )?;
+        }
+        Ok(())
+    }
+
+    /// The next token of one row and of several, with a tenth of the vocabulary kept; reads a row once from memory.
+    fn sampling(&self) -> Result<()> {
+        let vocabulary = if self.test { 100 } else { 32_000 };
+        for (rows, dtype) in [(1, DType::F32), (1, DType::BF16), (64, DType::BF16)] {
+            let logits = self.random(&[rows, vocabulary], dtype)?;
+            let spec = SampleSpec { filter: SampleFilter::Best(vocabulary / 10), temperature: 0.8, seed: 0 };
+            let step = Tensor::zeros([1], DType::I64, &self.device)?;
+            let work = Work::Bytes(rows * vocabulary * dtype.size());
+            let shape = [rows, vocabulary];
+            self.run(("sample top_k", dtype, &shape), work, || Ok(()), |()| logits.sample(&spec, &step).map(drop))?;
         }
         Ok(())
     }
@@ -266,5 +294,6 @@ fn main() -> Result<()> {
     bench.peaks()?;
     bench.memory_bound()?;
     bench.attention()?;
+    bench.sampling()?;
     bench.training_step()
 }
