@@ -14,7 +14,8 @@ use x_transformers::{
 };
 
 const SIDE: usize = 16;
-const COLOURS: [(&str, [f64; 3]); 3] = [("red", [1.0, 0.0, 0.0]), ("green", [0.0, 1.0, 0.0]), ("blue", [0.0, 0.0, 1.0])];
+const COLOURS: [(&str, [f64; 3]); 3] =
+    [("red", [1.0, 0.0, 0.0]), ("green", [0.0, 1.0, 0.0]), ("blue", [0.0, 0.0, 1.0])];
 const PLACES: [&str; 4] = ["top left", "top right", "bottom left", "bottom right"];
 /// Bytes of the longest caption with its start and end.
 const LENGTH: usize = 24;

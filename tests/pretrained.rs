@@ -207,9 +207,24 @@ fn what_does_not_fit_is_refused_with_a_table() -> Result<()> {
         ("wrong_family", config.replace("\"albert\"", "\"bert\""), weights.clone(), "missing"),
         ("groups", config.replace("\"num_hidden_groups\": 1", "\"num_hidden_groups\": 2"), weights.clone(), "only 1"),
         ("huge", config.replace("\"vocab_size\": 591", "\"vocab_size\": 1000000000"), weights.clone(), "misshapen"),
-        ("too_huge", config.replace("\"vocab_size\": 591", "\"vocab_size\": 10000000000"), weights.clone(), "expected a number"),
-        ("deep", config.replace("\"num_hidden_layers\": 12", "\"num_hidden_layers\": 1000000000"), weights.clone(), "at most"),
-        ("heads", config.replace("\"num_attention_heads\": 8", "\"num_attention_heads\": 7"), weights.clone(), "divisor"),
+        (
+            "too_huge",
+            config.replace("\"vocab_size\": 591", "\"vocab_size\": 10000000000"),
+            weights.clone(),
+            "expected a number",
+        ),
+        (
+            "deep",
+            config.replace("\"num_hidden_layers\": 12", "\"num_hidden_layers\": 1000000000"),
+            weights.clone(),
+            "at most",
+        ),
+        (
+            "heads",
+            config.replace("\"num_attention_heads\": 8", "\"num_attention_heads\": 7"),
+            weights.clone(),
+            "divisor",
+        ),
         ("text", config.replace("\"hidden_size\": 256", "\"hidden_size\": \"wide\""), weights.clone(), "`hidden_size`"),
     ];
     for (name, config, weights, expected) in cases {
