@@ -3,21 +3,28 @@
 #![forbid(unsafe_code)]
 
 mod autoregressive;
+mod beam;
 mod cache;
 mod continuous;
 mod encoder_decoder;
+mod generate;
 pub mod parity;
+mod rows;
 mod run;
 mod sampling;
+mod speculative;
 mod transformer;
 mod vision;
 
 pub use crate::nn::ForwardOptions;
-pub use autoregressive::{AutoregressiveWrapper, GenerateOptions};
+pub use autoregressive::AutoregressiveWrapper;
+pub use beam::{BeamOptions, Hypothesis};
 pub use cache::DecodeCache;
 pub use continuous::{ContinuousAutoregressiveWrapper, ContinuousTransformerWrapper};
 pub use encoder_decoder::{EncoderDecoderOptions, XTransformer};
+pub use generate::{GenerateOptions, TokenStream};
 pub use run::{Model, RunOptions};
 pub use sampling::{filter_probabilities, sample};
+pub use speculative::SpeculativeStats;
 pub use transformer::{Output, TransformerWrapper};
 pub use vision::ViTransformerWrapper;
