@@ -42,13 +42,30 @@ fn main() -> ExitCode {
     }
 }
 
-/// The text of `kernels.rs` for the sources in a folder.
+/// The text of `kernels.rs`: the sources in a folder, and those of its `lab`, which benchmarks compile.
 fn embed(folder: &Path) -> Result<String, String> {
+    let (mut text, mut kernels) = (String::new(), Vec::new());
+    for (name, of) in [("", "every kernel"), ("LAB_", "the rungs of `kernels/lab`")] {
+        let part = if name.is_empty() { folder.to_path_buf() } else { folder.join("lab") };
+        let (sources, signatures) = embed_files(&part, folder, &mut kernels)?;
+        write!(
+            text,
+            "/// The sources of {of}, by name.\npub static {name}SOURCES: &[KernelSource] = &[\n{sources}];\n\n\
+             /// The parameters of {of}, by file.\npub static {name}SIGNATURES: &[Signature] = &[\n{signatures}];\n\n"
+        )
+        .map_err(|error| error.to_string())?;
+    }
+    Ok(text)
+}
+
+/// The sources and the signatures in a folder, whose files include each other and those of another one.
+fn embed_files(folder: &Path, included: &Path, kernels: &mut Vec<String>) -> Result<(String, String), String> {
     let entries = fs::read_dir(folder).map_err(|error| format!("{}: {error}", folder.display()))?;
     let mut names: Vec<String> = entries.flatten().map(|e| e.file_name().to_string_lossy().into_owned()).collect();
     names.sort();
-    let read = |name: &str| fs::read_to_string(folder.join(name)).ok();
-    let (mut sources, mut signatures, mut kernels) = (String::new(), String::new(), Vec::new());
+    let read =
+        |name: &str| fs::read_to_string(folder.join(name)).or_else(|_| fs::read_to_string(included.join(name))).ok();
+    let (mut sources, mut signatures) = (String::new(), String::new());
     for name in names.iter().filter(|name| name.ends_with(".cu") || name.ends_with(".cuh")) {
         check_lines(name, &read(name).ok_or_else(|| format!("{name} cannot be read as text"))?)?;
         let Some(stem) = name.strip_suffix(".cu") else { continue };
@@ -74,10 +91,7 @@ fn embed(folder: &Path) -> Result<String, String> {
                 .map_err(|error| error.to_string())?;
         }
     }
-    Ok(format!(
-        "/// Every kernel source, by name.\npub static SOURCES: &[KernelSource] = &[\n{sources}];\n\n\
-         /// Every kernel, by file.\npub static SIGNATURES: &[Signature] = &[\n{signatures}];\n"
-    ))
+    Ok((sources, signatures))
 }
 
 /// A source with each `#include "x"` replaced by that file, once; `#line` keeps the compiler's messages right.

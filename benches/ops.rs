@@ -11,7 +11,7 @@ use criterion::{Criterion, criterion_group, criterion_main};
 use peak::{Group, Work};
 use x_transformers::{
     DType, Device, Init, IntoShape, Philox, Result, Store, Tape, Tensor,
-    ops::{Activation, NAMES},
+    ops::{Activation, NAMES, SampleFilter, SampleSpec},
     train::{AdamW, AdamWOptions},
 };
 
@@ -122,6 +122,10 @@ fn ops() -> Vec<Op> {
         op("max", &x, Some(0), |x| x[0].max(-1)),
         op("argmax", &x, None, |x| x[0].detach().argmax(-1)),
         op("rotary", &[Float(&[8, 8, 512, 128]), Constant(&[32])], Some(0), |x| x[0].rotary(&x[1], 0)),
+        op("sample", &[Constant(&[8, 32_768])], None, |x| {
+            let spec = SampleSpec { filter: SampleFilter::Best(3277), temperature: 0.8, seed: 0 };
+            x[0].sample(&spec, &Tensor::scalar(0i64, x[0].device())?)
+        }),
         op("shift_tokens", &x, Some(0), |x| x[0].shift_tokens(&[0, 1], None)),
         op("softmax", &x, Some(1), |x| x[0].softmax()),
         op("top_k_mask", &x, None, |x| x[0].detach().top_k_mask(64)),

@@ -20,9 +20,12 @@ typedef Element<T>::Acc Acc;
 
 enum { VALUE, GRADIENT, EXP_AVG, EXP_AVG_SQ, MASTER, POINTERS };
 
-extern "C" __global__ void adamw_step(const u64* table, u32 tensors, f64 grad_scale, f64 decay, f64 mean, f64 beta2,
-                                      f64 square, f64 rate, f64 correction, f64 eps) {
-    const Chunk chunk = chunk_of_block<POINTERS>(table, tensors);
+// The factors, as the state's type.
+struct Factors {
+    Acc grad_scale, decay, mean, beta2, square, rate, correction, eps;
+};
+
+__device__ __forceinline__ void update(const Chunk& chunk, const Factors& factors) {
     T* values = chunk.at<T>(VALUE);
     const GRAD* grads = chunk.at<const GRAD>(GRADIENT);
     Acc *means = chunk.at<Acc>(EXP_AVG), *squares = chunk.at<Acc>(EXP_AVG_SQ), *masters = chunk.at<Acc>(MASTER);
@@ -35,15 +38,16 @@ extern "C" __global__ void adamw_step(const u64* table, u32 tensors, f64 grad_sc
         auto master = masters == nullptr ? m : load<N>(masters + i);
 #pragma unroll
         for (int lane = 0; lane < N; ++lane) {
-            const Acc g = Element<GRAD>::to_acc(grad.lane[lane]) * (Acc)grad_scale;
-            m.lane[lane] += (Acc)mean * (g - m.lane[lane]);
-            v.lane[lane] = v.lane[lane] * (Acc)beta2 + (Acc)square * g * g;
+            const Acc g = Element<GRAD>::to_acc(grad.lane[lane]) * factors.grad_scale;
+            m.lane[lane] += factors.mean * (g - m.lane[lane]);
+            v.lane[lane] = v.lane[lane] * factors.beta2 + factors.square * g * g;
             Acc w = Element<T>::to_acc(value.lane[lane]);
             // A value that is not the rounded master was set by someone else since, and counts.
             if (masters != nullptr && Element<T>::to_acc(Element<T>::from_acc(master.lane[lane])) == w) {
                 w = master.lane[lane];
             }
-            w = w * (Acc)decay - (Acc)rate * m.lane[lane] / (sqrt(v.lane[lane]) / (Acc)correction + (Acc)eps);
+            w = w * factors.decay -
+                factors.rate * m.lane[lane] / (sqrt(v.lane[lane]) / factors.correction + factors.eps);
             master.lane[lane] = w;
             value.lane[lane] = Element<T>::from_acc(w);
         }
@@ -52,4 +56,21 @@ extern "C" __global__ void adamw_step(const u64* table, u32 tensors, f64 grad_sc
         store(squares + i, v);
         if (masters != nullptr) store(masters + i, master);
     });
+}
+
+extern "C" __global__ void adamw_step(const u64* table, u32 tensors, f64 grad_scale, f64 decay, f64 mean, f64 beta2,
+                                      f64 square, f64 rate, f64 correction, f64 eps) {
+    update(chunk_of_block<POINTERS>(table, tensors), {(Acc)grad_scale, (Acc)decay, (Acc)mean, (Acc)beta2, (Acc)square,
+                                                      (Acc)rate, (Acc)correction, (Acc)eps});
+}
+
+// For graphs: the numbers are in memory, where a replay finds those of its step, the factors of each tensor in the
+// order above where the table's last pointer leads. Does nothing if the scale of the gradients is NaN.
+extern "C" __global__ void adamw_recorded(const u64* table, const f64* grad_scale, u32 tensors) {
+    const Chunk chunk = chunk_of_block<POINTERS + 1>(table, tensors);
+    const f64* factors = chunk.at<const f64>(POINTERS);
+    const f64 scale = *grad_scale;
+    if (scale != scale) return;
+    update(chunk, {(Acc)scale, (Acc)factors[0], (Acc)factors[1], (Acc)factors[2], (Acc)factors[3], (Acc)factors[4],
+                   (Acc)factors[5], (Acc)factors[6]});
 }

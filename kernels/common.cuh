@@ -249,7 +249,7 @@ template <typename A> __device__ __forceinline__ A max_row(A value) {
 
 // Indices that are out of range cannot stop a kernel. It stays within its tables and leaves a note, of which the first
 // one counts; the host turns it into an error when it next waits for the device.
-constexpr i64 FAULT_EMBEDDING = 1, FAULT_CROSS_ENTROPY = 2, FAULT_NO_TARGETS = 3;
+constexpr i64 FAULT_EMBEDDING = 1, FAULT_CROSS_ENTROPY = 2, FAULT_NO_TARGETS = 3, FAULT_LOGITS = 4;
 
 __device__ __forceinline__ void report_fault(i64* fault, i64 kind, i64 index, i64 limit) {
     if (atomicCAS((u64*)fault, (u64)0, (u64)kind) == 0) {

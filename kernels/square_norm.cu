@@ -2,6 +2,7 @@
 //
 //   square_norm_chunks: partials[chunk] = sum of x^2 over the chunk
 //   square_norm_totals: totals[tensor] = sum of its partials
+//   square_norm_clip:   norm[0] = scale sqrt(sum of totals), norm[1] = scale min(1, clip / (norm[0] + 1e-6))
 //
 // Shapes: any; a row of the table has the address of x (T). Sums are f64: squares of f32 overflow in f32.
 // Variants: DTYPE=f32,f64,bf16,f16
@@ -11,6 +12,7 @@
 // arithmetic of f64 on cards that have little of it.
 
 #include "common.cuh"
+#include "exact.cuh"
 #include "many.cuh"
 
 enum { X, POINTERS };
@@ -39,4 +41,15 @@ extern "C" __global__ void square_norm_totals(f64* totals, const f64* partials, 
     for (u64 chunk = threadIdx.x; chunk < chunks; chunk += blockDim.x) sum += partials[first + chunk];
     sum = sum_row(sum);
     if (threadIdx.x == 0) totals[blockIdx.x] = sum;
+}
+
+// One thread, in the processor's order and with its bits; NaN for the second if the first is not finite. given: scale
+// and clip.
+extern "C" __global__ void square_norm_clip(f64* norm, const f64* totals, const f64* given, u32 tensors) {
+    Exact<f64> sum = exact(0.0);
+    for (u32 tensor = 0; tensor < tensors; ++tensor) sum = sum + exact(totals[tensor]);
+    const Exact<f64> scale = exact(given[0]), of_all = scale * exact(__dsqrt_rn(sum.value));
+    const f64 share = (exact(given[1]) / (of_all + exact(1e-6))).value;
+    norm[0] = of_all.value;
+    norm[1] = isfinite(of_all.value) ? (scale * exact(share < 1 ? share : 1.0)).value : of_all.value - of_all.value;
 }

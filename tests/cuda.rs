@@ -12,12 +12,12 @@ use std::{
 };
 
 use x_transformers::{
-    DType, Device, Error, Param, ParamMap, Result, Store, Tape, Tensor,
-    config::{AttentionLayersConfig, AutoregressiveConfig, TransformerWrapperConfig},
+    DType, Device, Error, Init, Param, ParamMap, Result, Store, Tape, Tensor,
+    config::{AttentionLayersConfig, AutoregressiveConfig, SamplingConfig, TransformerWrapperConfig},
     device::{Precision, cuda::Graph, set_float32_matmul_precision},
-    models::{AutoregressiveWrapper, ForwardOptions, GenerateOptions},
+    models::{AutoregressiveWrapper, ForwardOptions, GenerateOptions, sample_tokens},
     ops::{AttentionSpec, attention},
-    train::{AdamW, AdamWOptions},
+    train::{AdamW, AdamWOptions, RecordedInfo, RecordedStep},
 };
 
 /// The GPU to test. Its counters, its memory and what its kernels report are those of the process, so that one test at a
@@ -178,6 +178,17 @@ fn random_numbers_are_those_of_the_cpu() -> Result<()> {
         model(device, DType::BF16, 0.0)?.1.state_dict().values().map(Tensor::to_f64_vec).collect()
     };
     assert_eq!(weights(&gpu)?, weights(&Device::Cpu)?, "initial weights");
+    for dtype in [DType::F32, DType::F64, DType::F16] {
+        for init in [Init::Normal(0.7), Init::Uniform(0.3)] {
+            let draw = |device: &Device| -> Result<Vec<f64>> {
+                Store::new(3, dtype, device).param("weight", [9_001], init)?.tensor().to_f64_vec()
+            };
+            assert_eq!(draw(&gpu)?, draw(&Device::Cpu)?, "{init:?} {dtype}");
+        }
+    }
+    let uploads = gpu.transfers().uploads;
+    Store::new(3, DType::F32, &gpu).param("weight", [1000], Init::Normal(0.7))?;
+    assert_eq!(gpu.transfers().uploads, uploads, "weights are drawn where they are");
     let mask = |device: &Device| -> Result<Vec<f64>> {
         let _tape = Tape::train(11);
         Tensor::ones([7, 91], DType::F32, device)?.dropout(0.3)?.to_f64_vec()
@@ -287,6 +298,124 @@ fn a_recorded_training_step_gives_the_same_bits() -> Result<()> {
     Ok(())
 }
 
+/// Loss, gradients, clipping and AdamW in one graph, with another rate and another scale of the loss in each step.
+#[test]
+fn a_recorded_optimizer_step_gives_the_same_bits() -> Result<()> {
+    let Some(gpu) = gpu("a_recorded_optimizer_step_gives_the_same_bits") else { return Ok(()) };
+    let batch = |step: i64| -> Result<Tensor> {
+        let tokens: Vec<i64> = (0..2 * 13).map(|i| (i * 5 + i * i + step) % 32).collect();
+        Tensor::from_slice(&tokens, [2, 13], &gpu)
+    };
+    let lr = |step: i64| 1e-2 / (1 + step) as f64;
+    type Run = (Vec<f64>, Vec<f64>, Vec<Vec<f64>>);
+    let run = |dtype: DType, recorded: bool| -> Result<Run> {
+        let (model, params) = model(&gpu, dtype, 0.0)?;
+        let loss = |inputs: &[Tensor]| model.loss(&inputs[0], &ForwardOptions::default());
+        let mut optimizer = AdamW::new(AdamWOptions::default())?;
+        let (mut losses, mut norms) = (Vec::new(), Vec::new());
+        // The graph goes on from where the optimizer is.
+        let eager = |optimizer: &mut AdamW, losses: &mut Vec<f64>, norms: &mut Vec<f64>, step: i64| -> Result<()> {
+            let mut tape = Tape::train(0);
+            let output = loss(&[batch(step)?])?;
+            let grads = tape.backward(&output)?;
+            norms.push(optimizer.step(&params, &grads, lr(step), Some(0.8))?.grad_norm);
+            losses.push(output.item()?);
+            Ok(())
+        };
+        eager(&mut optimizer, &mut losses, &mut norms, 0)?;
+        if recorded {
+            let mut step = RecordedStep::new(optimizer, &params, &[batch(100)?], Some(0.8), loss)?;
+            for number in 1..4 {
+                let RecordedInfo { loss, info } = step.step(&[batch(number)?], lr(number), 1.0)?;
+                norms.push(info.grad_norm);
+                losses.push(loss.item()?);
+            }
+            optimizer = step.into_optimizer();
+        } else {
+            for number in 1..4 {
+                eager(&mut optimizer, &mut losses, &mut norms, number)?;
+            }
+        }
+        // And the optimizer goes on from where the graph was.
+        eager(&mut optimizer, &mut losses, &mut norms, 4)?;
+        assert_eq!(optimizer.steps(), 5);
+        let weights = params.state_dict().values().map(Tensor::to_f64_vec).collect::<Result<_>>()?;
+        Ok((losses, norms, weights))
+    };
+    for dtype in [DType::F32, DType::BF16] {
+        let (recorded, eager) = (run(dtype, true)?, run(dtype, false)?);
+        assert_eq!(recorded.0, eager.0, "{dtype}: losses");
+        assert_eq!(recorded.1, eager.1, "{dtype}: norms");
+        assert!(recorded.2 == eager.2, "{dtype}: weights");
+    }
+    Ok(())
+}
+
+#[test]
+fn a_recorded_optimizer_step_refuses_what_would_go_wrong() -> Result<()> {
+    let Some(gpu) = gpu("a_recorded_optimizer_step_refuses_what_would_go_wrong") else { return Ok(()) };
+    let store = Store::new(0, DType::F32, &gpu);
+    let weight = store.param("weight", [4], Init::Constant(2.0))?;
+    let params = store.params();
+    let input = |value: f64| Tensor::full([4], value, DType::F32, &gpu);
+    let loss = |x: &[Tensor]| weight.tensor().mul(&x[0])?.sum(&[]);
+    let values = || weight.tensor().to_vec::<f32>();
+    let new = |clip: Option<f64>| {
+        RecordedStep::new(AdamW::new(AdamWOptions::default())?, &params, &[input(1.0)?], clip, loss)
+    };
+    let mut step = new(Some(1.0))?;
+    assert_eq!(values()?, [2.0; 4], "recording changes nothing");
+    assert_eq!(step.step(&[input(3.0)?], 0.1, 1.0)?.info.grad_norm, 6.0);
+    let after = values()?;
+    assert!(after[0] < 2.0 && step.steps() == 1);
+    // A scale is taken back, up to the rounding of the gradients.
+    assert_eq!(step.step(&[input(3.0)?], 0.0, 1024.0)?.info.grad_norm, 6.0);
+    assert_eq!(values()?, after, "a rate of 0 moves nothing");
+    // Not finite: an error, nothing changed, and the next step is fine.
+    let state = step.state_dict()?["exp_avg.weight"].to_f64_vec()?;
+    assert!(matches!(step.step(&[input(f64::INFINITY)?], 0.1, 1.0), Err(Error::NonFinite { step: 2, .. })));
+    assert_eq!((values()?, step.state_dict()?["exp_avg.weight"].to_f64_vec()?), (after.clone(), state));
+    assert!(step.step(&[input(1.0)?], f64::NAN, 1.0).is_err() && step.step(&[input(1.0)?], 0.1, 0.0).is_err());
+    // What others hold must not change under them.
+    let held = params.state_dict();
+    let error = step.step(&[input(1.0)?], 0.1, 1.0).unwrap_err();
+    assert!(error.to_string().contains("another tensor shares `weight`"), "{error}");
+    drop(held);
+    step.step(&[input(1.0)?], 0.1, 1.0)?;
+    assert!(values()? != after && step.steps() == 3);
+    assert!(new(Some(0.0)).is_err());
+
+    let dropout = |x: &[Tensor]| weight.tensor().mul(&x[0])?.dropout(0.5)?.sum(&[]);
+    let error = RecordedStep::new(AdamW::new(AdamWOptions::default())?, &params, &[input(1.0)?], None, dropout);
+    assert!(error.unwrap_err().to_string().contains("dropout"));
+    let vector = |x: &[Tensor]| weight.tensor().mul(&x[0]);
+    let error = RecordedStep::new(AdamW::new(AdamWOptions::default())?, &params, &[input(1.0)?], None, vector);
+    assert!(matches!(error.unwrap_err(), Error::NotScalar { .. }));
+    Ok(())
+}
+
+/// A window of tokens and the number of the step go in, the next token comes out.
+#[test]
+fn a_recorded_decode_step_draws_the_same_tokens() -> Result<()> {
+    let Some(gpu) = gpu("a_recorded_decode_step_draws_the_same_tokens") else { return Ok(()) };
+    let (model, params) = model(&gpu, DType::BF16, 0.0)?;
+    let window =
+        |first: i64| Tensor::from_slice(&(0..16).map(|i| (first + 3 * i) % 32).collect::<Vec<_>>(), [2, 8], &gpu);
+    let config = SamplingConfig { temperature: 2.0, ..SamplingConfig::default() };
+    let decode = |inputs: &[Tensor]| {
+        let logits = model.net.forward(&inputs[0], &ForwardOptions::default())?.out.select(1, 7)?;
+        sample_tokens(&logits, &config, 9, &inputs[1])
+    };
+    let step = |number: i64| Tensor::scalar(number, &gpu);
+    let mut graph = Graph::capture(&[window(0)?, step(0)?], &params, decode)?;
+    for number in 0..5 {
+        let inputs = [window(number)?, step(number)?];
+        let replayed = graph.replay(&inputs)?.to_vec::<i64>()?;
+        assert_eq!(replayed, decode(&inputs)?.to_vec::<i64>()?, "step {number}");
+    }
+    Ok(())
+}
+
 #[test]
 fn a_recorded_decode_step_gives_the_same_bits() -> Result<()> {
     let Some(gpu) = gpu("a_recorded_decode_step_gives_the_same_bits") else { return Ok(()) };
@@ -331,7 +460,7 @@ fn what_a_graph_cannot_hold_is_refused() -> Result<()> {
     assert!(here.to_string().contains("GPU"), "{here}");
 
     let store = Store::new(0, DType::F32, &gpu);
-    let weight: Param = store.param("weight", [4], x_transformers::Init::Constant(2.0))?;
+    let weight: Param = store.param("weight", [4], Init::Constant(2.0))?;
     let params = store.params();
     let mut graph = Graph::capture(std::slice::from_ref(&x), &params, |x| x[0].mul(&weight.tensor()))?;
     assert_eq!(graph.replay(std::slice::from_ref(&x))?.to_vec::<f32>()?, [2.0; 4]);

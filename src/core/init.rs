@@ -1,7 +1,15 @@
-//! Initial values of parameters, drawn on the host so that every device starts from the same bits.
+//! Initial values of parameters, drawn where they are, with the same bits on every device.
 
-use super::{philox::Philox, shape::Shape, tensor::Tensor};
-use crate::{DType, Device, Result};
+use super::{
+    dtype::{Float, dispatch_float},
+    philox::Philox,
+    shape::Shape,
+    tensor::Tensor,
+};
+use crate::{
+    DType, Device, Result,
+    device::{Grid, args, cpu},
+};
 
 /// How a parameter starts.
 #[derive(Clone, Copy, PartialEq, Debug)]
@@ -25,18 +33,49 @@ impl Init {
         Self::Normal((2.0 / dim.max(1) as f64).sqrt())
     }
 
-    /// Draws the values.
+    /// Draws the values where the parameter is.
     pub(crate) fn tensor(self, shape: Shape, dtype: DType, device: &Device, random: Philox) -> Result<Tensor> {
         match self {
             Self::Constant(value) => Tensor::full(shape, round(value), dtype, device),
             Self::Normal(deviation) => {
-                Tensor::generate(shape, dtype, device, |i| round(deviation * random.normal(i as u64)))
+                draw("random_normal", (shape, dtype, device), random, deviation, |i| random.normal(i))
             }
             Self::Uniform(bound) => {
-                Tensor::generate(shape, dtype, device, |i| round(bound * (2.0 * random.uniform(i as u64) - 1.0)))
+                draw("random_uniform", (shape, dtype, device), random, bound, |i| 2.0 * random.uniform(i) - 1.0)
             }
         }
     }
+}
+
+/// Element `i` is `scale · f(i)`: on the CPU by the function, on a GPU by the kernel, which has the same bits.
+fn draw(
+    kernel: &'static str,
+    (shape, dtype, device): (Shape, DType, &Device),
+    random: Philox,
+    scale: f64,
+    f: impl Fn(u64) -> f64 + Sync,
+) -> Result<Tensor> {
+    let mut tensor = Tensor::uninit(shape, dtype, device)?;
+    match device {
+        Device::Cpu => dispatch_float!("parameter", dtype, T, {
+            // An element takes as long as some hundred additions.
+            cpu::for_rows(tensor.values_mut::<T>()?, 1, 100, |first, part| {
+                for (index, value) in part.iter_mut().enumerate() {
+                    *value = <T as Float>::from_f64(round(scale * f((first + index) as u64)));
+                }
+            });
+            Ok(())
+        })?,
+        Device::Cuda(gpu) => {
+            dtype.expect_float("parameter")?;
+            let n = shape.elements();
+            gpu.kernel(kernel, &[("DTYPE", dtype.name())])?.launch(
+                Grid::elements(n.div_ceil(2)),
+                args![&mut tensor, n as i64, random.seed(), random.stream(), scale],
+            )?;
+        }
+    }
+    Ok(tensor)
 }
 
 /// To f32, so that an f64 model starts from the values of its f32 twin.

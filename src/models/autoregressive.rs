@@ -84,6 +84,13 @@ impl AutoregressiveWrapper {
         out.cross_entropy(&tokens.narrow(1, 1, n)?, self.ignore_index)
     }
 
+    /// As [`TransformerWrapper::quantize_int8`].
+    ///
+    /// Errors: weights that are not finite.
+    pub fn quantize_int8(&mut self) -> Result<()> {
+        self.net.quantize_int8().at("net")
+    }
+
     /// What follows the end of a row.
     pub(super) fn pad_value(&self) -> i64 {
         self.pad_value

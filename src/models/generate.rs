@@ -3,9 +3,14 @@
 use super::{
     AutoregressiveWrapper,
     rows::Rows,
-    sampling::{check as check_sampling, sample},
+    sampling::{check as check_sampling, sample, sample_tokens},
 };
-use crate::{Error, Philox, Result, Tensor, config::SamplingConfig, error::ensure, nn::ForwardOptions};
+use crate::{
+    DType, Error, Philox, Result, Tensor,
+    config::{FilterLogits, SamplingConfig},
+    error::ensure,
+    nn::ForwardOptions,
+};
 
 /// How tokens are generated.
 #[derive(Clone, Debug)]
@@ -113,18 +118,39 @@ pub struct TokenStream<'m> {
 impl TokenStream<'_> {
     fn advance(&mut self) -> Result<Vec<i64>> {
         let open: Vec<bool> = self.ended.iter().map(|ended| !ended).collect();
-        let logits = self.rows.next_logits(&open)?;
+        let drawn = self.draw(&open)?;
         let mut tokens = vec![self.pad_value; open.len()];
-        for (row, mut logits) in logits.into_iter().enumerate().filter(|&(row, _)| open[row]) {
-            self.options.penalize(&mut logits, &self.rows.tokens[row]);
-            // Row by row, so that no row depends on another one.
-            let draw = self.options.draws(row).uniform(self.step as u64);
-            let drawn = sample(&[logits], &self.options.sampling, &[draw])?;
-            tokens[row] = drawn[0];
-            self.rows.push(row, drawn[0]);
-            self.ended[row] = self.options.eos_token == Some(drawn[0]);
+        for (row, &token) in drawn.iter().enumerate().filter(|&(row, _)| open[row]) {
+            tokens[row] = token;
+            self.rows.push(row, token);
+            self.ended[row] = self.options.eos_token == Some(token);
         }
         self.step += 1;
+        Ok(tokens)
+    }
+
+    /// A token for every row; those of rows that are not open are anything.
+    fn draw(&mut self, open: &[bool]) -> Result<Vec<i64>> {
+        let GenerateOptions { sampling, seed, row_seeds, .. } = &self.options;
+        // Penalties are those of each row, and top-a would look at the whole batch.
+        let by_rows = self.options.repetition_penalty != 1.0 || sampling.filter_logits_fn == FilterLogits::TopA;
+        if !by_rows {
+            let logits = self.rows.logits_of_all(open)?;
+            let step = Tensor::full([1], self.step as f64, DType::I64, logits.device())?;
+            let Some(seeds) = row_seeds else { return sample_tokens(&logits, sampling, *seed, &step)?.to_vec() };
+            let of_row = |(row, &seed): (usize, &u64)| {
+                let token = sample_tokens(&logits.narrow(0, row, 1)?, sampling, seed, &step)?;
+                Ok(token.to_vec::<i64>()?[0])
+            };
+            return seeds.iter().enumerate().map(of_row).collect();
+        }
+        let mut tokens = vec![0; open.len()];
+        let logits = self.rows.next_logits(open)?;
+        for (row, mut logits) in logits.into_iter().enumerate().filter(|&(row, _)| open[row]) {
+            self.options.penalize(&mut logits, &self.rows.tokens[row]);
+            let draw = self.options.draws(row).uniform(self.step as u64);
+            tokens[row] = sample(&[logits], &self.options.sampling, &[draw])?[0];
+        }
         Ok(tokens)
     }
 }

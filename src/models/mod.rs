@@ -24,7 +24,7 @@ pub use continuous::{ContinuousAutoregressiveWrapper, ContinuousTransformerWrapp
 pub use encoder_decoder::{EncoderDecoderOptions, XTransformer};
 pub use generate::{GenerateOptions, TokenStream};
 pub use run::{Model, RunOptions};
-pub use sampling::{filter_probabilities, sample};
+pub use sampling::{filter_probabilities, sample, sample_tokens};
 pub use speculative::SpeculativeStats;
 pub use transformer::{Output, TransformerWrapper};
 pub use vision::ViTransformerWrapper;

@@ -114,31 +114,57 @@ impl<'m> Rows<'m> {
         Ok(self.last_logits(&last)?.into_iter().map(|mut rows| rows.pop().unwrap_or_default()).collect())
     }
 
+    /// The logits behind the last token of every row, `[b, num_tokens]`; those of rows that are not wanted are anything.
+    pub fn logits_of_all(&mut self, wanted: &[bool]) -> Result<Tensor> {
+        let last: Vec<usize> = wanted.iter().map(|&wanted| usize::from(wanted)).collect();
+        let (order, mut hidden) = self.last_hidden(&last)?;
+        if order.len() < last.len() || order.iter().enumerate().any(|(at, &row)| at != row) {
+            let place = |row: usize| order.iter().position(|&other| other == row).unwrap_or(0) as i64;
+            let index: Vec<i64> = (0..last.len()).map(place).collect();
+            hidden = hidden.embedding(&Tensor::from_vec(index, [last.len()], &self.device)?)?;
+        }
+        Ok(self.net.logits(&hidden).at("net")?.detach())
+    }
+
     /// For each row the logits behind its last `last[row]` tokens, in f64. More than one only of rows in the cache that have
     /// so many tokens which are not in it yet.
     pub fn last_logits(&mut self, last: &[usize]) -> Result<Vec<Vec<Vec<f64>>>> {
+        let (order, hidden) = self.last_hidden(last)?;
+        let values = self.net.logits(&hidden).at("net")?.detach().to_f64_vec()?;
+        let mut logits = vec![Vec::new(); last.len()];
+        for (row, values) in order.into_iter().zip(values.chunks(self.net.plan().num_tokens)) {
+            logits[row].push(values.to_vec());
+        }
+        Ok(logits)
+    }
+
+    /// Normed hidden states, `[.., dim]`, and the row that each belongs to.
+    fn last_hidden(&mut self, last: &[usize]) -> Result<(Vec<usize>, Tensor)> {
         let window = self.window();
         let anew = |row: &usize| last[*row] > 0 && (self.cache.is_none() || self.tokens[*row].len() > window);
         let anew: Vec<usize> = (0..last.len()).filter(anew).collect();
-        let mut logits = self.extend(last)?;
+        let (mut order, mut parts) = self.extend(last)?;
         let mut lengths: Vec<usize> = anew.iter().map(|&row| self.tokens[row].len().min(window)).collect();
         lengths.sort_unstable();
         lengths.dedup();
         for seen in lengths {
             let rows: Vec<usize> =
                 anew.iter().copied().filter(|&row| self.tokens[row].len().min(window) == seen).collect();
-            for (&row, of_row) in rows.iter().zip(self.recompute(&rows, seen)?) {
-                logits[row] = vec![of_row];
-            }
+            parts.push(self.recompute(&rows, seen)?);
+            order.extend(rows);
         }
-        Ok(logits)
+        let hidden = match &parts[..] {
+            [only] => only.clone(),
+            parts => Tensor::cat(&parts.iter().collect::<Vec<_>>(), 0)?,
+        };
+        Ok((order, hidden))
     }
 
     /// Brings the cache up to date, as far as rows fit.
-    fn extend(&mut self, last: &[usize]) -> Result<Vec<Vec<Vec<f64>>>> {
+    fn extend(&mut self, last: &[usize]) -> Result<(Vec<usize>, Vec<Tensor>)> {
         let (b, window) = (last.len(), self.window());
-        let mut logits = vec![Vec::new(); b];
-        let Some(cache) = &mut self.cache else { return Ok(logits) };
+        let (mut order, mut parts) = (Vec::new(), Vec::new());
+        let Some(cache) = &mut self.cache else { return Ok((order, parts)) };
         loop {
             let pending = |row: usize| match self.tokens[row].len() {
                 length if length <= window && last[row] > 0 => length - cache.lengths()[row],
@@ -146,7 +172,7 @@ impl<'m> Rows<'m> {
             };
             let n = (0..b).map(pending).max().unwrap_or(0).min(self.prefill);
             if n == 0 {
-                return Ok(logits);
+                return Ok((order, parts));
             }
             let counts: Vec<usize> = (0..b).map(|row| pending(row).min(n)).collect();
             let starts = cache.lengths().to_vec();
@@ -177,15 +203,13 @@ impl<'m> Rows<'m> {
                 let index: Vec<i64> = wanted.iter().map(|&(_, at)| at as i64).collect();
                 hidden = hidden.embedding(&Tensor::from_vec(index, [wanted.len()], &self.device)?)?;
             }
-            let values = self.net.logits(&hidden).at("net")?.to_f64_vec()?;
-            for ((row, _), values) in wanted.into_iter().zip(values.chunks(self.net.plan().num_tokens)) {
-                logits[row].push(values.to_vec());
-            }
+            order.extend(wanted.into_iter().map(|(row, _)| row));
+            parts.push(hidden);
         }
     }
 
-    /// The logits behind the last tokens of these rows, of which the model sees so many, without a cache.
-    fn recompute(&self, rows: &[usize], seen: usize) -> Result<Vec<Vec<f64>>> {
+    /// The hidden states of the last tokens of these rows, of which the model sees so many, without a cache: `[rows, dim]`.
+    fn recompute(&self, rows: &[usize], seen: usize) -> Result<Tensor> {
         let b = rows.len();
         let last = |row: &Vec<i64>| row[row.len() - seen..].to_vec();
         let window: Vec<i64> = rows.iter().flat_map(|&row| last(&self.tokens[row])).collect();
@@ -196,9 +220,7 @@ impl<'m> Rows<'m> {
             options.mask = Some(Tensor::from_vec(mask, [b, seen], &self.device)?);
         }
         // Only the last position needs logits.
-        let hidden = self.net.forward(&window, &options).at("net")?.out.select(1, seen - 1)?;
-        let logits = self.net.logits(&hidden).at("net")?.detach().to_f64_vec()?;
-        Ok(logits.chunks(self.net.plan().num_tokens).map(<[f64]>::to_vec).collect())
+        Ok(self.net.forward(&window, &options).at("net")?.out.select(1, seen - 1)?.detach())
     }
 }
 

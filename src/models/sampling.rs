@@ -1,9 +1,10 @@
 //! From logits to the next token.
 
 use crate::{
-    Error, Result,
+    Error, Result, Tensor,
     config::{FilterLogits, SamplingConfig},
-    error::ensure,
+    error::{At, ensure},
+    ops::{SampleFilter, SampleSpec},
 };
 
 /// Refuses settings that have no meaning.
@@ -31,6 +32,35 @@ pub(super) fn check(config: &SamplingConfig) -> Result<()> {
         Error::option("min_p_pow", format!("expected a finite number of at least 0, got {min_p_pow}"))
     );
     Ok(())
+}
+
+/// Draws a token for each row of logits where they are: `[b, tokens] → [b]` I64. Row `i` takes draw `step` of stream `i`
+/// of [`Philox`](crate::Philox) under the seed; `step` is one I64 on the logits' device.
+///
+/// The distribution is that of [`filter_probabilities`], of which shares below about 1e-11 of the largest are lost, and
+/// the tokens are the same on every device ([`Tensor::sample`]).
+///
+/// Errors: settings out of their domain, and those of [`Tensor::sample`].
+pub fn sample_tokens(logits: &Tensor, config: &SamplingConfig, seed: u64, step: &Tensor) -> Result<Tensor> {
+    check(config)?;
+    let SamplingConfig { filter_thres, k, min_p_pow, min_p_ratio, temperature, .. } = *config;
+    let filter = match config.filter_logits_fn {
+        FilterLogits::None => SampleFilter::All,
+        FilterLogits::Entmax => SampleFilter::Entmax,
+        FilterLogits::TopK => {
+            SampleFilter::Best(k.unwrap_or_else(|| kept_by_share(filter_thres, logits.shape().last())))
+        }
+        FilterLogits::TopP => SampleFilter::MassUpTo(1.0 - filter_thres),
+        FilterLogits::Nucleus => SampleFilter::MassBelow(filter_thres),
+        FilterLogits::TopA => SampleFilter::TopA { power: min_p_pow, ratio: min_p_ratio },
+        FilterLogits::MinP => SampleFilter::MinP(min_p_ratio),
+    };
+    logits.sample(&SampleSpec { filter, temperature, seed }, step).at("sampling")
+}
+
+/// How many tokens top-k keeps of a vocabulary if it is given a threshold.
+fn kept_by_share(thres: f64, tokens: Option<&usize>) -> usize {
+    (((1.0 - thres) * tokens.copied().unwrap_or(0) as f64).ceil() as usize).max(1)
 }
 
 /// The distribution of the next token for each row of logits, after filter and temperature.
@@ -61,7 +91,7 @@ pub fn filter_probabilities(logits: &[Vec<f64>], config: &SamplingConfig) -> Res
         FilterLogits::None => logits.iter().map(|row| softmax(&scaled(row))).collect(),
         FilterLogits::Entmax => logits.iter().map(|row| entmax(&scaled(row), 1.3)).collect(),
         FilterLogits::TopK => {
-            let keep = |row: &[f64]| config.k.unwrap_or(((1.0 - thres) * row.len() as f64).ceil() as usize);
+            let keep = |row: &[f64]| config.k.unwrap_or(kept_by_share(thres, Some(&row.len())));
             logits.iter().map(|row| softmax(&scaled(&only_best(row, keep(row))))).collect()
         }
         FilterLogits::TopP => {
@@ -88,7 +118,7 @@ pub fn filter_probabilities(logits: &[Vec<f64>], config: &SamplingConfig) -> Res
     })
 }
 
-/// Draws one token per row; `draws` are uniform in `[0, 1)`.
+/// Draws one token per row in f64, as [`sample_tokens`] does faster; `draws` are uniform in `[0, 1)`.
 ///
 /// Errors: as [`filter_probabilities`], or another number of draws than rows.
 pub fn sample(logits: &[Vec<f64>], config: &SamplingConfig, draws: &[f64]) -> Result<Vec<i64>> {

@@ -124,6 +124,12 @@ impl Attention {
         })
     }
 
+    /// Its linear layers.
+    pub(super) fn linears_mut(&mut self) -> impl Iterator<Item = &mut Linear> {
+        let always = [&mut self.to_q, &mut self.to_k, &mut self.to_v, &mut self.to_out];
+        always.into_iter().chain(self.to_v_gate.as_mut())
+    }
+
     /// `[b, i, dim] → [b, i, dim]`.
     ///
     /// Errors: shapes that do not fit.

@@ -1,12 +1,16 @@
 //! Linear layers and tables of embeddings.
 
-use crate::{Init, Param, Result, Store, Tensor};
+use std::sync::Arc;
+
+use crate::{Init, Param, Result, Store, Tensor, ops::Int8Matrix};
 
 /// `x Wᵀ + b`, PyTorch's `nn.Linear`: `weight [out, in]`, `bias [out]`.
 #[derive(Clone, Debug)]
 pub struct Linear {
     weight: Param,
     bias: Option<Param>,
+    /// In place of the weight, once it was asked for.
+    int8: Option<Arc<Int8Matrix>>,
 }
 
 impl Linear {
@@ -32,12 +36,25 @@ impl Linear {
         Ok(Self {
             weight: store.param("weight", [fan_out, fan_in], weight)?,
             bias: bias.map(|bias| store.param("bias", [fan_out], bias)).transpose()?,
+            int8: None,
         })
     }
 
     /// `[.., in] → [.., out]`.
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        x.linear(&self.weight.tensor(), self.bias.as_ref().map(Param::tensor).as_ref())
+        let bias = self.bias.as_ref().map(Param::tensor);
+        match &self.int8 {
+            Some(weight) => weight.linear(x, bias.as_ref()),
+            None => x.linear(&self.weight.tensor(), bias.as_ref()),
+        }
+    }
+
+    /// Computes with the weight in eight bits from now on.
+    ///
+    /// Errors: a weight that is not finite.
+    pub fn quantize_int8(&mut self) -> Result<()> {
+        self.int8 = Some(Arc::new(Int8Matrix::quantize(&self.weight.tensor().detach())?));
+        Ok(())
     }
 }
 

@@ -8,7 +8,7 @@ use std::sync::Mutex;
 
 use super::many::{Group, Table, by_device};
 use crate::{
-    DType, Error, Result, Tensor,
+    DType, Device, Error, Result, Tensor,
     core::{Float, Real, Shape, dispatch_float},
     device::{CudaDevice, Grid, args, cpu, simd::vectorized},
     error::ensure,
@@ -31,7 +31,7 @@ pub(crate) fn square_norms(tensors: &[Tensor]) -> Result<Vec<f64>> {
     let indexed = tensors.iter().enumerate().filter(|(_, tensor)| tensor.elements() > 0);
     let (on_cpu, groups) = by_device(indexed, |(_, tensor)| (tensor.device().clone(), tensor.dtype()));
     for Group { gpu, key: dtype, items } in groups {
-        let norms = square_norms_cuda(gpu, dtype, items.iter().map(|(_, tensor)| *tensor))?;
+        let norms = square_norms_cuda(gpu, dtype, items.iter().map(|(_, tensor)| *tensor))?.to_vec::<f64>()?;
         for ((index, _), norm) in items.iter().zip(norms) {
             sums[*index] = norm;
         }
@@ -58,12 +58,12 @@ pub(crate) fn square_norms(tensors: &[Tensor]) -> Result<Vec<f64>> {
     Ok(sums)
 }
 
-/// The sums of tensors that all have elements.
+/// The sums of tensors that all have elements, on the device.
 fn square_norms_cuda<'a>(
     gpu: &'static CudaDevice,
     dtype: DType,
     tensors: impl Iterator<Item = &'a Tensor>,
-) -> Result<Vec<f64>> {
+) -> Result<Tensor> {
     let rows = tensors.map(|tensor| Ok(([tensor.address()?], tensor.elements())));
     let table = Table::new(gpu, &format!("square_norm {dtype}"), rows)?;
     let uninit = |n: usize| Tensor::uninit(Shape::new(&[n])?, DType::F64, table.rows.device());
@@ -73,7 +73,28 @@ fn square_norms_cuda<'a>(
         .launch(table.grid(), args![&mut partials, &table.rows, table.tensors as u32])?;
     gpu.kernel("square_norm_totals", &options)?
         .launch(Grid::new([table.tensors as u32, 1, 1], [256, 1, 1]), args![&mut totals, &partials, &table.rows])?;
-    totals.to_vec::<f64>()
+    Ok(totals)
+}
+
+/// The norm of all gradients, and what clipping multiplies them by, without a read-back: `[2]` F64 on their device, the
+/// second NaN if the first is not finite. `given`: what they are multiplied by first, and the largest norm, `[2]` F64.
+///
+/// The tensors are packed and of one dtype; with the numbers of [`square_norms`] the processor gets the same bits.
+pub(crate) fn clip_on_device(tensors: &[Tensor], given: &Tensor) -> Result<Tensor> {
+    let with_elements = || tensors.iter().filter(|tensor| tensor.elements() > 0);
+    let mut norm = given.uninit_like()?;
+    let (Device::Cuda(gpu), Some(first)) = (given.device(), with_elements().next()) else {
+        return Err(Error::argument("graph", "expected gradients on a GPU"));
+    };
+    let dtype = first.dtype();
+    ensure!(
+        with_elements().all(|tensor| tensor.dtype() == dtype && tensor.device() == given.device()),
+        Error::dtype("graph", "expected all gradients on one GPU and of one dtype")
+    );
+    let totals = square_norms_cuda(gpu, dtype, with_elements())?;
+    gpu.kernel("square_norm_clip", &[("DTYPE", dtype.name())])?
+        .launch(Grid::new([1; 3], [1; 3]), args![&mut norm, &totals, given, totals.elements() as u32])?;
+    Ok(norm)
 }
 
 vectorized! {
@@ -122,12 +143,8 @@ pub(crate) struct Settings {
     pub grad_scale: f64,
 }
 
-/// One AdamW step of all parameters.
-///
-/// Errors, before anything is changed: a gradient of a dtype that is neither the parameter's nor its state's, of another
-/// shape or on another device.
-pub(crate) fn adamw(updates: Vec<Update<'_>>, settings: Settings) -> Result<()> {
-    for Update { value, grad, .. } in &updates {
+fn check(updates: &[Update<'_>]) -> Result<()> {
+    for Update { value, grad, .. } in updates {
         ensure!(
             value.shape() == grad.shape() && value.device() == grad.device(),
             Error::shape(
@@ -146,6 +163,15 @@ pub(crate) fn adamw(updates: Vec<Update<'_>>, settings: Settings) -> Result<()> 
             Error::dtype("adamw", format!("the parameter is {}, its gradient {}", value.dtype(), grad.dtype()))
         );
     }
+    Ok(())
+}
+
+/// One AdamW step of all parameters.
+///
+/// Errors, before anything is changed: a gradient of a dtype that is neither the parameter's nor its state's, of another
+/// shape or on another device.
+pub(crate) fn adamw(updates: Vec<Update<'_>>, settings: Settings) -> Result<()> {
+    check(&updates)?;
     let (on_cpu, groups) = by_device(updates, |update| {
         (update.value.device().clone(), (update.value.dtype(), update.grad.dtype(), update.step))
     });
@@ -167,6 +193,40 @@ pub(crate) fn adamw(updates: Vec<Update<'_>>, settings: Settings) -> Result<()> 
     Ok(())
 }
 
+/// As [`adamw`], with numbers that are on the device when it runs, and nothing done if `grad_scale`, a scalar there, is
+/// NaN. `factors`: where the seven of [`Settings::factors`] are for each update.
+///
+/// Errors: as [`adamw`], or parameters that are not all on one GPU.
+pub(crate) fn adamw_recorded(updates: Vec<Update<'_>>, factors: &[u64], grad_scale: &Tensor) -> Result<()> {
+    check(&updates)?;
+    let (on_cpu, groups) = by_device(updates.into_iter().zip(factors), |(update, _)| {
+        (update.value.device().clone(), (update.value.dtype(), update.grad.dtype()))
+    });
+    let here = |device: &Device| device == grad_scale.device();
+    ensure!(
+        on_cpu.is_empty() && groups.iter().all(|group| here(&Device::Cuda(group.gpu))),
+        Error::argument("graph", format!("expected every parameter on {}", grad_scale.device()))
+    );
+    for Group { gpu, key: (dtype, of_grad), items } in groups {
+        let rows = items.into_iter().map(|(update, factors)| {
+            let ([value, grad, mean, square, master], elements) = row(update)?;
+            Ok(([value, grad, mean, square, master, *factors], elements))
+        });
+        let table = Table::new(gpu, "adamw recorded", rows)?;
+        gpu.kernel("adamw_recorded", &[("DTYPE", dtype.name()), ("GRAD", of_grad.name())])?
+            .launch(table.grid(), args![&table.rows, grad_scale, table.tensors as u32])?;
+    }
+    Ok(())
+}
+
+/// What the kernel's table has of a parameter.
+fn row(update: Update<'_>) -> Result<([u64; 5], usize)> {
+    let master = update.master.map_or(Ok(0), Tensor::address_mut)?;
+    let state = [update.exp_avg.address_mut()?, update.exp_avg_sq.address_mut()?];
+    let (value, grad) = (update.value.address_mut()?, update.grad.address()?);
+    Ok(([value, grad, state[0], state[1], master], update.grad.elements()))
+}
+
 /// One step of parameters of one dtype that have had as many updates, in one launch.
 fn adamw_cuda(
     gpu: &'static CudaDevice,
@@ -175,13 +235,7 @@ fn adamw_cuda(
     updates: Vec<Update<'_>>,
     factors: Factors<f64>,
 ) -> Result<()> {
-    let rows = updates.into_iter().map(|update| {
-        let master = update.master.map_or(Ok(0), Tensor::address_mut)?;
-        let state = [update.exp_avg.address_mut()?, update.exp_avg_sq.address_mut()?];
-        let (value, grad) = (update.value.address_mut()?, update.grad.address()?);
-        Ok(([value, grad, state[0], state[1], master], update.grad.elements()))
-    });
-    let table = Table::new(gpu, name, rows)?;
+    let table = Table::new(gpu, name, updates.into_iter().map(row))?;
     let Factors { grad_scale, decay, mean, beta2, square, rate, correction, eps } = factors;
     gpu.kernel("adamw_step", &[("DTYPE", dtype.name()), ("GRAD", of_grad.name())])?.launch(
         table.grid(),
@@ -246,6 +300,14 @@ struct Factors<A> {
     /// `√(1 − β₂^t)`
     correction: A,
     eps: A,
+}
+
+impl Settings {
+    /// What the kernel reads of a parameter's step from memory: decay, `1 − β₁`, `β₂`, `1 − β₂`, rate, correction, eps.
+    pub fn factors(self, step: u64) -> [f64; 7] {
+        let Factors { decay, mean, beta2, square, rate, correction, eps, .. } = Factors::<f64>::new(self, step);
+        [decay, mean, beta2, square, rate, correction, eps]
+    }
 }
 
 impl<A: Real> Factors<A> {

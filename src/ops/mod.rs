@@ -40,9 +40,14 @@ ops! {
     position: relative_position_bias, sinusoid;
     reduce: sum, mean, sum_to, max, argmax;
     rotary: rotary;
+    sample: sample;
     shift: shift_tokens;
     softmax: softmax;
     topk: top_k_mask;
 }
 
 pub use glu::Activation;
+pub use matmul::Int8Matrix;
+#[cfg(feature = "cuda")]
+pub(crate) use sample::broken_logits;
+pub use sample::{SampleFilter, SampleSpec};

@@ -7,9 +7,13 @@ mod grad_scaler;
 mod optimizer;
 mod options;
 mod random;
+#[cfg(feature = "cuda")]
+mod recorded;
 mod schedule;
 mod trainer;
 
+#[cfg(feature = "cuda")]
+pub use self::recorded::{RecordedInfo, RecordedStep};
 pub use self::{
     checkpoint::{Checkpoint, Losses, TextPrint, TrainingState},
     data::ByteText,

@@ -2,6 +2,8 @@
 
 use std::collections::BTreeMap;
 
+#[cfg(feature = "cuda")]
+use crate::ops::adamw::{adamw_recorded, clip_on_device};
 use crate::{
     DType, Error, Gradients, ParamMap, Result, Tensor,
     core::Param,
@@ -138,45 +140,89 @@ impl AdamW {
         lr: f64,
         clip: Option<f64>,
     ) -> Result<StepInfo> {
-        ensure!(
-            lr >= 0.0 && lr.is_finite(),
-            Error::option("lr", format!("expected a finite number of at least 0, got {lr}"))
-        );
-        ensure!(
-            clip.is_none_or(|clip| clip > 0.0),
-            Error::option("clip", format!("expected a number above 0, got {}", clip.unwrap_or_default()))
-        );
-        let with_grad = params.unique().filter_map(|(name, param)| Some((name, param, grads.param(param)?)));
-        let (named, packed): (Vec<(&str, &Param)>, Vec<Tensor>) = with_grad
-            .map(|(name, param, grad)| Ok(((name, param), grad.detach().contiguous()?)))
-            .collect::<Result<Vec<_>>>()?
-            .into_iter()
-            .unzip();
+        check(lr, clip)?;
+        let (named, packed) = with_gradients(params, grads)?;
         let grad_norm = scale * self.norm(&named, &packed)?;
         let grad_scale = scale * clip.map_or(1.0, |clip| (clip / (grad_norm + 1e-6)).min(1.0));
-        self.prepare(&named)?;
+        let settings = self.settings(lr, grad_scale);
+        self.update(&named, &packed, |updates| adamw(updates, settings))?;
+        self.advance(named.iter().map(|(name, _)| *name));
+        Ok(StepInfo { grad_norm, updated: named.len() })
+    }
 
+    fn settings(&self, lr: f64, grad_scale: f64) -> Settings {
+        let AdamWOptions { beta1, beta2, eps, weight_decay } = self.options;
+        Settings { lr, beta1, beta2, eps, weight_decay, grad_scale }
+    }
+
+    /// Calls `f` with the updates of these parameters.
+    fn update(
+        &mut self,
+        named: &[(&str, &Param)],
+        grads: &[Tensor],
+        f: impl FnOnce(Vec<Update<'_>>) -> Result<()>,
+    ) -> Result<()> {
+        self.prepare(named)?;
         let mut values: Vec<_> = named.iter().map(|(_, param)| param.lock()).collect();
         let mut states: BTreeMap<&str, &mut State> =
             self.state.iter_mut().map(|(name, state)| (name.as_str(), state)).collect();
         let mut updates = Vec::with_capacity(named.len());
-        for (((name, _), value), grad) in named.iter().zip(&mut values).zip(&packed) {
+        for (((name, _), value), grad) in named.iter().zip(&mut values).zip(grads) {
             own(value)?;
             // `prepare` made one for every name.
             let Some(State { exp_avg, exp_avg_sq, master, step }) = states.remove(name) else { continue };
             let master = master.as_mut();
             updates.push(Update { value, grad, exp_avg, exp_avg_sq, master, step: *step + 1 });
         }
-        let AdamWOptions { beta1, beta2, eps, weight_decay } = self.options;
-        adamw(updates, Settings { lr, beta1, beta2, eps, weight_decay, grad_scale })?;
-        drop(values);
-        for (name, _) in &named {
-            if let Some(state) = self.state.get_mut(*name) {
+        f(updates)
+    }
+
+    /// Counts a step of these parameters.
+    pub(super) fn advance<'a>(&mut self, names: impl Iterator<Item = &'a str>) {
+        for name in names {
+            if let Some(state) = self.state.get_mut(name) {
                 state.step += 1;
             }
         }
         self.steps += 1;
-        Ok(StepInfo { grad_norm, updated: named.len() })
+    }
+
+    /// Enqueues a step whose numbers are on the device when it runs. Gives the norm and the factor of the gradients as
+    /// [`clip_on_device`] does, and the names of the parameters, whose step the caller counts.
+    ///
+    /// `given`: what gradients are multiplied by and the largest norm. `factors`: [`AdamW::factors`].
+    #[cfg(feature = "cuda")]
+    pub(super) fn record(
+        &mut self,
+        params: &ParamMap,
+        grads: &Gradients,
+        given: &Tensor,
+        factors: &Tensor,
+    ) -> Result<(Tensor, Vec<String>)> {
+        let (named, packed) = with_gradients(params, grads)?;
+        let norm = clip_on_device(&packed, given)?;
+        let grad_scale = norm.narrow(0, 1, 1)?;
+        let positions: BTreeMap<&str, usize> = params.unique().map(|(name, _)| name).zip(0..).collect();
+        let place = |(name, _): &(&str, &Param)| factors.narrow(0, positions[name], 1)?.address();
+        let places = named.iter().map(place).collect::<Result<Vec<_>>>()?;
+        self.update(&named, &packed, |updates| adamw_recorded(updates, &places, &grad_scale))?;
+        Ok((norm, named.into_iter().map(|(name, _)| name.to_string()).collect()))
+    }
+
+    /// The numbers of the next step of every parameter, in the order of [`ParamMap::unique`].
+    #[cfg(feature = "cuda")]
+    pub(super) fn factors(&self, params: &ParamMap, lr: f64) -> Vec<f64> {
+        let settings = self.settings(lr, 1.0);
+        let next = |name: &str| self.state.get(name).map_or(1, |state| state.step + 1);
+        params.unique().flat_map(|(name, _)| settings.factors(next(name))).collect()
+    }
+
+    /// Whether nobody else holds the tensors of the state, which a recorded step changes where they are.
+    #[cfg(feature = "cuda")]
+    pub(super) fn is_unique(&mut self) -> bool {
+        self.state.values_mut().all(|State { exp_avg, exp_avg_sq, master, .. }| {
+            exp_avg.is_unique() && exp_avg_sq.is_unique() && master.as_mut().is_none_or(Tensor::is_unique)
+        })
     }
 
     /// The norm of all gradients together.
@@ -269,6 +315,26 @@ impl AdamW {
         self.state = state;
         Ok(())
     }
+}
+
+/// Checks the numbers of a step.
+pub(super) fn check(lr: f64, clip: Option<f64>) -> Result<()> {
+    ensure!(
+        lr >= 0.0 && lr.is_finite(),
+        Error::option("lr", format!("expected a finite number of at least 0, got {lr}"))
+    );
+    ensure!(
+        clip.is_none_or(|clip| clip > 0.0),
+        Error::option("clip", format!("expected a number above 0, got {}", clip.unwrap_or_default()))
+    );
+    Ok(())
+}
+
+/// The parameters that have a gradient, and their gradients, packed.
+fn with_gradients<'a>(params: &'a ParamMap, grads: &Gradients) -> Result<(Vec<(&'a str, &'a Param)>, Vec<Tensor>)> {
+    let with_grad = params.unique().filter_map(|(name, param)| Some((name, param, grads.param(param)?)));
+    let packed = with_grad.map(|(name, param, grad)| Ok(((name, param), grad.detach().contiguous()?)));
+    Ok(packed.collect::<Result<Vec<_>>>()?.into_iter().unzip())
 }
 
 /// Takes tensors out of a state dict and collects what does not fit.

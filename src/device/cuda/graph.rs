@@ -4,13 +4,13 @@ use std::{fmt, sync::atomic::Ordering};
 
 use cudarc::driver::{result, sys};
 
-use super::{CudaDevice, error, memory::Block};
+use super::{CudaDevice, GraphTables, error, memory::Block};
 use crate::{Device, Error, ParamMap, Result, Tensor, device::pool::FreeBlocks};
 
 /// A recorded computation on a GPU. Replaying it costs one launch instead of one per kernel.
 ///
-/// What is recorded are the kernels, with the addresses and numbers that they were given: shapes, learning rates and
-/// the path through the program are those of the recording. Inputs are copied into place by [`Graph::replay`];
+/// What is recorded are the kernels, with the addresses and numbers that they were given: shapes, scalars and the path
+/// through the program are those of the recording; what is to change from replay to replay must be an input. Inputs are copied into place by [`Graph::replay`];
 /// parameters are read where they are, so that an optimizer may update them between replays.
 pub struct Graph<R> {
     executable: Executable,
@@ -19,6 +19,8 @@ pub struct Graph<R> {
     params: Vec<(String, u64)>,
     map: ParamMap,
     output: R,
+    /// What the recorded kernels find tensors by.
+    _tables: Vec<Tensor>,
     /// The memory that the recorded kernels use between inputs and output: nobody else may have it.
     _memory: FreeBlocks<Block>,
     device: &'static CudaDevice,
@@ -66,17 +68,24 @@ impl<R> Graph<R> {
         let inputs = inputs.iter().map(Tensor::to_owned_copy).collect::<Result<Vec<_>>>()?;
         let mut memory = FreeBlocks::default();
         device.pool.exchange(&mut memory, true);
+        *device.graph_tables() = Some(GraphTables::default());
         let recorded = f(&inputs).and_then(|warm| {
             drop(warm);
             device.synchronize()?;
             device.record(|| f(&inputs))
         });
+        let tables = device.graph_tables().take().unwrap_or_default().made;
         device.pool.exchange(&mut memory, false);
         let (handle, output) = recorded?;
+        let executable = Executable { handle, device };
+        let fill = |(mut table, values): (Tensor, Vec<i64>)| {
+            device.upload(table.address_mut()?, bytemuck::cast_slice(&values)).map(|()| table)
+        };
+        let tables = tables.into_iter().map(fill).collect::<Result<Vec<_>>>()?;
         let address = |(name, param): (&str, &crate::Param)| Ok((name.to_string(), param.tensor().storage_address()?));
         let addresses = params.iter().map(address).collect::<Result<_>>()?;
-        let executable = Executable { handle, device };
-        Ok(Self { executable, inputs, params: addresses, map: params.clone(), output, _memory: memory, device })
+        let map = params.clone();
+        Ok(Self { executable, inputs, params: addresses, map, output, _tables: tables, _memory: memory, device })
     }
 
     /// Copies new values into the inputs and enqueues the recorded computation. The output is the same memory each time:

@@ -8,6 +8,7 @@ use super::{CudaDevice, FAULT_WORDS, error};
 use crate::{
     Error, Result,
     device::pool::{Reusable, size_class},
+    ops::broken_logits,
 };
 
 /// Memory from the driver, given back to it when dropped.
@@ -124,6 +125,7 @@ impl CudaDevice {
             1 => ("embedding", "token"),
             2 => ("cross_entropy", "class"),
             3 => return Err(Error::no_targets(limit, index)),
+            4 => return Err(broken_logits()),
             _ => return Err(error(format!("a kernel reported the unknown fault {kind}"))),
         };
         Err(Error::Index { op, what, index, limit })

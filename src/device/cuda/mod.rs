@@ -6,6 +6,7 @@
 mod blas;
 mod compile;
 mod graph;
+mod lab;
 mod libraries;
 mod memory;
 mod timer;
@@ -15,7 +16,7 @@ use std::{
     ffi::{CString, c_void},
     fmt,
     sync::{
-        Mutex, OnceLock, PoisonError, RwLock,
+        Mutex, MutexGuard, OnceLock, PoisonError, RwLock,
         atomic::{AtomicBool, AtomicU64, Ordering},
     },
 };
@@ -30,12 +31,13 @@ use super::{
     Transfers,
     kernels::{KernelSource, Kind, SIGNATURES, Signature},
     launch::{Arg, Grid},
-    pool::Pool,
+    pool::{FreeBlocks, Pool},
 };
-use crate::{Element, Error, Result, Tensor};
+use crate::{DType, Element, Error, Result, Tensor, core::Shape};
 
 pub use compile::{Architecture, Cached, Compiled, compile, cubin, cubin_in, folder, nvrtc_version};
 pub use graph::Graph;
+pub use lab::{Rung, Scalar};
 use memory::Block;
 pub(crate) use memory::CudaBuffer;
 
@@ -58,6 +60,8 @@ pub struct CudaDevice {
     blas: Mutex<blas::Handle>,
     /// Whether the stream is being recorded into a graph.
     capturing: AtomicBool,
+    /// The tables of a graph that is being made, from its first run on.
+    graph_tables: Mutex<Option<GraphTables>>,
     launches: AtomicU64,
     uploads: AtomicU64,
     read_backs: AtomicU64,
@@ -72,6 +76,13 @@ impl fmt::Debug for CudaDevice {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "cuda:{} ({}, sm_{})", self.ordinal, self.name, self.architecture)
     }
+}
+
+/// The tables of a graph, with their values, and how many the recording has come to.
+#[derive(Default)]
+struct GraphTables {
+    made: Vec<(Tensor, Vec<i64>)>,
+    used: usize,
 }
 
 /// Words that a kernel writes about a fault.
@@ -142,6 +153,7 @@ impl CudaDevice {
             faults,
             blas: Mutex::new(blas::Handle::new(stream, architecture)?),
             capturing: AtomicBool::new(false),
+            graph_tables: Mutex::default(),
             launches: AtomicU64::new(0),
             uploads: AtomicU64::new(0),
             read_backs: AtomicU64::new(0),
@@ -211,11 +223,12 @@ impl CudaDevice {
         Ok(constant)
     }
 
-    /// Numbers that are seldom others than at the last call with this name, on the device; uploaded if they are.
-    ///
-    /// Errors: a graph is being recorded, which would keep an address that the next call may give up.
+    /// Numbers that are seldom others than at the last call with this name, on the device; uploaded if they are. A graph
+    /// that is being made gets tables of its own, which the recording fills when it is done.
     pub(crate) fn table(&'static self, name: &str, values: Vec<i64>) -> Result<Tensor> {
-        self.refuse_while_capturing("an update of parameters")?;
+        if let Some(tables) = self.graph_tables().as_mut() {
+            return self.table_of_graph(tables, values);
+        }
         let mut tables = self.tables.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some((known, table)) = tables.get_mut(name) {
             if *known == values {
@@ -232,6 +245,31 @@ impl CudaDevice {
         let table = Tensor::from_slice(&values, [values.len()], &super::Device::Cuda(self))?;
         tables.insert(name.into(), (values, table.clone()));
         Ok(table)
+    }
+
+    /// The next table of a graph: the first run makes them, the recording goes through them again.
+    fn table_of_graph(&'static self, tables: &mut GraphTables, values: Vec<i64>) -> Result<Tensor> {
+        if self.is_capturing() {
+            let known = tables.made.get_mut(tables.used).filter(|(table, _)| table.elements() == values.len());
+            let (table, known) =
+                known.ok_or_else(|| error("a graph's recording is unlike the run before it".into()))?;
+            *known = values;
+            tables.used += 1;
+            return Ok(table.clone());
+        }
+        // Memory that no other tensor of the graph has, neither before nor after: not from the blocks that are free.
+        let mut free = FreeBlocks::default();
+        self.pool.exchange(&mut free, true);
+        let table = Tensor::uninit(Shape::new(&[values.len()])?, DType::I64, &super::Device::Cuda(self));
+        self.pool.exchange(&mut free, true);
+        let mut table = table?;
+        self.upload(table.address_mut()?, bytemuck::cast_slice(&values))?;
+        tables.made.push((table.clone(), values));
+        Ok(table)
+    }
+
+    fn graph_tables(&self) -> MutexGuard<'_, Option<GraphTables>> {
+        self.graph_tables.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Where kernels report indices that are out of range; the error comes at the next read-back.
@@ -260,12 +298,20 @@ impl CudaDevice {
     fn load(&self, name: &'static str, options: &[(&str, &str)]) -> Result<Function> {
         let signature = SIGNATURES.iter().find(|signature| signature.kernel == name);
         let signature = signature.ok_or_else(|| error(format!("there is no kernel `{name}`")))?;
-        let source = KernelSource::named(signature.file).filter(|source| source.has(options));
-        let source = source.ok_or_else(|| {
+        self.load_from(KernelSource::named(signature.file), signature, options)
+    }
+
+    fn load_from(
+        &self,
+        source: Option<&KernelSource>,
+        signature: &'static Signature,
+        options: &[(&str, &str)],
+    ) -> Result<Function> {
+        let source = source.filter(|source| source.has(options)).ok_or_else(|| {
             error(format!("{}.cu has no variant {options:?}; its `// Variants:` say what", signature.file))
         })?;
         let cubin = compile::cubin(source, options, self.architecture)?;
-        let kernel = CString::new(name).map_err(|why| error(why.to_string()))?;
+        let kernel = CString::new(signature.kernel).map_err(|why| error(why.to_string()))?;
         self.bind()?;
         // SAFETY: the code is whole: NVRTC made it, or the cache checked its hash. The module is never unloaded.
         let module = self.check("cuModuleLoadData", unsafe { result::module::load_data(cubin.as_ptr().cast()) })?;

@@ -62,6 +62,9 @@ const CLOSE: usize = 1 << 15;
 /// Products below which a task does not pay for its hand-over.
 const GRAIN: usize = 1 << 19;
 
+/// The same for few rows, where reading B is all the cost.
+const GRAIN_OF_FEW: usize = 1 << 16;
+
 /// Products of a single matrix from which it pays to pack the operands for all threads together.
 const LARGE: usize = 1 << 24;
 
@@ -198,19 +201,27 @@ fn few_rows<T: Float>(
     c: &mut Window<T::Acc>,
     scratch: &mut Scratch,
 ) -> usize {
-    let (m, n) = (c.rows(), c.columns());
+    let (m, mut n) = (c.rows(), c.columns());
+    if m > skinny::TOGETHER {
+        // Each group of rows must come as far as the others.
+        n -= n % skinny::WHOLE;
+    }
     let mut done = 0;
     for step in (0..k).step_by(STEPS) {
         let steps = STEPS.min(k - step);
-        let left = aligned::<T::Acc>(&mut scratch.left, m * steps);
-        pack(a.from(0, step), m, steps, m, left);
-        let sums = aligned::<T::Acc>(&mut scratch.right, m * n);
-        done = skinny::multiply(m, n, steps, left, b.from(step, 0), sums);
-        if done == 0 {
-            break;
-        }
-        for (i, sums) in sums.chunks_exact(n).enumerate() {
-            start.of_block(step, 0).add_to(&sums[..done], c.row_mut(i));
+        // What the first rows have read of B is still near for the next ones.
+        for first in (0..m).step_by(skinny::TOGETHER) {
+            let rows = skinny::TOGETHER.min(m - first);
+            let left = aligned::<T::Acc>(&mut scratch.left, rows * steps);
+            pack(a.from(first, step), rows, steps, rows, left);
+            let sums = aligned::<T::Acc>(&mut scratch.right, rows * n);
+            done = skinny::multiply(rows, n, steps, left, b.from(step, 0), sums);
+            if done == 0 {
+                return 0;
+            }
+            for (i, sums) in sums.chunks_exact(n.max(1)).enumerate() {
+                start.of_block(step, 0).add_to(&sums[..done], c.row_mut(first + i));
+            }
         }
     }
     done
@@ -256,10 +267,11 @@ pub(crate) fn gemm<T: Float>(product: &Product<T>, out: &mut [T]) -> Result<()> 
         });
     }
     // Pieces that one thread computes alone: whole items, rows of them, or columns where there are few rows.
-    let (height, width) = if cost <= 2 * GRAIN {
+    let grain = if m <= skinny::ROWS { GRAIN_OF_FEW * m } else { GRAIN };
+    let (height, width) = if cost <= 2 * grain {
         (m, n)
     } else if m <= THIN {
-        let columns = (GRAIN / (m * depth)).max(n / 64).max(FEW_COLUMNS);
+        let columns = (grain / (m * depth)).max(n / 64).max(FEW_COLUMNS);
         (m, columns.next_multiple_of(FEW_COLUMNS).min(n))
     } else {
         ((GRAIN / (n * depth)).max(256).min(m), n)
@@ -267,7 +279,7 @@ pub(crate) fn gemm<T: Float>(product: &Product<T>, out: &mut [T]) -> Result<()> 
     let (down, across) = (m.div_ceil(height), n.div_ceil(width));
     let whole = Window::new(out, batch * m, n, n);
     let pieces = batch * down * across;
-    let per_task = (GRAIN / height.saturating_mul(width).saturating_mul(depth)).max(1);
+    let per_task = (grain / height.saturating_mul(width).saturating_mul(depth)).max(1);
     cpu::for_tasks(pieces.div_ceil(per_task), |task| {
         Scratch::with(|scratch| {
             for piece in task * per_task..((task + 1) * per_task).min(pieces) {

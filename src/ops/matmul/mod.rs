@@ -2,6 +2,7 @@
 
 pub(crate) mod cpu;
 mod cuda;
+mod int8;
 mod lanes;
 mod microkernel;
 mod pack;
@@ -15,6 +16,7 @@ use crate::{
     ops::copy::same_kind,
 };
 use cpu::{Matrix, Product, gemm};
+pub use int8::Int8Matrix;
 
 impl Tensor {
     /// Matrix product: `y[.., i, j] = Σ_k a[.., i, k] · b[.., k, j]`.

@@ -5,7 +5,11 @@ use super::cpu::Matrix;
 use crate::core::Float;
 
 /// At most this many rows are worth it.
-pub(super) const ROWS: usize = 4;
+pub(super) const ROWS: usize = 8;
+/// Rows that are multiplied at a time.
+pub(super) const TOGETHER: usize = 4;
+/// As many columns, or a multiple, are all done, however many rows are multiplied.
+pub(super) const WHOLE: usize = 32;
 
 /// `sums[i * n + j] = Σ_step A[i, step] · B[step, j]` for one block of steps, `rows` rows and the first of `n` columns;
 /// returns how many, none if processor or layout do not allow it. Element (i, step) of A is `a[step * rows + i]`.

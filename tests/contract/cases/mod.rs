@@ -17,6 +17,7 @@ mod pointwise;
 mod position;
 mod reduce;
 mod rotary;
+mod sample;
 mod shift;
 mod softmax;
 mod topk;
@@ -39,6 +40,7 @@ pub fn all() -> Vec<Case> {
         position::cases(),
         reduce::cases(),
         rotary::cases(),
+        sample::cases(),
         shift::cases(),
         softmax::cases(),
         topk::cases(),

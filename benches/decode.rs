@@ -1,0 +1,122 @@
+//! Tokens per second of greedy decoding, and the share of the memory bandwidth that reading the weights takes.
+//!
+//!     cargo bench --bench decode [-- FILTER]
+
+use std::{hint::black_box, time::Instant};
+
+use rayon::prelude::*;
+use x_transformers::{
+    DType, Device, Result, Store, Tensor,
+    config::{AttentionLayersConfig, AutoregressiveConfig, SamplingConfig, TransformerWrapperConfig},
+    models::{AutoregressiveWrapper, GenerateOptions},
+};
+
+const PROMPT: usize = 128;
+const NEW: usize = 128;
+
+/// What weights are kept as.
+#[derive(Clone, Copy, PartialEq, Debug)]
+enum Weights {
+    F32,
+    Bf16,
+    Int8,
+}
+
+impl Weights {
+    fn bytes(self) -> usize {
+        match self {
+            Self::F32 => 4,
+            Self::Bf16 => 2,
+            Self::Int8 => 1,
+        }
+    }
+}
+
+/// Bytes per second that all threads read from memory together, far beyond the caches.
+fn read_bandwidth() -> f64 {
+    let values = vec![1.0f32; 64 << 20];
+    let part = values.len() / rayon::current_num_threads();
+    let sum = |part: &[f32]| {
+        let mut lanes = [0.0f32; 64];
+        part.chunks_exact(64).for_each(|chunk| lanes.iter_mut().zip(chunk).for_each(|(lane, x)| *lane += x));
+        lanes.iter().sum::<f32>()
+    };
+    let once = || {
+        let start = Instant::now();
+        black_box(values.par_chunks(part).map(sum).sum::<f32>());
+        start.elapsed().as_secs_f64()
+    };
+    4.0 * values.len() as f64 / (0..5).map(|_| once()).fold(f64::INFINITY, f64::min)
+}
+
+fn model(weights: Weights, tested: bool) -> Result<AutoregressiveWrapper> {
+    let (dim, depth, heads, num_tokens) = if tested { (32, 1, 2, 100) } else { (512, 6, 8, 20_000) };
+    let layers = AttentionLayersConfig { heads, ..AttentionLayersConfig::decoder(dim, depth) };
+    let net = TransformerWrapperConfig::new(num_tokens, PROMPT + NEW, layers);
+    let dtype = if weights == Weights::Bf16 { DType::BF16 } else { DType::F32 };
+    let store = Store::new(0, dtype, &Device::Cpu);
+    let mut model = AutoregressiveWrapper::new(&AutoregressiveConfig { net, ..Default::default() }, &store)?;
+    if weights == Weights::Int8 {
+        model.quantize_int8()?;
+    }
+    Ok(model)
+}
+
+/// Weights that each step reads: all but the tables of embeddings.
+fn read_weights() -> usize {
+    let (dim, depth, num_tokens) = (512, 6, 20_000);
+    depth * (4 * dim * dim + 8 * dim * dim) + num_tokens * dim
+}
+
+fn main() -> Result<()> {
+    let tested = std::env::args().any(|argument| argument == "--test");
+    let filter = std::env::args().skip(1).find(|argument| !argument.starts_with('-')).unwrap_or_default();
+    let bandwidth = if tested { 1.0 } else { read_bandwidth() };
+    if !tested {
+        println!("memory: {:.1} GB/s read by {} threads\n", bandwidth / 1e9, rayon::current_num_threads());
+    }
+    for weights in [Weights::F32, Weights::Bf16, Weights::Int8] {
+        let model = model(weights, tested)?;
+        for batch in [1, 8] {
+            let id = format!("decode/{weights:?} batch {batch}").to_lowercase();
+            if !id.contains(&filter) {
+                continue;
+            }
+            let new = if tested { 2 } else { NEW };
+            let prompt = Tensor::generate([batch, PROMPT], DType::I64, &Device::Cpu, |i| (i * 37 % 97) as f64)?;
+            let sampling = SamplingConfig { temperature: 0.0, ..Default::default() };
+            let options = GenerateOptions { sampling, ..Default::default() };
+            // The whole, and the decoding alone: from the first new token to the last.
+            let once = || -> Result<(f64, f64)> {
+                let start = Instant::now();
+                let mut first = None;
+                model.generate(&prompt, new, &options, &mut |_| {
+                    first.get_or_insert_with(Instant::now);
+                    true
+                })?;
+                let decoding = first.map_or(0.0, |first| first.elapsed().as_secs_f64());
+                Ok((start.elapsed().as_secs_f64(), decoding))
+            };
+            once()?;
+            if tested {
+                println!("{id}: ok");
+                continue;
+            }
+            let times = (0..5).map(|_| once()).collect::<Result<Vec<_>>>()?;
+            let (whole, decoding) = times
+                .into_iter()
+                .fold((f64::INFINITY, f64::INFINITY), |best, time| if time.0 < best.0 { time } else { best });
+            let steps = (new - 1) as f64;
+            let bytes = (read_weights() * weights.bytes()) as f64 * steps / decoding;
+            println!(
+                "{id}: {:.0} tokens/s, {whole:.3} s with the prompt, {:.2} ms a step, {:.1} GB/s of weights, {:.0} % of \
+                 the bandwidth",
+                batch as f64 * steps / decoding,
+                1e3 * decoding / steps,
+                bytes / 1e9,
+                100.0 * bytes / bandwidth
+            );
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,153 @@
+//! A whole training step as one CUDA graph.
+
+use std::{cell::RefCell, collections::BTreeMap};
+
+use super::{AdamW, StepInfo, optimizer::check};
+use crate::{DType, Device, Error, ParamMap, Result, Tape, Tensor, device::cuda::Graph, error::ensure};
+
+/// Loss, gradients, clipping and AdamW, recorded once and replayed with one call of the driver.
+///
+/// What changes from step to step lies in a small buffer on the device, which [`RecordedStep::step`] fills before the
+/// replay: the learning rate, the factors that follow from the number of the step, and the scale of the loss. The
+/// weights are those of [`AdamW::step`] to the bit, if all parameters have one dtype.
+///
+/// Weights and state change where they are: as long as another tensor shares them, for instance one of
+/// [`ParamMap::state_dict`], a step is refused.
+pub struct RecordedStep {
+    graph: Graph<Recorded>,
+    params: ParamMap,
+    optimizer: AdamW,
+    clip: Option<f64>,
+}
+
+/// What a recorded step leaves on the device.
+struct Recorded {
+    loss: Tensor,
+    /// The norm of the gradients, and their factor.
+    norm: Tensor,
+    /// The parameters that have gradients.
+    names: Vec<String>,
+}
+
+/// What a recorded step did.
+#[derive(Clone, Debug)]
+pub struct RecordedInfo {
+    /// The loss, on the device, until the next step overwrites it: it was not read back.
+    pub loss: Tensor,
+    /// The norm of the gradients and the number of parameters that were changed.
+    pub info: StepInfo,
+}
+
+impl std::fmt::Debug for RecordedStep {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("RecordedStep").field("graph", &self.graph).field("clip", &self.clip).finish_non_exhaustive()
+    }
+}
+
+impl RecordedStep {
+    /// Records the step that begins with `loss`, a function of the inputs and the parameters. It is called three
+    /// times and changes no weight.
+    ///
+    /// `inputs`: packed tensors on one GPU, with the shapes of all later ones. `clip`: as in [`AdamW::step`].
+    ///
+    /// Errors: dropout, whose masks a graph would repeat; a loss of more than one element; gradients of several dtypes;
+    /// and what [`Graph::capture`] refuses.
+    pub fn new(
+        optimizer: AdamW,
+        params: &ParamMap,
+        inputs: &[Tensor],
+        clip: Option<f64>,
+        loss: impl Fn(&[Tensor]) -> Result<Tensor>,
+    ) -> Result<Self> {
+        check(0.0, clip)?;
+        let device = inputs.first().map_or(Device::Cpu, |input| input.device().clone());
+        ensure!(device != Device::Cpu, Error::argument("graph", "expected at least one input, on a GPU"));
+        let optimizer = RefCell::new(optimizer);
+        let factors = optimizer.borrow().factors(params, 0.0);
+        // Not a number: the run before the recording computes everything and updates nothing.
+        let numbers = numbers(&[f64::NAN, 1.0], &factors, &device)?;
+        let scale = Tensor::full([1], 1.0, DType::F64, &device)?;
+        let all: Vec<Tensor> = inputs.iter().cloned().chain(numbers).chain([scale]).collect();
+        let count = inputs.len();
+        let record = |all: &[Tensor]| {
+            let (inputs, [given, factors, scale]) = (&all[..count], [&all[count], &all[count + 1], &all[count + 2]]);
+            // A training tape, so that dropout is an error and not left out.
+            let mut tape = Tape::train(0);
+            let loss = loss(inputs)?;
+            ensure!(loss.elements() == 1, Error::NotScalar { shape: loss.shape().to_vec() });
+            let grads = tape.backward_with(&loss, &scale.to_dtype(loss.dtype())?.reshape(*loss.shape())?)?;
+            let (norm, names) = optimizer.borrow_mut().record(params, &grads, given, factors)?;
+            Ok(Recorded { loss: loss.detach(), norm, names })
+        };
+        // Makes the optimizer's state, which must not lie in the memory that the graph reuses.
+        drop(record(&all)?);
+        let graph = Graph::capture(&all, params, record)?;
+        Ok(Self { graph, params: params.clone(), optimizer: optimizer.into_inner(), clip })
+    }
+
+    /// One step with this learning rate.
+    ///
+    /// `scale`: what the loss is multiplied by before the backward pass, and the gradients are divided by after it; 1
+    /// but for f16 ([`super::GradScaler`]).
+    ///
+    /// Errors, with nothing changed: a rate that is negative or not finite, a scale that is not positive, inputs other
+    /// than those of the recording, weights or a state that others hold, and [`Error::NonFinite`] for gradients with NaN
+    /// or infinity.
+    pub fn step(&mut self, inputs: &[Tensor], lr: f64, scale: f64) -> Result<RecordedInfo> {
+        check(lr, self.clip)?;
+        ensure!(
+            scale > 0.0 && scale.is_finite(),
+            Error::argument("scale", format!("expected a finite number above 0, got {scale}"))
+        );
+        for (name, param) in self.params.unique() {
+            ensure!(
+                param.lock().is_unique(),
+                Error::argument(
+                    "graph",
+                    format!(
+                        "another tensor shares `{name}`, which the step would change under it; drop it, or copy it"
+                    )
+                )
+            );
+        }
+        ensure!(
+            self.optimizer.is_unique(),
+            Error::argument("graph", "another tensor shares the optimizer's state; drop it, or copy it")
+        );
+        let device = self.graph.output().norm.device().clone();
+        let given = [1.0 / scale, self.clip.unwrap_or(f64::INFINITY)];
+        let numbers = numbers(&given, &self.optimizer.factors(&self.params, lr), &device)?;
+        let scale = Tensor::full([1], scale, DType::F64, &device)?;
+        let all: Vec<Tensor> = inputs.iter().cloned().chain(numbers).chain([scale]).collect();
+        let Recorded { loss, norm, names } = self.graph.replay(&all)?;
+        let grad_norm = norm.to_vec::<f64>()?[0];
+        ensure!(
+            grad_norm.is_finite(),
+            Error::NonFinite { step: self.optimizer.steps(), what: "gradient norm".to_string() }
+        );
+        let info = StepInfo { grad_norm, updated: names.len() };
+        self.optimizer.advance(names.iter().map(String::as_str));
+        Ok(RecordedInfo { loss: loss.clone(), info })
+    }
+
+    /// Steps done so far, those before the recording included.
+    pub fn steps(&self) -> u64 {
+        self.optimizer.steps()
+    }
+
+    /// The optimizer's state as [`AdamW::state_dict`] gives it, in copies.
+    pub fn state_dict(&self) -> Result<BTreeMap<String, Tensor>> {
+        let copy = |(name, tensor): (String, Tensor)| Ok((name, tensor.to_owned_copy()?));
+        self.optimizer.state_dict()?.into_iter().map(copy).collect()
+    }
+
+    /// The optimizer, to go on without the graph.
+    pub fn into_optimizer(self) -> AdamW {
+        self.optimizer
+    }
+}
+
+/// The scale and the clip, `[2]`, and the factors of each parameter, `[parameters, 7]`, on the device.
+fn numbers(given: &[f64; 2], factors: &[f64], device: &Device) -> Result<[Tensor; 2]> {
+    Ok([Tensor::from_slice(given, [2], device)?, Tensor::from_slice(factors, [factors.len() / 7, 7], device)?])
+}
