@@ -2,9 +2,11 @@
 //!
 //!     cargo bench --bench decode [-- FILTER]
 
-use std::{hint::black_box, time::Instant};
+mod peak;
 
-use rayon::prelude::*;
+use std::time::Instant;
+
+use peak::read_bytes;
 use x_transformers::{
     DType, Device, Result, Store, Tensor,
     config::{AttentionLayersConfig, AutoregressiveConfig, SamplingConfig, TransformerWrapperConfig},
@@ -32,23 +34,6 @@ impl Weights {
     }
 }
 
-/// Bytes per second that all threads read from memory together, far beyond the caches.
-fn read_bandwidth() -> f64 {
-    let values = vec![1.0f32; 64 << 20];
-    let part = values.len() / rayon::current_num_threads();
-    let sum = |part: &[f32]| {
-        let mut lanes = [0.0f32; 64];
-        part.chunks_exact(64).for_each(|chunk| lanes.iter_mut().zip(chunk).for_each(|(lane, x)| *lane += x));
-        lanes.iter().sum::<f32>()
-    };
-    let once = || {
-        let start = Instant::now();
-        black_box(values.par_chunks(part).map(sum).sum::<f32>());
-        start.elapsed().as_secs_f64()
-    };
-    4.0 * values.len() as f64 / (0..5).map(|_| once()).fold(f64::INFINITY, f64::min)
-}
-
 fn model(weights: Weights, tested: bool) -> Result<AutoregressiveWrapper> {
     let (dim, depth, heads, num_tokens) = if tested { (32, 1, 2, 100) } else { (512, 6, 8, 20_000) };
     let layers = AttentionLayersConfig { heads, ..AttentionLayersConfig::decoder(dim, depth) };
@@ -71,7 +56,7 @@ fn read_weights() -> usize {
 fn main() -> Result<()> {
     let tested = std::env::args().any(|argument| argument == "--test");
     let filter = std::env::args().skip(1).find(|argument| !argument.starts_with('-')).unwrap_or_default();
-    let bandwidth = if tested { 1.0 } else { read_bandwidth() };
+    let bandwidth = if tested { 1.0 } else { read_bytes() };
     if !tested {
         println!("memory: {:.1} GB/s read by {} threads\n", bandwidth / 1e9, rayon::current_num_threads());
     }

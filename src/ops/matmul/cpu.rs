@@ -201,27 +201,45 @@ fn few_rows<T: Float>(
     c: &mut Window<T::Acc>,
     scratch: &mut Scratch,
 ) -> usize {
-    let (m, mut n) = (c.rows(), c.columns());
-    if m > skinny::TOGETHER {
-        // Each group of rows must come as far as the others.
-        n -= n % skinny::WHOLE;
-    }
-    let mut done = 0;
+    let (m, n) = (c.rows(), c.columns());
+    let groups = m.div_ceil(skinny::TOGETHER);
+    // The rows of A for all steps, by blocks of steps, and in them by groups of rows.
+    let left = aligned::<T::Acc>(&mut scratch.left, m * k);
     for step in (0..k).step_by(STEPS) {
         let steps = STEPS.min(k - step);
-        // What the first rows have read of B is still near for the next ones.
         for first in (0..m).step_by(skinny::TOGETHER) {
             let rows = skinny::TOGETHER.min(m - first);
-            let left = aligned::<T::Acc>(&mut scratch.left, rows * steps);
-            pack(a.from(first, step), rows, steps, rows, left);
-            let sums = aligned::<T::Acc>(&mut scratch.right, rows * n);
-            done = skinny::multiply(rows, n, steps, left, b.from(step, 0), sums);
-            if done == 0 {
-                return 0;
+            let packed = &mut left[step * m + first * steps..][..rows * steps];
+            pack(a.from(first, step), rows, steps, rows, packed);
+        }
+    }
+    // Columns whose steps lie next to each other are read from the first to the last before those behind them; and each
+    // group of rows must come as far as the others.
+    let width = if b.row == 1 { skinny::strip::<T>() } else { n };
+    let end = if groups > 1 { n - n % skinny::strip::<T>() } else { n };
+    let mut done = 0;
+    for j in (0..end).step_by(width) {
+        let width = width.min(end - j);
+        let mut of_strip = 0;
+        for step in (0..k).step_by(STEPS) {
+            let steps = STEPS.min(k - step);
+            for first in (0..m).step_by(skinny::TOGETHER) {
+                let rows = skinny::TOGETHER.min(m - first);
+                let left = &left[step * m + first * steps..][..rows * steps];
+                let sums = aligned::<T::Acc>(&mut scratch.right, rows * width);
+                of_strip = skinny::multiply(rows, width, steps, left, b.from(step, j), step, sums);
+                if of_strip == 0 {
+                    return done;
+                }
+                let start = start.of_block(step, j);
+                for (i, sums) in sums.chunks_exact(width).enumerate() {
+                    start.add_to(&sums[..of_strip], &mut c.row_mut(first + i)[j..]);
+                }
             }
-            for (i, sums) in sums.chunks_exact(n.max(1)).enumerate() {
-                start.of_block(step, 0).add_to(&sums[..done], c.row_mut(first + i));
-            }
+        }
+        done += of_strip;
+        if of_strip < width {
+            break;
         }
     }
     done

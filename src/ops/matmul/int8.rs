@@ -12,8 +12,10 @@ const OP: &str = "int8";
 
 /// Rows of inputs up to which weights are read as they are; for more they are widened once.
 const FEW: usize = 8;
-/// Sums that run side by side in a product.
+/// Sums that run side by side in a product, four times.
 const LANES: usize = 16;
+/// Weights that are widened at a time.
+const PART: usize = 512;
 
 /// A matrix `[out, in]` of integers from −127 to 127, each row times its own scale: a quarter of the bytes of f32.
 ///
@@ -175,24 +177,36 @@ impl Int8Matrix {
 vectorized! {
     /// The products of a row of weights with each of the inputs that lie one after the other.
     fn products_of_row(bytes: &[u8], x: &[f32], scale: f32, products: &mut [f32]) {
-        let whole = bytes.len() - bytes.len() % LANES;
-        for (product, x) in products.iter_mut().zip(x.chunks_exact(bytes.len())) {
-            let mut lanes = [[0.0f32; LANES]; 2];
-            let mut turn = 0;
-            for (bytes, x) in bytes[..whole].chunks_exact(LANES).zip(x[..whole].chunks_exact(LANES)) {
-                for ((lane, byte), x) in lanes[turn].iter_mut().zip(bytes).zip(x) {
-                    *lane += *byte as i8 as f32 * *x;
+        let columns = bytes.len();
+        products.fill(0.0);
+        // Widened once for all inputs, a part at a time.
+        let mut wide = [0.0f32; PART];
+        for (part, bytes) in bytes.chunks(PART).enumerate() {
+            for (wide, byte) in wide.iter_mut().zip(bytes) {
+                *wide = *byte as i8 as f32;
+            }
+            let wide = &wide[..bytes.len()];
+            for (input, product) in products.iter_mut().enumerate() {
+                let x = &x[input * columns + part * PART..][..wide.len()];
+                let mut lanes = [[0.0f32; LANES]; 4];
+                let (mut wide_chunks, mut x_chunks) = (wide.chunks_exact(4 * LANES), x.chunks_exact(4 * LANES));
+                for (wide, x) in (&mut wide_chunks).zip(&mut x_chunks) {
+                    for ((lane, wide), x) in lanes.as_flattened_mut().iter_mut().zip(wide).zip(x) {
+                        *lane += *wide * *x;
+                    }
                 }
-                turn ^= 1;
+                let mut sum = 0.0;
+                for (wide, x) in wide_chunks.remainder().iter().zip(x_chunks.remainder()) {
+                    sum += *wide * *x;
+                }
+                for lane in 0..LANES {
+                    sum += (lanes[0][lane] + lanes[1][lane]) + (lanes[2][lane] + lanes[3][lane]);
+                }
+                *product += sum;
             }
-            let mut sum = 0.0;
-            for (byte, x) in bytes[whole..].iter().zip(&x[whole..]) {
-                sum += *byte as i8 as f32 * *x;
-            }
-            for (a, b) in lanes[0].iter().zip(&lanes[1]) {
-                sum += *a + *b;
-            }
-            *product = sum * scale;
+        }
+        for product in products {
+            *product *= scale;
         }
     }
 }
