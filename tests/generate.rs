@@ -20,6 +20,7 @@ use x_transformers::{
         AutoregressiveWrapper, BeamOptions, ContinuousAutoregressiveWrapper, EncoderDecoderOptions, ForwardOptions,
         GenerateOptions, ViTransformerWrapper, XTransformer, filter_probabilities,
     },
+    ops::Int8Matrix,
 };
 
 /// Few cases, unless `PROPTEST_CASES` asks for more; the emulated GPU is slow.
@@ -436,5 +437,63 @@ fn continuous_sequences_grow_in_a_cache() -> Result<()> {
         assert!(a.iter().zip(&b).all(|(a, b)| (a - b).abs() < 1e-10), "step {step}");
         all = Tensor::cat(&[&all, &out], 1)?;
     }
+    Ok(())
+}
+
+/// Numbers come within the step of their row, products within what that allows, on few rows and on many.
+#[test]
+fn weights_in_eight_bits_are_close() -> Result<()> {
+    let random = Philox::new(1, 0);
+    for dtype in [DType::F64, DType::F32, DType::BF16, DType::F16] {
+        for (rows, columns) in [(5, 3), (40, 129), (17, 1030)] {
+            let make = |shape: [usize; 2], stream: u64| {
+                Tensor::generate(shape, dtype, device(), |i| random.normal(i as u64 + (stream << 32)))
+            };
+            let (weight, bias) = (make([rows, columns], 1)?, make([1, rows], 2)?.flatten(0, 1)?);
+            let matrix = Int8Matrix::quantize(&weight)?;
+            let wide = matrix.dequantize(DType::F64)?;
+            let (values, near) = (weight.to_f64_vec()?, wide.to_f64_vec()?);
+            for (row, near) in values.chunks(columns).zip(near.chunks(columns)) {
+                let step = row.iter().fold(0.0f64, |most, x| most.max(x.abs())) / 127.0;
+                assert!(row.iter().zip(near).all(|(a, b)| (a - b).abs() <= 0.5001 * step));
+            }
+            for count in [1, 3, 8, 9] {
+                let x = make([count, columns], 3)?;
+                let y = matrix.linear(&x, Some(&bias))?;
+                let exact = x.to_dtype(DType::F64)?.linear(&wide, Some(&bias.to_dtype(DType::F64)?))?;
+                let bound = if dtype == DType::BF16 { 2e-2 } else { 3e-3 };
+                let bound = if [DType::F32, DType::F64].contains(&dtype) { 1e-5 } else { bound };
+                let largest = exact.to_f64_vec()?.iter().fold(0.0f64, |most, x| most.max(x.abs()));
+                let error =
+                    y.to_f64_vec()?.iter().zip(exact.to_f64_vec()?).map(|(a, b)| (a - b).abs()).fold(0.0, f64::max);
+                assert!(y.dtype() == dtype && error <= bound * largest, "{dtype} {rows} {columns} {count}: {error}");
+            }
+        }
+    }
+    let wrong = Tensor::full([2, 2], f64::NAN, DType::F32, device())?;
+    assert!(Int8Matrix::quantize(&wrong).is_err() && Int8Matrix::quantize(&wrong.flatten(0, 1)?).is_err());
+    assert!(
+        Int8Matrix::quantize(&Tensor::ones([2, 2], DType::F32, device())?)?
+            .linear(&wrong.narrow(1, 0, 1)?, None)
+            .is_err()
+    );
+    Ok(())
+}
+
+#[test]
+fn models_in_eight_bits_generate() -> Result<()> {
+    let plain = decoder(20, 2, 5)?;
+    let mut small = plain.clone();
+    small.quantize_int8()?;
+    let x = random_tokens(2, &[2, 9], 20)?;
+    let options = ForwardOptions::default();
+    let (a, b) =
+        (plain.net.forward(&x, &options)?.out.to_f64_vec()?, small.net.forward(&x, &options)?.out.to_f64_vec()?);
+    let largest = a.iter().fold(0.0f64, |most, x| most.max(x.abs()));
+    let error = a.iter().zip(&b).map(|(a, b)| (a - b).abs()).fold(0.0, f64::max);
+    assert!(error > 0.0 && error < 0.1 * largest, "{error} of {largest}");
+    let greedy = GenerateOptions { sampling: greedy(), ..Default::default() };
+    let anew = GenerateOptions { recompute: true, ..greedy.clone() };
+    assert_eq!(run(&small, &x, 12, &greedy)?, run(&small, &x, 12, &anew)?);
     Ok(())
 }

@@ -1,6 +1,6 @@
 //! `xt generate`: text from a checkpoint, shown as it is produced.
 
-use std::{fs, path::PathBuf, time::Instant};
+use std::{fs, io::IsTerminal, path::PathBuf, time::Instant};
 
 use clap::{ArgGroup, Args, ValueEnum, builder::NonEmptyStringValueParser, value_parser};
 use x_transformers::{
@@ -95,6 +95,10 @@ pub struct GenerateArgs {
     #[arg(long)]
     no_cache: bool,
 
+    /// Print tokens per second on standard error, as on a terminal always
+    #[arg(long)]
+    stats: bool,
+
     /// Print the bits per byte that the model needs for a text instead: what --weights costs
     #[arg(long, value_name = "FILE", conflicts_with_all = ["prompt", "beams", "draft"])]
     score: Option<PathBuf>,
@@ -130,7 +134,7 @@ pub fn run(args: GenerateArgs) -> Result<()> {
         ..Default::default()
     };
     let start = Instant::now();
-    let mut tokens = 0;
+    let (mut tokens, mut note) = (0, String::new());
     let stop = args.eos.map(i64::from);
     if let Some(beams) = args.beams {
         let beam = BeamOptions { beams: beams as usize, length_penalty: args.length_penalty };
@@ -159,7 +163,7 @@ pub fn run(args: GenerateArgs) -> Result<()> {
             tokens += new.elements();
             (proposed, accepted) = (proposed + stats.proposed, accepted + stats.accepted);
         }
-        eprintln!("draft: {accepted} of {proposed} proposals taken");
+        note = format!(", {accepted} of {proposed} proposals of the draft taken");
     } else if let [prompt] = &args.prompt[..] {
         print(decode(prompt.as_bytes()))?;
         tokens = sample::stream(&model, prompt.as_bytes(), args.length, &options, &device, |text| print(text))?;
@@ -167,8 +171,10 @@ pub fn run(args: GenerateArgs) -> Result<()> {
     } else {
         tokens = together(&model, &args, options, &device)?;
     }
-    let seconds = start.elapsed().as_secs_f64();
-    eprintln!("{tokens} tokens in {seconds:.2} s, {:.0} tokens/s", tokens as f64 / seconds);
+    if args.stats || std::io::stderr().is_terminal() {
+        let seconds = start.elapsed().as_secs_f64();
+        eprintln!("{tokens} tokens in {seconds:.2} s, {:.0} tokens/s{note}", tokens as f64 / seconds);
+    }
     Ok(())
 }
 

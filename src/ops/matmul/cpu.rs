@@ -202,6 +202,9 @@ fn few_rows<T: Float>(
     scratch: &mut Scratch,
 ) -> usize {
     let (m, n) = (c.rows(), c.columns());
+    if m == 0 || n == 0 {
+        return 0;
+    }
     let groups = m.div_ceil(skinny::TOGETHER);
     // The rows of A for all steps, by blocks of steps, and in them by groups of rows.
     let left = aligned::<T::Acc>(&mut scratch.left, m * k);
