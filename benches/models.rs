@@ -1,73 +1,96 @@
-//! The small GPT of `benches/results`: a forward pass and a training step, as a share of the multiply-add peak.
+//! The models of `benches/configs`: a forward pass and a training step, as a share of the multiply-add peak in f32. What
+//! computes half types in units of their own can pass it. Operations are those that a profile counts: products and
+//! attention.
 
 mod peak;
+
+use std::collections::BTreeMap;
 
 use criterion::{Criterion, criterion_group, criterion_main};
 use peak::{Group, Work};
 use x_transformers::{
     DType, Device, Philox, Result, Store, Tape, Tensor,
-    config::{AttentionLayersConfig, AutoregressiveConfig, TransformerWrapperConfig},
-    models::{AutoregressiveWrapper, ForwardOptions},
+    config::{Call, Config},
+    models::{Model, RunOptions},
+    profile::Profile,
     train::{AdamW, AdamWOptions},
 };
 
-const DIM: usize = 256;
-const DEPTH: usize = 4;
-const HEADS: usize = 4;
-/// Features of a head, x-transformers' default.
-const HEAD: usize = 64;
-const BATCH: usize = 4;
-const LENGTH: usize = 256;
-
-/// Operations of a forward and of a backward pass: two for each weight of a matrix product and token, twice that
-/// backward; four for each feature of a score that causality keeps, ten backward. The rest is left out.
-fn flops(store: &Store) -> [usize; 2] {
-    let params = store.params();
-    let in_products = |name: &str| name.ends_with(".weight") && !name.contains("_emb.");
-    let weights = params.unique().filter(|(name, _)| in_products(name)).map(|(_, param)| param.tensor());
-    let weights: usize = weights.filter(|weight| weight.rank() == 2).map(|weight| weight.elements()).sum();
-    let products = 2 * weights * BATCH * LENGTH;
-    let features = DEPTH * BATCH * HEADS * HEAD * (LENGTH * (LENGTH + 1) / 2);
-    [products + 4 * features, 2 * products + 10 * features]
+/// A model and the size of its batch. The loss is the model's own, or the cross-entropy of its logits.
+struct Case {
+    name: &'static str,
+    config: &'static str,
+    batch: usize,
+    length: usize,
 }
 
-fn gpt(group: &mut Group, dtype: DType) -> Result<()> {
-    let net = TransformerWrapperConfig {
-        num_tokens: 256,
-        max_seq_len: LENGTH,
-        attn_layers: AttentionLayersConfig { heads: HEADS, ..AttentionLayersConfig::decoder(DIM, DEPTH) },
-        ..Default::default()
-    };
-    let store = Store::new(0, dtype, &Device::Cpu);
-    let model = AutoregressiveWrapper::new(&AutoregressiveConfig { net, ..Default::default() }, &store)?;
-    let (params, options) = (store.params(), ForwardOptions::default());
-    let random = Philox::new(0, 0);
-    let shape = [BATCH, LENGTH + 1];
-    let tokens = Tensor::generate(shape, DType::I64, &Device::Cpu, |i| random.below(i as u64, 256) as f64)?;
-    let [forward, backward] = flops(&store);
+const CASES: [Case; 4] = [
+    Case { name: "decoder", config: include_str!("configs/decoder.json"), batch: 1, length: 1024 },
+    Case { name: "bytes", config: include_str!("configs/decoder-bytes.json"), batch: 4, length: 256 },
+    Case { name: "encoder", config: include_str!("configs/encoder.json"), batch: 1, length: 1024 },
+    Case { name: "encoder-decoder", config: include_str!("configs/encoder-decoder.json"), batch: 1, length: 1024 },
+];
 
-    group.bench(&format!("forward {dtype}"), Work::Flops(forward), || {
-        model.loss(&tokens, &options).map(drop).expect("a loss");
-    });
+fn tokens(batch: usize, length: usize, limit: usize) -> Result<Tensor> {
+    let random = Philox::new(0, 0);
+    Tensor::generate([batch, length], DType::I64, &Device::Cpu, |i| random.below(i as u64, limit as u64) as f64)
+}
+
+/// Inputs, and the targets of logits.
+fn inputs(config: &Config, case: &Case) -> Result<(BTreeMap<String, Tensor>, Option<Tensor>)> {
+    let (batch, length) = (case.batch, case.length);
+    let mask = || Tensor::ones([batch, length], DType::Bool, &Device::Cpu);
+    let (named, targets) = match config {
+        Config::AutoregressiveWrapper(config) => (vec![("x", tokens(batch, length + 1, config.net.num_tokens)?)], None),
+        Config::TransformerWrapper(config) => {
+            let x = tokens(batch, length, config.num_tokens)?;
+            (vec![("x", x.clone()), ("mask", mask()?)], Some(x))
+        }
+        Config::XTransformer(config) => {
+            let src = tokens(batch, length, config.enc.num_tokens)?;
+            let tgt = tokens(batch, length + 1, config.dec.num_tokens)?;
+            (vec![("src", src), ("tgt", tgt), ("src_mask", mask()?)], None)
+        }
+        other => panic!("{other:?} is none of the cases"),
+    };
+    Ok((named.into_iter().map(|(name, tensor)| (name.to_string(), tensor)).collect(), targets))
+}
+
+fn bench_case(group: &mut Group, case: &Case, dtype: DType) -> Result<()> {
+    let config = Config::from_json(case.config)?;
+    let (inputs, targets) = inputs(&config, case)?;
+    let model = Model::new(&config, &Store::new(0, dtype, &Device::Cpu))?;
+    let loss = || {
+        let output = model.forward(&inputs, &Call::default(), &RunOptions::default())?;
+        match &targets {
+            Some(targets) => output.cross_entropy(targets, -100),
+            None => Ok(output),
+        }
+    };
     let mut optimizer = AdamW::new(AdamWOptions::default())?;
     let mut step = || {
         let mut tape = Tape::train(optimizer.steps());
-        let loss = model.loss(&tokens, &options)?;
-        let gradients = tape.backward(&loss)?;
-        optimizer.step(&params, &gradients, 1e-4, Some(1.0))
+        let gradients = tape.backward(&loss()?)?;
+        optimizer.step(model.params(), &gradients, 1e-4, None).map(drop)
     };
-    step()?;
-    group.bench(&format!("training step {dtype}"), Work::Flops(forward + backward), || {
-        step().map(drop).expect("finite gradients");
-    });
+    let counted = |run: &mut dyn FnMut() -> Result<()>| -> Result<usize> {
+        let profile = Profile::start()?;
+        run()?;
+        Ok(profile.finish().ops().map(|op| op.operations).sum::<f64>() as usize)
+    };
+    let id = |what: &str| format!("{} {}x{} {what} {dtype}", case.name, case.batch, case.length);
+    let operations = counted(&mut || loss().map(drop))?;
+    group.bench(&id("forward"), Work::Flops(operations), || loss().map(drop).expect("a loss"));
+    let operations = counted(&mut step)?;
+    group.bench(&id("training step"), Work::Flops(operations), || step().expect("finite gradients"));
     Ok(())
 }
 
 fn bench_models(criterion: &mut Criterion) {
-    let mut group = Group::new(criterion, &format!("gpt dim {DIM} depth {DEPTH} batch {BATCH}x{LENGTH}"));
-    for dtype in [DType::F32, DType::BF16] {
-        if let Err(error) = gpt(&mut group, dtype) {
-            panic!("gpt {dtype}: {error}");
+    let mut group = Group::new(criterion, "models");
+    for (case, dtype) in CASES.iter().flat_map(|case| [(case, DType::F32), (case, DType::BF16)]) {
+        if let Err(error) = bench_case(&mut group, case, dtype) {
+            panic!("{} {dtype}: {error}", case.name);
         }
     }
     group.finish();

@@ -7,7 +7,8 @@
 //! * `ops`: what can be computed, one file per op with its backward rule.
 //! * [`nn`], [`models`], [`config`]: what x-transformers is, with its keyword names and PyTorch's state-dict keys.
 //!
-//! Around them, [`train`] has optimizers, schedules and checkpoints, and [`io`] reads and writes files.
+//! Around them, [`train`] has optimizers, schedules and checkpoints, [`io`] reads and writes files, and [`profile`] tells
+//! where the time goes.
 
 #![warn(missing_docs)]
 #![deny(unsafe_op_in_unsafe_fn)]
@@ -20,6 +21,7 @@ pub mod io;
 pub mod models;
 pub mod nn;
 pub mod ops;
+pub mod profile;
 pub mod train;
 
 pub use crate::{

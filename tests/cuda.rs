@@ -15,7 +15,7 @@ use x_transformers::{
     DType, Device, Error, Init, Param, ParamMap, Result, Store, Tape, Tensor,
     config::{AttentionLayersConfig, AutoregressiveConfig, SamplingConfig, TransformerWrapperConfig},
     device::{Precision, cuda::Graph, set_float32_matmul_precision},
-    models::{AutoregressiveWrapper, ForwardOptions, GenerateOptions, sample_tokens},
+    models::{AutoregressiveWrapper, ForwardOptions, GenerateOptions, RecordedDecode, sample_tokens},
     ops::{AttentionSpec, attention},
     train::{AdamW, AdamWOptions, RecordedInfo, RecordedStep},
 };
@@ -412,6 +412,55 @@ fn a_recorded_decode_step_draws_the_same_tokens() -> Result<()> {
         let inputs = [window(number)?, step(number)?];
         let replayed = graph.replay(&inputs)?.to_vec::<i64>()?;
         assert_eq!(replayed, decode(&inputs)?.to_vec::<i64>()?, "step {number}");
+    }
+    Ok(())
+}
+
+/// A cache grows by one graph as it does by calls, with positions of every kind.
+#[test]
+fn a_recorded_step_of_a_cache_draws_the_same_tokens() -> Result<()> {
+    let Some(gpu) = gpu("a_recorded_step_of_a_cache_draws_the_same_tokens") else { return Ok(()) };
+    let sampling = SamplingConfig { temperature: 2.0, ..SamplingConfig::default() };
+    for (dtype, memory_tokens) in [(DType::F32, 0), (DType::BF16, 3)] {
+        let mut config = config(0.0);
+        config.net.num_memory_tokens = memory_tokens;
+        let store = Store::new(7, dtype, &gpu);
+        let (model, params) = (AutoregressiveWrapper::new(&config, &store)?.net, store.params());
+        let prompt = tokens(&gpu)?.narrow(1, 0, 6)?.contiguous()?;
+        // Rows of two lengths.
+        let filled = || {
+            let mut cache = model.cache(2, 12, &ForwardOptions::default())?;
+            model.extend(&prompt, &[6, 4], None, &mut cache)?;
+            Ok(cache)
+        };
+        let first = Tensor::from_slice(&[5i64, 9], [2], &gpu)?;
+
+        let (mut cache, mut next, mut expected) = (filled()?, first.clone(), Vec::new());
+        for step in 0..6i64 {
+            let hidden = model.extend(&next.reshape([2, 1])?, &[1, 1], None, &mut cache)?;
+            let logits = model.logits(&hidden.select(1, 0)?)?.detach();
+            next = sample_tokens(&logits, &sampling, 3, &Tensor::scalar(step, &gpu)?)?;
+            expected.push(next.to_vec::<i64>()?);
+        }
+        let mut decode = RecordedDecode::new(&model, &params, filled()?, &sampling, 3)?;
+        let (mut next, mut drawn) = (first.clone(), Vec::new());
+        for step in 0..6 {
+            let read_backs = gpu.transfers().read_backs;
+            next = decode.step(&next, step)?;
+            assert_eq!(gpu.transfers().read_backs, read_backs);
+            drawn.push(next.to_vec::<i64>()?);
+        }
+        assert_eq!(drawn, expected, "{dtype}");
+        assert_eq!(decode.cache().lengths(), [12, 10]);
+        let full = decode.step(&next, 6).unwrap_err();
+        assert!(full.to_string().contains("full"), "{full}");
+        // Without the graph it goes on from there.
+        let mut cache = decode.into_cache();
+        cache.truncate(&[11, 10])?;
+        model.extend(&next.reshape([2, 1])?, &[1, 1], None, &mut cache)?;
+        assert_eq!(cache.lengths(), [12, 11]);
+        let empty = model.cache(2, 12, &ForwardOptions::default())?;
+        assert!(RecordedDecode::new(&model, &params, empty, &sampling, 3).is_err());
     }
     Ok(())
 }

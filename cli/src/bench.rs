@@ -1,6 +1,11 @@
 //! `xt bench`: how fast a model is, on random data.
 
-use std::{fs, path::PathBuf, time::Instant};
+use std::{
+    fs,
+    io::{self, BufRead},
+    path::PathBuf,
+    time::Instant,
+};
 
 use clap::{Args, ValueEnum, value_parser};
 use serde_json::{Value, json};
@@ -8,11 +13,13 @@ use x_transformers::{
     Device, Error,
     config::Config,
     device::{Precision, describe, set_float32_matmul_precision},
+    profile,
 };
 
 use crate::{
     compute::ComputeArgs,
     failure::{Failure, Result, print},
+    profiler::{ProfileArgs, Profiler},
     progress::{Short, bytes, operations, resident_peak},
     workload::{Extent, Mode, Workload},
 };
@@ -57,9 +64,17 @@ pub struct BenchArgs {
     #[arg(long, value_name = "R", default_value_t = 10, value_parser = value_parser!(u32).range(1..))]
     repeat: u32,
 
+    #[command(flatten)]
+    profile: ProfileArgs,
+
     /// Print one line of JSON
     #[arg(long)]
     json: bool,
+
+    /// Interleave with other programs: do a step, the first one included, for each line of standard input, print its
+    /// seconds as a line of JSON, and report after the last line
+    #[arg(long, conflicts_with_all = ["repeat", "profile", "trace"])]
+    lockstep: bool,
 }
 
 /// [`Precision`] by the names of PyTorch.
@@ -122,13 +137,51 @@ pub fn run(args: BenchArgs) -> Result<()> {
         let clock = Instant::now();
         workload.step().map(|()| clock.elapsed().as_secs_f64()).map_err(broken)
     };
-    let first = time()?;
-    for _ in 0..WARM_UP {
-        time()?;
-    }
-    let seconds = (0..args.repeat).map(|_| time()).collect::<Result<Vec<_>>>()?;
-    let report = Report { args: &args, device: &device, workload: &workload, first, seconds };
+    let mut profiler = Profiler::new(&args.profile);
+    let mut seconds = if args.lockstep {
+        lockstep(&mut time)?
+    } else {
+        let mut seconds = (0..=WARM_UP).map(|_| time()).collect::<Result<Vec<_>>>()?;
+        for _ in 0..args.repeat {
+            seconds.push(profiler.watch(&mut time)??);
+        }
+        seconds
+    };
+    let first = seconds.remove(0);
+    // Of few steps in lockstep none may be left to warm up.
+    seconds.drain(..WARM_UP.min(seconds.len() - 1));
+    let profile = profiler.finish()?;
+    let report = Report { args: &args, device: &device, workload: &workload, first, seconds, profile };
     if args.json { print(format_args!("{}\n", report.json())) } else { print(report.text()) }
+}
+
+/// The totals of a profile.
+fn ops(report: &profile::Report) -> Vec<Value> {
+    let op = |op: &profile::OpProfile| {
+        json!({
+            "op": op.name,
+            "phase": op.phase.name(),
+            "calls": op.calls,
+            "seconds": op.seconds,
+            "flop": op.operations,
+            "bytes": op.bytes,
+        })
+    };
+    report.ops().map(op).collect()
+}
+
+/// A step for each line of standard input.
+fn lockstep(time: &mut impl FnMut() -> Result<f64>) -> Result<Vec<f64>> {
+    let mut seconds = Vec::new();
+    for line in io::stdin().lock().lines() {
+        line.map_err(|error| Failure::new(format_args!("standard input: {error}")))?;
+        seconds.push(time()?);
+        print(format_args!("{}\n", json!({ "seconds": seconds.last() })))?;
+    }
+    if seconds.len() < 2 {
+        return Err(Failure::new("--lockstep takes a line of standard input for each step, and at least two"));
+    }
+    Ok(seconds)
 }
 
 /// What was measured.
@@ -140,6 +193,8 @@ struct Report<'a> {
     first: f64,
     /// Seconds of those that count.
     seconds: Vec<f64>,
+    /// Where they went, if that was asked for.
+    profile: Option<profile::Report>,
 }
 
 impl Report<'_> {
@@ -165,6 +220,7 @@ impl Report<'_> {
             .operations
             .map_or(String::new(), |count| format!(", {}/s of {}", operations(count / median), operations(count)));
         let tensors = bytes(self.device.memory().peak as u64);
+        let profile = self.profile.as_ref().map_or(String::new(), |profile| format!("\n{profile}\n"));
         let resident = resident_peak().map_or(String::new(), |peak| format!("{} resident, ", bytes(peak)));
         format!(
             "{}: {} parameters, {}, precision {}, {}\n\
@@ -172,7 +228,7 @@ impl Report<'_> {
              first       {first:.4} s\n\
              {:<11} median {median:.4} s, minimum {least:.4} s, maximum {most:.4} s\n\
              speed       {} tokens/s{speed}\n\
-             peak memory {resident}{tensors} of tensors\n",
+             peak memory {resident}{tensors} of tensors\n{profile}",
             args.config.display(),
             Short(workload.parameters() as f64),
             args.compute.dtype,
@@ -211,6 +267,7 @@ impl Report<'_> {
             "flop_per_second": workload.operations.map(|count| count / median),
             "peak_resident_bytes": resident_peak(),
             "peak_tensor_bytes": self.device.memory().peak,
+            "profile": self.profile.as_ref().map(ops),
         })
     }
 

@@ -16,6 +16,7 @@ mod kernels;
 mod markov;
 mod metrics;
 mod plot;
+mod profiler;
 mod progress;
 mod run;
 mod sample;

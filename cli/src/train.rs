@@ -24,6 +24,7 @@ use crate::{
     markov::Markov,
     metrics::{Metrics, bits},
     plot::Chart,
+    profiler::{ProfileArgs, Profiler},
     progress::{Progress, bytes, duration},
     sample,
 };
@@ -83,6 +84,9 @@ pub struct TrainArgs {
     /// Validate, sample and save after every N steps
     #[arg(long, value_name = "N", default_value_t = defaults::EVERY, value_parser = value_parser!(u64).range(1..))]
     every: u64,
+
+    #[command(flatten)]
+    profile: ProfileArgs,
 }
 
 /// The shape of the plain decoder.
@@ -226,14 +230,15 @@ pub fn run(args: TrainArgs) -> Result<()> {
         }
     };
     let progress = Progress::start(trainer.steps_done(), trainer.options().steps, args.every, &device);
-    let mut training = Training { run, trainer, metrics, progress, device, yardstick };
+    let profiler = Profiler::new(&args.profile);
+    let mut training = Training { run, trainer, metrics, progress, device, yardstick, profiler };
     training.introduce(&sizes)?;
     training.all_steps(args.every)?;
     training.conclude()
 }
 
 /// A run and everything that is written about it.
-struct Training {
+struct Training<'a> {
     run: Run,
     trainer: Trainer,
     metrics: Metrics,
@@ -241,9 +246,11 @@ struct Training {
     device: Device,
     /// Bits per byte of the order-2 model.
     yardstick: f64,
+    /// Watches the steps; what is between them is validation and samples.
+    profiler: Profiler<'a>,
 }
 
-impl Training {
+impl Training<'_> {
     fn introduce(&mut self, text: &str) -> Result<()> {
         let options = self.trainer.options().clone();
         let layers = &self.trainer.model().net.plan().layers;
@@ -273,7 +280,7 @@ impl Training {
         }
         while self.trainer.steps_done() < steps {
             let clock = Instant::now();
-            let report = self.trainer.step()?;
+            let report = self.profiler.watch(|| self.trainer.step())??;
             let speed = report.tokens as f64 / clock.elapsed().max(Duration::from_nanos(1)).as_secs_f64();
             self.metrics.train(report.step, report.loss, report.lr, speed)?;
             let done = self.trainer.steps_done();
@@ -334,6 +341,9 @@ impl Training {
         let (checkpoint, metrics, plot) = (self.run.checkpoint(), self.run.metrics(), self.run.plot());
         let files = [&checkpoint, &metrics, &plot].map(|path: &PathBuf| path.display().to_string()).join("  ");
         self.progress.say(format_args!("wrote       {files}"))?;
+        if let Some(report) = self.profiler.finish()? {
+            self.progress.say(format_args!("profile of the steps\n{report}"))?;
+        }
         self.progress.say(format_args!("try         xt generate --checkpoint {dir} --prompt \"The \" --length 400"))
     }
 }

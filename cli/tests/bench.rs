@@ -2,9 +2,9 @@
 
 mod command;
 
-use std::{fs, path::Path};
+use std::{fs, io::Write, path::Path, process::Stdio};
 
-use command::{fails, path, refuses, succeeds};
+use command::{failed, fails, path, refuses, start, succeeds, text};
 use serde_json::Value;
 
 const GPT: &str = r#"{"model": "AutoregressiveWrapper", "net": {"num_tokens": 50, "max_seq_len": 24,
@@ -137,7 +137,7 @@ fn dtypes_and_precisions() {
 fn a_report_for_people() {
     let bench = Bench::new();
     let config = bench.config(GPT);
-    let text =
+    let report =
         succeeds(&["bench", "--config", &config, "--mode", "train", "--batch", "2", "--threads", "2", "--repeat", "4"]);
     for part in [
         "f32, precision highest, cpu: 2 threads",
@@ -151,8 +151,59 @@ fn a_report_for_people() {
         "FLOP/s",
         "of tensors",
     ] {
-        assert!(text.contains(part), "`{part}` in\n{text}");
+        assert!(report.contains(part), "`{part}` in\n{report}");
     }
+}
+
+/// The profile of the steps that count, as text, as JSON and as a trace.
+#[test]
+fn where_the_time_goes() {
+    let bench = Bench::new();
+    let trace = path(bench.folder.path(), "trace.json");
+    let report = bench.json(GPT, &["--mode", "train", "--profile", "--trace", &trace]);
+    let ops = report["profile"].as_array().expect("ops");
+    let calls = |phase: &str, op: &str| {
+        let found = ops.iter().find(|entry| entry["phase"] == phase && entry["op"] == op);
+        found.unwrap_or_else(|| panic!("{phase} {op} in {report}"))["calls"].as_u64().expect("a number")
+    };
+    assert_eq!([calls("forward", "attention"), calls("backward", "attention"), calls("update", "adamw")], [3, 3, 3]);
+    let sum: f64 = ops.iter().map(|op| number(op, "seconds")).sum();
+    let whole: f64 = report["seconds"].as_array().expect("times").iter().filter_map(Value::as_f64).sum();
+    assert!(sum > 0.5 * whole && sum < 1.1 * whole, "{sum} of {whole}");
+    let trace = fs::read_to_string(trace).expect("a trace");
+    let trace: Value = serde_json::from_str(&trace).expect("JSON");
+    let events = trace["traceEvents"].as_array().expect("events").len() as u64;
+    assert_eq!(events, ops.iter().filter_map(|op| op["calls"].as_u64()).sum::<u64>());
+
+    let config = bench.config(GPT);
+    let text = succeeds(&["bench", "--config", &config, "--mode", "forward", "--profile"]);
+    assert!(text.contains("\nforward ") && text.contains("  attention ") && !text.contains("backward"), "{text}");
+    let nowhere = path(bench.folder.path(), "none/trace.json");
+    let message = bench.fails(GPT, &["--mode", "forward", "--trace", &nowhere]);
+    assert!(message.contains("none/trace.json") && message.contains("check the path"), "{message}");
+}
+
+/// One step for each line, and the report at the end.
+#[test]
+fn steps_on_demand() {
+    let bench = Bench::new();
+    let config = bench.config(GPT);
+    let run = |input: &str| {
+        let mut child = start(&["bench", "--config", &config, "--mode", "train", "--lockstep", "--json"])
+            .stdin(Stdio::piped())
+            .spawn()
+            .expect("xt starts");
+        child.stdin.take().expect("a pipe").write_all(input.as_bytes()).expect("it reads");
+        child.wait_with_output().expect("it ends")
+    };
+    let out = text(&run("\n\n\n\n").stdout);
+    let lines: Vec<Value> = out.lines().map(|line| serde_json::from_str(line).expect("JSON")).collect();
+    assert_eq!(lines.len(), 5, "{out}");
+    let times: Vec<f64> = lines[..4].iter().map(|line| number(line, "seconds")).collect();
+    assert_eq!(number(&lines[4], "first_seconds"), times[0], "{out}");
+    assert_eq!(lines[4]["seconds"], serde_json::json!(times[2..]), "{out}");
+    let nothing = failed(&["bench"], run(""));
+    assert!(nothing.contains("--lockstep") && nothing.contains("two"), "{nothing}");
 }
 
 #[test]
@@ -194,6 +245,9 @@ fn what_cannot_be_timed() {
         assert!(usage(&["--mode", "train", option, "many"]).contains(option), "{option}");
     }
     assert!(usage(&["--mode", "train", "--threads", "1000000"]).contains("1024"));
+    for option in [&["--repeat", "3"][..], &["--profile"], &["--trace", "t.json"]] {
+        assert!(usage(&[&["--mode", "train", "--lockstep"], option].concat()).contains("cannot be used with"));
+    }
     assert!(usage(&["--mode", "train", "--dtype", "f8"]).contains("bf16"));
     assert!(usage(&["--mode", "train", "--precision", "low"]).contains("highest"));
 }

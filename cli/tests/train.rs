@@ -23,6 +23,25 @@ fn rows(folder: &Path) -> Vec<String> {
     table.lines().map(|row| row.rsplit_once(',').expect("six columns").0.to_string()).collect()
 }
 
+/// Steps alone are watched: validation and samples are no part of the profile.
+#[test]
+fn a_profile_of_the_steps() {
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let (corpus, out, trace) =
+        (path(folder.path(), "text.txt"), path(folder.path(), "out"), path(folder.path(), "trace.json"));
+    write_text(&corpus);
+    let files = ["train", "--text", &corpus, "--out", &out, "--steps", "3", "--profile", "--trace", &trace];
+    let output = succeeds(&[&files[..], &TINY].concat());
+    let table = output.split_once("profile of the steps").expect("a table").1;
+    let calls = |op: &str| {
+        let lines = table.lines().filter(|line| line.trim_start().starts_with(op));
+        lines.map(|line| line.split_whitespace().nth(1).expect("calls").to_string()).collect::<Vec<_>>()
+    };
+    // One layer, forward and backward.
+    assert_eq!((calls("attention "), calls("adamw ")), (vec!["3".into(); 2], vec!["3".into()]), "{table}");
+    assert!(fs::read_to_string(trace).expect("a trace").contains("\"traceEvents\""));
+}
+
 #[test]
 fn three_steps_leave_everything() {
     let folder = tempfile::tempdir().expect("a temporary folder");

@@ -17,7 +17,7 @@ use super::{
     shape::Shape,
     tensor::Tensor,
 };
-use crate::{DType, Error, Result, error::ensure};
+use crate::{DType, Error, Result, error::ensure, profile};
 
 static NEXT_ID: AtomicU64 = AtomicU64::new(1);
 
@@ -119,6 +119,8 @@ impl Contributions {
 struct Node {
     inputs: Vec<Input>,
     backward: Box<dyn Backward>,
+    /// Of the forward pass, if a profile counts them.
+    operations: f64,
 }
 
 /// Where the gradient of an input goes, and what it must look like.
@@ -131,6 +133,10 @@ struct Input {
 impl Input {
     fn all(tensors: &[&Tensor]) -> Vec<Self> {
         tensors.iter().map(|&x| Self { slot: x.grad, shape: *x.shape(), dtype: x.dtype() }).collect()
+    }
+
+    fn bytes(&self) -> usize {
+        self.shape.elements() * self.dtype.size()
     }
 
     /// Refuses a gradient of another shape or dtype where it comes from, instead of where it would do harm.
@@ -194,6 +200,7 @@ impl Tape {
     }
 
     fn start(mode: Mode, seed: u64, stream: u64, discard: bool) -> Self {
+        profile::pause();
         let id = NEXT_ID.fetch_add(1, Ordering::Relaxed);
         with_stack(|stack| stack.push(Recording { id, nodes: Vec::new(), mode, seed, stream, discard }));
         Self { id, thread: PhantomData }
@@ -262,8 +269,10 @@ impl Tape {
         nodes.truncate(last + 1);
         let mut grads: Vec<Option<Tensor>> = vec![None; nodes.len()];
         grads[last] = Some(cotangent);
-        while let Some(Node { inputs, backward }) = nodes.pop() {
+        while let Some(Node { inputs, backward, operations }) = nodes.pop() {
             let Some(grad) = grads.pop().flatten() else { continue };
+            let rule = profile::Rule::begin(&grad);
+            let sizes = rule.as_ref().map(|_| inputs.iter().map(Input::bytes).collect::<Vec<_>>());
             let need: Vec<bool> = inputs.iter().map(|input| !matches!(input.slot, GradSlot::Constant)).collect();
             let name = backward.name();
             let given = backward.backward(grad, &need)?;
@@ -284,6 +293,9 @@ impl Tape {
             }
             for (leaf, grad) in given.leaves {
                 leaves.add(leaf, grad)?;
+            }
+            if let (Some(rule), Some(sizes)) = (rule, sizes) {
+                rule.end(name, operations, sizes.into_iter().zip(need))?;
             }
         }
         Ok(leaves)
@@ -341,13 +353,19 @@ pub fn record<B: Backward + 'static>(
     inputs: &[&Tensor],
     backward: impl FnOnce(&Tensor) -> B,
 ) -> Result<Tensor> {
+    let operations = if profile::active() {
+        profile::computed(op, &output, inputs, with_stack(|stack| !stack.is_empty()))?
+    } else {
+        0.0
+    };
     let tracked = with_stack(|stack| match stack.last() {
         Some(recording) => recording.tracks(op, inputs).map(|tracked| tracked.then_some(recording.discard)),
         None => Ok(None),
     })?;
     let Some(discard) = tracked else { return Ok(output) };
     // Outside of the borrow: the closure may compute what it saves.
-    let node = (!discard).then(|| Node { inputs: Input::all(inputs), backward: Box::new(backward(&output)) });
+    let node =
+        (!discard).then(|| Node { inputs: Input::all(inputs), backward: Box::new(backward(&output)), operations });
     Ok(push(output, node))
 }
 
@@ -382,6 +400,14 @@ pub(crate) fn record_cheap_after<B: Backward + 'static>(
         Some(recipe) => record_cheap(op, output, &[input], backward, move || again(recipe.compute()?)),
         None => record(op, output, &[input], backward),
     }
+}
+
+/// Returns the output of an op without a gradient, of which [`discrete`] has approved.
+pub(crate) fn computed(op: &'static str, output: Tensor, inputs: &[&Tensor]) -> Result<Tensor> {
+    if profile::active() {
+        profile::computed(op, &output, inputs, with_stack(|stack| !stack.is_empty()))?;
+    }
+    Ok(output)
 }
 
 /// Marks an output as made by the innermost tape, which keeps the node if there is one.
@@ -486,6 +512,7 @@ pub fn checkpoint(f: impl Fn(&[Tensor]) -> Result<Tensor> + 'static, inputs: &[&
     let node = (!discard).then(|| Node {
         inputs: Input::all(inputs),
         backward: Box::new(CheckpointBackward { f: Box::new(f), inputs: inner, mode, seed, stream }),
+        operations: 0.0,
     });
     Ok(push(output, node))
 }

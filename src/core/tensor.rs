@@ -12,6 +12,7 @@ use crate::{
     Device, Error, Result,
     device::{Buffer, Grid, args},
     error::ensure,
+    profile,
 };
 
 /// An n-dimensional array of up to six dimensions.
@@ -219,19 +220,23 @@ impl Tensor {
     /// Errors: `E` is not the tensor's dtype; convert with [`Tensor::to_dtype`] first.
     pub fn to_vec<E: Readable>(&self) -> Result<Vec<E>> {
         let packed = self.detach().contiguous()?.to_device(&Device::Cpu)?;
-        Ok(packed.values::<E>()?.iter().map(|&stored| E::from_stored(stored)).collect())
+        let values = packed.values::<E>()?.iter().map(|&stored| E::from_stored(stored)).collect();
+        profile::done("to_vec", profile::Phase::Read, &self.device, || packed.elements() * packed.dtype.size())?;
+        Ok(values)
     }
 
     /// The values in row-major order, widened to f64 from any dtype.
     pub fn to_f64_vec(&self) -> Result<Vec<f64>> {
         let packed = self.detach().contiguous()?.to_device(&Device::Cpu)?;
-        match self.dtype {
-            DType::I64 => Ok(packed.values::<i64>()?.iter().map(|&x| x as f64).collect()),
-            DType::Bool => Ok(packed.values::<bool>()?.iter().map(|&x| x as f64).collect()),
+        let values = match self.dtype {
+            DType::I64 => packed.values::<i64>()?.iter().map(|&x| x as f64).collect(),
+            DType::Bool => packed.values::<bool>()?.iter().map(|&x| x as f64).collect(),
             float => dispatch_float!("to_f64_vec", float, T, {
                 Ok(packed.values::<T>()?.iter().map(|&x| to_f64::<T>(x)).collect())
-            }),
-        }
+            })?,
+        };
+        profile::done("to_f64_vec", profile::Phase::Read, &self.device, || packed.elements() * packed.dtype.size())?;
+        Ok(values)
     }
 
     /// The value of a tensor with one element.

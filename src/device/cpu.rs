@@ -203,11 +203,6 @@ pub(crate) fn rows_per_task(rows: usize, cost: usize) -> usize {
     smallest.max(rows.div_ceil(64)).max(1)
 }
 
-/// Runs `f` on a thread of the pool: work that it hands on then costs no waking of threads each time.
-pub(crate) fn on_workers<R: Send>(f: impl FnOnce() -> R + Send) -> R {
-    if rayon::current_thread_index().is_some() { f() } else { rayon::scope(|_| f()) }
-}
-
 /// Calls `body(task)` for every task in `0..tasks`, in parallel.
 pub(crate) fn for_tasks(tasks: usize, body: impl Fn(usize) + Sync) {
     run(tasks, &body);

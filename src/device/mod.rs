@@ -119,6 +119,14 @@ impl Device {
         }
     }
 
+    /// As [`Device::synchronize`], but nothing while a graph is recorded, which a wait would end.
+    pub(crate) fn settle(&self) -> Result<()> {
+        match self {
+            Self::Cuda(device) if device.is_capturing() => Ok(()),
+            _ => self.synchronize(),
+        }
+    }
+
     /// What has gone to a GPU and come back so far; all zero for the CPU.
     pub fn transfers(&self) -> Transfers {
         match self {

@@ -46,6 +46,7 @@ uncallable! {
     fill_zero(to: u64, bytes: usize) -> Result<()>;
     refuse_while_capturing(what: &str) -> Result<()>;
     synchronize() -> Result<()>;
+    is_capturing() -> bool;
     ordinal() -> usize;
     architecture() -> u32;
 }

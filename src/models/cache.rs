@@ -37,11 +37,13 @@ pub struct DecodeCache {
     memory_tokens: usize,
     /// Tokens of each row.
     lengths: Vec<usize>,
+    /// The same on the device, where a recorded graph finds others in each replay.
+    followed: Option<Tensor>,
 }
 
 impl DecodeCache {
     fn new(layers: LayersCache, memory_tokens: usize) -> Self {
-        Self { lengths: vec![0; layers.batch()], layers, memory_tokens }
+        Self { lengths: vec![0; layers.batch()], layers, memory_tokens, followed: None }
     }
 
     /// Rows.
@@ -80,7 +82,7 @@ impl DecodeCache {
         Ok(())
     }
 
-    fn is_empty(&self) -> bool {
+    pub(super) fn is_empty(&self) -> bool {
         self.layers.lengths().iter().all(|&length| length == 0)
     }
 
@@ -113,9 +115,34 @@ impl DecodeCache {
         if self.is_empty() {
             return Ok(None);
         }
+        if let Some(lengths) = self.followed.as_ref().filter(|_| n == 1) {
+            return lengths.reshape([self.lengths.len(), 1]).map(Some);
+        }
         let row = |&length: &usize| (0..n).map(move |i| (length + i).min(limit.saturating_sub(1)) as i64);
         let positions: Vec<i64> = self.lengths.iter().flat_map(row).collect();
         Tensor::from_vec(positions, [self.lengths.len(), n], like.device()).map(Some)
+    }
+
+    /// Lengths as the layers count them, and as tokens are counted, for [`DecodeCache::follow`].
+    #[cfg(feature = "cuda")]
+    pub(super) fn lengths_to_follow(&self) -> [Vec<i64>; 2] {
+        [self.layers.lengths(), &self.lengths].map(|lengths| lengths.iter().map(|&length| length as i64).collect())
+    }
+
+    /// Takes lengths from these tensors, `[b]` I64 each, until it is told otherwise.
+    #[cfg(feature = "cuda")]
+    pub(super) fn follow(&mut self, lengths: Option<[Tensor; 2]>) {
+        let (of_layers, of_tokens) = lengths.map(|[of_layers, of_tokens]| (of_layers, of_tokens)).unzip();
+        self.layers.follow(of_layers);
+        self.followed = of_tokens;
+    }
+
+    /// Counts a token in each row, which a graph has added.
+    #[cfg(feature = "cuda")]
+    pub(super) fn count_one(&mut self) {
+        let ones = vec![1; self.lengths.len()];
+        self.layers.advance(&ones);
+        self.advance(&ones);
     }
 
     fn advance(&mut self, counts: &[usize]) {

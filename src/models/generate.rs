@@ -8,8 +8,6 @@ use super::{
 use crate::{
     DType, Error, Philox, Result, Tensor,
     config::{FilterLogits, SamplingConfig},
-    core::dropout_stream,
-    device::cpu::on_workers,
     error::ensure,
     nn::ForwardOptions,
 };
@@ -120,11 +118,7 @@ pub struct TokenStream<'m> {
 impl TokenStream<'_> {
     fn advance(&mut self) -> Result<Vec<i64>> {
         let open: Vec<bool> = self.ended.iter().map(|ended| !ended).collect();
-        // The many short ops of a step follow each other on the threads that share them. A tape belongs to its thread.
-        let drawn = match dropout_stream() {
-            Some(_) => self.draw(&open)?,
-            None => on_workers(|| self.draw(&open))?,
-        };
+        let drawn = self.draw(&open)?;
         let mut tokens = vec![self.pad_value; open.len()];
         for (row, &token) in drawn.iter().enumerate().filter(|&(row, _)| open[row]) {
             tokens[row] = token;

@@ -9,6 +9,8 @@ mod continuous;
 mod encoder_decoder;
 mod generate;
 pub mod parity;
+#[cfg(feature = "cuda")]
+mod recorded;
 mod rows;
 mod run;
 mod sampling;
@@ -23,6 +25,8 @@ pub use cache::DecodeCache;
 pub use continuous::{ContinuousAutoregressiveWrapper, ContinuousTransformerWrapper};
 pub use encoder_decoder::{EncoderDecoderOptions, XTransformer};
 pub use generate::{GenerateOptions, TokenStream};
+#[cfg(feature = "cuda")]
+pub use recorded::RecordedDecode;
 pub use run::{Model, RunOptions};
 pub use sampling::{filter_probabilities, sample, sample_tokens};
 pub use speculative::SpeculativeStats;

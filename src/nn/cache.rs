@@ -18,6 +18,8 @@ pub struct LayersCache {
     batch: usize,
     capacity: usize,
     lengths: Vec<usize>,
+    /// Where steps find the lengths in place of the field above: a recorded graph reads others in each replay.
+    followed: Option<Tensor>,
     /// Which positions are no padding, `[b, 1, capacity, 1]`, once any is.
     mask: Option<Tensor>,
     /// The same by rows.
@@ -92,6 +94,7 @@ impl LayersCache {
             batch,
             capacity,
             lengths: vec![0; batch],
+            followed: None,
             mask: None,
             kept: None,
         })
@@ -124,8 +127,14 @@ impl LayersCache {
         Ok(())
     }
 
+    /// Takes lengths from this tensor, `[b]` I64, until it is told otherwise.
+    #[cfg(feature = "cuda")]
+    pub(crate) fn follow(&mut self, lengths: Option<Tensor>) {
+        self.followed = lengths;
+    }
+
     /// Counts the positions of the last call that are part of each row's sequence.
-    pub(super) fn advance(&mut self, counts: &[usize]) {
+    pub(crate) fn advance(&mut self, counts: &[usize]) {
         self.lengths.iter_mut().zip(counts).for_each(|(length, count)| *length += count);
     }
 
@@ -157,8 +166,13 @@ impl LayersCache {
     pub(super) fn step(&mut self, n: usize, mask: Option<&Tensor>, device: &Device) -> Result<Step> {
         let longest = self.lengths.iter().copied().max().unwrap_or(0);
         ensure!(n > 0, Error::argument("cache", "expected at least one new position"));
-        let ends: Vec<i64> = self.lengths.iter().map(|&length| length as i64).collect();
-        let ends = Tensor::from_vec(ends, [self.batch], device)?;
+        let ends = match &self.followed {
+            Some(ends) => ends.clone(),
+            None => {
+                let ends: Vec<i64> = self.lengths.iter().map(|&length| length as i64).collect();
+                Tensor::from_vec(ends, [self.batch], device)?
+            }
+        };
         if mask.is_some() || self.mask.is_some() {
             self.write_mask(n, mask, &ends)?;
         }

@@ -36,7 +36,7 @@ impl AbsolutePositionalEmbedding {
     }
 
     /// How many there are.
-    pub fn len(&self) -> usize {
+    pub(crate) fn len(&self) -> usize {
         self.emb.table().shape()[0]
     }
 }

@@ -80,6 +80,7 @@ fn square_norms_cuda<'a>(
 /// second NaN if the first is not finite. `given`: what they are multiplied by first, and the largest norm, `[2]` F64.
 ///
 /// The tensors are packed and of one dtype; with the numbers of [`square_norms`] the processor gets the same bits.
+#[cfg(feature = "cuda")]
 pub(crate) fn clip_on_device(tensors: &[Tensor], given: &Tensor) -> Result<Tensor> {
     let with_elements = || tensors.iter().filter(|tensor| tensor.elements() > 0);
     let mut norm = given.uninit_like()?;
@@ -197,6 +198,7 @@ pub(crate) fn adamw(updates: Vec<Update<'_>>, settings: Settings) -> Result<()> 
 /// NaN. `factors`: where the seven of [`Settings::factors`] are for each update.
 ///
 /// Errors: as [`adamw`], or parameters that are not all on one GPU.
+#[cfg(feature = "cuda")]
 pub(crate) fn adamw_recorded(updates: Vec<Update<'_>>, factors: &[u64], grad_scale: &Tensor) -> Result<()> {
     check(&updates)?;
     let (on_cpu, groups) = by_device(updates.into_iter().zip(factors), |(update, _)| {
@@ -304,6 +306,7 @@ struct Factors<A> {
 
 impl Settings {
     /// What the kernel reads of a parameter's step from memory: decay, `1 − β₁`, `β₂`, `1 − β₂`, rate, correction, eps.
+    #[cfg(feature = "cuda")]
     pub fn factors(self, step: u64) -> [f64; 7] {
         let Factors { decay, mean, beta2, square, rate, correction, eps, .. } = Factors::<f64>::new(self, step);
         [decay, mean, beta2, square, rate, correction, eps]

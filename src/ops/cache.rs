@@ -3,7 +3,7 @@
 
 use crate::{
     DType, Device, Element, Error, Result, Tensor,
-    core::{Float, Shape, discrete, dispatch_float},
+    core::{Float, Shape, computed, discrete, dispatch_float},
     device::{Grid, Storage, args, cpu, simd::vectorized, size32},
     error::ensure,
 };
@@ -112,7 +112,7 @@ impl Tensor {
                     offset as i64
                 ],
             )?;
-            return Ok(y);
+            return computed(OP, y, &[self]);
         }
         let starts = ends_of.values::<i64>()?;
         dispatch_float!(OP, x.dtype(), T, {
@@ -129,7 +129,7 @@ impl Tensor {
             });
             Ok(())
         })?;
-        Ok(y)
+        computed(OP, y, &[self])
     }
 
     /// The rows behind the ends of this buffer of inputs, `[b, 1, capacity, dim]`, with their features shifted as by
@@ -180,7 +180,7 @@ impl Tensor {
                     capacity as i64
                 ],
             )?;
-            return Ok(y);
+            return computed(OP, y, &[self]);
         }
         let starts = ends_of.values::<i64>()?;
         let mask = mask.map(Tensor::values::<bool>).transpose()?;
@@ -206,7 +206,7 @@ impl Tensor {
             });
             Ok(())
         })?;
-        Ok(y)
+        computed(OP, y, &[self])
     }
 }
 

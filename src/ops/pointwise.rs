@@ -3,8 +3,8 @@
 use crate::{
     DType, Device, Element, Error, Result, Shape, Tensor,
     core::{
-        Backward, Contributions, Float, Layout, Real, collapse_layouts, discrete, dispatch_float, needs, record,
-        record_cheap,
+        Backward, Contributions, Float, Layout, Real, collapse_layouts, computed, discrete, dispatch_float, needs,
+        record, record_cheap,
     },
     device::{CudaDevice, Grid, Storage, args, cpu, simd::vectorized},
     error::ensure,
@@ -458,7 +458,7 @@ fn compare<E: Element>(
         }
         Device::Cuda(gpu) => launch_binary(gpu, op, &mut y, a, b)?,
     }
-    Ok(y)
+    computed(op, y, &[a, b])
 }
 
 impl Tensor {

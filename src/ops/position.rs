@@ -2,7 +2,7 @@
 
 use crate::{
     DType, Device, Error, Result, Tensor,
-    core::{Backward, Contributions, Float, Real, Shape, discrete, dispatch_float, record},
+    core::{Backward, Contributions, Float, Real, Shape, computed, discrete, dispatch_float, record},
     device::{CudaDevice, Grid, args, cpu, size32},
     error::ensure,
     ops::attention::bucket,
@@ -143,7 +143,7 @@ impl Tensor {
                 )?;
             }
         }
-        Ok(y)
+        computed(OP, y, &[self])
     }
 }
 

@@ -2,7 +2,7 @@
 
 use crate::{
     DType, Device, Error, Result, Tensor,
-    core::{Backward, Contributions, Float, Real, Shape, discrete, dispatch_float, record},
+    core::{Backward, Contributions, Float, Real, Shape, computed, discrete, dispatch_float, record},
     device::{CudaDevice, Grid, args, cpu, simd::vectorized, size32},
     error::ensure,
 };
@@ -328,7 +328,7 @@ impl Tensor {
     pub fn argmax(&self, dim: isize) -> Result<Tensor> {
         discrete("argmax", &[self])?;
         let dim = self.shape().dim(dim, "argmax")?;
-        self.largest("argmax", dim, None)
+        computed("argmax", self.largest("argmax", dim, None)?, &[self])
     }
 
     /// The positions of the largest values along a dimension; the values go to `out`.

@@ -8,7 +8,7 @@ use std::ops::Range;
 
 use crate::{
     DType, Device, Error, Philox, Result, Tensor,
-    core::{Float, Real, Shape, discrete, dispatch_float},
+    core::{Float, Real, Shape, computed, discrete, dispatch_float},
     device::{CudaDevice, Grid, args, cpu, simd::vectorized, size32},
     error::ensure,
 };
@@ -92,7 +92,7 @@ impl Tensor {
             }
             Device::Cuda(gpu) => choice.launch(gpu, &x, &step, &mut tokens)?,
         }
-        Ok(tokens)
+        computed(OP, tokens, &[&x])
     }
 }
 

@@ -4,7 +4,7 @@ use std::cmp::Ordering;
 
 use crate::{
     DType, Device, Error, Result, Tensor,
-    core::{Float, discrete, dispatch_float},
+    core::{Float, computed, discrete, dispatch_float},
     device::{Grid, args, cpu, size32},
     error::ensure,
 };
@@ -48,7 +48,7 @@ impl Tensor {
                     .launch(Grid::rows(rows, width), args![&mut keep, &x, rows as i64, size32(width)?, size32(k)?])?;
             }
         }
-        Ok(keep)
+        computed(OP, keep, &[&x])
     }
 }
 

@@ -3,9 +3,10 @@
 use std::collections::BTreeMap;
 
 use crate::{
-    Error, Param, ParamMap, Result, Tensor,
+    Device, Error, Param, ParamMap, Result, Tensor,
     error::ensure,
     ops::adamw::{average, own},
+    profile::{self, Phase},
 };
 
 /// An exponential moving average of every parameter, often better at evaluation than the last weights (Polyak and
@@ -51,7 +52,11 @@ impl Ema {
         // Both go through the names in alphabetical order.
         let mut averages: Vec<&mut Tensor> = self.averages.values_mut().collect();
         averages.iter_mut().try_for_each(|average| own(average))?;
-        average(averages, &values, self.decay)
+        average(averages, &values, self.decay)?;
+        let device = values.first().map_or(Device::Cpu, |value| value.device().clone());
+        // The average is read and written.
+        let bytes = |value: &Tensor| value.elements() * (value.dtype().size() + 2 * value.dtype().accumulator().size());
+        profile::done("ema", Phase::Update, &device, || values.iter().map(bytes).sum())
     }
 
     /// Gives the parameters their averages until the guard is dropped, which gives them their values back.

@@ -5,10 +5,11 @@ use std::collections::BTreeMap;
 #[cfg(feature = "cuda")]
 use crate::ops::adamw::{adamw_recorded, clip_on_device};
 use crate::{
-    DType, Error, Gradients, ParamMap, Result, Tensor,
+    DType, Device, Error, Gradients, ParamMap, Result, Tensor,
     core::Param,
     error::ensure,
     ops::adamw::{Settings, Update, adamw, own, square_norms},
+    profile::{self, Phase},
 };
 
 /// The constants of [`AdamW`]; the learning rate comes with each step.
@@ -143,9 +144,20 @@ impl AdamW {
         check(lr, clip)?;
         let (named, packed) = with_gradients(params, grads)?;
         let grad_norm = scale * self.norm(&named, &packed)?;
+        let device = packed.first().map_or(Device::Cpu, |grad| grad.device().clone());
+        profile::done("gradient_norm", Phase::Update, &device, || packed.iter().map(bytes).sum())?;
         let grad_scale = scale * clip.map_or(1.0, |clip| (clip / (grad_norm + 1e-6)).min(1.0));
         let settings = self.settings(lr, grad_scale);
-        self.update(&named, &packed, |updates| adamw(updates, settings))?;
+        self.update(&named, &packed, |updates| {
+            // Everything but the gradient is read and written.
+            let moved = |update: &Update| {
+                let state = [&*update.exp_avg, &*update.exp_avg_sq].into_iter().chain(update.master.as_deref());
+                bytes(update.grad) + 2 * (bytes(update.value) + state.map(bytes).sum::<usize>())
+            };
+            let moved: usize = if profile::active() { updates.iter().map(moved).sum() } else { 0 };
+            adamw(updates, settings)?;
+            profile::done("adamw", Phase::Update, &device, || moved)
+        })?;
         self.advance(named.iter().map(|(name, _)| *name));
         Ok(StepInfo { grad_norm, updated: named.len() })
     }
@@ -158,7 +170,7 @@ impl AdamW {
     /// Calls `f` with the updates of these parameters.
     fn update(
         &mut self,
-        named: &[(&str, &Param)],
+        named: &[Named],
         grads: &[Tensor],
         f: impl FnOnce(Vec<Update<'_>>) -> Result<()>,
     ) -> Result<()> {
@@ -203,7 +215,7 @@ impl AdamW {
         let norm = clip_on_device(&packed, given)?;
         let grad_scale = norm.narrow(0, 1, 1)?;
         let positions: BTreeMap<&str, usize> = params.unique().map(|(name, _)| name).zip(0..).collect();
-        let place = |(name, _): &(&str, &Param)| factors.narrow(0, positions[name], 1)?.address();
+        let place = |(name, _): &Named| factors.narrow(0, positions[name], 1)?.address();
         let places = named.iter().map(place).collect::<Result<Vec<_>>>()?;
         self.update(&named, &packed, |updates| adamw_recorded(updates, &places, &grad_scale))?;
         Ok((norm, named.into_iter().map(|(name, _)| name.to_string()).collect()))
@@ -226,7 +238,7 @@ impl AdamW {
     }
 
     /// The norm of all gradients together.
-    fn norm(&self, named: &[(&str, &Param)], grads: &[Tensor]) -> Result<f64> {
+    fn norm(&self, named: &[Named], grads: &[Tensor]) -> Result<f64> {
         let squares = square_norms(grads)?;
         let norm = squares.iter().sum::<f64>().sqrt();
         if norm.is_finite() {
@@ -240,7 +252,7 @@ impl AdamW {
     }
 
     /// Makes the state of parameters that are new, and every state writable.
-    fn prepare(&mut self, named: &[(&str, &Param)]) -> Result<()> {
+    fn prepare(&mut self, named: &[Named]) -> Result<()> {
         for (name, param) in named {
             let value = param.tensor().detach();
             let state = match self.state.get_mut(*name) {
@@ -330,11 +342,18 @@ pub(super) fn check(lr: f64, clip: Option<f64>) -> Result<()> {
     Ok(())
 }
 
+/// A parameter and its name.
+type Named<'a> = (&'a str, &'a Param);
+
 /// The parameters that have a gradient, and their gradients, packed.
-fn with_gradients<'a>(params: &'a ParamMap, grads: &Gradients) -> Result<(Vec<(&'a str, &'a Param)>, Vec<Tensor>)> {
+fn with_gradients<'a>(params: &'a ParamMap, grads: &Gradients) -> Result<(Vec<Named<'a>>, Vec<Tensor>)> {
     let with_grad = params.unique().filter_map(|(name, param)| Some((name, param, grads.param(param)?)));
     let packed = with_grad.map(|(name, param, grad)| Ok(((name, param), grad.detach().contiguous()?)));
     Ok(packed.collect::<Result<Vec<_>>>()?.into_iter().unzip())
+}
+
+fn bytes(tensor: &Tensor) -> usize {
+    tensor.elements() * tensor.dtype().size()
 }
 
 /// Takes tensors out of a state dict and collects what does not fit.

@@ -8,7 +8,7 @@ use std::ops::Range;
 use super::{OP, Sizes, expect_bool, packed_rows};
 use crate::{
     DType, Device, Error, Result, Tensor,
-    core::{Float, Real, Shape, discrete, dispatch_float},
+    core::{Float, Real, Shape, computed, discrete, dispatch_float},
     device::{CudaDevice, Grid, Storage, args, cpu, simd::vectorized},
     error::ensure,
 };
@@ -73,6 +73,7 @@ pub fn attention_decode(q: &Tensor, k: &Tensor, v: &Tensor, ends: &Tensor, spec:
         Device::Cpu => dispatch_float!(OP, q.dtype(), T, call.on_cpu::<T>(merged))?,
         Device::Cuda(gpu) => call.on_cuda(gpu, merged)?,
     };
+    let out = computed(OP, out, &[&q, &k, &v])?;
     out.permute(&[0, 2, 1, 3])
 }
 

@@ -17,6 +17,7 @@ use crate::{
     core::{Backward, Contributions, Shape, dropout_stream, record},
     error::ensure,
     ops::copy::same_kind,
+    profile,
 };
 use position::Position;
 
@@ -150,6 +151,7 @@ pub fn attention(q: &Tensor, k: &Tensor, v: &Tensor, spec: &AttentionSpec) -> Re
     let mut inputs = vec![&q, &k, &v];
     inputs.extend(&bias);
     inputs.extend(spec.position_bias.weights());
+    profile::operations(|| sizes.operations(spec.causal, spec.max_attend_past));
     record(OP, out, &inputs, |out| AttentionBackward { problem, out: out.detach(), log_sums })
 }
 
@@ -205,6 +207,17 @@ struct Sizes {
 }
 
 impl Sizes {
+    /// Floating-point operations of scores and sums, for the pairs that are looked at whatever a mask says.
+    fn operations(&self, causal: bool, max_attend_past: Option<usize>) -> f64 {
+        let seen = |query: usize| {
+            let last =
+                if causal { (self.keys + query + 1).saturating_sub(self.queries).min(self.keys) } else { self.keys };
+            max_attend_past.map_or(last, |past| last.min(past + 1))
+        };
+        let pairs: usize = (0..self.queries).map(seen).sum();
+        2.0 * (self.batch * self.heads) as f64 * pairs as f64 * (self.d + self.e) as f64
+    }
+
     fn new(q: &Tensor, k: &Tensor, v: &Tensor) -> Result<Self> {
         same_kind(OP, q, k)?;
         same_kind(OP, q, v)?;

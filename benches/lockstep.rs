@@ -1,0 +1,229 @@
+//! Single ops, one round for each line of standard input: what benches/peers/cpu.py interleaves with PyTorch.
+//!
+//! `cargo bench --bench lockstep -- NAME` prints a line of JSON with the mean seconds of a repetition for each line that
+//! it reads; without a name it lists the names. Shapes are those of a decoder of width 512 on 1024 tokens, and larger
+//! ones that leave the caches.
+
+use std::{
+    io::BufRead,
+    time::{Duration, Instant},
+};
+
+use x_transformers::{
+    DType, Device, Init, Param, Philox, Result, Store, Tape, Tensor,
+    ops::{AttentionSpec, attention},
+    train::{AdamW, AdamWOptions},
+};
+
+/// Time of a round, at least.
+const ROUND: Duration = Duration::from_millis(60);
+
+/// What is timed.
+#[derive(Clone, Copy, PartialEq)]
+enum Pass {
+    Forward,
+    Backward,
+    /// Both in one.
+    Both,
+}
+
+/// Random numbers around 0.
+fn normal(shape: &[usize], dtype: DType) -> Result<Tensor> {
+    let random = Philox::new(7, shape.len() as u64);
+    Tensor::generate(shape, dtype, &Device::Cpu, |i| random.normal(i as u64))
+}
+
+fn tokens(shape: &[usize], limit: u64) -> Result<Tensor> {
+    let random = Philox::new(8, 0);
+    Tensor::generate(shape, DType::I64, &Device::Cpu, |i| random.below(i as u64, limit) as f64)
+}
+
+/// A repetition, which tells its own time.
+type Run = Box<dyn FnMut() -> Result<Duration>>;
+
+fn timed<R>(f: impl FnOnce() -> Result<R>) -> Result<Duration> {
+    let clock = Instant::now();
+    let result = f()?;
+    let elapsed = clock.elapsed();
+    drop(result);
+    Ok(elapsed)
+}
+
+/// A differentiable function of these tensors.
+fn op(inputs: Vec<Tensor>, pass: Pass, run: fn(&[Tensor]) -> Result<Tensor>) -> Result<Run> {
+    if pass == Pass::Forward {
+        return Ok(Box::new(move || timed(|| run(&inputs))));
+    }
+    let leaf = |x: &Tensor| if x.dtype().is_float() { x.requires_grad() } else { Ok(x.clone()) };
+    let leaves = inputs.iter().map(leaf).collect::<Result<Vec<_>>>()?;
+    let output = run(&inputs)?;
+    let cotangent = Tensor::ones(*output.shape(), output.dtype(), &Device::Cpu)?;
+    Ok(Box::new(move || {
+        let clock = Instant::now();
+        let mut tape = Tape::train(0);
+        let output = run(&leaves)?;
+        let clock = if pass == Pass::Both { clock } else { Instant::now() };
+        let gradients = tape.backward_with(&output, &cotangent)?;
+        let elapsed = clock.elapsed();
+        drop(gradients);
+        Ok(elapsed)
+    }))
+}
+
+/// Causal attention of eight heads of 64 features.
+fn attend(length: usize, dtype: DType, pass: Pass) -> Result<Run> {
+    let operands = (0..3).map(|_| normal(&[1, length, 8, 64], dtype)).collect::<Result<Vec<_>>>()?;
+    op(operands, pass, |x| {
+        let spec = AttentionSpec { scale: 0.125, causal: true, ..AttentionSpec::default() };
+        let [q, k, v] = [&x[0], &x[1], &x[2]].map(|x| x.transpose(1, 2));
+        attention(&q?, &k?, &v?, &spec)?.transpose(1, 2)
+    })
+}
+
+/// An update of the weights of a decoder of width 512, depth 6 and 20,000 tokens.
+fn adamw() -> Result<Run> {
+    let store = Store::new(0, DType::F32, &Device::Cpu);
+    let shapes = [([20_000, 512], 2), ([512, 512], 24), ([2048, 512], 12), ([1024, 512], 1)];
+    let each = shapes.into_iter().flat_map(|(shape, count)| std::iter::repeat_n(shape, count)).enumerate();
+    let param = |(i, shape)| store.at(i).param("weight", shape, Init::Normal(0.02));
+    let params: Vec<Param> = each.map(param).collect::<Result<_>>()?;
+    let mut tape = Tape::grad();
+    let mut loss = Tensor::scalar(0.0f32, &Device::Cpu)?;
+    for param in &params {
+        loss = loss.add(&param.tensor().square()?.sum(&[])?)?;
+    }
+    let gradients = tape.backward(&loss)?;
+    let mut optimizer = AdamW::new(AdamWOptions::default())?;
+    let params = store.params();
+    Ok(Box::new(move || timed(|| optimizer.step(&params, &gradients, 1e-4, None))))
+}
+
+/// `[m, k]` by `[k, n]`; of the letters, `t` says that an operand lies transposed in memory.
+fn product(form: &str, [m, k, n]: [usize; 3], dtype: DType) -> Result<Run> {
+    let (left, right) = (form.starts_with('t'), form.ends_with('t'));
+    let a = if left { normal(&[k, m], dtype)?.transpose(0, 1)? } else { normal(&[m, k], dtype)? };
+    let b = if right { normal(&[n, k], dtype)?.transpose(0, 1)? } else { normal(&[k, n], dtype)? };
+    Ok(Box::new(move || timed(|| a.matmul(&b))))
+}
+
+/// Eight products of one head each: scores, and what they weigh.
+fn batched(form: &str, [m, k, n]: [usize; 3], dtype: DType) -> Result<Run> {
+    let (left, right) = (form.starts_with('t'), form.ends_with('t'));
+    let a = if left { normal(&[8, k, m], dtype)?.transpose(1, 2)? } else { normal(&[8, m, k], dtype)? };
+    let b = if right { normal(&[8, n, k], dtype)?.transpose(1, 2)? } else { normal(&[8, k, n], dtype)? };
+    Ok(Box::new(move || timed(|| a.matmul(&b))))
+}
+
+/// Rows of elementwise ops that stay in the caches, and of those that do not.
+const ROWS: [usize; 2] = [1024, 16384];
+
+fn names() -> Vec<String> {
+    let mut names = Vec::new();
+    for pass in ["forward", "backward"] {
+        for rows in ROWS {
+            for name in ["softmax", "layer_norm", "gelu", "dropout"] {
+                names.push(format!("{name}-{rows}-{pass}"));
+            }
+        }
+        for name in ["cross_entropy", "embedding"] {
+            names.push(format!("{name}-1024-{pass}"));
+        }
+    }
+    names.push("adamw".into());
+    for (length, dtype) in [1024, 4096].into_iter().flat_map(|n| [(n, "f32"), (n, "bf16")]) {
+        for pass in ["forward", "both"] {
+            names.push(format!("attention-{length}-{dtype}-{pass}"));
+        }
+    }
+    for dtype in ["f32", "bf16"] {
+        for form in ["nn", "nt", "tn"] {
+            for sizes in ["1024x512x512", "1024x512x2048", "1024x2048x512", "1024x512x20000"] {
+                names.push(format!("matmul-{form}-{sizes}-{dtype}"));
+            }
+        }
+        names.push(format!("batched-nt-1024x64x1024-{dtype}"));
+        names.push(format!("batched-nn-1024x1024x64-{dtype}"));
+        names.push(format!("batched-tn-1024x1024x64-{dtype}"));
+    }
+    names
+}
+
+/// What a name stands for; `None` for another name.
+fn find(name: &str) -> Result<Option<Run>> {
+    let parts: Vec<&str> = name.split('-').collect();
+    let pass = match parts.last() {
+        Some(&"forward") => Pass::Forward,
+        Some(&"backward") => Pass::Backward,
+        _ => Pass::Both,
+    };
+    let dtype = if parts.contains(&"bf16") { DType::BF16 } else { DType::F32 };
+    let size = |index: usize| parts.get(index).and_then(|size| size.parse::<usize>().ok()).unwrap_or(1);
+    let rows = size(1);
+    let f32 = DType::F32;
+    Ok(Some(match parts[0] {
+        "softmax" => op(vec![normal(&[rows, 1024], f32)?], pass, |x| x[0].softmax())?,
+        "layer_norm" => {
+            let inputs = vec![normal(&[rows, 512], f32)?, normal(&[512], f32)?, normal(&[512], f32)?];
+            op(inputs, pass, |x| x[0].layer_norm(Some(&x[1]), Some(&x[2]), 1e-5))?
+        }
+        "gelu" => op(vec![normal(&[rows, 2048], f32)?], pass, |x| x[0].gelu())?,
+        "dropout" => {
+            let x = vec![normal(&[rows, 2048], f32)?];
+            match pass {
+                // It acts under a tape alone, which is timed with it.
+                Pass::Forward => Box::new(move || {
+                    let _tape = Tape::train(0);
+                    timed(|| x[0].dropout(0.1))
+                }),
+                _ => op(x, pass, |x| x[0].dropout(0.1))?,
+            }
+        }
+        "cross_entropy" => {
+            let inputs = vec![normal(&[rows, 20_000], f32)?, tokens(&[rows], 20_000)?];
+            op(inputs, pass, |x| x[0].cross_entropy(&x[1], -100))?
+        }
+        "embedding" => {
+            let inputs = vec![normal(&[20_000, 512], f32)?, tokens(&[rows], 20_000)?];
+            op(inputs, pass, |x| x[0].embedding(&x[1]))?
+        }
+        "adamw" => adamw()?,
+        "attention" => attend(rows, dtype, pass)?,
+        kind @ ("matmul" | "batched") => {
+            let sizes: Vec<usize> = parts[2].split('x').filter_map(|size| size.parse().ok()).collect();
+            let sizes = [sizes[0], sizes[1], sizes[2]];
+            if kind == "matmul" { product(parts[1], sizes, dtype)? } else { batched(parts[1], sizes, dtype)? }
+        }
+        _ => return Ok(None),
+    }))
+}
+
+/// Mean seconds of a repetition.
+fn round(run: &mut Run) -> Result<f64> {
+    let (clock, mut total, mut count) = (Instant::now(), Duration::ZERO, 0u32);
+    while count == 0 || clock.elapsed() < ROUND {
+        total += run()?;
+        count += 1;
+    }
+    Ok(total.as_secs_f64() / f64::from(count))
+}
+
+fn main() -> Result<()> {
+    let arguments: Vec<String> = std::env::args().skip(1).collect();
+    let given = arguments.iter().find(|argument| !argument.starts_with("--"));
+    if arguments.iter().any(|argument| argument == "--test") {
+        for name in names() {
+            let mut run = find(&name)?.unwrap_or_else(|| panic!("{name} is listed and not known"));
+            run()?;
+        }
+        return Ok(());
+    }
+    let known = given.filter(|name| names().contains(name));
+    let Some(mut run) = known.map(|name| find(name)).transpose()?.flatten() else {
+        println!("{}", names().join("\n"));
+        return Ok(());
+    };
+    for _ in std::io::stdin().lock().lines() {
+        println!("{{\"seconds\": {:e}}}", round(&mut run)?);
+    }
+    Ok(())
+}

@@ -1,0 +1,63 @@
+//! `--profile` and `--trace` of the commands that compute.
+
+use std::{
+    io::{BufWriter, Write},
+    path::PathBuf,
+};
+
+use clap::Args;
+use x_transformers::{
+    io::write_atomically,
+    profile::{Profile, Report},
+};
+
+use crate::failure::Result;
+
+#[derive(Args)]
+pub struct ProfileArgs {
+    /// Print time, FLOP/s, bytes/s and calls of each op, forward and backward apart; on a GPU each op is waited for
+    #[arg(long)]
+    profile: bool,
+
+    /// Write every call of an op as a Chrome trace, for chrome://tracing and ui.perfetto.dev
+    #[arg(long, value_name = "FILE")]
+    trace: Option<PathBuf>,
+}
+
+/// Watches steps and adds them up.
+pub struct Profiler<'a> {
+    args: &'a ProfileArgs,
+    total: Report,
+}
+
+impl<'a> Profiler<'a> {
+    pub fn new(args: &'a ProfileArgs) -> Self {
+        Self { args, total: Report::default() }
+    }
+
+    /// Calls `step`, with a profile if one was asked for.
+    pub fn watch<R>(&mut self, step: impl FnOnce() -> R) -> Result<R> {
+        let profile = match self.args {
+            ProfileArgs { trace: Some(_), .. } => Profile::with_trace()?,
+            ProfileArgs { profile: true, .. } => Profile::start()?,
+            _ => return Ok(step()),
+        };
+        let result = step();
+        self.total.add(profile.finish());
+        Ok(result)
+    }
+
+    /// Writes the trace, and gives the totals if they are to be shown.
+    ///
+    /// Errors: the file cannot be written.
+    pub fn finish(self) -> Result<Option<Report>> {
+        if let Some(path) = &self.args.trace {
+            write_atomically(path, |file| {
+                let mut file = BufWriter::new(file);
+                self.total.write_trace(&mut file)?;
+                file.flush()
+            })?;
+        }
+        Ok(self.args.profile.then_some(self.total))
+    }
+}

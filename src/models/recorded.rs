@@ -1,0 +1,96 @@
+//! A step of generation as one CUDA graph.
+
+use std::cell::RefCell;
+
+use super::{DecodeCache, TransformerWrapper, sample_tokens};
+use crate::{
+    DType, Device, Error, ParamMap, Result, Tensor, config::SamplingConfig, device::cuda::Graph, error::ensure,
+};
+
+/// A token in each row joins a cache, and the next one is drawn: recorded once and replayed with one call of the driver.
+///
+/// Tokens, lengths and the number of the step are inputs of the graph; nothing is read back. Tokens are those of
+/// [`TransformerWrapper::extend`] and [`sample_tokens`].
+#[derive(Debug)]
+pub struct RecordedDecode {
+    graph: Graph<Tensor>,
+    cache: DecodeCache,
+}
+
+impl RecordedDecode {
+    /// Records the step for this cache, which holds the prompt already. `params`: those of the model.
+    ///
+    /// Errors: a cache that is empty, full or on the CPU; options whose steps are not on the device alone, such as
+    /// attention that shows its scores; and what [`Graph::capture`] refuses.
+    pub fn new(
+        model: &TransformerWrapper,
+        params: &ParamMap,
+        cache: DecodeCache,
+        sampling: &SamplingConfig,
+        seed: u64,
+    ) -> Result<Self> {
+        let device = params.iter().next().map_or(Device::Cpu, |(_, param)| param.tensor().device().clone());
+        ensure!(device != Device::Cpu, Error::argument("graph", "expected a model on a GPU"));
+        ensure!(
+            !cache.is_empty(),
+            Error::argument("graph", "expected a cache that holds a prompt; give it to `extend` first")
+        );
+        let batch = cache.batch();
+        let tokens = Tensor::zeros([batch], DType::I64, &device)?;
+        let inputs = inputs(&tokens, &cache, 0)?;
+        let lengths = cache.lengths().to_vec();
+        let cache = RefCell::new(cache);
+        let graph = Graph::capture(&inputs, params, |inputs| {
+            let [tokens, of_layers, of_tokens, step] = inputs else {
+                return Err(Error::argument("graph", "expected four inputs"));
+            };
+            let mut cache = cache.borrow_mut();
+            cache.follow(Some([of_layers.clone(), of_tokens.clone()]));
+            let hidden = model.extend(&tokens.reshape([batch, 1])?, &vec![1; batch], None, &mut cache);
+            cache.follow(None);
+            let hidden = hidden?;
+            // What this run has written will be overwritten by the first replay.
+            cache.truncate(&lengths)?;
+            let logits = model.logits(&hidden.select(1, 0)?)?;
+            sample_tokens(&logits.detach(), sampling, seed, step)
+        })?;
+        Ok(Self { graph, cache: cache.into_inner() })
+    }
+
+    /// Adds `tokens`, `[b]` I64, to the rows and gives the next ones, `[b]`, drawn by draw `step` of each row's stream:
+    /// they may be given to the next call as they are.
+    ///
+    /// Errors: a cache that is full or shared with a clone, and those of [`Graph::replay`]; those of the model and of the
+    /// draws come with the next read-back.
+    pub fn step(&mut self, tokens: &Tensor, step: u64) -> Result<Tensor> {
+        let longest = self.cache.lengths().iter().copied().max().unwrap_or(0);
+        ensure!(
+            longest < self.cache.capacity(),
+            Error::argument("cache", format!("is full: a row has all of its {longest} tokens"))
+        );
+        let inputs = inputs(tokens, &self.cache, step)?;
+        let next = self.graph.replay(&inputs)?.to_owned_copy()?;
+        self.cache.count_one();
+        Ok(next)
+    }
+
+    /// The cache with all tokens so far.
+    pub fn cache(&self) -> &DecodeCache {
+        &self.cache
+    }
+
+    /// The cache, to go on without the graph.
+    pub fn into_cache(self) -> DecodeCache {
+        self.cache
+    }
+}
+
+/// The inputs of the graph: tokens, both kinds of lengths, and the number of the step.
+fn inputs(tokens: &Tensor, cache: &DecodeCache, step: u64) -> Result<[Tensor; 4]> {
+    let device = tokens.device();
+    let [of_layers, of_tokens] = cache.lengths_to_follow().map(|lengths| {
+        let batch = lengths.len();
+        Tensor::from_vec(lengths, [batch], device)
+    });
+    Ok([tokens.clone(), of_layers?, of_tokens?, Tensor::full([1], step as f64, DType::I64, device)?])
+}

@@ -1,0 +1,426 @@
+//! Where the time of a computation goes: seconds, operations and bytes of each op, forward and backward apart.
+//!
+//! A [`Profile`] watches the ops of its thread while it lives. An op's time runs from the end of the op before it, so that
+//! nothing is lost between two ops and the times add up; what precedes a tape counts as outside of ops. An op that calls
+//! others has what is left after theirs. On a GPU the thread waits for the device after each op: the shares are right, and
+//! the whole takes longer than without. Without a profile an op costs the reading of one flag.
+//!
+//! ```
+//! use x_transformers::{DType, Device, Tape, Tensor, profile::{Phase, Profile}};
+//! # fn main() -> x_transformers::Result<()> {
+//! let x = Tensor::ones([64, 32], DType::F32, &Device::Cpu)?.requires_grad()?;
+//! let profile = Profile::start()?;
+//! let mut tape = Tape::grad();
+//! let loss = x.softmax()?.square()?.sum(&[])?;
+//! tape.backward(&loss)?;
+//! let report = profile.finish();
+//! let softmax = report.ops().find(|op| op.name == "softmax" && op.phase == Phase::Backward);
+//! assert_eq!(softmax.map(|op| op.calls), Some(1));
+//! println!("{report}");
+//! # Ok(())
+//! # }
+//! ```
+
+#![forbid(unsafe_code)]
+
+use std::{
+    cell::{Cell, RefCell},
+    collections::BTreeMap,
+    fmt,
+    io::{self, Write},
+    marker::PhantomData,
+    sync::OnceLock,
+    time::{Duration, Instant},
+};
+
+use crate::{Device, Error, Result, Shape, Tensor, error::ensure};
+
+thread_local! {
+    /// Whether this thread has a session; read by every op.
+    static ACTIVE: Cell<bool> = const { Cell::new(false) };
+    static SESSION: RefCell<Option<Session>> = const { RefCell::new(None) };
+}
+
+/// What an op is part of.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
+pub enum Phase {
+    /// A forward pass, or a part of it that is run again.
+    Forward,
+    /// A backward pass; adding a gradient to those of other uses of a tensor counts with the op that gives it.
+    Backward,
+    /// The norm of the gradients, the optimizer, and the average of the weights.
+    Update,
+    /// Values read by the program.
+    Read,
+}
+
+impl Phase {
+    /// `forward`, `backward`, `update` or `read`.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Forward => "forward",
+            Self::Backward => "backward",
+            Self::Update => "update",
+            Self::Read => "read",
+        }
+    }
+}
+
+/// Totals of one op in one phase.
+#[derive(Clone, Copy, PartialEq, Debug)]
+pub struct OpProfile {
+    /// The op.
+    pub name: &'static str,
+    /// Where it was called.
+    pub phase: Phase,
+    /// How often.
+    pub calls: u64,
+    /// Time of all calls.
+    pub seconds: f64,
+    /// Floating-point operations of products and attention, a multiplication and an addition each; 0 for other ops.
+    pub operations: f64,
+    /// Bytes of the tensors that went in and came out; the least that an op that does not fit the caches has to move.
+    pub bytes: f64,
+}
+
+/// Measures the ops of this thread until it is finished or dropped.
+pub struct Profile {
+    /// A profile belongs to its thread.
+    thread: PhantomData<*const ()>,
+}
+
+struct Session {
+    started: Instant,
+    /// The end of the last op.
+    last: Instant,
+    /// How many backward rules are running.
+    inside: usize,
+    /// What the op that runs has said of itself.
+    operations: Option<f64>,
+    totals: BTreeMap<(Phase, &'static str), OpProfile>,
+    outside: Duration,
+    calls: Option<Vec<Call>>,
+}
+
+/// One call, for a trace.
+struct Call {
+    name: &'static str,
+    phase: Phase,
+    start: Duration,
+    time: Duration,
+    shape: Shape,
+    operations: f64,
+    bytes: f64,
+}
+
+/// The clock of traces: one for the process, so that reports can be joined.
+fn epoch() -> Instant {
+    static EPOCH: OnceLock<Instant> = OnceLock::new();
+    *EPOCH.get_or_init(Instant::now)
+}
+
+impl Profile {
+    /// Starts to measure.
+    ///
+    /// Errors: this thread has a profile already.
+    pub fn start() -> Result<Self> {
+        Self::begin(None)
+    }
+
+    /// As [`Profile::start`], and keeps every single call for [`Report::write_trace`].
+    pub fn with_trace() -> Result<Self> {
+        Self::begin(Some(Vec::new()))
+    }
+
+    fn begin(calls: Option<Vec<Call>>) -> Result<Self> {
+        ensure!(
+            !ACTIVE.get(),
+            Error::argument("profile", "this thread has a profile already; finish it before the next one")
+        );
+        epoch();
+        let now = Instant::now();
+        let session = Session {
+            started: now,
+            last: now,
+            inside: 0,
+            operations: None,
+            totals: BTreeMap::new(),
+            outside: Duration::ZERO,
+            calls,
+        };
+        SESSION.set(Some(session));
+        ACTIVE.set(true);
+        Ok(Self { thread: PhantomData })
+    }
+
+    /// What was measured.
+    pub fn finish(self) -> Report {
+        let Some(session) = SESSION.take() else { return Report::default() };
+        let Session { started, last, totals, outside, calls, .. } = session;
+        Report {
+            totals,
+            seconds: started.elapsed(),
+            outside: outside + last.elapsed(),
+            calls: calls.unwrap_or_default(),
+        }
+    }
+}
+
+impl Drop for Profile {
+    fn drop(&mut self) {
+        // A profile kept in a thread-local may outlive these.
+        let _ = ACTIVE.try_with(|active| active.set(false));
+        let _ = SESSION.try_with(|session| session.take());
+    }
+}
+
+impl Session {
+    fn end(&mut self, name: &'static str, phase: Phase, shape: Shape, operations: f64, bytes: f64) {
+        let (start, now) = (self.last, Instant::now());
+        let time = now - start;
+        let total = OpProfile { name, phase, calls: 0, seconds: 0.0, operations: 0.0, bytes: 0.0 };
+        let total = self.totals.entry((phase, name)).or_insert(total);
+        total.calls += 1;
+        total.seconds += time.as_secs_f64();
+        total.operations += operations;
+        total.bytes += bytes;
+        if let Some(calls) = &mut self.calls {
+            let start = start.saturating_duration_since(epoch());
+            calls.push(Call { name, phase, start, time, shape, operations, bytes });
+        }
+        self.last = now;
+    }
+}
+
+/// Calls `f` with the session of this thread, if there is one.
+fn with_session<R>(f: impl FnOnce(&mut Session) -> R) -> Option<R> {
+    SESSION.with_borrow_mut(|session| session.as_mut().map(f))
+}
+
+fn bytes(tensor: &Tensor) -> f64 {
+    (tensor.elements() * tensor.dtype().size()) as f64
+}
+
+/// The operations of a product, by the shapes.
+fn product(op: &str, output: &Tensor, inputs: &[&Tensor]) -> f64 {
+    match (op, inputs) {
+        ("matmul" | "linear", [a, ..]) => {
+            2.0 * output.elements() as f64 * a.shape().last().copied().unwrap_or(1) as f64
+        }
+        _ => 0.0,
+    }
+}
+
+/// Called by an op whose number of operations does not follow from its name and shapes, before it is recorded.
+pub(crate) fn operations(count: impl FnOnce() -> f64) {
+    if ACTIVE.get() {
+        with_session(|session| session.operations = Some(count()));
+    }
+}
+
+/// Whether this thread has a profile.
+#[inline]
+pub(crate) fn active() -> bool {
+    ACTIVE.get()
+}
+
+/// The end of an op in a forward pass, or of one that a backward rule calls, which does not count by itself unless a
+/// tape records it. Gives the number of its operations.
+#[cold]
+pub(crate) fn computed(op: &'static str, output: &Tensor, inputs: &[&Tensor], recorded: bool) -> Result<f64> {
+    // A view computes nothing; what it is a part of ends later.
+    if inputs.iter().any(|input| input.shares_storage(output)) {
+        return Ok(0.0);
+    }
+    let counts = with_session(|session| session.inside == 0 || recorded);
+    if counts != Some(true) {
+        return Ok(0.0);
+    }
+    output.device().settle()?;
+    let moved = bytes(output) + inputs.iter().map(|&input| bytes(input)).sum::<f64>();
+    let operations = with_session(|session| {
+        let operations = session.operations.take().unwrap_or_else(|| product(op, output, inputs));
+        session.end(op, Phase::Forward, *output.shape(), operations, moved);
+        operations
+    });
+    Ok(operations.unwrap_or(0.0))
+}
+
+/// A backward rule that runs.
+pub(crate) struct Rule {
+    device: Device,
+    shape: Shape,
+    bytes: f64,
+}
+
+impl Rule {
+    /// Before a rule gets this gradient; `None` without a profile.
+    #[inline]
+    pub fn begin(grad: &Tensor) -> Option<Self> {
+        if !ACTIVE.get() {
+            return None;
+        }
+        with_session(|session| session.inside += 1)?;
+        Some(Self { device: grad.device().clone(), shape: *grad.shape(), bytes: bytes(grad) })
+    }
+
+    /// After its gradients were added to the others. `operations` are those of the forward pass, `inputs` the bytes of
+    /// each input and whether it needs a gradient.
+    pub fn end(self, op: &'static str, operations: f64, inputs: impl Iterator<Item = (usize, bool)>) -> Result<()> {
+        self.device.settle()?;
+        let mut moved = self.bytes;
+        let mut products = 0.0;
+        for (index, (bytes, needed)) in inputs.enumerate() {
+            // It is read, and its gradient is written.
+            moved += bytes as f64 * if needed { 2.0 } else { 1.0 };
+            // A product for each of the two factors.
+            products += f64::from(u8::from(needed && index < 2));
+        }
+        // Attention computes its scores again, beside two products for each of the forward pass.
+        let factor = if op == "attention" { 2.5 } else { products };
+        with_session(|session| session.end(op, Phase::Backward, self.shape, factor * operations, moved));
+        Ok(())
+    }
+}
+
+impl Drop for Rule {
+    fn drop(&mut self) {
+        with_session(|session| session.inside = session.inside.saturating_sub(1));
+    }
+}
+
+/// The end of work on the parameters, or on values that were read.
+#[inline]
+pub(crate) fn done(op: &'static str, phase: Phase, device: &Device, bytes: impl FnOnce() -> usize) -> Result<()> {
+    if !ACTIVE.get() || with_session(|session| session.inside == 0) != Some(true) {
+        return Ok(());
+    }
+    device.settle()?;
+    let (moved, scalar) = (bytes() as f64, Shape::new(&[])?);
+    with_session(|session| session.end(op, phase, scalar, 0.0, moved));
+    Ok(())
+}
+
+/// Whatever the thread did since the last op belongs to none.
+#[inline]
+pub(crate) fn pause() {
+    if ACTIVE.get() {
+        with_session(|session| {
+            if session.inside == 0 {
+                let now = Instant::now();
+                session.outside += now - session.last;
+                session.last = now;
+            }
+        });
+    }
+}
+
+/// What a [`Profile`] measured. Displayed as a table.
+#[derive(Default)]
+pub struct Report {
+    totals: BTreeMap<(Phase, &'static str), OpProfile>,
+    seconds: Duration,
+    outside: Duration,
+    calls: Vec<Call>,
+}
+
+impl Report {
+    /// The ops by phase, in alphabetic order.
+    pub fn ops(&self) -> impl Iterator<Item = &OpProfile> {
+        self.totals.values()
+    }
+
+    /// From start to finish.
+    pub fn seconds(&self) -> f64 {
+        self.seconds.as_secs_f64()
+    }
+
+    /// The part of it that belongs to no op.
+    pub fn outside(&self) -> f64 {
+        self.outside.as_secs_f64()
+    }
+
+    /// Adds what another profile measured.
+    pub fn add(&mut self, other: Report) {
+        for (key, op) in other.totals {
+            match self.totals.get_mut(&key) {
+                Some(total) => {
+                    total.calls += op.calls;
+                    total.seconds += op.seconds;
+                    total.operations += op.operations;
+                    total.bytes += op.bytes;
+                }
+                None => drop(self.totals.insert(key, op)),
+            }
+        }
+        self.seconds += other.seconds;
+        self.outside += other.outside;
+        self.calls.extend(other.calls);
+    }
+
+    /// Writes the calls that [`Profile::with_trace`] kept in Chrome's trace event format, for `chrome://tracing` and
+    /// <https://ui.perfetto.dev>: a row for each phase.
+    pub fn write_trace(&self, to: &mut impl Write) -> io::Result<()> {
+        write!(to, "{{\"displayTimeUnit\": \"ms\", \"traceEvents\": [")?;
+        let micros = |time: Duration| time.as_nanos() as f64 / 1e3;
+        for (index, call) in self.calls.iter().enumerate() {
+            let Call { name, phase, start, time, shape, operations, bytes } = call;
+            let comma = if index == 0 { "" } else { "," };
+            write!(
+                to,
+                "{comma}\n{{\"name\": \"{name}\", \"cat\": \"{}\", \"ph\": \"X\", \"ts\": {:.3}, \"dur\": {:.3}, \
+                 \"pid\": 1, \"tid\": {}, \"args\": {{\"shape\": {:?}, \"flop\": {operations}, \"bytes\": {bytes}}}}}",
+                phase.name(),
+                micros(*start),
+                micros(*time),
+                *phase as u8,
+                &shape[..],
+            )?;
+        }
+        writeln!(to, "\n]}}")
+    }
+}
+
+/// A rate with three digits, or nothing.
+fn rate(count: f64, seconds: f64) -> String {
+    if count == 0.0 || seconds == 0.0 {
+        return String::new();
+    }
+    let value = count / seconds;
+    let (value, letter) = match value {
+        value if value >= 1e12 => (value / 1e12, "T"),
+        value if value >= 1e9 => (value / 1e9, "G"),
+        value if value >= 1e6 => (value / 1e6, "M"),
+        value => (value / 1e3, "k"),
+    };
+    format!("{value:.*} {letter}", if value < 10.0 { 2 } else { usize::from(value < 100.0) })
+}
+
+impl fmt::Display for Report {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let whole = self.seconds().max(f64::MIN_POSITIVE);
+        let line = |name: &str, calls: &str, seconds: f64, operations: f64, bytes: f64| {
+            let (operations, bytes) = (rate(operations, seconds), rate(bytes, seconds));
+            let share = 100.0 * seconds / whole;
+            let text = format!("{name:<26}{calls:>9}{seconds:>12.6}{share:>7.1}{operations:>10}{bytes:>10}");
+            text.trim_end().to_string()
+        };
+        writeln!(f, "{:<26}{:>9}{:>12}{:>7}{:>10}{:>10}", "", "calls", "seconds", "%", "FLOP/s", "bytes/s")?;
+        for phase in [Phase::Forward, Phase::Backward, Phase::Update, Phase::Read] {
+            let mut ops: Vec<&OpProfile> = self.ops().filter(|op| op.phase == phase).collect();
+            if ops.is_empty() {
+                continue;
+            }
+            let sum = |of: fn(&OpProfile) -> f64| ops.iter().map(|&op| of(op)).sum::<f64>();
+            let (seconds, operations) = (sum(|op| op.seconds), sum(|op| op.operations));
+            writeln!(f, "{}", line(phase.name(), "", seconds, operations, sum(|op| op.bytes)))?;
+            ops.sort_by(|a, b| b.seconds.total_cmp(&a.seconds));
+            for op in ops {
+                let name = format!("  {}", op.name);
+                writeln!(f, "{}", line(&name, &op.calls.to_string(), op.seconds, op.operations, op.bytes))?;
+            }
+        }
+        writeln!(f, "{}", line("outside of ops", "", self.outside(), 0.0, 0.0))?;
+        write!(f, "{}", line("whole", "", self.seconds(), 0.0, 0.0))
+    }
+}
