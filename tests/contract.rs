@@ -73,7 +73,7 @@ fn every_vector_level_keeps_the_contract() {
     if *common::device() != Device::Cpu {
         return;
     }
-    for level in [Level::Portable, Level::Avx2] {
+    for level in Level::ALL {
         if level >= Level::detected() {
             continue;
         }

@@ -3,7 +3,7 @@
 
 use std::process::Command;
 
-use x_transformers::{DType, Device, Error, Philox, Result, Tape, Tensor};
+use x_transformers::{DType, Device, Error, Philox, Result, Tape, Tensor, device::Level};
 
 /// Rows, products and columns: each path of the product, one block and several, with and without edges.
 const SIZES: [[usize; 3]; 12] = [
@@ -172,7 +172,7 @@ fn level_of_this_process() -> Result<()> {
 
 #[test]
 fn every_instruction_level() {
-    for level in ["portable", "avx2", "avx512"] {
+    for level in Level::ALL.map(Level::name) {
         let program = std::env::current_exe().expect("the path of this test");
         let child = Command::new(program).args(["--exact", "level_of_this_process"]).env("XT_CPU", level).output();
         let child = child.expect("a second run of this test");

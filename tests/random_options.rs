@@ -10,7 +10,7 @@ use proptest::{
     prelude::*,
     test_runner::{Config as Runner, RngSeed},
 };
-use serde_json::{Map, Value, json};
+use serde_json::{Value, json};
 use x_transformers::{
     DType, Philox, Result, Store, Tensor,
     config::{Call, Config, LayerType},

@@ -194,7 +194,7 @@ fn legacy(pickle: &[u8]) -> Vec<u8> {
 
 #[test]
 fn pickles_execute_nothing_and_say_what_they_were_asked_for() {
-    let storage = b"X\x07\0\0\0storagectorch\nFloatStorage\nX\x01\0\0\00X\x03\0\0\0cpuK\x01tQ";
+    let storage = b"X\x07\0\0\0storagectorch\nFloatStorage\nX\x01\0\0\x000X\x03\0\0\0cpuK\x01tQ";
     let cases: [(&str, Vec<u8>, &str); 14] = [
         ("a call", b"cos\nsystem\nX\x04\0\0\0true\x85R.".to_vec(), "`os.system`"),
         ("a call by names on the stack", b"X\x02\0\0\0osX\x06\0\0\0system\x93.".to_vec(), "`os.system`"),

@@ -24,6 +24,11 @@ const ALIGNMENT: usize = 64;
 /// them, while an allocator keeps what it cannot give back from the end of its heap.
 const MAPPED: usize = 1 << 20;
 
+/// Bytes from which a block asks for pages of 2 MiB: first touching one of 4 KiB costs as much as writing it, and a block
+/// may hold one large page more than it needs.
+#[cfg(target_os = "linux")]
+const HUGE: usize = 8 << 20;
+
 /// Zeroed memory from the system.
 pub(super) struct Block {
     pointer: NonNull<u8>,
@@ -46,6 +51,11 @@ impl Block {
         if bytes >= MAPPED {
             // Pages are aligned to far more than a cache line.
             let mut map = MmapMut::map_anon(bytes).ok()?;
+            // A wish that the system may decline.
+            #[cfg(target_os = "linux")]
+            if bytes >= HUGE {
+                map.advise(memmap2::Advice::HugePage).ok();
+            }
             return Some(Self { pointer: NonNull::new(map.as_mut_ptr())?, bytes, map: Some(map) });
         }
         let layout = Self::layout(bytes)?;

@@ -4,6 +4,8 @@ use std::{fmt, sync::OnceLock};
 
 use crate::{Error, Result};
 
+#[cfg(target_arch = "x86_64")]
+mod amx;
 pub(crate) mod cpu;
 #[cfg(feature = "cuda")]
 pub mod cuda;

@@ -2,6 +2,9 @@
 
 use std::sync::OnceLock;
 
+#[cfg(target_arch = "x86_64")]
+use super::amx;
+
 /// A set of vector instructions, each including those before it.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
 pub enum Level {
@@ -11,15 +14,24 @@ pub enum Level {
     Avx2,
     /// AVX-512 F, BW, DQ and VL.
     Avx512,
+    /// AVX-512 BF16: products of pairs of bf16 numbers.
+    Avx512Bf16,
+    /// AMX: products of tiles of bf16 numbers.
+    Amx,
 }
 
 impl Level {
-    /// The name that `XT_CPU` takes: `portable`, `avx2` or `avx512`.
+    /// All of them, from the lowest.
+    pub const ALL: [Self; 5] = [Self::Portable, Self::Avx2, Self::Avx512, Self::Avx512Bf16, Self::Amx];
+
+    /// The name that `XT_CPU` takes: `portable`, `avx2`, `avx512`, `avx512_bf16` or `amx`.
     pub fn name(self) -> &'static str {
         match self {
             Self::Portable => "portable",
             Self::Avx2 => "avx2",
             Self::Avx512 => "avx512",
+            Self::Avx512Bf16 => "avx512_bf16",
+            Self::Amx => "amx",
         }
     }
 
@@ -32,13 +44,15 @@ impl Level {
                 && is_x86_feature_detected!("avx512bw")
                 && is_x86_feature_detected!("avx512dq")
                 && is_x86_feature_detected!("avx512vl");
-            if avx2 && avx512 {
-                return Self::Avx512;
-            }
-            if avx2 {
-                return Self::Avx2;
+            match (avx2, avx512, is_x86_feature_detected!("avx512bf16")) {
+                (true, true, true) if amx::detected() => Self::Amx,
+                (true, true, true) => Self::Avx512Bf16,
+                (true, true, false) => Self::Avx512,
+                (true, false, _) => Self::Avx2,
+                (false, ..) => Self::Portable,
             }
         }
+        #[cfg(not(target_arch = "x86_64"))]
         Self::Portable
     }
 }
@@ -48,9 +62,9 @@ pub fn level() -> Level {
     static LEVEL: OnceLock<Level> = OnceLock::new();
     *LEVEL.get_or_init(|| {
         let wanted = std::env::var("XT_CPU").unwrap_or_default();
-        let named = [Level::Portable, Level::Avx2, Level::Avx512].into_iter().find(|level| level.name() == wanted);
+        let named = Level::ALL.into_iter().find(|level| level.name() == wanted);
         // Never above what the processor has: a wrong value must not lead to an illegal instruction.
-        named.unwrap_or(Level::Avx512).min(Level::detected())
+        named.map_or(Level::detected(), |named| named.min(Level::detected()))
     })
 }
 
@@ -81,7 +95,9 @@ macro_rules! vectorized {
                 }
                 match $crate::device::simd::level() {
                     // SAFETY: `level` is at most what was detected on this processor.
-                    $crate::device::Level::Avx512 => return unsafe { avx512 $(::<$($T),+>)? ($($arg),*) },
+                    $crate::device::Level::Avx512
+                    | $crate::device::Level::Avx512Bf16
+                    | $crate::device::Level::Amx => return unsafe { avx512 $(::<$($T),+>)? ($($arg),*) },
                     // SAFETY: as above.
                     $crate::device::Level::Avx2 => return unsafe { avx2 $(::<$($T),+>)? ($($arg),*) },
                     $crate::device::Level::Portable => {}

@@ -2,9 +2,11 @@
 
 use std::marker::PhantomData;
 
+use half::bf16;
+
 use super::{
     OP, Problem, Sizes,
-    cpu::run,
+    cpu::{multiplies_bf16, run},
     cuda,
     gradients::{Pass, Task},
     packed_rows,
@@ -14,8 +16,9 @@ use super::{
 };
 use crate::{
     Device, Result, Tensor,
-    core::{Float, Real, Shape, dispatch_float},
+    core::{Element, Float, Real, Shape, dispatch_float},
     device::cpu,
+    ops::matmul::packing::Multiply,
 };
 
 /// The gradients of queries, keys, values, and of the bias and the weights of the position bias if there are any.
@@ -31,7 +34,10 @@ pub(super) fn backward(
         return zeros(problem, need);
     }
     match problem.q.device() {
-        Device::Cpu => dispatch_float!(OP, problem.q.dtype(), T, backward_as::<T>(problem, out, log_sums, grad, need)),
+        Device::Cpu if multiplies_bf16(problem) => backward_as::<bf16, bf16>(problem, out, log_sums, grad, need),
+        Device::Cpu => dispatch_float!(OP, problem.q.dtype(), T, {
+            backward_as::<T, <T as Float>::Acc>(problem, out, log_sums, grad, need)
+        }),
         Device::Cuda(gpu) => cuda::backward(gpu, problem, out, log_sums, grad, need),
     }
 }
@@ -44,17 +50,17 @@ fn zeros(problem: &Problem, need: &[bool]) -> Result<Vec<Option<Tensor>>> {
     zeros.zip(need).map(|(zeros, need)| need.then_some(zeros).transpose()).collect()
 }
 
-fn backward_as<T: Float>(
+fn backward_as<T: Float, O: Multiply<Acc = T::Acc>>(
     problem: &Problem,
     out: &Tensor,
     log_sums: &Tensor,
     grad: &Tensor,
     need: &[bool],
 ) -> Result<Vec<Option<Tensor>>> {
-    let operands = [widen::<T>(&problem.q)?, widen::<T>(&problem.k)?, widen::<T>(&problem.v)?];
-    let grad = widen::<T>(&packed_rows(grad)?)?;
-    let delta = delta::<T::Acc>(&widen::<T>(out)?, &grad)?;
-    let pass = Pass {
+    let operands = [widen::<T, O>(&problem.q)?, widen::<T, O>(&problem.k)?, widen::<T, O>(&problem.v)?];
+    let grad = widen::<T, O>(&packed_rows(grad)?)?;
+    let delta = delta::<O>(&widen::<T, O>(out)?, &grad)?;
+    let pass = Pass::<O> {
         tiles: Tiles::new::<T>(problem, &operands)?,
         grad: Rows::new(&grad)?,
         log_sums: log_sums.values::<T::Acc>()?,
@@ -81,7 +87,7 @@ fn backward_as<T: Float>(
     Ok(gradients)
 }
 
-fn run_tasks<A: Real>(pass: &Pass<A>, problem: &Problem, cut: &Cut, tasks: Vec<Task<A>>, wanted: [bool; 2]) {
+fn run_tasks<O: Multiply>(pass: &Pass<O>, problem: &Problem, cut: &Cut, tasks: Vec<Task<O::Acc>>, wanted: [bool; 2]) {
     let Sizes { kv_heads, queries, keys, d, e, .. } = problem.sizes;
     let cost = cut.group * queries * cut.keys.min(keys) * (d + e);
     run(tasks, cost, |index, task| {
@@ -92,14 +98,14 @@ fn run_tasks<A: Real>(pass: &Pass<A>, problem: &Problem, cut: &Cut, tasks: Vec<T
 }
 
 /// `delta[b, h, i] = Σ_e grad ⊙ out`.
-fn delta<A: Real>(out: &Tensor, grad: &Tensor) -> Result<Tensor> {
+fn delta<O: Float>(out: &Tensor, grad: &Tensor) -> Result<Tensor> {
     let [batch, heads, queries, e] = [0, 1, 2, 3].map(|dim| out.shape()[dim]);
-    let mut delta = Tensor::uninit(Shape::new(&[batch, heads, queries])?, A::DTYPE, out.device())?;
-    let (out, grad) = (Rows::<A>::new(out)?, Rows::<A>::new(grad)?);
-    cpu::for_rows(delta.values_mut::<A>()?, 1, e, |first, delta| {
+    let mut delta = Tensor::uninit(Shape::new(&[batch, heads, queries])?, <O::Acc as Element>::DTYPE, out.device())?;
+    let (out, grad) = (Rows::<O>::new(out)?, Rows::<O>::new(grad)?);
+    cpu::for_rows(delta.values_mut::<O::Acc>()?, 1, e, |first, delta| {
         for (row, delta) in (first..).zip(delta) {
             let (batch, head, query) = (row / queries / heads, row / queries % heads, row % queries);
-            *delta = dot(out.row(batch, head, query, e), grad.row(batch, head, query, e));
+            *delta = dot::<O>(out.row(batch, head, query, e), grad.row(batch, head, query, e));
         }
     });
     Ok(delta)

@@ -2,27 +2,42 @@
 
 use std::{ops::Range, sync::Mutex};
 
+use half::bf16;
+
 use super::{
     OP, Problem, Sizes,
     rows::{RowOrder, RowWriter, deal, widen},
-    tile::{At, KEYS, QUERIES, Tiles, multiply, softmax_step, with_scratch},
+    tile::{At, KEYS, QUERIES, Tiles, multiply, operand, softmax_step, with_scratch},
 };
 use crate::{
-    Result, Tensor,
-    core::{Float, Real, dispatch_float},
+    DType, Result, Tensor,
+    core::{Element, Float, Real, dispatch_float},
     device::cpu,
-    ops::matmul::cpu::{Matrix, gemm_block},
+    ops::matmul::{cpu::gemm_block, packing::Multiply},
 };
 
 /// Writes the output `[batch, query, heads, e]` and the logarithms of sums `[batch, heads, query]`, which have elements.
 pub(super) fn forward(problem: &Problem, out: &mut Tensor, log_sums: &mut Tensor) -> Result<()> {
-    dispatch_float!(OP, problem.q.dtype(), T, forward_as::<T>(problem, out, log_sums))
+    if multiplies_bf16(problem) {
+        return forward_as::<bf16, bf16>(problem, out, log_sums);
+    }
+    dispatch_float!(OP, problem.q.dtype(), T, forward_as::<T, <T as Float>::Acc>(problem, out, log_sums))
 }
 
-fn forward_as<T: Float>(problem: &Problem, out: &mut Tensor, log_sums: &mut Tensor) -> Result<()> {
+/// Whether products take operands in bf16: where the processor multiplies them faster than f32. Weights and gradients of
+/// scores are then rounded to bf16 too.
+pub(super) fn multiplies_bf16(problem: &Problem) -> bool {
+    problem.q.dtype() == DType::BF16 && <bf16 as Multiply>::fast()
+}
+
+fn forward_as<T: Float, O: Multiply<Acc = T::Acc>>(
+    problem: &Problem,
+    out: &mut Tensor,
+    log_sums: &mut Tensor,
+) -> Result<()> {
     let Sizes { batch, heads, queries, .. } = problem.sizes;
-    let operands = [widen::<T>(&problem.q)?, widen::<T>(&problem.k)?, widen::<T>(&problem.v)?];
-    let tiles = Tiles::new::<T>(problem, &operands)?;
+    let operands = [widen::<T, O>(&problem.q)?, widen::<T, O>(&problem.k)?, widen::<T, O>(&problem.v)?];
+    let tiles = Tiles::<O>::new::<T>(problem, &operands)?;
     let block = queries_per_task(&problem.sizes);
     let rows = deal(out.values_mut::<T>()?, RowOrder::SequenceFirst, [batch, heads, queries], block);
     forward_tasks(&tiles, block, rows, log_sums.values_mut::<T::Acc>()?);
@@ -35,7 +50,12 @@ fn queries_per_task(sizes: &Sizes) -> usize {
     [QUERIES, QUERIES / 2].into_iter().find(|block| tasks(block) >= 16).unwrap_or(QUERIES / 4)
 }
 
-fn forward_tasks<A: Real>(tiles: &Tiles<A>, block: usize, rows: Vec<Box<dyn RowWriter<A> + '_>>, log_sums: &mut [A]) {
+fn forward_tasks<O: Multiply>(
+    tiles: &Tiles<O>,
+    block: usize,
+    rows: Vec<Box<dyn RowWriter<O::Acc> + '_>>,
+    log_sums: &mut [O::Acc],
+) {
     let Sizes { heads, queries, keys, d, e, .. } = tiles.sizes;
     let blocks = queries.div_ceil(block);
     let log_sums = log_sums.chunks_mut(queries).flat_map(|log_sums| log_sums.chunks_mut(block));
@@ -65,13 +85,14 @@ pub(super) fn key_blocks(at: At, keys: Range<usize>) -> impl Iterator<Item = At>
     keys.step_by(KEYS).map(move |key| At { key, keys: KEYS.min(end - key), ..at })
 }
 
-fn forward_block<A: Real>(tiles: &Tiles<A>, at: At, out: &mut dyn RowWriter<A>, log_sums: &mut [A]) {
+fn forward_block<O: Multiply>(tiles: &Tiles<O>, at: At, out: &mut dyn RowWriter<O::Acc>, log_sums: &mut [O::Acc]) {
     let Sizes { keys, e, .. } = tiles.sizes;
-    let lengths = [at.queries * KEYS, at.queries * e, at.queries, at.queries, KEYS];
-    with_scratch(lengths, |[s, acc, max, sum, factors]: [&mut [A]; 5]| {
-        acc.fill(A::ZERO);
-        max.fill(A::NEG_INFINITY);
-        sum.fill(A::ZERO);
+    let rounded = if O::DTYPE == <O::Acc as Element>::DTYPE { 0 } else { at.queries * KEYS };
+    let lengths = [at.queries * KEYS, at.queries * e, at.queries, at.queries, KEYS, rounded];
+    with_scratch(lengths, |[s, acc, max, sum, factors, rounded]: [&mut [O::Acc]; 6]| {
+        acc.fill(O::Acc::ZERO);
+        max.fill(O::Acc::NEG_INFINITY);
+        sum.fill(O::Acc::ZERO);
         for seen in key_blocks(at, 0..keys).filter_map(|at| tiles.reach(at)) {
             let (first, last) = (seen.query - at.query, seen.query - at.query + seen.queries);
             let acc = &mut acc[first * e..last * e];
@@ -83,30 +104,30 @@ fn forward_block<A: Real>(tiles: &Tiles<A>, at: At, out: &mut dyn RowWriter<A>, 
                     multiply(&mut s[..seen.keys], factors);
                 }
             }
-            add_values(tiles, seen, s, acc);
+            add_values(tiles, seen, s, rounded, acc);
         }
-        let masked: &dyn Fn(usize) -> bool = &|row| sum[row] == A::ZERO;
+        let masked: &dyn Fn(usize) -> bool = &|row| sum[row] == O::Acc::ZERO;
         if (0..at.queries).any(masked) {
             // Their rows of `acc` are still zero; the other rows must not change.
             for at in key_blocks(at, 0..keys) {
-                s.fill(A::ZERO);
+                s.fill(O::Acc::ZERO);
                 tiles.spread(at, masked, s, factors);
-                add_values(tiles, at, s, acc);
+                add_values(tiles, at, s, rounded, acc);
             }
         }
         for (row, (acc, log_sum)) in acc.chunks_exact(e).zip(log_sums).enumerate() {
             let (divisor, value) =
-                if masked(row) { (A::ONE, -A::NEG_INFINITY) } else { (sum[row], max[row] + sum[row].ln()) };
+                if masked(row) { (O::Acc::ONE, -O::Acc::NEG_INFINITY) } else { (sum[row], max[row] + sum[row].ln()) };
             *log_sum = value;
-            out.write(row, acc, A::ONE / divisor);
+            out.write(row, acc, O::Acc::ONE / divisor);
         }
     });
 }
 
 /// `acc += s v`.
-fn add_values<A: Real>(tiles: &Tiles<A>, at: At, s: &[A], acc: &mut [A]) {
+fn add_values<O: Multiply>(tiles: &Tiles<O>, at: At, s: &[O::Acc], rounded: &mut [O::Acc], acc: &mut [O::Acc]) {
     let e = tiles.sizes.e;
     let v = tiles.v.block(at.batch, at.head / tiles.sizes.group(), at.key);
-    let s = Matrix { data: s, row: KEYS, col: 1 };
-    gemm_block::<A>(at.queries, e, at.keys, s, v, true, acc, e);
+    let s = operand::<O>(&s[..at.queries * KEYS], at.keys, rounded);
+    gemm_block::<O>(at.queries, e, at.keys, s, v, true, acc, e);
 }

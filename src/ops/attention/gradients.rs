@@ -8,14 +8,14 @@ use super::{
     position::Position,
     rows::RowWriter,
     tile::{
-        At, KEYS, QUERIES, Rows, Tiles, add, score_gradients, score_gradients_dropped, sum, transposed, weights,
-        with_scratch,
+        At, KEYS, QUERIES, Rows, Tiles, add, operand, score_gradients, score_gradients_dropped, sum, transposed,
+        weights, with_scratch,
     },
 };
 use crate::{
     Result, Tensor,
-    core::Real,
-    ops::matmul::cpu::{Matrix, gemm_block},
+    core::{Element, Real},
+    ops::matmul::{cpu::gemm_block, packing::Multiply},
 };
 
 /// What a task writes: it owns some keys of one key head.
@@ -29,11 +29,11 @@ pub(super) struct Task<'a, A> {
 }
 
 /// What the backward pass reads.
-pub(super) struct Pass<'a, A: Real> {
-    pub tiles: Tiles<'a, A>,
-    pub grad: Rows<'a, A>,
-    pub log_sums: &'a [A],
-    pub delta: &'a [A],
+pub(super) struct Pass<'a, O: Multiply> {
+    pub tiles: Tiles<'a, O>,
+    pub grad: Rows<'a, O>,
+    pub log_sums: &'a [O::Acc],
+    pub delta: &'a [O::Acc],
 }
 
 /// Working memory of a tile.
@@ -54,17 +54,17 @@ enum Reach {
     Scores,
 }
 
-impl<A: Real> Pass<'_, A> {
-    fn per_query<'a>(&self, at: At, values: &'a [A]) -> &'a [A] {
+impl<O: Multiply> Pass<'_, O> {
+    fn per_query<'a>(&self, at: At, values: &'a [O::Acc]) -> &'a [O::Acc] {
         let Sizes { heads, queries, .. } = self.tiles.sizes;
         &values[(at.batch * heads + at.head) * queries + at.query..][..at.queries]
     }
 
     /// Weights (as they met the values, after dropout) and gradient of the scores of one tile, in `work`, for those
     /// queries of the tile that are returned.
-    fn tile(&self, at: At, work: &mut Work<A>) -> Option<(At, Reach)> {
+    fn tile(&self, at: At, work: &mut Work<O::Acc>) -> Option<(At, Reach)> {
         let (tiles, kv_head) = (&self.tiles, at.head / self.tiles.sizes.group());
-        let masked = |log_sum: &A| *log_sum == -A::NEG_INFINITY;
+        let masked = |log_sum: &O::Acc| *log_sum == -O::Acc::NEG_INFINITY;
         let any_masked = self.per_query(at, self.log_sums).iter().any(masked);
         let (at, reach) = match (tiles.reach(at), any_masked) {
             (None, false) => return None,
@@ -79,10 +79,10 @@ impl<A: Real> Pass<'_, A> {
             weights(work.p, at.width(), log_sums);
             let grad = self.grad.block(at.batch, at.head, at.query);
             let v = transposed(tiles.v.block(at.batch, kv_head, at.key));
-            gemm_block::<A>(at.queries, at.keys, tiles.sizes.e, grad, v, false, work.ds, KEYS);
+            gemm_block::<O>(at.queries, at.keys, tiles.sizes.e, grad, v, false, work.ds, KEYS);
             self.score_gradients(at, work);
         } else {
-            work.p.fill(A::ZERO);
+            work.p.fill(O::Acc::ZERO);
         }
         if any_masked {
             tiles.spread(at, |row| masked(&log_sums[row]), work.p, work.factors);
@@ -90,7 +90,7 @@ impl<A: Real> Pass<'_, A> {
         Some((at, reach))
     }
 
-    fn score_gradients(&self, at: At, work: &mut Work<A>) {
+    fn score_gradients(&self, at: At, work: &mut Work<O::Acc>) {
         let delta = self.per_query(at, self.delta);
         if !self.tiles.drops() {
             return score_gradients(work.p, work.ds, at.keys, delta);
@@ -110,38 +110,40 @@ impl<A: Real> Pass<'_, A> {
         [batch, kv_head]: [usize; 2],
         keys: Range<usize>,
         [want_k, want_v]: [bool; 2],
-        mut task: Task<A>,
+        mut task: Task<O::Acc>,
     ) {
         let Sizes { queries, d, e, .. } = self.tiles.sizes;
         let group = self.tiles.sizes.group();
         let distances = if task.position.is_empty() { 0 } else { keys.len() + queries - 1 };
-        let lengths = [QUERIES * KEYS, QUERIES * KEYS, KEYS, KEYS * d, KEYS * e, group * distances];
-        with_scratch(lengths, |[p, ds, factors, dk, dv, curves]: [&mut [A]; 6]| {
+        let rounded = if O::DTYPE == <O::Acc as Element>::DTYPE { 0 } else { QUERIES * KEYS };
+        let lengths = [QUERIES * KEYS, QUERIES * KEYS, KEYS, KEYS * d, KEYS * e, group * distances, rounded];
+        with_scratch(lengths, |[p, ds, factors, dk, dv, curves, rounded]: [&mut [O::Acc]; 7]| {
             let mut work = Work { p, ds, factors };
-            task.dq.iter_mut().for_each(|dq| dq.fill(A::ZERO));
-            curves.fill(A::ZERO);
+            task.dq.iter_mut().for_each(|dq| dq.fill(O::Acc::ZERO));
+            curves.fill(O::Acc::ZERO);
             let start = At { batch, head: kv_head * group, query: 0, queries: 0, key: 0, keys: 0 };
             for block in key_blocks(start, keys.clone()) {
-                dk.fill(A::ZERO);
-                dv.fill(A::ZERO);
+                dk.fill(O::Acc::ZERO);
+                dv.fill(O::Acc::ZERO);
                 for member in 0..group {
                     for at in query_blocks(At { head: start.head + member, ..block }, 0..queries) {
                         let Some((at, reach)) = self.tile(at, &mut work) else { continue };
                         if want_v {
                             let grad = self.grad.block(batch, at.head, at.query);
-                            gemm_block::<A>(at.keys, e, at.queries, transposed(rows_of(work.p)), grad, true, dv, e);
+                            let p = operand::<O>(&work.p[..at.queries * KEYS], at.keys, rounded);
+                            gemm_block::<O>(at.keys, e, at.queries, transposed(p), grad, true, dv, e);
                         }
                         if reach == Reach::Weights {
                             continue;
                         }
-                        let ds = rows_of(work.ds);
+                        let ds = operand::<O>(&work.ds[..at.queries * KEYS], at.keys, rounded);
                         if want_k {
                             let q = self.tiles.q.block(batch, at.head, at.query);
-                            gemm_block::<A>(at.keys, d, at.queries, transposed(ds), q, true, dk, d);
+                            gemm_block::<O>(at.keys, d, at.queries, transposed(ds), q, true, dk, d);
                         }
                         if let Some(dq) = task.dq.get_mut(member) {
                             let k = self.tiles.k.block(batch, kv_head, at.key);
-                            gemm_block::<A>(at.queries, d, at.keys, ds, k, true, &mut dq[at.query * d..], d);
+                            gemm_block::<O>(at.queries, d, at.keys, ds, k, true, &mut dq[at.query * d..], d);
                         }
                         if distances > 0 {
                             let curve = &mut curves[member * distances..(member + 1) * distances];
@@ -152,7 +154,7 @@ impl<A: Real> Pass<'_, A> {
                 for key in 0..block.keys {
                     let row = block.key - keys.start + key;
                     task.dk.write(row, &dk[key * d..(key + 1) * d], self.tiles.scale);
-                    task.dv.write(row, &dv[key * e..(key + 1) * e], A::ONE);
+                    task.dv.write(row, &dv[key * e..(key + 1) * e], O::Acc::ONE);
                 }
             }
             for (curve, weights) in curves.chunks_exact(distances.max(1)).zip(task.position) {
@@ -162,7 +164,7 @@ impl<A: Real> Pass<'_, A> {
     }
 
     /// Adds the gradient of the scores to that of each distance, from that of the last query and key `first_key` on.
-    fn add_distances(&self, at: At, first_key: usize, ds: &[A], curve: &mut [A]) {
+    fn add_distances(&self, at: At, first_key: usize, ds: &[O::Acc], curve: &mut [O::Acc]) {
         let last = at.key - first_key + self.tiles.sizes.queries - 1 - at.query;
         for (row, ds) in ds.chunks_exact(KEYS).take(at.queries).enumerate() {
             add(&mut curve[last - row..][..at.keys], &ds[..at.keys]);
@@ -176,17 +178,17 @@ impl<A: Real> Pass<'_, A> {
         let mut shape = [1; 4];
         shape[4 - bias.rank()..].copy_from_slice(bias.shape());
         let [_, bias_heads, rows, columns] = shape;
-        let mut gradient = Tensor::zeros(*bias.shape(), A::DTYPE, bias.device())?;
+        let mut gradient = Tensor::zeros(*bias.shape(), O::Acc::DTYPE, bias.device())?;
         let part = if rows == 1 { KEYS.min(columns) } else { QUERIES * columns };
         let parts = (rows * columns).div_ceil(part);
-        let tasks = gradient.values_mut::<A>()?.chunks_mut(rows * columns).flat_map(|slab| slab.chunks_mut(part));
-        run(tasks.collect(), part * batch * heads, |index, gradient: &mut [A]| {
+        let tasks = gradient.values_mut::<O::Acc>()?.chunks_mut(rows * columns).flat_map(|slab| slab.chunks_mut(part));
+        run(tasks.collect(), part * batch * heads, |index, gradient: &mut [O::Acc]| {
             let (slab, first) = (index / parts, index % parts * part);
             let along = |size: usize, index: usize, all: usize| if size == 1 { 0..all } else { index..index + 1 };
             let (query, key) = (first / columns, first % columns);
             let query_range = if rows == 1 { 0..queries } else { query..query + gradient.len() / columns };
             let key_range = if columns == 1 { 0..keys } else { key..key + gradient.len().min(columns) };
-            with_scratch([QUERIES * KEYS, QUERIES * KEYS, KEYS], |[p, ds, factors]: [&mut [A]; 3]| {
+            with_scratch([QUERIES * KEYS, QUERIES * KEYS, KEYS], |[p, ds, factors]: [&mut [O::Acc]; 3]| {
                 let mut work = Work { p, ds, factors };
                 for batch in along(shape[0], slab / bias_heads, batch) {
                     for head in along(bias_heads, slab % bias_heads, heads) {
@@ -216,9 +218,4 @@ impl<A: Real> Pass<'_, A> {
 fn query_blocks(at: At, queries: Range<usize>) -> impl Iterator<Item = At> {
     let end = queries.end;
     queries.step_by(QUERIES).map(move |query| At { query, queries: QUERIES.min(end - query), ..at })
-}
-
-/// A tile as an operand.
-fn rows_of<A>(tile: &[A]) -> Matrix<'_, A> {
-    Matrix { data: tile, row: KEYS, col: 1 }
 }

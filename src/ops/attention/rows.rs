@@ -2,7 +2,7 @@
 //! the part that is compiled for each type of tensor; the passes are compiled for the types of computation alone.
 
 use crate::{
-    DType, Result, Tensor,
+    Result, Tensor,
     core::{Element, Float, Shape},
     device::{cpu, simd::vectorized},
 };
@@ -120,13 +120,13 @@ impl Output {
     }
 }
 
-/// A tensor of rank 4 with packed rows in the type of the computation: itself, or a packed copy.
-pub(super) fn widen<T: Float>(x: &Tensor) -> Result<Tensor> {
-    let (dtype, acc): (DType, DType) = (T::DTYPE, <T::Acc as Element>::DTYPE);
-    if dtype == acc {
+/// A tensor of rank 4 with packed rows in the type of operands, that of the tensor or of the computation: itself, or a
+/// packed copy.
+pub(super) fn widen<T: Float, O: Float<Acc = T::Acc>>(x: &Tensor) -> Result<Tensor> {
+    if T::DTYPE == O::DTYPE {
         return Ok(x.clone());
     }
-    let mut wide = Tensor::uninit(*x.shape(), acc, x.device())?;
+    let mut wide = Tensor::uninit(*x.shape(), <T::Acc as Element>::DTYPE, x.device())?;
     let (layout, from, width) = (*x.layout(), x.storage::<T>()?, x.shape()[3]);
     cpu::for_rows(wide.values_mut::<T::Acc>()?, width, width, |first, wide| {
         for (row, wide) in wide.chunks_exact_mut(width).enumerate() {

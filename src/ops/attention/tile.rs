@@ -9,7 +9,10 @@ use crate::{
     core::{Element, Float, Real},
     device::simd::vectorized,
     ops::{
-        matmul::cpu::{Matrix, gemm_block},
+        matmul::{
+            cpu::{Matrix, gemm_block},
+            packing::Multiply,
+        },
         reduce::sum_slice,
     },
 };
@@ -29,7 +32,7 @@ pub(super) struct Rows<'a, A> {
     row: usize,
 }
 
-impl<'a, A: Real> Rows<'a, A> {
+impl<'a, A: Float> Rows<'a, A> {
     pub fn new(x: &'a Tensor) -> Result<Self> {
         let layout = x.layout();
         let (strides, storage) = (layout.strides(), x.storage::<A>()?);
@@ -46,6 +49,28 @@ impl<'a, A: Real> Rows<'a, A> {
 
     pub fn row(&self, batch: usize, head: usize, row: usize, width: usize) -> &'a [A] {
         &self.block(batch, head, row).data[..width]
+    }
+}
+
+/// A tile as an operand of a product: itself, or rounded to `O` in `memory`.
+pub(super) fn operand<'a, O: Float>(tile: &'a [O::Acc], width: usize, memory: &'a mut [O::Acc]) -> Matrix<'a, O> {
+    let data = if O::DTYPE == O::Acc::DTYPE {
+        bytemuck::cast_slice(tile)
+    } else {
+        let rounded: &mut [O] = bytemuck::cast_slice_mut(memory);
+        round_rows::<O>(tile, width, rounded);
+        rounded
+    };
+    Matrix { data, row: KEYS, col: 1 }
+}
+
+vectorized! {
+    fn round_rows<O: Float>(tile: &[O::Acc], width: usize, to: &mut [O]) {
+        for (tile, to) in tile.chunks_exact(KEYS).zip(to.chunks_exact_mut(KEYS)) {
+            for (tile, to) in tile[..width].iter().zip(to) {
+                *to = O::from_acc(*tile);
+            }
+        }
     }
 }
 
@@ -111,28 +136,28 @@ impl At {
     }
 }
 
-/// Everything that the tiles of one call are computed from, in the type of the computation.
-pub(super) struct Tiles<'a, A: Real> {
+/// Everything that the tiles of one call are computed from: operands of products in `O`, all else in `O::Acc`.
+pub(super) struct Tiles<'a, O: Multiply> {
     pub sizes: Sizes,
-    pub q: Rows<'a, A>,
-    pub k: Rows<'a, A>,
-    pub v: Rows<'a, A>,
-    pub scale: A,
+    pub q: Rows<'a, O>,
+    pub k: Rows<'a, O>,
+    pub v: Rows<'a, O>,
+    pub scale: O::Acc,
     causal: bool,
     mask: Option<Broadcast<'a, u8>>,
     query_mask: Option<&'a [u8]>,
     key_mask: Option<&'a [u8]>,
     mem_keys: usize,
     max_attend_past: Option<i64>,
-    bias: Option<Box<dyn Addend<A> + 'a>>,
+    bias: Option<Box<dyn Addend<O::Acc> + 'a>>,
     /// `[heads, queries + keys − 1]`.
-    curves: Option<Vec<A>>,
+    curves: Option<Vec<O::Acc>>,
     dropout: Option<super::Dropout>,
 }
 
-impl<'a, A: Real> Tiles<'a, A> {
-    /// `T` is the type of the tensors, `operands` are queries, keys and values in that of the computation.
-    pub fn new<T: Float<Acc = A>>(problem: &'a Problem, operands: &'a [Tensor; 3]) -> Result<Self> {
+impl<'a, O: Multiply> Tiles<'a, O> {
+    /// `T` is the type of the tensors, `operands` are queries, keys and values in that of products.
+    pub fn new<T: Float<Acc = O::Acc>>(problem: &'a Problem, operands: &'a [Tensor; 3]) -> Result<Self> {
         let sizes = problem.sizes;
         let padding = |mask: &'a Option<Tensor>| mask.as_ref().map(|mask| mask.values::<bool>()).transpose();
         let [q, k, v] = operands;
@@ -141,7 +166,7 @@ impl<'a, A: Real> Tiles<'a, A> {
             q: Rows::new(q)?,
             k: Rows::new(k)?,
             v: Rows::new(v)?,
-            scale: A::from_f64(problem.scale),
+            scale: <O::Acc as Float>::from_f64(problem.scale),
             causal: problem.causal,
             mask: problem.mask.as_ref().map(|mask| Broadcast::new::<bool>(mask, &sizes)).transpose()?,
             query_mask: padding(&problem.query_mask)?,
@@ -194,10 +219,10 @@ impl<'a, A: Real> Tiles<'a, A> {
     }
 
     /// `scale · q kᵀ` with biases, −∞ where masked; rows of `s` are [`KEYS`] apart.
-    pub fn scores(&self, at: At, s: &mut [A]) {
+    pub fn scores(&self, at: At, s: &mut [O::Acc]) {
         let q = self.q.block(at.batch, at.head, at.query);
         let k = self.k.block(at.batch, at.head / self.sizes.group(), at.key);
-        gemm_block::<A>(at.queries, at.keys, self.sizes.d, q, transposed(k), false, s, KEYS);
+        gemm_block::<O>(at.queries, at.keys, self.sizes.d, q, transposed(k), false, s, KEYS);
         let s = &mut s[..at.queries * KEYS];
         match &self.curves {
             None => scale_rows(s, at.keys, self.scale),
@@ -220,9 +245,9 @@ impl<'a, A: Real> Tiles<'a, A> {
                 apply_mask(&mut s[free..], mask);
             }
             let kept = self.kept(at.batch, query);
-            s[..kept.start.saturating_sub(at.key).min(at.keys)].fill(A::NEG_INFINITY);
-            s[kept.end.saturating_sub(at.key).min(at.keys)..].fill(A::NEG_INFINITY);
-            behind.fill(A::NEG_INFINITY);
+            s[..kept.start.saturating_sub(at.key).min(at.keys)].fill(O::Acc::NEG_INFINITY);
+            s[kept.end.saturating_sub(at.key).min(at.keys)..].fill(O::Acc::NEG_INFINITY);
+            behind.fill(O::Acc::NEG_INFINITY);
         }
     }
 
@@ -240,17 +265,17 @@ impl<'a, A: Real> Tiles<'a, A> {
     }
 
     /// What dropout multiplies the weights of one query by; unchanged without dropout.
-    pub fn dropout(&self, at: At, row: usize, factors: &mut [A]) {
+    pub fn dropout(&self, at: At, row: usize, factors: &mut [O::Acc]) {
         let Some(dropout) = &self.dropout else { return };
         let Sizes { heads, queries, keys, .. } = self.sizes;
         let first = (((at.batch * heads + at.head) * queries + at.query + row) * keys + at.key) as u64;
-        let factor = A::from_f64(dropout.factor);
+        let factor = <O::Acc as Float>::from_f64(dropout.factor);
         keep_factors(dropout.stream, first, dropout.threshold, factor, &mut factors[..at.keys]);
     }
 
     /// Gives fully masked queries their weights, `1 / keys` for every key, and applies dropout to them.
-    pub fn spread(&self, at: At, masked: impl Fn(usize) -> bool, p: &mut [A], factors: &mut [A]) {
-        let weight = A::ONE / A::from_f64(self.sizes.keys as f64);
+    pub fn spread(&self, at: At, masked: impl Fn(usize) -> bool, p: &mut [O::Acc], factors: &mut [O::Acc]) {
+        let weight = O::Acc::ONE / <O::Acc as Float>::from_f64(self.sizes.keys as f64);
         for (row, p) in p.chunks_exact_mut(KEYS).take(at.queries).enumerate().filter(|(row, _)| masked(*row)) {
             p[..at.keys].fill(weight);
             if self.drops() {
@@ -405,16 +430,16 @@ vectorized! {
 }
 
 vectorized! {
-    pub(super) fn dot<A: Real>(x: &[A], y: &[A]) -> A {
+    pub(super) fn dot<O: Float>(x: &[O], y: &[O]) -> O::Acc {
         let (x, y) = (x.chunks_exact(LANES), y.chunks_exact(LANES));
-        let mut rest = A::ZERO;
+        let mut rest = O::Acc::ZERO;
         for (x, y) in x.remainder().iter().zip(y.remainder()) {
-            rest += *x * *y;
+            rest += x.to_acc() * y.to_acc();
         }
-        let mut lanes = [A::ZERO; LANES];
+        let mut lanes = [O::Acc::ZERO; LANES];
         for (x, y) in x.zip(y) {
             for ((lane, x), y) in lanes.iter_mut().zip(x).zip(y) {
-                *lane += *x * *y;
+                *lane += x.to_acc() * y.to_acc();
             }
         }
         rest + total(lanes)

@@ -2,19 +2,23 @@
 //! (Goto and van de Geijn, "Anatomy of High-Performance Matrix Multiplication", 2008).
 //!
 //! Element (i, j) of C is always summed in the same order: chains of [`STEPS`] products, and the chains one after the
-//! other. Neither the layout of the operands nor the number of rows, columns or threads changes a bit of it; the path
-//! taken is a matter of speed alone.
+//! other. Neither the layout of the operands nor the number of threads changes a bit of it. Nor does the number of rows
+//! or columns, unless the processor has other instructions than multiply-adds for the type ([`packing`](super::packing)):
+//! those have an order of their own, and are not used for a few rows.
 
 use std::cell::Cell;
 
+use bytemuck::Pod;
+
 use super::{
-    microkernel::{Left, Order, Right, Start, Window, multiply, tile},
+    microkernel::{Left, Right, Start, Window},
     pack::pack,
+    packing::{Multiply, MultiplyAdd, Packing},
     shared, skinny,
 };
 use crate::{
     Result,
-    core::{Element, Float, Real},
+    core::{Element, Float},
     device::{
         cpu::{self, CpuBuffer},
         simd::vectorized,
@@ -56,9 +60,6 @@ const BLOCK_COLUMNS: usize = 256;
 /// Columns that are packed at a time for few rows: they stay in the first-level cache.
 const FEW_COLUMNS: usize = 64;
 
-/// Elements of an operand that lie so close together that packing them first gains nothing.
-const CLOSE: usize = 1 << 15;
-
 /// Products below which a task does not pay for its hand-over.
 const GRAIN: usize = 1 << 19;
 
@@ -75,7 +76,7 @@ const THIN: usize = 64;
 ///
 /// Without `accumulate` C is overwritten. The buffers for packing belong to the thread and are reused.
 #[allow(clippy::too_many_arguments)]
-pub(crate) fn gemm_block<T: Float>(
+pub(crate) fn gemm_block<T: Multiply>(
     m: usize,
     n: usize,
     k: usize,
@@ -86,7 +87,16 @@ pub(crate) fn gemm_block<T: Float>(
     ldc: usize,
 ) {
     let start = if accumulate { Start::Previous } else { Start::Zero };
-    Scratch::with(|scratch| block(k, a, b, start, Window::new(c, m, n, ldc), scratch));
+    let c = Window::new(c, m, n, ldc);
+    Scratch::with(|scratch| {
+        if T::Tiled::available() {
+            block::<T, T::Tiled>(k, a, b, start, c, scratch);
+        } else if T::Paired::available() {
+            block::<T, T::Paired>(k, a, b, start, c, scratch);
+        } else {
+            block::<T, MultiplyAdd>(k, a, b, start, c, scratch);
+        }
+    });
 }
 
 /// Memory of a thread for packed operands and sums; it grows to what was needed most.
@@ -112,7 +122,7 @@ impl Scratch {
 }
 
 /// The first elements of a growing buffer, aligned to a cache line.
-fn aligned<R: Real>(buffer: &mut Vec<u64>, elements: usize) -> &mut [R] {
+fn aligned<R: Pod>(buffer: &mut Vec<u64>, elements: usize) -> &mut [R] {
     const LINE: usize = 64;
     let words = (elements * size_of::<R>()).div_ceil(size_of::<u64>());
     if buffer.len() < words + LINE / size_of::<u64>() {
@@ -128,7 +138,7 @@ pub(super) fn as_sums<T: Float>(data: &[T]) -> Option<&[T::Acc]> {
 }
 
 /// `C = start + A·B` on the calling thread.
-fn block<T: Float>(
+fn block<T: Float, P: Packing<T>>(
     k: usize,
     a: Matrix<T>,
     b: Matrix<T>,
@@ -144,52 +154,66 @@ fn block<T: Float>(
         for step in (0..k.max(1)).step_by(STEPS) {
             let steps = STEPS.min(k - step);
             let start = start.of_block(step, j);
-            let right = right(b.from(step, j), m, width, steps, &mut scratch.right);
+            let right = right::<T, P>(b.from(step, j), m, width, steps, &mut scratch.right);
             for i in (0..m).step_by(BLOCK_ROWS) {
                 let height = BLOCK_ROWS.min(m - i);
-                let left = left(a.from(i, step), height, width, steps, &mut scratch.left);
-                multiply(steps, left, right, start, c.part(i, j, height, width));
+                let left = left::<T, P>(a.from(i, step), height, width, steps, &mut scratch.left);
+                let c = c.part(i, j, height, width);
+                match (left, right) {
+                    (Some(left), Some(right)) => P::multiply(steps, left, right, start, c),
+                    _ => out_of_range(steps, a.from(i, step), b.from(step, j), start, c),
+                }
             }
         }
     }
 }
 
-/// Rows of A for the micro-kernel, in place where that is as fast.
-fn left<'a, T: Float>(
+/// As [`block`] for one block of steps, by multiply-adds: for values that other instructions get wrong.
+#[cold]
+pub(super) fn out_of_range<T: Float>(
+    steps: usize,
+    a: Matrix<T>,
+    b: Matrix<T>,
+    start: Start<T::Acc>,
+    c: Window<T::Acc>,
+) {
+    let mut scratch = Scratch::default();
+    let (rows, columns) = (c.rows(), c.columns());
+    let right = right::<T, MultiplyAdd>(b, rows, columns, steps, &mut scratch.right);
+    let left = left::<T, MultiplyAdd>(a, rows, columns, steps, &mut scratch.left);
+    if let (Some(left), Some(right)) = (left, right) {
+        <MultiplyAdd as Packing<T>>::multiply(steps, left, right, start, c);
+    }
+}
+
+/// Rows of A for the micro-kernel, in place where that is as fast; `None` if they are out of its range.
+fn left<'a, T: Float, P: Packing<T>>(
     a: Matrix<'a, T>,
     rows: usize,
     columns: usize,
     steps: usize,
     packed: &'a mut Vec<u64>,
-) -> Left<'a, T::Acc> {
-    let tall = tile::<T::Acc>().rows;
-    // Steps next to each other are read along cache lines; others only if few lines serve all rows and columns.
-    let near = a.col == 1 || (a.row == 1 && steps * a.col <= CLOSE && columns <= 2 * FEW_COLUMNS);
-    if let Some(data) = as_sums(a.data).filter(|_| near) {
-        let (order, stride) = if a.row == 1 { (Order::Rows, a.col) } else { (Order::Steps, a.row) };
-        return Left { data, panel: tall * a.row, order, stride };
+) -> Option<Left<'a, P::Packed>> {
+    if let Some(left) = P::left_in_place(a, steps, columns) {
+        return Some(left);
     }
-    let packed = aligned::<T::Acc>(packed, rows.next_multiple_of(tall) * steps);
-    pack(a, rows, steps, tall, packed);
-    Left { data: packed, panel: tall * steps, order: Order::Rows, stride: tall }
+    let packed = aligned(packed, rows.next_multiple_of(P::tile().rows) * steps.next_multiple_of(P::STEPS));
+    P::pack_left(a, rows, steps, packed).then(|| P::packed_left(packed, steps))
 }
 
-/// Columns of B for the micro-kernel, in place where that is as fast.
-fn right<'a, T: Float>(
+/// Columns of B for the micro-kernel, in place where that is as fast; `None` if they are out of its range.
+fn right<'a, T: Float, P: Packing<T>>(
     b: Matrix<'a, T>,
     rows: usize,
     columns: usize,
     steps: usize,
     packed: &'a mut Vec<u64>,
-) -> Right<'a, T::Acc> {
-    let wide = tile::<T::Acc>().columns;
-    let near = b.col == 1 && steps * b.row <= CLOSE && rows <= 2 * THIN && columns.is_multiple_of(wide);
-    if let Some(data) = as_sums(b.data).filter(|_| near) {
-        return Right { data, panel: wide, step: b.row };
+) -> Option<Right<'a, P::Packed>> {
+    if let Some(right) = P::right_in_place(b, steps, rows, columns) {
+        return Some(right);
     }
-    let packed = aligned::<T::Acc>(packed, columns.next_multiple_of(wide) * steps);
-    pack(b.transposed(), columns, steps, wide, packed);
-    Right { data: packed, panel: wide * steps, step: wide }
+    let packed = aligned(packed, columns.next_multiple_of(P::tile().columns) * steps.next_multiple_of(P::STEPS));
+    P::pack_right(b, columns, steps, packed).then(|| P::packed_right(packed, steps))
 }
 
 /// As [`block`] for at most [`skinny::ROWS`] rows; returns how many columns are done.
@@ -248,6 +272,11 @@ fn few_rows<T: Float>(
     done
 }
 
+/// Lends this thread's memory for sums, of unspecified content.
+pub(super) fn sums_of_task<R: Pod>(elements: usize, f: impl FnOnce(&mut [R])) {
+    Scratch::with(|scratch| f(aligned(&mut scratch.sums, elements)));
+}
+
 /// A batch of products of the same size. `offsets(item)` are the positions of A and B of an item in their data.
 pub(crate) struct Product<'a, T> {
     pub batch: usize,
@@ -264,7 +293,18 @@ pub(crate) struct Product<'a, T> {
 /// `out[item] = A[item]·B[item] (+ bias)`, out packed `[batch, m, n]`, on all threads of the pool.
 ///
 /// How the work is cut depends on the sizes alone. Errors: out of memory for packed operands.
-pub(crate) fn gemm<T: Float>(product: &Product<T>, out: &mut [T]) -> Result<()> {
+pub(crate) fn gemm<T: Multiply>(product: &Product<T>, out: &mut [T]) -> Result<()> {
+    if T::Tiled::available() {
+        gemm_by::<T, T::Tiled>(product, out)
+    } else if T::Paired::available() {
+        gemm_by::<T, T::Paired>(product, out)
+    } else {
+        gemm_by::<T, MultiplyAdd>(product, out)
+    }
+}
+
+/// As [`gemm`] in one way.
+pub(super) fn gemm_by<T: Float, P: Packing<T>>(product: &Product<T>, out: &mut [T]) -> Result<()> {
     let &Product { batch, m, n, k, .. } = product;
     if batch == 0 || m == 0 || n == 0 {
         return Ok(());
@@ -284,7 +324,7 @@ pub(crate) fn gemm<T: Float>(product: &Product<T>, out: &mut [T]) -> Result<()> 
     if cost >= LARGE && m > THIN && n > THIN && batch < 8 {
         return out.chunks_exact_mut(m * n).enumerate().try_for_each(|(item, out)| {
             let (a, b) = product.item(item);
-            shared::product(k, a, b, start, Window::new(out, m, n, n))
+            shared::product::<T, P>(k, a, b, start, Window::new(out, m, n, n))
         });
     }
     // Pieces that one thread computes alone: whole items, rows of them, or columns where there are few rows.
@@ -310,7 +350,7 @@ pub(crate) fn gemm<T: Float>(product: &Product<T>, out: &mut [T]) -> Result<()> 
                 // SAFETY: every piece is another window of the output.
                 let out = unsafe { whole.shared_part(item * m + i, j, rows, columns) };
                 let (a, b) = product.item(item);
-                one_piece(k, a.from(i, 0), b.from(0, j), start.of_block(0, j), out, scratch);
+                one_piece::<T, P>(k, a.from(i, 0), b.from(0, j), start.of_block(0, j), out, scratch);
             }
         });
     });
@@ -326,7 +366,7 @@ impl<'a, T: Float> Product<'a, T> {
 }
 
 /// `out = start + A·B` on the calling thread, rounded to the type of the output.
-fn one_piece<T: Float>(
+fn one_piece<T: Float, P: Packing<T>>(
     k: usize,
     a: Matrix<T>,
     b: Matrix<T>,
@@ -335,12 +375,12 @@ fn one_piece<T: Float>(
     scratch: &mut Scratch,
 ) {
     if let Some(out) = out.as_sums() {
-        return block(k, a, b, start, out, scratch);
+        return block::<T, P>(k, a, b, start, out, scratch);
     }
     let (rows, columns) = (out.rows(), out.columns());
     let mut buffer = std::mem::take(&mut scratch.sums);
     let sums = aligned::<T::Acc>(&mut buffer, rows * columns);
-    block(k, a, b, start, Window::new(sums, rows, columns, columns), scratch);
+    block::<T, P>(k, a, b, start, Window::new(sums, rows, columns, columns), scratch);
     for (row, sums) in sums.chunks_exact(columns).enumerate() {
         round::<T>(sums, out.row_mut(row));
     }

@@ -206,6 +206,7 @@ mod avx2 {
             unsafe {
                 match count {
                     8 => _mm256_storeu_ps(to, self),
+                    4 => _mm_storeu_ps(to, _mm256_castps256_ps128(self)),
                     6 => {
                         _mm_storeu_ps(to, _mm256_castps256_ps128(self));
                         _mm_storel_pd(to.add(4).cast(), _mm_castps_pd(_mm256_extractf128_ps::<1>(self)));

@@ -1,22 +1,30 @@
 //! Matrix products: `matmul` with PyTorch's broadcasting over batches, and `linear`.
 
+#[cfg(target_arch = "x86_64")]
+mod amx;
+#[cfg(all(test, target_arch = "x86_64", target_os = "linux"))]
+mod amx_emulator;
 pub(crate) mod cpu;
 mod cuda;
 mod int8;
 mod lanes;
 mod microkernel;
 mod pack;
+pub(crate) mod packing;
+#[cfg(target_arch = "x86_64")]
+mod pairs;
 mod shared;
 mod skinny;
 
 use crate::{
     Device, Error, Result, Tensor,
-    core::{Backward, Contributions, Float, MAX_RANK, Saved, Shape, collapse, dispatch_float, needs, record},
+    core::{Backward, Contributions, MAX_RANK, Saved, Shape, collapse, dispatch_float, needs, record},
     error::ensure,
     ops::copy::same_kind,
 };
 use cpu::{Matrix, Product, gemm};
 pub use int8::Int8Matrix;
+use packing::Multiply;
 
 impl Tensor {
     /// Matrix product: `y[.., i, j] = Σ_k a[.., i, k] · b[.., k, j]`.
@@ -196,7 +204,7 @@ impl Merged {
     }
 }
 
-fn run<T: Float>(merged: &Merged, a: &Tensor, b: &Tensor, bias: Option<&Tensor>, out: &mut Tensor) -> Result<()> {
+fn run<T: Multiply>(merged: &Merged, a: &Tensor, b: &Tensor, bias: Option<&Tensor>, out: &mut Tensor) -> Result<()> {
     let matrix = |data, [row, col]: [usize; 2]| Matrix { data, row, col };
     let product = Product {
         batch: merged.batch.elements(),

@@ -164,7 +164,8 @@ fn ordinary(plain: &Setup, causal: &Setup) -> Vec<Case> {
         case("odd blocks", qkv(1, [1, 1], 37, 131, 3, 2), [], plain()).tolerance(1.5),
         case("several blocks", qkv(1, [2, 1], 131, 261, 2, 1), [], causal()),
         case("several blocks with blind queries", qkv(1, [1, 1], 261, 131, 2, 3), [], causal()),
-        case("wide heads", qkv(1, [2, 2], 70, 150, 32, 24), [], causal()),
+        // On processors that multiply bf16, weights and gradients of scores are rounded to it before their products.
+        case("wide heads", qkv(1, [2, 2], 70, 150, 32, 24), [], causal()).tolerance(1.5),
         case("no queries", qkv(1, [2, 2], 0, 3, 2, 2), [], plain()),
         case("no keys", qkv(1, [2, 2], 3, 0, 2, 2), [], causal()),
         case("no batch", qkv(0, [2, 2], 3, 3, 2, 2), [], plain()),
