@@ -294,7 +294,10 @@ pub(crate) struct Product<'a, T> {
 ///
 /// How the work is cut depends on the sizes alone. Errors: out of memory for packed operands.
 pub(crate) fn gemm<T: Multiply>(product: &Product<T>, out: &mut [T]) -> Result<()> {
-    if T::Tiled::available() {
+    if product.m <= skinny::ROWS {
+        // What the path of few rows leaves over has the same bits.
+        gemm_by::<T, MultiplyAdd>(product, out)
+    } else if T::Tiled::available() {
         gemm_by::<T, T::Tiled>(product, out)
     } else if T::Paired::available() {
         gemm_by::<T, T::Paired>(product, out)
