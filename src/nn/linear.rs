@@ -2,7 +2,10 @@
 
 use std::sync::Arc;
 
-use crate::{Init, Param, Result, Store, Tensor, ops::Int8Matrix};
+use crate::{
+    Init, Param, Result, Store, Tensor,
+    ops::{Activation, Int8Matrix},
+};
 
 /// `x Wᵀ + b`, PyTorch's `nn.Linear`: `weight [out, in]`, `bias [out]`.
 #[derive(Clone, Debug)]
@@ -42,7 +45,12 @@ impl Linear {
 
     /// `[.., in] → [.., out]`.
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        let bias = self.bias.as_ref().map(Param::tensor);
+        self.product(x, self.bias.as_ref())
+    }
+
+    /// The product with the weight as it is kept, and the bias if one is given.
+    fn product(&self, x: &Tensor, bias: Option<&Param>) -> Result<Tensor> {
+        let bias = bias.map(Param::tensor);
         match &self.int8 {
             Some(weight) => weight.linear(x, bias.as_ref()),
             None => x.linear(&self.weight.tensor(), bias.as_ref()),
@@ -55,6 +63,26 @@ impl Linear {
     pub fn quantize_int8(&mut self) -> Result<()> {
         self.int8 = Some(Arc::new(Int8Matrix::quantize(&self.weight.tensor().detach())?));
         Ok(())
+    }
+
+    /// `activation(x Wᵀ + b)`, the bias being added on the way to the activation.
+    pub fn activated(&self, x: &Tensor, activation: Activation) -> Result<Tensor> {
+        let Some(bias) = &self.bias else { return activate(&self.forward(x)?, activation) };
+        self.product(x, None)?.add_activation(&bias.tensor(), activation)
+    }
+
+    /// As [`Linear::activated`] with a gated unit: `[.., in] → [.., out / 2]`, see [`Tensor::glu`].
+    pub fn gated(&self, x: &Tensor, activation: Activation) -> Result<Tensor> {
+        let Some(bias) = &self.bias else { return self.forward(x)?.glu(activation) };
+        self.product(x, None)?.add_glu(&bias.tensor(), activation)
+    }
+}
+
+fn activate(x: &Tensor, activation: Activation) -> Result<Tensor> {
+    match activation {
+        Activation::Gelu => x.gelu(),
+        Activation::ReluSquared => x.relu_squared(),
+        Activation::Sigmoid => x.sigmoid(),
     }
 }
 
