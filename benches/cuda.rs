@@ -12,8 +12,8 @@ use x_transformers::{
     config::{AttentionLayersConfig, AutoregressiveConfig, TransformerWrapperConfig},
     device::CudaDevice,
     models::{AutoregressiveWrapper, ForwardOptions},
-    ops::{Activation, AttentionSpec, attention},
-    train::{AdamW, AdamWOptions},
+    ops::{Activation, AttentionSpec, SampleFilter, SampleSpec, attention},
+    train::{AdamW, AdamWOptions, RecordedStep},
 };
 
 /// What a time is held against.
@@ -144,10 +144,20 @@ impl Bench {
             self.op("softmax", one, [bytes(2), bytes(3)], |x| x[0].softmax())?;
             let norm = [x.clone(), weight.clone(), bias];
             self.op("layer_norm", &norm, [bytes(2), bytes(3)], |x| x[0].layer_norm(Some(&x[1]), Some(&x[2]), 1e-5))?;
+            let sum = [x.clone(), x.detach(), weight.clone(), norm[2].clone()];
+            // The sum is written too; its gradient comes from the norm alone here.
+            self.op("add_layer_norm", &sum, [bytes(4), bytes(3)], |x| {
+                Ok(x[0].add_layer_norm(&x[1], Some(&x[2]), Some(&x[3]), 1e-5)?.1)
+            })?;
             self.op("rms_norm", &norm[..2], [bytes(2), bytes(3)], |x| x[0].rms_norm(&x[1], 1e-8))?;
             self.op("gelu", one, [bytes(2), bytes(3)], |x| x[0].gelu())?;
+            let biased = [x.clone(), weight.clone()];
+            let activation = Activation::Gelu;
+            self.op("bias gelu", &biased, [bytes(2), bytes(3)], |x| x[0].add_activation(&x[1], activation))?;
             let half = |tensors: usize| Work::Bytes(tensors * rows * dim / 2 * dtype.size());
             self.op("glu gelu", one, [half(3), half(5)], |x| x[0].glu(Activation::Gelu))?;
+            self.op("bias glu gelu", &biased, [half(3), half(5)], |x| x[0].add_glu(&x[1], activation))?;
+            self.op("transpose", one, [bytes(2), bytes(2)], |x| x[0].transpose(0, 1)?.contiguous())?;
             let heads =
                 x.reshape([rows / 8, 8, dim])?.reshape([8, rows / 8, dim / 64, 64])?.transpose(1, 2)?.contiguous()?;
             let inv_freq = Tensor::generate([32], DType::F32, &self.device, |k| 10000f64.powf(k as f64 / -32.0))?;
@@ -234,6 +244,34 @@ impl Bench {
                     optimizer.borrow_mut().step(&params, &grads, 1e-4, Some(1.0)).map(drop)
                 },
             )?;
+            let recorded = RecordedStep::new(
+                optimizer.into_inner(),
+                &params,
+                std::slice::from_ref(&tokens),
+                Some(1.0),
+                |inputs| model.loss(&inputs[0], &ForwardOptions::default()),
+            )?;
+            let recorded = std::cell::RefCell::new(recorded);
+            self.run(
+                ("training step, recorded", dtype, &shape),
+                work,
+                || Ok(()),
+                |()| recorded.borrow_mut().step(std::slice::from_ref(&tokens), 1e-4, 1.0).map(drop),
+            )?;
+        }
+        Ok(())
+    }
+
+    /// The next token of one row and of several, with a tenth of the vocabulary kept; reads a row once from memory.
+    fn sampling(&self) -> Result<()> {
+        let vocabulary = if self.test { 100 } else { 32_000 };
+        for (rows, dtype) in [(1, DType::F32), (1, DType::BF16), (64, DType::BF16)] {
+            let logits = self.random(&[rows, vocabulary], dtype)?;
+            let spec = SampleSpec { filter: SampleFilter::Best(vocabulary / 10), temperature: 0.8, seed: 0 };
+            let step = Tensor::zeros([1], DType::I64, &self.device)?;
+            let work = Work::Bytes(rows * vocabulary * dtype.size());
+            let shape = [rows, vocabulary];
+            self.run(("sample top_k", dtype, &shape), work, || Ok(()), |()| logits.sample(&spec, &step).map(drop))?;
         }
         Ok(())
     }
@@ -256,5 +294,6 @@ fn main() -> Result<()> {
     bench.peaks()?;
     bench.memory_bound()?;
     bench.attention()?;
+    bench.sampling()?;
     bench.training_step()
 }

@@ -70,6 +70,7 @@ fn ops() -> Vec<Op> {
     let (x, two, row) = ([Float(X)], [Float(X), Float(X)], [Float(X), Float(&[1024])]);
     let masks = [Mask(X), Mask(X)];
     vec![
+        op("add_activation", &row, Some(1), |x| x[0].add_activation(&x[1], Activation::Gelu)),
         op("contiguous", &x, Some(0), |x| x[0].transpose(1, 2)?.contiguous()),
         op("to_dtype", &x, Some(0), |x| {
             x[0].to_dtype(if x[0].dtype() == DType::F32 { DType::BF16 } else { DType::F32 })
@@ -77,15 +78,26 @@ fn ops() -> Vec<Op> {
         op("cat", &two, Some(0), |x| Tensor::cat(&[&x[0], &x[1]], -1)),
         op("cross_entropy", &[Float(X), Tokens(&[8, 512])], Some(1), |x| x[0].cross_entropy(&x[1], -100)),
         op("dropout", &x, Some(0), |x| x[0].dropout(0.1)),
+        op("dropout_add", &two, Some(0), |x| x[0].dropout_add(&x[1], 0.1)),
         op("embedding", &[Float(&[1024, 1024]), Tokens(&[8, 512])], Some(0), |x| x[0].embedding(&x[1])),
         op("entmax15", &x, Some(1), |x| x[0].entmax15()),
         op("glu", &x, Some(1), |x| x[0].glu(Activation::Gelu)),
+        op("add_glu", &row, Some(1), |x| x[0].add_glu(&x[1], Activation::Gelu)),
         op("gru_gate", &[Float(X), Float(GATES), Float(GATES)], Some(7), |x| x[0].gru_gate(&x[1], &x[2])),
         op("layer_norm", &[Float(X), Float(&[1024]), Float(&[1024])], Some(1), |x| {
             x[0].layer_norm(Some(&x[1]), Some(&x[2]), 1e-5)
         }),
         op("rms_norm", &row, Some(1), |x| x[0].rms_norm(&x[1], 1e-8)),
         op("scale_norm", &[Float(X), Float(&[1])], Some(1), |x| x[0].scale_norm(&x[1], 1e-5)),
+        op("add_layer_norm", &[Float(X), Constant(X), Float(&[1024]), Float(&[1024])], Some(1), |x| {
+            Ok(x[0].add_layer_norm(&x[1], Some(&x[2]), Some(&x[3]), 1e-5)?.1)
+        }),
+        op("add_rms_norm", &[Float(X), Constant(X), Float(&[1024])], Some(1), |x| {
+            Ok(x[0].add_rms_norm(&x[1], &x[2], 1e-8)?.1)
+        }),
+        op("add_scale_norm", &[Float(X), Constant(X), Float(&[1])], Some(1), |x| {
+            Ok(x[0].add_scale_norm(&x[1], &x[2], 1e-5)?.1)
+        }),
         op("neg", &x, Some(0), |x| x[0].neg()),
         op("exp", &x, Some(1), |x| x[0].exp()),
         op("ln", &x, Some(1), |x| x[0].ln()),

@@ -200,8 +200,8 @@ __device__ __forceinline__ void for_elements(i64 n, bool packed, Body body) {
     for (i64 i = in_packets + thread; i < n; i += threads) body(i, Lanes<1>());
 }
 
-// The threads with one threadIdx.y share a row: a warp each (blockDim.x 32, several rows a block), or the whole block
-// (blockDim.x a larger multiple of 32, blockDim.y 1).
+// The threads with one threadIdx.y share a row: a warp each (blockDim.x 32, several rows a block), or several warps
+// (blockDim.x a larger multiple of 32), which must then walk through their rows in step with all of the block.
 //
 // Calls body(j, Lanes<N>()) for the positions 0, N, 2N, … of a row, each by one thread: packets of WIDTH if `packed`,
 // which asks for 128-bit aligned rows, then what is left one by one. A thread sees the same elements in the same order
@@ -220,7 +220,8 @@ __device__ __forceinline__ void for_row(u32 columns, bool packed, Body body) {
 }
 
 // Combines the values of the threads of a row; each of them gets the same bits, in an order fixed by blockDim.x.
-// `none` is the value that changes nothing. All threads of the row must call it.
+// `none` is the value that changes nothing. All threads of the row must call it, and all of the block if a row has
+// several warps.
 template <typename A, typename F> __device__ __forceinline__ A reduce_warp(A value, F combine) {
 #pragma unroll
     for (int step = 16; step > 0; step /= 2) value = combine(value, __shfl_xor_sync(0xFFFFFFFF, value, step));
@@ -231,12 +232,12 @@ template <typename A, typename F> __device__ __forceinline__ A reduce_row(A valu
     value = reduce_warp(value, combine);
     if (blockDim.x == 32) return value;
     __shared__ A of_warp[32];
-    const u32 warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    const u32 warps = blockDim.x / 32, first = threadIdx.y * warps, lane = threadIdx.x % 32;
     // Every thread has read the result of an earlier call before it is overwritten.
     __syncthreads();
-    if (lane == 0) of_warp[warp] = value;
+    if (lane == 0) of_warp[first + threadIdx.x / 32] = value;
     __syncthreads();
-    return reduce_warp(lane < blockDim.x / 32 ? of_warp[lane] : none, combine);
+    return reduce_warp(lane < warps ? of_warp[first + lane] : none, combine);
 }
 
 template <typename A> __device__ __forceinline__ A sum_row(A value) {

@@ -1,12 +1,13 @@
-// Dropout: y_i = x_i scale if word i of a Philox stream is at least `threshold`, else 0. The backward pass is the same
-// function of the gradient.
+// Dropout: y_i = x_i scale + residual_i if word i of a Philox stream is at least `threshold`, else residual_i. The
+// backward pass is the same function of the gradient, without a residual.
 //
-// Shapes: y, x [n], packed; y may be x. T: f32, f64, bf16, f16; the product in f32 (f64 for f64).
+// Shapes: y, x, residual [n], packed; y may be x; residual may be none, which counts as 0. T: f32, f64, bf16, f16;
+// computed in f32 (f64 for f64).
 // Variants: DTYPE=f32,f64,bf16,f16
 //
 // Each thread takes groups of 16 bytes or more that begin with a block of four words, a grid apart.
-// Moves 2 sizeof(T) per element. Limited by memory bandwidth; half types also by the 32-bit multiplications of Philox,
-// ten per element.
+// Moves 2 sizeof(T) per element, 3 with a residual. Limited by memory bandwidth; half types also by the 32-bit
+// multiplications of Philox, ten per element.
 
 #include "common.cuh"
 #include "philox.cuh"
@@ -16,10 +17,15 @@ typedef Element<T>::Acc Acc;
 // Elements that a thread takes together.
 constexpr int GROUP = LANES < 4 ? 4 : LANES;
 
-extern "C" __global__ void dropout_mask(T* y, const T* x, i64 n, u64 seed, u64 stream, u64 threshold, f64 scale) {
-    const bool packed = aligned(y) && aligned(x);
+// Rounded before anything is added, as on the CPU.
+__device__ __forceinline__ f32 product(f32 a, f32 b) { return __fmul_rn(a, b); }
+__device__ __forceinline__ f64 product(f64 a, f64 b) { return __dmul_rn(a, b); }
+
+extern "C" __global__ void dropout_mask(T* y, const T* x, const T* residual, i64 n, u64 seed, u64 stream, u64 threshold,
+                                        f64 scale) {
+    const bool packed = aligned(y) && aligned(x) && aligned(residual);
     const auto masked = [=](T value, u32 word) {
-        return Element<T>::from_acc(word >= threshold ? Element<T>::to_acc(value) * (Acc)scale : 0);
+        return word >= threshold ? product(Element<T>::to_acc(value), (Acc)scale) : Acc(0);
     };
     const i64 step = (i64)gridDim.x * blockDim.x * GROUP;
     for (i64 i = ((i64)blockIdx.x * blockDim.x + threadIdx.x) * GROUP; i < n; i += step) {
@@ -35,15 +41,22 @@ extern "C" __global__ void dropout_mask(T* y, const T* x, i64 n, u64 seed, u64 s
         for (int at = 0; at < GROUP; at += LANES) {
             if (whole) {
                 auto values = load<LANES>(x + i + at);
+                Packet<LANES> summands = {};
+                if (residual != nullptr) summands = load<LANES>(residual + i + at);
 #pragma unroll
                 for (int lane = 0; lane < LANES; ++lane) {
-                    values.lane[lane] = masked(values.lane[lane], words[at + lane]);
+                    const Acc kept = masked(values.lane[lane], words[at + lane]);
+                    const Acc sum = residual == nullptr ? kept : kept + Element<T>::to_acc(summands.lane[lane]);
+                    values.lane[lane] = Element<T>::from_acc(sum);
                 }
                 store(y + i + at, values);
             } else {
 #pragma unroll
                 for (int lane = at; lane < at + LANES; ++lane) {
-                    if (i + lane < n) y[i + lane] = masked(x[i + lane], words[lane]);
+                    if (i + lane >= n) continue;
+                    const Acc kept = masked(x[i + lane], words[lane]);
+                    y[i + lane] = Element<T>::from_acc(
+                        residual == nullptr ? kept : kept + Element<T>::to_acc(residual[i + lane]));
                 }
             }
         }

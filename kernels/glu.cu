@@ -1,61 +1,93 @@
-// Gated linear units (Shazeer, GLU variants improve transformer, https://arxiv.org/abs/2002.05202).
+// Gated linear units of a tensor or of its sum with a bias (Shazeer, GLU variants improve transformer,
+// https://arxiv.org/abs/2002.05202).
 //
-//   forward:  y = v f(u), the first half of x being the value v and the second the gate u
-//   backward: dv = g f(u), du = g v f'(u)
+//   forward:  y = v f(u), v and u being the first and the second half of x + b, value and gate
+//   backward: dv = g f(u), du = g v f'(u), db = sum_rows dx
 //
-// Shapes: y, g [rows, columns]; x, dx [rows, 2 columns]; all packed. T: f32, f64, bf16, f16. The activation f is a row
-// of functions.cuh.
+// Shapes: y, g [rows, columns]; x, dx [rows, 2 columns]; all packed; bias [2 columns] or none; partials
+// [chunks, 2 columns] or none, sums of dx over chunks of rows, which are added elsewhere. T: f32, f64, bf16, f16;
+// computed and summed in f32 (f64 for f64). The activation f is a row of functions.cuh.
 // Variants: DTYPE=f32,f64,bf16,f16 ACTIVATION=gelu,relu_squared,sigmoid
 //
-// One row per warp, or per block for long rows (see for_row); rows are a grid apart. Moves 3 sizeof(T) per element of y
-// forward and 5 backward. Limited by memory bandwidth, if f is cheap; erf and exp of f64 are not.
+// A thread takes the packets of a few columns, every eighth row of a chunk (see columns.cuh): it reads the bias once
+// and adds up its columns on the way. Moves 3 sizeof(T) per element of y forward and 5 backward. Limited by memory
+// bandwidth, if f is cheap; erf and exp of f64 are not.
 
 #include "common.cuh"
+#include "columns.cuh"
 #include "functions.cuh"
 
 typedef function::ACTIVATION Activation;
 
-extern "C" __global__ void glu_fwd(T* y, const T* x, i64 rows, u32 columns) {
-    const i64 step = (i64)gridDim.x * blockDim.y;
-    for (i64 row = (i64)blockIdx.x * blockDim.y + threadIdx.y; row < rows; row += step) {
-        T* to = y + row * columns;
-        const T *values = x + row * 2 * columns, *gates = values + columns;
-        for_row(columns, aligned(to) && aligned(values) && aligned(gates), [&](u32 j, auto lanes) {
-            auto value = load<lanes.COUNT>(values + j);
-            const auto gate = load<lanes.COUNT>(gates + j);
+// Consecutive values of the bias, 0 without one.
+template <int N> struct Bias {
+    Acc lane[N];
+
+    __device__ __forceinline__ Bias(const T* from) {
+        Packet<N> packet = {};
+        if (from != nullptr) packet = load<N>(from);
+#pragma unroll
+        for (int i = 0; i < N; ++i) lane[i] = from == nullptr ? Acc(0) : Element<T>::to_acc(packet.lane[i]);
+    }
+};
+
+// Chunk blockIdx.y of the rows, here and below.
+extern "C" __global__ void glu_fwd(T* y, const T* x, const T* bias, i64 rows, i64 rows_per_chunk, u32 columns) {
+    const i64 first = blockIdx.y * rows_per_chunk, last = min(first + rows_per_chunk, rows);
+    for_columns(columns, aligned(y) && aligned(x) && aligned(bias), [&](u32 column, auto lanes) {
+        if (column >= columns) return;
+        const T* to_gates = bias == nullptr ? nullptr : bias + columns + column;
+        const Bias<lanes.COUNT> to_value(bias == nullptr ? nullptr : bias + column), to_gate(to_gates);
+        for (i64 row = first + threadIdx.y; row < last; row += HEIGHT) {
+            const T* from = x + row * 2 * columns + column;
+            auto value = load<lanes.COUNT>(from);
+            const auto gate = load<lanes.COUNT>(from + columns);
 #pragma unroll
             for (int lane = 0; lane < lanes.COUNT; ++lane) {
-                const Acc activated = Activation::value(Element<T>::to_acc(gate.lane[lane]));
-                value.lane[lane] = Element<T>::from_acc(Element<T>::to_acc(value.lane[lane]) * activated);
+                const Acc u = Element<T>::to_acc(gate.lane[lane]) + to_gate.lane[lane];
+                const Acc v = Element<T>::to_acc(value.lane[lane]) + to_value.lane[lane];
+                value.lane[lane] = Element<T>::from_acc(v * Activation::value(u));
             }
-            store(to + j, value);
-        });
-    }
+            store(y + row * columns + column, value);
+        }
+    });
 }
 
 // Without `x`, dx holds it and is overwritten: an element is read before it is written, by one thread.
-extern "C" __global__ void glu_bwd(T* dx, const T* x, const T* g, i64 rows, u32 columns) {
-    const i64 step = (i64)gridDim.x * blockDim.y;
-    for (i64 row = (i64)blockIdx.x * blockDim.y + threadIdx.y; row < rows; row += step) {
-        T *to_values = dx + row * 2 * columns, *to_gates = to_values + columns;
-        const T *values = (x == nullptr ? dx : x) + row * 2 * columns, *gates = values + columns;
-        const T* gradients = g + row * columns;
-        const bool outputs = aligned(to_values) && aligned(to_gates);
-        const bool packed = outputs && aligned(values) && aligned(gates) && aligned(gradients);
-        for_row(columns, packed, [&](u32 j, auto lanes) {
-            auto value = load<lanes.COUNT>(values + j), gate = load<lanes.COUNT>(gates + j);
-            const auto gradient = load<lanes.COUNT>(gradients + j);
+extern "C" __global__ void glu_bwd(T* dx, Acc* partials, const T* x, const T* bias, const T* g, i64 rows,
+                                   i64 rows_per_chunk, u32 columns) {
+    const i64 first = blockIdx.y * rows_per_chunk, last = min(first + rows_per_chunk, rows);
+    const bool packed = aligned(dx) && aligned(x) && aligned(bias) && aligned(g);
+    for_columns(columns, packed, [&](u32 column, auto lanes) {
+        Acc dvalue[lanes.COUNT] = {}, dgate[lanes.COUNT] = {};
+        if (column < columns) {
+            const T* to_gates = bias == nullptr ? nullptr : bias + columns + column;
+            const Bias<lanes.COUNT> to_value(bias == nullptr ? nullptr : bias + column), to_gate(to_gates);
+            for (i64 row = first + threadIdx.y; row < last; row += HEIGHT) {
+                const i64 at = row * 2 * columns + column;
+                const T* from = x == nullptr ? dx : x;
+                auto value = load<lanes.COUNT>(from + at), gate = load<lanes.COUNT>(from + at + columns);
+                const auto gradient = load<lanes.COUNT>(g + row * columns + column);
 #pragma unroll
-            for (int lane = 0; lane < lanes.COUNT; ++lane) {
-                const Acc u = Element<T>::to_acc(gate.lane[lane]), v = Element<T>::to_acc(value.lane[lane]);
-                const Acc grad = Element<T>::to_acc(gradient.lane[lane]);
-                const Acc activated = Activation::value(u);
-                const Acc slope = Activation::slope(Activation::KEEP == INPUT ? u : activated);
-                value.lane[lane] = Element<T>::from_acc(grad * activated);
-                gate.lane[lane] = Element<T>::from_acc(grad * v * slope);
+                for (int lane = 0; lane < lanes.COUNT; ++lane) {
+                    const Acc u = Element<T>::to_acc(gate.lane[lane]) + to_gate.lane[lane];
+                    const Acc v = Element<T>::to_acc(value.lane[lane]) + to_value.lane[lane];
+                    const Acc grad = Element<T>::to_acc(gradient.lane[lane]), activated = Activation::value(u);
+                    const Acc dv = grad * activated;
+                    const Acc du = grad * v * Activation::slope(Activation::KEEP == INPUT ? u : activated);
+                    dvalue[lane] += dv;
+                    dgate[lane] += du;
+                    value.lane[lane] = Element<T>::from_acc(dv);
+                    gate.lane[lane] = Element<T>::from_acc(du);
+                }
+                store(dx + at, value);
+                store(dx + at + columns, gate);
             }
-            store(to_values + j, value);
-            store(to_gates + j, gate);
-        });
-    }
+        }
+        if (partials != nullptr) {
+            Acc* partial = partials + (i64)blockIdx.y * 2 * columns;
+            store_sums(partial, dvalue, column, columns);
+            store_sums(partial + columns, dgate, column, columns);
+        }
+    });
 }

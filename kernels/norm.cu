@@ -1,41 +1,126 @@
-// Layer norm, RMS norm and scale norm over the last dimension.
+// Layer norm, RMS norm and scale norm over the last dimension, of a tensor or of the sum of two.
 //
-//   forward:  y = (x - mean) inverse weight + bias
-//   backward: dx = (h - mean h - n mean(h n)) inverse, dweight = sum_rows g n, dbias = sum_rows g
-//             with n = (x - mean) inverse and h = g weight
+//   forward:  s = x + residual, y = (s - mean) inverse weight + bias
+//   backward: ds = onto + (h - mean h - n mean(h n)) inverse, dweight = sum_rows g n, dbias = sum_rows g
+//             with n = (s - mean) inverse and h = g weight; onto is what else the gradient of s is made of
 //
 // Centred rows (Ba et al., https://arxiv.org/abs/1607.06450) have inverse = 1 / sqrt(variance + eps). Others (Zhang and
-// Sennrich, https://arxiv.org/abs/1910.07467) have mean = mean h = 0 and inverse = 1 / max(sqrt(mean x^2), eps); where
+// Sennrich, https://arxiv.org/abs/1910.07467) have mean = mean h = 0 and inverse = 1 / max(sqrt(mean s^2), eps); where
 // that floor acts, the divisor is a constant and mean(h n) counts as 0.
 //
-// Shapes: y, x, dx, g [rows, columns], packed; statistics [rows, 2] mean and inverse, or [rows, 1] inverse alone;
-// weight [columns], [1] or none, bias [columns] or none; partials [chunks, 2 columns], sums for weight and for bias.
-// T: f32, f64, bf16, f16; statistics and sums in f32 (f64 for f64).
+// Shapes: y, sum, x, residual, dx, g, onto [rows, columns], packed; statistics [rows, 2] mean and inverse, or [rows, 1]
+// inverse alone; weight [columns], [1] or none, bias [columns] or none; partials [chunks, 2 columns], sums for weight
+// and for bias. T: f32, f64, bf16, f16; statistics and sums in f32 (f64 for f64). The norm is that of the rounded sum.
 // Variants: DTYPE=f32,f64,bf16,f16
 //
-// One row per warp, or per block for long rows (see for_row); rows are a grid apart. The variance is that of the
-// deviations from the mean: rows far from zero lose nothing. Gradients of weight and bias: a thread sums a few columns
-// over every eighth row of a chunk of rows, then the block its eight threads in order; the chunks are added elsewhere.
-// Moves 2 sizeof(T) per element forward, 3 for dx and 2 for the sums, as long as a row stays in the caches between its
-// readings. Limited by memory bandwidth; for short rows by the latency of the reductions.
+// A row for one warp or several, which hold it in registers, up to HELD packets or 16 elements a thread; the rest of a
+// longer row is read again, from the caches if it stays there. The variance is that of the deviations from the mean:
+// rows far from zero lose nothing. norm_bwd takes rows a grid apart. norm_bwd_whole gives each block a chunk of
+// neighbours and adds up, for the columns that a thread holds, what weight and bias get; then the block adds its
+// threads in order, and the chunks are added elsewhere. It is for rows that registers hold. For longer ones, or where
+// these sums alone are wanted, there is norm_bwd_sums: a thread sums a few columns over every eighth row of a chunk.
+// Moves 2 sizeof(T) per element forward, 4 with a residual; 3 backward, 4 with onto; 2 for norm_bwd_sums. Limited by
+// memory bandwidth; for short rows by the latency of the reductions.
 
 #include "common.cuh"
+#include "columns.cuh"
 
 typedef Element<T>::Acc Acc;
 
-// N consecutive values of a weight or bias, `none` where there is no such tensor.
-template <int N> struct Values {
-    Acc lane[N];
+constexpr u32 HELD = 16 / LANES;
 
-    __device__ __forceinline__ Values(const T* from, u32 j, Acc none) {
-        if (from == nullptr) {
+// Elements j, j + 1, … of a row as a packet, zeros behind its end; and back.
+__device__ __forceinline__ Packet<LANES> fetch(const T* row, u32 j, u32 columns, bool packed) {
+    if (packed && j + LANES <= columns) return load<LANES>(row + j);
+    Packet<LANES> packet = {};
 #pragma unroll
-            for (Acc& value : lane) value = none;
-        } else {
-            const auto packet = load<N>(from + j);
+    for (int lane = 0; lane < LANES; ++lane) {
+        if (j + lane < columns) packet.lane[lane] = row[j + lane];
+    }
+    return packet;
+}
+
+__device__ __forceinline__ void put(T* row, u32 j, u32 columns, bool packed, const Packet<LANES>& packet) {
+    if (packed && j + LANES <= columns) {
+        store(row + j, packet);
+        return;
+    }
 #pragma unroll
-            for (int i = 0; i < N; ++i) lane[i] = Element<T>::to_acc(packet.lane[i]);
+    for (int lane = 0; lane < LANES; ++lane) {
+        if (j + lane < columns) row[j + lane] = packet.lane[lane];
+    }
+}
+
+// Calls body(j, k) for the packets of this thread, which start at column j; k counts to HELD, which those beyond have.
+template <typename Body> __device__ __forceinline__ void for_packets(u32 columns, Body body) {
+#pragma unroll
+    for (u32 k = 0; k < HELD; ++k) {
+        const u32 j = (k * blockDim.x + threadIdx.x) * LANES;
+        if (j < columns) body(j, k);
+    }
+    for (u32 j = (HELD * blockDim.x + threadIdx.x) * LANES; j < columns; j += blockDim.x * LANES) body(j, HELD);
+}
+
+// What one thread has of a row.
+struct Row {
+    const T* from;
+    u32 columns;
+    bool packed;
+    Packet<LANES> held[HELD];
+
+    __device__ __forceinline__ Row(const T* row, u32 columns) : from(row), columns(columns), packed(aligned(row)) {
+#pragma unroll
+        for (u32 k = 0; k < HELD; ++k) {
+            held[k] = fetch(from, (k * blockDim.x + threadIdx.x) * LANES, columns, packed);
         }
+    }
+
+    __device__ __forceinline__ Packet<LANES> at(u32 j, u32 k) const {
+        return k < HELD ? held[k] : fetch(from, j, columns, packed);
+    }
+
+    // Adds another row; the sum is written, and what registers do not hold is read from there from now on, by the
+    // thread that wrote it.
+    __device__ __forceinline__ void add(T* sum, const T* other) {
+        const bool sum_packed = aligned(sum), other_packed = aligned(other);
+        for_packets(columns, [&](u32 j, u32 k) {
+            auto values = at(j, k);
+            const auto summands = fetch(other, j, columns, other_packed);
+#pragma unroll
+            for (int lane = 0; lane < LANES; ++lane) {
+                const Acc total = Element<T>::to_acc(values.lane[lane]) + Element<T>::to_acc(summands.lane[lane]);
+                values.lane[lane] = Element<T>::from_acc(total);
+            }
+            put(sum, j, columns, sum_packed, values);
+            if (k < HELD) held[k] = values;
+        });
+        from = sum;
+        packed = sum_packed;
+    }
+
+    // The sum of f(x_j) over the row.
+    template <typename F> __device__ __forceinline__ Acc sum(F f) const {
+        Acc total = 0;
+        for_packets(columns, [&](u32 j, u32 k) {
+            const auto values = at(j, k);
+#pragma unroll
+            for (int lane = 0; lane < LANES; ++lane) {
+                if (j + lane < columns) total += f(Element<T>::to_acc(values.lane[lane]));
+            }
+        });
+        return sum_row(total);
+    }
+};
+
+// Consecutive values of a weight or bias, `none` where there is no such tensor.
+struct Values {
+    Acc lane[LANES];
+
+    __device__ __forceinline__ Values(const T* from, u32 j, u32 columns, Acc none) {
+        Packet<LANES> packet = {};
+        if (from != nullptr) packet = fetch(from, j, columns, aligned(from));
+#pragma unroll
+        for (int i = 0; i < LANES; ++i) lane[i] = from == nullptr ? none : Element<T>::to_acc(packet.lane[i]);
     }
 };
 
@@ -48,45 +133,35 @@ __device__ __forceinline__ Acc weight_of_all(const T* weight, u32 weights, u32 c
     return weight != nullptr && weights != columns ? Element<T>::to_acc(weight[0]) : Acc(1);
 }
 
-// The sum of f(x_j) over a row.
-template <typename F> __device__ __forceinline__ Acc sum_over(const T* row, u32 columns, bool packed, F f) {
-    Acc sum = 0;
-    for_row(columns, packed, [&](u32 j, auto lanes) {
-        const auto values = load<lanes.COUNT>(row + j);
-#pragma unroll
-        for (T value : values.lane) sum += f(Element<T>::to_acc(value));
-    });
-    return sum_row(sum);
-}
-
-extern "C" __global__ void norm_fwd(T* y, Acc* statistics, const T* x, const T* weight, const T* bias, i64 rows,
-                                    u32 columns, u32 weights, u32 centred, f64 eps) {
+extern "C" __global__ void norm_fwd(T* y, T* sum, Acc* statistics, const T* x, const T* residual, const T* weight,
+                                    const T* bias, i64 rows, u32 columns, u32 weights, u32 centred, f64 eps) {
     const T* each = weight_of_each(weight, weights, columns);
     const Acc common = weight_of_all(weight, weights, columns);
     const i64 step = (i64)gridDim.x * blockDim.y;
     for (i64 row = (i64)blockIdx.x * blockDim.y + threadIdx.y; row < rows; row += step) {
-        T* to = y + row * columns;
-        const T* from = x + row * columns;
-        const bool packed = aligned(to) && aligned(from) && aligned(each) && aligned(bias);
+        Row values(x + row * columns, columns);
+        if (residual != nullptr) values.add(sum + row * columns, residual + row * columns);
         Acc mean = 0, inverse;
         if (centred) {
-            mean = sum_over(from, columns, packed, [](Acc value) { return value; }) / columns;
-            const auto square = [=](Acc value) { return (value - mean) * (value - mean); };
-            inverse = 1 / sqrt(sum_over(from, columns, packed, square) / columns + (Acc)eps);
+            mean = values.sum([](Acc value) { return value; }) / columns;
+            const Acc variance = values.sum([=](Acc value) { return (value - mean) * (value - mean); }) / columns;
+            inverse = 1 / sqrt(variance + (Acc)eps);
         } else {
-            const Acc root = sqrt(sum_over(from, columns, packed, [](Acc value) { return value * value; }) / columns);
+            const Acc root = sqrt(values.sum([](Acc value) { return value * value; }) / columns);
             // Not fmax, which would make NaN a number.
             inverse = 1 / ((Acc)eps > root ? (Acc)eps : root);
         }
-        for_row(columns, packed, [&](u32 j, auto lanes) {
-            auto values = load<lanes.COUNT>(from + j);
-            const Values<lanes.COUNT> factor(each, j, common), summand(bias, j, 0);
+        T* to = y + row * columns;
+        const bool packed = aligned(to);
+        for_packets(columns, [&](u32 j, u32 k) {
+            auto packet = values.at(j, k);
+            const Values factor(each, j, columns, common), summand(bias, j, columns, 0);
 #pragma unroll
-            for (int lane = 0; lane < lanes.COUNT; ++lane) {
-                const Acc normal = (Element<T>::to_acc(values.lane[lane]) - mean) * inverse;
-                values.lane[lane] = Element<T>::from_acc(normal * factor.lane[lane] + summand.lane[lane]);
+            for (int lane = 0; lane < LANES; ++lane) {
+                const Acc normal = (Element<T>::to_acc(packet.lane[lane]) - mean) * inverse;
+                packet.lane[lane] = Element<T>::from_acc(normal * factor.lane[lane] + summand.lane[lane]);
             }
-            store(to + j, values);
+            put(to, j, columns, packed, packet);
         });
         if (threadIdx.x == 0) {
             if (centred) statistics[2 * row] = mean;
@@ -95,83 +170,120 @@ extern "C" __global__ void norm_fwd(T* y, Acc* statistics, const T* x, const T* 
     }
 }
 
-// Without `g`, dx holds the gradient of y and is overwritten: an element is read before it is written, by one thread.
-extern "C" __global__ void norm_bwd(T* dx, const T* x, const T* g, const T* weight, const Acc* statistics, i64 rows,
-                                    u32 columns, u32 weights, u32 centred, f64 eps) {
+// What a row was normalised by.
+struct Statistics {
+    Acc mean, inverse;
+
+    __device__ __forceinline__ Statistics(const Acc* of_rows, i64 row, u32 centred)
+        : mean(centred ? of_rows[2 * row] : 0), inverse(of_rows[centred ? 2 * row + 1 : row]) {}
+
+    __device__ __forceinline__ Acc normal(T x) const { return (Element<T>::to_acc(x) - mean) * inverse; }
+};
+
+// The gradient of a row. `dx` may be the row of `g` or `onto`: an element is read before it is written, by one thread.
+__device__ __forceinline__ void input_gradient(T* dx, const Row& x, const Row& g, const T* onto, const T* each,
+                                               Acc common, const Statistics& statistics, u32 centred, f64 eps) {
+    const u32 columns = x.columns;
+    Acc sum = 0, dot = 0;
+    for_packets(columns, [&](u32 j, u32 k) {
+        const auto values = x.at(j, k), gradients = g.at(j, k);
+        const Values factor(each, j, columns, common);
+#pragma unroll
+        for (int lane = 0; lane < LANES; ++lane) {
+            if (j + lane < columns) {
+                const Acc h = Element<T>::to_acc(gradients.lane[lane]) * factor.lane[lane];
+                sum += h;
+                dot += h * statistics.normal(values.lane[lane]);
+            }
+        }
+    });
+    const bool floored = !centred && statistics.inverse >= 1 / (Acc)eps;
+    // The means first: a row of several warps adds them up together with the other rows of the block.
+    const Acc mean = centred ? sum_row(sum) / columns : 0, mean_dot = sum_row(dot) / columns;
+    const Acc across = floored ? 0 : mean_dot;
+    const bool packed = aligned(dx), onto_packed = aligned(onto);
+    for_packets(columns, [&](u32 j, u32 k) {
+        const auto values = x.at(j, k);
+        auto packet = g.at(j, k);
+        Packet<LANES> summands = {};
+        if (onto != nullptr) summands = fetch(onto, j, columns, onto_packed);
+        const Values factor(each, j, columns, common);
+#pragma unroll
+        for (int lane = 0; lane < LANES; ++lane) {
+            const Acc h = Element<T>::to_acc(packet.lane[lane]) * factor.lane[lane];
+            const Acc gradient = (h - mean - statistics.normal(values.lane[lane]) * across) * statistics.inverse;
+            packet.lane[lane] = Element<T>::from_acc(gradient + Element<T>::to_acc(summands.lane[lane]));
+        }
+        put(dx, j, columns, packed, packet);
+    });
+}
+
+extern "C" __global__ void norm_bwd(T* dx, const T* x, const T* g, const T* onto, const T* weight,
+                                    const Acc* statistics, i64 rows, u32 columns, u32 weights, u32 centred, f64 eps) {
     const T* each = weight_of_each(weight, weights, columns);
     const Acc common = weight_of_all(weight, weights, columns);
     const i64 step = (i64)gridDim.x * blockDim.y;
     for (i64 row = (i64)blockIdx.x * blockDim.y + threadIdx.y; row < rows; row += step) {
-        T* to = dx + row * columns;
-        const T *from = x + row * columns, *gradients = g == nullptr ? to : g + row * columns;
-        const bool packed = aligned(to) && aligned(from) && aligned(gradients) && aligned(each);
-        const Acc mean = centred ? statistics[2 * row] : 0;
-        const Acc inverse = statistics[centred ? 2 * row + 1 : row];
-        Acc sum = 0, dot = 0;
-        for_row(columns, packed, [&](u32 j, auto lanes) {
-            const auto value = load<lanes.COUNT>(from + j), gradient = load<lanes.COUNT>(gradients + j);
-            const Values<lanes.COUNT> factor(each, j, common);
-#pragma unroll
-            for (int lane = 0; lane < lanes.COUNT; ++lane) {
-                const Acc h = Element<T>::to_acc(gradient.lane[lane]) * factor.lane[lane];
-                sum += h;
-                dot += h * ((Element<T>::to_acc(value.lane[lane]) - mean) * inverse);
-            }
-        });
-        const bool floored = !centred && inverse >= 1 / (Acc)eps;
-        const Acc along = centred ? sum_row(sum) / columns : 0;
-        const Acc across = floored ? 0 : sum_row(dot) / columns;
-        for_row(columns, packed, [&](u32 j, auto lanes) {
-            const auto value = load<lanes.COUNT>(from + j);
-            auto result = load<lanes.COUNT>(gradients + j);
-            const Values<lanes.COUNT> factor(each, j, common);
-#pragma unroll
-            for (int lane = 0; lane < lanes.COUNT; ++lane) {
-                const Acc h = Element<T>::to_acc(result.lane[lane]) * factor.lane[lane];
-                const Acc normal = (Element<T>::to_acc(value.lane[lane]) - mean) * inverse;
-                result.lane[lane] = Element<T>::from_acc((h - along - normal * across) * inverse);
-            }
-            store(to + j, result);
-        });
+        const i64 at = row * columns;
+        const Row values(x + at, columns), gradients(g + at, columns);
+        input_gradient(dx + at, values, gradients, onto == nullptr ? nullptr : onto + at, each, common,
+                       Statistics(statistics, row, centred), centred, eps);
     }
 }
 
-// Threads of a block of norm_bwd_sums: neighbours in columns, and rows side by side.
-constexpr u32 WIDTH = 32, HEIGHT = 8;
+// Threads of a block of norm_bwd_whole.
+constexpr u32 THREADS = 256;
 
-template <int N>
-__device__ __forceinline__ void sum_columns(Acc* partial, const T* x, const T* g, const Acc* statistics, i64 first,
-                                            i64 last, u32 columns, u32 centred) {
-    __shared__ Acc sums[HEIGHT][2][N][WIDTH];
-    for (u32 tile = blockIdx.x * WIDTH * N; tile < columns; tile += gridDim.x * WIDTH * N) {
-        const u32 column = tile + threadIdx.x * N;
-        Acc dweight[N] = {}, dbias[N] = {};
-        for (i64 row = first + threadIdx.y; row < last && column < columns; row += HEIGHT) {
-            const auto value = load<N>(x + row * columns + column), gradient = load<N>(g + row * columns + column);
-            const Acc mean = centred ? statistics[2 * row] : 0;
-            const Acc inverse = statistics[centred ? 2 * row + 1 : row];
+// Chunk blockIdx.x of the rows. columns <= HELD blockDim.x LANES.
+extern "C" __global__ void __launch_bounds__(THREADS)
+    norm_bwd_whole(T* dx, Acc* partials, const T* x, const T* g, const T* onto, const T* weight, const Acc* statistics,
+                   i64 rows, i64 rows_per_chunk, u32 columns, u32 weights, u32 centred, f64 eps) {
+    const T* each = weight_of_each(weight, weights, columns);
+    const Acc common = weight_of_all(weight, weights, columns);
+    const i64 first = blockIdx.x * rows_per_chunk, last = min(first + rows_per_chunk, rows);
+    Acc dweight[HELD][LANES] = {}, dbias[HELD][LANES] = {};
+    for (i64 start = first; start < last; start += blockDim.y) {
+        // The threads behind the last row go along with one that has no columns.
+        const bool inside = start + threadIdx.y < last;
+        const i64 row = inside ? start + threadIdx.y : last - 1, at = row * columns;
+        const Row values(x + at, inside ? columns : 0), gradients(g + at, inside ? columns : 0);
+        const Statistics of_row(statistics, row, centred);
 #pragma unroll
-            for (int lane = 0; lane < N; ++lane) {
-                const Acc grad = Element<T>::to_acc(gradient.lane[lane]);
-                dweight[lane] += grad * ((Element<T>::to_acc(value.lane[lane]) - mean) * inverse);
-                dbias[lane] += grad;
+        for (u32 k = 0; k < HELD && inside; ++k) {
+#pragma unroll
+            for (int lane = 0; lane < LANES; ++lane) {
+                // 0 behind the end of the row.
+                const Acc gradient = Element<T>::to_acc(gradients.held[k].lane[lane]);
+                dweight[k][lane] += gradient * of_row.normal(values.held[k].lane[lane]);
+                dbias[k][lane] += gradient;
             }
         }
+        input_gradient(dx + at, values, gradients, onto == nullptr ? nullptr : onto + at, each, common, of_row, centred,
+                       eps);
+    }
+    __shared__ Acc shared[LANES][THREADS];
+    const u32 thread = threadIdx.y * blockDim.x + threadIdx.x;
+    Acc* partial = partials + (i64)blockIdx.x * 2 * columns;
 #pragma unroll
-        for (int lane = 0; lane < N; ++lane) {
-            sums[threadIdx.y][0][lane][threadIdx.x] = dweight[lane];
-            sums[threadIdx.y][1][lane][threadIdx.x] = dbias[lane];
-        }
-        __syncthreads();
-        for (u32 i = threadIdx.y * WIDTH + threadIdx.x; i < 2 * N * WIDTH; i += HEIGHT * WIDTH) {
-            const u32 which = i / (N * WIDTH), lane = i / WIDTH % N, thread = i % WIDTH;
-            Acc sum = 0;
+    for (u32 k = 0; k < HELD; ++k) {
+        // The same for all threads.
+        if (k * blockDim.x * LANES >= columns) break;
 #pragma unroll
-            for (u32 y = 0; y < HEIGHT; ++y) sum += sums[y][which][lane][thread];
-            const u32 at = tile + thread * N + lane;
-            if (at < columns) partial[which * columns + at] = sum;
+        for (u32 which = 0; which < 2; ++which) {
+            __syncthreads();
+#pragma unroll
+            for (int lane = 0; lane < LANES; ++lane) shared[lane][thread] = which ? dbias[k][lane] : dweight[k][lane];
+            __syncthreads();
+            for (u32 i = thread; i < LANES * blockDim.x; i += THREADS) {
+                const u32 lane = i / blockDim.x, x_thread = i % blockDim.x;
+                Acc total = 0;
+                for (u32 y_thread = 0; y_thread < blockDim.y; ++y_thread) {
+                    total += shared[lane][y_thread * blockDim.x + x_thread];
+                }
+                const u32 column = (k * blockDim.x + x_thread) * LANES + lane;
+                if (column < columns) partial[which * columns + column] = total;
+            }
         }
-        __syncthreads();
     }
 }
 
@@ -179,11 +291,21 @@ __device__ __forceinline__ void sum_columns(Acc* partial, const T* x, const T* g
 extern "C" __global__ void norm_bwd_sums(Acc* partials, const T* x, const T* g, const Acc* statistics, i64 rows,
                                          i64 rows_per_chunk, u32 columns, u32 centred) {
     Acc* partial = partials + (i64)blockIdx.y * 2 * columns;
-    const i64 first = blockIdx.y * rows_per_chunk;
-    const i64 last = min(first + rows_per_chunk, rows);
-    if (aligned(x) && aligned(g) && columns % LANES == 0) {
-        sum_columns<LANES>(partial, x, g, statistics, first, last, columns, centred);
-    } else {
-        sum_columns<1>(partial, x, g, statistics, first, last, columns, centred);
-    }
+    const i64 first = blockIdx.y * rows_per_chunk, last = min(first + rows_per_chunk, rows);
+    for_columns(columns, aligned(x) && aligned(g), [&](u32 column, auto lanes) {
+        Acc dweight[lanes.COUNT] = {}, dbias[lanes.COUNT] = {};
+        for (i64 row = first + threadIdx.y; row < last && column < columns; row += HEIGHT) {
+            const i64 at = row * columns + column;
+            const auto value = load<lanes.COUNT>(x + at), gradient = load<lanes.COUNT>(g + at);
+            const Statistics of_row(statistics, row, centred);
+#pragma unroll
+            for (int lane = 0; lane < lanes.COUNT; ++lane) {
+                const Acc grad = Element<T>::to_acc(gradient.lane[lane]);
+                dweight[lane] += grad * of_row.normal(value.lane[lane]);
+                dbias[lane] += grad;
+            }
+        }
+        store_sums(partial, dweight, column, columns);
+        store_sums(partial + columns, dbias, column, columns);
+    });
 }

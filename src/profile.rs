@@ -97,6 +97,8 @@ struct Session {
     inside: usize,
     /// What the op that runs has said of itself.
     operations: Option<f64>,
+    /// Bytes that the op in progress moves besides its last output and what that is recorded with.
+    besides: f64,
     totals: BTreeMap<(Phase, &'static str), OpProfile>,
     outside: Duration,
     calls: Option<Vec<Call>>,
@@ -144,6 +146,7 @@ impl Profile {
             last: now,
             inside: 0,
             operations: None,
+            besides: 0.0,
             totals: BTreeMap::new(),
             outside: Duration::ZERO,
             calls,
@@ -218,6 +221,13 @@ pub(crate) fn operations(count: impl FnOnce() -> f64) {
     }
 }
 
+/// Called when an output of an op is recorded that has another one, which is recorded next and with it: what it is made
+/// of counts with that.
+#[cold]
+pub(crate) fn beside(inputs: &[&Tensor]) {
+    with_session(|session| session.besides += inputs.iter().map(|&input| bytes(input)).sum::<f64>());
+}
+
 /// Whether this thread has a profile.
 #[inline]
 pub(crate) fn active() -> bool {
@@ -232,6 +242,7 @@ pub(crate) fn computed(op: &'static str, output: &Tensor, inputs: &[&Tensor], re
     if inputs.iter().any(|input| input.shares_storage(output)) {
         return Ok(0.0);
     }
+    let besides = with_session(|session| std::mem::take(&mut session.besides)).unwrap_or(0.0);
     let counts = with_session(|session| session.inside == 0 || recorded);
     if counts != Some(true) {
         return Ok(0.0);
@@ -240,7 +251,7 @@ pub(crate) fn computed(op: &'static str, output: &Tensor, inputs: &[&Tensor], re
     let moved = bytes(output) + inputs.iter().map(|&input| bytes(input)).sum::<f64>();
     let operations = with_session(|session| {
         let operations = session.operations.take().unwrap_or_else(|| product(op, output, inputs));
-        session.end(op, Phase::Forward, *output.shape(), operations, moved);
+        session.end(op, Phase::Forward, *output.shape(), operations, moved + besides);
         operations
     });
     Ok(operations.unwrap_or(0.0))

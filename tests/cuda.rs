@@ -194,6 +194,13 @@ fn random_numbers_are_those_of_the_cpu() -> Result<()> {
         Tensor::ones([7, 91], DType::F32, device)?.dropout(0.3)?.to_f64_vec()
     };
     assert_eq!(mask(&gpu)?, mask(&Device::Cpu)?, "dropout");
+    let sum = |device: &Device| -> Result<Vec<f64>> {
+        let x = Tensor::generate([7, 91], DType::F32, device, |i| (i as f64).sin())?;
+        let residual = Tensor::generate([7, 91], DType::F32, device, |i| (i as f64).cos())?;
+        let _tape = Tape::train(3);
+        x.dropout_add(&residual, 0.3)?.to_f64_vec()
+    };
+    assert_eq!(sum(&gpu)?, sum(&Device::Cpu)?, "dropout and a sum");
     let text = |device: &Device| -> Result<Vec<i64>> {
         let prompt = Tensor::from_slice(&[3i64, 1, 4], [3], device)?;
         let options = GenerateOptions { seed: 5, ..GenerateOptions::default() };

@@ -111,3 +111,63 @@ fn checkpoint_draws_the_same_masks() -> Result<()> {
     assert_eq!(gradient(true)?, gradient(false)?);
     Ok(())
 }
+
+/// Output and gradients of a function of two tensors, in training.
+fn trained(x: &Tensor, residual: &Tensor, f: impl Fn(&Tensor, &Tensor) -> Result<Tensor>) -> Result<[Vec<f64>; 3]> {
+    let (x, residual) = (x.requires_grad()?, residual.requires_grad()?);
+    let mut tape = Tape::train(6);
+    let y = f(&x, &residual)?;
+    let grads = tape.backward_with(&y, &random(x.shape(), x.dtype(), 2)?)?;
+    let [dx, dresidual] = [&x, &residual].map(|leaf| grads.get(leaf).expect("a gradient").to_f64_vec());
+    Ok([y.to_f64_vec()?, dx?, dresidual?])
+}
+
+fn random(shape: &[usize], dtype: DType, stream: u64) -> Result<Tensor> {
+    let random = Philox::new(4, stream);
+    Tensor::generate(shape, dtype, device(), |i| random.normal(i as u64))
+}
+
+#[test]
+fn dropout_add_is_dropout_and_a_sum() -> Result<()> {
+    for p in [0.0, 0.3, 1.0] {
+        for shape in [&[1][..], &[63], &[65], &[3, 37], &[2, 123, 517], &[0, 4]] {
+            for dtype in [DType::F32, DType::F64, DType::BF16, DType::F16] {
+                let (x, residual) = (random(shape, dtype, 0)?, random(shape, dtype, 1)?);
+                let [y, dx, dresidual] = trained(&x, &residual, |x, residual| x.dropout_add(residual, p))?;
+                let [expected, edx, edresidual] = trained(&x, &residual, |x, residual| x.dropout(p)?.add(residual))?;
+                assert_eq!((&dx, &dresidual), (&edx, &edresidual), "gradients, p = {p}, {dtype} {shape:?}");
+                // Half types are rounded once instead of twice.
+                let bound = if matches!(dtype, DType::F32 | DType::F64) { 0.0 } else { 2e-2 };
+                for (y, expected) in y.iter().zip(&expected) {
+                    assert!((y - expected).abs() <= bound * expected.abs().max(1.0), "p = {p}, {dtype} {shape:?}");
+                }
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Inputs of any layout, the same tensor twice, and one that is not differentiated.
+#[test]
+fn dropout_add_of_other_inputs() -> Result<()> {
+    let (x, residual) = (random(&[37, 20], DType::F32, 0)?, random(&[20, 37], DType::F32, 1)?);
+    let packed = trained(&x.transpose(0, 1)?.contiguous()?, &residual, |x, residual| x.dropout_add(residual, 0.4))?;
+    assert_eq!(trained(&x.transpose(0, 1)?, &residual, |x, residual| x.dropout_add(residual, 0.4))?, packed);
+    let twice = |x: &Tensor, other: &Tensor| x.dropout_add(x, 0.5)?.add(&other.affine(0.0, 0.0)?);
+    let [y, dx, dresidual] = trained(&residual, &residual, twice)?;
+    // Kept elements count three times, the others once.
+    let factor = |x: f64, y: f64| ((y / x) * 2.0).round() / 2.0;
+    for (x, y) in residual.to_f64_vec()?.into_iter().zip(y) {
+        assert!([1.0, 3.0].contains(&factor(x, y)), "{y} of {x}");
+    }
+    let cotangent = random(&[20, 37], DType::F32, 2)?.to_f64_vec()?;
+    for (g, dx) in cotangent.into_iter().zip(dx) {
+        assert!([1.0, 3.0].contains(&factor(g, dx)), "{dx} of {g}");
+    }
+    assert!(dresidual.iter().all(|&g| g == 0.0));
+    let leaf = residual.requires_grad()?;
+    let mut tape = Tape::train(6);
+    let sum = residual.dropout_add(&leaf, 0.5)?.sum(&[])?;
+    assert!(tape.backward(&sum)?.get(&leaf).expect("a gradient").to_f64_vec()?.iter().all(|&g| g == 1.0));
+    Ok(())
+}

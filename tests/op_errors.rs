@@ -56,6 +56,11 @@ fn norm_errors() {
     refused(x.rms_norm(&half, 1e-8), dtype, &["rms_norm"]);
     refused(x.scale_norm(&g, 1e-5), shape, &["scale_norm", "[1]", "[4]"]);
     refused(x.scale_norm(&floats(&[1]), f64::INFINITY), argument, &["scale_norm", "inf"]);
+    let other = floats(&[4]);
+    refused(x.add_layer_norm(&other, None, None, 1e-5).map(|y| y.0), shape, &["add_layer_norm", "[2, 4]", "[4]"]);
+    let half = x.to_dtype(DType::F16).expect("a conversion");
+    refused(x.add_rms_norm(&half, &g, 1e-8).map(|y| y.0), dtype, &["add_rms_norm", "f32", "f16"]);
+    refused(x.add_scale_norm(&x, &g, 1e-5).map(|y| y.0), shape, &["add_scale_norm", "[1]", "[4]"]);
 }
 
 #[test]
@@ -98,6 +103,18 @@ fn glu_errors() {
     refused(floats(&[2, 5]).glu(Activation::Gelu), shape, &["glu", "even", "[2, 5]"]);
     refused(floats(&[]).glu(Activation::Gelu), shape, &["glu"]);
     refused(tokens(&[1, 2]).glu(Activation::Sigmoid), dtype, &["glu", "i64"]);
+    refused(floats(&[2, 4]).add_glu(&floats(&[2]), Activation::Gelu), shape, &["add_glu", "bias", "[4]", "[2]"]);
+    refused(floats(&[2, 3]).add_glu(&floats(&[3]), Activation::Gelu), shape, &["add_glu", "even", "[2, 3]"]);
+}
+
+#[test]
+fn activation_errors() {
+    let (x, bias) = (floats(&[2, 4]), floats(&[4]));
+    refused(floats(&[]).add_activation(&bias, Activation::Gelu), shape, &["add_activation", "scalar"]);
+    refused(x.add_activation(&floats(&[2]), Activation::Gelu), shape, &["add_activation", "[4]", "[2]"]);
+    refused(tokens(&[1, 2]).add_activation(&tokens(&[1, 2]), Activation::Gelu), dtype, &["add_activation", "i64"]);
+    let half = bias.to_dtype(DType::F16).expect("a conversion");
+    refused(x.add_activation(&half, Activation::Sigmoid), dtype, &["add_activation", "f32", "f16"]);
 }
 
 #[test]
@@ -119,6 +136,10 @@ fn dropout_errors() {
     }
     // Not only where it acts.
     refused(tokens(&[1]).dropout(0.0), dtype, &["dropout", "i64"]);
+    let x = floats(&[3]);
+    refused(x.dropout_add(&x, 1.5), argument, &["dropout_add", "between 0 and 1", "1.5"]);
+    refused(x.dropout_add(&floats(&[1]), 0.5), shape, &["dropout_add", "[3]", "[1]"]);
+    refused(x.dropout_add(&x.to_dtype(DType::F64).expect("f64"), 0.5), dtype, &["dropout_add", "f32", "f64"]);
 }
 
 #[test]

@@ -57,9 +57,11 @@ fn calls(report: &Report, phase: Phase) -> Vec<(&'static str, u64)> {
 fn every_op_of_a_plain_decoder_is_there() -> Result<()> {
     let report = step(&gpt(""), DType::F32)?;
     // Two layers: norm, three projections, attention, output; norm, two projections around an activation. Then a norm,
-    // logits and the loss.
+    // logits and the loss. All norms but the first take a sum.
     let forward = calls(&report, Phase::Forward);
-    for (name, count) in [("linear", 2 * 6 + 1), ("attention", 2), ("gelu", 2), ("cross_entropy", 1)] {
+    for (name, count) in
+        [("linear", 2 * 6 + 1), ("attention", 2), ("add_activation", 2), ("add_layer_norm", 4), ("cross_entropy", 1)]
+    {
         let expected: u64 = forward.iter().filter(|(op, _)| op.contains(name)).map(|(_, calls)| calls).sum();
         assert_eq!(expected, count, "{name} in {forward:?}");
         let backward = calls(&report, Phase::Backward);
@@ -78,9 +80,9 @@ fn every_op_of_a_plain_decoder_is_there() -> Result<()> {
 fn every_op_of_the_options_is_there() -> Result<()> {
     for (options, names) in [
         (r#", "rotary_pos_emb": true"#, &["rotary"][..]),
-        (r#", "ff_glu": true"#, &["glu"]),
-        (r#", "use_rmsnorm": true"#, &["rms_norm"]),
-        (r#", "use_scalenorm": true"#, &["scale_norm"]),
+        (r#", "ff_glu": true"#, &["add_glu"]),
+        (r#", "use_rmsnorm": true"#, &["rms_norm", "add_rms_norm"]),
+        (r#", "use_scalenorm": true"#, &["scale_norm", "add_scale_norm"]),
         (r#", "attn_dropout": 0.1, "ff_dropout": 0.1"#, &["dropout"]),
         (r#", "gate_residual": true"#, &["gru_gate"]),
         (r#", "shift_tokens": 1"#, &["shift_tokens"]),

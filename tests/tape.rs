@@ -52,6 +52,50 @@ impl Backward for SquareBackward {
     }
 }
 
+/// `2 x`, whose backward adds to what the gradient of `x` is so far.
+fn doubled(x: &Tensor) -> Result<Tensor> {
+    record("doubled", x.detach().affine(2.0, 0.0)?, &[x], |_| AddingBackward { sum: None })
+}
+
+struct AddingBackward {
+    sum: Option<Tensor>,
+}
+
+impl Backward for AddingBackward {
+    fn name(&self) -> &'static str {
+        "doubled"
+    }
+
+    fn backward(self: Box<Self>, grad: Tensor, _need: &[bool]) -> Result<Contributions> {
+        let own = grad.affine(2.0, 0.0)?;
+        self.sum.map_or_else(|| Ok(own.clone()), |sum| sum.add(&own)).map(Contributions::one)
+    }
+
+    fn add_to(&mut self, sum: Tensor) -> Option<Tensor> {
+        self.sum.replace(sum)
+    }
+}
+
+#[test]
+fn rules_may_add_to_the_gradient_so_far() -> Result<()> {
+    let x = leaf(&[1.0, -3.0]);
+    for later in [false, true] {
+        let mut tape = Tape::grad();
+        let y = x.affine(10.0, 0.0)?;
+        let before = if later { None } else { Some(y.square()?) };
+        let doubled = doubled(&y)?;
+        let square = before.map_or_else(|| y.square(), Ok)?;
+        let grads = tape.backward(&doubled.add(&square)?.sum(&[])?)?;
+        // d(2 y + y²)/dx with y = 10 x, whichever comes first.
+        assert_eq!(values(grads.get(&x).unwrap()), [220.0, -580.0]);
+        // A leaf has no sum that could be offered.
+        let mut tape = Tape::grad();
+        let grads = tape.backward(&self::doubled(&x)?.add(&x.square()?)?.sum(&[])?)?;
+        assert_eq!(values(grads.get(&x).unwrap()), [4.0, -4.0]);
+    }
+    Ok(())
+}
+
 /// `a + b`, whose backward hands one and the same gradient tensor to both inputs.
 fn sum_of(a: &Tensor, b: &Tensor) -> Result<Tensor> {
     let sums: Vec<f64> = a.to_f64_vec()?.iter().zip(b.to_f64_vec()?).map(|(a, b)| a + b).collect();

@@ -9,7 +9,7 @@
 //           one bank (f32), whose 32 accesses come one after the other.
 //   padded: a column more in the tile, which moves each row by a bank.
 //
-// The shipped copy of kernels/copy.cu takes tensors of any strides, as `write` does.
+// The shipped copy_transposed of kernels/copy.cu does the last for tensors of any strides.
 
 #include "common.cuh"
 

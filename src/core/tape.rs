@@ -63,6 +63,13 @@ pub trait Backward {
     /// `need[i]` says whether input `i` wants one. `grad` has the output's shape and dtype, any layout, and may be
     /// overwritten if it is the only handle on its storage.
     fn backward(self: Box<Self>, grad: Tensor, need: &[bool]) -> Result<Contributions>;
+
+    /// Offers the gradient that later ops have given to the first input so far. A rule that adds it to its own in the
+    /// same pass keeps it, and gives the sum of both as a whole; the others hand it back, as they do unless they say
+    /// otherwise.
+    fn add_to(&mut self, sum: Tensor) -> Option<Tensor> {
+        Some(sum)
+    }
 }
 
 /// What a backward rule gives to one input.
@@ -269,12 +276,15 @@ impl Tape {
         nodes.truncate(last + 1);
         let mut grads: Vec<Option<Tensor>> = vec![None; nodes.len()];
         grads[last] = Some(cotangent);
-        while let Some(Node { inputs, backward, operations }) = nodes.pop() {
+        while let Some(Node { inputs, mut backward, operations }) = nodes.pop() {
             let Some(grad) = grads.pop().flatten() else { continue };
             let rule = profile::Rule::begin(&grad);
             let sizes = rule.as_ref().map(|_| inputs.iter().map(Input::bytes).collect::<Vec<_>>());
             let need: Vec<bool> = inputs.iter().map(|input| !matches!(input.slot, GradSlot::Constant)).collect();
             let name = backward.name();
+            if let Some(&Input { slot: GradSlot::Node { index, .. }, .. }) = inputs.first() {
+                grads[index] = grads[index].take().and_then(|sum| backward.add_to(sum));
+            }
             let given = backward.backward(grad, &need)?;
             ensure!(
                 given.inputs.len() == inputs.len(),
@@ -358,6 +368,30 @@ pub fn record<B: Backward + 'static>(
     } else {
         0.0
     };
+    record_with(operations, op, output, inputs, backward)
+}
+
+/// As [`record`], for an output that an op has besides the one that it records next with this among its inputs; a profile
+/// counts both as one call.
+pub(crate) fn record_beside<B: Backward + 'static>(
+    op: &'static str,
+    output: Tensor,
+    inputs: &[&Tensor],
+    backward: impl FnOnce(&Tensor) -> B,
+) -> Result<Tensor> {
+    if profile::active() {
+        profile::beside(inputs);
+    }
+    record_with(0.0, op, output, inputs, backward)
+}
+
+fn record_with<B: Backward + 'static>(
+    operations: f64,
+    op: &'static str,
+    output: Tensor,
+    inputs: &[&Tensor],
+    backward: impl FnOnce(&Tensor) -> B,
+) -> Result<Tensor> {
     let tracked = with_stack(|stack| match stack.last() {
         Some(recording) => recording.tracks(op, inputs).map(|tracked| tracked.then_some(recording.discard)),
         None => Ok(None),

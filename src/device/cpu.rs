@@ -175,6 +175,48 @@ pub(crate) fn for_rows2<A: Send, B: Send>(
     });
 }
 
+/// As [`for_rows`] with three outputs, of which the last may be left out: it is empty then, and so are its parts.
+pub(crate) fn for_rows3<A: Send, B: Send, C: Send>(
+    a: &mut [A],
+    b: &mut [B],
+    c: &mut [C],
+    widths: (usize, usize, usize),
+    cost: usize,
+    body: impl Fn(usize, &mut [A], &mut [B], &mut [C]) + Sync,
+) {
+    if c.is_empty() {
+        return for_rows2(a, b, (widths.0, widths.1), cost, |row, a, b| body(row, a, b, &mut []));
+    }
+    if a.is_empty() || widths.0 == 0 || widths.1 == 0 || widths.2 == 0 {
+        return;
+    }
+    let rows = rows_per_task(a.len() / widths.0, cost);
+    let (a, b, c) = (Parts::new(a, rows * widths.0), Parts::new(b, rows * widths.1), Parts::new(c, rows * widths.2));
+    run(a.count().min(b.count()).min(c.count()), &|task| {
+        // SAFETY: every task is run once, and its parts are its own.
+        body(task * rows, unsafe { a.get(task) }, unsafe { b.get(task) }, unsafe { c.get(task) });
+    });
+}
+
+/// As [`for_rows`], with a row of `sums` for each block of `block` rows: what is added up over rows has the same bits
+/// for any number of threads, if blocks depend on the sizes alone. `sums` may be empty: its rows are, then.
+pub(crate) fn for_blocks<T: Send, A: Send>(
+    out: &mut [T],
+    sums: &mut [A],
+    widths: (usize, usize),
+    block: usize,
+    cost: usize,
+    body: impl Fn(usize, &mut [T], &mut [A]) + Sync,
+) {
+    if sums.is_empty() {
+        return for_rows(out, widths.0, cost, |row, out| body(row, out, &mut []));
+    }
+    for_rows2(out, sums, (block * widths.0, widths.1), block * cost, |first, out, sums| {
+        let parts = out.chunks_mut(block * widths.0).zip(sums.chunks_exact_mut(widths.1));
+        parts.enumerate().for_each(|(index, (out, sums))| body((first + index) * block, out, sums));
+    });
+}
+
 /// A slice cut into parts of equal length (the last may be shorter), each for one task.
 struct Parts<'a, T> {
     start: *mut T,
@@ -316,6 +358,19 @@ mod tests {
                     });
                     assert_eq!(a, out);
                     assert!(width == 0 || b.iter().enumerate().all(|(at, &x)| x == at / 2 + 1));
+                    for third in [0, 3] {
+                        let (mut a, mut b, mut c) = (vec![0; rows * width], vec![0; rows], vec![0; rows * third]);
+                        for_rows3(&mut a, &mut b, &mut c, (width, 1, third), cost, |first, a, b, c| {
+                            for (index, (a, b)) in a.chunks_exact_mut(width).zip(b).enumerate() {
+                                a.iter_mut().for_each(|x| *x += first + index + 1);
+                                *b = first + index + 1;
+                            }
+                            c.iter_mut().enumerate().for_each(|(index, c)| *c = first + index / 3 + 1);
+                        });
+                        assert_eq!(a, out);
+                        assert!(width == 0 || b.iter().enumerate().all(|(at, &x)| x == at + 1));
+                        assert!(width == 0 || c.iter().enumerate().all(|(at, &x)| x == at / 3 + 1));
+                    }
                 }
             }
         }

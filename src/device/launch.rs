@@ -34,12 +34,40 @@ impl Grid {
     /// For kernels that give a row to the threads with one `threadIdx.y` (see `for_row` in `kernels/common.cuh`): eight
     /// rows a block, each for one warp, or one long row for the whole block.
     pub fn rows(rows: usize, columns: usize) -> Self {
-        let blocks = |rows_per_block: usize| [rows.div_ceil(rows_per_block).min(MOST_BLOCKS) as u32, 1, 1];
-        match columns {
-            0..=1024 => Self::new(blocks(8), [32, 8, 1]),
-            1025..=4096 => Self::new(blocks(1), [256, 1, 1]),
-            _ => Self::new(blocks(1), [512, 1, 1]),
-        }
+        let threads = match columns {
+            0..=1024 => 32,
+            1025..=4096 => 256,
+            _ => 512,
+        };
+        Self::rows_by(rows, threads)
+    }
+
+    /// As [`Grid::rows`] with this many threads for a row, a multiple of 32.
+    pub fn rows_by(rows: usize, threads: usize) -> Self {
+        let at_once = if threads == 32 { 8 } else { 1 };
+        let blocks = rows.div_ceil(at_once).min(MOST_BLOCKS);
+        Self::new([blocks as u32, 1, 1], [threads as u32, at_once as u32, 1])
+    }
+
+    /// For kernels whose blocks take tiles of 32 by 32 elements a grid apart.
+    pub fn tiles(tiles: usize) -> Self {
+        Self::new([tiles.min(MOST_BLOCKS) as u32, 1, 1], [32, 8, 1])
+    }
+
+    /// For kernels that walk down the columns of chunks of rows (see `kernels/columns.cuh`).
+    pub fn columns(columns: usize, chunks: usize, dtype: DType) -> Self {
+        let tiles = columns.div_ceil(32 * 16 / dtype.size());
+        Self::new([tiles.min(MOST_BLOCKS) as u32, chunks.min(u32::MAX as usize) as u32, 1], [32, 8, 1])
+    }
+
+    /// How many rows a chunk has for those, and how many chunks there are: enough of both to fill any card, and so few
+    /// chunks that sums over them are small beside the rows.
+    pub fn chunks(rows: usize, columns: usize, dtype: DType) -> (usize, usize) {
+        const FEWEST_ROWS: usize = 32;
+        let tiles = columns.div_ceil(32 * 16 / dtype.size()).max(1);
+        let most = (2048 / tiles).max(1);
+        let rows_per_chunk = rows.div_ceil(most).max(FEWEST_ROWS);
+        (rows_per_chunk, rows.div_ceil(rows_per_chunk))
     }
 
     pub fn shared(self, bytes: usize) -> Self {

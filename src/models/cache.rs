@@ -248,6 +248,6 @@ impl ContinuousTransformerWrapper {
         let x = self.embed_vectors(x, |emb| positions_of(emb, cache, n, x))?;
         let x = self.attn_layers().extend(&x, counts, mask, &mut cache.layers).at("attn_layers")?;
         cache.advance(counts);
-        self.outputs(&x, false)
+        self.outputs(self.norm().forward(&x).at("norm")?)
     }
 }

@@ -57,8 +57,8 @@ impl ContinuousTransformerWrapper {
         let n = x.shape()[1];
         check_length(n, self.plan.max_seq_len)?;
         let x = self.embed_vectors(x, |positions| positions.forward(n))?;
-        let layers = self.attn_layers.forward(&x, options).at("attn_layers")?;
-        let out = self.outputs(&layers.out, options.return_embeddings)?;
+        let layers = self.attn_layers.forward_normed(&x, options, &self.norm)?;
+        let out = if options.return_embeddings { layers.out } else { self.outputs(layers.out)? };
         Ok(Output { out, mems: Vec::new(), attn: layers.attn })
     }
 
@@ -93,12 +93,16 @@ impl ContinuousTransformerWrapper {
         x.dropout(self.plan.emb_dropout)
     }
 
-    /// What follows the layers.
-    pub(super) fn outputs(&self, x: &Tensor, return_embeddings: bool) -> Result<Tensor> {
-        let x = self.norm.forward(x).at("norm")?;
+    /// The norm behind the layers.
+    pub(super) fn norm(&self) -> &Norm {
+        &self.norm
+    }
+
+    /// Normed hidden states to outputs: `[.., dim] → [.., dim_out]`.
+    pub(super) fn outputs(&self, normed: Tensor) -> Result<Tensor> {
         match &self.project_out {
-            Some(project) if !return_embeddings => project.forward(&x).at("project_out"),
-            _ => Ok(x),
+            Some(project) => project.forward(&normed).at("project_out"),
+            None => Ok(normed),
         }
     }
 }

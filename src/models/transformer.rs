@@ -115,9 +115,8 @@ impl TransformerWrapper {
         let x = self.embed(tokens)?;
         let memory_tokens = self.plan.num_memory_tokens;
         let options = self.layers_options(options)?;
-        let layers = self.attn_layers.forward(&x, &options).at("attn_layers")?;
-        let x = self.norm.forward(&layers.out).at("norm")?;
-        let x = x.narrow(1, memory_tokens, tokens.dim(1)?)?;
+        let layers = self.attn_layers.forward_normed(&x, &options, &self.norm)?;
+        let x = layers.out.narrow(1, memory_tokens, tokens.dim(1)?)?;
         let mems = if options.return_mems { self.new_mems(&layers.hiddens, options.mems.as_deref())? } else { vec![] };
         let out = if options.return_embeddings { x } else { self.logits(&x)? };
         Ok(Output { out, mems, attn: layers.attn })

@@ -80,8 +80,7 @@ impl ViTransformerWrapper {
         let class = class.expand([b, 1, class.dim(2)?])?;
         let x = Tensor::cat(&[&class, &x], 1)?.add(&self.pos_embedding.tensor().narrow(1, 0, n + 1)?)?;
         let x = x.dropout(self.plan.emb_dropout)?;
-        let x = self.attn_layers.forward(&x, &ForwardOptions::default()).at("attn_layers")?.out;
-        let x = self.norm.forward(&x).at("norm")?;
+        let x = self.attn_layers.forward_normed(&x, &ForwardOptions::default(), &self.norm)?.out;
         match &self.mlp_head {
             Some(head) if !return_embeddings => head.forward(&x.select(1, 0)?).at("mlp_head"),
             _ => Ok(x),

@@ -262,8 +262,11 @@ impl Attention {
         if let Some(gate) = &self.to_v_gate {
             out = out.mul(&gate.forward(x).at("to_v_gate")?.sigmoid()?)?;
         }
-        let out = self.to_out.forward(&out).at("to_out")?;
-        let out = if self.plan.on_attn { out.glu(Activation::Sigmoid)? } else { out };
+        let out = match self.plan.on_attn {
+            true => self.to_out.gated(&out, Activation::Sigmoid),
+            false => self.to_out.forward(&out),
+        };
+        let out = out.at("to_out")?;
         Ok(AttentionOutput { out, scores, attn })
     }
 

@@ -7,44 +7,31 @@ use crate::{Result, Store, Tensor, config, config::FeedForwardPlan, error::At, o
 #[derive(Clone, Debug)]
 pub struct FeedForward {
     project_in: Linear,
-    activation: Activate,
+    activation: Activation,
+    gated: bool,
     norm: Option<Norm>,
     dropout: f64,
     project_out: Linear,
-}
-
-/// What follows the first projection.
-#[derive(Clone, Copy, Debug)]
-enum Activate {
-    Gelu,
-    ReluSquared,
-    Gated(Activation),
 }
 
 impl FeedForward {
     /// As planned.
     pub fn new(plan: &FeedForwardPlan, store: &Store) -> Result<Self> {
         let net = store.at("net");
-        let (project_in, activation) = match (plan.glu, plan.activation) {
-            (true, gate) => (Linear::new(&net.at("0.proj"), plan.dim, 2 * plan.inner)?, Activate::Gated(gate)),
-            (false, Activation::ReluSquared) => {
-                (Linear::new(&net.at("0.0"), plan.dim, plan.inner)?, Activate::ReluSquared)
-            }
-            (false, _) => (Linear::new(&net.at("0.0"), plan.dim, plan.inner)?, Activate::Gelu),
-        };
+        let (place, width) = if plan.glu { ("0.proj", 2 * plan.inner) } else { ("0.0", plan.inner) };
+        let project_in = Linear::new(&net.at(place), plan.dim, width)?;
         let norm = plan.post_act_ln.then(|| Norm::new(config::Norm::Layer, plan.inner, &net.at(1))).transpose()?;
         let project_out = Linear::output(&net.at(3), plan.inner, plan.dim_out, plan.zero_init)?;
-        Ok(Self { project_in, activation, norm, dropout: plan.dropout, project_out })
+        Ok(Self { project_in, activation: plan.activation, gated: plan.glu, norm, dropout: plan.dropout, project_out })
     }
 
     /// `[.., dim] → [.., dim_out]`.
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        let inner = self.project_in.forward(x).at("net.0")?;
-        let mut inner = match self.activation {
-            Activate::Gelu => inner.gelu()?,
-            Activate::ReluSquared => inner.relu_squared()?,
-            Activate::Gated(gate) => inner.glu(gate)?,
+        let inner = match self.gated {
+            true => self.project_in.gated(x, self.activation),
+            false => self.project_in.activated(x, self.activation),
         };
+        let mut inner = inner.at("net.0")?;
         if let Some(norm) = &self.norm {
             inner = norm.forward(&inner).at("net.1")?;
         }

@@ -6,6 +6,7 @@ use super::{
     Attention, AttentionInput, FeedForward, LayersCache, Norm, PositionBias, Residual, ScoreBias,
     cache::{LayerCache, Step, Tables},
     positions::inverse_frequencies,
+    residual::Stream,
     wrap::Wrap,
 };
 use crate::{
@@ -61,7 +62,7 @@ impl ForwardOptions {
 /// What attention layers give.
 #[derive(Clone, Debug)]
 pub struct LayersOutput {
-    /// `[b, n, dim]`, without a final norm.
+    /// `[b, n, dim]`, without a final norm unless it was asked for.
     pub out: Tensor,
     /// The input of each self-attention sublayer before its norm, `[b, n, dim]`.
     pub hiddens: Vec<Tensor>,
@@ -96,9 +97,10 @@ enum Branch {
     FeedForward(FeedForward),
 }
 
-/// What a sublayer gives: the stream, and from attention the scores to hand on and the map.
+/// What a sublayer gives: the stream before and behind it, and from attention the scores to hand on and the map.
 struct LayerOutput {
-    x: Tensor,
+    input: Tensor,
+    stream: Stream,
     scores: Option<Tensor>,
     attn: Option<Tensor>,
 }
@@ -117,8 +119,8 @@ impl Layer {
         Ok(Self { norms: [norm(0)?, norm(1)?, norm(2)?], wrap, branch, residual })
     }
 
-    fn forward(&self, x: &Tensor, input: &AttentionInput) -> Result<LayerOutput> {
-        let normed = self.norm(0, x.clone())?;
+    fn forward(&self, stream: Stream, input: &AttentionInput) -> Result<LayerOutput> {
+        let (x, normed) = stream.normed(self.norms[0].as_ref()).at("0.0")?;
         let (out, scores, attn) = match &self.branch {
             Branch::Attention(attention) => {
                 let normed = self.wrap.input(&normed, input.query_mask.as_ref()).at(1)?;
@@ -136,13 +138,13 @@ impl Layer {
     /// As [`Layer::forward`] for the next positions of sequences.
     fn extend(
         &self,
-        x: &Tensor,
+        stream: Stream,
         input: &AttentionInput,
         cache: &mut LayerCache,
         tables: &Tables,
         step: &Step,
     ) -> Result<LayerOutput> {
-        let normed = self.norm(0, x.clone())?;
+        let (x, normed) = stream.normed(self.norms[0].as_ref()).at("0.0")?;
         let attends = matches!(self.branch, Branch::Attention(_));
         let normed = self.wrap.next_input(&normed, attends, cache, step).at(1)?;
         let (out, scores) = match &self.branch {
@@ -155,18 +157,14 @@ impl Layer {
         self.join(x, out, scores, None)
     }
 
-    /// What follows the branch.
-    fn join(&self, x: &Tensor, out: Tensor, scores: Option<Tensor>, attn: Option<Tensor>) -> Result<LayerOutput> {
-        let out = self.norm(1, self.wrap.output(out).at(1)?)?;
-        let x = self.residual.forward(&out, x).at(2)?;
-        Ok(LayerOutput { x: self.norm(2, x)?, scores, attn })
-    }
-
-    fn norm(&self, place: usize, x: Tensor) -> Result<Tensor> {
-        match &self.norms[place] {
-            Some(norm) => norm.forward(&x).at(format_args!("0.{place}")),
-            None => Ok(x),
+    /// What follows the branch, of which `x` was the input before its norm.
+    fn join(&self, x: Tensor, out: Tensor, scores: Option<Tensor>, attn: Option<Tensor>) -> Result<LayerOutput> {
+        let out = Stream::Whole(self.wrap.output(out).at(1)?).normed(self.norms[1].as_ref()).at("0.1")?.1;
+        let mut stream = self.residual.forward(out, x.clone()).at(2)?;
+        if let Some(norm) = &self.norms[2] {
+            stream = Stream::Whole(stream.normed(Some(norm)).at("0.2")?.1);
         }
+        Ok(LayerOutput { input: x, stream, scores, attn })
     }
 
     /// As [`Layer::forward`], keeping nothing but the inputs for the backward pass.
@@ -181,7 +179,7 @@ impl Layer {
             for (slot, given) in flowing_mut(&mut input).zip(&given[1..]) {
                 *slot = given.clone();
             }
-            Ok(layer.forward(&given[0], &input)?.x)
+            layer.forward(Stream::Whole(given[0].clone()), &input)?.stream.whole()
         };
         checkpoint(run, &inputs)
     }
@@ -216,8 +214,25 @@ impl AttentionLayers {
     ///
     /// Errors: a context that is missing or not wanted, or tensors of other shapes or dtypes than the options say.
     pub fn forward(&self, x: &Tensor, options: &ForwardOptions) -> Result<LayersOutput> {
+        let (stream, output) = self.walk(x, options)?;
+        Ok(output(stream.whole()?))
+    }
+
+    /// As [`AttentionLayers::forward`], with the norm that a wrapper has behind its layers. Errors name the wrapper's
+    /// places.
+    pub(crate) fn forward_normed(&self, x: &Tensor, options: &ForwardOptions, norm: &Norm) -> Result<LayersOutput> {
+        let (stream, output) = self.walk(x, options).at("attn_layers")?;
+        Ok(output(stream.normed(Some(norm)).at("norm")?.1))
+    }
+
+    /// What leaves the last layer, and what an output is made of with it.
+    fn walk(
+        &self,
+        x: &Tensor,
+        options: &ForwardOptions,
+    ) -> Result<(Stream, impl FnOnce(Tensor) -> LayersOutput + use<>)> {
         self.check(x, options)?;
-        let mut x = x.clone();
+        let mut stream = Stream::Whole(x.clone());
         let (mut hiddens, mut attn) = (Vec::new(), Vec::new());
         let (mut prev, mut prev_cross) = (None, None);
         let mut mems = options.mems.iter().flatten();
@@ -226,7 +241,7 @@ impl AttentionLayers {
             attn_mask: options.attn_mask.clone(),
             return_attn: options.return_attn,
             bias: self.bias.forward().at("rel_pos")?,
-            sinusoids: self.sinusoids(&x, options)?,
+            sinusoids: self.sinusoids(x, options)?,
             explicit: options.explicit_attention,
             ..AttentionInput::default()
         };
@@ -241,7 +256,6 @@ impl AttentionLayers {
         for (index, (layer, plan)) in self.layers.iter().zip(&self.plan.layers).enumerate() {
             let input = match &plan.branch {
                 BranchPlan::SelfAttention(_) => {
-                    hiddens.push(x.clone());
                     let mem = mems.next().cloned();
                     let key_mask = key_mask(options.mask.as_ref(), mem.as_ref())?;
                     AttentionInput { key_mask, mem, prev: prev.take(), ..own.clone() }
@@ -250,12 +264,16 @@ impl AttentionLayers {
                 BranchPlan::FeedForward(_) => AttentionInput::default(),
             };
             let place = format_args!("layers.{index}");
+            let own = plan.branch.layer_type() == LayerType::SelfAttention;
             if options.checkpoint_layers {
-                x = layer.forward_checkpointed(&x, &input).at(place)?;
+                let x = stream.whole()?;
+                hiddens.extend(own.then(|| x.clone()));
+                stream = Stream::Whole(layer.forward_checkpointed(&x, &input).at(place)?);
                 continue;
             }
-            let output = layer.forward(&x, &input).at(place)?;
-            x = output.x;
+            let output = layer.forward(stream, &input).at(place)?;
+            stream = output.stream;
+            hiddens.extend(own.then_some(output.input));
             attn.extend(output.attn);
             match plan.branch.layer_type() {
                 LayerType::SelfAttention => prev = output.scores,
@@ -263,7 +281,7 @@ impl AttentionLayers {
                 LayerType::FeedForward => {}
             }
         }
-        Ok(LayersOutput { out: x, hiddens, attn })
+        Ok((stream, |out| LayersOutput { out, hiddens, attn }))
     }
 
     /// Why growing sequences must be computed anew in each step to have the numbers of [`AttentionLayers::forward`], or
@@ -349,13 +367,13 @@ impl AttentionLayers {
             )
         );
         let step = cache.step(n, mask, x.device())?;
-        let mut x = x.clone();
+        let mut stream = Stream::Whole(x.clone());
         let (mut prev, mut prev_cross) = (None, None);
         let mut mems = options.mems.iter().flatten();
         let own = AttentionInput {
             query_mask: step.mask.clone(),
             bias: if first { cache.tables.bias.clone() } else { None },
-            sinusoids: if first { self.sinusoids(&x, &options)? } else { None },
+            sinusoids: if first { self.sinusoids(x, &options)? } else { None },
             explicit: options.explicit_attention,
             ..AttentionInput::default()
         };
@@ -377,8 +395,8 @@ impl AttentionLayers {
                 BranchPlan::CrossAttention(_) => AttentionInput { prev: prev_cross.take(), ..cross.clone() },
                 BranchPlan::FeedForward(_) => AttentionInput::default(),
             };
-            let output = layer.extend(&x, &input, cache, tables, &step).at(format_args!("layers.{index}"))?;
-            x = output.x;
+            let output = layer.extend(stream, &input, cache, tables, &step).at(format_args!("layers.{index}"))?;
+            stream = output.stream;
             match plan.branch.layer_type() {
                 LayerType::SelfAttention => prev = output.scores,
                 LayerType::CrossAttention => prev_cross = output.scores,
@@ -387,7 +405,7 @@ impl AttentionLayers {
         }
         drop(step);
         cache.advance(counts);
-        Ok(x)
+        stream.whole()
     }
 
     /// Sinusoids for the longest row of keys, shared by the layers.

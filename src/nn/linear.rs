@@ -1,6 +1,6 @@
 //! Linear layers and tables of embeddings.
 
-use crate::{Init, Param, Result, Store, Tensor};
+use crate::{Init, Param, Result, Store, Tensor, ops::Activation};
 
 /// `x Wᵀ + b`, PyTorch's `nn.Linear`: `weight [out, in]`, `bias [out]`.
 #[derive(Clone, Debug)]
@@ -38,6 +38,26 @@ impl Linear {
     /// `[.., in] → [.., out]`.
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
         x.linear(&self.weight.tensor(), self.bias.as_ref().map(Param::tensor).as_ref())
+    }
+
+    /// `activation(x Wᵀ + b)`, the bias being added on the way to the activation.
+    pub fn activated(&self, x: &Tensor, activation: Activation) -> Result<Tensor> {
+        let Some(bias) = &self.bias else { return activate(&self.forward(x)?, activation) };
+        x.linear(&self.weight.tensor(), None)?.add_activation(&bias.tensor(), activation)
+    }
+
+    /// As [`Linear::activated`] with a gated unit: `[.., in] → [.., out / 2]`, see [`Tensor::glu`].
+    pub fn gated(&self, x: &Tensor, activation: Activation) -> Result<Tensor> {
+        let Some(bias) = &self.bias else { return self.forward(x)?.glu(activation) };
+        x.linear(&self.weight.tensor(), None)?.add_glu(&bias.tensor(), activation)
+    }
+}
+
+fn activate(x: &Tensor, activation: Activation) -> Result<Tensor> {
+    match activation {
+        Activation::Gelu => x.gelu(),
+        Activation::ReluSquared => x.relu_squared(),
+        Activation::Sigmoid => x.sigmoid(),
     }
 }
 

@@ -2,6 +2,10 @@
 
 use crate::{Init, Param, Result, Store, Tensor, config};
 
+const LAYER_EPS: f64 = 1e-5;
+const SCALE_EPS: f64 = 1e-5;
+const RMS_EPS: f64 = 1e-8;
+
 /// A norm over the features.
 #[derive(Clone, Debug)]
 pub enum Norm {
@@ -41,9 +45,20 @@ impl Norm {
     /// `[.., dim] → [.., dim]`.
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
         match self {
-            Self::Layer { weight, bias } => x.layer_norm(Some(&weight.tensor()), Some(&bias.tensor()), 1e-5),
-            Self::Scale { g } => x.scale_norm(&g.tensor(), 1e-5),
-            Self::Rms { g } => x.rms_norm(&g.tensor(), 1e-8),
+            Self::Layer { weight, bias } => x.layer_norm(Some(&weight.tensor()), Some(&bias.tensor()), LAYER_EPS),
+            Self::Scale { g } => x.scale_norm(&g.tensor(), SCALE_EPS),
+            Self::Rms { g } => x.rms_norm(&g.tensor(), RMS_EPS),
+        }
+    }
+
+    /// The sum of two tensors `[.., dim]`, and the norm of it.
+    pub fn forward_sum(&self, x: &Tensor, residual: &Tensor) -> Result<(Tensor, Tensor)> {
+        match self {
+            Self::Layer { weight, bias } => {
+                x.add_layer_norm(residual, Some(&weight.tensor()), Some(&bias.tensor()), LAYER_EPS)
+            }
+            Self::Scale { g } => x.add_scale_norm(residual, &g.tensor(), SCALE_EPS),
+            Self::Rms { g } => x.add_rms_norm(residual, &g.tensor(), RMS_EPS),
         }
     }
 }

@@ -1,6 +1,36 @@
 //! How a branch and the residual stream become one.
 
+use super::Norm;
 use crate::{Init, Param, Result, Store, Tensor, config::ResidualPlan};
+
+/// The residual stream between sublayers, `[.., dim]`: a sum is left to the norm behind it, which computes it on the way.
+#[derive(Clone, Debug)]
+pub(super) enum Stream {
+    Whole(Tensor),
+    /// A branch and what it is added to.
+    Sum(Tensor, Tensor),
+}
+
+impl Stream {
+    pub fn whole(self) -> Result<Tensor> {
+        match self {
+            Self::Whole(x) => Ok(x),
+            Self::Sum(branch, residual) => branch.add(&residual),
+        }
+    }
+
+    /// The stream, and its norm if there is one, else the stream again.
+    pub fn normed(self, norm: Option<&Norm>) -> Result<(Tensor, Tensor)> {
+        match (self, norm) {
+            (Self::Sum(branch, residual), Some(norm)) => norm.forward_sum(&branch, &residual),
+            (stream, norm) => {
+                let x = stream.whole()?;
+                let normed = norm.map_or_else(|| Ok(x.clone()), |norm| norm.forward(&x))?;
+                Ok((x, normed))
+            }
+        }
+    }
+}
 
 /// A sum, or a GRU cell (Parisotto et al., <https://arxiv.org/abs/1910.06764>); the residual may be scaled first.
 #[derive(Clone, Debug)]
@@ -18,12 +48,14 @@ impl Residual {
     }
 
     /// `branch + residual`, or the GRU cell's new state; both `[.., dim]`.
-    pub fn forward(&self, branch: &Tensor, residual: &Tensor) -> Result<Tensor> {
-        let scaled = self.scale.as_ref().map(|scale| residual.mul(&scale.tensor())).transpose()?;
-        let residual = scaled.as_ref().unwrap_or(residual);
+    pub(super) fn forward(&self, branch: Tensor, residual: Tensor) -> Result<Stream> {
+        let residual = match &self.scale {
+            Some(scale) => residual.mul(&scale.tensor())?,
+            None => residual,
+        };
         match &self.gru {
-            Some(gru) => gru.forward(branch, residual),
-            None => branch.add(residual),
+            Some(gru) => gru.forward(&branch, &residual).map(Stream::Whole),
+            None => Ok(Stream::Sum(branch, residual)),
         }
     }
 }

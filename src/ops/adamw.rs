@@ -7,8 +7,10 @@
 use std::sync::Mutex;
 
 use super::many::{Group, Table, by_device};
+#[cfg(feature = "cuda")]
+use crate::Device;
 use crate::{
-    DType, Device, Error, Result, Tensor,
+    DType, Error, Result, Tensor,
     core::{Float, Real, Shape, dispatch_float},
     device::{CudaDevice, Grid, args, cpu, simd::vectorized},
     error::ensure,

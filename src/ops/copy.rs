@@ -6,7 +6,7 @@ use crate::{
         Backward, Contribution, Contributions, Element, Float, Layout, Part, Shape, collapse_layouts, discrete,
         dispatch_float, record,
     },
-    device::{CudaDevice, Grid, Storage, args, cpu, simd::vectorized},
+    device::{CudaDevice, Grid, Storage, args, cpu, simd::vectorized, size32},
     error::ensure,
 };
 
@@ -80,7 +80,7 @@ impl Tensor {
             (Device::Cuda(gpu), _) => {
                 let (whole, mut start) = (Layout::contiguous(*out.shape()), 0);
                 for (tensor, &size) in tensors.iter().zip(&sizes) {
-                    launch_strided(gpu, "copy_strided", &mut out, &whole.narrow(dim, start, size), tensor)?;
+                    launch_strided(gpu, &mut out, &whole.narrow(dim, start, size), tensor, false)?;
                     start += size;
                 }
             }
@@ -123,7 +123,7 @@ impl Tensor {
             Device::Cuda(gpu) => {
                 let whole = Layout::contiguous(*self.shape());
                 let layout = if self.rank() == 0 { whole } else { whole.narrow(part.dim, part.start, part.len) };
-                launch_strided(gpu, "copy_add", &mut self, &layout, value)?;
+                launch_strided(gpu, &mut self, &layout, value, true)?;
             }
         }
         Ok(self)
@@ -156,18 +156,50 @@ fn pack(x: &Tensor) -> Result<Tensor> {
         (Device::Cpu, DType::Bool) => pack_into::<bool>(x, &mut out)?,
         (Device::Cpu, float) => dispatch_float!("contiguous", float, T, pack_into::<T>(x, &mut out))?,
         (Device::Cuda(gpu), _) => {
-            launch_strided(gpu, "copy_strided", &mut out, &Layout::contiguous(*x.shape()), x)?;
+            launch_strided(gpu, &mut out, &Layout::contiguous(*x.shape()), x, false)?;
         }
     }
     Ok(out)
 }
 
-/// Runs a kernel of `copy.cu` from a tensor to a part of a packed one, whose elements `part` counts from the first.
-fn launch_strided(gpu: &CudaDevice, kernel: &'static str, to: &mut Tensor, part: &Layout, from: &Tensor) -> Result<()> {
-    let (n, dtype) = (from.elements(), from.dtype());
+/// Copies a tensor to a part of a packed one, whose elements `part` counts from the first, or adds it to that.
+fn launch_strided(gpu: &CudaDevice, to: &mut Tensor, part: &Layout, from: &Tensor, add: bool) -> Result<()> {
+    let (n, options) = (from.elements(), [("DTYPE", from.dtype().name())]);
     let [part, layout] = collapse_layouts(from.shape(), [part, from.layout()]);
-    gpu.kernel(kernel, &[("DTYPE", dtype.name())])?
-        .launch(Grid::packets(n, dtype), args![to, Storage(from), &part, &layout, n as i64])
+    if let Some(dim) = turned(&part, &layout) {
+        let last = part.shape.rank() - 1;
+        let (rows, columns) = (part.shape[dim], part.shape[last]);
+        let steps = (part.strides[dim] as i64, layout.strides[last] as i64);
+        let firsts = [part, layout].map(|layout| layout.squeeze(last).squeeze(dim));
+        let batches = firsts[0].shape.elements();
+        let tiles = batches * rows.div_ceil(TILE) * columns.div_ceil(TILE);
+        let args = args![
+            to,
+            Storage(from),
+            &firsts[0],
+            &firsts[1],
+            batches as i64,
+            size32(rows)?,
+            size32(columns)?,
+            steps.0,
+            steps.1,
+            u32::from(add)
+        ];
+        return gpu.kernel("copy_transposed", &options)?.launch(Grid::tiles(tiles), args);
+    }
+    gpu.kernel(if add { "copy_add" } else { "copy_strided" }, &options)?
+        .launch(Grid::packets(n, from.dtype()), args![to, Storage(from), &part, &layout, n as i64])
+}
+
+/// Sides of the tiles of `copy_transposed`.
+const TILE: usize = 32;
+
+/// The dimension along which `from` is packed, if `to` is packed along the last one and both are long enough for tiles.
+fn turned(to: &Layout, from: &Layout) -> Option<usize> {
+    let last = to.shape.rank().checked_sub(1)?;
+    let long = |dim: usize| to.shape[dim] >= TILE / 2;
+    let across = to.strides[last] == 1 && from.strides[last] > 1 && long(last);
+    (0..last).find(|&dim| across && from.strides[dim] == 1 && long(dim))
 }
 
 fn pack_into<E: Element>(x: &Tensor, out: &mut Tensor) -> Result<()> {

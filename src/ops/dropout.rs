@@ -1,9 +1,9 @@
-//! Dropout with a mask that is drawn again instead of being stored.
+//! Dropout with a mask that is drawn again instead of being stored, alone or with a sum behind it.
 
-use super::norm::reuse;
+use super::{copy::same_kind, norm::reuse};
 use crate::{
     Device, Error, Philox, Result, Tensor,
-    core::{Backward, Contributions, Float, Real, dispatch_float, dropout_stream, record_cheap_after},
+    core::{Backward, Contributions, Float, Real, dispatch_float, dropout_stream, record, record_cheap_after},
     device::{Grid, args, cpu, simd::vectorized},
     error::ensure,
 };
@@ -19,21 +19,37 @@ impl Tensor {
     ///
     /// Errors: `p` outside of `[0, 1]`, or a dtype that is not float.
     pub fn dropout(&self, p: f64) -> Result<Tensor> {
-        ensure!(
-            (0.0..=1.0).contains(&p),
-            Error::argument("dropout", format!("the probability must be between 0 and 1, got {p}"))
-        );
-        self.dtype().expect_float("dropout")?;
-        if p == 0.0 {
-            return Ok(self.clone());
-        }
-        let Some(random) = dropout_stream() else { return Ok(self.clone()) };
-        let mask = Mask { random, threshold: Philox::drop_threshold(p), scale: 1.0 / (1.0 - p) };
+        check("dropout", self, p)?;
+        let Some(mask) = Mask::drawn(p) else { return Ok(self.clone()) };
         let x = self.contiguous()?;
         let mut y = x.uninit_like()?;
-        mask.apply(Some(&x), &mut y)?;
+        mask.apply(Some(&x), None, &mut y)?;
         record_cheap_after("dropout", y, &x, |_| DropoutBackward { mask }, move |x| mask.applied(x))
     }
+
+    /// `dropout(x) + residual` in one pass, where a branch that ends with dropout joins its residual stream; outside of
+    /// [`Tape::train`](crate::Tape::train) the sum alone. The mask is that of [`Tensor::dropout`]. Saves: the number of
+    /// its stream.
+    ///
+    /// Shapes: `x` and `residual` are one.
+    /// Errors: as [`Tensor::dropout`], or a residual of another shape, dtype or device.
+    pub fn dropout_add(&self, residual: &Tensor, p: f64) -> Result<Tensor> {
+        const OP: &str = "dropout_add";
+        check(OP, self, p)?;
+        same_kind(OP, self, residual)?;
+        let (shape, given) = (self.shape(), residual.shape());
+        ensure!(shape == given, Error::shape(OP, format!("expected a residual {shape:?}, got {given:?}")));
+        let Some(mask) = Mask::drawn(p) else { return self.add(residual) };
+        let (x, residual) = (self.contiguous()?, residual.contiguous()?);
+        let mut y = x.uninit_like()?;
+        mask.apply(Some(&x), Some(&residual), &mut y)?;
+        record(OP, y, &[&x, &residual], |_| DropoutAddBackward { mask })
+    }
+}
+
+fn check(op: &'static str, x: &Tensor, p: f64) -> Result<()> {
+    ensure!((0.0..=1.0).contains(&p), Error::argument(op, format!("the probability must be between 0 and 1, got {p}")));
+    x.dtype().expect_float(op)
 }
 
 /// All that it takes to draw a mask.
@@ -45,25 +61,36 @@ struct Mask {
 }
 
 impl Mask {
+    /// That of the next call, or `None` where dropout does not act.
+    fn drawn(p: f64) -> Option<Self> {
+        if p == 0.0 {
+            return None;
+        }
+        let (threshold, scale) = (Philox::drop_threshold(p), 1.0 / (1.0 - p));
+        dropout_stream().map(|random| Self { random, threshold, scale })
+    }
+
     /// A masked and scaled tensor, in place if no other handle shares it.
     fn applied(&self, x: Tensor) -> Result<Tensor> {
         let (mut y, source) = reuse(x)?;
-        self.apply(source.as_ref(), &mut y)?;
+        self.apply(source.as_ref(), None, &mut y)?;
         Ok(y)
     }
 
-    /// Masks and scales `source`, or `out` in place.
-    fn apply(&self, source: Option<&Tensor>, out: &mut Tensor) -> Result<()> {
+    /// Masks and scales `source`, or `out` in place, and adds what is to be added.
+    fn apply(&self, source: Option<&Tensor>, residual: Option<&Tensor>, out: &mut Tensor) -> Result<()> {
         match *out.device() {
             Device::Cpu => dispatch_float!("dropout", out.dtype(), T, {
                 let source = source.map(|source| source.values::<T>()).transpose()?;
+                let residual = residual.map(|residual| residual.values::<T>()).transpose()?;
                 let scale = <T as Float>::Acc::from_f64(self.scale);
                 // A task starts at a whole group of words; the last group may be cut short.
                 cpu::for_rows(out.values_mut::<T>()?, GROUP, 8 * GROUP, |group, out| {
                     if let Some(source) = source {
                         out.copy_from_slice(&source[group * GROUP..][..out.len()]);
                     }
-                    apply::<T>(self.random, group as u64, self.threshold, scale, out);
+                    let residual = residual.map(|residual| &residual[group * GROUP..][..out.len()]);
+                    apply::<T>(self.random, group as u64, self.threshold, scale, residual, out);
                 });
                 Ok(())
             }),
@@ -71,10 +98,17 @@ impl Mask {
                 // A replay would draw the same mask again and again.
                 gpu.refuse_while_capturing("dropout")?;
                 let (n, dtype, seed, stream) = (out.elements(), out.dtype(), self.random.seed(), self.random.stream());
-                gpu.kernel("dropout_mask", &[("DTYPE", dtype.name())])?.launch(
-                    Grid::packets(n, dtype),
-                    args![&mut *out, source.unwrap_or(&*out), n as i64, seed, stream, self.threshold, self.scale],
-                )
+                let args = args![
+                    &mut *out,
+                    source.unwrap_or(&*out),
+                    residual,
+                    n as i64,
+                    seed,
+                    stream,
+                    self.threshold,
+                    self.scale
+                ];
+                gpu.kernel("dropout_mask", &[("DTYPE", dtype.name())])?.launch(Grid::packets(n, dtype), args)
             }
         }
     }
@@ -84,13 +118,29 @@ impl Mask {
 const GROUP: usize = 64;
 
 vectorized! {
-    fn apply<T: Float>(random: Philox, first: u64, threshold: u64, scale: T::Acc, out: &mut [T]) {
+    fn apply<T: Float>(
+        random: Philox,
+        first: u64,
+        threshold: u64,
+        scale: T::Acc,
+        residual: Option<&[T]>,
+        out: &mut [T],
+    ) {
         let mut words = [0; GROUP];
-        for (group, out) in (first..).zip(out.chunks_mut(GROUP)) {
-            draw(random, group, &mut words);
-            for (out, &word) in out.iter_mut().zip(&words) {
-                let kept = T::from_acc(out.to_acc() * scale);
-                *out = if word as u64 >= threshold { kept } else { T::from_acc(T::Acc::ZERO) };
+        for (index, out) in out.chunks_mut(GROUP).enumerate() {
+            draw(random, first + index as u64, &mut words);
+            let masked = |x: T, word: u32| if word as u64 >= threshold { x.to_acc() * scale } else { T::Acc::ZERO };
+            match residual {
+                Some(residual) => {
+                    for ((out, &word), residual) in out.iter_mut().zip(&words).zip(&residual[index * GROUP..]) {
+                        *out = T::from_acc(masked(*out, word) + residual.to_acc());
+                    }
+                }
+                None => {
+                    for (out, &word) in out.iter_mut().zip(&words) {
+                        *out = T::from_acc(masked(*out, word));
+                    }
+                }
             }
         }
     }
@@ -117,5 +167,22 @@ impl Backward for DropoutBackward {
     /// The gradient under the same mask.
     fn backward(self: Box<Self>, grad: Tensor, _need: &[bool]) -> Result<Contributions> {
         self.mask.applied(grad).map(Contributions::one)
+    }
+}
+
+struct DropoutAddBackward {
+    mask: Mask,
+}
+
+impl Backward for DropoutAddBackward {
+    fn name(&self) -> &'static str {
+        "dropout_add"
+    }
+
+    /// The gradient under the same mask, and the gradient itself.
+    fn backward(self: Box<Self>, grad: Tensor, need: &[bool]) -> Result<Contributions> {
+        let residual = need[1].then(|| grad.clone());
+        let dx = if need[0] { Some(self.mask.applied(grad)?) } else { None };
+        Ok(Contributions::whole([dx, residual]))
     }
 }

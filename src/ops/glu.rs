@@ -1,22 +1,15 @@
 //! Gated linear units: one half of the features times an activation of the other.
 
-use super::pointwise::{Gelu, Keep, ReluSquared, Sigmoid, Unary};
+use super::{
+    activation::{Activation, COST, TILE, bias_gradient, check_bias, partial_sums, sums_mut},
+    norm::{packed, reuse, widen},
+    pointwise::{Gelu, Keep, ReluSquared, Sigmoid, Unary},
+};
 use crate::{
     Device, Error, Result, Tensor,
     core::{Backward, Contributions, Float, Real, dispatch_float, record_cheap},
     device::{Grid, args, cpu, simd::vectorized, size32},
 };
-
-/// The function of the gate in [`Tensor::glu`].
-#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
-pub enum Activation {
-    /// `x Φ(x)`, the exact form: [`Tensor::gelu`].
-    Gelu,
-    /// `max(x, 0)²`: [`Tensor::relu_squared`].
-    ReluSquared,
-    /// `1 / (1 + e^−x)`: [`Tensor::sigmoid`].
-    Sigmoid,
-}
 
 impl Tensor {
     /// `value ⊙ activation(gate)`, where the first half of the features is the value and the second the gate
@@ -35,128 +28,211 @@ impl Tensor {
     /// # }
     /// ```
     pub fn glu(&self, activation: Activation) -> Result<Tensor> {
-        let width = self.shape().last().copied();
-        let Some(width) = width.filter(|width| width.is_multiple_of(2)) else {
-            let shape = self.shape();
-            return Err(Error::shape("glu", format!("expected an even number of features [.., 2 dim], got {shape:?}")));
-        };
-        self.dtype().expect_float("glu")?;
-        let x = self.contiguous()?;
-        match activation {
-            Activation::Gelu => glu::<Gelu>(&x, width / 2),
-            Activation::ReluSquared => glu::<ReluSquared>(&x, width / 2),
-            Activation::Sigmoid => glu::<Sigmoid>(&x, width / 2),
-        }
+        gated("glu", self, None, activation)
+    }
+
+    /// [`Tensor::glu`] of the sum with a bias, in one pass, the sum never being rounded: what follows the matrix product
+    /// of a dense layer.
+    ///
+    /// Shapes: `[.., 2 dim]`, bias `[2 dim]` → `[.., dim]`. Saves: the inputs; the sum and the activation are computed
+    /// again in the backward pass, which adds up the gradient of the bias as it goes.
+    ///
+    /// Errors: as [`Tensor::glu`], a bias of another shape, or dtypes or devices that differ.
+    pub fn add_glu(&self, bias: &Tensor, activation: Activation) -> Result<Tensor> {
+        gated("add_glu", self, Some(bias), activation)
     }
 }
 
-/// Element operations that an activation counts for.
-const COST: usize = 12;
+fn gated(op: &'static str, x: &Tensor, bias: Option<&Tensor>, activation: Activation) -> Result<Tensor> {
+    let width = x.shape().last().copied();
+    let Some(width) = width.filter(|width| width.is_multiple_of(2)) else {
+        let shape = x.shape();
+        return Err(Error::shape(op, format!("expected an even number of features [.., 2 dim], got {shape:?}")));
+    };
+    x.dtype().expect_float(op)?;
+    bias.map_or(Ok(()), |bias| check_bias(op, x, bias))?;
+    let x = x.contiguous()?;
+    match activation {
+        Activation::Gelu => glu::<Gelu>(op, &x, bias, width / 2),
+        Activation::ReluSquared => glu::<ReluSquared>(op, &x, bias, width / 2),
+        Activation::Sigmoid => glu::<Sigmoid>(op, &x, bias, width / 2),
+    }
+}
 
-fn glu<F: Unary>(x: &Tensor, dim: usize) -> Result<Tensor> {
+fn glu<F: Unary>(op: &'static str, x: &Tensor, bias: Option<&Tensor>, dim: usize) -> Result<Tensor> {
     let mut y = Tensor::uninit(x.shape().with_dim(x.rank() - 1, dim), x.dtype(), x.device())?;
     match x.device() {
-        Device::Cpu => dispatch_float!("glu", x.dtype(), T, {
-            let from = x.values::<T>()?;
+        Device::Cpu => dispatch_float!(op, x.dtype(), T, {
+            let (from, bias) = (x.values::<T>()?, widen::<T>(bias, 2 * dim, <T as Float>::Acc::ZERO)?);
             cpu::for_rows(y.values_mut::<T>()?, dim, COST * dim, |row, y| {
-                forward::<T, F>(&from[2 * row * dim..][..2 * y.len()], dim, y);
+                forward::<T, F>(&from[2 * row * dim..][..2 * y.len()], &bias, y);
             });
             Ok(())
         })?,
         Device::Cuda(gpu) => {
             let rows = y.elements().checked_div(dim).unwrap_or(0);
+            let (rows_per_chunk, chunks) = Grid::chunks(rows, dim, x.dtype());
+            let bias = packed(bias)?;
+            let args = args![&mut y, x, bias.as_ref(), rows as i64, rows_per_chunk as i64, size32(dim)?];
             gpu.kernel("glu_fwd", &[("DTYPE", x.dtype().name()), ("ACTIVATION", F::NAME)])?
-                .launch(Grid::rows(rows, dim), args![&mut y, x, rows as i64, size32(dim)?])?;
+                .launch(Grid::columns(dim, chunks, x.dtype()), args)?;
         }
     }
-    let kept = x.detach();
-    let again = move || glu::<F>(&kept, dim);
-    let backward = |_: &Tensor| GluBackward::<F> { x: x.detach(), activation: std::marker::PhantomData };
-    record_cheap("glu", y, &[x], backward, again)
+    let (kept, summand) = (x.detach(), bias.map(Tensor::detach));
+    let again = move || glu::<F>(op, &kept, summand.as_ref(), dim);
+    let backward = |_: &Tensor| GluBackward::<F> {
+        op,
+        x: x.detach(),
+        bias: bias.map(Tensor::detach),
+        activation: std::marker::PhantomData,
+    };
+    let inputs: Vec<&Tensor> = std::iter::once(x).chain(bias).collect();
+    record_cheap(op, y, &inputs, backward, again)
 }
 
 vectorized! {
-    fn forward<T: Float, F: Unary>(x: &[T], dim: usize, y: &mut [T]) {
+    fn forward<T: Float, F: Unary>(x: &[T], bias: &[T::Acc], y: &mut [T]) {
+        let dim = bias.len() / 2;
+        let (to_value, to_gate) = bias.split_at(dim);
         for (x, y) in x.chunks_exact(2 * dim).zip(y.chunks_exact_mut(dim)) {
             let (value, gate) = x.split_at(dim);
-            for ((y, value), gate) in y.iter_mut().zip(value).zip(gate) {
-                *y = T::from_acc(value.to_acc() * F::value(gate.to_acc()));
+            let biases = to_value.iter().zip(to_gate);
+            for (((y, value), gate), (&to_value, &to_gate)) in y.iter_mut().zip(value).zip(gate).zip(biases) {
+                *y = T::from_acc((value.to_acc() + to_value) * F::value(gate.to_acc() + to_gate));
             }
         }
     }
 }
 
 struct GluBackward<F> {
+    op: &'static str,
     x: Tensor,
+    bias: Option<Tensor>,
     activation: std::marker::PhantomData<F>,
 }
 
 impl<F: Unary> Backward for GluBackward<F> {
     fn name(&self) -> &'static str {
-        "glu"
+        self.op
     }
 
-    /// `dvalue = g ⊙ activation(gate)`, `dgate = g ⊙ value ⊙ activation'(gate)`
-    fn backward(self: Box<Self>, grad: Tensor, _need: &[bool]) -> Result<Contributions> {
+    /// `dvalue = g ⊙ activation(gate)`, `dgate = g ⊙ value ⊙ activation'(gate)`, `dbias = Σ_rows dx`
+    fn backward(self: Box<Self>, grad: Tensor, need: &[bool]) -> Result<Contributions> {
+        let Self { op, x, bias, .. } = *self;
         let grad = grad.contiguous()?;
         let dim = grad.dim(-1)?;
+        let rows = grad.elements().checked_div(dim).unwrap_or(0);
+        let bias_needed = need.get(1).is_some_and(|&need| need);
         // Nobody else may hold the input: then its gradient takes its place.
-        let (mut dx, source) = super::norm::reuse(self.x)?;
-        match grad.device() {
-            Device::Cpu => dispatch_float!("glu", grad.dtype(), T, {
-                let source = source.as_ref().map(|source| source.values::<T>()).transpose()?;
-                let g = grad.values::<T>()?;
-                cpu::for_rows(dx.values_mut::<T>()?, 2 * dim, 2 * COST * dim, |row, dx| {
-                    let source = source.map(|source| &source[2 * row * dim..][..dx.len()]);
-                    backward::<T, F>(source, &g[row * dim..][..dx.len() / 2], dim, dx);
-                });
-                Ok(())
-            })?,
-            Device::Cuda(gpu) => {
-                let rows = grad.elements().checked_div(dim).unwrap_or(0);
-                gpu.kernel("glu_bwd", &[("DTYPE", grad.dtype().name()), ("ACTIVATION", F::NAME)])?
-                    .launch(Grid::rows(rows, dim), args![&mut dx, source.as_ref(), &grad, rows as i64, size32(dim)?])?;
+        let (mut dx, source) = reuse(x)?;
+        let sums = match grad.device() {
+            Device::Cpu => {
+                // Rows are summed up in blocks whose size depends on the shape alone.
+                let block = cpu::rows_per_task(rows, 2 * COST * dim);
+                let mut sums = partial_sums(&grad, bias_needed.then(|| rows.div_ceil(block)), 2 * dim)?;
+                dispatch_float!(op, grad.dtype(), T, {
+                    let source = source.as_ref().map(|source| source.values::<T>()).transpose()?;
+                    let bias = widen::<T>(bias.as_ref(), 2 * dim, <T as Float>::Acc::ZERO)?;
+                    let g = grad.values::<T>()?;
+                    let run = |row: usize, dx: &mut [T], sums: &mut [<T as Float>::Acc]| {
+                        let source = source.map(|source| &source[2 * row * dim..][..dx.len()]);
+                        backward::<T, F>(source, &g[row * dim..][..dx.len() / 2], &bias, dx, sums);
+                    };
+                    let (to, sums) = (dx.values_mut::<T>()?, sums_mut::<T>(&mut sums)?);
+                    cpu::for_blocks(to, sums, (2 * dim, 2 * dim), block, 2 * COST * dim, run);
+                    Ok(())
+                })?;
+                sums
             }
+            Device::Cuda(gpu) => {
+                let dtype = grad.dtype();
+                let (rows_per_chunk, chunks) = Grid::chunks(rows, dim, dtype);
+                let mut sums = partial_sums(&grad, bias_needed.then_some(chunks), 2 * dim)?;
+                let bias = packed(bias.as_ref())?;
+                let args = args![
+                    &mut dx,
+                    sums.as_mut(),
+                    source.as_ref(),
+                    bias.as_ref(),
+                    &grad,
+                    rows as i64,
+                    rows_per_chunk as i64,
+                    size32(dim)?
+                ];
+                gpu.kernel("glu_bwd", &[("DTYPE", dtype.name()), ("ACTIVATION", F::NAME)])?
+                    .launch(Grid::columns(dim, chunks, dtype), args)?;
+                sums
+            }
+        };
+        let mut grads = vec![need[0].then_some(dx)];
+        if bias.is_some() {
+            grads.push(bias_gradient(sums, &grad)?);
         }
-        Ok(Contributions::one(dx))
+        Ok(Contributions::whole(grads))
     }
 }
 
 vectorized! {
-    /// Writes `dx` over the input, which `source` holds unless `dx` does already.
-    fn backward<T: Float, F: Unary>(source: Option<&[T]>, g: &[T], dim: usize, dx: &mut [T]) {
+    /// Writes `dx` over the input, which `source` holds unless `dx` does already; `sums`, if not empty, gets the sums of
+    /// its columns.
+    fn backward<T: Float, F: Unary>(
+        source: Option<&[T]>,
+        g: &[T],
+        bias: &[T::Acc],
+        dx: &mut [T],
+        sums: &mut [T::Acc],
+    ) {
+        let dim = bias.len() / 2;
+        sums.fill(T::Acc::ZERO);
         for (row, (g, dx)) in g.chunks_exact(dim).zip(dx.chunks_exact_mut(2 * dim)).enumerate() {
             if let Some(source) = source {
                 dx.copy_from_slice(&source[2 * row * dim..][..2 * dim]);
             }
             let (dvalue, dgate) = dx.split_at_mut(dim);
-            let tiles = dvalue.chunks_mut(TILE).zip(dgate.chunks_mut(TILE));
-            for ((dvalue, dgate), g) in tiles.zip(g.chunks(TILE)) {
-                backward_tile::<T, F>(dvalue, dgate, g);
+            let tiles = dvalue.chunks_mut(TILE).zip(dgate.chunks_mut(TILE)).zip(g.chunks(TILE));
+            for (tile, ((dvalue, dgate), g)) in tiles.enumerate() {
+                let start = tile * TILE;
+                let biases = [&bias[start..][..g.len()], &bias[dim + start..][..g.len()]];
+                let [dv, du] = backward_tile::<T, F>(dvalue, dgate, biases, g);
+                if let Some(sums) = sums.get_mut(start..) {
+                    sums.iter_mut().zip(&dv[..g.len()]).for_each(|(sum, &dv)| *sum += dv);
+                }
+                if let Some(sums) = sums.get_mut(dim + start..) {
+                    sums.iter_mut().zip(&du[..g.len()]).for_each(|(sum, &du)| *sum += du);
+                }
             }
         }
     }
 }
 
-/// Features that the backward pass handles together.
-const TILE: usize = 64;
-
-/// The loops write one array each, so that they vectorise.
+/// The gradients of a tile, unrounded too. The loops write one array each, so that they vectorise.
 #[inline(always)]
-fn backward_tile<T: Float, F: Unary>(dvalue: &mut [T], dgate: &mut [T], g: &[T]) {
-    let (mut activated, mut slope) = ([T::Acc::ZERO; TILE], [T::Acc::ZERO; TILE]);
-    for ((activated, slope), gate) in activated.iter_mut().zip(&mut slope).zip(&*dgate) {
-        let gate = gate.to_acc();
+fn backward_tile<T: Float, F: Unary>(
+    value: &mut [T],
+    gate: &mut [T],
+    [to_value, to_gate]: [&[T::Acc]; 2],
+    g: &[T],
+) -> [[T::Acc; TILE]; 2] {
+    let (mut dv, mut du) = ([T::Acc::ZERO; TILE], [T::Acc::ZERO; TILE]);
+    for (((activated, slope), gate), &to_gate) in dv.iter_mut().zip(&mut du).zip(&*gate).zip(to_gate) {
+        let gate = gate.to_acc() + to_gate;
         *activated = F::value(gate);
         *slope = F::derivative(match F::KEEP {
             Keep::Input => gate,
             Keep::Output => *activated,
         });
     }
-    for (((dgate, value), g), &slope) in dgate.iter_mut().zip(&*dvalue).zip(g).zip(&slope) {
-        *dgate = T::from_acc(g.to_acc() * value.to_acc() * slope);
+    for (((du, value), &to_value), g) in du.iter_mut().zip(&*value).zip(to_value).zip(g) {
+        *du = *du * g.to_acc() * (value.to_acc() + to_value);
     }
-    for ((dvalue, g), &activated) in dvalue.iter_mut().zip(g).zip(&activated) {
-        *dvalue = T::from_acc(g.to_acc() * activated);
+    for (dv, g) in dv.iter_mut().zip(g) {
+        *dv *= g.to_acc();
     }
+    for (gate, &du) in gate.iter_mut().zip(&du) {
+        *gate = T::from_acc(du);
+    }
+    for (value, &dv) in value.iter_mut().zip(&dv) {
+        *value = T::from_acc(dv);
+    }
+    [dv, du]
 }

@@ -3,6 +3,7 @@
 //! Every op is a method of [`Tensor`](crate::Tensor). Adding one takes its file here, a word in the list below, and a
 //! case in `tests/contract`.
 
+pub use activation::Activation;
 pub(crate) use attention::needs_scores;
 pub use attention::{
     AttentionSpec, DecodeSpec, PositionBias, attention, attention_decode, attention_rung, gpu_needs_scores,
@@ -25,16 +26,17 @@ mod many;
 pub(crate) mod cache;
 
 ops! {
+    activation: add_activation;
     attention: attention, attention_decode;
     copy: contiguous, to_dtype, cat;
     cross_entropy: cross_entropy;
-    dropout: dropout;
+    dropout: dropout, dropout_add;
     embedding: embedding;
     entmax: entmax15;
-    glu: glu;
+    glu: glu, add_glu;
     gru: gru_gate;
     matmul: matmul, linear;
-    norm: layer_norm, rms_norm, scale_norm;
+    norm: layer_norm, rms_norm, scale_norm, add_layer_norm, add_rms_norm, add_scale_norm;
     pointwise: neg, exp, ln, sqrt, square, sigmoid, tanh, relu, relu_squared, gelu, affine, add, sub, mul, div,
         eq, ne, lt, le, gt, ge, logical_and, logical_or, logical_not, where_cond, masked_fill;
     position: relative_position_bias, sinusoid;
@@ -46,7 +48,6 @@ ops! {
     topk: top_k_mask;
 }
 
-pub use glu::Activation;
 #[cfg(feature = "cuda")]
 pub(crate) use sample::broken_logits;
 pub use sample::{SampleFilter, SampleSpec};

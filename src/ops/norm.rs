@@ -1,4 +1,4 @@
-//! Normalisation of rows: layer norm, and RMS norm and scale norm in the form with a floor.
+//! Normalisation of rows, or of the sum of two tensors: layer norm, and RMS norm and scale norm in the form with a floor.
 
 use super::{
     copy::same_kind,
@@ -6,7 +6,7 @@ use super::{
 };
 use crate::{
     Device, Error, Result, Tensor,
-    core::{Backward, Contributions, Float, Real, Shape, dispatch_float, record_cheap},
+    core::{Backward, Contributions, Float, Real, Shape, dispatch_float, record_beside, record_cheap},
     device::{CudaDevice, Grid, args, cpu, simd::vectorized, size32},
     error::ensure,
 };
@@ -20,8 +20,34 @@ impl Tensor {
     /// Errors: rank 0, a dtype that is not float or not the same for all, a weight or bias of another shape, a
     /// negative `eps`.
     pub fn layer_norm(&self, weight: Option<&Tensor>, bias: Option<&Tensor>, eps: f64) -> Result<Tensor> {
-        let dim = self.shape().last().copied().unwrap_or(0);
-        normalize("layer_norm", self, weight.map(|weight| (weight, dim)), bias, Form::Centred, eps)
+        normalize("layer_norm", self, &self.layer_spec(weight, bias, eps))
+    }
+
+    /// The sum of two tensors and its layer norm, in one pass: `(x + residual, (x + residual).layer_norm(..))`.
+    ///
+    /// Shapes: `x` and `residual` `[.., dim]`, otherwise as [`Tensor::layer_norm`]. Saves: the sum, and what the norm
+    /// saves of each row.
+    /// Errors: as [`Tensor::layer_norm`], or a residual of another shape.
+    ///
+    /// ```
+    /// use x_transformers::{Device, Tensor};
+    /// # fn main() -> x_transformers::Result<()> {
+    /// let x = Tensor::from_slice(&[1.0f32, 5.0], [2], &Device::Cpu)?;
+    /// let residual = Tensor::from_slice(&[2.0f32, 4.0], [2], &Device::Cpu)?;
+    /// let (sum, normed) = x.add_layer_norm(&residual, None, None, 0.0)?;
+    /// assert_eq!(sum.to_vec::<f32>()?, [3.0, 9.0]);
+    /// assert_eq!(normed.to_vec::<f32>()?, [-1.0, 1.0]);
+    /// # Ok(())
+    /// # }
+    /// ```
+    pub fn add_layer_norm(
+        &self,
+        residual: &Tensor,
+        weight: Option<&Tensor>,
+        bias: Option<&Tensor>,
+        eps: f64,
+    ) -> Result<(Tensor, Tensor)> {
+        normalize_sum("add_layer_norm", self, residual, &self.layer_spec(weight, bias, eps))
     }
 
     /// RMS norm over the last dimension: `y = x / max(|x| dim^-½, eps) ⊙ g`. <https://arxiv.org/abs/1910.07467>
@@ -32,8 +58,12 @@ impl Tensor {
     /// Shapes: `[.., dim]`, `g` `[dim]` → `[.., dim]`. Saves: `x`, and the inverse divisor of each row.
     /// Errors: as [`Tensor::layer_norm`].
     pub fn rms_norm(&self, g: &Tensor, eps: f64) -> Result<Tensor> {
-        let dim = self.shape().last().copied().unwrap_or(0);
-        normalize("rms_norm", self, Some((g, dim)), None, Form::Floored, eps)
+        normalize("rms_norm", self, &self.rms_spec(g, eps))
+    }
+
+    /// The sum of two tensors and its [`rms_norm`](Tensor::rms_norm), as [`Tensor::add_layer_norm`] gives it.
+    pub fn add_rms_norm(&self, residual: &Tensor, g: &Tensor, eps: f64) -> Result<(Tensor, Tensor)> {
+        normalize_sum("add_rms_norm", self, residual, &self.rms_spec(g, eps))
     }
 
     /// Scale norm over the last dimension: as [`Tensor::rms_norm`] with one factor for all features (`eps` is 1e-5 in
@@ -42,7 +72,24 @@ impl Tensor {
     /// Shapes: `[.., dim]`, `g` `[1]` → `[.., dim]`. Saves: `x`, and the inverse divisor of each row.
     /// Errors: as [`Tensor::layer_norm`].
     pub fn scale_norm(&self, g: &Tensor, eps: f64) -> Result<Tensor> {
-        normalize("scale_norm", self, Some((g, 1)), None, Form::Floored, eps)
+        normalize("scale_norm", self, &Spec::floored(g, 1, eps))
+    }
+
+    /// The sum of two tensors and its [`scale_norm`](Tensor::scale_norm), as [`Tensor::add_layer_norm`] gives it.
+    pub fn add_scale_norm(&self, residual: &Tensor, g: &Tensor, eps: f64) -> Result<(Tensor, Tensor)> {
+        normalize_sum("add_scale_norm", self, residual, &Spec::floored(g, 1, eps))
+    }
+
+    fn features(&self) -> usize {
+        self.shape().last().copied().unwrap_or(0)
+    }
+
+    fn layer_spec<'a>(&self, weight: Option<&'a Tensor>, bias: Option<&'a Tensor>, eps: f64) -> Spec<'a> {
+        Spec { weight, weights: self.features(), bias, form: Form::Centred, eps }
+    }
+
+    fn rms_spec<'a>(&self, g: &'a Tensor, eps: f64) -> Spec<'a> {
+        Spec::floored(g, self.features(), eps)
     }
 }
 
@@ -65,25 +112,31 @@ impl Form {
     }
 }
 
-/// All three norms; the weight comes with the number of elements that it must have.
-fn normalize(
-    op: &'static str,
-    x: &Tensor,
-    weight: Option<(&Tensor, usize)>,
-    bias: Option<&Tensor>,
+/// What a norm is told besides its input.
+#[derive(Clone, Copy)]
+struct Spec<'a> {
+    weight: Option<&'a Tensor>,
+    /// How many elements the weight must have.
+    weights: usize,
+    bias: Option<&'a Tensor>,
     form: Form,
     eps: f64,
-) -> Result<Tensor> {
-    ensure!(x.rank() > 0, Error::shape(op, "expected at least one dimension, got a scalar"));
-    ensure!(
-        eps >= 0.0 && eps.is_finite(),
-        Error::argument(op, format!("eps must be a number that is not negative, got {eps}"))
-    );
-    x.dtype().expect_float(op)?;
-    let dim = x.dim(-1)?;
-    for (name, operand, expected) in [("weight", weight.map(|w| w.0), weight.map_or(dim, |w| w.1)), ("bias", bias, dim)]
-    {
-        if let Some(operand) = operand {
+}
+
+impl<'a> Spec<'a> {
+    fn floored(g: &'a Tensor, weights: usize, eps: f64) -> Self {
+        Self { weight: Some(g), weights, bias: None, form: Form::Floored, eps }
+    }
+
+    fn check(&self, op: &'static str, x: &Tensor) -> Result<()> {
+        ensure!(x.rank() > 0, Error::shape(op, "expected at least one dimension, got a scalar"));
+        ensure!(
+            self.eps >= 0.0 && self.eps.is_finite(),
+            Error::argument(op, format!("eps must be a number that is not negative, got {}", self.eps))
+        );
+        x.dtype().expect_float(op)?;
+        for (name, operand, expected) in [("weight", self.weight, self.weights), ("bias", self.bias, x.features())] {
+            let Some(operand) = operand else { continue };
             same_kind(op, x, operand)?;
             ensure!(
                 **operand.shape() == [expected],
@@ -93,19 +146,38 @@ fn normalize(
                 )
             );
         }
+        Ok(())
     }
+}
+
+fn normalize(op: &'static str, x: &Tensor, spec: &Spec) -> Result<Tensor> {
+    spec.check(op, x)?;
     let x = x.contiguous()?;
-    let weight = weight.map(|weight| weight.0);
-    let mut y = x.uninit_like()?;
-    let shape = Shape::new(&[rows(&x)?, form.statistics()])?;
-    let mut statistics = Tensor::uninit(shape, x.dtype().accumulator(), x.device())?;
-    match x.device() {
-        Device::Cpu => dispatch_float!(op, x.dtype(), T, {
-            forward_rows::<T>(&x, [weight, bias], form, <T as Float>::Acc::from_f64(eps), &mut y, &mut statistics)
-        })?,
-        Device::Cuda(gpu) => forward_cuda(gpu, &x, [weight, bias], form, eps, &mut y, &mut statistics)?,
-    }
-    let inputs: Vec<&Tensor> = [Some(&x), weight, bias].into_iter().flatten().collect();
+    let Forward { y, statistics, .. } = Forward::of(op, &x, None, spec)?;
+    record_norm(op, &x, y, statistics, spec)
+}
+
+/// The sum, and its norm.
+fn normalize_sum(op: &'static str, x: &Tensor, residual: &Tensor, spec: &Spec) -> Result<(Tensor, Tensor)> {
+    spec.check(op, x)?;
+    same_kind(op, x, residual)?;
+    ensure!(
+        x.shape() == residual.shape(),
+        Error::shape(op, format!("expected a residual {:?}, got {:?}", x.shape(), residual.shape()))
+    );
+    let (x, residual) = (x.contiguous()?, residual.contiguous()?);
+    let Forward { y, sum, statistics } = Forward::of(op, &x, Some(&residual), spec)?;
+    let sum = sum.ok_or_else(|| Error::argument(op, "no sum was computed"))?;
+    // Two nodes with an output each: the gradient of the sum is whole when the norm has added its part to it.
+    let sum = record_beside(op, sum, &[&x, &residual], |_| SumBackward)?;
+    let y = record_norm(op, &sum, y, statistics, spec)?;
+    Ok((sum, y))
+}
+
+/// Records `y` as the norm of `x`.
+fn record_norm(op: &'static str, x: &Tensor, y: Tensor, statistics: Tensor, spec: &Spec) -> Result<Tensor> {
+    let &Spec { weight, weights, bias, form, eps } = spec;
+    let inputs: Vec<&Tensor> = [Some(x), weight, bias].into_iter().flatten().collect();
     let backward = |_: &Tensor| NormBackward {
         op,
         x: x.detach(),
@@ -114,13 +186,92 @@ fn normalize(
         has_bias: bias.is_some(),
         form,
         eps,
+        onto: None,
     };
     let (kept, operands) = (x.detach(), [weight, bias].map(|operand| operand.map(Tensor::detach)));
     let again = move || {
         let [weight, bias] = operands.each_ref().map(Option::as_ref);
-        normalize(op, &kept, weight.map(|weight| (weight, weight.elements())), bias, form, eps)
+        Ok(Forward::of(op, &kept, None, &Spec { weight, weights, bias, form, eps })?.y)
     };
     record_cheap(op, y, &inputs, backward, again)
+}
+
+struct SumBackward;
+
+impl Backward for SumBackward {
+    fn name(&self) -> &'static str {
+        "add"
+    }
+
+    fn backward(self: Box<Self>, grad: Tensor, need: &[bool]) -> Result<Contributions> {
+        let residual = need[1].then(|| grad.clone());
+        Ok(Contributions::whole([need[0].then_some(grad), residual]))
+    }
+}
+
+/// What the forward pass computes.
+struct Forward {
+    y: Tensor,
+    /// With a residual.
+    sum: Option<Tensor>,
+    /// `[rows, 2]` or `[rows, 1]`, see [`Form::statistics`]; never rounded to a half type.
+    statistics: Tensor,
+}
+
+impl Forward {
+    /// The norm of `x`, or of `x + residual`; both packed.
+    fn of(op: &'static str, x: &Tensor, residual: Option<&Tensor>, spec: &Spec) -> Result<Self> {
+        let shape = Shape::new(&[rows(x)?, spec.form.statistics()])?;
+        let mut forward = Self {
+            y: x.uninit_like()?,
+            sum: residual.map(|x| x.uninit_like()).transpose()?,
+            statistics: Tensor::uninit(shape, x.dtype().accumulator(), x.device())?,
+        };
+        match x.device() {
+            Device::Cpu => dispatch_float!(op, x.dtype(), T, forward.rows::<T>(x, residual, spec))?,
+            Device::Cuda(gpu) => forward.cuda(gpu, x, residual, spec)?,
+        }
+        Ok(forward)
+    }
+
+    fn rows<T: Float>(&mut self, x: &Tensor, residual: Option<&Tensor>, spec: &Spec) -> Result<()> {
+        let (width, per_row) = (x.dim(-1)?, spec.form.statistics());
+        let weight = widen::<T>(spec.weight, width, T::Acc::ONE)?;
+        let bias = widen::<T>(spec.bias, width, T::Acc::ZERO)?;
+        let (x, eps) = (x.values::<T>()?, T::Acc::from_f64(spec.eps));
+        let residual = residual.map(|residual| residual.values::<T>()).transpose()?;
+        let (y, save) = (self.y.values_mut::<T>()?, self.statistics.values_mut::<T::Acc>()?);
+        let sum = self.sum.as_mut().map(|sum| sum.values_mut::<T>()).transpose()?.unwrap_or_default();
+        cpu::for_rows3(y, save, sum, (width, per_row, width), 4 * width, |row, y, statistics, sum| {
+            let part = row * width..row * width + y.len();
+            let residual = residual.map(|residual| &residual[part.clone()]);
+            forward::<T>(&x[part], residual, &weight, &bias, spec.form, eps, y, sum, statistics);
+        });
+        Ok(())
+    }
+
+    fn cuda(&mut self, gpu: &CudaDevice, x: &Tensor, residual: Option<&Tensor>, spec: &Spec) -> Result<()> {
+        let (rows, columns) = (rows(x)?, x.dim(-1)?);
+        let (weight, bias) = (packed(spec.weight)?, packed(spec.bias)?);
+        let weights = weight.as_ref().map_or(0, Tensor::elements);
+        let centred = u32::from(spec.form == Form::Centred);
+        let args = args![
+            &mut self.y,
+            self.sum.as_mut(),
+            &mut self.statistics,
+            x,
+            residual,
+            weight.as_ref(),
+            bias.as_ref(),
+            rows as i64,
+            size32(columns)?,
+            weights as u32,
+            centred,
+            spec.eps
+        ];
+        gpu.kernel("norm_fwd", &[("DTYPE", x.dtype().name())])?
+            .launch(Grid::rows_by(rows, threads_per_row(columns)), args)
+    }
 }
 
 /// Number of rows that are normalised.
@@ -128,58 +279,22 @@ fn rows(x: &Tensor) -> Result<usize> {
     Ok(x.elements().checked_div(x.dim(-1)?).unwrap_or(0))
 }
 
-fn forward_rows<T: Float>(
-    x: &Tensor,
-    [weight, bias]: [Option<&Tensor>; 2],
-    form: Form,
-    eps: T::Acc,
-    y: &mut Tensor,
-    statistics: &mut Tensor,
-) -> Result<()> {
-    let (width, per_row) = (x.dim(-1)?, form.statistics());
-    let (weight, bias) = (widen::<T>(weight, width, T::Acc::ONE)?, widen::<T>(bias, width, T::Acc::ZERO)?);
-    let from = x.values::<T>()?;
-    let (to, save) = (y.values_mut::<T>()?, statistics.values_mut::<T::Acc>()?);
-    cpu::for_rows2(to, save, (width, per_row), 4 * width, |row, y, statistics| {
-        forward::<T>(&from[row * width..][..y.len()], &weight, &bias, form, eps, y, statistics);
-    });
-    Ok(())
+/// Elements of a row that one thread of a kernel holds in registers, and the most threads for a row.
+const HELD: usize = 16;
+const MOST_THREADS: usize = 256;
+
+/// Threads for a row: so many that they hold it, if they can.
+fn threads_per_row(columns: usize) -> usize {
+    columns.div_ceil(HELD).min(MOST_THREADS).next_power_of_two().max(32)
 }
 
-fn forward_cuda(
-    gpu: &CudaDevice,
-    x: &Tensor,
-    [weight, bias]: [Option<&Tensor>; 2],
-    form: Form,
-    eps: f64,
-    y: &mut Tensor,
-    statistics: &mut Tensor,
-) -> Result<()> {
-    let (rows, columns) = (rows(x)?, x.dim(-1)?);
-    let (weight, bias) = (packed(weight)?, packed(bias)?);
-    let weights = weight.as_ref().map_or(0, Tensor::elements);
-    let centred = u32::from(form == Form::Centred);
-    let args = args![
-        y,
-        statistics,
-        x,
-        weight.as_ref(),
-        bias.as_ref(),
-        rows as i64,
-        size32(columns)?,
-        weights as u32,
-        centred,
-        eps
-    ];
-    gpu.kernel("norm_fwd", &[("DTYPE", x.dtype().name())])?.launch(Grid::rows(rows, columns), args)
-}
-
-fn packed(values: Option<&Tensor>) -> Result<Option<Tensor>> {
+/// A packed constant.
+pub(super) fn packed(values: Option<&Tensor>) -> Result<Option<Tensor>> {
     values.map(|values| values.detach().contiguous()).transpose()
 }
 
 /// A weight or bias in the accumulation type, one per feature, so that the loops have one form.
-fn widen<T: Float>(values: Option<&Tensor>, width: usize, default: T::Acc) -> Result<Vec<T::Acc>> {
+pub(super) fn widen<T: Float>(values: Option<&Tensor>, width: usize, default: T::Acc) -> Result<Vec<T::Acc>> {
     let Some(values) = packed(values)? else { return Ok(vec![default; width]) };
     Ok(match values.values::<T>()? {
         [one] => vec![one.to_acc(); width],
@@ -188,19 +303,33 @@ fn widen<T: Float>(values: Option<&Tensor>, width: usize, default: T::Acc) -> Re
 }
 
 vectorized! {
+    /// `sum` is empty without a residual.
     fn forward<T: Float>(
         x: &[T],
+        residual: Option<&[T]>,
         weight: &[T::Acc],
         bias: &[T::Acc],
         form: Form,
         eps: T::Acc,
         y: &mut [T],
+        sum: &mut [T],
         statistics: &mut [T::Acc],
     ) {
         let width = weight.len();
         let count = T::Acc::from_f64(width as f64);
         let rows = x.chunks_exact(width).zip(y.chunks_exact_mut(width));
-        for ((x, y), statistics) in rows.zip(statistics.chunks_exact_mut(form.statistics())) {
+        for (row, ((x, y), statistics)) in rows.zip(statistics.chunks_exact_mut(form.statistics())).enumerate() {
+            let part = row * width..(row + 1) * width;
+            let x = match residual {
+                Some(residual) => {
+                    let sum = &mut sum[part.clone()];
+                    for ((sum, x), residual) in sum.iter_mut().zip(x).zip(&residual[part]) {
+                        *sum = T::from_acc(x.to_acc() + residual.to_acc());
+                    }
+                    &*sum
+                }
+                None => x,
+            };
             let (mean, inverse) = match form {
                 Form::Centred => {
                     // Deviations from the mean, and not x² − mean²: no cancellation for rows far from zero.
@@ -231,11 +360,17 @@ struct NormBackward {
     has_bias: bool,
     form: Form,
     eps: f64,
+    /// What the gradient of the input is added to.
+    onto: Option<Tensor>,
 }
 
 impl Backward for NormBackward {
     fn name(&self) -> &'static str {
         self.op
+    }
+
+    fn add_to(&mut self, sum: Tensor) -> Option<Tensor> {
+        self.onto.replace(sum)
     }
 
     /// With `x̂ = (x − mean) / divisor` and `h = g ⊙ weight`: `dx = (h − mean h − x̂ mean(h ⊙ x̂)) / divisor`,
@@ -272,9 +407,9 @@ impl Backward for NormBackward {
     }
 }
 
-/// Rows whose sums for weight and bias one chunk adds up on a GPU; and how many chunks there are at most, which bounds
-/// the memory for them.
-const ROWS_PER_CHUNK: usize = 64;
+/// Rows whose sums for weight and bias one chunk adds up at least on a GPU; and how many chunks there are at most: two
+/// for each multiprocessor of a large card, which bounds the memory for them too.
+const ROWS_PER_CHUNK: usize = 16;
 const MOST_CHUNKS: usize = 256;
 
 impl NormBackward {
@@ -283,6 +418,8 @@ impl NormBackward {
     fn backward_rows<T: Float>(&self, grad: Tensor, wanted: (bool, bool)) -> Result<(Option<Tensor>, Option<Tensor>)> {
         let (width, rows, per_row) = (self.x.dim(-1)?, rows(&self.x)?, self.form.statistics());
         let weight = widen::<T>(self.weight.as_ref(), width, T::Acc::ONE)?;
+        let onto = packed(self.onto.as_ref())?;
+        let onto = onto.as_ref().map(|onto| onto.values::<T>()).transpose()?;
         let (mut dx, source) = reuse(grad)?;
         let source = source.as_ref().map(|source| source.values::<T>()).transpose()?;
         let (x, statistics) = (self.x.values::<T>()?, self.statistics.values::<T::Acc>()?);
@@ -295,19 +432,11 @@ impl NormBackward {
         let run = |first: usize, dx: &mut [T], partial: &mut [T::Acc]| {
             let part = first * width..first * width + dx.len();
             let statistics = &statistics[first * per_row..][..part.len() / width * per_row];
-            let source = source.map(|source| &source[part.clone()]);
-            backward::<T>(&x[part], source, &weight, statistics, floor, wanted.0, dx, partial);
+            let [source, onto] = [source, onto].map(|values| values.map(|values| &values[part.clone()]));
+            backward::<T>(&x[part], source, onto, &weight, statistics, floor, wanted.0, dx, partial);
         };
-        let to = dx.values_mut::<T>()?;
-        if wanted.1 {
-            let sums = partials.values_mut::<T::Acc>()?;
-            cpu::for_rows2(to, sums, (block * width, 2 * width), 8 * block * width, |first, dx, partials| {
-                let parts = dx.chunks_mut(block * width).zip(partials.chunks_exact_mut(2 * width));
-                parts.enumerate().for_each(|(index, (dx, partial))| run((first + index) * block, dx, partial));
-            });
-        } else {
-            cpu::for_rows(to, width, 8 * width, |first, dx| run(first, dx, &mut []));
-        }
+        let sums = if wanted.1 { partials.values_mut::<T::Acc>()? } else { &mut [] };
+        cpu::for_blocks(dx.values_mut::<T>()?, sums, (width, 2 * width), block, 8 * width, run);
         Ok((wanted.0.then_some(dx), wanted.1.then_some(partials)))
     }
 
@@ -318,21 +447,46 @@ impl NormBackward {
         grad: Tensor,
         wanted: (bool, bool),
     ) -> Result<(Option<Tensor>, Option<Tensor>)> {
-        let Self { x, statistics, weight, .. } = self;
+        let Self { x, statistics, eps, .. } = self;
         let (rows, columns) = (rows(x)?, x.dim(-1)?);
         let (centred, dtype) = (u32::from(self.form == Form::Centred), [("DTYPE", x.dtype().name())]);
+        let (weight, onto) = (packed(self.weight.as_ref())?, packed(self.onto.as_ref())?);
+        let (weight, onto) = (weight.as_ref(), onto.as_ref());
+        let weights = weight.map_or(0, Tensor::elements) as u32;
+        let sizes = (rows as i64, size32(columns)?);
+        let rows_per_chunk = rows.div_ceil(MOST_CHUNKS).max(ROWS_PER_CHUNK);
+        let (chunks, per_chunk) = (rows.div_ceil(rows_per_chunk), rows_per_chunk as i64);
+        let sums = || Tensor::uninit(Shape::new(&[chunks, 2 * columns])?, statistics.dtype(), x.device());
+
         let (mut dx, source) = reuse(grad)?;
+        let threads = threads_per_row(columns);
+        if wanted == (true, true) && columns <= HELD * threads {
+            let mut partials = sums()?;
+            let grid = Grid::new([size32(chunks)?, 1, 1], [threads as u32, (MOST_THREADS / threads) as u32, 1]);
+            let args = args![
+                &mut dx,
+                &mut partials,
+                x,
+                source.as_ref().unwrap_or(&dx),
+                onto,
+                weight,
+                statistics,
+                sizes.0,
+                per_chunk,
+                sizes.1,
+                weights,
+                centred,
+                *eps
+            ];
+            gpu.kernel("norm_bwd_whole", &dtype)?.launch(grid, args)?;
+            return Ok((Some(dx), Some(partials)));
+        }
         // The sums first: the gradient of the output may be overwritten then.
         let partials = wanted.1.then(|| {
-            let rows_per_chunk = rows.div_ceil(MOST_CHUNKS).max(ROWS_PER_CHUNK);
-            let chunks = rows.div_ceil(rows_per_chunk);
-            let mut partials = Tensor::uninit(Shape::new(&[chunks, 2 * columns])?, statistics.dtype(), x.device())?;
-            // 32 threads side by side, each for 16 bytes of a row.
-            let tiles = columns.div_ceil(32 * 16 / x.dtype().size());
-            let grid = Grid::new([tiles as u32, size32(chunks)?, 1], [32, 8, 1]);
+            let mut partials = sums()?;
+            let grid = Grid::columns(columns, chunks, x.dtype());
             let g = source.as_ref().unwrap_or(&dx);
-            let sizes = (rows as i64, rows_per_chunk as i64, size32(columns)?);
-            let args = args![&mut partials, x, g, statistics, sizes.0, sizes.1, sizes.2, centred];
+            let args = args![&mut partials, x, g, statistics, sizes.0, per_chunk, sizes.1, centred];
             gpu.kernel("norm_bwd_sums", &dtype)?.launch(grid, args)?;
             Ok(partials)
         });
@@ -340,32 +494,32 @@ impl NormBackward {
         if !wanted.0 {
             return Ok((None, partials));
         }
-        let weight = packed(weight.as_ref())?;
-        let weights = weight.as_ref().map_or(0, Tensor::elements) as u32;
-        let sizes = (rows as i64, size32(columns)?);
         let args = args![
             &mut dx,
             x,
-            source.as_ref(),
-            weight.as_ref(),
+            source.as_ref().unwrap_or(&dx),
+            onto,
+            weight,
             statistics,
             sizes.0,
             sizes.1,
             weights,
             centred,
-            self.eps
+            *eps
         ];
-        gpu.kernel("norm_bwd", &dtype)?.launch(Grid::rows(rows, columns), args)?;
+        gpu.kernel("norm_bwd", &dtype)?.launch(Grid::rows_by(rows, threads_per_row(columns)), args)?;
         Ok((Some(dx), partials))
     }
 }
 
 vectorized! {
-    /// Writes `dx` over the gradient of the output, which `source` holds unless `dx` does already. `partial`, if not
-    /// empty, gets the sums for weight and bias; `floor` is the inverse divisor of rows where the floor acts.
+    /// Writes `dx` over the gradient of the output, which `source` holds unless `dx` does already, and adds `onto` to
+    /// it. `partial`, if not empty, gets the sums for weight and bias; `floor` is the inverse divisor of rows where the
+    /// floor acts.
     fn backward<T: Float>(
         x: &[T],
         source: Option<&[T]>,
+        onto: Option<&[T]>,
         weight: &[T::Acc],
         statistics: &[T::Acc],
         floor: Option<T::Acc>,
@@ -395,9 +549,22 @@ vectorized! {
             let (sum, dot) = sums(x, dx, weight, mean, inverse);
             let along = if floor.is_some() { T::Acc::ZERO } else { sum / count };
             let across = if floor.is_some_and(|floor| inverse >= floor) { T::Acc::ZERO } else { dot / count };
-            for ((dx, x), &weight) in dx.iter_mut().zip(x).zip(weight) {
+            let gradient = |dx: T, x: &T, weight: T::Acc| {
                 let normal = (x.to_acc() - mean) * inverse;
-                *dx = T::from_acc((dx.to_acc() * weight - along - normal * across) * inverse);
+                (dx.to_acc() * weight - along - normal * across) * inverse
+            };
+            match onto {
+                Some(onto) => {
+                    let onto = &onto[row * width..][..width];
+                    for (((dx, x), &weight), onto) in dx.iter_mut().zip(x).zip(weight).zip(onto) {
+                        *dx = T::from_acc(gradient(*dx, x, weight) + onto.to_acc());
+                    }
+                }
+                None => {
+                    for ((dx, x), &weight) in dx.iter_mut().zip(x).zip(weight) {
+                        *dx = T::from_acc(gradient(*dx, x, weight));
+                    }
+                }
             }
         }
     }

@@ -2,7 +2,8 @@ use x_transformers::ops::Activation;
 
 use crate::case::{Array, Case, Input};
 
-fn activation(activation: Activation, x: f64) -> f64 {
+/// The function itself.
+pub fn activation(activation: Activation, x: f64) -> f64 {
     match activation {
         Activation::Gelu => x * 0.5 * (1.0 + libm::erf(x / 2.0f64.sqrt())),
         Activation::ReluSquared => x.max(0.0).powi(2),
@@ -30,6 +31,27 @@ fn case(name: &str, input: Input, function: Activation) -> Case {
     )
 }
 
+/// The same of a sum.
+fn sum(name: &str, shape: &[usize], function: Activation) -> Case {
+    let features = shape.last().copied().unwrap_or(0);
+    Case::new(
+        "add_glu",
+        format!("{function:?} {name}"),
+        vec![Input::float(shape), Input::between(&[features], -1.0, 1.0)],
+        move |x| x[0].add_glu(&x[1], function),
+        move |x| {
+            let (mut shape, dim, last) = (x[0].shape.clone(), features / 2, x[0].shape.len() - 1);
+            shape[last] = dim;
+            Array::from_fn(&shape, |i| {
+                let mut gate = i.to_vec();
+                gate[last] += dim;
+                let at = |i: &[usize]| x[0].at(i) + x[1].at(i);
+                at(i) * activation(function, at(&gate))
+            })
+        },
+    )
+}
+
 pub fn cases() -> Vec<Case> {
     // Squared ReLU has a continuous derivative, so that no kink has to be avoided.
     [Activation::Gelu, Activation::ReluSquared, Activation::Sigmoid]
@@ -44,6 +66,13 @@ pub fn cases() -> Vec<Case> {
                 case("several tasks", Input::float(&[3, 41, 246]), function),
                 case("empty batch", Input::float(&[0, 6]), function),
                 case("no features", Input::float(&[3, 0]), function),
+                sum("ordinary", &[2, 3, 16], function),
+                sum("odd half", &[5, 74], function),
+                sum("vector", &[6], function),
+                sum("wide", &[1, 2060], function),
+                sum("several tasks and chunks", &[3, 41, 528], function),
+                sum("empty batch", &[0, 6], function),
+                sum("no features", &[3, 0], function),
             ]
         })
         .collect()

@@ -2,6 +2,7 @@
 
 use super::case::Case;
 
+mod activation;
 mod attention;
 mod attention_decode;
 mod copy;
@@ -25,6 +26,7 @@ mod topk;
 /// Every case of every op.
 pub fn all() -> Vec<Case> {
     [
+        activation::cases(),
         attention::cases(),
         attention_decode::cases(),
         copy::cases(),

@@ -1,3 +1,5 @@
+use x_transformers::{Result, Tensor};
+
 use crate::case::{Array, Case, Input};
 
 /// What a row is normalised by: the mean that goes off and the divisor.
@@ -58,15 +60,109 @@ fn scale(name: &str, x: Input, eps: f64) -> Case {
     )
 }
 
+/// A norm of a sum, as one tensor: the sum and then its norm, which gradients flow into both.
+fn sum(
+    op: &'static str,
+    name: &str,
+    shape: &[usize],
+    parameters: &[usize],
+    run: impl Fn(&[Tensor]) -> Result<(Tensor, Tensor)> + 'static,
+    norm: impl Fn(&Array, &[Array]) -> Array + 'static,
+) -> Case {
+    // Rows of sums near 0 would have gradients beyond f16.
+    let mut inputs = vec![Input::between(shape, -0.5, 0.5), Input::between(shape, 1.0, 2.0)];
+    inputs.extend(parameters.iter().map(|&size| Input::float(&[size])));
+    Case::new(
+        op,
+        name,
+        inputs,
+        move |x| {
+            let (sum, normed) = run(x)?;
+            Tensor::cat(&[&sum, &normed], 0)
+        },
+        move |x| {
+            let sum = Array::from_fn(&x[0].shape, |i| x[0].at(i) + x[1].at(i));
+            let mut both = norm(&sum, &x[2..]);
+            both.shape[0] *= 2;
+            both.data = [sum.data, both.data].concat();
+            both
+        },
+    )
+}
+
+fn sums() -> Vec<Case> {
+    let layer = |name: &str, shape: &[usize], dim: usize| {
+        sum(
+            "add_layer_norm",
+            name,
+            shape,
+            &[dim, dim],
+            |x| x[0].add_layer_norm(&x[1], Some(&x[2]), Some(&x[3]), 1e-5),
+            |sum, x| reference(sum, Some(&x[0]), Some(&x[1]), centred, 1e-5),
+        )
+    };
+    let rms = |name: &str, shape: &[usize], dim: usize, eps: f64| {
+        sum(
+            "add_rms_norm",
+            name,
+            shape,
+            &[dim],
+            move |x| x[0].add_rms_norm(&x[1], &x[2], eps),
+            move |sum, x| reference(sum, Some(&x[0]), None, floored, eps),
+        )
+    };
+    let scale = |name: &str, shape: &[usize]| {
+        sum(
+            "add_scale_norm",
+            name,
+            shape,
+            &[1],
+            |x| x[0].add_scale_norm(&x[1], &x[2], 1e-5),
+            |sum, x| reference(sum, Some(&x[0]), None, floored, 1e-5),
+        )
+    };
+    vec![
+        layer("ordinary", &[2, 3, 16], 16),
+        layer("odd", &[7, 37], 37),
+        layer("vector", &[123], 123),
+        layer("several blocks", &[3, 111, 37], 37),
+        layer("several warps a row", &[21, 1030], 1030),
+        layer("more than registers hold", &[2, 4100], 4100),
+        layer("empty batch", &[0, 5], 5),
+        layer("empty rows", &[3, 0], 0),
+        sum(
+            "add_layer_norm",
+            "plain",
+            &[5, 9],
+            &[],
+            |x| x[0].add_layer_norm(&x[1], None, None, 0.5),
+            |sum, _| reference(sum, None, None, centred, 0.5),
+        ),
+        rms("ordinary", &[2, 3, 16], 16, 1e-8),
+        rms("odd", &[7, 37], 37, 1e-8),
+        // All sums are below it.
+        rms("below the floor", &[5, 37], 37, 2.5),
+        rms("several warps a row", &[3, 600], 600, 1e-8),
+        rms("empty batch", &[2, 0, 5], 5, 1e-8),
+        scale("ordinary", &[2, 3, 16]),
+        scale("odd", &[5, 39]),
+        scale("several blocks", &[211, 37]),
+        scale("empty batch", &[0, 5]),
+    ]
+}
+
 pub fn cases() -> Vec<Case> {
     // A floor of 1 acts on all of ±0.5 and on nothing with a root mean square above 1.
     let small = |shape: &[usize]| Input::between(shape, -0.5, 0.5);
-    vec![
+    let mut cases = sums();
+    cases.extend([
         layer("ordinary", Input::float(&[2, 3, 16]), 16),
         layer("odd", Input::float(&[7, 37]), 37),
         layer("vector", Input::float(&[123]), 123),
         layer("several blocks", Input::float(&[3, 111, 37]), 37),
         layer("several chunks and tiles", Input::float(&[130, 264]), 264),
+        layer("several warps a row", Input::float(&[21, 1030]), 1030),
+        layer("more than registers hold", Input::float(&[2, 4100]), 4100),
         // bf16 inputs near 100 are multiples of 0.5, so that the variance stays well above their rounding.
         layer("far from zero", Input::between(&[4, 33], 96.0, 104.0), 33),
         layer("empty batch", Input::float(&[0, 5]), 5),
@@ -117,5 +213,6 @@ pub fn cases() -> Vec<Case> {
         scale("below the floor", small(&[5, 37]), 1.0),
         scale("one feature below the floor", small(&[6, 1]), 1.0),
         scale("empty batch", Input::float(&[0, 5]), 1e-5),
-    ]
+    ]);
+    cases
 }

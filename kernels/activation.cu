@@ -1,0 +1,65 @@
+// An activation of a sum with a bias.
+//
+//   forward:  y = f(x + b)
+//   backward: dx = g f'(x + b), db = sum_rows dx
+//
+// Shapes: y, x, dx, g [rows, columns], packed; bias [columns]; partials [chunks, columns] or none, sums of dx over
+// chunks of rows, which are added elsewhere. T: f32, f64, bf16, f16; computed and summed in f32 (f64 for f64). The
+// activation f is a row of functions.cuh.
+// Variants: DTYPE=f32,f64,bf16,f16 ACTIVATION=gelu,relu_squared,sigmoid
+//
+// A thread takes the packets of a few columns, every eighth row of a chunk (see columns.cuh): it reads the bias once
+// and adds up its columns on the way. Moves 2 sizeof(T) per element forward, 3 backward. Limited by memory bandwidth;
+// erf and exp of f64 are not.
+
+#include "common.cuh"
+#include "columns.cuh"
+#include "functions.cuh"
+
+typedef function::ACTIVATION Activation;
+
+// Chunk blockIdx.y of the rows, here and below.
+extern "C" __global__ void activation_fwd(T* y, const T* x, const T* bias, i64 rows, i64 rows_per_chunk, u32 columns) {
+    const i64 first = blockIdx.y * rows_per_chunk, last = min(first + rows_per_chunk, rows);
+    for_columns(columns, aligned(y) && aligned(x) && aligned(bias), [&](u32 column, auto lanes) {
+        if (column >= columns) return;
+        const auto summand = load<lanes.COUNT>(bias + column);
+        for (i64 row = first + threadIdx.y; row < last; row += HEIGHT) {
+            auto values = load<lanes.COUNT>(x + row * columns + column);
+#pragma unroll
+            for (int lane = 0; lane < lanes.COUNT; ++lane) {
+                const Acc sum = Element<T>::to_acc(values.lane[lane]) + Element<T>::to_acc(summand.lane[lane]);
+                values.lane[lane] = Element<T>::from_acc(Activation::value(sum));
+            }
+            store(y + row * columns + column, values);
+        }
+    });
+}
+
+// `dx` may be `g`: an element is read before it is written, by the same thread.
+extern "C" __global__ void activation_bwd(T* dx, Acc* partials, const T* x, const T* bias, const T* g, i64 rows,
+                                          i64 rows_per_chunk, u32 columns) {
+    const i64 first = blockIdx.y * rows_per_chunk, last = min(first + rows_per_chunk, rows);
+    const bool packed = aligned(dx) && aligned(x) && aligned(bias) && aligned(g);
+    for_columns(columns, packed, [&](u32 column, auto lanes) {
+        Acc dbias[lanes.COUNT] = {};
+        if (column < columns) {
+            const auto summand = load<lanes.COUNT>(bias + column);
+            for (i64 row = first + threadIdx.y; row < last; row += HEIGHT) {
+                const i64 at = row * columns + column;
+                const auto values = load<lanes.COUNT>(x + at);
+                auto gradients = load<lanes.COUNT>(g + at);
+#pragma unroll
+                for (int lane = 0; lane < lanes.COUNT; ++lane) {
+                    const Acc sum = Element<T>::to_acc(values.lane[lane]) + Element<T>::to_acc(summand.lane[lane]);
+                    const Acc kept = Activation::KEEP == INPUT ? sum : Activation::value(sum);
+                    const Acc gradient = Element<T>::to_acc(gradients.lane[lane]) * Activation::slope(kept);
+                    dbias[lane] += gradient;
+                    gradients.lane[lane] = Element<T>::from_acc(gradient);
+                }
+                store(dx + at, gradients);
+            }
+        }
+        if (partials != nullptr) store_sums(partials + (i64)blockIdx.y * columns, dbias, column, columns);
+    });
+}

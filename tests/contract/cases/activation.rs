@@ -1,0 +1,35 @@
+use x_transformers::ops::Activation;
+
+use super::glu::activation;
+use crate::case::{Array, Case, Input};
+
+fn case(name: &str, shape: &[usize], range: (f64, f64), function: Activation) -> Case {
+    let features = shape.last().copied().unwrap_or(0);
+    Case::new(
+        "add_activation",
+        format!("{function:?} {name}"),
+        vec![Input::between(shape, range.0, range.1), Input::between(&[features], 0.0, 1.0)],
+        move |x| x[0].add_activation(&x[1], function),
+        move |x| Array::from_fn(&x[0].shape, |i| activation(function, x[0].at(i) + x[1].at(i))),
+    )
+}
+
+pub fn cases() -> Vec<Case> {
+    [Activation::Gelu, Activation::ReluSquared, Activation::Sigmoid]
+        .into_iter()
+        .flat_map(|function| {
+            // Below, GELU cancels and a single element cannot hold a relative bound.
+            let range = (-1.5, 3.0);
+            [
+                case("ordinary", &[2, 3, 16], range, function),
+                case("odd", &[5, 37], range, function),
+                case("vector", &[6], range, function),
+                case("one feature", &[3, 1], range, function),
+                case("wide", &[2, 1030], range, function),
+                case("several tasks and chunks", &[3, 41, 264], range, function),
+                case("empty batch", &[0, 6], range, function),
+                case("no features", &[3, 0], range, function),
+            ]
+        })
+        .collect()
+}
