@@ -1,6 +1,6 @@
 //! Single ops, one round for each line of standard input: what benches/peers/cpu.py interleaves with PyTorch.
 //!
-//! `cargo bench --bench lockstep -- NAME` prints a line of JSON with the mean seconds of a repetition for each line that
+//! `cargo bench --bench lockstep -- NAME` prints a line of JSON with the median seconds of a repetition for each line that
 //! it reads; without a name it lists the names. Shapes are those of a decoder of width 512 on 1024 tokens, and larger
 //! ones that leave the caches.
 
@@ -80,8 +80,9 @@ fn attend(length: usize, dtype: DType, pass: Pass) -> Result<Run> {
     })
 }
 
-/// An update of the weights of a decoder of width 512, depth 6 and 20,000 tokens.
-fn adamw() -> Result<Run> {
+/// An update of the weights of a decoder of width 512, depth 6 and 20,000 tokens. The norm of the gradients is taken even
+/// if nothing is clipped: weights stay as they are if it is not finite.
+fn adamw(clip: Option<f64>) -> Result<Run> {
     let store = Store::new(0, DType::F32, &Device::Cpu);
     let shapes = [([20_000, 512], 2), ([512, 512], 24), ([2048, 512], 12), ([1024, 512], 1)];
     let each = shapes.into_iter().flat_map(|(shape, count)| std::iter::repeat_n(shape, count)).enumerate();
@@ -95,7 +96,7 @@ fn adamw() -> Result<Run> {
     let gradients = tape.backward(&loss)?;
     let mut optimizer = AdamW::new(AdamWOptions::default())?;
     let params = store.params();
-    Ok(Box::new(move || timed(|| optimizer.step(&params, &gradients, 1e-4, None))))
+    Ok(Box::new(move || timed(|| optimizer.step(&params, &gradients, 1e-4, clip))))
 }
 
 /// `[m, k]` by `[k, n]`; of the letters, `t` says that an operand lies transposed in memory.
@@ -129,7 +130,7 @@ fn names() -> Vec<String> {
             names.push(format!("{name}-1024-{pass}"));
         }
     }
-    names.push("adamw".into());
+    names.extend(["adamw".into(), "adamw_clip".into()]);
     for (length, dtype) in [1024, 4096].into_iter().flat_map(|n| [(n, "f32"), (n, "bf16")]) {
         for pass in ["forward", "both"] {
             names.push(format!("attention-{length}-{dtype}-{pass}"));
@@ -186,7 +187,8 @@ fn find(name: &str) -> Result<Option<Run>> {
             let inputs = vec![normal(&[20_000, 512], f32)?, tokens(&[rows], 20_000)?];
             op(inputs, pass, |x| x[0].embedding(&x[1]))?
         }
-        "adamw" => adamw()?,
+        "adamw" => adamw(None)?,
+        "adamw_clip" => adamw(Some(1.0))?,
         "attention" => attend(rows, dtype, pass)?,
         kind @ ("matmul" | "batched") => {
             let sizes: Vec<usize> = parts[2].split('x').filter_map(|size| size.parse().ok()).collect();
@@ -197,14 +199,14 @@ fn find(name: &str) -> Result<Option<Run>> {
     }))
 }
 
-/// Mean seconds of a repetition.
+/// Median seconds of a repetition: one that waited for the processor must not weigh more than another.
 fn round(run: &mut Run) -> Result<f64> {
-    let (clock, mut total, mut count) = (Instant::now(), Duration::ZERO, 0u32);
-    while count == 0 || clock.elapsed() < ROUND {
-        total += run()?;
-        count += 1;
+    let (clock, mut times) = (Instant::now(), Vec::new());
+    while times.is_empty() || clock.elapsed() < ROUND {
+        times.push(run()?.as_secs_f64());
     }
-    Ok(total.as_secs_f64() / f64::from(count))
+    times.sort_by(f64::total_cmp);
+    Ok(times[times.len() / 2])
 }
 
 fn main() -> Result<()> {

@@ -4,6 +4,7 @@
     cpu.py setup [--old VENV] [--new VENV]     makes the virtual environments, builds the peers and this library
     cpu.py run [--only D-train,op-softmax*]    measures, and appends to the raw file
     cpu.py table                               prints the table of what the raw file has last
+    cpu.py summary                             the ratios of the models alone, a line each
 
 Every contender is a process of its own that has its model ready; they do their steps one after the other, so that each
 round is measured within the same seconds. The ratio of a round is our time divided by the peer's; the table has the
@@ -83,7 +84,7 @@ class Tools:
 
     def __init__(self, args):
         self.old, self.new = Path(args.old).absolute(), Path(args.new).absolute()
-        self.xt = ROOT / "target/release/xt"
+        self.xt = args.xt.absolute()
         self.lockstep = newest("target/release/deps/lockstep-*")
         self.candle = HERE / "candle/target/release/candle-peer"
         self.burn = HERE / "burn/target/release/burn-peer"
@@ -255,8 +256,11 @@ def table(args):
     dates = sorted({record["date"] for record in records.values()})
     machines = sorted({record["processor"] for record in records.values()})
     print(f"# This library and its peers on the CPU\n\n{dates[-1]}, {'; '.join(machines)}. Median (smallest–largest) of interleaved")
-    print("rounds; `benches/peers/cpu.py run` measures, `cpu.py table` prints this. The workloads are those of `benches/configs`.")
-    print("Peak memory is that of the whole process.\n")
+    print("rounds; `benches/peers/cpu.py run` measures, `cpu.py table` prints this. Peak memory is that of the whole process.")
+    print()
+    print("D: `benches/configs/decoder.json`, 1 × 1024 tokens if nothing else is said; B: `decoder-bytes.json`, 4 × 256;")
+    print("E: `encoder.json` with a mask, and X: `encoder-decoder.json`, 1 × 1024. \"0.22\" is x-transformers 0.22.0, \"new\" the")
+    print("newest with flash attention, \"tuned\" the same with glibc's malloc told to keep its memory.\n")
     for kind, title in [("model", "Models"), ("op", "Single ops, the target held against PyTorch's best")]:
         keys = [key for key in records if key[0] == kind]
         keys.sort(key=lambda key: (-key[2], order.get(key[1], 0), key[1]) if kind == "model" else (-key[2], key[1]))
@@ -266,6 +270,23 @@ def table(args):
             for key in keys:
                 print("\n".join(rows(records[key])))
             print()
+
+
+def summary(args):
+    records = [record for (kind, *_), record in merged(args.raw).items() if kind == "model"]
+    order = {case: index for index, case in enumerate(MODELS)}
+    records.sort(key=lambda record: (-record["threads"], order.get(record["case"], 0)))
+    # What autocast computes stands in the same column as what it is compared with.
+    columns = TORCH + RUST
+    head = ["workload", "threads", "this, seconds", *(f"/ {peer}" for peer in columns), "peak memory, GB"]
+    print(f"| {' | '.join(head)} |\n|{'---|' * len(head)}")
+    for record in records:
+        seconds = {peer.replace(" bf16", ""): times for peer, times in record["seconds"].items()}
+        ours = seconds["ours"]
+        ratio = lambda times: f"{median([mine / other for mine, other in zip(ours, times)]):.2f}"
+        cells = [ratio(seconds[peer]) if peer in seconds else "" for peer in columns]
+        peak = f"{record['peak']['ours'] / 1e9:.2f}" if "ours" in record["peak"] else ""
+        print(f"| {record['case']} | {record['threads']} | {median(ours):.3f} | {' | '.join(cells)} | {peak} |")
 
 
 def setup(args):
@@ -281,9 +302,10 @@ def setup(args):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("command", choices=["setup", "run", "table"])
+    parser.add_argument("command", choices=["setup", "run", "table", "summary"])
     parser.add_argument("--old", default=HERE / "venv-old", help="virtual environment with x-transformers 0.22.0")
     parser.add_argument("--new", default=HERE / "venv-new", help="one with the newest x-transformers")
+    parser.add_argument("--xt", type=Path, default=ROOT / "target/release/xt", help="this library's command")
     parser.add_argument("--raw", type=Path, default=RAW, help="file of measurements, one JSON object a line")
     parser.add_argument("--only", help="workloads, with wildcards, separated by commas: D-train,op-gelu*")
     parser.add_argument("--peers", help="contenders beside this library: new,new tuned")
@@ -292,7 +314,7 @@ def main():
     parser.add_argument("--limit", type=float, default=80, help="seconds of a workload, after three rounds")
     parser.add_argument("--compile", action="store_true", help="also PyTorch's compiled ops, which take a minute at first")
     args = parser.parse_args()
-    {"setup": setup, "run": run, "table": table}[args.command](args)
+    {"setup": setup, "run": run, "table": table, "summary": summary}[args.command](args)
 
 
 if __name__ == "__main__":

@@ -144,13 +144,19 @@ def differentiable(f, inputs, part, compiled):
     return run
 
 
-def adamw(compiled):
+def adamw(compiled, clip):
     shapes = [(20_000, 512)] * 2 + [(512, 512)] * 24 + [(2048, 512)] * 12 + [(1024, 512)]
     params = [torch.nn.Parameter(0.02 * normal(*shape)) for shape in shapes]
     for param in params:
         param.grad = normal(*param.shape)
     optimizer = torch.optim.AdamW(params, lr=1e-4, fused=not compiled)
-    step = torch.compile(optimizer.step) if compiled else optimizer.step
+
+    def step():
+        if clip:
+            torch.nn.utils.clip_grad_norm_(params, 1.0)
+        optimizer.step()
+
+    step = torch.compile(step) if compiled else step
     return lambda: timed(step)
 
 
@@ -174,8 +180,8 @@ def op(name, compiled):
     if kind == "embedding":
         which = tokens((number,), 20_000)
         return run(lambda table: F.embedding(which, table), normal(20_000, 512))
-    if kind == "adamw":
-        return adamw(compiled)
+    if kind in ("adamw", "adamw_clip"):
+        return adamw(compiled, kind == "adamw_clip")
     if kind == "attention":
         operands = [normal(1, number, 8, 64, dtype=dtype) for _ in range(3)]
 
@@ -202,11 +208,10 @@ def op(name, compiled):
 
 
 def op_round(repetition):
-    clock, total, count = time.perf_counter(), 0.0, 0
-    while count == 0 or time.perf_counter() - clock < ROUND:
-        total += repetition()
-        count += 1
-    return total / count
+    clock, times = time.perf_counter(), []
+    while not times or time.perf_counter() - clock < ROUND:
+        times.append(repetition())
+    return sorted(times)[len(times) // 2]
 
 
 def peak():

@@ -71,7 +71,8 @@ pub fn level() -> Level {
 /// Defines a function whose loops are compiled once per [`Level`] and chosen at run time.
 ///
 /// The body is ordinary Rust; it is inlined into a wrapper per level, so that the compiler vectorises it for that
-/// level's registers. Bodies call only functions that are inlined themselves.
+/// level's registers. Bodies call only functions that are inlined themselves. In the body `FUSED` says whether the level
+/// multiplies and adds in one instruction; [`Real::fma`](crate::core::Real::fma) and others take it.
 macro_rules! vectorized {
     ($(#[$meta:meta])* $vis:vis fn $name:ident $(<$($T:ident : $bound:path),+>)? ($($arg:ident : $ty:ty),* $(,)?) $(-> $ret:ty)? $body:block) => {
         $(#[$meta])*
@@ -79,19 +80,19 @@ macro_rules! vectorized {
         $vis fn $name $(<$($T: $bound),+>)? ($($arg: $ty),*) $(-> $ret)? {
             #[inline(always)]
             #[allow(clippy::too_many_arguments)]
-            fn body $(<$($T: $bound),+>)? ($($arg: $ty),*) $(-> $ret)? $body
+            fn body<const FUSED: bool $(, $($T: $bound),+)?> ($($arg: $ty),*) $(-> $ret)? $body
 
             #[cfg(target_arch = "x86_64")]
             {
                 #[target_feature(enable = "avx2,fma")]
                 #[allow(clippy::too_many_arguments)]
                 fn avx2 $(<$($T: $bound),+>)? ($($arg: $ty),*) $(-> $ret)? {
-                    body $(::<$($T),+>)? ($($arg),*)
+                    body::<true $(, $($T),+)?>($($arg),*)
                 }
                 #[target_feature(enable = "avx2,fma,avx512f,avx512bw,avx512dq,avx512vl")]
                 #[allow(clippy::too_many_arguments)]
                 fn avx512 $(<$($T: $bound),+>)? ($($arg: $ty),*) $(-> $ret)? {
-                    body $(::<$($T),+>)? ($($arg),*)
+                    body::<true $(, $($T),+)?>($($arg),*)
                 }
                 match $crate::device::simd::level() {
                     // SAFETY: `level` is at most what was detected on this processor.
@@ -103,7 +104,7 @@ macro_rules! vectorized {
                     $crate::device::Level::Portable => {}
                 }
             }
-            body $(::<$($T),+>)? ($($arg),*)
+            body::<false $(, $($T),+)?>($($arg),*)
         }
     };
 }

@@ -106,7 +106,7 @@ vectorized! {
     fn forward<T: Float, F: Unary>(x: &[T], bias: &[T::Acc], y: &mut [T]) {
         for (x, y) in x.chunks_exact(bias.len()).zip(y.chunks_exact_mut(bias.len())) {
             for ((y, x), &bias) in y.iter_mut().zip(x).zip(bias) {
-                *y = T::from_acc(F::value(x.to_acc() + bias));
+                *y = T::from_acc(F::value::<T::Acc, FUSED>(x.to_acc() + bias));
             }
         }
     }
@@ -209,9 +209,9 @@ vectorized! {
                 let mut gradient = [T::Acc::ZERO; TILE];
                 for ((gradient, x), &bias) in gradient.iter_mut().zip(x).zip(bias) {
                     let sum = x.to_acc() + bias;
-                    *gradient = F::derivative(match F::KEEP {
+                    *gradient = F::derivative::<T::Acc, FUSED>(match F::KEEP {
                         Keep::Input => sum,
-                        Keep::Output => F::value(sum),
+                        Keep::Output => F::value::<T::Acc, FUSED>(sum),
                     });
                 }
                 for (gradient, dx) in gradient.iter_mut().zip(&mut *dx) {

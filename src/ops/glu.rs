@@ -98,7 +98,7 @@ vectorized! {
             let (value, gate) = x.split_at(dim);
             let biases = to_value.iter().zip(to_gate);
             for (((y, value), gate), (&to_value, &to_gate)) in y.iter_mut().zip(value).zip(gate).zip(biases) {
-                *y = T::from_acc((value.to_acc() + to_value) * F::value(gate.to_acc() + to_gate));
+                *y = T::from_acc((value.to_acc() + to_value) * F::value::<T::Acc, FUSED>(gate.to_acc() + to_gate));
             }
         }
     }
@@ -193,7 +193,7 @@ vectorized! {
             for (tile, ((dvalue, dgate), g)) in tiles.enumerate() {
                 let start = tile * TILE;
                 let biases = [&bias[start..][..g.len()], &bias[dim + start..][..g.len()]];
-                let [dv, du] = backward_tile::<T, F>(dvalue, dgate, biases, g);
+                let [dv, du] = backward_tile::<T, F, FUSED>(dvalue, dgate, biases, g);
                 if let Some(sums) = sums.get_mut(start..) {
                     sums.iter_mut().zip(&dv[..g.len()]).for_each(|(sum, &dv)| *sum += dv);
                 }
@@ -207,7 +207,7 @@ vectorized! {
 
 /// The gradients of a tile, unrounded too. The loops write one array each, so that they vectorise.
 #[inline(always)]
-fn backward_tile<T: Float, F: Unary>(
+fn backward_tile<T: Float, F: Unary, const FUSED: bool>(
     value: &mut [T],
     gate: &mut [T],
     [to_value, to_gate]: [&[T::Acc]; 2],
@@ -216,8 +216,8 @@ fn backward_tile<T: Float, F: Unary>(
     let (mut dv, mut du) = ([T::Acc::ZERO; TILE], [T::Acc::ZERO; TILE]);
     for (((activated, slope), gate), &to_gate) in dv.iter_mut().zip(&mut du).zip(&*gate).zip(to_gate) {
         let gate = gate.to_acc() + to_gate;
-        *activated = F::value(gate);
-        *slope = F::derivative(match F::KEEP {
+        *activated = F::value::<T::Acc, FUSED>(gate);
+        *slope = F::derivative::<T::Acc, FUSED>(match F::KEEP {
             Keep::Input => gate,
             Keep::Output => *activated,
         });

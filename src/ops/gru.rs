@@ -67,7 +67,7 @@ vectorized! {
         for ((h, y), (i, u)) in rows.zip(input.chunks_exact(3 * dim).zip(hidden.chunks_exact(3 * dim))) {
             for (k, (h, y)) in h.iter().zip(y).enumerate() {
                 let gate = |part: usize| (i[part * dim + k].to_acc(), u[part * dim + k].to_acc());
-                let [_, z, n] = gates(gate(0), gate(1), gate(2));
+                let [_, z, n] = gates::<T::Acc, FUSED>(gate(0), gate(1), gate(2));
                 *y = T::from_acc((T::Acc::ONE - z) * n + z * h.to_acc());
             }
         }
@@ -76,9 +76,9 @@ vectorized! {
 
 /// `r`, `z` and `n` from the parts of input and hidden state.
 #[inline(always)]
-fn gates<A: Real>(r: (A, A), z: (A, A), n: (A, A)) -> [A; 3] {
-    let (r, z) = ((r.0 + r.1).sigmoid(), (z.0 + z.1).sigmoid());
-    [r, z, (n.0 + r * n.1).tanh()]
+fn gates<A: Real, const FUSED: bool>(r: (A, A), z: (A, A), n: (A, A)) -> [A; 3] {
+    let (r, z) = ((r.0 + r.1).sigmoid::<FUSED>(), (z.0 + z.1).sigmoid::<FUSED>());
+    [r, z, (n.0 + r * n.1).fused_tanh::<FUSED>()]
 }
 
 struct GruGateBackward {
@@ -146,7 +146,7 @@ vectorized! {
             for (k, (h, g)) in h.iter().zip(g).enumerate() {
                 let (h, g, one) = (h.to_acc(), g.to_acc(), T::Acc::ONE);
                 let gate = |part: usize| (i[part * dim + k].to_acc(), u[part * dim + k].to_acc());
-                let [r, z, n] = gates(gate(0), gate(1), gate(2));
+                let [r, z, n] = gates::<T::Acc, FUSED>(gate(0), gate(1), gate(2));
                 let dn = g * (one - z) * (one - n * n);
                 let dr = dn * gate(2).1 * r * (one - r);
                 let dz = g * (h - n) * z * (one - z);

@@ -24,9 +24,10 @@ pub(crate) enum Keep {
 pub(crate) trait Unary: 'static {
     const NAME: &'static str;
     const KEEP: Keep;
-    fn value<R: Real>(x: R) -> R;
+    /// The value; `FUSED` as for [`Real::fma`].
+    fn value<R: Real, const FUSED: bool>(x: R) -> R;
     /// The derivative at `kept`, which is the input or the output as [`Unary::KEEP`] says.
-    fn derivative<R: Real>(kept: R) -> R;
+    fn derivative<R: Real, const FUSED: bool>(kept: R) -> R;
 }
 
 /// The table: method, type, what the derivative is written in, value, derivative.
@@ -39,11 +40,11 @@ macro_rules! unary {
                 const NAME: &'static str = stringify!($method);
                 const KEEP: Keep = Keep::$keep;
                 #[inline(always)]
-                fn value<R: Real>($x: R) -> R {
+                fn value<R: Real, const FUSED: bool>($x: R) -> R {
                     $value
                 }
                 #[inline(always)]
-                fn derivative<R: Real>($k: R) -> R {
+                fn derivative<R: Real, const FUSED: bool>($k: R) -> R {
                     $derivative
                 }
             }
@@ -75,7 +76,7 @@ unary! {
     /// `−x`. Saves nothing but the input's handle.
     neg Neg Input |x| -x, |_x| -R::ONE;
     /// `e^x`. Saves the output.
-    exp Exp Output |x| x.exp(), |y| y;
+    exp Exp Output |x| x.fused_exp::<FUSED>(), |y| y;
     /// The natural logarithm. Saves the input.
     ln Ln Input |x| x.ln(), |x| R::ONE / x;
     /// `√x`. Saves the output.
@@ -83,34 +84,24 @@ unary! {
     /// `x²`. Saves the input.
     square Square Input |x| x * x, |x| x + x;
     /// `1 / (1 + e^−x)`. Saves the output.
-    sigmoid Sigmoid Output |x| x.sigmoid(), |y| y * (R::ONE - y);
+    sigmoid Sigmoid Output |x| x.sigmoid::<FUSED>(), |y| y * (R::ONE - y);
     /// The hyperbolic tangent. Saves the output.
-    tanh Tanh Output |x| x.tanh(), |y| R::ONE - y * y;
+    tanh Tanh Output |x| x.fused_tanh::<FUSED>(), |y| R::ONE - y * y;
     /// `max(x, 0)`; the derivative at 0 is 0. Saves the output.
     relu Relu Output |x| relu(x), |y| if y > R::ZERO { R::ONE } else { R::ZERO };
     /// `max(x, 0)²` (So et al., Primer, <https://arxiv.org/abs/2109.08668>). Saves the input.
     relu_squared ReluSquared Input |x| { let y = relu(x); y * y }, |x| { let y = relu(x); y + y };
     /// `x Φ(x)` with the exact normal distribution, by erf (Hendrycks and Gimpel,
     /// <https://arxiv.org/abs/1606.08415>). Saves the input.
-    gelu Gelu Input |x| x * normal_cdf(x), |x| normal_cdf(x) + x * normal_pdf(x);
+    gelu Gelu Input
+        |x| x * x.normal::<FUSED>().0,
+        |x| { let (below, density) = x.normal::<FUSED>(); x.fma::<FUSED>(density, below) };
 }
 
 /// `max(x, 0)`, keeping NaN.
 #[inline(always)]
 fn relu<R: Real>(x: R) -> R {
     if x < R::ZERO { R::ZERO } else { x }
-}
-
-/// `Φ(x) = (1 + erf(x / √2)) / 2`
-#[inline(always)]
-fn normal_cdf<R: Real>(x: R) -> R {
-    c::<R>(0.5) * (R::ONE + (x * c::<R>(std::f64::consts::FRAC_1_SQRT_2)).erf())
-}
-
-/// `φ(x) = e^(−x²/2) / √(2π)`
-#[inline(always)]
-fn normal_pdf<R: Real>(x: R) -> R {
-    c::<R>(0.398_942_280_401_432_7) * (c::<R>(-0.5) * x * x).exp()
 }
 
 /// Element operations that a transcendental function counts for.
@@ -145,7 +136,7 @@ fn unary<F: Unary>(x: &Tensor) -> Result<Tensor> {
 vectorized! {
     fn map<T: Float, F: Unary>(x: &[T], y: &mut [T]) {
         for (x, y) in x.iter().zip(y) {
-            *y = T::from_acc(F::value(x.to_acc()));
+            *y = T::from_acc(F::value::<T::Acc, FUSED>(x.to_acc()));
         }
     }
 }
@@ -192,7 +183,7 @@ vectorized! {
     /// `dx` holds the gradient of the output before.
     fn map_backward<T: Float, F: Unary>(kept: &[T], dx: &mut [T]) {
         for (kept, dx) in kept.iter().zip(dx) {
-            *dx = T::from_acc(dx.to_acc() * F::derivative(kept.to_acc()));
+            *dx = T::from_acc(dx.to_acc() * F::derivative::<T::Acc, FUSED>(kept.to_acc()));
         }
     }
 }
