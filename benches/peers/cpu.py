@@ -231,7 +231,8 @@ def rows(record):
     peers = [peer for peer in seconds if peer != "ours"]
     fastest = min(peers, key=lambda peer: median(seconds[peer]), default=None)
     for peer in peers:
-        ratios = [mine / other for mine, other in zip(ours, seconds[peer])]
+        beside = record.get("beside", {}).get(peer, ours)
+        ratios = [mine / other for mine, other in zip(beside, seconds[peer])]
         target = model.targets.get(peer) if model else (op_target(case[3:]) if peer == fastest else None)
         verdict = "" if target is None else f"≤ {target:.2f}{' ✓' if median(ratios) <= target else ''}"
         lines.append(f"| | | {peer} | {time_text(seconds[peer])} | {spread(ratios, 2)} | {verdict} | {memory(peer)} |")
@@ -239,11 +240,19 @@ def rows(record):
 
 
 def merged(path):
-    """The last record of each case and number of threads; a later one replaces the contenders that it has."""
+    """What was measured last of each case and number of threads, and of each peer in it.
+
+    Each peer keeps our times of its own rounds under `beside`.
+    """
     records = {}
     for line in open(path):
         record = json.loads(line)
-        records[(record["kind"], record["case"], record["threads"])] = record
+        key = (record["kind"], record["case"], record["threads"])
+        ours = record["seconds"]["ours"]
+        record["beside"] = {peer: ours for peer in record["seconds"]}
+        for part in ["seconds", "peak", "beside"]:
+            record[part] = {**records.get(key, {}).get(part, {}), **record[part]}
+        records[key] = record
     return records
 
 
@@ -281,10 +290,11 @@ def summary(args):
     head = ["workload", "threads", "this, seconds", *(f"/ {peer}" for peer in columns), "peak memory, GB"]
     print(f"| {' | '.join(head)} |\n|{'---|' * len(head)}")
     for record in records:
-        seconds = {peer.replace(" bf16", ""): times for peer, times in record["seconds"].items()}
+        plain = lambda times: {peer.replace(" bf16", ""): values for peer, values in times.items()}
+        seconds, beside = plain(record["seconds"]), plain(record["beside"])
         ours = seconds["ours"]
-        ratio = lambda times: f"{median([mine / other for mine, other in zip(ours, times)]):.2f}"
-        cells = [ratio(seconds[peer]) if peer in seconds else "" for peer in columns]
+        ratio = lambda peer: f"{median([mine / other for mine, other in zip(beside[peer], seconds[peer])]):.2f}"
+        cells = [ratio(peer) if peer in seconds else "" for peer in columns]
         peak = f"{record['peak']['ours'] / 1e9:.2f}" if "ours" in record["peak"] else ""
         print(f"| {record['case']} | {record['threads']} | {median(ours):.3f} | {' | '.join(cells)} | {peak} |")
 

@@ -9,6 +9,7 @@ x-transformers', whichever version is installed; versions that have flash attent
 """
 
 import argparse
+import inspect
 import json
 import sys
 import time
@@ -25,8 +26,6 @@ def tokens(shape, limit):
 
 def flash(wanted):
     """Keywords for flash attention, where this version of x-transformers knows it."""
-    import inspect
-
     from x_transformers.x_transformers import Attention
 
     known = "flash" in inspect.signature(Attention.__init__).parameters
@@ -76,12 +75,13 @@ def model_step(args):
     else:
         model = x_transformers.XTransformer(**config, **flash(["enc_", "dec_"]))
         src, tgt = tokens((batch, length), config["enc_num_tokens"]), tokens((batch, length + 1), config["dec_num_tokens"])
-        mask = torch.ones(batch, length).bool()
+        known = inspect.signature(model.forward).parameters
+        mask = {"mask" if "mask" in known else "src_mask": torch.ones(batch, length).bool()}
         try:
-            model(src, tgt, mask=mask)
-            loss = lambda: model(src, tgt, mask=mask)
-        except TypeError:
-            loss = lambda: model(src, tgt, src_mask=mask)
+            model(src, tgt, **mask)
+        except AssertionError:
+            tgt = tgt[:, :-1]
+        loss = lambda: model(src, tgt, **mask)
         forward = loss
     autocast = lambda: torch.autocast("cpu", dtype=torch.bfloat16, enabled=args.bf16)
     if args.mode == "forward":

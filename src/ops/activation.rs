@@ -204,25 +204,17 @@ vectorized! {
             if let Some(source) = source {
                 dx.copy_from_slice(&source[row * dim..][..dim]);
             }
-            let mut sums = sums.chunks_mut(TILE);
-            for ((dx, x), bias) in dx.chunks_mut(TILE).zip(x.chunks(TILE)).zip(bias.chunks(TILE)) {
-                let mut gradient = [T::Acc::ZERO; TILE];
-                for ((gradient, x), &bias) in gradient.iter_mut().zip(x).zip(bias) {
-                    let sum = x.to_acc() + bias;
-                    *gradient = F::derivative::<T::Acc, FUSED>(match F::KEEP {
-                        Keep::Input => sum,
-                        Keep::Output => F::value::<T::Acc, FUSED>(sum),
-                    });
-                }
-                for (gradient, dx) in gradient.iter_mut().zip(&mut *dx) {
-                    *gradient *= dx.to_acc();
-                }
-                for (dx, &gradient) in dx.iter_mut().zip(&gradient) {
-                    *dx = T::from_acc(gradient);
-                }
-                for (sum, &gradient) in sums.next().into_iter().flatten().zip(&gradient) {
-                    *sum += gradient;
-                }
+            for ((dx, x), &bias) in dx.iter_mut().zip(x).zip(bias) {
+                let sum = x.to_acc() + bias;
+                let slope = F::derivative::<T::Acc, FUSED>(match F::KEEP {
+                    Keep::Input => sum,
+                    Keep::Output => F::value::<T::Acc, FUSED>(sum),
+                });
+                *dx = T::from_acc(dx.to_acc() * slope);
+            }
+            // A loop of its own, which finds the row in the cache: each writes one array, so that both vectorise.
+            for (sum, dx) in sums.iter_mut().zip(&*dx) {
+                *sum += dx.to_acc();
             }
         }
     }

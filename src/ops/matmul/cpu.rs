@@ -89,9 +89,10 @@ pub(crate) fn gemm_block<T: Multiply>(
     let start = if accumulate { Start::Previous } else { Start::Zero };
     let c = Window::new(c, m, n, ldc);
     Scratch::with(|scratch| {
-        if T::Tiled::available() {
+        let many = m > skinny::ROWS;
+        if many && T::Tiled::available() {
             block::<T, T::Tiled>(k, a, b, start, c, scratch);
-        } else if T::Paired::available() {
+        } else if many && T::Paired::available() {
             block::<T, T::Paired>(k, a, b, start, c, scratch);
         } else {
             block::<T, MultiplyAdd>(k, a, b, start, c, scratch);
@@ -147,7 +148,7 @@ fn block<T: Float, P: Packing<T>>(
     scratch: &mut Scratch,
 ) {
     let (m, n) = (c.rows(), c.columns());
-    let done = if m <= skinny::ROWS { few_rows(k, a, b, start, &mut c, scratch) } else { 0 };
+    let done = if m <= skinny::ROWS && P::STREAMS { few_rows(k, a, b, start, &mut c, scratch) } else { 0 };
     let width = if m <= THIN { FEW_COLUMNS } else { BLOCK_COLUMNS };
     for j in (done..n).step_by(width) {
         let width = width.min(n - j);
@@ -294,12 +295,10 @@ pub(crate) struct Product<'a, T> {
 ///
 /// How the work is cut depends on the sizes alone. Errors: out of memory for packed operands.
 pub(crate) fn gemm<T: Multiply>(product: &Product<T>, out: &mut [T]) -> Result<()> {
-    if product.m <= skinny::ROWS {
-        // What the path of few rows leaves over has the same bits.
-        gemm_by::<T, MultiplyAdd>(product, out)
-    } else if T::Tiled::available() {
+    let many = product.m > skinny::ROWS;
+    if many && T::Tiled::available() {
         gemm_by::<T, T::Tiled>(product, out)
-    } else if T::Paired::available() {
+    } else if many && T::Paired::available() {
         gemm_by::<T, T::Paired>(product, out)
     } else {
         gemm_by::<T, MultiplyAdd>(product, out)
