@@ -7,6 +7,7 @@ use crate::{
     config::{self, TransformerPlan, TransformerWrapperConfig},
     error::{At, ensure},
     nn::{AbsolutePositionalEmbedding, AttentionLayers, Embedding, ForwardOptions, Linear, Norm},
+    ops::Int8Matrix,
 };
 
 /// What a wrapper gives.
@@ -53,6 +54,8 @@ pub struct TransformerWrapper {
     attn_layers: AttentionLayers,
     norm: Norm,
     to_logits: Option<Linear>,
+    /// The table of embeddings as logits read it, in eight bits.
+    tied_int8: Option<Arc<Int8Matrix>>,
 }
 
 impl TransformerWrapper {
@@ -83,6 +86,7 @@ impl TransformerWrapper {
             attn_layers: AttentionLayers::new(&plan.layers, &store.at("attn_layers"))?,
             norm: Norm::new(config::Norm::Layer, dim, &store.at("norm"))?,
             to_logits: (!plan.tie_embedding).then(to_logits).transpose()?,
+            tied_int8: None,
             plan: Arc::new(plan.clone()),
         })
     }
@@ -95,6 +99,23 @@ impl TransformerWrapper {
     /// The table of token embeddings.
     pub(super) fn token_emb(&self) -> &Embedding {
         &self.token_emb
+    }
+
+    /// Computes with the weights of linear layers in eight bits from now on, each row with its own scale and sums in f32:
+    /// decoding reads a quarter of the bytes of f32. Embeddings, norms and gates stay as they are. Such a model gives no
+    /// gradients; clones that were made before keep their weights.
+    ///
+    /// Errors: weights that are not finite.
+    pub fn quantize_int8(&mut self) -> Result<()> {
+        self.attn_layers.quantize_int8().at("attn_layers")?;
+        self.project_emb.iter_mut().try_for_each(Linear::quantize_int8).at("project_emb")?;
+        match &mut self.to_logits {
+            Some(to_logits) => to_logits.quantize_int8().at("to_logits"),
+            None => {
+                self.tied_int8 = Some(Arc::new(Int8Matrix::quantize(&self.token_emb.table().detach())?));
+                Ok(())
+            }
+        }
     }
 
     /// The layers.
@@ -124,9 +145,10 @@ impl TransformerWrapper {
 
     /// Normed hidden states `[.., dim]` to logits `[.., num_tokens]`.
     pub fn logits(&self, embeddings: &Tensor) -> Result<Tensor> {
-        match &self.to_logits {
-            Some(to_logits) => to_logits.forward(embeddings).at("to_logits"),
-            None => embeddings.linear(&self.token_emb.table(), None).at("to_logits"),
+        match (&self.to_logits, &self.tied_int8) {
+            (Some(to_logits), _) => to_logits.forward(embeddings).at("to_logits"),
+            (None, Some(table)) => table.linear(embeddings, None).at("to_logits"),
+            (None, None) => embeddings.linear(&self.token_emb.table(), None).at("to_logits"),
         }
     }
 

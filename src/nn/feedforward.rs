@@ -25,6 +25,11 @@ impl FeedForward {
         Ok(Self { project_in, activation: plan.activation, gated: plan.glu, norm, dropout: plan.dropout, project_out })
     }
 
+    /// Its linear layers.
+    pub(super) fn linears_mut(&mut self) -> impl Iterator<Item = &mut Linear> {
+        [&mut self.project_in, &mut self.project_out].into_iter()
+    }
+
     /// `[.., dim] → [.., dim_out]`.
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
         let inner = match self.gated {
