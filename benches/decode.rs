@@ -1,61 +1,107 @@
-//! One more token for each sequence of a batch, keys and values being kept, as a share of the bandwidth of a copy: every
-//! weight of a product is read for it, and all keys and values.
+//! Tokens per second of greedy decoding, and the share of the memory bandwidth that reading the weights takes.
+//!
+//!     cargo bench --bench decode [-- FILTER]
 
 mod peak;
 
-use criterion::{Criterion, criterion_group, criterion_main};
-use peak::{Group, Work};
+use std::time::Instant;
+
+use peak::read_bytes;
 use x_transformers::{
-    DType, Device, Philox, Result, Store, Tensor,
-    config::Config,
-    models::{ForwardOptions, TransformerWrapper},
+    DType, Device, Result, Store, Tensor,
+    config::{AttentionLayersConfig, AutoregressiveConfig, SamplingConfig, TransformerWrapperConfig},
+    models::{AutoregressiveWrapper, GenerateOptions},
 };
 
-/// Tokens before the new one.
-const PROMPT: usize = 512;
+const PROMPT: usize = 128;
+const NEW: usize = 128;
 
-fn bench_batch(group: &mut Group, batch: usize, dtype: DType) -> Result<()> {
-    let Config::AutoregressiveWrapper(config) = Config::from_json(include_str!("configs/decoder.json"))? else {
-        panic!("the decoder of the benchmarks generates");
-    };
-    let store = Store::new(0, dtype, &Device::Cpu);
-    let model = TransformerWrapper::new(&config.net, &store)?;
-    let random = Philox::new(0, 0);
-    let limit = config.net.num_tokens as u64;
-    let tokens =
-        Tensor::generate([batch, PROMPT + 1], DType::I64, &Device::Cpu, |i| random.below(i as u64, limit) as f64)?;
-    let mut cache = model.cache(batch, PROMPT + 1, &ForwardOptions::default())?;
-    model.extend(&tokens.narrow(1, 0, PROMPT)?, &vec![PROMPT; batch], None, &mut cache)?;
-    let next = tokens.narrow(1, PROMPT, 1)?;
-
-    let params = store.params();
-    let matrices = params.unique().filter(|(name, _)| name.ends_with(".weight") && !name.contains("_emb."));
-    let weights: usize = matrices
-        .map(|(_, param)| param.tensor())
-        .filter(|weight| weight.rank() == 2)
-        .map(|weight| weight.elements())
-        .sum();
-    let layers = &config.net.attn_layers;
-    let kept = 2 * batch * layers.depth * layers.heads * layers.attn.dim_head * (PROMPT + 1);
-    let mut step = || -> Result<()> {
-        let hidden = model.extend(&next, &vec![1; batch], None, &mut cache)?;
-        model.logits(&hidden)?;
-        cache.truncate(&vec![PROMPT; batch])
-    };
-    let work = Work::Bytes((weights + kept) * dtype.size());
-    group.bench(&format!("{batch} after {PROMPT} {dtype}"), work, || step().expect("it fits"));
-    Ok(())
+/// What weights are kept as.
+#[derive(Clone, Copy, PartialEq, Debug)]
+enum Weights {
+    F32,
+    Bf16,
+    Int8,
 }
 
-fn bench_decode(criterion: &mut Criterion) {
-    let mut group = Group::new(criterion, "decode");
-    for (batch, dtype) in [1, 8].into_iter().flat_map(|batch| [(batch, DType::F32), (batch, DType::BF16)]) {
-        if let Err(error) = bench_batch(&mut group, batch, dtype) {
-            panic!("{batch} {dtype}: {error}");
+impl Weights {
+    fn bytes(self) -> usize {
+        match self {
+            Self::F32 => 4,
+            Self::Bf16 => 2,
+            Self::Int8 => 1,
         }
     }
-    group.finish();
 }
 
-criterion_group!(benches, bench_decode);
-criterion_main!(benches);
+fn model(weights: Weights, tested: bool) -> Result<AutoregressiveWrapper> {
+    let (dim, depth, heads, num_tokens) = if tested { (32, 1, 2, 100) } else { (512, 6, 8, 20_000) };
+    let layers = AttentionLayersConfig { heads, ..AttentionLayersConfig::decoder(dim, depth) };
+    let net = TransformerWrapperConfig::new(num_tokens, PROMPT + NEW, layers);
+    let dtype = if weights == Weights::Bf16 { DType::BF16 } else { DType::F32 };
+    let store = Store::new(0, dtype, &Device::Cpu);
+    let mut model = AutoregressiveWrapper::new(&AutoregressiveConfig { net, ..Default::default() }, &store)?;
+    if weights == Weights::Int8 {
+        model.quantize_int8()?;
+    }
+    Ok(model)
+}
+
+/// Weights that each step reads: all but the tables of embeddings.
+fn read_weights() -> usize {
+    let (dim, depth, num_tokens) = (512, 6, 20_000);
+    depth * (4 * dim * dim + 8 * dim * dim) + num_tokens * dim
+}
+
+fn main() -> Result<()> {
+    let tested = std::env::args().any(|argument| argument == "--test");
+    let filter = std::env::args().skip(1).find(|argument| !argument.starts_with('-')).unwrap_or_default();
+    let bandwidth = if tested { 1.0 } else { read_bytes() };
+    if !tested {
+        println!("memory: {:.1} GB/s read by {} threads\n", bandwidth / 1e9, rayon::current_num_threads());
+    }
+    for weights in [Weights::F32, Weights::Bf16, Weights::Int8] {
+        let model = model(weights, tested)?;
+        for batch in [1, 8] {
+            let id = format!("decode/{weights:?} batch {batch}").to_lowercase();
+            if !id.contains(&filter) {
+                continue;
+            }
+            let new = if tested { 2 } else { NEW };
+            let prompt = Tensor::generate([batch, PROMPT], DType::I64, &Device::Cpu, |i| (i * 37 % 97) as f64)?;
+            let sampling = SamplingConfig { temperature: 0.0, ..Default::default() };
+            let options = GenerateOptions { sampling, ..Default::default() };
+            // The whole, and the decoding alone: from the first new token to the last.
+            let once = || -> Result<(f64, f64)> {
+                let start = Instant::now();
+                let mut first = None;
+                model.generate(&prompt, new, &options, &mut |_| {
+                    first.get_or_insert_with(Instant::now);
+                    true
+                })?;
+                let decoding = first.map_or(0.0, |first| first.elapsed().as_secs_f64());
+                Ok((start.elapsed().as_secs_f64(), decoding))
+            };
+            once()?;
+            if tested {
+                println!("{id}: ok");
+                continue;
+            }
+            let times = (0..5).map(|_| once()).collect::<Result<Vec<_>>>()?;
+            let (whole, decoding) = times
+                .into_iter()
+                .fold((f64::INFINITY, f64::INFINITY), |best, time| if time.0 < best.0 { time } else { best });
+            let steps = (new - 1) as f64;
+            let bytes = (read_weights() * weights.bytes()) as f64 * steps / decoding;
+            println!(
+                "{id}: {:.0} tokens/s, {whole:.3} s with the prompt, {:.2} ms a step, {:.1} GB/s of weights, {:.0} % of \
+                 the bandwidth",
+                batch as f64 * steps / decoding,
+                1e3 * decoding / steps,
+                bytes / 1e9,
+                100.0 * bytes / bandwidth
+            );
+        }
+    }
+    Ok(())
+}

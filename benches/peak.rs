@@ -148,6 +148,48 @@ fn copy_bytes() -> f64 {
     2.0 * BYTES as f64 / seconds
 }
 
+/// Bytes per second that all threads together read from memory far larger than the caches.
+pub fn read_bytes() -> f64 {
+    let values = vec![1.0f32; 64 << 20];
+    let part = values.len() / rayon::current_num_threads();
+    let seconds = best(5, || {
+        black_box(values.par_chunks(part).map(sum).sum::<f32>());
+    });
+    (4 * values.len()) as f64 / seconds
+}
+
+/// A sum as fast as memory allows.
+fn sum(values: &[f32]) -> f32 {
+    #[inline(always)]
+    fn body(values: &[f32]) -> f32 {
+        let mut lanes = [0.0f32; 128];
+        for values in values.chunks_exact(lanes.len()) {
+            lanes.iter_mut().zip(values).for_each(|(lane, value)| *lane += value);
+        }
+        lanes.iter().sum()
+    }
+    #[cfg(target_arch = "x86_64")]
+    {
+        #[target_feature(enable = "avx512f")]
+        fn avx512(values: &[f32]) -> f32 {
+            body(values)
+        }
+        #[target_feature(enable = "avx2")]
+        fn avx2(values: &[f32]) -> f32 {
+            body(values)
+        }
+        if is_x86_feature_detected!("avx512f") {
+            // SAFETY: the feature was detected.
+            return unsafe { avx512(values) };
+        }
+        if is_x86_feature_detected!("avx2") {
+            // SAFETY: the feature was detected.
+            return unsafe { avx2(values) };
+        }
+    }
+    body(values)
+}
+
 /// What one run of a benchmark does, and so which peak it is held against.
 #[derive(Clone, Copy, Debug)]
 pub enum Work {

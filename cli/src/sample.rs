@@ -7,7 +7,35 @@ use x_transformers::{
 
 use crate::{failure::Result, text::Decoder};
 
-/// Continues a prompt by `length` bytes and gives the text to `show` as soon as it is whole.
+/// Text of tokens that come one at a time, up to the one that ends it.
+pub struct Shown {
+    decoder: Decoder,
+    stop: Option<i64>,
+    ended: bool,
+}
+
+impl Shown {
+    pub fn new(stop: Option<i64>) -> Self {
+        Self { decoder: Decoder::default(), stop, ended: false }
+    }
+
+    /// The text that is whole with this token, often empty.
+    pub fn push(&mut self, token: i64) -> String {
+        self.ended |= self.stop == Some(token);
+        if self.ended {
+            return String::new();
+        }
+        // A vocabulary may have tokens behind the bytes; none of them is text, as little as this byte.
+        self.decoder.push(u8::try_from(token).unwrap_or(0xff))
+    }
+
+    /// The text of a sequence that stays incomplete.
+    pub fn finish(self) -> &'static str {
+        self.decoder.finish()
+    }
+}
+
+/// Continues a prompt by `length` bytes and gives the text to `show` as soon as it is whole. Gives the number of tokens.
 pub fn stream(
     model: &AutoregressiveWrapper,
     prompt: &[u8],
@@ -15,23 +43,21 @@ pub fn stream(
     options: &GenerateOptions,
     device: &Device,
     mut show: impl FnMut(&str) -> Result<()>,
-) -> Result<()> {
-    let mut decoder = Decoder::default();
-    let mut shown = Ok(());
-    let mut on_token = |tokens: &[i64]| {
-        for &token in tokens {
-            // A vocabulary may have tokens behind the bytes; none of them is text, as little as this byte.
-            let piece = decoder.push(u8::try_from(token).unwrap_or(0xff));
-            if !piece.is_empty() && shown.is_ok() {
-                shown = show(&piece);
+) -> Result<usize> {
+    let mut text = Shown::new(options.eos_token);
+    let start = Tensor::from_slice(prompt, [prompt.len()], device)?;
+    let mut count = 0;
+    for tokens in model.stream(&start, length, options)? {
+        for token in tokens? {
+            count += 1;
+            let piece = text.push(token);
+            if !piece.is_empty() {
+                show(&piece)?;
             }
         }
-        shown.is_ok()
-    };
-    let start = Tensor::from_slice(prompt, [prompt.len()], device)?;
-    model.generate(&start, length, options, &mut on_token)?;
-    shown?;
-    show(decoder.finish())
+    }
+    show(text.finish())?;
+    Ok(count)
 }
 
 /// A sample in a block of its own, for a look at what a model has learned.

@@ -64,7 +64,7 @@ impl<Block> State<Block> {
 
 /// Bytes that blocks in use and free ones together may have beyond the largest use: free blocks of sizes that are not
 /// asked for now, such as those of gradients while activations are made.
-const SLACK: usize = 64 << 20;
+const SLACK: usize = 8 << 20;
 
 impl<Block: Reusable> Pool<Block> {
     pub fn new(limit: usize) -> Self {

@@ -1,12 +1,9 @@
 //! A decoder's loss and its sampling.
 
-use super::{
-    Output, TransformerWrapper,
-    sampling::{check as check_sampling, sample_tokens},
-};
+use super::{Output, TransformerWrapper};
 use crate::{
-    DType, Error, Result, Store, Tensor,
-    config::{AutoregressiveConfig, SamplingConfig},
+    Error, Result, Store, Tensor,
+    config::AutoregressiveConfig,
     error::{At, ensure},
     nn::ForwardOptions,
 };
@@ -48,19 +45,6 @@ pub struct AutoregressiveWrapper {
     pub net: TransformerWrapper,
     ignore_index: i64,
     pad_value: i64,
-}
-
-/// How tokens are generated.
-#[derive(Clone, Debug, Default)]
-pub struct GenerateOptions {
-    /// Filter and temperature.
-    pub sampling: SamplingConfig,
-    /// Generation stops once every row holds this token, the prompt included; `pad_value` follows the first one.
-    pub eos_token: Option<i64>,
-    /// The same seed draws the same tokens. A row's draws do not depend on the other rows.
-    pub seed: u64,
-    /// Mask of the prompt, context and its mask, for every step.
-    pub forward: ForwardOptions,
 }
 
 impl AutoregressiveWrapper {
@@ -107,101 +91,15 @@ impl AutoregressiveWrapper {
         out.cross_entropy(&tokens.narrow(1, 1, n)?, self.ignore_index)
     }
 
-    /// Continues a prompt, `[b, t]` or `[t]` I64, by up to `seq_len` tokens, and gives only those: `[b, ..]` or `[..]`.
+    /// As [`TransformerWrapper::quantize_int8`].
     ///
-    /// The model sees the last `max_seq_len` tokens. `on_token` gets the new token of each row after every step;
-    /// generation stops when it returns false.
-    ///
-    /// Errors: an empty prompt, options that do not fit, and those of [`TransformerWrapper::forward`].
-    pub fn generate(
-        &self,
-        start_tokens: &Tensor,
-        seq_len: usize,
-        options: &GenerateOptions,
-        on_token: &mut dyn FnMut(&[i64]) -> bool,
-    ) -> Result<Tensor> {
-        check_sampling(&options.sampling)?;
-        let forward = &options.forward;
-        forward.ask_for_output_alone("generate")?;
-        ensure!(
-            forward.mems.is_none(),
-            Error::argument("generate", "takes mask, context and attn_mask, but no `mems`")
-        );
-        ensure!(
-            (1..=2).contains(&start_tokens.rank()) && start_tokens.dtype() == DType::I64,
-            Error::shape(
-                "start_tokens",
-                format!("expected i64 [batch, n] or [n], got {:?} {}", start_tokens.shape(), start_tokens.dtype())
-            )
-        );
-        let flat = start_tokens.rank() == 1;
-        let prompt = if flat { start_tokens.unsqueeze(0)? } else { start_tokens.clone() };
-        let (b, t) = (prompt.shape()[0], prompt.shape()[1]);
-        ensure!(
-            b > 0 && t > 0,
-            Error::shape("start_tokens", format!("expected a token, got {:?}", start_tokens.shape()))
-        );
-        let mut rows: Vec<Vec<i64>> = prompt.to_vec::<i64>()?.chunks(t).map(<[i64]>::to_vec).collect();
-        let mut mask = self.prompt_mask(forward, b, t)?;
-        for step in 0..seq_len {
-            let logits = self.next_logits(&rows, mask.as_deref(), forward, start_tokens)?;
-            let step = Tensor::full([1], step as f64, DType::I64, logits.device())?;
-            let tokens = sample_tokens(&logits, &options.sampling, options.seed, &step)?.to_vec::<i64>()?;
-            for (row, &token) in rows.iter_mut().zip(&tokens) {
-                row.push(token);
-            }
-            mask.iter_mut().flatten().for_each(|row| row.push(true));
-            let go_on = on_token(&tokens);
-            if options.eos_token.is_some_and(|eos| self.finish(&mut rows, eos)) || !go_on {
-                break;
-            }
-        }
-        let new: Vec<i64> = rows.iter().flat_map(|row| &row[t..]).copied().collect();
-        let len = new.len() / b;
-        let shape = if flat { vec![len] } else { vec![b, len] };
-        Tensor::from_vec(new, shape, start_tokens.device())
+    /// Errors: weights that are not finite.
+    pub fn quantize_int8(&mut self) -> Result<()> {
+        self.net.quantize_int8().at("net")
     }
 
-    /// The mask of the prompt by rows, checked.
-    fn prompt_mask(&self, forward: &ForwardOptions, b: usize, t: usize) -> Result<Option<Vec<Vec<bool>>>> {
-        let Some(mask) = &forward.mask else { return Ok(None) };
-        let fits = mask.elements() == b * t && mask.shape().last() == Some(&t) && mask.dtype() == DType::Bool;
-        ensure!(
-            fits,
-            Error::shape("mask", format!("expected bool [{b}, {t}], got {:?} {}", mask.shape(), mask.dtype()))
-        );
-        Ok(Some(mask.to_vec::<bool>()?.chunks(t).map(<[bool]>::to_vec).collect()))
-    }
-
-    /// The logits after the last token of each row, `[b, num_tokens]`.
-    fn next_logits(
-        &self,
-        rows: &[Vec<i64>],
-        mask: Option<&[Vec<bool>]>,
-        forward: &ForwardOptions,
-        start: &Tensor,
-    ) -> Result<Tensor> {
-        let length = rows.first().map_or(0, Vec::len);
-        let seen = length.min(self.net.plan().max_seq_len);
-        let window: Vec<i64> = rows.iter().flat_map(|row| &row[length - seen..]).copied().collect();
-        let window = Tensor::from_vec(window, [rows.len(), seen], start.device())?;
-        let mask = mask.map(|mask| {
-            let mask: Vec<bool> = mask.iter().flat_map(|row| &row[length - seen..]).copied().collect();
-            Tensor::from_vec(mask, [rows.len(), seen], start.device())
-        });
-        // Only the last position needs logits.
-        let options = ForwardOptions { mask: mask.transpose()?, return_embeddings: true, ..forward.clone() };
-        let last = self.net.forward(&window, &options).at("net")?.out.select(1, seen - 1)?;
-        Ok(self.net.logits(&last).at("net")?.detach())
-    }
-
-    /// Whether every row has ended; then pads what follows the ends.
-    fn finish(&self, rows: &mut [Vec<i64>], eos: i64) -> bool {
-        let ends: Option<Vec<usize>> = rows.iter().map(|row| row.iter().position(|&token| token == eos)).collect();
-        let Some(ends) = ends else { return false };
-        for (row, end) in rows.iter_mut().zip(ends) {
-            row[end + 1..].fill(self.pad_value);
-        }
-        true
+    /// What follows the end of a row.
+    pub(super) fn pad_value(&self) -> i64 {
+        self.pad_value
     }
 }

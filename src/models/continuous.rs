@@ -170,12 +170,26 @@ impl ContinuousAutoregressiveWrapper {
             all.rank() == 3 && all.shape()[1] > 0,
             Error::shape("start", format!("expected [batch, n, features] or [n, features], got {:?}", start.shape()))
         );
-        let prompt = all.shape()[1];
+        let (b, prompt) = (all.dim(0)?, all.dim(1)?);
+        let window = self.net.plan.max_seq_len;
+        let longest = prompt.saturating_add(seq_len);
+        let fits = b > 0 && prompt <= window && options.mask.is_none() && self.net.needs_recomputing(options).is_none();
+        let mut cache = fits.then(|| self.net.cache(b, longest, all.dtype(), options)).transpose()?;
         for _ in 0..seq_len {
             let length = all.dim(1)?;
-            let seen = length.min(self.net.plan.max_seq_len);
-            let out = self.net.forward(&all.narrow(1, length - seen, seen)?, options).at("net")?.out;
-            all = Tensor::cat(&[&all, &out.narrow(1, seen - 1, 1)?.detach()], 1)?;
+            let out = match &mut cache {
+                // Past the window every vector has another position and another past than before.
+                Some(cache) if length <= window => {
+                    let new = length - cache.lengths()[0];
+                    self.net.extend(&all.narrow(1, length - new, new)?.detach(), &vec![new; b], None, cache)
+                }
+                _ => {
+                    let seen = length.min(window);
+                    self.net.forward(&all.narrow(1, length - seen, seen)?, options).map(|output| output.out)
+                }
+            };
+            let out = out.at("net")?;
+            all = Tensor::cat(&[&all, &out.narrow(1, out.dim(1)? - 1, 1)?.detach()], 1)?;
         }
         let new = all.narrow(1, prompt, seq_len)?;
         if flat { new.squeeze(0) } else { Ok(new) }

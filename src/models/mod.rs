@@ -3,27 +3,34 @@
 #![forbid(unsafe_code)]
 
 mod autoregressive;
+mod beam;
 mod cache;
 mod continuous;
 mod encoder_decoder;
+mod generate;
 pub mod parity;
 #[cfg(feature = "cuda")]
 mod recorded;
+mod rows;
 mod run;
 mod sampling;
 mod sentence;
+mod speculative;
 mod transformer;
 mod vision;
 
 pub use crate::nn::ForwardOptions;
-pub use autoregressive::{AutoregressiveWrapper, GenerateOptions};
+pub use autoregressive::AutoregressiveWrapper;
+pub use beam::{BeamOptions, Hypothesis};
 pub use cache::DecodeCache;
 pub use continuous::{ContinuousAutoregressiveWrapper, ContinuousTransformerWrapper};
 pub use encoder_decoder::{EncoderDecoderOptions, XTransformer};
+pub use generate::{GenerateOptions, TokenStream};
 #[cfg(feature = "cuda")]
 pub use recorded::RecordedDecode;
 pub use run::{Model, RunOptions};
 pub use sampling::{filter_probabilities, sample, sample_tokens};
 pub use sentence::{Pooling, SentenceEncoder};
+pub use speculative::SpeculativeStats;
 pub use transformer::{Output, TransformerWrapper};
 pub use vision::ViTransformerWrapper;

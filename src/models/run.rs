@@ -288,7 +288,7 @@ impl Model {
             sampling: generate.sampling.clone(),
             eos_token: generate.eos_token,
             seed: run.seed,
-            forward: ForwardOptions::default(),
+            ..GenerateOptions::default()
         };
         let tokens = match &self.kind {
             Kind::Autoregressive(model) => {

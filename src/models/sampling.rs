@@ -131,7 +131,7 @@ pub fn sample(logits: &[Vec<f64>], config: &SamplingConfig, draws: &[f64]) -> Re
 }
 
 /// The token in whose share of `0..1` the draw falls.
-fn pick(probabilities: &[f64], draw: f64) -> i64 {
+pub(super) fn pick(probabilities: &[f64], draw: f64) -> i64 {
     let target = draw * probabilities.iter().sum::<f64>();
     let mut sum = 0.0;
     let mut last = 0;
@@ -148,7 +148,8 @@ fn pick(probabilities: &[f64], draw: f64) -> i64 {
 }
 
 fn one_hot(row: &[f64]) -> Vec<f64> {
-    let best = best_first(row).first().copied();
+    // The first of equal ones.
+    let best = (0..row.len()).reduce(|best, token| if row[token] > row[best] { token } else { best });
     (0..row.len()).map(|token| if Some(token) == best { 1.0 } else { 0.0 }).collect()
 }
 
@@ -178,7 +179,12 @@ fn only(row: &[f64], tokens: impl Iterator<Item = usize>) -> Vec<f64> {
 
 /// Exactly `k` of the best tokens, at least one.
 fn only_best(row: &[f64], k: usize) -> Vec<f64> {
-    only(row, best_first(row).into_iter().take(k.max(1)))
+    let mut order: Vec<usize> = (0..row.len()).collect();
+    if k.max(1) < order.len() {
+        order.select_nth_unstable_by(k.max(1) - 1, |&a, &b| row[b].total_cmp(&row[a]).then(a.cmp(&b)));
+        order.truncate(k.max(1));
+    }
+    only(row, order.into_iter())
 }
 
 /// The best tokens, until the mass before the next one is enough; at least one.

@@ -7,7 +7,7 @@ use crate::{
     config::{self, TransformerPlan, TransformerWrapperConfig},
     error::{At, ensure},
     nn::{AbsolutePositionalEmbedding, AttentionLayers, Embedding, ForwardOptions, Linear, Norm},
-    ops::Activation,
+    ops::{Activation, Int8Matrix},
 };
 
 /// What a wrapper gives.
@@ -58,6 +58,8 @@ pub struct TransformerWrapper {
     to_logits: Option<Linear>,
     mlm_head: Option<MaskedHead>,
     pooler: Option<Linear>,
+    /// The table of embeddings as logits read it, in eight bits.
+    tied_int8: Option<Arc<Int8Matrix>>,
 }
 
 /// BERT's masked-LM head, in front of the embedding table.
@@ -128,6 +130,7 @@ impl TransformerWrapper {
             mlm_head: plan.mlm_head.map(mlm_head).transpose()?,
             pooler: plan.pooler.then(|| Linear::new(&store.at("pooler"), dim, dim)).transpose()?,
             to_logits: (!plan.tie_embedding && !plan.return_only_embed).then(to_logits).transpose()?,
+            tied_int8: None,
             plan: Arc::new(plan.clone()),
         })
     }
@@ -140,6 +143,23 @@ impl TransformerWrapper {
     /// The table of token embeddings.
     pub(super) fn token_emb(&self) -> &Embedding {
         &self.token_emb
+    }
+
+    /// Computes with the weights of linear layers in eight bits from now on, each row with its own scale and sums in f32:
+    /// decoding reads a quarter of the bytes of f32. Embeddings, norms and gates stay as they are. Such a model gives no
+    /// gradients; clones that were made before keep their weights.
+    ///
+    /// Errors: weights that are not finite.
+    pub fn quantize_int8(&mut self) -> Result<()> {
+        self.attn_layers.quantize_int8().at("attn_layers")?;
+        self.project_emb.iter_mut().try_for_each(Linear::quantize_int8).at("project_emb")?;
+        match &mut self.to_logits {
+            Some(to_logits) => to_logits.quantize_int8().at("to_logits"),
+            None => {
+                self.tied_int8 = Some(Arc::new(Int8Matrix::quantize(&self.token_emb.table().detach())?));
+                Ok(())
+            }
+        }
     }
 
     /// The layers.
@@ -178,9 +198,12 @@ impl TransformerWrapper {
             !self.plan.return_only_embed,
             Error::option("return_only_embed", "is on: the model gives no logits, only embeddings")
         );
-        match (&self.mlm_head, &self.to_logits) {
-            (Some(head), _) => head.forward(embeddings, &self.token_emb.table()).at("mlm_head"),
-            (None, Some(to_logits)) => to_logits.forward(embeddings).at("to_logits"),
+        if let Some(head) = &self.mlm_head {
+            return head.forward(embeddings, &self.token_emb.table()).at("mlm_head");
+        }
+        match (&self.to_logits, &self.tied_int8) {
+            (Some(to_logits), _) => to_logits.forward(embeddings).at("to_logits"),
+            (None, Some(table)) => table.linear(embeddings, None).at("to_logits"),
             (None, None) => embeddings.linear(&self.token_emb.table(), None).at("to_logits"),
         }
     }

@@ -127,6 +127,12 @@ impl Attention {
         })
     }
 
+    /// Its linear layers.
+    pub(super) fn linears_mut(&mut self) -> impl Iterator<Item = &mut Linear> {
+        let always = [&mut self.to_q, &mut self.to_k, &mut self.to_v, &mut self.to_out];
+        always.into_iter().chain(self.to_v_gate.as_mut())
+    }
+
     /// `[b, i, dim] → [b, i, dim]`.
     ///
     /// Errors: shapes that do not fit.
@@ -177,6 +183,12 @@ impl Attention {
             let (out, scores, _) = self.explicit([&q, &k, &v], input, bias, Some(keep))?;
             (out, scores)
         } else {
+            if let Some(keys) = step.chunk(cache) {
+                // Many rows at once: blocks of keys serve blocks of queries.
+                let [k, v] = [self.all_heads(&k.narrow(2, 0, keys)?)?, v.narrow(2, 0, keys)?];
+                let out = self.fused(&q, &k, &v, &AttentionInput::default())?;
+                return self.merge(x, out, None, None);
+            }
             let spec = DecodeSpec {
                 scale: self.scale(),
                 front: cache.front,
@@ -212,7 +224,8 @@ impl Attention {
         let k = self.to_k.forward(&infused).at("to_k")?;
         let mut v = self.split_heads(&self.to_v.forward(x).at("to_v")?)?;
         let mut k = if self.plan.shared.is_some() { k.unsqueeze(1)? } else { self.split_heads(&k)? };
-        let mut q = self.queries(&q)?;
+        let mut q = self.queries(&q)?.detach();
+        (k, v) = (k.detach(), v.detach());
         if let (Some(table), Some(plan)) = (&tables.rotary, self.plan.rotary) {
             let rotate = |x: &Tensor| x.rotate_rows(table, &step.ends, cache.memories);
             (q, k) = (rotate(&self.pairs_as_halves(q)?)?, rotate(&self.pairs_as_halves(k)?)?);
@@ -220,7 +233,8 @@ impl Attention {
         }
         let k = self.normalize_length(k)?;
         let k = if self.plan.num_mem_kv > 0 { self.all_heads(&k)? } else { k };
-        Ok([self.scale_queries(q)?, k, v])
+        // A tape may be there; what goes through a cache has no gradient.
+        Ok([self.scale_queries(q)?.detach(), k.detach(), v.detach()])
     }
 
     /// The position bias by distance, `[heads, distances]`, for keys with so many in front.

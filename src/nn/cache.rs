@@ -289,6 +289,14 @@ impl Step {
         front + (longest + self.n).min(self.capacity)
     }
 
+    /// The number of keys, if the step is a chunk of sequences of one length whose scores have no other terms than
+    /// products: [`attention`](crate::ops::attention) computes it, and faster for many queries.
+    pub fn chunk(&self, cache: &AttentionCache) -> Option<usize> {
+        let equal = self.lengths.iter().all(|&length| length == self.lengths[0]);
+        let plain = equal && self.n >= 8 && cache.curves.is_none() && self.kept.is_none();
+        (plain && self.lengths[0] + self.n <= self.capacity).then(|| self.keys(cache.front))
+    }
+
     /// Which scores stay, `[b, 1, n, keys]`, as the uncached call decides it.
     pub fn keep(&self, front: usize, mem_keys: usize, max_attend_past: Option<usize>) -> Result<Tensor> {
         let keys = self.keys(front);

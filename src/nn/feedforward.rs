@@ -26,6 +26,11 @@ impl FeedForward {
         Ok(Self { project_in, activation, gated, norm, dropout, project_out })
     }
 
+    /// Its linear layers.
+    pub(super) fn linears_mut(&mut self) -> impl Iterator<Item = &mut Linear> {
+        [&mut self.project_in, &mut self.project_out].into_iter()
+    }
+
     /// `[.., dim] → [.., dim_out]`.
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
         let inner = match self.gated {

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use super::{
-    Attention, AttentionInput, FeedForward, LayersCache, Norm, PositionBias, Residual, ScoreBias,
+    Attention, AttentionInput, FeedForward, LayersCache, Linear, Norm, PositionBias, Residual, ScoreBias,
     cache::{LayerCache, Step, Tables},
     positions::inverse_frequencies,
     residual::Stream,
@@ -207,6 +207,20 @@ impl AttentionLayers {
         layers = layers.iter().cycle().take(plan.layers.len()).cloned().collect();
         let bias = PositionBias::new(plan.positions.bias, &store.at("rel_pos"))?;
         Ok(Self { plan: Arc::new(plan.clone()), layers, bias, rotary, infused })
+    }
+
+    /// Computes with the weights of all linear layers in eight bits from now on; norms and gates stay as they are.
+    ///
+    /// Errors: weights that are not finite.
+    pub fn quantize_int8(&mut self) -> Result<()> {
+        for (index, layer) in self.layers.iter_mut().enumerate() {
+            let quantized = match &mut layer.branch {
+                Branch::Attention(attention) => attention.linears_mut().try_for_each(Linear::quantize_int8),
+                Branch::FeedForward(feedforward) => feedforward.linears_mut().try_for_each(Linear::quantize_int8),
+            };
+            quantized.at(format_args!("layers.{index}"))?;
+        }
+        Ok(())
     }
 
     /// What was built.

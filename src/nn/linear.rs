@@ -1,12 +1,19 @@
 //! Linear layers and tables of embeddings.
 
-use crate::{Init, Param, Result, Store, Tensor, ops::Activation};
+use std::sync::Arc;
+
+use crate::{
+    Init, Param, Result, Store, Tensor,
+    ops::{Activation, Int8Matrix},
+};
 
 /// `x Wᵀ + b`, PyTorch's `nn.Linear`: `weight [out, in]`, `bias [out]`.
 #[derive(Clone, Debug)]
 pub struct Linear {
     weight: Param,
     bias: Option<Param>,
+    /// In place of the weight, once it was asked for.
+    int8: Option<Arc<Int8Matrix>>,
 }
 
 impl Linear {
@@ -38,24 +45,42 @@ impl Linear {
         Ok(Self {
             weight: store.param("weight", [fan_out, fan_in], weight)?,
             bias: bias.map(|bias| store.param("bias", [fan_out], bias)).transpose()?,
+            int8: None,
         })
     }
 
     /// `[.., in] → [.., out]`.
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        x.linear(&self.weight.tensor(), self.bias.as_ref().map(Param::tensor).as_ref())
+        self.product(x, self.bias.as_ref())
+    }
+
+    /// The product with the weight as it is kept, and the bias if one is given.
+    fn product(&self, x: &Tensor, bias: Option<&Param>) -> Result<Tensor> {
+        let bias = bias.map(Param::tensor);
+        match &self.int8 {
+            Some(weight) => weight.linear(x, bias.as_ref()),
+            None => x.linear(&self.weight.tensor(), bias.as_ref()),
+        }
+    }
+
+    /// Computes with the weight in eight bits from now on.
+    ///
+    /// Errors: a weight that is not finite.
+    pub fn quantize_int8(&mut self) -> Result<()> {
+        self.int8 = Some(Arc::new(Int8Matrix::quantize(&self.weight.tensor().detach())?));
+        Ok(())
     }
 
     /// `activation(x Wᵀ + b)`, the bias being added on the way to the activation.
     pub fn activated(&self, x: &Tensor, activation: Activation) -> Result<Tensor> {
         let Some(bias) = &self.bias else { return activation.of(&self.forward(x)?) };
-        x.linear(&self.weight.tensor(), None)?.add_activation(&bias.tensor(), activation)
+        self.product(x, None)?.add_activation(&bias.tensor(), activation)
     }
 
     /// As [`Linear::activated`] with a gated unit: `[.., in] → [.., out / 2]`, see [`Tensor::glu`].
     pub fn gated(&self, x: &Tensor, activation: Activation) -> Result<Tensor> {
         let Some(bias) = &self.bias else { return self.forward(x)?.glu(activation) };
-        x.linear(&self.weight.tensor(), None)?.add_glu(&bias.tensor(), activation)
+        self.product(x, None)?.add_glu(&bias.tensor(), activation)
     }
 }
 

@@ -48,6 +48,7 @@ ops! {
     topk: top_k_mask;
 }
 
+pub use matmul::Int8Matrix;
 #[cfg(feature = "cuda")]
 pub(crate) use sample::broken_logits;
 pub use sample::{SampleFilter, SampleSpec};

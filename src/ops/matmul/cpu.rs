@@ -63,6 +63,9 @@ const FEW_COLUMNS: usize = 64;
 /// Products below which a task does not pay for its hand-over.
 const GRAIN: usize = 1 << 19;
 
+/// The same for few rows, where reading B is all the cost.
+const GRAIN_OF_FEW: usize = 1 << 16;
+
 /// Products of a single matrix from which it pays to pack the operands for all threads together.
 const LARGE: usize = 1 << 24;
 
@@ -86,9 +89,10 @@ pub(crate) fn gemm_block<T: Multiply>(
     let start = if accumulate { Start::Previous } else { Start::Zero };
     let c = Window::new(c, m, n, ldc);
     Scratch::with(|scratch| {
-        if T::Tiled::available() {
+        let many = m > skinny::ROWS;
+        if many && T::Tiled::available() {
             block::<T, T::Tiled>(k, a, b, start, c, scratch);
-        } else if T::Paired::available() {
+        } else if many && T::Paired::available() {
             block::<T, T::Paired>(k, a, b, start, c, scratch);
         } else {
             block::<T, MultiplyAdd>(k, a, b, start, c, scratch);
@@ -144,7 +148,7 @@ fn block<T: Float, P: Packing<T>>(
     scratch: &mut Scratch,
 ) {
     let (m, n) = (c.rows(), c.columns());
-    let done = if m <= skinny::ROWS { few_rows(k, a, b, start, &mut c, scratch) } else { 0 };
+    let done = if m <= skinny::ROWS && P::STREAMS { few_rows(k, a, b, start, &mut c, scratch) } else { 0 };
     let width = if m <= THIN { FEW_COLUMNS } else { BLOCK_COLUMNS };
     for j in (done..n).step_by(width) {
         let width = width.min(n - j);
@@ -223,18 +227,47 @@ fn few_rows<T: Float>(
     scratch: &mut Scratch,
 ) -> usize {
     let (m, n) = (c.rows(), c.columns());
-    let mut done = 0;
+    if m == 0 || n == 0 {
+        return 0;
+    }
+    let groups = m.div_ceil(skinny::TOGETHER);
+    // The rows of A for all steps, by blocks of steps, and in them by groups of rows.
+    let left = aligned::<T::Acc>(&mut scratch.left, m * k);
     for step in (0..k).step_by(STEPS) {
         let steps = STEPS.min(k - step);
-        let left = aligned::<T::Acc>(&mut scratch.left, m * steps);
-        pack(a.from(0, step), m, steps, m, left);
-        let sums = aligned::<T::Acc>(&mut scratch.right, m * n);
-        done = skinny::multiply(m, n, steps, left, b.from(step, 0), sums);
-        if done == 0 {
-            break;
+        for first in (0..m).step_by(skinny::TOGETHER) {
+            let rows = skinny::TOGETHER.min(m - first);
+            let packed = &mut left[step * m + first * steps..][..rows * steps];
+            pack(a.from(first, step), rows, steps, rows, packed);
         }
-        for (i, sums) in sums.chunks_exact(n).enumerate() {
-            start.of_block(step, 0).add_to(&sums[..done], c.row_mut(i));
+    }
+    // Columns whose steps lie next to each other are read from the first to the last before those behind them; and each
+    // group of rows must come as far as the others.
+    let width = if b.row == 1 { skinny::strip::<T>() } else { n };
+    let end = if groups > 1 { n - n % skinny::strip::<T>() } else { n };
+    let mut done = 0;
+    for j in (0..end).step_by(width) {
+        let width = width.min(end - j);
+        let mut of_strip = 0;
+        for step in (0..k).step_by(STEPS) {
+            let steps = STEPS.min(k - step);
+            for first in (0..m).step_by(skinny::TOGETHER) {
+                let rows = skinny::TOGETHER.min(m - first);
+                let left = &left[step * m + first * steps..][..rows * steps];
+                let sums = aligned::<T::Acc>(&mut scratch.right, rows * width);
+                of_strip = skinny::multiply(rows, width, steps, left, b.from(step, j), step, sums);
+                if of_strip == 0 {
+                    return done;
+                }
+                let start = start.of_block(step, j);
+                for (i, sums) in sums.chunks_exact(width).enumerate() {
+                    start.add_to(&sums[..of_strip], &mut c.row_mut(first + i)[j..]);
+                }
+            }
+        }
+        done += of_strip;
+        if of_strip < width {
+            break;
         }
     }
     done
@@ -262,9 +295,10 @@ pub(crate) struct Product<'a, T> {
 ///
 /// How the work is cut depends on the sizes alone. Errors: out of memory for packed operands.
 pub(crate) fn gemm<T: Multiply>(product: &Product<T>, out: &mut [T]) -> Result<()> {
-    if T::Tiled::available() {
+    let many = product.m > skinny::ROWS;
+    if many && T::Tiled::available() {
         gemm_by::<T, T::Tiled>(product, out)
-    } else if T::Paired::available() {
+    } else if many && T::Paired::available() {
         gemm_by::<T, T::Paired>(product, out)
     } else {
         gemm_by::<T, MultiplyAdd>(product, out)
@@ -296,10 +330,11 @@ pub(super) fn gemm_by<T: Float, P: Packing<T>>(product: &Product<T>, out: &mut [
         });
     }
     // Pieces that one thread computes alone: whole items, rows of them, or columns where there are few rows.
-    let (height, width) = if cost <= 2 * GRAIN {
+    let grain = if m <= skinny::ROWS { GRAIN_OF_FEW * m } else { GRAIN };
+    let (height, width) = if cost <= 2 * grain {
         (m, n)
     } else if m <= THIN {
-        let columns = (GRAIN / (m * depth)).max(n / 64).max(FEW_COLUMNS);
+        let columns = (grain / (m * depth)).max(n / 64).max(FEW_COLUMNS);
         (m, columns.next_multiple_of(FEW_COLUMNS).min(n))
     } else {
         ((GRAIN / (n * depth)).max(256).min(m), n)
@@ -307,7 +342,7 @@ pub(super) fn gemm_by<T: Float, P: Packing<T>>(product: &Product<T>, out: &mut [
     let (down, across) = (m.div_ceil(height), n.div_ceil(width));
     let whole = Window::new(out, batch * m, n, n);
     let pieces = batch * down * across;
-    let per_task = (GRAIN / height.saturating_mul(width).saturating_mul(depth)).max(1);
+    let per_task = (grain / height.saturating_mul(width).saturating_mul(depth)).max(1);
     cpu::for_tasks(pieces.div_ceil(per_task), |task| {
         Scratch::with(|scratch| {
             for piece in task * per_task..((task + 1) * per_task).min(pieces) {

@@ -6,6 +6,7 @@ mod amx;
 mod amx_emulator;
 pub(crate) mod cpu;
 mod cuda;
+mod int8;
 mod lanes;
 mod microkernel;
 mod pack;
@@ -22,6 +23,7 @@ use crate::{
     ops::copy::same_kind,
 };
 use cpu::{Matrix, Product, gemm};
+pub use int8::Int8Matrix;
 use packing::Multiply;
 
 impl Tensor {

@@ -70,6 +70,9 @@ pub(crate) trait Packing<T: Float>: Send + Sync {
     /// Blocks of steps are packed in multiples of this, filled up with zeros.
     const STEPS: usize;
 
+    /// Whether products of a few rows may be left to [`skinny`](super::skinny), which has the same order of additions.
+    const STREAMS: bool = false;
+
     /// Whether the processor has the instructions.
     fn available() -> bool;
 
@@ -110,6 +113,7 @@ pub(crate) struct MultiplyAdd;
 impl<T: Float> Packing<T> for MultiplyAdd {
     type Packed = T::Acc;
     const STEPS: usize = 1;
+    const STREAMS: bool = true;
 
     fn available() -> bool {
         true

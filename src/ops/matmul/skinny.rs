@@ -5,16 +5,27 @@ use super::cpu::Matrix;
 use crate::core::Float;
 
 /// At most this many rows are worth it.
-pub(super) const ROWS: usize = 4;
+pub(super) const ROWS: usize = 8;
+/// Rows that are multiplied at a time.
+pub(super) const TOGETHER: usize = 4;
+/// Columns whose steps are read to the end before those of the next ones; as many are all done, however many rows are
+/// multiplied. Their lines fill the sets of the first-level cache evenly if they are few, even where columns lie a power
+/// of two apart. Halves take as long as whole numbers for half of the bytes: twice as many columns hide how long a link
+/// of a chain takes.
+pub(super) fn strip<T>() -> usize {
+    if size_of::<T>() == 2 { 16 } else { 8 }
+}
 
 /// `sums[i * n + j] = Σ_step A[i, step] · B[step, j]` for one block of steps, `rows` rows and the first of `n` columns;
-/// returns how many, none if processor or layout do not allow it. Element (i, step) of A is `a[step * rows + i]`.
+/// returns how many, none if processor or layout do not allow it. Element (i, step) of A is `a[step * rows + i]`; the block
+/// comes after `passed` steps of the same columns.
 pub(super) fn multiply<T: Float>(
     rows: usize,
     n: usize,
     steps: usize,
     a: &[T::Acc],
     b: Matrix<T>,
+    passed: usize,
     sums: &mut [T::Acc],
 ) -> usize {
     if rows == 0 || n == 0 || steps == 0 {
@@ -24,7 +35,7 @@ pub(super) fn multiply<T: Float>(
     assert!((steps - 1) * b.row + (n - 1) * b.col < b.data.len(), "B ends before its block");
     #[cfg(target_arch = "x86_64")]
     {
-        avx2::multiply(rows, n, steps, a, b, sums)
+        avx2::multiply(rows, n, steps, a, b, passed, sums)
     }
     #[cfg(not(target_arch = "x86_64"))]
     {
@@ -34,7 +45,7 @@ pub(super) fn multiply<T: Float>(
 
 #[cfg(target_arch = "x86_64")]
 mod avx2 {
-    use std::arch::x86_64::{__m256, __m256d};
+    use std::arch::x86_64::{__m256, __m256d, _MM_HINT_T0, _mm_prefetch};
 
     use half::{bf16, f16};
 
@@ -54,6 +65,7 @@ mod avx2 {
         steps: usize,
         a: &[T::Acc],
         b: Matrix<T>,
+        passed: usize,
         sums: &mut [T::Acc],
     ) -> usize {
         if simd::level() < Level::Avx2 || (b.row != 1 && b.col != 1) {
@@ -64,18 +76,42 @@ mod avx2 {
         // has the dtype of `T`.
         unsafe {
             match T::DTYPE {
-                DType::F32 => {
-                    columns::<f32, __m256, 8>(rows, n, steps, a.cast(), right.cast(), b.row, b.col, sums.cast())
-                }
-                DType::BF16 => {
-                    columns::<bf16, __m256, 8>(rows, n, steps, a.cast(), right.cast(), b.row, b.col, sums.cast())
-                }
-                DType::F16 => {
-                    columns::<f16, __m256, 8>(rows, n, steps, a.cast(), right.cast(), b.row, b.col, sums.cast())
-                }
-                DType::F64 => {
-                    columns::<f64, __m256d, 4>(rows, n, steps, a.cast(), right.cast(), b.row, b.col, sums.cast())
-                }
+                DType::F32 => columns::<f32, __m256, 8>(
+                    rows,
+                    n,
+                    steps,
+                    a.cast(),
+                    right.cast(),
+                    [b.row, b.col, passed],
+                    sums.cast(),
+                ),
+                DType::BF16 => columns::<bf16, __m256, 8>(
+                    rows,
+                    n,
+                    steps,
+                    a.cast(),
+                    right.cast(),
+                    [b.row, b.col, passed],
+                    sums.cast(),
+                ),
+                DType::F16 => columns::<f16, __m256, 8>(
+                    rows,
+                    n,
+                    steps,
+                    a.cast(),
+                    right.cast(),
+                    [b.row, b.col, passed],
+                    sums.cast(),
+                ),
+                DType::F64 => columns::<f64, __m256d, 4>(
+                    rows,
+                    n,
+                    steps,
+                    a.cast(),
+                    right.cast(),
+                    [b.row, b.col, passed],
+                    sums.cast(),
+                ),
                 _ => 0,
             }
         }
@@ -92,17 +128,18 @@ mod avx2 {
         steps: usize,
         a: *const V::Scalar,
         b: *const T,
-        row: usize,
-        col: usize,
+        [row, col, passed]: [usize; 3],
         sums: *mut V::Scalar,
     ) -> usize {
         // SAFETY: see above.
         unsafe {
             match (row, rows) {
-                (1, 1) => columns_apart::<T, V, N, 1, 4>(n, steps, a, b, col, sums),
-                (1, 2) => columns_apart::<T, V, N, 2, 4>(n, steps, a, b, col, sums),
-                (1, 3) => columns_apart::<T, V, N, 3, 2>(n, steps, a, b, col, sums),
-                (1, 4) => columns_apart::<T, V, N, 4, 2>(n, steps, a, b, col, sums),
+                (1, 1) if size_of::<T>() == 2 => columns_apart::<T, V, N, 1, 2>(n, steps, a, b, [col, passed], sums),
+                (1, 2) if size_of::<T>() == 2 => columns_apart::<T, V, N, 2, 2>(n, steps, a, b, [col, passed], sums),
+                (1, 1) => columns_apart::<T, V, N, 1, 1>(n, steps, a, b, [col, passed], sums),
+                (1, 2) => columns_apart::<T, V, N, 2, 1>(n, steps, a, b, [col, passed], sums),
+                (1, 3) => columns_apart::<T, V, N, 3, 1>(n, steps, a, b, [col, passed], sums),
+                (1, 4) => columns_apart::<T, V, N, 4, 1>(n, steps, a, b, [col, passed], sums),
                 (_, 1) => columns_together::<T, V, N, 1, 8>(n, steps, a, b, row, sums),
                 (_, 2) => columns_together::<T, V, N, 2, 4>(n, steps, a, b, row, sums),
                 (_, 3) => columns_together::<T, V, N, 3, 4>(n, steps, a, b, row, sums),
@@ -120,7 +157,7 @@ mod avx2 {
         steps: usize,
         a: *const V::Scalar,
         b: *const T,
-        col: usize,
+        [col, passed]: [usize; 2],
         sums: *mut V::Scalar,
     ) -> usize {
         let done = n - n % (N * BLOCKS);
@@ -134,7 +171,14 @@ mod avx2 {
                 // two apart share few sets of the cache. All blocks are transposed before their chains go on, since
                 // the links of one chain wait for each other.
                 let whole = steps - steps % (2 * N);
+                // All steps of the next columns lie behind those of these ones without a gap: they are fetched in the order
+                // of memory, whatever the order in which they will be read.
+                let next = b.wrapping_add(N * BLOCKS * col).wrapping_sub(passed);
                 for pair in (0..whole).step_by(2 * N) {
+                    let next = next.wrapping_add((passed + pair) * N * BLOCKS).cast::<i8>();
+                    for line in 0..2 * N * N * BLOCKS * size_of::<T>() / 64 {
+                        _mm_prefetch(next.wrapping_add(64 * line), _MM_HINT_T0);
+                    }
                     for block in 0..BLOCKS {
                         for (half, lines) in lines.iter_mut().enumerate() {
                             let b = b.add(block * N * col + pair + half * N);
@@ -196,10 +240,10 @@ mod avx2 {
                 }
                 let whole = steps - steps % STEPS;
                 for step in (0..whole).step_by(STEPS) {
-                    strip::<T, V, N, ROWS, STEPS>(start, end, n, a.add(step * ROWS), b.add(step * row), row, sums);
+                    of_strip::<T, V, N, ROWS, STEPS>(start, end, n, a.add(step * ROWS), b.add(step * row), row, sums);
                 }
                 for step in whole..steps {
-                    strip::<T, V, N, ROWS, 1>(start, end, n, a.add(step * ROWS), b.add(step * row), row, sums);
+                    of_strip::<T, V, N, ROWS, 1>(start, end, n, a.add(step * ROWS), b.add(step * row), row, sums);
                 }
             }
         }
@@ -207,7 +251,7 @@ mod avx2 {
     }
 
     #[inline(always)]
-    unsafe fn strip<T: Widen<V, N>, V: Square<N>, const N: usize, const ROWS: usize, const STEPS: usize>(
+    unsafe fn of_strip<T: Widen<V, N>, V: Square<N>, const N: usize, const ROWS: usize, const STEPS: usize>(
         start: usize,
         end: usize,
         n: usize,

@@ -1,0 +1,76 @@
+//! What `xt generate` offers beside plain text.
+
+mod command;
+
+use std::fs;
+
+use command::{TINY, fails, path, refuses, succeeds, write_text};
+
+#[test]
+fn text_from_a_model_in_every_way() {
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let (corpus, out) = (path(folder.path(), "text.txt"), path(folder.path(), "out"));
+    write_text(&corpus);
+    succeeds(&[&["train", "--text", &corpus, "--out", &out, "--steps", "3", "--every", "3"][..], &TINY].concat());
+    let generate = |more: &[&str]| {
+        let all = [&["generate", "--checkpoint", &out, "--length", "40", "--device", "cpu"][..], more].concat();
+        succeeds(&all)
+    };
+    let cat = ["--prompt", "the cat"];
+    let greedy = generate(&[&cat[..], &["--temperature", "0"]].concat());
+    assert!(greedy.starts_with("the cat"), "{greedy:?}");
+    // A cache, a draft, one beam and a batch change nothing of it.
+    for same in [
+        &["--temperature", "0", "--no-cache"][..],
+        &["--temperature", "0", "--prefill", "2"],
+        &["--temperature", "0", "--draft", &out, "--ahead", "3"],
+        &["--beams", "1"],
+    ] {
+        assert_eq!(generate(&[&cat[..], same].concat()), greedy, "{same:?}");
+    }
+    let both = generate(&["--prompt", "the cat", "--prompt", "a dog and", "--temperature", "0"]);
+    assert!(both.starts_with(&greedy) && both[greedy.len()..].starts_with("a dog and"), "{both:?}");
+    let plain = generate(&cat);
+    for other in [
+        &["--top-k", "3"][..],
+        &["--top-p", "0.5"],
+        &["--min-p", "0.3"],
+        &["--top-a", "0.5"],
+        &["--entmax"],
+        &["--repetition-penalty", "3"],
+        &["--seed", "9"],
+        &["--beams", "3", "--length-penalty", "0.5"],
+        &["--weights", "bf16"],
+        &["--weights", "int8", "--temperature", "5"],
+    ] {
+        let text = generate(&[&cat[..], other].concat());
+        assert!(text.starts_with("the cat") && text == generate(&[&cat[..], other].concat()), "{other:?}");
+    }
+    // Every space ends a text.
+    let ended = generate(&["--prompt", "the", "--eos", "32", "--temperature", "3"]);
+    assert!(!ended.trim_end_matches('\n').contains(' '), "{ended:?} of {plain:?}");
+    let score = |weights: &str| {
+        let line =
+            succeeds(&["generate", "--checkpoint", &out, "--device", "cpu", "--score", &corpus, "--weights", weights]);
+        line.split(' ').next().and_then(|bits| bits.parse::<f64>().ok()).expect("a number of bits")
+    };
+    let (exact, small) = (score("f32"), score("int8"));
+    assert!(exact > 0.0 && exact < 9.0 && (exact - small).abs() < 0.1, "{exact} {small}");
+    let short = path(folder.path(), "short.txt");
+    fs::write(&short, "short").expect("a file");
+    assert!(fails(&["generate", "--checkpoint", &out, "--score", &short]).contains("short.txt"));
+    assert!(fails(&["generate", "--checkpoint", &out, "--score", "none.txt"]).contains("none.txt"));
+    assert!(fails(&["generate", "--checkpoint", &out, "--draft", "none"]).contains("none"));
+    assert!(fails(&["generate", "--checkpoint", &out, "--repetition-penalty", "0"]).contains("repetition_penalty"));
+}
+
+#[test]
+fn ways_that_exclude_each_other() {
+    let with = |more: &[&str]| refuses(&[&["generate", "--checkpoint", "out"][..], more].concat());
+    assert!(with(&["--top-k", "3", "--top-p", "0.5"]).contains("--top-p"));
+    assert!(with(&["--beams", "3", "--top-k", "2"]).contains("--top-k"));
+    assert!(with(&["--beams", "3", "--draft", "small"]).contains("--draft"));
+    assert!(with(&["--ahead", "3"]).contains("--draft"));
+    assert!(with(&["--length-penalty", "3"]).contains("--beams"));
+    assert!(with(&["--weights", "int3"]).contains("int8"));
+}

@@ -1,0 +1,190 @@
+//! Beam search: the most likely continuations that a bounded search finds.
+
+use super::{AutoregressiveWrapper, GenerateOptions, rows::Rows};
+use crate::{Error, Result, Tensor, error::ensure};
+
+/// How beams are searched.
+#[derive(Clone, Copy, Debug)]
+pub struct BeamOptions {
+    /// Continuations that are followed at the same time. Default 4.
+    pub beams: usize,
+    /// A score is the logarithm of the probability over `tokens ^ length_penalty`: above 0 favours long continuations,
+    /// 0 the most likely one (Wu et al., <https://arxiv.org/abs/1609.08144>). Default 1.
+    pub length_penalty: f64,
+}
+
+impl Default for BeamOptions {
+    fn default() -> Self {
+        Self { beams: 4, length_penalty: 1.0 }
+    }
+}
+
+/// A continuation that a beam search has found.
+#[derive(Clone, PartialEq, Debug)]
+pub struct Hypothesis {
+    /// The new tokens, with the end token if it was reached.
+    pub tokens: Vec<i64>,
+    /// The logarithm of their probability over the power of their number.
+    pub score: f64,
+}
+
+/// An open continuation: its sum of logarithms, and the beam that it is in.
+#[derive(Clone, Copy)]
+struct Candidate {
+    log_probability: f64,
+    beam: usize,
+    token: i64,
+}
+
+impl AutoregressiveWrapper {
+    /// The best continuations of each row of a prompt, `[b, t]` or `[t]` I64, by up to `seq_len` tokens: at most
+    /// `beams` for each, the best first.
+    ///
+    /// Of the options, the end token, the prompt's lengths and masks, the context and `repetition_penalty` act; nothing is
+    /// drawn. A row that has ended in the prompt gets the empty continuation. A row's search ends when no open
+    /// continuation can become better than the worst of its `beams` closed ones.
+    ///
+    /// Errors: as [`AutoregressiveWrapper::generate`], no beams, or a penalty that is not finite.
+    pub fn beam_search(
+        &self,
+        start_tokens: &Tensor,
+        seq_len: usize,
+        beam: &BeamOptions,
+        options: &GenerateOptions,
+    ) -> Result<Vec<Vec<Hypothesis>>> {
+        let &BeamOptions { beams, length_penalty } = beam;
+        let most = self.net.plan().num_tokens;
+        ensure!(
+            (1..=most).contains(&beams),
+            Error::option("beams", format!("expected 1 to the {most} tokens, got {beams}"))
+        );
+        ensure!(
+            length_penalty.is_finite(),
+            Error::option("length_penalty", format!("expected a finite number, got {length_penalty}"))
+        );
+        let mut rows = Rows::new(self, start_tokens, seq_len, options)?;
+        let b = rows.tokens.len();
+        options.check(b)?;
+        let prompts: Vec<usize> = rows.tokens.iter().map(Vec::len).collect();
+        let score = |log_probability: f64, tokens: usize| log_probability / (tokens as f64).powf(length_penalty);
+        let in_prompt = |row: &Vec<i64>| options.eos_token.is_some_and(|eos| row.contains(&eos));
+        let mut searches: Vec<Search> = rows
+            .tokens
+            .iter()
+            .enumerate()
+            .map(|(row, tokens)| {
+                let ended = in_prompt(tokens);
+                let closed = if ended { vec![Hypothesis { tokens: vec![], score: 0.0 }] } else { vec![] };
+                Search { open: if ended { vec![] } else { vec![(row, 0.0)] }, closed }
+            })
+            .collect();
+        for step in 0..seq_len {
+            let mut wanted = vec![false; rows.tokens.len()];
+            searches.iter().flat_map(|search| &search.open).for_each(|&(row, _)| wanted[row] = true);
+            if !wanted.contains(&true) {
+                break;
+            }
+            let logits = rows.next_logits(&wanted)?;
+            let mut taken = Vec::new();
+            let mut new = Vec::new();
+            for (search, &prompt) in searches.iter_mut().zip(&prompts) {
+                let candidates = search.candidates(&logits, &rows, options, beams)?;
+                let mut open = Vec::new();
+                for candidate in candidates {
+                    if options.eos_token == Some(candidate.token) {
+                        let row = search.open[candidate.beam].0;
+                        let mut tokens = rows.tokens[row][prompt..].to_vec();
+                        tokens.push(candidate.token);
+                        let score = score(candidate.log_probability, step + 1);
+                        search.closed.push(Hypothesis { tokens, score });
+                    } else if open.len() < beams {
+                        open.push(candidate);
+                    }
+                }
+                search.closed.sort_by(|a, b| b.score.total_cmp(&a.score));
+                search.closed.truncate(beams);
+                // The best that an open one can still come to: its probability only falls.
+                let best = open.first().map_or(f64::NEG_INFINITY, |best| {
+                    let longest = if length_penalty > 0.0 { seq_len } else { step + 1 };
+                    score(best.log_probability, longest)
+                });
+                if search.closed.len() == beams && search.closed[beams - 1].score >= best {
+                    open.clear();
+                }
+                let from = |candidate: &Candidate| search.open[candidate.beam].0;
+                let rows_of_open: Vec<usize> = open.iter().map(from).collect();
+                let first = taken.len();
+                taken.extend(rows_of_open);
+                new.extend(open.iter().map(|candidate| candidate.token));
+                let numbered = open.iter().enumerate();
+                search.open = numbered.map(|(at, candidate)| (first + at, candidate.log_probability)).collect();
+            }
+            if taken.is_empty() {
+                break;
+            }
+            rows.select(&taken)?;
+            new.into_iter().enumerate().for_each(|(row, token)| rows.push(row, token));
+        }
+        let close = |(search, prompt): (Search, usize)| {
+            let mut found = search.closed;
+            found.extend(search.open.iter().map(|&(row, log_probability)| {
+                let tokens = rows.tokens[row][prompt..].to_vec();
+                Hypothesis { score: score(log_probability, tokens.len().max(1)), tokens }
+            }));
+            found.sort_by(|a, b| b.score.total_cmp(&a.score));
+            found.truncate(beams);
+            found
+        };
+        Ok(searches.into_iter().zip(prompts).map(close).collect())
+    }
+}
+
+/// The search of one row of the prompt.
+struct Search {
+    /// Open continuations: where their tokens are, and the logarithms of their probabilities, the best first.
+    open: Vec<(usize, f64)>,
+    closed: Vec<Hypothesis>,
+}
+
+impl Search {
+    /// The best next steps, twice as many as beams, so that enough of them stay open.
+    fn candidates(
+        &self,
+        logits: &[Vec<f64>],
+        rows: &Rows,
+        options: &GenerateOptions,
+        beams: usize,
+    ) -> Result<Vec<Candidate>> {
+        let mut candidates = Vec::new();
+        for (beam, &(row, so_far)) in self.open.iter().enumerate() {
+            let mut logits = logits[row].clone();
+            options.penalize(&mut logits, &rows.tokens[row]);
+            let max = logits.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+            ensure!(
+                max.is_finite() && !logits.iter().any(|x| x.is_nan()),
+                Error::argument("beam_search", "expected finite logits, got NaN or infinity: the weights are broken")
+            );
+            let log_sum = max + logits.iter().map(|x| (x - max).exp()).sum::<f64>().ln();
+            let mut order: Vec<usize> = (0..logits.len()).collect();
+            let by_logit = |a: &usize, b: &usize| logits[*b].total_cmp(&logits[*a]).then(a.cmp(b));
+            let kept = (2 * beams).min(order.len());
+            if kept < order.len() {
+                order.select_nth_unstable_by(kept, by_logit);
+                order.truncate(kept);
+            }
+            let candidate = |&token: &usize| Candidate {
+                log_probability: so_far + logits[token] - log_sum,
+                beam,
+                token: token as i64,
+            };
+            candidates.extend(order.iter().map(candidate));
+        }
+        // Equal ones in the order of beams and tokens, so that nothing is left to chance.
+        candidates.sort_by(|a, b| {
+            let by_probability = b.log_probability.total_cmp(&a.log_probability);
+            by_probability.then(a.beam.cmp(&b.beam)).then(a.token.cmp(&b.token))
+        });
+        candidates.truncate(2 * beams);
+        Ok(candidates)
+    }
+}

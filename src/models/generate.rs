@@ -1,0 +1,246 @@
+//! Tokens after a prompt: one by one as they come, or all at once.
+
+use super::{
+    AutoregressiveWrapper,
+    rows::Rows,
+    sampling::{check as check_sampling, sample, sample_tokens},
+};
+use crate::{
+    DType, Error, Philox, Result, Tensor,
+    config::{FilterLogits, SamplingConfig},
+    error::ensure,
+    nn::ForwardOptions,
+};
+
+/// How tokens are generated.
+#[derive(Clone, Debug)]
+pub struct GenerateOptions {
+    /// Filter and temperature. `top_a` looks at each row alone here.
+    pub sampling: SamplingConfig,
+    /// A row ends with this token, in the prompt too; `pad_value` follows it. Generation stops once every row has
+    /// ended.
+    pub eos_token: Option<i64>,
+    /// The same seed draws the same tokens.
+    pub seed: u64,
+    /// A seed for each row in place of `seed` and the row's number: a row then has the same tokens whatever batch it is
+    /// in.
+    pub row_seeds: Option<Vec<u64>>,
+    /// How many tokens of each row of the prompt count; the rest is padding. Every row goes on as if it were alone.
+    pub prompt_lengths: Option<Vec<usize>>,
+    /// Whether that padding is in front of the tokens and not behind them.
+    pub left_padded: bool,
+    /// Divides the positive logits of tokens that a row has already, and multiplies the negative ones (Keskar et al.,
+    /// <https://arxiv.org/abs/1909.05858>). Default 1.
+    pub repetition_penalty: f64,
+    /// So many tokens of a prompt are computed at a time; all of one with a mask. Default 512.
+    pub prefill_chunk: usize,
+    /// Compute the whole sequence for each token, without a cache. For comparisons.
+    pub recompute: bool,
+    /// Mask of the prompt, context and its mask, and memories, for every step. The mask keeps positions as they are;
+    /// for prompts of different lengths see `prompt_lengths`.
+    pub forward: ForwardOptions,
+}
+
+impl Default for GenerateOptions {
+    fn default() -> Self {
+        Self {
+            sampling: SamplingConfig::default(),
+            eos_token: None,
+            seed: 0,
+            row_seeds: None,
+            prompt_lengths: None,
+            left_padded: false,
+            repetition_penalty: 1.0,
+            prefill_chunk: 512,
+            recompute: false,
+            forward: ForwardOptions::default(),
+        }
+    }
+}
+
+impl GenerateOptions {
+    /// Refuses what has no meaning, for so many rows.
+    pub(super) fn check(&self, rows: usize) -> Result<()> {
+        check_sampling(&self.sampling)?;
+        ensure!(
+            self.repetition_penalty.is_finite() && self.repetition_penalty > 0.0,
+            Error::option(
+                "repetition_penalty",
+                format!("expected a finite number above 0, got {}", self.repetition_penalty)
+            )
+        );
+        if let Some(seeds) = &self.row_seeds {
+            ensure!(
+                seeds.len() == rows,
+                Error::option("row_seeds", format!("expected {rows}, one for each row, got {}", seeds.len()))
+            );
+        }
+        Ok(())
+    }
+
+    /// A row's random numbers.
+    pub(super) fn draws(&self, row: usize) -> Philox {
+        match &self.row_seeds {
+            Some(seeds) => Philox::new(seeds[row], 0),
+            None => Philox::new(self.seed, row as u64),
+        }
+    }
+
+    /// Makes the tokens that a row has already less likely.
+    pub(super) fn penalize(&self, logits: &mut [f64], tokens: &[i64]) {
+        if self.repetition_penalty == 1.0 {
+            return;
+        }
+        let mut seen = tokens.to_vec();
+        seen.sort_unstable();
+        seen.dedup();
+        for token in seen {
+            if let Some(logit) = logits.get_mut(token as usize) {
+                *logit = if *logit > 0.0 { *logit / self.repetition_penalty } else { *logit * self.repetition_penalty };
+            }
+        }
+    }
+}
+
+/// Tokens as they are drawn: each item is the new token of every row, `pad_value` for rows that have ended.
+///
+/// Made by [`AutoregressiveWrapper::stream`].
+#[derive(Debug)]
+pub struct TokenStream<'m> {
+    rows: Rows<'m>,
+    options: GenerateOptions,
+    pad_value: i64,
+    ended: Vec<bool>,
+    step: usize,
+    left: usize,
+}
+
+impl TokenStream<'_> {
+    fn advance(&mut self) -> Result<Vec<i64>> {
+        let open: Vec<bool> = self.ended.iter().map(|ended| !ended).collect();
+        let drawn = self.draw(&open)?;
+        let mut tokens = vec![self.pad_value; open.len()];
+        for (row, &token) in drawn.iter().enumerate().filter(|&(row, _)| open[row]) {
+            tokens[row] = token;
+            self.rows.push(row, token);
+            self.ended[row] = self.options.eos_token == Some(token);
+        }
+        self.step += 1;
+        Ok(tokens)
+    }
+
+    /// A token for every row; those of rows that are not open are anything.
+    fn draw(&mut self, open: &[bool]) -> Result<Vec<i64>> {
+        let GenerateOptions { sampling, seed, row_seeds, .. } = &self.options;
+        // Penalties are those of each row, and top-a would look at the whole batch.
+        let by_rows = self.options.repetition_penalty != 1.0 || sampling.filter_logits_fn == FilterLogits::TopA;
+        if !by_rows {
+            let logits = self.rows.logits_of_all(open)?;
+            let step = Tensor::full([1], self.step as f64, DType::I64, logits.device())?;
+            let Some(seeds) = row_seeds else { return sample_tokens(&logits, sampling, *seed, &step)?.to_vec() };
+            let of_row = |(row, &seed): (usize, &u64)| {
+                let token = sample_tokens(&logits.narrow(0, row, 1)?, sampling, seed, &step)?;
+                Ok(token.to_vec::<i64>()?[0])
+            };
+            return seeds.iter().enumerate().map(of_row).collect();
+        }
+        let mut tokens = vec![0; open.len()];
+        let logits = self.rows.next_logits(open)?;
+        for (row, mut logits) in logits.into_iter().enumerate().filter(|&(row, _)| open[row]) {
+            self.options.penalize(&mut logits, &self.rows.tokens[row]);
+            let draw = self.options.draws(row).uniform(self.step as u64);
+            tokens[row] = sample(&[logits], &self.options.sampling, &[draw])?[0];
+        }
+        Ok(tokens)
+    }
+}
+
+impl Iterator for TokenStream<'_> {
+    type Item = Result<Vec<i64>>;
+
+    fn next(&mut self) -> Option<Self::Item> {
+        if self.left == 0 || self.ended.iter().all(|&ended| ended) {
+            return None;
+        }
+        self.left -= 1;
+        let tokens = self.advance();
+        if tokens.is_err() {
+            self.left = 0;
+        }
+        Some(tokens)
+    }
+}
+
+impl AutoregressiveWrapper {
+    /// The tokens after a prompt, `[b, t]` or `[t]` I64, as they are drawn: up to `seq_len` for each row.
+    ///
+    /// ```
+    /// # use x_transformers::{
+    /// #     DType, Device, Store, Tensor,
+    /// #     config::{AttentionLayersConfig, AutoregressiveConfig, TransformerWrapperConfig},
+    /// #     models::{AutoregressiveWrapper, GenerateOptions},
+    /// # };
+    /// # fn main() -> x_transformers::Result<()> {
+    /// # let net = TransformerWrapperConfig::new(256, 16, AttentionLayersConfig::decoder(16, 1));
+    /// # let config = AutoregressiveConfig { net, ..Default::default() };
+    /// # let model = AutoregressiveWrapper::new(&config, &Store::new(0, DType::F32, &Device::Cpu))?;
+    /// let prompt = Tensor::from_slice(b"to be", [5], &Device::Cpu)?;
+    /// for token in model.stream(&prompt, 8, &GenerateOptions::default())? {
+    ///     let token = token?[0];
+    ///     print!("{token} ");
+    /// }
+    /// # Ok(())
+    /// # }
+    /// ```
+    ///
+    /// Errors: an empty prompt, options that do not fit, and those of [`TransformerWrapper::forward`] in the items.
+    ///
+    /// [`TransformerWrapper::forward`]: super::TransformerWrapper::forward
+    pub fn stream(&self, start_tokens: &Tensor, seq_len: usize, options: &GenerateOptions) -> Result<TokenStream<'_>> {
+        let rows = Rows::new(self, start_tokens, seq_len, options)?;
+        options.check(rows.tokens.len())?;
+        let ended = |row: &Vec<i64>| options.eos_token.is_some_and(|eos| row.contains(&eos));
+        Ok(TokenStream {
+            ended: rows.tokens.iter().map(ended).collect(),
+            rows,
+            options: options.clone(),
+            pad_value: self.pad_value(),
+            step: 0,
+            left: seq_len,
+        })
+    }
+
+    /// Continues a prompt, `[b, t]` or `[t]` I64, by up to `seq_len` tokens, and gives only those: `[b, ..]` or `[..]`.
+    ///
+    /// The model sees the last `max_seq_len` tokens. `on_token` gets the new token of each row after every step;
+    /// generation stops when it returns false, or when all rows have ended.
+    ///
+    /// Errors: an empty prompt, options that do not fit, and those of [`TransformerWrapper::forward`].
+    ///
+    /// [`TransformerWrapper::forward`]: super::TransformerWrapper::forward
+    pub fn generate(
+        &self,
+        start_tokens: &Tensor,
+        seq_len: usize,
+        options: &GenerateOptions,
+        on_token: &mut dyn FnMut(&[i64]) -> bool,
+    ) -> Result<Tensor> {
+        let stream = self.stream(start_tokens, seq_len, options)?;
+        let mut rows: Vec<Vec<i64>> = vec![Vec::new(); stream.ended.len()];
+        for tokens in stream {
+            let tokens = tokens?;
+            rows.iter_mut().zip(&tokens).for_each(|(row, &token)| row.push(token));
+            if !on_token(&tokens) {
+                break;
+            }
+        }
+        gathered(rows, start_tokens)
+    }
+}
+
+/// Rows of one length as a tensor, shaped like the prompt.
+pub(super) fn gathered(rows: Vec<Vec<i64>>, start_tokens: &Tensor) -> Result<Tensor> {
+    let (b, len) = (rows.len(), rows.first().map_or(0, Vec::len));
+    let shape = if start_tokens.rank() == 1 { vec![len] } else { vec![b, len] };
+    Tensor::from_vec(rows.concat(), shape, start_tokens.device())
+}

@@ -1,0 +1,499 @@
+//! Generation: what the cache must not change, rows of several lengths, ends, beams, drafts.
+
+mod common;
+#[path = "common/draw.rs"]
+mod draw;
+
+use std::collections::HashMap;
+
+use common::device;
+use draw::{Draw, VOCABULARY, draws, unsettle};
+use proptest::{
+    prelude::*,
+    test_runner::{Config as Runner, RngSeed},
+};
+use serde_json::{Value, json};
+use x_transformers::{
+    DType, Device, Error, Philox, Result, Store, Tape, Tensor,
+    config::{AutoregressiveConfig, Config, FilterLogits, SamplingConfig},
+    models::{
+        AutoregressiveWrapper, BeamOptions, ContinuousAutoregressiveWrapper, EncoderDecoderOptions, ForwardOptions,
+        GenerateOptions, ViTransformerWrapper, XTransformer, filter_probabilities,
+    },
+    ops::Int8Matrix,
+};
+
+/// Few cases, unless `PROPTEST_CASES` asks for more; the emulated GPU is slow.
+fn runner() -> Runner {
+    let few = if *device() == Device::Cpu { 60 } else { 6 };
+    let cases = std::env::var("PROPTEST_CASES").ok().and_then(|cases| cases.parse().ok()).unwrap_or(few);
+    Runner { cases, failure_persistence: None, rng_seed: RngSeed::Fixed(31), ..Runner::default() }
+}
+
+fn model_of(net: Value, seed: u64) -> Result<AutoregressiveWrapper> {
+    let Config::TransformerWrapper(net) = Config::from_value(net)? else { unreachable!() };
+    let config = AutoregressiveConfig { net, pad_value: 0, ..AutoregressiveConfig::default() };
+    let store = Store::new(seed, DType::F64, device());
+    let model = AutoregressiveWrapper::new(&config, &store)?;
+    unsettle(&store.params(), seed)?;
+    Ok(model)
+}
+
+fn decoder(vocabulary: usize, depth: usize, seed: u64) -> Result<AutoregressiveWrapper> {
+    let layers =
+        json!({"kind": "Decoder", "dim": 16, "depth": depth, "heads": 2, "attn_dim_head": 8, "rel_pos_bias": true});
+    model_of(
+        json!({"model": "TransformerWrapper", "num_tokens": vocabulary, "max_seq_len": 14, "attn_layers": layers}),
+        seed,
+    )
+}
+
+fn ints(values: &[i64], shape: &[usize]) -> Result<Tensor> {
+    Tensor::from_slice(values, shape, device())
+}
+
+fn random_tokens(seed: u64, shape: &[usize], vocabulary: usize) -> Result<Tensor> {
+    let random = Philox::new(seed, 1 << 40);
+    let n: usize = shape.iter().product();
+    let tokens: Vec<i64> = (0..n).map(|i| random.below(i as u64, vocabulary as u64) as i64).collect();
+    ints(&tokens, shape)
+}
+
+fn greedy() -> SamplingConfig {
+    SamplingConfig { temperature: 0.0, ..SamplingConfig::default() }
+}
+
+fn all_tokens(temperature: f64) -> SamplingConfig {
+    SamplingConfig { filter_logits_fn: FilterLogits::None, temperature, ..SamplingConfig::default() }
+}
+
+fn run(model: &AutoregressiveWrapper, prompt: &Tensor, n: usize, options: &GenerateOptions) -> Result<Vec<Vec<i64>>> {
+    let new = model.generate(prompt, n, options, &mut |_| true)?;
+    let width = new.shape()[1];
+    Ok(new.to_vec::<i64>()?.chunks(width.max(1)).map(<[i64]>::to_vec).collect())
+}
+
+proptest! {
+    #![proptest_config(runner())]
+
+    /// With a cache, with prompts in chunks and without any of it, past the window too, whatever the options.
+    #[test]
+    fn generated_tokens_do_not_depend_on_the_cache(draw in draws(), chunk in 1usize..7, extras in 0u8..4) {
+        let draw = Draw { batch: draw.batch.max(2), ..draw };
+        let mut value = draw.value.clone();
+        value.as_object_mut().unwrap().insert("max_seq_len".into(), json!(12));
+        let dim = value["attn_layers"]["dim"].as_u64().unwrap() as usize;
+        let model = model_of(value, draw.seed).unwrap();
+        let prompt = random_tokens(draw.seed, &[draw.batch, draw.n], VOCABULARY).unwrap();
+        let mut forward = ForwardOptions::default();
+        if draw.has("cross_attend") {
+            let random = Philox::new(draw.seed, 2 << 40);
+            let context = Tensor::generate([draw.batch, 4, dim], DType::F64, device(), |i| random.normal(i as u64));
+            forward.context = Some(context.unwrap());
+        }
+        if extras == 1 {
+            let random = Philox::new(draw.seed, 3 << 40);
+            let kept: Vec<bool> = (0..draw.batch * draw.n).map(|i| random.uniform(i as u64) < 0.7).collect();
+            forward.mask = Some(Tensor::from_vec(kept, [draw.batch, draw.n], device()).unwrap());
+        }
+        let lengths = (extras == 2).then(|| (0..draw.batch).map(|row| 1 + row % draw.n).collect());
+        let options = GenerateOptions {
+            sampling: all_tokens(1.0),
+            prompt_lengths: lengths,
+            left_padded: extras == 2 && draw.seed % 2 == 0,
+            repetition_penalty: 1.2,
+            seed: draw.seed,
+            forward,
+            ..GenerateOptions::default()
+        };
+        let cached = run(&model, &prompt, 9, &options).unwrap();
+        let chunked = run(&model, &prompt, 9, &GenerateOptions { prefill_chunk: chunk, ..options.clone() }).unwrap();
+        let anew = run(&model, &prompt, 9, &GenerateOptions { recompute: true, ..options }).unwrap();
+        prop_assert_eq!(&cached, &anew);
+        prop_assert_eq!(&cached, &chunked);
+    }
+}
+
+/// A row has the tokens that it has alone, whatever is beside it and on whichever side its padding is.
+#[test]
+fn generated_rows_are_those_alone() -> Result<()> {
+    let model = decoder(20, 2, 5)?;
+    let rows = [vec![3, 1, 4, 1, 5], vec![9], vec![2, 6, 5]];
+    let alone: Vec<Vec<i64>> = rows
+        .iter()
+        .enumerate()
+        .map(|(row, tokens)| {
+            let options = GenerateOptions {
+                sampling: all_tokens(2.0),
+                row_seeds: Some(vec![100 + row as u64]),
+                ..GenerateOptions::default()
+            };
+            Ok(run(&model, &ints(tokens, &[1, tokens.len()])?, 12, &options)?.remove(0))
+        })
+        .collect::<Result<_>>()?;
+    for left_padded in [false, true] {
+        let padded = rows.iter().flat_map(|row| {
+            let padding = vec![17; 5 - row.len()];
+            if left_padded { [padding, row.clone()].concat() } else { [row.clone(), padding].concat() }
+        });
+        let prompt = ints(&padded.collect::<Vec<_>>(), &[3, 5])?;
+        let options = GenerateOptions {
+            sampling: all_tokens(2.0),
+            row_seeds: Some(vec![100, 101, 102]),
+            prompt_lengths: Some(rows.iter().map(Vec::len).collect()),
+            left_padded,
+            ..GenerateOptions::default()
+        };
+        assert_eq!(run(&model, &prompt, 12, &options)?, alone);
+    }
+    Ok(())
+}
+
+#[test]
+fn generated_streams_end_row_by_row() -> Result<()> {
+    let model = decoder(6, 1, 2)?;
+    let prompt = ints(&[1, 2, 1, 3, 1, 4], &[3, 2])?;
+    let options = GenerateOptions { sampling: all_tokens(3.0), eos_token: Some(5), seed: 3, ..Default::default() };
+    let mut rows = vec![Vec::new(); 3];
+    for tokens in model.stream(&prompt, 200, &options)? {
+        rows.iter_mut().zip(tokens?).for_each(|(row, token)| row.push(token));
+    }
+    let end = |row: &Vec<i64>| row.iter().position(|&token| token == 5).expect("every row ends");
+    let longest = rows.iter().map(end).max().unwrap();
+    assert!(rows.iter().all(|row| row.len() == longest + 1 && row[end(row) + 1..].iter().all(|&token| token == 0)));
+    assert!(rows.iter().any(|row| end(row) < longest), "{rows:?}");
+    assert_eq!(run(&model, &prompt, 200, &options)?, rows);
+    // What ends early does not change the others.
+    for (at, row) in rows.iter().enumerate() {
+        let options = GenerateOptions { row_seeds: Some(vec![3]), ..options.clone() };
+        if at == 0 {
+            assert_eq!(run(&model, &prompt.narrow(0, 0, 1)?, 200, &options)?[0], row[..=end(row)]);
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn generated_repetitions_are_penalised() -> Result<()> {
+    let model = decoder(30, 1, 4)?;
+    let prompt = ints(&[7], &[1, 1])?;
+    let options = GenerateOptions { sampling: greedy(), repetition_penalty: 1e9, ..Default::default() };
+    let row = run(&model, &prompt, 10, &options)?.remove(0);
+    let mut seen = vec![7];
+    for token in row {
+        // A negative logit that is multiplied is never the best while another one is left.
+        assert!(!seen.contains(&token), "{token} after {seen:?}");
+        seen.push(token);
+    }
+    let wrong = |penalty| GenerateOptions { repetition_penalty: penalty, ..GenerateOptions::default() };
+    for penalty in [0.0, -1.0, f64::NAN] {
+        let error = model.stream(&prompt, 1, &wrong(penalty)).unwrap_err();
+        assert!(matches!(error, Error::Option { ref key, .. } if key == "repetition_penalty"), "{error}");
+    }
+    Ok(())
+}
+
+#[test]
+fn generation_refuses_options_that_do_not_fit() -> Result<()> {
+    let model = decoder(20, 1, 5)?;
+    let prompt = ints(&[1, 2, 3, 4], &[2, 2])?;
+    let defaults = GenerateOptions::default;
+    let mask = ForwardOptions { mask: Some(Tensor::ones([2, 2], DType::Bool, device())?), ..Default::default() };
+    for (options, key) in [
+        (GenerateOptions { prompt_lengths: Some(vec![1]), ..defaults() }, "prompt_lengths"),
+        (GenerateOptions { prompt_lengths: Some(vec![0, 1]), ..defaults() }, "prompt_lengths"),
+        (GenerateOptions { prompt_lengths: Some(vec![3, 1]), ..defaults() }, "prompt_lengths"),
+        (GenerateOptions { prompt_lengths: Some(vec![1, 1]), forward: mask, ..defaults() }, "prompt_lengths"),
+        (GenerateOptions { left_padded: true, ..defaults() }, "left_padded"),
+        (GenerateOptions { prefill_chunk: 0, ..defaults() }, "prefill_chunk"),
+        (GenerateOptions { row_seeds: Some(vec![1]), ..defaults() }, "row_seeds"),
+    ] {
+        let error = model.stream(&prompt, 1, &options).unwrap_err();
+        assert!(matches!(error, Error::Option { key: ref found, .. } if found == key), "{error}");
+    }
+    let none = BeamOptions { beams: 0, ..Default::default() };
+    assert!(model.beam_search(&prompt, 3, &none, &defaults()).is_err());
+    let nan = BeamOptions { length_penalty: f64::NAN, ..Default::default() };
+    assert!(model.beam_search(&prompt, 3, &nan, &defaults()).is_err());
+    let other = decoder(19, 1, 5)?;
+    assert!(model.generate_with_draft(&other, 3, &prompt, 4, &defaults(), &mut |_| true).is_err());
+    assert!(model.generate_with_draft(&model, 0, &prompt, 4, &defaults(), &mut |_| true).is_err());
+    Ok(())
+}
+
+/// Inside of a tape, generation records nothing that it would need a gradient for.
+#[test]
+fn generation_works_inside_of_a_tape() -> Result<()> {
+    let model = decoder(20, 2, 5)?;
+    let prompt = ints(&[1, 2, 3], &[1, 3])?;
+    let options = GenerateOptions { sampling: greedy(), ..Default::default() };
+    let outside = run(&model, &prompt, 9, &options)?;
+    let _tape = Tape::grad();
+    assert_eq!(run(&model, &prompt, 9, &options)?, outside);
+    Ok(())
+}
+
+/// The logarithm of the probability of a continuation, token by token without a cache.
+fn log_probability(model: &AutoregressiveWrapper, prompt: &[i64], new: &[i64]) -> Result<f64> {
+    let mut row = prompt.to_vec();
+    let mut sum = 0.0;
+    for &token in new {
+        let logits = model.net.forward(&ints(&row, &[1, row.len()])?, &ForwardOptions::default())?.out;
+        let last = logits.select(1, row.len() - 1)?.to_f64_vec()?;
+        sum += filter_probabilities(&[last], &all_tokens(1.0))?[0][token as usize].ln();
+        row.push(token);
+    }
+    Ok(sum)
+}
+
+#[test]
+fn beams_find_the_most_likely_continuations() -> Result<()> {
+    let vocabulary = 5;
+    let model = decoder(vocabulary, 1, 11)?;
+    let prompts = [[1i64, 2], [3, 0]];
+    let prompt = ints(&prompts.concat(), &[2, 2])?;
+    let (n, eos, penalty) = (3, 4, 0.7);
+    let options = GenerateOptions { eos_token: Some(eos), ..Default::default() };
+    // As many beams as there are ways: nothing is cut off.
+    let wide = BeamOptions { beams: vocabulary, length_penalty: penalty };
+    let found = model.beam_search(&prompt, n, &wide, &options)?;
+    for (row, prompt) in found.iter().zip(&prompts) {
+        assert_eq!(row.len(), vocabulary);
+        assert!(row.windows(2).all(|pair| pair[0].score >= pair[1].score));
+        for hypothesis in row {
+            let tokens = &hypothesis.tokens;
+            let expected = log_probability(&model, prompt, tokens)? / (tokens.len() as f64).powf(penalty);
+            assert!((hypothesis.score - expected).abs() < 1e-9, "{hypothesis:?} instead of {expected}");
+            let inner = &tokens[..tokens.len() - 1];
+            assert!(!inner.contains(&eos) && (tokens.len() == n || tokens.last() == Some(&eos)), "{tokens:?}");
+        }
+        // The best of all continuations is among those of so many beams here.
+        let mut best = (f64::NEG_INFINITY, vec![]);
+        for code in 0..vocabulary.pow(n as u32) {
+            let mut tokens: Vec<i64> =
+                (0..n).map(|at| (code / vocabulary.pow(at as u32) % vocabulary) as i64).collect();
+            if let Some(end) = tokens.iter().position(|&token| token == eos) {
+                tokens.truncate(end + 1);
+            }
+            let score = log_probability(&model, prompt, &tokens)? / (tokens.len() as f64).powf(penalty);
+            if score > best.0 + 1e-9 {
+                best = (score, tokens);
+            }
+        }
+        assert_eq!(row[0].tokens, best.1);
+    }
+    // One beam is greedy; rows do not depend on each other; past the window and without a cache it is the same.
+    let one = BeamOptions { beams: 1, length_penalty: 1.0 };
+    let plain = GenerateOptions { sampling: greedy(), ..Default::default() };
+    let chosen = model.beam_search(&prompt, 16, &one, &GenerateOptions::default())?;
+    assert_eq!(chosen.iter().map(|row| row[0].tokens.clone()).collect::<Vec<_>>(), run(&model, &prompt, 16, &plain)?);
+    let four = BeamOptions::default();
+    let together = model.beam_search(&prompt, 16, &four, &options)?;
+    let anew = GenerateOptions { recompute: true, ..options.clone() };
+    for (row, together) in together.iter().enumerate() {
+        for options in [&options, &anew] {
+            let alone = model.beam_search(&prompt.narrow(0, row, 1)?, 16, &four, options)?.remove(0);
+            for (a, b) in alone.iter().zip(together) {
+                assert!(a.tokens == b.tokens && (a.score - b.score).abs() < 1e-9, "{a:?} {b:?}");
+            }
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn drafts_do_not_change_greedy_tokens() -> Result<()> {
+    let model = decoder(20, 2, 5)?;
+    let prompt = ints(&[3, 1, 4, 1, 5, 9, 0, 0], &[2, 4])?;
+    for (lengths, eos_token) in [(None, None), (Some(vec![4, 2]), None), (None, Some(7))] {
+        let options = GenerateOptions {
+            sampling: greedy(),
+            prompt_lengths: lengths,
+            eos_token,
+            repetition_penalty: 1.1,
+            ..Default::default()
+        };
+        // Past the window of 14 too.
+        let expected = run(&model, &prompt, 16, &options)?;
+        for (draft, ahead) in [(decoder(20, 1, 8)?, 3), (decoder(20, 2, 5)?, 4)] {
+            let (new, stats) = model.generate_with_draft(&draft, ahead, &prompt, 16, &options, &mut |_| true)?;
+            let width = new.shape()[1];
+            let rows: Vec<_> = new.to_vec::<i64>()?.chunks(width).map(<[i64]>::to_vec).collect();
+            assert_eq!(rows, expected, "{ahead} ahead");
+            assert!(stats.accepted <= stats.proposed && stats.passes > 0);
+            if ahead == 4 && eos_token.is_none() {
+                assert_eq!(stats.accepted, stats.proposed, "a model agrees with itself");
+                assert!(stats.passes < 16);
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Shares of pairs of tokens come as close to their probabilities as chance allows.
+#[test]
+fn drafts_do_not_change_the_distribution() -> Result<()> {
+    let vocabulary = 4;
+    let (model, draft) = (decoder(vocabulary, 2, 5)?, decoder(vocabulary, 1, 8)?);
+    let rows = if *device() == Device::Cpu { 6000 } else { 200 };
+    let prompt = ints(&vec![1; rows], &[rows, 1])?;
+    for sampling in [all_tokens(1.5), SamplingConfig { k: Some(3), ..SamplingConfig::default() }] {
+        let options = GenerateOptions { sampling: sampling.clone(), seed: 6, ..Default::default() };
+        let (new, stats) = model.generate_with_draft(&draft, 2, &prompt, 3, &options, &mut |_| true)?;
+        assert!(stats.accepted > rows / 4 && stats.accepted < stats.proposed, "{stats:?}");
+        let mut counts: HashMap<Vec<i64>, usize> = HashMap::new();
+        new.to_vec::<i64>()?.chunks(3).for_each(|row| *counts.entry(row.to_vec()).or_default() += 1);
+        let next = |row: &[i64]| -> Result<Vec<f64>> {
+            let logits = model.net.forward(&ints(row, &[1, row.len()])?, &ForwardOptions::default())?.out;
+            Ok(filter_probabilities(&[logits.select(1, row.len() - 1)?.to_f64_vec()?], &sampling)?.remove(0))
+        };
+        for code in 0..vocabulary.pow(3) as i64 {
+            let tokens = [code / 16, code / 4 % 4, code % 4];
+            let mut p = 1.0;
+            let mut row = vec![1];
+            for token in tokens {
+                p *= next(&row)?[token as usize];
+                row.push(token);
+            }
+            let share = *counts.get(&tokens[..]).unwrap_or(&0) as f64 / rows as f64;
+            // Four and a half standard deviations.
+            let bound = 4.5 * (p * (1.0 - p) / rows as f64).sqrt() + 1e-12;
+            assert!((share - p).abs() <= bound, "{tokens:?}: {share} instead of {p}");
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn encoder_decoders_generate_with_a_cache() -> Result<()> {
+    let side = |kind: &str| json!({"num_tokens": 12, "max_seq_len": 10, "depth": 2, "heads": 2, "attn_dim_head": 8, "kind": kind});
+    let flat = |prefix: &str, side: Value| {
+        let side = side.as_object().unwrap().clone().into_iter().filter(|(key, _)| key != "kind");
+        side.map(|(key, value)| (format!("{prefix}{key}"), value)).collect::<Vec<_>>()
+    };
+    let mut value = json!({"model": "XTransformer", "dim": 16});
+    value.as_object_mut().unwrap().extend(flat("enc_", side("Encoder")));
+    value.as_object_mut().unwrap().extend(flat("dec_", side("Decoder")));
+    let Config::XTransformer(config) = Config::from_value(value)? else { unreachable!() };
+    let store = Store::new(4, DType::F64, device());
+    let model = XTransformer::new(&config, &store)?;
+    unsettle(&store.params(), 4)?;
+    let (source, start) = (random_tokens(1, &[2, 7], 12)?, ints(&[1, 1], &[2, 1])?);
+    let mask: Vec<bool> = (0..14).map(|i| i < 11).collect();
+    let masks =
+        EncoderDecoderOptions { src_mask: Some(Tensor::from_vec(mask, [2, 7], device())?), ..Default::default() };
+    let generate = |recompute: bool| {
+        let options = GenerateOptions { sampling: greedy(), recompute, ..Default::default() };
+        model.generate(&source, &start, 14, &masks, &options, &mut |_| true)?.to_vec::<i64>()
+    };
+    assert_eq!(generate(false)?, generate(true)?);
+    Ok(())
+}
+
+/// The embeddings of an image are the context of a decoder; beams take it with them.
+#[test]
+fn images_are_captioned_with_a_cache() -> Result<()> {
+    let vision = json!({"model": "ViTransformerWrapper", "image_size": 16, "patch_size": 8,
+        "attn_layers": {"kind": "Encoder", "dim": 16, "depth": 1, "heads": 2, "attn_dim_head": 8}});
+    let Config::ViTransformerWrapper(vision) = Config::from_value(vision)? else { unreachable!() };
+    let encoder = ViTransformerWrapper::new(&vision, &Store::new(1, DType::F64, device()))?;
+    let layers =
+        json!({"kind": "Decoder", "dim": 16, "depth": 2, "heads": 2, "attn_dim_head": 8, "cross_attend": true});
+    let decoder =
+        model_of(json!({"model": "TransformerWrapper", "num_tokens": 12, "max_seq_len": 8, "attn_layers": layers}), 2)?;
+    let images = Tensor::generate([2, 3, 16, 16], DType::F64, device(), |i| ((i * 37 % 11) as f64 - 5.0) / 3.0)?;
+    let forward = ForwardOptions { context: Some(encoder.forward(&images, true)?), ..Default::default() };
+    let options = GenerateOptions { sampling: greedy(), forward, ..Default::default() };
+    let start = ints(&[1, 1], &[2, 1])?;
+    let anew = GenerateOptions { recompute: true, ..options.clone() };
+    assert_eq!(run(&decoder, &start, 12, &options)?, run(&decoder, &start, 12, &anew)?);
+    let beams = BeamOptions { beams: 3, ..Default::default() };
+    let tokens = |options: &GenerateOptions| -> Result<Vec<Vec<i64>>> {
+        let found = decoder.beam_search(&start, 6, &beams, options)?;
+        Ok(found.into_iter().flatten().map(|hypothesis| hypothesis.tokens).collect())
+    };
+    assert_eq!(tokens(&options)?, tokens(&anew)?);
+    Ok(())
+}
+
+#[test]
+fn continuous_sequences_grow_in_a_cache() -> Result<()> {
+    let layers = json!({"kind": "Decoder", "dim": 16, "depth": 2, "heads": 2, "attn_dim_head": 8, "rel_pos_bias": true,
+                        "shift_tokens": 1});
+    let value = json!({"model": "ContinuousTransformerWrapper", "dim_in": 3, "dim_out": 3, "max_seq_len": 10,
+                       "attn_layers": layers});
+    let Config::ContinuousTransformerWrapper(config) = Config::from_value(value)? else { unreachable!() };
+    let store = Store::new(4, DType::F64, device());
+    let model = ContinuousAutoregressiveWrapper::new(&config, &store)?;
+    unsettle(&store.params(), 4)?;
+    let start = Tensor::generate([2, 4, 3], DType::F64, device(), |i| (i as f64).sin())?;
+    let new = model.generate(&start, 11, &ForwardOptions::default())?;
+    let mut all = start;
+    for step in 0..11 {
+        let seen = all.dim(1)?.min(10);
+        let window = all.narrow(1, all.dim(1)? - seen, seen)?;
+        let out = model.net.forward(&window, &ForwardOptions::default())?.out.narrow(1, seen - 1, 1)?;
+        let (a, b) = (out.to_f64_vec()?, new.narrow(1, step, 1)?.to_f64_vec()?);
+        assert!(a.iter().zip(&b).all(|(a, b)| (a - b).abs() < 1e-10), "step {step}");
+        all = Tensor::cat(&[&all, &out], 1)?;
+    }
+    Ok(())
+}
+
+/// Numbers come within the step of their row, products within what that allows, on few rows and on many.
+#[test]
+fn weights_in_eight_bits_are_close() -> Result<()> {
+    let random = Philox::new(1, 0);
+    for dtype in [DType::F64, DType::F32, DType::BF16, DType::F16] {
+        for (rows, columns) in [(5, 3), (40, 129), (17, 1030)] {
+            let make = |shape: [usize; 2], stream: u64| {
+                Tensor::generate(shape, dtype, device(), |i| random.normal(i as u64 + (stream << 32)))
+            };
+            let (weight, bias) = (make([rows, columns], 1)?, make([1, rows], 2)?.flatten(0, 1)?);
+            let matrix = Int8Matrix::quantize(&weight)?;
+            let wide = matrix.dequantize(DType::F64)?;
+            let (values, near) = (weight.to_f64_vec()?, wide.to_f64_vec()?);
+            for (row, near) in values.chunks(columns).zip(near.chunks(columns)) {
+                let step = row.iter().fold(0.0f64, |most, x| most.max(x.abs())) / 127.0;
+                assert!(row.iter().zip(near).all(|(a, b)| (a - b).abs() <= 0.5001 * step));
+            }
+            for count in [1, 3, 8, 9] {
+                let x = make([count, columns], 3)?;
+                let y = matrix.linear(&x, Some(&bias))?;
+                let exact = x.to_dtype(DType::F64)?.linear(&wide, Some(&bias.to_dtype(DType::F64)?))?;
+                let bound = if dtype == DType::BF16 { 2e-2 } else { 3e-3 };
+                let bound = if [DType::F32, DType::F64].contains(&dtype) { 1e-5 } else { bound };
+                let largest = exact.to_f64_vec()?.iter().fold(0.0f64, |most, x| most.max(x.abs()));
+                let error =
+                    y.to_f64_vec()?.iter().zip(exact.to_f64_vec()?).map(|(a, b)| (a - b).abs()).fold(0.0, f64::max);
+                assert!(y.dtype() == dtype && error <= bound * largest, "{dtype} {rows} {columns} {count}: {error}");
+            }
+        }
+    }
+    let wrong = Tensor::full([2, 2], f64::NAN, DType::F32, device())?;
+    assert!(Int8Matrix::quantize(&wrong).is_err() && Int8Matrix::quantize(&wrong.flatten(0, 1)?).is_err());
+    assert!(
+        Int8Matrix::quantize(&Tensor::ones([2, 2], DType::F32, device())?)?
+            .linear(&wrong.narrow(1, 0, 1)?, None)
+            .is_err()
+    );
+    Ok(())
+}
+
+#[test]
+fn models_in_eight_bits_generate() -> Result<()> {
+    let plain = decoder(20, 2, 5)?;
+    let mut small = plain.clone();
+    small.quantize_int8()?;
+    let x = random_tokens(2, &[2, 9], 20)?;
+    let options = ForwardOptions::default();
+    let (a, b) =
+        (plain.net.forward(&x, &options)?.out.to_f64_vec()?, small.net.forward(&x, &options)?.out.to_f64_vec()?);
+    let largest = a.iter().fold(0.0f64, |most, x| most.max(x.abs()));
+    let error = a.iter().zip(&b).map(|(a, b)| (a - b).abs()).fold(0.0, f64::max);
+    assert!(error > 0.0 && error < 0.1 * largest, "{error} of {largest}");
+    let greedy = GenerateOptions { sampling: greedy(), ..Default::default() };
+    let anew = GenerateOptions { recompute: true, ..greedy.clone() };
+    assert_eq!(run(&small, &x, 12, &greedy)?, run(&small, &x, 12, &anew)?);
+    Ok(())
+}
