@@ -108,6 +108,8 @@ fn ops() -> Vec<Op> {
         op("relu", &x, Some(1), |x| x[0].relu()),
         op("relu_squared", &x, Some(1), |x| x[0].relu_squared()),
         op("gelu", &x, Some(1), |x| x[0].gelu()),
+        op("gelu_tanh", &x, Some(1), |x| x[0].gelu_tanh()),
+        op("silu", &x, Some(1), |x| x[0].silu()),
         op("affine", &x, Some(0), |x| x[0].affine(0.5, 1.0)),
         op("add", &row, Some(0), |x| x[0].add(&x[1])),
         op("sub", &two, Some(0), |x| x[0].sub(&x[1])),

@@ -1,4 +1,5 @@
-//! Every case below `tests/parity` (and `XT_PARITY_DIR`): outputs and gradients of PyTorch x-transformers 0.22.0.
+//! Every case below `tests/parity` (and `XT_PARITY_DIR`): outputs and gradients of PyTorch x-transformers 0.22.0. And below
+//! `tests/parity_today` of today's x-transformers and of Hugging Face transformers, for options that 0.22 lacks.
 //!
 //! The README there describes the files. `XT_CASE=part of a name` runs a part, `XT_TEST_DEVICE` says where.
 
@@ -13,7 +14,8 @@ use x_transformers::{
 };
 
 fn folders() -> Vec<PathBuf> {
-    let mut roots = vec![Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/parity")];
+    let mut roots =
+        ["tests/parity", "tests/parity_today"].map(|root| Path::new(env!("CARGO_MANIFEST_DIR")).join(root)).to_vec();
     // The binary may run on a machine that did not build it.
     roots.retain(|root| root.is_dir());
     roots.extend(std::env::var_os("XT_PARITY_DIR").map(PathBuf::from));
@@ -36,8 +38,13 @@ fn device() -> Device {
 const BEYOND_F16: [&str; 1] = ["rmsnorm_clamp"];
 
 fn compare(folder: &Path, dtype: DType, options: &RunOptions) -> Result<Comparison> {
-    let case = Case::read(folder)?;
-    case.compare(&case.run(dtype, &device(), options)?, &Bounds::of(dtype))
+    let mut case = Case::read(folder)?;
+    // What a bias of keys adds to the scores is the same for all keys: its gradient is zero but for rounding.
+    let noise = |name: &String| name.starts_with("grad.") && name.ends_with("to_k.bias");
+    case.expected.retain(|name, _| !noise(name));
+    let mut actual = case.run(dtype, &device(), options)?;
+    actual.retain(|name, _| !noise(name));
+    case.compare(&actual, &Bounds::of(dtype))
 }
 
 /// No config is refused, nothing is missing, nothing is off.
@@ -61,7 +68,7 @@ fn expect_all(dtype: DType, options: RunOptions) {
 #[test]
 fn parity_cases_are_all_there() {
     if std::env::var_os("XT_CASE").is_none() && std::env::var_os("XT_PARITY_DIR").is_none() {
-        assert_eq!(folders().len(), 112);
+        assert_eq!(folders().len(), 132);
     }
 }
 

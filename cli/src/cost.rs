@@ -200,8 +200,10 @@ fn attention(plan: &AttentionPlan, batch: Batch, keys: usize) -> Cost {
     let (queries, rows) = (batch.rows * batch.tokens, batch.rows * keys);
     let inner = plan.heads * plan.dim_head;
     let shared = plan.shared.unwrap_or(inner);
+    let values = plan.kv_heads * plan.dim_head;
+    let keys_width = plan.shared.unwrap_or(values);
     let mut cost = linear(queries, plan.dim, shared);
-    cost.add(linear(rows, plan.dim, shared + inner));
+    cost.add(linear(rows, plan.dim, keys_width + values));
     cost.add(linear(queries, inner, if plan.on_attn { 2 * plan.dim } else { plan.dim }));
     if plan.gate_values {
         cost.add(linear(queries, plan.dim, inner));
@@ -218,7 +220,7 @@ fn attention(plan: &AttentionPlan, batch: Batch, keys: usize) -> Cost {
     cost.backward += 2.0 * (scores + sums) + if fused { scores } else { 0.0 };
 
     // Queries, keys, values, and the output, which is the input of the output projection too.
-    cost.saved += (queries * (shared + inner) + rows * (shared + inner)) as f64;
+    cost.saved += (queries * (shared + inner) + rows * (keys_width + values)) as f64;
     let matrix = plan.heads as f64 * queries as f64 * seen as f64;
     if fused {
         // The logarithm of each query's sum.

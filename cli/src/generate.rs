@@ -6,28 +6,35 @@ use clap::{ArgGroup, Args, ValueEnum, builder::NonEmptyStringValueParser, value_
 use x_transformers::{
     DType, Device, Error, Store, Tensor,
     config::{Config, FilterLogits, SamplingConfig},
+    io::Pretrained,
     models::{AutoregressiveWrapper, BeamOptions, ForwardOptions, GenerateOptions},
     train::Checkpoint,
 };
 
 use crate::{
     failure::{Failure, Result, print},
-    files, sample,
+    files,
+    pretrained::{self, Continue},
+    sample,
     text::decode,
 };
 
 #[derive(Args)]
 #[command(group = ArgGroup::new("filter").multiple(false))]
 pub struct GenerateArgs {
-    /// Folder that `xt train` wrote
-    #[arg(long, value_name = "DIR")]
+    /// Folder that `xt train` wrote; or a pretrained Llama: a GGUF file, or a folder of `transformers`
+    #[arg(long, value_name = "PATH")]
     checkpoint: PathBuf,
 
     /// Text to continue; several are continued together, each by itself
     #[arg(long, value_name = "TEXT", default_value = "\n", hide_default_value = true, value_parser = NonEmptyStringValueParser::new())]
     prompt: Vec<String>,
 
-    /// Bytes to add
+    /// The prompt is a question to a pretrained model that chats
+    #[arg(long)]
+    chat: bool,
+
+    /// Bytes to add, of a pretrained model tokens
     #[arg(long, value_name = "N", default_value_t = 256)]
     length: usize,
 
@@ -120,6 +127,12 @@ enum Weights {
 
 pub fn run(args: GenerateArgs) -> Result<()> {
     let device = Device::parse(&args.device)?;
+    if Pretrained::is_one(&args.checkpoint) {
+        return continue_pretrained(&args, &device);
+    }
+    if args.chat {
+        return Err(Failure::new("`--chat` is for pretrained models; what `xt train` wrote continues bytes"));
+    }
     let model = load(&args.checkpoint, args.weights, &device)?;
     if let Some(path) = &args.score {
         return score(&model, path, &device);
@@ -283,4 +296,30 @@ fn score(model: &AutoregressiveWrapper, path: &std::path::Path, device: &Device)
     }
     let bits = nats / windows.len() as f64 / std::f64::consts::LN_2;
     print(format_args!("{bits:.4} bits per byte of {} bytes\n", windows.len() * (window - 1)))
+}
+
+/// Text by a pretrained model, one prompt at a time and with its own end.
+fn continue_pretrained(args: &GenerateArgs, device: &Device) -> Result<()> {
+    let refused = [
+        ("--beams", args.beams.is_some()),
+        ("--draft", args.draft.is_some()),
+        ("--eos", args.eos.is_some()),
+        ("--score", args.score.is_some()),
+        ("--weights", args.weights != Weights::F32),
+        ("several prompts", args.prompt.len() > 1),
+    ];
+    if let Some((name, _)) = refused.iter().find(|(_, given)| *given) {
+        return Err(Failure::new(format_args!("{name}: not for pretrained models; leave it out")));
+    }
+    let options = GenerateOptions {
+        sampling: args.sampling(),
+        seed: args.seed,
+        repetition_penalty: args.repetition_penalty,
+        prefill_chunk: args.prefill as usize,
+        recompute: args.no_cache,
+        ..Default::default()
+    };
+    let prompt = args.prompt.first().map_or("", String::as_str);
+    let asked = Continue { prompt, chat: args.chat, length: args.length, options };
+    pretrained::generate(&args.checkpoint, asked, device)
 }

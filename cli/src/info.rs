@@ -7,6 +7,7 @@ use indicatif::HumanCount;
 use x_transformers::{
     DType, Device, Error, ParamMap, Store,
     config::{Config, LayersPlan},
+    io::Pretrained,
     models::Model,
     train::Checkpoint,
 };
@@ -25,8 +26,8 @@ pub struct InfoArgs {
     #[arg(long, value_name = "FILE", group = "model")]
     config: Option<PathBuf>,
 
-    /// Folder that `xt train` wrote
-    #[arg(long, value_name = "DIR", group = "model")]
+    /// Folder that `xt train` wrote, or a pretrained model: a GGUF file, or a folder of `transformers`
+    #[arg(long, value_name = "PATH", group = "model")]
     checkpoint: Option<PathBuf>,
 
     /// Sequences of a training step
@@ -65,6 +66,18 @@ fn read(args: &InfoArgs) -> Result<(PathBuf, Config)> {
             let text = fs::read_to_string(path).map_err(|error| Failure::io(path, &error))?;
             let config = Config::from_json(&text).map_err(|error| Failure::from(error).within(path))?;
             Ok((path.clone(), config))
+        }
+        (None, Some(path)) if Pretrained::is_one(path) => {
+            let pretrained = Pretrained::open(path)?;
+            let file = pretrained.file();
+            print(format_args!(
+                "{}: {} of {}, {} tensors\n\n",
+                pretrained.family(),
+                file.format(),
+                bytes(file.bytes() as u64),
+                file.names().count()
+            ))?;
+            Ok((path.clone(), Config::TransformerWrapper(pretrained.config().clone())))
         }
         (None, Some(dir)) => {
             let dir = files::checkpoint(dir);

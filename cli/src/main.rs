@@ -7,6 +7,7 @@ mod compute;
 mod corpus;
 mod cost;
 mod devices;
+mod embed;
 mod failure;
 mod files;
 mod generate;
@@ -16,11 +17,13 @@ mod kernels;
 mod markov;
 mod metrics;
 mod plot;
+mod pretrained;
 mod profiler;
 mod progress;
 mod run;
 mod sample;
 mod text;
+mod tokenizer;
 mod train;
 mod verify;
 mod workload;
@@ -48,6 +51,8 @@ enum Command {
     Train(train::TrainArgs),
     /// Continue a prompt with a trained model
     Generate(generate::GenerateArgs),
+    /// Turn texts into vectors with a pretrained encoder
+    Embed(embed::EmbedArgs),
     /// Show what a model consists of and what it costs
     Info(info::InfoArgs),
     /// Run a model on named tensors, forward and backward
@@ -68,6 +73,7 @@ impl Command {
         match self {
             Self::Train(args) => train::run(args),
             Self::Generate(args) => generate::run(args),
+            Self::Embed(args) => embed::run(args),
             Self::Info(args) => info::run(args),
             Self::Run(args) => run::run(args),
             Self::Bench(args) => bench::run(args),

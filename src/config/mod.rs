@@ -17,7 +17,9 @@ mod wrapper_plan;
 mod wrappers;
 
 pub use call::{Call, GenerateCall};
-pub use options::{AttentionConfig, AttentionLayersConfig, FeedForwardConfig, LayerType, LayersKind, ShiftTokens};
+pub use options::{
+    AttentionConfig, AttentionLayersConfig, FeedForwardConfig, FinalNorm, LayerType, LayersKind, ShiftTokens,
+};
 pub use plan::{
     AlibiPlan, AttentionPath, AttentionPlan, BiasPlan, BranchPlan, FeedForwardPlan, LayerPlan, LayersPlan, Norm,
     Normalize, Positions, ResidualPlan, RotaryPlan, T5Plan, Temperature, WrapPlan,

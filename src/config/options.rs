@@ -58,6 +58,19 @@ impl Default for ShiftTokens {
     }
 }
 
+/// The norm that a wrapper has behind its layers.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum FinalNorm {
+    /// LayerNorm, whatever the branches have: as x-transformers 0.22.
+    #[default]
+    Layer,
+    /// The kind that the branches have: as today's x-transformers. With `pre_norm` = false it is that of the last sum.
+    Same,
+    /// None; with `pre_norm` = false the last sum has its norm as the others do.
+    None,
+}
+
 /// Keyword arguments of `Encoder`, `Decoder` and `CrossAttender`.
 ///
 /// In JSON the keys are flat, as in Python: those of [`AttentionConfig`] begin with `attn_`, those of
@@ -112,12 +125,25 @@ pub struct AttentionLayersConfig {
     pub rel_pos_max_distance: usize,
     /// Sinusoids added to the inputs of queries and keys. <https://arxiv.org/abs/2012.15832>
     pub position_infused_attn: bool,
+    /// Added to the variance in LayerNorm, default 1e-5. Of RMSNorm it is added to the mean square, in place of 0.22's
+    /// lower bound on the length; of ScaleNorm it is that bound.
+    pub norm_eps: Option<f64>,
+    /// The norm behind all layers, which belongs to the wrapper. Default LayerNorm. (Today's x-transformers:
+    /// `pre_norm_has_final_norm`.)
+    pub final_norm: FinalNorm,
+    /// All blocks are one, which is run `depth` times (Lan et al., ALBERT, <https://arxiv.org/abs/1909.11942>).
+    pub weight_tie_layers: bool,
     /// Rotary position embedding of queries, keys and values. <https://arxiv.org/abs/2104.09864>
     pub rotary_pos_emb: bool,
     /// Features of a head that are rotated, at least 32. Default half of the head.
     pub rotary_emb_dim: Option<usize>,
     /// With `rotary_pos_emb`: values are not rotated, as in the paper and in later versions.
     pub rotary_qk_only: bool,
+    /// The base of the rotation's frequencies, also called theta. Default 10000.
+    pub rotary_base: f64,
+    /// Rotates neighbours `2k, 2k + 1`, as today's x-transformers and GPT-J, and not `k, k + r/2`, as 0.22 and Llama in
+    /// `transformers`. Needs `rotary_qk_only`.
+    pub rotary_interleaved: bool,
     /// The order of sublayers in place of `depth` blocks; wins over the two below, and over `only_cross`.
     pub custom_layers: Option<Vec<LayerType>>,
     /// So many attention sublayers first, as many feedforwards last. <https://arxiv.org/abs/1911.03864>
@@ -164,6 +190,9 @@ impl Default for AttentionLayersConfig {
             only_cross: false,
             use_scalenorm: false,
             use_rmsnorm: false,
+            norm_eps: None,
+            final_norm: FinalNorm::default(),
+            weight_tie_layers: false,
             use_rezero: false,
             alibi_pos_bias: false,
             alibi_num_heads: None,
@@ -175,6 +204,8 @@ impl Default for AttentionLayersConfig {
             rotary_pos_emb: false,
             rotary_emb_dim: None,
             rotary_qk_only: false,
+            rotary_base: 10000.0,
+            rotary_interleaved: false,
             custom_layers: None,
             sandwich_coef: None,
             par_ratio: None,
@@ -245,6 +276,14 @@ impl<'de> Deserialize<'de> for AttentionLayersConfig {
 pub struct AttentionConfig {
     /// Features of a head. Default 64, whatever the width of the model.
     pub dim_head: usize,
+    /// Heads of keys and values, each shared by as many heads of queries: head `h` of queries uses head
+    /// `h / (heads / kv_heads)`, as in Llama (in today's x-transformers `h % kv_heads`). Default all `heads`.
+    /// <https://arxiv.org/abs/2305.13245>
+    pub kv_heads: Option<usize>,
+    /// The projections of queries, keys and values have biases, as in BERT.
+    pub qkv_bias: bool,
+    /// The output projection has a bias. Default true.
+    pub out_bias: bool,
     /// Scores are mixed across heads before and after the softmax. <https://arxiv.org/abs/2003.02436>
     pub talking_heads: bool,
     /// A learned factor per head on its output. <https://arxiv.org/abs/2110.09456>
@@ -280,6 +319,9 @@ impl Default for AttentionConfig {
     fn default() -> Self {
         Self {
             dim_head: 64,
+            kv_heads: None,
+            qkv_bias: false,
+            out_bias: true,
             talking_heads: false,
             head_scale: false,
             collab_heads: false,
@@ -308,6 +350,12 @@ pub struct FeedForwardConfig {
     pub glu: bool,
     /// `max(x, 0)²` instead of GELU. <https://arxiv.org/abs/2109.08668>
     pub relu_squared: bool,
+    /// `x / (1 + e^−x)`, SiLU, instead of GELU; with `glu` it is SwiGLU. <https://arxiv.org/abs/2002.05202>
+    pub swish: bool,
+    /// GELU in its approximation by tanh. <https://arxiv.org/abs/1606.08415>
+    pub gelu_tanh: bool,
+    /// No biases in either layer; of a gated one too, where today's x-transformers keeps them in the first.
+    pub no_bias: bool,
     /// A LayerNorm after the activation. <https://arxiv.org/abs/2110.09456>
     pub post_act_ln: bool,
     /// Dropout before the output layer.
@@ -318,6 +366,16 @@ pub struct FeedForwardConfig {
 
 impl Default for FeedForwardConfig {
     fn default() -> Self {
-        Self { mult: 4.0, glu: false, relu_squared: false, post_act_ln: false, dropout: 0.0, zero_init_output: false }
+        Self {
+            mult: 4.0,
+            glu: false,
+            relu_squared: false,
+            swish: false,
+            gelu_tanh: false,
+            no_bias: false,
+            post_act_ln: false,
+            dropout: 0.0,
+            zero_init_output: false,
+        }
     }
 }

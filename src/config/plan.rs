@@ -34,6 +34,10 @@ pub struct LayersPlan {
     pub positions: Positions,
     /// The sublayers in their order.
     pub layers: Vec<LayerPlan>,
+    /// So many sublayers have weights; those behind them are the same again.
+    pub distinct: usize,
+    /// The norm behind the last one, which belongs to the wrapper.
+    pub final_norm: Option<Norm>,
 }
 
 /// How self-attention knows positions; absolute embeddings belong to the wrappers.
@@ -55,12 +59,16 @@ impl Positions {
 }
 
 /// Rotary position embedding.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[derive(Clone, Copy, PartialEq, Debug)]
 pub struct RotaryPlan {
     /// The number in the exponents of the frequencies.
     pub dim: usize,
     /// Whether values are rotated too.
     pub values: bool,
+    /// The base of the frequencies.
+    pub base: f64,
+    /// Whether the pairs are neighbours, otherwise halves.
+    pub interleaved: bool,
 }
 
 impl RotaryPlan {
@@ -161,15 +169,22 @@ impl BranchPlan {
     }
 }
 
-/// The kind of a norm.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+/// The kind of a norm, with its eps.
+#[derive(Clone, Copy, PartialEq, Debug)]
 pub enum Norm {
-    /// LayerNorm, affine.
-    Layer,
-    /// ScaleNorm.
-    Scale,
-    /// RMSNorm.
-    Rms,
+    /// LayerNorm, affine; eps is added to the variance.
+    Layer(f64),
+    /// ScaleNorm; eps is the least length.
+    Scale(f64),
+    /// RMSNorm; eps is the least length.
+    Rms(f64),
+    /// RMSNorm; eps is added to the mean square.
+    MeanSquare(f64),
+}
+
+impl Norm {
+    /// LayerNorm as PyTorch has it.
+    pub const LAYER: Self = Self::Layer(1e-5);
 }
 
 /// What lies around a branch, outermost first.
@@ -205,6 +220,8 @@ pub struct FeedForwardPlan {
     pub activation: Activation,
     /// Whether it is a gate on the other half of the first projection.
     pub glu: bool,
+    /// Whether both layers have biases.
+    pub bias: bool,
     /// Whether a LayerNorm follows the activation.
     pub post_act_ln: bool,
     /// Dropout before the output layer.
@@ -220,6 +237,12 @@ pub struct AttentionPlan {
     pub dim: usize,
     /// Heads.
     pub heads: usize,
+    /// Heads of keys and values; a divisor of `heads`.
+    pub kv_heads: usize,
+    /// Whether the projections of queries, keys and values have biases.
+    pub qkv_bias: bool,
+    /// Whether the output projection has one.
+    pub out_bias: bool,
     /// Features of a head's values, and of its queries and keys unless heads share them.
     pub dim_head: usize,
     /// Width of the queries and keys that all heads share, for collaborative heads.
@@ -374,9 +397,9 @@ impl fmt::Display for LayerPlan {
 impl fmt::Display for Norm {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
-            Self::Layer => "LayerNorm",
-            Self::Scale => "ScaleNorm",
-            Self::Rms => "RMSNorm",
+            Self::Layer(_) => "LayerNorm",
+            Self::Scale(_) => "ScaleNorm",
+            Self::Rms(_) | Self::MeanSquare(_) => "RMSNorm",
         })
     }
 }
@@ -384,6 +407,9 @@ impl fmt::Display for Norm {
 impl fmt::Display for AttentionPlan {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{} heads of {}", self.heads, self.dim_head)?;
+        if self.kv_heads != self.heads {
+            write!(f, ", {} of keys and values", self.kv_heads)?;
+        }
         let marks = [
             (self.causal, "causal"),
             (self.shared.is_some(), "collaborative"),
@@ -409,7 +435,9 @@ impl fmt::Display for FeedForwardPlan {
         let activation = match self.activation {
             Activation::ReluSquared => "squared ReLU",
             Activation::Gelu => "GELU",
+            Activation::GeluTanh => "GELU by tanh",
             Activation::Sigmoid => "sigmoid",
+            Activation::Silu => "SiLU",
         };
         write!(f, "{} -> {} -> {}, {activation}", self.dim, self.inner, self.dim_out)?;
         let marks = [(self.glu, "gated"), (self.post_act_ln, "inner LayerNorm")];

@@ -1,7 +1,9 @@
 //! Options to plans: the one place that knows which options go together.
 
 use super::{
-    options::{AttentionConfig, AttentionLayersConfig, FeedForwardConfig, LayerType, LayersKind, ShiftTokens},
+    options::{
+        AttentionConfig, AttentionLayersConfig, FeedForwardConfig, FinalNorm, LayerType, LayersKind, ShiftTokens,
+    },
     order::layer_order,
     plan::{
         AlibiPlan, AttentionPlan, BiasPlan, BranchPlan, FeedForwardPlan, LayerPlan, LayersPlan, Norm, Normalize,
@@ -30,8 +32,10 @@ pub(super) fn layers(config: &AttentionLayersConfig) -> Result<LayersPlan> {
     let positions = positions(config, &order, causal, attention.dim_qk())?;
     let feedforward = feedforward(config.dim, config.dim, &config.ff, config.zero_init_branch_output)?;
     let shifts = shifts(config, order.len(), causal)?;
-    let norm = norm(config);
-    let last = order.len() - 1;
+    let norm = norm(config)?;
+    // With post-norm the wrapper's norm is that of the last sum.
+    let last = (config.final_norm != FinalNorm::None).then_some(order.len() - 1);
+    let distinct = distinct(config, &order)?;
     let layer = |(index, (&kind, shifts)): (usize, (&LayerType, Option<Vec<isize>>))| {
         let branch = match kind {
             LayerType::SelfAttention => BranchPlan::SelfAttention(AttentionPlan {
@@ -50,24 +54,64 @@ pub(super) fn layers(config: &AttentionLayersConfig) -> Result<LayersPlan> {
         let norms = [
             norm.filter(|_| config.pre_norm && !cosine),
             norm.filter(|_| config.sandwich_norm || cosine),
-            norm.filter(|_| !config.pre_norm && index != last),
+            norm.filter(|_| !config.pre_norm && Some(index) != last),
         ];
         let wrap = WrapPlan { rezero: config.use_rezero, shifts, half: config.macaron && is_feedforward };
         let residual = ResidualPlan { gated: config.gate_residual, scaled: config.scale_residual };
         LayerPlan { branch, norms, wrap, residual }
     };
     let layers = order.iter().zip(shifts).enumerate().map(layer).collect();
-    Ok(LayersPlan { dim: config.dim, cross_attend, positions, layers })
+    let final_norm = match config.final_norm {
+        FinalNorm::Layer => Some(Norm::Layer(config.norm_eps.unwrap_or(1e-5))),
+        FinalNorm::Same => norm,
+        FinalNorm::None => None,
+    };
+    Ok(LayersPlan { dim: config.dim, cross_attend, positions, layers, distinct, final_norm })
+}
+
+/// How many sublayers have weights of their own: with tied ones those of the first block.
+fn distinct(config: &AttentionLayersConfig, order: &[LayerType]) -> Result<usize> {
+    if !config.weight_tie_layers {
+        return Ok(order.len());
+    }
+    const KEY: &str = "weight_tie_layers";
+    let block = order.len() / config.depth.max(1);
+    let repeats =
+        block > 0 && order.len().is_multiple_of(block) && order.chunks(block).all(|blocks| *blocks == order[..block]);
+    ensure!(
+        config.custom_layers.is_none() && repeats,
+        Error::option(KEY, "needs blocks that are alike: no `custom_layers`, `sandwich_coef` or `par_ratio`")
+    );
+    ensure!(
+        config.pre_norm || config.final_norm == FinalNorm::None,
+        Error::option(
+            KEY,
+            "needs `final_norm` = \"none\" with `pre_norm` = false, so that the last block has the norms of all"
+        )
+    );
+    ensure!(
+        matches!(config.shift_tokens, ShiftTokens::All(_)),
+        Error::option(KEY, "needs one number for `shift_tokens`")
+    );
+    Ok(block)
 }
 
 /// ReZero replaces all norms of branches; RMSNorm wins over ScaleNorm.
-fn norm(config: &AttentionLayersConfig) -> Option<Norm> {
-    match (config.use_rezero, config.use_rmsnorm, config.use_scalenorm) {
-        (true, ..) => None,
-        (false, true, _) => Some(Norm::Rms),
-        (false, false, true) => Some(Norm::Scale),
-        (false, false, false) => Some(Norm::Layer),
+fn norm(config: &AttentionLayersConfig) -> Result<Option<Norm>> {
+    let eps = config.norm_eps;
+    if let Some(eps) = eps {
+        // Written so that NaN is refused.
+        ensure!(
+            eps > 0.0 && eps < 1.0,
+            Error::option("norm_eps", format!("expected a number between 0 and 1, got {eps}"))
+        );
     }
+    Ok(match (config.use_rezero, config.use_rmsnorm, config.use_scalenorm) {
+        (true, ..) => None,
+        (false, true, _) => Some(eps.map_or(Norm::Rms(1e-8), Norm::MeanSquare)),
+        (false, false, true) => Some(Norm::Scale(eps.unwrap_or(1e-5))),
+        (false, false, false) => Some(Norm::Layer(eps.unwrap_or(1e-5))),
+    })
 }
 
 /// Options about a kind of sublayer need one of that kind.
@@ -124,10 +168,23 @@ fn rotary(config: &AttentionLayersConfig, dim_head: usize, dim_qk: usize) -> Res
     if !config.rotary_pos_emb {
         without("rotary_emb_dim", config.rotary_emb_dim.is_some(), "rotary_pos_emb")?;
         without("rotary_qk_only", config.rotary_qk_only, "rotary_pos_emb")?;
+        without("rotary_interleaved", config.rotary_interleaved, "rotary_pos_emb")?;
+        let changed = config.rotary_base != AttentionLayersConfig::default().rotary_base;
+        without("rotary_base", changed, "rotary_pos_emb")?;
         return Ok(None);
     }
-    let plan =
-        RotaryPlan { dim: config.rotary_emb_dim.unwrap_or(dim_head / 2).max(32), values: !config.rotary_qk_only };
+    without("rotary_interleaved", config.rotary_interleaved && !config.rotary_qk_only, "rotary_qk_only")?;
+    // Written so that NaN is refused.
+    ensure!(
+        config.rotary_base > 1.0 && config.rotary_base.is_finite(),
+        Error::option("rotary_base", format!("expected a number above 1, got {}", config.rotary_base))
+    );
+    let plan = RotaryPlan {
+        dim: config.rotary_emb_dim.unwrap_or(dim_head / 2).max(32),
+        values: !config.rotary_qk_only,
+        base: config.rotary_base,
+        interleaved: config.rotary_interleaved,
+    };
     ensure!(
         plan.dim <= WIDEST && plan.features() <= dim_head,
         Error::option(
@@ -226,6 +283,15 @@ fn attention(config: &AttentionLayersConfig) -> Result<AttentionPlan> {
         let why = format!("{} heads of {} features are more than {WIDEST} in all", config.heads, attn.dim_head);
         return Err(Error::option("attn_dim_head", why));
     };
+    let kv_heads = attn.kv_heads.unwrap_or(config.heads);
+    ensure!(
+        kv_heads > 0 && config.heads.is_multiple_of(kv_heads),
+        Error::option("attn_kv_heads", format!("expected a divisor of `heads` = {}, got {kv_heads}", config.heads))
+    );
+    ensure!(
+        kv_heads == config.heads || !attn.collab_heads,
+        Error::option("attn_kv_heads", "cannot be used with `attn_collab_heads`, whose heads share keys already")
+    );
     probability("attn_dropout", attn.dropout)?;
     ensure!(
         attn.sparse_topk != Some(0),
@@ -238,6 +304,9 @@ fn attention(config: &AttentionLayersConfig) -> Result<AttentionPlan> {
     Ok(AttentionPlan {
         dim: config.dim,
         heads: config.heads,
+        kv_heads,
+        qkv_bias: attn.qkv_bias,
+        out_bias: attn.out_bias,
         dim_head: attn.dim_head,
         shared: shared_width(attn, width)?,
         causal: false,
@@ -322,12 +391,23 @@ pub(super) fn feedforward(
         )
     );
     probability("ff_dropout", config.dropout)?;
+    let activation = match (config.relu_squared, config.swish, config.gelu_tanh) {
+        (false, false, false) => Activation::Gelu,
+        (true, false, false) => Activation::ReluSquared,
+        (false, true, false) => Activation::Silu,
+        (false, false, true) => Activation::GeluTanh,
+        _ => {
+            let key = if config.swish { "ff_swish" } else { "ff_gelu_tanh" };
+            return Err(Error::option(key, "cannot be used with another activation: choose one of them"));
+        }
+    };
     Ok(FeedForwardPlan {
         dim,
         inner: inner as usize,
         dim_out,
-        activation: if config.relu_squared { Activation::ReluSquared } else { Activation::Gelu },
+        activation,
         glu: config.glu,
+        bias: !config.no_bias,
         post_act_ln: config.post_act_ln,
         dropout: config.dropout,
         zero_init: config.zero_init_output || zero_init,

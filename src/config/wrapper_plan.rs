@@ -1,7 +1,7 @@
 //! Plans of the wrappers.
 
 use super::{
-    FeedForwardPlan, LayersKind, LayersPlan,
+    FeedForwardPlan, LayersKind, LayersPlan, Norm,
     options::FeedForwardConfig,
     resolve::{at_least_one, feedforward, probability},
     wrappers::{
@@ -11,6 +11,7 @@ use super::{
 use crate::{
     Error, Result,
     error::{At, ensure},
+    ops::Activation,
 };
 
 /// A [`TransformerWrapper`](crate::models::TransformerWrapper), resolved.
@@ -30,6 +31,22 @@ pub struct TransformerPlan {
     pub num_memory_tokens: usize,
     /// Whether logits come from the embedding table.
     pub tie_embedding: bool,
+    /// The norm after the embeddings.
+    pub post_emb_norm: Option<Norm>,
+    /// Kinds of tokens; 0: there is no table of them.
+    pub num_token_types: usize,
+    /// Whether absolute positions are multiplied by `emb_dim^-½`.
+    pub scale_pos_emb: bool,
+    /// Whether the output is the mean over the tokens.
+    pub average_pool_embed: bool,
+    /// Whether there is a pooled head on the first token.
+    pub pooler: bool,
+    /// The activation and the norm of the masked-LM head.
+    pub mlm_head: Option<(Activation, Norm)>,
+    /// Whether there are no logits.
+    pub return_only_embed: bool,
+    /// Whether the layer of the logits has a bias.
+    pub logits_bias: bool,
     /// Memories kept per layer, 0 for all; `None`: it gives none.
     pub max_mem_len: Option<usize>,
     /// How far the incoming memories are rotated to the left.
@@ -50,9 +67,31 @@ impl TransformerWrapperConfig {
         let emb_dim = self.emb_dim.unwrap_or(layers.dim);
         at_least_one("emb_dim", emb_dim)?;
         ensure!(
-            !self.tie_embedding || emb_dim == layers.dim,
+            !self.tie_embedding || self.mlm_head || emb_dim == layers.dim,
             Error::option("tie_embedding", format!("needs `emb_dim` = `dim`; they are {emb_dim} and {}", layers.dim))
         );
+        ensure!(
+            !self.mlm_head || self.tie_embedding,
+            Error::option("mlm_head", "needs `tie_embedding` = true, whose table its logits come from")
+        );
+        ensure!(
+            !(self.return_only_embed && self.tie_embedding),
+            Error::option("return_only_embed", "cannot be used with `tie_embedding`, which is about logits")
+        );
+        ensure!(
+            self.logits_bias || !self.return_only_embed,
+            Error::option("logits_bias", "is of the layer that `return_only_embed` leaves out")
+        );
+        ensure!(
+            self.logits_bias || !self.tie_embedding,
+            Error::option("logits_bias", "is of the layer that `tie_embedding` leaves out")
+        );
+        ensure!(
+            self.num_token_types == 0 || at_least_one("num_token_types", self.num_token_types).is_ok(),
+            Error::option("num_token_types", format!("{} are too many", self.num_token_types))
+        );
+        let norm = Norm::Layer(self.attn_layers.norm_eps.unwrap_or(1e-5));
+        let activation = feedforward(layers.dim, layers.dim, &self.attn_layers.ff, false).at("attn_layers")?.activation;
         let memories = layers.self_attentions();
         ensure!(
             self.shift_mem_down <= memories,
@@ -76,6 +115,14 @@ impl TransformerWrapperConfig {
             emb_dropout: self.emb_dropout,
             num_memory_tokens: self.num_memory_tokens,
             tie_embedding: self.tie_embedding,
+            post_emb_norm: self.post_emb_norm.then_some(norm),
+            num_token_types: self.num_token_types,
+            scale_pos_emb: self.scale_pos_emb,
+            average_pool_embed: self.average_pool_embed,
+            pooler: self.pooler,
+            mlm_head: self.mlm_head.then_some((activation, norm)),
+            return_only_embed: self.return_only_embed,
+            logits_bias: self.logits_bias,
             max_mem_len: self.max_mem_len,
             shift_mem_down: self.shift_mem_down,
             layers,

@@ -33,6 +33,25 @@ pub struct TransformerWrapperConfig {
     pub num_memory_tokens: usize,
     /// Logits from the transposed embedding table.
     pub tie_embedding: bool,
+    /// A LayerNorm after embeddings and positions.
+    pub post_emb_norm: bool,
+    /// Kinds of tokens, each with a learned vector that is added to the token's: BERT has two, for the first and the
+    /// second sentence. Default 0.
+    pub num_token_types: usize,
+    /// Absolute positions are multiplied by `emb_dim^-½`. Default true.
+    pub scale_pos_emb: bool,
+    /// The output is the mean of the tokens that are no padding.
+    pub average_pool_embed: bool,
+    /// The pooled head of BERT: a linear layer and tanh on the first token.
+    /// <https://arxiv.org/abs/1810.04805>
+    pub pooler: bool,
+    /// The masked-LM head of BERT: a linear layer to `emb_dim`, the feedforward's activation, a LayerNorm, and logits
+    /// from the embedding table with a bias. Needs `tie_embedding`, which may have another `emb_dim` then.
+    pub mlm_head: bool,
+    /// There are no logits: the output are embeddings.
+    pub return_only_embed: bool,
+    /// The layer of the logits has a bias, where the table is not tied. Default true.
+    pub logits_bias: bool,
     /// Learned absolute positions, unless the layers have a scheme of their own. Default true.
     pub use_pos_emb: bool,
 }
@@ -49,6 +68,14 @@ impl Default for TransformerWrapperConfig {
             emb_dropout: 0.0,
             num_memory_tokens: 0,
             tie_embedding: false,
+            post_emb_norm: false,
+            num_token_types: 0,
+            scale_pos_emb: true,
+            average_pool_embed: false,
+            pooler: false,
+            mlm_head: false,
+            return_only_embed: false,
+            logits_bias: true,
             use_pos_emb: true,
         }
     }

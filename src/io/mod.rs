@@ -3,7 +3,9 @@
 mod atomic;
 mod bytes;
 mod gguf;
+mod names;
 mod pickle;
+mod pretrained;
 mod pytorch;
 mod safetensors;
 mod stored;
@@ -12,6 +14,7 @@ mod zip;
 
 pub use self::{
     atomic::write_atomically,
+    pretrained::{Family, Pretrained},
     safetensors::{read_safetensors, write_safetensors},
     stored::Stored,
     tensor_file::{Format, Metadata, TensorFile, TensorInfo},

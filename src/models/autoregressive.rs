@@ -52,6 +52,13 @@ impl AutoregressiveWrapper {
     ///
     /// Errors: [`Error::Option`] for what is illegal alone or together.
     pub fn new(config: &AutoregressiveConfig, store: &Store) -> Result<Self> {
+        let pooled = [
+            ("average_pool_embed", config.net.average_pool_embed),
+            ("return_only_embed", config.net.return_only_embed),
+        ];
+        if let Some((key, _)) = pooled.into_iter().find(|(_, on)| *on) {
+            return Err(Error::option(key, "leaves no logits for each token, which predictions need").at("net"));
+        }
         let net = TransformerWrapper::new(&config.net, &store.at("net")).at("net")?;
         Ok(Self { net, ignore_index: config.ignore_index, pad_value: config.pad_value })
     }

@@ -1,6 +1,6 @@
 //! Wrappers that continue sequences: what the layers keep, behind memory tokens and positions.
 
-use super::{ContinuousTransformerWrapper, TransformerWrapper};
+use super::{ContinuousTransformerWrapper, TransformerWrapper, transformer::norm};
 use crate::{
     DType, Error, Result, Tensor,
     error::{At, ensure},
@@ -201,7 +201,7 @@ impl TransformerWrapper {
         let (b, n) = (tokens.shape()[0], tokens.shape()[1]);
         cache.check(b, n, counts, mask)?;
         let first = cache.is_empty();
-        let mut x = self.embed_tokens(tokens, |emb| positions_of(emb, cache, n, tokens))?;
+        let mut x = self.embed_tokens(tokens, None, |emb| positions_of(emb, cache, n, tokens))?;
         let (mut counts_of_layers, mut layers_mask) = (counts.to_vec(), mask.cloned());
         let front = if first { self.plan().num_memory_tokens } else { 0 };
         if first && front > 0 {
@@ -212,7 +212,7 @@ impl TransformerWrapper {
         let layers = &mut cache.layers;
         let x = self.attn_layers().extend(&x, &counts_of_layers, layers_mask.as_ref(), layers).at("attn_layers")?;
         cache.advance(counts);
-        self.norm().forward(&x.narrow(1, front, n)?).at("norm")
+        norm(self.norm(), x.narrow(1, front, n)?)
     }
 }
 
@@ -248,6 +248,6 @@ impl ContinuousTransformerWrapper {
         let x = self.embed_vectors(x, |emb| positions_of(emb, cache, n, x))?;
         let x = self.attn_layers().extend(&x, counts, mask, &mut cache.layers).at("attn_layers")?;
         cache.advance(counts);
-        self.outputs(self.norm().forward(&x).at("norm")?)
+        self.outputs(norm(self.norm(), x)?)
     }
 }

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use super::{Output, transformer::check_length};
 use crate::{
     Error, Result, Store, Tensor,
-    config::{self, ContinuousPlan, ContinuousTransformerWrapperConfig},
+    config::{ContinuousPlan, ContinuousTransformerWrapperConfig},
     error::{At, ensure},
     nn::{AbsolutePositionalEmbedding, AttentionLayers, ForwardOptions, Linear, Norm},
 };
@@ -17,7 +17,7 @@ pub struct ContinuousTransformerWrapper {
     project_in: Option<Linear>,
     pos_emb: Option<AbsolutePositionalEmbedding>,
     attn_layers: AttentionLayers,
-    norm: Norm,
+    norm: Option<Norm>,
     project_out: Option<Linear>,
 }
 
@@ -28,12 +28,12 @@ impl ContinuousTransformerWrapper {
     pub fn new(config: &ContinuousTransformerWrapperConfig, store: &Store) -> Result<Self> {
         let plan = config.plan()?;
         let dim = plan.layers.dim;
-        let positions = || AbsolutePositionalEmbedding::new(dim, plan.max_seq_len, &store.at("pos_emb"));
+        let positions = || AbsolutePositionalEmbedding::new(dim, plan.max_seq_len, true, &store.at("pos_emb"));
         Ok(Self {
             project_in: plan.dim_in.map(|dim_in| Linear::new(&store.at("project_in"), dim_in, dim)).transpose()?,
             pos_emb: plan.absolute_positions.then(positions).transpose()?,
             attn_layers: AttentionLayers::new(&plan.layers, &store.at("attn_layers"))?,
-            norm: Norm::new(config::Norm::Layer, dim, &store.at("norm"))?,
+            norm: plan.layers.final_norm.map(|norm| Norm::new(norm, dim, &store.at("norm"))).transpose()?,
             project_out: plan.dim_out.map(|dim_out| Linear::new(&store.at("project_out"), dim, dim_out)).transpose()?,
             plan: Arc::new(plan),
         })
@@ -57,7 +57,7 @@ impl ContinuousTransformerWrapper {
         let n = x.shape()[1];
         check_length(n, self.plan.max_seq_len)?;
         let x = self.embed_vectors(x, |positions| positions.forward(n))?;
-        let layers = self.attn_layers.forward_normed(&x, options, &self.norm)?;
+        let layers = self.attn_layers.forward_normed(&x, options, self.norm.as_ref())?;
         let out = if options.return_embeddings { layers.out } else { self.outputs(layers.out)? };
         Ok(Output { out, mems: Vec::new(), attn: layers.attn })
     }
@@ -94,8 +94,8 @@ impl ContinuousTransformerWrapper {
     }
 
     /// The norm behind the layers.
-    pub(super) fn norm(&self) -> &Norm {
-        &self.norm
+    pub(super) fn norm(&self) -> Option<&Norm> {
+        self.norm.as_ref()
     }
 
     /// Normed hidden states to outputs: `[.., dim] → [.., dim_out]`.

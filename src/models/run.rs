@@ -107,6 +107,7 @@ impl Inputs {
             context_mask: self.take("context_mask"),
             attn_mask: self.take("attn_mask"),
             mems: self.mems(),
+            token_types: self.take("token_types"),
             return_embeddings: call.return_embeddings,
             return_mems: call.return_mems,
             return_attn: call.return_attn,

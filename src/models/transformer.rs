@@ -7,7 +7,7 @@ use crate::{
     config::{self, TransformerPlan, TransformerWrapperConfig},
     error::{At, ensure},
     nn::{AbsolutePositionalEmbedding, AttentionLayers, Embedding, ForwardOptions, Linear, Norm},
-    ops::Int8Matrix,
+    ops::{Activation, Int8Matrix},
 };
 
 /// What a wrapper gives.
@@ -52,10 +52,40 @@ pub struct TransformerWrapper {
     project_emb: Option<Linear>,
     memory_tokens: Option<Param>,
     attn_layers: AttentionLayers,
-    norm: Norm,
+    token_type_emb: Option<Embedding>,
+    post_emb_norm: Option<Norm>,
+    norm: Option<Norm>,
     to_logits: Option<Linear>,
+    mlm_head: Option<MaskedHead>,
+    pooler: Option<Linear>,
     /// The table of embeddings as logits read it, in eight bits.
     tied_int8: Option<Arc<Int8Matrix>>,
+}
+
+/// BERT's masked-LM head, in front of the embedding table.
+#[derive(Clone, Debug)]
+struct MaskedHead {
+    dense: Linear,
+    activation: Activation,
+    norm: Norm,
+    /// Of the logits, `[num_tokens]`.
+    bias: Param,
+}
+
+impl MaskedHead {
+    fn new(plan: &TransformerPlan, activation: Activation, norm: config::Norm, store: &Store) -> Result<Self> {
+        Ok(Self {
+            dense: Linear::new(&store.at("dense"), plan.layers.dim, plan.emb_dim)?,
+            activation,
+            norm: Norm::new(norm, plan.emb_dim, &store.at("norm"))?,
+            bias: store.param("bias", [plan.num_tokens], Init::Constant(0.0))?,
+        })
+    }
+
+    fn forward(&self, x: &Tensor, table: &Tensor) -> Result<Tensor> {
+        let x = self.activation.of(&self.dense.forward(x).at("dense")?)?;
+        self.norm.forward(&x).at("norm")?.linear(table, Some(&self.bias.tensor()))
+    }
 }
 
 impl TransformerWrapper {
@@ -74,18 +104,32 @@ impl TransformerWrapper {
             Some(other) => Embedding::tied(&token_store, other)?,
             None => Embedding::new(&token_store, plan.num_tokens, plan.emb_dim, Init::kaiming_normal(plan.emb_dim))?,
         };
-        let positions = || AbsolutePositionalEmbedding::new(plan.emb_dim, plan.max_seq_len, &store.at("pos_emb"));
+        let positions = || {
+            AbsolutePositionalEmbedding::new(plan.emb_dim, plan.max_seq_len, plan.scale_pos_emb, &store.at("pos_emb"))
+        };
         let project_emb = || Linear::new(&store.at("project_emb"), plan.emb_dim, dim);
         let memory = || store.param("memory_tokens", [plan.num_memory_tokens, dim], Init::Normal(1.0));
-        let to_logits = || Linear::new(&store.at("to_logits"), dim, plan.num_tokens);
+        let to_logits = || Linear::maybe_biased(&store.at("to_logits"), dim, plan.num_tokens, plan.logits_bias);
+        let types = || {
+            let init = Init::kaiming_normal(plan.emb_dim);
+            Embedding::new(&store.at("token_type_emb"), plan.num_token_types, plan.emb_dim, init)
+        };
+        let norm = |norm: Option<config::Norm>, name: &str, dim: usize| {
+            norm.map(|norm| Norm::new(norm, dim, &store.at(name))).transpose()
+        };
+        let mlm_head = |(activation, norm)| MaskedHead::new(plan, activation, norm, &store.at("mlm_head"));
         Ok(Self {
             token_emb,
             pos_emb: plan.absolute_positions.then(positions).transpose()?,
             project_emb: (plan.emb_dim != dim).then(project_emb).transpose()?,
             memory_tokens: (plan.num_memory_tokens > 0).then(memory).transpose()?,
             attn_layers: AttentionLayers::new(&plan.layers, &store.at("attn_layers"))?,
-            norm: Norm::new(config::Norm::Layer, dim, &store.at("norm"))?,
-            to_logits: (!plan.tie_embedding).then(to_logits).transpose()?,
+            token_type_emb: (plan.num_token_types > 0).then(types).transpose()?,
+            post_emb_norm: norm(plan.post_emb_norm, "post_emb_norm", plan.emb_dim)?,
+            norm: norm(plan.layers.final_norm, "norm", dim)?,
+            mlm_head: plan.mlm_head.map(mlm_head).transpose()?,
+            pooler: plan.pooler.then(|| Linear::new(&store.at("pooler"), dim, dim)).transpose()?,
+            to_logits: (!plan.tie_embedding && !plan.return_only_embed).then(to_logits).transpose()?,
             tied_int8: None,
             plan: Arc::new(plan.clone()),
         })
@@ -124,27 +168,39 @@ impl TransformerWrapper {
     }
 
     /// The norm behind them.
-    pub(super) fn norm(&self) -> &Norm {
-        &self.norm
+    pub(super) fn norm(&self) -> Option<&Norm> {
+        self.norm.as_ref()
     }
 
-    /// Tokens `[b, n]` to logits, or to what the options ask for.
+    /// Tokens `[b, n]` to logits, or to what the options ask for. With `average_pool_embed` they are those of the mean
+    /// over the tokens that the mask keeps, `[b, ..]`.
     ///
     /// Errors: tokens of another rank or dtype, out of the vocabulary ([`Error::Index`]), or more than `max_seq_len`;
     /// options that do not fit the model.
     pub fn forward(&self, tokens: &Tensor, options: &ForwardOptions) -> Result<Output> {
-        let x = self.embed(tokens)?;
+        let x = self.embed(tokens, options)?;
         let memory_tokens = self.plan.num_memory_tokens;
+        let mask = options.mask.clone();
         let options = self.layers_options(options)?;
-        let layers = self.attn_layers.forward_normed(&x, &options, &self.norm)?;
-        let x = layers.out.narrow(1, memory_tokens, tokens.dim(1)?)?;
+        let layers = self.attn_layers.forward_normed(&x, &options, self.norm.as_ref())?;
+        let mut x = layers.out.narrow(1, memory_tokens, tokens.dim(1)?)?;
+        if self.plan.average_pool_embed {
+            x = mean_over_tokens(&x, mask.as_ref())?;
+        }
         let mems = if options.return_mems { self.new_mems(&layers.hiddens, options.mems.as_deref())? } else { vec![] };
-        let out = if options.return_embeddings { x } else { self.logits(&x)? };
+        let out = if options.return_embeddings || self.plan.return_only_embed { x } else { self.logits(&x)? };
         Ok(Output { out, mems, attn: layers.attn })
     }
 
     /// Normed hidden states `[.., dim]` to logits `[.., num_tokens]`.
     pub fn logits(&self, embeddings: &Tensor) -> Result<Tensor> {
+        ensure!(
+            !self.plan.return_only_embed,
+            Error::option("return_only_embed", "is on: the model gives no logits, only embeddings")
+        );
+        if let Some(head) = &self.mlm_head {
+            return head.forward(embeddings, &self.token_emb.table()).at("mlm_head");
+        }
         match (&self.to_logits, &self.tied_int8) {
             (Some(to_logits), _) => to_logits.forward(embeddings).at("to_logits"),
             (None, Some(table)) => table.linear(embeddings, None).at("to_logits"),
@@ -152,12 +208,21 @@ impl TransformerWrapper {
         }
     }
 
+    /// The pooled head on the first of normed hidden states: `[b, n, dim] → [b, dim]`.
+    ///
+    /// Errors: a model without `pooler`, or no token.
+    pub fn pooled(&self, embeddings: &Tensor) -> Result<Tensor> {
+        let none = || Error::option("pooler", "is needed for pooled embeddings, and off");
+        let pooler = self.pooler.as_ref().ok_or_else(none)?;
+        pooler.forward(&embeddings.select(1, 0)?).at("pooler")?.tanh()
+    }
+
     /// What enters the layers: `[b, n] → [b, memory tokens + n, dim]`.
-    fn embed(&self, tokens: &Tensor) -> Result<Tensor> {
+    fn embed(&self, tokens: &Tensor, options: &ForwardOptions) -> Result<Tensor> {
         self.check_tokens(tokens)?;
         let n = tokens.shape()[1];
         check_length(n, self.plan.max_seq_len)?;
-        let x = self.embed_tokens(tokens, |positions| positions.forward(n))?;
+        let x = self.embed_tokens(tokens, options.token_types.as_ref(), |positions| positions.forward(n))?;
         if self.memory_tokens.is_some() { self.prepend_memory_tokens(&x) } else { Ok(x) }
     }
 
@@ -170,15 +235,22 @@ impl TransformerWrapper {
         Ok(())
     }
 
-    /// Tokens with the positions that the closure takes from their table: `[b, n] → [b, n, dim]`.
+    /// Tokens, of these types, with the positions that the closure takes from their table: `[b, n] → [b, n, dim]`.
     pub(super) fn embed_tokens(
         &self,
         tokens: &Tensor,
+        types: Option<&Tensor>,
         positions_of: impl FnOnce(&AbsolutePositionalEmbedding) -> Result<Tensor>,
     ) -> Result<Tensor> {
         let mut x = self.token_emb.forward(tokens).at("token_emb")?;
         if let Some(positions) = &self.pos_emb {
             x = x.add(&positions_of(positions)?).at("pos_emb")?;
+        }
+        if let Some(types) = self.token_types(tokens, types)? {
+            x = x.add(&types)?;
+        }
+        if let Some(norm) = &self.post_emb_norm {
+            x = norm.forward(&x).at("post_emb_norm")?;
         }
         x = x.dropout(self.plan.emb_dropout)?;
         match &self.project_emb {
@@ -204,6 +276,29 @@ impl TransformerWrapper {
         );
         let kept = Tensor::ones([mask.dim(0)?, self.plan.num_memory_tokens], DType::Bool, mask.device())?;
         Tensor::cat(&[&kept, mask], 1).map(Some)
+    }
+
+    /// What the types of tokens add, if there are types: `[b, n, dim]`, or `[1, dim]` where all are 0.
+    fn token_types(&self, tokens: &Tensor, types: Option<&Tensor>) -> Result<Option<Tensor>> {
+        let (table, types) = match (&self.token_type_emb, types) {
+            (Some(table), Some(types)) => (table, types),
+            (Some(table), None) => return table.table().narrow(0, 0, 1).map(Some),
+            (None, None) => return Ok(None),
+            (None, Some(_)) => {
+                return Err(Error::argument(
+                    "token_types",
+                    "are given, but the model has none: `num_token_types` is 0",
+                ));
+            }
+        };
+        ensure!(
+            types.shape() == tokens.shape() && types.dtype() == DType::I64,
+            Error::shape(
+                "token_types",
+                format!("expected i64 {:?}, as the tokens, got {:?} {}", tokens.shape(), types.shape(), types.dtype())
+            )
+        );
+        table.forward(types).at("token_type_emb").map(Some)
     }
 
     /// The options as the layers see them: the mask covers memory tokens, memories are rotated.
@@ -237,6 +332,33 @@ impl TransformerWrapper {
         };
         hiddens.iter().enumerate().map(join).collect()
     }
+}
+
+/// The norm behind the layers, if there is one.
+pub(super) fn norm(norm: Option<&Norm>, x: Tensor) -> Result<Tensor> {
+    norm.map_or(Ok(x.clone()), |norm| norm.forward(&x).at("norm"))
+}
+
+/// The mean of the vectors that the mask keeps, zero where it keeps none: `[b, n, dim] → [b, dim]`.
+///
+/// Errors: a mask of another shape or dtype.
+pub(crate) fn mean_over_tokens(x: &Tensor, mask: Option<&Tensor>) -> Result<Tensor> {
+    let Some(mask) = mask else { return x.mean(&[1]) };
+    ensure!(
+        mask.rank() == 2 && mask.shape()[..] == x.shape()[..2] && mask.dtype() == DType::Bool,
+        Error::shape("mask", format!("expected bool {:?}, got {:?} {}", &x.shape()[..2], mask.shape(), mask.dtype()))
+    );
+    let n = x.dim(1)?;
+    let weights: Vec<f64> = mask
+        .to_vec::<bool>()?
+        .chunks(n.max(1))
+        .flat_map(|row| {
+            let kept = row.iter().filter(|&&kept| kept).count().max(1) as f64;
+            row.iter().map(move |&keep| if keep { 1.0 / kept } else { 0.0 })
+        })
+        .collect();
+    let weights = Tensor::from_vec(weights, [x.dim(0)?, 1, n], x.device())?.to_dtype(x.dtype())?;
+    weights.matmul(x)?.squeeze(1)
 }
 
 /// Refuses a sequence that is too long.

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use crate::{
     Error, Init, Param, Result, Store, Tensor,
-    config::{self, ViTransformerPlan, ViTransformerWrapperConfig},
+    config::{ViTransformerPlan, ViTransformerWrapperConfig},
     error::{At, ensure},
     nn::{AttentionLayers, FeedForward, ForwardOptions, Linear, Norm},
 };
@@ -39,7 +39,7 @@ pub struct ViTransformerWrapper {
     patch_to_embedding: Linear,
     cls_token: Param,
     attn_layers: AttentionLayers,
-    norm: Norm,
+    norm: Option<Norm>,
     mlp_head: Option<FeedForward>,
 }
 
@@ -56,7 +56,7 @@ impl ViTransformerWrapper {
             patch_to_embedding: Linear::new(&store.at("patch_to_embedding"), 3 * plan.patch_size.pow(2), dim)?,
             cls_token: store.param("cls_token", [1, 1, dim], normal)?,
             attn_layers: AttentionLayers::new(&plan.layers, &store.at("attn_layers"))?,
-            norm: Norm::new(config::Norm::Layer, dim, &store.at("norm"))?,
+            norm: plan.layers.final_norm.map(|norm| Norm::new(norm, dim, &store.at("norm"))).transpose()?,
             mlp_head: plan.head.as_ref().map(|head| FeedForward::new(head, &store.at("mlp_head"))).transpose()?,
             plan: Arc::new(plan),
         })
@@ -80,7 +80,7 @@ impl ViTransformerWrapper {
         let class = class.expand([b, 1, class.dim(2)?])?;
         let x = Tensor::cat(&[&class, &x], 1)?.add(&self.pos_embedding.tensor().narrow(1, 0, n + 1)?)?;
         let x = x.dropout(self.plan.emb_dropout)?;
-        let x = self.attn_layers.forward_normed(&x, &ForwardOptions::default(), &self.norm)?.out;
+        let x = self.attn_layers.forward_normed(&x, &ForwardOptions::default(), self.norm.as_ref())?.out;
         match &self.mlp_head {
             Some(head) if !return_embeddings => head.forward(&x.select(1, 0)?).at("mlp_head"),
             _ => Ok(x),

@@ -86,7 +86,9 @@ impl Attention {
     pub(super) fn new(plan: &AttentionPlan, rotary: Option<&Tensor>, store: &Store) -> Result<Self> {
         let (heads, dim_qk) = (plan.heads, plan.dim_qk());
         let width = heads * plan.dim_head;
-        let qk_width = plan.shared.unwrap_or(width);
+        let kv_width = plan.kv_heads * plan.dim_head;
+        let (q_width, k_width) = (plan.shared.unwrap_or(width), plan.shared.unwrap_or(kv_width));
+        let biased = |name: &str, width: usize| Linear::maybe_biased(&store.at(name), plan.dim, width, plan.qkv_bias);
         let normal = |name: &str, shape: &[usize]| store.param(name, shape, Init::Normal(1.0));
         let per_head = |name: &str, start: f64| store.param(name, [1, heads, 1, 1], Init::Constant(start));
         let pair = |on: bool, names: [&str; 2], shapes: [&[usize]; 2]| -> Result<Option<[Param; 2]>> {
@@ -106,13 +108,14 @@ impl Attention {
         let gate = (Init::Constant(0.0), Some(Init::Constant(1.0)));
         let gate = || Linear::with_init(&store.at("to_v_gate"), plan.dim, width, gate.0, gate.1);
         let (out_place, out_width) = if plan.on_attn { ("to_out.0", 2 * plan.dim) } else { ("to_out", plan.dim) };
-        let memory: [&[usize]; 2] = [&[heads, plan.num_mem_kv, dim_qk], &[heads, plan.num_mem_kv, plan.dim_head]];
+        let kv_heads = plan.kv_heads;
+        let memory: [&[usize]; 2] = [&[kv_heads, plan.num_mem_kv, dim_qk], &[kv_heads, plan.num_mem_kv, plan.dim_head]];
         let mixing: [&[usize]; 2] = [&[heads, heads], &[heads, heads]];
         Ok(Self {
-            to_q: Linear::without_bias(&store.at("to_q"), plan.dim, qk_width)?,
-            to_k: Linear::without_bias(&store.at("to_k"), plan.dim, qk_width)?,
-            to_v: Linear::without_bias(&store.at("to_v"), plan.dim, width)?,
-            to_out: Linear::output(&store.at(out_place), width, out_width, plan.zero_init)?,
+            to_q: biased("to_q", q_width)?,
+            to_k: biased("to_k", k_width)?,
+            to_v: biased("to_v", kv_width)?,
+            to_out: Linear::output(&store.at(out_place), width, out_width, plan.out_bias, plan.zero_init)?,
             to_v_gate: plan.gate_values.then(gate).transpose()?,
             collab_mixing: plan.shared.map(|shared| normal("collab_mixing", &[heads, shared])).transpose()?,
             temperature,
@@ -225,7 +228,7 @@ impl Attention {
         (k, v) = (k.detach(), v.detach());
         if let (Some(table), Some(plan)) = (&tables.rotary, self.plan.rotary) {
             let rotate = |x: &Tensor| x.rotate_rows(table, &step.ends, cache.memories);
-            (q, k) = (rotate(&q)?, rotate(&k)?);
+            (q, k) = (rotate(&self.pairs_as_halves(q)?)?, rotate(&self.pairs_as_halves(k)?)?);
             v = if plan.values { rotate(&v)? } else { v };
         }
         let k = self.normalize_length(k)?;
@@ -312,10 +315,34 @@ impl Attention {
         }
     }
 
-    /// `[b, n, heads · d] → [b, heads, n, d]`
+    /// `[b, n, heads · d] → [b, heads, n, d]`, keys and values having heads of their own.
     fn split_heads(&self, x: &Tensor) -> Result<Tensor> {
         let (b, n, width) = (x.dim(0)?, x.dim(1)?, x.dim(2)?);
-        x.reshape([b, n, self.plan.heads, width / self.plan.heads])?.transpose(1, 2)
+        x.reshape([b, n, width / self.plan.dim_head, self.plan.dim_head])?.transpose(1, 2)
+    }
+
+    /// A key or value head for each head of queries: `[b, kv_heads, n, d] → [b, heads, n, d]`.
+    fn repeat_heads(&self, x: &Tensor) -> Result<Tensor> {
+        let (b, kv_heads, n, d) = (x.dim(0)?, x.dim(1)?, x.dim(2)?, x.dim(3)?);
+        if kv_heads == self.plan.heads {
+            return Ok(x.clone());
+        }
+        let group = self.plan.heads / kv_heads;
+        x.unsqueeze(2)?.expand([b, kv_heads, group, n, d])?.reshape([b, self.plan.heads, n, d])
+    }
+
+    /// Features whose pairs are neighbours, in the order of `Tensor::rotary`, whose pairs are halves. Queries and keys
+    /// alike, so that their products stay the same.
+    fn pairs_as_halves(&self, x: Tensor) -> Result<Tensor> {
+        let Some(plan) = self.plan.rotary.filter(|plan| plan.interleaved) else { return Ok(x) };
+        let (last, features) = (x.rank() - 1, plan.features());
+        let axis = last as isize;
+        let mut shape = x.shape().to_vec();
+        shape[last] = features / 2;
+        shape.push(2);
+        let turned = x.narrow(-1, 0, features)?.reshape(&shape[..])?.transpose(-1, -2)?.flatten(axis, axis + 1)?;
+        let rest = x.dim(-1)? - features;
+        if rest == 0 { Ok(turned) } else { Tensor::cat(&[&turned, &x.narrow(-1, features, rest)?], axis) }
     }
 
     /// Keys count from 0, memories included; queries are the last of them.
@@ -323,6 +350,7 @@ impl Attention {
         let (Some(frequencies), Some(plan)) = (&self.rotary, self.plan.rotary) else { return Ok([q, k, v]) };
         let first = k.dim(2)? - q.dim(2)?;
         let v = if plan.values { v.rotary(frequencies, 0)? } else { v };
+        let (q, k) = (self.pairs_as_halves(q)?, self.pairs_as_halves(k)?);
         Ok([q.rotary(frequencies, first)?, k.rotary(frequencies, 0)?, v])
     }
 
@@ -330,12 +358,11 @@ impl Attention {
     fn prepend_memory(&self, k: Tensor, v: Tensor) -> Result<[Tensor; 2]> {
         let Some([mem_k, mem_v]) = &self.memory else { return Ok([k, v]) };
         let batch = k.dim(0)?;
-        let prepend = |memory: &Param, x: &Tensor| {
-            let memory = memory.tensor();
+        let prepend = |memory: Tensor, x: &Tensor| {
             let shape = [batch, memory.dim(0)?, memory.dim(1)?, memory.dim(2)?];
             Tensor::cat(&[&memory.expand(shape)?, x], 2)
         };
-        Ok([prepend(mem_k, &k)?, prepend(mem_v, &v)?])
+        Ok([prepend(self.pairs_as_halves(mem_k.tensor())?, &k)?, prepend(mem_v.tensor(), &v)?])
     }
 
     /// With a learned temperature, queries are what is divided by it: there are fewer of them than of scores.
@@ -402,6 +429,7 @@ impl Attention {
         bias: Option<Tensor>,
         keep: Option<Tensor>,
     ) -> Result<Explicit> {
+        let (k, v) = (&self.repeat_heads(k)?, &self.repeat_heads(v)?);
         // The factor goes onto the queries, of which there are fewer than of scores.
         let mut scores = q.affine(self.scale(), 0.0)?.matmul(&k.transpose(-1, -2)?)?;
         if let Some(prev) = &input.prev {

@@ -19,10 +19,11 @@ impl FeedForward {
     pub fn new(plan: &FeedForwardPlan, store: &Store) -> Result<Self> {
         let net = store.at("net");
         let (place, width) = if plan.glu { ("0.proj", 2 * plan.inner) } else { ("0.0", plan.inner) };
-        let project_in = Linear::new(&net.at(place), plan.dim, width)?;
-        let norm = plan.post_act_ln.then(|| Norm::new(config::Norm::Layer, plan.inner, &net.at(1))).transpose()?;
-        let project_out = Linear::output(&net.at(3), plan.inner, plan.dim_out, plan.zero_init)?;
-        Ok(Self { project_in, activation: plan.activation, gated: plan.glu, norm, dropout: plan.dropout, project_out })
+        let project_in = Linear::maybe_biased(&net.at(place), plan.dim, width, plan.bias)?;
+        let norm = plan.post_act_ln.then(|| Norm::new(config::Norm::LAYER, plan.inner, &net.at(1))).transpose()?;
+        let project_out = Linear::output(&net.at(3), plan.inner, plan.dim_out, plan.bias, plan.zero_init)?;
+        let FeedForwardPlan { activation, glu: gated, dropout, .. } = *plan;
+        Ok(Self { project_in, activation, gated, norm, dropout, project_out })
     }
 
     /// Its linear layers.

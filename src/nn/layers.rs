@@ -30,6 +30,8 @@ pub struct ForwardOptions {
     pub attn_mask: Option<Tensor>,
     /// The memories that the previous segment gave, one `[b, memories, dim]` per self-attention, the first one first.
     pub mems: Option<Vec<Tensor>>,
+    /// The type of each token, `[b, n]` I64, for models with `num_token_types`. Default all 0.
+    pub token_types: Option<Tensor>,
     /// Give the normed hidden states instead of logits.
     pub return_embeddings: bool,
     /// Give new memories.
@@ -194,11 +196,15 @@ fn flowing_mut(input: &mut AttentionInput) -> impl Iterator<Item = &mut Tensor> 
 impl AttentionLayers {
     /// As planned; the place is that of the layers.
     pub fn new(plan: &LayersPlan, store: &Store) -> Result<Self> {
-        let frequencies = |name: &str, dim: usize| inverse_frequencies(dim, &store.at(name));
-        let rotary = plan.positions.rotary.map(|rotary| frequencies("rotary_pos_emb", rotary.dim)).transpose()?;
-        let infused = plan.positions.infused.then(|| frequencies("pia_pos_emb", plan.dim)).transpose()?;
+        let frequencies = |name: &str, dim: usize, base: f64| inverse_frequencies(dim, base, &store.at(name));
+        let rotary = plan.positions.rotary;
+        let rotary = rotary.map(|rotary| frequencies("rotary_pos_emb", rotary.dim, rotary.base)).transpose()?;
+        let infused = plan.positions.infused.then(|| frequencies("pia_pos_emb", plan.dim, 10000.0)).transpose()?;
         let layer = |(index, layer)| Layer::new(layer, plan.dim, rotary.as_ref(), &store.at("layers").at(index));
-        let layers = plan.layers.iter().enumerate().map(layer).collect::<Result<_>>()?;
+        let mut layers: Vec<_> =
+            plan.layers.iter().take(plan.distinct).enumerate().map(layer).collect::<Result<_>>()?;
+        // Tied ones are the same modules again.
+        layers = layers.iter().cycle().take(plan.layers.len()).cloned().collect();
         let bias = PositionBias::new(plan.positions.bias, &store.at("rel_pos"))?;
         Ok(Self { plan: Arc::new(plan.clone()), layers, bias, rotary, infused })
     }
@@ -234,9 +240,14 @@ impl AttentionLayers {
 
     /// As [`AttentionLayers::forward`], with the norm that a wrapper has behind its layers. Errors name the wrapper's
     /// places.
-    pub(crate) fn forward_normed(&self, x: &Tensor, options: &ForwardOptions, norm: &Norm) -> Result<LayersOutput> {
+    pub(crate) fn forward_normed(
+        &self,
+        x: &Tensor,
+        options: &ForwardOptions,
+        norm: Option<&Norm>,
+    ) -> Result<LayersOutput> {
         let (stream, output) = self.walk(x, options).at("attn_layers")?;
-        Ok(output(stream.normed(Some(norm)).at("norm")?.1))
+        Ok(output(stream.normed(norm).at("norm")?.1))
     }
 
     /// What leaves the last layer, and what an output is made of with it.
@@ -313,6 +324,9 @@ impl AttentionLayers {
         let cross = branches().filter(|branch| matches!(branch, BranchPlan::CrossAttention(_)));
         if cross.filter_map(BranchPlan::attention).any(|plan| plan.max_attend_past.is_some()) {
             return Some("`attn_max_attend_past` in cross-attention counts from the last token");
+        }
+        if options.token_types.is_some() {
+            return Some("`token_types` are those of the tokens that are there");
         }
         if options.attn_mask.is_some() {
             return Some("`attn_mask` is about all tokens at once");

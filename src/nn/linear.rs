@@ -28,10 +28,16 @@ impl Linear {
         Self::with_init(store, fan_in, fan_out, Init::linear(fan_in), None)
     }
 
-    /// Weight and bias, all zeros if `zero`: the last layer of a branch that starts as the identity.
-    pub fn output(store: &Store, fan_in: usize, fan_out: usize, zero: bool) -> Result<Self> {
+    /// A weight, and a bias if one is wanted, uniform in `±1/√in`.
+    pub fn maybe_biased(store: &Store, fan_in: usize, fan_out: usize, bias: bool) -> Result<Self> {
+        let init = Init::linear(fan_in);
+        Self::with_init(store, fan_in, fan_out, init, bias.then_some(init))
+    }
+
+    /// The same, all zeros if `zero`: the last layer of a branch that starts as the identity.
+    pub fn output(store: &Store, fan_in: usize, fan_out: usize, bias: bool, zero: bool) -> Result<Self> {
         let init = if zero { Init::Constant(0.0) } else { Init::linear(fan_in) };
-        Self::with_init(store, fan_in, fan_out, init, Some(init))
+        Self::with_init(store, fan_in, fan_out, init, bias.then_some(init))
     }
 
     /// Weight, and bias if it has a start.
@@ -67,7 +73,7 @@ impl Linear {
 
     /// `activation(x Wᵀ + b)`, the bias being added on the way to the activation.
     pub fn activated(&self, x: &Tensor, activation: Activation) -> Result<Tensor> {
-        let Some(bias) = &self.bias else { return activate(&self.forward(x)?, activation) };
+        let Some(bias) = &self.bias else { return activation.of(&self.forward(x)?) };
         self.product(x, None)?.add_activation(&bias.tensor(), activation)
     }
 
@@ -75,14 +81,6 @@ impl Linear {
     pub fn gated(&self, x: &Tensor, activation: Activation) -> Result<Tensor> {
         let Some(bias) = &self.bias else { return self.forward(x)?.glu(activation) };
         self.product(x, None)?.add_glu(&bias.tensor(), activation)
-    }
-}
-
-fn activate(x: &Tensor, activation: Activation) -> Result<Tensor> {
-    match activation {
-        Activation::Gelu => x.gelu(),
-        Activation::ReluSquared => x.relu_squared(),
-        Activation::Sigmoid => x.sigmoid(),
     }
 }
 

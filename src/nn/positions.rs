@@ -7,7 +7,7 @@ use crate::{
     ops,
 };
 
-/// A table of learned positions, times `dim^-½`.
+/// A table of learned positions, times `dim^-½` or as it is.
 #[derive(Clone, Debug)]
 pub struct AbsolutePositionalEmbedding {
     emb: Embedding,
@@ -15,10 +15,10 @@ pub struct AbsolutePositionalEmbedding {
 }
 
 impl AbsolutePositionalEmbedding {
-    /// A table for sequences of up to `max_seq_len`.
-    pub fn new(dim: usize, max_seq_len: usize, store: &Store) -> Result<Self> {
+    /// A table for sequences of up to `max_seq_len`; `scaled` says whether it is multiplied by `dim^-½`.
+    pub fn new(dim: usize, max_seq_len: usize, scaled: bool, store: &Store) -> Result<Self> {
         let emb = Embedding::new(&store.at("emb"), max_seq_len, dim, Init::Normal(1.0))?;
-        Ok(Self { emb, scale: (dim as f64).powf(-0.5) })
+        Ok(Self { emb, scale: if scaled { (dim as f64).powf(-0.5) } else { 1.0 } })
     }
 
     /// The first `n` positions, `[n, dim]`.
@@ -41,12 +41,12 @@ impl AbsolutePositionalEmbedding {
     }
 }
 
-/// `1 / 10000^(2k / dim)` for `k` from 0 to `⌈dim / 2⌉`, in f32 as PyTorch computes them, whatever the model's dtype:
+/// `1 / base^(2k / dim)` for `k` from 0 to `⌈dim / 2⌉`, in f32 as PyTorch computes them, whatever the model's dtype:
 /// half types would turn far positions by wrong angles.
-pub(super) fn inverse_frequencies(dim: usize, store: &Store) -> Result<Tensor> {
+pub(super) fn inverse_frequencies(dim: usize, base: f64, store: &Store) -> Result<Tensor> {
     let frequency = |k: usize| {
         let exponent = (2 * k) as f32 / dim as f32;
-        1.0 / libm::pow(10000.0, f64::from(exponent)) as f32
+        1.0 / libm::pow(base, f64::from(exponent)) as f32
     };
     let values = Tensor::generate([dim.div_ceil(2)], DType::F32, store.device(), |k| f64::from(frequency(k)))?;
     store.buffer("inv_freq", values)

@@ -3,7 +3,7 @@
 use super::{
     copy::same_kind,
     norm::{reuse, widen},
-    pointwise::{Gelu, Keep, ReluSquared, Sigmoid, Unary},
+    pointwise::{Gelu, GeluTanh, Keep, ReluSquared, Sigmoid, Silu, Unary},
 };
 use crate::{
     Device, Error, Result, Tensor,
@@ -17,10 +17,29 @@ use crate::{
 pub enum Activation {
     /// `x Φ(x)`, the exact form: [`Tensor::gelu`].
     Gelu,
+    /// Its approximation by tanh: [`Tensor::gelu_tanh`].
+    GeluTanh,
     /// `max(x, 0)²`: [`Tensor::relu_squared`].
     ReluSquared,
     /// `1 / (1 + e^−x)`: [`Tensor::sigmoid`].
     Sigmoid,
+    /// `x / (1 + e^−x)`: [`Tensor::silu`].
+    Silu,
+}
+
+impl Activation {
+    /// The function of each element.
+    ///
+    /// Errors: a dtype that is not float.
+    pub fn of(self, x: &Tensor) -> Result<Tensor> {
+        match self {
+            Self::Gelu => x.gelu(),
+            Self::GeluTanh => x.gelu_tanh(),
+            Self::ReluSquared => x.relu_squared(),
+            Self::Sigmoid => x.sigmoid(),
+            Self::Silu => x.silu(),
+        }
+    }
 }
 
 impl Tensor {
@@ -47,8 +66,10 @@ impl Tensor {
         let x = self.contiguous()?;
         match activation {
             Activation::Gelu => activate::<Gelu>(&x, bias),
+            Activation::GeluTanh => activate::<GeluTanh>(&x, bias),
             Activation::ReluSquared => activate::<ReluSquared>(&x, bias),
             Activation::Sigmoid => activate::<Sigmoid>(&x, bias),
+            Activation::Silu => activate::<Silu>(&x, bias),
         }
     }
 }

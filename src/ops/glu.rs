@@ -3,7 +3,7 @@
 use super::{
     activation::{Activation, COST, TILE, bias_gradient, check_bias, partial_sums, sums_mut},
     norm::{packed, reuse, widen},
-    pointwise::{Gelu, Keep, ReluSquared, Sigmoid, Unary},
+    pointwise::{Gelu, GeluTanh, Keep, ReluSquared, Sigmoid, Silu, Unary},
 };
 use crate::{
     Device, Error, Result, Tensor,
@@ -54,8 +54,10 @@ fn gated(op: &'static str, x: &Tensor, bias: Option<&Tensor>, activation: Activa
     let x = x.contiguous()?;
     match activation {
         Activation::Gelu => glu::<Gelu>(op, &x, bias, width / 2),
+        Activation::GeluTanh => glu::<GeluTanh>(op, &x, bias, width / 2),
         Activation::ReluSquared => glu::<ReluSquared>(op, &x, bias, width / 2),
         Activation::Sigmoid => glu::<Sigmoid>(op, &x, bias, width / 2),
+        Activation::Silu => glu::<Silu>(op, &x, bias, width / 2),
     }
 }
 

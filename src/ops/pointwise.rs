@@ -96,7 +96,30 @@ unary! {
     gelu Gelu Input
         |x| x * x.normal::<FUSED>().0,
         |x| { let (below, density) = x.normal::<FUSED>(); x.fma::<FUSED>(density, below) };
+    /// `x (1 + tanh(√(2/π) (x + 0.044715 x³))) / 2`, the approximation of [`Tensor::gelu`] that BERT's authors and GPT-2
+    /// computed with (Hendrycks and Gimpel, <https://arxiv.org/abs/1606.08415>). Saves the input.
+    gelu_tanh GeluTanh Input |x| x * gelu_gate::<R, FUSED>(x),
+        |x| gelu_gate::<R, FUSED>(x) + x * gelu_gate_slope::<R, FUSED>(x);
+    /// `x / (1 + e^−x)`, also called swish (Elfwing et al., <https://arxiv.org/abs/1702.03118>). Saves the input.
+    silu Silu Input |x| x * x.sigmoid::<FUSED>(),
+        |x| { let gate = x.sigmoid::<FUSED>(); gate * (R::ONE + x * (R::ONE - gate)) };
 }
+
+/// What multiplies `x` in the approximation of GELU: a sigmoid of twice the angle of its tanh.
+#[inline(always)]
+fn gelu_gate<R: Real, const FUSED: bool>(x: R) -> R {
+    (c::<R>(GELU_ANGLE) * x * (R::ONE + c::<R>(0.044_715) * x * x)).sigmoid::<FUSED>()
+}
+
+/// The derivative of [`gelu_gate`].
+#[inline(always)]
+fn gelu_gate_slope<R: Real, const FUSED: bool>(x: R) -> R {
+    let gate = gelu_gate::<R, FUSED>(x);
+    gate * (R::ONE - gate) * c::<R>(GELU_ANGLE) * (R::ONE + c::<R>(3.0 * 0.044_715) * x * x)
+}
+
+/// `2 √(2/π)`
+const GELU_ANGLE: f64 = 1.595_769_121_605_730_7;
 
 /// `max(x, 0)`, keeping NaN.
 #[inline(always)]

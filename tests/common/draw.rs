@@ -53,6 +53,17 @@ pub const OPTIONS: &[&str] = &[
     r#"{"ff_glu": true}"#,
     r#"{"ff_relu_squared": true}"#,
     r#"{"ff_post_act_ln": true}"#,
+    r#"{"attn_kv_heads": 1}"#,
+    r#"{"attn_qkv_bias": true}"#,
+    r#"{"attn_out_bias": false}"#,
+    r#"{"ff_swish": true, "ff_glu": true}"#,
+    r#"{"ff_gelu_tanh": true}"#,
+    r#"{"ff_no_bias": true}"#,
+    r#"{"norm_eps": 0.25}"#,
+    r#"{"final_norm": "none"}"#,
+    r#"{"weight_tie_layers": true}"#,
+    r#"{"rotary_pos_emb": true, "attn_dim_head": 33, "rotary_qk_only": true, "rotary_interleaved": true}"#,
+    r#"{"rotary_pos_emb": true, "attn_dim_head": 33, "rotary_base": 300.0}"#,
     r#"{"cross_attend": true}"#,
     r#"{"cross_attend": true, "cross_residual_attn": true}"#,
     r#"{"cross_attend": true, "only_cross": true}"#,
@@ -118,6 +129,7 @@ impl Draw {
         let is = |key: &str| option.contains_key(key);
         let norms = ["use_scalenorm", "use_rmsnorm", "sandwich_norm", "pre_norm"];
         let idle = [
+            is("attn_kv_heads") && self.layers()["heads"] == json!(1),
             self.given("use_rezero") && norms.into_iter().any(is),
             self.given("use_rmsnorm") && is("use_scalenorm"),
             is("residual_attn") && self.count(LayerType::SelfAttention) < 2,

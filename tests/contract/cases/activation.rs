@@ -15,7 +15,7 @@ fn case(name: &str, shape: &[usize], range: (f64, f64), function: Activation) ->
 }
 
 pub fn cases() -> Vec<Case> {
-    [Activation::Gelu, Activation::ReluSquared, Activation::Sigmoid]
+    [Activation::Gelu, Activation::GeluTanh, Activation::ReluSquared, Activation::Sigmoid, Activation::Silu]
         .into_iter()
         .flat_map(|function| {
             // Below, GELU cancels and a single element cannot hold a relative bound.

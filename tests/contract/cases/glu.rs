@@ -6,8 +6,12 @@ use crate::case::{Array, Case, Input};
 pub fn activation(activation: Activation, x: f64) -> f64 {
     match activation {
         Activation::Gelu => x * 0.5 * (1.0 + libm::erf(x / 2.0f64.sqrt())),
+        Activation::GeluTanh => {
+            0.5 * x * (1.0 + ((2.0 / std::f64::consts::PI).sqrt() * (x + 0.044715 * x.powi(3))).tanh())
+        }
         Activation::ReluSquared => x.max(0.0).powi(2),
         Activation::Sigmoid => 1.0 / (1.0 + (-x).exp()),
+        Activation::Silu => x / (1.0 + (-x).exp()),
     }
 }
 
@@ -54,7 +58,7 @@ fn sum(name: &str, shape: &[usize], function: Activation) -> Case {
 
 pub fn cases() -> Vec<Case> {
     // Squared ReLU has a continuous derivative, so that no kink has to be avoided.
-    [Activation::Gelu, Activation::ReluSquared, Activation::Sigmoid]
+    [Activation::Gelu, Activation::GeluTanh, Activation::ReluSquared, Activation::Sigmoid, Activation::Silu]
         .into_iter()
         .flat_map(|function| {
             [

@@ -147,6 +147,10 @@ pub fn cases() -> Vec<Case> {
     cases.extend(unary("relu_squared", (-2.0, -0.1), Tensor::relu_squared, |x| x.max(0.0).powi(2)));
     // Below, 1 + erf cancels and a single element cannot hold a relative bound.
     cases.extend(unary("gelu", (-1.5, 4.0), Tensor::gelu, |x| x * normal_cdf(x)));
+    cases.extend(unary("gelu_tanh", (-4.0, 4.0), Tensor::gelu_tanh, |x| {
+        0.5 * x * (1.0 + ((2.0 / std::f64::consts::PI).sqrt() * (x + 0.044715 * x.powi(3))).tanh())
+    }));
+    cases.extend(unary("silu", (-4.0, 4.0), Tensor::silu, |x| x / (1.0 + (-x).exp())));
     cases.extend(binary("add", (-2.0, 2.0), Tensor::add, |a, b| a + b));
     cases.extend(binary("sub", (-2.0, 2.0), Tensor::sub, |a, b| a - b));
     cases.extend(binary("mul", (-2.0, 2.0), Tensor::mul, |a, b| a * b));

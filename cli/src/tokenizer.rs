@@ -1,0 +1,76 @@
+//! From text to tokens and back, as a pretrained model was taught.
+
+use x_transformers::io::Pretrained;
+
+use crate::failure::{Failure, Result};
+
+#[cfg(feature = "tokenizers")]
+mod known;
+
+/// The tokenizer of a pretrained model.
+pub struct Tokenizer {
+    #[cfg(feature = "tokenizers")]
+    inner: tokenizers::Tokenizer,
+    #[cfg(not(feature = "tokenizers"))]
+    never: std::convert::Infallible,
+}
+
+#[cfg(feature = "tokenizers")]
+impl Tokenizer {
+    /// That of the model's files: `tokenizer.json`, BERT's `vocab.txt`, or the vocabulary in a GGUF file.
+    pub fn of(pretrained: &Pretrained) -> Result<Self> {
+        let file = pretrained.file().path();
+        let json = match pretrained.folder() {
+            Some(folder) => known::of_folder(folder, pretrained.family()),
+            None => known::of_gguf(pretrained.file()).map_err(|why| Failure::new(why).within(file)),
+        }?;
+        let broken = |error| Failure::new(format_args!("tokenizer: {error}")).within(file);
+        let mut inner: tokenizers::Tokenizer = json.parse().map_err(broken)?;
+        // Files may ask for a fixed length: what is padding is for the caller to say, and nothing is cut in silence.
+        inner.with_padding(None);
+        inner.with_truncation(None).map_err(broken)?;
+        Ok(Self { inner })
+    }
+
+    /// Tokens of a text, with those that the model expects around it.
+    pub fn encode(&self, text: &str) -> Result<Vec<i64>> {
+        let encoding =
+            self.inner.encode(text, true).map_err(|error| Failure::new(format_args!("tokenizer: {error}")))?;
+        Ok(encoding.get_ids().iter().map(|&id| id.into()).collect())
+    }
+
+    /// The text of tokens, special ones left out.
+    pub fn decode(&self, tokens: &[i64]) -> Result<String> {
+        let ids: Vec<u32> = tokens.iter().filter_map(|&token| u32::try_from(token).ok()).collect();
+        self.inner.decode(&ids, true).map_err(|error| Failure::new(format_args!("tokenizer: {error}")))
+    }
+
+    /// A question in the form of a chat, up to where the answer begins.
+    pub fn chat(&self, question: &str) -> Result<String> {
+        if self.inner.token_to_id("<|im_start|>").is_none() {
+            return Err(Failure::new("the model has no tokens of a chat (`<|im_start|>`); leave out `--chat`"));
+        }
+        // What a person types cannot end their turn.
+        let question = question.replace("<|im_", "<|im\u{200b}_");
+        Ok(format!("<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n"))
+    }
+}
+
+#[cfg(not(feature = "tokenizers"))]
+impl Tokenizer {
+    pub fn of(_: &Pretrained) -> Result<Self> {
+        Err(Failure::new("this `xt` was built without tokenizers; build it with `--features tokenizers`"))
+    }
+
+    pub fn encode(&self, _: &str) -> Result<Vec<i64>> {
+        match self.never {}
+    }
+
+    pub fn decode(&self, _: &[i64]) -> Result<String> {
+        match self.never {}
+    }
+
+    pub fn chat(&self, _: &str) -> Result<String> {
+        match self.never {}
+    }
+}

@@ -1,0 +1,305 @@
+//! Pretrained models of other families, as their files describe them.
+
+mod bert;
+mod llama;
+
+use std::{
+    fmt, fs,
+    path::{Path, PathBuf},
+};
+
+use serde_json::Value;
+
+use super::{Format, Metadata, TensorFile, names::Names};
+use crate::{
+    DType, Device, Error, ParamMap, Result, Store,
+    config::{AutoregressiveConfig, TransformerWrapperConfig},
+    error::{At, ensure},
+    models::{AutoregressiveWrapper, Pooling, SentenceEncoder, TransformerWrapper},
+};
+
+/// A pretrained model of another family: its options as keywords of this crate, and its file of weights.
+///
+/// | family | from |
+/// |---|---|
+/// | BERT, MiniLM among them | a folder with `config.json` and weights |
+/// | ALBERT | the same |
+/// | Llama, SmolLM among them | the same, or a GGUF file |
+///
+/// ```no_run
+/// use x_transformers::{DType, Device, io::Pretrained};
+/// # fn main() -> x_transformers::Result<()> {
+/// let pretrained = Pretrained::open("SmolLM2-135M-Instruct.Q4_1.gguf")?;
+/// println!("{} with {} tokens", pretrained.family(), pretrained.config().num_tokens);
+/// let model = pretrained.autoregressive(DType::F32, &Device::Cpu)?;
+/// # Ok(())
+/// # }
+/// ```
+#[derive(Debug)]
+pub struct Pretrained {
+    family: Family,
+    config: TransformerWrapperConfig,
+    names: Names,
+    file: TensorFile,
+    folder: Option<PathBuf>,
+    end: Option<i64>,
+}
+
+/// A family of models.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[non_exhaustive]
+pub enum Family {
+    /// Devlin et al., <https://arxiv.org/abs/1810.04805>.
+    Bert,
+    /// Lan et al., <https://arxiv.org/abs/1909.11942>.
+    Albert,
+    /// Touvron et al., <https://arxiv.org/abs/2302.13971>.
+    Llama,
+}
+
+impl fmt::Display for Family {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Bert => "BERT",
+            Self::Albert => "ALBERT",
+            Self::Llama => "Llama",
+        })
+    }
+}
+
+/// What a family makes of a file: the options, and where each parameter comes from.
+type Described = (TransformerWrapperConfig, Names);
+
+/// Bytes that a JSON file may have; real ones have some thousand.
+const MAX_JSON: u64 = 16 << 20;
+
+/// Blocks of a model.
+const MAX_DEPTH: usize = 10_000;
+
+impl Pretrained {
+    /// Whether a path is that of a pretrained model, and not of a checkpoint that this crate wrote.
+    pub fn is_one(path: impl AsRef<Path>) -> bool {
+        let path = path.as_ref();
+        if path.is_dir() {
+            // What this crate writes has the key `model`.
+            return matches!(json(&path.join("config.json")), Ok(config) if config.get("model_type").is_some())
+                || matches!(TensorFile::open(path), Ok(file) if file.format() == Format::Gguf);
+        }
+        path.is_file()
+    }
+
+    /// Opens a folder or a GGUF file.
+    ///
+    /// Errors: a file that cannot be read, a family that is not among the three, or options that they do not have here.
+    pub fn open(path: impl AsRef<Path>) -> Result<Self> {
+        let path = path.as_ref();
+        let file = TensorFile::open(path)?;
+        if file.format() == Format::Gguf {
+            let (config, names) = llama::of_gguf(&file)?;
+            let end = file.metadata().get("tokenizer.ggml.eos_token_id").and_then(Metadata::as_usize);
+            let end = end.map(|end| end as i64);
+            return Ok(Self { family: Family::Llama, config, names, file, folder: None, end });
+        }
+        let folder = if path.is_dir() { path } else { path.parent().unwrap_or(Path::new("")) };
+        let place = folder.join("config.json");
+        let options = Options { value: json(&place)?, path: place };
+        let (family, (config, names)) = match options.text("model_type", "")? {
+            "bert" => (Family::Bert, bert::bert(&options, &file)?),
+            "albert" => (Family::Albert, bert::albert(&options, &file)?),
+            "llama" => (Family::Llama, llama::of_json(&options)?),
+            other => return Err(options.refuse("model_type", format!("is `{other}`, expected bert, albert or llama"))),
+        };
+        // Some models have several; the first one is that of a text.
+        let end = options.get("eos_token_id").and_then(|end| end.as_i64().or_else(|| end.get(0)?.as_i64()));
+        Ok(Self { family, config, names, file, folder: Some(folder.to_path_buf()), end })
+    }
+
+    /// The family.
+    pub fn family(&self) -> Family {
+        self.family
+    }
+
+    /// The options.
+    pub fn config(&self) -> &TransformerWrapperConfig {
+        &self.config
+    }
+
+    /// The file with the weights.
+    pub fn file(&self) -> &TensorFile {
+        &self.file
+    }
+
+    /// The folder with what belongs to the model, a tokenizer for instance; none for a GGUF file, which holds all.
+    pub fn folder(&self) -> Option<&Path> {
+        self.folder.as_deref()
+    }
+
+    /// The token that ends a text, if the files name one.
+    pub fn end_token(&self) -> Option<i64> {
+        self.end
+    }
+
+    /// The model with its weights.
+    ///
+    /// Errors: [`Error::Weights`] with a table of tensors that are missing, unused or of another shape, by the file's
+    /// names; weights that are NaN or infinite; memory that runs out.
+    pub fn model(&self, dtype: DType, device: &Device) -> Result<TransformerWrapper> {
+        self.check()?;
+        let store = Store::zeros(dtype, device);
+        let model = TransformerWrapper::new(&self.config, &store)?;
+        self.load(&store.params(), "")?;
+        Ok(model)
+    }
+
+    /// The same as a model that continues texts.
+    ///
+    /// Errors: those of [`Pretrained::model`], or a model that sees later tokens.
+    pub fn autoregressive(&self, dtype: DType, device: &Device) -> Result<AutoregressiveWrapper> {
+        ensure!(
+            self.family == Family::Llama,
+            Error::file(self.file.path(), format!("is of the family {}, which does not continue texts", self.family))
+        );
+        let config = AutoregressiveConfig { net: self.config.clone(), ..AutoregressiveConfig::default() };
+        self.check()?;
+        let store = Store::zeros(dtype, device);
+        let model = AutoregressiveWrapper::new(&config, &store)?;
+        self.load(&store.params(), "net.")?;
+        Ok(model)
+    }
+
+    /// The same as a model that gives one vector for a text, pooled as the folder says (`1_Pooling/config.json` and
+    /// `modules.json` of sentence-transformers), by the mean otherwise.
+    ///
+    /// Errors: those of [`Pretrained::model`], or a pooling that is not known.
+    pub fn sentence_encoder(&self, dtype: DType, device: &Device) -> Result<SentenceEncoder> {
+        ensure!(
+            self.family != Family::Llama,
+            Error::file(self.file.path(), format!("is of the family {}, which embeds no sentences", self.family))
+        );
+        let (pooling, normalize) = self.pooling()?;
+        SentenceEncoder::new(self.model(dtype, device)?, pooling, normalize)
+    }
+
+    fn pooling(&self) -> Result<(Pooling, bool)> {
+        let Some(folder) = &self.folder else { return Ok((Pooling::Mean, false)) };
+        let modules = folder.join("modules.json");
+        if !modules.exists() {
+            return Ok((Pooling::Mean, false));
+        }
+        let modules = json(&modules)?;
+        let kinds: Vec<&str> =
+            modules.as_array().into_iter().flatten().filter_map(|module| module["type"].as_str()).collect();
+        let normalize = kinds.iter().any(|kind| kind.ends_with(".Normalize"));
+        let path = folder.join("1_Pooling/config.json");
+        let pooling = json(&path)?;
+        let on: Vec<&String> = pooling
+            .as_object()
+            .into_iter()
+            .flatten()
+            .filter(|(key, value)| key.starts_with("pooling_mode_") && **value == Value::Bool(true))
+            .map(|(key, _)| key)
+            .collect();
+        match on.iter().map(|key| key.as_str()).collect::<Vec<_>>()[..] {
+            ["pooling_mode_mean_tokens"] => Ok((Pooling::Mean, normalize)),
+            ["pooling_mode_cls_token"] => Ok((Pooling::FirstToken, normalize)),
+            _ => Err(Error::file(path, format!("asks for {on:?}, expected the mean or the first token"))),
+        }
+    }
+
+    /// Whether file and options fit, before memory is taken for what the options say.
+    fn check(&self) -> Result<()> {
+        let shapes = Store::shapes(DType::F32, &Device::Cpu);
+        TransformerWrapper::new(&self.config, &shapes)?;
+        self.names.check(&self.file, &shapes.params()).at(self.file.path().display())
+    }
+
+    fn load(&self, params: &ParamMap, place: &str) -> Result<()> {
+        params.load(&self.names.read(&self.file, place)?).at(self.file.path().display())
+    }
+}
+
+/// Reads a JSON file of bounded size.
+fn json(path: &Path) -> Result<Value> {
+    let broken = |source| Error::io(path, source);
+    let found = fs::metadata(path).map_err(broken)?;
+    ensure!(found.is_file(), Error::file(path, "is not a regular file"));
+    ensure!(
+        found.len() <= MAX_JSON,
+        Error::file(path, format!("has {} bytes, at most {MAX_JSON} are read", found.len()))
+    );
+    let text = fs::read(path).map_err(broken)?;
+    serde_json::from_slice(&text).map_err(|why| Error::file(path, format!("is not JSON: {why}")))
+}
+
+/// A `config.json` of `transformers`.
+struct Options {
+    path: PathBuf,
+    value: Value,
+}
+
+impl Options {
+    fn refuse(&self, key: &str, why: impl fmt::Display) -> Error {
+        Error::file(&self.path, format!("`{key}` {why}"))
+    }
+
+    fn get(&self, key: &str) -> Option<&Value> {
+        self.value.get(key).filter(|value| !value.is_null())
+    }
+
+    fn size(&self, key: &str, default: Option<usize>) -> Result<usize> {
+        let value = match (self.get(key), default) {
+            (Some(value), _) => value.as_u64().and_then(|value| usize::try_from(value).ok()),
+            (None, default) => default,
+        };
+        value.filter(|value| (1..=1 << 30).contains(value)).ok_or_else(|| {
+            let found = self.get(key).map_or_else(|| "missing".to_string(), ToString::to_string);
+            self.refuse(key, format!("is {found}, expected a number from 1 to {}", 1 << 30))
+        })
+    }
+
+    /// The number of blocks, bounded as lists are made of them.
+    fn depth(&self, default: usize) -> Result<usize> {
+        const KEY: &str = "num_hidden_layers";
+        let depth = self.size(KEY, Some(default))?;
+        ensure!(depth <= MAX_DEPTH, self.refuse(KEY, format!("is {depth}, expected at most {MAX_DEPTH}")));
+        Ok(depth)
+    }
+
+    fn number(&self, key: &str, default: f64) -> Result<f64> {
+        match self.get(key) {
+            None => Ok(default),
+            Some(value) => value.as_f64().ok_or_else(|| self.refuse(key, format!("is {value}, expected a number"))),
+        }
+    }
+
+    fn flag(&self, key: &str, default: bool) -> Result<bool> {
+        match self.get(key) {
+            None => Ok(default),
+            Some(value) => {
+                value.as_bool().ok_or_else(|| self.refuse(key, format!("is {value}, expected true or false")))
+            }
+        }
+    }
+
+    fn text<'a>(&'a self, key: &str, default: &'a str) -> Result<&'a str> {
+        match self.get(key) {
+            None => Ok(default),
+            Some(value) => value.as_str().ok_or_else(|| self.refuse(key, format!("is {value}, expected text"))),
+        }
+    }
+
+    /// Refuses an option whose other values this crate does not have.
+    fn only(&self, key: &str, value: impl Into<Value>) -> Result<()> {
+        let value = value.into();
+        match self.get(key) {
+            Some(found) if *found != value => Err(self.refuse(key, format!("is {found}, only {value} is known"))),
+            _ => Ok(()),
+        }
+    }
+}
+
+/// The `mult` that gives exactly so many inner features of a feedforward.
+fn ff_mult(dim: usize, inner: usize) -> f64 {
+    // Rounded down in the plan: the middle of the interval is safe.
+    (inner as f64 + 0.5) / dim as f64
+}

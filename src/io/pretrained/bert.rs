@@ -1,0 +1,145 @@
+//! BERT and ALBERT, in the names of `transformers`.
+
+use super::{Described, Names, Options, TensorFile, ff_mult};
+use crate::{
+    Result,
+    config::{AttentionConfig, AttentionLayersConfig, FeedForwardConfig, FinalNorm, TransformerWrapperConfig},
+};
+
+/// Options that both have in common, without the heads.
+fn encoder(options: &Options, activation: &str) -> Result<TransformerWrapperConfig> {
+    options.only("position_embedding_type", "absolute")?;
+    options.only("is_decoder", false)?;
+    options.only("add_cross_attention", false)?;
+    let dim = options.size("hidden_size", Some(768))?;
+    let heads = options.size("num_attention_heads", Some(12))?;
+    if !dim.is_multiple_of(heads) {
+        return Err(options.refuse("num_attention_heads", format!("is {heads}, no divisor of `hidden_size` = {dim}")));
+    }
+    let gelu_tanh = match options.text("hidden_act", activation)? {
+        "gelu" => false,
+        "gelu_new" | "gelu_pytorch_tanh" => true,
+        other => return Err(options.refuse("hidden_act", format!("is `{other}`, expected gelu or gelu_new"))),
+    };
+    let inner = options.size("intermediate_size", Some(3072))?;
+    let layers = AttentionLayersConfig {
+        heads,
+        pre_norm: false,
+        norm_eps: Some(options.number("layer_norm_eps", 1e-12)?),
+        attn: AttentionConfig { dim_head: dim / heads, qkv_bias: true, ..AttentionConfig::default() },
+        ff: FeedForwardConfig { mult: ff_mult(dim, inner), gelu_tanh, ..FeedForwardConfig::default() },
+        ..AttentionLayersConfig::encoder(dim, options.depth(12)?)
+    };
+    Ok(TransformerWrapperConfig {
+        post_emb_norm: true,
+        num_token_types: options.size("type_vocab_size", Some(2))?,
+        scale_pos_emb: false,
+        ..TransformerWrapperConfig::new(
+            options.size("vocab_size", Some(30522))?,
+            options.size("max_position_embeddings", Some(512))?,
+            layers,
+        )
+    })
+}
+
+/// The prefix of a model inside one with a head, if the file has it.
+fn prefix(file: &TensorFile, name: &'static str) -> &'static str {
+    if file.names().any(|tensor| tensor.starts_with(name)) { name } else { "" }
+}
+
+/// Heads are those that the file has weights of.
+fn heads(config: &mut TransformerWrapperConfig, file: &TensorFile, masked: &str, pooler: &str) {
+    config.mlm_head = file.info(masked).is_some();
+    config.tie_embedding = config.mlm_head;
+    config.return_only_embed = !config.mlm_head;
+    config.pooler = file.info(pooler).is_some();
+}
+
+fn embeddings(names: &mut Names, prefix: &str) {
+    names.one("token_emb.weight", format!("{prefix}embeddings.word_embeddings.weight"));
+    names.one("pos_emb.emb.weight", format!("{prefix}embeddings.position_embeddings.weight"));
+    names.one("token_type_emb.weight", format!("{prefix}embeddings.token_type_embeddings.weight"));
+    names.affine("post_emb_norm", &format!("{prefix}embeddings.LayerNorm"));
+    // A buffer: 0, 1, 2, …
+    names.left_out.push(format!("{prefix}embeddings.position_ids"));
+}
+
+/// The masked-LM head below a place, with `transform` above its dense layer and its norm.
+fn masked_head(names: &mut Names, prefix: &str, place: &str, transform: &str) {
+    names.affine("mlm_head.dense", &format!("{place}{transform}dense"));
+    names.affine("mlm_head.norm", &format!("{place}{transform}LayerNorm"));
+    names.one("mlm_head.bias", format!("{place}bias"));
+    let table = format!("{prefix}embeddings.word_embeddings.weight");
+    names.copies.push((format!("{place}decoder.weight"), table));
+    names.copies.push((format!("{place}decoder.bias"), format!("{place}bias")));
+}
+
+pub(super) fn bert(options: &Options, file: &TensorFile) -> Result<Described> {
+    let mut config = encoder(options, "gelu")?;
+    let prefix = prefix(file, "bert.");
+    let pooler = format!("{prefix}pooler.dense");
+    heads(&mut config, file, "cls.predictions.transform.dense.weight", &format!("{pooler}.weight"));
+    let mut names = Names::default();
+    embeddings(&mut names, prefix);
+    let depth = config.attn_layers.depth;
+    for layer in 0..depth {
+        let theirs = format!("{prefix}encoder.layer.{layer}");
+        let own = format!("attn_layers.layers.{}", 2 * layer);
+        let ff = format!("attn_layers.layers.{}", 2 * layer + 1);
+        // The norm of the last sum is the wrapper's.
+        let last = if layer + 1 == depth { "norm".to_string() } else { format!("{ff}.0.2") };
+        names.affine(&format!("{own}.1.to_q"), &format!("{theirs}.attention.self.query"));
+        names.affine(&format!("{own}.1.to_k"), &format!("{theirs}.attention.self.key"));
+        names.affine(&format!("{own}.1.to_v"), &format!("{theirs}.attention.self.value"));
+        names.affine(&format!("{own}.1.to_out"), &format!("{theirs}.attention.output.dense"));
+        names.affine(&format!("{own}.0.2"), &format!("{theirs}.attention.output.LayerNorm"));
+        names.affine(&format!("{ff}.1.net.0.0"), &format!("{theirs}.intermediate.dense"));
+        names.affine(&format!("{ff}.1.net.3"), &format!("{theirs}.output.dense"));
+        names.affine(&last, &format!("{theirs}.output.LayerNorm"));
+    }
+    if config.pooler {
+        names.affine("pooler", &pooler);
+    }
+    if config.mlm_head {
+        masked_head(&mut names, prefix, "cls.predictions.", "transform.");
+    }
+    // Heads of the pretraining: the next sentence, and what AntiBERTy tells of an antibody.
+    let left_out = ["cls.seq_relationship.", "cls.species.", "cls.chain.", "cls.graft."];
+    names.left_out.extend(left_out.map(str::to_string));
+    Ok((config, names))
+}
+
+pub(super) fn albert(options: &Options, file: &TensorFile) -> Result<Described> {
+    options.only("num_hidden_groups", 1)?;
+    options.only("inner_group_num", 1)?;
+    let mut config = encoder(options, "gelu_new")?;
+    config.emb_dim = Some(options.size("embedding_size", Some(128))?);
+    config.attn_layers.weight_tie_layers = true;
+    config.attn_layers.final_norm = FinalNorm::None;
+    let prefix = prefix(file, "albert.");
+    let pooler = format!("{prefix}pooler");
+    heads(&mut config, file, "predictions.dense.weight", &format!("{pooler}.weight"));
+    let mut names = Names::default();
+    embeddings(&mut names, prefix);
+    if config.emb_dim != Some(config.attn_layers.dim) {
+        names.affine("project_emb", &format!("{prefix}encoder.embedding_hidden_mapping_in"));
+    }
+    let theirs = format!("{prefix}encoder.albert_layer_groups.0.albert_layers.0");
+    let (own, ff) = ("attn_layers.layers.0", "attn_layers.layers.1");
+    names.affine(&format!("{own}.1.to_q"), &format!("{theirs}.attention.query"));
+    names.affine(&format!("{own}.1.to_k"), &format!("{theirs}.attention.key"));
+    names.affine(&format!("{own}.1.to_v"), &format!("{theirs}.attention.value"));
+    names.affine(&format!("{own}.1.to_out"), &format!("{theirs}.attention.dense"));
+    names.affine(&format!("{own}.0.2"), &format!("{theirs}.attention.LayerNorm"));
+    names.affine(&format!("{ff}.1.net.0.0"), &format!("{theirs}.ffn"));
+    names.affine(&format!("{ff}.1.net.3"), &format!("{theirs}.ffn_output"));
+    names.affine(&format!("{ff}.0.2"), &format!("{theirs}.full_layer_layer_norm"));
+    if config.pooler {
+        names.affine("pooler", &pooler);
+    }
+    if config.mlm_head {
+        masked_head(&mut names, prefix, "predictions.", "");
+    }
+    names.left_out.push("sop_classifier.".to_string());
+    Ok((config, names))
+}
