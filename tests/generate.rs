@@ -100,7 +100,7 @@ proptest! {
         let options = GenerateOptions {
             sampling: all_tokens(1.0),
             prompt_lengths: lengths,
-            left_padded: extras == 2 && draw.seed % 2 == 0,
+            left_padded: extras == 2 && draw.seed.is_multiple_of(2),
             repetition_penalty: 1.2,
             seed: draw.seed,
             forward,

@@ -199,8 +199,9 @@ vectorized! {
                 for (wide, x) in wide_chunks.remainder().iter().zip(x_chunks.remainder()) {
                     sum += *wide * *x;
                 }
-                for lane in 0..LANES {
-                    sum += (lanes[0][lane] + lanes[1][lane]) + (lanes[2][lane] + lanes[3][lane]);
+                let [a, b, c, d] = lanes;
+                for (((a, b), c), d) in a.into_iter().zip(b).zip(c).zip(d) {
+                    sum += (a + b) + (c + d);
                 }
                 *product += sum;
             }
