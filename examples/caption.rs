@@ -18,7 +18,7 @@ const COLOURS: [(&str, [f64; 3]); 3] =
     [("red", [1.0, 0.0, 0.0]), ("green", [0.0, 1.0, 0.0]), ("blue", [0.0, 0.0, 1.0])];
 const PLACES: [&str; 4] = ["top left", "top right", "bottom left", "bottom right"];
 /// Bytes of the longest caption with its start and end.
-const LENGTH: usize = 24;
+const LENGTH: usize = 32;
 /// Stands before and behind a caption.
 const BORDER: i64 = 0;
 
@@ -33,7 +33,7 @@ fn image(colour: usize, place: usize, seed: u64, device: &Device) -> Result<Tens
     })
 }
 
-/// A caption as bytes between borders, `[1, 24]`.
+/// A caption as bytes between borders, `[1, 33]`.
 fn caption(colour: usize, place: usize, device: &Device) -> Result<Tensor> {
     let text = format!("a {} square, {}", COLOURS[colour].0, PLACES[place]);
     let mut tokens = vec![BORDER; LENGTH + 1];
