@@ -106,7 +106,7 @@ impl Device {
     /// and no limit on a GPU.
     ///
     /// On the CPU, whatever the limit, it goes before memory in use and memory kept outgrow the largest use so far by
-    /// 64 MiB.
+    /// 8 MiB.
     pub fn set_cache_limit(&self, bytes: usize) {
         on_pool!(self, pool, pool.set_limit(bytes));
     }
