@@ -48,12 +48,12 @@ pub(super) fn product<T: Float, P: Packing<T>>(
         for i in (0..m).step_by(CHUNK) {
             let (rows, columns) = (CHUNK.min(m - i), CHUNK.min(n - j));
             let (a, b, start) = (a.from(i, 0), b.from(0, j), start.of_block(0, j));
+            let chunk = Chunk::<T, P>::new(k, a, b, start, rows, columns);
             let mut out = out.part(i, j, rows, columns);
             if let Some(out) = out.as_sums() {
-                Chunk::<T, P>::new(k, a, b, start, rows, columns).write_sums(&out)?;
+                chunk.write_sums(&out)?;
                 continue;
             }
-            let chunk = Chunk::<T, P>::new(k, a, b, start, rows, columns);
             if chunk.blocks_at_a_time * STEPS >= k {
                 chunk.write_rounded(&out)?;
                 continue;

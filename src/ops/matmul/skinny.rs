@@ -71,47 +71,16 @@ mod avx2 {
         if simd::level() < Level::Avx2 || (b.row != 1 && b.col != 1) {
             return 0;
         }
-        let (a, right, sums) = (a.as_ptr(), b.data.as_ptr(), sums.as_mut_ptr());
+        let strides = [b.row, b.col, passed];
+        let (a, b, sums) = (a.as_ptr(), b.data.as_ptr(), sums.as_mut_ptr());
         // SAFETY: the level has AVX2; the caller has checked the reach of the operands; the casts go to the type that
         // has the dtype of `T`.
         unsafe {
             match T::DTYPE {
-                DType::F32 => columns::<f32, __m256, 8>(
-                    rows,
-                    n,
-                    steps,
-                    a.cast(),
-                    right.cast(),
-                    [b.row, b.col, passed],
-                    sums.cast(),
-                ),
-                DType::BF16 => columns::<bf16, __m256, 8>(
-                    rows,
-                    n,
-                    steps,
-                    a.cast(),
-                    right.cast(),
-                    [b.row, b.col, passed],
-                    sums.cast(),
-                ),
-                DType::F16 => columns::<f16, __m256, 8>(
-                    rows,
-                    n,
-                    steps,
-                    a.cast(),
-                    right.cast(),
-                    [b.row, b.col, passed],
-                    sums.cast(),
-                ),
-                DType::F64 => columns::<f64, __m256d, 4>(
-                    rows,
-                    n,
-                    steps,
-                    a.cast(),
-                    right.cast(),
-                    [b.row, b.col, passed],
-                    sums.cast(),
-                ),
+                DType::F32 => columns::<f32, __m256, 8>(rows, n, steps, a.cast(), b.cast(), strides, sums.cast()),
+                DType::BF16 => columns::<bf16, __m256, 8>(rows, n, steps, a.cast(), b.cast(), strides, sums.cast()),
+                DType::F16 => columns::<f16, __m256, 8>(rows, n, steps, a.cast(), b.cast(), strides, sums.cast()),
+                DType::F64 => columns::<f64, __m256d, 4>(rows, n, steps, a.cast(), b.cast(), strides, sums.cast()),
                 _ => 0,
             }
         }
