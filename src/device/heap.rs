@@ -377,7 +377,7 @@ mod tests {
             for round in 0..2000u32 {
                 // A linear congruential generator.
                 state = state.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
-                let bytes = (state >> 40) as usize % (3 << (state >> 33) as u32 % 21);
+                let bytes = (state >> 40) as usize % (3usize << ((state >> 33) % 21));
                 let (block, mark) = (heap.allocate(bytes)?, round as u8);
                 assert!(block.bytes >= bytes && block.pointer.addr().get().is_multiple_of(ALIGNMENT));
                 // SAFETY: this test owns the block.
