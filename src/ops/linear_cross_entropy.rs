@@ -25,6 +25,12 @@ const BLOCK_ON_GPU: usize = 256 << 20;
 /// Rows of a block however long they are.
 const FEWEST_ROWS: usize = 256;
 
+/// The most rows of logits, of so many classes each, that [`Tensor::linear_cross_entropy`] makes at a time.
+pub fn rows_of_logits(classes: usize, dtype: DType, device: &Device) -> usize {
+    let most = if *device == Device::Cpu { BLOCK_ON_CPU } else { BLOCK_ON_GPU };
+    (most / classes.saturating_mul(dtype.size()).max(1)).max(FEWEST_ROWS)
+}
+
 impl Tensor {
     /// [`Tensor::cross_entropy`] of [`Tensor::linear`], in blocks of rows: what a language model ends with.
     ///
@@ -55,9 +61,8 @@ impl Tensor {
         ignore_index: i64,
     ) -> Result<Tensor> {
         check_linear(OP, self, weight, bias)?;
-        let bytes = weight.shape()[0].saturating_mul(self.dtype().size()).max(1);
-        let most = if *self.device() == Device::Cpu { BLOCK_ON_CPU } else { BLOCK_ON_GPU };
-        self.linear_cross_entropy_by(weight, bias, targets, ignore_index, (most / bytes).max(FEWEST_ROWS))
+        let rows_at_a_time = rows_of_logits(weight.shape()[0], self.dtype(), self.device());
+        self.linear_cross_entropy_by(weight, bias, targets, ignore_index, rows_at_a_time)
     }
 
     /// As [`Tensor::linear_cross_entropy`], with at most so many rows at a time.

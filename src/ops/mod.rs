@@ -49,6 +49,7 @@ ops! {
     topk: top_k_mask;
 }
 
+pub use linear_cross_entropy::rows_of_logits;
 pub use matmul::Int8Matrix;
 #[cfg(feature = "cuda")]
 pub(crate) use sample::broken_logits;
