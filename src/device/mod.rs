@@ -20,6 +20,7 @@ pub(crate) mod launch;
 mod pool;
 mod precision;
 pub(crate) mod simd;
+mod tasks;
 
 pub use cuda::CudaDevice;
 pub use pool::MemoryStats;
