@@ -3,8 +3,8 @@
 //!
 //! Element (i, j) of C is always summed in the same order: chains of [`STEPS`] products, and the chains one after the
 //! other. Neither the layout of the operands nor the number of threads changes a bit of it. Nor does the number of rows
-//! or columns, unless the processor has other instructions than multiply-adds for the type ([`packing`](super::packing)):
-//! those have an order of their own, and are not used for a few rows.
+//! or columns, but on tiles of AMX ([`packing`](super::packing)): those have an order of their own, and are not used for a
+//! few rows.
 
 use std::cell::Cell;
 

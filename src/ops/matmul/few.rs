@@ -8,6 +8,7 @@ use super::{
     cpu::{Matrix, STEPS, aligned},
     microkernel::{Start, Window},
     packing::Packing,
+    skinny,
 };
 use crate::core::Float;
 
@@ -43,7 +44,9 @@ impl Lane {
 /// How a product of so many rows is multiplied here, if it is.
 pub(super) fn lane<T: Float, P: Packing<T>>(rows: usize, k: usize, b: Matrix<T>) -> Option<Lane> {
     let fits = cfg!(target_arch = "x86_64") && (1..=ROWS).contains(&rows) && k > 0 && b.row == 1;
-    if fits { P::lane() } else { None }
+    // Fewer columns at a time, which the other way takes, find more of theirs in the first-level cache: for as few rows of
+    // f32 as wait for nothing but memory that counts for more than wider vectors.
+    P::lane().filter(|&lane| fits && (lane != Lane::F32 || rows > skinny::TOGETHER))
 }
 
 /// Rows of A as bytes, lane after lane.
