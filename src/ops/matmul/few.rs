@@ -1,8 +1,8 @@
 //! A few rows times a matrix whose columns lie in memory, by AVX-512: B is read once, where it lies and in the order of
 //! memory, and not packed. Reading it is all the cost for the first rows, and for more of them multiply-adds are.
 //!
-//! Squares of B are transposed in registers, so that lanes are columns: the order of additions is that of the packed
-//! product, whose bits these are.
+//! Squares of B are transposed in registers, so that lanes are columns; or, for more rows, each of its elements goes to all
+//! lanes, which are rows. The order of additions is that of the packed product, whose bits these are.
 
 use super::{
     cpu::{Matrix, STEPS, aligned},
@@ -13,13 +13,16 @@ use super::{
 use crate::core::Float;
 
 /// At most this many rows are worth it.
-pub(super) const ROWS: usize = 24;
+const ROWS: usize = 32;
 
 /// Columns at a time, the lanes of a vector; remainders are not done.
 pub(super) const COLUMNS: usize = 16;
 
-/// Rows that are multiplied at a time: their sums and a transposed square fill the registers.
+/// Rows that are multiplied at a time while lanes are columns: their sums and a transposed square fill the registers.
 const TOGETHER: usize = 12;
+
+/// At most this many rows are worth it if lanes are columns.
+const GROUPED: usize = 2 * TOGETHER;
 
 /// What a lane of B is made from, and the instruction that multiplies it.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -39,14 +42,24 @@ impl Lane {
     fn words(self, steps: usize) -> usize {
         if self == Self::Pair { steps.div_ceil(2) } else { steps }
     }
+
+    /// Whether elements of B are lanes as they lie in memory.
+    fn whole(self, k: usize) -> bool {
+        match self {
+            Self::F32 => true,
+            Self::Pair => k.is_multiple_of(2),
+            Self::Bf16 | Self::F16 => false,
+        }
+    }
 }
 
 /// How a product of so many rows is multiplied here, if it is.
 pub(super) fn lane<T: Float, P: Packing<T>>(rows: usize, k: usize, b: Matrix<T>) -> Option<Lane> {
     let fits = cfg!(target_arch = "x86_64") && (1..=ROWS).contains(&rows) && k > 0 && b.row == 1;
+    let fits = |lane: Lane| fits && (rows <= GROUPED || lane.whole(k));
     // Fewer columns at a time, which the other way takes, find more of theirs in the first-level cache: for as few rows of
     // f32 as wait for nothing but memory that counts for more than wider vectors.
-    P::lane().filter(|&lane| fits && (lane != Lane::F32 || rows > skinny::TOGETHER))
+    P::lane().filter(|&lane| fits(lane) && (lane != Lane::F32 || rows > skinny::TOGETHER))
 }
 
 /// Rows of A as bytes, lane after lane.
@@ -60,12 +73,7 @@ struct Rows<'a> {
 impl<'a> Rows<'a> {
     /// Rows in place if they lie in memory as they are needed, else copied.
     fn new<T: Float>(lane: Lane, a: Matrix<'a, T>, rows: usize, k: usize, copy: &'a mut Vec<u64>) -> Self {
-        let in_place = match lane {
-            Lane::F32 => true,
-            Lane::Pair => k.is_multiple_of(2),
-            Lane::Bf16 | Lane::F16 => false,
-        };
-        if in_place && a.col == 1 {
+        if lane.whole(k) && a.col == 1 {
             return Self { data: bytemuck::cast_slice(a.data), row: a.row * size_of::<T>() };
         }
         let words = lane.words(k);
@@ -83,7 +91,7 @@ impl<'a> Rows<'a> {
             if a.col == 1 {
                 singles.iter_mut().zip(from.data).for_each(|(to, &value)| *to = single(value));
             } else {
-                singles.iter_mut().zip(from.data.iter().step_by(a.col)).for_each(|(to, &value)| *to = single(value));
+                singles.iter_mut().enumerate().for_each(|(step, to)| *to = single(from.data[step * a.col]));
             }
         }
         Self { data: bytemuck::cast_slice(copy), row: 4 * words }
@@ -114,6 +122,10 @@ pub(super) fn multiply<T: Float>(
     if done == 0 || rows == 0 || k == 0 {
         return 0;
     }
+    #[cfg(target_arch = "x86_64")]
+    if rows > TOGETHER && lane.whole(k) {
+        return multiply_by_rows(lane, k, a, b, start, c, copy);
+    }
     let a = Rows::new(lane, a, rows, k, copy);
     let groups = rows.div_ceil(TOGETHER);
     let mut sums = [[0.0f32; COLUMNS]; TOGETHER];
@@ -132,6 +144,49 @@ pub(super) fn multiply<T: Float>(
                 for (i, sums) in (first..end).zip(sums) {
                     start.add_to(bytemuck::cast_slice(sums), &mut c.row_mut(i)[j..]);
                 }
+            }
+        }
+    }
+    done
+}
+
+/// As [`multiply`], with rows in the lanes of one or two vectors.
+#[cfg(target_arch = "x86_64")]
+fn multiply_by_rows<T: Float>(
+    lane: Lane,
+    k: usize,
+    a: Matrix<T>,
+    b: Matrix<T>,
+    start: Start<T::Acc>,
+    c: &mut Window<T::Acc>,
+    copy: &mut Vec<u64>,
+) -> usize {
+    let (rows, done) = (c.rows(), c.columns() / COLUMNS * COLUMNS);
+    let lanes = rows.next_multiple_of(COLUMNS);
+    let packed = aligned::<[f32; COLUMNS]>(copy, lane.words(k) * lanes / COLUMNS);
+    // Of each word, all rows.
+    let whole = avx512::pack(lane, a, rows, k, packed);
+    let word = |row: usize, word: usize| match lane {
+        _ if row >= rows => 0.0,
+        Lane::Pair => {
+            let half = |step: usize| u32::from(half_bits(a.data[row * a.row + step * a.col]));
+            f32::from_bits(half(2 * word) | half(2 * word + 1) << 16)
+        }
+        _ => single(a.data[row * a.row + word * a.col]),
+    };
+    for (index, of_word) in packed.as_flattened_mut().chunks_exact_mut(lanes).enumerate().skip(whole) {
+        of_word.iter_mut().enumerate().for_each(|(row, to)| *to = word(row, index));
+    }
+    let mut sums = [[0.0f32; COLUMNS]; ROWS];
+    for j in (0..done).step_by(COLUMNS) {
+        for step in (0..k).step_by(STEPS) {
+            let steps = STEPS.min(k - step);
+            let passed = lane.words(step);
+            let start = start.of_block(step, j);
+            let a = &packed[passed * lanes / COLUMNS..];
+            avx512::multiply_by_rows(lane, a, steps, b.from(step, j), passed, &mut sums[..lanes]);
+            for (i, sums) in sums[..rows].iter().enumerate() {
+                start.add_to(bytemuck::cast_slice(sums), &mut c.row_mut(i)[j..]);
             }
         }
     }
@@ -327,6 +382,151 @@ mod avx512 {
             }
             for (row, sum) in sums.into_iter().enumerate() {
                 _mm512_storeu_ps(block.sums.add(row * COLUMNS), sum);
+            }
+        }
+    }
+    /// Packs as many words of all rows as squares hold, each with the lanes of all rows; returns how many.
+    pub fn pack<T: Float>(lane: Lane, a: Matrix<T>, rows: usize, k: usize, to: &mut [[f32; COLUMNS]]) -> usize {
+        let whole = lane.words(k) / COLUMNS * COLUMNS;
+        if a.col != 1 || whole == 0 {
+            return 0;
+        }
+        let vectors = rows.div_ceil(COLUMNS);
+        assert!(lane.whole(k) && simd::level() >= Level::Avx512, "rows that are not packed by squares");
+        assert!((rows - 1) * a.row + k <= a.data.len() && vectors * whole <= to.len(), "the rows exceed their memory");
+        // SAFETY: the level has AVX-512, and `whole` words of every row lie inside of both operands.
+        unsafe { squares(a.data.as_ptr().cast(), a.row * size_of::<T>(), rows, whole, to.as_mut_ptr().cast()) };
+        whole
+    }
+
+    /// # Safety
+    ///
+    /// AVX-512 is there; `words` words, a multiple of [`COLUMNS`], of all rows are readable, and as many vectors writable for
+    /// each [`COLUMNS`] rows.
+    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
+    unsafe fn squares(from: *const u8, row: usize, rows: usize, words: usize, to: *mut f32) {
+        let vectors = rows.div_ceil(COLUMNS);
+        // SAFETY: see above.
+        unsafe {
+            for vector in 0..vectors {
+                let rows = COLUMNS.min(rows - vector * COLUMNS);
+                for word in (0..words).step_by(COLUMNS) {
+                    let mut square = [_mm512_setzero_ps(); COLUMNS];
+                    for (index, values) in square.iter_mut().enumerate().take(rows) {
+                        *values = _mm512_loadu_ps(from.add((vector * COLUMNS + index) * row + 4 * word).cast());
+                    }
+                    for (index, values) in __m512::transpose(square).into_iter().enumerate() {
+                        _mm512_storeu_ps(to.add(((word + index) * vectors + vector) * COLUMNS), values);
+                    }
+                }
+            }
+        }
+    }
+
+    /// As [`multiply`] for rows in the lanes of packed words.
+    pub fn multiply_by_rows<T: Float>(
+        lane: Lane,
+        a: &[[f32; COLUMNS]],
+        steps: usize,
+        b: Matrix<T>,
+        passed: usize,
+        sums: &mut [[f32; COLUMNS]],
+    ) {
+        let level = if lane == Lane::Pair { Level::Avx512Bf16 } else { Level::Avx512 };
+        let bytes = if lane == Lane::Pair { 2 } else { 4 };
+        assert!(simd::level() >= level && bytes == size_of::<T>() && lane.whole(steps), "no such products");
+        assert!(steps > 0 && steps - 1 + (COLUMNS - 1) * b.col < b.data.len(), "B ends before its block");
+        let vectors = sums.len() / COLUMNS;
+        assert!(lane.words(steps) * vectors <= a.len(), "A ends before its block");
+        let block = Block {
+            a: a.as_ptr().cast(),
+            row: 4 * COLUMNS,
+            steps,
+            b: b.data.as_ptr().cast(),
+            column: b.col * size_of::<T>(),
+            passed,
+            sums: sums.as_mut_ptr().cast(),
+        };
+        // SAFETY: the level has the instructions; the reach of the operands is checked above.
+        unsafe {
+            match (lane, vectors) {
+                (Lane::Pair, 1) => rows_of_pairs::<1, COLUMNS>(&block),
+                (Lane::Pair, 2) => rows_of_pairs::<2, { COLUMNS / 2 }>(&block),
+                (Lane::F32, 1) => rows_of_f32::<1, COLUMNS>(&block),
+                (Lane::F32, 2) => rows_of_f32::<2, { COLUMNS / 2 }>(&block),
+                _ => unreachable!("{lane:?} is not whole, or {vectors} vectors are too many"),
+            }
+        }
+    }
+
+    /// # Safety
+    ///
+    /// As for [`of_f32`].
+    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
+    unsafe fn rows_of_f32<const VECTORS: usize, const TOGETHER: usize>(block: &Block) {
+        // SAFETY: see above.
+        unsafe { word_by_word::<Singles, VECTORS, TOGETHER>(block) }
+    }
+
+    /// # Safety
+    ///
+    /// As for [`of_pairs`].
+    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
+    unsafe fn rows_of_pairs<const VECTORS: usize, const TOGETHER: usize>(block: &Block) {
+        // SAFETY: see above.
+        unsafe { word_by_word::<Pairs, VECTORS, TOGETHER>(block) }
+    }
+
+    /// Some columns at a time, whose words go to all lanes.
+    ///
+    /// # Safety
+    ///
+    /// As for the functions that call it.
+    #[inline(always)]
+    unsafe fn word_by_word<L: Lanes, const VECTORS: usize, const TOGETHER: usize>(block: &Block) {
+        /// Columns that are reached from one pointer.
+        const REACHED: usize = 4;
+        let &Block { a, steps, b, column, passed, .. } = block;
+        let words = steps / L::STEPS;
+        let strides = [0, column, 2 * column, 3 * column];
+        // SAFETY: see above.
+        unsafe {
+            // As in the other way.
+            let next = b.wrapping_add(COLUMNS * column).wrapping_sub(passed * L::BYTES);
+            let next = next.wrapping_add(passed * L::BYTES * COLUMNS).cast::<i8>();
+            let mut squares = [[_mm512_setzero_ps(); COLUMNS]; VECTORS];
+            for first in (0..COLUMNS).step_by(TOGETHER) {
+                let mut sums = [[_mm512_setzero_ps(); VECTORS]; TOGETHER];
+                let mut groups = [0, 1, 2, 3].map(|group| b.wrapping_add((first + group * REACHED) * column));
+                let lines = words * L::BYTES * TOGETHER / 64;
+                for word in 0..words {
+                    if word < lines {
+                        _mm_prefetch(next.wrapping_add((first * words * L::BYTES) + 64 * word), _MM_HINT_T0);
+                    }
+                    let mut rows = [_mm512_setzero_ps(); VECTORS];
+                    for (vector, rows) in rows.iter_mut().enumerate() {
+                        *rows = _mm512_loadu_ps(a.add((word * VECTORS + vector) * 4 * COLUMNS).cast());
+                    }
+                    for (index, sums) in sums.iter_mut().enumerate() {
+                        let factor = groups[index / REACHED].wrapping_add(strides[index % REACHED]).cast::<f32>();
+                        let factor = _mm512_set1_ps(factor.read_unaligned());
+                        for (sum, rows) in sums.iter_mut().zip(rows) {
+                            *sum = L::multiply_add(rows, factor, *sum);
+                        }
+                    }
+                    // Wrapping: after the last word the pointers may leave their slices.
+                    groups = groups.map(|group| group.wrapping_add(4));
+                }
+                for (index, sums) in sums.into_iter().enumerate() {
+                    for (square, sum) in squares.iter_mut().zip(sums) {
+                        square[first + index] = sum;
+                    }
+                }
+            }
+            for (vector, square) in squares.into_iter().enumerate() {
+                for (row, values) in __m512::transpose(square).into_iter().enumerate() {
+                    _mm512_storeu_ps(block.sums.add((vector * COLUMNS + row) * COLUMNS), values);
+                }
             }
         }
     }
