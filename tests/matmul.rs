@@ -113,12 +113,12 @@ fn large_sizes_in_every_dtype_and_layout() -> Result<()> {
 fn rows_do_not_depend_on_how_many_there_are() -> Result<()> {
     let fewest = if Level::detected() == Level::Amx { 9 } else { 1 };
     for dtype in [DType::F32, DType::BF16, DType::F16, DType::F64] {
-        for k in [700, 333, 5] {
+        for k in [600, 333, 5] {
             let a = random(&[300, k], dtype, 1)?;
             // Steps or columns next to each other, and columns that fill no vector.
-            for b in [random(&[k, 200], dtype, 2)?, random(&[203, k], dtype, 2)?.transpose(0, 1)?] {
+            for b in [random(&[k, 100], dtype, 2)?, random(&[107, k], dtype, 2)?.transpose(0, 1)?] {
                 let whole = a.matmul(&b)?;
-                for rows in (1..=26).chain([64, 65, 299]).filter(|&rows| rows >= fewest) {
+                for rows in [1, 2, 3, 4, 5, 8, 9, 12, 13, 16, 17, 24, 25, 32, 33, 299].into_iter().filter(|&rows| rows >= fewest) {
                     let part = a.narrow(0, 1, rows)?.matmul(&b)?.to_f64_vec()?;
                     assert!(part == whole.narrow(0, 1, rows)?.to_f64_vec()?, "{rows} rows, {k} steps, {dtype}");
                     let scattered = scattered(&a.narrow(0, 1, rows)?)?.matmul(&b)?.to_f64_vec()?;
