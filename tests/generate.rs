@@ -300,6 +300,51 @@ fn generation_refuses_options_that_do_not_fit() -> Result<()> {
     Ok(())
 }
 
+/// Every way to generate, which must all fail.
+fn all_fail(model: &AutoregressiveWrapper, prompt: &Tensor, expected: &str) -> Result<()> {
+    let by_rows = GenerateOptions { repetition_penalty: 1.2, ..Default::default() };
+    let first = GenerateOptions { sampling: greedy(), ..Default::default() };
+    for options in [GenerateOptions { sampling: all_tokens(1.0), ..Default::default() }, first, by_rows] {
+        let beams = BeamOptions::default();
+        let errors = [
+            model.generate(prompt, 3, &options, &mut |_| true).err(),
+            model.beam_search(prompt, 3, &beams, &options).err(),
+            model.generate_with_draft(model, 2, prompt, 3, &options, &mut |_| true).err(),
+        ];
+        for (way, error) in errors.into_iter().enumerate() {
+            let error = error.map_or("none".to_string(), |error| error.to_string());
+            assert!(error.contains(expected), "{way} {:?}: {error}", options.sampling);
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn prompts_that_are_none_are_refused() -> Result<()> {
+    let model = decoder(20, 1, 5)?;
+    for shape in [&[0][..], &[1, 0], &[0, 3]] {
+        all_fail(&model, &ints(&[], shape)?, "expected a token")?;
+    }
+    all_fail(&model, &ints(&[1; 4], &[1, 2, 2])?, "[batch, n] or [n]")?;
+    all_fail(&model, &Tensor::ones([1, 2], DType::F32, device())?, "expected i64")?;
+    all_fail(&model, &ints(&[1, 20], &[2])?, "20")?;
+    all_fail(&model, &ints(&[-1, 2], &[2])?, "-1")
+}
+
+/// Weights that are not numbers give no tokens, but an error that says so.
+#[test]
+fn broken_weights_are_told() -> Result<()> {
+    let layers = json!({"kind": "Decoder", "dim": 16, "depth": 1, "heads": 2, "attn_dim_head": 8});
+    let value = json!({"model": "TransformerWrapper", "num_tokens": 20, "max_seq_len": 14, "attn_layers": layers});
+    let Config::TransformerWrapper(net) = Config::from_value(value)? else { unreachable!() };
+    let store = Store::new(1, DType::F64, device());
+    let model = AutoregressiveWrapper::new(&AutoregressiveConfig { net, ..AutoregressiveConfig::default() }, &store)?;
+    let params = store.params();
+    let table = params.get("net.token_emb.weight").expect("a table of tokens");
+    table.set(Tensor::full(*table.tensor().shape(), f64::NAN, DType::F64, device())?)?;
+    all_fail(&model, &ints(&[1, 2], &[2])?, "weights are broken")
+}
+
 /// Inside of a tape, generation records nothing that it would need a gradient for.
 #[test]
 fn generation_works_inside_of_a_tape() -> Result<()> {
