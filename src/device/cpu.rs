@@ -1,87 +1,17 @@
 //! Processor memory and how work is cut for the `rayon` pool.
 
-use std::{
-    alloc::{Layout, alloc_zeroed, dealloc},
-    ptr::NonNull,
-};
-
-use memmap2::MmapMut;
 use rayon::prelude::*;
 
 use super::{
-    cpu_pool,
-    pool::{Reusable, size_class},
+    cpu_heap,
+    heap::{ALIGNMENT, Block},
 };
 use crate::{
     Result,
     core::{Layout as TensorLayout, Shape, collapse},
 };
 
-/// Bytes to which buffers are aligned: a cache line, and the widest vector load.
-const ALIGNMENT: usize = 64;
-
-/// Blocks from this size on are maps of their own: only those go back to the system for certain, whatever lies beside
-/// them, while an allocator keeps what it cannot give back from the end of its heap.
-const MAPPED: usize = 1 << 20;
-
-/// Bytes from which a block asks for pages of 2 MiB: first touching one of 4 KiB costs as much as writing it, and a block
-/// may hold one large page more than it needs.
-#[cfg(target_os = "linux")]
-const HUGE: usize = 8 << 20;
-
-/// Zeroed memory from the system.
-pub(super) struct Block {
-    pointer: NonNull<u8>,
-    bytes: usize,
-    /// Who owns the memory, if it is not the allocator's.
-    map: Option<MmapMut>,
-}
-
-// SAFETY: a block owns its memory exclusively, like a `Vec<u8>`.
-unsafe impl Send for Block {}
-// SAFETY: shared access only reads.
-unsafe impl Sync for Block {}
-
-impl Block {
-    fn layout(bytes: usize) -> Option<Layout> {
-        Layout::from_size_align(bytes, ALIGNMENT).ok()
-    }
-
-    fn new(bytes: usize) -> Option<Self> {
-        if bytes >= MAPPED {
-            // Pages are aligned to far more than a cache line.
-            let mut map = MmapMut::map_anon(bytes).ok()?;
-            // A wish that the system may decline.
-            #[cfg(target_os = "linux")]
-            if bytes >= HUGE {
-                map.advise(memmap2::Advice::HugePage).ok();
-            }
-            return Some(Self { pointer: NonNull::new(map.as_mut_ptr())?, bytes, map: Some(map) });
-        }
-        let layout = Self::layout(bytes)?;
-        // SAFETY: the size is not zero, classes start at 64 bytes. Zeroed memory is initialised for every Pod type.
-        let pointer = NonNull::new(unsafe { alloc_zeroed(layout) })?;
-        Some(Self { pointer, bytes, map: None })
-    }
-}
-
-impl Reusable for Block {
-    /// The caches may still hold it.
-    fn goes_before(&self, _earlier: &Self) -> bool {
-        true
-    }
-}
-
-impl Drop for Block {
-    fn drop(&mut self) {
-        if let (None, Some(layout)) = (&self.map, Self::layout(self.bytes)) {
-            // SAFETY: allocated in `new` with the same layout.
-            unsafe { dealloc(self.pointer.as_ptr(), layout) }
-        }
-    }
-}
-
-/// Bytes in the processor's memory, 64-byte aligned, returned to the pool on drop.
+/// Bytes in the processor's memory, 64-byte aligned, returned to the heap on drop.
 pub(crate) struct CpuBuffer {
     block: Option<Block>,
     bytes: usize,
@@ -92,13 +22,7 @@ impl CpuBuffer {
         if bytes == 0 {
             return Ok(Self { block: None, bytes });
         }
-        let (class, pool) = (size_class(bytes), cpu_pool());
-        let make = || {
-            pool.make_room(class);
-            Block::new(class)
-        };
-        let block = pool.allocate(class, bytes, make)?;
-        let mut buffer = Self { block: Some(block), bytes };
+        let mut buffer = Self { block: Some(cpu_heap().allocate(bytes)?), bytes };
         if cfg!(debug_assertions) {
             // All bits set is NaN in every float type: an element that an op forgets shows.
             buffer.bytes_mut().fill(0xFF);
@@ -132,7 +56,7 @@ fn empty() -> &'static mut [u8] {
 impl Drop for CpuBuffer {
     fn drop(&mut self) {
         if let Some(block) = self.block.take() {
-            cpu_pool().give(block.bytes, block);
+            cpu_heap().give(block);
         }
     }
 }
