@@ -8,6 +8,7 @@ use std::{
         Arc, Mutex,
         atomic::{AtomicUsize, Ordering},
     },
+    time::{Duration, Instant},
 };
 
 use rayon::prelude::*;
@@ -27,6 +28,13 @@ pub(super) fn run(tasks: usize, body: &(dyn Fn(usize) + Sync)) {
 
 /// Marks work whose caller waits for nobody else any more.
 const CLOSED: usize = 1 << (usize::BITS - 1);
+
+/// How long a caller does tasks without any help before it leaves them to the pool: a thread that was woken may wait for
+/// the processor that the caller is on, while another one idles.
+const ALONE: Duration = Duration::from_micros(100);
+
+/// How long a caller takes part at most: work that lasts longer is the pool's, which has a thread for each processor.
+const PART: Duration = Duration::from_millis(1);
 
 /// Times that the caller looks for the end of the last tasks before it lets other threads go first.
 const SPINS: usize = 2000;
@@ -51,14 +59,33 @@ unsafe impl Send for Work {}
 unsafe impl Sync for Work {}
 
 impl Work {
+    /// Does a task, unless all are taken.
+    fn take_one(&self, end: usize) -> bool {
+        if self.taken.fetch_add(1, Ordering::Relaxed) >= self.tasks {
+            return false;
+        }
+        // Both ends together have given out no more tasks than are taken, so that they do not meet.
+        let index = self.ends[end].fetch_add(1, Ordering::Relaxed);
+        let task = if end == 0 { index } else { self.tasks - 1 - index };
+        // SAFETY: the caller is in its call, or waits there for this helper.
+        unsafe { (*self.body)(task) };
+        true
+    }
+
     /// Does tasks until all are taken.
     fn take_part(&self, end: usize) {
-        while self.taken.fetch_add(1, Ordering::Relaxed) < self.tasks {
-            // Both ends together have given out no more tasks than are taken, so that they do not meet.
-            let index = self.ends[end].fetch_add(1, Ordering::Relaxed);
-            let task = if end == 0 { index } else { self.tasks - 1 - index };
-            // SAFETY: the caller is in its call, or waits there for this helper.
-            unsafe { (*self.body)(task) };
+        while self.take_one(end) {}
+    }
+
+    /// The caller's part.
+    fn begin(&self, threads: usize) {
+        let start = Instant::now();
+        while self.take_one(0) {
+            let (time, alone) = (start.elapsed(), self.helpers.load(Ordering::Relaxed) == 0);
+            if time > PART || alone && time > ALONE {
+                // Sleeps until no task is left.
+                return (0..threads).into_par_iter().for_each(|_| self.take_part(0));
+            }
         }
     }
 
@@ -115,7 +142,7 @@ fn with_helpers(tasks: usize, body: &(dyn Fn(usize) + Sync)) {
         let work = work.clone();
         rayon::spawn(move || work.help());
     }
-    work.take_part(0);
+    work.begin(helpers + 1);
     drop(wait);
     let panic = work.panic.lock().unwrap_or_else(|poisoned| poisoned.into_inner()).take();
     if let Some(panic) = panic {
@@ -143,15 +170,31 @@ mod tests {
         std::thread::scope(|scope| (0..4).for_each(|_| drop(scope.spawn(all))));
     }
 
+    /// Work that lasts is left to the pool, each task once.
+    #[test]
+    fn tasks_that_last_are_run_once() {
+        for microseconds in [60, 400] {
+            let visits: Vec<_> = (0..40).map(|_| AtomicUsize::new(0)).collect();
+            run(visits.len(), &|task| {
+                std::thread::sleep(Duration::from_micros(microseconds));
+                visits[task].fetch_add(1, Ordering::Relaxed);
+            });
+            assert!(visits.iter().all(|visits| visits.load(Ordering::Relaxed) == 1));
+        }
+    }
+
     /// A panic comes back to the caller, whoever had it, after everybody has left the body.
     #[test]
     fn tasks_that_panic() {
-        for bad in [0, 7, 63] {
+        for (bad, last) in [(0, false), (7, false), (63, false), (63, true)] {
             let running = AtomicUsize::new(0);
             let result = catch_unwind(AssertUnwindSafe(|| {
                 run(64, &|task| {
                     running.fetch_add(1, Ordering::SeqCst);
                     std::thread::yield_now();
+                    if last {
+                        std::thread::sleep(Duration::from_micros(200));
+                    }
                     running.fetch_sub(1, Ordering::SeqCst);
                     assert!(task != bad, "the bad one");
                 });
