@@ -5,17 +5,16 @@ use std::{
     ptr::NonNull,
 };
 
-use memmap2::MmapMut;
-use rayon::prelude::*;
-
 use super::{
     cpu_pool,
+    parallel::run,
     pool::{Reusable, size_class},
 };
 use crate::{
     Result,
     core::{Layout as TensorLayout, Shape, collapse},
 };
+use memmap2::MmapMut;
 
 /// Bytes to which buffers are aligned: a cache line, and the widest vector load.
 const ALIGNMENT: usize = 64;
@@ -24,10 +23,9 @@ const ALIGNMENT: usize = 64;
 /// them, while an allocator keeps what it cannot give back from the end of its heap.
 const MAPPED: usize = 1 << 20;
 
-/// Bytes from which a block asks for pages of 2 MiB: first touching one of 4 KiB costs as much as writing it, and a block
-/// may hold one large page more than it needs.
+/// Bytes of the pages that larger blocks ask for: first touching 2 MiB in pages of 4 KiB costs more than writing them.
 #[cfg(target_os = "linux")]
-const HUGE: usize = 8 << 20;
+const HUGE: usize = 2 << 20;
 
 /// Zeroed memory from the system.
 pub(super) struct Block {
@@ -47,22 +45,44 @@ impl Block {
         Layout::from_size_align(bytes, ALIGNMENT).ok()
     }
 
-    fn new(bytes: usize) -> Option<Self> {
+    /// `bytes` of memory, of which the first `used` are wanted now.
+    fn new(bytes: usize, used: usize) -> Option<Self> {
         if bytes >= MAPPED {
-            // Pages are aligned to far more than a cache line.
-            let mut map = MmapMut::map_anon(bytes).ok()?;
-            // A wish that the system may decline.
-            #[cfg(target_os = "linux")]
-            if bytes >= HUGE {
-                map.advise(memmap2::Advice::HugePage).ok();
-            }
-            return Some(Self { pointer: NonNull::new(map.as_mut_ptr())?, bytes, map: Some(map) });
+            let (mut map, start) = map(bytes, used)?;
+            // SAFETY: `start` lies within the map, which has `bytes` more.
+            let pointer = NonNull::new(unsafe { map.as_mut_ptr().add(start) })?;
+            return Some(Self { pointer, bytes, map: Some(map) });
         }
         let layout = Self::layout(bytes)?;
         // SAFETY: the size is not zero, classes start at 64 bytes. Zeroed memory is initialised for every Pod type.
         let pointer = NonNull::new(unsafe { alloc_zeroed(layout) })?;
         Some(Self { pointer, bytes, map: None })
     }
+}
+
+/// A map with room for `bytes`, and where they start: at a page, which is aligned to far more than a cache line.
+#[cfg(target_os = "linux")]
+fn map(bytes: usize, used: usize) -> Option<(MmapMut, usize)> {
+    use memmap2::Advice;
+    let large = used / HUGE * HUGE;
+    let (map, start) = if large == 0 {
+        (MmapMut::map_anon(bytes).ok()?, 0)
+    } else {
+        // What lies before the first large page is never touched, and so is no memory.
+        let map = MmapMut::map_anon(bytes.checked_add(HUGE)?).ok()?;
+        let start = map.as_ptr().addr().next_multiple_of(HUGE) - map.as_ptr().addr();
+        (map, start)
+    };
+    // Wishes that the system may decline. Small pages come in one call rather than one at a time, and what is not wanted
+    // now takes no memory.
+    map.advise_range(Advice::HugePage, start, large).ok();
+    map.advise_range(Advice::PopulateWrite, start + large, used - large).ok();
+    Some((map, start))
+}
+
+#[cfg(not(target_os = "linux"))]
+fn map(bytes: usize, _used: usize) -> Option<(MmapMut, usize)> {
+    Some((MmapMut::map_anon(bytes).ok()?, 0))
 }
 
 impl Reusable for Block {
@@ -95,7 +115,7 @@ impl CpuBuffer {
         let (class, pool) = (size_class(bytes), cpu_pool());
         let make = || {
             pool.make_room(class);
-            Block::new(class)
+            Block::new(class, bytes)
         };
         let block = pool.allocate(class, bytes, make)?;
         let mut buffer = Self { block: Some(block), bytes };
@@ -258,15 +278,6 @@ pub(crate) fn rows_per_task(rows: usize, cost: usize) -> usize {
 /// Calls `body(task)` for every task in `0..tasks`, in parallel.
 pub(crate) fn for_tasks(tasks: usize, body: impl Fn(usize) + Sync) {
     run(tasks, &body);
-}
-
-/// The only place that hands work to `rayon`: not generic, so that its machinery is compiled once and not per op.
-fn run(tasks: usize, body: &(dyn Fn(usize) + Sync)) {
-    match tasks {
-        0 => {}
-        1 => body(0),
-        _ => (0..tasks).into_par_iter().for_each(body),
-    }
 }
 
 /// Walks a packed output together with strided inputs of the same shape.

@@ -17,6 +17,7 @@ pub mod kernels;
 // Without CUDA, what ops say of their launches is never read.
 #[cfg_attr(not(feature = "cuda"), allow(dead_code))]
 pub(crate) mod launch;
+mod parallel;
 mod pool;
 mod precision;
 pub(crate) mod simd;
