@@ -6,6 +6,8 @@ use std::{cell::Cell, hint::black_box, time::Instant};
 use criterion::{BenchmarkGroup, Criterion, Throughput, measurement::WallTime};
 use x_transformers::{DType, Device, Philox, Result, Tensor};
 
+mod peak;
+
 /// How the operands lie in memory, as `linear` and its gradients use them.
 #[derive(Clone, Copy, PartialEq)]
 enum Form {
@@ -105,75 +107,6 @@ impl Problem {
     }
 }
 
-/// Multiplications and additions per second that the threads of this pool reach together, in GFLOP/s.
-fn peak(threads: usize) -> f64 {
-    const ROUNDS: usize = 200_000;
-    let best = (0..20)
-        .map(|_| {
-            let start = Instant::now();
-            rayon::broadcast(|_| black_box(multiply_add(black_box(ROUNDS))));
-            start.elapsed().as_secs_f64()
-        })
-        .fold(f64::INFINITY, f64::min);
-    (threads * ROUNDS * CHAINS * LANES * 2) as f64 / best / 1e9
-}
-
-/// Independent chains that hide the latency of the instruction.
-const CHAINS: usize = 12;
-
-#[cfg(target_arch = "x86_64")]
-const LANES: usize = 8;
-#[cfg(not(target_arch = "x86_64"))]
-const LANES: usize = 4;
-
-#[cfg(target_arch = "x86_64")]
-fn multiply_add(rounds: usize) -> f32 {
-    use std::arch::x86_64::{_mm256_add_ps, _mm256_cvtss_f32, _mm256_fmadd_ps, _mm256_set1_ps};
-
-    #[target_feature(enable = "avx2,fma")]
-    fn vectors(rounds: usize) -> f32 {
-        let mut chains = [_mm256_set1_ps(0.0); CHAINS];
-        for (index, chain) in chains.iter_mut().enumerate() {
-            *chain = _mm256_set1_ps(black_box(index as f32));
-        }
-        let (factor, summand) = (_mm256_set1_ps(black_box(0.999)), _mm256_set1_ps(black_box(0.001)));
-        for _ in 0..rounds {
-            for chain in &mut chains {
-                *chain = _mm256_fmadd_ps(*chain, factor, summand);
-            }
-        }
-        let mut sum = chains[0];
-        for chain in &chains[1..] {
-            sum = _mm256_add_ps(sum, *chain);
-        }
-        _mm256_cvtss_f32(sum)
-    }
-
-    if is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") {
-        // SAFETY: both features are there.
-        return unsafe { vectors(rounds) };
-    }
-    scalar(rounds)
-}
-
-#[cfg(not(target_arch = "x86_64"))]
-fn multiply_add(rounds: usize) -> f32 {
-    scalar(rounds)
-}
-
-fn scalar(rounds: usize) -> f32 {
-    let mut chains = [[0f32; LANES]; CHAINS];
-    for (index, chain) in chains.as_flattened_mut().iter_mut().enumerate() {
-        *chain = black_box(index as f32);
-    }
-    for _ in 0..rounds {
-        for chain in chains.as_flattened_mut() {
-            *chain = *chain * 0.999 + 0.001;
-        }
-    }
-    chains.as_flattened().iter().sum()
-}
-
 /// Times one function and prints its share of the peak.
 fn time(group: &mut BenchmarkGroup<WallTime>, name: &str, flops: u64, peak: f64, mut f: impl FnMut()) {
     let best = Cell::new(f64::INFINITY);
@@ -204,7 +137,8 @@ fn run(threads: usize) -> Result<()> {
         group.measurement_time(std::time::Duration::from_secs(1));
         for (form, form_name) in FORMS {
             let problem = Problem::new(sizes, form, DType::F32)?;
-            let (flops, peak) = (problem.flops(), peak(threads));
+            // Beside each problem: what the machine gives to this process changes with its load.
+            let (flops, peak) = (problem.flops(), peak::flops(true) / 1e9);
             time(&mut group, &format!("{form_name} f32"), flops, peak, || {
                 black_box(problem.a.matmul(&problem.b)).ok();
             });

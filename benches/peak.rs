@@ -119,7 +119,8 @@ fn best(runs: usize, mut run: impl FnMut()) -> f64 {
     (0..runs).map(time).fold(f64::INFINITY, f64::min)
 }
 
-fn flops(all_threads: bool) -> f64 {
+/// Floating-point operations per second in f32, a fused multiply-add being two, on one thread or on all of the pool.
+pub fn flops(all_threads: bool) -> f64 {
     let (run, _, lanes) = multiply_add();
     let rounds = 2_000_000;
     let work = (2 * rounds * CHAINS * lanes) as f64;

@@ -262,6 +262,37 @@ fn simple() -> Result<(Draw, TransformerWrapper)> {
     Ok((draw, model))
 }
 
+/// Options that pretrained models need beyond 0.22, together as Llama has them and apart.
+#[test]
+fn cached_logits_with_options_beyond_022() -> Result<()> {
+    let _alone = alone();
+    let llama = json!({"attn_kv_heads": 2, "attn_out_bias": false, "use_rmsnorm": true, "norm_eps": 1e-3,
+        "final_norm": "same", "rotary_pos_emb": true, "rotary_emb_dim": 8, "rotary_qk_only": true, "rotary_base": 500.0,
+        "ff_glu": true, "ff_swish": true, "ff_no_bias": true});
+    let more = [
+        json!({}),
+        json!({"attn_qkv_bias": true, "attn_out_bias": true, "rotary_interleaved": true}),
+        json!({"attn_kv_heads": 1, "attn_num_mem_kv": 2, "attn_qkv_bias": true, "weight_tie_layers": true}),
+        json!({"attn_talking_heads": true, "final_norm": "none", "ff_gelu_tanh": true, "ff_swish": false, "attn_qk_norm": true}),
+    ];
+    for (seed, more) in (0..).zip(more) {
+        let mut layers = json!({"kind": "Decoder", "dim": 16, "depth": 2, "heads": 4, "attn_dim_head": 8});
+        for options in [&llama, &more] {
+            layers.as_object_mut().unwrap().extend(options.as_object().unwrap().clone());
+        }
+        let value = json!({"model": "TransformerWrapper", "num_tokens": VOCABULARY, "max_seq_len": 24,
+            "use_pos_emb": false, "post_emb_norm": seed == 3, "attn_layers": layers});
+        let draw = Draw { value, picks: vec![], batch: 3, n: 6, seed };
+        for (dtype, explicit_attention) in [(DType::F64, false), (DType::F32, false), (DType::F64, true)] {
+            let (model, x) = (model(&draw, dtype)?, tokens(&draw, 18)?);
+            let options = ForwardOptions { explicit_attention, ..ForwardOptions::default() };
+            assert_eq!(grow(&model, &x, &options, &[5, 1, 1, 2], dtype)?, None, "{more}");
+            assert_eq!(ragged(&model, &draw, &options, dtype)?, None, "{more}");
+        }
+    }
+    Ok(())
+}
+
 /// Caches that hold several parts of keys, and one of the largest gaps between capacity and use.
 #[test]
 fn cached_sequences_may_be_long() -> Result<()> {

@@ -114,6 +114,56 @@ proptest! {
     }
 }
 
+proptest! {
+    #![proptest_config(Runner { cases: runner().cases / 2, ..runner() })]
+
+    /// Beams find the same with a cache and without it, and a draft changes no greedy token, whatever the options.
+    #[test]
+    fn beams_and_drafts_do_not_depend_on_the_cache(draw in draws(), ahead in 1usize..5, ragged: bool) {
+        let draw = Draw { batch: draw.batch.max(2), ..draw };
+        let mut value = draw.value.clone();
+        value.as_object_mut().unwrap().insert("max_seq_len".into(), json!(12));
+        let dim = value["attn_layers"]["dim"].as_u64().unwrap() as usize;
+        let crossed = draw.has("cross_attend");
+        let (model, draft) = (model_of(value.clone(), draw.seed).unwrap(), model_of(value, draw.seed ^ 1).unwrap());
+        let prompt = random_tokens(draw.seed, &[draw.batch, draw.n], VOCABULARY).unwrap();
+        let mut forward = ForwardOptions::default();
+        if crossed {
+            let random = Philox::new(draw.seed, 2 << 40);
+            let context = Tensor::generate([draw.batch, 4, dim], DType::F64, device(), |i| random.normal(i as u64));
+            forward.context = Some(context.unwrap());
+        }
+        let options = GenerateOptions {
+            sampling: greedy(),
+            prompt_lengths: ragged.then(|| (0..draw.batch).map(|row| 1 + row % draw.n).collect()),
+            eos_token: Some(3),
+            eos_in_prompt: false,
+            repetition_penalty: 1.2,
+            forward,
+            ..GenerateOptions::default()
+        };
+        let beams = BeamOptions { beams: 3, length_penalty: 0.8 };
+        let found = model.beam_search(&prompt, 7, &beams, &options).unwrap();
+        let recompute = GenerateOptions { recompute: true, ..options.clone() };
+        let anew = model.beam_search(&prompt, 7, &beams, &recompute).unwrap();
+        for (a, b) in found.iter().flatten().zip(anew.iter().flatten()) {
+            prop_assert!(a.tokens == b.tokens && (a.score - b.score).abs() < 1e-8, "{:?} {:?}", a, b);
+        }
+        prop_assert_eq!(found.iter().map(Vec::len).sum::<usize>(), anew.iter().map(Vec::len).sum::<usize>());
+        let drafted = model.generate_with_draft(&draft, ahead, &prompt, 9, &options, &mut |_| true);
+        // Not with a context, and not of a model that cannot have a cache.
+        if let Err(error) = &drafted {
+            prop_assert!(matches!(error, Error::Option { key, .. } if key == "draft"), "{}", error);
+            prop_assert!(crossed || model.net.needs_recomputing(&options.forward).is_some(), "{}", error);
+        } else {
+            let new = drafted.unwrap().0;
+            let width = new.shape()[1];
+            let rows: Vec<Vec<i64>> = new.to_vec::<i64>().unwrap().chunks(width.max(1)).map(<[i64]>::to_vec).collect();
+            prop_assert_eq!(rows, run(&model, &prompt, 9, &options).unwrap());
+        }
+    }
+}
+
 /// A row has the tokens that it has alone, whatever is beside it and on whichever side its padding is.
 #[test]
 fn generated_rows_are_those_alone() -> Result<()> {
@@ -173,6 +223,35 @@ fn generated_streams_end_row_by_row() -> Result<()> {
     Ok(())
 }
 
+/// The turns of a chat end with the token that ends a text.
+#[test]
+fn ends_in_prompts_count_or_not() -> Result<()> {
+    let model = decoder(6, 1, 2)?;
+    let prompt = ints(&[1, 5, 2, 3], &[2, 2])?;
+    let counted = GenerateOptions { sampling: greedy(), eos_token: Some(5), ..Default::default() };
+    let open = GenerateOptions { eos_in_prompt: false, ..counted.clone() };
+    let plain = GenerateOptions { eos_token: None, ..counted.clone() };
+    let free = run(&model, &prompt, 6, &plain)?;
+    let until = |row: &[i64]| row.iter().take_while(|&&token| token != 5).copied().collect::<Vec<_>>();
+    let both = |options: &GenerateOptions| -> Result<[Vec<Vec<i64>>; 3]> {
+        let one = BeamOptions { beams: 1, length_penalty: 0.0 };
+        let beams = model.beam_search(&prompt, 6, &one, options)?;
+        let beams = beams.into_iter().map(|row| until(&row[0].tokens)).collect();
+        let (drafted, _) = model.generate_with_draft(&model, 2, &prompt, 6, options, &mut |_| true)?;
+        let width = drafted.shape()[1].max(1);
+        let drafted = drafted.to_vec::<i64>()?.chunks(width).map(until).collect();
+        Ok([run(&model, &prompt, 6, options)?.iter().map(|row| until(row)).collect(), beams, drafted])
+    };
+    for way in both(&open)? {
+        assert_eq!(way, free.iter().map(|row| until(row)).collect::<Vec<_>>());
+    }
+    let [stream, beams, drafted] = both(&counted)?;
+    // What has ended is filled up, or empty where each row has a length of its own.
+    assert!(stream[0].iter().all(|&token| token == 0) && drafted[0].iter().all(|&token| token == 0));
+    assert!(beams[0].is_empty() && beams[1] == until(&free[1]) && stream[1] == beams[1] && drafted[1] == beams[1]);
+    Ok(())
+}
+
 #[test]
 fn generated_repetitions_are_penalised() -> Result<()> {
     let model = decoder(30, 1, 4)?;
@@ -219,6 +298,51 @@ fn generation_refuses_options_that_do_not_fit() -> Result<()> {
     assert!(model.generate_with_draft(&other, 3, &prompt, 4, &defaults(), &mut |_| true).is_err());
     assert!(model.generate_with_draft(&model, 0, &prompt, 4, &defaults(), &mut |_| true).is_err());
     Ok(())
+}
+
+/// Every way to generate, which must all fail.
+fn all_fail(model: &AutoregressiveWrapper, prompt: &Tensor, expected: &str) -> Result<()> {
+    let by_rows = GenerateOptions { repetition_penalty: 1.2, ..Default::default() };
+    let first = GenerateOptions { sampling: greedy(), ..Default::default() };
+    for options in [GenerateOptions { sampling: all_tokens(1.0), ..Default::default() }, first, by_rows] {
+        let beams = BeamOptions::default();
+        let errors = [
+            model.generate(prompt, 3, &options, &mut |_| true).err(),
+            model.beam_search(prompt, 3, &beams, &options).err(),
+            model.generate_with_draft(model, 2, prompt, 3, &options, &mut |_| true).err(),
+        ];
+        for (way, error) in errors.into_iter().enumerate() {
+            let error = error.map_or("none".to_string(), |error| error.to_string());
+            assert!(error.contains(expected), "{way} {:?}: {error}", options.sampling);
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn prompts_that_are_none_are_refused() -> Result<()> {
+    let model = decoder(20, 1, 5)?;
+    for shape in [&[0][..], &[1, 0], &[0, 3]] {
+        all_fail(&model, &ints(&[], shape)?, "expected a token")?;
+    }
+    all_fail(&model, &ints(&[1; 4], &[1, 2, 2])?, "[batch, n] or [n]")?;
+    all_fail(&model, &Tensor::ones([1, 2], DType::F32, device())?, "expected i64")?;
+    all_fail(&model, &ints(&[1, 20], &[2])?, "20")?;
+    all_fail(&model, &ints(&[-1, 2], &[2])?, "-1")
+}
+
+/// Weights that are not numbers give no tokens, but an error that says so.
+#[test]
+fn broken_weights_are_told() -> Result<()> {
+    let layers = json!({"kind": "Decoder", "dim": 16, "depth": 1, "heads": 2, "attn_dim_head": 8});
+    let value = json!({"model": "TransformerWrapper", "num_tokens": 20, "max_seq_len": 14, "attn_layers": layers});
+    let Config::TransformerWrapper(net) = Config::from_value(value)? else { unreachable!() };
+    let store = Store::new(1, DType::F64, device());
+    let model = AutoregressiveWrapper::new(&AutoregressiveConfig { net, ..AutoregressiveConfig::default() }, &store)?;
+    let params = store.params();
+    let table = params.get("net.token_emb.weight").expect("a table of tokens");
+    table.set(Tensor::full(*table.tensor().shape(), f64::NAN, DType::F64, device())?)?;
+    all_fail(&model, &ints(&[1, 2], &[2])?, "weights are broken")
 }
 
 /// Inside of a tape, generation records nothing that it would need a gradient for.

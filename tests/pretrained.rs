@@ -1,8 +1,9 @@
 //! Pretrained models of other families against Hugging Face transformers under PyTorch.
 //!
-//! `scripts/install-pretrained` fetches rxnmapper, whose expected values are in `tests/files`; with `--all` three more,
-//! whose expected values `scripts/pretrained-expected` computes. Without the files a test is skipped by name;
-//! `XT_REQUIRE_PRETRAINED=1` makes that a failure for rxnmapper.
+//! Small ones that `tests/files/make_pretrained.py` drew, and real ones: `scripts/install-pretrained` fetches rxnmapper and
+//! MiniLM, whose expected values are in `tests/files`; with `--all` two more, whose expected values
+//! `scripts/pretrained-expected` computes. Without the files a test is skipped by name; `XT_REQUIRE_PRETRAINED=1` makes
+//! that a failure for the first two.
 
 use std::{
     collections::BTreeMap,
@@ -12,8 +13,8 @@ use std::{
 
 use x_transformers::{
     DType, Device, Error, Result, Tensor,
-    io::{Family, Pretrained, TensorFile, read_safetensors, write_safetensors},
-    models::{ForwardOptions, GenerateOptions},
+    io::{Family, Format, Pretrained, TensorFile, read_safetensors, write_safetensors},
+    models::{BeamOptions, ForwardOptions, GenerateOptions, Pooling, SentenceEncoder},
 };
 
 const RXNMAPPER: &str = "rxnmapper/rxnmapper/models/transformers/albert_heads_8_uspto_all_1310k";
@@ -43,12 +44,20 @@ fn find(place: &str, expected: Option<&Path>) -> Option<(PathBuf, Tensors)> {
     None
 }
 
-fn rxnmapper() -> Option<(PathBuf, Tensors)> {
-    let expected = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/files/rxnmapper.safetensors");
-    let found = find(RXNMAPPER, Some(&expected));
+fn files(name: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/files").join(name)
+}
+
+/// A model that CI has.
+fn installed(place: &str, expected: &str) -> Option<(PathBuf, Tensors)> {
+    let found = find(place, Some(&files(expected)));
     let required = std::env::var("XT_REQUIRE_PRETRAINED").as_deref() == Ok("1");
     assert!(found.is_some() || !required, "XT_REQUIRE_PRETRAINED=1, but scripts/install-pretrained has not run");
     found
+}
+
+fn rxnmapper() -> Option<(PathBuf, Tensors)> {
+    installed(RXNMAPPER, "rxnmapper.safetensors")
 }
 
 /// The largest difference where the mask keeps tokens.
@@ -103,17 +112,18 @@ fn bert_of_antiberty() -> Result<()> {
 
 #[test]
 fn minilm_embeds_sentences() -> Result<()> {
-    let Some(found) = find(MINILM, None) else { return Ok(()) };
+    let Some(found) = installed(MINILM, "minilm.safetensors") else { return Ok(()) };
     let expected = found.1.clone();
     let pretrained = check(MINILM, found)?;
     let encoder = pretrained.sentence_encoder(DType::F32, &device())?;
-    let (tokens, mask) = (expected["tokens"].to_device(&device())?, expected["mask"].to_device(&device())?);
+    let on_device = |name: &str| expected[name].to_device(&device());
+    let pooled = encoder.model.forward(&on_device("tokens")?, &options(&expected)?)?.out;
+    assert!(difference(&encoder.model.pooled(&pooled)?, &expected["pooled"], None)? < 1e-4);
+    // Pairs of sentences: alike, and not.
+    let (tokens, mask) = (on_device("all_tokens")?, on_device("all_mask")?);
     let vectors = encoder.embed(&tokens, Some(&mask))?;
     let off = difference(&vectors, &expected["vectors"], None)?;
     assert!(off < 1e-5, "vectors are off by {off}");
-    let options = options(&expected)?;
-    let pooled = encoder.model.pooled(&encoder.model.forward(&tokens, &options)?.out)?;
-    assert!(difference(&pooled, &expected["pooled"], None)? < 1e-4);
     let (vectors, width) = (vectors.to_f64_vec()?, 384);
     let similarities = vectors.chunks(2 * width).map(|pair| {
         let (first, second) = pair.split_at(width);
@@ -132,17 +142,102 @@ fn smollm_continues_a_chat() -> Result<()> {
     let expected = found.1.clone();
     let pretrained = check(SMOLLM, found)?;
     assert_eq!(pretrained.family(), Family::Llama);
-    let model = pretrained.autoregressive(DType::F32, &device())?;
+    check_continued(SMOLLM, &cache().join(SMOLLM), &expected)
+}
+
+/// The first row goes on as it does with transformers; whatever the weights are kept as, each way gives the same.
+fn check_continued(place: &str, path: &Path, expected: &Tensors) -> Result<()> {
+    let model = Pretrained::open(path)?.autoregressive(DType::F32, &device())?;
     let mut options = GenerateOptions::default();
     options.sampling.temperature = 0.0;
     let continued = &expected["continued"];
-    let tokens = expected["tokens"].to_device(&device())?;
-    let new = model.generate(&tokens, continued.dim(1)?, &options, &mut |_| true)?;
-    assert_eq!(new.to_vec::<i64>()?, continued.to_vec::<i64>()?);
+    let n = continued.dim(1)?;
+    let tokens = expected["tokens"].narrow(0, 0, 1)?.to_device(&device())?;
+    let new = model.generate(&tokens, n, &options, &mut |_| true)?.to_vec::<i64>()?;
+    assert_eq!(new, continued.to_vec::<i64>()?, "{place}");
+    let one = BeamOptions { beams: 1, length_penalty: 1.0 };
+    assert_eq!(model.beam_search(&tokens, n, &one, &options)?[0][0].tokens, new, "{place}");
+    let best = &model.beam_search(&tokens, n, &BeamOptions::default(), &options)?[0][0];
+    let greedy = &model.beam_search(&tokens, n, &one, &options)?[0][0];
+    assert!(best.score >= greedy.score, "{place}: {best:?} {greedy:?}");
+    let mut small = model.clone();
+    small.quantize_int8()?;
+    let (drafted, stats) = model.generate_with_draft(&small, 3, &tokens, n, &options, &mut |_| true)?;
+    assert_eq!(drafted.to_vec::<i64>()?, new, "{place}");
+    assert!(stats.accepted > 0, "{place}: {stats:?}");
     Ok(())
 }
 
-/// A copy of rxnmapper's folder that may be damaged.
+#[test]
+fn llama_of_a_folder_in_several_files() -> Result<()> {
+    let folder = files("llama");
+    let expected = read_safetensors(folder.join("expected.safetensors"))?;
+    let pretrained = check("llama", (folder.clone(), expected.clone()))?;
+    assert_eq!((pretrained.family(), pretrained.end_token()), (Family::Llama, Some(3)));
+    assert!(pretrained.file().path().ends_with("model.safetensors.index.json"));
+    check_continued("llama", &folder, &expected)
+}
+
+#[test]
+fn llama_of_gguf() -> Result<()> {
+    let file = files("llama.gguf");
+    let expected = read_safetensors(files("llama.safetensors"))?;
+    let pretrained = check("llama.gguf", (file.clone(), expected.clone()))?;
+    assert_eq!((pretrained.family(), pretrained.end_token()), (Family::Llama, Some(2)));
+    assert!(pretrained.config().tie_embedding);
+    check_continued("llama.gguf", &file, &expected)
+}
+
+#[test]
+fn bert_of_a_folder_in_several_files() -> Result<()> {
+    let folder = files("bert");
+    let expected = read_safetensors(folder.join("expected.safetensors"))?;
+    let pretrained = check("bert", (folder, expected.clone()))?;
+    assert_eq!((pretrained.family(), pretrained.file().format()), (Family::Bert, Format::PytorchArchive));
+    let model = pretrained.model(DType::F32, &device())?;
+    let hidden = model.forward(&expected["tokens"].to_device(&device())?, &options(&expected)?)?.out;
+    assert!(difference(&model.pooled(&hidden)?, &expected["pooled"], None)? < 1e-5);
+    // One vector for a text, in each of the three ways.
+    let (tokens, mask) = (expected["tokens"].to_device(&device())?, expected["mask"].to_device(&device())?);
+    for (pooling, name) in [(Pooling::Mean, "mean"), (Pooling::FirstToken, "first"), (Pooling::Pooler, "pooler")] {
+        let encoder = SentenceEncoder::new(pretrained.model(DType::F32, &device())?, pooling, false)?;
+        let off = difference(&encoder.embed(&tokens, Some(&mask))?, &expected[name], None)?;
+        assert!(off < 1e-4, "{name}: {off}");
+    }
+    Ok(())
+}
+
+/// The files of sentence-transformers say which vector stands for a text.
+#[test]
+fn sentences_are_pooled_as_a_folder_says() -> Result<()> {
+    let expected = read_safetensors(files("bert").join("expected.safetensors"))?;
+    let weights = TensorFile::open(files("bert"))?.tensors()?;
+    let config = fs::read_to_string(files("bert").join("config.json")).unwrap();
+    let folder = Copied::new("pooling", &config, &weights);
+    let write = |name: &str, text: &str| fs::write(folder.0.join(name), text).unwrap();
+    fs::create_dir_all(folder.0.join("1_Pooling")).unwrap();
+    let embed = || -> Result<Tensor> {
+        let encoder = Pretrained::open(&folder.0)?.sentence_encoder(DType::F32, &device())?;
+        let on_device = |name: &str| expected[name].to_device(&device());
+        encoder.embed(&on_device("tokens")?, Some(&on_device("mask")?))
+    };
+    assert!(difference(&embed()?, &expected["mean"], None)? < 1e-4);
+    write("modules.json", r#"[{"type": "sentence_transformers.models.Transformer"}]"#);
+    write("1_Pooling/config.json", r#"{"pooling_mode_cls_token": true, "pooling_mode_mean_tokens": false}"#);
+    assert!(difference(&embed()?, &expected["first"], None)? < 1e-4);
+    write("modules.json", r#"[{"type": "sentence_transformers.models.Normalize"}]"#);
+    let (unit, first) = (embed()?.to_f64_vec()?, expected["first"].to_f64_vec()?);
+    for (unit, first) in unit.chunks(16).zip(first.chunks(16)) {
+        let length = first.iter().map(|x| x * x).sum::<f64>().sqrt();
+        assert!(unit.iter().zip(first).all(|(unit, first)| (unit - first / length).abs() < 1e-5));
+    }
+    write("1_Pooling/config.json", r#"{"pooling_mode_max_tokens": true}"#);
+    let error = embed().unwrap_err().to_string();
+    assert!(error.contains("pooling_mode_max_tokens"), "{error}");
+    Ok(())
+}
+
+/// A copy of a folder that may be damaged.
 struct Copied(PathBuf);
 
 impl Copied {
@@ -166,6 +261,81 @@ impl Drop for Copied {
     fn drop(&mut self) {
         let _ = fs::remove_dir_all(&self.0);
     }
+}
+
+/// A table of what is missing, unused and misshapen, by the names of the file, in each family and format.
+#[test]
+fn tables_name_what_does_not_fit() -> Result<()> {
+    let folder = files("llama");
+    let (config, weights) =
+        (fs::read_to_string(folder.join("config.json")).unwrap(), TensorFile::open(&folder)?.tensors()?);
+    let mut changed = weights.clone();
+    let gate = changed.remove("model.layers.1.mlp.gate_proj.weight").unwrap();
+    changed.insert("model.layers.2.mlp.gate_proj.weight".into(), gate);
+    changed.insert("model.layers.0.self_attn.k_proj.bias".into(), Tensor::zeros([5], DType::F32, &Device::Cpu)?);
+    let error = Copied::new("llama-table", &config, &changed).error();
+    let Error::Weights { missing, unused, misshapen } = error.root() else { panic!("{error}") };
+    assert_eq!(missing[..], ["model.layers.1.mlp.gate_proj.weight"]);
+    assert_eq!(unused[..], ["model.layers.2.mlp.gate_proj.weight"]);
+    assert_eq!(misshapen[..], [("model.layers.0.self_attn.k_proj.bias".to_string(), vec![16], vec![5])]);
+    let with = |from: &str, to: &str| {
+        assert!(config.contains(from), "{from}");
+        Copied::new("llama-config", &config.replace(from, to), &weights).error()
+    };
+    // Without biases those of the file have no use, without a layer all of its tensors.
+    let error = with("\"attention_bias\": true", "\"attention_bias\": false");
+    let Error::Weights { missing, unused, misshapen } = error.root() else { panic!("{error}") };
+    assert!(missing.is_empty() && misshapen.is_empty() && unused.len() == 8, "{error}");
+    let error = with("\"num_hidden_layers\": 2", "\"num_hidden_layers\": 1");
+    assert!(matches!(error.root(), Error::Weights { unused, .. } if unused.len() == 13), "{error}");
+    let error = with("\"num_key_value_heads\": 2", "\"num_key_value_heads\": 3").to_string();
+    assert!(error.contains("kv_heads") || error.contains("num_key_value_heads"), "{error}");
+    let error = with("\"rope_type\": \"default\"", "\"rope_type\": \"yarn\"").to_string();
+    assert!(error.contains("yarn"), "{error}");
+    // Tied, the table of the logits must be that of the tokens.
+    let error = with("\"tie_word_embeddings\": false", "\"tie_word_embeddings\": true").to_string();
+    assert!(error.contains("`lm_head.weight`") && error.contains("tied"), "{error}");
+
+    let folder = files("bert");
+    let config = fs::read_to_string(folder.join("config.json")).unwrap();
+    let mut weights = TensorFile::open(&folder)?.tensors()?;
+    let norm = weights.remove("embeddings.LayerNorm.weight").unwrap();
+    weights.insert("embeddings.LayerNorm.gamma".into(), norm);
+    weights.insert("pooler.dense.bias".into(), Tensor::zeros([2, 8], DType::F32, &Device::Cpu)?);
+    let error = Copied::new("bert-table", &config, &weights).error();
+    let Error::Weights { missing, unused, misshapen } = error.root() else { panic!("{error}") };
+    assert_eq!(missing[..], ["embeddings.LayerNorm.weight"]);
+    assert_eq!(unused[..], ["embeddings.LayerNorm.gamma"]);
+    assert_eq!(misshapen[..], [("pooler.dense.bias".to_string(), vec![16], vec![2, 8])]);
+
+    // GGUF, with one byte of a name changed, and with another width.
+    let bytes = fs::read(files("llama.gguf")).unwrap();
+    let changed = |from: &[u8], to: &[u8]| {
+        let at = bytes.windows(from.len()).position(|window| window == from).unwrap();
+        let path = std::env::temp_dir().join(format!("xt-table-{}.gguf", std::process::id()));
+        fs::write(&path, [&bytes[..at], to, &bytes[at + from.len()..]].concat()).unwrap();
+        let error = Pretrained::open(&path).and_then(|file| file.model(DType::F32, &Device::Cpu)).unwrap_err();
+        fs::remove_file(&path).unwrap();
+        error
+    };
+    let error = changed(b"blk.1.ffn_up.weight", b"blk.1.ffn_in.weight");
+    let Error::Weights { missing, unused, misshapen } = error.root() else { panic!("{error}") };
+    assert_eq!(
+        (&missing[..], &unused[..]),
+        (&["blk.1.ffn_up.weight".to_string()][..], &["blk.1.ffn_in.weight".to_string()][..])
+    );
+    assert!(misshapen.is_empty());
+    let wide = [b"llama.feed_forward_length", &4u32.to_le_bytes()[..], &64u32.to_le_bytes()].concat();
+    let wider = [b"llama.feed_forward_length", &4u32.to_le_bytes()[..], &96u32.to_le_bytes()].concat();
+    let error = changed(&wide, &wider);
+    let Error::Weights { misshapen, .. } = error.root() else { panic!("{error}") };
+    assert!(misshapen.contains(&("blk.0.ffn_gate.weight".to_string(), vec![96, 32], vec![64, 32])), "{error}");
+    let error = changed(
+        b"general.architecture\x08\0\0\0\x05\0\0\0\0\0\0\0llama",
+        b"general.architecture\x08\0\0\0\x05\0\0\0\0\0\0\0mamba",
+    );
+    assert!(error.to_string().contains("mamba"), "{error}");
+    Ok(())
 }
 
 #[test]

@@ -1,21 +1,24 @@
 //! `xt generate`: text from a checkpoint, shown as it is produced.
 
-use std::{fs, io::IsTerminal, path::PathBuf, time::Instant};
+use std::{
+    fs,
+    io::IsTerminal,
+    path::{Path, PathBuf},
+    time::Instant,
+};
 
-use clap::{ArgGroup, Args, ValueEnum, builder::NonEmptyStringValueParser, value_parser};
+use clap::{ArgGroup, Args, builder::NonEmptyStringValueParser, value_parser};
 use x_transformers::{
-    DType, Device, Error, Store, Tensor,
-    config::{Config, FilterLogits, SamplingConfig},
-    io::Pretrained,
+    Device, Tensor,
+    config::{FilterLogits, SamplingConfig},
     models::{AutoregressiveWrapper, BeamOptions, ForwardOptions, GenerateOptions},
-    train::Checkpoint,
 };
 
 use crate::{
     failure::{Failure, Result, print},
-    files,
-    pretrained::{self, Continue},
+    language::Language,
     sample,
+    source::{Source, Weights},
     text::decode,
 };
 
@@ -66,7 +69,7 @@ pub struct GenerateArgs {
     #[arg(long, value_name = "R", default_value_t = 1.0)]
     repetition_penalty: f64,
 
-    /// Token that ends a text, for instance 10 for a line
+    /// Token that ends a text, for instance 10 for a line [default: the one that a pretrained model names]
     #[arg(long, value_name = "N")]
     eos: Option<u32>,
 
@@ -82,11 +85,11 @@ pub struct GenerateArgs {
     #[arg(long, value_name = "P", default_value_t = 1.0, requires = "beams", allow_negative_numbers = true)]
     length_penalty: f64,
 
-    /// Folder of a smaller model that proposes bytes, which the model then judges several at a time
-    #[arg(long, value_name = "DIR")]
+    /// A smaller model of the same tokens that proposes some, which the model then judges several at a time
+    #[arg(long, value_name = "PATH")]
     draft: Option<PathBuf>,
 
-    /// With --draft: bytes that it proposes at a time
+    /// With --draft: tokens that it proposes at a time
     #[arg(long, value_name = "N", default_value_t = 4, value_parser = value_parser!(u32).range(1..=64), requires = "draft")]
     ahead: u32,
 
@@ -94,11 +97,11 @@ pub struct GenerateArgs {
     #[arg(long, value_enum, default_value_t = Weights::F32)]
     weights: Weights,
 
-    /// Bytes of a prompt that are computed at a time
+    /// Tokens of a prompt that are computed at a time
     #[arg(long, value_name = "N", default_value_t = 512, value_parser = value_parser!(u32).range(1..))]
     prefill: u32,
 
-    /// Compute the whole text for each byte, without a cache of keys and values
+    /// Compute the whole text for each token, without a cache of keys and values
     #[arg(long)]
     no_cache: bool,
 
@@ -115,31 +118,33 @@ pub struct GenerateArgs {
     device: String,
 }
 
-/// What weights are kept as.
-#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
-enum Weights {
-    F32,
-    Bf16,
-    F16,
-    /// Eight bits, a scale per row, sums in f32
-    Int8,
+/// A text to continue.
+struct Prompt {
+    /// What is printed before what follows.
+    shown: String,
+    tokens: Vec<i64>,
 }
 
 pub fn run(args: GenerateArgs) -> Result<()> {
     let device = Device::parse(&args.device)?;
-    if Pretrained::is_one(&args.checkpoint) {
-        return continue_pretrained(&args, &device);
-    }
-    if args.chat {
-        return Err(Failure::new("`--chat` is for pretrained models; what `xt train` wrote continues bytes"));
-    }
-    let model = load(&args.checkpoint, args.weights, &device)?;
+    let source = Source::open(&args.checkpoint)?;
     if let Some(path) = &args.score {
-        return score(&model, path, &device);
+        return score(&source, args.weights, path, &device);
     }
+    let (prompts, length) = args.prompts(&source)?;
+    let draft = args.draft.as_ref().map(|path| Source::open(path).map(|draft| (draft, path))).transpose()?;
+    if let Some((draft, path)) = &draft {
+        let same = |(own, other): (&Prompt, &Prompt)| own.tokens == other.tokens;
+        if !prompts.iter().zip(&args.prompts(draft).map_err(|failure| failure.within(path))?.0).all(same) {
+            let why = "has other tokens than the model; a draft needs the same tokenizer";
+            return Err(Failure::new(why).within(path));
+        }
+    }
+    let model = source.model(args.weights, &device)?;
     let options = GenerateOptions {
         sampling: args.sampling(),
-        eos_token: args.eos.map(i64::from),
+        eos_token: args.eos.map(i64::from).or(source.end()),
+        eos_in_prompt: false,
         seed: args.seed,
         repetition_penalty: args.repetition_penalty,
         prefill_chunk: args.prefill as usize,
@@ -148,41 +153,41 @@ pub fn run(args: GenerateArgs) -> Result<()> {
     };
     let start = Instant::now();
     let (mut tokens, mut note) = (0, String::new());
-    let stop = args.eos.map(i64::from);
+    let language = &source.language;
     if let Some(beams) = args.beams {
         let beam = BeamOptions { beams: beams as usize, length_penalty: args.length_penalty };
-        for prompt in &args.prompt {
-            let found = model.beam_search(&bytes(prompt, &device)?, args.length, &beam, &options)?;
+        for prompt in &prompts {
+            let found = model.beam_search(&row(prompt, &device)?, length, &beam, &options)?;
             let best = found.into_iter().flatten().next().map(|hypothesis| hypothesis.tokens).unwrap_or_default();
             tokens += best.len();
-            show(prompt, &best, stop)?;
+            show(language, prompt, &best, options.eos_token)?;
         }
-    } else if let Some(draft) = &args.draft {
-        let draft = load(draft, args.weights, &device)?;
+    } else if let Some((draft, _)) = &draft {
+        let draft = draft.model(args.weights, &device)?;
         let (mut proposed, mut accepted) = (0, 0);
-        for prompt in &args.prompt {
-            print(decode(prompt.as_bytes()))?;
-            let mut text = sample::Shown::new(stop);
+        for prompt in &prompts {
+            print(&prompt.shown)?;
+            let mut text = language.shown(options.eos_token);
             let mut shown = Ok(());
             let mut on_token = |new: &[Vec<i64>]| {
-                shown = new.iter().flatten().try_for_each(|&token| print(text.push(token)));
+                shown = new.iter().flatten().try_for_each(|&token| print(text.push(token)?));
                 shown.is_ok()
             };
-            let (ahead, prompt) = (args.ahead as usize, bytes(prompt, &device)?);
+            let ahead = args.ahead as usize;
             let (new, stats) =
-                model.generate_with_draft(&draft, ahead, &prompt, args.length, &options, &mut on_token)?;
+                model.generate_with_draft(&draft, ahead, &row(prompt, &device)?, length, &options, &mut on_token)?;
             shown?;
-            print(format_args!("{}\n", text.finish()))?;
+            print(format_args!("{}\n", text.finish()?))?;
             tokens += new.elements();
             (proposed, accepted) = (proposed + stats.proposed, accepted + stats.accepted);
         }
         note = format!(", {accepted} of {proposed} proposals of the draft taken");
-    } else if let [prompt] = &args.prompt[..] {
-        print(decode(prompt.as_bytes()))?;
-        tokens = sample::stream(&model, prompt.as_bytes(), args.length, &options, &device, |text| print(text))?;
+    } else if let [prompt] = &prompts[..] {
+        print(&prompt.shown)?;
+        tokens = sample::stream(&model, language, &prompt.tokens, length, &options, &device, |text| print(text))?;
         print("\n")?;
     } else {
-        tokens = together(&model, &args, options, &device)?;
+        tokens = together(&model, language, &prompts, length, options, &device)?;
     }
     if args.stats || std::io::stderr().is_terminal() {
         let seconds = start.elapsed().as_secs_f64();
@@ -192,6 +197,25 @@ pub fn run(args: GenerateArgs) -> Result<()> {
 }
 
 impl GenerateArgs {
+    /// The prompts as tokens of a model, and how many tokens may follow each.
+    fn prompts(&self, source: &Source) -> Result<(Vec<Prompt>, usize)> {
+        let mut length = self.length;
+        let mut prompts = Vec::new();
+        for text in &self.prompt {
+            let (shown, tokens) = if self.chat {
+                (String::new(), source.language.encode(&source.language.chat(text)?)?)
+            } else {
+                (decode(text.as_bytes()), source.language.encode(text)?)
+            };
+            if tokens.is_empty() {
+                return Err(Failure::new("the prompt has no token; give some text"));
+            }
+            length = length.min(source.room(tokens.len())?);
+            prompts.push(Prompt { shown, tokens });
+        }
+        Ok((prompts, length))
+    }
+
     fn sampling(&self) -> SamplingConfig {
         let config = SamplingConfig { temperature: self.temperature, ..Default::default() };
         match (self.top_p, self.min_p, self.top_a, self.entmax) {
@@ -210,116 +234,89 @@ impl GenerateArgs {
     }
 }
 
-/// The model of a checkpoint.
-fn load(folder: &std::path::Path, weights: Weights, device: &Device) -> Result<AutoregressiveWrapper> {
-    let dir = files::checkpoint(folder);
-    let (config, values) = Checkpoint::load_model(&dir)?;
-    let broken = |error: Error| Failure::from(error).within(&dir);
-    let Config::AutoregressiveWrapper(config) = config else {
-        let why = "expected an AutoregressiveWrapper; give the folder that `xt train` wrote";
-        return Err(Failure::new(why).within(&dir));
-    };
-    let dtype = match weights {
-        Weights::F32 | Weights::Int8 => DType::F32,
-        Weights::Bf16 => DType::BF16,
-        Weights::F16 => DType::F16,
-    };
-    let store = Store::zeros(dtype, device);
-    let mut model = AutoregressiveWrapper::new(&config, &store).map_err(broken)?;
-    store.params().load(&values).map_err(broken)?;
-    if weights == Weights::Int8 {
-        model.quantize_int8().map_err(broken)?;
-    }
-    Ok(model)
+fn row(prompt: &Prompt, device: &Device) -> Result<Tensor> {
+    Ok(Tensor::from_slice(&prompt.tokens, [prompt.tokens.len()], device)?)
 }
 
 /// All prompts in one batch; each text is shown when all are done.
 fn together(
     model: &AutoregressiveWrapper,
-    args: &GenerateArgs,
+    language: &Language,
+    prompts: &[Prompt],
+    length: usize,
     mut options: GenerateOptions,
     device: &Device,
 ) -> Result<usize> {
-    let lengths: Vec<usize> = args.prompt.iter().map(String::len).collect();
+    let lengths: Vec<usize> = prompts.iter().map(|prompt| prompt.tokens.len()).collect();
     let longest = lengths.iter().copied().max().unwrap_or(0);
-    let padded: Vec<u8> = args
-        .prompt
+    let padded: Vec<i64> = prompts
         .iter()
         .flat_map(|prompt| {
-            let padding = std::iter::repeat_n(0, longest - prompt.len());
-            prompt.bytes().chain(padding)
+            let padding = std::iter::repeat_n(0, longest - prompt.tokens.len());
+            prompt.tokens.iter().copied().chain(padding)
         })
         .collect();
     // A text is the same whatever the others are.
-    options.row_seeds = Some(vec![args.seed; lengths.len()]);
+    options.row_seeds = Some(vec![options.seed; lengths.len()]);
     options.prompt_lengths = Some(lengths);
-    let prompt = Tensor::from_vec(padded, [args.prompt.len(), longest], device)?;
-    let new = model.generate(&prompt, args.length, &options, &mut |_| true)?;
+    let new =
+        model
+            .generate(&Tensor::from_vec(padded, [prompts.len(), longest], device)?, length, &options, &mut |_| true)?;
     let width = new.shape()[1];
     let new = new.to_vec::<i64>()?;
-    let rows: Vec<&[i64]> = (0..args.prompt.len()).map(|row| &new[row * width..][..width]).collect();
     let mut tokens = 0;
-    for (prompt, row) in args.prompt.iter().zip(rows) {
+    for (number, prompt) in prompts.iter().enumerate() {
+        let row = &new[number * width..][..width];
         let end = options.eos_token.and_then(|eos| row.iter().position(|&token| token == eos));
         tokens += end.map_or(width, |end| end + 1);
-        show(prompt, row, options.eos_token)?;
+        show(language, prompt, row, options.eos_token)?;
     }
     Ok(tokens)
 }
 
 /// A prompt and what follows it, up to its end.
-fn show(prompt: &str, tokens: &[i64], stop: Option<i64>) -> Result<()> {
-    let mut text = sample::Shown::new(stop);
-    let shown: String = tokens.iter().map(|&token| text.push(token)).collect();
-    print(format_args!("{}{shown}{}\n", decode(prompt.as_bytes()), text.finish()))
+fn show(language: &Language, prompt: &Prompt, tokens: &[i64], stop: Option<i64>) -> Result<()> {
+    let mut text = language.shown(stop);
+    let shown = tokens.iter().map(|&token| text.push(token)).collect::<Result<String>>()?;
+    print(format_args!("{}{shown}{}\n", prompt.shown, text.finish()?))
 }
 
-fn bytes(prompt: &str, device: &Device) -> Result<Tensor> {
-    Ok(Tensor::from_slice(prompt.as_bytes(), [prompt.len()], device)?)
-}
-
-/// Bits per byte of a text in windows that follow each other.
-fn score(model: &AutoregressiveWrapper, path: &std::path::Path, device: &Device) -> Result<()> {
-    /// Windows at a time.
-    const BATCH: usize = 4;
+/// Bits per byte of a text, in windows that follow each other: what each token is predicted from begins anew with each.
+fn score(source: &Source, weights: Weights, path: &Path, device: &Device) -> Result<()> {
+    /// Tokens at a time, which bounds the memory of their logits.
+    const TOKENS: usize = 1024;
     let text = fs::read(path).map_err(|error| Failure::io(path, &error))?;
-    let window = model.net.plan().max_seq_len + 1;
-    if text.len() < window {
-        let why = format!("has {} bytes; a window of this model takes {window}", text.len());
+    let tokens: Vec<i64> = match &source.language {
+        // Bytes need not be text.
+        Language::Bytes => text.iter().copied().map(i64::from).collect(),
+        language => language.encode(str::from_utf8(&text).map_err(|why| Failure::new(why).within(path))?)?,
+    };
+    if tokens.len() < 2 {
+        let why = format!("has {} tokens; a score takes 2, the first one predicts the second", tokens.len());
         return Err(Failure::new(why).within(path));
     }
-    let windows: Vec<&[u8]> = text.chunks_exact(window).collect();
+    let model = source.model(weights, device)?;
+    let (width, predicted) = (source.window().min(TOKENS), tokens.len() - 1);
+    let whole = predicted / width;
+    // A window ends with the token that the next one begins with.
+    let window = |number: usize| &tokens[number * width..][..width + 1];
     let mut nats = 0.0;
-    for part in windows.chunks(BATCH) {
-        let tokens = Tensor::from_vec(part.concat(), [part.len(), window], device)?;
-        nats += part.len() as f64 * model.loss(&tokens, &ForwardOptions::default())?.item()?;
-    }
-    let bits = nats / windows.len() as f64 / std::f64::consts::LN_2;
-    print(format_args!("{bits:.4} bits per byte of {} bytes\n", windows.len() * (window - 1)))
-}
-
-/// Text by a pretrained model, one prompt at a time and with its own end.
-fn continue_pretrained(args: &GenerateArgs, device: &Device) -> Result<()> {
-    let refused = [
-        ("--beams", args.beams.is_some()),
-        ("--draft", args.draft.is_some()),
-        ("--eos", args.eos.is_some()),
-        ("--score", args.score.is_some()),
-        ("--weights", args.weights != Weights::F32),
-        ("several prompts", args.prompt.len() > 1),
-    ];
-    if let Some((name, _)) = refused.iter().find(|(_, given)| *given) {
-        return Err(Failure::new(format_args!("{name}: not for pretrained models; leave it out")));
-    }
-    let options = GenerateOptions {
-        sampling: args.sampling(),
-        seed: args.seed,
-        repetition_penalty: args.repetition_penalty,
-        prefill_chunk: args.prefill as usize,
-        recompute: args.no_cache,
-        ..Default::default()
+    let mut add = |rows: &[&[i64]]| -> Result<()> {
+        let shape = [rows.len(), rows[0].len()];
+        let loss = model.loss(&Tensor::from_vec(rows.concat(), shape, device)?, &ForwardOptions::default())?.item()?;
+        nats += loss * (shape[0] * (shape[1] - 1)) as f64;
+        Ok(())
     };
-    let prompt = args.prompt.first().map_or("", String::as_str);
-    let asked = Continue { prompt, chat: args.chat, length: args.length, options };
-    pretrained::generate(&args.checkpoint, asked, device)
+    let windows: Vec<&[i64]> = (0..whole).map(window).collect();
+    windows.chunks((TOKENS / width).max(1)).try_for_each(&mut add)?;
+    if predicted > whole * width {
+        add(&[&tokens[whole * width..]])?;
+    }
+    // The first token is given.
+    let bytes = text.len() - source.language.length(tokens[0])?.min(text.len() - 1);
+    let bits = nats / bytes as f64 / std::f64::consts::LN_2;
+    if !bits.is_finite() {
+        return Err(Failure::new("the model gives no probabilities: its weights are broken"));
+    }
+    print(format_args!("{bits:.4} bits per byte of {bytes} bytes\n"))
 }

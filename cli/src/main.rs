@@ -14,14 +14,15 @@ mod generate;
 mod info;
 #[cfg(feature = "cuda")]
 mod kernels;
+mod language;
 mod markov;
 mod metrics;
 mod plot;
-mod pretrained;
 mod profiler;
 mod progress;
 mod run;
 mod sample;
+mod source;
 mod text;
 mod tokenizer;
 mod train;

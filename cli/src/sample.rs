@@ -1,62 +1,35 @@
-//! Text from a model, byte by byte.
+//! Text from a model, token by token.
 
 use x_transformers::{
     Device, Tensor,
     models::{AutoregressiveWrapper, GenerateOptions},
 };
 
-use crate::{failure::Result, text::Decoder};
+use crate::{failure::Result, language::Language};
 
-/// Text of tokens that come one at a time, up to the one that ends it.
-pub struct Shown {
-    decoder: Decoder,
-    stop: Option<i64>,
-    ended: bool,
-}
-
-impl Shown {
-    pub fn new(stop: Option<i64>) -> Self {
-        Self { decoder: Decoder::default(), stop, ended: false }
-    }
-
-    /// The text that is whole with this token, often empty.
-    pub fn push(&mut self, token: i64) -> String {
-        self.ended |= self.stop == Some(token);
-        if self.ended {
-            return String::new();
-        }
-        // A vocabulary may have tokens behind the bytes; none of them is text, as little as this byte.
-        self.decoder.push(u8::try_from(token).unwrap_or(0xff))
-    }
-
-    /// The text of a sequence that stays incomplete.
-    pub fn finish(self) -> &'static str {
-        self.decoder.finish()
-    }
-}
-
-/// Continues a prompt by `length` bytes and gives the text to `show` as soon as it is whole. Gives the number of tokens.
+/// Continues a prompt by `length` tokens and gives the text to `show` as soon as it is whole. Gives the number of tokens.
 pub fn stream(
     model: &AutoregressiveWrapper,
-    prompt: &[u8],
+    language: &Language,
+    prompt: &[i64],
     length: usize,
     options: &GenerateOptions,
     device: &Device,
     mut show: impl FnMut(&str) -> Result<()>,
 ) -> Result<usize> {
-    let mut text = Shown::new(options.eos_token);
+    let mut text = language.shown(options.eos_token);
     let start = Tensor::from_slice(prompt, [prompt.len()], device)?;
     let mut count = 0;
     for tokens in model.stream(&start, length, options)? {
         for token in tokens? {
             count += 1;
-            let piece = text.push(token);
+            let piece = text.push(token)?;
             if !piece.is_empty() {
                 show(&piece)?;
             }
         }
     }
-    show(text.finish())?;
+    show(&text.finish()?)?;
     Ok(count)
 }
 
@@ -68,7 +41,7 @@ pub fn block(
     device: &Device,
 ) -> Result<String> {
     let mut text = String::new();
-    stream(model, b"\n", length, options, device, |piece| {
+    stream(model, &Language::Bytes, &[i64::from(b'\n')], length, options, device, |piece| {
         text.push_str(piece);
         Ok(())
     })?;

@@ -17,11 +17,11 @@ pub struct Tokenizer {
 
 #[cfg(feature = "tokenizers")]
 impl Tokenizer {
-    /// That of the model's files: `tokenizer.json`, BERT's `vocab.txt`, or the vocabulary in a GGUF file.
+    /// That of the model's files: `tokenizer.json`, a `vocab.txt`, or the vocabulary in a GGUF file.
     pub fn of(pretrained: &Pretrained) -> Result<Self> {
         let file = pretrained.file().path();
         let json = match pretrained.folder() {
-            Some(folder) => known::of_folder(folder, pretrained.family()),
+            Some(folder) => known::of_folder(folder),
             None => known::of_gguf(pretrained.file()).map_err(|why| Failure::new(why).within(file)),
         }?;
         let broken = |error| Failure::new(format_args!("tokenizer: {error}")).within(file);

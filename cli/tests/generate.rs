@@ -49,6 +49,11 @@ fn text_from_a_model_in_every_way() {
     // Every space ends a text.
     let ended = generate(&["--prompt", "the", "--eos", "32", "--temperature", "3"]);
     assert!(!ended.trim_end_matches('\n').contains(' '), "{ended:?} of {plain:?}");
+    // That of the prompt does not.
+    assert!(generate(&["--prompt", "the cat", "--eos", "32", "--temperature", "3"]).len() > "the cat\n".len());
+    // A prompt that is longer than the window goes on with the end of it.
+    assert!(generate(&["--prompt", &"the cat ".repeat(5), "--temperature", "0"]).len() > 60);
+    assert!(refuses(&["generate", "--checkpoint", &out, "--prompt", ""]).contains("--prompt"));
     let score = |weights: &str| {
         let line =
             succeeds(&["generate", "--checkpoint", &out, "--device", "cpu", "--score", &corpus, "--weights", weights]);
@@ -57,11 +62,35 @@ fn text_from_a_model_in_every_way() {
     let (exact, small) = (score("f32"), score("int8"));
     assert!(exact > 0.0 && exact < 9.0 && (exact - small).abs() < 0.1, "{exact} {small}");
     let short = path(folder.path(), "short.txt");
-    fs::write(&short, "short").expect("a file");
+    fs::write(&short, "s").expect("a file");
     assert!(fails(&["generate", "--checkpoint", &out, "--score", &short]).contains("short.txt"));
+    // Every byte but the first is predicted once, those of the last window too.
+    fs::write(&short, b"short\xff and more").expect("a file");
+    assert!(succeeds(&["generate", "--checkpoint", &out, "--score", &short]).ends_with("per byte of 14 bytes\n"));
     assert!(fails(&["generate", "--checkpoint", &out, "--score", "none.txt"]).contains("none.txt"));
     assert!(fails(&["generate", "--checkpoint", &out, "--draft", "none"]).contains("none"));
     assert!(fails(&["generate", "--checkpoint", &out, "--repetition-penalty", "0"]).contains("repetition_penalty"));
+}
+
+/// What eight bits cost a model that has learned something, in bits per byte. The README has numbers of a larger one.
+#[test]
+fn eight_bits_cost_little() {
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let (corpus, out) = (path(folder.path(), "text.txt"), path(folder.path(), "out"));
+    write_text(&corpus);
+    let sizes =
+        ["--dim", "64", "--depth", "2", "--heads", "2", "--seq-len", "64", "--batch-size", "8", "--warmup", "10"];
+    let steps = ["--steps", "120", "--every", "120", "--lr", "3e-3", "--device", "cpu"];
+    succeeds(&[&["train", "--text", &corpus, "--out", &out][..], &sizes, &steps].concat());
+    let score = |weights: &str| {
+        let all = ["generate", "--checkpoint", &out, "--device", "cpu", "--score", &corpus, "--weights", weights];
+        let line = succeeds(&all);
+        line.split(' ').next().and_then(|bits| bits.parse::<f64>().ok()).expect("a number of bits")
+    };
+    let (exact, half, small) = (score("f32"), score("bf16"), score("int8"));
+    println!("bits per byte: f32 {exact}, bf16 {half}, int8 {small}");
+    assert!(exact < 2.5, "{exact}: nothing was learned");
+    assert!((half - exact).abs() < 0.02 && (small - exact).abs() < 0.01, "{exact} {half} {small}");
 }
 
 #[test]

@@ -135,7 +135,7 @@ pub struct AttentionLayersConfig {
     pub weight_tie_layers: bool,
     /// Rotary position embedding of queries, keys and values. <https://arxiv.org/abs/2104.09864>
     pub rotary_pos_emb: bool,
-    /// Features of a head that are rotated, at least 32. Default half of the head.
+    /// Features of a head that are rotated, at least 32 as in 0.22, or 2 with `rotary_qk_only`. Default half of the head.
     pub rotary_emb_dim: Option<usize>,
     /// With `rotary_pos_emb`: values are not rotated, as in the paper and in later versions.
     pub rotary_qk_only: bool,

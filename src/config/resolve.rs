@@ -179,8 +179,10 @@ fn rotary(config: &AttentionLayersConfig, dim_head: usize, dim_qk: usize) -> Res
         config.rotary_base > 1.0 && config.rotary_base.is_finite(),
         Error::option("rotary_base", format!("expected a number above 1, got {}", config.rotary_base))
     );
+    // 0.22 knows heads of 32 features and more alone; what rotates as others do may be as narrow as theirs.
+    let least = if config.rotary_qk_only && config.rotary_emb_dim.is_some() { 2 } else { 32 };
     let plan = RotaryPlan {
-        dim: config.rotary_emb_dim.unwrap_or(dim_head / 2).max(32),
+        dim: config.rotary_emb_dim.unwrap_or(dim_head / 2).max(least),
         values: !config.rotary_qk_only,
         base: config.rotary_base,
         interleaved: config.rotary_interleaved,
@@ -189,7 +191,7 @@ fn rotary(config: &AttentionLayersConfig, dim_head: usize, dim_qk: usize) -> Res
         plan.dim <= WIDEST && plan.features() <= dim_head,
         Error::option(
             "rotary_pos_emb",
-            format!("rotates at least 32 features, here {}; `attn_dim_head` is only {dim_head}", plan.dim)
+            format!("rotates at least {least} features, here {}; `attn_dim_head` is only {dim_head}", plan.dim)
         )
     );
     ensure!(

@@ -1,107 +1,16 @@
 //! Processor memory and how work is cut for the `rayon` pool.
 
-use std::{
-    alloc::{Layout, alloc_zeroed, dealloc},
-    ptr::NonNull,
-};
-
 use super::{
-    cpu_pool,
+    cpu_heap,
+    heap::{ALIGNMENT, Block},
     parallel::run,
-    pool::{Reusable, size_class},
 };
 use crate::{
     Result,
     core::{Layout as TensorLayout, Shape, collapse},
 };
-use memmap2::MmapMut;
 
-/// Bytes to which buffers are aligned: a cache line, and the widest vector load.
-const ALIGNMENT: usize = 64;
-
-/// Blocks from this size on are maps of their own: only those go back to the system for certain, whatever lies beside
-/// them, while an allocator keeps what it cannot give back from the end of its heap.
-const MAPPED: usize = 1 << 20;
-
-/// Bytes of the pages that larger blocks ask for: first touching 2 MiB in pages of 4 KiB costs more than writing them.
-#[cfg(target_os = "linux")]
-const HUGE: usize = 2 << 20;
-
-/// Zeroed memory from the system.
-pub(super) struct Block {
-    pointer: NonNull<u8>,
-    bytes: usize,
-    /// Who owns the memory, if it is not the allocator's.
-    map: Option<MmapMut>,
-}
-
-// SAFETY: a block owns its memory exclusively, like a `Vec<u8>`.
-unsafe impl Send for Block {}
-// SAFETY: shared access only reads.
-unsafe impl Sync for Block {}
-
-impl Block {
-    fn layout(bytes: usize) -> Option<Layout> {
-        Layout::from_size_align(bytes, ALIGNMENT).ok()
-    }
-
-    /// `bytes` of memory, of which the first `used` are wanted now.
-    fn new(bytes: usize, used: usize) -> Option<Self> {
-        if bytes >= MAPPED {
-            let (mut map, start) = map(bytes, used)?;
-            // SAFETY: `start` lies within the map, which has `bytes` more.
-            let pointer = NonNull::new(unsafe { map.as_mut_ptr().add(start) })?;
-            return Some(Self { pointer, bytes, map: Some(map) });
-        }
-        let layout = Self::layout(bytes)?;
-        // SAFETY: the size is not zero, classes start at 64 bytes. Zeroed memory is initialised for every Pod type.
-        let pointer = NonNull::new(unsafe { alloc_zeroed(layout) })?;
-        Some(Self { pointer, bytes, map: None })
-    }
-}
-
-/// A map with room for `bytes`, and where they start: at a page, which is aligned to far more than a cache line.
-#[cfg(target_os = "linux")]
-fn map(bytes: usize, used: usize) -> Option<(MmapMut, usize)> {
-    use memmap2::Advice;
-    let large = used / HUGE * HUGE;
-    let (map, start) = if large == 0 {
-        (MmapMut::map_anon(bytes).ok()?, 0)
-    } else {
-        // What lies before the first large page is never touched, and so is no memory.
-        let map = MmapMut::map_anon(bytes.checked_add(HUGE)?).ok()?;
-        let start = map.as_ptr().addr().next_multiple_of(HUGE) - map.as_ptr().addr();
-        (map, start)
-    };
-    // Wishes that the system may decline. Small pages come in one call rather than one at a time, and what is not wanted
-    // now takes no memory.
-    map.advise_range(Advice::HugePage, start, large).ok();
-    map.advise_range(Advice::PopulateWrite, start + large, used - large).ok();
-    Some((map, start))
-}
-
-#[cfg(not(target_os = "linux"))]
-fn map(bytes: usize, _used: usize) -> Option<(MmapMut, usize)> {
-    Some((MmapMut::map_anon(bytes).ok()?, 0))
-}
-
-impl Reusable for Block {
-    /// The caches may still hold it.
-    fn goes_before(&self, _earlier: &Self) -> bool {
-        true
-    }
-}
-
-impl Drop for Block {
-    fn drop(&mut self) {
-        if let (None, Some(layout)) = (&self.map, Self::layout(self.bytes)) {
-            // SAFETY: allocated in `new` with the same layout.
-            unsafe { dealloc(self.pointer.as_ptr(), layout) }
-        }
-    }
-}
-
-/// Bytes in the processor's memory, 64-byte aligned, returned to the pool on drop.
+/// Bytes in the processor's memory, 64-byte aligned, returned to the heap on drop.
 pub(crate) struct CpuBuffer {
     block: Option<Block>,
     bytes: usize,
@@ -112,13 +21,7 @@ impl CpuBuffer {
         if bytes == 0 {
             return Ok(Self { block: None, bytes });
         }
-        let (class, pool) = (size_class(bytes), cpu_pool());
-        let make = || {
-            pool.make_room(class);
-            Block::new(class, bytes)
-        };
-        let block = pool.allocate(class, bytes, make)?;
-        let mut buffer = Self { block: Some(block), bytes };
+        let mut buffer = Self { block: Some(cpu_heap().allocate(bytes)?), bytes };
         if cfg!(debug_assertions) {
             // All bits set is NaN in every float type: an element that an op forgets shows.
             buffer.bytes_mut().fill(0xFF);
@@ -152,7 +55,7 @@ fn empty() -> &'static mut [u8] {
 impl Drop for CpuBuffer {
     fn drop(&mut self) {
         if let Some(block) = self.block.take() {
-            cpu_pool().give(block.bytes, block);
+            cpu_heap().give(block);
         }
     }
 }

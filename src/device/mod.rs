@@ -12,18 +12,18 @@ pub mod cuda;
 #[cfg(not(feature = "cuda"))]
 #[path = "no_cuda.rs"]
 pub mod cuda;
+mod heap;
 #[cfg(feature = "cuda")]
 pub mod kernels;
 // Without CUDA, what ops say of their launches is never read.
 #[cfg_attr(not(feature = "cuda"), allow(dead_code))]
 pub(crate) mod launch;
 mod parallel;
-mod pool;
 mod precision;
 pub(crate) mod simd;
 
 pub use cuda::CudaDevice;
-pub use pool::MemoryStats;
+pub use heap::MemoryStats;
 pub use precision::{Precision, float32_matmul_precision, set_float32_matmul_precision};
 pub use simd::Level;
 
@@ -31,14 +31,14 @@ pub(crate) use launch::{Arg, Gemm, Grid, Operand, Storage, args, size32};
 
 use cpu::CpuBuffer;
 use cuda::CudaBuffer;
-use pool::Pool;
+use heap::Heap;
 
-/// Runs an expression with the pool of a device, whose blocks have a type of their own.
+/// Runs an expression with what keeps the memory of a device.
 macro_rules! on_pool {
     ($device:expr, $pool:ident, $body:expr) => {
         match $device {
             Device::Cpu => {
-                let $pool = cpu_pool();
+                let $pool = cpu_heap();
                 $body
             }
             Device::Cuda(device) => {
@@ -105,9 +105,6 @@ impl Device {
 
     /// Limits the memory kept for reuse to this many bytes. Default: what `XT_POOL_BYTES` says, else 2 GiB on the CPU
     /// and no limit on a GPU.
-    ///
-    /// On the CPU, whatever the limit, it goes before memory in use and memory kept outgrow the largest use so far by
-    /// 8 MiB.
     pub fn set_cache_limit(&self, bytes: usize) {
         on_pool!(self, pool, pool.set_limit(bytes));
     }
@@ -201,10 +198,10 @@ impl Buffer {
     }
 }
 
-fn cpu_pool() -> &'static Pool<cpu::Block> {
-    static POOL: OnceLock<Pool<cpu::Block>> = OnceLock::new();
-    POOL.get_or_init(|| {
+fn cpu_heap() -> &'static Heap {
+    static HEAP: OnceLock<Heap> = OnceLock::new();
+    HEAP.get_or_init(|| {
         let limit = std::env::var("XT_POOL_BYTES").ok().and_then(|bytes| bytes.parse().ok());
-        Pool::new(limit.unwrap_or(2 << 30))
+        Heap::new(limit.unwrap_or(2 << 30))
     })
 }

@@ -2,8 +2,8 @@
 
 use super::{
     Transfers,
+    heap::Heap,
     launch::{Arg, Gemm, Grid},
-    pool::{Pool, Reusable},
 };
 use crate::{Element, Error, Result, Tensor};
 
@@ -12,7 +12,6 @@ use crate::{Element, Error, Result, Tensor};
 pub enum CudaDevice {}
 
 pub(crate) enum CudaBuffer {}
-pub(super) enum Block {}
 pub(crate) enum Kernel {}
 
 impl CudaDevice {
@@ -52,7 +51,7 @@ uncallable! {
 }
 
 impl CudaDevice {
-    pub(super) fn pool(&self) -> &Pool<Block> {
+    pub(super) fn pool(&self) -> &Heap {
         match *self {}
     }
 
@@ -61,12 +60,6 @@ impl CudaDevice {
     }
 
     pub(crate) fn constant<E: Element>(&self, _: &str, _: impl FnOnce() -> Result<Vec<E>>) -> Result<Tensor> {
-        match *self {}
-    }
-}
-
-impl Reusable for Block {
-    fn goes_before(&self, _: &Self) -> bool {
         match *self {}
     }
 }

@@ -67,13 +67,12 @@ impl AutoregressiveWrapper {
         options.check(b)?;
         let prompts: Vec<usize> = rows.tokens.iter().map(Vec::len).collect();
         let score = |log_probability: f64, tokens: usize| log_probability / (tokens as f64).powf(length_penalty);
-        let in_prompt = |row: &Vec<i64>| options.eos_token.is_some_and(|eos| row.contains(&eos));
         let mut searches: Vec<Search> = rows
             .tokens
             .iter()
             .enumerate()
             .map(|(row, tokens)| {
-                let ended = in_prompt(tokens);
+                let ended = options.ends(tokens, tokens.len());
                 let closed = if ended { vec![Hypothesis { tokens: vec![], score: 0.0 }] } else { vec![] };
                 Search { open: if ended { vec![] } else { vec![(row, 0.0)] }, closed }
             })

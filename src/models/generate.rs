@@ -17,9 +17,11 @@ use crate::{
 pub struct GenerateOptions {
     /// Filter and temperature. `top_a` looks at each row alone here.
     pub sampling: SamplingConfig,
-    /// A row ends with this token, in the prompt too; `pad_value` follows it. Generation stops once every row has
-    /// ended.
+    /// A row ends with this token; `pad_value` follows it. Generation stops once every row has ended.
     pub eos_token: Option<i64>,
+    /// Whether a row has ended already if the token is in its prompt, as in x-transformers. The turns of a chat each end
+    /// with it: there false. Default true.
+    pub eos_in_prompt: bool,
     /// The same seed draws the same tokens.
     pub seed: u64,
     /// A seed for each row in place of `seed` and the row's number: a row then has the same tokens whatever batch it is
@@ -46,6 +48,7 @@ impl Default for GenerateOptions {
         Self {
             sampling: SamplingConfig::default(),
             eos_token: None,
+            eos_in_prompt: true,
             seed: 0,
             row_seeds: None,
             prompt_lengths: None,
@@ -76,6 +79,12 @@ impl GenerateOptions {
             );
         }
         Ok(())
+    }
+
+    /// Whether a row that begins with a prompt of so many tokens has ended.
+    pub(super) fn ends(&self, tokens: &[i64], prompt: usize) -> bool {
+        let counted = if self.eos_in_prompt { tokens } else { tokens.get(prompt..).unwrap_or_default() };
+        self.eos_token.is_some_and(|eos| counted.contains(&eos))
     }
 
     /// A row's random numbers.
@@ -199,9 +208,8 @@ impl AutoregressiveWrapper {
     pub fn stream(&self, start_tokens: &Tensor, seq_len: usize, options: &GenerateOptions) -> Result<TokenStream<'_>> {
         let rows = Rows::new(self, start_tokens, seq_len, options)?;
         options.check(rows.tokens.len())?;
-        let ended = |row: &Vec<i64>| options.eos_token.is_some_and(|eos| row.contains(&eos));
         Ok(TokenStream {
-            ended: rows.tokens.iter().map(ended).collect(),
+            ended: rows.tokens.iter().map(|row| options.ends(row, row.len())).collect(),
             rows,
             options: options.clone(),
             pad_value: self.pad_value(),

@@ -69,8 +69,7 @@ impl AutoregressiveWrapper {
             let open: Vec<usize> = (0..b)
                 .map(|row| {
                     let tokens = &rows.tokens[row];
-                    let ended = options.eos_token.is_some_and(|eos| tokens.contains(&eos));
-                    if ended { 0 } else { seq_len - (tokens.len() - prompts[row]) }
+                    if options.ends(tokens, prompts[row]) { 0 } else { seq_len - (tokens.len() - prompts[row]) }
                 })
                 .collect();
             if open.iter().all(|&left| left == 0) {

@@ -149,6 +149,9 @@ impl TransformerWrapper {
     /// decoding reads a quarter of the bytes of f32. Embeddings, norms and gates stay as they are. Such a model gives no
     /// gradients; clones that were made before keep their weights.
     ///
+    /// A text of 66 kB cost SmolLM2-135M 1.3215 bits per byte instead of 1.3207 (`xt generate --score FILE --weights int8`);
+    /// the README has more.
+    ///
     /// Errors: weights that are not finite.
     pub fn quantize_int8(&mut self) -> Result<()> {
         self.attn_layers.quantize_int8().at("attn_layers")?;

@@ -3,7 +3,7 @@
 use std::{fs, path::Path};
 
 use serde_json::{Map, Value, json};
-use x_transformers::io::{Family, Metadata, TensorFile};
+use x_transformers::io::{Metadata, TensorFile};
 
 use crate::failure::{Failure, Result};
 
@@ -19,16 +19,29 @@ fn read(path: &Path) -> Result<String> {
     fs::read_to_string(path).map_err(broken)
 }
 
-/// `tokenizer.json`, or what BERT's `vocab.txt` stands for.
-pub fn of_folder(folder: &Path, family: Family) -> Result<String> {
+/// `tokenizer.json`, or what `vocab.txt` stands for: word pieces, or the symbols of SMILES.
+pub fn of_folder(folder: &Path) -> Result<String> {
     let whole = folder.join("tokenizer.json");
     if whole.is_file() {
         return read(&whole);
     }
     let vocabulary = folder.join("vocab.txt");
-    if family != Family::Bert || !vocabulary.is_file() {
-        let why = "has no tokenizer: no `tokenizer.json`, and no `vocab.txt` of BERT";
+    if !vocabulary.is_file() {
+        let there =
+            ["spiece.model", "tokenizer.model", "vocab.json"].into_iter().find(|name| folder.join(name).is_file());
+        let found =
+            there.map(|name| format!(" `{name}` is there, which this command does not read.")).unwrap_or_default();
+        let why = format!(
+            "has no tokenizer: no `tokenizer.json` and no `vocab.txt`.{found} Put one of them there; \
+             `AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)` of transformers writes the first"
+        );
         return Err(Failure::new(why).within(folder));
+    }
+    let text = read(&vocabulary)?;
+    let broken = |why: String| Failure::new(why).within(&vocabulary);
+    let pieces = Pieces::new(&text).map_err(broken)?;
+    if text.lines().all(is_symbol) {
+        return Ok(pieces.symbols());
     }
     let options = folder.join("tokenizer_config.json");
     let options: Value = if options.is_file() {
@@ -37,35 +50,81 @@ pub fn of_folder(folder: &Path, family: Family) -> Result<String> {
         Value::Null
     };
     let lowercase = options["do_lower_case"].as_bool().unwrap_or(true);
-    word_pieces(&read(&vocabulary)?, lowercase).map_err(|why| Failure::new(why).within(&vocabulary))
+    Ok(pieces.words(lowercase))
 }
 
-/// BERT's tokenizer with a vocabulary of one piece a line.
-fn word_pieces(vocabulary: &str, lowercase: bool) -> std::result::Result<String, String> {
-    let pieces: Map<String, Value> =
-        vocabulary.lines().enumerate().map(|(id, piece)| (piece.to_string(), json!(id))).collect();
-    let special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"];
-    let ids = special.map(|token| pieces.get(token).and_then(Value::as_u64));
-    let [_, Some(_), Some(start), Some(end), _] = ids else {
-        return Err("lacks one of [UNK], [CLS] and [SEP]".to_string());
-    };
-    let added = special.iter().zip(ids).filter_map(|(token, id)| added_token(token, id?));
-    Ok(json!({
-        "version": "1.0",
-        "added_tokens": added.collect::<Vec<_>>(),
-        "normalizer": {
-            "type": "BertNormalizer", "clean_text": true, "handle_chinese_chars": true, "strip_accents": null,
-            "lowercase": lowercase,
-        },
-        "pre_tokenizer": {"type": "BertPreTokenizer"},
-        "post_processor": {"type": "BertProcessing", "sep": ["[SEP]", end], "cls": ["[CLS]", start]},
-        "decoder": {"type": "WordPiece", "prefix": "##", "cleanup": true},
-        "model": {
-            "type": "WordPiece", "unk_token": "[UNK]", "continuing_subword_prefix": "##",
-            "max_input_chars_per_word": 100, "vocab": pieces,
-        },
-    })
-    .to_string())
+/// A symbol of SMILES, as the tokenizer of rxnmapper splits them (Schwaller et al., <https://doi.org/10.1126/sciadv.abe4166>).
+const SYMBOL: &str =
+    r"\[[^\]]+]|Br?|Cl?|N|O|S|P|F|I|b|c|n|o|s|p|\(|\)|\.|=|#|-|\+|\\|/|:|~|@|\?|>>?|\*|\$|%[0-9]{2}|[0-9]";
+
+/// Whether a piece is one symbol of SMILES; names in brackets such as `[CLS]` look like atoms.
+fn is_symbol(piece: &str) -> bool {
+    const ATOMS: [&str; 16] = ["B", "Br", "C", "Cl", "N", "O", "S", "P", "F", "I", "b", "c", "n", "o", "s", "p"];
+    let bracket = piece.strip_prefix('[').and_then(|rest| rest.strip_suffix(']'));
+    let digits = |text: &str, count: usize| text.len() == count && text.bytes().all(|byte| byte.is_ascii_digit());
+    bracket.is_some_and(|inner| !inner.is_empty() && !inner.contains(']'))
+        || ATOMS.contains(&piece)
+        || piece == ">>"
+        || piece.len() == 1 && "().=#-+\\/:~@?>*$".contains(piece)
+        || digits(piece, 1)
+        || piece.strip_prefix('%').is_some_and(|number| digits(number, 2))
+}
+
+/// A vocabulary of one piece a line, with BERT's special tokens.
+struct Pieces {
+    vocabulary: Map<String, Value>,
+    added: Vec<Value>,
+    /// `[CLS]` before a text and `[SEP]` behind it.
+    around: Value,
+}
+
+impl Pieces {
+    fn new(text: &str) -> std::result::Result<Self, String> {
+        let vocabulary: Map<String, Value> =
+            text.lines().enumerate().map(|(id, piece)| (piece.to_string(), json!(id))).collect();
+        let special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"];
+        let ids = special.map(|token| vocabulary.get(token).and_then(Value::as_u64));
+        let [_, Some(_), Some(start), Some(end), _] = ids else {
+            return Err("lacks one of [UNK], [CLS] and [SEP]".to_string());
+        };
+        let added = special.iter().zip(ids).filter_map(|(token, id)| added_token(token, id?)).collect();
+        let around = json!({"type": "BertProcessing", "sep": ["[SEP]", end], "cls": ["[CLS]", start]});
+        Ok(Self { vocabulary, added, around })
+    }
+
+    /// BERT's tokenizer.
+    fn words(self, lowercase: bool) -> String {
+        json!({
+            "version": "1.0",
+            "added_tokens": self.added,
+            "normalizer": {
+                "type": "BertNormalizer", "clean_text": true, "handle_chinese_chars": true, "strip_accents": null,
+                "lowercase": lowercase,
+            },
+            "pre_tokenizer": {"type": "BertPreTokenizer"},
+            "post_processor": self.around,
+            "decoder": {"type": "WordPiece", "prefix": "##", "cleanup": true},
+            "model": {
+                "type": "WordPiece", "unk_token": "[UNK]", "continuing_subword_prefix": "##",
+                "max_input_chars_per_word": 100, "vocab": self.vocabulary,
+            },
+        })
+        .to_string()
+    }
+
+    /// A tokenizer of molecules and reactions: each symbol is a token, what is none is left out.
+    fn symbols(self) -> String {
+        json!({
+            "version": "1.0",
+            "added_tokens": self.added,
+            "normalizer": null,
+            "pre_tokenizer": {"type": "Split", "pattern": {"Regex": SYMBOL}, "behavior": "Removed", "invert": true},
+            "post_processor": self.around,
+            "decoder": {"type": "Fuse"},
+            "model": {"type": "WordLevel", "unk_token": "[UNK]", "vocab": self.vocabulary},
+        })
+        .to_string()
+    }
 }
 
 /// A token that is looked for in the text as it is, and left out of decoded text.
@@ -127,4 +186,30 @@ pub fn of_gguf(file: &TensorFile) -> std::result::Result<String, String> {
         },
     })
     .to_string())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{Pieces, is_symbol};
+
+    #[test]
+    fn symbols_of_reactions_are_told_from_words() {
+        for symbol in ["[PAD]", "[unused1]", "Cl", "c", "[C@@H]", ">>", ">", "%12", "7", "\\", "(", "*"] {
+            assert!(is_symbol(symbol), "{symbol}");
+        }
+        for word in ["", "##s", "the", "A", "[]", "[a]b]", "%1", "%123", "12", "=="] {
+            assert!(!is_symbol(word), "{word}");
+        }
+    }
+
+    #[test]
+    fn reactions_are_split_into_symbols() {
+        let vocabulary = "[PAD]\n[UNK]\n[CLS]\n[SEP]\n[MASK]\nC\nCl\n[Na+]\n>>\n%10\n1\n";
+        let tokenizer: tokenizers::Tokenizer = Pieces::new(vocabulary).unwrap().symbols().parse().unwrap();
+        let ids = |text: &str| tokenizer.encode(text, true).unwrap().get_ids().to_vec();
+        // Oxygen is a symbol that the vocabulary lacks; a space is none.
+        assert_eq!(ids("CCl [Na+]>>O%101[MASK]"), [2, 5, 6, 7, 8, 1, 9, 10, 4, 3]);
+        assert_eq!(ids(""), [2, 3]);
+        assert!(Pieces::new("C\nO\n").is_err());
+    }
 }

@@ -5,7 +5,7 @@ use std::{fmt, sync::atomic::Ordering};
 use cudarc::driver::{result, sys};
 
 use super::{CudaDevice, GraphTables, error, memory::Block};
-use crate::{Device, Error, ParamMap, Result, Tensor, device::pool::FreeBlocks};
+use crate::{Device, Error, ParamMap, Result, Tensor, device::cuda::pool::FreeBlocks};
 
 /// A recorded computation on a GPU. Replaying it costs one launch instead of one per kernel.
 ///

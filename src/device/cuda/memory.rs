@@ -7,7 +7,7 @@ use cudarc::driver::result;
 use super::{CudaDevice, FAULT_WORDS, error};
 use crate::{
     Error, Result,
-    device::pool::{Reusable, size_class},
+    device::cuda::pool::{Reusable, size_class},
     ops::broken_logits,
 };
 

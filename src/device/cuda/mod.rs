@@ -9,6 +9,7 @@ mod graph;
 mod lab;
 mod libraries;
 mod memory;
+mod pool;
 mod timer;
 
 use std::{
@@ -31,7 +32,6 @@ use super::{
     Transfers,
     kernels::{KernelSource, Kind, SIGNATURES, Signature},
     launch::{Arg, Grid},
-    pool::{FreeBlocks, Pool},
 };
 use crate::{DType, Element, Error, Result, Tensor, core::Shape};
 
@@ -40,6 +40,7 @@ pub use graph::Graph;
 pub use lab::{Rung, Scalar};
 use memory::Block;
 pub(crate) use memory::CudaBuffer;
+use pool::{FreeBlocks, Pool};
 
 /// A CUDA device. There is one value per card and process, which lives as long as the process.
 pub struct CudaDevice {

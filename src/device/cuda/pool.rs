@@ -3,27 +3,16 @@
 
 use std::{collections::BTreeMap, sync::Mutex};
 
-use crate::{Error, Result};
-
-/// Bytes of a device's memory.
-#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
-pub struct MemoryStats {
-    /// In use by tensors.
-    pub live: usize,
-    /// Kept for reuse.
-    pub cached: usize,
-    /// The largest `live` since the start or the last reset.
-    pub peak: usize,
-}
+use crate::{Error, Result, device::MemoryStats};
 
 /// What a pool keeps. It gives itself back to the system when dropped.
-pub(super) trait Reusable {
+pub(in crate::device) trait Reusable {
     /// Of two free blocks of one size, whether this one is to be used before one that became free earlier.
     fn goes_before(&self, earlier: &Self) -> bool;
 }
 
 /// Free blocks of one device by size class.
-pub(super) struct Pool<Block> {
+pub(in crate::device) struct Pool<Block> {
     state: Mutex<State<Block>>,
 }
 
@@ -33,8 +22,6 @@ struct State<Block> {
     /// Whether blocks are kept whatever the limit.
     keep_all: bool,
     stats: MemoryStats,
-    /// The largest `live` since the last [`Pool::trim`].
-    most: usize,
 }
 
 /// The block to be used next is the last one.
@@ -51,7 +38,6 @@ impl<Block> State<Block> {
     fn grow(&mut self, bytes: usize) {
         self.stats.live += bytes;
         self.stats.peak = self.stats.peak.max(self.stats.live);
-        self.most = self.most.max(self.stats.live);
     }
 
     /// Takes out a free block of this class.
@@ -62,13 +48,9 @@ impl<Block> State<Block> {
     }
 }
 
-/// Bytes that blocks in use and free ones together may have beyond the largest use: free blocks of sizes that are not
-/// asked for now, such as those of gradients while activations are made.
-const SLACK: usize = 8 << 20;
-
 impl<Block: Reusable> Pool<Block> {
     pub fn new(limit: usize) -> Self {
-        let state = State { free: FreeBlocks::new(), limit, keep_all: false, stats: MemoryStats::default(), most: 0 };
+        let state = State { free: FreeBlocks::new(), limit, keep_all: false, stats: MemoryStats::default() };
         Self { state: Mutex::new(state) }
     }
 
@@ -100,23 +82,6 @@ impl<Block: Reusable> Pool<Block> {
         Some(block)
     }
 
-    /// Gives free blocks back to the system, if all blocks together would outgrow the largest use by more than
-    /// [`SLACK`] with a new one of this class. Otherwise steps of other sizes would leave theirs behind.
-    pub fn make_room(&self, class: usize) {
-        let mut state = self.lock();
-        let mut dropped = Vec::new();
-        loop {
-            let used = state.stats.live + class;
-            let excess = (used + state.stats.cached).saturating_sub(used.max(state.most) + SLACK);
-            let mut sizes = state.free.iter().filter(|(_, blocks)| !blocks.is_empty()).map(|(&size, _)| size);
-            // The smallest one that is enough, else the largest.
-            let size = sizes.clone().find(|&size| size >= excess).or_else(|| sizes.next_back());
-            let Some(block) = size.filter(|_| excess > 0).and_then(|size| state.pop(size)) else { break };
-            dropped.push(block);
-        }
-        drop(state);
-    }
-
     /// Counts a block that was made as live.
     fn made(&self, class: usize) {
         self.lock().grow(class);
@@ -137,7 +102,6 @@ impl<Block: Reusable> Pool<Block> {
     pub fn trim(&self) {
         let mut state = self.lock();
         state.stats.cached = 0;
-        state.most = state.stats.live;
         let blocks = std::mem::take(&mut state.free);
         drop(state);
         drop(blocks);
@@ -145,7 +109,6 @@ impl<Block: Reusable> Pool<Block> {
 
     /// Puts other blocks in the place of those that are kept for reuse. `keep_all`: from now on all are kept, whatever the
     /// limit.
-    #[cfg(feature = "cuda")]
     pub fn exchange(&self, blocks: &mut FreeBlocks<Block>, keep_all: bool) {
         let mut state = self.lock();
         state.keep_all = keep_all;
@@ -161,7 +124,6 @@ impl<Block: Reusable> Pool<Block> {
     }
 
     /// Whether the limit is 0.
-    #[cfg(feature = "cuda")]
     pub fn keeps_nothing(&self) -> bool {
         self.lock().limit == 0
     }

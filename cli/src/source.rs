@@ -1,0 +1,124 @@
+//! Models that continue texts: what `xt train` wrote, and pretrained ones.
+
+use std::{
+    collections::BTreeMap,
+    path::{Path, PathBuf},
+};
+
+use clap::ValueEnum;
+use x_transformers::{
+    DType, Device, Error, Store, Tensor,
+    config::{AutoregressiveConfig, Config},
+    io::{Family, Pretrained},
+    models::AutoregressiveWrapper,
+    train::Checkpoint,
+};
+
+use crate::{
+    failure::{Failure, Result},
+    files,
+    language::Language,
+    tokenizer::Tokenizer,
+};
+
+/// What weights are kept as.
+#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Weights {
+    F32,
+    Bf16,
+    F16,
+    /// Eight bits, a scale per row, sums in f32
+    Int8,
+}
+
+/// A checkpoint whose model is made later, when it is known that the texts fit.
+pub struct Source {
+    pub language: Language,
+    kind: Kind,
+    path: PathBuf,
+}
+
+enum Kind {
+    Trained(Box<AutoregressiveConfig>, BTreeMap<String, Tensor>),
+    Pretrained(Box<Pretrained>),
+}
+
+impl Source {
+    /// Opens a folder of `xt train`, a folder of `transformers`, or a GGUF file.
+    pub fn open(path: &Path) -> Result<Self> {
+        if Pretrained::is_one(path) {
+            let pretrained = Pretrained::open(path)?;
+            if pretrained.family() != Family::Llama {
+                let why = format!(
+                    "is of the family {}, which does not continue texts; give a Llama, or use `xt embed`",
+                    pretrained.family()
+                );
+                return Err(Failure::new(why).within(path));
+            }
+            let language = Language::Pieces(Box::new(Tokenizer::of(&pretrained)?));
+            return Ok(Self { language, kind: Kind::Pretrained(Box::new(pretrained)), path: path.to_path_buf() });
+        }
+        let path = files::checkpoint(path);
+        let (config, values) = Checkpoint::load_model(&path)?;
+        let Config::AutoregressiveWrapper(config) = config else {
+            let why = "expected an AutoregressiveWrapper; give the folder that `xt train` wrote";
+            return Err(Failure::new(why).within(&path));
+        };
+        Ok(Self { language: Language::Bytes, kind: Kind::Trained(Box::new(config), values), path })
+    }
+
+    /// The token that ends a text, if the files name one.
+    pub fn end(&self) -> Option<i64> {
+        match &self.kind {
+            Kind::Trained(..) => None,
+            Kind::Pretrained(pretrained) => pretrained.end_token(),
+        }
+    }
+
+    /// Tokens that the model sees.
+    pub fn window(&self) -> usize {
+        match &self.kind {
+            Kind::Trained(config, _) => config.net.max_seq_len,
+            Kind::Pretrained(pretrained) => pretrained.config().max_seq_len,
+        }
+    }
+
+    /// Tokens that may follow a text of so many: what `xt train` wrote goes on with the last ones that it sees.
+    pub fn room(&self, tokens: usize) -> Result<usize> {
+        match &self.kind {
+            Kind::Trained(..) => Ok(usize::MAX),
+            Kind::Pretrained(_) => {
+                let window = self.window();
+                if tokens >= window {
+                    return Err(Failure::new(format_args!(
+                        "the prompt has {tokens} tokens, the model sees {window}; give a shorter one"
+                    )));
+                }
+                Ok(window - tokens)
+            }
+        }
+    }
+
+    /// The model with its weights.
+    pub fn model(&self, weights: Weights, device: &Device) -> Result<AutoregressiveWrapper> {
+        let dtype = match weights {
+            Weights::F32 | Weights::Int8 => DType::F32,
+            Weights::Bf16 => DType::BF16,
+            Weights::F16 => DType::F16,
+        };
+        let broken = |error: Error| Failure::from(error).within(&self.path);
+        let mut model = match &self.kind {
+            Kind::Pretrained(pretrained) => pretrained.autoregressive(dtype, device)?,
+            Kind::Trained(config, values) => {
+                let store = Store::zeros(dtype, device);
+                let model = AutoregressiveWrapper::new(config, &store).map_err(broken)?;
+                store.params().load(values).map_err(broken)?;
+                model
+            }
+        };
+        if weights == Weights::Int8 {
+            model.quantize_int8().map_err(broken)?;
+        }
+        Ok(model)
+    }
+}
