@@ -3,7 +3,7 @@
 use super::{
     cpu_heap,
     heap::{ALIGNMENT, Block},
-    parallel::run,
+    tasks::run,
 };
 use crate::{
     Result,

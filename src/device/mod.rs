@@ -18,9 +18,9 @@ pub mod kernels;
 // Without CUDA, what ops say of their launches is never read.
 #[cfg_attr(not(feature = "cuda"), allow(dead_code))]
 pub(crate) mod launch;
-mod parallel;
 mod precision;
 pub(crate) mod simd;
+mod tasks;
 
 pub use cuda::CudaDevice;
 pub use heap::MemoryStats;

@@ -6,6 +6,7 @@ mod amx;
 mod amx_emulator;
 pub(crate) mod cpu;
 mod cuda;
+mod few;
 mod int8;
 mod lanes;
 mod microkernel;
