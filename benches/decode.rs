@@ -1,16 +1,21 @@
-//! Tokens per second of greedy decoding, and the share of the memory bandwidth that reading the weights takes.
+//! Tokens per second of greedy decoding, and the share of the memory bandwidth that reading the weights takes; then the
+//! attention of one query to long caches.
 //!
 //!     cargo bench --bench decode [-- FILTER]
+//!
+//! `--lockstep attention/f32 4096` does one such attention for each line of standard input and prints its seconds, for
+//! benches/peers/pretrained.py.
 
 mod peak;
 
-use std::time::Instant;
+use std::{io::BufRead, time::Instant};
 
 use peak::read_bytes;
 use x_transformers::{
-    DType, Device, Result, Store, Tensor,
+    DType, Device, Philox, Result, Store, Tensor,
     config::{AttentionLayersConfig, AutoregressiveConfig, SamplingConfig, TransformerWrapperConfig},
     models::{AutoregressiveWrapper, GenerateOptions},
+    ops::{DecodeSpec, attention_decode},
 };
 
 const PROMPT: usize = 128;
@@ -53,7 +58,49 @@ fn read_weights() -> usize {
     depth * (4 * dim * dim + 8 * dim * dim) + num_tokens * dim
 }
 
+/// Heads and features of the attention to long caches.
+const HEADS: usize = 8;
+const WIDTH: usize = 64;
+
+/// One query of each head to so many keys.
+fn long_attention(dtype: DType, keys: usize) -> Result<impl Fn() -> Result<f64>> {
+    let random = |stream: u64, n: usize| -> Result<Tensor> {
+        let random = Philox::new(1, stream);
+        Tensor::generate([1, HEADS, n, WIDTH], dtype, &Device::Cpu, |i| random.normal(i as u64))
+    };
+    let (q, k, v) = (random(0, 1)?, random(1, keys)?, random(2, keys)?);
+    let ends = Tensor::from_slice(&[keys as i64 - 1], [1], &Device::Cpu)?;
+    let spec = DecodeSpec { scale: (WIDTH as f64).powf(-0.5), ..DecodeSpec::default() };
+    Ok(move || {
+        let clock = Instant::now();
+        let out = attention_decode(&q, &k, &v, &ends, &spec)?;
+        let seconds = clock.elapsed().as_secs_f64();
+        drop(out);
+        Ok(seconds)
+    })
+}
+
+/// Every case of attention, by its name.
+fn attentions(tested: bool) -> impl Iterator<Item = (String, DType, usize)> {
+    let keys = if tested { [4, 300] } else { [4096, 16384] };
+    let case = move |dtype: DType| keys.map(|keys| (format!("attention/{dtype} {keys}"), dtype, keys));
+    [DType::F32, DType::BF16].into_iter().flat_map(case)
+}
+
+fn lockstep(name: &str) -> Result<()> {
+    for (_, dtype, keys) in attentions(false).filter(|(id, ..)| id == name) {
+        let run = long_attention(dtype, keys)?;
+        for _ in std::io::stdin().lock().lines() {
+            println!("{{\"seconds\": {}}}", run()?);
+        }
+    }
+    Ok(())
+}
+
 fn main() -> Result<()> {
+    if let Some(name) = std::env::args().skip_while(|argument| argument != "--lockstep").nth(1) {
+        return lockstep(&name);
+    }
     let tested = std::env::args().any(|argument| argument == "--test");
     let filter = std::env::args().skip(1).find(|argument| !argument.starts_with('-')).unwrap_or_default();
     let bandwidth = if tested { 1.0 } else { read_bytes() };
@@ -102,6 +149,23 @@ fn main() -> Result<()> {
                 100.0 * bytes / bandwidth
             );
         }
+    }
+    for (id, dtype, keys) in attentions(tested).filter(|(id, ..)| id.contains(&filter)) {
+        let run = long_attention(dtype, keys)?;
+        if tested {
+            run()?;
+            println!("{id}: ok");
+            continue;
+        }
+        let mut seconds = (0..201).map(|_| run()).collect::<Result<Vec<_>>>()?;
+        seconds.sort_by(f64::total_cmp);
+        let (median, bytes) = (seconds[seconds.len() / 2], (2 * HEADS * keys * WIDTH * dtype.size()) as f64);
+        println!(
+            "{id}: {:.3} ms, {:.1} GB/s, {:.0} % of the bandwidth",
+            1e3 * median,
+            bytes / median / 1e9,
+            100.0 * bytes / median / bandwidth
+        );
     }
     Ok(())
 }

@@ -107,15 +107,28 @@ fn large_sizes_in_every_dtype_and_layout() -> Result<()> {
     Ok(())
 }
 
-/// Tiles of AMX have an order of additions of their own, and are not worth it for a few rows.
+/// Each way to multiply few rows has the order of additions of the way for many. Only tiles of AMX have an order of their
+/// own, and are not worth it for a few rows.
 #[test]
 fn rows_do_not_depend_on_how_many_there_are() -> Result<()> {
-    let fewest = if Level::detected() == Level::Amx { 5 } else { 1 };
-    let (a, b) = (random(&[300, 700], DType::F32, 1)?, random(&[700, 200], DType::F32, 2)?);
-    let whole = a.matmul(&b)?;
-    for rows in [1, 2, 3, 4, 5, 13, 64, 65, 299].into_iter().filter(|&rows| rows >= fewest) {
-        let part = a.narrow(0, 1, rows)?.matmul(&b)?;
-        assert_eq!(part.to_vec::<f32>()?, whole.narrow(0, 1, rows)?.to_vec::<f32>()?, "{rows} rows");
+    let fewest = if Level::detected() == Level::Amx { 9 } else { 1 };
+    for dtype in [DType::F32, DType::BF16, DType::F16, DType::F64] {
+        for k in [600, 333, 5] {
+            let a = random(&[300, k], dtype, 1)?;
+            // Steps or columns next to each other, and columns that fill no vector.
+            for b in [random(&[k, 100], dtype, 2)?, random(&[107, k], dtype, 2)?.transpose(0, 1)?] {
+                let whole = a.matmul(&b)?;
+                for rows in [1, 2, 3, 4, 5, 8, 9, 12, 13, 16, 17, 24, 25, 32, 33, 299]
+                    .into_iter()
+                    .filter(|&rows| rows >= fewest)
+                {
+                    let part = a.narrow(0, 1, rows)?.matmul(&b)?.to_f64_vec()?;
+                    assert!(part == whole.narrow(0, 1, rows)?.to_f64_vec()?, "{rows} rows, {k} steps, {dtype}");
+                    let scattered = scattered(&a.narrow(0, 1, rows)?)?.matmul(&b)?.to_f64_vec()?;
+                    assert!(part == scattered, "{rows} rows that lie apart, {k} steps, {dtype}");
+                }
+            }
+        }
     }
     Ok(())
 }
@@ -131,6 +144,7 @@ fn thread_counts_do_not_change_a_bit() -> Result<()> {
             let (a, b) = (random(&[m, k], dtype, 3)?, random(&[k, n], dtype, 4)?);
             let one = on(1, &a, &b)?;
             assert!(one == on(2, &a, &b)? && one == on(3, &a, &b)?, "{m}x{k}x{n} {dtype}");
+            assert!(one == a.matmul(&b)?.to_f64_vec()?, "{m}x{k}x{n} {dtype} from outside of the pool");
         }
         for (left, right) in [([6, 300, 64], [6, 64, 300]), ([40, 16, 24], [40, 24, 16]), ([3, 1, 600], [3, 600, 700])]
         {

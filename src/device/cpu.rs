@@ -1,10 +1,9 @@
 //! Processor memory and how work is cut for the `rayon` pool.
 
-use rayon::prelude::*;
-
 use super::{
     cpu_heap,
     heap::{ALIGNMENT, Block},
+    tasks::run,
 };
 use crate::{
     Result,
@@ -182,15 +181,6 @@ pub(crate) fn rows_per_task(rows: usize, cost: usize) -> usize {
 /// Calls `body(task)` for every task in `0..tasks`, in parallel.
 pub(crate) fn for_tasks(tasks: usize, body: impl Fn(usize) + Sync) {
     run(tasks, &body);
-}
-
-/// The only place that hands work to `rayon`: not generic, so that its machinery is compiled once and not per op.
-fn run(tasks: usize, body: &(dyn Fn(usize) + Sync)) {
-    match tasks {
-        0 => {}
-        1 => body(0),
-        _ => (0..tasks).into_par_iter().for_each(body),
-    }
 }
 
 /// Walks a packed output together with strided inputs of the same shape.

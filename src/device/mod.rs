@@ -20,6 +20,7 @@ pub mod kernels;
 pub(crate) mod launch;
 mod precision;
 pub(crate) mod simd;
+mod tasks;
 
 pub use cuda::CudaDevice;
 pub use heap::MemoryStats;

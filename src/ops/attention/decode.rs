@@ -17,8 +17,8 @@ use crate::{
 const PART: usize = 256;
 /// Sums that run side by side in a product of a query and a key.
 const LANES: usize = 16;
-/// Keys at a time.
-const TOGETHER: usize = 4;
+/// Features whose sums stay in registers while the keys pass.
+const WIDE: usize = 64;
 
 /// How [`attention_decode`] reads a cache of keys. In front of the keys of the sequence there may be others, which every
 /// query may see.
@@ -330,55 +330,59 @@ impl<T: Float> Cached<'_, T> {
 vectorized! {
     /// `s[j] = scale · q·k[j]`, the rows of `k` being `row` apart.
     fn products<T: Float>(q: &[T::Acc], k: &[T], row: usize, scale: T::Acc, s: &mut [T::Acc]) {
-        let d = q.len();
-        let whole = d - d % LANES;
-        let mut start = 0;
-        for s in s.chunks_mut(TOGETHER) {
-            let mut lanes = [[T::Acc::ZERO; LANES]; TOGETHER];
-            let mut rest = [T::Acc::ZERO; TOGETHER];
-            for (j, (lanes, rest)) in lanes.iter_mut().zip(&mut rest).enumerate().take(s.len()) {
-                let k = &k[start + j * row..][..d];
-                for (q, k) in q[..whole].chunks_exact(LANES).zip(k[..whole].chunks_exact(LANES)) {
-                    for ((lane, q), k) in lanes.iter_mut().zip(q).zip(k) {
-                        *lane += *q * k.to_acc();
-                    }
-                }
-                for (q, k) in q[whole..].iter().zip(&k[whole..]) {
-                    *rest += *q * k.to_acc();
-                }
-            }
-            for ((s, lanes), rest) in s.iter_mut().zip(&mut lanes).zip(rest) {
-                for width in [8, 4, 2, 1] {
-                    for lane in 0..width {
-                        let other = lanes[lane + width];
-                        lanes[lane] += other;
-                    }
-                }
-                *s = (lanes[0] + rest) * scale;
-            }
-            start += TOGETHER * row;
+        for (j, s) in s.iter_mut().enumerate() {
+            *s = product::<T, FUSED>(q, &k[j * row..][..q.len()]) * scale;
         }
     }
+}
+
+/// `q·k`
+#[inline(always)]
+fn product<T: Float, const FUSED: bool>(q: &[T::Acc], k: &[T]) -> T::Acc {
+    let mut lanes = [T::Acc::ZERO; LANES];
+    let (q, q_rest) = q.as_chunks::<LANES>();
+    let (k, k_rest) = k.as_chunks::<LANES>();
+    for (q, k) in q.iter().zip(k) {
+        for lane in 0..LANES {
+            lanes[lane] = q[lane].fma::<FUSED>(k[lane].to_acc(), lanes[lane]);
+        }
+    }
+    let mut rest = T::Acc::ZERO;
+    for (q, k) in q_rest.iter().zip(k_rest) {
+        rest = q.fma::<FUSED>(k.to_acc(), rest);
+    }
+    let [even, odd]: [T::Acc; 2] = halved::<T::Acc, 4, 2>(halved::<T::Acc, 8, 4>(halved::<T::Acc, LANES, 8>(lanes)));
+    (even + odd) + rest
+}
+
+/// The sums of both halves: constant lengths keep them in registers.
+#[inline(always)]
+fn halved<A: Real, const N: usize, const HALF: usize>(lanes: [A; N]) -> [A; HALF] {
+    let mut sums = [A::ZERO; HALF];
+    for lane in 0..HALF {
+        sums[lane] = lanes[lane] + lanes[lane + HALF];
+    }
+    sums
 }
 
 vectorized! {
     /// `out += Σ_j p[j] · v[j]`, the rows of `v` being `row` apart.
     fn add_weighted<T: Float>(p: &[T::Acc], v: &[T], row: usize, out: &mut [T::Acc]) {
-        let e = out.len();
-        let mut fours = p.chunks_exact(TOGETHER);
-        let mut start = 0;
-        for p in &mut fours {
-            let [a, b, c, d] = [0, 1, 2, 3].map(|j| &v[start + j * row..][..e]);
-            for ((((out, a), b), c), d) in out.iter_mut().zip(a).zip(b).zip(c).zip(d) {
-                let ab = p[0] * a.to_acc() + p[1] * b.to_acc();
-                let cd = p[2] * c.to_acc() + p[3] * d.to_acc();
-                *out += ab + cd;
+        let (wide, rest) = out.as_chunks_mut::<WIDE>();
+        let narrow = wide.len() * WIDE;
+        for (index, out) in wide.iter_mut().enumerate() {
+            let mut sums = *out;
+            for (j, p) in p.iter().enumerate() {
+                let v = &v[j * row + index * WIDE..][..WIDE];
+                for lane in 0..WIDE {
+                    sums[lane] = p.fma::<FUSED>(v[lane].to_acc(), sums[lane]);
+                }
             }
-            start += TOGETHER * row;
+            *out = sums;
         }
-        for (j, p) in fours.remainder().iter().enumerate() {
-            for (out, v) in out.iter_mut().zip(&v[start + j * row..][..e]) {
-                *out += *p * v.to_acc();
+        for (j, p) in p.iter().enumerate() {
+            for (out, v) in rest.iter_mut().zip(&v[j * row + narrow..]) {
+                *out = p.fma::<FUSED>(v.to_acc(), *out);
             }
         }
     }

@@ -3,14 +3,15 @@
 //!
 //! Element (i, j) of C is always summed in the same order: chains of [`STEPS`] products, and the chains one after the
 //! other. Neither the layout of the operands nor the number of threads changes a bit of it. Nor does the number of rows
-//! or columns, unless the processor has other instructions than multiply-adds for the type ([`packing`](super::packing)):
-//! those have an order of their own, and are not used for a few rows.
+//! or columns, but on tiles of AMX ([`packing`](super::packing)): those have an order of their own, and are not used for a
+//! few rows.
 
 use std::cell::Cell;
 
 use bytemuck::Pod;
 
 use super::{
+    few,
     microkernel::{Left, Right, Start, Window},
     pack::pack,
     packing::{Multiply, MultiplyAdd, Packing},
@@ -89,10 +90,9 @@ pub(crate) fn gemm_block<T: Multiply>(
     let start = if accumulate { Start::Previous } else { Start::Zero };
     let c = Window::new(c, m, n, ldc);
     Scratch::with(|scratch| {
-        let many = m > skinny::ROWS;
-        if many && T::Tiled::available() {
+        if m > skinny::ROWS && T::Tiled::available() {
             block::<T, T::Tiled>(k, a, b, start, c, scratch);
-        } else if many && T::Paired::available() {
+        } else if T::Paired::available() {
             block::<T, T::Paired>(k, a, b, start, c, scratch);
         } else {
             block::<T, MultiplyAdd>(k, a, b, start, c, scratch);
@@ -123,7 +123,7 @@ impl Scratch {
 }
 
 /// The first elements of a growing buffer, aligned to a cache line.
-fn aligned<R: Pod>(buffer: &mut Vec<u64>, elements: usize) -> &mut [R] {
+pub(super) fn aligned<R: Pod>(buffer: &mut Vec<u64>, elements: usize) -> &mut [R] {
     const LINE: usize = 64;
     let words = (elements * size_of::<R>()).div_ceil(size_of::<u64>());
     if buffer.len() < words + LINE / size_of::<u64>() {
@@ -148,7 +148,11 @@ fn block<T: Float, P: Packing<T>>(
     scratch: &mut Scratch,
 ) {
     let (m, n) = (c.rows(), c.columns());
-    let done = if m <= skinny::ROWS && P::STREAMS { few_rows(k, a, b, start, &mut c, scratch) } else { 0 };
+    let done = match few::lane::<T, P>(m, k, b) {
+        Some(lane) => few::multiply(lane, k, a, b, start, &mut c, &mut scratch.left),
+        None if m <= skinny::ROWS && P::STREAMS => few_rows(k, a, b, start, &mut c, scratch),
+        None => 0,
+    };
     let width = if m <= THIN { FEW_COLUMNS } else { BLOCK_COLUMNS };
     for j in (done..n).step_by(width) {
         let width = width.min(n - j);
@@ -295,10 +299,9 @@ pub(crate) struct Product<'a, T> {
 ///
 /// How the work is cut depends on the sizes alone. Errors: out of memory for packed operands.
 pub(crate) fn gemm<T: Multiply>(product: &Product<T>, out: &mut [T]) -> Result<()> {
-    let many = product.m > skinny::ROWS;
-    if many && T::Tiled::available() {
+    if product.m > skinny::ROWS && T::Tiled::available() {
         gemm_by::<T, T::Tiled>(product, out)
-    } else if many && T::Paired::available() {
+    } else if T::Paired::available() {
         gemm_by::<T, T::Paired>(product, out)
     } else {
         gemm_by::<T, MultiplyAdd>(product, out)
@@ -330,7 +333,8 @@ pub(super) fn gemm_by<T: Float, P: Packing<T>>(product: &Product<T>, out: &mut [
         });
     }
     // Pieces that one thread computes alone: whole items, rows of them, or columns where there are few rows.
-    let grain = if m <= skinny::ROWS { GRAIN_OF_FEW * m } else { GRAIN };
+    let streamed = m <= skinny::ROWS || few::lane::<T, P>(m, k, product.b).is_some();
+    let grain = if streamed { GRAIN_OF_FEW * m } else { GRAIN };
     let (height, width) = if cost <= 2 * grain {
         (m, n)
     } else if m <= THIN {
@@ -355,6 +359,43 @@ pub(super) fn gemm_by<T: Float, P: Packing<T>>(product: &Product<T>, out: &mut [
                 one_piece::<T, P>(k, a.from(i, 0), b.from(0, j), start.of_block(0, j), out, scratch);
             }
         });
+    });
+    Ok(())
+}
+
+/// `sums (+)= A·B` for a batch of one and without a bias, in the type of the sums, on all threads of the pool.
+///
+/// How the work is cut depends on the sizes alone. Errors: out of memory for packed operands.
+pub(crate) fn gemm_sums<T: Multiply>(product: &Product<T>, accumulate: bool, sums: &mut [T::Acc]) -> Result<()> {
+    let many = product.m > skinny::ROWS;
+    if many && T::Tiled::available() {
+        gemm_sums_by::<T, T::Tiled>(product, accumulate, sums)
+    } else if many && T::Paired::available() {
+        gemm_sums_by::<T, T::Paired>(product, accumulate, sums)
+    } else {
+        gemm_sums_by::<T, MultiplyAdd>(product, accumulate, sums)
+    }
+}
+
+/// As [`gemm_sums`] in one way.
+fn gemm_sums_by<T: Float, P: Packing<T>>(product: &Product<T>, accumulate: bool, sums: &mut [T::Acc]) -> Result<()> {
+    let &Product { m, n, k, .. } = product;
+    if m == 0 || n == 0 {
+        return Ok(());
+    }
+    let start = if accumulate { Start::Previous } else { Start::Zero };
+    let (a, b) = product.item(0);
+    let whole = Window::new(sums, m, n, n);
+    let cost_of_row = n.saturating_mul(k.max(1));
+    if m.saturating_mul(cost_of_row) >= LARGE && m > THIN && n > THIN {
+        return shared::product_sums::<T, P>(k, a, b, start, whole);
+    }
+    let height = GRAIN.div_ceil(cost_of_row).next_multiple_of(P::tile().rows).min(m);
+    cpu::for_tasks(m.div_ceil(height), |task| {
+        let i = task * height;
+        // SAFETY: every task has other rows.
+        let part = unsafe { whole.shared_part(i, 0, height.min(m - i), n) };
+        Scratch::with(|scratch| block::<T, P>(k, a.from(i, 0), b, start, part, scratch));
     });
     Ok(())
 }

@@ -327,3 +327,65 @@ mod avx2 {
         }
     }
 }
+
+#[cfg(target_arch = "x86_64")]
+pub(super) use avx512::as_pairs;
+
+#[cfg(target_arch = "x86_64")]
+mod avx512 {
+    use super::*;
+
+    // SAFETY: AVX-512 instructions only, whose presence and pointers the caller answers for.
+    unsafe impl Square<16> for __m512 {
+        #[inline(always)]
+        unsafe fn transpose(r: [Self; 16]) -> [Self; 16] {
+            // SAFETY: see the trait.
+            unsafe {
+                let zero = _mm512_setzero_ps();
+                let double = |x| _mm512_castps_pd(x);
+                // Pairs of rows, then fours, in each part of 128 bits.
+                let (mut low, mut high) = ([zero; 8], [zero; 8]);
+                for i in 0..8 {
+                    low[i] = _mm512_unpacklo_ps(r[2 * i], r[2 * i + 1]);
+                    high[i] = _mm512_unpackhi_ps(r[2 * i], r[2 * i + 1]);
+                }
+                let mut fours = [[zero; 4]; 4];
+                for i in 0..4 {
+                    fours[i] = [
+                        _mm512_unpacklo_pd(double(low[2 * i]), double(low[2 * i + 1])),
+                        _mm512_unpackhi_pd(double(low[2 * i]), double(low[2 * i + 1])),
+                        _mm512_unpacklo_pd(double(high[2 * i]), double(high[2 * i + 1])),
+                        _mm512_unpackhi_pd(double(high[2 * i]), double(high[2 * i + 1])),
+                    ]
+                    .map(|x| _mm512_castpd_ps(x));
+                }
+                // Then the parts: even and odd ones of two fours, and of all.
+                let mut columns = [zero; 16];
+                for i in 0..4 {
+                    let even = _mm512_shuffle_f32x4::<0x88>(fours[0][i], fours[1][i]);
+                    let odd = _mm512_shuffle_f32x4::<0xDD>(fours[0][i], fours[1][i]);
+                    let even2 = _mm512_shuffle_f32x4::<0x88>(fours[2][i], fours[3][i]);
+                    let odd2 = _mm512_shuffle_f32x4::<0xDD>(fours[2][i], fours[3][i]);
+                    columns[i] = _mm512_shuffle_f32x4::<0x88>(even, even2);
+                    columns[i + 4] = _mm512_shuffle_f32x4::<0x88>(odd, odd2);
+                    columns[i + 8] = _mm512_shuffle_f32x4::<0xDD>(even, even2);
+                    columns[i + 12] = _mm512_shuffle_f32x4::<0xDD>(odd, odd2);
+                }
+                columns
+            }
+        }
+        #[inline(always)]
+        unsafe fn store_first(self, count: usize, to: *mut f32) {
+            // SAFETY: see the trait.
+            unsafe { _mm512_mask_storeu_ps(to, ((1u32 << count.min(16)) - 1) as u16, self) }
+        }
+    }
+
+    /// Bits as pairs of bf16 numbers.
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bf16")]
+    pub(in super::super) fn as_pairs(x: __m512i) -> __m512bh {
+        // SAFETY: both are 512 bits in which every pattern is a value.
+        unsafe { std::mem::transmute(x) }
+    }
+}

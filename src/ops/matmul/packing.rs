@@ -10,10 +10,15 @@ use super::{
 };
 use super::{
     cpu::{Matrix, as_sums},
+    few::Lane,
     microkernel::{Left, Order, Right, Start, Tile, Window, multiply, tile},
     pack::pack,
 };
-use crate::core::Float;
+use crate::{
+    DType,
+    core::Float,
+    device::{Level, simd},
+};
 
 /// Elements of an operand that lie so close together that packing them first gains nothing.
 const CLOSE: usize = 1 << 15;
@@ -73,6 +78,11 @@ pub(crate) trait Packing<T: Float>: Send + Sync {
     /// Whether products of a few rows may be left to [`skinny`](super::skinny), which has the same order of additions.
     const STREAMS: bool = false;
 
+    /// How [`few`](super::few) multiplies a few rows in the same order, where the processor can.
+    fn lane() -> Option<Lane> {
+        None
+    }
+
     /// Whether the processor has the instructions.
     fn available() -> bool;
 
@@ -114,6 +124,16 @@ impl<T: Float> Packing<T> for MultiplyAdd {
     type Packed = T::Acc;
     const STEPS: usize = 1;
     const STREAMS: bool = true;
+
+    fn lane() -> Option<Lane> {
+        let lane = match T::DTYPE {
+            DType::F32 => Lane::F32,
+            DType::BF16 => Lane::Bf16,
+            DType::F16 => Lane::F16,
+            _ => return None,
+        };
+        (simd::level() >= Level::Avx512).then_some(lane)
+    }
 
     fn available() -> bool {
         true

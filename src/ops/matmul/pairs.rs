@@ -11,7 +11,8 @@ use half::bf16;
 
 use super::{
     cpu::Matrix,
-    lanes::Square,
+    few::Lane,
+    lanes::{Square, as_pairs},
     microkernel::{Left, Order, Right, Start, Tile, Window},
     packing::Packing,
 };
@@ -32,6 +33,10 @@ impl Packing<bf16> for Pairs {
 
     fn available() -> bool {
         simd::level() >= Level::Avx512Bf16
+    }
+
+    fn lane() -> Option<Lane> {
+        Self::available().then_some(Lane::Pair)
     }
 
     fn tile() -> Tile {
@@ -251,13 +256,6 @@ unsafe fn tile_of<const R: usize>(
 #[inline(always)]
 fn low_bits(lanes: usize) -> u16 {
     if lanes >= 16 { u16::MAX } else { (1 << lanes) - 1 }
-}
-
-#[inline]
-#[target_feature(enable = "avx512f,avx512bf16")]
-fn as_pairs(x: __m512i) -> __m512bh {
-    // SAFETY: both are 512 bits in which every pattern is a value.
-    unsafe { std::mem::transmute(x) }
 }
 
 /// # Safety

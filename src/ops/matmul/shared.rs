@@ -5,8 +5,6 @@ use std::{
     sync::atomic::{AtomicBool, Ordering},
 };
 
-use rayon::prelude::*;
-
 use super::{
     cpu::{Matrix, STEPS, out_of_range, round, sums_of_task},
     microkernel::{Start, Window},
@@ -15,7 +13,7 @@ use super::{
 use crate::{
     Result,
     core::Float,
-    device::cpu::{CpuBuffer, for_tasks},
+    device::cpu::{CpuBuffer, for_rows, for_tasks},
 };
 
 /// Rows and columns of C that are computed before the next: their operands and sums stay in the last-level cache.
@@ -62,10 +60,35 @@ pub(super) fn product<T: Float, P: Packing<T>>(
             let sums = bytemuck::cast_slice_mut::<u8, T::Acc>(buffer.bytes_mut());
             chunk.write_sums(&Window::new(sums, rows, columns, columns))?;
             let out = &out;
-            sums.par_chunks_exact(columns).enumerate().for_each(|(row, sums)| {
-                // SAFETY: every task writes another row.
-                round::<T>(sums, unsafe { out.shared_part(row, 0, 1, columns) }.row_mut(0));
+            for_rows(sums, columns, columns, |first, sums| {
+                let rows = sums.len() / columns;
+                // SAFETY: every task writes other rows.
+                let mut out = unsafe { out.shared_part(first, 0, rows, columns) };
+                for (row, sums) in sums.chunks_exact(columns).enumerate() {
+                    round::<T>(sums, out.row_mut(row));
+                }
             });
+        }
+    }
+    Ok(())
+}
+
+/// `sums = start + A·B`
+///
+/// Errors: out of memory for the packed operands.
+pub(super) fn product_sums<T: Float, P: Packing<T>>(
+    k: usize,
+    a: Matrix<T>,
+    b: Matrix<T>,
+    start: Start<T::Acc>,
+    mut sums: Window<T::Acc>,
+) -> Result<()> {
+    let (m, n) = (sums.rows(), sums.columns());
+    for j in (0..n).step_by(CHUNK) {
+        for i in (0..m).step_by(CHUNK) {
+            let (rows, columns) = (CHUNK.min(m - i), CHUNK.min(n - j));
+            let chunk = Chunk::<T, P>::new(k, a.from(i, 0), b.from(0, j), start.of_block(0, j), rows, columns);
+            chunk.write_sums(&sums.part(i, j, rows, columns))?;
         }
     }
     Ok(())
@@ -141,22 +164,20 @@ impl<'a, T: Float, P: Packing<T>> Chunk<'a, T, P> {
             let steps = |block: usize| STEPS.min(k.saturating_sub(first + block * STEPS));
             let in_range = AtomicBool::new(true);
             // The panels of one task and one block of steps lie together, in an area of fixed size.
-            let pack_a = |(area, to): (usize, &mut [P::Packed])| {
+            let pack_a = |area: usize, to: &mut [P::Packed]| {
                 let (block, i) = (area / down, area % down * height);
                 if !P::pack_left(a.from(i, first + block * STEPS), height.min(m - i), steps(block), to) {
                     in_range.store(false, Ordering::Relaxed);
                 }
             };
-            let pack_b = |(area, to): (usize, &mut [P::Packed])| {
+            let pack_b = |area: usize, to: &mut [P::Packed]| {
                 let (block, j) = (area / across, area % across * TASK_COLUMNS);
                 if !P::pack_right(b.from(first + block * STEPS, j), TASK_COLUMNS.min(n - j), steps(block), to) {
                     in_range.store(false, Ordering::Relaxed);
                 }
             };
-            rayon::join(
-                || packed_a.par_chunks_exact_mut(height * STEPS).enumerate().for_each(pack_a),
-                || packed_b.par_chunks_exact_mut(TASK_COLUMNS * STEPS).enumerate().for_each(pack_b),
-            );
+            for_areas(packed_a, height * STEPS, pack_a);
+            for_areas(packed_b, TASK_COLUMNS * STEPS, pack_b);
             let (packed_a, packed_b, in_range) = (&*packed_a, &*packed_b, in_range.into_inner());
             for_tasks(down * across, |index| {
                 // Neighbouring tasks have the same columns: what one thread does next finds its part of B in the cache.
@@ -186,4 +207,11 @@ impl<'a, T: Float, P: Packing<T>> Chunk<'a, T, P> {
         }
         Ok(())
     }
+}
+
+/// Fills areas of `size` elements one by one, on all threads.
+fn for_areas<R: Send>(packed: &mut [R], size: usize, pack: impl Fn(usize, &mut [R]) + Sync) {
+    for_rows(packed, size, size, |first, areas| {
+        areas.chunks_exact_mut(size).enumerate().for_each(|(index, area)| pack(first + index, area));
+    });
 }
