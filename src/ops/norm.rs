@@ -375,7 +375,7 @@ vectorized! {
                     (T::Acc::ZERO, T::Acc::ONE / square.sqrt().max(eps))
                 }
                 Form::MeanSquare => {
-                    let square = fold(x, T::Acc::ZERO, |x| x.to_acc() * x.to_acc()) / count;
+                    let square = sum_of(x, |x| x * x) / count;
                     (T::Acc::ZERO, T::Acc::ONE / (square + eps).sqrt())
                 }
             };
