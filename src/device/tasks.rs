@@ -13,15 +13,21 @@ use std::{
 
 use rayon::prelude::*;
 
-/// Calls `body(task)` once for every task in `0..tasks`.
+/// Element operations up to which the caller takes part: some hundred microseconds. What lasts longer is the pool's, which
+/// has a thread for each processor: one more would now and then wait for the processor of another.
+const SHORT: usize = 4 << 20;
+
+/// Calls `body(task)` once for every task in `0..tasks`; `cost`: element operations of one.
 ///
 /// Not generic, so that the machinery of `rayon` is compiled once and not per op.
-pub(super) fn run(tasks: usize, body: &(dyn Fn(usize) + Sync)) {
+pub(super) fn run(tasks: usize, cost: usize, body: &(dyn Fn(usize) + Sync)) {
     match tasks {
         0 => {}
         1 => body(0),
         // A thread of the pool takes part already.
-        _ if rayon::current_thread_index().is_some() => (0..tasks).into_par_iter().for_each(body),
+        _ if rayon::current_thread_index().is_some() || tasks.saturating_mul(cost) > SHORT => {
+            (0..tasks).into_par_iter().for_each(body)
+        }
         _ => with_helpers(tasks, body),
     }
 }
@@ -33,8 +39,13 @@ const CLOSED: usize = 1 << (usize::BITS - 1);
 /// the processor that the caller is on, while another one idles.
 const ALONE: Duration = Duration::from_micros(100);
 
-/// How long a caller takes part at most: work that lasts longer is the pool's, which has a thread for each processor.
+/// How long a caller takes part at most, should the work last longer than its cost says.
 const PART: Duration = Duration::from_millis(1);
+
+/// Helpers that were asked for and have not begun, and how many may wait: a pool that is busy with something else must not
+/// collect them without end.
+static WAITING: AtomicUsize = AtomicUsize::new(0);
+const MOST_WAITING: usize = 1024;
 
 /// Times that the caller looks for the end of the last tasks before it lets other threads go first.
 const SPINS: usize = 2000;
@@ -139,8 +150,15 @@ fn with_helpers(tasks: usize, body: &(dyn Fn(usize) + Sync)) {
     });
     let wait = Wait(&work);
     for _ in 0..helpers {
+        if WAITING.fetch_add(1, Ordering::Relaxed) >= MOST_WAITING {
+            WAITING.fetch_sub(1, Ordering::Relaxed);
+            break;
+        }
         let work = work.clone();
-        rayon::spawn(move || work.help());
+        rayon::spawn(move || {
+            WAITING.fetch_sub(1, Ordering::Relaxed);
+            work.help();
+        });
     }
     work.begin(helpers + 1);
     drop(wait);
@@ -159,7 +177,7 @@ mod tests {
     fn tasks_are_run_once() {
         let once = |tasks: usize| {
             let visits: Vec<_> = (0..tasks).map(|_| AtomicUsize::new(0)).collect();
-            run(tasks, &|task| {
+            run(tasks, 0, &|task| {
                 visits[task].fetch_add(1, Ordering::Relaxed);
             });
             assert!(visits.iter().all(|visits| visits.load(Ordering::Relaxed) == 1));
@@ -175,7 +193,7 @@ mod tests {
     fn tasks_that_last_are_run_once() {
         for microseconds in [60, 400] {
             let visits: Vec<_> = (0..40).map(|_| AtomicUsize::new(0)).collect();
-            run(visits.len(), &|task| {
+            run(visits.len(), 0, &|task| {
                 std::thread::sleep(Duration::from_micros(microseconds));
                 visits[task].fetch_add(1, Ordering::Relaxed);
             });
@@ -186,10 +204,10 @@ mod tests {
     /// A panic comes back to the caller, whoever had it, after everybody has left the body.
     #[test]
     fn tasks_that_panic() {
-        for (bad, last) in [(0, false), (7, false), (63, false), (63, true)] {
+        for (bad, last, cost) in [(0, false, 0), (7, false, 0), (63, false, 0), (63, true, 0), (63, false, SHORT)] {
             let running = AtomicUsize::new(0);
             let result = catch_unwind(AssertUnwindSafe(|| {
-                run(64, &|task| {
+                run(64, cost, &|task| {
                     running.fetch_add(1, Ordering::SeqCst);
                     std::thread::yield_now();
                     if last {
@@ -201,6 +219,6 @@ mod tests {
             }));
             assert!(result.is_err() && running.load(Ordering::SeqCst) == 0);
         }
-        run(4, &|_| {});
+        run(4, 0, &|_| {});
     }
 }

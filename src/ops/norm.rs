@@ -1,9 +1,7 @@
-//! Normalisation of rows, or of the sum of two tensors: layer norm, and RMS norm and scale norm in the form with a floor.
+//! Normalisation of rows, or of the sum of two tensors: layer norm, RMS norm and scale norm in the form with a floor, and
+//! RMS norm in that with a summand.
 
-use super::{
-    copy::same_kind,
-    reduce::{fold, sum_slice},
-};
+use super::{copy::same_kind, reduce::sum_slice};
 use crate::{
     Device, Error, Result, Tensor,
     core::{Backward, Contributions, Float, Real, Shape, dispatch_float, record_beside, record_cheap},
@@ -66,6 +64,21 @@ impl Tensor {
         normalize_sum("add_rms_norm", self, residual, &self.rms_spec(g, eps))
     }
 
+    /// RMS norm over the last dimension as PyTorch's `nn.RMSNorm` and Llama have it, `y = x / √(mean x² + eps) ⊙ g`: unlike
+    /// that of [`Tensor::rms_norm`], `eps` is a summand. <https://arxiv.org/abs/1910.07467>
+    ///
+    /// Shapes: `[.., dim]`, `g` `[dim]` → `[.., dim]`. Saves: `x`, and the inverse divisor of each row.
+    /// Errors: as [`Tensor::layer_norm`].
+    pub fn mean_square_norm(&self, g: &Tensor, eps: f64) -> Result<Tensor> {
+        normalize("mean_square_norm", self, &self.mean_square_spec(g, eps))
+    }
+
+    /// The sum of two tensors and its [`mean_square_norm`](Tensor::mean_square_norm), as [`Tensor::add_layer_norm`] gives
+    /// it.
+    pub fn add_mean_square_norm(&self, residual: &Tensor, g: &Tensor, eps: f64) -> Result<(Tensor, Tensor)> {
+        normalize_sum("add_mean_square_norm", self, residual, &self.mean_square_spec(g, eps))
+    }
+
     /// Scale norm over the last dimension: as [`Tensor::rms_norm`] with one factor for all features (`eps` is 1e-5 in
     /// x-transformers). <https://arxiv.org/abs/1910.05895>
     ///
@@ -91,6 +104,10 @@ impl Tensor {
     fn rms_spec<'a>(&self, g: &'a Tensor, eps: f64) -> Spec<'a> {
         Spec::floored(g, self.features(), eps)
     }
+
+    fn mean_square_spec<'a>(&self, g: &'a Tensor, eps: f64) -> Spec<'a> {
+        Spec { form: Form::MeanSquare, ..self.rms_spec(g, eps) }
+    }
 }
 
 /// What is subtracted from a row and what it is divided by.
@@ -100,6 +117,8 @@ enum Form {
     Centred,
     /// Nothing, and `max(√mean(x²), eps)`.
     Floored,
+    /// Nothing, and `√(mean(x²) + eps)`.
+    MeanSquare,
 }
 
 impl Form {
@@ -107,8 +126,22 @@ impl Form {
     fn statistics(self) -> usize {
         match self {
             Self::Centred => 2,
-            Self::Floored => 1,
+            Self::Floored | Self::MeanSquare => 1,
         }
+    }
+
+    /// The number that kernels know it by.
+    fn code(self) -> u32 {
+        match self {
+            Self::Floored => 0,
+            Self::Centred => 1,
+            Self::MeanSquare => 2,
+        }
+    }
+
+    /// The floor of the divisor, below which it is a constant for the gradient: never one that is summed.
+    fn floor(self, eps: f64) -> f64 {
+        if self == Self::MeanSquare { 0.0 } else { eps }
     }
 }
 
@@ -185,7 +218,7 @@ fn record_norm(op: &'static str, x: &Tensor, y: Tensor, statistics: Tensor, spec
         weight: weight.map(Tensor::detach),
         has_bias: bias.is_some(),
         form,
-        eps,
+        eps: form.floor(eps),
         onto: None,
     };
     let (kept, operands) = (x.detach(), [weight, bias].map(|operand| operand.map(Tensor::detach)));
@@ -254,7 +287,7 @@ impl Forward {
         let (rows, columns) = (rows(x)?, x.dim(-1)?);
         let (weight, bias) = (packed(spec.weight)?, packed(spec.bias)?);
         let weights = weight.as_ref().map_or(0, Tensor::elements);
-        let centred = u32::from(spec.form == Form::Centred);
+        let form = spec.form.code();
         let args = args![
             &mut self.y,
             self.sum.as_mut(),
@@ -266,7 +299,7 @@ impl Forward {
             rows as i64,
             size32(columns)?,
             weights as u32,
-            centred,
+            form,
             spec.eps
         ];
         gpu.kernel("norm_fwd", &[("DTYPE", x.dtype().name())])?
@@ -333,13 +366,17 @@ vectorized! {
             let (mean, inverse) = match form {
                 Form::Centred => {
                     // Deviations from the mean, and not x² − mean²: no cancellation for rows far from zero.
-                    let mean = sum_slice(x) / count;
-                    let variance = fold(x, T::Acc::ZERO, |x| (x.to_acc() - mean) * (x.to_acc() - mean)) / count;
+                    let mean = sum_of(x, |x| x) / count;
+                    let variance = sum_of(x, |x| (x - mean) * (x - mean)) / count;
                     (mean, T::Acc::ONE / (variance + eps).sqrt())
                 }
                 Form::Floored => {
-                    let square = fold(x, T::Acc::ZERO, |x| x.to_acc() * x.to_acc()) / count;
+                    let square = sum_of(x, |x| x * x) / count;
                     (T::Acc::ZERO, T::Acc::ONE / square.sqrt().max(eps))
+                }
+                Form::MeanSquare => {
+                    let square = sum_of(x, |x| x * x) / count;
+                    (T::Acc::ZERO, T::Acc::ONE / (square + eps).sqrt())
                 }
             };
             for (((y, x), &weight), &bias) in y.iter_mut().zip(x).zip(weight).zip(bias) {
@@ -359,6 +396,7 @@ struct NormBackward {
     weight: Option<Tensor>,
     has_bias: bool,
     form: Form,
+    /// See [`Form::floor`].
     eps: f64,
     /// What the gradient of the input is added to.
     onto: Option<Tensor>,
@@ -423,7 +461,7 @@ impl NormBackward {
         let (mut dx, source) = reuse(grad)?;
         let source = source.as_ref().map(|source| source.values::<T>()).transpose()?;
         let (x, statistics) = (self.x.values::<T>()?, self.statistics.values::<T::Acc>()?);
-        let floor = (self.form == Form::Floored).then(|| T::Acc::ONE / T::Acc::from_f64(self.eps));
+        let floor = (self.form != Form::Centred).then(|| T::Acc::ONE / T::Acc::from_f64(self.eps));
 
         // Rows are summed up in blocks whose size depends on the shape alone.
         let block = cpu::rows_per_task(rows, 8 * width);
@@ -531,38 +569,47 @@ vectorized! {
         let count = T::Acc::from_f64(width as f64);
         let per_row = if floor.is_some() { 1 } else { 2 };
         partial.fill(T::Acc::ZERO);
-        let (dweight, dbias) = partial.split_at_mut(partial.len() / 2);
         let rows = x.chunks_exact(width).zip(dx.chunks_exact_mut(width));
         for (row, ((x, dx), statistics)) in rows.zip(statistics.chunks_exact(per_row)).enumerate() {
-            if let Some(source) = source {
-                dx.copy_from_slice(&source[row * width..][..width]);
-            }
+            let part = row * width..(row + 1) * width;
+            let source = source.map(|source| &source[part.clone()]);
             let inverse = statistics[per_row - 1];
             let mean = if floor.is_some() { T::Acc::ZERO } else { statistics[0] };
-            for (((x, g), dweight), dbias) in x.iter().zip(&*dx).zip(&mut *dweight).zip(&mut *dbias) {
-                *dweight += g.to_acc() * ((x.to_acc() - mean) * inverse);
-                *dbias += g.to_acc();
-            }
+            let (sum, dot) = {
+                let g = source.unwrap_or(dx);
+                if partial.is_empty() {
+                    sums(x, g, weight, mean, inverse)
+                } else {
+                    let (dweight, dbias) = partial.split_at_mut(width);
+                    sums_and_partials(x, g, weight, mean, inverse, dweight, dbias)
+                }
+            };
             if !input_needed {
                 continue;
             }
-            let (sum, dot) = sums(x, dx, weight, mean, inverse);
             let along = if floor.is_some() { T::Acc::ZERO } else { sum / count };
             let across = if floor.is_some_and(|floor| inverse >= floor) { T::Acc::ZERO } else { dot / count };
-            let gradient = |dx: T, x: &T, weight: T::Acc| {
+            let gradient = |g: T, x: &T, weight: T::Acc| {
                 let normal = (x.to_acc() - mean) * inverse;
-                (dx.to_acc() * weight - along - normal * across) * inverse
+                (g.to_acc() * weight - along - normal * across) * inverse
             };
-            match onto {
-                Some(onto) => {
-                    let onto = &onto[row * width..][..width];
-                    for (((dx, x), &weight), onto) in dx.iter_mut().zip(x).zip(weight).zip(onto) {
-                        *dx = T::from_acc(gradient(*dx, x, weight) + onto.to_acc());
+            match (source, onto) {
+                (Some(source), None) => {
+                    for (((dx, g), x), &weight) in dx.iter_mut().zip(source).zip(x).zip(weight) {
+                        *dx = T::from_acc(gradient(*g, x, weight));
                     }
                 }
-                None => {
+                (None, None) => {
                     for ((dx, x), &weight) in dx.iter_mut().zip(x).zip(weight) {
                         *dx = T::from_acc(gradient(*dx, x, weight));
+                    }
+                }
+                (source, Some(onto)) => {
+                    if let Some(source) = source {
+                        dx.copy_from_slice(source);
+                    }
+                    for (((dx, x), &weight), onto) in dx.iter_mut().zip(x).zip(weight).zip(&onto[part]) {
+                        *dx = T::from_acc(gradient(*dx, x, weight) + onto.to_acc());
                     }
                 }
             }
@@ -570,11 +617,29 @@ vectorized! {
     }
 }
 
+/// Sums that are kept apart: so many that the compiler turns loops over them into vector operations as a whole, and that
+/// no addition waits for another.
+const LANES: usize = 64;
+
+/// `Σ f(x)`
+#[inline(always)]
+fn sum_of<T: Float>(x: &[T], f: impl Fn(T::Acc) -> T::Acc) -> T::Acc {
+    let mut lanes = [T::Acc::ZERO; LANES];
+    let (blocks, rest) = x.as_chunks::<LANES>();
+    for block in blocks {
+        for (lane, x) in lanes.iter_mut().zip(block) {
+            *lane += f(x.to_acc());
+        }
+    }
+    for (lane, x) in lanes.iter_mut().zip(rest) {
+        *lane += f(x.to_acc());
+    }
+    sum_slice(&lanes)
+}
+
 /// `Σ g ⊙ weight` and `Σ g ⊙ weight ⊙ (x − mean) · inverse`.
 #[inline(always)]
 fn sums<T: Float>(x: &[T], g: &[T], weight: &[T::Acc], mean: T::Acc, inverse: T::Acc) -> (T::Acc, T::Acc) {
-    // So many lanes that the compiler keeps the inner loop and turns it into vector operations as a whole.
-    const LANES: usize = 64;
     let (mut sums, mut dots) = ([T::Acc::ZERO; LANES], [T::Acc::ZERO; LANES]);
     for ((x, g), weight) in x.chunks(LANES).zip(g.chunks(LANES)).zip(weight.chunks(LANES)) {
         for ((((sum, dot), x), g), &weight) in sums.iter_mut().zip(&mut dots).zip(x).zip(g).zip(weight) {
@@ -582,6 +647,50 @@ fn sums<T: Float>(x: &[T], g: &[T], weight: &[T::Acc], mean: T::Acc, inverse: T:
             *sum += h;
             *dot += h * ((x.to_acc() - mean) * inverse);
         }
+    }
+    (sum_slice(&sums), sum_slice(&dots))
+}
+
+/// As [`sums`], and in the same pass `dweight += g ⊙ (x − mean) · inverse` and `dbias += g`.
+#[inline(always)]
+fn sums_and_partials<T: Float>(
+    x: &[T],
+    g: &[T],
+    weight: &[T::Acc],
+    mean: T::Acc,
+    inverse: T::Acc,
+    dweight: &mut [T::Acc],
+    dbias: &mut [T::Acc],
+) -> (T::Acc, T::Acc) {
+    let (mut sums, mut dots) = ([T::Acc::ZERO; LANES], [T::Acc::ZERO; LANES]);
+    let normal = |x: T| (x.to_acc() - mean) * inverse;
+    let (x_blocks, x_rest) = x.as_chunks::<LANES>();
+    let (g_blocks, g_rest) = g.as_chunks::<LANES>();
+    let (weight_blocks, weight_rest) = weight.as_chunks::<LANES>();
+    let (dweight_blocks, dweight_rest) = dweight.as_chunks_mut::<LANES>();
+    let (dbias_blocks, dbias_rest) = dbias.as_chunks_mut::<LANES>();
+    let blocks = x_blocks.iter().zip(g_blocks).zip(weight_blocks).zip(dweight_blocks).zip(dbias_blocks);
+    for ((((x, g), weight), dweight), dbias) in blocks {
+        // Copies, so that the compiler sees that they are neither each other nor what is read.
+        let (mut dweights, mut dbiases) = (*dweight, *dbias);
+        for lane in 0..LANES {
+            let (normal, g) = (normal(x[lane]), g[lane].to_acc());
+            let h = g * weight[lane];
+            sums[lane] += h;
+            dots[lane] += h * normal;
+            dweights[lane] += g * normal;
+            dbiases[lane] += g;
+        }
+        (*dweight, *dbias) = (dweights, dbiases);
+    }
+    let rest = x_rest.iter().zip(g_rest).zip(weight_rest).zip(dweight_rest).zip(dbias_rest);
+    for (lane, ((((x, g), weight), dweight), dbias)) in rest.enumerate() {
+        let (normal, g) = (normal(*x), g.to_acc());
+        let h = g * *weight;
+        sums[lane] += h;
+        dots[lane] += h * normal;
+        *dweight += g * normal;
+        *dbias += g;
     }
     (sum_slice(&sums), sum_slice(&dots))
 }
