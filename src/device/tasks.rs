@@ -8,14 +8,13 @@ use std::{
         Arc, Mutex,
         atomic::{AtomicUsize, Ordering},
     },
-    time::{Duration, Instant},
 };
 
 use rayon::prelude::*;
 
-/// Element operations up to which the caller takes part: some hundred microseconds. What lasts longer is the pool's, which
+/// Element operations up to which the caller takes part: about a millisecond. What lasts longer is the pool's, which
 /// has a thread for each processor: one more would now and then wait for the processor of another.
-const SHORT: usize = 4 << 20;
+const SHORT: usize = 32 << 20;
 
 /// Calls `body(task)` once for every task in `0..tasks`; `cost`: element operations of one.
 ///
@@ -34,13 +33,6 @@ pub(super) fn run(tasks: usize, cost: usize, body: &(dyn Fn(usize) + Sync)) {
 
 /// Marks work whose caller waits for nobody else any more.
 const CLOSED: usize = 1 << (usize::BITS - 1);
-
-/// How long a caller does tasks without any help before it leaves them to the pool: a thread that was woken may wait for
-/// the processor that the caller is on, while another one idles.
-const ALONE: Duration = Duration::from_micros(100);
-
-/// How long a caller takes part at most, should the work last longer than its cost says.
-const PART: Duration = Duration::from_millis(1);
 
 /// Helpers that were asked for and have not begun, and how many may wait: a pool that is busy with something else must not
 /// collect them without end.
@@ -70,33 +62,14 @@ unsafe impl Send for Work {}
 unsafe impl Sync for Work {}
 
 impl Work {
-    /// Does a task, unless all are taken.
-    fn take_one(&self, end: usize) -> bool {
-        if self.taken.fetch_add(1, Ordering::Relaxed) >= self.tasks {
-            return false;
-        }
-        // Both ends together have given out no more tasks than are taken, so that they do not meet.
-        let index = self.ends[end].fetch_add(1, Ordering::Relaxed);
-        let task = if end == 0 { index } else { self.tasks - 1 - index };
-        // SAFETY: the caller is in its call, or waits there for this helper.
-        unsafe { (*self.body)(task) };
-        true
-    }
-
     /// Does tasks until all are taken.
     fn take_part(&self, end: usize) {
-        while self.take_one(end) {}
-    }
-
-    /// The caller's part.
-    fn begin(&self, threads: usize) {
-        let start = Instant::now();
-        while self.take_one(0) {
-            let (time, alone) = (start.elapsed(), self.helpers.load(Ordering::Relaxed) == 0);
-            if time > PART || alone && time > ALONE {
-                // Sleeps until no task is left.
-                return (0..threads).into_par_iter().for_each(|_| self.take_part(0));
-            }
+        while self.taken.fetch_add(1, Ordering::Relaxed) < self.tasks {
+            // Both ends together have given out no more tasks than are taken, so that they do not meet.
+            let index = self.ends[end].fetch_add(1, Ordering::Relaxed);
+            let task = if end == 0 { index } else { self.tasks - 1 - index };
+            // SAFETY: the caller is in its call, or waits there for this helper.
+            unsafe { (*self.body)(task) };
         }
     }
 
@@ -160,7 +133,7 @@ fn with_helpers(tasks: usize, body: &(dyn Fn(usize) + Sync)) {
             work.help();
         });
     }
-    work.begin(helpers + 1);
+    work.take_part(0);
     drop(wait);
     let panic = work.panic.lock().unwrap_or_else(|poisoned| poisoned.into_inner()).take();
     if let Some(panic) = panic {
@@ -175,44 +148,28 @@ mod tests {
     /// Each task once, from threads outside and inside of the pool, and from many at a time.
     #[test]
     fn tasks_are_run_once() {
-        let once = |tasks: usize| {
+        let once = |tasks: usize, cost: usize| {
             let visits: Vec<_> = (0..tasks).map(|_| AtomicUsize::new(0)).collect();
-            run(tasks, 0, &|task| {
+            run(tasks, cost, &|task| {
                 visits[task].fetch_add(1, Ordering::Relaxed);
             });
             assert!(visits.iter().all(|visits| visits.load(Ordering::Relaxed) == 1));
         };
-        let all = || (0..300).for_each(|round| once([0, 1, 2, 3, 64, 257][round % 6]));
+        let all = || (0..300).for_each(|round| once([0, 1, 2, 3, 64, 257][round % 6], [0, SHORT][round / 6 % 2]));
         all();
         rayon::scope(|_| all());
         std::thread::scope(|scope| (0..4).for_each(|_| drop(scope.spawn(all))));
     }
 
-    /// Work that lasts is left to the pool, each task once.
-    #[test]
-    fn tasks_that_last_are_run_once() {
-        for microseconds in [60, 400] {
-            let visits: Vec<_> = (0..40).map(|_| AtomicUsize::new(0)).collect();
-            run(visits.len(), 0, &|task| {
-                std::thread::sleep(Duration::from_micros(microseconds));
-                visits[task].fetch_add(1, Ordering::Relaxed);
-            });
-            assert!(visits.iter().all(|visits| visits.load(Ordering::Relaxed) == 1));
-        }
-    }
-
     /// A panic comes back to the caller, whoever had it, after everybody has left the body.
     #[test]
     fn tasks_that_panic() {
-        for (bad, last, cost) in [(0, false, 0), (7, false, 0), (63, false, 0), (63, true, 0), (63, false, SHORT)] {
+        for (bad, cost) in [(0, 0), (7, 0), (63, 0), (63, SHORT)] {
             let running = AtomicUsize::new(0);
             let result = catch_unwind(AssertUnwindSafe(|| {
                 run(64, cost, &|task| {
                     running.fetch_add(1, Ordering::SeqCst);
                     std::thread::yield_now();
-                    if last {
-                        std::thread::sleep(Duration::from_micros(200));
-                    }
                     running.fetch_sub(1, Ordering::SeqCst);
                     assert!(task != bad, "the bad one");
                 });
