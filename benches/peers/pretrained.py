@@ -38,7 +38,7 @@ WORKLOADS = {
     "MiniLM 32 x 128": (("minilm", 32, 128), 3, ONE),
     "SmolLM2 32 + 32": (("smollm", 32, 32), 1, {"PyTorch": 1.0}),
     "decoder 128 + 128, f32": (("decoder", "f32", 1), 1, {"x-transformers": 0.36}),
-    "decoder 128 + 128, bf16": (("decoder", "bf16", 1), 1, {"x-transformers": 0.20}),
+    "decoder 128 + 128, bf16": (("decoder", "bf16", 1), 1, {"x-transformers in f32": 0.20, "x-transformers": None}),
     "decoder 8 x (128 + 128), f32": (("decoder", "f32", 8), 1, {"x-transformers": None}),
     "decoder 8 x (128 + 128), bf16": (("decoder", "bf16", 8), 1, {"x-transformers": None}),
     "attention to 4096 keys, f32": (("attention", "f32", 4096), 100, {"PyTorch": None}),
@@ -109,7 +109,7 @@ def smollm(_, prompt, new):
     return lambda: model.generate(tokens, max_new_tokens=new, min_new_tokens=new, do_sample=False)
 
 
-def decoder(_, dtype, batch):
+def decoder(peer, dtype, batch):
     """The newest x-transformers with its cache; in bf16 the weights are."""
     import torch
     from x_transformers import AutoregressiveWrapper, Decoder, TransformerWrapper
@@ -117,7 +117,7 @@ def decoder(_, dtype, batch):
     layers = Decoder(dim=512, depth=6, heads=8, attn_flash=True)
     net = TransformerWrapper(num_tokens=20000, max_seq_len=1024, attn_layers=layers)
     model = AutoregressiveWrapper(net).eval()
-    model = model.bfloat16() if dtype == "bf16" else model
+    model = model.bfloat16() if dtype == "bf16" and not peer.endswith("in f32") else model
     prompt = torch.randint(0, 20000, (batch, 128))
     return lambda: model.generate(prompt, 128, temperature=0.0, cache_kv=True)
 
