@@ -205,9 +205,9 @@ def table(args):
     print("# Pretrained shapes and generation, this library and its peers on the CPU\n")
     print(f"{dates[-1]}, {'; '.join(machines)}. Median (smallest–largest) of interleaved turns;")
     print("`benches/peers/pretrained.py run` measures, `pretrained.py table` prints this.\n")
-    print("MiniLM is a forward pass in f32, SmolLM2 tokens of a prompt + new ones by greedy decoding in f32. The decoder is that of")
-    print("`benches/configs/decoder.json` (dim 512, depth 6, heads 8, 20,000 tokens) against the newest x-transformers with its")
-    print("cache, attention one query of 8 heads of 64 features against `scaled_dot_product_attention`.\n")
+    print("MiniLM is a forward pass in f32, SmolLM2 tokens of a prompt + new ones in f32, drawn here and the best ones there. The")
+    print("decoder is that of `benches/configs/decoder.json` (dim 512, depth 6, heads 8, 20,000 tokens) against the newest")
+    print("x-transformers with its cache, attention one query of 8 heads of 64 features against `scaled_dot_product_attention`.\n")
     print("| workload | | seconds | ours / theirs | target |\n|---|---|---|---|---|")
     for case in WORKLOADS:
         if case in records:
