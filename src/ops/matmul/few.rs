@@ -167,9 +167,9 @@ fn multiply_by_rows<T: Float>(
     let (rows, done) = (c.rows(), c.columns() / COLUMNS * COLUMNS);
     let words = lane.words(k);
     let groups = rows.div_ceil(LANES);
-    // The first row and the end of each group, about the same number in all, and vectors of a word.
+    // The first row and the end of each group, and vectors of a word: all are full but the last.
     let group = |group: usize| {
-        let (first, end) = (group * rows / groups, (group + 1) * rows / groups);
+        let (first, end) = (group * LANES, rows.min((group + 1) * LANES));
         (first, end, (end - first).div_ceil(COLUMNS))
     };
     let packed = aligned::<[f32; COLUMNS]>(copy, words * (0..groups).map(|index| group(index).2).sum::<usize>());
