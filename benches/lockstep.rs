@@ -1,14 +1,15 @@
 //! Single ops, one round for each line of standard input: what benches/peers/cpu.py interleaves with PyTorch.
 //!
 //! `cargo bench --bench lockstep -- NAME` prints a line of JSON with the median seconds of a repetition for each line that
-//! it reads; without a name it lists the names. Shapes are those of a decoder of width 512 on 1024 tokens, and larger
-//! ones that leave the caches.
+//! it reads, and with the bytes of ops that memory limits; without a name it lists the names. `copy` times a copy, which
+//! those are related to. Shapes are those of a decoder of width 512 on 1024 tokens, and larger ones that leave the caches.
 
 use std::{
     io::BufRead,
     time::{Duration, Instant},
 };
 
+use rayon::prelude::*;
 use x_transformers::{
     DType, Device, Init, Param, Philox, Result, Store, Tape, Tensor,
     ops::{AttentionSpec, attention},
@@ -80,6 +81,9 @@ fn attend(length: usize, dtype: DType, pass: Pass) -> Result<Run> {
     })
 }
 
+/// Elements of the weights that [`adamw`] updates.
+const WEIGHTS: usize = 512 * (2 * 20_000 + 24 * 512 + 12 * 2048 + 1024);
+
 /// An update of the weights of a decoder of width 512, depth 6 and 20,000 tokens. The norm of the gradients is taken even
 /// if nothing is clipped: weights stay as they are if it is not finite.
 fn adamw(clip: Option<f64>) -> Result<Run> {
@@ -137,16 +141,53 @@ fn names() -> Vec<String> {
         }
     }
     for dtype in ["f32", "bf16"] {
-        for form in ["nn", "nt", "tn"] {
+        for form in ["nn", "nt", "tn", "tt"] {
             for sizes in ["1024x512x512", "1024x512x2048", "1024x2048x512", "1024x512x20000"] {
                 names.push(format!("matmul-{form}-{sizes}-{dtype}"));
             }
         }
-        names.push(format!("batched-nt-1024x64x1024-{dtype}"));
-        names.push(format!("batched-nn-1024x1024x64-{dtype}"));
-        names.push(format!("batched-tn-1024x1024x64-{dtype}"));
+        for (form, sizes) in ["nn", "nt", "tn", "tt"].into_iter().flat_map(|form| [(form, 0), (form, 1)]) {
+            let sizes = ["1024x64x1024", "1024x1024x64"][sizes];
+            names.push(format!("batched-{form}-{sizes}-{dtype}"));
+        }
     }
     names
+}
+
+/// Bytes that the formula of an op must read and write, if memory limits it.
+fn traffic(name: &str) -> Option<usize> {
+    let mut parts = name.split('-');
+    let (kind, rows) = (parts.next()?, parts.next().and_then(|rows| rows.parse::<usize>().ok()).unwrap_or(1));
+    let forward = parts.next() == Some("forward");
+    let table = 20_000 * 512;
+    let elements = match kind {
+        "copy" => 2 * COPIED,
+        "softmax" => rows * 1024 * if forward { 2 } else { 3 },
+        "layer_norm" => rows * 512 * if forward { 2 } else { 3 },
+        "gelu" => rows * 2048 * if forward { 2 } else { 3 },
+        "dropout" => rows * 2048 * 2,
+        "cross_entropy" => rows * 20_000 * if forward { 1 } else { 2 },
+        "embedding" => rows * 512 + if forward { rows * 512 } else { table },
+        // Weights and both moments are read and written, gradients read: twice if they are clipped.
+        "adamw" => 7 * WEIGHTS,
+        "adamw_clip" => 8 * WEIGHTS,
+        _ => return None,
+    };
+    Some(elements * size_of::<f32>())
+}
+
+/// Elements of a copy far larger than the caches.
+const COPIED: usize = 32 << 20;
+
+/// A copy by all threads.
+fn copy() -> Run {
+    let (from, mut to) = (vec![1.0f32; COPIED], vec![0.0f32; COPIED]);
+    Box::new(move || {
+        timed(|| {
+            to.par_chunks_mut(1 << 18).zip(from.par_chunks(1 << 18)).for_each(|(to, from)| to.copy_from_slice(from));
+            Ok(())
+        })
+    })
 }
 
 /// What a name stands for; `None` for another name.
@@ -187,6 +228,7 @@ fn find(name: &str) -> Result<Option<Run>> {
             let inputs = vec![normal(&[20_000, 512], f32)?, tokens(&[rows], 20_000)?];
             op(inputs, pass, |x| x[0].embedding(&x[1]))?
         }
+        "copy" => copy(),
         "adamw" => adamw(None)?,
         "adamw_clip" => adamw(Some(1.0))?,
         "attention" => attend(rows, dtype, pass)?,
@@ -219,13 +261,16 @@ fn main() -> Result<()> {
         }
         return Ok(());
     }
-    let known = given.filter(|name| names().contains(name));
+    let known = given.filter(|name| *name == "copy" || names().contains(name));
     let Some(mut run) = known.map(|name| find(name)).transpose()?.flatten() else {
-        println!("{}", names().join("\n"));
+        for name in names() {
+            println!("{name}{}", if traffic(&name).is_some() { " memory" } else { "" });
+        }
         return Ok(());
     };
+    let bytes = given.and_then(|name| traffic(name)).map_or(String::new(), |bytes| format!(", \"bytes\": {bytes}"));
     for _ in std::io::stdin().lock().lines() {
-        println!("{{\"seconds\": {:e}}}", round(&mut run)?);
+        println!("{{\"seconds\": {:e}{bytes}}}", round(&mut run)?);
     }
     Ok(())
 }

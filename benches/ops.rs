@@ -84,6 +84,9 @@ fn ops() -> Vec<Op> {
         op("glu", &x, Some(1), |x| x[0].glu(Activation::Gelu)),
         op("add_glu", &row, Some(1), |x| x[0].add_glu(&x[1], Activation::Gelu)),
         op("gru_gate", &[Float(X), Float(GATES), Float(GATES)], Some(7), |x| x[0].gru_gate(&x[1], &x[2])),
+        op("linear_cross_entropy", &[Float(X), Float(&[4096, 1024]), Tokens(&[8, 512])], Some(2), |x| {
+            x[0].linear_cross_entropy(&x[1], None, &x[2], -100)
+        }),
         op("layer_norm", &[Float(X), Float(&[1024]), Float(&[1024])], Some(1), |x| {
             x[0].layer_norm(Some(&x[1]), Some(&x[2]), 1e-5)
         }),

@@ -288,7 +288,12 @@ impl Rule {
             products += f64::from(u8::from(needed && index < 2));
         }
         // Attention computes its scores again, beside two products for each of the forward pass.
-        let factor = if op == "attention" { 2.5 } else { products };
+        let factor = match op {
+            "attention" => 2.5,
+            // All of its products are in its forward pass.
+            "linear_cross_entropy" => 0.0,
+            _ => products,
+        };
         with_session(|session| session.end(op, Phase::Backward, self.shape, factor * operations, moved));
         Ok(())
     }

@@ -83,6 +83,28 @@ fn cross_entropy_errors() {
 }
 
 #[test]
+fn linear_cross_entropy_errors() {
+    let _alone = INDICES.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+    const OP: &str = "linear_cross_entropy";
+    let (x, weight) = (floats(&[2, 3]), floats(&[4, 3]));
+    let loss = |x: &Tensor, weight: &Tensor, bias: Option<&Tensor>, targets: &Tensor| {
+        x.linear_cross_entropy(weight, bias, targets, -100)
+    };
+    refused(loss(&x, &floats(&[4, 2]), None, &tokens(&[0, 1])), shape, &[OP, "[2, 3]", "[4, 2]"]);
+    refused(loss(&floats(&[]), &weight, None, &tokens(&[0])), shape, &[OP, "[]"]);
+    refused(loss(&x, &weight, Some(&floats(&[3])), &tokens(&[0, 1])), shape, &[OP, "bias [4]", "[3]"]);
+    refused(loss(&x, &weight, None, &tokens(&[0, 1, 2])), shape, &[OP, "[2]", "[3]"]);
+    refused(loss(&x, &weight, None, &floats(&[2])), dtype, &[OP, "i64", "f32"]);
+    let half = weight.to_dtype(DType::F16).expect("a conversion");
+    refused(loss(&x, &half, None, &tokens(&[0, 1])), dtype, &[OP, "f32", "f16"]);
+    let class = |error: &Error| matches!(error, Error::Index { what: "class", limit: 4, .. });
+    refused(loss(&x, &weight, None, &tokens(&[0, 4])), class, &["class 4", "0 to 3"]);
+    refused(x.linear_cross_entropy(&weight, None, &tokens(&[7, 7]), 7), argument, &["2 targets", "ignore_index 7"]);
+    refused(loss(&floats(&[0, 3]), &weight, None, &tokens(&[])), argument, &["0 targets"]);
+    refused(x.linear_cross_entropy_by(&weight, None, &tokens(&[0, 1]), -100, 0), argument, &[OP, "one row"]);
+}
+
+#[test]
 fn embedding_errors() {
     let _alone = INDICES.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
     let table = floats(&[5, 3]);

@@ -3,6 +3,7 @@
 
     cpu.py setup [--old VENV] [--new VENV]     makes the virtual environments, builds the peers and this library
     cpu.py run [--only D-train,op-softmax*]    measures, and appends to the raw file
+    cpu.py run --resume [--within SECONDS]     goes on with what the raw file does not have of this commit
     cpu.py table                               prints the table of what the raw file has last
     cpu.py summary                             the ratios of the models alone, a line each
 
@@ -73,6 +74,10 @@ def op_target(name):
     return 1 / 1.5 if name.startswith(("matmul", "batched")) and name.endswith("bf16") else 1.0
 
 
+# Of the bandwidth of a copy, for ops that memory limits.
+SHARE = 0.8
+
+
 def newest(pattern):
     found = sorted(ROOT.glob(pattern), key=lambda path: path.stat().st_mtime)
     found = [path for path in found if path.suffix == "" and os.access(path, os.X_OK)]
@@ -118,7 +123,7 @@ class Tools:
 
 class Contender:
     def __init__(self, peer, command, environment):
-        self.peer, self.seconds, self.last = peer, [], None
+        self.peer, self.seconds, self.bytes = peer, [], None
         self.process = subprocess.Popen(
             [str(part) for part in command],
             stdin=subprocess.PIPE,
@@ -132,8 +137,9 @@ class Contender:
         try:
             self.process.stdin.write("\n")
             self.process.stdin.flush()
-            line = self.process.stdout.readline()
-            return json.loads(line)["seconds"]
+            step = json.loads(self.process.stdout.readline())
+            self.bytes = step.get("bytes")
+            return step["seconds"]
         except (BrokenPipeError, ValueError, KeyError):
             raise SystemExit(f"{self.peer} failed: {self.process.communicate()[1].strip()[-2000:]}") from None
 
@@ -170,6 +176,7 @@ def measure(case, contenders, args, record):
         "seconds": {contender.peer: contender.seconds for contender in contenders},
         "first": first,
         "peak": {peer: end["peak_resident_bytes"] for peer, end in ends.items() if "peak_resident_bytes" in end},
+        "bytes": {contender.peer: contender.bytes for contender in contenders if contender.bytes},
     }
     args.raw.parent.mkdir(parents=True, exist_ok=True)
     with open(args.raw, "a") as file:
@@ -188,8 +195,9 @@ def commit():
 
 
 def op_names(tools):
+    """Each with whether memory limits it."""
     out = subprocess.run([tools.lockstep], capture_output=True, text=True, check=True).stdout
-    return out.split()
+    return [(words[0], len(words) > 1) for words in map(str.split, out.splitlines())]
 
 
 def run(args):
@@ -198,15 +206,30 @@ def run(args):
     wanted = lambda name: any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
     only_peers = args.peers.split(",") if args.peers else None
     allowed = lambda peer: peer == "ours" or only_peers is None or peer in only_peers
+    started = time.monotonic()
+    there = set()
+    if args.resume and args.raw.exists():
+        records = map(json.loads, open(args.raw))
+        there = {(record["case"], record["threads"]) for record in records if record["commit"] == commit()}
+
+    def due(case):
+        if not wanted(case) or (case, args.threads) in there:
+            return False
+        if args.within and time.monotonic() - started > args.within:
+            raise SystemExit(f"the time is up before {case}: go on with --resume")
+        return True
+
     for case, model in MODELS.items():
-        if wanted(case):
+        if due(case):
             peers = [peer for peer in ["ours", *model.peers] if allowed(peer)]
             found = [(peer, tools.model(peer, model, args.threads)) for peer in peers]
             measure(case, found, args, {"kind": "model", "dtype": model.dtype, "precision": model.precision})
-    for name in op_names(tools) if tools.lockstep else []:
-        if wanted(f"op-{name}"):
+    for name, limited in op_names(tools) if tools.lockstep else []:
+        if due(f"op-{name}"):
             peers = ["ours", "eager", "eager tuned"] + (["compiled tuned"] if args.compile else [])
             found = [(peer, tools.op(peer, name, args.threads)) for peer in peers if allowed(peer)]
+            # What memory limits is related to a copy of the same seconds.
+            found += [("copy", tools.op("ours", "copy", args.threads))] if limited else []
             measure(f"op-{name}", found, args, {"kind": "op"})
 
 
@@ -225,10 +248,10 @@ def rows(record):
     case, seconds, peak = record["case"], record["seconds"], record["peak"]
     ours = seconds["ours"]
     threads = f"{record['threads']}"
-    memory = lambda peer: f"{peak[peer] / 1e9:.2f}" if peer in peak and record["kind"] == "model" else ""
+    memory = lambda peer: f"{peak[peer] / 1e9:.2f}" if peer in peak and record["kind"] == "model" else share(record, peer)
     lines = [f"| {case} | {threads} | this | {time_text(ours)} | | | {memory('ours')} |"]
     model = MODELS.get(case)
-    peers = [peer for peer in seconds if peer != "ours"]
+    peers = [peer for peer in seconds if peer not in ("ours", "copy")]
     fastest = min(peers, key=lambda peer: median(seconds[peer]), default=None)
     for peer in peers:
         beside = record.get("beside", {}).get(peer, ours)
@@ -237,6 +260,16 @@ def rows(record):
         verdict = "" if target is None else f"≤ {target:.2f}{' ✓' if median(ratios) <= target else ''}"
         lines.append(f"| | | {peer} | {time_text(seconds[peer])} | {spread(ratios, 2)} | {verdict} | {memory(peer)} |")
     return lines
+
+
+def share(record, peer):
+    """The bandwidth of an op as a share of that of a copy in the same rounds."""
+    bytes, copy = record.get("bytes", {}), record["seconds"].get("copy")
+    if "ours" not in bytes or not copy or len(copy) != len(record["seconds"][peer]):
+        return ""
+    rates = [bytes["ours"] / mine / (bytes["copy"] / other) for mine, other in zip(record["seconds"][peer], copy)]
+    low = peer == "ours" and median(rates) < SHARE
+    return f"{100 * median(rates):.0f} %{' (below 80 %)' if low else ''}"
 
 
 def merged(path):
@@ -250,8 +283,8 @@ def merged(path):
         key = (record["kind"], record["case"], record["threads"])
         ours = record["seconds"]["ours"]
         record["beside"] = {peer: ours for peer in record["seconds"]}
-        for part in ["seconds", "peak", "beside"]:
-            record[part] = {**records.get(key, {}).get(part, {}), **record[part]}
+        for part in ["seconds", "peak", "beside", "bytes"]:
+            record[part] = {**records.get(key, {}).get(part, {}), **record.get(part, {})}
         records[key] = record
     return records
 
@@ -261,7 +294,7 @@ def table(args):
     order = {case: index for index, case in enumerate(MODELS)}
     if not records:
         raise SystemExit(f"{args.raw} is empty")
-    head = ["| workload | threads | | seconds | ours / theirs | target | peak memory, GB |", "|---|---|---|---|---|---|---|"]
+    head = lambda last: f"| workload | threads | | seconds | ours / theirs | target | {last} |\n|{'---|' * 7}"
     dates = sorted({record["date"] for record in records.values()})
     machines = sorted({record["processor"] for record in records.values()})
     print(f"# This library and its peers on the CPU\n\n{dates[-1]}, {'; '.join(machines)}. Median (smallest–largest) of interleaved")
@@ -270,12 +303,15 @@ def table(args):
     print("D: `benches/configs/decoder.json`, 1 × 1024 tokens if nothing else is said; B: `decoder-bytes.json`, 4 × 256;")
     print("E: `encoder.json` with a mask, and X: `encoder-decoder.json`, 1 × 1024. \"0.22\" is x-transformers 0.22.0, \"new\" the")
     print("newest with flash attention, \"tuned\" the same with glibc's malloc told to keep its memory.\n")
-    for kind, title in [("model", "Models"), ("op", "Single ops, the target held against PyTorch's best")]:
+    print("The last column of ops that memory limits: bytes that the formula must read and write by their time, as a share of")
+    print("what a copy of 128 MiB reached in the same rounds; in the caches it can pass 100 %.\n")
+    best = "Single ops, the target held against PyTorch's best"
+    for kind, title, last in [("model", "Models", "peak memory, GB"), ("op", best, "share of a copy")]:
         keys = [key for key in records if key[0] == kind]
         keys.sort(key=lambda key: (-key[2], order.get(key[1], 0), key[1]) if kind == "model" else (-key[2], key[1]))
         if keys:
             print(f"## {title}\n")
-            print("\n".join(head))
+            print(head(last))
             for key in keys:
                 print("\n".join(rows(records[key])))
             print()
@@ -322,6 +358,8 @@ def main():
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--rounds", type=int, default=7, help="rounds at most")
     parser.add_argument("--limit", type=float, default=80, help="seconds of a workload, after three rounds")
+    parser.add_argument("--resume", action="store_true", help="leave out what the raw file has of this commit")
+    parser.add_argument("--within", type=float, help="begin no workload after so many seconds; --resume goes on")
     parser.add_argument("--compile", action="store_true", help="also PyTorch's compiled ops, which take a minute at first")
     args = parser.parse_args()
     {"setup": setup, "run": run, "table": table, "summary": summary}[args.command](args)

@@ -4,10 +4,11 @@
 //! below two percent of that for any width worth training. Causal attention is counted as the half that is computed.
 
 use x_transformers::{
-    Result,
+    DType, Device, Result,
     config::{
         AttentionPath, AttentionPlan, BranchPlan, Config, FeedForwardPlan, LayerPlan, LayersPlan, TransformerPlan,
     },
+    ops::rows_of_logits,
 };
 
 /// What is asked for.
@@ -60,13 +61,13 @@ impl Cost {
             Config::AutoregressiveWrapper(config) => {
                 let plan = config.net.plan()?;
                 let batch = batch(plan.max_seq_len);
-                Some((batch, transformer(&plan, batch)))
+                Some((batch, language_model(&plan, batch)))
             }
             Config::XTransformer(config) => {
                 let plan = config.plan()?;
                 let batch = batch(plan.dec.max_seq_len);
                 let mut cost = transformer(&TransformerPlan { num_tokens: 0, ..plan.enc }, batch);
-                cost.add(transformer(&plan.dec, batch));
+                cost.add(language_model(&plan.dec, batch));
                 Some((batch, cost))
             }
             Config::ContinuousTransformerWrapper(config) => {
@@ -139,6 +140,25 @@ impl Cost {
 
 /// A wrapper from tokens to logits, and their cross-entropy.
 fn transformer(plan: &TransformerPlan, batch: Batch) -> Cost {
+    let rows = batch.rows * batch.tokens;
+    let mut cost = up_to_logits(plan, batch);
+    // The logits, and their gradient, which is there before anything is freed.
+    cost.saved += (rows * 2 * plan.num_tokens) as f64;
+    cost
+}
+
+/// The same with the loss in blocks of rows.
+fn language_model(plan: &TransformerPlan, batch: Batch) -> Cost {
+    let (rows, dim) = (batch.rows * batch.tokens, plan.layers.dim);
+    let mut cost = up_to_logits(plan, batch);
+    let at_a_time = rows.min(rows_of_logits(plan.num_tokens, DType::F32, &Device::Cpu));
+    // A block of logits, and the gradients of their input and weight, which are there before anything is freed.
+    cost.saved += (at_a_time * plan.num_tokens + rows * dim + plan.num_tokens * dim) as f64;
+    cost
+}
+
+/// A wrapper's operations, and what is kept before its logits.
+fn up_to_logits(plan: &TransformerPlan, batch: Batch) -> Cost {
     let dim = plan.layers.dim;
     let rows = batch.rows * batch.tokens;
     let seen = Batch { tokens: batch.tokens + plan.num_memory_tokens, ..batch };
@@ -148,8 +168,8 @@ fn transformer(plan: &TransformerPlan, batch: Batch) -> Cost {
         cost.saved += (rows * plan.emb_dim) as f64;
     }
     cost.add(linear(rows, dim, plan.num_tokens));
-    // Input and output of the last norm, the logits, and their gradient, which is there before anything is freed.
-    cost.saved += (rows * (2 * dim + 2 * plan.num_tokens)) as f64;
+    // Input and output of the last norm.
+    cost.saved += (rows * 2 * dim) as f64;
     cost
 }
 

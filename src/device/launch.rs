@@ -222,7 +222,10 @@ pub(crate) struct Operand {
 /// `c[i] = a[i] · b[i] (+ c[i])` for every item of a batch; `c` `[batch, m, n]` is packed.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Gemm {
+    /// Of the operands.
     pub dtype: DType,
+    /// Whether `c` has the type of the sums, f32 for half types, and not that of the operands.
+    pub sums: bool,
     pub batch: usize,
     pub m: usize,
     pub n: usize,

@@ -28,6 +28,11 @@ pub(super) fn run(tasks: usize, body: &(dyn Fn(usize) + Sync)) {
 /// Marks work whose caller waits for nobody else any more.
 const CLOSED: usize = 1 << (usize::BITS - 1);
 
+/// Helpers that were asked for and have not begun, and how many may wait: a pool that is busy with something else must not
+/// collect them without end.
+static WAITING: AtomicUsize = AtomicUsize::new(0);
+const MOST_WAITING: usize = 1024;
+
 /// Times that the caller looks for the end of the last tasks before it lets other threads go first.
 const SPINS: usize = 2000;
 
@@ -112,8 +117,15 @@ fn with_helpers(tasks: usize, body: &(dyn Fn(usize) + Sync)) {
     });
     let wait = Wait(&work);
     for _ in 0..helpers {
+        if WAITING.fetch_add(1, Ordering::Relaxed) >= MOST_WAITING {
+            WAITING.fetch_sub(1, Ordering::Relaxed);
+            break;
+        }
         let work = work.clone();
-        rayon::spawn(move || work.help());
+        rayon::spawn(move || {
+            WAITING.fetch_sub(1, Ordering::Relaxed);
+            work.help();
+        });
     }
     work.take_part(0);
     drop(wait);

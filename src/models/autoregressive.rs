@@ -87,8 +87,9 @@ impl AutoregressiveWrapper {
             let full = mask.rank() == 2 && mask.shape()[1] == n + 1;
             options.mask = Some(if full { mask.narrow(1, 0, n)? } else { mask });
         }
+        options.return_embeddings = true;
         let Output { out, .. } = self.net.forward(&tokens.narrow(1, 0, n)?, &options).at("net")?;
-        out.cross_entropy(&tokens.narrow(1, 1, n)?, self.ignore_index)
+        self.net.cross_entropy(&out, &tokens.narrow(1, 1, n)?, self.ignore_index).at("net")
     }
 
     /// As [`TransformerWrapper::quantize_int8`].

@@ -195,6 +195,20 @@ impl TransformerWrapper {
         Ok(Output { out, mems, attn: layers.attn })
     }
 
+    /// The mean cross-entropy of the logits of normed hidden states, `[.., dim]` with targets `[..]`, which are made in blocks
+    /// of rows and not kept: see [`Tensor::linear_cross_entropy`].
+    ///
+    /// Errors: as those of [`TransformerWrapper::logits`] and [`Tensor::cross_entropy`].
+    pub fn cross_entropy(&self, embeddings: &Tensor, targets: &Tensor, ignore_index: i64) -> Result<Tensor> {
+        match (&self.mlm_head, &self.to_logits, &self.tied_int8) {
+            (None, Some(to_logits), _) => to_logits.cross_entropy(embeddings, targets, ignore_index).at("to_logits"),
+            (None, None, None) if !self.plan.return_only_embed => {
+                embeddings.linear_cross_entropy(&self.token_emb.table(), None, targets, ignore_index).at("to_logits")
+            }
+            _ => self.logits(embeddings)?.cross_entropy(targets, ignore_index),
+        }
+    }
+
     /// Normed hidden states `[.., dim]` to logits `[.., num_tokens]`.
     pub fn logits(&self, embeddings: &Tensor) -> Result<Tensor> {
         ensure!(

@@ -77,6 +77,15 @@ impl Linear {
         self.product(x, None)?.add_activation(&bias.tensor(), activation)
     }
 
+    /// The mean cross-entropy of the outputs, see [`Tensor::linear_cross_entropy`].
+    pub fn cross_entropy(&self, x: &Tensor, targets: &Tensor, ignore_index: i64) -> Result<Tensor> {
+        if self.int8.is_some() {
+            return self.forward(x)?.cross_entropy(targets, ignore_index);
+        }
+        let bias = self.bias.as_ref().map(Param::tensor);
+        x.linear_cross_entropy(&self.weight.tensor(), bias.as_ref(), targets, ignore_index)
+    }
+
     /// As [`Linear::activated`] with a gated unit: `[.., in] → [.., out / 2]`, see [`Tensor::glu`].
     pub fn gated(&self, x: &Tensor, activation: Activation) -> Result<Tensor> {
         let Some(bias) = &self.bias else { return self.forward(x)?.glu(activation) };

@@ -4,7 +4,7 @@ use super::{norm::reuse, reduce::fold};
 use crate::{
     DType, Device, Error, Result, Tensor,
     core::{Backward, Contributions, Float, Real, Shape, dispatch_float, record},
-    device::{CudaDevice, Grid, args, cpu, simd::vectorized, size32},
+    device::{Arg, CudaDevice, Grid, args, cpu, simd::vectorized, size32},
     error::ensure,
 };
 
@@ -36,25 +36,7 @@ impl Tensor {
         let Some((&classes, batch)) = self.shape().split_last() else {
             return Err(Error::shape(OP, "expected logits of shape [.., classes], got a scalar"));
         };
-        ensure!(
-            **targets.shape() == *batch,
-            Error::shape(
-                OP,
-                format!("expected targets of shape {batch:?} for logits {:?}, got {:?}", self.shape(), targets.shape())
-            )
-        );
-        ensure!(
-            targets.dtype() == DType::I64,
-            Error::dtype(OP, format!("expected targets of i64, got {}", targets.dtype()))
-        );
-        ensure!(
-            self.device() == targets.device(),
-            Error::Device {
-                op: OP,
-                message: format!("the logits are on {} and the targets on {}", self.device(), targets.device())
-            }
-        );
-        self.dtype().expect_float(OP)?;
+        check_targets(OP, self, batch, targets)?;
         let (x, targets) = (self.contiguous()?, targets.contiguous()?);
         let shape = Shape::new(&[targets.elements(), 2])?;
         let mut statistics = Tensor::uninit(shape, x.dtype().accumulator(), x.device())?;
@@ -79,6 +61,26 @@ impl Tensor {
     }
 }
 
+/// Checks that `targets`, one for each row of `batch`, are of I64 and lie where `x` does, which are floats.
+pub(super) fn check_targets(op: &'static str, x: &Tensor, batch: &[usize], targets: &Tensor) -> Result<()> {
+    ensure!(
+        **targets.shape() == *batch,
+        Error::shape(op, format!("expected targets of shape {batch:?} for {:?}, got {:?}", x.shape(), targets.shape()))
+    );
+    ensure!(
+        targets.dtype() == DType::I64,
+        Error::dtype(op, format!("expected targets of i64, got {}", targets.dtype()))
+    );
+    ensure!(
+        x.device() == targets.device(),
+        Error::Device {
+            op,
+            message: format!("the values are on {} and the targets on {}", x.device(), targets.device())
+        }
+    );
+    x.dtype().expect_float(op)
+}
+
 /// Loss and number of targets that count, one element each.
 fn launch_forward(
     gpu: &CudaDevice,
@@ -88,24 +90,78 @@ fn launch_forward(
     ignore_index: i64,
     statistics: &mut Tensor,
 ) -> Result<(Tensor, Tensor)> {
-    let (option, rows) = ([("DTYPE", x.dtype().name())], targets.elements());
+    let losses = launch_rows(gpu, x, targets, classes, ignore_index, statistics)?;
+    launch_mean(gpu, x.dtype(), &losses, targets, ignore_index)
+}
+
+/// The loss of each row, in f64; writes maxima and sums to `statistics`.
+pub(super) fn launch_rows(
+    gpu: &CudaDevice,
+    x: &Tensor,
+    targets: &Tensor,
+    classes: usize,
+    ignore_index: i64,
+    statistics: &mut Tensor,
+) -> Result<Tensor> {
+    let rows = targets.elements();
     let mut losses = Tensor::uninit(Shape::new(&[rows])?, DType::F64, x.device())?;
-    gpu.kernel("cross_entropy_fwd", &option)?.launch(
+    gpu.kernel("cross_entropy_fwd", &[("DTYPE", x.dtype().name())])?.launch(
         Grid::rows(rows, classes),
-        args![&mut *statistics, &mut losses, gpu.faults(), x, targets, rows as i64, size32(classes)?, ignore_index],
+        args![statistics, &mut losses, gpu.faults(), x, targets, rows as i64, size32(classes)?, ignore_index],
     )?;
+    Ok(losses)
+}
+
+/// The mean of these losses, in the accumulator of `dtype`, and the number of targets that count, in f64.
+pub(super) fn launch_mean(
+    gpu: &CudaDevice,
+    dtype: DType,
+    losses: &Tensor,
+    targets: &Tensor,
+    ignore_index: i64,
+) -> Result<(Tensor, Tensor)> {
     let scalar = Shape::new(&[])?;
-    let mut loss = Tensor::uninit(scalar, statistics.dtype(), x.device())?;
-    let mut count = Tensor::uninit(scalar, DType::F64, x.device())?;
-    gpu.kernel("cross_entropy_mean", &option)?.launch(
+    let mut loss = Tensor::uninit(scalar, dtype.accumulator(), losses.device())?;
+    let mut count = Tensor::uninit(scalar, DType::F64, losses.device())?;
+    gpu.kernel("cross_entropy_mean", &[("DTYPE", dtype.name())])?.launch(
         Grid::new([1, 1, 1], [512, 1, 1]),
-        args![&mut loss, &mut count, gpu.faults(), &losses, targets, rows as i64, ignore_index],
+        args![&mut loss, &mut count, gpu.faults(), losses, targets, targets.elements() as i64, ignore_index],
     )?;
     Ok((loss, count))
 }
 
+/// Writes `(softmax(x) − onehot(target)) g / count` over the logits `x`.
+pub(super) fn launch_gradient(
+    gpu: &CudaDevice,
+    x: &mut Tensor,
+    source: Option<&Tensor>,
+    statistics: &Tensor,
+    targets: &Tensor,
+    ignore_index: i64,
+    [g, count]: [&Tensor; 2],
+) -> Result<()> {
+    let (rows, classes) = (targets.elements(), x.dim(-1)?);
+    let kernel = gpu.kernel("cross_entropy_bwd", &[("DTYPE", x.dtype().name())])?;
+    let to = x.address_mut()?;
+    let from = source.map_or(Ok(to), Tensor::address)?;
+    kernel.launch(
+        Grid::rows(rows, classes),
+        args![
+            Arg::Output(to),
+            Arg::Input(from),
+            statistics,
+            targets,
+            g,
+            count,
+            rows as i64,
+            size32(classes)?,
+            ignore_index
+        ],
+    )
+}
+
 /// The number of targets that count.
-fn count_targets(targets: &[i64], classes: usize, ignore_index: i64) -> Result<usize> {
+pub(super) fn count_targets(targets: &[i64], classes: usize, ignore_index: i64) -> Result<usize> {
     let mut count = 0;
     for &target in targets.iter().filter(|&&target| target != ignore_index) {
         // A negative target becomes a large number.
@@ -120,7 +176,7 @@ fn count_targets(targets: &[i64], classes: usize, ignore_index: i64) -> Result<u
 }
 
 /// The sum of the losses, and in `statistics` for each row `[maximum, 1 / Σ exp(x − maximum)]`.
-fn forward_rows<T: Float>(
+pub(super) fn forward_rows<T: Float>(
     x: &Tensor,
     targets: &Tensor,
     classes: usize,
@@ -137,6 +193,28 @@ fn forward_rows<T: Float>(
     });
     // In order, whatever the threads.
     Ok(losses.iter().sum())
+}
+
+/// The sum of the losses of these rows of logits; writes `(softmax(x) − onehot(target)) scale` over them.
+pub(super) fn rows_and_gradient<T: Float>(
+    x: &mut [T],
+    targets: &[i64],
+    classes: usize,
+    ignore_index: i64,
+    scale: f64,
+) -> f64 {
+    let mut losses = vec![0.0; targets.len()];
+    let scale = T::Acc::from_f64(scale);
+    cpu::for_rows2(x, &mut losses, (classes, 1), 2 * COST * classes, |row, x, losses| {
+        // Row by row, so that its second pass finds it in the cache.
+        for ((x, loss), target) in x.chunks_exact_mut(classes).zip(losses).zip(&targets[row..]) {
+            let (mut statistics, target) = ([T::Acc::ZERO; 2], std::slice::from_ref(target));
+            forward::<T>(x, target, classes, ignore_index, &mut statistics, std::slice::from_mut(loss));
+            backward::<T>(None, &statistics, target, classes, ignore_index, scale, x);
+        }
+    });
+    // In order, whatever the threads.
+    losses.iter().sum()
 }
 
 /// Element operations that an exponential counts for.
@@ -215,22 +293,8 @@ impl Backward for CrossEntropyBackward {
                 Ok(())
             })?,
             Device::Cuda(gpu) => {
-                let rows = targets.elements();
-                let sizes = (rows as i64, size32(classes)?);
-                gpu.kernel("cross_entropy_bwd", &[("DTYPE", dx.dtype().name())])?.launch(
-                    Grid::rows(rows, classes),
-                    args![
-                        &mut dx,
-                        source.as_ref().unwrap_or(&dx),
-                        &statistics,
-                        &targets,
-                        &grad,
-                        &count,
-                        sizes.0,
-                        sizes.1,
-                        ignore_index
-                    ],
-                )?;
+                let source = source.as_ref();
+                launch_gradient(gpu, &mut dx, source, &statistics, &targets, ignore_index, [&grad, &count])?;
             }
         }
         Ok(Contributions::one(dx))

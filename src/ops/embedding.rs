@@ -177,6 +177,9 @@ impl Uses {
 vectorized! {
     /// `out = Σ g[position]`; `sum` is scratch of the same width.
     fn add_up<T: Float>(g: &[T], positions: &[usize], sum: &mut [T::Acc], out: &mut [T]) {
+        if positions.is_empty() {
+            return out.fill(T::from_acc(T::Acc::ZERO));
+        }
         sum.fill(T::Acc::ZERO);
         let width = sum.len();
         for &position in positions {

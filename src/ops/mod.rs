@@ -35,6 +35,7 @@ ops! {
     entmax: entmax15;
     glu: glu, add_glu;
     gru: gru_gate;
+    linear_cross_entropy: linear_cross_entropy;
     matmul: matmul, linear;
     norm: layer_norm, rms_norm, scale_norm, add_layer_norm, add_rms_norm, add_scale_norm;
     pointwise: neg, exp, ln, sqrt, square, sigmoid, tanh, relu, relu_squared, gelu, gelu_tanh, silu, affine, add, sub, mul, div,
@@ -48,6 +49,7 @@ ops! {
     topk: top_k_mask;
 }
 
+pub use linear_cross_entropy::rows_of_logits;
 pub use matmul::Int8Matrix;
 #[cfg(feature = "cuda")]
 pub(crate) use sample::broken_logits;

@@ -1,9 +1,6 @@
 //! Normalisation of rows, or of the sum of two tensors: layer norm, and RMS norm and scale norm in the form with a floor.
 
-use super::{
-    copy::same_kind,
-    reduce::{fold, sum_slice},
-};
+use super::{copy::same_kind, reduce::sum_slice};
 use crate::{
     Device, Error, Result, Tensor,
     core::{Backward, Contributions, Float, Real, Shape, dispatch_float, record_beside, record_cheap},
@@ -333,12 +330,12 @@ vectorized! {
             let (mean, inverse) = match form {
                 Form::Centred => {
                     // Deviations from the mean, and not x² − mean²: no cancellation for rows far from zero.
-                    let mean = sum_slice(x) / count;
-                    let variance = fold(x, T::Acc::ZERO, |x| (x.to_acc() - mean) * (x.to_acc() - mean)) / count;
+                    let mean = sum_of(x, |x| x) / count;
+                    let variance = sum_of(x, |x| (x - mean) * (x - mean)) / count;
                     (mean, T::Acc::ONE / (variance + eps).sqrt())
                 }
                 Form::Floored => {
-                    let square = fold(x, T::Acc::ZERO, |x| x.to_acc() * x.to_acc()) / count;
+                    let square = sum_of(x, |x| x * x) / count;
                     (T::Acc::ZERO, T::Acc::ONE / square.sqrt().max(eps))
                 }
             };
@@ -531,38 +528,47 @@ vectorized! {
         let count = T::Acc::from_f64(width as f64);
         let per_row = if floor.is_some() { 1 } else { 2 };
         partial.fill(T::Acc::ZERO);
-        let (dweight, dbias) = partial.split_at_mut(partial.len() / 2);
         let rows = x.chunks_exact(width).zip(dx.chunks_exact_mut(width));
         for (row, ((x, dx), statistics)) in rows.zip(statistics.chunks_exact(per_row)).enumerate() {
-            if let Some(source) = source {
-                dx.copy_from_slice(&source[row * width..][..width]);
-            }
+            let part = row * width..(row + 1) * width;
+            let source = source.map(|source| &source[part.clone()]);
             let inverse = statistics[per_row - 1];
             let mean = if floor.is_some() { T::Acc::ZERO } else { statistics[0] };
-            for (((x, g), dweight), dbias) in x.iter().zip(&*dx).zip(&mut *dweight).zip(&mut *dbias) {
-                *dweight += g.to_acc() * ((x.to_acc() - mean) * inverse);
-                *dbias += g.to_acc();
-            }
+            let (sum, dot) = {
+                let g = source.unwrap_or(dx);
+                if partial.is_empty() {
+                    sums(x, g, weight, mean, inverse)
+                } else {
+                    let (dweight, dbias) = partial.split_at_mut(width);
+                    sums_and_partials(x, g, weight, mean, inverse, dweight, dbias)
+                }
+            };
             if !input_needed {
                 continue;
             }
-            let (sum, dot) = sums(x, dx, weight, mean, inverse);
             let along = if floor.is_some() { T::Acc::ZERO } else { sum / count };
             let across = if floor.is_some_and(|floor| inverse >= floor) { T::Acc::ZERO } else { dot / count };
-            let gradient = |dx: T, x: &T, weight: T::Acc| {
+            let gradient = |g: T, x: &T, weight: T::Acc| {
                 let normal = (x.to_acc() - mean) * inverse;
-                (dx.to_acc() * weight - along - normal * across) * inverse
+                (g.to_acc() * weight - along - normal * across) * inverse
             };
-            match onto {
-                Some(onto) => {
-                    let onto = &onto[row * width..][..width];
-                    for (((dx, x), &weight), onto) in dx.iter_mut().zip(x).zip(weight).zip(onto) {
-                        *dx = T::from_acc(gradient(*dx, x, weight) + onto.to_acc());
+            match (source, onto) {
+                (Some(source), None) => {
+                    for (((dx, g), x), &weight) in dx.iter_mut().zip(source).zip(x).zip(weight) {
+                        *dx = T::from_acc(gradient(*g, x, weight));
                     }
                 }
-                None => {
+                (None, None) => {
                     for ((dx, x), &weight) in dx.iter_mut().zip(x).zip(weight) {
                         *dx = T::from_acc(gradient(*dx, x, weight));
+                    }
+                }
+                (source, Some(onto)) => {
+                    if let Some(source) = source {
+                        dx.copy_from_slice(source);
+                    }
+                    for (((dx, x), &weight), onto) in dx.iter_mut().zip(x).zip(weight).zip(&onto[part]) {
+                        *dx = T::from_acc(gradient(*dx, x, weight) + onto.to_acc());
                     }
                 }
             }
@@ -570,11 +576,29 @@ vectorized! {
     }
 }
 
+/// Sums that are kept apart: so many that the compiler turns loops over them into vector operations as a whole, and that
+/// no addition waits for another.
+const LANES: usize = 64;
+
+/// `Σ f(x)`
+#[inline(always)]
+fn sum_of<T: Float>(x: &[T], f: impl Fn(T::Acc) -> T::Acc) -> T::Acc {
+    let mut lanes = [T::Acc::ZERO; LANES];
+    let (blocks, rest) = x.as_chunks::<LANES>();
+    for block in blocks {
+        for (lane, x) in lanes.iter_mut().zip(block) {
+            *lane += f(x.to_acc());
+        }
+    }
+    for (lane, x) in lanes.iter_mut().zip(rest) {
+        *lane += f(x.to_acc());
+    }
+    sum_slice(&lanes)
+}
+
 /// `Σ g ⊙ weight` and `Σ g ⊙ weight ⊙ (x − mean) · inverse`.
 #[inline(always)]
 fn sums<T: Float>(x: &[T], g: &[T], weight: &[T::Acc], mean: T::Acc, inverse: T::Acc) -> (T::Acc, T::Acc) {
-    // So many lanes that the compiler keeps the inner loop and turns it into vector operations as a whole.
-    const LANES: usize = 64;
     let (mut sums, mut dots) = ([T::Acc::ZERO; LANES], [T::Acc::ZERO; LANES]);
     for ((x, g), weight) in x.chunks(LANES).zip(g.chunks(LANES)).zip(weight.chunks(LANES)) {
         for ((((sum, dot), x), g), &weight) in sums.iter_mut().zip(&mut dots).zip(x).zip(g).zip(weight) {
@@ -582,6 +606,50 @@ fn sums<T: Float>(x: &[T], g: &[T], weight: &[T::Acc], mean: T::Acc, inverse: T:
             *sum += h;
             *dot += h * ((x.to_acc() - mean) * inverse);
         }
+    }
+    (sum_slice(&sums), sum_slice(&dots))
+}
+
+/// As [`sums`], and in the same pass `dweight += g ⊙ (x − mean) · inverse` and `dbias += g`.
+#[inline(always)]
+fn sums_and_partials<T: Float>(
+    x: &[T],
+    g: &[T],
+    weight: &[T::Acc],
+    mean: T::Acc,
+    inverse: T::Acc,
+    dweight: &mut [T::Acc],
+    dbias: &mut [T::Acc],
+) -> (T::Acc, T::Acc) {
+    let (mut sums, mut dots) = ([T::Acc::ZERO; LANES], [T::Acc::ZERO; LANES]);
+    let normal = |x: T| (x.to_acc() - mean) * inverse;
+    let (x_blocks, x_rest) = x.as_chunks::<LANES>();
+    let (g_blocks, g_rest) = g.as_chunks::<LANES>();
+    let (weight_blocks, weight_rest) = weight.as_chunks::<LANES>();
+    let (dweight_blocks, dweight_rest) = dweight.as_chunks_mut::<LANES>();
+    let (dbias_blocks, dbias_rest) = dbias.as_chunks_mut::<LANES>();
+    let blocks = x_blocks.iter().zip(g_blocks).zip(weight_blocks).zip(dweight_blocks).zip(dbias_blocks);
+    for ((((x, g), weight), dweight), dbias) in blocks {
+        // Copies, so that the compiler sees that they are neither each other nor what is read.
+        let (mut dweights, mut dbiases) = (*dweight, *dbias);
+        for lane in 0..LANES {
+            let (normal, g) = (normal(x[lane]), g[lane].to_acc());
+            let h = g * weight[lane];
+            sums[lane] += h;
+            dots[lane] += h * normal;
+            dweights[lane] += g * normal;
+            dbiases[lane] += g;
+        }
+        (*dweight, *dbias) = (dweights, dbiases);
+    }
+    let rest = x_rest.iter().zip(g_rest).zip(weight_rest).zip(dweight_rest).zip(dbias_rest);
+    for (lane, ((((x, g), weight), dweight), dbias)) in rest.enumerate() {
+        let (normal, g) = (normal(*x), g.to_acc());
+        let h = g * *weight;
+        sums[lane] += h;
+        dots[lane] += h * normal;
+        *dweight += g * normal;
+        *dbias += g;
     }
     (sum_slice(&sums), sum_slice(&dots))
 }

@@ -94,7 +94,7 @@ unary! {
     /// `x Φ(x)` with the exact normal distribution, by erf (Hendrycks and Gimpel,
     /// <https://arxiv.org/abs/1606.08415>). Saves the input.
     gelu Gelu Input
-        |x| x * x.normal::<FUSED>().0,
+        |x| x.gelu::<FUSED>(),
         |x| { let (below, density) = x.normal::<FUSED>(); x.fma::<FUSED>(density, below) };
     /// `x (1 + tanh(√(2/π) (x + 0.044715 x³))) / 2`, the approximation of [`Tensor::gelu`] that BERT's authors and GPT-2
     /// computed with (Hendrycks and Gimpel, <https://arxiv.org/abs/1606.08415>). Saves the input.
@@ -183,10 +183,7 @@ impl<F: Unary> Backward for UnaryBackward<F> {
                 let source = source.as_ref().map(|source| source.values::<T>()).transpose()?;
                 cpu::for_rows(dx.values_mut::<T>()?, 1, COST, |at, dx| {
                     let range = at..at + dx.len();
-                    if let Some(source) = source {
-                        dx.copy_from_slice(&source[range.clone()]);
-                    }
-                    map_backward::<T, F>(&kept[range], dx);
+                    map_backward::<T, F>(&kept[range.clone()], source.map(|source| &source[range]), dx);
                 });
                 Ok(())
             })?,
@@ -203,10 +200,20 @@ impl<F: Unary> Backward for UnaryBackward<F> {
 }
 
 vectorized! {
-    /// `dx` holds the gradient of the output before.
-    fn map_backward<T: Float, F: Unary>(kept: &[T], dx: &mut [T]) {
-        for (kept, dx) in kept.iter().zip(dx) {
-            *dx = T::from_acc(dx.to_acc() * F::derivative::<T::Acc, FUSED>(kept.to_acc()));
+    /// `dx` holds the gradient of the output before, unless `source` does.
+    fn map_backward<T: Float, F: Unary>(kept: &[T], source: Option<&[T]>, dx: &mut [T]) {
+        let gradient = |g: T, kept: &T| T::from_acc(g.to_acc() * F::derivative::<T::Acc, FUSED>(kept.to_acc()));
+        match source {
+            Some(source) => {
+                for ((dx, g), kept) in dx.iter_mut().zip(source).zip(kept) {
+                    *dx = gradient(*g, kept);
+                }
+            }
+            None => {
+                for (dx, kept) in dx.iter_mut().zip(kept) {
+                    *dx = gradient(*dx, kept);
+                }
+            }
         }
     }
 }

@@ -51,7 +51,7 @@ impl CudaDevice {
     ///
     /// Errors: sizes beyond 2³¹ − 1, or an error of cuBLAS.
     pub(crate) fn gemm(&self, gemm: &Gemm) -> Result<()> {
-        let Gemm { dtype, batch, m, n, k, a, b, c, add } = *gemm;
+        let Gemm { dtype, sums, batch, m, n, k, a, b, c, add } = *gemm;
         let ints = [m, n, k, a.stride, b.stride, batch].map(i32::try_from);
         let [Ok(rows), Ok(columns), Ok(inner), Ok(a_stride), Ok(b_stride), Ok(items)] = ints else {
             return Err(Error::shape("matmul", format!("a size of {gemm:?} exceeds 2^31 - 1")));
@@ -62,6 +62,11 @@ impl CudaDevice {
             DType::BF16 => (sys::cudaDataType_t::CUDA_R_16BF, Compute::CUBLAS_COMPUTE_32F),
             DType::F16 => (sys::cudaDataType_t::CUDA_R_16F, Compute::CUBLAS_COMPUTE_32F),
             other => return Err(Error::dtype("matmul", format!("expected a float tensor, got {other}"))),
+        };
+        let kind_of_c = match dtype {
+            DType::F64 => kind,
+            _ if sums => sys::cudaDataType_t::CUDA_R_32F,
+            _ => kind,
         };
         // TF32 only where it was asked for; sums of half types are never rounded to half on the way.
         let math = match (dtype, float32_matmul_precision()) {
@@ -105,7 +110,7 @@ impl CudaDevice {
                 a.batch as i64,
                 factor(add),
                 c as *mut c_void,
-                kind,
+                kind_of_c,
                 columns,
                 (m * n) as i64,
                 items,

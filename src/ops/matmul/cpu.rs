@@ -363,6 +363,43 @@ pub(super) fn gemm_by<T: Float, P: Packing<T>>(product: &Product<T>, out: &mut [
     Ok(())
 }
 
+/// `sums (+)= A·B` for a batch of one and without a bias, in the type of the sums, on all threads of the pool.
+///
+/// How the work is cut depends on the sizes alone. Errors: out of memory for packed operands.
+pub(crate) fn gemm_sums<T: Multiply>(product: &Product<T>, accumulate: bool, sums: &mut [T::Acc]) -> Result<()> {
+    let many = product.m > skinny::ROWS;
+    if many && T::Tiled::available() {
+        gemm_sums_by::<T, T::Tiled>(product, accumulate, sums)
+    } else if many && T::Paired::available() {
+        gemm_sums_by::<T, T::Paired>(product, accumulate, sums)
+    } else {
+        gemm_sums_by::<T, MultiplyAdd>(product, accumulate, sums)
+    }
+}
+
+/// As [`gemm_sums`] in one way.
+fn gemm_sums_by<T: Float, P: Packing<T>>(product: &Product<T>, accumulate: bool, sums: &mut [T::Acc]) -> Result<()> {
+    let &Product { m, n, k, .. } = product;
+    if m == 0 || n == 0 {
+        return Ok(());
+    }
+    let start = if accumulate { Start::Previous } else { Start::Zero };
+    let (a, b) = product.item(0);
+    let whole = Window::new(sums, m, n, n);
+    let cost_of_row = n.saturating_mul(k.max(1));
+    if m.saturating_mul(cost_of_row) >= LARGE && m > THIN && n > THIN {
+        return shared::product_sums::<T, P>(k, a, b, start, whole);
+    }
+    let height = GRAIN.div_ceil(cost_of_row).next_multiple_of(P::tile().rows).min(m);
+    cpu::for_tasks(m.div_ceil(height), |task| {
+        let i = task * height;
+        // SAFETY: every task has other rows.
+        let part = unsafe { whole.shared_part(i, 0, height.min(m - i), n) };
+        Scratch::with(|scratch| block::<T, P>(k, a.from(i, 0), b, start, part, scratch));
+    });
+    Ok(())
+}
+
 impl<'a, T: Float> Product<'a, T> {
     /// The operands of one item.
     fn item(&self, item: usize) -> (Matrix<'a, T>, Matrix<'a, T>) {

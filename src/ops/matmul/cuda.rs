@@ -24,19 +24,7 @@ pub(super) fn product(
         gpu.fill_zero(out.address_mut()?, bytes)?;
         return Ok(out);
     }
-    // cuBLAS needs packed rows or packed columns; anything else is packed first.
-    let (mut a, mut b) = (a.detach(), b.detach());
-    let usable = |merged: &Merged| [fits(merged.a, [merged.m, merged.k]), fits(merged.b, [merged.k, merged.n])];
-    if !usable(&Merged::new(sizes, &a, &b)?)[1] {
-        b = b.contiguous()?;
-    }
-    if !usable(&Merged::new(sizes, &a, &b)?)[0] {
-        a = a.contiguous()?;
-    }
-    if !usable(&Merged::new(sizes, &a, &b)?)[0] {
-        // Repeated items of the batch that became rows.
-        a = a.expand(sizes.with([sizes.m, sizes.k])?)?.contiguous()?;
-    }
+    let [a, b] = usable(sizes, [a, b])?;
     let merged = Merged::new(sizes, &a, &b)?;
 
     // One call serves the last dimension of the batch.
@@ -53,6 +41,7 @@ pub(super) fn product(
         let (a_start, b_start) = positions(item, &outer, &merged.strides, merged.start);
         gpu.gemm(&Gemm {
             dtype: out.dtype(),
+            sums: false,
             batch: items,
             m,
             n,
@@ -64,6 +53,55 @@ pub(super) fn product(
         })?;
     }
     Ok(out)
+}
+
+/// `sums (+)= a·b` for two matrices, in the type of the sums; `sums` has elements.
+pub(super) fn product_sums(
+    gpu: &'static CudaDevice,
+    sizes: &Sizes,
+    operands: [&Tensor; 2],
+    accumulate: bool,
+    sums: &mut Tensor,
+) -> Result<()> {
+    if sizes.k == 0 {
+        let bytes = if accumulate { 0 } else { sums.elements() * sums.dtype().size() };
+        return gpu.fill_zero(sums.address_mut()?, bytes);
+    }
+    let [a, b] = usable(sizes, operands)?;
+    let merged = Merged::new(sizes, &a, &b)?;
+    let Merged { m, n, k, start, .. } = merged;
+    let at = |tensor: &Tensor, element: usize| {
+        Ok::<_, crate::Error>(tensor.storage_address()? + (element * tensor.dtype().size()) as u64)
+    };
+    gpu.gemm(&Gemm {
+        dtype: a.dtype(),
+        sums: true,
+        batch: 1,
+        m,
+        n,
+        k,
+        a: operand(at(&a, start[0])?, merged.a, [m, k], 0),
+        b: operand(at(&b, start[1])?, merged.b, [k, n], 0),
+        c: sums.address_mut()?,
+        add: accumulate,
+    })
+}
+
+/// Operands as cuBLAS takes them, with packed rows or packed columns; anything else is packed first.
+fn usable(sizes: &Sizes, [a, b]: [&Tensor; 2]) -> Result<[Tensor; 2]> {
+    let (mut a, mut b) = (a.detach(), b.detach());
+    let usable = |merged: &Merged| [fits(merged.a, [merged.m, merged.k]), fits(merged.b, [merged.k, merged.n])];
+    if !usable(&Merged::new(sizes, &a, &b)?)[1] {
+        b = b.contiguous()?;
+    }
+    if !usable(&Merged::new(sizes, &a, &b)?)[0] {
+        a = a.contiguous()?;
+    }
+    if !usable(&Merged::new(sizes, &a, &b)?)[0] {
+        // Repeated items of the batch that became rows.
+        a = a.expand(sizes.with([sizes.m, sizes.k])?)?.contiguous()?;
+    }
+    Ok([a, b])
 }
 
 /// Whether the rows of a matrix are packed and do not overlap. The step along a dimension of size 1 is never taken.

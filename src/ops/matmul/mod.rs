@@ -19,11 +19,11 @@ mod skinny;
 
 use crate::{
     Device, Error, Result, Tensor,
-    core::{Backward, Contributions, MAX_RANK, Saved, Shape, collapse, dispatch_float, needs, record},
+    core::{Backward, Contributions, Float, MAX_RANK, Saved, Shape, collapse, dispatch_float, needs, record},
     error::ensure,
     ops::copy::same_kind,
 };
-use cpu::{Matrix, Product, gemm};
+use cpu::{Matrix, Product, gemm, gemm_sums};
 pub use int8::Int8Matrix;
 use packing::Multiply;
 
@@ -72,22 +72,7 @@ impl Tensor {
     /// # }
     /// ```
     pub fn linear(&self, weight: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
-        let fits = self.rank() > 0 && weight.rank() == 2 && self.shape()[self.rank() - 1] == weight.shape()[1];
-        ensure!(
-            fits,
-            Error::shape(
-                "linear",
-                format!("expected x [.., in] and weight [out, in], got {:?} and {:?}", self.shape(), weight.shape())
-            )
-        );
-        same_kind("linear", self, weight)?;
-        if let Some(bias) = bias {
-            ensure!(
-                **bias.shape() == [weight.shape()[0]],
-                Error::shape("linear", format!("expected a bias [{}], got {:?}", weight.shape()[0], bias.shape()))
-            );
-            same_kind("linear", self, bias)?;
-        }
+        check_linear("linear", self, weight, bias)?;
         let packed = bias.map(|bias| bias.detach().contiguous()).transpose()?;
         let y = product(&self.as_rows()?, &weight.detach().transpose(0, 1)?, packed.as_ref())?;
         let y = y.reshape(self.shape().with_dim(self.rank() - 1, weight.shape()[0]))?;
@@ -107,6 +92,27 @@ impl Tensor {
     fn as_rows(&self) -> Result<Tensor> {
         if self.rank() == 1 { self.detach().unsqueeze(0) } else { Ok(self.detach()) }
     }
+}
+
+/// Checks that `x [.., in]`, `weight [out, in]` and `bias [out]` fit.
+pub(super) fn check_linear(op: &'static str, x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<()> {
+    let fits = x.rank() > 0 && weight.rank() == 2 && x.shape()[x.rank() - 1] == weight.shape()[1];
+    ensure!(
+        fits,
+        Error::shape(
+            op,
+            format!("expected x [.., in] and weight [out, in], got {:?} and {:?}", x.shape(), weight.shape())
+        )
+    );
+    same_kind(op, x, weight)?;
+    if let Some(bias) = bias {
+        ensure!(
+            **bias.shape() == [weight.shape()[0]],
+            Error::shape(op, format!("expected a bias [{}], got {:?}", weight.shape()[0], bias.shape()))
+        );
+        same_kind(op, x, bias)?;
+    }
+    Ok(())
 }
 
 /// The sizes of a product of two tensors.
@@ -147,7 +153,7 @@ fn split_last_two(shape: &Shape) -> (Shape, [usize; 2]) {
 }
 
 /// `a·b (+ bias)` as a constant.
-fn product(a: &Tensor, b: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
+pub(super) fn product(a: &Tensor, b: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
     let sizes = Sizes::of(a.shape(), b.shape())?;
     same_kind("matmul", a, b)?;
     let shape = sizes.with([sizes.m, sizes.n])?;
@@ -162,6 +168,27 @@ fn product(a: &Tensor, b: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
         dispatch_float!("matmul", a.dtype(), T, run::<T>(&merged, a, b, bias, &mut out))?;
     }
     Ok(out)
+}
+
+/// `sums (+)= a·b` for two matrices of any strides, `[m, k]` and `[k, n]`, in the type of the sums: `sums [m, n]` is packed,
+/// and f32 for half types. Without `accumulate` it is overwritten.
+pub(super) fn product_sums(a: &Tensor, b: &Tensor, accumulate: bool, sums: &mut Tensor) -> Result<()> {
+    let sizes = Sizes::of(a.shape(), b.shape())?;
+    debug_assert!(**sums.shape() == [sizes.m, sizes.n] && sums.dtype() == a.dtype().accumulator());
+    if sums.elements() == 0 {
+        return Ok(());
+    }
+    if let Device::Cuda(gpu) = a.device() {
+        return cuda::product_sums(gpu, &sizes, [a, b], accumulate, sums);
+    }
+    let merged = Merged::new(&sizes, a, b)?;
+    dispatch_float!("matmul", a.dtype(), T, {
+        gemm_sums::<T>(
+            &merged.product(a, b, None, &|_| merged.start.into())?,
+            accumulate,
+            sums.values_mut::<<T as Float>::Acc>()?,
+        )
+    })
 }
 
 /// A product with as few items in its batch as the strides allow.
@@ -205,19 +232,32 @@ impl Merged {
     }
 }
 
+impl Merged {
+    /// What is multiplied on the processor.
+    fn product<'a, T: Multiply>(
+        &self,
+        a: &'a Tensor,
+        b: &'a Tensor,
+        bias: Option<&'a Tensor>,
+        offsets: &'a (dyn Fn(usize) -> (usize, usize) + Sync),
+    ) -> Result<Product<'a, T>> {
+        let matrix = |data, [row, col]: [usize; 2]| Matrix { data, row, col };
+        Ok(Product {
+            batch: self.batch.elements(),
+            m: self.m,
+            n: self.n,
+            k: self.k,
+            a: matrix(a.storage::<T>()?, self.a),
+            b: matrix(b.storage::<T>()?, self.b),
+            offsets,
+            bias: bias.map(Tensor::values::<T>).transpose()?,
+        })
+    }
+}
+
 fn run<T: Multiply>(merged: &Merged, a: &Tensor, b: &Tensor, bias: Option<&Tensor>, out: &mut Tensor) -> Result<()> {
-    let matrix = |data, [row, col]: [usize; 2]| Matrix { data, row, col };
-    let product = Product {
-        batch: merged.batch.elements(),
-        m: merged.m,
-        n: merged.n,
-        k: merged.k,
-        a: matrix(a.storage::<T>()?, merged.a),
-        b: matrix(b.storage::<T>()?, merged.b),
-        offsets: &|item| positions(item, &merged.batch, &merged.strides, merged.start),
-        bias: bias.map(Tensor::values::<T>).transpose()?,
-    };
-    gemm(&product, out.values_mut::<T>()?)
+    let offsets = |item| positions(item, &merged.batch, &merged.strides, merged.start);
+    gemm(&merged.product(a, b, bias, &offsets)?, out.values_mut::<T>()?)
 }
 
 /// Where both operands of an item of the batch start.

@@ -73,6 +73,27 @@ pub(super) fn product<T: Float, P: Packing<T>>(
     Ok(())
 }
 
+/// `sums = start + A·B`
+///
+/// Errors: out of memory for the packed operands.
+pub(super) fn product_sums<T: Float, P: Packing<T>>(
+    k: usize,
+    a: Matrix<T>,
+    b: Matrix<T>,
+    start: Start<T::Acc>,
+    mut sums: Window<T::Acc>,
+) -> Result<()> {
+    let (m, n) = (sums.rows(), sums.columns());
+    for j in (0..n).step_by(CHUNK) {
+        for i in (0..m).step_by(CHUNK) {
+            let (rows, columns) = (CHUNK.min(m - i), CHUNK.min(n - j));
+            let chunk = Chunk::<T, P>::new(k, a.from(i, 0), b.from(0, j), start.of_block(0, j), rows, columns);
+            chunk.write_sums(&sums.part(i, j, rows, columns))?;
+        }
+    }
+    Ok(())
+}
+
 /// A part of C whose operands are packed together, some blocks of steps at a time.
 struct Chunk<'a, T: Float, P: Packing<T>> {
     k: usize,

@@ -12,6 +12,7 @@ mod embedding;
 mod entmax;
 mod glu;
 mod gru;
+mod linear_cross_entropy;
 mod matmul;
 mod norm;
 mod pointwise;
@@ -36,6 +37,7 @@ pub fn all() -> Vec<Case> {
         entmax::cases(),
         glu::cases(),
         gru::cases(),
+        linear_cross_entropy::cases(),
         matmul::cases(),
         norm::cases(),
         pointwise::cases(),
