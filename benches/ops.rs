@@ -91,12 +91,16 @@ fn ops() -> Vec<Op> {
             x[0].layer_norm(Some(&x[1]), Some(&x[2]), 1e-5)
         }),
         op("rms_norm", &row, Some(1), |x| x[0].rms_norm(&x[1], 1e-8)),
+        op("mean_square_norm", &row, Some(1), |x| x[0].mean_square_norm(&x[1], 1e-6)),
         op("scale_norm", &[Float(X), Float(&[1])], Some(1), |x| x[0].scale_norm(&x[1], 1e-5)),
         op("add_layer_norm", &[Float(X), Constant(X), Float(&[1024]), Float(&[1024])], Some(1), |x| {
             Ok(x[0].add_layer_norm(&x[1], Some(&x[2]), Some(&x[3]), 1e-5)?.1)
         }),
         op("add_rms_norm", &[Float(X), Constant(X), Float(&[1024])], Some(1), |x| {
             Ok(x[0].add_rms_norm(&x[1], &x[2], 1e-8)?.1)
+        }),
+        op("add_mean_square_norm", &[Float(X), Constant(X), Float(&[1024])], Some(1), |x| {
+            Ok(x[0].add_mean_square_norm(&x[1], &x[2], 1e-6)?.1)
         }),
         op("add_scale_norm", &[Float(X), Constant(X), Float(&[1])], Some(1), |x| {
             Ok(x[0].add_scale_norm(&x[1], &x[2], 1e-5)?.1)

@@ -6,7 +6,8 @@
 //
 // Centred rows (Ba et al., https://arxiv.org/abs/1607.06450) have inverse = 1 / sqrt(variance + eps). Others (Zhang and
 // Sennrich, https://arxiv.org/abs/1910.07467) have mean = mean h = 0 and inverse = 1 / max(sqrt(mean s^2), eps); where
-// that floor acts, the divisor is a constant and mean(h n) counts as 0.
+// that floor acts, the divisor is a constant and mean(h n) counts as 0. Those of form MEAN_SQUARE have inverse =
+// 1 / sqrt(mean s^2 + eps), and backward they are rows with a floor of 0.
 //
 // Shapes: y, sum, x, residual, dx, g, onto [rows, columns], packed; statistics [rows, 2] mean and inverse, or [rows, 1]
 // inverse alone; weight [columns], [1] or none, bias [columns] or none; partials [chunks, 2 columns], sums for weight
@@ -133,10 +134,14 @@ __device__ __forceinline__ Acc weight_of_all(const T* weight, u32 weights, u32 c
     return weight != nullptr && weights != columns ? Element<T>::to_acc(weight[0]) : Acc(1);
 }
 
+// What a row is divided by.
+constexpr u32 CENTRED = 1, MEAN_SQUARE = 2;
+
 extern "C" __global__ void norm_fwd(T* y, T* sum, Acc* statistics, const T* x, const T* residual, const T* weight,
-                                    const T* bias, i64 rows, u32 columns, u32 weights, u32 centred, f64 eps) {
+                                    const T* bias, i64 rows, u32 columns, u32 weights, u32 form, f64 eps) {
     const T* each = weight_of_each(weight, weights, columns);
     const Acc common = weight_of_all(weight, weights, columns);
+    const bool centred = form == CENTRED;
     const i64 step = (i64)gridDim.x * blockDim.y;
     for (i64 row = (i64)blockIdx.x * blockDim.y + threadIdx.y; row < rows; row += step) {
         Row values(x + row * columns, columns);
@@ -147,9 +152,10 @@ extern "C" __global__ void norm_fwd(T* y, T* sum, Acc* statistics, const T* x, c
             const Acc variance = values.sum([=](Acc value) { return (value - mean) * (value - mean); }) / columns;
             inverse = 1 / sqrt(variance + (Acc)eps);
         } else {
-            const Acc root = sqrt(values.sum([](Acc value) { return value * value; }) / columns);
+            const Acc square = values.sum([](Acc value) { return value * value; }) / columns;
+            const Acc root = sqrt(form == MEAN_SQUARE ? square + (Acc)eps : square);
             // Not fmax, which would make NaN a number.
-            inverse = 1 / ((Acc)eps > root ? (Acc)eps : root);
+            inverse = 1 / (form != MEAN_SQUARE && (Acc)eps > root ? (Acc)eps : root);
         }
         T* to = y + row * columns;
         const bool packed = aligned(to);

@@ -39,9 +39,10 @@ fn same_bits_for_any_number_of_threads() -> Result<()> {
     for dtype in [DType::F32, DType::BF16, DType::F64] {
         let x = random(&[3, 211, 74], dtype, 0)?;
         let (weight, bias, one) = (random(&[74], dtype, 1)?, random(&[74], dtype, 2)?, random(&[1], dtype, 3)?);
-        let ops: [(&str, Op, Vec<Tensor>); 8] = [
+        let ops: [(&str, Op, Vec<Tensor>); 9] = [
             ("layer_norm", |x| x[0].layer_norm(Some(&x[1]), Some(&x[2]), 1e-5), vec![x.clone(), weight.clone(), bias]),
-            ("rms_norm", |x| x[0].rms_norm(&x[1], 1e-8), vec![x.clone(), weight]),
+            ("rms_norm", |x| x[0].rms_norm(&x[1], 1e-8), vec![x.clone(), weight.clone()]),
+            ("mean_square_norm", |x| x[0].mean_square_norm(&x[1], 1e-6), vec![x.clone(), weight]),
             ("scale_norm", |x| x[0].scale_norm(&x[1], 1e-5), vec![x.clone(), one]),
             ("cross_entropy", |x| x[0].cross_entropy(&x[1], 5), vec![x.clone(), tokens(&[3, 211], 74)?]),
             ("embedding", |x| x[0].embedding(&x[1]), vec![random(&[97, 74], dtype, 5)?, tokens(&[3, 211], 97)?]),
@@ -71,9 +72,10 @@ fn weight_gradients_add_up_over_parts() -> Result<()> {
     let x = random(&[ROWS, 37], DType::F64, 0)?;
     let (weight, bias, one) =
         (random(&[37], DType::F64, 1)?, random(&[37], DType::F64, 2)?, random(&[1], DType::F64, 3)?);
-    let ops: [(Op, Vec<&Tensor>); 3] = [
+    let ops: [(Op, Vec<&Tensor>); 4] = [
         (|x| x[0].layer_norm(Some(&x[1]), Some(&x[2]), 1e-5), vec![&weight, &bias]),
         (|x| x[0].rms_norm(&x[1], 1e-8), vec![&weight]),
+        (|x| x[0].mean_square_norm(&x[1], 1e-6), vec![&weight]),
         (|x| x[0].scale_norm(&x[1], 1e-5), vec![&one]),
     ];
     let cotangent = random(&[ROWS, 37], DType::F64, 7)?;

@@ -54,6 +54,8 @@ fn norm_errors() {
     refused(x.layer_norm(None, None, f64::NAN), argument, &["layer_norm", "eps", "NaN"]);
     refused(x.rms_norm(&floats(&[1]), 1e-8), shape, &["rms_norm", "[4]", "[1]"]);
     refused(x.rms_norm(&half, 1e-8), dtype, &["rms_norm"]);
+    refused(x.mean_square_norm(&floats(&[1]), 1e-6), shape, &["mean_square_norm", "[4]", "[1]"]);
+    refused(x.add_mean_square_norm(&floats(&[4]), &g, 1e-6).map(|y| y.0), shape, &["add_mean_square_norm", "[2, 4]"]);
     refused(x.scale_norm(&g, 1e-5), shape, &["scale_norm", "[1]", "[4]"]);
     refused(x.scale_norm(&floats(&[1]), f64::INFINITY), argument, &["scale_norm", "inf"]);
     let other = floats(&[4]);

@@ -263,6 +263,20 @@ impl Drop for Copied {
     }
 }
 
+/// Files that are far larger than such a file can be are not read.
+#[test]
+fn oversized_files_are_refused() -> Result<()> {
+    let weight = Tensor::zeros([1], DType::F32, &Device::Cpu)?;
+    let folder = Copied::new("oversized", "{}", &[("weight".to_string(), weight)].into());
+    let grow = |name: &str, bytes: u64| fs::File::create(folder.0.join(name)).unwrap().set_len(bytes).unwrap();
+    grow("config.json", 17 << 20);
+    assert!(folder.error().to_string().contains("at most 16777216 are read"), "{}", folder.error());
+    fs::remove_file(folder.0.join("model.safetensors")).unwrap();
+    grow("model.safetensors.index.json", 100_000_001);
+    assert!(folder.error().to_string().contains("too many for an index"), "{}", folder.error());
+    Ok(())
+}
+
 /// A table of what is missing, unused and misshapen, by the names of the file, in each family and format.
 #[test]
 fn tables_name_what_does_not_fit() -> Result<()> {

@@ -82,6 +82,7 @@ fn every_op_of_the_options_is_there() -> Result<()> {
         (r#", "rotary_pos_emb": true"#, &["rotary"][..]),
         (r#", "ff_glu": true"#, &["add_glu"]),
         (r#", "use_rmsnorm": true"#, &["rms_norm", "add_rms_norm"]),
+        (r#", "use_rmsnorm": true, "norm_eps": 1e-6"#, &["mean_square_norm", "add_mean_square_norm"]),
         (r#", "use_scalenorm": true"#, &["scale_norm", "add_scale_norm"]),
         (r#", "attn_dropout": 0.1, "ff_dropout": 0.1"#, &["dropout"]),
         (r#", "gate_residual": true"#, &["gru_gate"]),

@@ -59,12 +59,7 @@ impl Norm {
             Self::Layer { weight, bias, eps } => x.layer_norm(Some(&weight.tensor()), Some(&bias.tensor()), *eps),
             Self::Scale { g, eps } => x.scale_norm(&g.tensor(), *eps),
             Self::Rms { g, eps } => x.rms_norm(&g.tensor(), *eps),
-            Self::MeanSquare { g, eps } => {
-                // Squares of half types leave their range.
-                let wide = x.to_dtype(x.dtype().accumulator())?;
-                let length = wide.square()?.mean(&[-1])?.affine(1.0, *eps)?.sqrt()?.unsqueeze(-1)?;
-                wide.div(&length)?.to_dtype(x.dtype())?.mul(&g.tensor())
-            }
+            Self::MeanSquare { g, eps } => x.mean_square_norm(&g.tensor(), *eps),
         }
     }
 
@@ -76,11 +71,7 @@ impl Norm {
             }
             Self::Scale { g, eps } => x.add_scale_norm(residual, &g.tensor(), *eps),
             Self::Rms { g, eps } => x.add_rms_norm(residual, &g.tensor(), *eps),
-            Self::MeanSquare { .. } => {
-                let sum = x.add(residual)?;
-                let normed = self.forward(&sum)?;
-                Ok((sum, normed))
-            }
+            Self::MeanSquare { g, eps } => x.add_mean_square_norm(residual, &g.tensor(), *eps),
         }
     }
 }

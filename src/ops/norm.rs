@@ -1,4 +1,5 @@
-//! Normalisation of rows, or of the sum of two tensors: layer norm, and RMS norm and scale norm in the form with a floor.
+//! Normalisation of rows, or of the sum of two tensors: layer norm, RMS norm and scale norm in the form with a floor, and
+//! RMS norm in that with a summand.
 
 use super::{copy::same_kind, reduce::sum_slice};
 use crate::{
@@ -63,6 +64,21 @@ impl Tensor {
         normalize_sum("add_rms_norm", self, residual, &self.rms_spec(g, eps))
     }
 
+    /// RMS norm over the last dimension as PyTorch's `nn.RMSNorm` and Llama have it, `y = x / √(mean x² + eps) ⊙ g`: unlike
+    /// that of [`Tensor::rms_norm`], `eps` is a summand. <https://arxiv.org/abs/1910.07467>
+    ///
+    /// Shapes: `[.., dim]`, `g` `[dim]` → `[.., dim]`. Saves: `x`, and the inverse divisor of each row.
+    /// Errors: as [`Tensor::layer_norm`].
+    pub fn mean_square_norm(&self, g: &Tensor, eps: f64) -> Result<Tensor> {
+        normalize("mean_square_norm", self, &self.mean_square_spec(g, eps))
+    }
+
+    /// The sum of two tensors and its [`mean_square_norm`](Tensor::mean_square_norm), as [`Tensor::add_layer_norm`] gives
+    /// it.
+    pub fn add_mean_square_norm(&self, residual: &Tensor, g: &Tensor, eps: f64) -> Result<(Tensor, Tensor)> {
+        normalize_sum("add_mean_square_norm", self, residual, &self.mean_square_spec(g, eps))
+    }
+
     /// Scale norm over the last dimension: as [`Tensor::rms_norm`] with one factor for all features (`eps` is 1e-5 in
     /// x-transformers). <https://arxiv.org/abs/1910.05895>
     ///
@@ -88,6 +104,10 @@ impl Tensor {
     fn rms_spec<'a>(&self, g: &'a Tensor, eps: f64) -> Spec<'a> {
         Spec::floored(g, self.features(), eps)
     }
+
+    fn mean_square_spec<'a>(&self, g: &'a Tensor, eps: f64) -> Spec<'a> {
+        Spec { form: Form::MeanSquare, ..self.rms_spec(g, eps) }
+    }
 }
 
 /// What is subtracted from a row and what it is divided by.
@@ -97,6 +117,8 @@ enum Form {
     Centred,
     /// Nothing, and `max(√mean(x²), eps)`.
     Floored,
+    /// Nothing, and `√(mean(x²) + eps)`.
+    MeanSquare,
 }
 
 impl Form {
@@ -104,8 +126,22 @@ impl Form {
     fn statistics(self) -> usize {
         match self {
             Self::Centred => 2,
-            Self::Floored => 1,
+            Self::Floored | Self::MeanSquare => 1,
         }
+    }
+
+    /// The number that kernels know it by.
+    fn code(self) -> u32 {
+        match self {
+            Self::Floored => 0,
+            Self::Centred => 1,
+            Self::MeanSquare => 2,
+        }
+    }
+
+    /// The floor of the divisor, below which it is a constant for the gradient: never one that is summed.
+    fn floor(self, eps: f64) -> f64 {
+        if self == Self::MeanSquare { 0.0 } else { eps }
     }
 }
 
@@ -182,7 +218,7 @@ fn record_norm(op: &'static str, x: &Tensor, y: Tensor, statistics: Tensor, spec
         weight: weight.map(Tensor::detach),
         has_bias: bias.is_some(),
         form,
-        eps,
+        eps: form.floor(eps),
         onto: None,
     };
     let (kept, operands) = (x.detach(), [weight, bias].map(|operand| operand.map(Tensor::detach)));
@@ -251,7 +287,7 @@ impl Forward {
         let (rows, columns) = (rows(x)?, x.dim(-1)?);
         let (weight, bias) = (packed(spec.weight)?, packed(spec.bias)?);
         let weights = weight.as_ref().map_or(0, Tensor::elements);
-        let centred = u32::from(spec.form == Form::Centred);
+        let form = spec.form.code();
         let args = args![
             &mut self.y,
             self.sum.as_mut(),
@@ -263,7 +299,7 @@ impl Forward {
             rows as i64,
             size32(columns)?,
             weights as u32,
-            centred,
+            form,
             spec.eps
         ];
         gpu.kernel("norm_fwd", &[("DTYPE", x.dtype().name())])?
@@ -338,6 +374,10 @@ vectorized! {
                     let square = sum_of(x, |x| x * x) / count;
                     (T::Acc::ZERO, T::Acc::ONE / square.sqrt().max(eps))
                 }
+                Form::MeanSquare => {
+                    let square = sum_of(x, |x| x * x) / count;
+                    (T::Acc::ZERO, T::Acc::ONE / (square + eps).sqrt())
+                }
             };
             for (((y, x), &weight), &bias) in y.iter_mut().zip(x).zip(weight).zip(bias) {
                 *y = T::from_acc((x.to_acc() - mean) * inverse * weight + bias);
@@ -356,6 +396,7 @@ struct NormBackward {
     weight: Option<Tensor>,
     has_bias: bool,
     form: Form,
+    /// See [`Form::floor`].
     eps: f64,
     /// What the gradient of the input is added to.
     onto: Option<Tensor>,
@@ -420,7 +461,7 @@ impl NormBackward {
         let (mut dx, source) = reuse(grad)?;
         let source = source.as_ref().map(|source| source.values::<T>()).transpose()?;
         let (x, statistics) = (self.x.values::<T>()?, self.statistics.values::<T::Acc>()?);
-        let floor = (self.form == Form::Floored).then(|| T::Acc::ONE / T::Acc::from_f64(self.eps));
+        let floor = (self.form != Form::Centred).then(|| T::Acc::ONE / T::Acc::from_f64(self.eps));
 
         // Rows are summed up in blocks whose size depends on the shape alone.
         let block = cpu::rows_per_task(rows, 8 * width);

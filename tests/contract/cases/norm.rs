@@ -17,6 +17,10 @@ fn floored(row: &[f64], eps: f64) -> (f64, f64) {
     (0.0, (norm * (row.len() as f64).powf(-0.5)).max(eps))
 }
 
+fn mean_square(row: &[f64], eps: f64) -> (f64, f64) {
+    (0.0, (row.iter().map(|v| v * v).sum::<f64>() / row.len() as f64 + eps).sqrt())
+}
+
 /// `(x − mean) / divisor · weight + bias`; a weight of one element serves all features.
 fn reference(x: &Array, weight: Option<&Array>, bias: Option<&Array>, statistics: Statistics, eps: f64) -> Array {
     let mut out = x.clone();
@@ -47,6 +51,16 @@ fn rms(name: &str, x: Input, dim: usize, eps: f64) -> Case {
         vec![x, Input::float(&[dim])],
         move |x| x[0].rms_norm(&x[1], eps),
         move |x| reference(&x[0], Some(&x[1]), None, floored, eps),
+    )
+}
+
+fn summed(name: &str, x: Input, dim: usize, eps: f64) -> Case {
+    Case::new(
+        "mean_square_norm",
+        name,
+        vec![x, Input::float(&[dim])],
+        move |x| x[0].mean_square_norm(&x[1], eps),
+        move |x| reference(&x[0], Some(&x[1]), None, mean_square, eps),
     )
 }
 
@@ -111,6 +125,16 @@ fn sums() -> Vec<Case> {
             move |sum, x| reference(sum, Some(&x[0]), None, floored, eps),
         )
     };
+    let summed = |name: &str, shape: &[usize], dim: usize, eps: f64| {
+        sum(
+            "add_mean_square_norm",
+            name,
+            shape,
+            &[dim],
+            move |x| x[0].add_mean_square_norm(&x[1], &x[2], eps),
+            move |sum, x| reference(sum, Some(&x[0]), None, mean_square, eps),
+        )
+    };
     let scale = |name: &str, shape: &[usize]| {
         sum(
             "add_scale_norm",
@@ -144,6 +168,10 @@ fn sums() -> Vec<Case> {
         rms("below the floor", &[5, 37], 37, 2.5),
         rms("several warps a row", &[3, 600], 600, 1e-8),
         rms("empty batch", &[2, 0, 5], 5, 1e-8),
+        summed("ordinary", &[2, 3, 16], 16, 1e-6),
+        summed("odd", &[7, 37], 37, 0.5),
+        summed("several warps a row", &[3, 600], 600, 1e-6),
+        summed("empty batch", &[2, 0, 5], 5, 1e-6),
         scale("ordinary", &[2, 3, 16]),
         scale("odd", &[5, 39]),
         scale("several blocks", &[211, 37]),
@@ -206,6 +234,16 @@ pub fn cases() -> Vec<Case> {
         rms("some rows below the floor", Input::between(&[16, 3], -2.0, 2.0), 3, 1.0),
         rms("empty batch", Input::float(&[2, 0, 5]), 5, 1e-8),
         rms("empty rows", Input::float(&[3, 0]), 0, 1e-8),
+        summed("ordinary", Input::float(&[2, 3, 16]), 16, 1e-6),
+        summed("odd", Input::float(&[7, 37]), 37, 1e-6),
+        summed("wide", Input::float(&[1, 1030]), 1030, 1e-6),
+        summed("several blocks", Input::float(&[211, 37]), 37, 1e-6),
+        summed("vector", Input::float(&[17]), 17, 0.0),
+        // What a floor would make a constant.
+        summed("a large summand", small(&[5, 37]), 37, 1.0),
+        summed("more than registers hold", Input::float(&[2, 4100]), 4100, 1e-6),
+        summed("empty batch", Input::float(&[2, 0, 5]), 5, 1e-6),
+        summed("empty rows", Input::float(&[3, 0]), 0, 1e-6),
         scale("ordinary", Input::float(&[2, 3, 16]), 1e-5),
         scale("odd", Input::float(&[7, 37]), 1e-5),
         scale("wide", Input::float(&[1, 1030]), 1e-5),
