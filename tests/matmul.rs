@@ -118,7 +118,7 @@ fn rows_do_not_depend_on_how_many_there_are() -> Result<()> {
             // Steps or columns next to each other, and columns that fill no vector.
             for b in [random(&[k, 100], dtype, 2)?, random(&[107, k], dtype, 2)?.transpose(0, 1)?] {
                 let whole = a.matmul(&b)?;
-                for rows in [1, 2, 3, 4, 5, 8, 9, 12, 13, 16, 17, 24, 25, 32, 33, 299]
+                for rows in [1, 2, 3, 4, 5, 8, 9, 12, 13, 16, 17, 24, 25, 32, 33, 50, 64, 65, 299]
                     .into_iter()
                     .filter(|&rows| rows >= fewest)
                 {

@@ -13,7 +13,10 @@ use super::{
 use crate::core::Float;
 
 /// At most this many rows are worth it.
-const ROWS: usize = 32;
+const ROWS: usize = 2 * LANES;
+
+/// Rows that are multiplied at a time while lanes are rows: two vectors.
+const LANES: usize = 2 * COLUMNS;
 
 /// Columns at a time, the lanes of a vector; remainders are not done.
 pub(super) const COLUMNS: usize = 16;
@@ -150,7 +153,7 @@ pub(super) fn multiply<T: Float>(
     done
 }
 
-/// As [`multiply`], with rows in the lanes of one or two vectors.
+/// As [`multiply`], with groups of rows in the lanes of one or two vectors.
 #[cfg(target_arch = "x86_64")]
 fn multiply_by_rows<T: Float>(
     lane: Lane,
@@ -162,10 +165,44 @@ fn multiply_by_rows<T: Float>(
     copy: &mut Vec<u64>,
 ) -> usize {
     let (rows, done) = (c.rows(), c.columns() / COLUMNS * COLUMNS);
-    let lanes = rows.next_multiple_of(COLUMNS);
-    let packed = aligned::<[f32; COLUMNS]>(copy, lane.words(k) * lanes / COLUMNS);
-    // Of each word, all rows.
-    let whole = avx512::pack(lane, a, rows, k, packed);
+    let words = lane.words(k);
+    let groups = rows.div_ceil(LANES);
+    // The first row and the end of each group, and vectors of a word: all are full but the last.
+    let group = |group: usize| {
+        let (first, end) = (group * LANES, rows.min((group + 1) * LANES));
+        (first, end, (end - first).div_ceil(COLUMNS))
+    };
+    let packed = aligned::<[f32; COLUMNS]>(copy, words * (0..groups).map(|index| group(index).2).sum::<usize>());
+    let mut rest = &mut *packed;
+    for (first, end, vectors) in (0..groups).map(group) {
+        let (of_group, others) = std::mem::take(&mut rest).split_at_mut(words * vectors);
+        pack_words(lane, a.from(first, 0), end - first, k, of_group);
+        rest = others;
+    }
+    let mut sums = [[0.0f32; COLUMNS]; LANES];
+    for j in (0..done).step_by(COLUMNS) {
+        for step in (0..k).step_by(STEPS) {
+            let steps = STEPS.min(k - step);
+            let passed = lane.words(step);
+            let start = start.of_block(step, j);
+            let mut a = &*packed;
+            for (first, end, vectors) in (0..groups).map(group) {
+                let sums = &mut sums[..vectors * COLUMNS];
+                avx512::multiply_by_rows(lane, &a[passed * vectors..], steps, b.from(step, j), passed, sums);
+                for (i, sums) in (first..end).zip(sums) {
+                    start.add_to(bytemuck::cast_slice(sums), &mut c.row_mut(i)[j..]);
+                }
+                a = &a[words * vectors..];
+            }
+        }
+    }
+    done
+}
+
+/// Packs rows of A into vectors: of each word all rows, filled up with zeros.
+#[cfg(target_arch = "x86_64")]
+fn pack_words<T: Float>(lane: Lane, a: Matrix<T>, rows: usize, k: usize, to: &mut [[f32; COLUMNS]]) {
+    let whole = avx512::pack(lane, a, rows, k, to);
     let word = |row: usize, word: usize| match lane {
         _ if row >= rows => 0.0,
         Lane::Pair => {
@@ -174,23 +211,10 @@ fn multiply_by_rows<T: Float>(
         }
         _ => single(a.data[row * a.row + word * a.col]),
     };
-    for (index, of_word) in packed.as_flattened_mut().chunks_exact_mut(lanes).enumerate().skip(whole) {
+    let lanes = rows.next_multiple_of(COLUMNS);
+    for (index, of_word) in to.as_flattened_mut().chunks_exact_mut(lanes).enumerate().skip(whole) {
         of_word.iter_mut().enumerate().for_each(|(row, to)| *to = word(row, index));
     }
-    let mut sums = [[0.0f32; COLUMNS]; ROWS];
-    for j in (0..done).step_by(COLUMNS) {
-        for step in (0..k).step_by(STEPS) {
-            let steps = STEPS.min(k - step);
-            let passed = lane.words(step);
-            let start = start.of_block(step, j);
-            let a = &packed[passed * lanes / COLUMNS..];
-            avx512::multiply_by_rows(lane, a, steps, b.from(step, j), passed, &mut sums[..lanes]);
-            for (i, sums) in sums[..rows].iter().enumerate() {
-                start.add_to(bytemuck::cast_slice(sums), &mut c.row_mut(i)[j..]);
-            }
-        }
-    }
-    done
 }
 
 #[cfg(target_arch = "x86_64")]
