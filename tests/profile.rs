@@ -68,6 +68,7 @@ fn every_op_of_a_plain_decoder_is_there() -> Result<()> {
         let expected: u64 = backward.iter().filter(|(op, _)| op.contains(name)).map(|(_, calls)| calls).sum();
         assert_eq!(expected, count, "{name} in {backward:?}");
     }
+    assert!(forward.iter().all(|(op, _)| *op != "cat"), "the loss is one op: {forward:?}");
     for name in ["embedding", "layer_norm"] {
         assert!(forward.iter().any(|(op, _)| op.contains(name)), "{name} in {forward:?}");
     }

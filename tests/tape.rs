@@ -9,8 +9,8 @@ use std::{
 
 use common::device;
 use x_transformers::{
-    Backward, Contribution, Contributions, DType, Error, Gradcheck, Init, Param, Part, Result, Store, Tape, Tensor,
-    checkpoint, discrete, gradcheck, record,
+    Backward, Contribution, Contributions, DType, Error, Gradcheck, Init, Param, Part, Result, Shape, Store, Tape,
+    Tensor, checkpoint, discrete, gradcheck, record,
 };
 
 fn vector(values: &[f64]) -> Tensor {
@@ -96,10 +96,36 @@ fn rules_may_add_to_the_gradient_so_far() -> Result<()> {
     Ok(())
 }
 
+/// A dense layer adds to what other ops have given to its input, in the type of its sums, and never to a gradient that
+/// others hold.
+#[test]
+fn dense_layers_add_to_the_gradient_so_far() -> Result<()> {
+    for dtype in [DType::F64, DType::F32, DType::BF16] {
+        let whole = |shape: &[usize], shift: usize| {
+            Tensor::generate(Shape::new(shape)?, dtype, device(), |i| ((i * 7 + shift) % 5) as f64 - 2.0)
+        };
+        let x = whole(&[2, 3, 4], 1)?.requires_grad()?;
+        let weights = [whole(&[4, 4], 2)?, whole(&[4, 4], 3)?];
+        let cotangent = whole(&[2, 3, 4], 4)?;
+        let mut tape = Tape::grad();
+        let y = x.affine(1.0, 0.0)?;
+        // The sum gives one and the same tensor to `y` and to the other layer.
+        let dense = sum_of(&y, &y.linear(&weights[0], None)?)?;
+        let both = dense.add(&y.transpose(0, 1)?.linear(&weights[1], None)?.transpose(0, 1)?)?;
+        let grads = tape.backward_with(&both, &cotangent)?;
+        let expected = cotangent.add(&cotangent.matmul(&weights[0])?)?.add(&cotangent.matmul(&weights[1])?)?;
+        // Small integers: exact in every dtype and order.
+        assert_eq!(grads.get(&x).unwrap().to_f64_vec()?, expected.to_f64_vec()?, "{dtype}");
+        assert_eq!(cotangent.to_f64_vec()?, whole(&[2, 3, 4], 4)?.to_f64_vec()?, "{dtype}");
+    }
+    Ok(())
+}
+
 /// `a + b`, whose backward hands one and the same gradient tensor to both inputs.
 fn sum_of(a: &Tensor, b: &Tensor) -> Result<Tensor> {
     let sums: Vec<f64> = a.to_f64_vec()?.iter().zip(b.to_f64_vec()?).map(|(a, b)| a + b).collect();
-    record("sum_of", Tensor::from_slice(&sums, *a.shape(), device())?, &[a, b], |_| SharedBackward)
+    let sums = Tensor::from_slice(&sums, *a.shape(), device())?.to_dtype(a.dtype())?;
+    record("sum_of", sums, &[a, b], |_| SharedBackward)
 }
 
 struct SharedBackward;

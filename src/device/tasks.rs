@@ -12,15 +12,21 @@ use std::{
 
 use rayon::prelude::*;
 
-/// Calls `body(task)` once for every task in `0..tasks`.
+/// Element operations up to which the caller takes part: about a millisecond. What lasts longer is the pool's, which
+/// has a thread for each processor: one more would now and then wait for the processor of another.
+const SHORT: usize = 32 << 20;
+
+/// Calls `body(task)` once for every task in `0..tasks`; `cost`: element operations of one.
 ///
 /// Not generic, so that the machinery of `rayon` is compiled once and not per op.
-pub(super) fn run(tasks: usize, body: &(dyn Fn(usize) + Sync)) {
+pub(super) fn run(tasks: usize, cost: usize, body: &(dyn Fn(usize) + Sync)) {
     match tasks {
         0 => {}
         1 => body(0),
         // A thread of the pool takes part already.
-        _ if rayon::current_thread_index().is_some() => (0..tasks).into_par_iter().for_each(body),
+        _ if rayon::current_thread_index().is_some() || tasks.saturating_mul(cost) > SHORT => {
+            (0..tasks).into_par_iter().for_each(body)
+        }
         _ => with_helpers(tasks, body),
     }
 }
@@ -142,14 +148,14 @@ mod tests {
     /// Each task once, from threads outside and inside of the pool, and from many at a time.
     #[test]
     fn tasks_are_run_once() {
-        let once = |tasks: usize| {
+        let once = |tasks: usize, cost: usize| {
             let visits: Vec<_> = (0..tasks).map(|_| AtomicUsize::new(0)).collect();
-            run(tasks, &|task| {
+            run(tasks, cost, &|task| {
                 visits[task].fetch_add(1, Ordering::Relaxed);
             });
             assert!(visits.iter().all(|visits| visits.load(Ordering::Relaxed) == 1));
         };
-        let all = || (0..300).for_each(|round| once([0, 1, 2, 3, 64, 257][round % 6]));
+        let all = || (0..300).for_each(|round| once([0, 1, 2, 3, 64, 257][round % 6], [0, SHORT][round / 6 % 2]));
         all();
         rayon::scope(|_| all());
         std::thread::scope(|scope| (0..4).for_each(|_| drop(scope.spawn(all))));
@@ -158,10 +164,10 @@ mod tests {
     /// A panic comes back to the caller, whoever had it, after everybody has left the body.
     #[test]
     fn tasks_that_panic() {
-        for bad in [0, 7, 63] {
+        for (bad, cost) in [(0, 0), (7, 0), (63, 0), (63, SHORT)] {
             let running = AtomicUsize::new(0);
             let result = catch_unwind(AssertUnwindSafe(|| {
-                run(64, &|task| {
+                run(64, cost, &|task| {
                     running.fetch_add(1, Ordering::SeqCst);
                     std::thread::yield_now();
                     running.fetch_sub(1, Ordering::SeqCst);
@@ -170,6 +176,6 @@ mod tests {
             }));
             assert!(result.is_err() && running.load(Ordering::SeqCst) == 0);
         }
-        run(4, &|_| {});
+        run(4, 0, &|_| {});
     }
 }

@@ -254,7 +254,7 @@ type Task<'a> = Box<dyn FnMut() + Send + 'a>;
 fn run(tasks: Vec<Task<'_>>) {
     // Never contended: the lock shows the compiler that one thread at a time has a task.
     let tasks: Vec<Mutex<Task>> = tasks.into_iter().map(Mutex::new).collect();
-    cpu::for_tasks(tasks.len(), |index| {
+    cpu::for_tasks(tasks.len(), CHUNK, |index| {
         let mut task = tasks[index].lock().unwrap_or_else(|poisoned| poisoned.into_inner());
         task();
     });

@@ -52,6 +52,12 @@ impl Tensor {
     ///
     /// Errors: no tensors, or shapes, dtypes or devices that differ elsewhere.
     pub fn cat(tensors: &[&Tensor], dim: isize) -> Result<Tensor> {
+        let (out, sizes, dim) = Self::joined(tensors, dim)?;
+        record("cat", out, tensors, |_| CatBackward { sizes, dim })
+    }
+
+    /// As [`Tensor::cat`], as a part of another op: a constant, with the sizes along the dimension, and which one it is.
+    pub(crate) fn joined(tensors: &[&Tensor], dim: isize) -> Result<(Tensor, Vec<usize>, usize)> {
         let Some(&first) = tensors.first() else {
             return Err(Error::argument("cat", "expected at least one tensor"));
         };
@@ -85,7 +91,7 @@ impl Tensor {
                 }
             }
         }
-        record("cat", out, tensors, |_| CatBackward { sizes, dim })
+        Ok((out, sizes, dim))
     }
 
     /// Adds a tensor of the same shape and dtype, in place if no other handle shares the values.

@@ -190,11 +190,14 @@ impl Layer {
                 (Tensor::full((), sum / count, dtype.accumulator(), &device)?, Tensor::scalar(count, &device)?)
             }
             Device::Cuda(gpu) => {
-                let losses = Tensor::cat(&losses.iter().collect::<Vec<_>>(), 0)?;
+                let (losses, ..) = Tensor::joined(&losses.iter().collect::<Vec<_>>(), 0)?;
                 launch_mean(gpu, dtype, &losses, &self.targets, self.ignore_index)?
             }
         };
-        let x = (!of_x.is_empty()).then(|| Tensor::cat(&of_x.iter().collect::<Vec<_>>(), 0)).transpose()?;
+        let x = match of_x.len() {
+            0 | 1 => of_x.pop(),
+            _ => Some(Tensor::joined(&of_x.iter().collect::<Vec<_>>(), 0)?.0),
+        };
         let divisor = divide_at_last.then_some(count);
         Ok((loss, Gradients { x, weight: of_weight, bias: of_bias, divisor }))
     }

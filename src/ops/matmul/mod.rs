@@ -81,6 +81,7 @@ impl Tensor {
             x: need_weight.then(|| Saved::of(self)),
             weight: need_x.then(|| weight.detach()),
             shapes: [*self.shape(), *weight.shape()],
+            sum: None,
         };
         match bias {
             Some(bias) => record("linear", y, &[self, weight, bias], backward),
@@ -324,11 +325,33 @@ struct LinearBackward {
     x: Option<Saved>,
     weight: Option<Tensor>,
     shapes: [Shape; 2],
+    /// What later ops have given to `x`.
+    sum: Option<Tensor>,
+}
+
+impl LinearBackward {
+    /// `sum + g·W`, written over the sum.
+    fn add_product(sum: Tensor, grad: &Tensor, weight: &Tensor, shape: Shape) -> Result<Tensor> {
+        let [outputs, inputs] = [weight.dim(0)?, weight.dim(1)?];
+        let rows = shape.without(shape.rank() - 1).elements();
+        let mut flat = sum.reshape([rows, inputs])?;
+        // Otherwise this handle would be another one.
+        drop(sum);
+        product_sums(&grad.reshape([rows, outputs])?, weight, true, &mut flat)?;
+        flat.reshape(shape)
+    }
 }
 
 impl Backward for LinearBackward {
     fn name(&self) -> &'static str {
         "linear"
+    }
+
+    /// Where sums have the type of the gradient: half types would round once more.
+    fn add_to(&mut self, mut sum: Tensor) -> Option<Tensor> {
+        let adds = self.weight.is_some() && sum.dtype() == sum.dtype().accumulator() && sum.is_unique();
+        self.sum = adds.then(|| sum.detach());
+        (!adds).then_some(sum)
     }
 
     /// `dx = g·W`, `dW = gᵀ·x`, `db = Σ_rows g`.
@@ -340,9 +363,10 @@ impl Backward for LinearBackward {
             Some(x) => Some(right_gradient(&grad, &x.value()?.as_rows()?, weight_shape)?),
             None => None,
         };
-        let dx = match self.weight.filter(|_| need[0]) {
-            Some(weight) => Some(product(&grad, &weight, None)?.reshape(x_shape)?),
-            None => None,
+        let dx = match (self.weight.filter(|_| need[0]), self.sum) {
+            (Some(weight), Some(sum)) => Some(Self::add_product(sum, &grad, &weight, x_shape)?),
+            (Some(weight), None) => Some(product(&grad, &weight, None)?.reshape(x_shape)?),
+            (None, _) => None,
         };
         let mut grads = vec![dx, dw];
         if let Some(&need_bias) = need.get(2) {
