@@ -237,7 +237,7 @@ vectorized! {
                 continue;
             }
             let max = largest(x);
-            let sum = fold(x, T::Acc::ZERO, |x| (x.to_acc() - max).exp());
+            let sum = fold(x, T::Acc::ZERO, |x| (x.to_acc() - max).fused_exp::<FUSED>());
             // Not from a rounded log-sum-exp: its error would grow with the logits.
             *loss = (max - x[target as usize].to_acc()).to_f64() + Real::ln(sum.to_f64());
             statistics[0] = max;
@@ -322,10 +322,10 @@ vectorized! {
                 dx.copy_from_slice(&source[row * classes..][..classes]);
             }
             let (max, inverse) = (statistics[0], statistics[1]);
-            let chosen = (dx[target as usize].to_acc() - max).exp() * inverse;
+            let chosen = (dx[target as usize].to_acc() - max).fused_exp::<FUSED>() * inverse;
             let factor = inverse * scale;
             for dx in dx.iter_mut() {
-                *dx = T::from_acc((dx.to_acc() - max).exp() * factor);
+                *dx = T::from_acc((dx.to_acc() - max).fused_exp::<FUSED>() * factor);
             }
             dx[target as usize] = T::from_acc((chosen - T::Acc::ONE) * scale);
         }
