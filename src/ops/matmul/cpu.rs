@@ -368,10 +368,9 @@ pub(super) fn gemm_by<T: Float, P: Packing<T>>(product: &Product<T>, out: &mut [
 ///
 /// How the work is cut depends on the sizes alone. Errors: out of memory for packed operands.
 pub(crate) fn gemm_sums<T: Multiply>(product: &Product<T>, accumulate: bool, sums: &mut [T::Acc]) -> Result<()> {
-    let many = product.m > skinny::ROWS;
-    if many && T::Tiled::available() {
+    if product.m > skinny::ROWS && T::Tiled::available() {
         gemm_sums_by::<T, T::Tiled>(product, accumulate, sums)
-    } else if many && T::Paired::available() {
+    } else if T::Paired::available() {
         gemm_sums_by::<T, T::Paired>(product, accumulate, sums)
     } else {
         gemm_sums_by::<T, MultiplyAdd>(product, accumulate, sums)
