@@ -49,7 +49,10 @@ impl Tensor {
                 let loss = Tensor::full((), sum / count as f64, statistics.dtype(), x.device())?;
                 (loss, Tensor::scalar(count as f64, x.device())?)
             }
-            Device::Cuda(gpu) => launch_forward(gpu, &x, &targets, classes, ignore_index, &mut statistics)?,
+            Device::Cuda(gpu) => {
+                let losses = launch_rows(gpu, &x, &targets, classes, ignore_index, &mut statistics)?;
+                launch_mean(gpu, x.dtype(), &losses, &targets, ignore_index)?
+            }
         };
         record(OP, loss, &[&x], |_| CrossEntropyBackward {
             logits: x.detach(),
@@ -79,19 +82,6 @@ pub(super) fn check_targets(op: &'static str, x: &Tensor, batch: &[usize], targe
         }
     );
     x.dtype().expect_float(op)
-}
-
-/// Loss and number of targets that count, one element each.
-fn launch_forward(
-    gpu: &CudaDevice,
-    x: &Tensor,
-    targets: &Tensor,
-    classes: usize,
-    ignore_index: i64,
-    statistics: &mut Tensor,
-) -> Result<(Tensor, Tensor)> {
-    let losses = launch_rows(gpu, x, targets, classes, ignore_index, statistics)?;
-    launch_mean(gpu, x.dtype(), &losses, targets, ignore_index)
 }
 
 /// The loss of each row, in f64; writes maxima and sums to `statistics`.
