@@ -303,7 +303,8 @@ mod tests {
         }
         let below: fn(f32) -> f32 = |x| x.normal::<true>().0;
         let probability = Real::probability::<true>;
-        for f in [Real::exp, probability, Real::fused_tanh::<true>, below, Real::sigmoid::<true>] as [fn(f32) -> f32; 5] {
+        for f in [Real::exp, probability, Real::fused_tanh::<true>, below, Real::sigmoid::<true>] as [fn(f32) -> f32; 5]
+        {
             // Also one with bits that end in an exponent when they are shifted.
             assert!([f32::NAN, -f32::NAN, f32::from_bits(0x7fc0_0001)].map(f).iter().all(|y| y.is_nan()));
         }
