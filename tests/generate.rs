@@ -602,7 +602,7 @@ fn weights_in_eight_bits_are_close() -> Result<()> {
                 let step = row.iter().fold(0.0f64, |most, x| most.max(x.abs())) / 127.0;
                 assert!(row.iter().zip(near).all(|(a, b)| (a - b).abs() <= 0.5001 * step));
             }
-            for count in 0..=9 {
+            for count in (0..=9).chain([17, 33]) {
                 let x = make([count, columns], 3)?;
                 let bias = Some(&bias).filter(|_| count != 2);
                 let y = matrix.linear(&x, bias)?;

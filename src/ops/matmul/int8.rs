@@ -14,6 +14,8 @@ const OP: &str = "int8";
 
 /// Rows of inputs up to which weights are read as they are; for more they are widened once.
 const FEW: usize = 8;
+/// Rows of inputs up to which a processor reads the weights once for each [`FEW`] of them instead.
+const GROUPED: usize = 32;
 
 /// A matrix `[out, in]` of integers from −127 to 127, each row times its own scale: a quarter of the bytes of f32.
 ///
@@ -108,6 +110,13 @@ impl Int8Matrix {
         same_device(OP, x, &self.bytes)?;
         discrete(OP, &[x])?;
         let count = x.elements().checked_div(columns).unwrap_or(0);
+        if (FEW + 1..=GROUPED).contains(&count) && *x.device() == Device::Cpu && columns > 0 {
+            let inputs = x.detach().reshape(Shape::new(&[count, columns])?)?;
+            let group = |first: usize| self.linear(&inputs.narrow(0, first, FEW.min(count - first))?, bias);
+            let groups = (0..count).step_by(FEW).map(group).collect::<Result<Vec<_>>>()?;
+            let y = Tensor::cat(&groups.iter().collect::<Vec<_>>(), 0)?;
+            return y.reshape(x.shape().with_dim(x.rank() - 1, rows));
+        }
         if count > FEW || columns == 0 {
             return x.linear(&self.dequantize(x.dtype())?, bias.map(Tensor::detach).as_ref());
         }
