@@ -10,7 +10,7 @@
 //! Around them, [`train`] has optimizers, schedules and checkpoints, [`io`] reads and writes files, and [`profile`] tells
 //! where the time goes.
 
-#![warn(missing_docs)]
+#![warn(missing_docs, missing_debug_implementations)]
 #![deny(unsafe_op_in_unsafe_fn)]
 
 pub mod config;

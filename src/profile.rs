@@ -84,6 +84,7 @@ pub struct OpProfile {
 }
 
 /// Measures the ops of this thread until it is finished or dropped.
+#[derive(Debug)]
 pub struct Profile {
     /// A profile belongs to its thread.
     thread: PhantomData<*const ()>,
@@ -105,6 +106,7 @@ struct Session {
 }
 
 /// One call, for a trace.
+#[derive(Debug)]
 struct Call {
     name: &'static str,
     phase: Phase,
@@ -332,7 +334,7 @@ pub(crate) fn pause() {
 }
 
 /// What a [`Profile`] measured. Displayed as a table.
-#[derive(Default)]
+#[derive(Debug, Default)]
 pub struct Report {
     totals: BTreeMap<(Phase, &'static str), OpProfile>,
     seconds: Duration,

@@ -274,7 +274,7 @@ fn refused(folder: &Path) -> String {
 fn checkpoint_missing_and_damaged_files_are_refused() -> Result<()> {
     let folder = Folder::new("damaged");
     let run = &folder.0;
-    assert!(refused(run).contains("not a folder"));
+    assert!(refused(run).contains("does not exist"));
     fs::create_dir_all(run).unwrap();
     assert!(refused(run).contains("not a checkpoint"));
     let file = run.join("file");

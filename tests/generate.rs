@@ -223,6 +223,26 @@ fn generated_streams_end_row_by_row() -> Result<()> {
     Ok(())
 }
 
+/// A token that no row can get ends none: it is a mistake.
+#[test]
+fn ends_are_tokens() -> Result<()> {
+    let model = decoder(6, 1, 2)?;
+    let prompt = ints(&[1, 2], &[1, 2])?;
+    for eos in [6, -1, i64::MAX, i64::MIN] {
+        let options = GenerateOptions { eos_token: Some(eos), ..Default::default() };
+        let errors = [
+            model.generate(&prompt, 2, &options, &mut |_| true).err(),
+            model.beam_search(&prompt, 2, &BeamOptions { beams: 2, length_penalty: 1.0 }, &options).err(),
+            model.generate_with_draft(&model, 2, &prompt, 2, &options, &mut |_| true).err(),
+        ];
+        for error in errors {
+            let message = error.expect("no such token").to_string();
+            assert!(message.contains("eos_token") && message.contains("6 tokens"), "{message}");
+        }
+    }
+    Ok(())
+}
+
 /// The turns of a chat end with the token that ends a text.
 #[test]
 fn ends_in_prompts_count_or_not() -> Result<()> {

@@ -19,6 +19,7 @@ use x_transformers::{
 use crate::{
     compute::ComputeArgs,
     failure::{Failure, Result, print},
+    keywords::KeywordArgs,
     profiler::{ProfileArgs, Profiler},
     progress::{Short, bytes, operations, resident_peak},
     workload::{Extent, Mode, Workload},
@@ -32,6 +33,9 @@ pub struct BenchArgs {
     /// JSON config of a model
     #[arg(long, value_name = "FILE")]
     config: PathBuf,
+
+    #[command(flatten)]
+    keywords: KeywordArgs,
 
     /// What to time; a loss is the model's own, or the cross-entropy of its logits, or the mean square of its vectors
     #[arg(long, value_enum)]
@@ -116,6 +120,7 @@ pub fn run(args: BenchArgs) -> Result<()> {
     let text = fs::read_to_string(&args.config).map_err(|error| Failure::io(&args.config, &error))?;
     let broken = |error: Error| Failure::from(error).within(&args.config);
     let (config, call) = Config::with_call(&text).map_err(broken)?;
+    let config = args.keywords.apply(config)?;
     let extent = Extent {
         batch: args.batch as usize,
         seq_len: args.seq_len.map(|length| length as usize),

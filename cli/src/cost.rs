@@ -4,7 +4,7 @@
 //! below two percent of that for any width worth training. Causal attention is counted as the half that is computed.
 
 use x_transformers::{
-    DType, Device, Result,
+    DType, Device, Error, Result,
     config::{
         AttentionPath, AttentionPlan, BranchPlan, Config, FeedForwardPlan, LayerPlan, LayersPlan, TransformerPlan,
     },
@@ -50,29 +50,33 @@ impl Cost {
     pub fn of_model(config: &Config, sizes: Sizes) -> Result<Option<(Batch, Self)>> {
         let batch = |longest: usize| {
             let tokens = sizes.tokens.unwrap_or(longest);
-            Batch { rows: sizes.rows, tokens, context: tokens }
+            if tokens > longest {
+                let why = format!("expected up to max_seq_len, {longest}, got {tokens}");
+                return Err(Error::Option { key: "seq_len".to_string(), why });
+            }
+            Ok(Batch { rows: sizes.rows, tokens, context: tokens })
         };
         Ok(match config {
             Config::TransformerWrapper(config) => {
                 let plan = config.plan()?;
-                let batch = batch(plan.max_seq_len);
+                let batch = batch(plan.max_seq_len)?;
                 Some((batch, transformer(&plan, batch)))
             }
             Config::AutoregressiveWrapper(config) => {
                 let plan = config.net.plan()?;
-                let batch = batch(plan.max_seq_len);
+                let batch = batch(plan.max_seq_len)?;
                 Some((batch, language_model(&plan, batch)))
             }
             Config::XTransformer(config) => {
                 let plan = config.plan()?;
-                let batch = batch(plan.dec.max_seq_len);
+                let batch = batch(plan.dec.max_seq_len)?;
                 let mut cost = transformer(&TransformerPlan { num_tokens: 0, ..plan.enc }, batch);
                 cost.add(language_model(&plan.dec, batch));
                 Some((batch, cost))
             }
             Config::ContinuousTransformerWrapper(config) => {
                 let plan = config.plan()?;
-                let (batch, dim) = (batch(plan.max_seq_len), plan.layers.dim);
+                let (batch, dim) = (batch(plan.max_seq_len)?, plan.layers.dim);
                 let rows = batch.rows * batch.tokens;
                 let mut cost = layers(&plan.layers, batch);
                 cost.add(linear(rows, plan.dim_in.unwrap_or(0), dim));
@@ -94,7 +98,7 @@ impl Cost {
                 Some((batch, cost))
             }
             Config::AttentionLayers(config) => {
-                let batch = batch(1024);
+                let batch = batch(sizes.tokens.unwrap_or(1024))?;
                 Some((batch, layers(&LayersPlan::new(config)?, batch)))
             }
             _ => None,

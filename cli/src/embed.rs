@@ -6,10 +6,12 @@ use clap::Args;
 use x_transformers::{
     DType, Device, Tensor,
     io::{Pretrained, write_safetensors},
+    train::Checkpoint,
 };
 
 use crate::{
     failure::{Failure, Result, print},
+    files,
     tokenizer::Tokenizer,
 };
 
@@ -36,6 +38,10 @@ pub struct EmbedArgs {
 pub fn run(args: EmbedArgs) -> Result<()> {
     let device = &Device::parse(&args.device)?;
     let texts = &args.text;
+    if Checkpoint::load_config(files::checkpoint(&args.checkpoint)).is_ok() {
+        let why = "holds what `xt train` wrote, which continues texts; give an encoder of `transformers`, or use `xt generate`";
+        return Err(Failure::new(why).within(&args.checkpoint));
+    }
     let pretrained = Pretrained::open(&args.checkpoint)?;
     let tokenizer = Tokenizer::of(&pretrained)?;
     let rows = texts.iter().map(|text| tokenizer.encode(text)).collect::<Result<Vec<_>>>()?;

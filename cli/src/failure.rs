@@ -30,6 +30,14 @@ impl Failure {
         Self::new(format_args!("{}: {error}{}", path.display(), advice(error)))
     }
 
+    /// The same failure with what to do about it.
+    pub fn advising(self, advice: impl fmt::Display) -> Self {
+        match self {
+            Self::ClosedPipe => self,
+            Self::Message(message) => Self::new(format_args!("{message}; {advice}")),
+        }
+    }
+
     /// The same failure with the file or folder that it is about.
     pub fn within(self, path: &Path) -> Self {
         match self {
@@ -74,11 +82,9 @@ fn advice(error: &io::Error) -> &'static str {
     match error.kind() {
         io::ErrorKind::NotFound => "; check the path",
         io::ErrorKind::PermissionDenied => "; check its permissions",
-        io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => {
-            "; free some space, the last checkpoint is whole and `xt train --resume` goes on from it"
-        }
+        io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => "; free some space",
         io::ErrorKind::IsADirectory => "; give a file",
-        io::ErrorKind::NotADirectory => "; give a folder",
+        io::ErrorKind::NotADirectory | io::ErrorKind::AlreadyExists => "; give a folder",
         _ => "",
     }
 }

@@ -15,6 +15,7 @@ use x_transformers::{
 };
 
 use crate::{
+    compute::{finite, fraction, positive, positive_or_zero},
     failure::{Failure, Result, print},
     language::Language,
     sample,
@@ -42,7 +43,7 @@ pub struct GenerateArgs {
     length: usize,
 
     /// Divides the logits: below 1 safer, above 1 bolder, 0 takes the best byte
-    #[arg(long, value_name = "T", default_value_t = 1.0, allow_negative_numbers = true)]
+    #[arg(long, value_name = "T", default_value_t = 1.0, value_parser = positive_or_zero)]
     temperature: f64,
 
     /// Choose among the N best bytes [default: a tenth of the vocabulary]
@@ -50,15 +51,15 @@ pub struct GenerateArgs {
     top_k: Option<u32>,
 
     /// Choose among the best bytes that have this probability together
-    #[arg(long, value_name = "P", group = "filter")]
+    #[arg(long, value_name = "P", value_parser = fraction, group = "filter")]
     top_p: Option<f64>,
 
     /// Choose among bytes with at least this share of the best one's probability
-    #[arg(long, value_name = "P", group = "filter")]
+    #[arg(long, value_name = "P", value_parser = fraction, group = "filter")]
     min_p: Option<f64>,
 
     /// Choose alike among bytes with at least this share of the square of the best one's probability
-    #[arg(long, value_name = "P", group = "filter")]
+    #[arg(long, value_name = "P", value_parser = fraction, group = "filter")]
     top_a: Option<f64>,
 
     /// Choose by 1.3-entmax instead of softmax
@@ -66,7 +67,7 @@ pub struct GenerateArgs {
     entmax: bool,
 
     /// Makes bytes that are there already less likely, above 1
-    #[arg(long, value_name = "R", default_value_t = 1.0)]
+    #[arg(long, value_name = "R", default_value_t = 1.0, value_parser = positive)]
     repetition_penalty: f64,
 
     /// Token that ends a text, for instance 10 for a line [default: the one that a pretrained model names]
@@ -82,7 +83,7 @@ pub struct GenerateArgs {
     beams: Option<u32>,
 
     /// With --beams: above 0 favours long texts
-    #[arg(long, value_name = "P", default_value_t = 1.0, requires = "beams", allow_negative_numbers = true)]
+    #[arg(long, value_name = "P", default_value_t = 1.0, requires = "beams", value_parser = finite)]
     length_penalty: f64,
 
     /// A smaller model of the same tokens that proposes some, which the model then judges several at a time
@@ -140,6 +141,11 @@ pub fn run(args: GenerateArgs) -> Result<()> {
             return Err(Failure::new(why).within(path));
         }
     }
+    let vocabulary = source.vocabulary();
+    if let Some(eos) = args.eos.filter(|&eos| eos as usize >= vocabulary) {
+        let why = format!("`--eos`: expected one of the model's {vocabulary} tokens, from 0 on, got {eos}");
+        return Err(Failure::new(why).within(&args.checkpoint));
+    }
     let model = source.model(args.weights, &device)?;
     let options = GenerateOptions {
         sampling: args.sampling(),
@@ -167,7 +173,7 @@ pub fn run(args: GenerateArgs) -> Result<()> {
         let (mut proposed, mut accepted) = (0, 0);
         for prompt in &prompts {
             print(&prompt.shown)?;
-            let mut text = language.shown(options.eos_token);
+            let mut text = language.shown(&prompt.tokens, options.eos_token);
             let mut shown = Ok(());
             let mut on_token = |new: &[Vec<i64>]| {
                 shown = new.iter().flatten().try_for_each(|&token| print(text.push(token)?));
@@ -276,7 +282,7 @@ fn together(
 
 /// A prompt and what follows it, up to its end.
 fn show(language: &Language, prompt: &Prompt, tokens: &[i64], stop: Option<i64>) -> Result<()> {
-    let mut text = language.shown(stop);
+    let mut text = language.shown(&prompt.tokens, stop);
     let shown = tokens.iter().map(|&token| text.push(token)).collect::<Result<String>>()?;
     print(format_args!("{}{shown}{}\n", prompt.shown, text.finish()?))
 }

@@ -16,6 +16,7 @@ use crate::{
     cost::{Batch, Cost, Sizes},
     failure::{Failure, Result, print},
     files,
+    keywords::KeywordArgs,
     progress::{bytes, operations},
 };
 
@@ -30,6 +31,9 @@ pub struct InfoArgs {
     #[arg(long, value_name = "PATH", group = "model")]
     checkpoint: Option<PathBuf>,
 
+    #[command(flatten)]
+    keywords: KeywordArgs,
+
     /// Sequences of a training step
     #[arg(long, value_name = "N", default_value_t = 8, value_parser = value_parser!(u32).range(1..))]
     batch_size: u32,
@@ -41,6 +45,7 @@ pub struct InfoArgs {
 
 pub fn run(args: InfoArgs) -> Result<()> {
     let (path, config) = read(&args)?;
+    let config = args.keywords.apply(config)?;
     let broken = |error: Error| Failure::from(error).within(&path);
     let layers = config.layers().map_err(broken)?;
     let store = Store::shapes(DType::F32, &Device::Cpu);

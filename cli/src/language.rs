@@ -41,9 +41,16 @@ impl Language {
         }
     }
 
-    /// Text of tokens that come one at a time, up to the one that ends it.
-    pub fn shown(&self, stop: Option<i64>) -> Shown<'_> {
-        Shown { language: self, decoder: Decoder::default(), stop, ended: false, tokens: Vec::new(), before: 0 }
+    /// Text of tokens that come one at a time behind a prompt, up to the one that ends it.
+    pub fn shown(&self, prompt: &[i64], stop: Option<i64>) -> Shown<'_> {
+        /// Enough of the prompt for what its last pieces stand for.
+        const CONTEXT: usize = 8;
+        let tokens = match self {
+            Self::Bytes => Vec::new(),
+            // Without it the space in front of a word would be taken for the start of a text, which has none.
+            Self::Pieces(_) => prompt[prompt.len().saturating_sub(CONTEXT)..].to_vec(),
+        };
+        Shown { language: self, decoder: Decoder::default(), stop, ended: false, before: tokens.len(), tokens }
     }
 }
 

@@ -14,6 +14,7 @@ mod generate;
 mod info;
 #[cfg(feature = "cuda")]
 mod kernels;
+mod keywords;
 mod language;
 mod markov;
 mod metrics;
@@ -34,7 +35,7 @@ use std::{
     process::ExitCode,
 };
 
-use clap::{Parser, Subcommand};
+use clap::{Arg, CommandFactory, FromArgMatches, Parser, Subcommand};
 
 use failure::{Failure, Result};
 
@@ -86,8 +87,15 @@ impl Command {
     }
 }
 
+/// A negative number is a value of the option before it, which then says what it expects.
+fn numbers(argument: Arg) -> Arg {
+    if argument.get_action().takes_values() { argument.allow_negative_numbers(true) } else { argument }
+}
+
 fn main() -> ExitCode {
-    match Cli::parse().command.run() {
+    let mut arguments = Cli::command().mut_subcommands(|command| command.mut_args(numbers)).get_matches();
+    let command = Cli::from_arg_matches_mut(&mut arguments).unwrap_or_else(|error| error.exit()).command;
+    match command.run() {
         Ok(()) | Err(Failure::ClosedPipe) => ExitCode::SUCCESS,
         Err(failure) => {
             // Where even standard error is closed, the exit code has to do.

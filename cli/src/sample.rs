@@ -17,7 +17,7 @@ pub fn stream(
     device: &Device,
     mut show: impl FnMut(&str) -> Result<()>,
 ) -> Result<usize> {
-    let mut text = language.shown(options.eos_token);
+    let mut text = language.shown(prompt, options.eos_token);
     let start = Tensor::from_slice(prompt, [prompt.len()], device)?;
     let mut count = 0;
     for tokens in model.stream(&start, length, options)? {

@@ -83,6 +83,14 @@ impl Source {
         }
     }
 
+    /// How many tokens the model knows.
+    pub fn vocabulary(&self) -> usize {
+        match &self.kind {
+            Kind::Trained(config, _) => config.net.num_tokens,
+            Kind::Pretrained(pretrained) => pretrained.config().num_tokens,
+        }
+    }
+
     /// Tokens that may follow a text of so many: what `xt train` wrote goes on with the last ones that it sees.
     pub fn room(&self, tokens: usize) -> Result<usize> {
         match &self.kind {

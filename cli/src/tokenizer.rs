@@ -6,6 +6,8 @@ use crate::failure::{Failure, Result};
 
 #[cfg(feature = "tokenizers")]
 mod known;
+#[cfg(feature = "tokenizers")]
+mod sentencepiece;
 
 /// The tokenizer of a pretrained model.
 pub struct Tokenizer {
@@ -17,11 +19,12 @@ pub struct Tokenizer {
 
 #[cfg(feature = "tokenizers")]
 impl Tokenizer {
-    /// That of the model's files: `tokenizer.json`, a `vocab.txt`, or the vocabulary in a GGUF file.
+    /// That of the model's files: `tokenizer.json`, a `vocab.txt`, a model of SentencePiece, or the vocabulary in a GGUF
+    /// file.
     pub fn of(pretrained: &Pretrained) -> Result<Self> {
         let file = pretrained.file().path();
         let json = match pretrained.folder() {
-            Some(folder) => known::of_folder(folder),
+            Some(folder) => known::of_folder(folder, pretrained.family()),
             None => known::of_gguf(pretrained.file()).map_err(|why| Failure::new(why).within(file)),
         }?;
         let broken = |error| Failure::new(format_args!("tokenizer: {error}")).within(file);
@@ -54,6 +57,15 @@ impl Tokenizer {
         let question = question.replace("<|im_", "<|im\u{200b}_");
         Ok(format!("<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n"))
     }
+}
+
+/// In the form of `tokenizer.json`: a token that is looked for in the text as it is, and left out of decoded text.
+#[cfg(feature = "tokenizers")]
+fn added_token(token: &str, id: u64) -> Option<serde_json::Value> {
+    Some(serde_json::json!({
+        "id": id, "content": token, "single_word": false, "lstrip": false, "rstrip": false, "normalized": false,
+        "special": true,
+    }))
 }
 
 #[cfg(not(feature = "tokenizers"))]

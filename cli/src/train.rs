@@ -21,6 +21,7 @@ use crate::{
     corpus,
     failure::{Failure, Result},
     files::Run,
+    keywords::KeywordArgs,
     markov::Markov,
     metrics::{Metrics, bits},
     plot::Chart,
@@ -61,6 +62,9 @@ pub struct TrainArgs {
 
     #[command(flatten)]
     model: ModelArgs,
+
+    #[command(flatten)]
+    keywords: KeywordArgs,
 
     #[command(flatten)]
     options: OptionArgs,
@@ -185,7 +189,7 @@ impl TrainArgs {
             let max_seq_len = self.options.seq_len.unwrap_or(TrainOptions::default().seq_len);
             let attn_layers = self.model.layers();
             let net = TransformerWrapperConfig { num_tokens: 256, max_seq_len, attn_layers, ..Default::default() };
-            return Ok(AutoregressiveConfig { net, ..Default::default() });
+            return self.changed(AutoregressiveConfig { net, ..Default::default() });
         };
         let text = fs::read_to_string(path).map_err(|error| Failure::io(path, &error))?;
         let broken = |error: Error| Failure::from(error).within(path);
@@ -193,9 +197,19 @@ impl TrainArgs {
         // What is illegal together is found here, where the file is known.
         config.layers().map_err(broken)?;
         match config {
-            Config::AutoregressiveWrapper(config) => Ok(config),
-            Config::TransformerWrapper(net) => Ok(AutoregressiveConfig { net, ..Default::default() }),
+            Config::AutoregressiveWrapper(config) => self.changed(config),
+            Config::TransformerWrapper(net) => self.changed(AutoregressiveConfig { net, ..Default::default() }),
             _ => Err(Failure::new("expected an AutoregressiveWrapper or a TransformerWrapper").within(path)),
+        }
+    }
+}
+
+impl TrainArgs {
+    /// The config with the keywords of the command line.
+    fn changed(&self, config: AutoregressiveConfig) -> Result<AutoregressiveConfig> {
+        match self.keywords.apply(Config::AutoregressiveWrapper(config))? {
+            Config::AutoregressiveWrapper(config) => Ok(config),
+            _ => Err(Failure::new("`--set` cannot change the class of the model")),
         }
     }
 }
@@ -213,8 +227,11 @@ pub fn run(args: TrainArgs) -> Result<()> {
     let sizes = format!("{source}: {} to train on, {} to validate", size(text.train()), size(text.validation()));
 
     let (run, trainer, metrics) = match &args.resume {
+        Some(_) if !args.keywords.is_empty() => {
+            return Err(Failure::new("`--set` cannot change the model of a run that is resumed; begin another one"));
+        }
         Some(dir) => {
-            let run = Run::find(dir);
+            let run = Run::find(dir)?;
             let trainer = Trainer::resume(run.checkpoint(), text, &device)?;
             let metrics = Metrics::resume(&run.metrics(), trainer.steps_done())?;
             (run, trainer, metrics)
@@ -223,8 +240,7 @@ pub fn run(args: TrainArgs) -> Result<()> {
             let config = args.config()?;
             let options = args.options.resolve(config.net.max_seq_len);
             let trainer = Trainer::new(config, options, text, &device)?;
-            let run = Run { dir: args.out.clone() };
-            run.create(args.overwrite)?;
+            let run = Run::create(&args.out, args.overwrite)?;
             let metrics = Metrics::create(&run.metrics())?;
             (run, trainer, metrics)
         }
@@ -307,10 +323,20 @@ impl Training<'_> {
         if !save {
             return self.progress.say(line);
         }
-        self.trainer.save(self.run.checkpoint())?;
+        self.trainer.save(self.run.checkpoint()).map_err(|error| self.unsaved(error))?;
         self.draw()?;
         let sample = if done < steps { format!("\n{}", self.sample(SAMPLE)?) } else { String::new() };
         self.progress.say(format_args!("{line}  saved{sample}"))
+    }
+
+    /// What to do when a checkpoint could not be written.
+    fn unsaved(&self, error: Error) -> Failure {
+        let failure = Failure::from(error);
+        if !self.run.is_begun() {
+            return failure;
+        }
+        let dir = self.run.dir.display();
+        failure.advising(format_args!("the last checkpoint is whole, `xt train --resume {dir}` goes on from it"))
     }
 
     fn draw(&self) -> Result<()> {

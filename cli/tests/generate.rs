@@ -69,7 +69,7 @@ fn text_from_a_model_in_every_way() {
     assert!(succeeds(&["generate", "--checkpoint", &out, "--score", &short]).ends_with("per byte of 14 bytes\n"));
     assert!(fails(&["generate", "--checkpoint", &out, "--score", "none.txt"]).contains("none.txt"));
     assert!(fails(&["generate", "--checkpoint", &out, "--draft", "none"]).contains("none"));
-    assert!(fails(&["generate", "--checkpoint", &out, "--repetition-penalty", "0"]).contains("repetition_penalty"));
+    assert!(refuses(&["generate", "--checkpoint", &out, "--repetition-penalty", "0"]).contains("--repetition-penalty"));
 }
 
 /// What eight bits cost a model that has learned something, in bits per byte. The README has numbers of a larger one.

@@ -4,7 +4,7 @@ mod command;
 
 use std::{fs, time::Instant};
 
-use command::{path, succeeds};
+use command::{TINY, fails, path, refuses, succeeds, write_text};
 
 const GPT: &str = r#"{"model": "AutoregressiveWrapper", "net": {"model": "TransformerWrapper", "num_tokens": 256,
     "max_seq_len": 128, "attn_layers": {"kind": "Decoder", "dim": 64, "depth": 2, "heads": 2, "attn_dim_head": 32}}}"#;
@@ -39,6 +39,42 @@ fn figures_of_a_small_gpt() {
     let attention = 2 * 2 * inner * (100 * 101 / 2);
     let forward = 2.0 * 4.0 * (matrices + attention) as f64;
     assert!(info.contains(&format!("forward pass   {:.0} MFLOP", forward / 1e6)), "{forward} in\n{info}");
+}
+
+/// Keywords on the command line, over those of a config and of a checkpoint.
+#[test]
+fn keywords_of_the_command_line() {
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let (config, out) = (path(folder.path(), "c.json"), path(folder.path(), "out"));
+    fs::write(&config, GPT).expect("write");
+    let info = |keyword: &str| succeeds(&["info", "--config", &config, "--set", keyword]);
+    assert!(info("ff_glu=true").contains("gated") && info("depth=1").contains("layer order of net.attn_layers: a f\n"));
+    let message = fails(&["info", "--config", &config, "--set", "ff_gluu=true"]);
+    assert!(message.contains("--set ff_gluu=true") && message.contains("did you mean `ff_glu`?"), "{message}");
+    assert!(refuses(&["info", "--config", &config, "--set", "ff_glu"]).contains("KEY=VALUE"));
+    let text = path(folder.path(), "text.txt");
+    write_text(&text);
+    let train = [
+        "train",
+        "--text",
+        &text,
+        "--out",
+        &out,
+        "--steps",
+        "2",
+        "--set",
+        "macaron=true",
+        "--set",
+        "tie_embedding=true",
+    ];
+    succeeds(&[&train[..], &TINY].concat());
+    let written = fs::read_to_string(folder.path().join("out/checkpoint/config.json")).expect("a config");
+    assert!(written.contains("\"macaron\": true") && written.contains("\"tie_embedding\": true"), "{written}");
+    assert!(succeeds(&["info", "--checkpoint", &out]).contains("f a f"));
+    let message = fails(&["train", "--text", &text, "--resume", &out, "--set", "depth=3"]);
+    assert!(message.contains("--set") && message.contains("resumed"), "{message}");
+    let bench = ["bench", "--config", &config, "--mode", "forward", "--repeat", "1", "--set", "depth=1", "--json"];
+    assert!(succeeds(&bench).contains("seconds"));
 }
 
 /// The order as it was resolved, and for each attention the path and what rules the fused one out.

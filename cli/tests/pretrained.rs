@@ -285,6 +285,37 @@ fn pretrained_folders_continue_texts() {
     assert!(fails(&["generate", "--checkpoint", &out, "--chat"]).contains("pretrained models"));
 }
 
+/// A folder as that of Llama 2, with a model of SentencePiece.
+#[test]
+#[cfg(feature = "tokenizers")]
+fn models_of_sentencepiece_are_read() {
+    let vocabulary = |weights: &mut BTreeMap<String, Tensor>| {
+        for (name, seed) in [("model.embed_tokens.weight", 7), ("lm_head.weight", 9)] {
+            let value = |i: usize| f64::from((i as u32 * seed % 31) as i32 - 15) / 20.0;
+            weights.insert(name.into(), Tensor::generate([600, 16], DType::F32, &Device::Cpu, value).unwrap());
+        }
+    };
+    let whole = folder("llama", vocabulary, ("tokenizer_config.json", r#"{"add_bos_token": true}"#));
+    let model = include_bytes!("sentencepiece/bpe.model");
+    fs::write(whole.path().join("tokenizer.model"), model).unwrap();
+    let config = fs::read_to_string(whole.path().join("config.json")).unwrap();
+    let config = config.replace("\"vocab_size\": 40", "\"vocab_size\": 600");
+    fs::write(whole.path().join("config.json"), config).unwrap();
+    let place = whole.path().to_string_lossy().into_owned();
+    let all = ["generate", "--checkpoint", &place, "--length", "9", "--seed", "1", "--prompt", "the tensor"];
+    let text = succeeds(&all);
+    assert!(text.starts_with("the tensor") && text.trim_end().len() > 10, "{text:?}");
+    assert_eq!(succeeds(&[&all[..], &["--no-cache"]].concat()), text);
+    let file = path(whole.path(), "text.txt");
+    fs::write(&file, "the tensor of a tape").unwrap();
+    // The token in front of the text is given, all of its bytes are predicted.
+    let score = succeeds(&["generate", "--checkpoint", &place, "--score", &file]);
+    assert!(score.ends_with("bits per byte of 20 bytes\n"), "{score}");
+    fs::write(whole.path().join("tokenizer.model"), &model[..model.len() / 2]).unwrap();
+    let error = fails(&all);
+    assert!(error.contains("tokenizer.model") && error.contains("no model of SentencePiece"), "{error}");
+}
+
 #[test]
 fn pretrained_folders_embed_texts() {
     let whole = folder("bert", |_| (), ("vocab.txt", &pieces()));

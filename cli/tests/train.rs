@@ -10,7 +10,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use command::{TINY, fails, path, start, succeeds, text, write_text};
+use command::{TINY, fails, path, refuses, start, succeeds, text, write_text};
 
 fn no_control_characters(output: &str) {
     let bad: Vec<char> = output.chars().filter(|&c| c.is_control() && c != '\n').collect();
@@ -82,7 +82,7 @@ fn three_steps_leave_everything() {
     assert_eq!(succeeds(&["generate", "--checkpoint", &out, "--prompt", "abc", "--length", "0"]), "abc\n");
     let info = succeeds(&["info", "--checkpoint", &out]);
     assert!(info.contains("layer order") && info.contains("a f") && info.contains("total"), "{info}");
-    let cold = fails(&["generate", "--checkpoint", &out, "--temperature", "-1"]);
+    let cold = refuses(&["generate", "--checkpoint", &out, "--temperature", "-1"]);
     assert!(cold.contains("temperature"), "{cold}");
 
     // A trained model is not replaced by a slip.

@@ -18,6 +18,22 @@ fn wrong_usage_is_code_2() {
     assert!(refuses(&["generate", "--checkpoint", "out", "--prompt", ""]).contains("--prompt"));
     assert!(refuses(&["generate", "--checkpoint", "out", "--top-k", "0"]).contains("--top-k"));
     assert!(refuses(&["info"]).contains("--config"));
+    // A negative number belongs to the option in front of it, which is named.
+    for wrong in [["--steps", "-1"], ["--batch-size", "-2"], ["--seq-len", "-3"]] {
+        assert!(refuses(&[&["train"], &wrong[..]].concat()).contains(wrong[0]), "{wrong:?}");
+    }
+    for (option, values, expected) in [
+        ("--temperature", ["-1", "nan"], "at least 0"),
+        ("--top-p", ["1.5", "-0.1"], "0 to 1"),
+        ("--min-p", ["2", "inf"], "0 to 1"),
+        ("--top-a", ["2", "x"], "0 to 1"),
+        ("--repetition-penalty", ["0", "-1"], "above 0"),
+    ] {
+        for value in values {
+            let message = refuses(&["generate", "--checkpoint", "out", option, value]);
+            assert!(message.contains(option) && message.contains(value) && message.contains(expected), "{message}");
+        }
+    }
 }
 
 #[test]
@@ -124,7 +140,7 @@ fn model_options_that_make_no_model() {
         (&["--dim", "0"], &["dim", "0"]),
         (&["--depth", "0"], &["depth", "0"]),
         (&["--batch-size", "0"], &["batch_size", "0"]),
-        (&["--seq-len", "0"], &["seq_len", "0"]),
+        (&["--seq-len", "0"], &["seq_len", "expected 1 to 4294967295", "0"]),
         (&["--lr", "0"], &["lr", "0"]),
         (&["--lr", "nan"], &["lr", "NaN"]),
         (&["--device", "tpu"], &["tpu", "cuda:N"]),
@@ -135,6 +151,40 @@ fn model_options_that_make_no_model() {
         }
     }
     assert!(!fs::exists(&out).expect("exists"));
+}
+
+/// What stands in the way of a run: a file in place of its folder, and another run.
+#[test]
+fn folders_that_cannot_be_trained_in() {
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let (text, out, file) = (path(folder.path(), "t.txt"), path(folder.path(), "out"), path(folder.path(), "file"));
+    write_text(&text);
+    fs::write(&file, "").expect("write");
+    let train = |out: &str, more: &[&str]| {
+        [&["train", "--text", &text, "--out", out, "--steps", "2"][..], &TINY, more].concat().join("\n")
+    };
+    let arguments = |joined: &str| joined.split('\n').map(str::to_string).collect::<Vec<_>>();
+    let run = |joined: &str| fails(&arguments(joined).iter().map(String::as_str).collect::<Vec<_>>());
+    for wrong in [file.clone(), path(folder.path(), "file/below")] {
+        assert!(run(&train(&wrong, &[])).contains("give a folder"), "{wrong}");
+    }
+    let whole = arguments(&train(&out, &[]));
+    succeeds(&whole.iter().map(String::as_str).collect::<Vec<_>>());
+    // As a run that has not ended holds it.
+    let lock = fs::File::create(folder.path().join("out/.lock")).expect("create");
+    lock.lock().expect("lock");
+    for message in [run(&train(&out, &["--overwrite"])), fails(&["train", "--text", &text, "--resume", &out])] {
+        assert!(message.contains("another `xt train` is writing") && message.contains("--out"), "{message}");
+    }
+    drop(lock);
+    succeeds(&["train", "--text", &text, "--resume", &out]);
+    // What it wrote embeds nothing, and has no token 999; nothing is shown before that is said.
+    let message = fails(&["embed", "--checkpoint", &out, "--text", "a"]);
+    assert!(message.contains("xt generate"), "{message}");
+    let message = fails(&["generate", "--checkpoint", &out, "--eos", "999"]);
+    assert!(message.contains("`--eos`") && message.contains("256 tokens"), "{message}");
+    let message = fails(&["info", "--checkpoint", &out, "--seq-len", "9"]);
+    assert!(message.contains("seq_len") && message.contains("max_seq_len, 8, got 9"), "{message}");
 }
 
 #[test]

@@ -207,8 +207,20 @@ pub struct Store {
     map: Arc<Mutex<ParamMap>>,
 }
 
+impl fmt::Debug for Store {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { prefix, start, dtype, device, .. } = self;
+        f.debug_struct("Store")
+            .field("prefix", prefix)
+            .field("start", start)
+            .field("dtype", dtype)
+            .field("device", device)
+            .finish_non_exhaustive()
+    }
+}
+
 /// How parameters begin.
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, Debug)]
 enum Start {
     Random(u64),
     Zeros,

@@ -6,6 +6,7 @@
 use std::{
     cell::RefCell,
     collections::BTreeMap,
+    fmt,
     marker::PhantomData,
     sync::atomic::{AtomicU64, Ordering},
 };
@@ -73,6 +74,7 @@ pub trait Backward {
 }
 
 /// What a backward rule gives to one input.
+#[derive(Debug)]
 pub enum Contribution {
     /// Nothing.
     None,
@@ -101,6 +103,7 @@ pub struct Part {
 }
 
 /// What a backward rule returns.
+#[derive(Debug)]
 pub struct Contributions {
     inputs: Vec<Contribution>,
     leaves: Vec<(LeafId, Tensor)>,
@@ -193,6 +196,12 @@ pub struct Tape {
     id: u64,
     /// A tape belongs to its thread.
     thread: PhantomData<*const ()>,
+}
+
+impl fmt::Debug for Tape {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Tape").field("id", &self.id).finish()
+    }
 }
 
 impl Tape {
@@ -587,6 +596,12 @@ impl Backward for CheckpointBackward {
 #[derive(Default)]
 pub struct Gradients {
     leaves: BTreeMap<LeafId, Tensor>,
+}
+
+impl fmt::Debug for Gradients {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Gradients").field("leaves", &self.leaves.len()).finish()
+    }
 }
 
 impl Gradients {

@@ -64,7 +64,7 @@ impl AutoregressiveWrapper {
         );
         let mut rows = Rows::new(self, start_tokens, seq_len, options)?;
         let b = rows.tokens.len();
-        options.check(b)?;
+        options.check(b, most)?;
         let prompts: Vec<usize> = rows.tokens.iter().map(Vec::len).collect();
         let score = |log_probability: f64, tokens: usize| log_probability / (tokens as f64).powf(length_penalty);
         let mut searches: Vec<Search> = rows

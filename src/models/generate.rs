@@ -17,7 +17,7 @@ use crate::{
 pub struct GenerateOptions {
     /// Filter and temperature. `top_a` looks at each row alone here.
     pub sampling: SamplingConfig,
-    /// A row ends with this token; `pad_value` follows it. Generation stops once every row has ended.
+    /// A row ends with this token of the vocabulary; `pad_value` follows it. Generation stops once every row has ended.
     pub eos_token: Option<i64>,
     /// Whether a row has ended already if the token is in its prompt, as in x-transformers. The turns of a chat each end
     /// with it: there false. Default true.
@@ -62,9 +62,15 @@ impl Default for GenerateOptions {
 }
 
 impl GenerateOptions {
-    /// Refuses what has no meaning, for so many rows.
-    pub(super) fn check(&self, rows: usize) -> Result<()> {
+    /// Refuses what has no meaning, for so many rows of a vocabulary.
+    pub(super) fn check(&self, rows: usize, vocabulary: usize) -> Result<()> {
         check_sampling(&self.sampling)?;
+        if let Some(eos) = self.eos_token {
+            ensure!(
+                usize::try_from(eos).is_ok_and(|eos| eos < vocabulary),
+                Error::option("eos_token", format!("expected one of the {vocabulary} tokens, from 0 on, got {eos}"))
+            );
+        }
         ensure!(
             self.repetition_penalty.is_finite() && self.repetition_penalty > 0.0,
             Error::option(
@@ -207,7 +213,7 @@ impl AutoregressiveWrapper {
     /// [`TransformerWrapper::forward`]: super::TransformerWrapper::forward
     pub fn stream(&self, start_tokens: &Tensor, seq_len: usize, options: &GenerateOptions) -> Result<TokenStream<'_>> {
         let rows = Rows::new(self, start_tokens, seq_len, options)?;
-        options.check(rows.tokens.len())?;
+        options.check(rows.tokens.len(), self.net.plan().num_tokens)?;
         Ok(TokenStream {
             ended: rows.tokens.iter().map(|row| options.ends(row, row.len())).collect(),
             rows,

@@ -61,7 +61,7 @@ impl AutoregressiveWrapper {
         }
         ensure!(rows.is_cached(), Error::option("draft", "cannot be used with `recompute`"));
         let b = rows.tokens.len();
-        options.check(b)?;
+        options.check(b, own)?;
         let mut guesses = Rows::new(draft, start_tokens, room, options)?;
         let prompts: Vec<usize> = rows.tokens.iter().map(Vec::len).collect();
         let mut run = Run { options, stats: SpeculativeStats::default() };

@@ -50,7 +50,7 @@ const PARTIAL: &str = ".incoming.partial";
 const MAX_JSON: u64 = 16 << 20;
 
 /// All that a run needs to continue.
-#[derive(Clone)]
+#[derive(Clone, Debug)]
 pub struct Checkpoint {
     /// The model's keywords.
     pub config: Config,
@@ -227,7 +227,11 @@ fn member<T>(folder: &Path, name: &str, read: impl Fn(&Path) -> Result<T>) -> Re
             answer => return answer,
         }
     }
-    let why = if folder.is_dir() { "is not a checkpoint" } else { "is not a folder, so not a checkpoint" };
+    let why = match fs::metadata(folder) {
+        Ok(found) if found.is_dir() => "is not a checkpoint",
+        Ok(_) => "is not a folder, so not a checkpoint",
+        Err(_) => "does not exist, so there is no checkpoint",
+    };
     Err(Error::file(folder, format!("{why}: it has no {name} (expected {})", FILES.join(", "))))
 }
 

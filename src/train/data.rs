@@ -1,6 +1,7 @@
 //! Text as bytes: reading it, splitting it, and the windows of a batch.
 
 use std::{
+    fmt,
     fs::{self, File},
     io::Read,
     path::Path,
@@ -30,6 +31,12 @@ const BLOCK: usize = 64 * 1024;
 #[derive(Clone)]
 pub struct ByteText {
     bytes: Vec<u8>,
+}
+
+impl fmt::Debug for ByteText {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("ByteText").field("bytes", &self.bytes.len()).finish()
+    }
 }
 
 impl ByteText {

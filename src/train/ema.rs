@@ -1,6 +1,6 @@
 //! The exponential moving average of weights.
 
-use std::collections::BTreeMap;
+use std::{collections::BTreeMap, fmt};
 
 use crate::{
     Device, Error, Param, ParamMap, Result, Tensor,
@@ -18,6 +18,13 @@ use crate::{
 pub struct Ema {
     decay: f64,
     averages: BTreeMap<String, Tensor>,
+}
+
+impl fmt::Debug for Ema {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let averages = self.averages.len();
+        f.debug_struct("Ema").field("decay", &self.decay).field("averages", &averages).finish()
+    }
 }
 
 impl Ema {
@@ -131,6 +138,7 @@ impl Ema {
 }
 
 /// Parameters that have other values for a while; dropping it gives them their own back.
+#[derive(Debug)]
 #[must_use = "dropping it ends the swap"]
 pub struct Swapped {
     values: Vec<(Param, Tensor)>,

@@ -1,6 +1,6 @@
 //! AdamW, with the state of each parameter under the parameter's name.
 
-use std::collections::BTreeMap;
+use std::{collections::BTreeMap, fmt};
 
 #[cfg(feature = "cuda")]
 use crate::ops::adamw::{adamw_recorded, clip_on_device};
@@ -62,6 +62,17 @@ pub struct AdamW {
     options: AdamWOptions,
     state: BTreeMap<String, State>,
     steps: u64,
+}
+
+impl fmt::Debug for AdamW {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { options, state, steps } = self;
+        f.debug_struct("AdamW")
+            .field("options", options)
+            .field("parameters", &state.len())
+            .field("steps", steps)
+            .finish()
+    }
 }
 
 #[derive(Clone)]

@@ -83,6 +83,7 @@ impl TrainOptions {
         whole("steps", self.steps, 0, MAX_STEPS)?;
         whole("batch_size", self.batch_size as u64, 1, u32::MAX as u64)?;
         whole("accumulate", self.accumulate as u64, 1, MAX_MICRO)?;
+        whole("seq_len", self.seq_len as u64, 1, u32::MAX as u64)?;
         ensure!(
             (1..=max_seq_len).contains(&self.seq_len),
             Error::option(

@@ -1,6 +1,6 @@
 //! The training loop.
 
-use std::{cell::Cell, collections::BTreeMap, path::Path};
+use std::{cell::Cell, collections::BTreeMap, fmt, path::Path};
 
 use super::{
     AdamW, ByteText, Checkpoint, Ema, GradScaler, Losses, StepInfo, TextPrint, TrainOptions, TrainingState,
@@ -63,6 +63,19 @@ pub struct Trainer {
     scaler: Option<GradScaler>,
     step: u64,
     losses: Cell<Losses>,
+}
+
+impl fmt::Debug for Trainer {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { config, options, text, device, step, .. } = self;
+        f.debug_struct("Trainer")
+            .field("config", config)
+            .field("options", options)
+            .field("text", text)
+            .field("device", device)
+            .field("step", step)
+            .finish_non_exhaustive()
+    }
 }
 
 /// What a step did.

@@ -3,37 +3,64 @@
 use std::{fs, path::Path};
 
 use serde_json::{Map, Value, json};
-use x_transformers::io::{Metadata, TensorFile};
+use x_transformers::io::{Family, Metadata, TensorFile};
 
+use super::{
+    added_token,
+    sentencepiece::{Customs, SentencePiece},
+};
 use crate::failure::{Failure, Result};
 
 /// Bytes that a file may have; the largest vocabularies have some ten million.
 const MAX_FILE: u64 = 256 << 20;
 
-fn read(path: &Path) -> Result<String> {
+/// The names that models of SentencePiece have.
+const SENTENCE_PIECE: [&str; 3] = ["tokenizer.model", "spiece.model", "sentencepiece.bpe.model"];
+
+fn read_bytes(path: &Path) -> Result<Vec<u8>> {
     let broken = |error| Failure::io(path, &error);
     let length = fs::metadata(path).map_err(broken)?.len();
     if length > MAX_FILE {
         return Err(Failure::new(format_args!("has {length} bytes, too many for a tokenizer")).within(path));
     }
-    fs::read_to_string(path).map_err(broken)
+    fs::read(path).map_err(broken)
 }
 
-/// `tokenizer.json`, or what `vocab.txt` stands for: word pieces, or the symbols of SMILES.
-pub fn of_folder(folder: &Path) -> Result<String> {
+fn read(path: &Path) -> Result<String> {
+    String::from_utf8(read_bytes(path)?).map_err(|_| Failure::new("is no text").within(path))
+}
+
+/// What the folder says about its tokenizer.
+fn tokenizer_config(folder: &Path) -> Result<Value> {
+    let path = folder.join("tokenizer_config.json");
+    if !path.is_file() {
+        return Ok(Value::Null);
+    }
+    serde_json::from_str(&read(&path)?).map_err(|error| Failure::new(error).within(&path))
+}
+
+/// `tokenizer.json`, a model of SentencePiece, or what `vocab.txt` stands for: word pieces, or the symbols of SMILES.
+pub fn of_folder(folder: &Path, family: Family) -> Result<String> {
     let whole = folder.join("tokenizer.json");
     if whole.is_file() {
         return read(&whole);
     }
+    if let Some(model) = SENTENCE_PIECE.iter().map(|name| folder.join(name)).find(|path| path.is_file()) {
+        let broken = |why: String| Failure::new(why).within(&model);
+        let pieces = SentencePiece::parse(&read_bytes(&model)?).map_err(broken)?;
+        return of_sentence_piece(pieces, family, &tokenizer_config(folder)?).map_err(broken);
+    }
     let vocabulary = folder.join("vocab.txt");
     if !vocabulary.is_file() {
-        let there =
-            ["spiece.model", "tokenizer.model", "vocab.json"].into_iter().find(|name| folder.join(name).is_file());
-        let found =
-            there.map(|name| format!(" `{name}` is there, which this command does not read.")).unwrap_or_default();
+        let merges = if folder.join("vocab.json").is_file() {
+            " `vocab.json` is there, which this command does not read."
+        } else {
+            ""
+        };
         let why = format!(
-            "has no tokenizer: no `tokenizer.json` and no `vocab.txt`.{found} Put one of them there; \
-             `AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)` of transformers writes the first"
+            "has no tokenizer: no `tokenizer.json`, no `tokenizer.model`, no `spiece.model` and no `vocab.txt`.{merges} \
+             Put one of them there; `AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)` of transformers \
+             writes the first"
         );
         return Err(Failure::new(why).within(folder));
     }
@@ -43,14 +70,30 @@ pub fn of_folder(folder: &Path) -> Result<String> {
     if text.lines().all(is_symbol) {
         return Ok(pieces.symbols());
     }
-    let options = folder.join("tokenizer_config.json");
-    let options: Value = if options.is_file() {
-        serde_json::from_str(&read(&options)?).map_err(|error| Failure::new(error).within(&options))?
-    } else {
-        Value::Null
-    };
-    let lowercase = options["do_lower_case"].as_bool().unwrap_or(true);
+    let lowercase = tokenizer_config(folder)?["do_lower_case"].as_bool().unwrap_or(true);
     Ok(pieces.words(lowercase))
+}
+
+/// What the tokenizers of `transformers` do with a model of SentencePiece.
+fn of_sentence_piece(pieces: SentencePiece, family: Family, config: &Value) -> std::result::Result<String, String> {
+    let flag = |key: &str, default: bool| config[key].as_bool().unwrap_or(default);
+    if family == Family::Llama {
+        let customs =
+            Customs { start: flag("add_bos_token", true), end: flag("add_eos_token", false), ..Customs::default() };
+        return pieces.json(customs);
+    }
+    let (Some(start), Some(end)) = (pieces.id("[CLS]"), pieces.id("[SEP]")) else {
+        return Err("lacks [CLS] or [SEP]".to_string());
+    };
+    let quotes = ["``", "''"].map(|quotes| json!({"type": "Replace", "pattern": {"String": quotes}, "content": "\""}));
+    let mut normalizers = quotes.to_vec();
+    if !flag("keep_accents", false) {
+        normalizers.extend([json!({"type": "NFKD"}), json!({"type": "StripAccents"})]);
+    }
+    if flag("do_lower_case", true) {
+        normalizers.push(json!({"type": "Lowercase"}));
+    }
+    pieces.with_ends(start, end).json(Customs { start: true, end: true, normalizers })
 }
 
 /// A symbol of SMILES, as the tokenizer of rxnmapper splits them (Schwaller et al., <https://doi.org/10.1126/sciadv.abe4166>).
@@ -127,15 +170,7 @@ impl Pieces {
     }
 }
 
-/// A token that is looked for in the text as it is, and left out of decoded text.
-fn added_token(token: &str, id: u64) -> Option<Value> {
-    Some(json!({
-        "id": id, "content": token, "single_word": false, "lstrip": false, "rstrip": false, "normalized": false,
-        "special": true,
-    }))
-}
-
-/// Byte-level BPE with the vocabulary and the merges of a GGUF file.
+/// Byte-level BPE with the vocabulary and the merges of a GGUF file, or its pieces of SentencePiece.
 pub fn of_gguf(file: &TensorFile) -> std::result::Result<String, String> {
     let metadata = file.metadata();
     let text = |key: &str| metadata.get(key).and_then(Metadata::as_str);
@@ -145,7 +180,14 @@ pub fn of_gguf(file: &TensorFile) -> std::result::Result<String, String> {
     };
     match text("tokenizer.ggml.model") {
         Some("gpt2") => {}
-        other => return Err(format!("has a tokenizer of the model {other:?}, expected gpt2, byte-level BPE")),
+        Some("llama") => {
+            let (pieces, customs) = SentencePiece::of_gguf(file)?;
+            return pieces.json(customs);
+        }
+        other => {
+            let why = "expected gpt2, byte-level BPE, or llama, SentencePiece";
+            return Err(format!("has a tokenizer of the model {other:?}, {why}"));
+        }
     }
     let bytes = json!({"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": true});
     let digits = json!({"type": "Digits", "individual_digits": true});

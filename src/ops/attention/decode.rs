@@ -22,7 +22,7 @@ const WIDE: usize = 64;
 
 /// How [`attention_decode`] reads a cache of keys. In front of the keys of the sequence there may be others, which every
 /// query may see.
-#[derive(Clone, Copy, Default)]
+#[derive(Clone, Copy, Debug, Default)]
 pub struct DecodeSpec<'a> {
     /// Multiplies the products of queries and keys; usually `dim_head^-0.5`.
     pub scale: f64,

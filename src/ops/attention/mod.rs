@@ -40,7 +40,7 @@ const OP: &str = "attention";
 /// # Ok(())
 /// # }
 /// ```
-#[derive(Clone)]
+#[derive(Clone, Debug)]
 pub struct AttentionSpec<'a> {
     /// Multiplies the products of queries and keys. Default 1; usually `dim_head^-0.5`.
     pub scale: f64,
@@ -84,7 +84,7 @@ impl Default for AttentionSpec<'_> {
 }
 
 /// A bias that depends on a query's and a key's position alone: no `[heads, query, key]` tensor is made of it.
-#[derive(Clone, Copy, Default)]
+#[derive(Clone, Copy, Debug, Default)]
 pub enum PositionBias<'a> {
     /// Nothing is added.
     #[default]
