@@ -10,7 +10,7 @@ use std::{
     },
 };
 
-use crate::device::amx;
+use crate::device::Level;
 
 static INSTALLED: AtomicBool = AtomicBool::new(false);
 
@@ -23,7 +23,7 @@ pub fn installed() -> bool {
 pub fn install() {
     static ONCE: Once = Once::new();
     ONCE.call_once(|| {
-        if amx::detected() {
+        if Level::detected() >= Level::Amx {
             return;
         }
         // SAFETY: the structure is plain data, for which zeros are valid; the handler has the signature that the flag
