@@ -369,11 +369,11 @@ vectorized! {
             let mut lanes = [A::ZERO; LANES];
             for s in s.chunks_exact_mut(LANES) {
                 for (lane, s) in lanes.iter_mut().zip(s) {
-                    *s = (*s - shift).fused_exp::<FUSED>();
+                    *s = (*s - shift).probability::<FUSED>();
                     *lane += *s;
                 }
             }
-            let correction = (max[row] - shift).fused_exp::<FUSED>();
+            let correction = (max[row] - shift).probability::<FUSED>();
             sum[row] = sum[row] * correction + total(lanes);
             if largest != max[row] {
                 for acc in &mut acc[row * e..(row + 1) * e] {
@@ -402,7 +402,7 @@ vectorized! {
     pub(super) fn weights<A: Real>(s: &mut [A], width: usize, log_sums: &[A]) {
         for (s, log_sum) in s.chunks_exact_mut(KEYS).zip(log_sums) {
             for s in &mut s[..width] {
-                *s = (*s - *log_sum).fused_exp::<FUSED>();
+                *s = (*s - *log_sum).probability::<FUSED>();
             }
         }
     }
