@@ -165,6 +165,31 @@ fn classes_ruled_out_by_infinity() -> Result<()> {
     Ok(())
 }
 
+/// The CPU goes through the classes of a row in blocks of 1024.
+#[test]
+fn classes_ruled_out_in_a_long_row() -> Result<()> {
+    const CLASSES: usize = 5000;
+    let target = Tensor::from_slice(&[4321i64], [1], device())?;
+    let loss = |x: &[f32]| edge(x, |x| x.cross_entropy(&target, -100));
+    // A maximum that grows in every block, at first among classes that are ruled out.
+    let mut rising: Vec<f32> =
+        (0..CLASSES).map(|i| if i < 1500 { f32::NEG_INFINITY } else { i as f32 * 0.02 }).collect();
+    let max = 0.02 * (CLASSES - 1) as f64;
+    let sum: f64 = rising.iter().map(|&x| (x as f64 - max).exp()).sum();
+    let (value, grad) = loss(&rising)?;
+    assert!((value[0] - (max + sum.ln() - rising[4321] as f64)).abs() < 1e-4, "{value:?}");
+    assert!(grad[..1500].iter().all(|g| *g == 0.0) && (grad[4999] - 1.0 / sum).abs() < 1e-6);
+    assert!(loss(&[f32::NEG_INFINITY; CLASSES])?.0[0].is_nan());
+    for place in [0, 1023, 1024, 2100, 4096, 4999] {
+        for bad in [f32::NAN, f32::INFINITY] {
+            let good = std::mem::replace(&mut rising[place], bad);
+            assert!(loss(&rising)?.0[0].is_nan(), "{bad} at {place} must not pass unseen");
+            rising[place] = good;
+        }
+    }
+    Ok(())
+}
+
 #[test]
 fn loss_of_large_logits_is_exact() -> Result<()> {
     let target = Tensor::from_slice(&[0i64], [1], device())?;

@@ -1,14 +1,16 @@
 //! What the models promise: validation, generation, memories, initial values.
 
+use std::collections::BTreeMap;
+
 use x_transformers::{
     DType, Device, Error, Result, Store, Tape, Tensor,
     config::{
-        AttentionConfig, AttentionLayersConfig, AutoregressiveConfig, Config, ContinuousTransformerWrapperConfig,
+        AttentionConfig, AttentionLayersConfig, AutoregressiveConfig, Call, Config, ContinuousTransformerWrapperConfig,
         FilterLogits, SamplingConfig, TransformerWrapperConfig, ViTransformerWrapperConfig,
     },
     models::{
         AutoregressiveWrapper, ContinuousAutoregressiveWrapper, EncoderDecoderOptions, ForwardOptions, GenerateOptions,
-        TransformerWrapper, ViTransformerWrapper, XTransformer, filter_probabilities,
+        Model, RunOptions, TransformerWrapper, ViTransformerWrapper, XTransformer, filter_probabilities,
     },
 };
 
@@ -718,5 +720,53 @@ fn encoder_decoder_masks() -> Result<()> {
     for (options, [place, mask]) in wrong {
         refused(model.loss(&src, &tgt, &options), &[place, mask, "[2, 3]"]);
     }
+    Ok(())
+}
+
+#[test]
+fn cross_entropy_of_any_model_is_that_of_its_logits() -> Result<()> {
+    let vision = ViTransformerWrapperConfig {
+        image_size: 8,
+        patch_size: 4,
+        num_classes: Some(20),
+        attn_layers: layers(AttentionLayersConfig::encoder(16, 1)),
+        ..Default::default()
+    };
+    let encoder = wrapper(layers(AttentionLayersConfig::encoder(16, 1)));
+    let none = RunOptions::default();
+    let cases = [
+        (
+            Config::TransformerWrapper(encoder.clone()),
+            vec![("x", tokens(2, 5)?), ("mask", bools(&[true; 10], &[2, 5])?)],
+        ),
+        (
+            Config::TransformerWrapper(TransformerWrapperConfig { tie_embedding: true, ..encoder }),
+            vec![("x", tokens(2, 5)?)],
+        ),
+        (Config::ViTransformerWrapper(vision), vec![("img", Tensor::ones([2, 3, 8, 8], DType::F64, &CPU)?)]),
+    ];
+    for (config, inputs) in cases {
+        let model = Model::new(&config, &Store::new(1, DType::F64, &CPU))?;
+        let inputs: BTreeMap<String, Tensor> = inputs.into_iter().map(|(name, x)| (name.to_string(), x)).collect();
+        let targets = if inputs.contains_key("img") { ints(&[3, 19], &[2])? } else { tokens(2, 5)? };
+        let gradients = |loss: &dyn Fn() -> Result<Tensor>| -> Result<(f64, Vec<Tensor>)> {
+            let mut tape = Tape::grad();
+            let loss = loss()?;
+            let gradients = tape.backward(&loss)?;
+            let of_params = model.params().unique().filter_map(|(_, param)| gradients.param(param).cloned());
+            Ok((loss.item()?, of_params.collect()))
+        };
+        let (loss, grads) = gradients(&|| model.cross_entropy(&inputs, &targets, -100, &none))?;
+        let (expected, of_logits) =
+            gradients(&|| model.forward(&inputs, &Call::default(), &none)?.cross_entropy(&targets, -100))?;
+        assert!((loss - expected).abs() < 1e-12, "{loss} instead of {expected}");
+        assert!(!grads.is_empty() && grads.len() == of_logits.len());
+        for (grad, expected) in grads.iter().zip(&of_logits) {
+            assert!(largest_difference(grad, expected)? < 1e-12);
+        }
+        refused(model.cross_entropy(&inputs, &tokens(1, 3)?, -100, &none), &["targets", "[1, 3]"]);
+    }
+    let layers = Model::new(&Config::AttentionLayers(decoder()), &Store::new(1, DType::F64, &CPU))?;
+    refused(layers.cross_entropy(&BTreeMap::new(), &tokens(1, 3)?, -100, &none), &["TransformerWrapper"]);
     Ok(())
 }

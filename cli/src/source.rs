@@ -9,7 +9,7 @@ use clap::ValueEnum;
 use x_transformers::{
     DType, Device, Error, Store, Tensor,
     config::{AutoregressiveConfig, Config},
-    io::{Family, Pretrained},
+    io::Pretrained,
     models::AutoregressiveWrapper,
     train::Checkpoint,
 };
@@ -48,7 +48,7 @@ impl Source {
     pub fn open(path: &Path) -> Result<Self> {
         if Pretrained::is_one(path) {
             let pretrained = Pretrained::open(path)?;
-            if pretrained.family() != Family::Llama {
+            if !pretrained.family().is_causal() {
                 let why = format!(
                     "is of the family {}, which does not continue texts; give a Llama, or use `xt embed`",
                     pretrained.family()

@@ -221,13 +221,12 @@ impl Workload {
         match optimizer {
             Some(optimizer) => {
                 let mut tape = Tape::train(optimizer.steps());
-                let output = model.forward(inputs, call, &options)?;
-                let output = match loss {
-                    Loss::Given => output,
-                    Loss::Targets(targets) => output.cross_entropy(targets, -100)?,
-                    Loss::Squares => output.square()?.mean(&[])?,
+                let loss = match loss {
+                    Loss::Given => model.forward(inputs, call, &options)?,
+                    Loss::Targets(targets) => model.cross_entropy(inputs, targets, -100, &options)?,
+                    Loss::Squares => model.forward(inputs, call, &options)?.square()?.mean(&[])?,
                 };
-                let gradients = tape.backward(&output)?;
+                let gradients = tape.backward(&loss)?;
                 optimizer.step(model.params(), &gradients, 1e-4, None)?;
             }
             None if call.generate.is_some() => drop(model.run(inputs, call, &options)?),

@@ -211,7 +211,7 @@ fn what_a_pretrained_model_cannot_do_is_refused() {
     let other = folder("bert", |_| (), ("config.json", r#"{"model_type": "gpt_neox"}"#));
     for command in [&["embed", "--text", "a"][..], &["generate"], &["info"]] {
         let error = fails(&[command, &["--checkpoint", &other.path().to_string_lossy()]].concat());
-        assert!(error.contains("`gpt_neox`, expected bert, albert or llama"), "{error}");
+        assert!(error.contains("`gpt_neox`, expected bert, albert, llama, mistral or qwen2"), "{error}");
     }
     // No tokenizer.
     for command in

@@ -230,6 +230,29 @@ impl Model {
         Ok(forward.value)
     }
 
+    /// The mean cross-entropy of the logits of a forward pass and these tokens or classes: what trains an encoder on
+    /// masked tokens, or a classifier. The logits `[.., num_tokens]`, whose targets are `[..]`, are made in blocks of rows
+    /// and not kept, as [`TransformerWrapper::cross_entropy`] says.
+    ///
+    /// Errors: as [`Model::forward`] and [`Tensor::cross_entropy`]; a model whose output is a loss or no logits.
+    pub fn cross_entropy(
+        &self,
+        inputs: &BTreeMap<String, Tensor>,
+        targets: &Tensor,
+        ignore_index: i64,
+        options: &RunOptions,
+    ) -> Result<Tensor> {
+        let targets = targets.to_device(&self.device)?;
+        match &self.kind {
+            Kind::Transformer(model) => {
+                let call = Call { return_embeddings: true, ..Call::default() };
+                model.cross_entropy(&self.forward(inputs, &call, options)?, &targets, ignore_index)
+            }
+            Kind::Vision(_) => self.forward(inputs, &Call::default(), options)?.cross_entropy(&targets, ignore_index),
+            _ => Err(Error::argument("cross_entropy", "expected a TransformerWrapper or ViTransformerWrapper")),
+        }
+    }
+
     /// The inputs on the model's device, floats in its dtype.
     fn adopt(&self, inputs: &BTreeMap<String, Tensor>) -> Result<Inputs> {
         let adopt = |tensor: &Tensor| {

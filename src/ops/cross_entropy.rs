@@ -1,6 +1,9 @@
 //! Softmax cross-entropy from logits, without storing the probabilities.
 
-use super::{norm::reuse, reduce::fold};
+use super::{
+    norm::reuse,
+    reduce::{BLOCK, fold, max_slice, sum_slice},
+};
 use crate::{
     DType, Device, Error, Result, Tensor,
     core::{Backward, Contributions, Float, Real, Shape, dispatch_float, record},
@@ -226,8 +229,7 @@ vectorized! {
                 *loss = 0.0;
                 continue;
             }
-            let max = largest(x);
-            let sum = fold(x, T::Acc::ZERO, |x| (x.to_acc() - max).fused_exp::<FUSED>());
+            let (max, sum) = maximum_and_sum::<T, FUSED>(x);
             // Not from a rounded log-sum-exp: its error would grow with the logits.
             *loss = (max - x[target as usize].to_acc()).to_f64() + Real::ln(sum.to_f64());
             statistics[0] = max;
@@ -236,20 +238,43 @@ vectorized! {
     }
 }
 
-/// The largest element, in sixteen lanes; NaN is skipped.
+/// The maximum of a row and `Σ exp(x − maximum)`, in one pass over memory: a block's exponentials are added up while the
+/// maximum of the next is looked for, and the sum is rescaled when the maximum grows.
 #[inline(always)]
-fn largest<T: Float>(x: &[T]) -> T::Acc {
-    let mut lanes = [T::Acc::NEG_INFINITY; 16];
-    let (chunks, rest) = x.as_chunks::<16>();
-    for chunk in chunks {
-        for (lane, x) in lanes.iter_mut().zip(chunk) {
-            *lane = lane.max(x.to_acc());
+fn maximum_and_sum<T: Float, const FUSED: bool>(row: &[T]) -> (T::Acc, T::Acc) {
+    let (mut max, mut sum) = (T::Acc::NEG_INFINITY, T::Acc::ZERO);
+    let mut blocks = row.chunks(BLOCK);
+    let mut block = blocks.next().unwrap_or_default();
+    let mut found = max_slice(block);
+    while !block.is_empty() {
+        if found > max {
+            sum *= (max - found).probability::<FUSED>();
+            max = found;
         }
+        // A block of −∞ alone adds nothing; where the whole row is so, the loss is NaN.
+        let shift = if max == T::Acc::NEG_INFINITY { T::Acc::ZERO } else { max };
+        let next = blocks.next().unwrap_or_default();
+        let exp = |x: T| (x.to_acc() - shift).probability::<FUSED>();
+        if next.len() == BLOCK {
+            // So many lanes that no addition waits for another.
+            let (mut largest, mut sums) = ([T::Acc::NEG_INFINITY; 64], [T::Acc::ZERO; 64]);
+            for (block, next) in block.as_chunks::<64>().0.iter().zip(next.as_chunks::<64>().0) {
+                for (largest, x) in largest.iter_mut().zip(next) {
+                    *largest = largest.max(x.to_acc());
+                }
+                for (sum, &x) in sums.iter_mut().zip(block) {
+                    *sum += exp(x);
+                }
+            }
+            found = max_slice(&largest);
+            sum += sum_slice(&sums);
+        } else {
+            sum += fold(block, T::Acc::ZERO, exp);
+            found = max_slice(next);
+        }
+        block = next;
     }
-    for (lane, x) in lanes.iter_mut().zip(rest) {
-        *lane = lane.max(x.to_acc());
-    }
-    lanes.iter().fold(T::Acc::NEG_INFINITY, |max, &lane| max.max(lane))
+    (max, sum)
 }
 
 struct CrossEntropyBackward {
@@ -312,10 +337,10 @@ vectorized! {
                 dx.copy_from_slice(&source[row * classes..][..classes]);
             }
             let (max, inverse) = (statistics[0], statistics[1]);
-            let chosen = (dx[target as usize].to_acc() - max).fused_exp::<FUSED>() * inverse;
+            let chosen = (dx[target as usize].to_acc() - max).probability::<FUSED>() * inverse;
             let factor = inverse * scale;
             for dx in dx.iter_mut() {
-                *dx = T::from_acc((dx.to_acc() - max).fused_exp::<FUSED>() * factor);
+                *dx = T::from_acc((dx.to_acc() - max).probability::<FUSED>() * factor);
             }
             dx[target as usize] = T::from_acc((chosen - T::Acc::ONE) * scale);
         }

@@ -230,10 +230,10 @@ pub(crate) fn sum_slice<T: Float>(x: &[T]) -> T::Acc {
 }
 
 /// Sums of a row that are kept apart, so that they fill the widest registers twice.
-const LANES: usize = 16;
+pub(super) const LANES: usize = 16;
 
 /// Elements after which the lanes join the total: bounds the rounding error of long rows.
-const BLOCK: usize = 1024;
+pub(super) const BLOCK: usize = 1024;
 
 /// `start + Σ f(x)` in sixteen lanes.
 #[inline(always)]
@@ -257,32 +257,34 @@ pub(crate) fn fold2<T: Float>(x: &[T], y: &[T], start: T::Acc, f: impl Fn(T, T) 
                 *lane += f(x, y);
             }
         }
-        for width in [8, 4, 2, 1] {
-            for lane in 0..width {
-                let other = lanes[lane + width];
-                lanes[lane] += other;
-            }
-        }
-        total += sum + lanes[0];
+        total += sum + join(lanes, |a, b| a + b);
     }
     total
+}
+
+/// The lanes as one, by halves: unrolled, so that they stay in registers.
+#[inline(always)]
+pub(super) fn join<A: Real>(mut lanes: [A; LANES], both: impl Fn(A, A) -> A) -> A {
+    for width in [8, 4, 2, 1] {
+        for lane in 0..width {
+            lanes[lane] = both(lanes[lane], lanes[lane + width]);
+        }
+    }
+    lanes[0]
 }
 
 /// The largest element, `−∞` of none; a NaN is passed over.
 #[inline(always)]
 pub(crate) fn max_slice<T: Float>(x: &[T]) -> T::Acc {
     let packets = x.chunks_exact(LANES);
-    let mut max = packets.remainder().iter().fold(T::Acc::NEG_INFINITY, |max, x| max.max(x.to_acc()));
+    let max = packets.remainder().iter().fold(T::Acc::NEG_INFINITY, |max, x| max.max(x.to_acc()));
     let mut lanes = [T::Acc::NEG_INFINITY; LANES];
     for packet in packets {
         for (lane, x) in lanes.iter_mut().zip(packet) {
             *lane = lane.max(x.to_acc());
         }
     }
-    for lane in lanes {
-        max = max.max(lane);
-    }
-    max
+    max.max(join(lanes, T::Acc::max))
 }
 
 struct ReduceBackward {

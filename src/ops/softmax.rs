@@ -43,13 +43,13 @@ vectorized! {
             let max = max_slice(x);
             if size_of::<T>() < size_of::<T::Acc>() {
                 // Computed twice, because `y` cannot hold the exponentials without rounding them first.
-                let scale = T::Acc::ONE / fold(x, T::Acc::ZERO, |x| (x.to_acc() - max).fused_exp::<FUSED>());
+                let scale = T::Acc::ONE / fold(x, T::Acc::ZERO, |x| (x.to_acc() - max).probability::<FUSED>());
                 for (x, y) in x.iter().zip(y) {
-                    *y = T::from_acc((x.to_acc() - max).fused_exp::<FUSED>() * scale);
+                    *y = T::from_acc((x.to_acc() - max).probability::<FUSED>() * scale);
                 }
             } else {
                 for (x, y) in x.iter().zip(y.iter_mut()) {
-                    *y = T::from_acc((x.to_acc() - max).fused_exp::<FUSED>());
+                    *y = T::from_acc((x.to_acc() - max).probability::<FUSED>());
                 }
                 let scale = T::Acc::ONE / sum_slice(y);
                 for y in y {

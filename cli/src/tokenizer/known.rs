@@ -77,7 +77,7 @@ pub fn of_folder(folder: &Path, family: Family) -> Result<String> {
 /// What the tokenizers of `transformers` do with a model of SentencePiece.
 fn of_sentence_piece(pieces: SentencePiece, family: Family, config: &Value) -> std::result::Result<String, String> {
     let flag = |key: &str, default: bool| config[key].as_bool().unwrap_or(default);
-    if family == Family::Llama {
+    if family.is_causal() {
         let customs =
             Customs { start: flag("add_bos_token", true), end: flag("add_eos_token", false), ..Customs::default() };
         return pieces.json(customs);

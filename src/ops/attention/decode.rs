@@ -398,7 +398,7 @@ vectorized! {
         // With no key kept, every exponential must be 0 and not NaN.
         let shift = if max == A::NEG_INFINITY { A::ZERO } else { max };
         for s in &mut *s {
-            *s = (*s - shift).fused_exp::<FUSED>();
+            *s = (*s - shift).probability::<FUSED>();
         }
         let mut sum = A::ZERO;
         for s in &*s {
