@@ -28,6 +28,9 @@ pub struct Philox {
 }
 
 impl Philox {
+    /// Words that [`Philox::group`] draws together.
+    pub(crate) const GROUP: usize = 64;
+
     /// The stream with this number under this seed.
     pub fn new(seed: u64, stream: u64) -> Self {
         Self { seed, stream }
@@ -48,6 +51,15 @@ impl Philox {
     pub fn block(&self, block: u64) -> [u32; 4] {
         let counter = [block as u32, (block >> 32) as u32, self.stream as u32, (self.stream >> 32) as u32];
         philox4x32(counter, [self.seed as u32, (self.seed >> 32) as u32])
+    }
+
+    /// Words `64 group .. 64 group + 64`: sixteen blocks, so many that loops over them fill vector registers.
+    #[inline(always)]
+    pub(crate) fn group(&self, group: u64, words: &mut [u32; Self::GROUP]) {
+        let first = group * (Self::GROUP as u64 / 4);
+        for (block, words) in (first..).zip(words.as_chunks_mut::<4>().0) {
+            *words = self.block(block);
+        }
     }
 
     /// Word `index` of the stream.

@@ -8,6 +8,9 @@ use crate::{
     error::ensure,
 };
 
+/// Elements that are masked together.
+const GROUP: usize = Philox::GROUP;
+
 impl Tensor {
     /// Zeros each element with probability `p` and divides the others by `1 − p` (Srivastava et al.,
     /// <https://jmlr.org/papers/v15/srivastava14a.html>). Acts only under [`Tape::train`](crate::Tape::train), else
@@ -114,9 +117,6 @@ impl Mask {
     }
 }
 
-/// Elements that are masked together: sixteen blocks of four words, enough to fill vector registers.
-const GROUP: usize = 64;
-
 vectorized! {
     fn apply<T: Float>(
         random: Philox,
@@ -128,7 +128,7 @@ vectorized! {
     ) {
         let mut words = [0; GROUP];
         for (index, out) in out.chunks_mut(GROUP).enumerate() {
-            draw(random, first + index as u64, &mut words);
+            random.group(first + index as u64, &mut words);
             let masked = |x: T, word: u32| if word as u64 >= threshold { x.to_acc() * scale } else { T::Acc::ZERO };
             match residual {
                 Some(residual) => {
@@ -143,15 +143,6 @@ vectorized! {
                 }
             }
         }
-    }
-}
-
-/// Words `64 group..64 group + 64` of the stream.
-#[inline(always)]
-fn draw(random: Philox, group: u64, words: &mut [u32; GROUP]) {
-    let first = group * (GROUP as u64 / 4);
-    for (block, words) in (first..).zip(words.as_chunks_mut::<4>().0) {
-        *words = random.block(block);
     }
 }
 

@@ -338,14 +338,16 @@ vectorized! {
 vectorized! {
     /// Word `first + n` of the stream decides on element `n`.
     fn keep_factors<A: Real>(stream: Philox, first: u64, threshold: u64, factor: A, factors: &mut [A]) {
-        let mut words = [0u32; KEYS + 8];
-        let skip = (first % 4) as usize;
-        let blocks = (skip + factors.len()).div_ceil(4);
-        for (block, words) in words.chunks_exact_mut(4).take(blocks).enumerate() {
-            words.copy_from_slice(&stream.block(first / 4 + block as u64));
+        const GROUP: u64 = Philox::GROUP as u64;
+        let (mut words, skip) = ([0; KEYS + Philox::GROUP], (first % GROUP) as usize);
+        let groups = (skip + factors.len()).div_ceil(Philox::GROUP);
+        for (group, words) in words.as_chunks_mut().0.iter_mut().take(groups).enumerate() {
+            stream.group(first / GROUP + group as u64, words);
         }
+        // Where every word is below the threshold, 2³², the factor is zero.
+        let threshold = threshold.min(u32::MAX.into()) as u32;
         for (factor_of, word) in factors.iter_mut().zip(&words[skip..]) {
-            *factor_of = if *word as u64 >= threshold { factor } else { A::ZERO };
+            *factor_of = if *word >= threshold { factor } else { A::ZERO };
         }
     }
 }
