@@ -356,6 +356,14 @@ fn tokenizers_of_other_places() {
     for place in [vocabulary.clone(), elsewhere.path().to_string_lossy().into_owned()] {
         assert_eq!(embed(&files("bert"), &["--tokenizer", &place]), expected);
     }
+    // Large letters count where the vocabulary has them, as that of proteins has, unless the folder says otherwise.
+    fs::write(&vocabulary, pieces().replace("word8", "T").replace("word9", "t")).unwrap();
+    let text =
+        |text: &str| succeeds(&["embed", "--checkpoint", &files("bert"), "--tokenizer", &vocabulary, "--text", text]);
+    let (large, small) = (text("T"), text("t"));
+    assert_ne!(large, small);
+    fs::write(elsewhere.path().join("tokenizer_config.json"), r#"{"do_lower_case": true}"#).unwrap();
+    assert_eq!(text("T"), small);
     let llama = files("llama");
     for (tokenizer, expected) in [
         (path(elsewhere.path(), "none.json"), "check the path"),

@@ -74,7 +74,9 @@ pub fn of_file(path: &Path, family: Family) -> Result<String> {
             if text.lines().all(is_symbol) {
                 return Ok(pieces.symbols());
             }
-            Ok(pieces.words(config()?["do_lower_case"].as_bool().unwrap_or(true)))
+            // Where nothing says it, a vocabulary with large letters tells them from small ones.
+            let lowercase = config()?["do_lower_case"].as_bool().unwrap_or(!pieces.has_capitals());
+            Ok(pieces.words(lowercase))
         }
         _ => Err(broken("is no tokenizer: expected a name that ends in .json, .model or .txt".to_string())),
     }
@@ -139,6 +141,12 @@ impl Pieces {
         let added = special.iter().zip(ids).filter_map(|(token, id)| added_token(token, id?)).collect();
         let around = json!({"type": "BertProcessing", "sep": ["[SEP]", end], "cls": ["[CLS]", start]});
         Ok(Self { vocabulary, added, around })
+    }
+
+    /// Whether a piece other than the names in brackets has a large letter.
+    fn has_capitals(&self) -> bool {
+        let mut pieces = self.vocabulary.keys().filter(|piece| !piece.starts_with('['));
+        pieces.any(|piece| piece.chars().any(char::is_uppercase))
     }
 
     /// BERT's tokenizer.
