@@ -352,6 +352,29 @@ fn options_illegal() {
         ("Decoder", json!({"rel_pos_bias": true, "rel_pos_max_distance": 20}), "rel_pos_num_buckets"),
         ("Decoder", json!({"rotary_pos_emb": true}), "rotary_pos_emb"),
         ("Decoder", json!({"rotary_emb_dim": 32}), "rotary_emb_dim"),
+        ("Decoder", json!({"rotary_interpolation_factor": 2.0}), "rotary_interpolation_factor"),
+        ("Decoder", json!({"rotary_pos_emb": true, "rotary_interpolation_factor": 0.5}), "rotary_interpolation_factor"),
+        ("Decoder", json!({"rotary_llama3_scaling": stretched(8.0, 0.25, 2.0, 16)}), "rotary_llama3_scaling"),
+        (
+            "Decoder",
+            json!({"rotary_pos_emb": true, "rotary_llama3_scaling": stretched(0.5, 0.25, 2.0, 16)}),
+            "rotary_llama3_scaling",
+        ),
+        (
+            "Decoder",
+            json!({"rotary_pos_emb": true, "rotary_llama3_scaling": stretched(8.0, 2.0, 2.0, 16)}),
+            "rotary_llama3_scaling",
+        ),
+        (
+            "Decoder",
+            json!({"rotary_pos_emb": true, "rotary_llama3_scaling": stretched(8.0, 0.0, 2.0, 16)}),
+            "rotary_llama3_scaling",
+        ),
+        (
+            "Decoder",
+            json!({"rotary_pos_emb": true, "rotary_llama3_scaling": stretched(8.0, 0.25, 2.0, 0)}),
+            "rotary_llama3_scaling",
+        ),
         ("Decoder", json!({"rotary_qk_only": true}), "rotary_qk_only"),
         ("Decoder", json!({"rotary_pos_emb": true, "attn_dim_head": 40, "rotary_emb_dim": 41}), "rotary_pos_emb"),
         (
@@ -578,4 +601,9 @@ fn options_dropouts() -> Result<()> {
         assert_eq!(out(Some(Tape::grad()), false)?, plain, "{key}");
     }
     Ok(())
+}
+
+fn stretched(factor: f64, low: f64, high: f64, tokens: usize) -> Value {
+    json!({"factor": factor, "low_freq_factor": low, "high_freq_factor": high,
+        "original_max_position_embeddings": tokens})
 }

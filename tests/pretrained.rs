@@ -86,7 +86,7 @@ fn check(place: &str, (folder, expected): (PathBuf, Tensors)) -> Result<Pretrain
     assert!(off < 1e-4, "{place}: {off}");
     if let Some(logits) = expected.get("logits") {
         let n = logits.dim(1)?;
-        let first = if pretrained.family() == Family::Llama { hidden.dim(1)? - n } else { 0 };
+        let first = if pretrained.family().is_causal() { hidden.dim(1)? - n } else { 0 };
         let off = difference(&model.logits(&hidden.narrow(1, first, n)?)?, logits, None)?;
         println!("{place}: logits are off by {off:.1e}");
         assert!(off < 5e-4, "{place}: {off}");
@@ -176,6 +176,24 @@ fn llama_of_a_folder_in_several_files() -> Result<()> {
     assert_eq!((pretrained.family(), pretrained.end_token()), (Family::Llama, Some(3)));
     assert!(pretrained.file().path().ends_with("model.safetensors.index.json"));
     check_continued("llama", &folder, &expected)
+}
+
+/// What is built as a Llama is: other biases, a window, and rotations that are stretched.
+#[test]
+fn relatives_of_llama() -> Result<()> {
+    for (name, family) in [("llama3", Family::Llama), ("mistral", Family::Mistral), ("qwen2", Family::Qwen2)] {
+        let folder = files(name);
+        let expected = read_safetensors(folder.join("expected.safetensors"))?;
+        let pretrained = check(name, (folder.clone(), expected.clone()))?;
+        assert_eq!((pretrained.family(), pretrained.end_token()), (family, Some(3)));
+        let layers = &pretrained.config().attn_layers;
+        assert_eq!(layers.rotary_llama3_scaling.is_some(), name == "llama3");
+        assert_eq!(layers.rotary_interpolation_factor, if name == "qwen2" { 2.0 } else { 1.0 });
+        assert_eq!(layers.attn.max_attend_past, if name == "mistral" { Some(3) } else { None });
+        assert_eq!((layers.attn.qkv_bias, layers.attn.out_bias), (name == "qwen2", false));
+        check_continued(name, &folder, &expected)?;
+    }
+    Ok(())
 }
 
 #[test]

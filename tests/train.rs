@@ -18,7 +18,7 @@ use x_transformers::{
     },
     io::{read_safetensors, write_safetensors},
     models::{AutoregressiveWrapper, ForwardOptions},
-    train::{AdamW, ByteText, Ema, Schedule, TrainOptions, Trainer},
+    train::{AdamW, ByteText, Checkpoint, Ema, Schedule, TrainOptions, Trainer},
 };
 
 use common::device;
@@ -427,8 +427,51 @@ fn trainer_resume_is_exact() -> Result<()> {
             }
         }
         assert!(whole.validate()? == parts.validate()?);
+        // What is meant for use are the averaged weights.
+        let run = folder.0.join("averaged");
+        whole.save(&run)?;
+        let (averaged, last) = (Checkpoint::load_averaged(&run)?.1, Checkpoint::load_model(&run)?.1);
+        assert!(averaged.keys().eq(last.keys()));
+        whole.evaluate(|_| {
+            let mut params = whole.params().unique();
+            params.try_for_each(|(name, param)| {
+                let average = averaged[name].to_dtype(dtype)?.to_device(device())?;
+                assert!(average.to_f64_vec()? == param.tensor().to_f64_vec()?, "{name}");
+                assert!(averaged[name].to_f64_vec()? != last[name].to_f64_vec()?, "{name}");
+                Ok(())
+            })
+        })?;
         assert!(bits(&whole, &folder.0.join("whole")) == bits(&parts, &folder.0.join("parts")), "{dtype}");
     }
+    Ok(())
+}
+
+/// A run whose end is moved goes on as one that was begun with so many steps.
+#[test]
+fn trainer_moves_its_end() -> Result<()> {
+    let folder = Folder::new("moved");
+    // Where the learning rate depends on the end, the steps before it was moved would differ.
+    let constant = |steps| TrainOptions { warmup: 0, final_lr_ratio: 1.0, ..options(steps) };
+    let (mut whole, mut parts) = (trainer(0.1, constant(5))?, trainer(0.1, constant(2))?);
+    (0..5).try_for_each(|_| whole.step().map(drop))?;
+    (0..2).try_for_each(|_| parts.step().map(drop))?;
+    let run = folder.0.join("run");
+    parts.save(&run)?;
+    let mut parts = Trainer::resume(&run, text(), device())?;
+    for steps in [1, u64::MAX] {
+        let message = parts.set_steps(steps).unwrap_err().to_string();
+        assert!(message.contains("steps") && message.contains("expected 2, which are done"), "{message}");
+    }
+    parts.set_steps(5)?;
+    assert_eq!(parts.options(), whole.options());
+    (0..3).try_for_each(|_| parts.step().map(drop))?;
+    assert!(bits(&whole, &folder.0.join("whole")) == bits(&parts, &folder.0.join("parts")));
+    // The learning rate is that of the new end.
+    let falling = TrainOptions { warmup: 0, ..options(2) };
+    let mut short = trainer(0.0, falling.clone())?;
+    short.step()?;
+    short.set_steps(8)?;
+    assert_eq!(short.step()?.lr, TrainOptions { steps: 8, ..falling }.schedule().at(1));
     Ok(())
 }
 

@@ -21,6 +21,10 @@ pub struct EmbedArgs {
     #[arg(long, value_name = "DIR")]
     checkpoint: PathBuf,
 
+    /// The tokenizer, if it is not beside the weights: a folder, or a .json, .model or .txt in it
+    #[arg(long, value_name = "PATH")]
+    tokenizer: Option<PathBuf>,
+
     /// A text; several give a table of their cosines
     #[arg(long, value_name = "TEXT", required = true)]
     text: Vec<String>,
@@ -43,7 +47,7 @@ pub fn run(args: EmbedArgs) -> Result<()> {
         return Err(Failure::new(why).within(&args.checkpoint));
     }
     let pretrained = Pretrained::open(&args.checkpoint)?;
-    let tokenizer = Tokenizer::of(&pretrained)?;
+    let tokenizer = Tokenizer::of(&pretrained, args.tokenizer.as_deref())?;
     let rows = texts.iter().map(|text| tokenizer.encode(text)).collect::<Result<Vec<_>>>()?;
     let window = pretrained.config().max_seq_len;
     for (text, row) in texts.iter().zip(&rows) {

@@ -30,6 +30,10 @@ pub struct GenerateArgs {
     #[arg(long, value_name = "PATH")]
     checkpoint: PathBuf,
 
+    /// The tokenizer of a pretrained model, if it is not beside the weights: a folder, or a .json, .model or .txt in it
+    #[arg(long, value_name = "PATH")]
+    tokenizer: Option<PathBuf>,
+
     /// Text to continue; several are continued together, each by itself
     #[arg(long, value_name = "TEXT", default_value = "\n", hide_default_value = true, value_parser = NonEmptyStringValueParser::new())]
     prompt: Vec<String>,
@@ -128,12 +132,13 @@ struct Prompt {
 
 pub fn run(args: GenerateArgs) -> Result<()> {
     let device = Device::parse(&args.device)?;
-    let source = Source::open(&args.checkpoint)?;
+    let tokenizer = args.tokenizer.as_deref();
+    let source = Source::open(&args.checkpoint, tokenizer)?;
     if let Some(path) = &args.score {
         return score(&source, args.weights, path, &device);
     }
     let (prompts, length) = args.prompts(&source)?;
-    let draft = args.draft.as_ref().map(|path| Source::open(path).map(|draft| (draft, path))).transpose()?;
+    let draft = args.draft.as_ref().map(|path| Source::open(path, tokenizer).map(|draft| (draft, path))).transpose()?;
     if let Some((draft, path)) = &draft {
         let same = |(own, other): (&Prompt, &Prompt)| own.tokens == other.tokens;
         if !prompts.iter().zip(&args.prompts(draft).map_err(|failure| failure.within(path))?.0).all(same) {

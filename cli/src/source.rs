@@ -9,7 +9,7 @@ use clap::ValueEnum;
 use x_transformers::{
     DType, Device, Error, Store, Tensor,
     config::{AutoregressiveConfig, Config},
-    io::{Family, Pretrained},
+    io::Pretrained,
     models::AutoregressiveWrapper,
     train::Checkpoint,
 };
@@ -44,22 +44,26 @@ enum Kind {
 }
 
 impl Source {
-    /// Opens a folder of `xt train`, a folder of `transformers`, or a GGUF file.
-    pub fn open(path: &Path) -> Result<Self> {
+    /// Opens a folder of `xt train`, a folder of `transformers`, or a GGUF file; with a tokenizer if it is elsewhere.
+    pub fn open(path: &Path, tokenizer: Option<&Path>) -> Result<Self> {
         if Pretrained::is_one(path) {
             let pretrained = Pretrained::open(path)?;
-            if pretrained.family() != Family::Llama {
+            if !pretrained.family().is_causal() {
                 let why = format!(
                     "is of the family {}, which does not continue texts; give a Llama, or use `xt embed`",
                     pretrained.family()
                 );
                 return Err(Failure::new(why).within(path));
             }
-            let language = Language::Pieces(Box::new(Tokenizer::of(&pretrained)?));
+            let language = Language::Pieces(Box::new(Tokenizer::of(&pretrained, tokenizer)?));
             return Ok(Self { language, kind: Kind::Pretrained(Box::new(pretrained)), path: path.to_path_buf() });
         }
+        if tokenizer.is_some() {
+            let why = "`--tokenizer` is for pretrained models; what `xt train` wrote continues bytes";
+            return Err(Failure::new(why).within(path));
+        }
         let path = files::checkpoint(path);
-        let (config, values) = Checkpoint::load_model(&path)?;
+        let (config, values) = Checkpoint::load_averaged(&path)?;
         let Config::AutoregressiveWrapper(config) = config else {
             let why = "expected an AutoregressiveWrapper; give the folder that `xt train` wrote";
             return Err(Failure::new(why).within(&path));

@@ -1,5 +1,7 @@
 //! From text to tokens and back, as a pretrained model was taught.
 
+use std::path::Path;
+
 use x_transformers::io::Pretrained;
 
 use crate::failure::{Failure, Result};
@@ -20,11 +22,12 @@ pub struct Tokenizer {
 #[cfg(feature = "tokenizers")]
 impl Tokenizer {
     /// That of the model's files: `tokenizer.json`, a `vocab.txt`, a model of SentencePiece, or the vocabulary in a GGUF
-    /// file.
-    pub fn of(pretrained: &Pretrained) -> Result<Self> {
-        let file = pretrained.file().path();
-        let json = match pretrained.folder() {
-            Some(folder) => known::of_folder(folder, pretrained.family()),
+    /// file; or one in another file or folder.
+    pub fn of(pretrained: &Pretrained, given: Option<&Path>) -> Result<Self> {
+        let file = given.unwrap_or(pretrained.file().path());
+        let json = match given.or(pretrained.folder()) {
+            Some(folder) if given.is_none() || folder.is_dir() => known::of_folder(folder, pretrained.family()),
+            Some(file) => known::of_file(file, pretrained.family()),
             None => known::of_gguf(pretrained.file()).map_err(|why| Failure::new(why).within(file)),
         }?;
         let broken = |error| Failure::new(format_args!("tokenizer: {error}")).within(file);
@@ -70,7 +73,7 @@ fn added_token(token: &str, id: u64) -> Option<serde_json::Value> {
 
 #[cfg(not(feature = "tokenizers"))]
 impl Tokenizer {
-    pub fn of(_: &Pretrained) -> Result<Self> {
+    pub fn of(_: &Pretrained, _: Option<&Path>) -> Result<Self> {
         Err(Failure::new("this `xt` was built without tokenizers; build it with `--features tokenizers`"))
     }
 

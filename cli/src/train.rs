@@ -17,7 +17,7 @@ use x_transformers::{
 };
 
 use crate::{
-    compute::dtypes,
+    compute::{dtypes, fraction},
     corpus,
     failure::{Failure, Result},
     files::Run,
@@ -139,9 +139,9 @@ struct OptionArgs {
     #[arg(long, value_name = "N", default_value_t = TrainOptions::default().accumulate, conflicts_with = "resume")]
     accumulate: usize,
 
-    /// Updates of the weights
-    #[arg(long, value_name = "N", default_value_t = defaults::STEPS, conflicts_with = "resume")]
-    steps: u64,
+    /// Updates of the weights; with --resume it moves the end of the run, and its learning rate follows [default: 600]
+    #[arg(long, value_name = "N")]
+    steps: Option<u64>,
 
     /// Peak learning rate; it falls to a tenth along a cosine
     #[arg(long, value_name = "X", default_value_t = TrainOptions::default().lr, conflicts_with = "resume")]
@@ -154,6 +154,14 @@ struct OptionArgs {
     /// Largest norm of the gradient
     #[arg(long, value_name = "X", default_value_t = TrainOptions::default().clip, conflicts_with = "resume")]
     clip: f64,
+
+    /// AdamW's weight decay
+    #[arg(long, value_name = "X", default_value_t = TrainOptions::default().weight_decay, conflicts_with = "resume")]
+    weight_decay: f64,
+
+    /// Validate and sample with a moving average of the weights that keeps this share of itself in each step
+    #[arg(long, value_name = "DECAY", value_parser = fraction, conflicts_with = "resume")]
+    ema: Option<f64>,
 
     /// Fixes the initial weights and the order of the text
     #[arg(long, value_name = "N", default_value_t = TrainOptions::default().seed, conflicts_with = "resume")]
@@ -168,13 +176,15 @@ impl OptionArgs {
     fn resolve(&self, max_seq_len: usize) -> TrainOptions {
         let defaults = TrainOptions::default();
         TrainOptions {
-            steps: self.steps,
+            steps: self.steps.unwrap_or(defaults::STEPS),
             batch_size: self.batch_size,
             seq_len: self.seq_len.unwrap_or(defaults.seq_len.min(max_seq_len)),
             accumulate: self.accumulate,
             lr: self.lr,
             warmup: self.warmup,
             clip: self.clip,
+            weight_decay: self.weight_decay,
+            ema_decay: self.ema,
             seed: self.seed,
             dtype: self.dtype,
             ..defaults
@@ -232,7 +242,8 @@ pub fn run(args: TrainArgs) -> Result<()> {
         }
         Some(dir) => {
             let run = Run::find(dir)?;
-            let trainer = Trainer::resume(run.checkpoint(), text, &device)?;
+            let mut trainer = Trainer::resume(run.checkpoint(), text, &device)?;
+            args.options.steps.map_or(Ok(()), |steps| trainer.set_steps(steps))?;
             let metrics = Metrics::resume(&run.metrics(), trainer.steps_done())?;
             (run, trainer, metrics)
         }
@@ -348,7 +359,7 @@ impl Training<'_> {
 
     fn sample(&self, length: usize) -> Result<String> {
         let options = GenerateOptions { seed: self.trainer.options().seed, ..Default::default() };
-        sample::block(self.trainer.model(), length, &options, &self.device)
+        self.trainer.evaluate(|model| Ok(sample::block(model, length, &options, &self.device)))?
     }
 
     fn conclude(mut self) -> Result<()> {

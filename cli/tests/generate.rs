@@ -72,6 +72,28 @@ fn text_from_a_model_in_every_way() {
     assert!(refuses(&["generate", "--checkpoint", &out, "--repetition-penalty", "0"]).contains("--repetition-penalty"));
 }
 
+/// A run with averaged weights is continued with them: it scores a text as its validation does, not as its last weights.
+#[test]
+fn averaged_weights_are_used() {
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let (text, out) = (path(folder.path(), "text.txt"), path(folder.path(), "out"));
+    write_text(&text);
+    let options = ["--steps", "30", "--lr", "0.02", "--ema", "0.9"];
+    succeeds(&[&["train", "--text", &text, "--out", &out, "--device", "cpu"][..], &options, &TINY].concat());
+    let score = || succeeds(&["generate", "--checkpoint", &out, "--score", &text, "--device", "cpu"]);
+    let averaged = score();
+    let training = folder.path().join("out/checkpoint/training.json");
+    let json = fs::read_to_string(&training).expect("a file");
+    assert!(json.contains("\"ema_decay\": 0.9"), "{json}");
+    fs::write(&training, json.replace("\"ema_decay\": 0.9", "\"ema_decay\": null")).expect("a file");
+    assert_ne!(score(), averaged);
+    // Weights and config alone are a model too; a damaged file is none.
+    fs::write(&training, "{").expect("a file");
+    assert!(fails(&["generate", "--checkpoint", &out]).contains("training.json"));
+    fs::remove_file(&training).expect("a file");
+    assert_ne!(score(), averaged);
+}
+
 /// What eight bits cost a model that has learned something, in bits per byte. The README has numbers of a larger one.
 #[test]
 fn eight_bits_cost_little() {

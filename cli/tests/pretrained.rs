@@ -211,7 +211,7 @@ fn what_a_pretrained_model_cannot_do_is_refused() {
     let other = folder("bert", |_| (), ("config.json", r#"{"model_type": "gpt_neox"}"#));
     for command in [&["embed", "--text", "a"][..], &["generate"], &["info"]] {
         let error = fails(&[command, &["--checkpoint", &other.path().to_string_lossy()]].concat());
-        assert!(error.contains("`gpt_neox`, expected bert, albert or llama"), "{error}");
+        assert!(error.contains("`gpt_neox`, expected bert, albert, llama, mistral or qwen2"), "{error}");
     }
     // No tokenizer.
     for command in
@@ -339,6 +339,40 @@ fn pretrained_folders_embed_texts() {
     }
     let long = "cat ".repeat(15);
     assert!(fails(&["embed", "--checkpoint", &whole, "--text", &long]).contains("17 tokens, the model takes 1 to 16"));
+}
+
+/// A tokenizer that is not beside the weights.
+#[test]
+#[cfg(feature = "tokenizers")]
+fn tokenizers_of_other_places() {
+    let beside = folder("bert", |_| (), ("vocab.txt", &pieces()));
+    let elsewhere = tempfile::tempdir().unwrap();
+    let vocabulary = path(elsewhere.path(), "vocab.txt");
+    fs::write(&vocabulary, pieces()).unwrap();
+    let embed = |checkpoint: &str, more: &[&str]| {
+        succeeds(&[&["embed", "--checkpoint", checkpoint, "--text", "the cats"][..], more].concat())
+    };
+    let expected = embed(&beside.path().to_string_lossy(), &[]);
+    for place in [vocabulary.clone(), elsewhere.path().to_string_lossy().into_owned()] {
+        assert_eq!(embed(&files("bert"), &["--tokenizer", &place]), expected);
+    }
+    // Large letters count where the vocabulary has them, as that of proteins has, unless the folder says otherwise.
+    fs::write(&vocabulary, pieces().replace("word8", "T").replace("word9", "t")).unwrap();
+    let text =
+        |text: &str| succeeds(&["embed", "--checkpoint", &files("bert"), "--tokenizer", &vocabulary, "--text", text]);
+    let (large, small) = (text("T"), text("t"));
+    assert_ne!(large, small);
+    fs::write(elsewhere.path().join("tokenizer_config.json"), r#"{"do_lower_case": true}"#).unwrap();
+    assert_eq!(text("T"), small);
+    let llama = files("llama");
+    for (tokenizer, expected) in [
+        (path(elsewhere.path(), "none.json"), "check the path"),
+        (files("llama.gguf"), ".json, .model or .txt"),
+        (files("bert"), "has no tokenizer"),
+    ] {
+        let error = fails(&["generate", "--checkpoint", &llama, "--tokenizer", &tokenizer]);
+        assert!(error.contains(expected) && error.contains(&tokenizer), "{error}");
+    }
 }
 
 #[test]

@@ -42,7 +42,9 @@ fn options_that_contradict_each_other_are_code_2() {
         assert!(refuses(&["train", "--config", "c.json", option[0], option[1]]).contains("cannot be used with"));
         assert!(refuses(&["train", "--resume", "out", option[0], option[1]]).contains("cannot be used with"));
     }
-    for option in [["--steps", "3"], ["--seed", "1"], ["--out", "elsewhere"], ["--config", "c.json"]] {
+    for option in
+        [["--ema", "0.9"], ["--weight-decay", "0.1"], ["--seed", "1"], ["--out", "elsewhere"], ["--config", "c.json"]]
+    {
         assert!(refuses(&["train", "--resume", "out", option[0], option[1]]).contains("cannot be used with"));
     }
     assert!(refuses(&["info", "--config", "c.json", "--checkpoint", "out"]).contains("cannot be used with"));
@@ -178,6 +180,13 @@ fn folders_that_cannot_be_trained_in() {
     }
     drop(lock);
     succeeds(&["train", "--text", &text, "--resume", &out]);
+    // The end can be moved, but not before what is done.
+    let message = fails(&["train", "--text", &text, "--resume", &out, "--steps", "1"]);
+    assert!(
+        message.contains("steps") && message.contains("expected 2, which are done") && message.contains("got 1"),
+        "{message}"
+    );
+    assert!(succeeds(&["train", "--text", &text, "--resume", &out, "--steps", "3"]).contains("step 3/3"));
     // What it wrote embeds nothing, and has no token 999; nothing is shown before that is said.
     let message = fails(&["embed", "--checkpoint", &out, "--text", "a"]);
     assert!(message.contains("xt generate"), "{message}");

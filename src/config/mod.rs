@@ -18,7 +18,8 @@ mod wrappers;
 
 pub use call::{Call, GenerateCall};
 pub use options::{
-    AttentionConfig, AttentionLayersConfig, FeedForwardConfig, FinalNorm, LayerType, LayersKind, ShiftTokens,
+    AttentionConfig, AttentionLayersConfig, FeedForwardConfig, FinalNorm, LayerType, LayersKind, Llama3Scaling,
+    ShiftTokens,
 };
 pub use plan::{
     AlibiPlan, AttentionPath, AttentionPlan, BiasPlan, BranchPlan, FeedForwardPlan, LayerPlan, LayersPlan, Norm,

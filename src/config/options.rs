@@ -71,6 +71,22 @@ pub enum FinalNorm {
     None,
 }
 
+/// How Llama 3.1 stretches the rotation to longer texts (<https://arxiv.org/abs/2407.21783>): frequencies with fewer than
+/// `low_freq_factor` turns in the original context are divided by `factor`, those with more than `high_freq_factor` turns
+/// stay, and in between one goes over into the other. The names are those of `transformers`.
+#[derive(Clone, Copy, PartialEq, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Llama3Scaling {
+    /// Divides the slow frequencies, at least 1.
+    pub factor: f64,
+    /// Turns of the slow frequencies, above 0.
+    pub low_freq_factor: f64,
+    /// Turns of the fast frequencies, more than those of the slow ones.
+    pub high_freq_factor: f64,
+    /// Tokens that the model saw before it was stretched.
+    pub original_max_position_embeddings: usize,
+}
+
 /// Keyword arguments of `Encoder`, `Decoder` and `CrossAttender`.
 ///
 /// In JSON the keys are flat, as in Python: those of [`AttentionConfig`] begin with `attn_`, those of
@@ -141,6 +157,11 @@ pub struct AttentionLayersConfig {
     pub rotary_qk_only: bool,
     /// The base of the rotation's frequencies, also called theta. Default 10000.
     pub rotary_base: f64,
+    /// Positions are divided by this number: a model that was trained with it sees so many times further. Default 1.
+    /// <https://arxiv.org/abs/2306.15595>
+    pub rotary_interpolation_factor: f64,
+    /// The frequencies are those of Llama 3.1, the slow ones made slower. Default none.
+    pub rotary_llama3_scaling: Option<Llama3Scaling>,
     /// Rotates neighbours `2k, 2k + 1`, as today's x-transformers and GPT-J, and not `k, k + r/2`, as 0.22 and Llama in
     /// `transformers`. Needs `rotary_qk_only`.
     pub rotary_interleaved: bool,
@@ -205,6 +226,8 @@ impl Default for AttentionLayersConfig {
             rotary_emb_dim: None,
             rotary_qk_only: false,
             rotary_base: 10000.0,
+            rotary_interpolation_factor: 1.0,
+            rotary_llama3_scaling: None,
             rotary_interleaved: false,
             custom_layers: None,
             sandwich_coef: None,

@@ -2,7 +2,8 @@
 
 use super::{
     options::{
-        AttentionConfig, AttentionLayersConfig, FeedForwardConfig, FinalNorm, LayerType, LayersKind, ShiftTokens,
+        AttentionConfig, AttentionLayersConfig, FeedForwardConfig, FinalNorm, LayerType, LayersKind, Llama3Scaling,
+        ShiftTokens,
     },
     order::layer_order,
     plan::{
@@ -171,6 +172,8 @@ fn rotary(config: &AttentionLayersConfig, dim_head: usize, dim_qk: usize) -> Res
         without("rotary_interleaved", config.rotary_interleaved, "rotary_pos_emb")?;
         let changed = config.rotary_base != AttentionLayersConfig::default().rotary_base;
         without("rotary_base", changed, "rotary_pos_emb")?;
+        without("rotary_interpolation_factor", config.rotary_interpolation_factor != 1.0, "rotary_pos_emb")?;
+        without("rotary_llama3_scaling", config.rotary_llama3_scaling.is_some(), "rotary_pos_emb")?;
         return Ok(None);
     }
     without("rotary_interleaved", config.rotary_interleaved && !config.rotary_qk_only, "rotary_qk_only")?;
@@ -179,12 +182,37 @@ fn rotary(config: &AttentionLayersConfig, dim_head: usize, dim_qk: usize) -> Res
         config.rotary_base > 1.0 && config.rotary_base.is_finite(),
         Error::option("rotary_base", format!("expected a number above 1, got {}", config.rotary_base))
     );
+    let at_least_1 = |value: f64| value >= 1.0 && value.is_finite();
+    let factor = config.rotary_interpolation_factor;
+    ensure!(
+        at_least_1(factor),
+        Error::option("rotary_interpolation_factor", format!("expected a finite number of at least 1, got {factor}"))
+    );
+    if let Some(scaling) = &config.rotary_llama3_scaling {
+        let Llama3Scaling { factor, low_freq_factor, high_freq_factor, original_max_position_embeddings } = *scaling;
+        ensure!(
+            at_least_1(factor)
+                && low_freq_factor > 0.0
+                && high_freq_factor > low_freq_factor
+                && high_freq_factor.is_finite()
+                && original_max_position_embeddings > 0,
+            Error::option(
+                "rotary_llama3_scaling",
+                format!(
+                    "expected a factor of at least 1, 0 < low_freq_factor < high_freq_factor and \
+                     original_max_position_embeddings above 0, got {scaling:?}"
+                )
+            )
+        );
+    }
     // 0.22 knows heads of 32 features and more alone; what rotates as others do may be as narrow as theirs.
     let least = if config.rotary_qk_only && config.rotary_emb_dim.is_some() { 2 } else { 32 };
     let plan = RotaryPlan {
         dim: config.rotary_emb_dim.unwrap_or(dim_head / 2).max(least),
         values: !config.rotary_qk_only,
         base: config.rotary_base,
+        interpolation: factor,
+        llama3: config.rotary_llama3_scaling,
         interleaved: config.rotary_interleaved,
     };
     ensure!(

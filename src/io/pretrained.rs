@@ -24,7 +24,8 @@ use crate::{
 /// |---|---|
 /// | BERT, MiniLM among them | a folder with `config.json` and weights |
 /// | ALBERT | the same |
-/// | Llama, SmolLM among them | the same, or a GGUF file |
+/// | Llama, SmolLM and TinyLlama among them | the same, or a GGUF file |
+/// | Mistral, Qwen 2 and 2.5 | a folder |
 ///
 /// ```no_run
 /// use x_transformers::{DType, Device, io::Pretrained};
@@ -55,6 +56,17 @@ pub enum Family {
     Albert,
     /// Touvron et al., <https://arxiv.org/abs/2302.13971>.
     Llama,
+    /// Jiang et al., <https://arxiv.org/abs/2310.06825>.
+    Mistral,
+    /// Qwen 2 and 2.5, <https://arxiv.org/abs/2407.10671>.
+    Qwen2,
+}
+
+impl Family {
+    /// Whether its models continue texts; the others embed them.
+    pub fn is_causal(self) -> bool {
+        matches!(self, Self::Llama | Self::Mistral | Self::Qwen2)
+    }
 }
 
 impl fmt::Display for Family {
@@ -63,6 +75,8 @@ impl fmt::Display for Family {
             Self::Bert => "BERT",
             Self::Albert => "ALBERT",
             Self::Llama => "Llama",
+            Self::Mistral => "Mistral",
+            Self::Qwen2 => "Qwen2",
         })
     }
 }
@@ -90,7 +104,7 @@ impl Pretrained {
 
     /// Opens a folder or a GGUF file.
     ///
-    /// Errors: a file that cannot be read, a family that is not among the three, or options that they do not have here.
+    /// Errors: a file that cannot be read, a family that is not among those above, or options that they do not have here.
     pub fn open(path: impl AsRef<Path>) -> Result<Self> {
         let path = path.as_ref();
         let file = TensorFile::open(path)?;
@@ -106,8 +120,13 @@ impl Pretrained {
         let (family, (config, names)) = match options.text("model_type", "")? {
             "bert" => (Family::Bert, bert::bert(&options, &file)?),
             "albert" => (Family::Albert, bert::albert(&options, &file)?),
-            "llama" => (Family::Llama, llama::of_json(&options)?),
-            other => return Err(options.refuse("model_type", format!("is `{other}`, expected bert, albert or llama"))),
+            "llama" => (Family::Llama, llama::of_json(&options, Family::Llama)?),
+            "mistral" => (Family::Mistral, llama::of_json(&options, Family::Mistral)?),
+            "qwen2" => (Family::Qwen2, llama::of_json(&options, Family::Qwen2)?),
+            other => {
+                let why = format!("is `{other}`, expected bert, albert, llama, mistral or qwen2");
+                return Err(options.refuse("model_type", why));
+            }
         };
         // Some models have several; the first one is that of a text.
         let end = options.get("eos_token_id").and_then(|end| end.as_i64().or_else(|| end.get(0)?.as_i64()));
@@ -156,7 +175,7 @@ impl Pretrained {
     /// Errors: those of [`Pretrained::model`], or a model that sees later tokens.
     pub fn autoregressive(&self, dtype: DType, device: &Device) -> Result<AutoregressiveWrapper> {
         ensure!(
-            self.family == Family::Llama,
+            self.family.is_causal(),
             Error::file(self.file.path(), format!("is of the family {}, which does not continue texts", self.family))
         );
         let config = AutoregressiveConfig { net: self.config.clone(), ..AutoregressiveConfig::default() };
@@ -173,7 +192,7 @@ impl Pretrained {
     /// Errors: those of [`Pretrained::model`], or a pooling that is not known.
     pub fn sentence_encoder(&self, dtype: DType, device: &Device) -> Result<SentenceEncoder> {
         ensure!(
-            self.family != Family::Llama,
+            !self.family.is_causal(),
             Error::file(self.file.path(), format!("is of the family {}, which embeds no sentences", self.family))
         );
         let (pooling, normalize) = self.pooling()?;
@@ -244,6 +263,11 @@ impl Options {
 
     fn get(&self, key: &str) -> Option<&Value> {
         self.value.get(key).filter(|value| !value.is_null())
+    }
+
+    /// Whether the key is there, be it with null.
+    fn has(&self, key: &str) -> bool {
+        self.value.get(key).is_some()
     }
 
     fn size(&self, key: &str, default: Option<usize>) -> Result<usize> {

@@ -11,7 +11,7 @@ use super::{
 };
 use crate::{
     DType, Error, Result, Store, Tensor, checkpoint,
-    config::{BranchPlan, LayerPlan, LayerType, LayersPlan},
+    config::{BranchPlan, LayerPlan, LayerType, LayersPlan, RotaryPlan},
     core::dropout_stream,
     error::{At, ensure},
 };
@@ -196,10 +196,10 @@ fn flowing_mut(input: &mut AttentionInput) -> impl Iterator<Item = &mut Tensor> 
 impl AttentionLayers {
     /// As planned; the place is that of the layers.
     pub fn new(plan: &LayersPlan, store: &Store) -> Result<Self> {
-        let frequencies = |name: &str, dim: usize, base: f64| inverse_frequencies(dim, base, &store.at(name));
-        let rotary = plan.positions.rotary;
-        let rotary = rotary.map(|rotary| frequencies("rotary_pos_emb", rotary.dim, rotary.base)).transpose()?;
-        let infused = plan.positions.infused.then(|| frequencies("pia_pos_emb", plan.dim, 10000.0)).transpose()?;
+        let rotary = plan.positions.rotary.as_ref();
+        let rotary = rotary.map(|plan| inverse_frequencies(plan, &store.at("rotary_pos_emb"))).transpose()?;
+        let infused = plan.positions.infused.then(|| RotaryPlan::plain(plan.dim));
+        let infused = infused.map(|plan| inverse_frequencies(&plan, &store.at("pia_pos_emb"))).transpose()?;
         let layer = |(index, layer)| Layer::new(layer, plan.dim, rotary.as_ref(), &store.at("layers").at(index));
         let mut layers: Vec<_> =
             plan.layers.iter().take(plan.distinct).enumerate().map(layer).collect::<Result<_>>()?;

@@ -3,7 +3,7 @@
 use super::Embedding;
 use crate::{
     DType, Init, Param, Result, Store, Tensor,
-    config::{BiasPlan, T5Plan},
+    config::{BiasPlan, RotaryPlan, T5Plan},
     ops,
 };
 
@@ -41,14 +41,10 @@ impl AbsolutePositionalEmbedding {
     }
 }
 
-/// `1 / base^(2k / dim)` for `k` from 0 to `⌈dim / 2⌉`, in f32 as PyTorch computes them, whatever the model's dtype:
-/// half types would turn far positions by wrong angles.
-pub(super) fn inverse_frequencies(dim: usize, base: f64, store: &Store) -> Result<Tensor> {
-    let frequency = |k: usize| {
-        let exponent = (2 * k) as f32 / dim as f32;
-        1.0 / libm::pow(base, f64::from(exponent)) as f32
-    };
-    let values = Tensor::generate([dim.div_ceil(2)], DType::F32, store.device(), |k| f64::from(frequency(k)))?;
+/// The frequencies of a rotation, `[⌈dim / 2⌉]`, in f32 whatever the model's dtype: half types would turn far positions by
+/// wrong angles.
+pub(super) fn inverse_frequencies(plan: &RotaryPlan, store: &Store) -> Result<Tensor> {
+    let values = Tensor::generate([plan.dim.div_ceil(2)], DType::F32, store.device(), |k| plan.frequency(k))?;
     store.buffer("inv_freq", values)
 }
 

@@ -41,6 +41,9 @@ const OPTIMIZER: &str = "optimizer.safetensors";
 const TRAINING: &str = "training.json";
 const FILES: [&str; 4] = [CONFIG, MODEL, OPTIMIZER, TRAINING];
 
+/// Names of averaged weights in the optimizer's file begin with it.
+pub(super) const EMA: &str = "ema.";
+
 /// A whole checkpoint whose files are on their way into the folder.
 const INCOMING: &str = ".incoming";
 /// A checkpoint that is being written.
@@ -189,6 +192,25 @@ impl Checkpoint {
         let folder = folder.as_ref();
         let (model, _) = member(folder, MODEL, read_with_metadata)?;
         Ok((Self::load_config(folder)?, model))
+    }
+
+    /// Reads the model as [`Checkpoint::load_model`], with the averaged weights of a run that has them
+    /// ([`TrainOptions::ema_decay`]): those that its validation judges.
+    ///
+    /// Errors: as [`Checkpoint::load`].
+    pub fn load_averaged(folder: impl AsRef<Path>) -> Result<(Config, BTreeMap<String, Tensor>)> {
+        let folder = folder.as_ref();
+        let (config, mut model) = Self::load_model(folder)?;
+        // A folder with a config and weights alone is a model too.
+        let has_training =
+            [folder.join(INCOMING), folder.to_path_buf()].iter().any(|place| place.join(TRAINING).exists());
+        if has_training && read_json::<TrainingState>(folder, TRAINING)?.options.ema_decay.is_some() {
+            let (optimizer, _) = member(folder, OPTIMIZER, read_with_metadata)?;
+            let averages =
+                optimizer.into_iter().filter_map(|(name, value)| Some((name.strip_prefix(EMA)?.to_string(), value)));
+            model.extend(averages);
+        }
+        Ok((config, model))
     }
 }
 

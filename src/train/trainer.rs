@@ -4,6 +4,7 @@ use std::{cell::Cell, collections::BTreeMap, fmt, path::Path};
 
 use super::{
     AdamW, ByteText, Checkpoint, Ema, GradScaler, Losses, StepInfo, TextPrint, TrainOptions, TrainingState,
+    checkpoint::EMA,
     random::{MAX_STEPS, tape_seed},
 };
 use crate::{
@@ -13,9 +14,6 @@ use crate::{
     models::{AutoregressiveWrapper, ForwardOptions},
     ops::adamw::square_norms,
 };
-
-/// What the averaged weights are called in a checkpoint.
-const EMA: &str = "ema.";
 
 /// Trains a byte-level model on a text, step by step.
 ///
@@ -359,6 +357,18 @@ impl Trainer {
 
     fn skipped_steps(&self) -> u64 {
         self.scaler.as_ref().map_or(0, GradScaler::skipped)
+    }
+
+    /// Moves the end of the run: the learning rate of what is left is that of a run that was begun with so many steps.
+    ///
+    /// Errors: [`Error::Option`] for fewer steps than are done, or more than are possible.
+    pub fn set_steps(&mut self, steps: u64) -> Result<()> {
+        ensure!(
+            (self.step..=MAX_STEPS).contains(&steps),
+            Error::option("steps", format!("expected {}, which are done, to {MAX_STEPS}, got {steps}", self.step))
+        );
+        self.options.steps = steps;
+        Ok(())
     }
 
     /// How the run trains.

@@ -64,7 +64,7 @@ pub const OPTIONS: &[&str] = &[
     r#"{"weight_tie_layers": true}"#,
     r#"{"rotary_pos_emb": true, "attn_dim_head": 33, "rotary_qk_only": true, "rotary_interleaved": true}"#,
     r#"{"rotary_pos_emb": true, "attn_dim_head": 33, "rotary_base": 300.0}"#,
-    r#"{"rotary_pos_emb": true, "rotary_emb_dim": 4, "rotary_qk_only": true}"#,
+    r#"{"rotary_pos_emb": true, "rotary_emb_dim": 4, "rotary_qk_only": true, "rotary_interpolation_factor": 3.0}"#,
     r#"{"cross_attend": true}"#,
     r#"{"cross_attend": true, "cross_residual_attn": true}"#,
     r#"{"cross_attend": true, "only_cross": true}"#,

@@ -5,6 +5,9 @@
 
     llama/       a Llama in two files of safetensors with their index, with biases and grouped heads
     bert/        a BERT with pooled head in two files of `torch.save` with their index
+    llama3/      a Llama whose rotation is stretched as that of Llama 3.1
+    mistral/     a Mistral that looks back a few tokens
+    qwen2/       a Qwen2 with tied embeddings, whose rotation is stretched linearly
     llama.gguf   a Llama with tied embeddings in blocks of eight bits, with a byte-level tokenizer and tokens of a chat
 """
 
@@ -18,7 +21,10 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 from tokenizers import pre_tokenizers
-from transformers import AutoModelForCausalLM, BertConfig, BertModel, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoModelForCausalLM, BertConfig, BertModel, LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM, Qwen2Config,
+    Qwen2ForCausalLM,
+)
 
 FOLDER = Path(__file__).parent
 
@@ -60,6 +66,21 @@ def llama():
     folder = FOLDER / "llama"
     shutil.rmtree(folder, ignore_errors=True)
     model.save_pretrained(folder, max_shard_size="16KB")
+    (folder / "generation_config.json").unlink(missing_ok=True)
+    expect(folder / "expected.safetensors", of_llama(model, drawn(40, (2, 9)), 12))
+
+
+@torch.no_grad()
+def like_llama(name, config, model, **options):
+    torch.manual_seed(2)
+    model = model(config(
+        vocab_size=40, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
+        intermediate_size=24, max_position_embeddings=32, attn_implementation="eager", eos_token_id=3, **options,
+    )).eval()
+    unsettle(model)
+    folder = FOLDER / name
+    shutil.rmtree(folder, ignore_errors=True)
+    model.save_pretrained(folder)
     (folder / "generation_config.json").unlink(missing_ok=True)
     expect(folder / "expected.safetensors", of_llama(model, drawn(40, (2, 9)), 12))
 
@@ -173,5 +194,13 @@ def gguf_file():
 
 
 llama()
+like_llama("llama3", LlamaConfig, LlamaForCausalLM, rope_parameters={
+    "rope_type": "llama3", "rope_theta": 500.0, "factor": 8.0, "low_freq_factor": 0.25, "high_freq_factor": 2.0,
+    "original_max_position_embeddings": 16,
+})
+like_llama("mistral", MistralConfig, MistralForCausalLM, sliding_window=4)
+like_llama("qwen2", Qwen2Config, Qwen2ForCausalLM, tie_word_embeddings=True, rope_parameters={
+    "rope_type": "linear", "rope_theta": 300.0, "factor": 2.0,
+})
 bert()
 gguf_file()

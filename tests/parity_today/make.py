@@ -162,6 +162,7 @@ rotary_case("rotary_interleaved_part", {}, {}, True)
 rotary_case("rotary_interleaved_mem_kv", {"attn_num_mem_kv": 2}, {"attn_num_mem_kv": 2}, False)
 # Their base is rescaled: 10000 · 4^(32/30).
 rotary_case("rotary_base", {"rotary_base_rescale_factor": 4.0}, {"rotary_base": 10000 * 4.0 ** (32 / 30)}, False)
+rotary_case("rotary_interpolation_factor", {"rotary_interpolation_factor": 4.0}, {"rotary_interpolation_factor": 4.0}, False)
 
 
 # Hugging Face's models.

@@ -39,45 +39,53 @@ fn tokenizer_config(folder: &Path) -> Result<Value> {
     serde_json::from_str(&read(&path)?).map_err(|error| Failure::new(error).within(&path))
 }
 
-/// `tokenizer.json`, a model of SentencePiece, or what `vocab.txt` stands for: word pieces, or the symbols of SMILES.
+/// The file in a folder that describes the tokenizer.
 pub fn of_folder(folder: &Path, family: Family) -> Result<String> {
-    let whole = folder.join("tokenizer.json");
-    if whole.is_file() {
-        return read(&whole);
+    let names = ["tokenizer.json"].into_iter().chain(SENTENCE_PIECE).chain(["vocab.txt"]);
+    if let Some(path) = names.map(|name| folder.join(name)).find(|path| path.is_file()) {
+        return of_file(&path, family);
     }
-    if let Some(model) = SENTENCE_PIECE.iter().map(|name| folder.join(name)).find(|path| path.is_file()) {
-        let broken = |why: String| Failure::new(why).within(&model);
-        let pieces = SentencePiece::parse(&read_bytes(&model)?).map_err(broken)?;
-        return of_sentence_piece(pieces, family, &tokenizer_config(folder)?).map_err(broken);
+    let merges = if folder.join("vocab.json").is_file() {
+        " `vocab.json` is there, which this command does not read."
+    } else {
+        ""
+    };
+    let why = format!(
+        "has no tokenizer: no `tokenizer.json`, no `tokenizer.model`, no `spiece.model` and no `vocab.txt`.{merges} \
+         Put one of them there or name it by `--tokenizer`; \
+         `AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)` of transformers writes the first"
+    );
+    Err(Failure::new(why).within(folder))
+}
+
+/// `tokenizer.json`, a model of SentencePiece, or what `vocab.txt` stands for: word pieces, or the symbols of SMILES.
+pub fn of_file(path: &Path, family: Family) -> Result<String> {
+    let broken = |why: String| Failure::new(why).within(path);
+    let config = || tokenizer_config(path.parent().unwrap_or(Path::new("")));
+    match path.extension().and_then(|extension| extension.to_str()) {
+        Some("json") => read(path),
+        Some("model") => {
+            let pieces = SentencePiece::parse(&read_bytes(path)?).map_err(broken)?;
+            of_sentence_piece(pieces, family, &config()?).map_err(broken)
+        }
+        Some("txt") => {
+            let text = read(path)?;
+            let pieces = Pieces::new(&text).map_err(broken)?;
+            if text.lines().all(is_symbol) {
+                return Ok(pieces.symbols());
+            }
+            // Where nothing says it, a vocabulary with large letters tells them from small ones.
+            let lowercase = config()?["do_lower_case"].as_bool().unwrap_or(!pieces.has_capitals());
+            Ok(pieces.words(lowercase))
+        }
+        _ => Err(broken("is no tokenizer: expected a name that ends in .json, .model or .txt".to_string())),
     }
-    let vocabulary = folder.join("vocab.txt");
-    if !vocabulary.is_file() {
-        let merges = if folder.join("vocab.json").is_file() {
-            " `vocab.json` is there, which this command does not read."
-        } else {
-            ""
-        };
-        let why = format!(
-            "has no tokenizer: no `tokenizer.json`, no `tokenizer.model`, no `spiece.model` and no `vocab.txt`.{merges} \
-             Put one of them there; `AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)` of transformers \
-             writes the first"
-        );
-        return Err(Failure::new(why).within(folder));
-    }
-    let text = read(&vocabulary)?;
-    let broken = |why: String| Failure::new(why).within(&vocabulary);
-    let pieces = Pieces::new(&text).map_err(broken)?;
-    if text.lines().all(is_symbol) {
-        return Ok(pieces.symbols());
-    }
-    let lowercase = tokenizer_config(folder)?["do_lower_case"].as_bool().unwrap_or(true);
-    Ok(pieces.words(lowercase))
 }
 
 /// What the tokenizers of `transformers` do with a model of SentencePiece.
 fn of_sentence_piece(pieces: SentencePiece, family: Family, config: &Value) -> std::result::Result<String, String> {
     let flag = |key: &str, default: bool| config[key].as_bool().unwrap_or(default);
-    if family == Family::Llama {
+    if family.is_causal() {
         let customs =
             Customs { start: flag("add_bos_token", true), end: flag("add_eos_token", false), ..Customs::default() };
         return pieces.json(customs);
@@ -133,6 +141,12 @@ impl Pieces {
         let added = special.iter().zip(ids).filter_map(|(token, id)| added_token(token, id?)).collect();
         let around = json!({"type": "BertProcessing", "sep": ["[SEP]", end], "cls": ["[CLS]", start]});
         Ok(Self { vocabulary, added, around })
+    }
+
+    /// Whether a piece other than the names in brackets has a large letter.
+    fn has_capitals(&self) -> bool {
+        let mut pieces = self.vocabulary.keys().filter(|piece| !piece.starts_with('['));
+        pieces.any(|piece| piece.chars().any(char::is_uppercase))
     }
 
     /// BERT's tokenizer.

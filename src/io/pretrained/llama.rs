@@ -1,12 +1,16 @@
-//! Llama, in the names of `transformers` and of GGUF.
+//! Llama, and what is built as it is, in the names of `transformers` and of GGUF.
+
+use serde_json::Value;
 
 use super::{
     super::names::{Source, Weight},
-    Described, Names, Options, TensorFile, ff_mult,
+    Described, Family, Names, Options, TensorFile, ff_mult,
 };
 use crate::{
     Error, Result,
-    config::{AttentionConfig, AttentionLayersConfig, FeedForwardConfig, FinalNorm, TransformerWrapperConfig},
+    config::{
+        AttentionConfig, AttentionLayersConfig, FeedForwardConfig, FinalNorm, Llama3Scaling, TransformerWrapperConfig,
+    },
     io::Metadata,
 };
 
@@ -22,8 +26,19 @@ struct Sizes {
     inner: usize,
     eps: f64,
     base: f64,
-    bias: bool,
+    scaling: Scaling,
+    /// Biases of queries, keys and values, and of the attention's output.
+    biases: [bool; 2],
+    max_attend_past: Option<usize>,
     tied: bool,
+}
+
+/// How the rotation is stretched to longer texts.
+#[derive(Clone, Copy)]
+enum Scaling {
+    None,
+    Linear(f64),
+    Llama3(Llama3Scaling),
 }
 
 impl Sizes {
@@ -37,11 +52,14 @@ impl Sizes {
             rotary_emb_dim: Some(self.dim_head),
             rotary_qk_only: true,
             rotary_base: self.base,
+            rotary_interpolation_factor: if let Scaling::Linear(factor) = self.scaling { factor } else { 1.0 },
+            rotary_llama3_scaling: if let Scaling::Llama3(scaling) = self.scaling { Some(scaling) } else { None },
             attn: AttentionConfig {
                 dim_head: self.dim_head,
                 kv_heads: Some(self.kv_heads),
-                qkv_bias: self.bias,
-                out_bias: self.bias,
+                qkv_bias: self.biases[0],
+                out_bias: self.biases[1],
+                max_attend_past: self.max_attend_past,
                 ..AttentionConfig::default()
             },
             ff: FeedForwardConfig {
@@ -66,29 +84,84 @@ fn places(layer: usize) -> [String; 2] {
     [2 * layer, 2 * layer + 1].map(|index| format!("attn_layers.layers.{index}"))
 }
 
-pub(super) fn of_json(options: &Options) -> Result<Described> {
+/// The rotation that a config asks for.
+fn scaling(options: &Options, rope: Option<&Value>) -> Result<Scaling> {
+    let value = |key: &str| rope.and_then(|rope| rope.get(key)).filter(|value| !value.is_null());
+    let number = |key: &str| {
+        let number = value(key).and_then(Value::as_f64);
+        number.ok_or_else(|| options.refuse("rope_scaling", format!("has no number `{key}`")))
+    };
+    match value("rope_type").or_else(|| value("type")).and_then(Value::as_str) {
+        None | Some("default") => Ok(Scaling::None),
+        Some("linear") => Ok(Scaling::Linear(number("factor")?)),
+        Some("llama3") => Ok(Scaling::Llama3(Llama3Scaling {
+            factor: number("factor")?,
+            low_freq_factor: number("low_freq_factor")?,
+            high_freq_factor: number("high_freq_factor")?,
+            original_max_position_embeddings: number("original_max_position_embeddings")? as usize,
+        })),
+        Some(kind) => {
+            Err(options.refuse("rope_scaling", format!("is of type `{kind}`, expected default, linear or llama3")))
+        }
+    }
+}
+
+/// How far back tokens attend, if not to the first one.
+fn max_attend_past(options: &Options, family: Family, depth: usize, positions: usize) -> Result<Option<usize>> {
+    const KEY: &str = "sliding_window";
+    let default = match family {
+        // Set to null it is none; left out it is this.
+        Family::Mistral if !options.has(KEY) => Some(4096),
+        Family::Mistral => None,
+        Family::Qwen2 if options.flag("use_sliding_window", false)? => {
+            let first = options.size("max_window_layers", Some(28))?;
+            if first < depth {
+                return Err(options.refuse("max_window_layers", format!("is {first}, so that layers differ")));
+            }
+            return Ok(None);
+        }
+        _ => return Ok(None),
+    };
+    if options.get(KEY).is_none() && default.is_none() {
+        return Ok(None);
+    }
+    // The window has the token itself in it.
+    Ok(Some(options.size(KEY, default)? - 1).filter(|&past| past + 1 < positions))
+}
+
+pub(super) fn of_json(options: &Options, family: Family) -> Result<Described> {
     options.only("hidden_act", "silu")?;
     options.only("mlp_bias", false)?;
     let rope = options.get("rope_parameters").or_else(|| options.get("rope_scaling"));
-    let kind = rope.and_then(|rope| rope.get("rope_type").or_else(|| rope.get("type"))).and_then(|kind| kind.as_str());
-    if kind.is_some_and(|kind| kind != "default") {
-        return Err(options.refuse("rope_scaling", format!("is of type {kind:?}, only plain rotation is known")));
-    }
     let theta = rope.and_then(|rope| rope.get("rope_theta")).and_then(|theta| theta.as_f64());
     let dim = options.size("hidden_size", Some(4096))?;
     let heads = options.size("num_attention_heads", Some(32))?;
+    let depth = options.depth(32)?;
+    // What the classes of transformers have where a file says nothing: tokens, positions, inner features, key heads.
+    let (tokens, positions, inner, kv_heads) = match family {
+        Family::Mistral => (32000, 4096 * 32, 14336, 8),
+        Family::Qwen2 => (151936, 32768, 22016, 32),
+        _ => (32000, 2048, 11008, heads),
+    };
+    let positions = options.size("max_position_embeddings", Some(positions))?;
     let sizes = Sizes {
-        tokens: options.size("vocab_size", Some(32000))?,
-        positions: options.size("max_position_embeddings", Some(2048))?,
+        tokens: options.size("vocab_size", Some(tokens))?,
+        positions,
         dim,
-        depth: options.depth(32)?,
+        depth,
         heads,
-        kv_heads: options.size("num_key_value_heads", Some(heads))?,
+        kv_heads: options.size("num_key_value_heads", Some(kv_heads))?,
         dim_head: options.size("head_dim", Some(dim / heads))?,
-        inner: options.size("intermediate_size", Some(11008))?,
+        inner: options.size("intermediate_size", Some(inner))?,
         eps: options.number("rms_norm_eps", 1e-6)?,
         base: theta.map_or_else(|| options.number("rope_theta", 10000.0), Ok)?,
-        bias: options.flag("attention_bias", false)?,
+        scaling: scaling(options, rope)?,
+        biases: match family {
+            Family::Mistral => [false, false],
+            Family::Qwen2 => [true, false],
+            _ => [options.flag("attention_bias", false)?; 2],
+        },
+        max_attend_past: max_attend_past(options, family, depth, positions)?,
         tied: options.flag("tie_word_embeddings", false)?,
     };
     let mut names = Names::default();
@@ -100,7 +173,7 @@ pub(super) fn of_json(options: &Options) -> Result<Described> {
         names.one(format!("{ff}.0.0.g"), format!("{theirs}.post_attention_layernorm.weight"));
         for (here, there) in [("to_q", "q_proj"), ("to_k", "k_proj"), ("to_v", "v_proj"), ("to_out", "o_proj")] {
             let (here, there) = (format!("{own}.1.{here}"), format!("{theirs}.self_attn.{there}"));
-            if sizes.bias {
+            if sizes.biases[usize::from(there.ends_with("o_proj"))] {
                 names.affine(&here, &there);
             } else {
                 names.one(format!("{here}.weight"), format!("{there}.weight"));
@@ -162,7 +235,9 @@ pub(super) fn of_gguf(file: &TensorFile) -> Result<Described> {
         inner: size("llama.feed_forward_length", None)?,
         eps: number("llama.attention.layer_norm_rms_epsilon", 1e-5)?,
         base: number("llama.rope.freq_base", 10000.0)?,
-        bias: false,
+        scaling: Scaling::None,
+        biases: [false, false],
+        max_attend_past: None,
         tied: file.info("output.weight").is_none(),
     };
     if sizes.depth > file.names().count() {

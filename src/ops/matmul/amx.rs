@@ -542,6 +542,7 @@ mod tests {
                 m,
                 n,
                 k,
+                rows: m,
                 a: Matrix { data: &self.a[..], row: a_row, col: a_col },
                 b: Matrix { data: &self.b[..], row: b_row, col: b_col },
                 offsets: &|_| (0, 0),

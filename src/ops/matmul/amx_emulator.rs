@@ -10,6 +10,8 @@ use std::{
     },
 };
 
+use crate::device::Level;
+
 static INSTALLED: AtomicBool = AtomicBool::new(false);
 
 /// Whether the instructions are emulated.
@@ -17,10 +19,13 @@ pub fn installed() -> bool {
     INSTALLED.load(Ordering::Acquire)
 }
 
-/// Emulates the instructions from now on, in the whole process.
+/// Emulates the instructions from now on, in the whole process, unless the processor has them.
 pub fn install() {
     static ONCE: Once = Once::new();
     ONCE.call_once(|| {
+        if Level::detected() >= Level::Amx {
+            return;
+        }
         // SAFETY: the structure is plain data, for which zeros are valid; the handler has the signature that the flag
         // asks for.
         unsafe {

@@ -288,6 +288,8 @@ pub(crate) struct Product<'a, T> {
     pub m: usize,
     pub n: usize,
     pub k: usize,
+    /// What decides by which instructions to multiply: `m`, or more if rows of several items meet the same matrix.
+    pub rows: usize,
     pub a: Matrix<'a, T>,
     pub b: Matrix<'a, T>,
     pub offsets: &'a (dyn Fn(usize) -> (usize, usize) + Sync),
@@ -299,7 +301,7 @@ pub(crate) struct Product<'a, T> {
 ///
 /// How the work is cut depends on the sizes alone. Errors: out of memory for packed operands.
 pub(crate) fn gemm<T: Multiply>(product: &Product<T>, out: &mut [T]) -> Result<()> {
-    if product.m > skinny::ROWS && T::Tiled::available() {
+    if product.rows > skinny::ROWS && T::Tiled::available() {
         gemm_by::<T, T::Tiled>(product, out)
     } else if T::Paired::available() {
         gemm_by::<T, T::Paired>(product, out)
@@ -368,7 +370,7 @@ pub(super) fn gemm_by<T: Float, P: Packing<T>>(product: &Product<T>, out: &mut [
 ///
 /// How the work is cut depends on the sizes alone. Errors: out of memory for packed operands.
 pub(crate) fn gemm_sums<T: Multiply>(product: &Product<T>, accumulate: bool, sums: &mut [T::Acc]) -> Result<()> {
-    if product.m > skinny::ROWS && T::Tiled::available() {
+    if product.rows > skinny::ROWS && T::Tiled::available() {
         gemm_sums_by::<T, T::Tiled>(product, accumulate, sums)
     } else if T::Paired::available() {
         gemm_sums_by::<T, T::Paired>(product, accumulate, sums)

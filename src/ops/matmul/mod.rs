@@ -123,6 +123,9 @@ struct Sizes {
     m: usize,
     n: usize,
     k: usize,
+    /// Rows that one matrix of B multiplies, by the shapes alone: with those of the last dimensions of the batch that B has
+    /// not. Products that depend on the number of rows must not depend on how they lie in memory.
+    rows: usize,
 }
 
 impl Sizes {
@@ -137,7 +140,11 @@ impl Sizes {
             k == rows,
             Error::shape("matmul", format!("{a:?} and {b:?} do not match: {k} columns times {rows} rows"))
         );
-        Ok(Self { batch: batch_a.broadcast(&batch_b, "matmul")?, m, n, k })
+        let batch = batch_a.broadcast(&batch_b, "matmul")?;
+        let own = |back: usize| batch_b.rank().checked_sub(back).map_or(1, |dim| batch_b[dim]);
+        let shared = (1..=batch.rank()).take_while(|&back| own(back) == 1).map(|back| batch[batch.rank() - back]);
+        let rows = shared.fold(m, usize::saturating_mul);
+        Ok(Self { batch, m, n, k, rows })
     }
 
     /// The batch followed by two more dimensions.
@@ -202,6 +209,7 @@ struct Merged {
     m: usize,
     n: usize,
     k: usize,
+    rows: usize,
     /// Steps of A from row to row and from column to column.
     a: [usize; 2],
     b: [usize; 2],
@@ -209,7 +217,7 @@ struct Merged {
 
 impl Merged {
     fn new(sizes: &Sizes, a: &Tensor, b: &Tensor) -> Result<Self> {
-        let &Sizes { batch, mut m, n, k } = sizes;
+        let &Sizes { batch, mut m, n, k, rows } = sizes;
         let (a_layout, b_layout) = (a.layout().expand(sizes.with([m, k])?), b.layout().expand(sizes.with([k, n])?));
         let mut rank = batch.rank();
         let [mut a_row, a_col] = [a_layout.strides[rank], a_layout.strides[rank + 1]];
@@ -229,7 +237,7 @@ impl Merged {
         let batch = Shape::unchecked(&batch[..rank]);
         let (batch, strides) = collapse(&batch, [&a_layout.strides()[..rank], &b_layout.strides()[..rank]]);
         let start = [a_layout.offset, b_layout.offset];
-        Ok(Self { batch, strides, start, m, n, k, a: [a_row, a_col], b: b_steps })
+        Ok(Self { batch, strides, start, m, n, k, rows, a: [a_row, a_col], b: b_steps })
     }
 }
 
@@ -248,6 +256,7 @@ impl Merged {
             m: self.m,
             n: self.n,
             k: self.k,
+            rows: self.rows,
             a: matrix(a.storage::<T>()?, self.a),
             b: matrix(b.storage::<T>()?, self.b),
             offsets,
@@ -374,5 +383,23 @@ impl Backward for LinearBackward {
             grads.push(if need_bias { Some(grad.sum(&rows)?) } else { None });
         }
         Ok(Contributions::whole(grads))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The instructions follow from the shapes: rows of a batch count where it has one matrix B.
+    #[test]
+    fn matmul_rows_by_shape() -> Result<()> {
+        let rows = |a: &[usize], b: &[usize]| Ok(Sizes::of(&Shape::new(a)?, &Shape::new(b)?)?.rows);
+        assert_eq!(rows(&[5, 7], &[7, 4])?, 5);
+        assert_eq!(rows(&[3, 2, 5, 7], &[7, 4])?, 30);
+        assert_eq!(rows(&[3, 2, 5, 7], &[3, 1, 7, 4])?, 10);
+        assert_eq!(rows(&[3, 2, 5, 7], &[3, 2, 7, 4])?, 5);
+        assert_eq!(rows(&[3, 2, 5, 7], &[1, 2, 7, 4])?, 5);
+        assert_eq!(rows(&[5, 7], &[3, 1, 7, 4])?, 5);
+        rows(&[5, 7], &[6, 4]).map_or(Ok(()), |rows| panic!("{rows} rows of what does not fit"))
     }
 }
