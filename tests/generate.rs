@@ -4,7 +4,7 @@ mod common;
 #[path = "common/draw.rs"]
 mod draw;
 
-use std::collections::HashMap;
+use std::{collections::HashMap, process::Command};
 
 use common::device;
 use draw::{Draw, VOCABULARY, draws, unsettle};
@@ -16,6 +16,7 @@ use serde_json::{Value, json};
 use x_transformers::{
     DType, Device, Error, Philox, Result, Store, Tape, Tensor,
     config::{AutoregressiveConfig, Config, FilterLogits, SamplingConfig},
+    device::Level,
     models::{
         AutoregressiveWrapper, BeamOptions, ContinuousAutoregressiveWrapper, EncoderDecoderOptions, ForwardOptions,
         GenerateOptions, ViTransformerWrapper, XTransformer, filter_probabilities,
@@ -589,7 +590,7 @@ fn continuous_sequences_grow_in_a_cache() -> Result<()> {
 fn weights_in_eight_bits_are_close() -> Result<()> {
     let random = Philox::new(1, 0);
     for dtype in [DType::F64, DType::F32, DType::BF16, DType::F16] {
-        for (rows, columns) in [(5, 3), (40, 129), (17, 1030)] {
+        for (rows, columns) in [(5, 3), (40, 129), (17, 1030), (3, 64), (0, 7)] {
             let make = |shape: [usize; 2], stream: u64| {
                 Tensor::generate(shape, dtype, device(), |i| random.normal(i as u64 + (stream << 32)))
             };
@@ -601,10 +602,12 @@ fn weights_in_eight_bits_are_close() -> Result<()> {
                 let step = row.iter().fold(0.0f64, |most, x| most.max(x.abs())) / 127.0;
                 assert!(row.iter().zip(near).all(|(a, b)| (a - b).abs() <= 0.5001 * step));
             }
-            for count in [1, 3, 8, 9] {
+            for count in (0..=9).chain([17, 33]) {
                 let x = make([count, columns], 3)?;
-                let y = matrix.linear(&x, Some(&bias))?;
-                let exact = x.to_dtype(DType::F64)?.linear(&wide, Some(&bias.to_dtype(DType::F64)?))?;
+                let bias = Some(&bias).filter(|_| count != 2);
+                let y = matrix.linear(&x, bias)?;
+                let bias = bias.map(|bias| bias.to_dtype(DType::F64)).transpose()?;
+                let exact = x.to_dtype(DType::F64)?.linear(&wide, bias.as_ref())?;
                 let bound = if dtype == DType::BF16 { 2e-2 } else { 3e-3 };
                 let bound = if [DType::F32, DType::F64].contains(&dtype) { 1e-5 } else { bound };
                 let largest = exact.to_f64_vec()?.iter().fold(0.0f64, |most, x| most.max(x.abs()));
@@ -622,6 +625,17 @@ fn weights_in_eight_bits_are_close() -> Result<()> {
             .is_err()
     );
     Ok(())
+}
+
+#[test]
+fn weights_in_eight_bits_at_every_instruction_level() {
+    for level in Level::ALL.map(Level::name) {
+        let program = std::env::current_exe().expect("the path of this test");
+        let arguments = ["--exact", "weights_in_eight_bits_are_close"];
+        let child = Command::new(program).args(arguments).env("XT_CPU", level).output().expect("a second run");
+        let text = String::from_utf8_lossy(&child.stdout);
+        assert!(child.status.success() && text.contains("1 passed"), "{level}:\n{text}");
+    }
 }
 
 #[test]

@@ -1,21 +1,21 @@
 //! Weights in eight bits for decoding: a scale per row of the matrix, sums in f32.
 
+#[cfg(target_arch = "x86_64")]
+use crate::device::{Level, simd};
 use crate::{
     DType, Device, Error, Result, Tensor,
-    core::{Float, Shape, discrete, dispatch_float},
+    core::{Float, Real, Shape, discrete, dispatch_float},
     device::{CudaDevice, Grid, args, cpu, simd::vectorized, size32},
     error::ensure,
-    ops::copy::same_device,
+    ops::{copy::same_device, reduce::sum_slice},
 };
 
 const OP: &str = "int8";
 
 /// Rows of inputs up to which weights are read as they are; for more they are widened once.
 const FEW: usize = 8;
-/// Sums that run side by side in a product, four times.
-const LANES: usize = 16;
-/// Weights that are widened at a time.
-const PART: usize = 512;
+/// Rows of inputs up to which a processor reads the weights once for each [`FEW`] of them instead.
+const GROUPED: usize = 32;
 
 /// A matrix `[out, in]` of integers from −127 to 127, each row times its own scale: a quarter of the bytes of f32.
 ///
@@ -110,6 +110,13 @@ impl Int8Matrix {
         same_device(OP, x, &self.bytes)?;
         discrete(OP, &[x])?;
         let count = x.elements().checked_div(columns).unwrap_or(0);
+        if (FEW + 1..=GROUPED).contains(&count) && *x.device() == Device::Cpu && columns > 0 {
+            let inputs = x.detach().reshape(Shape::new(&[count, columns])?)?;
+            let group = |first: usize| self.linear(&inputs.narrow(0, first, FEW.min(count - first))?, bias);
+            let groups = (0..count).step_by(FEW).map(group).collect::<Result<Vec<_>>>()?;
+            let y = Tensor::cat(&groups.iter().collect::<Vec<_>>(), 0)?;
+            return y.reshape(x.shape().with_dim(x.rank() - 1, rows));
+        }
         if count > FEW || columns == 0 {
             return x.linear(&self.dequantize(x.dtype())?, bias.map(Tensor::detach).as_ref());
         }
@@ -157,57 +164,134 @@ impl Int8Matrix {
         // By outputs first, so that each task reads its rows of the weights once for all inputs.
         let mut products = Tensor::uninit(Shape::new(&[rows, count])?, DType::F32, x.device())?;
         cpu::for_rows(products.values_mut::<f32>()?, count, 2 * columns, |first, products| {
-            for (index, products) in products.chunks_exact_mut(count).enumerate() {
-                let row = first + index;
-                products_of_row(&bytes[row * columns..][..columns], x_values, scales[row], products);
+            let weights = &bytes[first * columns..][..products.len() / count * columns];
+            products_of_rows(weights, x_values, columns, products);
+            for (products, scale) in products.chunks_exact_mut(count).zip(&scales[first..]) {
+                products.iter_mut().for_each(|product| *product *= scale);
             }
         });
         let products = products.values::<f32>()?;
         let mut y = Tensor::uninit(shape, x.dtype(), x.device())?;
-        for (at, y) in y.values_mut::<T>()?.iter_mut().enumerate() {
-            let (input, row) = (at / rows, at % rows);
-            let sum = <T::Acc as Float>::from_f64(f64::from(products[row * count + input]));
-            let sum: T::Acc = sum;
-            *y = T::from_acc(bias.map_or(sum, |bias| sum + bias[row].to_acc()));
+        for (input, y) in y.values_mut::<T>()?.chunks_exact_mut(rows.max(1)).enumerate() {
+            let products = products[input..].iter().step_by(count);
+            match bias {
+                Some(bias) => y.iter_mut().zip(products).zip(bias).for_each(|((y, product), bias)| {
+                    *y = T::from_acc(<T::Acc as Float>::from_f64(f64::from(*product)) + bias.to_acc());
+                }),
+                None => y.iter_mut().zip(products).for_each(|(y, product)| *y = T::from_f64(f64::from(*product))),
+            }
         }
         Ok(y)
     }
 }
 
+/// `products[row][input] = Σ bytes[row] x[input]` for rows and inputs of so many columns, at least one.
+fn products_of_rows(bytes: &[u8], x: &[f32], columns: usize, products: &mut [f32]) {
+    #[cfg(target_arch = "x86_64")]
+    if simd::level() >= Level::Avx512 {
+        return avx512::products_of_rows(bytes, x, columns, products);
+    }
+    rows_in_loops(bytes, x, columns, products);
+}
+
 vectorized! {
-    /// The products of a row of weights with each of the inputs that lie one after the other.
-    fn products_of_row(bytes: &[u8], x: &[f32], scale: f32, products: &mut [f32]) {
-        let columns = bytes.len();
-        products.fill(0.0);
-        // Widened once for all inputs, a part at a time.
-        let mut wide = [0.0f32; PART];
-        for (part, bytes) in bytes.chunks(PART).enumerate() {
-            for (wide, byte) in wide.iter_mut().zip(bytes) {
-                *wide = *byte as i8 as f32;
-            }
-            let wide = &wide[..bytes.len()];
-            for (input, product) in products.iter_mut().enumerate() {
-                let x = &x[input * columns + part * PART..][..wide.len()];
-                let mut lanes = [[0.0f32; LANES]; 4];
-                let (mut wide_chunks, mut x_chunks) = (wide.chunks_exact(4 * LANES), x.chunks_exact(4 * LANES));
-                for (wide, x) in (&mut wide_chunks).zip(&mut x_chunks) {
-                    for ((lane, wide), x) in lanes.as_flattened_mut().iter_mut().zip(wide).zip(x) {
-                        *lane += *wide * *x;
+    /// As [`products_of_rows`], in loops that the compiler makes vector instructions of.
+    fn rows_in_loops(bytes: &[u8], x: &[f32], columns: usize, products: &mut [f32]) {
+        const LANES: usize = 32;
+        let count = x.len() / columns;
+        for (bytes, products) in bytes.chunks_exact(columns).zip(products.chunks_exact_mut(count)) {
+            for (x, product) in x.chunks_exact(columns).zip(products) {
+                let mut sums = [0.0f32; LANES];
+                let (blocks, rest) = bytes.as_chunks::<LANES>();
+                let (x_blocks, x_rest) = x.as_chunks::<LANES>();
+                for (block, x) in blocks.iter().zip(x_blocks) {
+                    for ((sum, byte), x) in sums.iter_mut().zip(block).zip(x) {
+                        *sum = (*byte as i8 as f32).fma::<FUSED>(*x, *sum);
                     }
                 }
-                let mut sum = 0.0;
-                for (wide, x) in wide_chunks.remainder().iter().zip(x_chunks.remainder()) {
-                    sum += *wide * *x;
+                for ((sum, byte), x) in sums.iter_mut().zip(rest).zip(x_rest) {
+                    *sum = (*byte as i8 as f32).fma::<FUSED>(*x, *sum);
                 }
-                let [a, b, c, d] = lanes;
-                for (((a, b), c), d) in a.into_iter().zip(b).zip(c).zip(d) {
-                    sum += (a + b) + (c + d);
-                }
-                *product += sum;
+                *product = sum_slice(&sums);
             }
         }
-        for product in products {
-            *product *= scale;
+    }
+}
+
+/// The same by AVX-512: every weight is read and widened once for all inputs.
+#[cfg(target_arch = "x86_64")]
+mod avx512 {
+    use std::arch::x86_64::*;
+
+    use super::FEW;
+    use crate::device::{Level, simd};
+
+    pub fn products_of_rows(bytes: &[u8], x: &[f32], columns: usize, products: &mut [f32]) {
+        assert!(simd::level() >= Level::Avx512, "the processor has no AVX-512");
+        let (count, rows) = (x.len() / columns, bytes.len() / columns);
+        assert!((1..=FEW).contains(&count) && count * rows <= products.len(), "the products exceed their memory");
+        let (bytes, x, products) = (bytes.as_ptr(), x.as_ptr(), products.as_mut_ptr());
+        // SAFETY: the level has the instructions; rows, inputs and products lie inside of their slices.
+        unsafe {
+            match count {
+                1 => of_rows::<1, 4>(bytes, x, rows, columns, products),
+                2 => of_rows::<2, 4>(bytes, x, rows, columns, products),
+                3 => of_rows::<3, 2>(bytes, x, rows, columns, products),
+                4 => of_rows::<4, 2>(bytes, x, rows, columns, products),
+                5 => of_rows::<5, 2>(bytes, x, rows, columns, products),
+                6 => of_rows::<6, 2>(bytes, x, rows, columns, products),
+                7 => of_rows::<7, 2>(bytes, x, rows, columns, products),
+                _ => of_rows::<FEW, 2>(bytes, x, rows, columns, products),
+            }
+        }
+    }
+
+    /// `COUNT` inputs, `SUMS` vectors of sums for each, so that no addition waits for another.
+    ///
+    /// # Safety
+    ///
+    /// AVX-512 is there; the pointers reach as far as the sizes say.
+    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
+    unsafe fn of_rows<const COUNT: usize, const SUMS: usize>(
+        bytes: *const u8,
+        x: *const f32,
+        rows: usize,
+        columns: usize,
+        products: *mut f32,
+    ) {
+        const LANES: usize = 16;
+        // SAFETY: see above; the masks end with the columns.
+        unsafe {
+            for row in 0..rows {
+                let bytes = bytes.add(row * columns);
+                let mut sums = [[_mm512_setzero_ps(); SUMS]; COUNT];
+                let mut done = 0;
+                while done + SUMS * LANES <= columns {
+                    for place in 0..SUMS {
+                        let at = done + place * LANES;
+                        let weights = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(bytes.add(at).cast())));
+                        for (input, sums) in sums.iter_mut().enumerate() {
+                            let x = _mm512_loadu_ps(x.add(input * columns + at));
+                            sums[place] = _mm512_fmadd_ps(weights, x, sums[place]);
+                        }
+                    }
+                    done += SUMS * LANES;
+                }
+                while done < columns {
+                    let mask = if columns - done < LANES { (1 << (columns - done)) - 1 } else { u16::MAX };
+                    let weights = _mm_maskz_loadu_epi8(mask, bytes.add(done).cast());
+                    let weights = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(weights));
+                    for (input, sums) in sums.iter_mut().enumerate() {
+                        let x = _mm512_maskz_loadu_ps(mask, x.add(input * columns + done));
+                        sums[0] = _mm512_fmadd_ps(weights, x, sums[0]);
+                    }
+                    done += LANES;
+                }
+                for (input, sums) in sums.into_iter().enumerate() {
+                    let sum = sums.into_iter().reduce(|a, b| _mm512_add_ps(a, b)).unwrap_or(_mm512_setzero_ps());
+                    *products.add(row * COUNT + input) = _mm512_reduce_add_ps(sum);
+                }
+            }
         }
     }
 }
