@@ -37,6 +37,8 @@ use std::{
 
 use clap::{Arg, CommandFactory, FromArgMatches, Parser, Subcommand};
 
+use x_transformers::device::Level;
+
 use failure::{Failure, Result};
 
 /// Train, sample, inspect and check x-transformers.
@@ -72,6 +74,7 @@ enum Command {
 
 impl Command {
     fn run(self) -> Result<()> {
+        Level::wanted()?;
         match self {
             Self::Train(args) => train::run(args),
             Self::Generate(args) => generate::run(args),

@@ -225,3 +225,13 @@ fn a_full_disk() {
     let message = failed(&["devices"], command.output().expect("xt starts"));
     assert!(message.contains("standard output") && message.contains("No space"), "{message}");
 }
+
+#[test]
+fn an_instruction_level_that_is_none() {
+    let run = |level: &str| start(&["devices"]).env("XT_CPU", level).output().expect("xt starts");
+    let message = failed(&["devices"], run("avx1024"));
+    assert!(message.contains("XT_CPU") && message.contains("avx512_bf16") && message.contains("avx1024"), "{message}");
+    for level in ["", "portable", "amx"] {
+        assert!(run(level).status.success(), "{level}");
+    }
+}

@@ -4,6 +4,7 @@ use std::sync::OnceLock;
 
 #[cfg(target_arch = "x86_64")]
 use super::amx;
+use crate::{Error, Result};
 
 /// A set of vector instructions, each including those before it.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
@@ -55,16 +56,27 @@ impl Level {
         #[cfg(not(target_arch = "x86_64"))]
         Self::Portable
     }
+
+    /// The level that the environment variable `XT_CPU` names, if it is set; [`level`] ignores a wrong name.
+    ///
+    /// Errors: a name that no level has.
+    pub fn wanted() -> Result<Option<Self>> {
+        let Some(name) = std::env::var_os("XT_CPU").filter(|name| !name.is_empty()) else { return Ok(None) };
+        let named = Self::ALL.into_iter().find(|level| name == level.name());
+        named.map(Some).ok_or_else(|| {
+            let names = Self::ALL.map(Self::name).join(", ");
+            Error::option("XT_CPU", format!("expected one of {names}, got {name:?}"))
+        })
+    }
 }
 
 /// The level in use: the detected one, or a lower one named by `XT_CPU`.
 pub fn level() -> Level {
     static LEVEL: OnceLock<Level> = OnceLock::new();
     *LEVEL.get_or_init(|| {
-        let wanted = std::env::var("XT_CPU").unwrap_or_default();
-        let named = Level::ALL.into_iter().find(|level| level.name() == wanted);
+        let wanted = Level::wanted().ok().flatten();
         // Never above what the processor has: a wrong value must not lead to an illegal instruction.
-        named.map_or(Level::detected(), |named| named.min(Level::detected()))
+        wanted.map_or(Level::detected(), |wanted| wanted.min(Level::detected()))
     })
 }
 
