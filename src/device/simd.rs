@@ -57,7 +57,7 @@ impl Level {
         Self::Portable
     }
 
-    /// The level that the environment variable `XT_CPU` names, if it is set; [`level`] ignores a wrong name.
+    /// The level that the environment variable `XT_CPU` names, if it is set. The library ignores a wrong name.
     ///
     /// Errors: a name that no level has.
     pub fn wanted() -> Result<Option<Self>> {
