@@ -1,16 +1,17 @@
-"""Writes the models of SentencePiece and what it makes of texts, which `cli/tests/tokenizers.rs` reads.
+"""Writes the models of SentencePiece and what it makes of texts, which `cli/src/tokenizer/sentencepiece.rs` reads.
 
     pip install sentencepiece==0.2.3
     python cli/tests/sentencepiece/make.py
 """
 
 import json
+import os
 import pathlib
 import random
 
 import sentencepiece
 
-HERE = pathlib.Path(__file__).parent
+HERE = pathlib.Path(__file__).resolve().parent
 ROOT = HERE.parent.parent.parent
 
 # What models meet: spaces of all kinds, no words at all, runs, unknown characters and bytes, characters to replace.
@@ -24,7 +25,7 @@ TEXTS = [
 def options(name):
     rules = HERE / "rules.tsv"
     shared = {
-        "input": [str(path) for path in (ROOT / "README.md", ROOT / "build.rs")], "model_prefix": str(HERE / name),
+        "input": ["README.md", "build.rs"], "model_prefix": str(HERE.relative_to(ROOT) / name),
         "vocab_size": 600, "minloglevel": 2, "character_coverage": 1.0, "num_threads": 1,
     }
     # As Llama's.
@@ -37,13 +38,15 @@ def options(name):
     lines = [("2167", "56 49 49 49"), ("FB01", "66 69"), ("2460", "31"), ("00A0", "20"), ("0009", "20"), ("000A", "20"), ("200B", "")]
     rules.write_text("".join(f"{source}\t{target}\n" for source, target in lines))
     return shared | {
-        "model_type": "unigram", "normalization_rule_tsv": str(rules), "pad_id": 0, "unk_id": 1, "bos_id": -1, "eos_id": -1,
+        "model_type": "unigram", "normalization_rule_tsv": str(rules.relative_to(ROOT)), "pad_id": 0, "unk_id": 1, "bos_id": -1, "eos_id": -1,
         "control_symbols": ["[CLS]", "[SEP]", "[MASK]"],
     }
 
 
 def main():
     random.seed(0)
+    # Models keep the names of the files that they were trained with.
+    os.chdir(ROOT)
     source = (ROOT / "src/lib.rs").read_text()
     starts = [random.randrange(len(source) - 100) for _ in range(40)]
     texts = TEXTS + [source[start : start + random.randrange(100)] for start in starts]
