@@ -3,11 +3,14 @@
 mod common;
 #[path = "common/draw.rs"]
 mod draw;
+#[path = "common/levels.rs"]
+mod levels;
 
-use std::{collections::HashMap, process::Command};
+use std::collections::HashMap;
 
 use common::device;
 use draw::{Draw, VOCABULARY, draws, unsettle};
+use levels::at_every_level;
 use proptest::{
     prelude::*,
     test_runner::{Config as Runner, RngSeed},
@@ -16,7 +19,6 @@ use serde_json::{Value, json};
 use x_transformers::{
     DType, Device, Error, Philox, Result, Store, Tape, Tensor,
     config::{AutoregressiveConfig, Config, FilterLogits, SamplingConfig},
-    device::Level,
     models::{
         AutoregressiveWrapper, BeamOptions, ContinuousAutoregressiveWrapper, EncoderDecoderOptions, ForwardOptions,
         GenerateOptions, ViTransformerWrapper, XTransformer, filter_probabilities,
@@ -629,13 +631,7 @@ fn weights_in_eight_bits_are_close() -> Result<()> {
 
 #[test]
 fn weights_in_eight_bits_at_every_instruction_level() {
-    for level in Level::ALL.map(Level::name) {
-        let program = std::env::current_exe().expect("the path of this test");
-        let arguments = ["--exact", "weights_in_eight_bits_are_close"];
-        let child = Command::new(program).args(arguments).env("XT_CPU", level).output().expect("a second run");
-        let text = String::from_utf8_lossy(&child.stdout);
-        assert!(child.status.success() && text.contains("1 passed"), "{level}:\n{text}");
-    }
+    at_every_level("weights_in_eight_bits_are_close");
 }
 
 #[test]

@@ -1,8 +1,10 @@
 //! Matrix products beyond the contract suite: sizes that reach every block and edge, thread counts, instruction levels,
 //! special values and bad input.
 
-use std::process::Command;
+#[path = "common/levels.rs"]
+mod levels;
 
+use levels::at_every_level;
 use x_transformers::{DType, Device, Error, Philox, Result, Tape, Tensor, device::Level};
 
 /// Rows, products and columns: each path of the product, one block and several, with and without edges.
@@ -188,13 +190,7 @@ fn level_of_this_process() -> Result<()> {
 
 #[test]
 fn every_instruction_level() {
-    for level in Level::ALL.map(Level::name) {
-        let program = std::env::current_exe().expect("the path of this test");
-        let child = Command::new(program).args(["--exact", "level_of_this_process"]).env("XT_CPU", level).output();
-        let child = child.expect("a second run of this test");
-        let text = String::from_utf8_lossy(&child.stdout);
-        assert!(child.status.success() && text.contains("1 passed"), "{level}:\n{text}");
-    }
+    at_every_level("level_of_this_process");
 }
 
 #[test]

@@ -63,24 +63,19 @@ impl Run {
         let mut run = Self { dir: dir.to_path_buf(), lock: None };
         fs::create_dir_all(dir).map_err(|error| Failure::io(dir, &error))?;
         run.lock()?;
-        run.vacant(overwrite)?;
+        if !overwrite && run.is_begun() {
+            let dir = dir.display();
+            return Err(Failure::new(format_args!(
+                "{dir} holds a trained model; continue it with `--resume {dir}`, replace it with `--overwrite`, or \
+                 choose another folder with `--out`"
+            )));
+        }
         Ok(run)
     }
 
     /// Whether the folder has a checkpoint to go on from.
     pub fn is_begun(&self) -> bool {
         Checkpoint::load_config(self.checkpoint()).is_ok()
-    }
-
-    fn vacant(&self, overwrite: bool) -> Result<()> {
-        if !overwrite && self.is_begun() {
-            let dir = self.dir.display();
-            return Err(Failure::new(format_args!(
-                "{dir} holds a trained model; continue it with `--resume {dir}`, replace it with `--overwrite`, or \
-                 choose another folder with `--out`"
-            )));
-        }
-        Ok(())
     }
 }
 

@@ -212,9 +212,7 @@ impl TrainArgs {
             _ => Err(Failure::new("expected an AutoregressiveWrapper or a TransformerWrapper").within(path)),
         }
     }
-}
 
-impl TrainArgs {
     /// The config with the keywords of the command line.
     fn changed(&self, config: AutoregressiveConfig) -> Result<AutoregressiveConfig> {
         match self.keywords.apply(Config::AutoregressiveWrapper(config))? {

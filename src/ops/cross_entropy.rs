@@ -333,14 +333,22 @@ vectorized! {
                 dx.fill(T::from_acc(T::Acc::ZERO));
                 continue;
             }
-            if let Some(source) = source {
-                dx.copy_from_slice(&source[row * classes..][..classes]);
-            }
+            let source = source.map(|source| &source[row * classes..][..classes]);
             let (max, inverse) = (statistics[0], statistics[1]);
-            let chosen = (dx[target as usize].to_acc() - max).probability::<FUSED>() * inverse;
+            let exp = |x: T| (x.to_acc() - max).probability::<FUSED>();
+            let chosen = exp(source.unwrap_or(&*dx)[target as usize]) * inverse;
             let factor = inverse * scale;
-            for dx in dx.iter_mut() {
-                *dx = T::from_acc((dx.to_acc() - max).probability::<FUSED>() * factor);
+            match source {
+                Some(source) => {
+                    for (dx, &x) in dx.iter_mut().zip(source) {
+                        *dx = T::from_acc(exp(x) * factor);
+                    }
+                }
+                None => {
+                    for dx in dx.iter_mut() {
+                        *dx = T::from_acc(exp(*dx) * factor);
+                    }
+                }
             }
             dx[target as usize] = T::from_acc((chosen - T::Acc::ONE) * scale);
         }

@@ -230,7 +230,7 @@ pub(crate) fn sum_slice<T: Float>(x: &[T]) -> T::Acc {
 }
 
 /// Sums of a row that are kept apart, so that they fill the widest registers twice.
-pub(super) const LANES: usize = 16;
+pub(crate) const LANES: usize = 16;
 
 /// Elements after which the lanes join the total: bounds the rounding error of long rows.
 pub(super) const BLOCK: usize = 1024;
@@ -264,7 +264,7 @@ pub(crate) fn fold2<T: Float>(x: &[T], y: &[T], start: T::Acc, f: impl Fn(T, T) 
 
 /// The lanes as one, by halves: unrolled, so that they stay in registers.
 #[inline(always)]
-pub(super) fn join<A: Real>(mut lanes: [A; LANES], both: impl Fn(A, A) -> A) -> A {
+pub(crate) fn join<A: Real>(mut lanes: [A; LANES], both: impl Fn(A, A) -> A) -> A {
     for width in [8, 4, 2, 1] {
         for lane in 0..width {
             lanes[lane] = both(lanes[lane], lanes[lane + width]);

@@ -13,7 +13,7 @@ use crate::{
             cpu::{Matrix, gemm_block},
             packing::Multiply,
         },
-        reduce::sum_slice,
+        reduce::{LANES, join, sum_slice},
     },
 };
 
@@ -21,8 +21,6 @@ use crate::{
 pub(super) const QUERIES: usize = 256;
 /// Keys of a tile, and the step from one of its rows to the next.
 pub(super) const KEYS: usize = 128;
-/// Rows are processed in whole groups of this many scores; those behind the last key are masked.
-const LANES: usize = 16;
 
 /// One operand `[batch, heads, sequence, features]` with packed rows.
 pub(super) struct Rows<'a, A> {
@@ -376,7 +374,7 @@ vectorized! {
                 }
             }
             let correction = (max[row] - shift).probability::<FUSED>();
-            sum[row] = sum[row] * correction + total(lanes);
+            sum[row] = sum[row] * correction + join(lanes, |a, b| a + b);
             if largest != max[row] {
                 for acc in &mut acc[row * e..(row + 1) * e] {
                     *acc *= correction;
@@ -385,18 +383,6 @@ vectorized! {
             max[row] = largest;
         }
     }
-}
-
-/// The sum of all lanes, in a fixed order.
-#[inline(always)]
-fn total<A: Real>(mut lanes: [A; LANES]) -> A {
-    for width in [8, 4, 2, 1] {
-        for lane in 0..width {
-            let other = lanes[lane + width];
-            lanes[lane] += other;
-        }
-    }
-    lanes[0]
 }
 
 vectorized! {
@@ -444,7 +430,7 @@ vectorized! {
                 *lane += x.to_acc() * y.to_acc();
             }
         }
-        rest + total(lanes)
+        rest + join(lanes, |a, b| a + b)
     }
 }
 

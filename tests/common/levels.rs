@@ -1,0 +1,16 @@
+//! A test run once more for every set of vector instructions.
+
+use std::process::Command;
+
+use x_transformers::device::Level;
+
+/// Runs a test of this program in processes of its own, one for each level; of those beyond the processor's own each must
+/// fall back to it.
+pub fn at_every_level(test: &str) {
+    let program = std::env::current_exe().expect("the path of this test");
+    for level in Level::ALL.map(Level::name) {
+        let child = Command::new(&program).args(["--exact", test]).env("XT_CPU", level).output().expect("a second run");
+        let (text, errors) = (String::from_utf8_lossy(&child.stdout), String::from_utf8_lossy(&child.stderr));
+        assert!(child.status.success() && text.contains("1 passed"), "XT_CPU={level}:\n{text}{errors}");
+    }
+}
