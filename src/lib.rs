@@ -9,7 +9,8 @@
 //!
 //! Around them, [`train`] has optimizers, schedules and checkpoints, [`io`] reads and writes files, and [`profile`] tells
 //! where the time goes.
-
+//!
+#![doc = include_str!("../docs/guarantees.md")]
 #![warn(missing_docs, missing_debug_implementations)]
 #![deny(unsafe_op_in_unsafe_fn)]
 
