@@ -1,7 +1,6 @@
 //! `xt bench`: how fast a model is, on random data.
 
 use std::{
-    fs,
     io::{self, BufRead},
     path::PathBuf,
     time::Instant,
@@ -19,6 +18,7 @@ use x_transformers::{
 use crate::{
     compute::ComputeArgs,
     failure::{Failure, Result, print},
+    files,
     keywords::KeywordArgs,
     profiler::{ProfileArgs, Profiler},
     progress::{Short, bytes, operations, resident_peak},
@@ -62,7 +62,7 @@ pub struct BenchArgs {
 
     /// Threads of the CPU [default: RAYON_NUM_THREADS, or one per core]
     #[arg(long, value_name = "N", value_parser = value_parser!(u32).range(1..=1024))]
-    threads: Option<u32>,
+    pub threads: Option<u32>,
 
     /// Repetitions that are timed, after a first one and a warm-up
     #[arg(long, value_name = "R", default_value_t = 10, value_parser = value_parser!(u32).range(1..))]
@@ -111,13 +111,9 @@ impl Exactness {
 }
 
 pub fn run(args: BenchArgs) -> Result<()> {
-    if let Some(threads) = args.threads {
-        let pool = rayon::ThreadPoolBuilder::new().num_threads(threads as usize);
-        pool.build_global().map_err(|error| Failure::new(format_args!("--threads {threads}: {error}")))?;
-    }
     set_float32_matmul_precision(args.precision.precision());
     let device = args.compute.device()?;
-    let text = fs::read_to_string(&args.config).map_err(|error| Failure::io(&args.config, &error))?;
+    let text = files::config(&args.config)?;
     let broken = |error: Error| Failure::from(error).within(&args.config);
     let (config, call) = Config::with_call(&text).map_err(broken)?;
     let config = args.keywords.apply(config)?;

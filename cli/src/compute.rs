@@ -1,12 +1,14 @@
 //! Where and how precisely to compute.
 
+use std::thread::available_parallelism;
+
 use clap::{
     Args,
     builder::{PossibleValuesParser, TypedValueParser},
 };
 use x_transformers::{DType, Device};
 
-use crate::failure;
+use crate::failure::{self, Failure};
 
 /// For commands that compare with other implementations: the CPU unless another device is asked for.
 #[derive(Args)]
@@ -24,6 +26,22 @@ impl ComputeArgs {
     pub fn device(&self) -> failure::Result<Device> {
         Ok(Device::parse(&self.device)?)
     }
+}
+
+/// Starts the threads that compute: as many as asked for, else `RAYON_NUM_THREADS`, else one for each processor.
+///
+/// Errors: the system refuses them. One thread is always there: it is the one that calls.
+pub fn start_threads(wanted: Option<u32>) -> failure::Result<()> {
+    let variable = std::env::var("RAYON_NUM_THREADS").ok().and_then(|text| text.parse().ok()).filter(|&n| n > 0);
+    let wanted = wanted.map(|threads| threads as usize).or(variable);
+    let threads = wanted.unwrap_or_else(|| available_parallelism().map_or(1, |threads| threads.get()));
+    let pool = rayon::ThreadPoolBuilder::new().num_threads(threads);
+    let pool = if threads == 1 { pool.use_current_thread() } else { pool };
+    pool.build_global().map_err(|error| {
+        Failure::new(format_args!(
+            "{threads} threads: {error}; allow the process more threads and memory, or set RAYON_NUM_THREADS=1"
+        ))
+    })
 }
 
 /// Takes the names of these dtypes.

@@ -5,7 +5,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use x_transformers::train::Checkpoint;
+use x_transformers::{io::read_text, train::Checkpoint};
 
 use crate::failure::{Failure, Result};
 
@@ -64,9 +64,9 @@ impl Run {
         fs::create_dir_all(dir).map_err(|error| Failure::io(dir, &error))?;
         run.lock()?;
         if !overwrite && run.is_begun() {
-            let dir = dir.display();
+            let (dir, word) = (dir.display(), quoted(dir));
             return Err(Failure::new(format_args!(
-                "{dir} holds a trained model; continue it with `--resume {dir}`, replace it with `--overwrite`, or \
+                "{dir} holds a trained model; continue it with `--resume {word}`, replace it with `--overwrite`, or \
                  choose another folder with `--out`"
             )));
         }
@@ -82,8 +82,74 @@ impl Run {
 const CHECKPOINT: &str = "checkpoint";
 const LOCK: &str = ".lock";
 
+/// A path as a word of a POSIX shell, so that a command with it can be pasted.
+///
+/// A name with control characters or with bytes that are not UTF-8 takes the form `$'…'`, which bash, zsh, ksh and
+/// POSIX 2024 know.
+pub fn quoted(path: &Path) -> String {
+    let bytes = path.as_os_str().as_encoded_bytes();
+    let plain = |byte: &u8| byte.is_ascii_alphanumeric() || b"/._-+=:,@%".contains(byte);
+    let option = if bytes.starts_with(b"-") { "./" } else { "" };
+    match path.to_str() {
+        Some(text) if !bytes.is_empty() && bytes.iter().all(plain) => format!("{option}{text}"),
+        Some(text) if !text.contains(char::is_control) => format!("{option}'{}'", text.replace('\'', r"'\''")),
+        _ => {
+            let escaped = bytes.iter().map(|&byte| match byte {
+                b'\'' | b'\\' => format!("\\{}", byte as char),
+                b' '..=b'~' => (byte as char).to_string(),
+                _ => format!("\\{byte:03o}"),
+            });
+            format!("{option}$'{}'", escaped.collect::<String>())
+        }
+    }
+}
+
+/// Bytes that a config may have; real ones have some thousand.
+const MAX_CONFIG: u64 = 16 << 20;
+
+/// The text of a config.
+///
+/// Errors: a file that cannot be read, is not a regular file, is too long, or is not UTF-8.
+pub fn config(path: &Path) -> Result<String> {
+    Ok(read_text(path, MAX_CONFIG)?)
+}
+
 /// The checkpoint in a folder: that of the run in it, or the folder itself.
 pub fn checkpoint(dir: &Path) -> PathBuf {
     let inner = dir.join(CHECKPOINT);
     if inner.is_dir() { inner } else { dir.to_path_buf() }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{ffi::OsStr, os::unix::ffi::OsStrExt, path::Path, process::Command};
+
+    use super::quoted;
+
+    /// What bash makes of the word is the path.
+    #[test]
+    #[cfg(unix)]
+    fn quoted_paths_are_one_word() {
+        let names: [&[u8]; 12] = [
+            b"out",
+            b"a b",
+            b"it's",
+            b"$HOME",
+            b"a\nb",
+            b"a\\b\t'",
+            b"-x",
+            b"*",
+            b"~",
+            "\u{e9}".as_bytes(),
+            b"\xff\xfe",
+            b"`id`;#\"",
+        ];
+        for name in names {
+            let path = Path::new(OsStr::from_bytes(name));
+            let script = format!("printf %s {}", quoted(path));
+            let shown = Command::new("bash").args(["-c", &script]).output().expect("bash starts").stdout;
+            let expected = [if name == b"-x" { &b"./"[..] } else { b"" }, name].concat();
+            assert_eq!(shown, expected, "{script}");
+        }
+    }
 }

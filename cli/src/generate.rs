@@ -1,16 +1,16 @@
 //! `xt generate`: text from a checkpoint, shown as it is produced.
 
 use std::{
-    fs,
-    io::IsTerminal,
+    io::{self, IsTerminal, Write},
     path::{Path, PathBuf},
     time::Instant,
 };
 
-use clap::{ArgGroup, Args, builder::NonEmptyStringValueParser, value_parser};
+use clap::{ArgGroup, Args, value_parser};
 use x_transformers::{
     Device, Tensor,
     config::{FilterLogits, SamplingConfig},
+    io::read_limited,
     models::{AutoregressiveWrapper, BeamOptions, ForwardOptions, GenerateOptions},
 };
 
@@ -35,7 +35,7 @@ pub struct GenerateArgs {
     tokenizer: Option<PathBuf>,
 
     /// Text to continue; several are continued together, each by itself
-    #[arg(long, value_name = "TEXT", default_value = "\n", hide_default_value = true, value_parser = NonEmptyStringValueParser::new())]
+    #[arg(long, value_name = "TEXT", default_value = "\n", hide_default_value = true)]
     prompt: Vec<String>,
 
     /// The prompt is a question to a pretrained model that chats
@@ -200,9 +200,11 @@ pub fn run(args: GenerateArgs) -> Result<()> {
     } else {
         tokens = together(&model, language, &prompts, length, options, &device)?;
     }
-    if args.stats || std::io::stderr().is_terminal() {
+    if args.stats || io::stderr().is_terminal() {
         let seconds = start.elapsed().as_secs_f64();
-        eprintln!("{tokens} tokens in {seconds:.2} s, {:.0} tokens/s{note}", tokens as f64 / seconds);
+        // The text has been printed: figures that nobody can read are not worth a failure.
+        let _ =
+            writeln!(io::stderr(), "{tokens} tokens in {seconds:.2} s, {:.0} tokens/s{note}", tokens as f64 / seconds);
     }
     Ok(())
 }
@@ -219,7 +221,7 @@ impl GenerateArgs {
                 (decode(text.as_bytes()), source.language.encode(text)?)
             };
             if tokens.is_empty() {
-                return Err(Failure::new("the prompt has no token; give some text"));
+                return Err(Failure::new("`--prompt` is empty; give some text to continue"));
             }
             length = length.min(source.room(tokens.len())?);
             prompts.push(Prompt { shown, tokens });
@@ -296,7 +298,7 @@ fn show(language: &Language, prompt: &Prompt, tokens: &[i64], stop: Option<i64>)
 fn score(source: &Source, weights: Weights, path: &Path, device: &Device) -> Result<()> {
     /// Tokens at a time, which bounds the memory of their logits.
     const TOKENS: usize = 1024;
-    let text = fs::read(path).map_err(|error| Failure::io(path, &error))?;
+    let text = read_limited(path, u64::MAX)?;
     let tokens: Vec<i64> = match &source.language {
         // Bytes need not be text.
         Language::Bytes => text.iter().copied().map(i64::from).collect(),

@@ -1,6 +1,6 @@
 //! `xt info`: what a model consists of and what it costs, without building it in memory.
 
-use std::{collections::BTreeMap, fs, path::PathBuf};
+use std::{collections::BTreeMap, path::PathBuf};
 
 use clap::{ArgGroup, Args, value_parser};
 use indicatif::HumanCount;
@@ -68,7 +68,7 @@ pub fn run(args: InfoArgs) -> Result<()> {
 fn read(args: &InfoArgs) -> Result<(PathBuf, Config)> {
     match (&args.config, &args.checkpoint) {
         (Some(path), _) => {
-            let text = fs::read_to_string(path).map_err(|error| Failure::io(path, &error))?;
+            let text = files::config(path)?;
             let config = Config::from_json(&text).map_err(|error| Failure::from(error).within(path))?;
             Ok((path.clone(), config))
         }

@@ -2,6 +2,7 @@
 //!
 //! Exit codes: 0 done, 1 failed with one line on standard error, 2 wrong usage.
 
+mod allocator;
 mod bench;
 mod compute;
 mod corpus;
@@ -41,6 +42,9 @@ use x_transformers::device::Level;
 
 use failure::{Failure, Result};
 
+#[global_allocator]
+static ALLOCATOR: allocator::OrExit = allocator::OrExit;
+
 /// Train, sample, inspect and check x-transformers.
 #[derive(Parser)]
 #[command(version, about)]
@@ -75,6 +79,13 @@ enum Command {
 impl Command {
     fn run(self) -> Result<()> {
         Level::wanted()?;
+        match &self {
+            Self::Devices => {}
+            #[cfg(feature = "cuda")]
+            Self::Kernels(_) => {}
+            Self::Bench(args) => compute::start_threads(args.threads)?,
+            _ => compute::start_threads(None)?,
+        }
         match self {
             Self::Train(args) => train::run(args),
             Self::Generate(args) => generate::run(args),

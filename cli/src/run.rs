@@ -1,6 +1,6 @@
 //! `xt run`: one forward and backward pass of a model, from files to a file.
 
-use std::{collections::BTreeMap, fs, path::PathBuf};
+use std::{collections::BTreeMap, path::PathBuf};
 
 use clap::Args;
 use x_transformers::{
@@ -13,6 +13,7 @@ use x_transformers::{
 use crate::{
     compute::ComputeArgs,
     failure::{Failure, Result, print},
+    files,
 };
 
 #[derive(Args)]
@@ -43,7 +44,7 @@ pub struct RunArgs {
 }
 
 pub fn run(args: RunArgs) -> Result<()> {
-    let text = fs::read_to_string(&args.config).map_err(|error| Failure::io(&args.config, &error))?;
+    let text = files::config(&args.config)?;
     let in_config = |error: Error| Failure::from(error).within(&args.config);
     let (config, call) = Config::with_call(&text).map_err(in_config)?;
     let model = Model::new(&config, &Store::zeros(args.compute.dtype, &args.compute.device()?)).map_err(in_config)?;

@@ -1,7 +1,8 @@
 //! `xt train`: a byte-level language model from text, with checkpoints, curves and samples.
 
 use std::{
-    fs,
+    fmt,
+    io::{Write, stderr},
     path::PathBuf,
     time::{Duration, Instant},
 };
@@ -20,7 +21,7 @@ use crate::{
     compute::{dtypes, fraction},
     corpus,
     failure::{Failure, Result},
-    files::Run,
+    files::{self, Run, quoted},
     keywords::KeywordArgs,
     markov::Markov,
     metrics::{Metrics, bits},
@@ -201,7 +202,7 @@ impl TrainArgs {
             let net = TransformerWrapperConfig { num_tokens: 256, max_seq_len, attn_layers, ..Default::default() };
             return self.changed(AutoregressiveConfig { net, ..Default::default() });
         };
-        let text = fs::read_to_string(path).map_err(|error| Failure::io(path, &error))?;
+        let text = files::config(path)?;
         let broken = |error: Error| Failure::from(error).within(path);
         let config = Config::from_json(&text).map_err(broken)?;
         // What is illegal together is found here, where the file is known.
@@ -228,6 +229,7 @@ pub fn run(args: TrainArgs) -> Result<()> {
         [] => ByteText::from_bytes(corpus::EMBEDDED)?,
         paths => ByteText::from_paths(paths)?,
     };
+    warn_of_skipped(&text);
     // Counted before the text is the trainer's; takes a moment even for large texts.
     let yardstick = Markov::new(text.train()).bits_per_byte(text.validation());
     let size = |bytes_: &[u8]| bytes(bytes_.len() as u64);
@@ -260,6 +262,21 @@ pub fn run(args: TrainArgs) -> Result<()> {
     training.introduce(&sizes)?;
     training.all_steps(args.every)?;
     training.conclude()
+}
+
+/// Names the files below the folders of `--text` that could not be read.
+fn warn_of_skipped(text: &ByteText) {
+    /// Files that are named; the rest is counted.
+    const NAMED: usize = 10;
+    let skipped = text.skipped();
+    // A warning that nobody can read must not stop the run.
+    let warn = |line: fmt::Arguments| drop(writeln!(stderr(), "xt: warning: {line}"));
+    for (path, why) in skipped.iter().take(NAMED) {
+        warn(format_args!("skipped {}: {why}", path.display()));
+    }
+    if skipped.len() > NAMED {
+        warn(format_args!("skipped {} more that cannot be read", skipped.len() - NAMED));
+    }
 }
 
 /// A run and everything that is written about it.
@@ -344,7 +361,7 @@ impl Training<'_> {
         if !self.run.is_begun() {
             return failure;
         }
-        let dir = self.run.dir.display();
+        let dir = quoted(&self.run.dir);
         failure.advising(format_args!("the last checkpoint is whole, `xt train --resume {dir}` goes on from it"))
     }
 
@@ -365,7 +382,6 @@ impl Training<'_> {
         let took = duration(self.progress.elapsed());
         let bits = self.metrics.validation.last().map_or(f64::NAN, |&(_, bits)| bits);
         let sample = self.sample(LAST_SAMPLE)?;
-        let dir = self.run.dir.display();
         self.progress.say(format_args!("\nvalidation  {bits:.3} bits/byte after {took}"))?;
         self.progress.say(format_args!("yardstick   {:.3} bits/byte, {ORDER_2} on the same text", self.yardstick))?;
         if let Some(scaler) = self.trainer.grad_scaler() {
@@ -379,6 +395,7 @@ impl Training<'_> {
         if let Some(report) = self.profiler.finish()? {
             self.progress.say(format_args!("profile of the steps\n{report}"))?;
         }
+        let dir = quoted(&self.run.dir);
         self.progress.say(format_args!("try         xt generate --checkpoint {dir} --prompt \"The \" --length 400"))
     }
 }

@@ -8,6 +8,7 @@ mod pickle;
 mod pretrained;
 mod pytorch;
 mod safetensors;
+mod small_file;
 mod stored;
 mod tensor_file;
 mod zip;
@@ -16,6 +17,7 @@ pub use self::{
     atomic::write_atomically,
     pretrained::{Family, Pretrained},
     safetensors::{read_safetensors, write_safetensors},
+    small_file::{read_limited, read_text},
     stored::Stored,
     tensor_file::{Format, Metadata, TensorFile, TensorInfo},
 };

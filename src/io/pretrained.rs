@@ -4,13 +4,13 @@ mod bert;
 mod llama;
 
 use std::{
-    fmt, fs,
+    fmt,
     path::{Path, PathBuf},
 };
 
 use serde_json::Value;
 
-use super::{Format, Metadata, TensorFile, names::Names};
+use super::{Format, Metadata, TensorFile, names::Names, read_limited};
 use crate::{
     DType, Device, Error, ParamMap, Result, Store,
     config::{AutoregressiveConfig, TransformerWrapperConfig},
@@ -239,15 +239,8 @@ impl Pretrained {
 
 /// Reads a JSON file of bounded size.
 fn json(path: &Path) -> Result<Value> {
-    let broken = |source| Error::io(path, source);
-    let found = fs::metadata(path).map_err(broken)?;
-    ensure!(found.is_file(), Error::file(path, "is not a regular file"));
-    ensure!(
-        found.len() <= MAX_JSON,
-        Error::file(path, format!("has {} bytes, at most {MAX_JSON} are read", found.len()))
-    );
-    let text = fs::read(path).map_err(broken)?;
-    serde_json::from_slice(&text).map_err(|why| Error::file(path, format!("is not JSON: {why}")))
+    serde_json::from_slice(&read_limited(path, MAX_JSON)?)
+        .map_err(|why| Error::file(path, format!("is not JSON: {why}")))
 }
 
 /// A `config.json` of `transformers`.

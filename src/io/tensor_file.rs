@@ -10,7 +10,7 @@ use serde::Deserialize;
 
 use super::{
     bytes::{Bytes, Parsed},
-    gguf, pytorch, safetensors,
+    gguf, pytorch, read_limited, safetensors,
     stored::{Stored, Unreadable, decode},
     zip,
 };
@@ -188,14 +188,7 @@ impl TensorFile {
         struct Index {
             weight_map: BTreeMap<String, String>,
         }
-        let broken = |source| Error::io(path, source);
-        let found = fs::metadata(path).map_err(broken)?;
-        ensure!(found.is_file(), Error::file(path, "is not a regular file"));
-        ensure!(
-            found.len() <= MAX_INDEX,
-            Error::file(path, format!("has {} bytes, too many for an index", found.len()))
-        );
-        let text = fs::read(path).map_err(broken)?;
+        let text = read_limited(path, MAX_INDEX)?;
         let index: Index = serde_json::from_slice(&text)
             .map_err(|why| Error::file(path, format!("is no index of a checkpoint in several files: {why}")))?;
         let names: BTreeSet<&str> = index.weight_map.values().map(String::as_str).collect();

@@ -15,7 +15,7 @@ use crate::{
     DType, Device, Error, Result, Store, Tensor,
     config::{Call, Config},
     error::ensure,
-    io::read_safetensors,
+    io::{read_safetensors, read_text},
 };
 
 /// Tensors by name.
@@ -114,8 +114,7 @@ impl Case {
     /// Errors: a file that is missing or broken, or a config that is illegal.
     pub fn read(folder: impl AsRef<Path>) -> Result<Self> {
         let folder = folder.as_ref();
-        let path = folder.join(CONFIG);
-        let text = fs::read_to_string(&path).map_err(|error| Error::io(path, error))?;
+        let text = read_text(folder.join(CONFIG), MAX_CONFIG)?;
         let (config, call) = Config::with_call(&text)?;
         let weights = match &config {
             Config::SamplingFilter(_) => Tensors::new(),
@@ -203,6 +202,9 @@ impl Comparison {
 }
 
 const CONFIG: &str = "config.json";
+
+/// Bytes that a config may have; real ones have some thousand.
+const MAX_CONFIG: u64 = 16 << 20;
 
 fn is_case(folder: &Path) -> bool {
     folder.join(CONFIG).is_file()

@@ -4,7 +4,7 @@ use std::{
     fmt,
     fs::{self, File},
     io::Read,
-    path::Path,
+    path::{Path, PathBuf},
 };
 
 use super::random::{Purpose, stream};
@@ -31,6 +31,7 @@ const BLOCK: usize = 64 * 1024;
 #[derive(Clone)]
 pub struct ByteText {
     bytes: Vec<u8>,
+    skipped: Vec<(PathBuf, String)>,
 }
 
 impl fmt::Debug for ByteText {
@@ -42,20 +43,22 @@ impl fmt::Debug for ByteText {
 impl ByteText {
     /// The files, and all files below the folders, one after the other.
     ///
-    /// A folder is walked in the order of its names; hidden names, binary files (with a zero byte), empty files and
-    /// links to folders are passed over.
+    /// A folder is walked in the order of its names. Hidden names, binary files (with a zero byte), empty files, links to
+    /// folders, pipes and devices are passed over; so are files and folders in it that cannot be read, which
+    /// [`ByteText::skipped`] lists.
     ///
-    /// Errors: [`Error::Io`] for what cannot be read; [`Error::File`] for a binary or empty file that was named
-    /// itself, for what is neither file nor folder, and for a folder without text; an empty list.
+    /// Errors: [`Error::Io`] for a file or folder that was named itself and cannot be read; [`Error::File`] for a binary
+    /// or empty file that was named itself, for what is neither file nor folder, and for a folder without text; an empty
+    /// list.
     pub fn from_paths<P: AsRef<Path>>(paths: &[P]) -> Result<Self> {
         ensure!(!paths.is_empty(), Error::option("text", "expected at least one file or folder"));
-        let mut bytes = Vec::new();
+        let (mut bytes, mut skipped) = (Vec::new(), Vec::new());
         for path in paths.iter().map(AsRef::as_ref) {
             let before = bytes.len();
             let found = fs::metadata(path).map_err(|source| Error::io(path, source))?;
             if found.is_dir() {
-                read_folder(path, &mut bytes)?;
-                ensure!(bytes.len() > before, Error::file(path, "has no text in it or below it"));
+                read_folder(path, &mut bytes, &mut skipped)?;
+                ensure!(bytes.len() > before, no_text(path, &skipped));
             } else if found.is_file() {
                 ensure!(
                     read_file(path, &mut bytes)?,
@@ -66,7 +69,7 @@ impl ByteText {
                 return Err(Error::file(path, "is neither a file nor a folder"));
             }
         }
-        Ok(Self { bytes })
+        Ok(Self { bytes, skipped })
     }
 
     /// A text from memory.
@@ -75,7 +78,12 @@ impl ByteText {
     pub fn from_bytes(bytes: impl Into<Vec<u8>>) -> Result<Self> {
         let bytes = bytes.into();
         ensure!(!bytes.is_empty(), Error::option("text", "is empty"));
-        Ok(Self { bytes })
+        Ok(Self { bytes, skipped: Vec::new() })
+    }
+
+    /// Files and folders below a folder that could not be read and are not part of the text, each with the reason.
+    pub fn skipped(&self) -> &[(PathBuf, String)] {
+        &self.skipped
     }
 
     /// All bytes.
@@ -173,8 +181,17 @@ fn windows(
     tokens.to_device(device)
 }
 
+/// The error of a folder without text, with the first file in it that could not be read.
+fn no_text(folder: &Path, skipped: &[(PathBuf, String)]) -> Error {
+    let unreadable = skipped.iter().find(|(path, _)| path.starts_with(folder));
+    let reason = unreadable.map_or(String::new(), |(path, why)| format!("; {}: {why}", path.display()));
+    Error::file(folder, format!("has no readable text in it or below it{reason}"))
+}
+
 /// Appends the text below a folder.
-fn read_folder(folder: &Path, bytes: &mut Vec<u8>) -> Result<()> {
+///
+/// Errors: the folder itself cannot be listed.
+fn read_folder(folder: &Path, bytes: &mut Vec<u8>, skipped: &mut Vec<(PathBuf, String)>) -> Result<()> {
     let broken = |source| Error::io(folder, source);
     let entries = fs::read_dir(folder).map_err(broken)?.collect::<std::io::Result<Vec<_>>>().map_err(broken)?;
     let mut names: Vec<_> = entries.into_iter().map(|entry| entry.file_name()).collect();
@@ -184,18 +201,31 @@ fn read_folder(folder: &Path, bytes: &mut Vec<u8>) -> Result<()> {
             continue;
         }
         let path = folder.join(name);
-        let is_link = fs::symlink_metadata(&path).map_err(|source| Error::io(&path, source))?.is_symlink();
-        let found = fs::metadata(&path).map_err(|source| Error::io(&path, source))?;
-        if found.is_dir() && !is_link {
-            read_folder(&path, bytes)?;
-        } else if found.is_file() {
-            read_file(&path, bytes)?;
+        if let Err(error) = read_entry(&path, bytes, skipped) {
+            skipped.push(match error {
+                Error::Io { path, source } => (path, source.to_string()),
+                error => (path, error.to_string()),
+            });
         }
     }
     Ok(())
 }
 
-/// Appends a file, or nothing and `false` if it is binary.
+/// Appends a file, or the text below a folder, that was found in a folder.
+fn read_entry(path: &Path, bytes: &mut Vec<u8>, skipped: &mut Vec<(PathBuf, String)>) -> Result<()> {
+    let broken = |source| Error::io(path, source);
+    let is_link = fs::symlink_metadata(path).map_err(broken)?.is_symlink();
+    let found = fs::metadata(path).map_err(broken)?;
+    if found.is_dir() && !is_link {
+        read_folder(path, bytes, skipped)
+    } else if found.is_file() {
+        read_file(path, bytes).map(|_| ())
+    } else {
+        Ok(())
+    }
+}
+
+/// Appends a file, or nothing and `false` if it is binary. A file that cannot be read to its end adds nothing.
 fn read_file(path: &Path, bytes: &mut Vec<u8>) -> Result<bool> {
     let before = bytes.len();
     let broken = |source| Error::io(path, source);
@@ -206,7 +236,10 @@ fn read_file(path: &Path, bytes: &mut Vec<u8>) -> Result<bool> {
             Ok(0) => return Ok(true),
             Ok(length) => length,
             Err(error) if error.kind() == std::io::ErrorKind::Interrupted => continue,
-            Err(error) => return Err(broken(error)),
+            Err(error) => {
+                bytes.truncate(before);
+                return Err(broken(error));
+            }
         };
         if block[..length].contains(&0) {
             bytes.truncate(before);

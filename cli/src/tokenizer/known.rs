@@ -1,9 +1,9 @@
 //! Descriptions of tokenizers in the form of `tokenizer.json`.
 
-use std::{fs, path::Path};
+use std::path::Path;
 
 use serde_json::{Map, Value, json};
-use x_transformers::io::{Family, Metadata, TensorFile};
+use x_transformers::io::{Family, Metadata, TensorFile, read_limited, read_text};
 
 use super::{
     added_token,
@@ -18,16 +18,11 @@ const MAX_FILE: u64 = 256 << 20;
 const SENTENCE_PIECE: [&str; 3] = ["tokenizer.model", "spiece.model", "sentencepiece.bpe.model"];
 
 fn read_bytes(path: &Path) -> Result<Vec<u8>> {
-    let broken = |error| Failure::io(path, &error);
-    let length = fs::metadata(path).map_err(broken)?.len();
-    if length > MAX_FILE {
-        return Err(Failure::new(format_args!("has {length} bytes, too many for a tokenizer")).within(path));
-    }
-    fs::read(path).map_err(broken)
+    Ok(read_limited(path, MAX_FILE)?)
 }
 
 fn read(path: &Path) -> Result<String> {
-    String::from_utf8(read_bytes(path)?).map_err(|_| Failure::new("is no text").within(path))
+    Ok(read_text(path, MAX_FILE)?)
 }
 
 /// What the folder says about its tokenizer.
