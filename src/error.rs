@@ -79,6 +79,14 @@ pub enum Error {
         /// The op that was given it.
         op: &'static str,
     },
+    /// A tensor was used where its gradient would be lost, because a tape belongs to its thread: it was recorded by a
+    /// tape of another thread, or computed from a leaf on another thread that had no tape.
+    OtherThread {
+        /// The op that was given it.
+        op: &'static str,
+        /// The op that used the leaf without a tape, or `None` if a tape recorded it.
+        by: Option<&'static str>,
+    },
     /// An op without a gradient was given a tensor that requires one.
     NoGradient {
         /// The op that refused.
@@ -227,6 +235,17 @@ impl fmt::Display for Error {
                 f,
                 "{op}: an input was recorded on another tape; use `.detach()` for its value alone \
                  (inside `checkpoint`, pass it as an input)"
+            ),
+            Self::OtherThread { op, by: None } => write!(
+                f,
+                "{op}: an input was recorded by a tape of another thread, and a tape belongs to its thread; compute this \
+                 on the thread of the tape, or use `.detach()` for the value alone"
+            ),
+            Self::OtherThread { op, by: Some(by) } => write!(
+                f,
+                "{op}: an input depends on a parameter or `requires_grad` leaf that `{by}` used on another thread, where \
+                 this tape does not record: a tape belongs to its thread; compute it on the thread of the tape, or use \
+                 `.detach()` for the value alone"
             ),
             Self::NoGradient { op } => {
                 write!(f, "{op}: this op has no gradient but an input requires one; use `.detach()` if that is meant")

@@ -1,6 +1,8 @@
 //! The tape: what is recorded, what is refused, and that gradients add up.
 
 mod common;
+#[path = "common/rules.rs"]
+mod rules;
 
 use std::{
     cell::Cell,
@@ -8,49 +10,11 @@ use std::{
 };
 
 use common::device;
+use rules::{grid, leaf, square, sum_of, values, vector};
 use x_transformers::{
-    Backward, Contribution, Contributions, DType, Error, Gradcheck, Init, Param, Part, Result, Shape, Store, Tape,
-    Tensor, checkpoint, discrete, gradcheck, record,
+    Backward, Contribution, Contributions, DType, Device, Error, Gradcheck, Init, Param, Part, Result, Shape, Store,
+    Tape, Tensor, checkpoint, discrete, gradcheck, record,
 };
-
-fn vector(values: &[f64]) -> Tensor {
-    Tensor::from_slice(values, [values.len()], device()).unwrap()
-}
-
-fn leaf(values: &[f64]) -> Tensor {
-    vector(values).requires_grad().unwrap()
-}
-
-fn values(tensor: &Tensor) -> Vec<f64> {
-    tensor.to_f64_vec().unwrap()
-}
-
-fn grid(rows: usize, columns: usize) -> Tensor {
-    Tensor::generate([rows, columns], DType::F64, device(), |i| (i as f64 * 0.7).sin()).unwrap()
-}
-
-/// `x²`, as a user would write it: saves `x`.
-fn square(x: &Tensor) -> Result<Tensor> {
-    let squares: Vec<f64> = x.to_f64_vec()?.iter().map(|x| x * x).collect();
-    let saved = x.detach();
-    record("square", Tensor::from_slice(&squares, *x.shape(), device())?, &[x], |_| SquareBackward { x: saved })
-}
-
-struct SquareBackward {
-    x: Tensor,
-}
-
-impl Backward for SquareBackward {
-    fn name(&self) -> &'static str {
-        "square"
-    }
-
-    fn backward(self: Box<Self>, grad: Tensor, _need: &[bool]) -> Result<Contributions> {
-        let products: Vec<f64> =
-            self.x.to_f64_vec()?.iter().zip(grad.to_f64_vec()?).map(|(x, g)| 2.0 * x * g).collect();
-        Tensor::from_slice(&products, *self.x.shape(), device()).map(Contributions::one)
-    }
-}
 
 /// `2 x`, whose backward adds to what the gradient of `x` is so far.
 fn doubled(x: &Tensor) -> Result<Tensor> {
@@ -119,25 +83,6 @@ fn dense_layers_add_to_the_gradient_so_far() -> Result<()> {
         assert_eq!(cotangent.to_f64_vec()?, whole(&[2, 3, 4], 4)?.to_f64_vec()?, "{dtype}");
     }
     Ok(())
-}
-
-/// `a + b`, whose backward hands one and the same gradient tensor to both inputs.
-fn sum_of(a: &Tensor, b: &Tensor) -> Result<Tensor> {
-    let sums: Vec<f64> = a.to_f64_vec()?.iter().zip(b.to_f64_vec()?).map(|(a, b)| a + b).collect();
-    let sums = Tensor::from_slice(&sums, *a.shape(), device())?.to_dtype(a.dtype())?;
-    record("sum_of", sums, &[a, b], |_| SharedBackward)
-}
-
-struct SharedBackward;
-
-impl Backward for SharedBackward {
-    fn name(&self) -> &'static str {
-        "sum_of"
-    }
-
-    fn backward(self: Box<Self>, grad: Tensor, _need: &[bool]) -> Result<Contributions> {
-        Ok(Contributions::whole([Some(grad.clone()), Some(grad)]))
-    }
 }
 
 /// An identity whose backward gives whatever `give` makes of the gradient.
@@ -485,6 +430,70 @@ fn wrong_contributions_are_named() -> Result<()> {
     Ok(())
 }
 
+/// A sum that a rule has taken over comes back as a gradient of the same kind, or names the op.
+#[test]
+fn wrong_sums_are_named() -> Result<()> {
+    struct Sum(Option<Tensor>);
+    impl Backward for Sum {
+        fn name(&self) -> &'static str {
+            "sum_of_mine"
+        }
+        fn backward(self: Box<Self>, _grad: Tensor, _need: &[bool]) -> Result<Contributions> {
+            Ok(Contributions::new(vec![Contribution::None]))
+        }
+        fn add_to(&mut self, _sum: Tensor) -> Option<Tensor> {
+            self.0.take()
+        }
+    }
+    let (x, saved) = (grid(2, 3).requires_grad()?, leaf(&[0.0; 6]).reshape([2, 3])?);
+    let gradient = |returned: Option<Tensor>| -> Result<_> {
+        let mut tape = Tape::grad();
+        let y = square(&x)?;
+        let other = record("sum_of_mine", y.detach(), &[&y], |_| Sum(returned))?;
+        // The first of them backwards is the one that gives `y` a gradient.
+        let loss = sum_of(&other, &square(&y)?)?.sum(&[])?;
+        tape.backward(&loss)
+    };
+    let zeros = |shape: &[usize], dtype| Tensor::zeros(Shape::new(shape)?, dtype, device());
+    for wrong in [zeros(&[1], DType::F64)?, zeros(&[3, 2], DType::F64)?, zeros(&[2, 3], DType::F32)?] {
+        let message = gradient(Some(wrong.clone())).unwrap_err().to_string();
+        let expected = format!("sum_of_mine: its add_to gave a gradient {:?} {}", wrong.shape(), wrong.dtype());
+        assert!(message.starts_with(&expected) && message.contains("[2, 3] f64"), "{message}");
+    }
+    // A rule may keep the sum, or return something that is not a constant.
+    assert!(gradient(None)?.get(&x).is_none());
+    assert_eq!(values(gradient(Some(saved))?.get(&x).unwrap()), [0.0; 6]);
+    Ok(())
+}
+
+/// Gradients come from the device of what they are gradients of. On the CPU there is one device, and nothing to mix up.
+#[test]
+fn gradients_of_other_devices_are_named() -> Result<()> {
+    let other = Device::Cpu;
+    if *device() == other {
+        return Ok(());
+    }
+    let x = grid(2, 3).requires_grad()?;
+    let elsewhere = Tensor::ones([2, 3], DType::F64, &other)?;
+    let refused = |result: Result<_>, op: &str| {
+        let message = result.map(|_: x_transformers::Gradients| ()).unwrap_err().to_string();
+        assert!(message.starts_with(op) && message.contains("cpu") && message.contains("cuda"), "{message}");
+    };
+    let mut tape = Tape::grad();
+    let y = x.exp()?;
+    refused(tape.backward_with(&y, &elsewhere), "backward: ");
+    let given = elsewhere.clone();
+    refused(tape.backward(&giving(&y, move |_| Ok(Contributions::one(given.clone())))?.sum(&[])?), "giving: ");
+    let mut tape = Tape::grad();
+    let part = move |grad: Tensor| {
+        let value = Tensor::ones([1, 3], DType::F64, &Device::Cpu)?;
+        let part = Part { dim: 0, start: 0, len: 1 };
+        Ok(Contributions::new(vec![Contribution::Part { shape: *grad.shape(), part, value }]))
+    };
+    refused(tape.backward(&giving(&x.exp()?, part)?.sum(&[])?), "giving: ");
+    Ok(())
+}
+
 #[test]
 fn a_contribution_of_none_stops_there() -> Result<()> {
     let (x, y) = (leaf(&[1.0]), leaf(&[2.0]));
@@ -612,145 +621,4 @@ fn a_tape_in_a_thread_local_may_die_with_its_thread() {
     })
     .join()
     .unwrap();
-}
-
-// Checkpointing.
-
-/// Some layers with parameters; the middle ones recomputed if asked.
-fn layers(store: &Store, x: &Tensor, recompute: bool) -> Result<Tensor> {
-    let params = store.params();
-    let weight = |name: &str| params.get(name).unwrap().clone();
-    let (first, second) = (weight("first"), weight("second"));
-    let block = move |x: &[Tensor]| -> Result<Tensor> {
-        let y = sum_of(&square(&x[0])?, &first.tensor().expand(*x[0].shape())?.contiguous()?)?.softmax()?;
-        sum_of(&y.transpose(0, 1)?.contiguous()?.transpose(0, 1)?.contiguous()?, &second.tensor())
-    };
-    let hidden = x.affine(0.5, 0.1)?;
-    let output = if recompute { checkpoint(block, &[&hidden])? } else { block(&[hidden])? };
-    square(&output)?.sum(&[])
-}
-
-fn layer_store() -> Store {
-    let store = Store::new(5, DType::F64, device());
-    store.param("first", [6], Init::Normal(1.0)).unwrap();
-    store.param("second", [4, 6], Init::Normal(1.0)).unwrap();
-    store
-}
-
-#[test]
-fn checkpoint_changes_no_value() -> Result<()> {
-    let (store, x) = (layer_store(), grid(4, 6).requires_grad()?);
-    let run = |recompute: bool| -> Result<_> {
-        let mut tape = Tape::train(9);
-        let loss = layers(&store, &x, recompute)?;
-        let nodes = tape.len();
-        let grads = tape.backward(&loss)?;
-        assert!(grads.unused(&store.params()).is_empty());
-        let mut bits = vec![loss.item()?];
-        bits.extend(grads.get(&x).unwrap().to_f64_vec()?);
-        for (_, param) in store.params().iter() {
-            bits.extend(grads.param(param).unwrap().to_f64_vec()?);
-        }
-        Ok((nodes, bits))
-    };
-    let ((plain_nodes, plain), (nodes, recomputed)) = (run(false)?, run(true)?);
-    assert_eq!(plain, recomputed);
-    assert_eq!(nodes, 4, "affine, checkpoint, square, sum");
-    assert!(plain_nodes > nodes);
-    // Outside of a tape it is a plain call.
-    assert_eq!(layers(&store, &x, true)?.item()?, plain[0]);
-    Ok(())
-}
-
-#[test]
-fn checkpoints_nest() -> Result<()> {
-    let x = grid(2, 3);
-    let nested = |x: &[Tensor]| -> Result<Tensor> {
-        let inner = |x: &[Tensor]| -> Result<Tensor> {
-            let y = checkpoint(|x: &[Tensor]| square(&x[0])?.softmax(), &[&x[0]])?;
-            square(&y)
-        };
-        let y = square(&x[0])?;
-        let z = checkpoint(inner, &[&y])?;
-        sum_of(&z, &checkpoint(inner, &[&z])?)
-    };
-    let report = gradcheck(|x| checkpoint(nested, &[&x[0]]), &[x], Gradcheck::default())?;
-    assert!(report.passed(), "{report}");
-    Ok(())
-}
-
-#[test]
-fn checkpoint_tracks_parameters_under_constant_inputs() -> Result<()> {
-    let weight = Param::new(vector(&[1.0, 2.0]))?;
-    let inside = weight.clone();
-    let mut tape = Tape::grad();
-    let loss = checkpoint(move |x| square(&sum_of(&x[0], &inside.tensor())?), &[&vector(&[1.0, 1.0])])?.sum(&[])?;
-    assert_eq!(values(tape.backward(&loss)?.param(&weight).unwrap()), [4.0, 6.0]);
-    Ok(())
-}
-
-#[test]
-fn checkpoint_adds_to_gradients_from_outside() -> Result<()> {
-    let weight = Param::new(vector(&[1.0, 2.0]))?;
-    let (x, inside) = (leaf(&[3.0, 4.0]), weight.clone());
-    let mut tape = Tape::grad();
-    let y = checkpoint(move |x| square(&sum_of(&x[0], &inside.tensor())?), &[&x])?;
-    let loss = sum_of(&sum_of(&y, &square(&weight.tensor())?)?, &square(&x)?)?.sum(&[])?;
-    let grads = tape.backward(&loss)?;
-    assert_eq!(values(grads.param(&weight).unwrap()), [2.0 * 4.0 + 2.0, 2.0 * 6.0 + 4.0]);
-    assert_eq!(values(grads.get(&x).unwrap()), [2.0 * 4.0 + 6.0, 2.0 * 6.0 + 8.0]);
-    Ok(())
-}
-
-#[test]
-fn checkpoint_of_integers_and_several_inputs() -> Result<()> {
-    let (x, y, tokens) = (leaf(&[1.0, 2.0]), leaf(&[5.0, 6.0]), Tensor::arange(2, device())?);
-    let mut tape = Tape::grad();
-    let z = checkpoint(|t| sum_of(&sum_of(&square(&t[0])?, &t[1].to_dtype(DType::F64)?)?, &t[2]), &[&x, &tokens, &y])?;
-    assert_eq!(values(&z), [6.0, 11.0]);
-    let grads = tape.backward_with(&z, &vector(&[1.0, 10.0]))?;
-    assert_eq!(values(grads.get(&x).unwrap()), [2.0, 40.0]);
-    assert_eq!(values(grads.get(&y).unwrap()), [1.0, 10.0]);
-    Ok(())
-}
-
-#[test]
-fn checkpoint_may_return_its_input_or_a_constant() -> Result<()> {
-    let x = leaf(&[3.0]);
-    let mut tape = Tape::grad();
-    let same = checkpoint(|x| Ok(x[0].clone()), &[&square(&x)?])?;
-    assert_eq!(values(tape.backward(&same)?.get(&x).unwrap()), [6.0]);
-    let mut tape = Tape::grad();
-    let constant = checkpoint(|_| Ok(vector(&[1.0])), &[&x])?;
-    assert!(matches!(tape.backward(&constant), Err(Error::NotTracked)));
-    assert!(tape.is_empty());
-    Ok(())
-}
-
-#[test]
-fn checkpoint_refuses_captured_tensors_of_the_outer_tape() -> Result<()> {
-    let x = leaf(&[3.0]);
-    let _tape = Tape::grad();
-    let outer = square(&x)?;
-    let captured = outer.clone();
-    let used = checkpoint(move |x| sum_of(&x[0], &captured), &[&x]);
-    assert!(matches!(used, Err(Error::StaleTape { op: "sum_of" })), "{used:?}");
-    let captured = outer.clone();
-    let returned = checkpoint(move |_| Ok(captured.clone()), &[&x]);
-    assert!(matches!(returned, Err(Error::StaleTape { op: "checkpoint" })), "{returned:?}");
-    // A captured leaf is no trouble.
-    let free = x.clone();
-    checkpoint(move |t| sum_of(&t[0], &free), &[&outer])?;
-    Ok(())
-}
-
-#[test]
-fn checkpoint_passes_errors_on() -> Result<()> {
-    let x = leaf(&[3.0]);
-    let mut tape = Tape::grad();
-    assert!(matches!(checkpoint(|x| x[0].narrow(0, 4, 1), &[&x]), Err(Error::Shape { op: "narrow", .. })));
-    let y = square(&x)?;
-    assert_eq!(tape.len(), 1, "nothing is left of the failed segment");
-    assert_eq!(values(tape.backward(&y)?.get(&x).unwrap()), [6.0]);
-    Ok(())
 }

@@ -9,6 +9,7 @@ mod philox;
 mod real;
 mod recompute;
 mod shape;
+mod stack;
 mod tape;
 mod tensor;
 mod views;

@@ -3,7 +3,7 @@
 use std::{
     collections::{BTreeMap, HashSet, btree_map::Entry},
     fmt,
-    sync::{Arc, Mutex, RwLock, RwLockWriteGuard},
+    sync::{Arc, Mutex, RwLock, RwLockReadGuard, RwLockWriteGuard},
 };
 
 use super::{
@@ -16,6 +16,11 @@ use super::{
 use crate::{DType, Device, Error, Result, error::ensure};
 
 /// A trainable tensor. Clones share it: a tied weight is one parameter under two names.
+///
+/// Any thread may read it while another trains: a reader gets the value before or after an update, never a mixture, and
+/// keeps it. The one exception is an update that panics half way, which only a bug can cause: the value is then part old
+/// and part new, [`Param::tensor`] returns it as it is, and optimizers refuse it by name until [`Param::set`] or
+/// [`ParamMap::load`] replaces it.
 #[derive(Clone)]
 pub struct Param(Arc<ParamCell>);
 
@@ -38,33 +43,37 @@ impl Param {
 
     /// The present value, as a leaf of the tape.
     pub fn tensor(&self) -> Tensor {
-        let value = self.0.value.read().unwrap_or_else(|poisoned| poisoned.into_inner());
-        value.with_slot(GradSlot::Leaf(self.0.leaf))
+        self.read().with_slot(GradSlot::Leaf(self.0.leaf))
+    }
+
+    fn read(&self) -> RwLockReadGuard<'_, Tensor> {
+        self.0.value.read().unwrap_or_else(|poisoned| poisoned.into_inner())
     }
 
     /// Replaces the value.
     ///
     /// Errors: another shape, dtype or device.
     pub fn set(&self, value: Tensor) -> Result<()> {
-        self.update(|old| {
-            ensure!(
-                old.shape() == value.shape() && old.dtype() == value.dtype() && old.device() == value.device(),
-                Error::shape(
-                    "set",
-                    format!(
-                        "the parameter is {:?} {} {}, the value {:?} {} {}",
-                        old.shape(),
-                        old.dtype(),
-                        old.device(),
-                        value.shape(),
-                        value.dtype(),
-                        value.device()
-                    )
+        let mut old = self.lock();
+        ensure!(
+            old.shape() == value.shape() && old.dtype() == value.dtype() && old.device() == value.device(),
+            Error::shape(
+                "set",
+                format!(
+                    "the parameter is {:?} {} {}, the value {:?} {} {}",
+                    old.shape(),
+                    old.dtype(),
+                    old.device(),
+                    value.shape(),
+                    value.dtype(),
+                    value.device()
                 )
-            );
-            *old = value.detach();
-            Ok(())
-        })
+            )
+        );
+        *old = value.into_constant();
+        // All of it is new, whatever happened to the old one.
+        self.0.value.clear_poison();
+        Ok(())
     }
 
     /// The identity under which gradients are kept.
@@ -72,12 +81,14 @@ impl Param {
         self.0.leaf
     }
 
-    /// Changes the value; whoever still holds the old tensor keeps its values.
-    pub(crate) fn update<R>(&self, f: impl FnOnce(&mut Tensor) -> Result<R>) -> Result<R> {
-        f(&mut self.lock())
+    /// Returns `true` if an update of the value panicked half way.
+    pub(crate) fn is_broken(&self) -> bool {
+        self.0.value.is_poisoned()
     }
 
     /// The value to be changed in place together with others; who reads it waits until the guard is dropped.
+    ///
+    /// Several are locked in the order of [`Param::leaf`], and nothing that may wait for other threads is done meanwhile.
     pub(crate) fn lock(&self) -> RwLockWriteGuard<'_, Tensor> {
         self.0.value.write().unwrap_or_else(|poisoned| poisoned.into_inner())
     }
@@ -127,8 +138,13 @@ impl ParamMap {
     }
 
     /// Every tensor by name, parameters and buffers: what PyTorch calls the state dict.
+    ///
+    /// Beside a thread that trains, it has the weights of one step: all from before an update, or all from after it.
     pub fn state_dict(&self) -> BTreeMap<String, Tensor> {
-        let params = self.params.iter().map(|(name, param)| (name.clone(), param.tensor().detach()));
+        // Optimizers lock all parameters in this order before they change the first.
+        let cells: BTreeMap<LeafId, &Param> = self.params.values().map(|param| (param.leaf(), param)).collect();
+        let values: BTreeMap<LeafId, _> = cells.into_iter().map(|(leaf, param)| (leaf, param.read())).collect();
+        let params = self.params.iter().map(|(name, param)| (name.clone(), values[&param.leaf()].clone()));
         params.chain(self.buffers.iter().map(|(name, buffer)| (name.clone(), buffer.clone()))).collect()
     }
 
@@ -193,7 +209,13 @@ impl ParamMap {
                 }
             }
         }
-        values.into_values().try_for_each(|(_, param, value)| param.set(value))
+        // Together, and in the order of the optimizers' locks: readers see all old values or all new ones.
+        let mut locked: Vec<_> = values.into_values().map(|(_, param, value)| (param, param.lock(), value)).collect();
+        for (param, old, value) in &mut locked {
+            **old = value.detach();
+            param.0.value.clear_poison();
+        }
+        Ok(())
     }
 }
 

@@ -9,11 +9,16 @@ use std::sync::{Arc, Mutex, PoisonError};
 use super::tensor::Tensor;
 use crate::Result;
 
+/// Most steps of a recipe.
+const STEPS: usize = 16;
+
 /// How a tensor is computed again, as a constant with the same bits. Clones share the result.
 #[derive(Clone)]
 pub(crate) struct Recipe(Arc<Shared>);
 
 struct Shared {
+    /// Recipes that it is the last of.
+    steps: usize,
     compute: Box<dyn Fn() -> Result<Tensor> + Send + Sync>,
     /// The result, until the last handle is dropped: several products may need it one after the other.
     value: Mutex<Option<Tensor>>,
@@ -21,11 +26,26 @@ struct Shared {
 
 impl Recipe {
     pub(super) fn new(compute: impl Fn() -> Result<Tensor> + Send + Sync + 'static) -> Self {
-        Self(Arc::new(Shared { compute: Box::new(compute), value: Mutex::new(None) }))
+        Self::after(0, compute)
+    }
+
+    fn after(steps: usize, compute: impl Fn() -> Result<Tensor> + Send + Sync + 'static) -> Self {
+        Self(Arc::new(Shared { steps: steps + 1, compute: Box::new(compute), value: Mutex::new(None) }))
+    }
+
+    /// Returns `true` if another step may follow: computing a recipe and dropping it recurse through its steps.
+    pub(super) fn may_grow(&self) -> bool {
+        self.0.steps < STEPS
+    }
+
+    /// The recipe of what `f` computes from this one's result.
+    pub(super) fn then(&self, f: impl Fn(Tensor) -> Result<Tensor> + Send + Sync + 'static) -> Self {
+        let first = self.clone();
+        Self::after(self.0.steps, move || f(first.compute()?))
     }
 
     /// Computed now, without sharing it.
-    pub(super) fn compute(&self) -> Result<Tensor> {
+    fn compute(&self) -> Result<Tensor> {
         (self.0.compute)()
     }
 

@@ -211,6 +211,11 @@ impl Tensor {
         self.with_slot(GradSlot::Constant)
     }
 
+    /// As [`Tensor::detach`], of a handle that is not needed any more.
+    pub(super) fn into_constant(self) -> Self {
+        Self { grad: GradSlot::Constant, recipe: None, ..self }
+    }
+
     pub(super) fn with_slot(&self, grad: GradSlot) -> Self {
         Self { grad, recipe: None, ..self.clone() }
     }

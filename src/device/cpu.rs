@@ -73,7 +73,7 @@ pub(crate) fn for_rows<T: Send>(out: &mut [T], width: usize, cost: usize, body: 
     }
     let rows = rows_per_task(out.len() / width, cost);
     let parts = Parts::new(out, rows * width);
-    run(parts.count(), rows.saturating_mul(cost), &|task| {
+    run(parts.count(), &|task| {
         // SAFETY: every task is run once, and its part is its own.
         body(task * rows, unsafe { parts.get(task) });
     });
@@ -92,7 +92,7 @@ pub(crate) fn for_rows2<A: Send, B: Send>(
     }
     let rows = rows_per_task(a.len() / widths.0, cost);
     let (a, b) = (Parts::new(a, rows * widths.0), Parts::new(b, rows * widths.1));
-    run(a.count().min(b.count()), rows.saturating_mul(cost), &|task| {
+    run(a.count().min(b.count()), &|task| {
         // SAFETY: every task is run once, and its parts are its own.
         body(task * rows, unsafe { a.get(task) }, unsafe { b.get(task) });
     });
@@ -115,7 +115,7 @@ pub(crate) fn for_rows3<A: Send, B: Send, C: Send>(
     }
     let rows = rows_per_task(a.len() / widths.0, cost);
     let (a, b, c) = (Parts::new(a, rows * widths.0), Parts::new(b, rows * widths.1), Parts::new(c, rows * widths.2));
-    run(a.count().min(b.count()).min(c.count()), rows.saturating_mul(cost), &|task| {
+    run(a.count().min(b.count()).min(c.count()), &|task| {
         // SAFETY: every task is run once, and its parts are its own.
         body(task * rows, unsafe { a.get(task) }, unsafe { b.get(task) }, unsafe { c.get(task) });
     });
@@ -178,14 +178,9 @@ pub(crate) fn rows_per_task(rows: usize, cost: usize) -> usize {
     smallest.max(rows.div_ceil(64)).max(1)
 }
 
-/// Calls `body(task)` for every task in `0..tasks`, in parallel; `cost` is the number of element operations of one.
-pub(crate) fn for_tasks(tasks: usize, cost: usize, body: impl Fn(usize) + Sync) {
-    run(tasks, cost, &body);
-}
-
-/// Element operations that so many multiply-adds of a matrix product count for.
-pub(crate) fn cost_of_products(multiply_adds: usize) -> usize {
-    multiply_adds / 8
+/// Calls `body(task)` for every task in `0..tasks`, in parallel.
+pub(crate) fn for_tasks(tasks: usize, body: impl Fn(usize) + Sync) {
+    run(tasks, &body);
 }
 
 /// Walks a packed output together with strided inputs of the same shape.
@@ -295,7 +290,7 @@ mod tests {
         }
         for tasks in [0, 1, 100] {
             let visits = AtomicUsize::new(0);
-            for_tasks(tasks, 1, |task| {
+            for_tasks(tasks, |task| {
                 visits.fetch_add(task + 1, Ordering::Relaxed);
             });
             assert_eq!(visits.into_inner(), tasks * (tasks + 1) / 2);

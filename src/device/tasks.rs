@@ -1,32 +1,28 @@
-//! Tasks on the threads of the `rayon` pool and on the thread that calls, which begins at once: a thread outside of the
-//! pool that hands its work over and sleeps until it is done loses more time than most ops of a decode step take.
+//! Tasks on the threads of the `rayon` pool and on the thread that calls.
+//!
+//! The caller takes part from the start and waits, at the end, only for helpers that have begun: a thread outside of the
+//! pool that hands its work over and sleeps loses more time than most ops of a decode step take, and a thread of the pool
+//! that waited as `rayon` does would meanwhile run jobs of others, in the middle of an op: on the tape of its thread, with
+//! its dropout and its profile, and below the locks that it holds. So all parallel work of the library comes through
+//! [`run`], and no call of it can wait for work that is not its own.
 
 use std::{
     any::Any,
     panic::{AssertUnwindSafe, catch_unwind, resume_unwind},
+    process,
     sync::{
-        Arc, Mutex,
+        Arc, LazyLock, Mutex, OnceLock,
         atomic::{AtomicUsize, Ordering},
     },
 };
 
-use rayon::prelude::*;
-
-/// Element operations up to which the caller takes part: about a millisecond. What lasts longer is the pool's, which
-/// has a thread for each processor: one more would now and then wait for the processor of another.
-const SHORT: usize = 32 << 20;
-
-/// Calls `body(task)` once for every task in `0..tasks`; `cost`: element operations of one.
+/// Calls `body(task)` once for every task in `0..tasks`.
 ///
-/// Not generic, so that the machinery of `rayon` is compiled once and not per op.
-pub(super) fn run(tasks: usize, cost: usize, body: &(dyn Fn(usize) + Sync)) {
+/// Not generic, so that the machinery is compiled once and not per op.
+pub(super) fn run(tasks: usize, body: &(dyn Fn(usize) + Sync)) {
     match tasks {
         0 => {}
         1 => body(0),
-        // A thread of the pool takes part already.
-        _ if rayon::current_thread_index().is_some() || tasks.saturating_mul(cost) > SHORT => {
-            (0..tasks).into_par_iter().for_each(body)
-        }
         _ => with_helpers(tasks, body),
     }
 }
@@ -34,10 +30,31 @@ pub(super) fn run(tasks: usize, cost: usize, body: &(dyn Fn(usize) + Sync)) {
 /// Marks work whose caller waits for nobody else any more.
 const CLOSED: usize = 1 << (usize::BITS - 1);
 
-/// Helpers that were asked for and have not begun, and how many may wait: a pool that is busy with something else must not
-/// collect them without end.
-static WAITING: AtomicUsize = AtomicUsize::new(0);
+/// Helpers that were asked for and have not begun. A pool that is busy with something else must not collect them without
+/// end: so many may wait for callers outside of pools together, and twice what a call asks for, for each thread of a pool.
 const MOST_WAITING: usize = 1024;
+
+static OUTSIDE: LazyLock<Arc<AtomicUsize>> = LazyLock::new(Arc::default);
+
+thread_local! {
+    static INSIDE: Arc<AtomicUsize> = Arc::default();
+}
+
+/// Returns the count of waiting helpers that the present thread adds to, and its bound.
+fn waiting(helpers: usize) -> (Arc<AtomicUsize>, usize) {
+    match rayon::current_thread_index() {
+        None => (OUTSIDE.clone(), MOST_WAITING),
+        Some(_) => (INSIDE.with(Arc::clone), 2 * helpers),
+    }
+}
+
+/// Returns `true` in a child of `fork`: the threads of the pool are the parent's, and the locks of the pool may be held by
+/// one of them for ever.
+fn forked() -> bool {
+    static PROCESS: OnceLock<u32> = OnceLock::new();
+    let process = process::id();
+    *PROCESS.get_or_init(|| process) != process
+}
 
 /// Times that the caller looks for the end of the last tasks before it lets other threads go first.
 const SPINS: usize = 2000;
@@ -106,7 +123,7 @@ impl Drop for Wait<'_> {
 
 fn with_helpers(tasks: usize, body: &(dyn Fn(usize) + Sync)) {
     let helpers = rayon::current_num_threads().min(tasks) - 1;
-    if helpers == 0 {
+    if helpers == 0 || forked() {
         return (0..tasks).for_each(body);
     }
     let body: *const (dyn Fn(usize) + Sync + '_) = body;
@@ -122,14 +139,15 @@ fn with_helpers(tasks: usize, body: &(dyn Fn(usize) + Sync)) {
         panic: Mutex::new(None),
     });
     let wait = Wait(&work);
+    let (waiting, most) = waiting(helpers);
     for _ in 0..helpers {
-        if WAITING.fetch_add(1, Ordering::Relaxed) >= MOST_WAITING {
-            WAITING.fetch_sub(1, Ordering::Relaxed);
+        if waiting.fetch_add(1, Ordering::Relaxed) >= most {
+            waiting.fetch_sub(1, Ordering::Relaxed);
             break;
         }
-        let work = work.clone();
+        let (work, waiting) = (work.clone(), waiting.clone());
         rayon::spawn(move || {
-            WAITING.fetch_sub(1, Ordering::Relaxed);
+            waiting.fetch_sub(1, Ordering::Relaxed);
             work.help();
         });
     }
@@ -143,19 +161,21 @@ fn with_helpers(tasks: usize, body: &(dyn Fn(usize) + Sync)) {
 
 #[cfg(test)]
 mod tests {
+    use std::{cell::Cell, time::Duration};
+
     use super::*;
 
     /// Each task once, from threads outside and inside of the pool, and from many at a time.
     #[test]
     fn tasks_are_run_once() {
-        let once = |tasks: usize, cost: usize| {
+        let once = |tasks: usize| {
             let visits: Vec<_> = (0..tasks).map(|_| AtomicUsize::new(0)).collect();
-            run(tasks, cost, &|task| {
+            run(tasks, &|task| {
                 visits[task].fetch_add(1, Ordering::Relaxed);
             });
             assert!(visits.iter().all(|visits| visits.load(Ordering::Relaxed) == 1));
         };
-        let all = || (0..300).for_each(|round| once([0, 1, 2, 3, 64, 257][round % 6], [0, SHORT][round / 6 % 2]));
+        let all = || (0..300).for_each(|round| once([0, 1, 2, 3, 64, 257][round % 6]));
         all();
         rayon::scope(|_| all());
         std::thread::scope(|scope| (0..4).for_each(|_| drop(scope.spawn(all))));
@@ -164,10 +184,10 @@ mod tests {
     /// A panic comes back to the caller, whoever had it, after everybody has left the body.
     #[test]
     fn tasks_that_panic() {
-        for (bad, cost) in [(0, 0), (7, 0), (63, 0), (63, SHORT)] {
+        for bad in [0, 7, 63] {
             let running = AtomicUsize::new(0);
             let result = catch_unwind(AssertUnwindSafe(|| {
-                run(64, cost, &|task| {
+                run(64, &|task| {
                     running.fetch_add(1, Ordering::SeqCst);
                     std::thread::yield_now();
                     running.fetch_sub(1, Ordering::SeqCst);
@@ -176,6 +196,62 @@ mod tests {
             }));
             assert!(result.is_err() && running.load(Ordering::SeqCst) == 0);
         }
-        run(4, 0, &|_| {});
+        run(4, &|_| {});
+    }
+    /// A thread that waits in a call, of the pool or not, does nothing else: no job of others runs below it.
+    #[test]
+    fn tasks_wait_for_their_own_work_only() {
+        thread_local! {
+            static INSIDE: Cell<bool> = const { Cell::new(false) };
+        }
+        let pool = rayon::ThreadPoolBuilder::new().num_threads(2).build().unwrap();
+        let (foreign, calling) = (AtomicUsize::new(0), AtomicUsize::new(2));
+        fn jobs<'a>(scope: &rayon::Scope<'a>, foreign: &'a AtomicUsize, calling: &'a AtomicUsize) {
+            foreign.fetch_add(usize::from(INSIDE.get()), Ordering::Relaxed);
+            if calling.load(Ordering::Relaxed) > 0 {
+                scope.spawn(move |scope| jobs(scope, foreign, calling));
+            }
+        }
+        pool.scope(|scope| {
+            for _ in 0..2 {
+                scope.spawn(|_| {
+                    for _ in 0..20 {
+                        INSIDE.set(true);
+                        run(8, &|_| std::thread::sleep(Duration::from_micros(200)));
+                        INSIDE.set(false);
+                    }
+                    calling.fetch_sub(1, Ordering::Relaxed);
+                });
+            }
+            (0..4).for_each(|_| scope.spawn(|scope| jobs(scope, &foreign, &calling)));
+        });
+        assert_eq!(foreign.into_inner(), 0);
+    }
+
+    /// Work is done, and leaves no more behind than it may, where every thread of the pool is busy.
+    #[test]
+    fn tasks_of_a_busy_pool() {
+        let pool = rayon::ThreadPoolBuilder::new().num_threads(4).build().unwrap();
+        let busy = AtomicUsize::new(0);
+        pool.scope(|scope| {
+            for _ in 0..4 {
+                scope.spawn(|_| {
+                    busy.fetch_add(1, Ordering::SeqCst);
+                    // All threads are here, so that no helper can come before the end.
+                    while busy.load(Ordering::SeqCst) < 4 {
+                        std::thread::yield_now();
+                    }
+                    let done = AtomicUsize::new(0);
+                    for _ in 0..100 {
+                        run(8, &|_| {
+                            done.fetch_add(1, Ordering::Relaxed);
+                        });
+                    }
+                    assert_eq!(done.into_inner(), 800);
+                    let (waiting, most) = waiting(3);
+                    assert!(waiting.load(Ordering::Relaxed) <= most && most == 6);
+                });
+            }
+        });
     }
 }

@@ -7,10 +7,8 @@
 use std::sync::Mutex;
 
 use super::many::{Group, Table, by_device};
-#[cfg(feature = "cuda")]
-use crate::Device;
 use crate::{
-    DType, Error, Result, Tensor,
+    DType, Device, Error, Result, Tensor,
     core::{Float, Real, Shape, dispatch_float},
     device::{CudaDevice, Grid, args, cpu, simd::vectorized},
     error::ensure,
@@ -169,6 +167,18 @@ fn check(updates: &[Update<'_>]) -> Result<()> {
     Ok(())
 }
 
+/// Compiles the kernel of a step for parameters and gradients of these kinds, unless it is there already.
+///
+/// A first compilation takes seconds: nobody should wait for it behind the lock of a parameter.
+pub(crate) fn compile(kernel: &'static str, kinds: impl Iterator<Item = (Device, DType, DType)>) -> Result<()> {
+    for Group { gpu, key: [dtype, of_grad], .. } in
+        by_device(kinds, |(device, dtype, of_grad)| (device.clone(), [*dtype, *of_grad])).1
+    {
+        gpu.kernel(kernel, &[("DTYPE", dtype.name()), ("GRAD", of_grad.name())])?;
+    }
+    Ok(())
+}
+
 /// One AdamW step of all parameters.
 ///
 /// Errors, before anything is changed: a gradient of a dtype that is neither the parameter's nor its state's, of another
@@ -254,7 +264,7 @@ type Task<'a> = Box<dyn FnMut() + Send + 'a>;
 fn run(tasks: Vec<Task<'_>>) {
     // Never contended: the lock shows the compiler that one thread at a time has a task.
     let tasks: Vec<Mutex<Task>> = tasks.into_iter().map(Mutex::new).collect();
-    cpu::for_tasks(tasks.len(), CHUNK, |index| {
+    cpu::for_tasks(tasks.len(), |index| {
         let mut task = tasks[index].lock().unwrap_or_else(|poisoned| poisoned.into_inner());
         task();
     });

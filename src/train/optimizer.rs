@@ -8,7 +8,7 @@ use crate::{
     DType, Device, Error, Gradients, ParamMap, Result, Tensor,
     core::Param,
     error::ensure,
-    ops::adamw::{Settings, Update, adamw, own, square_norms},
+    ops::adamw::{Settings, Update, adamw, compile, own, square_norms},
     profile::{self, Phase},
 };
 
@@ -42,6 +42,9 @@ impl Default for AdamWOptions {
 /// the parameter is that weight rounded: updates smaller than half a unit of the half type are not lost. Whoever sets
 /// such a parameter to another value continues from that value. Results have the same bits for any number of threads.
 ///
+/// Other threads may use the model during a step: whoever reads a parameter waits until all of them are updated, which takes
+/// the time of the arithmetic alone.
+///
 /// ```
 /// use x_transformers::{DType, Device, Init, Store, Tape, train::{AdamW, AdamWOptions}};
 /// # fn main() -> x_transformers::Result<()> {
@@ -62,11 +65,13 @@ pub struct AdamW {
     options: AdamWOptions,
     state: BTreeMap<String, State>,
     steps: u64,
+    /// During an update; still after one that panicked.
+    updating: bool,
 }
 
 impl fmt::Debug for AdamW {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { options, state, steps } = self;
+        let Self { options, state, steps, .. } = self;
         f.debug_struct("AdamW")
             .field("options", options)
             .field("parameters", &state.len())
@@ -119,7 +124,7 @@ impl AdamW {
                 Error::option(key, format!("expected a finite number of at least 0, got {value}"))
             );
         }
-        Ok(Self { options, state: BTreeMap::new(), steps: 0 })
+        Ok(Self { options, state: BTreeMap::new(), steps: 0, updating: false })
     }
 
     /// The constants.
@@ -159,6 +164,7 @@ impl AdamW {
         profile::done("gradient_norm", Phase::Update, &device, || packed.iter().map(bytes).sum())?;
         let grad_scale = scale * clip.map_or(1.0, |clip| (clip / (grad_norm + 1e-6)).min(1.0));
         let settings = self.settings(lr, grad_scale);
+        compile("adamw_step", kinds(&named, &packed))?;
         self.update(&named, &packed, |updates| {
             // Everything but the gradient is read and written.
             let moved = |update: &Update| {
@@ -178,26 +184,47 @@ impl AdamW {
         Settings { lr, beta1, beta2, eps, weight_decay, grad_scale }
     }
 
-    /// Calls `f` with the updates of these parameters.
+    /// Calls `f` with the updates of these parameters. The caller has compiled what `f` launches.
+    ///
+    /// Parameters are locked all together, so that other threads see the weights of one step, and in the order of their
+    /// identity, so that two optimizers of the same parameters do not wait for each other. Below the locks there is
+    /// arithmetic alone: `f` must not wait for anything that may need a parameter.
     fn update(
         &mut self,
         named: &[Named],
         grads: &[Tensor],
         f: impl FnOnce(Vec<Update<'_>>) -> Result<()>,
     ) -> Result<()> {
+        ensure!(
+            !self.updating,
+            Error::argument(
+                "adamw",
+                "the last step panicked half way, and the state is part old and part new; replace it with `load_state_dict`"
+            )
+        );
+        for (name, _) in named.iter().filter(|(_, param)| param.is_broken()) {
+            let why = "was left half updated by a step that panicked; `set` or load it first";
+            return Err(Error::argument("adamw", format!("`{name}` {why}")));
+        }
         self.prepare(named)?;
-        let mut values: Vec<_> = named.iter().map(|(_, param)| param.lock()).collect();
+        let mut order: Vec<usize> = (0..named.len()).collect();
+        order.sort_by_key(|&index| named[index].1.leaf());
+        let mut locked: Vec<_> = order.into_iter().map(|index| (index, named[index].1.lock())).collect();
+        locked.sort_by_key(|(index, _)| *index);
         let mut states: BTreeMap<&str, &mut State> =
             self.state.iter_mut().map(|(name, state)| (name.as_str(), state)).collect();
         let mut updates = Vec::with_capacity(named.len());
-        for (((name, _), value), grad) in named.iter().zip(&mut values).zip(grads) {
+        for (((name, _), (_, value)), grad) in named.iter().zip(&mut locked).zip(grads) {
             own(value)?;
             // `prepare` made one for every name.
             let Some(State { exp_avg, exp_avg_sq, master, step }) = states.remove(name) else { continue };
             let master = master.as_mut();
             updates.push(Update { value, grad, exp_avg, exp_avg_sq, master, step: *step + 1 });
         }
-        f(updates)
+        self.updating = true;
+        let done = f(updates);
+        self.updating = false;
+        done
     }
 
     /// Counts a step of these parameters.
@@ -228,6 +255,7 @@ impl AdamW {
         let positions: BTreeMap<&str, usize> = params.unique().map(|(name, _)| name).zip(0..).collect();
         let place = |(name, _): &Named| factors.narrow(0, positions[name], 1)?.address();
         let places = named.iter().map(place).collect::<Result<Vec<_>>>()?;
+        compile("adamw_recorded", kinds(&named, &packed))?;
         self.update(&named, &packed, |updates| adamw_recorded(updates, &places, &grad_scale))?;
         Ok((norm, named.into_iter().map(|(name, _)| name.to_string()).collect()))
     }
@@ -336,6 +364,7 @@ impl AdamW {
         }
         self.steps = loader.finish(steps)?;
         self.state = state;
+        self.updating = false;
         Ok(())
     }
 }
@@ -361,6 +390,15 @@ fn with_gradients<'a>(params: &'a ParamMap, grads: &Gradients) -> Result<(Vec<Na
     let with_grad = params.unique().filter_map(|(name, param)| Some((name, param, grads.param(param)?)));
     let packed = with_grad.map(|(name, param, grad)| Ok(((name, param), grad.detach().contiguous()?)));
     Ok(packed.collect::<Result<Vec<_>>>()?.into_iter().unzip())
+}
+
+/// What the kernel of each parameter is compiled for.
+fn kinds(named: &[Named], grads: &[Tensor]) -> impl Iterator<Item = (Device, DType, DType)> {
+    let kind = |((_, param), grad): (&Named, &Tensor)| {
+        let value = param.tensor();
+        (value.device().clone(), value.dtype(), grad.dtype())
+    };
+    named.iter().zip(grads).map(kind)
 }
 
 fn bytes(tensor: &Tensor) -> usize {
@@ -444,5 +482,47 @@ mod tests {
             assert_eq!(optimizer.steps(), 1);
         }
         Ok(())
+    }
+    /// A step that panics half way leaves nothing that goes on as if it were whole.
+    #[test]
+    fn adamw_refuses_half_updated_weights() -> Result<()> {
+        let store = Store::new(0, DType::F32, &Device::Cpu);
+        let params: Vec<_> = ["a", "b"].map(|name| store.param(name, [2], Init::Constant(1.0)).unwrap()).into();
+        let params = [&params[0], &params[1]];
+        let step = |optimizer: &mut AdamW, of: &[&Param]| -> Result<StepInfo> {
+            let mut tape = Tape::grad();
+            let sums = of.iter().map(|param| param.tensor().square()).collect::<Result<Vec<_>>>()?;
+            let grads = tape.backward(&Tensor::cat(&sums.iter().collect::<Vec<_>>(), 0)?.sum(&[])?)?;
+            optimizer.step(&store.params(), &grads, 0.1, None)
+        };
+        let mut optimizer = AdamW::new(AdamWOptions::default())?;
+        step(&mut optimizer, &params)?;
+        let saved = (store.params().state_dict(), optimizer.state_dict()?);
+        let panicked = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
+            let named = [("b", params[1])];
+            optimizer.update(&named, &[saved.0["b"].clone()], |_| panic!("half way"))
+        }));
+        assert!(panicked.is_err());
+        let refused = |optimizer: &mut AdamW, name: &str| {
+            let message = step(optimizer, &params).unwrap_err().to_string();
+            assert!(message.starts_with("adamw: ") && message.contains(name), "{message}");
+        };
+        // The state first, then the parameter, each until it is whole again; what is there can be read.
+        assert_eq!(params[1].tensor().elements(), 2);
+        refused(&mut optimizer, "`load_state_dict`");
+        optimizer.load_state_dict(&store.params(), &saved.1)?;
+        refused(&mut optimizer, "`b`");
+        step(&mut optimizer, &params[..1])?;
+        params[1].set(saved.0["b"].clone())?;
+        step(&mut optimizer, &params)?;
+        // Loading all is as good.
+        let panicked = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
+            let named = [("a", params[0])];
+            optimizer.clone().update(&named, &[saved.0["a"].clone()], |_| panic!("half way"))
+        }));
+        assert!(panicked.is_err());
+        refused(&mut optimizer, "`a`");
+        store.params().load(&saved.0)?;
+        step(&mut optimizer, &params).map(drop)
     }
 }

@@ -5,7 +5,7 @@ use std::{fmt, sync::atomic::Ordering};
 use cudarc::driver::{result, sys};
 
 use super::{CudaDevice, GraphTables, error, memory::Block};
-use crate::{Device, Error, ParamMap, Result, Tensor, device::cuda::pool::FreeBlocks};
+use crate::{Device, Error, ParamMap, Result, Tensor, core::discrete, device::cuda::pool::FreeBlocks};
 
 /// A recorded computation on a GPU. Replaying it costs one launch instead of one per kernel.
 ///
@@ -52,7 +52,7 @@ impl<R> Graph<R> {
     ///
     /// `params`: the parameters that `f` reads.
     ///
-    /// Errors: inputs that are not packed tensors on one GPU, or whatever `f` does that a graph cannot hold.
+    /// Errors: inputs that are not packed tensors on one GPU or require a gradient, or whatever `f` does that a graph cannot hold.
     pub fn capture(inputs: &[Tensor], params: &ParamMap, f: impl Fn(&[Tensor]) -> Result<R>) -> Result<Self> {
         let device = match inputs.first().map(Tensor::device) {
             Some(&Device::Cuda(device)) => device,
@@ -64,6 +64,7 @@ impl<R> Graph<R> {
                 format!("inputs are on cuda:{} and {}", device.ordinal, other.device()),
             ));
         }
+        discrete("graph", &inputs.iter().collect::<Vec<_>>())?;
         // Copies of their own: a replay writes into them.
         let inputs = inputs.iter().map(Tensor::to_owned_copy).collect::<Result<Vec<_>>>()?;
         let mut memory = FreeBlocks::default();
@@ -98,6 +99,7 @@ impl<R> Graph<R> {
             let (given, expected) = (inputs.len(), self.inputs.len());
             return Err(Error::argument("graph", format!("{given} inputs, {expected} were recorded")));
         }
+        discrete("graph", &inputs.iter().collect::<Vec<_>>())?;
         for (name, address) in &self.params {
             if self.map.get(name).map(|param| param.tensor().storage_address()).transpose()? != Some(*address) {
                 return Err(Error::argument(

@@ -73,7 +73,7 @@ pub(super) fn run<S: Send>(tasks: Vec<S>, cost: usize, body: impl Fn(usize, S) +
     }
     // Each task is taken out of its slot by the one thread that runs it.
     let slots: Vec<Mutex<Option<S>>> = tasks.into_iter().map(|task| Mutex::new(Some(task))).collect();
-    cpu::for_tasks(slots.len(), cost, |index| {
+    cpu::for_tasks(slots.len(), |index| {
         let task = slots[index].lock().ok().and_then(|mut slot| slot.take());
         task.into_iter().for_each(|task| body(index, task));
     });

@@ -349,8 +349,7 @@ pub(super) fn gemm_by<T: Float, P: Packing<T>>(product: &Product<T>, out: &mut [
     let whole = Window::new(out, batch * m, n, n);
     let pieces = batch * down * across;
     let per_task = (grain / height.saturating_mul(width).saturating_mul(depth)).max(1);
-    let products = height.saturating_mul(width).saturating_mul(depth).saturating_mul(per_task);
-    cpu::for_tasks(pieces.div_ceil(per_task), cpu::cost_of_products(products), |task| {
+    cpu::for_tasks(pieces.div_ceil(per_task), |task| {
         Scratch::with(|scratch| {
             for piece in task * per_task..((task + 1) * per_task).min(pieces) {
                 let (item, piece) = (piece / (down * across), piece % (down * across));
@@ -393,8 +392,7 @@ fn gemm_sums_by<T: Float, P: Packing<T>>(product: &Product<T>, accumulate: bool,
         return shared::product_sums::<T, P>(k, a, b, start, whole);
     }
     let height = GRAIN.div_ceil(cost_of_row).next_multiple_of(P::tile().rows).min(m);
-    let products = height.saturating_mul(cost_of_row);
-    cpu::for_tasks(m.div_ceil(height), cpu::cost_of_products(products), |task| {
+    cpu::for_tasks(m.div_ceil(height), |task| {
         let i = task * height;
         // SAFETY: every task has other rows.
         let part = unsafe { whole.shared_part(i, 0, height.min(m - i), n) };

@@ -13,7 +13,7 @@ use super::{
 use crate::{
     Result,
     core::Float,
-    device::cpu::{CpuBuffer, cost_of_products, for_rows, for_tasks},
+    device::cpu::{CpuBuffer, for_rows, for_tasks},
 };
 
 /// Rows and columns of C that are computed before the next: their operands and sums stay in the last-level cache.
@@ -179,8 +179,7 @@ impl<'a, T: Float, P: Packing<T>> Chunk<'a, T, P> {
             for_areas(packed_a, height * STEPS, pack_a);
             for_areas(packed_b, TASK_COLUMNS * STEPS, pack_b);
             let (packed_a, packed_b, in_range) = (&*packed_a, &*packed_b, in_range.into_inner());
-            let cost = cost_of_products(height * TASK_COLUMNS * blocks * STEPS);
-            for_tasks(down * across, cost, |index| {
+            for_tasks(down * across, |index| {
                 // Neighbouring tasks have the same columns: what one thread does next finds its part of B in the cache.
                 let (i, j) = (index % down, index / down);
                 let (rows, columns) = (height.min(m - i * height), TASK_COLUMNS.min(n - j * TASK_COLUMNS));

@@ -1,0 +1,118 @@
+//! The gradients of leaves, and how contributions add up.
+
+use std::{collections::BTreeMap, fmt};
+
+use super::{
+    super::{
+        param::{Param, ParamMap},
+        tensor::Tensor,
+    },
+    rule::Contribution,
+    slot::{GradSlot, LeafId},
+};
+use crate::{Error, Result};
+
+/// The gradients of the leaves that a backward pass reached.
+#[derive(Default)]
+pub struct Gradients {
+    leaves: BTreeMap<LeafId, Tensor>,
+}
+
+impl fmt::Debug for Gradients {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Gradients").field("leaves", &self.leaves.len()).finish()
+    }
+}
+
+impl Gradients {
+    /// The gradient of a leaf: a tensor from [`Tensor::requires_grad`] or [`Param::tensor`].
+    pub fn get(&self, leaf: &Tensor) -> Option<&Tensor> {
+        match leaf.grad {
+            GradSlot::Leaf(id) => self.leaves.get(&id),
+            _ => None,
+        }
+    }
+
+    /// The gradient of a parameter.
+    pub fn param(&self, param: &Param) -> Option<&Tensor> {
+        self.leaves.get(&param.leaf())
+    }
+
+    /// Number of leaves with a gradient.
+    pub fn len(&self) -> usize {
+        self.leaves.len()
+    }
+
+    /// Returns `true` if no leaf was reached.
+    pub fn is_empty(&self) -> bool {
+        self.leaves.is_empty()
+    }
+
+    /// The names of the parameters that received no gradient, in order.
+    pub fn unused(&self, params: &ParamMap) -> Vec<String> {
+        let unused = params.iter().filter(|(_, param)| !self.leaves.contains_key(&param.leaf()));
+        unused.map(|(name, _)| name.to_string()).collect()
+    }
+
+    /// Adds the gradients of another micro-batch.
+    ///
+    /// Errors: a leaf with another shape, dtype or device; nothing is added then.
+    pub fn accumulate(&mut self, other: Gradients) -> Result<()> {
+        for (leaf, grad) in &other.leaves {
+            let fits = |sum: &Tensor| {
+                sum.shape() == grad.shape() && sum.dtype() == grad.dtype() && sum.device() == grad.device()
+            };
+            if let Some(sum) = self.leaves.get(leaf).filter(|&sum| !fits(sum)) {
+                return Err(Error::shape("accumulate", format!("a gradient {grad:?} cannot be added to {sum:?}")));
+            }
+        }
+        let mut add = |(leaf, grad)| self.contribute(leaf, Contribution::Whole(grad));
+        other.leaves.into_iter().try_for_each(&mut add)
+    }
+
+    /// All gradients, in the order in which the leaves were made.
+    pub fn tensors(&self) -> impl Iterator<Item = &Tensor> {
+        self.leaves.values()
+    }
+
+    /// All gradients, to be replaced.
+    pub(crate) fn tensors_mut(&mut self) -> impl Iterator<Item = &mut Tensor> {
+        self.leaves.values_mut()
+    }
+
+    /// Takes the gradient of a leaf out.
+    pub(super) fn take(&mut self, leaf: LeafId) -> Option<Tensor> {
+        self.leaves.remove(&leaf)
+    }
+
+    pub(super) fn contribute(&mut self, leaf: LeafId, contribution: Contribution) -> Result<()> {
+        let mut sum = self.leaves.remove(&leaf);
+        accumulate(&mut sum, contribution)?;
+        if let Some(sum) = sum {
+            self.leaves.insert(leaf, sum);
+        }
+        Ok(())
+    }
+}
+
+/// Adds a contribution in place where the sum so far is ours alone; the first one is moved in.
+pub(super) fn accumulate(sum: &mut Option<Tensor>, contribution: Contribution) -> Result<()> {
+    match contribution {
+        Contribution::None => {}
+        Contribution::Whole(value) => {
+            *sum = Some(match sum.take() {
+                // A rule may hand out what it saved, which need not be a constant.
+                None => value.into_constant(),
+                Some(sum) => sum.accumulate(&value)?,
+            });
+        }
+        Contribution::Part { shape, part, value } => {
+            let whole = match sum.take() {
+                None => Tensor::zeros(shape, value.dtype(), value.device())?,
+                Some(sum) => sum,
+            };
+            *sum = Some(whole.accumulate_part(part, &value)?);
+        }
+    }
+    Ok(())
+}

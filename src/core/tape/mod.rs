@@ -1,0 +1,174 @@
+//! The autograd tape: a list of what was computed, walked backwards once.
+//!
+//! The list is in execution order, so that the backward pass is a loop that pops. What an op saved is a field of its
+//! node: popping frees it, and memory falls while the pass runs. Outside of a tape nothing is recorded.
+//!
+//! A tape belongs to its thread. A result that depends on a leaf and that a tape of another thread might have been meant
+//! to record is marked ([`slot`]) and refused by that tape: a backward pass that succeeds has the gradients of the same
+//! program on one thread.
+
+mod checkpoint;
+mod gradients;
+mod record;
+mod rule;
+mod slot;
+mod walk;
+
+use std::{cell::RefCell, fmt, marker::PhantomData};
+
+use self::{
+    checkpoint::Nest,
+    slot::{ThreadMark, next_id, tracks},
+    walk::{Node, walk},
+};
+use super::tensor::Tensor;
+use crate::{Error, Result, error::ensure, profile};
+
+pub(crate) use self::record::{computed, dropout_stream, needs, record_beside, record_cheap, record_cheap_after};
+pub(super) use self::slot::GradSlot;
+pub use self::{
+    checkpoint::checkpoint,
+    gradients::Gradients,
+    record::{discrete, record},
+    rule::{Backward, Contribution, Contributions, Part},
+    slot::LeafId,
+};
+
+thread_local! {
+    /// The tapes of this thread, the innermost last; only `checkpoint` nests them.
+    static STACK: RefCell<Vec<Recording>> = const { RefCell::new(Vec::new()) };
+}
+
+/// The effect of dropout under a tape.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Mode {
+    /// Gradients, and dropout as the model says.
+    Train,
+    /// Gradients without dropout.
+    Grad,
+}
+
+struct Recording {
+    id: u64,
+    thread: ThreadMark,
+    nodes: Vec<Node>,
+    mode: Mode,
+    seed: u64,
+    stream: u64,
+    /// Inside the forward pass of `checkpoint`: outputs are marked as tracked, but nothing is kept.
+    discard: bool,
+    nest: Nest,
+}
+
+/// Records the ops of this thread while it lives, for one backward pass.
+///
+/// ```
+/// use x_transformers::{Device, Tape, Tensor};
+/// # fn main() -> x_transformers::Result<()> {
+/// let x = Tensor::scalar(3.0f32, &Device::Cpu)?.requires_grad()?;
+/// let mut tape = Tape::grad();
+/// let y = x.mul(&x)?;
+/// let grads = tape.backward(&y)?;
+/// assert_eq!(grads.get(&x).map(|g| g.item()).transpose()?, Some(6.0));
+/// # Ok(())
+/// # }
+/// ```
+pub struct Tape {
+    id: u64,
+    /// A tape belongs to its thread.
+    thread: PhantomData<*const ()>,
+}
+
+impl fmt::Debug for Tape {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Tape").field("id", &self.id).finish()
+    }
+}
+
+impl Tape {
+    /// Gradients with dropout; the seed fixes every mask.
+    pub fn train(seed: u64) -> Self {
+        Self::start(Mode::Train, seed, 0, false, Nest::default())
+    }
+
+    /// Gradients without dropout.
+    pub fn grad() -> Self {
+        Self::start(Mode::Grad, 0, 0, false, Nest::default())
+    }
+
+    fn start(mode: Mode, seed: u64, stream: u64, discard: bool, nest: Nest) -> Self {
+        profile::pause();
+        let (id, thread) = (next_id(), ThreadMark::here());
+        with_stack(|stack| stack.push(Recording { id, thread, nodes: Vec::new(), mode, seed, stream, discard, nest }));
+        Self { id, thread: PhantomData }
+    }
+
+    /// Ends the recording and returns it, unless it has ended.
+    fn take(&mut self) -> Option<Recording> {
+        with_stack(|stack| self.find(stack).map(|at| stack.remove(at)))
+    }
+
+    /// Where the recording is; tapes mostly end before those that began earlier.
+    fn find(&self, stack: &[Recording]) -> Option<usize> {
+        stack.iter().rposition(|recording| recording.id == self.id)
+    }
+
+    /// Number of recorded ops.
+    pub fn len(&self) -> usize {
+        with_stack(|stack| self.find(stack).map_or(0, |at| stack[at].nodes.len()))
+    }
+
+    /// Returns `true` if nothing is recorded.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// Gradients of a tensor with one element with respect to every leaf it depends on.
+    ///
+    /// Errors: it has more elements ([`Error::NotScalar`]), depends on no leaf ([`Error::NotTracked`]), was computed on
+    /// another thread ([`Error::OtherThread`]), or this tape has run backward already ([`Error::BackwardTwice`]).
+    pub fn backward(&mut self, output: &Tensor) -> Result<Gradients> {
+        ensure!(output.elements() == 1, Error::NotScalar { shape: output.shape().to_vec() });
+        let one = Tensor::ones(*output.shape(), output.dtype(), output.device())?;
+        self.backward_with(output, &one)
+    }
+
+    /// Gradients of `sum(output ⊙ cotangent)`. The cotangent is a constant, however it was computed.
+    ///
+    /// Errors: as [`Tape::backward`], or a cotangent of another shape, dtype or device.
+    pub fn backward_with(&mut self, output: &Tensor, cotangent: &Tensor) -> Result<Gradients> {
+        let kind = |x: &Tensor| format!("{:?} {} on {}", x.shape(), x.dtype(), x.device());
+        ensure!(
+            output.shape() == cotangent.shape()
+                && output.dtype() == cotangent.dtype()
+                && output.device() == cotangent.device(),
+            Error::shape("backward", format!("the cotangent is {}, the output {}", kind(cotangent), kind(output)))
+        );
+        // Nothing is lost by checking first: a wrong output leaves the tape usable.
+        ensure!(with_stack(|stack| self.find(stack)).is_some(), Error::BackwardTwice);
+        match output.grad {
+            GradSlot::Node { tape, thread, .. } if tape != self.id && thread == ThreadMark::here() => {
+                return Err(Error::NotTracked);
+            }
+            _ => ensure!(tracks(self.id, "backward", &[output])?, Error::NotTracked),
+        }
+        let recording = self.take().ok_or(Error::BackwardTwice)?;
+        walk(recording, output.grad, cotangent.detach())
+    }
+}
+
+impl Drop for Tape {
+    fn drop(&mut self) {
+        // The nodes are dropped outside of the borrow: what they saved may be anything.
+        // A tape kept in a thread-local may outlive the list, which has then dropped its recording.
+        let recording = STACK.try_with(|stack| {
+            let mut stack = stack.borrow_mut();
+            self.find(&stack).map(|at| stack.remove(at))
+        });
+        drop(recording);
+    }
+}
+
+fn with_stack<R>(f: impl FnOnce(&mut Vec<Recording>) -> R) -> R {
+    STACK.with(|stack| f(&mut stack.borrow_mut()))
+}

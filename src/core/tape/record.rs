@@ -1,0 +1,178 @@
+//! How ops put themselves on the tape of their thread.
+
+use super::{
+    super::{philox::Philox, recompute::Recipe, tensor::Tensor},
+    Mode, Recording,
+    rule::Backward,
+    slot::{GradSlot, tracks, untaped},
+    walk::{Input, Node, Rule},
+    with_stack,
+};
+use crate::{Error, Result, error::ensure, profile};
+
+/// Puts an op on the tape and returns its output.
+///
+/// This is the only way in which a float result that depends on a tracked input comes to be. `backward` is called,
+/// and so saves its activations, only if a tape is active and an input requires a gradient.
+///
+/// Errors: an input was recorded on another tape, or was computed from a leaf on another thread that had no tape.
+pub fn record<B: Backward + 'static>(
+    op: &'static str,
+    output: Tensor,
+    inputs: &[&Tensor],
+    backward: impl FnOnce(&Tensor) -> B,
+) -> Result<Tensor> {
+    let operations = if profile::active() {
+        profile::computed(op, &output, inputs, with_stack(|stack| !stack.is_empty()))?
+    } else {
+        0.0
+    };
+    record_with(operations, op, output, inputs, backward)
+}
+
+/// As [`record`], for an output that an op has besides the one that it records next with this among its inputs; a profile
+/// counts both as one call.
+pub(crate) fn record_beside<B: Backward + 'static>(
+    op: &'static str,
+    output: Tensor,
+    inputs: &[&Tensor],
+    backward: impl FnOnce(&Tensor) -> B,
+) -> Result<Tensor> {
+    if profile::active() {
+        profile::beside(inputs);
+    }
+    record_with(0.0, op, output, inputs, backward)
+}
+
+fn record_with<B: Backward + 'static>(
+    operations: f64,
+    op: &'static str,
+    output: Tensor,
+    inputs: &[&Tensor],
+    backward: impl FnOnce(&Tensor) -> B,
+) -> Result<Tensor> {
+    let tracked = with_stack(|stack| match stack.last() {
+        Some(recording) => {
+            let tracked = tracks(recording.id, op, inputs)?;
+            Ok(Some(tracked.then_some(recording.discard)))
+        }
+        None => Ok(None),
+    })?;
+    match tracked {
+        None => marked(op, output, inputs),
+        Some(None) => Ok(output),
+        Some(Some(discard)) => {
+            // Outside of the borrow: the closure may compute what it saves.
+            let node = (!discard).then(|| Node {
+                inputs: Input::all(inputs),
+                rule: Rule::Op(Box::new(backward(&output))),
+                operations,
+            });
+            Ok(push(output, node))
+        }
+    }
+}
+
+/// Marks what was computed without a tape by the thread that did so.
+fn marked(op: &'static str, mut output: Tensor, inputs: &[&Tensor]) -> Result<Tensor> {
+    let slot = untaped(op, inputs)?;
+    if output.dtype().is_float() {
+        output.grad = slot;
+    }
+    Ok(output)
+}
+
+/// As [`record`], for an op whose output costs little next to a matrix product: those do not keep it, but call `again`,
+/// which may hold what the op's own rule saves and must give the same bits.
+pub(crate) fn record_cheap<B: Backward + 'static>(
+    op: &'static str,
+    output: Tensor,
+    inputs: &[&Tensor],
+    backward: impl FnOnce(&Tensor) -> B,
+    again: impl Fn() -> Result<Tensor> + Send + Sync + 'static,
+) -> Result<Tensor> {
+    with_recipe(op, output, inputs, backward, || Recipe::new(again))
+}
+
+/// As [`record_cheap`], for an op whose rule does not save its input: if that is computed again, so is the output.
+pub(crate) fn record_cheap_after<B: Backward + 'static>(
+    op: &'static str,
+    output: Tensor,
+    input: &Tensor,
+    backward: impl FnOnce(&Tensor) -> B,
+    again: impl Fn(Tensor) -> Result<Tensor> + Send + Sync + 'static,
+) -> Result<Tensor> {
+    match input.recipe.as_ref().filter(|recipe| recipe.may_grow()) {
+        Some(recipe) => with_recipe(op, output, &[input], backward, || recipe.then(again)),
+        None => record(op, output, &[input], backward),
+    }
+}
+
+fn with_recipe<B: Backward + 'static>(
+    op: &'static str,
+    output: Tensor,
+    inputs: &[&Tensor],
+    backward: impl FnOnce(&Tensor) -> B,
+    recipe: impl FnOnce() -> Recipe,
+) -> Result<Tensor> {
+    let mut kept = false;
+    let mut output = record(op, output, inputs, |output| {
+        kept = true;
+        backward(output)
+    })?;
+    // Without a rule that holds the inputs, a recipe would prolong their lives.
+    output.recipe = kept.then(recipe);
+    Ok(output)
+}
+
+/// Returns the output of an op without a gradient, of which [`discrete`] has approved.
+pub(crate) fn computed(op: &'static str, output: Tensor, inputs: &[&Tensor]) -> Result<Tensor> {
+    let taped = with_stack(|stack| !stack.is_empty());
+    if profile::active() {
+        profile::computed(op, &output, inputs, taped)?;
+    }
+    if taped { Ok(output) } else { marked(op, output, inputs) }
+}
+
+/// Marks an output as made by the innermost tape, which keeps the node if there is one.
+pub(super) fn push(mut output: Tensor, node: Option<Node>) -> Tensor {
+    with_stack(|stack| {
+        let Some(recording) = stack.last_mut() else { return output };
+        let Recording { id: tape, thread, .. } = *recording;
+        output.grad = GradSlot::Node { tape, index: recording.nodes.len(), thread };
+        output.recipe = None;
+        recording.nodes.extend(node);
+        output
+    })
+}
+
+/// Returns which of these inputs an op must be able to differentiate; all `false` outside of a tape.
+///
+/// Errors: as [`record`].
+pub(crate) fn needs<const N: usize>(op: &'static str, inputs: [&Tensor; N]) -> Result<[bool; N]> {
+    with_stack(|stack| {
+        let Some(recording) = stack.last() else { return untaped(op, &inputs).map(|_| [false; N]) };
+        tracks(recording.id, op, &inputs)?;
+        Ok(inputs.map(|input| input.grad.is_tracked()))
+    })
+}
+
+/// Checks that an op without a gradient is given no tensor that requires one.
+///
+/// Errors: [`Error::NoGradient`], or an input was recorded on another tape or computed from a leaf on another thread.
+pub fn discrete(op: &'static str, inputs: &[&Tensor]) -> Result<()> {
+    with_stack(|stack| {
+        let Some(recording) = stack.last() else { return untaped(op, inputs).map(drop) };
+        ensure!(!tracks(recording.id, op, inputs)?, Error::NoGradient { op });
+        Ok(())
+    })
+}
+
+/// Returns a fresh stream for a dropout mask, or `None` where dropout does not act.
+pub(crate) fn dropout_stream() -> Option<Philox> {
+    with_stack(|stack| {
+        let recording = stack.last_mut().filter(|recording| recording.mode == Mode::Train)?;
+        recording.stream += 1;
+        Some(Philox::new(recording.seed, recording.stream))
+    })
+}

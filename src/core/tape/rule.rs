@@ -1,0 +1,76 @@
+//! Backward rules: how an op returns the gradients of its inputs.
+
+use super::super::{shape::Shape, tensor::Tensor};
+use crate::Result;
+
+/// One backward rule: a struct of what the op saved.
+pub trait Backward {
+    /// The op, for messages.
+    fn name(&self) -> &'static str;
+
+    /// Takes the gradient of the output and returns one contribution per recorded input.
+    ///
+    /// `need[i]`: if `true`, input `i` wants one. `grad` has the output's shape and dtype, any layout, and may be
+    /// overwritten if it is the only handle on its storage.
+    fn backward(self: Box<Self>, grad: Tensor, need: &[bool]) -> Result<Contributions>;
+
+    /// Optional fusion hook: receives the gradient that later ops have given to the first input so far.
+    ///
+    /// A rule that can add it to its own in the same pass keeps it, returns `None`, and returns the sum of both as a whole
+    /// contribution. The default returns it unchanged. What is returned must have the input's shape, dtype and device.
+    fn add_to(&mut self, sum: Tensor) -> Option<Tensor> {
+        Some(sum)
+    }
+}
+
+/// A backward rule's gradient for one input.
+#[derive(Debug)]
+pub enum Contribution {
+    /// Nothing.
+    None,
+    /// A gradient of the input's shape, dtype and device.
+    Whole(Tensor),
+    /// A gradient for a part of the input, the rest being zero; saves building full-size zeros per view.
+    Part {
+        /// Of the whole input.
+        shape: Shape,
+        /// Which elements of it.
+        part: Part,
+        /// The gradient of the part.
+        value: Tensor,
+    },
+}
+
+/// The elements `start..start + len` along dimension `dim` of a tensor.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Part {
+    /// The dimension, counted from 0.
+    pub dim: usize,
+    /// The first element.
+    pub start: usize,
+    /// The number of elements.
+    pub len: usize,
+}
+
+/// The gradients that a backward rule returns.
+#[derive(Debug)]
+pub struct Contributions {
+    pub(super) inputs: Vec<Contribution>,
+}
+
+impl Contributions {
+    /// One contribution per input, in the order in which they were recorded.
+    pub fn new(inputs: Vec<Contribution>) -> Self {
+        Self { inputs }
+    }
+
+    /// For an op with one differentiable input.
+    pub fn one(grad: Tensor) -> Self {
+        Self::new(vec![Contribution::Whole(grad)])
+    }
+
+    /// Whole gradients, or none where the input needs none.
+    pub fn whole(grads: impl IntoIterator<Item = Option<Tensor>>) -> Self {
+        Self::new(grads.into_iter().map(|grad| grad.map_or(Contribution::None, Contribution::Whole)).collect())
+    }
+}

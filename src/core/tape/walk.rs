@@ -1,0 +1,217 @@
+//! The backward pass: nodes are popped off a list, and lists of recomputed segments are stacked on it.
+
+use super::{
+    super::{shape::Shape, tensor::Tensor},
+    Recording,
+    checkpoint::Segment,
+    gradients::{Gradients, accumulate},
+    rule::{Backward, Contribution},
+    slot::{GradSlot, LeafId},
+};
+use crate::{DType, Device, Error, Result, error::ensure, profile};
+
+/// An op on a tape.
+pub(super) struct Node {
+    pub inputs: Vec<Input>,
+    pub rule: Rule,
+    /// Of the forward pass, if a profile counts them.
+    pub operations: f64,
+}
+
+/// How the gradient of a node's output becomes those of its inputs.
+pub(super) enum Rule {
+    Op(Box<dyn Backward>),
+    /// By running the segment again, this time with a tape.
+    Segment(Box<Segment>),
+}
+
+/// Where the gradient of an input goes, and what it must look like.
+pub(super) struct Input {
+    slot: GradSlot,
+    shape: Shape,
+    dtype: DType,
+    device: Device,
+}
+
+impl Input {
+    pub fn all(tensors: &[&Tensor]) -> Vec<Self> {
+        let one = |x: &Tensor| Self {
+            slot: if x.grad.is_tracked() { x.grad } else { GradSlot::Constant },
+            shape: *x.shape(),
+            dtype: x.dtype(),
+            device: x.device().clone(),
+        };
+        tensors.iter().map(|&x| one(x)).collect()
+    }
+
+    fn needed(&self) -> bool {
+        self.slot.is_tracked()
+    }
+
+    fn bytes(&self) -> usize {
+        self.shape.elements() * self.dtype.size()
+    }
+
+    /// Refuses a gradient of another shape, dtype or device where it comes from, instead of where it would do harm.
+    fn check(&self, op: &'static str, contribution: &Contribution) -> Result<()> {
+        let (shape, value) = match contribution {
+            _ if !self.needed() => return Ok(()),
+            Contribution::None => return Ok(()),
+            Contribution::Whole(value) => (value.shape(), value),
+            Contribution::Part { shape, value, .. } => (shape, value),
+        };
+        self.fits(op, "backward", shape, value)
+    }
+
+    fn fits(&self, op: &'static str, rule: &str, shape: &Shape, value: &Tensor) -> Result<()> {
+        let (dtype, device) = (value.dtype(), value.device());
+        ensure!(
+            (shape, dtype) == (&self.shape, self.dtype),
+            Error::shape(
+                op,
+                format!("its {rule} gave a gradient {shape:?} {dtype} for an input {:?} {}", self.shape, self.dtype)
+            )
+        );
+        ensure!(
+            *device == self.device,
+            Error::Device {
+                op,
+                message: format!(
+                    "its {rule} gave a gradient on {device} for an input on {}; move it with `to_device`",
+                    self.device
+                )
+            }
+        );
+        Ok(())
+    }
+}
+
+/// A list that is being walked.
+struct Frame {
+    nodes: Vec<Node>,
+    /// The gradient of each node's output so far.
+    grads: Vec<Option<Tensor>>,
+    /// What the list is the inside of.
+    segment: Option<Outside>,
+}
+
+/// A segment as the list around it sees it.
+struct Outside {
+    inputs: Vec<Input>,
+    /// What the inputs were inside, if they need a gradient.
+    leaves: Vec<Option<LeafId>>,
+    rule: Option<profile::Rule>,
+}
+
+/// Walks a recording backwards from one of its tensors.
+///
+/// Segments are walked on a stack of this function's own: a nest of any depth costs no stack of the thread.
+pub(super) fn walk(recording: Recording, output: GradSlot, cotangent: Tensor) -> Result<Gradients> {
+    let mut leaves = Gradients::default();
+    let mut frames = vec![Frame::new(recording, output, cotangent, None, &mut leaves)?];
+    while let Some(frame) = frames.last_mut() {
+        let Some(node) = frame.nodes.pop() else {
+            let outside = frames.pop().and_then(|frame| frame.segment);
+            if let (Some(outside), Some(frame)) = (outside, frames.last_mut()) {
+                frame.close(outside, &mut leaves)?;
+            }
+            continue;
+        };
+        let Some(grad) = frame.grads.pop().flatten() else { continue };
+        match node.rule {
+            Rule::Op(rule) => frame.apply(rule, node.inputs, node.operations, grad, &mut leaves)?,
+            Rule::Segment(segment) => {
+                let rule = profile::Rule::begin(&grad);
+                let (inside, output) = segment.run_again(&grad)?;
+                let outside = Outside { inputs: node.inputs, leaves: segment.leaves(), rule };
+                frames.push(Frame::new(inside, output, grad.into_constant(), Some(outside), &mut leaves)?);
+            }
+        }
+    }
+    Ok(leaves)
+}
+
+impl Frame {
+    fn new(
+        recording: Recording,
+        output: GradSlot,
+        cotangent: Tensor,
+        segment: Option<Outside>,
+        leaves: &mut Gradients,
+    ) -> Result<Self> {
+        let mut nodes = recording.nodes;
+        let mut grads = Vec::new();
+        match output {
+            GradSlot::Node { index, .. } => {
+                nodes.truncate(index + 1);
+                grads.resize(nodes.len(), None);
+                grads[index] = Some(cotangent);
+            }
+            GradSlot::Leaf(leaf) => {
+                nodes.clear();
+                leaves.contribute(leaf, Contribution::Whole(cotangent))?;
+            }
+            GradSlot::Constant | GradSlot::Untaped { .. } => nodes.clear(),
+        }
+        Ok(Self { nodes, grads, segment })
+    }
+
+    /// Calls a rule and hands out what it returns.
+    fn apply(
+        &mut self,
+        mut backward: Box<dyn Backward>,
+        inputs: Vec<Input>,
+        operations: f64,
+        grad: Tensor,
+        leaves: &mut Gradients,
+    ) -> Result<()> {
+        let rule = profile::Rule::begin(&grad);
+        let sizes = rule.as_ref().map(|_| inputs.iter().map(Input::bytes).collect::<Vec<_>>());
+        let need: Vec<bool> = inputs.iter().map(Input::needed).collect();
+        let name = backward.name();
+        if let Some(&Input { slot: GradSlot::Node { index, .. }, .. }) = inputs.first()
+            && let Some(sum) = self.grads[index].take()
+            && let Some(sum) = backward.add_to(sum)
+        {
+            inputs[0].fits(name, "add_to", sum.shape(), &sum)?;
+            self.grads[index] = Some(sum.into_constant());
+        }
+        let given = backward.backward(grad, &need)?;
+        ensure!(
+            given.inputs.len() == inputs.len(),
+            Error::argument(
+                name,
+                format!("its backward gave {} contributions for {} inputs", given.inputs.len(), inputs.len())
+            )
+        );
+        for (input, contribution) in inputs.into_iter().zip(given.inputs) {
+            input.check(name, &contribution)?;
+            self.give(input.slot, contribution, leaves)?;
+        }
+        match (rule, sizes) {
+            (Some(rule), Some(sizes)) => rule.end(name, operations, sizes.into_iter().zip(need)),
+            _ => Ok(()),
+        }
+    }
+
+    fn give(&mut self, to: GradSlot, contribution: Contribution, leaves: &mut Gradients) -> Result<()> {
+        match to {
+            GradSlot::Leaf(leaf) => leaves.contribute(leaf, contribution),
+            GradSlot::Node { index, .. } => accumulate(&mut self.grads[index], contribution),
+            GradSlot::Constant | GradSlot::Untaped { .. } => Ok(()),
+        }
+    }
+
+    /// Hands out the gradients that a segment has given to its inputs.
+    fn close(&mut self, segment: Outside, leaves: &mut Gradients) -> Result<()> {
+        let sizes: Vec<_> = segment.inputs.iter().map(|input| (input.bytes(), input.needed())).collect();
+        for (input, leaf) in segment.inputs.into_iter().zip(segment.leaves) {
+            if let Some(grad) = leaf.and_then(|leaf| leaves.take(leaf)) {
+                let contribution = Contribution::Whole(grad);
+                input.check("checkpoint", &contribution)?;
+                self.give(input.slot, contribution, leaves)?;
+            }
+        }
+        segment.rule.map_or(Ok(()), |rule| rule.end("checkpoint", 0.0, sizes.into_iter()))
+    }
+}
