@@ -199,6 +199,41 @@ fn outputs_outlive_their_graph() -> Result<()> {
     })
 }
 
+/// The closure drops what it has used, trims the pool and changes its limit between the runs, by which blocks are rounded
+/// up or not; it returns a tensor that it has captured, and an empty one.
+#[test]
+fn closures_may_free_memory() -> Result<()> {
+    let Some(gpu) = gpu("closures_may_free_memory") else { return Ok(()) };
+    for [first, second] in [[usize::MAX, 0], [0, usize::MAX]] {
+        gpu.set_cache_limit(first);
+        let (x, calls, w) = (full(3001, 1.0, &gpu)?, Cell::new(0), RefCell::new(Some(full(3001, 2.0, &gpu)?)));
+        let kept = full(5, 7.0, &gpu)?;
+        let mut graph = Graph::capture(&[x, Tensor::zeros([0], DType::F32, &gpu)?], &none(), |i| {
+            calls.set(calls.get() + 1);
+            let weight = w.borrow().clone().expect("the recording is the last call");
+            let y = i[0].mul(&weight)?;
+            drop(weight);
+            if calls.get() == 2 {
+                drop(w.take());
+            }
+            gpu.trim();
+            let y = y.neg()?.exp()?.ln()?;
+            gpu.set_cache_limit(second);
+            Ok([y, kept.clone(), i[1].exp()?])
+        })?;
+        drop(kept);
+        let victims = Victims::new(&[3001, 5], &gpu)?;
+        for value in [0.5, 2.0] {
+            let inputs = [full(3001, value, &gpu)?, Tensor::zeros([0], DType::F32, &gpu)?];
+            let [y, kept, empty] = graph.replay(&inputs)?;
+            assert!(y.to_vec::<f32>()?.iter().all(|y| (f64::from(*y) + 2.0 * value).abs() < 1e-5));
+            assert_eq!((kept.to_vec::<f32>()?, empty.elements()), (vec![7.0; 5], 0));
+        }
+        victims.check()?;
+    }
+    Ok(())
+}
+
 fn model(int8: bool, alibi: bool, dtype: DType, gpu: &Gpu) -> Result<(TransformerWrapper, ParamMap)> {
     let mut layers = AttentionLayersConfig { heads: 2, ..AttentionLayersConfig::decoder(32, 1) };
     layers.attn.dim_head = 32;

@@ -27,7 +27,7 @@ pub(super) struct Gate {
     later: Mutex<Vec<Box<dyn Any + Send>>>,
 }
 
-/// Leave to use the stream. Nothing that asks for another one may be called while it is held.
+/// Permission to use the stream. Nothing that asks for another one may be called while it is held.
 pub(super) struct Pass<'a> {
     _turn: RwLockReadGuard<'a, ()>,
 }
@@ -63,7 +63,7 @@ impl Gate {
 }
 
 impl CudaDevice {
-    /// Leave to enqueue `what`, which becomes part of the graph that this thread records, if it does.
+    /// Permission to enqueue `what`, which becomes part of the graph that this thread records, if it does.
     ///
     /// Errors: another thread records a graph.
     pub(super) fn enter(&self, what: &str) -> Result<Pass<'_>> {
@@ -110,7 +110,7 @@ impl CudaDevice {
     ///
     /// Errors: this or another thread does already.
     pub(super) fn begin_recording(&self) -> Result<()> {
-        let free = self.gate.recorder.compare_exchange(0, this_thread(), Ordering::Relaxed, Ordering::Relaxed);
+        let free = self.gate.recorder.compare_exchange(0, this_thread(), Ordering::Acquire, Ordering::Relaxed);
         free.map(drop).map_err(|recorder| {
             error(match recorder == this_thread() {
                 true => "a graph cannot be recorded as part of another".into(),
@@ -123,7 +123,7 @@ impl CudaDevice {
     }
 
     pub(super) fn end_recording(&self) {
-        self.gate.recorder.store(0, Ordering::Relaxed);
+        self.gate.recorder.store(0, Ordering::Release);
         let later = std::mem::take(&mut *self.gate.later.lock().unwrap_or_else(PoisonError::into_inner));
         // Another thread may have begun a capture.
         later.into_iter().for_each(|garbage| self.discard(garbage));

@@ -87,12 +87,19 @@ impl CudaBuffer {
     fn allocate(bytes: usize, device: &'static CudaDevice) -> Result<Option<Arc<Block>>> {
         let _pass = device.enter("an allocation")?;
         // Nothing kept, nothing rounded: checkers of memory then see accesses beyond a tensor and after its end.
-        let class = if device.pool.keeps_nothing() { bytes } else { size_class(bytes) };
+        let (class, other) = match device.pool.keeps_nothing() {
+            true => (bytes, size_class(bytes)),
+            false => (size_class(bytes), bytes),
+        };
         let phase = device.phase();
         if let Some(block) = device.pool.take(class, phase) {
             return Ok(Some(block));
         }
         if phase == Phase::Capture {
+            // The limit may have changed since the run before.
+            if let Some(block) = device.pool.take(other, phase) {
+                return Ok(Some(block));
+            }
             // Memory cannot be asked for while a graph is recorded: the run before has left what this one needs.
             return Err(error(format!(
                 "the recording of a graph needs a tensor of {bytes} bytes more than the run before it; let the closure \
