@@ -5,51 +5,18 @@
 
 #![cfg(feature = "cuda")]
 
-use std::{
-    io::Write,
-    ops::Deref,
-    sync::{Mutex, MutexGuard, PoisonError},
-};
+#[path = "common/gpu.rs"]
+mod common;
 
+use common::gpu;
 use x_transformers::{
     DType, Device, Error, Init, Param, ParamMap, Result, Store, Tape, Tensor,
     config::{AttentionLayersConfig, AutoregressiveConfig, SamplingConfig, TransformerWrapperConfig},
     device::{Precision, cuda::Graph, set_float32_matmul_precision},
     models::{AutoregressiveWrapper, ForwardOptions, GenerateOptions, RecordedDecode, sample_tokens},
-    ops::{AttentionSpec, attention},
+    ops::{AttentionSpec, DecodeSpec, attention, attention_decode},
     train::{AdamW, AdamWOptions, RecordedInfo, RecordedStep},
 };
-
-/// The GPU to test. Its counters, its memory and what its kernels report are those of the process, so that one test at a
-/// time has it.
-struct Gpu {
-    device: Device,
-    _alone: MutexGuard<'static, ()>,
-}
-
-impl Deref for Gpu {
-    type Target = Device;
-
-    fn deref(&self) -> &Device {
-        &self.device
-    }
-}
-
-/// The GPU, or a note that there is none.
-fn gpu(test: &str) -> Option<Gpu> {
-    static ALONE: Mutex<()> = Mutex::new(());
-    match std::env::var("XT_TEST_DEVICE") {
-        Ok(name) if name != "cpu" => {
-            let alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
-            Some(Gpu { device: Device::parse(&name).expect("the device of XT_TEST_DEVICE"), _alone: alone })
-        }
-        _ => {
-            // Straight to the stream: the harness hides what a passing test prints.
-            let _ = writeln!(std::io::stderr(), "skipped: {test}: XT_TEST_DEVICE names no GPU");
-            None
-        }
-    }
-}
 
 /// A decoder with what has constants of its own: rotary positions, a T5 bias, mem-kv, GLU.
 fn config(dropout: f64) -> AutoregressiveConfig {
@@ -117,6 +84,76 @@ fn values_go_and_come_back() -> Result<()> {
     assert_eq!(Tensor::arange(1000, &gpu)?.to_vec::<i64>()?, (0..1000).collect::<Vec<_>>());
     let strided = Tensor::generate([3, 4], DType::F32, &gpu, |i| i as f64)?.transpose(0, 1)?;
     assert_eq!(strided.to_device(&Device::Cpu)?.to_vec::<f32>()?, strided.to_vec::<f32>()?);
+    Ok(())
+}
+
+/// The source of an upload may change at once: here the next tensor takes its place. The emulated driver reads what it
+/// copies as late as it may. Large ones come in parts, and so many that what they lie in meanwhile is used again.
+#[test]
+fn uploads_do_not_read_their_source_later() -> Result<()> {
+    let Some(gpu) = gpu("uploads_do_not_read_their_source_later") else { return Ok(()) };
+    let upload = |n: usize, first: i64| Tensor::from_vec((first..first + n as i64).collect(), [n], &gpu);
+    let check = |uploaded: &[Tensor], n: usize| {
+        for (i, tensor) in uploaded.iter().enumerate() {
+            let expected = (1000 * i as i64..).take(n);
+            assert!(tensor.to_vec::<i64>()?.into_iter().eq(expected), "upload {i} of {n} numbers");
+        }
+        Ok::<_, Error>(())
+    };
+    for (n, times) in [(5, 40), (4096, 300), (100_003, 12), (1 << 20, 2)] {
+        let uploaded = (0..times).map(|i| upload(n, 1000 * i)).collect::<Result<Vec<_>>>()?;
+        check(&uploaded, n)?;
+    }
+    Ok(())
+}
+
+/// Constants whose names contain what callers choose are not kept for ever, and are made again when they are needed.
+#[test]
+fn constants_do_not_fill_the_memory() -> Result<()> {
+    let Some(gpu) = gpu("constants_do_not_fill_the_memory") else { return Ok(()) };
+    let n = 600;
+    let x = Tensor::generate([1, n, 1], DType::F32, &gpu, |i| i as f64)?;
+    let shift = |amount: usize| {
+        let y = x.shift_tokens(&[amount as isize], None)?.to_vec::<f32>()?;
+        assert!(y[..amount].iter().all(|y| *y == 0.0) && (amount == n || y[amount..][..1] == [0.0]), "{amount}");
+        assert_eq!(y[n - 1], (n - 1 - amount) as f32);
+        Ok::<_, Error>(())
+    };
+    shift(0)?;
+    let live = gpu.memory().live;
+    (0..n).try_for_each(shift)?;
+    let constants = gpu.memory().live - live;
+    assert!(constants <= 256 * 64, "{constants} bytes of constants");
+    shift(0)
+}
+
+/// Sizes that kernels count in 32 bits are checked before anything of that size is made: these tensors are views.
+#[test]
+fn sizes_beyond_what_kernels_count_are_refused() -> Result<()> {
+    let Some(gpu) = gpu("sizes_beyond_what_kernels_count_are_refused") else { return Ok(()) };
+    let huge = (1 << 31) + 1;
+    let view = |shape: &[usize]| Tensor::ones(&vec![1; shape.len()][..], DType::F32, &gpu)?.expand(shape);
+    let (curves, lengths) = (view(&[1, huge])?, Tensor::from_slice(&[3i64], [1], &gpu)?);
+    let (q, k) = (view(&[1, 1, 1, 32])?, view(&[1, 1, 4, 32])?);
+    let decode = |q: &Tensor, k: &Tensor, v: &Tensor, curves| {
+        attention_decode(q, k, v, &lengths, &DecodeSpec { scale: 1.0, curves, ..DecodeSpec::default() })
+    };
+    let (heads, features) = (view(&[1, huge, 1, 1])?, view(&[1, 1, 1, huge])?);
+    let results = [
+        decode(&q, &k, &k, Some(&curves)),
+        decode(&heads, &heads, &heads, None),
+        decode(&features, &features, &features, None),
+        attention(&heads, &heads, &heads, &AttentionSpec::default()),
+        attention(&features, &features, &features, &AttentionSpec::default()),
+    ];
+    for (i, result) in results.into_iter().enumerate() {
+        let error = result.unwrap_err();
+        assert!(
+            matches!(error.root(), Error::Shape { .. }) && error.to_string().contains("2147483649"),
+            "{i}: {error}"
+        );
+    }
+    assert!(decode(&q, &k, &k, None).is_ok());
     Ok(())
 }
 

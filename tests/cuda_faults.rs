@@ -4,55 +4,18 @@
 
 #![cfg(feature = "cuda")]
 
-use std::{ffi::CString, fs, io::Write, path::PathBuf, process::Command, sync::Mutex};
+#[path = "common/gpu.rs"]
+mod common;
 
+use std::{fs, path::PathBuf, process::Command, sync::Barrier, thread};
+
+use common::{alive, clear, count, emulated, fail, live_bytes};
 use x_transformers::{
-    DType, Device, Error, Result,
+    DType, Device, Error, Result, Tensor,
     config::{AttentionLayersConfig, AutoregressiveConfig, TransformerWrapperConfig},
+    device::cuda::{Rung, Scalar},
     train::{ByteText, Checkpoint, TrainOptions, Trainer},
 };
-
-/// The driver's counters are those of the process.
-static ALONE: Mutex<()> = Mutex::new(());
-
-/// The emulated device, or a note that there is none.
-fn gpu(test: &str) -> Option<Device> {
-    let device = std::env::var("XT_TEST_DEVICE").ok().filter(|name| name != "cpu");
-    match device {
-        Some(name) if std::env::var_os("XT_EMULATOR").is_some() => Some(Device::parse(&name).expect("a device")),
-        _ => {
-            // Straight to the stream: the harness hides what a passing test prints.
-            let _ = writeln!(std::io::stderr(), "skipped: {test}: only the emulated driver fails on demand");
-            None
-        }
-    }
-}
-
-/// A function that the emulated driver exports beside those of CUDA.
-fn exported<F: Copy>(name: &str) -> F {
-    // SAFETY: the library is open already; the caller names the function's type.
-    unsafe {
-        let library = libloading::Library::new("libcuda.so.1").expect("the emulated driver");
-        let function = *library.get::<F>(name.as_bytes()).expect("an exported function");
-        std::mem::forget(library);
-        function
-    }
-}
-
-/// Makes the `n`-th call of a kind from now on fail; 0 makes none fail.
-fn fail(kind: &str, n: u64) {
-    let arrange: unsafe extern "C" fn(*const std::ffi::c_char, u64) -> i32 = exported("xt_emulator_fail");
-    let kind = CString::new(kind).expect("a name");
-    // SAFETY: the text ends with a zero.
-    assert_eq!(unsafe { arrange(kind.as_ptr(), n) }, 1);
-}
-
-fn count(kind: &str) -> u64 {
-    let get: unsafe extern "C" fn(*const std::ffi::c_char) -> u64 = exported("xt_emulator_count");
-    let kind = CString::new(kind).expect("a name");
-    // SAFETY: the text ends with a zero.
-    unsafe { get(kind.as_ptr()) }
-}
 
 struct Folder(PathBuf);
 
@@ -86,8 +49,7 @@ fn trainer(device: &Device) -> Result<Trainer> {
 /// One step and a checkpoint of it, with the driver failing at call after call, until it runs through.
 #[test]
 fn every_failing_call_is_an_error_and_costs_nothing() -> Result<()> {
-    let Some(gpu) = gpu("every_failing_call_is_an_error_and_costs_nothing") else { return Ok(()) };
-    let _alone = ALONE.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+    let Some(gpu) = emulated("every_failing_call_is_an_error_and_costs_nothing") else { return Ok(()) };
     // Every allocation asks the driver.
     gpu.set_cache_limit(0);
     let folder = Folder::new("calls");
@@ -137,8 +99,7 @@ fn every_failing_call_is_an_error_and_costs_nothing() -> Result<()> {
 /// A single allocation that fails is made good by giving back what is kept for reuse.
 #[test]
 fn an_allocation_that_fails_once_is_made_good() -> Result<()> {
-    let Some(gpu) = gpu("an_allocation_that_fails_once_is_made_good") else { return Ok(()) };
-    let _alone = ALONE.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+    let Some(gpu) = emulated("an_allocation_that_fails_once_is_made_good") else { return Ok(()) };
     let run = |failing: bool| -> Result<f64> {
         let mut trainer = trainer(&gpu)?;
         trainer.step()?;
@@ -155,17 +116,133 @@ fn an_allocation_that_fails_once_is_made_good() -> Result<()> {
     Ok(())
 }
 
+/// Runs a test of this file with a variable that tells it so.
+fn in_a_process_of_its_own(test: &str, variable: &str, value: &str) {
+    let this = std::env::current_exe().expect("the path of this test");
+    let output = Command::new(this).args([test, "--exact"]).env(variable, value).output().expect("a process");
+    let (out, err) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
+    assert!(output.status.success() && out.contains("1 passed"), "{out}{err}");
+}
+
+/// A device that cannot be opened leaves nothing behind, however often one tries.
+#[test]
+fn a_device_that_fails_to_open_leaves_nothing() -> Result<()> {
+    const NAME: &str = "a_device_that_fails_to_open_leaves_nothing";
+    if std::env::var_os("XT_EMULATOR").is_none() || std::env::var_os("XT_TEST_OPENING").is_none() {
+        if emulated(NAME).is_some() {
+            // In a process that has not opened it.
+            in_a_process_of_its_own(NAME, "XT_TEST_OPENING", "1");
+        }
+        return Ok(());
+    }
+    let left = || (["context", "stream", "event", "blas", "pinned"].map(alive), live_bytes());
+    assert_eq!(left(), ([0; 5], 0));
+    // The words of faults and their zeros, cuBLAS and its workspace.
+    for (kind, n) in [("alloc", 1), ("copy", 1), ("blas", 1), ("alloc", 2)] {
+        for _ in 0..3 {
+            fail(kind, n);
+            let error = Device::cuda(0).expect_err("the driver fails");
+            fail(kind, 0);
+            assert_eq!(left(), ([0; 5], 0), "{kind} {n}: {error}");
+        }
+    }
+    let gpu = Device::cuda(0)?;
+    assert_eq!(Tensor::ones([3], DType::F32, &gpu)?.to_vec::<f32>()?, [1.0; 3]);
+    assert_eq!(["context", "stream", "blas"].map(alive), [1; 3]);
+    Ok(())
+}
+
+/// A kernel is loaded once, also by threads that need it at the same time, and not at all if it is not whole.
+#[test]
+fn modules_are_loaded_once() -> Result<()> {
+    let Some(gpu) = emulated("modules_are_loaded_once") else { return Ok(()) };
+    let x = Tensor::ones([2, 4], DType::F64, &gpu)?;
+    let before = alive("module");
+    for _ in 0..3 {
+        fail("function", 1);
+        assert!(x.softmax().is_err());
+        fail("function", 0);
+        assert_eq!(alive("module"), before);
+    }
+    let barrier = Barrier::new(4);
+    thread::scope(|scope| {
+        let softmax = || {
+            barrier.wait();
+            x.softmax()?.to_vec::<f64>()
+        };
+        let threads = [(); 4].map(|()| scope.spawn(softmax));
+        for thread in threads {
+            assert_eq!(thread.join().expect("no panic")?, [0.25; 8]);
+        }
+        Ok::<_, Error>(())
+    })?;
+    assert_eq!(alive("module"), before + 1);
+    Ok(())
+}
+
+/// Page-locked memory that cannot be had is an error of the upload, and the next one tries again.
+#[test]
+fn an_upload_without_page_locked_memory_is_an_error() -> Result<()> {
+    const NAME: &str = "an_upload_without_page_locked_memory_is_an_error";
+    if std::env::var_os("XT_TEST_PINNING").is_none() {
+        if emulated(NAME).is_some() {
+            // In a process that has uploaded nothing.
+            in_a_process_of_its_own(NAME, "XT_TEST_PINNING", "1");
+        }
+        return Ok(());
+    }
+    let Some(gpu) = emulated(NAME) else { return Ok(()) };
+    let values: Vec<i64> = (0..1 << 18).collect();
+    let mut failures = 0;
+    let uploaded = loop {
+        fail("pin", if failures == 0 { 1 } else { 2 });
+        let outcome = Tensor::from_slice(&values, [values.len()], &gpu);
+        fail("pin", 0);
+        match outcome {
+            Ok(tensor) => break tensor,
+            Err(error) => assert!(error.to_string().contains("cuMemHostAlloc"), "{error}"),
+        }
+        assert_eq!(alive("event"), alive("pinned"));
+        failures += 1;
+    };
+    assert!(failures > 1 && uploaded.to_vec::<i64>()? == values, "{failures}");
+    Ok(())
+}
+
+/// A rung of the ladder refuses tensors that it cannot take. What else its caller promises, only the emulated driver
+/// sees: the context is lost, and an allocation says so and not that memory has run out.
+#[test]
+fn an_allocation_in_a_lost_context_is_not_out_of_memory() -> Result<()> {
+    let Some(gpu) = emulated("an_allocation_in_a_lost_context_is_not_out_of_memory") else { return Ok(()) };
+    gpu.set_cache_limit(0);
+    let Device::Cuda(card) = *gpu else { panic!("a GPU") };
+    let rung = Rung::new(card, "softmax_rungs_thread", &[("DTYPE", "f32")])?;
+    let (x, mut y) = (Tensor::ones([64, 64], DType::F32, &gpu)?, Tensor::zeros([64, 64], DType::F32, &gpu)?);
+    let mut launch = |x: &Tensor, rows: i64| {
+        let scalars = [Scalar::I64(rows), Scalar::U32(64)];
+        // SAFETY: the emulated driver checks every access of the kernel.
+        unsafe { rung.launch([[2, 1, 1], [64, 1, 1]], &mut y, &[x], &scalars) }
+    };
+    let elsewhere = launch(&x.to_device(&Device::Cpu)?, 64).unwrap_err();
+    assert!(elsewhere.to_string().contains("on cpu"), "{elsewhere}");
+    let strided = launch(&x.transpose(0, 1)?, 64).unwrap_err();
+    assert!(strided.to_string().contains("packed"), "{strided}");
+    launch(&x, 64)?;
+    assert!(launch(&x, 128).is_err());
+    let error = Tensor::zeros([100], DType::F32, &gpu).unwrap_err();
+    clear();
+    assert!(error.to_string().contains("CUDA_ERROR_ILLEGAL_ADDRESS"), "{error}");
+    assert_eq!(Tensor::zeros([100], DType::F32, &gpu)?.to_vec::<f32>()?, [0.0; 100]);
+    Ok(())
+}
+
 /// A kernel that cannot be compiled is an error, and is compiled when it is needed again.
 #[test]
 fn a_compilation_that_fails_is_repeated() -> Result<()> {
-    let Some(gpu) = gpu("a_compilation_that_fails_is_repeated") else { return Ok(()) };
+    let Some(gpu) = emulated("a_compilation_that_fails_is_repeated") else { return Ok(()) };
     if std::env::var("XT_KERNEL_CACHE").as_deref() != Ok("off") {
-        // In a process of its own, which has no kernels yet and finds none on the disk.
-        let this = std::env::current_exe().expect("the path of this test");
-        let arguments = ["a_compilation_that_fails_is_repeated", "--exact"];
-        let output = Command::new(this).args(arguments).env("XT_KERNEL_CACHE", "off").output().expect("a process");
-        let (out, err) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
-        assert!(output.status.success() && out.contains("1 passed"), "{out}{err}");
+        // In a process that has no kernels yet and finds none on the disk.
+        in_a_process_of_its_own("a_compilation_that_fails_is_repeated", "XT_KERNEL_CACHE", "off");
         return Ok(());
     }
     let mut failures = 0;

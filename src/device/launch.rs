@@ -1,7 +1,7 @@
 //! What a launch of a kernel is given: how its threads are laid out, and its arguments. Knows nothing of the driver, so
 //! that ops read the same in builds without CUDA.
 
-use crate::{DType, Error, Result, Tensor, core::Layout};
+use crate::{DType, Error, Result, Tensor, core::Layout, error::ensure};
 
 /// Blocks, and threads of each block.
 #[derive(Clone, Copy, Debug)]
@@ -151,7 +151,9 @@ impl IntoArg for &mut Tensor {
 /// The first element of a packed tensor.
 impl IntoArg for &Tensor {
     fn into_arg(self) -> Result<Arg> {
-        debug_assert!(self.is_contiguous(), "a strided tensor where a kernel expects packed elements");
+        let strided =
+            || format!("a kernel expects packed elements, got {:?} with strides {:?}", self.shape(), self.strides());
+        ensure!(self.is_contiguous(), Error::argument("launch", strided()));
         self.address().map(Arg::Input)
     }
 }
@@ -237,4 +239,21 @@ pub(crate) struct Gemm {
     pub c: u64,
     /// Whether `c` is added to instead of being overwritten.
     pub add: bool,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::IntoArg;
+    use crate::{DType, Device, Result, Tensor};
+
+    /// The check comes before the address is asked for: no GPU is needed to see it.
+    #[test]
+    fn launch_refuses_strided_elements() -> Result<()> {
+        let x = Tensor::ones([2, 3], DType::F32, &Device::Cpu)?;
+        let refusal = |x: &Tensor| x.into_arg().expect_err("there is no GPU").to_string();
+        let strided = refusal(&x.transpose(0, 1)?);
+        assert!(strided.contains("expects packed elements, got [3, 2] with strides [1, 3]"), "{strided}");
+        assert!(refusal(&x).contains("a tensor on the CPU was given to a kernel"));
+        Ok(())
+    }
 }

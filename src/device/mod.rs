@@ -88,7 +88,7 @@ impl Device {
         }
     }
 
-    /// Memory in use by tensors on this device, kept for reuse, and the largest amount in use so far.
+    /// Memory in use by tensors and graphs on this device, kept for reuse, and the largest amount in use so far.
     pub fn memory(&self) -> MemoryStats {
         on_pool!(self, pool, pool.stats())
     }

@@ -137,6 +137,12 @@ impl DecodeCache {
         self.followed = of_tokens;
     }
 
+    /// Returns `true` if nothing else shares what a step writes in place.
+    #[cfg(feature = "cuda")]
+    pub(super) fn is_unique(&mut self) -> bool {
+        self.layers.is_unique()
+    }
+
     /// Counts a token in each row, which a graph has added.
     #[cfg(feature = "cuda")]
     pub(super) fn count_one(&mut self) {

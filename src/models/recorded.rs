@@ -18,7 +18,8 @@ pub struct RecordedDecode {
 }
 
 impl RecordedDecode {
-    /// Records the step for this cache, which holds the prompt already. `params`: those of the model.
+    /// Records the step for this cache, which holds the prompt already. `params`: those of the model. The graph keeps
+    /// the memory of all weights: the model may be dropped.
     ///
     /// Errors: a cache that is empty, full or on the CPU; options whose steps are not on the device alone, such as
     /// attention that shows its scores; and what [`Graph::capture`] refuses.
@@ -60,13 +61,17 @@ impl RecordedDecode {
     /// Adds `tokens`, `[b]` I64, to the rows and gives the next ones, `[b]`, drawn by draw `step` of each row's stream:
     /// they may be given to the next call as they are.
     ///
-    /// Errors: a cache that is full or shared with a clone, and those of [`Graph::replay`]; those of the model and of the
+    /// Errors: a cache that is full, or shared with a clone that still exists, and those of [`Graph::replay`]; those of the model and of the
     /// draws come with the next read-back.
     pub fn step(&mut self, tokens: &Tensor, step: u64) -> Result<Tensor> {
         let longest = self.cache.lengths().iter().copied().max().unwrap_or(0);
         ensure!(
             longest < self.cache.capacity(),
             Error::argument("cache", format!("is full: a row has all of its {longest} tokens"))
+        );
+        ensure!(
+            self.cache.is_unique(),
+            Error::argument("cache", "a clone shares the sequences, which the step would change under it; drop it")
         );
         let inputs = inputs(tokens, &self.cache, step)?;
         let next = self.graph.replay(&inputs)?.to_owned_copy()?;

@@ -48,6 +48,8 @@ pub(super) struct LayerCache {
 #[derive(Clone, Debug, Default)]
 pub(super) struct AttentionCache {
     pub keys_values: Option<[Tensor; 2]>,
+    /// If `true`, each step writes to them in place: they are those of the sequence and not of a context.
+    pub grows: bool,
     /// Keys in front of the sequence: memory key/values and memories.
     pub front: usize,
     /// Memories among those.
@@ -131,6 +133,17 @@ impl LayersCache {
     #[cfg(feature = "cuda")]
     pub(crate) fn follow(&mut self, lengths: Option<Tensor>) {
         self.followed = lengths;
+    }
+
+    /// Returns `true` if nothing else shares what a step writes in place: keys, values, histories and masks.
+    #[cfg(feature = "cuda")]
+    pub(crate) fn is_unique(&mut self) -> bool {
+        let of_layer = |layer: &mut LayerCache| {
+            let AttentionCache { keys_values, grows, .. } = &mut layer.attention;
+            let keys_values = keys_values.iter_mut().flatten().filter(|_| *grows);
+            keys_values.chain(&mut layer.history).all(Tensor::is_unique)
+        };
+        self.layers.iter_mut().all(of_layer) && self.mask.as_mut().is_none_or(Tensor::is_unique)
     }
 
     /// Counts the positions of the last call that are part of each row's sequence.
@@ -256,6 +269,7 @@ impl AttentionCache {
         keys.write_rows(k, &step.ends, offset).at("keys")?;
         values.write_rows(v, &step.ends, offset).at("values")?;
         self.keys_values = Some([keys, values]);
+        self.grows = true;
         Ok(())
     }
 }

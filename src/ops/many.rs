@@ -2,7 +2,7 @@
 
 use crate::{
     Device, Result, Tensor,
-    device::{CudaDevice, Grid},
+    device::{CudaDevice, Grid, size32},
 };
 
 /// Elements of one block: `CHUNK` of `kernels/many.cuh`.
@@ -37,6 +37,8 @@ impl Table {
             }
         }
         let tensors = rows.len() / (POINTERS + 2);
+        // Kernels count both in 32 bits.
+        size32(tensors).and(size32(chunks))?;
         Ok(Self { rows: gpu.table(name, rows)?, tensors, chunks })
     }
 

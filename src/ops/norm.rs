@@ -298,7 +298,7 @@ impl Forward {
             bias.as_ref(),
             rows as i64,
             size32(columns)?,
-            weights as u32,
+            size32(weights)?,
             form,
             spec.eps
         ];
@@ -490,7 +490,7 @@ impl NormBackward {
         let (centred, dtype) = (u32::from(self.form == Form::Centred), [("DTYPE", x.dtype().name())]);
         let (weight, onto) = (packed(self.weight.as_ref())?, packed(self.onto.as_ref())?);
         let (weight, onto) = (weight.as_ref(), onto.as_ref());
-        let weights = weight.map_or(0, Tensor::elements) as u32;
+        let weights = size32(weight.map_or(0, Tensor::elements))?;
         let sizes = (rows as i64, size32(columns)?);
         let rows_per_chunk = rows.div_ceil(MOST_CHUNKS).max(ROWS_PER_CHUNK);
         let (chunks, per_chunk) = (rows.div_ceil(rows_per_chunk), rows_per_chunk as i64);

@@ -214,7 +214,7 @@ impl RelativePositionBiasBackward {
         let shape = Shape::new(&[heads, chunks, length])?;
         let mut sums = Tensor::uninit(shape, grad.dtype().accumulator(), grad.device())?;
         gpu.kernel("position_bias_bwd_sums", &dtype)?.launch(
-            Grid::new([length.div_ceil(256) as u32, size32(chunks)?, size32(heads)?], [256, 1, 1]),
+            Grid::new([size32(length.div_ceil(256))?, size32(chunks)?, size32(heads)?], [256, 1, 1]),
             args![&mut sums, grad, size32(queries)?, size32(keys)?, CHUNK as u32],
         )?;
         let mut table = Tensor::uninit(Shape::new(&[heads, count])?, grad.dtype(), grad.device())?;

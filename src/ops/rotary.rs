@@ -118,7 +118,7 @@ impl Turn {
         let table = self.table_cuda(gpu, positions, out.dtype().accumulator(), direction)?;
         let layout = *source.unwrap_or(out).layout();
         let storage = source.map(Storage);
-        let sizes = (rows as i64, size32(positions)?, size32(dim)?, pairs as u32);
+        let sizes = (rows as i64, size32(positions)?, size32(dim)?, size32(pairs)?);
         gpu.kernel("rotary_turn", &[("DTYPE", out.dtype().name())])?.launch(
             Grid::packets(rows * dim, out.dtype()),
             args![out, storage, &table, &layout, sizes.0, sizes.1, sizes.2, sizes.3],
@@ -132,7 +132,7 @@ impl Turn {
         let first = self.first_position as i64;
         gpu.kernel("rotary_table", &[("DTYPE", self.inv_freq.dtype().name()), ("TABLE", dtype.name())])?.launch(
             Grid::elements(positions * pairs),
-            args![&mut table, &self.inv_freq, first, positions as i64, pairs as u32, direction],
+            args![&mut table, &self.inv_freq, first, positions as i64, size32(pairs)?, direction],
         )?;
         Ok(table)
     }

@@ -199,12 +199,15 @@ int gemm(Handle* handle, int transposed_a, int transposed_b, int m, int n, int k
 using namespace xt;
 
 XT_EXPORT int cublasCreate_v2(Handle** handle) {
+    if (shall_fail(BLAS)) return BLAS_NOT_INITIALIZED;
     *handle = new Handle;
+    count_alive(BLAS_HANDLE, 1);
     return BLAS_SUCCESS;
 }
 
 XT_EXPORT int cublasDestroy_v2(Handle* handle) {
     delete handle;
+    count_alive(BLAS_HANDLE, -1);
     return BLAS_SUCCESS;
 }
 

@@ -95,6 +95,7 @@ int allocate_checked(uintptr_t* address, size_t bytes) {
 int release_checked(uintptr_t address) {
     if (address == 0) return SUCCESS;
     if (int error = refuse_while_recording()) return error;
+    catch_up();
     // Also in a lost context: what is live is counted.
     if (!release(address)) return refuse(INVALID_VALUE, "cuMemFree of what is not allocated: " + place_of(address));
     return lost();
@@ -110,18 +111,27 @@ struct CopyOperation : Operation {
         : direction(direction), to(to), from(from), bytes(bytes) {}
 
     int run() override {
+        if (int error = check()) return error;
+        act();
+        return SUCCESS;
+    }
+
+    int check() const {
         std::string why;
         if (shall_fail(COPY)) return UNKNOWN;
         if (direction != OUT && !may_write(to, bytes, why)) return refuse(INVALID_VALUE, "a copy " + why);
         if (direction == OUT && !may_read(from, bytes, why)) return refuse(INVALID_VALUE, "a copy to the host " + why);
         if (direction == WITHIN && !may_copy(from, bytes, why)) return refuse(INVALID_VALUE, "a copy " + why);
+        return SUCCESS;
+    }
+
+    void act() const {
         if (direction == WITHIN) {
             copy(to, from, bytes);
-            return SUCCESS;
+            return;
         }
         memcpy(reinterpret_cast<void*>(to), reinterpret_cast<const void*>(from), bytes);
         if (direction == IN) mark_written(to, bytes);
-        return SUCCESS;
     }
 };
 
@@ -150,6 +160,7 @@ template <typename O> int start(Stream* stream, bool waits, O operation) {
     if (int error = lost()) return error;
     if (waits) {
         if (int error = refuse_while_recording()) return error;
+        catch_up();
         return operation.run();
     }
     return enqueue(stream, std::make_unique<O>(operation));
@@ -242,12 +253,14 @@ XT_EXPORT int cuMemGetInfo_v2(size_t* unused, size_t* total) {
 XT_EXPORT int cuDevicePrimaryCtxRetain(void** handle, int device) {
     if (device != 0) return INVALID_DEVICE;
     ++retained;
+    count_alive(CONTEXT, 1);
     *handle = &context;
     return SUCCESS;
 }
 
 XT_EXPORT int cuDevicePrimaryCtxRelease_v2(int device) {
     if (device != 0) return INVALID_DEVICE;
+    count_alive(CONTEXT, -1);
     if (--retained == 0) context_lost = false;
     return SUCCESS;
 }
@@ -265,6 +278,7 @@ XT_EXPORT int cuCtxSetCurrent(void* handle) {
 
 XT_EXPORT int cuCtxSynchronize(void) {
     if (int error = refuse_while_recording()) return error;
+    catch_up();
     return lost();
 }
 
@@ -276,12 +290,17 @@ XT_EXPORT int cuMemFree_v2(uintptr_t address) { return release_checked(address);
 XT_EXPORT int cuMemFreeAsync(uintptr_t address, Stream*) { return release_checked(address); }
 
 XT_EXPORT int cuMemHostAlloc(void** memory, size_t bytes, unsigned) {
+    if (shall_fail(PIN)) return OUT_OF_MEMORY;
     *memory = malloc(bytes);
-    return *memory == nullptr ? OUT_OF_MEMORY : SUCCESS;
+    if (*memory == nullptr) return OUT_OF_MEMORY;
+    count_alive(PINNED, 1);
+    return SUCCESS;
 }
 
 XT_EXPORT int cuMemFreeHost(void* memory) {
+    catch_up();
     free(memory);
+    count_alive(PINNED, -1);
     return SUCCESS;
 }
 
@@ -304,7 +323,12 @@ XT_EXPORT int cuMemcpyHtoD_v2(uintptr_t to, const void* from, size_t bytes) {
     return start(nullptr, true, CopyOperation(CopyOperation::IN, to, uintptr_t(from), bytes));
 }
 XT_EXPORT int cuMemcpyHtoDAsync_v2(uintptr_t to, const void* from, size_t bytes, Stream* stream) {
-    return start(stream, false, CopyOperation(CopyOperation::IN, to, uintptr_t(from), bytes));
+    const CopyOperation operation(CopyOperation::IN, to, uintptr_t(from), bytes);
+    if (is_recording(stream)) return start(stream, false, operation);
+    if (int error = lost()) return error;
+    if (int error = operation.check()) return error;
+    postpone([operation] { operation.act(); });
+    return SUCCESS;
 }
 XT_EXPORT int cuMemcpyDtoH_v2(void* to, uintptr_t from, size_t bytes) {
     return start(nullptr, true, CopyOperation(CopyOperation::OUT, uintptr_t(to), from, bytes));
@@ -339,16 +363,20 @@ XT_EXPORT int cuModuleLoadData(const Module** module, const void* image) {
     if (module == nullptr || image == nullptr) return INVALID_VALUE;
     *module = load(image);
     if (*module == nullptr) return INVALID_IMAGE;
+    count_alive(MODULE, 1);
     // As for machine code: the same generation, and no later member of it than the card.
     const unsigned made_for = (*module)->architecture, present = card().architecture;
     return made_for / 10 == present / 10 && made_for <= present ? SUCCESS : NO_BINARY_FOR_GPU;
 }
 
-XT_EXPORT int cuModuleUnload(const Module*) { return SUCCESS; }
+XT_EXPORT int cuModuleUnload(const Module*) {
+    count_alive(MODULE, -1);
+    return SUCCESS;
+}
 
 XT_EXPORT int cuModuleGetFunction(Function** function, const Module* module, const char* name) {
     const XtKernel* const kernel = kernel_of(*module, name);
-    if (kernel == nullptr) return NOT_FOUND;
+    if (kernel == nullptr || shall_fail(FUNCTION)) return NOT_FOUND;
     *function = new Function{module, kernel};
     return SUCCESS;
 }

@@ -127,6 +127,55 @@ fn every_kind_of_call_fails_on_demand() {
     });
 }
 
+/// A copy reads the host's memory when what follows needs it, and no later.
+#[test]
+fn copies_from_the_host_are_late() {
+    emulated(here!(), &[], || {
+        let card = Card::open();
+        let (late, waited) = (card.empty(8), card.empty(8));
+        let mut source = [1f32, 2.0];
+        let copy = |to: Buffer, source: &[f32]| {
+            // SAFETY: the buffer has this size; the source lives until the end.
+            unsafe { result::memcpy_htod_async(to.address, source, card.stream) }.unwrap();
+        };
+        copy(waited, &source);
+        // SAFETY: the stream exists.
+        unsafe { result::stream::synchronize(card.stream) }.unwrap();
+        copy(late, &source);
+        source = [3.0, 4.0];
+        std::hint::black_box(&source);
+        assert_eq!((card.read::<f32>(waited), card.read::<f32>(late)), (vec![1.0, 2.0], vec![3.0, 4.0]));
+    });
+}
+
+#[test]
+fn what_is_alive_is_counted() {
+    emulated(here!(), &[], || {
+        let alive: unsafe extern "C" fn(*const std::ffi::c_char) -> i64 = exported("xt_emulator_alive");
+        // SAFETY: the text ends with a zero.
+        let alive = |thing: &std::ffi::CStr| unsafe { alive(thing.as_ptr()) };
+        let things = [c"context", c"stream", c"event", c"graph", c"executable", c"module", c"blas", c"pinned"];
+        assert_eq!((things.map(alive), alive(c"nothing")), ([0; 8], -1));
+        let card = Card::open();
+        card.kernel(ADD, "add", &[]);
+        let handle = create_handle().unwrap();
+        // SAFETY: each is released once, below.
+        let pinned = unsafe { result::malloc_host(64, 0) }.unwrap();
+        assert_eq!(things.map(alive), [1, 1, 0, 0, 0, 1, 1, 1]);
+        fail("pin", 1);
+        fail("blas", 1);
+        // SAFETY: nothing is given.
+        assert!(unsafe { result::malloc_host(64, 0) }.is_err() && create_handle().is_err());
+        // SAFETY: made above, not used again.
+        unsafe {
+            result::free_host(pinned).unwrap();
+            cudarc::cublas::result::destroy_handle(handle).unwrap();
+            result::stream::destroy(card.stream).unwrap();
+        }
+        assert_eq!(things.map(alive), [1, 0, 0, 0, 0, 1, 0, 0]);
+    });
+}
+
 #[test]
 fn faults_from_the_environment() {
     emulated(here!(), &[("XT_EMULATOR_FAIL", "alloc:2,copy:1")], || {

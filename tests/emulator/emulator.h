@@ -4,6 +4,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <string>
 #include <vector>
@@ -107,9 +108,14 @@ size_t shared_bytes_of(const Module& module, const XtKernel& kernel);
 
 // --- faults.cpp: errors on demand.
 
-enum Kind { ALLOC, LAUNCH, COPY, COMPILE, KINDS };
+enum Kind { ALLOC, LAUNCH, COPY, COMPILE, PIN, FUNCTION, BLAS, KINDS };
 // Counts a call; whether it shall fail.
 bool shall_fail(Kind kind);
+
+// --- faults.cpp: what was made and not yet destroyed.
+
+enum Thing { CONTEXT, STREAM, EVENT, GRAPH, EXECUTABLE, MODULE, BLAS_HANDLE, PINNED, THINGS };
+void count_alive(Thing thing, int change);
 
 // --- stream.cpp
 
@@ -122,6 +128,12 @@ struct Operation {
 
 struct Stream;
 int enqueue(Stream* stream, std::unique_ptr<Operation> operation);
+// What a copy from the host's memory does: as late as the order of its stream permits, because a card may read the
+// source that late.
+void postpone(std::function<void()> copy);
+// Does what was postponed: before all that may depend on it.
+void catch_up();
+bool is_recording(Stream* stream);
 // While a stream is recorded, calls that wait or allocate are errors, which end the recording.
 int refuse_while_recording();
 

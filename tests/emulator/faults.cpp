@@ -10,7 +10,9 @@
 namespace xt {
 namespace {
 
-const char* const NAMES[KINDS] = {"alloc", "launch", "copy", "compile"};
+const char* const NAMES[KINDS] = {"alloc", "launch", "copy", "compile", "pin", "function", "blas"};
+const char* const THING_NAMES[THINGS] = {"context", "stream", "event", "graph", "executable", "module", "blas", "pinned"};
+std::atomic<int64_t> alive[THINGS];
 
 struct Counter {
     std::atomic<uint64_t> calls{0};
@@ -46,8 +48,8 @@ void read_environment() {
     while (text != nullptr && *text != 0) {
         const char* const colon = strchr(text, ':');
         if (colon == nullptr || !arrange(text, colon - text, strtoull(colon + 1, nullptr, 10))) {
-            report(std::string("XT_EMULATOR_FAIL is a list of kind:number, with kinds alloc, launch, copy and ") +
-                   "compile; got " + text);
+            report(std::string("XT_EMULATOR_FAIL is a list of kind:number, with kinds alloc, launch, copy, compile, ") +
+                   "pin, function and blas; got " + text);
             return;
         }
         text = strchr(colon, ',');
@@ -65,6 +67,8 @@ bool shall_fail(Kind kind) {
     return failing != 0 && (call == failing || (call > failing && counter.from_then_on));
 }
 
+void count_alive(Thing thing, int change) { alive[thing] += change; }
+
 }  // namespace xt
 
 // Makes the n-th call from now on of a kind fail (1 is the next one), and with `alloc+` all that follow it; 0 ends
@@ -77,6 +81,15 @@ XT_EXPORT uint64_t xt_emulator_count(const char* kind) {
     bool from_then_on;
     const xt::Counter* const counter = xt::find(kind, strlen(kind), from_then_on);
     return counter == nullptr ? 0 : counter->calls.load();
+}
+
+// How many contexts (references), streams, events, graphs, executables, modules, handles of cuBLAS or pieces of
+// page-locked memory there are; -1 if there is no such kind.
+XT_EXPORT int64_t xt_emulator_alive(const char* thing) {
+    for (int i = 0; i < xt::THINGS; ++i) {
+        if (strcmp(xt::THING_NAMES[i], thing) == 0) return xt::alive[i];
+    }
+    return -1;
 }
 
 XT_EXPORT uint64_t xt_emulator_live_bytes(void) { return xt::live_bytes(); }

@@ -31,6 +31,8 @@ struct Event {
 
 std::mutex streams_lock;
 std::vector<Stream*> recording;
+std::recursive_mutex late_lock;
+std::vector<std::function<void()>> late;
 Stream default_stream;
 
 // Null, 1 and 2 are names of the default stream.
@@ -105,11 +107,27 @@ std::string objection(const Function& function, XtDim grid, XtDim block, unsigne
 
 int enqueue(Stream* handle, std::unique_ptr<Operation> operation) {
     Stream& stream = stream_of(handle);
-    if (!stream.recording) return operation->run();
+    if (!stream.recording) {
+        catch_up();
+        return operation->run();
+    }
     if (stream.spoiled) return CAPTURE_INVALIDATED;
     stream.recorded.push_back(std::move(operation));
     return SUCCESS;
 }
+
+void postpone(std::function<void()> copy) {
+    std::lock_guard guard(late_lock);
+    late.push_back(std::move(copy));
+}
+
+void catch_up() {
+    std::lock_guard guard(late_lock);
+    for (const std::function<void()>& copy : late) copy();
+    late.clear();
+}
+
+bool is_recording(Stream* stream) { return stream_of(stream).recording; }
 
 int refuse_while_recording() {
     std::lock_guard guard(streams_lock);
@@ -129,12 +147,17 @@ using namespace xt;
 
 XT_EXPORT int cuStreamCreate(Stream** stream, unsigned) {
     *stream = new Stream;
+    count_alive(STREAM, 1);
     return lost();
 }
 XT_EXPORT int cuStreamCreateWithPriority(Stream** stream, unsigned flags, int) { return cuStreamCreate(stream, flags); }
 
 XT_EXPORT int cuStreamDestroy_v2(Stream* stream) {
-    if (uintptr_t(stream) > 2) delete stream;
+    catch_up();
+    if (uintptr_t(stream) > 2) {
+        delete stream;
+        count_alive(STREAM, -1);
+    }
     return lost();
 }
 
@@ -144,6 +167,7 @@ XT_EXPORT int cuStreamSynchronize(Stream* handle) {
         stream.spoiled = true;
         return CAPTURE_UNSUPPORTED;
     }
+    catch_up();
     return lost();
 }
 
@@ -151,6 +175,7 @@ XT_EXPORT int cuStreamQuery(Stream* stream) { return cuStreamSynchronize(stream)
 XT_EXPORT int cuStreamWaitEvent(Stream*, Event*, unsigned) { return lost(); }
 
 XT_EXPORT int cuLaunchHostFunc(Stream*, void (*function)(void*), void* data) {
+    catch_up();
     function(data);
     return lost();
 }
@@ -159,11 +184,13 @@ XT_EXPORT int cuLaunchHostFunc(Stream*, void (*function)(void*), void* data) {
 
 XT_EXPORT int cuEventCreate(Event** event, unsigned) {
     *event = new Event;
+    count_alive(EVENT, 1);
     return lost();
 }
 
 XT_EXPORT int cuEventDestroy_v2(Event* event) {
     delete event;
+    count_alive(EVENT, -1);
     return lost();
 }
 
@@ -174,8 +201,11 @@ XT_EXPORT int cuEventRecord(Event* event, Stream* stream) {
     return lost();
 }
 
-XT_EXPORT int cuEventSynchronize(Event*) { return lost(); }
-XT_EXPORT int cuEventQuery(Event*) { return lost(); }
+XT_EXPORT int cuEventSynchronize(Event*) {
+    catch_up();
+    return lost();
+}
+XT_EXPORT int cuEventQuery(Event* event) { return cuEventSynchronize(event); }
 
 XT_EXPORT int cuEventElapsedTime_v2(float* milliseconds, const Event* from, const Event* to) {
     if (!from->recorded || !to->recorded) return INVALID_HANDLE;
@@ -235,11 +265,13 @@ XT_EXPORT int cuStreamEndCapture(Stream* stream, Graph** graph) {
         return CAPTURE_INVALIDATED;
     }
     *graph = new Graph(std::move(recorded));
+    count_alive(GRAPH, 1);
     return lost();
 }
 
 XT_EXPORT int cuGraphInstantiateWithFlags(Graph** executable, const Graph* graph, unsigned long long) {
     *executable = new Graph(*graph);
+    count_alive(EXECUTABLE, 1);
     return lost();
 }
 
@@ -248,6 +280,7 @@ XT_EXPORT int cuGraphUpload(const Graph*, Stream*) { return lost(); }
 XT_EXPORT int cuGraphLaunch(const Graph* executable, Stream* stream) {
     if (int error = lost()) return error;
     if (stream_of(stream).recording) return CAPTURE_UNSUPPORTED;
+    catch_up();
     for (const std::shared_ptr<Operation>& operation : *executable) {
         if (int error = operation->run()) return error;
     }
@@ -256,10 +289,12 @@ XT_EXPORT int cuGraphLaunch(const Graph* executable, Stream* stream) {
 
 XT_EXPORT int cuGraphExecDestroy(Graph* executable) {
     delete executable;
+    count_alive(EXECUTABLE, -1);
     return lost();
 }
 
 XT_EXPORT int cuGraphDestroy(Graph* graph) {
     delete graph;
+    count_alive(GRAPH, -1);
     return lost();
 }

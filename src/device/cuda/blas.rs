@@ -7,10 +7,13 @@ use cudarc::{
         result::{self, CublasError},
         sys::{self, cublasComputeType_t as Compute, cublasMath_t as Math, cublasOperation_t as Operation},
     },
-    driver::sys::CUstream,
+    driver::{DriverError, sys::CUresult},
 };
 
-use super::{Architecture, CudaDevice, error};
+use super::{
+    Architecture, CudaDevice, error,
+    resources::{Context, Plain, Stream},
+};
 use crate::{
     DType, Error, Result,
     device::{
@@ -20,29 +23,43 @@ use crate::{
 };
 
 /// A handle of cuBLAS with a workspace of its own: with one stream, its results are then the same in every run.
-pub(super) struct Handle(sys::cublasHandle_t);
+pub(super) struct Handle {
+    handle: Library,
+    // Freed after the handle, which uses it.
+    _workspace: Plain,
+}
+
+/// What `cublasCreate` made.
+struct Library(sys::cublasHandle_t);
 
 // SAFETY: used by one thread at a time, behind a lock.
-unsafe impl Send for Handle {}
+unsafe impl Send for Library {}
+
+impl Drop for Library {
+    fn drop(&mut self) {
+        // SAFETY: created in `Handle::new`, not used again.
+        let _ = unsafe { result::destroy_handle(self.0) };
+    }
+}
 
 impl Handle {
-    /// The context of the stream must be current.
-    pub fn new(stream: CUstream, architecture: Architecture) -> Result<Self> {
+    /// For products on this stream of the context, which is current.
+    pub fn new(stream: &Stream, architecture: Architecture, current: &Context) -> Result<Self> {
         let fail = |why: CublasError| error(format!("cuBLAS: {why:?}"));
-        let handle = result::create_handle().map_err(fail)?;
+        let handle = Library(result::create_handle().map_err(fail)?);
         // SAFETY: the handle was made above; both libraries mean the same handle of a stream.
-        unsafe { result::set_stream(handle, stream.cast()) }.map_err(fail)?;
+        unsafe { result::set_stream(handle.0, stream.0.cast()) }.map_err(fail)?;
         // What cuBLAS itself takes on these cards.
         let bytes = if architecture >= 90 { 32 << 20 } else { 4 << 20 };
-        // SAFETY: the context is current. Never freed: the handle lives as long as the process.
-        let workspace = unsafe { cudarc::driver::result::malloc_sync(bytes) }.map_err(|_| Error::OutOfMemory {
-            requested: bytes,
-            live: 0,
-            cached: 0,
+        let workspace = Plain::new(bytes, current).map_err(|DriverError(why)| match why {
+            CUresult::CUDA_ERROR_OUT_OF_MEMORY => Error::OutOfMemory { requested: bytes, live: 0, cached: 0 },
+            _ => error(format!("cuMemAlloc of {bytes} bytes for cuBLAS: {why:?}")),
         })?;
-        // SAFETY: the memory has this size.
-        unsafe { sys::cublasSetWorkspace_v2(handle, workspace as *mut c_void, bytes) }.result().map_err(fail)?;
-        Ok(Self(handle))
+        // SAFETY: the memory has this size and is freed after the handle.
+        unsafe { sys::cublasSetWorkspace_v2(handle.0, workspace.address() as *mut c_void, bytes) }
+            .result()
+            .map_err(fail)?;
+        Ok(Self { handle, _workspace: workspace })
     }
 }
 
@@ -85,15 +102,19 @@ impl CudaDevice {
         };
         let operation =
             |operand: Operand| if operand.transposed { Operation::CUBLAS_OP_T } else { Operation::CUBLAS_OP_N };
-        let blas = self.blas.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        let _pass = self.enter("a product")?;
+        self.hold("a product", [a.address, b.address, c])?;
         self.bind()?;
-        // SAFETY: the handle lives as long as the process.
-        let moded = unsafe { sys::cublasSetMathMode(blas.0, math) }.result();
+        let blas = self.blas.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        let handle = blas.handle.0;
+        // SAFETY: the handle lives as long as the device.
+        let moded = unsafe { sys::cublasSetMathMode(handle, math) }.result();
         // cuBLAS counts columns first: our rows are its columns, so that it computes cᵀ = bᵀ aᵀ.
-        // SAFETY: the caller's tensors hold what sizes and strides say, and live until they are freed on this stream.
+        // SAFETY: the caller's tensors hold what sizes and strides say, and are freed on this stream, after this product;
+        // a graph that it becomes part of holds their memory. The factors are read before the call returns.
         let outcome = moded.and_then(|()| unsafe {
             result::gemm_strided_batched_ex(
-                blas.0,
+                handle,
                 operation(b),
                 operation(a),
                 columns,

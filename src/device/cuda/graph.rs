@@ -1,28 +1,51 @@
 //! CUDA graphs: a computation of fixed shapes, recorded once and replayed with one call of the driver.
 
-use std::{fmt, sync::atomic::Ordering};
+use std::{
+    fmt,
+    sync::{Arc, atomic::Ordering},
+};
 
 use cudarc::driver::{result, sys};
 
-use super::{CudaDevice, GraphTables, error, memory::Block};
-use crate::{Device, Error, ParamMap, Result, Tensor, core::discrete, device::cuda::pool::FreeBlocks};
+use super::{
+    CudaDevice, error,
+    memory::{Block, CudaBuffer},
+    pool::Source,
+    tables::GraphTables,
+};
+use crate::{Device, Error, ParamMap, Result, Tensor, core::{Layout, discrete}};
 
 /// A recorded computation on a GPU. Replaying it costs one launch instead of one per kernel.
 ///
 /// What is recorded are the kernels, with the addresses and numbers that they were given: shapes, scalars and the path
-/// through the program are those of the recording; what is to change from replay to replay must be an input. Inputs are copied into place by [`Graph::replay`];
-/// parameters are read where they are, so that an optimizer may update them between replays.
+/// through the program are those of the recording; what is to change from replay to replay must be an input. Inputs are
+/// copied into place by [`Graph::replay`]; parameters are read where they are, so that an optimizer may update them
+/// between replays.
+///
+/// The graph keeps the memory of everything that its kernels read or write for as long as it lives: of tensors that the
+/// function captured, of a model that is dropped, of tensors that the function stores elsewhere. It does not share the
+/// tensors themselves, so that an optimizer or a cache may go on writing to them in place.
+///
+/// ```no_run
+/// use x_transformers::{DType, Device, ParamMap, Tensor, device::cuda::Graph};
+/// # fn main() -> x_transformers::Result<()> {
+/// let gpu = Device::cuda(0)?;
+/// let (x, w) = (Tensor::ones([64], DType::F32, &gpu)?, Tensor::full([64], 2.0, DType::F32, &gpu)?);
+/// let mut graph = Graph::capture(&[x], &ParamMap::default(), move |inputs| inputs[0].mul(&w))?;
+/// let y = graph.replay(&[Tensor::full([64], 3.0, DType::F32, &gpu)?])?;
+/// assert_eq!(y.to_vec::<f32>()?, [6.0; 64]);
+/// # Ok(())
+/// # }
+/// ```
 pub struct Graph<R> {
     executable: Executable,
     inputs: Vec<Tensor>,
-    /// Each parameter's name and address.
-    params: Vec<(String, u64)>,
+    /// Where each parameter was, and how it lay there.
+    params: Vec<(String, (u64, Layout))>,
     map: ParamMap,
     output: R,
     /// What the recorded kernels find tensors by.
     _tables: Vec<Tensor>,
-    /// The memory that the recorded kernels use between inputs and output: nobody else may have it.
-    _memory: FreeBlocks<Block>,
     device: &'static CudaDevice,
 }
 
@@ -32,27 +55,159 @@ impl<R> fmt::Debug for Graph<R> {
     }
 }
 
+/// A graph that can be launched, and the memory that its work uses.
 struct Executable {
     handle: sys::CUgraphExec,
+    blocks: Vec<Arc<Block>>,
     device: &'static CudaDevice,
 }
 
 impl Drop for Executable {
     fn drop(&mut self) {
-        // Its memory goes back to the pool next: the device must be done with it. An error leaves nothing to do.
-        let _ = self.device.synchronize();
-        // SAFETY: instantiated in `capture`, not used again.
+        self.device.discard(ToDestroy { handle: self.handle, device: self.device });
+        // A replay may still be at work; what is enqueued for the next owners of its memory comes after it.
+        self.blocks.drain(..).for_each(|block| self.device.pool.give(block));
+    }
+}
+
+struct ToDestroy {
+    handle: sys::CUgraphExec,
+    device: &'static CudaDevice,
+}
+
+// SAFETY: nobody else has the handle, and any thread may destroy it.
+unsafe impl Send for ToDestroy {}
+
+impl Drop for ToDestroy {
+    fn drop(&mut self) {
+        let _ = self.device.bind();
+        // SAFETY: the stream lives as long as the device. Waits for the last replay, and leaves faults of kernels to the
+        // next read-back. An error leaves nothing to do.
+        let _ = unsafe { result::stream::synchronize(self.device.stream.0) };
+        // SAFETY: instantiated in `capture`, not used again. `discard` calls this outside of captures.
         let _ = unsafe { result::graph::exec_destroy(self.handle) };
     }
 }
 
+/// What was captured, until it is instantiated.
+struct Captured(sys::CUgraph);
+
+impl Drop for Captured {
+    fn drop(&mut self) {
+        if !self.0.is_null() {
+            // SAFETY: the driver made it for us, and what is instantiated does not need it any more.
+            let _ = unsafe { result::graph::destroy(self.0) };
+        }
+    }
+}
+
+/// A recording that ends, whatever happens in the recorded function: without [`Recording::finish`] everything is as
+/// before it.
+struct Recording {
+    device: &'static CudaDevice,
+    open: bool,
+}
+
+impl Recording {
+    /// Tensors still lie in common memory.
+    fn begin(device: &'static CudaDevice) -> Result<Self> {
+        device.begin_recording()?;
+        *device.graph_tables() = GraphTables::default();
+        Ok(Self { device, open: true })
+    }
+
+    /// Runs what will be recorded, in memory of its own, and provides what the recording needs beyond what is free by
+    /// then: as much as the tensors have that the function stored elsewhere.
+    fn warm<R>(&self, f: impl FnOnce() -> Result<R>) -> Result<()> {
+        self.device.pool.record();
+        drop(f()?);
+        self.device.synchronize()?;
+        let pool = &self.device.pool;
+        pool.set_source(Source::Fresh);
+        // The recording may do without what cannot be had; if not, it says so.
+        let spare = pool.escaped().into_iter().filter_map(|bytes| CudaBuffer::new(bytes, self.device).ok());
+        drop(spare.collect::<Vec<_>>());
+        pool.set_source(Source::Freed);
+        Ok(())
+    }
+
+    /// Captures what `f` enqueues.
+    fn capture<R>(&self, f: impl FnOnce() -> Result<R>) -> Result<(Captured, R)> {
+        let device = self.device;
+        device.bind()?;
+        let mode = sys::CUstreamCaptureMode_enum::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
+        device.gate.switch(|| {
+            // SAFETY: the stream lives as long as the device, and no other thread is about to use it.
+            let begun = unsafe { result::stream::begin_capture(device.stream.0, mode) };
+            (begun.is_ok(), device.check("cuStreamBeginCapture", begun))
+        })?;
+        let output = f();
+        // Ended in any case, or the stream would stay in capture.
+        let captured = self.end_capture();
+        let (output, captured) = (output?, captured?);
+        if captured.0.is_null() {
+            return Err(error("the driver gave no graph".into()));
+        }
+        Ok((captured, output))
+    }
+
+    fn end_capture(&self) -> Result<Captured> {
+        let device = self.device;
+        device.gate.switch(|| {
+            // SAFETY: the stream lives as long as the device; this thread has begun the capture.
+            let graph = unsafe { result::stream::end_capture(device.stream.0) };
+            (false, device.check("cuStreamEndCapture", graph).map(Captured))
+        })
+    }
+
+    /// Makes the graph, which has all memory that its work uses, and its tables with what belongs in them.
+    fn finish(mut self, captured: Captured) -> Result<(Executable, Vec<Tensor>)> {
+        let device = self.device;
+        let flags = sys::CUgraphInstantiate_flags(0);
+        // SAFETY: the graph was captured and is alive.
+        let handle = unsafe { result::graph::instantiate(captured.0, flags) };
+        let handle = device.check("cuGraphInstantiate", handle)?;
+        self.open = false;
+        let executable = Executable { handle, blocks: device.pool.finish(), device };
+        let tables = std::mem::take(&mut *device.graph_tables()).made;
+        drop(self);
+        let fill = |(mut table, values): (Tensor, Vec<i64>)| {
+            device.upload(table.address_mut()?, bytemuck::cast_slice(&values)).map(|()| table)
+        };
+        Ok((executable, tables.into_iter().map(fill).collect::<Result<_>>()?))
+    }
+}
+
+impl Drop for Recording {
+    fn drop(&mut self) {
+        if self.device.is_capturing() {
+            // The recorded function panicked.
+            drop(self.end_capture());
+        }
+        if self.open {
+            *self.device.graph_tables() = GraphTables::default();
+            self.device.pool.abandon();
+        }
+        self.device.end_recording();
+    }
+}
+
+/// Where a parameter is, and how it lies there.
+fn place(param: &crate::Param) -> Result<(u64, Layout)> {
+    let value = param.tensor();
+    Ok((value.storage_address()?, *value.layout()))
+}
+
 impl<R> Graph<R> {
     /// Records `f`. It is called twice: once to compile kernels and to find out what memory it needs, once to be
-    /// recorded, which computes nothing. It must not read values back, and no other thread may use the device meanwhile.
+    /// recorded, which computes nothing. It must not read values back. Meanwhile other threads cannot use the device:
+    /// their calls are errors.
     ///
-    /// `params`: the parameters that `f` reads.
+    /// `params`: the parameters that `f` reads. If one of these is replaced, a replay is an error; what `f` reads
+    /// besides them is what was there at the recording.
     ///
-    /// Errors: inputs that are not packed tensors on one GPU or require a gradient, or whatever `f` does that a graph cannot hold.
+    /// Errors: inputs that are not on one GPU, another recording that has not ended, or whatever `f` does that a graph
+    /// cannot hold. The device is as usable as before, also if `f` panics.
     pub fn capture(inputs: &[Tensor], params: &ParamMap, f: impl Fn(&[Tensor]) -> Result<R>) -> Result<Self> {
         let device = match inputs.first().map(Tensor::device) {
             Some(&Device::Cuda(device)) => device,
@@ -64,44 +219,30 @@ impl<R> Graph<R> {
                 format!("inputs are on cuda:{} and {}", device.ordinal, other.device()),
             ));
         }
-        discrete("graph", &inputs.iter().collect::<Vec<_>>())?;
+        let recording = Recording::begin(device)?;
         // Copies of their own: a replay writes into them.
         let inputs = inputs.iter().map(Tensor::to_owned_copy).collect::<Result<Vec<_>>>()?;
-        let mut memory = FreeBlocks::default();
-        device.pool.exchange(&mut memory, true);
-        *device.graph_tables() = Some(GraphTables::default());
-        let recorded = f(&inputs).and_then(|warm| {
-            drop(warm);
-            device.synchronize()?;
-            device.record(|| f(&inputs))
-        });
-        let tables = device.graph_tables().take().unwrap_or_default().made;
-        device.pool.exchange(&mut memory, false);
-        let (handle, output) = recorded?;
-        let executable = Executable { handle, device };
-        let fill = |(mut table, values): (Tensor, Vec<i64>)| {
-            device.upload(table.address_mut()?, bytemuck::cast_slice(&values)).map(|()| table)
-        };
-        let tables = tables.into_iter().map(fill).collect::<Result<Vec<_>>>()?;
-        let address = |(name, param): (&str, &crate::Param)| Ok((name.to_string(), param.tensor().storage_address()?));
-        let addresses = params.iter().map(address).collect::<Result<_>>()?;
-        let map = params.clone();
-        Ok(Self { executable, inputs, params: addresses, map, output, _tables: tables, _memory: memory, device })
+        recording.warm(|| f(&inputs))?;
+        let (captured, output) = recording.capture(|| f(&inputs))?;
+        let (executable, tables) = recording.finish(captured)?;
+        let place = |(name, param): (&str, &crate::Param)| Ok((name.to_string(), place(param)?));
+        let params_at = params.iter().map(place).collect::<Result<_>>()?;
+        Ok(Self { executable, inputs, params: params_at, map: params.clone(), output, _tables: tables, device })
     }
 
     /// Copies new values into the inputs and enqueues the recorded computation. The output is the same memory each time:
     /// what it holds is overwritten by the next replay.
     ///
-    /// Errors: inputs of other shapes, dtypes or devices, a parameter that was replaced since the recording, or an
-    /// error of the driver.
+    /// Errors: inputs of other shapes, dtypes or devices, a parameter that was replaced since the recording, a graph
+    /// that is being recorded, or an error of the driver.
     pub fn replay(&mut self, inputs: &[Tensor]) -> Result<&R> {
+        self.device.refuse_while_capturing("a replay")?;
         if inputs.len() != self.inputs.len() {
             let (given, expected) = (inputs.len(), self.inputs.len());
             return Err(Error::argument("graph", format!("{given} inputs, {expected} were recorded")));
         }
-        discrete("graph", &inputs.iter().collect::<Vec<_>>())?;
-        for (name, address) in &self.params {
-            if self.map.get(name).map(|param| param.tensor().storage_address()).transpose()? != Some(*address) {
+        for (name, recorded) in &self.params {
+            if self.map.get(name).map(place).transpose()?.as_ref() != Some(recorded) {
                 return Err(Error::argument(
                     "graph",
                     format!("`{name}` was replaced since the recording; record again"),
@@ -123,12 +264,16 @@ impl<R> Graph<R> {
                     ),
                 ));
             }
+        }
+        for (to, from) in self.inputs.iter().zip(inputs) {
             let from = from.detach().contiguous()?;
             self.device.copy(to.address()?, from.address()?, to.elements() * to.dtype().size())?;
         }
+        let _pass = self.device.enter_outside("a replay")?;
         self.device.bind()?;
-        // SAFETY: the graph and all memory that it uses are alive.
-        let outcome = unsafe { result::graph::launch(self.executable.handle, self.device.stream) };
+        // SAFETY: the executable graph is alive, and so is all memory that it uses: it has the blocks of every tensor
+        // whose address was recorded, the inputs and the tables.
+        let outcome = unsafe { result::graph::launch(self.executable.handle, self.device.stream.0) };
         self.device.check("cuGraphLaunch", outcome)?;
         self.device.launches.fetch_add(1, Ordering::Relaxed);
         Ok(&self.output)
@@ -137,40 +282,5 @@ impl<R> Graph<R> {
     /// What the recorded function returned. Before the first replay its tensors hold nothing.
     pub fn output(&self) -> &R {
         &self.output
-    }
-}
-
-impl CudaDevice {
-    fn record<R>(&self, f: impl FnOnce() -> Result<R>) -> Result<(sys::CUgraphExec, R)> {
-        self.bind()?;
-        let mode = sys::CUstreamCaptureMode_enum::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
-        // SAFETY: the stream lives as long as the process.
-        self.check("cuStreamBeginCapture", unsafe { result::stream::begin_capture(self.stream, mode) })?;
-        self.capturing.store(true, Ordering::Relaxed);
-        let output = f();
-        self.capturing.store(false, Ordering::Relaxed);
-        // SAFETY: as above. Ended in any case, or the stream would stay in capture.
-        let graph = self.check("cuStreamEndCapture", unsafe { result::stream::end_capture(self.stream) });
-        let output = output?;
-        let graph = graph?;
-        if graph.is_null() {
-            return Err(error("the driver gave no graph".into()));
-        }
-        let flags = sys::CUgraphInstantiate_flags(0);
-        // SAFETY: the graph was made above.
-        let executable = self.check("cuGraphInstantiate", unsafe { result::graph::instantiate(graph, flags) });
-        // SAFETY: as above; what was instantiated does not need it any more.
-        self.check("cuGraphDestroy", unsafe { result::graph::destroy(graph) })?;
-        Ok((executable?, output))
-    }
-
-    /// Enqueues a copy within the device.
-    pub(crate) fn copy(&self, to: u64, from: u64, bytes: usize) -> Result<()> {
-        if bytes == 0 {
-            return Ok(());
-        }
-        self.bind()?;
-        // SAFETY: both are memory of this device with this many bytes, by the caller.
-        self.check("cuMemcpyDtoDAsync", unsafe { result::memcpy_dtod_async(to, from, bytes, self.stream) })
     }
 }

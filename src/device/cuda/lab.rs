@@ -2,7 +2,7 @@
 
 use super::{CudaDevice, Function, Kernel, error};
 use crate::{
-    Result, Tensor,
+    Device, Result, Tensor,
     device::{
         Grid,
         kernels::{LAB_SIGNATURES, LAB_SOURCES},
@@ -40,21 +40,33 @@ impl Rung {
     pub fn new(device: &'static CudaDevice, kernel: &str, options: &[(&str, &str)]) -> Result<Self> {
         let signature = LAB_SIGNATURES.iter().find(|signature| signature.kernel == kernel);
         let signature = signature.ok_or_else(|| error(format!("there is no kernel `{kernel}` in kernels/lab")))?;
-        let source = LAB_SOURCES.iter().find(|source| source.name == signature.file);
-        Ok(Self { device, function: device.load_from(source, signature, options)? })
+        let source = || LAB_SOURCES.iter().find(|source| source.name == signature.file);
+        let function = device.function(&format!("lab/{kernel}"), options, signature, source)?;
+        Ok(Self { device, function })
     }
 
-    /// Enqueues it. What its source says of blocks, threads and sizes is for the caller to keep.
+    /// Enqueues it.
     ///
-    /// Errors: tensors that are elsewhere, shared or not packed, arguments that are not what the source declares, or an
-    /// error of the driver.
-    pub fn launch(
+    /// Errors: tensors that are on another device, shared or not packed, arguments that are not what the source
+    /// declares, or an error of the driver.
+    ///
+    /// # Safety
+    ///
+    /// Blocks, threads, scalars, and the sizes and dtypes of all tensors are those that the kernel's source asks for: it
+    /// reads and writes what they make of its pointers, and nothing here checks that.
+    pub unsafe fn launch(
         &self,
         [blocks, threads]: [[u32; 3]; 2],
         output: &mut Tensor,
         inputs: &[&Tensor],
         scalars: &[Scalar],
     ) -> Result<()> {
+        let here = Device::Cuda(self.device);
+        if let Some(other) =
+            [&*output].into_iter().chain(inputs.iter().copied()).find(|tensor| *tensor.device() != here)
+        {
+            return Err(error(format!("a rung of {here} was given a tensor on {}", other.device())));
+        }
         let mut args = vec![output.into_arg()?];
         for input in inputs {
             args.push((*input).into_arg()?);

@@ -38,6 +38,8 @@ const DRIVER: &[&str] = &[
     "cuCtxSetCurrent",
     "cuMemAlloc_v2",
     "cuMemFree_v2",
+    "cuMemHostAlloc",
+    "cuMemFreeHost",
     "cuMemGetInfo_v2",
     "cuMemcpyHtoDAsync_v2",
     "cuMemcpyDtoHAsync_v2",
@@ -45,9 +47,11 @@ const DRIVER: &[&str] = &[
     "cuMemsetD8Async",
     "cuModuleLoadData",
     "cuModuleGetFunction",
+    "cuModuleUnload",
     "cuFuncSetAttribute",
     "cuLaunchKernel",
     "cuStreamCreate",
+    "cuStreamDestroy_v2",
     "cuStreamSynchronize",
     "cuStreamBeginCapture_v2",
     "cuStreamEndCapture",
@@ -75,6 +79,7 @@ const NVRTC: &[&str] = &[
 ];
 const CUBLAS: &[&str] = &[
     "cublasCreate_v2",
+    "cublasDestroy_v2",
     "cublasSetStream_v2",
     "cublasSetWorkspace_v2",
     "cublasSetMathMode",

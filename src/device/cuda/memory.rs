@@ -1,17 +1,17 @@
-//! Device memory, and copies between it and the processor's.
+//! Device memory, and copies within it and back to the processor's.
 
-use std::sync::atomic::Ordering;
+use std::sync::{Arc, atomic::Ordering};
 
-use cudarc::driver::result;
+use cudarc::driver::{DriverError, result, sys::CUresult};
 
-use super::{CudaDevice, FAULT_WORDS, error};
-use crate::{
-    Error, Result,
-    device::cuda::pool::{Reusable, size_class},
-    ops::broken_logits,
+use super::{
+    CudaDevice, FAULT_WORDS, error,
+    gate::Pass,
+    pool::{Memory, Phase, size_class},
 };
+use crate::{Error, Result, ops::broken_logits};
 
-/// Memory from the driver, given back to it when dropped.
+/// Memory from the driver, returned to it when dropped.
 pub(in crate::device) struct Block {
     address: u64,
     bytes: usize,
@@ -19,19 +19,31 @@ pub(in crate::device) struct Block {
 }
 
 impl Block {
-    fn new(bytes: usize, device: &'static CudaDevice) -> Option<Self> {
-        device.bind().ok()?;
+    /// `None` if there is no more memory.
+    ///
+    /// Errors: any other error of the driver.
+    fn new(bytes: usize, device: &'static CudaDevice) -> Result<Option<Arc<Self>>> {
+        device.bind()?;
         // SAFETY: the context is current; the memory is freed once, when the block is dropped.
-        let address = unsafe { result::malloc_sync(bytes) }.ok()?;
-        Some(Self { address, bytes, device })
+        match unsafe { result::malloc_sync(bytes) } {
+            Ok(address) => Ok(Some(Arc::new(Self { address, bytes, device }))),
+            Err(DriverError(CUresult::CUDA_ERROR_OUT_OF_MEMORY)) => Ok(None),
+            Err(why) => device.check("cuMemAlloc", Err(why)),
+        }
     }
 }
 
-impl Reusable for Block {
-    /// By address: where the tensors of a step are depends on the step alone then, not on the order in which those of
-    /// the last one were freed, and tables of addresses stay as they are.
-    fn goes_before(&self, earlier: &Self) -> bool {
-        self.address < earlier.address
+impl Memory for Block {
+    fn address(&self) -> u64 {
+        self.address
+    }
+
+    fn bytes(&self) -> usize {
+        self.bytes
+    }
+
+    fn free(block: Arc<Self>) {
+        block.device.discard(block);
     }
 }
 
@@ -39,33 +51,64 @@ impl Drop for Block {
     fn drop(&mut self) {
         // An error here means that the context is lost, and its memory with it.
         let _ = self.device.bind();
-        // SAFETY: allocated in `new`, freed here only; the driver waits for what was enqueued before.
+        // SAFETY: allocated in `new`, freed here only. Blocks leave the pool when neither a tensor nor a graph has them,
+        // and `discard` drops them outside of captures; the driver waits for what was enqueued before.
         let _ = unsafe { result::free_sync(self.address) };
     }
 }
 
 /// Bytes on a device, returned to its pool on drop.
 pub(crate) struct CudaBuffer {
-    block: Option<Block>,
+    block: Option<Arc<Block>>,
     device: &'static CudaDevice,
 }
 
 impl CudaBuffer {
     /// The content is whatever was there: the emulated driver poisons it, which finds what a kernel forgets.
+    ///
+    /// Errors: [`Error::OutOfMemory`]; another error of the driver; while a graph is recorded, memory that the run
+    /// before its recording did not need, or another thread that records.
     pub fn new(bytes: usize, device: &'static CudaDevice) -> Result<Self> {
         if bytes == 0 {
             return Ok(Self { block: None, device });
         }
+        if let Some(block) = Self::allocate(bytes, device)? {
+            return Ok(Self { block: Some(block), device });
+        }
+        // What is kept for reuse goes back to the driver, which may then have enough.
+        let before = device.pool.stats();
+        device.pool.trim();
+        let block = Self::allocate(bytes, device)?;
+        let none = || Error::OutOfMemory { requested: bytes, live: before.live, cached: before.cached };
+        Ok(Self { block: Some(block.ok_or_else(none)?), device })
+    }
+
+    /// A block of the pool or a new one; `None` if there is no more memory.
+    fn allocate(bytes: usize, device: &'static CudaDevice) -> Result<Option<Arc<Block>>> {
+        let _pass = device.enter("an allocation")?;
         // Nothing kept, nothing rounded: checkers of memory then see accesses beyond a tensor and after its end.
-        let class = if device.pool.keeps_nothing() { bytes } else { size_class(bytes) };
-        let block = if device.is_capturing() {
-            // Memory cannot be asked for while a graph is recorded: the run before has left what this one needs.
-            let why = || error(format!("a graph needs {bytes} bytes more than in the run before its recording"));
-            device.pool.take(class).ok_or_else(why)?
-        } else {
-            device.pool.allocate(class, bytes, || Block::new(class, device))?
+        let (class, other) = match device.pool.keeps_nothing() {
+            true => (bytes, size_class(bytes)),
+            false => (size_class(bytes), bytes),
         };
-        Ok(Self { block: Some(block), device })
+        let phase = device.phase();
+        if let Some(block) = device.pool.take(class, phase) {
+            return Ok(Some(block));
+        }
+        if phase == Phase::Capture {
+            // The limit may have changed since the run before.
+            if let Some(block) = device.pool.take(other, phase) {
+                return Ok(Some(block));
+            }
+            // Memory cannot be asked for while a graph is recorded: the run before has left what this one needs.
+            return Err(error(format!(
+                "the recording of a graph needs a tensor of {bytes} bytes more than the run before it; let the closure \
+                 do the same each time it is called, and keep no more of its tensors"
+            )));
+        }
+        let block = Block::new(class, device)?;
+        // Counted once it exists: a request that fails must not leave its size in the peak.
+        Ok(block.inspect(|block| device.pool.insert(block, phase)))
     }
 
     /// Its first byte; null if it is empty.
@@ -77,41 +120,44 @@ impl CudaBuffer {
 impl Drop for CudaBuffer {
     fn drop(&mut self) {
         if let Some(block) = self.block.take() {
-            self.device.pool.give(block.bytes, block);
+            self.device.pool.give(block);
         }
     }
 }
 
 impl CudaDevice {
-    /// Enqueues a copy to the device. The source may be changed as soon as this returns.
-    pub(crate) fn upload(&self, to: u64, from: &[u8]) -> Result<()> {
-        if from.is_empty() {
+    /// Lets the graph that this thread records hold what its next call reads or writes: the memory of these addresses.
+    ///
+    /// Errors: an address that belongs to no tensor.
+    pub(super) fn hold(&self, what: &str, addresses: impl IntoIterator<Item = u64>) -> Result<()> {
+        if !self.is_capturing() {
             return Ok(());
         }
-        self.refuse_while_capturing("an upload")?;
-        self.bind()?;
-        // SAFETY: the caller's memory at `to` has room for `from`, which the driver has read when this returns, since
-        // it is not page-locked.
-        self.check("cuMemcpyHtoDAsync", unsafe { result::memcpy_htod_async(to, from, self.stream) })?;
-        self.uploads.fetch_add(1, Ordering::Relaxed);
-        Ok(())
+        // Null stands for a tensor that is absent or empty. The words of faults live as long as the process.
+        let mut held = addresses.into_iter().filter(|&address| address != 0 && address != self.faults.address());
+        match held.find(|&address| !self.pool.hold(address)) {
+            None => Ok(()),
+            Some(address) => Err(error(format!("{what}: no tensor of cuda:{} is at {address:#x}", self.ordinal))),
+        }
     }
 
     /// Waits for all that was enqueued, and copies from the device.
     ///
     /// Errors: also what a kernel reported since the last read-back, for instance [`Error::Index`].
     pub(crate) fn read_back_at(&self, from: u64, to: &mut [u8]) -> Result<()> {
-        self.refuse_while_capturing("a read-back")?;
+        let pass = self.enter_outside("a read-back")?;
         self.bind()?;
         if !to.is_empty() {
-            // SAFETY: the caller's memory at `from` holds as many bytes; `to` lives until the stream has been waited for.
-            self.check("cuMemcpyDtoHAsync", unsafe { result::memcpy_dtoh_async(to, from, self.stream) })?;
+            // SAFETY: the caller's memory at `from` holds as many bytes. The driver may write to `to` until the stream
+            // has been waited for below, which happens before this function returns and lets go of it.
+            let copied = unsafe { result::memcpy_dtoh_async(to, from, self.stream.0) };
+            self.check("cuMemcpyDtoHAsync", copied)?;
         }
         let mut faults = [0i64; FAULT_WORDS];
         // SAFETY: as above.
-        let copied = unsafe { result::memcpy_dtoh_async(&mut faults, self.faults, self.stream) };
-        // SAFETY: the stream lives as long as the process. Waited for in any case: it may be writing to `to`.
-        let waited = unsafe { result::stream::synchronize(self.stream) };
+        let copied = unsafe { result::memcpy_dtoh_async(&mut faults, self.faults.address(), self.stream.0) };
+        // SAFETY: the stream lives as long as the device. Waited for in any case: it may be writing to `to`.
+        let waited = unsafe { result::stream::synchronize(self.stream.0) };
         self.check("cuMemcpyDtoHAsync", copied)?;
         self.check("cuStreamSynchronize", waited)?;
         self.read_backs.fetch_add(1, Ordering::Relaxed);
@@ -119,7 +165,7 @@ impl CudaDevice {
         if kind == 0 {
             return Ok(());
         }
-        self.fill_zero(self.faults, size_of_val(&faults))?;
+        self.fill(&pass, self.faults.address(), size_of_val(&faults))?;
         let limit = limit.max(0) as usize;
         let (op, what) = match kind {
             1 => ("embedding", "token"),
@@ -131,24 +177,33 @@ impl CudaDevice {
         Err(Error::Index { op, what, index, limit })
     }
 
+    /// Enqueues a copy within the device.
+    pub(crate) fn copy(&self, to: u64, from: u64, bytes: usize) -> Result<()> {
+        if bytes == 0 {
+            return Ok(());
+        }
+        let _pass = self.enter("a copy")?;
+        self.hold("a copy", [to, from])?;
+        self.bind()?;
+        // SAFETY: both are memory of this device with this many bytes, by the caller, whose tensors are freed on this
+        // stream, after this copy; a graph that it becomes part of holds both.
+        self.check("cuMemcpyDtoDAsync", unsafe { result::memcpy_dtod_async(to, from, bytes, self.stream.0) })
+    }
+
     /// Enqueues writing zeros.
     pub(crate) fn fill_zero(&self, to: u64, bytes: usize) -> Result<()> {
         if bytes == 0 {
             return Ok(());
         }
+        let pass = self.enter("a fill")?;
+        self.hold("a fill", [to])?;
+        self.fill(&pass, to, bytes)
+    }
+
+    fn fill(&self, _pass: &Pass, to: u64, bytes: usize) -> Result<()> {
         self.bind()?;
-        // SAFETY: the caller's memory at `to` has this many bytes.
-        self.check("cuMemsetD8Async", unsafe { result::memset_d8_async(to, 0, bytes, self.stream) })
-    }
-
-    pub(crate) fn refuse_while_capturing(&self, what: &str) -> Result<()> {
-        if self.is_capturing() {
-            return Err(error(format!("cuda:{}: {what} cannot be part of a graph", self.ordinal)));
-        }
-        Ok(())
-    }
-
-    pub(crate) fn is_capturing(&self) -> bool {
-        self.capturing.load(Ordering::Relaxed)
+        // SAFETY: the caller's memory at `to` has this many bytes and is freed on this stream, after this call; a graph
+        // that it becomes part of holds it.
+        self.check("cuMemsetD8Async", unsafe { result::memset_d8_async(to, 0, bytes, self.stream.0) })
     }
 }

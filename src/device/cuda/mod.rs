@@ -5,26 +5,29 @@
 
 mod blas;
 mod compile;
+mod gate;
 mod graph;
 mod lab;
 mod libraries;
 mod memory;
 mod pool;
+mod resources;
+mod staging;
+mod tables;
 mod timer;
 
 use std::{
-    collections::{BTreeMap, HashMap},
+    collections::{BTreeMap, HashMap, hash_map::Entry},
     ffi::{CString, c_void},
     fmt,
     sync::{
-        Mutex, MutexGuard, OnceLock, PoisonError, RwLock,
-        atomic::{AtomicBool, AtomicU64, Ordering},
+        Mutex, OnceLock, PoisonError, RwLock,
+        atomic::{AtomicU64, Ordering},
     },
 };
 
 use cudarc::driver::{
-    DriverError,
-    result::{self, stream::StreamKind},
+    DriverError, result,
     sys::{self, CUdevice_attribute_enum as Attribute},
 };
 
@@ -33,57 +36,47 @@ use super::{
     kernels::{KernelSource, Kind, SIGNATURES, Signature},
     launch::{Arg, Grid},
 };
-use crate::{DType, Element, Error, Result, Tensor, core::Shape};
+use crate::{Error, Result, Tensor};
 
 pub use compile::{Architecture, Cached, Compiled, compile, cubin, cubin_in, folder, nvrtc_version};
 pub use graph::Graph;
 pub use lab::{Rung, Scalar};
 use memory::Block;
 pub(crate) use memory::CudaBuffer;
-use pool::{FreeBlocks, Pool};
+use pool::Pool;
+use resources::{Context, Module, Plain, Stream};
 
 /// A CUDA device. There is one value per card and process, which lives as long as the process.
 pub struct CudaDevice {
     ordinal: usize,
     name: String,
     architecture: Architecture,
-    context: sys::CUcontext,
-    stream: sys::CUstream,
     pool: Pool<Block>,
     /// Loaded kernels by name and options.
     functions: RwLock<HashMap<String, Function>>,
     /// Values that kernels need and that do not change, by name.
-    constants: Mutex<BTreeMap<String, Tensor>>,
+    constants: Mutex<tables::Constants>,
     /// The tables of [`CudaDevice::table`], with what they were made from.
     tables: Mutex<BTreeMap<String, (Vec<i64>, Tensor)>>,
-    /// What kernels report: kind, index and limit of the first fault.
-    faults: u64,
-    blas: Mutex<blas::Handle>,
-    /// Whether the stream is being recorded into a graph.
-    capturing: AtomicBool,
     /// The tables of a graph that is being made, from its first run on.
-    graph_tables: Mutex<Option<GraphTables>>,
+    graph_tables: Mutex<tables::GraphTables>,
+    gate: gate::Gate,
+    staging: Mutex<staging::Staging>,
     launches: AtomicU64,
     uploads: AtomicU64,
     read_backs: AtomicU64,
+    // In this order they are freed, if the device cannot be opened.
+    blas: Mutex<blas::Handle>,
+    /// What kernels report: kind, index and limit of the first fault.
+    faults: Plain,
+    stream: Stream,
+    context: Context,
 }
-
-// SAFETY: the handles of the driver may be used from any thread whose current context is theirs, which `bind` sees to.
-unsafe impl Send for CudaDevice {}
-// SAFETY: as above; the driver locks what its calls share.
-unsafe impl Sync for CudaDevice {}
 
 impl fmt::Debug for CudaDevice {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "cuda:{} ({}, sm_{})", self.ordinal, self.name, self.architecture)
     }
-}
-
-/// The tables of a graph, with their values, and how many the recording has come to.
-#[derive(Default)]
-struct GraphTables {
-    made: Vec<(Tensor, Vec<i64>)>,
-    used: usize,
 }
 
 /// Words that a kernel writes about a fault.
@@ -129,35 +122,36 @@ impl CudaDevice {
             return Err(error(format!("cuda:{ordinal} is an sm_{architecture}, expected sm_75 (Turing) or later")));
         }
         let name = result::device::get_name(device).map_err(|why| place("cuDeviceGetName", why))?;
-        // SAFETY: the device comes from `cuDeviceGet`. The context is kept for as long as the process lives.
-        let context =
-            unsafe { result::primary_ctx::retain(device) }.map_err(|why| place("cuDevicePrimaryCtxRetain", why))?;
-        // SAFETY: retained above.
-        unsafe { result::ctx::set_current(context) }.map_err(|why| place("cuCtxSetCurrent", why))?;
-        let stream = result::stream::create(StreamKind::NonBlocking).map_err(|why| place("cuStreamCreate", why))?;
-        // SAFETY: the context is current. Freed never: the device lives as long as the process.
-        let faults = unsafe { result::malloc_sync(FAULT_WORDS * 8) }.map_err(|why| place("cuMemAlloc", why))?;
+        // What follows frees itself if a later step fails.
+        let context = Context::retain(device).map_err(|why| place("cuDevicePrimaryCtxRetain", why))?;
+        let stream = Stream::new(&context).map_err(|why| place("cuStreamCreate", why))?;
+        let faults = Plain::new(FAULT_WORDS * 8, &context).map_err(|why| place("cuMemAlloc", why))?;
         // SAFETY: the memory has this size.
-        unsafe { result::memset_d8_async(faults, 0, FAULT_WORDS * 8, stream) }
+        unsafe { result::memset_d8_async(faults.address(), 0, FAULT_WORDS * 8, stream.0) }
             .map_err(|why| place("cuMemsetD8Async", why))?;
+        let blas = blas::Handle::new(&stream, architecture, &context).map_err(|why| match why {
+            Error::Device { op, message } => Error::Device { op, message: format!("cuda:{ordinal}: {message}") },
+            other => other,
+        })?;
         let limit = std::env::var("XT_POOL_BYTES").ok().and_then(|bytes| bytes.parse().ok());
         Ok(Self {
             ordinal,
             name,
             architecture,
-            context,
-            stream,
             pool: Pool::new(limit.unwrap_or(usize::MAX)),
             functions: RwLock::default(),
             constants: Mutex::default(),
             tables: Mutex::default(),
-            faults,
-            blas: Mutex::new(blas::Handle::new(stream, architecture)?),
-            capturing: AtomicBool::new(false),
             graph_tables: Mutex::default(),
+            gate: gate::Gate::default(),
+            staging: Mutex::default(),
             launches: AtomicU64::new(0),
             uploads: AtomicU64::new(0),
             read_backs: AtomicU64::new(0),
+            blas: Mutex::new(blas),
+            faults,
+            stream,
+            context,
         })
     }
 
@@ -197,9 +191,8 @@ impl CudaDevice {
 
     /// Makes the context current on this thread.
     fn bind(&self) -> Result<()> {
-        if self.check("cuCtxGetCurrent", result::ctx::get_current())? != Some(self.context) {
-            // SAFETY: the primary context is retained for as long as the process lives.
-            self.check("cuCtxSetCurrent", unsafe { result::ctx::set_current(self.context) })?;
+        if self.check("cuCtxGetCurrent", result::ctx::get_current())? != Some(self.context.handle()) {
+            self.check("cuCtxSetCurrent", self.context.make_current())?;
         }
         Ok(())
     }
@@ -208,117 +201,61 @@ impl CudaDevice {
         outcome.map_err(|why| error(format!("cuda:{}: {call}: {}", self.ordinal, text(why))))
     }
 
-    /// Values that do not depend on the data, on the device: made and uploaded on the first call with this name.
-    pub(crate) fn constant<E: Element>(
-        &'static self,
-        name: &str,
-        values: impl FnOnce() -> Result<Vec<E>>,
-    ) -> Result<Tensor> {
-        let mut constants = self.constants.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(constant) = constants.get(name) {
-            return Ok(constant.clone());
-        }
-        let values = values()?;
-        let constant = Tensor::from_slice(&values, [values.len()], &super::Device::Cuda(self))?;
-        constants.insert(name.into(), constant.clone());
-        Ok(constant)
-    }
-
-    /// Numbers that are seldom others than at the last call with this name, on the device; uploaded if they are. A graph
-    /// that is being made gets tables of its own, which the recording fills when it is done.
-    pub(crate) fn table(&'static self, name: &str, values: Vec<i64>) -> Result<Tensor> {
-        if let Some(tables) = self.graph_tables().as_mut() {
-            return self.table_of_graph(tables, values);
-        }
-        let mut tables = self.tables.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some((known, table)) = tables.get_mut(name) {
-            if *known == values {
-                return Ok(table.clone());
-            }
-            // Over the old one, which earlier launches have read when the copy begins: a table in a new place would move
-            // what comes after it. One that another thread has still to launch with stays as it is.
-            if known.len() == values.len() && table.is_unique() {
-                self.upload(table.address_mut()?, bytemuck::cast_slice(&values))?;
-                *known = values;
-                return Ok(table.clone());
-            }
-        }
-        let table = Tensor::from_slice(&values, [values.len()], &super::Device::Cuda(self))?;
-        tables.insert(name.into(), (values, table.clone()));
-        Ok(table)
-    }
-
-    /// The next table of a graph: the first run makes them, the recording goes through them again.
-    fn table_of_graph(&'static self, tables: &mut GraphTables, values: Vec<i64>) -> Result<Tensor> {
-        if self.is_capturing() {
-            let known = tables.made.get_mut(tables.used).filter(|(table, _)| table.elements() == values.len());
-            let (table, known) =
-                known.ok_or_else(|| error("a graph's recording is unlike the run before it".into()))?;
-            *known = values;
-            tables.used += 1;
-            return Ok(table.clone());
-        }
-        // Memory that no other tensor of the graph has, neither before nor after: not from the blocks that are free.
-        let mut free = FreeBlocks::default();
-        self.pool.exchange(&mut free, true);
-        let table = Tensor::uninit(Shape::new(&[values.len()])?, DType::I64, &super::Device::Cuda(self));
-        self.pool.exchange(&mut free, true);
-        let mut table = table?;
-        self.upload(table.address_mut()?, bytemuck::cast_slice(&values))?;
-        tables.made.push((table.clone(), values));
-        Ok(table)
-    }
-
-    fn graph_tables(&self) -> MutexGuard<'_, Option<GraphTables>> {
-        self.graph_tables.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
     /// Where kernels report indices that are out of range; the error comes at the next read-back.
     pub(crate) fn faults(&self) -> Arg {
-        Arg::Output(self.faults)
+        Arg::Output(self.faults.address())
     }
 
     /// A kernel, compiled and loaded on first use.
     ///
     /// Errors: no kernel of this name or no variant with these options, or an error of the compiler or the driver.
     pub(crate) fn kernel(&self, name: &'static str, options: &[(&str, &str)]) -> Result<Kernel<'_>> {
-        let mut key = name.to_string();
-        options.iter().for_each(|(option, value)| key.extend([" ", option, "=", value]));
-        let loaded = self.functions.read().unwrap_or_else(PoisonError::into_inner).get(&key).copied();
-        let function = match loaded {
-            Some(function) => function,
-            None => {
-                let function = self.load(name, options)?;
-                self.functions.write().unwrap_or_else(PoisonError::into_inner).insert(key, function);
-                function
-            }
-        };
+        let signature = SIGNATURES.iter().find(|signature| signature.kernel == name);
+        let signature = signature.ok_or_else(|| error(format!("there is no kernel `{name}`")))?;
+        let function = self.function(name, options, signature, || KernelSource::named(signature.file))?;
         Ok(Kernel { device: self, function })
     }
 
-    fn load(&self, name: &'static str, options: &[(&str, &str)]) -> Result<Function> {
-        let signature = SIGNATURES.iter().find(|signature| signature.kernel == name);
-        let signature = signature.ok_or_else(|| error(format!("there is no kernel `{name}`")))?;
-        self.load_from(KernelSource::named(signature.file), signature, options)
+    /// The loaded kernel of these options; `name` tells it from all others.
+    fn function(
+        &self,
+        name: &str,
+        options: &[(&str, &str)],
+        signature: &'static Signature,
+        source: impl FnOnce() -> Option<&'static KernelSource>,
+    ) -> Result<Function> {
+        let mut key = name.to_string();
+        options.iter().for_each(|(option, value)| key.extend([" ", option, "=", value]));
+        if let Some(function) = self.functions.read().unwrap_or_else(PoisonError::into_inner).get(&key) {
+            return Ok(*function);
+        }
+        // Others may load kernels meanwhile, and even this one: compiling takes seconds.
+        let (module, function) = self.load(source(), signature, options)?;
+        match self.functions.write().unwrap_or_else(PoisonError::into_inner).entry(key) {
+            Entry::Vacant(entry) => {
+                module.keep();
+                Ok(*entry.insert(function))
+            }
+            Entry::Occupied(entry) => Ok(*entry.get()),
+        }
     }
 
-    fn load_from(
+    fn load(
         &self,
         source: Option<&KernelSource>,
         signature: &'static Signature,
         options: &[(&str, &str)],
-    ) -> Result<Function> {
+    ) -> Result<(Module, Function)> {
         let source = source.filter(|source| source.has(options)).ok_or_else(|| {
             error(format!("{}.cu has no variant {options:?}; its `// Variants:` say what", signature.file))
         })?;
         let cubin = compile::cubin(source, options, self.architecture)?;
         let kernel = CString::new(signature.kernel).map_err(|why| error(why.to_string()))?;
         self.bind()?;
-        // SAFETY: the code is whole: NVRTC made it, or the cache checked its hash. The module is never unloaded.
-        let module = self.check("cuModuleLoadData", unsafe { result::module::load_data(cubin.as_ptr().cast()) })?;
-        // SAFETY: the module was loaded above.
-        let handle = self.check("cuModuleGetFunction", unsafe { result::module::get_function(module, kernel) })?;
-        Ok(Function { handle, signature })
+        // SAFETY: the context is current, and the code is whole: NVRTC made it, or the cache found it undamaged.
+        let module = self.check("cuModuleLoadData", unsafe { Module::load(&cubin) })?;
+        let handle = self.check("cuModuleGetFunction", module.function(kernel))?;
+        Ok((module, Function { handle, signature }))
     }
 }
 
@@ -354,24 +291,27 @@ impl Kernel<'_> {
         if grid.is_empty() {
             return Ok(());
         }
+        let _pass = device.enter("a launch")?;
+        device.hold(signature.kernel, args.iter().filter_map(Arg::address))?;
         device.bind()?;
         if grid.shared > PLAIN_SHARED {
             let attribute = sys::CUfunction_attribute_enum::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
-            // SAFETY: the function belongs to a module that is never unloaded.
+            // SAFETY: the function belongs to a module that is kept loaded.
             let outcome = unsafe { result::function::set_function_attribute(*handle, attribute, grid.shared as i32) };
             device.check(signature.kernel, outcome)?;
         }
         let mut pointers: Vec<*mut c_void> = args.iter().map(Arg::pointer).collect();
         let [blocks, threads] = [grid.blocks, grid.threads].map(|[x, y, z]| (x, y, z));
-        // SAFETY: number, order and sizes of the arguments are those of the kernel, as checked above; its pointers are
-        // tensors that live until they are freed on the same stream, after this launch.
+        // SAFETY: number, order and sizes of the arguments are those of the kernel, as checked above. Its pointers are
+        // tensors that live while the caller has them and are freed on the same stream, after this launch; a graph that
+        // it becomes part of holds their memory. That sizes and layouts are those of the tensors is the caller's part.
         let outcome =
-            unsafe { result::launch_kernel(*handle, blocks, threads, grid.shared, device.stream, &mut pointers) };
+            unsafe { result::launch_kernel(*handle, blocks, threads, grid.shared, device.stream.0, &mut pointers) };
         device.check(signature.kernel, outcome)?;
         device.launches.fetch_add(1, Ordering::Relaxed);
-        if synchronous() && !device.capturing.load(Ordering::Relaxed) {
-            // SAFETY: the stream lives as long as the process.
-            device.check(signature.kernel, unsafe { result::stream::synchronize(device.stream) })?;
+        if synchronous() && !device.is_capturing() {
+            // SAFETY: the stream lives as long as the device.
+            device.check(signature.kernel, unsafe { result::stream::synchronize(device.stream.0) })?;
         }
         Ok(())
     }
@@ -396,6 +336,14 @@ impl Arg {
             Self::Layout(x) => std::ptr::from_ref(x).cast(),
         };
         pointer.cast_mut()
+    }
+
+    /// Where the kernel reads or writes, if it is a pointer.
+    fn address(&self) -> Option<u64> {
+        match *self {
+            Self::Output(address) | Self::Input(address) => Some(address),
+            _ => None,
+        }
     }
 
     fn kind(&self) -> Kind {

@@ -1,4 +1,4 @@
-//! Time on the device, by events of its stream.
+//! Events of a device's stream, and time on the device by them.
 
 use std::time::Duration;
 
@@ -11,42 +11,58 @@ impl CudaDevice {
     /// How long the device takes for what `f` enqueues, which is not the time of enqueuing as long as the device is still
     /// busy with earlier work when `f` begins. Waits for the end.
     ///
-    /// Errors: those of `f` and of the driver.
+    /// Errors: those of `f` and of the driver, or a graph that is being recorded.
     pub fn time<R>(&self, f: impl FnOnce() -> Result<R>) -> Result<(Duration, R)> {
-        self.bind()?;
-        let (start, end) = (Event::new(self)?, Event::new(self)?);
-        start.record()?;
+        const WHAT: &str = "a measurement of time";
+        let flags = sys::CUevent_flags::CU_EVENT_DEFAULT;
+        let begin = || {
+            let _pass = self.enter_outside(WHAT)?;
+            self.bind()?;
+            let (start, end) = (Event::new(self, flags)?, Event::new(self, flags)?);
+            start.record(self)?;
+            Ok((start, end))
+        };
+        let (start, end) = begin()?;
         let output = f()?;
-        end.record()?;
-        // SAFETY: the event was recorded above.
-        self.check("cuEventSynchronize", unsafe { result::event::synchronize(end.handle) })?;
-        // SAFETY: both events were recorded, and the later one was waited for.
+        let _pass = self.enter_outside(WHAT)?;
+        self.bind()?;
+        end.record(self)?;
+        end.wait(self)?;
+        // SAFETY: both events were recorded on one stream, and the later one was waited for.
         let milliseconds =
             self.check("cuEventElapsedTime", unsafe { result::event::elapsed(start.handle, end.handle) })?;
         Ok((Duration::from_secs_f64(f64::from(milliseconds.max(0.0)) / 1e3), output))
     }
 }
 
-struct Event<'a> {
+/// A point in a device's stream.
+pub(super) struct Event {
     handle: sys::CUevent,
-    device: &'a CudaDevice,
 }
 
-impl<'a> Event<'a> {
-    fn new(device: &'a CudaDevice) -> Result<Self> {
-        let handle = result::event::create(sys::CUevent_flags::CU_EVENT_DEFAULT);
-        Ok(Self { handle: device.check("cuEventCreate", handle)?, device })
+impl Event {
+    /// The device's context must be current, here and in the methods.
+    pub fn new(device: &CudaDevice, flags: sys::CUevent_flags) -> Result<Self> {
+        Ok(Self { handle: device.check("cuEventCreate", result::event::create(flags))? })
     }
 
-    fn record(&self) -> Result<()> {
-        // SAFETY: event and stream belong to the device's context.
-        self.device.check("cuEventRecord", unsafe { result::event::record(self.handle, self.device.stream) })
+    /// Puts the event behind all that was enqueued so far.
+    pub fn record(&self, device: &CudaDevice) -> Result<()> {
+        // SAFETY: event and stream belong to the device's context and are alive.
+        device.check("cuEventRecord", unsafe { result::event::record(self.handle, device.stream.0) })
+    }
+
+    /// Waits until the device has come to where the event was recorded last.
+    pub fn wait(&self, device: &CudaDevice) -> Result<()> {
+        // SAFETY: the event is alive.
+        device.check("cuEventSynchronize", unsafe { result::event::synchronize(self.handle) })
     }
 }
 
-impl Drop for Event<'_> {
+impl Drop for Event {
     fn drop(&mut self) {
-        // SAFETY: created in `new`, not used again. An error leaves nothing to do.
+        // SAFETY: created in `new`, not used again; one that was not reached yet is freed when it is. An error leaves
+        // nothing to do.
         let _ = unsafe { result::event::destroy(self.handle) };
     }
 }

@@ -6,7 +6,7 @@ use super::{OP, Problem, Sizes, packed_rows, position::Position, rows::RowOrder}
 use crate::{
     DType, Error, Result, Shape, Tensor,
     core::Layout,
-    device::{Arg, CudaDevice, Grid, Storage, args},
+    device::{Arg, CudaDevice, Grid, Storage, args, size32},
     error::ensure,
 };
 
@@ -173,14 +173,14 @@ impl<'a> Call<'a> {
             let acc = problem.acc();
             let weights = position.weights().to_dtype(acc)?.contiguous()?;
             let mut curves = call.uninit(&[heads, queries + keys - 1])?;
-            let sizes = [heads, queries, keys].map(|size| size as i32);
+            let sizes = (size32(heads)? as i32, size32(queries)? as i32, size32(keys)? as i32);
             let args = args![
                 &mut curves,
                 &weights,
                 terms.bucket_of.as_ref(),
-                sizes[0],
-                sizes[1],
-                sizes[2],
+                sizes.0,
+                sizes.1,
+                sizes.2,
                 terms.parameters,
                 terms.reach,
                 terms.behind,
@@ -221,9 +221,9 @@ impl<'a> Call<'a> {
         Ok(*args![
             &mask,
             &bias,
-            (keys - masked) as i32,
-            problem.mem_keys as i32,
-            past as i32,
+            size32(keys - masked)? as i32,
+            size32(problem.mem_keys)? as i32,
+            size32(past)? as i32,
             problem.causal as i32,
             problem.scale,
             seed,
@@ -262,7 +262,7 @@ fn curves_len(sizes: &Sizes) -> usize {
 
 impl Terms {
     fn new(gpu: &'static CudaDevice, position: &Position, sizes: &Sizes) -> Result<Self> {
-        let parameters = position.parameters() as i32;
+        let parameters = size32(position.parameters())? as i32;
         let Some((causal, max_distance, scale)) = position.t5() else {
             return Ok(Self { bucket_of: None, parameters, reach: 0, behind: 0, scale: 1.0 });
         };
@@ -273,7 +273,7 @@ impl Terms {
             Ok((0..=reach as i64).map(|distance| position.bucket(distance) as i64).collect::<Vec<i64>>())
         })?;
         let behind = if causal { 0 } else { parameters / 2 };
-        Ok(Self { bucket_of: Some(table), parameters, reach: reach as i32, behind, scale })
+        Ok(Self { bucket_of: Some(table), parameters, reach: size32(reach)? as i32, behind, scale })
     }
 }
 
@@ -392,8 +392,8 @@ impl Pass<'_> {
         let mut gradient = call.uninit(position.weights().shape())?;
         let weights = terms.parameters as usize * heads;
         let kernel = call.gpu.kernel("attention_position_bwd", &[("DTYPE", gradient.dtype().name())])?;
-        let sizes = [batch, heads, tiles].map(|size| size as i32);
-        let args = args![&mut gradient, &sums, sizes[0], sizes[1], sizes[2], terms.parameters, terms.scale];
+        let sizes = (size32(batch)? as i32, size32(heads)? as i32, size32(tiles)? as i32);
+        let args = args![&mut gradient, &sums, sizes.0, sizes.1, sizes.2, terms.parameters, terms.scale];
         kernel.launch(Grid::rows(weights, batch * tiles), args)?;
         Ok((dq.finish()?, Some(gradient.to_dtype(position.weights().dtype())?)))
     }

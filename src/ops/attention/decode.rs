@@ -9,7 +9,7 @@ use super::{OP, Sizes, expect_bool, packed_rows};
 use crate::{
     DType, Device, Error, Result, Tensor,
     core::{Float, Real, Shape, computed, discrete, dispatch_float},
-    device::{CudaDevice, Grid, Storage, args, cpu, simd::vectorized},
+    device::{CudaDevice, Grid, Storage, args, cpu, simd::vectorized, size32},
     error::ensure,
 };
 
@@ -114,6 +114,9 @@ fn check(sizes: &Sizes, q: &Tensor, ends: &Tensor, spec: &DecodeSpec) -> Result<
                 && curves.device() == q.device(),
             Error::shape(OP, format!("expected curves [{heads}, distances], got {shape:?} {}", curves.dtype()))
         );
+        if let Device::Cuda(_) = q.device() {
+            size32(shape[1])?;
+        }
     }
     Ok(())
 }
@@ -141,7 +144,7 @@ impl Call<'_> {
             Tensor::uninit(Shape::new(&[batch * heads * queries, keys])?, q.dtype().accumulator(), q.device())?;
         let distances = spec.curves.map_or(1, |curves| curves.shape()[1]);
         let past = spec.max_attend_past.map_or(keys, |past| past.min(keys));
-        let rows = (batch * heads * queries) as u32;
+        let rows = size32(batch * heads * queries)?;
         gpu.kernel("attention_decode", &[("DTYPE", q.dtype().name())])?.launch(
             Grid::new([rows, 1, 1], [256, 1, 1]),
             args![
@@ -157,10 +160,10 @@ impl Call<'_> {
                 q.layout(),
                 self.k.layout(),
                 self.v.layout(),
-                spec.front as i32,
-                spec.mem_keys as i32,
-                past as i32,
-                distances as i32,
+                size32(spec.front)? as i32,
+                size32(spec.mem_keys)? as i32,
+                size32(past)? as i32,
+                size32(distances)? as i32,
                 spec.scale
             ],
         )?;

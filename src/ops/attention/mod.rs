@@ -15,6 +15,7 @@ mod tile;
 use crate::{
     DType, Device, Error, Philox, Result, Tensor,
     core::{Backward, Contributions, Shape, dropout_stream, record},
+    device::size32,
     error::ensure,
     ops::copy::same_kind,
     profile,
@@ -255,6 +256,12 @@ impl Sizes {
             heads == kv_heads || (kv_heads > 0 && heads.is_multiple_of(kv_heads)),
             Error::shape(OP, format!("the {heads} heads of q are not a multiple of the {kv_heads} heads of k and v"))
         );
+        if let Device::Cuda(_) = q.device() {
+            // Kernels read them from layouts as numbers of 32 bits.
+            for size in [batch, heads, kv_heads, queries, keys, d, e] {
+                size32(size)?;
+            }
+        }
         Ok(Self { batch, heads, kv_heads, queries, keys, d, e })
     }
 

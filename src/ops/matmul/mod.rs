@@ -182,7 +182,27 @@ pub(super) fn product(a: &Tensor, b: &Tensor, bias: Option<&Tensor>) -> Result<T
 /// and f32 for half types. Without `accumulate` it is overwritten.
 pub(super) fn product_sums(a: &Tensor, b: &Tensor, accumulate: bool, sums: &mut Tensor) -> Result<()> {
     let sizes = Sizes::of(a.shape(), b.shape())?;
-    debug_assert!(**sums.shape() == [sizes.m, sizes.n] && sums.dtype() == a.dtype().accumulator());
+    // The last check before cuBLAS gets addresses.
+    ensure!(
+        **sums.shape() == [sizes.m, sizes.n]
+            && sums.dtype() == a.dtype().accumulator()
+            && sums.device() == a.device()
+            && b.device() == a.device()
+            && b.dtype() == a.dtype(),
+        Error::shape(
+            "matmul",
+            format!(
+                "expected sums [{}, {}] {} on {}, got {:?} {} on {}",
+                sizes.m,
+                sizes.n,
+                a.dtype().accumulator(),
+                a.device(),
+                sums.shape(),
+                sums.dtype(),
+                sums.device()
+            )
+        )
+    );
     if sums.elements() == 0 {
         return Ok(());
     }
@@ -389,6 +409,19 @@ impl Backward for LinearBackward {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::DType;
+
+    /// Sums of another size or type would be written beyond their end.
+    #[test]
+    fn matmul_refuses_sums_of_another_size() -> Result<()> {
+        let of = |shape: [usize; 2], dtype| Tensor::zeros(shape, dtype, &Device::Cpu);
+        let (a, b) = (of([5, 7], DType::BF16)?, of([7, 4], DType::BF16)?);
+        for mut sums in [of([5, 3], DType::F32)?, of([4, 5], DType::F32)?, of([5, 4], DType::BF16)?] {
+            let error = product_sums(&a, &b, false, &mut sums).unwrap_err().to_string();
+            assert!(error.contains("expected sums [5, 4] f32 on cpu"), "{error}");
+        }
+        product_sums(&a, &b, false, &mut of([5, 4], DType::F32)?)
+    }
 
     /// The instructions follow from the shapes: rows of a batch count where it has one matrix B.
     #[test]

@@ -1,0 +1,136 @@
+//! Values that kernels need besides their tensors, kept on the device: constants, and tables of addresses.
+
+use std::{
+    collections::BTreeMap,
+    sync::{MutexGuard, PoisonError},
+};
+
+use super::{
+    CudaDevice, error,
+    pool::{Phase, Source},
+};
+use crate::{DType, Device, Element, Result, Tensor, core::Shape};
+
+/// How many constants are kept, and how many bytes of them. A model has a few dozen.
+const MOST: usize = 256;
+const MOST_BYTES: usize = 64 << 20;
+
+/// Constants by name. Those that were not used for longest go first when there are too many: names contain sizes that
+/// callers choose.
+#[derive(Default)]
+pub(super) struct Constants {
+    by_name: BTreeMap<String, (Tensor, u64)>,
+    /// Counts uses.
+    clock: u64,
+}
+
+impl Constants {
+    fn get(&mut self, name: &str) -> Option<Tensor> {
+        let (constant, used) = self.by_name.get_mut(name)?;
+        self.clock += 1;
+        *used = self.clock;
+        Some(constant.clone())
+    }
+
+    fn insert(&mut self, name: &str, constant: Tensor) {
+        self.clock += 1;
+        self.by_name.insert(name.into(), (constant, self.clock));
+    }
+
+    /// Lets go of constants but the last one, until the others are within the bounds. Kernels that were enqueued with
+    /// them come before whatever their memory is used for next.
+    fn evict(&mut self) {
+        let bytes = |constant: &Tensor| constant.elements() * constant.dtype().size();
+        let mut total: usize = self.by_name.values().map(|(constant, _)| bytes(constant)).sum();
+        while self.by_name.len() > 1 && (self.by_name.len() > MOST || total > MOST_BYTES) {
+            let oldest = self.by_name.iter().min_by_key(|(_, (_, used))| *used).map(|(name, _)| name.clone());
+            let Some((constant, _)) = oldest.and_then(|name| self.by_name.remove(&name)) else { break };
+            total -= bytes(&constant);
+        }
+    }
+}
+
+/// The tables of a graph that is being made, with their values, and how many the recording has come to.
+#[derive(Default)]
+pub(super) struct GraphTables {
+    pub made: Vec<(Tensor, Vec<i64>)>,
+    used: usize,
+}
+
+impl CudaDevice {
+    /// Values that do not depend on the data, on the device: made and uploaded on the first call with this name.
+    pub(crate) fn constant<E: Element>(
+        &'static self,
+        name: &str,
+        values: impl FnOnce() -> Result<Vec<E>>,
+    ) -> Result<Tensor> {
+        let mut constants = self.constants.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(constant) = constants.get(name) {
+            return Ok(constant);
+        }
+        let values = values()?;
+        let constant = Tensor::from_slice(&values, [values.len()], &Device::Cuda(self))?;
+        constants.insert(name, constant.clone());
+        // What a recording will ask for again must still be there.
+        if self.phase() == Phase::Eager {
+            constants.evict();
+        }
+        Ok(constant)
+    }
+
+    /// Numbers that are seldom others than at the last call with this name, on the device; uploaded if they are. A graph
+    /// that is being made gets tables of its own, which the recording fills when it is done.
+    pub(crate) fn table(&'static self, name: &str, values: Vec<i64>) -> Result<Tensor> {
+        if self.phase() != Phase::Eager {
+            return self.table_of_graph(values);
+        }
+        let mut tables = self.tables.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some((known, table)) = tables.get_mut(name) {
+            if *known == values {
+                return Ok(table.clone());
+            }
+            // Over the old one, which earlier launches have read when the copy begins: a table in a new place would move
+            // what comes after it. One that another thread has still to launch with stays as it is.
+            if known.len() == values.len() && table.is_unique() {
+                self.upload(table.address_mut()?, bytemuck::cast_slice(&values))?;
+                *known = values;
+                return Ok(table.clone());
+            }
+        }
+        let table = Tensor::from_slice(&values, [values.len()], &Device::Cuda(self))?;
+        tables.insert(name.into(), (values, table.clone()));
+        Ok(table)
+    }
+
+    /// The next table of a graph: the first run makes them, the recording goes through them again.
+    fn table_of_graph(&'static self, values: Vec<i64>) -> Result<Tensor> {
+        let mut tables = self.graph_tables();
+        if self.is_capturing() {
+            let used = tables.used;
+            let known = tables.made.get_mut(used).filter(|(table, _)| table.elements() == values.len());
+            let (table, known) =
+                known.ok_or_else(|| error("a graph's recording is unlike the run before it".into()))?;
+            // Some are addresses of tensors, which the graph must hold; a number that looks like one does no harm.
+            for &value in &values {
+                self.pool.hold(value as u64);
+            }
+            *known = values;
+            let table = table.clone();
+            tables.used += 1;
+            return Ok(table);
+        }
+        // Memory that no other tensor of the graph has, neither before nor after: what is free for those is not for it.
+        self.pool.set_source(Source::Aside);
+        let table = Tensor::uninit(Shape::new(&[values.len()])?, DType::I64, &Device::Cuda(self));
+        self.pool.set_source(Source::Freed);
+        let mut table = table?;
+        self.upload(table.address_mut()?, bytemuck::cast_slice(&values))?;
+        tables.made.push((table.clone(), values));
+        Ok(table)
+    }
+
+    /// Those of the graph that this thread makes.
+    pub(super) fn graph_tables(&self) -> MutexGuard<'_, GraphTables> {
+        self.graph_tables.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
