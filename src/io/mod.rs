@@ -2,12 +2,14 @@
 
 mod atomic;
 mod bytes;
+mod gather;
 mod gguf;
 mod names;
 mod pickle;
 mod pretrained;
 mod pytorch;
 mod safetensors;
+mod source;
 mod stored;
 mod tensor_file;
 mod zip;

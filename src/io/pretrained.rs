@@ -4,13 +4,13 @@ mod bert;
 mod llama;
 
 use std::{
-    fmt, fs,
+    fmt,
     path::{Path, PathBuf},
 };
 
 use serde_json::Value;
 
-use super::{Format, Metadata, TensorFile, names::Names};
+use super::{Format, Metadata, TensorFile, names::Names, source::read_bounded};
 use crate::{
     DType, Device, Error, ParamMap, Result, Store,
     config::{AutoregressiveConfig, TransformerWrapperConfig},
@@ -85,7 +85,7 @@ impl fmt::Display for Family {
 type Described = (TransformerWrapperConfig, Names);
 
 /// Bytes that a JSON file may have; real ones have some thousand.
-const MAX_JSON: u64 = 16 << 20;
+const MAX_JSON: usize = 16 << 20;
 
 /// Blocks of a model.
 const MAX_DEPTH: usize = 10_000;
@@ -239,14 +239,7 @@ impl Pretrained {
 
 /// Reads a JSON file of bounded size.
 fn json(path: &Path) -> Result<Value> {
-    let broken = |source| Error::io(path, source);
-    let found = fs::metadata(path).map_err(broken)?;
-    ensure!(found.is_file(), Error::file(path, "is not a regular file"));
-    ensure!(
-        found.len() <= MAX_JSON,
-        Error::file(path, format!("has {} bytes, at most {MAX_JSON} are read", found.len()))
-    );
-    let text = fs::read(path).map_err(broken)?;
+    let text = read_bounded(path, MAX_JSON)?;
     serde_json::from_slice(&text).map_err(|why| Error::file(path, format!("is not JSON: {why}")))
 }
 
