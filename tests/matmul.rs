@@ -193,6 +193,61 @@ fn every_instruction_level() {
     at_every_level("level_of_this_process");
 }
 
+/// A product of no steps is zero, or what it is added to; one of no rows or columns is empty. Run by
+/// [`products_without_steps_at_every_level`] with `XT_CPU` set.
+#[test]
+fn products_without_steps() -> Result<()> {
+    for dtype in [DType::F32, DType::F64, DType::BF16, DType::F16] {
+        for m in [0, 1, 3, 12, 13, 40, 130, 300] {
+            for n in [0, 1, 16, 33, 70, 300] {
+                for k in [0, 5] {
+                    if k > 0 && m > 0 && n > 0 {
+                        continue;
+                    }
+                    let zeros = vec![0.0; m * n];
+                    let what = format!("{m}x{k}x{n} {dtype}");
+                    let (a, b) = (random(&[m, k], dtype, 1)?, random(&[k, n], dtype, 2)?);
+                    let (at, bt) = (random(&[k, m], dtype, 1)?, random(&[n, k], dtype, 2)?);
+                    let (at, bt) = (at.transpose(0, 1)?, bt.transpose(0, 1)?);
+                    for (a, b) in [(&a, &b), (&at, &b), (&a, &bt), (&at, &bt)] {
+                        let y = a.matmul(b)?;
+                        assert_eq!((y.shape().to_vec(), y.to_f64_vec()?), (vec![m, n], zeros.clone()), "{what}");
+                    }
+                    for batch in [1, 3, 9] {
+                        let (a, b) = (random(&[batch, m, k], dtype, 1)?, random(&[batch, k, n], dtype, 2)?);
+                        assert_eq!(a.matmul(&b)?.to_f64_vec()?, zeros.repeat(batch), "{what}, batch {batch}");
+                        assert_eq!(a.matmul(&bt)?.to_f64_vec()?, zeros.repeat(batch), "{what}, batch {batch}");
+                    }
+                    let (weight, bias) = (random(&[n, k], dtype, 2)?, random(&[n], dtype, 3)?);
+                    let y = a.linear(&weight, Some(&bias))?;
+                    assert_eq!(y.to_f64_vec()?, bias.to_f64_vec()?.repeat(m), "{what} with a bias");
+                    assert_eq!(a.linear(&weight, None)?.to_f64_vec()?, zeros, "{what} linear");
+                }
+            }
+        }
+        // Gradients of a layer without inputs, and of one without outputs, which is added to what is there.
+        let (x, weight) = (random(&[40, 0], dtype, 1)?.requires_grad()?, random(&[33, 0], dtype, 2)?.requires_grad()?);
+        let mut tape = Tape::grad();
+        let loss = x.linear(&weight, None)?.sum(&[])?;
+        let grads = tape.backward(&loss)?;
+        assert_eq!(grads.get(&x).map(|grad| grad.shape().to_vec()), Some(vec![40, 0]));
+        assert_eq!(grads.get(&weight).map(|grad| grad.shape().to_vec()), Some(vec![33, 0]));
+        drop(tape);
+        let (x, weight) = (random(&[40, 33], dtype, 1)?.requires_grad()?, random(&[0, 33], dtype, 2)?.requires_grad()?);
+        let mut tape = Tape::grad();
+        let nothing = x.linear(&weight, None)?.sum(&[])?;
+        let loss = x.sum(&[])?.add(&nothing)?;
+        let grads = tape.backward(&loss)?;
+        assert_eq!(grads.get(&x).expect("a gradient").to_f64_vec()?, [1.0; 40 * 33], "{dtype}");
+    }
+    Ok(())
+}
+
+#[test]
+fn products_without_steps_at_every_level() {
+    at_every_level("products_without_steps");
+}
+
 #[test]
 fn linear_equals_its_formula_forward_and_backward() -> Result<()> {
     for dtype in [DType::F64, DType::F32] {

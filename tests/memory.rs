@@ -10,6 +10,7 @@ use x_transformers::{
     Backward, Contributions, DType, Device, Result, Store, Tape, Tensor, checkpoint,
     config::{AttentionConfig, AttentionLayersConfig, AutoregressiveConfig, TransformerWrapperConfig},
     models::{AutoregressiveWrapper, ForwardOptions},
+    ops::{AttentionSpec, attention},
     record,
     train::{AdamW, AdamWOptions},
 };
@@ -183,6 +184,47 @@ fn trim_gives_back_what_is_free_alone() -> Result<()> {
     let after = CPU.memory();
     assert_eq!((after.cached, after.live), (0, before.live));
     assert_eq!(kept.select(0, 0)?.to_f64_vec()?.len(), 512);
+    Ok(())
+}
+
+/// What threads keep for products and attention is counted, is part of the limit, and goes back with the rest.
+#[test]
+fn working_memory_is_counted_and_given_back() -> Result<()> {
+    let _alone = alone();
+    assert_eq!(CPU.memory().scratch, 0);
+    let half = |shape: [usize; 4]| Tensor::ones(shape, DType::BF16, &CPU);
+    let work = || -> Result<()> {
+        let (a, b) = (half([2, 8, 300, 40])?, half([2, 8, 40, 5000])?);
+        a.matmul(&b)?;
+        attention(&a, &a, &a, &AttentionSpec::default())?;
+        Ok(())
+    };
+    work()?;
+    // Sums of 256 rows for the products alone, on one thread at least.
+    assert!(CPU.memory().scratch >= 256 * 5000 * 4, "{:?}", CPU.memory());
+    CPU.trim();
+    assert_eq!((CPU.memory().scratch, CPU.memory().cached), (0, 0));
+    // A thread takes its own along when it ends.
+    let pool = rayon::ThreadPoolBuilder::new().num_threads(2).build().expect("a pool of threads");
+    pool.install(work)?;
+    assert!(CPU.memory().scratch >= 256 * 5000 * 4);
+    drop(pool);
+    for _ in 0..500 {
+        if CPU.memory().scratch == 0 {
+            break;
+        }
+        std::thread::sleep(std::time::Duration::from_millis(10));
+    }
+    assert_eq!(CPU.memory().scratch, 0);
+    // Both kinds together stay below the limit.
+    CPU.set_cache_limit(MIB);
+    work()?;
+    let stats = CPU.memory();
+    assert!(stats.scratch + stats.cached <= MIB, "{stats:?}");
+    CPU.set_cache_limit(0);
+    work()?;
+    assert_eq!((CPU.memory().scratch, CPU.memory().cached), (0, 0));
+    CPU.set_cache_limit(2 << 30);
     Ok(())
 }
 

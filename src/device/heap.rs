@@ -6,41 +6,42 @@
 
 use std::{
     alloc::{Layout, alloc_zeroed, dealloc},
-    collections::{BTreeMap, BTreeSet},
+    collections::BTreeMap,
     ptr::NonNull,
-    sync::{Mutex, MutexGuard},
+    sync::{Arc, Mutex, MutexGuard},
 };
 
-use memmap2::MmapMut;
-
+use super::{
+    map::{LARGE_PAGE, Map},
+    ranges::Ranges,
+    scratch::Scratch,
+};
 use crate::{Error, Result};
 
 /// Bytes to which blocks are aligned, and of which their sizes are multiples: a cache line, and the widest vector load.
 pub(super) const ALIGNMENT: usize = 64;
 
-/// Blocks below this many bytes are the allocator's: it is faster for them, and they are not worth keeping.
-const TINY: usize = 4 << 10;
+/// Blocks below this many bytes are the allocator's: it is faster for them, and they are not worth keeping. With
+/// `--cfg xt_separate_blocks` all are, so that sanitizers see where each of them ends.
+const TINY: usize = if cfg!(xt_separate_blocks) { usize::MAX } else { 4 << 10 };
 
 /// Blocks below this many bytes have maps of their own: many of them live long, and would lie in the way of larger ones.
 const SMALL: usize = 1 << 20;
 
-/// Bytes of a map, unless one block needs more. What is not touched costs nothing.
-const MAP_OF_SMALL: usize = 16 << 20;
-const MAP_OF_LARGE: usize = 1 << 30;
-
-/// Pages that maps are made of, the large ones.
-const LARGE_PAGE: usize = 2 << 20;
-
-/// At least the bytes of a page: the end of a map that no block gets, so that the ranges of two maps never join.
-const MARGIN: usize = 64 << 10;
+/// Bytes of a map, unless one block needs more. What is not touched costs nothing, where the system has maps.
+const MAP_OF_SMALL: usize = if UNTOUCHED_IS_FREE { 16 << 20 } else { 1 << 20 };
+const MAP_OF_LARGE: usize = if UNTOUCHED_IS_FREE { 1 << 30 } else { 4 << 20 };
+const UNTOUCHED_IS_FREE: bool = Map::UNTOUCHED_IS_FREE;
 
 /// Bytes of a device's memory.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub struct MemoryStats {
     /// In use by tensors.
     pub live: usize,
-    /// Kept for reuse.
+    /// Kept for reuse by tensors.
     pub cached: usize,
+    /// Working memory that the threads of the processor keep for matrix products and attention.
+    pub scratch: usize,
     /// The largest `live` since the start or the last reset.
     pub peak: usize,
 }
@@ -48,6 +49,8 @@ pub struct MemoryStats {
 /// The memory of all tensors on the processor.
 pub(super) struct Heap {
     state: Mutex<State>,
+    /// What else is kept for reuse.
+    scratch: Option<&'static Scratch>,
 }
 
 struct State {
@@ -55,7 +58,7 @@ struct State {
     large: Arena,
     /// Bytes that may be kept for reuse.
     limit: usize,
-    /// Of these, `cached` is what the arenas say.
+    /// Of these, `cached` is what the arenas say, and `scratch` what the threads have.
     stats: MemoryStats,
 }
 
@@ -70,11 +73,17 @@ unsafe impl Send for Block {}
 // SAFETY: shared access only reads.
 unsafe impl Sync for Block {}
 
+/// The lock is held for bookkeeping alone: calls of the system, which may take long, happen without it, on memory that no
+/// list has meanwhile.
 impl Heap {
-    /// `limit`: bytes that may be kept for reuse.
-    pub fn new(limit: usize) -> Self {
+    /// `limit`: bytes that may be kept for reuse, those of `scratch` included.
+    pub fn new(limit: usize, scratch: Option<&'static Scratch>) -> Self {
         let (small, large) = (Arena::new(MAP_OF_SMALL), Arena::new(MAP_OF_LARGE));
-        Self { state: Mutex::new(State { small, large, limit, stats: MemoryStats::default() }) }
+        let state = State { small, large, limit, stats: MemoryStats::default() };
+        if let Some(scratch) = scratch {
+            scratch.set_room(limit);
+        }
+        Self { state: Mutex::new(state), scratch }
     }
 
     /// At least so many bytes, of unspecified content. Where the system has no more, what is kept for reuse goes back to
@@ -82,52 +91,122 @@ impl Heap {
     ///
     /// Errors: [`Error::OutOfMemory`].
     pub fn allocate(&self, requested: usize) -> Result<Block> {
-        let mut state = self.lock();
         let block = requested.checked_next_multiple_of(ALIGNMENT).and_then(|bytes| {
-            state.take(bytes.max(ALIGNMENT)).or_else(|| {
-                state.trim();
-                state.take(bytes.max(ALIGNMENT))
+            let bytes = bytes.max(ALIGNMENT);
+            self.take(bytes).or_else(|| {
+                self.trim();
+                self.take(bytes)
             })
         });
         block.ok_or_else(|| {
-            let MemoryStats { live, cached, .. } = state.stats();
+            let MemoryStats { live, cached, .. } = self.stats();
             Error::OutOfMemory { requested, live, cached }
         })
     }
 
+    /// A block of this size, which is a multiple of the alignment, and not 0.
+    fn take(&self, bytes: usize) -> Option<Block> {
+        if bytes < TINY {
+            // SAFETY: the size is not 0. Zeroed memory is initialised for every type that tensors hold.
+            let pointer = NonNull::new(unsafe { alloc_zeroed(layout(bytes)?) })?;
+            self.lock().count(bytes);
+            return Some(Block { pointer, bytes });
+        }
+        let mut state = self.lock();
+        let arena = state.arena(bytes);
+        let pointer = match arena.take(bytes) {
+            Some(pointer) => pointer,
+            None => {
+                let usual = arena.map_bytes;
+                drop(state);
+                let map = new_map(bytes, usual)?;
+                state = self.lock();
+                state.arena(bytes).add(map);
+                state.arena(bytes).take(bytes)?
+            }
+        };
+        state.count(bytes);
+        self.set_room(&state);
+        Some(Block { pointer, bytes })
+    }
+
     /// Takes a block back.
     pub fn give(&self, block: Block) {
-        let mut state = self.lock();
         let Block { pointer, bytes } = block;
+        let mut state = self.lock();
         state.stats.live -= bytes;
-        let keep = state.cached() + bytes <= state.limit;
-        match state.arena(bytes) {
-            Some(arena) => arena.give(pointer.addr().get(), bytes, keep),
-            // SAFETY: `take` has it from the allocator, with this layout.
-            None => unsafe { dealloc(pointer.as_ptr(), layout(bytes)) },
+        if bytes < TINY {
+            drop(state);
+            if let Some(layout) = layout(bytes) {
+                // SAFETY: `take` has it from the allocator, with this layout.
+                unsafe { dealloc(pointer.as_ptr(), layout) }
+            }
+            return;
+        }
+        let start = pointer.addr().get();
+        if state.cached() + self.scratch_bytes() + bytes <= state.limit {
+            state.arena(bytes).kept.insert(start, bytes);
+            self.set_room(&state);
+            return;
+        }
+        state.arena(bytes).untouched.insert(start, bytes);
+        let pages = state.arena(bytes).claim(start, start + bytes);
+        drop(state);
+        if let Some(pages) = pages {
+            pages.discard();
+            self.lock().arena(bytes).untouched.insert(pages.start, pages.end - pages.start);
         }
     }
 
     /// Gives all that is kept for reuse back to the system.
     pub fn trim(&self) {
-        self.lock().trim();
+        if let Some(scratch) = self.scratch {
+            scratch.trim();
+        }
+        for bytes in [TINY, SMALL] {
+            let pages = self.lock().arena(bytes).claim_kept();
+            pages.iter().for_each(Pages::discard);
+            let mut state = self.lock();
+            let arena = state.arena(bytes);
+            pages.iter().for_each(|pages| arena.untouched.insert(pages.start, pages.end - pages.start));
+            // Maps without a block go.
+            let unused = arena.remove_unused();
+            self.set_room(&state);
+            drop(state);
+            drop((pages, unused));
+        }
     }
 
     pub fn set_limit(&self, bytes: usize) {
         let mut state = self.lock();
         state.limit = bytes;
-        if state.cached() > bytes {
-            state.trim();
+        self.set_room(&state);
+        let exceeded = state.cached() + self.scratch_bytes() > bytes;
+        drop(state);
+        if exceeded {
+            self.trim();
         }
     }
 
     pub fn stats(&self) -> MemoryStats {
-        self.lock().stats()
+        let state = self.lock();
+        MemoryStats { cached: state.cached(), scratch: self.scratch_bytes(), ..state.stats }
     }
 
     pub fn reset_peak(&self) {
         let mut state = self.lock();
         state.stats.peak = state.stats.live;
+    }
+
+    fn scratch_bytes(&self) -> usize {
+        self.scratch.map_or(0, Scratch::bytes)
+    }
+
+    /// Tells threads how much of the limit tensors leave.
+    fn set_room(&self, state: &State) {
+        if let Some(scratch) = self.scratch {
+            scratch.set_room(state.limit.saturating_sub(state.cached()));
+        }
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
@@ -137,57 +216,58 @@ impl Heap {
 }
 
 /// Of a block of the allocator's. Its size is a multiple of the alignment and below [`TINY`].
-fn layout(bytes: usize) -> Layout {
-    // SAFETY: the alignment is a power of two, and the size is far from the largest one.
-    unsafe { Layout::from_size_align_unchecked(bytes, ALIGNMENT) }
+fn layout(bytes: usize) -> Option<Layout> {
+    Layout::from_size_align(bytes, ALIGNMENT).ok()
+}
+
+/// A map in which a block of this size fits, of the usual size if that is enough.
+fn new_map(block: usize, usual: usize) -> Option<Map> {
+    let needed = Map::needed(block)?.checked_next_multiple_of(LARGE_PAGE)?;
+    // A system that grants no more than it has may refuse the usual size.
+    Map::new(needed.max(usual)).or_else(|| Map::new(needed))
 }
 
 impl State {
-    /// The maps for blocks of this size; `None`: the allocator.
-    fn arena(&mut self, bytes: usize) -> Option<&mut Arena> {
-        match bytes {
-            0..TINY => None,
-            TINY..SMALL => Some(&mut self.small),
-            _ => Some(&mut self.large),
-        }
+    /// The maps for blocks of this size, which is at least [`TINY`].
+    fn arena(&mut self, bytes: usize) -> &mut Arena {
+        if bytes < SMALL { &mut self.small } else { &mut self.large }
     }
 
-    /// A block of this size, which is a multiple of the alignment, and not 0.
-    fn take(&mut self, bytes: usize) -> Option<Block> {
-        let pointer = match self.arena(bytes) {
-            Some(arena) => arena.take(bytes)?,
-            // SAFETY: the size is not 0. Zeroed memory is initialised for every type that tensors hold.
-            None => NonNull::new(unsafe { alloc_zeroed(layout(bytes)) })?,
-        };
+    fn count(&mut self, bytes: usize) {
         self.stats.live += bytes;
         self.stats.peak = self.stats.peak.max(self.stats.live);
-        Some(Block { pointer, bytes })
-    }
-
-    fn trim(&mut self) {
-        self.small.trim();
-        self.large.trim();
     }
 
     fn cached(&self) -> usize {
         self.small.kept.bytes + self.large.kept.bytes
     }
-
-    fn stats(&self) -> MemoryStats {
-        MemoryStats { cached: self.cached(), ..self.stats }
-    }
 }
 
 /// Maps and their free ranges.
 struct Arena {
-    /// By their first address.
-    maps: BTreeMap<usize, MmapMut>,
+    /// By the first address that is used.
+    maps: BTreeMap<usize, Arc<Map>>,
     /// Bytes of a new map.
     map_bytes: usize,
     /// Free ranges whose pages are there.
     kept: Ranges,
-    /// Free ranges that were never touched, or given back to the system.
+    /// Free ranges that were never touched, or given back to the system; but of a page that blocks have a part of, the
+    /// rest stays there.
     untouched: Ranges,
+}
+
+/// A free range whose pages go back to the system; no list has it.
+struct Pages {
+    map: Arc<Map>,
+    start: usize,
+    end: usize,
+}
+
+impl Pages {
+    fn discard(&self) {
+        // SAFETY: no block lies in a free range, and nobody can take one here, since no list has it.
+        unsafe { self.map.discard(self.start, self.end) };
+    }
 }
 
 impl Arena {
@@ -197,17 +277,13 @@ impl Arena {
 
     /// A range of so many bytes: the smallest kept one that is enough, else one with as few new pages as can be.
     fn take(&mut self, bytes: usize) -> Option<NonNull<u8>> {
-        let start = self.take_kept(bytes).or_else(|| self.take_untouched(bytes));
-        let start = match start {
-            Some(start) => start,
-            None => {
-                self.map(bytes)?;
-                self.take_untouched(bytes)?
-            }
-        };
-        let (&first, map) = self.maps.range_mut(..=start).next_back()?;
-        // SAFETY: ranges lie inside of the map that begins last before them.
-        NonNull::new(unsafe { map.as_mut_ptr().add(start - first) })
+        let start = self.take_kept(bytes).or_else(|| self.take_untouched(bytes))?;
+        self.map_of(start)?.at(start)
+    }
+
+    /// The map with this address.
+    fn map_of(&self, address: usize) -> Option<&Arc<Map>> {
+        self.maps.range(..=address).next_back().map(|(_, map)| map)
     }
 
     fn take_kept(&mut self, bytes: usize) -> Option<usize> {
@@ -237,147 +313,65 @@ impl Arena {
         Some(first)
     }
 
-    /// Adds a map in which a block of this size fits.
-    fn map(&mut self, bytes: usize) -> Option<()> {
-        let needed = bytes.checked_add(MARGIN)?.checked_next_multiple_of(LARGE_PAGE)?;
-        // A system that grants no more than it has may refuse the usual size.
-        let map = MmapMut::map_anon(needed.max(self.map_bytes)).or_else(|_| MmapMut::map_anon(needed));
-        let mut map = map.ok()?;
-        // A wish that the system may decline.
-        #[cfg(target_os = "linux")]
-        map.advise(memmap2::Advice::HugePage).ok();
-        let (start, len) = (map.as_mut_ptr().addr(), map.len() - MARGIN);
-        self.maps.insert(start, map);
-        self.untouched.insert(start, len);
-        Some(())
+    fn add(&mut self, map: Map) {
+        self.untouched.insert(map.start(), map.bytes());
+        self.maps.insert(map.start(), Arc::new(map));
     }
 
-    /// Takes a range back; unless it is kept, its pages go back to the system.
-    fn give(&mut self, start: usize, bytes: usize, keep: bool) {
-        if keep {
-            self.kept.insert(start, bytes);
-        } else {
-            self.discard(start, bytes);
-        }
+    /// Takes a part of an untouched range out of the list, with what else is free of its first and last page: there may be
+    /// memory behind what was never touched of a page, and what was given back of it while other parts were in use.
+    fn claim(&mut self, start: usize, end: usize) -> Option<Pages> {
+        let (first, bytes) = self.untouched.containing(start)?;
+        let behind = first + bytes;
+        let (start, end) = (first.max(start / LARGE_PAGE * LARGE_PAGE), behind.min(end.next_multiple_of(LARGE_PAGE)));
+        self.untouched.remove(first);
+        self.untouched.insert(first, start - first);
+        self.untouched.insert(end, behind - end);
+        let map = self.map_of(start)?.clone();
+        Some(Pages { map, start, end })
     }
 
-    /// Gives the pages of a free range back to the system.
-    fn discard(&mut self, start: usize, bytes: usize) {
-        #[cfg(unix)]
-        if let Some((&first, map)) = self.maps.range(..=start).next_back() {
-            // Whole pages of any system.
-            let (from, to) = (start.next_multiple_of(MARGIN), (start + bytes) / MARGIN * MARGIN);
-            if from < to {
-                // SAFETY: no block lies in a free range, and pages of an anonymous map come back as zeros. What the
-                // system refuses stays as it is.
-                unsafe { map.unchecked_advise_range(memmap2::UncheckedAdvice::DontNeed, from - first, to - from) }.ok();
-            }
-        }
-        self.untouched.insert(start, bytes);
+    /// Takes all kept ranges out of their list.
+    fn claim_kept(&mut self) -> Vec<Pages> {
+        let kept = std::mem::take(&mut self.kept);
+        kept.iter().for_each(|(start, bytes)| self.untouched.insert(start, bytes));
+        let mut done = 0;
+        let claim = |(start, bytes): (usize, usize)| {
+            // The page before may have reached into this range.
+            let (start, end) = (done.max(start), start + bytes);
+            let pages = if start < end { self.claim(start, end) } else { None };
+            done = pages.as_ref().map_or(done, |pages| pages.end);
+            pages
+        };
+        kept.iter().filter_map(claim).collect()
     }
 
-    fn trim(&mut self) {
-        for (start, bytes) in std::mem::take(&mut self.kept).iter() {
-            self.discard(start, bytes);
-        }
-        // Maps without a block go.
+    /// Takes out maps without a block.
+    fn remove_unused(&mut self) -> Vec<Arc<Map>> {
         let Self { maps, untouched, .. } = self;
-        maps.retain(|&start, map| {
-            let used = untouched.starting_at(start) != Some(map.len() - MARGIN);
-            if !used {
-                untouched.remove(start);
-            }
-            used
-        });
-    }
-}
-
-/// Ranges of addresses that do not touch each other.
-#[derive(Default)]
-struct Ranges {
-    by_start: BTreeMap<usize, usize>,
-    /// Sizes and starts.
-    by_size: BTreeSet<(usize, usize)>,
-    /// Of all ranges together.
-    bytes: usize,
-}
-
-impl Ranges {
-    /// Adds a range, joined with those that it touches.
-    fn insert(&mut self, mut start: usize, mut bytes: usize) {
-        if bytes == 0 {
-            return;
-        }
-        if let Some((before, len)) = self.ending_at(start) {
-            self.remove(before);
-            (start, bytes) = (before, len + bytes);
-        }
-        if let Some(len) = self.starting_at(start + bytes) {
-            self.remove(start + bytes);
-            bytes += len;
-        }
-        self.by_start.insert(start, bytes);
-        self.by_size.insert((bytes, start));
-        self.bytes += bytes;
-    }
-
-    fn remove(&mut self, start: usize) {
-        if let Some(bytes) = self.by_start.remove(&start) {
-            self.by_size.remove(&(bytes, start));
-            self.bytes -= bytes;
-        }
-    }
-
-    /// The smallest range of at least so many bytes; of equal ones that at the lowest address.
-    fn smallest(&self, bytes: usize) -> Option<(usize, usize)> {
-        self.by_size.range((bytes, 0)..).next().map(|&(len, start)| (start, len))
-    }
-
-    fn starting_at(&self, start: usize) -> Option<usize> {
-        self.by_start.get(&start).copied()
-    }
-
-    fn ending_at(&self, end: usize) -> Option<(usize, usize)> {
-        let (&start, &len) = self.by_start.range(..end).next_back()?;
-        (start + len == end).then_some((start, len))
-    }
-
-    fn iter(&self) -> impl Iterator<Item = (usize, usize)> + '_ {
-        self.by_start.iter().map(|(&start, &len)| (start, len))
+        let is_unused = |start: &usize, map: &Arc<Map>| untouched.starting_at(*start) == Some(map.bytes());
+        let unused: Vec<usize> = maps.iter().filter(|(start, map)| is_unused(start, map)).map(|(&at, _)| at).collect();
+        unused.iter().for_each(|&start| untouched.remove(start));
+        unused.iter().filter_map(|start| maps.remove(start)).collect()
     }
 }
 
 #[cfg(test)]
 mod tests {
-    use super::*;
-
-    #[test]
-    fn heap_ranges_join_with_their_neighbours() {
-        let mut ranges = Ranges::default();
-        for (start, bytes) in [(100, 50), (200, 50), (300, 10), (0, 0)] {
-            ranges.insert(start, bytes);
-        }
-        assert_eq!(ranges.smallest(11), Some((100, 50)));
-        ranges.insert(150, 50);
-        assert_eq!(ranges.iter().collect::<Vec<_>>(), [(100, 150), (300, 10)]);
-        ranges.insert(250, 50);
-        assert_eq!(ranges.iter().collect::<Vec<_>>(), [(100, 210)]);
-        assert_eq!((ranges.bytes, ranges.smallest(211)), (210, None));
-        ranges.remove(100);
-        assert_eq!((ranges.bytes, ranges.by_size.len()), (0, 0));
-    }
+    use super::{super::map::PAGE, *};
 
     /// Blocks of all sizes never overlap, and the memory of them all is one range again at the end.
     #[test]
     fn heap_blocks_never_overlap() -> Result<()> {
         for limit in [0, 10 << 20, usize::MAX] {
-            let heap = Heap::new(limit);
+            let heap = Heap::new(limit, None);
             let mut held: Vec<(Block, u8)> = Vec::new();
             let mut state = 1u64;
-            for round in 0..2000u32 {
+            for round in 0..if cfg!(miri) { 100 } else { 2000u32 } {
                 // A linear congruential generator.
                 state = state.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
-                let bytes = (state >> 40) as usize % (3usize << ((state >> 33) % 21));
+                let largest = if cfg!(miri) { 17 } else { 21 };
+                let bytes = (state >> 40) as usize % (3usize << ((state >> 33) % largest));
                 let (block, mark) = (heap.allocate(bytes)?, round as u8);
                 assert!(block.bytes >= bytes && block.pointer.addr().get().is_multiple_of(ALIGNMENT));
                 // SAFETY: this test owns the block.
@@ -402,7 +396,7 @@ mod tests {
                 let state = heap.lock();
                 for arena in [&state.small, &state.large] {
                     let free = arena.kept.bytes + arena.untouched.bytes;
-                    let mapped: usize = arena.maps.values().map(|map| map.len() - MARGIN).sum();
+                    let mapped: usize = arena.maps.values().map(|map| map.bytes()).sum();
                     assert_eq!(free, mapped);
                 }
             }
@@ -416,7 +410,7 @@ mod tests {
     /// What smaller blocks leave serves a larger one, which takes as few new pages as can be.
     #[test]
     fn heap_sizes_share_their_memory() -> Result<()> {
-        let heap = Heap::new(usize::MAX);
+        let heap = Heap::new(usize::MAX, None);
         let blocks = (0..64).map(|_| heap.allocate(1 << 20)).collect::<Result<Vec<_>>>()?;
         blocks.into_iter().for_each(|block| heap.give(block));
         assert_eq!(heap.stats().cached, 64 << 20);
@@ -431,9 +425,95 @@ mod tests {
         Ok(())
     }
 
+    /// With nothing kept, the last piece of a page takes the page along, in whatever order they go.
+    #[cfg(all(target_os = "linux", not(miri)))]
+    #[test]
+    fn heap_keeps_no_piece_beyond_its_limit() -> Result<()> {
+        let heap = Heap::new(0, None);
+        let resident = |heap: &Heap| -> usize {
+            let state = heap.lock();
+            let count = |map: &Arc<Map>| {
+                let mut pages = vec![0u8; map.bytes().div_ceil(4096)];
+                let start = map.at(map.start()).map_or(std::ptr::null_mut(), NonNull::as_ptr);
+                // SAFETY: the range is that of a map, and there is a byte for each of its pages.
+                let found = unsafe { libc::mincore(start.cast(), map.bytes(), pages.as_mut_ptr()) };
+                assert_eq!(found, 0);
+                4096 * pages.iter().filter(|page| *page & 1 == 1).count()
+            };
+            state.small.maps.values().chain(state.large.maps.values()).map(count).sum()
+        };
+        for step in [1, 7, 97] {
+            let mut blocks = (0..1024).map(|index| heap.allocate(4096 + 64 * index)).collect::<Result<Vec<_>>>()?;
+            for block in &blocks {
+                // SAFETY: this test owns the block.
+                unsafe { block.pointer.write_bytes(1, block.bytes) };
+            }
+            let used: usize = blocks.iter().map(|block| block.bytes).sum();
+            assert!(resident(&heap) >= used);
+            // One in sixteen stays: no more than the pages that it has a part of.
+            let mut kept = Vec::new();
+            for index in 0..1024 {
+                let block = blocks.swap_remove(index * step % blocks.len());
+                if index % 16 == 0 { kept.push(block) } else { heap.give(block) }
+            }
+            assert!(resident(&heap) <= kept.iter().map(|block| block.bytes + 2 * PAGE).sum());
+            kept.into_iter().for_each(|block| heap.give(block));
+            assert_eq!((resident(&heap), heap.stats()), (0, MemoryStats { peak: used, ..Default::default() }));
+            heap.reset_peak();
+        }
+        // What was kept goes as a whole too.
+        heap.set_limit(usize::MAX);
+        let blocks = (0..300).map(|index| heap.allocate(5000 + 640 * index)).collect::<Result<Vec<_>>>()?;
+        // SAFETY: as above.
+        blocks.iter().for_each(|block| unsafe { block.pointer.write_bytes(1, block.bytes) });
+        let mut held = None;
+        for (index, block) in blocks.into_iter().enumerate() {
+            if index == 150 { held = Some(block) } else { heap.give(block) }
+        }
+        heap.trim();
+        let held = held.expect("a block");
+        assert!(resident(&heap) <= held.bytes + 2 * PAGE);
+        heap.give(held);
+        Ok(())
+    }
+
+    /// Threads that allocate, give back and trim at once never get the same memory.
+    #[test]
+    fn heap_is_shared_by_threads() {
+        let heap = Heap::new(1 << 20, None);
+        std::thread::scope(|scope| {
+            for mark in 1..=4u8 {
+                let heap = &heap;
+                scope.spawn(move || {
+                    for round in 0..if cfg!(miri) { 8 } else { 400usize } {
+                        let sizes = [100, 5000, 70_000, 1 << 20].map(|size| size * (1 + round % 3));
+                        let sizes = if cfg!(miri) { &sizes[..2] } else { &sizes[..] };
+                        let blocks: Vec<_> = sizes.iter().map(|&size| heap.allocate(size).unwrap()).collect();
+                        for block in &blocks {
+                            // SAFETY: this thread owns the block.
+                            unsafe { block.pointer.write_bytes(mark, block.bytes) };
+                        }
+                        if round % 16 == usize::from(mark) {
+                            heap.trim();
+                        }
+                        for block in blocks {
+                            // SAFETY: as above; the bytes were written.
+                            let bytes = unsafe { std::slice::from_raw_parts(block.pointer.as_ptr(), block.bytes) };
+                            assert!(bytes.iter().all(|&byte| byte == mark));
+                            heap.give(block);
+                        }
+                    }
+                });
+            }
+        });
+        heap.trim();
+        assert_eq!((heap.stats().live, heap.stats().cached), (0, 0));
+        assert!(heap.lock().small.maps.is_empty() && heap.lock().large.maps.is_empty());
+    }
+
     #[test]
     fn heap_refuses_what_no_machine_has() {
-        let heap = Heap::new(1 << 20);
+        let heap = Heap::new(1 << 20, None);
         for bytes in [1 << 55, usize::MAX, usize::MAX - 63] {
             assert!(matches!(heap.allocate(bytes), Err(Error::OutOfMemory { .. })), "{bytes}");
         }

@@ -18,7 +18,10 @@ pub mod kernels;
 // Without CUDA, what ops say of their launches is never read.
 #[cfg_attr(not(feature = "cuda"), allow(dead_code))]
 pub(crate) mod launch;
+mod map;
 mod precision;
+mod ranges;
+pub(crate) mod scratch;
 pub(crate) mod simd;
 mod tasks;
 
@@ -98,13 +101,15 @@ impl Device {
         on_pool!(self, pool, pool.reset_peak());
     }
 
-    /// Gives all memory kept for reuse back to the system.
+    /// Gives all memory kept for reuse back to the system: that of tensors, and the working memory of threads
+    /// ([`MemoryStats::scratch`]), of which a thread inside of an op gives its part back when that ends.
     pub fn trim(&self) {
         on_pool!(self, pool, pool.trim());
     }
 
-    /// Limits the memory kept for reuse to this many bytes. Default: what `XT_POOL_BYTES` says, else 2 GiB on the CPU
-    /// and no limit on a GPU.
+    /// Limits the memory kept for reuse ([`MemoryStats::cached`] and [`MemoryStats::scratch`] together) to this many bytes.
+    /// Default: what `XT_POOL_BYTES` says, else 2 GiB on the CPU and no limit on a GPU. Beside it, up to 64 KiB of a page
+    /// that a tensor has a part of may stay with the process.
     pub fn set_cache_limit(&self, bytes: usize) {
         on_pool!(self, pool, pool.set_limit(bytes));
     }
@@ -202,6 +207,6 @@ fn cpu_heap() -> &'static Heap {
     static HEAP: OnceLock<Heap> = OnceLock::new();
     HEAP.get_or_init(|| {
         let limit = std::env::var("XT_POOL_BYTES").ok().and_then(|bytes| bytes.parse().ok());
-        Heap::new(limit.unwrap_or(2 << 30))
+        Heap::new(limit.unwrap_or(2 << 30), Some(scratch::scratch()))
     })
 }

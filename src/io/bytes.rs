@@ -1,58 +1,73 @@
-//! The bytes of a file, mapped into memory, and reading along them without ever leaving them.
+//! Reading along some bytes without ever leaving them.
 
-use std::{
-    fs::{self, File},
-    ops::Deref,
-    path::Path,
-};
+use std::cell::Cell;
 
-use memmap2::Mmap;
-
-use crate::{Error, Result, error::ensure};
+use super::source::{MAX_HEADER, Source};
 
 /// What a reader says about bytes that are not what they should be; the caller knows the file.
 pub(super) type Parsed<T> = std::result::Result<T, String>;
 
-/// All bytes of a file.
+/// Why something could not be read.
 #[derive(Debug)]
-pub(super) enum Bytes {
-    Mapped(Mmap),
-    Owned(Vec<u8>),
+pub(super) enum Unreadable {
+    /// The content is wrong; the caller knows the file.
+    Content(String),
+    /// Reading failed, or memory ran out.
+    Failed(crate::Error),
 }
 
-impl Bytes {
-    /// Maps a file: pages are read when they are looked at.
-    ///
-    /// Errors: [`Error::Io`]; [`Error::File`] for what is no regular file.
-    pub fn map(path: &Path) -> Result<Self> {
-        let broken = |source| Error::io(path, source);
-        // Asked before opening: opening a pipe would wait for a writer.
-        let found = fs::metadata(path).map_err(broken)?;
-        ensure!(found.is_file(), Error::file(path, "is not a regular file"));
-        let file = File::open(path).map_err(broken)?;
-        if file.metadata().map_err(broken)?.len() == 0 {
-            return Ok(Self::Owned(Vec::new()));
-        }
-        map(&file).map(Self::Mapped).map_err(broken)
+/// As [`Parsed`] where the file itself is read as well.
+pub(super) type Reading<T> = std::result::Result<T, Unreadable>;
+
+impl From<String> for Unreadable {
+    fn from(why: String) -> Self {
+        Self::Content(why)
     }
 }
 
-/// The one place of this folder that the compiler cannot check.
-fn map(file: &File) -> std::io::Result<Mmap> {
-    // SAFETY: the mapping is private to this process and read-only. Another process that changes the file under way
-    // changes values, which are copied out as plain numbers or checked text; one that shortens it ends this process, as
-    // it does for every program that maps files. Files of weights are replaced, not rewritten (`write_atomically`).
-    unsafe { Mmap::map(file) }
+impl From<&str> for Unreadable {
+    fn from(why: &str) -> Self {
+        Self::Content(why.into())
+    }
 }
 
-impl Deref for Bytes {
-    type Target = [u8];
+impl From<crate::Error> for Unreadable {
+    fn from(error: crate::Error) -> Self {
+        Self::Failed(error)
+    }
+}
 
-    fn deref(&self) -> &[u8] {
+impl Unreadable {
+    /// The error about a file.
+    pub fn within(self, source: &Source) -> crate::Error {
         match self {
-            Self::Mapped(map) => map,
-            Self::Owned(bytes) => bytes,
+            Self::Content(why) => crate::Error::file(source.path(), why),
+            Self::Failed(error) => error,
         }
+    }
+}
+
+/// Parses the beginning of a file, a header whose length only its content tells: of a copy that grows until the parser
+/// has what it asks for.
+pub(super) fn parse_beginning<R>(source: &Source, parse: impl Fn(Cursor) -> Reading<R>) -> Reading<R> {
+    /// Bytes of the first copy.
+    const FIRST: usize = 1 << 20;
+    let wanted = Cell::new(0);
+    let mut length = FIRST.min(source.len());
+    loop {
+        let bytes = source.part(0..length, "a header")?;
+        wanted.set(0);
+        let result = parse(Cursor { bytes: &bytes, at: 0, total: source.len(), wanted: Some(&wanted) });
+        let wanted = wanted.get();
+        if wanted <= length {
+            return result;
+        }
+        if wanted > MAX_HEADER {
+            return Err(
+                format!("has a header of more than {MAX_HEADER} bytes, which are all that is read of it").into()
+            );
+        }
+        length = wanted.max(4 * length).min(MAX_HEADER).min(source.len());
     }
 }
 
@@ -61,11 +76,15 @@ impl Deref for Bytes {
 pub(super) struct Cursor<'a> {
     bytes: &'a [u8],
     at: usize,
+    /// Number of bytes, of which `bytes` may be the first ones only.
+    total: usize,
+    /// The end of what was asked for beyond `bytes`.
+    wanted: Option<&'a Cell<usize>>,
 }
 
 impl<'a> Cursor<'a> {
     pub fn new(bytes: &'a [u8], at: usize) -> Self {
-        Self { bytes, at: at.min(bytes.len()) }
+        Self { bytes, at: at.min(bytes.len()), total: bytes.len(), wanted: None }
     }
 
     pub fn at(&self) -> usize {
@@ -73,7 +92,7 @@ impl<'a> Cursor<'a> {
     }
 
     pub fn left(&self) -> usize {
-        self.bytes.len() - self.at
+        self.total - self.at
     }
 
     /// The next `count` bytes.
@@ -85,8 +104,14 @@ impl<'a> Cursor<'a> {
                 self.left()
             ));
         }
-        let taken = &self.bytes[self.at..self.at + count];
-        self.at += count;
+        let end = self.at + count;
+        let Some(taken) = self.bytes.get(self.at..end) else {
+            if let Some(wanted) = self.wanted {
+                wanted.set(wanted.get().max(end));
+            }
+            return Err(format!("has a header that goes on behind byte {}", self.bytes.len()));
+        };
+        self.at = end;
         Ok(taken)
     }
 

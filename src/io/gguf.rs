@@ -4,7 +4,8 @@
 use std::collections::{BTreeMap, btree_map::Entry as Slot};
 
 use super::{
-    bytes::{Cursor, Parsed},
+    bytes::{Cursor, Parsed, Reading, parse_beginning},
+    source::Source,
     stored::Stored,
     tensor_file::{Entry, Listing, Metadata},
 };
@@ -17,12 +18,19 @@ pub(super) const MAGIC: &[u8] = b"GGUF";
 const MAX_VALUES: usize = 4_000_000;
 /// Bytes of a name, by the format.
 const MAX_NAME: usize = 65535;
+/// Tensors of a file.
+const MAX_TENSORS: usize = 100_000;
 /// Lists inside one another.
 const MAX_DEPTH: usize = 4;
 
 /// The tensors and the metadata of a file.
-pub(super) fn listing(bytes: &[u8]) -> Parsed<Listing> {
-    let mut cursor = Cursor::new(bytes, MAGIC.len());
+pub(super) fn listing(source: &Source) -> Reading<Listing> {
+    parse_beginning(source, |cursor| Ok(header(cursor, source.len())?))
+}
+
+/// The same from a header; `total`: bytes of the file.
+fn header(mut cursor: Cursor, total: usize) -> Parsed<Listing> {
+    cursor.take(MAGIC.len())?;
     match cursor.u32()? {
         2 | 3 => {}
         version => {
@@ -31,6 +39,9 @@ pub(super) fn listing(bytes: &[u8]) -> Parsed<Listing> {
     }
     // Bytes that the smallest description of a tensor and the smallest pair take.
     let tensors = cursor.count(24, "tensors")?;
+    if tensors > MAX_TENSORS {
+        return Err(format!("has {tensors} tensors, at most {MAX_TENSORS} are read"));
+    }
     let pairs = cursor.count(13, "pairs of metadata")?;
     let mut values = Values { cursor, left: MAX_VALUES };
     let mut metadata = BTreeMap::new();
@@ -47,7 +58,7 @@ pub(super) fn listing(bytes: &[u8]) -> Parsed<Listing> {
         Some(&Metadata::Int(alignment @ 1..=65536)) if (alignment as usize).is_power_of_two() => alignment as usize,
         Some(other) => return Err(format!("has general.alignment {other:?}, expected a power of two")),
     };
-    let mut described = Vec::with_capacity(tensors);
+    let mut described = Vec::new();
     for _ in 0..tensors {
         described.push(tensor(&mut cursor)?);
     }
@@ -56,10 +67,9 @@ pub(super) fn listing(bytes: &[u8]) -> Parsed<Listing> {
     for (name, shape, stored, offset) in described {
         let size = stored.bytes(shape.elements()).ok_or_else(|| format!("tensor `{name}` is too large"))?;
         let start = usize::try_from(offset).ok().and_then(|offset| data.checked_add(offset));
-        let Some(start) = start.filter(|&start| start.checked_add(size).is_some_and(|end| end <= bytes.len())) else {
+        let Some(start) = start.filter(|&start| start.checked_add(size).is_some_and(|end| end <= total)) else {
             return Err(format!(
-                "tensor `{name}` has {size} bytes from byte {offset} of the values on; the file has {} in all",
-                bytes.len()
+                "tensor `{name}` has {size} bytes from byte {offset} of the values on; the file has {total} in all"
             ));
         };
         match entries.entry(name) {

@@ -2,6 +2,7 @@
 
 mod atomic;
 mod bytes;
+mod gather;
 mod gguf;
 mod names;
 mod pickle;
@@ -9,6 +10,7 @@ mod pretrained;
 mod pytorch;
 mod safetensors;
 mod small_file;
+mod source;
 mod stored;
 mod tensor_file;
 mod zip;

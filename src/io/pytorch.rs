@@ -6,8 +6,9 @@ use std::{
 };
 
 use super::{
-    bytes::{Cursor, Parsed},
+    bytes::{Cursor, Parsed, Reading, parse_beginning},
     pickle::{Pickle, Value, View},
+    source::Source,
     stored::Stored,
     tensor_file::{Entry, Listing},
     zip,
@@ -16,8 +17,13 @@ use crate::Shape;
 
 /// The number that an old file begins with, as the bytes of a Python integer.
 const MAGIC: &[u8] = &[0x6C, 0xFC, 0x9C, 0x46, 0xF9, 0x20, 0x6A, 0xA8, 0x50, 0x19];
+/// Bytes that tell an old file.
+pub(super) const MAGIC_BYTES: usize = 4 + MAGIC.len();
 /// The version of the old format.
 const VERSION: i64 = 1001;
+
+/// What an archive says of the order of its bytes.
+const LITTLE: &[u8] = b"little";
 
 /// Dictionaries inside one another: a checkpoint has its state dict under a name such as `state_dict`.
 const MAX_DEPTH: usize = 8;
@@ -32,32 +38,36 @@ pub(super) fn is_legacy(bytes: &[u8]) -> bool {
 }
 
 /// The tensors of an archive.
-pub(super) fn archive(bytes: &[u8]) -> Parsed<Listing> {
-    let files = zip::directory(bytes)?;
-    let pickle = files.keys().find_map(|name| name.strip_suffix("data.pkl").map(|folder| (folder, *name)));
+pub(super) fn archive(source: &Source) -> Reading<Listing> {
+    let files = zip::directory(source)?;
+    let pickle = files.keys().find_map(|name| name.strip_suffix("data.pkl").map(|folder| (folder, name)));
     let Some((folder, name)) = pickle.filter(|(folder, _)| folder.is_empty() || folder.ends_with('/')) else {
         return Err("is a zip archive without `data.pkl`, so that PyTorch did not write it".into());
     };
-    if let Some(order) = files.get(format!("{folder}byteorder").as_str())
-        && &bytes[order.clone()] != b"little"
+    if let Some(order) = files.get(&format!("{folder}byteorder"))
+        && (order.len() != LITTLE.len() || source.part(order.clone(), "a byte order")? != LITTLE)
     {
         return Err("was written on a machine of another byte order".into());
     }
-    let range = files[name].clone();
-    let (pickle, top) = Pickle::load(&mut Cursor::new(&bytes[..range.end], range.start))?;
-    let storage = |key: &str| files.get(format!("{folder}data/{key}").as_str()).cloned();
-    listing(&pickle, top, &storage)
+    let bytes = source.part(files[name].clone(), "a pickle")?;
+    let (pickle, top) = Pickle::load(&mut Cursor::new(&bytes, 0))?;
+    let storage = |key: &str| files.get(&format!("{folder}data/{key}")).cloned();
+    Ok(listing(&pickle, top, &storage)?)
 }
 
 /// The tensors of an old file.
-pub(super) fn legacy(bytes: &[u8]) -> Parsed<Listing> {
-    let mut cursor = Cursor::new(bytes, 0);
+pub(super) fn legacy(source: &Source) -> Reading<Listing> {
+    parse_beginning(source, |cursor| pickles(cursor, source))
+}
+
+/// The same from the pickles that the file begins with; behind them lie the storages.
+fn pickles(mut cursor: Cursor, source: &Source) -> Reading<Listing> {
     if Pickle::load(&mut cursor)?.1 != Value::Long(MAGIC) {
         return Err("does not begin with the number of PyTorch's old format".into());
     }
     match Pickle::load(&mut cursor)?.1 {
         Value::Int(VERSION) => {}
-        _ => return Err(format!("has another version of PyTorch's old format than {VERSION}")),
+        _ => return Err(format!("has another version of PyTorch's old format than {VERSION}").into()),
     }
     let (machine, described) = Pickle::load(&mut cursor)?;
     let entries = machine.entries(described).unwrap_or_default();
@@ -68,15 +78,20 @@ pub(super) fn legacy(bytes: &[u8]) -> Parsed<Listing> {
     let (keys, list) = Pickle::load(&mut cursor)?;
     let types: HashMap<&str, Stored> = pickle.storages().iter().map(|storage| (storage.key, storage.stored)).collect();
     let mut ranges: HashMap<&str, Range<usize>> = HashMap::new();
+    let mut at = cursor.at();
     for key in keys.items(list).ok_or("has no list of its storages")? {
         let Value::Text(key) = *key else { return Err("has a list of storages with something else than names".into()) };
         let stored = types.get(key).ok_or_else(|| format!("holds a storage `{key}` that no tensor refers to"))?;
-        let count = cursor.count(stored.block().1, "values")?;
-        let start = cursor.at();
-        cursor.take(count * stored.block().1)?;
-        ranges.insert(key, start..cursor.at());
+        let left = source.len().saturating_sub(at);
+        let truncated = |count: u64| format!("is truncated: storage `{key}` has {count} values, {left} bytes are left");
+        let values = left.checked_sub(8).ok_or_else(|| truncated(0))?;
+        let count = u64::from_le_bytes(source.array(at)?);
+        let bytes = usize::try_from(count).ok().and_then(|count| count.checked_mul(stored.block().1));
+        let bytes = bytes.filter(|&bytes| bytes <= values).ok_or_else(|| truncated(count))?;
+        ranges.insert(key, at + 8..at + 8 + bytes);
+        at += 8 + bytes;
     }
-    listing(&pickle, top, &|key| ranges.get(key).cloned())
+    Ok(listing(&pickle, top, &|key| ranges.get(key).cloned())?)
 }
 
 /// The tensors below the top value, each with its place in the file.

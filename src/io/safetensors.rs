@@ -17,8 +17,9 @@ use serde::{
 };
 
 use super::{
-    bytes::{Bytes, Cursor, Parsed},
-    stored::{Stored, Unreadable},
+    bytes::{Parsed, Reading},
+    source::{MAX_HEADER, Source},
+    stored::Stored,
     tensor_file::{Entry, Listing},
     write_atomically,
 };
@@ -26,45 +27,39 @@ use crate::{DType, Device, Error, Result, Shape, Tensor, error::ensure};
 
 const _: () = assert!(cfg!(target_endian = "little"), "values are read and written without swapping their bytes");
 
-/// Bytes that a header may have: the limit of the format itself.
-const MAX_HEADER: u64 = 100_000_000;
-
 /// Bytes that stand before the header: its length.
-const LENGTH: u64 = 8;
+const LENGTH: usize = 8;
 
 /// The entry of a header that is no tensor.
 const METADATA: &str = "__metadata__";
 
 /// Reads every tensor of a safetensors file, on the CPU.
 ///
-/// F64, F32, BF16, F16, I64 and BOOL come as they are, I32, I16, I8 and U8 as [`DType::I64`]. The file is mapped into
-/// memory while it is read.
+/// F64, F32, BF16, F16, I64 and BOOL come as they are, I32, I16, I8 and U8 as [`DType::I64`].
 ///
 /// Errors: [`Error::Io`] if the file cannot be read; [`Error::File`], which says what is wrong, if it is no regular
 /// file, truncated, not a safetensors file, has a tensor of another dtype or more than six dimensions, or positions
-/// that overlap, leave gaps, contradict shape and dtype, or lie behind the end.
+/// that overlap, leave gaps, contradict shape and dtype, or lie behind the end; or is written to while it is read.
 pub fn read_safetensors(path: impl AsRef<Path>) -> Result<BTreeMap<String, Tensor>> {
     read_with_metadata(path.as_ref()).map(|(tensors, _)| tensors)
 }
 
 /// As [`read_safetensors`], with the text about the tensors.
 pub(crate) fn read_with_metadata(path: &Path) -> Result<(BTreeMap<String, Tensor>, BTreeMap<String, String>)> {
-    let bytes = Bytes::map(path)?;
-    let Found { tensors, metadata, values } = parse(&bytes).map_err(|why| Error::file(path, why))?;
+    let source = Source::open(path)?;
+    let found = parse(&source);
+    source.check_unchanged()?;
+    let Found { tensors, metadata, values } = found.map_err(|why| why.within(&source))?;
     let tensors = tensors.into_iter().map(|(name, info)| {
-        let entry = entry(&name, &info, values).map_err(|why| Error::file(path, why))?;
-        let tensor = entry.read(&bytes).map_err(|problem| match problem {
-            Unreadable::Content(why) => Error::file(path, format!("tensor `{name}` {why}")),
-            Unreadable::Tensor(error) => error.at(&name),
-        })?;
+        let tensor = entry(&name, &info, values).map_err(|why| Error::file(path, why))?.read(&source, &name)?;
         Ok((name, tensor))
     });
     Ok((tensors.collect::<Result<_>>()?, metadata))
 }
 
 /// The tensors and the text of a file.
-pub(super) fn listing(bytes: &[u8]) -> Parsed<Listing> {
-    let Found { tensors, metadata, values } = parse(bytes)?;
+pub(super) fn listing(source: &Source) -> Reading<Listing> {
+    let Found { tensors, metadata, values } = parse(source)?;
     let entries = tensors.into_iter().map(|(name, info)| {
         let entry = entry(&name, &info, values)?;
         Ok((name, entry))
@@ -81,26 +76,35 @@ struct Found {
 }
 
 /// Reads a header and checks that the tensors cover the rest of the file without gaps.
-fn parse(bytes: &[u8]) -> Parsed<Found> {
-    let total = bytes.len() as u64;
-    let mut cursor = Cursor::new(bytes, 0);
-    let length = cursor.u64().map_err(|_| format!("has {total} bytes, which is too short for a safetensors file"))?;
-    if length > MAX_HEADER {
-        return Err(format!("is not a safetensors file: a header of {length} bytes, at most {MAX_HEADER} are allowed"));
-    }
-    let header = cursor.take(length as usize);
-    let header = header.map_err(|_| format!("is truncated: a header of {length} bytes in a file of {total}"))?;
+fn parse(source: &Source) -> Reading<Found> {
+    let total = source.len();
+    let Some(left) = total.checked_sub(LENGTH) else {
+        return Err(format!("has {total} bytes, which is too short for a safetensors file").into());
+    };
+    let length = u64::from_le_bytes(source.array(0)?);
+    let length = match usize::try_from(length) {
+        Ok(length) if length <= MAX_HEADER => length,
+        _ => {
+            let why = format!("a header of {length} bytes, at most {MAX_HEADER} are allowed");
+            return Err(format!("is not a safetensors file: {why}").into());
+        }
+    };
+    let Some(left) = left.checked_sub(length) else {
+        return Err(format!("is truncated: a header of {length} bytes in a file of {total}").into());
+    };
+    let values = LENGTH + length;
+    let header = &source.part(LENGTH..values, "a header")?[..];
     let header: Header = serde_json::from_slice(header).map_err(|why| format!("has a bad header: {why}"))?;
     let mut tensors: Vec<_> = header.tensors.into_iter().collect();
     tensors.sort_by_key(|(_, info)| info.data_offsets);
     let described = Metadata::new(None, tensors.clone()).map_err(|why| format!("has a bad header: {why}"))?.data_len();
-    if described != cursor.left() {
+    if described != left {
         return Err(format!(
-            "is truncated or damaged: the header describes {described} bytes of values, there are {}",
-            cursor.left()
-        ));
+            "is truncated or damaged: the header describes {described} bytes of values, there are {left}"
+        )
+        .into());
     }
-    Ok(Found { tensors, metadata: header.metadata.unwrap_or_default(), values: cursor.at() })
+    Ok(Found { tensors, metadata: header.metadata.unwrap_or_default(), values })
 }
 
 fn entry(name: &str, info: &TensorInfo, values: usize) -> Parsed<Entry> {
@@ -210,9 +214,9 @@ pub fn write_safetensors(
         start = end;
     }
     let mut header = serde_json::to_vec(&header).map_err(|error| Error::io(path, error.into()))?;
-    header.resize(header.len().next_multiple_of(LENGTH as usize), b' ');
+    header.resize(header.len().next_multiple_of(LENGTH), b' ');
     ensure!(
-        header.len() as u64 <= MAX_HEADER,
+        header.len() <= MAX_HEADER,
         Error::file(path, format!("would get a header of {} bytes, at most {MAX_HEADER} are allowed", header.len()))
     );
     let bytes = packed.iter().map(|(_, tensor)| tensor.bytes()).collect::<Result<Vec<_>>>()?;

@@ -1,9 +1,16 @@
 //! Element types of files, and how their bytes become tensors.
 
+use std::sync::{Mutex, PoisonError};
+
 use half::{bf16, f16};
 
-use super::bytes::Parsed;
-use crate::{DType, Device, Result, Shape, Tensor, core::Element};
+use super::{
+    bytes::{Parsed, Reading},
+    gather::gather,
+    source::Source,
+    tensor_file::Entry,
+};
+use crate::{DType, Device, Result, Tensor, core::Element, device::cpu};
 
 /// How the values of a tensor lie in a file.
 ///
@@ -75,38 +82,29 @@ impl Stored {
 /// Values of a block of a quantised type.
 const BLOCK: usize = 32;
 
-/// Why a tensor could not be made of its bytes.
-pub(super) enum Unreadable {
-    Content(String),
-    Tensor(crate::Error),
-}
+/// Bytes of the file that are held while values are converted, rounded down to whole blocks.
+const CHUNK: usize = 1 << 18;
 
-impl From<crate::Error> for Unreadable {
-    fn from(error: crate::Error) -> Self {
-        Self::Tensor(error)
-    }
-}
-
-/// A tensor of bytes, exactly as many as shape and type say; they need no alignment.
-pub(super) fn decode(bytes: &[u8], shape: Shape, stored: Stored) -> std::result::Result<Tensor, Unreadable> {
-    debug_assert_eq!(Some(bytes.len()), stored.bytes(shape.elements()));
-    match stored {
-        Stored::F64 => Ok(plain::<f64>(bytes, shape)?),
-        Stored::F32 => Ok(plain::<f32>(bytes, shape)?),
-        Stored::BF16 => Ok(plain::<bf16>(bytes, shape)?),
-        Stored::F16 => Ok(plain::<f16>(bytes, shape)?),
-        Stored::I64 => Ok(plain::<i64>(bytes, shape)?),
-        Stored::I32 => Ok(blocks(bytes, shape, |bytes: [u8; 4]| [i32::from_le_bytes(bytes) as i64])?),
-        Stored::I16 => Ok(blocks(bytes, shape, |bytes: [u8; 2]| [i16::from_le_bytes(bytes) as i64])?),
-        Stored::I8 => Ok(blocks(bytes, shape, |bytes: [u8; 1]| [i8::from_le_bytes(bytes) as i64])?),
-        Stored::U8 => Ok(blocks(bytes, shape, |[byte]: [u8; 1]| [byte as i64])?),
+/// Reads a tensor into its own memory.
+pub(super) fn read(source: &Source, entry: &Entry) -> Reading<Tensor> {
+    match entry.stored {
+        Stored::F64 => plain::<f64, 8>(source, entry),
+        Stored::F32 => plain::<f32, 4>(source, entry),
+        Stored::BF16 => plain::<bf16, 2>(source, entry),
+        Stored::F16 => plain::<f16, 2>(source, entry),
+        Stored::I64 => plain::<i64, 8>(source, entry),
+        Stored::I32 => blocks(source, entry, |bytes: [u8; 4]| [i32::from_le_bytes(bytes) as i64]),
+        Stored::I16 => blocks(source, entry, |bytes: [u8; 2]| [i16::from_le_bytes(bytes) as i64]),
+        Stored::I8 => blocks(source, entry, |bytes: [u8; 1]| [i8::from_le_bytes(bytes) as i64]),
+        Stored::U8 => blocks(source, entry, |[byte]: [u8; 1]| [byte as i64]),
         Stored::Bool => {
-            check_bool(bytes).map_err(Unreadable::Content)?;
-            Ok(plain::<bool>(bytes, shape)?)
+            let mut tensor = plain::<bool, 1>(source, entry)?;
+            check_bool(tensor.values_mut::<bool>()?)?;
+            Ok(tensor)
         }
-        Stored::Q8_0 => Ok(blocks(bytes, shape, q8_0)?),
-        Stored::Q4_0 => Ok(blocks(bytes, shape, q4_0)?),
-        Stored::Q4_1 => Ok(blocks(bytes, shape, q4_1)?),
+        Stored::Q8_0 => blocks(source, entry, q8_0),
+        Stored::Q4_0 => blocks(source, entry, q4_0),
+        Stored::Q4_1 => blocks(source, entry, q4_1),
     }
 }
 
@@ -117,23 +115,59 @@ fn check_bool(bytes: &[u8]) -> Parsed<()> {
     }
 }
 
-/// Values that lie in the file as they do in memory.
-fn plain<E: Element>(bytes: &[u8], shape: Shape) -> Result<Tensor> {
-    let mut tensor = Tensor::uninit(shape, E::DTYPE, &Device::Cpu)?;
-    bytemuck::cast_slice_mut(tensor.values_mut::<E>()?).copy_from_slice(bytes);
+/// Values that lie in the file as they do in memory, `N` bytes each.
+fn plain<E: Element, const N: usize>(source: &Source, entry: &Entry) -> Reading<Tensor> {
+    let mut tensor = Tensor::uninit(entry.shape, E::DTYPE, &Device::Cpu)?;
+    let out = tensor.values_mut::<E>()?;
+    match &entry.strides {
+        None => read_parts(source, entry.start, bytemuck::cast_slice_mut(out))?,
+        Some(strides) => gather(source, entry.start, &entry.shape, strides, out, |bytes: [u8; N]| {
+            bytemuck::pod_read_unaligned(&bytes)
+        })?,
+    }
     Ok(tensor)
+}
+
+/// Reads bytes on all threads: of the copy out of the system's cache each has its part of the memory's speed.
+fn read_parts(source: &Source, start: usize, to: &mut [u8]) -> Result<()> {
+    /// Bytes and cost of a row: a thread gets at least half a MiB.
+    const ROW: usize = 1 << 10;
+    const COST: usize = 64;
+    let failure = Mutex::new(None);
+    cpu::for_rows(to, ROW, COST, |row, part| {
+        if let Err(error) = source.read_at(start + row * ROW, part) {
+            failure.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(error);
+        }
+    });
+    match failure.into_inner().unwrap_or_else(PoisonError::into_inner) {
+        Some(error) => Err(error),
+        None => Ok(()),
+    }
 }
 
 /// Values from blocks of `N` bytes, `M` of each.
 fn blocks<E: Element, const N: usize, const M: usize>(
-    bytes: &[u8],
-    shape: Shape,
+    source: &Source,
+    entry: &Entry,
     values: fn([u8; N]) -> [E; M],
-) -> Result<Tensor> {
-    let mut tensor = Tensor::uninit(shape, E::DTYPE, &Device::Cpu)?;
-    for (to, block) in tensor.values_mut::<E>()?.chunks_exact_mut(M).zip(bytes.as_chunks::<N>().0) {
-        for (to, value) in to.iter_mut().zip(values(*block)) {
-            *to = value.to_stored();
+) -> Reading<Tensor> {
+    let mut tensor = Tensor::uninit(entry.shape, E::DTYPE, &Device::Cpu)?;
+    let out = tensor.values_mut::<E>()?;
+    if let Some(strides) = &entry.strides {
+        // Only types with a value per block have strides.
+        gather(source, entry.start, &entry.shape, strides, out, |bytes: [u8; N]| values(bytes)[0].to_stored())?;
+        return Ok(tensor);
+    }
+    let mut chunk = vec![[0; N]; (CHUNK / N).min(out.len() / M)];
+    let mut at = entry.start;
+    for out in out.chunks_mut((CHUNK / N) * M) {
+        let chunk = &mut chunk[..out.len() / M];
+        source.read_at(at, chunk.as_flattened_mut())?;
+        at += chunk.len() * N;
+        for (to, block) in out.chunks_exact_mut(M).zip(chunk) {
+            for (to, value) in to.iter_mut().zip(values(*block)) {
+                *to = value.to_stored();
+            }
         }
     }
     Ok(tensor)

@@ -9,14 +9,15 @@ use std::{
 use serde::Deserialize;
 
 use super::{
-    bytes::{Bytes, Parsed},
+    bytes::{Parsed, Unreadable},
     gguf, pytorch, read_limited, safetensors,
-    stored::{Stored, Unreadable, decode},
+    source::Source,
+    stored::{self, Stored},
     zip,
 };
 use crate::{Error, Result, Shape, Tensor, error::ensure};
 
-/// A file with tensors by name, or several that belong together: mapped into memory, and read tensor by tensor.
+/// A file with tensors by name, or several that belong together, read tensor by tensor.
 ///
 /// | format | recognised by |
 /// |---|---|
@@ -30,7 +31,8 @@ use crate::{Error, Result, Shape, Tensor, error::ensure};
 /// dicts need, and refuses all others by their names.
 ///
 /// A file is not trusted. Whatever it says is checked against its size before memory is taken for it, and reading all
-/// of its tensors takes at most sixteen times its size.
+/// of its tensors takes at most sixteen times its size. It stays open, and is not mapped into memory: a file that is
+/// shortened or written to meanwhile gives an error that names it; one that is replaced by a rename is read as it was.
 ///
 /// ```
 /// use x_transformers::{Device, Tensor, io::{TensorFile, write_safetensors}};
@@ -51,7 +53,7 @@ use crate::{Error, Result, Shape, Tensor, error::ensure};
 pub struct TensorFile {
     path: PathBuf,
     format: Format,
-    parts: Vec<Part>,
+    parts: Vec<Source>,
     entries: BTreeMap<String, Entry>,
     metadata: BTreeMap<String, Metadata>,
 }
@@ -106,13 +108,6 @@ pub struct TensorInfo {
     pub shape: Vec<usize>,
 }
 
-/// One file.
-#[derive(Debug)]
-struct Part {
-    path: PathBuf,
-    bytes: Bytes,
-}
-
 /// Where a tensor lies. Whoever makes one has checked that it lies inside its file.
 #[derive(Clone, Debug)]
 pub(super) struct Entry {
@@ -154,32 +149,37 @@ impl TensorFile {
     ///
     /// Errors: [`Error::File`], which says what is wrong and where.
     pub fn from_bytes(bytes: impl Into<Vec<u8>>) -> Result<Self> {
-        Self::of(PathBuf::from("memory"), Bytes::Owned(bytes.into()))
+        Self::of(Source::memory(bytes.into()))
     }
 
     fn open_one(path: &Path) -> Result<Self> {
-        Self::of(path.to_path_buf(), Bytes::map(path)?)
+        Self::of(Source::open(path)?)
     }
 
-    fn of(path: PathBuf, bytes: Bytes) -> Result<Self> {
-        let format = if bytes.starts_with(gguf::MAGIC) {
+    fn of(source: Source) -> Result<Self> {
+        let mut beginning = [0; pytorch::MAGIC_BYTES];
+        let beginning = &mut beginning[..source.len().min(pytorch::MAGIC_BYTES)];
+        source.read_at(0, beginning)?;
+        let format = if beginning.starts_with(gguf::MAGIC) {
             Format::Gguf
-        } else if zip::is_zip(&bytes) {
+        } else if zip::is_zip(beginning) {
             Format::PytorchArchive
-        } else if pytorch::is_legacy(&bytes) {
+        } else if pytorch::is_legacy(beginning) {
             Format::PytorchLegacy
         } else {
             Format::Safetensors
         };
         let listing = match format {
-            Format::Safetensors => safetensors::listing(&bytes),
-            Format::PytorchArchive => pytorch::archive(&bytes),
-            Format::PytorchLegacy => pytorch::legacy(&bytes),
-            Format::Gguf => gguf::listing(&bytes),
+            Format::Safetensors => safetensors::listing(&source),
+            Format::PytorchArchive => pytorch::archive(&source),
+            Format::PytorchLegacy => pytorch::legacy(&source),
+            Format::Gguf => gguf::listing(&source),
         };
-        let Listing { entries, metadata } = listing.map_err(|why| Error::file(&path, why))?;
-        check_total(&entries, bytes.len()).map_err(|why| Error::file(&path, why))?;
-        Ok(Self { parts: vec![Part { path: path.clone(), bytes }], path, format, entries, metadata })
+        // What does not fit together was perhaps read while somebody wrote it.
+        source.check_unchanged()?;
+        let Listing { entries, metadata } = listing.map_err(|why| why.within(&source))?;
+        check_total(&entries, source.len()).map_err(|why| Error::file(source.path(), why))?;
+        Ok(Self { path: source.path().to_path_buf(), parts: vec![source], format, entries, metadata })
     }
 
     /// Opens all files that an index names; they must hold exactly what it says.
@@ -238,7 +238,7 @@ impl TensorFile {
 
     /// Bytes of all files.
     pub fn bytes(&self) -> usize {
-        self.parts.iter().map(|part| part.bytes.len()).sum()
+        self.parts.iter().map(Source::len).sum()
     }
 
     /// The names of the tensors, in alphabetical order.
@@ -258,15 +258,12 @@ impl TensorFile {
 
     /// Reads a tensor, on the CPU. Its dtype is that of [`Stored::dtype`].
     ///
-    /// Errors: there is none of this name; values that its type does not allow; [`Error::OutOfMemory`].
+    /// Errors: there is none of this name; values that its type does not allow; a file that has changed since it was
+    /// opened; [`Error::OutOfMemory`].
     pub fn tensor(&self, name: &str) -> Result<Tensor> {
         let entry = self.entries.get(name);
         let entry = entry.ok_or_else(|| Error::file(&self.path, format!("has no tensor `{name}`")))?;
-        let Part { path, bytes } = &self.parts[entry.part];
-        entry.read(bytes).map_err(|problem| match problem {
-            Unreadable::Content(why) => Error::file(path, format!("tensor `{name}` {why}")),
-            Unreadable::Tensor(error) => error.at(name),
-        })
+        entry.read(&self.parts[entry.part], name)
     }
 
     /// Reads every tensor.
@@ -278,37 +275,16 @@ impl TensorFile {
 }
 
 impl Entry {
-    pub fn read(&self, bytes: &[u8]) -> std::result::Result<Tensor, Unreadable> {
-        let count = self.stored.bytes(self.shape.elements()).unwrap_or(usize::MAX);
-        match &self.strides {
-            None => {
-                let range = self.start.checked_add(count).and_then(|end| bytes.get(self.start..end));
-                decode(range.ok_or_else(|| Unreadable::Content("lies behind the end".into()))?, self.shape, self.stored)
-            }
-            Some(strides) => {
-                let bytes = bytes.get(self.start..).unwrap_or_default();
-                decode(&gather(bytes, &self.shape, strides, self.stored.block().1), self.shape, self.stored)
-            }
-        }
+    /// Reads the tensor of this name.
+    pub fn read(&self, source: &Source, name: &str) -> Result<Tensor> {
+        let tensor = stored::read(source, self);
+        source.check_unchanged()?;
+        tensor.map_err(|problem| match problem {
+            Unreadable::Content(why) => Error::file(source.path(), format!("tensor `{name}` {why}")),
+            Unreadable::Failed(error @ (Error::File { .. } | Error::Io { .. })) => error,
+            Unreadable::Failed(error) => error.at(name),
+        })
     }
-}
-
-/// The values of a strided view, one behind the other.
-fn gather(bytes: &[u8], shape: &Shape, strides: &[usize], size: usize) -> Vec<u8> {
-    let mut packed = Vec::with_capacity(shape.elements() * size);
-    let mut index = vec![0usize; shape.rank()];
-    for _ in 0..shape.elements() {
-        let at: usize = index.iter().zip(strides).map(|(index, stride)| index * stride).sum();
-        packed.extend_from_slice(&bytes[at * size..][..size]);
-        for (index, &dim) in index.iter_mut().zip(shape.iter()).rev() {
-            *index += 1;
-            if *index < dim {
-                break;
-            }
-            *index = 0;
-        }
-    }
-    packed
 }
 
 /// Refuses a small file that describes many large tensors: tied weights lie in one place, all else in its own.

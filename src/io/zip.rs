@@ -2,7 +2,10 @@
 
 use std::{collections::BTreeMap, ops::Range};
 
-use super::bytes::{Cursor, Parsed};
+use super::{
+    bytes::{Cursor, Parsed, Reading},
+    source::Source,
+};
 
 /// Signature of a file's own header.
 const LOCAL: u32 = 0x0403_4B50;
@@ -16,6 +19,11 @@ const END64_PLACE: u32 = 0x0706_4B50;
 
 /// Bytes of the record at the end, before its comment of up to 64 KiB.
 const END_BYTES: usize = 22;
+/// Bytes of the record of 64-bit sizes, and of what says where it is.
+const END64_BYTES: usize = 56;
+const END64_PLACE_BYTES: usize = 20;
+/// Bytes of a file's own header before its name.
+const LOCAL_BYTES: usize = 30;
 
 /// Tag of the extra field with 64-bit sizes.
 const EXTRA64: u16 = 1;
@@ -26,14 +34,16 @@ pub(super) fn is_zip(bytes: &[u8]) -> bool {
 }
 
 /// Where the content of each file lies.
-pub(super) fn directory(bytes: &[u8]) -> Parsed<BTreeMap<&str, Range<usize>>> {
-    let (count, start) = find(bytes)?;
-    let mut cursor = Cursor::new(bytes, start);
+pub(super) fn directory(source: &Source) -> Reading<BTreeMap<String, Range<usize>>> {
+    let (count, place) = find(source)?;
+    let start = place.start;
+    let directory = source.part(place, "a directory")?;
+    let mut cursor = Cursor::new(&directory, 0);
     let mut files = BTreeMap::new();
     for _ in 0..count {
-        let at = cursor.at();
+        let at = start + cursor.at();
         if cursor.u32()? != ENTRY {
-            return Err(format!("has no entry of its directory at byte {at}"));
+            return Err(format!("has no entry of its directory at byte {at}").into());
         }
         let _versions = cursor.u32()?;
         let flags = cursor.u16()?;
@@ -47,41 +57,51 @@ pub(super) fn directory(bytes: &[u8]) -> Parsed<BTreeMap<&str, Range<usize>>> {
         wide(cursor.take(extra)?, [&mut size, &mut packed, &mut offset])?;
         cursor.take(comment)?;
         if method != 0 || packed != size {
-            return Err(format!("holds `{name}` compressed (method {method}); expected it stored, as PyTorch does"));
+            return Err(
+                format!("holds `{name}` compressed (method {method}); expected it stored, as PyTorch does").into()
+            );
         }
         if flags & 1 != 0 {
-            return Err(format!("holds `{name}` encrypted"));
+            return Err(format!("holds `{name}` encrypted").into());
         }
-        if files.insert(name, content(bytes, name, offset, size)?).is_some() {
-            return Err(format!("holds `{name}` twice"));
+        if files.insert(name.to_string(), content(source, name, offset, size)?).is_some() {
+            return Err(format!("holds `{name}` twice").into());
         }
     }
     Ok(files)
 }
 
-/// How many entries the directory has, and where it begins.
-fn find(bytes: &[u8]) -> Parsed<(u64, usize)> {
+/// How many entries the directory has, and where it lies.
+fn find(source: &Source) -> Reading<(u64, Range<usize>)> {
     let none = || "has no directory at its end: it is truncated or no zip archive".to_string();
-    let latest = bytes.len().checked_sub(END_BYTES).ok_or_else(none)?;
+    let start = source.len().saturating_sub(END_BYTES + usize::from(u16::MAX) + END64_PLACE_BYTES);
+    let end = source.part(start..source.len(), "an end")?;
+    let latest = end.len().checked_sub(END_BYTES).ok_or_else(none)?;
     let earliest = latest.saturating_sub(usize::from(u16::MAX));
-    let at = (earliest..=latest).rev().find(|&at| bytes[at..].starts_with(&END.to_le_bytes())).ok_or_else(none)?;
-    let mut cursor = Cursor::new(bytes, at + 4);
+    let at = (earliest..=latest).rev().find(|&at| end[at..].starts_with(&END.to_le_bytes())).ok_or_else(none)?;
+    let mut cursor = Cursor::new(&end, at + 4);
     let _disks: [u8; 6] = cursor.array()?;
     let (count, _size, offset) = (cursor.u16()?, cursor.u32()?, cursor.u32()?);
     let (mut count, mut offset) = (u64::from(count), u64::from(offset));
     // The place of the record of 64-bit sizes is right in front, if there is one.
-    if let Some(place) = at.checked_sub(20).filter(|&place| bytes[place..].starts_with(&END64_PLACE.to_le_bytes())) {
-        let record = Cursor::new(bytes, place + 8).u64()?;
-        let record = usize::try_from(record).map_err(|_| none())?;
-        let mut cursor = Cursor::new(bytes, record);
+    let place = at.checked_sub(END64_PLACE_BYTES);
+    if let Some(place) = place.filter(|&place| end[place..].starts_with(&END64_PLACE.to_le_bytes())) {
+        let record = Cursor::new(&end, place + 8).u64()?;
+        let inside = |&record: &usize| record.checked_add(END64_BYTES).is_some_and(|end| end <= source.len());
+        let record = usize::try_from(record).ok().filter(inside).ok_or_else(none)?;
+        let bytes: [u8; END64_BYTES] = source.array(record)?;
+        let mut cursor = Cursor::new(&bytes, 0);
         if cursor.u32()? != END64 {
-            return Err(format!("has no record of 64-bit sizes at byte {record}"));
+            return Err(format!("has no record of 64-bit sizes at byte {record}").into());
         }
         let _sizes_and_disks: [u8; 28] = cursor.array()?;
         (count, _, offset) = (cursor.u64()?, cursor.u64()?, cursor.u64()?);
     }
-    let start = usize::try_from(offset).ok().filter(|&start| start <= at);
-    start.map(|start| (count, start)).ok_or_else(|| format!("has its directory at byte {offset}, behind its end"))
+    let end = start + at;
+    match usize::try_from(offset).ok().filter(|&start| start <= end) {
+        Some(start) => Ok((count, start..end)),
+        None => Err(format!("has its directory at byte {offset}, behind its end").into()),
+    }
 }
 
 /// Reads the 64-bit sizes that take the place of those at their maximum.
@@ -100,16 +120,20 @@ fn wide(extra: &[u8], sizes: [&mut u64; 3]) -> Parsed<()> {
 }
 
 /// Where the content of a file lies, behind its own header.
-fn content(bytes: &[u8], name: &str, offset: u64, size: u64) -> Parsed<Range<usize>> {
-    let outside = || format!("holds `{name}` at byte {offset}, {size} bytes, outside of its {} bytes", bytes.len());
-    let mut cursor = Cursor::new(bytes, usize::try_from(offset).map_err(|_| outside())?);
+fn content(source: &Source, name: &str, offset: u64, size: u64) -> Reading<Range<usize>> {
+    let total = source.len();
+    let outside = || format!("holds `{name}` at byte {offset}, {size} bytes, outside of its {total} bytes");
+    let offset = usize::try_from(offset).ok();
+    let header_end = offset.and_then(|offset| offset.checked_add(LOCAL_BYTES)).filter(|&end| end <= total);
+    let header_end = header_end.ok_or_else(outside)?;
+    let header: [u8; LOCAL_BYTES] = source.array(header_end - LOCAL_BYTES)?;
+    let mut cursor = Cursor::new(&header, 0);
     if cursor.u32()? != LOCAL {
-        return Err(format!("has no header of `{name}` at byte {offset}"));
+        return Err(format!("has no header of `{name}` at byte {}", header_end - LOCAL_BYTES).into());
     }
     let _fields: [u8; 22] = cursor.array()?;
     let (name_length, extra) = (cursor.u16()?, cursor.u16()?);
-    cursor.take(usize::from(name_length) + usize::from(extra))?;
-    let start = cursor.at();
-    let size = usize::try_from(size).ok().filter(|&size| size <= cursor.left()).ok_or_else(outside)?;
-    Ok(start..start + size)
+    let start = header_end + usize::from(name_length) + usize::from(extra);
+    let end = usize::try_from(size).ok().and_then(|size| start.checked_add(size)).filter(|&end| end <= total);
+    Ok(start..end.ok_or_else(outside)?)
 }

@@ -13,7 +13,10 @@ use super::{
     pool::Source,
     tables::GraphTables,
 };
-use crate::{Device, Error, ParamMap, Result, Tensor, core::{Layout, discrete}};
+use crate::{
+    Device, Error, ParamMap, Result, Tensor,
+    core::{Layout, discrete},
+};
 
 /// A recorded computation on a GPU. Replaying it costs one launch instead of one per kernel.
 ///
@@ -206,7 +209,7 @@ impl<R> Graph<R> {
     /// `params`: the parameters that `f` reads. If one of these is replaced, a replay is an error; what `f` reads
     /// besides them is what was there at the recording.
     ///
-    /// Errors: inputs that are not on one GPU, another recording that has not ended, or whatever `f` does that a graph
+    /// Errors: inputs that are not on one GPU or require a gradient, another recording that has not ended, or whatever `f` does that a graph
     /// cannot hold. The device is as usable as before, also if `f` panics.
     pub fn capture(inputs: &[Tensor], params: &ParamMap, f: impl Fn(&[Tensor]) -> Result<R>) -> Result<Self> {
         let device = match inputs.first().map(Tensor::device) {
@@ -219,6 +222,7 @@ impl<R> Graph<R> {
                 format!("inputs are on cuda:{} and {}", device.ordinal, other.device()),
             ));
         }
+        discrete("graph", &inputs.iter().collect::<Vec<_>>())?;
         let recording = Recording::begin(device)?;
         // Copies of their own: a replay writes into them.
         let inputs = inputs.iter().map(Tensor::to_owned_copy).collect::<Result<Vec<_>>>()?;
@@ -241,6 +245,7 @@ impl<R> Graph<R> {
             let (given, expected) = (inputs.len(), self.inputs.len());
             return Err(Error::argument("graph", format!("{given} inputs, {expected} were recorded")));
         }
+        discrete("graph", &inputs.iter().collect::<Vec<_>>())?;
         for (name, recorded) in &self.params {
             if self.map.get(name).map(place).transpose()?.as_ref() != Some(recorded) {
                 return Err(Error::argument(

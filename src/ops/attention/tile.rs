@@ -1,13 +1,16 @@
 //! A tile: the scores of a block of queries against a block of keys, with every bias and mask, in one place for the
 //! forward and the backward pass.
 
-use std::{cell::RefCell, ops::Range};
+use std::ops::Range;
 
 use super::{Problem, Sizes};
 use crate::{
     Philox, Result, Tensor,
     core::{Element, Float, Real},
-    device::simd::vectorized,
+    device::{
+        scratch::{User, aligned, lend},
+        simd::vectorized,
+    },
     ops::{
         matmul::{
             cpu::{Matrix, gemm_block},
@@ -474,26 +477,15 @@ pub(super) fn with_scratch<A: Real, const N: usize, R>(
     lengths: [usize; N],
     body: impl FnOnce([&mut [A]; N]) -> R,
 ) -> R {
-    thread_local! {
-        static SCRATCH: RefCell<Vec<f64>> = const { RefCell::new(Vec::new()) };
-    }
     // Pieces start at cache lines of 64 bytes.
     let line = 64 / size_of::<A>();
     let total: usize = lengths.iter().map(|length| length.next_multiple_of(line)).sum();
-    // Taken, not borrowed: a body that starts other work of this thread finds an empty vector, no error.
-    let mut memory = SCRATCH.take();
-    let needed = (total * size_of::<A>() + 64).div_ceil(size_of::<f64>());
-    if memory.len() < needed {
-        memory.resize(needed, 0.0);
-    }
-    let skip = memory.as_ptr().align_offset(64).min(64 / size_of::<f64>());
-    let mut rest: &mut [A] = bytemuck::cast_slice_mut(&mut memory[skip..]);
-    let pieces = lengths.map(|length| {
-        let (piece, behind) = std::mem::take(&mut rest).split_at_mut(length.next_multiple_of(line));
-        rest = behind;
-        &mut piece[..length]
-    });
-    let result = body(pieces);
-    SCRATCH.replace(memory);
-    result
+    lend(User::Attention, |[memory, ..]| {
+        let mut rest: &mut [A] = aligned(memory, total);
+        body(lengths.map(|length| {
+            let (piece, behind) = std::mem::take(&mut rest).split_at_mut(length.next_multiple_of(line));
+            rest = behind;
+            &mut piece[..length]
+        }))
+    })
 }

@@ -6,7 +6,7 @@
 //! or columns, but on tiles of AMX ([`packing`](super::packing)): those have an order of their own, and are not used for a
 //! few rows.
 
-use std::cell::Cell;
+use std::mem::take;
 
 use bytemuck::Pod;
 
@@ -19,9 +19,10 @@ use super::{
 };
 use crate::{
     Result,
-    core::{Element, Float},
+    core::{Element, Float, Real},
     device::{
         cpu::{self, CpuBuffer},
+        scratch::{User, aligned, lend},
         simd::vectorized,
     },
 };
@@ -88,7 +89,10 @@ pub(crate) fn gemm_block<T: Multiply>(
     ldc: usize,
 ) {
     let start = if accumulate { Start::Previous } else { Start::Zero };
-    let c = Window::new(c, m, n, ldc);
+    let mut c = Window::new(c, m, n, ldc);
+    if k == 0 {
+        return start.fill(&mut c);
+    }
     Scratch::with(|scratch| {
         if m > skinny::ROWS && T::Tiled::available() {
             block::<T, T::Tiled>(k, a, b, start, c, scratch);
@@ -100,7 +104,7 @@ pub(crate) fn gemm_block<T: Multiply>(
     });
 }
 
-/// Memory of a thread for packed operands and sums; it grows to what was needed most.
+/// Memory of a thread for packed operands and sums.
 #[derive(Default)]
 struct Scratch {
     left: Vec<u64>,
@@ -108,29 +112,16 @@ struct Scratch {
     sums: Vec<u64>,
 }
 
-thread_local! {
-    static SCRATCH: Cell<Scratch> = Cell::default();
-}
-
 impl Scratch {
     fn with<R>(f: impl FnOnce(&mut Scratch) -> R) -> R {
-        // Taken, not borrowed: whatever `f` does, a second call on this thread finds an empty scratch, not a panic.
-        let mut scratch = SCRATCH.take();
-        let result = f(&mut scratch);
-        SCRATCH.set(scratch);
-        result
+        lend(User::Products, |areas| {
+            let [left, right, sums] = take(areas);
+            let mut scratch = Scratch { left, right, sums };
+            let result = f(&mut scratch);
+            *areas = [scratch.left, scratch.right, scratch.sums];
+            result
+        })
     }
-}
-
-/// The first elements of a growing buffer, aligned to a cache line.
-pub(super) fn aligned<R: Pod>(buffer: &mut Vec<u64>, elements: usize) -> &mut [R] {
-    const LINE: usize = 64;
-    let words = (elements * size_of::<R>()).div_ceil(size_of::<u64>());
-    if buffer.len() < words + LINE / size_of::<u64>() {
-        buffer.resize(words + LINE / size_of::<u64>(), 0);
-    }
-    let skip = buffer.as_ptr().align_offset(LINE).min(LINE / size_of::<u64>());
-    &mut bytemuck::cast_slice_mut(&mut buffer[skip..skip + words])[..elements]
 }
 
 /// Values as the type of the sums, if they have it.
@@ -138,7 +129,7 @@ pub(super) fn as_sums<T: Float>(data: &[T]) -> Option<&[T::Acc]> {
     (T::DTYPE == T::Acc::DTYPE).then(|| bytemuck::cast_slice(data))
 }
 
-/// `C = start + A·B` on the calling thread.
+/// `C = start + A·B` on the calling thread, for `k > 0`.
 fn block<T: Float, P: Packing<T>>(
     k: usize,
     a: Matrix<T>,
@@ -156,7 +147,7 @@ fn block<T: Float, P: Packing<T>>(
     let width = if m <= THIN { FEW_COLUMNS } else { BLOCK_COLUMNS };
     for j in (done..n).step_by(width) {
         let width = width.min(n - j);
-        for step in (0..k.max(1)).step_by(STEPS) {
+        for step in (0..k).step_by(STEPS) {
             let steps = STEPS.min(k - step);
             let start = start.of_block(step, j);
             let right = right::<T, P>(b.from(step, j), m, width, steps, &mut scratch.right);
@@ -326,8 +317,14 @@ pub(super) fn gemm_by<T: Float, P: Packing<T>>(product: &Product<T>, out: &mut [
         })
     });
     let start = bias.map_or(Start::Zero, Start::Bias);
-    let depth = k.max(1);
-    let cost = m.saturating_mul(n).saturating_mul(depth);
+    if k == 0 {
+        match product.bias {
+            Some(bias) => out.chunks_exact_mut(n).for_each(|row| row.copy_from_slice(bias)),
+            None => out.fill(T::from_acc(T::Acc::ZERO)),
+        }
+        return Ok(());
+    }
+    let cost = m.saturating_mul(n).saturating_mul(k);
     if cost >= LARGE && m > THIN && n > THIN && batch < 8 {
         return out.chunks_exact_mut(m * n).enumerate().try_for_each(|(item, out)| {
             let (a, b) = product.item(item);
@@ -340,15 +337,15 @@ pub(super) fn gemm_by<T: Float, P: Packing<T>>(product: &Product<T>, out: &mut [
     let (height, width) = if cost <= 2 * grain {
         (m, n)
     } else if m <= THIN {
-        let columns = (grain / (m * depth)).max(n / 64).max(FEW_COLUMNS);
+        let columns = (grain / (m * k)).max(n / 64).max(FEW_COLUMNS);
         (m, columns.next_multiple_of(FEW_COLUMNS).min(n))
     } else {
-        ((GRAIN / (n * depth)).max(256).min(m), n)
+        ((GRAIN / (n * k)).max(256).min(m), n)
     };
     let (down, across) = (m.div_ceil(height), n.div_ceil(width));
     let whole = Window::new(out, batch * m, n, n);
     let pieces = batch * down * across;
-    let per_task = (grain / height.saturating_mul(width).saturating_mul(depth)).max(1);
+    let per_task = (grain / height.saturating_mul(width).saturating_mul(k)).max(1);
     cpu::for_tasks(pieces.div_ceil(per_task), |task| {
         Scratch::with(|scratch| {
             for piece in task * per_task..((task + 1) * per_task).min(pieces) {
@@ -385,9 +382,13 @@ fn gemm_sums_by<T: Float, P: Packing<T>>(product: &Product<T>, accumulate: bool,
         return Ok(());
     }
     let start = if accumulate { Start::Previous } else { Start::Zero };
+    let mut whole = Window::new(sums, m, n, n);
+    if k == 0 {
+        start.fill(&mut whole);
+        return Ok(());
+    }
     let (a, b) = product.item(0);
-    let whole = Window::new(sums, m, n, n);
-    let cost_of_row = n.saturating_mul(k.max(1));
+    let cost_of_row = n.saturating_mul(k);
     if m.saturating_mul(cost_of_row) >= LARGE && m > THIN && n > THIN {
         return shared::product_sums::<T, P>(k, a, b, start, whole);
     }
@@ -422,7 +423,7 @@ fn one_piece<T: Float, P: Packing<T>>(
         return block::<T, P>(k, a, b, start, out, scratch);
     }
     let (rows, columns) = (out.rows(), out.columns());
-    let mut buffer = std::mem::take(&mut scratch.sums);
+    let mut buffer = take(&mut scratch.sums);
     let sums = aligned::<T::Acc>(&mut buffer, rows * columns);
     block::<T, P>(k, a, b, start, Window::new(sums, rows, columns, columns), scratch);
     for (row, sums) in sums.chunks_exact(columns).enumerate() {

@@ -5,12 +5,12 @@
 //! lanes, which are rows. The order of additions is that of the packed product, whose bits these are.
 
 use super::{
-    cpu::{Matrix, STEPS, aligned},
+    cpu::{Matrix, STEPS},
     microkernel::{Start, Window},
     packing::Packing,
     skinny,
 };
-use crate::core::Float;
+use crate::{core::Float, device::scratch::aligned};
 
 /// At most this many rows are worth it.
 const ROWS: usize = 2 * LANES;

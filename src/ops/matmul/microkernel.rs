@@ -128,6 +128,18 @@ impl<'a, R: Real> Start<'a, R> {
         }
     }
 
+    /// `C = start`, the product without steps.
+    pub fn fill(self, c: &mut Window<R>) {
+        let columns = c.columns;
+        for i in 0..c.rows {
+            match self {
+                Self::Zero => c.row_mut(i).fill(R::ZERO),
+                Self::Bias(bias) => c.row_mut(i).copy_from_slice(&bias[..columns]),
+                Self::Previous => {}
+            }
+        }
+    }
+
     /// `row = start + sums` for the columns that have sums.
     #[inline(always)]
     pub fn add_to(self, sums: &[R], row: &mut [R]) {
@@ -167,21 +179,23 @@ pub(crate) struct Right<'a, R> {
 }
 
 /// `C = start + A·B` for one block of `steps` steps, on the calling thread.
-pub(super) fn multiply<R: Real>(steps: usize, a: Left<R>, b: Right<R>, start: Start<R>, c: Window<R>) {
+pub(super) fn multiply<R: Real>(steps: usize, a: Left<R>, b: Right<R>, start: Start<R>, mut c: Window<R>) {
     let (m, n) = (c.rows, c.columns);
     if m == 0 || n == 0 {
         return;
     }
-    let tile = tile::<R>();
-    if steps > 0 {
-        let (row, step) = if a.order == Order::Rows { (1, a.stride) } else { (a.stride, 1) };
-        // A full panel may reach further than the last one, which may be lower.
-        let last_panel = (m - 1) / tile.rows * a.panel + (m - 1) % tile.rows * row;
-        let full_panel = (m / tile.rows).saturating_sub(1) * a.panel + (tile.rows.min(m) - 1) * row;
-        assert!(last_panel.max(full_panel) + (steps - 1) * step < a.data.len(), "A ends before its block");
-        let last_column = ((n - 1) / tile.columns) * b.panel + tile.columns - 1;
-        assert!(last_column + (steps - 1) * b.step < b.data.len(), "B ends before its block");
+    if steps == 0 {
+        // Operands may be empty: no place in them can be pointed to.
+        return start.fill(&mut c);
     }
+    let tile = tile::<R>();
+    let (row, step) = if a.order == Order::Rows { (1, a.stride) } else { (a.stride, 1) };
+    // A full panel may reach further than the last one, which may be lower.
+    let last_panel = (m - 1) / tile.rows * a.panel + (m - 1) % tile.rows * row;
+    let full_panel = (m / tile.rows).saturating_sub(1) * a.panel + (tile.rows.min(m) - 1) * row;
+    assert!(last_panel.max(full_panel) + (steps - 1) * step < a.data.len(), "A ends before its block");
+    let last_column = ((n - 1) / tile.columns) * b.panel + tile.columns - 1;
+    assert!(last_column + (steps - 1) * b.step < b.data.len(), "B ends before its block");
     let (bias, start) = match start {
         Start::Zero => (std::ptr::null(), Kind::Zero),
         Start::Previous => (std::ptr::null(), Kind::Previous),

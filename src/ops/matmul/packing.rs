@@ -113,7 +113,7 @@ pub(crate) trait Packing<T: Float>: Send + Sync {
         Right { data: packed, panel: columns * steps.next_multiple_of(Self::STEPS), step: columns }
     }
 
-    /// `C = start + A·B` for one block of steps.
+    /// `C = start + A·B` for one block of steps, at least one.
     fn multiply(steps: usize, a: Left<Self::Packed>, b: Right<Self::Packed>, start: Start<T::Acc>, c: Window<T::Acc>);
 }
 

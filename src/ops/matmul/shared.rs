@@ -1,4 +1,5 @@
-//! One large product on all threads: the operands are packed once, block by block, and every thread reads them.
+//! One large product on all threads: the operands are packed once, block by block, and every thread reads them. There is
+//! at least one step.
 
 use std::{
     marker::PhantomData,
@@ -149,7 +150,7 @@ impl<'a, T: Float, P: Packing<T>> Chunk<'a, T, P> {
     fn run(&self, task: impl Fn(usize, usize, usize, usize, &dyn Fn(Window<T::Acc>)) + Sync) -> Result<()> {
         let &Self { k, a, b, rows: m, columns: n, height, .. } = self;
         let (down, across) = (m.div_ceil(height), n.div_ceil(TASK_COLUMNS));
-        let blocks = k.div_ceil(STEPS).clamp(1, self.blocks_at_a_time);
+        let blocks = k.div_ceil(STEPS).min(self.blocks_at_a_time);
         // Rows of A whose steps lie next to each other are read in place if packing them would serve few columns.
         let in_place = n <= DIRECT && a.col == 1 && P::left_in_place(a, STEPS.min(k), n).is_some() && {
             let last = k % STEPS;
@@ -160,7 +161,7 @@ impl<'a, T: Float, P: Packing<T>> Chunk<'a, T, P> {
         let mut packed_b = CpuBuffer::new(blocks * across * TASK_COLUMNS * STEPS * size_of::<P::Packed>())?;
         let packed_a = bytemuck::cast_slice_mut::<u8, P::Packed>(packed_a.bytes_mut());
         let packed_b = bytemuck::cast_slice_mut::<u8, P::Packed>(packed_b.bytes_mut());
-        for first in (0..k.max(1)).step_by(self.blocks_at_a_time * STEPS) {
+        for first in (0..k).step_by(self.blocks_at_a_time * STEPS) {
             let steps = |block: usize| STEPS.min(k.saturating_sub(first + block * STEPS));
             let in_range = AtomicBool::new(true);
             // The panels of one task and one block of steps lie together, in an area of fixed size.
@@ -186,7 +187,7 @@ impl<'a, T: Float, P: Packing<T>> Chunk<'a, T, P> {
                 task(i * height, j * TASK_COLUMNS, rows, columns, &|mut c| {
                     for block in 0..blocks {
                         let (step, steps) = (first + block * STEPS, steps(block));
-                        if step > 0 && steps == 0 {
+                        if steps == 0 {
                             break;
                         }
                         let start = self.start.of_block(step, j * TASK_COLUMNS);

@@ -1,0 +1,85 @@
+//! Free ranges of addresses, found by their place and by their size.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+/// Ranges of addresses that do not touch each other.
+#[derive(Default)]
+pub(super) struct Ranges {
+    by_start: BTreeMap<usize, usize>,
+    /// Sizes and starts.
+    by_size: BTreeSet<(usize, usize)>,
+    /// Of all ranges together.
+    pub bytes: usize,
+}
+
+impl Ranges {
+    /// Adds a range, joined with those that it touches.
+    pub fn insert(&mut self, mut start: usize, mut bytes: usize) {
+        if bytes == 0 {
+            return;
+        }
+        if let Some((before, len)) = self.ending_at(start) {
+            self.remove(before);
+            (start, bytes) = (before, len + bytes);
+        }
+        if let Some(len) = self.starting_at(start + bytes) {
+            self.remove(start + bytes);
+            bytes += len;
+        }
+        self.by_start.insert(start, bytes);
+        self.by_size.insert((bytes, start));
+        self.bytes += bytes;
+    }
+
+    pub fn remove(&mut self, start: usize) {
+        if let Some(bytes) = self.by_start.remove(&start) {
+            self.by_size.remove(&(bytes, start));
+            self.bytes -= bytes;
+        }
+    }
+
+    /// The smallest range of at least so many bytes; of equal ones that at the lowest address.
+    pub fn smallest(&self, bytes: usize) -> Option<(usize, usize)> {
+        self.by_size.range((bytes, 0)..).next().map(|&(len, start)| (start, len))
+    }
+
+    pub fn starting_at(&self, start: usize) -> Option<usize> {
+        self.by_start.get(&start).copied()
+    }
+
+    pub fn ending_at(&self, end: usize) -> Option<(usize, usize)> {
+        let (&start, &len) = self.by_start.range(..end).next_back()?;
+        (start + len == end).then_some((start, len))
+    }
+
+    /// The range with this address.
+    pub fn containing(&self, address: usize) -> Option<(usize, usize)> {
+        let (&start, &len) = self.by_start.range(..=address).next_back()?;
+        (address - start < len).then_some((start, len))
+    }
+
+    pub fn iter(&self) -> impl Iterator<Item = (usize, usize)> + '_ {
+        self.by_start.iter().map(|(&start, &len)| (start, len))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ranges_join_with_their_neighbours() {
+        let mut ranges = Ranges::default();
+        for (start, bytes) in [(100, 50), (200, 50), (300, 10), (0, 0)] {
+            ranges.insert(start, bytes);
+        }
+        assert_eq!(ranges.smallest(11), Some((100, 50)));
+        ranges.insert(150, 50);
+        assert_eq!(ranges.iter().collect::<Vec<_>>(), [(100, 150), (300, 10)]);
+        ranges.insert(250, 50);
+        assert_eq!(ranges.iter().collect::<Vec<_>>(), [(100, 210)]);
+        assert_eq!((ranges.bytes, ranges.smallest(211)), (210, None));
+        ranges.remove(100);
+        assert_eq!((ranges.bytes, ranges.by_size.len()), (0, 0));
+    }
+}
