@@ -16,13 +16,27 @@ __device__ __forceinline__ f64 by_divisor(f32 g, f32 a, f32 b) { return -((f64)g
 
 __device__ __forceinline__ bool has_exponent(f64 x) { return x != 0 && x - x == 0; }
 
+// x is the result, from 1 to 2, times 2^power.
+__device__ __forceinline__ f64 mantissa(f64 x, i32& power) {
+    const bool subnormal = fabs(x) < 2.2250738585072014e-308;
+    const u64 bits = __double_as_longlong(subnormal ? x * 18014398509481984.0 : x);
+    power = (i32)(bits >> 52 & 0x7FF) - 1023 - (subnormal ? 54 : 0);
+    return __longlong_as_double((bits & 0x800FFFFFFFFFFFFF) | 0x3FF0000000000000);
+}
+
+__device__ __forceinline__ f64 power_of_two(i32 n) { return __longlong_as_double((u64)(n + 1023) << 52); }
+
 __device__ __forceinline__ f64 by_divisor(f64 g, f64 a, f64 b) {
     if (!has_exponent(g) || !has_exponent(a) || !has_exponent(b)) return -g * (a / b / b);
-    int g_power, a_power, b_power;
-    g = frexp(g, &g_power);
-    a = frexp(a, &a_power);
-    b = frexp(b, &b_power);
-    return ldexp(-(g * a) / (b * b), g_power + a_power - 2 * b_power);
+    i32 g_power, a_power, b_power;
+    g = mantissa(g, g_power);
+    a = mantissa(a, a_power);
+    b = mantissa(b, b_power);
+    // In two factors, of which the first is exact; beyond ±2000 the result is 0 or infinite.
+    const i32 power = g_power + a_power - 2 * b_power;
+    const i32 bounded = power > 2000 ? 2000 : power < -2000 ? -2000 : power, half = bounded > 0 ? 1000 : -1000;
+    const i32 first = bounded > 1000 || bounded < -1000 ? half : 0;
+    return -(g * a) / (b * b) * power_of_two(first) * power_of_two(bounded - first);
 }
 
 extern "C" __global__ void quotient_bwd(T* y, const T* g, const T* a, const T* b, Layout g_layout, Layout a_layout,
