@@ -53,7 +53,7 @@ extern "C" __global__ void activation_bwd(T* dx, Acc* partials, const T* x, cons
                 for (int lane = 0; lane < lanes.COUNT; ++lane) {
                     const Acc sum = Element<T>::to_acc(values.lane[lane]) + Element<T>::to_acc(summand.lane[lane]);
                     const Acc kept = Activation::KEEP == INPUT ? sum : Activation::value(sum);
-                    const Acc gradient = Element<T>::to_acc(gradients.lane[lane]) * Activation::slope(kept);
+                    const Acc gradient = Activation::gradient(Element<T>::to_acc(gradients.lane[lane]), kept);
                     dbias[lane] += gradient;
                     gradients.lane[lane] = Element<T>::from_acc(gradient);
                 }

@@ -2,8 +2,10 @@
 //
 // Shapes: y [n] packed; a and b any layouts of y's shape, with step 0 along the dimensions in which they repeat, whose
 // dimensions the host has merged where both layouts allow it. FUNCTION names a row below, one for each row of the
-// tables in src/ops/pointwise.rs. Arithmetic gives a T, computed in f32 for half types, the others bool.
+// tables in src/ops/binary.rs and compare.rs. Arithmetic gives a T, computed in f32 for half types, the others bool.
+// Integers wrap around.
 // Variants: DTYPE=f32,f64,bf16,f16 FUNCTION=add,sub,mul,div
+// Variants: DTYPE=i64 FUNCTION=add,sub,mul
 // Variants: DTYPE=f32,f64,bf16,f16,i64,bool FUNCTION=eq,ne,lt,le,gt,ge
 // Variants: DTYPE=bool FUNCTION=logical_and,logical_or,logical_not
 //
@@ -16,15 +18,20 @@
 
 typedef Element<T>::Acc Acc;
 
+__device__ __forceinline__ f32 wrap(f32 x) { return x; }
+__device__ __forceinline__ f64 wrap(f64 x) { return x; }
+__device__ __forceinline__ u64 wrap(i64 x) { return x; }
+__device__ __forceinline__ bool wrap(bool x) { return x; }
+
 #define ROW(name, value_of_a_b) \
     struct name { \
         static __device__ __forceinline__ auto value(Acc a, Acc b) { return value_of_a_b; } \
     };
 
 namespace function {
-ROW(add, a + b)
-ROW(sub, a - b)
-ROW(mul, a * b)
+ROW(add, Acc(wrap(a) + wrap(b)))
+ROW(sub, Acc(wrap(a) - wrap(b)))
+ROW(mul, Acc(wrap(a) * wrap(b)))
 ROW(div, a / b)
 ROW(eq, a == b)
 ROW(ne, a != b)

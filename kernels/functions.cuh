@@ -10,38 +10,52 @@ __device__ __forceinline__ Acc normal_cdf(Acc x) { return Acc(0.5) * (1 + erf(x 
 __device__ __forceinline__ Acc normal_pdf(Acc x) { return Acc(0.39894228040143268) * exp(Acc(-0.5) * x * x); }
 
 // What multiplies x in the approximation of GELU by tanh, and its derivative. 2 sqrt(2 / pi) is 1.5957691216057308.
+// Beyond 24 the gate is 0 or 1 in f64 too, and so is the first factor of its slope 0: the last one must not overflow.
 __device__ __forceinline__ Acc gelu_gate(Acc x) {
     return 1 / (1 + exp(-Acc(1.5957691216057308) * x * (1 + Acc(0.044715) * x * x)));
 }
 __device__ __forceinline__ Acc gelu_gate_slope(Acc x) {
     const Acc gate = gelu_gate(x);
+    if (x > 24) x = 24;
+    if (x < -24) x = -24;
     return gate * (1 - gate) * Acc(1.5957691216057308) * (1 + Acc(0.134145) * x * x);
 }
 
 __device__ __forceinline__ Acc logistic(Acc x) { return 1 / (1 + exp(-x)); }
 
+// Its derivative, to the last digit where it is near 0 or 1.
+__device__ __forceinline__ Acc logistic_slope(Acc x) {
+    const Acc power = exp(x < 0 ? x : -x), sum = 1 + power;
+    return power / (sum * sum);
+}
+
+__device__ __forceinline__ Acc twice(Acc x) { return x + x; }
+
 enum { INPUT, OUTPUT };
 
-// Name, whether the derivative is written in input or output, value at x, derivative in the number that is kept. In a
-// namespace, as some have the names of functions.
-#define ROW(name, keep, value_at_x, derivative) \
+// Name, whether the gradient is written in input or output, value at x, gradient of the input from that of the output,
+// g, and the number that is kept: no factor of it leaves the range of the type where it does not. In a namespace, as
+// some have the names of functions.
+#define ROW(name, keep, value_at_x, gradient_at_kept) \
     struct name { \
         static constexpr int KEEP = keep; \
         static __device__ __forceinline__ Acc value(Acc x) { return value_at_x; } \
-        static __device__ __forceinline__ Acc slope(Acc kept) { return derivative; } \
+        static __device__ __forceinline__ Acc gradient(Acc g, Acc kept) { return gradient_at_kept; } \
+        static __device__ __forceinline__ Acc slope(Acc kept) { return gradient(1, kept); } \
     };
 
 namespace function {
-ROW(neg, INPUT, -x, -1)
-ROW(exp, OUTPUT, ::exp(x), kept)
-ROW(ln, INPUT, ::log(x), 1 / kept)
-ROW(sqrt, OUTPUT, ::sqrt(x), Acc(0.5) / kept)
-ROW(square, INPUT, x * x, kept + kept)
-ROW(sigmoid, OUTPUT, 1 / (1 + ::exp(-x)), kept * (1 - kept))
-ROW(tanh, OUTPUT, ::tanh(x), 1 - kept * kept)
-ROW(relu, OUTPUT, positive(x), kept > 0 ? 1 : 0)
-ROW(relu_squared, INPUT, positive(x) * positive(x), 2 * positive(kept))
-ROW(gelu, INPUT, x * normal_cdf(x), normal_cdf(kept) + kept * normal_pdf(kept))
-ROW(gelu_tanh, INPUT, x * gelu_gate(x), gelu_gate(kept) + kept * gelu_gate_slope(kept))
-ROW(silu, INPUT, x * logistic(x), logistic(kept) * (1 + kept * (1 - logistic(kept))))
+ROW(neg, INPUT, -x, -g)
+ROW(exp, OUTPUT, ::exp(x), g * kept)
+ROW(ln, INPUT, ::log(x), g / kept)
+ROW(sqrt, OUTPUT, ::sqrt(x), g * (Acc(0.5) / kept))
+ROW(square, INPUT, x * x, twice(g * kept))
+ROW(sigmoid, INPUT, logistic(x), g * logistic_slope(kept))
+ROW(tanh, INPUT, ::tanh(x), g * (4 * logistic_slope(kept + kept)))
+// No gradient where x <= 0, which is not where x > 0 is false: NaN lets it pass.
+ROW(relu, OUTPUT, positive(x), kept <= 0 ? 0 : g)
+ROW(relu_squared, INPUT, positive(x) * positive(x), kept <= 0 ? 0 : twice(g * kept))
+ROW(gelu, INPUT, x * normal_cdf(x), g * (normal_cdf(kept) + kept * normal_pdf(kept)))
+ROW(gelu_tanh, INPUT, x * gelu_gate(x), g * (gelu_gate(kept) + kept * gelu_gate_slope(kept)))
+ROW(silu, INPUT, x * logistic(x), g * (logistic(kept) * (1 + kept * (1 - logistic(kept)))))
 } // namespace function

@@ -74,7 +74,7 @@ extern "C" __global__ void glu_bwd(T* dx, Acc* partials, const T* x, const T* bi
                     const Acc v = Element<T>::to_acc(value.lane[lane]) + to_value.lane[lane];
                     const Acc grad = Element<T>::to_acc(gradient.lane[lane]), activated = Activation::value(u);
                     const Acc dv = grad * activated;
-                    const Acc du = grad * v * Activation::slope(Activation::KEEP == INPUT ? u : activated);
+                    const Acc du = Activation::gradient(grad * v, Activation::KEEP == INPUT ? u : activated);
                     dvalue[lane] += dv;
                     dgate[lane] += du;
                     value.lane[lane] = Element<T>::from_acc(dv);

@@ -2,8 +2,9 @@
 //
 //   y[o, i] = sum_c x[o, c, i] / divisor
 //
-// Shapes: x [outer, count, inner] packed, y [outer, inner]. T: f32, f64, bf16, f16; sums in f32 (f64 for f64).
-// Variants: DTYPE=f32,f64,bf16,f16
+// Shapes: x [outer, count, inner] packed, y [outer, inner]. T: f32, f64, bf16, f16; sums in f32 (f64 for f64). Or i64,
+// whose sums wrap around.
+// Variants: DTYPE=f32,f64,bf16,f16,i64
 //
 // Where rows are few and sums long, reduce_pieces adds up pieces of `piece` summands, [outer, pieces, inner], and
 // reduce_finish the pieces. inner = 1: a warp or a block per sum (see for_row). Otherwise blocks of 32 x 8 threads: 32
@@ -15,6 +16,15 @@
 #include "common.cuh"
 
 typedef Element<T>::Acc Acc;
+
+// What sums are added up in.
+template <typename A> struct Sum {
+    typedef A Type;
+};
+template <> struct Sum<i64> {
+    typedef u64 Type;
+};
+typedef Sum<Acc>::Type Total;
 
 // FEW summands join the total together, which bounds the rounding error of long sums.
 constexpr u32 WARP = 32, HEIGHT = 8, FEW = 16;
@@ -36,33 +46,33 @@ __device__ __forceinline__ void sum_rows(To* y, const From* x, i64 outer, i64 co
         const Span span = span_of(row % pieces, piece, count);
         const From* from = x + row / pieces * count + span.first;
         const bool packed = aligned(from);
-        Acc sum = 0;
+        Total sum = 0;
         // Packets even where they are not aligned: the order of summation must not depend on where the row starts.
         for_row<16 / sizeof(From)>(span.last - span.first, true, [&](u32 j, auto lanes) {
             const auto values = load<lanes.COUNT>(from + j, packed);
-            Acc few = 0;
+            Total few = 0;
 #pragma unroll
             for (From value : values.lane) few += Element<From>::to_acc(value);
             sum += few;
         });
         sum = sum_row(sum);
-        if (threadIdx.x == 0) y[row] = Element<To>::from_acc(sum / divisor);
+        if (threadIdx.x == 0) y[row] = Element<To>::from_acc(sum / (Total)divisor);
     }
 }
 
 template <int N, typename To, typename From>
 __device__ __forceinline__ void sum_columns(To* y, const From* x, i64 outer, i64 count, i64 inner, i64 piece,
                                             i64 pieces, Acc divisor) {
-    __shared__ Acc sums[HEIGHT][N][WARP];
+    __shared__ Total sums[HEIGHT][N][WARP];
     for (i64 row = blockIdx.y; row < outer * pieces; row += gridDim.y) {
         const Span span = span_of(row % pieces, piece, count);
         const From* from = x + row / pieces * count * inner;
         for (i64 tile = (i64)blockIdx.x * WARP * N; tile < inner; tile += (i64)gridDim.x * WARP * N) {
             const i64 column = tile + threadIdx.x * N;
-            Acc sum[N] = {};
+            Total sum[N] = {};
             if (column < inner) {
                 for (i64 first = span.first + threadIdx.y; first < span.last; first += HEIGHT * FEW) {
-                    Acc few[N] = {};
+                    Total few[N] = {};
                     const i64 last = min(first + HEIGHT * FEW, span.last);
 #pragma unroll 4
                     for (i64 c = first; c < last; c += HEIGHT) {
@@ -80,10 +90,10 @@ __device__ __forceinline__ void sum_columns(To* y, const From* x, i64 outer, i64
             if (threadIdx.y == 0 && column < inner) {
 #pragma unroll
                 for (int lane = 0; lane < N; ++lane) {
-                    Acc total = 0;
+                    Total total = 0;
 #pragma unroll
                     for (u32 height = 0; height < HEIGHT; ++height) total += sums[height][lane][threadIdx.x];
-                    y[row * inner + column + lane] = Element<To>::from_acc(total / divisor);
+                    y[row * inner + column + lane] = Element<To>::from_acc(total / (Total)divisor);
                 }
             }
             __syncthreads();
@@ -119,9 +129,13 @@ extern "C" __global__ void reduce_finish(T* y, const Acc* sums, i64 outer, i64 p
 // Whether `a` comes before `b` among the largest: NaN first.
 __device__ __forceinline__ bool larger(Acc a, Acc b) { return a > b || (a != a && b == b); }
 
+// What nothing is smaller than.
+template <typename A> __device__ __forceinline__ A least() { return negative_infinity<A>(); }
+template <> __device__ __forceinline__ i64 least<i64>() { return -0x7FFFFFFFFFFFFFFF - 1; }
+
 // The largest element of each row [rows, columns] and, unless `y` is null, its value; the first of equal ones.
 extern "C" __global__ void reduce_largest(i64* index, T* y, const T* x, i64 rows, u32 columns) {
-    const Acc lowest = -__uint_as_float(0x7F800000);
+    const Acc lowest = least<Acc>();
     const i64 step = (i64)gridDim.x * blockDim.y;
     for (i64 row = (i64)blockIdx.x * blockDim.y + threadIdx.y; row < rows; row += step) {
         const T* from = x + row * columns;

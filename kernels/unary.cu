@@ -28,8 +28,8 @@ extern "C" __global__ void unary_bwd(T* dx, const T* kept, const T* g, i64 n) {
         auto gradients = load<lanes.COUNT>(g + i);
 #pragma unroll
         for (int lane = 0; lane < lanes.COUNT; ++lane) {
-            const Acc slope = function::FUNCTION::slope(Element<T>::to_acc(at.lane[lane]));
-            gradients.lane[lane] = Element<T>::from_acc(Element<T>::to_acc(gradients.lane[lane]) * slope);
+            const Acc g = Element<T>::to_acc(gradients.lane[lane]), kept = Element<T>::to_acc(at.lane[lane]);
+            gradients.lane[lane] = Element<T>::from_acc(function::FUNCTION::gradient(g, kept));
         }
         store(dx + i, gradients);
     });

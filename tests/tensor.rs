@@ -259,8 +259,7 @@ fn views_share_storage() -> Result<()> {
 #[test]
 fn views_of_rank_0_to_6() -> Result<()> {
     let scalar = counting(());
-    assert!(scalar.narrow(0, 0, 1).is_err() && scalar.transpose(0, 0).is_err() && scalar.squeeze(0).is_err());
-    assert!(scalar.flatten(0, 0).is_err() && scalar.select(0, 0).is_err() && scalar.dim(0).is_err());
+    assert!(scalar.narrow(0, 0, 1).is_err() && scalar.select(0, 0).is_err() && scalar.dim(0).is_err());
     assert_eq!(scalar.permute(&[])?.rank(), 0);
     assert_eq!(scalar.reshape([1, 1, 1])?.shape(), [1, 1, 1]);
     assert_eq!(values(&scalar.expand([2, 2])?.contiguous()?), [0.0; 4]);
@@ -342,7 +341,7 @@ fn gradients_of_empty_views() -> Result<()> {
 #[test]
 fn every_view_error_names_what_was_wrong() {
     let x = counting([2, 3]);
-    let cases: [(Result<Tensor>, &[&str]); 23] = [
+    let cases: [(Result<Tensor>, &[&str]); 22] = [
         (x.reshape([4]), &["reshape", "[2, 3]", "[4]"]),
         (x.reshape([7, 0]), &["reshape", "[7, 0]"]),
         (x.reshape([1; 7]), &["7 dimensions"]),
@@ -363,7 +362,6 @@ fn every_view_error_names_what_was_wrong() {
         (x.expand([3]), &["expand", "[3]"]),
         (x.unsqueeze(3), &["unsqueeze", "3", "[2, 3]"]),
         (x.unsqueeze(-4), &["unsqueeze", "-4"]),
-        (x.squeeze(0), &["squeeze", "dimension 0", "[2, 3]"]),
         (x.flatten(1, 0), &["flatten", "1", "0"]),
         (x.flatten(0, 5), &["flatten", "dimension 5"]),
     ];
@@ -375,7 +373,6 @@ fn every_view_error_names_what_was_wrong() {
     }
     assert!(refused(x.split(&[1, 1], 1)).contains("[1, 1]"));
     assert!(refused(x.split(&[usize::MAX, 4], 1)).contains("split"));
-    assert!(refused(x.chunk(2, 1)).contains("does not split in 2"));
     assert!(refused(x.chunk(0, 1)).contains("chunk"));
     assert!(refused(x.chunk(2, 3)).contains("dimension 3"));
     assert!(refused(x.dim(2)).contains("dimension 2"));
@@ -387,8 +384,7 @@ fn every_view_error_names_what_was_wrong() {
     assert!(refused(x.sum(&[0, 0])).contains("twice"));
     assert!(refused(x.sum(&[0, -2])).contains("twice"));
     assert!(refused(x.mean(&[2])).contains("mean"));
-    assert!(refused(Tensor::arange(3, device()).unwrap().sum(&[])).contains("i64"));
-    assert!(refused(counting(()).softmax()).contains("softmax"));
+    assert!(refused(Tensor::arange(3, device()).unwrap().mean(&[])).contains("i64"));
     assert!(refused(Tensor::arange(3, device()).unwrap().softmax()).contains("i64"));
 }
 

@@ -44,7 +44,10 @@ impl DType {
 
     /// The error of an op that takes floats for a type that is not one of them.
     pub(crate) fn expect_float(self, op: &'static str) -> Result<()> {
-        ensure!(self.is_float(), Error::dtype(op, format!("expected a float tensor, got {self}")));
+        ensure!(
+            self.is_float(),
+            Error::dtype(op, format!("expected a float tensor, got {self}; convert with `to_dtype`"))
+        );
         Ok(())
     }
 

@@ -37,6 +37,8 @@ pub(crate) trait Real:
     fn normal<const FUSED: bool>(self) -> (Self, Self);
     /// `x Φ(x)`, with `Φ` as [`Real::normal`] has it.
     fn gelu<const FUSED: bool>(self) -> Self;
+    /// `−self · a / b²`, rounded where the result is and not where a factor leaves the range of the type.
+    fn by_divisor(self, a: Self, b: Self) -> Self;
 
     #[inline(always)]
     fn exp(self) -> Self {
@@ -120,24 +122,24 @@ impl Real for f32 {
         let bounded = if exponent < LOWEST { LOWEST } else { exponent };
         let power = small_power::<FUSED>(bounded);
         let density = if exponent < LOWEST { 0.0 } else { 0.398_942_3 * power };
-        let tail = upper_tail::<FUSED>(bounded_size(self));
+        let (_, tail) = size_and_tail::<FUSED>(self);
         (if self < 0.0 { tail } else { 1.0 - tail }, density)
     }
 
     /// `max(x, 0) − |x| Φ(−|x|)`, where neither a sign is looked at nor a digit of a small result lost.
     #[inline(always)]
     fn gelu<const FUSED: bool>(self) -> f32 {
-        let a = bounded_size(self);
+        let (a, tail) = size_and_tail::<FUSED>(self);
         let positive = if self < 0.0 { 0.0 } else { self };
-        (-a).fma::<FUSED>(upper_tail::<FUSED>(a), positive)
+        (-a).fma::<FUSED>(tail, positive)
     }
-}
 
-/// `|x|`, and 8 beyond it, where [`upper_tail`] is 6e-16.
-#[inline(always)]
-fn bounded_size(x: f32) -> f32 {
-    let a = f32::abs(x);
-    if a > 8.0 { 8.0 } else { a }
+    /// In f64, which has the exponents.
+    #[inline(always)]
+    fn by_divisor(self, a: f32, b: f32) -> f32 {
+        let (g, a, b) = (self as f64, a as f64, b as f64);
+        (-(g * a) / (b * b)) as f32
+    }
 }
 
 /// `Φ(−a)` for `a` in 0 to 8, as `2^q(a)` with polynomials for `q` and the power: no division, which takes as long as ten
@@ -160,6 +162,16 @@ fn upper_tail<const FUSED: bool>(a: f32) -> f32 {
     let q = horner::<FUSED, 10>(a, Q);
     let shifted = q + ROUND;
     times_power_of_two(horner::<FUSED, 6>(q - (shifted - ROUND), POWER), shifted.to_bits() as i32)
+}
+
+/// `|x|` and `Φ(−|x|)`. Beyond −8 the probability is 0, of which no `x` makes a number; beyond 8 both are those of 8,
+/// since `x − 8 Φ(−8)` is `x`, also of ∞.
+#[inline(always)]
+fn size_and_tail<const FUSED: bool>(x: f32) -> (f32, f32) {
+    let a = f32::abs(x);
+    let bounded = if a > 8.0 { 8.0 } else { a };
+    let tail = upper_tail::<FUSED>(bounded);
+    if x < -8.0 { (a, 0.0) } else { (bounded, tail) }
 }
 
 /// Adding 1.5 · 2²³ leaves the nearest integer in the low bits of the mantissa.
@@ -232,11 +244,21 @@ impl Real for f64 {
         libm::tanh(self)
     }
     fn normal<const FUSED: bool>(self) -> (f64, f64) {
-        let below = 0.5 * (1.0 + libm::erf(self * std::f64::consts::FRAC_1_SQRT_2));
+        // Not 1 + erf, which cancels below 0.
+        let below = 0.5 * libm::erfc(-self * std::f64::consts::FRAC_1_SQRT_2);
         (below, 0.398_942_280_401_432_7 * libm::exp(-0.5 * self * self))
     }
     fn gelu<const FUSED: bool>(self) -> f64 {
         self * self.normal::<FUSED>().0
+    }
+    /// By numbers between 1/2 and 1, whose exponents are added up beside.
+    fn by_divisor(self, a: f64, b: f64) -> f64 {
+        let numbers = [self, a, b];
+        if numbers.iter().any(|x| !x.is_finite() || *x == 0.0) {
+            return -self * (a / b / b);
+        }
+        let [(g, g_power), (a, a_power), (b, b_power)] = numbers.map(libm::frexp);
+        libm::scalbn(-(g * a) / (b * b), g_power + a_power - 2 * b_power)
     }
 }
 
@@ -296,6 +318,13 @@ mod tests {
             assert_eq!(x.probability::<true>(), y, "{x}");
         }
         assert_eq!(Real::fused_tanh::<true>(f32::INFINITY), 1.0);
+        for x in [-8.1, -13.0, -1e30, f32::MIN] {
+            assert_eq!(Real::gelu::<true>(x), 0.0, "{x}");
+            assert_eq!(Real::gelu::<false>(x), 0.0, "{x}");
+            assert_eq!(x.normal::<true>().0, 0.0, "{x}");
+        }
+        assert_eq!([8.1, 1e30, f32::MAX, f32::INFINITY].map(Real::gelu::<true>), [8.1, 1e30, f32::MAX, f32::INFINITY]);
+        assert!(Real::gelu::<true>(f32::NEG_INFINITY).is_nan() && Real::gelu::<true>(f32::NAN).is_nan());
         for (x, below) in [(f32::NEG_INFINITY, 0.0), (f32::MIN, 0.0), (f32::MAX, 1.0), (f32::INFINITY, 1.0), (0.0, 0.5)]
         {
             let (probability, density) = x.normal::<true>();

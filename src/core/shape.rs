@@ -97,6 +97,11 @@ impl Shape {
         );
         Ok(resolved as usize)
     }
+
+    /// As [`Shape::dim`] for ops that take a scalar for a vector of one, as in PyTorch: `None` is its dimension.
+    pub(crate) fn dim_unless_scalar(&self, dim: isize, op: &'static str) -> Result<Option<usize>> {
+        if self.rank() == 0 && matches!(dim, 0 | -1) { Ok(None) } else { self.dim(dim, op).map(Some) }
+    }
 }
 
 impl Deref for Shape {

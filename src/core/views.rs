@@ -24,11 +24,13 @@ impl Tensor {
         }
     }
 
-    /// `[a, b, c, …] → [a, b · c, …]`: merges dimensions `first..=last` into one. Negative ones count from the end.
+    /// `[a, b, c, …] → [a, b · c, …]`: merges dimensions `first..=last` into one. Negative ones count from the end. A
+    /// scalar becomes a vector of one.
     ///
     /// Errors: a dimension out of range, or `first > last`.
     pub fn flatten(&self, first: isize, last: isize) -> Result<Tensor> {
-        let (first, last) = (self.shape().dim(first, "flatten")?, self.shape().dim(last, "flatten")?);
+        let at = |dim: isize| self.shape().dim_unless_scalar(dim, "flatten");
+        let (Some(first), Some(last)) = (at(first)?, at(last)?) else { return self.reshape([1]) };
         ensure!(
             first <= last,
             Error::argument("flatten", format!("first dimension {first} comes after the last, {last}"))
@@ -39,11 +41,12 @@ impl Tensor {
         self.reshape(dims)
     }
 
-    /// Swaps two dimensions; negative ones count from the end.
+    /// Swaps two dimensions; negative ones count from the end. A scalar stays as it is.
     ///
     /// Errors: a dimension out of range.
     pub fn transpose(&self, a: isize, b: isize) -> Result<Tensor> {
-        let (a, b) = (self.shape().dim(a, "transpose")?, self.shape().dim(b, "transpose")?);
+        let at = |dim: isize| self.shape().dim_unless_scalar(dim, "transpose");
+        let (Some(a), Some(b)) = (at(a)?, at(b)?) else { return Ok(self.clone()) };
         let mut order: Vec<usize> = (0..self.rank()).collect();
         order.swap(a, b);
         self.permute(&order)
@@ -66,7 +69,8 @@ impl Tensor {
         self.view("permute", self.layout().permute(order), PermuteBackward { inverse, rank: self.rank() })
     }
 
-    /// Elements `start..start + len` along a dimension; negative dimensions count from the end.
+    /// Elements `start..start + len` along a dimension; negative dimensions count from the end, `start` from the
+    /// beginning.
     ///
     /// Errors: the dimension or the range is out of range.
     pub fn narrow(&self, dim: isize, start: usize, len: usize) -> Result<Tensor> {
@@ -123,15 +127,13 @@ impl Tensor {
         self.view("unsqueeze", self.layout().unsqueeze(at as usize), ReshapeBackward { shape: *self.shape() })
     }
 
-    /// Removes a dimension of size 1; negative ones count from the end.
+    /// Removes a dimension of size 1; negative ones count from the end. As in PyTorch, a dimension of another size stays,
+    /// and so does a scalar.
     ///
-    /// Errors: out of range, or its size is not 1.
+    /// Errors: out of range.
     pub fn squeeze(&self, dim: isize) -> Result<Tensor> {
-        let at = self.shape().dim(dim, "squeeze")?;
-        ensure!(
-            self.shape()[at] == 1,
-            Error::shape("squeeze", format!("dimension {dim} of shape {:?} is not 1", self.shape()))
-        );
+        let at = self.shape().dim_unless_scalar(dim, "squeeze")?;
+        let Some(at) = at.filter(|&at| self.shape()[at] == 1) else { return Ok(self.clone()) };
         self.view("squeeze", self.layout().squeeze(at), ReshapeBackward { shape: *self.shape() })
     }
 
@@ -155,16 +157,20 @@ impl Tensor {
             .collect()
     }
 
-    /// Cuts a dimension into `n` pieces of equal size.
+    /// Cuts a dimension into at most `n` pieces of one size, of which the last may be shorter, as in PyTorch: 13 elements
+    /// in 5 pieces are 3, 3, 3, 3 and 1, in 6 the same; an empty dimension gives `n` empty pieces. [`Tensor::split`]
+    /// checks the sizes.
     ///
-    /// Errors: `n` is 0 or does not divide the dimension.
+    /// Errors: `n` is 0, or a dimension out of range.
     pub fn chunk(&self, n: usize, dim: isize) -> Result<Vec<Tensor>> {
-        let size = self.dim(dim)?;
-        ensure!(
-            n > 0 && size.is_multiple_of(n),
-            Error::shape("chunk", format!("dimension {dim} of shape {:?} does not split in {n}", self.shape()))
-        );
-        self.split(&vec![size / n; n], dim)
+        let at = self.shape().dim(dim, "chunk")?;
+        ensure!(n > 0, Error::argument("chunk", "expected at least 1 piece, got 0"));
+        let size = self.shape()[at];
+        let sizes: Vec<usize> = match size.div_ceil(n) {
+            0 => vec![0; n],
+            piece => (0..size).step_by(piece).map(|start| piece.min(size - start)).collect(),
+        };
+        self.split(&sizes, dim)
     }
 
     fn view(&self, op: &'static str, layout: Layout, backward: impl Backward + 'static) -> Result<Tensor> {

@@ -227,11 +227,11 @@ vectorized! {
             }
             for ((dx, x), &bias) in dx.iter_mut().zip(x).zip(bias) {
                 let sum = x.to_acc() + bias;
-                let slope = F::derivative::<T::Acc, FUSED>(match F::KEEP {
+                let kept = match F::KEEP {
                     Keep::Input => sum,
                     Keep::Output => F::value::<T::Acc, FUSED>(sum),
-                });
-                *dx = T::from_acc(dx.to_acc() * slope);
+                };
+                *dx = T::from_acc(F::gradient::<T::Acc, FUSED>(dx.to_acc(), kept));
             }
             // A loop of its own, which finds the row in the cache: each writes one array, so that both vectorise.
             for (sum, dx) in sums.iter_mut().zip(&*dx) {

@@ -48,23 +48,30 @@ impl Tensor {
         record("to_dtype", out, &[&x], |_| CopyBackward { dtype: self.dtype() })
     }
 
-    /// Joins tensors along a dimension; negative ones count from the end.
+    /// Joins tensors along a dimension; negative ones count from the end. As in PyTorch, a tensor of shape `[0]` joins
+    /// tensors of any rank, to which it adds nothing.
     ///
-    /// Errors: no tensors, or shapes, dtypes or devices that differ elsewhere.
+    /// Errors: no tensors, scalars, or shapes, dtypes or devices that differ elsewhere.
     pub fn cat(tensors: &[&Tensor], dim: isize) -> Result<Tensor> {
         let (out, sizes, dim) = Self::joined(tensors, dim)?;
-        record("cat", out, tensors, |_| CatBackward { sizes, dim })
+        let shapes = || tensors.iter().map(|tensor| *tensor.shape()).collect();
+        record("cat", out, tensors, |_| CatBackward { sizes, shapes: shapes(), dim })
     }
 
     /// As [`Tensor::cat`], as a part of another op: a constant, with the sizes along the dimension, and which one it is.
     pub(crate) fn joined(tensors: &[&Tensor], dim: isize) -> Result<(Tensor, Vec<usize>, usize)> {
-        let Some(&first) = tensors.first() else {
+        let adds_nothing = |tensor: &Tensor| *tensor.shape() == [0];
+        let adds_something = tensors.iter().find(|tensor| !adds_nothing(tensor));
+        let Some(&first) = adds_something.or(tensors.first()) else {
             return Err(Error::argument("cat", "expected at least one tensor"));
         };
         let dim = first.shape().dim(dim, "cat")?;
         let mut total = 0usize;
         for tensor in tensors {
             same_kind("cat", first, tensor)?;
+            if adds_nothing(tensor) {
+                continue;
+            }
             let fits = tensor.rank() == first.rank() && tensor.shape().without(dim) == first.shape().without(dim);
             ensure!(
                 fits,
@@ -78,14 +85,15 @@ impl Tensor {
         let mut dims = first.shape().to_vec();
         dims[dim] = total;
         let mut out = Tensor::uninit(Shape::new(&dims)?, first.dtype(), first.device())?;
-        let sizes: Vec<usize> = tensors.iter().map(|tensor| tensor.shape()[dim]).collect();
+        let size = |tensor: &&Tensor| if adds_nothing(tensor) { 0 } else { tensor.shape()[dim] };
+        let sizes: Vec<usize> = tensors.iter().map(size).collect();
         match (first.device(), first.dtype()) {
             (Device::Cpu, DType::I64) => join::<i64>(tensors, dim, &mut out)?,
             (Device::Cpu, DType::Bool) => join::<bool>(tensors, dim, &mut out)?,
             (Device::Cpu, float) => dispatch_float!("cat", float, T, join::<T>(tensors, dim, &mut out))?,
             (Device::Cuda(gpu), _) => {
                 let (whole, mut start) = (Layout::contiguous(*out.shape()), 0);
-                for (tensor, &size) in tensors.iter().zip(&sizes) {
+                for (tensor, &size) in tensors.iter().zip(&sizes).filter(|(_, size)| **size > 0) {
                     launch_strided(gpu, &mut out, &whole.narrow(dim, start, size), tensor, false)?;
                     start += size;
                 }
@@ -223,8 +231,10 @@ fn pack_into<E: Element>(x: &Tensor, out: &mut Tensor) -> Result<()> {
 }
 
 fn join<E: Element>(tensors: &[&Tensor], dim: usize, out: &mut Tensor) -> Result<()> {
-    let tensors = tensors.iter().map(|tensor| tensor.detach().contiguous()).collect::<Result<Vec<_>>>()?;
     let shape = *out.shape();
+    let of_this_rank = |tensor: &&&Tensor| tensor.rank() == shape.rank();
+    let packed = |tensor: &&Tensor| tensor.detach().contiguous();
+    let tensors = tensors.iter().filter(of_this_rank).map(packed).collect::<Result<Vec<_>>>()?;
     let inner: usize = shape[dim + 1..].iter().product();
     let width = shape[dim] * inner;
     let parts = tensors
@@ -308,6 +318,7 @@ impl Backward for CopyBackward {
 
 struct CatBackward {
     sizes: Vec<usize>,
+    shapes: Vec<Shape>,
     dim: usize,
 }
 
@@ -318,6 +329,10 @@ impl Backward for CatBackward {
 
     fn backward(self: Box<Self>, grad: Tensor, _need: &[bool]) -> Result<Contributions> {
         let parts = grad.split(&self.sizes, self.dim as isize)?;
-        Ok(Contributions::new(parts.into_iter().map(Contribution::Whole).collect()))
+        // The shape is another one where nothing was added.
+        let whole = |(part, shape): (Tensor, &Shape)| {
+            Ok(Contribution::Whole(if part.shape() == shape { part } else { part.reshape(*shape)? }))
+        };
+        Ok(Contributions::new(parts.into_iter().zip(&self.shapes).map(whole).collect::<Result<_>>()?))
     }
 }

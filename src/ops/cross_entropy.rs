@@ -211,10 +211,10 @@ pub(super) fn rows_and_gradient<T: Float>(
 }
 
 /// Element operations that an exponential counts for.
-const COST: usize = 8;
+pub(super) const COST: usize = 8;
 
 vectorized! {
-    fn forward<T: Float>(
+    pub(super) fn forward<T: Float>(
         x: &[T],
         targets: &[i64],
         classes: usize,

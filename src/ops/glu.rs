@@ -224,8 +224,11 @@ fn backward_tile<T: Float, F: Unary, const FUSED: bool>(
             Keep::Output => *activated,
         });
     }
+    // Where it gates to 0 no gradient passes, be the value infinite.
+    let selects = F::NAME == ReluSquared::NAME;
     for (((du, value), &to_value), g) in du.iter_mut().zip(&*value).zip(to_value).zip(g) {
-        *du = *du * g.to_acc() * (value.to_acc() + to_value);
+        let product = *du * g.to_acc() * (value.to_acc() + to_value);
+        *du = if selects && *du == T::Acc::ZERO { T::Acc::ZERO } else { product };
     }
     for (dv, g) in dv.iter_mut().zip(g) {
         *dv *= g.to_acc();

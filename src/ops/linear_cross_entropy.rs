@@ -2,13 +2,16 @@
 
 use super::{
     cross_entropy::{
-        check_targets, count_targets, forward_rows, launch_gradient, launch_mean, launch_rows, rows_and_gradient,
+        COST, check_targets, count_targets, forward, forward_rows, launch_gradient, launch_mean, launch_rows,
+        rows_and_gradient,
     },
     matmul::{check_linear, product, product_sums},
+    norm::widen,
 };
 use crate::{
     DType, Device, Error, Result, Tensor,
-    core::{Backward, Contributions, Shape, dispatch_float, needs, record},
+    core::{Backward, Contributions, Float, Real, Shape, dispatch_float, needs, record},
+    device::{Arg, CudaDevice, Grid, args, cpu, simd::vectorized, size32},
     error::ensure,
     profile,
 };
@@ -25,20 +28,38 @@ const BLOCK_ON_GPU: usize = 256 << 20;
 /// Rows of a block however long they are.
 const FEWEST_ROWS: usize = 256;
 
-/// The most rows of logits, of so many classes each, that [`Tensor::linear_cross_entropy`] makes at a time.
+/// Of these bytes, those for logits that are still in f32, where a block is of a half type.
+const PART_ON_CPU: usize = 16 << 20;
+const PART_ON_GPU: usize = 64 << 20;
+
+/// Rows of such a part however long they are.
+const FEWEST_ROWS_OF_PART: usize = 64;
+
+/// Maximum number of rows of logits that [`Tensor::linear_cross_entropy`] makes at a time.
 pub fn rows_of_logits(classes: usize, dtype: DType, device: &Device) -> usize {
-    let most = if *device == Device::Cpu { BLOCK_ON_CPU } else { BLOCK_ON_GPU };
-    (most / classes.saturating_mul(dtype.size()).max(1)).max(FEWEST_ROWS)
+    rows_at_a_time(classes, dtype, device)[0]
+}
+
+/// Rows of a block, and of its parts.
+fn rows_at_a_time(classes: usize, dtype: DType, device: &Device) -> [usize; 2] {
+    let (block, part) = if *device == Device::Cpu { (BLOCK_ON_CPU, PART_ON_CPU) } else { (BLOCK_ON_GPU, PART_ON_GPU) };
+    let rows = |bytes: usize, dtype: DType| bytes / classes.saturating_mul(dtype.size()).max(1);
+    let sums = dtype.accumulator();
+    if dtype == sums {
+        return [rows(block, dtype).max(FEWEST_ROWS); 2];
+    }
+    [rows(block - part, dtype).max(FEWEST_ROWS), rows(part, sums).max(FEWEST_ROWS_OF_PART)]
 }
 
 impl Tensor {
     /// [`Tensor::cross_entropy`] of [`Tensor::linear`], in blocks of rows: what a language model ends with.
     ///
     /// Shapes: `x [.., in]`, `weight [classes, in]`, `bias [classes]`, targets `[..]` of [`DType::I64`] → `[]` in f32
-    /// (f64 for f64). Of the `[rows, classes]` logits one block exists at a time, in the dtype of `x`. While it does, its
-    /// gradient is written over it, and what that gives for `x`, the weight and the bias is added up in f32 (f64 for
-    /// f64), so that the backward pass has only to multiply by the gradient of the loss; Hsu et al., "Liger Kernel"
-    /// (<https://arxiv.org/abs/2410.10989>). Without a tape there is but the loss.
+    /// (f64 for f64). Of the `[rows, classes]` logits one block exists at a time, in f32 (f64 for f64): half types never
+    /// round them, as [`Tensor::linear`] would, so that what all classes share does not move the loss. Their gradient is
+    /// written over them, or rounded to the half type, and what that gives for `x`, the weight and the bias is added up
+    /// in f32 (f64 for f64), so that the backward pass has only to multiply by the gradient of the loss; Hsu et al.,
+    /// "Liger Kernel" (<https://arxiv.org/abs/2410.10989>). Without a tape there is but the loss.
     ///
     /// Saves: the gradients of `x`, the weight and the bias, of those that need one. Errors: as those of both ops.
     ///
@@ -61,11 +82,12 @@ impl Tensor {
         ignore_index: i64,
     ) -> Result<Tensor> {
         check_linear(OP, self, weight, bias)?;
-        let rows_at_a_time = rows_of_logits(weight.shape()[0], self.dtype(), self.device());
+        let rows_at_a_time = rows_at_a_time(weight.shape()[0], self.dtype(), self.device());
         self.linear_cross_entropy_by(weight, bias, targets, ignore_index, rows_at_a_time)
     }
 
-    /// As [`Tensor::linear_cross_entropy`], with at most so many rows at a time.
+    /// As [`Tensor::linear_cross_entropy`], with the maximum number of rows of a block, and of its parts in f32 where the
+    /// block is of a half type.
     ///
     /// Errors: no row at a time.
     #[doc(hidden)]
@@ -75,10 +97,10 @@ impl Tensor {
         bias: Option<&Tensor>,
         targets: &Tensor,
         ignore_index: i64,
-        rows_at_a_time: usize,
+        rows_at_a_time: [usize; 2],
     ) -> Result<Tensor> {
         check_linear(OP, self, weight, bias)?;
-        ensure!(rows_at_a_time > 0, Error::argument(OP, "expected at least one row at a time"));
+        ensure!(!rows_at_a_time.contains(&0), Error::argument(OP, "expected at least one row at a time"));
         let (&inputs, batch) = self.shape().split_last().unwrap_or((&0, &[]));
         check_targets(OP, self, batch, targets)?;
         let rows = targets.elements();
@@ -127,7 +149,7 @@ struct Gradients {
 
 impl Layer {
     /// The mean loss, and the gradients that are needed.
-    fn run(self, need: [bool; 3], rows_at_a_time: usize) -> Result<(Tensor, Gradients)> {
+    fn run(self, need: [bool; 3], [rows_at_a_time, rows_of_part]: [usize; 2]) -> Result<(Tensor, Gradients)> {
         let (rows, inputs, classes) = (self.x.dim(0)?, self.x.dim(1)?, self.weight.dim(0)?);
         let (device, dtype) = (self.x.device().clone(), self.x.dtype());
         // The values of f16 end before those of a mean over many rows.
@@ -141,56 +163,36 @@ impl Layer {
         let wanted = |wanted: bool, shape: &[usize]| wanted.then(|| of_sums(shape)).transpose();
         let mut of_x = Vec::new();
         let (mut of_weight, mut of_bias) = (wanted(need[1], &[classes, inputs])?, wanted(need[2], &[1, classes])?);
-        let ones = Tensor::ones([], dtype.accumulator(), &device)?;
-        let one = Tensor::ones([], DType::F64, &device)?;
-        let (mut sum, mut losses) = (0.0, Vec::new());
-        // Blocks of about one size.
-        let blocks = rows.div_ceil(rows_at_a_time);
-        let height = rows.div_ceil(blocks.max(1));
-        for first in (0..rows).step_by(height.max(1)) {
-            let height = height.min(rows - first);
+        let mut losses = Losses::default();
+        for (first, height) in of_about_one_size(rows, rows_at_a_time) {
             let (x, targets) = (self.x.narrow(0, first, height)?, self.targets.narrow(0, first, height)?);
-            let mut logits = product(&x, &self.weight.transpose(0, 1)?, self.bias.as_ref())?;
             let needed = need.contains(&true);
-            match &device {
-                Device::Cpu => dispatch_float!(OP, dtype, T, {
-                    let to = targets.values::<i64>()?;
-                    sum += if needed {
-                        rows_and_gradient::<T>(logits.values_mut::<T>()?, to, classes, self.ignore_index, scale)
-                    } else {
-                        let mut statistics = of_sums(&[height, 2])?;
-                        forward_rows::<T>(&logits, &targets, classes, self.ignore_index, &mut statistics)?
-                    };
-                    Ok(())
-                })?,
-                Device::Cuda(gpu) => {
-                    let mut statistics = of_sums(&[height, 2])?;
-                    losses.push(launch_rows(gpu, &logits, &targets, classes, self.ignore_index, &mut statistics)?);
-                    if needed {
-                        let scale = [&ones, &one];
-                        launch_gradient(gpu, &mut logits, None, &statistics, &targets, self.ignore_index, scale)?;
-                    }
-                }
-            }
+            let gradient = if dtype == dtype.accumulator() {
+                Some(self.block(&x, &targets, needed, scale, &mut losses)?)
+            } else {
+                self.block_in_parts(&x, &targets, needed, scale, rows_of_part, &mut losses)?
+            };
+            let Some(gradient) = gradient.filter(|_| needed) else { continue };
             if need[0] {
                 let mut of_block = of_sums(&[height, inputs])?;
-                product_sums(&logits, &self.weight, false, &mut of_block)?;
+                product_sums(&gradient, &self.weight, false, &mut of_block)?;
                 of_x.push(of_block);
             }
             if let Some(of_weight) = &mut of_weight {
-                product_sums(&logits.transpose(0, 1)?, &x, first > 0, of_weight)?;
+                product_sums(&gradient.transpose(0, 1)?, &x, first > 0, of_weight)?;
             }
             if let Some(of_bias) = &mut of_bias {
                 let ones = Tensor::ones([1, height], dtype, &device)?;
-                product_sums(&ones, &logits, first > 0, of_bias)?;
+                product_sums(&ones, &gradient, first > 0, of_bias)?;
             }
         }
         let (loss, count) = match &device {
             Device::Cpu => {
-                (Tensor::full((), sum / count, dtype.accumulator(), &device)?, Tensor::scalar(count, &device)?)
+                let loss = Tensor::full((), losses.sum / count, dtype.accumulator(), &device)?;
+                (loss, Tensor::scalar(count, &device)?)
             }
             Device::Cuda(gpu) => {
-                let (losses, ..) = Tensor::joined(&losses.iter().collect::<Vec<_>>(), 0)?;
+                let (losses, ..) = Tensor::joined(&losses.of_rows.iter().collect::<Vec<_>>(), 0)?;
                 launch_mean(gpu, dtype, &losses, &self.targets, self.ignore_index)?
             }
         };
@@ -201,6 +203,171 @@ impl Layer {
         let divisor = divide_at_last.then_some(count);
         Ok((loss, Gradients { x, weight: of_weight, bias: of_bias, divisor }))
     }
+
+    /// The gradient of a block of logits in the type of its sums, where it is needed, or the logits.
+    fn block(&self, x: &Tensor, targets: &Tensor, needed: bool, scale: f64, losses: &mut Losses) -> Result<Tensor> {
+        let (height, classes, dtype) = (x.dim(0)?, self.weight.dim(0)?, x.dtype());
+        let mut logits = product(x, &self.weight.transpose(0, 1)?, self.bias.as_ref())?;
+        let mut statistics = Tensor::uninit(Shape::new(&[height, 2])?, dtype, x.device())?;
+        match x.device() {
+            Device::Cpu => dispatch_float!(OP, dtype, T, {
+                losses.sum += if needed {
+                    let to = targets.values::<i64>()?;
+                    rows_and_gradient::<T>(logits.values_mut::<T>()?, to, classes, self.ignore_index, scale)
+                } else {
+                    forward_rows::<T>(&logits, targets, classes, self.ignore_index, &mut statistics)?
+                };
+                Ok(())
+            })?,
+            Device::Cuda(gpu) => {
+                losses.of_rows.push(launch_rows(gpu, &logits, targets, classes, self.ignore_index, &mut statistics)?);
+                if needed {
+                    let ones = Tensor::ones([], dtype, x.device())?;
+                    let one = Tensor::ones([], DType::F64, x.device())?;
+                    let scale = [&ones, &one];
+                    launch_gradient(gpu, &mut logits, None, &statistics, targets, self.ignore_index, scale)?;
+                }
+            }
+        }
+        Ok(logits)
+    }
+
+    /// The gradient of a block of logits in a half type, where it is needed. The logits are in f32 until then, of a few
+    /// rows at a time.
+    fn block_in_parts(
+        &self,
+        x: &Tensor,
+        targets: &Tensor,
+        needed: bool,
+        scale: f64,
+        rows_of_part: usize,
+        losses: &mut Losses,
+    ) -> Result<Option<Tensor>> {
+        let (height, classes, dtype) = (x.dim(0)?, self.weight.dim(0)?, x.dtype());
+        let (device, sums) = (x.device(), dtype.accumulator());
+        let block = || Tensor::uninit(Shape::new(&[height, classes])?, dtype, device);
+        let mut gradient = needed.then(block).transpose()?;
+        for (first, rows) in of_about_one_size(height, rows_of_part) {
+            let (x, targets) = (x.narrow(0, first, rows)?, targets.narrow(0, first, rows)?);
+            let shape = Shape::new(&[rows, classes])?;
+            match device {
+                Device::Cpu => {
+                    let mut logits = Tensor::uninit(shape, sums, device)?;
+                    product_sums(&x, &self.weight.transpose(0, 1)?, false, &mut logits)?;
+                    dispatch_float!(OP, dtype, T, {
+                        let to = gradient.as_mut().map_or(Ok(&mut [][..]), |gradient| gradient.values_mut::<T>())?;
+                        let end = to.len().min((first + rows) * classes);
+                        let to = &mut to[end.min(first * classes)..end];
+                        let bias = widen::<T>(self.bias.as_ref(), classes, <T as Float>::Acc::ZERO)?;
+                        let bias = if self.bias.is_some() { &bias[..] } else { &[] };
+                        let ends = (targets.values::<i64>()?, self.ignore_index);
+                        let logits = logits.values_mut::<<T as Float>::Acc>()?;
+                        losses.sum += rows_and_rounded_gradient::<T>(logits, bias, ends, scale, to);
+                        Ok(())
+                    })?;
+                }
+                Device::Cuda(gpu) => {
+                    let mut logits = match &self.bias {
+                        // The product is added to it.
+                        Some(bias) => bias.to_dtype(sums)?.expand(shape)?.contiguous()?.into_owned()?,
+                        None => Tensor::uninit(shape, sums, device)?,
+                    };
+                    product_sums(&x, &self.weight.transpose(0, 1)?, self.bias.is_some(), &mut logits)?;
+                    let mut statistics = Tensor::uninit(Shape::new(&[rows, 2])?, sums, device)?;
+                    let of_rows = launch_rows(gpu, &logits, &targets, classes, self.ignore_index, &mut statistics)?;
+                    losses.of_rows.push(of_rows);
+                    if let Some(gradient) = &mut gradient {
+                        let to = gradient.address_mut()? + (first * classes * dtype.size()) as u64;
+                        launch_rounded_gradient(gpu, dtype, to, &logits, &statistics, &targets, self.ignore_index)?;
+                    }
+                }
+            }
+        }
+        Ok(gradient)
+    }
+}
+
+/// The losses of rows, as the device has them.
+#[derive(Default)]
+struct Losses {
+    /// On the processor, their sum.
+    sum: f64,
+    /// On a GPU, one of f64 for each row of a block.
+    of_rows: Vec<Tensor>,
+}
+
+/// Cuts rows into blocks of about one size: first row and number of rows of each.
+fn of_about_one_size(rows: usize, most: usize) -> impl Iterator<Item = (usize, usize)> {
+    let height = rows.div_ceil(rows.div_ceil(most).max(1)).max(1);
+    (0..rows).step_by(height).map(move |first| (first, height.min(rows - first)))
+}
+
+/// The sum of the losses of these rows of logits, to which the bias is added unless it is empty. Writes
+/// `(softmax(x) − onehot(target)) scale` to `dx`, unless that is empty.
+fn rows_and_rounded_gradient<T: Float>(
+    x: &mut [T::Acc],
+    bias: &[T::Acc],
+    (targets, ignore_index): (&[i64], i64),
+    scale: f64,
+    dx: &mut [T],
+) -> f64 {
+    let (mut losses, classes) = (vec![0.0; targets.len()], x.len().checked_div(targets.len()).unwrap_or(0));
+    let scale = T::Acc::from_f64(scale);
+    cpu::for_rows3(x, &mut losses, dx, (classes, 1, classes), 2 * COST * classes, |row, x, losses, mut dx| {
+        for ((x, loss), target) in x.chunks_exact_mut(classes).zip(losses).zip(&targets[row..]) {
+            x.iter_mut().zip(bias).for_each(|(x, &bias)| *x += bias);
+            let (mut statistics, targets) = ([T::Acc::ZERO; 2], std::slice::from_ref(target));
+            forward::<T::Acc>(x, targets, classes, ignore_index, &mut statistics, std::slice::from_mut(loss));
+            if dx.is_empty() {
+                continue;
+            }
+            let (of_row, rest) = dx.split_at_mut(classes);
+            let class = (*target != ignore_index).then_some(*target as usize);
+            rounded_gradient::<T>(x, statistics, class, scale, of_row);
+            dx = rest;
+        }
+    });
+    // In order, whatever the threads.
+    losses.iter().sum()
+}
+
+vectorized! {
+    /// Of a row with these statistics, maximum and inverse sum; 0 of one without a class.
+    fn rounded_gradient<T: Float>(
+        x: &[T::Acc],
+        statistics: [T::Acc; 2],
+        class: Option<usize>,
+        scale: T::Acc,
+        dx: &mut [T],
+    ) {
+        let [max, inverse] = statistics;
+        let Some(class) = class else {
+            dx.fill(T::from_acc(T::Acc::ZERO));
+            return;
+        };
+        let factor = inverse * scale;
+        for (dx, &x) in dx.iter_mut().zip(x) {
+            *dx = T::from_acc((x - max).probability::<FUSED>() * factor);
+        }
+        dx[class] = T::from_acc(((x[class] - max).probability::<FUSED>() * inverse - T::Acc::ONE) * scale);
+    }
+}
+
+/// Writes `softmax(x) − onehot(target)`, rounded to the half type, to this address.
+fn launch_rounded_gradient(
+    gpu: &CudaDevice,
+    dtype: DType,
+    to: u64,
+    x: &Tensor,
+    statistics: &Tensor,
+    targets: &Tensor,
+    ignore_index: i64,
+) -> Result<()> {
+    let (rows, classes) = (targets.elements(), x.dim(-1)?);
+    gpu.kernel("linear_cross_entropy_bwd", &[("DTYPE", dtype.name())])?.launch(
+        Grid::rows(rows, classes),
+        args![Arg::Output(to), x, statistics, targets, rows as i64, size32(classes)?, ignore_index],
+    )
 }
 
 struct LinearCrossEntropyBackward {

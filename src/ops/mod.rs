@@ -28,6 +28,8 @@ pub(crate) mod cache;
 ops! {
     activation: add_activation;
     attention: attention, attention_decode;
+    binary: add, sub, mul, div;
+    compare: eq, ne, lt, le, gt, ge, logical_and, logical_or, logical_not, where_cond, masked_fill;
     copy: contiguous, to_dtype, cat;
     cross_entropy: cross_entropy;
     dropout: dropout, dropout_add;
@@ -39,8 +41,7 @@ ops! {
     matmul: matmul, linear;
     norm: layer_norm, rms_norm, mean_square_norm, scale_norm, add_layer_norm, add_rms_norm, add_mean_square_norm,
         add_scale_norm;
-    pointwise: neg, exp, ln, sqrt, square, sigmoid, tanh, relu, relu_squared, gelu, gelu_tanh, silu, affine, add, sub, mul, div,
-        eq, ne, lt, le, gt, ge, logical_and, logical_or, logical_not, where_cond, masked_fill;
+    pointwise: neg, exp, ln, sqrt, square, sigmoid, tanh, relu, relu_squared, gelu, gelu_tanh, silu, affine;
     position: relative_position_bias, sinusoid;
     reduce: sum, mean, sum_to, max, argmax;
     rotary: rotary;

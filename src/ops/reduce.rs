@@ -1,7 +1,7 @@
 //! Sums and means over dimensions.
 
 use crate::{
-    DType, Device, Error, Result, Tensor,
+    DType, Device, Element, Error, Result, Tensor,
     core::{Backward, Contributions, Float, Real, Shape, computed, discrete, dispatch_float, record},
     device::{CudaDevice, Grid, args, cpu, simd::vectorized, size32},
     error::ensure,
@@ -9,12 +9,15 @@ use crate::{
 
 impl Tensor {
     /// The sum over the given dimensions, which disappear; all of them if none is given. Negative ones count from
-    /// the end.
+    /// the end; a scalar counts as a vector of one.
     ///
-    /// Shapes: `[.., i, ..] → [.., ..]`. Accumulates in f32 (f64 for f64). Saves nothing.
-    /// Errors: a dimension out of range or named twice, or a dtype that is not float.
+    /// Shapes: `[.., i, ..] → [.., ..]`. Accumulates in f32 (f64 for f64). The sum of i64 wraps around, that of bool is
+    /// the number of true elements, as i64. Saves nothing. Errors: a dimension out of range or named twice.
     pub fn sum(&self, dims: &[isize]) -> Result<Tensor> {
-        self.reduce("sum", dims, |_| 1.0)
+        match self.dtype() {
+            DType::Bool => self.to_dtype(DType::I64)?.sum(dims),
+            _ => self.reduce("sum", dims, |_| 1.0),
+        }
     }
 
     /// The mean over the given dimensions, which disappear; all of them if none is given. Negative ones count from
@@ -22,17 +25,17 @@ impl Tensor {
     ///
     /// Shapes: `[.., i, ..] → [.., ..]`. Accumulates and divides in f32 (f64 for f64), so that a half type overflows
     /// only if the mean does. The mean of no elements is NaN, as in PyTorch. Saves nothing.
-    /// Errors: as [`Tensor::sum`].
+    /// Errors: as [`Tensor::sum`], or a dtype that is not float, as in PyTorch.
     pub fn mean(&self, dims: &[isize]) -> Result<Tensor> {
+        self.dtype().expect_float("mean")?;
         self.reduce("mean", dims, |count| count as f64)
     }
 
     /// The sum divided by a function of the number of summands.
     fn reduce(&self, op: &'static str, dims: &[isize], divisor: fn(usize) -> f64) -> Result<Tensor> {
-        self.dtype().expect_float(op)?;
-        let mut reduced = vec![dims.is_empty(); self.rank()];
+        let mut reduced = vec![dims.is_empty(); self.rank().max(1)];
         for &dim in dims {
-            let dim = self.shape().dim(dim, op)?;
+            let dim = self.shape().dim_unless_scalar(dim, op)?.unwrap_or(0);
             let repeated = std::mem::replace(&mut reduced[dim], true);
             ensure!(!repeated, Error::argument(op, format!("dimension {dim} is named twice in {dims:?}")));
         }
@@ -42,6 +45,10 @@ impl Tensor {
         let mut out = Tensor::uninit(shape, self.dtype(), self.device())?;
         let kept_is_last = gone.last() < kept.first();
         match *self.device() {
+            Device::Cpu if self.dtype() == DType::I64 => {
+                let x = self.detach().permute(&[kept, gone].concat())?.contiguous()?;
+                sum_integers(x.values::<i64>()?, out.values_mut::<i64>()?);
+            }
             Device::Cpu => dispatch_float!(op, self.dtype(), T, {
                 let divisor = <T as Float>::Acc::from_f64(divisor);
                 if kept_is_last {
@@ -67,6 +74,7 @@ impl Tensor {
                 sums.launch(gpu, &mut out, &x, divisor)?;
             }
         }
+        reduced.truncate(self.rank());
         record(op, out, &[self], |_| ReduceBackward { op, shape: *self.shape(), reduced, divisor })
     }
 
@@ -192,6 +200,16 @@ vectorized! {
     }
 }
 
+/// `out[i] = Σ_j x[i, j]`, which wraps around.
+fn sum_integers(x: &[i64], out: &mut [i64]) {
+    let width = x.len().checked_div(out.len()).unwrap_or(0);
+    cpu::for_rows(out, 1, width, |row, out| {
+        for (index, out) in out.iter_mut().enumerate() {
+            *out = x[(row + index) * width..][..width].iter().fold(0, |sum: i64, &x| sum.wrapping_add(x));
+        }
+    });
+}
+
 /// `out[i] = Σ_j x[i, j] / divisor`; rows that are long enough are shared between threads.
 fn sum_each_row<T: Float>(x: &[T], out: &mut [T], divisor: T::Acc) {
     let width = x.len().checked_div(out.len()).unwrap_or(0);
@@ -314,48 +332,42 @@ impl Backward for ReduceBackward {
 impl Tensor {
     /// The largest value along a dimension, which disappears; the gradient goes to the first of equal ones.
     ///
-    /// NaN wins, as in PyTorch. Saves: the position of each maximum.
-    /// Errors: the dimension is out of range or empty, or a dtype that is not float.
+    /// NaN wins, as in PyTorch; i64 and bool have a largest value too, and a scalar counts as a vector of one. Saves:
+    /// the position of each maximum. Errors: the dimension is out of range or empty.
     pub fn max(&self, dim: isize) -> Result<Tensor> {
-        let dim = self.shape().dim(dim, "max")?;
+        let Some(dim) = self.shape().dim_unless_scalar(dim, "max")? else { return self.unsqueeze(0)?.max(0) };
+        if self.dtype() == DType::Bool {
+            return self.to_dtype(DType::I64)?.max(dim as isize)?.to_dtype(DType::Bool);
+        }
         let mut out = Tensor::uninit(self.shape().without(dim), self.dtype(), self.device())?;
         let index = self.detach().largest("max", dim, Some(&mut out))?;
         record("max", out, &[self], |_| MaxBackward { index, dim, shape: *self.shape() })
     }
 
     /// The position of the largest value along a dimension, which disappears, as I64; the first of equal ones, NaN
-    /// wins.
+    /// wins. A scalar counts as a vector of one.
     ///
-    /// Errors: the dimension is out of range or empty, a dtype that is not float, or a tensor that requires a gradient.
+    /// Errors: the dimension is out of range or empty, a bool tensor, as in PyTorch, or one that requires a gradient.
     pub fn argmax(&self, dim: isize) -> Result<Tensor> {
         discrete("argmax", &[self])?;
-        let dim = self.shape().dim(dim, "argmax")?;
+        let Some(dim) = self.shape().dim_unless_scalar(dim, "argmax")? else { return self.unsqueeze(0)?.argmax(0) };
         computed("argmax", self.largest("argmax", dim, None)?, &[self])
     }
 
     /// The positions of the largest values along a dimension; the values go to `out`.
     fn largest(&self, op: &'static str, dim: usize, out: Option<&mut Tensor>) -> Result<Tensor> {
-        self.dtype().expect_float(op)?;
+        let known = self.dtype().is_float() || self.dtype() == DType::I64;
+        ensure!(
+            known,
+            Error::dtype(op, format!("expected floats or i64, got {}; convert with `to_dtype`", self.dtype()))
+        );
         let width = self.shape()[dim];
         ensure!(width > 0, Error::shape(op, format!("dimension {dim} of shape {:?} is empty", self.shape())));
         let x = self.dim_last(dim)?;
         let mut index = Tensor::uninit(self.shape().without(dim), DType::I64, x.device())?;
         match x.device() {
-            Device::Cpu => dispatch_float!(op, x.dtype(), T, {
-                let x = x.values::<T>()?;
-                cpu::for_rows(index.values_mut::<i64>()?, 1, width, |row, out| {
-                    for (x, out) in x[row * width..].chunks_exact(width).zip(out) {
-                        *out = first_largest(x) as i64;
-                    }
-                });
-                if let Some(out) = out {
-                    let rows = x.chunks_exact(width).zip(index.values::<i64>()?);
-                    for (out, (x, &at)) in out.values_mut::<T>()?.iter_mut().zip(rows) {
-                        *out = x[at as usize];
-                    }
-                }
-                Ok(())
-            })?,
+            Device::Cpu if x.dtype() == DType::I64 => largest_of_rows::<i64>(&x, width, &mut index, out)?,
+            Device::Cpu => dispatch_float!(op, x.dtype(), T, largest_of_rows::<T>(&x, width, &mut index, out))?,
             Device::Cuda(gpu) => {
                 let rows = index.elements();
                 gpu.kernel("reduce_largest", &[("DTYPE", x.dtype().name())])?
@@ -372,7 +384,29 @@ impl Tensor {
     }
 }
 
-fn first_largest<T: Float>(x: &[T]) -> usize {
+/// The first largest element of each row: where it is, and what.
+fn largest_of_rows<T: Element<Stored = T> + PartialOrd>(
+    x: &Tensor,
+    width: usize,
+    index: &mut Tensor,
+    out: Option<&mut Tensor>,
+) -> Result<()> {
+    let x = x.values::<T>()?;
+    cpu::for_rows(index.values_mut::<i64>()?, 1, width, |row, out| {
+        for (x, out) in x[row * width..].chunks_exact(width).zip(out) {
+            *out = first_largest(x) as i64;
+        }
+    });
+    if let Some(out) = out {
+        let rows = x.chunks_exact(width).zip(index.values::<i64>()?);
+        for (out, (x, &at)) in out.values_mut::<T>()?.iter_mut().zip(rows) {
+            *out = x[at as usize];
+        }
+    }
+    Ok(())
+}
+
+fn first_largest<T: Copy + PartialOrd>(x: &[T]) -> usize {
     let is_nan = |x: T| x.partial_cmp(&x).is_none();
     let mut best = 0;
     for (index, &value) in x.iter().enumerate() {

@@ -1,20 +1,21 @@
 //! Softmax over the last dimension.
 
 use crate::{
-    Device, Error, Result, Tensor,
+    Device, Result, Tensor,
     core::{Backward, Contributions, Float, Real, dispatch_float, record},
     device::{Grid, args, cpu, simd::vectorized, size32},
-    error::ensure,
     ops::reduce::{fold, fold2, max_slice, sum_slice},
 };
 
 impl Tensor {
     /// Softmax over the last dimension: `y_j = exp(x_j − max x) / Σ exp(x − max x)`.
     ///
-    /// Shapes: `[.., j] → [.., j]`. Statistics in f32 (f64 for f64). Saves: `y`.
-    /// Errors: rank 0, or a dtype that is not float.
+    /// Shapes: `[.., j] → [.., j]`; a scalar counts as a row of one. A row that holds NaN or +∞, or nothing but −∞, gives
+    /// NaN, as in PyTorch. Statistics in f32 (f64 for f64). Saves: `y`. Errors: a dtype that is not float.
     pub fn softmax(&self) -> Result<Tensor> {
-        ensure!(self.rank() > 0, Error::shape("softmax", "expected at least one dimension, got a scalar"));
+        if self.rank() == 0 {
+            return self.unsqueeze(0)?.softmax()?.squeeze(0);
+        }
         self.dtype().expect_float("softmax")?;
         let x = self.contiguous()?;
         let mut y = x.uninit_like()?;

@@ -12,12 +12,14 @@ use crate::{
 impl Tensor {
     /// True where an entry is not below the `k`-th largest of its row: at least `k` entries, more if values tie.
     ///
-    /// Shapes: `[.., j] → [.., j]` Bool. NaN counts as the largest, as in PyTorch's `topk`.
-    /// Errors: rank 0, `k` = 0, a dtype that is not float, or a tensor that requires a gradient (use `detach`).
+    /// Shapes: `[.., j] → [.., j]` Bool; a scalar counts as a row of one. NaN counts as the largest, as in PyTorch's
+    /// `topk`. Errors: `k` = 0, a dtype that is not float, or a tensor that requires a gradient (use `detach`).
     pub fn top_k_mask(&self, k: usize) -> Result<Tensor> {
         const OP: &str = "top_k_mask";
         discrete(OP, &[self])?;
-        ensure!(self.rank() > 0, Error::shape(OP, "expected at least one dimension, got a scalar"));
+        if self.rank() == 0 {
+            return self.unsqueeze(0)?.top_k_mask(k)?.squeeze(0);
+        }
         self.dtype().expect_float(OP)?;
         ensure!(k > 0, Error::argument(OP, "expected a k of at least 1, got 0"));
         let x = self.contiguous()?;

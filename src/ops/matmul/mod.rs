@@ -31,8 +31,10 @@ impl Tensor {
     /// Matrix product: `y[.., i, j] = Σ_k a[.., i, k] · b[.., k, j]`.
     ///
     /// Shapes: `[.., m, k], [.., k, n] → [.., m, n]`, the dimensions in front broadcast as in PyTorch; any strides,
-    /// nothing is copied. Sums in f32 (f64 for f64); `k = 0` gives zeros. Saves each operand if the other one needs
-    /// a gradient. Errors: fewer than two dimensions, sizes that do not match, other dtypes or devices.
+    /// nothing is copied. A vector on the left is a row and one on the right a column, whose dimension the result has
+    /// not: `[k], [k] → []`. Sums in f32 (f64 for f64); `k = 0` gives zeros. Saves each operand if the other one needs
+    /// a gradient. Errors: a scalar, sizes that do not match, dtypes or devices that differ, or integers, which PyTorch
+    /// does not multiply on a GPU either.
     ///
     /// ```
     /// use x_transformers::{Device, Tensor};
@@ -46,6 +48,12 @@ impl Tensor {
     /// # }
     /// ```
     pub fn matmul(&self, b: &Tensor) -> Result<Tensor> {
+        if self.rank() == 1 {
+            return self.unsqueeze(0)?.matmul(b)?.squeeze(if b.rank() == 1 { 0 } else { -2 });
+        }
+        if b.rank() == 1 {
+            return self.matmul(&b.unsqueeze(1)?)?.squeeze(-1);
+        }
         let y = product(self, b, None)?;
         let [need_a, need_b] = needs("matmul", [self, b])?;
         record("matmul", y, &[self, b], |_| MatmulBackward {
@@ -57,7 +65,8 @@ impl Tensor {
 
     /// The affine map of a dense layer: `y = x·Wᵀ + b`.
     ///
-    /// Shapes: `x [.., in]`, `weight [out, in]`, `bias [out]` → `[.., out]`. Sums in f32 (f64 for f64), the bias is
+    /// Shapes: `x [.., in]`, `weight [out, in]`, `bias [out]` → `[.., out]`, or `weight [in]`, `bias []` → `[..]`, the
+    /// layer of one output without its dimension. Sums in f32 (f64 for f64), the bias is
     /// added before the result is rounded. Saves `x`, or how to compute it again if that is cheap, if the weight needs
     /// a gradient, and the weight if `x` needs one. Errors: sizes that do not match, other dtypes or devices.
     ///
@@ -72,6 +81,10 @@ impl Tensor {
     /// # }
     /// ```
     pub fn linear(&self, weight: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
+        if weight.rank() == 1 && bias.is_none_or(|bias| bias.rank() == 0) {
+            let bias = bias.map(|bias| bias.unsqueeze(0)).transpose()?;
+            return self.linear(&weight.unsqueeze(0)?, bias.as_ref())?.squeeze(-1);
+        }
         check_linear("linear", self, weight, bias)?;
         let packed = bias.map(|bias| bias.detach().contiguous()).transpose()?;
         let y = product(&self.as_rows()?, &weight.detach().transpose(0, 1)?, packed.as_ref())?;
@@ -132,7 +145,7 @@ impl Sizes {
     fn of(a: &Shape, b: &Shape) -> Result<Self> {
         ensure!(
             a.rank() >= 2 && b.rank() >= 2,
-            Error::shape("matmul", format!("expected at least two dimensions each, got {a:?} and {b:?}"))
+            Error::shape("matmul", format!("expected at least one dimension each, got {a:?} and {b:?}"))
         );
         let (batch_a, [m, k]) = split_last_two(a);
         let (batch_b, [rows, n]) = split_last_two(b);

@@ -55,6 +55,13 @@ pub fn cases() -> Vec<Case> {
         Case::new("to_dtype", "identity", vec![Input::float(&[7])], |x| x[0].to_dtype(x[0].dtype()), |x| x[0].clone()),
         Case::new(
             "cat",
+            "a vector of nothing",
+            vec![Input::float(&[0]), Input::float(&[2, 3]), Input::float(&[0]), Input::float(&[2, 1])],
+            |x| Tensor::cat(&[&x[0], &x[1], &x[2], &x[3]], 1),
+            |x| Array::from_fn(&[2, 4], |i| if i[1] < 3 { x[1].at(i) } else { x[3].at(&[i[0], 0]) }),
+        ),
+        Case::new(
+            "cat",
             "middle",
             vec![Input::float(&[2, 3, 4]), Input::float(&[2, 0, 4]), Input::float(&[2, 1, 4])],
             |x| Tensor::cat(&[&x[0], &x[1], &x[2]], 1),

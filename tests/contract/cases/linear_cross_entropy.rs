@@ -20,8 +20,8 @@ fn reference(x: &[Array], bias: Option<&Array>, ignore_index: i64) -> Array {
     Array { shape: vec![], data: vec![sum / count] }
 }
 
-/// `rows`: how many at a time, if not by the size of the logits.
-fn case(name: &str, x: &[usize], classes: usize, bias: bool, ignore_index: i64, rows: Option<usize>) -> Case {
+/// `rows`: how many of a block and of its parts, if not by the size of the logits.
+fn case(name: &str, x: &[usize], classes: usize, bias: bool, ignore_index: i64, rows: Option<[usize; 2]>) -> Case {
     let (inputs, batch) = (x[x.len() - 1], &x[..x.len() - 1]);
     let mut all = vec![Input::float(x), Input::float(&[classes, inputs]), Input::int(batch, classes as u64)];
     if bias {
@@ -46,10 +46,10 @@ pub fn cases() -> Vec<Case> {
         case("ordinary", &[2, 8, 16], 24, false, -100, None),
         case("odd", &[7, 13], 37, true, -100, None),
         case("one row", &[5], 11, true, -100, None),
-        case("one at a time", &[3, 5], 9, true, -100, Some(1)),
-        case("blocks", &[2, 11, 6], 17, false, -100, Some(8)),
-        case("blocks with an ignored class", &[23, 6], 3, true, 2, Some(5)),
-        case("wide", &[6, 3], 1030, false, -100, Some(4)),
-        case("no inputs", &[4, 0], 3, true, -100, Some(3)),
+        case("one at a time", &[3, 5], 9, true, -100, Some([1, 1])),
+        case("blocks", &[2, 11, 6], 17, false, -100, Some([8, 3])),
+        case("blocks with an ignored class", &[23, 6], 3, true, 2, Some([5, 4])),
+        case("wide", &[6, 3], 1030, false, -100, Some([4, 2])),
+        case("no inputs", &[4, 0], 3, true, -100, Some([3, 5])),
     ]
 }

@@ -20,6 +20,26 @@ fn matmul(x: &[Array]) -> Array {
     })
 }
 
+/// A vector on the left is a row and one on the right a column, whose dimension the result has not.
+fn with_vectors(x: &[Array]) -> Array {
+    let [mut a, mut b] = [x[0].clone(), x[1].clone()];
+    let (row, column) = (a.shape.len() == 1, b.shape.len() == 1);
+    if row {
+        a.shape.insert(0, 1);
+    }
+    if column {
+        b.shape.push(1);
+    }
+    let mut y = matmul(&[a, b]);
+    if column {
+        y.shape.pop();
+    }
+    if row {
+        y.shape.remove(y.shape.len() - if column { 1 } else { 2 });
+    }
+    y
+}
+
 /// `y[.., o] = b[o] + Σ_i x[.., i] · w[o, i]`
 fn linear(x: &[Array]) -> Array {
     let [outputs, inputs] = x[1].shape[..] else { panic!("a weight has two dimensions") };
@@ -39,6 +59,23 @@ fn linear(x: &[Array]) -> Array {
 pub fn cases() -> Vec<Case> {
     let product = |name: &str, a: &[usize], b: &[usize]| {
         Case::new("matmul", name, vec![Input::float(a), Input::float(b)], |x| x[0].matmul(&x[1]), matmul)
+    };
+    let vectors = |name: &str, a: &[usize], b: &[usize]| {
+        Case::new("matmul", name, vec![Input::float(a), Input::float(b)], |x| x[0].matmul(&x[1]), with_vectors)
+    };
+    // A weight that is a vector is a layer of one output, whose dimension the result has not.
+    let one_output = |name: &str, x: &[usize], bias: bool| {
+        let mut inputs = vec![Input::float(x), Input::float(&x[x.len() - 1..])];
+        if bias {
+            inputs.push(Input::float(&[]));
+        }
+        let reference = |x: &[Array]| {
+            let weight = Array { shape: vec![1, x[1].data.len()], data: x[1].data.clone() };
+            let mut y = linear(&[&[x[0].clone(), weight], &x[2..]].concat());
+            y.shape.pop();
+            y
+        };
+        Case::new("linear", name, inputs, |x| x[0].linear(&x[1], x.get(2)), reference)
     };
     let dense = |name: &str, x: &[usize], outputs: usize, bias: bool| {
         let mut inputs = vec![Input::float(x), Input::float(&[outputs, x[x.len() - 1]])];
@@ -62,11 +99,23 @@ pub fn cases() -> Vec<Case> {
         product("left repeated", &[5, 7], &[3, 7, 4]),
         product("outer and inner batch", &[2, 3, 1, 5], &[2, 1, 5, 4]),
         product("six dimensions", &[2, 1, 2, 1, 3, 2], &[1, 2, 1, 2, 2, 3]),
+        vectors("vector times vector", &[37], &[37]),
+        vectors("vector times matrix", &[7], &[7, 5]),
+        vectors("matrix times vector", &[5, 7], &[7]),
+        vectors("vector times batch", &[7], &[3, 2, 7, 4]),
+        vectors("batch times vector", &[3, 2, 5, 7], &[7]),
+        vectors("one times one", &[1], &[1]),
+        vectors("one times row", &[1], &[1, 1]),
+        vectors("vectors of nothing", &[0], &[0]),
+        vectors("batch of nothing times vector", &[2, 3, 0], &[0]),
         product("no rows", &[0, 4], &[4, 3]),
         product("no columns", &[3, 4], &[4, 0]),
         product("no products", &[3, 0], &[0, 5]),
         product("empty batch", &[0, 3, 4], &[4, 5]),
         product("empty batch of both", &[0, 3, 4], &[0, 4, 5]),
+        one_output("vector weight", &[2, 3], false),
+        one_output("vector weight and a bias", &[2, 5, 7], true),
+        one_output("vector times vector weight", &[9], true),
         dense("vector", &[6], 5, true),
         dense("odd", &[2, 3, 7], 5, true),
         dense("no bias", &[4, 9], 17, false),

@@ -1,4 +1,4 @@
-use x_transformers::{Result, Tensor};
+use x_transformers::{DType, Result, Tensor};
 
 use crate::case::{Array, Case, Input};
 
@@ -108,8 +108,84 @@ fn comparisons() -> Vec<Case> {
     cases
 }
 
+/// Arithmetic of i64 and bool, with broadcasting.
+fn integers() -> Vec<Case> {
+    type Op = (&'static str, fn(&Tensor, &Tensor) -> Result<Tensor>, fn(f64, f64) -> f64);
+    let ops: [Op; 4] = [
+        ("add", Tensor::add, |a, b| a + b),
+        ("sub", Tensor::sub, |a, b| a - b),
+        ("mul", Tensor::mul, |a, b| a * b),
+        ("div", Tensor::div, |a, b| (a as f32 / b as f32) as f64),
+    ];
+    let binary = ops.map(|(op, run, reference)| {
+        Case::new(
+            op,
+            "integers",
+            vec![Input::int(&[4, 1, 5], 9), Input::int(&[3, 5], 9)],
+            // No divisor is 0.
+            move |x| run(&x[0], &x[1].add(&Tensor::ones((), DType::I64, x[1].device())?)?),
+            move |x| Array::from_fn(&[4, 3, 5], |i| reference(x[0].at(i), x[1].at(i) + 1.0)),
+        )
+    });
+    type One = (&'static str, fn(&Tensor) -> Result<Tensor>, fn(f64) -> f64);
+    let ops: [One; 8] = [
+        ("neg", Tensor::neg, |x| -x),
+        ("square", Tensor::square, |x| x * x),
+        ("relu", Tensor::relu, |x| x.max(0.0)),
+        ("exp", Tensor::exp, |x| (x as f32).exp() as f64),
+        ("ln", Tensor::ln, |x| (x as f32).ln() as f64),
+        ("sqrt", Tensor::sqrt, |x| (x as f32).sqrt() as f64),
+        ("sigmoid", Tensor::sigmoid, |x| 1.0 / (1.0 + (-x).exp())),
+        ("tanh", Tensor::tanh, f64::tanh),
+    ];
+    let unary = ops.map(|(op, run, reference)| {
+        Case::new(
+            op,
+            "integers",
+            vec![Input::int(&[3, 7], 5)],
+            move |x| run(&x[0]),
+            move |x| Array::from_fn(&[3, 7], |i| reference(x[0].at(i))),
+        )
+        // Computed in f32 whatever the type of the other inputs would be.
+        .tolerance(1e6)
+    });
+    let masks: [Op; 2] = [("add", Tensor::add, f64::max), ("mul", Tensor::mul, f64::min)];
+    let masks = masks.map(|(op, run, reference)| {
+        Case::new(
+            op,
+            "booleans",
+            vec![Input::mask(&[4, 1, 5]), Input::mask(&[3, 5])],
+            move |x| run(&x[0], &x[1]),
+            move |x| Array::from_fn(&[4, 3, 5], |i| reference(x[0].at(i), x[1].at(i))),
+        )
+    });
+    binary.into_iter().chain(unary).chain(masks).collect()
+}
+
 pub fn cases() -> Vec<Case> {
     let mut cases = vec![
+        Case::new(
+            "masked_fill",
+            "a larger mask",
+            vec![Input::float(&[3, 1]), Input::mask(&[2, 1, 4])],
+            |x| x[0].masked_fill(&x[1], -3.0),
+            |x| Array::from_fn(&[2, 3, 4], |i| if x[1].at(i) != 0.0 { -3.0 } else { x[0].at(i) }),
+        ),
+        Case::new(
+            "logical_and",
+            "numbers",
+            vec![Input::int(&[3, 5], 2), Input::Float { shape: vec![5], low: -1.0, high: 1.0, grad: false }],
+            |x| x[0].logical_and(&x[1]),
+            |x| Array::from_fn(&[3, 5], |i| f64::from(x[0].at(i) != 0.0 && x[1].at(i) != 0.0)),
+        ),
+        // A divisor that repeats along rows.
+        Case::new(
+            "div",
+            "by one divisor per row",
+            vec![Input::float(&[2, 3, 40]), Input::between(&[3, 1], 0.5, 2.0)],
+            |x| x[0].div(&x[1]),
+            |x| Array::from_fn(&[2, 3, 40], |i| x[0].at(i) / x[1].at(i)),
+        ),
         Case::new(
             "affine",
             "odd",
@@ -138,8 +214,7 @@ pub fn cases() -> Vec<Case> {
     cases.extend(unary("sqrt", (0.5, 4.0), Tensor::sqrt, f64::sqrt));
     cases.extend(unary("square", (-2.0, 2.0), Tensor::square, |x| x * x));
     cases.extend(unary("sigmoid", (-6.0, 6.0), Tensor::sigmoid, |x| 1.0 / (1.0 + (-x).exp())));
-    // Beyond, 1 − y² of a y that is rounded to half precision has no digits left.
-    cases.extend(unary("tanh", (-1.5, 1.5), Tensor::tanh, f64::tanh));
+    cases.extend(unary("tanh", (-6.0, 6.0), Tensor::tanh, f64::tanh));
     // Away from the kink at 0, on either side of it.
     cases.extend(unary("relu", (0.1, 2.0), Tensor::relu, |x| x.max(0.0)));
     cases.extend(unary("relu", (-2.0, -0.1), Tensor::relu, |x| x.max(0.0)));
@@ -156,5 +231,6 @@ pub fn cases() -> Vec<Case> {
     cases.extend(binary("mul", (-2.0, 2.0), Tensor::mul, |a, b| a * b));
     cases.extend(binary("div", (0.5, 2.0), Tensor::div, |a, b| a / b));
     cases.extend(comparisons());
+    cases.extend(integers());
     cases
 }

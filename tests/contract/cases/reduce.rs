@@ -62,6 +62,47 @@ pub fn cases() -> Vec<Case> {
             move |x| largest(&x[0], dim).1,
         ));
     }
+    // Along rows, columns, all, and what is cut into pieces.
+    for (shape, dims) in [
+        (vec![3, 5, 7], &[1isize, 2] as &'static [isize]),
+        (vec![5, 33], &[0]),
+        (vec![2, 9001], &[1]),
+        (vec![300, 12], &[]),
+    ] {
+        let gone: Vec<usize> = match dims {
+            [] => (0..shape.len()).collect(),
+            _ => dims.iter().map(|&dim| dim as usize).collect(),
+        };
+        for (name, input) in [("integers", Input::int(&shape, 1000)), ("booleans", Input::mask(&shape))] {
+            let gone = gone.clone();
+            let name = format!("{name} {shape:?} along {dims:?}");
+            cases.push(Case::new("sum", name, vec![input], move |x| x[0].sum(dims), move |x| sum(&x[0], &gone)));
+        }
+    }
+    for dim in 0..3 {
+        let input = || vec![Input::int(&[5, 3, 4], 40)];
+        cases.push(Case::new(
+            "max",
+            format!("integers along {dim}"),
+            input(),
+            move |x| x[0].max(dim as isize),
+            move |x| largest(&x[0], dim).0,
+        ));
+        cases.push(Case::new(
+            "argmax",
+            format!("integers along {dim}"),
+            input(),
+            move |x| x[0].argmax(dim as isize),
+            move |x| largest(&x[0], dim).1,
+        ));
+    }
+    // A scalar counts as a vector of one.
+    let scalar = || vec![Input::float(&[])];
+    cases.extend([
+        Case::new("sum", "scalar", scalar(), |x| x[0].sum(&[-1]), |x| x[0].clone()),
+        Case::new("mean", "scalar", scalar(), |x| x[0].mean(&[0]), |x| x[0].clone()),
+        Case::new("max", "scalar", scalar(), |x| x[0].max(-1), |x| x[0].clone()),
+    ]);
     cases.extend([
         case("all", &[3, 5, 7], &[]),
         case("last", &[3, 5, 37], &[-1]),

@@ -17,6 +17,7 @@ pub fn cases() -> Vec<Case> {
         case("odd", Input::float(&[2, 3, 17])),
         case("wide", Input::between(&[3, 1030], -30.0, 30.0)),
         case("one", Input::float(&[4, 1])),
+        case("scalar", Input::float(&[])),
         case("empty rows", Input::float(&[0, 5])),
         case("empty columns", Input::float(&[3, 0])),
     ]
