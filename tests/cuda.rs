@@ -561,6 +561,9 @@ fn what_a_graph_cannot_hold_is_refused() -> Result<()> {
     weight.set(Tensor::full([4], 3.0, DType::F32, &gpu)?)?;
     let replaced = graph.replay(std::slice::from_ref(&x)).unwrap_err();
     assert!(replaced.to_string().contains("`weight` was replaced"), "{replaced}");
+    let replacing = |x: &[Tensor]| weight.set(x[0].mul(&weight.tensor())?);
+    let replacing = Graph::capture(std::slice::from_ref(&x), &params, replacing).unwrap_err();
+    assert!(replacing.to_string().contains("`weight` was replaced during the recording"), "{replacing}");
     // The device is as usable as before.
     assert_eq!(x.exp()?.ln()?.to_vec::<f32>()?.len(), 4);
     Ok(())

@@ -180,7 +180,7 @@ fn two_graphs_share_what_they_captured() -> Result<()> {
     Ok(())
 }
 
-/// What was returned is there as long as somebody has it, with the values of the last replay.
+/// The output is there as long as somebody has it, with the values of the last replay.
 #[test]
 fn outputs_outlive_their_graph() -> Result<()> {
     let Some(gpu) = gpu("outputs_outlive_their_graph") else { return Ok(()) };
@@ -418,7 +418,7 @@ fn other_threads_are_refused_during_a_recording() -> Result<()> {
     })
 }
 
-/// Whatever ends a recording early, in either run: nothing is left of it, and the device goes on.
+/// An error or a panic in either run ends the recording: nothing is left of it, and the device goes on.
 #[test]
 fn a_failed_recording_leaves_the_device_as_it_was() -> Result<()> {
     let Some(gpu) = gpu("a_failed_recording_leaves_the_device_as_it_was") else { return Ok(()) };

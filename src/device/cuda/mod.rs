@@ -67,7 +67,7 @@ pub struct CudaDevice {
     read_backs: AtomicU64,
     // In this order they are freed, if the device cannot be opened.
     blas: Mutex<blas::Handle>,
-    /// What kernels report: kind, index and limit of the first fault.
+    /// Words that kernels report in: kind, index and limit of the first fault.
     faults: Plain,
     stream: Stream,
     context: Context,
@@ -317,7 +317,7 @@ impl Kernel<'_> {
     }
 }
 
-/// Whether `XT_SYNC=1` asks to wait after each launch, so that an error names its kernel.
+/// Returns `true` if `XT_SYNC=1` asks to wait after each launch, by which an error names its kernel.
 fn synchronous() -> bool {
     static SYNC: OnceLock<bool> = OnceLock::new();
     *SYNC.get_or_init(|| std::env::var("XT_SYNC").is_ok_and(|value| value == "1"))

@@ -8,7 +8,7 @@ use super::CudaDevice;
 use crate::Result;
 
 impl CudaDevice {
-    /// How long the device takes for what `f` enqueues, which is not the time of enqueuing as long as the device is still
+    /// Measures how long the device takes for what `f` enqueues, which is not the time of enqueuing as long as the device is still
     /// busy with earlier work when `f` begins. Waits for the end.
     ///
     /// Errors: those of `f` and of the driver, or a graph that is being recorded.
