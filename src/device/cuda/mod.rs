@@ -251,6 +251,8 @@ impl CudaDevice {
         })?;
         let cubin = compile::cubin(source, options, self.architecture)?;
         let kernel = CString::new(signature.kernel).map_err(|why| error(why.to_string()))?;
+        // Loading may wait for the whole context. What is recorded was loaded by the run before.
+        let _pass = self.enter_outside("loading a kernel")?;
         self.bind()?;
         // SAFETY: the context is current, and the code is whole: NVRTC made it, or the cache found it undamaged.
         let module = self.check("cuModuleLoadData", unsafe { Module::load(&cubin) })?;
