@@ -1,5 +1,5 @@
-//! What a launch of a kernel is given: how its threads are laid out, and its arguments. Knows nothing of the driver, so
-//! that ops read the same in builds without CUDA.
+//! Launches of kernels: the layout of their threads, and their arguments. Knows nothing of the driver, so that ops read
+//! the same in builds without CUDA.
 
 use crate::{DType, Error, Result, Tensor, core::Layout};
 

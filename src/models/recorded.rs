@@ -30,7 +30,7 @@ impl RecordedDecode {
         sampling: &SamplingConfig,
         seed: u64,
     ) -> Result<Self> {
-        let device = params.iter().next().map_or(Device::Cpu, |(_, param)| param.tensor().device().clone());
+        let device = model.token_emb().table().device().clone();
         ensure!(device != Device::Cpu, Error::argument("graph", "expected a model on a GPU"));
         ensure!(
             !cache.is_empty(),

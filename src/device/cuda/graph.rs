@@ -173,7 +173,6 @@ impl Recording {
         self.open = false;
         let executable = Executable { handle, blocks: device.pool.finish(), device };
         let tables = std::mem::take(&mut *device.graph_tables()).made;
-        drop(self);
         let fill = |(mut table, values): (Tensor, Vec<i64>)| {
             device.upload(table.address_mut()?, bytemuck::cast_slice(&values)).map(|()| table)
         };
