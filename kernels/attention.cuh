@@ -3,8 +3,8 @@
 //
 //   score = scale q·k + bias + curve[key - query], -inf where masked
 //
-// A query whose scores are all -inf attends to every key alike, with weights 1 / keys that have no gradient; its
-// logarithm of the sum of exponentials is stored as +inf.
+// A query without any key left attends to every key alike, with weights 1 / keys that have no gradient. One that has
+// keys left, but a bias of -inf for each of them, gives 0; one whose scores overflow to -inf gives NaN.
 
 #include "philox.cuh"
 
@@ -13,6 +13,30 @@ typedef Element<T>::Acc Acc;
 __device__ __forceinline__ Acc infinity() { return (Acc)__uint_as_float(0x7F800000); }
 
 __device__ __forceinline__ i32 ceil_div(i32 a, i32 b) { return (a + b - 1) / b; }
+
+// Of a query: its largest score, and the reciprocal of the sum of exp(score - largest). Apart, since the logarithm of
+// the sum would be lost beside a large score. {inf, 0} where everything is masked, {0, 0} where the bias of the rest is
+// -inf.
+struct alignas(2 * sizeof(Acc)) Statistics {
+    Acc largest, share;
+};
+
+template <typename E> constexpr f32 LARGEST = 3.3895313892515355e38f;
+template <> constexpr f32 LARGEST<f16> = 65504;
+template <> constexpr f32 LARGEST<f32> = 3.4028234663852886e38f;
+template <> constexpr f64 LARGEST<f64> = 1.7976931348623157e308;
+
+// sum · factor, the mean of values: only rounding can say that it is larger than all of them.
+__device__ __forceinline__ Acc mean_of(Acc sum, Acc factor) {
+    const Acc mean = sum * factor;
+    return fabs(mean) > LARGEST<T> && fabs(sum) < infinity() ? copysign((Acc)LARGEST<T>, mean) : mean;
+}
+
+// What multiplies that which rounding takes from an output before it is rounded itself: the inverse of the precision.
+template <typename E> constexpr f32 RESIDUAL_SCALE = 256;
+template <> constexpr f32 RESIDUAL_SCALE<f16> = 2048;
+
+constexpr bool IS_F16 = RESIDUAL_SCALE<T> == 2048;
 
 // Positions `start` to `end`, none if that is not larger.
 struct Span {
@@ -67,6 +91,9 @@ struct Scores {
     i32 mem_keys, past;
     bool causal, drops;
     Acc scale, factor;
+    // Weights are summed as this power of two of themselves, so that no mean of finite values leaves the range of
+    // numbers on the way. Sums of f16 cannot.
+    Acc part;
     const bool *mask, *query_mask, *key_mask;
     i64 mask_query, mask_key;
     const T* bias;
@@ -82,6 +109,10 @@ struct Scores {
         queries = query_count, keys = key_count, shift = keys - queries;
         mem_keys = spec.mem_keys, past = spec.past, causal = spec.causal;
         scale = (Acc)spec.scale, factor = (Acc)spec.factor;
+        part = 1;
+        if constexpr (!IS_F16) {
+            for (i32 rest = keys - 1; rest > 0; rest /= 2) part /= 2;
+        }
         seed = spec.seed, stream = spec.stream, threshold = spec.threshold;
         drops = spec.threshold != 0 || spec.factor != 1;
         first = ((u64)batch * heads + head) * queries * keys;
@@ -142,6 +173,20 @@ struct Scores {
     // Whether the padding of the keys and the mask keep a score that exists.
     __device__ __forceinline__ bool keeps(i32 query, i32 key) const {
         return (!key_mask || key < mem_keys || key_mask[key]) && (!mask || mask[query * mask_query + key * mask_key]);
+    }
+
+    // Bit 0: whether a query has a key left. Bit 1: whether one of them has a bias above -inf. Looks at every `step`-th
+    // key from `first` on.
+    __device__ __forceinline__ u32 left_to(i32 query, i32 first, i32 step) const {
+        const Span span = kept(query);
+        const T* row = bias ? bias + query * bias_query : nullptr;
+        u32 left = 0;
+#pragma unroll 1
+        for (i32 key = first; key < span.end; key += step) {
+            if (key < span.start || !keeps(query, key)) continue;
+            left |= row && Element<T>::to_acc(row[key * bias_key]) == -infinity() ? 1 : 3;
+        }
+        return left;
     }
 
     __device__ __forceinline__ bool biased() const { return curve || bias; }

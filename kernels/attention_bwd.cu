@@ -1,15 +1,17 @@
-// Attention, backward. With P the weights, P' the weights after dropout, D = Σ_e grad ⊙ out:
+// Attention, backward. With P the weights, P' the weights after dropout, D = Σ_e grad ⊙ out, with `out` as it was
+// before its rounding:
 //
 //   dv = P'ᵀ grad    ds = P ⊙ (dropout(grad vᵀ) − D)    dq = scale ds k    dk = scale dsᵀ q
 //
-// and the biases get the sums of ds over what they were broadcast to. Shapes and types as in attention_fwd.cu; delta,
-// which is D, and log_sums [batch, heads, query].
+// and the biases get the sums of ds over what they were broadcast to. A key that has all the weight of a query has a
+// ds of 0: dropout(grad vᵀ) − D would be what rounding leaves. Shapes and types as in attention_fwd.cu; delta, which
+// is D, and statistics [batch, heads, query].
 //
-// Nothing but log_sums was kept of the scores: each kernel computes the tiles that it needs again (Dao et al.,
+// Nothing but statistics was kept of the scores: each kernel computes the tiles that it needs again (Dao et al.,
 // "FlashAttention", 2022). Each owns what it writes and walks over the rest in a fixed order, so that nothing is added
 // atomically:
 //
-//   attention_bwd_delta    a warp per query: delta
+//   attention_bwd_delta    a warp per query: delta, from the output and, for half types, its residual
 //   attention_bwd_queries  a block per tile of queries and tiles of d: dq over the keys, and the block's part of the
 //                          gradient of the position bias
 //   attention_bwd_keys     a block per tile of keys and tiles of [e, d]: dv and dk over the queries of all heads that
@@ -38,9 +40,9 @@ __device__ __forceinline__ void weigh(Square& p, Shared& shared, i32 query, i32 
     for (i32 r = 0; r < SIDE; ++r) {
         // Queries without keys come out with weight 0, as do rows that do not exist.
         const i32 row = query + thread_row() * SIDE + r;
-        const Acc log_sum = row < shared.q.count ? shared.log_sums[row] : infinity();
+        const Statistics of_row = row < shared.q.count ? shared.statistics[row] : Statistics{0, 0};
 #pragma unroll
-        for (i32 c = 0; c < SIDE; ++c) p[r][c] = exp(p[r][c] - log_sum);
+        for (i32 c = 0; c < SIDE; ++c) p[r][c] = exp(p[r][c] - of_row.largest) * of_row.share;
     }
 }
 
@@ -57,12 +59,12 @@ __device__ __forceinline__ void score_gradients(Square& ds, const Square& p, Sha
         const i32 row = query + thread_row() * SIDE + r;
         const Acc mean = row < shared.q.count ? shared.delta[row] : 0;
 #pragma unroll
-        for (i32 c = 0; c < SIDE; ++c) ds[r][c] = p[r][c] * (ds[r][c] - mean);
+        for (i32 c = 0; c < SIDE; ++c) ds[r][c] = (p[r][c] == 1 ? 0 : p[r][c]) * (ds[r][c] - mean);
     }
 }
 
 extern "C" __global__ void attention_bwd_delta(
-    Acc* delta, const T* out, const T* grad, Layout out_at, Layout grad_at, i64 rows) {
+    Acc* delta, const T* out, const T* residual, const T* grad, Layout out_at, Layout grad_at, i64 rows) {
     const i64 step = (i64)gridDim.x * blockDim.y;
     const u32 heads = out_at.dims[1], queries = out_at.dims[2], features = out_at.dims[3];
     for (i64 row = (i64)blockIdx.x * blockDim.y + threadIdx.y; row < rows; row += step) {
@@ -70,15 +72,20 @@ extern "C" __global__ void attention_bwd_delta(
         const auto start = [&](const Layout& at) {
             return at.offset + batch * at.strides[0] + head * at.strides[1] + query * at.strides[2];
         };
-        const T *outputs = out + start(out_at), *gradients = grad + start(grad_at);
-        Acc dot = 0;
-        for_row(features, aligned(outputs) && aligned(gradients), [&](u32 j, auto lanes) {
-            const auto output = load<lanes.COUNT>(outputs + j), gradient = load<lanes.COUNT>(gradients + j);
+        const T* gradients = grad + start(grad_at);
+        const auto product = [&](const T* outputs) {
+            Acc dot = 0;
+            for_row(features, aligned(outputs) && aligned(gradients), [&](u32 j, auto lanes) {
+                const auto output = load<lanes.COUNT>(outputs + j), gradient = load<lanes.COUNT>(gradients + j);
 #pragma unroll
-            for (int lane = 0; lane < lanes.COUNT; ++lane) {
-                dot += Element<T>::to_acc(output.lane[lane]) * Element<T>::to_acc(gradient.lane[lane]);
-            }
-        });
+                for (int lane = 0; lane < lanes.COUNT; ++lane) {
+                    dot += Element<T>::to_acc(output.lane[lane]) * Element<T>::to_acc(gradient.lane[lane]);
+                }
+            });
+            return dot;
+        };
+        Acc dot = product(out + start(out_at));
+        if (residual) dot += product(residual + start(out_at)) / (Acc)RESIDUAL_SCALE<T>;
         dot = sum_row(dot);
         if (threadIdx.x == 0) delta[row] = dot;
     }
@@ -87,11 +94,11 @@ extern "C" __global__ void attention_bwd_delta(
 // `bucket_of` [reach + 1] and the values behind it are those of attention_position.cu; a null `position` is not wanted,
 // nor is a null `dq`. `position` [batch, heads, tiles of queries, parameters].
 extern "C" __global__ void __launch_bounds__(TILE_THREADS, 2) attention_bwd_queries(
-    T* dq, Acc* position, const T* grad, const T* q, const T* k, const T* v, const Acc* log_sums, const Acc* delta,
-    const i64* bucket_of, const bool* mask, const bool* query_mask, const bool* key_mask, const T* bias,
-    const Acc* curves, Layout dq_at, Layout grad_at, Layout q_at, Layout k_at, Layout v_at, i32 parameters, i32 reach,
-    i32 behind, Layout mask_at, Layout bias_at, i32 unmasked, i32 mem_keys, i32 past, i32 causal, f64 scale, u64 seed,
-    u64 stream, u64 threshold, f64 factor) {
+    T* dq, Acc* position, const T* grad, const T* q, const T* k, const T* v, const Statistics* statistics, const Acc*
+    delta, const i64* bucket_of, const bool* mask, const bool* query_mask, const bool* key_mask, const T* bias, const
+    Acc* curves, Layout dq_at, Layout grad_at, Layout q_at, Layout k_at, Layout v_at, i32 parameters, i32 reach, i32
+    behind, Layout mask_at, Layout bias_at, i32 unmasked, i32 mem_keys, i32 past, i32 causal, f64 scale, u64 seed, u64
+    stream, u64 threshold, f64 factor) {
     __shared__ Shared shared;
     __shared__ PositionTile<TILE, TILE, Acc> position_tile;
     const i32 heads = q_at.dims[1], queries = q_at.dims[2], keys = k_at.dims[2];
@@ -107,7 +114,7 @@ extern "C" __global__ void __launch_bounds__(TILE_THREADS, 2) attention_bwd_quer
         shared.k.set(k, k_at, batch, kv_head);
         shared.v.set(v, v_at, batch, kv_head);
         shared.grad.set(grad, grad_at, batch, head);
-        shared.log_sums = log_sums + (i64)index * queries;
+        shared.statistics = statistics + (i64)index * queries;
         shared.delta = delta + (i64)index * queries;
     }
     __syncthreads();
@@ -143,7 +150,7 @@ extern "C" __global__ void __launch_bounds__(TILE_THREADS, 2) attention_bwd_quer
 
 // A null `dk` or `dv` is not wanted. blockIdx.y counts groups of tiles of dv, then those of dk.
 extern "C" __global__ void __launch_bounds__(TILE_THREADS, 2) attention_bwd_keys(
-    T* dk, T* dv, const T* grad, const T* q, const T* k, const T* v, const Acc* log_sums, const Acc* delta,
+    T* dk, T* dv, const T* grad, const T* q, const T* k, const T* v, const Statistics* statistics, const Acc* delta,
     const bool* mask, const bool* query_mask, const bool* key_mask, const T* bias, const Acc* curves, Layout dk_at,
     Layout dv_at, Layout grad_at, Layout q_at, Layout k_at, Layout v_at, Layout mask_at, Layout bias_at, i32 unmasked,
     i32 mem_keys, i32 past, i32 causal, f64 scale, u64 seed, u64 stream, u64 threshold, f64 factor) {
@@ -166,7 +173,7 @@ extern "C" __global__ void __launch_bounds__(TILE_THREADS, 2) attention_bwd_keys
             shared.k.set(k, k_at, batch, kv_head);
             shared.v.set(v, v_at, batch, kv_head);
             shared.grad.set(grad, grad_at, batch, head);
-            shared.log_sums = log_sums + ((i64)batch * heads + head) * queries;
+            shared.statistics = statistics + ((i64)batch * heads + head) * queries;
             shared.delta = delta + ((i64)batch * heads + head) * queries;
         }
         __syncthreads();
@@ -210,10 +217,10 @@ extern "C" __global__ void __launch_bounds__(TILE_THREADS, 2) attention_bwd_keys
 
 // dbias [batch or 1, heads or 1, query or 1, key or 1], packed; `dbias_at` has these sizes.
 extern "C" __global__ void __launch_bounds__(TILE_THREADS, 2) attention_bwd_bias(
-    T* dbias, const T* grad, const T* q, const T* k, const T* v, const Acc* log_sums, const Acc* delta,
-    const bool* mask, const bool* query_mask, const bool* key_mask, const T* bias, const Acc* curves, Layout dbias_at,
-    Layout grad_at, Layout q_at, Layout k_at, Layout v_at, Layout mask_at, Layout bias_at, i32 unmasked, i32 mem_keys,
-    i32 past, i32 causal, f64 scale, u64 seed, u64 stream, u64 threshold, f64 factor) {
+    T* dbias, const T* grad, const T* q, const T* k, const T* v, const Statistics* statistics, const Acc* delta, const
+    bool* mask, const bool* query_mask, const bool* key_mask, const T* bias, const Acc* curves, Layout dbias_at, Layout
+    grad_at, Layout q_at, Layout k_at, Layout v_at, Layout mask_at, Layout bias_at, i32 unmasked, i32 mem_keys, i32
+    past, i32 causal, f64 scale, u64 seed, u64 stream, u64 threshold, f64 factor) {
     __shared__ Shared shared;
     const i32 batches = q_at.dims[0], heads = q_at.dims[1], queries = q_at.dims[2], keys = k_at.dims[2];
     const i32 own_heads = dbias_at.dims[1], rows = dbias_at.dims[2], columns = dbias_at.dims[3];
@@ -240,7 +247,7 @@ extern "C" __global__ void __launch_bounds__(TILE_THREADS, 2) attention_bwd_bias
                 shared.k.set(k, k_at, batch, kv_head);
                 shared.v.set(v, v_at, batch, kv_head);
                 shared.grad.set(grad, grad_at, batch, head);
-                shared.log_sums = log_sums + ((i64)batch * heads + head) * queries;
+                shared.statistics = statistics + ((i64)batch * heads + head) * queries;
                 shared.delta = delta + ((i64)batch * heads + head) * queries;
             }
             __syncthreads();

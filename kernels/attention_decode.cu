@@ -38,6 +38,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) attention_decode(
     start = min(start, end);
 
     Acc max = negative_infinity<Acc>();
+    bool any_kept = false;
     for (i32 key = start + thread / 32; key < end; key += THREADS / 32) {
         const bool kept = !key_mask || key < front || key_mask[(i64)b * (capacity - front) + key - front];
         Acc score = 0;
@@ -46,17 +47,20 @@ extern "C" __global__ void __launch_bounds__(THREADS) attention_decode(
         score = reduce_warp(score, [](Acc a, Acc b) { return a + b; }) * (Acc)scale;
         if (curves) score += curves[(i64)head * distances + min(position - key, distances - 1)];
         if (!kept) score = negative_infinity<Acc>();
+        any_kept |= kept;
         if (thread % 32 == 0) s[key] = score;
         max = fmax(max, score);
     }
     max = reduce_row(max, negative_infinity<Acc>(), [](Acc a, Acc b) { return fmax(a, b); });
-    // Without any key left, all keys of the sequence count alike.
-    const bool blind = max == negative_infinity<Acc>();
+    // Without any key left, all keys of the sequence count alike. With scores that are all NaN or -inf, `max` is -inf
+    // too, and the weights are NaN.
+    const bool blind = !__syncthreads_or(any_kept);
     if (blind) start = 0, end = min(front + (i32)ends[b] + queries, capacity);
-    __syncthreads();
-    Acc sum = 0;
+    // A power of two that keeps sums of values in the range of numbers.
+    Acc part = 1, sum = 0;
+    for (i32 rest = end - start - 1; rest > 0; rest /= 2) part /= 2;
     for (i32 key = start + thread; key < end; key += THREADS) {
-        const Acc weight = blind ? 1 : exp(s[key] - max);
+        const Acc weight = (blind ? 1 : exp(s[key] - max)) * part;
         s[key] = weight;
         sum += weight;
     }
@@ -77,7 +81,10 @@ extern "C" __global__ void __launch_bounds__(THREADS) attention_decode(
         __syncthreads();
         if (thread < width && f < e) {
             for (i32 other = 1; other < groups; ++other) total += partial[other * width + thread];
-            to[f] = Element<T>::from_acc(total / sum);
+            const Acc mean = total / sum;
+            // Rounding alone makes the mean of finite values infinite.
+            const bool exceeds = fabs(mean) > -lowest<Acc>() && fabs(total) <= -lowest<Acc>();
+            to[f] = Element<T>::from_acc(exceeds ? copysign(-lowest<Acc>(), mean) : mean);
         }
         __syncthreads();
     }

@@ -1,8 +1,8 @@
 // Attention, forward: out = dropout(softmax(scale q kᵀ + biases)) v, see src/ops/attention/mod.rs for the semantics.
 //
 // Shapes: q [batch, heads, query, d], k [batch, kv_heads, key, d], v [batch, kv_heads, key, e], out as q with e
-// features, all at strides of their own with packed features; log_sums [batch, heads, query], the logarithm of the sum
-// of exponentials, +inf where everything is masked. Head h uses key head h / (heads / kv_heads).
+// features, all at strides of their own with packed features; statistics [batch, heads, query]; residual as out, or
+// null: what rounding takes from the output. Head h uses key head h / (heads / kv_heads).
 // T: f32, f64, bf16, f16; products, statistics and sums in f32 (f64 for f64).
 //
 // A block owns TILE queries of a head and up to GROUPS · TILE features of the values. It walks over the tiles of keys
@@ -22,10 +22,10 @@
 constexpr i32 GROUPS = 2;
 
 extern "C" __global__ void __launch_bounds__(TILE_THREADS, 2) attention_fwd(
-    T* out, Acc* log_sums, const T* q, const T* k, const T* v, const bool* mask, const bool* query_mask,
-    const bool* key_mask, const T* bias, const Acc* curves, Layout out_at, Layout q_at, Layout k_at, Layout v_at,
-    Layout mask_at, Layout bias_at, i32 unmasked, i32 mem_keys, i32 past, i32 causal, f64 scale, u64 seed, u64 stream,
-    u64 threshold, f64 factor) {
+    T* out, Statistics* statistics, T* residual, const T* q, const T* k, const T* v, const bool* mask, const bool*
+    query_mask, const bool* key_mask, const T* bias, const Acc* curves, Layout out_at, Layout q_at, Layout k_at, Layout
+    v_at, Layout mask_at, Layout bias_at, i32 unmasked, i32 mem_keys, i32 past, i32 causal, f64 scale, u64 seed, u64
+    stream, u64 threshold, f64 factor) {
     __shared__ Shared shared;
     const i32 heads = q_at.dims[1], queries = q_at.dims[2], keys = k_at.dims[2];
     const i32 tiles = ceil_div(queries, TILE), index = blockIdx.x / tiles;
@@ -73,7 +73,7 @@ extern "C" __global__ void __launch_bounds__(TILE_THREADS, 2) attention_fwd(
             // With no key kept so far, every exponential must be 0 and not NaN.
             const Acc base = larger == -infinity() ? 0 : larger;
 #pragma unroll
-            for (i32 c = 0; c < SIDE; ++c) total += s[r][c] = exp(s[r][c] - base);
+            for (i32 c = 0; c < SIDE; ++c) total += s[r][c] = exp(s[r][c] - base) * scores.part;
             const Acc correction = exp(max[r] - base);
             // Each thread sums its own columns; the row is put together behind the last tile.
             sum[r] = sum[r] * correction + total;
@@ -87,36 +87,57 @@ extern "C" __global__ void __launch_bounds__(TILE_THREADS, 2) attention_fwd(
         add_values(s, key);
     }
 
-    bool blind[SIDE], any_blind = false;
+    bool empty = false;
 #pragma unroll
     for (i32 r = 0; r < SIDE; ++r) {
-        const i32 row = query + thread_row() * SIDE + r;
         sum[r] = reduce_tile_row(sum[r], [](Acc a, Acc b) { return a + b; });
-        blind[r] = sum[r] == 0;
-        any_blind |= blind[r] && row < queries;
-        if (row < queries && thread_column() == 0 && blockIdx.y == 0) {
-            log_sums[(i64)index * queries + row] = blind[r] ? infinity() : max[r] + log(sum[r]);
-        }
-        const Acc divisor = 1 / (blind[r] ? 1 : sum[r]);
-#pragma unroll
-        for (i32 group = 0; group < GROUPS; ++group) {
-#pragma unroll
-            for (i32 c = 0; c < SIDE; ++c) acc[group][r][c] *= divisor;
-        }
+        empty |= sum[r] == 0 && query + thread_row() * SIDE + r < queries;
+        // Where a score is infinite, the sum is NaN.
+        if (sum[r] != sum[r]) max[r] = sum[r];
     }
-    if (__syncthreads_or(any_blind)) {
+    if (__syncthreads_or(empty)) {
+        bool blind[SIDE];
+#pragma unroll
+        for (i32 r = 0; r < SIDE; ++r) {
+            const i32 row = query + thread_row() * SIDE + r;
+            const bool none = sum[r] == 0 && row < queries;
+            u32 left = none ? scores.left_to(row, thread_column(), ACROSS) : 0;
+            left = reduce_tile_row(left, [](u32 a, u32 b) { return a | b; });
+            blind[r] = none && left == 0;
+            if (!none) continue;
+            max[r] = left == 0 ? infinity() : left == 1 ? 0 : infinity() - infinity();
+            // Queries without weights have a sum that divides nothing.
+            sum[r] = left == 0 ? scores.part * scores.keys : left == 1 ? infinity() : max[r];
+        }
         for (i32 key = 0; key < keys; key += TILE) {
             Square s;
 #pragma unroll
             for (i32 r = 0; r < SIDE; ++r) {
 #pragma unroll
-                for (i32 c = 0; c < SIDE; ++c) s[r][c] = blind[r] ? 1 / (Acc)scores.keys : 0;
+                for (i32 c = 0; c < SIDE; ++c) s[r][c] = blind[r] ? scores.part : 0;
             }
             add_values(s, key);
         }
     }
 #pragma unroll
+    for (i32 r = 0; r < SIDE; ++r) {
+        const i32 row = query + thread_row() * SIDE + r;
+        if (row < queries && thread_column() == 0 && blockIdx.y == 0) {
+            const bool blind = max[r] == infinity();
+            statistics[(i64)index * queries + row] = {max[r], blind ? 0 : scores.part / sum[r]};
+        }
+        const Acc factor_of_row = 1 / (row < queries ? sum[r] : 1);
+#pragma unroll
+        for (i32 group = 0; group < GROUPS; ++group) {
+#pragma unroll
+            for (i32 c = 0; c < SIDE; ++c) {
+                Acc& value = acc[group][r][c];
+                value = scores.drops ? value * factor_of_row : mean_of(value, factor_of_row);
+            }
+        }
+    }
+#pragma unroll
     for (i32 group = 0; group < GROUPS; ++group) {
-        write_rows(out, out_at, batch, head, query, column + group * TILE, acc[group], 1);
+        write_rows(out, out_at, batch, head, query, column + group * TILE, acc[group], 1, residual);
     }
 }

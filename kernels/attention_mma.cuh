@@ -11,7 +11,11 @@ constexpr i32 WARPS = 4, MMA_THREADS = 32 * WARPS;
 
 #if __CUDA_ARCH__ >= 800
 
-constexpr f32 LOG2_E = 1.4426950408889634f, LN_2 = 0.6931471805599453f;
+constexpr f32 LOG2_E = 1.4426950408889634f;
+
+// Up to here the largest score may be subtracted as a logarithm to base 2, by the multiply-add that brings a score to
+// it: rounding changes a weight by less than half types show. Beyond, scores are subtracted first.
+constexpr f32 LARGE_SCORE = 256;
 
 typedef SwizzledTile<HEAD> Tile;
 
@@ -51,17 +55,17 @@ template <i32 M, i32 N, bool BY_KEY> struct ScoreSums : Sums<M, N> {
     static __device__ __forceinline__ i32 query(i32 q) { return BY_KEY ? Base::column(q) : Base::row(q); }
     static __device__ __forceinline__ i32 key(i32 k) { return BY_KEY ? Base::row(k) : Base::column(k); }
 
-    // Products to scores, −inf where masked or outside, as logarithms to base 2; returns what they must still be
-    // multiplied with, so that the scale of plain tiles costs nothing. The warp's first query and key are those given.
+    // Products to scores, −inf where masked or outside; returns what they must still be multiplied with, so that the
+    // scale of plain tiles costs nothing. The warp's first query and key are those given.
     __device__ __forceinline__ f32 finish(const Scores& scores, i32 first_query, i32 first_key) {
         constexpr i32 ROWS = 16 * M;
         const i32 rows = BY_KEY ? N : ROWS, columns = BY_KEY ? ROWS : N;
         // The largest score stays the largest only under a positive scale.
-        if (scores.scale > 0 && scores.plain(first_query, first_key, rows, columns)) return scores.scale * LOG2_E;
+        if (scores.scale > 0 && scores.plain(first_query, first_key, rows, columns)) return scores.scale;
         Bits kept = ~Bits(0);
         if (scores.mask || scores.pads_keys(first_key, columns)) kept = masks(scores, first_query, first_key);
         const bool biased = scores.biased();
-        const f32 to_log2 = scores.scale * LOG2_E;
+        const f32 scale = scores.scale;
 #pragma unroll
         for (i32 q = 0; q < QUERIES; ++q) {
             const i32 row = first_query + query(q);
@@ -73,13 +77,8 @@ template <i32 M, i32 N, bool BY_KEY> struct ScoreSums : Sums<M, N> {
                 const bool keep = column >= span.start && column < span.end && row < scores.queries &&
                                   kept >> (q * KEYS + k) & 1;
                 f32& s = score(q, k);
-                s *= to_log2;
-                if (biased && keep) {
-                    const f32 added = bias.at(column);
-                    s += added * LOG2_E;
-                    // The lowest finite bias masks nothing.
-                    if (s < lowest<f32>() && added > -infinity()) s = lowest<f32>();
-                }
+                s *= scale;
+                if (biased && keep) s += bias.at(column);
                 if (!keep) s = -infinity();
             }
         }
@@ -147,29 +146,53 @@ template <i32 M, i32 N, bool BY_KEY> struct ScoreSums : Sums<M, N> {
         }
     }
 
-    // exp(score - log_sum) of finished scores; `to_log2` is what `finish` returned. No weight exceeds 1, whatever the
-    // rounding of huge scores.
-    __device__ __forceinline__ void weigh(f32 to_log2, const f32* log_sums, i32 first_query, i32 queries) {
+    // Whether `holds` says so of the statistics of one of the tile's queries. All threads of a warp ask alike.
+    template <typename F>
+    static __device__ __forceinline__ bool any_row(
+        const Statistics* statistics, i32 first_query, i32 queries, F holds) {
+        const i32 end = min(first_query + (BY_KEY ? N : 16 * M), queries);
+        return warp_any(first_query, end, [&](i32 row) { return holds(statistics[row]); });
+    }
+
+    // exp(score - largest) · share of finished scores; `unit` is what `finish` returned.
+    __device__ __forceinline__ void weigh(f32 unit, const Statistics* statistics, i32 first_query, i32 queries) {
+        const auto of_query = [&](i32 q) {
+            const i32 row = first_query + query(q);
+            return row < queries ? statistics[row] : Statistics{0, 0};
+        };
+        const auto is_large = [](const Statistics& row) { return fabs(row.largest) > LARGE_SCORE; };
+        const bool large = any_row(statistics, first_query, queries, is_large);
+        f32 to_log2 = unit * LOG2_E;
+        if (large) {
+            to_log2 = LOG2_E;
+#pragma unroll
+            for (i32 q = 0; q < QUERIES; ++q) {
+                const f32 largest = of_query(q).largest;
+#pragma unroll
+                for (i32 k = 0; k < KEYS; ++k) {
+                    // No weight exceeds 1, whatever the rounding of huge scores.
+                    const f32 less = __fsub_rn(__fmul_rn(score(q, k), unit), largest);
+                    score(q, k) = less > 0 ? 0 : less;
+                }
+            }
+        }
 #pragma unroll
         for (i32 q = 0; q < QUERIES; ++q) {
-            const i32 row = first_query + query(q);
-            const f32 log_sum = row < queries ? log_sums[row] * LOG2_E : infinity();
+            const Statistics row = of_query(q);
+            const f32 base = large ? 0 : row.largest * LOG2_E;
 #pragma unroll
-            for (i32 k = 0; k < KEYS; ++k) {
-                const f32 exponent = score(q, k) * to_log2 - log_sum;
-                score(q, k) = ptx_exp2(exponent > 0 ? 0 : exponent);
-            }
+            for (i32 k = 0; k < KEYS; ++k) score(q, k) = ptx_exp2(score(q, k) * to_log2 - base) * row.share;
         }
     }
 
     // Gives the queries without keys their weights.
     __device__ __forceinline__ void spread(
-        const Scores& scores, const f32* log_sums, i32 first_query, i32 first_key) {
+        const Scores& scores, const Statistics* statistics, i32 first_query, i32 first_key) {
         const Bits kept = scores.drops ? undropped(scores, first_query, first_key) : ~Bits(0);
 #pragma unroll
         for (i32 q = 0; q < QUERIES; ++q) {
             const i32 row = first_query + query(q);
-            const bool blind = row < scores.queries && log_sums[row] == infinity();
+            const bool blind = row < scores.queries && statistics[row].largest == infinity();
 #pragma unroll
             for (i32 k = 0; k < KEYS; ++k) {
                 const bool keep = first_key + key(k) < scores.keys && kept >> (q * KEYS + k) & 1;
@@ -180,8 +203,11 @@ template <i32 M, i32 N, bool BY_KEY> struct ScoreSums : Sums<M, N> {
 
     // From the gradients of the weights, which this holds, to those of the scores. The weights lose what is dropped.
     __device__ __forceinline__ void to_score_gradients(
-        ScoreSums& weights, const Scores& scores, const f32* delta, i32 first_query, i32 first_key) {
+        ScoreSums& weights, const Scores& scores, const Statistics* statistics, const f32* delta, i32 first_query,
+        i32 first_key) {
         const bool drops = scores.drops;
+        const auto is_sharp = [](const Statistics& row) { return row.share > 0.999f; };
+        const bool sharp = any_row(statistics, first_query, scores.queries, is_sharp);
         const Bits kept = drops ? undropped(scores, first_query, first_key) : ~Bits(0);
         const f32 factor = scores.factor;
 #pragma unroll
@@ -193,12 +219,40 @@ template <i32 M, i32 N, bool BY_KEY> struct ScoreSums : Sums<M, N> {
                 f32& ds = score(q, k);
                 const bool keep = kept >> (q * KEYS + k) & 1;
                 if (drops) ds = keep ? ds * factor : 0;
-                ds = weights.score(q, k) * (ds - mean);
+                ds -= mean;
             }
+        }
+        if (sharp) {
+#pragma unroll
+            for (i32 q = 0; q < QUERIES; ++q) {
+#pragma unroll
+                for (i32 k = 0; k < KEYS; ++k) {
+                    // A key that has all the weight of its query, but for what rounding takes from a sum: the
+                    // difference is what rounding leaves of 0, unless it is infinite or NaN.
+                    if (weights.score(q, k) > 1 - 2.4e-7f) score(q, k) *= 0;
+                }
+            }
+        }
+#pragma unroll
+        for (i32 q = 0; q < QUERIES; ++q) {
+#pragma unroll
+            for (i32 k = 0; k < KEYS; ++k) score(q, k) *= weights.score(q, k);
         }
         if (drops) weights.drop(kept);
     }
 };
+
+// Turns the rows of a warp into what rounding takes from them, times `RESIDUAL_SCALE`.
+template <i32 M> __device__ __forceinline__ void to_residual(Sums<M, HEAD>& sums) {
+#pragma unroll
+    for (i32 r = 0; r < 2 * M; ++r) {
+#pragma unroll
+        for (i32 c = 0; c < HEAD / 4; ++c) {
+            f32& value = sums.at(r, c);
+            value = (value - Element<T>::to_acc(Element<T>::from_acc(value))) * RESIDUAL_SCALE<T>;
+        }
+    }
+}
 
 // Writes the rows of a warp, times `factor`, by way of its part of `tile`, which nobody else uses any more.
 template <i32 M>

@@ -16,11 +16,11 @@
 #include "attention_mma.cuh"
 
 extern "C" __global__ void __launch_bounds__(MMA_THREADS, 2) attention_mma_bwd_queries(
-    T* dq, f32* position, const T* grad, const T* q, const T* k, const T* v, const f32* log_sums, const f32* delta,
-    const i64* bucket_of, const bool* mask, const bool* query_mask, const bool* key_mask, const T* bias,
-    const f32* curves, Layout dq_at, Layout grad_at, Layout q_at, Layout k_at, Layout v_at, i32 parameters, i32 reach,
-    i32 behind, Layout mask_at, Layout bias_at, i32 unmasked, i32 mem_keys, i32 past, i32 causal, f64 scale, u64 seed,
-    u64 stream, u64 threshold, f64 factor) {
+    T* dq, f32* position, const T* grad, const T* q, const T* k, const T* v, const Statistics* statistics, const f32*
+    delta, const i64* bucket_of, const bool* mask, const bool* query_mask, const bool* key_mask, const T* bias, const
+    f32* curves, Layout dq_at, Layout grad_at, Layout q_at, Layout k_at, Layout v_at, i32 parameters, i32 reach, i32
+    behind, Layout mask_at, Layout bias_at, i32 unmasked, i32 mem_keys, i32 past, i32 causal, f64 scale, u64 seed, u64
+    stream, u64 threshold, f64 factor) {
 #if __CUDA_ARCH__ >= 800
     constexpr i32 M = HEAD == 128 ? 1 : 2, N = HEAD == 32 ? 64 : 32, ROWS = 16 * M * WARPS;
     extern __shared__ uint4 memory[];
@@ -41,7 +41,7 @@ extern "C" __global__ void __launch_bounds__(MMA_THREADS, 2) attention_mma_bwd_q
         grad_rows.set(grad, grad_at, batch, head);
     }
     __syncthreads();
-    log_sums += (i64)index * queries, delta += (i64)index * queries;
+    statistics += (i64)index * queries, delta += (i64)index * queries;
     const PositionTerms terms = {bucket_of, parameters, reach, behind, keys - queries};
     f32* position_sums = position ? position + ((i64)index * tiles + first / ROWS) * parameters : nullptr;
     if (position_sums) {
@@ -82,10 +82,10 @@ extern "C" __global__ void __launch_bounds__(MMA_THREADS, 2) attention_mma_bwd_q
         ScoreSums<M, N, false> p, ds;
         p.clear();
         p.add_rows(q_tile, warp, k_tile(stage));
-        p.weigh(p.finish(scores, query, key), log_sums, query, queries);
+        p.weigh(p.finish(scores, query, key), statistics, query, queries);
         ds.clear();
         ds.add_rows(grad_tile, warp, v_tile(stage));
-        ds.to_score_gradients(p, scores, delta, query, key);
+        ds.to_score_gradients(p, scores, statistics, delta, query, key);
         if (position_sums) {
 #pragma unroll
             for (i32 r = 0; r < ds.ROWS; ++r) {
@@ -108,7 +108,7 @@ extern "C" __global__ void __launch_bounds__(MMA_THREADS, 2) attention_mma_bwd_q
 }
 
 extern "C" __global__ void __launch_bounds__(MMA_THREADS, 2) attention_mma_bwd_keys(
-    T* dk, T* dv, const T* grad, const T* q, const T* k, const T* v, const f32* log_sums, const f32* delta,
+    T* dk, T* dv, const T* grad, const T* q, const T* k, const T* v, const Statistics* statistics, const f32* delta,
     const bool* mask, const bool* query_mask, const bool* key_mask, const T* bias, const f32* curves, Layout dk_at,
     Layout dv_at, Layout grad_at, Layout q_at, Layout k_at, Layout v_at, Layout mask_at, Layout bias_at, i32 unmasked,
     i32 mem_keys, i32 past, i32 causal, f64 scale, u64 seed, u64 stream, u64 threshold, f64 factor) {
@@ -137,7 +137,8 @@ extern "C" __global__ void __launch_bounds__(MMA_THREADS, 2) attention_mma_bwd_k
         grad_rows.set(grad, grad_at, batch, first_head);
     }
     set_head(first_head);
-    log_sums += ((i64)batch * heads + first_head) * queries, delta += ((i64)batch * heads + first_head) * queries;
+    const i64 first_row = ((i64)batch * heads + first_head) * queries;
+    statistics += first_row, delta += first_row;
     T* const start = reinterpret_cast<T*>(memory);
     const Tile k_tile = {start}, v_tile = {start + ROWS * HEAD};
     const auto q_tile = [&](i32 stage) { return Tile{start + (2 * ROWS + 2 * N * stage) * HEAD}; };
@@ -154,8 +155,8 @@ extern "C" __global__ void __launch_bounds__(MMA_THREADS, 2) attention_mma_bwd_k
     // Whether one of a tile's queries has no key. All threads of a warp ask alike.
     const auto blind = [&](i32 step) {
         const i32 query = step % per_head * N;
-        const f32* of_head = log_sums + (i64)(step / per_head) * queries;
-        return warp_any(query, min(query + N, queries), [&](i32 row) { return of_head[row] == infinity(); });
+        const Statistics* of_head = statistics + (i64)(step / per_head) * queries;
+        return warp_any(query, min(query + N, queries), [&](i32 row) { return of_head[row].largest == infinity(); });
     };
     const auto next = [&](i32 step) {
         while (step < steps && !reached(step) && !(dv && blind(step))) ++step;
@@ -186,19 +187,20 @@ extern "C" __global__ void __launch_bounds__(MMA_THREADS, 2) attention_mma_bwd_k
         ptx_cp_async_wait<1>();
         __syncthreads();
         const i32 query = step % per_head * N;
-        const f32 *head_log_sums = log_sums + (i64)member * queries, *head_delta = delta + (i64)member * queries;
+        const Statistics* of_head = statistics + (i64)member * queries;
+        const f32* head_delta = delta + (i64)member * queries;
         ScoreSums<M, N, true> p, ds;
         p.clear();
         if (reached(step)) {
             p.add_rows(k_tile, warp, q_tile(stage));
-            p.weigh(p.finish(scores, query, key), head_log_sums, query, queries);
+            p.weigh(p.finish(scores, query, key), of_head, query, queries);
             ds.clear();
             ds.add_rows(v_tile, warp, grad_tile(stage));
-            ds.to_score_gradients(p, scores, head_delta, query, key);
+            ds.to_score_gradients(p, scores, of_head, head_delta, query, key);
             if (dk) dk_sums.add_product(ds, q_tile(stage));
         }
         if (dv) {
-            if (blind(step)) p.spread(scores, head_log_sums, query, key);
+            if (blind(step)) p.spread(scores, of_head, query, key);
             dv_sums.add_product(p, grad_tile(stage));
         }
         __syncthreads();

@@ -2,7 +2,9 @@
 //
 // A block of four warps owns 64 M queries of a head, 16 M per warp, and walks over tiles of N keys: scores by
 // mma.m16n8k16, the running maximum and sum of FlashAttention-2 (Dao, 2023), then the product with the values, whose
-// operand is the registers of the weights. Exponentials are to base 2, with the scale folded in.
+// operand is the registers of the weights. Exponentials are to base 2, with the scale folded in, and of differences
+// where scores are large. If bf16 values near the largest number have overflowed in the sums, all is computed once more
+// with weights that are a power of two smaller.
 // M = 2 reads each fragment of keys and values for two products, which halves the traffic of shared memory; that, and
 // not the tensor cores, limits M = 1. N is what registers allow without spills.
 //
@@ -13,19 +15,22 @@
 #include "attention_mma.cuh"
 
 extern "C" __global__ void __launch_bounds__(MMA_THREADS, 2) attention_mma_fwd(
-    T* out, f32* log_sums, const T* q, const T* k, const T* v, const bool* mask, const bool* query_mask,
-    const bool* key_mask, const T* bias, const f32* curves, Layout out_at, Layout q_at, Layout k_at, Layout v_at,
-    Layout mask_at, Layout bias_at, i32 unmasked, i32 mem_keys, i32 past, i32 causal, f64 scale, u64 seed, u64 stream,
-    u64 threshold, f64 factor) {
+    T* out, Statistics* statistics, T* residual, const T* q, const T* k, const T* v, const bool* mask, const bool*
+    query_mask, const bool* key_mask, const T* bias, const f32* curves, Layout out_at, Layout q_at, Layout k_at, Layout
+    v_at, Layout mask_at, Layout bias_at, i32 unmasked, i32 mem_keys, i32 past, i32 causal, f64 scale, u64 seed, u64
+    stream, u64 threshold, f64 factor) {
 #if __CUDA_ARCH__ >= 800
     constexpr i32 M = 2, N = HEAD == 128 ? 32 : 64, ROWS = 16 * M * WARPS;
     extern __shared__ uint4 memory[];
     __shared__ Scores scores;
     __shared__ Rows q_rows, k_rows, v_rows;
+    // What exponents of 2 are smaller by.
+    __shared__ f32 lower;
     const i32 heads = q_at.dims[1], queries = q_at.dims[2], keys = k_at.dims[2];
     const i32 tiles = ceil_div(queries, ROWS), index = blockIdx.x / tiles;
     const i32 batch = index / heads, head = index % heads, first = (tiles - 1 - blockIdx.x % tiles) * ROWS;
     if (threadIdx.x == 0) {
+        lower = 0;
         const Spec spec = {mask,     query_mask, key_mask, bias,  curves, mask_at, bias_at,   unmasked,
                            mem_keys, past,       causal,   scale, seed,   stream,  threshold, factor};
         const i32 kv_head = head / (heads / (i32)k_at.dims[1]);
@@ -54,12 +59,13 @@ extern "C" __global__ void __launch_bounds__(MMA_THREADS, 2) attention_mma_fwd(
         ptx_cp_async_commit();
     };
     Sums<M, HEAD> acc;
-    acc.clear();
     f32 max[2 * M], sum[2 * M];
+    copy_rows<ROWS>(q_tile, q_rows, first);
+again:
+    acc.clear();
 #pragma unroll
     for (i32 r = 0; r < 2 * M; ++r) max[r] = -infinity(), sum[r] = 0;
     i32 key = next(seen.start / N * N), stage = 0;
-    copy_rows<ROWS>(q_tile, q_rows, first);
     copy_keys(key, 0);
     while (key < seen.end) {
         const i32 following = next(key + N);
@@ -69,7 +75,7 @@ extern "C" __global__ void __launch_bounds__(MMA_THREADS, 2) attention_mma_fwd(
         ScoreSums<M, N, false> s;
         s.clear();
         s.add_rows(q_tile, warp_row(16 * M), k_tile(stage));
-        const f32 to_log2 = s.finish(scores, query, key);
+        const f32 unit = s.finish(scores, query, key);
 #pragma unroll
         for (i32 r = 0; r < 2 * M; ++r) {
             f32 larger = -infinity();
@@ -77,13 +83,20 @@ extern "C" __global__ void __launch_bounds__(MMA_THREADS, 2) attention_mma_fwd(
             for (i32 c = 0; c < s.COLUMNS; ++c) larger = fmax(larger, s.at(r, c));
             larger = fmax(larger, __shfl_xor_sync(0xFFFFFFFF, larger, 1));
             larger = fmax(larger, __shfl_xor_sync(0xFFFFFFFF, larger, 2));
-            larger = fmax(max[r], larger * to_log2);
+            larger = fmax(max[r], larger * unit);
             // With no key kept so far, every exponential must be 0 and not NaN.
             const f32 base = larger == -infinity() ? 0 : larger;
+            f32 to_log2 = unit * LOG2_E, shift = base * LOG2_E;
+            if (fabs(base) > LARGE_SCORE) {
+#pragma unroll
+                for (i32 c = 0; c < s.COLUMNS; ++c) s.at(r, c) = __fsub_rn(__fmul_rn(s.at(r, c), unit), base);
+                to_log2 = LOG2_E, shift = 0;
+            }
+            shift += lower;
             f32 total = 0;
 #pragma unroll
-            for (i32 c = 0; c < s.COLUMNS; ++c) total += s.at(r, c) = ptx_exp2(s.at(r, c) * to_log2 - base);
-            const f32 correction = ptx_exp2(max[r] - base);
+            for (i32 c = 0; c < s.COLUMNS; ++c) total += s.at(r, c) = ptx_exp2(s.at(r, c) * to_log2 - shift);
+            const f32 correction = ptx_exp2((max[r] - base) * LOG2_E);
             sum[r] = sum[r] * correction + total;
             max[r] = larger;
 #pragma unroll
@@ -96,19 +109,42 @@ extern "C" __global__ void __launch_bounds__(MMA_THREADS, 2) attention_mma_fwd(
     }
     ptx_cp_async_wait<0>();
 
-    bool blind[2 * M], any_blind = false;
+    bool empty = false, overflown = false;
 #pragma unroll
     for (i32 r = 0; r < 2 * M; ++r) {
-        const i32 row = query + acc.row(r);
         sum[r] += __shfl_xor_sync(0xFFFFFFFF, sum[r], 1);
         sum[r] += __shfl_xor_sync(0xFFFFFFFF, sum[r], 2);
-        blind[r] = sum[r] == 0;
-        any_blind |= blind[r] && row < queries;
-        if (row < queries && threadIdx.x % 4 == 0) {
-            log_sums[(i64)index * queries + row] = blind[r] ? infinity() : (max[r] + log2(sum[r])) * LN_2;
+        empty |= sum[r] == 0 && query + acc.row(r) < queries;
+        // Where a score is infinite, the sum is NaN.
+        if (sum[r] != sum[r]) max[r] = sum[r];
+        if constexpr (!IS_F16) {
+#pragma unroll
+            for (i32 c = 0; c < acc.COLUMNS; ++c) overflown |= !(fabs(acc.at(r, c)) < infinity());
         }
     }
-    if (__syncthreads_or(any_blind)) {
+    if constexpr (!IS_F16) {
+        if (__syncthreads_or(overflown) && lower == 0 && scores.part < 1) {
+            __syncthreads();
+            if (threadIdx.x == 0) lower = -log2(scores.part);
+            __syncthreads();
+            goto again;
+        }
+    }
+    bool blind[2 * M] = {};
+    if (__syncthreads_or(empty)) {
+#pragma unroll
+        for (i32 r = 0; r < 2 * M; ++r) {
+            const i32 row = query + acc.row(r);
+            const bool none = sum[r] == 0 && row < queries;
+            u32 left = none ? scores.left_to(row, threadIdx.x % 4, 4) : 0;
+            left |= __shfl_xor_sync(0xFFFFFFFF, left, 1);
+            left |= __shfl_xor_sync(0xFFFFFFFF, left, 2);
+            blind[r] = none && left == 0;
+            if (!none) continue;
+            max[r] = left == 0 ? infinity() : left == 1 ? 0 : infinity() - infinity();
+            // Queries without weights have a sum that divides nothing.
+            sum[r] = left == 0 ? scores.part * keys : left == 1 ? infinity() : max[r];
+        }
         for (i32 at = 0; at < keys; at += N) {
             __syncthreads();
             copy_rows<N>(v_tile(0), v_rows, at);
@@ -119,7 +155,7 @@ extern "C" __global__ void __launch_bounds__(MMA_THREADS, 2) attention_mma_fwd(
 #pragma unroll
             for (i32 r = 0; r < 2 * M; ++r) {
 #pragma unroll
-                for (i32 c = 0; c < s.COLUMNS; ++c) s.at(r, c) = blind[r] ? 1 : 0;
+                for (i32 c = 0; c < s.COLUMNS; ++c) s.at(r, c) = blind[r] ? scores.part : 0;
             }
             if (scores.drops) s.drop(s.undropped(scores, query, at));
             acc.add_product(s, v_tile(0));
@@ -127,10 +163,22 @@ extern "C" __global__ void __launch_bounds__(MMA_THREADS, 2) attention_mma_fwd(
     }
 #pragma unroll
     for (i32 r = 0; r < 2 * M; ++r) {
-        const f32 divisor = scores.factor / (blind[r] ? keys : sum[r]);
+        const i32 row = query + acc.row(r);
+        if (row < queries && threadIdx.x % 4 == 0) {
+            statistics[(i64)index * queries + row] = {max[r], blind[r] ? 0 : ptx_exp2(-lower) / sum[r]};
+        }
+        const f32 divisor = scores.factor / sum[r];
 #pragma unroll
-        for (i32 c = 0; c < acc.COLUMNS; ++c) acc.at(r, c) *= divisor;
+        for (i32 c = 0; c < acc.COLUMNS; ++c) {
+            f32& value = acc.at(r, c);
+            value = scores.drops ? value * divisor : mean_of(value, divisor);
+        }
     }
     write_rows(out, out_at, batch, head, first, acc, 1, q_tile);
+    if (residual) {
+        to_residual(acc);
+        __syncwarp();
+        write_rows(residual, out_at, batch, head, first, acc, 1, q_tile);
+    }
 #endif
 }

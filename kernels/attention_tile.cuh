@@ -69,7 +69,8 @@ struct Shared {
     Scores of_head;
     Rows q, k, v, grad;
     // Of the head's queries; the backward pass has them.
-    const Acc *log_sums, *delta;
+    const Statistics* statistics;
+    const Acc* delta;
     alignas(16) Acc scores[TILE * SCORE_PITCH];
     alignas(16) Acc operands[2 * TILE * CHUNK_PITCH];
 };
@@ -170,12 +171,14 @@ __device__ __forceinline__ void add_product(
     }
 }
 
-// Writes TILE columns of the thread's rows of a result.
+// Writes TILE columns of the thread's rows of a result, and what rounding takes from them if that is wanted.
 __device__ __forceinline__ void write_rows(
-    T* storage, const Layout& at, i32 batch, i32 head, i32 first, i32 column, const Square& acc, Acc factor) {
+    T* storage, const Layout& at, i32 batch, i32 head, i32 first, i32 column, const Square& acc, Acc factor,
+    T* residual = nullptr) {
     column += thread_column() * SIDE;
     const i32 features = at.dims[3];
-    T* to = storage + (at.offset + batch * at.strides[0] + head * at.strides[1]) + column;
+    const i64 start = at.offset + batch * at.strides[0] + head * at.strides[1] + column;
+    T* to = storage + start;
 #pragma unroll
     for (i32 r = 0; r < SIDE; ++r) {
         const i32 row = first + thread_row() * SIDE + r;
@@ -183,7 +186,13 @@ __device__ __forceinline__ void write_rows(
         T* row_to = to + row * at.strides[2];
 #pragma unroll
         for (i32 c = 0; c < SIDE; ++c) {
-            if (column + c < features) row_to[c] = Element<T>::from_acc(acc[r][c] * factor);
+            if (column + c >= features) continue;
+            const Acc value = acc[r][c] * factor;
+            row_to[c] = Element<T>::from_acc(value);
+            if (residual) {
+                const Acc lost = value - Element<T>::to_acc(row_to[c]);
+                residual[start + row * at.strides[2] + c] = Element<T>::from_acc(lost * (Acc)RESIDUAL_SCALE<T>);
+            }
         }
     }
 }
@@ -233,7 +242,7 @@ __device__ __forceinline__ void drop_scores(Shared& shared, i32 query, i32 key) 
 }
 
 // Combines the values of a row's threads; each gets the same bits.
-template <typename F> __device__ __forceinline__ Acc reduce_tile_row(Acc value, F combine) {
+template <typename V, typename F> __device__ __forceinline__ V reduce_tile_row(V value, F combine) {
 #pragma unroll
     for (int step = ACROSS / 2; step > 0; step /= 2) value = combine(value, __shfl_xor_sync(0xFFFFFFFF, value, step));
     return value;
@@ -241,7 +250,7 @@ template <typename F> __device__ __forceinline__ Acc reduce_tile_row(Acc value, 
 
 // Whether one of a tile's queries has no key. All threads of a warp ask alike.
 __device__ __forceinline__ bool blind_query(const Shared& shared, i32 query) {
-    const auto blind = [&](i32 row) { return shared.log_sums[row] == infinity(); };
+    const auto blind = [&](i32 row) { return shared.statistics[row].largest == infinity(); };
     return warp_any(query, min(query + TILE, shared.q.count), blind);
 }
 
@@ -251,7 +260,7 @@ __device__ __forceinline__ void spread_weights(Square& p, const Shared& shared, 
 #pragma unroll
     for (i32 r = 0; r < SIDE; ++r) {
         const i32 row = query + thread_row() * SIDE + r;
-        if (row >= scores.queries || shared.log_sums[row] != infinity()) continue;
+        if (row >= scores.queries || shared.statistics[row].largest != infinity()) continue;
 #pragma unroll
         for (i32 c = 0; c < SIDE; ++c) {
             if (key + thread_column() * SIDE + c < scores.keys) p[r][c] = 1 / (Acc)scores.keys;

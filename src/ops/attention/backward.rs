@@ -5,13 +5,14 @@ use std::marker::PhantomData;
 use half::bf16;
 
 use super::{
-    OP, Problem, Sizes,
+    Kept, OP, Problem, Sizes,
     cpu::{multiplies_bf16, run},
     cuda,
     gradients::{Pass, Task},
     packed_rows,
     position::Position,
-    rows::{Output, RowOrder, widen},
+    residual_scale,
+    rows::{Output, RowOrder, widen, without_common},
     tile::{KEYS, Rows, Tiles, add, dot, sum_rows},
 };
 use crate::{
@@ -25,7 +26,7 @@ use crate::{
 pub(super) fn backward(
     problem: &Problem,
     out: &Tensor,
-    log_sums: &Tensor,
+    kept: &Kept,
     grad: &Tensor,
     need: &[bool],
 ) -> Result<Vec<Option<Tensor>>> {
@@ -34,11 +35,11 @@ pub(super) fn backward(
         return zeros(problem, need);
     }
     match problem.q.device() {
-        Device::Cpu if multiplies_bf16(problem) => backward_as::<bf16, bf16>(problem, out, log_sums, grad, need),
+        Device::Cpu if multiplies_bf16(problem) => backward_as::<bf16, bf16>(problem, out, kept, grad, need),
         Device::Cpu => dispatch_float!(OP, problem.q.dtype(), T, {
-            backward_as::<T, <T as Float>::Acc>(problem, out, log_sums, grad, need)
+            backward_as::<T, <T as Float>::Acc>(problem, out, kept, grad, need)
         }),
-        Device::Cuda(gpu) => cuda::backward(gpu, problem, out, log_sums, grad, need),
+        Device::Cuda(gpu) => cuda::backward(gpu, problem, out, kept, grad, need),
     }
 }
 
@@ -53,17 +54,21 @@ fn zeros(problem: &Problem, need: &[bool]) -> Result<Vec<Option<Tensor>>> {
 fn backward_as<T: Float, O: Multiply<Acc = T::Acc>>(
     problem: &Problem,
     out: &Tensor,
-    log_sums: &Tensor,
+    kept: &Kept,
     grad: &Tensor,
     need: &[bool],
 ) -> Result<Vec<Option<Tensor>>> {
     let operands = [widen::<T, O>(&problem.q)?, widen::<T, O>(&problem.k)?, widen::<T, O>(&problem.v)?];
-    let grad = widen::<T, O>(&packed_rows(grad)?)?;
-    let delta = delta::<O>(&widen::<T, O>(out)?, &grad)?;
+    let grad = packed_rows(grad)?;
+    let delta = delta::<T>(out, kept.residual.as_ref(), &grad)?;
+    let grad = widen::<T, O>(&grad)?;
+    let rounds = O::DTYPE != <O::Acc as Element>::DTYPE;
+    let directions = if rounds && need[0] { without_common::<O>(&operands[1])? } else { operands[1].clone() };
     let pass = Pass::<O> {
         tiles: Tiles::new::<T>(problem, &operands)?,
+        directions: Rows::new(&directions)?,
         grad: Rows::new(&grad)?,
-        log_sums: log_sums.values::<T::Acc>()?,
+        statistics: kept.statistics.values::<T::Acc>()?.as_chunks().0,
         delta: delta.values::<T::Acc>()?,
     };
     let need_bias = problem.bias.is_some() && need[3];
@@ -97,15 +102,21 @@ fn run_tasks<O: Multiply>(pass: &Pass<O>, problem: &Problem, cut: &Cut, tasks: V
     });
 }
 
-/// `delta[b, h, i] = Σ_e grad ⊙ out`.
-fn delta<O: Float>(out: &Tensor, grad: &Tensor) -> Result<Tensor> {
+/// `delta[b, h, i] = Σ_e grad ⊙ out`, with `out` as it was before its rounding.
+fn delta<T: Float>(out: &Tensor, residual: Option<&Tensor>, grad: &Tensor) -> Result<Tensor> {
     let [batch, heads, queries, e] = [0, 1, 2, 3].map(|dim| out.shape()[dim]);
-    let mut delta = Tensor::uninit(Shape::new(&[batch, heads, queries])?, <O::Acc as Element>::DTYPE, out.device())?;
-    let (out, grad) = (Rows::<O>::new(out)?, Rows::<O>::new(grad)?);
-    cpu::for_rows(delta.values_mut::<O::Acc>()?, 1, e, |first, delta| {
+    let mut delta = Tensor::uninit(Shape::new(&[batch, heads, queries])?, <T::Acc as Element>::DTYPE, out.device())?;
+    let (out, grad) = (Rows::<T>::new(out)?, Rows::<T>::new(grad)?);
+    let residual = residual.map(Rows::<T>::new).transpose()?;
+    let part = T::Acc::from_f64(1.0 / residual_scale(T::DTYPE));
+    cpu::for_rows(delta.values_mut::<T::Acc>()?, 1, e, |first, delta| {
         for (row, delta) in (first..).zip(delta) {
             let (batch, head, query) = (row / queries / heads, row / queries % heads, row % queries);
-            *delta = dot::<O>(out.row(batch, head, query, e), grad.row(batch, head, query, e));
+            let grad = grad.row(batch, head, query, e);
+            *delta = dot::<T>(out.row(batch, head, query, e), grad);
+            if let Some(residual) = &residual {
+                *delta += dot::<T>(residual.row(batch, head, query, e), grad) * part;
+            }
         }
     });
     Ok(delta)

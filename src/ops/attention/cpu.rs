@@ -5,9 +5,9 @@ use std::{ops::Range, sync::Mutex};
 use half::bf16;
 
 use super::{
-    OP, Problem, Sizes,
-    rows::{RowOrder, RowWriter, deal, widen},
-    tile::{At, KEYS, QUERIES, Tiles, multiply, operand, softmax_step, with_scratch},
+    Kept, OP, Problem, Sizes,
+    rows::{RowOrder, RowWriter, deal, deal_with_residual, widen},
+    tile::{At, Empty, KEYS, QUERIES, Tiles, finite, mean_of, operand, softmax_step, weights, with_scratch},
 };
 use crate::{
     DType, Result, Tensor,
@@ -16,12 +16,12 @@ use crate::{
     ops::matmul::{cpu::gemm_block, packing::Multiply},
 };
 
-/// Writes the output `[batch, query, heads, e]` and the logarithms of sums `[batch, heads, query]`, which have elements.
-pub(super) fn forward(problem: &Problem, out: &mut Tensor, log_sums: &mut Tensor) -> Result<()> {
+/// Writes the output `[batch, query, heads, e]` and what is kept of it, which have elements.
+pub(super) fn forward(problem: &Problem, out: &mut Tensor, kept: &mut Kept) -> Result<()> {
     if multiplies_bf16(problem) {
-        return forward_as::<bf16, bf16>(problem, out, log_sums);
+        return forward_as::<bf16, bf16>(problem, out, kept);
     }
-    dispatch_float!(OP, problem.q.dtype(), T, forward_as::<T, <T as Float>::Acc>(problem, out, log_sums))
+    dispatch_float!(OP, problem.q.dtype(), T, forward_as::<T, <T as Float>::Acc>(problem, out, kept))
 }
 
 /// Whether products take operands in bf16: where the processor multiplies them faster than f32. Weights and gradients of
@@ -33,14 +33,18 @@ pub(super) fn multiplies_bf16(problem: &Problem) -> bool {
 fn forward_as<T: Float, O: Multiply<Acc = T::Acc>>(
     problem: &Problem,
     out: &mut Tensor,
-    log_sums: &mut Tensor,
+    kept: &mut Kept,
 ) -> Result<()> {
     let Sizes { batch, heads, queries, .. } = problem.sizes;
     let operands = [widen::<T, O>(&problem.q)?, widen::<T, O>(&problem.k)?, widen::<T, O>(&problem.v)?];
     let tiles = Tiles::<O>::new::<T>(problem, &operands)?;
     let block = queries_per_task(&problem.sizes);
-    let rows = deal(out.values_mut::<T>()?, RowOrder::SequenceFirst, [batch, heads, queries], block);
-    forward_tasks(&tiles, block, rows, log_sums.values_mut::<T::Acc>()?);
+    let (order, sizes) = (RowOrder::SequenceFirst, [batch, heads, queries]);
+    let rows = match &mut kept.residual {
+        Some(residual) => deal_with_residual([out.values_mut::<T>()?, residual.values_mut::<T>()?], order, sizes, block),
+        None => deal(out.values_mut::<T>()?, order, sizes, block),
+    };
+    forward_tasks(&tiles, block, rows, kept.statistics.values_mut::<T::Acc>()?.as_chunks_mut().0);
     Ok(())
 }
 
@@ -54,15 +58,16 @@ fn forward_tasks<O: Multiply>(
     tiles: &Tiles<O>,
     block: usize,
     rows: Vec<Box<dyn RowWriter<O::Acc> + '_>>,
-    log_sums: &mut [O::Acc],
+    statistics: &mut [[O::Acc; 2]],
 ) {
     let Sizes { heads, queries, keys, d, e, .. } = tiles.sizes;
     let blocks = queries.div_ceil(block);
-    let log_sums = log_sums.chunks_mut(queries).flat_map(|log_sums| log_sums.chunks_mut(block));
-    run(rows.into_iter().zip(log_sums).collect(), block.min(queries) * keys * (d + e), |task, (mut out, log_sums)| {
+    let statistics = statistics.chunks_mut(queries).flat_map(|statistics| statistics.chunks_mut(block));
+    let tasks: Vec<_> = rows.into_iter().zip(statistics).collect();
+    run(tasks, block.min(queries) * keys * (d + e), |task, (mut out, statistics)| {
         let (head, query) = (task / blocks, task % blocks * block);
-        let at = At { batch: head / heads, head: head % heads, query, queries: log_sums.len(), key: 0, keys: 0 };
-        forward_block(tiles, at, &mut *out, log_sums);
+        let at = At { batch: head / heads, head: head % heads, query, queries: statistics.len(), key: 0, keys: 0 };
+        forward_block(tiles, at, &mut *out, statistics);
     });
 }
 
@@ -85,9 +90,17 @@ pub(super) fn key_blocks(at: At, keys: Range<usize>) -> impl Iterator<Item = At>
     keys.step_by(KEYS).map(move |key| At { key, keys: KEYS.min(end - key), ..at })
 }
 
-fn forward_block<O: Multiply>(tiles: &Tiles<O>, at: At, out: &mut dyn RowWriter<O::Acc>, log_sums: &mut [O::Acc]) {
+fn forward_block<O: Multiply>(
+    tiles: &Tiles<O>,
+    at: At,
+    out: &mut dyn RowWriter<O::Acc>,
+    statistics: &mut [[O::Acc; 2]],
+) {
     let Sizes { keys, e, .. } = tiles.sizes;
     let rounded = if O::DTYPE == <O::Acc as Element>::DTYPE { 0 } else { at.queries * KEYS };
+    // Rounded weights are multiplied where the sums are complete: rounding would take more from their product.
+    let factor = tiles.dropout_factor();
+    let [kept, later] = if rounded > 0 { [O::Acc::ONE, factor] } else { [factor, O::Acc::ONE] };
     let lengths = [at.queries * KEYS, at.queries * e, at.queries, at.queries, KEYS, rounded];
     with_scratch(lengths, |[s, acc, max, sum, factors, rounded]: [&mut [O::Acc]; 6]| {
         acc.fill(O::Acc::ZERO);
@@ -98,28 +111,60 @@ fn forward_block<O: Multiply>(tiles: &Tiles<O>, at: At, out: &mut dyn RowWriter<
             let acc = &mut acc[first * e..last * e];
             tiles.scores(seen, s);
             softmax_step(s, seen.width(), &mut max[first..last], &mut sum[first..last], acc);
-            if tiles.drops() {
-                for (row, s) in s.chunks_exact_mut(KEYS).take(seen.queries).enumerate() {
-                    tiles.dropout(seen, row, factors);
-                    multiply(&mut s[..seen.keys], factors);
-                }
-            }
+            tiles.drop_weights(seen, kept, s, factors);
             add_values(tiles, seen, s, rounded, acc);
         }
-        let masked: &dyn Fn(usize) -> bool = &|row| sum[row] == O::Acc::ZERO;
-        if (0..at.queries).any(masked) {
-            // Their rows of `acc` are still zero; the other rows must not change.
+        for (row, statistics) in statistics.iter_mut().enumerate() {
+            *statistics = if sum[row] == O::Acc::ZERO {
+                match tiles.empty(at, row) {
+                    Empty::Masked => [-O::Acc::NEG_INFINITY, O::Acc::ZERO],
+                    Empty::Biased => [O::Acc::ZERO; 2],
+                    Empty::Overflown => [O::Acc::ZERO / O::Acc::ZERO; 2],
+                }
+            } else {
+                // Where a score is infinite, the sum is NaN.
+                [if sum[row].to_f64().is_nan() { sum[row] } else { max[row] }, O::Acc::ONE / sum[row]]
+            };
+        }
+        let masked: &dyn Fn(usize) -> bool = &|row| statistics[row][0] == -O::Acc::NEG_INFINITY;
+        let any_masked = (0..at.queries).any(masked);
+        // Fully masked queries have their weights, the others' rows of `acc` must not change.
+        let spread = |weight: O::Acc, s: &mut [O::Acc], factors: &mut [O::Acc], acc: &mut [O::Acc], rounded: &mut [_]| {
             for at in key_blocks(at, 0..keys) {
                 s.fill(O::Acc::ZERO);
-                tiles.spread(at, masked, s, factors);
+                tiles.spread(at, masked, [weight, kept], s, factors);
                 add_values(tiles, at, s, rounded, acc);
             }
+        };
+        if any_masked {
+            spread(O::Acc::ONE, s, factors, acc, rounded);
         }
-        for (row, (acc, log_sum)) in acc.chunks_exact(e).zip(log_sums).enumerate() {
-            let (divisor, value) =
-                if masked(row) { (O::Acc::ONE, -O::Acc::NEG_INFINITY) } else { (sum[row], max[row] + sum[row].ln()) };
-            *log_sum = value;
-            out.write(row, acc, O::Acc::ONE / divisor);
+        if !finite(acc) {
+            // Values near the largest number overflow in a sum with weights of up to 1 each. With a part of the final
+            // weights they do not, unless one is infinite itself.
+            let part = <O::Acc as Float>::from_f64(0.25);
+            acc.fill(O::Acc::ZERO);
+            for seen in key_blocks(at, 0..keys).filter_map(|at| tiles.reach(at)) {
+                let (first, last) = (seen.query - at.query, seen.query - at.query + seen.queries);
+                tiles.scores(seen, s);
+                weights(s, seen.width(), part, &statistics[first..last]);
+                tiles.drop_weights(seen, kept, s, factors);
+                add_values(tiles, seen, s, rounded, &mut acc[first * e..last * e]);
+            }
+            if any_masked {
+                spread(part, s, factors, acc, rounded);
+            }
+            let whole = O::Acc::ONE / part;
+            let dropped = tiles.drops();
+            acc.iter_mut().for_each(|x| *x = if dropped { *x * whole } else { mean_of(*x, whole, tiles.largest) });
+            sum.fill(O::Acc::ONE);
+        }
+        for (row, acc) in acc.chunks_exact(e).enumerate() {
+            let [largest, share] = statistics[row];
+            // All of `acc` is zero where the weights are.
+            let divisor = if share == O::Acc::ZERO { O::Acc::ONE } else { sum[row] };
+            let factor = if largest.to_f64().is_nan() { largest } else { O::Acc::ONE / divisor };
+            out.write(row, acc, if later == O::Acc::ONE { factor } else { factor * later });
         }
     });
 }

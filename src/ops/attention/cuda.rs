@@ -2,7 +2,7 @@
 
 use std::{fmt, sync::OnceLock};
 
-use super::{OP, Problem, Sizes, packed_rows, position::Position, rows::RowOrder};
+use super::{Kept, OP, Problem, Sizes, packed_rows, position::Position, rows::RowOrder};
 use crate::{
     DType, Error, Result, Shape, Tensor,
     core::Layout,
@@ -277,12 +277,12 @@ impl Terms {
     }
 }
 
-/// Writes output and logarithms of sums, which have elements; see `cpu::forward`.
+/// Writes the output and what is kept of it, which have elements; see `cpu::forward`.
 pub(super) fn forward(
     gpu: &'static CudaDevice,
     problem: &Problem,
     out: &mut Tensor,
-    log_sums: &mut Tensor,
+    kept: &mut Kept,
 ) -> Result<()> {
     if problem.dropout.is_some() {
         // A replay would draw the same mask again and again.
@@ -293,7 +293,7 @@ pub(super) fn forward(
     let sizes = &problem.sizes;
     let out_at = *out.permute(&[0, 2, 1, 3])?.layout();
     let blocks = Blocks::forward(call.rung, q.dtype());
-    let own = args![out, log_sums, Storage(q), Storage(k), Storage(v)];
+    let own = args![out, &mut kept.statistics, kept.residual.as_mut(), Storage(q), Storage(k), Storage(v)];
     let layouts = args![&out_at, q.layout(), k.layout(), v.layout()];
     let columns = sizes.e.div_ceil(blocks.features);
     let (inputs, values) = (call.inputs()?, call.values()?);
@@ -305,14 +305,14 @@ pub(super) fn backward(
     gpu: &'static CudaDevice,
     problem: &Problem,
     out: &Tensor,
-    log_sums: &Tensor,
+    kept: &Kept,
     grad: &Tensor,
     need: &[bool],
 ) -> Result<Vec<Option<Tensor>>> {
     let grad = packed_rows(&grad.detach())?;
     let call = Call::new(gpu, problem)?;
     let grad = call.rung.operand(&grad)?;
-    let pass = Pass { delta: call.delta(out, &grad)?, call, grad, log_sums };
+    let pass = Pass { delta: call.delta(out, kept.residual.as_ref(), &grad)?, call, grad, statistics: &kept.statistics };
     let need_bias = problem.bias.is_some() && need[3];
     let need_position = problem.position.is_some() && need[need.len() - 1];
     let (dq, position) = pass.queries(need[0], need_position)?;
@@ -328,12 +328,13 @@ pub(super) fn backward(
 }
 
 impl Call<'_> {
-    /// `delta[b, h, i] = Σ_e grad ⊙ out`.
-    fn delta(&self, out: &Tensor, grad: &Tensor) -> Result<Tensor> {
+    /// `delta[b, h, i] = Σ_e grad ⊙ out`, with `out` as it was before its rounding.
+    fn delta(&self, out: &Tensor, residual: Option<&Tensor>, grad: &Tensor) -> Result<Tensor> {
         let Sizes { batch, heads, queries, e, .. } = self.problem.sizes;
         let mut delta = self.uninit(&[batch, heads, queries])?;
         let rows = batch * heads * queries;
-        let args = args![&mut delta, Storage(out), Storage(grad), out.layout(), grad.layout(), rows as i64];
+        let residual = residual.map(Storage);
+        let args = args![&mut delta, Storage(out), residual, Storage(grad), out.layout(), grad.layout(), rows as i64];
         let kernel = self.gpu.kernel("attention_bwd_delta", &[("DTYPE", grad.dtype().name())])?;
         kernel.launch(Grid::rows(rows, e), args)?;
         Ok(delta)
@@ -344,14 +345,14 @@ impl Call<'_> {
 struct Pass<'a> {
     call: Call<'a>,
     grad: Tensor,
-    log_sums: &'a Tensor,
+    statistics: &'a Tensor,
     delta: Tensor,
 }
 
 impl Pass<'_> {
     fn inputs(&self) -> Result<[Arg; 6]> {
         let Call { q, k, v, .. } = &self.call;
-        Ok(*args![Storage(&self.grad), Storage(q), Storage(k), Storage(v), self.log_sums, &self.delta])
+        Ok(*args![Storage(&self.grad), Storage(q), Storage(k), Storage(v), self.statistics, &self.delta])
     }
 
     fn layouts(&self) -> Result<[Arg; 4]> {

@@ -5,7 +5,7 @@
 
 use std::ops::Range;
 
-use super::{OP, Sizes, expect_bool, packed_rows};
+use super::{OP, Sizes, expect_bool, packed_rows, tile::mean_of};
 use crate::{
     DType, Device, Error, Result, Tensor,
     core::{Float, Real, Shape, computed, discrete, dispatch_float},
@@ -48,7 +48,8 @@ pub struct DecodeSpec<'a> {
 /// Shapes: `q` `[batch, heads, query, d]`, caches `k` `[batch, kv_heads, capacity, d]` and `v` `[batch, kv_heads,
 /// capacity, e]`, `ends` `[batch]` I64 → `[batch, heads, query, e]`, which lies in memory as `[batch, query, heads, e]`.
 /// `heads` is a multiple of `kv_heads`. Keys behind a query's position are not read: the cache may be larger.
-/// A query without any key left attends to all keys of its sequence equally.
+/// A query without any key left attends to all keys of its sequence equally; one whose scores are NaN, or all overflow,
+/// gives NaN.
 ///
 /// Errors: shapes, dtypes or devices that do not fit, or a tensor that requires a gradient: decoding has none.
 pub fn attention_decode(q: &Tensor, k: &Tensor, v: &Tensor, ends: &Tensor, spec: &DecodeSpec) -> Result<Tensor> {
@@ -272,7 +273,8 @@ impl<T: Float> Cached<'_, T> {
         start.min(end)..end
     }
 
-    /// Of each query: the weighted sum of the part's values, the largest score, and the sum of the weights relative to it.
+    /// Of each query: the weighted sum of the part's values, the largest score, and the sum of the weights relative to it,
+    /// which is 0 only if no key was kept.
     fn part(&self, b: usize, head: usize, part: usize, q: &[T::Acc], sums: &mut [T::Acc]) {
         let Sizes { d, e, keys, .. } = self.sizes;
         let kv_head = head / self.sizes.group();
@@ -296,19 +298,22 @@ impl<T: Float> Cached<'_, T> {
                     *score += curve[(position - start - at).min(distances - 1)];
                 }
             }
-            if let Some(mask) = self.key_mask {
-                let mask = &mask[b * (keys - self.front)..];
+            let mask = self.key_mask.map(|mask| &mask[b * (keys - self.front)..]);
+            if let Some(mask) = mask {
                 for (key, score) in (start..end).zip(&mut *scores) {
                     if key >= self.front && mask[key - self.front] == 0 {
                         *score = T::Acc::NEG_INFINITY;
                     }
                 }
             }
-            let (max, sum) = exponentials(scores);
-            statistics.copy_from_slice(&[max, sum]);
+            let (max, sum) = exponentials(scores, T::Acc::from_f64(1.0 / PART as f64));
             if sum != T::Acc::ZERO {
                 add_weighted::<T>(scores, self.v.from(b, kv_head, start), self.v.row, sums);
             }
+            // Scores may be −∞ without a mask.
+            let kept = |key: usize| key < self.front || mask.is_none_or(|mask| mask[key - self.front] != 0);
+            let overflown = sum == T::Acc::ZERO && (start..end).any(kept);
+            statistics.copy_from_slice(&[max, if overflown { T::Acc::ONE } else { sum }]);
         }
     }
 
@@ -318,15 +323,13 @@ impl<T: Float> Cached<'_, T> {
         let kv_head = head / self.sizes.group();
         let held = (self.front + self.ends[b] as usize + queries).min(keys);
         let mut sums = vec![T::Acc::ZERO; e];
+        let part = part_of(held);
         for key in 0..held {
             for (sum, value) in sums.iter_mut().zip(self.v.from(b, kv_head, key)) {
-                *sum += value.to_acc();
+                *sum += value.to_acc() * part;
             }
         }
-        let factor = T::Acc::ONE / T::Acc::from_f64(held as f64);
-        for (out, sum) in out.iter_mut().zip(sums) {
-            *out = T::from_acc(sum * factor);
-        }
+        mean(&sums, T::Acc::ONE / (T::Acc::from_f64(held as f64) * part), out);
     }
 }
 
@@ -392,8 +395,8 @@ vectorized! {
 }
 
 vectorized! {
-    /// Replaces scores by `exp(score − max)`; gives the maximum and the sum.
-    fn exponentials<A: Real>(s: &mut [A]) -> (A, A) {
+    /// Replaces scores by `part · exp(score − max)`; gives the maximum and the sum.
+    fn exponentials<A: Real>(s: &mut [A], part: A) -> (A, A) {
         let mut max = A::NEG_INFINITY;
         for s in &*s {
             max = max.max(*s);
@@ -401,7 +404,7 @@ vectorized! {
         // With no key kept, every exponential must be 0 and not NaN.
         let shift = if max == A::NEG_INFINITY { A::ZERO } else { max };
         for s in &mut *s {
-            *s = (*s - shift).probability::<FUSED>();
+            *s = (*s - shift).probability::<FUSED>() * part;
         }
         let mut sum = A::ZERO;
         for s in &*s {
@@ -411,33 +414,41 @@ vectorized! {
     }
 }
 
-/// Joins the parts of one query, whose entries start at `at` in each row of `width`; gives whether no key was kept.
+/// The power of two that keeps a sum of `count` numbers among them, without a digit less.
+fn part_of<A: Real>(count: usize) -> A {
+    A::from_f64(1.0 / count.next_power_of_two() as f64)
+}
+
+/// `out = sums · factor`, a mean of values.
+fn mean<T: Float>(sums: &[T::Acc], factor: T::Acc, out: &mut [T]) {
+    for (out, sum) in out.iter_mut().zip(sums) {
+        *out = T::from_acc(mean_of(*sum, factor, T::Acc::from_f64(-T::DTYPE.lowest())));
+    }
+}
+
+/// Joins the parts of one query, whose entries start at `at` in each row of `width`; returns `true` if no key was kept.
 fn join<T: Float>(parts: &[T::Acc], width: usize, at: usize, out: &mut [T]) -> bool {
     let e = out.len();
     let of = |part: &[T::Acc]| (part[at + e], part[at + e + 1]);
     let max = parts.chunks_exact(width).fold(T::Acc::NEG_INFINITY, |max, part| max.max(of(part).0));
     if max == T::Acc::NEG_INFINITY {
-        return true;
+        out.fill(T::from_f64(f64::NAN));
+        return parts.chunks_exact(width).all(|part| of(part).1 == T::Acc::ZERO);
     }
     if parts.len() == width {
-        let only = parts;
-        let factor = T::Acc::ONE / of(only).1;
-        for (out, sum) in out.iter_mut().zip(&only[at..]) {
-            *out = T::from_acc(*sum * factor);
-        }
+        mean(&parts[at..][..e], T::Acc::ONE / of(parts).1, out);
         return false;
     }
+    let share = part_of::<T::Acc>(parts.len() / width);
     let mut total = T::Acc::ZERO;
     let mut sums = vec![T::Acc::ZERO; e];
     for part in parts.chunks_exact(width) {
-        let factor = (of(part).0 - max).exp();
+        let factor = (of(part).0 - max).exp() * share;
         total += of(part).1 * factor;
         for (sum, of_part) in sums.iter_mut().zip(&part[at..]) {
             *sum += *of_part * factor;
         }
     }
-    for (out, sum) in out.iter_mut().zip(sums) {
-        *out = T::from_acc(sum * (T::Acc::ONE / total));
-    }
+    mean(&sums, T::Acc::ONE / total, out);
     false
 }

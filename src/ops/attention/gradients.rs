@@ -31,8 +31,10 @@ pub(super) struct Task<'a, A> {
 /// What the backward pass reads.
 pub(super) struct Pass<'a, O: Multiply> {
     pub tiles: Tiles<'a, O>,
+    /// The keys as the gradients of the queries see them.
+    pub directions: Rows<'a, O>,
     pub grad: Rows<'a, O>,
-    pub log_sums: &'a [O::Acc],
+    pub statistics: &'a [[O::Acc; 2]],
     pub delta: &'a [O::Acc],
 }
 
@@ -55,7 +57,7 @@ enum Reach {
 }
 
 impl<O: Multiply> Pass<'_, O> {
-    fn per_query<'a>(&self, at: At, values: &'a [O::Acc]) -> &'a [O::Acc] {
+    fn per_query<'a, V>(&self, at: At, values: &'a [V]) -> &'a [V] {
         let Sizes { heads, queries, .. } = self.tiles.sizes;
         &values[(at.batch * heads + at.head) * queries + at.query..][..at.queries]
     }
@@ -64,19 +66,19 @@ impl<O: Multiply> Pass<'_, O> {
     /// queries of the tile that are returned.
     fn tile(&self, at: At, work: &mut Work<O::Acc>) -> Option<(At, Reach)> {
         let (tiles, kv_head) = (&self.tiles, at.head / self.tiles.sizes.group());
-        let masked = |log_sum: &O::Acc| *log_sum == -O::Acc::NEG_INFINITY;
-        let any_masked = self.per_query(at, self.log_sums).iter().any(masked);
+        let masked = |[largest, _]: &[O::Acc; 2]| *largest == -O::Acc::NEG_INFINITY;
+        let any_masked = self.per_query(at, self.statistics).iter().any(masked);
         let (at, reach) = match (tiles.reach(at), any_masked) {
             (None, false) => return None,
             (None, true) => (at, Reach::Weights),
             (Some(seen), false) => (seen, Reach::Scores),
             (Some(_), true) => (at, Reach::Scores),
         };
-        let log_sums = self.per_query(at, self.log_sums);
+        let statistics = self.per_query(at, self.statistics);
         if reach == Reach::Scores {
             tiles.scores(at, work.p);
             // Fully masked queries come out with weight and gradient 0.
-            weights(work.p, at.width(), log_sums);
+            weights(work.p, at.width(), O::Acc::ONE, statistics);
             let grad = self.grad.block(at.batch, at.head, at.query);
             let v = transposed(tiles.v.block(at.batch, kv_head, at.key));
             gemm_block::<O>(at.queries, at.keys, tiles.sizes.e, grad, v, false, work.ds, KEYS);
@@ -85,7 +87,8 @@ impl<O: Multiply> Pass<'_, O> {
             work.p.fill(O::Acc::ZERO);
         }
         if any_masked {
-            tiles.spread(at, |row| masked(&log_sums[row]), work.p, work.factors);
+            let spread = [O::Acc::ONE, tiles.dropout_factor()];
+            tiles.spread(at, |row| masked(&statistics[row]), spread, work.p, work.factors);
         }
         Some((at, reach))
     }
@@ -97,7 +100,7 @@ impl<O: Multiply> Pass<'_, O> {
         }
         let rows = work.p.chunks_exact_mut(KEYS).zip(work.ds.chunks_exact_mut(KEYS));
         for (row, ((p, ds), delta)) in rows.zip(delta).enumerate() {
-            self.tiles.dropout(at, row, work.factors);
+            self.tiles.dropout(at, row, self.tiles.dropout_factor(), work.factors);
             score_gradients_dropped(p, &mut ds[..at.keys], work.factors, *delta);
         }
     }
@@ -142,7 +145,7 @@ impl<O: Multiply> Pass<'_, O> {
                             gemm_block::<O>(at.keys, d, at.queries, transposed(ds), q, true, dk, d);
                         }
                         if let Some(dq) = task.dq.get_mut(member) {
-                            let k = self.tiles.k.block(batch, kv_head, at.key);
+                            let k = self.directions.block(batch, kv_head, at.key);
                             gemm_block::<O>(at.queries, d, at.keys, ds, k, true, &mut dq[at.query * d..], d);
                         }
                         if distances > 0 {

@@ -14,7 +14,7 @@ mod tile;
 
 use crate::{
     DType, Device, Error, Philox, Result, Tensor,
-    core::{Backward, Contributions, Shape, dropout_stream, record},
+    core::{Backward, Contributions, Shape, dropout_stream, needs, record},
     device::size32,
     error::ensure,
     ops::copy::same_kind,
@@ -30,7 +30,9 @@ const OP: &str = "attention";
 /// How [`attention`] turns products of queries and keys into weights.
 ///
 /// Masks replace scores by the most negative finite number: a query without any key left attends to all keys equally,
-/// future ones included, and passes no gradient to its scores.
+/// future ones included, and passes no gradient to its scores. A `bias` of −∞ is not a mask: a query that has it for each
+/// key left gives 0, without gradients, as PyTorch's `scaled_dot_product_attention` does; a query whose scores all overflow
+/// to −∞, or one of whose scores is +∞ or NaN, gives NaN.
 ///
 /// ```
 /// use x_transformers::{Device, Tensor, ops::{AttentionSpec, attention}};
@@ -119,8 +121,10 @@ pub enum PositionBias<'a> {
 /// kv_heads)` (grouped queries, <https://arxiv.org/abs/2305.13245>). Any strides: rows with a packed last dimension are
 /// read in place. The result lies in memory as `[batch, query, heads, e]`, so that merging the heads is a view.
 ///
-/// Products, statistics and sums are in f32 (f64 for f64). Without keys the result is zero.
-/// Saves: `q`, `k`, `v`, the output and one number per query.
+/// Products, statistics and sums are in f32 (f64 for f64); a product of a query and a key overflows before `scale` is
+/// applied. Weights are right at every finite score, forward and backward. A mean of finite values is finite. Without keys
+/// the result is zero.
+/// Saves: `q`, `k`, `v`, the output, two numbers per query, and for half types what rounding took from the output.
 /// Errors: shapes, dtypes or devices that do not fit, or a value outside of its domain.
 pub fn attention(q: &Tensor, k: &Tensor, v: &Tensor, spec: &AttentionSpec) -> Result<Tensor> {
     let sizes = Sizes::new(q, k, v)?;
@@ -148,12 +152,13 @@ pub fn attention(q: &Tensor, k: &Tensor, v: &Tensor, spec: &AttentionSpec) -> Re
             None
         },
     };
-    let (out, log_sums) = problem.forward()?;
     let mut inputs = vec![&q, &k, &v];
     inputs.extend(&bias);
     inputs.extend(spec.position_bias.weights());
+    let [bias, weights] = [bias.as_ref(), spec.position_bias.weights()].map(|x| x.unwrap_or(&q));
+    let (out, kept) = problem.forward(needs(OP, [&q, &k, &v, bias, weights])?.contains(&true))?;
     profile::operations(|| sizes.operations(spec.causal, spec.max_attend_past));
-    record(OP, out, &inputs, |out| AttentionBackward { problem, out: out.detach(), log_sums })
+    record(OP, out, &inputs, |out| AttentionBackward { problem, out: out.detach(), kept })
 }
 
 /// Why a GPU had better compute heads of so many features from the matrix of scores, or `None`: its fused kernels on
@@ -383,33 +388,51 @@ impl Problem {
         if self.q.dtype() == DType::F64 { DType::F64 } else { DType::F32 }
     }
 
-    /// The output as a view `[batch, heads, query, e]` of memory `[batch, query, heads, e]`, and the logarithm of the
-    /// sum of exponentials of each query, `[batch, heads, query]`; infinite where everything is masked.
-    fn forward(&self) -> Result<(Tensor, Tensor)> {
+    /// The output as a view `[batch, heads, query, e]` of memory `[batch, query, heads, e]`, and what the backward pass
+    /// needs besides, all of it if `tracked`.
+    fn forward(&self, tracked: bool) -> Result<(Tensor, Kept)> {
         let Sizes { batch, heads, queries, keys, e, .. } = self.sizes;
-        let device = self.q.device();
+        let (dtype, device) = (self.q.dtype(), self.q.device());
         let merged = Shape::new(&[batch, queries, heads, e])?;
-        let per_query = Shape::new(&[batch, heads, queries])?;
-        let (out, log_sums) = if merged.elements() == 0 || keys == 0 {
-            (Tensor::zeros(merged, self.q.dtype(), device)?, Tensor::zeros(per_query, self.acc(), device)?)
-        } else {
-            let mut out = Tensor::uninit(merged, self.q.dtype(), device)?;
-            let mut log_sums = Tensor::uninit(per_query, self.acc(), device)?;
-            match device {
-                Device::Cpu => cpu::forward(self, &mut out, &mut log_sums)?,
-                Device::Cuda(gpu) => cuda::forward(gpu, self, &mut out, &mut log_sums)?,
-            }
-            (out, log_sums)
-        };
-        Ok((out.permute(&[0, 2, 1, 3])?, log_sums))
+        let per_query = Shape::new(&[batch, heads, queries, 2])?;
+        if merged.elements() == 0 || keys == 0 {
+            let kept = Kept { statistics: Tensor::zeros(per_query, self.acc(), device)?, residual: None };
+            return Ok((Tensor::zeros(merged, dtype, device)?.permute(&[0, 2, 1, 3])?, kept));
+        }
+        let mut out = Tensor::uninit(merged, dtype, device)?;
+        let rounded = tracked && dtype != self.acc();
+        let residual = rounded.then(|| Tensor::uninit(merged, dtype, device)).transpose()?;
+        let mut kept = Kept { statistics: Tensor::uninit(per_query, self.acc(), device)?, residual };
+        match device {
+            Device::Cpu => cpu::forward(self, &mut out, &mut kept)?,
+            Device::Cuda(gpu) => cuda::forward(gpu, self, &mut out, &mut kept)?,
+        }
+        kept.residual = kept.residual.map(|residual| residual.permute(&[0, 2, 1, 3])).transpose()?;
+        Ok((out.permute(&[0, 2, 1, 3])?, kept))
     }
+}
+
+/// What the forward pass leaves for the backward pass, besides the output.
+struct Kept {
+    /// Of each query the largest score and the reciprocal of `Σ exp(score − largest)`, `[batch, heads, query, 2]`: their
+    /// logarithms must not be added, as that of the sum would be lost beside a large score. `[∞, 0]` where everything is
+    /// masked, `[0, 0]` where the bias of all that is not masked is −∞.
+    statistics: Tensor,
+    /// What rounding to a half type took from the output, times [`residual_scale`], laid out as the output: without it,
+    /// `Σ grad ⊙ out` is not exact enough for a query that has most of its weight on one key.
+    residual: Option<Tensor>,
+}
+
+/// What multiplies the residual of an output: the inverse of the type's relative precision, so that it is neither
+/// too small for the type nor larger than the output.
+fn residual_scale(dtype: DType) -> f64 {
+    if dtype == DType::F16 { 2048.0 } else { 256.0 }
 }
 
 struct AttentionBackward {
     problem: Problem,
     out: Tensor,
-    /// `ln Σ exp(score)` of each query, infinite where everything is masked: `[batch, heads, query]`.
-    log_sums: Tensor,
+    kept: Kept,
 }
 
 impl Backward for AttentionBackward {
@@ -420,6 +443,6 @@ impl Backward for AttentionBackward {
     /// With `P` the weights, `D = Σ_e grad ⊙ out`: `dV = Pᵀ grad`, `dS = P ⊙ (grad Vᵀ − D)`, `dQ = scale · dS K`,
     /// `dK = scale · dSᵀ Q`; the biases get the sums of `dS`.
     fn backward(self: Box<Self>, grad: Tensor, need: &[bool]) -> Result<Contributions> {
-        backward::backward(&self.problem, &self.out, &self.log_sums, &grad, need).map(Contributions::whole)
+        backward::backward(&self.problem, &self.out, &self.kept, &grad, need).map(Contributions::whole)
     }
 }

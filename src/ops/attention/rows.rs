@@ -1,9 +1,10 @@
 //! How rows of a tensor `[batch, heads, sequence, features]` lie in memory, and who may write which of them. This is
 //! the part that is compiled for each type of tensor; the passes are compiled for the types of computation alone.
 
+use super::{residual_scale, tile::Rows};
 use crate::{
     Result, Tensor,
-    core::{Element, Float, Shape},
+    core::{Element, Float, Real, Shape},
     device::{cpu, simd::vectorized},
 };
 
@@ -64,6 +65,29 @@ impl<T: Float> RowWriter<T::Acc> for Vec<&mut [T]> {
     }
 }
 
+/// Rows, and where to leave what rounding takes from them.
+struct Exact<'a, T> {
+    rows: Vec<&'a mut [T]>,
+    residual: Vec<&'a mut [T]>,
+}
+
+impl<T: Float> RowWriter<T::Acc> for Exact<'_, T> {
+    fn write(&mut self, row: usize, from: &[T::Acc], factor: T::Acc) {
+        if let (Some(to), Some(residual)) = (self.rows.get_mut(row), self.residual.get_mut(row)) {
+            write_row::<T>(from, factor, to);
+            write_residual::<T>(from, factor, to, T::Acc::from_f64(residual_scale(T::DTYPE)), residual);
+        }
+    }
+}
+
+vectorized! {
+    fn write_residual<T: Float>(from: &[T::Acc], factor: T::Acc, rounded: &[T], scale: T::Acc, to: &mut [T]) {
+        for ((from, rounded), to) in from.iter().zip(rounded).zip(to) {
+            *to = T::from_acc((*from * factor - rounded.to_acc()) * scale);
+        }
+    }
+}
+
 vectorized! {
     fn write_row<T: Float>(from: &[T::Acc], factor: T::Acc, to: &mut [T]) {
         for (from, to) in from.iter().zip(to) {
@@ -79,6 +103,26 @@ pub(super) fn deal<'a, T: Float>(
     [batch, heads, sequence]: [usize; 3],
     block: usize,
 ) -> Vec<Box<dyn RowWriter<T::Acc> + 'a>> {
+    deal_rows(values, order, [batch, heads, sequence], block).into_iter().map(|task| Box::new(task) as _).collect()
+}
+
+/// As [`deal`] for a tensor and the residual of its rounding.
+pub(super) fn deal_with_residual<'a, T: Float>(
+    [values, residual]: [&'a mut [T]; 2],
+    order: RowOrder,
+    sizes: [usize; 3],
+    block: usize,
+) -> Vec<Box<dyn RowWriter<T::Acc> + 'a>> {
+    let [rows, residual] = [values, residual].map(|values| deal_rows(values, order, sizes, block));
+    rows.into_iter().zip(residual).map(|(rows, residual)| Box::new(Exact { rows, residual }) as _).collect()
+}
+
+fn deal_rows<T>(
+    values: &mut [T],
+    order: RowOrder,
+    [batch, heads, sequence]: [usize; 3],
+    block: usize,
+) -> Vec<Vec<&mut [T]>> {
     let blocks = sequence.div_ceil(block);
     let mut tasks: Vec<Vec<&mut [T]>> = (0..batch * heads * blocks).map(|_| Vec::new()).collect();
     // Without features, or where nothing is wanted, the tasks get no rows.
@@ -88,7 +132,7 @@ pub(super) fn deal<'a, T: Float>(
             tasks[head * blocks + position / block].push(values);
         }
     }
-    tasks.into_iter().map(|task| Box::new(task) as _).collect()
+    tasks
 }
 
 /// The gradient of an operand, if it is wanted.
@@ -135,6 +179,61 @@ pub(super) fn widen<T: Float, O: Float<Acc = T::Acc>>(x: &Tensor) -> Result<Tens
         }
     });
     Ok(wide)
+}
+
+/// A packed copy of keys `[batch, heads, key, d]` without what all keys of a head have in common in a feature, where that
+/// is more than what they differ by. The gradients of a query's scores sum to zero, so that they may be multiplied by
+/// either; but rounded to a half type they do not quite, and the common part would multiply the difference.
+pub(super) fn without_common<O: Float>(keys: &Tensor) -> Result<Tensor> {
+    let [batch, heads, count, d] = [0, 1, 2, 3].map(|dim| keys.shape()[dim]);
+    let mut rest = Tensor::uninit(Shape::new(&[batch, heads, count, d])?, O::DTYPE, keys.device())?;
+    let rows = Rows::<O>::new(keys)?;
+    let slab = (count * d).max(1);
+    cpu::for_rows(rest.values_mut::<O>()?, slab, 4 * slab, |first, slabs| {
+        let mut moments = vec![O::Acc::ZERO; 2 * d];
+        let (sums, squares) = moments.split_at_mut(d);
+        for (head, rest) in (first..).zip(slabs.chunks_exact_mut(slab)) {
+            let row = |key: usize| rows.row(head / heads, head % heads, key, d);
+            sums.fill(O::Acc::ZERO);
+            squares.fill(O::Acc::ZERO);
+            (0..count).for_each(|key| add_moments::<O>(row(key), row(0), sums, squares));
+            common_part::<O>(row(0), sums, squares, O::Acc::from_f64(1.0 / count as f64));
+            rest.chunks_exact_mut(d.max(1)).enumerate().for_each(|(key, rest)| subtract::<O>(row(key), sums, rest));
+        }
+    });
+    Ok(rest)
+}
+
+vectorized! {
+    /// Sums and sums of squares of the differences from a row.
+    fn add_moments<O: Float>(row: &[O], from: &[O], sums: &mut [O::Acc], squares: &mut [O::Acc]) {
+        for ((row, from), (sum, square)) in row.iter().zip(from).zip(sums.iter_mut().zip(squares)) {
+            let difference = row.to_acc() - from.to_acc();
+            *sum += difference;
+            *square += difference * difference;
+        }
+    }
+}
+
+vectorized! {
+    /// Replaces the sums by the mean of what they are from, rounded so that differences from it are exact; by zero if
+    /// it is below twice the standard deviation.
+    fn common_part<O: Float>(from: &[O], sums: &mut [O::Acc], squares: &[O::Acc], part: O::Acc) {
+        for ((from, sum), square) in from.iter().zip(sums).zip(squares) {
+            let shift = *sum * part;
+            let (mean, variance) = (from.to_acc() + shift, *square * part - shift * shift);
+            let common = mean * mean > variance + variance + variance + variance;
+            *sum = if common { O::from_acc(mean).to_acc() } else { O::Acc::ZERO };
+        }
+    }
+}
+
+vectorized! {
+    fn subtract<O: Float>(row: &[O], common: &[O::Acc], to: &mut [O]) {
+        for ((row, common), to) in row.iter().zip(common).zip(to) {
+            *to = O::from_acc(row.to_acc() - *common);
+        }
+    }
 }
 
 vectorized! {

@@ -137,6 +137,17 @@ impl At {
     }
 }
 
+/// Why all scores of a query are −∞.
+#[derive(Clone, Copy, PartialEq)]
+pub(super) enum Empty {
+    /// No key is left.
+    Masked,
+    /// The bias of every key left is −∞.
+    Biased,
+    /// Sums have left the range of numbers.
+    Overflown,
+}
+
 /// Everything that the tiles of one call are computed from: operands of products in `O`, all else in `O::Acc`.
 pub(super) struct Tiles<'a, O: Multiply> {
     pub sizes: Sizes,
@@ -144,6 +155,8 @@ pub(super) struct Tiles<'a, O: Multiply> {
     pub k: Rows<'a, O>,
     pub v: Rows<'a, O>,
     pub scale: O::Acc,
+    /// The largest number of the tensors' type.
+    pub largest: O::Acc,
     causal: bool,
     mask: Option<Broadcast<'a, u8>>,
     query_mask: Option<&'a [u8]>,
@@ -168,6 +181,7 @@ impl<'a, O: Multiply> Tiles<'a, O> {
             k: Rows::new(k)?,
             v: Rows::new(v)?,
             scale: <O::Acc as Float>::from_f64(problem.scale),
+            largest: <O::Acc as Float>::from_f64(-T::DTYPE.lowest()),
             causal: problem.causal,
             mask: problem.mask.as_ref().map(|mask| Broadcast::new::<bool>(mask, &sizes)).transpose()?,
             query_mask: padding(&problem.query_mask)?,
@@ -265,22 +279,64 @@ impl<'a, O: Multiply> Tiles<'a, O> {
         self.dropout.is_some()
     }
 
-    /// What dropout multiplies the weights of one query by; unchanged without dropout.
-    pub fn dropout(&self, at: At, row: usize, factors: &mut [O::Acc]) {
+    /// What a kept weight is multiplied by.
+    pub fn dropout_factor(&self) -> O::Acc {
+        self.dropout.map_or(O::Acc::ONE, |dropout| <O::Acc as Float>::from_f64(dropout.factor))
+    }
+
+    /// What dropout multiplies the weights of one query by, `kept` or 0; unchanged without dropout.
+    pub fn dropout(&self, at: At, row: usize, kept: O::Acc, factors: &mut [O::Acc]) {
         let Some(dropout) = &self.dropout else { return };
         let Sizes { heads, queries, keys, .. } = self.sizes;
         let first = (((at.batch * heads + at.head) * queries + at.query + row) * keys + at.key) as u64;
-        let factor = <O::Acc as Float>::from_f64(dropout.factor);
-        keep_factors(dropout.stream, first, dropout.threshold, factor, &mut factors[..at.keys]);
+        keep_factors(dropout.stream, first, dropout.threshold, kept, &mut factors[..at.keys]);
     }
 
-    /// Gives fully masked queries their weights, `1 / keys` for every key, and applies dropout to them.
-    pub fn spread(&self, at: At, masked: impl Fn(usize) -> bool, p: &mut [O::Acc], factors: &mut [O::Acc]) {
-        let weight = O::Acc::ONE / <O::Acc as Float>::from_f64(self.sizes.keys as f64);
+    /// Applies dropout to the weights of a tile, multiplying what is kept.
+    pub fn drop_weights(&self, at: At, kept: O::Acc, p: &mut [O::Acc], factors: &mut [O::Acc]) {
+        if self.drops() {
+            for (row, p) in p.chunks_exact_mut(KEYS).take(at.queries).enumerate() {
+                self.dropout(at, row, kept, factors);
+                multiply(&mut p[..at.keys], factors);
+            }
+        }
+    }
+
+    /// Why a query has no weight.
+    pub fn empty(&self, at: At, row: usize) -> Empty {
+        let (query, keys) = (at.query + row, self.sizes.keys);
+        let all = At { key: 0, keys, ..at };
+        let (free, padding) = self.padding(all).unwrap_or((keys, &[]));
+        let mask = self.mask.as_ref().map_or(&[1][..], |mask| mask.row([at.batch, at.head, query, 0], keys));
+        let kept = |key: &usize| (*key < free || padding[*key - free] != 0) && mask[*key % mask.len()] != 0;
+        let mut why = Empty::Masked;
+        for key in self.kept(at.batch, query).filter(kept) {
+            let mut bias = [O::Acc::ZERO];
+            if let Some(added) = &self.bias {
+                added.add(&mut bias, [at.batch, at.head, query, key]);
+            }
+            if bias != [O::Acc::NEG_INFINITY] {
+                return Empty::Overflown;
+            }
+            why = Empty::Biased;
+        }
+        why
+    }
+
+    /// Gives fully masked queries their weights, `1 / keys` for every key, times `part`, and applies dropout to them.
+    pub fn spread(
+        &self,
+        at: At,
+        masked: impl Fn(usize) -> bool,
+        [part, kept]: [O::Acc; 2],
+        p: &mut [O::Acc],
+        factors: &mut [O::Acc],
+    ) {
+        let weight = part / <O::Acc as Float>::from_f64(self.sizes.keys as f64);
         for (row, p) in p.chunks_exact_mut(KEYS).take(at.queries).enumerate().filter(|(row, _)| masked(*row)) {
             p[..at.keys].fill(weight);
             if self.drops() {
-                self.dropout(at, row, factors);
+                self.dropout(at, row, kept, factors);
                 multiply(&mut p[..at.keys], factors);
             }
         }
@@ -389,14 +445,22 @@ vectorized! {
 }
 
 vectorized! {
-    /// Weights from scores: `exp(score − log_sum)`.
-    pub(super) fn weights<A: Real>(s: &mut [A], width: usize, log_sums: &[A]) {
-        for (s, log_sum) in s.chunks_exact_mut(KEYS).zip(log_sums) {
+    /// Weights from scores: `exp(score − largest)`, times the row's share and `part`.
+    pub(super) fn weights<A: Real>(s: &mut [A], width: usize, part: A, statistics: &[[A; 2]]) {
+        for (s, [largest, share]) in s.chunks_exact_mut(KEYS).zip(statistics) {
+            let share = *share * part;
             for s in &mut s[..width] {
-                *s = (*s - *log_sum).probability::<FUSED>();
+                *s = (*s - *largest).probability::<FUSED>() * share;
             }
         }
     }
+}
+
+/// The weight by which the gradient of a score is multiplied: one key that has all the weight passes none, where
+/// `dp − delta` is what rounding leaves. A product with 0 keeps NaN and infinities.
+#[inline(always)]
+fn slope<A: Real>(p: A) -> A {
+    if p == A::ONE { A::ZERO } else { p }
 }
 
 vectorized! {
@@ -404,7 +468,7 @@ vectorized! {
     pub(super) fn score_gradients<A: Real>(p: &[A], dp: &mut [A], width: usize, delta: &[A]) {
         for ((p, dp), delta) in p.chunks_exact(KEYS).zip(dp.chunks_exact_mut(KEYS)).zip(delta) {
             for (p, dp) in p[..width].iter().zip(&mut dp[..width]) {
-                *dp = *p * (*dp - *delta);
+                *dp = slope(*p) * (*dp - *delta);
             }
         }
     }
@@ -414,7 +478,7 @@ vectorized! {
     /// As [`score_gradients`] for one row with dropout: the weights come back as they met the values.
     pub(super) fn score_gradients_dropped<A: Real>(p: &mut [A], dp: &mut [A], factors: &[A], delta: A) {
         for ((p, dp), factor) in p.iter_mut().zip(dp).zip(factors) {
-            *dp = *p * (*dp * *factor - delta);
+            *dp = slope(*p) * (*dp * *factor - delta);
             *p *= *factor;
         }
     }
@@ -434,6 +498,35 @@ vectorized! {
             }
         }
         rest + join(lanes, |a, b| a + b)
+    }
+}
+
+vectorized! {
+    /// If `true`, there is neither an infinity nor NaN.
+    pub(super) fn finite<A: Real>(x: &[A]) -> bool {
+        let mut lanes = [A::ZERO; LANES];
+        let (groups, rest) = x.as_chunks::<LANES>();
+        for x in groups {
+            for (lane, x) in lanes.iter_mut().zip(x) {
+                *lane += *x * A::ZERO;
+            }
+        }
+        join(lanes, |a, b| a + b) == A::ZERO && rest.iter().all(|x| *x * A::ZERO == A::ZERO)
+    }
+}
+
+/// `sum · factor`, the mean of values up to `largest`: only rounding can say that it is larger.
+#[inline(always)]
+pub(super) fn mean_of<A: Real>(sum: A, factor: A, largest: A) -> A {
+    let mean = sum * factor;
+    if sum * A::ZERO != A::ZERO {
+        mean
+    } else if mean > largest {
+        largest
+    } else if mean < -largest {
+        -largest
+    } else {
+        mean
     }
 }
 
