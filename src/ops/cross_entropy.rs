@@ -15,7 +15,8 @@ impl Tensor {
     /// Mean over the rows of `−ln softmax(logits)[target]`, leaving out the rows whose target is `ignore_index`
     /// (PyTorch's default is −100).
     ///
-    /// Shapes: `[.., classes]`, targets `[..]` of [`DType::I64`] → `[]` in f32 (f64 for f64), of half-precision logits
+    /// Shapes: `[.., classes]`, targets `[..]` of [`DType::I64`] → `[]`, where PyTorch has the classes of `[n, classes, ..]`
+    /// second: move them to the end by [`Tensor::permute`]. In f32 (f64 for f64), of half-precision logits
     /// too. Rows in the same type, their mean in f64.
     /// Saves: the logits, and the maximum and sum of exponentials of each row; the probabilities are computed again in
     /// the backward pass, over the logits if no other handle shares them.
