@@ -135,17 +135,17 @@ __device__ __forceinline__ Acc weight_of_all(const T* weight, u32 weights, u32 c
 }
 
 // What a row is divided by, given the mean square of what is left after the mean.
-constexpr u32 CENTRED = 1, MEAN_SQUARE = 2;
+constexpr u32 FLOORED = 0, CENTRED = 1;
 
 __device__ __forceinline__ Acc divisor(u32 form, Acc square, Acc eps) {
-    const Acc root = sqrt(form == 0 ? square : square + eps);
+    const Acc root = sqrt(form == FLOORED ? square : square + eps);
     // Not fmax, which would make NaN a number.
-    return form == 0 && eps > root ? eps : root;
+    return form == FLOORED && eps > root ? eps : root;
 }
 
-// A power of two for rows whose squares or whose sum overflow, as in src/ops/norm/forward.rs.
-constexpr Acc SHRINK = sizeof(Acc) == 8 ? Acc(2.4099198651028841e-181) : Acc(8.2718061255302767e-25);
-constexpr Acc GROW = sizeof(Acc) == 8 ? Acc(4.1495155688809929e180) : Acc(1.2089258196146292e24);
+// A power of two for rows whose squares or whose sum overflow, and its inverse, as in src/ops/norm/forward.rs.
+__device__ constexpr Acc power(int n) { return n == 0 ? Acc(1) : Acc(1099511627776.0) * power(n - 1); }
+constexpr Acc GROW = power(sizeof(Acc) == 8 ? 15 : 2), SHRINK = 1 / GROW;
 
 extern "C" __global__ void norm_fwd(T* y, T* sum, Acc* statistics, const T* x, const T* residual, const T* weight,
                                     const T* bias, i64 rows, u32 columns, u32 weights, u32 form, f64 eps) {
@@ -170,7 +170,8 @@ extern "C" __global__ void norm_fwd(T* y, T* sum, Acc* statistics, const T* x, c
             const auto deviation = [=](Acc value) { return value * factor - small; };
             square = values.sum([=](Acc value) { return deviation(value) * deviation(value); }) / columns;
             if (overflows) {
-                const Acc once = (Acc)eps * SHRINK, of_rest = divisor(form, square, form == 0 ? once : once * SHRINK);
+                const Acc once = (Acc)eps * SHRINK;
+                const Acc of_rest = divisor(form, square, form == FLOORED ? once : once * SHRINK);
                 const bool equal = centred && square == 0 && eps > 0;
                 shrink = SHRINK;
                 inverse = equal ? 0 : 1 / of_rest;
@@ -204,7 +205,11 @@ struct Statistics {
     __device__ __forceinline__ Statistics(const Acc* of_rows, i64 row, u32 centred)
         : mean(centred ? of_rows[2 * row] : 0), inverse(of_rows[centred ? 2 * row + 1 : row]) {}
 
-    __device__ __forceinline__ Acc normal(T x) const { return (Element<T>::to_acc(x) - mean) * inverse; }
+    __device__ __forceinline__ Acc normal(T x) const {
+        const Acc value = Element<T>::to_acc(x);
+        // So far apart that the difference could overflow.
+        return inverse < 8 / -lowest<Acc>() ? value * inverse - mean * inverse : (value - mean) * inverse;
+    }
 };
 
 // The gradient of a row. `dx` may be the row of `g` or `onto`: an element is read before it is written, by one thread.

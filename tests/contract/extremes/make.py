@@ -251,6 +251,7 @@ PATTERNS = {
     "lowest": cycled("-max"),
     "alternating_max": cycled("max", "-max"),
     "alternating_big": cycled("big", "-big", "big"),
+    "max_but_one": lambda width: ["max"] * (width - 1) + ["-max"],
     "one_max": spiked((3, "max")),
     "one_lowest": spiked((-1, "-max")),
     "one_big": spiked((33, "big")),
