@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Writes table.txt, which the contract suite holds every op against, with PyTorch on the CPU (pip install torch numpy).
+"""Writes table.txt, which the contract suite holds every op against, with PyTorch on the CPU (pip install torch mpmath).
 
 Each case is an op on inputs with extreme values. The table has its inputs, and for each dtype the output and the
 gradient of each input as PyTorch gives them, element by element:
@@ -20,6 +20,7 @@ import math
 import sys
 from pathlib import Path
 
+import mpmath
 import torch
 import torch.nn.functional as F
 
@@ -167,8 +168,14 @@ class Table:
     @staticmethod
     def f64(token, exact, lossy):
         """A token of f64, where PyTorch has to do for exact arithmetic, beside the exact one of f32."""
-        classes = [t if t in ("inf", "-inf", "nan") else "." for t in (exact, token)]
-        return "|".join(classes) if classes[0] != classes[1] else "." if lossy and classes[1] == "." else token
+        def of(text):
+            return text if text in ("inf", "-inf", "nan") else "."
+
+        own, _, of_torch = token.partition("|")
+        exact, of_torch = of(exact), of(of_torch or own)
+        if exact == of(own):
+            return "." if lossy and token == own and exact == "." else token
+        return exact if exact == of_torch else f"{exact}|{of_torch}"
 
     def dtype(self, function, wide, inputs, cotangent, elementwise, bits, dtype):
         """Tokens of output and gradients, and for each tensor whether PyTorch's values are far from exact ones."""
@@ -277,6 +284,64 @@ def rows():
             yield f"{name}_1", pattern(1)
 
 
+def logistic(x):
+    e = mpmath.exp(-abs(x))
+    y = 1 / (1 + e)
+    return (y if x >= 0 else e * y), e * y * y
+
+
+def gelu_tanh_gate(x):
+    angle, turn = 2 * mpmath.sqrt(2 / mpmath.pi), mpmath.mpf("0.044715")
+    gate, slope = logistic(angle * (x + turn * x**3))
+    return gate, slope * angle * (1 + 3 * turn * x**2)
+
+
+def normal(x):
+    return mpmath.erfc(-x / mpmath.sqrt(2)) / 2, mpmath.exp(-(x**2) / 2) / mpmath.sqrt(2 * mpmath.pi)
+
+
+def gated(gate):
+    """x gate(x) and its derivative, from the gate and its derivative."""
+
+    def both(x):
+        # Further out no type holds a gate other than 0 or 1, nor a slope.
+        value, slope = gate(max(min(x, 10000), -10000))
+        return x * value, value + max(min(x, 10000), -10000) * slope
+
+    return both
+
+
+def exactly(both, function):
+    """A function with a value and a derivative by mpmath; infinities and NaN are PyTorch's."""
+
+    class Exact(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            finite = [both(mpmath.mpf(v)) if math.isfinite(v) else (0, 0) for v in x.flatten().tolist()]
+            value, slope = (torch.tensor([float(v[i]) for v in finite], dtype=x.dtype).reshape(x.shape) for i in (0, 1))
+            ctx.save_for_backward(x, slope)
+            return torch.where(x.isfinite(), value, function(x))
+
+        @staticmethod
+        def backward(ctx, g):
+            x, slope = ctx.saved_tensors
+            with torch.enable_grad():
+                leaf = x.detach().requires_grad_()
+                (own,) = torch.autograd.grad(function(leaf), leaf, g)
+            return torch.where(x.isfinite(), g * slope, own)
+
+    return Exact.apply
+
+
+EXACT = {
+    "sigmoid": exactly(lambda x: logistic(max(min(x, 10000), -10000)), torch.sigmoid),
+    "tanh": exactly(lambda x: (mpmath.tanh(max(min(x, 10000), -10000)), mpmath.sech(max(min(x, 10000), -10000)) ** 2), torch.tanh),
+    "gelu": exactly(gated(normal), F.gelu),
+    "gelu_tanh": exactly(gated(gelu_tanh_gate), lambda x: F.gelu(x, approximate="tanh")),
+    "silu": exactly(gated(logistic), F.silu),
+}
+
+
 def pointwise(table):
     unary = {
         "neg": torch.neg,
@@ -296,7 +361,7 @@ def pointwise(table):
     for name, function in unary.items():
         gradients = [1, "max", "inf", "nan", 0]
         cotangent = [g for g in gradients for _ in VALUES]
-        table.case(name, function, [Input(VALUES * len(gradients))], cotangent, elementwise=True)
+        table.case(name, function, [Input(VALUES * len(gradients))], cotangent, elementwise=True, wide=EXACT.get(name))
     a, b = product(PAIRED)
     binary = {"add": torch.add, "sub": torch.sub, "mul": torch.mul, "div": torch.div}
     for name, function in binary.items():
@@ -327,22 +392,30 @@ ACTIVATIONS = {
 
 def activations(table):
     for name, function in ACTIVATIONS.items():
-        add = lambda x, b, function=function: function(x + b)
+        exact = EXACT.get(name, function)
+
+        def add(x, b, function=function):
+            return function(x + b)
+
+        def glu(x, function=function):
+            value, gate = x.chunk(2, -1)
+            return value * function(gate)
+
+        def add_glu(x, b, function=function):
+            return glu(x + b, function)
+
+        add_wide, glu_wide, add_glu_wide = (functools.partial(f, function=exact) for f in (add, glu, add_glu))
         width = len(VALUES)
-        table.case(f"add_activation {name} x", add, [Input(VALUES * 2, [2, width]), Input([0.5] * width)], [1.0])
-        table.case(f"add_activation {name} bias", add, [Input([0.5] * width, [1, width]), Input(VALUES)], [1.0, "inf"])
+        bias = [0.5] * width
+        table.case(f"add_activation {name} x", add, [Input(VALUES * 2, [2, width]), Input(bias)], [1.0], wide=add_wide)
+        inputs = [Input(bias, [1, width]), Input(VALUES)]
+        table.case(f"add_activation {name} bias", add, inputs, [1.0, "inf"], wide=add_wide)
         values, gates = product(FEW)
-        glu = lambda x, function=function: x.chunk(2, -1)[0] * function(x.chunk(2, -1)[1])
-        table.case(f"glu {name}", glu, [Input(values + gates, [1, 2 * len(values)])], [1.0])
-        add_glu = lambda x, b, glu=glu: glu(x + b)
-        if name in ("gelu_tanh", "relu_squared"):
-            continue
-        table.case(
-            f"add_glu {name}",
-            add_glu,
-            [Input(values + gates, [1, 2 * len(values)]), Input([0.5] * (2 * len(values)))],
-            [1.0],
-        )
+        both = Input(values + gates, [1, 2 * len(values)])
+        table.case(f"glu {name}", glu, [both], [1.0], wide=glu_wide)
+        if name not in ("gelu_tanh", "relu_squared"):
+            bias = Input([0.5] * (2 * len(values)))
+            table.case(f"add_glu {name}", add_glu, [both, bias], [1.0], wide=add_glu_wide)
 
 
 def gru(table):

@@ -48,20 +48,7 @@ const DEVIATIONS: &[Deviation] = &[
 ];
 
 /// Ops whose changes are on their way.
-const PENDING: &[&str] = &[
-    "ln",
-    "relu",
-    "relu_squared",
-    "gelu",
-    "gelu_tanh",
-    "silu",
-    "div",
-    "add_activation",
-    "glu",
-    "add_glu",
-    "attention",
-    "attention_decode",
-];
+const PENDING: &[&str] = &["attention", "attention_decode"];
 
 /// What was found in all cases.
 #[derive(Default)]
