@@ -21,6 +21,10 @@ impl Tensor {
     /// Saves: the logits, and the maximum and sum of exponentials of each row; the probabilities are computed again in
     /// the backward pass, over the logits if no other handle shares them.
     ///
+    /// Infinities and NaN are as in PyTorch, with two exceptions. The gradient of rows that are left out is 0, also where
+    /// their logits are not finite, where PyTorch has NaN. An infinite gradient of the loss gives −∞ at the target,
+    /// where PyTorch has ∞ − ∞.
+    ///
     /// Errors: targets of another shape or dtype, a target that is no class ([`Error::Index`]), no target to average
     /// over (PyTorch gives NaN), or logits that are not float. A GPU tells of wrong targets when values are next read
     /// back.
