@@ -404,7 +404,7 @@ fn graphs_refuse_tracked_inputs() -> Result<()> {
         return Ok(());
     }
     let x = leaf(&[1.0, 2.0]);
-    let mut graph = Graph::capture(&[x.clone()], &ParamMap::default(), |x| x[0].exp())?;
+    let mut graph = Graph::capture(std::slice::from_ref(&x), &ParamMap::default(), |x| x[0].exp())?;
     let foreign = elsewhere(|| x.exp())?;
     let _tape = Tape::grad();
     assert!(matches!(graph.replay(&[x.square()?]), Err(Error::NoGradient { op: "graph" })));
