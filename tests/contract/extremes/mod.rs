@@ -73,7 +73,7 @@ pub fn sweep() {
     for (index, case) in cases.iter().enumerate().filter(|(_, case)| case.name.contains(&filter)) {
         for (at, (dtype, expected)) in case.results.iter().enumerate() {
             // An emulated card has no time for all of them.
-            if *device() != Device::Cpu && (index + at) % case.results.len() != 0 {
+            if *device() != Device::Cpu && (index + at) % 4 == 0 {
                 continue;
             }
             if let Err(error) = check(case, *dtype, expected, &mut report) {
