@@ -19,11 +19,11 @@ const LEFT_OUT: &[(&str, &str)] = &[
     ("sample", "returns an error for NaN and +∞ (tests/sampling.rs)"),
 ];
 
-/// A result that is meant to differ from PyTorch's.
+/// Documented difference from PyTorch.
 struct Deviation {
-    /// Start of the names of the cases.
+    /// Prefix of the names of the cases.
     cases: &'static str,
-    /// What the documentation of the op says about it, in `file`.
+    /// Sentence of the op's documentation in `file`.
     said: &'static str,
     file: &'static str,
 }
@@ -51,7 +51,7 @@ const DEVIATIONS: &[Deviation] = &[
     deviation("layer_norm g inf", IN_NORM, OVERFLOWING_GRADIENT),
 ];
 
-/// What was found in all cases.
+/// Results of the sweep.
 #[derive(Default)]
 struct Report {
     elements: usize,
@@ -159,7 +159,7 @@ fn same(a: f64, b: f64) -> bool {
     a == b || a.is_nan() && b.is_nan()
 }
 
-/// By how much a value may differ.
+/// Allowed difference of the values of a row.
 struct Room {
     relative: f64,
     absolute: f64,
