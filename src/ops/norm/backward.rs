@@ -18,7 +18,7 @@ pub(super) struct NormBackward {
     pub(super) form: Form,
     /// See [`Form::floor`].
     pub(super) eps: f64,
-    /// What the gradient of the input is added to.
+    /// Gradient that the one of the input is added to.
     pub(super) onto: Option<Tensor>,
 }
 

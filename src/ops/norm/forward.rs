@@ -8,7 +8,7 @@ use crate::{
     ops::reduce::sum_slice,
 };
 
-/// What the forward pass computes.
+/// Results of the forward pass.
 pub(super) struct Forward {
     pub(super) y: Tensor,
     /// With a residual.

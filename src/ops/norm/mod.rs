@@ -120,7 +120,7 @@ impl Tensor {
     }
 }
 
-/// What is subtracted from a row and what it is divided by.
+/// Offset and divisor of a row.
 #[derive(Clone, Copy, PartialEq)]
 enum Form {
     /// The mean, and `√(variance + eps)`.
@@ -140,7 +140,7 @@ impl Form {
         }
     }
 
-    /// What a row is divided by, given the mean square of what is left after the mean.
+    /// Divisor of a row, given the mean square of what is left after the mean.
     #[inline(always)]
     fn divisor<A: Real>(self, square: A, eps: A) -> A {
         match self {
@@ -164,11 +164,11 @@ impl Form {
     }
 }
 
-/// What a norm is told besides its input.
+/// Parameters of a norm.
 #[derive(Clone, Copy)]
 struct Spec<'a> {
     weight: Option<&'a Tensor>,
-    /// How many elements the weight must have.
+    /// Number of elements of the weight.
     weights: usize,
     bias: Option<&'a Tensor>,
     form: Form,

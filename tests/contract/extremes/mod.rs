@@ -19,11 +19,11 @@ const LEFT_OUT: &[(&str, &str)] = &[
     ("sample", "returns an error for NaN and +∞ (tests/sampling.rs)"),
 ];
 
-/// A result that is meant to differ from PyTorch's.
+/// Documented difference from PyTorch.
 struct Deviation {
-    /// Start of the names of the cases.
+    /// Prefix of the names of the cases.
     cases: &'static str,
-    /// What the documentation of the op says about it, in `file`.
+    /// Sentence of the op's documentation in `file`.
     said: &'static str,
     file: &'static str,
 }
@@ -33,6 +33,8 @@ const fn deviation(cases: &'static str, file: &'static str, said: &'static str) 
 }
 
 const IN_CROSS_ENTROPY: &str = "src/ops/cross_entropy.rs";
+const IN_ATTENTION: &str = "src/ops/attention/mod.rs";
+const INFINITE_VALUE: &str = "in half types its gradients are NaN";
 const IN_NORM: &str = "src/ops/norm/mod.rs";
 const OVERFLOWING_GRADIENT: &str =
     "A gradient that overflows when it is multiplied by the weight makes its row infinite or NaN";
@@ -41,16 +43,15 @@ const DEVIATIONS: &[Deviation] = &[
     deviation("cross_entropy ignored inf", IN_CROSS_ENTROPY, "gradient of rows that are left out is 0, also where"),
     deviation("cross_entropy ignored nan", IN_CROSS_ENTROPY, "gradient of rows that are left out is 0, also where"),
     deviation("cross_entropy g inf", IN_CROSS_ENTROPY, "An infinite gradient of the loss gives −∞ at the target"),
+    deviation("attention v inf", IN_ATTENTION, INFINITE_VALUE),
+    deviation("attention v -inf", IN_ATTENTION, INFINITE_VALUE),
     deviation("layer_norm weight 0 max", IN_NORM, OVERFLOWING_GRADIENT),
     deviation("layer_norm weight 0 inf", IN_NORM, OVERFLOWING_GRADIENT),
     deviation("layer_norm g max", IN_NORM, OVERFLOWING_GRADIENT),
     deviation("layer_norm g inf", IN_NORM, OVERFLOWING_GRADIENT),
 ];
 
-/// Ops whose changes are on their way.
-const PENDING: &[&str] = &["attention", "attention_decode"];
-
-/// What was found in all cases.
+/// Results of the sweep.
 #[derive(Default)]
 struct Report {
     elements: usize,
@@ -72,7 +73,7 @@ pub fn sweep() {
     for (index, case) in cases.iter().enumerate().filter(|(_, case)| case.name.contains(&filter)) {
         for (at, (dtype, expected)) in case.results.iter().enumerate() {
             // An emulated card has no time for all of them.
-            if *device() != Device::Cpu && (index + at) % case.results.len() != 0 {
+            if *device() != Device::Cpu && (index + at) % 4 == 0 {
                 continue;
             }
             if let Err(error) = check(case, *dtype, expected, &mut report) {
@@ -86,7 +87,7 @@ pub fn sweep() {
     );
     LEFT_OUT.iter().for_each(|(op, why)| println!("left out: {op} {why}"));
     let meant = |name: &str| DEVIATIONS.iter().any(|deviation| name.starts_with(deviation.cases));
-    let wrong = failures.iter().filter(|(name, _)| !meant(name) && !PENDING.contains(&op(name)));
+    let wrong = failures.iter().filter(|(name, _)| !meant(name));
     let wrong: Vec<&str> = wrong.map(|(_, message)| message.as_str()).collect();
     assert!(wrong.is_empty(), "{} failures:\n{}", wrong.len(), wrong.join("\n"));
     if !filter.is_empty() || *device() != Device::Cpu {
@@ -96,7 +97,8 @@ pub fn sweep() {
         let deviates = failures.iter().any(|(name, _)| name.starts_with(cases));
         assert!(deviates, "`{cases}` agrees with PyTorch: it is no deviation any more");
         let path = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join(file);
-        let source = std::fs::read_to_string(path).expect("a source file").replace("\n    /// ", " ");
+        let source =
+            std::fs::read_to_string(path).expect("a source file").replace("\n    /// ", " ").replace("\n/// ", " ");
         assert!(source.contains(said), "{file} does not say `{said}`, which `{cases}` needs");
     }
 }
@@ -157,7 +159,7 @@ fn same(a: f64, b: f64) -> bool {
     a == b || a.is_nan() && b.is_nan()
 }
 
-/// By how much a value may differ.
+/// Allowed difference of the values of a row.
 struct Room {
     relative: f64,
     absolute: f64,

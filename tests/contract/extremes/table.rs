@@ -2,11 +2,11 @@
 
 use x_transformers::DType;
 
-/// One op on extreme inputs, and what comes out in each dtype.
+/// One op on extreme inputs, with its expected results in each dtype.
 pub struct Case {
     /// Op and arguments, separated by spaces.
     pub name: String,
-    /// How close finite values must be.
+    /// Tolerance of finite values.
     pub close: Close,
     pub inputs: Vec<Input>,
     /// The gradient of the output, repeated.
@@ -15,7 +15,7 @@ pub struct Case {
     pub results: Vec<(DType, Vec<List<Expected>>)>,
 }
 
-/// How close a finite value must be to the one in the table.
+/// Tolerance of finite values against those of the table.
 #[derive(Clone, Copy, PartialEq)]
 pub enum Close {
     /// Relative to the largest of its row.
@@ -82,7 +82,7 @@ impl Symbol {
     }
 }
 
-/// What an element must be.
+/// Expected element of a result.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Expected {
     /// A finite number that the table does not know.
