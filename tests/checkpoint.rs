@@ -160,7 +160,8 @@ fn checkpoint_every_interrupted_state_loads() -> Result<()> {
     reset();
     copy("new", &run.join(INCOMING));
     fs::write(run.join(PARTIAL), "a file where a folder should be").unwrap();
-    assert!(matches!(checkpoint(3, 5).save(run), Err(Error::Io { .. })));
+    let message = checkpoint(3, 5).save(run).unwrap_err().to_string();
+    assert!(message.contains(PARTIAL) && message.contains("in the way"), "{message}");
     assert_eq!(whole(&Checkpoint::load(run)?), 2);
     Ok(())
 }
