@@ -89,6 +89,8 @@ impl Run {
                  choose another folder with `--out`"
             )));
         }
+        // What is in the way of the first save is found now.
+        create_folders(run.checkpoint())?;
         Ok(run)
     }
 

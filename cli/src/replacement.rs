@@ -50,6 +50,12 @@ pub fn settle(run: &Run) -> Result<()> {
     {
         write_atomically(run.metrics(), |file| file.write_all(rows.as_bytes()))?;
     }
+    remove(run)
+}
+
+/// Forgets what was announced: it was done.
+pub fn remove(run: &Run) -> Result<()> {
+    let folder = run.replacement();
     match retry_interrupted(|| fs::remove_dir_all(&folder)) {
         Err(error) if error.kind() != io::ErrorKind::NotFound => Err(Failure::io(&folder, &error)),
         _ => Ok(()),

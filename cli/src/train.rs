@@ -14,7 +14,7 @@ use x_transformers::{
     config::{AttentionConfig, AttentionLayersConfig, AutoregressiveConfig, Config, TransformerWrapperConfig},
     io::write_atomically,
     models::GenerateOptions,
-    train::{ByteText, TrainOptions, Trainer},
+    train::{ByteText, Checkpoint, TrainOptions, Trainer},
 };
 
 use crate::{
@@ -271,8 +271,9 @@ pub fn run(args: TrainArgs) -> Result<()> {
     let progress = Progress::start(trainer.steps_done(), steps, every, &device);
     let profiler = Profiler::new(&args.profile);
     let mut training = Training { run, trainer, metrics, progress, device, yardstick, profiler };
-    if args.resume.is_some() {
-        // It may have been killed after the checkpoint and before the picture.
+    if training.metrics.held().is_none() {
+        // A run that is resumed may have been killed after the checkpoint and before the picture. The one of a new run
+        // is empty, and not that of an earlier one.
         training.draw().map_err(|failure| training.unsaved(failure))?;
     }
     training.introduce(&sizes);
@@ -391,7 +392,7 @@ impl Training<'_> {
                     return Err(failure);
                 }
                 self.metrics.place()?;
-                replacement::settle(&self.run)?;
+                replacement::remove(&self.run)?;
             }
         }
         self.draw()
@@ -399,7 +400,7 @@ impl Training<'_> {
 
     /// What to do when a file could not be written.
     fn unsaved(&self, failure: Failure) -> Failure {
-        if !self.run.is_begun() {
+        if Checkpoint::load_training(self.run.checkpoint()).is_err() {
             return failure;
         }
         let dir = quoted(&self.run.dir);
@@ -439,5 +440,120 @@ impl Training<'_> {
         let dir = quoted(&self.run.dir);
         self.progress.say(format_args!("try         xt generate --checkpoint {dir} --prompt \"The \" --length 400"));
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{collections::BTreeMap, fs};
+
+    use clap::{CommandFactory, Parser, error::ErrorKind};
+    use serde_json::json;
+
+    use super::*;
+
+    #[derive(Parser)]
+    struct Alone {
+        #[command(flatten)]
+        train: TrainArgs,
+    }
+
+    /// What becomes of an option when its run is resumed.
+    enum Kept {
+        /// It is saved in the checkpoint and cannot be given again; a value that is not the default.
+        Saved(&'static str),
+        /// It is saved in the checkpoint, and another value changes the run.
+        Changeable(&'static str),
+        /// It is not part of the run; the help of `--resume` says so.
+        NotSaved(&'static str),
+        /// It says where the run is, as `--resume` does.
+        Folder(&'static str),
+    }
+    use Kept::{Changeable, Folder, NotSaved, Saved};
+
+    fn parse(arguments: &[&str]) -> std::result::Result<TrainArgs, ErrorKind> {
+        let parsed = Alone::try_parse_from([&["train"], arguments].concat());
+        parsed.map(|alone| alone.train).map_err(|error| error.kind())
+    }
+
+    /// The model and the options of a new run.
+    fn run_of(args: &TrainArgs) -> serde_json::Value {
+        let config = args.config().expect("a config");
+        json!([args.train_options(config.net.max_seq_len), Config::AutoregressiveWrapper(config).to_value()])
+    }
+
+    /// Every option of the command is in this table, so that none is forgotten by `--resume`.
+    #[test]
+    fn resuming_keeps_every_option() {
+        let folder = tempfile::tempdir().expect("a temporary folder");
+        let config = folder.path().join("config.json");
+        let json = r#"{"model": "TransformerWrapper", "num_tokens": 256, "max_seq_len": 12, "attn_layers":
+            {"kind": "Decoder", "dim": 24, "depth": 1}}"#;
+        fs::write(&config, json).expect("write");
+        let table = BTreeMap::from([
+            ("text", NotSaved("file")),
+            ("config", Saved("config.json")),
+            ("dim", Saved("24")),
+            ("depth", Saved("3")),
+            ("heads", Saved("2")),
+            ("set", Saved("ff_glu=true")),
+            ("seq_len", Saved("17")),
+            ("batch_size", Saved("3")),
+            ("accumulate", Saved("2")),
+            ("steps", Changeable("7")),
+            ("lr", Saved("0.5")),
+            ("warmup", Saved("3")),
+            ("clip", Saved("0.5")),
+            ("weight_decay", Saved("0.5")),
+            ("ema", Saved("0.5")),
+            ("seed", Saved("7")),
+            ("dtype", Saved("bf16")),
+            ("device", NotSaved("cpu")),
+            ("out", Folder("other")),
+            ("overwrite", Folder("")),
+            ("resume", Folder("other")),
+            ("every", Changeable("7")),
+            ("profile", NotSaved("")),
+            ("trace", NotSaved("file")),
+        ]);
+        let command = Alone::command();
+        let help = command.get_arguments().find(|argument| argument.get_id() == "resume").and_then(|a| a.get_help());
+        let help = help.expect("a help").to_string();
+        let default = run_of(&parse(&[]).expect("no arguments"));
+        let mut seen = 0;
+        for argument in command.get_arguments() {
+            let id = argument.get_id().as_str();
+            let kept = table.get(id).unwrap_or_else(|| panic!("say in this table what --resume does about {id}"));
+            let name = format!("--{}", argument.get_long().expect("a long name"));
+            let value = match kept {
+                Saved("config.json") => config.to_str().expect("UTF-8"),
+                Saved(value) | Changeable(value) | NotSaved(value) | Folder(value) => value,
+            };
+            let given: Vec<&str> = [name.as_str(), value].into_iter().filter(|part| !part.is_empty()).collect();
+            let resumed = parse(&[&["--resume", "folder"], &given[..]].concat());
+            let begun = parse(&given).map(|args| run_of(&args));
+            match kept {
+                Saved(_) if id == "set" => {
+                    let message = run(TrainArgs { text: vec![config.clone()], ..resumed.expect("parsed") });
+                    assert!(message.is_err_and(|failure| failure.to_string().contains("--set")));
+                    assert_ne!(begun, Ok(default.clone()));
+                }
+                Saved(_) => {
+                    assert_eq!(resumed.err(), Some(ErrorKind::ArgumentConflict), "{name}");
+                    assert_ne!(begun, Ok(default.clone()), "{name} is not part of what is saved");
+                }
+                Changeable(_) => {
+                    assert!(resumed.is_ok() && help.contains(&name), "{name}");
+                    assert_ne!(begun, Ok(default.clone()), "{name} is not part of what is saved");
+                }
+                NotSaved(_) => {
+                    assert!(resumed.is_ok() && help.contains(&name), "{name}: {help}");
+                    assert_eq!(begun, Ok(default.clone()), "{name}");
+                }
+                Folder(_) => assert!(resumed.is_err(), "{name}"),
+            }
+            seen += 1;
+        }
+        assert_eq!(seen, table.len());
     }
 }

@@ -169,9 +169,8 @@ impl Checkpoint {
 
     /// If a folder has a file of a checkpoint, readable or not.
     pub fn is_in(folder: impl AsRef<Path>) -> bool {
-        let folder = folder.as_ref();
-        let there = |name: &&str| files(folder).read(name, found).is_ok();
-        FILES.iter().any(there)
+        // One that cannot be looked at is there.
+        FILES.iter().any(|name| !matches!(files(folder.as_ref()).read(name, found), Err(Error::File { .. })))
     }
 
     /// Reads a checkpoint.
