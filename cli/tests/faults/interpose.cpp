@@ -2,7 +2,7 @@
 // wrong. Loaded with LD_PRELOAD.
 //
 // FAULT_ROOT  absolute path of the folder (or a prefix of paths)
-// FAULT_LOG   file to append a line "NUMBER NAME PATH" per call to
+// FAULT_LOG   file that gets a line "NUMBER NAME PATH" per call
 // FAULT_AT    number of the call that goes wrong, counted from 1
 // FAULT_KIND  kill   the process dies before the call
 //             tear   it dies after half of a write
@@ -51,7 +51,7 @@ struct Settings {
 
     Settings() {
         if (const char *path = getenv("FAULT_LOG"))
-            log = next<int(const char *, int, ...)>("open")(path, O_WRONLY | O_CREAT | O_APPEND | O_CLOEXEC, 0644);
+            log = next<int(const char *, int, ...)>("open")(path, O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0644);
     }
 };
 
