@@ -176,8 +176,8 @@ impl Scenario<'_> {
         let message = text(&output.stderr);
         let checkpoint = root.join("checkpoint");
         // The first call is number 1: those before `at` took place.
-        let saved = calls[..at - 1].iter().any(is_save)
-            || self.before.keys().any(|name| name.starts_with("checkpoint/"));
+        let saved =
+            calls[..at - 1].iter().any(is_save) || self.before.keys().any(|name| name.starts_with("checkpoint/"));
         if saved && let Err(error) = Checkpoint::load(&checkpoint) {
             panic!("{place}: {error}");
         }
