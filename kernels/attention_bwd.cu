@@ -36,11 +36,12 @@ constexpr i32 GROUPS = 2;
 __device__ __forceinline__ void weigh(Square& p, Shared& shared, i32 query, i32 key) {
     multiply_rows(p, shared, shared.q, query, shared.k, key);
     finish_scores(p, shared, query, key);
+    const i32 first = thread_row() * SIDE, count = shared.q.count - query - first;
+    const Statistics* of_rows = shared.statistics + query + first;
 #pragma unroll
     for (i32 r = 0; r < SIDE; ++r) {
         // Queries without keys come out with weight 0, as do rows that do not exist.
-        const i32 row = query + thread_row() * SIDE + r;
-        const Statistics of_row = row < shared.q.count ? shared.statistics[row] : Statistics{0, 0};
+        const Statistics of_row = r < count ? of_rows[r] : Statistics{0, 0};
 #pragma unroll
         for (i32 c = 0; c < SIDE; ++c) p[r][c] = exp(p[r][c] - of_row.largest) * of_row.share;
     }
@@ -184,7 +185,7 @@ extern "C" __global__ void __launch_bounds__(TILE_THREADS, 2) attention_bwd_keys
             const bool reached = any_key && query < seen.end && query + TILE > seen.start;
             const bool any_blind = first_tile < value_tiles && blind_query(shared, query);
             if (!reached && !any_blind) continue;
-            Square p = {}, ds = {};
+            Square p = {}, ds;
             if (reached) {
                 weigh(p, shared, query, key);
                 if (first_tile + GROUPS > value_tiles) score_gradients(ds, p, shared, query, key);

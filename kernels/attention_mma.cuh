@@ -146,22 +146,13 @@ template <i32 M, i32 N, bool BY_KEY> struct ScoreSums : Sums<M, N> {
         }
     }
 
-    // Whether `holds` says so of the statistics of one of the tile's queries. All threads of a warp ask alike.
-    template <typename F>
-    static __device__ __forceinline__ bool any_row(
-        const Statistics* statistics, i32 first_query, i32 queries, F holds) {
-        const i32 end = min(first_query + (BY_KEY ? N : 16 * M), queries);
-        return warp_any(first_query, end, [&](i32 row) { return holds(statistics[row]); });
-    }
-
-    // exp(score - largest) · share of finished scores; `unit` is what `finish` returned.
-    __device__ __forceinline__ void weigh(f32 unit, const Statistics* statistics, i32 first_query, i32 queries) {
-        const auto of_query = [&](i32 q) {
-            const i32 row = first_query + query(q);
-            return row < queries ? statistics[row] : Statistics{0, 0};
-        };
-        const auto is_large = [](const Statistics& row) { return fabs(row.largest) > LARGE_SCORE; };
-        const bool large = any_row(statistics, first_query, queries, is_large);
+    // exp(score - largest) · share of finished scores; `unit` is what `finish` returned, `statistics` are those of the
+    // warp's queries, `count` of which exist. Returns whether one of the weights may be all that its query has.
+    __device__ __forceinline__ bool weigh(f32 unit, const Statistics* statistics, i32 count) {
+        const i32 end = min(BY_KEY ? N : 16 * M, count);
+        const auto of_query = [&](i32 q) { return query(q) < count ? statistics[query(q)] : Statistics{0, 0}; };
+        const bool large = warp_any(0, end, [&](i32 row) { return fabs(statistics[row].largest) > LARGE_SCORE; });
+        const bool sharp = warp_any(0, end, [&](i32 row) { return statistics[row].share > 0.999f; });
         f32 to_log2 = unit * LOG2_E;
         if (large) {
             to_log2 = LOG2_E;
@@ -183,16 +174,16 @@ template <i32 M, i32 N, bool BY_KEY> struct ScoreSums : Sums<M, N> {
 #pragma unroll
             for (i32 k = 0; k < KEYS; ++k) score(q, k) = ptx_exp2(score(q, k) * to_log2 - base) * row.share;
         }
+        return sharp;
     }
 
-    // Gives the queries without keys their weights.
+    // Gives the queries without keys their weights; `statistics` are those of the tile's queries.
     __device__ __forceinline__ void spread(
         const Scores& scores, const Statistics* statistics, i32 first_query, i32 first_key) {
         const Bits kept = scores.drops ? undropped(scores, first_query, first_key) : ~Bits(0);
 #pragma unroll
         for (i32 q = 0; q < QUERIES; ++q) {
-            const i32 row = first_query + query(q);
-            const bool blind = row < scores.queries && statistics[row].largest == infinity();
+            const bool blind = statistics[query(q)].largest == infinity();
 #pragma unroll
             for (i32 k = 0; k < KEYS; ++k) {
                 const bool keep = first_key + key(k) < scores.keys && kept >> (q * KEYS + k) & 1;
@@ -201,19 +192,17 @@ template <i32 M, i32 N, bool BY_KEY> struct ScoreSums : Sums<M, N> {
         }
     }
 
-    // From the gradients of the weights, which this holds, to those of the scores. The weights lose what is dropped.
+    // From the gradients of the weights, which this holds, to those of the scores. The weights lose what is dropped;
+    // `sharp` is what `weigh` returned.
     __device__ __forceinline__ void to_score_gradients(
-        ScoreSums& weights, const Scores& scores, const Statistics* statistics, const f32* delta, i32 first_query,
+        ScoreSums& weights, const Scores& scores, bool sharp, const f32* delta, i32 count, i32 first_query,
         i32 first_key) {
         const bool drops = scores.drops;
-        const auto is_sharp = [](const Statistics& row) { return row.share > 0.999f; };
-        const bool sharp = any_row(statistics, first_query, scores.queries, is_sharp);
         const Bits kept = drops ? undropped(scores, first_query, first_key) : ~Bits(0);
         const f32 factor = scores.factor;
 #pragma unroll
         for (i32 q = 0; q < QUERIES; ++q) {
-            const i32 row = first_query + query(q);
-            const f32 mean = row < scores.queries ? delta[row] : 0;
+            const f32 mean = query(q) < count ? delta[query(q)] : 0;
 #pragma unroll
             for (i32 k = 0; k < KEYS; ++k) {
                 f32& ds = score(q, k);

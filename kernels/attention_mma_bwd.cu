@@ -82,10 +82,10 @@ extern "C" __global__ void __launch_bounds__(MMA_THREADS, 2) attention_mma_bwd_q
         ScoreSums<M, N, false> p, ds;
         p.clear();
         p.add_rows(q_tile, warp, k_tile(stage));
-        p.weigh(p.finish(scores, query, key), statistics, query, queries);
+        const bool sharp = p.weigh(p.finish(scores, query, key), statistics + query, queries - query);
         ds.clear();
         ds.add_rows(grad_tile, warp, v_tile(stage));
-        ds.to_score_gradients(p, scores, statistics, delta, query, key);
+        ds.to_score_gradients(p, scores, sharp, delta + query, queries - query, query, key);
         if (position_sums) {
 #pragma unroll
             for (i32 r = 0; r < ds.ROWS; ++r) {
@@ -117,6 +117,12 @@ extern "C" __global__ void __launch_bounds__(MMA_THREADS, 2) attention_mma_bwd_k
     extern __shared__ uint4 memory[];
     __shared__ Scores scores;
     __shared__ Rows q_rows, k_rows, v_rows, grad_rows;
+    // Of the queries of a step; every thread reads those of many.
+    __shared__ Statistics row_statistics[N];
+    __shared__ f32 row_delta[N];
+    // Of the first head.
+    __shared__ const Statistics* all_statistics;
+    __shared__ const f32* all_delta;
     const i32 heads = q_at.dims[1], queries = q_at.dims[2], kv_heads = k_at.dims[1], keys = k_at.dims[2];
     const i32 tiles = ceil_div(keys, ROWS), index = blockIdx.x / tiles, members = heads / kv_heads;
     const i32 batch = index / kv_heads, kv_head = index % kv_heads, first = blockIdx.x % tiles * ROWS;
@@ -135,10 +141,10 @@ extern "C" __global__ void __launch_bounds__(MMA_THREADS, 2) attention_mma_bwd_k
         v_rows.set(v, v_at, batch, kv_head);
         q_rows.set(q, q_at, batch, first_head);
         grad_rows.set(grad, grad_at, batch, first_head);
+        const i64 first_row = ((i64)batch * heads + first_head) * queries;
+        all_statistics = statistics + first_row, all_delta = delta + first_row;
     }
     set_head(first_head);
-    const i64 first_row = ((i64)batch * heads + first_head) * queries;
-    statistics += first_row, delta += first_row;
     T* const start = reinterpret_cast<T*>(memory);
     const Tile k_tile = {start}, v_tile = {start + ROWS * HEAD};
     const auto q_tile = [&](i32 stage) { return Tile{start + (2 * ROWS + 2 * N * stage) * HEAD}; };
@@ -155,7 +161,7 @@ extern "C" __global__ void __launch_bounds__(MMA_THREADS, 2) attention_mma_bwd_k
     // Whether one of a tile's queries has no key. All threads of a warp ask alike.
     const auto blind = [&](i32 step) {
         const i32 query = step % per_head * N;
-        const Statistics* of_head = statistics + (i64)(step / per_head) * queries;
+        const Statistics* of_head = all_statistics + (i64)(step / per_head) * queries;
         return warp_any(query, min(query + N, queries), [&](i32 row) { return of_head[row].largest == infinity(); });
     };
     const auto next = [&](i32 step) {
@@ -184,23 +190,27 @@ extern "C" __global__ void __launch_bounds__(MMA_THREADS, 2) attention_mma_bwd_k
             member = step / per_head;
             set_head(first_head + member);
         }
+        const i32 query = step % per_head * N;
+        if (threadIdx.x < N) {
+            const bool exists = query + (i32)threadIdx.x < queries;
+            const i64 row = (i64)member * queries + query + threadIdx.x;
+            row_statistics[threadIdx.x] = exists ? all_statistics[row] : Statistics{0, 0};
+            row_delta[threadIdx.x] = exists ? all_delta[row] : 0;
+        }
         ptx_cp_async_wait<1>();
         __syncthreads();
-        const i32 query = step % per_head * N;
-        const Statistics* of_head = statistics + (i64)member * queries;
-        const f32* head_delta = delta + (i64)member * queries;
         ScoreSums<M, N, true> p, ds;
         p.clear();
         if (reached(step)) {
             p.add_rows(k_tile, warp, q_tile(stage));
-            p.weigh(p.finish(scores, query, key), of_head, query, queries);
+            const bool sharp = p.weigh(p.finish(scores, query, key), row_statistics, N);
             ds.clear();
             ds.add_rows(v_tile, warp, grad_tile(stage));
-            ds.to_score_gradients(p, scores, of_head, head_delta, query, key);
+            ds.to_score_gradients(p, scores, sharp, row_delta, N, query, key);
             if (dk) dk_sums.add_product(ds, q_tile(stage));
         }
         if (dv) {
-            if (blind(step)) p.spread(scores, of_head, query, key);
+            if (blind(step)) p.spread(scores, row_statistics, query, key);
             dv_sums.add_product(p, grad_tile(stage));
         }
         __syncthreads();

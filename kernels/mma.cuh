@@ -76,8 +76,8 @@ template <i32 M, i32 N> struct Sums {
     // += a bᵀ for the rows of `a` from `row` on and N rows of `b`.
     template <i32 WIDTH>
     __device__ __forceinline__ void add_rows(const SwizzledTile<WIDTH>& a, i32 row, const SwizzledTile<WIDTH>& b) {
-        // Unrolled further, the addresses of wide tiles would not fit the registers beside the sums of two fragments.
-#pragma unroll(M * WIDTH > 128 ? 4 : 8)
+        // Unrolled further, the addresses of wide tiles would not fit the registers beside the sums.
+#pragma unroll(WIDTH > 64 ? 4 : 8)
         for (i32 k = 0; k < WIDTH / 16; ++k) {
             u32 a_part[M][4];
 #pragma unroll
