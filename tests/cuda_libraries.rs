@@ -67,7 +67,7 @@ fn working_folder(test: &str) -> Option<Folder> {
     Some(folder)
 }
 
-/// What the library says of the devices, in a process that starts in this folder with these variables.
+/// Description of the devices, by a process that starts in this folder with these variables.
 fn devices(folder: &Path, variables: &[(&str, &str)]) -> String {
     let this = std::env::current_exe().expect("the path of this test");
     let mut command = Command::new(this);

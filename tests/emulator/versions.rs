@@ -34,7 +34,7 @@ fn the_newest_of_each() {
     emulated(here!(), &[("XT_KERNEL_CACHE", "off")], || runs("sm_80"));
 }
 
-/// What only benchmarks use, a function of CUDA 12.8, is no reason to refuse a driver.
+/// A function of CUDA 12.8 that only benchmarks use is not a reason to refuse a driver.
 #[test]
 fn a_driver_without_the_second_elapsed_time() {
     let versions = [("XT_EMULATOR_DRIVER", "12.0"), ("XT_EMULATOR_NVRTC", "12.6"), ("XT_KERNEL_CACHE", "off")];

@@ -23,12 +23,12 @@ use super::{
 };
 use crate::{Error, Result, core::fnv1a, device::kernels::KernelSource, io::write_atomically};
 
-/// What NVRTC made of a variant.
+/// Output of NVRTC for one variant.
 #[derive(Clone, Debug)]
 pub struct Compiled {
     /// Machine code (CUBIN), or the text of PTX with a zero at its end, as the target says.
     pub code: Vec<u8>,
-    /// What the compiler said: warnings, and with [`compile`]'s `verbose` the registers and memory of each kernel.
+    /// Log of the compiler: warnings, and with [`compile`]'s `verbose` the registers and memory of each kernel.
     pub log: String,
 }
 
@@ -246,7 +246,7 @@ pub fn folder() -> Option<PathBuf> {
     }
 }
 
-/// What code is filed under: everything that it depends on.
+/// Name and hash of a file of the cache, from everything that its code depends on.
 struct Key {
     file: String,
     hash: u64,

@@ -125,7 +125,7 @@ const WANTED: [Wanted; 3] = [
     },
 ];
 
-/// What was found of one library.
+/// Result of the search for one library.
 #[derive(Clone, Debug)]
 pub struct Found {
     /// `driver`, `NVRTC` or `cuBLAS`.
@@ -141,7 +141,7 @@ pub fn find() -> &'static [Found; 3] {
     FOUND.get_or_init(|| WANTED.each_ref().map(|wanted| Found { what: wanted.what, state: wanted.find() }))
 }
 
-/// Whether NVRTC alone is here: enough to compile kernels, without a GPU.
+/// Result for NVRTC alone, which is enough to compile kernels without a GPU.
 pub fn nvrtc() -> &'static Found {
     &find()[1]
 }
