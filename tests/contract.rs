@@ -2,12 +2,12 @@
 //! of threads and vector level, on the device that `XT_TEST_DEVICE` names.
 
 #[path = "contract/case.rs"]
-mod case;
+pub mod case;
 #[path = "contract/cases/mod.rs"]
 mod cases;
 #[path = "contract/check.rs"]
-mod check;
-mod common;
+pub mod check;
+pub mod common;
 #[path = "contract/extremes/mod.rs"]
 mod extremes;
 
