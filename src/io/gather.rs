@@ -141,10 +141,11 @@ mod tests {
         for (shape, strides) in fixed.chain(drawn.collect::<Vec<(_, Vec<usize>)>>()) {
             let dims = Shape::new(&shape).unwrap();
             let reach: usize = shape.iter().zip(&strides).map(|(&dim, &stride)| dim.saturating_sub(1) * stride).sum();
-            if 5 + 3 * (reach + 1) > file.len() || cfg!(miri) && dims.elements() > 4000 {
-                assert!(cfg!(miri), "{shape:?} {strides:?} lies outside of the file");
+            let fits = 5 + 3 * (reach + 1) <= file.len();
+            if cfg!(miri) && (!fits || dims.elements() > 4000) {
                 continue;
             }
+            assert!(fits, "{shape:?} {strides:?} lies outside of the file");
             let mut out = vec![[0u8; 3]; dims.elements()];
             gather(&source, 5, &dims, &strides, &mut out, |bytes: [u8; 3]| bytes).unwrap();
             for (mut rest, out) in out.into_iter().enumerate() {

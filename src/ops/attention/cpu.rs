@@ -30,18 +30,16 @@ pub(super) fn multiplies_bf16(problem: &Problem) -> bool {
     problem.q.dtype() == DType::BF16 && <bf16 as Multiply>::fast()
 }
 
-fn forward_as<T: Float, O: Multiply<Acc = T::Acc>>(
-    problem: &Problem,
-    out: &mut Tensor,
-    kept: &mut Kept,
-) -> Result<()> {
+fn forward_as<T: Float, O: Multiply<Acc = T::Acc>>(problem: &Problem, out: &mut Tensor, kept: &mut Kept) -> Result<()> {
     let Sizes { batch, heads, queries, .. } = problem.sizes;
     let operands = [widen::<T, O>(&problem.q)?, widen::<T, O>(&problem.k)?, widen::<T, O>(&problem.v)?];
     let tiles = Tiles::<O>::new::<T>(problem, &operands)?;
     let block = queries_per_task(&problem.sizes);
     let (order, sizes) = (RowOrder::SequenceFirst, [batch, heads, queries]);
     let rows = match &mut kept.residual {
-        Some(residual) => deal_with_residual([out.values_mut::<T>()?, residual.values_mut::<T>()?], order, sizes, block),
+        Some(residual) => {
+            deal_with_residual([out.values_mut::<T>()?, residual.values_mut::<T>()?], order, sizes, block)
+        }
         None => deal(out.values_mut::<T>()?, order, sizes, block),
     };
     forward_tasks(&tiles, block, rows, kept.statistics.values_mut::<T::Acc>()?.as_chunks_mut().0);
@@ -119,7 +117,7 @@ fn forward_block<O: Multiply>(
                 match tiles.empty(at, row) {
                     Empty::Masked => [-O::Acc::NEG_INFINITY, O::Acc::ZERO],
                     Empty::Biased => [O::Acc::ZERO; 2],
-                    Empty::Overflown => [O::Acc::ZERO / O::Acc::ZERO; 2],
+                    Empty::Overflown => [O::Acc::from_f64(f64::NAN); 2],
                 }
             } else {
                 // Where a score is infinite, the sum is NaN.
@@ -129,13 +127,14 @@ fn forward_block<O: Multiply>(
         let masked: &dyn Fn(usize) -> bool = &|row| statistics[row][0] == -O::Acc::NEG_INFINITY;
         let any_masked = (0..at.queries).any(masked);
         // Fully masked queries have their weights, the others' rows of `acc` must not change.
-        let spread = |weight: O::Acc, s: &mut [O::Acc], factors: &mut [O::Acc], acc: &mut [O::Acc], rounded: &mut [_]| {
-            for at in key_blocks(at, 0..keys) {
-                s.fill(O::Acc::ZERO);
-                tiles.spread(at, masked, [weight, kept], s, factors);
-                add_values(tiles, at, s, rounded, acc);
-            }
-        };
+        let spread =
+            |weight: O::Acc, s: &mut [O::Acc], factors: &mut [O::Acc], acc: &mut [O::Acc], rounded: &mut [_]| {
+                for at in key_blocks(at, 0..keys) {
+                    s.fill(O::Acc::ZERO);
+                    tiles.spread(at, masked, [weight, kept], s, factors);
+                    add_values(tiles, at, s, rounded, acc);
+                }
+            };
         if any_masked {
             spread(O::Acc::ONE, s, factors, acc, rounded);
         }

@@ -278,12 +278,7 @@ impl Terms {
 }
 
 /// Writes the output and what is kept of it, which have elements; see `cpu::forward`.
-pub(super) fn forward(
-    gpu: &'static CudaDevice,
-    problem: &Problem,
-    out: &mut Tensor,
-    kept: &mut Kept,
-) -> Result<()> {
+pub(super) fn forward(gpu: &'static CudaDevice, problem: &Problem, out: &mut Tensor, kept: &mut Kept) -> Result<()> {
     if problem.dropout.is_some() {
         // A replay would draw the same mask again and again.
         gpu.refuse_while_capturing("dropout")?;
@@ -312,7 +307,8 @@ pub(super) fn backward(
     let grad = packed_rows(&grad.detach())?;
     let call = Call::new(gpu, problem)?;
     let grad = call.rung.operand(&grad)?;
-    let pass = Pass { delta: call.delta(out, kept.residual.as_ref(), &grad)?, call, grad, statistics: &kept.statistics };
+    let pass =
+        Pass { delta: call.delta(out, kept.residual.as_ref(), &grad)?, call, grad, statistics: &kept.statistics };
     let need_bias = problem.bias.is_some() && need[3];
     let need_position = problem.position.is_some() && need[need.len() - 1];
     let (dq, position) = pass.queries(need[0], need_position)?;
