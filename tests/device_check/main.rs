@@ -4,6 +4,7 @@
 //!     XT_TEST_DEVICE=cuda:0 cargo test --release --test device_check instructions
 
 #![cfg(all(target_os = "linux", target_arch = "x86_64"))]
+#![allow(clippy::duplicate_mod, reason = "each suite has its own `common`, as in the target of its name")]
 
 #[path = "../attention.rs"]
 mod attention;
