@@ -2,18 +2,20 @@
 //! what moves bytes, the share of a large matrix product for what computes. Both peaks are measured in the same run.
 //!
 //! `cargo bench --bench cuda` prints a table, one line per kernel, tab-separated, which `scripts/gpu-check` sets beside
-//! PyTorch's (`benches/peers/torch_cuda.py` has the same names and shapes). `-- --test` runs each once at small sizes.
-//! Without a GPU it says so.
+//! PyTorch's (`benches/peers/torch_cuda.py` has the same names and shapes). `-- NAME` keeps to lines with this in their
+//! names, `-- --section kernels` or `models` to that half. `-- --once` launches each kernel once and measures no peaks, for
+//! a profiler; `-- --test` does so at small sizes. Without a GPU it says so.
+
+#[path = "cuda_models.rs"]
+mod models;
 
 use std::time::Duration;
 
 use x_transformers::{
-    DType, Device, Init, Philox, Result, Store, Tape, Tensor,
-    config::{AttentionLayersConfig, AutoregressiveConfig, TransformerWrapperConfig},
+    DType, Device, Init, Result, Store, Tape, Tensor,
     device::CudaDevice,
-    models::{AutoregressiveWrapper, ForwardOptions},
     ops::{Activation, AttentionSpec, SampleFilter, SampleSpec, attention},
-    train::{AdamW, AdamWOptions, RecordedStep},
+    train::{AdamW, AdamWOptions},
 };
 
 /// What a time is held against.
@@ -26,8 +28,10 @@ enum Work {
 struct Bench {
     gpu: &'static CudaDevice,
     device: Device,
-    /// Small sizes, each once.
+    /// Small sizes.
     test: bool,
+    /// Rounds that are not counted, and rounds that are.
+    rounds: (usize, usize),
     filter: String,
     /// Bytes per second of a copy.
     copy: f64,
@@ -41,7 +45,7 @@ const ROUNDS: (usize, usize) = (5, 25);
 impl Bench {
     /// The median time that the device takes for `timed`, which gets what `prepare` made.
     fn time<S>(&self, prepare: impl Fn() -> Result<S>, timed: impl Fn(S) -> Result<()>) -> Result<Duration> {
-        let (warm, counted) = if self.test { (0, 1) } else { ROUNDS };
+        let (warm, counted) = self.rounds;
         // Larger than any second-level cache.
         let flush = if self.test { 1 } else { 64 << 20 };
         let mut times = Vec::new();
@@ -70,6 +74,11 @@ impl Bench {
             return Ok(0.0);
         }
         let seconds = self.time(prepare, timed)?.as_secs_f64().max(1e-9);
+        Ok(self.line((name, dtype, shape), work, seconds))
+    }
+
+    /// Prints a line and returns its rate.
+    fn line(&self, (name, dtype, shape): (&str, DType, &[usize]), work: Work, seconds: f64) -> f64 {
         let (rate, unit, peak) = match work {
             Work::Bytes(bytes) => (bytes as f64 / seconds, "GB/s", self.copy),
             Work::Flops(flops) => {
@@ -79,12 +88,13 @@ impl Bench {
         };
         let (micros, share) = (seconds * 1e6, 100.0 * rate / peak);
         println!("{name}\t{dtype}\t{shape:?}\t{micros:.1}\t{:.0}\t{unit}\t{share:.0}", rate / 1e9);
-        Ok(rate)
+        rate
     }
 
+    /// Values around 0, made on the device.
     fn random(&self, shape: &[usize], dtype: DType) -> Result<Tensor> {
-        let random = Philox::new(0, shape.len() as u64);
-        Tensor::generate(shape, dtype, &self.device, |i| random.uniform(i as u64) - 0.5)
+        let store = Store::new(0, dtype, &self.device);
+        Ok(store.param("x", shape, Init::Uniform(0.5))?.tensor().detach())
     }
 
     /// The forward pass of an op, and its backward pass alone, by the first of its inputs.
@@ -96,6 +106,9 @@ impl Bench {
         f: impl Fn(&[Tensor]) -> Result<Tensor>,
     ) -> Result<()> {
         let what = |direction: &str| format!("{name} {direction}");
+        if !what("forward").contains(&self.filter) && !what("backward").contains(&self.filter) {
+            return Ok(());
+        }
         let (dtype, shape) = (inputs[0].dtype(), inputs[0].shape().to_vec());
         self.run((&what("forward"), dtype, &shape), work[0], || Ok(()), |()| f(inputs).map(drop))?;
         let leaves = inputs.iter().map(|x| if x.dtype().is_float() { x.requires_grad() } else { Ok(x.clone()) });
@@ -215,53 +228,6 @@ impl Bench {
         Ok(())
     }
 
-    /// The documentation's decoder: dim 512, depth 6, heads 8, 20,000 tokens, one sequence of 1024.
-    fn training_step(&self) -> Result<()> {
-        let (dim, depth, vocabulary, length) = if self.test { (32, 1, 50, 16) } else { (512, 6, 20_000, 1024) };
-        let net = TransformerWrapperConfig {
-            num_tokens: vocabulary,
-            max_seq_len: length,
-            attn_layers: AttentionLayersConfig { heads: 8, ..AttentionLayersConfig::decoder(dim, depth) },
-            ..Default::default()
-        };
-        for dtype in [DType::F32, DType::BF16] {
-            let store = Store::new(0, dtype, &self.device);
-            let config = AutoregressiveConfig { net: net.clone(), ..Default::default() };
-            let model = AutoregressiveWrapper::new(&config, &store)?;
-            let params = store.params();
-            let shape = [1, length + 1];
-            let tokens = Tensor::generate(shape, DType::I64, &self.device, |i| (i * 7919 % vocabulary) as f64)?;
-            let optimizer = std::cell::RefCell::new(AdamW::new(AdamWOptions::default())?);
-            let work = Work::Flops(6 * params.elements() * length);
-            self.run(
-                ("training step", dtype, &shape),
-                work,
-                || Ok(()),
-                |()| {
-                    let mut tape = Tape::train(optimizer.borrow().steps());
-                    let loss = model.loss(&tokens, &ForwardOptions::default())?;
-                    let grads = tape.backward(&loss)?;
-                    optimizer.borrow_mut().step(&params, &grads, 1e-4, Some(1.0)).map(drop)
-                },
-            )?;
-            let recorded = RecordedStep::new(
-                optimizer.into_inner(),
-                &params,
-                std::slice::from_ref(&tokens),
-                Some(1.0),
-                |inputs| model.loss(&inputs[0], &ForwardOptions::default()),
-            )?;
-            let recorded = std::cell::RefCell::new(recorded);
-            self.run(
-                ("training step, recorded", dtype, &shape),
-                work,
-                || Ok(()),
-                |()| recorded.borrow_mut().step(std::slice::from_ref(&tokens), 1e-4, 1.0).map(drop),
-            )?;
-        }
-        Ok(())
-    }
-
     /// The next token of one row and of several, with a tenth of the vocabulary kept; reads a row once from memory.
     fn sampling(&self) -> Result<()> {
         let vocabulary = if self.test { 100 } else { 32_000 };
@@ -279,8 +245,12 @@ impl Bench {
 
 fn main() -> Result<()> {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
-    let test = arguments.iter().any(|argument| argument == "--test");
-    let filter = arguments.into_iter().find(|argument| !argument.starts_with("--")).unwrap_or_default();
+    let has = |option: &str| arguments.iter().any(|argument| argument == option);
+    let section = arguments.iter().position(|argument| argument == "--section").map(|at| at + 1);
+    let wanted = |name: &str| section.is_none_or(|at| arguments.get(at).is_some_and(|section| section == name));
+    let filter =
+        arguments.iter().enumerate().find(|(at, argument)| !argument.starts_with("--") && Some(*at) != section);
+    let filter = filter.map(|(_, filter)| filter.clone()).unwrap_or_default();
     let device = match Device::cuda(0) {
         Ok(device) => device,
         Err(error) => {
@@ -290,10 +260,19 @@ fn main() -> Result<()> {
     };
     let Device::Cuda(gpu) = device else { return Ok(()) };
     println!("# {gpu:?}\n# kernel\tdtype\tshape\tmicroseconds\trate\tunit\t% of the peak");
-    let mut bench = Bench { gpu, device, test, filter, copy: f64::NAN, products: Vec::new() };
-    bench.peaks()?;
-    bench.memory_bound()?;
-    bench.attention()?;
-    bench.sampling()?;
-    bench.training_step()
+    let (test, once) = (has("--test"), has("--once"));
+    let rounds = if test || once { (0, 1) } else { ROUNDS };
+    let mut bench = Bench { gpu, device, test, rounds, filter, copy: f64::NAN, products: Vec::new() };
+    if !once {
+        bench.peaks()?;
+    }
+    if wanted("kernels") {
+        bench.attention()?;
+        bench.memory_bound()?;
+        bench.sampling()?;
+    }
+    if wanted("models") {
+        bench.models()?;
+    }
+    Ok(())
 }

@@ -21,15 +21,28 @@ typedef SwizzledTile<HEAD> Tile;
 
 __device__ __forceinline__ i32 warp_row(i32 rows_of_warp) { return (i32)threadIdx.x / 32 * rows_of_warp; }
 
-// Starts the copy of COUNT rows to shared memory, zeros where there are none; another head is `offset` further on.
+// Starts the copy of COUNT rows to shared memory, zeros where there are none; another head is `offset` further on. A
+// thread copies the same packet of every STEP-th row. What its copies have in common is computed once: to the compiler,
+// each of them may change `rows`, which it would read again.
 template <i32 COUNT>
 __device__ __forceinline__ void copy_rows(const Tile& to, const Rows& rows, i32 first, i64 offset = 0) {
-#pragma unroll 4
-    for (i32 at = threadIdx.x; at < COUNT * Tile::PACKETS; at += MMA_THREADS) {
-        const i32 row = at / Tile::PACKETS, packet = at % Tile::PACKETS;
-        const bool exists = first + row < rows.count && packet * 8 < rows.features;
-        const T* from = rows.start + (exists ? offset + (first + row) * rows.step + packet * 8 : 0);
-        ptx_cp_async_16(to.packet(row, packet), from, exists);
+    constexpr u32 STEP = MMA_THREADS / Tile::PACKETS;
+    static_assert(COUNT % STEP == 0 && STEP % 8 == 0, "threads copy equally many rows, at one place of the swizzle");
+    // Places of the thread that are known before the loop over tiles would be kept in registers through it, which wider
+    // heads have no room for.
+    const u32 thread = HEAD > 32 ? ptx_opaque(threadIdx.x) : (u32)threadIdx.x;
+    const u32 row = thread / Tile::PACKETS, packet = thread % Tile::PACKETS;
+    const T* const none = rows.start;
+    const i64 step = rows.step;
+    const i32 left = packet * 8 < (u32)rows.features ? rows.count - first - (i32)row : 0;
+    i64 at = offset + (first + (i32)row) * step + packet * 8;
+    T* place = to.packet(row, packet);
+#pragma unroll
+    for (u32 i = 0; i < COUNT; i += STEP) {
+        const bool exists = (i32)i < left;
+        ptx_cp_async_16(place, exists ? none + at : none, exists);
+        at += STEP * step;
+        place += STEP * HEAD;
     }
 }
 

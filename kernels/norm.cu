@@ -134,8 +134,18 @@ __device__ __forceinline__ Acc weight_of_all(const T* weight, u32 weights, u32 c
     return weight != nullptr && weights != columns ? Element<T>::to_acc(weight[0]) : Acc(1);
 }
 
-// What a row is divided by.
-constexpr u32 CENTRED = 1, MEAN_SQUARE = 2;
+// What a row is divided by, given the mean square of what is left after the mean.
+constexpr u32 FLOORED = 0, CENTRED = 1;
+
+__device__ __forceinline__ Acc divisor(u32 form, Acc square, Acc eps) {
+    const Acc root = sqrt(form == FLOORED ? square : square + eps);
+    // Not fmax, which would make NaN a number.
+    return form == FLOORED && eps > root ? eps : root;
+}
+
+// A power of two for rows whose squares or whose sum overflow, and its inverse, as in src/ops/norm/forward.rs.
+__device__ constexpr Acc power(int n) { return n == 0 ? Acc(1) : Acc(1099511627776.0) * power(n - 1); }
+constexpr Acc GROW = power(sizeof(Acc) == 8 ? 15 : 2), SHRINK = 1 / GROW;
 
 extern "C" __global__ void norm_fwd(T* y, T* sum, Acc* statistics, const T* x, const T* residual, const T* weight,
                                     const T* bias, i64 rows, u32 columns, u32 weights, u32 form, f64 eps) {
@@ -146,16 +156,28 @@ extern "C" __global__ void norm_fwd(T* y, T* sum, Acc* statistics, const T* x, c
     for (i64 row = (i64)blockIdx.x * blockDim.y + threadIdx.y; row < rows; row += step) {
         Row values(x + row * columns, columns);
         if (residual != nullptr) values.add(sum + row * columns, residual + row * columns);
-        Acc mean = 0, inverse;
-        if (centred) {
-            mean = values.sum([](Acc value) { return value; }) / columns;
-            const Acc variance = values.sum([=](Acc value) { return (value - mean) * (value - mean); }) / columns;
-            inverse = 1 / sqrt(variance + (Acc)eps);
-        } else {
-            const Acc square = values.sum([](Acc value) { return value * value; }) / columns;
-            const Acc root = sqrt(form == MEAN_SQUARE ? square + (Acc)eps : square);
-            // Not fmax, which would make NaN a number.
-            inverse = 1 / (form != MEAN_SQUARE && (Acc)eps > root ? (Acc)eps : root);
+        Acc mean = centred ? values.sum([](Acc value) { return value; }) / columns : 0;
+        Acc square = values.sum([=](Acc value) { return (value - mean) * (value - mean); }) / columns;
+        Acc shrink = 1, inverse = 1 / divisor(form, square, (Acc)eps), saved = inverse;
+        // The rows of a block that have several warps each add up together.
+        const bool overflows = !isfinite(square);
+        if (blockDim.x == 32 ? overflows : __syncthreads_or(overflows)) {
+            const Acc factor = overflows ? SHRINK : Acc(1);
+            Acc small = values.sum([=](Acc value) { return value * factor; }) / columns;
+            // What rounding left, or a row of equal numbers would have a deviation.
+            small += values.sum([=](Acc value) { return value * factor - small; }) / columns;
+            small = centred ? small : 0;
+            const auto deviation = [=](Acc value) { return value * factor - small; };
+            square = values.sum([=](Acc value) { return deviation(value) * deviation(value); }) / columns;
+            if (overflows) {
+                const Acc once = (Acc)eps * SHRINK;
+                const Acc of_rest = divisor(form, square, form == FLOORED ? once : once * SHRINK);
+                const bool equal = centred && square == 0 && eps > 0;
+                shrink = SHRINK;
+                inverse = equal ? 0 : 1 / of_rest;
+                saved = equal ? 1 / sqrt((Acc)eps) : inverse * SHRINK;
+                mean = small;
+            }
         }
         T* to = y + row * columns;
         const bool packed = aligned(to);
@@ -164,14 +186,14 @@ extern "C" __global__ void norm_fwd(T* y, T* sum, Acc* statistics, const T* x, c
             const Values factor(each, j, columns, common), summand(bias, j, columns, 0);
 #pragma unroll
             for (int lane = 0; lane < LANES; ++lane) {
-                const Acc normal = (Element<T>::to_acc(packet.lane[lane]) - mean) * inverse;
+                const Acc normal = (Element<T>::to_acc(packet.lane[lane]) * shrink - mean) * inverse;
                 packet.lane[lane] = Element<T>::from_acc(normal * factor.lane[lane] + summand.lane[lane]);
             }
             put(to, j, columns, packed, packet);
         });
         if (threadIdx.x == 0) {
-            if (centred) statistics[2 * row] = mean;
-            statistics[centred ? 2 * row + 1 : row] = inverse;
+            if (centred) statistics[2 * row] = shrink == 1 ? mean : mean * GROW;
+            statistics[centred ? 2 * row + 1 : row] = saved;
         }
     }
 }
@@ -183,7 +205,11 @@ struct Statistics {
     __device__ __forceinline__ Statistics(const Acc* of_rows, i64 row, u32 centred)
         : mean(centred ? of_rows[2 * row] : 0), inverse(of_rows[centred ? 2 * row + 1 : row]) {}
 
-    __device__ __forceinline__ Acc normal(T x) const { return (Element<T>::to_acc(x) - mean) * inverse; }
+    __device__ __forceinline__ Acc normal(T x) const {
+        const Acc value = Element<T>::to_acc(x);
+        // So far apart that the difference could overflow.
+        return inverse < 8 / -lowest<Acc>() ? value * inverse - mean * inverse : (value - mean) * inverse;
+    }
 };
 
 // The gradient of a row. `dx` may be the row of `g` or `onto`: an element is read before it is written, by one thread.

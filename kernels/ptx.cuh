@@ -24,6 +24,12 @@ __device__ __forceinline__ f32 ptx_exp2(f32 x) {
     return y;
 }
 
+// The same value, which the compiler knows nothing about: what is computed from it is not moved out of loops.
+__device__ __forceinline__ u32 ptx_opaque(u32 x) {
+    asm volatile("" : "+r"(x));
+    return x;
+}
+
 // An assignment may be taken apart into stores of single lanes, which PTX prevents.
 __device__ __forceinline__ void ptx_store_128(void* to, uint4 raw) {
     asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};"

@@ -1,11 +1,12 @@
 //! Checkpoints: a whole one is there at every instant, whatever kills the process, and damaged ones are typed errors.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     env, fs,
     io::{BufRead, BufReader},
     path::{Path, PathBuf},
     process::{Command, Stdio},
+    sync::atomic::{AtomicBool, Ordering},
     time::Duration,
 };
 
@@ -160,7 +161,8 @@ fn checkpoint_every_interrupted_state_loads() -> Result<()> {
     reset();
     copy("new", &run.join(INCOMING));
     fs::write(run.join(PARTIAL), "a file where a folder should be").unwrap();
-    assert!(matches!(checkpoint(3, 5).save(run), Err(Error::Io { .. })));
+    let message = checkpoint(3, 5).save(run).unwrap_err().to_string();
+    assert!(message.contains(PARTIAL) && message.contains("in the way"), "{message}");
     assert_eq!(whole(&Checkpoint::load(run)?), 2);
     Ok(())
 }
@@ -212,6 +214,105 @@ fn checkpoint_survives_kills() {
     // Debris of the last kill is gone with the next save.
     checkpoint(last + 1, 5).save(&folder.0).unwrap();
     assert_eq!(names(&folder.0), FILES);
+}
+
+/// Several threads save into one folder: each save is whole, one after the other, and nothing is left beside it.
+#[test]
+fn savers_of_one_folder_take_turns() {
+    let folder = Folder::new("turns");
+    std::thread::scope(|scope| {
+        for thread in 0..4 {
+            let folder = &folder.0;
+            scope.spawn(move || {
+                for round in 0..8 {
+                    checkpoint(4 * round + thread, 2000).save(folder).unwrap();
+                    whole(&Checkpoint::load(folder).unwrap());
+                }
+            });
+        }
+    });
+    assert_eq!(names(&folder.0), FILES);
+}
+
+/// Many runs at the same step replace each other: whoever reads gets the files of one of them.
+#[test]
+fn readers_meet_no_mixture() {
+    let folder = Folder::new("readers");
+    let of = |run: u64| {
+        let mut checkpoint = checkpoint(7, 3);
+        let value = Tensor::full([3], run as f64, DType::F32, &Device::Cpu).unwrap();
+        checkpoint.model.insert("a".to_string(), value.clone());
+        checkpoint.optimizer.insert("a".to_string(), value);
+        checkpoint.training.options.seed = run;
+        checkpoint
+    };
+    let run_of = |tensors: &BTreeMap<String, Tensor>| tensors["a"].to_f64_vec().unwrap()[0] as u64;
+    of(0).save(&folder.0).unwrap();
+    let done = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        let readers: Vec<_> = (0..2)
+            .map(|_| {
+                scope.spawn(|| {
+                    let mut seen = BTreeSet::new();
+                    while !done.load(Ordering::Relaxed) {
+                        let loaded = Checkpoint::load(&folder.0).unwrap();
+                        let run = loaded.training.options.seed;
+                        assert_eq!((run_of(&loaded.model), run_of(&loaded.optimizer)), (run, run));
+                        seen.insert(run);
+                    }
+                    seen
+                })
+            })
+            .collect();
+        for run in 1..100 {
+            of(run).save(&folder.0).unwrap();
+        }
+        done.store(true, Ordering::Relaxed);
+        let seen: Vec<_> = readers.into_iter().map(|reader| reader.join().unwrap()).collect();
+        assert!(seen.iter().all(|runs| runs.len() > 1), "{seen:?}");
+    });
+}
+
+/// What is in the way of a save, or is linked to from its place, is an error that says so or is replaced.
+#[cfg(unix)]
+#[test]
+fn checkpoint_through_links() {
+    use std::os::unix::fs::{PermissionsExt, symlink};
+    let folder = Folder::new("links");
+    let at = |name: &str| folder.0.join(name);
+    fs::create_dir_all(at("real")).unwrap();
+    symlink("real", at("run")).unwrap();
+    // A link to a file elsewhere and one to nowhere, as caches of models have.
+    fs::write(at("blob"), "somebody else's").unwrap();
+    symlink(at("blob"), at("real/model.safetensors")).unwrap();
+    symlink("nowhere", at("real/config.json")).unwrap();
+    checkpoint(1, 5).save(at("run")).unwrap();
+    assert_eq!(whole(&Checkpoint::load(at("real")).unwrap()), 1);
+    assert_eq!(fs::read(at("blob")).unwrap(), b"somebody else's");
+    assert!(names(&at("real")) == FILES && at("run").is_symlink());
+
+    // Modes stay, also those of files that are moved later.
+    for (name, mode) in FILES.into_iter().zip([0o600, 0o640, 0o400, 0o664]) {
+        fs::set_permissions(at("real").join(name), PermissionsExt::from_mode(mode)).unwrap();
+    }
+    checkpoint(2, 5).save(at("run")).unwrap();
+    for (name, mode) in FILES.into_iter().zip([0o600, 0o640, 0o400, 0o664]) {
+        let found = fs::metadata(at("real").join(name)).unwrap().permissions().mode();
+        assert_eq!(found & 0o7777, mode, "{name}");
+    }
+
+    for name in [INCOMING, PARTIAL] {
+        for target in ["nowhere", "real"] {
+            symlink(at(target), at("real").join(name)).unwrap();
+            let message = checkpoint(3, 5).save(at("run")).unwrap_err().to_string();
+            assert!(message.contains(name) && message.contains("in the way"), "{message}");
+            assert_eq!(whole(&Checkpoint::load(at("run")).unwrap()), 2);
+            fs::remove_file(at("real").join(name)).unwrap();
+        }
+    }
+    symlink("nowhere", at("dangling")).unwrap();
+    let message = checkpoint(3, 5).save(at("dangling")).unwrap_err().to_string();
+    assert!(message.contains("symbolic link to nowhere, which does not exist"), "{message}");
 }
 
 /// Not a test of its own: tries to save more than the process may write.

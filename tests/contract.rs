@@ -2,12 +2,14 @@
 //! of threads and vector level, on the device that `XT_TEST_DEVICE` names.
 
 #[path = "contract/case.rs"]
-mod case;
+pub mod case;
 #[path = "contract/cases/mod.rs"]
 mod cases;
 #[path = "contract/check.rs"]
-mod check;
-mod common;
+pub mod check;
+pub mod common;
+#[path = "contract/extremes/mod.rs"]
+mod extremes;
 
 use std::{process::Command, sync::Mutex};
 
@@ -46,6 +48,13 @@ fn contract() {
     assert!(failures.is_empty(), "{} failures:\n{}", failures.len(), failures.join("\n"));
 }
 
+/// Infinities, NaN and the largest and smallest numbers: PyTorch's classes and exact values.
+#[test]
+fn extreme_inputs() {
+    let _alone = ALONE.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+    extremes::sweep();
+}
+
 /// One, two or three threads, and a second run: the same bits.
 #[test]
 fn any_number_of_threads_gives_the_same_bits() {
@@ -78,9 +87,10 @@ fn every_vector_level_keeps_the_contract() {
             continue;
         }
         let this = std::env::current_exe().expect("the path of this test");
-        let child = Command::new(this).args(["contract", "--exact"]).env("XT_CPU", level.name()).output();
+        let tests = ["contract", "extreme_inputs", "--exact"];
+        let child = Command::new(this).args(tests).env("XT_CPU", level.name()).output();
         let output = child.expect("a process");
         let (text, errors) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
-        assert!(text.contains("1 passed") && output.status.success(), "XT_CPU={}:\n{text}{errors}", level.name());
+        assert!(text.contains("2 passed") && output.status.success(), "XT_CPU={}:\n{text}{errors}", level.name());
     }
 }

@@ -107,7 +107,8 @@ fn uploads_do_not_read_their_source_later() -> Result<()> {
     Ok(())
 }
 
-/// Constants whose names contain what callers choose are not kept for ever, and are made again when they are needed.
+/// Constants whose names contain what callers choose are not kept for ever, and are made again when they are needed. A
+/// graph has those that it uses.
 #[test]
 fn constants_do_not_fill_the_memory() -> Result<()> {
     let Some(gpu) = gpu("constants_do_not_fill_the_memory") else { return Ok(()) };
@@ -120,10 +121,15 @@ fn constants_do_not_fill_the_memory() -> Result<()> {
         Ok::<_, Error>(())
     };
     shift(0)?;
+    let third = |x: &[Tensor]| x[0].shift_tokens(&[3], None);
+    let mut graph = Graph::capture(std::slice::from_ref(&x), &ParamMap::default(), third)?;
+    let expected = graph.replay(std::slice::from_ref(&x))?.to_vec::<f32>()?;
     let live = gpu.memory().live;
     (0..n).try_for_each(shift)?;
     let constants = gpu.memory().live - live;
     assert!(constants <= 256 * 64, "{constants} bytes of constants");
+    gpu.trim();
+    assert_eq!(graph.replay(std::slice::from_ref(&x))?.to_vec::<f32>()?, expected);
     shift(0)
 }
 
@@ -561,6 +567,9 @@ fn what_a_graph_cannot_hold_is_refused() -> Result<()> {
     weight.set(Tensor::full([4], 3.0, DType::F32, &gpu)?)?;
     let replaced = graph.replay(std::slice::from_ref(&x)).unwrap_err();
     assert!(replaced.to_string().contains("`weight` was replaced"), "{replaced}");
+    let replacing = |x: &[Tensor]| weight.set(x[0].mul(&weight.tensor())?);
+    let replacing = Graph::capture(std::slice::from_ref(&x), &params, replacing).unwrap_err();
+    assert!(replacing.to_string().contains("`weight` was replaced during the recording"), "{replacing}");
     // The device is as usable as before.
     assert_eq!(x.exp()?.ln()?.to_vec::<f32>()?.len(), 4);
     Ok(())

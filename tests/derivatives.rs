@@ -62,7 +62,9 @@ fn agrees(actual: f64, expected: f64, absolute: f64, dtype: DType) -> bool {
 }
 
 /// Name, op, its absolute error in units of the roundings, and `[x, y, dy/dx]`.
-type Row = (&'static str, fn(&Tensor) -> Result<Tensor>, f64, &'static [[f64; 3]]);
+type Op = fn(&Tensor) -> Result<Tensor>;
+
+type Row = (&'static str, Op, f64, &'static [[f64; 3]]);
 
 const TABLE: &[Row] = &[
     (
@@ -233,7 +235,7 @@ fn values_and_gradients_at_the_ends() -> Result<()> {
         if dtype == DType::F16 {
             continue;
         }
-        let gates: [(&str, fn(&Tensor) -> Result<Tensor>); 4] =
+        let gates: [(&str, Op); 4] =
             [("gelu", Tensor::gelu), ("gelu_tanh", Tensor::gelu_tanh), ("silu", Tensor::silu), ("relu", Tensor::relu)];
         for (name, op) in gates {
             let results = value_and_gradient(op, &FAR, 1.0, dtype)?;

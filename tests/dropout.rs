@@ -56,6 +56,26 @@ fn words_of_the_stream_decide() -> Result<()> {
     Ok(())
 }
 
+/// A product with 0 would leave NaN.
+#[test]
+fn dropped_elements_are_zero_whatever_they_were() -> Result<()> {
+    for dtype in [DType::F32, DType::F64, DType::BF16, DType::F16] {
+        for broken in [f64::NAN, f64::INFINITY] {
+            let x = Tensor::full([99], broken, dtype, device())?.requires_grad()?;
+            let mut tape = Tape::train(9);
+            let y = x.dropout(0.25)?;
+            let gradient = tape.backward_with(&y, &Tensor::full([99], broken, dtype, device())?)?;
+            let gradient = gradient.get(&x).expect("a gradient").to_f64_vec()?;
+            let (random, threshold) = (Philox::new(9, 1), Philox::drop_threshold(0.25));
+            for (i, (y, g)) in y.to_f64_vec()?.into_iter().zip(gradient).enumerate() {
+                let kept = random.keeps(i as u64, threshold);
+                assert!([y, g].iter().all(|v| if kept { !v.is_finite() } else { *v == 0.0 }), "{dtype} {i}: {y} {g}");
+            }
+        }
+    }
+    Ok(())
+}
+
 #[test]
 fn masks_depend_on_seed_and_call_alone() -> Result<()> {
     let shape = [129, 513];

@@ -17,6 +17,8 @@ mod driver;
 mod instructions;
 #[path = "emulator/kernels.rs"]
 mod kernels;
+#[path = "emulator/versions.rs"]
+mod versions;
 
 use std::{
     io::Write,

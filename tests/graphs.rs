@@ -8,17 +8,17 @@
 
 #[path = "common/gpu.rs"]
 mod common;
+#[path = "graphs/threads.rs"]
+mod threads;
 
 use std::{
     cell::{Cell, RefCell},
     panic::{AssertUnwindSafe, catch_unwind},
-    sync::mpsc,
-    thread,
 };
 
 use common::{Gpu, alive, count, emulated, fail, gpu, is_emulated};
 use x_transformers::{
-    DType, Device, Error, Init, ParamMap, Result, Store, Tape, Tensor,
+    DType, Error, Init, ParamMap, Result, Store, Tape, Tensor,
     config::{AttentionLayersConfig, SamplingConfig, TransformerWrapperConfig},
     device::cuda::Graph,
     models::{DecodeCache, ForwardOptions, RecordedDecode, TransformerWrapper, sample_tokens},
@@ -115,39 +115,6 @@ fn tensors_that_escape_belong_to_their_graph() -> Result<()> {
     })
 }
 
-/// As above, with another thread that takes the tensors of both runs and drops them after the recording.
-#[test]
-fn tensors_that_escape_to_a_thread_belong_to_their_graph() -> Result<()> {
-    let Some(gpu) = gpu("tensors_that_escape_to_a_thread_belong_to_their_graph") else { return Ok(()) };
-    with_every_pool(&gpu, || {
-        let x = full(3333, 1.0, &gpu)?;
-        let (send, receive) = mpsc::channel::<Tensor>();
-        let (taken, wait) = mpsc::channel();
-        let keeper = thread::spawn(move || {
-            let mut kept = Vec::new();
-            for tensor in receive {
-                kept.push(tensor);
-                let _ = taken.send(());
-            }
-        });
-        let mut graph = Graph::capture(std::slice::from_ref(&x), &none(), |i| {
-            let h = i[0].exp()?;
-            send.send(h.clone()).expect("the keeper waits");
-            let y = h.neg()?;
-            drop(h);
-            wait.recv().expect("the keeper answers");
-            Ok(y)
-        })?;
-        drop(send);
-        keeper.join().expect("no panic");
-        gpu.trim();
-        let victims = Victims::new(&[3333], &gpu)?;
-        let y = graph.replay(std::slice::from_ref(&x))?.to_vec::<f32>()?;
-        assert!(y.iter().all(|y| (y + 1f32.exp()).abs() < 1e-5), "{}", y[0]);
-        victims.check()
-    })
-}
-
 /// Two graphs use one tensor that nobody else has, and are dropped in either order.
 #[test]
 fn two_graphs_share_what_they_captured() -> Result<()> {
@@ -180,7 +147,7 @@ fn two_graphs_share_what_they_captured() -> Result<()> {
     Ok(())
 }
 
-/// What was returned is there as long as somebody has it, with the values of the last replay.
+/// The output is there as long as somebody has it, with the values of the last replay.
 #[test]
 fn outputs_outlive_their_graph() -> Result<()> {
     let Some(gpu) = gpu("outputs_outlive_their_graph") else { return Ok(()) };
@@ -261,7 +228,7 @@ fn sampling() -> SamplingConfig {
 }
 
 /// The model dies before its recorded step does its work, with weights in eight bits that no map of parameters knows,
-/// and with a map that knows others.
+/// and with a map that knows none.
 #[test]
 fn a_recorded_decode_outlives_its_model() -> Result<()> {
     let Some(gpu) = gpu("a_recorded_decode_outlives_its_model") else { return Ok(()) };
@@ -277,9 +244,7 @@ fn a_recorded_decode_outlives_its_model() -> Result<()> {
                 expected.push(next.to_vec::<i64>()?);
             }
             drop(cache);
-            let others = Store::new(0, DType::F32, &gpu);
-            others.param("weight", [4], Init::Constant(1.0))?;
-            let params = if int8 { params } else { others.params() };
+            let params = if int8 { params } else { none() };
             let mut decode = RecordedDecode::new(&model, &params, filled(&model, &gpu)?, &sampling(), 3)?;
             drop((model, params));
             gpu.trim();
@@ -350,75 +315,7 @@ fn a_recorded_step_outlives_its_model() -> Result<()> {
     })
 }
 
-/// While one thread records, another one cannot use the device, and what it drops stays where it is until then. In the
-/// first run, before the recording, it computes what it always would.
-#[test]
-fn other_threads_are_refused_during_a_recording() -> Result<()> {
-    let Some(gpu) = gpu("other_threads_are_refused_during_a_recording") else { return Ok(()) };
-    with_every_pool(&gpu, || {
-        let (x, other) = (full(64, 1.0, &gpu)?, full(64, 2.0, &gpu)?);
-        let square = full(64, 2.0, &gpu)?.reshape([8, 8])?;
-        let (begin, begun) = mpsc::channel();
-        let (end, ended) = mpsc::channel();
-        let device = &*gpu;
-        thread::scope(|scope| -> Result<()> {
-            let thread = scope.spawn(move || -> Result<Tensor> {
-                let mut own = Graph::capture(std::slice::from_ref(&other), &none(), |i| i[0].square())?;
-                end.send(()).expect("the other waits");
-                begun.recv().expect("the other calls");
-                // The run before the recording.
-                let early = other.exp()?;
-                assert_eq!(own.replay(std::slice::from_ref(&other))?.to_vec::<f32>()?, [4.0; 64]);
-                assert!(Graph::capture(std::slice::from_ref(&other), &none(), |i| i[0].exp()).is_err());
-                end.send(()).expect("the other waits");
-                begun.recv().expect("the other calls");
-                // The recording.
-                let refused = |what: &str, error: Option<Error>| {
-                    let error = error.unwrap_or_else(|| panic!("{what} was not refused")).to_string();
-                    assert!(error.contains("another thread records a graph"), "{what}: {error}");
-                };
-                refused("a kernel", other.exp().err());
-                refused("a kernel in place", Tensor::ones([4], DType::F32, device).err());
-                refused("a product", square.matmul(&square).err());
-                refused("a fill", Tensor::zeros([4], DType::F32, device).err());
-                refused("an upload", Tensor::from_slice(&[1.0f32], [1], device).err());
-                refused("a read-back", other.to_vec::<f32>().err());
-                refused("a wait", device.synchronize().err());
-                refused("a replay", own.replay(std::slice::from_ref(&other)).err());
-                refused("a recording", Graph::capture(std::slice::from_ref(&other), &none(), |i| i[0].exp()).err());
-                let Device::Cuda(card) = device else { panic!("a GPU") };
-                refused("a measurement", card.time(|| Ok(())).err());
-                // Freed only once the recording has ended.
-                let live = is_emulated().then(common::live_bytes);
-                drop((own, square));
-                device.trim();
-                assert_eq!(is_emulated().then(common::live_bytes), live);
-                end.send(()).expect("the other waits");
-                Ok(early)
-            });
-            let calls = Cell::new(0);
-            let turn = || {
-                begin.send(()).expect("the thread waits");
-                ended.recv().expect("the thread answers");
-            };
-            ended.recv().expect("the thread answers");
-            let mut graph = Graph::capture(std::slice::from_ref(&x), &none(), |i| {
-                let h = i[0].exp()?;
-                calls.set(calls.get() + 1);
-                turn();
-                h.neg()
-            })?;
-            let early = thread.join().expect("no panic")?;
-            assert!((early.to_vec::<f32>()?[0] - 2f32.exp()).abs() < 1e-5);
-            let y = graph.replay(&[full(64, 0.0, &gpu)?])?.to_vec::<f32>()?;
-            assert_eq!((y, calls.get()), (vec![-1.0; 64], 2));
-            assert!((early.to_vec::<f32>()?[0] - 2f32.exp()).abs() < 1e-5, "the graph does not write to it");
-            Ok(())
-        })
-    })
-}
-
-/// Whatever ends a recording early, in either run: nothing is left of it, and the device goes on.
+/// An error or a panic in either run ends the recording: nothing is left of it, and the device goes on.
 #[test]
 fn a_failed_recording_leaves_the_device_as_it_was() -> Result<()> {
     let Some(gpu) = gpu("a_failed_recording_leaves_the_device_as_it_was") else { return Ok(()) };

@@ -85,6 +85,8 @@ fn advice(error: &io::Error) -> &'static str {
         io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => "; free some space",
         io::ErrorKind::IsADirectory => "; give a file",
         io::ErrorKind::NotADirectory | io::ErrorKind::AlreadyExists => "; give a folder",
+        // EIO, which has no kind.
+        _ if error.raw_os_error() == Some(5) => "; check the disk",
         _ => "",
     }
 }

@@ -1,13 +1,20 @@
 //! Where the files of a run lie.
 
 use std::{
-    fs::{self, File, OpenOptions, TryLockError},
+    fs::{File, OpenOptions, TryLockError},
+    io,
     path::{Path, PathBuf},
 };
 
-use x_transformers::{io::read_text, train::Checkpoint};
+use x_transformers::{
+    io::{create_folders, read_text},
+    train::Checkpoint,
+};
 
-use crate::failure::{Failure, Result};
+use crate::{
+    failure::{Failure, Result},
+    replacement,
+};
 
 /// The folder of a training run, which no other run can have at the same time.
 pub struct Run {
@@ -25,6 +32,7 @@ impl Run {
         let mut run = Self { dir: parent.unwrap_or(dir).to_path_buf(), lock: None };
         if run.dir.is_dir() {
             run.lock()?;
+            replacement::settle(&run)?;
         }
         Ok(run)
     }
@@ -33,7 +41,12 @@ impl Run {
         let path = self.dir.join(LOCK);
         let file =
             OpenOptions::new().create(true).append(true).open(&path).map_err(|error| Failure::io(&path, &error))?;
-        if let Err(TryLockError::WouldBlock) = file.try_lock() {
+        let interrupted = |error: &TryLockError| matches!(error, TryLockError::Error(error) if error.kind() == io::ErrorKind::Interrupted);
+        let mut locked = file.try_lock();
+        while locked.as_ref().is_err_and(interrupted) {
+            locked = file.try_lock();
+        }
+        if let Err(TryLockError::WouldBlock) = locked {
             let dir = self.dir.display();
             return Err(Failure::new(format_args!(
                 "{dir}: another `xt train` is writing into this folder; wait for it, or choose another one with `--out`"
@@ -52,6 +65,11 @@ impl Run {
         self.dir.join("metrics.csv")
     }
 
+    /// The rows of a run that replaces the one in the folder, while it does.
+    pub fn replacement(&self) -> PathBuf {
+        self.dir.join(".replacement")
+    }
+
     pub fn plot(&self) -> PathBuf {
         self.dir.join("loss.svg")
     }
@@ -61,8 +79,9 @@ impl Run {
     /// Errors: it holds a run already, which may only be replaced if `overwrite` says so and when it has ended.
     pub fn create(dir: &Path, overwrite: bool) -> Result<Self> {
         let mut run = Self { dir: dir.to_path_buf(), lock: None };
-        fs::create_dir_all(dir).map_err(|error| Failure::io(dir, &error))?;
+        create_folders(dir)?;
         run.lock()?;
+        replacement::settle(&run)?;
         if !overwrite && run.is_begun() {
             let (dir, word) = (dir.display(), quoted(dir));
             return Err(Failure::new(format_args!(
@@ -70,12 +89,14 @@ impl Run {
                  choose another folder with `--out`"
             )));
         }
+        // What is in the way of the first save is found now.
+        create_folders(run.checkpoint())?;
         Ok(run)
     }
 
-    /// Whether the folder has a checkpoint to go on from.
+    /// If the folder has a checkpoint, even a damaged one: it is not replaced unless that is asked for.
     pub fn is_begun(&self) -> bool {
-        Checkpoint::load_config(self.checkpoint()).is_ok()
+        Checkpoint::is_in(self.checkpoint())
     }
 }
 

@@ -3,10 +3,11 @@
 use std::path::PathBuf;
 
 use clap::{Args, builder::TypedValueParser};
+use rayon::prelude::*;
 use x_transformers::device::{
     CudaDevice,
-    cuda::{Architecture, cubin_in, folder},
-    kernels::{KernelSource, SOURCES},
+    cuda::{Target, cubin_in, folder},
+    kernels::{KernelSource, LAB_SOURCES, SOURCES},
 };
 
 use crate::failure::{Failure, Result, print};
@@ -16,47 +17,52 @@ pub struct KernelsArgs {
     /// Sources to compile, by their names in `kernels/` [default: all]
     names: Vec<String>,
 
-    /// Cards to compile for, as sm_80,sm_90; needs no GPU [default: the card at hand]
-    #[arg(long, value_name = "LIST", value_delimiter = ',', value_parser = architecture())]
-    arch: Vec<Architecture>,
+    /// Cards to compile for, as sm_80,sm_90a (H100 and H200 are sm_90a); needs no GPU [default: the card at hand]
+    #[arg(long, value_name = "LIST", value_delimiter = ',', value_parser = target())]
+    arch: Vec<Target>,
+
+    /// Compile the kernels that only benchmarks launch (kernels/lab) as well
+    #[arg(long)]
+    lab: bool,
 
     /// Where the code is kept [default: XT_KERNEL_CACHE, else the user's cache folder]
     #[arg(long, value_name = "DIR")]
     cache: Option<PathBuf>,
 }
 
-/// `sm_80` or `80`.
-fn architecture() -> impl TypedValueParser<Value = Architecture> {
-    clap::builder::StringValueParser::new().try_map(|text| match text.trim_start_matches("sm_").parse() {
-        Ok(architecture @ 75..=999) => Ok(architecture),
-        _ => Err(format!("expected a card like sm_80, at least sm_75, got `{text}`")),
-    })
+/// `sm_80`, `80`, `sm_90a` or, for the driver to compile, `compute_90`.
+fn target() -> impl TypedValueParser<Value = Target> {
+    clap::builder::StringValueParser::new().try_map(|text| text.parse::<Target>())
 }
 
 pub fn run(args: KernelsArgs) -> Result<()> {
     let Some(folder) = args.cache.or_else(folder) else {
         return Err(Failure::new("XT_KERNEL_CACHE=off: there is nowhere to keep the code; give --cache"));
     };
-    if let Some(name) = args.names.iter().find(|name| KernelSource::named(name).is_none()) {
-        let known: Vec<_> = SOURCES.iter().map(|source| source.name).collect();
+    let sources: Vec<_> = SOURCES.iter().chain(args.lab.then_some(LAB_SOURCES).into_iter().flatten()).collect();
+    if let Some(name) = args.names.iter().find(|name| !sources.iter().any(|source| source.name == name.as_str())) {
+        let known: Vec<_> = sources.iter().map(|source| source.name).collect();
         return Err(Failure::new(format_args!("there is no kernel source `{name}`; there are {}", known.join(", "))));
     }
-    let wanted = |source: &&KernelSource| args.names.is_empty() || args.names.iter().any(|name| name == source.name);
-    let architectures = match args.arch.as_slice() {
-        [] => vec![CudaDevice::open(0)?.architecture()],
+    let wanted = |source: &&&KernelSource| args.names.is_empty() || args.names.iter().any(|name| name == source.name);
+    let targets = match args.arch.as_slice() {
+        [] => vec![CudaDevice::open(0)?.target()],
         given => given.to_vec(),
     };
-    for architecture in architectures {
-        let (mut compiled, mut present) = (0, 0);
-        for source in SOURCES.iter().filter(wanted) {
-            for options in source.options() {
-                let cached = cubin_in(&folder, source, &options, architecture)?;
-                cached.unwritten.map_or(Ok(()), Err)?;
-                *(if cached.found { &mut present } else { &mut compiled }) += 1;
-            }
-        }
-        let folder = folder.display();
-        print(format_args!("sm_{architecture}: {compiled} compiled, {present} were there already, in {folder}\n"))?;
+    for target in targets {
+        let variants = sources.iter().filter(wanted).flat_map(|source| {
+            let options = source.options().into_iter();
+            options.map(move |options| (*source, options))
+        });
+        let variants: Vec<_> = variants.collect();
+        let found = variants.par_iter().map(|(source, options)| -> Result<bool> {
+            let cached = cubin_in(&folder, source, options, target)?;
+            cached.unwritten.map_or(Ok(cached.found), |why| Err(why.into()))
+        });
+        let found = found.collect::<Result<Vec<_>>>()?;
+        let present = found.iter().filter(|found| **found).count();
+        let (compiled, folder) = (found.len() - present, folder.display());
+        print(format_args!("{target}: {compiled} compiled, {present} were there already, in {folder}\n"))?;
     }
     Ok(())
 }

@@ -22,6 +22,7 @@ mod metrics;
 mod plot;
 mod profiler;
 mod progress;
+mod replacement;
 mod run;
 mod sample;
 mod source;

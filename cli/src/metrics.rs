@@ -12,17 +12,24 @@ use crate::failure::{Failure, Result};
 
 const HEADER: &str = "step,split,loss,bits_per_byte,lr,tokens_per_second";
 
-/// The open file, and the curves that it holds.
+/// The table, and the curves that it holds.
 ///
 /// A `train` row holds the loss that step computed before its update, steps counting from 0; a `validation` row holds
 /// the loss after `step` updates. Losses are in nats per byte.
 pub struct Metrics {
     path: PathBuf,
-    file: File,
-    /// `(step, bits per byte)` of every train row.
+    rows: Rows,
+    /// `(step, bits per byte)` of every train row, with the digits that the row has.
     pub train: Vec<(u64, f64)>,
-    /// `(step, bits per byte)` of every validation row.
+    /// `(step, bits per byte)` of every validation row, with the digits that the row has.
     pub validation: Vec<(u64, f64)>,
+}
+
+/// Where rows go.
+enum Rows {
+    File(File),
+    /// The file is still that of the run that will be replaced.
+    Held(String),
 }
 
 /// Nats as bits.
@@ -31,20 +38,27 @@ pub fn bits(nats: f64) -> f64 {
 }
 
 impl Metrics {
-    /// An empty table, replacing an earlier one.
+    /// An empty table, replacing an earlier one at once.
     pub fn create(path: &Path) -> Result<Self> {
-        let file = File::create(path).map_err(|error| Failure::io(path, &error))?;
-        let mut metrics = Self { path: path.into(), file, train: Vec::new(), validation: Vec::new() };
-        metrics.write(HEADER)?;
-        Ok(metrics)
+        Self::start(path, &format!("{HEADER}\n"))
+    }
+
+    /// An empty table that replaces an earlier one when [`Metrics::place`] is called.
+    pub fn hold(path: &Path) -> Self {
+        let rows = Rows::Held(format!("{HEADER}\n"));
+        Self { path: path.into(), rows, train: Vec::new(), validation: Vec::new() }
     }
 
     /// Goes on with the table of an interrupted run, without the rows of steps that will be done again.
     pub fn resume(path: &Path, done: u64) -> Result<Self> {
-        let text = match fs::read_to_string(path) {
-            Err(error) if error.kind() == io::ErrorKind::NotFound => return Self::create(path),
-            text => text.map_err(|error| Failure::io(path, &error))?,
+        let text = match fs::metadata(path) {
+            // Looked at before it is read: a pipe would wait for a writer.
+            Ok(found) if found.is_file() => fs::read_to_string(path),
+            Ok(_) => Ok(String::new()),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(String::new()),
+            Err(error) => Err(error),
         };
+        let text = text.map_err(|error| Failure::io(path, &error))?;
         let (mut train, mut validation) = (Vec::new(), Vec::new());
         let mut kept = format!("{HEADER}\n");
         for line in text.lines() {
@@ -59,26 +73,65 @@ impl Metrics {
             kept.push_str(line);
             kept.push('\n');
         }
-        write_atomically(path, |file| file.write_all(kept.as_bytes()))?;
+        Ok(Self { train, validation, ..Self::start(path, &kept)? })
+    }
+
+    fn start(path: &Path, text: &str) -> Result<Self> {
+        write_atomically(path, |file| file.write_all(text.as_bytes()))?;
         let file = OpenOptions::new().append(true).open(path).map_err(|error| Failure::io(path, &error))?;
-        Ok(Self { path: path.into(), file, train, validation })
+        Ok(Self { path: path.into(), rows: Rows::File(file), train: Vec::new(), validation: Vec::new() })
+    }
+
+    /// The rows, if the table has not replaced the earlier one yet.
+    pub fn held(&self) -> Option<&str> {
+        match &self.rows {
+            Rows::Held(rows) => Some(rows),
+            Rows::File(_) => None,
+        }
+    }
+
+    /// Replaces the earlier table; rows are written at once from now on.
+    pub fn place(&mut self) -> Result<()> {
+        if let Some(rows) = self.held() {
+            self.rows = Self::start(&self.path, rows)?.rows;
+        }
+        Ok(())
+    }
+
+    /// Brings the rows to the disk.
+    pub fn sync(&self) -> Result<()> {
+        let Rows::File(file) = &self.rows else { return Ok(()) };
+        match file.sync_data() {
+            // Not a regular file, or a file system that does not know how.
+            Err(error) if matches!(error.kind(), io::ErrorKind::InvalidInput | io::ErrorKind::Unsupported) => Ok(()),
+            result => result.map_err(|error| Failure::io(&self.path, &error)),
+        }
     }
 
     /// Adds the row of a training step.
     pub fn train(&mut self, step: u64, loss: f64, lr: f64, tokens_per_second: f64) -> Result<()> {
-        self.train.push((step, bits(loss)));
         self.write(&format!("{step},train,{loss:.6},{:.6},{lr:.6e},{tokens_per_second:.0}", bits(loss)))
     }
 
     /// Adds the row of a validation.
     pub fn validation(&mut self, step: u64, loss: f64) -> Result<()> {
-        self.validation.push((step, bits(loss)));
         self.write(&format!("{step},validation,{loss:.6},{:.6},,", bits(loss)))
     }
 
     fn write(&mut self, row: &str) -> Result<()> {
-        // One call per row: the file is not buffered, so a row is whole as soon as it is there.
-        self.file.write_all(format!("{row}\n").as_bytes()).map_err(|error| Failure::io(&self.path, &error))
+        // Read back from the row, so that a resumed run draws the same curves.
+        match parse(row) {
+            Some(("train", step, value)) => self.train.push((step, value)),
+            Some((_, step, value)) => self.validation.push((step, value)),
+            None => {}
+        }
+        let row = format!("{row}\n");
+        match &mut self.rows {
+            Rows::Held(rows) => rows.push_str(&row),
+            // One call per row: the file is not buffered, so a row is whole as soon as it is there.
+            Rows::File(file) => file.write_all(row.as_bytes()).map_err(|error| Failure::io(&self.path, &error))?,
+        }
+        Ok(())
     }
 }
 

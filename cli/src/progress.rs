@@ -2,7 +2,7 @@
 
 use std::{
     fmt,
-    io::{IsTerminal, stderr, stdout},
+    io::{IsTerminal, Write, stderr, stdout},
     time::{Duration, Instant},
 };
 
@@ -10,7 +10,7 @@ use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use x_transformers::Device;
 
 use crate::{
-    failure::{Failure, Result, print},
+    failure::{Failure, print},
     metrics::bits,
 };
 
@@ -25,6 +25,8 @@ pub struct Progress {
     device: Device,
     /// Nobody reads standard output any more.
     deaf: bool,
+    /// A line could not be written, which was said.
+    warned: bool,
 }
 
 impl Progress {
@@ -47,13 +49,14 @@ impl Progress {
             started: Instant::now(),
             device: device.clone(),
             deaf: false,
+            warned: false,
         }
     }
 
     /// Shows the result of a step, `done` counting it.
-    pub fn step(&mut self, done: u64, loss: f64, tokens_per_second: f64) -> Result<()> {
+    pub fn step(&mut self, done: u64, loss: f64, tokens_per_second: f64) {
         if self.bar.is_none() && !done.is_multiple_of(self.interval) && done != self.steps {
-            return Ok(());
+            return;
         }
         let figures = format!("loss {loss:.4}  {:.3} bits/byte  {} tokens/s", bits(loss), Short(tokens_per_second),);
         let left = duration(self.left(done));
@@ -63,7 +66,6 @@ impl Progress {
                 bar.set_prefix(format!("{left} left"));
                 bar.set_message(format!("{figures}  peak memory {peak}"));
                 bar.set_position(done);
-                Ok(())
             }
             None => {
                 let steps = self.steps;
@@ -72,10 +74,11 @@ impl Progress {
         }
     }
 
-    /// Prints lines that stay.
-    pub fn say(&mut self, text: impl fmt::Display) -> Result<()> {
+    /// Prints lines that stay. The purpose of training is its files: it goes on if they cannot be printed, because the
+    /// reader left, the disk of the log is full or the terminal is gone.
+    pub fn say(&mut self, text: impl fmt::Display) {
         if self.deaf {
-            return Ok(());
+            return;
         }
         let line = format_args!("{text}\n");
         let result = match &self.bar {
@@ -83,12 +86,19 @@ impl Progress {
             None => print(line),
         };
         match result {
-            // What training is for are its files: it goes on without an audience.
-            Err(Failure::ClosedPipe) => {
-                self.deaf = true;
-                Ok(())
+            Ok(()) => {}
+            Err(Failure::ClosedPipe) => self.deaf = true,
+            // The next line is tried again: a disk may get space.
+            Err(failure) if !self.warned => {
+                self.warned = true;
+                let warn = || writeln!(stderr(), "xt: {failure}; training goes on, lines of its log are lost");
+                // Where standard error is gone too, nobody is there to tell.
+                let _ = match &self.bar {
+                    Some(bar) => bar.suspend(warn),
+                    None => warn(),
+                };
             }
-            result => result,
+            Err(_) => {}
         }
     }
 

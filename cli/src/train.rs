@@ -14,7 +14,7 @@ use x_transformers::{
     config::{AttentionConfig, AttentionLayersConfig, AutoregressiveConfig, Config, TransformerWrapperConfig},
     io::write_atomically,
     models::GenerateOptions,
-    train::{ByteText, TrainOptions, Trainer},
+    train::{ByteText, Checkpoint, TrainOptions, Trainer},
 };
 
 use crate::{
@@ -28,7 +28,7 @@ use crate::{
     plot::Chart,
     profiler::{ProfileArgs, Profiler},
     progress::{Progress, bytes, duration},
-    sample,
+    replacement, sample,
 };
 
 /// What a run without arguments does; all other options have the library's defaults.
@@ -37,7 +37,6 @@ mod defaults {
     pub const DEPTH: usize = 4;
     pub const HEADS: usize = 4;
     pub const STEPS: u64 = 600;
-    pub const EVERY: u64 = 100;
     /// Of the model that is trained when nothing is said about it: it has rotary positions, which a short run learns
     /// with, while learned absolute positions need thousands of steps to look further back than a byte or two.
     pub const DIM_HEAD: usize = 32;
@@ -70,7 +69,7 @@ pub struct TrainArgs {
     #[command(flatten)]
     options: OptionArgs,
 
-    /// Where to compute: auto, cpu or cuda:N
+    /// Where to compute: auto, cpu or cuda:N; not saved, with --resume it may be another one
     #[arg(long, default_value = "auto")]
     device: String,
 
@@ -78,17 +77,18 @@ pub struct TrainArgs {
     #[arg(long, value_name = "DIR", default_value = "out", conflicts_with = "resume")]
     out: PathBuf,
 
-    /// Replace the model in that folder
+    /// Replace the run in that folder: its checkpoint, metrics.csv and loss.svg, all at the first save
     #[arg(long, conflicts_with = "resume")]
     overwrite: bool,
 
-    /// Continue the run in this folder, with its model, its options and the same text
+    /// Continue the run in this folder, with its model and all its options; give the same --text. --steps and --every
+    /// change those of the run; --device, --profile and --trace are not part of it
     #[arg(long, value_name = "DIR")]
     resume: Option<PathBuf>,
 
-    /// Validate, sample and save after every N steps
-    #[arg(long, value_name = "N", default_value_t = defaults::EVERY, value_parser = value_parser!(u64).range(1..))]
-    every: u64,
+    /// Validate, sample and save after every N steps [default: 100, or with --resume as the run did before]
+    #[arg(long, value_name = "N", value_parser = value_parser!(u64).range(1..))]
+    every: Option<u64>,
 
     #[command(flatten)]
     profile: ProfileArgs,
@@ -194,6 +194,12 @@ impl OptionArgs {
 }
 
 impl TrainArgs {
+    /// The options of a new run.
+    fn train_options(&self, max_seq_len: usize) -> TrainOptions {
+        let options = self.options.resolve(max_seq_len);
+        TrainOptions { every: self.every.unwrap_or(options.every), ..options }
+    }
+
     /// The model to train.
     fn config(&self) -> Result<AutoregressiveConfig> {
         let Some(path) = &self.config else {
@@ -242,25 +248,36 @@ pub fn run(args: TrainArgs) -> Result<()> {
         }
         Some(dir) => {
             let run = Run::find(dir)?;
+            if !run.is_begun() && run.metrics().is_file() {
+                let why = "the run was interrupted before it saved; begin it again, without `--resume`";
+                return Err(Failure::new(why).within(&run.dir));
+            }
             let mut trainer = Trainer::resume(run.checkpoint(), text, &device)?;
             args.options.steps.map_or(Ok(()), |steps| trainer.set_steps(steps))?;
+            args.every.map_or(Ok(()), |every| trainer.set_every(every))?;
             let metrics = Metrics::resume(&run.metrics(), trainer.steps_done())?;
             (run, trainer, metrics)
         }
         None => {
             let config = args.config()?;
-            let options = args.options.resolve(config.net.max_seq_len);
-            let trainer = Trainer::new(config, options, text, &device)?;
+            let trainer = Trainer::new(config.clone(), args.train_options(config.net.max_seq_len), text, &device)?;
             let run = Run::create(&args.out, args.overwrite)?;
-            let metrics = Metrics::create(&run.metrics())?;
+            let table = run.metrics();
+            let metrics = if run.is_begun() { Metrics::hold(&table) } else { Metrics::create(&table)? };
             (run, trainer, metrics)
         }
     };
-    let progress = Progress::start(trainer.steps_done(), trainer.options().steps, args.every, &device);
+    let TrainOptions { steps, every, .. } = *trainer.options();
+    let progress = Progress::start(trainer.steps_done(), steps, every, &device);
     let profiler = Profiler::new(&args.profile);
     let mut training = Training { run, trainer, metrics, progress, device, yardstick, profiler };
-    training.introduce(&sizes)?;
-    training.all_steps(args.every)?;
+    if training.metrics.held().is_none() {
+        // A run that is resumed may have been killed after the checkpoint and before the picture. The one of a new run
+        // is empty, and not that of an earlier one.
+        training.draw().map_err(|failure| training.unsaved(failure))?;
+    }
+    training.introduce(&sizes);
+    training.all_steps()?;
     training.conclude()
 }
 
@@ -293,7 +310,7 @@ struct Training<'a> {
 }
 
 impl Training<'_> {
-    fn introduce(&mut self, text: &str) -> Result<()> {
+    fn introduce(&mut self, text: &str) {
         let options = self.trainer.options().clone();
         let layers = &self.trainer.model().net.plan().layers;
         let attention = layers.layers.iter().find_map(|layer| layer.branch.attention());
@@ -306,17 +323,17 @@ impl Training<'_> {
             0 => String::new(),
             done => format!(", {done} done before"),
         };
-        self.progress.say(format_args!("model       {model}"))?;
-        self.progress.say(format_args!("text        {text}"))?;
-        self.progress.say(format_args!("yardstick   {:.3} bits/byte, {ORDER_2}", self.yardstick))?;
-        self.progress.say(format_args!("device      {}, {}", self.device, options.dtype))?;
+        self.progress.say(format_args!("model       {model}"));
+        self.progress.say(format_args!("text        {text}"));
+        self.progress.say(format_args!("yardstick   {:.3} bits/byte, {ORDER_2}", self.yardstick));
+        self.progress.say(format_args!("device      {}, {}", self.device, options.dtype));
         self.progress
-            .say(format_args!("steps       {}{done}, each {batch} x {} bytes", options.steps, options.seq_len))?;
-        self.progress.say(format_args!("folder      {}\n", self.run.dir.display()))
+            .say(format_args!("steps       {}{done}, each {batch} x {} bytes", options.steps, options.seq_len));
+        self.progress.say(format_args!("folder      {}\n", self.run.dir.display()));
     }
 
-    fn all_steps(&mut self, every: u64) -> Result<()> {
-        let steps = self.trainer.options().steps;
+    fn all_steps(&mut self) -> Result<()> {
+        let TrainOptions { steps, every, .. } = *self.trainer.options();
         if self.trainer.steps_done() == 0 {
             self.milestone(steps == 0)?;
         }
@@ -324,13 +341,14 @@ impl Training<'_> {
             let clock = Instant::now();
             let report = self.profiler.watch(|| self.trainer.step())??;
             let speed = report.tokens as f64 / clock.elapsed().max(Duration::from_nanos(1)).as_secs_f64();
-            self.metrics.train(report.step, report.loss, report.lr, speed)?;
+            let written = self.metrics.train(report.step, report.loss, report.lr, speed);
+            written.map_err(|failure| self.unsaved(failure))?;
             let done = self.trainer.steps_done();
-            self.progress.step(done, report.loss, speed)?;
+            self.progress.step(done, report.loss, speed);
             if let (true, Some(scaler)) = (report.skipped, self.trainer.grad_scaler()) {
                 let scale = scaler.scale();
                 self.progress
-                    .say(format_args!("step {done}/{steps}  skipped: gradients overflow; loss scale now {scale}"))?;
+                    .say(format_args!("step {done}/{steps}  skipped: gradients overflow; loss scale now {scale}"));
             }
             if done.is_multiple_of(every) || done == steps {
                 self.milestone(true)?;
@@ -343,22 +361,46 @@ impl Training<'_> {
     fn milestone(&mut self, save: bool) -> Result<()> {
         let done = self.trainer.steps_done();
         let loss = self.trainer.validate()?;
-        self.metrics.validation(done, loss)?;
+        let written = self.metrics.validation(done, loss);
+        written.map_err(|failure| self.unsaved(failure))?;
         let steps = self.trainer.options().steps;
         let line = format!("step {done}/{steps}  validation loss {loss:.4}  {:.3} bits/byte", bits(loss));
         if !save {
-            return self.progress.say(line);
+            self.progress.say(line);
+            return Ok(());
         }
-        self.trainer.save(self.run.checkpoint()).map_err(|error| self.unsaved(error))?;
-        self.draw()?;
+        self.save().map_err(|failure| self.unsaved(failure))?;
         let sample = if done < steps { format!("\n{}", self.sample(SAMPLE)?) } else { String::new() };
-        self.progress.say(format_args!("{line}  saved{sample}"))
+        self.progress.say(format_args!("{line}  saved{sample}"));
+        Ok(())
     }
 
-    /// What to do when a checkpoint could not be written.
-    fn unsaved(&self, error: Error) -> Failure {
-        let failure = Failure::from(error);
-        if !self.run.is_begun() {
+    /// Saves the checkpoint, with the rows up to it on the disk, and draws the picture.
+    fn save(&mut self) -> Result<()> {
+        let checkpoint = self.run.checkpoint();
+        match self.metrics.held() {
+            None => {
+                self.metrics.sync()?;
+                self.trainer.save(checkpoint)?;
+            }
+            Some(rows) => {
+                let saved = replacement::announce(&self.run, &self.trainer.state(), rows)
+                    .and_then(|()| Ok(self.trainer.save(checkpoint)?));
+                if let Err(failure) = saved {
+                    // The first error counts; who opens the folder next settles it too.
+                    let _ = replacement::settle(&self.run);
+                    return Err(failure);
+                }
+                self.metrics.place()?;
+                replacement::remove(&self.run)?;
+            }
+        }
+        self.draw()
+    }
+
+    /// What to do when a file could not be written.
+    fn unsaved(&self, failure: Failure) -> Failure {
+        if Checkpoint::load_training(self.run.checkpoint()).is_err() {
             return failure;
         }
         let dir = quoted(&self.run.dir);
@@ -382,20 +424,136 @@ impl Training<'_> {
         let took = duration(self.progress.elapsed());
         let bits = self.metrics.validation.last().map_or(f64::NAN, |&(_, bits)| bits);
         let sample = self.sample(LAST_SAMPLE)?;
-        self.progress.say(format_args!("\nvalidation  {bits:.3} bits/byte after {took}"))?;
-        self.progress.say(format_args!("yardstick   {:.3} bits/byte, {ORDER_2} on the same text", self.yardstick))?;
+        self.progress.say(format_args!("\nvalidation  {bits:.3} bits/byte after {took}"));
+        self.progress.say(format_args!("yardstick   {:.3} bits/byte, {ORDER_2} on the same text", self.yardstick));
         if let Some(scaler) = self.trainer.grad_scaler() {
             let (scale, skipped) = (scaler.scale(), scaler.skipped());
-            self.progress.say(format_args!("loss scale  {scale} at the end, {skipped} steps skipped for overflow"))?;
+            self.progress.say(format_args!("loss scale  {scale} at the end, {skipped} steps skipped for overflow"));
         }
-        self.progress.say(format_args!("sample\n{sample}"))?;
+        self.progress.say(format_args!("sample\n{sample}"));
         let (checkpoint, metrics, plot) = (self.run.checkpoint(), self.run.metrics(), self.run.plot());
         let files = [&checkpoint, &metrics, &plot].map(|path: &PathBuf| path.display().to_string()).join("  ");
-        self.progress.say(format_args!("wrote       {files}"))?;
+        self.progress.say(format_args!("wrote       {files}"));
         if let Some(report) = self.profiler.finish()? {
-            self.progress.say(format_args!("profile of the steps\n{report}"))?;
+            self.progress.say(format_args!("profile of the steps\n{report}"));
         }
         let dir = quoted(&self.run.dir);
-        self.progress.say(format_args!("try         xt generate --checkpoint {dir} --prompt \"The \" --length 400"))
+        self.progress.say(format_args!("try         xt generate --checkpoint {dir} --prompt \"The \" --length 400"));
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{collections::BTreeMap, fs};
+
+    use clap::{CommandFactory, Parser, error::ErrorKind};
+    use serde_json::json;
+
+    use super::*;
+
+    #[derive(Parser)]
+    struct Alone {
+        #[command(flatten)]
+        train: TrainArgs,
+    }
+
+    /// What becomes of an option when its run is resumed.
+    enum Kept {
+        /// It is saved in the checkpoint and cannot be given again; a value that is not the default.
+        Saved(&'static str),
+        /// It is saved in the checkpoint, and another value changes the run.
+        Changeable(&'static str),
+        /// It is not part of the run; the help of `--resume` says so.
+        NotSaved(&'static str),
+        /// It says where the run is, as `--resume` does.
+        Folder(&'static str),
+    }
+    use Kept::{Changeable, Folder, NotSaved, Saved};
+
+    fn parse(arguments: &[&str]) -> std::result::Result<TrainArgs, ErrorKind> {
+        let parsed = Alone::try_parse_from([&["train"], arguments].concat());
+        parsed.map(|alone| alone.train).map_err(|error| error.kind())
+    }
+
+    /// The model and the options of a new run.
+    fn run_of(args: &TrainArgs) -> serde_json::Value {
+        let config = args.config().expect("a config");
+        json!([args.train_options(config.net.max_seq_len), Config::AutoregressiveWrapper(config).to_value()])
+    }
+
+    /// Every option of the command is in this table, so that none is forgotten by `--resume`.
+    #[test]
+    fn resuming_keeps_every_option() {
+        let folder = tempfile::tempdir().expect("a temporary folder");
+        let config = folder.path().join("config.json");
+        let json = r#"{"model": "TransformerWrapper", "num_tokens": 256, "max_seq_len": 12, "attn_layers":
+            {"kind": "Decoder", "dim": 24, "depth": 1}}"#;
+        fs::write(&config, json).expect("write");
+        let table = BTreeMap::from([
+            ("text", NotSaved("file")),
+            ("config", Saved("config.json")),
+            ("dim", Saved("24")),
+            ("depth", Saved("3")),
+            ("heads", Saved("2")),
+            ("set", Saved("ff_glu=true")),
+            ("seq_len", Saved("17")),
+            ("batch_size", Saved("3")),
+            ("accumulate", Saved("2")),
+            ("steps", Changeable("7")),
+            ("lr", Saved("0.5")),
+            ("warmup", Saved("3")),
+            ("clip", Saved("0.5")),
+            ("weight_decay", Saved("0.5")),
+            ("ema", Saved("0.5")),
+            ("seed", Saved("7")),
+            ("dtype", Saved("bf16")),
+            ("device", NotSaved("cpu")),
+            ("out", Folder("other")),
+            ("overwrite", Folder("")),
+            ("resume", Folder("other")),
+            ("every", Changeable("7")),
+            ("profile", NotSaved("")),
+            ("trace", NotSaved("file")),
+        ]);
+        let command = Alone::command();
+        let help = command.get_arguments().find(|argument| argument.get_id() == "resume").and_then(|a| a.get_help());
+        let help = help.expect("a help").to_string();
+        let default = run_of(&parse(&[]).expect("no arguments"));
+        let mut seen = 0;
+        for argument in command.get_arguments() {
+            let id = argument.get_id().as_str();
+            let kept = table.get(id).unwrap_or_else(|| panic!("say in this table what --resume does about {id}"));
+            let name = format!("--{}", argument.get_long().expect("a long name"));
+            let value = match kept {
+                Saved("config.json") => config.to_str().expect("UTF-8"),
+                Saved(value) | Changeable(value) | NotSaved(value) | Folder(value) => value,
+            };
+            let given: Vec<&str> = [name.as_str(), value].into_iter().filter(|part| !part.is_empty()).collect();
+            let resumed = parse(&[&["--resume", "folder"], &given[..]].concat());
+            let begun = parse(&given).map(|args| run_of(&args));
+            match kept {
+                Saved(_) if id == "set" => {
+                    let message = run(TrainArgs { text: vec![config.clone()], ..resumed.expect("parsed") });
+                    assert!(message.is_err_and(|failure| failure.to_string().contains("--set")));
+                    assert_ne!(begun, Ok(default.clone()));
+                }
+                Saved(_) => {
+                    assert_eq!(resumed.err(), Some(ErrorKind::ArgumentConflict), "{name}");
+                    assert_ne!(begun, Ok(default.clone()), "{name} is not part of what is saved");
+                }
+                Changeable(_) => {
+                    assert!(resumed.is_ok() && help.contains(&name), "{name}");
+                    assert_ne!(begun, Ok(default.clone()), "{name} is not part of what is saved");
+                }
+                NotSaved(_) => {
+                    assert!(resumed.is_ok() && help.contains(&name), "{name}: {help}");
+                    assert_eq!(begun, Ok(default.clone()), "{name}");
+                }
+                Folder(_) => assert!(resumed.is_err(), "{name}"),
+            }
+            seen += 1;
+        }
+        assert_eq!(seen, table.len());
     }
 }

@@ -125,6 +125,57 @@ fn a_killed_run_continues_as_if_nothing_had_happened() {
     assert!(message.contains("text"), "{message}");
 }
 
+/// `--steps` and `--every` change the run that is resumed, and stay changed.
+#[test]
+fn a_resumed_run_goes_on_with_other_steps() {
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let (corpus, out) = (path(folder.path(), "text.txt"), path(folder.path(), "out"));
+    write_text(&corpus);
+    let run = folder.path().join("out");
+    let validated = || -> Vec<String> {
+        let rows = rows(&run).into_iter().filter(|row| row.contains("validation"));
+        rows.map(|row| row.split(',').next().expect("a step").to_string()).collect()
+    };
+    succeeds(&[&["train", "--text", &corpus, "--out", &out, "--steps", "4", "--every", "3"][..], &TINY].concat());
+    assert_eq!(validated(), ["0", "3", "4"]);
+    let resume = ["train", "--resume", &out, "--text", &corpus];
+    succeeds(&[&resume[..], &["--steps", "7"]].concat());
+    assert_eq!(validated(), ["0", "3", "4", "6", "7"]);
+    succeeds(&[&resume[..], &["--steps", "9", "--every", "1"]].concat());
+    succeeds(&[&resume[..], &["--steps", "11"]].concat());
+    assert_eq!(validated(), ["0", "3", "4", "6", "7", "8", "9", "10", "11"]);
+}
+
+/// What is in the way of the files of a run is found before the first step, and said.
+#[test]
+#[cfg(unix)]
+fn links_to_nowhere() {
+    use std::os::unix::fs::symlink;
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let corpus = path(folder.path(), "text.txt");
+    write_text(&corpus);
+    let run = |name: &str| path(folder.path(), name);
+    let tail = [&["--steps", "1", "--text", &corpus][..], &TINY].concat();
+    symlink("none", run("a")).expect("a link");
+    fs::create_dir(run("b")).expect("create");
+    symlink("none", run("b/checkpoint")).expect("a link");
+    fs::create_dir(run("c")).expect("create");
+    symlink("none/metrics.csv", run("c/metrics.csv")).expect("a link");
+    fs::create_dir(run("d")).expect("create");
+    symlink("none/loss.svg", run("d/loss.svg")).expect("a link");
+    for out in ["a", "b", "c", "d"] {
+        let message = fails(&[&["train", "--out", &run(out)][..], &tail].concat());
+        assert!(message.contains("is a symbolic link to ") && message.contains("none"), "{message}");
+        assert!(!Path::new(&run(out)).join("checkpoint/config.json").exists(), "{message}");
+    }
+    // Where the folder of the file exists, so does the file then.
+    fs::create_dir(run("e")).expect("create");
+    symlink("../curves.csv", run("e/metrics.csv")).expect("a link");
+    succeeds(&[&["train", "--out", &run("e")][..], &tail].concat());
+    assert!(fs::read_to_string(run("curves.csv")).expect("the table").contains("1,validation"));
+    assert!(Path::new(&run("e/metrics.csv")).is_symlink());
+}
+
 /// In f16 the loss is scaled: a scale that is too large costs steps, which are told and counted.
 #[test]
 fn f16_says_what_it_skips() {

@@ -308,8 +308,11 @@ impl Tensor {
         }
     }
 
-    /// Where a tensor on a GPU has its first element.
+    /// Where a contiguous tensor on a GPU has its first element. Kernels are given this address and not the strides.
     pub(crate) fn address(&self) -> Result<u64> {
+        let strided =
+            || format!("a kernel expects packed elements, got {:?} with strides {:?}", self.shape(), self.strides());
+        ensure!(self.is_contiguous(), Error::argument("launch", strided()));
         Ok(self.storage_address()? + (self.range().start * self.dtype.size()) as u64)
     }
 

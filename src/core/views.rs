@@ -9,7 +9,8 @@ use super::{
 use crate::{Error, Result, error::ensure};
 
 impl Tensor {
-    /// The same elements in the same order under another shape. Copies only if the strides do not allow a view.
+    /// The same elements in the same order under another shape, every size of which is given: −1 is not a `usize`. Copies
+    /// only if the strides do not allow a view.
     ///
     /// Errors: another number of elements.
     pub fn reshape(&self, shape: impl IntoShape) -> Result<Tensor> {
@@ -52,7 +53,7 @@ impl Tensor {
         self.permute(&order)
     }
 
-    /// Reorders the dimensions: dimension `i` of the result is dimension `order[i]` of this one.
+    /// Reorders the dimensions: dimension `i` of the result is dimension `order[i]` of this one, counted from the first.
     ///
     /// Errors: `order` is not a permutation of `0..rank`.
     pub fn permute(&self, order: &[usize]) -> Result<Tensor> {
@@ -86,7 +87,7 @@ impl Tensor {
         self.view("narrow", self.layout().narrow(dim, start, len), backward)
     }
 
-    /// Element `index` along a dimension, which disappears.
+    /// Element `index`, counted from the first, along a dimension, which disappears.
     ///
     /// Errors: the dimension or the index is out of range.
     pub fn select(&self, dim: isize, index: usize) -> Result<Tensor> {
@@ -101,7 +102,8 @@ impl Tensor {
         self.narrow(dim, index, 1)?.squeeze(dim)
     }
 
-    /// Repeats dimensions of size 1, and adds dimensions in front, without copying.
+    /// Repeats dimensions of size 1, and adds dimensions in front, without copying. The shape is given in full: there is
+    /// no −1 for a size that stays.
     ///
     /// Errors: the shape does not broadcast to the target.
     pub fn expand(&self, shape: impl IntoShape) -> Result<Tensor> {

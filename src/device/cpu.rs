@@ -253,8 +253,10 @@ mod tests {
     /// Every row once, in its place, whatever the sizes and costs.
     #[test]
     fn cpu_rows_are_visited_once() {
-        for width in [0, 1, 3, 64, 1000] {
-            for rows in [0, 1, 2, 63, 64, 65, 257] {
+        let (widths, counts): (&[usize], &[usize]) =
+            if cfg!(miri) { (&[0, 3], &[0, 1, 65]) } else { (&[0, 1, 3, 64, 1000], &[0, 1, 2, 63, 64, 65, 257]) };
+        for &width in widths {
+            for &rows in counts {
                 for cost in [0, 1, 1000, 100_000] {
                     let mut out = vec![0; rows * width];
                     for_rows(&mut out, width, cost, |first, part| {

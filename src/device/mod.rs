@@ -4,7 +4,7 @@ use std::{fmt, sync::OnceLock};
 
 use crate::{Error, Result};
 
-#[cfg(target_arch = "x86_64")]
+#[cfg(all(target_arch = "x86_64", not(miri)))]
 mod amx;
 pub(crate) mod cpu;
 #[cfg(feature = "cuda")]

@@ -1,4 +1,4 @@
-//! What the rest of the crate sees of CUDA in a build without it: types that have no values.
+//! CUDA as the rest of the crate sees it in a build without: types that have no values.
 
 use super::{
     Transfers,

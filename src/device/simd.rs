@@ -2,7 +2,7 @@
 
 use std::sync::OnceLock;
 
-#[cfg(target_arch = "x86_64")]
+#[cfg(all(target_arch = "x86_64", not(miri)))]
 use super::amx;
 use crate::{Error, Result};
 
@@ -38,7 +38,8 @@ impl Level {
 
     /// What this processor has.
     pub fn detected() -> Self {
-        #[cfg(target_arch = "x86_64")]
+        // Miri runs portable code alone.
+        #[cfg(all(target_arch = "x86_64", not(miri)))]
         {
             let avx2 = is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma");
             let avx512 = is_x86_feature_detected!("avx512f")
@@ -53,7 +54,7 @@ impl Level {
                 (false, ..) => Self::Portable,
             }
         }
-        #[cfg(not(target_arch = "x86_64"))]
+        #[cfg(not(all(target_arch = "x86_64", not(miri))))]
         Self::Portable
     }
 

@@ -14,6 +14,7 @@ use std::{
         Arc, LazyLock, Mutex, OnceLock,
         atomic::{AtomicUsize, Ordering},
     },
+    thread::{self, Thread},
 };
 
 /// Calls `body(task)` once for every task in `0..tasks`.
@@ -56,8 +57,10 @@ fn forked() -> bool {
     *PROCESS.get_or_init(|| process) != process
 }
 
-/// Times that the caller looks for the end of the last tasks before it lets other threads go first.
+/// Times that the caller looks for the end of the last tasks before it lets other threads go first, and times that it does
+/// that before it sleeps: tasks end together, unless the processor of a helper is busy with something else.
 const SPINS: usize = 2000;
+const YIELDS: usize = 200;
 
 /// What a caller and its helpers share. Helpers may come late: it outlives the call, `body` does not.
 struct Work {
@@ -68,8 +71,9 @@ struct Work {
     /// Tasks taken from the front, by the caller, and from the back: where work is cut the same way again and again,
     /// each thread finds much of its part in its own caches.
     ends: [AtomicUsize; 2],
-    /// Helpers at work, and [`CLOSED`].
+    /// Helpers at work, and [`CLOSED`] once no more may begin.
     helpers: AtomicUsize,
+    caller: Thread,
     panic: Mutex<Option<Box<dyn Any + Send>>>,
 }
 
@@ -92,13 +96,18 @@ impl Work {
 
     /// Does tasks on a thread of the pool, unless it comes too late.
     fn help(&self) {
-        // Whoever is counted before the work is closed is waited for; whoever comes later leaves the body alone.
-        if self.helpers.fetch_add(1, Ordering::Acquire) & CLOSED == 0
-            && let Err(panic) = catch_unwind(AssertUnwindSafe(|| self.take_part(1)))
-        {
+        // Whoever is counted before the work is closed is waited for; whoever comes later leaves body and count alone.
+        let count = |helpers: usize| (helpers & CLOSED == 0).then_some(helpers + 1);
+        if self.helpers.fetch_update(Ordering::Acquire, Ordering::Relaxed, count).is_err() {
+            return;
+        }
+        if let Err(panic) = catch_unwind(AssertUnwindSafe(|| self.take_part(1))) {
             self.panic.lock().unwrap_or_else(|poisoned| poisoned.into_inner()).get_or_insert(panic);
         }
-        self.helpers.fetch_sub(1, Ordering::Release);
+        // The last one, and the caller waits already.
+        if self.helpers.fetch_sub(1, Ordering::Release) == CLOSED + 1 {
+            self.caller.unpark();
+        }
     }
 }
 
@@ -107,14 +116,15 @@ struct Wait<'a>(&'a Work);
 
 impl Drop for Wait<'_> {
     fn drop(&mut self) {
+        const LAST: usize = SPINS + YIELDS;
         let mut helpers = self.0.helpers.fetch_or(CLOSED, Ordering::AcqRel);
         let mut spins = 0;
         while helpers & !CLOSED != 0 {
             spins += 1;
-            if spins < SPINS {
-                std::hint::spin_loop()
-            } else {
-                std::thread::yield_now()
+            match spins {
+                ..SPINS => std::hint::spin_loop(),
+                SPINS..LAST => thread::yield_now(),
+                LAST.. => thread::park(),
             }
             helpers = self.0.helpers.load(Ordering::Acquire);
         }
@@ -136,6 +146,7 @@ fn with_helpers(tasks: usize, body: &(dyn Fn(usize) + Sync)) {
         taken: AtomicUsize::new(0),
         ends: [AtomicUsize::new(0), AtomicUsize::new(0)],
         helpers: AtomicUsize::new(0),
+        caller: thread::current(),
         panic: Mutex::new(None),
     });
     let wait = Wait(&work);

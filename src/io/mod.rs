@@ -2,6 +2,7 @@
 
 mod atomic;
 mod bytes;
+mod file_set;
 mod gather;
 mod gguf;
 mod names;
@@ -16,7 +17,7 @@ mod tensor_file;
 mod zip;
 
 pub use self::{
-    atomic::write_atomically,
+    atomic::{create_folders, retry as retry_interrupted, write_atomically},
     pretrained::{Family, Pretrained},
     safetensors::{read_safetensors, write_safetensors},
     small_file::{read_limited, read_text},
@@ -24,4 +25,7 @@ pub use self::{
     tensor_file::{Format, Metadata, TensorFile, TensorInfo},
 };
 
-pub(crate) use self::{atomic::sync_folder, safetensors::read_with_metadata};
+pub(crate) use self::{
+    file_set::FileSet,
+    safetensors::{pack, read_with_metadata},
+};

@@ -6,7 +6,7 @@
 use std::{
     collections::{BTreeMap, btree_map::Entry as Slot},
     fmt,
-    io::Write,
+    io::{self, Write},
     path::Path,
 };
 
@@ -188,6 +188,18 @@ pub fn write_safetensors(
     metadata: &BTreeMap<String, String>,
 ) -> Result<()> {
     let path = path.as_ref();
+    pack(path, tensors, metadata, |write| write_atomically(path, write))
+}
+
+/// Gives `deliver` what writes the content of a safetensors file.
+///
+/// Errors: as [`write_safetensors`], and those of `deliver`.
+pub(crate) fn pack(
+    path: &Path,
+    tensors: &BTreeMap<String, Tensor>,
+    metadata: &BTreeMap<String, String>,
+    deliver: impl FnOnce(&dyn Fn(&mut dyn Write) -> io::Result<()>) -> Result<()>,
+) -> Result<()> {
     ensure!(
         !tensors.contains_key(METADATA),
         Error::argument("write_safetensors", format!("the name `{METADATA}` is reserved by the format"))
@@ -220,7 +232,7 @@ pub fn write_safetensors(
         Error::file(path, format!("would get a header of {} bytes, at most {MAX_HEADER} are allowed", header.len()))
     );
     let bytes = packed.iter().map(|(_, tensor)| tensor.bytes()).collect::<Result<Vec<_>>>()?;
-    write_atomically(path, |file: &mut dyn Write| {
+    deliver(&|file| {
         file.write_all(&(header.len() as u64).to_le_bytes())?;
         file.write_all(&header)?;
         bytes.iter().try_for_each(|bytes| file.write_all(bytes))

@@ -30,7 +30,7 @@ impl RecordedDecode {
         sampling: &SamplingConfig,
         seed: u64,
     ) -> Result<Self> {
-        let device = params.iter().next().map_or(Device::Cpu, |(_, param)| param.tensor().device().clone());
+        let device = model.token_emb().table().device().clone();
         ensure!(device != Device::Cpu, Error::argument("graph", "expected a model on a GPU"));
         ensure!(
             !cache.is_empty(),
@@ -61,8 +61,8 @@ impl RecordedDecode {
     /// Adds `tokens`, `[b]` I64, to the rows and gives the next ones, `[b]`, drawn by draw `step` of each row's stream:
     /// they may be given to the next call as they are.
     ///
-    /// Errors: a cache that is full, or shared with a clone that still exists, and those of [`Graph::replay`]; those of the model and of the
-    /// draws come with the next read-back.
+    /// Errors: a cache that is full, or shared with a clone that still exists, and those of [`Graph::replay`]; those of
+    /// the model and of the draws come with the next read-back.
     pub fn step(&mut self, tokens: &Tensor, step: u64) -> Result<Tensor> {
         let longest = self.cache.lengths().iter().copied().max().unwrap_or(0);
         ensure!(

@@ -20,7 +20,9 @@ impl Tensor {
         record("contiguous", out, &[self], |_| CopyBackward { dtype: self.dtype() })
     }
 
-    /// The values as another dtype: floats round to nearest even, float to i64 truncates, to bool asks for "not zero".
+    /// The values as another dtype: floats round to nearest even, once (PyTorch rounds f64 to f32 before a half type), float
+    /// to i64 truncates, to bool asks for "not zero", which NaN is. What i64 cannot hold becomes its nearest number, NaN
+    /// becomes 0; PyTorch leaves both undefined.
     ///
     /// Errors: a tensor that requires a gradient to a dtype that has none.
     pub fn to_dtype(&self, dtype: DType) -> Result<Tensor> {

@@ -15,10 +15,15 @@ impl Tensor {
     /// Mean over the rows of `−ln softmax(logits)[target]`, leaving out the rows whose target is `ignore_index`
     /// (PyTorch's default is −100).
     ///
-    /// Shapes: `[.., classes]`, targets `[..]` of [`DType::I64`] → `[]` in f32 (f64 for f64), of half-precision logits
+    /// Shapes: `[.., classes]`, targets `[..]` of [`DType::I64`] → `[]`, where PyTorch has the classes of `[n, classes, ..]`
+    /// second: move them to the end by [`Tensor::permute`]. In f32 (f64 for f64), of half-precision logits
     /// too. Rows in the same type, their mean in f64.
     /// Saves: the logits, and the maximum and sum of exponentials of each row; the probabilities are computed again in
     /// the backward pass, over the logits if no other handle shares them.
+    ///
+    /// Infinities and NaN are as in PyTorch, with two exceptions. The gradient of rows that are left out is 0, also where
+    /// their logits are not finite, where PyTorch has NaN. An infinite gradient of the loss gives −∞ at the target,
+    /// where PyTorch has ∞ − ∞.
     ///
     /// Errors: targets of another shape or dtype, a target that is no class ([`Error::Index`]), no target to average
     /// over (PyTorch gives NaN), or logits that are not float. A GPU tells of wrong targets when values are next read

@@ -11,9 +11,9 @@ const CHUNK: usize = 4096;
 /// Where the tensors of a launch are, on their device.
 pub(crate) struct Table {
     pub rows: Tensor,
-    /// Number of tensors that have elements.
+    /// Number of tensors that have elements, below 2³¹.
     pub tensors: usize,
-    /// Number of chunks of all of them.
+    /// Number of chunks of all of them, below 2³¹.
     pub chunks: usize,
 }
 

@@ -2,6 +2,14 @@
 //!
 //! Every op is a method of [`Tensor`](crate::Tensor). Adding one takes its file here, a word in the list below, and a
 //! case in `tests/contract`.
+//!
+//! # Infinities and NaN
+//!
+//! Where a result or a gradient is NaN or infinite in PyTorch, it is here too, in every dtype and on every device; the
+//! documentation of an op names its exceptions. Where PyTorch overflows on the way to a finite result, the finite one may
+//! come out: half types are computed in f32 and rounded once, and norms and attention scale what would overflow. Sums
+//! whose parts overflow depend on the order of summation, in PyTorch as here. `tests/contract/extremes` holds every op
+//! against PyTorch's classes and exact values at ±0, subnormal, largest and infinite numbers and NaN.
 
 pub use activation::Activation;
 pub(crate) use attention::needs_scores;

@@ -1,29 +1,6 @@
-//! A checkpoint: a folder from which a run continues as if it had never stopped.
-//!
-//! | file | content |
-//! |---|---|
-//! | `config.json` | the model's keywords |
-//! | `model.safetensors` | its weights, by PyTorch's names |
-//! | `optimizer.safetensors` | [`AdamW`](super::AdamW)'s state, and averaged weights as `ema.NAME` |
-//! | `training.json` | [`TrainingState`] |
-//!
-//! # Killed at any instant
-//!
-//! The four files belong together, so that replacing them one by one is not enough. A save
-//!
-//! 1. writes all four, each brought to the disk, into the folder `.incoming.partial`;
-//! 2. renames that to `.incoming`: this one step is the save;
-//! 3. moves the files out of `.incoming` over the old ones, and removes it.
-//!
-//! A reader takes each file from `.incoming` if it is there, else from the folder. Before step 2 it finds the old
-//! checkpoint, from then on the new one, wherever step 3 stops; the next save completes step 3 or removes what step 1
-//! left.
+//! Checkpoints: folders from which a run continues as if it had never stopped.
 
-use std::{
-    collections::BTreeMap,
-    fs, io,
-    path::{Path, PathBuf},
-};
+use std::{collections::BTreeMap, fs, path::Path};
 
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 
@@ -32,7 +9,7 @@ use crate::{
     Error, Result, Tensor,
     config::Config,
     error::ensure,
-    io::{read_with_metadata, sync_folder, write_atomically, write_safetensors},
+    io::{FileSet, pack, read_limited, read_with_metadata},
 };
 
 const CONFIG: &str = "config.json";
@@ -44,18 +21,70 @@ const FILES: [&str; 4] = [CONFIG, MODEL, OPTIMIZER, TRAINING];
 /// Names of averaged weights in the optimizer's file begin with it.
 pub(super) const EMA: &str = "ema.";
 
-/// A whole checkpoint whose files are on their way into the folder.
-const INCOMING: &str = ".incoming";
-/// A checkpoint that is being written.
-const PARTIAL: &str = ".incoming.partial";
-
 /// Bytes that a JSON file of a checkpoint may have; real ones have some thousand.
 const MAX_JSON: u64 = 16 << 20;
 
-/// All that a run needs to continue.
+/// Number of times that a checkpoint is read again if others are saved meanwhile.
+const RETRIES: usize = 100;
+
+/// The whole state of a run, as it is saved into a folder.
+///
+/// # Files
+///
+/// | file | content |
+/// |---|---|
+/// | `config.json` | the options of the model |
+/// | `model.safetensors` | its weights, by PyTorch's names |
+/// | `optimizer.safetensors` | the state of [`AdamW`](super::AdamW), and averaged weights as `ema.NAME` |
+/// | `training.json` | [`TrainingState`] |
+///
+/// The four belong together and are replaced together. [`Checkpoint::save`]
+///
+/// 1. completes or removes what a process that was killed left (see the table);
+/// 2. creates the folder `.incoming.partial`, writes the four files there, each with the mode and owner of the one that
+///    it will replace, and calls `fsync` for each and for the folder;
+/// 3. renames `.incoming.partial` to `.incoming`, **which is the save**, and calls `fsync` for the checkpoint's folder;
+/// 4. renames each file out of `.incoming` over the old one, calls `fsync` for the folder again, and removes
+///    `.incoming`.
+///
+/// Readers take each file from `.incoming` if it is there, else from the checkpoint's folder.
+///
+/// | killed in step | is left | readers find | [`Checkpoint::complete`] and the next save |
+/// |---|---|---|---|
+/// | 1, 2 | `.incoming.partial`, with any part of the files | the old checkpoint | remove it |
+/// | 3 | `.incoming` with all four files | the new checkpoint | do step 4 |
+/// | 4 | `.incoming` with some of them, or empty | the new checkpoint | do the rest of step 4 |
+///
+/// [`Trainer::resume`](super::Trainer::resume) calls `complete`, so a resumed run leaves the same files as one that was
+/// never interrupted, even if there was nothing left to train. The same holds for a write that fails (a full disk, a
+/// failing one): the error is returned, what was written in step 2 is removed, and the last whole checkpoint is there.
+///
+/// Two processes or threads that save into one folder do so one after the other: `.incoming.partial` and `.incoming`
+/// are locked (`flock`) while they are in use, and what is locked is never taken for the remains of a killed process. A
+/// reader that meets a save reads again, so it never gets files of two checkpoints. Where folders cannot be brought
+/// to the disk (`fsync` answers `EINVAL`, `EBADF` or "not supported") or locked, saving does without. A symbolic link
+/// in the place of one of the four files is replaced by the file, and what it points to stays as it is (the
+/// checkpoint's folder itself may be a link); anything but a folder at `.incoming` or `.incoming.partial` is an error
+/// that says so, before anything is written.
+///
+/// # The folder of `xt train`
+///
+/// `xt train --out DIR` has its checkpoint in `DIR/checkpoint`, a row per step in `DIR/metrics.csv` and the curves in
+/// `DIR/loss.svg`. Rows are appended one by one; before each save they are brought to the disk. After it the picture is
+/// drawn, replaced in one step ([`write_atomically`](crate::io::write_atomically)). `--resume` completes the
+/// checkpoint, drops the rows of steps that it does not contain, which will be done again, and draws the picture: after
+/// a kill at any moment all files end as those of an uninterrupted run (but for the speed in `metrics.csv`, which is
+/// measured). A run that was killed before its first save left no checkpoint and is begun again.
+///
+/// `--overwrite` replaces checkpoint, metrics and picture at its first save; before, the old run is whole. It keeps
+/// its rows in memory until then. For the save it writes a file in `DIR/.replacement` that holds its [`TrainingState`]
+/// and the rows, then saves the checkpoint, then replaces `metrics.csv` by the rows, removes `.replacement` and draws the
+/// picture. Whoever opens the folder next compares the state in `.replacement` with the one of the checkpoint: if they
+/// are equal the save took place, and `metrics.csv` is replaced now; if not, the old run goes on. `.replacement` is
+/// removed in both cases.
 #[derive(Clone, Debug)]
 pub struct Checkpoint {
-    /// The model's keywords.
+    /// The options of the model.
     pub config: Config,
     /// The model's state dict.
     pub model: BTreeMap<String, Tensor>,
@@ -110,39 +139,38 @@ pub struct Losses {
 
 impl Checkpoint {
     /// Writes the checkpoint into a folder, which is made if it is not there; other files in it are left alone. At
-    /// every instant the folder has a whole checkpoint, the previous one or this one.
+    /// every instant the folder has a whole checkpoint, the previous one or this one, see [above](Self#files).
     ///
-    /// Errors: [`Error::Io`] with the path for whatever fails, a full disk for instance; the previous checkpoint is
-    /// still there then.
+    /// Errors: [`Error::Io`] with the path for every failure, a full disk for instance; the previous checkpoint is
+    /// still there, or this one is already if the failure came after step 3.
     pub fn save(&self, folder: impl AsRef<Path>) -> Result<()> {
-        let folder = folder.as_ref();
-        fs::create_dir_all(folder).map_err(|source| Error::io(folder, source))?;
-        complete(folder)?;
-        let partial = folder.join(PARTIAL);
-        remove(&partial)?;
-        let written = self.write(&partial).and_then(|()| {
-            let incoming = folder.join(INCOMING);
-            fs::rename(&partial, &incoming).map_err(|source| Error::io(incoming, source))
-        });
-        if let Err(error) = written {
-            // The first error counts; what could not be removed is removed by the next save.
-            let _ = remove(&partial);
-            return Err(error);
-        }
-        sync_folder(folder).map_err(|source| Error::io(folder, source))?;
-        complete(folder)
-    }
-
-    fn write(&self, folder: &Path) -> Result<()> {
-        fs::create_dir(folder).map_err(|source| Error::io(folder, source))?;
         let metadata = BTreeMap::from([
             ("format".to_string(), "pt".to_string()),
             ("step".to_string(), self.training.step.to_string()),
         ]);
-        write_json(&folder.join(CONFIG), &self.config)?;
-        write_safetensors(folder.join(MODEL), &self.model, &metadata)?;
-        write_safetensors(folder.join(OPTIMIZER), &self.optimizer, &metadata)?;
-        write_json(&folder.join(TRAINING), &self.training)
+        let folder = folder.as_ref();
+        let (config, training) = (json(folder, &self.config)?, json(folder, &self.training)?);
+        files(folder).replace(|files| {
+            files.write(CONFIG, |file| file.write_all(&config))?;
+            for (name, tensors) in [(MODEL, &self.model), (OPTIMIZER, &self.optimizer)] {
+                pack(&folder.join(name), tensors, &metadata, |write| files.write(name, write))?;
+            }
+            files.write(TRAINING, |file| file.write_all(&training))
+        })
+    }
+
+    /// Completes a save that was interrupted after its third step and removes the remains of one that was interrupted
+    /// before, see [above](Self#files). Reading does not need it; other programs do that read the files by their names.
+    ///
+    /// Errors: [`Error::Io`]; the checkpoint can be read as before.
+    pub fn complete(folder: impl AsRef<Path>) -> Result<()> {
+        files(folder.as_ref()).complete()
+    }
+
+    /// If a folder has a file of a checkpoint, readable or not.
+    pub fn is_in(folder: impl AsRef<Path>) -> bool {
+        // One that cannot be looked at is there.
+        FILES.iter().any(|name| !matches!(files(folder.as_ref()).read(name, found), Err(Error::File { .. })))
     }
 
     /// Reads a checkpoint.
@@ -151,47 +179,51 @@ impl Checkpoint {
     /// have, or files of different checkpoints; [`Error::Io`] if one cannot be read.
     pub fn load(folder: impl AsRef<Path>) -> Result<Self> {
         let folder = folder.as_ref();
-        let training: TrainingState = read_json(folder, TRAINING)?;
-        let tensors = |name| {
-            member(folder, name, |path| {
-                let (tensors, metadata) = read_with_metadata(path)?;
-                let step = metadata.get("step");
-                ensure!(
-                    step.is_none_or(|step| *step == training.step.to_string()),
-                    Error::file(
-                        path,
-                        format!(
-                            "is of step {}, {TRAINING} of step {}: the files are of different checkpoints",
-                            step.map_or("", String::as_str),
-                            training.step
+        undisturbed(folder, || {
+            let training = Self::load_training(folder)?;
+            let tensors = |name| {
+                files(folder).read(name, |path| {
+                    let (tensors, metadata) = read_with_metadata(path)?;
+                    let step = metadata.get("step");
+                    ensure!(
+                        step.is_none_or(|step| *step == training.step.to_string()),
+                        Error::file(
+                            path,
+                            format!(
+                                "is of step {}, {TRAINING} of step {}: the files are of different checkpoints",
+                                step.map_or("", String::as_str),
+                                training.step
+                            )
                         )
-                    )
-                );
-                Ok(tensors)
-            })
-        };
-        Ok(Self {
-            config: Self::load_config(folder)?,
-            model: tensors(MODEL)?,
-            optimizer: tensors(OPTIMIZER)?,
-            training,
+                    );
+                    Ok(tensors)
+                })
+            };
+            let (config, model, optimizer) = (read_json(folder, CONFIG)?, tensors(MODEL)?, tensors(OPTIMIZER)?);
+            Ok(Self { config, model, optimizer, training })
         })
     }
 
-    /// Reads the model's keywords alone.
+    /// Reads only the options of the model.
     ///
     /// Errors: as [`Checkpoint::load`].
     pub fn load_config(folder: impl AsRef<Path>) -> Result<Config> {
         read_json(folder.as_ref(), CONFIG)
     }
 
-    /// Reads the model alone, its keywords and its state dict; the other two files are not needed.
+    /// Reads only where the run is.
+    ///
+    /// Errors: as [`Checkpoint::load`].
+    pub fn load_training(folder: impl AsRef<Path>) -> Result<TrainingState> {
+        read_json(folder.as_ref(), TRAINING)
+    }
+
+    /// Reads only the model, its options and its state dict; the other two files are not needed.
     ///
     /// Errors: as [`Checkpoint::load`].
     pub fn load_model(folder: impl AsRef<Path>) -> Result<(Config, BTreeMap<String, Tensor>)> {
         let folder = folder.as_ref();
-        let (model, _) = member(folder, MODEL, read_with_metadata)?;
-        Ok((Self::load_config(folder)?, model))
+        undisturbed(folder, || model(folder))
     }
 
     /// Reads the model as [`Checkpoint::load_model`], with the averaged weights of a run that has them
@@ -200,79 +232,63 @@ impl Checkpoint {
     /// Errors: as [`Checkpoint::load`].
     pub fn load_averaged(folder: impl AsRef<Path>) -> Result<(Config, BTreeMap<String, Tensor>)> {
         let folder = folder.as_ref();
-        let (config, mut model) = Self::load_model(folder)?;
-        // A folder with a config and weights alone is a model too.
-        let has_training =
-            [folder.join(INCOMING), folder.to_path_buf()].iter().any(|place| place.join(TRAINING).exists());
-        if has_training && read_json::<TrainingState>(folder, TRAINING)?.options.ema_decay.is_some() {
-            let (optimizer, _) = member(folder, OPTIMIZER, read_with_metadata)?;
-            let averages =
-                optimizer.into_iter().filter_map(|(name, value)| Some((name.strip_prefix(EMA)?.to_string(), value)));
-            model.extend(averages);
+        undisturbed(folder, || {
+            let (config, mut model) = model(folder)?;
+            // A folder with a config and weights alone is a model too.
+            let has_training = files(folder).read(TRAINING, found).is_ok();
+            if has_training && Self::load_training(folder)?.options.ema_decay.is_some() {
+                let (optimizer, _) = files(folder).read(OPTIMIZER, read_with_metadata)?;
+                let averages = optimizer
+                    .into_iter()
+                    .filter_map(|(name, value)| Some((name.strip_prefix(EMA)?.to_string(), value)));
+                model.extend(averages);
+            }
+            Ok((config, model))
+        })
+    }
+}
+
+fn files(folder: &Path) -> FileSet<'_> {
+    FileSet { folder, names: &FILES }
+}
+
+fn model(folder: &Path) -> Result<(Config, BTreeMap<String, Tensor>)> {
+    let (model, _) = files(folder).read(MODEL, read_with_metadata)?;
+    Ok((read_json(folder, CONFIG)?, model))
+}
+
+/// Calls `read` again if another process saved a checkpoint meanwhile: it may have met files of both.
+fn undisturbed<R>(folder: &Path, read: impl Fn() -> Result<R>) -> Result<R> {
+    // No two checkpoints of a run have the same one, nor do those of two runs: it has the losses with all their bits.
+    let state = || files(folder).read(TRAINING, bytes).ok();
+    let mut before = state();
+    for _ in 0..RETRIES {
+        let result = read();
+        let after = state();
+        if before == after {
+            return result;
         }
-        Ok((config, model))
+        before = after;
     }
+    Err(Error::file(folder, "is replaced faster than it can be read"))
 }
 
-/// Moves what is in `.incoming` into the folder.
-fn complete(folder: &Path) -> Result<()> {
-    let incoming = folder.join(INCOMING);
-    if !incoming.is_dir() {
-        return Ok(());
-    }
-    for name in FILES {
-        let target = folder.join(name);
-        match fs::rename(incoming.join(name), &target) {
-            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(Error::io(target, error)),
-            _ => {}
-        }
-    }
-    sync_folder(folder).map_err(|source| Error::io(folder, source))?;
-    remove(&incoming)
+fn found(path: &Path) -> Result<()> {
+    fs::metadata(path).map(drop).map_err(|source| Error::io(path, source))
 }
 
-/// Removes a folder if it is there.
-fn remove(folder: &Path) -> Result<()> {
-    match fs::remove_dir_all(folder) {
-        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(Error::io(folder, error)),
-        _ => Ok(()),
-    }
+fn bytes(path: &Path) -> Result<Vec<u8>> {
+    read_limited(path, MAX_JSON)
 }
 
-/// Reads a file of the checkpoint from where it is.
-fn member<T>(folder: &Path, name: &str, read: impl Fn(&Path) -> Result<T>) -> Result<T> {
-    let places: [PathBuf; 2] = [folder.join(INCOMING).join(name), folder.join(name)];
-    for place in places {
-        match read(&place) {
-            Err(Error::Io { source, .. })
-                if matches!(source.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory) => {}
-            answer => return answer,
-        }
-    }
-    let why = match fs::metadata(folder) {
-        Ok(found) if found.is_dir() => "is not a checkpoint",
-        Ok(_) => "is not a folder, so not a checkpoint",
-        Err(_) => "does not exist, so there is no checkpoint",
-    };
-    Err(Error::file(folder, format!("{why}: it has no {name} (expected {})", FILES.join(", "))))
-}
-
-fn write_json(path: &Path, value: &impl Serialize) -> Result<()> {
-    let mut text = serde_json::to_vec_pretty(value).map_err(|error| Error::io(path, error.into()))?;
+fn json(folder: &Path, value: &impl Serialize) -> Result<Vec<u8>> {
+    let mut text = serde_json::to_vec_pretty(value).map_err(|error| Error::io(folder, error.into()))?;
     text.push(b'\n');
-    write_atomically(path, |file| file.write_all(&text))
+    Ok(text)
 }
 
 fn read_json<T: DeserializeOwned>(folder: &Path, name: &str) -> Result<T> {
-    member(folder, name, |path| {
-        let broken = |source| Error::io(path, source);
-        let found = fs::metadata(path).map_err(broken)?;
-        ensure!(found.is_file(), Error::file(path, "is not a regular file"));
-        ensure!(
-            found.len() <= MAX_JSON,
-            Error::file(path, format!("has {} bytes, at most {MAX_JSON} are expected", found.len()))
-        );
-        let text = fs::read(path).map_err(broken)?;
-        serde_json::from_slice(&text).map_err(|error| Error::file(path, format!("is damaged: {error}")))
+    files(folder).read(name, |path| {
+        serde_json::from_slice(&bytes(path)?).map_err(|error| Error::file(path, format!("is damaged: {error}")))
     })
 }

@@ -202,7 +202,7 @@ impl AdamW {
                 "the last step panicked half way, and the state is part old and part new; replace it with `load_state_dict`"
             )
         );
-        for (name, _) in named.iter().filter(|(_, param)| param.is_broken()) {
+        if let Some((name, _)) = named.iter().find(|(_, param)| param.is_broken()) {
             let why = "was left half updated by a step that panicked; `set` or load it first";
             return Err(Error::argument("adamw", format!("`{name}` {why}")));
         }

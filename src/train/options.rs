@@ -39,6 +39,9 @@ pub struct TrainOptions {
     pub eps: f64,
     /// Decay of the moving average of the weights, which validation uses then. Default none.
     pub ema_decay: Option<f64>,
+    /// Steps between two validations and checkpoints of the loop around the [`Trainer`](super::Trainer), which does
+    /// neither by itself; `xt train --every`. It is kept here so that a resumed run goes on with it. Default 100.
+    pub every: u64,
     /// Fixes the initial weights, the batches and the dropout masks. Default 0.
     pub seed: u64,
     /// Type of the weights and activations. Default f32. In f16 the loss is scaled, see
@@ -62,6 +65,7 @@ impl Default for TrainOptions {
             beta2: 0.99,
             eps: 1e-8,
             ema_decay: None,
+            every: 100,
             seed: 0,
             dtype: DType::F32,
         }
@@ -81,6 +85,7 @@ impl TrainOptions {
             Ok(())
         };
         whole("steps", self.steps, 0, MAX_STEPS)?;
+        whole("every", self.every, 1, u64::MAX)?;
         whole("batch_size", self.batch_size as u64, 1, u32::MAX as u64)?;
         whole("accumulate", self.accumulate as u64, 1, MAX_MICRO)?;
         whole("seq_len", self.seq_len as u64, 1, u32::MAX as u64)?;

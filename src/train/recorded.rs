@@ -7,7 +7,7 @@ use crate::{DType, Device, Error, ParamMap, Result, Tape, Tensor, device::cuda::
 
 /// Loss, gradients, clipping and AdamW, recorded once and replayed with one call of the driver.
 ///
-/// What changes from step to step lies in a small buffer on the device, which [`RecordedStep::step`] fills before the
+/// The numbers that change from step to step lie in a small buffer on the device, which [`RecordedStep::step`] fills before the
 /// replay: the learning rate, the factors that follow from the number of the step, and the scale of the loss. The
 /// weights are those of [`AdamW::step`] to the bit, if all parameters have one dtype.
 ///
@@ -20,7 +20,7 @@ pub struct RecordedStep {
     clip: Option<f64>,
 }
 
-/// What a recorded step leaves on the device.
+/// Results of a recorded step, on the device.
 struct Recorded {
     loss: Tensor,
     /// The norm of the gradients, and their factor.
@@ -29,7 +29,7 @@ struct Recorded {
     names: Vec<String>,
 }
 
-/// What a recorded step did.
+/// Outcome of a recorded step.
 #[derive(Clone, Debug)]
 pub struct RecordedInfo {
     /// The loss, on the device, until the next step overwrites it: it was not read back.

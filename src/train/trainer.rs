@@ -1,6 +1,6 @@
 //! The training loop.
 
-use std::{cell::Cell, collections::BTreeMap, fmt, path::Path};
+use std::{cell::Cell, collections::BTreeMap, fmt, io::ErrorKind, path::Path};
 
 use super::{
     AdamW, ByteText, Checkpoint, Ema, GradScaler, Losses, StepInfo, TextPrint, TrainOptions, TrainingState,
@@ -124,12 +124,18 @@ impl Trainer {
         Ok(Self { config, options, text, print, device, model, params, optimizer, ema, scaler, step: 0, losses })
     }
 
-    /// A run from where [`Trainer::save`] was called.
+    /// A run from where [`Trainer::save`] was called. A save that was interrupted is completed first
+    /// ([`Checkpoint::complete`]), unless the folder cannot be written.
     ///
-    /// Errors: those of [`Checkpoint::load`]; another text than the run had ([`Error::Option`]); weights or a state
+    /// Errors: those of [`Checkpoint::load`] and [`Checkpoint::complete`]; another text than the run had ([`Error::Option`]); weights or a state
     /// that do not fit the config, with the file in front.
     pub fn resume(folder: impl AsRef<Path>, text: ByteText, device: &Device) -> Result<Self> {
         let folder = folder.as_ref();
+        match Checkpoint::complete(folder) {
+            Err(Error::Io { source, .. })
+                if matches!(source.kind(), ErrorKind::PermissionDenied | ErrorKind::ReadOnlyFilesystem) => {}
+            completed => completed?,
+        }
         let Checkpoint { config, model, optimizer, training } = Checkpoint::load(folder)?;
         let Config::AutoregressiveWrapper(config) = config else {
             return Err(Error::file(folder, "has another model than an AutoregressiveWrapper"));
@@ -333,16 +339,21 @@ impl Trainer {
             config: Config::AutoregressiveWrapper(self.config.clone()),
             model: self.params.state_dict(),
             optimizer,
-            training: TrainingState {
-                version: env!("CARGO_PKG_VERSION").to_string(),
-                step: self.step,
-                options: self.options.clone(),
-                text: self.print.clone(),
-                losses: self.losses.get(),
-                grad_scaler: self.scaler,
-            },
+            training: self.state(),
         };
         checkpoint.save(folder)
+    }
+
+    /// Where the run is: what [`Trainer::save`] writes into `training.json`.
+    pub fn state(&self) -> TrainingState {
+        TrainingState {
+            version: env!("CARGO_PKG_VERSION").to_string(),
+            step: self.step,
+            options: self.options.clone(),
+            text: self.print.clone(),
+            losses: self.losses.get(),
+            grad_scaler: self.scaler,
+        }
     }
 
     /// Steps done, those before a resume included.
@@ -368,6 +379,15 @@ impl Trainer {
             Error::option("steps", format!("expected {}, which are done, to {MAX_STEPS}, got {steps}", self.step))
         );
         self.options.steps = steps;
+        Ok(())
+    }
+
+    /// Changes the number of steps between validations and checkpoints, [`TrainOptions::every`].
+    ///
+    /// Errors: [`Error::Option`] for 0.
+    pub fn set_every(&mut self, every: u64) -> Result<()> {
+        ensure!(every > 0, Error::option("every", "must be at least 1, got 0"));
+        self.options.every = every;
         Ok(())
     }
 

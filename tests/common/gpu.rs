@@ -44,7 +44,7 @@ pub fn gpu(test: &str) -> Option<Gpu> {
     }
 }
 
-/// As [`gpu`], if it is the emulated one: only that fails on demand.
+/// The emulated GPU, or a note that there is none: only that fails on demand.
 pub fn emulated(test: &str) -> Option<Gpu> {
     if is_emulated() { gpu(test) } else { skip(test, "only the emulated driver fails on demand") }
 }
@@ -78,7 +78,7 @@ pub fn fail(kind: &str, n: u64) {
     assert_eq!(unsafe { arrange(kind.as_ptr(), n) }, 1);
 }
 
-/// How many calls of a kind there were.
+/// Number of calls of a kind so far.
 pub fn count(kind: &str) -> u64 {
     let get: unsafe extern "C" fn(*const c_char) -> u64 = exported("xt_emulator_count");
     let kind = CString::new(kind).expect("a name");
@@ -86,7 +86,7 @@ pub fn count(kind: &str) -> u64 {
     unsafe { get(kind.as_ptr()) }
 }
 
-/// How many things of a kind were made and not destroyed: `graph`, `stream`, `module`, …
+/// Number of things of a kind that were made and not destroyed: `graph`, `stream`, `module`, …
 pub fn alive(thing: &str) -> i64 {
     let get: unsafe extern "C" fn(*const c_char) -> i64 = exported("xt_emulator_alive");
     let thing = CString::new(thing).expect("a name");

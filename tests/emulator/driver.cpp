@@ -12,9 +12,12 @@ namespace xt {
 namespace {
 
 constexpr Card CARDS[] = {
+    {70, 96 << 10, 96 << 10, 2048},
     {75, 64 << 10, 64 << 10, 1024},
     {80, 163 << 10, 164 << 10, 2048},
     {90, 227 << 10, 228 << 10, 2048},
+    {100, 227 << 10, 228 << 10, 2048},
+    {120, 99 << 10, 100 << 10, 1536},
 };
 constexpr int MULTIPROCESSORS = 4;
 
@@ -35,6 +38,7 @@ constexpr Name NAMES[] = {
     {INVALID_DEVICE, "CUDA_ERROR_INVALID_DEVICE", "invalid device ordinal"},
     {INVALID_IMAGE, "CUDA_ERROR_INVALID_IMAGE", "device kernel image is invalid"},
     {INVALID_CONTEXT, "CUDA_ERROR_INVALID_CONTEXT", "invalid device context"},
+    {UNSUPPORTED_PTX, "CUDA_ERROR_UNSUPPORTED_PTX_VERSION", "the provided PTX was compiled with an unsupported toolchain."},
     {NO_BINARY_FOR_GPU, "CUDA_ERROR_NO_BINARY_FOR_GPU", "no kernel image is available for execution on the device"},
     {INVALID_HANDLE, "CUDA_ERROR_INVALID_HANDLE", "invalid resource handle"},
     {ILLEGAL_STATE, "CUDA_ERROR_ILLEGAL_STATE", "the operation cannot be performed in the present state"},
@@ -175,10 +179,19 @@ const Card& card() {
         for (const Card& each : CARDS) {
             if (each.architecture == architecture) return each;
         }
-        report(std::string("XT_EMULATOR_ARCH is 75, 80 or 90; got ") + name);
-        return CARDS[1];
+        report(std::string("XT_EMULATOR_ARCH is 70, 75, 80, 90, 100 or 120; got ") + name);
+        return CARDS[2];
     }();
     return chosen;
+}
+
+unsigned version_of(const char* variable) {
+    const char* const text = getenv(variable);
+    unsigned major = 13, minor = 0;
+    if (text != nullptr && sscanf(text, "%u.%u", &major, &minor) != 2) {
+        report(std::string(variable) + " is a version like 12.4; got " + text);
+    }
+    return major * 1000 + minor * 10;
 }
 
 int lost() { return context_lost ? ILLEGAL_ADDRESS : SUCCESS; }
@@ -206,7 +219,7 @@ XT_EXPORT void xt_emulator_clear(void) { context_lost = false; }
 XT_EXPORT int cuInit(unsigned) { return SUCCESS; }
 
 XT_EXPORT int cuDriverGetVersion(int* version) {
-    *version = 13000;
+    *version = version_of("XT_EMULATOR_DRIVER");
     return SUCCESS;
 }
 
@@ -361,12 +374,19 @@ XT_EXPORT int cuMemsetD32Async(uintptr_t to, unsigned value, size_t count, Strea
 XT_EXPORT int cuModuleLoadData(const Module** module, const void* image) {
     if (int error = lost()) return error;
     if (module == nullptr || image == nullptr) return INVALID_VALUE;
-    *module = load(image);
+    Origin origin;
+    *module = load(image, origin);
     if (*module == nullptr) return INVALID_IMAGE;
+    const unsigned made_for = origin.architecture, present = card().architecture;
+    const unsigned driver = version_of("XT_EMULATOR_DRIVER");
+    // A driver compiles PTX of compilers that are not newer than itself, for the card and earlier ones.
+    if (origin.ptx && origin.compiler > driver) return UNSUPPORTED_PTX;
+    // Machine code may come from any compiler of the same major version, for the same generation of cards and no later
+    // member of it than this one.
+    if (!origin.ptx && origin.compiler / 1000 > driver / 1000) return INVALID_IMAGE;
+    if (made_for > present || (!origin.ptx && made_for / 10 != present / 10)) return NO_BINARY_FOR_GPU;
     count_alive(MODULE, 1);
-    // As for machine code: the same generation, and no later member of it than the card.
-    const unsigned made_for = (*module)->architecture, present = card().architecture;
-    return made_for / 10 == present / 10 && made_for <= present ? SUCCESS : NO_BINARY_FOR_GPU;
+    return SUCCESS;
 }
 
 XT_EXPORT int cuModuleUnload(const Module*) {

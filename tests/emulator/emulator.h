@@ -56,6 +56,8 @@ struct Card {
     unsigned shared_opt_in, shared_per_multiprocessor, threads_per_multiprocessor;
 };
 const Card& card();
+// The version of CUDA that a variable gives as 12.4: 12040; 13000 if it is not set.
+unsigned version_of(const char* variable);
 constexpr unsigned SHARED_DEFAULT = 48 << 10;
 
 struct Launch {
@@ -98,10 +100,14 @@ const std::string& folder();
 std::string hash_of(const std::string& text);
 bool write_file(const std::string& path, const std::string& bytes);
 bool read_file(const std::string& path, std::string& bytes);
-// A module as the "machine code" that nvrtcGetCUBIN returns.
-std::string pack(const std::string& shared_object, unsigned architecture);
+// What a compiled image was made for, and by which version of NVRTC, as 13000 for 13.0.
+struct Origin {
+    uint32_t architecture, ptx, compiler;
+};
+// A module as the "machine code" that nvrtcGetCUBIN returns, or the PTX.
+std::string pack(const std::string& shared_object, const Origin& origin);
 // Null if the image is damaged or another emulator's.
-const Module* load(const void* image);
+const Module* load(const void* image, Origin& origin);
 const XtKernel* kernel_of(const Module& module, const char* name);
 // Static shared memory that a kernel may use.
 size_t shared_bytes_of(const Module& module, const XtKernel& kernel);
@@ -147,6 +153,7 @@ enum Result {
     INVALID_DEVICE = 101,
     INVALID_IMAGE = 200,
     INVALID_CONTEXT = 201,
+    UNSUPPORTED_PTX = 222,
     NO_BINARY_FOR_GPU = 209,
     INVALID_HANDLE = 400,
     NOT_FOUND = 500,

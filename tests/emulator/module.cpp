@@ -23,8 +23,7 @@ struct Header {
     char magic[8];
     char version[40];
     char hash[40];
-    uint32_t architecture;
-    uint32_t unused;
+    Origin origin;
     uint64_t bytes;
 };
 constexpr char MAGIC[8] = {'x', 't', 'e', 'm', 'u', 'l', 'a', 't'};
@@ -143,21 +142,22 @@ bool write_file(const std::string& path, const std::string& bytes) {
     return false;
 }
 
-std::string pack(const std::string& shared_object, unsigned architecture) {
+std::string pack(const std::string& shared_object, const Origin& origin) {
     Header header = {};
     memcpy(header.magic, MAGIC, sizeof MAGIC);
     strncpy(header.version, XT_EMULATOR_VERSION, sizeof header.version - 1);
     strncpy(header.hash, hash_of(shared_object).c_str(), sizeof header.hash - 1);
-    header.architecture = architecture;
+    header.origin = origin;
     header.bytes = shared_object.size();
     return std::string(reinterpret_cast<const char*>(&header), sizeof header) + shared_object;
 }
 
-const Module* load(const void* image) {
+const Module* load(const void* image, Origin& origin) {
     Header header;
     memcpy(&header, image, sizeof header.magic);
     if (memcmp(header.magic, MAGIC, sizeof MAGIC) != 0) return nullptr;
     memcpy(&header, image, sizeof header);
+    origin = header.origin;
     if (strncmp(header.version, XT_EMULATOR_VERSION, sizeof header.version - 1) != 0) return nullptr;
     const std::string bytes(static_cast<const char*>(image) + sizeof header, header.bytes);
     const std::string hash = hash_of(bytes);
@@ -173,7 +173,7 @@ const Module* load(const void* image) {
             report("cannot write " + path);
             return nullptr;
         }
-        module = open_module(path, bytes, header.architecture);
+        module = open_module(path, bytes, origin.architecture);
     }
     return module;
 }

@@ -19,6 +19,7 @@ namespace xt {
 
 struct Program {
     std::string source, name, log, image;
+    bool ptx = false;
 };
 
 namespace {
@@ -46,8 +47,18 @@ bool is_option(const std::string& text, const std::string& option) {
 
 struct Options {
     unsigned architecture = 75;
+    bool ptx = false;
     std::vector<std::string> definitions;
 };
+
+// What nvrtcGetSupportedArchs lists: XT_EMULATOR_NVRTC_ARCHS, as 80,90.
+std::vector<int> architectures() {
+    const char* list = getenv("XT_EMULATOR_NVRTC_ARCHS");
+    if (list == nullptr) list = "75,80,86,89,90,100,120";
+    std::vector<int> known;
+    for (; list != nullptr; list = strchr(list, ',')) known.push_back(atoi(*list == ',' ? ++list : list));
+    return known;
+}
 
 // An option that is not known, or an empty text.
 std::string parse(const std::vector<std::string>& given, Options& options) {
@@ -59,6 +70,9 @@ std::string parse(const std::vector<std::string>& given, Options& options) {
             const size_t digits = value.find('_');
             if (digits == std::string::npos) return option;
             options.architecture = atoi(value.c_str() + digits + 1);
+            options.ptx = value.starts_with("compute_");
+            const std::vector<int> known = architectures();
+            if (std::find(known.begin(), known.end(), options.architecture) == known.end()) return option;
         } else if (option == "-D" || option == "-U") {
             if (++i == given.size()) return option;
             options.definitions.push_back(option + given[i]);
@@ -224,7 +238,8 @@ NvrtcResult compile(Program& program, const std::vector<std::string>& given) {
         unlink(library.c_str());
         if (!ok) return NVRTC_COMPILATION;
     }
-    program.image = pack(object, options.architecture);
+    program.ptx = options.ptx;
+    program.image = pack(object, {options.architecture, options.ptx, version_of("XT_EMULATOR_NVRTC")});
     return NVRTC_SUCCESS;
 }
 
@@ -239,8 +254,19 @@ int copy_out(const std::string& text, bool terminated, char* to) {
 using namespace xt;
 
 XT_EXPORT int nvrtcVersion(int* major, int* minor) {
-    *major = 13;
-    *minor = 0;
+    const unsigned version = version_of("XT_EMULATOR_NVRTC");
+    *major = version / 1000;
+    *minor = version % 1000 / 10;
+    return NVRTC_SUCCESS;
+}
+
+XT_EXPORT int nvrtcGetNumSupportedArchs(int* count) {
+    *count = architectures().size();
+    return NVRTC_SUCCESS;
+}
+
+XT_EXPORT int nvrtcGetSupportedArchs(int* known) {
+    for (int architecture : architectures()) *known++ = architecture;
     return NVRTC_SUCCESS;
 }
 
@@ -259,7 +285,7 @@ XT_EXPORT const char* nvrtcGetErrorString(int result) {
 XT_EXPORT int nvrtcCreateProgram(Program** program, const char* source, const char* name, int headers,
                                  const char* const*, const char* const*) {
     if (program == nullptr || source == nullptr || headers != 0) return NVRTC_INVALID_INPUT;
-    *program = new Program{source, name == nullptr ? "default_program" : name, "", ""};
+    *program = new Program{source, name == nullptr ? "default_program" : name, "", "", false};
     return NVRTC_SUCCESS;
 }
 
@@ -280,14 +306,20 @@ XT_EXPORT int nvrtcCompileProgram(Program* program, int count, const char* const
     return compile(*program, std::vector<std::string>(options, options + count));
 }
 
-// PTX and machine code are the same here; the length of a text counts its end.
-XT_EXPORT int nvrtcGetCUBINSize(Program* program, size_t* bytes) {
+// PTX and machine code are the same here, but a virtual architecture has no machine code; the length of a text counts its
+// end.
+XT_EXPORT int nvrtcGetPTXSize(Program* program, size_t* bytes) {
     *bytes = program->image.size();
     return program->image.empty() ? NVRTC_INVALID_PROGRAM : NVRTC_SUCCESS;
 }
-XT_EXPORT int nvrtcGetCUBIN(Program* program, char* image) { return copy_out(program->image, false, image); }
-XT_EXPORT int nvrtcGetPTXSize(Program* program, size_t* bytes) { return nvrtcGetCUBINSize(program, bytes); }
-XT_EXPORT int nvrtcGetPTX(Program* program, char* image) { return nvrtcGetCUBIN(program, image); }
+XT_EXPORT int nvrtcGetPTX(Program* program, char* image) { return copy_out(program->image, false, image); }
+XT_EXPORT int nvrtcGetCUBINSize(Program* program, size_t* bytes) {
+    *bytes = 0;
+    return program->ptx ? NVRTC_SUCCESS : nvrtcGetPTXSize(program, bytes);
+}
+XT_EXPORT int nvrtcGetCUBIN(Program* program, char* image) {
+    return program->ptx ? NVRTC_INVALID_PROGRAM : nvrtcGetPTX(program, image);
+}
 XT_EXPORT int nvrtcGetProgramLogSize(Program* program, size_t* bytes) {
     *bytes = program->log.size() + 1;
     return NVRTC_SUCCESS;

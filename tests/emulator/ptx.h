@@ -4,6 +4,7 @@
 inline f32 ptx_f16_to_f32(unsigned short bits) { return xt_f16_to_f32(bits); }
 inline unsigned short ptx_f32_to_f16(f32 x) { return xt_f32_to_f16(x); }
 inline f32 ptx_exp2(f32 x) { return exp2(x); }
+inline u32 ptx_opaque(u32 x) { return x; }
 inline void ptx_store_128(void* to, uint4 raw) { *static_cast<uint4*>(to) = raw; }
 
 inline void ptx_ldmatrix_x4(u32 (&r)[4], const void* shared) { xt_ldmatrix(XT_HERE("ldmatrix"), r, 4, false, shared); }

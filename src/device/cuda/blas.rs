@@ -29,7 +29,7 @@ pub(super) struct Handle {
     _workspace: Plain,
 }
 
-/// What `cublasCreate` made.
+/// A handle as `cublasCreate` made it.
 struct Library(sys::cublasHandle_t);
 
 // SAFETY: used by one thread at a time, behind a lock.

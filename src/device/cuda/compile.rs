@@ -1,28 +1,34 @@
 //! Kernels from source to machine code by NVRTC, kept on disk.
 //!
-//! Code is made for the present card (CUBIN and not PTX), so that a driver never meets code newer than itself.
+//! Code from the cache runs on the GPU, with access to all that this process has there. A file's hash (FNV-1a) shows
+//! damage and other versions; it says nothing about who wrote the file. The cache is trusted for another reason: its
+//! folder and its files belong to this user or to root, and nobody else may write to them. Where that is not so, nothing
+//! is read and nothing written.
 
 use std::{
     env,
-    ffi::CString,
+    ffi::{CString, c_char},
     fs,
+    io::{self, Read},
     path::{Path, PathBuf},
 };
 
 use cudarc::nvrtc::{result, sys};
 
-use super::libraries;
+use permissions::{is_open, owner_of, writers_of};
+
+use super::{
+    libraries,
+    target::{Architecture, Target},
+};
 use crate::{Error, Result, core::fnv1a, device::kernels::KernelSource, io::write_atomically};
 
-/// A card's architecture: 80 for `sm_80`.
-pub type Architecture = u32;
-
-/// What NVRTC made of a variant.
+/// Output of NVRTC for one variant.
 #[derive(Clone, Debug)]
 pub struct Compiled {
-    /// Machine code.
-    pub cubin: Vec<u8>,
-    /// What the compiler said: warnings, and with [`compile`]'s `verbose` the registers and memory of each kernel.
+    /// Machine code (CUBIN), or the text of PTX with a zero at its end, as the target says.
+    pub code: Vec<u8>,
+    /// Log of the compiler: warnings, and with [`compile`]'s `verbose` the registers and memory of each kernel.
     pub log: String,
 }
 
@@ -31,17 +37,11 @@ pub struct Compiled {
 /// `verbose` asks for the use of registers and memory in the log.
 ///
 /// Errors: [`Error::Device`] without NVRTC, or with the compiler's log.
-pub fn compile(
-    source: &KernelSource,
-    options: &[(&str, &str)],
-    architecture: Architecture,
-    verbose: bool,
-) -> Result<Compiled> {
+pub fn compile(source: &KernelSource, options: &[(&str, &str)], target: Target, verbose: bool) -> Result<Compiled> {
     libraries::nvrtc().state.as_ref().map_err(|why| error(format!("NVRTC: {why}")))?;
     let definitions = options.iter().map(|(name, value)| format!("-D{name}={value}"));
     // Older versions take generic lambdas for functions of the host unless told otherwise.
-    let mut arguments =
-        vec![format!("--gpu-architecture=sm_{architecture}"), "--std=c++17".into(), "-default-device".into()];
+    let mut arguments = vec![format!("--gpu-architecture={target}"), "--std=c++17".into(), "-default-device".into()];
     arguments.extend(definitions);
     if verbose {
         arguments.push("--ptxas-options=-v".into());
@@ -59,15 +59,22 @@ pub fn compile(
     let log: Vec<u8> = log.into_iter().map(|c| c as u8).take_while(|&c| c != 0).collect();
     let log = String::from_utf8_lossy(&log).trim().to_string();
     outcome.map_err(|why| error(format!("{}.cu {arguments:?}: {why:?}\n{log}", source.name)))?;
+    let (size_of, copy): (SizeOf, Copy) = match target.is_ptx() {
+        false => (sys::nvrtcGetCUBINSize, sys::nvrtcGetCUBIN),
+        true => (sys::nvrtcGetPTXSize, sys::nvrtcGetPTX),
+    };
     let mut size = 0;
     // SAFETY: `size` is valid for the write.
-    unsafe { sys::nvrtcGetCUBINSize(program.0, &mut size) }.result().map_err(|why| error(format!("NVRTC: {why:?}")))?;
-    let mut cubin = vec![0u8; size];
-    // SAFETY: `cubin` has the size that NVRTC asked for.
-    let got = unsafe { sys::nvrtcGetCUBIN(program.0, cubin.as_mut_ptr().cast()) };
+    unsafe { size_of(program.0, &mut size) }.result().map_err(|why| error(format!("NVRTC: {why:?}")))?;
+    let mut code = vec![0u8; size];
+    // SAFETY: `code` has the size that NVRTC asked for.
+    let got = unsafe { copy(program.0, code.as_mut_ptr().cast()) };
     got.result().map_err(|why| error(format!("NVRTC: {why:?}")))?;
-    Ok(Compiled { cubin, log })
+    Ok(Compiled { code, log })
 }
+
+type SizeOf = unsafe fn(sys::nvrtcProgram, *mut usize) -> sys::nvrtcResult;
+type Copy = unsafe fn(sys::nvrtcProgram, *mut c_char) -> sys::nvrtcResult;
 
 struct Program(sys::nvrtcProgram);
 
@@ -87,51 +94,144 @@ pub fn nvrtc_version() -> Result<(i32, i32)> {
     Ok((major, minor))
 }
 
-/// The machine code of a variant: from the cache on disk, or compiled and put there.
+/// Compute capabilities that NVRTC compiles for, in ascending order.
+pub(super) fn supported_architectures() -> Result<Vec<Architecture>> {
+    libraries::nvrtc().state.as_ref().map_err(|why| error(format!("NVRTC: {why}")))?;
+    let fail = |why| error(format!("NVRTC: {why:?}"));
+    let mut count = 0;
+    // SAFETY: valid for the write, and the symbol was found.
+    unsafe { sys::nvrtcGetNumSupportedArchs(&mut count) }.result().map_err(fail)?;
+    let mut known = vec![0; count.max(0) as usize];
+    // SAFETY: there is room for the number that NVRTC gave, and the symbol was found.
+    unsafe { sys::nvrtcGetSupportedArchs(known.as_mut_ptr()) }.result().map_err(fail)?;
+    let mut known: Vec<_> = known.into_iter().filter_map(|known| Architecture::try_from(known).ok()).collect();
+    known.sort_unstable();
+    Ok(known)
+}
+
+/// Code of a variant: from the cache on disk, or compiled and put there.
 ///
-/// Errors: those of [`compile`]. A cache that cannot be written is no error, only slower the next time.
-pub fn cubin(source: &KernelSource, options: &[(&str, &str)], architecture: Architecture) -> Result<Vec<u8>> {
+/// Errors: those of [`compile`]. Failing to write the cache is not an error.
+pub fn cubin(source: &KernelSource, options: &[(&str, &str)], target: Target) -> Result<Vec<u8>> {
     match folder() {
-        Some(folder) => cubin_in(&folder, source, options, architecture).map(|cached| cached.cubin),
-        None => compile(source, options, architecture, false).map(|compiled| compiled.cubin),
+        Some(folder) => cubin_in(&folder, source, options, target).map(|cached| cached.code),
+        None => compile(source, options, target, false).map(|compiled| compiled.code),
     }
 }
 
 /// Code from a cache folder.
 #[derive(Debug)]
 pub struct Cached {
-    /// Machine code.
-    pub cubin: Vec<u8>,
-    /// Whether it was in the cache; else it was compiled now.
+    /// Machine code, or PTX.
+    pub code: Vec<u8>,
+    /// If `true`, it was in the cache; else it was compiled now.
     pub found: bool,
-    /// Why it could not be put into the cache, if so.
+    /// Reason why it was not put into the cache.
     pub unwritten: Option<Error>,
 }
 
-/// As [`cubin`], in a folder of one's own. A file that is damaged or foreign is replaced.
-pub fn cubin_in(
-    folder: &Path,
-    source: &KernelSource,
-    options: &[(&str, &str)],
-    architecture: Architecture,
-) -> Result<Cached> {
-    let key = Key::new(source, options, architecture)?;
+/// Code of a variant, from a cache in this folder, which is made if need be. A file that is damaged or foreign is replaced.
+///
+/// Errors: those of [`compile`].
+pub fn cubin_in(folder: &Path, source: &KernelSource, options: &[(&str, &str)], target: Target) -> Result<Cached> {
+    let trusted = trusted(folder);
+    let key = Key::new(source, options, target)?;
     let path = folder.join(&key.file);
-    if let Some(cubin) = fs::read(&path).ok().and_then(|bytes| key.code(&bytes)) {
-        return Ok(Cached { cubin, found: true, unwritten: None });
+    let kept = trusted.as_ref().ok().and_then(|()| read_own(folder, &path)).and_then(|bytes| key.code(&bytes));
+    if let Some(code) = kept {
+        return Ok(Cached { code, found: true, unwritten: None });
     }
-    let cubin = compile(source, options, architecture, false)?.cubin;
-    let created = fs::create_dir_all(folder).map_err(|why| Error::io(folder, why));
-    let written = created.and_then(|()| {
+    let code = compile(source, options, target, false)?.code;
+    let written = trusted.and_then(|()| create(folder).map_err(|why| Error::io(folder, why))).and_then(|()| {
         write_atomically(&path, |file| {
-            file.write_all(&key.header(&cubin))?;
-            file.write_all(&cubin)
+            file.write_all(&key.header(&code))?;
+            file.write_all(&code)
         })
     });
-    Ok(Cached { cubin, found: false, unwritten: written.err() })
+    Ok(Cached { code, found: false, unwritten: written.err() })
 }
 
-/// The cache's folder: `XT_KERNEL_CACHE` (`off` for none), else `x-transformers/kernels` in the user's cache folder.
+/// Makes a folder that nobody but this user may enter, with those above it.
+fn create(folder: &Path) -> io::Result<()> {
+    let mut builder = fs::DirBuilder::new();
+    #[cfg(unix)]
+    std::os::unix::fs::DirBuilderExt::mode(&mut builder, 0o700);
+    builder.recursive(true).create(folder)
+}
+
+/// Checks that nobody but this user and root may write to a cache, if it exists.
+///
+/// Errors: who may, and the remedy.
+pub(super) fn trusted(folder: &Path) -> Result<()> {
+    let why = fs::metadata(folder).ok().and_then(|found| owner_of(&found).or_else(|| writers_of(&found)));
+    why.map_or(Ok(()), |why| {
+        Err(error(format!(
+            "the kernel cache {} {why}, and its code runs on the GPU with this process's data: it is neither read nor \
+             written; `chmod 700` it or name a folder of your own in XT_KERNEL_CACHE",
+            folder.display()
+        )))
+    })
+}
+
+/// Bytes of a file in a trusted folder, unless somebody else wrote it or may write to it.
+fn read_own(folder: &Path, path: &Path) -> Option<Vec<u8>> {
+    let mut file = fs::File::open(path).ok()?;
+    // Of the file that was opened, whatever its name means by now.
+    let found = file.metadata().ok()?;
+    let reachable = fs::metadata(folder).is_ok_and(|folder| is_open(&folder));
+    if owner_of(&found).is_some() || reachable && writers_of(&found).is_some() {
+        return None;
+    }
+    let mut bytes = Vec::new();
+    file.read_to_end(&mut bytes).ok()?;
+    Some(bytes)
+}
+
+/// Ownership and permissions, where the system has them.
+#[cfg(unix)]
+mod permissions {
+    use std::{fs::Metadata, os::unix::fs::MetadataExt};
+
+    /// The owner, in words, unless it is this user or root.
+    pub fn owner_of(found: &Metadata) -> Option<String> {
+        unsafe extern "C" {
+            safe fn geteuid() -> u32;
+        }
+        let (owner, user) = (found.uid(), geteuid());
+        (owner != 0 && owner != user).then(|| format!("belongs to user {owner}, not to user {user}"))
+    }
+
+    /// The mode, in words, if others than the owner may write.
+    pub fn writers_of(found: &Metadata) -> Option<String> {
+        (found.mode() & 0o022 != 0).then(|| format!("can be written by others (mode {:o})", found.mode() & 0o777))
+    }
+
+    /// If `true`, others may open the files of a folder.
+    pub fn is_open(folder: &Metadata) -> bool {
+        folder.mode() & 0o011 != 0
+    }
+}
+
+/// Elsewhere a user's cache folder is the user's alone.
+#[cfg(not(unix))]
+mod permissions {
+    use std::fs::Metadata;
+
+    pub fn owner_of(_: &Metadata) -> Option<String> {
+        None
+    }
+
+    pub fn writers_of(_: &Metadata) -> Option<String> {
+        None
+    }
+
+    pub fn is_open(_: &Metadata) -> bool {
+        false
+    }
+}
+
+/// Folder of the cache: `XT_KERNEL_CACHE` (`off` for none), else `x-transformers/kernels` in the user's cache folder. It
+/// is made with mode 700, and used only while nobody but this user and root may write to it.
 pub fn folder() -> Option<PathBuf> {
     match env::var_os("XT_KERNEL_CACHE") {
         Some(off) if off == "off" => None,
@@ -146,7 +246,7 @@ pub fn folder() -> Option<PathBuf> {
     }
 }
 
-/// What code is filed under: everything that it depends on.
+/// Name and hash of a file of the cache, from everything that its code depends on.
 struct Key {
     file: String,
     hash: u64,
@@ -157,29 +257,30 @@ const MAGIC: &[u8; 8] = b"xtcubin1";
 const HEADER: usize = 32;
 
 impl Key {
-    fn new(source: &KernelSource, options: &[(&str, &str)], architecture: Architecture) -> Result<Self> {
+    fn new(source: &KernelSource, options: &[(&str, &str)], target: Target) -> Result<Self> {
         let (major, minor) = nvrtc_version()?;
         let mut options: Vec<String> = options.iter().map(|(name, value)| format!("{name}={value}")).collect();
         options.sort();
-        let text = format!("{:016x} {options:?} sm_{architecture} NVRTC {major}.{minor}", source.hash);
+        let text = format!("{:016x} {options:?} {target} NVRTC {major}.{minor}", source.hash);
         let hash = fnv1a(text.as_bytes());
-        Ok(Self { file: format!("{}-sm_{architecture}-{hash:016x}.cubin", source.name), hash })
+        let form = if target.is_ptx() { "ptx" } else { "cubin" };
+        Ok(Self { file: format!("{}-{target}-{hash:016x}.{form}", source.name), hash })
     }
 
     /// Magic, key, length and hash of the code, 8 bytes each.
-    fn header(&self, cubin: &[u8]) -> [u8; HEADER] {
+    fn header(&self, code: &[u8]) -> [u8; HEADER] {
         let mut header = [0; HEADER];
         header[..8].copy_from_slice(MAGIC);
         header[8..16].copy_from_slice(&self.hash.to_le_bytes());
-        header[16..24].copy_from_slice(&(cubin.len() as u64).to_le_bytes());
-        header[24..].copy_from_slice(&fnv1a(cubin).to_le_bytes());
+        header[16..24].copy_from_slice(&(code.len() as u64).to_le_bytes());
+        header[24..].copy_from_slice(&fnv1a(code).to_le_bytes());
         header
     }
 
     /// The code of a file, if it is whole and this key's.
     fn code(&self, bytes: &[u8]) -> Option<Vec<u8>> {
-        let (header, cubin) = bytes.split_at_checked(HEADER)?;
-        (*header == self.header(cubin)).then(|| cubin.to_vec())
+        let (header, code) = bytes.split_at_checked(HEADER)?;
+        (*header == self.header(code)).then(|| code.to_vec())
     }
 }
 

@@ -23,7 +23,7 @@ pub(super) struct Gate {
     recorder: AtomicU64,
     /// If `true`, the stream is being captured. Written by the recorder with `turn` locked for writing.
     capturing: AtomicBool,
-    /// What is to be freed once the capture has ended.
+    /// Garbage to drop once the capture has ended.
     later: Mutex<Vec<Box<dyn Any + Send>>>,
 }
 

@@ -20,7 +20,7 @@ use crate::{
 
 /// A recorded computation on a GPU. Replaying it costs one launch instead of one per kernel.
 ///
-/// What is recorded are the kernels, with the addresses and numbers that they were given: shapes, scalars and the path
+/// The recording consists of kernels, with the addresses and numbers that they were given: shapes, scalars and the path
 /// through the program are those of the recording; what is to change from replay to replay must be an input. Inputs are
 /// copied into place by [`Graph::replay`]; parameters are read where they are, so that an optimizer may update them
 /// between replays.
@@ -47,7 +47,7 @@ pub struct Graph<R> {
     params: Vec<(String, (u64, Layout))>,
     map: ParamMap,
     output: R,
-    /// What the recorded kernels find tensors by.
+    /// Tables of addresses that the recorded kernels read.
     _tables: Vec<Tensor>,
     device: &'static CudaDevice,
 }
@@ -92,7 +92,7 @@ impl Drop for ToDestroy {
     }
 }
 
-/// What was captured, until it is instantiated.
+/// A captured graph, until it is instantiated.
 struct Captured(sys::CUgraph);
 
 impl Drop for Captured {
@@ -173,7 +173,6 @@ impl Recording {
         self.open = false;
         let executable = Executable { handle, blocks: device.pool.finish(), device };
         let tables = std::mem::take(&mut *device.graph_tables()).made;
-        drop(self);
         let fill = |(mut table, values): (Tensor, Vec<i64>)| {
             device.upload(table.address_mut()?, bytemuck::cast_slice(&values)).map(|()| table)
         };
@@ -227,10 +226,15 @@ impl<R> Graph<R> {
         // Copies of their own: a replay writes into them.
         let inputs = inputs.iter().map(Tensor::to_owned_copy).collect::<Result<Vec<_>>>()?;
         recording.warm(|| f(&inputs))?;
-        let (captured, output) = recording.capture(|| f(&inputs))?;
-        let (executable, tables) = recording.finish(captured)?;
         let place = |(name, param): (&str, &crate::Param)| Ok((name.to_string(), place(param)?));
-        let params_at = params.iter().map(place).collect::<Result<_>>()?;
+        let params_at = params.iter().map(place).collect::<Result<Vec<_>>>()?;
+        let (captured, output) = recording.capture(|| f(&inputs))?;
+        for (now, recorded) in params.iter().map(place).zip(&params_at) {
+            if now? != *recorded {
+                return Err(Error::argument("graph", format!("`{}` was replaced during the recording", recorded.0)));
+            }
+        }
+        let (executable, tables) = recording.finish(captured)?;
         Ok(Self { executable, inputs, params: params_at, map: params.clone(), output, _tables: tables, device })
     }
 
@@ -284,7 +288,7 @@ impl<R> Graph<R> {
         Ok(&self.output)
     }
 
-    /// What the recorded function returned. Before the first replay its tensors hold nothing.
+    /// The value that the recorded function returned. Before the first replay its tensors hold nothing.
     pub fn output(&self) -> &R {
         &self.output
     }

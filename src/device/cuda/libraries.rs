@@ -2,9 +2,16 @@
 //!
 //! cudarc panics in calls to a library, or a symbol of one, that is not there. So nothing of it is called before all
 //! three libraries were opened and asked for every symbol in use.
+//!
+//! Loading a library runs its code, so that none is ever loaded from the working folder, which may be anybody's. Empty and
+//! relative entries of the environment mean that folder. They are passed over in `CUDA_HOME`, `CUDA_PATH`, `VIRTUAL_ENV`,
+//! `CONDA_PREFIX`, `HOME` and `PATH`, and are an error in `XT_CUDA_LIBS`, which is this library's own. `LD_LIBRARY_PATH` is
+//! the system's: where an entry of it is such a folder and a library of CUDA lies there, nothing is loaded at all.
 
 use std::{
-    env, fs,
+    env,
+    ffi::{OsStr, OsString},
+    fs,
     path::{Path, PathBuf},
     sync::OnceLock,
 };
@@ -62,17 +69,20 @@ const DRIVER: &[&str] = &[
     "cuEventCreate",
     "cuEventRecord",
     "cuEventSynchronize",
-    "cuEventElapsedTime_v2",
     "cuEventDestroy_v2",
     "cuGetErrorName",
     "cuGetErrorString",
 ];
 const NVRTC: &[&str] = &[
     "nvrtcVersion",
+    "nvrtcGetNumSupportedArchs",
+    "nvrtcGetSupportedArchs",
     "nvrtcCreateProgram",
     "nvrtcCompileProgram",
     "nvrtcGetCUBINSize",
     "nvrtcGetCUBIN",
+    "nvrtcGetPTXSize",
+    "nvrtcGetPTX",
     "nvrtcGetProgramLogSize",
     "nvrtcGetProgramLog",
     "nvrtcDestroyProgram",
@@ -90,7 +100,7 @@ const WANTED: [Wanted; 3] = [
     Wanted {
         what: "driver",
         name: "cuda",
-        hint: "it comes with the NVIDIA driver, version 525 or later",
+        hint: "install the NVIDIA driver, version 525 or later for CUDA 12, 580 or later for CUDA 13",
         symbols: DRIVER,
         is_present: driver::sys::is_culib_present,
         opened: driver::sys::culib,
@@ -98,7 +108,8 @@ const WANTED: [Wanted; 3] = [
     Wanted {
         what: "NVRTC",
         name: "nvrtc",
-        hint: "from the CUDA toolkit 12 or 13, or `pip install nvidia-cuda-nvrtc`",
+        hint: "install the CUDA toolkit 12 or 13, or `pip install nvidia-cuda-nvrtc` (nvidia-cuda-nvrtc-cu12 for drivers \
+               before 580)",
         symbols: NVRTC,
         is_present: nvrtc::sys::is_culib_present,
         opened: nvrtc::sys::culib,
@@ -106,14 +117,15 @@ const WANTED: [Wanted; 3] = [
     Wanted {
         what: "cuBLAS",
         name: "cublas",
-        hint: "from the CUDA toolkit 12 or 13, or `pip install nvidia-cublas`",
+        hint: "install the CUDA toolkit 12 or 13, or `pip install nvidia-cublas` (nvidia-cublas-cu12 for drivers before \
+               580)",
         symbols: CUBLAS,
         is_present: cublas::sys::is_culib_present,
         opened: cublas::sys::culib,
     },
 ];
 
-/// What was found of one library.
+/// Result of the search for one library.
 #[derive(Clone, Debug)]
 pub struct Found {
     /// `driver`, `NVRTC` or `cuBLAS`.
@@ -129,14 +141,33 @@ pub fn find() -> &'static [Found; 3] {
     FOUND.get_or_init(|| WANTED.each_ref().map(|wanted| Found { what: wanted.what, state: wanted.find() }))
 }
 
-/// Whether NVRTC alone is here: enough to compile kernels, without a GPU.
+/// Result for NVRTC alone, which is enough to compile kernels without a GPU.
 pub fn nvrtc() -> &'static Found {
     &find()[1]
 }
 
+/// `cuEventElapsedTime` of the driver: the second version from CUDA 12.8 on (driver 570), else the first.
+///
+/// Errors: there is neither.
+pub fn elapsed_time() -> Result<ElapsedTime, String> {
+    find()[0].state.clone()?;
+    // SAFETY: it is present, so that the call does not panic.
+    let library = unsafe { driver::sys::culib() };
+    let symbol = ["cuEventElapsedTime_v2", "cuEventElapsedTime"].iter().find_map(|name| {
+        // SAFETY: both have this type.
+        unsafe { library.get::<ElapsedTime>(name.as_bytes()) }.ok()
+    });
+    symbol.map(|symbol| *symbol).ok_or_else(|| "libcuda has no `cuEventElapsedTime`".into())
+}
+
+/// Type of `cuEventElapsedTime`.
+pub type ElapsedTime =
+    unsafe extern "C" fn(*mut f32, driver::sys::CUevent, driver::sys::CUevent) -> driver::sys::CUresult;
+
 impl Wanted {
     fn find(&self) -> Result<String, String> {
-        let (before, after) = folders();
+        let (before, after) = folders()?;
+        refuse_foreign(env::var_os("LD_LIBRARY_PATH").as_deref())?;
         let mut place = before.iter().find_map(|folder| self.open(folder));
         // SAFETY: opens a library by the names that it is installed under; its initialisers are NVIDIA's.
         if place.is_none() && unsafe { (self.is_present)() } {
@@ -199,13 +230,74 @@ fn open_for_good(path: &Path) -> bool {
 }
 
 /// The folders that exist of those to look in before the system's, and after them.
-fn folders() -> (Vec<PathBuf>, Vec<PathBuf>) {
-    let named = env::var_os("XT_CUDA_LIBS").map(|folders| env::split_paths(&folders).collect::<Vec<_>>());
-    let toolkits = ["CUDA_HOME", "CUDA_PATH"].into_iter().filter_map(env::var_os).map(PathBuf::from);
+///
+/// Errors: a relative path in `XT_CUDA_LIBS`.
+fn folders() -> Result<(Vec<PathBuf>, Vec<PathBuf>), String> {
+    let named = paths_of("XT_CUDA_LIBS");
+    if let Some(relative) = named.iter().find(|folder| !folder.as_os_str().is_empty() && !folder.is_absolute()) {
+        return Err(format!(
+            "XT_CUDA_LIBS names the folder `{}`, which depends on the working folder; name it by its absolute path",
+            relative.display()
+        ));
+    }
+    let toolkits = absolute(["CUDA_HOME", "CUDA_PATH"]);
     let toolkits = toolkits.flat_map(|home| ["lib64", "lib", "bin"].map(|folder| home.join(folder)));
-    let before = named.unwrap_or_default().into_iter().chain(toolkits);
+    let before = named.into_iter().filter(|folder| folder.is_absolute()).chain(toolkits);
     let after = [PathBuf::from("/usr/local/cuda/lib64")].into_iter().chain(python_folders());
-    (existing(before), existing(after))
+    Ok((existing(before), existing(after)))
+}
+
+/// The entries of a variable that is a list of folders.
+fn paths_of(name: &str) -> Vec<PathBuf> {
+    env::var_os(name).map(|folders| env::split_paths(&folders).collect()).unwrap_or_default()
+}
+
+/// The folders that these variables name, without those that depend on the working folder.
+fn absolute<const N: usize>(names: [&'static str; N]) -> impl Iterator<Item = PathBuf> {
+    names.into_iter().filter_map(env::var_os).map(PathBuf::from).filter(|folder| folder.is_absolute())
+}
+
+/// Errors: the dynamic loader would take a library of CUDA from the working folder, for `search` (`LD_LIBRARY_PATH`) has
+/// an entry that is empty or relative.
+fn refuse_foreign(search: Option<&OsStr>) -> Result<(), String> {
+    // The loader takes an empty value for none, but an empty entry for the working folder.
+    let Some(search) = search.filter(|search| cfg!(unix) && !search.is_empty()) else { return Ok(()) };
+    let relative: Vec<_> = split_search(search).into_iter().filter(|folder| !folder.is_absolute()).collect();
+    for folder in relative {
+        let folder = Path::new(".").join(folder);
+        for folder in std::iter::once(folder.clone()).chain(subfolders(&folder.join("glibc-hwcaps"))) {
+            let names = fs::read_dir(&folder).into_iter().flatten().flatten().map(|entry| entry.file_name());
+            let cuda = |name: &OsString| {
+                let name = name.to_string_lossy();
+                let rest = name.strip_prefix(env::consts::DLL_PREFIX).unwrap_or_default();
+                ["cuda", "nvcuda", "nvrtc", "cublas"].iter().any(|library| rest.starts_with(library))
+            };
+            if let Some(name) = names.into_iter().find(cuda) {
+                return Err(format!(
+                    "{} lies in the working folder, and LD_LIBRARY_PATH has an empty or relative entry, by which it would \
+                     be loaded; remove that entry (`export LD_LIBRARY_PATH=$LD_LIBRARY_PATH:…` makes an empty one where \
+                     nothing was set)",
+                    folder.join(name).display()
+                ));
+            }
+        }
+    }
+    Ok(())
+}
+
+/// The entries of a search path of the dynamic loader, which also takes semicolons.
+fn split_search(search: &OsStr) -> Vec<PathBuf> {
+    search.as_encoded_bytes().split(|byte| matches!(byte, b':' | b';')).map(to_path).collect()
+}
+
+#[cfg(unix)]
+fn to_path(bytes: &[u8]) -> PathBuf {
+    PathBuf::from(<OsStr as std::os::unix::ffi::OsStrExt>::from_bytes(bytes))
+}
+
+#[cfg(not(unix))]
+fn to_path(bytes: &[u8]) -> PathBuf {
+    PathBuf::from(String::from_utf8_lossy(bytes).into_owned())
 }
 
 fn existing(folders: impl Iterator<Item = PathBuf>) -> Vec<PathBuf> {
@@ -220,10 +312,10 @@ fn existing(folders: impl Iterator<Item = PathBuf>) -> Vec<PathBuf> {
 
 /// `site-packages/nvidia/*/lib` of the active virtual environment, of every Python on `PATH`, and of the user.
 fn python_folders() -> Vec<PathBuf> {
-    let environments = ["VIRTUAL_ENV", "CONDA_PREFIX"].into_iter().filter_map(env::var_os).map(PathBuf::from);
-    let on_path = env::var_os("PATH").map(|path| env::split_paths(&path).collect::<Vec<_>>()).unwrap_or_default();
-    let prefixes = on_path.into_iter().filter_map(|bin| bin.parent().map(Path::to_path_buf));
-    let user = env::var_os("HOME").map(|home| PathBuf::from(home).join(".local"));
+    let environments = absolute(["VIRTUAL_ENV", "CONDA_PREFIX"]);
+    let on_path = paths_of("PATH").into_iter().filter(|bin| bin.is_absolute());
+    let prefixes = on_path.filter_map(|bin| bin.parent().map(Path::to_path_buf));
+    let user = absolute(["HOME"]).map(|home| home.join(".local"));
     let mut folders = Vec::new();
     for prefix in environments.chain(prefixes).chain(user) {
         for python in subfolders(&prefix.join("lib")) {

@@ -14,6 +14,7 @@ mod pool;
 mod resources;
 mod staging;
 mod tables;
+mod target;
 mod timer;
 
 use std::{
@@ -38,19 +39,22 @@ use super::{
 };
 use crate::{Error, Result, Tensor};
 
-pub use compile::{Architecture, Cached, Compiled, compile, cubin, cubin_in, folder, nvrtc_version};
+pub use compile::{Cached, Compiled, compile, cubin, cubin_in, folder, nvrtc_version};
 pub use graph::Graph;
 pub use lab::{Rung, Scalar};
 use memory::Block;
 pub(crate) use memory::CudaBuffer;
 use pool::Pool;
 use resources::{Context, Module, Plain, Stream};
+pub use target::{Architecture, Target};
 
 /// A CUDA device. There is one value per card and process, which lives as long as the process.
 pub struct CudaDevice {
     ordinal: usize,
     name: String,
     architecture: Architecture,
+    /// The target that its kernels are compiled for.
+    target: Target,
     pool: Pool<Block>,
     /// Loaded kernels by name and options.
     functions: RwLock<HashMap<String, Function>>,
@@ -67,7 +71,7 @@ pub struct CudaDevice {
     read_backs: AtomicU64,
     // In this order they are freed, if the device cannot be opened.
     blas: Mutex<blas::Handle>,
-    /// What kernels report: kind, index and limit of the first fault.
+    /// Words that kernels report in: kind, index and limit of the first fault.
     faults: Plain,
     stream: Stream,
     context: Context,
@@ -118,9 +122,9 @@ impl CudaDevice {
         let major = attribute(Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR)?;
         let minor = attribute(Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR)?;
         let architecture = (major * 10 + minor) as Architecture;
-        if architecture < 75 {
-            return Err(error(format!("cuda:{ordinal} is an sm_{architecture}, expected sm_75 (Turing) or later")));
-        }
+        let driver = driver_version().map_err(|why| place("cuDriverGetVersion", why))?;
+        let target = target::target(architecture, driver)
+            .map_err(|why| error(format!("cuda:{ordinal} is not usable: {why}")))?;
         let name = result::device::get_name(device).map_err(|why| place("cuDeviceGetName", why))?;
         // What follows frees itself if a later step fails.
         let context = Context::retain(device).map_err(|why| place("cuDevicePrimaryCtxRetain", why))?;
@@ -138,6 +142,7 @@ impl CudaDevice {
             ordinal,
             name,
             architecture,
+            target,
             pool: Pool::new(limit.unwrap_or(usize::MAX)),
             functions: RwLock::default(),
             constants: Mutex::default(),
@@ -168,6 +173,11 @@ impl CudaDevice {
     /// The card's compute capability: 80 for `sm_80`.
     pub fn architecture(&self) -> Architecture {
         self.architecture
+    }
+
+    /// Target that its kernels are compiled for: machine code, or PTX if the card is newer than NVRTC.
+    pub fn target(&self) -> Target {
+        self.target
     }
 
     /// Waits until all that was enqueued is done.
@@ -249,10 +259,13 @@ impl CudaDevice {
         let source = source.filter(|source| source.has(options)).ok_or_else(|| {
             error(format!("{}.cu has no variant {options:?}; its `// Variants:` say what", signature.file))
         })?;
-        let cubin = compile::cubin(source, options, self.architecture)?;
+        let cubin = compile::cubin(source, options, self.target)?;
         let kernel = CString::new(signature.kernel).map_err(|why| error(why.to_string()))?;
+        // Loading may wait for the whole context. What is recorded was loaded by the run before.
+        let _pass = self.enter_outside("loading a kernel")?;
         self.bind()?;
-        // SAFETY: the context is current, and the code is whole: NVRTC made it, or the cache found it undamaged.
+        // SAFETY: the context is current, and NVRTC made the code, now or earlier: a cache that somebody else may write to is
+        // not read, and a hash shows damage.
         let module = self.check("cuModuleLoadData", unsafe { Module::load(&cubin) })?;
         let handle = self.check("cuModuleGetFunction", module.function(kernel))?;
         Ok((module, Function { handle, signature }))
@@ -317,7 +330,7 @@ impl Kernel<'_> {
     }
 }
 
-/// Whether `XT_SYNC=1` asks to wait after each launch, so that an error names its kernel.
+/// Returns `true` if `XT_SYNC=1` asks to wait after each launch, by which an error names its kernel.
 fn synchronous() -> bool {
     static SYNC: OnceLock<bool> = OnceLock::new();
     *SYNC.get_or_init(|| std::env::var("XT_SYNC").is_ok_and(|value| value == "1"))
@@ -384,16 +397,30 @@ pub fn describe() -> Vec<String> {
         Err(why) => format!("cuda: {} missing: {why}", found.what),
     };
     let mut lines: Vec<_> = libraries::find().iter().map(line).collect();
+    if let Some(Err(why)) = folder().map(|folder| compile::trusted(&folder)) {
+        lines.push(format!("cuda: {why}"));
+    }
     if libraries::find().iter().all(|found| found.state.is_ok()) {
+        if let (Ok((driver, of_driver)), Ok((nvrtc, of_nvrtc))) = (driver_version(), nvrtc_version()) {
+            lines.push(format!("cuda: driver for CUDA {driver}.{of_driver}, NVRTC {nvrtc}.{of_nvrtc}"));
+        }
         match CudaDevice::open(0) {
             Err(why) => lines.push(why.to_string()),
             Ok(_) => {
                 let devices = (0..).map_while(|ordinal| CudaDevice::open(ordinal).ok());
-                lines.extend(devices.map(|device| format!("{device:?}")));
+                lines.extend(devices.map(|device| format!("{device:?}, kernels for {}", device.target)));
             }
         }
     }
     lines
+}
+
+/// The version of CUDA that the driver is for.
+fn driver_version() -> std::result::Result<(i32, i32), DriverError> {
+    let mut version = 0;
+    // SAFETY: valid for the write; the symbol was found before the first call of the driver.
+    unsafe { sys::cuDriverGetVersion(&mut version) }.result()?;
+    Ok(target::driver_version(version))
 }
 
 fn text(why: DriverError) -> String {

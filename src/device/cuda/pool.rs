@@ -42,7 +42,7 @@ type FreeBlocks<M> = BTreeMap<usize, Vec<Arc<M>>>;
 
 /// The memory of a graph that is being recorded.
 struct Recording<M> {
-    /// What its tensors have freed, for its later tensors.
+    /// Blocks that its tensors have freed, for its later tensors.
     free: FreeBlocks<M>,
     /// Blocks that were taken for it: they return to the list above.
     own: HashSet<u64>,
@@ -54,7 +54,7 @@ struct Recording<M> {
 /// Where the thread that records takes its blocks from.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(in crate::device) enum Source {
-    /// What its tensors have freed, else as below.
+    /// Blocks that its tensors have freed, else as below.
     Freed,
     /// Blocks that none of its tensors had yet; they belong to the recording from now on.
     Fresh,
@@ -114,7 +114,7 @@ impl<M: Memory> State<M> {
         Some(block)
     }
 
-    /// As [`Pool::give`]; returns a block that is to be freed.
+    /// Does [`Pool::give`]; returns the block if it is to be freed.
     fn give(&mut self, block: Arc<M>) -> Option<Arc<M>> {
         if let Some(recording) = self.recording.as_mut().filter(|recording| recording.own.contains(&block.address())) {
             self.stats.live -= block.bytes();

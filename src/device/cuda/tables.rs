@@ -11,7 +11,7 @@ use super::{
 };
 use crate::{DType, Device, Element, Result, Tensor, core::Shape};
 
-/// How many constants are kept, and how many bytes of them. A model has a few dozen.
+/// Limits of the constants that are kept: their number and their bytes. A model has a few dozen.
 const MOST: usize = 256;
 const MOST_BYTES: usize = 64 << 20;
 

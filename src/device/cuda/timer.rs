@@ -4,11 +4,11 @@ use std::time::Duration;
 
 use cudarc::driver::{result, sys};
 
-use super::CudaDevice;
+use super::{CudaDevice, libraries};
 use crate::Result;
 
 impl CudaDevice {
-    /// How long the device takes for what `f` enqueues, which is not the time of enqueuing as long as the device is still
+    /// Measures how long the device takes for what `f` enqueues, which is not the time of enqueuing as long as the device is still
     /// busy with earlier work when `f` begins. Waits for the end.
     ///
     /// Errors: those of `f` and of the driver, or a graph that is being recorded.
@@ -28,9 +28,12 @@ impl CudaDevice {
         self.bind()?;
         end.record(self)?;
         end.wait(self)?;
-        // SAFETY: both events were recorded on one stream, and the later one was waited for.
-        let milliseconds =
-            self.check("cuEventElapsedTime", unsafe { result::event::elapsed(start.handle, end.handle) })?;
+        let elapsed = libraries::elapsed_time().map_err(super::error)?;
+        let mut milliseconds = 0f32;
+        // SAFETY: both events were recorded on one stream, the later one was waited for, and the number is valid for the
+        // write.
+        let outcome = unsafe { elapsed(&mut milliseconds, start.handle, end.handle) }.result();
+        self.check("cuEventElapsedTime", outcome)?;
         Ok((Duration::from_secs_f64(f64::from(milliseconds.max(0.0)) / 1e3), output))
     }
 }

@@ -117,7 +117,7 @@ fn forward_block<O: Multiply>(
                 match tiles.empty(at, row) {
                     Empty::Masked => [-O::Acc::NEG_INFINITY, O::Acc::ZERO],
                     Empty::Biased => [O::Acc::ZERO; 2],
-                    Empty::Overflown => [O::Acc::ZERO / O::Acc::ZERO; 2],
+                    Empty::Overflown => [O::Acc::from_f64(f64::NAN); 2],
                 }
             } else {
                 // Where a score is infinite, the sum is NaN.

@@ -32,7 +32,8 @@ const OP: &str = "attention";
 /// Masks replace scores by the most negative finite number: a query without any key left attends to all keys equally,
 /// future ones included, and passes no gradient to its scores. A `bias` of −∞ is not a mask: a query that has it for each
 /// key left gives 0, without gradients, as PyTorch's `scaled_dot_product_attention` does; a query whose scores all overflow
-/// to −∞, or one of whose scores is +∞ or NaN, gives NaN.
+/// to −∞, or one of whose scores is +∞ or NaN, gives NaN. An infinite value is NaN also where its weight is 0; in half
+/// types its gradients are NaN, where some of PyTorch's are infinite.
 ///
 /// ```
 /// use x_transformers::{Device, Tensor, ops::{AttentionSpec, attention}};

@@ -2,8 +2,8 @@
 //! sixteen times the rate of multiply-adds (Intel 64 and IA-32 Architectures Optimization Reference Manual, chapter 20).
 //!
 //! Four tiles of sums cover 32 rows and 32 columns; two tiles of A and two of B serve them. B is packed as
-//! [`pairs`](super::pairs) does it, A lies by rows. The instructions are written in assembly: the compiler does not know
-//! the tile registers, and thus does not touch them.
+//! [`pairs`](super::pairs) does it, A lies by rows. The instructions are written in assembly, and each piece lists the tile
+//! registers that it changes. Sums stay in them from piece to piece: the compiler has no values that it could put there.
 //!
 //! An f32 number is the sum of three bf16 numbers up to its last bit. [`Split`] packs these parts and multiplies those of
 //! them that matter, the smallest products first (Henry et al., "Leveraging the bfloat16 Artificial Intelligence
@@ -77,8 +77,16 @@ impl Shapes {
     ///
     /// The processor has tiles, and the system permits their use.
     unsafe fn load(&self) {
-        // SAFETY: 64 bytes are read; no register that the compiler uses changes.
-        unsafe { asm!("ldtilecfg [{}]", in(reg) self, options(nostack, readonly, preserves_flags)) }
+        // SAFETY: 64 bytes are read.
+        unsafe {
+            asm!(
+                "ldtilecfg [{}]",
+                in(reg) self,
+                out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _,
+                out("tmm4") _, out("tmm5") _, out("tmm6") _, out("tmm7") _,
+                options(nostack, readonly, preserves_flags),
+            );
+        }
     }
 }
 
@@ -88,8 +96,15 @@ impl Shapes {
 ///
 /// As for [`Shapes::load`].
 unsafe fn release() {
-    // SAFETY: no register that the compiler uses changes.
-    unsafe { asm!("tilerelease", options(nostack, nomem, preserves_flags)) }
+    // SAFETY: nothing but tile registers changes.
+    unsafe {
+        asm!(
+            "tilerelease",
+            out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _,
+            out("tmm4") _, out("tmm5") _, out("tmm6") _, out("tmm7") _,
+            options(nostack, nomem, preserves_flags),
+        );
+    }
 }
 
 /// Operands in bf16.
@@ -405,7 +420,10 @@ unsafe fn two_by_two(steps: usize, a: Planes, b: Planes, products: &[(usize, usi
     // SAFETY: the caller answers for the pointers; nothing but memory of C and tile registers changes.
     unsafe {
         if c.clear {
-            asm!("tilezero tmm0", "tilezero tmm1", "tilezero tmm2", "tilezero tmm3", options(nostack, nomem));
+            asm!(
+                "tilezero tmm0", "tilezero tmm1", "tilezero tmm2", "tilezero tmm3",
+                out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _, options(nostack, nomem),
+            );
         } else {
             asm!(
                 "tileloadd tmm0, [{upper} + {row}]",
@@ -413,6 +431,7 @@ unsafe fn two_by_two(steps: usize, a: Planes, b: Planes, products: &[(usize, usi
                 "tileloadd tmm2, [{lower} + {row}]",
                 "tileloadd tmm3, [{lower} + {row} + 64]",
                 upper = in(reg) c.data, lower = in(reg) lower, row = in(reg) c.row_bytes,
+                out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _,
                 options(nostack, readonly, preserves_flags),
             );
         }
@@ -437,6 +456,8 @@ unsafe fn two_by_two(steps: usize, a: Planes, b: Planes, products: &[(usize, usi
                 b = inout(reg) b.part(of_b, 0) => _,
                 a_row = in(reg) a.stride_bytes(), b_row = in(reg) b.stride_bytes(),
                 count = inout(reg) steps / STEPS => _,
+                out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _,
+                out("tmm4") _, out("tmm5") _, out("tmm6") _, out("tmm7") _,
                 options(nostack, readonly),
             );
         }
@@ -460,12 +481,13 @@ unsafe fn one_by_two(steps: usize, a: Planes, b: Planes, products: &[(usize, usi
     // SAFETY: as in `two_by_two`.
     unsafe {
         if c.clear {
-            asm!("tilezero tmm0", "tilezero tmm1", options(nostack, nomem));
+            asm!("tilezero tmm0", "tilezero tmm1", out("tmm0") _, out("tmm1") _, options(nostack, nomem));
         } else {
             asm!(
                 "tileloadd tmm0, [{c} + {row}]",
                 "tileloadd tmm1, [{c} + {row} + 64]",
                 c = in(reg) c.data, row = in(reg) c.row_bytes,
+                out("tmm0") _, out("tmm1") _,
                 options(nostack, readonly, preserves_flags),
             );
         }
@@ -485,6 +507,7 @@ unsafe fn one_by_two(steps: usize, a: Planes, b: Planes, products: &[(usize, usi
                 b = inout(reg) b.part(of_b, 0) => _,
                 a_row = in(reg) a.stride_bytes(), b_row = in(reg) b.stride_bytes(),
                 count = inout(reg) steps / STEPS => _,
+                out("tmm0") _, out("tmm1") _, out("tmm4") _, out("tmm6") _, out("tmm7") _,
                 options(nostack, readonly),
             );
         }
@@ -498,173 +521,5 @@ unsafe fn one_by_two(steps: usize, a: Planes, b: Planes, products: &[(usize, usi
 }
 
 #[cfg(all(test, target_os = "linux"))]
-mod tests {
-    use super::*;
-    use crate::{
-        Philox, Result,
-        ops::matmul::{
-            amx_emulator,
-            cpu::{Product, gemm_by},
-            packing::MultiplyAdd,
-        },
-    };
-
-    /// A product of random numbers, `turned` being operands that lie by columns.
-    struct Case<T> {
-        sizes: [usize; 3],
-        turned: [bool; 2],
-        a: Vec<T>,
-        b: Vec<T>,
-        bias: Option<Vec<T>>,
-    }
-
-    impl<T: Float> Case<T> {
-        fn new(sizes: [usize; 3], turned: [bool; 2], bias: bool) -> Self {
-            let [m, n, k] = sizes;
-            let draw = |count: usize, stream: u64| {
-                let random = Philox::new(7, stream);
-                (0..count).map(|i| <T as Float>::from_f64(2.0 * random.uniform(i as u64) - 1.0)).collect::<Vec<T>>()
-            };
-            Self { sizes, turned, a: draw(m * k, 0), b: draw(k * n, 1), bias: bias.then(|| draw(n, 2)) }
-        }
-
-        fn steps(&self) -> [[usize; 2]; 2] {
-            let [m, n, k] = self.sizes;
-            [if self.turned[0] { [1, m] } else { [k, 1] }, if self.turned[1] { [1, k] } else { [n, 1] }]
-        }
-
-        fn run<P: Packing<T>>(&self) -> Result<Vec<T>> {
-            let [m, n, k] = self.sizes;
-            let [[a_row, a_col], [b_row, b_col]] = self.steps();
-            let mut out = vec![<T as Float>::from_f64(0.0); m * n];
-            let product = Product {
-                batch: 1,
-                m,
-                n,
-                k,
-                rows: m,
-                a: Matrix { data: &self.a[..], row: a_row, col: a_col },
-                b: Matrix { data: &self.b[..], row: b_row, col: b_col },
-                offsets: &|_| (0, 0),
-                bias: self.bias.as_deref(),
-            };
-            gemm_by::<T, P>(&product, &mut out)?;
-            Ok(out)
-        }
-
-        /// The largest error, as a share of the sum of the products' magnitudes.
-        fn error<P: Packing<T>>(&self) -> Result<f64> {
-            let [m, n, k] = self.sizes;
-            let [[a_row, a_col], [b_row, b_col]] = self.steps();
-            let value = |x: T| crate::core::Real::to_f64(x.to_acc());
-            let out = self.run::<P>()?;
-            let mut worst = 0.0f64;
-            // Every element of small products, some of large ones.
-            for index in (0..m * n).step_by((m * n).div_ceil(4096).max(1)) {
-                let (i, j) = (index / n, index % n);
-                let bias = self.bias.as_ref().map_or(0.0, |bias| value(bias[j]));
-                let terms = (0..k).map(|s| value(self.a[i * a_row + s * a_col]) * value(self.b[s * b_row + j * b_col]));
-                let (sum, size) = terms.fold((bias, bias.abs()), |(sum, size), x| (sum + x, size + x.abs()));
-                let error = (value(out[index]) - sum).abs();
-                assert!(error.is_finite(), "{:?} at ({i}, {j})", self.sizes);
-                worst = worst.max(error / size.max(f64::MIN_POSITIVE));
-            }
-            Ok(worst)
-        }
-    }
-
-    /// Edges of tiles, panels and blocks of steps.
-    const SIZES: [[usize; 3]; 15] = [
-        [5, 1, 1],
-        [16, 32, 32],
-        [17, 33, 31],
-        [32, 64, 64],
-        [33, 31, 256],
-        [31, 65, 257],
-        [48, 96, 300],
-        [70, 130, 512],
-        [5, 200, 40],
-        [6, 40, 0],
-        [70, 130, 0],
-        [0, 40, 64],
-        [40, 0, 64],
-        [300, 70, 33],
-        [130, 260, 530],
-    ];
-
-    fn every_form(body: impl Fn([usize; 3], [bool; 2], bool) -> Result<()>) -> Result<()> {
-        amx_emulator::install();
-        for sizes in SIZES {
-            for turned in [[false, false], [false, true], [true, false], [true, true]] {
-                for bias in [false, true] {
-                    body(sizes, turned, bias)?;
-                }
-            }
-        }
-        Ok(())
-    }
-
-    #[test]
-    fn amx_products_of_bf16() -> Result<()> {
-        every_form(|sizes, turned, bias| {
-            let error = Case::<bf16>::new(sizes, turned, bias).error::<Tiles>()?;
-            // The result is rounded to eight bits.
-            assert!(error <= 4.0e-3, "{sizes:?} {turned:?}: error {error:e}");
-            Ok(())
-        })
-    }
-
-    #[test]
-    fn amx_products_of_split_f32() -> Result<()> {
-        every_form(|sizes, turned, bias| {
-            let error = Case::<f32>::new(sizes, turned, bias).error::<Split>()?;
-            assert!(error <= 4.0e-7, "{sizes:?} {turned:?}: error {error:e}");
-            Ok(())
-        })
-    }
-
-    /// The claim of [`Precision::Highest`]: no worse than multiply-adds.
-    #[test]
-    fn amx_six_products_are_as_exact_as_multiply_adds() -> Result<()> {
-        amx_emulator::install();
-        for k in [512, 2048] {
-            let case = Case::<f32>::new([48, 40, k], [false, true], false);
-            let (tiles, adds) = (case.error::<Split>()?, case.error::<MultiplyAdd>()?);
-            assert!(tiles <= adds, "K = {k}: error {tiles:e} against {adds:e}");
-        }
-        Ok(())
-    }
-
-    /// What tiles cannot represent comes out as multiply-adds give it, bit for bit.
-    #[test]
-    fn amx_leaves_extreme_numbers_to_multiply_adds() -> Result<()> {
-        amx_emulator::install();
-        for sizes in [[40, 50, 60], [130, 260, 530]] {
-            for extreme in [f32::INFINITY, f32::NAN, 1e30, f32::MAX] {
-                let mut case = Case::<f32>::new(sizes, [false, true], false);
-                case.a[77] = extreme;
-                let bits = |values: Vec<f32>| values.into_iter().map(f32::to_bits).collect::<Vec<_>>();
-                assert_eq!(bits(case.run::<Split>()?), bits(case.run::<MultiplyAdd>()?), "{extreme}");
-            }
-            let mut case = Case::<f32>::new(sizes, [true, false], false);
-            case.b.iter_mut().for_each(|b| *b *= 1e-38);
-            assert_eq!(case.run::<Split>()?, case.run::<MultiplyAdd>()?, "numbers below the normal range");
-        }
-        Ok(())
-    }
-
-    /// Steps, rows and columns of odd strides.
-    #[test]
-    fn amx_packs_any_strides() {
-        let data: Vec<f32> = (0..40 * 50 * 3).map(|i| i as f32).collect();
-        let from = Matrix { data: &data[..], row: 150, col: 3 };
-        let mut packed = vec![[0u16; PARTS]; 64 * 64];
-        assert!(Split::pack_left(from, 40, 50, &mut packed));
-        let parts: &[bf16] = bytemuck::cast_slice(&packed);
-        for (row, step) in [(0, 0), (31, 49), (32, 1), (39, 7)] {
-            let at = row / ROWS * PARTS * ROWS * 64 + row % ROWS * 64 + step;
-            let sum: f32 = (0..PARTS).map(|part| parts[at + part * ROWS * 64].to_acc()).sum();
-            assert_eq!(sum, data[row * 150 + step * 3]);
-        }
-    }
-}
+#[path = "amx_tests.rs"]
+mod tests;

@@ -1,0 +1,164 @@
+//! Files of one folder that belong together and are replaced in one step. The protocol is described at
+//! [`Checkpoint`](crate::train::Checkpoint#files).
+
+use std::{
+    fs, io,
+    path::{Path, PathBuf},
+};
+
+use super::atomic::{FolderLock, create_folders, retry, sync_folder, write_new};
+use crate::{Error, Result, error::ensure};
+
+/// A whole set of files on its way into the folder.
+const INCOMING: &str = ".incoming";
+/// A set that is being written.
+const PARTIAL: &str = ".incoming.partial";
+
+/// The files with these names in a folder.
+#[derive(Clone, Copy)]
+pub(crate) struct FileSet<'a> {
+    pub folder: &'a Path,
+    pub names: &'a [&'static str],
+}
+
+/// Writes the files of a set, each by its name.
+pub(crate) struct Writer<'a> {
+    set: FileSet<'a>,
+    partial: PathBuf,
+}
+
+impl Writer<'_> {
+    pub fn write(&self, name: &str, write: impl FnOnce(&mut dyn io::Write) -> io::Result<()>) -> Result<()> {
+        let path = self.partial.join(name);
+        write_new(&path, &self.set.folder.join(name), write).map_err(|source| Error::io(path, source))
+    }
+}
+
+impl<'a> FileSet<'a> {
+    /// Replaces all files by those that `write` writes. The folder is made if it is not there.
+    pub fn replace(self, write: impl FnOnce(&Writer<'a>) -> Result<()>) -> Result<()> {
+        create_folders(self.folder)?;
+        let (partial, incoming) = (self.folder.join(PARTIAL), self.folder.join(INCOMING));
+        // In the way: what is there is none of ours, and better found now than when it is too late.
+        check_folder(&incoming)?;
+        let lock = self.begin(&partial)?;
+        let writer = Writer { set: self, partial };
+        let written = write(&writer).and_then(|()| {
+            sync_folder(&writer.partial).map_err(|source| Error::io(&writer.partial, source))?;
+            // What another process saved while this one was writing, or what one that was killed left.
+            self.move_incoming()?;
+            retry(|| fs::rename(&writer.partial, &incoming)).map_err(|source| Error::io(&incoming, source))
+        });
+        if let Err(error) = written {
+            // The first error counts; what cannot be removed now is removed by the next save.
+            let _ = remove(&writer.partial);
+            return Err(error);
+        }
+        sync_folder(self.folder).map_err(|source| Error::io(self.folder, source))?;
+        self.move_from(&incoming)?;
+        drop(lock);
+        Ok(())
+    }
+
+    /// Completes a replacement that was interrupted after its one step, and removes what is left of one that was
+    /// interrupted before. Waits for other processes that are at it.
+    pub fn complete(self) -> Result<()> {
+        self.move_incoming()?;
+        let partial = self.folder.join(PARTIAL);
+        match lock(&partial)? {
+            Some(_lock) => remove(&partial),
+            None => Ok(()),
+        }
+    }
+
+    /// Where a file is.
+    ///
+    /// Errors: those of `read`; [`Error::File`] if there is none.
+    pub fn read<T>(self, name: &str, read: impl Fn(&Path) -> Result<T>) -> Result<T> {
+        for place in [self.folder.join(INCOMING).join(name), self.folder.join(name)] {
+            match read(&place) {
+                Err(Error::Io { source, .. })
+                    if matches!(source.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory) => {}
+                answer => return answer,
+            }
+        }
+        let why = match fs::metadata(self.folder) {
+            Ok(found) if found.is_dir() => "is not a checkpoint",
+            Ok(_) => "is not a folder, so not a checkpoint",
+            Err(_) => "does not exist, so there is no checkpoint",
+        };
+        Err(Error::file(self.folder, format!("{why}: it has no {name} (expected {})", self.names.join(", "))))
+    }
+
+    /// Makes the folder for new files, which is this process's alone.
+    fn begin(self, partial: &Path) -> Result<FolderLock> {
+        loop {
+            self.complete()?;
+            match retry(|| fs::create_dir(partial)) {
+                Ok(()) => {}
+                // Another process was faster.
+                Err(error) if error.kind() == io::ErrorKind::AlreadyExists => continue,
+                Err(error) => return Err(Error::io(partial, error)),
+            }
+            // `None` if another process took it for what a dead one left.
+            if let Some(lock) = lock(partial)? {
+                return Ok(lock);
+            }
+        }
+    }
+
+    /// Moves the files out of `.incoming`, if it is there.
+    fn move_incoming(self) -> Result<()> {
+        let incoming = self.folder.join(INCOMING);
+        match lock(&incoming)? {
+            Some(_lock) => self.move_from(&incoming),
+            None => Ok(()),
+        }
+    }
+
+    fn move_from(self, incoming: &Path) -> Result<()> {
+        for name in self.names {
+            let target = self.folder.join(name);
+            match retry(|| fs::rename(incoming.join(name), &target)) {
+                Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(Error::io(target, error)),
+                _ => {}
+            }
+        }
+        sync_folder(self.folder).map_err(|source| Error::io(self.folder, source))?;
+        remove(incoming)
+    }
+}
+
+/// Waits until no other process uses a folder of ours. `None` if it is not there.
+fn lock(folder: &Path) -> Result<Option<FolderLock>> {
+    loop {
+        if !check_folder(folder)? {
+            return Ok(None);
+        }
+        if let Some(lock) = FolderLock::wait(folder).map_err(|source| Error::io(folder, source))? {
+            return Ok(Some(lock));
+        }
+    }
+}
+
+/// If a folder of ours is there.
+///
+/// Errors: something else has its name.
+fn check_folder(folder: &Path) -> Result<bool> {
+    match retry(|| fs::symlink_metadata(folder)) {
+        Ok(found) => {
+            ensure!(found.is_dir(), Error::file(folder, "is in the way of saving and not a folder; move it away"));
+            Ok(true)
+        }
+        Err(error) if matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory) => Ok(false),
+        Err(error) => Err(Error::io(folder, error)),
+    }
+}
+
+/// Removes a folder if it is there.
+fn remove(folder: &Path) -> Result<()> {
+    match retry(|| fs::remove_dir_all(folder)) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(Error::io(folder, error)),
+        _ => Ok(()),
+    }
+}

@@ -1,0 +1,306 @@
+//! The backward pass: the gradient of each row, and sums over rows for weight and bias.
+
+use super::{Form, HELD, LANES, MOST_THREADS, packed, reuse, rows, threads_per_row, widen};
+use crate::{
+    Device, Element, Result, Tensor,
+    core::{Backward, Contributions, Float, Real, Shape, dispatch_float},
+    device::{CudaDevice, Grid, args, cpu, simd::vectorized, size32},
+    ops::reduce::sum_slice,
+};
+
+pub(super) struct NormBackward {
+    pub(super) op: &'static str,
+    pub(super) x: Tensor,
+    /// `[rows, 2]` or `[rows, 1]`, see [`Form::statistics`]; never rounded to a half type.
+    pub(super) statistics: Tensor,
+    pub(super) weight: Option<Tensor>,
+    pub(super) has_bias: bool,
+    pub(super) form: Form,
+    /// See [`Form::floor`].
+    pub(super) eps: f64,
+    /// Gradient that the one of the input is added to.
+    pub(super) onto: Option<Tensor>,
+}
+
+impl Backward for NormBackward {
+    fn name(&self) -> &'static str {
+        self.op
+    }
+
+    fn add_to(&mut self, sum: Tensor) -> Option<Tensor> {
+        self.onto.replace(sum)
+    }
+
+    /// With `x̂ = (x − mean) / divisor` and `h = g ⊙ weight`: `dx = (h − mean h − x̂ mean(h ⊙ x̂)) / divisor`,
+    /// `dweight = Σ g ⊙ x̂` and `dbias = Σ g` over rows. Without centring, `mean h` falls out; where the floor acts, the
+    /// other mean does.
+    fn backward(self: Box<Self>, grad: Tensor, need: &[bool]) -> Result<Contributions> {
+        let weight_needed = self.weight.is_some() && need[1];
+        let bias_needed = self.has_bias && need[1 + self.weight.is_some() as usize];
+        let wanted = (need[0], weight_needed || bias_needed);
+        let (dx, partials) = match self.x.device() {
+            Device::Cpu => dispatch_float!(self.op, grad.dtype(), T, self.backward_rows::<T>(grad, wanted))?,
+            Device::Cuda(gpu) => self.backward_cuda(gpu, grad, wanted)?,
+        };
+        let width = self.x.dim(-1)?;
+        let sums = partials.map(|partials| partials.sum(&[0])).transpose()?;
+        let part = |start: usize, needed: bool| -> Result<Option<Tensor>> {
+            let sums = sums.as_ref().filter(|_| needed);
+            sums.map(|sums| sums.narrow(0, start, width)?.to_dtype(self.x.dtype())).transpose()
+        };
+        let mut grads = vec![dx];
+        if let Some(weight) = &self.weight {
+            grads.push(match (weight.elements() == width, &sums) {
+                // One factor serves all features: its gradient is the sum of theirs.
+                (false, Some(sums)) if weight_needed => {
+                    Some(sums.narrow(0, 0, width)?.sum(&[])?.reshape([1])?.to_dtype(weight.dtype())?)
+                }
+                _ => part(0, weight_needed)?,
+            });
+        }
+        if self.has_bias {
+            grads.push(part(width, bias_needed)?);
+        }
+        Ok(Contributions::whole(grads))
+    }
+}
+
+/// Rows whose sums for weight and bias one chunk adds up at least on a GPU; and how many chunks there are at most: two
+/// for each multiprocessor of a large card, which bounds the memory for them too.
+const ROWS_PER_CHUNK: usize = 16;
+const MOST_CHUNKS: usize = 256;
+
+impl NormBackward {
+    /// The gradient of the input if it is wanted, and, if they are, the sums for the gradients of weight and bias over
+    /// blocks of rows, `[blocks, 2 · dim]`.
+    fn backward_rows<T: Float>(&self, grad: Tensor, wanted: (bool, bool)) -> Result<(Option<Tensor>, Option<Tensor>)> {
+        let (width, rows, per_row) = (self.x.dim(-1)?, rows(&self.x)?, self.form.statistics());
+        let weight = widen::<T>(self.weight.as_ref(), width, T::Acc::ONE)?;
+        let onto = packed(self.onto.as_ref())?;
+        let onto = onto.as_ref().map(|onto| onto.values::<T>()).transpose()?;
+        let (mut dx, source) = reuse(grad)?;
+        let source = source.as_ref().map(|source| source.values::<T>()).transpose()?;
+        let (x, statistics) = (self.x.values::<T>()?, self.statistics.values::<T::Acc>()?);
+        let floor = (self.form != Form::Centred).then(|| T::Acc::ONE / T::Acc::from_f64(self.eps));
+
+        // Rows are summed up in blocks whose size depends on the shape alone.
+        let block = cpu::rows_per_task(rows, 8 * width);
+        let shape = Shape::new(&[rows.div_ceil(block), 2 * width])?;
+        let mut partials = Tensor::uninit(shape, self.statistics.dtype(), self.x.device())?;
+        let run = |first: usize, dx: &mut [T], partial: &mut [T::Acc]| {
+            let part = first * width..first * width + dx.len();
+            let statistics = &statistics[first * per_row..][..part.len() / width * per_row];
+            let [source, onto] = [source, onto].map(|values| values.map(|values| &values[part.clone()]));
+            backward::<T>(&x[part], source, onto, &weight, statistics, floor, wanted.0, dx, partial);
+        };
+        let sums = if wanted.1 { partials.values_mut::<T::Acc>()? } else { &mut [] };
+        cpu::for_blocks(dx.values_mut::<T>()?, sums, (width, 2 * width), block, 8 * width, run);
+        Ok((wanted.0.then_some(dx), wanted.1.then_some(partials)))
+    }
+
+    /// As [`NormBackward::backward_rows`].
+    fn backward_cuda(
+        &self,
+        gpu: &CudaDevice,
+        grad: Tensor,
+        wanted: (bool, bool),
+    ) -> Result<(Option<Tensor>, Option<Tensor>)> {
+        let Self { x, statistics, eps, .. } = self;
+        let (rows, columns) = (rows(x)?, x.dim(-1)?);
+        let (centred, dtype) = (u32::from(self.form == Form::Centred), [("DTYPE", x.dtype().name())]);
+        let (weight, onto) = (packed(self.weight.as_ref())?, packed(self.onto.as_ref())?);
+        let (weight, onto) = (weight.as_ref(), onto.as_ref());
+        let weights = size32(weight.map_or(0, Tensor::elements))?;
+        let sizes = (rows as i64, size32(columns)?);
+        let rows_per_chunk = rows.div_ceil(MOST_CHUNKS).max(ROWS_PER_CHUNK);
+        let (chunks, per_chunk) = (rows.div_ceil(rows_per_chunk), rows_per_chunk as i64);
+        let sums = || Tensor::uninit(Shape::new(&[chunks, 2 * columns])?, statistics.dtype(), x.device());
+
+        let (mut dx, source) = reuse(grad)?;
+        let threads = threads_per_row(columns);
+        if wanted == (true, true) && columns <= HELD * threads {
+            let mut partials = sums()?;
+            let grid = Grid::new([size32(chunks)?, 1, 1], [threads as u32, (MOST_THREADS / threads) as u32, 1]);
+            let args = args![
+                &mut dx,
+                &mut partials,
+                x,
+                source.as_ref().unwrap_or(&dx),
+                onto,
+                weight,
+                statistics,
+                sizes.0,
+                per_chunk,
+                sizes.1,
+                weights,
+                centred,
+                *eps
+            ];
+            gpu.kernel("norm_bwd_whole", &dtype)?.launch(grid, args)?;
+            return Ok((Some(dx), Some(partials)));
+        }
+        // The sums first: the gradient of the output may be overwritten then.
+        let partials = wanted.1.then(|| {
+            let mut partials = sums()?;
+            let grid = Grid::columns(columns, chunks, x.dtype());
+            let g = source.as_ref().unwrap_or(&dx);
+            let args = args![&mut partials, x, g, statistics, sizes.0, per_chunk, sizes.1, centred];
+            gpu.kernel("norm_bwd_sums", &dtype)?.launch(grid, args)?;
+            Ok(partials)
+        });
+        let partials = partials.transpose()?;
+        if !wanted.0 {
+            return Ok((None, partials));
+        }
+        let args = args![
+            &mut dx,
+            x,
+            source.as_ref().unwrap_or(&dx),
+            onto,
+            weight,
+            statistics,
+            sizes.0,
+            sizes.1,
+            weights,
+            centred,
+            *eps
+        ];
+        gpu.kernel("norm_bwd", &dtype)?.launch(Grid::rows_by(rows, threads_per_row(columns)), args)?;
+        Ok((Some(dx), partials))
+    }
+}
+
+vectorized! {
+    /// Writes `dx` over the gradient of the output, which `source` holds unless `dx` does already, and adds `onto` to
+    /// it. `partial`, if not empty, gets the sums for weight and bias; `floor` is the inverse divisor of rows where the
+    /// floor acts.
+    fn backward<T: Float>(
+        x: &[T],
+        source: Option<&[T]>,
+        onto: Option<&[T]>,
+        weight: &[T::Acc],
+        statistics: &[T::Acc],
+        floor: Option<T::Acc>,
+        input_needed: bool,
+        dx: &mut [T],
+        partial: &mut [T::Acc],
+    ) {
+        let width = weight.len();
+        let count = T::Acc::from_f64(width as f64);
+        let per_row = if floor.is_some() { 1 } else { 2 };
+        let (mut quarters, quarter) = (Vec::new(), T::Acc::from_f64(0.25));
+        // Rows that deviate so far from their mean that the difference could overflow.
+        let farthest = T::Acc::from_f64(8.0 / -T::Acc::DTYPE.lowest());
+        partial.fill(T::Acc::ZERO);
+        let rows = x.chunks_exact(width).zip(dx.chunks_exact_mut(width));
+        for (row, ((x, dx), statistics)) in rows.zip(statistics.chunks_exact(per_row)).enumerate() {
+            let part = row * width..(row + 1) * width;
+            let source = source.map(|source| &source[part.clone()]);
+            let inverse = statistics[per_row - 1];
+            let mean = if floor.is_some() { T::Acc::ZERO } else { statistics[0] };
+            let (x, mean, slope) = if inverse < farthest && mean != T::Acc::ZERO {
+                quarters.clear();
+                quarters.extend(x.iter().map(|x| T::from_acc(x.to_acc() * quarter)));
+                (&quarters[..], mean * quarter, inverse / quarter)
+            } else {
+                (x, mean, inverse)
+            };
+            let (sum, dot) = {
+                let g = source.unwrap_or(dx);
+                if partial.is_empty() {
+                    sums(x, g, weight, mean, slope)
+                } else {
+                    let (dweight, dbias) = partial.split_at_mut(width);
+                    sums_and_partials(x, g, weight, mean, slope, dweight, dbias)
+                }
+            };
+            if !input_needed {
+                continue;
+            }
+            let along = if floor.is_some() { T::Acc::ZERO } else { sum / count };
+            let across = if floor.is_some_and(|floor| inverse >= floor) { T::Acc::ZERO } else { dot / count };
+            let gradient = |g: T, x: &T, weight: T::Acc| {
+                let normal = (x.to_acc() - mean) * slope;
+                (g.to_acc() * weight - along - normal * across) * inverse
+            };
+            match (source, onto) {
+                (Some(source), None) => {
+                    for (((dx, g), x), &weight) in dx.iter_mut().zip(source).zip(x).zip(weight) {
+                        *dx = T::from_acc(gradient(*g, x, weight));
+                    }
+                }
+                (None, None) => {
+                    for ((dx, x), &weight) in dx.iter_mut().zip(x).zip(weight) {
+                        *dx = T::from_acc(gradient(*dx, x, weight));
+                    }
+                }
+                (source, Some(onto)) => {
+                    if let Some(source) = source {
+                        dx.copy_from_slice(source);
+                    }
+                    for (((dx, x), &weight), onto) in dx.iter_mut().zip(x).zip(weight).zip(&onto[part]) {
+                        *dx = T::from_acc(gradient(*dx, x, weight) + onto.to_acc());
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// `Σ g ⊙ weight` and `Σ g ⊙ weight ⊙ (x − mean) · inverse`.
+#[inline(always)]
+fn sums<T: Float>(x: &[T], g: &[T], weight: &[T::Acc], mean: T::Acc, inverse: T::Acc) -> (T::Acc, T::Acc) {
+    let (mut sums, mut dots) = ([T::Acc::ZERO; LANES], [T::Acc::ZERO; LANES]);
+    for ((x, g), weight) in x.chunks(LANES).zip(g.chunks(LANES)).zip(weight.chunks(LANES)) {
+        for ((((sum, dot), x), g), &weight) in sums.iter_mut().zip(&mut dots).zip(x).zip(g).zip(weight) {
+            let h = g.to_acc() * weight;
+            *sum += h;
+            *dot += h * ((x.to_acc() - mean) * inverse);
+        }
+    }
+    (sum_slice(&sums), sum_slice(&dots))
+}
+
+/// As [`sums`], and in the same pass `dweight += g ⊙ (x − mean) · inverse` and `dbias += g`.
+#[inline(always)]
+fn sums_and_partials<T: Float>(
+    x: &[T],
+    g: &[T],
+    weight: &[T::Acc],
+    mean: T::Acc,
+    inverse: T::Acc,
+    dweight: &mut [T::Acc],
+    dbias: &mut [T::Acc],
+) -> (T::Acc, T::Acc) {
+    let (mut sums, mut dots) = ([T::Acc::ZERO; LANES], [T::Acc::ZERO; LANES]);
+    let normal = |x: T| (x.to_acc() - mean) * inverse;
+    let (x_blocks, x_rest) = x.as_chunks::<LANES>();
+    let (g_blocks, g_rest) = g.as_chunks::<LANES>();
+    let (weight_blocks, weight_rest) = weight.as_chunks::<LANES>();
+    let (dweight_blocks, dweight_rest) = dweight.as_chunks_mut::<LANES>();
+    let (dbias_blocks, dbias_rest) = dbias.as_chunks_mut::<LANES>();
+    let blocks = x_blocks.iter().zip(g_blocks).zip(weight_blocks).zip(dweight_blocks).zip(dbias_blocks);
+    for ((((x, g), weight), dweight), dbias) in blocks {
+        // Copies, so that the compiler sees that they are neither each other nor what is read.
+        let (mut dweights, mut dbiases) = (*dweight, *dbias);
+        for lane in 0..LANES {
+            let (normal, g) = (normal(x[lane]), g[lane].to_acc());
+            let h = g * weight[lane];
+            sums[lane] += h;
+            dots[lane] += h * normal;
+            dweights[lane] += g * normal;
+            dbiases[lane] += g;
+        }
+        (*dweight, *dbias) = (dweights, dbiases);
+    }
+    let rest = x_rest.iter().zip(g_rest).zip(weight_rest).zip(dweight_rest).zip(dbias_rest);
+    for (lane, ((((x, g), weight), dweight), dbias)) in rest.enumerate() {
+        let (normal, g) = (normal(*x), g.to_acc());
+        let h = g * *weight;
+        sums[lane] += h;
+        dots[lane] += h * normal;
+        *dweight += g * normal;
+        *dbias += g;
+    }
+    (sum_slice(&sums), sum_slice(&dots))
+}

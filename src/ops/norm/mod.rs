@@ -1,0 +1,305 @@
+//! Normalisation of rows, or of the sum of two tensors: layer norm, RMS norm and scale norm in the form with a floor, and
+//! RMS norm in that with a summand.
+
+mod backward;
+mod forward;
+
+use backward::NormBackward;
+use forward::Forward;
+
+use super::copy::same_kind;
+use crate::{
+    Error, Result, Tensor,
+    core::{Backward, Contributions, Float, Real, record_beside, record_cheap},
+    error::ensure,
+};
+
+impl Tensor {
+    /// Layer norm over the last dimension: `y = (x − mean) / √(variance + eps) ⊙ weight + bias`, the variance being
+    /// the mean of the squared deviations. <https://arxiv.org/abs/1607.06450>
+    ///
+    /// Shapes: `[.., dim]`, weight and bias `[dim]` → `[.., dim]`; without them 1 and 0. PyTorch's default `eps` is
+    /// 1e-5. Statistics in f32 (f64 for f64). Saves: `x`, and the mean and inverse deviation of each row.
+    ///
+    /// Rows whose sum or squares overflow are normalised as any other, where PyTorch gives 0, infinities or NaN; the same
+    /// holds for the other norms. A gradient that overflows when it is multiplied by the weight makes its row infinite or
+    /// NaN, and not always as PyTorch does.
+    ///
+    /// Errors: rank 0, a dtype that is not float or not the same for all, a weight or bias of another shape, a
+    /// negative `eps`.
+    pub fn layer_norm(&self, weight: Option<&Tensor>, bias: Option<&Tensor>, eps: f64) -> Result<Tensor> {
+        normalize("layer_norm", self, &self.layer_spec(weight, bias, eps))
+    }
+
+    /// The sum of two tensors and its layer norm, in one pass: `(x + residual, (x + residual).layer_norm(..))`.
+    ///
+    /// Shapes: `x` and `residual` `[.., dim]`, otherwise as [`Tensor::layer_norm`]. Saves: the sum, and what the norm
+    /// saves of each row.
+    /// Errors: as [`Tensor::layer_norm`], or a residual of another shape.
+    ///
+    /// ```
+    /// use x_transformers::{Device, Tensor};
+    /// # fn main() -> x_transformers::Result<()> {
+    /// let x = Tensor::from_slice(&[1.0f32, 5.0], [2], &Device::Cpu)?;
+    /// let residual = Tensor::from_slice(&[2.0f32, 4.0], [2], &Device::Cpu)?;
+    /// let (sum, normed) = x.add_layer_norm(&residual, None, None, 0.0)?;
+    /// assert_eq!(sum.to_vec::<f32>()?, [3.0, 9.0]);
+    /// assert_eq!(normed.to_vec::<f32>()?, [-1.0, 1.0]);
+    /// # Ok(())
+    /// # }
+    /// ```
+    pub fn add_layer_norm(
+        &self,
+        residual: &Tensor,
+        weight: Option<&Tensor>,
+        bias: Option<&Tensor>,
+        eps: f64,
+    ) -> Result<(Tensor, Tensor)> {
+        normalize_sum("add_layer_norm", self, residual, &self.layer_spec(weight, bias, eps))
+    }
+
+    /// RMS norm over the last dimension: `y = x / max(|x| dim^-½, eps) ⊙ g`. <https://arxiv.org/abs/1910.07467>
+    ///
+    /// As in x-transformers `eps` is a floor (1e-8 there), not a summand; where it acts, the divisor is a constant
+    /// for the gradient.
+    ///
+    /// Shapes: `[.., dim]`, `g` `[dim]` → `[.., dim]`. Saves: `x`, and the inverse divisor of each row.
+    /// Errors: as [`Tensor::layer_norm`].
+    pub fn rms_norm(&self, g: &Tensor, eps: f64) -> Result<Tensor> {
+        normalize("rms_norm", self, &self.rms_spec(g, eps))
+    }
+
+    /// The sum of two tensors and its [`rms_norm`](Tensor::rms_norm), as [`Tensor::add_layer_norm`] gives it.
+    pub fn add_rms_norm(&self, residual: &Tensor, g: &Tensor, eps: f64) -> Result<(Tensor, Tensor)> {
+        normalize_sum("add_rms_norm", self, residual, &self.rms_spec(g, eps))
+    }
+
+    /// RMS norm over the last dimension as PyTorch's `nn.RMSNorm` and Llama have it, `y = x / √(mean x² + eps) ⊙ g`: unlike
+    /// that of [`Tensor::rms_norm`], `eps` is a summand. <https://arxiv.org/abs/1910.07467>
+    ///
+    /// Shapes: `[.., dim]`, `g` `[dim]` → `[.., dim]`. Saves: `x`, and the inverse divisor of each row.
+    /// Errors: as [`Tensor::layer_norm`].
+    pub fn mean_square_norm(&self, g: &Tensor, eps: f64) -> Result<Tensor> {
+        normalize("mean_square_norm", self, &self.mean_square_spec(g, eps))
+    }
+
+    /// The sum of two tensors and its [`mean_square_norm`](Tensor::mean_square_norm), as [`Tensor::add_layer_norm`] gives
+    /// it.
+    pub fn add_mean_square_norm(&self, residual: &Tensor, g: &Tensor, eps: f64) -> Result<(Tensor, Tensor)> {
+        normalize_sum("add_mean_square_norm", self, residual, &self.mean_square_spec(g, eps))
+    }
+
+    /// Scale norm over the last dimension: as [`Tensor::rms_norm`] with one factor for all features (`eps` is 1e-5 in
+    /// x-transformers). <https://arxiv.org/abs/1910.05895>
+    ///
+    /// Shapes: `[.., dim]`, `g` `[1]` → `[.., dim]`. Saves: `x`, and the inverse divisor of each row.
+    /// Errors: as [`Tensor::layer_norm`].
+    pub fn scale_norm(&self, g: &Tensor, eps: f64) -> Result<Tensor> {
+        normalize("scale_norm", self, &Spec::floored(g, 1, eps))
+    }
+
+    /// The sum of two tensors and its [`scale_norm`](Tensor::scale_norm), as [`Tensor::add_layer_norm`] gives it.
+    pub fn add_scale_norm(&self, residual: &Tensor, g: &Tensor, eps: f64) -> Result<(Tensor, Tensor)> {
+        normalize_sum("add_scale_norm", self, residual, &Spec::floored(g, 1, eps))
+    }
+
+    fn features(&self) -> usize {
+        self.shape().last().copied().unwrap_or(0)
+    }
+
+    fn layer_spec<'a>(&self, weight: Option<&'a Tensor>, bias: Option<&'a Tensor>, eps: f64) -> Spec<'a> {
+        Spec { weight, weights: self.features(), bias, form: Form::Centred, eps }
+    }
+
+    fn rms_spec<'a>(&self, g: &'a Tensor, eps: f64) -> Spec<'a> {
+        Spec::floored(g, self.features(), eps)
+    }
+
+    fn mean_square_spec<'a>(&self, g: &'a Tensor, eps: f64) -> Spec<'a> {
+        Spec { form: Form::MeanSquare, ..self.rms_spec(g, eps) }
+    }
+}
+
+/// Offset and divisor of a row.
+#[derive(Clone, Copy, PartialEq)]
+enum Form {
+    /// The mean, and `√(variance + eps)`.
+    Centred,
+    /// Nothing, and `max(√mean(x²), eps)`.
+    Floored,
+    /// Nothing, and `√(mean(x²) + eps)`.
+    MeanSquare,
+}
+
+impl Form {
+    /// Numbers that are saved per row: mean and inverse divisor, or the latter alone.
+    fn statistics(self) -> usize {
+        match self {
+            Self::Centred => 2,
+            Self::Floored | Self::MeanSquare => 1,
+        }
+    }
+
+    /// Divisor of a row, given the mean square of what is left after the mean.
+    #[inline(always)]
+    fn divisor<A: Real>(self, square: A, eps: A) -> A {
+        match self {
+            Self::Centred | Self::MeanSquare => (square + eps).sqrt(),
+            Self::Floored => square.sqrt().max(eps),
+        }
+    }
+
+    /// The number that kernels know it by.
+    fn code(self) -> u32 {
+        match self {
+            Self::Floored => 0,
+            Self::Centred => 1,
+            Self::MeanSquare => 2,
+        }
+    }
+
+    /// The floor of the divisor, below which it is a constant for the gradient: never one that is summed.
+    fn floor(self, eps: f64) -> f64 {
+        if self == Self::MeanSquare { 0.0 } else { eps }
+    }
+}
+
+/// Parameters of a norm.
+#[derive(Clone, Copy)]
+struct Spec<'a> {
+    weight: Option<&'a Tensor>,
+    /// Number of elements of the weight.
+    weights: usize,
+    bias: Option<&'a Tensor>,
+    form: Form,
+    eps: f64,
+}
+
+impl<'a> Spec<'a> {
+    fn floored(g: &'a Tensor, weights: usize, eps: f64) -> Self {
+        Self { weight: Some(g), weights, bias: None, form: Form::Floored, eps }
+    }
+
+    fn check(&self, op: &'static str, x: &Tensor) -> Result<()> {
+        ensure!(x.rank() > 0, Error::shape(op, "expected at least one dimension, got a scalar"));
+        ensure!(
+            self.eps >= 0.0 && self.eps.is_finite(),
+            Error::argument(op, format!("eps must be a number that is not negative, got {}", self.eps))
+        );
+        x.dtype().expect_float(op)?;
+        for (name, operand, expected) in [("weight", self.weight, self.weights), ("bias", self.bias, x.features())] {
+            let Some(operand) = operand else { continue };
+            same_kind(op, x, operand)?;
+            ensure!(
+                **operand.shape() == [expected],
+                Error::shape(
+                    op,
+                    format!("expected a {name} of shape [{expected}] for {:?}, got {:?}", x.shape(), operand.shape())
+                )
+            );
+        }
+        Ok(())
+    }
+}
+
+fn normalize(op: &'static str, x: &Tensor, spec: &Spec) -> Result<Tensor> {
+    spec.check(op, x)?;
+    let x = x.contiguous()?;
+    let Forward { y, statistics, .. } = Forward::of(op, &x, None, spec)?;
+    record_norm(op, &x, y, statistics, spec)
+}
+
+/// The sum, and its norm.
+fn normalize_sum(op: &'static str, x: &Tensor, residual: &Tensor, spec: &Spec) -> Result<(Tensor, Tensor)> {
+    spec.check(op, x)?;
+    same_kind(op, x, residual)?;
+    ensure!(
+        x.shape() == residual.shape(),
+        Error::shape(op, format!("expected a residual {:?}, got {:?}", x.shape(), residual.shape()))
+    );
+    let (x, residual) = (x.contiguous()?, residual.contiguous()?);
+    let Forward { y, sum, statistics } = Forward::of(op, &x, Some(&residual), spec)?;
+    let sum = sum.ok_or_else(|| Error::argument(op, "no sum was computed"))?;
+    // Two nodes with an output each: the gradient of the sum is whole when the norm has added its part to it.
+    let sum = record_beside(op, sum, &[&x, &residual], |_| SumBackward)?;
+    let y = record_norm(op, &sum, y, statistics, spec)?;
+    Ok((sum, y))
+}
+
+/// Records `y` as the norm of `x`.
+fn record_norm(op: &'static str, x: &Tensor, y: Tensor, statistics: Tensor, spec: &Spec) -> Result<Tensor> {
+    let &Spec { weight, weights, bias, form, eps } = spec;
+    let inputs: Vec<&Tensor> = [Some(x), weight, bias].into_iter().flatten().collect();
+    let backward = |_: &Tensor| NormBackward {
+        op,
+        x: x.detach(),
+        statistics,
+        weight: weight.map(Tensor::detach),
+        has_bias: bias.is_some(),
+        form,
+        eps: form.floor(eps),
+        onto: None,
+    };
+    let (kept, operands) = (x.detach(), [weight, bias].map(|operand| operand.map(Tensor::detach)));
+    let again = move || {
+        let [weight, bias] = operands.each_ref().map(Option::as_ref);
+        Ok(Forward::of(op, &kept, None, &Spec { weight, weights, bias, form, eps })?.y)
+    };
+    record_cheap(op, y, &inputs, backward, again)
+}
+
+struct SumBackward;
+
+impl Backward for SumBackward {
+    fn name(&self) -> &'static str {
+        "add"
+    }
+
+    fn backward(self: Box<Self>, grad: Tensor, need: &[bool]) -> Result<Contributions> {
+        let residual = need[1].then(|| grad.clone());
+        Ok(Contributions::whole([need[0].then_some(grad), residual]))
+    }
+}
+
+/// Number of rows that are normalised.
+fn rows(x: &Tensor) -> Result<usize> {
+    Ok(x.elements().checked_div(x.dim(-1)?).unwrap_or(0))
+}
+
+/// Elements of a row that one thread of a kernel holds in registers, and the most threads for a row.
+const HELD: usize = 16;
+const MOST_THREADS: usize = 256;
+
+/// Threads for a row: so many that they hold it, if they can.
+fn threads_per_row(columns: usize) -> usize {
+    columns.div_ceil(HELD).min(MOST_THREADS).next_power_of_two().max(32)
+}
+
+/// Sums that are kept apart: so many that the compiler turns loops over them into vector operations as a whole, and that
+/// no addition waits for another.
+const LANES: usize = 64;
+
+/// A packed constant.
+pub(super) fn packed(values: Option<&Tensor>) -> Result<Option<Tensor>> {
+    values.map(|values| values.detach().contiguous()).transpose()
+}
+
+/// A weight or bias in the accumulation type, one per feature, so that the loops have one form.
+pub(super) fn widen<T: Float>(values: Option<&Tensor>, width: usize, default: T::Acc) -> Result<Vec<T::Acc>> {
+    let Some(values) = packed(values)? else { return Ok(vec![default; width]) };
+    Ok(match values.values::<T>()? {
+        [one] => vec![one.to_acc(); width],
+        each => each.iter().map(|value| value.to_acc()).collect(),
+    })
+}
+
+/// The tensor to write over, and where its values are to be read from if that is another one.
+///
+/// A gradient that no other handle shares is overwritten in place, which saves the memory of a second one.
+pub(crate) fn reuse(x: Tensor) -> Result<(Tensor, Option<Tensor>)> {
+    let packed = x.contiguous()?;
+    // Otherwise this handle would be another one.
+    drop(x);
+    let mut x = packed;
+    if x.is_unique() { Ok((x, None)) } else { Ok((x.uninit_like()?, Some(x))) }
+}

@@ -1,0 +1,50 @@
+//! The suites that a card must pass, as one program: what `scripts/gpu-check` carries to a machine that has a card and no
+//! Rust. Not run by `cargo test`, whose own targets have the same tests.
+//!
+//!     XT_TEST_DEVICE=cuda:0 cargo test --release --test device_check instructions
+
+#![cfg(all(target_os = "linux", target_arch = "x86_64"))]
+#![allow(clippy::duplicate_mod, reason = "each suite has its own `common`, as in the target of its name")]
+
+#[path = "../attention.rs"]
+mod attention;
+#[allow(dead_code)]
+#[path = "../../build.rs"]
+mod build;
+#[path = "../cached.rs"]
+mod cached;
+#[allow(dead_code)]
+#[path = "../emulator/card.rs"]
+mod card;
+#[path = "../contract.rs"]
+mod contract;
+#[path = "../cuda.rs"]
+mod cuda;
+#[path = "../emulator/instructions.rs"]
+mod instructions;
+#[path = "../parity.rs"]
+mod parity;
+#[path = "../sampling.rs"]
+mod sampling;
+#[path = "../train.rs"]
+mod train;
+
+use contract::{case, check, common};
+use x_transformers::Device;
+
+/// The path of the function that this stands in: the suites of the emulator find their tests by it.
+macro_rules! here {
+    () => {
+        module_path!()
+    };
+}
+use here;
+
+/// Runs a test of the emulator's instructions on the device of `XT_TEST_DEVICE`. One that asks for another emulated card has
+/// nothing to say here.
+fn emulated(_test: &str, variables: &[(&str, &str)], body: impl FnOnce()) {
+    let Device::Cuda(_) = common::device() else { return };
+    if variables.is_empty() {
+        body();
+    }
+}
