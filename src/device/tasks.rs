@@ -172,7 +172,7 @@ fn with_helpers(tasks: usize, body: &(dyn Fn(usize) + Sync)) {
 
 #[cfg(test)]
 mod tests {
-    use std::{cell::Cell, time::Duration};
+    use std::{cell::Cell, sync::atomic::AtomicBool, time::Duration};
 
     use super::*;
 
@@ -216,27 +216,27 @@ mod tests {
             static INSIDE: Cell<bool> = const { Cell::new(false) };
         }
         let pool = rayon::ThreadPoolBuilder::new().num_threads(2).build().unwrap();
-        let (foreign, calling) = (AtomicUsize::new(0), AtomicUsize::new(2));
-        fn jobs<'a>(scope: &rayon::Scope<'a>, foreign: &'a AtomicUsize, calling: &'a AtomicUsize) {
-            foreign.fetch_add(usize::from(INSIDE.get()), Ordering::Relaxed);
-            if calling.load(Ordering::Relaxed) > 0 {
-                scope.spawn(move |scope| jobs(scope, foreign, calling));
-            }
-        }
-        pool.scope(|scope| {
-            for _ in 0..2 {
-                scope.spawn(|_| {
-                    for _ in 0..20 {
-                        INSIDE.set(true);
-                        run(8, &|_| std::thread::sleep(Duration::from_micros(200)));
-                        INSIDE.set(false);
-                    }
-                    calling.fetch_sub(1, Ordering::Relaxed);
-                });
-            }
-            (0..4).for_each(|_| scope.spawn(|scope| jobs(scope, &foreign, &calling)));
+        let (foreign, done) = (Arc::new(AtomicUsize::new(0)), AtomicBool::new(false));
+        thread::scope(|scope| {
+            scope.spawn(|| {
+                while !done.load(Ordering::Relaxed) {
+                    let foreign = foreign.clone();
+                    pool.spawn(move || {
+                        foreign.fetch_add(usize::from(INSIDE.get()), Ordering::Relaxed);
+                    });
+                    thread::sleep(Duration::from_micros(20));
+                }
+            });
+            pool.install(|| {
+                for _ in 0..100 {
+                    INSIDE.set(true);
+                    run(8, &|_| thread::sleep(Duration::from_micros(200)));
+                    INSIDE.set(false);
+                }
+            });
+            done.store(true, Ordering::Relaxed);
         });
-        assert_eq!(foreign.into_inner(), 0);
+        assert_eq!(foreign.load(Ordering::Relaxed), 0);
     }
 
     /// Work is done, and leaves no more behind than it may, where every thread of the pool is busy.
