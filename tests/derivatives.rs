@@ -61,8 +61,10 @@ fn agrees(actual: f64, expected: f64, absolute: f64, dtype: DType) -> bool {
         || (actual - expected).abs() <= relative * expected.abs() + absolute + smallest
 }
 
+type Op = fn(&Tensor) -> Result<Tensor>;
+
 /// Name, op, its absolute error in units of the roundings, and `[x, y, dy/dx]`.
-type Row = (&'static str, fn(&Tensor) -> Result<Tensor>, f64, &'static [[f64; 3]]);
+type Row = (&'static str, Op, f64, &'static [[f64; 3]]);
 
 const TABLE: &[Row] = &[
     (
@@ -233,7 +235,7 @@ fn values_and_gradients_at_the_ends() -> Result<()> {
         if dtype == DType::F16 {
             continue;
         }
-        let gates: [(&str, fn(&Tensor) -> Result<Tensor>); 4] =
+        let gates: [(&str, Op); 4] =
             [("gelu", Tensor::gelu), ("gelu_tanh", Tensor::gelu_tanh), ("silu", Tensor::silu), ("relu", Tensor::relu)];
         for (name, op) in gates {
             let results = value_and_gradient(op, &FAR, 1.0, dtype)?;
@@ -307,7 +309,7 @@ fn nan_shows_through_activations() -> Result<()> {
 /// No factor of a gradient leaves the range of the type where the gradient does not: op, x, g, gradient.
 #[test]
 fn factors_of_gradients_stay_in_range() -> Result<()> {
-    type Case = (&'static str, fn(&Tensor) -> Result<Tensor>, DType, [f64; 3]);
+    type Case = (&'static str, Op, DType, [f64; 3]);
     let cases: [Case; 12] = [
         ("ln", Tensor::ln, DType::F32, [1e-40, 1e-10, 1e30]),
         ("ln", Tensor::ln, DType::F64, [1e-310, 1e-10, 1e300]),
