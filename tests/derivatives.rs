@@ -61,9 +61,9 @@ fn agrees(actual: f64, expected: f64, absolute: f64, dtype: DType) -> bool {
         || (actual - expected).abs() <= relative * expected.abs() + absolute + smallest
 }
 
-/// Name, op, its absolute error in units of the roundings, and `[x, y, dy/dx]`.
 type Op = fn(&Tensor) -> Result<Tensor>;
 
+/// Name, op, its absolute error in units of the roundings, and `[x, y, dy/dx]`.
 type Row = (&'static str, Op, f64, &'static [[f64; 3]]);
 
 const TABLE: &[Row] = &[
@@ -309,7 +309,7 @@ fn nan_shows_through_activations() -> Result<()> {
 /// No factor of a gradient leaves the range of the type where the gradient does not: op, x, g, gradient.
 #[test]
 fn factors_of_gradients_stay_in_range() -> Result<()> {
-    type Case = (&'static str, fn(&Tensor) -> Result<Tensor>, DType, [f64; 3]);
+    type Case = (&'static str, Op, DType, [f64; 3]);
     let cases: [Case; 12] = [
         ("ln", Tensor::ln, DType::F32, [1e-40, 1e-10, 1e30]),
         ("ln", Tensor::ln, DType::F64, [1e-310, 1e-10, 1e300]),
