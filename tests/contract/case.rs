@@ -1,6 +1,6 @@
 //! One case: an op, inputs, and a reference written from the formula; and the tensors to run it on.
 
-use x_transformers::{DType, Philox, Result, Tape, Tensor};
+use x_transformers::{DType, Gradcheck, Philox, Result, Tape, Tensor};
 
 use crate::common::device;
 
@@ -128,6 +128,8 @@ pub struct Case {
     pub reference: Reference,
     /// Multiplies the default tolerance; anything but 1 needs its reason beside it.
     pub tolerance: f64,
+    /// Relative step of the differences that gradients are checked by.
+    pub step: f64,
     /// Whether inputs whose rows or columns are all the same have a defined result.
     pub repeats: bool,
 }
@@ -147,8 +149,14 @@ impl Case {
             run: Box::new(run),
             reference: Box::new(reference),
             tolerance: 1.0,
+            step: Gradcheck::default().step,
             repeats: true,
         }
+    }
+
+    pub fn step(mut self, step: f64) -> Self {
+        self.step = step;
+        self
     }
 
     pub fn tolerance(mut self, factor: f64) -> Self {

@@ -80,7 +80,8 @@ impl Check<'_> {
         // Each element takes four runs: of large cases fewer are drawn.
         let elements: usize = arrays.iter().map(|array| array.data.len()).sum();
         let large = elements + (case.reference)(arrays).data.len() >= 4000;
-        let options = Gradcheck { max_elements: if large { 20 } else { 200 }, ..Gradcheck::default() };
+        let max_elements = if large { 20 } else { 200 };
+        let options = Gradcheck { step: case.step, max_elements, ..Gradcheck::default() };
         let run = |tensors: &[Tensor]| {
             let keep = |i: usize| if case.differentiates(i) { tensors[i].clone() } else { tensors[i].detach() };
             (case.run)(&(0..tensors.len()).map(keep).collect::<Vec<_>>())
