@@ -63,7 +63,8 @@ fn backward_as<T: Float, O: Multiply<Acc = T::Acc>>(
     let delta = delta::<T>(out, kept.residual.as_ref(), &grad)?;
     let grad = widen::<T, O>(&grad)?;
     let rounds = O::DTYPE != <O::Acc as Element>::DTYPE;
-    let directions = if rounds && need[0] { without_common::<O>(&operands[1])? } else { operands[1].clone() };
+    let directions = if rounds && need[0] { without_common::<O>(&operands[1])? } else { None };
+    let directions = directions.unwrap_or_else(|| operands[1].clone());
     let pass = Pass::<O> {
         tiles: Tiles::new::<T>(problem, &operands)?,
         directions: Rows::new(&directions)?,

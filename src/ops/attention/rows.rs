@@ -181,27 +181,38 @@ pub(super) fn widen<T: Float, O: Float<Acc = T::Acc>>(x: &Tensor) -> Result<Tens
     Ok(wide)
 }
 
+/// Keys from which the common part of a head is estimated.
+const SAMPLE: usize = 64;
+
 /// A packed copy of keys `[batch, heads, key, d]` without what all keys of a head have in common in a feature, where that
-/// is more than what they differ by. The gradients of a query's scores sum to zero, so that they may be multiplied by
-/// either; but rounded to a half type they do not quite, and the common part would multiply the difference.
-pub(super) fn without_common<O: Float>(keys: &Tensor) -> Result<Tensor> {
+/// is more than what they differ by; `None` if there is nothing. The gradients of a query's scores sum to zero, so that
+/// they may be multiplied by either; but rounded to a half type they do not quite, and the common part would multiply
+/// the difference.
+pub(super) fn without_common<O: Float>(keys: &Tensor) -> Result<Option<Tensor>> {
     let [batch, heads, count, d] = [0, 1, 2, 3].map(|dim| keys.shape()[dim]);
-    let mut rest = Tensor::uninit(Shape::new(&[batch, heads, count, d])?, O::DTYPE, keys.device())?;
     let rows = Rows::<O>::new(keys)?;
-    let slab = (count * d).max(1);
-    cpu::for_rows(rest.values_mut::<O>()?, slab, 4 * slab, |first, slabs| {
-        let mut moments = vec![O::Acc::ZERO; 2 * d];
-        let (sums, squares) = moments.split_at_mut(d);
-        for (head, rest) in (first..).zip(slabs.chunks_exact_mut(slab)) {
-            let row = |key: usize| rows.row(head / heads, head % heads, key, d);
-            sums.fill(O::Acc::ZERO);
-            squares.fill(O::Acc::ZERO);
-            (0..count).for_each(|key| add_moments::<O>(row(key), row(0), sums, squares));
-            common_part::<O>(row(0), sums, squares, O::Acc::from_f64(1.0 / count as f64));
-            rest.chunks_exact_mut(d.max(1)).enumerate().for_each(|(key, rest)| subtract::<O>(row(key), sums, rest));
+    let row = |head: usize, key: usize| rows.row(head / heads, head % heads, key, d);
+    let step = count.div_ceil(SAMPLE).max(1);
+    let part = O::Acc::from_f64(1.0 / count.div_ceil(step).max(1) as f64);
+    // Sums become the common parts of all heads.
+    let mut common = vec![O::Acc::ZERO; batch * heads * d];
+    let mut squares = vec![O::Acc::ZERO; d];
+    for (head, sums) in common.chunks_exact_mut(d.max(1)).enumerate() {
+        squares.fill(O::Acc::ZERO);
+        (0..count).step_by(step).for_each(|key| add_moments::<O>(row(head, key), row(head, 0), sums, &mut squares));
+        common_part::<O>(row(head, 0), sums, &squares, part);
+    }
+    if common.iter().all(|common| *common == O::Acc::ZERO) {
+        return Ok(None);
+    }
+    let mut rest = Tensor::uninit(Shape::new(&[batch, heads, count, d])?, O::DTYPE, keys.device())?;
+    cpu::for_rows(rest.values_mut::<O>()?, d, d, |first, rest| {
+        for (index, rest) in (first..).zip(rest.chunks_exact_mut(d)) {
+            let head = index / count;
+            subtract::<O>(row(head, index % count), &common[head * d..][..d], rest);
         }
     });
-    Ok(rest)
+    Ok(Some(rest))
 }
 
 vectorized! {
