@@ -5,8 +5,11 @@ typedef Element<T>::Acc Acc;
 // max(x, 0), keeping NaN.
 __device__ __forceinline__ Acc positive(Acc x) { return x < 0 ? 0 : x; }
 
-// Distribution and density of the standard normal.
-__device__ __forceinline__ Acc normal_cdf(Acc x) { return Acc(0.5) * (1 + erf(x * Acc(0.70710678118654752))); }
+// Distribution and density of the standard normal. In f64 the tail keeps its digits, as PyTorch's does.
+__device__ __forceinline__ Acc normal_cdf(Acc x) {
+    const Acc scaled = x * Acc(0.70710678118654752);
+    return Acc(0.5) * (sizeof(Acc) == 8 ? erfc(-scaled) : 1 + erf(scaled));
+}
 __device__ __forceinline__ Acc normal_pdf(Acc x) { return Acc(0.39894228040143268) * exp(Acc(-0.5) * x * x); }
 
 // What multiplies x in the approximation of GELU by tanh, and its derivative. 2 sqrt(2 / pi) is 1.5957691216057308.
