@@ -28,8 +28,8 @@ const BLOCK_ON_GPU: usize = 256 << 20;
 /// Rows of a block however long they are.
 const FEWEST_ROWS: usize = 256;
 
-/// Of these bytes, those for logits that are still in f32, where a block is of a half type.
-const PART_ON_CPU: usize = 16 << 20;
+/// Of these bytes, those for logits that are still in f32, where a block is of a half type. Each part packs the weight anew.
+const PART_ON_CPU: usize = 40 << 20;
 const PART_ON_GPU: usize = 64 << 20;
 
 /// Rows of such a part however long they are.
