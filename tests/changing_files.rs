@@ -133,6 +133,8 @@ fn reads_during_writes_give_one_version_or_an_error() -> Result<()> {
                 for part in versions[round % 2].chunks(1 << 16).enumerate() {
                     writer.seek(SeekFrom::Start((part.0 << 16) as u64)).unwrap();
                     writer.write_all(part.1).unwrap();
+                    // On its way long enough to be met.
+                    std::thread::sleep(std::time::Duration::from_micros(100));
                 }
                 if done.load(Ordering::Relaxed) {
                     break;

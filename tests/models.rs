@@ -136,7 +136,7 @@ fn models_loss_needs_targets() -> Result<()> {
     Ok(())
 }
 
-/// Half precision ends at the logits: the mean of many losses is not rounded to it.
+/// Half precision ends before the logits: neither they nor the mean of many losses are rounded to it.
 #[test]
 fn models_losses_of_half_precision_are_f32() -> Result<()> {
     let continuous = ContinuousTransformerWrapperConfig {
@@ -154,7 +154,12 @@ fn models_losses_of_half_precision_are_f32() -> Result<()> {
         let vectorwise = ContinuousAutoregressiveWrapper::new(&continuous, &stores[1])?;
         let (x, vectors) = (tokens(2, 7)?, Tensor::generate([2, 5, 3], dtype, &CPU, |i| (i as f64).sin())?);
 
-        let logits = tokenwise.net.forward(&x.narrow(1, 0, 6)?, &none)?.out.to_dtype(DType::F64)?;
+        let embeddings = ForwardOptions { return_embeddings: true, ..Default::default() };
+        let embeddings = tokenwise.net.forward(&x.narrow(1, 0, 6)?, &embeddings)?.out.to_dtype(DType::F64)?;
+        let params = stores[0].params();
+        let exact = |name: &str| params.get(name).map(|param| param.tensor().detach().to_dtype(DType::F64)).transpose();
+        let weight = exact("net.to_logits.weight")?.expect("a head");
+        let logits = embeddings.linear(&weight, exact("net.to_logits.bias")?.as_ref())?;
         let token_loss = logits.cross_entropy(&x.narrow(1, 1, 6)?, -100)?.item()?;
         let predicted = vectorwise.net.forward(&vectors.narrow(1, 0, 4)?, &none)?.out.to_dtype(DType::F64)?;
         let targets = vectors.narrow(1, 1, 4)?.to_dtype(DType::F64)?;

@@ -158,7 +158,10 @@ fn text_from_files_and_folders() -> Result<()> {
         assert_eq!(ByteText::from_paths(&[&tree])?.bytes(), b"\xC3\xBFZB\xFFnot utf-8");
         std::os::unix::fs::symlink("nowhere", tree.join("broken")).unwrap();
         let broken = tree.join("broken");
-        assert!(matches!(ByteText::from_paths(&[&tree]), Err(Error::Io { path, .. }) if path == broken));
+        let text = ByteText::from_paths(&[&tree])?;
+        assert_eq!(text.bytes(), b"\xC3\xBFZB\xFFnot utf-8");
+        assert!(matches!(text.skipped(), [(path, why)] if *path == broken && why.contains("No such file")));
+        assert!(matches!(ByteText::from_paths(&[&broken]), Err(Error::Io { path, .. }) if path == broken));
     }
     Ok(())
 }
@@ -173,7 +176,7 @@ fn text_that_cannot_be_used() {
         assert!(error.contains(expected) && error.contains(name), "{error}");
     }
     // A folder with nothing but those.
-    assert!(message(&folder.0).contains("no text"));
+    assert!(message(&folder.0).contains("no readable text"));
     assert!(message(&folder.0.join("missing")).contains("missing"));
     #[cfg(unix)]
     {

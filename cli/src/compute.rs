@@ -1,6 +1,11 @@
 //! Where and how precisely to compute.
 
-use std::thread::available_parallelism;
+use std::{
+    hint::black_box,
+    io::{self, ErrorKind},
+    sync::mpsc,
+    thread::{self, available_parallelism},
+};
 
 use clap::{
     Args,
@@ -37,11 +42,28 @@ pub fn start_threads(wanted: Option<u32>) -> failure::Result<()> {
     let threads = wanted.unwrap_or_else(|| available_parallelism().map_or(1, |threads| threads.get()));
     let pool = rayon::ThreadPoolBuilder::new().num_threads(threads);
     let pool = if threads == 1 { pool.use_current_thread() } else { pool };
-    pool.build_global().map_err(|error| {
+    pool.spawn_handler(start_thread).build_global().map_err(|error| {
         Failure::new(format_args!(
             "{threads} threads: {error}; allow the process more threads and memory, or set RAYON_NUM_THREADS=1"
         ))
     })
+}
+
+/// Starts one thread, and returns when it runs. The standard library aborts the process if a thread that exists finds no
+/// memory for its signal stack, so that is looked for first, and no other thread is made meanwhile.
+fn start_thread(worker: rayon::ThreadBuilder) -> io::Result<()> {
+    const ROOM: usize = 4 << 20;
+    let mut room = Vec::<u8>::new();
+    room.try_reserve_exact(ROOM).map_err(|_| ErrorKind::OutOfMemory)?;
+    drop(black_box(room));
+    let (begun, begins) = mpsc::channel();
+    thread::Builder::new().spawn(move || {
+        drop(begun);
+        worker.run()
+    })?;
+    // An error, since nothing is ever sent.
+    let _: Result<(), _> = begins.recv();
+    Ok(())
 }
 
 /// Takes the names of these dtypes.

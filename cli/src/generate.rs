@@ -35,7 +35,7 @@ pub struct GenerateArgs {
     tokenizer: Option<PathBuf>,
 
     /// Text to continue; several are continued together, each by itself
-    #[arg(long, value_name = "TEXT", default_value = "\n", hide_default_value = true)]
+    #[arg(long, value_name = "TEXT", default_value = "\n", hide_default_value = true, value_parser = some_text)]
     prompt: Vec<String>,
 
     /// The prompt is a question to a pretrained model that chats
@@ -121,6 +121,11 @@ pub struct GenerateArgs {
     /// Where to compute: auto, cpu or cuda:N
     #[arg(long, default_value = "auto")]
     device: String,
+}
+
+/// Clap's own parser says of an empty value that there is none.
+fn some_text(text: &str) -> std::result::Result<String, &'static str> {
+    if text.is_empty() { Err("expected some text to continue, got an empty one") } else { Ok(text.to_string()) }
 }
 
 /// A text to continue.
@@ -221,7 +226,7 @@ impl GenerateArgs {
                 (decode(text.as_bytes()), source.language.encode(text)?)
             };
             if tokens.is_empty() {
-                return Err(Failure::new("`--prompt` is empty; give some text to continue"));
+                return Err(Failure::new("the prompt has no token; give some text"));
             }
             length = length.min(source.room(tokens.len())?);
             prompts.push(Prompt { shown, tokens });

@@ -15,6 +15,7 @@ fn wrong_usage_is_code_2() {
     assert!(refuses(&["train", "--every", "0"]).contains("every"));
     assert!(refuses(&["train", "--dtype", "f8"]).contains("bf16"));
     assert!(refuses(&["generate"]).contains("--checkpoint"));
+    assert!(refuses(&["generate", "--checkpoint", "out", "--prompt", ""]).contains("--prompt"));
     assert!(refuses(&["generate", "--checkpoint", "out", "--top-k", "0"]).contains("--top-k"));
     assert!(refuses(&["info"]).contains("--config"));
     // A negative number belongs to the option in front of it, which is named.

@@ -54,7 +54,7 @@ impl Stamp {
 impl Source {
     /// Opens a regular file.
     ///
-    /// Errors: [`Error::Io`]; [`Error::File`] for folders, pipes and devices.
+    /// Errors: [`Error::Io`]; [`Error::File`] for folders, pipes and devices, and for a file that is being written to.
     pub fn open(path: &Path) -> Result<Self> {
         let broken = |source| Error::io(path, source);
         // Asked before opening: opening a pipe would wait for a writer. Asked again after it: the file may be another one.
@@ -62,10 +62,12 @@ impl Source {
         ensure!(found.is_file(), Error::file(path, "is not a regular file"));
         let file = File::open(path).map_err(broken)?;
         ensure!(file.metadata().map_err(broken)?.is_file(), Error::file(path, "is not a regular file"));
-        let mut stamp = Stamp::of(&file).map_err(broken)?;
+        let stamp = Stamp::of(&file).map_err(broken)?;
         if stamp.is_fresh() {
+            // Later changes must differ from it, and there must be no writer who goes on.
             std::thread::sleep(TICK);
-            stamp = Stamp::of(&file).map_err(broken)?;
+            let unchanged = Stamp::of(&file).map_err(broken)? == stamp;
+            ensure!(unchanged, Error::file(path, format!("is being written to; {CURE}")));
         }
         ensure!(usize::try_from(stamp.len).is_ok(), Error::file(path, "is larger than this processor can address"));
         Ok(Self { path: path.to_path_buf(), content: Content::File { file, stamp } })

@@ -1,6 +1,6 @@
 use x_transformers::ops::Activation;
 
-use super::glu::activation;
+use super::glu::{activation, step};
 use crate::case::{Array, Case, Input};
 
 fn case(name: &str, shape: &[usize], range: (f64, f64), function: Activation) -> Case {
@@ -12,6 +12,7 @@ fn case(name: &str, shape: &[usize], range: (f64, f64), function: Activation) ->
         move |x| x[0].add_activation(&x[1], function),
         move |x| Array::from_fn(&x[0].shape, |i| activation(function, x[0].at(i) + x[1].at(i))),
     )
+    .step(step(function))
 }
 
 pub fn cases() -> Vec<Case> {

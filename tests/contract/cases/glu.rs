@@ -1,4 +1,4 @@
-use x_transformers::ops::Activation;
+use x_transformers::{Gradcheck, ops::Activation};
 
 use crate::case::{Array, Case, Input};
 
@@ -13,6 +13,11 @@ pub fn activation(activation: Activation, x: f64) -> f64 {
         Activation::Sigmoid => 1.0 / (1.0 + (-x).exp()),
         Activation::Silu => x / (1.0 + (-x).exp()),
     }
+}
+
+/// The step of differences: small where the slope has a kink, near which some of many elements lie.
+pub fn step(function: Activation) -> f64 {
+    if function == Activation::ReluSquared { 1e-6 } else { Gradcheck::default().step }
 }
 
 fn case(name: &str, input: Input, function: Activation) -> Case {
@@ -54,6 +59,7 @@ fn sum(name: &str, shape: &[usize], function: Activation) -> Case {
             })
         },
     )
+    .step(step(function))
 }
 
 pub fn cases() -> Vec<Case> {
