@@ -136,9 +136,11 @@ fn a_resumed_run_goes_on_with_other_steps() {
         let rows = rows(&run).into_iter().filter(|row| row.contains("validation"));
         rows.map(|row| row.split(',').next().expect("a step").to_string()).collect()
     };
-    succeeds(&[&["train", "--text", &corpus, "--out", &out, "--steps", "4", "--every", "3"][..], &TINY].concat());
+    let cpu = ["--device", "cpu"];
+    let new = ["train", "--text", &corpus, "--out", &out, "--steps", "4", "--every", "3"];
+    succeeds(&[&new[..], &TINY, &cpu].concat());
     assert_eq!(validated(), ["0", "3", "4"]);
-    let resume = ["train", "--resume", &out, "--text", &corpus];
+    let resume = ["train", "--resume", &out, "--text", &corpus, cpu[0], cpu[1]];
     succeeds(&[&resume[..], &["--steps", "7"]].concat());
     assert_eq!(validated(), ["0", "3", "4", "6", "7"]);
     succeeds(&[&resume[..], &["--steps", "9", "--every", "1"]].concat());
@@ -155,7 +157,7 @@ fn links_to_nowhere() {
     let corpus = path(folder.path(), "text.txt");
     write_text(&corpus);
     let run = |name: &str| path(folder.path(), name);
-    let tail = [&["--steps", "1", "--text", &corpus][..], &TINY].concat();
+    let tail = [&["--steps", "1", "--device", "cpu", "--text", &corpus][..], &TINY].concat();
     symlink("none", run("a")).expect("a link");
     fs::create_dir(run("b")).expect("create");
     symlink("none", run("b/checkpoint")).expect("a link");
