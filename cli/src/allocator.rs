@@ -16,7 +16,7 @@ pub struct OrExit;
 impl OrExit {
     fn check(block: *mut u8, bytes: usize) -> *mut u8 {
         static ENDING: AtomicBool = AtomicBool::new(false);
-        // What is allocated while the process ends must not end it again.
+        // A refusal while the process ends must not end it again.
         if block.is_null() && !ENDING.swap(true, Ordering::Relaxed) {
             // Standard error has no buffer, and nothing here allocates.
             let _ = writeln!(

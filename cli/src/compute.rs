@@ -33,7 +33,7 @@ impl ComputeArgs {
     }
 }
 
-/// Starts the threads that compute: as many as asked for, else `RAYON_NUM_THREADS`, else one for each processor.
+/// Starts the compute threads: `wanted` of them, else `RAYON_NUM_THREADS`, else one for each processor.
 ///
 /// Errors: the system refuses them. One thread is always there: it is the one that calls.
 pub fn start_threads(wanted: Option<u32>) -> failure::Result<()> {

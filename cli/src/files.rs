@@ -89,7 +89,7 @@ impl Run {
                  choose another folder with `--out`"
             )));
         }
-        // What is in the way of the first save is found now.
+        // Find now whatever is in the way of the first save.
         create_folders(run.checkpoint())?;
         Ok(run)
     }
@@ -147,7 +147,7 @@ mod tests {
 
     use super::quoted;
 
-    /// What bash makes of the word is the path.
+    /// Bash reads the word as the path.
     #[test]
     #[cfg(unix)]
     fn quoted_paths_are_one_word() {

@@ -398,7 +398,7 @@ impl Training<'_> {
         self.draw()
     }
 
-    /// What to do when a file could not be written.
+    /// Adds the remedy to the failure of a save.
     fn unsaved(&self, failure: Failure) -> Failure {
         if Checkpoint::load_training(self.run.checkpoint()).is_err() {
             return failure;
@@ -458,7 +458,7 @@ mod tests {
         train: TrainArgs,
     }
 
-    /// What becomes of an option when its run is resumed.
+    /// Fate of an option when its run is resumed.
     enum Kept {
         /// It is saved in the checkpoint and cannot be given again; a value that is not the default.
         Saved(&'static str),

@@ -360,7 +360,7 @@ fn no_call_is_missed() {
         let below = arguments.contains(out);
         if name == "openat" {
             let writes = ["O_WRONLY", "O_RDWR", "O_CREAT", "O_TRUNC"].iter().any(|flag| arguments.contains(flag));
-            // What was opened is shown after the `=`.
+            // The opened path is shown after the `=`.
             seen += usize::from(below && writes);
         } else if below {
             assert!(harmless.contains(&name) || changing.contains(&name), "unknown call: {line}");

@@ -124,7 +124,7 @@ fn threads_that_are_refused() {
     let folder = tempfile::tempdir().expect("a temporary folder");
     let mut storage = Vec::new();
     let arguments = train(folder.path(), &mut storage, &[]);
-    // The stacks of so many threads are more than the limit.
+    // The stacks of 2000 threads exceed the limit.
     let many = [("RAYON_NUM_THREADS", "2000")];
     let message = failed(&arguments, limited("-v 1500000", &arguments, &many));
     // Memory for a stack is looked for first.

@@ -136,7 +136,7 @@ pub fn logged(log: &Path) -> Vec<Call> {
     calls.collect()
 }
 
-/// What is done to a folder while calls go wrong.
+/// Operation on a folder while calls go wrong.
 pub struct Scenario<'a> {
     pub name: &'a str,
     /// The folder at the beginning.
