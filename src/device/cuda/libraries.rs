@@ -200,19 +200,30 @@ impl Wanted {
 
     /// Opens the library of this folder for good, so that a later look-up by its bare name finds it.
     fn open(&self, folder: &Path) -> Option<String> {
-        let prefix = format!("{}{}{}", env::consts::DLL_PREFIX, self.name, env::consts::DLL_SUFFIX);
-        let windows = format!("{}64_", self.name);
-        let mut names: Vec<PathBuf> = fs::read_dir(folder).ok()?.flatten().map(|entry| entry.path()).collect();
-        names.retain(|path| {
-            let name = path.file_name().and_then(|name| name.to_str()).unwrap_or_default();
-            name == prefix
-                || name.strip_prefix(&prefix).is_some_and(|version| version.starts_with('.'))
-                || cfg!(windows) && name.starts_with(&windows)
-        });
-        names.sort();
-        let opened = names.iter().any(|path| open_for_good(path));
+        let opened = files_of(folder, self.name).iter().any(|path| open_for_good(path));
+        if opened && self.name == "nvrtc" {
+            // NVRTC opens this one by its bare name at the first compilation. Version 13.0 of PyPI does not say
+            // that it lies beside it; what is open already is found.
+            files_of(folder, "nvrtc-builtins").iter().any(|path| open_for_good(path));
+        }
         opened.then(|| folder.display().to_string())
     }
+}
+
+/// The files of a folder that have the name of a library, with any version, in order.
+fn files_of(folder: &Path, library: &str) -> Vec<PathBuf> {
+    let prefix = format!("{}{library}{}", env::consts::DLL_PREFIX, env::consts::DLL_SUFFIX);
+    let windows = format!("{library}64_");
+    let entries = fs::read_dir(folder).into_iter().flatten().flatten();
+    let mut names: Vec<PathBuf> = entries.map(|entry| entry.path()).collect();
+    names.retain(|path| {
+        let name = path.file_name().and_then(|name| name.to_str()).unwrap_or_default();
+        name == prefix
+            || name.strip_prefix(&prefix).is_some_and(|version| version.starts_with('.'))
+            || cfg!(windows) && name.starts_with(&windows)
+    });
+    names.sort();
+    names
 }
 
 #[cfg(unix)]
