@@ -32,7 +32,7 @@ __device__ __forceinline__ Acc mean_of(Acc sum, Acc factor) {
     return fabs(mean) > LARGEST<T> && fabs(sum) < infinity() ? copysign((Acc)LARGEST<T>, mean) : mean;
 }
 
-// What multiplies that which rounding takes from an output before it is rounded itself: the inverse of the precision.
+// Scale of the rounding error of an output before it is rounded itself: the inverse of the precision.
 template <typename E> constexpr f32 RESIDUAL_SCALE = 256;
 template <> constexpr f32 RESIDUAL_SCALE<f16> = 2048;
 

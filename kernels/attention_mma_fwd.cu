@@ -24,7 +24,7 @@ extern "C" __global__ void __launch_bounds__(MMA_THREADS, 2) attention_mma_fwd(
     extern __shared__ uint4 memory[];
     __shared__ Scores scores;
     __shared__ Rows q_rows, k_rows, v_rows;
-    // What exponents of 2 are smaller by.
+    // Subtracted from exponents of 2.
     __shared__ f32 lower;
     const i32 heads = q_at.dims[1], queries = q_at.dims[2], keys = k_at.dims[2];
     const i32 tiles = ceil_div(queries, ROWS), index = blockIdx.x / tiles;

@@ -134,7 +134,7 @@ __device__ __forceinline__ Acc weight_of_all(const T* weight, u32 weights, u32 c
     return weight != nullptr && weights != columns ? Element<T>::to_acc(weight[0]) : Acc(1);
 }
 
-// What a row is divided by, given the mean square of what is left after the mean.
+// Divisor of a row, from the mean square of its deviations from the mean.
 constexpr u32 FLOORED = 0, CENTRED = 1;
 
 __device__ __forceinline__ Acc divisor(u32 form, Acc square, Acc eps) {
@@ -164,7 +164,7 @@ extern "C" __global__ void norm_fwd(T* y, T* sum, Acc* statistics, const T* x, c
         if (blockDim.x == 32 ? overflows : __syncthreads_or(overflows)) {
             const Acc factor = overflows ? SHRINK : Acc(1);
             Acc small = values.sum([=](Acc value) { return value * factor; }) / columns;
-            // What rounding left, or a row of equal numbers would have a deviation.
+            // Subtract the rounding error of the mean, or a row of equal numbers would have a deviation.
             small += values.sum([=](Acc value) { return value * factor - small; }) / columns;
             small = centred ? small : 0;
             const auto deviation = [=](Acc value) { return value * factor - small; };

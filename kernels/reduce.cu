@@ -17,7 +17,7 @@
 
 typedef Element<T>::Acc Acc;
 
-// What sums are added up in.
+// Type of sums.
 template <typename A> struct Sum {
     typedef A Type;
 };
@@ -129,7 +129,7 @@ extern "C" __global__ void reduce_finish(T* y, const Acc* sums, i64 outer, i64 p
 // Whether `a` comes before `b` among the largest: NaN first.
 __device__ __forceinline__ bool larger(Acc a, Acc b) { return a > b || (a != a && b == b); }
 
-// What nothing is smaller than.
+// Lower bound of every value.
 template <typename A> __device__ __forceinline__ A least() { return negative_infinity<A>(); }
 template <> __device__ __forceinline__ i64 least<i64>() { return -0x7FFFFFFFFFFFFFFF - 1; }
 

@@ -5,7 +5,8 @@ use std::{fs, io};
 
 use serde_json::{Value, json};
 use x_transformers::{
-    io::{create_folders, retry_interrupted, write_atomically},
+    Error,
+    io::{create_folders, read_limited, retry_interrupted, write_atomically},
     train::{Checkpoint, TrainingState},
 };
 
@@ -37,11 +38,11 @@ pub fn settle(run: &Run) -> Result<()> {
         Err(error) => return Err(Failure::io(&folder, &error)),
     }
     let path = folder.join(FILE);
-    let announced = match fs::read(&path) {
+    let announced = match read_limited(&path, u64::MAX) {
         // It was written in one step: what is damaged was not written by this program.
         Ok(text) => serde_json::from_slice(&text).unwrap_or_default(),
-        Err(error) if error.kind() == io::ErrorKind::NotFound => Value::Null,
-        Err(error) => return Err(Failure::io(&path, &error)),
+        Err(Error::Io { source, .. }) if source.kind() == io::ErrorKind::NotFound => Value::Null,
+        Err(error) => return Err(error.into()),
     };
     // A checkpoint that cannot be read was not saved by that run.
     let saved = Checkpoint::load_training(run.checkpoint()).ok().map(|state| json!(state));

@@ -164,7 +164,7 @@ fn the_hint_is_a_command() {
     assert!(refuses(&arguments).contains("got an empty one"));
 }
 
-/// What cannot be read below a folder is named and passed over; what was named itself is an error.
+/// Unreadable files below a folder are named and skipped; a file that was named itself is an error.
 #[test]
 fn files_of_a_folder_that_cannot_be_read() {
     let folder = tempfile::tempdir().expect("a temporary folder");

@@ -148,7 +148,7 @@ fn a_resumed_run_goes_on_with_other_steps() {
     assert_eq!(validated(), ["0", "3", "4", "6", "7", "8", "9", "10", "11"]);
 }
 
-/// What is in the way of the files of a run is found before the first step, and said.
+/// Obstacles to writing the files of a run are reported before the first step.
 #[test]
 #[cfg(unix)]
 fn links_to_nowhere() {

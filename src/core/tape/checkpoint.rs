@@ -131,7 +131,7 @@ pub fn checkpoint(f: impl Fn(&[Tensor]) -> Result<Tensor> + 'static, inputs: &[&
     run(Box::new(f), inputs)
 }
 
-/// What lies on the stack while a segment runs, once a level: not generic, and small.
+/// Stack frame of each level while its segment runs: not generic, and small.
 fn run(f: Box<Function>, inputs: &[&Tensor]) -> Result<Tensor> {
     let Some(mut call) = Call::begin(inputs)? else { return plain(f, inputs) };
     let output = match call.answer.take() {

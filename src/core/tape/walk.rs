@@ -91,7 +91,7 @@ struct Frame {
     nodes: Vec<Node>,
     /// The gradient of each node's output so far.
     grads: Vec<Option<Tensor>>,
-    /// What the list is the inside of.
+    /// Segment whose inside this list is.
     segment: Option<Outside>,
 }
 

@@ -144,7 +144,7 @@ fn shrunk<T: Float>(
     let mut mean = T::Acc::ZERO;
     if form == Form::Centred {
         mean = sum_of(x, |x| x * shrink) / count;
-        // What rounding left, or a row of equal numbers would have a deviation.
+        // Subtract the rounding error of the mean, or a row of equal numbers would have a deviation.
         mean += sum_of(x, |x| x * shrink - mean) / count;
     }
     let square = sum_of(x, |x| (x * shrink - mean) * (x * shrink - mean)) / count;
