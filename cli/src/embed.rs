@@ -48,7 +48,7 @@ pub fn run(args: EmbedArgs) -> Result<()> {
     }
     let pretrained = Pretrained::open(&args.checkpoint)?;
     let tokenizer = Tokenizer::of(&pretrained, args.tokenizer.as_deref())?;
-    let rows = texts.iter().map(|text| tokenizer.encode(text)).collect::<Result<Vec<_>>>()?;
+    let rows = texts.iter().map(|text| Ok(tokenizer.encode(text)?)).collect::<Result<Vec<_>>>()?;
     let window = pretrained.config().max_seq_len;
     for (text, row) in texts.iter().zip(&rows) {
         if row.is_empty() || row.len() > window {

@@ -3,7 +3,7 @@
 use crate::{
     failure::{Failure, Result},
     text::{self, Decoder},
-    tokenizer::Tokenizer,
+    tokenizer::{TextStream, Tokenizer},
 };
 
 /// What the tokens of a model stand for.
@@ -19,7 +19,7 @@ impl Language {
     pub fn encode(&self, text: &str) -> Result<Vec<i64>> {
         match self {
             Self::Bytes => Ok(text.bytes().map(i64::from).collect()),
-            Self::Pieces(tokenizer) => tokenizer.encode(text),
+            Self::Pieces(tokenizer) => Ok(tokenizer.encode(text)?),
         }
     }
 
@@ -29,7 +29,7 @@ impl Language {
             Self::Bytes => {
                 Err(Failure::new("`--chat` is for pretrained models; what `xt train` wrote continues bytes"))
             }
-            Self::Pieces(tokenizer) => tokenizer.chat(question),
+            Self::Pieces(tokenizer) => Ok(tokenizer.chat(question)?),
         }
     }
 
@@ -43,64 +43,45 @@ impl Language {
 
     /// Text of tokens that come one at a time behind a prompt, up to the one that ends it.
     pub fn shown(&self, prompt: &[i64], stop: Option<i64>) -> Shown<'_> {
-        /// Enough of the prompt for what its last pieces stand for.
-        const CONTEXT: usize = 8;
-        let tokens = match self {
-            Self::Bytes => Vec::new(),
-            // Without it the space in front of a word would be taken for the start of a text, which has none.
-            Self::Pieces(_) => prompt[prompt.len().saturating_sub(CONTEXT)..].to_vec(),
+        let text = match self {
+            Self::Bytes => Text::Bytes(Decoder::default()),
+            Self::Pieces(tokenizer) => Text::Pieces(tokenizer.stream(prompt)),
         };
-        Shown { language: self, decoder: Decoder::default(), stop, ended: false, before: tokens.len(), tokens }
+        Shown { text, stop, ended: false }
     }
 }
 
 /// Text of tokens that come one at a time, up to the one that ends it. It cannot move the cursor of a terminal.
 pub struct Shown<'l> {
-    language: &'l Language,
-    decoder: Decoder,
+    text: Text<'l>,
     stop: Option<i64>,
     ended: bool,
-    /// Pieces whose text is not whole yet, behind those that were shown last: what a piece stands for may depend on the
-    /// one before.
-    tokens: Vec<i64>,
-    before: usize,
+}
+
+enum Text<'l> {
+    Bytes(Decoder),
+    Pieces(TextStream<'l>),
 }
 
 impl Shown<'_> {
     /// The text that is whole with this token, often empty.
     pub fn push(&mut self, token: i64) -> Result<String> {
-        /// Tokens that are held back at most; a character has no more than four bytes.
-        const HELD: usize = 32;
         self.ended |= self.stop == Some(token);
         if self.ended {
             return Ok(String::new());
         }
-        let Language::Pieces(tokenizer) = self.language else {
+        match &mut self.text {
             // A vocabulary may have tokens behind the bytes; none of them is text, as little as this byte.
-            return Ok(self.decoder.push(u8::try_from(token).unwrap_or(0xff)));
-        };
-        self.tokens.push(token);
-        let fresh = self.fresh(tokenizer)?;
-        // A character whose bytes are spread over tokens is not whole yet.
-        if fresh.ends_with(char::REPLACEMENT_CHARACTER) && self.tokens.len() - self.before < HELD {
-            return Ok(String::new());
+            Text::Bytes(decoder) => Ok(decoder.push(u8::try_from(token).unwrap_or(0xff))),
+            Text::Pieces(stream) => Ok(text::decode(stream.push(token)?.as_bytes())),
         }
-        self.tokens.drain(..self.before);
-        self.before = self.tokens.len();
-        Ok(text::decode(fresh.as_bytes()))
     }
 
     /// The text of a sequence that stays incomplete.
     pub fn finish(self) -> Result<String> {
-        match self.language {
-            Language::Bytes => Ok(self.decoder.finish().to_string()),
-            Language::Pieces(tokenizer) => Ok(text::decode(self.fresh(tokenizer)?.as_bytes())),
+        match self.text {
+            Text::Bytes(decoder) => Ok(decoder.finish().to_string()),
+            Text::Pieces(stream) => Ok(text::decode(stream.finish()?.as_bytes())),
         }
-    }
-
-    fn fresh(&self, tokenizer: &Tokenizer) -> Result<String> {
-        let before = tokenizer.decode(&self.tokens[..self.before])?;
-        let all = tokenizer.decode(&self.tokens)?;
-        Ok(all.get(before.len()..).unwrap_or_default().to_string())
     }
 }

@@ -1,91 +1,53 @@
-//! From text to tokens and back, as a pretrained model was taught.
-
-use std::path::Path;
-
-use x_transformers::io::Pretrained;
-
-use crate::failure::{Failure, Result};
+//! The tokenizer of a pretrained model, or what stands in for it in a build without tokenizers.
 
 #[cfg(feature = "tokenizers")]
-mod known;
-#[cfg(feature = "tokenizers")]
-mod sentencepiece;
-
-/// The tokenizer of a pretrained model.
-pub struct Tokenizer {
-    #[cfg(feature = "tokenizers")]
-    inner: tokenizers::Tokenizer,
-    #[cfg(not(feature = "tokenizers"))]
-    never: std::convert::Infallible,
-}
-
-#[cfg(feature = "tokenizers")]
-impl Tokenizer {
-    /// That of the model's files: `tokenizer.json`, a `vocab.txt`, a model of SentencePiece, or the vocabulary in a GGUF
-    /// file; or one in another file or folder.
-    pub fn of(pretrained: &Pretrained, given: Option<&Path>) -> Result<Self> {
-        let file = given.unwrap_or(pretrained.file().path());
-        let json = match given.or(pretrained.folder()) {
-            Some(folder) if given.is_none() || folder.is_dir() => known::of_folder(folder, pretrained.family()),
-            Some(file) => known::of_file(file, pretrained.family()),
-            None => known::of_gguf(pretrained.file()).map_err(|why| Failure::new(why).within(file)),
-        }?;
-        let broken = |error| Failure::new(format_args!("tokenizer: {error}")).within(file);
-        let mut inner: tokenizers::Tokenizer = json.parse().map_err(broken)?;
-        // Files may ask for a fixed length: what is padding is for the caller to say, and nothing is cut in silence.
-        inner.with_padding(None);
-        inner.with_truncation(None).map_err(broken)?;
-        Ok(Self { inner })
-    }
-
-    /// Tokens of a text, with those that the model expects around it.
-    pub fn encode(&self, text: &str) -> Result<Vec<i64>> {
-        let encoding =
-            self.inner.encode(text, true).map_err(|error| Failure::new(format_args!("tokenizer: {error}")))?;
-        Ok(encoding.get_ids().iter().map(|&id| id.into()).collect())
-    }
-
-    /// The text of tokens, special ones left out.
-    pub fn decode(&self, tokens: &[i64]) -> Result<String> {
-        let ids: Vec<u32> = tokens.iter().filter_map(|&token| u32::try_from(token).ok()).collect();
-        self.inner.decode(&ids, true).map_err(|error| Failure::new(format_args!("tokenizer: {error}")))
-    }
-
-    /// A question in the form of a chat, up to where the answer begins.
-    pub fn chat(&self, question: &str) -> Result<String> {
-        if self.inner.token_to_id("<|im_start|>").is_none() {
-            return Err(Failure::new("the model has no tokens of a chat (`<|im_start|>`); leave out `--chat`"));
-        }
-        // What a person types cannot end their turn.
-        let question = question.replace("<|im_", "<|im\u{200b}_");
-        Ok(format!("<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n"))
-    }
-}
-
-/// In the form of `tokenizer.json`: a token that is looked for in the text as it is, and left out of decoded text.
-#[cfg(feature = "tokenizers")]
-fn added_token(token: &str, id: u64) -> Option<serde_json::Value> {
-    Some(serde_json::json!({
-        "id": id, "content": token, "single_word": false, "lstrip": false, "rstrip": false, "normalized": false,
-        "special": true,
-    }))
-}
+pub use x_transformers_tokenizers::{TextStream, Tokenizer};
 
 #[cfg(not(feature = "tokenizers"))]
-impl Tokenizer {
-    pub fn of(_: &Pretrained, _: Option<&Path>) -> Result<Self> {
-        Err(Failure::new("this `xt` was built without tokenizers; build it with `--features tokenizers`"))
+mod without {
+    use std::{convert::Infallible, path::Path};
+
+    use x_transformers::io::Pretrained;
+
+    use crate::failure::{Failure, Result};
+
+    /// A tokenizer that cannot be had.
+    pub struct Tokenizer(Infallible);
+
+    /// Text of a tokenizer that cannot be had.
+    pub struct TextStream<'t>(&'t Tokenizer);
+
+    impl TextStream<'_> {
+        pub fn push(&mut self, _: i64) -> Result<String> {
+            match self.0.0 {}
+        }
+
+        pub fn finish(self) -> Result<String> {
+            match self.0.0 {}
+        }
     }
 
-    pub fn encode(&self, _: &str) -> Result<Vec<i64>> {
-        match self.never {}
-    }
+    impl Tokenizer {
+        pub fn of(_: &Pretrained, _: Option<&Path>) -> Result<Self> {
+            Err(Failure::new("this `xt` was built without tokenizers; build it with `--features tokenizers`"))
+        }
 
-    pub fn decode(&self, _: &[i64]) -> Result<String> {
-        match self.never {}
-    }
+        pub fn encode(&self, _: &str) -> Result<Vec<i64>> {
+            match self.0 {}
+        }
 
-    pub fn chat(&self, _: &str) -> Result<String> {
-        match self.never {}
+        pub fn decode(&self, _: &[i64]) -> Result<String> {
+            match self.0 {}
+        }
+
+        pub fn stream(&self, _: &[i64]) -> TextStream<'_> {
+            match self.0 {}
+        }
+
+        pub fn chat(&self, _: &str) -> Result<String> {
+            match self.0 {}
+        }
     }
 }
+#[cfg(not(feature = "tokenizers"))]
+pub use without::{TextStream, Tokenizer};

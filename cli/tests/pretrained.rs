@@ -296,7 +296,7 @@ fn models_of_sentencepiece_are_read() {
         }
     };
     let whole = folder("llama", vocabulary, ("tokenizer_config.json", r#"{"add_bos_token": true}"#));
-    let model = include_bytes!("sentencepiece/bpe.model");
+    let model = include_bytes!("../../tokenizers/tests/sentencepiece/bpe.model");
     fs::write(whole.path().join("tokenizer.model"), model).unwrap();
     let config = fs::read_to_string(whole.path().join("config.json")).unwrap();
     let config = config.replace("\"vocab_size\": 40", "\"vocab_size\": 600");

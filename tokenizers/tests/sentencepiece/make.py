@@ -1,7 +1,7 @@
-"""Writes the models of SentencePiece and what it makes of texts, which `cli/src/tokenizer/sentencepiece.rs` reads.
+"""Writes the models of SentencePiece and what it makes of texts, which `tokenizers/src/sentencepiece.rs` reads.
 
     pip install sentencepiece==0.2.3
-    python cli/tests/sentencepiece/make.py
+    python tokenizers/tests/sentencepiece/make.py
 """
 
 import json

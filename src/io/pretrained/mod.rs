@@ -2,20 +2,21 @@
 
 mod bert;
 mod llama;
+mod options;
+mod sentence;
 
 use std::{
     fmt,
     path::{Path, PathBuf},
 };
 
-use serde_json::Value;
-
-use super::{Format, Metadata, TensorFile, names::Names, read_limited};
+use self::options::{Options, json};
+use super::{Format, Metadata, TensorFile, names::Names};
 use crate::{
     DType, Device, Error, ParamMap, Result, Store,
     config::{AutoregressiveConfig, TransformerWrapperConfig},
     error::{At, ensure},
-    models::{AutoregressiveWrapper, Pooling, SentenceEncoder, TransformerWrapper},
+    models::{AutoregressiveWrapper, TransformerWrapper},
 };
 
 /// A pretrained model of another family: its options as keywords of this crate, and its file of weights.
@@ -83,12 +84,6 @@ impl fmt::Display for Family {
 
 /// What a family makes of a file: the options, and where each parameter comes from.
 type Described = (TransformerWrapperConfig, Names);
-
-/// Bytes that a JSON file may have; real ones have some thousand.
-const MAX_JSON: u64 = 16 << 20;
-
-/// Blocks of a model.
-const MAX_DEPTH: usize = 10_000;
 
 impl Pretrained {
     /// Whether a path is that of a pretrained model, and not of a checkpoint that this crate wrote.
@@ -186,45 +181,6 @@ impl Pretrained {
         Ok(model)
     }
 
-    /// The same as a model that gives one vector for a text, pooled as the folder says (`1_Pooling/config.json` and
-    /// `modules.json` of sentence-transformers), by the mean otherwise.
-    ///
-    /// Errors: those of [`Pretrained::model`], or a pooling that is not known.
-    pub fn sentence_encoder(&self, dtype: DType, device: &Device) -> Result<SentenceEncoder> {
-        ensure!(
-            !self.family.is_causal(),
-            Error::file(self.file.path(), format!("is of the family {}, which embeds no sentences", self.family))
-        );
-        let (pooling, normalize) = self.pooling()?;
-        SentenceEncoder::new(self.model(dtype, device)?, pooling, normalize)
-    }
-
-    fn pooling(&self) -> Result<(Pooling, bool)> {
-        let Some(folder) = &self.folder else { return Ok((Pooling::Mean, false)) };
-        let modules = folder.join("modules.json");
-        if !modules.exists() {
-            return Ok((Pooling::Mean, false));
-        }
-        let modules = json(&modules)?;
-        let kinds: Vec<&str> =
-            modules.as_array().into_iter().flatten().filter_map(|module| module["type"].as_str()).collect();
-        let normalize = kinds.iter().any(|kind| kind.ends_with(".Normalize"));
-        let path = folder.join("1_Pooling/config.json");
-        let pooling = json(&path)?;
-        let on: Vec<&String> = pooling
-            .as_object()
-            .into_iter()
-            .flatten()
-            .filter(|(key, value)| key.starts_with("pooling_mode_") && **value == Value::Bool(true))
-            .map(|(key, _)| key)
-            .collect();
-        match on.iter().map(|key| key.as_str()).collect::<Vec<_>>()[..] {
-            ["pooling_mode_mean_tokens"] => Ok((Pooling::Mean, normalize)),
-            ["pooling_mode_cls_token"] => Ok((Pooling::FirstToken, normalize)),
-            _ => Err(Error::file(path, format!("asks for {on:?}, expected the mean or the first token"))),
-        }
-    }
-
     /// Whether file and options fit, before memory is taken for what the options say.
     fn check(&self) -> Result<()> {
         let shapes = Store::shapes(DType::F32, &Device::Cpu);
@@ -234,84 +190,6 @@ impl Pretrained {
 
     fn load(&self, params: &ParamMap, place: &str) -> Result<()> {
         params.load(&self.names.read(&self.file, place)?).at(self.file.path().display())
-    }
-}
-
-/// Reads a JSON file of bounded size.
-fn json(path: &Path) -> Result<Value> {
-    serde_json::from_slice(&read_limited(path, MAX_JSON)?)
-        .map_err(|why| Error::file(path, format!("is not JSON: {why}")))
-}
-
-/// A `config.json` of `transformers`.
-struct Options {
-    path: PathBuf,
-    value: Value,
-}
-
-impl Options {
-    fn refuse(&self, key: &str, why: impl fmt::Display) -> Error {
-        Error::file(&self.path, format!("`{key}` {why}"))
-    }
-
-    fn get(&self, key: &str) -> Option<&Value> {
-        self.value.get(key).filter(|value| !value.is_null())
-    }
-
-    /// Whether the key is there, be it with null.
-    fn has(&self, key: &str) -> bool {
-        self.value.get(key).is_some()
-    }
-
-    fn size(&self, key: &str, default: Option<usize>) -> Result<usize> {
-        let value = match (self.get(key), default) {
-            (Some(value), _) => value.as_u64().and_then(|value| usize::try_from(value).ok()),
-            (None, default) => default,
-        };
-        value.filter(|value| (1..=1 << 30).contains(value)).ok_or_else(|| {
-            let found = self.get(key).map_or_else(|| "missing".to_string(), ToString::to_string);
-            self.refuse(key, format!("is {found}, expected a number from 1 to {}", 1 << 30))
-        })
-    }
-
-    /// The number of blocks, bounded as lists are made of them.
-    fn depth(&self, default: usize) -> Result<usize> {
-        const KEY: &str = "num_hidden_layers";
-        let depth = self.size(KEY, Some(default))?;
-        ensure!(depth <= MAX_DEPTH, self.refuse(KEY, format!("is {depth}, expected at most {MAX_DEPTH}")));
-        Ok(depth)
-    }
-
-    fn number(&self, key: &str, default: f64) -> Result<f64> {
-        match self.get(key) {
-            None => Ok(default),
-            Some(value) => value.as_f64().ok_or_else(|| self.refuse(key, format!("is {value}, expected a number"))),
-        }
-    }
-
-    fn flag(&self, key: &str, default: bool) -> Result<bool> {
-        match self.get(key) {
-            None => Ok(default),
-            Some(value) => {
-                value.as_bool().ok_or_else(|| self.refuse(key, format!("is {value}, expected true or false")))
-            }
-        }
-    }
-
-    fn text<'a>(&'a self, key: &str, default: &'a str) -> Result<&'a str> {
-        match self.get(key) {
-            None => Ok(default),
-            Some(value) => value.as_str().ok_or_else(|| self.refuse(key, format!("is {value}, expected text"))),
-        }
-    }
-
-    /// Refuses an option whose other values this crate does not have.
-    fn only(&self, key: &str, value: impl Into<Value>) -> Result<()> {
-        let value = value.into();
-        match self.get(key) {
-            Some(found) if *found != value => Err(self.refuse(key, format!("is {found}, only {value} is known"))),
-            _ => Ok(()),
-        }
     }
 }
 

@@ -3,13 +3,15 @@
 use std::path::Path;
 
 use serde_json::{Map, Value, json};
-use x_transformers::io::{Family, Metadata, TensorFile, read_limited, read_text};
+use x_transformers::{
+    Result,
+    io::{Family, Metadata, TensorFile, read_limited, read_text},
+};
 
 use super::{
-    added_token,
+    added_token, file_error,
     sentencepiece::{Customs, SentencePiece},
 };
-use crate::failure::{Failure, Result};
 
 /// Bytes that a file may have; the largest vocabularies have some ten million.
 const MAX_FILE: u64 = 256 << 20;
@@ -18,11 +20,11 @@ const MAX_FILE: u64 = 256 << 20;
 const SENTENCE_PIECE: [&str; 3] = ["tokenizer.model", "spiece.model", "sentencepiece.bpe.model"];
 
 fn read_bytes(path: &Path) -> Result<Vec<u8>> {
-    Ok(read_limited(path, MAX_FILE)?)
+    read_limited(path, MAX_FILE)
 }
 
 fn read(path: &Path) -> Result<String> {
-    Ok(read_text(path, MAX_FILE)?)
+    read_text(path, MAX_FILE)
 }
 
 /// What the folder says about its tokenizer.
@@ -31,7 +33,7 @@ fn tokenizer_config(folder: &Path) -> Result<Value> {
     if !path.is_file() {
         return Ok(Value::Null);
     }
-    serde_json::from_str(&read(&path)?).map_err(|error| Failure::new(error).within(&path))
+    serde_json::from_str(&read(&path)?).map_err(|error| file_error(&path, error))
 }
 
 /// The file in a folder that describes the tokenizer.
@@ -50,12 +52,12 @@ pub fn of_folder(folder: &Path, family: Family) -> Result<String> {
          Put one of them there or name it by `--tokenizer`; \
          `AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)` of transformers writes the first"
     );
-    Err(Failure::new(why).within(folder))
+    Err(file_error(folder, why))
 }
 
 /// `tokenizer.json`, a model of SentencePiece, or what `vocab.txt` stands for: word pieces, or the symbols of SMILES.
 pub fn of_file(path: &Path, family: Family) -> Result<String> {
-    let broken = |why: String| Failure::new(why).within(path);
+    let broken = |why: String| file_error(path, why);
     let config = || tokenizer_config(path.parent().unwrap_or(Path::new("")));
     match path.extension().and_then(|extension| extension.to_str()) {
         Some("json") => read(path),

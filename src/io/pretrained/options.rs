@@ -1,0 +1,94 @@
+//! Options as `config.json` of `transformers` has them.
+
+use std::{
+    fmt,
+    path::{Path, PathBuf},
+};
+
+use serde_json::Value;
+
+use crate::{Error, Result, error::ensure, io::read_limited};
+
+/// Bytes that a JSON file may have; real ones have some thousand.
+const MAX_JSON: u64 = 16 << 20;
+
+/// Blocks of a model.
+pub(super) const MAX_DEPTH: usize = 10_000;
+
+/// Reads a JSON file of bounded size.
+pub(super) fn json(path: &Path) -> Result<Value> {
+    serde_json::from_slice(&read_limited(path, MAX_JSON)?)
+        .map_err(|why| Error::file(path, format!("is not JSON: {why}")))
+}
+
+/// A `config.json` of `transformers`.
+pub(super) struct Options {
+    pub(super) path: PathBuf,
+    pub(super) value: Value,
+}
+
+impl Options {
+    pub(super) fn refuse(&self, key: &str, why: impl fmt::Display) -> Error {
+        Error::file(&self.path, format!("`{key}` {why}"))
+    }
+
+    pub(super) fn get(&self, key: &str) -> Option<&Value> {
+        self.value.get(key).filter(|value| !value.is_null())
+    }
+
+    /// Whether the key is there, be it with null.
+    pub(super) fn has(&self, key: &str) -> bool {
+        self.value.get(key).is_some()
+    }
+
+    pub(super) fn size(&self, key: &str, default: Option<usize>) -> Result<usize> {
+        let value = match (self.get(key), default) {
+            (Some(value), _) => value.as_u64().and_then(|value| usize::try_from(value).ok()),
+            (None, default) => default,
+        };
+        value.filter(|value| (1..=1 << 30).contains(value)).ok_or_else(|| {
+            let found = self.get(key).map_or_else(|| "missing".to_string(), ToString::to_string);
+            self.refuse(key, format!("is {found}, expected a number from 1 to {}", 1 << 30))
+        })
+    }
+
+    /// The number of blocks, bounded as lists are made of them.
+    pub(super) fn depth(&self, default: usize) -> Result<usize> {
+        const KEY: &str = "num_hidden_layers";
+        let depth = self.size(KEY, Some(default))?;
+        ensure!(depth <= MAX_DEPTH, self.refuse(KEY, format!("is {depth}, expected at most {MAX_DEPTH}")));
+        Ok(depth)
+    }
+
+    pub(super) fn number(&self, key: &str, default: f64) -> Result<f64> {
+        match self.get(key) {
+            None => Ok(default),
+            Some(value) => value.as_f64().ok_or_else(|| self.refuse(key, format!("is {value}, expected a number"))),
+        }
+    }
+
+    pub(super) fn flag(&self, key: &str, default: bool) -> Result<bool> {
+        match self.get(key) {
+            None => Ok(default),
+            Some(value) => {
+                value.as_bool().ok_or_else(|| self.refuse(key, format!("is {value}, expected true or false")))
+            }
+        }
+    }
+
+    pub(super) fn text<'a>(&'a self, key: &str, default: &'a str) -> Result<&'a str> {
+        match self.get(key) {
+            None => Ok(default),
+            Some(value) => value.as_str().ok_or_else(|| self.refuse(key, format!("is {value}, expected text"))),
+        }
+    }
+
+    /// Refuses an option whose other values this crate does not have.
+    pub(super) fn only(&self, key: &str, value: impl Into<Value>) -> Result<()> {
+        let value = value.into();
+        match self.get(key) {
+            Some(found) if *found != value => Err(self.refuse(key, format!("is {found}, only {value} is known"))),
+            _ => Ok(()),
+        }
+    }
+}

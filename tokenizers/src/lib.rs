@@ -1,0 +1,80 @@
+//! Tokenizers of pretrained models: from text to the tokens that a model was taught, and back.
+
+use std::{fmt::Display, path::Path};
+
+use x_transformers::{Error, Result, io::Pretrained};
+
+mod known;
+mod sentencepiece;
+mod stream;
+
+pub use stream::TextStream;
+
+/// The tokenizer of a pretrained model.
+pub struct Tokenizer {
+    inner: tokenizers::Tokenizer,
+}
+
+impl Tokenizer {
+    /// That of the model's files: `tokenizer.json`, a `vocab.txt`, a model of SentencePiece, or the vocabulary in a GGUF
+    /// file; or one in another file or folder.
+    pub fn of(pretrained: &Pretrained, given: Option<&Path>) -> Result<Self> {
+        let file = given.unwrap_or(pretrained.file().path());
+        let json = match given.or(pretrained.folder()) {
+            Some(folder) if given.is_none() || folder.is_dir() => known::of_folder(folder, pretrained.family()),
+            Some(file) => known::of_file(file, pretrained.family()),
+            None => known::of_gguf(pretrained.file()).map_err(|why| file_error(file, why)),
+        }?;
+        let broken = |error| file_error(file, format_args!("tokenizer: {error}"));
+        let mut inner: tokenizers::Tokenizer = json.parse().map_err(broken)?;
+        // Files may ask for a fixed length: what is padding is for the caller to say, and nothing is cut in silence.
+        inner.with_padding(None);
+        inner.with_truncation(None).map_err(broken)?;
+        Ok(Self { inner })
+    }
+
+    /// Tokens of a text, with those that the model expects around it.
+    pub fn encode(&self, text: &str) -> Result<Vec<i64>> {
+        let encoding = self.inner.encode(text, true).map_err(refused)?;
+        Ok(encoding.get_ids().iter().map(|&id| id.into()).collect())
+    }
+
+    /// The text of tokens, special ones left out.
+    pub fn decode(&self, tokens: &[i64]) -> Result<String> {
+        let ids: Vec<u32> = tokens.iter().filter_map(|&token| u32::try_from(token).ok()).collect();
+        self.inner.decode(&ids, true).map_err(refused)
+    }
+
+    /// Text of tokens that come one at a time behind a prompt.
+    pub fn stream(&self, prompt: &[i64]) -> TextStream<'_> {
+        TextStream::new(self, prompt)
+    }
+
+    /// A question in the form of a chat, up to where the answer begins.
+    pub fn chat(&self, question: &str) -> Result<String> {
+        if self.inner.token_to_id("<|im_start|>").is_none() {
+            return Err(refused("the model has no tokens of a chat (`<|im_start|>`); leave out `--chat`"));
+        }
+        // What a person types cannot end their turn.
+        let question = question.replace("<|im_", "<|im\u{200b}_");
+        Ok(format!("<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n"))
+    }
+}
+
+/// An error about a file.
+fn file_error(path: &Path, why: impl Display) -> Error {
+    Error::File { path: path.to_path_buf(), why: why.to_string() }
+}
+
+/// A text or tokens that the tokenizer does not take.
+fn refused(why: impl Display) -> Error {
+    Error::Argument { op: "tokenizer", message: why.to_string() }
+}
+
+/// In the form of `tokenizer.json`: a token that is looked for in the text as it is, and left out of decoded text.
+fn added_token(token: &str, id: u64) -> Option<serde_json::Value> {
+    Some(serde_json::json!({
+        "id": id, "content": token, "single_word": false, "lstrip": false, "rstrip": false, "normalized": false,
+        "special": true,
+    }))
+}
