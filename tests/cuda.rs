@@ -126,7 +126,8 @@ fn constants_do_not_fill_the_memory() -> Result<()> {
     let expected = graph.replay(std::slice::from_ref(&x))?.to_vec::<f32>()?;
     let live = gpu.memory().live;
     (0..n).try_for_each(shift)?;
-    let constants = gpu.memory().live - live;
+    // Larger ones of tests before may make room for these.
+    let constants = gpu.memory().live.saturating_sub(live);
     assert!(constants <= 256 * 64, "{constants} bytes of constants");
     gpu.trim();
     assert_eq!(graph.replay(std::slice::from_ref(&x))?.to_vec::<f32>()?, expected);

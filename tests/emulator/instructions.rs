@@ -319,7 +319,9 @@ fn atomics_of_the_block_and_the_grid() {
         let (y, z) = (card.upload(&[0, -1000i32 as u32, u32::MAX]), card.upload(&[0i64, -1]));
         card.launch(&kernel, 3, [64, 1, 1], &[arg(y.address), arg(z.address)]);
         assert_eq!(card.read::<u32>(y), [3 * 63 * 64 / 2, -37i32 as u32, 7]);
-        assert_eq!(card.read::<i64>(z), [5, 0]);
+        // One thread wins, whichever comes first.
+        let [winner, thread] = card.read::<i64>(z)[..] else { panic!("two numbers") };
+        assert!((5..8).contains(&winner) && (0..64).contains(&thread), "{winner}, {thread}");
     });
 }
 
