@@ -6,8 +6,9 @@
 // Rows whose target is `ignore_index` are left out of the mean and get no gradient. A target that is no class is
 // reported, and so is a mean over no rows.
 //
-// Shapes: x, dx [rows, columns] packed, targets, losses [rows], statistics [rows, 2] maximum and 1 / sum, loss, g and
-// count one element. T: f32, f64, bf16, f16; statistics, loss and g in f32 (f64 for f64), losses and their mean in f64.
+// Shapes: x, dx [rows, pitch] packed, of which the first `columns` columns count, targets, losses [rows], statistics
+// [rows, 2] maximum and 1 / sum, loss, g and count one element. T: f32, f64, bf16, f16; statistics, loss and g in f32
+// (f64 for f64), losses and their mean in f64.
 // Variants: DTYPE=f32,f64,bf16,f16
 //
 // One row per warp, or per block for long rows (see for_row); the mean by one block, in an order that the number of
@@ -19,10 +20,10 @@
 typedef Element<T>::Acc Acc;
 
 extern "C" __global__ void cross_entropy_fwd(Acc* statistics, f64* losses, i64* fault, const T* x, const i64* targets,
-                                             i64 rows, u32 columns, i64 ignore_index) {
+                                             i64 rows, u32 columns, u32 pitch, i64 ignore_index) {
     const i64 step = (i64)gridDim.x * blockDim.y;
     for (i64 row = (i64)blockIdx.x * blockDim.y + threadIdx.y; row < rows; row += step) {
-        const T* from = x + row * columns;
+        const T* from = x + row * pitch;
         const i64 target = targets[row];
         // A negative target becomes a large number.
         const bool counts = target != ignore_index, known = (u64)target < columns;
@@ -55,12 +56,13 @@ extern "C" __global__ void cross_entropy_mean(Acc* loss, f64* count, i64* fault,
 
 // `dx` may be `x`: an element is read before it is written, by the same thread.
 extern "C" __global__ void cross_entropy_bwd(T* dx, const T* x, const Acc* statistics, const i64* targets, const Acc* g,
-                                             const f64* count, i64 rows, u32 columns, i64 ignore_index) {
+                                             const f64* count, i64 rows, u32 columns, u32 pitch,
+                                             i64 ignore_index) {
     const Acc scale = (f64)g[0] / count[0];
     const i64 step = (i64)gridDim.x * blockDim.y;
     for (i64 row = (i64)blockIdx.x * blockDim.y + threadIdx.y; row < rows; row += step) {
-        T* to = dx + row * columns;
-        const T* from = x + row * columns;
+        T* to = dx + row * pitch;
+        const T* from = x + row * pitch;
         const i64 target = targets[row];
         const Acc max = statistics[2 * row], inverse = statistics[2 * row + 1], factor = inverse * scale;
         for_row(columns, aligned(to) && aligned(from), [&](u32 j, auto lanes) {

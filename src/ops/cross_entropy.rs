@@ -58,7 +58,7 @@ impl Tensor {
                 (loss, Tensor::scalar(count as f64, x.device())?)
             }
             Device::Cuda(gpu) => {
-                let losses = launch_rows(gpu, &x, &targets, classes, ignore_index, &mut statistics)?;
+                let losses = launch_rows(gpu, &x, &targets, (classes, ignore_index), &mut statistics)?;
                 launch_mean(gpu, x.dtype(), &losses, &targets, ignore_index)?
             }
         };
@@ -92,20 +92,30 @@ pub(super) fn check_targets(op: &'static str, x: &Tensor, batch: &[usize], targe
     x.dtype().expect_float(op)
 }
 
-/// The loss of each row, in f64; writes maxima and sums to `statistics`.
+/// The loss of each row of `x` `[rows, pitch]`, whose first `classes` elements count, in f64; writes maxima and sums to
+/// `statistics`.
 pub(super) fn launch_rows(
     gpu: &CudaDevice,
     x: &Tensor,
     targets: &Tensor,
-    classes: usize,
-    ignore_index: i64,
+    (classes, ignore_index): (usize, i64),
     statistics: &mut Tensor,
 ) -> Result<Tensor> {
     let rows = targets.elements();
     let mut losses = Tensor::uninit(Shape::new(&[rows])?, DType::F64, x.device())?;
     gpu.kernel("cross_entropy_fwd", &[("DTYPE", x.dtype().name())])?.launch(
         Grid::rows(rows, classes),
-        args![statistics, &mut losses, gpu.faults(), x, targets, rows as i64, size32(classes)?, ignore_index],
+        args![
+            statistics,
+            &mut losses,
+            gpu.faults(),
+            x,
+            targets,
+            rows as i64,
+            size32(classes)?,
+            size32(x.dim(-1)?)?,
+            ignore_index
+        ],
     )?;
     Ok(losses)
 }
@@ -128,17 +138,18 @@ pub(super) fn launch_mean(
     Ok((loss, count))
 }
 
-/// Writes `(softmax(x) − onehot(target)) g / count` over the logits `x`.
+/// Writes `(softmax(x) − onehot(target)) g / count` over the logits `x` `[rows, pitch]`, of which the first `classes` of each row
+/// count.
 pub(super) fn launch_gradient(
     gpu: &CudaDevice,
     x: &mut Tensor,
     source: Option<&Tensor>,
     statistics: &Tensor,
     targets: &Tensor,
-    ignore_index: i64,
+    (classes, ignore_index): (usize, i64),
     [g, count]: [&Tensor; 2],
 ) -> Result<()> {
-    let (rows, classes) = (targets.elements(), x.dim(-1)?);
+    let (rows, pitch) = (targets.elements(), x.dim(-1)?);
     let kernel = gpu.kernel("cross_entropy_bwd", &[("DTYPE", x.dtype().name())])?;
     let to = x.address_mut()?;
     let from = source.map_or(Ok(to), Tensor::address)?;
@@ -153,6 +164,7 @@ pub(super) fn launch_gradient(
             count,
             rows as i64,
             size32(classes)?,
+            size32(pitch)?,
             ignore_index
         ],
     )
@@ -314,7 +326,7 @@ impl Backward for CrossEntropyBackward {
             })?,
             Device::Cuda(gpu) => {
                 let source = source.as_ref();
-                launch_gradient(gpu, &mut dx, source, &statistics, &targets, ignore_index, [&grad, &count])?;
+                launch_gradient(gpu, &mut dx, source, &statistics, &targets, (classes, ignore_index), [&grad, &count])?;
             }
         }
         Ok(Contributions::one(dx))

@@ -25,6 +25,9 @@ const BLOCK_ON_CPU: usize = 96 << 20;
 /// The same where the memory is faster and the products must be large.
 const BLOCK_ON_GPU: usize = 256 << 20;
 
+/// Rows of logits on a GPU begin at multiples of so many elements, of 16 bytes in a half type.
+const PITCH: usize = 8;
+
 /// Rows of a block however long they are.
 const FEWEST_ROWS: usize = 256;
 
@@ -167,10 +170,12 @@ impl Layer {
         for (first, height) in of_about_one_size(rows, rows_at_a_time) {
             let (x, targets) = (self.x.narrow(0, first, height)?, self.targets.narrow(0, first, height)?);
             let needed = need.contains(&true);
-            let gradient = if dtype == dtype.accumulator() {
-                Some(self.block(&x, &targets, needed, scale, &mut losses)?)
-            } else {
-                self.block_in_parts(&x, &targets, needed, scale, rows_of_part, &mut losses)?
+            let gradient = match &device {
+                Device::Cuda(gpu) => self.block_on_gpu(gpu, &x, &targets, needed, rows_of_part, &mut losses)?,
+                Device::Cpu if dtype == dtype.accumulator() => {
+                    Some(self.block(&x, &targets, needed, scale, &mut losses)?)
+                }
+                Device::Cpu => self.block_in_parts(&x, &targets, needed, scale, rows_of_part, &mut losses)?,
             };
             let Some(gradient) = gradient.filter(|_| needed) else { continue };
             if need[0] {
@@ -209,26 +214,15 @@ impl Layer {
         let (height, classes, dtype) = (x.dim(0)?, self.weight.dim(0)?, x.dtype());
         let mut logits = product(x, &self.weight.transpose(0, 1)?, self.bias.as_ref())?;
         let mut statistics = Tensor::uninit(Shape::new(&[height, 2])?, dtype, x.device())?;
-        match x.device() {
-            Device::Cpu => dispatch_float!(OP, dtype, T, {
-                losses.sum += if needed {
-                    let to = targets.values::<i64>()?;
-                    rows_and_gradient::<T>(logits.values_mut::<T>()?, to, classes, self.ignore_index, scale)
-                } else {
-                    forward_rows::<T>(&logits, targets, classes, self.ignore_index, &mut statistics)?
-                };
-                Ok(())
-            })?,
-            Device::Cuda(gpu) => {
-                losses.of_rows.push(launch_rows(gpu, &logits, targets, classes, self.ignore_index, &mut statistics)?);
-                if needed {
-                    let ones = Tensor::ones([], dtype, x.device())?;
-                    let one = Tensor::ones([], DType::F64, x.device())?;
-                    let scale = [&ones, &one];
-                    launch_gradient(gpu, &mut logits, None, &statistics, targets, self.ignore_index, scale)?;
-                }
-            }
-        }
+        dispatch_float!(OP, dtype, T, {
+            losses.sum += if needed {
+                let to = targets.values::<i64>()?;
+                rows_and_gradient::<T>(logits.values_mut::<T>()?, to, classes, self.ignore_index, scale)
+            } else {
+                forward_rows::<T>(&logits, targets, classes, self.ignore_index, &mut statistics)?
+            };
+            Ok(())
+        })?;
         Ok(logits)
     }
 
@@ -249,41 +243,71 @@ impl Layer {
         let mut gradient = needed.then(block).transpose()?;
         for (first, rows) in of_about_one_size(height, rows_of_part) {
             let (x, targets) = (x.narrow(0, first, rows)?, targets.narrow(0, first, rows)?);
-            let shape = Shape::new(&[rows, classes])?;
-            match device {
-                Device::Cpu => {
-                    let mut logits = Tensor::uninit(shape, sums, device)?;
-                    product_sums(&x, &self.weight.transpose(0, 1)?, false, &mut logits)?;
-                    dispatch_float!(OP, dtype, T, {
-                        let to = gradient.as_mut().map_or(Ok(&mut [][..]), |gradient| gradient.values_mut::<T>())?;
-                        let end = to.len().min((first + rows) * classes);
-                        let to = &mut to[end.min(first * classes)..end];
-                        let bias = widen::<T>(self.bias.as_ref(), classes, <T as Float>::Acc::ZERO)?;
-                        let bias = if self.bias.is_some() { &bias[..] } else { &[] };
-                        let ends = (targets.values::<i64>()?, self.ignore_index);
-                        let logits = logits.values_mut::<<T as Float>::Acc>()?;
-                        losses.sum += rows_and_rounded_gradient::<T>(logits, bias, ends, scale, to);
-                        Ok(())
-                    })?;
-                }
-                Device::Cuda(gpu) => {
-                    let mut logits = match &self.bias {
-                        // The product is added to it.
-                        Some(bias) => bias.to_dtype(sums)?.expand(shape)?.contiguous()?.into_owned()?,
-                        None => Tensor::uninit(shape, sums, device)?,
-                    };
-                    product_sums(&x, &self.weight.transpose(0, 1)?, self.bias.is_some(), &mut logits)?;
-                    let mut statistics = Tensor::uninit(Shape::new(&[rows, 2])?, sums, device)?;
-                    let of_rows = launch_rows(gpu, &logits, &targets, classes, self.ignore_index, &mut statistics)?;
-                    losses.of_rows.push(of_rows);
-                    if let Some(gradient) = &mut gradient {
-                        let to = gradient.address_mut()? + (first * classes * dtype.size()) as u64;
-                        launch_rounded_gradient(gpu, dtype, to, &logits, &statistics, &targets, self.ignore_index)?;
-                    }
-                }
-            }
+            let mut logits = Tensor::uninit(Shape::new(&[rows, classes])?, sums, device)?;
+            product_sums(&x, &self.weight.transpose(0, 1)?, false, &mut logits)?;
+            dispatch_float!(OP, dtype, T, {
+                let to = gradient.as_mut().map_or(Ok(&mut [][..]), |gradient| gradient.values_mut::<T>())?;
+                let end = to.len().min((first + rows) * classes);
+                let to = &mut to[end.min(first * classes)..end];
+                let bias = widen::<T>(self.bias.as_ref(), classes, <T as Float>::Acc::ZERO)?;
+                let bias = if self.bias.is_some() { &bias[..] } else { &[] };
+                let ends = (targets.values::<i64>()?, self.ignore_index);
+                let logits = logits.values_mut::<<T as Float>::Acc>()?;
+                losses.sum += rows_and_rounded_gradient::<T>(logits, bias, ends, scale, to);
+                Ok(())
+            })?;
         }
         Ok(gradient)
+    }
+
+    /// The gradient of a block of logits, where it is needed, in the type of `x`. The logits are in the type of the sums:
+    /// of half types they are those of a few rows at a time, otherwise the gradient is written over them.
+    ///
+    /// Rows of logits and gradients begin at multiples of [`PITCH`]: cuBLAS has fast kernels for aligned rows alone, and
+    /// vocabularies such as the 50257 tokens of GPT-2 are odd.
+    fn block_on_gpu(
+        &self,
+        gpu: &'static CudaDevice,
+        x: &Tensor,
+        targets: &Tensor,
+        needed: bool,
+        rows_of_part: usize,
+        losses: &mut Losses,
+    ) -> Result<Option<Tensor>> {
+        let (height, classes, dtype) = (x.dim(0)?, self.weight.dim(0)?, x.dtype());
+        let (device, sums) = (x.device(), dtype.accumulator());
+        let (pitch, is_half) = (classes.next_multiple_of(PITCH), dtype != sums);
+        let uninit = |rows: usize, dtype: DType| Tensor::uninit(Shape::new(&[rows, pitch])?, dtype, device);
+        let mut gradient = (needed && is_half).then(|| uninit(height, dtype)).transpose()?;
+        let bias = match &self.bias {
+            Some(bias) => {
+                let behind = Tensor::zeros([pitch - classes], sums, device)?;
+                Some(Tensor::joined(&[&bias.to_dtype(sums)?, &behind], 0)?.0)
+            }
+            None => None,
+        };
+        for (first, rows) in of_about_one_size(height, if is_half { rows_of_part } else { height }) {
+            let (x, targets) = (x.narrow(0, first, rows)?, targets.narrow(0, first, rows)?);
+            let mut logits = match &bias {
+                // The product is added to it.
+                Some(bias) => bias.expand(Shape::new(&[rows, pitch])?)?.contiguous()?.into_owned()?,
+                None => uninit(rows, sums)?,
+            };
+            product_sums(&x, &self.weight.transpose(0, 1)?, bias.is_some(), &mut logits)?;
+            let mut statistics = Tensor::uninit(Shape::new(&[rows, 2])?, sums, device)?;
+            let ends = (classes, self.ignore_index);
+            losses.of_rows.push(launch_rows(gpu, &logits, &targets, ends, &mut statistics)?);
+            if let Some(gradient) = &mut gradient {
+                let to = gradient.address_mut()? + (first * pitch * dtype.size()) as u64;
+                launch_rounded_gradient(gpu, dtype, to, &logits, &statistics, &targets, ends)?;
+            } else if needed {
+                let ones = Tensor::ones([], dtype, device)?;
+                let one = Tensor::ones([], DType::F64, device)?;
+                launch_gradient(gpu, &mut logits, None, &statistics, &targets, ends, [&ones, &one])?;
+                gradient = Some(logits);
+            }
+        }
+        gradient.map(|gradient| gradient.narrow(1, 0, classes)).transpose()
     }
 }
 
@@ -353,7 +377,8 @@ vectorized! {
     }
 }
 
-/// Writes `softmax(x) − onehot(target)`, rounded to the half type, to this address.
+/// Writes `softmax(x) − onehot(target)`, rounded to the half type, to this address, in rows as long as those of `x`
+/// `[rows, pitch]`, of which the first `classes` elements count.
 fn launch_rounded_gradient(
     gpu: &CudaDevice,
     dtype: DType,
@@ -361,12 +386,12 @@ fn launch_rounded_gradient(
     x: &Tensor,
     statistics: &Tensor,
     targets: &Tensor,
-    ignore_index: i64,
+    (classes, ignore_index): (usize, i64),
 ) -> Result<()> {
-    let (rows, classes) = (targets.elements(), x.dim(-1)?);
+    let (rows, pitch) = (targets.elements(), x.dim(-1)?);
     gpu.kernel("linear_cross_entropy_bwd", &[("DTYPE", dtype.name())])?.launch(
         Grid::rows(rows, classes),
-        args![Arg::Output(to), x, statistics, targets, rows as i64, size32(classes)?, ignore_index],
+        args![Arg::Output(to), x, statistics, targets, rows as i64, size32(classes)?, size32(pitch)?, ignore_index],
     )
 }
 
