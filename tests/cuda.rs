@@ -558,6 +558,11 @@ fn what_a_graph_cannot_hold_is_refused() -> Result<()> {
     assert!(random.to_string().contains("dropout"), "{random}");
     let here = Graph::capture(&[Tensor::ones([4], DType::F32, &Device::Cpu)?], &none, |x| x[0].exp()).unwrap_err();
     assert!(here.to_string().contains("GPU"), "{here}");
+    // A replay adds nothing to a tape, so that gradients would be lost.
+    let tape = Tape::grad();
+    let taped = Graph::capture(std::slice::from_ref(&x), &none, |x| x[0].exp()).unwrap_err();
+    assert!(taped.to_string().contains("tape"), "{taped}");
+    drop(tape);
 
     let store = Store::new(0, DType::F32, &gpu);
     let weight: Param = store.param("weight", [4], Init::Constant(2.0))?;

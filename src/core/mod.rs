@@ -30,4 +30,6 @@ pub(crate) use param::fnv1a;
 pub(crate) use real::Real;
 pub(crate) use recompute::Saved;
 pub(crate) use shape::{Layout, collapse, collapse_layouts};
+#[cfg(feature = "cuda")]
+pub(crate) use tape::is_recording;
 pub(crate) use tape::{computed, dropout_stream, needs, record_beside, record_cheap, record_cheap_after};

@@ -24,6 +24,8 @@ use self::{
 use super::tensor::Tensor;
 use crate::{Error, Result, error::ensure, profile};
 
+#[cfg(feature = "cuda")]
+pub(crate) use self::record::is_recording;
 pub(crate) use self::record::{computed, dropout_stream, needs, record_beside, record_cheap, record_cheap_after};
 pub(super) use self::slot::GradSlot;
 pub use self::{

@@ -168,6 +168,12 @@ pub fn discrete(op: &'static str, inputs: &[&Tensor]) -> Result<()> {
     })
 }
 
+/// Returns `true` if a tape of this thread records.
+#[cfg(feature = "cuda")]
+pub(crate) fn is_recording() -> bool {
+    with_stack(|stack| !stack.is_empty())
+}
+
 /// Returns a fresh stream for a dropout mask, or `None` where dropout does not act.
 pub(crate) fn dropout_stream() -> Option<Philox> {
     with_stack(|stack| {

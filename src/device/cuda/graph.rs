@@ -15,7 +15,8 @@ use super::{
 };
 use crate::{
     Device, Error, ParamMap, Result, Tensor,
-    core::{Layout, discrete},
+    core::{Layout, discrete, is_recording},
+    error::ensure,
 };
 
 /// A recorded computation on a GPU. Replaying it costs one launch instead of one per kernel.
@@ -208,9 +209,17 @@ impl<R> Graph<R> {
     /// `params`: the parameters that `f` reads. If one of these is replaced, a replay is an error; what `f` reads
     /// besides them is what was there at the recording.
     ///
-    /// Errors: inputs that are not on one GPU or require a gradient, another recording that has not ended, or whatever `f` does that a graph
-    /// cannot hold. The device is as usable as before, also if `f` panics.
+    /// Errors: inputs that are not on one GPU or require a gradient, a tape of this thread, another recording that has not
+    /// ended, or whatever `f` does that a graph cannot hold. The device is as usable as before, also if `f` panics.
     pub fn capture(inputs: &[Tensor], params: &ParamMap, f: impl Fn(&[Tensor]) -> Result<R>) -> Result<Self> {
+        ensure!(
+            !is_recording(),
+            Error::argument(
+                "graph",
+                "a tape of this thread records, but gradients do not flow through a graph; record the graph before the \
+                 tape begins, or let the recorded function begin one of its own"
+            )
+        );
         let device = match inputs.first().map(Tensor::device) {
             Some(&Device::Cuda(device)) => device,
             _ => return Err(Error::argument("graph", "expected at least one input, on a GPU")),
