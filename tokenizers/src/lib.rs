@@ -4,6 +4,7 @@ use std::{fmt::Display, path::Path};
 
 use x_transformers::{Error, Result, io::Pretrained};
 
+mod checked;
 mod gguf;
 mod known;
 mod sentencepiece;
@@ -13,7 +14,7 @@ pub use stream::TextStream;
 
 /// The tokenizer of a pretrained model.
 pub struct Tokenizer {
-    inner: tokenizers::Tokenizer,
+    inner: checked::Checked,
 }
 
 impl Tokenizer {
@@ -26,24 +27,18 @@ impl Tokenizer {
             Some(file) => known::of_file(file, pretrained.family()),
             None => gguf::of_gguf(pretrained.file()).map_err(|why| file_error(file, why)),
         }?;
-        let broken = |error| file_error(file, format_args!("tokenizer: {error}"));
-        let mut inner: tokenizers::Tokenizer = json.parse().map_err(broken)?;
-        // Files may ask for a fixed length: what is padding is for the caller to say, and nothing is cut in silence.
-        inner.with_padding(None);
-        inner.with_truncation(None).map_err(broken)?;
-        Ok(Self { inner })
+        Ok(Self { inner: checked::Checked::parse(file, &json)? })
     }
 
     /// Tokens of a text, with those that the model expects around it.
     pub fn encode(&self, text: &str) -> Result<Vec<i64>> {
-        let encoding = self.inner.encode(text, true).map_err(refused)?;
-        Ok(encoding.get_ids().iter().map(|&id| id.into()).collect())
+        Ok(self.inner.encode(text, true)?.into_iter().map(i64::from).collect())
     }
 
     /// The text of tokens, special ones left out.
     pub fn decode(&self, tokens: &[i64]) -> Result<String> {
         let ids: Vec<u32> = tokens.iter().filter_map(|&token| u32::try_from(token).ok()).collect();
-        self.inner.decode(&ids, true).map_err(refused)
+        self.inner.decode(&ids)
     }
 
     /// Text of tokens that come one at a time behind a prompt.
@@ -53,7 +48,7 @@ impl Tokenizer {
 
     /// A question in the form of a chat, up to where the answer begins.
     pub fn chat(&self, question: &str) -> Result<String> {
-        if self.inner.token_to_id("<|im_start|>").is_none() {
+        if self.inner.id("<|im_start|>").is_none() {
             return Err(refused("the model has no tokens of a chat (`<|im_start|>`); leave out `--chat`"));
         }
         // What a person types cannot end their turn.

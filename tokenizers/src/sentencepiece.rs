@@ -401,7 +401,7 @@ mod tests {
     use x_transformers::io::TensorFile;
 
     use super::{
-        super::{Tokenizer, gguf::of_gguf},
+        super::{Tokenizer, checked::Checked, gguf::of_gguf},
         Customs, SentencePiece, base64,
     };
 
@@ -450,7 +450,7 @@ mod tests {
     fn continuations_keep_their_space() {
         let model = SentencePiece::parse(include_bytes!("../tests/sentencepiece/bpe.model")).unwrap();
         let json = model.json(Customs { start: true, ..Customs::default() }).unwrap();
-        let tokenizer = Tokenizer { inner: json.parse().unwrap() };
+        let tokenizer = Tokenizer { inner: Checked::parse("bpe.model".as_ref(), &json).unwrap() };
         let mut compared = 0;
         for text in ["the tensor of a tape", "a 語 b", "  two"] {
             let tokens = tokenizer.encode(text).unwrap();
