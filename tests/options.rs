@@ -74,6 +74,8 @@ fn layer_options() -> Vec<(&'static str, Value)> {
         decoder(json!({"ff_mult": 2.5})),
         decoder(json!({"ff_glu": true})),
         decoder(json!({"ff_relu_squared": true})),
+        decoder(json!({"ff_relu": true})),
+        decoder(json!({"ff_glu": true, "ff_quick_gelu": true})),
         decoder(json!({"ff_glu": true, "ff_relu_squared": true})),
         decoder(json!({"ff_post_act_ln": true})),
         decoder(json!({"heads": 2})),

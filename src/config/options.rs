@@ -377,6 +377,10 @@ pub struct FeedForwardConfig {
     pub swish: bool,
     /// GELU in its approximation by tanh. <https://arxiv.org/abs/1606.08415>
     pub gelu_tanh: bool,
+    /// `x / (1 + e^(−1.702 x))`, GELU in its approximation by sigmoid. <https://arxiv.org/abs/1606.08415>
+    pub quick_gelu: bool,
+    /// `max(x, 0)` instead of GELU.
+    pub relu: bool,
     /// No biases in either layer; of a gated one too, where today's x-transformers keeps them in the first.
     pub no_bias: bool,
     /// A LayerNorm after the activation. <https://arxiv.org/abs/2110.09456>
@@ -395,6 +399,8 @@ impl Default for FeedForwardConfig {
             relu_squared: false,
             swish: false,
             gelu_tanh: false,
+            quick_gelu: false,
+            relu: false,
             no_bias: false,
             post_act_ln: false,
             dropout: 0.0,

@@ -462,6 +462,8 @@ impl fmt::Display for FeedForwardPlan {
             Activation::GeluTanh => "GELU by tanh",
             Activation::Sigmoid => "sigmoid",
             Activation::Silu => "SiLU",
+            Activation::Relu => "ReLU",
+            Activation::QuickGelu => "GELU by sigmoid",
         };
         write!(f, "{} -> {} -> {}, {activation}", self.dim, self.inner, self.dim_out)?;
         let marks = [(self.glu, "gated"), (self.post_act_ln, "inner LayerNorm")];

@@ -421,16 +421,18 @@ pub(super) fn feedforward(
         )
     );
     probability("ff_dropout", config.dropout)?;
-    let activation = match (config.relu_squared, config.swish, config.gelu_tanh) {
-        (false, false, false) => Activation::Gelu,
-        (true, false, false) => Activation::ReluSquared,
-        (false, true, false) => Activation::Silu,
-        (false, false, true) => Activation::GeluTanh,
-        _ => {
-            let key = if config.swish { "ff_swish" } else { "ff_gelu_tanh" };
-            return Err(Error::option(key, "cannot be used with another activation: choose one of them"));
-        }
-    };
+    let asked = [
+        ("ff_relu_squared", config.relu_squared, Activation::ReluSquared),
+        ("ff_swish", config.swish, Activation::Silu),
+        ("ff_gelu_tanh", config.gelu_tanh, Activation::GeluTanh),
+        ("ff_quick_gelu", config.quick_gelu, Activation::QuickGelu),
+        ("ff_relu", config.relu, Activation::Relu),
+    ];
+    let mut asked = asked.into_iter().filter(|(_, on, _)| *on);
+    let activation = asked.next().map_or(Activation::Gelu, |(_, _, activation)| activation);
+    if let Some((key, ..)) = asked.next() {
+        return Err(Error::option(key, "cannot be used with another activation: choose one of them"));
+    }
     Ok(FeedForwardPlan {
         dim,
         inner: inner as usize,

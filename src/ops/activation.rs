@@ -25,6 +25,10 @@ pub enum Activation {
     Sigmoid,
     /// `x / (1 + e^−x)`: [`Tensor::silu`].
     Silu,
+    /// `max(x, 0)`: [`Tensor::relu`].
+    Relu,
+    /// `x / (1 + e^(−1.702 x))`, an approximation of GELU.
+    QuickGelu,
 }
 
 impl Activation {
@@ -38,12 +42,15 @@ impl Activation {
             Self::ReluSquared => x.relu_squared(),
             Self::Sigmoid => x.sigmoid(),
             Self::Silu => x.silu(),
+            Self::Relu => x.relu(),
+            Self::QuickGelu => x.mul(&x.affine(1.702, 0.0)?.sigmoid()?),
         }
     }
 }
 
 impl Tensor {
-    /// `activation(x + bias)` in one pass, the sum never being rounded.
+    /// `activation(x + bias)` in one pass, the sum never being rounded; [`Activation::Relu`] and [`Activation::QuickGelu`]
+    /// take several passes.
     ///
     /// Shapes: `[.., dim]`, bias `[dim]` → `[.., dim]`. Computed in f32 (f64 for f64). Saves: the inputs; the sum is
     /// computed again in the backward pass, which adds up the gradient of the bias as it goes.
@@ -70,6 +77,7 @@ impl Tensor {
             Activation::ReluSquared => activate::<ReluSquared>(&x, bias),
             Activation::Sigmoid => activate::<Sigmoid>(&x, bias),
             Activation::Silu => activate::<Silu>(&x, bias),
+            Activation::Relu | Activation::QuickGelu => activation.of(&x.add(bias)?),
         }
     }
 }

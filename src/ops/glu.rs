@@ -58,6 +58,10 @@ fn gated(op: &'static str, x: &Tensor, bias: Option<&Tensor>, activation: Activa
         Activation::ReluSquared => glu::<ReluSquared>(op, &x, bias, width / 2),
         Activation::Sigmoid => glu::<Sigmoid>(op, &x, bias, width / 2),
         Activation::Silu => glu::<Silu>(op, &x, bias, width / 2),
+        Activation::Relu | Activation::QuickGelu => {
+            let x = bias.map(|bias| x.add(bias)).transpose()?.unwrap_or(x);
+            x.narrow(-1, 0, width / 2)?.mul(&activation.of(&x.narrow(-1, width / 2, width / 2)?)?)
+        }
     }
 }
 

@@ -1,6 +1,6 @@
 use x_transformers::ops::Activation;
 
-use super::glu::{activation, step};
+use super::glu::{SMOOTH, activation, step};
 use crate::case::{Array, Case, Input};
 
 fn case(name: &str, shape: &[usize], range: (f64, f64), function: Activation) -> Case {
@@ -16,7 +16,7 @@ fn case(name: &str, shape: &[usize], range: (f64, f64), function: Activation) ->
 }
 
 pub fn cases() -> Vec<Case> {
-    [Activation::Gelu, Activation::GeluTanh, Activation::ReluSquared, Activation::Sigmoid, Activation::Silu]
+    SMOOTH
         .into_iter()
         .flat_map(|function| {
             // Below, GELU cancels and a single element cannot hold a relative bound.

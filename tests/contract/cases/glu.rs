@@ -12,6 +12,8 @@ pub fn activation(activation: Activation, x: f64) -> f64 {
         Activation::ReluSquared => x.max(0.0).powi(2),
         Activation::Sigmoid => 1.0 / (1.0 + (-x).exp()),
         Activation::Silu => x / (1.0 + (-x).exp()),
+        Activation::Relu => x.max(0.0),
+        Activation::QuickGelu => x / (1.0 + (-1.702 * x).exp()),
     }
 }
 
@@ -62,9 +64,18 @@ fn sum(name: &str, shape: &[usize], function: Activation) -> Case {
     .step(step(function))
 }
 
+/// Those with a continuous derivative, of which no kink has to be avoided; squared ReLU has one too.
+pub const SMOOTH: [Activation; 6] = [
+    Activation::Gelu,
+    Activation::GeluTanh,
+    Activation::ReluSquared,
+    Activation::Sigmoid,
+    Activation::Silu,
+    Activation::QuickGelu,
+];
+
 pub fn cases() -> Vec<Case> {
-    // Squared ReLU has a continuous derivative, so that no kink has to be avoided.
-    [Activation::Gelu, Activation::GeluTanh, Activation::ReluSquared, Activation::Sigmoid, Activation::Silu]
+    SMOOTH
         .into_iter()
         .flat_map(|function| {
             [
