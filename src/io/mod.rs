@@ -18,7 +18,7 @@ mod zip;
 
 pub use self::{
     atomic::{create_folders, retry as retry_interrupted, write_atomically},
-    pretrained::{Family, Pretrained},
+    pretrained::{Family, Pretrained, SentenceOptions, Similarity},
     safetensors::{read_safetensors, write_safetensors},
     small_file::{read_limited, read_text},
     stored::Stored,

@@ -1,17 +1,192 @@
-//! One vector for a text.
+//! One vector for a text: a model of tokens and the modules of sentence-transformers after it.
 
-use super::{TransformerWrapper, transformer::mean_over_tokens};
-use crate::{Error, Result, Tensor, error::ensure, nn::ForwardOptions};
+use std::fmt;
 
-/// How the vectors of tokens become one.
+use super::TransformerWrapper;
+use crate::{DType, Error, Result, Tensor, error::ensure, nn::ForwardOptions};
+
+/// How the vectors of tokens become one; padding is left out.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Pooling {
-    /// Their mean, padding left out.
+    /// Their mean.
     Mean,
     /// The first one.
     FirstToken,
     /// The first one through the model's pooled head, a linear layer and tanh.
     Pooler,
+    /// The largest value of each feature.
+    Max,
+    /// Their sum over the square root of their number.
+    MeanSqrtLen,
+    /// Their mean, weighted by the position: 1 for the first token, 2 for the second (Muennighoff,
+    /// <https://arxiv.org/abs/2202.08904>).
+    WeightedMean,
+    /// The last one.
+    LastToken,
+}
+
+impl fmt::Display for Pooling {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Mean => "mean",
+            Self::FirstToken => "first token",
+            Self::Pooler => "pooled head",
+            Self::Max => "max",
+            Self::MeanSqrtLen => "sum over the root of the length",
+            Self::WeightedMean => "mean weighted by position",
+            Self::LastToken => "last token",
+        })
+    }
+}
+
+/// Activation of a [`DenseLayer`], by the names of `torch.nn`, with their defaults there.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[non_exhaustive]
+pub enum DenseActivation {
+    /// `x`.
+    Identity,
+    /// The hyperbolic tangent.
+    Tanh,
+    /// `1 / (1 + e^−x)`.
+    Sigmoid,
+    /// `max(x, 0)`.
+    Relu,
+    /// `x Φ(x)`.
+    Gelu,
+    /// `x / (1 + e^−x)`.
+    Silu,
+    /// `x`, below 0 a hundredth of it.
+    LeakyRelu,
+    /// `x`, below 0 `e^x − 1`.
+    Elu,
+    /// `x` between 0 and 6.
+    Relu6,
+}
+
+impl DenseActivation {
+    /// All of them.
+    pub const ALL: [Self; 9] = [
+        Self::Identity,
+        Self::Tanh,
+        Self::Sigmoid,
+        Self::Relu,
+        Self::Gelu,
+        Self::Silu,
+        Self::LeakyRelu,
+        Self::Elu,
+        Self::Relu6,
+    ];
+
+    /// The function of each element.
+    ///
+    /// Errors: a dtype that is not float.
+    pub fn of(self, x: &Tensor) -> Result<Tensor> {
+        // Of min(x, 0), its negative.
+        let below = || x.neg()?.relu();
+        match self {
+            Self::Identity => Ok(x.clone()),
+            Self::Tanh => x.tanh(),
+            Self::Sigmoid => x.sigmoid(),
+            Self::Relu => x.relu(),
+            Self::Gelu => x.gelu(),
+            Self::Silu => x.silu(),
+            Self::LeakyRelu => x.relu()?.sub(&below()?.affine(0.01, 0.0)?),
+            Self::Elu => x.relu()?.add(&below()?.neg()?.exp()?.affine(1.0, -1.0)?),
+            Self::Relu6 => x.relu()?.sub(&x.affine(1.0, -6.0)?.relu()?),
+        }
+    }
+}
+
+/// A linear layer with an activation after it: `f(x Wᵀ + b)`, and perhaps a residual.
+#[derive(Clone, Debug)]
+pub struct DenseLayer {
+    /// `[out, in]`.
+    pub weight: Tensor,
+    /// `[out]`.
+    pub bias: Option<Tensor>,
+    /// Applied to the product.
+    pub activation: DenseActivation,
+    /// What is added to the output.
+    pub residual: Residual,
+}
+
+/// What a [`DenseLayer`] adds to its output.
+#[derive(Clone, Debug)]
+pub enum Residual {
+    /// Nothing.
+    None,
+    /// The input; both have the same number of features.
+    Input,
+    /// The product of the input with a weight `[out, in]`.
+    Projected(Tensor),
+}
+
+impl DenseLayer {
+    fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        let out = self.activation.of(&x.linear(&self.weight, self.bias.as_ref())?)?;
+        match &self.residual {
+            Residual::None => Ok(out),
+            Residual::Input => out.add(x),
+            Residual::Projected(weight) => out.add(&x.linear(weight, None)?),
+        }
+    }
+}
+
+/// The vectors that a module changes.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Features {
+    /// Those of the tokens, `[b, n, dim]`.
+    Tokens,
+    /// Those of the texts, `[b, dim]`.
+    Texts,
+}
+
+/// A module after the model of tokens, by the names of sentence-transformers.
+#[derive(Clone, Debug)]
+pub enum SentenceModule {
+    /// Vectors of tokens become one of the text; several ways are concatenated.
+    Pooling {
+        /// In the order of their features.
+        modes: Vec<Pooling>,
+        /// If `false`, the tokens of a prompt are left out, see [`SentenceEncoder::embed_after`].
+        include_prompt: bool,
+    },
+    /// A linear layer with an activation.
+    Dense(DenseLayer, Features),
+    /// PyTorch's `nn.LayerNorm` of the text's vector, eps 1e-5.
+    LayerNorm {
+        /// `[dim]`.
+        weight: Tensor,
+        /// `[dim]`.
+        bias: Tensor,
+    },
+    /// Length 1, so that products are cosines.
+    Normalize(Features),
+    /// The first features of the text's vector, as many as it has at most.
+    Truncate(usize),
+}
+
+impl fmt::Display for SentenceModule {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Pooling { modes, include_prompt } => {
+                let modes: Vec<String> = modes.iter().map(ToString::to_string).collect();
+                let prompt = if *include_prompt { "" } else { ", without the prompt" };
+                write!(f, "pooling: {}{prompt}", modes.join(" + "))
+            }
+            Self::Dense(DenseLayer { weight, activation, residual, .. }, features) => {
+                let shape = weight.shape();
+                let (columns, rows) = (shape.get(1).unwrap_or(&0), shape.first().unwrap_or(&0));
+                write!(f, "dense: {columns} -> {rows}, {activation:?}")?;
+                f.write_str(if matches!(residual, Residual::None) { "" } else { ", residual" })?;
+                f.write_str(if *features == Features::Tokens { ", of each token" } else { "" })
+            }
+            Self::LayerNorm { .. } => f.write_str("LayerNorm"),
+            Self::Normalize(Features::Tokens) => f.write_str("normalize each token"),
+            Self::Normalize(Features::Texts) => f.write_str("normalize"),
+            Self::Truncate(dim) => write!(f, "the first {dim} features"),
+        }
+    }
 }
 
 /// An encoder that gives one vector for each text (Reimers and Gurevych, <https://arxiv.org/abs/1908.10084>).
@@ -19,8 +194,7 @@ pub enum Pooling {
 pub struct SentenceEncoder {
     /// The model of tokens.
     pub model: TransformerWrapper,
-    pooling: Pooling,
-    normalize: bool,
+    modules: Vec<SentenceModule>,
 }
 
 impl SentenceEncoder {
@@ -28,37 +202,165 @@ impl SentenceEncoder {
     ///
     /// Errors: a model that gives one vector already, or [`Pooling::Pooler`] of one that has no pooled head.
     pub fn new(model: TransformerWrapper, pooling: Pooling, normalize: bool) -> Result<Self> {
+        let mut modules = vec![SentenceModule::Pooling { modes: vec![pooling], include_prompt: true }];
+        modules.extend(normalize.then_some(SentenceModule::Normalize(Features::Texts)));
+        Self::with_modules(model, modules)
+    }
+
+    /// Around a model, with modules in the order in which they are applied.
+    ///
+    /// Errors: a model that gives one vector already; [`Pooling::Pooler`] of one that has no pooled head; modules that
+    /// give no vector of a text, or use it before there is one.
+    pub fn with_modules(model: TransformerWrapper, modules: Vec<SentenceModule>) -> Result<Self> {
+        const OP: &str = "sentence modules";
         ensure!(
             !model.plan().average_pool_embed,
             Error::option("average_pool_embed", "is on: the model gives one vector for a text already")
         );
-        ensure!(
-            pooling != Pooling::Pooler || model.plan().pooler,
-            Error::option("pooler", "is off: the model has no pooled head")
-        );
-        Ok(Self { model, pooling, normalize })
+        let mut pooled = false;
+        for module in &modules {
+            match module {
+                SentenceModule::Pooling { modes, .. } => {
+                    ensure!(!modes.is_empty(), Error::argument(OP, "a pooling names no way"));
+                    ensure!(
+                        !modes.contains(&Pooling::Pooler) || model.plan().pooler,
+                        Error::option("pooler", "is off: the model has no pooled head")
+                    );
+                    pooled = true;
+                }
+                SentenceModule::Dense(_, Features::Tokens) | SentenceModule::Normalize(Features::Tokens) => {}
+                other => ensure!(pooled, Error::argument(OP, format!("`{other}` comes before any pooling"))),
+            }
+        }
+        ensure!(pooled, Error::argument(OP, "none is a pooling, which gives a text one vector"));
+        Ok(Self { model, modules })
     }
 
-    /// Tokens `[b, n]` with a mask of those that are no padding, Bool `[b, n]`, to vectors `[b, dim]`.
+    /// The modules after the model of tokens.
+    pub fn modules(&self) -> &[SentenceModule] {
+        &self.modules
+    }
+
+    /// Tokens `[b, n]` with a mask of real tokens, Bool `[b, n]`, to vectors `[b, dim]`.
     ///
     /// Errors: no token, and those of [`TransformerWrapper::forward`].
     pub fn embed(&self, tokens: &Tensor, mask: Option<&Tensor>) -> Result<Tensor> {
+        self.embed_after(tokens, mask, 0)
+    }
+
+    /// Like [`SentenceEncoder::embed`] of texts whose first `prompt_len` real tokens are a prompt: a pooling with
+    /// `include_prompt: false` leaves them out, though the model sees them.
+    ///
+    /// Errors: those of [`SentenceEncoder::embed`].
+    pub fn embed_after(&self, tokens: &Tensor, mask: Option<&Tensor>, prompt_len: usize) -> Result<Tensor> {
         ensure!(
             tokens.rank() == 2 && tokens.shape()[1] > 0,
             Error::shape("tokens", format!("expected i64 [batch, n] with n of at least 1, got {:?}", tokens.shape()))
         );
         let options = ForwardOptions { mask: mask.cloned(), return_embeddings: true, ..ForwardOptions::default() };
-        let hidden = self.model.forward(tokens, &options)?.out;
-        let pooled = match self.pooling {
-            Pooling::Mean => mean_over_tokens(&hidden, mask)?,
-            Pooling::FirstToken => hidden.select(1, 0)?,
-            Pooling::Pooler => self.model.pooled(&hidden)?,
-        };
-        if !self.normalize {
-            return Ok(pooled);
+        let mut hidden = self.model.forward(tokens, &options)?.out;
+        let mut text = None;
+        for module in &self.modules {
+            let pooled = || text.as_ref().ok_or_else(|| Error::argument("sentence modules", "there is no pooling"));
+            match module {
+                SentenceModule::Pooling { modes, include_prompt } => {
+                    let kept = Kept::new(&hidden, mask, if *include_prompt { 0 } else { prompt_len })?;
+                    let parts =
+                        modes.iter().map(|&mode| self.pool(mode, &hidden, &kept)).collect::<Result<Vec<_>>>()?;
+                    text = Some(match &parts[..] {
+                        [one] => one.clone(),
+                        several => Tensor::cat(&several.iter().collect::<Vec<_>>(), -1)?,
+                    });
+                }
+                SentenceModule::Dense(layer, Features::Tokens) => hidden = layer.forward(&hidden)?,
+                SentenceModule::Dense(layer, Features::Texts) => text = Some(layer.forward(pooled()?)?),
+                SentenceModule::LayerNorm { weight, bias } => {
+                    text = Some(pooled()?.layer_norm(Some(weight), Some(bias), 1e-5)?);
+                }
+                SentenceModule::Normalize(Features::Tokens) => hidden = normalized(&hidden)?,
+                SentenceModule::Normalize(Features::Texts) => text = Some(normalized(pooled()?)?),
+                SentenceModule::Truncate(dim) => {
+                    let vectors = pooled()?;
+                    text = Some(vectors.narrow(-1, 0, vectors.dim(-1)?.min(*dim))?);
+                }
+            }
         }
-        // The norm of `ScaleNorm` times √dim, which takes the root of the mean for the length.
-        let scale = (pooled.dim(-1)? as f64).powf(-0.5);
-        pooled.scale_norm(&Tensor::full([1], scale, pooled.dtype(), pooled.device())?, 1e-12 * scale)
+        text.ok_or_else(|| Error::argument("sentence modules", "there is no pooling"))
+    }
+
+    /// `[b, n, dim] → [b, dim]`.
+    fn pool(&self, mode: Pooling, hidden: &Tensor, kept: &Kept) -> Result<Tensor> {
+        match mode {
+            Pooling::Pooler => self.model.pooled(hidden),
+            Pooling::FirstToken if kept.all => hidden.select(1, 0),
+            Pooling::Mean if kept.all => hidden.mean(&[1]),
+            Pooling::Max => {
+                let (b, n) = (hidden.dim(0)?, hidden.dim(1)?);
+                let left_out = kept.rows.iter().flatten().map(|&kept| !kept).collect();
+                let left_out = Tensor::from_vec::<bool>(left_out, [b, n, 1], hidden.device())?;
+                hidden.masked_fill(&left_out, f64::NEG_INFINITY)?.max(1)
+            }
+            _ => kept.weighted(hidden, mode),
+        }
+    }
+}
+
+/// `x / max(|x|, 1e-12)` over the last dimension.
+fn normalized(x: &Tensor) -> Result<Tensor> {
+    // The norm of `ScaleNorm` times √dim, which takes the root of the mean for the length.
+    let scale = (x.dim(-1)? as f64).powf(-0.5);
+    x.scale_norm(&Tensor::full([1], scale, x.dtype(), x.device())?, 1e-12 * scale)
+}
+
+/// The tokens of each row that a pooling sees.
+struct Kept {
+    rows: Vec<Vec<bool>>,
+    /// The first token of each row that is not padding.
+    starts: Vec<usize>,
+    /// If `true`, nothing is left out.
+    all: bool,
+}
+
+impl Kept {
+    fn new(hidden: &Tensor, mask: Option<&Tensor>, left_out: usize) -> Result<Self> {
+        let (b, n) = (hidden.dim(0)?, hidden.dim(1)?);
+        let mut rows = vec![vec![true; n]; b];
+        if let Some(mask) = mask {
+            ensure!(
+                mask.rank() == 2 && mask.shape()[..] == [b, n] && mask.dtype() == DType::Bool,
+                Error::shape("mask", format!("expected bool [{b}, {n}], got {:?} {}", mask.shape(), mask.dtype()))
+            );
+            let mask = mask.to_vec::<bool>()?;
+            rows = mask.chunks(n.max(1)).map(<[bool]>::to_vec).collect();
+        }
+        let starts: Vec<usize> = rows.iter().map(|row| row.iter().position(|&kept| kept).unwrap_or(0)).collect();
+        for (row, &start) in rows.iter_mut().zip(&starts) {
+            row.iter_mut().take(start.saturating_add(left_out)).for_each(|kept| *kept = false);
+        }
+        let all = rows.iter().flatten().all(|&kept| kept);
+        Ok(Self { rows, starts, all })
+    }
+
+    /// A weighted sum of the tokens: `[b, n, dim] → [b, dim]`. Of no token it is 0, of the first one that at 0.
+    fn weighted(&self, hidden: &Tensor, mode: Pooling) -> Result<Tensor> {
+        let (b, n) = (hidden.dim(0)?, hidden.dim(1)?);
+        let mut weights = Vec::with_capacity(b * n);
+        for (row, &start) in self.rows.iter().zip(&self.starts) {
+            let only = |place: Option<usize>| (0..n).map(|at| if Some(at) == place { 1.0 } else { 0.0 }).collect();
+            let over = |weight: &dyn Fn(usize) -> f64, whole: &dyn Fn(f64) -> f64| -> Vec<f64> {
+                let row = || row.iter().enumerate().map(|(at, &kept)| if kept { weight(at) } else { 0.0 });
+                let whole = whole(row().sum()).max(1e-9);
+                row().map(|weight| weight / whole).collect()
+            };
+            weights.extend::<Vec<f64>>(match mode {
+                Pooling::FirstToken => only(Some(row.iter().position(|&kept| kept).unwrap_or(0))),
+                Pooling::LastToken => only(row.iter().rposition(|&kept| kept)),
+                Pooling::MeanSqrtLen => over(&|_| 1.0, &f64::sqrt),
+                Pooling::WeightedMean => over(&|at| (at + 1 - start.min(at)) as f64, &|whole| whole),
+                Pooling::Mean | Pooling::Max | Pooling::Pooler => over(&|_| 1.0, &|whole| whole),
+            });
+        }
+        let weights = Tensor::from_vec(weights, [b, 1, n], hidden.device())?.to_dtype(hidden.dtype())?;
+        weights.matmul(hidden)?.squeeze(1)
     }
 }

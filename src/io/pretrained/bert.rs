@@ -16,18 +16,13 @@ fn encoder(options: &Options, activation: &str) -> Result<TransformerWrapperConf
     if !dim.is_multiple_of(heads) {
         return Err(options.refuse("num_attention_heads", format!("is {heads}, no divisor of `hidden_size` = {dim}")));
     }
-    let gelu_tanh = match options.text("hidden_act", activation)? {
-        "gelu" => false,
-        "gelu_new" | "gelu_pytorch_tanh" => true,
-        other => return Err(options.refuse("hidden_act", format!("is `{other}`, expected gelu or gelu_new"))),
-    };
     let inner = options.size("intermediate_size", Some(3072))?;
     let layers = AttentionLayersConfig {
         heads,
         pre_norm: false,
         norm_eps: Some(options.number("layer_norm_eps", 1e-12)?),
         attn: AttentionConfig { dim_head: dim / heads, qkv_bias: true, ..AttentionConfig::default() },
-        ff: FeedForwardConfig { mult: ff_mult(dim, inner), gelu_tanh, ..FeedForwardConfig::default() },
+        ff: FeedForwardConfig { mult: ff_mult(dim, inner), ..activated(options, activation)? },
         ..AttentionLayersConfig::encoder(dim, options.depth(12)?)
     };
     Ok(TransformerWrapperConfig {
@@ -40,6 +35,25 @@ fn encoder(options: &Options, activation: &str) -> Result<TransformerWrapperConf
             layers,
         )
     })
+}
+
+/// A feedforward with the activation that `hidden_act` names.
+fn activated(options: &Options, default: &str) -> Result<FeedForwardConfig> {
+    const KEY: &str = "hidden_act";
+    let mut ff = FeedForwardConfig::default();
+    match options.text(KEY, default)? {
+        "gelu" | "gelu_python" => {}
+        "gelu_new" | "gelu_pytorch_tanh" | "gelu_python_tanh" | "gelu_fast" | "gelu_accurate" => ff.gelu_tanh = true,
+        "quick_gelu" => ff.quick_gelu = true,
+        "relu" => ff.relu = true,
+        "relu2" => ff.relu_squared = true,
+        "silu" | "swish" => ff.swish = true,
+        other => {
+            let known = "gelu, gelu_new, gelu_fast, quick_gelu, relu, relu2 and silu, and their other names";
+            return Err(options.refuse(KEY, format!("is `{other}`, expected one of {known}")));
+        }
+    }
+    Ok(ff)
 }
 
 /// The prefix of a model inside one with a head, if the file has it.

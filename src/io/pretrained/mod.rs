@@ -4,11 +4,14 @@ mod bert;
 mod llama;
 mod options;
 mod sentence;
+mod sentence_modules;
 
 use std::{
     fmt,
     path::{Path, PathBuf},
 };
+
+pub use self::sentence::{SentenceOptions, Similarity};
 
 use self::options::{Options, json};
 use super::{Format, Metadata, TensorFile, names::Names};
@@ -44,6 +47,8 @@ pub struct Pretrained {
     names: Names,
     file: TensorFile,
     folder: Option<PathBuf>,
+    /// The folder that was opened: the same one, or that above it with the modules of sentence-transformers.
+    root: Option<PathBuf>,
     end: Option<i64>,
 }
 
@@ -91,7 +96,8 @@ impl Pretrained {
         let path = path.as_ref();
         if path.is_dir() {
             // What this crate writes has the key `model`.
-            return matches!(json(&path.join("config.json")), Ok(config) if config.get("model_type").is_some())
+            let folder = sentence::transformer(path).unwrap_or_else(|_| path.to_path_buf());
+            return matches!(json(&folder.join("config.json")), Ok(config) if config.get("model_type").is_some())
                 || matches!(TensorFile::open(path), Ok(file) if file.format() == Format::Gguf);
         }
         path.is_file()
@@ -101,15 +107,17 @@ impl Pretrained {
     ///
     /// Errors: a file that cannot be read, a family that is not among those above, or options that they do not have here.
     pub fn open(path: impl AsRef<Path>) -> Result<Self> {
-        let path = path.as_ref();
+        let root = path.as_ref();
+        let path = &if root.is_dir() { sentence::transformer(root)? } else { root.to_path_buf() };
         let file = TensorFile::open(path)?;
         if file.format() == Format::Gguf {
             let (config, names) = llama::of_gguf(&file)?;
             let end = file.metadata().get("tokenizer.ggml.eos_token_id").and_then(Metadata::as_usize);
             let end = end.map(|end| end as i64);
-            return Ok(Self { family: Family::Llama, config, names, file, folder: None, end });
+            return Ok(Self { family: Family::Llama, config, names, file, folder: None, root: None, end });
         }
         let folder = if path.is_dir() { path } else { path.parent().unwrap_or(Path::new("")) };
+        let root = if root.is_dir() { root } else { folder };
         let place = folder.join("config.json");
         let options = Options { value: json(&place)?, path: place };
         let (family, (config, names)) = match options.text("model_type", "")? {
@@ -125,7 +133,15 @@ impl Pretrained {
         };
         // Some models have several; the first one is that of a text.
         let end = options.get("eos_token_id").and_then(|end| end.as_i64().or_else(|| end.get(0)?.as_i64()));
-        Ok(Self { family, config, names, file, folder: Some(folder.to_path_buf()), end })
+        Ok(Self {
+            family,
+            config,
+            names,
+            file,
+            folder: Some(folder.to_path_buf()),
+            root: Some(root.to_path_buf()),
+            end,
+        })
     }
 
     /// The family.

@@ -5,7 +5,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use serde_json::Value;
+use serde_json::{Map, Value};
 
 use crate::{Error, Result, error::ensure, io::read_limited};
 
@@ -39,6 +39,33 @@ impl Options {
     /// Whether the key is there, be it with null.
     pub(super) fn has(&self, key: &str) -> bool {
         self.value.get(key).is_some()
+    }
+
+    /// All keys with their values.
+    pub(super) fn entries(&self) -> Result<&Map<String, Value>> {
+        self.value.as_object().ok_or_else(|| Error::file(&self.path, "is not a JSON object"))
+    }
+
+    /// Refuses keys that a module does not have.
+    pub(super) fn known(&self, module: &str, keys: &[&str]) -> Result<()> {
+        match self.entries()?.keys().find(|key| !keys.contains(&key.as_str())) {
+            Some(key) => Err(self.refuse(key, format!("is not a known option of the module `{module}`"))),
+            None => Ok(()),
+        }
+    }
+
+    /// A JSON object.
+    pub(super) fn object(&self, key: &str) -> Result<&Map<String, Value>> {
+        let value = self.value.get(key).unwrap_or(&Value::Null);
+        value.as_object().ok_or_else(|| self.refuse(key, format!("is {value}, expected an object")))
+    }
+
+    /// A JSON object that has no other keys than these.
+    pub(super) fn object_of(&self, key: &str, keys: &[&str]) -> Result<()> {
+        match self.object(key)?.iter().find(|(name, value)| !value.is_null() && !keys.contains(&name.as_str())) {
+            Some((name, value)) => Err(self.refuse(key, format!("sets `{name}` to {value}, which is not supported"))),
+            None => Ok(()),
+        }
     }
 
     pub(super) fn size(&self, key: &str, default: Option<usize>) -> Result<usize> {
