@@ -1,18 +1,21 @@
 //! `xt embed`: texts as vectors.
 
-use std::path::PathBuf;
+use std::{
+    io::{Write, stderr},
+    path::PathBuf,
+};
 
 use clap::Args;
 use x_transformers::{
-    DType, Device, Tensor,
-    io::{Pretrained, write_safetensors},
+    DType, Device,
+    io::{Pretrained, Similarity, write_safetensors},
     train::Checkpoint,
 };
 
 use crate::{
     failure::{Failure, Result, print},
     files,
-    tokenizer::Tokenizer,
+    tokenizer::{Prompt, SentencePipeline},
 };
 
 #[derive(Args)]
@@ -25,9 +28,17 @@ pub struct EmbedArgs {
     #[arg(long, value_name = "PATH")]
     tokenizer: Option<PathBuf>,
 
-    /// A text; several give a table of their cosines
+    /// A text; several give a table of their similarities, cosines unless the model says otherwise
     #[arg(long, value_name = "TEXT", required = true)]
     text: Vec<String>,
+
+    /// Put the model's prompt of this name in front of each text, such as query or passage [default: the model's]
+    #[arg(long, value_name = "NAME", conflicts_with = "prompt")]
+    prompt_name: Option<String>,
+
+    /// Put this in front of each text in place of a prompt of the model; nothing for none
+    #[arg(long, value_name = "TEXT")]
+    prompt: Option<String>,
 
     /// Write the vectors here, as the tensor `embeddings` of a safetensors file
     #[arg(long, value_name = "FILE")]
@@ -38,7 +49,7 @@ pub struct EmbedArgs {
     device: String,
 }
 
-/// Embeds texts: prints the vector of one, the cosines of several, or writes all.
+/// Embeds texts: prints the vector of one, the similarities of several, or writes all.
 pub fn run(args: EmbedArgs) -> Result<()> {
     let device = &Device::parse(&args.device)?;
     let texts = &args.text;
@@ -47,25 +58,23 @@ pub fn run(args: EmbedArgs) -> Result<()> {
         return Err(Failure::new(why).within(&args.checkpoint));
     }
     let pretrained = Pretrained::open(&args.checkpoint)?;
-    let tokenizer = Tokenizer::of(&pretrained, args.tokenizer.as_deref())?;
-    let rows = texts.iter().map(|text| Ok(tokenizer.encode(text)?)).collect::<Result<Vec<_>>>()?;
-    let window = pretrained.config().max_seq_len;
-    for (text, row) in texts.iter().zip(&rows) {
-        if row.is_empty() || row.len() > window {
-            let start: String = text.chars().take(40).collect();
-            let why = format!("the text `{start}` has {} tokens, the model takes 1 to {window}", row.len());
-            return Err(Failure::new(why));
-        }
-    }
-    let encoder = pretrained.sentence_encoder(DType::F32, device)?;
-    let width = rows.iter().map(Vec::len).max().unwrap_or(0);
-    let padded = |fill: fn(Option<&i64>) -> i64| -> Vec<i64> {
-        rows.iter().flat_map(|row| (0..width).map(move |at| fill(row.get(at)))).collect()
+    let pipeline = SentencePipeline::of(&pretrained, args.tokenizer.as_deref(), DType::F32, device)?;
+    let prompt = match (&args.prompt, &args.prompt_name) {
+        (Some(text), _) => Prompt::Text(text),
+        (None, Some(name)) => Prompt::Named(name),
+        (None, None) => Prompt::Default,
     };
-    let tokens = Tensor::from_vec(padded(|token| token.copied().unwrap_or(0)), [rows.len(), width], device)?;
-    let kept: Vec<bool> = padded(|token| token.is_some().into()).iter().map(|&kept| kept == 1).collect();
-    let mask = Tensor::from_vec(kept, [rows.len(), width], device)?;
-    let vectors = encoder.embed(&tokens, Some(&mask))?.to_device(&Device::Cpu)?;
+    let embedded = pipeline.embed_with(&texts.iter().map(String::as_str).collect::<Vec<_>>(), prompt)?;
+    for cut in &embedded.cut {
+        let start: String = texts[cut.text].chars().take(40).collect();
+        let warning = Failure::new(format_args!(
+            "the text `{start}` is cut: it has {} tokens, the model takes {}; the end is left out of its vector",
+            cut.tokens, cut.kept
+        ));
+        // A warning that nobody can read must not stop the run.
+        drop(writeln!(stderr(), "xt: warning: {warning}"));
+    }
+    let vectors = embedded.vectors.to_device(&Device::Cpu)?;
     let dim = vectors.dim(1)?;
     let values = vectors.to_f64_vec()?;
     let values: Vec<&[f64]> = values.chunks(dim).collect();
@@ -79,20 +88,22 @@ pub fn run(args: EmbedArgs) -> Result<()> {
             print("\n")
         }
         [_] => Ok(()),
-        _ => print(cosines(texts, &values)),
+        _ => print(similarities(pipeline.similarity(), texts, &values)),
     }
 }
 
-/// A table of the cosines of all pairs.
-fn cosines(texts: &[String], vectors: &[&[f64]]) -> String {
-    let product = |a: &[f64], b: &[f64]| a.iter().zip(b).map(|(a, b)| a * b).sum::<f64>();
-    let cosine = |a: &[f64], b: &[f64]| product(a, b) / (product(a, a) * product(b, b)).sqrt().max(1e-12);
-    let mut table = String::from("cosine");
-    (1..=vectors.len()).for_each(|number| table += &format!(" {number:>6}"));
+/// A table of the similarities of all pairs.
+fn similarities(similarity: Similarity, texts: &[String], vectors: &[&[f64]]) -> String {
+    let number = |a: &[f64], b: &[f64]| format!("{:.3}", similarity.of(a, b));
+    let rows: Vec<Vec<String>> = vectors.iter().map(|a| vectors.iter().map(|b| number(a, b)).collect()).collect();
+    let name = similarity.to_string();
+    let width = rows.iter().flatten().map(String::len).max().unwrap_or(0).max(6);
+    let mut table = format!("{name:>6}");
+    (1..=vectors.len()).for_each(|number| table += &format!(" {number:>width$}"));
     table.push('\n');
-    for (number, (text, vector)) in texts.iter().zip(vectors).enumerate() {
-        table += &format!("{:>6}", number + 1);
-        vectors.iter().for_each(|other| table += &format!(" {:>6.3}", cosine(vector, other)));
+    for (number, (text, row)) in texts.iter().zip(&rows).enumerate() {
+        table += &format!("{:>1$}", number + 1, name.len().max(6));
+        row.iter().for_each(|number| table += &format!(" {number:>width$}"));
         let shown: String = text.chars().map(|c| if c.is_control() { ' ' } else { c }).take(60).collect();
         table += &format!("  {shown}\n");
     }
@@ -101,12 +112,23 @@ fn cosines(texts: &[String], vectors: &[&[f64]]) -> String {
 
 #[cfg(test)]
 mod tests {
-    use super::cosines;
+    use x_transformers::io::Similarity;
+
+    use super::similarities;
 
     #[test]
     fn cosines_do_not_depend_on_lengths() {
         let texts = ["a".to_string(), "b\nb".to_string()];
-        let table = cosines(&texts, &[&[3.0, 4.0], &[0.0, 10.0]]);
+        let table = similarities(Similarity::Cosine, &texts, &[&[3.0, 4.0], &[0.0, 10.0]]);
         assert_eq!(table, "cosine      1      2\n     1  1.000  0.800  a\n     2  0.800  1.000  b b\n");
+    }
+
+    #[test]
+    fn columns_are_as_wide_as_their_numbers() {
+        let texts = ["a".to_string(), "b".to_string()];
+        let table = similarities(Similarity::Manhattan, &texts, &[&[3.0, 4.0], &[0.0, 2000.0]]);
+        let expected =
+            "manhattan         1         2\n        1     0.000 -1999.000  a\n        2 -1999.000     0.000  b\n";
+        assert_eq!(table, expected);
     }
 }

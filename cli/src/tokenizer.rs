@@ -1,13 +1,16 @@
 //! The tokenizer of a pretrained model, or what stands in for it in a build without tokenizers.
 
 #[cfg(feature = "tokenizers")]
-pub use x_transformers_tokenizers::{TextStream, Tokenizer};
+pub use x_transformers_tokenizers::{Prompt, SentencePipeline, TextStream, Tokenizer};
 
 #[cfg(not(feature = "tokenizers"))]
 mod without {
     use std::{convert::Infallible, path::Path};
 
-    use x_transformers::io::Pretrained;
+    use x_transformers::{
+        DType, Device, Tensor,
+        io::{Pretrained, Similarity},
+    };
 
     use crate::failure::{Failure, Result};
 
@@ -27,9 +30,50 @@ mod without {
         }
     }
 
+    /// A text in front of each text, which is none without a tokenizer.
+    pub enum Prompt<'p> {
+        Default,
+        Named(#[expect(dead_code, reason = "there is nothing to put it in front of")] &'p str),
+        Text(#[expect(dead_code, reason = "there is nothing to put it in front of")] &'p str),
+    }
+
+    /// A pipeline of a tokenizer that cannot be had.
+    pub struct SentencePipeline(Infallible);
+
+    /// Vectors of a tokenizer that cannot be had.
+    pub struct Embedded {
+        pub vectors: Tensor,
+        pub cut: Vec<Cut>,
+    }
+
+    /// A text that was cut.
+    pub struct Cut {
+        pub text: usize,
+        pub tokens: usize,
+        pub kept: usize,
+    }
+
+    fn missing() -> Failure {
+        Failure::new("this `xt` was built without tokenizers; build it with `--features tokenizers`")
+    }
+
+    impl SentencePipeline {
+        pub fn of(_: &Pretrained, _: Option<&Path>, _: DType, _: &Device) -> Result<Self> {
+            Err(missing())
+        }
+
+        pub fn embed_with(&self, _: &[&str], _: Prompt) -> Result<Embedded> {
+            match self.0 {}
+        }
+
+        pub fn similarity(&self) -> Similarity {
+            match self.0 {}
+        }
+    }
+
     impl Tokenizer {
         pub fn of(_: &Pretrained, _: Option<&Path>) -> Result<Self> {
-            Err(Failure::new("this `xt` was built without tokenizers; build it with `--features tokenizers`"))
+            Err(missing())
         }
 
         pub fn encode(&self, _: &str) -> Result<Vec<i64>> {
@@ -50,4 +94,4 @@ mod without {
     }
 }
 #[cfg(not(feature = "tokenizers"))]
-pub use without::{TextStream, Tokenizer};
+pub use without::{Prompt, SentencePipeline, TextStream, Tokenizer};

@@ -13,29 +13,88 @@ use std::{
 
 use x_transformers::Result;
 
-use super::{file_error, refused};
+use tokenizers::{
+    NormalizerWrapper, PostProcessor, TruncationDirection,
+    normalizers::{self, Lowercase},
+};
+
+use super::{described::Described, file_error, refused};
 
 /// A tokenizer of the crate `tokenizers` whose panics are errors.
 pub struct Checked {
     inner: tokenizers::Tokenizer,
     /// The file that it comes from.
     path: PathBuf,
+    /// The number of tokens that a text is cut to, if the files have a bound.
+    max_length: Option<usize>,
+    /// If `true`, what is cut off a text is its beginning.
+    cut_left: bool,
+}
+
+/// Tokens of a text that may have been cut.
+pub struct CutText {
+    pub ids: Vec<u32>,
+    /// The number of tokens of the whole text.
+    pub whole: usize,
 }
 
 impl Checked {
-    /// Parses what `tokenizer.json` holds; `path` is the file that errors name.
+    /// Parses what `tokenizer.json` holds, with what other files say; `path` is the file that errors name.
     ///
-    /// Errors: a description that is damaged or that the crate `tokenizers` does not take.
-    pub fn parse(path: &Path, json: &str) -> Result<Self> {
+    /// Errors: a description that is damaged or that the crate `tokenizers` does not take; a token whose id in the files
+    /// is not its id in the vocabulary.
+    pub fn parse(path: &Path, described: &Described) -> Result<Self> {
         let broken = |why: String| file_error(path, format_args!("tokenizer: {why}"));
         let inner = guarded(|| {
-            let mut inner: tokenizers::Tokenizer = json.parse()?;
+            let mut inner: tokenizers::Tokenizer = described.json.parse()?;
+            described.extend(&mut inner)?;
             // Files may ask for a fixed length: what is padding is for the caller to say, and nothing is cut in silence.
             inner.with_padding(None);
             inner.with_truncation(None)?;
             Ok(inner)
         });
-        Ok(Self { inner: inner.map_err(|why| broken(why.to_string()))?, path: path.to_path_buf() })
+        let inner = inner.map_err(|why| broken(why.to_string()))?;
+        let Described { max_length, cut_left, .. } = *described;
+        Ok(Self { inner, path: path.to_path_buf(), max_length, cut_left })
+    }
+
+    /// The number of tokens that a text is cut to, if the files have a bound.
+    pub fn max_length(&self) -> Option<usize> {
+        self.max_length
+    }
+
+    /// Lower-cases texts before anything else is done with them, also before tokens that are normalized are looked for.
+    pub fn lowercase(&mut self) {
+        let mut normalizers = vec![NormalizerWrapper::Lowercase(Lowercase)];
+        normalizers.extend(self.inner.get_normalizer().cloned());
+        self.inner.with_normalizer(Some(normalizers::Sequence::new(normalizers)));
+        // Those that are normalized are looked for in the new form.
+        self.inner.add_tokens(&[]);
+    }
+
+    /// Tokens of a text with those around it, together at most `most`: what is too long is cut, the tokens around it stay.
+    ///
+    /// Errors: a text that the tokenizer does not take, or a bound below the number of tokens around it.
+    pub fn encode_within(&self, text: &str, most: usize) -> Result<CutText> {
+        self.answer(|| {
+            let mut encoding = self.inner.encode_fast(text, false)?;
+            let around = self.inner.get_post_processor().map_or(0, |processor| processor.added_tokens(false));
+            let whole = encoding.len() + around;
+            if whole > most {
+                let Some(room) = most.checked_sub(around) else {
+                    let why = format!("texts are cut to {most} tokens, and the model expects {around} around them");
+                    return Err(why.into());
+                };
+                let side = if self.cut_left { TruncationDirection::Left } else { TruncationDirection::Right };
+                encoding.truncate(room, 0, side);
+            }
+            Ok(CutText { ids: self.inner.post_process(encoding, None, true)?.get_ids().to_vec(), whole })
+        })
+    }
+
+    /// If `true`, a token is one that is not text.
+    pub fn is_special(&self, id: u32) -> bool {
+        self.inner.id_to_token(id).is_some_and(|token| self.inner.get_added_vocabulary().is_special_token(&token))
     }
 
     /// Tokens of a text; `around` adds those that the model expects around it.

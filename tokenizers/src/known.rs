@@ -1,16 +1,20 @@
-//! Descriptions of tokenizers in the form of `tokenizer.json`.
+//! The files of a folder that describe its tokenizer.
 
 use std::path::Path;
 
-use serde_json::{Map, Value, json};
+use serde_json::json;
 use x_transformers::{
-    Result,
+    Error, Result,
     io::{Family, read_limited, read_text},
 };
 
 use super::{
-    added_token, file_error,
+    byte_level,
+    described::Described,
+    file_error,
     sentencepiece::{Customs, SentencePiece},
+    settings::{Settings, Token},
+    wordpiece,
 };
 
 /// Bytes that a file may have; the largest vocabularies have some ten million.
@@ -19,190 +23,104 @@ const MAX_FILE: u64 = 256 << 20;
 /// The names that models of SentencePiece have.
 const SENTENCE_PIECE: [&str; 3] = ["tokenizer.model", "spiece.model", "sentencepiece.bpe.model"];
 
-fn read_bytes(path: &Path) -> Result<Vec<u8>> {
-    read_limited(path, MAX_FILE)
-}
-
-fn read(path: &Path) -> Result<String> {
-    read_text(path, MAX_FILE)
-}
-
-/// What the folder says about its tokenizer.
-fn tokenizer_config(folder: &Path) -> Result<Value> {
-    let path = folder.join("tokenizer_config.json");
-    if !path.is_file() {
-        return Ok(Value::Null);
-    }
-    serde_json::from_str(&read(&path)?).map_err(|error| file_error(&path, error))
-}
-
-/// The file in a folder that describes the tokenizer.
-pub fn of_folder(folder: &Path, family: Family) -> Result<String> {
+/// The file in a folder that describes the tokenizer. `over` is a JSON object whose keys take precedence over those of
+/// `tokenizer_config.json`, or empty.
+pub fn of_folder(folder: &Path, family: Family, over: &str) -> Result<Described> {
     let names = ["tokenizer.json"].into_iter().chain(SENTENCE_PIECE).chain(["vocab.txt"]);
     if let Some(path) = names.map(|name| folder.join(name)).find(|path| path.is_file()) {
-        return of_file(&path, family);
+        return of_file(&path, family, over);
     }
-    let merges = if folder.join("vocab.json").is_file() {
-        " `vocab.json` is there, which this command does not read."
-    } else {
-        ""
-    };
-    let why = format!(
-        "has no tokenizer: no `tokenizer.json`, no `tokenizer.model`, no `spiece.model` and no `vocab.txt`.{merges} \
-         Put one of them there or name it by `--tokenizer`; \
-         `AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)` of transformers writes the first"
-    );
+    let [vocabulary, merges] = ["vocab.json", "merges.txt"].map(|name| folder.join(name));
+    if vocabulary.is_file() && merges.is_file() {
+        let settings = Settings::read(folder, over)?;
+        return byte_level::of_files(
+            (&vocabulary, &read_text(&vocabulary, MAX_FILE)?),
+            &read_text(&merges, MAX_FILE)?,
+            &settings,
+            family,
+        );
+    }
+    let why = "has no tokenizer: no `tokenizer.json`, no `tokenizer.model`, no `spiece.model`, no `vocab.txt`, and not \
+               both of `vocab.json` and `merges.txt`. Put one of them there or name it by `--tokenizer`; \
+               `AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)` of transformers writes the first";
     Err(file_error(folder, why))
 }
 
-/// `tokenizer.json`, a model of SentencePiece, or what `vocab.txt` stands for: word pieces, or the symbols of SMILES.
-pub fn of_file(path: &Path, family: Family) -> Result<String> {
+/// `tokenizer.json`, a model of SentencePiece, or what `vocab.txt` stands for, with the settings beside it.
+pub fn of_file(path: &Path, family: Family, over: &str) -> Result<Described> {
     let broken = |why: String| file_error(path, why);
-    let config = || tokenizer_config(path.parent().unwrap_or(Path::new("")));
+    let settings = || Settings::read(path.parent().unwrap_or(Path::new("")), over);
     match path.extension().and_then(|extension| extension.to_str()) {
-        Some("json") => read(path),
+        Some("json") => Described::of_json(read_text(path, MAX_FILE)?, &settings()?, family),
         Some("model") => {
-            let pieces = SentencePiece::parse(&read_bytes(path)?).map_err(broken)?;
-            of_sentence_piece(pieces, family, &config()?).map_err(broken)
+            let pieces = SentencePiece::parse(&read_limited(path, MAX_FILE)?).map_err(broken)?;
+            of_sentence_piece(pieces, path, family, &settings()?)
         }
-        Some("txt") => {
-            let text = read(path)?;
-            let pieces = Pieces::new(&text).map_err(broken)?;
-            if text.lines().all(is_symbol) {
-                return Ok(pieces.symbols());
-            }
-            // Where nothing says it, a vocabulary with large letters tells them from small ones.
-            let lowercase = config()?["do_lower_case"].as_bool().unwrap_or(!pieces.has_capitals());
-            Ok(pieces.words(lowercase))
-        }
+        Some("txt") => wordpiece::of_vocabulary(&read_text(path, MAX_FILE)?, path, &settings()?, family),
         _ => Err(broken("is no tokenizer: expected a name that ends in .json, .model or .txt".to_string())),
     }
 }
 
 /// What the tokenizers of `transformers` do with a model of SentencePiece.
-fn of_sentence_piece(pieces: SentencePiece, family: Family, config: &Value) -> std::result::Result<String, String> {
-    let flag = |key: &str, default: bool| config[key].as_bool().unwrap_or(default);
+fn of_sentence_piece(pieces: SentencePiece, path: &Path, family: Family, settings: &Settings) -> Result<Described> {
+    let broken = |why: String| file_error(path, why);
+    let flag = |key: &str, default: bool| Ok::<bool, Error>(settings.flag(key)?.unwrap_or(default));
     if family.is_causal() {
-        let customs =
-            Customs { start: flag("add_bos_token", true), end: flag("add_eos_token", false), ..Customs::default() };
-        return pieces.json(customs);
+        let end = |key: &str| match settings.named(key)? {
+            None => Ok(None),
+            Some(Token { content, .. }) => {
+                let listed = settings.added.iter().find(|(_, token)| token.content == content).map(|(id, _)| *id);
+                let id = listed.or(pieces.id(&content).map(|id| id as u64));
+                let lacks = || settings.refuse(key, format_args!("is `{content}`, which the vocabulary lacks"));
+                Ok::<_, Error>(Some((id.ok_or_else(lacks)?, content.clone())))
+            }
+        };
+        let (start, last) = (flag("add_bos_token", true)?, flag("add_eos_token", false)?);
+        let customs = Customs {
+            start,
+            end: last,
+            ends: [if start { end("bos_token")? } else { None }, if last { end("eos_token")? } else { None }],
+            prefix: settings.flag("add_prefix_space")?,
+            prefix_once: !flag("legacy", false)?,
+            ..Customs::default()
+        };
+        let defaults = [("unk_token", "<unk>"), ("bos_token", "<s>"), ("eos_token", "</s>")];
+        return Described::with(pieces.json(customs).map_err(broken)?, settings, &defaults);
     }
-    let (Some(start), Some(end)) = (pieces.id("[CLS]"), pieces.id("[SEP]")) else {
-        return Err("lacks [CLS] or [SEP]".to_string());
-    };
+    let class = settings.class(family);
+    if !matches!(class, "AlbertTokenizer" | "BertTokenizer") {
+        let why = format_args!(
+            "is `{class}`, whose models of SentencePiece are not read; let transformers write a `tokenizer.json` beside it"
+        );
+        return Err(settings.refuse("tokenizer_class", why));
+    }
     let quotes = ["``", "''"].map(|quotes| json!({"type": "Replace", "pattern": {"String": quotes}, "content": "\""}));
     let mut normalizers = quotes.to_vec();
-    if !flag("keep_accents", false) {
+    if !flag("keep_accents", false)? {
         normalizers.extend([json!({"type": "NFKD"}), json!({"type": "StripAccents"})]);
     }
-    if flag("do_lower_case", true) {
+    if flag("do_lower_case", true)? {
         normalizers.push(json!({"type": "Lowercase"}));
     }
-    pieces.with_ends(start, end).json(Customs { start: true, end: true, normalizers })
-}
-
-/// A symbol of SMILES, as the tokenizer of rxnmapper splits them (Schwaller et al., <https://doi.org/10.1126/sciadv.abe4166>).
-const SYMBOL: &str =
-    r"\[[^\]]+]|Br?|Cl?|N|O|S|P|F|I|b|c|n|o|s|p|\(|\)|\.|=|#|-|\+|\\|/|:|~|@|\?|>>?|\*|\$|%[0-9]{2}|[0-9]";
-
-/// Whether a piece is one symbol of SMILES; names in brackets such as `[CLS]` look like atoms.
-fn is_symbol(piece: &str) -> bool {
-    const ATOMS: [&str; 16] = ["B", "Br", "C", "Cl", "N", "O", "S", "P", "F", "I", "b", "c", "n", "o", "s", "p"];
-    let bracket = piece.strip_prefix('[').and_then(|rest| rest.strip_suffix(']'));
-    let digits = |text: &str, count: usize| text.len() == count && text.bytes().all(|byte| byte.is_ascii_digit());
-    bracket.is_some_and(|inner| !inner.is_empty() && !inner.contains(']'))
-        || ATOMS.contains(&piece)
-        || piece == ">>"
-        || piece.len() == 1 && "().=#-+\\/:~@?>*$".contains(piece)
-        || digits(piece, 1)
-        || piece.strip_prefix('%').is_some_and(|number| digits(number, 2))
-}
-
-/// A vocabulary of one piece a line, with BERT's special tokens.
-struct Pieces {
-    vocabulary: Map<String, Value>,
-    added: Vec<Value>,
-    /// `[CLS]` before a text and `[SEP]` behind it.
-    around: Value,
-}
-
-impl Pieces {
-    fn new(text: &str) -> std::result::Result<Self, String> {
-        let vocabulary: Map<String, Value> =
-            text.lines().enumerate().map(|(id, piece)| (piece.to_string(), json!(id))).collect();
-        let special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"];
-        let ids = special.map(|token| vocabulary.get(token).and_then(Value::as_u64));
-        let [_, Some(_), Some(start), Some(end), _] = ids else {
-            return Err("lacks one of [UNK], [CLS] and [SEP]".to_string());
-        };
-        let added = special.iter().zip(ids).filter_map(|(token, id)| added_token(token, id?)).collect();
-        let around = json!({"type": "BertProcessing", "sep": ["[SEP]", end], "cls": ["[CLS]", start]});
-        Ok(Self { vocabulary, added, around })
-    }
-
-    /// Whether a piece other than the names in brackets has a large letter.
-    fn has_capitals(&self) -> bool {
-        let mut pieces = self.vocabulary.keys().filter(|piece| !piece.starts_with('['));
-        pieces.any(|piece| piece.chars().any(char::is_uppercase))
-    }
-
-    /// BERT's tokenizer.
-    fn words(self, lowercase: bool) -> String {
-        json!({
-            "version": "1.0",
-            "added_tokens": self.added,
-            "normalizer": {
-                "type": "BertNormalizer", "clean_text": true, "handle_chinese_chars": true, "strip_accents": null,
-                "lowercase": lowercase,
-            },
-            "pre_tokenizer": {"type": "BertPreTokenizer"},
-            "post_processor": self.around,
-            "decoder": {"type": "WordPiece", "prefix": "##", "cleanup": true},
-            "model": {
-                "type": "WordPiece", "unk_token": "[UNK]", "continuing_subword_prefix": "##",
-                "max_input_chars_per_word": 100, "vocab": self.vocabulary,
-            },
-        })
-        .to_string()
-    }
-
-    /// A tokenizer of molecules and reactions: each symbol is a token, what is none is left out.
-    fn symbols(self) -> String {
-        json!({
-            "version": "1.0",
-            "added_tokens": self.added,
-            "normalizer": null,
-            "pre_tokenizer": {"type": "Split", "pattern": {"Regex": SYMBOL}, "behavior": "Removed", "invert": true},
-            "post_processor": self.around,
-            "decoder": {"type": "Fuse"},
-            "model": {"type": "WordLevel", "unk_token": "[UNK]", "vocab": self.vocabulary},
-        })
-        .to_string()
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::{Pieces, is_symbol};
-
-    #[test]
-    fn symbols_of_reactions_are_told_from_words() {
-        for symbol in ["[PAD]", "[unused1]", "Cl", "c", "[C@@H]", ">>", ">", "%12", "7", "\\", "(", "*"] {
-            assert!(is_symbol(symbol), "{symbol}");
-        }
-        for word in ["", "##s", "the", "A", "[]", "[a]b]", "%1", "%123", "12", "=="] {
-            assert!(!is_symbol(word), "{word}");
-        }
-    }
-
-    #[test]
-    fn reactions_are_split_into_symbols() {
-        let vocabulary = "[PAD]\n[UNK]\n[CLS]\n[SEP]\n[MASK]\nC\nCl\n[Na+]\n>>\n%10\n1\n";
-        let tokenizer: tokenizers::Tokenizer = Pieces::new(vocabulary).unwrap().symbols().parse().unwrap();
-        let ids = |text: &str| tokenizer.encode(text, true).unwrap().get_ids().to_vec();
-        // Oxygen is a symbol that the vocabulary lacks; a space is none.
-        assert_eq!(ids("CCl [Na+]>>O%101[MASK]"), [2, 5, 6, 7, 8, 1, 9, 10, 4, 3]);
-        assert_eq!(ids(""), [2, 3]);
-        assert!(Pieces::new("C\nO\n").is_err());
-    }
+    let name = |key: &str, default: &str| {
+        let token = settings.named(key)?;
+        Ok::<String, Error>(token.map_or_else(|| default.to_string(), |token| token.content))
+    };
+    let names = [name("cls_token", "[CLS]")?, name("sep_token", "[SEP]")?];
+    let [Some(start), Some(end)] = [&names[0], &names[1]].map(|name| pieces.id(name)) else {
+        return Err(broken(format!("lacks {} or {}", names[0], names[1])));
+    };
+    let [first, last] = names;
+    let ends = [Some((start as u64, first)), Some((end as u64, last))];
+    let customs = Customs { start: true, end: true, ends, normalizers, ..Customs::default() };
+    let defaults = [
+        ("bos_token", "[CLS]"),
+        ("eos_token", "[SEP]"),
+        ("unk_token", "<unk>"),
+        ("sep_token", "[SEP]"),
+        ("pad_token", "<pad>"),
+        ("cls_token", "[CLS]"),
+        ("mask_token", "[MASK]"),
+    ];
+    Described::with(pieces.json(customs).map_err(broken)?, settings, &defaults)
 }

@@ -4,12 +4,20 @@ use std::{fmt::Display, path::Path};
 
 use x_transformers::{Error, Result, io::Pretrained};
 
+use self::described::Described;
+
+mod byte_level;
 mod checked;
+mod described;
 mod gguf;
 mod known;
+mod sentence;
 mod sentencepiece;
+mod settings;
 mod stream;
+mod wordpiece;
 
+pub use sentence::{Cut, Embedded, Prompt, SentencePipeline};
 pub use stream::TextStream;
 
 /// The tokenizer of a pretrained model.
@@ -21,13 +29,20 @@ impl Tokenizer {
     /// That of the model's files: `tokenizer.json`, a `vocab.txt`, a model of SentencePiece, or the vocabulary in a GGUF
     /// file; or one in another file or folder.
     pub fn of(pretrained: &Pretrained, given: Option<&Path>) -> Result<Self> {
+        Self::with_settings(pretrained, given, "")
+    }
+
+    /// The same with settings, a JSON object or nothing, that take precedence over those of `tokenizer_config.json`.
+    fn with_settings(pretrained: &Pretrained, given: Option<&Path>, settings: &str) -> Result<Self> {
         let file = given.unwrap_or(pretrained.file().path());
-        let json = match given.or(pretrained.folder()) {
-            Some(folder) if given.is_none() || folder.is_dir() => known::of_folder(folder, pretrained.family()),
-            Some(file) => known::of_file(file, pretrained.family()),
-            None => gguf::of_gguf(pretrained.file()).map_err(|why| file_error(file, why)),
+        let described = match given.or(pretrained.folder()) {
+            Some(folder) if given.is_none() || folder.is_dir() => {
+                known::of_folder(folder, pretrained.family(), settings)
+            }
+            Some(file) => known::of_file(file, pretrained.family(), settings),
+            None => gguf::of_gguf(pretrained.file()).map(Described::new).map_err(|why| file_error(file, why)),
         }?;
-        Ok(Self { inner: checked::Checked::parse(file, &json)? })
+        Ok(Self { inner: checked::Checked::parse(file, &described)? })
     }
 
     /// Tokens of a text, with those that the model expects around it.

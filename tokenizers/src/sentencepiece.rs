@@ -68,6 +68,12 @@ pub struct Customs {
     pub start: bool,
     /// The model's token for the end goes behind.
     pub end: bool,
+    /// Other tokens for start and end than the model's, with their ids.
+    pub ends: [Option<(u64, String)>; 2],
+    /// If there is one, whether a space goes in front, whatever the model says.
+    pub prefix: Option<bool>,
+    /// If `true`, that space goes in front of the whole text only, not of what follows a token that was looked for.
+    pub prefix_once: bool,
     /// Normalizers before those of the model.
     pub normalizers: Vec<Value>,
 }
@@ -197,11 +203,6 @@ impl SentencePiece {
         self.pieces.iter().position(|piece| piece.text == text)
     }
 
-    /// Uses other tokens for start and end.
-    pub fn with_ends(self, start: usize, end: usize) -> Self {
-        Self { start: Some(start), end: Some(end), ..self }
-    }
-
     /// The form of `tokenizer.json`.
     pub fn json(&self, customs: Customs) -> Result<String, String> {
         let mut normalizers = customs.normalizers;
@@ -214,13 +215,18 @@ impl SentencePiece {
             normalizers.push(replace(json!({"Regex": "^ +|[ ▁]+$"}), ""));
             normalizers.push(replace(json!({"Regex": " {2,}"}), " "));
         }
-        if self.prefix {
-            normalizers.push(json!({"type": "Prepend", "prepend": SPACE}));
+        let prefix = customs.prefix.unwrap_or(self.prefix);
+        let mut pre_tokenizer = Value::Null;
+        if prefix && customs.prefix_once {
+            let scheme = json!({"type": "Metaspace", "replacement": SPACE, "prepend_scheme": "first", "split": false});
+            pre_tokenizer = scheme;
+        } else {
+            normalizers.extend(prefix.then(|| json!({"type": "Prepend", "prepend": SPACE})));
+            normalizers.push(replace(json!({"String": " "}), SPACE));
         }
-        normalizers.push(replace(json!({"String": " "}), SPACE));
         let mut decoders =
             vec![replace(json!({"String": SPACE}), " "), json!({"type": "ByteFallback"}), json!({"type": "Fuse"})];
-        if self.prefix {
+        if prefix {
             decoders.push(json!({"type": "Strip", "content": " ", "start": 1, "stop": 0}));
         }
         let mut added = Vec::new();
@@ -236,8 +242,8 @@ impl SentencePiece {
             "version": "1.0",
             "added_tokens": added,
             "normalizer": {"type": "Sequence", "normalizers": normalizers},
-            "pre_tokenizer": null,
-            "post_processor": self.around(customs.start, customs.end)?,
+            "pre_tokenizer": pre_tokenizer,
+            "post_processor": self.around(customs.start, customs.end, customs.ends)?,
             "decoder": {"type": "Sequence", "decoders": decoders},
             "model": if self.unigram { self.unigrams() } else { self.merges()? },
         })
@@ -245,24 +251,25 @@ impl SentencePiece {
     }
 
     /// The template of a text between the tokens for its start and its end.
-    fn around(&self, start: bool, end: bool) -> Result<Value, String> {
-        let token = |wanted: bool, id: Option<usize>, name: &str| {
-            let piece = id.and_then(|id| Some((id, self.pieces.get(id)?.text.as_str())));
+    fn around(&self, start: bool, end: bool, others: [Option<(u64, String)>; 2]) -> Result<Value, String> {
+        let token = |wanted: bool, id: Option<usize>, name: &str, other: Option<(u64, String)>| {
+            let piece = other.or_else(|| id.and_then(|id| Some((id as u64, self.pieces.get(id)?.text.clone()))));
             if wanted && piece.is_none() {
                 Err(format!("has no token for the {name} of a text"))
             } else {
                 Ok(piece.filter(|_| wanted))
             }
         };
-        let (start, end) = (token(start, self.start, "start")?, token(end, self.end, "end")?);
-        let special = |(_, text): (usize, &str)| json!({"SpecialToken": {"id": text, "type_id": 0}});
+        let [first, last] = others;
+        let (start, end) = (token(start, self.start, "start", first)?, token(end, self.end, "end", last)?);
+        let special = |(_, text): &(u64, String)| json!({"SpecialToken": {"id": text, "type_id": 0}});
         let of = |name: &str| -> Vec<Value> {
             let text = json!({"Sequence": {"id": name, "type_id": 0}});
-            start.map(special).into_iter().chain([text]).chain(end.map(special)).collect()
+            start.iter().map(special).chain([text]).chain(end.iter().map(special)).collect()
         };
         let tokens = start.iter().chain(&end);
         let tokens: Map<String, Value> =
-            tokens.map(|&(id, text)| (text.to_string(), json!({"id": text, "ids": [id], "tokens": [text]}))).collect();
+            tokens.map(|(id, text)| (text.clone(), json!({"id": text, "ids": [id], "tokens": [text]}))).collect();
         let pair = [of("A"), of("B")].concat();
         Ok(json!({
             "type": "TemplateProcessing", "single": of("A"), "pair": pair,
@@ -401,7 +408,7 @@ mod tests {
     use x_transformers::io::TensorFile;
 
     use super::{
-        super::{Tokenizer, checked::Checked, gguf::of_gguf},
+        super::{Tokenizer, checked::Checked, described::Described, gguf::of_gguf},
         Customs, SentencePiece, base64,
     };
 
@@ -450,7 +457,7 @@ mod tests {
     fn continuations_keep_their_space() {
         let model = SentencePiece::parse(include_bytes!("../tests/sentencepiece/bpe.model")).unwrap();
         let json = model.json(Customs { start: true, ..Customs::default() }).unwrap();
-        let tokenizer = Tokenizer { inner: Checked::parse("bpe.model".as_ref(), &json).unwrap() };
+        let tokenizer = Tokenizer { inner: Checked::parse("bpe.model".as_ref(), &Described::new(json)).unwrap() };
         let mut compared = 0;
         for text in ["the tensor of a tape", "a 語 b", "  two"] {
             let tokens = tokenizer.encode(text).unwrap();

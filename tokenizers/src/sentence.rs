@@ -1,0 +1,230 @@
+//! From texts to vectors: a tokenizer, an encoder, and what a folder of sentence-transformers says about both.
+
+use std::{collections::BTreeMap, path::Path};
+
+use x_transformers::{
+    DType, Device, Result, Tensor,
+    io::{Pretrained, SentenceOptions, Similarity},
+    models::SentenceEncoder,
+};
+
+use super::{Tokenizer, file_error, refused};
+
+/// Texts that the model sees at the same time.
+const BATCH: usize = 32;
+
+/// A model that gives each text one vector, with its tokenizer.
+///
+/// ```no_run
+/// use x_transformers::{DType, Device};
+/// use x_transformers_tokenizers::SentencePipeline;
+/// # fn main() -> x_transformers::Result<()> {
+/// let pipeline = SentencePipeline::open("all-MiniLM-L6-v2", DType::F32, &Device::Cpu)?;
+/// let vectors = pipeline.embed(&["A man is eating food.", "The girl is carrying a baby."])?;
+/// assert_eq!(vectors.shape()[..], [2, 384]);
+/// # Ok(())
+/// # }
+/// ```
+pub struct SentencePipeline {
+    tokenizer: Tokenizer,
+    encoder: SentenceEncoder,
+    options: SentenceOptions,
+    device: Device,
+    /// Number of tokens that a text is cut to.
+    most: usize,
+    /// Number of tokens that the model takes.
+    window: usize,
+}
+
+/// A text in front of each text.
+#[derive(Clone, Copy, PartialEq, Eq, Default, Debug)]
+pub enum Prompt<'p> {
+    /// The one that the folder names as its default, if it does.
+    #[default]
+    Default,
+    /// None.
+    None,
+    /// One of the folder's, by its name.
+    Named(&'p str),
+    /// This one.
+    Text(&'p str),
+}
+
+/// Vectors of texts.
+#[derive(Clone, Debug)]
+pub struct Embedded {
+    /// `[texts, dim]`.
+    pub vectors: Tensor,
+    /// Texts that were too long, in their order.
+    pub cut: Vec<Cut>,
+}
+
+/// A text that was cut to the number of tokens that the model was trained with.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Cut {
+    /// Its place among the texts.
+    pub text: usize,
+    /// The number of its tokens, with the prompt and the tokens around it.
+    pub tokens: usize,
+    /// The number that was kept.
+    pub kept: usize,
+}
+
+/// Tokens of a text.
+struct Row {
+    ids: Vec<i64>,
+    text: usize,
+}
+
+impl SentencePipeline {
+    /// Opens a folder with an encoder: of sentence-transformers, or with a BERT or an ALBERT, whose tokens' mean is the
+    /// vector of a text.
+    ///
+    /// Errors: those of [`Pretrained::open`], [`Tokenizer::of`] and [`Pretrained::sentence_encoder`].
+    pub fn open(path: impl AsRef<Path>, dtype: DType, device: &Device) -> Result<Self> {
+        Self::of(&Pretrained::open(path)?, None, dtype, device)
+    }
+
+    /// The pipeline of a model that is open; `tokenizer` is another place of its tokenizer, see [`Tokenizer::of`].
+    ///
+    /// Errors: those of [`Tokenizer::of`] and [`Pretrained::sentence_encoder`].
+    pub fn of(pretrained: &Pretrained, tokenizer: Option<&Path>, dtype: DType, device: &Device) -> Result<Self> {
+        let options = pretrained.sentence_options()?;
+        if let (Some(name), None) = (&options.tokenizer_name, tokenizer) {
+            let why = format!("has its tokenizer elsewhere, `{name}`; name the folder by `--tokenizer`");
+            return Err(file_error(pretrained.file().path(), why));
+        }
+        let mut tokenizer = Tokenizer::with_settings(pretrained, tokenizer, &options.tokenizer)?;
+        if options.do_lower_case {
+            tokenizer.inner.lowercase();
+        }
+        let window = pretrained.config().max_seq_len;
+        // Where the options have the tokenizer's own bound, it takes precedence.
+        let most = match (options.max_seq_length, tokenizer.inner.max_length()) {
+            (Some(most), _) if !options.tokenizer.contains("\"model_max_length\"") => most,
+            (_, own) if options.tokenizer.contains("\"model_max_length\"") => own.unwrap_or(usize::MAX),
+            (_, own) => own.unwrap_or(usize::MAX).min(window),
+        };
+        let encoder = pretrained.sentence_encoder(dtype, device)?;
+        Ok(Self { tokenizer, encoder, options, device: device.clone(), most, window })
+    }
+
+    /// The tokenizer.
+    pub fn tokenizer(&self) -> &Tokenizer {
+        &self.tokenizer
+    }
+
+    /// The model with its modules.
+    pub fn encoder(&self) -> &SentenceEncoder {
+        &self.encoder
+    }
+
+    /// The prompts of the folder by their names.
+    pub fn prompts(&self) -> &BTreeMap<String, String> {
+        &self.options.prompts
+    }
+
+    /// How the vectors are meant to be compared.
+    pub fn similarity(&self) -> Similarity {
+        self.options.similarity
+    }
+
+    /// Vectors of texts, `[texts, dim]`, each as if it were alone, with the folder's default prompt in front. Texts that
+    /// are too long are cut, as sentence-transformers does; [`SentencePipeline::embed_with`] tells which.
+    ///
+    /// Errors: no text, or one without a token.
+    pub fn embed(&self, texts: &[&str]) -> Result<Tensor> {
+        Ok(self.embed_with(texts, Prompt::Default)?.vectors)
+    }
+
+    /// Vectors of texts with a prompt in front of each, and which of them were cut.
+    ///
+    /// Errors: those of [`SentencePipeline::embed`], or a prompt that the folder does not have.
+    ///
+    /// ```no_run
+    /// use x_transformers::{DType, Device};
+    /// use x_transformers_tokenizers::{Prompt, SentencePipeline};
+    /// # fn main() -> x_transformers::Result<()> {
+    /// let pipeline = SentencePipeline::open("multilingual-e5-small", DType::F32, &Device::Cpu)?;
+    /// let embedded = pipeline.embed_with(&["How is tea made?"], Prompt::Named("query"))?;
+    /// for cut in &embedded.cut {
+    ///     println!("text {}: {} of {} tokens", cut.text, cut.kept, cut.tokens);
+    /// }
+    /// # Ok(())
+    /// # }
+    /// ```
+    pub fn embed_with(&self, texts: &[&str], prompt: Prompt) -> Result<Embedded> {
+        if texts.is_empty() {
+            return Err(refused("there is no text to embed"));
+        }
+        let prompt = self.prompt(prompt)?;
+        let prompt_len = self.length_of_prompt(prompt)?;
+        let mut cut = Vec::new();
+        let mut rows = Vec::with_capacity(texts.len());
+        for (text, content) in texts.iter().enumerate() {
+            let encoded = self.tokenizer.inner.encode_within(&[prompt, content].concat(), self.most)?;
+            let kept = encoded.ids.len();
+            if kept == 0 || kept > self.window {
+                let start: String = content.chars().take(40).collect();
+                let why = format!("the text `{start}` has {kept} tokens, the model takes 1 to {}", self.window);
+                return Err(refused(why));
+            }
+            if kept < encoded.whole {
+                cut.push(Cut { text, tokens: encoded.whole, kept });
+            }
+            rows.push(Row { ids: encoded.ids.into_iter().map(i64::from).collect(), text });
+        }
+        // Texts of about the same length together, so that little is padding.
+        rows.sort_by_key(|row| row.ids.len());
+        let parts = rows.chunks(BATCH).map(|rows| self.vectors(rows, prompt_len)).collect::<Result<Vec<_>>>()?;
+        let vectors = Tensor::cat(&parts.iter().collect::<Vec<_>>(), 0)?;
+        let mut places = vec![0; rows.len()];
+        rows.iter().enumerate().for_each(|(place, row)| places[row.text] = place);
+        if places.is_sorted() {
+            return Ok(Embedded { vectors, cut });
+        }
+        let in_order = places.iter().map(|&place| vectors.narrow(0, place, 1)).collect::<Result<Vec<_>>>()?;
+        Ok(Embedded { vectors: Tensor::cat(&in_order.iter().collect::<Vec<_>>(), 0)?, cut })
+    }
+
+    /// The text of a prompt.
+    fn prompt<'p>(&'p self, prompt: Prompt<'p>) -> Result<&'p str> {
+        let name = match prompt {
+            Prompt::None => return Ok(""),
+            Prompt::Text(text) => return Ok(text),
+            Prompt::Named(name) => name,
+            Prompt::Default => match &self.options.default_prompt {
+                Some(name) => name,
+                None => return Ok(""),
+            },
+        };
+        self.options.prompts.get(name).map(String::as_str).ok_or_else(|| {
+            let known = self.options.prompts.keys().map(|name| format!("`{name}`")).collect::<Vec<_>>();
+            let known = if known.is_empty() { "none".to_string() } else { known.join(", ") };
+            refused(format!("the model has no prompt `{name}`, its prompts are: {known}"))
+        })
+    }
+
+    /// The number of tokens that texts begin with because of a prompt: its own, without the one that ends a text.
+    fn length_of_prompt(&self, prompt: &str) -> Result<usize> {
+        if prompt.is_empty() {
+            return Ok(0);
+        }
+        let ids = self.tokenizer.inner.encode_within(prompt, self.most)?.ids;
+        let ended = ids.last().is_some_and(|&id| self.tokenizer.inner.is_special(id));
+        Ok(ids.len() - usize::from(ended))
+    }
+
+    /// Vectors of texts, padded to the longest.
+    fn vectors(&self, rows: &[Row], prompt_len: usize) -> Result<Tensor> {
+        let width = rows.iter().map(|row| row.ids.len()).max().unwrap_or(0);
+        let shape = [rows.len(), width];
+        let padded = |row: &Row| (0..width).map(|at| row.ids.get(at).copied()).collect::<Vec<_>>();
+        let tokens: Vec<Option<i64>> = rows.iter().flat_map(padded).collect();
+        let mask: Vec<bool> = tokens.iter().map(Option::is_some).collect();
+        let tokens = tokens.into_iter().map(|token| token.unwrap_or(0)).collect();
+        let tokens = Tensor::from_vec::<i64>(tokens, shape, &self.device)?;
+        let mask = Tensor::from_vec(mask, shape, &self.device)?;
+        self.encoder.embed_after(&tokens, Some(&mask), prompt_len)
+    }
+}
