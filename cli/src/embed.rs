@@ -68,7 +68,7 @@ pub fn run(args: EmbedArgs) -> Result<()> {
     for cut in &embedded.cut {
         let start: String = texts[cut.text].chars().take(40).collect();
         let warning = Failure::new(format_args!(
-            "the text `{start}` is cut: it has {} tokens, the model takes {}; the end is left out of its vector",
+            "the text `{start}` is cut: it has {} tokens, the model takes {}; the rest is left out of its vector",
             cut.tokens, cut.kept
         ));
         // A warning that nobody can read must not stop the run.

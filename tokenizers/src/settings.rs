@@ -82,9 +82,10 @@ impl Settings {
             Some(Value::Array(list)) => list.is_empty(),
             Some(other) => other.as_object().is_some_and(Map::is_empty),
         };
-        if empty(values.get("extra_special_tokens"))
-            && let Some(list) = values.remove("additional_special_tokens")
-        {
+        let older = "additional_special_tokens";
+        let list = values.get(older).is_some_and(|list| list.is_array() || list.is_object());
+        if list && empty(values.get("extra_special_tokens")) {
+            let list = values.remove(older).unwrap_or_default();
             values.insert("extra_special_tokens".to_string(), list);
         }
         let mut settings = Self { path, values, class, exist, added: Vec::new() };
