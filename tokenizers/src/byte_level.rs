@@ -100,11 +100,5 @@ pub fn of_files(vocabulary: (&Path, &str), merges: &str, settings: &Settings, fa
             "end_of_word_suffix": "", "fuse_unk": false, "byte_fallback": false, "vocab": pieces, "merges": merges,
         },
     });
-    let mut described = Described::with(json.to_string(), settings, defaults)?;
-    for (_, token) in described.added.iter_mut().filter(|_| class == "RobertaTokenizer") {
-        // Where only the class names it, a mask stands for a word with the space before it.
-        let listed = settings.added.iter().any(|(_, listed)| listed.content == token.content);
-        token.lstrip |= token.content == name("mask_token")? && !listed;
-    }
-    Ok(described)
+    Described::with(json.to_string(), settings, defaults)
 }

@@ -78,7 +78,7 @@ impl Described {
     /// Errors: a token whose id in the files is not its id in the vocabulary.
     pub fn extend(&self, to: &mut tokenizers::Tokenizer) -> Result<(), Box<dyn std::error::Error + Send + Sync>> {
         // Tokens that are normalized are looked for in the form that the new normalizer gives them.
-        let changed = self.normalizer.and_then(|normalizer| Some(normalizer.instead_of(to.get_normalizer()?)?));
+        let changed = self.normalizer.and_then(|normalizer| normalizer.instead_of(to.get_normalizer()?));
         let refresh = changed.is_some();
         if let Some(normalizer) = changed {
             to.with_normalizer(Some(normalizer));

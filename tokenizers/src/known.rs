@@ -81,11 +81,15 @@ fn of_sentence_piece(pieces: SentencePiece, path: &Path, family: Family, setting
             end: last,
             ends: [if start { end("bos_token")? } else { None }, if last { end("eos_token")? } else { None }],
             prefix: settings.flag("add_prefix_space")?,
-            prefix_once: !flag("legacy", false)?,
+            // The class of today has it so; a folder without a class is read as it was before that class.
+            prefix_once: !flag("legacy", settings.named_class() != Some("LlamaTokenizer"))?,
             ..Customs::default()
         };
         let defaults = [("unk_token", "<unk>"), ("bos_token", "<s>"), ("eos_token", "</s>")];
-        return Described::with(pieces.json(customs).map_err(broken)?, settings, &defaults);
+        let mut described = Described::with(pieces.json(customs).map_err(broken)?, settings, &defaults)?;
+        // They are looked for in the text itself: normalized, they would begin with a space.
+        described.added.iter_mut().for_each(|(_, token)| token.normalized = false);
+        return Ok(described);
     }
     let class = settings.class(family);
     if !matches!(class, "AlbertTokenizer" | "BertTokenizer") {

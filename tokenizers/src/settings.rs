@@ -67,7 +67,11 @@ impl Settings {
         let mut values = found.unwrap_or_default();
         let class = values.get("tokenizer_class").and_then(Value::as_str).map(str::to_string);
         let class = match class {
-            None => of("config.json")?.and_then(|config| Some(config.get("tokenizer_class")?.as_str()?.to_string())),
+            // Whatever else is in it is for the model to say.
+            None => {
+                let config = of("config.json").ok().flatten();
+                config.and_then(|config| Some(config.get("tokenizer_class")?.as_str()?.to_string()))
+            }
             class => class,
         };
         let class = class.map(|class| class.strip_suffix("Fast").unwrap_or(&class).to_string());
@@ -236,6 +240,11 @@ impl Settings {
             Family::Qwen2 => "Qwen2Tokenizer",
             _ => "LlamaTokenizer",
         })
+    }
+
+    /// The class of tokenizer that the files name, without `Fast`.
+    pub fn named_class(&self) -> Option<&str> {
+        self.class.as_deref()
     }
 
     /// An error about a setting.

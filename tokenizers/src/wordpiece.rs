@@ -30,7 +30,8 @@ pub fn of_vocabulary(text: &str, path: &Path, settings: &Settings, family: Famil
         return Ok(Described { added: Vec::new(), ..Described::with(pieces.symbols(), settings, &[])? });
     }
     let class = settings.class(family);
-    if !WORD_PIECES.contains(&class) && !(class == "AlbertTokenizer" && family == Family::Albert) {
+    let albert = class == "AlbertTokenizer" && family == Family::Albert;
+    if !albert && !WORD_PIECES.contains(&class) {
         let why = format_args!(
             "is `{class}`, which does not split texts as BERT does; let transformers write a `tokenizer.json` beside it"
         );
