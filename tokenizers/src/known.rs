@@ -106,6 +106,8 @@ fn of_sentence_piece(pieces: SentencePiece, path: &Path, family: Family, setting
     if flag("do_lower_case", true)? {
         normalizers.push(json!({"type": "Lowercase"}));
     }
+    // Words end at every kind of space, not only at those that the model's own rules make one of.
+    normalizers.push(json!({"type": "Replace", "pattern": {"Regex": "\\s+"}, "content": " "}));
     let name = |key: &str, default: &str| {
         let token = settings.named(key)?;
         Ok::<String, Error>(token.map_or_else(|| default.to_string(), |token| token.content))

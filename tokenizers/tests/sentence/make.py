@@ -355,7 +355,7 @@ def described(cases):
 
 
 def alberts(cases):
-    texts = ["The cat sat on ``a mat''.", "Café naïve", "two  spaces\tand\nlines", "[CLS] the [MASK] dogs"]
+    texts = ["The cat sat on ``a mat''.", "Café naïve", "two  spaces\tand\nlines\u3000of text ", "[CLS] the [MASK] dogs"]
 
     def tokenizer(name, options, texts=texts, **files):
         files = {key.replace("_json", ".json"): value for key, value in files.items()}
