@@ -250,7 +250,23 @@ fn what_is_not_known_is_refused_by_name() {
         ),
         ("sentence pieces", "tokenizer_config.json", r#"{"sep_token": "<none>"}"#.into(), "lacks [CLS] or <none>"),
     ];
-    for (name, file, content, expected) in cases {
+    // Of a family that continues texts.
+    let config = |key: &str| {
+        format!(
+            r#"{{"model_type": "qwen2", "vocab_size": 306, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2,
+                "num_key_value_heads": 1, "intermediate_size": 24, "max_position_embeddings": 48, {key}}}"#
+        )
+    };
+    let both = [
+        ("qwen2 by mean", "config.json", config("\"is_causal\": false"), "`is_causal` is false"),
+        (
+            "qwen2 by mean",
+            "config.json",
+            config("\"use_bidirectional_attention\": true"),
+            "`use_bidirectional_attention`",
+        ),
+    ];
+    for (name, file, content, expected) in cases.iter().chain(&both) {
         let (folder, _) = model(name, &[(file, content)]);
         let error = fails(&["embed", "--checkpoint", &folder.path().to_string_lossy(), "--text", "a"]);
         assert!(error.contains(expected), "{file} {content}: {error}");

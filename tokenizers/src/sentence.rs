@@ -77,8 +77,8 @@ struct Row {
 }
 
 impl SentencePipeline {
-    /// Opens a folder with an encoder: of sentence-transformers, or with a BERT or an ALBERT, whose tokens' mean is the
-    /// vector of a text.
+    /// Opens a folder with an encoder: of sentence-transformers, of any family, or with a BERT or an ALBERT, whose tokens'
+    /// mean is the vector of a text.
     ///
     /// Errors: those of [`Pretrained::open`], [`Tokenizer::of`] and [`Pretrained::sentence_encoder`].
     pub fn open(path: impl AsRef<Path>, dtype: DType, device: &Device) -> Result<Self> {

@@ -134,12 +134,15 @@ impl Pretrained {
     /// The same as a model that gives one vector for a text, by the modules that the folder lists (`modules.json` of
     /// sentence-transformers), by the mean of the tokens if it lists none.
     ///
-    /// Errors: those of [`Pretrained::model`]; a family that continues texts; a module or an option that is not known.
+    /// Errors: those of [`Pretrained::model`]; a family that continues texts, unless the folder lists modules; a module or
+    /// an option that is not known.
     pub fn sentence_encoder(&self, dtype: DType, device: &Device) -> Result<SentenceEncoder> {
-        ensure!(
-            !self.family.is_causal(),
-            Error::file(self.file.path(), format!("is of the family {}, which embeds no sentences", self.family))
-        );
+        let listed = self.root.as_deref().is_some_and(|root| root.join(MODULES).exists());
+        if self.family.is_causal() {
+            let why = format!("is of the family {}, which embeds no sentences", self.family);
+            ensure!(listed, Error::file(self.file.path(), format!("{why} without `{MODULES}` beside it")));
+            self.sees_later_tokens()?;
+        }
         // Small, and sooner refused than weights are read.
         let modules = self.sentence_modules(dtype, device)?;
         let encoder = SentenceEncoder::with_modules(self.model(dtype, device)?, modules);
@@ -147,6 +150,15 @@ impl Pretrained {
             Some(root) => Error::file(root.join(MODULES), why.to_string()),
             None => why,
         })
+    }
+
+    /// Refuses configs that let the tokens of a family that continues texts see later ones.
+    fn sees_later_tokens(&self) -> Result<()> {
+        let Some(folder) = &self.folder else { return Ok(()) };
+        let path = folder.join("config.json");
+        let options = Options { value: json(&path)?, path };
+        options.only("is_causal", true)?;
+        options.only("use_bidirectional_attention", false)
     }
 
     /// The modules after the model of tokens, as the folder lists them, with their weights.

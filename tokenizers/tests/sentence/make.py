@@ -5,7 +5,8 @@
 
     bert.safetensors     a drawn BERT, whose folder a case describes
     vocab.txt            its pieces
-    albert.safetensors   a drawn ALBERT
+    albert.safetensors, llama.safetensors, qwen2.safetensors
+                         drawn models of other families
     albert.model         its pieces, a unigram model of SentencePiece
     dense.safetensors, dense.bin, square.safetensors, residual.safetensors, norm.safetensors
                          weights of modules
@@ -22,7 +23,9 @@ import sentencepiece
 import torch
 from safetensors.torch import save_file
 from sentence_transformers import SentenceTransformer
-from transformers import AlbertConfig, AlbertModel, AutoTokenizer, BertConfig, BertModel
+from transformers import (
+    AlbertConfig, AlbertModel, AutoTokenizer, BertConfig, BertModel, LlamaConfig, LlamaModel, Qwen2Config, Qwen2Model,
+)
 from transformers.utils import logging
 
 warnings.simplefilter("ignore")
@@ -46,6 +49,15 @@ ALBERT = dict(
     vocab_size=168, embedding_size=8, hidden_size=DIM, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24,
     max_position_embeddings=24, hidden_act="gelu_new",
 )
+# Families that continue texts, with the tokenizer of tests/folders.
+CAUSAL = dict(
+    vocab_size=306, hidden_size=DIM, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, intermediate_size=24,
+    max_position_embeddings=48, tie_word_embeddings=True,
+)
+MODELS = {
+    "bert": (BertModel, BertConfig, BERT), "albert": (AlbertModel, AlbertConfig, ALBERT), "qwen2": (Qwen2Model, Qwen2Config, CAUSAL),
+    "llama": (LlamaModel, LlamaConfig, CAUSAL),
+}
 
 
 def draw(shape, seed, scale):
@@ -55,14 +67,13 @@ def draw(shape, seed, scale):
 @torch.no_grad()
 def models():
     (FOLDER / "vocab.txt").write_text("\n".join(PIECES) + "\n")
-    for name, model in [
-        ("bert", BertModel(BertConfig(**BERT), add_pooling_layer=False)),
-        ("albert", AlbertModel(AlbertConfig(**ALBERT), add_pooling_layer=False)),
-    ]:
-        tensors = {}
-        for seed, (key, value) in enumerate(sorted(model.named_parameters())):
-            tensors[key] = draw(value.shape, seed, 0.4) + (1 if key.endswith("LayerNorm.weight") else 0)
-        save_file(tensors, FOLDER / f"{name}.safetensors")
+    for name, (model, config, options) in MODELS.items():
+        model, tensors = model(config(**options)), {}
+        parameters = [(key, value) for key, value in model.named_parameters() if not key.startswith("pooler")]
+        for seed, (key, value) in enumerate(sorted(parameters)):
+            tensors[key] = draw(value.shape, seed, 0.4) + (1 if key.lower().endswith("norm.weight") else 0)
+        place = "model." if options is CAUSAL else ""
+        save_file({place + key: value for key, value in tensors.items()}, FOLDER / f"{name}.safetensors")
     dense = {"linear.weight": draw([8, DIM], 1, 0.5), "linear.bias": draw([8], 2, 0.5)}
     save_file(dense, FOLDER / "dense.safetensors")
     torch.save(dense, FOLDER / "dense.bin")
@@ -112,7 +123,7 @@ class Cases:
         self.cases = []
 
     def add(self, name, files=None, copies=None, model="bert", texts=TEXTS, prompt=None, config=None, encode=None):
-        base = BERT | {"model_type": "bert"} if model == "bert" else ALBERT | {"model_type": "albert"}
+        base = MODELS[model][2] | {"model_type": model}
         written = {"config.json": base | (config or {})}
         if model == "bert":
             written |= {"tokenizer_config.json": {"do_lower_case": True}}
@@ -125,6 +136,8 @@ class Cases:
         copied = {f"{inner}/model.safetensors": f"{model}.safetensors"}
         if model == "bert" and "tokenizer.json" not in written:
             copied[f"{inner}/vocab.txt"] = "vocab.txt"
+        if model in ["llama", "qwen2"]:
+            copied |= {"vocab.json": "../folders/vocab.json", "merges.txt": "../folders/merges.txt"}
         if model == "albert":
             copied[f"{inner}/spiece.model"] = "albert.model"
         copied |= copies or {}
@@ -383,10 +396,18 @@ def activations(cases):
     cases.add("ALBERT with relu", model="albert", config={"hidden_act": "relu"})
 
 
+def causal(cases):
+    for model in ["qwen2", "llama"]:
+        for mode in ["lasttoken", "mean", "weightedmean"]:
+            options = {"tokenizer_class": "GPT2Tokenizer", "pad_token": "<pad>", "padding_side": "left"}
+            files = {"tokenizer_config.json": options, "sentence_bert_config.json": {"max_seq_length": 30}}
+            cases.sentences(f"{model} by {mode}", "Normalize", model=model, pooling=pooled(mode), files=files, prompt={"prompt": "the "})
+
+
 def main():
     models()
     cases = Cases()
-    for make in [poolings, denses, folders, lengths, settings, word_pieces, added, described, alberts, activations]:
+    for make in [poolings, denses, folders, lengths, settings, word_pieces, added, described, alberts, activations, causal]:
         make(cases)
     lines = [json.dumps(case, ensure_ascii=False) for case in cases.cases]
     (FOLDER / "cases.json").write_text("[\n" + ",\n".join(lines) + "\n]\n")
