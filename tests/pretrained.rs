@@ -14,7 +14,7 @@ use std::{
 use x_transformers::{
     DType, Device, Error, Result, Tensor,
     io::{Family, Format, Pretrained, TensorFile, read_safetensors, write_safetensors},
-    models::{BeamOptions, ForwardOptions, GenerateOptions, Pooling, SentenceEncoder},
+    models::{BeamOptions, ForwardOptions, GenerateOptions, Pooling, SentenceEncoder, SentenceModule},
 };
 
 const RXNMAPPER: &str = "rxnmapper/rxnmapper/models/transformers/albert_heads_8_uspto_all_1310k";
@@ -240,18 +240,73 @@ fn sentences_are_pooled_as_a_folder_says() -> Result<()> {
         encoder.embed(&on_device("tokens")?, Some(&on_device("mask")?))
     };
     assert!(difference(&embed()?, &expected["mean"], None)? < 1e-4);
-    write("modules.json", r#"[{"type": "sentence_transformers.models.Transformer"}]"#);
+    let list = |modules: &[(&str, &str)]| {
+        let module = |(class, path): &(&str, &str)| {
+            format!(r#"{{"type": "sentence_transformers.models.{class}", "path": "{path}"}}"#)
+        };
+        write("modules.json", &format!("[{}]", modules.iter().map(module).collect::<Vec<_>>().join(", ")));
+    };
+    list(&[("Transformer", ""), ("Pooling", "1_Pooling")]);
     write("1_Pooling/config.json", r#"{"pooling_mode_cls_token": true, "pooling_mode_mean_tokens": false}"#);
     assert!(difference(&embed()?, &expected["first"], None)? < 1e-4);
-    write("modules.json", r#"[{"type": "sentence_transformers.models.Normalize"}]"#);
+    list(&[("Transformer", ""), ("Pooling", "1_Pooling"), ("Normalize", "2_Normalize")]);
     let (unit, first) = (embed()?.to_f64_vec()?, expected["first"].to_f64_vec()?);
     for (unit, first) in unit.chunks(16).zip(first.chunks(16)) {
         let length = first.iter().map(|x| x * x).sum::<f64>().sqrt();
         assert!(unit.iter().zip(first).all(|(unit, first)| (unit - first / length).abs() < 1e-5));
     }
-    write("1_Pooling/config.json", r#"{"pooling_mode_max_tokens": true}"#);
+    list(&[("Transformer", ""), ("Normalize", "2_Normalize")]);
     let error = embed().unwrap_err().to_string();
-    assert!(error.contains("pooling_mode_max_tokens"), "{error}");
+    assert!(error.contains("modules.json") && error.contains("before any pooling"), "{error}");
+    Ok(())
+}
+
+/// Padding on either side, and a prompt that is left out, are no part of the vector; half types lose digits only.
+#[test]
+fn poolings_see_the_tokens_of_a_text() -> Result<()> {
+    let pretrained = Pretrained::open(files("llama"))?;
+    let modes = [
+        Pooling::FirstToken,
+        Pooling::Max,
+        Pooling::Mean,
+        Pooling::MeanSqrtLen,
+        Pooling::WeightedMean,
+        Pooling::LastToken,
+    ];
+    let texts: [&[i64]; 2] = [&[5, 9, 30, 2, 17], &[8, 1, 12]];
+    let padded = |left: bool| -> Result<(Tensor, Tensor)> {
+        let place = |text: &[i64], at: usize| if left { (at + text.len()).checked_sub(5) } else { Some(at) };
+        let cells: Vec<Option<i64>> = texts
+            .iter()
+            .flat_map(|text| (0..5).map(move |at| place(text, at).and_then(|at| text.get(at)).copied()))
+            .collect();
+        let mask: Vec<bool> = cells.iter().map(Option::is_some).collect();
+        let tokens = cells.iter().map(|cell| cell.unwrap_or(0)).collect();
+        Ok((Tensor::from_vec(tokens, [2, 5], &device())?, Tensor::from_vec(mask, [2, 5], &device())?))
+    };
+    for mode in modes {
+        for include_prompt in [true, false] {
+            let encoder = |dtype: DType| {
+                let modules = vec![SentenceModule::Pooling { modes: vec![mode], include_prompt }];
+                SentenceEncoder::with_modules(pretrained.model(dtype, &device())?, modules)
+            };
+            let whole = encoder(DType::F32)?;
+            let ((right, right_mask), (left, left_mask)) = (padded(false)?, padded(true)?);
+            let expected = whole.embed_after(&right, Some(&right_mask), 2)?;
+            let off = difference(&whole.embed_after(&left, Some(&left_mask), 2)?, &expected, None)?;
+            assert!(off < 1e-4, "{mode} on the left: {off}");
+            for (row, text) in texts.iter().enumerate() {
+                let alone = Tensor::from_slice(text, [1, text.len()], &device())?;
+                let alone = whole.embed_after(&alone, None, 2)?;
+                let off = difference(&alone, &expected.narrow(0, row, 1)?, None)?;
+                assert!(off < 1e-4, "{mode} of one text: {off}");
+            }
+            let largest = expected.to_f64_vec()?.iter().fold(0.0f64, |largest, x| largest.max(x.abs()));
+            let half = encoder(DType::BF16)?.embed_after(&right, Some(&right_mask), 2)?;
+            let off = difference(&half.to_dtype(DType::F32)?, &expected, None)? / largest;
+            assert!(half.dtype() == DType::BF16 && off < 0.1, "{mode} in bf16: {off}");
+        }
+    }
     Ok(())
 }
 

@@ -360,7 +360,9 @@ impl Kept {
                 Pooling::Mean | Pooling::Max | Pooling::Pooler => over(&|_| 1.0, &|whole| whole),
             });
         }
-        let weights = Tensor::from_vec(weights, [b, 1, n], hidden.device())?.to_dtype(hidden.dtype())?;
-        weights.matmul(hidden)?.squeeze(1)
+        // Weights of long texts are too small for half types.
+        let wide = if hidden.dtype() == DType::F64 { DType::F64 } else { DType::F32 };
+        let weights = Tensor::from_vec(weights, [b, 1, n], hidden.device())?.to_dtype(wide)?;
+        weights.matmul(&hidden.to_dtype(wide)?)?.squeeze(1)?.to_dtype(hidden.dtype())
     }
 }
