@@ -401,7 +401,7 @@ mod tests {
     use x_transformers::io::TensorFile;
 
     use super::{
-        super::{Tokenizer, known::of_gguf},
+        super::{Tokenizer, gguf::of_gguf},
         Customs, SentencePiece, base64,
     };
 
