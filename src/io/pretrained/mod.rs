@@ -1,8 +1,10 @@
 //! Pretrained models of other families, as their files describe them.
 
 mod bert;
+mod gguf;
 mod llama;
 mod options;
+mod rope;
 mod sentence;
 
 use std::{
@@ -11,7 +13,7 @@ use std::{
 };
 
 use self::options::{Options, json};
-use super::{Format, Metadata, TensorFile, names::Names};
+use super::{Format, Metadata, TensorFile, names::Names, tensor_file::holds_gguf};
 use crate::{
     DType, Device, Error, ParamMap, Result, Store,
     config::{AutoregressiveConfig, TransformerWrapperConfig},
@@ -92,7 +94,7 @@ impl Pretrained {
         if path.is_dir() {
             // What this crate writes has the key `model`.
             return matches!(json(&path.join("config.json")), Ok(config) if config.get("model_type").is_some())
-                || matches!(TensorFile::open(path), Ok(file) if file.format() == Format::Gguf);
+                || holds_gguf(path);
         }
         path.is_file()
     }
@@ -104,10 +106,10 @@ impl Pretrained {
         let path = path.as_ref();
         let file = TensorFile::open(path)?;
         if file.format() == Format::Gguf {
-            let (config, names) = llama::of_gguf(&file)?;
+            let (family, (config, names)) = gguf::of_gguf(&file)?;
             let end = file.metadata().get("tokenizer.ggml.eos_token_id").and_then(Metadata::as_usize);
             let end = end.map(|end| end as i64);
-            return Ok(Self { family: Family::Llama, config, names, file, folder: None, end });
+            return Ok(Self { family, config, names, file, folder: None, end });
         }
         let folder = if path.is_dir() { path } else { path.parent().unwrap_or(Path::new("")) };
         let place = folder.join("config.json");
