@@ -6,6 +6,7 @@ use x_transformers::{Error, Result, io::Pretrained};
 
 mod gguf;
 mod known;
+mod pretokenizer;
 mod sentencepiece;
 mod stream;
 
