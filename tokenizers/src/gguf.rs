@@ -83,21 +83,30 @@ mod tests {
         [&(text.len() as u64).to_le_bytes(), text.as_bytes()].concat()
     }
 
-    /// A file of a byte-level vocabulary.
-    fn gguf(pairs: &[(&str, &str)], tokens: &[&str], merges: &[&str]) -> TensorFile {
-        let list = |key: &str, values: &[&str]| {
-            let all: Vec<u8> = values.iter().flat_map(|value| text(value)).collect();
-            let count = (values.len() as u64).to_le_bytes();
-            [&text(key)[..], &9u32.to_le_bytes(), &8u32.to_le_bytes(), &count, &all].concat()
-        };
-        let mut entries: Vec<Vec<u8>> =
-            pairs.iter().map(|(key, value)| [&text(key)[..], &8u32.to_le_bytes(), &text(value)].concat()).collect();
-        entries.push([&text("tokenizer.ggml.model")[..], &8u32.to_le_bytes(), &text("gpt2")].concat());
-        entries.push(list("tokenizer.ggml.tokens", tokens));
-        entries.push(list("tokenizer.ggml.merges", merges));
+    /// A pair of metadata with a list.
+    fn list(key: &str, kind: u32, values: impl IntoIterator<Item = Vec<u8>>) -> Vec<u8> {
+        let values: Vec<Vec<u8>> = values.into_iter().collect();
+        let count = (values.len() as u64).to_le_bytes();
+        [&text(key)[..], &9u32.to_le_bytes(), &kind.to_le_bytes(), &count, &values.concat()].concat()
+    }
+
+    fn pair(key: &str, value: &str) -> Vec<u8> {
+        [&text(key)[..], &8u32.to_le_bytes(), &text(value)].concat()
+    }
+
+    fn file(entries: &[Vec<u8>]) -> TensorFile {
         let count = (entries.len() as u64).to_le_bytes();
         let head = [b"GGUF", &3u32.to_le_bytes()[..], &0u64.to_le_bytes(), &count].concat();
         TensorFile::from_bytes([head, entries.concat()].concat()).unwrap()
+    }
+
+    /// A file of a byte-level vocabulary.
+    fn gguf(pairs: &[(&str, &str)], tokens: &[&str], merges: &[&str]) -> TensorFile {
+        let mut entries: Vec<Vec<u8>> = pairs.iter().map(|(key, value)| pair(key, value)).collect();
+        entries.push(pair("tokenizer.ggml.model", "gpt2"));
+        entries.push(list("tokenizer.ggml.tokens", 8, tokens.iter().map(|token| text(token))));
+        entries.push(list("tokenizer.ggml.merges", 8, merges.iter().map(|merge| text(merge))));
+        file(&entries)
     }
 
     fn strings(value: &Value) -> Vec<&str> {
@@ -158,5 +167,48 @@ mod tests {
         assert_eq!(ids("llama-bpe"), [4]);
         assert_eq!(ids("tekken"), [4]);
         assert_eq!(ids("gpt-2"), [0, 5]);
+    }
+
+    /// What SentencePiece makes of texts under each setting, see `tests/gguf/make.py`.
+    #[test]
+    fn pieces_have_the_settings_of_their_file() {
+        let written: Value = serde_json::from_str(include_str!("../tests/gguf/pieces.json")).unwrap();
+        let values = |key: &str| written[key].as_array().unwrap().clone();
+        let flag = |key: &str, value: bool| [&text(key)[..], &7u32.to_le_bytes(), &[value.into()]].concat();
+        let id = |key: &str, id: u32| [&text(key)[..], &4u32.to_le_bytes(), &id.to_le_bytes()].concat();
+        for case in values("cases") {
+            let rules = case["charsmap"].as_array().unwrap();
+            let mut kinds: Vec<i32> = values("types").iter().map(|kind| kind.as_i64().unwrap() as i32).collect();
+            // One that fills up the vocabulary is like the others.
+            let filling = kinds.iter().rposition(|&kind| kind == 1).unwrap();
+            kinds[filling] = 5;
+            let mut entries = vec![
+                pair("tokenizer.ggml.model", "llama"),
+                list("tokenizer.ggml.tokens", 8, strings(&written["tokens"]).into_iter().map(text)),
+                list(
+                    "tokenizer.ggml.scores",
+                    6,
+                    values("scores").iter().map(|score| (score.as_f64().unwrap() as f32).to_le_bytes().to_vec()),
+                ),
+                list("tokenizer.ggml.token_type", 5, kinds.iter().map(|kind| kind.to_le_bytes().to_vec())),
+                id("tokenizer.ggml.bos_token_id", 1),
+                flag("tokenizer.ggml.add_space_prefix", case["add_space_prefix"].as_bool().unwrap()),
+                flag("tokenizer.ggml.remove_extra_whitespaces", case["remove_extra_whitespaces"].as_bool().unwrap()),
+            ];
+            if !rules.is_empty() {
+                let bytes = rules.iter().map(|byte| vec![byte.as_u64().unwrap() as u8]);
+                // Both kinds of 8 bits are written.
+                let kind = u32::from(case["add_space_prefix"].as_bool().unwrap());
+                entries.push(list("tokenizer.ggml.precompiled_charsmap", kind, bytes));
+            }
+            let tokenizer: tokenizers::Tokenizer = of_gguf(&file(&entries)).unwrap().parse().unwrap();
+            for (text, expected) in strings(&written["texts"]).into_iter().zip(case["ids"].as_array().unwrap()) {
+                let ids = tokenizer.encode(text, false).unwrap().get_ids().to_vec();
+                assert_eq!(serde_json::json!(ids), *expected, "{text:?} {case}");
+            }
+            entries.pop();
+            entries.push(pair("tokenizer.ggml.precompiled_charsmap", "rules"));
+            assert!(of_gguf(&file(&entries)).unwrap_err().contains("precompiled_charsmap"));
+        }
     }
 }

@@ -143,6 +143,10 @@ impl SentencePiece {
         };
         let id = |key: &str| metadata(key).and_then(Metadata::as_usize);
         let (tokens, scores, kinds) = (list("tokens")?, list("scores")?, list("token_type")?);
+        let rules = match metadata("precompiled_charsmap") {
+            None => Vec::new(),
+            Some(rules) => of_bytes(rules).ok_or("has a `tokenizer.ggml.precompiled_charsmap` that is not bytes")?,
+        };
         if scores.len() != tokens.len() || kinds.len() != tokens.len() {
             let (tokens, scores, kinds) = (tokens.len(), scores.len(), kinds.len());
             return Err(format!("has {tokens} tokens, {scores} scores of them and {kinds} kinds"));
@@ -154,7 +158,12 @@ impl SentencePiece {
                 Metadata::Int(score) => score as f32,
                 _ => return Err("has a score that is no number".to_string()),
             };
-            Ok(Piece { text, score, kind: Kind::new(kind.as_usize().unwrap_or(0) as u64)? })
+            // Tokens that fill up a vocabulary are like all others to llama.cpp.
+            let kind = match Kind::new(kind.as_usize().unwrap_or(0) as u64)? {
+                Kind::Unused => Kind::Normal,
+                kind => kind,
+            };
+            Ok(Piece { text, score, kind })
         };
         let model = Self {
             pieces: tokens.iter().zip(scores).zip(kinds).map(piece).collect::<Result<_, String>>()?,
@@ -163,7 +172,7 @@ impl SentencePiece {
             unknown: id("unknown_token_id").or(Some(0)),
             start: id("bos_token_id"),
             end: id("eos_token_id"),
-            rules: Vec::new(),
+            rules,
             prefix: flag("add_space_prefix", true)?,
             collapse: flag("remove_extra_whitespaces", false)?,
         };
@@ -301,6 +310,15 @@ impl SentencePiece {
             "merges": merges,
         }))
     }
+}
+
+/// A list of integers of 8 bits, with or without a sign.
+fn of_bytes(list: &Metadata) -> Option<Vec<u8>> {
+    let byte = |value: &Metadata| match *value {
+        Metadata::Int(value @ -128..=255) => Some(value as u8),
+        _ => None,
+    };
+    list.as_list()?.iter().map(byte).collect()
 }
 
 impl Piece {

@@ -1,7 +1,7 @@
-"""Writes a byte-level vocabulary and how its texts are split under each name of `tokenizer.ggml.pre`, which
-`tokenizers/src/gguf.rs` reads.
+"""Writes a byte-level vocabulary and how its texts are split under each name of `tokenizer.ggml.pre`, and the pieces of
+SentencePiece with what they make of texts under each setting of GGUF, which `tokenizers/src/gguf.rs` reads.
 
-    pip install transformers==5.24.0 tokenizers
+    pip install transformers==5.24.0 tokenizers sentencepiece==0.2.3 protobuf
     python tokenizers/tests/gguf/make.py
 
 The merges were learnt without any splits, so that every other split of a text gives other tokens. What transformers makes
@@ -11,6 +11,8 @@ of a GGUF file counts where it knows the name; the others are put together here 
 import json
 import pathlib
 
+import sentencepiece
+from sentencepiece import sentencepiece_model_pb2
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
 from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence, Split
 from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS, convert_gguf_tokenizer
@@ -111,4 +113,30 @@ def main():
     print(f"{len(tokens)} tokens, {len(ids)} names, {len(lists)} ways")
 
 
+def pieces():
+    """The model of `../sentencepiece` with other settings, and rules that replace characters."""
+    folder = HERE.parent / "sentencepiece"
+    model, other = sentencepiece_model_pb2.ModelProto(), sentencepiece_model_pb2.ModelProto()
+    model.ParseFromString((folder / "bpe.model").read_bytes())
+    other.ParseFromString((folder / "unigram.model").read_bytes())
+    rules = other.normalizer_spec.precompiled_charsmap
+    texts = ["the tensor of a tape", " a space in front", "two  spaces   and more    ", "a\tb\nc\n", "", "  ", "na\u00efve",
+             "\u65e5\u672c", "\u2167 \ufb01n \u2460", "a\u00a0\u200bb", "\u2581 x", "1234 3.14"]
+    cases = []
+    for prefix, collapse, charsmap in [(True, False, b""), (False, False, b""), (True, True, b""), (False, True, rules), (True, False, rules)]:
+        spec = model.normalizer_spec
+        spec.add_dummy_prefix, spec.remove_extra_whitespaces, spec.precompiled_charsmap = prefix, collapse, charsmap
+        processor = sentencepiece.SentencePieceProcessor(model_proto=model.SerializeToString())
+        cases.append({
+            "add_space_prefix": prefix, "remove_extra_whitespaces": collapse, "charsmap": list(charsmap),
+            "ids": [processor.encode(text) for text in texts],
+        })
+    written = {
+        "tokens": [piece.piece for piece in model.pieces], "scores": [piece.score for piece in model.pieces],
+        "types": [piece.type for piece in model.pieces], "texts": texts, "cases": cases,
+    }
+    (HERE / "pieces.json").write_text(json.dumps(written, separators=(",", ":")) + "\n")
+
+
 main()
+pieces()
