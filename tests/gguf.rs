@@ -214,6 +214,56 @@ fn llama_with_biases_and_lists() -> Result<()> {
     Ok(())
 }
 
+/// The same weights under the names of transformers, whose config says which biases there are.
+#[test]
+fn llama_of_a_folder_with_biases() -> Result<()> {
+    let names = [
+        ("token_embd", "model.embed_tokens"),
+        ("output_norm", "model.norm"),
+        ("attn_norm", "input_layernorm"),
+        ("ffn_norm", "post_attention_layernorm"),
+        ("attn_q", "self_attn.q_proj"),
+        ("attn_k", "self_attn.k_proj"),
+        ("attn_v", "self_attn.v_proj"),
+        ("attn_output", "self_attn.o_proj"),
+        ("ffn_gate", "mlp.gate_proj"),
+        ("ffn_up", "mlp.up_proj"),
+        ("ffn_down", "mlp.down_proj"),
+    ];
+    let file = TensorFile::open(files("biases.gguf"))?;
+    let mut weights = BTreeMap::new();
+    for name in file.names().filter(|&name| name != "rope_freqs.weight") {
+        let (module, part) = name.rsplit_once('.').unwrap();
+        let short = module.rsplit('.').next().unwrap();
+        let theirs = names.iter().find(|(ours, _)| *ours == short).unwrap().1;
+        let theirs = match module.strip_prefix("blk.") {
+            Some(layer) => format!("model.layers.{}.{theirs}.{part}", layer.split('.').next().unwrap()),
+            None => format!("{theirs}.{part}"),
+        };
+        let tensor = file.tensor(name)?;
+        let heads = [("attn_q", 4), ("attn_k", 2)].into_iter().find(|(ours, _)| *ours == short);
+        let tensor = match heads {
+            // Features that rotate together are halves there.
+            Some((_, heads)) => {
+                let (shape, rows) = (tensor.shape().to_vec(), tensor.dim(0)?);
+                let pairs = tensor.reshape([heads, rows / heads / 2, 2, tensor.elements() / rows])?;
+                pairs.transpose(1, 2)?.reshape(&shape[..])?
+            }
+            None => tensor,
+        };
+        weights.insert(theirs, tensor);
+    }
+    let folder = Folder::new("mlp");
+    write_safetensors(folder.0.join("model.safetensors"), &weights, &BTreeMap::new())?;
+    let config = json!({"model_type": "llama", "vocab_size": 40, "hidden_size": 32, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 32, "max_position_embeddings": 64,
+        "rms_norm_eps": 1e-3, "rope_theta": 500.0, "attention_bias": true, "mlp_bias": true,
+        "tie_word_embeddings": true});
+    folder.write("config.json", config.to_string());
+    check("biases.folder", &folder.0, &expected())?;
+    Ok(())
+}
+
 #[test]
 fn qwen2_has_biases_and_halves() -> Result<()> {
     let pretrained = check("qwen2", &files("qwen2.gguf"), &expected())?;

@@ -235,6 +235,7 @@ def biases():
     })
     linear, plain = {"rope_type": "linear", "factor": 4.0}, {"rope_type": "default"}
     return {
+        "biases.folder": logits(model),
         "biases": logits(with_rope(model, plain, factors)),
         "biases.linear": logits(with_rope(model, linear, factors)),
         "biases.yarn": logits(with_rope(model, yarn(4.0, 16), factors)),
