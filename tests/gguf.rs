@@ -514,6 +514,9 @@ fn windows_of_qwen2() -> Result<()> {
         config(keys);
         check(&format!("qwen2.window.{name}"), &folder.0, &expected)?;
     }
+    // A window as wide as the longest text.
+    config(json!({"use_sliding_window": true, "sliding_window": 32, "max_window_layers": 1}));
+    check("qwen2.window.off", &folder.0, &expected)?;
     for (keys, expected) in [
         (json!({"max_window_layers": 1}), "`max_window_layers` is 1: only the layers from there to 2"),
         (json!({"max_window_layers": -1}), "`max_window_layers` is -1, expected the number of a layer"),
@@ -525,6 +528,7 @@ fn windows_of_qwen2() -> Result<()> {
     ] {
         let mut keys = keys;
         keys["use_sliding_window"] = true.into();
+        keys["sliding_window"] = 5.into();
         config(keys);
         let error = Pretrained::open(&folder.0).unwrap_err().to_string();
         assert!(error.contains(expected), "{error}");

@@ -172,7 +172,18 @@ pub(super) fn read(source: &Source, entry: &Entry) -> Reading<Tensor> {
             check_bool(tensor.values_mut::<bool>()?)?;
             Ok(tensor)
         }
-        _ => quantised::read(source, entry),
+        Stored::Q8_0
+        | Stored::Q4_0
+        | Stored::Q4_1
+        | Stored::Q5_0
+        | Stored::Q5_1
+        | Stored::Q2K
+        | Stored::Q3K
+        | Stored::Q4K
+        | Stored::Q5K
+        | Stored::Q6K
+        | Stored::Iq4Nl
+        | Stored::Iq4Xs => quantised::read(source, entry),
     }
 }
 

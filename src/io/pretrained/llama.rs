@@ -105,11 +105,13 @@ fn max_attend_past(options: &Options, family: Family, depth: usize, positions: u
         Family::Mistral | Family::Qwen2 if options.get(KEY).is_some() => Some(options.size(KEY, None)?),
         _ => return Ok(None),
     };
-    if family == Family::Qwen2 && !all_slide(options, depth)? {
+    // A window that is as wide as a text changes nothing, in whichever layers it is.
+    let window = window.filter(|&window| window < positions);
+    if window.is_none() || family == Family::Qwen2 && !all_slide(options, depth)? {
         return Ok(None);
     }
     // The window has the token itself in it.
-    Ok(window.map(|window| window - 1).filter(|past| past + 1 < positions))
+    Ok(window.map(|window| window - 1))
 }
 
 /// If `true`, every layer of a Qwen2 has the window, if `false` none has.

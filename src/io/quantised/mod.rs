@@ -9,7 +9,11 @@ mod k_blocks;
 use std::sync::{Mutex, PoisonError};
 
 use super::{bytes::Reading, source::Source, stored::Stored, tensor_file::Entry};
-use crate::{DType, Device, Error, Result, Tensor, device::cpu, error::ensure};
+use crate::{
+    DType, Device, Error, Result, Tensor,
+    device::{cpu, simd::vectorized},
+    error::ensure,
+};
 
 /// Bytes of the file that a thread holds while it converts them, rounded down to whole blocks.
 const CHUNK: usize = 1 << 16;
@@ -86,25 +90,29 @@ pub(super) fn read(source: &Source, entry: &Entry) -> Reading<Tensor> {
     }
 }
 
-/// The values of whole blocks; of a type that is not quantised none.
-fn decode(stored: Stored, bytes: &[u8], out: &mut [f32]) {
-    match stored {
-        Stored::Q8_0 => each(bytes, out, blocks::q8_0),
-        Stored::Q4_0 => each(bytes, out, blocks::q4_0),
-        Stored::Q4_1 => each(bytes, out, blocks::q4_1),
-        Stored::Q5_0 => each(bytes, out, blocks::q5_0),
-        Stored::Q5_1 => each(bytes, out, blocks::q5_1),
-        Stored::Iq4Nl => each(bytes, out, blocks::iq4_nl),
-        Stored::Q2K => each(bytes, out, k_blocks::q2_k),
-        Stored::Q3K => each(bytes, out, k_blocks::q3_k),
-        Stored::Q4K => each(bytes, out, k_blocks::q4_k),
-        Stored::Q5K => each(bytes, out, k_blocks::q5_k),
-        Stored::Q6K => each(bytes, out, k_blocks::q6_k),
-        Stored::Iq4Xs => each(bytes, out, k_blocks::iq4_xs),
-        _ => {}
+vectorized! {
+    /// Writes the values of whole blocks of a quantised type.
+    fn decode(stored: Stored, bytes: &[u8], out: &mut [f32]) {
+        match stored {
+            Stored::Q8_0 => each(bytes, out, blocks::q8_0),
+            Stored::Q4_0 => each(bytes, out, blocks::q4_0),
+            Stored::Q4_1 => each(bytes, out, blocks::q4_1),
+            Stored::Q5_0 => each(bytes, out, blocks::q5_0),
+            Stored::Q5_1 => each(bytes, out, blocks::q5_1),
+            Stored::Iq4Nl => each(bytes, out, blocks::iq4_nl),
+            Stored::Q2K => each(bytes, out, k_blocks::q2_k),
+            Stored::Q3K => each(bytes, out, k_blocks::q3_k),
+            Stored::Q4K => each(bytes, out, k_blocks::q4_k),
+            Stored::Q5K => each(bytes, out, k_blocks::q5_k),
+            Stored::Q6K => each(bytes, out, k_blocks::q6_k),
+            Stored::Iq4Xs => each(bytes, out, k_blocks::iq4_xs),
+            // Callers have refused these.
+            _ => out.fill(0.0),
+        }
     }
 }
 
+#[inline(always)]
 fn each<const N: usize, const M: usize>(bytes: &[u8], out: &mut [f32], one: impl Fn(&[u8; N], &mut [f32; M])) {
     for (block, out) in bytes.as_chunks().0.iter().zip(out.as_chunks_mut().0) {
         one(block, out);
@@ -112,6 +120,7 @@ fn each<const N: usize, const M: usize>(bytes: &[u8], out: &mut [f32], one: impl
 }
 
 /// The f16 that begins at this byte of a block.
+#[inline(always)]
 fn half(block: &[u8], at: usize) -> f32 {
     half::f16::from_le_bytes([block[at], block[at + 1]]).to_f32()
 }
