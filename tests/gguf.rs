@@ -121,7 +121,7 @@ fn blocks_that_are_not_whole_are_refused() {
     }
 }
 
-/// What the file says lies where it does not is refused before memory is taken for it.
+/// Tensors that lie outside of the file are refused before memory is taken for them.
 #[test]
 fn sizes_that_are_not_there_are_refused() {
     for stored in KINDS {

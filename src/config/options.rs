@@ -87,7 +87,7 @@ pub struct Llama3Scaling {
     pub original_max_position_embeddings: usize,
 }
 
-/// How YaRN stretches the rotation to longer texts (Peng et al., <https://arxiv.org/abs/2309.00071>): frequencies with
+/// YaRN's way to stretch the rotation to longer texts (Peng et al., <https://arxiv.org/abs/2309.00071>): frequencies with
 /// fewer than `beta_slow` turns in the original context are divided by `factor`, those with more than `beta_fast` turns
 /// stay, and in between one changes into the other; queries and keys are multiplied by `attention_factor`. The names are
 /// those of `transformers`.

@@ -339,7 +339,7 @@ fn temperature(config: &AttentionLayersConfig) -> Result<Temperature> {
     Ok(Temperature::Learned(start))
 }
 
-/// What multiplies the logits of rotated queries and keys.
+/// Factor on the logits of rotated queries and keys.
 fn rotated_temperature(temperature: Temperature, rotary: Option<&RotaryPlan>) -> Result<Temperature> {
     let factor = rotary.map_or(1.0, RotaryPlan::score_factor);
     match temperature {

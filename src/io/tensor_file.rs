@@ -118,7 +118,7 @@ pub struct TensorInfo {
 /// A tensor as it lies in its file: GGUF's blocks for instance, which stay packed.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct RawTensor {
-    /// How the values lie in `bytes`.
+    /// Type of the values in `bytes`.
     pub stored: Stored,
     /// The shape; blocks lie along its last dimension.
     pub shape: Vec<usize>,

@@ -113,7 +113,7 @@ mod tests {
         value.as_array().unwrap().iter().map(|value| value.as_str().unwrap()).collect()
     }
 
-    /// What transformers and tokenizers make of awkward texts, see `tests/gguf/make.py`.
+    /// Awkward texts have the tokens of transformers and tokenizers, see `tests/gguf/make.py`.
     #[test]
     fn texts_are_split_as_their_models_split_them() {
         let cases: Value = serde_json::from_str(include_str!("../tests/gguf/pre.json")).unwrap();
@@ -169,7 +169,7 @@ mod tests {
         assert_eq!(ids("gpt-2"), [0, 5]);
     }
 
-    /// What SentencePiece makes of texts under each setting, see `tests/gguf/make.py`.
+    /// Texts have the tokens of SentencePiece under each setting, see `tests/gguf/make.py`.
     #[test]
     fn pieces_have_the_settings_of_their_file() {
         let written: Value = serde_json::from_str(include_str!("../tests/gguf/pieces.json")).unwrap();

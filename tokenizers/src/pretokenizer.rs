@@ -108,7 +108,7 @@ pub fn bytes(words: bool) -> Value {
     json!({"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": words})
 }
 
-/// What each of these expressions matches is a word, and what is between the matches.
+/// Splits by one expression after the other: matches are words, and so is the text between them.
 fn splits(expressions: &[&str]) -> Value {
     let split = |expression: &&str| json!({"type": "Split", "pattern": {"Regex": expression}, "behavior": "Isolated", "invert": false});
     let all: Vec<Value> = expressions.iter().map(split).chain([bytes(false)]).collect();

@@ -148,6 +148,8 @@ fn names(sizes: &Sizes, family: Family) -> Names {
     if !sizes.tied {
         names.one("to_logits.weight", "output.weight");
     }
+    // The first is part of the config, the others are tables of rotations that old files have.
     names.left_out.push(rope::FREQ_FACTORS.to_string());
+    names.left_out.extend((0..sizes.depth).map(|layer| format!("blk.{layer}.attn_rot_embd.")));
     names
 }

@@ -31,7 +31,7 @@ pub(super) struct Sizes {
     pub(super) tied: bool,
 }
 
-/// How queries and keys are rotated.
+/// The rotation of queries and keys.
 pub(super) struct Rotation {
     pub(super) base: f64,
     pub(super) scaling: Scaling,
