@@ -206,6 +206,13 @@ mod tests {
                 let ids = tokenizer.encode(text, false).unwrap().get_ids().to_vec();
                 assert_eq!(serde_json::json!(ids), *expected, "{text:?} {case}");
             }
+            // Without kinds all but the user's token is known by its spelling or its id.
+            entries.retain(|entry| !entry.starts_with(&text("tokenizer.ggml.token_type")));
+            let tokenizer: tokenizers::Tokenizer = of_gguf(&file(&entries)).unwrap().parse().unwrap();
+            for (text, expected) in strings(&written["texts"]).into_iter().zip(case["ids"].as_array().unwrap()) {
+                let ids = tokenizer.encode(text, false).unwrap().get_ids().to_vec();
+                assert_eq!(serde_json::json!(ids), *expected, "{text:?} {case}");
+            }
             entries.pop();
             entries.push(pair("tokenizer.ggml.precompiled_charsmap", "rules"));
             assert!(of_gguf(&file(&entries)).unwrap_err().contains("precompiled_charsmap"));
