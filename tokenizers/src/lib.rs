@@ -4,7 +4,9 @@ use std::{fmt::Display, path::Path};
 
 use x_transformers::{Error, Result, io::Pretrained};
 
+mod gguf;
 mod known;
+mod pretokenizer;
 mod sentencepiece;
 mod stream;
 
@@ -23,7 +25,7 @@ impl Tokenizer {
         let json = match given.or(pretrained.folder()) {
             Some(folder) if given.is_none() || folder.is_dir() => known::of_folder(folder, pretrained.family()),
             Some(file) => known::of_file(file, pretrained.family()),
-            None => known::of_gguf(pretrained.file()).map_err(|why| file_error(file, why)),
+            None => gguf::of_gguf(pretrained.file()).map_err(|why| file_error(file, why)),
         }?;
         let broken = |error| file_error(file, format_args!("tokenizer: {error}"));
         let mut inner: tokenizers::Tokenizer = json.parse().map_err(broken)?;
