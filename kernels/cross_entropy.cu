@@ -6,9 +6,9 @@
 // Rows whose target is `ignore_index` are left out of the mean and get no gradient. A target that is no class is
 // reported, and so is a mean over no rows.
 //
-// Shapes: x, dx [rows, pitch] packed, of which the first `columns` columns count, targets, losses [rows], statistics
-// [rows, 2] maximum and 1 / sum, loss, g and count one element. T: f32, f64, bf16, f16; statistics, loss and g in f32
-// (f64 for f64), losses and their mean in f64.
+// Shapes: x, dx [rows, pitch] packed, of which the first `columns` columns count (in the others dx is 0), targets,
+// losses [rows], statistics [rows, 2] maximum and 1 / sum, loss, g and count one element. T: f32, f64, bf16, f16;
+// statistics, loss and g in f32 (f64 for f64), losses and their mean in f64.
 // Variants: DTYPE=f32,f64,bf16,f16
 //
 // One row per warp, or per block for long rows (see for_row); the mean by one block, in an order that the number of
@@ -65,13 +65,14 @@ extern "C" __global__ void cross_entropy_bwd(T* dx, const T* x, const Acc* stati
         const T* from = x + row * pitch;
         const i64 target = targets[row];
         const Acc max = statistics[2 * row], inverse = statistics[2 * row + 1], factor = inverse * scale;
-        for_row(columns, aligned(to) && aligned(from), [&](u32 j, auto lanes) {
+        for_row(pitch, aligned(to) && aligned(from), [&](u32 j, auto lanes) {
             auto values = load<lanes.COUNT>(from + j);
 #pragma unroll
             for (int lane = 0; lane < lanes.COUNT; ++lane) {
                 const Acc power = exp(Element<T>::to_acc(values.lane[lane]) - max);
                 const Acc gradient = j + lane == target ? (power * inverse - 1) * scale : power * factor;
-                values.lane[lane] = Element<T>::from_acc(target == ignore_index ? 0 : gradient);
+                values.lane[lane] =
+                    Element<T>::from_acc(target == ignore_index || j + lane >= columns ? 0 : gradient);
             }
             store(to + j, values);
         });

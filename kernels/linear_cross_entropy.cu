@@ -5,8 +5,8 @@
 // The forward pass is that of cross_entropy.cu in f32. Rows whose target is `ignore_index` get no gradient; what their
 // mean divides by comes later.
 //
-// Shapes: x, dx [rows, pitch] packed, of which the first `columns` columns count, targets [rows], statistics [rows,
-// 2] maximum and 1 / sum. T: bf16, f16; the rest in f32.
+// Shapes: x, dx [rows, pitch] packed, of which the first `columns` columns count (in the others dx is 0), targets
+// [rows], statistics [rows, 2] maximum and 1 / sum. T: bf16, f16; the rest in f32.
 // Variants: DTYPE=bf16,f16
 //
 // One row per warp, or per block for long rows (see for_row). Moves 6 bytes per element; limited by memory bandwidth.
@@ -23,14 +23,15 @@ extern "C" __global__ void linear_cross_entropy_bwd(T* dx, const Acc* x, const A
         const Acc* from = x + row * pitch;
         const i64 target = targets[row];
         const Acc max = statistics[2 * row], inverse = statistics[2 * row + 1];
-        for_row<16 / sizeof(Acc)>(columns, aligned(to) && aligned(from), [&](u32 j, auto lanes) {
+        for_row<16 / sizeof(Acc)>(pitch, aligned(to) && aligned(from), [&](u32 j, auto lanes) {
             const auto logits = load<lanes.COUNT>(from + j);
             Packet<lanes.COUNT> gradients;
 #pragma unroll
             for (int lane = 0; lane < lanes.COUNT; ++lane) {
                 const Acc probability = exp(logits.lane[lane] - max) * inverse;
                 const Acc gradient = j + lane == target ? probability - 1 : probability;
-                gradients.lane[lane] = Element<T>::from_acc(target == ignore_index ? 0 : gradient);
+                gradients.lane[lane] =
+                    Element<T>::from_acc(target == ignore_index || j + lane >= columns ? 0 : gradient);
             }
             store(to + j, gradients);
         });

@@ -274,6 +274,9 @@ fn cached_logits_with_options_beyond_022() -> Result<()> {
         json!({"attn_qkv_bias": true, "attn_out_bias": true, "rotary_interleaved": true, "rotary_interpolation_factor": 2.5,
             "rotary_llama3_scaling": {"factor": 8.0, "low_freq_factor": 0.5, "high_freq_factor": 2.0,
                 "original_max_position_embeddings": 12}}),
+        json!({"rotary_freq_factors": [1.0, 2.5, 8.0, 8.0], "rotary_yarn_scaling": {"factor": 4.0,
+            "original_max_position_embeddings": 12, "attention_factor": 1.25, "beta_fast": 4.0, "beta_slow": 0.5,
+            "truncate": false}}),
         json!({"attn_kv_heads": 1, "attn_num_mem_kv": 2, "attn_qkv_bias": true, "weight_tie_layers": true}),
         json!({"attn_talking_heads": true, "final_norm": "none", "ff_gelu_tanh": true, "ff_swish": false, "attn_qk_norm": true}),
     ];

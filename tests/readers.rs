@@ -305,7 +305,7 @@ fn gguf_lies_are_refused() {
         read(&changed).unwrap_err()
     };
     let find = |text: &str| whole.windows(text.len()).position(|window| window == text.as_bytes()).unwrap();
-    assert!(with(4, &9u32.to_le_bytes()).contains("version 9"));
+    assert!(with(4, &9u32.to_le_bytes()).contains("version 9, known are 2 and 3"));
     assert!(with(8, &u64::MAX.to_le_bytes()).contains("tensors follow"));
     assert!(with(16, &(1u64 << 60).to_le_bytes()).contains("pairs of metadata follow"));
     let tokens = find("tokens") + "tokens".len();
@@ -315,7 +315,7 @@ fn gguf_lies_are_refused() {
     assert!(with(tensor, &7u32.to_le_bytes()).contains("7 dimensions"));
     assert!(with(tensor + 4, &63u64.to_le_bytes()).contains("whole blocks of 32"));
     assert!(with(tensor + 12, &(1u64 << 40).to_le_bytes()).contains("`Q8_0`"));
-    assert!(with(tensor + 20, &14u32.to_le_bytes()).contains("is Q6_K"));
+    assert!(with(tensor + 20, &16u32.to_le_bytes()).contains("is IQ2_XXS"));
     assert!(with(tensor + 24, &(u64::MAX - 31).to_le_bytes()).contains("the file has"));
 }
 

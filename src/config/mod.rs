@@ -13,18 +13,20 @@ mod options;
 mod order;
 mod plan;
 mod resolve;
+mod rotary;
 mod wrapper_plan;
 mod wrappers;
 
 pub use call::{Call, GenerateCall};
 pub use options::{
     AttentionConfig, AttentionLayersConfig, FeedForwardConfig, FinalNorm, LayerType, LayersKind, Llama3Scaling,
-    ShiftTokens,
+    ShiftTokens, YarnScaling,
 };
 pub use plan::{
     AlibiPlan, AttentionPath, AttentionPlan, BiasPlan, BranchPlan, FeedForwardPlan, LayerPlan, LayersPlan, Norm,
-    Normalize, Positions, ResidualPlan, RotaryPlan, T5Plan, Temperature, WrapPlan,
+    Normalize, Positions, ResidualPlan, T5Plan, Temperature, WrapPlan,
 };
+pub use rotary::RotaryPlan;
 pub use wrapper_plan::{ContinuousPlan, TransformerPlan, ViTransformerPlan, XTransformerPlan};
 pub use wrappers::{
     AutoregressiveConfig, ContinuousTransformerWrapperConfig, FilterLogits, SamplingConfig, TransformerWrapperConfig,

@@ -87,6 +87,41 @@ pub struct Llama3Scaling {
     pub original_max_position_embeddings: usize,
 }
 
+/// YaRN's way to stretch the rotation to longer texts (Peng et al., <https://arxiv.org/abs/2309.00071>): frequencies with
+/// fewer than `beta_slow` turns in the original context are divided by `factor`, those with more than `beta_fast` turns
+/// stay, and in between one changes into the other; queries and keys are multiplied by `attention_factor`. The names are
+/// those of `transformers`.
+#[derive(Clone, Copy, PartialEq, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct YarnScaling {
+    /// Divides the slow frequencies, at least 1.
+    pub factor: f64,
+    /// Number of tokens that the model saw before it was stretched.
+    pub original_max_position_embeddings: usize,
+    /// Multiplies rotated queries and keys, above 0. The paper's value is `0.1 ln(factor) + 1`.
+    pub attention_factor: f64,
+    /// Number of turns of the fast frequencies, above 0; the paper's value is 32.
+    pub beta_fast: f64,
+    /// Number of turns of the slow frequencies, above 0; the paper's value is 1.
+    pub beta_slow: f64,
+    /// If `true`, as in the paper, the ends of the transition are rounded outward to whole pairs of features.
+    pub truncate: bool,
+}
+
+impl YarnScaling {
+    /// The scaling of the paper, with its attention factor.
+    pub fn new(factor: f64, original_max_position_embeddings: usize) -> Self {
+        Self {
+            factor,
+            original_max_position_embeddings,
+            attention_factor: 0.1 * factor.max(1.0).ln() + 1.0,
+            beta_fast: 32.0,
+            beta_slow: 1.0,
+            truncate: true,
+        }
+    }
+}
+
 /// Keyword arguments of `Encoder`, `Decoder` and `CrossAttender`.
 ///
 /// In JSON the keys are flat, as in Python: those of [`AttentionConfig`] begin with `attn_`, those of
@@ -162,6 +197,12 @@ pub struct AttentionLayersConfig {
     pub rotary_interpolation_factor: f64,
     /// The frequencies are those of Llama 3.1, the slow ones made slower. Default none.
     pub rotary_llama3_scaling: Option<Llama3Scaling>,
+    /// The frequencies are those of YaRN, the slow ones made slower. Needs `rotary_qk_only` and a rotation of whole heads;
+    /// cannot be used with the two above. Default none.
+    pub rotary_yarn_scaling: Option<YarnScaling>,
+    /// Divides the frequency of each pair of features by a number of its own, as `rope_freqs.weight` of GGUF files does:
+    /// one number above 0 for each pair. Default none.
+    pub rotary_freq_factors: Option<Vec<f64>>,
     /// Rotates neighbours `2k, 2k + 1`, as today's x-transformers and GPT-J, and not `k, k + r/2`, as 0.22 and Llama in
     /// `transformers`. Needs `rotary_qk_only`.
     pub rotary_interleaved: bool,
@@ -228,6 +269,8 @@ impl Default for AttentionLayersConfig {
             rotary_base: 10000.0,
             rotary_interpolation_factor: 1.0,
             rotary_llama3_scaling: None,
+            rotary_yarn_scaling: None,
+            rotary_freq_factors: None,
             rotary_interleaved: false,
             custom_layers: None,
             sandwich_coef: None,

@@ -2,7 +2,10 @@
 
 use std::fmt;
 
-use super::options::{AttentionLayersConfig, LayerType, Llama3Scaling};
+use super::{
+    options::{AttentionLayersConfig, LayerType},
+    rotary::RotaryPlan,
+};
 use crate::{
     Result,
     ops::{Activation, gpu_needs_scores},
@@ -55,50 +58,6 @@ impl Positions {
     /// Whether a wrapper leaves out its absolute positions. ALiBi does not turn them off.
     pub fn replace_absolute(&self) -> bool {
         self.infused || self.rotary.is_some() || matches!(self.bias, BiasPlan::T5(_))
-    }
-}
-
-/// Rotary position embedding.
-#[derive(Clone, Copy, PartialEq, Debug)]
-pub struct RotaryPlan {
-    /// The number in the exponents of the frequencies.
-    pub dim: usize,
-    /// Whether values are rotated too.
-    pub values: bool,
-    /// The base of the frequencies.
-    pub base: f64,
-    /// Divides all frequencies.
-    pub interpolation: f64,
-    /// Divides slow frequencies.
-    pub llama3: Option<Llama3Scaling>,
-    /// Whether the pairs are neighbours, otherwise halves.
-    pub interleaved: bool,
-}
-
-impl RotaryPlan {
-    /// The frequencies of the paper for so many features.
-    pub(crate) fn plain(dim: usize) -> Self {
-        Self { dim, values: false, base: 10000.0, interpolation: 1.0, llama3: None, interleaved: false }
-    }
-
-    /// Features of each head that are rotated: `dim`, rounded up to an even number.
-    pub fn features(&self) -> usize {
-        2 * self.dim.div_ceil(2)
-    }
-
-    /// By how much the angle of pair `k` grows from one position to the next: `base^(−2k / dim)`, scaled.
-    pub fn frequency(&self, k: usize) -> f64 {
-        // The steps in f32 are PyTorch's.
-        let exponent = (2 * k) as f32 / self.dim as f32;
-        let frequency = f64::from(1.0 / libm::pow(self.base, f64::from(exponent)) as f32) / self.interpolation;
-        let Some(Llama3Scaling { factor, low_freq_factor, high_freq_factor, original_max_position_embeddings }) =
-            self.llama3
-        else {
-            return frequency;
-        };
-        let turns = original_max_position_embeddings as f64 * frequency / std::f64::consts::TAU;
-        let fast = ((turns - low_freq_factor) / (high_freq_factor - low_freq_factor)).clamp(0.0, 1.0);
-        frequency * (fast + (1.0 - fast) / factor)
     }
 }
 

@@ -2,19 +2,19 @@
 
 use super::{
     options::{
-        AttentionConfig, AttentionLayersConfig, FeedForwardConfig, FinalNorm, LayerType, LayersKind, Llama3Scaling,
-        ShiftTokens,
+        AttentionConfig, AttentionLayersConfig, FeedForwardConfig, FinalNorm, LayerType, LayersKind, ShiftTokens,
     },
     order::layer_order,
     plan::{
         AlibiPlan, AttentionPlan, BiasPlan, BranchPlan, FeedForwardPlan, LayerPlan, LayersPlan, Norm, Normalize,
-        Positions, ResidualPlan, RotaryPlan, T5Plan, Temperature, WrapPlan,
+        Positions, ResidualPlan, T5Plan, Temperature, WrapPlan,
     },
+    rotary::RotaryPlan,
 };
 use crate::{Error, Result, error::ensure, ops::Activation};
 
 /// The largest width of any layer: beyond it weights could not be addressed.
-const WIDEST: usize = 1 << 30;
+pub(super) const WIDEST: usize = 1 << 30;
 
 /// Resolves the options of attention layers.
 pub(super) fn layers(config: &AttentionLayersConfig) -> Result<LayersPlan> {
@@ -31,6 +31,7 @@ pub(super) fn layers(config: &AttentionLayersConfig) -> Result<LayersPlan> {
     check_branches(config, &order, cross_attend)?;
     let attention = attention(config)?;
     let positions = positions(config, &order, causal, attention.dim_qk())?;
+    let temperature = rotated_temperature(attention.temperature, positions.rotary.as_ref())?;
     let feedforward = feedforward(config.dim, config.dim, &config.ff, config.zero_init_branch_output)?;
     let shifts = shifts(config, order.len(), causal)?;
     let norm = norm(config)?;
@@ -41,7 +42,8 @@ pub(super) fn layers(config: &AttentionLayersConfig) -> Result<LayersPlan> {
         let branch = match kind {
             LayerType::SelfAttention => BranchPlan::SelfAttention(AttentionPlan {
                 causal,
-                rotary: positions.rotary,
+                rotary: positions.rotary.clone(),
+                temperature,
                 residual: config.residual_attn,
                 ..attention.clone()
             }),
@@ -160,76 +162,9 @@ fn positions(config: &AttentionLayersConfig, order: &[LayerType], causal: bool, 
     }
     Ok(Positions {
         infused: config.position_infused_attn,
-        rotary: rotary(config, dim_head, dim_qk)?,
+        rotary: RotaryPlan::new(config, dim_head, dim_qk)?,
         bias: bias(config, causal)?,
     })
-}
-
-fn rotary(config: &AttentionLayersConfig, dim_head: usize, dim_qk: usize) -> Result<Option<RotaryPlan>> {
-    if !config.rotary_pos_emb {
-        without("rotary_emb_dim", config.rotary_emb_dim.is_some(), "rotary_pos_emb")?;
-        without("rotary_qk_only", config.rotary_qk_only, "rotary_pos_emb")?;
-        without("rotary_interleaved", config.rotary_interleaved, "rotary_pos_emb")?;
-        let changed = config.rotary_base != AttentionLayersConfig::default().rotary_base;
-        without("rotary_base", changed, "rotary_pos_emb")?;
-        without("rotary_interpolation_factor", config.rotary_interpolation_factor != 1.0, "rotary_pos_emb")?;
-        without("rotary_llama3_scaling", config.rotary_llama3_scaling.is_some(), "rotary_pos_emb")?;
-        return Ok(None);
-    }
-    without("rotary_interleaved", config.rotary_interleaved && !config.rotary_qk_only, "rotary_qk_only")?;
-    // Written so that NaN is refused.
-    ensure!(
-        config.rotary_base > 1.0 && config.rotary_base.is_finite(),
-        Error::option("rotary_base", format!("expected a number above 1, got {}", config.rotary_base))
-    );
-    let at_least_1 = |value: f64| value >= 1.0 && value.is_finite();
-    let factor = config.rotary_interpolation_factor;
-    ensure!(
-        at_least_1(factor),
-        Error::option("rotary_interpolation_factor", format!("expected a finite number of at least 1, got {factor}"))
-    );
-    if let Some(scaling) = &config.rotary_llama3_scaling {
-        let Llama3Scaling { factor, low_freq_factor, high_freq_factor, original_max_position_embeddings } = *scaling;
-        ensure!(
-            at_least_1(factor)
-                && low_freq_factor > 0.0
-                && high_freq_factor > low_freq_factor
-                && high_freq_factor.is_finite()
-                && original_max_position_embeddings > 0,
-            Error::option(
-                "rotary_llama3_scaling",
-                format!(
-                    "expected a factor of at least 1, 0 < low_freq_factor < high_freq_factor and \
-                     original_max_position_embeddings above 0, got {scaling:?}"
-                )
-            )
-        );
-    }
-    // 0.22 knows heads of 32 features and more alone; what rotates as others do may be as narrow as theirs.
-    let least = if config.rotary_qk_only && config.rotary_emb_dim.is_some() { 2 } else { 32 };
-    let plan = RotaryPlan {
-        dim: config.rotary_emb_dim.unwrap_or(dim_head / 2).max(least),
-        values: !config.rotary_qk_only,
-        base: config.rotary_base,
-        interpolation: factor,
-        llama3: config.rotary_llama3_scaling,
-        interleaved: config.rotary_interleaved,
-    };
-    ensure!(
-        plan.dim <= WIDEST && plan.features() <= dim_head,
-        Error::option(
-            "rotary_pos_emb",
-            format!("rotates at least {least} features, here {}; `attn_dim_head` is only {dim_head}", plan.dim)
-        )
-    );
-    ensure!(
-        plan.features() <= dim_qk,
-        Error::option(
-            "rotary_pos_emb",
-            format!("rotates {} features; the {dim_qk} that `attn_collab_heads` shares are fewer", plan.dim)
-        )
-    );
-    Ok(Some(plan))
 }
 
 fn bias(config: &AttentionLayersConfig, causal: bool) -> Result<BiasPlan> {
@@ -404,6 +339,19 @@ fn temperature(config: &AttentionLayersConfig) -> Result<Temperature> {
     Ok(Temperature::Learned(start))
 }
 
+/// Factor on the logits of rotated queries and keys.
+fn rotated_temperature(temperature: Temperature, rotary: Option<&RotaryPlan>) -> Result<Temperature> {
+    let factor = rotary.map_or(1.0, RotaryPlan::score_factor);
+    match temperature {
+        Temperature::Fixed(scale) => Ok(Temperature::Fixed(scale * factor)),
+        Temperature::Learned(_) if factor != 1.0 => Err(Error::option(
+            "rotary_yarn_scaling",
+            "cannot be used with queries and keys of length 1 (`attn_qk_norm`, `use_qk_norm_attn`)",
+        )),
+        learned => Ok(learned),
+    }
+}
+
 /// The plan of a feedforward from `dim` to `dim_out` features.
 pub(super) fn feedforward(
     dim: usize,
@@ -459,7 +407,7 @@ pub(super) fn probability(key: &str, value: f64) -> Result<()> {
 }
 
 /// Refuses an option that would do nothing because another one is off.
-fn without(key: &str, given: bool, needed: &str) -> Result<()> {
+pub(super) fn without(key: &str, given: bool, needed: &str) -> Result<()> {
     ensure!(!given, Error::option(key, format!("needs `{needed}` = true, which is off")));
     Ok(())
 }

@@ -218,8 +218,7 @@ pub(crate) struct Operand {
     pub batch: usize,
 }
 
-/// `c[i] = a[i] · b[i] (+ c[i])` for every item of a batch; `c` `[batch, m, pitch]` is packed, and of its rows the first `n`
-/// elements are written.
+/// `c[i] = a[i] · b[i] (+ c[i])` for every item of a batch; `c` `[batch, m, n]` is packed.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Gemm {
     /// Of the operands.
@@ -235,8 +234,6 @@ pub(crate) struct Gemm {
     /// `[k, n]`
     pub b: Operand,
     pub c: u64,
-    /// Elements from row to row of `c`, at least `n`.
-    pub pitch: usize,
     /// If `true`, `c` is added to instead of being overwritten.
     pub add: bool,
 }

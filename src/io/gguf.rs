@@ -14,6 +14,9 @@ use crate::Shape;
 /// What every file begins with.
 pub(super) const MAGIC: &[u8] = b"GGUF";
 
+/// Advice for files that no version of this reader knows.
+const CONVERT: &str = "convert the model anew with `convert_hf_to_gguf.py` of llama.cpp";
+
 /// Values of all lists together; the largest vocabularies have about half a million entries with merges and scores.
 const MAX_VALUES: usize = 4_000_000;
 /// Bytes of a name, by the format.
@@ -33,9 +36,16 @@ fn header(mut cursor: Cursor, total: usize) -> Parsed<Listing> {
     cursor.take(MAGIC.len())?;
     match cursor.u32()? {
         2 | 3 => {}
-        version => {
-            return Err(format!("is GGUF of version {version}, known are 2 and 3 in the byte order of this machine"));
+        1 => return Err(format!("is GGUF of version 1, which no program writes any more; {CONVERT}")),
+        // The first versions of the other byte order.
+        version if (1..256).contains(&version.swap_bytes()) => {
+            return Err(format!(
+                "is GGUF of version {} in big-endian byte order, expected little-endian: `gguf-convert-endian FILE \
+                 little` of the Python package gguf converts it",
+                version.swap_bytes()
+            ));
         }
+        version => return Err(format!("is GGUF of version {version}, known are 2 and 3; {CONVERT}")),
     }
     // Bytes that the smallest description of a tensor and the smallest pair take.
     let tensors = cursor.count(24, "tensors")?;
@@ -56,7 +66,7 @@ fn header(mut cursor: Cursor, total: usize) -> Parsed<Listing> {
     let alignment = match metadata.get("general.alignment") {
         None => 32,
         Some(&Metadata::Int(alignment @ 1..=65536)) if (alignment as usize).is_power_of_two() => alignment as usize,
-        Some(other) => return Err(format!("has general.alignment {other:?}, expected a power of two")),
+        Some(other) => return Err(format!("has general.alignment {other:?}, expected a power of two up to 65536")),
     };
     let mut described = Vec::new();
     for _ in 0..tensors {
@@ -94,7 +104,9 @@ fn tensor(cursor: &mut Cursor) -> Parsed<(String, Shape, Stored, u64)> {
     }
     let kind = cursor.u32()?;
     let stored = stored(kind).map_err(|kind| {
-        format!("tensor `{name}` is {kind}, expected one of F32, F16, BF16, F64, I8, I16, I32, I64, Q8_0, Q4_0, Q4_1")
+        format!(
+            "tensor `{name}` is {kind}, expected one of {READ}; quantise the model anew, to Q4_K_M or Q8_0 for instance"
+        )
     })?;
     // Blocks lie along the first dimension, which is the last of a tensor here.
     let values = stored.block().0;
@@ -109,31 +121,61 @@ fn tensor(cursor: &mut Cursor) -> Parsed<(String, Shape, Stored, u64)> {
 
 /// The types by their numbers, or the name of one that is not read.
 fn stored(kind: u32) -> Result<Stored, String> {
-    let unread = |name: &str| Err(name.to_string());
-    match kind {
-        0 => Ok(Stored::F32),
-        1 => Ok(Stored::F16),
-        2 => Ok(Stored::Q4_0),
-        3 => Ok(Stored::Q4_1),
-        6 => unread("Q5_0"),
-        7 => unread("Q5_1"),
-        8 => Ok(Stored::Q8_0),
-        9 => unread("Q8_1"),
-        10 => unread("Q2_K"),
-        11 => unread("Q3_K"),
-        12 => unread("Q4_K"),
-        13 => unread("Q5_K"),
-        14 => unread("Q6_K"),
-        15 => unread("Q8_K"),
-        24 => Ok(Stored::I8),
-        25 => Ok(Stored::I16),
-        26 => Ok(Stored::I32),
-        27 => Ok(Stored::I64),
-        28 => Ok(Stored::F64),
-        30 => Ok(Stored::BF16),
-        other => Err(format!("of type {other}")),
-    }
+    Ok(match kind {
+        0 => Stored::F32,
+        1 => Stored::F16,
+        2 => Stored::Q4_0,
+        3 => Stored::Q4_1,
+        6 => Stored::Q5_0,
+        7 => Stored::Q5_1,
+        8 => Stored::Q8_0,
+        10 => Stored::Q2K,
+        11 => Stored::Q3K,
+        12 => Stored::Q4K,
+        13 => Stored::Q5K,
+        14 => Stored::Q6K,
+        20 => Stored::Iq4Nl,
+        23 => Stored::Iq4Xs,
+        24 => Stored::I8,
+        25 => Stored::I16,
+        26 => Stored::I32,
+        27 => Stored::I64,
+        28 => Stored::F64,
+        30 => Stored::BF16,
+        other => {
+            let name = UNREAD.iter().find(|(kind, _)| *kind == other).map(|(_, name)| name.to_string());
+            return Err(name.unwrap_or_else(|| format!("of the unknown type {other}")));
+        }
+    })
 }
+
+/// The names of types that are not read: those of computations, of one to three bits, and of other families.
+const UNREAD: [(u32, &str); 20] = [
+    (4, "Q4_2"),
+    (5, "Q4_3"),
+    (9, "Q8_1"),
+    (15, "Q8_K"),
+    (16, "IQ2_XXS"),
+    (17, "IQ2_XS"),
+    (18, "IQ3_XXS"),
+    (19, "IQ1_S"),
+    (21, "IQ3_S"),
+    (22, "IQ2_S"),
+    (29, "IQ1_M"),
+    (31, "Q4_0_4_4"),
+    (32, "Q4_0_4_8"),
+    (33, "Q4_0_8_8"),
+    (34, "TQ1_0"),
+    (35, "TQ2_0"),
+    (36, "IQ4_NL_4_4"),
+    (39, "MXFP4"),
+    (40, "NVFP4"),
+    (41, "Q1_0"),
+];
+
+/// The names of the types that are read.
+const READ: &str = "F32, F16, BF16, F64, I8, I16, I32, I64, Q8_0, Q4_0, Q4_1, Q5_0, Q5_1, Q2_K, Q3_K, Q4_K, Q5_K, Q6_K, \
+    IQ4_NL, IQ4_XS";
 
 fn name(cursor: &mut Cursor) -> Parsed<String> {
     let name = text(cursor)?;
@@ -200,8 +242,7 @@ impl Values<'_> {
             }
             10 => {
                 let value = cursor.u64()?;
-                let value = i64::try_from(value);
-                Metadata::Int(value.map_err(|_| format!("has metadata `{name}` with a number that is too large"))?)
+                i64::try_from(value).map_or(Metadata::Unsigned(value), Metadata::Int)
             }
             11 => Metadata::Int(cursor.u64()? as i64),
             12 => Metadata::Float(f64::from_bits(cursor.u64()?)),

@@ -9,9 +9,11 @@ mod names;
 mod pickle;
 mod pretrained;
 mod pytorch;
+mod quantised;
 mod safetensors;
 mod small_file;
 mod source;
+mod split;
 mod stored;
 mod tensor_file;
 mod zip;
@@ -22,7 +24,7 @@ pub use self::{
     safetensors::{read_safetensors, write_safetensors},
     small_file::{read_limited, read_text},
     stored::Stored,
-    tensor_file::{Format, Metadata, TensorFile, TensorInfo},
+    tensor_file::{Format, Metadata, RawTensor, TensorFile, TensorInfo},
 };
 
 pub(crate) use self::{

@@ -80,9 +80,11 @@ impl Names {
                 Source::Stacked([first, second]) => Tensor::cat(&[&file.tensor(first)?, &file.tensor(second)?], 0)?,
                 Source::Halves(name, heads) => {
                     let tensor = file.tensor(name)?;
-                    let (rows, columns) = (tensor.dim(0)?, tensor.dim(1)?);
+                    // A bias has a row of one column.
+                    let rows = tensor.dim(0)?;
+                    let columns = if tensor.rank() == 1 { 1 } else { tensor.dim(1)? };
                     let pairs = tensor.reshape([*heads, rows / heads / 2, 2, columns])?;
-                    pairs.transpose(1, 2)?.reshape([rows, columns])?
+                    pairs.transpose(1, 2)?.reshape(&tensor.shape()[..])?
                 }
             };
             check_finite(file, weight, &tensor)?;

@@ -1,20 +1,25 @@
 //! Element types of files, and how their bytes become tensors.
 
-use std::sync::{Mutex, PoisonError};
+use std::{
+    fmt,
+    sync::{Mutex, PoisonError},
+};
 
 use half::{bf16, f16};
 
 use super::{
     bytes::{Parsed, Reading},
     gather::gather,
+    quantised,
     source::Source,
     tensor_file::Entry,
 };
-use crate::{DType, Device, Result, Tensor, core::Element, device::cpu};
+use crate::{DType, Device, Error, Result, Tensor, core::Element, device::cpu};
 
 /// How the values of a tensor lie in a file.
 ///
-/// The types `Q…` are those of GGUF: blocks of 32 values with a common scale, read as f32.
+/// The types `Q…` and `Iq…` are GGUF's quantised types: blocks of 32 or 256 values with common scales, each value read as
+/// [`DType::F32`]. [`Stored::dequantize`] turns their bytes into values.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 #[non_exhaustive]
 pub enum Stored {
@@ -44,6 +49,24 @@ pub enum Stored {
     Q4_0,
     /// `scale · q + least` with 4-bit `q`; read as [`DType::F32`].
     Q4_1,
+    /// `scale · (q − 16)` with 5-bit `q`; read as [`DType::F32`].
+    Q5_0,
+    /// `scale · q + least` with 5-bit `q`; read as [`DType::F32`].
+    Q5_1,
+    /// 2-bit integers, a scale and a minimum for each 16 values; read as [`DType::F32`].
+    Q2K,
+    /// 3-bit integers, a scale for each 16 values; read as [`DType::F32`].
+    Q3K,
+    /// 4-bit integers, a scale and a minimum for each 32 values; read as [`DType::F32`].
+    Q4K,
+    /// 5-bit integers, a scale and a minimum for each 32 values; read as [`DType::F32`].
+    Q5K,
+    /// 6-bit integers, a scale for each 16 values; read as [`DType::F32`].
+    Q6K,
+    /// 4-bit indices of a table of values, a scale for each 32; read as [`DType::F32`].
+    Iq4Nl,
+    /// The same with integer scales in blocks of 256; read as [`DType::F32`].
+    Iq4Xs,
 }
 
 impl Stored {
@@ -54,9 +77,17 @@ impl Stored {
             Self::F32 | Self::I32 => (1, 4),
             Self::BF16 | Self::F16 | Self::I16 => (1, 2),
             Self::I8 | Self::U8 | Self::Bool => (1, 1),
-            Self::Q8_0 => (BLOCK, 34),
-            Self::Q4_0 => (BLOCK, 18),
-            Self::Q4_1 => (BLOCK, 20),
+            Self::Q8_0 => (32, 34),
+            Self::Q4_0 | Self::Iq4Nl => (32, 18),
+            Self::Q4_1 => (32, 20),
+            Self::Q5_0 => (32, 22),
+            Self::Q5_1 => (32, 24),
+            Self::Q2K => (256, 84),
+            Self::Q3K => (256, 110),
+            Self::Q4K => (256, 144),
+            Self::Q5K => (256, 176),
+            Self::Q6K => (256, 210),
+            Self::Iq4Xs => (256, 136),
         }
     }
 
@@ -64,7 +95,19 @@ impl Stored {
     pub fn dtype(self) -> DType {
         match self {
             Self::F64 => DType::F64,
-            Self::F32 | Self::Q8_0 | Self::Q4_0 | Self::Q4_1 => DType::F32,
+            Self::F32
+            | Self::Q8_0
+            | Self::Q4_0
+            | Self::Q4_1
+            | Self::Q5_0
+            | Self::Q5_1
+            | Self::Q2K
+            | Self::Q3K
+            | Self::Q4K
+            | Self::Q5K
+            | Self::Q6K
+            | Self::Iq4Nl
+            | Self::Iq4Xs => DType::F32,
             Self::BF16 => DType::BF16,
             Self::F16 => DType::F16,
             Self::I64 | Self::I32 | Self::I16 | Self::I8 | Self::U8 => DType::I64,
@@ -72,17 +115,44 @@ impl Stored {
         }
     }
 
-    /// Bytes that so many values take, if whole blocks hold them.
+    /// Bytes that this number of values takes, if whole blocks hold them.
     pub(super) fn bytes(self, elements: usize) -> Option<usize> {
         let (values, bytes) = self.block();
         elements.is_multiple_of(values).then(|| (elements / values).checked_mul(bytes))?
     }
 }
 
-/// Values of a block of a quantised type.
-const BLOCK: usize = 32;
+/// The name in safetensors and GGUF files, `Q4_K` for instance.
+impl fmt::Display for Stored {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::F64 => "F64",
+            Self::F32 => "F32",
+            Self::BF16 => "BF16",
+            Self::F16 => "F16",
+            Self::I64 => "I64",
+            Self::I32 => "I32",
+            Self::I16 => "I16",
+            Self::I8 => "I8",
+            Self::U8 => "U8",
+            Self::Bool => "BOOL",
+            Self::Q8_0 => "Q8_0",
+            Self::Q4_0 => "Q4_0",
+            Self::Q4_1 => "Q4_1",
+            Self::Q5_0 => "Q5_0",
+            Self::Q5_1 => "Q5_1",
+            Self::Q2K => "Q2_K",
+            Self::Q3K => "Q3_K",
+            Self::Q4K => "Q4_K",
+            Self::Q5K => "Q5_K",
+            Self::Q6K => "Q6_K",
+            Self::Iq4Nl => "IQ4_NL",
+            Self::Iq4Xs => "IQ4_XS",
+        })
+    }
+}
 
-/// Bytes of the file that are held while values are converted, rounded down to whole blocks.
+/// Bytes of the file that are held while integers are converted.
 const CHUNK: usize = 1 << 18;
 
 /// Reads a tensor into its own memory.
@@ -93,19 +163,41 @@ pub(super) fn read(source: &Source, entry: &Entry) -> Reading<Tensor> {
         Stored::BF16 => plain::<bf16, 2>(source, entry),
         Stored::F16 => plain::<f16, 2>(source, entry),
         Stored::I64 => plain::<i64, 8>(source, entry),
-        Stored::I32 => blocks(source, entry, |bytes: [u8; 4]| [i32::from_le_bytes(bytes) as i64]),
-        Stored::I16 => blocks(source, entry, |bytes: [u8; 2]| [i16::from_le_bytes(bytes) as i64]),
-        Stored::I8 => blocks(source, entry, |bytes: [u8; 1]| [i8::from_le_bytes(bytes) as i64]),
-        Stored::U8 => blocks(source, entry, |[byte]: [u8; 1]| [byte as i64]),
+        Stored::I32 => converted(source, entry, |bytes: [u8; 4]| i32::from_le_bytes(bytes) as i64),
+        Stored::I16 => converted(source, entry, |bytes: [u8; 2]| i16::from_le_bytes(bytes) as i64),
+        Stored::I8 => converted(source, entry, |bytes: [u8; 1]| i8::from_le_bytes(bytes) as i64),
+        Stored::U8 => converted(source, entry, |[byte]: [u8; 1]| byte as i64),
         Stored::Bool => {
             let mut tensor = plain::<bool, 1>(source, entry)?;
             check_bool(tensor.values_mut::<bool>()?)?;
             Ok(tensor)
         }
-        Stored::Q8_0 => blocks(source, entry, q8_0),
-        Stored::Q4_0 => blocks(source, entry, q4_0),
-        Stored::Q4_1 => blocks(source, entry, q4_1),
+        Stored::Q8_0
+        | Stored::Q4_0
+        | Stored::Q4_1
+        | Stored::Q5_0
+        | Stored::Q5_1
+        | Stored::Q2K
+        | Stored::Q3K
+        | Stored::Q4K
+        | Stored::Q5K
+        | Stored::Q6K
+        | Stored::Iq4Nl
+        | Stored::Iq4Xs => quantised::read(source, entry),
     }
+}
+
+/// Copies the bytes of a tensor as they lie in the file, which has them.
+pub(super) fn raw(source: &Source, entry: &Entry) -> Reading<Vec<u8>> {
+    if entry.strides.is_some() {
+        return Err("is a view whose values lie apart: it has no bytes of its own".into());
+    }
+    let size = entry.stored.bytes(entry.shape.elements()).ok_or("is too large")?;
+    let mut bytes = Vec::new();
+    bytes.try_reserve_exact(size).map_err(|_| Error::OutOfMemory { requested: size, live: 0, cached: 0 })?;
+    bytes.resize(size, 0);
+    read_parts(source, entry.start, &mut bytes)?;
+    Ok(bytes)
 }
 
 fn check_bool(bytes: &[u8]) -> Parsed<()> {
@@ -145,55 +237,23 @@ fn read_parts(source: &Source, start: usize, to: &mut [u8]) -> Result<()> {
     }
 }
 
-/// Values from blocks of `N` bytes, `M` of each.
-fn blocks<E: Element, const N: usize, const M: usize>(
-    source: &Source,
-    entry: &Entry,
-    values: fn([u8; N]) -> [E; M],
-) -> Reading<Tensor> {
+/// Values of `N` bytes each that have another type in memory.
+fn converted<E: Element, const N: usize>(source: &Source, entry: &Entry, value: fn([u8; N]) -> E) -> Reading<Tensor> {
     let mut tensor = Tensor::uninit(entry.shape, E::DTYPE, &Device::Cpu)?;
     let out = tensor.values_mut::<E>()?;
     if let Some(strides) = &entry.strides {
-        // Only types with a value per block have strides.
-        gather(source, entry.start, &entry.shape, strides, out, |bytes: [u8; N]| values(bytes)[0].to_stored())?;
+        gather(source, entry.start, &entry.shape, strides, out, |bytes: [u8; N]| value(bytes).to_stored())?;
         return Ok(tensor);
     }
-    let mut chunk = vec![[0; N]; (CHUNK / N).min(out.len() / M)];
+    let mut chunk = vec![[0; N]; (CHUNK / N).min(out.len())];
     let mut at = entry.start;
-    for out in out.chunks_mut((CHUNK / N) * M) {
-        let chunk = &mut chunk[..out.len() / M];
+    for out in out.chunks_mut(CHUNK / N) {
+        let chunk = &mut chunk[..out.len()];
         source.read_at(at, chunk.as_flattened_mut())?;
         at += chunk.len() * N;
-        for (to, block) in out.chunks_exact_mut(M).zip(chunk) {
-            for (to, value) in to.iter_mut().zip(values(*block)) {
-                *to = value.to_stored();
-            }
+        for (to, bytes) in out.iter_mut().zip(chunk) {
+            *to = value(*bytes).to_stored();
         }
     }
     Ok(tensor)
-}
-
-/// The half that begins at this byte of a block.
-fn half(block: &[u8], at: usize) -> f32 {
-    f16::from_le_bytes([block[at], block[at + 1]]).to_f32()
-}
-
-fn q8_0(block: [u8; 34]) -> [f32; BLOCK] {
-    let scale = half(&block, 0);
-    std::array::from_fn(|i| scale * block[2 + i] as i8 as f32)
-}
-
-/// The 4-bit numbers of sixteen bytes: the low halves first, then the high ones.
-fn nibble(bytes: &[u8], i: usize) -> u8 {
-    if i < BLOCK / 2 { bytes[i] & 0xF } else { bytes[i - BLOCK / 2] >> 4 }
-}
-
-fn q4_0(block: [u8; 18]) -> [f32; BLOCK] {
-    let scale = half(&block, 0);
-    std::array::from_fn(|i| scale * (nibble(&block[2..], i) as f32 - 8.0))
-}
-
-fn q4_1(block: [u8; 20]) -> [f32; BLOCK] {
-    let (scale, least) = (half(&block, 0), half(&block, 2));
-    std::array::from_fn(|i| scale * nibble(&block[4..], i) as f32 + least)
 }

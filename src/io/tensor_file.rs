@@ -9,9 +9,10 @@ use std::{
 use serde::Deserialize;
 
 use super::{
-    bytes::{Parsed, Unreadable},
+    bytes::{Parsed, Reading, Unreadable},
     gguf, pytorch, read_limited, safetensors,
     source::Source,
+    split,
     stored::{self, Stored},
     zip,
 };
@@ -26,6 +27,10 @@ use crate::{Error, Result, Shape, Tensor, error::ensure};
 /// | PyTorch, `torch.save` of a state dict | a zip archive with `data.pkl` |
 /// | PyTorch before 1.6 | a pickle with the number of that format |
 /// | GGUF 2 and 3 | `GGUF` |
+/// | GGUF in several files | one of them, named `NAME-00001-of-00003.gguf` |
+///
+/// GGUF's types F32, F16, BF16, F64, the integers, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q2_K to Q6_K, IQ4_NL and IQ4_XS are read;
+/// values of the quantised ones become f32, or stay packed, see [`TensorFile::raw`].
 ///
 /// Pickles are read by a machine of its own that executes nothing: it knows the instructions and functions that state
 /// dicts need, and refuses all others by their names.
@@ -51,11 +56,11 @@ use crate::{Error, Result, Shape, Tensor, error::ensure};
 /// ```
 #[derive(Debug)]
 pub struct TensorFile {
-    path: PathBuf,
+    pub(super) path: PathBuf,
     format: Format,
-    parts: Vec<Source>,
-    entries: BTreeMap<String, Entry>,
-    metadata: BTreeMap<String, Metadata>,
+    pub(super) parts: Vec<Source>,
+    pub(super) entries: BTreeMap<String, Entry>,
+    pub(super) metadata: BTreeMap<String, Metadata>,
 }
 
 /// What a file is.
@@ -91,6 +96,8 @@ pub enum Metadata {
     Bool(bool),
     /// An integer of any width.
     Int(i64),
+    /// An integer of 64 bits that is larger than [`i64::MAX`].
+    Unsigned(u64),
     /// A float of any width.
     Float(f64),
     /// Text.
@@ -106,6 +113,17 @@ pub struct TensorInfo {
     pub stored: Stored,
     /// The shape.
     pub shape: Vec<usize>,
+}
+
+/// A tensor as it lies in its file: GGUF's blocks for instance, which stay packed.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct RawTensor {
+    /// Type of the values in `bytes`.
+    pub stored: Stored,
+    /// The shape; blocks lie along its last dimension.
+    pub shape: Vec<usize>,
+    /// The bytes: [`Stored::block`] says how many values and bytes a block has.
+    pub bytes: Vec<u8>,
 }
 
 /// Where a tensor lies. Whoever makes one has checked that it lies inside its file.
@@ -136,7 +154,7 @@ const IN_FOLDERS: [&str; 4] =
 impl TensorFile {
     /// Opens a file of any of the formats, an index of several, or a folder that holds one of
     /// `model.safetensors`, `model.safetensors.index.json`, `pytorch_model.bin`, `pytorch_model.bin.index.json`, or a
-    /// single `.gguf`.
+    /// single `.gguf`, which may be cut into several files. Of those any one may be given.
     ///
     /// Errors: [`Error::Io`] if a file cannot be read; [`Error::File`], which says what is wrong and where.
     pub fn open(path: impl AsRef<Path>) -> Result<Self> {
@@ -145,7 +163,7 @@ impl TensorFile {
         if path.to_string_lossy().ends_with(".index.json") { Self::open_index(path) } else { Self::open_one(path) }
     }
 
-    /// The same for the bytes of one file.
+    /// Reads the bytes of one file. Of a GGUF model in several files they are one part.
     ///
     /// Errors: [`Error::File`], which says what is wrong and where.
     pub fn from_bytes(bytes: impl Into<Vec<u8>>) -> Result<Self> {
@@ -153,7 +171,8 @@ impl TensorFile {
     }
 
     fn open_one(path: &Path) -> Result<Self> {
-        Self::of(Source::open(path)?)
+        let one = |path: &Path| Self::of(Source::open(path)?);
+        split::complete(one(path)?, one)
     }
 
     fn of(source: Source) -> Result<Self> {
@@ -261,9 +280,35 @@ impl TensorFile {
     /// Errors: there is none of this name; values that its type does not allow; a file that has changed since it was
     /// opened; [`Error::OutOfMemory`].
     pub fn tensor(&self, name: &str) -> Result<Tensor> {
-        let entry = self.entries.get(name);
-        let entry = entry.ok_or_else(|| Error::file(&self.path, format!("has no tensor `{name}`")))?;
+        let entry = self.entry(name)?;
         entry.read(&self.parts[entry.part], name)
+    }
+
+    /// Reads the bytes of a tensor as they lie in the file, without turning them into numbers.
+    ///
+    /// ```no_run
+    /// use x_transformers::io::{RawTensor, TensorFile};
+    /// # fn main() -> x_transformers::Result<()> {
+    /// let file = TensorFile::open("Llama-3.2-1B-Instruct-Q4_K_M.gguf")?;
+    /// let RawTensor { stored, shape, bytes } = file.raw("blk.0.ffn_down.weight")?;
+    /// let (values_per_block, bytes_per_block) = stored.block();
+    /// let row = shape[1] / values_per_block * bytes_per_block;
+    /// let mut values = vec![0.0; shape[1]];
+    /// stored.dequantize(&bytes[..row], &mut values)?;
+    /// # Ok(())
+    /// # }
+    /// ```
+    ///
+    /// Errors: there is none of this name; a view of a PyTorch file whose values lie apart; a file that has changed
+    /// since it was opened; [`Error::OutOfMemory`].
+    pub fn raw(&self, name: &str) -> Result<RawTensor> {
+        let entry = self.entry(name)?;
+        let bytes = entry.checked(&self.parts[entry.part], name, stored::raw)?;
+        Ok(RawTensor { stored: entry.stored, shape: entry.shape.to_vec(), bytes })
+    }
+
+    fn entry(&self, name: &str) -> Result<&Entry> {
+        self.entries.get(name).ok_or_else(|| Error::file(&self.path, format!("has no tensor `{name}`")))
     }
 
     /// Reads every tensor.
@@ -277,9 +322,13 @@ impl TensorFile {
 impl Entry {
     /// Reads the tensor of this name.
     pub fn read(&self, source: &Source, name: &str) -> Result<Tensor> {
-        let tensor = stored::read(source, self);
+        self.checked(source, name, stored::read)
+    }
+
+    fn checked<T>(&self, source: &Source, name: &str, read: impl Fn(&Source, &Self) -> Reading<T>) -> Result<T> {
+        let read = read(source, self);
         source.check_unchanged()?;
-        tensor.map_err(|problem| match problem {
+        read.map_err(|problem| match problem {
             Unreadable::Content(why) => Error::file(source.path(), format!("tensor `{name}` {why}")),
             Unreadable::Failed(error @ (Error::File { .. } | Error::Io { .. })) => error,
             Unreadable::Failed(error) => error.at(name),
@@ -302,12 +351,10 @@ fn in_folder(folder: &Path) -> Result<PathBuf> {
     if let Some(found) = IN_FOLDERS.iter().map(|name| folder.join(name)).find(|path| path.is_file()) {
         return Ok(found);
     }
-    let entries = fs::read_dir(folder).map_err(|source| Error::io(folder, source))?;
-    let mut found: Vec<PathBuf> = entries
-        .filter_map(|entry| Some(entry.ok()?.path()))
-        .filter(|path| path.extension().is_some_and(|ending| ending == "gguf") && path.is_file())
-        .collect();
-    found.sort();
+    let found = gguf_files(folder)?;
+    if let Some(first) = split::first_of(&found) {
+        return Ok(first.clone());
+    }
     match &found[..] {
         [one] => Ok(one.clone()),
         [] => Err(Error::file(folder, format!("has no weights: none of {}, and no .gguf", IN_FOLDERS.join(", ")))),
@@ -315,11 +362,29 @@ fn in_folder(folder: &Path) -> Result<PathBuf> {
     }
 }
 
+/// The GGUF files of a folder, in alphabetical order.
+fn gguf_files(folder: &Path) -> Result<Vec<PathBuf>> {
+    let entries = fs::read_dir(folder).map_err(|source| Error::io(folder, source))?;
+    let mut found: Vec<PathBuf> = entries
+        .filter_map(|entry| Some(entry.ok()?.path()))
+        .filter(|path| path.extension().is_some_and(|ending| ending == "gguf") && path.is_file())
+        .collect();
+    found.sort();
+    Ok(found)
+}
+
+/// If `true`, the weights of a folder are in GGUF files, readable or not.
+pub(super) fn holds_gguf(folder: &Path) -> bool {
+    let others = IN_FOLDERS.iter().any(|name| folder.join(name).is_file());
+    !others && gguf_files(folder).is_ok_and(|found| !found.is_empty())
+}
+
 impl Metadata {
     /// The number, if it is an integer that is not negative.
     pub fn as_usize(&self) -> Option<usize> {
         match self {
             Self::Int(value) => usize::try_from(*value).ok(),
+            Self::Unsigned(value) => usize::try_from(*value).ok(),
             _ => None,
         }
     }
@@ -328,6 +393,7 @@ impl Metadata {
     pub fn as_f64(&self) -> Option<f64> {
         match self {
             Self::Int(value) => Some(*value as f64),
+            Self::Unsigned(value) => Some(*value as f64),
             Self::Float(value) => Some(*value),
             _ => None,
         }

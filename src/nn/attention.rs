@@ -226,7 +226,7 @@ impl Attention {
         let mut k = if self.plan.shared.is_some() { k.unsqueeze(1)? } else { self.split_heads(&k)? };
         let mut q = self.queries(&q)?.detach();
         (k, v) = (k.detach(), v.detach());
-        if let (Some(table), Some(plan)) = (&tables.rotary, self.plan.rotary) {
+        if let (Some(table), Some(plan)) = (&tables.rotary, &self.plan.rotary) {
             let rotate = |x: &Tensor| x.rotate_rows(table, &step.ends, cache.memories);
             (q, k) = (rotate(&self.pairs_as_halves(q)?)?, rotate(&self.pairs_as_halves(k)?)?);
             v = if plan.values { rotate(&v)? } else { v };
@@ -334,7 +334,7 @@ impl Attention {
     /// Features whose pairs are neighbours, in the order of `Tensor::rotary`, whose pairs are halves. Queries and keys
     /// alike, so that their products stay the same.
     fn pairs_as_halves(&self, x: Tensor) -> Result<Tensor> {
-        let Some(plan) = self.plan.rotary.filter(|plan| plan.interleaved) else { return Ok(x) };
+        let Some(plan) = self.plan.rotary.as_ref().filter(|plan| plan.interleaved) else { return Ok(x) };
         let (last, features) = (x.rank() - 1, plan.features());
         let axis = last as isize;
         let mut shape = x.shape().to_vec();
@@ -347,7 +347,7 @@ impl Attention {
 
     /// Keys count from 0, memories included; queries are the last of them.
     fn rotate(&self, q: Tensor, k: Tensor, v: Tensor) -> Result<[Tensor; 3]> {
-        let (Some(frequencies), Some(plan)) = (&self.rotary, self.plan.rotary) else { return Ok([q, k, v]) };
+        let (Some(frequencies), Some(plan)) = (&self.rotary, &self.plan.rotary) else { return Ok([q, k, v]) };
         let first = k.dim(2)? - q.dim(2)?;
         let v = if plan.values { v.rotary(frequencies, 0)? } else { v };
         let (q, k) = (self.pairs_as_halves(q)?, self.pairs_as_halves(k)?);

@@ -25,8 +25,9 @@ const BLOCK_ON_CPU: usize = 96 << 20;
 /// The same where the memory is faster and the products must be large.
 const BLOCK_ON_GPU: usize = 256 << 20;
 
-/// Rows of logits on a GPU begin at multiples of so many elements, of 16 bytes in a half type.
-const PITCH: usize = 8;
+/// On a GPU zeros make the number of classes a multiple of this: cuBLAS has its fast kernels for sizes whose rows are whole
+/// packets of 16 bytes, also in half types, and vocabularies such as the 50257 tokens of GPT-2 are odd.
+const MULTIPLE: usize = 8;
 
 /// Rows of a block however long they are.
 const FEWEST_ROWS: usize = 256;
@@ -113,7 +114,19 @@ impl Tensor {
         let [need_x, need_weight, need_bias] = needs(OP, [self, weight, bias.unwrap_or(weight)])?;
         let need = [need_x, need_weight, need_bias && bias.is_some()];
         let packed = bias.map(|bias| bias.detach().contiguous()).transpose()?;
-        let layer = Layer { x, weight: weight.detach(), bias: packed, targets, ignore_index };
+        let classes = weight.dim(0)?;
+        let padded = |x: Tensor| match x.device() {
+            Device::Cpu => Ok(x),
+            Device::Cuda(_) => pad_rows(x, classes.next_multiple_of(MULTIPLE)),
+        };
+        let layer = Layer {
+            x,
+            weight: padded(weight.detach())?,
+            bias: packed.map(padded).transpose()?,
+            classes,
+            targets,
+            ignore_index,
+        };
         let (loss, gradients) = layer.run(need, rows_at_a_time)?;
         profile::operations(|| {
             let products = 1 + u8::from(need_x) + u8::from(need_weight);
@@ -131,8 +144,11 @@ impl Tensor {
 struct Layer {
     /// `[rows, in]`, packed.
     x: Tensor,
+    /// `[classes, in]`; on a GPU followed by rows of zeros, see [`MULTIPLE`].
     weight: Tensor,
+    /// As many as `weight` has rows.
     bias: Option<Tensor>,
+    classes: usize,
     /// `[rows]`, packed.
     targets: Tensor,
     ignore_index: i64,
@@ -153,19 +169,19 @@ struct Gradients {
 impl Layer {
     /// The mean loss, and the gradients that are needed.
     fn run(self, need: [bool; 3], [rows_at_a_time, rows_of_part]: [usize; 2]) -> Result<(Tensor, Gradients)> {
-        let (rows, inputs, classes) = (self.x.dim(0)?, self.x.dim(1)?, self.weight.dim(0)?);
+        let (rows, inputs, padded) = (self.x.dim(0)?, self.x.dim(1)?, self.weight.dim(0)?);
         let (device, dtype) = (self.x.device().clone(), self.x.dtype());
         // The values of f16 end before those of a mean over many rows.
         let divide_at_last = device != Device::Cpu || dtype == DType::F16;
         let count = match device {
-            Device::Cpu => count_targets(self.targets.values::<i64>()?, classes, self.ignore_index)? as f64,
+            Device::Cpu => count_targets(self.targets.values::<i64>()?, self.classes, self.ignore_index)? as f64,
             Device::Cuda(_) => 1.0,
         };
         let scale = if divide_at_last { 1.0 } else { 1.0 / count };
         let of_sums = |shape: &[usize]| Tensor::uninit(Shape::new(shape)?, dtype.accumulator(), &device);
         let wanted = |wanted: bool, shape: &[usize]| wanted.then(|| of_sums(shape)).transpose();
         let mut of_x = Vec::new();
-        let (mut of_weight, mut of_bias) = (wanted(need[1], &[classes, inputs])?, wanted(need[2], &[1, classes])?);
+        let (mut of_weight, mut of_bias) = (wanted(need[1], &[padded, inputs])?, wanted(need[2], &[1, padded])?);
         let mut losses = Losses::default();
         for (first, height) in of_about_one_size(rows, rows_at_a_time) {
             let (x, targets) = (self.x.narrow(0, first, height)?, self.targets.narrow(0, first, height)?);
@@ -206,7 +222,9 @@ impl Layer {
             _ => Some(Tensor::joined(&of_x.iter().collect::<Vec<_>>(), 0)?.0),
         };
         let divisor = divide_at_last.then_some(count);
-        Ok((loss, Gradients { x, weight: of_weight, bias: of_bias, divisor }))
+        let weight = of_weight.map(|of_weight| of_weight.narrow(0, 0, self.classes)).transpose()?;
+        let bias = of_bias.map(|of_bias| of_bias.narrow(1, 0, self.classes)).transpose()?;
+        Ok((loss, Gradients { x, weight, bias, divisor }))
     }
 
     /// The gradient of a block of logits in the type of its sums, where it is needed, or the logits.
@@ -262,9 +280,6 @@ impl Layer {
 
     /// The gradient of a block of logits, where it is needed, in the type of `x`. The logits are in the type of the sums:
     /// of half types they are those of a few rows at a time, otherwise the gradient is written over them.
-    ///
-    /// Rows of logits and gradients begin at multiples of [`PITCH`]: cuBLAS has fast kernels for aligned rows alone, and
-    /// vocabularies such as the 50257 tokens of GPT-2 are odd.
     fn block_on_gpu(
         &self,
         gpu: &'static CudaDevice,
@@ -274,31 +289,25 @@ impl Layer {
         rows_of_part: usize,
         losses: &mut Losses,
     ) -> Result<Option<Tensor>> {
-        let (height, classes, dtype) = (x.dim(0)?, self.weight.dim(0)?, x.dtype());
+        let (height, padded, dtype) = (x.dim(0)?, self.weight.dim(0)?, x.dtype());
         let (device, sums) = (x.device(), dtype.accumulator());
-        let (pitch, is_half) = (classes.next_multiple_of(PITCH), dtype != sums);
-        let uninit = |rows: usize, dtype: DType| Tensor::uninit(Shape::new(&[rows, pitch])?, dtype, device);
+        let is_half = dtype != sums;
+        let uninit = |rows: usize, dtype: DType| Tensor::uninit(Shape::new(&[rows, padded])?, dtype, device);
         let mut gradient = (needed && is_half).then(|| uninit(height, dtype)).transpose()?;
-        let bias = match &self.bias {
-            Some(bias) => {
-                let behind = Tensor::zeros([pitch - classes], sums, device)?;
-                Some(Tensor::joined(&[&bias.to_dtype(sums)?, &behind], 0)?.0)
-            }
-            None => None,
-        };
+        let bias = self.bias.as_ref().map(|bias| bias.to_dtype(sums)).transpose()?;
         for (first, rows) in of_about_one_size(height, if is_half { rows_of_part } else { height }) {
             let (x, targets) = (x.narrow(0, first, rows)?, targets.narrow(0, first, rows)?);
             let mut logits = match &bias {
                 // The product is added to it.
-                Some(bias) => bias.expand(Shape::new(&[rows, pitch])?)?.contiguous()?.into_owned()?,
+                Some(bias) => bias.expand(Shape::new(&[rows, padded])?)?.contiguous()?.into_owned()?,
                 None => uninit(rows, sums)?,
             };
             product_sums(&x, &self.weight.transpose(0, 1)?, bias.is_some(), &mut logits)?;
             let mut statistics = Tensor::uninit(Shape::new(&[rows, 2])?, sums, device)?;
-            let ends = (classes, self.ignore_index);
+            let ends = (self.classes, self.ignore_index);
             losses.of_rows.push(launch_rows(gpu, &logits, &targets, ends, &mut statistics)?);
             if let Some(gradient) = &mut gradient {
-                let to = gradient.address_mut()? + (first * pitch * dtype.size()) as u64;
+                let to = gradient.address_mut()? + (first * padded * dtype.size()) as u64;
                 launch_rounded_gradient(gpu, dtype, to, &logits, &statistics, &targets, ends)?;
             } else if needed {
                 let ones = Tensor::ones([], dtype, device)?;
@@ -307,8 +316,19 @@ impl Layer {
                 gradient = Some(logits);
             }
         }
-        gradient.map(|gradient| gradient.narrow(1, 0, classes)).transpose()
+        Ok(gradient)
     }
+}
+
+/// With rows of zeros behind those of `x` `[rows, ..]`, so many together.
+fn pad_rows(x: Tensor, rows: usize) -> Result<Tensor> {
+    if x.dim(0)? == rows {
+        return Ok(x);
+    }
+    let mut shape = x.shape().to_vec();
+    shape[0] = rows - shape[0];
+    let zeros = Tensor::zeros(Shape::new(&shape)?, x.dtype(), x.device())?;
+    Ok(Tensor::joined(&[&x, &zeros], 0)?.0)
 }
 
 /// The losses of rows, as the device has them.
@@ -378,7 +398,7 @@ vectorized! {
 }
 
 /// Writes `softmax(x) − onehot(target)`, rounded to the half type, to this address, in rows as long as those of `x`
-/// `[rows, pitch]`, of which the first `classes` elements count.
+/// `[rows, pitch]`, of which the first `classes` elements count; of the others the gradient is 0.
 fn launch_rounded_gradient(
     gpu: &CudaDevice,
     dtype: DType,

@@ -5,11 +5,7 @@ use std::path::Path;
 use serde_json::{Map, Value, json};
 use x_transformers::{Error, Result, io::Family};
 
-use super::{described::Described, file_error, settings::Settings};
-
-/// How Qwen2's tokenizer splits texts before pairs are merged, as its class in `transformers` has it.
-const QWEN2: &str =
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
+use super::{described::Described, file_error, pretokenizer::QWEN2, settings::Settings};
 
 /// What the two files stand for with the settings beside them.
 ///

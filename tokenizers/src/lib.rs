@@ -11,6 +11,7 @@ mod checked;
 mod described;
 mod gguf;
 mod known;
+mod pretokenizer;
 mod sentence;
 mod sentencepiece;
 mod settings;

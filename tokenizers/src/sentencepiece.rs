@@ -148,28 +148,49 @@ impl SentencePiece {
             Some(_) => Err(format!("has a `tokenizer.ggml.{key}` that is not true or false")),
         };
         let id = |key: &str| metadata(key).and_then(Metadata::as_usize);
-        let (tokens, scores, kinds) = (list("tokens")?, list("scores")?, list("token_type")?);
-        if scores.len() != tokens.len() || kinds.len() != tokens.len() {
-            let (tokens, scores, kinds) = (tokens.len(), scores.len(), kinds.len());
+        let (tokens, scores) = (list("tokens")?, list("scores")?);
+        // Files may leave the kinds out: pieces of bytes are told by their spelling then, the others by their ids.
+        let kinds = metadata("token_type").map_or(Ok(None), |_| list("token_type").map(Some))?;
+        // Those of llama.cpp where a file names none.
+        let [unknown, start, end] = [("unknown_token_id", 0), ("bos_token_id", 1), ("eos_token_id", 2)]
+            .map(|(key, usual)| id(key).unwrap_or(usual));
+        let rules = match metadata("precompiled_charsmap") {
+            None => Vec::new(),
+            Some(rules) => of_bytes(rules).ok_or("has a `tokenizer.ggml.precompiled_charsmap` that is not bytes")?,
+        };
+        let count = kinds.map_or(tokens.len(), <[_]>::len);
+        if scores.len() != tokens.len() || count != tokens.len() {
+            let (tokens, scores, kinds) = (tokens.len(), scores.len(), count);
             return Err(format!("has {tokens} tokens, {scores} scores of them and {kinds} kinds"));
         }
-        let piece = |((token, score), kind): ((&Metadata, &Metadata), &Metadata)| {
+        let piece = |(index, (token, score)): (usize, (&Metadata, &Metadata))| {
             let text = token.as_str().ok_or("has a token that is no text")?.to_string();
             let score = match *score {
                 Metadata::Float(score) => score as f32,
                 Metadata::Int(score) => score as f32,
                 _ => return Err("has a score that is no number".to_string()),
             };
-            Ok(Piece { text, score, kind: Kind::new(kind.as_usize().unwrap_or(0) as u64)? })
+            let kind = match kinds {
+                // Tokens that fill up a vocabulary are like all others to llama.cpp.
+                Some(kinds) => match Kind::new(kinds[index].as_usize().unwrap_or(0) as u64)? {
+                    Kind::Unused => Kind::Normal,
+                    kind => kind,
+                },
+                None if index == unknown => Kind::Unknown,
+                None if index == start || index == end => Kind::Control,
+                None if text.len() == 6 && text.starts_with("<0x") && text.ends_with('>') => Kind::Byte,
+                None => Kind::Normal,
+            };
+            Ok(Piece { text, score, kind })
         };
         let model = Self {
-            pieces: tokens.iter().zip(scores).zip(kinds).map(piece).collect::<Result<_, String>>()?,
+            pieces: tokens.iter().zip(scores).enumerate().map(piece).collect::<Result<_, String>>()?,
             unigram: false,
             byte_fallback: true,
-            unknown: id("unknown_token_id").or(Some(0)),
-            start: id("bos_token_id"),
-            end: id("eos_token_id"),
-            rules: Vec::new(),
+            unknown: Some(unknown),
+            start: Some(start),
+            end: Some(end),
+            rules,
             prefix: flag("add_space_prefix", true)?,
             collapse: flag("remove_extra_whitespaces", false)?,
         };
@@ -308,6 +329,15 @@ impl SentencePiece {
             "merges": merges,
         }))
     }
+}
+
+/// A list of integers of 8 bits, with or without a sign.
+fn of_bytes(list: &Metadata) -> Option<Vec<u8>> {
+    let byte = |value: &Metadata| match *value {
+        Metadata::Int(value @ -128..=255) => Some(value as u8),
+        _ => None,
+    };
+    list.as_list()?.iter().map(byte).collect()
 }
 
 impl Piece {

@@ -68,9 +68,9 @@ impl CudaDevice {
     ///
     /// Errors: sizes beyond 2³¹ − 1, or an error of cuBLAS.
     pub(crate) fn gemm(&self, gemm: &Gemm) -> Result<()> {
-        let Gemm { dtype, sums, batch, m, n, k, a, b, c, pitch, add } = *gemm;
-        let ints = [m, n, k, a.stride, b.stride, pitch, batch].map(i32::try_from);
-        let [Ok(rows), Ok(columns), Ok(inner), Ok(a_stride), Ok(b_stride), Ok(c_stride), Ok(items)] = ints else {
+        let Gemm { dtype, sums, batch, m, n, k, a, b, c, add } = *gemm;
+        let ints = [m, n, k, a.stride, b.stride, batch].map(i32::try_from);
+        let [Ok(rows), Ok(columns), Ok(inner), Ok(a_stride), Ok(b_stride), Ok(items)] = ints else {
             return Err(Error::shape("matmul", format!("a size of {gemm:?} exceeds 2^31 - 1")));
         };
         let (kind, compute) = match dtype {
@@ -132,8 +132,8 @@ impl CudaDevice {
                 factor(add),
                 c as *mut c_void,
                 kind_of_c,
-                c_stride,
-                (m * pitch) as i64,
+                columns,
+                (m * n) as i64,
                 items,
                 compute,
                 sys::cublasGemmAlgo_t::CUBLAS_GEMM_DEFAULT,

@@ -1,48 +1,56 @@
-//! Llama, and what is built as it is, in the names of `transformers` and of GGUF.
-
-use serde_json::Value;
+//! Llama, and what is built as it is, in the names of `transformers`.
 
 use super::{
     super::names::{Source, Weight},
-    Described, Family, Names, Options, TensorFile, ff_mult,
+    Described, Family, Names, Options, ff_mult, rope,
 };
 use crate::{
-    Error, Result,
+    Result,
     config::{
         AttentionConfig, AttentionLayersConfig, FeedForwardConfig, FinalNorm, Llama3Scaling, TransformerWrapperConfig,
+        YarnScaling,
     },
-    io::Metadata,
+    error::ensure,
 };
 
 /// The sizes of a model.
-struct Sizes {
-    tokens: usize,
-    positions: usize,
-    dim: usize,
-    depth: usize,
-    heads: usize,
-    kv_heads: usize,
-    dim_head: usize,
-    inner: usize,
-    eps: f64,
-    base: f64,
-    scaling: Scaling,
-    /// Biases of queries, keys and values, and of the attention's output.
-    biases: [bool; 2],
-    max_attend_past: Option<usize>,
-    tied: bool,
+pub(super) struct Sizes {
+    pub(super) tokens: usize,
+    pub(super) positions: usize,
+    pub(super) dim: usize,
+    pub(super) depth: usize,
+    pub(super) heads: usize,
+    pub(super) kv_heads: usize,
+    pub(super) dim_head: usize,
+    pub(super) inner: usize,
+    pub(super) eps: f64,
+    pub(super) rotation: Rotation,
+    /// Biases of queries, keys and values, of the attention's output, and of the feedforward.
+    pub(super) biases: [bool; 3],
+    pub(super) max_attend_past: Option<usize>,
+    pub(super) tied: bool,
+}
+
+/// The rotation of queries and keys.
+pub(super) struct Rotation {
+    pub(super) base: f64,
+    pub(super) scaling: Scaling,
+    /// Divides the frequency of each pair of features.
+    pub(super) factors: Option<Vec<f64>>,
 }
 
 /// How the rotation is stretched to longer texts.
 #[derive(Clone, Copy)]
-enum Scaling {
+pub(super) enum Scaling {
     None,
     Linear(f64),
     Llama3(Llama3Scaling),
+    Yarn(YarnScaling),
 }
 
 impl Sizes {
-    fn config(&self) -> TransformerWrapperConfig {
+    pub(super) fn config(&self) -> TransformerWrapperConfig {
+        let Rotation { base, scaling, factors } = &self.rotation;
         let layers = AttentionLayersConfig {
             heads: self.heads,
             use_rmsnorm: true,
@@ -51,9 +59,11 @@ impl Sizes {
             rotary_pos_emb: true,
             rotary_emb_dim: Some(self.dim_head),
             rotary_qk_only: true,
-            rotary_base: self.base,
-            rotary_interpolation_factor: if let Scaling::Linear(factor) = self.scaling { factor } else { 1.0 },
-            rotary_llama3_scaling: if let Scaling::Llama3(scaling) = self.scaling { Some(scaling) } else { None },
+            rotary_base: *base,
+            rotary_interpolation_factor: if let Scaling::Linear(factor) = *scaling { factor } else { 1.0 },
+            rotary_llama3_scaling: if let Scaling::Llama3(scaling) = *scaling { Some(scaling) } else { None },
+            rotary_yarn_scaling: if let Scaling::Yarn(scaling) = *scaling { Some(scaling) } else { None },
+            rotary_freq_factors: factors.clone(),
             attn: AttentionConfig {
                 dim_head: self.dim_head,
                 kv_heads: Some(self.kv_heads),
@@ -66,7 +76,7 @@ impl Sizes {
                 mult: ff_mult(self.dim, self.inner),
                 glu: true,
                 swish: true,
-                no_bias: true,
+                no_bias: !self.biases[2],
                 ..FeedForwardConfig::default()
             },
             ..AttentionLayersConfig::decoder(self.dim, self.depth)
@@ -80,60 +90,65 @@ impl Sizes {
 }
 
 /// The places of one block here: attention, then feedforward.
-fn places(layer: usize) -> [String; 2] {
+pub(super) fn places(layer: usize) -> [String; 2] {
     [2 * layer, 2 * layer + 1].map(|index| format!("attn_layers.layers.{index}"))
-}
-
-/// The rotation that a config asks for.
-fn scaling(options: &Options, rope: Option<&Value>) -> Result<Scaling> {
-    let value = |key: &str| rope.and_then(|rope| rope.get(key)).filter(|value| !value.is_null());
-    let number = |key: &str| {
-        let number = value(key).and_then(Value::as_f64);
-        number.ok_or_else(|| options.refuse("rope_scaling", format!("has no number `{key}`")))
-    };
-    match value("rope_type").or_else(|| value("type")).and_then(Value::as_str) {
-        None | Some("default") => Ok(Scaling::None),
-        Some("linear") => Ok(Scaling::Linear(number("factor")?)),
-        Some("llama3") => Ok(Scaling::Llama3(Llama3Scaling {
-            factor: number("factor")?,
-            low_freq_factor: number("low_freq_factor")?,
-            high_freq_factor: number("high_freq_factor")?,
-            original_max_position_embeddings: number("original_max_position_embeddings")? as usize,
-        })),
-        Some(kind) => {
-            Err(options.refuse("rope_scaling", format!("is of type `{kind}`, expected default, linear or llama3")))
-        }
-    }
 }
 
 /// How far back tokens attend, if not to the first one.
 fn max_attend_past(options: &Options, family: Family, depth: usize, positions: usize) -> Result<Option<usize>> {
     const KEY: &str = "sliding_window";
-    let default = match family {
+    let window = match family {
         // Set to null it is none; left out it is this.
         Family::Mistral if !options.has(KEY) => Some(4096),
-        Family::Mistral => None,
-        Family::Qwen2 if options.flag("use_sliding_window", false)? => {
-            let first = options.size("max_window_layers", Some(28))?;
-            if first < depth {
-                return Err(options.refuse("max_window_layers", format!("is {first}, so that layers differ")));
-            }
-            return Ok(None);
-        }
+        Family::Qwen2 if !options.flag("use_sliding_window", false)? => return Ok(None),
+        Family::Qwen2 if !options.has(KEY) => Some(4096),
+        Family::Mistral | Family::Qwen2 if options.get(KEY).is_some() => Some(options.size(KEY, None)?),
         _ => return Ok(None),
     };
-    if options.get(KEY).is_none() && default.is_none() {
+    // A window that is as wide as a text changes nothing, in whichever layers it is.
+    let window = window.filter(|&window| window < positions);
+    if window.is_none() || family == Family::Qwen2 && !all_slide(options, depth)? {
         return Ok(None);
     }
     // The window has the token itself in it.
-    Ok(Some(options.size(KEY, default)? - 1).filter(|&past| past + 1 < positions))
+    Ok(window.map(|window| window - 1))
+}
+
+/// If `true`, every layer of a Qwen2 has the window, if `false` none has.
+fn all_slide(options: &Options, depth: usize) -> Result<bool> {
+    const LAYERS: &str = "layer_types";
+    const FIRST: &str = "max_window_layers";
+    if let Some(kinds) = options.get(LAYERS) {
+        let kinds = kinds.as_array().map_or(&[][..], Vec::as_slice);
+        let all = |kind: &str| kinds.len() == depth && kinds.iter().all(|found| found == kind);
+        ensure!(
+            all("sliding_attention") || all("full_attention"),
+            options
+                .refuse(LAYERS, "differ, expected all layers to be of one type: sliding_attention or full_attention")
+        );
+        return Ok(all("sliding_attention"));
+    }
+    let first = match options.get(FIRST) {
+        None => 28,
+        Some(value) => value
+            .as_u64()
+            .ok_or_else(|| options.refuse(FIRST, format!("is {value}, expected the number of a layer")))?,
+    };
+    let differ = || {
+        options.refuse(
+            FIRST,
+            format!(
+                "is {first}: only the layers from there to {depth} have a window, \
+        expected none or all ({depth} or 0)"
+            ),
+        )
+    };
+    ensure!(first == 0 || first >= depth as u64, differ());
+    Ok(first == 0)
 }
 
 pub(super) fn of_json(options: &Options, family: Family) -> Result<Described> {
     options.only("hidden_act", "silu")?;
-    options.only("mlp_bias", false)?;
-    let rope = options.get("rope_parameters").or_else(|| options.get("rope_scaling"));
-    let theta = rope.and_then(|rope| rope.get("rope_theta")).and_then(|theta| theta.as_f64());
     let dim = options.size("hidden_size", Some(4096))?;
     let heads = options.size("num_attention_heads", Some(32))?;
     let depth = options.depth(32)?;
@@ -154,12 +169,14 @@ pub(super) fn of_json(options: &Options, family: Family) -> Result<Described> {
         dim_head: options.size("head_dim", Some(dim / heads))?,
         inner: options.size("intermediate_size", Some(inner))?,
         eps: options.number("rms_norm_eps", 1e-6)?,
-        base: theta.map_or_else(|| options.number("rope_theta", 10000.0), Ok)?,
-        scaling: scaling(options, rope)?,
+        rotation: rope::of_json(options, positions)?,
         biases: match family {
-            Family::Mistral => [false, false],
-            Family::Qwen2 => [true, false],
-            _ => [options.flag("attention_bias", false)?; 2],
+            Family::Mistral => [false; 3],
+            Family::Qwen2 => [true, false, false],
+            _ => {
+                let attention = options.flag("attention_bias", false)?;
+                [attention, attention, options.flag("mlp_bias", false)?]
+            }
         },
         max_attend_past: max_attend_past(options, family, depth, positions)?,
         tied: options.flag("tie_word_embeddings", false)?,
@@ -179,89 +196,18 @@ pub(super) fn of_json(options: &Options, family: Family) -> Result<Described> {
                 names.one(format!("{here}.weight"), format!("{there}.weight"));
             }
         }
-        let gated = ["up_proj", "gate_proj"].map(|name| format!("{theirs}.mlp.{name}.weight"));
-        names.weights.push(Weight { ours: format!("{ff}.1.net.0.proj.weight"), theirs: Source::Stacked(gated) });
-        names.one(format!("{ff}.1.net.3.weight"), format!("{theirs}.mlp.down_proj.weight"));
+        for part in if sizes.biases[2] { &["weight", "bias"][..] } else { &["weight"] } {
+            let gated = ["up_proj", "gate_proj"].map(|name| format!("{theirs}.mlp.{name}.{part}"));
+            let ours = format!("{ff}.1.net.0.proj.{part}");
+            names.weights.push(Weight { ours, theirs: Source::Stacked(gated) });
+            names.one(format!("{ff}.1.net.3.{part}"), format!("{theirs}.mlp.down_proj.{part}"));
+        }
         names.left_out.push(format!("{theirs}.self_attn.rotary_emb.inv_freq"));
     }
     if sizes.tied {
         names.copies.push(("lm_head.weight".to_string(), "model.embed_tokens.weight".to_string()));
     } else {
         names.one("to_logits.weight", "lm_head.weight");
-    }
-    Ok((sizes.config(), names))
-}
-
-pub(super) fn of_gguf(file: &TensorFile) -> Result<Described> {
-    let metadata = file.metadata();
-    let refuse = |key: &str, why: String| Error::file(file.path(), format!("`{key}` {why}"));
-    let architecture = metadata.get("general.architecture").and_then(Metadata::as_str).unwrap_or("missing");
-    if architecture != "llama" {
-        return Err(refuse("general.architecture", format!("is {architecture}, expected llama")));
-    }
-    let size = |key: &str, default: Option<usize>| {
-        let value = metadata.get(key).map_or(default, Metadata::as_usize);
-        value.filter(|value| (1..=1 << 30).contains(value)).ok_or_else(|| {
-            let found = metadata.get(key).map_or_else(|| "missing".to_string(), |found| format!("{found:?}"));
-            refuse(key, format!("is {found}, expected a number from 1 to {}", 1 << 30))
-        })
-    };
-    let number = |key: &str, default: f64| {
-        let value = metadata.get(key).map_or(Some(default), Metadata::as_f64);
-        value.ok_or_else(|| refuse(key, "is no number".to_string()))
-    };
-    if let Some(kind) = metadata.get("llama.rope.scaling.type").filter(|kind| kind.as_str() != Some("none")) {
-        return Err(refuse("llama.rope.scaling.type", format!("is {kind:?}, only plain rotation is known")));
-    }
-    if metadata.get("llama.expert_count").and_then(Metadata::as_usize).is_some_and(|count| count > 0) {
-        return Err(refuse("llama.expert_count", "is not 0: mixtures of experts are not known".to_string()));
-    }
-    let dim = size("llama.embedding_length", None)?;
-    let heads = size("llama.attention.head_count", None)?;
-    let kv_heads = size("llama.attention.head_count_kv", Some(heads))?;
-    let dim_head = size("llama.attention.key_length", Some(dim / heads))?;
-    if size("llama.rope.dimension_count", Some(dim_head))? != dim_head {
-        return Err(refuse("llama.rope.dimension_count", format!("is not the {dim_head} features of a head")));
-    }
-    let table = file.info("token_embd.weight").and_then(|info| info.shape.first().copied());
-    let sizes = Sizes {
-        tokens: size("llama.vocab_size", table)?,
-        positions: size("llama.context_length", None)?,
-        dim,
-        depth: size("llama.block_count", None)?,
-        heads,
-        kv_heads,
-        dim_head,
-        inner: size("llama.feed_forward_length", None)?,
-        eps: number("llama.attention.layer_norm_rms_epsilon", 1e-5)?,
-        base: number("llama.rope.freq_base", 10000.0)?,
-        scaling: Scaling::None,
-        biases: [false, false],
-        max_attend_past: None,
-        tied: file.info("output.weight").is_none(),
-    };
-    if sizes.depth > file.names().count() {
-        return Err(refuse("llama.block_count", format!("is {}, more than there are tensors", sizes.depth)));
-    }
-    let mut names = Names::default();
-    names.one("token_emb.weight", "token_embd.weight");
-    names.one("norm.g", "output_norm.weight");
-    for layer in 0..sizes.depth {
-        let ([own, ff], theirs) = (places(layer), format!("blk.{layer}"));
-        names.one(format!("{own}.0.0.g"), format!("{theirs}.attn_norm.weight"));
-        names.one(format!("{ff}.0.0.g"), format!("{theirs}.ffn_norm.weight"));
-        for (here, there, heads) in [("to_q", "attn_q", heads), ("to_k", "attn_k", kv_heads)] {
-            let theirs = Source::Halves(format!("{theirs}.{there}.weight"), heads);
-            names.weights.push(Weight { ours: format!("{own}.1.{here}.weight"), theirs });
-        }
-        names.one(format!("{own}.1.to_v.weight"), format!("{theirs}.attn_v.weight"));
-        names.one(format!("{own}.1.to_out.weight"), format!("{theirs}.attn_output.weight"));
-        let gated = ["ffn_up", "ffn_gate"].map(|name| format!("{theirs}.{name}.weight"));
-        names.weights.push(Weight { ours: format!("{ff}.1.net.0.proj.weight"), theirs: Source::Stacked(gated) });
-        names.one(format!("{ff}.1.net.3.weight"), format!("{theirs}.ffn_down.weight"));
-    }
-    if !sizes.tied {
-        names.one("to_logits.weight", "output.weight");
     }
     Ok((sizes.config(), names))
 }

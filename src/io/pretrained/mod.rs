@@ -1,8 +1,10 @@
 //! Pretrained models of other families, as their files describe them.
 
 mod bert;
+mod gguf;
 mod llama;
 mod options;
+mod rope;
 mod sentence;
 mod sentence_modules;
 
@@ -14,7 +16,7 @@ use std::{
 pub use self::sentence::{SentenceOptions, Similarity};
 
 use self::options::{Options, json};
-use super::{Format, Metadata, TensorFile, names::Names};
+use super::{Format, Metadata, TensorFile, names::Names, tensor_file::holds_gguf};
 use crate::{
     DType, Device, Error, ParamMap, Result, Store,
     config::{AutoregressiveConfig, TransformerWrapperConfig},
@@ -28,8 +30,21 @@ use crate::{
 /// |---|---|
 /// | BERT, MiniLM among them | a folder with `config.json` and weights |
 /// | ALBERT | the same |
-/// | Llama, SmolLM and TinyLlama among them | the same, or a GGUF file |
-/// | Mistral, Qwen 2 and 2.5 | a folder |
+/// | Llama, SmolLM and TinyLlama among them | the same, or GGUF of the architecture `llama` |
+/// | Mistral | a folder, or GGUF of the architecture `llama` |
+/// | Qwen 2 and 2.5 | a folder, or GGUF of the architecture `qwen2` |
+///
+/// Weights are in any of the formats of [`TensorFile`]. What of these families is not supported is refused by name, never
+/// left out:
+///
+/// | | supported | refused |
+/// |---|---|---|
+/// | rotation of a folder | `default`, `linear`, `dynamic` up to `max_position_embeddings`, `yarn`, `llama3` | `longrope`, a part of each head |
+/// | rotation of GGUF | `none`, `linear` by either key, `yarn`, `rope_freqs.weight` | `longrope` |
+/// | window | that of Mistral; that of Qwen 2 if all layers have it or none | layers that differ |
+/// | biases | attention and feedforward of Llama, queries, keys and values of Qwen 2 | |
+/// | sizes per layer in GGUF | equal ones | layers that differ, mixtures of experts |
+/// | GGUF types | F32, F16, BF16, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q2_K to Q6_K, IQ4_NL, IQ4_XS, mixed as in Q4_K_M | IQ1 to IQ3, TQ, MXFP4 |
 ///
 /// ```no_run
 /// use x_transformers::{DType, Device, io::Pretrained};
@@ -98,7 +113,7 @@ impl Pretrained {
             // What this crate writes has the key `model`.
             let folder = sentence::transformer(path).unwrap_or_else(|_| path.to_path_buf());
             return matches!(json(&folder.join("config.json")), Ok(config) if config.get("model_type").is_some())
-                || matches!(TensorFile::open(path), Ok(file) if file.format() == Format::Gguf);
+                || holds_gguf(path);
         }
         path.is_file()
     }
@@ -111,10 +126,10 @@ impl Pretrained {
         let path = &if root.is_dir() { sentence::transformer(root)? } else { root.to_path_buf() };
         let file = TensorFile::open(path)?;
         if file.format() == Format::Gguf {
-            let (config, names) = llama::of_gguf(&file)?;
+            let (family, (config, names)) = gguf::of_gguf(&file)?;
             let end = file.metadata().get("tokenizer.ggml.eos_token_id").and_then(Metadata::as_usize);
             let end = end.map(|end| end as i64);
-            return Ok(Self { family: Family::Llama, config, names, file, folder: None, root: None, end });
+            return Ok(Self { family, config, names, file, folder: None, root: None, end });
         }
         let folder = if path.is_dir() { path } else { path.parent().unwrap_or(Path::new("")) };
         let root = if root.is_dir() { root } else { folder };

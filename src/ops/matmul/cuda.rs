@@ -49,15 +49,13 @@ pub(super) fn product(
             a: operand(at(&a, a_start)?, merged.a, [m, k], step(0)),
             b: operand(at(&b, b_start)?, merged.b, [k, n], step(1)),
             c: to + (item * items * m * n * size) as u64,
-            pitch: n,
             add: bias.is_some(),
         })?;
     }
     Ok(out)
 }
 
-/// `sums (+)= a·b` for two matrices, in the type of the sums; `sums` has elements, and its rows may be longer than those of
-/// the product.
+/// `sums (+)= a·b` for two matrices, in the type of the sums; `sums` has elements.
 pub(super) fn product_sums(
     gpu: &'static CudaDevice,
     sizes: &Sizes,
@@ -65,7 +63,6 @@ pub(super) fn product_sums(
     accumulate: bool,
     sums: &mut Tensor,
 ) -> Result<()> {
-    let pitch = sums.dim(-1)?;
     if sizes.k == 0 {
         let bytes = if accumulate { 0 } else { sums.elements() * sums.dtype().size() };
         return gpu.fill_zero(sums.address_mut()?, bytes);
@@ -86,7 +83,6 @@ pub(super) fn product_sums(
         a: operand(at(&a, start[0])?, merged.a, [m, k], 0),
         b: operand(at(&b, start[1])?, merged.b, [k, n], 0),
         c: sums.address_mut()?,
-        pitch,
         add: accumulate,
     })
 }

@@ -192,13 +192,12 @@ pub(super) fn product(a: &Tensor, b: &Tensor, bias: Option<&Tensor>) -> Result<T
 }
 
 /// `sums (+)= a·b` for two matrices of any strides, `[m, k]` and `[k, n]`, in the type of the sums: `sums [m, n]` is packed,
-/// and f32 for half types. Without `accumulate` it is overwritten. On a GPU its rows may be longer than `n`: what follows in
-/// them is not used.
+/// and f32 for half types. Without `accumulate` it is overwritten.
 pub(super) fn product_sums(a: &Tensor, b: &Tensor, accumulate: bool, sums: &mut Tensor) -> Result<()> {
     let sizes = Sizes::of(a.shape(), b.shape())?;
     // The last check before cuBLAS gets addresses.
     ensure!(
-        (**sums.shape() == [sizes.m, sizes.n] || *a.device() != Device::Cpu && has_longer_rows(sums, &sizes))
+        **sums.shape() == [sizes.m, sizes.n]
             && sums.dtype() == a.dtype().accumulator()
             && sums.device() == a.device()
             && b.device() == a.device()
@@ -231,11 +230,6 @@ pub(super) fn product_sums(a: &Tensor, b: &Tensor, accumulate: bool, sums: &mut 
             sums.values_mut::<<T as Float>::Acc>()?,
         )
     })
-}
-
-/// `[m, n]` with something behind each row.
-fn has_longer_rows(sums: &Tensor, sizes: &Sizes) -> bool {
-    matches!(**sums.shape(), [rows, columns] if rows == sizes.m && columns >= sizes.n)
 }
 
 /// A product with as few items in its batch as the strides allow.

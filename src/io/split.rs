@@ -1,0 +1,95 @@
+//! GGUF models in several files, as `gguf-split` of llama.cpp cuts them: `NAME-00001-of-00003.gguf` and its siblings.
+
+use std::{
+    collections::BTreeMap,
+    path::{Path, PathBuf},
+};
+
+use super::{Metadata, TensorFile, tensor_file::Entry};
+use crate::{Error, Result, error::ensure};
+
+/// Number of parts of a model; the names have five digits.
+const MAX_PARTS: usize = 99_999;
+
+/// Name, number from 1 on and count of a part by its file name.
+pub(super) fn part_of(path: &Path) -> Option<(&str, usize, usize)> {
+    let (rest, count) = path.file_name()?.to_str()?.strip_suffix(".gguf")?.rsplit_once("-of-")?;
+    let (name, number) = rest.rsplit_once('-')?;
+    let digits = |text: &str| text.len() == 5 && text.bytes().all(|byte| byte.is_ascii_digit());
+    let parse = |text: &str| text.parse().ok().filter(|_| digits(text));
+    Some((name, parse(number)?, parse(count)?))
+}
+
+/// The first of several files if all are parts of one model.
+pub(super) fn first_of(found: &[PathBuf]) -> Option<&PathBuf> {
+    let first = found.first()?;
+    let (name, _, count) = part_of(first)?;
+    let same = |path: &PathBuf| matches!(part_of(path), Some((other, _, parts)) if (other, parts) == (name, count));
+    found.iter().all(same).then_some(first)
+}
+
+/// Number of parts, and the number of this one from 0 on, of a file that says that it is a part.
+fn numbers(path: &Path, metadata: &BTreeMap<String, Metadata>) -> Result<Option<(usize, usize)>> {
+    let number = |key: &str| match metadata.get(key) {
+        None => Ok(None),
+        Some(value) => match value.as_usize().filter(|&value| value <= MAX_PARTS) {
+            None => Err(Error::file(path, format!("`{key}` is {value:?}, expected 0 to {MAX_PARTS}"))),
+            some => Ok(some),
+        },
+    };
+    let count = number("split.count")?.unwrap_or(0);
+    if count < 2 {
+        return Ok(None);
+    }
+    let part = number("split.no")?.unwrap_or(0);
+    ensure!(part < count, Error::file(path, format!("says that it is part {} of {count}", part + 1)));
+    Ok(Some((count, part)))
+}
+
+/// Opens the other parts of a model of which one part was opened; a model in one file stays as it is.
+///
+/// Errors: a part that is missing or belongs to another model; tensors that are in two parts or in none.
+pub(super) fn complete(opened: TensorFile, open: impl Fn(&Path) -> Result<TensorFile>) -> Result<TensorFile> {
+    let path = opened.path.clone();
+    let Some((count, part)) = numbers(&path, &opened.metadata)? else { return Ok(opened) };
+    let Some((name, ..)) = part_of(&path).filter(|&(_, number, parts)| (number, parts) == (part + 1, count)) else {
+        let ending = format!("-{:05}-of-{count:05}.gguf", part + 1);
+        let why = format!("is part {} of {count} of a model: its name has to end in `{ending}`", part + 1);
+        return Err(Error::file(path, why));
+    };
+    let place = |part: usize| path.with_file_name(format!("{name}-{:05}-of-{count:05}.gguf", part + 1));
+    let mut others = Vec::new();
+    for other in (0..count).filter(|&other| other != part) {
+        let place = place(other);
+        ensure!(
+            place.is_file(),
+            Error::file(&place, format!("is missing: it is part {} of {count} of the model", other + 1))
+        );
+        let file = open(&place)?;
+        ensure!(
+            numbers(&place, &file.metadata)? == Some((count, other)),
+            Error::file(&place, format!("does not say that it is part {} of {count}, as its name does", other + 1))
+        );
+        others.push(file);
+    }
+    others.insert(part, opened);
+    let mut whole = others.remove(0);
+    for file in others {
+        let first = whole.parts.len();
+        for (tensor, entry) in file.entries {
+            let twice = whole.entries.insert(tensor.clone(), Entry { part: first + entry.part, ..entry }).is_some();
+            ensure!(!twice, Error::file(&file.path, format!("has tensor `{tensor}`, which another part has too")));
+        }
+        // The first part has the metadata of the model, the others have their own numbers.
+        for (key, value) in file.metadata {
+            whole.metadata.entry(key).or_insert(value);
+        }
+        whole.parts.extend(file.parts);
+    }
+    if let Some(expected) = whole.metadata.get("split.tensors.count").and_then(Metadata::as_usize) {
+        let found = whole.entries.len();
+        let why = format!("says that the model has {expected} tensors, all {count} parts together have {found}");
+        ensure!(found == expected, Error::file(&whole.path, why));
+    }
+    Ok(whole)
+}
