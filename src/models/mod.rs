@@ -30,7 +30,7 @@ pub use generate::{GenerateOptions, TokenStream};
 pub use recorded::RecordedDecode;
 pub use run::{Model, RunOptions};
 pub use sampling::{filter_probabilities, sample, sample_tokens};
-pub use sentence::{DenseActivation, DenseLayer, Features, Pooling, Residual, SentenceEncoder, SentenceModule};
+pub use sentence::{DenseActivation, DenseLayer, DenseResidual, Features, Pooling, SentenceEncoder, SentenceModule};
 pub use speculative::SpeculativeStats;
 pub use transformer::{Output, TransformerWrapper};
 pub use vision::ViTransformerWrapper;

@@ -107,12 +107,12 @@ pub struct DenseLayer {
     /// Applied to the product.
     pub activation: DenseActivation,
     /// What is added to the output.
-    pub residual: Residual,
+    pub residual: DenseResidual,
 }
 
 /// What a [`DenseLayer`] adds to its output.
 #[derive(Clone, Debug)]
-pub enum Residual {
+pub enum DenseResidual {
     /// Nothing.
     None,
     /// The input; both have the same number of features.
@@ -125,9 +125,9 @@ impl DenseLayer {
     fn forward(&self, x: &Tensor) -> Result<Tensor> {
         let out = self.activation.of(&x.linear(&self.weight, self.bias.as_ref())?)?;
         match &self.residual {
-            Residual::None => Ok(out),
-            Residual::Input => out.add(x),
-            Residual::Projected(weight) => out.add(&x.linear(weight, None)?),
+            DenseResidual::None => Ok(out),
+            DenseResidual::Input => out.add(x),
+            DenseResidual::Projected(weight) => out.add(&x.linear(weight, None)?),
         }
     }
 }
@@ -178,7 +178,7 @@ impl fmt::Display for SentenceModule {
                 let shape = weight.shape();
                 let (columns, rows) = (shape.get(1).unwrap_or(&0), shape.first().unwrap_or(&0));
                 write!(f, "dense: {columns} -> {rows}, {activation:?}")?;
-                f.write_str(if matches!(residual, Residual::None) { "" } else { ", residual" })?;
+                f.write_str(if matches!(residual, DenseResidual::None) { "" } else { ", residual" })?;
                 f.write_str(if *features == Features::Tokens { ", of each token" } else { "" })
             }
             Self::LayerNorm { .. } => f.write_str("LayerNorm"),

@@ -12,7 +12,7 @@ use crate::{
     DType, Device, Error, Result, Tensor,
     error::ensure,
     io::TensorFile,
-    models::{DenseActivation, DenseLayer, Features, Pooling, Residual, SentenceModule},
+    models::{DenseActivation, DenseLayer, DenseResidual, Features, Pooling, SentenceModule},
 };
 
 /// Reads a module from its folder; `None` if it does nothing once a model is trained.
@@ -103,9 +103,9 @@ fn dense(entry: &Entry, options: &Options, dtype: DType, device: &Device) -> Res
         bias: if bias { Some(weights.read("linear.bias", &[rows])?) } else { None },
         activation: activation(options)?,
         residual: match residual {
-            true if projected => Residual::Projected(weights.read("residual.weight", &[rows, columns])?),
-            true => Residual::Input,
-            false => Residual::None,
+            true if projected => DenseResidual::Projected(weights.read("residual.weight", &[rows, columns])?),
+            true => DenseResidual::Input,
+            false => DenseResidual::None,
         },
     };
     Ok(SentenceModule::Dense(layer, features(options)?))
