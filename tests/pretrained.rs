@@ -173,7 +173,7 @@ fn llama_of_a_folder_in_several_files() -> Result<()> {
     let folder = files("llama");
     let expected = read_safetensors(folder.join("expected.safetensors"))?;
     let pretrained = check("llama", (folder.clone(), expected.clone()))?;
-    assert_eq!((pretrained.family(), pretrained.end_token()), (Family::Llama, Some(3)));
+    assert_eq!((pretrained.family(), pretrained.end_tokens()), (Family::Llama, &[3][..]));
     assert!(pretrained.file().path().ends_with("model.safetensors.index.json"));
     check_continued("llama", &folder, &expected)
 }
@@ -185,7 +185,7 @@ fn relatives_of_llama() -> Result<()> {
         let folder = files(name);
         let expected = read_safetensors(folder.join("expected.safetensors"))?;
         let pretrained = check(name, (folder.clone(), expected.clone()))?;
-        assert_eq!((pretrained.family(), pretrained.end_token()), (family, Some(3)));
+        assert_eq!((pretrained.family(), pretrained.end_tokens()), (family, &[3][..]));
         let layers = &pretrained.config().attn_layers;
         assert_eq!(layers.rotary_llama3_scaling.is_some(), name == "llama3");
         assert_eq!(layers.rotary_interpolation_factor, if name == "qwen2" { 2.0 } else { 1.0 });
@@ -196,12 +196,60 @@ fn relatives_of_llama() -> Result<()> {
     Ok(())
 }
 
+/// `generation_config.json` wins over `config.json`, and tokens that a model does not have end nothing, as in transformers.
+#[test]
+fn tokens_that_end_a_text() -> Result<()> {
+    let folder = std::env::temp_dir().join(format!("xt-pretrained-ends-{}", std::process::id()));
+    fs::create_dir_all(&folder).expect("a temporary folder");
+    for entry in fs::read_dir(files("mistral")).expect("a folder") {
+        let path = entry.expect("a file").path();
+        fs::copy(&path, folder.join(path.file_name().expect("a name"))).expect("a file");
+    }
+    let config = fs::read_to_string(files("mistral").join("config.json")).expect("a config");
+    let folder = &folder;
+    let ends = |own: &str, generation: Option<&str>| -> Result<Vec<i64>> {
+        let own = config.replace("\"eos_token_id\": 3,", own);
+        fs::write(folder.join("config.json"), own).expect("a file");
+        let place = folder.join("generation_config.json");
+        match generation {
+            Some(generation) => fs::write(&place, generation).expect("a file"),
+            None => drop(fs::remove_file(&place)),
+        }
+        Ok(Pretrained::open(folder)?.end_tokens().to_vec())
+    };
+    let three = "\"eos_token_id\": 3,";
+    for (own, generation, expected) in [
+        (three, None, &[3][..]),
+        ("\"eos_token_id\": [5, 7, 5],", None, &[5, 7]),
+        ("\"eos_token_id\": [-1, 40, 39],", None, &[39]),
+        ("\"eos_token_id\": null,", None, &[]),
+        ("", None, &[]),
+        (three, Some(r#"{"eos_token_id": [4, 9]}"#), &[4, 9]),
+        (three, Some(r#"{"eos_token_id": 8}"#), &[8]),
+        (three, Some(r#"{"eos_token_id": null}"#), &[]),
+        (three, Some(r#"{"eos_token_id": -1}"#), &[]),
+        (three, Some(r#"{"temperature": 0.6}"#), &[3]),
+    ] {
+        assert_eq!(ends(own, generation)?, expected, "{own} {generation:?}");
+    }
+    for (own, generation, file) in [
+        ("\"eos_token_id\": \"</s>\",", None, "config.json"),
+        (three, Some(r#"{"eos_token_id": [2.5]}"#), "generation_config.json"),
+        (three, Some("<html>"), "generation_config.json"),
+    ] {
+        let message = ends(own, generation).expect_err("no token").to_string();
+        assert!(message.contains(file), "{message}");
+    }
+    fs::remove_dir_all(folder).expect("a folder");
+    Ok(())
+}
+
 #[test]
 fn llama_of_gguf() -> Result<()> {
     let file = files("llama.gguf");
     let expected = read_safetensors(files("llama.safetensors"))?;
     let pretrained = check("llama.gguf", (file.clone(), expected.clone()))?;
-    assert_eq!((pretrained.family(), pretrained.end_token()), (Family::Llama, Some(2)));
+    assert_eq!((pretrained.family(), pretrained.end_tokens()), (Family::Llama, &[2, 0][..]));
     assert!(pretrained.config().tie_embedding);
     check_continued("llama.gguf", &file, &expected)
 }

@@ -21,7 +21,7 @@ use crate::{
     tokenizer::Tokenizer,
 };
 
-/// What weights are kept as.
+/// Type that weights are kept in.
 #[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum Weights {
     F32,
@@ -71,12 +71,15 @@ impl Source {
         Ok(Self { language: Language::Bytes, kind: Kind::Trained(Box::new(config), values), path })
     }
 
-    /// The token that ends a text, if the files name one.
-    pub fn end(&self) -> Option<i64> {
-        match &self.kind {
-            Kind::Trained(..) => None,
-            Kind::Pretrained(pretrained) => pretrained.end_token(),
-        }
+    /// The tokens that end a text, or a turn of a chat, as the files name them.
+    pub fn ends(&self, chat: bool) -> Vec<i64> {
+        let mut ends = match &self.kind {
+            Kind::Trained(..) => Vec::new(),
+            Kind::Pretrained(pretrained) => pretrained.end_tokens().to_vec(),
+        };
+        let of_turns = self.language.end_of_turn().filter(|&end| chat && (end as usize) < self.vocabulary());
+        ends.extend(of_turns.filter(|end| !ends.contains(end)));
+        ends
     }
 
     /// Tokens that the model sees.
@@ -87,7 +90,7 @@ impl Source {
         }
     }
 
-    /// How many tokens the model knows.
+    /// Number of tokens in the vocabulary.
     pub fn vocabulary(&self) -> usize {
         match &self.kind {
             Kind::Trained(config, _) => config.net.num_tokens,

@@ -5,7 +5,7 @@ mod command;
 
 use std::{collections::BTreeMap, fs, path::PathBuf};
 
-use command::{TINY, fails, path, refuses, succeeds, write_text};
+use command::{TINY, fails, path, refuses, succeeds, text, write_text, xt};
 use x_transformers::{
     DType, Device, Tensor,
     io::{Pretrained, TensorFile, read_safetensors, write_safetensors},
@@ -88,7 +88,11 @@ fn pretrained_models_continue_texts_in_every_way() {
     let model = llama();
     let generate = |more: &[&str]| {
         let all = [&["generate", "--checkpoint", &model, "--length", "20", "--device", "cpu"][..], more].concat();
-        succeeds(&all)
+        let output = xt(&all);
+        let note = text(&output.stderr);
+        // The file has no template: that its chats are ChatML is said.
+        assert!(output.status.success() && note.contains("ChatML") == more.contains(&"--chat"), "{note}");
+        text(&output.stdout)
     };
     for asked in [&["--prompt", "the cat"][..], &["--prompt", "where is the cat?", "--chat"]] {
         let greedy = generate(&[asked, &["--temperature", "0"]].concat());
@@ -272,7 +276,7 @@ fn pretrained_folders_continue_texts() {
     // Only spaces are no tokens; a chat has tokens of its own.
     let all = ["generate", "--checkpoint", &whole, "--prompt"];
     assert!(fails(&[&all[..], &[" "]].concat()).contains("no token"));
-    assert!(fails(&[&all[..], &["a", "--chat"]].concat()).contains("no tokens of a chat"));
+    assert!(fails(&[&all[..], &["a", "--chat"]].concat()).contains("no chat template"));
     // A draft of other tokens, and one that was trained on bytes.
     let folder = tempfile::tempdir().unwrap();
     let (corpus, out) = (path(folder.path(), "text.txt"), path(folder.path(), "out"));

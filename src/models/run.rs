@@ -309,7 +309,7 @@ impl Model {
     fn generate(&self, inputs: &mut Inputs, call: &Call, generate: &GenerateCall, run: &RunOptions) -> Result<Forward> {
         let mut options = GenerateOptions {
             sampling: generate.sampling.clone(),
-            eos_token: generate.eos_token,
+            eos_tokens: generate.eos_token.into_iter().collect(),
             seed: run.seed,
             ..GenerateOptions::default()
         };

@@ -1,20 +1,45 @@
 //! Tokenizers of pretrained models: from text to the tokens that a model was taught, and back.
+//!
+//! - [`Tokenizer`]: text to tokens and back, as `transformers` and llama.cpp do it with the same files.
+//! - [`TextStream`]: text of tokens as they are generated.
+//! - [`Tokenizer::stop_strings`]: ends of generated rows at stop strings.
+//! - [`Tokenizer::chat`]: turns of a chat in the form of the model's own chat template.
 
-use std::{fmt::Display, path::Path};
+use std::{fmt, fmt::Display, path::Path, sync::Arc};
 
 use x_transformers::{Error, Result, io::Pretrained};
 
+mod chat;
+mod decoder;
+mod ends;
 mod gguf;
+mod jinja;
 mod known;
 mod pretokenizer;
 mod sentencepiece;
+mod stop;
 mod stream;
+mod template;
 
+pub use chat::{ChatOptions, Message, Variable};
+pub use stop::StopStrings;
 pub use stream::TextStream;
 
+use self::{decoder::Decoder, template::Templates};
+
 /// The tokenizer of a pretrained model.
+///
+/// Copies share the vocabulary.
+#[derive(Clone)]
 pub struct Tokenizer {
+    shared: Arc<Shared>,
+    templates: Arc<Templates>,
+}
+
+struct Shared {
     inner: tokenizers::Tokenizer,
+    /// At the beginning of a text.
+    decoder: Decoder,
 }
 
 impl Tokenizer {
@@ -27,39 +52,94 @@ impl Tokenizer {
             Some(file) => known::of_file(file, pretrained.family()),
             None => gguf::of_gguf(pretrained.file()).map_err(|why| file_error(file, why)),
         }?;
-        let broken = |error| file_error(file, format_args!("tokenizer: {error}"));
-        let mut inner: tokenizers::Tokenizer = json.parse().map_err(broken)?;
-        // Files may ask for a fixed length: what is padding is for the caller to say, and nothing is cut in silence.
-        inner.with_padding(None);
-        inner.with_truncation(None).map_err(broken)?;
-        Ok(Self { inner })
+        let (inner, decoder) = parsed(&json).map_err(|error| file_error(file, format_args!("tokenizer: {error}")))?;
+        let templates = Templates::of(&inner, pretrained, given)?;
+        Ok(Self { shared: Arc::new(Shared { inner, decoder }), templates: Arc::new(templates) })
+    }
+
+    /// From the text of a `tokenizer.json`; it has no chat template.
+    ///
+    /// ```
+    /// use x_transformers_tokenizers::Tokenizer;
+    /// # fn main() -> x_transformers::Result<()> {
+    /// let tokenizer = Tokenizer::from_json(
+    ///     r###"{"version": "1.0", "added_tokens": [], "normalizer": null, "pre_tokenizer": {"type": "Whitespace"},
+    ///         "post_processor": null, "decoder": {"type": "WordPiece", "prefix": "##", "cleanup": false},
+    ///         "model": {"type": "WordPiece", "unk_token": "[UNK]", "continuing_subword_prefix": "##",
+    ///             "max_input_chars_per_word": 100, "vocab": {"[UNK]": 0, "token": 1, "##s": 2, "and": 3}}}"###,
+    /// )?;
+    /// let tokens = tokenizer.encode("tokens and tokens")?;
+    /// assert_eq!(tokens, [1, 2, 3, 1, 2]);
+    /// assert_eq!(tokenizer.decode(&tokens)?, "tokens and tokens");
+    /// # Ok(())
+    /// # }
+    /// ```
+    ///
+    /// Errors: text that is not such a description.
+    pub fn from_json(json: &str) -> Result<Self> {
+        let (inner, decoder) = parsed(json)?;
+        Ok(Self { shared: Arc::new(Shared { inner, decoder }), templates: Arc::default() })
     }
 
     /// Tokens of a text, with those that the model expects around it.
     pub fn encode(&self, text: &str) -> Result<Vec<i64>> {
-        let encoding = self.inner.encode(text, true).map_err(refused)?;
+        self.encoded(text, true)
+    }
+
+    fn encoded(&self, text: &str, around: bool) -> Result<Vec<i64>> {
+        let encoding = self.shared.inner.encode(text, around).map_err(refused)?;
         Ok(encoding.get_ids().iter().map(|&id| id.into()).collect())
     }
 
     /// The text of tokens, special ones left out.
     pub fn decode(&self, tokens: &[i64]) -> Result<String> {
-        let ids: Vec<u32> = tokens.iter().filter_map(|&token| u32::try_from(token).ok()).collect();
-        self.inner.decode(&ids, true).map_err(refused)
+        let mut stream = self.stream(&[]);
+        let mut text = tokens.iter().map(|&token| stream.push(token)).collect::<Result<String>>()?;
+        text += &stream.finish()?;
+        Ok(text)
     }
 
-    /// Text of tokens that come one at a time behind a prompt.
+    /// The token that is spelled like this in the vocabulary, a special one such as `</s>` for instance.
+    pub fn token(&self, spelling: &str) -> Option<i64> {
+        self.shared.inner.token_to_id(spelling).map(i64::from)
+    }
+
+    /// Text of tokens that come one at a time after a prompt.
     pub fn stream(&self, prompt: &[i64]) -> TextStream<'_> {
         TextStream::new(self, prompt)
     }
 
-    /// A question in the form of a chat, up to where the answer begins.
-    pub fn chat(&self, question: &str) -> Result<String> {
-        if self.inner.token_to_id("<|im_start|>").is_none() {
-            return Err(refused("the model has no tokens of a chat (`<|im_start|>`); leave out `--chat`"));
+    /// The decoder at the beginning of a text.
+    fn decoder(&self) -> Decoder {
+        self.shared.decoder.clone()
+    }
+
+    /// The spelling of a token that has a text, and if it is an added one.
+    fn piece(&self, token: i64) -> Option<(String, bool)> {
+        let id = u32::try_from(token).ok()?;
+        let inner = &self.shared.inner;
+        let added = inner.get_added_vocabulary();
+        let piece = inner.id_to_token(id)?;
+        if added.is_special_token(&piece) {
+            return None;
         }
-        // What a person types cannot end their turn.
-        let question = question.replace("<|im_", "<|im\u{200b}_");
-        Ok(format!("<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n"))
+        Some((piece, added.get_added_tokens_decoder().contains_key(&id)))
+    }
+}
+
+/// A tokenizer, and its decoder at the beginning of a text.
+fn parsed(json: &str) -> Result<(tokenizers::Tokenizer, Decoder)> {
+    let mut inner: tokenizers::Tokenizer = json.parse().map_err(refused)?;
+    // Files may ask for a fixed length: what is padding is for the caller to say, and nothing is cut in silence.
+    inner.with_padding(None);
+    inner.with_truncation(None).map_err(refused)?;
+    let decoder = Decoder::new(&decoder::description(&inner, json)?)?;
+    Ok((inner, decoder))
+}
+
+impl fmt::Debug for Tokenizer {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Tokenizer").field("tokens", &self.shared.inner.get_vocab_size(true)).finish_non_exhaustive()
     }
 }
 

@@ -1,6 +1,7 @@
 //! Pretrained models of other families, as their files describe them.
 
 mod bert;
+mod ends;
 mod gguf;
 mod llama;
 mod options;
@@ -13,7 +14,7 @@ use std::{
 };
 
 use self::options::{Options, json};
-use super::{Format, Metadata, TensorFile, names::Names, tensor_file::holds_gguf};
+use super::{Format, TensorFile, names::Names, tensor_file::holds_gguf};
 use crate::{
     DType, Device, Error, ParamMap, Result, Store,
     config::{AutoregressiveConfig, TransformerWrapperConfig},
@@ -59,7 +60,7 @@ pub struct Pretrained {
     names: Names,
     file: TensorFile,
     folder: Option<PathBuf>,
-    end: Option<i64>,
+    ends: Vec<i64>,
 }
 
 /// A family of models.
@@ -120,9 +121,8 @@ impl Pretrained {
         let file = TensorFile::open(path)?;
         if file.format() == Format::Gguf {
             let (family, (config, names)) = gguf::of_gguf(&file)?;
-            let end = file.metadata().get("tokenizer.ggml.eos_token_id").and_then(Metadata::as_usize);
-            let end = end.map(|end| end as i64);
-            return Ok(Self { family, config, names, file, folder: None, end });
+            let ends = ends::of_gguf(&file, config.num_tokens);
+            return Ok(Self { family, config, names, file, folder: None, ends });
         }
         let folder = if path.is_dir() { path } else { path.parent().unwrap_or(Path::new("")) };
         let place = folder.join("config.json");
@@ -138,9 +138,8 @@ impl Pretrained {
                 return Err(options.refuse("model_type", why));
             }
         };
-        // Some models have several; the first one is that of a text.
-        let end = options.get("eos_token_id").and_then(|end| end.as_i64().or_else(|| end.get(0)?.as_i64()));
-        Ok(Self { family, config, names, file, folder: Some(folder.to_path_buf()), end })
+        let ends = if family.is_causal() { ends::of_folder(&options, folder, config.num_tokens)? } else { Vec::new() };
+        Ok(Self { family, config, names, file, folder: Some(folder.to_path_buf()), ends })
     }
 
     /// The family.
@@ -163,9 +162,15 @@ impl Pretrained {
         self.folder.as_deref()
     }
 
-    /// The token that ends a text, if the files name one.
-    pub fn end_token(&self) -> Option<i64> {
-        self.end
+    /// The tokens that end a text, for [`GenerateOptions::eos_tokens`]; none of a model that embeds texts.
+    ///
+    /// A folder names them in `generation_config.json`, or else in `config.json`. A GGUF file names the ends of a text, a
+    /// turn and a message; tokens that are spelled like one, `<|im_end|>` for instance, are ends too, as in llama.cpp.
+    /// Numbers outside of the vocabulary, such as -1, are left out.
+    ///
+    /// [`GenerateOptions::eos_tokens`]: crate::models::GenerateOptions::eos_tokens
+    pub fn end_tokens(&self) -> &[i64] {
+        &self.ends
     }
 
     /// The model with its weights.
