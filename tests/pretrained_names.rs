@@ -122,6 +122,8 @@ fn weights_without_a_use_are_listed_and_buffers_are_not() -> Result<()> {
     for (name, part) in [
         ("model.layers.0.mlp.up_proj.weight_scale", "quantised"),
         ("model.layers.0.mlp.up_proj.weight_scale_inv", "quantised"),
+        ("model.layers.0.mlp.up_proj.qweight", "quantised"),
+        ("model.layers.0.mlp.up_proj.weight.absmax", "quantised"),
         ("base.model.layers.0.mlp.up_proj.lora_A.default.weight", "LoRA"),
     ] {
         let folder = changed("llama", "scaled", |weights| drop(weights.insert(name.into(), ones(&[1], DType::F32))));
