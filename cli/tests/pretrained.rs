@@ -5,7 +5,7 @@ mod command;
 
 use std::{collections::BTreeMap, fs, path::PathBuf};
 
-use command::{TINY, fails, path, refuses, succeeds, write_text, xt};
+use command::{TINY, fails, path, refuses, succeeds, write_text};
 use x_transformers::{
     DType, Device, Tensor,
     io::{Pretrained, TensorFile, read_safetensors, write_safetensors},
@@ -434,6 +434,7 @@ fn a_chat_is_answered() {
 
 /// Weights that a model has no use for are said on standard error, and refused where that is asked for.
 #[test]
+#[cfg(feature = "tokenizers")]
 fn weights_without_a_use_are_a_warning() {
     let extra = |weights: &mut BTreeMap<String, Tensor>| {
         let ones = |shape: &[usize], dtype| Tensor::ones(shape, dtype, &Device::Cpu).expect("ones");
@@ -443,7 +444,7 @@ fn weights_without_a_use_are_a_warning() {
     let folder = folder("bert", extra, ("vocab.txt", &pieces()));
     let place = folder.path().to_string_lossy().into_owned();
     let embed = |more: &[&str]| {
-        xt(&[&["embed", "--checkpoint", &place, "--text", "the cat", "--device", "cpu"][..], more].concat())
+        command::xt(&[&["embed", "--checkpoint", &place, "--text", "the cat", "--device", "cpu"][..], more].concat())
     };
     let shown = embed(&[]);
     let warning = String::from_utf8_lossy(&shown.stderr).into_owned();
@@ -512,6 +513,7 @@ fn messages_name_what_a_folder_lacks() {
 
 /// Half-precision numbers that weights, or what they give, do not fit into.
 #[test]
+#[cfg(feature = "tokenizers")]
 fn overflow_of_f16_is_named() {
     let score = |most: f64| {
         // All of one size: the sums of them are larger.
@@ -527,7 +529,17 @@ fn overflow_of_f16_is_named() {
         fs::write(&text, "a b c d e f g").unwrap();
         let place = folder.path().to_string_lossy().into_owned();
         let with = |weights: &str| {
-            xt(&["generate", "--checkpoint", &place, "--score", &text, "--weights", weights, "--device", "cpu"])
+            command::xt(&[
+                "generate",
+                "--checkpoint",
+                &place,
+                "--score",
+                &text,
+                "--weights",
+                weights,
+                "--device",
+                "cpu",
+            ])
         };
         assert!(with("bf16").status.success(), "{:?}", with("bf16"));
         String::from_utf8_lossy(&with("f16").stderr).into_owned()

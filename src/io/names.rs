@@ -197,8 +197,8 @@ fn changes_weights(name: &str) -> Option<&'static str> {
     const SCALES: &str = "the weights are quantised and have scales, a format that is not known; dequantise them first";
     const ADAPTER: &str = "an adapter (LoRA), which changes other weights; merge it into the model first";
     match name.rsplit('.').find(|part| *part != "weight" && *part != "default")? {
-        "weight_scale" | "weight_scale_inv" | "weight_scale_2" | "scale_weight" | "scales" | "weight_packed" | "qweight"
-        | "qzeros" | "SCB" | "absmax" | "quant_map" => Some(SCALES),
+        "weight_scale" | "weight_scale_inv" | "weight_scale_2" | "scale_weight" | "scales" | "weight_packed"
+        | "qweight" | "qzeros" | "SCB" | "absmax" | "quant_map" => Some(SCALES),
         part if part.starts_with("lora_") => Some(ADAPTER),
         _ => None,
     }
