@@ -13,6 +13,7 @@ use crate::{
     failure::{Failure, Result, print},
     files,
     tokenizer::Tokenizer,
+    unused::StrictArgs,
 };
 
 #[derive(Args)]
@@ -33,6 +34,9 @@ pub struct EmbedArgs {
     #[arg(long, value_name = "FILE")]
     output: Option<PathBuf>,
 
+    #[command(flatten)]
+    strict: StrictArgs,
+
     /// Where to compute: auto, cpu or cuda:N
     #[arg(long, default_value = "auto")]
     device: String,
@@ -47,6 +51,7 @@ pub fn run(args: EmbedArgs) -> Result<()> {
         return Err(Failure::new(why).within(&args.checkpoint));
     }
     let pretrained = Pretrained::open(&args.checkpoint)?;
+    args.strict.check(&pretrained, &args.checkpoint)?;
     let tokenizer = Tokenizer::of(&pretrained, args.tokenizer.as_deref())?;
     let rows = texts.iter().map(|text| Ok(tokenizer.encode(text)?)).collect::<Result<Vec<_>>>()?;
     let window = pretrained.config().max_seq_len;

@@ -21,6 +21,7 @@ use crate::{
     sample,
     source::{Source, Weights},
     text::decode,
+    unused::StrictArgs,
 };
 
 #[derive(Args)]
@@ -126,6 +127,9 @@ pub struct GenerateArgs {
     #[arg(long, value_name = "FILE", conflicts_with_all = ["prompt", "beams", "draft"])]
     score: Option<PathBuf>,
 
+    #[command(flatten)]
+    strict: StrictArgs,
+
     /// Where to compute: auto, cpu or cuda:N
     #[arg(long, default_value = "auto")]
     device: String,
@@ -146,7 +150,7 @@ struct Prompt {
 pub fn run(args: GenerateArgs) -> Result<()> {
     let device = Device::parse(&args.device)?;
     let tokenizer = args.tokenizer.as_deref();
-    let source = Source::open(&args.checkpoint, tokenizer)?;
+    let source = Source::open(&args.checkpoint, tokenizer, args.strict)?;
     if let Some(path) = &args.score {
         return score(&source, args.weights, path, &device);
     }
@@ -155,7 +159,11 @@ pub fn run(args: GenerateArgs) -> Result<()> {
         let note = "xt: the model's files have no chat template; its turns are written as ChatML, whose tokens it has";
         let _ = writeln!(io::stderr(), "{note}");
     }
-    let draft = args.draft.as_ref().map(|path| Source::open(path, tokenizer).map(|draft| (draft, path))).transpose()?;
+    let draft = args
+        .draft
+        .as_ref()
+        .map(|path| Source::open(path, tokenizer, args.strict).map(|draft| (draft, path)))
+        .transpose()?;
     if let Some((draft, path)) = &draft {
         let same = |(own, other): (&Prompt, &Prompt)| own.tokens == other.tokens;
         if !prompts.iter().zip(&args.prompts(draft).map_err(|failure| failure.within(path))?.0).all(same) {
@@ -373,7 +381,8 @@ fn score(source: &Source, weights: Weights, path: &Path, device: &Device) -> Res
     let bytes = text.len() - source.language.length(tokens[0])?.min(text.len() - 1);
     let bits = nats / bytes as f64 / std::f64::consts::LN_2;
     if !bits.is_finite() {
-        return Err(Failure::new("the model gives no probabilities: its weights are broken"));
+        let overflow = if weights == Weights::F16 { ", or its values overflow f16; try `--weights bf16`" } else { "" };
+        return Err(Failure::new(format_args!("the model gives no probabilities: its weights are broken{overflow}")));
     }
     print(format_args!("{bits:.4} bits per byte of {bytes} bytes\n"))
 }

@@ -19,6 +19,7 @@ use crate::{
     files,
     language::Language,
     tokenizer::Tokenizer,
+    unused::StrictArgs,
 };
 
 /// Type that weights are kept in.
@@ -45,9 +46,10 @@ enum Kind {
 
 impl Source {
     /// Opens a folder of `xt train`, a folder of `transformers`, or a GGUF file; with a tokenizer if it is elsewhere.
-    pub fn open(path: &Path, tokenizer: Option<&Path>) -> Result<Self> {
+    pub fn open(path: &Path, tokenizer: Option<&Path>, strict: StrictArgs) -> Result<Self> {
         if Pretrained::is_one(path) {
             let pretrained = Pretrained::open(path)?;
+            strict.check(&pretrained, path)?;
             if !pretrained.family().is_causal() {
                 let why = format!(
                     "is of the family {}, which does not continue texts; give a Llama, or use `xt embed`",
@@ -85,6 +87,7 @@ impl Source {
     /// Tokens that the model sees.
     pub fn window(&self) -> usize {
         match &self.kind {
+            Kind::Trained(config, _) if config.net.max_seq_len == 0 => usize::MAX,
             Kind::Trained(config, _) => config.net.max_seq_len,
             Kind::Pretrained(pretrained) => pretrained.config().max_seq_len,
         }

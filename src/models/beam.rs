@@ -170,7 +170,10 @@ impl Search {
             let max = logits.iter().copied().fold(f64::NEG_INFINITY, f64::max);
             ensure!(
                 max.is_finite() && !logits.iter().any(|x| x.is_nan()),
-                Error::argument("beam_search", "expected finite logits, got NaN or infinity: the weights are broken")
+                Error::argument(
+                    "beam_search",
+                    "expected finite logits, got NaN or infinity: the weights are broken, or overflow f16 (then use bf16 or f32)"
+                )
             );
             let log_sum = max + logits.iter().map(|x| (x - max).exp()).sum::<f64>().ln();
             let mut order: Vec<usize> = (0..logits.len()).collect();
