@@ -2,6 +2,8 @@
 
 use std::{fmt, io, path::PathBuf};
 
+use crate::config::is_later;
+
 /// The result of everything that can fail in this crate.
 pub type Result<T> = std::result::Result<T, Error>;
 
@@ -216,6 +218,10 @@ impl fmt::Display for Error {
             Self::UnknownOption { key, nearest: Some(nearest) } => {
                 write!(f, "unknown option `{key}`, did you mean `{nearest}`?")
             }
+            Self::UnknownOption { key, nearest: None } if is_later(key) => write!(
+                f,
+                "option `{key}` came with a later version of x-transformers, this crate follows 0.22.0, which lacks it"
+            ),
             Self::UnknownOption { key, nearest: None } => write!(f, "unknown option `{key}`"),
             Self::BackwardTwice => write!(
                 f,

@@ -27,7 +27,7 @@ pub mod train;
 
 pub use crate::{
     core::{
-        Backward, Contribution, Contributions, DType, Element, Gradcheck, GradcheckReport, Gradients, Init,
+        Backward, Buffer, Contribution, Contributions, DType, Element, Gradcheck, GradcheckReport, Gradients, Init,
         InputReport, IntoShape, LeafId, MAX_RANK, Mode, Param, ParamMap, Part, Philox, Readable, Shape, Store, Tape,
         Tensor, checkpoint, discrete, gradcheck, philox4x32, record,
     },

@@ -21,7 +21,7 @@ use x_transformers::{
     config::{AutoregressiveConfig, Config, FilterLogits, SamplingConfig},
     models::{
         AutoregressiveWrapper, BeamOptions, ContinuousAutoregressiveWrapper, EncoderDecoderOptions, ForwardOptions,
-        GenerateOptions, ViTransformerWrapper, XTransformer, filter_probabilities,
+        GenerateOptions, Hypothesis, RowEnd, ViTransformerWrapper, XTransformer, filter_probabilities,
     },
     ops::Int8Matrix,
 };
@@ -139,7 +139,7 @@ proptest! {
         let options = GenerateOptions {
             sampling: greedy(),
             prompt_lengths: ragged.then(|| (0..draw.batch).map(|row| 1 + row % draw.n).collect()),
-            eos_token: Some(3),
+            eos_tokens: vec![3],
             eos_in_prompt: false,
             repetition_penalty: 1.2,
             forward,
@@ -206,7 +206,7 @@ fn generated_rows_are_those_alone() -> Result<()> {
 fn generated_streams_end_row_by_row() -> Result<()> {
     let model = decoder(6, 1, 2)?;
     let prompt = ints(&[1, 2, 1, 3, 1, 4], &[3, 2])?;
-    let options = GenerateOptions { sampling: all_tokens(3.0), eos_token: Some(5), seed: 3, ..Default::default() };
+    let options = GenerateOptions { sampling: all_tokens(3.0), eos_tokens: vec![5], seed: 3, ..Default::default() };
     let mut rows = vec![Vec::new(); 3];
     for tokens in model.stream(&prompt, 200, &options)? {
         rows.iter_mut().zip(tokens?).for_each(|(row, token)| row.push(token));
@@ -232,7 +232,7 @@ fn ends_are_tokens() -> Result<()> {
     let model = decoder(6, 1, 2)?;
     let prompt = ints(&[1, 2], &[1, 2])?;
     for eos in [6, -1, i64::MAX, i64::MIN] {
-        let options = GenerateOptions { eos_token: Some(eos), ..Default::default() };
+        let options = GenerateOptions { eos_tokens: vec![eos], ..Default::default() };
         let errors = [
             model.generate(&prompt, 2, &options, &mut |_| true).err(),
             model.beam_search(&prompt, 2, &BeamOptions { beams: 2, length_penalty: 1.0 }, &options).err(),
@@ -240,7 +240,7 @@ fn ends_are_tokens() -> Result<()> {
         ];
         for error in errors {
             let message = error.expect("no such token").to_string();
-            assert!(message.contains("eos_token") && message.contains("6 tokens"), "{message}");
+            assert!(message.contains("eos_tokens") && message.contains("6 tokens"), "{message}");
         }
     }
     Ok(())
@@ -251,9 +251,9 @@ fn ends_are_tokens() -> Result<()> {
 fn ends_in_prompts_count_or_not() -> Result<()> {
     let model = decoder(6, 1, 2)?;
     let prompt = ints(&[1, 5, 2, 3], &[2, 2])?;
-    let counted = GenerateOptions { sampling: greedy(), eos_token: Some(5), ..Default::default() };
+    let counted = GenerateOptions { sampling: greedy(), eos_tokens: vec![5], ..Default::default() };
     let open = GenerateOptions { eos_in_prompt: false, ..counted.clone() };
-    let plain = GenerateOptions { eos_token: None, ..counted.clone() };
+    let plain = GenerateOptions { eos_tokens: vec![], ..counted.clone() };
     let free = run(&model, &prompt, 6, &plain)?;
     let until = |row: &[i64]| row.iter().take_while(|&&token| token != 5).copied().collect::<Vec<_>>();
     let both = |options: &GenerateOptions| -> Result<[Vec<Vec<i64>>; 3]> {
@@ -272,6 +272,108 @@ fn ends_in_prompts_count_or_not() -> Result<()> {
     // What has ended is filled up, or empty where each row has a length of its own.
     assert!(stream[0].iter().all(|&token| token == 0) && drafted[0].iter().all(|&token| token == 0));
     assert!(beams[0].is_empty() && beams[1] == until(&free[1]) && stream[1] == beams[1] && drafted[1] == beams[1]);
+    Ok(())
+}
+
+/// A row ends behind one token that directly follows another.
+#[derive(Clone, Debug)]
+struct PairEnd {
+    pair: [i64; 2],
+    last: Option<i64>,
+}
+
+impl RowEnd for PairEnd {
+    fn push(&mut self, token: i64) -> Result<bool> {
+        let ended = self.last == Some(self.pair[0]) && token == self.pair[1];
+        self.last = Some(token);
+        Ok(ended)
+    }
+
+    fn boxed_clone(&self) -> Box<dyn RowEnd> {
+        Box::new(self.clone())
+    }
+}
+
+/// The new tokens of each row up to its end, one by one and with a draft. Those of beams end there too, if not elsewhere.
+fn every_way(
+    model: &AutoregressiveWrapper,
+    prompt: &Tensor,
+    options: &GenerateOptions,
+    until: &dyn Fn(usize, &[i64]) -> usize,
+) -> Result<[Vec<Vec<i64>>; 2]> {
+    let cut = |(number, row): (usize, &[i64])| row[..until(number, row)].to_vec();
+    let stream = run(model, prompt, 40, options)?.iter().map(Vec::as_slice).enumerate().map(cut).collect();
+    let (drafted, _) = model.generate_with_draft(&decoder(8, 1, 8)?, 3, prompt, 40, options, &mut |_| true)?;
+    let width = drafted.shape()[1].max(1);
+    let mut closed = 0;
+    for beams in [1, 4] {
+        let found = model.beam_search(prompt, 12, &BeamOptions { beams, length_penalty: 1.0 }, options)?;
+        for (number, row) in found.iter().enumerate() {
+            for Hypothesis { tokens, .. } in row {
+                assert_eq!(until(number, tokens), tokens.len(), "{tokens:?} of row {number} goes on after its end");
+                closed += usize::from(tokens.len() < 12);
+            }
+        }
+    }
+    assert!(closed > 0, "no beam has ended");
+    Ok([stream, drafted.to_vec::<i64>()?.chunks(width).enumerate().map(cut).collect()])
+}
+
+/// Each row ends at the first of several tokens, however it is generated.
+#[test]
+fn rows_end_at_the_first_of_several_tokens() -> Result<()> {
+    let model = decoder(8, 1, 3)?;
+    let prompt = ints(&[1, 2, 3, 4, 5, 6, 1, 7], &[4, 2])?;
+    let free = GenerateOptions { sampling: greedy(), repetition_penalty: 1.5, ..Default::default() };
+    let rows = run(&model, &prompt, 40, &free)?;
+    let mut ends = std::collections::BTreeSet::new();
+    for eos_tokens in [vec![6, 0], vec![0, 6, 3], vec![2, 5], vec![7, 7]] {
+        let until = |_: usize, row: &[i64]| {
+            row.iter().position(|token| eos_tokens.contains(token)).map_or(row.len(), |at| at + 1)
+        };
+        let options = GenerateOptions { eos_tokens: eos_tokens.clone(), eos_in_prompt: false, ..free.clone() };
+        let expected: Vec<Vec<i64>> = rows.iter().map(|row| row[..until(0, row)].to_vec()).collect();
+        ends.extend(expected.iter().filter(|row| row.len() < 40).filter_map(|row| row.last().copied()));
+        for way in every_way(&model, &prompt, &options, &until)? {
+            assert_eq!(way, expected, "{eos_tokens:?}");
+        }
+        // A prompt that has one of them has ended, if prompts count.
+        let counted = GenerateOptions { eos_in_prompt: true, ..options };
+        let filled = run(&model, &prompt, 40, &counted)?;
+        for (row, tokens) in filled.iter().enumerate() {
+            let begins = prompt.to_vec::<i64>()?[2 * row..][..2].iter().any(|token| eos_tokens.contains(token));
+            assert_eq!(tokens.iter().all(|&token| token == 0), begins || tokens.is_empty(), "{row}: {tokens:?}");
+        }
+    }
+    assert!(ends.len() >= 3, "only {ends:?} ended rows");
+    Ok(())
+}
+
+/// Rows end where their own ends say, each at another place; beams that begin alike have states of their own.
+#[test]
+fn rows_end_where_their_own_ends_say() -> Result<()> {
+    let model = decoder(8, 1, 3)?;
+    let prompt = ints(&[1, 2, 3, 4, 5, 6], &[3, 2])?;
+    let free = GenerateOptions { sampling: greedy(), repetition_penalty: 1.5, ..Default::default() };
+    let rows = run(&model, &prompt, 40, &free)?;
+    let pairs: Vec<[i64; 2]> = rows.iter().zip([3, 7, 1]).map(|(row, at)| [row[at], row[at + 1]]).collect();
+    let end = |pair: &[i64; 2]| Box::new(PairEnd { pair: *pair, last: None }) as Box<dyn RowEnd>;
+    let options = GenerateOptions { row_ends: pairs.iter().map(end).collect(), ..free.clone() };
+    let of_row =
+        |pair: &[i64; 2], row: &[i64]| row.windows(2).position(|two| two == pair).map_or(row.len(), |at| at + 2);
+    let expected: Vec<Vec<i64>> =
+        rows.iter().zip(&pairs).map(|(row, pair)| row[..of_row(pair, row)].to_vec()).collect();
+    assert!(expected.iter().all(|row| row.len() < 20), "{expected:?}");
+    for way in every_way(&model, &prompt, &options, &|number, row| of_row(&pairs[number], row))? {
+        assert_eq!(way, expected);
+    }
+    // What follows an end is padding.
+    for (row, own) in run(&model, &prompt, 40, &options)?.iter().zip(&expected) {
+        assert!(row[own.len()..].iter().all(|&token| token == 0), "{row:?}");
+    }
+    let fewer = GenerateOptions { row_ends: vec![end(&pairs[0])], ..free };
+    let message = model.generate(&prompt, 2, &fewer, &mut |_| true).expect_err("two are missing").to_string();
+    assert!(message.contains("row_ends") && message.contains("none or 3"), "{message}");
     Ok(())
 }
 
@@ -400,7 +502,7 @@ fn beams_find_the_most_likely_continuations() -> Result<()> {
     let prompts = [[1i64, 2], [3, 0]];
     let prompt = ints(&prompts.concat(), &[2, 2])?;
     let (n, eos, penalty) = (3, 4, 0.7);
-    let options = GenerateOptions { eos_token: Some(eos), ..Default::default() };
+    let options = GenerateOptions { eos_tokens: vec![eos], ..Default::default() };
     // As many beams as there are ways: nothing is cut off.
     let wide = BeamOptions { beams: vocabulary, length_penalty: penalty };
     let found = model.beam_search(&prompt, n, &wide, &options)?;
@@ -452,11 +554,11 @@ fn beams_find_the_most_likely_continuations() -> Result<()> {
 fn drafts_do_not_change_greedy_tokens() -> Result<()> {
     let model = decoder(20, 2, 5)?;
     let prompt = ints(&[3, 1, 4, 1, 5, 9, 0, 0], &[2, 4])?;
-    for (lengths, eos_token) in [(None, None), (Some(vec![4, 2]), None), (None, Some(7))] {
+    for (lengths, eos_tokens) in [(None, vec![]), (Some(vec![4, 2]), vec![]), (None, vec![7])] {
         let options = GenerateOptions {
             sampling: greedy(),
             prompt_lengths: lengths,
-            eos_token,
+            eos_tokens,
             repetition_penalty: 1.1,
             ..Default::default()
         };
@@ -468,7 +570,7 @@ fn drafts_do_not_change_greedy_tokens() -> Result<()> {
             let rows: Vec<_> = new.to_vec::<i64>()?.chunks(width).map(<[i64]>::to_vec).collect();
             assert_eq!(rows, expected, "{ahead} ahead");
             assert!(stats.accepted <= stats.proposed && stats.passes > 0);
-            if ahead == 4 && eos_token.is_none() {
+            if ahead == 4 && options.eos_tokens.is_empty() {
                 assert_eq!(stats.accepted, stats.proposed, "a model agrees with itself");
                 assert!(stats.passes < 16);
             }

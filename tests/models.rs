@@ -371,7 +371,7 @@ fn models_generate_stops() -> Result<()> {
     })?;
     assert_eq!((new.shape()[1], calls), (4, 4));
     // Every row ends: what follows the first end is padded.
-    let options = GenerateOptions { sampling: all, eos_token: Some(5), ..Default::default() };
+    let options = GenerateOptions { sampling: all, eos_tokens: vec![5], ..Default::default() };
     let new = model.generate(&prompt, 400, &options, &mut |_| true)?;
     let n = new.shape()[1];
     assert!(n < 400);
@@ -382,7 +382,7 @@ fn models_generate_stops() -> Result<()> {
     // The prompt counts: a row that has ended there is padded.
     let ended = ints(&[5, 1, 5, 2], &[2, 2])?;
     assert_eq!(model.generate(&ended, 9, &options, &mut |_| true)?.shape()[..], [2, 0]);
-    let open = GenerateOptions { eos_token: Some(19), ..options.clone() };
+    let open = GenerateOptions { eos_tokens: vec![19], ..options.clone() };
     let new = model.generate(&ints(&[19, 3], &[2, 1])?, 2, &open, &mut |_| true)?.to_vec::<i64>()?;
     assert!(!new[2..].contains(&19) && new[..2] == [7, 7], "{new:?}");
     // Nothing to do, and nothing to start from.

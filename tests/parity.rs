@@ -75,7 +75,7 @@ fn expect_all(dtype: DType, options: RunOptions) {
 #[test]
 fn parity_cases_are_all_there() {
     if std::env::var_os("XT_CASE").is_none() && std::env::var_os("XT_PARITY_DIR").is_none() {
-        assert_eq!(folders().len(), 133);
+        assert_eq!(folders().len(), 149);
     }
 }
 

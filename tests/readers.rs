@@ -125,6 +125,112 @@ fn pytorch_files_are_read() -> Result<()> {
     Ok(())
 }
 
+/// The tensors that `weights()` of `make_beside.py` makes, below a place.
+fn check_weights(file: &TensorFile, place: &str) -> Result<()> {
+    let ramp: Vec<f64> = (0..12).map(|i| f64::from(i) / 4.0 - 1.0).collect();
+    let turned: Vec<f64> = (0..12).map(|i| ramp[i % 3 * 4 + i / 3]).collect();
+    for (name, shape, values) in [("w", &[3, 4][..], &ramp[..]), ("b", &[4], &ramp[..4]), ("t", &[4, 3], &turned)] {
+        let tensor = file.tensor(&format!("{place}{name}"))?;
+        assert_eq!((&tensor.shape()[..], floats(&tensor)), (shape, values.to_vec()), "{place}{name}");
+    }
+    Ok(())
+}
+
+#[test]
+fn objects_beside_the_weights_are_skipped() -> Result<()> {
+    for name in ["beside-1.pt", "beside-2.pt", "beside-4.pt", "beside-legacy.pt"] {
+        let file = TensorFile::open(file(name))?;
+        check_weights(&file, "")?;
+        assert_eq!(floats(&file.tensor("half")?), [1.0; 2], "{name}");
+        // No object passes for a tensor.
+        let tensors = ["b", "expanded", "generator", "half", "t", "w"];
+        assert_eq!(file.names().collect::<Vec<_>>(), tensors, "{name}");
+        assert_eq!(file.unreadable().count(), 0, "{name}");
+        assert_eq!(floats(&file.tensor("expanded")?), vec![1.0; 4000], "{name}");
+        assert!(file.tensor("args").unwrap_err().to_string().contains("`lightning_like.Args`"));
+    }
+    check_weights(&TensorFile::open(file("trainer.ckpt"))?, "state_dict.model.")?;
+    check_weights(&TensorFile::open(file("nano.pt"))?, "model._orig_mod.")
+}
+
+#[test]
+fn weights_that_are_no_tensors_here_are_refused_by_name() -> Result<()> {
+    let file = TensorFile::open(file("unread.pt"))?;
+    let expected = [
+        ("complex128", "complex128"),
+        ("complex64", "complex64"),
+        ("csr", "_rebuild_sparse"),
+        ("expanded", "contiguous()"),
+        ("meta", "_rebuild_meta"),
+        ("quantised", "_rebuild_qtensor"),
+        ("rank7", "7"),
+        ("sparse", "_rebuild_sparse"),
+    ];
+    let unreadable: Vec<(&str, &str)> = file.unreadable().collect();
+    assert_eq!(unreadable.iter().map(|(name, _)| *name).collect::<Vec<_>>(), expected.map(|(name, _)| name));
+    for ((name, why), (_, part)) in unreadable.iter().zip(expected) {
+        assert!(why.contains(part), "{name}: {why}");
+        let refused = file.tensor(name).unwrap_err().to_string();
+        assert!(refused.contains(&format!("`{name}`")) && refused.contains(why), "{refused}");
+    }
+    assert!(file.tensor("array").unwrap_err().to_string().contains("_reconstruct"));
+    assert!(file.tensors().unwrap_err().to_string().contains("complex128"));
+    // A tensor with an attribute is a tensor.
+    assert_eq!(floats(&file.tensor("tagged")?), [1.0; 3]);
+    assert_eq!(floats(&file.tensor("plain")?), [1.0; 2]);
+    Ok(())
+}
+
+#[test]
+fn floats_of_eight_bits_and_unsigned_integers_are_read() -> Result<()> {
+    let expected = read_safetensors(file("dtypes-expected.safetensors"))?;
+    let archive = TensorFile::open(file("dtypes.pt"))?.tensors()?;
+    for (format, tensors) in [("PyTorch", archive), ("safetensors", read_safetensors(file("dtypes.safetensors"))?)] {
+        assert_eq!(tensors.len(), 9, "{format}");
+        for (name, tensor) in &tensors {
+            let expected = &expected[name];
+            assert_eq!((tensor.shape(), tensor.dtype()), (expected.shape(), expected.dtype()), "{format} {name}");
+            let same = |(a, b): (&f64, &f64)| a == b || a.is_nan() && b.is_nan();
+            assert!(floats(tensor).iter().zip(&floats(expected)).all(same), "{format} {name}: {tensor:?}");
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn files_of_other_kinds_are_named() {
+    let lfs = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 669\n";
+    let mut tar = vec![0; 1024];
+    tar[..9].copy_from_slice(b"model.bin");
+    tar[257..262].copy_from_slice(b"ustar");
+    let cases: [(&[u8], &str); 10] = [
+        (lfs, "git-lfs"),
+        (b"<!DOCTYPE html><html><head><title>Not found</title>", "HTML"),
+        (b"\n  <html>\n<body>sign in</body></html>", "HTML"),
+        (b"<?xml version='1.0'?><Error><Code>AccessDenied</Code>", "XML"),
+        (b"\x1f\x8b\x08\0\0\0\0\0\0\x03", "gzip"),
+        (b"BZh91AY&SY\0\0\0\0", "bzip2"),
+        (&tar, "tar archive"),
+        (b"{\"error\": \"Repository not found\"}", "JSON"),
+        (b"\x80\x04\x95\x0b\0\0\0\0\0\0\0}.", "torch.save"),
+        (b"\x89HDF\r\n\x1a\n\0\0\0\0\0\x08\x08\0", "HDF5"),
+    ];
+    for (bytes, expected) in cases {
+        let error = TensorFile::from_bytes(bytes).unwrap_err().to_string();
+        assert!(error.contains(expected), "{expected}: {error}");
+        let path = std::env::temp_dir().join(format!("xt-other-{}-{}", std::process::id(), expected.len()));
+        fs::write(&path, bytes).unwrap();
+        assert!(read_safetensors(&path).unwrap_err().to_string().contains(expected));
+        fs::remove_file(path).unwrap();
+    }
+    // Headers whose length begins as some of these do.
+    for length in [0x8B1Fusize, 0x0280] {
+        let header = format!("{:length$}", "{}");
+        let bytes = [&length.to_le_bytes()[..], header.as_bytes()].concat();
+        assert_eq!(TensorFile::from_bytes(bytes).unwrap().names().count(), 0, "{length}");
+    }
+}
+
 #[test]
 fn safetensors_in_several_files_are_read() -> Result<()> {
     let parts = TensorFile::open(file("parts.safetensors.index.json"))?;
@@ -200,7 +306,7 @@ fn pickles_execute_nothing_and_say_what_they_were_asked_for() {
         ("a call by names on the stack", b"X\x02\0\0\0osX\x06\0\0\0system\x93.".to_vec(), "`os.system`"),
         ("eval", b"cbuiltins\neval\n.".to_vec(), "`builtins.eval`"),
         ("a hidden loader", b"ctorch.storage\n_load_from_bytes\n.".to_vec(), "_load_from_bytes"),
-        ("an unknown instruction", b"i.".to_vec(), "0x69"),
+        ("an unknown instruction", b"\x82\0.".to_vec(), "0x82"),
         ("a new protocol", b"\x80\x09.".to_vec(), "protocol 9"),
         ("an empty stack", b".".to_vec(), "lacks a value"),
         ("a mark that is not there", b"t.".to_vec(), "lacks a mark"),
@@ -242,7 +348,21 @@ fn pickles_execute_nothing_and_say_what_they_were_asked_for() {
 fn pickles_of_many_values_are_bounded() {
     const MOST: isize = 400 << 20;
     let count = if cfg!(miri) { 1000 } else { 1_990_000 };
-    for unit in [&b"}"[..], b"]", b")", b"}\x94", b"}q\0", b"]]a", b"}NNs", b"K\x01", b"((", b"N\x94"] {
+    for unit in [
+        &b"}"[..],
+        b"]",
+        b")",
+        b"}\x94",
+        b"}q\0",
+        b"]]a",
+        b"}NNs",
+        b"K\x01",
+        b"((",
+        b"N\x94",
+        b"\x8f",
+        b"cx\ny\n",
+        b"(\x91",
+    ] {
         let pickle = [&unit.repeat(count / unit.len()), &b"}."[..]].concat();
         let bytes = legacy(&pickle);
         let before = LIVE.get();
@@ -291,7 +411,7 @@ fn views_stay_inside_of_their_storage() -> Result<()> {
         (0, &[2], &[1, 1]),
     ];
     for (offset, shape, strides) in outside {
-        assert!(read(&view(offset, shape, strides)).is_err(), "{offset} {shape:?} {strides:?}");
+        assert!(values(view(offset, shape, strides)).is_err(), "{offset} {shape:?} {strides:?}");
     }
     Ok(())
 }
@@ -320,7 +440,7 @@ fn gguf_lies_are_refused() {
 }
 
 #[test]
-fn an_index_is_held_to_its_word() {
+fn an_index_is_held_to_its_word() -> Result<()> {
     let folder = std::env::temp_dir().join(format!("xt-index-{}", std::process::id()));
     fs::create_dir_all(&folder).unwrap();
     let part = |name: &str| fs::copy(file(name), folder.join(name)).unwrap();
@@ -334,10 +454,22 @@ fn an_index_is_held_to_its_word() {
         TensorFile::open(&folder).map(|file| file.names().count()).map_err(|error| error.to_string())
     };
     assert_eq!(open(&index), Ok(14));
+    // A tensor is where it is, and a place in the folder may be written as one likes.
+    assert_eq!(open(&index.replacen("part-2", "part-1", 1)), Ok(14));
+    assert_eq!(open(&index.replace("part-2", "./part-2")), Ok(14));
+    assert_eq!(open(&index.replacen("\"bool\": \"part", "\"bool\": \"./part", 1)).map_err(drop), Ok(14));
+    // One that is nowhere is missing where it is asked for.
+    assert_eq!(open(&index.replace("\"bool\"", "\"bowl\"")), Ok(14));
+    let whole = TensorFile::open(&folder)?;
+    assert_eq!(whole.unreadable().map(|(name, _)| name).collect::<Vec<_>>(), ["bowl"]);
+    for refused in [whole.tensor("bowl").map(drop), whole.tensors().map(drop)] {
+        let refused = refused.unwrap_err().to_string();
+        assert!(refused.contains("`bowl`") && refused.contains("`part-1.safetensors`"), "{refused}");
+    }
     let cases = [
-        ("a tensor that is nowhere", index.replace("\"bool\"", "\"bowl\""), "`bool`"),
-        ("the wrong file", index.replacen("part-2", "part-1", 1), "does not place there"),
         ("another folder", index.replacen("part-2", "../part-2", 1), "same folder"),
+        ("a way out and back", index.replacen("part-2", "below/../../part-2", 1), "same folder"),
+        ("the root", index.replacen("part-2", "/part-2", 1), "same folder"),
         ("a file that is not there", index.replace("part-2", "part-3"), "part-3"),
         ("no JSON", "{".into(), "no index"),
         ("no map", "{}".into(), "weight_map"),
@@ -349,6 +481,7 @@ fn an_index_is_held_to_its_word() {
     fs::remove_dir_all(&folder).unwrap();
     let missing = TensorFile::open(&folder).unwrap_err().to_string();
     assert!(missing.contains("No such file"), "{missing}");
+    Ok(())
 }
 
 /// Damages a file in one to eight places.

@@ -49,8 +49,10 @@ impl Cost {
     /// Errors: the config is illegal.
     pub fn of_model(config: &Config, sizes: Sizes) -> Result<Option<(Batch, Self)>> {
         let batch = |longest: usize| {
-            let tokens = sizes.tokens.unwrap_or(longest);
-            if tokens > longest {
+            /// Tokens of a model that has no longest sequence.
+            const MANY: usize = 1024;
+            let tokens = sizes.tokens.unwrap_or(if longest == 0 { MANY } else { longest });
+            if tokens > longest && longest > 0 {
                 let why = format!("expected up to max_seq_len, {longest}, got {tokens}");
                 return Err(Error::Option { key: "seq_len".to_string(), why });
             }
@@ -120,7 +122,7 @@ impl Cost {
         };
         // The last token is given, but not read.
         let read = start + new.saturating_sub(1);
-        if read > decoder.max_seq_len {
+        if read > decoder.window() {
             return Ok(None);
         }
         let headless = |plan: TransformerPlan, tokens: usize| {

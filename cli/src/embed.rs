@@ -16,6 +16,7 @@ use crate::{
     failure::{Failure, Result, print},
     files,
     tokenizer::{Prompt, SentencePipeline},
+    unused::StrictArgs,
 };
 
 #[derive(Args)]
@@ -44,6 +45,9 @@ pub struct EmbedArgs {
     #[arg(long, value_name = "FILE")]
     output: Option<PathBuf>,
 
+    #[command(flatten)]
+    strict: StrictArgs,
+
     /// Where to compute: auto, cpu or cuda:N
     #[arg(long, default_value = "auto")]
     device: String,
@@ -58,6 +62,7 @@ pub fn run(args: EmbedArgs) -> Result<()> {
         return Err(Failure::new(why).within(&args.checkpoint));
     }
     let pretrained = Pretrained::open(&args.checkpoint)?;
+    args.strict.check(&pretrained, &args.checkpoint)?;
     let pipeline = SentencePipeline::of(&pretrained, args.tokenizer.as_deref(), DType::F32, device)?;
     let prompt = match (&args.prompt, &args.prompt_name) {
         (Some(text), _) => Prompt::Text(text),

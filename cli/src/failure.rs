@@ -52,7 +52,7 @@ impl From<Error> for Failure {
         let advice = match error.root() {
             Error::Io { source, .. } => advice(source),
             Error::Weights { .. } => "; they belong to another config, give the one that they were trained with",
-            Error::UnknownOption { nearest: None, .. } => "; remove it, x-transformers has no such option",
+            Error::UnknownOption { nearest: None, .. } => "; remove it",
             _ => "",
         };
         Self::new(format_args!("{error}{advice}"))
@@ -66,6 +66,12 @@ impl fmt::Display for Failure {
             Self::Message(message) => f.write_str(message),
         }
     }
+}
+
+/// Says something on standard error that does not end the command.
+pub fn warn(text: impl fmt::Display) {
+    // Where even standard error is closed there is nobody to tell.
+    let _ = writeln!(io::stderr(), "xt: warning: {}", one_line(&text.to_string()));
 }
 
 /// Writes to standard output at once.

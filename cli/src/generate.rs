@@ -21,6 +21,7 @@ use crate::{
     sample,
     source::{Source, Weights},
     text::decode,
+    unused::StrictArgs,
 };
 
 #[derive(Args)]
@@ -38,9 +39,13 @@ pub struct GenerateArgs {
     #[arg(long, value_name = "TEXT", default_value = "\n", hide_default_value = true, value_parser = some_text)]
     prompt: Vec<String>,
 
-    /// The prompt is a question to a pretrained model that chats
+    /// The prompt is a question, written as a chat by the chat template of the pretrained model
     #[arg(long)]
     chat: bool,
+
+    /// With --chat: system turn before the question [default: that of the template, if any]
+    #[arg(long, value_name = "TEXT", requires = "chat", value_parser = some_text)]
+    system: Option<String>,
 
     /// Bytes to add, of a pretrained model tokens
     #[arg(long, value_name = "N", default_value_t = 256)]
@@ -74,9 +79,13 @@ pub struct GenerateArgs {
     #[arg(long, value_name = "R", default_value_t = 1.0, value_parser = positive)]
     repetition_penalty: f64,
 
-    /// Token that ends a text, for instance 10 for a line [default: the one that a pretrained model names]
+    /// Token that ends a text, for instance 10 for a line; may be repeated [default: those that a pretrained model names]
     #[arg(long, value_name = "N")]
-    eos: Option<u32>,
+    eos: Vec<u32>,
+
+    /// Stop string: ends a text and is not shown; may be repeated
+    #[arg(long, value_name = "TEXT", value_parser = some_text)]
+    stop: Vec<String>,
 
     /// The same seed gives the same text
     #[arg(long, value_name = "N", default_value_t = 0)]
@@ -98,7 +107,7 @@ pub struct GenerateArgs {
     #[arg(long, value_name = "N", default_value_t = 4, value_parser = value_parser!(u32).range(1..=64), requires = "draft")]
     ahead: u32,
 
-    /// What the weights are kept as
+    /// Type that the weights are kept in
     #[arg(long, value_enum, default_value_t = Weights::F32)]
     weights: Weights,
 
@@ -118,6 +127,9 @@ pub struct GenerateArgs {
     #[arg(long, value_name = "FILE", conflicts_with_all = ["prompt", "beams", "draft"])]
     score: Option<PathBuf>,
 
+    #[command(flatten)]
+    strict: StrictArgs,
+
     /// Where to compute: auto, cpu or cuda:N
     #[arg(long, default_value = "auto")]
     device: String,
@@ -125,12 +137,12 @@ pub struct GenerateArgs {
 
 /// Clap's own parser says of an empty value that there is none.
 fn some_text(text: &str) -> std::result::Result<String, &'static str> {
-    if text.is_empty() { Err("expected some text to continue, got an empty one") } else { Ok(text.to_string()) }
+    if text.is_empty() { Err("expected some text, got an empty one") } else { Ok(text.to_string()) }
 }
 
 /// A text to continue.
 struct Prompt {
-    /// What is printed before what follows.
+    /// Text printed before the continuation.
     shown: String,
     tokens: Vec<i64>,
 }
@@ -138,12 +150,20 @@ struct Prompt {
 pub fn run(args: GenerateArgs) -> Result<()> {
     let device = Device::parse(&args.device)?;
     let tokenizer = args.tokenizer.as_deref();
-    let source = Source::open(&args.checkpoint, tokenizer)?;
+    let source = Source::open(&args.checkpoint, tokenizer, args.strict)?;
     if let Some(path) = &args.score {
         return score(&source, args.weights, path, &device);
     }
     let (prompts, length) = args.prompts(&source)?;
-    let draft = args.draft.as_ref().map(|path| Source::open(path, tokenizer).map(|draft| (draft, path))).transpose()?;
+    if args.chat && source.language.assumes_chat_form() {
+        let note = "xt: the model's files have no chat template; its turns are written as ChatML, whose tokens it has";
+        let _ = writeln!(io::stderr(), "{note}");
+    }
+    let draft = args
+        .draft
+        .as_ref()
+        .map(|path| Source::open(path, tokenizer, args.strict).map(|draft| (draft, path)))
+        .transpose()?;
     if let Some((draft, path)) = &draft {
         let same = |(own, other): (&Prompt, &Prompt)| own.tokens == other.tokens;
         if !prompts.iter().zip(&args.prompts(draft).map_err(|failure| failure.within(path))?.0).all(same) {
@@ -152,14 +172,14 @@ pub fn run(args: GenerateArgs) -> Result<()> {
         }
     }
     let vocabulary = source.vocabulary();
-    if let Some(eos) = args.eos.filter(|&eos| eos as usize >= vocabulary) {
+    if let Some(eos) = args.eos.iter().find(|&&eos| eos as usize >= vocabulary) {
         let why = format!("`--eos`: expected one of the model's {vocabulary} tokens, from 0 on, got {eos}");
         return Err(Failure::new(why).within(&args.checkpoint));
     }
     let model = source.model(args.weights, &device)?;
     let options = GenerateOptions {
         sampling: args.sampling(),
-        eos_token: args.eos.map(i64::from).or(source.end()),
+        eos_tokens: args.ends(&source)?,
         eos_in_prompt: false,
         seed: args.seed,
         repetition_penalty: args.repetition_penalty,
@@ -169,21 +189,22 @@ pub fn run(args: GenerateArgs) -> Result<()> {
     };
     let start = Instant::now();
     let (mut tokens, mut note) = (0, String::new());
-    let language = &source.language;
+    let (language, stops) = (&source.language, &args.stop[..]);
     if let Some(beams) = args.beams {
         let beam = BeamOptions { beams: beams as usize, length_penalty: args.length_penalty };
         for prompt in &prompts {
+            let options = prompt.options(language, &options, stops)?;
             let found = model.beam_search(&row(prompt, &device)?, length, &beam, &options)?;
             let best = found.into_iter().flatten().next().map(|hypothesis| hypothesis.tokens).unwrap_or_default();
-            tokens += best.len();
-            show(language, prompt, &best, options.eos_token)?;
+            tokens += show(language, prompt, &best, &options.eos_tokens, stops)?;
         }
     } else if let Some((draft, _)) = &draft {
         let draft = draft.model(args.weights, &device)?;
         let (mut proposed, mut accepted) = (0, 0);
         for prompt in &prompts {
             print(&prompt.shown)?;
-            let mut text = language.shown(&prompt.tokens, options.eos_token);
+            let options = prompt.options(language, &options, stops)?;
+            let mut text = language.shown(&prompt.tokens, &options.eos_tokens, stops)?;
             let mut shown = Ok(());
             let mut on_token = |new: &[Vec<i64>]| {
                 shown = new.iter().flatten().try_for_each(|&token| print(text.push(token)?));
@@ -200,10 +221,12 @@ pub fn run(args: GenerateArgs) -> Result<()> {
         note = format!(", {accepted} of {proposed} proposals of the draft taken");
     } else if let [prompt] = &prompts[..] {
         print(&prompt.shown)?;
-        tokens = sample::stream(&model, language, &prompt.tokens, length, &options, &device, |text| print(text))?;
+        let options = prompt.options(language, &options, stops)?;
+        let text = language.shown(&prompt.tokens, &options.eos_tokens, stops)?;
+        tokens = sample::stream(&model, text, &prompt.tokens, length, &options, &device, |text| print(text))?;
         print("\n")?;
     } else {
-        tokens = together(&model, language, &prompts, length, options, &device)?;
+        tokens = together(&model, language, &prompts, length, options, stops, &device)?;
     }
     if args.stats || io::stderr().is_terminal() {
         let seconds = start.elapsed().as_secs_f64();
@@ -221,7 +244,7 @@ impl GenerateArgs {
         let mut prompts = Vec::new();
         for text in &self.prompt {
             let (shown, tokens) = if self.chat {
-                (String::new(), source.language.encode(&source.language.chat(text)?)?)
+                (String::new(), source.language.chat(self.system.as_deref(), text)?)
             } else {
                 (decode(text.as_bytes()), source.language.encode(text)?)
             };
@@ -232,6 +255,20 @@ impl GenerateArgs {
             prompts.push(Prompt { shown, tokens });
         }
         Ok((prompts, length))
+    }
+
+    /// The tokens that end a text: those asked for, or those that the model's files name, and special ones among the stop
+    /// strings.
+    fn ends(&self, source: &Source) -> Result<Vec<i64>> {
+        let mut ends: Vec<i64> = self.eos.iter().map(|&eos| eos.into()).collect();
+        if ends.is_empty() {
+            ends = source.ends(self.chat);
+        }
+        for stop in &self.stop {
+            let token = source.language.hidden_token(stop)?;
+            ends.extend(token.filter(|&token| (token as usize) < source.vocabulary()));
+        }
+        Ok(ends)
     }
 
     fn sampling(&self) -> SamplingConfig {
@@ -252,6 +289,13 @@ impl GenerateArgs {
     }
 }
 
+impl Prompt {
+    /// Options with the end of this prompt's row at stop strings.
+    fn options(&self, language: &Language, options: &GenerateOptions, stops: &[String]) -> Result<GenerateOptions> {
+        Ok(GenerateOptions { row_ends: language.row_ends(&[&self.tokens], stops)?, ..options.clone() })
+    }
+}
+
 fn row(prompt: &Prompt, device: &Device) -> Result<Tensor> {
     Ok(Tensor::from_slice(&prompt.tokens, [prompt.tokens.len()], device)?)
 }
@@ -263,6 +307,7 @@ fn together(
     prompts: &[Prompt],
     length: usize,
     mut options: GenerateOptions,
+    stops: &[String],
     device: &Device,
 ) -> Result<usize> {
     let lengths: Vec<usize> = prompts.iter().map(|prompt| prompt.tokens.len()).collect();
@@ -277,6 +322,8 @@ fn together(
     // A text is the same whatever the others are.
     options.row_seeds = Some(vec![options.seed; lengths.len()]);
     options.prompt_lengths = Some(lengths);
+    let all: Vec<&[i64]> = prompts.iter().map(|prompt| &prompt.tokens[..]).collect();
+    options.row_ends = language.row_ends(&all, stops)?;
     let new =
         model
             .generate(&Tensor::from_vec(padded, [prompts.len(), longest], device)?, length, &options, &mut |_| true)?;
@@ -285,18 +332,18 @@ fn together(
     let mut tokens = 0;
     for (number, prompt) in prompts.iter().enumerate() {
         let row = &new[number * width..][..width];
-        let end = options.eos_token.and_then(|eos| row.iter().position(|&token| token == eos));
-        tokens += end.map_or(width, |end| end + 1);
-        show(language, prompt, row, options.eos_token)?;
+        tokens += show(language, prompt, row, &options.eos_tokens, stops)?;
     }
     Ok(tokens)
 }
 
-/// A prompt and what follows it, up to its end.
-fn show(language: &Language, prompt: &Prompt, tokens: &[i64], stop: Option<i64>) -> Result<()> {
-    let mut text = language.shown(&prompt.tokens, stop);
+/// Prints a prompt and what follows it, up to its end; gives the number of tokens.
+fn show(language: &Language, prompt: &Prompt, tokens: &[i64], ends: &[i64], stops: &[String]) -> Result<usize> {
+    let mut text = language.shown(&prompt.tokens, ends, stops)?;
     let shown = tokens.iter().map(|&token| text.push(token)).collect::<Result<String>>()?;
-    print(format_args!("{}{shown}{}\n", prompt.shown, text.finish()?))
+    let count = text.tokens;
+    print(format_args!("{}{shown}{}\n", prompt.shown, text.finish()?))?;
+    Ok(count)
 }
 
 /// Bits per byte of a text, in windows that follow each other: what each token is predicted from begins anew with each.
@@ -334,7 +381,8 @@ fn score(source: &Source, weights: Weights, path: &Path, device: &Device) -> Res
     let bytes = text.len() - source.language.length(tokens[0])?.min(text.len() - 1);
     let bits = nats / bytes as f64 / std::f64::consts::LN_2;
     if !bits.is_finite() {
-        return Err(Failure::new("the model gives no probabilities: its weights are broken"));
+        let overflow = if weights == Weights::F16 { ", or its values overflow f16; try `--weights bf16`" } else { "" };
+        return Err(Failure::new(format_args!("the model gives no probabilities: its weights are broken{overflow}")));
     }
     print(format_args!("{bits:.4} bits per byte of {bytes} bytes\n"))
 }

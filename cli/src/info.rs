@@ -7,17 +7,19 @@ use indicatif::HumanCount;
 use x_transformers::{
     DType, Device, Error, ParamMap, Store,
     config::{Config, LayersPlan},
-    io::Pretrained,
+    io::{Pretrained, TensorFile},
     models::Model,
     train::Checkpoint,
 };
 
 use crate::{
     cost::{Batch, Cost, Sizes},
+    describe,
     failure::{Failure, Result, print},
     files,
     keywords::KeywordArgs,
     progress::{bytes, operations},
+    unused::StrictArgs,
 };
 
 #[derive(Args)]
@@ -27,9 +29,12 @@ pub struct InfoArgs {
     #[arg(long, value_name = "FILE", group = "model")]
     config: Option<PathBuf>,
 
-    /// Folder that `xt train` wrote, or a pretrained model: a GGUF file, or a folder of `transformers`
+    /// Folder that `xt train` wrote; a pretrained model: a GGUF file, or a folder of `transformers`; or weights alone
     #[arg(long, value_name = "PATH", group = "model")]
     checkpoint: Option<PathBuf>,
+
+    #[command(flatten)]
+    strict: StrictArgs,
 
     #[command(flatten)]
     keywords: KeywordArgs,
@@ -44,7 +49,7 @@ pub struct InfoArgs {
 }
 
 pub fn run(args: InfoArgs) -> Result<()> {
-    let (path, config) = read(&args)?;
+    let Some((path, config)) = read(&args)? else { return Ok(()) };
     let config = args.keywords.apply(config)?;
     let broken = |error: Error| Failure::from(error).within(&path);
     let layers = config.layers().map_err(broken)?;
@@ -64,33 +69,35 @@ pub fn run(args: InfoArgs) -> Result<()> {
     }
 }
 
-/// The config, and the file or folder that it is in.
-fn read(args: &InfoArgs) -> Result<(PathBuf, Config)> {
-    match (&args.config, &args.checkpoint) {
+/// The config, and the file or folder that it is in; `None` for weights alone, of which all is said then.
+fn read(args: &InfoArgs) -> Result<Option<(PathBuf, Config)>> {
+    Ok(Some(match (&args.config, &args.checkpoint) {
         (Some(path), _) => {
             let text = files::config(path)?;
             let config = Config::from_json(&text).map_err(|error| Failure::from(error).within(path))?;
-            Ok((path.clone(), config))
+            (path.clone(), config)
+        }
+        (None, Some(path)) if describe::is_bare(path) => {
+            print(describe::bare(&TensorFile::open(path)?))?;
+            return Ok(None);
         }
         (None, Some(path)) if Pretrained::is_one(path) => {
             let pretrained = Pretrained::open(path)?;
-            let file = pretrained.file();
-            print(format_args!(
-                "{}: {} of {}, {} tensors\n\n",
-                pretrained.family(),
-                file.format(),
-                bytes(file.bytes() as u64),
-                file.names().count()
-            ))?;
-            Ok((path.clone(), Config::TransformerWrapper(pretrained.config().clone())))
+            args.strict.refuse(&pretrained, path)?;
+            print(describe::pretrained(&pretrained).text())?;
+            (path.clone(), Config::TransformerWrapper(pretrained.config().clone()))
         }
         (None, Some(dir)) => {
             let dir = files::checkpoint(dir);
             let config = Checkpoint::load_config(&dir)?;
-            Ok((dir, config))
+            // The config says what is wanted, even where the weights are not there or damaged.
+            if let Ok(file) = TensorFile::open(&dir) {
+                print(describe::own(&config, &file).text())?;
+            }
+            (dir, config)
         }
-        (None, None) => Err(Failure::new("give --config or --checkpoint")),
-    }
+        (None, None) => return Err(Failure::new("give --config or --checkpoint")),
+    }))
 }
 
 type Stacks = [(&'static str, LayersPlan)];

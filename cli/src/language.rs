@@ -1,12 +1,17 @@
 //! Texts as the tokens of a model, and back.
 
+use x_transformers::{
+    Result as LibraryResult,
+    models::{RowEnd, StopMatcher},
+};
+
 use crate::{
     failure::{Failure, Result},
     text::{self, Decoder},
-    tokenizer::{TextStream, Tokenizer},
+    tokenizer::{self, TextStream, Tokenizer},
 };
 
-/// What the tokens of a model stand for.
+/// Meaning of the tokens of a model.
 pub enum Language {
     /// A byte each, as `xt train` has it.
     Bytes,
@@ -23,13 +28,40 @@ impl Language {
         }
     }
 
-    /// A question in the form of a chat, up to where the answer begins.
-    pub fn chat(&self, question: &str) -> Result<String> {
+    /// Tokens of a question, and of what the model is told beforehand, in the form of its chats, up to where the answer
+    /// begins.
+    pub fn chat(&self, system: Option<&str>, question: &str) -> Result<Vec<i64>> {
         match self {
             Self::Bytes => {
                 Err(Failure::new("`--chat` is for pretrained models; what `xt train` wrote continues bytes"))
             }
-            Self::Pieces(tokenizer) => Ok(tokenizer.chat(question)?),
+            Self::Pieces(tokenizer) => {
+                let tokens = tokenizer::chat(tokenizer, system, question);
+                tokens
+                    .map_err(|why| if tokenizer.has_chat_template() { why } else { why.advising("leave out `--chat`") })
+            }
+        }
+    }
+
+    /// Returns `true` if chats are in a form that the model's files do not state.
+    pub fn assumes_chat_form(&self) -> bool {
+        matches!(self, Self::Pieces(tokenizer) if !tokenizer.has_chat_template())
+    }
+
+    /// The token that ends a turn of a chat, if the tokenizer's files name one.
+    pub fn end_of_turn(&self) -> Option<i64> {
+        match self {
+            Self::Bytes => None,
+            Self::Pieces(tokenizer) => tokenizer.end_token(),
+        }
+    }
+
+    /// The token that a stop string spells, if it is one that texts do not show, such as `</s>`.
+    pub fn hidden_token(&self, stop: &str) -> Result<Option<i64>> {
+        let Self::Pieces(tokenizer) = self else { return Ok(None) };
+        match tokenizer.token(stop) {
+            Some(token) if tokenizer.decode(&[token])?.is_empty() => Ok(Some(token)),
+            _ => Ok(None),
         }
     }
 
@@ -41,47 +73,96 @@ impl Language {
         }
     }
 
-    /// Text of tokens that come one at a time behind a prompt, up to the one that ends it.
-    pub fn shown(&self, prompt: &[i64], stop: Option<i64>) -> Shown<'_> {
+    /// The ends of rows after these prompts at stop strings; none without any.
+    pub fn row_ends(&self, prompts: &[&[i64]], stops: &[String]) -> Result<Vec<Box<dyn RowEnd>>> {
+        if stops.is_empty() {
+            return Ok(Vec::new());
+        }
+        let end =
+            |prompt: &&[i64]| match self {
+                Self::Bytes => Ok(Box::new(ByteEnd { decoder: Decoder::default(), matcher: StopMatcher::new(stops)? })
+                    as Box<dyn RowEnd>),
+                Self::Pieces(tokenizer) => tokenizer::stop_end(tokenizer, stops, prompt),
+            };
+        prompts.iter().map(end).collect()
+    }
+
+    /// Text of tokens that come one at a time after a prompt, up to an end token or a stop string.
+    pub fn shown(&self, prompt: &[i64], ends: &[i64], stops: &[String]) -> Result<Shown<'_>> {
         let text = match self {
             Self::Bytes => Text::Bytes(Decoder::default()),
-            Self::Pieces(tokenizer) => Text::Pieces(tokenizer.stream(prompt)),
+            Self::Pieces(tokenizer) => Text::Pieces(Box::new(tokenizer.stream(prompt))),
         };
-        Shown { text, stop, ended: false }
+        Ok(Shown { text, ends: ends.to_vec(), matcher: StopMatcher::new(stops)?, tokens: 0, ended: false })
     }
 }
 
-/// Text of tokens that come one at a time, up to the one that ends it. It cannot move the cursor of a terminal.
+/// Ends a row of bytes at a stop string.
+#[derive(Clone, Debug)]
+struct ByteEnd {
+    decoder: Decoder,
+    matcher: StopMatcher,
+}
+
+impl RowEnd for ByteEnd {
+    fn push(&mut self, token: i64) -> LibraryResult<bool> {
+        let text = of_byte(&mut self.decoder, token);
+        self.matcher.push(&text);
+        Ok(self.matcher.stopped())
+    }
+
+    fn boxed_clone(&self) -> Box<dyn RowEnd> {
+        Box::new(self.clone())
+    }
+}
+
+/// A vocabulary may have tokens behind the bytes; none of them is text, as little as this byte.
+fn of_byte(decoder: &mut Decoder, token: i64) -> String {
+    decoder.push(u8::try_from(token).unwrap_or(0xff))
+}
+
+/// Text of tokens that come one at a time, up to their end. It cannot move the cursor of a terminal.
 pub struct Shown<'l> {
     text: Text<'l>,
-    stop: Option<i64>,
+    ends: Vec<i64>,
+    matcher: StopMatcher,
+    /// Number of tokens up to the end.
+    pub tokens: usize,
     ended: bool,
 }
 
 enum Text<'l> {
     Bytes(Decoder),
-    Pieces(TextStream<'l>),
+    Pieces(Box<TextStream<'l>>),
 }
 
 impl Shown<'_> {
-    /// The text that is whole with this token, often empty.
+    /// The text that is certain with this token, often empty.
     pub fn push(&mut self, token: i64) -> Result<String> {
-        self.ended |= self.stop == Some(token);
         if self.ended {
             return Ok(String::new());
         }
-        match &mut self.text {
-            // A vocabulary may have tokens behind the bytes; none of them is text, as little as this byte.
-            Text::Bytes(decoder) => Ok(decoder.push(u8::try_from(token).unwrap_or(0xff))),
-            Text::Pieces(stream) => Ok(text::decode(stream.push(token)?.as_bytes())),
+        self.tokens += 1;
+        self.ended = self.ends.contains(&token);
+        if self.ended {
+            return Ok(String::new());
         }
+        let text = match &mut self.text {
+            Text::Bytes(decoder) => of_byte(decoder, token),
+            Text::Pieces(stream) => stream.push(token)?,
+        };
+        let shown = self.matcher.push(&text);
+        self.ended = self.matcher.stopped();
+        Ok(text::clean(&shown))
     }
 
-    /// The text of a sequence that stays incomplete.
-    pub fn finish(self) -> Result<String> {
-        match self.text {
-            Text::Bytes(decoder) => Ok(decoder.finish().to_string()),
-            Text::Pieces(stream) => Ok(text::decode(stream.finish()?.as_bytes())),
-        }
+    /// The text of a sequence that stays incomplete, and what was held back.
+    pub fn finish(mut self) -> Result<String> {
+        let rest = match self.text {
+            Text::Bytes(decoder) => decoder.finish().to_string(),
+            Text::Pieces(stream) => stream.finish()?,
+        };
+        let shown = self.matcher.push(&rest) + &self.matcher.finish();
+        Ok(text::clean(&shown))
     }
 }

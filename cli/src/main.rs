@@ -7,6 +7,7 @@ mod bench;
 mod compute;
 mod corpus;
 mod cost;
+mod describe;
 mod devices;
 mod embed;
 mod failure;
@@ -29,6 +30,7 @@ mod source;
 mod text;
 mod tokenizer;
 mod train;
+mod unused;
 mod verify;
 mod workload;
 

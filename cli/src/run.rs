@@ -6,7 +6,7 @@ use clap::Args;
 use x_transformers::{
     Error, Store,
     config::Config,
-    io::{read_safetensors, write_safetensors},
+    io::{TensorFile, write_safetensors},
     models::{Model, RunOptions},
 };
 
@@ -22,7 +22,8 @@ pub struct RunArgs {
     #[arg(long, value_name = "FILE")]
     config: PathBuf,
 
-    /// Its weights, under the names of PyTorch's state dict; only a SamplingFilter has none
+    /// Its weights, under the names of PyTorch's state dict: safetensors, or a file of `torch.save`, where they may lie below
+    /// `model`, `state_dict` or `module`; only a SamplingFilter has none
     #[arg(long, value_name = "FILE")]
     weights: Option<PathBuf>,
 
@@ -50,13 +51,13 @@ pub fn run(args: RunArgs) -> Result<()> {
     let model = Model::new(&config, &Store::zeros(args.compute.dtype, &args.compute.device()?)).map_err(in_config)?;
     match &args.weights {
         Some(path) => {
-            let load = |weights: BTreeMap<_, _>| model.params().load(&weights);
-            load(read_safetensors(path)?).map_err(|error| Failure::from(error).within(path))?;
+            let weights = TensorFile::open(path)?.state_dict(model.params())?;
+            model.params().load(&weights).map_err(|error| Failure::from(error).within(path))?;
         }
         None if model.params().iter().next().is_none() => {}
         None => return Err(Failure::new("the model has parameters; give a file for them with --weights")),
     }
-    let inputs = read_safetensors(&args.inputs)?;
+    let inputs = TensorFile::open(&args.inputs)?.tensors()?;
     let options = RunOptions { gradients: args.grad, ..RunOptions::default() };
     let outputs = model.run(&inputs, &call, &options).map_err(|error| match error.root() {
         Error::Option { .. } => in_config(error),

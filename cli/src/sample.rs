@@ -5,19 +5,22 @@ use x_transformers::{
     models::{AutoregressiveWrapper, GenerateOptions},
 };
 
-use crate::{failure::Result, language::Language};
+use crate::{
+    failure::Result,
+    language::{Language, Shown},
+};
 
-/// Continues a prompt by `length` tokens and gives the text to `show` as soon as it is whole. Gives the number of tokens.
+/// Continues a prompt by `length` tokens or up to an end, and gives the `text` to `show` as soon as it is whole. Gives the
+/// number of tokens.
 pub fn stream(
     model: &AutoregressiveWrapper,
-    language: &Language,
+    mut text: Shown,
     prompt: &[i64],
     length: usize,
     options: &GenerateOptions,
     device: &Device,
     mut show: impl FnMut(&str) -> Result<()>,
 ) -> Result<usize> {
-    let mut text = language.shown(prompt, options.eos_token);
     let start = Tensor::from_slice(prompt, [prompt.len()], device)?;
     let mut count = 0;
     for tokens in model.stream(&start, length, options)? {
@@ -41,7 +44,9 @@ pub fn block(
     device: &Device,
 ) -> Result<String> {
     let mut text = String::new();
-    stream(model, &Language::Bytes, &[i64::from(b'\n')], length, options, device, |piece| {
+    let prompt = [i64::from(b'\n')];
+    let shown = Language::Bytes.shown(&prompt, &options.eos_tokens, &[])?;
+    stream(model, shown, &prompt, length, options, device, |piece| {
         text.push_str(piece);
         Ok(())
     })?;

@@ -19,9 +19,10 @@ use crate::{
     files,
     language::Language,
     tokenizer::Tokenizer,
+    unused::StrictArgs,
 };
 
-/// What weights are kept as.
+/// Type that weights are kept in.
 #[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum Weights {
     F32,
@@ -45,9 +46,10 @@ enum Kind {
 
 impl Source {
     /// Opens a folder of `xt train`, a folder of `transformers`, or a GGUF file; with a tokenizer if it is elsewhere.
-    pub fn open(path: &Path, tokenizer: Option<&Path>) -> Result<Self> {
+    pub fn open(path: &Path, tokenizer: Option<&Path>, strict: StrictArgs) -> Result<Self> {
         if Pretrained::is_one(path) {
             let pretrained = Pretrained::open(path)?;
+            strict.check(&pretrained, path)?;
             if !pretrained.family().is_causal() {
                 let why = format!(
                     "is of the family {}, which does not continue texts; give a Llama, or use `xt embed`",
@@ -71,23 +73,27 @@ impl Source {
         Ok(Self { language: Language::Bytes, kind: Kind::Trained(Box::new(config), values), path })
     }
 
-    /// The token that ends a text, if the files name one.
-    pub fn end(&self) -> Option<i64> {
-        match &self.kind {
-            Kind::Trained(..) => None,
-            Kind::Pretrained(pretrained) => pretrained.end_token(),
-        }
+    /// The tokens that end a text, or a turn of a chat, as the files name them.
+    pub fn ends(&self, chat: bool) -> Vec<i64> {
+        let mut ends = match &self.kind {
+            Kind::Trained(..) => Vec::new(),
+            Kind::Pretrained(pretrained) => pretrained.end_tokens().to_vec(),
+        };
+        let of_turns = self.language.end_of_turn().filter(|&end| chat && (end as usize) < self.vocabulary());
+        ends.extend(of_turns.filter(|end| !ends.contains(end)));
+        ends
     }
 
     /// Tokens that the model sees.
     pub fn window(&self) -> usize {
         match &self.kind {
+            Kind::Trained(config, _) if config.net.max_seq_len == 0 => usize::MAX,
             Kind::Trained(config, _) => config.net.max_seq_len,
             Kind::Pretrained(pretrained) => pretrained.config().max_seq_len,
         }
     }
 
-    /// How many tokens the model knows.
+    /// Number of tokens in the vocabulary.
     pub fn vocabulary(&self) -> usize {
         match &self.kind {
             Kind::Trained(config, _) => config.net.num_tokens,

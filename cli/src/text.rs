@@ -2,9 +2,8 @@
 
 /// Turns bytes that come one at a time into UTF-8.
 ///
-/// An incomplete sequence is held back until it is whole; what is not UTF-8, and control characters other than tab
-/// and line ends, become `U+FFFD`, so that a model cannot move the cursor of a terminal.
-#[derive(Default)]
+/// An incomplete sequence is held back until it is whole; what is not UTF-8 becomes `U+FFFD`.
+#[derive(Clone, Debug, Default)]
 pub struct Decoder {
     /// The beginning of a character.
     pending: Vec<u8>,
@@ -18,7 +17,7 @@ impl Decoder {
         loop {
             match str::from_utf8(&self.pending) {
                 Ok(valid) => {
-                    text.extend(valid.chars().map(shown));
+                    text.push_str(valid);
                     self.pending.clear();
                     return text;
                 }
@@ -40,12 +39,14 @@ impl Decoder {
     }
 }
 
-/// All of some bytes as text.
+/// All of some bytes as text that a terminal can show.
 pub fn decode(bytes: &[u8]) -> String {
-    let mut decoder = Decoder::default();
-    let mut text: String = bytes.iter().map(|&byte| decoder.push(byte)).collect();
-    text.push_str(decoder.finish());
-    text
+    clean(&String::from_utf8_lossy(bytes))
+}
+
+/// Replaces control characters other than tab and line ends, so that a model cannot move the cursor of a terminal.
+pub fn clean(text: &str) -> String {
+    text.chars().map(shown).collect()
 }
 
 fn shown(character: char) -> char {
@@ -73,7 +74,9 @@ mod tests {
         for bytes in
             [&b"a\xffb"[..], b"\xc3", b"\xe2\x82a", b"\xf0\x9f\x98", b"\x80\x80ok", b"\xc3\xc3\xa9", b"\xed\xa0\x80"]
         {
-            assert_eq!(decode(bytes), String::from_utf8_lossy(bytes), "{bytes:?}");
+            let mut decoder = Decoder::default();
+            let text: String = bytes.iter().map(|&byte| decoder.push(byte)).collect();
+            assert_eq!(text + decoder.finish(), String::from_utf8_lossy(bytes), "{bytes:?}");
         }
     }
 

@@ -3,6 +3,27 @@
 #[cfg(feature = "tokenizers")]
 pub use x_transformers_tokenizers::{Prompt, SentencePipeline, TextStream, Tokenizer};
 
+#[cfg(feature = "tokenizers")]
+mod with {
+    use x_transformers::models::RowEnd;
+    use x_transformers_tokenizers::{ChatOptions, Message, Tokenizer};
+
+    use crate::failure::Result;
+
+    /// Tokens of a question in the form of the model's chats, up to where the answer begins.
+    pub fn chat(tokenizer: &Tokenizer, system: Option<&str>, question: &str) -> Result<Vec<i64>> {
+        let turns: Vec<Message> = system.map(Message::system).into_iter().chain([Message::user(question)]).collect();
+        Ok(tokenizer.chat(&turns, &ChatOptions::default())?)
+    }
+
+    /// The end of a row at a stop string.
+    pub fn stop_end(tokenizer: &Tokenizer, stops: &[String], prompt: &[i64]) -> Result<Box<dyn RowEnd>> {
+        Ok(Box::new(tokenizer.stop_strings(stops, prompt)?))
+    }
+}
+#[cfg(feature = "tokenizers")]
+pub use with::{chat, stop_end};
+
 #[cfg(not(feature = "tokenizers"))]
 mod without {
     use std::{convert::Infallible, path::Path};
@@ -10,6 +31,7 @@ mod without {
     use x_transformers::{
         DType, Device, Tensor,
         io::{Pretrained, Similarity},
+        models::RowEnd,
     };
 
     use crate::failure::{Failure, Result};
@@ -88,10 +110,26 @@ mod without {
             match self.0 {}
         }
 
-        pub fn chat(&self, _: &str) -> Result<String> {
+        pub fn token(&self, _: &str) -> Option<i64> {
+            match self.0 {}
+        }
+
+        pub fn end_token(&self) -> Option<i64> {
+            match self.0 {}
+        }
+
+        pub fn has_chat_template(&self) -> bool {
             match self.0 {}
         }
     }
+
+    pub fn chat(tokenizer: &Tokenizer, _: Option<&str>, _: &str) -> Result<Vec<i64>> {
+        match tokenizer.0 {}
+    }
+
+    pub fn stop_end(tokenizer: &Tokenizer, _: &[String], _: &[i64]) -> Result<Box<dyn RowEnd>> {
+        match tokenizer.0 {}
+    }
 }
 #[cfg(not(feature = "tokenizers"))]
-pub use without::{Prompt, SentencePipeline, TextStream, Tokenizer};
+pub use without::{Prompt, SentencePipeline, TextStream, Tokenizer, chat, stop_end};

@@ -179,7 +179,12 @@ impl OptionArgs {
         TrainOptions {
             steps: self.steps.unwrap_or(defaults::STEPS),
             batch_size: self.batch_size,
-            seq_len: self.seq_len.unwrap_or(defaults.seq_len.min(max_seq_len)),
+            // 0 is no limit.
+            seq_len: self.seq_len.unwrap_or(if max_seq_len == 0 {
+                defaults.seq_len
+            } else {
+                defaults.seq_len.min(max_seq_len)
+            }),
             accumulate: self.accumulate,
             lr: self.lr,
             warmup: self.warmup,

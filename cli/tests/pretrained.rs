@@ -5,7 +5,7 @@ mod command;
 
 use std::{collections::BTreeMap, fs, path::PathBuf};
 
-use command::{TINY, fails, path, refuses, succeeds, write_text};
+use command::{TINY, fails, path, refuses, succeeds, text, write_text, xt};
 use x_transformers::{
     DType, Device, Tensor,
     io::{Pretrained, TensorFile, read_safetensors, write_safetensors},
@@ -88,7 +88,11 @@ fn pretrained_models_continue_texts_in_every_way() {
     let model = llama();
     let generate = |more: &[&str]| {
         let all = [&["generate", "--checkpoint", &model, "--length", "20", "--device", "cpu"][..], more].concat();
-        succeeds(&all)
+        let output = xt(&all);
+        let note = text(&output.stderr);
+        // The file has no template: that its chats are ChatML is said.
+        assert!(output.status.success() && note.contains("ChatML") == more.contains(&"--chat"), "{note}");
+        text(&output.stdout)
     };
     for asked in [&["--prompt", "the cat"][..], &["--prompt", "where is the cat?", "--chat"]] {
         let greedy = generate(&[asked, &["--temperature", "0"]].concat());
@@ -272,7 +276,7 @@ fn pretrained_folders_continue_texts() {
     // Only spaces are no tokens; a chat has tokens of its own.
     let all = ["generate", "--checkpoint", &whole, "--prompt"];
     assert!(fails(&[&all[..], &[" "]].concat()).contains("no token"));
-    assert!(fails(&[&all[..], &["a", "--chat"]].concat()).contains("no tokens of a chat"));
+    assert!(fails(&[&all[..], &["a", "--chat"]].concat()).contains("no chat template"));
     // A draft of other tokens, and one that was trained on bytes.
     let folder = tempfile::tempdir().unwrap();
     let (corpus, out) = (path(folder.path(), "text.txt"), path(folder.path(), "out"));
@@ -435,4 +439,125 @@ fn a_chat_is_answered() {
     assert!(fails(&["embed", "--checkpoint", &folder, "--text", "a"]).contains("embeds no sentences"));
     let long = "word ".repeat(9000);
     assert!(fails(&["generate", "--checkpoint", &folder, "--prompt", &long]).contains("the model sees 8192"));
+}
+
+/// Weights that a model has no use for are said on standard error, and refused where that is asked for.
+#[test]
+#[cfg(feature = "tokenizers")]
+fn weights_without_a_use_are_a_warning() {
+    let extra = |weights: &mut BTreeMap<String, Tensor>| {
+        let ones = |shape: &[usize], dtype| Tensor::ones(shape, dtype, &Device::Cpu).expect("ones");
+        weights.insert("classifier.weight".into(), ones(&[2, 16], DType::F32));
+        weights.insert("bert.embeddings.position_ids".into(), ones(&[1, 16], DType::I64));
+    };
+    let folder = folder("bert", extra, ("vocab.txt", &pieces()));
+    let place = folder.path().to_string_lossy().into_owned();
+    let embed = |more: &[&str]| {
+        command::xt(&[&["embed", "--checkpoint", &place, "--text", "the cat", "--device", "cpu"][..], more].concat())
+    };
+    let shown = embed(&[]);
+    let warning = String::from_utf8_lossy(&shown.stderr).into_owned();
+    assert!(shown.status.success(), "{warning}");
+    assert!(warning.starts_with("xt: warning: ") && warning.contains("1 of the weights are not used"), "{warning}");
+    assert!(warning.contains("classifier.weight") && !warning.contains("position_ids"), "{warning}");
+    assert_eq!(embed(&["--strict"]).status.code(), Some(1));
+    let refused = fails(&["info", "--checkpoint", &place, "--strict"]);
+    assert!(refused.contains("classifier.weight") && refused.contains("--strict"), "{refused}");
+    let info = succeeds(&["info", "--checkpoint", &place]);
+    let line = |name: &str| {
+        let line = info.lines().find_map(|line| line.strip_prefix(name));
+        line.unwrap_or_else(|| panic!("{name} in\n{info}")).trim().to_string()
+    };
+    assert_eq!(line("not used "), "classifier.weight");
+    assert!(info.starts_with("BERT: safetensors of "), "{info}");
+    assert_eq!(line("tokenizer "), "vocab.txt (WordPiece)");
+    assert_eq!(line("chat template "), "none");
+    assert!(line("architecture ").contains("dim 16, depth 2, 2 heads of 8"), "{info}");
+    assert!(line("weights ").contains("40 of F32") && line("weights ").contains("1 of I64"), "{info}");
+    fs::create_dir(folder.path().join("pool")).unwrap();
+    fs::write(folder.path().join("pool/config.json"), r#"{"pooling_mode_max_tokens": true}"#).unwrap();
+    let modules = r#"[{"type": "st.models.Transformer", "path": ""}, {"type": "st.models.Pooling", "path": "pool"}]"#;
+    fs::write(folder.path().join("modules.json"), modules).unwrap();
+    assert!(succeeds(&["info", "--checkpoint", &place]).contains("Transformer, Pooling (max)"));
+}
+
+/// A GGUF file, weights alone, and what `xt train` wrote.
+#[test]
+fn info_tells_what_files_are() {
+    let info = succeeds(&["info", "--checkpoint", &llama()]);
+    for part in ["Llama", "4 heads of 8 (2 of keys and values)", "15 of Q8_0", "end tokens", "gpt2, split as smollm"] {
+        assert!(info.contains(part), "{part} in\n{info}");
+    }
+    let info = succeeds(&["info", "--checkpoint", &files("unread.pt")]);
+    for part in ["PyTorch", "2 of F32", "plain", "F32 [2]", "complex64", "_rebuild_sparse_tensor"] {
+        assert!(info.contains(part), "{part} in\n{info}");
+    }
+    let folder = tempfile::tempdir().unwrap();
+    let (text, out) = (path(folder.path(), "text.txt"), path(folder.path(), "out"));
+    write_text(&text);
+    succeeds(&[&["train", "--text", &text, "--out", &out, "--steps", "1"][..], &TINY].concat());
+    let info = succeeds(&["info", "--checkpoint", &out]);
+    assert!(info.starts_with("trained by `xt train`: safetensors") && info.contains("tokenizer     bytes"), "{info}");
+}
+
+/// Files that are not what their names say, and configs that leave out what counts.
+#[test]
+fn messages_name_what_a_folder_lacks() {
+    let folder = folder("llama", |_| {}, ("tokenizer.json", &words()));
+    let place = folder.path().to_string_lossy().into_owned();
+    let write = |name: &str, text: &str| fs::write(folder.path().join(name), text).unwrap();
+    let says = || fails(&["generate", "--checkpoint", &place, "--prompt", "a", "--length", "1", "--device", "cpu"]);
+    let config = fs::read_to_string(folder.path().join("config.json")).unwrap();
+    write("config.json", &config.replace("\"model_type\": \"llama\"", "\"kind\": 1"));
+    assert!(says().contains("`model_type`"), "{}", says());
+    let pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n";
+    write("config.json", pointer);
+    assert!(says().contains("git-lfs"), "{}", says());
+    write("config.json", &config);
+    write("model.safetensors", pointer);
+    assert!(says().contains("git lfs pull"), "{}", says());
+    write("model.safetensors", "<!doctype html><title>404</title>");
+    assert!(says().contains("HTML"), "{}", says());
+}
+
+/// Half-precision numbers that weights, or what they give, do not fit into.
+#[test]
+#[cfg(feature = "tokenizers")]
+fn overflow_of_f16_is_named() {
+    let score = |most: f64| {
+        // All of one size: the sums of them are larger.
+        let signs = |weights: &mut BTreeMap<String, Tensor>| {
+            for (name, tensor) in weights.iter_mut().filter(|(name, _)| name.contains("down_proj")) {
+                let signs: Vec<f64> = tensor.to_f64_vec().expect(name).iter().map(|x| most.copysign(*x)).collect();
+                let signs = Tensor::from_vec(signs, *tensor.shape(), &Device::Cpu).expect(name);
+                *tensor = signs.to_dtype(DType::F32).expect(name);
+            }
+        };
+        let folder = folder("llama", signs, ("tokenizer.json", &words()));
+        let text = path(folder.path(), "text.txt");
+        fs::write(&text, "a b c d e f g").unwrap();
+        let place = folder.path().to_string_lossy().into_owned();
+        let with = |weights: &str| {
+            command::xt(&[
+                "generate",
+                "--checkpoint",
+                &place,
+                "--score",
+                &text,
+                "--weights",
+                weights,
+                "--device",
+                "cpu",
+            ])
+        };
+        assert!(with("bf16").status.success(), "{:?}", with("bf16"));
+        String::from_utf8_lossy(&with("f16").stderr).into_owned()
+    };
+    let message = score(70000.0);
+    assert!(
+        message.contains("down_proj") && message.contains("overflows f16") && message.contains("bf16"),
+        "{message}"
+    );
+    let message = score(60000.0);
+    assert!(message.contains("overflow f16") && message.contains("bf16"), "{message}");
 }

@@ -86,7 +86,7 @@ fn every_case_gives_what_pytorch_gives() {
     let folder = tempfile::tempdir().expect("a temporary folder");
     let outputs = path(folder.path(), "out.safetensors");
     let cases = Case::folders(golden("")).expect("cases");
-    assert_eq!(cases.len(), 112);
+    assert_eq!(cases.len(), 128);
     for case in cases {
         let files =
             Files { outputs: outputs.clone(), ..Files::of(&case.file_name().expect("a name").to_string_lossy()) };
@@ -260,4 +260,37 @@ fn wrong_usage() {
     says(&refuses(&files.arguments(&["--dtype", "f8"])), &["f8", "bf16", "f64"]);
     says(&refuses(&files.arguments(&["--gradient"])), &["--grad"]);
     assert!(succeeds(&["run", "--help"]).contains("Usage: xt run"));
+}
+
+/// Weights as `torch.save` has them, plain and as trainers have them; what is in them must still be what the model has.
+#[test]
+fn weights_of_every_format_are_loaded() {
+    let mut files = Files::of("length_none_longer");
+    let expected = files.run(&[]);
+    let saved = |name: &str| path(Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/../tests/files")), name);
+    for name in ["run.pt", "run-nested.pt"] {
+        files.weights = saved(name);
+        let actual = files.run(&[]);
+        assert_eq!(actual["out"].to_f64_vec().unwrap(), expected["out"].to_f64_vec().unwrap(), "{name}");
+    }
+    // A tensor more is one too many, in a wrapper as well.
+    files.weights = path(files.folder.path(), "more.safetensors");
+    let golden = read_safetensors(golden("length_none_longer") + "/weights.safetensors").expect("weights");
+    let one = Tensor::ones([1], DType::F32, &Device::Cpu).expect("one");
+    for wrapper in ["", "module.", "state_dict.model."] {
+        let named = |(name, tensor): (&String, &Tensor)| (format!("{wrapper}{name}"), tensor.clone());
+        let mut weights: Tensors = golden.iter().map(named).collect();
+        write_safetensors(&files.weights, &weights, &BTreeMap::new()).expect("a file");
+        assert_eq!(files.run(&[])["out"].to_f64_vec().unwrap(), expected["out"].to_f64_vec().unwrap(), "{wrapper}");
+        fs::remove_file(&files.outputs).expect("the outputs");
+        weights.insert(format!("{wrapper}more.weight"), one.clone());
+        write_safetensors(&files.weights, &weights, &BTreeMap::new()).expect("a file");
+        assert!(files.fails(&[]).contains("unused     more.weight"), "{wrapper}");
+        weights.retain(|name, _| !name.contains("norm"));
+        write_safetensors(&files.weights, &weights, &BTreeMap::new()).expect("a file");
+        assert!(files.fails(&[]).contains("missing    norm.weight"), "{wrapper}");
+    }
+    files.weights = saved("run.pt");
+    files.inputs = saved("unread.pt");
+    assert!(files.fails(&[]).contains("complex"), "unreadable inputs");
 }

@@ -3,6 +3,7 @@
 use serde::{Serialize, de::DeserializeOwned};
 use serde_json::Value;
 
+use super::later::is_later;
 use crate::{Error, Result, error::ensure};
 
 /// A JSON object.
@@ -91,7 +92,10 @@ fn build<T: Keywords>(map: Map) -> serde_json::Result<T> {
 /// Refuses keys that are not among the known ones.
 pub(super) fn check_known<'a, I: Iterator<Item = &'a str> + Clone>(map: &Map, known: impl Fn() -> I) -> Result<()> {
     match map.keys().find(|&key| !known().any(|known| known == key)) {
-        Some(key) => Err(Error::UnknownOption { key: key.clone(), nearest: nearest(key, known()) }),
+        Some(key) => {
+            let nearest = if is_later(key) { None } else { nearest(key, known()) };
+            Err(Error::UnknownOption { key: key.clone(), nearest })
+        }
         None => Ok(()),
     }
 }

@@ -9,6 +9,7 @@
 mod call;
 mod json;
 mod kwargs;
+mod later;
 mod options;
 mod order;
 mod plan;
@@ -17,6 +18,7 @@ mod rotary;
 mod wrapper_plan;
 mod wrappers;
 
+pub(crate) use self::later::is_later;
 pub use call::{Call, GenerateCall};
 pub use options::{
     AttentionConfig, AttentionLayersConfig, FeedForwardConfig, FinalNorm, LayerType, LayersKind, Llama3Scaling,

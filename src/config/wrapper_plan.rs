@@ -19,7 +19,7 @@ use crate::{
 pub struct TransformerPlan {
     /// Size of the vocabulary.
     pub num_tokens: usize,
-    /// The longest sequence.
+    /// The longest sequence of a table of absolute positions, and what generation looks back at; 0: no limit.
     pub max_seq_len: usize,
     /// Width of the embeddings.
     pub emb_dim: usize,
@@ -55,15 +55,39 @@ pub struct TransformerPlan {
     pub layers: LayersPlan,
 }
 
+/// Checks `max_seq_len`: a table of positions has at least one, without it 0 is no limit.
+fn check_longest(max_seq_len: usize, table: bool) -> Result<()> {
+    at_least_one("max_seq_len", if table { max_seq_len } else { max_seq_len.max(1) })
+}
+
+impl TransformerPlan {
+    /// Tokens that generation looks back at: `max_seq_len`, or all where that is 0, as in x-transformers.
+    pub fn window(&self) -> usize {
+        window(self.max_seq_len)
+    }
+}
+
+impl ContinuousPlan {
+    /// Vectors that generation looks back at: `max_seq_len`, or all where that is 0, as in x-transformers.
+    pub fn window(&self) -> usize {
+        window(self.max_seq_len)
+    }
+}
+
+fn window(max_seq_len: usize) -> usize {
+    if max_seq_len == 0 { usize::MAX } else { max_seq_len }
+}
+
 impl TransformerWrapperConfig {
     /// Resolves the options.
     ///
     /// Errors: [`Error::Option`] for the first one that is illegal, alone or with another.
     pub fn plan(&self) -> Result<TransformerPlan> {
         at_least_one("num_tokens", self.num_tokens)?;
-        at_least_one("max_seq_len", self.max_seq_len)?;
         probability("emb_dropout", self.emb_dropout)?;
         let layers = LayersPlan::new(&self.attn_layers).at("attn_layers")?;
+        let absolute_positions = self.use_pos_emb && !layers.positions.replace_absolute();
+        check_longest(self.max_seq_len, absolute_positions)?;
         let emb_dim = self.emb_dim.unwrap_or(layers.dim);
         at_least_one("emb_dim", emb_dim)?;
         ensure!(
@@ -111,7 +135,7 @@ impl TransformerWrapperConfig {
             num_tokens: self.num_tokens,
             max_seq_len: self.max_seq_len,
             emb_dim,
-            absolute_positions: self.use_pos_emb && !layers.positions.replace_absolute(),
+            absolute_positions,
             emb_dropout: self.emb_dropout,
             num_memory_tokens: self.num_memory_tokens,
             tie_embedding: self.tie_embedding,
@@ -133,7 +157,7 @@ impl TransformerWrapperConfig {
 /// A [`ContinuousTransformerWrapper`](crate::models::ContinuousTransformerWrapper), resolved.
 #[derive(Clone, PartialEq, Debug)]
 pub struct ContinuousPlan {
-    /// The longest sequence.
+    /// The longest sequence of a table of absolute positions, and what generation looks back at; 0: no limit.
     pub max_seq_len: usize,
     /// Features of the input, if they are projected.
     pub dim_in: Option<usize>,
@@ -152,16 +176,17 @@ impl ContinuousTransformerWrapperConfig {
     ///
     /// Errors: [`Error::Option`] for the first one that is illegal, alone or with another.
     pub fn plan(&self) -> Result<ContinuousPlan> {
-        at_least_one("max_seq_len", self.max_seq_len)?;
         at_least_one("dim_in", self.dim_in.unwrap_or(1))?;
         at_least_one("dim_out", self.dim_out.unwrap_or(1))?;
         probability("emb_dropout", self.emb_dropout)?;
         let layers = LayersPlan::new(&self.attn_layers).at("attn_layers")?;
+        let absolute_positions = self.use_pos_emb && !layers.positions.replace_absolute();
+        check_longest(self.max_seq_len, absolute_positions)?;
         Ok(ContinuousPlan {
             max_seq_len: self.max_seq_len,
             dim_in: self.dim_in,
             dim_out: self.dim_out,
-            absolute_positions: self.use_pos_emb && !layers.positions.replace_absolute(),
+            absolute_positions,
             emb_dropout: self.emb_dropout,
             layers,
         })

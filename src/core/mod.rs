@@ -17,7 +17,7 @@ mod views;
 pub use dtype::{DType, Element, Readable};
 pub use gradcheck::{Gradcheck, GradcheckReport, InputReport, gradcheck};
 pub use init::Init;
-pub use param::{Param, ParamMap, Store};
+pub use param::{Buffer, Param, ParamMap, Store};
 pub use philox::{Philox, philox4x32};
 pub use shape::{IntoShape, MAX_RANK, Shape};
 pub use tape::{

@@ -101,13 +101,39 @@ impl fmt::Debug for Param {
     }
 }
 
+/// A tensor that is saved and not trained. Clones share it, so that what [`ParamMap::load`] reads reaches every module.
+#[derive(Clone)]
+pub struct Buffer(Arc<RwLock<Tensor>>);
+
+impl Buffer {
+    fn new(value: Tensor) -> Self {
+        Self(Arc::new(RwLock::new(value.detach())))
+    }
+
+    /// The present value.
+    pub fn tensor(&self) -> Tensor {
+        self.0.read().unwrap_or_else(|poisoned| poisoned.into_inner()).clone()
+    }
+
+    fn set(&self, value: Tensor) {
+        *self.0.write().unwrap_or_else(|poisoned| poisoned.into_inner()) = value.detach();
+    }
+}
+
+impl fmt::Debug for Buffer {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let value = self.tensor();
+        write!(f, "Buffer({:?} {})", value.shape(), value.dtype())
+    }
+}
+
 /// The named parameters and buffers of a model: state dict, optimizer list, loader and saver in one.
 ///
 /// Names are those of PyTorch's `state_dict()`.
 #[derive(Clone, Default, Debug)]
 pub struct ParamMap {
     params: BTreeMap<String, Param>,
-    buffers: BTreeMap<String, Tensor>,
+    buffers: BTreeMap<String, Buffer>,
 }
 
 impl ParamMap {
@@ -123,8 +149,8 @@ impl ParamMap {
     }
 
     /// Tensors that are saved but not trained.
-    pub fn buffers(&self) -> impl Iterator<Item = (&str, &Tensor)> {
-        self.buffers.iter().map(|(name, buffer)| (name.as_str(), buffer))
+    pub fn buffers(&self) -> impl Iterator<Item = (&str, Tensor)> {
+        self.buffers.iter().map(|(name, buffer)| (name.as_str(), buffer.tensor()))
     }
 
     /// A parameter by name.
@@ -145,13 +171,13 @@ impl ParamMap {
         let cells: BTreeMap<LeafId, &Param> = self.params.values().map(|param| (param.leaf(), param)).collect();
         let values: BTreeMap<LeafId, _> = cells.into_iter().map(|(leaf, param)| (leaf, param.read())).collect();
         let params = self.params.iter().map(|(name, param)| (name.clone(), values[&param.leaf()].clone()));
-        params.chain(self.buffers.iter().map(|(name, buffer)| (name.clone(), buffer.clone()))).collect()
+        params.chain(self.buffers.iter().map(|(name, buffer)| (name.clone(), buffer.tensor()))).collect()
     }
 
     /// Loads a state dict, converting to each parameter's dtype and device.
     ///
-    /// Buffers are fixed by the config: the file may hold them, with the right shape, or leave them out. A tied
-    /// parameter may have any of its names, or several with equal values.
+    /// Buffers begin as the config says; the state dict may leave them out, or hold them with the right shape, and then its
+    /// values count, as they do in PyTorch. A tied parameter may have any of its names, or several with equal values.
     ///
     /// Errors, with nothing changed: [`Error::Weights`] with every missing, unused and misshapen name; values that are
     /// not float; a tied parameter with several values.
@@ -168,7 +194,7 @@ impl ParamMap {
         let unused: Vec<_> = state.keys().filter(|&name| !known(name)).cloned().collect();
         let shape = |name: &String| match self.params.get(name) {
             Some(param) => Some(*param.tensor().shape()),
-            None => self.buffers.get(name).map(|buffer| *buffer.shape()),
+            None => self.buffers.get(name).map(|buffer| *buffer.tensor().shape()),
         };
         let misshapen: Vec<_> = state
             .iter()
@@ -209,6 +235,17 @@ impl ParamMap {
                 }
             }
         }
+        let mut buffers = Vec::new();
+        for (name, buffer) in &self.buffers {
+            let Some(tensor) = state.get(name) else { continue };
+            let old = buffer.tensor();
+            ensure!(
+                tensor.dtype().is_float() == old.dtype().is_float(),
+                Error::dtype("load", format!("buffer {name} is {}, expected {}", tensor.dtype(), old.dtype()))
+            );
+            buffers.push((buffer, tensor.to_device(old.device())?.to_dtype(old.dtype())?.contiguous()?));
+        }
+        buffers.into_iter().for_each(|(buffer, value)| buffer.set(value));
         // Together, and in the order of the optimizers' locks: readers see all old values or all new ones.
         let mut locked: Vec<_> = values.into_values().map(|(_, param, value)| (param, param.lock(), value)).collect();
         for (param, old, value) in &mut locked {
@@ -313,15 +350,16 @@ impl Store {
     /// Registers a tensor that is saved but not trained.
     ///
     /// Errors: the name is taken.
-    pub fn buffer(&self, name: &str, value: Tensor) -> Result<Tensor> {
+    pub fn buffer(&self, name: &str, value: Tensor) -> Result<Buffer> {
         let full = self.at(name).prefix;
         let mut map = self.lock();
         ensure!(
             !map.params.contains_key(&full) && !map.buffers.contains_key(&full),
             Error::argument("store", format!("the name {full} is registered twice"))
         );
-        map.buffers.insert(full, value.clone());
-        Ok(value)
+        let buffer = Buffer::new(value);
+        map.buffers.insert(full, buffer.clone());
+        Ok(buffer)
     }
 
     /// All that is registered so far.

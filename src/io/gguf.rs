@@ -87,7 +87,7 @@ fn header(mut cursor: Cursor, total: usize) -> Parsed<Listing> {
             Slot::Occupied(slot) => return Err(format!("has tensor `{}` twice", slot.key())),
         };
     }
-    Ok(Listing { entries, metadata })
+    Ok(Listing { entries, metadata, ..Listing::default() })
 }
 
 /// Name, shape, type and offset of a tensor.

@@ -2,9 +2,14 @@
 
 mod atomic;
 mod bytes;
+mod described;
 mod file_set;
+mod float8;
 mod gather;
 mod gguf;
+mod globals;
+mod layout;
+mod mistaken;
 mod names;
 mod pickle;
 mod pretrained;

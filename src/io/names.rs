@@ -1,15 +1,17 @@
 //! Names of other families' tensors, and ours.
 //!
-//! A family gives a list of [`Weight`]s: for each parameter of the model where its values come from in the file. What a
-//! file has beyond them must be on the family's list of what is left out; everything else is an error with a table.
+//! A family gives a list of [`Weight`]s: for each parameter of the model where its values come from in the file. A tensor
+//! that is missing or has another shape is an error with a table; what a file has beyond them is listed.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeSet, HashSet};
+
+use half::f16;
 
 use super::TensorFile;
 use crate::{
-    Error, ParamMap, Result, Tensor,
+    DType, Error, ParamMap, Result, Tensor,
     core::{Float, Real, dispatch_float},
-    error::ensure,
+    error::{At, ensure},
 };
 
 /// Where the values of one parameter come from.
@@ -64,50 +66,74 @@ impl Names {
         }
     }
 
-    /// Reads the parameters from a file; their names begin with `place`.
+    /// Loads the parameters from a file; their names begin with `place`. One after the other, so that of the weights of the
+    /// file only one is in memory beside the model.
     ///
-    /// Errors: tied tensors with several values; NaN or infinity.
-    pub fn read(&self, file: &TensorFile, place: &str) -> Result<BTreeMap<String, Tensor>> {
+    /// Errors: tied tensors with several values; NaN or infinity, or values that the dtype of a parameter does not reach;
+    /// a parameter that these names leave out.
+    pub fn load(&self, file: &TensorFile, params: &ParamMap, place: &str) -> Result<()> {
         for (copy, original) in &self.copies {
             ensure!(
-                file.info(copy).is_none() || equal(&file.tensor(copy)?, &file.tensor(original)?)?,
+                file.info(copy).is_none() || equal(file, copy, original)?,
                 Error::file(file.path(), format!("`{copy}` and `{original}` are tied in this family, but differ"))
             );
         }
-        let read = |weight: &Weight| {
-            let tensor = match &weight.theirs {
-                Source::One(name) => file.tensor(name)?,
-                Source::Stacked([first, second]) => Tensor::cat(&[&file.tensor(first)?, &file.tensor(second)?], 0)?,
-                Source::Halves(name, heads) => {
-                    let tensor = file.tensor(name)?;
-                    // A bias has a row of one column.
-                    let rows = tensor.dim(0)?;
-                    let columns = if tensor.rank() == 1 { 1 } else { tensor.dim(1)? };
-                    let pairs = tensor.reshape([*heads, rows / heads / 2, 2, columns])?;
-                    pairs.transpose(1, 2)?.reshape(&tensor.shape()[..])?
-                }
-            };
-            check_finite(file, weight, &tensor)?;
-            Ok((format!("{place}{}", weight.ours), tensor))
-        };
-        self.weights.iter().map(read).collect()
+        let mut loaded = HashSet::new();
+        for weight in &self.weights {
+            let name = format!("{place}{}", weight.ours);
+            let Some(param) = params.get(&name) else { continue };
+            let old = param.tensor();
+            let tensor = weight.read(file)?;
+            check_values(file, weight, &tensor, old.dtype())?;
+            let tensor = tensor.to_device(old.device())?.to_dtype(old.dtype())?.contiguous()?;
+            param.set(tensor).at(&name)?;
+            loaded.insert(param.leaf());
+        }
+        let missing: Vec<String> = params
+            .iter()
+            .filter(|(_, param)| !loaded.contains(&param.leaf()))
+            .map(|(name, _)| name.to_string())
+            .collect();
+        ensure!(missing.is_empty(), Error::Weights { missing, unused: Vec::new(), misshapen: Vec::new() });
+        Ok(())
     }
 
-    /// Whether a file has what a model of these parameters needs, and nothing else.
-    ///
-    /// Errors: [`Error::Weights`] with a table of all that is missing, unused or of another shape, by the file's names.
-    pub fn check(&self, file: &TensorFile, model: &ParamMap) -> Result<()> {
-        let used: BTreeSet<&str> =
-            self.weights.iter().flat_map(|weight| weight.theirs.names()).map(String::as_str).collect();
+    /// Tensors of a file that no parameter comes from: weights of something else. Buffers and what the family leaves out
+    /// are not among them.
+    pub fn unused(&self, file: &TensorFile) -> Vec<String> {
+        let used = self.used();
         let copies: BTreeSet<&str> = self.copies.iter().map(|(copy, _)| copy.as_str()).collect();
         let known = |name: &str| {
             used.contains(name)
                 || copies.contains(name)
                 || self.left_out.iter().any(|start| name.starts_with(start.as_str()))
+                || is_buffer(file, name)
         };
+        let names = file.names().chain(file.unreadable().map(|(name, _)| name));
+        let mut unused: Vec<String> = names.filter(|name| !known(name)).map(str::to_string).collect();
+        unused.sort();
+        unused
+    }
+
+    fn used(&self) -> BTreeSet<&str> {
+        self.weights.iter().flat_map(|weight| weight.theirs.names()).map(String::as_str).collect()
+    }
+
+    /// Checks that a file has what a model of these parameters needs, and, if it is `strict`, no other weight.
+    ///
+    /// Errors: [`Error::Weights`] with a table of all that is missing, of another shape or, unless this is all that there
+    /// is, unused; [`Error::File`] for a weight that is there and cannot be read, or that is more than a tensor.
+    pub fn check(&self, file: &TensorFile, model: &ParamMap, strict: bool) -> Result<()> {
+        let used = self.used();
         let missing: Vec<String> =
             used.iter().filter(|name| file.info(name).is_none()).map(|name| name.to_string()).collect();
-        let unused: Vec<String> = file.names().filter(|name| !known(name)).map(str::to_string).collect();
+        if let Some((name, why)) = missing.iter().find_map(|name| Some((name, file.inert(name)?))) {
+            return Err(Error::file(file.path(), format!("weight `{name}` {why}")));
+        }
+        let unused = self.unused(file);
+        if let Some((name, what)) = unused.iter().find_map(|name| Some((name, changes_weights(name)?))) {
+            return Err(Error::file(file.path(), format!("has `{name}`: {what}")));
+        }
         let mut misshapen = Vec::new();
         for Weight { ours, theirs } in &self.weights {
             let Some(param) = model.get(ours) else { continue };
@@ -124,16 +150,62 @@ impl Names {
                 }
             }
         }
-        ensure!(
-            missing.is_empty() && unused.is_empty() && misshapen.is_empty(),
-            Error::Weights { missing, unused, misshapen }
-        );
+        let fits = missing.is_empty() && misshapen.is_empty();
+        ensure!(fits && (!strict || unused.is_empty()), Error::Weights { missing, unused, misshapen });
         Ok(())
     }
 }
 
+impl Weight {
+    fn read(&self, file: &TensorFile) -> Result<Tensor> {
+        match &self.theirs {
+            Source::One(name) => file.tensor(name),
+            Source::Stacked([first, second]) => Tensor::cat(&[&file.tensor(first)?, &file.tensor(second)?], 0),
+            Source::Halves(name, heads) => {
+                let tensor = file.tensor(name)?;
+                // A bias has a row of one column.
+                let rows = tensor.dim(0)?;
+                let columns = if tensor.rank() == 1 { 1 } else { tensor.dim(1)? };
+                let pairs = tensor.reshape([*heads, rows / heads / 2, 2, columns])?;
+                pairs.transpose(1, 2)?.reshape(&tensor.shape()[..])
+            }
+        }
+    }
+}
+
+/// If `true`, a tensor is no weight but a table that a module keeps: whole numbers, or one by its name.
+fn is_buffer(file: &TensorFile, name: &str) -> bool {
+    /// Ends of names: rotations and their tables, positions, and masks of attention.
+    const BUFFERS: [&str; 10] = [
+        "inv_freq",
+        "position_ids",
+        "token_type_ids",
+        "cos_cached",
+        "sin_cached",
+        "freqs_cis",
+        "attn.bias",
+        "attention.bias",
+        "masked_bias",
+        "causal_mask",
+    ];
+    let whole = file.info(name).is_some_and(|info| !info.stored.dtype().is_float());
+    whole || BUFFERS.iter().any(|end| name.strip_suffix(end).is_some_and(|rest| !rest.ends_with(char::is_alphanumeric)))
+}
+
+/// What a tensor does to others, if a model without it would be another one.
+fn changes_weights(name: &str) -> Option<&'static str> {
+    const SCALES: &str = "the weights are quantised and have scales, a format that is not known; dequantise them first";
+    const ADAPTER: &str = "an adapter (LoRA), which changes other weights; merge it into the model first";
+    match name.rsplit('.').find(|part| *part != "weight" && *part != "default")? {
+        "weight_scale" | "weight_scale_inv" | "weight_scale_2" | "scale_weight" | "scales" | "weight_packed"
+        | "qweight" | "qzeros" | "SCB" | "absmax" | "quant_map" => Some(SCALES),
+        part if part.starts_with("lora_") => Some(ADAPTER),
+        _ => None,
+    }
+}
+
 /// Refuses weights that would make every output NaN.
-fn check_finite(file: &TensorFile, weight: &Weight, tensor: &Tensor) -> Result<()> {
+fn check_values(file: &TensorFile, weight: &Weight, tensor: &Tensor, kept_as: DType) -> Result<()> {
     let name = || weight.theirs.names().join("` and `");
     ensure!(
         tensor.dtype().is_float(),
@@ -145,13 +217,30 @@ fn check_finite(file: &TensorFile, weight: &Weight, tensor: &Tensor) -> Result<(
         Ok(tensor.values::<T>()?.iter().all(|value| value.to_acc().to_f64().is_finite()))
     })?;
     ensure!(finite, Error::file(file.path(), format!("`{}` holds NaN or infinity", name())));
+    // The largest value of the one is within the range of the other?
+    if matches!(
+        (tensor.dtype(), kept_as),
+        (DType::F64, DType::F32) | (DType::F64 | DType::F32 | DType::BF16, DType::F16)
+    ) {
+        let largest = dispatch_float!("load", tensor.dtype(), T, {
+            Ok(tensor.values::<T>()?.iter().fold(0.0, |most: f64, value| most.max(value.to_acc().to_f64().abs())))
+        })?;
+        let fits =
+            if kept_as == DType::F16 { f16::from_f64(largest).is_finite() } else { (largest as f32).is_finite() };
+        let why = format!("holds {largest}, which overflows {kept_as}; load the model as bf16 or f32");
+        ensure!(fits, Error::file(file.path(), format!("`{}` {why}", name())));
+    }
     Ok(())
 }
 
-/// If `true`, two tensors have the same values.
-fn equal(a: &Tensor, b: &Tensor) -> Result<bool> {
+/// If `true`, two tensors of a file have the same values.
+pub(super) fn equal(file: &TensorFile, a: &str, b: &str) -> Result<bool> {
+    if file.same_place(a, b) {
+        return Ok(true);
+    }
+    let (a, b) = (file.tensor(a)?, file.tensor(b)?);
     if a.dtype() == b.dtype() && a.shape() == b.shape() {
         return Ok(a.bytes()? == b.bytes()?);
     }
-    Ok(a.to_f64_vec()? == b.to_f64_vec()?)
+    Ok(a.shape() == b.shape() && a.to_f64_vec()? == b.to_f64_vec()?)
 }

@@ -1,146 +1,28 @@
 //! Python's pickles, as far as state dicts need them. Nothing is executed.
 //!
-//! A pickle is a program for a stack machine whose instructions can call any Python function. This machine knows the
-//! instructions that `torch.save` writes, and of functions only those that make tensors, parameters and ordered
-//! dictionaries, which it describes instead of calling them. Everything else is an error with its name.
+//! A pickle is a program for a stack machine whose instructions can call any Python function. This machine calls none. It
+//! describes what those would give that make tensors, parameters and dictionaries; whatever else a checkpoint holds, an
+//! optimizer's options or a scheduler for instance, becomes an object of which only the name of its maker is known.
 
 use std::collections::HashMap;
 
 use super::{
     bytes::{Cursor, Parsed},
-    stored::Stored,
+    described::{Pickle, Storage, Value, View},
+    globals::{Element, Global, Values},
 };
 
 /// Steps of one pickle. The state dict of a model with ten thousand tensors has about half a million.
 const MAX_STEPS: usize = 2_000_000;
 
-/// Dimensions of a tensor.
-const MAX_RANK: usize = 6;
-
-/// A value on the stack. What holds others is a number into [`Pickle`]: values may contain themselves.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub(super) enum Value<'a> {
-    None,
-    Bool(bool),
-    Int(i64),
-    /// An integer of more than eight bytes.
-    Long(&'a [u8]),
-    Float,
-    Text(&'a str),
-    Bytes,
-    Tuple(u32),
-    List(u32),
-    Dict(u32),
-    Global(Global),
-    Storage(u32),
-    Tensor(u32),
-    /// An object of which nothing is needed.
-    Opaque,
-}
-
-/// The functions and classes that a state dict refers to.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub(super) enum Global {
-    OrderedDict,
-    RebuildTensor,
-    RebuildParameter,
-    Size,
-    Storage(Stored),
-}
-
-impl Global {
-    fn named(module: &str, name: &str) -> Option<Self> {
-        Some(match (module, name) {
-            ("collections", "OrderedDict") => Self::OrderedDict,
-            ("torch._utils", "_rebuild_tensor_v2") => Self::RebuildTensor,
-            ("torch._utils", "_rebuild_parameter") => Self::RebuildParameter,
-            ("torch", "Size") => Self::Size,
-            ("torch" | "torch.storage", "DoubleStorage") => Self::Storage(Stored::F64),
-            ("torch" | "torch.storage", "FloatStorage") => Self::Storage(Stored::F32),
-            ("torch" | "torch.storage", "HalfStorage") => Self::Storage(Stored::F16),
-            ("torch" | "torch.storage", "BFloat16Storage") => Self::Storage(Stored::BF16),
-            ("torch" | "torch.storage", "LongStorage") => Self::Storage(Stored::I64),
-            ("torch" | "torch.storage", "IntStorage") => Self::Storage(Stored::I32),
-            ("torch" | "torch.storage", "ShortStorage") => Self::Storage(Stored::I16),
-            ("torch" | "torch.storage", "CharStorage") => Self::Storage(Stored::I8),
-            ("torch" | "torch.storage", "ByteStorage") => Self::Storage(Stored::U8),
-            ("torch" | "torch.storage", "BoolStorage") => Self::Storage(Stored::Bool),
-            _ => return None,
-        })
-    }
-}
-
-/// A block of values that tensors are views of.
-#[derive(Clone, Copy, Debug)]
-pub(super) struct Storage<'a> {
-    pub stored: Stored,
-    /// The name of its file in an archive.
-    pub key: &'a str,
-    /// How many values it has.
-    pub elements: usize,
-    /// Where in the storage of this key it begins, in values.
-    pub first: usize,
-}
-
-/// A tensor as a view of a storage, in values.
-#[derive(Clone, Debug)]
-pub(super) struct View {
-    pub storage: u32,
-    pub offset: usize,
-    pub shape: Vec<usize>,
-    pub strides: Vec<usize>,
-}
-
-/// What a pickle built.
-#[derive(Default)]
-pub(super) struct Pickle<'a> {
-    tuples: Vec<Vec<Value<'a>>>,
-    lists: Vec<Vec<Value<'a>>>,
-    dicts: Vec<Vec<(Value<'a>, Value<'a>)>>,
-    storages: Vec<Storage<'a>>,
-    tensors: Vec<View>,
-}
+/// Dimensions of a tensor; those with more than a tensor may have here are known by their name alone.
+const MAX_RANK: usize = 64;
 
 impl<'a> Pickle<'a> {
     /// Runs the pickle at the cursor, which ends behind it. Gives what it built and the value at the top.
     pub fn load(cursor: &mut Cursor<'a>) -> Parsed<(Self, Value<'a>)> {
         let (pickle, steps) = (Self::default(), MAX_STEPS);
         Machine { cursor, pickle, stack: Vec::new(), marks: Vec::new(), memo: HashMap::new(), steps }.run()
-    }
-
-    /// The values of a tuple or list.
-    pub fn items(&self, value: Value<'a>) -> Option<&[Value<'a>]> {
-        match value {
-            Value::Tuple(index) => self.tuples.get(index as usize).map(Vec::as_slice),
-            Value::List(index) => self.lists.get(index as usize).map(Vec::as_slice),
-            _ => None,
-        }
-    }
-
-    /// The entries of a dictionary in their order; of several with one key the last counts.
-    pub fn entries(&self, value: Value<'a>) -> Option<&[(Value<'a>, Value<'a>)]> {
-        match value {
-            Value::Dict(index) => self.dicts.get(index as usize).map(Vec::as_slice),
-            _ => None,
-        }
-    }
-
-    pub fn storages(&self) -> &[Storage<'a>] {
-        &self.storages
-    }
-
-    pub fn tensor(&self, index: u32) -> Option<&View> {
-        self.tensors.get(index as usize)
-    }
-
-    fn tuple(&mut self, values: Vec<Value<'a>>) -> Value<'a> {
-        self.tuples.push(values);
-        Value::Tuple(self.tuples.len() as u32 - 1)
-    }
-
-    fn dict(&mut self, entries: Vec<(Value<'a>, Value<'a>)>) -> Value<'a> {
-        self.dicts.push(entries);
-        Value::Dict(self.dicts.len() as u32 - 1)
     }
 }
 
@@ -187,6 +69,12 @@ impl<'a> Machine<'a, '_> {
             0x95 => drop(self.cursor.u64()?),
             b'(' => self.marks.push(self.stack.len()),
             b'0' => drop(self.pop(at)?),
+            // POP_MARK, DUP
+            b'1' => drop(self.pop_marked(at)?),
+            b'2' => {
+                let top = self.pop(at)?;
+                self.stack.extend([top, top]);
+            }
             b'N' => self.stack.push(Value::None),
             // NEWTRUE, NEWFALSE
             0x88 => self.stack.push(Value::Bool(true)),
@@ -204,13 +92,58 @@ impl<'a> Machine<'a, '_> {
                 let bytes = self.cursor.take(length.into())?;
                 self.stack.push(long(bytes));
             }
-            // SHORT_BINUNICODE, BINUNICODE, BINUNICODE8, and the text of Python 2: SHORT_BINSTRING, BINSTRING
-            0x8C | b'U' => self.text(at, |cursor| cursor.u8().map(u64::from))?,
-            b'X' | b'T' => self.text(at, |cursor| cursor.u32().map(u64::from))?,
+            // LONG4
+            0x8B => {
+                let length = self.cursor.u32()?;
+                let bytes = self.cursor.take(length as usize)?;
+                self.stack.push(long(bytes));
+            }
+            // INT and LONG, which are digits, perhaps with an `L` at the end; INT has the truth values too.
+            b'I' | b'L' => {
+                let line = self.line(at)?;
+                let digits = line.trim_end_matches('L').parse();
+                self.stack.push(match (line, digits) {
+                    ("00", _) => Value::Bool(false),
+                    ("01", _) => Value::Bool(true),
+                    (_, Ok(number)) => Value::Int(number),
+                    _ => Value::Bytes,
+                });
+            }
+            // FLOAT
+            b'F' => {
+                self.line(at)?;
+                self.stack.push(Value::Float);
+            }
+            // STRING and UNICODE; texts with escapes are nothing that is looked for.
+            b'S' | b'V' => {
+                let line = self.line(at)?;
+                let text = if code == b'S' { line.trim_matches(['\'', '"']) } else { line };
+                self.stack.push(Value::Text(text));
+            }
+            // SHORT_BINUNICODE, BINUNICODE, BINUNICODE8, and the strings of Python 2: SHORT_BINSTRING, BINSTRING
+            0x8C => self.text(at, |cursor| cursor.u8().map(u64::from))?,
+            b'X' => self.text(at, |cursor| cursor.u32().map(u64::from))?,
             0x8D => self.text(at, Cursor::u64)?,
-            // SHORT_BINBYTES, BINBYTES
+            b'U' => self.string(|cursor| cursor.u8().map(u64::from))?,
+            b'T' => self.string(|cursor| cursor.u32().map(u64::from))?,
+            // SHORT_BINBYTES, BINBYTES, BINBYTES8, BYTEARRAY8
             b'C' => self.bytes(|cursor| cursor.u8().map(u64::from))?,
             b'B' => self.bytes(|cursor| cursor.u32().map(u64::from))?,
+            0x8E | 0x96 => self.bytes(Cursor::u64)?,
+            // EMPTY_SET, FROZENSET, ADDITEMS
+            0x8F => {
+                let set = self.pickle.object("builtins", "set");
+                self.stack.push(set);
+            }
+            0x91 => {
+                self.pop_marked(at)?;
+                let set = self.pickle.object("builtins", "frozenset");
+                self.stack.push(set);
+            }
+            0x90 => {
+                let values = self.pop_marked(at)?;
+                self.list(at, values)?;
+            }
             b')' => self.push_tuple(Vec::new()),
             0x85..=0x87 => {
                 let count = usize::from(code - 0x84);
@@ -228,11 +161,11 @@ impl<'a> Machine<'a, '_> {
             }
             b'a' => {
                 let value = self.pop(at)?;
-                self.list(at)?.push(value);
+                self.list(at, vec![value])?;
             }
             b'e' => {
                 let values = self.pop_marked(at)?;
-                self.list(at)?.extend(values);
+                self.list(at, values)?;
             }
             b'}' => {
                 let dict = self.pickle.dict(Vec::new());
@@ -245,11 +178,11 @@ impl<'a> Machine<'a, '_> {
             }
             b's' => {
                 let entries = pairs(self.pop_many(2, at)?, at)?;
-                self.dict(at)?.extend(entries);
+                self.dict(at, entries)?;
             }
             b'u' => {
                 let entries = pairs(self.pop_marked(at)?, at)?;
-                self.dict(at)?.extend(entries);
+                self.dict(at, entries)?;
             }
             // BINPUT, LONG_BINPUT, MEMOIZE
             b'q' => self.remember(at, |cursor, _| cursor.u8().map(u32::from))?,
@@ -257,24 +190,48 @@ impl<'a> Machine<'a, '_> {
             0x94 => self.remember(at, |_, known| Ok(known as u32))?,
             b'h' => self.recall(at, |cursor| cursor.u8().map(u32::from))?,
             b'j' => self.recall(at, Cursor::u32)?,
+            // PUT and GET, with digits
+            b'p' | b'g' => {
+                let key = self.line(at)?.parse().map_err(|_| bad(at, "the number of a value"))?;
+                if code == b'p' { self.remember(at, |_, _| Ok(key))? } else { self.recall(at, |_| Ok(key))? }
+            }
             b'c' => {
                 let (module, name) = (self.line(at)?, self.line(at)?);
-                self.global(module, name)?;
+                self.global(module, name);
+            }
+            // INST and OBJ: the instance of a class, whose arguments are marked.
+            b'i' => {
+                let (module, name) = (self.line(at)?, self.line(at)?);
+                self.pop_marked(at)?;
+                let object = self.pickle.object(module, name);
+                self.stack.push(object);
+            }
+            b'o' => {
+                let class = self.pop_marked(at)?.first().copied();
+                let object = class.and_then(made_by).ok_or_else(|| bad(at, "a class"))?;
+                self.stack.push(object);
+            }
+            // NEWOBJ, NEWOBJ_EX: the same with arguments in a tuple, and named ones in a dictionary.
+            0x81 | 0x92 => {
+                if code == 0x92 {
+                    self.pop(at)?;
+                }
+                self.call(at)?;
             }
             // STACK_GLOBAL
             0x93 => {
                 let names = self.pop_many(2, at)?;
                 let &[Value::Text(module), Value::Text(name)] = &names[..] else { return Err(bad(at, "a name")) };
-                self.global(module, name)?;
+                self.global(module, name);
             }
             b'Q' => self.persistent(at)?,
             b'R' => self.call(at)?,
-            // BUILD: the attributes of an ordered dictionary, its `_metadata`, are of no use here.
+            // BUILD: attributes, such as the `_metadata` of an ordered dictionary, are of no use here.
             b'b' => {
                 self.pop(at)?;
                 match self.stack.last() {
-                    Some(Value::Dict(_) | Value::Tensor(_)) => {}
-                    _ => return Err(bad(at, "a dictionary whose attributes are set")),
+                    Some(Value::Dict(_) | Value::Tensor(_) | Value::Object(_) | Value::Global(_)) => {}
+                    _ => return Err(bad(at, "an object whose attributes are set")),
                 }
             }
             other => {
@@ -325,6 +282,13 @@ impl<'a> Machine<'a, '_> {
         Ok(())
     }
 
+    /// A string of Python 2, which is text or bytes.
+    fn string(&mut self, length: impl FnOnce(&mut Cursor<'a>) -> Parsed<u64>) -> Parsed<()> {
+        let bytes = self.counted(length)?;
+        self.stack.push(str::from_utf8(bytes).map_or(Value::Bytes, Value::Text));
+        Ok(())
+    }
+
     fn bytes(&mut self, length: impl FnOnce(&mut Cursor<'a>) -> Parsed<u64>) -> Parsed<()> {
         self.counted(length)?;
         self.stack.push(Value::Bytes);
@@ -332,8 +296,8 @@ impl<'a> Machine<'a, '_> {
     }
 
     fn line(&mut self, at: usize) -> Parsed<&'a str> {
-        /// Bytes of the longest name that is looked for.
-        const LONGEST: usize = 256;
+        /// Bytes of the longest line that is read.
+        const LONGEST: usize = 4096;
         let mut rest = self.cursor.clone();
         let rest = rest.take(rest.left().min(LONGEST))?;
         let length = rest.iter().position(|&byte| byte == b'\n').ok_or_else(|| bad(at, "the name of a function"))?;
@@ -351,14 +315,30 @@ impl<'a> Machine<'a, '_> {
         self.stack.push(Value::List(self.pickle.lists.len() as u32 - 1));
     }
 
-    fn list(&mut self, at: usize) -> Parsed<&mut Vec<Value<'a>>> {
-        let Some(&Value::List(index)) = self.stack.last() else { return Err(bad(at, "a list to extend")) };
-        self.pickle.lists.get_mut(index as usize).ok_or_else(|| bad(at, "a list to extend"))
+    /// Adds values to the list at the top. Of other objects nothing is kept.
+    fn list(&mut self, at: usize, values: Vec<Value<'a>>) -> Parsed<()> {
+        match self.stack.last() {
+            Some(&Value::List(index)) => {
+                let list = self.pickle.lists.get_mut(index as usize).ok_or_else(|| bad(at, "a list to extend"))?;
+                list.extend(values);
+            }
+            Some(Value::Object(_)) => {}
+            _ => return Err(bad(at, "a list to extend")),
+        }
+        Ok(())
     }
 
-    fn dict(&mut self, at: usize) -> Parsed<&mut Vec<(Value<'a>, Value<'a>)>> {
-        let Some(&Value::Dict(index)) = self.stack.last() else { return Err(bad(at, "a dictionary to extend")) };
-        self.pickle.dicts.get_mut(index as usize).ok_or_else(|| bad(at, "a dictionary to extend"))
+    /// Adds entries to the dictionary at the top, likewise.
+    fn dict(&mut self, at: usize, entries: Vec<(Value<'a>, Value<'a>)>) -> Parsed<()> {
+        match self.stack.last() {
+            Some(&Value::Dict(index)) => {
+                let dict = self.pickle.dicts.get_mut(index as usize);
+                dict.ok_or_else(|| bad(at, "a dictionary to extend"))?.extend(entries);
+            }
+            Some(Value::Object(_)) => {}
+            _ => return Err(bad(at, "a dictionary to extend")),
+        }
+        Ok(())
     }
 
     fn remember(&mut self, at: usize, key: impl FnOnce(&mut Cursor<'a>, usize) -> Parsed<u32>) -> Parsed<()> {
@@ -375,20 +355,12 @@ impl<'a> Machine<'a, '_> {
         Ok(())
     }
 
-    fn global(&mut self, module: &str, name: &str) -> Parsed<()> {
-        let Some(global) = Global::named(module, name) else {
-            // Objects such as `torch.float32` are harmless constants.
-            if module == "torch" && name.chars().all(|c| c.is_ascii_lowercase() || c.is_ascii_digit()) {
-                self.stack.push(Value::Opaque);
-                return Ok(());
-            }
-            return Err(format!(
-                "is a pickle that refers to `{module}.{name}`, which no state dict needs; nothing was executed. Save \
-                 `model.state_dict()` alone"
-            ));
-        };
+    fn global(&mut self, module: &'a str, name: &'a str) {
+        let global = Global::named(module, name).unwrap_or_else(|| {
+            self.pickle.others.push((module, name));
+            Global::Other(self.pickle.others.len() as u32 - 1)
+        });
         self.stack.push(Value::Global(global));
-        Ok(())
     }
 
     /// `('storage', class, key, device, elements)`, and in old files a part of it: `(key, first, elements)`.
@@ -396,24 +368,25 @@ impl<'a> Machine<'a, '_> {
         let wrong = || bad(at, "the description of a storage");
         let value = self.pop(at)?;
         let items = self.pickle.items(value).ok_or_else(wrong)?;
-        let (
-            &[
-                Value::Text("storage"),
-                Value::Global(Global::Storage(stored)),
-                Value::Text(key),
-                Value::Text(_),
-                elements,
-            ],
-            part,
-        ) = items.split_at_checked(5).ok_or_else(wrong)?
+        let (&[Value::Text("storage"), Value::Global(class), Value::Text(key), _, elements], part) =
+            items.split_at_checked(5).ok_or_else(wrong)?
         else {
             return Err(wrong());
+        };
+        let values = match class {
+            Global::Storage(values) => values,
+            // Of a class that is not known: so is the tensor.
+            Global::Other(index) => {
+                self.stack.push(Value::Object(index));
+                return Ok(());
+            }
+            _ => return Err(wrong()),
         };
         let count = |value: Value| match value {
             Value::Int(count) => usize::try_from(count).map_err(|_| wrong()),
             _ => Err(wrong()),
         };
-        let mut storage = Storage { stored, key, elements: count(elements)?, first: 0 };
+        let mut storage = Storage { values, key, elements: count(elements)?, first: 0 };
         match part {
             [] | [Value::None] => {}
             &[part @ Value::Tuple(_)] => {
@@ -430,44 +403,103 @@ impl<'a> Machine<'a, '_> {
     /// Describes what a function would give.
     fn call(&mut self, at: usize) -> Parsed<()> {
         let called = self.pop_many(2, at)?;
-        let &[Value::Global(global), arguments] = &called[..] else {
-            return Err(bad(at, "a function and its arguments"));
-        };
-        let items = self.pickle.items(arguments).ok_or_else(|| bad(at, "arguments in a tuple"))?;
-        let result = match (global, items) {
-            (Global::OrderedDict, []) => self.pickle.dict(Vec::new()),
-            (Global::OrderedDict, &[list]) => {
-                let count = self.pickle.items(list).map_or(0, <[_]>::len);
-                self.spend(count)?;
-                let items = self.pickle.items(list).ok_or_else(|| bad(at, "a list of pairs"))?;
-                let pair = |&item: &Value<'a>| match self.pickle.items(item) {
-                    Some(&[key, value]) => Ok((key, value)),
-                    _ => Err(bad(at, "a list of pairs")),
-                };
-                let entries = items.iter().map(pair).collect::<Parsed<_>>()?;
-                self.pickle.dict(entries)
-            }
-            (Global::Size, &[list]) => list,
-            (Global::RebuildParameter, &[tensor @ Value::Tensor(_), ..]) => tensor,
-            (Global::RebuildTensor, &[Value::Storage(storage), Value::Int(offset), shape, strides, ..]) => {
-                let numbers = |value: Value<'a>| {
-                    let items = self.pickle.items(value).filter(|items| items.len() <= MAX_RANK);
-                    let items = items.ok_or_else(|| bad(at, "a shape of at most six dimensions"))?;
-                    let number = |item: &Value<'a>| match *item {
-                        Value::Int(number) => usize::try_from(number).map_err(|_| bad(at, "the shape of a tensor")),
-                        _ => Err(bad(at, "the shape of a tensor")),
-                    };
-                    items.iter().map(number).collect::<Parsed<Vec<_>>>()
-                };
-                let offset = usize::try_from(offset).map_err(|_| bad(at, "the offset of a tensor"))?;
-                let view = View { storage, offset, shape: numbers(shape)?, strides: numbers(strides)? };
-                self.pickle.tensors.push(view);
-                Value::Tensor(self.pickle.tensors.len() as u32 - 1)
-            }
-            _ => return Err(bad(at, "arguments that fit their function")),
-        };
+        let &[function, arguments] = &called[..] else { return Err(bad(at, "a function and its arguments")) };
+        let result = self.result(at, function, arguments)?;
         self.stack.push(result);
         Ok(())
+    }
+
+    fn result(&mut self, at: usize, function: Value<'a>, arguments: Value<'a>) -> Parsed<Value<'a>> {
+        let items = self.pickle.items(arguments).ok_or_else(|| bad(at, "arguments in a tuple"))?;
+        let global = match function {
+            Value::Global(global) => global,
+            Value::Object(_) => return Ok(function),
+            _ => return Err(bad(at, "a function and its arguments")),
+        };
+        Ok(match (global, items) {
+            (Global::Other(index), _) => Value::Object(index),
+            (Global::Dict, []) | (Global::DefaultDict, _) => self.pickle.dict(Vec::new()),
+            (Global::Dict, &[content]) => self.copied(at, content)?,
+            (Global::Size, &[list]) => list,
+            (Global::RebuildParameter, &[tensor @ (Value::Tensor(_) | Value::Object(_)), ..]) => tensor,
+            (Global::RebuildFromType, &[function, class, arguments, _]) => match class {
+                Value::Global(Global::Tensor) => match function {
+                    // A function of this kind around another one has no end.
+                    Value::Global(Global::RebuildFromType) => return Err(bad(at, "a function that makes a tensor")),
+                    _ => self.result(at, function, arguments)?,
+                },
+                class => made_by(class).ok_or_else(|| bad(at, "the class of a tensor"))?,
+            },
+            (Global::Reconstructor, &[class, ..]) => match class {
+                Value::Global(Global::Dict) => self.pickle.dict(Vec::new()),
+                class => made_by(class).unwrap_or_else(|| self.pickle.object("copyreg", "_reconstructor")),
+            },
+            (Global::RebuildTensor | Global::RebuildTensorV3, &[storage @ Value::Object(_), ..]) => storage,
+            (Global::RebuildTensor, &[Value::Storage(storage), Value::Int(offset), shape, strides, ..]) => {
+                let values = self.pickle.storages.get(storage as usize).map(|storage| storage.values);
+                let Some(Values::Typed(element)) = values else { return Err(bad(at, "a storage with a type")) };
+                self.view(at, storage, element, offset, [shape, strides])?
+            }
+            (
+                Global::RebuildTensorV3,
+                &[Value::Storage(storage), Value::Int(offset), shape, strides, _, _, dtype, ..],
+            ) => match dtype {
+                Value::Global(Global::DType(element)) => self.view(at, storage, element, offset, [shape, strides])?,
+                dtype => made_by(dtype).ok_or_else(|| bad(at, "the type of a tensor"))?,
+            },
+            (Global::Tensor | Global::Storage(_) | Global::DType(_), _) => self.pickle.object("torch", "Tensor"),
+            _ => return Err(bad(at, "arguments that fit their function")),
+        })
+    }
+
+    /// A dictionary with the content of another one, or of a list of pairs.
+    fn copied(&mut self, at: usize, content: Value<'a>) -> Parsed<Value<'a>> {
+        let count =
+            self.pickle.items(content).map_or_else(|| self.pickle.entries(content).map_or(0, <[_]>::len), <[_]>::len);
+        self.spend(count)?;
+        if let Some(entries) = self.pickle.entries(content) {
+            let entries = entries.to_vec();
+            return Ok(self.pickle.dict(entries));
+        }
+        let items = self.pickle.items(content).ok_or_else(|| bad(at, "a list of pairs"))?;
+        let pair = |&item: &Value<'a>| match self.pickle.items(item) {
+            Some(&[key, value]) => Ok((key, value)),
+            _ => Err(bad(at, "a list of pairs")),
+        };
+        let entries = items.iter().map(pair).collect::<Parsed<_>>()?;
+        Ok(self.pickle.dict(entries))
+    }
+
+    /// A tensor of a storage.
+    fn view(
+        &mut self,
+        at: usize,
+        storage: u32,
+        element: Element,
+        offset: i64,
+        [shape, strides]: [Value<'a>; 2],
+    ) -> Parsed<Value<'a>> {
+        let numbers = |value: Value<'a>| {
+            let items = self.pickle.items(value).filter(|items| items.len() <= MAX_RANK);
+            let items = items.ok_or_else(|| bad(at, "the shape of a tensor"))?;
+            let number = |item: &Value<'a>| match *item {
+                Value::Int(number) => usize::try_from(number).map_err(|_| bad(at, "the shape of a tensor")),
+                _ => Err(bad(at, "the shape of a tensor")),
+            };
+            items.iter().map(number).collect::<Parsed<Vec<_>>>()
+        };
+        let offset = usize::try_from(offset).map_err(|_| bad(at, "the offset of a tensor"))?;
+        let view = View { storage, element, offset, shape: numbers(shape)?, strides: numbers(strides)? };
+        self.pickle.tensors.push(view);
+        Ok(Value::Tensor(self.pickle.tensors.len() as u32 - 1))
+    }
+}
+
+/// The object that a class or function would make.
+fn made_by(class: Value<'_>) -> Option<Value<'_>> {
+    match class {
+        Value::Global(Global::Other(index)) | Value::Object(index) => Some(Value::Object(index)),
+        _ => None,
     }
 }
 

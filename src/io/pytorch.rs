@@ -1,24 +1,22 @@
 //! Files of `torch.save`: a zip archive since PyTorch 1.6, before that pickles one after the other.
 
 use std::{
-    collections::{BTreeMap, HashMap, HashSet},
+    collections::{HashMap, HashSet},
     ops::Range,
 };
 
 use super::{
     bytes::{Cursor, Parsed, Reading, parse_beginning},
-    pickle::{Pickle, Value, View},
+    described::{Pickle, Value, View},
+    globals::{Element, Global},
     source::Source,
-    stored::Stored,
-    tensor_file::{Entry, Listing},
+    tensor_file::{Entry, Inert, Listing},
     zip,
 };
 use crate::Shape;
 
 /// The number that an old file begins with, as the bytes of a Python integer.
 const MAGIC: &[u8] = &[0x6C, 0xFC, 0x9C, 0x46, 0xF9, 0x20, 0x6A, 0xA8, 0x50, 0x19];
-/// Bytes that tell an old file.
-pub(super) const MAGIC_BYTES: usize = 4 + MAGIC.len();
 /// The version of the old format.
 const VERSION: i64 = 1001;
 
@@ -76,17 +74,18 @@ fn pickles(mut cursor: Cursor, source: &Source) -> Reading<Listing> {
     }
     let (pickle, top) = Pickle::load(&mut cursor)?;
     let (keys, list) = Pickle::load(&mut cursor)?;
-    let types: HashMap<&str, Stored> = pickle.storages().iter().map(|storage| (storage.key, storage.stored)).collect();
+    let sizes: HashMap<&str, usize> =
+        pickle.storages.iter().map(|storage| (storage.key, storage.values.bytes())).collect();
     let mut ranges: HashMap<&str, Range<usize>> = HashMap::new();
     let mut at = cursor.at();
     for key in keys.items(list).ok_or("has no list of its storages")? {
         let Value::Text(key) = *key else { return Err("has a list of storages with something else than names".into()) };
-        let stored = types.get(key).ok_or_else(|| format!("holds a storage `{key}` that no tensor refers to"))?;
+        let size = sizes.get(key).ok_or_else(|| format!("holds a storage `{key}` that no tensor refers to"))?;
         let left = source.len().saturating_sub(at);
         let truncated = |count: u64| format!("is truncated: storage `{key}` has {count} values, {left} bytes are left");
         let values = left.checked_sub(8).ok_or_else(|| truncated(0))?;
         let count = u64::from_le_bytes(source.array(at)?);
-        let bytes = usize::try_from(count).ok().and_then(|count| count.checked_mul(stored.block().1));
+        let bytes = usize::try_from(count).ok().and_then(|count| count.checked_mul(*size));
         let bytes = bytes.filter(|&bytes| bytes <= values).ok_or_else(|| truncated(count))?;
         ranges.insert(key, at + 8..at + 8 + bytes);
         at += 8 + bytes;
@@ -96,15 +95,13 @@ fn pickles(mut cursor: Cursor, source: &Source) -> Reading<Listing> {
 
 /// The tensors below the top value, each with its place in the file.
 fn listing(pickle: &Pickle, top: Value, storage: &dyn Fn(&str) -> Option<Range<usize>>) -> Parsed<Listing> {
-    let mut entries = BTreeMap::new();
+    let mut found = Listing::default();
     let mut seen = HashSet::new();
     // Dictionaries to look into, with their names and depths. One that occurs twice, inside itself for instance, is
     // looked into once.
     let mut open = vec![(String::new(), top, 0)];
     while let Some((prefix, dict, depth)) = open.pop() {
-        let Value::Dict(index) = dict else {
-            return Err("holds something else than a dictionary of tensors; save `model.state_dict()`".into());
-        };
+        let Value::Dict(index) = dict else { return Err(no_dictionary(pickle, dict)) };
         if !seen.insert(index) || depth > MAX_DEPTH {
             continue;
         }
@@ -117,33 +114,67 @@ fn listing(pickle: &Pickle, top: Value, storage: &dyn Fn(&str) -> Option<Range<u
                 Value::Int(key) => format!("{prefix}{key}"),
                 _ => continue,
             };
+            // Of several entries with one key the last counts.
             match value {
                 Value::Dict(_) => open.push((format!("{name}."), value, depth + 1)),
                 Value::Tensor(index) => {
                     let view = pickle.tensor(index).ok_or("refers to a tensor that it does not have")?;
-                    let entry = place(pickle, view, storage).map_err(|why| format!("tensor `{name}`: {why}"))?;
-                    entries.insert(name, entry);
-                    if entries.len() > MAX_TENSORS {
-                        return Err(format!("has more than {MAX_TENSORS} tensors"));
+                    match place(pickle, view, storage).map_err(|why| format!("tensor `{name}`: {why}"))? {
+                        Ok(entry) => found.insert(name, entry),
+                        Err(why) => found.set_inert(name, Inert { why, tensor: true }),
                     }
+                }
+                Value::Object(index) => {
+                    let (module, maker) = pickle.maker(index);
+                    let tensor = module.starts_with("torch.") && maker.starts_with("_rebuild");
+                    let why = format!("is made by `{module}.{maker}`, which is not executed");
+                    found.set_inert(name, Inert { why, tensor });
                 }
                 // Steps, options and the like.
                 _ => {}
             }
+            if found.entries.len() + found.inert.len() > MAX_TENSORS {
+                return Err(format!("has more than {MAX_TENSORS} tensors"));
+            }
         }
     }
-    Ok(Listing { entries, metadata: BTreeMap::new() })
+    Ok(found)
 }
 
-/// Where the values of a view lie.
-fn place(pickle: &Pickle, view: &View, storage: &dyn Fn(&str) -> Option<Range<usize>>) -> Parsed<Entry> {
-    let of = pickle.storages().get(view.storage as usize).ok_or("has no storage")?;
+fn no_dictionary(pickle: &Pickle, top: Value) -> String {
+    const EXPECTED: &str = "expected a dictionary of tensors; save `model.state_dict()`";
+    match top {
+        Value::Object(index) | Value::Global(Global::Other(index)) => {
+            let (module, name) = pickle.maker(index);
+            format!("holds an object of `{module}.{name}`, of which nothing was executed, {EXPECTED}")
+        }
+        Value::Tensor(_) => format!("holds one tensor without a name, {EXPECTED}"),
+        _ => format!("holds something else, {EXPECTED}"),
+    }
+}
+
+/// Where the values of a view lie, or why they are not read.
+fn place(
+    pickle: &Pickle,
+    view: &View,
+    storage: &dyn Fn(&str) -> Option<Range<usize>>,
+) -> Parsed<std::result::Result<Entry, String>> {
+    let of = pickle.storages.get(view.storage as usize).ok_or("has no storage")?;
     let range = storage(of.key).ok_or_else(|| format!("its storage `{}` is not in the file", of.key))?;
-    let size = of.stored.block().1;
-    let shape = Shape::new(&view.shape).map_err(|why| why.to_string())?;
+    let stored = match view.element {
+        Element::Read(stored) => stored,
+        Element::Unread(name, _) => return Ok(Err(format!("is {name}, which is not read"))),
+    };
+    let size = stored.block().1;
+    let shape = match Shape::new(&view.shape) {
+        Ok(shape) => shape,
+        Err(why) => return Ok(Err(why.to_string())),
+    };
     if view.strides.len() != view.shape.len() {
         return Err(format!("has {} dimensions and {} strides", view.shape.len(), view.strides.len()));
     }
+    // The bytes of the storage, and where it begins.
+    let [length, first] = [of.elements, of.first].map(|count| count.checked_mul(of.values.bytes()));
     // The last value of the view, counted from the start of the storage.
     let reach = view
         .shape
@@ -151,12 +182,12 @@ fn place(pickle: &Pickle, view: &View, storage: &dyn Fn(&str) -> Option<Range<us
         .zip(&view.strides)
         .try_fold(0usize, |reach, (&dim, &stride)| reach.checked_add(dim.saturating_sub(1).checked_mul(stride)?));
     let values = if shape.elements() == 0 { Some(0) } else { reach.and_then(|reach| reach.checked_add(1)) };
-    let inside = |end: usize| end <= of.elements && shape.elements() <= of.elements;
-    let end = values.and_then(|values| view.offset.checked_add(values)).filter(|&end| inside(end));
-    let start = end.and_then(|_| of.first.checked_add(view.offset)?.checked_mul(size));
+    let end = values.and_then(|values| view.offset.checked_add(values)?.checked_mul(size));
+    let inside = end.zip(length).is_some_and(|(end, length)| end <= length);
+    let start = first.and_then(|first| first.checked_add(view.offset.checked_mul(size)?));
     let bytes = values.and_then(|values| values.checked_mul(size));
     let last = start.zip(bytes).and_then(|(start, bytes)| start.checked_add(bytes));
-    let (Some(start), true) = (start, last.is_some_and(|last| last <= range.len())) else {
+    let (Some(start), true) = (start, inside && last.is_some_and(|last| last <= range.len())) else {
         return Err(format!(
             "shape {:?}, strides {:?}, offset {} do not fit into a storage of {} values, {} bytes in the file",
             view.shape,
@@ -168,7 +199,7 @@ fn place(pickle: &Pickle, view: &View, storage: &dyn Fn(&str) -> Option<Range<us
     };
     let packed = packed(&view.shape, &view.strides);
     let strides = (!packed).then(|| view.strides.clone());
-    Ok(Entry { part: 0, stored: of.stored, shape, strides, start: range.start + start })
+    Ok(Ok(Entry { part: 0, stored, shape, strides, start: range.start + start }))
 }
 
 /// Whether values lie in the order of the shape without gaps.

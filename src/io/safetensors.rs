@@ -18,9 +18,10 @@ use serde::{
 
 use super::{
     bytes::{Parsed, Reading},
+    mistaken,
     source::{MAX_HEADER, Source},
     stored::Stored,
-    tensor_file::{Entry, Listing},
+    tensor_file::{Entry, Inert, Listing},
     write_atomically,
 };
 use crate::{DType, Device, Error, Result, Shape, Tensor, error::ensure};
@@ -35,7 +36,8 @@ const METADATA: &str = "__metadata__";
 
 /// Reads every tensor of a safetensors file, on the CPU.
 ///
-/// F64, F32, BF16, F16, I64 and BOOL come as they are, I32, I16, I8 and U8 as [`DType::I64`].
+/// F64, F32, BF16, F16, I64 and BOOL come as they are, the other integers as [`DType::I64`], and floats of eight bits as
+/// [`DType::F32`].
 ///
 /// Errors: [`Error::Io`] if the file cannot be read; [`Error::File`], which says what is wrong, if it is no regular
 /// file, truncated, not a safetensors file, has a tensor of another dtype or more than six dimensions, or positions
@@ -51,7 +53,8 @@ pub(crate) fn read_with_metadata(path: &Path) -> Result<(BTreeMap<String, Tensor
     source.check_unchanged()?;
     let Found { tensors, metadata, values } = found.map_err(|why| why.within(&source))?;
     let tensors = tensors.into_iter().map(|(name, info)| {
-        let tensor = entry(&name, &info, values).map_err(|why| Error::file(path, why))?.read(&source, &name)?;
+        let entry = entry(&info, values).map_err(|why| Error::file(path, format!("tensor `{name}` {why}")))?;
+        let tensor = entry.read(&source, &name)?;
         Ok((name, tensor))
     });
     Ok((tensors.collect::<Result<_>>()?, metadata))
@@ -60,12 +63,15 @@ pub(crate) fn read_with_metadata(path: &Path) -> Result<(BTreeMap<String, Tensor
 /// The tensors and the text of a file.
 pub(super) fn listing(source: &Source) -> Reading<Listing> {
     let Found { tensors, metadata, values } = parse(source)?;
-    let entries = tensors.into_iter().map(|(name, info)| {
-        let entry = entry(&name, &info, values)?;
-        Ok((name, entry))
-    });
     let metadata = metadata.into_iter().map(|(name, text)| (name, super::Metadata::Text(text))).collect();
-    Ok(Listing { entries: entries.collect::<Parsed<_>>()?, metadata })
+    let mut listing = Listing { metadata, ..Listing::default() };
+    for (name, info) in tensors {
+        match entry(&info, values) {
+            Ok(entry) => listing.insert(name, entry),
+            Err(why) => listing.set_inert(name, Inert { why, tensor: true }),
+        }
+    }
+    Ok(listing)
 }
 
 /// What a header describes, and where the values begin.
@@ -81,6 +87,11 @@ fn parse(source: &Source) -> Reading<Found> {
     let Some(left) = total.checked_sub(LENGTH) else {
         return Err(format!("has {total} bytes, which is too short for a safetensors file").into());
     };
+    let mut beginning = vec![0; total.min(mistaken::BEGINNING)];
+    source.read_at(0, &mut beginning)?;
+    if let Some(what) = mistaken::not_weights(&beginning) {
+        return Err(what.into());
+    }
     let length = u64::from_le_bytes(source.array(0)?);
     let length = match usize::try_from(length) {
         Ok(length) if length <= MAX_HEADER => length,
@@ -107,25 +118,34 @@ fn parse(source: &Source) -> Reading<Found> {
     Ok(Found { tensors, metadata: header.metadata.unwrap_or_default(), values })
 }
 
-fn entry(name: &str, info: &TensorInfo, values: usize) -> Parsed<Entry> {
+/// Where a tensor lies, or why it is not read.
+fn entry(info: &TensorInfo, values: usize) -> Parsed<Entry> {
     let stored = match info.dtype {
         Dtype::F64 => Stored::F64,
         Dtype::F32 => Stored::F32,
         Dtype::BF16 => Stored::BF16,
         Dtype::F16 => Stored::F16,
+        Dtype::F8_E4M3 => Stored::F8E4M3,
+        Dtype::F8_E5M2 => Stored::F8E5M2,
+        Dtype::F8_E4M3FNUZ => Stored::F8E4M3Fnuz,
+        Dtype::F8_E5M2FNUZ => Stored::F8E5M2Fnuz,
+        Dtype::F8_E8M0 => Stored::F8E8M0,
         Dtype::I64 => Stored::I64,
         Dtype::I32 => Stored::I32,
         Dtype::I16 => Stored::I16,
         Dtype::I8 => Stored::I8,
+        Dtype::U64 => Stored::U64,
+        Dtype::U32 => Stored::U32,
+        Dtype::U16 => Stored::U16,
         Dtype::U8 => Stored::U8,
         Dtype::BOOL => Stored::Bool,
         other => {
             return Err(format!(
-                "tensor `{name}` is {other:?}, expected one of F64, F32, BF16, F16, I64, I32, I16, I8, U8, BOOL"
+                "is {other:?}, expected one of F64, F32, BF16, F16, the F8 types, I64, I32, I16, I8, U64, U32, U16, U8, BOOL"
             ));
         }
     };
-    let shape = Shape::new(&info.shape).map_err(|why| format!("tensor `{name}`: {why}"))?;
+    let shape = Shape::new(&info.shape).map_err(|why| why.to_string())?;
     Ok(Entry { part: 0, stored, shape, strides: None, start: values + info.data_offsets.0 })
 }
 

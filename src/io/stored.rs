@@ -9,6 +9,7 @@ use half::{bf16, f16};
 
 use super::{
     bytes::{Parsed, Reading},
+    float8,
     gather::gather,
     quantised,
     source::Source,
@@ -41,8 +42,24 @@ pub enum Stored {
     I8,
     /// Read as [`DType::I64`].
     U8,
+    /// Read as [`DType::I64`].
+    U16,
+    /// Read as [`DType::I64`].
+    U32,
+    /// Read as [`DType::I64`], which holds values below 2⁶³.
+    U64,
     /// Read as [`DType::Bool`].
     Bool,
+    /// PyTorch's `float8_e4m3fn`; read as [`DType::F32`].
+    F8E4M3,
+    /// PyTorch's `float8_e5m2`; read as [`DType::F32`].
+    F8E5M2,
+    /// PyTorch's `float8_e4m3fnuz`; read as [`DType::F32`].
+    F8E4M3Fnuz,
+    /// PyTorch's `float8_e5m2fnuz`; read as [`DType::F32`].
+    F8E5M2Fnuz,
+    /// PyTorch's `float8_e8m0fnu`, powers of two; read as [`DType::F32`].
+    F8E8M0,
     /// `scale · q` with 8-bit `q`; read as [`DType::F32`].
     Q8_0,
     /// `scale · (q − 8)` with 4-bit `q`; read as [`DType::F32`].
@@ -73,10 +90,11 @@ impl Stored {
     /// Values of a block, and its bytes.
     pub fn block(self) -> (usize, usize) {
         match self {
-            Self::F64 | Self::I64 => (1, 8),
-            Self::F32 | Self::I32 => (1, 4),
-            Self::BF16 | Self::F16 | Self::I16 => (1, 2),
+            Self::F64 | Self::I64 | Self::U64 => (1, 8),
+            Self::F32 | Self::I32 | Self::U32 => (1, 4),
+            Self::BF16 | Self::F16 | Self::I16 | Self::U16 => (1, 2),
             Self::I8 | Self::U8 | Self::Bool => (1, 1),
+            Self::F8E4M3 | Self::F8E5M2 | Self::F8E4M3Fnuz | Self::F8E5M2Fnuz | Self::F8E8M0 => (1, 1),
             Self::Q8_0 => (32, 34),
             Self::Q4_0 | Self::Iq4Nl => (32, 18),
             Self::Q4_1 => (32, 20),
@@ -95,6 +113,7 @@ impl Stored {
     pub fn dtype(self) -> DType {
         match self {
             Self::F64 => DType::F64,
+            Self::F8E4M3 | Self::F8E5M2 | Self::F8E4M3Fnuz | Self::F8E5M2Fnuz | Self::F8E8M0 => DType::F32,
             Self::F32
             | Self::Q8_0
             | Self::Q4_0
@@ -110,7 +129,8 @@ impl Stored {
             | Self::Iq4Xs => DType::F32,
             Self::BF16 => DType::BF16,
             Self::F16 => DType::F16,
-            Self::I64 | Self::I32 | Self::I16 | Self::I8 | Self::U8 => DType::I64,
+            Self::I64 | Self::I32 | Self::I16 | Self::I8 => DType::I64,
+            Self::U64 | Self::U32 | Self::U16 | Self::U8 => DType::I64,
             Self::Bool => DType::Bool,
         }
     }
@@ -135,6 +155,14 @@ impl fmt::Display for Stored {
             Self::I16 => "I16",
             Self::I8 => "I8",
             Self::U8 => "U8",
+            Self::U16 => "U16",
+            Self::U32 => "U32",
+            Self::U64 => "U64",
+            Self::F8E4M3 => "F8_E4M3",
+            Self::F8E5M2 => "F8_E5M2",
+            Self::F8E4M3Fnuz => "F8_E4M3FNUZ",
+            Self::F8E5M2Fnuz => "F8_E5M2FNUZ",
+            Self::F8E8M0 => "F8_E8M0",
             Self::Bool => "BOOL",
             Self::Q8_0 => "Q8_0",
             Self::Q4_0 => "Q4_0",
@@ -167,6 +195,18 @@ pub(super) fn read(source: &Source, entry: &Entry) -> Reading<Tensor> {
         Stored::I16 => converted(source, entry, |bytes: [u8; 2]| i16::from_le_bytes(bytes) as i64),
         Stored::I8 => converted(source, entry, |bytes: [u8; 1]| i8::from_le_bytes(bytes) as i64),
         Stored::U8 => converted(source, entry, |[byte]: [u8; 1]| byte as i64),
+        Stored::U16 => converted(source, entry, |bytes: [u8; 2]| u16::from_le_bytes(bytes) as i64),
+        Stored::U32 => converted(source, entry, |bytes: [u8; 4]| u32::from_le_bytes(bytes) as i64),
+        Stored::U64 => {
+            let mut tensor = plain::<i64, 8>(source, entry)?;
+            check_u64(tensor.values_mut::<i64>()?)?;
+            Ok(tensor)
+        }
+        Stored::F8E4M3 => converted(source, entry, |[byte]: [u8; 1]| float8::e4m3(byte)),
+        Stored::F8E5M2 => converted(source, entry, |[byte]: [u8; 1]| float8::e5m2(byte)),
+        Stored::F8E4M3Fnuz => converted(source, entry, |[byte]: [u8; 1]| float8::e4m3_fnuz(byte)),
+        Stored::F8E5M2Fnuz => converted(source, entry, |[byte]: [u8; 1]| float8::e5m2_fnuz(byte)),
+        Stored::F8E8M0 => converted(source, entry, |[byte]: [u8; 1]| float8::e8m0(byte)),
         Stored::Bool => {
             let mut tensor = plain::<bool, 1>(source, entry)?;
             check_bool(tensor.values_mut::<bool>()?)?;
@@ -184,6 +224,14 @@ pub(super) fn read(source: &Source, entry: &Entry) -> Reading<Tensor> {
         | Stored::Q6K
         | Stored::Iq4Nl
         | Stored::Iq4Xs => quantised::read(source, entry),
+    }
+}
+
+/// Refuses the values from 2⁶³ on, which the bits of an i64 make negative.
+fn check_u64(values: &[i64]) -> Parsed<()> {
+    match values.iter().find(|&&value| value < 0) {
+        Some(&value) => Err(format!("holds {}, which is larger than the largest i64", value as u64)),
+        None => Ok(()),
     }
 }
 

@@ -3,20 +3,22 @@
 use std::{
     collections::{BTreeMap, BTreeSet},
     fmt, fs,
-    path::{Path, PathBuf},
+    path::{Component, Path, PathBuf},
 };
 
 use serde::Deserialize;
 
 use super::{
     bytes::{Parsed, Reading, Unreadable},
-    gguf, pytorch, read_limited, safetensors,
+    gguf,
+    layout::ELSEWHERE,
+    mistaken, pytorch, read_limited, safetensors,
     source::Source,
     split,
     stored::{self, Stored},
     zip,
 };
-use crate::{Error, Result, Shape, Tensor, error::ensure};
+use crate::{Error, Result, Shape, Tensor};
 
 /// A file with tensors by name, or several that belong together, read tensor by tensor.
 ///
@@ -32,8 +34,9 @@ use crate::{Error, Result, Shape, Tensor, error::ensure};
 /// GGUF's types F32, F16, BF16, F64, the integers, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q2_K to Q6_K, IQ4_NL and IQ4_XS are read;
 /// values of the quantised ones become f32, or stay packed, see [`TensorFile::raw`].
 ///
-/// Pickles are read by a machine of its own that executes nothing: it knows the instructions and functions that state
-/// dicts need, and refuses all others by their names.
+/// Pickles are read by a machine of its own that executes nothing: it knows what makes tensors and dictionaries, and of all
+/// other objects that lie beside them only the name of what would make them. A tensor that such an object is, or whose
+/// values have a type that there is none for here, is among [`TensorFile::unreadable`].
 ///
 /// A file is not trusted. Whatever it says is checked against its size before memory is taken for it, and reading all
 /// of its tensors takes at most sixteen times its size. It stays open, and is not mapped into memory: a file that is
@@ -60,6 +63,7 @@ pub struct TensorFile {
     format: Format,
     pub(super) parts: Vec<Source>,
     pub(super) entries: BTreeMap<String, Entry>,
+    inert: BTreeMap<String, Inert>,
     pub(super) metadata: BTreeMap<String, Metadata>,
 }
 
@@ -138,10 +142,35 @@ pub(super) struct Entry {
     pub start: usize,
 }
 
-/// What a reader finds in a file.
+/// Something with a name that is not read.
+#[derive(Clone, Debug)]
+pub(super) struct Inert {
+    /// Why, as it follows the name.
+    pub why: String,
+    /// If `true`, it is a tensor, and not perhaps an object of another kind.
+    pub tensor: bool,
+}
+
+/// What a reader finds in a file. A name is in one of the maps.
+#[derive(Default)]
 pub(super) struct Listing {
     pub entries: BTreeMap<String, Entry>,
+    pub inert: BTreeMap<String, Inert>,
     pub metadata: BTreeMap<String, Metadata>,
+}
+
+impl Listing {
+    /// Adds a tensor; of several with one name the last counts.
+    pub fn insert(&mut self, name: String, entry: Entry) {
+        self.inert.remove(&name);
+        self.entries.insert(name, entry);
+    }
+
+    /// Adds what is not read, likewise.
+    pub fn set_inert(&mut self, name: String, inert: Inert) {
+        self.entries.remove(&name);
+        self.inert.insert(name, inert);
+    }
 }
 
 /// Bytes that the index of a sharded checkpoint may have.
@@ -176,8 +205,8 @@ impl TensorFile {
     }
 
     fn of(source: Source) -> Result<Self> {
-        let mut beginning = [0; pytorch::MAGIC_BYTES];
-        let beginning = &mut beginning[..source.len().min(pytorch::MAGIC_BYTES)];
+        let mut beginning = [0; mistaken::BEGINNING];
+        let beginning = &mut beginning[..source.len().min(mistaken::BEGINNING)];
         source.read_at(0, beginning)?;
         let format = if beginning.starts_with(gguf::MAGIC) {
             Format::Gguf
@@ -185,6 +214,8 @@ impl TensorFile {
             Format::PytorchArchive
         } else if pytorch::is_legacy(beginning) {
             Format::PytorchLegacy
+        } else if let Some(what) = mistaken::not_weights(beginning) {
+            return Err(Error::file(source.path(), what));
         } else {
             Format::Safetensors
         };
@@ -196,53 +227,77 @@ impl TensorFile {
         };
         // What does not fit together was perhaps read while somebody wrote it.
         source.check_unchanged()?;
-        let Listing { entries, metadata } = listing.map_err(|why| why.within(&source))?;
-        check_total(&entries, source.len()).map_err(|why| Error::file(source.path(), why))?;
-        Ok(Self { path: source.path().to_path_buf(), parts: vec![source], format, entries, metadata })
+        let mut listing = listing.map_err(|why| why.within(&source))?;
+        check_total(&mut listing, source.len()).map_err(|why| Error::file(source.path(), why))?;
+        let Listing { entries, inert, metadata } = listing;
+        Ok(Self { path: source.path().to_path_buf(), parts: vec![source], format, entries, inert, metadata })
     }
 
-    /// Opens all files that an index names; they must hold exactly what it says.
+    /// Opens all files that an index names. A tensor is that of the file where the index places it; one that is not there,
+    /// or that the index does not know, is that of the only file that has it, and unreadable if none has.
     fn open_index(path: &Path) -> Result<Self> {
         #[derive(Deserialize)]
         struct Index {
             weight_map: BTreeMap<String, String>,
         }
         let text = read_limited(path, MAX_INDEX)?;
-        let index: Index = serde_json::from_slice(&text)
-            .map_err(|why| Error::file(path, format!("is no index of a checkpoint in several files: {why}")))?;
-        let names: BTreeSet<&str> = index.weight_map.values().map(String::as_str).collect();
-        let plain = |name: &str| !name.is_empty() && !name.contains(['/', '\\', '\0']) && name != ".." && name != ".";
-        if let Some(name) = names.iter().find(|name| !plain(name)) {
-            return Err(Error::file(path, format!("names the file `{name}`, expected one in the same folder")));
+        let mut index: Index = serde_json::from_slice(&text).map_err(|why| {
+            let no_index = || format!("is no index of a checkpoint in several files: {why}");
+            Error::file(path, mistaken::mistaken(&text).map_or_else(no_index, str::to_string))
+        })?;
+        for name in index.weight_map.values_mut() {
+            *name = inside(name).ok_or_else(|| {
+                let why = format!("names the file `{name}`, expected one in the same folder or below it");
+                Error::file(path, why)
+            })?;
         }
+        let names: BTreeSet<&str> = index.weight_map.values().map(String::as_str).collect();
         let folder = path.parent().unwrap_or(Path::new(""));
         let mut whole = Self {
             path: path.to_path_buf(),
             format: Format::Safetensors,
             parts: Vec::new(),
             entries: BTreeMap::new(),
+            inert: BTreeMap::new(),
             metadata: BTreeMap::new(),
         };
+        let mut places: BTreeMap<String, &str> = BTreeMap::new();
+        let mut unclear: BTreeMap<String, String> = BTreeMap::new();
         for name in names {
             let shard = Self::open_one(&folder.join(name))?;
             let part = whole.parts.len();
             for (tensor, entry) in shard.entries {
-                ensure!(
-                    index.weight_map.get(&tensor).is_some_and(|file| file == name),
-                    Error::file(&shard.path, format!("holds tensor `{tensor}`, which the index does not place there"))
-                );
+                let wanted = index.weight_map.get(&tensor).map(String::as_str);
+                if let Some(&other) = places.get(&tensor) {
+                    if wanted == Some(other) {
+                        continue;
+                    }
+                    unclear.insert(tensor.clone(), format!("is in `{other}` and in `{name}`"));
+                }
+                if wanted == Some(name) {
+                    unclear.remove(&tensor);
+                }
+                places.insert(tensor.clone(), name);
                 whole.entries.insert(tensor, Entry { part, ..entry });
             }
             whole.format = shard.format;
+            whole.inert.extend(shard.inert);
             whole.metadata.extend(shard.metadata);
             whole.parts.extend(shard.parts);
         }
-        match index.weight_map.iter().find(|(tensor, _)| !whole.entries.contains_key(*tensor)) {
-            Some((tensor, file)) => {
-                Err(Error::file(path, format!("places tensor `{tensor}` in `{file}`, which lacks it")))
-            }
-            None => Ok(whole),
+        if let Some((tensor, why)) = unclear.first_key_value() {
+            return Err(Error::file(path, format!("does not say which tensor `{tensor}` is meant, which {why}")));
         }
+        whole.inert.retain(|name, _| !whole.entries.contains_key(name));
+        for (tensor, file) in index.weight_map {
+            let is_there = whole.entries.contains_key(&tensor) || whole.inert.contains_key(&tensor);
+            if !is_there {
+                // A tied weight, say, that was left out of its file: an error only where it is needed.
+                let why = format!("is not in `{file}`, where the index places it");
+                whole.inert.insert(tensor, Inert { why, tensor: true });
+            }
+        }
+        Ok(whole)
     }
 
     /// The file that was opened; of a folder the one that was found in it.
@@ -270,6 +325,53 @@ impl TensorFile {
         self.entries.get(name).map(|entry| TensorInfo { stored: entry.stored, shape: entry.shape.to_vec() })
     }
 
+    /// Tensors that cannot be read, in alphabetical order, and why: values of a type that no [`Stored`] is, made by a function
+    /// that a pickle names and nobody calls, or placed by an index in a file that lacks it.
+    pub fn unreadable(&self) -> impl Iterator<Item = (&str, &str)> {
+        self.inert.iter().filter(|(_, inert)| inert.tensor).map(|(name, inert)| (name.as_str(), inert.why.as_str()))
+    }
+
+    /// If `true`, this is one of [`TensorFile::unreadable`].
+    pub(super) fn is_unreadable(&self, name: &str) -> bool {
+        self.inert.get(name).is_some_and(|inert| inert.tensor)
+    }
+
+    /// Why something of this name is not read; `None` if it is a tensor, or nothing.
+    pub(super) fn inert(&self, name: &str) -> Option<&str> {
+        self.inert.get(name).map(|inert| inert.why.as_str())
+    }
+
+    /// The names of all tensors, and of what is not read.
+    pub(super) fn all_names(&self) -> impl Iterator<Item = &str> {
+        self.entries.keys().chain(self.inert.keys()).map(String::as_str)
+    }
+
+    /// Gives tensors, and what is not read, the new names that lead to their old ones. What has such a name otherwise gets
+    /// it with [`ELSEWHERE`].
+    pub(super) fn rename(&mut self, old: &BTreeMap<String, String>) {
+        fn renamed<T>(map: &mut BTreeMap<String, T>, old: &BTreeMap<String, String>) {
+            let mut rest = std::mem::take(map);
+            *map = old.iter().filter_map(|(new, old)| Some((new.clone(), rest.remove(old)?))).collect();
+            for (name, value) in rest {
+                let name = if old.contains_key(&name) { format!("{name}{ELSEWHERE}") } else { name };
+                map.insert(name, value);
+            }
+        }
+        renamed(&mut self.entries, old);
+        renamed(&mut self.inert, old);
+    }
+
+    /// If `true`, two tensors are the same bytes of the file.
+    pub(super) fn same_place(&self, a: &str, b: &str) -> bool {
+        match (self.entries.get(a), self.entries.get(b)) {
+            (Some(a), Some(b)) => {
+                let place = |entry: &Entry| (entry.part, entry.start, entry.stored, entry.shape, entry.strides.clone());
+                place(a) == place(b)
+            }
+            _ => false,
+        }
+    }
+
     /// What the file says beside its tensors.
     pub fn metadata(&self) -> &BTreeMap<String, Metadata> {
         &self.metadata
@@ -277,8 +379,8 @@ impl TensorFile {
 
     /// Reads a tensor, on the CPU. Its dtype is that of [`Stored::dtype`].
     ///
-    /// Errors: there is none of this name; values that its type does not allow; a file that has changed since it was
-    /// opened; [`Error::OutOfMemory`].
+    /// Errors: there is none of this name; one of [`TensorFile::unreadable`]; values that its type does not allow; a file
+    /// that has changed since it was opened; [`Error::OutOfMemory`].
     pub fn tensor(&self, name: &str) -> Result<Tensor> {
         let entry = self.entry(name)?;
         entry.read(&self.parts[entry.part], name)
@@ -308,13 +410,19 @@ impl TensorFile {
     }
 
     fn entry(&self, name: &str) -> Result<&Entry> {
-        self.entries.get(name).ok_or_else(|| Error::file(&self.path, format!("has no tensor `{name}`")))
+        self.entries.get(name).ok_or_else(|| {
+            let why = self.inert(name).map(|why| format!("tensor `{name}` {why}"));
+            Error::file(&self.path, why.unwrap_or_else(|| format!("has no tensor `{name}`")))
+        })
     }
 
     /// Reads every tensor.
     ///
     /// Errors: as [`TensorFile::tensor`].
     pub fn tensors(&self) -> Result<BTreeMap<String, Tensor>> {
+        if let Some((name, why)) = self.unreadable().next() {
+            return Err(Error::file(&self.path, format!("tensor `{name}` {why}")));
+        }
         self.entries.keys().map(|name| Ok((name.clone(), self.tensor(name)?))).collect()
     }
 }
@@ -336,14 +444,45 @@ impl Entry {
     }
 }
 
-/// Refuses a small file that describes many large tensors: tied weights lie in one place, all else in its own.
-fn check_total(entries: &BTreeMap<String, Entry>, bytes: usize) -> Parsed<()> {
-    let mut sizes = entries.values().map(|entry| entry.stored.bytes(entry.shape.elements()));
-    let total = sizes.try_fold(0usize, |total, size| total.checked_add(size?));
-    match total {
-        Some(total) if total <= bytes.saturating_mul(2) => Ok(()),
-        _ => Err(format!("describes more than twice the {bytes} bytes that it has: its tensors overlap")),
+/// Refuses a small file that describes many large tensors: tied weights lie in one place, all else in its own. Tensors
+/// that are expanded from fewer values are not read where they would be too large.
+fn check_total(listing: &mut Listing, bytes: usize) -> Parsed<()> {
+    let most = bytes.saturating_mul(2);
+    let fits = |entries: &BTreeMap<String, Entry>| {
+        let mut sizes = entries.values().map(|entry| entry.stored.bytes(entry.shape.elements()));
+        sizes.try_fold(0usize, |total, size| total.checked_add(size?)).is_some_and(|total| total <= most)
+    };
+    if fits(&listing.entries) {
+        return Ok(());
     }
+    let expanded = |entry: &Entry| {
+        let strides = entry.strides.iter().flatten();
+        let repeated = |(&stride, &dim): (&usize, &usize)| stride == 0 && dim > 1;
+        strides.zip(entry.shape.iter()).any(repeated)
+    };
+    let large: Vec<String> =
+        listing.entries.iter().filter(|(_, entry)| expanded(entry)).map(|(name, _)| name.clone()).collect();
+    for name in large {
+        let why = "is expanded to more values than the file has; save it with `.contiguous()`".to_string();
+        listing.set_inert(name, Inert { why, tensor: true });
+    }
+    if fits(&listing.entries) {
+        return Ok(());
+    }
+    Err(format!("describes more than twice the {bytes} bytes that it has: its tensors overlap"))
+}
+
+/// A path of an index without its `./`; `None` if it could lead out of the folder.
+fn inside(name: &str) -> Option<String> {
+    let part = |part| match part {
+        Component::CurDir => Some(""),
+        Component::Normal(part) => part.to_str(),
+        _ => None,
+    };
+    let parts: Vec<&str> = Path::new(name).components().map(part).collect::<Option<_>>()?;
+    let parts: Vec<&str> = parts.into_iter().filter(|part| !part.is_empty()).collect();
+    let plain = !parts.is_empty() && !name.ends_with('/') && !name.contains(['\\', '\0']);
+    plain.then(|| parts.join("/"))
 }
 
 /// The file with the weights in a folder.

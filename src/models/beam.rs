@@ -40,7 +40,7 @@ impl AutoregressiveWrapper {
     /// The best continuations of each row of a prompt, `[b, t]` or `[t]` I64, by up to `seq_len` tokens: at most
     /// `beams` for each, the best first.
     ///
-    /// Of the options, the end token, the prompt's lengths and masks, the context and `repetition_penalty` act; nothing is
+    /// Of the options, the end tokens and other ends, the prompt's lengths and masks, the context and `repetition_penalty` act; nothing is
     /// drawn. A row that has ended in the prompt gets the empty continuation. A row's search ends when no open
     /// continuation can become better than the worst of its `beams` closed ones.
     ///
@@ -72,11 +72,13 @@ impl AutoregressiveWrapper {
             .iter()
             .enumerate()
             .map(|(row, tokens)| {
-                let ended = options.ends(tokens, tokens.len());
+                let ended = options.ends(tokens);
                 let closed = if ended { vec![Hypothesis { tokens: vec![], score: 0.0 }] } else { vec![] };
                 Search { open: if ended { vec![] } else { vec![(row, 0.0)] }, closed }
             })
             .collect();
+        // That of each of `rows`.
+        let mut row_ends = options.row_ends.clone();
         for step in 0..seq_len {
             let mut wanted = vec![false; rows.tokens.len()];
             searches.iter().flat_map(|search| &search.open).for_each(|&(row, _)| wanted[row] = true);
@@ -86,18 +88,22 @@ impl AutoregressiveWrapper {
             let logits = rows.next_logits(&wanted)?;
             let mut taken = Vec::new();
             let mut new = Vec::new();
+            let mut ends_of_taken = Vec::new();
             for (search, &prompt) in searches.iter_mut().zip(&prompts) {
                 let candidates = search.candidates(&logits, &rows, options, beams)?;
                 let mut open = Vec::new();
+                let mut ends = Vec::new();
                 for candidate in candidates {
-                    if options.eos_token == Some(candidate.token) {
-                        let row = search.open[candidate.beam].0;
+                    let row = search.open[candidate.beam].0;
+                    let mut end = row_ends.get(row).cloned();
+                    if options.ends_with(candidate.token, end.as_mut())? {
                         let mut tokens = rows.tokens[row][prompt..].to_vec();
                         tokens.push(candidate.token);
                         let score = score(candidate.log_probability, step + 1);
                         search.closed.push(Hypothesis { tokens, score });
                     } else if open.len() < beams {
                         open.push(candidate);
+                        ends.extend(end);
                     }
                 }
                 search.closed.sort_by(|a, b| b.score.total_cmp(&a.score));
@@ -109,7 +115,9 @@ impl AutoregressiveWrapper {
                 });
                 if search.closed.len() == beams && search.closed[beams - 1].score >= best {
                     open.clear();
+                    ends.clear();
                 }
+                ends_of_taken.extend(ends);
                 let from = |candidate: &Candidate| search.open[candidate.beam].0;
                 let rows_of_open: Vec<usize> = open.iter().map(from).collect();
                 let first = taken.len();
@@ -122,6 +130,7 @@ impl AutoregressiveWrapper {
                 break;
             }
             rows.select(&taken)?;
+            row_ends = ends_of_taken;
             new.into_iter().enumerate().for_each(|(row, token)| rows.push(row, token));
         }
         let close = |(search, prompt): (Search, usize)| {
@@ -161,7 +170,10 @@ impl Search {
             let max = logits.iter().copied().fold(f64::NEG_INFINITY, f64::max);
             ensure!(
                 max.is_finite() && !logits.iter().any(|x| x.is_nan()),
-                Error::argument("beam_search", "expected finite logits, got NaN or infinity: the weights are broken")
+                Error::argument(
+                    "beam_search",
+                    "expected finite logits, got NaN or infinity: the weights are broken, or overflow f16 (then use bf16 or f32)"
+                )
             );
             let log_sum = max + logits.iter().map(|x| (x - max).exp()).sum::<f64>().ln();
             let mut order: Vec<usize> = (0..logits.len()).collect();

@@ -183,7 +183,7 @@ impl TransformerWrapper {
     pub fn cache(&self, batch: usize, capacity: usize, options: &ForwardOptions) -> Result<DecodeCache> {
         let options = self.layers_options(&ForwardOptions { mask: None, ..options.clone() })?;
         let memory_tokens = self.plan().num_memory_tokens;
-        let capacity = capacity.min(self.plan().max_seq_len).saturating_add(memory_tokens);
+        let capacity = capacity.min(self.plan().window()).saturating_add(memory_tokens);
         let dtype = self.token_emb().table().dtype();
         let layers = self.attn_layers().cache(batch, capacity, dtype, &options).at("attn_layers")?;
         Ok(DecodeCache::new(layers, memory_tokens))
@@ -232,7 +232,7 @@ impl ContinuousTransformerWrapper {
     ///
     /// Errors: [`ContinuousTransformerWrapper::needs_recomputing`], or no rows or vectors.
     pub fn cache(&self, batch: usize, capacity: usize, dtype: DType, options: &ForwardOptions) -> Result<DecodeCache> {
-        let capacity = capacity.min(self.plan().max_seq_len);
+        let capacity = capacity.min(self.plan().window());
         let layers = self.attn_layers().cache(batch, capacity, dtype, options).at("attn_layers")?;
         Ok(DecodeCache::new(layers, 0))
     }

@@ -46,7 +46,7 @@ impl ContinuousTransformerWrapper {
 
     /// `[b, n, dim_in] → [b, n, dim_out]`, or what the options ask for.
     ///
-    /// Errors: an input of another shape, longer than `max_seq_len`, or options that do not fit the model; this wrapper
+    /// Errors: an input of another shape, longer than a table of absolute positions, or options that do not fit the model; this wrapper
     /// gives no memories.
     pub fn forward(&self, x: &Tensor, options: &ForwardOptions) -> Result<Output> {
         self.check_vectors(x)?;
@@ -55,7 +55,9 @@ impl ContinuousTransformerWrapper {
             Error::argument("return_mems", "is for TransformerWrapper; the continuous wrapper gives no memories")
         );
         let n = x.shape()[1];
-        check_length(n, self.plan.max_seq_len)?;
+        if self.plan.absolute_positions {
+            check_length(n, self.plan.max_seq_len)?;
+        }
         let x = self.embed_vectors(x, |positions| positions.forward(n))?;
         let layers = self.attn_layers.forward_normed(&x, options, self.norm.as_ref())?;
         let out = if options.return_embeddings { layers.out } else { self.outputs(layers.out)? };
@@ -171,7 +173,7 @@ impl ContinuousAutoregressiveWrapper {
             Error::shape("start", format!("expected [batch, n, features] or [n, features], got {:?}", start.shape()))
         );
         let (b, prompt) = (all.dim(0)?, all.dim(1)?);
-        let window = self.net.plan.max_seq_len;
+        let window = self.net.plan.window();
         let longest = prompt.saturating_add(seq_len);
         let fits = b > 0 && prompt <= window && options.mask.is_none() && self.net.needs_recomputing(options).is_none();
         let mut cache = fits.then(|| self.net.cache(b, longest, all.dtype(), options)).transpose()?;

@@ -2,6 +2,7 @@
 
 use super::{
     AutoregressiveWrapper,
+    ends::RowEnd,
     rows::Rows,
     sampling::{check as check_sampling, sample, sample_tokens},
 };
@@ -17,11 +18,14 @@ use crate::{
 pub struct GenerateOptions {
     /// Filter and temperature. `top_a` looks at each row alone here.
     pub sampling: SamplingConfig,
-    /// A row ends with this token of the vocabulary; `pad_value` follows it. Generation stops once every row has ended.
-    pub eos_token: Option<i64>,
-    /// Whether a row has ended already if the token is in its prompt, as in x-transformers. The turns of a chat each end
-    /// with it: there false. Default true.
+    /// Tokens of the vocabulary that end a row, `eos_token` in x-transformers; `pad_value` follows the first one.
+    /// Generation stops once every row has ended. Default none.
+    pub eos_tokens: Vec<i64>,
+    /// If `true`, a row whose prompt has one of `eos_tokens` has ended already, as in x-transformers. The turns of a chat
+    /// each end with one: use `false` there. Default `true`.
     pub eos_in_prompt: bool,
+    /// Other ends, one for each row: each sees the new tokens of its row, the last of which ends the row. Default none.
+    pub row_ends: Vec<Box<dyn RowEnd>>,
     /// The same seed draws the same tokens.
     pub seed: u64,
     /// A seed for each row in place of `seed` and the row's number: a row then has the same tokens whatever batch it is
@@ -47,8 +51,9 @@ impl Default for GenerateOptions {
     fn default() -> Self {
         Self {
             sampling: SamplingConfig::default(),
-            eos_token: None,
+            eos_tokens: Vec::new(),
             eos_in_prompt: true,
+            row_ends: Vec::new(),
             seed: 0,
             row_seeds: None,
             prompt_lengths: None,
@@ -65,12 +70,19 @@ impl GenerateOptions {
     /// Refuses what has no meaning, for so many rows of a vocabulary.
     pub(super) fn check(&self, rows: usize, vocabulary: usize) -> Result<()> {
         check_sampling(&self.sampling)?;
-        if let Some(eos) = self.eos_token {
+        for &eos in &self.eos_tokens {
             ensure!(
                 usize::try_from(eos).is_ok_and(|eos| eos < vocabulary),
-                Error::option("eos_token", format!("expected one of the {vocabulary} tokens, from 0 on, got {eos}"))
+                Error::option("eos_tokens", format!("expected some of the {vocabulary} tokens, from 0 on, got {eos}"))
             );
         }
+        ensure!(
+            self.row_ends.is_empty() || self.row_ends.len() == rows,
+            Error::option(
+                "row_ends",
+                format!("expected none or {rows}, one for each row, got {}", self.row_ends.len())
+            )
+        );
         ensure!(
             self.repetition_penalty.is_finite() && self.repetition_penalty > 0.0,
             Error::option(
@@ -87,10 +99,17 @@ impl GenerateOptions {
         Ok(())
     }
 
-    /// Whether a row that begins with a prompt of so many tokens has ended.
-    pub(super) fn ends(&self, tokens: &[i64], prompt: usize) -> bool {
-        let counted = if self.eos_in_prompt { tokens } else { tokens.get(prompt..).unwrap_or_default() };
-        self.eos_token.is_some_and(|eos| counted.contains(&eos))
+    /// Returns `true` if a prompt has ended its row already.
+    pub(super) fn ends(&self, prompt: &[i64]) -> bool {
+        self.eos_in_prompt && prompt.iter().any(|token| self.eos_tokens.contains(token))
+    }
+
+    /// Returns `true` if a new token ends its row, whose other end it is shown to.
+    pub(super) fn ends_with(&self, token: i64, row_end: Option<&mut Box<dyn RowEnd>>) -> Result<bool> {
+        if self.eos_tokens.contains(&token) {
+            return Ok(true);
+        }
+        row_end.map_or(Ok(false), |end| end.push(token))
     }
 
     /// A row's random numbers.
@@ -124,6 +143,7 @@ impl GenerateOptions {
 pub struct TokenStream<'m> {
     rows: Rows<'m>,
     options: GenerateOptions,
+    row_ends: Vec<Box<dyn RowEnd>>,
     pad_value: i64,
     ended: Vec<bool>,
     step: usize,
@@ -138,7 +158,7 @@ impl TokenStream<'_> {
         for (row, &token) in drawn.iter().enumerate().filter(|&(row, _)| open[row]) {
             tokens[row] = token;
             self.rows.push(row, token);
-            self.ended[row] = self.options.eos_token == Some(token);
+            self.ended[row] = self.options.ends_with(token, self.row_ends.get_mut(row))?;
         }
         self.step += 1;
         Ok(tokens)
@@ -215,8 +235,9 @@ impl AutoregressiveWrapper {
         let rows = Rows::new(self, start_tokens, seq_len, options)?;
         options.check(rows.tokens.len(), self.net.plan().num_tokens)?;
         Ok(TokenStream {
-            ended: rows.tokens.iter().map(|row| options.ends(row, row.len())).collect(),
+            ended: rows.tokens.iter().map(|row| options.ends(row)).collect(),
             rows,
+            row_ends: options.row_ends.clone(),
             options: options.clone(),
             pad_value: self.pad_value(),
             step: 0,

@@ -7,6 +7,7 @@ mod beam;
 mod cache;
 mod continuous;
 mod encoder_decoder;
+mod ends;
 mod generate;
 pub mod parity;
 #[cfg(feature = "cuda")]
@@ -25,6 +26,7 @@ pub use beam::{BeamOptions, Hypothesis};
 pub use cache::DecodeCache;
 pub use continuous::{ContinuousAutoregressiveWrapper, ContinuousTransformerWrapper};
 pub use encoder_decoder::{EncoderDecoderOptions, XTransformer};
+pub use ends::{RowEnd, StopMatcher};
 pub use generate::{GenerateOptions, TokenStream};
 #[cfg(feature = "cuda")]
 pub use recorded::RecordedDecode;

@@ -127,18 +127,10 @@ impl Case {
 
     /// Builds the model, loads the weights and gives outputs and gradients.
     ///
-    /// Errors: weights or inputs that do not fit, or a buffer that is not, to the bit, what the config fixes.
+    /// Errors: weights or inputs that do not fit.
     pub fn run(&self, dtype: DType, device: &Device, options: &RunOptions) -> Result<BTreeMap<String, Tensor>> {
         let model = Model::new(&self.config, &Store::zeros(dtype, device))?;
         model.params().load(&self.weights)?;
-        for (name, buffer) in model.params().buffers() {
-            if let Some(saved) = self.weights.get(name) {
-                ensure!(
-                    buffer.to_f64_vec()? == saved.to_f64_vec()?,
-                    Error::argument("weights", format!("the buffer `{name}` is not what the config makes of it"))
-                );
-            }
-        }
         model.run(&self.inputs, &self.call, &RunOptions { gradients: true, ..*options })
     }
 

@@ -69,7 +69,7 @@ impl<'m> Rows<'m> {
 
     /// The longest row that the model sees whole.
     pub fn window(&self) -> usize {
-        self.net.plan().max_seq_len
+        self.net.plan().window()
     }
 
     /// Whether the rows are in a cache as long as they fit.

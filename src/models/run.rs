@@ -307,23 +307,27 @@ impl Model {
     }
 
     fn generate(&self, inputs: &mut Inputs, call: &Call, generate: &GenerateCall, run: &RunOptions) -> Result<Forward> {
-        let mut options = GenerateOptions {
-            sampling: generate.sampling.clone(),
-            eos_token: generate.eos_token,
-            seed: run.seed,
-            ..GenerateOptions::default()
-        };
+        // Rows go on behind their ends as long as one of them has none: `Ends` says where all stop.
+        let mut options =
+            GenerateOptions { sampling: generate.sampling.clone(), seed: run.seed, ..GenerateOptions::default() };
         let tokens = match &self.kind {
             Kind::Autoregressive(model) => {
                 let start = inputs.need("start_tokens")?;
                 options.forward = inputs.forward_options(call, run);
-                model.generate(&start, generate.seq_len, &options, &mut |_| true)?
+                let mut ends = Ends::new(generate.eos_token, &start, model.net.plan().num_tokens, model.pad_value())?;
+                let new = model.generate(&start, generate.seq_len, &options, &mut |tokens| ends.push(tokens))?;
+                ends.pad(new)?
             }
             Kind::EncoderDecoder(model) => {
                 let (source, start) = (inputs.need("seq_in")?, inputs.need("seq_out_start")?);
                 let masks = inputs.encoder_decoder_options(run);
                 options.forward.mask = inputs.take("mask");
-                model.generate(&source, &start, generate.seq_len, &masks, &options, &mut |_| true)?
+                let decoder = &model.decoder;
+                let mut ends =
+                    Ends::new(generate.eos_token, &start, decoder.net.plan().num_tokens, decoder.pad_value())?;
+                let on_token = &mut |tokens: &[i64]| ends.push(tokens);
+                let new = model.generate(&source, &start, generate.seq_len, &masks, &options, on_token)?;
+                ends.pad(new)?
             }
             _ => {
                 let why = "\"generate\" is for AutoregressiveWrapper and XTransformer";
@@ -331,6 +335,55 @@ impl Model {
             }
         };
         Ok(Forward::new("out", tokens))
+    }
+}
+
+/// How `generate` of x-transformers 0.22 ends: once every row has the end token, be it in its prompt, it stops behind the
+/// token that it has just drawn, and only then is what follows the first end of each row overwritten.
+struct Ends {
+    eos: Option<i64>,
+    pad_value: i64,
+    /// The first end of each row, counted from behind its prompt; 0 for one in it.
+    ends: Vec<Option<usize>>,
+    length: usize,
+}
+
+impl Ends {
+    fn new(eos: Option<i64>, start: &Tensor, vocabulary: usize, pad_value: i64) -> Result<Self> {
+        if let Some(eos) = eos {
+            GenerateOptions { eos_tokens: vec![eos], ..GenerateOptions::default() }.check(1, vocabulary)?;
+        }
+        let width = start.shape().last().copied().unwrap_or(0).max(1);
+        let rows = if start.dtype() == DType::I64 { start.to_vec::<i64>()? } else { Vec::new() };
+        let end = |row: &[i64]| eos.is_some_and(|eos| row.contains(&eos)).then_some(0);
+        Ok(Self { eos, pad_value, ends: rows.chunks(width).map(end).collect(), length: 0 })
+    }
+
+    /// Counts the new token of every row; `false` once all have ended.
+    fn push(&mut self, tokens: &[i64]) -> bool {
+        self.length += 1;
+        for (end, &token) in self.ends.iter_mut().zip(tokens) {
+            if end.is_none() && self.eos == Some(token) {
+                *end = Some(self.length);
+            }
+        }
+        !self.all()
+    }
+
+    fn all(&self) -> bool {
+        self.ends.iter().all(Option::is_some)
+    }
+
+    /// The new tokens, `[b, n]` or `[n]`, with what follows the ends overwritten.
+    fn pad(&self, new: Tensor) -> Result<Tensor> {
+        if self.eos.is_none() || !self.all() || self.length == 0 {
+            return Ok(new);
+        }
+        let mut tokens = new.to_vec::<i64>()?;
+        for (row, end) in tokens.chunks_mut(self.length).zip(&self.ends) {
+            row[end.unwrap_or(self.length)..].fill(self.pad_value);
+        }
+        Tensor::from_vec(tokens, *new.shape(), new.device())
     }
 }
 

@@ -75,7 +75,10 @@ pub fn filter_probabilities(logits: &[Vec<f64>], config: &SamplingConfig) -> Res
         let best = row.iter().copied().fold(f64::NEG_INFINITY, f64::max);
         ensure!(
             best.is_finite() && !row.iter().any(|x| x.is_nan()),
-            Error::argument("sampling", "expected finite logits, got NaN or infinity: the model's weights are broken")
+            Error::argument(
+                "sampling",
+                "expected finite logits, got NaN or infinity: the weights are broken, or overflow f16 (then use bf16 or f32)"
+            )
         );
     }
     if config.temperature == 0.0 {

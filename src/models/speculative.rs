@@ -3,6 +3,7 @@
 
 use super::{
     AutoregressiveWrapper, GenerateOptions,
+    ends::RowEnd,
     generate::gathered,
     rows::Rows,
     sampling::{filter_probabilities, pick},
@@ -64,12 +65,13 @@ impl AutoregressiveWrapper {
         options.check(b, own)?;
         let mut guesses = Rows::new(draft, start_tokens, room, options)?;
         let prompts: Vec<usize> = rows.tokens.iter().map(Vec::len).collect();
-        let mut run = Run { options, stats: SpeculativeStats::default() };
+        let ended = rows.tokens.iter().map(|row| options.ends(row)).collect();
+        let mut run = Run { options, ended, row_ends: options.row_ends.clone(), stats: SpeculativeStats::default() };
         loop {
             let open: Vec<usize> = (0..b)
                 .map(|row| {
                     let tokens = &rows.tokens[row];
-                    if options.ends(tokens, prompts[row]) { 0 } else { seq_len - (tokens.len() - prompts[row]) }
+                    if run.ended[row] { 0 } else { seq_len - (tokens.len() - prompts[row]) }
                 })
                 .collect();
             if open.iter().all(|&left| left == 0) {
@@ -94,6 +96,8 @@ impl AutoregressiveWrapper {
 
 struct Run<'a> {
     options: &'a GenerateOptions,
+    ended: Vec<bool>,
+    row_ends: Vec<Box<dyn RowEnd>>,
     stats: SpeculativeStats,
 }
 
@@ -157,7 +161,8 @@ impl Run<'_> {
                 if self.stream(row, ACCEPTANCE).uniform(position) * q < p {
                     rows.push(row, token);
                     self.stats.accepted += 1;
-                    if self.options.eos_token == Some(token) {
+                    self.ended[row] = self.options.ends_with(token, self.row_ends.get_mut(row))?;
+                    if self.ended[row] {
                         return Ok(());
                     }
                     continue;
@@ -167,6 +172,7 @@ impl Run<'_> {
             }
             let token = pick(&wanted, self.stream(row, CORRECTIONS).uniform(position));
             rows.push(row, token);
+            self.ended[row] = self.options.ends_with(token, self.row_ends.get_mut(row))?;
             return Ok(());
         }
         Ok(())

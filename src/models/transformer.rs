@@ -178,8 +178,8 @@ impl TransformerWrapper {
     /// Tokens `[b, n]` to logits, or to what the options ask for. With `average_pool_embed` they are those of the mean
     /// over the tokens that the mask keeps, `[b, ..]`.
     ///
-    /// Errors: tokens of another rank or dtype, out of the vocabulary ([`Error::Index`]), or more than `max_seq_len`;
-    /// options that do not fit the model.
+    /// Errors: tokens of another rank or dtype, out of the vocabulary ([`Error::Index`]), or more than a table of absolute
+    /// positions has, `max_seq_len`; options that do not fit the model.
     pub fn forward(&self, tokens: &Tensor, options: &ForwardOptions) -> Result<Output> {
         let x = self.embed(tokens, options)?;
         let memory_tokens = self.plan.num_memory_tokens;
@@ -238,7 +238,9 @@ impl TransformerWrapper {
     fn embed(&self, tokens: &Tensor, options: &ForwardOptions) -> Result<Tensor> {
         self.check_tokens(tokens)?;
         let n = tokens.shape()[1];
-        check_length(n, self.plan.max_seq_len)?;
+        if self.pos_emb.is_some() {
+            check_length(n, self.plan.max_seq_len)?;
+        }
         let x = self.embed_tokens(tokens, options.token_types.as_ref(), |positions| positions.forward(n))?;
         if self.memory_tokens.is_some() { self.prepend_memory_tokens(&x) } else { Ok(x) }
     }

@@ -7,7 +7,7 @@ use super::{
     cache::{AttentionCache, Step, Tables},
 };
 use crate::{
-    DType, Error, Init, Param, Result, Store, Tensor,
+    Buffer, DType, Error, Init, Param, Result, Store, Tensor,
     config::{AttentionPlan, Normalize, Temperature},
     error::{At, ensure},
     ops::{self, Activation, AttentionSpec, DecodeSpec, PositionBias, attention, attention_decode},
@@ -32,7 +32,7 @@ pub struct Attention {
     talking: Option<[Param; 2]>,
     head_scale: Option<Param>,
     /// Frequencies of the rotation, `[features / 2]`.
-    rotary: Option<Tensor>,
+    rotary: Option<Buffer>,
 }
 
 /// Cosine attention: queries and keys of length 1, logits divided by `max(exp(scale), 1e-2)`.
@@ -83,7 +83,7 @@ pub struct AttentionOutput {
 
 impl Attention {
     /// As planned, with the frequencies of the rotation, if there is one.
-    pub(super) fn new(plan: &AttentionPlan, rotary: Option<&Tensor>, store: &Store) -> Result<Self> {
+    pub(super) fn new(plan: &AttentionPlan, rotary: Option<&Buffer>, store: &Store) -> Result<Self> {
         let (heads, dim_qk) = (plan.heads, plan.dim_qk());
         let width = heads * plan.dim_head;
         let kv_width = plan.kv_heads * plan.dim_head;
@@ -348,6 +348,7 @@ impl Attention {
     /// Keys count from 0, memories included; queries are the last of them.
     fn rotate(&self, q: Tensor, k: Tensor, v: Tensor) -> Result<[Tensor; 3]> {
         let (Some(frequencies), Some(plan)) = (&self.rotary, &self.plan.rotary) else { return Ok([q, k, v]) };
+        let frequencies = &frequencies.tensor();
         let first = k.dim(2)? - q.dim(2)?;
         let v = if plan.values { v.rotary(frequencies, 0)? } else { v };
         let (q, k) = (self.pairs_as_halves(q)?, self.pairs_as_halves(k)?);

@@ -2,7 +2,7 @@
 
 use super::{ForwardOptions, ScoreBias};
 use crate::{
-    DType, Device, Error, Result, Tensor,
+    Buffer, DType, Device, Error, Result, Tensor,
     error::{At, ensure},
     ops::rotary::rotary_table,
 };
@@ -278,13 +278,15 @@ impl Tables {
     /// For sequences of up to so many positions, memories included.
     pub fn new(
         positions: usize,
-        rotary: Option<&Tensor>,
-        infused: Option<&Tensor>,
+        rotary: Option<&Buffer>,
+        infused: Option<&Buffer>,
         bias: Option<ScoreBias>,
         dtype: DType,
     ) -> Result<Self> {
-        let rotary = rotary.map(|frequencies| rotary_table(frequencies, positions, dtype.accumulator())).transpose()?;
-        let sinusoids = infused.map(|frequencies| frequencies.sinusoid(0, positions, dtype)).transpose()?;
+        let rotary = rotary
+            .map(|frequencies| rotary_table(&frequencies.tensor(), positions, dtype.accumulator()))
+            .transpose()?;
+        let sinusoids = infused.map(|frequencies| frequencies.tensor().sinusoid(0, positions, dtype)).transpose()?;
         Ok(Self { rotary, sinusoids, bias })
     }
 }

@@ -10,7 +10,7 @@ use super::{
     wrap::Wrap,
 };
 use crate::{
-    DType, Error, Result, Store, Tensor, checkpoint,
+    Buffer, DType, Error, Result, Store, Tensor, checkpoint,
     config::{BranchPlan, LayerPlan, LayerType, LayersPlan, RotaryPlan},
     core::dropout_stream,
     error::{At, ensure},
@@ -79,9 +79,9 @@ pub struct AttentionLayers {
     layers: Vec<Layer>,
     bias: PositionBias,
     /// Frequencies of the rotation, `[features / 2]`.
-    rotary: Option<Tensor>,
+    rotary: Option<Buffer>,
     /// Frequencies of the sinusoids of position-infused attention, `[dim / 2]`.
-    infused: Option<Tensor>,
+    infused: Option<Buffer>,
 }
 
 /// One sublayer.
@@ -108,7 +108,7 @@ struct LayerOutput {
 }
 
 impl Layer {
-    fn new(plan: &LayerPlan, dim: usize, rotary: Option<&Tensor>, store: &Store) -> Result<Self> {
+    fn new(plan: &LayerPlan, dim: usize, rotary: Option<&Buffer>, store: &Store) -> Result<Self> {
         let norm =
             |place: usize| plan.norms[place].map(|norm| Norm::new(norm, dim, &store.at(0).at(place))).transpose();
         let (wrap, place) = Wrap::new(&plan.wrap, &store.at(1))?;
@@ -440,7 +440,7 @@ impl AttentionLayers {
     fn sinusoids(&self, x: &Tensor, options: &ForwardOptions) -> Result<Option<Tensor>> {
         let Some(frequencies) = &self.infused else { return Ok(None) };
         let memories = options.mems.iter().flatten().map(|mem| mem.shape()[1]).max().unwrap_or(0);
-        frequencies.sinusoid(0, memories + x.dim(1)?, x.dtype()).map(Some)
+        frequencies.tensor().sinusoid(0, memories + x.dim(1)?, x.dtype()).map(Some)
     }
 
     fn check(&self, x: &Tensor, options: &ForwardOptions) -> Result<()> {

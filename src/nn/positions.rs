@@ -2,7 +2,7 @@
 
 use super::Embedding;
 use crate::{
-    DType, Init, Param, Result, Store, Tensor,
+    Buffer, DType, Init, Param, Result, Store, Tensor,
     config::{BiasPlan, RotaryPlan, T5Plan},
     ops,
 };
@@ -43,7 +43,7 @@ impl AbsolutePositionalEmbedding {
 
 /// The frequencies of a rotation, `[⌈dim / 2⌉]`, in f32 whatever the model's dtype: half types would turn far positions by
 /// wrong angles.
-pub(super) fn inverse_frequencies(plan: &RotaryPlan, store: &Store) -> Result<Tensor> {
+pub(super) fn inverse_frequencies(plan: &RotaryPlan, store: &Store) -> Result<Buffer> {
     let values = Tensor::generate([plan.dim.div_ceil(2)], DType::F32, store.device(), |k| plan.frequency(k))?;
     store.buffer("inv_freq", values)
 }

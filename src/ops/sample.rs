@@ -98,7 +98,10 @@ impl Tensor {
 
 /// The error for logits that no token can be drawn from.
 pub(crate) fn broken_logits() -> Error {
-    Error::argument("sample", "expected finite logits, got NaN or infinity: the model's weights are broken")
+    Error::argument(
+        "sample",
+        "expected finite logits, got NaN or infinity: the weights are broken, or overflow f16 (then use bf16 or f32)",
+    )
 }
 
 /// In the place of a token whose logits are broken.

@@ -104,7 +104,7 @@ impl Trainer {
     }
 
     fn build(config: AutoregressiveConfig, options: TrainOptions, text: ByteText, store: Store) -> Result<Self> {
-        options.check(config.net.max_seq_len)?;
+        options.check(if config.net.max_seq_len == 0 { usize::MAX } else { config.net.max_seq_len })?;
         text.check(options.seq_len)?;
         let largest = text.bytes().iter().copied().max().unwrap_or(0);
         ensure!(

@@ -13,10 +13,7 @@ use std::{
 
 use x_transformers::Result;
 
-use tokenizers::{
-    NormalizerWrapper, PostProcessor, TruncationDirection,
-    normalizers::{self, Lowercase},
-};
+use tokenizers::{PostProcessor, TruncationDirection};
 
 use super::{described::Described, file_error, refused};
 
@@ -58,18 +55,14 @@ impl Checked {
         Ok(Self { inner, path: path.to_path_buf(), max_length, cut_left })
     }
 
+    /// The tokenizer itself, for questions that cannot fail.
+    pub fn raw(&self) -> &tokenizers::Tokenizer {
+        &self.inner
+    }
+
     /// The number of tokens that a text is cut to, if the files have a bound.
     pub fn max_length(&self) -> Option<usize> {
         self.max_length
-    }
-
-    /// Lower-cases texts before anything else is done with them, also before tokens that are normalized are looked for.
-    pub fn lowercase(&mut self) {
-        let mut normalizers = vec![NormalizerWrapper::Lowercase(Lowercase)];
-        normalizers.extend(self.inner.get_normalizer().cloned());
-        self.inner.with_normalizer(Some(normalizers::Sequence::new(normalizers)));
-        // Those that are normalized are looked for in the new form.
-        self.inner.add_tokens(&[]);
     }
 
     /// Tokens of a text with those around it, together at most `most`: what is too long is cut, the tokens around it stay.
@@ -101,14 +94,6 @@ impl Checked {
     pub fn encode(&self, text: &str, around: bool) -> Result<Vec<u32>> {
         // Offsets into the text are not asked for.
         self.answer(|| Ok(self.inner.encode_fast(text, around)?.get_ids().to_vec()))
-    }
-
-    /// The text of tokens, without special ones.
-    pub fn decode(&self, tokens: &[u32]) -> Result<String> {
-        if tokens.is_empty() {
-            return Ok(String::new());
-        }
-        self.answer(|| self.inner.decode(tokens, true))
     }
 
     /// The id of a token.

@@ -17,6 +17,9 @@ pub struct Described {
     pub added: Vec<(Option<u64>, Token)>,
     /// How texts are normalized, if the settings of a class of `transformers` have the last word.
     pub normalizer: Option<Normalizer>,
+    /// If `true`, texts are lower-cased before anything else is done with them, also before tokens that are normalized are
+    /// looked for.
+    pub lowercase: bool,
     /// If `true`, the names of special tokens in texts are text like any other.
     pub split_special: bool,
     /// The number of tokens that a text is cut to by default.
@@ -67,6 +70,7 @@ impl Described {
             json,
             added,
             normalizer: None,
+            lowercase: false,
             split_special: settings.flag("split_special_tokens")?.unwrap_or(false),
             max_length: settings.max_length()?,
             cut_left,
@@ -89,6 +93,12 @@ impl Described {
             tokens.into_iter().filter(|token| !known.values().any(|known| known == token)).collect();
         if refresh || !new.is_empty() {
             to.add_tokens(&new);
+        }
+        if self.lowercase {
+            let mut normalizers = vec![NormalizerWrapper::Lowercase(Lowercase)];
+            normalizers.extend(to.get_normalizer().cloned());
+            to.with_normalizer(Some(Sequence::new(normalizers)));
+            to.add_tokens(&[]);
         }
         to.set_encode_special_tokens(self.split_special);
         for (id, token) in &self.added {

@@ -4,7 +4,7 @@ use serde_json::{Map, json};
 use x_transformers::io::{Metadata, TensorFile};
 
 use super::{
-    added_token,
+    ends::{self, Ends},
     pretokenizer::{self, PreTokenizer},
     sentencepiece::SentencePiece,
 };
@@ -46,11 +46,9 @@ pub fn of_gguf(file: &TensorFile) -> std::result::Result<String, String> {
         if vocabulary.insert(token.to_string(), json!(id)).is_some() {
             return Err(format!("has the token `{token}` twice"));
         }
-        // Control tokens, and those of users.
-        if let Some(3 | 4) = kinds.get(id).and_then(Metadata::as_usize) {
-            added.extend(added_token(token, id as u64));
-        }
+        added.extend(ends::added(token, id, kinds.get(id).and_then(Metadata::as_usize)));
     }
+    let ends = Ends::of_gguf(file)?;
     let merges = list("tokenizer.ggml.merges")?.iter().map(|merge| match merge.as_str()?.split_once(' ') {
         Some((first, second)) if !second.contains(' ') => Some(json!([first, second])),
         _ => None,
@@ -59,10 +57,10 @@ pub fn of_gguf(file: &TensorFile) -> std::result::Result<String, String> {
     Ok(json!({
         "version": "1.0",
         "added_tokens": added,
-        "normalizer": null,
+        "normalizer": ends.normalizer(),
         "pre_tokenizer": pre_tokenizer,
-        "post_processor": null,
-        "decoder": pretokenizer::bytes(true),
+        "post_processor": ends.around(),
+        "decoder": ends::byte_decoder(),
         "model": {
             "type": "BPE", "dropout": null, "unk_token": null, "continuing_subword_prefix": null,
             "end_of_word_suffix": null, "fuse_unk": false, "byte_fallback": false, "vocab": vocabulary, "merges": merges,

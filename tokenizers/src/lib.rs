@@ -1,75 +1,159 @@
 //! Tokenizers of pretrained models: from text to the tokens that a model was taught, and back.
+//!
+//! - [`Tokenizer`]: text to tokens and back, as `transformers` and llama.cpp do it with the same files.
+//! - [`TextStream`]: text of tokens as they are generated.
+//! - [`Tokenizer::stop_strings`]: ends of generated rows at stop strings.
+//! - [`Tokenizer::chat`]: turns of a chat in the form of the model's own chat template.
 
-use std::{fmt::Display, path::Path};
+use std::{fmt, fmt::Display, path::Path, sync::Arc};
 
 use x_transformers::{Error, Result, io::Pretrained};
 
-use self::described::Described;
-
 mod byte_level;
+mod chat;
 mod checked;
+mod decoder;
 mod described;
+mod ends;
 mod gguf;
+mod jinja;
 mod known;
 mod pretokenizer;
 mod sentence;
 mod sentencepiece;
 mod settings;
+mod stop;
 mod stream;
+mod template;
 mod wordpiece;
 
+pub use chat::{ChatOptions, Message, Variable};
 pub use sentence::{Cut, Embedded, Prompt, SentencePipeline};
+pub use stop::StopStrings;
 pub use stream::TextStream;
 
+use self::{decoder::Decoder, described::Described, template::Templates};
+
 /// The tokenizer of a pretrained model.
+///
+/// Copies share the vocabulary.
+#[derive(Clone)]
 pub struct Tokenizer {
+    shared: Arc<Shared>,
+    templates: Arc<Templates>,
+}
+
+struct Shared {
     inner: checked::Checked,
+    /// At the beginning of a text.
+    decoder: Decoder,
 }
 
 impl Tokenizer {
     /// That of the model's files: `tokenizer.json`, a `vocab.txt`, a model of SentencePiece, or the vocabulary in a GGUF
     /// file; or one in another file or folder.
     pub fn of(pretrained: &Pretrained, given: Option<&Path>) -> Result<Self> {
-        Self::with_settings(pretrained, given, "")
+        Self::with_settings(pretrained, given, "", false)
     }
 
-    /// The same with settings, a JSON object or nothing, that take precedence over those of `tokenizer_config.json`.
-    fn with_settings(pretrained: &Pretrained, given: Option<&Path>, settings: &str) -> Result<Self> {
+    /// The same with settings, a JSON object or nothing, that take precedence over those of `tokenizer_config.json`;
+    /// `lowercase` puts texts in lower case first.
+    fn with_settings(pretrained: &Pretrained, given: Option<&Path>, settings: &str, lowercase: bool) -> Result<Self> {
         let file = given.unwrap_or(pretrained.file().path());
-        let described = match given.or(pretrained.folder()) {
+        let mut described = match given.or(pretrained.folder()) {
             Some(folder) if given.is_none() || folder.is_dir() => {
                 known::of_folder(folder, pretrained.family(), settings)
             }
             Some(file) => known::of_file(file, pretrained.family(), settings),
             None => gguf::of_gguf(pretrained.file()).map(Described::new).map_err(|why| file_error(file, why)),
         }?;
-        Ok(Self { inner: checked::Checked::parse(file, &described)? })
+        described.lowercase = lowercase;
+        let (inner, decoder) = parsed(file, &described)?;
+        let templates = Templates::of(inner.raw(), pretrained, given)?;
+        Ok(Self { shared: Arc::new(Shared { inner, decoder }), templates: Arc::new(templates) })
+    }
+
+    /// From the text of a `tokenizer.json`; it has no chat template.
+    ///
+    /// ```
+    /// use x_transformers_tokenizers::Tokenizer;
+    /// # fn main() -> x_transformers::Result<()> {
+    /// let tokenizer = Tokenizer::from_json(
+    ///     r###"{"version": "1.0", "added_tokens": [], "normalizer": null, "pre_tokenizer": {"type": "Whitespace"},
+    ///         "post_processor": null, "decoder": {"type": "WordPiece", "prefix": "##", "cleanup": false},
+    ///         "model": {"type": "WordPiece", "unk_token": "[UNK]", "continuing_subword_prefix": "##",
+    ///             "max_input_chars_per_word": 100, "vocab": {"[UNK]": 0, "token": 1, "##s": 2, "and": 3}}}"###,
+    /// )?;
+    /// let tokens = tokenizer.encode("tokens and tokens")?;
+    /// assert_eq!(tokens, [1, 2, 3, 1, 2]);
+    /// assert_eq!(tokenizer.decode(&tokens)?, "tokens and tokens");
+    /// # Ok(())
+    /// # }
+    /// ```
+    ///
+    /// Errors: text that is not such a description.
+    pub fn from_json(json: &str) -> Result<Self> {
+        let (inner, decoder) = parsed(Path::new("tokenizer.json"), &Described::new(json.to_string()))?;
+        Ok(Self { shared: Arc::new(Shared { inner, decoder }), templates: Arc::default() })
     }
 
     /// Tokens of a text, with those that the model expects around it.
     pub fn encode(&self, text: &str) -> Result<Vec<i64>> {
-        Ok(self.inner.encode(text, true)?.into_iter().map(i64::from).collect())
+        self.encoded(text, true)
+    }
+
+    fn encoded(&self, text: &str, around: bool) -> Result<Vec<i64>> {
+        Ok(self.shared.inner.encode(text, around)?.into_iter().map(i64::from).collect())
     }
 
     /// The text of tokens, special ones left out.
     pub fn decode(&self, tokens: &[i64]) -> Result<String> {
-        let ids: Vec<u32> = tokens.iter().filter_map(|&token| u32::try_from(token).ok()).collect();
-        self.inner.decode(&ids)
+        let mut stream = self.stream(&[]);
+        let mut text = tokens.iter().map(|&token| stream.push(token)).collect::<Result<String>>()?;
+        text += &stream.finish()?;
+        Ok(text)
     }
 
-    /// Text of tokens that come one at a time behind a prompt.
+    /// The token that is spelled like this in the vocabulary, a special one such as `</s>` for instance.
+    pub fn token(&self, spelling: &str) -> Option<i64> {
+        self.shared.inner.id(spelling).map(i64::from)
+    }
+
+    /// Text of tokens that come one at a time after a prompt.
     pub fn stream(&self, prompt: &[i64]) -> TextStream<'_> {
         TextStream::new(self, prompt)
     }
 
-    /// A question in the form of a chat, up to where the answer begins.
-    pub fn chat(&self, question: &str) -> Result<String> {
-        if self.inner.id("<|im_start|>").is_none() {
-            return Err(refused("the model has no tokens of a chat (`<|im_start|>`); leave out `--chat`"));
+    /// The decoder at the beginning of a text.
+    fn decoder(&self) -> Decoder {
+        self.shared.decoder.clone()
+    }
+
+    /// The spelling of a token that has a text, and if it is an added one.
+    fn piece(&self, token: i64) -> Option<(String, bool)> {
+        let id = u32::try_from(token).ok()?;
+        let inner = self.shared.inner.raw();
+        let added = inner.get_added_vocabulary();
+        let piece = inner.id_to_token(id)?;
+        if added.is_special_token(&piece) {
+            return None;
         }
-        // What a person types cannot end their turn.
-        let question = question.replace("<|im_", "<|im\u{200b}_");
-        Ok(format!("<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n"))
+        Some((piece, added.get_added_tokens_decoder().contains_key(&id)))
+    }
+}
+
+/// A tokenizer, and its decoder at the beginning of a text.
+fn parsed(path: &Path, described: &Described) -> Result<(checked::Checked, Decoder)> {
+    let inner = checked::Checked::parse(path, described)?;
+    let decoder = Decoder::new(&decoder::description(inner.raw(), &described.json)?)?;
+    Ok((inner, decoder))
+}
+
+impl fmt::Debug for Tokenizer {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Tokenizer")
+            .field("tokens", &self.shared.inner.raw().get_vocab_size(true))
+            .finish_non_exhaustive()
     }
 }
 

@@ -94,13 +94,10 @@ impl SentencePipeline {
             let why = format!("has its tokenizer elsewhere, `{name}`; name the folder by `--tokenizer`");
             return Err(file_error(pretrained.file().path(), why));
         }
-        let mut tokenizer = Tokenizer::with_settings(pretrained, tokenizer, &options.tokenizer)?;
-        if options.do_lower_case {
-            tokenizer.inner.lowercase();
-        }
+        let tokenizer = Tokenizer::with_settings(pretrained, tokenizer, &options.tokenizer, options.do_lower_case)?;
         let window = pretrained.config().max_seq_len;
         // Where the options have the tokenizer's own bound, it takes precedence.
-        let most = match (options.max_seq_length, tokenizer.inner.max_length()) {
+        let most = match (options.max_seq_length, tokenizer.shared.inner.max_length()) {
             (Some(most), _) if !options.tokenizer.contains("\"model_max_length\"") => most,
             (_, own) if options.tokenizer.contains("\"model_max_length\"") => own.unwrap_or(usize::MAX),
             (_, own) => own.unwrap_or(usize::MAX).min(window),
@@ -162,7 +159,7 @@ impl SentencePipeline {
         let mut cut = Vec::new();
         let mut rows = Vec::with_capacity(texts.len());
         for (text, content) in texts.iter().enumerate() {
-            let encoded = self.tokenizer.inner.encode_within(&[prompt, content].concat(), self.most)?;
+            let encoded = self.tokenizer.shared.inner.encode_within(&[prompt, content].concat(), self.most)?;
             let kept = encoded.ids.len();
             if kept == 0 || kept > self.window {
                 let start: String = content.chars().take(40).collect();
@@ -210,8 +207,8 @@ impl SentencePipeline {
         if prompt.is_empty() {
             return Ok(0);
         }
-        let ids = self.tokenizer.inner.encode_within(prompt, self.most)?.ids;
-        let ended = ids.last().is_some_and(|&id| self.tokenizer.inner.is_special(id));
+        let ids = self.tokenizer.shared.inner.encode_within(prompt, self.most)?.ids;
+        let ended = ids.last().is_some_and(|&id| self.tokenizer.shared.inner.is_special(id));
         Ok(ids.len() - usize::from(ended))
     }
 

@@ -8,7 +8,10 @@ use std::collections::HashMap;
 use serde_json::{Map, Value, json};
 use x_transformers::io::{Metadata, TensorFile};
 
-use super::added_token;
+use super::{
+    added_token,
+    decoder::{BY_CHARACTER, OWN},
+};
 
 /// What stands for a space in pieces.
 const SPACE: &str = "▁";
@@ -245,8 +248,11 @@ impl SentencePiece {
             normalizers.extend(prefix.then(|| json!({"type": "Prepend", "prepend": SPACE})));
             normalizers.push(replace(json!({"String": " "}), SPACE));
         }
-        let mut decoders =
-            vec![replace(json!({"String": SPACE}), " "), json!({"type": "ByteFallback"}), json!({"type": "Fuse"})];
+        let mut decoders = vec![
+            replace(json!({"String": SPACE}), " "),
+            json!({"type": "ByteFallback", OWN: BY_CHARACTER}),
+            json!({"type": "Fuse"}),
+        ];
         if prefix {
             decoders.push(json!({"type": "Strip", "content": " ", "start": 1, "stop": 0}));
         }
@@ -438,7 +444,7 @@ mod tests {
     use x_transformers::io::TensorFile;
 
     use super::{
-        super::{Tokenizer, checked::Checked, described::Described, gguf::of_gguf},
+        super::{Tokenizer, gguf::of_gguf},
         Customs, SentencePiece, base64,
     };
 
@@ -487,7 +493,7 @@ mod tests {
     fn continuations_keep_their_space() {
         let model = SentencePiece::parse(include_bytes!("../tests/sentencepiece/bpe.model")).unwrap();
         let json = model.json(Customs { start: true, ..Customs::default() }).unwrap();
-        let tokenizer = Tokenizer { inner: Checked::parse("bpe.model".as_ref(), &Described::new(json)).unwrap() };
+        let tokenizer = Tokenizer::from_json(&json).unwrap();
         let mut compared = 0;
         for text in ["the tensor of a tape", "a 語 b", "  two"] {
             let tokens = tokenizer.encode(text).unwrap();

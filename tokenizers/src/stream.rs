@@ -2,54 +2,104 @@
 
 use x_transformers::Result;
 
-use super::Tokenizer;
+use super::{Tokenizer, decoder::Decoder};
 
-/// Turns tokens that come one at a time into text, behind a prompt.
+/// Turns tokens that come one at a time into text, after a prompt.
 ///
-/// What a token stands for may depend on the one before, and a character may be spread over several.
+/// The text of a token may depend on those before it, and a character may be spread over several. All pieces together are
+/// the text that the model's tokenizer makes of prompt and tokens at once, without that of the prompt: an incomplete
+/// character waits for its bytes, and [`TextStream::finish`] returns what is left. A character that the prompt leaves
+/// incomplete belongs to the stream. The cost of a token does not grow with their number.
+///
+/// ```no_run
+/// # use x_transformers::io::Pretrained;
+/// # use x_transformers_tokenizers::Tokenizer;
+/// # fn main() -> x_transformers::Result<()> {
+/// let tokenizer = Tokenizer::of(&Pretrained::open("SmolLM2-135M-Instruct.Q4_1.gguf")?, None)?;
+/// let prompt = tokenizer.encode("The capital of France")?;
+/// let mut text = tokenizer.stream(&prompt);
+/// for token in tokenizer.encode(" is Paris")? {
+///     print!("{}", text.push(token)?);
+/// }
+/// println!("{}", text.finish()?);
+/// # Ok(())
+/// # }
+/// ```
+#[derive(Clone, Debug)]
 pub struct TextStream<'t> {
     tokenizer: &'t Tokenizer,
-    /// Tokens whose text is not whole yet, behind those whose text came last.
-    tokens: Vec<i64>,
-    before: usize,
+    state: Stream,
 }
 
 impl<'t> TextStream<'t> {
     pub(crate) fn new(tokenizer: &'t Tokenizer, prompt: &[i64]) -> Self {
-        /// Enough of the prompt for what its last tokens stand for.
-        const CONTEXT: usize = 8;
-        // Without it the space in front of a word would be taken for the start of a text, which has none.
-        let tokens = prompt[prompt.len().saturating_sub(CONTEXT)..].to_vec();
-        Self { tokenizer, before: tokens.len(), tokens }
+        Self { tokenizer, state: Stream::new(tokenizer, prompt) }
     }
 
-    /// The text that is whole with this token, often empty.
+    /// Returns the text that is whole with this token, often empty.
     ///
-    /// Errors: tokens that the tokenizer refuses.
+    /// Errors: a token that the tokenizer's decoder refuses.
     pub fn push(&mut self, token: i64) -> Result<String> {
-        /// Tokens that are held back at most; a character has no more than four bytes.
-        const HELD: usize = 32;
-        self.tokens.push(token);
-        let fresh = self.fresh()?;
-        // A character whose bytes are spread over tokens is not whole yet.
-        if fresh.ends_with(char::REPLACEMENT_CHARACTER) && self.tokens.len() - self.before < HELD {
-            return Ok(String::new());
-        }
-        self.tokens.drain(..self.before);
-        self.before = self.tokens.len();
-        Ok(fresh)
+        self.state.push(self.tokenizer, token)
     }
 
-    /// The text of a sequence that stays incomplete.
+    /// Returns the text of a sequence that stays incomplete.
     ///
-    /// Errors: tokens that the tokenizer refuses.
-    pub fn finish(self) -> Result<String> {
-        self.fresh()
+    /// Errors: as [`TextStream::push`].
+    pub fn finish(mut self) -> Result<String> {
+        self.state.finish()
+    }
+}
+
+/// A stream without its tokenizer.
+#[derive(Clone, Debug)]
+pub(crate) struct Stream {
+    decoder: Decoder,
+    /// End of the prompt's text if nothing follows it: it has been shown.
+    shown: String,
+}
+
+impl Stream {
+    pub(crate) fn new(tokenizer: &Tokenizer, prompt: &[i64]) -> Self {
+        let mut decoder = tokenizer.decoder();
+        for &token in prompt {
+            // What the decoder refuses has no text.
+            let _ = feed(&mut decoder, tokenizer, token);
+        }
+        let _ = decoder.cut();
+        let shown = decoder.clone().finish().unwrap_or_default();
+        Self { decoder, shown }
     }
 
-    fn fresh(&self) -> Result<String> {
-        let before = self.tokenizer.decode(&self.tokens[..self.before])?;
-        let all = self.tokenizer.decode(&self.tokens)?;
-        Ok(all.get(before.len()..).unwrap_or_default().to_string())
+    pub(crate) fn push(&mut self, tokenizer: &Tokenizer, token: i64) -> Result<String> {
+        let text = feed(&mut self.decoder, tokenizer, token)?;
+        Ok(self.fresh(text))
+    }
+
+    pub(crate) fn finish(&mut self) -> Result<String> {
+        let text = self.decoder.finish()?;
+        Ok(self.fresh(text))
+    }
+
+    /// Leaves out what the prompt ended with.
+    fn fresh(&mut self, text: String) -> String {
+        if self.shown.is_empty() || text.is_empty() {
+            return text;
+        }
+        if let Some(rest) = self.shown.strip_prefix(&text) {
+            self.shown = rest.to_string();
+            return String::new();
+        }
+        // An incomplete character of the prompt has become whole where its ending does not begin the text.
+        let shown = std::mem::take(&mut self.shown);
+        text.strip_prefix(&shown).map_or(text.clone(), str::to_string)
+    }
+}
+
+/// The text that a token completes; special tokens, and those without a text, have none.
+fn feed(decoder: &mut Decoder, tokenizer: &Tokenizer, token: i64) -> Result<String> {
+    match tokenizer.piece(token) {
+        Some((piece, added)) => decoder.push(piece, added),
+        None => Ok(String::new()),
     }
 }

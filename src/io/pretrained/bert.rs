@@ -1,6 +1,6 @@
 //! BERT and ALBERT, in the names of `transformers`.
 
-use super::{Described, Names, Options, TensorFile, ff_mult};
+use super::{super::names::equal, Described, Names, Options, TensorFile, ff_mult};
 use crate::{
     Result,
     config::{AttentionConfig, AttentionLayersConfig, FeedForwardConfig, FinalNorm, TransformerWrapperConfig},
@@ -56,48 +56,50 @@ fn activated(options: &Options, default: &str) -> Result<FeedForwardConfig> {
     Ok(ff)
 }
 
-/// The prefix of a model inside one with a head, if the file has it.
-fn prefix(file: &TensorFile, name: &'static str) -> &'static str {
-    if file.names().any(|tensor| tensor.starts_with(name)) { name } else { "" }
-}
+/// The embeddings of tokens.
+const TABLE: &str = "embeddings.word_embeddings.weight";
 
-/// Heads are those that the file has weights of.
-fn heads(config: &mut TransformerWrapperConfig, file: &TensorFile, masked: &str, pooler: &str) {
-    config.mlm_head = file.info(masked).is_some();
+/// Heads are those that the file has weights of. A masked-LM head whose decoder has another table than the embeddings is
+/// left out: it is of no use to vectors.
+fn heads(
+    config: &mut TransformerWrapperConfig,
+    file: &TensorFile,
+    [masked, decoder]: [&str; 2],
+    pooler: &str,
+) -> Result<()> {
+    let own = file.info(decoder).is_some() && file.info(TABLE).is_some() && !equal(file, decoder, TABLE)?;
+    config.mlm_head = file.info(masked).is_some() && !own;
     config.tie_embedding = config.mlm_head;
     config.return_only_embed = !config.mlm_head;
     config.pooler = file.info(pooler).is_some();
+    Ok(())
 }
 
-fn embeddings(names: &mut Names, prefix: &str) {
-    names.one("token_emb.weight", format!("{prefix}embeddings.word_embeddings.weight"));
-    names.one("pos_emb.emb.weight", format!("{prefix}embeddings.position_embeddings.weight"));
-    names.one("token_type_emb.weight", format!("{prefix}embeddings.token_type_embeddings.weight"));
-    names.affine("post_emb_norm", &format!("{prefix}embeddings.LayerNorm"));
-    // A buffer: 0, 1, 2, …
-    names.left_out.push(format!("{prefix}embeddings.position_ids"));
+fn embeddings(names: &mut Names) {
+    names.one("token_emb.weight", TABLE);
+    names.one("pos_emb.emb.weight", "embeddings.position_embeddings.weight");
+    names.one("token_type_emb.weight", "embeddings.token_type_embeddings.weight");
+    names.affine("post_emb_norm", "embeddings.LayerNorm");
 }
 
 /// The masked-LM head below a place, with `transform` above its dense layer and its norm.
-fn masked_head(names: &mut Names, prefix: &str, place: &str, transform: &str) {
+fn masked_head(names: &mut Names, place: &str, transform: &str) {
     names.affine("mlm_head.dense", &format!("{place}{transform}dense"));
     names.affine("mlm_head.norm", &format!("{place}{transform}LayerNorm"));
     names.one("mlm_head.bias", format!("{place}bias"));
-    let table = format!("{prefix}embeddings.word_embeddings.weight");
-    names.copies.push((format!("{place}decoder.weight"), table));
+    names.copies.push((format!("{place}decoder.weight"), TABLE.to_string()));
     names.copies.push((format!("{place}decoder.bias"), format!("{place}bias")));
 }
 
 pub(super) fn bert(options: &Options, file: &TensorFile) -> Result<Described> {
     let mut config = encoder(options, "gelu")?;
-    let prefix = prefix(file, "bert.");
-    let pooler = format!("{prefix}pooler.dense");
-    heads(&mut config, file, "cls.predictions.transform.dense.weight", &format!("{pooler}.weight"));
+    let masked = ["cls.predictions.transform.dense.weight", "cls.predictions.decoder.weight"];
+    heads(&mut config, file, masked, "pooler.dense.weight")?;
     let mut names = Names::default();
-    embeddings(&mut names, prefix);
+    embeddings(&mut names);
     let depth = config.attn_layers.depth;
     for layer in 0..depth {
-        let theirs = format!("{prefix}encoder.layer.{layer}");
+        let theirs = format!("encoder.layer.{layer}");
         let own = format!("attn_layers.layers.{}", 2 * layer);
         let ff = format!("attn_layers.layers.{}", 2 * layer + 1);
         // The norm of the last sum is the wrapper's.
@@ -112,10 +114,10 @@ pub(super) fn bert(options: &Options, file: &TensorFile) -> Result<Described> {
         names.affine(&last, &format!("{theirs}.output.LayerNorm"));
     }
     if config.pooler {
-        names.affine("pooler", &pooler);
+        names.affine("pooler", "pooler.dense");
     }
     if config.mlm_head {
-        masked_head(&mut names, prefix, "cls.predictions.", "transform.");
+        masked_head(&mut names, "cls.predictions.", "transform.");
     }
     // Heads of the pretraining: the next sentence, and what AntiBERTy tells of an antibody.
     let left_out = ["cls.seq_relationship.", "cls.species.", "cls.chain.", "cls.graft."];
@@ -130,15 +132,13 @@ pub(super) fn albert(options: &Options, file: &TensorFile) -> Result<Described> 
     config.emb_dim = Some(options.size("embedding_size", Some(128))?);
     config.attn_layers.weight_tie_layers = true;
     config.attn_layers.final_norm = FinalNorm::None;
-    let prefix = prefix(file, "albert.");
-    let pooler = format!("{prefix}pooler");
-    heads(&mut config, file, "predictions.dense.weight", &format!("{pooler}.weight"));
+    heads(&mut config, file, ["predictions.dense.weight", "predictions.decoder.weight"], "pooler.weight")?;
     let mut names = Names::default();
-    embeddings(&mut names, prefix);
+    embeddings(&mut names);
     if config.emb_dim != Some(config.attn_layers.dim) {
-        names.affine("project_emb", &format!("{prefix}encoder.embedding_hidden_mapping_in"));
+        names.affine("project_emb", "encoder.embedding_hidden_mapping_in");
     }
-    let theirs = format!("{prefix}encoder.albert_layer_groups.0.albert_layers.0");
+    let theirs = "encoder.albert_layer_groups.0.albert_layers.0";
     let (own, ff) = ("attn_layers.layers.0", "attn_layers.layers.1");
     names.affine(&format!("{own}.1.to_q"), &format!("{theirs}.attention.query"));
     names.affine(&format!("{own}.1.to_k"), &format!("{theirs}.attention.key"));
@@ -149,10 +149,10 @@ pub(super) fn albert(options: &Options, file: &TensorFile) -> Result<Described> 
     names.affine(&format!("{ff}.1.net.3"), &format!("{theirs}.ffn_output"));
     names.affine(&format!("{ff}.0.2"), &format!("{theirs}.full_layer_layer_norm"));
     if config.pooler {
-        names.affine("pooler", &pooler);
+        names.affine("pooler", "pooler");
     }
     if config.mlm_head {
-        masked_head(&mut names, prefix, "predictions.", "");
+        masked_head(&mut names, "predictions.", "");
     }
     names.left_out.push("sop_classifier.".to_string());
     Ok((config, names))

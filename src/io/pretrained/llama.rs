@@ -1,8 +1,8 @@
 //! Llama, and what is built as it is, in the names of `transformers`.
 
 use super::{
-    super::names::{Source, Weight},
-    Described, Family, Names, Options, ff_mult, rope,
+    super::names::{Source, Weight, equal},
+    Described, Family, Names, Options, TensorFile, ff_mult, rope,
 };
 use crate::{
     Result,
@@ -147,7 +147,18 @@ fn all_slide(options: &Options, depth: usize) -> Result<bool> {
     Ok(first == 0)
 }
 
-pub(super) fn of_json(options: &Options, family: Family) -> Result<Described> {
+/// The embeddings of tokens, and the weights of the logits.
+const TABLE: &str = "model.embed_tokens.weight";
+const HEAD: &str = "lm_head.weight";
+
+/// If `true`, a file has a head with other values than the embeddings, which then counts, whatever the config says, as it
+/// does in `transformers` since version 5.
+fn has_own_head(file: &TensorFile) -> Result<bool> {
+    let both = file.info(HEAD).is_some() && file.info(TABLE).is_some();
+    Ok(both && !equal(file, HEAD, TABLE)?)
+}
+
+pub(super) fn of_json(options: &Options, family: Family, file: &TensorFile) -> Result<Described> {
     options.only("hidden_act", "silu")?;
     let dim = options.size("hidden_size", Some(4096))?;
     let heads = options.size("num_attention_heads", Some(32))?;
@@ -179,10 +190,12 @@ pub(super) fn of_json(options: &Options, family: Family) -> Result<Described> {
             }
         },
         max_attend_past: max_attend_past(options, family, depth, positions)?,
-        tied: options.flag("tie_word_embeddings", false)?,
+        tied: options.flag("tie_word_embeddings", false)? && !has_own_head(file)?,
     };
     let mut names = Names::default();
-    names.one("token_emb.weight", "model.embed_tokens.weight");
+    // Of two tables with the same values a file may have either.
+    let table = if sizes.tied && file.info(TABLE).is_none() { HEAD } else { TABLE };
+    names.one("token_emb.weight", table);
     names.one("norm.g", "model.norm.weight");
     for layer in 0..sizes.depth {
         let ([own, ff], theirs) = (places(layer), format!("model.layers.{layer}"));
@@ -202,12 +215,11 @@ pub(super) fn of_json(options: &Options, family: Family) -> Result<Described> {
             names.weights.push(Weight { ours, theirs: Source::Stacked(gated) });
             names.one(format!("{ff}.1.net.3.{part}"), format!("{theirs}.mlp.down_proj.{part}"));
         }
-        names.left_out.push(format!("{theirs}.self_attn.rotary_emb.inv_freq"));
     }
     if sizes.tied {
-        names.copies.push(("lm_head.weight".to_string(), "model.embed_tokens.weight".to_string()));
+        names.left_out.push(HEAD.to_string());
     } else {
-        names.one("to_logits.weight", "lm_head.weight");
+        names.one("to_logits.weight", HEAD);
     }
     Ok((sizes.config(), names))
 }

@@ -1,6 +1,7 @@
 //! Pretrained models of other families, as their files describe them.
 
 mod bert;
+mod ends;
 mod gguf;
 mod llama;
 mod options;
@@ -15,12 +16,17 @@ use std::{
 
 pub use self::sentence::{SentenceOptions, Similarity};
 
-use self::options::{Options, json};
-use super::{Format, Metadata, TensorFile, names::Names, tensor_file::holds_gguf};
+use self::options::{Options, is_mistaken, json};
+use super::{
+    Format, TensorFile,
+    layout::{Layout, Renamed},
+    names::Names,
+    tensor_file::holds_gguf,
+};
 use crate::{
     DType, Device, Error, ParamMap, Result, Store,
     config::{AutoregressiveConfig, TransformerWrapperConfig},
-    error::{At, ensure},
+    error::ensure,
     models::{AutoregressiveWrapper, TransformerWrapper},
 };
 
@@ -61,10 +67,11 @@ pub struct Pretrained {
     config: TransformerWrapperConfig,
     names: Names,
     file: TensorFile,
+    renamed: Renamed,
     folder: Option<PathBuf>,
     /// The folder that was opened: the same one, or that above it with the modules of sentence-transformers.
     root: Option<PathBuf>,
-    end: Option<i64>,
+    ends: Vec<i64>,
 }
 
 /// A family of models.
@@ -106,56 +113,63 @@ impl fmt::Display for Family {
 type Described = (TransformerWrapperConfig, Names);
 
 impl Pretrained {
-    /// Whether a path is that of a pretrained model, and not of a checkpoint that this crate wrote.
+    /// Returns `true` for the path of a pretrained model, `false` for that of a checkpoint which this crate wrote.
     pub fn is_one(path: impl AsRef<Path>) -> bool {
         let path = path.as_ref();
-        if path.is_dir() {
-            // What this crate writes has the key `model`.
-            let folder = sentence::transformer(path).unwrap_or_else(|_| path.to_path_buf());
-            return matches!(json(&folder.join("config.json")), Ok(config) if config.get("model_type").is_some())
-                || holds_gguf(path);
+        if !path.is_dir() {
+            return path.is_file();
         }
-        path.is_file()
+        let folder = sentence::transformer(path).unwrap_or_else(|_| path.to_path_buf());
+        match json(&folder.join("config.json")) {
+            // This crate writes the key `model`.
+            Ok(config) => config.is_object() && (config.get("model_type").is_some() || config.get("model").is_none()),
+            // A config that a failed download left is the reason to give.
+            Err(_) if is_mistaken(&folder.join("config.json")) => true,
+            Err(_) => holds_gguf(path),
+        }
     }
 
-    /// Opens a folder or a GGUF file.
+    /// Opens a folder, a file of weights with `config.json` beside it, or a GGUF file.
     ///
-    /// Errors: a file that cannot be read, a family that is not among those above, or options that they do not have here.
+    /// The weights of a folder may have the names that wrappers and trainers give them: below `module.`, `_orig_mod.`,
+    /// `state_dict.`, `0.auto_model.` and the like, with or without the `model.` or `bert.` of a model with a head, with
+    /// `gamma` and `beta` for a norm's `weight` and `bias`. Where a file has the weights of a model at several such places,
+    /// the family's own place is meant, then one below known wrappers. What the model has no use for is
+    /// [`Pretrained::unused`].
+    ///
+    /// Errors: a file that cannot be read, a family that is not among those above, options that they do not have here, or
+    /// weights at several places that may be meant.
     pub fn open(path: impl AsRef<Path>) -> Result<Self> {
         let root = path.as_ref();
         let path = &if root.is_dir() { sentence::transformer(root)? } else { root.to_path_buf() };
-        let file = TensorFile::open(path)?;
+        let mut file = TensorFile::open(path)?;
         if file.format() == Format::Gguf {
             let (family, (config, names)) = gguf::of_gguf(&file)?;
-            let end = file.metadata().get("tokenizer.ggml.eos_token_id").and_then(Metadata::as_usize);
-            let end = end.map(|end| end as i64);
-            return Ok(Self { family, config, names, file, folder: None, root: None, end });
+            let ends = ends::of_gguf(&file, config.num_tokens);
+            let renamed = Renamed::default();
+            return Ok(Self { family, config, names, file, renamed, folder: None, root: None, ends });
         }
         let folder = if path.is_dir() { path } else { path.parent().unwrap_or(Path::new("")) };
         let root = if root.is_dir() { root } else { folder };
         let place = folder.join("config.json");
         let options = Options { value: json(&place)?, path: place };
-        let (family, (config, names)) = match options.text("model_type", "")? {
-            "bert" => (Family::Bert, bert::bert(&options, &file)?),
-            "albert" => (Family::Albert, bert::albert(&options, &file)?),
-            "llama" => (Family::Llama, llama::of_json(&options, Family::Llama)?),
-            "mistral" => (Family::Mistral, llama::of_json(&options, Family::Mistral)?),
-            "qwen2" => (Family::Qwen2, llama::of_json(&options, Family::Qwen2)?),
-            other => {
-                let why = format!("is `{other}`, expected bert, albert, llama, mistral or qwen2");
-                return Err(options.refuse("model_type", why));
-            }
+        let family = family(&options)?;
+        let renamed = layout(family).apply(&mut file)?;
+        let (config, names) = match family {
+            Family::Bert => bert::bert(&options, &file)?,
+            Family::Albert => bert::albert(&options, &file)?,
+            Family::Llama | Family::Mistral | Family::Qwen2 => llama::of_json(&options, family, &file)?,
         };
-        // Some models have several; the first one is that of a text.
-        let end = options.get("eos_token_id").and_then(|end| end.as_i64().or_else(|| end.get(0)?.as_i64()));
+        let ends = if family.is_causal() { ends::of_folder(&options, folder, config.num_tokens)? } else { Vec::new() };
         Ok(Self {
             family,
             config,
             names,
             file,
+            renamed,
             folder: Some(folder.to_path_buf()),
             root: Some(root.to_path_buf()),
-            end,
+            ends,
         })
     }
 
@@ -169,7 +183,7 @@ impl Pretrained {
         &self.config
     }
 
-    /// The file with the weights.
+    /// The file with the weights, under the names that the family has in `transformers` or in GGUF.
     pub fn file(&self) -> &TensorFile {
         &self.file
     }
@@ -179,15 +193,40 @@ impl Pretrained {
         self.folder.as_deref()
     }
 
-    /// The token that ends a text, if the files name one.
-    pub fn end_token(&self) -> Option<i64> {
-        self.end
+    /// The tokens that end a text, for [`GenerateOptions::eos_tokens`]; none of a model that embeds texts.
+    ///
+    /// A folder names them in `generation_config.json`, or else in `config.json`. A GGUF file names the ends of a text, a
+    /// turn and a message; tokens that are spelled like one, `<|im_end|>` for instance, are ends too, as in llama.cpp.
+    /// Numbers outside of the vocabulary, such as -1, are left out.
+    ///
+    /// [`GenerateOptions::eos_tokens`]: crate::models::GenerateOptions::eos_tokens
+    pub fn end_tokens(&self) -> &[i64] {
+        &self.ends
+    }
+
+    /// The weights of the file that the model has no use for, by their names in the file, in alphabetical order: those of a
+    /// classifier's head, say, or the moments of an optimizer. Buffers, such as positions and rotations, are not among them.
+    ///
+    /// A folder with such weights is loaded without them; they may be a sign that its config is not theirs.
+    ///
+    /// ```no_run
+    /// # fn main() -> x_transformers::Result<()> {
+    /// let pretrained = x_transformers::io::Pretrained::open("bert-base-uncased")?;
+    /// assert!(pretrained.unused().is_empty(), "left out: {:?}", pretrained.unused());
+    /// # Ok(())
+    /// # }
+    /// ```
+    pub fn unused(&self) -> Vec<String> {
+        let unused = self.names.unused(&self.file);
+        let mut unused: Vec<String> = unused.iter().map(|name| self.renamed.of_file(name)).collect();
+        unused.sort();
+        unused
     }
 
     /// The model with its weights.
     ///
-    /// Errors: [`Error::Weights`] with a table of tensors that are missing, unused or of another shape, by the file's
-    /// names; weights that are NaN or infinite; memory that runs out.
+    /// Errors: [`Error::Weights`] with a table of tensors that are missing or of another shape, and for a GGUF file unused,
+    /// by the file's names; weights that are NaN, infinite or too large for the dtype; memory that runs out.
     pub fn model(&self, dtype: DType, device: &Device) -> Result<TransformerWrapper> {
         self.check()?;
         let store = Store::zeros(dtype, device);
@@ -212,15 +251,74 @@ impl Pretrained {
         Ok(model)
     }
 
-    /// Whether file and options fit, before memory is taken for what the options say.
+    /// Checks that file and options fit, before memory is taken for what the options say.
     fn check(&self) -> Result<()> {
         let shapes = Store::shapes(DType::F32, &Device::Cpu);
         TransformerWrapper::new(&self.config, &shapes)?;
-        self.names.check(&self.file, &shapes.params()).at(self.file.path().display())
+        // Programs that read GGUF use all that is in it.
+        let strict = self.file.format() == Format::Gguf;
+        let of_file = |names: Vec<String>| names.iter().map(|name| self.renamed.of_file(name)).collect();
+        self.names.check(&self.file, &shapes.params(), strict).map_err(|error| match error {
+            Error::Weights { missing, unused, misshapen } => {
+                let named = |(name, model, file): (String, _, _)| (self.renamed.of_file(&name), model, file);
+                let misshapen = misshapen.into_iter().map(named).collect();
+                let error = Error::Weights { missing: of_file(missing), unused: of_file(unused), misshapen };
+                error.at(self.file.path().display())
+            }
+            other => other,
+        })
     }
 
     fn load(&self, params: &ParamMap, place: &str) -> Result<()> {
-        params.load(&self.names.read(&self.file, place)?).at(self.file.path().display())
+        self.names.load(&self.file, params, place)
+    }
+}
+
+/// The family that a config names.
+fn family(options: &Options) -> Result<Family> {
+    const KNOWN: &str = "expected bert, albert, llama, mistral or qwen2";
+    Ok(match options.text("model_type", "")? {
+        "bert" => Family::Bert,
+        "albert" => Family::Albert,
+        "llama" => Family::Llama,
+        "mistral" => Family::Mistral,
+        "qwen2" => Family::Qwen2,
+        "" => {
+            let why = format!("has no `model_type`, which names the family of the model; {KNOWN}");
+            return Err(Error::file(&options.path, why));
+        }
+        other => return Err(options.refuse("model_type", format!("is `{other}`, {KNOWN}"))),
+    })
+}
+
+/// The names that a family has in `transformers`.
+fn layout(family: Family) -> Layout {
+    match family {
+        Family::Bert => Layout {
+            base: "bert.",
+            with_base: false,
+            anchors: &["embeddings.word_embeddings.weight"],
+            heads: &["cls."],
+            aliases: &[("layer.", "encoder.layer.")],
+        },
+        Family::Albert => Layout {
+            base: "albert.",
+            with_base: false,
+            anchors: &["embeddings.word_embeddings.weight"],
+            heads: &["predictions.", "sop_classifier."],
+            aliases: &[
+                ("albert_layer_groups.", "encoder.albert_layer_groups."),
+                ("embedding_hidden_mapping_in.", "encoder.embedding_hidden_mapping_in."),
+            ],
+        },
+        Family::Llama | Family::Mistral | Family::Qwen2 => Layout {
+            base: "model.",
+            with_base: true,
+            // The table is left out where the head has its values.
+            anchors: &["embed_tokens.weight", "layers.0.input_layernorm.weight"],
+            heads: &["lm_head."],
+            aliases: &[],
+        },
     }
 }
 

@@ -7,7 +7,11 @@ use std::{
 
 use serde_json::{Map, Value};
 
-use crate::{Error, Result, error::ensure, io::read_limited};
+use crate::{
+    Error, Result,
+    error::ensure,
+    io::{mistaken::mistaken, read_limited},
+};
 
 /// Bytes that a JSON file may have; real ones have some thousand.
 const MAX_JSON: u64 = 16 << 20;
@@ -15,10 +19,54 @@ const MAX_JSON: u64 = 16 << 20;
 /// Blocks of a model.
 pub(super) const MAX_DEPTH: usize = 10_000;
 
-/// Reads a JSON file of bounded size.
+/// Reads a JSON file of bounded size, as Python writes it: it may hold `NaN` and `Infinity`, which become text.
 pub(super) fn json(path: &Path) -> Result<Value> {
-    serde_json::from_slice(&read_limited(path, MAX_JSON)?)
-        .map_err(|why| Error::file(path, format!("is not JSON: {why}")))
+    let bytes = read_limited(path, MAX_JSON)?;
+    serde_json::from_slice(&bytes)
+        .or_else(|why| serde_json::from_slice(&with_quoted_numbers(&bytes)).map_err(|_| why))
+        .map_err(|why| {
+            Error::file(path, mistaken(&bytes).map_or_else(|| format!("is not JSON: {why}"), str::to_string))
+        })
+}
+
+/// If `true`, a file is none that anybody meant to be a config.
+pub(super) fn is_mistaken(path: &Path) -> bool {
+    read_limited(path, MAX_JSON).is_ok_and(|bytes| mistaken(&bytes).is_some())
+}
+
+/// JSON with `NaN`, `Infinity` and `-Infinity` in quotes.
+fn with_quoted_numbers(bytes: &[u8]) -> Vec<u8> {
+    const NUMBERS: [&[u8]; 3] = [b"NaN", b"Infinity", b"-Infinity"];
+    let mut quoted = Vec::with_capacity(bytes.len());
+    let (mut rest, mut in_text) = (bytes, false);
+    while let [first, after @ ..] = rest {
+        match first {
+            b'"' => in_text = !in_text,
+            // What is escaped ends no text.
+            b'\\' if in_text => {
+                quoted.push(*first);
+                rest = after;
+                if let [escaped, after @ ..] = rest {
+                    quoted.push(*escaped);
+                    rest = after;
+                }
+                continue;
+            }
+            _ if !in_text => {
+                if let Some(number) = NUMBERS.into_iter().find(|number| rest.starts_with(number)) {
+                    quoted.push(b'"');
+                    quoted.extend_from_slice(number);
+                    quoted.push(b'"');
+                    rest = &rest[number.len()..];
+                    continue;
+                }
+            }
+            _ => {}
+        }
+        quoted.push(*first);
+        rest = after;
+    }
+    quoted
 }
 
 /// A `config.json` of `transformers`.

@@ -58,8 +58,32 @@ def main():
             (HERE / extra).unlink(missing_ok=True)
         model = sentencepiece.SentencePieceProcessor(model_file=str(HERE / f"{name}.model"))
         cases = [{"text": text, "ids": model.encode(text), "decoded": model.decode(model.encode(text))} for text in texts]
-        lines = ",\n".join(json.dumps(case, ensure_ascii=False) for case in cases)
-        (HERE / f"{name}.json").write_text(f"[\n{lines}\n]\n")
+        write(name, cases)
+        if name == "bpe":
+            write("bytes", [{"ids": ids, "decoded": model.decode(ids)} for ids in runs(model)])
+
+
+def write(name, cases):
+    lines = ",\n".join(json.dumps(case, ensure_ascii=False) for case in cases)
+    (HERE / f"{name}.json").write_text(f"[\n{lines}\n]\n")
+
+
+def runs(model):
+    """Tokens with bytes of characters among them, whole ones and parts, and bytes of none."""
+    characters = [list(text.encode()) for text in ("é", "я", "日", "\U0001f600", "a")]
+    for _ in range(160):
+        tokens = []
+        for _ in range(random.randrange(1, 8)):
+            part = random.choice(characters)
+            kind = random.randrange(6)
+            if kind == 0:
+                tokens.append(random.randrange(300, model.vocab_size()))
+            elif kind == 1:
+                part = part[: random.randrange(len(part) + 1)]
+            elif kind == 2:
+                part = [random.randrange(256)]
+            tokens += [model.piece_to_id(f"<0x{byte:02X}>") for byte in part]
+        yield tokens
 
 
 main()
