@@ -2,7 +2,10 @@
 
 use std::{fmt::Display, path::Path};
 
-use x_transformers::{Error, Result, io::Pretrained};
+use x_transformers::{
+    Error, Result,
+    io::{Family, Pretrained},
+};
 
 use self::described::Described;
 
@@ -43,6 +46,23 @@ impl Tokenizer {
             None => gguf::of_gguf(pretrained.file()).map(Described::new).map_err(|why| file_error(file, why)),
         }?;
         Ok(Self { inner: checked::Checked::parse(file, &described)? })
+    }
+
+    /// The tokenizer in a file or a folder, for models of a family.
+    ///
+    /// Errors: a file that cannot be read, is damaged, or asks for what is not supported.
+    pub fn open(path: impl AsRef<Path>, family: Family) -> Result<Self> {
+        let path = path.as_ref();
+        let described =
+            if path.is_dir() { known::of_folder(path, family, "") } else { known::of_file(path, family, "") }?;
+        Ok(Self { inner: checked::Checked::parse(path, &described)? })
+    }
+
+    /// The tokenizer that the text of a `tokenizer.json` describes; errors name `path`.
+    ///
+    /// Errors: a description that is damaged, or asks for what is not supported.
+    pub fn parse(path: impl AsRef<Path>, json: &str) -> Result<Self> {
+        Ok(Self { inner: checked::Checked::parse(path.as_ref(), &Described::new(json.to_string()))? })
     }
 
     /// Tokens of a text, with those that the model expects around it.
