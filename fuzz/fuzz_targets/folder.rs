@@ -1,6 +1,6 @@
 //! Any files in the folder of a pretrained model give a model with a tokenizer or an error, within bounded memory.
 //!
-//! The input is several files, each behind a line `=== NAME`; their weights are a safetensors file of zeros with the tensors
+//! The input is several files, each after a line `=== NAME`; their weights are a safetensors file of zeros with the tensors
 //! that the lines of `tensors` name. Begin from the folders in tests/files.
 
 #![no_main]

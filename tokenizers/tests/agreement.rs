@@ -320,7 +320,7 @@ fn texts_have_the_tokens_of_hugging_face() {
     for round in 0..rounds {
         // Each of them is there, and by chance with others.
         let splitter = &splitters[round % splitters.len()];
-        // Which word is the first one behind others is followed to where a normalizer has put it in the text.
+        // The crate `tokenizers` decides by offsets in the text which word is the first one.
         let alone = splitter["pretokenizers"][1]["prepend_scheme"] == "first";
         let normalizer = &normalizers[if alone { 0 } else { round % normalizers.len() }];
         let model = random.of(&models);

@@ -16,7 +16,7 @@ mod models;
 const TEXTS: [&str; 6] =
     ["the é", "", "hello <mask> 語\u{301}", "aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa", " \t\n", "t\u{0}e\u{feff}"];
 
-/// What becomes of a description: tokens of some texts, or an error that names the file.
+/// Tokens of some texts, or an error that names the file.
 fn tokens(json: &str) -> Result<Vec<Vec<i64>>, String> {
     let named = |why: Error| match &why {
         Error::File { path, .. } if path == Path::new("there/tokenizer.json") => why.to_string(),
@@ -26,7 +26,7 @@ fn tokens(json: &str) -> Result<Vec<Vec<i64>>, String> {
     let start = Instant::now();
     let mut all = Vec::new();
     for text in TEXTS {
-        // A text that is refused is no panic.
+        // A refused text is an error, not a panic.
         if let Ok(tokens) = tokenizer.encode(text) {
             let _ = tokenizer.decode(&tokens);
             all.push(tokens);

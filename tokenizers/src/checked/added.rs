@@ -101,7 +101,7 @@ impl Added {
         Finder::split(self.plain.as_ref(), text, sink)
     }
 
-    /// Those in a normalized text.
+    /// The same for the tokens that are looked for in a normalized text.
     pub fn in_normalized<'t>(
         &self,
         text: &'t str,

@@ -132,7 +132,7 @@ impl Bpe {
         self.merge(rest, vocabulary, scratch, tokens);
     }
 
-    /// A place behind some hundred bytes of a long word that no token lies across: where none of the pairs that are merged
+    /// A place, after some hundred bytes of a long word, that no token lies across: where none of the pairs that are merged
     /// has these characters at its seam. What is to the left of it and to the right are merged independently.
     fn cut(&self, word: &str) -> Option<usize> {
         let seams = self.cuts.get_or_init(|| Some(self.seams.iter().copied().collect())).as_ref()?;

@@ -21,7 +21,7 @@ pub fn check(rules: &[u8]) -> Result<(), String> {
     let size = u32::from_le_bytes(*size) as usize;
     let (trie, texts) = rest
         .split_at_checked(size)
-        .ok_or_else(|| format!("claims a trie of {size} bytes, has {} behind its size", rest.len()))?;
+        .ok_or_else(|| format!("claims a trie of {size} bytes, has {} after its size", rest.len()))?;
     let texts = str::from_utf8(texts).map_err(|_| "has replacements that are not UTF-8")?;
     let units = trie.chunks_exact(4).map(|unit| u32::from_le_bytes(unit.try_into().unwrap_or_default()));
     let units: Vec<u32> = units.collect();

@@ -71,7 +71,7 @@ impl<'j> Part<'j> {
         Ok(text)
     }
 
-    /// What a match is replaced by.
+    /// Replacement of a match.
     pub fn content(&self) -> Result<&'j str, String> {
         self.affix("content")
     }
@@ -185,6 +185,6 @@ impl<'j> Part<'j> {
 }
 
 /// A regular expression whose memory is bounded.
-pub fn compile(pattern: &str) -> Result<fancy_regex::Regex, fancy_regex::Error> {
-    fancy_regex::RegexBuilder::new(pattern).delegate_size_limit(8 << 20).build()
+pub fn compile(pattern: &str) -> Result<fancy_regex::Regex, String> {
+    fancy_regex::RegexBuilder::new(pattern).delegate_size_limit(8 << 20).build().map_err(|why| why.to_string())
 }

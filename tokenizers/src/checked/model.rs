@@ -226,7 +226,7 @@ fn number(model: &Value, key: &str) -> Result<Option<usize>, String> {
     }
 }
 
-/// What the crate asks a model for.
+/// The interface of models in the crate `tokenizers`.
 impl tokenizers::Model for Model {
     type Trainer = TrainerWrapper;
 

@@ -128,7 +128,7 @@ fn replace(
     let mut any = false;
     for found in pattern.find_iter(text) {
         let found = found.map_err(|why| format!("a regular expression of the normalizer gives up: {why}"))?;
-        // What takes the place of several characters counts as being where the last one was.
+        // A replacement of several characters counts as being where the last one was.
         *first &= found.start() > 0 || !content.is_empty() && found.as_str().chars().count() < 2;
         made.push_str(&text[end..found.start()]);
         made.push_str(content);

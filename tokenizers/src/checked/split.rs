@@ -40,7 +40,7 @@ pub enum Prepend {
     Always,
 }
 
-/// What texts are split at.
+/// Places at which a text is split.
 pub enum Find {
     Character(fn(char) -> bool),
     One(char),
@@ -49,10 +49,10 @@ pub enum Find {
     Words(Box<meta::Regex>),
 }
 
-/// That of GPT-2.
+/// Pattern of GPT-2's words.
 const WORDS: &str = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+";
 
-/// What is done with a word; `true` for one at the start of the text.
+/// Receives each word; `true` for one at the start of the text.
 type Sink<'s> = &'s mut dyn FnMut(&str, bool) -> Result<(), Failure>;
 
 impl Splitter {
@@ -70,7 +70,7 @@ impl Splitter {
             }
             Some("ByteLevel") => {
                 let words = part.get("use_regex").is_none() || part.flag("use_regex")?;
-                let words = words.then(|| Find::pattern(WORDS)).transpose().map_err(|why| why.to_string())?;
+                let words = words.then(|| Find::pattern(WORDS)).transpose()?;
                 vec![Self::ByteLevel { space: part.flag("add_prefix_space")?, words }]
             }
             Some("BertPreTokenizer") => vec![
@@ -79,7 +79,7 @@ impl Splitter {
             ],
             Some("WhitespaceSplit") => vec![split(Find::Character(char::is_whitespace), Removed)],
             Some("Whitespace") => {
-                let find = Find::Pattern(Box::new(compile(r"\w+|[^\w\s]+").map_err(|why| why.to_string())?));
+                let find = Find::Pattern(Box::new(compile(r"\w+|[^\w\s]+")?));
                 vec![Self::Split { find, behavior: Removed, invert: true }]
             }
             Some("Punctuation") => {
@@ -177,7 +177,7 @@ impl Splitter {
 impl Find {
     /// A regular expression. What most models have at its end is found without going back.
     fn pattern(pattern: &str) -> Result<Self, String> {
-        // What never gives back what it has found is read as repeated by the other crate.
+        // The crate `regex` reads possessive quantifiers as something else.
         if let Some(others) = pattern.strip_suffix(r"|\s+(?!\S)|\s+").filter(|others| !is_possessive(others))
             && let Ok(words) = meta::Regex::new_many(&[others, r"\s+"])
             && let Ok(parsed) = regex_syntax::parse(others)
@@ -185,7 +185,7 @@ impl Find {
         {
             return Ok(Self::Words(Box::new(words)));
         }
-        compile(pattern).map(|pattern| Self::Pattern(Box::new(pattern))).map_err(|why| why.to_string())
+        compile(pattern).map(|pattern| Self::Pattern(Box::new(pattern)))
     }
 
     /// Calls `found` with all places in order, `true` for a match.
@@ -219,7 +219,7 @@ impl Find {
                 let spaces = PatternID::must(1);
                 while let Some(place) = words.find(regex_automata::Input::new(text).range(start..)) {
                     let mut stop = place.end();
-                    // The last of several spaces belongs to the word behind them.
+                    // The last of several spaces belongs to the next word.
                     if place.pattern() == spaces && stop < text.len() {
                         let last = text[..stop].chars().next_back().map_or(0, char::len_utf8);
                         if stop - last > place.start() {

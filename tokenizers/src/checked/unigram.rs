@@ -20,7 +20,7 @@ pub struct Unigram {
 /// Memory that words share.
 #[derive(Default)]
 pub struct Scratch {
-    /// Best way to each byte behind the last place that every way leads through.
+    /// Best way to each byte after the last place that every way leads through.
     ways: Vec<Way>,
     path: Vec<(u32, usize)>,
 }
@@ -33,7 +33,7 @@ struct Way {
     piece: u32,
 }
 
-/// What is behind the pieces so far.
+/// Unknown characters in a row that are not a token yet.
 #[derive(Default)]
 struct Fused {
     start: usize,
@@ -80,7 +80,7 @@ impl Unigram {
                 least = *score;
             }
         }
-        /// How much worse an unknown character is than the unlikeliest piece.
+        /// Difference of an unknown character's score from that of the unlikeliest piece.
         const PENALTY: f64 = 10.0;
         trie.unknown_score = least - PENALTY;
         trie.bytes = bytes.then(|| {
