@@ -113,6 +113,8 @@ pub fn texts(bytes: usize) -> Vec<(&'static str, String)> {
 
 /// Seconds that this thread has computed, of those that it waited for a core none; where no one says it, all.
 pub fn computed() -> f64 {
+    // The kernel counts at ticks, and when a thread makes way.
+    std::thread::yield_now();
     let scheduled = fs::read_to_string("/proc/thread-self/schedstat").ok();
     let nanoseconds = scheduled.and_then(|times| times.split_whitespace().next()?.parse::<u64>().ok());
     static START: OnceLock<Instant> = OnceLock::new();
