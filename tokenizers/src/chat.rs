@@ -3,9 +3,6 @@
 use std::{sync::Arc, time::SystemTime};
 
 use minijinja::{Value, value::ValueKind};
-use tokenizers::{
-    Model as _, NormalizedString, Normalizer as _, OffsetReferential, OffsetType, PreTokenizedString, PreTokenizer as _,
-};
 use x_transformers::Result;
 
 use super::{
@@ -252,9 +249,7 @@ impl Tokenizer {
     /// not marked.
     fn check_messages(&self, messages: &[Message]) -> Result<()> {
         let added = self.shared.inner.raw().get_added_vocabulary().get_added_tokens_decoder();
-        if self.shared.inner.raw().get_normalizer().is_none()
-            || !added.values().any(|token| token.special && token.normalized)
-        {
+        if !self.shared.inner.normalizes() || !added.values().any(|token| token.special && token.normalized) {
             return Ok(());
         }
         let control = self.control_tokens("");
@@ -323,20 +318,7 @@ impl Tokenizer {
 
     /// Tokens of a text in which no added token is looked for.
     fn plain(&self, text: &str) -> Result<Vec<i64>> {
-        let inner = self.shared.inner.raw();
-        let mut normalized = NormalizedString::from(text);
-        if let Some(normalizer) = inner.get_normalizer() {
-            normalizer.normalize(&mut normalized).map_err(refused)?;
-        }
-        let mut pieces = PreTokenizedString::from(normalized);
-        if let Some(splitter) = inner.get_pre_tokenizer() {
-            splitter.pre_tokenize(&mut pieces).map_err(refused)?;
-        }
-        let mut tokens = Vec::new();
-        for (piece, ..) in pieces.get_splits(OffsetReferential::Original, OffsetType::Byte) {
-            tokens.extend(inner.get_model().tokenize(piece).map_err(refused)?.iter().map(|token| i64::from(token.id)));
-        }
-        Ok(tokens)
+        Ok(self.shared.inner.encode_plain(text)?.into_iter().map(i64::from).collect())
     }
 }
 

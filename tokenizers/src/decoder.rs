@@ -426,7 +426,7 @@ fn flush_run(run: &mut Vec<u8>, by_character: bool, out: &mut Vec<String>) {
 }
 
 /// The JSON of a tokenizer's decoder, with the keys of this crate.
-pub(crate) fn description(tokenizer: &tokenizers::Tokenizer, json: &str) -> Result<Value> {
+pub(crate) fn description(decoder: Option<&tokenizers::DecoderWrapper>, json: &str) -> Result<Value> {
     const KEY: &str = "\"decoder\":";
     // Files of others, up to tens of megabytes, have been parsed once already; in the text of this crate's own the decoder
     // is near the beginning.
@@ -438,5 +438,5 @@ pub(crate) fn description(tokenizer: &tokenizers::Tokenizer, json: &str) -> Resu
             return Ok(decoder);
         }
     }
-    serde_json::to_value(tokenizer.get_decoder()).map_err(refused)
+    serde_json::to_value(decoder).map_err(refused)
 }

@@ -6,7 +6,10 @@ use tokenizers::{
 };
 use x_transformers::io::Family;
 
-use super::settings::{Settings, Token};
+use super::{
+    checked::{Failure, Inner, Part},
+    settings::{Settings, Token},
+};
 
 /// A tokenizer in the form of `tokenizer.json`, and what other files say beyond that.
 #[derive(Default)]
@@ -77,30 +80,24 @@ impl Described {
         })
     }
 
-    /// Adds to a tokenizer what is not in the form of `tokenizer.json`.
+    /// What takes the place of the normalizer of `tokenizer.json`, in the same form.
+    pub(crate) fn instead_of(&self, old: Option<Part>) -> Result<Option<serde_json::Value>, Failure> {
+        let (Some(normalizer), Some(old)) = (self.normalizer, old) else { return Ok(None) };
+        let changed = normalizer.instead_of(&old.parse_text()?);
+        Ok(changed.map(serde_json::to_value).transpose()?)
+    }
+
+    /// Adds the tokens that are not in the form of `tokenizer.json`, and returns them.
     ///
     /// Errors: a token whose id in the files is not its id in the vocabulary.
-    pub fn extend(&self, to: &mut tokenizers::Tokenizer) -> Result<(), Box<dyn std::error::Error + Send + Sync>> {
-        // Tokens that are normalized are looked for in the form that the new normalizer gives them.
-        let changed = self.normalizer.and_then(|normalizer| normalizer.instead_of(to.get_normalizer()?));
-        let refresh = changed.is_some();
-        if let Some(normalizer) = changed {
-            to.with_normalizer(Some(normalizer));
-        }
+    pub(crate) fn extend(&self, to: &mut Inner) -> Result<Vec<AddedToken>, Failure> {
         let known = to.get_added_tokens_decoder();
         let tokens: Vec<AddedToken> = self.added.iter().map(|(_, token)| token.clone().into()).collect();
         let new: Vec<AddedToken> =
             tokens.into_iter().filter(|token| !known.values().any(|known| known == token)).collect();
-        if refresh || !new.is_empty() {
+        if !new.is_empty() {
             to.add_tokens(&new);
         }
-        if self.lowercase {
-            let mut normalizers = vec![NormalizerWrapper::Lowercase(Lowercase)];
-            normalizers.extend(to.get_normalizer().cloned());
-            to.with_normalizer(Some(Sequence::new(normalizers)));
-            to.add_tokens(&[]);
-        }
-        to.set_encode_special_tokens(self.split_special);
         for (id, token) in &self.added {
             let Some(id) = id else { continue };
             let found = to.token_to_id(&token.content).map(u64::from);
@@ -113,7 +110,7 @@ impl Described {
                 return Err(why.into());
             }
         }
-        Ok(())
+        Ok(new)
     }
 
     /// A `tokenizer.json` with the settings beside it.

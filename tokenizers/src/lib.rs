@@ -7,7 +7,10 @@
 
 use std::{fmt, fmt::Display, path::Path, sync::Arc};
 
-use x_transformers::{Error, Result, io::Pretrained};
+use x_transformers::{
+    Error, Result,
+    io::{Family, Pretrained},
+};
 
 mod byte_level;
 mod chat;
@@ -69,7 +72,7 @@ impl Tokenizer {
         }?;
         described.lowercase = lowercase;
         let (inner, decoder) = parsed(file, &described)?;
-        let templates = Templates::of(inner.raw(), pretrained, given)?;
+        let templates = Templates::of(&inner, pretrained, given)?;
         Ok(Self { shared: Arc::new(Shared { inner, decoder }), templates: Arc::new(templates) })
     }
 
@@ -93,7 +96,28 @@ impl Tokenizer {
     ///
     /// Errors: text that is not such a description.
     pub fn from_json(json: &str) -> Result<Self> {
-        let (inner, decoder) = parsed(Path::new("tokenizer.json"), &Described::new(json.to_string()))?;
+        Self::parse("tokenizer.json", json)
+    }
+
+    /// The tokenizer in a file or a folder, for models of a family; it has no chat template.
+    ///
+    /// Errors: a file that cannot be read, is damaged, or asks for what is not supported.
+    pub fn open(path: impl AsRef<Path>, family: Family) -> Result<Self> {
+        let path = path.as_ref();
+        let described =
+            if path.is_dir() { known::of_folder(path, family, "") } else { known::of_file(path, family, "") }?;
+        Self::without_templates(path, &described)
+    }
+
+    /// As [`Tokenizer::from_json`] of the text of a file, which errors name.
+    ///
+    /// Errors: a description that is damaged, or asks for what is not supported.
+    pub fn parse(path: impl AsRef<Path>, json: &str) -> Result<Self> {
+        Self::without_templates(path.as_ref(), &Described::new(json.to_string()))
+    }
+
+    fn without_templates(path: &Path, described: &Described) -> Result<Self> {
+        let (inner, decoder) = parsed(path, described)?;
         Ok(Self { shared: Arc::new(Shared { inner, decoder }), templates: Arc::default() })
     }
 
@@ -145,7 +169,7 @@ impl Tokenizer {
 /// A tokenizer, and its decoder at the beginning of a text.
 fn parsed(path: &Path, described: &Described) -> Result<(checked::Checked, Decoder)> {
     let inner = checked::Checked::parse(path, described)?;
-    let decoder = Decoder::new(&decoder::description(inner.raw(), &described.json)?)?;
+    let decoder = Decoder::new(&decoder::description(inner.raw().get_decoder(), &described.json)?)?;
     Ok((inner, decoder))
 }
 

@@ -8,7 +8,7 @@ use x_transformers::{
     io::{Family, Metadata, Pretrained, TensorFile, read_limited},
 };
 
-use super::file_error;
+use super::{checked::Checked, file_error};
 
 /// Bytes that a template may have; real ones have some thousand.
 const MAX_TEMPLATE: u64 = 1 << 20;
@@ -42,7 +42,7 @@ impl Templates {
     /// Those of the model's files, or of the tokenizer's own folder or file if one is given and has some.
     ///
     /// Errors: files that cannot be read, or templates that are not text.
-    pub(crate) fn of(tokenizer: &tokenizers::Tokenizer, pretrained: &Pretrained, given: Option<&Path>) -> Result<Self> {
+    pub(crate) fn of(tokenizer: &Checked, pretrained: &Pretrained, given: Option<&Path>) -> Result<Self> {
         let folder = given.map(|given| if given.is_dir() { given } else { given.parent().unwrap_or(Path::new("")) });
         if let Some(folder) = folder {
             let found = Self::of_folder(tokenizer, folder, pretrained.family())?;
@@ -56,7 +56,7 @@ impl Templates {
                 let mut own = Self::of_gguf(pretrained.file())?;
                 if given.is_none() {
                     // Where llama.cpp puts the start in front of texts, it does so for chats.
-                    let around = tokenizer.encode("", true).map(|empty| empty.get_ids().to_vec()).unwrap_or_default();
+                    let around = tokenizer.encode("", true).unwrap_or_default();
                     let start = token(pretrained.file(), "bos_token_id");
                     own.start =
                         around.first().map(|&id| i64::from(id)).filter(|first| start == usize::try_from(*first).ok());
@@ -66,7 +66,7 @@ impl Templates {
         }
     }
 
-    fn of_folder(tokenizer: &tokenizers::Tokenizer, folder: &Path, family: Family) -> Result<Self> {
+    fn of_folder(tokenizer: &Checked, folder: &Path, family: Family) -> Result<Self> {
         let config = json(&folder.join("tokenizer_config.json"))?;
         let mut named = Vec::new();
         // Templates in files of their own win over the others.
@@ -103,8 +103,7 @@ impl Templates {
             let said = spelling(&config[key]).or_else(|| spelling(&map[key]));
             // `null` is a token that there is not.
             let silent = config.get(key).is_none();
-            let default =
-                || default_token(class, family, key).filter(|token| silent && tokenizer.token_to_id(token).is_some());
+            let default = || default_token(class, family, key).filter(|token| silent && tokenizer.id(token).is_some());
             Some((key, said.or_else(|| default().map(str::to_string))?))
         });
         Ok(Self { named, special: special.collect(), start: None })
