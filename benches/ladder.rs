@@ -105,7 +105,7 @@ impl Ladder {
         self.rung(step, name, || {
             let mut written = output.take().map_or_else(|| Tensor::zeros(shape, step.dtype, &self.device), Ok)?;
             // SAFETY: grid, sizes and dtypes are those of the rung's source, whose results `Ladder::rung` checks.
-            unsafe { rung.launch(grid, &mut written, inputs, scalars) }?;
+            unsafe { rung.launch(grid, 0, &mut written, inputs, scalars) }?;
             output = Some(written.detach());
             Ok(written)
         })
@@ -212,6 +212,73 @@ impl Ladder {
     }
 }
 
+/// Tiles of `kernels/lab/attention_wgmma_rungs.cu`, as its variants have them: features, warpgroups and keys of a tile, blocks
+/// on a multiprocessor, and 1 if products with values run beside the next exponentials.
+const TILES: [[u32; 5]; 9] = [
+    [64, 2, 64, 1, 1],
+    [64, 2, 128, 1, 1],
+    [64, 3, 64, 1, 1],
+    [64, 2, 64, 2, 0],
+    [64, 2, 64, 2, 1],
+    [64, 4, 64, 1, 0],
+    [64, 4, 64, 1, 1],
+    [128, 2, 64, 1, 1],
+    [128, 2, 128, 1, 1],
+];
+
+impl Ladder {
+    /// The tiles that attention on warpgroups may have, where the card has those.
+    fn warpgroups(&self) -> Result<()> {
+        let kernel = "attention_wgmma";
+        if !self.wants(kernel) || self.gpu.target().to_string() != "sm_90a" {
+            return Ok(());
+        }
+        let dtype = DType::BF16;
+        for (head, causal) in [(64, false), (64, true), (128, false), (128, true)] {
+            let [heads, length] = if self.test { [2, 300] } else { [64, 2048] };
+            let shape = [1, heads, length, head];
+            let [q, k, v] = [3, 4, 5].map(|stream| self.random(&shape, dtype, stream));
+            let (q, k, v) = (&q?, &k?, &v?);
+            let scale = (head as f64).powf(-0.5);
+            let spec = AttentionSpec { scale, causal, ..AttentionSpec::default() };
+            let expected = match self.test {
+                true => self.reference(&[q, k, v], |x| attention(&x[0], &x[1], &x[2], &spec))?,
+                false => attention(q, k, v, &spec)?.to_f64_vec()?,
+            };
+            let scores = heads * length * length / if causal { 2 } else { 1 };
+            let step = Step { kernel, dtype, shape: &shape, work: Work::Flops(4 * head * scores), expected: &expected };
+            for tile in TILES.into_iter().filter(|tile| tile[0] as usize == head) {
+                let text = tile.map(|number| number.to_string());
+                let names = ["HEAD", "TILE_WARPGROUPS", "TILE_KEYS", "TILE_BLOCKS", "TILE_OVERLAP"];
+                let mut options = vec![("DTYPE", dtype.name())];
+                options.extend(names.into_iter().zip(text.iter().map(String::as_str)));
+                let rung = Rung::new(self.gpu, "attention_wgmma_rungs_tiles", &options)?;
+                let [_, warpgroups, keys, blocks, overlap] = tile;
+                let grid = [[(length as u32).div_ceil(64 * warpgroups) * heads as u32, 1, 1], [128 * warpgroups, 1, 1]];
+                let shared = (64 * warpgroups + 4 * keys) as usize * head * 2 + 1024;
+                let scalars = [
+                    Scalar::U32(heads as u32),
+                    Scalar::U32(length as u32),
+                    Scalar::U32(causal.into()),
+                    Scalar::F64(scale),
+                ];
+                let name = format!("{warpgroups} × 64 queries, {keys} keys, {blocks} blocks, overlap {overlap}");
+                let name = if causal { format!("causal, {name}") } else { name };
+                let mut output = Some(Tensor::zeros(shape, dtype, &self.device)?);
+                self.rung(&step, &name, || {
+                    let mut written = output.take().map_or_else(|| Tensor::zeros(shape, dtype, &self.device), Ok)?;
+                    // SAFETY: grid, memory, sizes and dtypes are those of the source, whose results `Ladder::rung` checks.
+                    unsafe { rung.launch(grid, shared, &mut written, &[q, k, v], &scalars) }?;
+                    output = Some(written.detach());
+                    Ok(written)
+                })?;
+            }
+            self.rung(&step, if causal { "causal, shipped" } else { "shipped" }, || attention(q, k, v, &spec))?;
+        }
+        Ok(())
+    }
+}
+
 fn main() -> Result<()> {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
     let test = arguments.iter().any(|argument| argument == "--test");
@@ -235,5 +302,5 @@ fn main() -> Result<()> {
         ladder.transpose(dtype)?;
         ladder.attention(dtype)?;
     }
-    Ok(())
+    ladder.warpgroups()
 }

@@ -24,14 +24,14 @@ __device__ __forceinline__ i32 warp_row(i32 rows_of_warp) { return (i32)threadId
 // Starts the copy of COUNT rows to shared memory, zeros where there are none; another head is `offset` further on. A
 // thread copies the same packet of every STEP-th row. What its copies have in common is computed once: to the compiler,
 // each of them may change `rows`, which it would read again.
-template <i32 COUNT>
-__device__ __forceinline__ void copy_rows(const Tile& to, const Rows& rows, i32 first, i64 offset = 0) {
-    constexpr u32 STEP = MMA_THREADS / Tile::PACKETS;
-    static_assert(COUNT % STEP == 0 && STEP % 8 == 0, "threads copy equally many rows, at one place of the swizzle");
+template <i32 COUNT, i32 THREADS = MMA_THREADS, typename To>
+__device__ __forceinline__ void copy_rows(const To& to, const Rows& rows, i32 first, i64 offset = 0) {
+    constexpr u32 STEP = THREADS / To::PACKETS;
+    static_assert(STEP % 8 == 0, "threads copy rows at one place of the swizzle");
     // Places of the thread that are known before the loop over tiles would be kept in registers through it, which wider
     // heads have no room for.
     const u32 thread = HEAD > 32 ? ptx_opaque(threadIdx.x) : (u32)threadIdx.x;
-    const u32 row = thread / Tile::PACKETS, packet = thread % Tile::PACKETS;
+    const u32 row = thread / To::PACKETS, packet = thread % To::PACKETS;
     const T* const none = rows.start;
     const i64 step = rows.step;
     const i32 left = packet * 8 < (u32)rows.features ? rows.count - first - (i32)row : 0;
@@ -40,9 +40,9 @@ __device__ __forceinline__ void copy_rows(const Tile& to, const Rows& rows, i32 
 #pragma unroll
     for (u32 i = 0; i < COUNT; i += STEP) {
         const bool exists = (i32)i < left;
-        ptx_cp_async_16(place, exists ? none + at : none, exists);
+        if (COUNT % STEP == 0 || i + row < COUNT) ptx_cp_async_16(place, exists ? none + at : none, exists);
         at += STEP * step;
-        place += STEP * HEAD;
+        place += STEP * To::PITCH;
     }
 }
 
@@ -76,9 +76,25 @@ template <i32 M, i32 N, bool BY_KEY> struct ScoreSums : Sums<M, N> {
         // The largest score stays the largest only under a positive scale.
         if (scores.scale > 0 && scores.plain(first_query, first_key, rows, columns)) return scores.scale;
         Bits kept = ~Bits(0);
-        if (scores.mask || scores.pads_keys(first_key, columns)) kept = masks(scores, first_query, first_key);
-        const bool biased = scores.biased();
+        const bool masked = scores.mask || scores.pads_keys(first_key, columns), biased = scores.biased();
         const f32 scale = scores.scale;
+        if (!masked && !biased && scale > 0) {
+#pragma unroll
+            for (i32 q = 0; q < QUERIES; ++q) {
+                const i32 row = first_query + query(q);
+                const Span span = scores.kept(min(row, scores.queries - 1));
+                // As seen from the thread's first key.
+                const i32 start = span.start - first_key - key(0);
+                const i32 end = row < scores.queries ? span.end - first_key - key(0) : start;
+#pragma unroll
+                for (i32 k = 0; k < KEYS; ++k) {
+                    const i32 place = key(k) - key(0);
+                    if (place < start || place >= end) score(q, k) = -infinity();
+                }
+            }
+            return scale;
+        }
+        if (masked) kept = masks(scores, first_query, first_key);
 #pragma unroll
         for (i32 q = 0; q < QUERIES; ++q) {
             const i32 row = first_query + query(q);
@@ -86,6 +102,7 @@ template <i32 M, i32 N, bool BY_KEY> struct ScoreSums : Sums<M, N> {
             const RowBias bias = scores.bias_of(row);
 #pragma unroll
             for (i32 k = 0; k < KEYS; ++k) {
+                if (k % 8 == 0) ptx_keep_order();
                 const i32 column = first_key + key(k);
                 const bool keep = column >= span.start && column < span.end && row < scores.queries &&
                                   kept >> (q * KEYS + k) & 1;
@@ -257,9 +274,9 @@ template <i32 M> __device__ __forceinline__ void to_residual(Sums<M, HEAD>& sums
 }
 
 // Writes the rows of a warp, times `factor`, by way of its part of `tile`, which nobody else uses any more.
-template <i32 M>
+template <i32 M, typename By>
 __device__ __forceinline__ void write_rows(
-    T* storage, const Layout& at, i32 batch, i32 head, i32 first, Sums<M, HEAD>& sums, f32 factor, const Tile& tile) {
+    T* storage, const Layout& at, i32 batch, i32 head, i32 first, Sums<M, HEAD>& sums, f32 factor, const By& tile) {
     const i32 start = warp_row(16 * M), lane = threadIdx.x % 32;
 #pragma unroll
     for (i32 r = 0; r < 2 * M; ++r) {
@@ -275,8 +292,8 @@ __device__ __forceinline__ void write_rows(
     T* to = storage + (at.offset + batch * at.strides[0] + head * at.strides[1]);
     const i32 rows = at.dims[2], features = at.dims[3];
 #pragma unroll 4
-    for (i32 item = lane; item < 16 * M * Tile::PACKETS; item += 32) {
-        const i32 row = start + item / Tile::PACKETS, packet = item % Tile::PACKETS;
+    for (i32 item = lane; item < 16 * M * By::PACKETS; item += 32) {
+        const i32 row = start + item / By::PACKETS, packet = item % By::PACKETS;
         if (first + row < rows && packet * 8 < features) {
             const uint4 raw = *reinterpret_cast<const uint4*>(tile.packet(row, packet));
             ptx_store_128(to + (first + row) * at.strides[2] + packet * 8, raw);

@@ -23,6 +23,8 @@ template <> struct TensorCore<f16> {
 // the eight packets that an access reads, one of each of eight rows, lie in different banks.
 template <i32 WIDTH> struct SwizzledTile {
     static_assert(WIDTH % 32 == 0, "rows must fill whole groups of four packets");
+    // Between rows, in elements.
+    static constexpr i32 PITCH = WIDTH;
     static constexpr i32 PACKETS = WIDTH / 8;
     T* start;
 

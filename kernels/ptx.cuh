@@ -30,6 +30,10 @@ __device__ __forceinline__ u32 ptx_opaque(u32 x) {
     return x;
 }
 
+// Accesses to memory stay on their side of it: a compiler would start all loads of an unrolled loop before the first is
+// used, for which there are no registers.
+__device__ __forceinline__ void ptx_keep_order() { asm volatile("" : : : "memory"); }
+
 // An assignment may be taken apart into stores of single lanes, which PTX prevents.
 __device__ __forceinline__ void ptx_store_128(void* to, uint4 raw) {
     asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};"
@@ -129,6 +133,81 @@ __device__ __forceinline__ void ptx_cp_async_commit() { asm volatile("cp.async.c
 // Waits until at most the N youngest groups of this thread are under way.
 template <int N> __device__ __forceinline__ void ptx_cp_async_wait() {
     asm volatile("cp.async.wait_group %0;" : : "n"(N) : "memory");
+}
+
+#endif
+
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+
+// Products of a warpgroup: 128 threads from a multiple of 128 on, all of which issue the same instructions. They run
+// while the threads go on, and read shared memory as the asynchronous proxy: what threads have stored there, cp.async
+// included, they see after ptx_fence_async of the thread that stored it and a barrier that follows.
+
+// Address in shared memory, for descriptors.
+__device__ __forceinline__ u32 ptx_shared_address(const void* shared) { return (u32)__cvta_generic_to_shared(shared); }
+
+__device__ __forceinline__ void ptx_fence_async() { asm volatile("fence.proxy.async.shared::cta;" : : : "memory"); }
+
+// Between what other instructions did to the registers of a product and that product.
+__device__ __forceinline__ void ptx_wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" : : : "memory"); }
+
+// Ends a group of products.
+__device__ __forceinline__ void ptx_wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" : : : "memory"); }
+
+// Waits until at most the N youngest groups are under way. Registers of products that are must be left alone.
+template <int N> __device__ __forceinline__ void ptx_wgmma_wait() {
+    asm volatile("wgmma.wait_group.sync.aligned %0;" : : "n"(N) : "memory");
+}
+
+// The same value, which the compiler takes for a new one: after a wait, what follows uses it no earlier.
+__device__ __forceinline__ void ptx_settle(f32& x) { asm volatile("" : "+f"(x) : : "memory"); }
+__device__ __forceinline__ void ptx_settle(u32& x) { asm volatile("" : "+r"(x) : : "memory"); }
+
+// d += a b, or d = a b unless `add`; a [64, 16], b [16, N], d [64, N]. Warp w of the warpgroup has rows 16 w … + 15
+// of d and, where a is in registers, of a; its threads hold them as the fragments of ptx_mma_m16n8k16, d[n] being
+// columns 8 n … + 7. Operands in shared memory are given by descriptors:
+//   bits 0-13 address / 16, 16-29 and 32-45 two strides / 16, 62-63 swizzle: 1 for that of 128 bytes, in which bits
+//   4-6 of an address are combined with its bits 7-9 by exclusive or
+// `ss` takes a and the transposed b by rows of 64 elements, of which 16 are used: the second stride leads from eight
+// rows to the next. `rs` takes b as it is, in rows of 64 columns: the first stride leads to the next 64 columns, the
+// second from eight rows to the next.
+#define PTX_SUM_4(n) "+f"(d[n][0]), "+f"(d[n][1]), "+f"(d[n][2]), "+f"(d[n][3])
+#define PTX_SUM_16(n) PTX_SUM_4(n), PTX_SUM_4(n + 1), PTX_SUM_4(n + 2), PTX_SUM_4(n + 3)
+#define PTX_SUMS_64 PTX_SUM_16(0), PTX_SUM_16(4)
+#define PTX_SUMS_128 PTX_SUMS_64, PTX_SUM_16(8), PTX_SUM_16(12)
+#define PTX_NAMES_64 \
+    "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, " \
+    "%23, %24, %25, %26, %27, %28, %29, %30, %31}"
+#define PTX_NAMES_128 \
+    "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, " \
+    "%23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, " \
+    "%45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}"
+#define PTX_WGMMA_SS(n, type, names, a_at, b_at, add_at)                                                     \
+    asm volatile("{\n.reg .pred add;\nsetp.ne.b32 add, %" add_at ", 0;\nwgmma.mma_async.sync.aligned.m64n" #n \
+                 "k16.f32." type "." type " " names ", %" a_at ", %" b_at ", add, 1, 1, 0, 0;\n}"            \
+                 : PTX_SUMS_##n                                                                             \
+                 : "l"(a), "l"(b), "r"((u32)add))
+#define PTX_WGMMA_RS(n, type, names, a_at, b_at, add_at)                                                     \
+    asm volatile("{\n.reg .pred add;\nsetp.ne.b32 add, %" add_at ", 0;\nwgmma.mma_async.sync.aligned.m64n" #n \
+                 "k16.f32." type "." type " " names ", {" a_at "}, %" b_at ", add, 1, 1, 1;\n}"              \
+                 : PTX_SUMS_##n                                                                             \
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"((u32)add))
+
+template <bool F16> __device__ __forceinline__ void ptx_wgmma_ss(f32 (&d)[8][4], u64 a, u64 b, bool add) {
+    if constexpr (F16) PTX_WGMMA_SS(64, "f16", PTX_NAMES_64, "32", "33", "34");
+    else PTX_WGMMA_SS(64, "bf16", PTX_NAMES_64, "32", "33", "34");
+}
+template <bool F16> __device__ __forceinline__ void ptx_wgmma_ss(f32 (&d)[16][4], u64 a, u64 b, bool add) {
+    if constexpr (F16) PTX_WGMMA_SS(128, "f16", PTX_NAMES_128, "64", "65", "66");
+    else PTX_WGMMA_SS(128, "bf16", PTX_NAMES_128, "64", "65", "66");
+}
+template <bool F16> __device__ __forceinline__ void ptx_wgmma_rs(f32 (&d)[8][4], const u32 (&a)[4], u64 b, bool add) {
+    if constexpr (F16) PTX_WGMMA_RS(64, "f16", PTX_NAMES_64, "%32, %33, %34, %35", "36", "37");
+    else PTX_WGMMA_RS(64, "bf16", PTX_NAMES_64, "%32, %33, %34, %35", "36", "37");
+}
+template <bool F16> __device__ __forceinline__ void ptx_wgmma_rs(f32 (&d)[16][4], const u32 (&a)[4], u64 b, bool add) {
+    if constexpr (F16) PTX_WGMMA_RS(128, "f16", PTX_NAMES_128, "%64, %65, %66, %67", "68", "69");
+    else PTX_WGMMA_RS(128, "bf16", PTX_NAMES_128, "%64, %65, %66, %67", "68", "69");
 }
 
 #endif

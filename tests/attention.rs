@@ -168,7 +168,8 @@ fn attention_rungs() {
     }
     for (d, e, head) in [(64, 64, "64"), (8, 32, "32"), (72, 128, "128")] {
         let rung = rung(DType::BF16, d, e).expect("a rung on a GPU");
-        assert!(rung.starts_with("tensor cores") && rung.contains(head), "{rung}");
+        let warpgroups = rung.starts_with("warpgroups on tensor cores") && head != "32";
+        assert!((rung.starts_with("tensor cores") || warpgroups) && rung.contains(head), "{rung}");
     }
     plain(DType::BF16, 63, 64, "packets");
     plain(DType::F16, 64, 136, "128 features");

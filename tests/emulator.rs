@@ -19,6 +19,8 @@ mod instructions;
 mod kernels;
 #[path = "emulator/versions.rs"]
 mod versions;
+#[path = "emulator/warpgroups.rs"]
+mod warpgroups;
 
 use std::{
     io::Write,

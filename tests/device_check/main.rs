@@ -28,6 +28,8 @@ mod parity;
 mod sampling;
 #[path = "../train.rs"]
 mod train;
+#[path = "../emulator/warpgroups.rs"]
+mod warpgroups;
 
 use contract::{case, check, common};
 use x_transformers::Device;
@@ -40,11 +42,12 @@ macro_rules! here {
 }
 use here;
 
-/// Runs a test of the emulator's instructions on the device of `XT_TEST_DEVICE`. One that asks for another emulated card has
-/// nothing to say here.
+/// Runs a test of the emulator's instructions on the device of `XT_TEST_DEVICE`. One that asks for an emulated card of another
+/// architecture has nothing to say here.
 fn emulated(_test: &str, variables: &[(&str, &str)], body: impl FnOnce()) {
-    let Device::Cuda(_) = common::device() else { return };
-    if variables.is_empty() {
+    let Device::Cuda(gpu) = common::device() else { return };
+    let architecture = gpu.architecture().to_string();
+    if variables.iter().all(|variable| *variable == ("XT_EMULATOR_ARCH", &architecture)) {
         body();
     }
 }

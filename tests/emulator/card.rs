@@ -52,6 +52,11 @@ pub fn arg<V: bytemuck::Pod>(value: V) -> Vec<u8> {
 /// Machine code for `sm_<architecture>`, or the result and the log of the compiler. `source` may include the files of
 /// `kernels/`.
 pub fn compile_for(architecture: u32, source: &str, options: &[&str]) -> Result<Vec<u8>, String> {
+    compile_as(&format!("sm_{architecture}"), source, options)
+}
+
+/// The same for a target by its name, as `sm_90a`.
+pub fn compile_as(target: &str, source: &str, options: &[&str]) -> Result<Vec<u8>, String> {
     // Of the folder that tests run in: this one may have been built elsewhere.
     let kernels = std::path::Path::new("kernels");
     let read = |name: &str| match name {
@@ -60,7 +65,7 @@ pub fn compile_for(architecture: u32, source: &str, options: &[&str]) -> Result<
     };
     let text = CString::new(crate::build::flatten("test.cu", &read)?).unwrap();
     let program = nvrtc::result::create_program(&text, Some(c"test.cu")).unwrap();
-    let mut arguments = vec![format!("--gpu-architecture=sm_{architecture}")];
+    let mut arguments = vec![format!("--gpu-architecture={target}")];
     arguments.extend(options.iter().map(|option| option.to_string()));
     // SAFETY: the program was created above, and its source lives until the end.
     unsafe {
@@ -89,7 +94,11 @@ impl Card {
     }
 
     pub fn kernel(&self, source: &str, name: &str, options: &[&str]) -> Kernel {
-        let code = compile_for(80, source, options).unwrap_or_else(|error| panic!("{error}"));
+        self.kernel_as("sm_80", source, name, options)
+    }
+
+    pub fn kernel_as(&self, target: &str, source: &str, name: &str, options: &[&str]) -> Kernel {
+        let code = compile_as(target, source, options).unwrap_or_else(|error| panic!("{error}"));
         let module = self.load(&code).unwrap();
         // SAFETY: the module stays loaded.
         Kernel(unsafe { result::module::get_function(module, CString::new(name).unwrap()) }.unwrap())

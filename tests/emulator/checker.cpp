@@ -90,6 +90,9 @@ std::string in_words(const Worker& worker, const Race& race) {
     return text + name.substr(name.rfind("thread"));
 }
 
+// Where dynamic shared memory starts: behind what kernels and the driver have, and not at a multiple of 1024.
+uint32_t product_base(const Worker& worker) { return (worker.static_bytes + 1024 + 15) / 16 * 16; }
+
 // The cell of an address; null if it is not in shared memory.
 Cell* find(Worker& worker, uintptr_t address, size_t bytes) {
     const size_t in_static = address - uintptr_t(worker.static_shared);
@@ -238,6 +241,35 @@ void check(const Thread& thread, const void* address, size_t bytes, Access acces
     mark_written(at, bytes);
 }
 
+const char* read_by_product(const Thread& thread, const PartOfProduct& part, uint32_t address) {
+    Worker& worker = *thread.worker;
+    const size_t at = address - product_base(worker);
+    const auto wrong = [&](const std::string& what) -> const char* {
+        fail_as(thread, what + "; 16 bytes at dynamic shared memory, byte " + std::to_string(at));
+        return nullptr;
+    };
+    if (at >= worker.dynamic_bytes || worker.dynamic_bytes - at < 16) return wrong("wgmma reads outside of its memory");
+    Cell* const cells = &worker.cells[worker.static_bytes + at];
+    for (unsigned i = 0; i < 16; ++i) {
+        const Cell cell = cells[i];
+        const uint32_t written = when(cell.write), writer = cell.write & (MOST_THREADS - 1);
+        Race race;
+        if (written >= worker.block_start && written > part.started) {
+            return wrong(in_words(worker, {"wgmma reads what has been overwritten since it was started by", writer}));
+        }
+        if (!access_byte(worker, thread.number, cells[i], READ, race)) return wrong("wgmma " + in_words(worker, race));
+        if (writer != thread.number && written >= part.barrier) {
+            return wrong(in_words(worker, {"wgmma reads what is written without a barrier between by", writer}));
+        }
+        if (worker.fenced[writer] <= written) {
+            return wrong(in_words(worker, {"wgmma reads what is written without fence.proxy.async by", writer}));
+        }
+        // Of all warps of the warpgroup: whoever writes there needs a barrier of the block.
+        cells[i].read = worker.now << WHO | SEVERAL_WARPS;
+    }
+    return worker.dynamic_shared + at;
+}
+
 void Worker::tick() { ++now; }
 
 // Nothing of what the block before it left can be found: everything reads as NaN and counts as never written.
@@ -260,6 +292,13 @@ XT_EXPORT const char* xt_emulator_report(void) {
     static thread_local std::string text;
     std::lock_guard guard(xt::report_lock);
     return (text = xt::last_report).c_str();
+}
+
+XT_EXPORT unsigned xt_shared_address(const void* shared) {
+    const xt::Worker& worker = *xt::self()->worker;
+    const size_t at = uintptr_t(shared) - uintptr_t(worker.dynamic_shared);
+    if (at > worker.dynamic_bytes) xt::fail("the address of what is not dynamic shared memory, for a descriptor");
+    return at + xt::product_base(worker);
 }
 
 XT_EXPORT void xt_check(const void* address, unsigned long bytes, bool write) { xt::range(address, bytes, write); }

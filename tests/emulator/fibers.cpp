@@ -60,6 +60,7 @@ std::string in_words(const XtPlace* place) {
 void finish() {
     Thread* const thread = self();
     Worker& worker = *thread->worker;
+    if (!thread->products->empty()) fail("leaves the kernel without having waited for its wgmma");
     worker.states[thread->number] = Stage::DONE;
     ++worker.done;
     worker.free_stacks.push_back(thread);
@@ -103,6 +104,7 @@ Worker::~Worker() {
     munmap(dynamic_shared, DYNAMIC_SHARED);
     for (Thread* thread : stacks) {
         delete thread->copies;
+        delete thread->products;
         munmap(thread, XT_STACK);
     }
 }
@@ -122,6 +124,7 @@ Thread* Worker::new_stack() {
     mprotect(reinterpret_cast<void*>(base + PAGE), PAGE, PROT_NONE);
     Thread* const thread = new (reinterpret_cast<void*>(base)) Thread;
     thread->copies = new std::vector<Copy>;
+    thread->products = new std::vector<PartOfProduct>;
     thread->worker = this;
     thread->block = &block;
     stacks.push_back(thread);
@@ -141,6 +144,9 @@ void Worker::resume(unsigned number) {
         thread->index = position(number, block.dim);
         thread->groups = 0;
         thread->copies->clear();
+        thread->product_groups = 0;
+        thread->fenced_products = false;
+        thread->products->clear();
         running[number] = thread;
         // Stacks start at different offsets, or all would compete for the same lines of the cache.
         const uintptr_t top = uintptr_t(thread) + XT_STACK - 64 - uintptr_t(thread) / XT_STACK % 16 * 192;
@@ -173,6 +179,8 @@ void Worker::schedule() {
             return !failed;
         });
         if (failed || done == threads) return;
+        // A later warp may have brought its warpgroup together.
+        if (std::any_of(ready_in_warp, ready_in_warp + warps, [](unsigned ready) { return ready > 0; })) continue;
         const bool together = at_barrier == threads && std::all_of(places, places + threads, [&](const XtPlace* place) {
                                   return same(place, places[0]);
                               });
@@ -196,11 +204,14 @@ void Worker::release_barrier() {
 // No thread can go on: names one that waits, and one that it waits for.
 void Worker::complain() {
     unsigned waiting = 0;
-    while (states[waiting] != Stage::AT_BARRIER && states[waiting] != Stage::IN_WARP) ++waiting;
+    while (states[waiting] == Stage::DONE) ++waiting;
     const bool whole_block = states[waiting] == Stage::AT_BARRIER;
     unsigned first = 0, last = threads;
     uint64_t mask = ~uint64_t(0);
-    if (!whole_block) {
+    if (states[waiting] == Stage::IN_WARPGROUP) {
+        first = waiting / WARPGROUP * WARPGROUP;
+        last = std::min(first + WARPGROUP, threads);
+    } else if (!whole_block) {
         first = waiting / WARP * WARP;
         last = std::min(first + WARP, threads);
         for (const Gathering& gathering : gatherings[waiting / WARP]) {
@@ -208,7 +219,7 @@ void Worker::complain() {
         }
     }
     for (unsigned other = first; other < last; ++other) {
-        const bool asked = whole_block || mask >> other % WARP & 1;
+        const bool asked = states[waiting] != Stage::IN_WARP || mask >> other % WARP & 1;
         const bool there = states[other] == states[waiting] && same(places[other], places[waiting]);
         if (!asked || there) continue;
         const std::string where = states[other] == Stage::DONE
@@ -228,6 +239,8 @@ bool Worker::run_block(uint64_t number) {
     block.index = position(number, block.grid);
     at_barrier = done = 0;
     memset(states, 0, threads * sizeof(Stage));
+    memset(in_warpgroup, 0, sizeof in_warpgroup);
+    memset(fenced, 0, sizeof fenced);
     for (unsigned warp = 0; warp < warps; ++warp) {
         gatherings[warp].clear();
         ready_in_warp[warp] = std::min(WARP, threads - warp * WARP);
@@ -267,6 +280,32 @@ void gather(const XtPlace* place, unsigned mask, void* arguments, Together toget
         if (other == lane || !(whole.arrived >> other & 1)) continue;
         worker.states[first + other] = Stage::READY;
         ++worker.ready_in_warp[warp];
+    }
+}
+
+void gather_warpgroup(const XtPlace* place, void (*together)(Worker& worker, unsigned first)) {
+    Thread* const thread = self();
+    Worker& worker = *thread->worker;
+    const unsigned first = thread->number / WARPGROUP * WARPGROUP;
+    if (first + WARPGROUP > worker.threads) {
+        fail(std::string(place->what) + " in a warpgroup that has not all of its 128 threads");
+    }
+    worker.places[thread->number] = place;
+    worker.states[thread->number] = Stage::IN_WARPGROUP;
+    if (++worker.in_warpgroup[first / WARPGROUP] < WARPGROUP) return yield();
+    worker.in_warpgroup[first / WARPGROUP] = 0;
+    for (unsigned other = first; other < first + WARPGROUP; ++other) {
+        if (!same(worker.places[other], place)) {
+            report(name_of(worker, other) + ": waits in " + in_words(worker.places[other]) + ", but thread " +
+                   in_brackets(position(thread->number, worker.block.dim)) + " waits in " + in_words(place));
+            worker.failed = true;
+            return yield();
+        }
+    }
+    together(worker, first);
+    for (unsigned other = first; other < first + WARPGROUP; ++other) {
+        worker.states[other] = Stage::READY;
+        if (other != thread->number) ++worker.ready_in_warp[other / WARP];
     }
 }
 

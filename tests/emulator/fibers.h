@@ -10,7 +10,7 @@ namespace xt {
 
 struct Worker;
 
-constexpr unsigned WARP = 32, MOST_THREADS = 1024, MOST_WARPS = MOST_THREADS / WARP;
+constexpr unsigned WARP = 32, WARPGROUP = 128, MOST_THREADS = 1024, MOST_WARPS = MOST_THREADS / WARP;
 
 // A copy from global to shared memory that was started and not waited for.
 struct Copy {
@@ -18,6 +18,19 @@ struct Copy {
     const void* global;
     unsigned bytes, valid;
     unsigned group;
+};
+
+// A thread's part of a product of its warpgroup that was started and not waited for.
+struct PartOfProduct {
+    float* d;
+    unsigned n;
+    const unsigned* a;
+    uint64_t a_at, b_at;
+    bool add, bf16;
+    unsigned group;
+    // What `a` points to, when it was started, and when that was; the last barrier before.
+    unsigned copy[4];
+    uint32_t started, barrier;
 };
 
 // Lies at the start of the fiber's stack.
@@ -28,6 +41,10 @@ struct Thread : XtThread {
     // Groups of copies: those that were closed.
     unsigned groups;
     std::vector<Copy>* copies;
+    // Groups of products that were closed, whether a fence is after all that was waited for, and products under way.
+    unsigned product_groups, wait_for;
+    bool fenced_products;
+    std::vector<PartOfProduct>* products;
 
     unsigned warp() const { return number / WARP; }
     unsigned lane() const { return number % WARP; }
@@ -40,7 +57,7 @@ inline Thread* self() {
     return thread;
 }
 
-enum class Stage : uint8_t { NEW, READY, AT_BARRIER, IN_WARP, DONE };
+enum class Stage : uint8_t { NEW, READY, AT_BARRIER, IN_WARP, IN_WARPGROUP, DONE };
 
 // What the threads of a warp have come together for; some may still be missing.
 struct Gathering {
@@ -54,6 +71,9 @@ typedef void (*Together)(Worker& worker, unsigned warp, Gathering& gathering);
 
 // Waits for the threads of `mask` and has one of them call `together`, which finds what each of them brought.
 void gather(const XtPlace* place, unsigned mask, void* arguments, Together together);
+
+// Waits for the threads of the warpgroup and has one of them call `together` with its first thread.
+void gather_warpgroup(const XtPlace* place, void (*together)(Worker& worker, unsigned first));
 
 // What is known of a byte of shared memory: who wrote it last and who has read it since, and when. Time passes at
 // barriers of the block and of its warps.
@@ -76,6 +96,7 @@ struct Worker {
     unsigned at_barrier, done, barrier_result;
     std::vector<Gathering> gatherings[MOST_WARPS];
     unsigned ready_in_warp[MOST_WARPS];
+    unsigned in_warpgroup[MOST_THREADS / WARPGROUP];
 
     std::vector<Thread*> stacks, free_stacks;
     void* scheduler;
@@ -86,6 +107,8 @@ struct Worker {
     size_t static_bytes, dynamic_bytes;
     std::vector<Cell> cells;
     uint32_t now, block_start, last_barrier, last_warp_barrier[MOST_WARPS];
+    // When each thread last made what it had written visible to products.
+    uint32_t fenced[MOST_THREADS];
 
     Worker();
     ~Worker();
@@ -116,5 +139,7 @@ enum Access { READ, WRITE, ATOMIC, COPY_START, COPY_END };
 // Whether it is shared memory at all.
 bool check_shared(const Thread& thread, const void* address, size_t bytes, Access access);
 void check(const Thread& thread, const void* address, size_t bytes, Access access);
+// 16 bytes of shared memory that a product reads, by their address there; null, after a report, if it must not.
+const char* read_by_product(const Thread& thread, const PartOfProduct& part, uint32_t address);
 
 }  // namespace xt

@@ -71,6 +71,7 @@ std::string parse(const std::vector<std::string>& given, Options& options) {
             if (digits == std::string::npos) return option;
             options.architecture = atoi(value.c_str() + digits + 1);
             options.ptx = value.starts_with("compute_");
+            if (value.ends_with("90a")) options.definitions.push_back("-D__CUDA_ARCH_FEAT_SM90_ALL=1");
             const std::vector<int> known = architectures();
             if (std::find(known.begin(), known.end(), options.architecture) == known.end()) return option;
         } else if (option == "-D" || option == "-U") {

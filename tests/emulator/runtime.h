@@ -68,6 +68,15 @@ void xt_copy_start(void* shared, const void* global, unsigned bytes, unsigned va
 void xt_copy_commit(void);
 void xt_copy_wait(unsigned groups);
 
+// Products of a warpgroup, sm_90a: d [64, n] += a b, or = a b unless `add`. `a` are registers; if null, `a_at` describes it
+// in shared memory, and b is transposed. They run when they are waited for.
+unsigned xt_shared_address(const void*);
+void xt_fence_async(void);
+void xt_wgmma_fence(void);
+void xt_wgmma(float* d, unsigned n, const unsigned* a, unsigned long long a_at, unsigned long long b_at, bool add, bool bf16);
+void xt_wgmma_commit(void);
+void xt_wgmma_wait(const XtPlace*, unsigned groups);
+
 unsigned long long xt_atomic(XtAtomic, void* address, unsigned bytes, unsigned long long value);
 unsigned long long xt_compare_and_swap(void* address, unsigned bytes, unsigned long long expected,
                                        unsigned long long value);

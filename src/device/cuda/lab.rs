@@ -45,7 +45,7 @@ impl Rung {
         Ok(Self { device, function })
     }
 
-    /// Enqueues it.
+    /// Enqueues it, with these blocks and threads and this many bytes of dynamic shared memory.
     ///
     /// Errors: tensors that are on another device, shared or not packed, arguments that are not what the source
     /// declares, or an error of the driver.
@@ -57,6 +57,7 @@ impl Rung {
     pub unsafe fn launch(
         &self,
         [blocks, threads]: [[u32; 3]; 2],
+        shared: usize,
         output: &mut Tensor,
         inputs: &[&Tensor],
         scalars: &[Scalar],
@@ -76,6 +77,6 @@ impl Rung {
             Scalar::I64(x) => Arg::I64(x),
             Scalar::F64(x) => Arg::F64(x),
         }));
-        Kernel { device: self.device, function: self.function }.launch(Grid::new(blocks, threads), &args)
+        Kernel { device: self.device, function: self.function }.launch(Grid::new(blocks, threads).shared(shared), &args)
     }
 }

@@ -6,45 +6,59 @@ use super::{Kept, OP, Problem, Sizes, packed_rows, position::Position, rows::Row
 use crate::{
     DType, Error, Result, Shape, Tensor,
     core::Layout,
-    device::{Arg, CudaDevice, Grid, Storage, args, size32},
+    device::{Arg, CudaDevice, Grid, Storage, args, cuda::Target, size32},
     error::ensure,
 };
 
 /// Which kernels serve a call.
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, PartialEq, Debug)]
 pub(super) enum Rung {
-    /// `kernels/attention_mma_*.cu`, compiled for rows of so many features.
-    TensorCores(usize),
-    /// `kernels/attention_*.cu`, with why not the former.
+    /// `kernels/attention_wgmma_*.cu`, compiled for rows of up to this many features.
+    Warpgroups(usize),
+    /// `kernels/attention_mma_*.cu`, compiled for rows of up to this many features, with the reason for not taking the
+    /// former.
+    TensorCores(usize, &'static str),
+    /// `kernels/attention_*.cu`, with the reason for not taking one of the others.
     Plain(&'static str),
 }
 
-/// Whether `XT_ATTENTION=plain` asks for the plain rung, to compare the two.
-fn plain_is_asked_for() -> bool {
-    static PLAIN: OnceLock<bool> = OnceLock::new();
-    *PLAIN.get_or_init(|| std::env::var("XT_ATTENTION").is_ok_and(|value| value == "plain"))
+/// The highest rung that `XT_ATTENTION` permits: `plain` and `mma` keep to the lower ones, to compare them.
+fn limit() -> &'static str {
+    static LIMIT: OnceLock<String> = OnceLock::new();
+    LIMIT.get_or_init(|| std::env::var("XT_ATTENTION").unwrap_or_default())
 }
 
-/// The rung for rows of `d` and `e` features.
-pub(super) fn rung(architecture: u32, dtype: DType, [d, e]: [usize; 2]) -> Rung {
-    if plain_is_asked_for() {
+/// The rung for rows of `d` and `e` features, of kernels compiled for `target`.
+pub(super) fn rung(target: Target, dtype: DType, features: [usize; 2]) -> Rung {
+    choose(target, dtype, features, limit())
+}
+
+fn choose(target: Target, dtype: DType, [d, e]: [usize; 2], limit: &str) -> Rung {
+    if limit == "plain" {
         return Rung::Plain("XT_ATTENTION=plain asks for it");
     }
     if !matches!(dtype, DType::BF16 | DType::F16) {
         return Rung::Plain("tensor cores would round f32 and f64");
     }
-    if architecture < 80 {
+    if target.architecture() < 80 {
         return Rung::Plain("the tensor cores of cards before sm_80 take other fragments");
     }
     if !d.is_multiple_of(8) || !e.is_multiple_of(8) {
         return Rung::Plain("rows are not whole packets of 16 bytes");
     }
-    match d.max(e) {
-        0..=32 => Rung::TensorCores(32),
-        33..=64 => Rung::TensorCores(64),
-        65..=128 => Rung::TensorCores(128),
-        _ => Rung::Plain("the registers hold sums of up to 128 features"),
+    let head = match d.max(e) {
+        0..=32 => return Rung::TensorCores(32, "warpgroups multiply rows of 64 features and more"),
+        33..=64 => 64,
+        65..=128 => 128,
+        _ => return Rung::Plain("the registers hold sums of up to 128 features"),
+    };
+    if target != Target::of(90) {
+        return Rung::TensorCores(head, "only sm_90a has instructions of warpgroups");
     }
+    if limit == "mma" {
+        return Rung::TensorCores(head, "XT_ATTENTION=mma asks for it");
+    }
+    Rung::Warpgroups(head)
 }
 
 /// The tensor itself if all its rows start at multiples of 16 bytes, which the copies of the tensor-core rung ask for,
@@ -61,7 +75,8 @@ fn aligned(x: &Tensor) -> Result<Tensor> {
 impl fmt::Display for Rung {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::TensorCores(head) => write!(f, "tensor cores, for rows of up to {head} features"),
+            Self::Warpgroups(head) => write!(f, "warpgroups on tensor cores, for rows of up to {head} features"),
+            Self::TensorCores(head, why) => write!(f, "tensor cores, for rows of up to {head} features: {why}"),
             Self::Plain(why) => write!(f, "plain: {why}"),
         }
     }
@@ -70,13 +85,15 @@ impl fmt::Display for Rung {
 impl Rung {
     /// A tensor with packed rows as the kernels take it.
     fn operand(self, x: &Tensor) -> Result<Tensor> {
-        if let Self::TensorCores(_) = self { aligned(x) } else { Ok(x.clone()) }
+        if let Self::Plain(_) = self { Ok(x.clone()) } else { aligned(x) }
     }
 }
 
 /// How a kernel cuts its work: the constants of its source.
 struct Blocks {
     kernel: &'static str,
+    /// `HEAD` of its variant, if it has one.
+    head: Option<usize>,
     /// Of the sequence, owned by a block.
     rows: usize,
     threads: usize,
@@ -90,27 +107,35 @@ impl Blocks {
     /// `TILE`, `TILE_THREADS` and `GROUPS` of `kernels/attention_tile.cuh` and the kernels that include it.
     fn plain(kernel: &'static str, dtype: DType) -> Self {
         let (rows, threads) = if dtype == DType::F64 { (16, 64) } else { (64, 256) };
-        Self { kernel, rows, threads, features: 2 * rows, shared: 0 }
+        Self { kernel, head: None, rows, threads, features: 2 * rows, shared: 0 }
     }
 
     /// `ROWS` and `N` of the kernel; a block keeps the rows of `owned` tensors and two stages of two other tiles.
     fn tensor_cores(kernel: &'static str, head: usize, [rows, n]: [usize; 2], owned: usize) -> Self {
-        Self { kernel, rows, threads: 128, features: usize::MAX, shared: (owned * rows + 4 * n) * head * 2 }
+        let shared = (owned * rows + 4 * n) * head * 2;
+        Self { kernel, head: Some(head), rows, threads: 128, features: usize::MAX, shared }
+    }
+
+    /// The same of a kernel whose warpgroups own 64 rows each, of tiles that start at multiples of 1024 bytes.
+    fn warpgroups(kernel: &'static str, head: usize, [warpgroups, n]: [usize; 2], owned: usize) -> Self {
+        let blocks = Self::tensor_cores(kernel, head, [64 * warpgroups, n], owned);
+        Self { threads: 128 * warpgroups, shared: blocks.shared + 1024, ..blocks }
     }
 
     fn forward(rung: Rung, dtype: DType) -> Self {
         match rung {
             Rung::Plain(_) => Self::plain("attention_fwd", dtype),
-            Rung::TensorCores(head) => {
+            Rung::TensorCores(head, _) => {
                 Self::tensor_cores("attention_mma_fwd", head, [128, if head == 128 { 32 } else { 64 }], 1)
             }
+            Rung::Warpgroups(head) => Self::warpgroups("attention_wgmma_fwd", head, [2, 128], 1),
         }
     }
 
     fn queries(rung: Rung, dtype: DType, position: bool) -> Self {
         match rung {
             Rung::Plain(_) => Self::plain("attention_bwd_queries", dtype),
-            Rung::TensorCores(head) => {
+            Rung::TensorCores(head, _) | Rung::Warpgroups(head) => {
                 let [rows, n] = match head {
                     128 => [64, 32],
                     64 => [128, 32],
@@ -127,7 +152,7 @@ impl Blocks {
     fn keys(rung: Rung, dtype: DType) -> Self {
         match rung {
             Rung::Plain(_) => Self::plain("attention_bwd_keys", dtype),
-            Rung::TensorCores(head) => {
+            Rung::TensorCores(head, _) | Rung::Warpgroups(head) => {
                 Self::tensor_cores("attention_mma_bwd_keys", head, [64, if head == 128 { 32 } else { 64 }], 2)
             }
         }
@@ -166,7 +191,7 @@ impl<'a> Call<'a> {
             Error::shape(OP, format!("{queries} queries and {keys} keys are more than the kernels can count"))
         );
         let terms = problem.position.as_ref().map(|position| Terms::new(gpu, position, &problem.sizes)).transpose()?;
-        let rung = rung(gpu.architecture(), problem.q.dtype(), [d, e]);
+        let rung = rung(gpu.target(), problem.q.dtype(), [d, e]);
         let [q, k, v] = [&problem.q, &problem.k, &problem.v].map(|x| rung.operand(x));
         let mut call = Self { gpu, problem, rung, q: q?, k: k?, v: v?, curves: None, terms };
         if let (Some(position), Some(terms)) = (&problem.position, &call.terms) {
@@ -241,9 +266,9 @@ impl<'a> Call<'a> {
         };
         let grid = Grid::new([x, y, 1], [blocks.threads as u32, 1, 1]).shared(blocks.shared);
         let dtype = ("DTYPE", self.problem.q.dtype().name());
-        let kernel = match self.rung {
-            Rung::Plain(_) => self.gpu.kernel(blocks.kernel, &[dtype])?,
-            Rung::TensorCores(head) => {
+        let kernel = match blocks.head {
+            None => self.gpu.kernel(blocks.kernel, &[dtype])?,
+            Some(head) => {
                 let head = match head {
                     32 => "32",
                     64 => "64",
@@ -467,5 +492,37 @@ impl Memory {
 
     fn finish(self) -> Result<Option<Tensor>> {
         self.memory.map(|memory| self.order.view(memory)).transpose()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{Rung, choose};
+    use crate::{DType, device::cuda::Target};
+
+    fn of(target: &str, dtype: DType, features: [usize; 2], limit: &str) -> Rung {
+        choose(target.parse().unwrap(), dtype, features, limit)
+    }
+
+    #[test]
+    fn warpgroups_serve_what_only_they_can() {
+        for dtype in [DType::BF16, DType::F16] {
+            for (features, head) in [([64, 64], 64), ([40, 8], 64), ([128, 64], 128), ([8, 72], 128)] {
+                assert_eq!(of("sm_90a", dtype, features, ""), Rung::Warpgroups(head), "{features:?}");
+                // Code for other cards, for all of the same generation and as PTX, has no such instructions.
+                for other in ["sm_80", "sm_89", "sm_90", "compute_90", "sm_100", "sm_120"] {
+                    let fallback = matches!(of(other, dtype, features, ""), Rung::TensorCores(h, _) if h == head);
+                    assert!(fallback, "{other}, {features:?}");
+                }
+                assert!(matches!(of("sm_90a", dtype, features, "mma"), Rung::TensorCores(h, _) if h == head));
+                assert!(matches!(of("sm_90a", dtype, features, "plain"), Rung::Plain(_)));
+            }
+            assert!(matches!(of("sm_90a", dtype, [32, 16], ""), Rung::TensorCores(32, _)));
+            for features in [[60, 64], [64, 130], [136, 64]] {
+                assert!(matches!(of("sm_90a", dtype, features, ""), Rung::Plain(_)), "{features:?}");
+            }
+            assert!(matches!(of("sm_75", dtype, [64, 64], ""), Rung::Plain(_)));
+        }
+        assert!(matches!(of("sm_90a", DType::F32, [64, 64], ""), Rung::Plain(_)));
     }
 }

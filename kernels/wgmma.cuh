@@ -1,0 +1,98 @@
+// Products of warpgroups (sm_90a) for bf16 and f16, summed in f32, of tiles in shared memory. The instructions, the
+// layouts of their fragments and of their operands in memory are in ptx.cuh.
+
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+
+constexpr i32 WARPGROUP = 128;
+
+// A tile in shared memory as wgmma reads it: blocks of ROWS rows of 64 elements, the packets of 128 bits of a row in
+// an order that depends on the row. Starts at a multiple of 1024 bytes.
+template <i32 ROWS, i32 WIDTH> struct WgmmaTile {
+    static_assert(WIDTH % 64 == 0 && ROWS % 16 == 0, "tiles are whole blocks of 64 columns");
+    // Between rows, in elements.
+    static constexpr i32 PITCH = 64;
+    static constexpr i32 PACKETS = WIDTH / 8, ELEMENTS = ROWS * WIDTH;
+    T* start;
+
+    __device__ __forceinline__ T* packet(i32 row, i32 packet) const {
+        return start + packet / 8 * (64 * ROWS) + row * 64 + (packet % 8 ^ row % 8) * 8;
+    }
+
+    // Descriptor of elements 16 k … + 15 of the rows from `row` on, a multiple of 8: the operand a, or b transposed.
+    __device__ __forceinline__ u64 rows(i32 row, i32 k) const {
+        return descriptor(64 * 8 * 2, 0) + row * 8 + k / 4 * (8 * ROWS) + k % 4 * 2;
+    }
+    // Descriptor of rows 16 k … + 15: the operand b.
+    __device__ __forceinline__ u64 columns(i32 k) const { return descriptor(64 * 8 * 2, 64 * ROWS * 2) + k * 128; }
+
+  private:
+    __device__ __forceinline__ u64 descriptor(u32 between_rows, u32 between_columns) const {
+        return (u64)1 << 62 | (u64)(between_rows / 16) << 32 | (u64)(between_columns / 16) << 16 |
+               (ptx_shared_address(start) & 0x3FFFF) / 16;
+    }
+};
+
+// The start of dynamic shared memory for tiles, which launches give 1024 bytes more for.
+__device__ __forceinline__ T* wgmma_memory(void* memory) {
+    const u32 address = ptx_shared_address(memory);
+    return reinterpret_cast<T*>(static_cast<char*>(memory) + (1024 - address % 1024) % 1024);
+}
+
+// What a warpgroup multiplies from registers: [64, K] in the type of tensors.
+template <i32 K> struct WgmmaOperand {
+    u32 of[K / 16][4];
+
+    // A warp's sums, rounded.
+    __device__ __forceinline__ void set(const Sums<1, K>& from) {
+#pragma unroll
+        for (i32 k = 0; k < K / 16; ++k) {
+            const auto &left = from.of[0][2 * k], &right = from.of[0][2 * k + 1];
+            of[k][0] = TensorCore<T>::pack(left[0], left[1]);
+            of[k][1] = TensorCore<T>::pack(left[2], left[3]);
+            of[k][2] = TensorCore<T>::pack(right[0], right[1]);
+            of[k][3] = TensorCore<T>::pack(right[2], right[3]);
+        }
+    }
+    __device__ __forceinline__ void clear() {
+#pragma unroll
+        for (i32 k = 0; k < K / 16; ++k) of[k][0] = of[k][1] = of[k][2] = of[k][3] = 0;
+    }
+    __device__ __forceinline__ void settle() {
+#pragma unroll
+        for (i32 k = 0; k < K / 16; ++k) {
+#pragma unroll
+            for (i32 i = 0; i < 4; ++i) ptx_settle(of[k][i]);
+        }
+    }
+};
+
+// Starts to = a bᵀ for 64 rows of `a` from `row` on and the N rows of `b`, a group of products.
+template <i32 N, i32 ROWS, i32 WIDTH>
+__device__ __forceinline__ void wgmma_rows(
+    Sums<1, N>& to, const WgmmaTile<ROWS, WIDTH>& a, i32 row, const WgmmaTile<N, WIDTH>& b) {
+    ptx_wgmma_fence();
+#pragma unroll
+    for (i32 k = 0; k < WIDTH / 16; ++k) ptx_wgmma_ss<IS_F16>(to.of[0], a.rows(row, k), b.rows(0, k), k > 0);
+    ptx_wgmma_commit();
+}
+
+// Starts to += a b, or to = a b unless `add`, a group of products.
+template <i32 N, i32 K>
+__device__ __forceinline__ void wgmma_product(
+    Sums<1, N>& to, const WgmmaOperand<K>& a, const WgmmaTile<K, N>& b, bool add = true) {
+    ptx_wgmma_fence();
+#pragma unroll
+    for (i32 k = 0; k < K / 16; ++k) ptx_wgmma_rs<IS_F16>(to.of[0], a.of[k], b.columns(k), add || k > 0);
+    ptx_wgmma_commit();
+}
+
+// Called after the wait for what sums are the result of, before they are used.
+template <i32 N> __device__ __forceinline__ void wgmma_settle(Sums<1, N>& sums) {
+#pragma unroll
+    for (i32 n = 0; n < N / 8; ++n) {
+#pragma unroll
+        for (i32 i = 0; i < 4; ++i) ptx_settle(sums.of[0][n][i]);
+    }
+}
+
+#endif
