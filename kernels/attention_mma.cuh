@@ -181,8 +181,19 @@ template <i32 M, i32 N, bool BY_KEY> struct ScoreSums : Sums<M, N> {
     __device__ __forceinline__ bool weigh(f32 unit, const Statistics* statistics, i32 count) {
         const i32 end = min(BY_KEY ? N : 16 * M, count);
         const auto of_query = [&](i32 q) { return query(q) < count ? statistics[query(q)] : Statistics{0, 0}; };
-        const bool large = warp_any(0, end, [&](i32 row) { return fabs(statistics[row].largest) > LARGE_SCORE; });
-        const bool sharp = warp_any(0, end, [&](i32 row) { return statistics[row].share > 0.999f; });
+        const bool large = warp_any(0, end, [&](i32 row) { return is_large(statistics[row]); });
+        const bool sharp = warp_any(0, end, [&](i32 row) { return is_sharp(statistics[row]); });
+        weigh(unit, large, of_query);
+        return sharp;
+    }
+
+    // Whether the scores of a query are large; whether one of its weights may be all that it has.
+    static __device__ __forceinline__ bool is_large(const Statistics& row) { return fabs(row.largest) > LARGE_SCORE; }
+    static __device__ __forceinline__ bool is_sharp(const Statistics& row) { return row.share > 0.999f; }
+
+    // The same by the statistics of each of the thread's queries, and whether the scores of one of the warp's are
+    // large.
+    template <typename F> __device__ __forceinline__ void weigh(f32 unit, bool large, F of_query) {
         f32 to_log2 = unit * LOG2_E;
         if (large) {
             to_log2 = LOG2_E;
@@ -204,7 +215,22 @@ template <i32 M, i32 N, bool BY_KEY> struct ScoreSums : Sums<M, N> {
 #pragma unroll
             for (i32 k = 0; k < KEYS; ++k) score(q, k) = ptx_exp2(score(q, k) * to_log2 - base) * row.share;
         }
-        return sharp;
+    }
+
+    // The same for queries none of which has large scores or a weight that may be all: `base_of` gives the exponent
+    // that stands for largest and share, `exponent_base`.
+    template <typename F> __device__ __forceinline__ void weigh_plainly(f32 unit, F base_of) {
+        const f32 to_log2 = unit * LOG2_E;
+#pragma unroll
+        for (i32 q = 0; q < QUERIES; ++q) {
+            const f32 base = base_of(q);
+#pragma unroll
+            for (i32 k = 0; k < KEYS; ++k) score(q, k) = ptx_exp2(score(q, k) * to_log2 - base);
+        }
+    }
+    // A share of 0, of queries without weights, is an infinite exponent.
+    static __device__ __forceinline__ f32 exponent_base(const Statistics& row) {
+        return row.share == 0 ? infinity() : row.largest * LOG2_E - log2(row.share);
     }
 
     // Gives the queries without keys their weights; `statistics` are those of the tile's queries.
@@ -227,12 +253,20 @@ template <i32 M, i32 N, bool BY_KEY> struct ScoreSums : Sums<M, N> {
     __device__ __forceinline__ void to_score_gradients(
         ScoreSums& weights, const Scores& scores, bool sharp, const f32* delta, i32 count, i32 first_query,
         i32 first_key) {
+        const auto delta_of = [&](i32 q) { return query(q) < count ? delta[query(q)] : 0; };
+        to_score_gradients(weights, scores, sharp, delta_of, first_query, first_key);
+    }
+
+    // The same by the delta of each of the thread's queries.
+    template <typename F>
+    __device__ __forceinline__ void to_score_gradients(
+        ScoreSums& weights, const Scores& scores, bool sharp, F delta_of, i32 first_query, i32 first_key) {
         const bool drops = scores.drops;
         const Bits kept = drops ? undropped(scores, first_query, first_key) : ~Bits(0);
         const f32 factor = scores.factor;
 #pragma unroll
         for (i32 q = 0; q < QUERIES; ++q) {
-            const f32 mean = query(q) < count ? delta[query(q)] : 0;
+            const f32 mean = delta_of(q);
 #pragma unroll
             for (i32 k = 0; k < KEYS; ++k) {
                 f32& ds = score(q, k);
@@ -260,6 +294,47 @@ template <i32 M, i32 N, bool BY_KEY> struct ScoreSums : Sums<M, N> {
         if (drops) weights.drop(kept);
     }
 };
+
+// What all keys have in common, by feature, from some of a tile's: 0 where they differ by more than that. The
+// gradients of a query's scores sum to zero, but rounded as operands they do not quite, and the common part would
+// multiply the rest of the sum: it is taken from the result. The tile's first key is `first`; returns whether there
+// is anything. All threads of the block call it, HEAD of which compute it for a feature each.
+template <i32 COUNT, typename By>
+__device__ __forceinline__ bool common_part(f32* common, const By& keys, const Scores& scores, i32 first) {
+    constexpr i32 SAMPLE = 16;
+    f32 mean = 0;
+    if (threadIdx.x < HEAD) {
+        f32 from = 0, sum = 0, squares = 0, count = 0;
+#pragma unroll 4
+        for (i32 i = 0; i < SAMPLE; ++i) {
+            const i32 row = i * (COUNT / SAMPLE), key = first + row;
+            if (key >= scores.keys || !(!scores.key_mask || key < scores.mem_keys || scores.key_mask[key])) continue;
+            const f32 value = Element<T>::to_acc(keys.packet(row, threadIdx.x / 8)[threadIdx.x % 8]);
+            if (count == 0) from = value;
+            const f32 difference = value - from;
+            sum += difference, squares += difference * difference, count += 1;
+        }
+        const f32 part = 1 / fmax(count, 1.0f), shift = sum * part, variance = squares * part - shift * shift;
+        mean = from + shift;
+        // False where one is NaN.
+        if (!(mean * mean > 4 * variance)) mean = 0;
+        common[threadIdx.x] = mean;
+    }
+    return __syncthreads_or(mean != 0);
+}
+
+// Takes from the rows of a warp what keys have in common, times the sums of their gradients as they were multiplied, of
+// which each thread has a part.
+template <i32 M>
+__device__ __forceinline__ void take_common(Sums<M, HEAD>& sums, f32 (&gradients)[2 * M], const f32* common) {
+#pragma unroll
+    for (i32 r = 0; r < 2 * M; ++r) {
+        gradients[r] += __shfl_xor_sync(0xFFFFFFFF, gradients[r], 1);
+        gradients[r] += __shfl_xor_sync(0xFFFFFFFF, gradients[r], 2);
+#pragma unroll
+        for (i32 c = 0; c < HEAD / 4; ++c) sums.at(r, c) -= gradients[r] * common[Sums<M, HEAD>::column(c)];
+    }
+}
 
 // Turns the rows of a warp into what rounding takes from them, times `RESIDUAL_SCALE`.
 template <i32 M> __device__ __forceinline__ void to_residual(Sums<M, HEAD>& sums) {

@@ -27,6 +27,7 @@ extern "C" __global__ void __launch_bounds__(MMA_THREADS, 2) attention_mma_bwd_q
     __shared__ Scores scores;
     __shared__ Rows q_rows, k_rows, v_rows, grad_rows;
     __shared__ PositionTile<ROWS, N, f32> position_tile;
+    __shared__ f32 common[HEAD];
     const i32 heads = q_at.dims[1], queries = q_at.dims[2], keys = k_at.dims[2];
     const i32 tiles = ceil_div(queries, ROWS), index = blockIdx.x / tiles;
     const i32 batch = index / heads, head = index % heads, first = (tiles - 1 - blockIdx.x % tiles) * ROWS;
@@ -74,6 +75,10 @@ extern "C" __global__ void __launch_bounds__(MMA_THREADS, 2) attention_mma_bwd_q
     copy_rows<ROWS>(q_tile, q_rows, first);
     copy_rows<ROWS>(grad_tile, grad_rows, first);
     copy_keys(key, 0);
+    ptx_cp_async_wait<0>();
+    __syncthreads();
+    const bool has_common = key < seen.end && common_part<N>(common, k_tile(0), scores, key);
+    f32 gradients[2 * M] = {};
     while (key < seen.end) {
         const i32 following = next(key + N);
         copy_keys(following, stage ^ 1);
@@ -96,6 +101,15 @@ extern "C" __global__ void __launch_bounds__(MMA_THREADS, 2) attention_mma_bwd_q
             }
             position_tile.add(position_sums, ds_tile, DS_PITCH, terms, key - first);
         }
+        if (has_common) {
+#pragma unroll
+            for (i32 r = 0; r < ds.ROWS; ++r) {
+#pragma unroll
+                for (i32 c = 0; c < ds.COLUMNS; ++c) {
+                    gradients[r] += Element<T>::to_acc(Element<T>::from_acc(ds.at(r, c)));
+                }
+            }
+        }
         if (dq) acc.add_product(ds, k_tile(stage));
         __syncthreads();
         key = following, stage ^= 1;
@@ -103,6 +117,7 @@ extern "C" __global__ void __launch_bounds__(MMA_THREADS, 2) attention_mma_bwd_q
     ptx_cp_async_wait<0>();
     // The copies of all threads have landed where results are put together.
     __syncthreads();
+    if (has_common) take_common(acc, gradients, common);
     if (dq) write_rows(dq, dq_at, batch, head, first, acc, scores.scale, q_tile);
 #endif
 }

@@ -7,11 +7,7 @@
 
 #include "attention_wgmma_fwd.cuh"
 
-#if HEAD == 64
-constexpr i32 FORWARD_WARPGROUPS = 2, FORWARD_KEYS = 128, FORWARD_BLOCKS = 1;
-#else
-constexpr i32 FORWARD_WARPGROUPS = 2, FORWARD_KEYS = 128, FORWARD_BLOCKS = 1;
-#endif
+constexpr i32 FORWARD_WARPGROUPS = 2, FORWARD_BLOCKS = 1;
 
 extern "C" __global__ void __launch_bounds__(128 * FORWARD_WARPGROUPS, FORWARD_BLOCKS) attention_wgmma_fwd(
     T* out, Statistics* statistics, T* residual, const T* q, const T* k, const T* v, const bool* mask, const bool*
@@ -21,7 +17,7 @@ extern "C" __global__ void __launch_bounds__(128 * FORWARD_WARPGROUPS, FORWARD_B
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
     const Spec spec = {mask,     query_mask, key_mask, bias,  curves, mask_at, bias_at,   unmasked,
                        mem_keys, past,       causal,   scale, seed,   stream,  threshold, factor};
-    WgmmaForward<FORWARD_WARPGROUPS, FORWARD_KEYS, true> forward;
+    WgmmaForward<FORWARD_WARPGROUPS, 128, true> forward;
     forward.run(out, statistics, residual, q, k, v, out_at, q_at, k_at, v_at, spec);
 #endif
 }

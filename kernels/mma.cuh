@@ -7,6 +7,10 @@ template <typename E> struct TensorCore;
 
 template <> struct TensorCore<bf16> {
     static __device__ __forceinline__ u32 pack(f32 low, f32 high) { return ptx_pack_bf16(low, high); }
+    // Of the two values.
+    static __device__ __forceinline__ f32 sum(u32 pair) {
+        return __uint_as_float(pair << 16) + __uint_as_float(pair & 0xFFFF0000);
+    }
     static __device__ __forceinline__ void multiply(f32 (&d)[4], const u32 (&a)[4], const u32 (&b)[2]) {
         ptx_mma_m16n8k16_bf16(d, a, b);
     }
@@ -14,6 +18,9 @@ template <> struct TensorCore<bf16> {
 
 template <> struct TensorCore<f16> {
     static __device__ __forceinline__ u32 pack(f32 low, f32 high) { return ptx_pack_f16(low, high); }
+    static __device__ __forceinline__ f32 sum(u32 pair) {
+        return ptx_f16_to_f32((unsigned short)pair) + ptx_f16_to_f32((unsigned short)(pair >> 16));
+    }
     static __device__ __forceinline__ void multiply(f32 (&d)[4], const u32 (&a)[4], const u32 (&b)[2]) {
         ptx_mma_m16n8k16_f16(d, a, b);
     }

@@ -19,16 +19,22 @@ template <i32 ROWS, i32 WIDTH> struct WgmmaTile {
     }
 
     // Descriptor of elements 16 k … + 15 of the rows from `row` on, a multiple of 8: the operand a, or b transposed.
-    __device__ __forceinline__ u64 rows(i32 row, i32 k) const {
-        return descriptor(64 * 8 * 2, 0) + row * 8 + k / 4 * (8 * ROWS) + k % 4 * 2;
+    static __device__ __forceinline__ u64 rows(u32 place, i32 row, i32 k) {
+        return descriptor(place + row * 8 + k / 4 * (8 * ROWS) + k % 4 * 2);
     }
     // Descriptor of rows 16 k … + 15: the operand b.
-    __device__ __forceinline__ u64 columns(i32 k) const { return descriptor(64 * 8 * 2, 64 * ROWS * 2) + k * 128; }
+    static __device__ __forceinline__ u64 columns(u32 place, i32 k) { return descriptor(place + k * 128); }
+
+    // What both take for `place`: known to the compiler where it is used, or descriptors would be kept in registers.
+    __device__ __forceinline__ u32 place() const {
+        // Between a block of 64 columns and the next, and address: both in units of 16 bytes.
+        return ptx_opaque((u32)(64 * ROWS * 2 / 16) << 16 | (ptx_shared_address(start) & 0x3FFFF) / 16);
+    }
 
   private:
-    __device__ __forceinline__ u64 descriptor(u32 between_rows, u32 between_columns) const {
-        return (u64)1 << 62 | (u64)(between_rows / 16) << 32 | (u64)(between_columns / 16) << 16 |
-               (ptx_shared_address(start) & 0x3FFFF) / 16;
+    static __device__ __forceinline__ u64 descriptor(u32 low) {
+        // Swizzle of 128 bytes, eight rows of 128 bytes.
+        return (u64)((u32)1 << 30 | 8 * 128 / 16) << 32 | low;
     }
 };
 
@@ -53,6 +59,14 @@ template <i32 K> struct WgmmaOperand {
             of[k][3] = TensorCore<T>::pack(right[2], right[3]);
         }
     }
+    // Adds what the thread has of its two rows to their sums.
+    __device__ __forceinline__ void add_to(f32 (&sums)[2]) const {
+#pragma unroll
+        for (i32 k = 0; k < K / 16; ++k) {
+#pragma unroll
+            for (i32 i = 0; i < 4; ++i) sums[i % 2] += TensorCore<T>::sum(of[k][i]);
+        }
+    }
     __device__ __forceinline__ void clear() {
 #pragma unroll
         for (i32 k = 0; k < K / 16; ++k) of[k][0] = of[k][1] = of[k][2] = of[k][3] = 0;
@@ -70,9 +84,12 @@ template <i32 K> struct WgmmaOperand {
 template <i32 N, i32 ROWS, i32 WIDTH>
 __device__ __forceinline__ void wgmma_rows(
     Sums<1, N>& to, const WgmmaTile<ROWS, WIDTH>& a, i32 row, const WgmmaTile<N, WIDTH>& b) {
+    const u32 a_place = a.place(), b_place = b.place();
     ptx_wgmma_fence();
 #pragma unroll
-    for (i32 k = 0; k < WIDTH / 16; ++k) ptx_wgmma_ss<IS_F16>(to.of[0], a.rows(row, k), b.rows(0, k), k > 0);
+    for (i32 k = 0; k < WIDTH / 16; ++k) {
+        ptx_wgmma_ss<IS_F16>(to.of[0], a.rows(a_place, row, k), b.rows(b_place, 0, k), k > 0);
+    }
     ptx_wgmma_commit();
 }
 
@@ -80,9 +97,10 @@ __device__ __forceinline__ void wgmma_rows(
 template <i32 N, i32 K>
 __device__ __forceinline__ void wgmma_product(
     Sums<1, N>& to, const WgmmaOperand<K>& a, const WgmmaTile<K, N>& b, bool add = true) {
+    const u32 place = b.place();
     ptx_wgmma_fence();
 #pragma unroll
-    for (i32 k = 0; k < K / 16; ++k) ptx_wgmma_rs<IS_F16>(to.of[0], a.of[k], b.columns(k), add || k > 0);
+    for (i32 k = 0; k < K / 16; ++k) ptx_wgmma_rs<IS_F16>(to.of[0], a.of[k], b.columns(place, k), add || k > 0);
     ptx_wgmma_commit();
 }
 

@@ -116,10 +116,17 @@ impl Blocks {
         Self { kernel, head: Some(head), rows, threads: 128, features: usize::MAX, shared }
     }
 
-    /// The same of a kernel whose warpgroups own 64 rows each, of tiles that start at multiples of 1024 bytes.
-    fn warpgroups(kernel: &'static str, head: usize, [warpgroups, n]: [usize; 2], owned: usize) -> Self {
-        let blocks = Self::tensor_cores(kernel, head, [64 * warpgroups, n], owned);
-        Self { threads: 128 * warpgroups, shared: blocks.shared + 1024, ..blocks }
+    /// The same of a kernel whose `warpgroups` own 64 rows each of `owned` tensors, beside `passing` tiles of `n` rows; all
+    /// tiles start at multiples of 1024 bytes.
+    fn warpgroups(
+        kernel: &'static str,
+        head: usize,
+        [warpgroups, owned]: [usize; 2],
+        [passing, n]: [usize; 2],
+    ) -> Self {
+        let shared = (owned * 64 * warpgroups + passing * n) * head * 2 + 1024;
+        let (rows, threads) = (64 * warpgroups, 128 * warpgroups);
+        Self { kernel, head: Some(head), rows, threads, features: usize::MAX, shared }
     }
 
     fn forward(rung: Rung, dtype: DType) -> Self {
@@ -128,13 +135,17 @@ impl Blocks {
             Rung::TensorCores(head, _) => {
                 Self::tensor_cores("attention_mma_fwd", head, [128, if head == 128 { 32 } else { 64 }], 1)
             }
-            Rung::Warpgroups(head) => Self::warpgroups("attention_wgmma_fwd", head, [2, 128], 1),
+            Rung::Warpgroups(head) => Self::warpgroups("attention_wgmma_fwd", head, [2, 1], [4, 128]),
         }
     }
 
+    /// `position`: the gradient of the position bias is wanted, which warpgroups do not compute.
     fn queries(rung: Rung, dtype: DType, position: bool) -> Self {
         match rung {
             Rung::Plain(_) => Self::plain("attention_bwd_queries", dtype),
+            Rung::Warpgroups(head) if !position => {
+                Self::warpgroups("attention_wgmma_bwd_queries", head, [2, 2], [5, 64])
+            }
             Rung::TensorCores(head, _) | Rung::Warpgroups(head) => {
                 let [rows, n] = match head {
                     128 => [64, 32],
@@ -152,9 +163,10 @@ impl Blocks {
     fn keys(rung: Rung, dtype: DType) -> Self {
         match rung {
             Rung::Plain(_) => Self::plain("attention_bwd_keys", dtype),
-            Rung::TensorCores(head, _) | Rung::Warpgroups(head) => {
+            Rung::TensorCores(head, _) => {
                 Self::tensor_cores("attention_mma_bwd_keys", head, [64, if head == 128 { 32 } else { 64 }], 2)
             }
+            Rung::Warpgroups(head) => Self::warpgroups("attention_wgmma_bwd_keys", head, [2, 2], [6, 64]),
         }
     }
 }
