@@ -19,6 +19,8 @@ mod instructions;
 mod kernels;
 #[path = "emulator/versions.rs"]
 mod versions;
+#[path = "emulator/warpgroup_faults.rs"]
+mod warpgroup_faults;
 #[path = "emulator/warpgroups.rs"]
 mod warpgroups;
 

@@ -1,7 +1,10 @@
 //! The library and its kernels on the emulated card, beside the same on the CPU. The contract suite does this for every
 //! op, where it is told to; these few run with the emulator's own tests.
 
-use x_transformers::{DType, Device, Result, Tape, Tensor};
+use x_transformers::{
+    DType, Device, Philox, Result, Tape, Tensor,
+    ops::{AttentionSpec, PositionBias, attention, attention_rung},
+};
 
 use crate::{emulated, here};
 
@@ -58,6 +61,63 @@ fn copies_and_dropout_are_those_of_the_cpu() {
         let gpu = Device::cuda(0).unwrap();
         for dtype in [DType::F64, DType::F32, DType::BF16, DType::F16, DType::I64, DType::Bool] {
             assert_eq!(values(&gpu, dtype).unwrap(), values(&Device::Cpu, dtype).unwrap(), "{dtype}");
+        }
+    });
+}
+
+/// Output and gradients of attention, on a device, in a type, of operands that bf16 holds.
+fn attend(device: &Device, dtype: DType, [heads, kv_heads, queries, keys, d, e]: [usize; 6]) -> Result<Vec<Vec<f64>>> {
+    let random = |stream: u64, shape: [usize; 4]| {
+        let random = Philox::new(5, stream);
+        let value = |i: usize| half::bf16::from_f64(random.normal(i as u64)).to_f64();
+        Tensor::generate(shape, dtype, device, value)?.requires_grad()
+    };
+    let (q, k) = (random(1, [2, heads, queries, d])?, random(2, [2, kv_heads, keys, d])?);
+    let (v, bias) = (random(3, [2, kv_heads, keys, e])?, random(4, [1, heads, queries, keys])?);
+    let slopes = Tensor::generate([heads], DType::F32, device, |h| 0.25 / (h + 1) as f64)?;
+    // The second sequence has no key in front, and a query without any.
+    let key_mask =
+        Tensor::from_vec((0..2 * keys).map(|i| i < keys || i > keys + 70).collect::<Vec<_>>(), [2, keys], device)?;
+    let mask = Tensor::from_vec((0..queries * keys).map(|i| i % 7 > 0).collect::<Vec<_>>(), [queries, keys], device)?;
+    let plain = AttentionSpec { scale: (d as f64).powf(-0.5), ..AttentionSpec::default() };
+    let alibi = PositionBias::Alibi { slopes: &slopes };
+    let specs = [
+        plain.clone(),
+        AttentionSpec { causal: true, key_mask: Some(&key_mask), ..plain.clone() },
+        AttentionSpec { causal: true, max_attend_past: Some(40), position_bias: alibi, ..plain.clone() },
+        AttentionSpec { mask: Some(&mask), bias: Some(&bias), dropout: 0.2, ..plain },
+    ];
+    let mut results = Vec::new();
+    for spec in specs {
+        let mut tape = Tape::train(3);
+        let out = attention(&q, &k, &v, &spec)?;
+        let grads = tape.backward(&out.mul(&random(6, [2, heads, queries, e])?.detach())?.sum(&[])?)?;
+        results.push(out.to_f64_vec()?);
+        for x in [&q, &k, &v] {
+            results.push(grads.get(x).expect("a gradient").to_f64_vec()?);
+        }
+    }
+    Ok(results)
+}
+
+#[test]
+fn attention_of_warpgroups_follows_the_cpu() {
+    emulated(here!(), &[("XT_EMULATOR_ARCH", "90")], || {
+        let gpu = Device::cuda(0).unwrap();
+        for (dtype, sizes, bound) in
+            [(DType::BF16, [2, 1, 140, 150, 64, 40], 1e-2), (DType::F16, [2, 2, 70, 200, 72, 128], 2e-3)]
+        {
+            let rung = attention_rung(&gpu, dtype, sizes[4], sizes[5]).unwrap();
+            assert!(rung.starts_with("warpgroups"), "{rung}");
+            let actual = attend(&gpu, dtype, sizes).unwrap();
+            let expected = attend(&Device::Cpu, DType::F32, sizes).unwrap();
+            for (i, (actual, expected)) in actual.iter().zip(&expected).enumerate() {
+                let norm = |values: &mut dyn Iterator<Item = f64>| values.map(|x| x * x).sum::<f64>().sqrt();
+                let error = norm(&mut actual.iter().zip(expected).map(|(a, e)| a - e));
+                let size = norm(&mut expected.iter().copied());
+                let name = ["out", "dq", "dk", "dv"][i % 4];
+                assert!(error <= bound * size, "{dtype}, case {}, {name}: {error:e} of {size:e}", i / 4);
+            }
         }
     });
 }
