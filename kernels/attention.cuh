@@ -78,6 +78,8 @@ struct Spec {
     i32 unmasked, mem_keys;
     // Largest distance at which a key is kept. May be as large as queries + keys, not more.
     i32 past, causal;
+    // Whether each curve is a number times the distance, counted from where the query is.
+    i32 linear;
     f64 scale;
     u64 seed, stream, threshold;
     f64 factor;
@@ -89,7 +91,7 @@ struct Scores {
     // A query's position among the keys is its number + shift.
     i32 shift;
     i32 mem_keys, past;
-    bool causal, drops;
+    bool causal, drops, linear;
     Acc scale, factor;
     // Weights are summed as this power of two of themselves, so that no mean of finite values leaves the range of
     // numbers on the way. Sums of f16 cannot.
@@ -100,6 +102,8 @@ struct Scores {
     i64 bias_query, bias_key;
     // The bias of distance 0: distances from 1 - queries to keys - 1 lie around it.
     const Acc* curve;
+    // Where it is linear, the bias of the key behind a query's position.
+    Acc slope;
     // Position of the head's first score among all: dropout counts them.
     u64 first;
     u64 seed, stream, threshold;
@@ -127,6 +131,9 @@ struct Scores {
         const i64 padding = (i64)batch * (keys - spec.unmasked) - spec.unmasked;
         key_mask = spec.key_mask ? spec.key_mask + padding : nullptr;
         curve = spec.curves ? spec.curves + (i64)head * (queries + keys - 1) + queries - 1 : nullptr;
+        // A distance of 1 from the first query's position: one query alone has none, nor needs it.
+        linear = curve && spec.linear && queries > 1;
+        slope = linear ? curve[shift + 1] : 0;
     }
 
     // The keys that causality and the maximum past leave to one of the queries `first` to `last`.
@@ -157,10 +164,14 @@ struct Scores {
     // Whether the scores of a tile are scaled products and nothing else: all exist, and none is masked or biased. All
     // threads of a warp ask alike.
     __device__ __forceinline__ bool plain(i32 query, i32 key, i32 rows, i32 columns) const {
+        return inside(query, key, rows, columns) && !mask && !curve && !bias && !pads_keys(key, columns);
+    }
+
+    // Whether all scores of a tile exist, and causality, the maximum past and the queries' padding keep them.
+    __device__ __forceinline__ bool inside(i32 query, i32 key, i32 rows, i32 columns) const {
         // A key that both the first and the last query keep is kept by those between them.
         const Span all = {keys_of(query + rows - 1, query).start, keys_of(query, query).end};
-        const bool inside = key >= all.start && key + columns <= all.end && query + rows <= queries;
-        return inside && !mask && !curve && !bias && !pads_keys(key, columns) && !pads_queries(query, rows);
+        return key >= all.start && key + columns <= all.end && query + rows <= queries && !pads_queries(query, rows);
     }
 
     // The keys that causality, the maximum past and a query's own padding leave to it.

@@ -7,6 +7,9 @@
 
 #include "mma.cuh"
 
+// The file that includes this says by SPANS whether registers leave room for a path of its own for scores without masks
+// and biases, but those that are a slope times the distance.
+
 constexpr i32 WARPS = 4, MMA_THREADS = 32 * WARPS;
 
 #if __CUDA_ARCH__ >= 800
@@ -78,12 +81,25 @@ template <i32 M, i32 N, bool BY_KEY> struct ScoreSums : Sums<M, N> {
         Bits kept = ~Bits(0);
         const bool masked = scores.mask || scores.pads_keys(first_key, columns), biased = scores.biased();
         const f32 scale = scores.scale;
-        if (!masked && !biased && scale > 0) {
+        // Without masks and tables, spans and slopes decide on a score.
+        const bool linear = scores.linear && !scores.bias;
+        if (SPANS && !masked && (linear || !biased && scale > 0)) {
+            if (linear) {
+                const f32 slope = scores.slope;
+#pragma unroll
+                for (i32 q = 0; q < QUERIES; ++q) {
+                    // As seen from the thread's first key.
+                    const f32 distance = first_key + key(0) - first_query - query(q) - scores.shift;
+#pragma unroll
+                    for (i32 k = 0; k < KEYS; ++k) {
+                        score(q, k) = score(q, k) * scale + slope * (distance + (f32)(key(k) - key(0)));
+                    }
+                }
+            }
 #pragma unroll
             for (i32 q = 0; q < QUERIES; ++q) {
                 const i32 row = first_query + query(q);
                 const Span span = scores.kept(min(row, scores.queries - 1));
-                // As seen from the thread's first key.
                 const i32 start = span.start - first_key - key(0);
                 const i32 end = row < scores.queries ? span.end - first_key - key(0) : start;
 #pragma unroll
@@ -92,7 +108,7 @@ template <i32 M, i32 N, bool BY_KEY> struct ScoreSums : Sums<M, N> {
                     if (place < start || place >= end) score(q, k) = -infinity();
                 }
             }
-            return scale;
+            return linear ? 1 : scale;
         }
         if (masked) kept = masks(scores, first_query, first_key);
 #pragma unroll
@@ -102,7 +118,9 @@ template <i32 M, i32 N, bool BY_KEY> struct ScoreSums : Sums<M, N> {
             const RowBias bias = scores.bias_of(row);
 #pragma unroll
             for (i32 k = 0; k < KEYS; ++k) {
-                if (k % 8 == 0) ptx_keep_order();
+                if constexpr (KEYS > 8) {
+                    if (k % 8 == 0) ptx_keep_order();
+                }
                 const i32 column = first_key + key(k);
                 const bool keep = column >= span.start && column < span.end && row < scores.queries &&
                                   kept >> (q * KEYS + k) & 1;

@@ -11,6 +11,9 @@
 // Variants: DTYPE=bf16,f16 HEAD=64,128
 
 #include "common.cuh"
+
+constexpr bool SPANS = true;
+
 #include "attention.cuh"
 #include "attention_mma.cuh"
 #include "wgmma.cuh"
@@ -49,8 +52,8 @@ extern "C" __global__ void __launch_bounds__(BACKWARD_THREADS, 1) attention_wgmm
     T* dq, f32* position, const T* grad, const T* q, const T* k, const T* v, const Statistics* statistics, const f32*
     delta, const i64* bucket_of, const bool* mask, const bool* query_mask, const bool* key_mask, const T* bias, const
     f32* curves, Layout dq_at, Layout grad_at, Layout q_at, Layout k_at, Layout v_at, i32 parameters, i32 reach, i32
-    behind, Layout mask_at, Layout bias_at, i32 unmasked, i32 mem_keys, i32 past, i32 causal, f64 scale, u64 seed, u64
-    stream, u64 threshold, f64 factor) {
+    behind, Layout mask_at, Layout bias_at, i32 unmasked, i32 mem_keys, i32 past, i32 causal, i32 linear, f64 scale,
+    u64 seed, u64 stream, u64 threshold, f64 factor) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
     constexpr i32 N = 64;
     typedef WgmmaTile<N, HEAD> PassingTile;
@@ -63,8 +66,9 @@ extern "C" __global__ void __launch_bounds__(BACKWARD_THREADS, 1) attention_wgmm
     const Place place(tiles);
     const i32 index = place.head, batch = index / heads, head = index % heads, first = (tiles - 1 - place.tile) * ROWS;
     if (threadIdx.x == 0) {
-        const Spec spec = {mask,     query_mask, key_mask, bias,  curves, mask_at, bias_at,   unmasked,
-                           mem_keys, past,       causal,   scale, seed,   stream,  threshold, factor};
+        const Spec spec = {mask,     query_mask, key_mask, bias,   curves, mask_at, bias_at, unmasked,
+                           mem_keys, past,       causal,   linear, scale,  seed,    stream,  threshold,
+                           factor};
         const i32 kv_head = head / (heads / (i32)k_at.dims[1]);
         scores.set(spec, batch, head, heads, queries, keys);
         q_rows.set(q, q_at, batch, head);
@@ -162,7 +166,7 @@ extern "C" __global__ void __launch_bounds__(BACKWARD_THREADS, 1) attention_wgmm
     T* dk, T* dv, const T* grad, const T* q, const T* k, const T* v, const Statistics* statistics, const f32* delta,
     const bool* mask, const bool* query_mask, const bool* key_mask, const T* bias, const f32* curves, Layout dk_at,
     Layout dv_at, Layout grad_at, Layout q_at, Layout k_at, Layout v_at, Layout mask_at, Layout bias_at, i32 unmasked,
-    i32 mem_keys, i32 past, i32 causal, f64 scale, u64 seed, u64 stream, u64 threshold, f64 factor) {
+    i32 mem_keys, i32 past, i32 causal, i32 linear, f64 scale, u64 seed, u64 stream, u64 threshold, f64 factor) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
     // Wide heads leave no registers for operands of products that run beside the next tile.
     constexpr i32 N = 64, STAGES = 3;
@@ -187,8 +191,9 @@ extern "C" __global__ void __launch_bounds__(BACKWARD_THREADS, 1) attention_wgmm
     const auto set_head = [&](i32 head) {
         __syncthreads();
         if (threadIdx.x == 0) {
-            const Spec spec = {mask,     query_mask, key_mask, bias,  curves, mask_at, bias_at,   unmasked,
-                               mem_keys, past,       causal,   scale, seed,   stream,  threshold, factor};
+            const Spec spec = {mask,     query_mask, key_mask, bias,   curves, mask_at, bias_at, unmasked,
+                               mem_keys, past,       causal,   linear, scale,  seed,    stream,  threshold,
+                               factor};
             scores.set(spec, batch, head, heads, queries, keys);
         }
         __syncthreads();

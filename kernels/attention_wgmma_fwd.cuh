@@ -1,6 +1,9 @@
 // The body of attention_wgmma_fwd.cu, by the sizes of its tiles.
 
 #include "common.cuh"
+
+constexpr bool SPANS = true;
+
 #include "attention.cuh"
 #include "attention_mma.cuh"
 #include "wgmma.cuh"

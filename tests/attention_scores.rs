@@ -285,7 +285,7 @@ fn common_directions_cancel() {
                 );
                 let scores = of_query * of_key;
                 // What scores lose beside their common part.
-                let lost = scores * 2e-7;
+                let lost = scores * 2e-7 * (d as f64 / 16.0).sqrt();
                 let allowed = match dtype {
                     DType::F64 => 1e-12 + lost * 1e-8,
                     DType::F32 => lost,

@@ -243,7 +243,7 @@ impl<'a> Call<'a> {
     }
 
     /// The last values of every kernel: the rest of the struct `Spec` of `kernels/attention.cuh`.
-    fn values(&self) -> Result<[Arg; 11]> {
+    fn values(&self) -> Result<[Arg; 12]> {
         let problem = self.problem;
         let Sizes { queries, keys, .. } = problem.sizes;
         let scores = problem.sizes.scores()?;
@@ -262,6 +262,8 @@ impl<'a> Call<'a> {
             size32(problem.mem_keys)? as i32,
             size32(past)? as i32,
             problem.causal as i32,
+            // ALiBi's.
+            self.terms.as_ref().is_some_and(|terms| terms.bucket_of.is_none()) as i32,
             problem.scale,
             seed,
             stream,
