@@ -12,7 +12,7 @@
 
 #include "common.cuh"
 
-constexpr bool SPANS = HEAD != 64;
+#define SPANS (HEAD != 64)
 
 #include "attention.cuh"
 #include "attention_position.cuh"

@@ -12,7 +12,7 @@
 
 #include "common.cuh"
 
-constexpr bool SPANS = true;
+#define SPANS true
 
 #include "attention.cuh"
 #include "attention_mma.cuh"

@@ -2,7 +2,7 @@
 
 #include "common.cuh"
 
-constexpr bool SPANS = true;
+#define SPANS true
 
 #include "attention.cuh"
 #include "attention_mma.cuh"
@@ -75,9 +75,10 @@ template <i32 WARPGROUPS, i32 KEYS, bool OVERLAP> struct WgmmaForward {
         constexpr i32 GROUP = 16;
         const i32 group = blockIdx.x / (GROUP * tiles) * GROUP, members = min(GROUP, (i32)gridDim.x / tiles - group);
         const i32 place = blockIdx.x - group * tiles, index = group + place % members;
-        const i32 batch = index / heads, head = index % heads, first = (tiles - 1 - place / members) * ROWS;
+        const i32 first = (tiles - 1 - place / members) * ROWS;
         if (threadIdx.x == 0) {
             lower = 0;
+            const i32 batch = index / heads, head = index % heads;
             const i32 kv_head = head / (heads / (i32)k_at.dims[1]);
             scores.set(spec, batch, head, heads, queries, keys);
             q_rows.set(q, q_at, batch, head);
@@ -102,6 +103,8 @@ template <i32 WARPGROUPS, i32 KEYS, bool OVERLAP> struct WgmmaForward {
             ptx_fence_async();
             __syncthreads();
         };
+        // What follows from a position is computed where it is used, not kept in registers through the loop.
+        const auto here = [](i32 position) { return (i32)ptx_opaque(position); };
         copy_rows<ROWS, THREADS>(q_tile, q_rows, first);
         bool empty;
         // Once more if sums overflow.
@@ -127,8 +130,8 @@ template <i32 WARPGROUPS, i32 KEYS, bool OVERLAP> struct WgmmaForward {
                     ptx_wgmma_wait<1>();
                     wgmma_settle(s);
                     f32 correction[2];
-                    exponentials(s, s.finish(scores, query, key), lower, correction);
-                    if (scores.drops) s.drop(s.undropped(scores, query, key));
+                    exponentials(s, s.finish(scores, here(query), key), lower, correction);
+                    if (scores.drops) s.drop(s.undropped(scores, here(query), key));
                     // Computed before the wait, and not when they are used.
                     wgmma_settle(s);
                     ptx_wgmma_wait<0>();
@@ -161,8 +164,8 @@ template <i32 WARPGROUPS, i32 KEYS, bool OVERLAP> struct WgmmaForward {
                     ptx_wgmma_wait<0>();
                     wgmma_settle(s);
                     f32 correction[2];
-                    exponentials(s, s.finish(scores, query, key), lower, correction);
-                    if (scores.drops) s.drop(s.undropped(scores, query, key));
+                    exponentials(s, s.finish(scores, here(query), key), lower, correction);
+                    if (scores.drops) s.drop(s.undropped(scores, here(query), key));
                     rescale(correction);
                     weights.set(s);
                     wgmma_product(acc, weights, v_tile(stage));
@@ -244,6 +247,7 @@ template <i32 WARPGROUPS, i32 KEYS, bool OVERLAP> struct WgmmaForward {
                 value = scores.drops ? value * divisor : mean_of(value, divisor);
             }
         }
+        const i32 batch = here(index) / heads, head = index - batch * heads;
         write_rows(out, out_at, batch, head, first, acc, 1, q_tile);
         if (residual) {
             to_residual(acc);

@@ -8,6 +8,8 @@
 
 #[path = "../attention.rs"]
 mod attention;
+#[path = "../attention_scores.rs"]
+mod attention_scores;
 #[allow(dead_code)]
 #[path = "../../build.rs"]
 mod build;
