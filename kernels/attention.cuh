@@ -174,6 +174,18 @@ struct Scores {
         return key >= all.start && key + columns <= all.end && query + rows <= queries && !pads_queries(query, rows);
     }
 
+    // Which tiles hold scaled products and nothing else, by position alone: those of `columns` keys of the queries
+    // `first` to `last`, or of queries of the keys. None where there are masks, biases or padding.
+    __device__ __forceinline__ Span plain_keys(i32 first, i32 last) const {
+        return all_plain(last < queries) ? Span{keys_of(last, last).start, keys_of(first, first).end} : Span{0, 0};
+    }
+    __device__ __forceinline__ Span plain_queries(i32 first, i32 last) const {
+        return all_plain(last < keys) ? Span{queries_of(last, last).start, queries_of(first, first).end} : Span{0, 0};
+    }
+    __device__ __forceinline__ bool all_plain(bool all_exist) const {
+        return all_exist && scale > 0 && !mask && !curve && !bias && !key_mask && !query_mask;
+    }
+
     // The keys that causality, the maximum past and a query's own padding leave to it.
     __device__ __forceinline__ Span kept(i32 query) const {
         Span kept = keys_of(query, query);

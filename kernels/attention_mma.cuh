@@ -71,6 +71,12 @@ template <i32 M, i32 N, bool BY_KEY> struct ScoreSums : Sums<M, N> {
     static __device__ __forceinline__ i32 query(i32 q) { return BY_KEY ? Base::column(q) : Base::row(q); }
     static __device__ __forceinline__ i32 key(i32 k) { return BY_KEY ? Base::row(k) : Base::column(k); }
 
+    // The same where the tile at `at`, of `size` keys or queries, may lie in a span of those that need no look.
+    __device__ __forceinline__ f32 finish(
+        const Scores& scores, i32 first_query, i32 first_key, Span plain, i32 at, i32 size) {
+        return at >= plain.start && at + size <= plain.end ? scores.scale : finish(scores, first_query, first_key);
+    }
+
     // Products to scores, −inf where masked or outside; returns what they must still be multiplied with, so that the
     // scale of plain tiles costs nothing. The warp's first query and key are those given.
     __device__ __forceinline__ f32 finish(const Scores& scores, i32 first_query, i32 first_key) {

@@ -100,6 +100,7 @@ extern "C" __global__ void __launch_bounds__(BACKWARD_THREADS, 1) attention_wgmm
     large = __any_sync(0xFFFFFFFF, large), sharp = __any_sync(0xFFFFFFFF, sharp);
 
     const Span seen = scores.keys_of(first, min(first + ROWS, queries) - 1);
+    const Span plain = scores.plain_keys(query, query + 15);
     const auto next = [&](i32 key) {
         while (key < seen.end && !scores.any_key(key, N)) key += N;
         return key;
@@ -132,7 +133,7 @@ extern "C" __global__ void __launch_bounds__(BACKWARD_THREADS, 1) attention_wgmm
         wgmma_product(acc, gradients, k_tile(before), count > 1);
         ptx_wgmma_wait<2>();
         wgmma_settle(p);
-        const f32 unit = p.finish(scores, query, key);
+        const f32 unit = p.finish(scores, query, key, plain, key, N);
         if (large || sharp) {
             p.weigh(unit, large, [&](i32 r) { return rows[r]; });
         } else {
@@ -178,6 +179,8 @@ extern "C" __global__ void __launch_bounds__(BACKWARD_THREADS, 1) attention_wgmm
     // Of the queries of a step, which every thread reads: what `weigh` and what `weigh_plainly` takes, and delta.
     __shared__ Statistics row_statistics[2][N];
     __shared__ float2 row_terms[2][N];
+    // Queries whose scores need no look, of each warp.
+    __shared__ Span plain[BACKWARD_THREADS / 32];
     // Of the warps that read them: whether one has large scores, or a weight that may be all.
     __shared__ bool row_large[2][N / 32], row_sharp[2][N / 32];
     // Of the first head.
@@ -188,13 +191,15 @@ extern "C" __global__ void __launch_bounds__(BACKWARD_THREADS, 1) attention_wgmm
     const Place place(tiles);
     const i32 index = place.head, batch = index / kv_heads, kv_head = index % kv_heads, first = place.tile * ROWS;
     const i32 first_head = kv_head * members;
+    // What follows from a position is computed where it is used, not kept in registers through the loop.
+    const auto here = [](i32 position) { return (i32)ptx_opaque(position); };
     const auto set_head = [&](i32 head) {
         __syncthreads();
         if (threadIdx.x == 0) {
             const Spec spec = {mask,     query_mask, key_mask, bias,   curves, mask_at, bias_at, unmasked,
                                mem_keys, past,       causal,   linear, scale,  seed,    stream,  threshold,
                                factor};
-            scores.set(spec, batch, head, heads, queries, keys);
+            scores.set(spec, here(batch), head, heads, queries, keys);
         }
         __syncthreads();
     };
@@ -216,25 +221,29 @@ extern "C" __global__ void __launch_bounds__(BACKWARD_THREADS, 1) attention_wgmm
     const i32 own = warp_row(16), key = first + own, group_row = own / 64 * 64;
     // Steps are tiles of queries that see one of the keys, of all heads that share them.
     const Span seen = scores.queries_of(first, min(first + ROWS, keys) - 1);
-    const i32 first_tile = seen.start / N, per_head = max(ceil_div(seen.end, N) - first_tile, 0);
-    const i32 steps = scores.any_key(first, ROWS) ? members * per_head : 0;
-    const auto query_of = [&](i32 step) { return (first_tile + step % per_head) * N; };
-    const auto copy_queries = [&](i32 step, i32 stage) {
-        if (step < steps) {
-            const i32 member = step / per_head;
-            copy_rows<N, BACKWARD_THREADS>(q_tile(stage), q_rows, query_of(step), member * q_at.strides[1]);
-            copy_rows<N, BACKWARD_THREADS>(grad_tile(stage), grad_rows, query_of(step), member * grad_at.strides[1]);
+    if (threadIdx.x % 32 == 0) plain[threadIdx.x / 32] = scores.plain_queries(key, key + 15);
+    const i32 first_query = seen.start / N * N;
+    const auto advance = [&](i32& member, i32& query) {
+        if ((query += N) >= seen.end) query = first_query, ++member;
+    };
+    // The step after one, computed anew where it is asked for.
+    const auto copy_next = [&](i32 member, i32 query, i32 stage) {
+        advance(member, query);
+        if (member < members) {
+            copy_rows<N, BACKWARD_THREADS>(q_tile(stage), q_rows, query, member * q_at.strides[1]);
+            copy_rows<N, BACKWARD_THREADS>(grad_tile(stage), grad_rows, query, member * grad_at.strides[1]);
         }
         ptx_cp_async_commit();
     };
     // The thread's query of a step, read early and written to shared memory late.
     Statistics its_statistics = {0, 0};
     f32 its_delta = 0;
-    const auto read_query = [&](i32 step) {
+    const auto read_next = [&](i32 member, i32 query) {
+        advance(member, query);
         its_statistics = {0, 0}, its_delta = 0;
-        if (step >= steps || threadIdx.x >= N) return;
-        const i32 row = query_of(step) + threadIdx.x;
-        const i64 at = (i64)(step / per_head) * queries + row;
+        if (member >= members || threadIdx.x >= N) return;
+        const i32 row = query + threadIdx.x;
+        const i64 at = (i64)member * queries + row;
         if (row < queries) its_statistics = all_statistics[at], its_delta = all_delta[at];
     };
     const auto write_query = [&](i32 slot) {
@@ -250,17 +259,19 @@ extern "C" __global__ void __launch_bounds__(BACKWARD_THREADS, 1) attention_wgmm
     dk_sums.clear(), dv_sums.clear(), weights.clear(), gradients.clear();
     copy_rows<ROWS, BACKWARD_THREADS>(k_tile, k_rows, first);
     copy_rows<ROWS, BACKWARD_THREADS>(v_tile, v_rows, first);
-    copy_queries(0, 0);
-    read_query(0);
+    // Before the first step.
+    i32 member = scores.any_key(first, ROWS) && seen.start < seen.end ? 0 : members, query = first_query - N;
+    copy_next(member, query, 0);
+    read_next(member, query);
     write_query(0);
-    i32 stage = 0, before = 0;
-    for (i32 step = 0; step < steps; ++step) {
+    query = first_query;
+    i32 stage = 0, before = 0, step = 0;
+    for (; member < members; advance(member, query), ++step) {
         const i32 after = stage == STAGES - 1 ? 0 : stage + 1, slot = step % 2;
-        if (step > 0 && step % per_head == 0) set_head(first_head + step / per_head);
+        if (step > 0 && query == first_query) set_head(first_head + member);
         landed();
-        copy_queries(step + 1, after);
-        if constexpr (OVERLAP) read_query(step + 1);
-        const i32 query = query_of(step);
+        copy_next(member, query, after);
+        if constexpr (OVERLAP) read_next(member, query);
         const bool large = row_large[slot][0] || row_large[slot][1], sharp = row_sharp[slot][0] || row_sharp[slot][1];
         Tiles p, ds;
         wgmma_rows(p, k_tile, group_row, q_tile(stage));
@@ -273,7 +284,7 @@ extern "C" __global__ void __launch_bounds__(BACKWARD_THREADS, 1) attention_wgmm
             ptx_wgmma_wait<1>();
         }
         wgmma_settle(p);
-        const f32 unit = p.finish(scores, query, key);
+        const f32 unit = p.finish(scores, query, here(key), plain[threadIdx.x / 32], query, N);
         if (large || sharp) {
             p.weigh(unit, large, [&](i32 q) { return row_statistics[slot][Tiles::query(q)]; });
         } else {
@@ -283,7 +294,7 @@ extern "C" __global__ void __launch_bounds__(BACKWARD_THREADS, 1) attention_wgmm
         if constexpr (OVERLAP) {
             ptx_wgmma_wait<2>();
             wgmma_settle(ds);
-            ds.to_score_gradients(p, scores, sharp, delta_of, query, key);
+            ds.to_score_gradients(p, scores, sharp, delta_of, query, here(key));
             wgmma_settle(p), wgmma_settle(ds);
             ptx_wgmma_wait<0>();
             wgmma_settle(dv_sums), wgmma_settle(dk_sums);
@@ -292,11 +303,11 @@ extern "C" __global__ void __launch_bounds__(BACKWARD_THREADS, 1) attention_wgmm
         } else {
             ptx_wgmma_wait<0>();
             wgmma_settle(ds);
-            ds.to_score_gradients(p, scores, sharp, delta_of, query, key);
+            ds.to_score_gradients(p, scores, sharp, delta_of, query, here(key));
             weights.set(p), gradients.set(ds);
             wgmma_product(dv_sums, weights, grad_tile(stage));
             wgmma_product(dk_sums, gradients, q_tile(stage));
-            read_query(step + 1);
+            read_next(member, query);
             ptx_wgmma_wait<0>();
             wgmma_settle(dv_sums), wgmma_settle(dk_sums);
             weights.settle(), gradients.settle();
@@ -306,9 +317,9 @@ extern "C" __global__ void __launch_bounds__(BACKWARD_THREADS, 1) attention_wgmm
     }
     landed();
     if constexpr (OVERLAP) {
-        if (steps > 0) {
-            wgmma_product(dv_sums, weights, grad_tile(before), steps > 1);
-            wgmma_product(dk_sums, gradients, q_tile(before), steps > 1);
+        if (step > 0) {
+            wgmma_product(dv_sums, weights, grad_tile(before), step > 1);
+            wgmma_product(dk_sums, gradients, q_tile(before), step > 1);
             ptx_wgmma_wait<0>();
             wgmma_settle(dv_sums), wgmma_settle(dk_sums);
             weights.settle(), gradients.settle();
@@ -318,9 +329,9 @@ extern "C" __global__ void __launch_bounds__(BACKWARD_THREADS, 1) attention_wgmm
     const bool may_be_blind = dv && (mask || query_mask || key_mask || (causal && keys < queries));
     if (may_be_blind) {
         const auto blind = [&](i64 row) { return all_statistics[row].largest == infinity(); };
-        for (i32 member = 0; member < members; ++member) {
+        for (member = 0; member < members; ++member) {
             set_head(first_head + member);
-            for (i32 query = 0; query < queries; query += N) {
+            for (query = 0; query < queries; query += N) {
                 const i32 row = query + threadIdx.x;
                 const bool any = threadIdx.x < N && row < queries && blind((i64)member * queries + row);
                 if (!__syncthreads_or(any)) continue;

@@ -67,6 +67,8 @@ template <i32 WARPGROUPS, i32 KEYS, bool OVERLAP> struct WgmmaForward {
         extern __shared__ uint4 memory[];
         __shared__ Scores scores;
         __shared__ Rows q_rows, k_rows, v_rows;
+        // Keys whose scores need no look, of each warp.
+        __shared__ Span plain[THREADS / 32];
         // Subtracted from exponents of 2.
         __shared__ f32 lower;
         const i32 heads = q_at.dims[1], queries = q_at.dims[2], keys = k_at.dims[2];
@@ -93,6 +95,7 @@ template <i32 WARPGROUPS, i32 KEYS, bool OVERLAP> struct WgmmaForward {
 
         const i32 own = warp_row(16), query = first + own, group_row = own / 64 * 64;
         const Span seen = scores.keys_of(first, min(first + ROWS, queries) - 1);
+        if (threadIdx.x % 32 == 0) plain[threadIdx.x / 32] = scores.plain_keys(query, query + 15);
         const auto next = [&](i32 key) {
             while (key < seen.end && !scores.any_key(key, KEYS)) key += KEYS;
             return key;
@@ -130,7 +133,8 @@ template <i32 WARPGROUPS, i32 KEYS, bool OVERLAP> struct WgmmaForward {
                     ptx_wgmma_wait<1>();
                     wgmma_settle(s);
                     f32 correction[2];
-                    exponentials(s, s.finish(scores, here(query), key), lower, correction);
+                    const f32 unit = s.finish(scores, here(query), key, plain[threadIdx.x / 32], key, KEYS);
+                    exponentials(s, unit, lower, correction);
                     if (scores.drops) s.drop(s.undropped(scores, here(query), key));
                     // Computed before the wait, and not when they are used.
                     wgmma_settle(s);
@@ -164,7 +168,8 @@ template <i32 WARPGROUPS, i32 KEYS, bool OVERLAP> struct WgmmaForward {
                     ptx_wgmma_wait<0>();
                     wgmma_settle(s);
                     f32 correction[2];
-                    exponentials(s, s.finish(scores, here(query), key), lower, correction);
+                    const f32 unit = s.finish(scores, here(query), key, plain[threadIdx.x / 32], key, KEYS);
+                    exponentials(s, unit, lower, correction);
                     if (scores.drops) s.drop(s.undropped(scores, here(query), key));
                     rescale(correction);
                     weights.set(s);

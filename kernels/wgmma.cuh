@@ -25,10 +25,11 @@ template <i32 ROWS, i32 WIDTH> struct WgmmaTile {
     // Descriptor of rows 16 k … + 15: the operand b.
     static __device__ __forceinline__ u64 columns(u32 place, i32 k) { return descriptor(place + k * 128); }
 
-    // What both take for `place`: known to the compiler where it is used, or descriptors would be kept in registers.
+    // What both take for `place`: between a block of 64 columns and the next, and address, both in units of 16 bytes.
     __device__ __forceinline__ u32 place() const {
-        // Between a block of 64 columns and the next, and address: both in units of 16 bytes.
-        return ptx_opaque((u32)(64 * ROWS * 2 / 16) << 16 | (ptx_shared_address(start) & 0x3FFFF) / 16);
+        const u32 place = (u32)(64 * ROWS * 2 / 16) << 16 | (ptx_shared_address(start) & 0x3FFFF) / 16;
+        // Where sums are wide, descriptors known before a loop would not fit the registers beside them.
+        return WIDTH > 64 ? ptx_opaque(place) : place;
     }
 
   private:
