@@ -183,6 +183,62 @@ template <int N, typename E> __device__ __forceinline__ void store(E* to, const 
     }
 }
 
+// A packet of 128 bits as it lies in memory: what is held in registers for later, where lanes of half types would take
+// one each. `forget` makes the compiler unpack it again instead of keeping what was made of it.
+template <int N, typename E = T> struct Raw {
+    u32 part[4] = {};
+
+    Raw() = default;
+    __device__ __forceinline__ Raw(const Packet<N, E>& packet) {
+        static_assert(sizeof(packet) == 16, "a packet of 128 bits");
+        memcpy(part, &packet, sizeof(part));
+    }
+
+    // Elements from an aligned address, zeros if not `inside`, where nothing is read.
+    __device__ __forceinline__ Raw(const E* from, bool inside) {
+        if (!inside) return;
+        const uint4 raw = *reinterpret_cast<const uint4*>(from);
+        part[0] = raw.x, part[1] = raw.y, part[2] = raw.z, part[3] = raw.w;
+    }
+
+    // Elements from any address, the first `count` of them and zeros, read one by one by little code.
+    __device__ __forceinline__ Raw(const E* from, i32 count) {
+#pragma unroll 1
+        for (i32 lane = 0; lane < N; ++lane) {
+            E value = {};
+            if (lane < count) value = from[lane];
+            append(value);
+        }
+    }
+
+    // Moves all elements one lane down, and puts another one behind them.
+    __device__ __forceinline__ void append(E value) {
+        constexpr int WORDS = sizeof(E) / 4;
+        if constexpr (WORDS == 0) {
+            unsigned short bits;
+            memcpy(&bits, &value, sizeof(bits));
+#pragma unroll
+            for (int i = 0; i < 3; ++i) part[i] = part[i] >> 16 | part[i + 1] << 16;
+            part[3] = part[3] >> 16 | (u32)bits << 16;
+        } else {
+#pragma unroll
+            for (int i = 0; i < 4 - WORDS; ++i) part[i] = part[i + WORDS];
+            memcpy(part + (4 - WORDS), &value, sizeof(value));
+        }
+    }
+
+    __device__ __forceinline__ operator Packet<N, E>() const {
+        Packet<N, E> packet;
+        memcpy(&packet, part, sizeof(part));
+        return packet;
+    }
+
+    __device__ __forceinline__ void forget() {
+#pragma unroll
+        for (u32& one : part) one = ptx_opaque(one);
+    }
+};
+
 __device__ __forceinline__ bool aligned(const void* pointer) { return (u64)pointer % 16 == 0; }
 
 // A number of lanes as a type, so that a lambda can be compiled for it.

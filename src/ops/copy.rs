@@ -165,7 +165,7 @@ pub(crate) fn same_device(op: &'static str, a: &Tensor, b: &Tensor) -> Result<()
 }
 
 /// A packed copy.
-fn pack(x: &Tensor) -> Result<Tensor> {
+pub(super) fn pack(x: &Tensor) -> Result<Tensor> {
     let mut out = x.uninit_like()?;
     match (x.device(), x.dtype()) {
         (Device::Cpu, DType::I64) => pack_into::<i64>(x, &mut out)?,

@@ -69,7 +69,7 @@ impl Forward {
             spec.eps
         ];
         gpu.kernel("norm_fwd", &[("DTYPE", x.dtype().name())])?
-            .launch(Grid::rows_by(rows, threads_per_row(columns)), args)
+            .launch(Grid::rows_by(rows, threads_per_row(columns, x.dtype())), args)
     }
 }
 

@@ -9,7 +9,7 @@ use forward::Forward;
 
 use super::copy::same_kind;
 use crate::{
-    Error, Result, Tensor,
+    DType, Error, Result, Tensor,
     core::{Backward, Contributions, Float, Real, record_beside, record_cheap},
     error::ensure,
 };
@@ -266,13 +266,11 @@ fn rows(x: &Tensor) -> Result<usize> {
     Ok(x.elements().checked_div(x.dim(-1)?).unwrap_or(0))
 }
 
-/// Elements of a row that one thread of a kernel holds in registers, and the most threads for a row.
-const HELD: usize = 16;
-const MOST_THREADS: usize = 256;
-
-/// Threads for a row: so many that they hold it, if they can.
-fn threads_per_row(columns: usize) -> usize {
-    columns.div_ceil(HELD).min(MOST_THREADS).next_power_of_two().max(32)
+/// Threads for a row of a kernel: so many that they hold it in registers, 32 elements each, or 16 of f64; if they can.
+fn threads_per_row(columns: usize, dtype: DType) -> usize {
+    const MOST_THREADS: usize = 256;
+    let held = if dtype == DType::F64 { 16 } else { 32 };
+    columns.div_ceil(held).min(MOST_THREADS).next_power_of_two().max(32)
 }
 
 /// Sums that are kept apart: so many that the compiler turns loops over them into vector operations as a whole, and that
