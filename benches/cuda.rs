@@ -214,7 +214,15 @@ impl Bench {
         )?;
         let grads = tape.backward(&total.sum(&[])?)?;
         let optimizer = std::cell::RefCell::new(AdamW::new(AdamWOptions::default())?);
-        // Reads gradient, weight and both moments, writes all but the gradient; the norm reads the gradient once more.
+        let work = Work::Bytes(7 * 4 * count * size);
+        self.run(
+            ("adamw without clipping", DType::F32, &[count, size]),
+            work,
+            || Ok(()),
+            |()| optimizer.borrow_mut().step(&params, &grads, 1e-3, None).map(drop),
+        )?;
+        // Reads gradient, weight and both moments, writes all but the gradient; the norm reads the gradient once more,
+        // and is read back.
         let work = Work::Bytes(8 * 4 * count * size);
         self.run(
             ("adamw", DType::F32, &[count, size]),

@@ -201,11 +201,11 @@ template <int N, typename E = T> struct Raw {
         part[0] = raw.x, part[1] = raw.y, part[2] = raw.z, part[3] = raw.w;
     }
 
-    // Elements from any address, the first `count` of them and zeros, read one by one by little code.
-    __device__ __forceinline__ Raw(const E* from, i32 count) {
+    // Elements from any address, the first `count` of them and then `rest`, read one by one by little code.
+    __device__ __forceinline__ Raw(const E* from, i32 count, E rest = {}) {
 #pragma unroll 1
         for (i32 lane = 0; lane < N; ++lane) {
-            E value = {};
+            E value = rest;
             if (lane < count) value = from[lane];
             append(value);
         }
@@ -239,6 +239,27 @@ template <int N, typename E = T> struct Raw {
     }
 };
 
+// As Raw, for packets of any width.
+template <int N, typename E> struct Few {
+    Packet<N, E> packet = {};
+
+    Few() = default;
+    __device__ __forceinline__ Few(const E* from, bool inside) {
+        if (inside) packet = load<N>(from);
+    }
+    __device__ __forceinline__ operator Packet<N, E>() const { return packet; }
+};
+
+template <int N, typename E, bool WIDE = N * sizeof(E) == 16> struct KeptAs {
+    typedef Raw<N, E> Type;
+};
+template <int N, typename E> struct KeptAs<N, E, false> {
+    typedef Few<N, E> Type;
+};
+
+// N consecutive elements that are read some time before they are used: Kept<N>(from, inside).
+template <int N, typename E = T> using Kept = typename KeptAs<N, E>::Type;
+
 __device__ __forceinline__ bool aligned(const void* pointer) { return (u64)pointer % 16 == 0; }
 
 // A number of lanes as a type, so that a lambda can be compiled for it.
@@ -254,6 +275,26 @@ __device__ __forceinline__ void for_elements(i64 n, bool packed, Body body) {
     const i64 in_packets = packed ? n / WIDTH * WIDTH : 0;
     for (i64 i = thread * WIDTH; i < in_packets; i += threads * WIDTH) body(i, Lanes<WIDTH>());
     for (i64 i = in_packets + thread; i < n; i += threads) body(i, Lanes<1>());
+}
+
+// As for_elements, by use(i, fetch(i, true, lanes), lanes); AT_ONCE packets of a thread are read before the first is
+// used. fetch(i, false, lanes) reads nothing.
+template <int AT_ONCE, typename Fetch, typename Use>
+__device__ __forceinline__ void for_batches(i64 n, bool packed, Fetch fetch, Use use) {
+    const i64 thread = (i64)blockIdx.x * blockDim.x + threadIdx.x, threads = (i64)gridDim.x * blockDim.x;
+    const i64 in_packets = packed ? n / LANES * LANES : 0, step = threads * LANES;
+    for (i64 first = thread * LANES; first < in_packets; first += AT_ONCE * step) {
+        decltype(fetch(first, true, Lanes<LANES>())) batch[AT_ONCE];
+#pragma unroll
+        for (int k = 0; k < AT_ONCE; ++k) {
+            batch[k] = fetch(first + k * step, first + k * step < in_packets, Lanes<LANES>());
+        }
+#pragma unroll
+        for (int k = 0; k < AT_ONCE; ++k) {
+            if (first + k * step < in_packets) use(first + k * step, batch[k], Lanes<LANES>());
+        }
+    }
+    for (i64 i = in_packets + thread; i < n; i += threads) use(i, fetch(i, true, Lanes<1>()), Lanes<1>());
 }
 
 // The threads with one threadIdx.y share a row: a warp each (blockDim.x 32, several rows a block), or several warps

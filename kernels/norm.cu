@@ -19,7 +19,7 @@
 // the deviations from the mean: rows far from zero lose nothing. Rows are a grid apart.
 // norm_bwd_whole, for columns that the threads of a block have a packet each of: threads own columns, several rows at
 // once, so that what weight and bias get is added up in registers on the way. A barrier serves ROWS rows of each group
-// of threads. A block takes a chunk of neighbouring rows; norm_bwd_finish adds up the chunks, in order. For longer
+// of threads. A block takes a chunk of neighbouring rows; reduce_chunks adds up the chunks, in order. For longer
 // rows, or where these sums alone are wanted, there is norm_bwd_sums: a thread sums a few columns over every eighth row
 // of a chunk.
 // Moves 2 sizeof(T) per element forward, 4 with a residual; 3 backward, 4 with onto; 2 for norm_bwd_sums. Limited by
@@ -27,145 +27,7 @@
 
 #include "common.cuh"
 #include "columns.cuh"
-
-typedef Element<T>::Acc Acc;
-
-// Packets of a row that a thread holds: 32 elements, 16 of f64.
-constexpr u32 HELD = sizeof(T) == 2 ? 4 : 8;
-
-// Where the columns of a thread begin: a warp has HELD packets of each of its threads side by side, which puts those of
-// a thread at constant distances. Columns and pointers count from there on; `left` columns remain, or none.
-constexpr u32 APART = 32 * LANES;
-
-__device__ __forceinline__ u32 first_column() {
-    return (threadIdx.x / 32 * 32 * HELD + threadIdx.x % 32) * LANES;
-}
-
-// Elements j, j + 1, … as a packet, zeros behind the end of the row; and back. PACKED rows are aligned, and no packet
-// crosses their end.
-template <bool PACKED> __device__ __forceinline__ Packet<LANES> fetch(const T* from, i32 j, i32 left) {
-    Packet<LANES> packet = {};
-    if constexpr (PACKED) {
-        if (j < left) packet = load<LANES>(from + j);
-    } else {
-#pragma unroll
-        for (int lane = 0; lane < LANES; ++lane) {
-            if (j + lane < left) packet.lane[lane] = from[j + lane];
-        }
-    }
-    return packet;
-}
-
-template <bool PACKED> __device__ __forceinline__ void put(T* to, i32 j, i32 left, const Packet<LANES>& packet) {
-    if constexpr (PACKED) {
-        if (j < left) store(to + j, packet);
-    } else {
-#pragma unroll
-        for (int lane = 0; lane < LANES; ++lane) {
-            if (j + lane < left) to[j + lane] = packet.lane[lane];
-        }
-    }
-}
-
-// Calls f(lane) for the lanes of the packet at j < left that lie in the row.
-template <bool PACKED, typename F> __device__ __forceinline__ void for_lanes(i32 j, i32 left, F f) {
-#pragma unroll
-    for (int lane = 0; lane < LANES; ++lane) {
-        if (PACKED || j + lane < left) f(lane);
-    }
-}
-
-// Calls body(j, k) for the packets of this thread. In registers all of them are, or none: a row that is longer, or no
-// packets, takes its threads several rounds, in the same order.
-template <bool PACKED, typename Body> __device__ __forceinline__ void for_packets(i32 left, Body body) {
-    if constexpr (PACKED) {
-#pragma unroll
-        for (u32 k = 0; k < HELD; ++k) {
-            if ((i32)(k * APART) < left) body(k * APART, k);
-        }
-    } else {
-#pragma unroll 1
-        for (i32 round = 0; round < left; round += HELD * LANES * blockDim.x) {
-#pragma unroll 1
-            for (i32 j = round; j < min(round + (i32)(HELD * APART), left); j += APART) body(j, 0);
-        }
-    }
-}
-
-// What one thread has of a row.
-template <bool PACKED> struct Row {
-    const T* from;
-    i32 left;
-    Raw<LANES> held[HELD];
-
-    __device__ __forceinline__ Row(const T* from, i32 left) : from(from), left(left) {
-        if constexpr (PACKED) {
-#pragma unroll
-            for (u32 k = 0; k < HELD; ++k) held[k] = Raw<LANES>(from + k * APART, (i32)(k * APART) < left);
-        }
-    }
-
-    __device__ __forceinline__ Packet<LANES> at(i32 j, u32 k) const {
-        if constexpr (PACKED) {
-            return held[k];
-        } else {
-            return fetch<PACKED>(from, j, left);
-        }
-    }
-
-    // Between two walks over the row, which would otherwise keep what they have in common in more registers.
-    __device__ __forceinline__ void forget() {
-        if constexpr (PACKED) {
-#pragma unroll
-            for (u32 k = 0; k < HELD; ++k) held[k].forget();
-        }
-    }
-
-    // Adds another row; the sum is written, and where registers do not hold it, read from there from now on by the
-    // threads that wrote it.
-    __device__ __forceinline__ void add(T* sum, const T* other) {
-        const Row others(other, left);
-        for_packets<PACKED>(left, [&](i32 j, u32 k) {
-            auto values = at(j, k);
-            const auto summands = others.at(j, k);
-#pragma unroll
-            for (int lane = 0; lane < LANES; ++lane) {
-                const Acc total = Element<T>::to_acc(values.lane[lane]) + Element<T>::to_acc(summands.lane[lane]);
-                values.lane[lane] = Element<T>::from_acc(total);
-            }
-            put<PACKED>(sum, j, left, values);
-            if (PACKED) held[k] = values;
-        });
-        from = sum;
-    }
-
-    // The sum of f(x_j) over the row.
-    template <typename F> __device__ __forceinline__ Acc sum(F f) const {
-        Acc total = 0;
-        for_packets<PACKED>(left, [&](i32 j, u32 k) {
-            const auto values = at(j, k);
-            Acc of_packet = 0;
-            for_lanes<PACKED>(j, left, [&](int lane) { of_packet += f(Element<T>::to_acc(values.lane[lane])); });
-            total += of_packet;
-        });
-        return sum_row(total);
-    }
-
-    // As above, for rows that are rare: read again, and little code.
-    template <typename F> __device__ __forceinline__ Acc sum_again(F f) const {
-        Acc total = 0;
-        again([&](i32 j) {
-            const auto values = fetch<PACKED>(from, j, left);
-            for_lanes<PACKED>(j, left, [&](int lane) { total += f(Element<T>::to_acc(values.lane[lane])); });
-        });
-        return sum_row(total);
-    }
-
-    // Calls body(j) for the packets of this thread.
-    template <typename Body> __device__ __forceinline__ void again(Body body) const {
-        for_packets<false>(left, [&](i32 j, u32) { body(j); });
-    }
-};
+#include "rows.cuh"
 
 // Consecutive values of a weight or bias, `none` where there is no such tensor.
 template <bool PACKED> struct Values {
@@ -279,10 +141,7 @@ __device__ __forceinline__ void forward(T* y, T* sum, Acc* statistics, const T* 
     }
 }
 
-// Blocks that a multiprocessor is to hold at least: enough loads under way for its share of the bandwidth.
-constexpr u32 ROW_THREADS = 256, BLOCKS = sizeof(T) == 2 ? 4 : 2;
-
-extern "C" __global__ void __launch_bounds__(ROW_THREADS, BLOCKS)
+extern "C" __global__ void __launch_bounds__(ROW_THREADS, ROW_BLOCKS)
     norm_fwd(T* y, T* sum, Acc* statistics, const T* x, const T* residual, const T* weight, const T* bias, i64 rows,
              u32 columns, u32 weights, u32 form, f64 eps) {
     const bool packed = columns % LANES == 0 && aligned(y) && aligned(sum) && aligned(x) && aligned(residual) &&
@@ -497,27 +356,6 @@ extern "C" __global__ void __launch_bounds__(THREADS)
             partial[which * columns + i] = total;
         }
     }
-}
-
-// Sums of partials over the chunks, rounded. A block takes 32 of the columns of both, its warps chunks in turn, whose
-// sums are added in order; dweight or dbias may be none.
-extern "C" __global__ void __launch_bounds__(1024)
-    norm_bwd_finish(T* dweight, T* dbias, const Acc* partials, i64 chunks, u32 columns) {
-    __shared__ Acc of_warps[32][33];
-    const u32 column = blockIdx.x * 32 + threadIdx.x;
-    Acc total = 0;
-    if (column < 2 * columns) {
-#pragma unroll 8
-        for (i64 chunk = threadIdx.y; chunk < chunks; chunk += 32) total += partials[chunk * 2 * columns + column];
-    }
-    of_warps[threadIdx.y][threadIdx.x] = total;
-    __syncthreads();
-    // Each warp adds up a column.
-    total = reduce_warp(of_warps[threadIdx.x][threadIdx.y], [](Acc a, Acc b) { return a + b; });
-    const u32 of_warp = blockIdx.x * 32 + threadIdx.y;
-    if (threadIdx.x > 0 || of_warp >= 2 * columns) return;
-    T* to = of_warp < columns ? dweight : dbias;
-    if (to != nullptr) to[of_warp < columns ? of_warp : of_warp - columns] = Element<T>::from_acc(total);
 }
 
 // Chunk blockIdx.y of the rows; a grid of any width in x.

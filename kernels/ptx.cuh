@@ -24,6 +24,13 @@ __device__ __forceinline__ f32 ptx_exp2(f32 x) {
     return y;
 }
 
+// 1 / x, with an error of 1 unit in the last place; numbers below 2^-126 count and become 0.
+__device__ __forceinline__ f32 ptx_inverse(f32 x) {
+    f32 y;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
 // The same value, which the compiler knows nothing about: what is computed from it is not moved out of loops.
 __device__ __forceinline__ u32 ptx_opaque(u32 x) {
     asm volatile("" : "+r"(x));

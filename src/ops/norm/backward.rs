@@ -1,11 +1,14 @@
 //! The backward pass: the gradient of each row, and sums over rows for weight and bias.
 
-use super::{Form, LANES, packed, reuse, rows, threads_per_row, widen};
+use super::{Form, LANES, packed, reuse, rows, widen};
 use crate::{
     DType, Device, Element, Result, Tensor,
     core::{Backward, Contributions, Float, Real, Shape, dispatch_float},
     device::{CudaDevice, Grid, args, cpu, simd::vectorized, size32},
-    ops::{copy::pack, reduce::sum_slice},
+    ops::{
+        copy::pack,
+        reduce::{sum_chunks, sum_slice},
+    },
 };
 
 pub(super) struct NormBackward {
@@ -45,7 +48,8 @@ impl Backward for NormBackward {
                 let (dx, partials) = self.backward_cuda(gpu, grad, wanted)?;
                 let each = self.weight.as_ref().is_none_or(|weight| weight.elements() == width);
                 if let (true, Some(partials)) = (each, &partials) {
-                    let [dweight, dbias] = self.finish_cuda(gpu, partials, [weight_needed, bias_needed])?;
+                    let wanted = [weight_needed, bias_needed];
+                    let [dweight, dbias] = sum_chunks(gpu, partials, self.x.dtype(), width, wanted)?;
                     let weight = self.weight.is_some().then_some(dweight);
                     let grads = [Some(dx), weight, self.has_bias.then_some(dbias)];
                     return Ok(Contributions::whole(grads.into_iter().flatten().collect::<Vec<_>>()));
@@ -196,20 +200,8 @@ impl NormBackward {
             centred,
             *eps
         ];
-        gpu.kernel("norm_bwd", &dtype)?.launch(Grid::rows_by(rows, threads_per_row(columns, x.dtype())), args)?;
+        gpu.kernel("norm_bwd", &dtype)?.launch(Grid::held_rows(rows, columns, x.dtype()), args)?;
         Ok((Some(dx), partials))
-    }
-
-    /// The gradients of weight and bias, as many of them as are wanted, from the sums of [`NormBackward::backward_cuda`].
-    fn finish_cuda(&self, gpu: &CudaDevice, partials: &Tensor, wanted: [bool; 2]) -> Result<[Option<Tensor>; 2]> {
-        let (columns, dtype) = (self.x.dim(-1)?, self.x.dtype());
-        let gradient =
-            |wanted: bool| wanted.then(|| Tensor::uninit(Shape::new(&[columns])?, dtype, self.x.device())).transpose();
-        let [mut dweight, mut dbias] = [gradient(wanted[0])?, gradient(wanted[1])?];
-        let grid = Grid::new([size32(2 * columns)?.div_ceil(32), 1, 1], [32, 32, 1]);
-        let args = args![dweight.as_mut(), dbias.as_mut(), partials, partials.dim(0)? as i64, size32(columns)?];
-        gpu.kernel("norm_bwd_finish", &[("DTYPE", dtype.name())])?.launch(grid, args)?;
-        Ok([dweight, dbias])
     }
 }
 

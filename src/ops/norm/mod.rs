@@ -9,7 +9,7 @@ use forward::Forward;
 
 use super::copy::same_kind;
 use crate::{
-    DType, Error, Result, Tensor,
+    Error, Result, Tensor,
     core::{Backward, Contributions, Float, Real, record_beside, record_cheap},
     error::ensure,
 };
@@ -264,13 +264,6 @@ impl Backward for SumBackward {
 /// Number of rows that are normalised.
 fn rows(x: &Tensor) -> Result<usize> {
     Ok(x.elements().checked_div(x.dim(-1)?).unwrap_or(0))
-}
-
-/// Threads for a row of a kernel: so many that they hold it in registers, 32 elements each, or 16 of f64; if they can.
-fn threads_per_row(columns: usize, dtype: DType) -> usize {
-    const MOST_THREADS: usize = 256;
-    let held = if dtype == DType::F64 { 16 } else { 32 };
-    columns.div_ceil(held).min(MOST_THREADS).next_power_of_two().max(32)
 }
 
 /// Sums that are kept apart: so many that the compiler turns loops over them into vector operations as a whole, and that
