@@ -20,8 +20,12 @@
 
 typedef Element<T>::Acc Acc;
 
-extern "C" __global__ void cross_entropy_fwd(Acc* statistics, f64* losses, i64* fault, const T* x, const i64* targets,
-                                             i64 rows, u32 columns, u32 pitch, i64 ignore_index) {
+// Of 512 threads, three where they fit without loss: as many rows at once as linear_cross_entropy takes of GPT-2.
+constexpr u32 BLOCKS = sizeof(Acc) == 8 ? 1 : __CUDA_ARCH__ >= 900 ? 3 : 2;
+
+extern "C" __global__ void __launch_bounds__(512, BLOCKS)
+    cross_entropy_fwd(Acc* statistics, f64* losses, i64* fault, const T* x, const i64* targets, i64 rows, u32 columns,
+                      u32 pitch, i64 ignore_index) {
     const i64 step = (i64)gridDim.x * blockDim.y;
     for (i64 row = (i64)blockIdx.x * blockDim.y + threadIdx.y; row < rows; row += step) {
         const T* from = x + row * pitch;

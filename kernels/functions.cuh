@@ -19,14 +19,20 @@ __device__ __forceinline__ Acc normal_cdf(Acc x) {
         sum = sum * t + 0.1271506965f;
         sum = sum * t + 0.1239166036f;
         sum = sum * t + 0.1257493645f;
-        const Acc tail = sum * t * fast_exp(Acc(-0.5) * x * x);
+        const Acc tail = sum * t * ptx_exp2(x * x * -0.72134752f);
         return x < 0 ? tail : 1 - tail;
     } else {
         const Acc scaled = x * Acc(0.70710678118654752);
         return Acc(0.5) * (sizeof(Acc) == 8 ? erfc(-scaled) : 1 + erf(scaled));
     }
 }
-__device__ __forceinline__ Acc normal_pdf(Acc x) { return Acc(0.39894228040143268) * fast_exp(Acc(-0.5) * x * x); }
+__device__ __forceinline__ Acc normal_pdf(Acc x) {
+    if constexpr (HALF) {
+        return 0.39894228f * ptx_exp2(x * x * -0.72134752f);
+    } else {
+        return Acc(0.39894228040143268) * exp(Acc(-0.5) * x * x);
+    }
+}
 
 // What multiplies x in the approximation of GELU by tanh, and its derivative. 2 sqrt(2 / pi) is 1.5957691216057308.
 // Beyond 24 the gate is 0 or 1 in f64 too, and so is the first factor of its slope 0: the last one must not overflow.

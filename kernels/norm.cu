@@ -90,6 +90,9 @@ __device__ __forceinline__ Normal shrunk(const Row<PACKED>& row, u32 columns, u3
     return {SHRINK, mean, inverse, mean * GROW, equal ? 1 / sqrt(eps) : inverse * SHRINK};
 }
 
+// Rows that do not fill a card.
+constexpr i64 FEW = 1024;
+
 template <bool PACKED>
 __device__ __forceinline__ void forward(T* y, T* sum, Acc* statistics, const T* x, const T* residual, const T* weight,
                                         const T* bias, i64 rows, u32 columns, u32 weights, u32 form, Acc eps) {
@@ -100,6 +103,13 @@ __device__ __forceinline__ void forward(T* y, T* sum, Acc* statistics, const T* 
     const Acc common = weight_of_all(weight, weights, columns);
     const bool centred = form == CENTRED;
     const i64 step = (i64)gridDim.x * blockDim.y;
+    // Where rows are few, the weights are waited for, as nobody has read them before.
+    if (PACKED && rows <= FEW) {
+        for_packets<PACKED>(left, [&](i32 j, u32) {
+            if (each != nullptr) ptx_prefetch(each + j);
+            if (summands != nullptr) ptx_prefetch(summands + j);
+        });
+    }
     for (i64 row = (i64)blockIdx.x * blockDim.y + threadIdx.y; row < rows; row += step) {
         const i64 start = row * columns + first;
         Row<PACKED> values(x + start, left);
@@ -109,27 +119,28 @@ __device__ __forceinline__ void forward(T* y, T* sum, Acc* statistics, const T* 
         const Acc square = values.sum([=](Acc value) { return (value - mean) * (value - mean); }) / columns;
         values.forget();
         T* to = y + start;
-        const auto write = [&](i32 j, Packet<LANES> packet, auto normal) {
+        const auto result = [&](i32 j, Packet<LANES> packet, auto normal) {
             const Values<PACKED> factor(each, j, left, common), summand(summands, j, left, 0);
 #pragma unroll
             for (int lane = 0; lane < LANES; ++lane) {
                 const Acc value = normal(Element<T>::to_acc(packet.lane[lane]));
                 packet.lane[lane] = Element<T>::from_acc(value * factor.lane[lane] + summand.lane[lane]);
             }
-            put<PACKED>(to, j, left, packet);
+            return packet;
         };
         Acc saved_mean = mean, saved_inverse = 1 / divisor(form, square, eps);
         // The same for all threads of the row, and a row of several warps has its block to itself.
         if (isfinite(square)) {
             const Acc inverse = saved_inverse;
+            const auto normal = [=](Acc value) { return (value - mean) * inverse; };
             for_packets<PACKED>(left, [&](i32 j, u32 k) {
-                write(j, values.at(j, k), [=](Acc value) { return (value - mean) * inverse; });
+                put<PACKED>(to, j, left, result(j, values.at(j, k), normal));
             });
         } else {
             const Normal by = shrunk<PACKED>(values, columns, form, eps);
+            const auto normal = [=](Acc value) { return (value * by.shrink - by.mean) * by.inverse; };
             values.again([&](i32 j) {
-                write(j, fetch<PACKED>(values.from, j, left),
-                      [=](Acc value) { return (value * by.shrink - by.mean) * by.inverse; });
+                put<PACKED>(to, j, left, result(j, fetch<PACKED>(values.from, j, left), normal));
             });
             saved_mean = by.saved_mean;
             saved_inverse = by.saved_inverse;

@@ -37,6 +37,11 @@ __device__ __forceinline__ u32 ptx_opaque(u32 x) {
     return x;
 }
 
+// Brings a line of memory into the second-level cache, without waiting for it.
+__device__ __forceinline__ void ptx_prefetch(const void* from) {
+    asm volatile("prefetch.global.L2 [%0];" : : "l"(__cvta_generic_to_global(from)));
+}
+
 // An assignment may be taken apart into stores of single lanes, which PTX prevents.
 __device__ __forceinline__ void ptx_store_128(void* to, uint4 raw) {
     asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};"

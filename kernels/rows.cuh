@@ -22,16 +22,16 @@ __device__ __forceinline__ u32 first_column() {
 // Elements j, j + 1, … as a packet, zeros behind the end of the row; and back. PACKED rows are aligned, and no packet
 // crosses their end.
 template <bool PACKED> __device__ __forceinline__ Packet<LANES> fetch(const T* from, i32 j, i32 left) {
-    Packet<LANES> packet = {};
     if constexpr (PACKED) {
-        if (j < left) packet = load<LANES>(from + j);
+        return Raw<LANES>(from + j, j < left);
     } else {
+        Packet<LANES> packet = {};
 #pragma unroll
         for (int lane = 0; lane < LANES; ++lane) {
             if (j + lane < left) packet.lane[lane] = from[j + lane];
         }
+        return packet;
     }
-    return packet;
 }
 
 template <bool PACKED> __device__ __forceinline__ void put(T* to, i32 j, i32 left, const Packet<LANES>& packet) {

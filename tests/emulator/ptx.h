@@ -9,6 +9,7 @@ inline f32 ptx_inverse(f32 x) {
     const f32 least = 0x1p-126f, y = 1 / (fabs(x) < least ? copysign(0.0f, x) : x);
     return fabs(y) < least ? copysign(0.0f, y) : y;
 }
+inline void ptx_prefetch(const void*) {}
 inline u32 ptx_opaque(u32 x) { return x; }
 inline void ptx_store_128(void* to, uint4 raw) { *static_cast<uint4*>(to) = raw; }
 
