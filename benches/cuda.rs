@@ -14,7 +14,7 @@ use std::time::Duration;
 use x_transformers::{
     DType, Device, Init, Result, Store, Tape, Tensor,
     device::CudaDevice,
-    ops::{Activation, AttentionSpec, SampleFilter, SampleSpec, attention},
+    ops::{Activation, AttentionSpec, DecodeSpec, SampleFilter, SampleSpec, attention, attention_decode},
     train::{AdamW, AdamWOptions},
 };
 
@@ -51,8 +51,9 @@ impl Bench {
         let mut times = Vec::new();
         for round in 0..warm + counted {
             let prepared = prepare()?;
-            // Evicts what the cache holds, and keeps the device busy while the rest is enqueued.
-            drop(Tensor::zeros([flush], DType::F32, &self.device)?);
+            // Evicts what the cache holds, reads what was written, so that the cache need not write it while the
+            // device is timed, and keeps the device busy while the rest is enqueued.
+            Tensor::zeros([flush], DType::F32, &self.device)?.sum(&[])?;
             let (time, ()) = self.gpu.time(|| timed(prepared))?;
             if round >= warm {
                 times.push(time);
@@ -129,19 +130,17 @@ impl Bench {
     fn peaks(&mut self) -> Result<()> {
         let n = if self.test { 1 << 10 } else { 64 << 20 };
         let x = self.random(&[n], DType::F32)?;
-        self.copy = f64::NAN;
-        let filter = std::mem::take(&mut self.filter);
-        let (what, shape) = ("copy", [n]);
-        self.copy =
-            self.run((what, DType::F32, &shape), Work::Bytes(8 * n), || Ok(()), |()| x.affine(1.0, 0.0).map(drop))?;
+        let measured = |seconds: Duration| seconds.as_secs_f64().max(1e-9);
+        let seconds = measured(self.time(|| Ok(()), |()| x.affine(1.0, 0.0).map(drop))?);
+        self.copy = (8 * n) as f64 / seconds;
+        self.line(("copy", DType::F32, &[n]), Work::Bytes(8 * n), seconds);
         for dtype in [DType::F32, DType::BF16, DType::F16] {
             let n = if self.test { 32 } else { 4096 };
             let (a, b) = (self.random(&[n, n], dtype)?, self.random(&[n, n], dtype)?);
-            let work = Work::Flops(2 * n * n * n);
-            let rate = self.run(("matmul", dtype, &[n, n, n]), work, || Ok(()), |()| a.matmul(&b).map(drop))?;
-            self.products.push((dtype, rate));
+            let (flops, seconds) = (2 * n * n * n, measured(self.time(|| Ok(()), |()| a.matmul(&b).map(drop))?));
+            self.products.push((dtype, flops as f64 / seconds));
+            self.line(("matmul", dtype, &[n, n, n]), Work::Flops(flops), seconds);
         }
-        self.filter = filter;
         Ok(())
     }
 
@@ -180,6 +179,27 @@ impl Bench {
             let bytes = |tensors: usize| Work::Bytes(tensors * rows / 4 * vocabulary * dtype.size());
             self.op("cross_entropy", &[logits], [bytes(1), bytes(2)], |x| x[0].cross_entropy(&targets, -100))?;
         }
+        // What a training step of GPT-2 124M has the most of.
+        let (rows, dim) = if self.test { (8, 64) } else { (65_536, 768) };
+        let dtype = DType::BF16;
+        let bytes = |tensors: usize, dim: usize| Work::Bytes(tensors * rows * dim * dtype.size());
+        {
+            let x = self.random(&[rows, dim], dtype)?;
+            let norm = [x.clone(), self.random(&[dim], dtype)?, self.random(&[dim], dtype)?];
+            let work = [bytes(2, dim), bytes(3, dim)];
+            self.op("layer_norm", &norm, work, |x| x[0].layer_norm(Some(&x[1]), Some(&x[2]), 1e-5))?;
+            let sum = [x.clone(), x.detach(), norm[1].clone(), norm[2].clone()];
+            self.op("add_layer_norm", &sum, [bytes(4, dim), bytes(3, dim)], |x| {
+                Ok(x[0].add_layer_norm(&x[1], Some(&x[2]), Some(&x[3]), 1e-5)?.1)
+            })?;
+        }
+        {
+            let x = self.random(&[rows, 4 * dim], dtype)?;
+            let work = [bytes(2, 4 * dim), bytes(3, 4 * dim)];
+            self.op("gelu", std::slice::from_ref(&x), work, |x| x[0].gelu())?;
+            let biased = [x, self.random(&[4 * dim], dtype)?];
+            self.op("bias gelu", &biased, work, |x| x[0].add_activation(&x[1], Activation::Gelu))?;
+        }
         let (count, size) = if self.test { (2, 64) } else { (24, 1 << 20) };
         let store = Store::new(0, DType::F32, &self.device);
         for index in 0..count {
@@ -194,7 +214,15 @@ impl Bench {
         )?;
         let grads = tape.backward(&total.sum(&[])?)?;
         let optimizer = std::cell::RefCell::new(AdamW::new(AdamWOptions::default())?);
-        // Reads gradient, weight and both moments, writes all but the gradient; the norm reads the gradient once more.
+        let work = Work::Bytes(7 * 4 * count * size);
+        self.run(
+            ("adamw without clipping", DType::F32, &[count, size]),
+            work,
+            || Ok(()),
+            |()| optimizer.borrow_mut().step(&params, &grads, 1e-3, None).map(drop),
+        )?;
+        // Reads gradient, weight and both moments, writes all but the gradient; the norm reads the gradient once more,
+        // and is read back.
         let work = Work::Bytes(8 * 4 * count * size);
         self.run(
             ("adamw", DType::F32, &[count, size]),
@@ -222,6 +250,28 @@ impl Bench {
                     let name = if causal { "attention causal" } else { "attention" };
                     let work = [Work::Flops(4 * d * scores), Work::Flops(10 * d * scores)];
                     self.op(name, &qkv, work, |x| attention(&x[0], &x[1], &x[2], &spec))?;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Attention of one new token to a cache that is full: reads it once.
+    fn decoding_attention(&self) -> Result<()> {
+        let (heads, d) = (12, 64);
+        let lengths: &[usize] = if self.test { &[70] } else { &[1024, 4096, 16_384] };
+        for dtype in [DType::BF16, DType::F32] {
+            for batch in [1, 16] {
+                for &keys in lengths {
+                    let q = self.random(&[batch, heads, 1, d], dtype)?;
+                    let k = self.random(&[batch, heads, keys, d], dtype)?;
+                    let v = self.random(&[batch, heads, keys, d], dtype)?;
+                    let ends = Tensor::generate([batch], DType::I64, &self.device, |_| (keys - 1) as f64)?;
+                    let spec = DecodeSpec { scale: (d as f64).powf(-0.5), ..DecodeSpec::default() };
+                    let work = Work::Bytes(2 * batch * heads * keys * d * dtype.size());
+                    let shape = [batch, heads, keys, d];
+                    let step = |()| attention_decode(&q, &k, &v, &ends, &spec).map(drop);
+                    self.run(("decode attention", dtype, &shape), work, || Ok(()), step)?;
                 }
             }
         }
@@ -269,6 +319,7 @@ fn main() -> Result<()> {
     if wanted("kernels") {
         bench.attention()?;
         bench.memory_bound()?;
+        bench.decoding_attention()?;
         bench.sampling()?;
     }
     if wanted("models") {

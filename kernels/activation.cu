@@ -8,9 +8,9 @@
 // activation f is a row of functions.cuh.
 // Variants: DTYPE=f32,f64,bf16,f16 ACTIVATION=gelu,gelu_tanh,relu_squared,sigmoid,silu
 //
-// A thread takes the packets of a few columns, every eighth row of a chunk (see columns.cuh): it reads the bias once
-// and adds up its columns on the way. Moves 2 sizeof(T) per element forward, 3 backward. Limited by memory bandwidth;
-// erf and exp of f64 are not.
+// A thread takes the packets of a few columns, every eighth row of a chunk (see columns.cuh), some of which are under
+// way at once: it reads the bias once and adds up its columns on the way. Moves 2 sizeof(T) per element forward, 3
+// backward. Limited by memory bandwidth; erf and exp of f64 are not.
 
 #include "common.cuh"
 #include "columns.cuh"
@@ -22,19 +22,24 @@ typedef function::ACTIVATION Activation;
 extern "C" __global__ void activation_fwd(T* y, const T* x, const T* bias, i64 rows, i64 rows_per_chunk, u32 columns) {
     const i64 first = blockIdx.y * rows_per_chunk, last = min(first + rows_per_chunk, rows);
     for_columns(columns, aligned(y) && aligned(x) && aligned(bias), [&](u32 column, auto lanes) {
+        constexpr int N = decltype(lanes)::COUNT;
         if (column >= columns) return;
-        const auto summand = load<lanes.COUNT>(bias + column);
-        for (i64 row = first + threadIdx.y; row < last; row += HEIGHT) {
-            auto values = load<lanes.COUNT>(x + row * columns + column);
+        const auto summand = load<N>(bias + column);
+        const auto fetch = [&](i64 row, bool inside) { return Kept<N>(x + row * columns + column, inside); };
+        for_rows<4>(first, last, fetch, [&](i64 row, Packet<N> values) {
 #pragma unroll
-            for (int lane = 0; lane < lanes.COUNT; ++lane) {
+            for (int lane = 0; lane < N; ++lane) {
                 const Acc sum = Element<T>::to_acc(values.lane[lane]) + Element<T>::to_acc(summand.lane[lane]);
                 values.lane[lane] = Element<T>::from_acc(Activation::value(sum));
             }
             store(y + row * columns + column, values);
-        }
+        });
     });
 }
+
+template <int N> struct Both {
+    Kept<N> x, g;
+};
 
 // `dx` may be `g`: an element is read before it is written, by the same thread.
 extern "C" __global__ void activation_bwd(T* dx, Acc* partials, const T* x, const T* bias, const T* g, i64 rows,
@@ -42,23 +47,27 @@ extern "C" __global__ void activation_bwd(T* dx, Acc* partials, const T* x, cons
     const i64 first = blockIdx.y * rows_per_chunk, last = min(first + rows_per_chunk, rows);
     const bool packed = aligned(dx) && aligned(x) && aligned(bias) && aligned(g);
     for_columns(columns, packed, [&](u32 column, auto lanes) {
-        Acc dbias[lanes.COUNT] = {};
+        constexpr int N = decltype(lanes)::COUNT;
+        Acc dbias[N] = {};
         if (column < columns) {
-            const auto summand = load<lanes.COUNT>(bias + column);
-            for (i64 row = first + threadIdx.y; row < last; row += HEIGHT) {
+            const auto summand = load<N>(bias + column);
+            const auto fetch = [&](i64 row, bool inside) {
                 const i64 at = row * columns + column;
-                const auto values = load<lanes.COUNT>(x + at);
-                auto gradients = load<lanes.COUNT>(g + at);
+                return Both<N>{{x + at, inside}, {g + at, inside}};
+            };
+            for_rows<2>(first, last, fetch, [&](i64 row, const Both<N>& both) {
+                const Packet<N> values = both.x;
+                Packet<N> gradients = both.g;
 #pragma unroll
-                for (int lane = 0; lane < lanes.COUNT; ++lane) {
+                for (int lane = 0; lane < N; ++lane) {
                     const Acc sum = Element<T>::to_acc(values.lane[lane]) + Element<T>::to_acc(summand.lane[lane]);
                     const Acc kept = Activation::KEEP == INPUT ? sum : Activation::value(sum);
                     const Acc gradient = Activation::gradient(Element<T>::to_acc(gradients.lane[lane]), kept);
                     dbias[lane] += gradient;
                     gradients.lane[lane] = Element<T>::from_acc(gradient);
                 }
-                store(dx + at, gradients);
-            }
+                store(dx + row * columns + column, gradients);
+            });
         }
         if (partials != nullptr) store_sums(partials + (i64)blockIdx.y * columns, dbias, column, columns);
     });

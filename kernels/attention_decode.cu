@@ -2,90 +2,352 @@
 // over the keys up to each query's position.
 //
 // Shapes: q [batch, heads, query, d], caches k [batch, kv_heads, capacity, d] and v [.., e], all at strides of their
-// own with packed features; out [batch, query, heads, e] packed; scores [batch heads query, capacity], scratch; ends
-// [batch]; key_mask [batch, capacity - front], query_mask [batch, query] and curves [heads, distances] may be null.
-// T: f32, f64, bf16, f16; products, statistics and sums in f32 (f64 for f64).
+// own with packed features; out [batch, query, heads, e] packed; sums [batch heads query, parts, e] and statistics
+// [.., parts, 2], largest score and sum of weights, between the two kernels; ends [batch]; key_mask
+// [batch, capacity - front], query_mask [batch, query] and curves [heads, distances] may be null. T: f32, f64, bf16,
+// f16; products, statistics and sums in f32 (f64 for f64).
 //
-// A block owns a query. Warps take keys in turn, their lanes the features; then threads take features, groups of them
-// keys in turn. Reads each key and value once; limited by memory bandwidth for long caches of many heads and sequences,
-// by latency for others. Nothing that the host passes grows with the sequence, so that a graph can hold the launch.
+// Keys are cut into parts of PART, as on the CPU. attention_decode: a block takes parts of one head of keys a grid
+// apart, for QUERIES of the queries that read them, of all heads that share it and of all new tokens: their keys and
+// values are read once. Groups of lanes take the packets of a key, all keys of a batch being under way at once, then
+// the packets of values. attention_decode_join adds up the parts of a query in their order. What a query gets depends
+// on nothing but its sequence: neither the batch, the capacity nor the grid.
+// Reads each key and value once, and writes and reads e + 2 numbers for PART keys and query; limited by memory
+// bandwidth, for short caches of few heads and sequences by latency. Nothing that the host passes grows with the
+// sequence, so that a graph can hold the launch.
 //
-// Variants: DTYPE=f32,f64,bf16,f16
+// Variants: DTYPE=f32,f64,bf16,f16 QUERIES=1,4
 
 #include "common.cuh"
 
 typedef Element<T>::Acc Acc;
 
-constexpr i32 THREADS = 256;
+constexpr i32 THREADS = 128, WARPS = THREADS / 32, PART = 64;
+// Packets of keys, and then of values, that a thread has under way.
+constexpr i32 BATCH = 4;
+static_assert(QUERIES <= WARPS, "a warp takes the weights of a query");
 
-extern "C" __global__ void __launch_bounds__(THREADS) attention_decode(
-    T* out, Acc* scores, const T* q, const T* k, const T* v, const i64* ends, const bool* key_mask,
-    const bool* query_mask, const Acc* curves, Layout q_at, Layout k_at, Layout v_at, i32 front, i32 mem_keys,
-    i32 past, i32 distances, f64 scale) {
-    __shared__ Acc partial[THREADS];
+// Elements j, j + 1, … of a row of `size`, zeros behind its end and where it is not `inside`, where nothing is read.
+__device__ __forceinline__ Raw<LANES> fetch(const T* row, i32 j, i32 size, bool inside, bool packed) {
+    return packed ? Raw<LANES>(row + j, inside && j < size) : Raw<LANES>(row + j, inside ? size - j : 0);
+}
+
+// Whether rows of this size begin at multiples of 128 bits, and end there.
+__device__ __forceinline__ bool in_packets(const T* x, const Layout& at) {
+    return aligned(x + at.offset) && at.dims[3] % LANES == 0 && at.strides[0] % LANES == 0 &&
+           at.strides[1] % LANES == 0 && at.strides[2] % LANES == 0;
+}
+
+// Lanes that share a row of this many features: a power of two, 32 at most, when they take several rounds.
+__device__ __forceinline__ i32 lanes_of(i32 features) {
+    i32 lanes = 1;
+    while (lanes < 32 && lanes * LANES < features) lanes *= 2;
+    return lanes;
+}
+
+// A query, and the keys that causality, the farthest past and the padding of the queries leave to it.
+struct Query {
+    i32 head, i, position, start, end;
+};
+
+// How many keys the sequence has, with the new ones.
+__device__ __forceinline__ i32 held(const i64* ends, i32 b, i32 front, i32 queries, i32 capacity) {
+    return min(front + (i32)ends[b] + queries, capacity);
+}
+
+// Few queries are limited by memory, and need blocks enough for the loads under way.
+constexpr i32 BLOCKS = QUERIES > 1 ? 3 : __CUDA_ARCH__ >= 900 ? 5 : 4;
+
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
+    attention_decode(Acc* sums, Acc* statistics, const T* q, const T* k, const T* v, const i64* ends,
+                     const bool* key_mask, const bool* query_mask, const Acc* curves, Layout q_at, Layout k_at,
+                     Layout v_at, i32 front, i32 mem_keys, i32 past, i32 distances, i32 parts, f64 scale) {
+    __shared__ Query shared_queries[QUERIES];
+    __shared__ Acc scores[QUERIES][PART];
+    __shared__ Acc of_warps[WARPS][QUERIES][32 * LANES];
     const i32 heads = q_at.dims[1], queries = q_at.dims[2], d = q_at.dims[3];
-    const i32 capacity = k_at.dims[2], e = v_at.dims[3];
-    const i32 i = blockIdx.x % queries, head = blockIdx.x / queries % heads, b = blockIdx.x / queries / heads;
-    const i32 kv_head = head / (heads / (i32)k_at.dims[1]), thread = threadIdx.x;
-    const T* query = q + q_at.offset + b * q_at.strides[0] + head * q_at.strides[1] + i * q_at.strides[2];
+    const i32 capacity = k_at.dims[2], kv_heads = k_at.dims[1], e = v_at.dims[3], group = heads / kv_heads;
+    const i32 tiles = (group * queries + QUERIES - 1) / QUERIES;
+    const i32 tile = blockIdx.x % tiles, kv_head = blockIdx.x / tiles % kv_heads, b = blockIdx.x / tiles / kv_heads;
+    const i32 thread = threadIdx.x, lane = thread % 32, count = min(group * queries - tile * QUERIES, QUERIES);
     const T* keys = k + k_at.offset + b * k_at.strides[0] + kv_head * k_at.strides[1];
     const T* values = v + v_at.offset + b * v_at.strides[0] + kv_head * v_at.strides[1];
-    Acc* s = scores + (i64)blockIdx.x * capacity;
+    const bool packed_q = in_packets(q, q_at), packed_k = in_packets(k, k_at), packed_v = in_packets(v, v_at);
 
-    const i32 position = front + (i32)ends[b] + i;
-    i32 start = position > past ? position - past : 0, end = min(position + 1, capacity);
-    if (query_mask && !query_mask[(i64)b * queries + i]) end = min(end, mem_keys);
-    start = min(start, end);
-
-    Acc max = negative_infinity<Acc>();
-    bool any_kept = false;
-    for (i32 key = start + thread / 32; key < end; key += THREADS / 32) {
-        const bool kept = !key_mask || key < front || key_mask[(i64)b * (capacity - front) + key - front];
-        Acc score = 0;
-        const T* row = keys + key * k_at.strides[2];
-        for (i32 f = thread % 32; f < d; f += 32) score += Element<T>::to_acc(query[f]) * Element<T>::to_acc(row[f]);
-        score = reduce_warp(score, [](Acc a, Acc b) { return a + b; }) * (Acc)scale;
-        if (curves) score += curves[(i64)head * distances + min(position - key, distances - 1)];
-        if (!kept) score = negative_infinity<Acc>();
-        any_kept |= kept;
-        if (thread % 32 == 0) s[key] = score;
-        max = fmax(max, score);
+    if (thread < QUERIES) {
+        const i32 index = tile * QUERIES + thread, i = index % queries;
+        const i32 position = front + (i32)ends[b] + i;
+        i32 start = position > past ? position - past : 0, end = min(position + 1, capacity);
+        if (query_mask && !query_mask[(i64)b * queries + i]) end = min(end, mem_keys);
+        if (thread >= count) end = 0;
+        shared_queries[thread] = {kv_head * group + index / queries, i, position, min(start, end), end};
     }
-    max = reduce_row(max, negative_infinity<Acc>(), [](Acc a, Acc b) { return fmax(a, b); });
-    // Without any key left, all keys of the sequence count alike. With scores that are all NaN or -inf, `max` is -inf
-    // too, and the weights are NaN.
-    const bool blind = !__syncthreads_or(any_kept);
-    if (blind) start = 0, end = min(front + (i32)ends[b] + queries, capacity);
-    // A power of two that keeps sums of values in the range of numbers.
-    Acc part = 1, sum = 0;
-    for (i32 rest = end - start - 1; rest > 0; rest /= 2) part /= 2;
-    for (i32 key = start + thread; key < end; key += THREADS) {
-        const Acc weight = (blind ? 1 : exp(s[key] - max)) * part;
-        s[key] = weight;
-        sum += weight;
-    }
-    sum = sum_row(sum);
     __syncthreads();
+    i32 start = capacity, end = 0;
+    for (i32 r = 0; r < count; ++r) {
+        start = min(start, shared_queries[r].start);
+        end = max(end, shared_queries[r].end);
+    }
 
-    const i32 width = min((e + 31) / 32 * 32, THREADS), groups = THREADS / width, group = thread / width;
-    T* to = out + (((i64)b * queries + i) * heads + head) * e;
-    for (i32 first = 0; first < e; first += width) {
-        const i32 f = first + thread % width;
-        Acc total = 0;
-        if (f < e && group < groups) {
-            for (i32 key = start + group; key < end; key += groups) {
-                total += s[key] * Element<T>::to_acc(values[key * v_at.strides[2] + f]);
+    const i32 last = held(ends, b, front, queries, capacity);
+    for (i32 part = blockIdx.y; part * PART < last; part += gridDim.y) {
+        const i32 first = part * PART, low = max(first, start), high = min(first + PART, end);
+        const i32 v_lanes = lanes_of(e), v_chunk = thread % v_lanes * LANES, v_slot = thread / v_lanes;
+        const i32 v_step = THREADS / v_lanes;
+        // Of row first + (round + n) step + slot.
+        const auto fetch_values = [&](i32 n, i32 round, i32 feature) {
+            const i32 at = (round + n) * v_step + v_slot, key = first + at;
+            const bool inside = at < PART && key >= low && key < high;
+            return fetch(values + (i64)key * v_at.strides[2], feature, e, inside, packed_v);
+        };
+        Raw<LANES> ahead[BATCH];
+        if (low < high) {
+            const i32 lanes = lanes_of(d), chunk = thread % lanes * LANES, slot = thread / lanes;
+            const i32 step = THREADS / lanes;
+            for (i32 feature = chunk; feature - chunk < d; feature += lanes * LANES) {
+                Acc query[QUERIES][LANES];
+                for (i32 round = 0; round * step < PART; round += BATCH) {
+                    Raw<LANES> rows[BATCH];
+#pragma unroll
+                    for (i32 n = 0; n < BATCH; ++n) {
+                        const i32 at = (round + n) * step + slot, key = first + at;
+                        const bool inside = at < PART && key >= low && key < high;
+                        rows[n] = fetch(keys + (i64)key * k_at.strides[2], feature, d, inside, packed_k);
+                    }
+                    if (round == 0) {
+#pragma unroll
+                        for (i32 r = 0; r < QUERIES; ++r) {
+                            const Query& of = shared_queries[r];
+                            const T* row =
+                                q + q_at.offset + b * q_at.strides[0] + of.head * q_at.strides[1] +
+                                of.i * q_at.strides[2];
+                            const Packet<LANES> packet = fetch(row, feature, d, r < count, packed_q);
+#pragma unroll
+                            for (i32 n = 0; n < LANES; ++n) query[r][n] = Element<T>::to_acc(packet.lane[n]);
+                        }
+                        if (feature == chunk) {
+#pragma unroll
+                            for (i32 n = 0; n < BATCH; ++n) ahead[n] = fetch_values(n, 0, v_chunk);
+                        }
+                    }
+                    Acc products[BATCH][QUERIES];
+#pragma unroll
+                    for (i32 n = 0; n < BATCH; ++n) {
+                        const Packet<LANES> packet = rows[n];
+#pragma unroll
+                        for (i32 r = 0; r < QUERIES; ++r) {
+                            Acc product = 0;
+#pragma unroll
+                            for (i32 f = 0; f < LANES; ++f) {
+                                product += query[r][f] * Element<T>::to_acc(packet.lane[f]);
+                            }
+                            products[n][r] = product;
+                        }
+                    }
+                    for (i32 other = lanes / 2; other > 0; other /= 2) {
+#pragma unroll
+                        for (i32 n = 0; n < BATCH; ++n) {
+#pragma unroll
+                            for (i32 r = 0; r < QUERIES; ++r) {
+                                products[n][r] += __shfl_xor_sync(0xFFFFFFFF, products[n][r], other);
+                            }
+                        }
+                    }
+#pragma unroll
+                    for (i32 n = 0; n < BATCH; ++n) {
+                        const i32 at = (round + n) * step + slot;
+#pragma unroll
+                        for (i32 r = 0; r < QUERIES; ++r) {
+                            if (thread % lanes == 0 && at < PART) {
+                                scores[r][at] = (feature == chunk ? 0 : scores[r][at]) + products[n][r];
+                            }
+                        }
+                    }
+                }
             }
         }
-        partial[thread] = total;
         __syncthreads();
-        if (thread < width && f < e) {
-            for (i32 other = 1; other < groups; ++other) total += partial[other * width + thread];
-            const Acc mean = total / sum;
-            // Rounding alone makes the mean of finite values infinite.
-            const bool exceeds = fabs(mean) > -lowest<Acc>() && fabs(total) <= -lowest<Acc>();
-            to[f] = Element<T>::from_acc(exceeds ? copysign(-lowest<Acc>(), mean) : mean);
+
+        if (thread / 32 < count) {
+            const Query& of = shared_queries[thread / 32];
+            Acc* weights = scores[thread / 32];
+            Acc score[PART / 32], max = negative_infinity<Acc>(), sum = 0;
+            bool kept[PART / 32], any_kept = false;
+#pragma unroll
+            for (i32 n = 0; n < PART / 32; ++n) {
+                const i32 at = n * 32 + lane, key = first + at;
+                kept[n] = key >= of.start && key < of.end &&
+                          (!key_mask || key < front || key_mask[(i64)b * (capacity - front) + key - front]);
+                score[n] = kept[n] ? weights[at] * (Acc)scale : 0;
+                if (curves && kept[n]) {
+                    score[n] += curves[(i64)of.head * distances + min(of.position - key, distances - 1)];
+                }
+                if (kept[n]) max = fmax(max, score[n]);
+                any_kept |= kept[n];
+            }
+            max = reduce_warp(max, [](Acc a, Acc b) { return fmax(a, b); });
+            // With nothing but -inf, exponentials must be 0 and not NaN. A power of two keeps sums of values in the
+            // range of numbers.
+            const Acc shift = max == negative_infinity<Acc>() ? 0 : max;
+#pragma unroll
+            for (i32 n = 0; n < PART / 32; ++n) {
+                const Acc weight = kept[n] ? exp(score[n] - shift) * (Acc(1) / PART) : 0;
+                weights[n * 32 + lane] = weight;
+                sum += weight;
+            }
+            sum = reduce_warp(sum, [](Acc a, Acc b) { return a + b; });
+            const bool any = __ballot_sync(0xFFFFFFFF, any_kept) != 0;
+            if (lane == 0) {
+                const i64 row = ((i64)b * heads + of.head) * queries + of.i;
+                Acc* to = statistics + (row * parts + part) * 2;
+                to[0] = max;
+                // 0 where no key was kept, and only there.
+                to[1] = any && sum == 0 ? 1 : sum;
+            }
         }
         __syncthreads();
+        if (low >= high) continue;
+
+        for (i32 feature = v_chunk; feature - v_chunk < e; feature += v_lanes * LANES) {
+            Acc total[QUERIES][LANES] = {};
+            for (i32 round = 0; round * v_step < PART; round += BATCH) {
+                Raw<LANES> rows[BATCH];
+#pragma unroll
+                for (i32 n = 0; n < BATCH; ++n) {
+                    rows[n] = ahead[n];
+                    if (round > 0 || feature > v_chunk) rows[n] = fetch_values(n, round, feature);
+                }
+#pragma unroll
+                for (i32 n = 0; n < BATCH; ++n) {
+                    const i32 at = (round + n) * v_step + v_slot, key = first + at;
+                    const Packet<LANES> packet = rows[n];
+#pragma unroll
+                    for (i32 r = 0; r < QUERIES; ++r) {
+                        // Nothing of a key that a query does not see counts, be it NaN.
+                        if (at >= PART || key < shared_queries[r].start || key >= shared_queries[r].end) continue;
+                        const Acc weight = scores[r][at];
+#pragma unroll
+                        for (i32 f = 0; f < LANES; ++f) total[r][f] += weight * Element<T>::to_acc(packet.lane[f]);
+                    }
+                }
+            }
+            for (i32 other = v_lanes; other < 32; other *= 2) {
+#pragma unroll
+                for (i32 r = 0; r < QUERIES; ++r) {
+#pragma unroll
+                    for (i32 f = 0; f < LANES; ++f) {
+                        total[r][f] += __shfl_xor_sync(0xFFFFFFFF, total[r][f], other);
+                    }
+                }
+            }
+            if (lane < v_lanes) {
+#pragma unroll
+                for (i32 r = 0; r < QUERIES; ++r) {
+#pragma unroll
+                    for (i32 f = 0; f < LANES; ++f) of_warps[thread / 32][r][v_chunk + f] = total[r][f];
+                }
+            }
+            __syncthreads();
+            const i32 round = feature - v_chunk, width = min(v_lanes * LANES, e - round);
+            for (i32 at = thread; at < count * width; at += THREADS) {
+                const i32 r = at / width, f = at % width;
+                const Query& of = shared_queries[r];
+                Acc sum = 0;
+#pragma unroll
+                for (i32 warp = 0; warp < WARPS; ++warp) sum += of_warps[warp][r][f];
+                const i64 row = ((i64)b * heads + of.head) * queries + of.i;
+                sums[(row * parts + part) * e + round + f] = sum;
+            }
+            __syncthreads();
+        }
+    }
+}
+
+// Threads of a block that joins parts, on which the order of its sums depends.
+constexpr i32 JOINERS = 256;
+// Parts that a thread has under way.
+constexpr i32 AT_ONCE = sizeof(Acc) == 8 ? 1 : 4;
+
+// A block owns a query: groups of threads take every so many of its parts, a packet of features each.
+template <int N>
+__device__ __forceinline__ void join(T* out, const Acc* sums, const Acc* of_parts, const T* values, i64 apart, i32 e,
+                                     i32 count, i32 keys) {
+    __shared__ Acc shared[JOINERS * N], shared_weights[JOINERS];
+    const i32 thread = threadIdx.x, threads = JOINERS;
+    Acc max = negative_infinity<Acc>();
+    bool seen = false;
+    for (i32 part = thread; part < count; part += threads) {
+        max = fmax(max, of_parts[2 * part]);
+        seen |= of_parts[2 * part + 1] != 0;
+    }
+    max = reduce_row(max, negative_infinity<Acc>(), [](Acc a, Acc b) { return fmax(a, b); });
+    // Without any key kept, all keys of the sequence count alike. With scores that are all NaN or -inf, `max` is -inf
+    // too, and the result NaN.
+    const bool blind = !__syncthreads_or(seen);
+    const i32 items = blind ? keys : count;
+    // Powers of two that keep sums of values in the range of numbers.
+    Acc share = 1;
+    for (i32 rest = items - 1; rest > 0; rest /= 2) share /= 2;
+
+    const i32 chunks = (e + N - 1) / N, width = min(chunks, threads), groups = threads / width, group = thread / width;
+    for (i32 chunk = thread % width; chunk - thread % width < chunks; chunk += width) {
+        const i32 f = chunk * N;
+        Acc total[N] = {}, weights = 0;
+        if (group < groups && chunk < chunks) {
+#pragma unroll AT_ONCE
+            for (i32 item = group; item < items; item += groups) {
+                Acc weight = share;
+                if (!blind) {
+                    // A part that no key was kept of has no sums.
+                    if (of_parts[2 * item + 1] == 0) continue;
+                    weight *= exp(of_parts[2 * item] - max);
+                    weights += of_parts[2 * item + 1] * weight;
+                    const auto sum = load<N>(sums + (i64)item * e + f);
+#pragma unroll
+                    for (i32 n = 0; n < N; ++n) total[n] += sum.lane[n] * weight;
+                } else {
+                    weights += weight;
+#pragma unroll
+                    for (i32 n = 0; n < N; ++n) total[n] += Element<T>::to_acc(values[item * apart + f + n]) * weight;
+                }
+            }
+        }
+        __syncthreads();
+#pragma unroll
+        for (i32 n = 0; n < N; ++n) shared[n * JOINERS + thread] = total[n];
+        shared_weights[thread] = weights;
+        __syncthreads();
+        if (group > 0 || chunk >= chunks) continue;
+        for (i32 other = 1; other < groups; ++other) {
+            const i32 at = other * width + thread;
+            weights += shared_weights[at];
+#pragma unroll
+            for (i32 n = 0; n < N; ++n) total[n] += shared[n * JOINERS + at];
+        }
+#pragma unroll
+        for (i32 n = 0; n < N; ++n) {
+            const Acc mean = total[n] / weights;
+            // Rounding alone makes the mean of finite values infinite.
+            const bool exceeds = fabs(mean) > -lowest<Acc>() && fabs(total[n]) <= -lowest<Acc>();
+            out[f + n] = Element<T>::from_acc(exceeds ? copysign(-lowest<Acc>(), mean) : mean);
+        }
+    }
+}
+
+extern "C" __global__ void __launch_bounds__(JOINERS)
+    attention_decode_join(T* out, const Acc* sums, const Acc* statistics, const T* v, const i64* ends, Layout v_at,
+                          i32 front, i32 heads, i32 queries, i32 parts) {
+    const i32 i = blockIdx.x % queries, head = blockIdx.x / queries % heads, b = blockIdx.x / queries / heads;
+    const i32 kv_head = head / (heads / (i32)v_at.dims[1]), e = v_at.dims[3];
+    const i32 keys = held(ends, b, front, queries, v_at.dims[2]), count = (keys + PART - 1) / PART;
+    const T* values = v + v_at.offset + b * v_at.strides[0] + kv_head * v_at.strides[1];
+    T* to = out + (((i64)b * queries + i) * heads + head) * e;
+    const Acc* of_row = sums + (i64)blockIdx.x * parts * e;
+    const Acc* of_parts = statistics + (i64)blockIdx.x * parts * 2;
+    constexpr i32 N = 16 / sizeof(Acc);
+    if (e % N == 0) {
+        join<N>(to, of_row, of_parts, values, v_at.strides[2], e, count, keys);
+    } else {
+        join<1>(to, of_row, of_parts, values, v_at.strides[2], e, count, keys);
     }
 }

@@ -17,6 +17,21 @@ template <typename Body> __device__ __forceinline__ void for_columns(u32 columns
     }
 }
 
+// Calls use(row, fetch(row, true)) for every HEIGHTth row of a chunk, beginning with that of this thread; AT_ONCE of
+// them are read before the first is used. fetch(row, false) reads nothing.
+template <int AT_ONCE, typename Fetch, typename Use>
+__device__ __forceinline__ void for_rows(i64 first, i64 last, Fetch fetch, Use use) {
+    for (i64 top = first + threadIdx.y; top < last; top += AT_ONCE * HEIGHT) {
+        decltype(fetch(top, true)) rows[AT_ONCE];
+#pragma unroll
+        for (int n = 0; n < AT_ONCE; ++n) rows[n] = fetch(top + n * HEIGHT, top + n * HEIGHT < last);
+#pragma unroll
+        for (int n = 0; n < AT_ONCE; ++n) {
+            if (top + n * HEIGHT < last) use(top + n * HEIGHT, rows[n]);
+        }
+    }
+}
+
 // Adds up what the HEIGHT threads of a column have, in order: to[column], to[column + 1], … All threads of the block
 // must call it.
 template <int N, typename A>

@@ -183,6 +183,95 @@ template <int N, typename E> __device__ __forceinline__ void store(E* to, const 
     }
 }
 
+// The elements of a packet of 128 bits. Those of half types by shifts, which become one instruction with that of the
+// conversion to f32; as bytes of memory they would take two or three.
+template <int N, typename E> __device__ __forceinline__ Packet<N, E> unpack(const u32 (&part)[4]) {
+    Packet<N, E> packet;
+    if constexpr (sizeof(E) == 2) {
+#pragma unroll
+        for (int lane = 0; lane < N; ++lane) {
+            const unsigned short bits = (unsigned short)(part[lane / 2] >> (lane % 2 * 16));
+            memcpy(&packet.lane[lane], &bits, sizeof(bits));
+        }
+    } else {
+        memcpy(&packet, part, sizeof(part));
+    }
+    return packet;
+}
+
+// A packet of 128 bits as it lies in memory: what is held in registers for later, where lanes of half types would take
+// one each. `forget` makes the compiler unpack it again instead of keeping what was made of it.
+template <int N, typename E = T> struct Raw {
+    u32 part[4] = {};
+
+    Raw() = default;
+    __device__ __forceinline__ Raw(const Packet<N, E>& packet) {
+        static_assert(sizeof(packet) == 16, "a packet of 128 bits");
+        memcpy(part, &packet, sizeof(part));
+    }
+
+    // Elements from an aligned address, zeros if not `inside`, where nothing is read.
+    __device__ __forceinline__ Raw(const E* from, bool inside) {
+        if (!inside) return;
+        const uint4 raw = *reinterpret_cast<const uint4*>(from);
+        part[0] = raw.x, part[1] = raw.y, part[2] = raw.z, part[3] = raw.w;
+    }
+
+    // Elements from any address, the first `count` of them and then `rest`, read one by one by little code.
+    __device__ __forceinline__ Raw(const E* from, i32 count, E rest = {}) {
+#pragma unroll 1
+        for (i32 lane = 0; lane < N; ++lane) {
+            E value = rest;
+            if (lane < count) value = from[lane];
+            append(value);
+        }
+    }
+
+    // Moves all elements one lane down, and puts another one behind them.
+    __device__ __forceinline__ void append(E value) {
+        constexpr int WORDS = sizeof(E) / 4;
+        if constexpr (WORDS == 0) {
+            unsigned short bits;
+            memcpy(&bits, &value, sizeof(bits));
+#pragma unroll
+            for (int i = 0; i < 3; ++i) part[i] = part[i] >> 16 | part[i + 1] << 16;
+            part[3] = part[3] >> 16 | (u32)bits << 16;
+        } else {
+#pragma unroll
+            for (int i = 0; i < 4 - WORDS; ++i) part[i] = part[i + WORDS];
+            memcpy(part + (4 - WORDS), &value, sizeof(value));
+        }
+    }
+
+    __device__ __forceinline__ operator Packet<N, E>() const { return unpack<N, E>(part); }
+
+    __device__ __forceinline__ void forget() {
+#pragma unroll
+        for (u32& one : part) one = ptx_opaque(one);
+    }
+};
+
+// As Raw, for packets of any width.
+template <int N, typename E> struct Few {
+    Packet<N, E> packet = {};
+
+    Few() = default;
+    __device__ __forceinline__ Few(const E* from, bool inside) {
+        if (inside) packet = load<N>(from);
+    }
+    __device__ __forceinline__ operator Packet<N, E>() const { return packet; }
+};
+
+template <int N, typename E, bool WIDE = N * sizeof(E) == 16> struct KeptAs {
+    typedef Raw<N, E> Type;
+};
+template <int N, typename E> struct KeptAs<N, E, false> {
+    typedef Few<N, E> Type;
+};
+
+// N consecutive elements that are read some time before they are used: Kept<N>(from, inside).
+template <int N, typename E = T> using Kept = typename KeptAs<N, E>::Type;
+
 __device__ __forceinline__ bool aligned(const void* pointer) { return (u64)pointer % 16 == 0; }
 
 // A number of lanes as a type, so that a lambda can be compiled for it.
@@ -198,6 +287,26 @@ __device__ __forceinline__ void for_elements(i64 n, bool packed, Body body) {
     const i64 in_packets = packed ? n / WIDTH * WIDTH : 0;
     for (i64 i = thread * WIDTH; i < in_packets; i += threads * WIDTH) body(i, Lanes<WIDTH>());
     for (i64 i = in_packets + thread; i < n; i += threads) body(i, Lanes<1>());
+}
+
+// As for_elements, by use(i, fetch(i, true, lanes), lanes); AT_ONCE packets of a thread are read before the first is
+// used. fetch(i, false, lanes) reads nothing.
+template <int AT_ONCE, typename Fetch, typename Use>
+__device__ __forceinline__ void for_batches(i64 n, bool packed, Fetch fetch, Use use) {
+    const i64 thread = (i64)blockIdx.x * blockDim.x + threadIdx.x, threads = (i64)gridDim.x * blockDim.x;
+    const i64 in_packets = packed ? n / LANES * LANES : 0, step = threads * LANES;
+    for (i64 first = thread * LANES; first < in_packets; first += AT_ONCE * step) {
+        decltype(fetch(first, true, Lanes<LANES>())) batch[AT_ONCE];
+#pragma unroll
+        for (int k = 0; k < AT_ONCE; ++k) {
+            batch[k] = fetch(first + k * step, first + k * step < in_packets, Lanes<LANES>());
+        }
+#pragma unroll
+        for (int k = 0; k < AT_ONCE; ++k) {
+            if (first + k * step < in_packets) use(first + k * step, batch[k], Lanes<LANES>());
+        }
+    }
+    for (i64 i = in_packets + thread; i < n; i += threads) use(i, fetch(i, true, Lanes<1>()), Lanes<1>());
 }
 
 // The threads with one threadIdx.y share a row: a warp each (blockDim.x 32, several rows a block), or several warps

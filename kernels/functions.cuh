@@ -1,21 +1,43 @@
 // The functions of one number: a row for each row of the table in src/ops/pointwise.rs.
 
+#include "fast.cuh"
+
 typedef Element<T>::Acc Acc;
 
 // max(x, 0), keeping NaN.
 __device__ __forceinline__ Acc positive(Acc x) { return x < 0 ? 0 : x; }
 
-// Distribution and density of the standard normal. In f64 the tail keeps its digits, as PyTorch's does.
+// Distribution and density of the standard normal. In f64 the tail keeps its digits, as PyTorch's does. Half types have
+// a polynomial of 1 / (1 + 0.315 |x|) times exp(-x^2 / 2) in place of erf: errors of 2e-5 of the smaller tail at most,
+// which rounding to 11 bits exceeds twelve times.
 __device__ __forceinline__ Acc normal_cdf(Acc x) {
-    const Acc scaled = x * Acc(0.70710678118654752);
-    return Acc(0.5) * (sizeof(Acc) == 8 ? erfc(-scaled) : 1 + erf(scaled));
+    if constexpr (HALF) {
+        const Acc t = fast_inverse(1 + 0.315f * fabs(x));
+        Acc sum = -0.0701801777f;
+        sum = sum * t + 0.1587656736f;
+        sum = sum * t + 0.0345942080f;
+        sum = sum * t + 0.1271506965f;
+        sum = sum * t + 0.1239166036f;
+        sum = sum * t + 0.1257493645f;
+        const Acc tail = sum * t * ptx_exp2(x * x * -0.72134752f);
+        return x < 0 ? tail : 1 - tail;
+    } else {
+        const Acc scaled = x * Acc(0.70710678118654752);
+        return Acc(0.5) * (sizeof(Acc) == 8 ? erfc(-scaled) : 1 + erf(scaled));
+    }
 }
-__device__ __forceinline__ Acc normal_pdf(Acc x) { return Acc(0.39894228040143268) * exp(Acc(-0.5) * x * x); }
+__device__ __forceinline__ Acc normal_pdf(Acc x) {
+    if constexpr (HALF) {
+        return 0.39894228f * ptx_exp2(x * x * -0.72134752f);
+    } else {
+        return Acc(0.39894228040143268) * exp(Acc(-0.5) * x * x);
+    }
+}
 
 // What multiplies x in the approximation of GELU by tanh, and its derivative. 2 sqrt(2 / pi) is 1.5957691216057308.
 // Beyond 24 the gate is 0 or 1 in f64 too, and so is the first factor of its slope 0: the last one must not overflow.
 __device__ __forceinline__ Acc gelu_gate(Acc x) {
-    return 1 / (1 + exp(-Acc(1.5957691216057308) * x * (1 + Acc(0.044715) * x * x)));
+    return fast_inverse(1 + fast_exp(-Acc(1.5957691216057308) * x * (1 + Acc(0.044715) * x * x)));
 }
 __device__ __forceinline__ Acc gelu_gate_slope(Acc x) {
     const Acc gate = gelu_gate(x);
@@ -24,12 +46,17 @@ __device__ __forceinline__ Acc gelu_gate_slope(Acc x) {
     return gate * (1 - gate) * Acc(1.5957691216057308) * (1 + Acc(0.134145) * x * x);
 }
 
-__device__ __forceinline__ Acc logistic(Acc x) { return 1 / (1 + exp(-x)); }
+__device__ __forceinline__ Acc logistic(Acc x) { return fast_inverse(1 + fast_exp(-x)); }
 
 // Its derivative, to the last digit where it is near 0 or 1.
 __device__ __forceinline__ Acc logistic_slope(Acc x) {
-    const Acc power = exp(x < 0 ? x : -x), sum = 1 + power;
-    return power / (sum * sum);
+    const Acc small = fast_exp(x < 0 ? x : -x);
+    if constexpr (HALF) {
+        const Acc gate = fast_inverse(1 + small);
+        return small * gate * gate;
+    } else {
+        return small / ((1 + small) * (1 + small));
+    }
 }
 
 __device__ __forceinline__ Acc twice(Acc x) { return x + x; }

@@ -9,9 +9,9 @@
 // computed and summed in f32 (f64 for f64). The activation f is a row of functions.cuh.
 // Variants: DTYPE=f32,f64,bf16,f16 ACTIVATION=gelu,gelu_tanh,relu_squared,sigmoid,silu
 //
-// A thread takes the packets of a few columns, every eighth row of a chunk (see columns.cuh): it reads the bias once
-// and adds up its columns on the way. Moves 3 sizeof(T) per element of y forward and 5 backward. Limited by memory
-// bandwidth, if f is cheap; erf and exp of f64 are not.
+// A thread takes the packets of a few columns, every eighth row of a chunk (see columns.cuh), two of which are under
+// way at once: it reads the bias once and adds up its columns on the way. Moves 3 sizeof(T) per element of y forward
+// and 5 backward. Limited by memory bandwidth, if f is cheap; erf and exp of f64 are not.
 
 #include "common.cuh"
 #include "columns.cuh"
@@ -31,25 +31,37 @@ template <int N> struct Bias {
     }
 };
 
+// What is read of a row.
+template <int N> struct Both {
+    Kept<N> value, gate;
+};
+template <int N> struct All {
+    Kept<N> value, gate, gradient;
+};
+
 // Chunk blockIdx.y of the rows, here and below.
 extern "C" __global__ void glu_fwd(T* y, const T* x, const T* bias, i64 rows, i64 rows_per_chunk, u32 columns) {
     const i64 first = blockIdx.y * rows_per_chunk, last = min(first + rows_per_chunk, rows);
     for_columns(columns, aligned(y) && aligned(x) && aligned(bias), [&](u32 column, auto lanes) {
+        constexpr int N = decltype(lanes)::COUNT;
         if (column >= columns) return;
         const T* to_gates = bias == nullptr ? nullptr : bias + columns + column;
-        const Bias<lanes.COUNT> to_value(bias == nullptr ? nullptr : bias + column), to_gate(to_gates);
-        for (i64 row = first + threadIdx.y; row < last; row += HEIGHT) {
+        const Bias<N> to_value(bias == nullptr ? nullptr : bias + column), to_gate(to_gates);
+        const auto fetch = [&](i64 row, bool inside) {
             const T* from = x + row * 2 * columns + column;
-            auto value = load<lanes.COUNT>(from);
-            const auto gate = load<lanes.COUNT>(from + columns);
+            return Both<N>{{from, inside}, {from + columns, inside}};
+        };
+        for_rows<2>(first, last, fetch, [&](i64 row, const Both<N>& both) {
+            Packet<N> value = both.value;
+            const Packet<N> gate = both.gate;
 #pragma unroll
-            for (int lane = 0; lane < lanes.COUNT; ++lane) {
+            for (int lane = 0; lane < N; ++lane) {
                 const Acc u = Element<T>::to_acc(gate.lane[lane]) + to_gate.lane[lane];
                 const Acc v = Element<T>::to_acc(value.lane[lane]) + to_value.lane[lane];
                 value.lane[lane] = Element<T>::from_acc(v * Activation::value(u));
             }
             store(y + row * columns + column, value);
-        }
+        });
     });
 }
 
@@ -59,17 +71,21 @@ extern "C" __global__ void glu_bwd(T* dx, Acc* partials, const T* x, const T* bi
     const i64 first = blockIdx.y * rows_per_chunk, last = min(first + rows_per_chunk, rows);
     const bool packed = aligned(dx) && aligned(x) && aligned(bias) && aligned(g);
     for_columns(columns, packed, [&](u32 column, auto lanes) {
-        Acc dvalue[lanes.COUNT] = {}, dgate[lanes.COUNT] = {};
+        constexpr int N = decltype(lanes)::COUNT;
+        Acc dvalue[N] = {}, dgate[N] = {};
         if (column < columns) {
             const T* to_gates = bias == nullptr ? nullptr : bias + columns + column;
-            const Bias<lanes.COUNT> to_value(bias == nullptr ? nullptr : bias + column), to_gate(to_gates);
-            for (i64 row = first + threadIdx.y; row < last; row += HEIGHT) {
+            const Bias<N> to_value(bias == nullptr ? nullptr : bias + column), to_gate(to_gates);
+            const auto fetch = [&](i64 row, bool inside) {
+                const T* from = (x == nullptr ? dx : x) + row * 2 * columns + column;
+                return All<N>{{from, inside}, {from + columns, inside}, {g + row * columns + column, inside}};
+            };
+            for_rows<2>(first, last, fetch, [&](i64 row, const All<N>& all) {
                 const i64 at = row * 2 * columns + column;
-                const T* from = x == nullptr ? dx : x;
-                auto value = load<lanes.COUNT>(from + at), gate = load<lanes.COUNT>(from + at + columns);
-                const auto gradient = load<lanes.COUNT>(g + row * columns + column);
+                Packet<N> value = all.value, gate = all.gate;
+                const Packet<N> gradient = all.gradient;
 #pragma unroll
-                for (int lane = 0; lane < lanes.COUNT; ++lane) {
+                for (int lane = 0; lane < N; ++lane) {
                     const Acc u = Element<T>::to_acc(gate.lane[lane]) + to_gate.lane[lane];
                     const Acc v = Element<T>::to_acc(value.lane[lane]) + to_value.lane[lane];
                     const Acc grad = Element<T>::to_acc(gradient.lane[lane]), activated = Activation::value(u);
@@ -82,7 +98,7 @@ extern "C" __global__ void glu_bwd(T* dx, Acc* partials, const T* x, const T* bi
                 }
                 store(dx + at, value);
                 store(dx + at + columns, gate);
-            }
+            });
         }
         if (partials != nullptr) {
             Acc* partial = partials + (i64)blockIdx.y * 2 * columns;

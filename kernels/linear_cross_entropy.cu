@@ -9,11 +9,17 @@
 // [rows], statistics [rows, 2] maximum and 1 / sum. T: bf16, f16; the rest in f32.
 // Variants: DTYPE=bf16,f16
 //
-// One row per warp, or per block for long rows (see for_row). Moves 6 bytes per element; limited by memory bandwidth.
+// One row per warp, or per block for long rows (see Grid::rows); exponentials by fast.cuh. Moves 6 bytes per element;
+// limited by memory bandwidth.
 
 #include "common.cuh"
+#include "fast.cuh"
 
 typedef Element<T>::Acc Acc;
+
+// Packets of 8 that a thread has under way.
+constexpr int AT_ONCE = 2;
+static_assert(LANES == 8, "a packet is made from two of logits");
 
 extern "C" __global__ void linear_cross_entropy_bwd(T* dx, const Acc* x, const Acc* statistics, const i64* targets,
                                                     i64 rows, u32 columns, u32 pitch, i64 ignore_index) {
@@ -23,17 +29,37 @@ extern "C" __global__ void linear_cross_entropy_bwd(T* dx, const Acc* x, const A
         const Acc* from = x + row * pitch;
         const i64 target = targets[row];
         const Acc max = statistics[2 * row], inverse = statistics[2 * row + 1];
-        for_row<16 / sizeof(Acc)>(pitch, aligned(to) && aligned(from), [&](u32 j, auto lanes) {
-            const auto logits = load<lanes.COUNT>(from + j);
-            Packet<lanes.COUNT> gradients;
+        const auto gradient = [&](Acc logit, u32 j) {
+            const Acc probability = fast_exp(logit - max) * inverse;
+            const Acc gradient = j == target ? probability - 1 : probability;
+            return Element<T>::from_acc(target == ignore_index || j >= columns ? 0 : gradient);
+        };
+        if (!aligned(to) || !aligned(from) || pitch % LANES != 0) {
+            for (u32 j = threadIdx.x; j < pitch; j += blockDim.x) to[j] = gradient(from[j], j);
+            continue;
+        }
+        const u32 apart = blockDim.x * LANES;
+        for (u32 first = threadIdx.x * LANES; first < pitch; first += AT_ONCE * apart) {
+            Raw<4, Acc> logits[AT_ONCE][2];
 #pragma unroll
-            for (int lane = 0; lane < lanes.COUNT; ++lane) {
-                const Acc probability = exp(logits.lane[lane] - max) * inverse;
-                const Acc gradient = j + lane == target ? probability - 1 : probability;
-                gradients.lane[lane] =
-                    Element<T>::from_acc(target == ignore_index || j + lane >= columns ? 0 : gradient);
+            for (int k = 0; k < AT_ONCE; ++k) {
+                const u32 j = first + k * apart;
+                logits[k][0] = Raw<4, Acc>(from + j, j < pitch);
+                logits[k][1] = Raw<4, Acc>(from + j + 4, j < pitch);
             }
-            store(to + j, gradients);
-        });
+#pragma unroll
+            for (int k = 0; k < AT_ONCE; ++k) {
+                const u32 j = first + k * apart;
+                if (j >= pitch) break;
+                const Packet<4, Acc> low = logits[k][0], high = logits[k][1];
+                Packet<LANES> gradients;
+#pragma unroll
+                for (int lane = 0; lane < 4; ++lane) {
+                    gradients.lane[lane] = gradient(low.lane[lane], j + lane);
+                    gradients.lane[lane + 4] = gradient(high.lane[lane], j + lane + 4);
+                }
+                store(to + j, gradients);
+            }
+        }
     }
 }

@@ -14,120 +14,40 @@
 // and for bias. T: f32, f64, bf16, f16; statistics and sums in f32 (f64 for f64). The norm is that of the rounded sum.
 // Variants: DTYPE=f32,f64,bf16,f16
 //
-// A row for one warp or several, which hold it in registers, up to HELD packets or 16 elements a thread; the rest of a
-// longer row is read again, from the caches if it stays there. The variance is that of the deviations from the mean:
-// rows far from zero lose nothing. norm_bwd takes rows a grid apart. norm_bwd_whole gives each block a chunk of
-// neighbours and adds up, for the columns that a thread holds, what weight and bias get; then the block adds its
-// threads in order, and the chunks are added elsewhere. It is for rows that registers hold. For longer ones, or where
-// these sums alone are wanted, there is norm_bwd_sums: a thread sums a few columns over every eighth row of a chunk.
+// norm_fwd and norm_bwd: a row for one warp, or several of a block of its own, which hold it in registers, up to HELD
+// packets a thread; the rest of a longer row is read again, from the caches if it stays there. The variance is that of
+// the deviations from the mean: rows far from zero lose nothing. Rows are a grid apart.
+// norm_bwd_whole, for columns that the threads of a block have a packet each of: threads own columns, several rows at
+// once, so that what weight and bias get is added up in registers on the way. A barrier serves ROWS rows of each group
+// of threads. A block takes a chunk of neighbouring rows; reduce_chunks adds up the chunks, in order. For longer
+// rows, or where these sums alone are wanted, there is norm_bwd_sums: a thread sums a few columns over every eighth row
+// of a chunk.
 // Moves 2 sizeof(T) per element forward, 4 with a residual; 3 backward, 4 with onto; 2 for norm_bwd_sums. Limited by
-// memory bandwidth; for short rows by the latency of the reductions.
+// memory bandwidth; for few rows by the latency of the reductions.
 
 #include "common.cuh"
 #include "columns.cuh"
-
-typedef Element<T>::Acc Acc;
-
-constexpr u32 HELD = 16 / LANES;
-
-// Elements j, j + 1, … of a row as a packet, zeros behind its end; and back.
-__device__ __forceinline__ Packet<LANES> fetch(const T* row, u32 j, u32 columns, bool packed) {
-    if (packed && j + LANES <= columns) return load<LANES>(row + j);
-    Packet<LANES> packet = {};
-#pragma unroll
-    for (int lane = 0; lane < LANES; ++lane) {
-        if (j + lane < columns) packet.lane[lane] = row[j + lane];
-    }
-    return packet;
-}
-
-__device__ __forceinline__ void put(T* row, u32 j, u32 columns, bool packed, const Packet<LANES>& packet) {
-    if (packed && j + LANES <= columns) {
-        store(row + j, packet);
-        return;
-    }
-#pragma unroll
-    for (int lane = 0; lane < LANES; ++lane) {
-        if (j + lane < columns) row[j + lane] = packet.lane[lane];
-    }
-}
-
-// Calls body(j, k) for the packets of this thread, which start at column j; k counts to HELD, which those beyond have.
-template <typename Body> __device__ __forceinline__ void for_packets(u32 columns, Body body) {
-#pragma unroll
-    for (u32 k = 0; k < HELD; ++k) {
-        const u32 j = (k * blockDim.x + threadIdx.x) * LANES;
-        if (j < columns) body(j, k);
-    }
-    for (u32 j = (HELD * blockDim.x + threadIdx.x) * LANES; j < columns; j += blockDim.x * LANES) body(j, HELD);
-}
-
-// What one thread has of a row.
-struct Row {
-    const T* from;
-    u32 columns;
-    bool packed;
-    Packet<LANES> held[HELD];
-
-    __device__ __forceinline__ Row(const T* row, u32 columns) : from(row), columns(columns), packed(aligned(row)) {
-#pragma unroll
-        for (u32 k = 0; k < HELD; ++k) {
-            held[k] = fetch(from, (k * blockDim.x + threadIdx.x) * LANES, columns, packed);
-        }
-    }
-
-    __device__ __forceinline__ Packet<LANES> at(u32 j, u32 k) const {
-        return k < HELD ? held[k] : fetch(from, j, columns, packed);
-    }
-
-    // Adds another row; the sum is written, and what registers do not hold is read from there from now on, by the
-    // thread that wrote it.
-    __device__ __forceinline__ void add(T* sum, const T* other) {
-        const bool sum_packed = aligned(sum), other_packed = aligned(other);
-        for_packets(columns, [&](u32 j, u32 k) {
-            auto values = at(j, k);
-            const auto summands = fetch(other, j, columns, other_packed);
-#pragma unroll
-            for (int lane = 0; lane < LANES; ++lane) {
-                const Acc total = Element<T>::to_acc(values.lane[lane]) + Element<T>::to_acc(summands.lane[lane]);
-                values.lane[lane] = Element<T>::from_acc(total);
-            }
-            put(sum, j, columns, sum_packed, values);
-            if (k < HELD) held[k] = values;
-        });
-        from = sum;
-        packed = sum_packed;
-    }
-
-    // The sum of f(x_j) over the row.
-    template <typename F> __device__ __forceinline__ Acc sum(F f) const {
-        Acc total = 0;
-        for_packets(columns, [&](u32 j, u32 k) {
-            const auto values = at(j, k);
-#pragma unroll
-            for (int lane = 0; lane < LANES; ++lane) {
-                if (j + lane < columns) total += f(Element<T>::to_acc(values.lane[lane]));
-            }
-        });
-        return sum_row(total);
-    }
-};
+#include "rows.cuh"
 
 // Consecutive values of a weight or bias, `none` where there is no such tensor.
-struct Values {
+template <bool PACKED> struct Values {
     Acc lane[LANES];
 
-    __device__ __forceinline__ Values(const T* from, u32 j, u32 columns, Acc none) {
-        Packet<LANES> packet = {};
-        if (from != nullptr) packet = fetch(from, j, columns, aligned(from));
+    __device__ __forceinline__ Values(const T* from, i32 j, i32 left, Acc none) {
+        if (from == nullptr) {
 #pragma unroll
-        for (int i = 0; i < LANES; ++i) lane[i] = from == nullptr ? none : Element<T>::to_acc(packet.lane[i]);
+            for (int i = 0; i < LANES; ++i) lane[i] = none;
+        } else {
+            const auto packet = fetch<PACKED>(from, j, left);
+#pragma unroll
+            for (int i = 0; i < LANES; ++i) lane[i] = Element<T>::to_acc(packet.lane[i]);
+        }
     }
 };
 
 // A weight of one element serves all features: it is a factor of the row then, and there are no others.
-__device__ __forceinline__ const T* weight_of_each(const T* weight, u32 weights, u32 columns) {
-    return weights == columns ? weight : nullptr;
+__device__ __forceinline__ const T* weight_of_each(const T* weight, u32 weights, u32 columns, u32 first) {
+    return weight != nullptr && weights == columns ? weight + first : nullptr;
 }
 
 __device__ __forceinline__ Acc weight_of_all(const T* weight, u32 weights, u32 columns) {
@@ -147,174 +67,304 @@ __device__ __forceinline__ Acc divisor(u32 form, Acc square, Acc eps) {
 __device__ constexpr Acc power(int n) { return n == 0 ? Acc(1) : Acc(1099511627776.0) * power(n - 1); }
 constexpr Acc GROW = power(sizeof(Acc) == 8 ? 15 : 2), SHRINK = 1 / GROW;
 
-extern "C" __global__ void norm_fwd(T* y, T* sum, Acc* statistics, const T* x, const T* residual, const T* weight,
-                                    const T* bias, i64 rows, u32 columns, u32 weights, u32 form, f64 eps) {
-    const T* each = weight_of_each(weight, weights, columns);
+// What a row is normalised by, and what is saved of it: n = (s shrink - mean) inverse.
+struct Normal {
+    Acc shrink, mean, inverse, saved_mean, saved_inverse;
+};
+
+// Of a row whose squares or whose sum overflowed: its threads read it several times.
+template <bool PACKED>
+__device__ __forceinline__ Normal shrunk(const Row<PACKED>& row, u32 columns, u32 form, Acc eps) {
+    const bool centred = form == CENTRED;
+    Acc mean = 0;
+    if (centred) {
+        mean = row.sum_again([](Acc value) { return value * SHRINK; }) / columns;
+        // Subtract the rounding error of the mean, or a row of equal numbers would have a deviation.
+        mean += row.sum_again([=](Acc value) { return value * SHRINK - mean; }) / columns;
+    }
+    const auto deviation = [=](Acc value) { return value * SHRINK - mean; };
+    const Acc square = row.sum_again([=](Acc value) { return deviation(value) * deviation(value); }) / columns;
+    const Acc once = eps * SHRINK;
+    const bool equal = centred && square == 0 && eps > 0;
+    const Acc inverse = equal ? 0 : 1 / divisor(form, square, form == FLOORED ? once : once * SHRINK);
+    return {SHRINK, mean, inverse, mean * GROW, equal ? 1 / sqrt(eps) : inverse * SHRINK};
+}
+
+// Rows that do not fill a card.
+constexpr i64 FEW = 1024;
+
+template <bool PACKED>
+__device__ __forceinline__ void forward(T* y, T* sum, Acc* statistics, const T* x, const T* residual, const T* weight,
+                                        const T* bias, i64 rows, u32 columns, u32 weights, u32 form, Acc eps) {
+    const u32 first = first_column();
+    const i32 left = (i32)columns - (i32)first;
+    const T* each = weight_of_each(weight, weights, columns, first);
+    const T* summands = bias == nullptr ? nullptr : bias + first;
     const Acc common = weight_of_all(weight, weights, columns);
     const bool centred = form == CENTRED;
     const i64 step = (i64)gridDim.x * blockDim.y;
+    // Where rows are few, the weights are waited for, as nobody has read them before.
+    if (PACKED && rows <= FEW) {
+        for_packets<PACKED>(left, [&](i32 j, u32) {
+            if (each != nullptr) ptx_prefetch(each + j);
+            if (summands != nullptr) ptx_prefetch(summands + j);
+        });
+    }
     for (i64 row = (i64)blockIdx.x * blockDim.y + threadIdx.y; row < rows; row += step) {
-        Row values(x + row * columns, columns);
-        if (residual != nullptr) values.add(sum + row * columns, residual + row * columns);
-        Acc mean = centred ? values.sum([](Acc value) { return value; }) / columns : 0;
-        Acc square = values.sum([=](Acc value) { return (value - mean) * (value - mean); }) / columns;
-        Acc shrink = 1, inverse = 1 / divisor(form, square, (Acc)eps), saved = inverse;
-        // The rows of a block that have several warps each add up together.
-        const bool overflows = !isfinite(square);
-        if (blockDim.x == 32 ? overflows : __syncthreads_or(overflows)) {
-            const Acc factor = overflows ? SHRINK : Acc(1);
-            Acc small = values.sum([=](Acc value) { return value * factor; }) / columns;
-            // Subtract the rounding error of the mean, or a row of equal numbers would have a deviation.
-            small += values.sum([=](Acc value) { return value * factor - small; }) / columns;
-            small = centred ? small : 0;
-            const auto deviation = [=](Acc value) { return value * factor - small; };
-            square = values.sum([=](Acc value) { return deviation(value) * deviation(value); }) / columns;
-            if (overflows) {
-                const Acc once = (Acc)eps * SHRINK;
-                const Acc of_rest = divisor(form, square, form == FLOORED ? once : once * SHRINK);
-                const bool equal = centred && square == 0 && eps > 0;
-                shrink = SHRINK;
-                inverse = equal ? 0 : 1 / of_rest;
-                saved = equal ? 1 / sqrt((Acc)eps) : inverse * SHRINK;
-                mean = small;
-            }
-        }
-        T* to = y + row * columns;
-        const bool packed = aligned(to);
-        for_packets(columns, [&](u32 j, u32 k) {
-            auto packet = values.at(j, k);
-            const Values factor(each, j, columns, common), summand(bias, j, columns, 0);
+        const i64 start = row * columns + first;
+        Row<PACKED> values(x + start, left);
+        if (residual != nullptr) values.add(sum + start, residual + start);
+        const Acc mean = centred ? values.sum([](Acc value) { return value; }) / columns : 0;
+        values.forget();
+        const Acc square = values.sum([=](Acc value) { return (value - mean) * (value - mean); }) / columns;
+        values.forget();
+        T* to = y + start;
+        const auto result = [&](i32 j, Packet<LANES> packet, auto normal) {
+            const Values<PACKED> factor(each, j, left, common), summand(summands, j, left, 0);
 #pragma unroll
             for (int lane = 0; lane < LANES; ++lane) {
-                const Acc normal = (Element<T>::to_acc(packet.lane[lane]) * shrink - mean) * inverse;
-                packet.lane[lane] = Element<T>::from_acc(normal * factor.lane[lane] + summand.lane[lane]);
+                const Acc value = normal(Element<T>::to_acc(packet.lane[lane]));
+                packet.lane[lane] = Element<T>::from_acc(value * factor.lane[lane] + summand.lane[lane]);
             }
-            put(to, j, columns, packed, packet);
-        });
+            return packet;
+        };
+        Acc saved_mean = mean, saved_inverse = 1 / divisor(form, square, eps);
+        // The same for all threads of the row, and a row of several warps has its block to itself.
+        if (isfinite(square)) {
+            const Acc inverse = saved_inverse;
+            const auto normal = [=](Acc value) { return (value - mean) * inverse; };
+            for_packets<PACKED>(left, [&](i32 j, u32 k) {
+                put<PACKED>(to, j, left, result(j, values.at(j, k), normal));
+            });
+        } else {
+            const Normal by = shrunk<PACKED>(values, columns, form, eps);
+            const auto normal = [=](Acc value) { return (value * by.shrink - by.mean) * by.inverse; };
+            values.again([&](i32 j) {
+                put<PACKED>(to, j, left, result(j, fetch<PACKED>(values.from, j, left), normal));
+            });
+            saved_mean = by.saved_mean;
+            saved_inverse = by.saved_inverse;
+        }
         if (threadIdx.x == 0) {
-            if (centred) statistics[2 * row] = shrink == 1 ? mean : mean * GROW;
-            statistics[centred ? 2 * row + 1 : row] = saved;
+            if (centred) statistics[2 * row] = saved_mean;
+            statistics[centred ? 2 * row + 1 : row] = saved_inverse;
         }
     }
 }
 
-// What a row was normalised by.
+extern "C" __global__ void __launch_bounds__(ROW_THREADS, ROW_BLOCKS)
+    norm_fwd(T* y, T* sum, Acc* statistics, const T* x, const T* residual, const T* weight, const T* bias, i64 rows,
+             u32 columns, u32 weights, u32 form, f64 eps) {
+    const bool packed = columns % LANES == 0 && aligned(y) && aligned(sum) && aligned(x) && aligned(residual) &&
+                        aligned(weight) && aligned(bias);
+    if (packed && columns <= HELD * LANES * blockDim.x) {
+        forward<true>(y, sum, statistics, x, residual, weight, bias, rows, columns, weights, form, (Acc)eps);
+    } else {
+        forward<false>(y, sum, statistics, x, residual, weight, bias, rows, columns, weights, form, (Acc)eps);
+    }
+}
+
+// What a row was normalised by: n = (s scale - offset) slope. The scale is a power of two, 1 unless numbers are so far
+// apart that a difference could overflow.
 struct Statistics {
-    Acc mean, inverse;
+    Acc inverse, scale, offset, slope;
+
+    __device__ __forceinline__ Statistics(Acc mean, Acc inverse) : inverse(inverse) {
+        const bool far = inverse < 8 / -lowest<Acc>();
+        scale = far ? Acc(0.25) : Acc(1);
+        offset = mean * scale;
+        slope = far ? inverse * 4 : inverse;
+    }
 
     __device__ __forceinline__ Statistics(const Acc* of_rows, i64 row, u32 centred)
-        : mean(centred ? of_rows[2 * row] : 0), inverse(of_rows[centred ? 2 * row + 1 : row]) {}
+        : Statistics(centred ? of_rows[2 * row] : 0, of_rows[centred ? 2 * row + 1 : row]) {}
 
-    __device__ __forceinline__ Acc normal(T x) const {
-        const Acc value = Element<T>::to_acc(x);
-        // So far apart that the difference could overflow.
-        return inverse < 8 / -lowest<Acc>() ? value * inverse - mean * inverse : (value - mean) * inverse;
-    }
+    __device__ __forceinline__ Acc normal(T x) const { return (Element<T>::to_acc(x) * scale - offset) * slope; }
 };
 
-// The gradient of a row. `dx` may be the row of `g` or `onto`: an element is read before it is written, by one thread.
-__device__ __forceinline__ void input_gradient(T* dx, const Row& x, const Row& g, const T* onto, const T* each,
-                                               Acc common, const Statistics& statistics, u32 centred, f64 eps) {
-    const u32 columns = x.columns;
-    Acc sum = 0, dot = 0;
-    for_packets(columns, [&](u32 j, u32 k) {
-        const auto values = x.at(j, k), gradients = g.at(j, k);
-        const Values factor(each, j, columns, common);
-#pragma unroll
-        for (int lane = 0; lane < LANES; ++lane) {
-            if (j + lane < columns) {
-                const Acc h = Element<T>::to_acc(gradients.lane[lane]) * factor.lane[lane];
-                sum += h;
-                dot += h * statistics.normal(values.lane[lane]);
-            }
-        }
-    });
-    const bool floored = !centred && statistics.inverse >= 1 / (Acc)eps;
-    // The means first: a row of several warps adds them up together with the other rows of the block.
-    const Acc mean = centred ? sum_row(sum) / columns : 0, mean_dot = sum_row(dot) / columns;
-    const Acc across = floored ? 0 : mean_dot;
-    const bool packed = aligned(dx), onto_packed = aligned(onto);
-    for_packets(columns, [&](u32 j, u32 k) {
-        const auto values = x.at(j, k);
-        auto packet = g.at(j, k);
-        Packet<LANES> summands = {};
-        if (onto != nullptr) summands = fetch(onto, j, columns, onto_packed);
-        const Values factor(each, j, columns, common);
-#pragma unroll
-        for (int lane = 0; lane < LANES; ++lane) {
-            const Acc h = Element<T>::to_acc(packet.lane[lane]) * factor.lane[lane];
-            const Acc gradient = (h - mean - statistics.normal(values.lane[lane]) * across) * statistics.inverse;
-            packet.lane[lane] = Element<T>::from_acc(gradient + Element<T>::to_acc(summands.lane[lane]));
-        }
-        put(dx, j, columns, packed, packet);
-    });
-}
+// Whether the floor of the divisor acted, which was a constant then.
+__device__ __forceinline__ bool floored(Acc inverse, u32 centred, Acc eps) { return !centred && inverse >= 1 / eps; }
 
-extern "C" __global__ void norm_bwd(T* dx, const T* x, const T* g, const T* onto, const T* weight,
-                                    const Acc* statistics, i64 rows, u32 columns, u32 weights, u32 centred, f64 eps) {
-    const T* each = weight_of_each(weight, weights, columns);
+// The gradient of rows. `dx` may be `g` or `onto`: an element is read before it is written, by one thread.
+template <bool PACKED>
+__device__ __forceinline__ void backward(T* dx, const T* x, const T* g, const T* onto, const T* weight,
+                                         const Acc* statistics, i64 rows, u32 columns, u32 weights, u32 centred,
+                                         Acc eps) {
+    const u32 first = first_column();
+    const i32 left = (i32)columns - (i32)first;
+    const T* each = weight_of_each(weight, weights, columns, first);
     const Acc common = weight_of_all(weight, weights, columns);
     const i64 step = (i64)gridDim.x * blockDim.y;
     for (i64 row = (i64)blockIdx.x * blockDim.y + threadIdx.y; row < rows; row += step) {
-        const i64 at = row * columns;
-        const Row values(x + at, columns), gradients(g + at, columns);
-        input_gradient(dx + at, values, gradients, onto == nullptr ? nullptr : onto + at, each, common,
-                       Statistics(statistics, row, centred), centred, eps);
+        const i64 start = row * columns + first;
+        Row<PACKED> values(x + start, left), gradients(g + start, left);
+        const Statistics of_row(statistics, row, centred);
+        Acc sum = 0, dot = 0;
+        for_packets<PACKED>(left, [&](i32 j, u32 k) {
+            const auto value = values.at(j, k), gradient = gradients.at(j, k);
+            const Values<PACKED> factor(each, j, left, common);
+            for_lanes<PACKED>(j, left, [&](int lane) {
+                const Acc h = Element<T>::to_acc(gradient.lane[lane]) * factor.lane[lane];
+                sum += h;
+                dot += h * of_row.normal(value.lane[lane]);
+            });
+        });
+        const Acc mean = centred ? sum_row(sum) / columns : 0;
+        const Acc mean_dot = sum_row(dot) / columns;
+        const Acc across = floored(of_row.inverse, centred, eps) ? 0 : mean_dot;
+        values.forget();
+        gradients.forget();
+        for_packets<PACKED>(left, [&](i32 j, u32 k) {
+            const auto value = values.at(j, k);
+            auto packet = gradients.at(j, k);
+            Packet<LANES> summands = {};
+            if (onto != nullptr) summands = fetch<PACKED>(onto + start, j, left);
+            const Values<PACKED> factor(each, j, left, common);
+#pragma unroll
+            for (int lane = 0; lane < LANES; ++lane) {
+                const Acc h = Element<T>::to_acc(packet.lane[lane]) * factor.lane[lane];
+                const Acc gradient = (h - mean - of_row.normal(value.lane[lane]) * across) * of_row.inverse;
+                packet.lane[lane] = Element<T>::from_acc(gradient + Element<T>::to_acc(summands.lane[lane]));
+            }
+            put<PACKED>(dx + start, j, left, packet);
+        });
     }
 }
 
-// Threads of a block of norm_bwd_whole.
-constexpr u32 THREADS = 256;
+extern "C" __global__ void __launch_bounds__(ROW_THREADS, 2)
+    norm_bwd(T* dx, const T* x, const T* g, const T* onto, const T* weight, const Acc* statistics, i64 rows,
+             u32 columns, u32 weights, u32 centred, f64 eps) {
+    const bool packed = columns % LANES == 0 && aligned(dx) && aligned(x) && aligned(g) && aligned(onto) &&
+                        aligned(weight);
+    if (packed && columns <= HELD * LANES * blockDim.x) {
+        backward<true>(dx, x, g, onto, weight, statistics, rows, columns, weights, centred, (Acc)eps);
+    } else {
+        backward<false>(dx, x, g, onto, weight, statistics, rows, columns, weights, centred, (Acc)eps);
+    }
+}
 
-// Chunk blockIdx.x of the rows. columns <= HELD blockDim.x LANES.
+// Most threads of a block of norm_bwd_whole, and rows that each of them works on at once.
+constexpr u32 THREADS = 512;
+constexpr int ROWS = 4;
+
+// Sums of ROWS pairs over the threads of a row, in `sums`, which each of them gets. Lanes add up half of what they
+// have and pass on the other half, until each has one sum of a pair's part.
+struct Sums {
+    Acc lane[2 * ROWS];
+};
+static_assert(2 * ROWS == 8, "the halving below");
+
+__device__ __forceinline__ Sums sum_rows(Sums sums, Acc (*shared)[2 * ROWS]) {
+    const u32 lane = threadIdx.x % 32, warps = blockDim.x / 32;
+#pragma unroll
+    for (int half = ROWS; half > 0; half /= 2) {
+        // Bits 2, 1 and 0 of the lane say which of the sums it ends with.
+        const bool upper = lane & half;
+#pragma unroll
+        for (int i = 0; i < half; ++i) {
+            const Acc kept = upper ? sums.lane[i + half] : sums.lane[i];
+            const Acc passed = upper ? sums.lane[i] : sums.lane[i + half];
+            sums.lane[i] = kept + __shfl_xor_sync(0xFFFFFFFF, passed, half);
+        }
+    }
+    Acc total = sums.lane[0];
+    total += __shfl_xor_sync(0xFFFFFFFF, total, 8);
+    total += __shfl_xor_sync(0xFFFFFFFF, total, 16);
+    if (lane < 2 * ROWS) shared[threadIdx.x / 32][lane] = total;
+    if (warps == 1) {
+        __syncwarp();
+    } else {
+        __syncthreads();
+    }
+#pragma unroll
+    for (int i = 0; i < 2 * ROWS; ++i) sums.lane[i] = shared[0][i];
+#pragma unroll 1
+    for (u32 warp = 1; warp < warps; ++warp) {
+#pragma unroll
+        for (int i = 0; i < 2 * ROWS; ++i) sums.lane[i] += shared[warp][i];
+    }
+    return sums;
+}
+
+// Chunk blockIdx.x of the rows. columns <= blockDim.x LANES, a multiple of LANES; all but the weight aligned.
 extern "C" __global__ void __launch_bounds__(THREADS)
     norm_bwd_whole(T* dx, Acc* partials, const T* x, const T* g, const T* onto, const T* weight, const Acc* statistics,
                    i64 rows, i64 rows_per_chunk, u32 columns, u32 weights, u32 centred, f64 eps) {
-    const T* each = weight_of_each(weight, weights, columns);
-    const Acc common = weight_of_all(weight, weights, columns);
+    // Of the warps of a block, for one step and the next, so that a barrier a step is enough.
+    __shared__ __align__(16) Acc of_warps[2][THREADS / 32][2 * ROWS];
     const i64 first = blockIdx.x * rows_per_chunk, last = min(first + rows_per_chunk, rows);
-    Acc dweight[HELD][LANES] = {}, dbias[HELD][LANES] = {};
-    for (i64 start = first; start < last; start += blockDim.y) {
-        // The threads behind the last row go along with one that has no columns.
-        const bool inside = start + threadIdx.y < last;
-        const i64 row = inside ? start + threadIdx.y : last - 1, at = row * columns;
-        const Row values(x + at, inside ? columns : 0), gradients(g + at, inside ? columns : 0);
-        const Statistics of_row(statistics, row, centred);
+    const u32 column = threadIdx.x * LANES, warps = blockDim.x / 32;
+    const i32 left = (i32)columns - (i32)column;
+    const Values<false> factor(weight_of_each(weight, weights, columns, column), 0, left,
+                               weight_of_all(weight, weights, columns));
+    const Acc share = Acc(1) / columns;
+    Acc dweight[LANES] = {}, dbias[LANES] = {};
+    u32 step = 0;
+    for (i64 start = first; start < last; start += blockDim.y * ROWS, step ^= 1) {
+        const i64 top = start + threadIdx.y * ROWS;
+        Raw<LANES> values[ROWS], gradients[ROWS], summands[ROWS];
 #pragma unroll
-        for (u32 k = 0; k < HELD && inside; ++k) {
+        for (int i = 0; i < ROWS; ++i) {
+            const bool inside = left > 0 && top + i < last;
+            const i64 at = (top + i) * columns + column;
+            values[i] = Raw<LANES>(x + at, inside);
+            gradients[i] = Raw<LANES>(g + at, inside);
+            if (onto != nullptr) summands[i] = Raw<LANES>(onto + at, inside);
+        }
+        Sums sums = {};
+#pragma unroll
+        for (int i = 0; i < ROWS; ++i) {
+            if (left <= 0 || top + i >= last) continue;
+            const Statistics of_row(statistics, top + i, centred);
+            const Packet<LANES> value = values[i], gradient = gradients[i];
 #pragma unroll
             for (int lane = 0; lane < LANES; ++lane) {
-                // 0 behind the end of the row.
-                const Acc gradient = Element<T>::to_acc(gradients.held[k].lane[lane]);
-                dweight[k][lane] += gradient * of_row.normal(values.held[k].lane[lane]);
-                dbias[k][lane] += gradient;
+                const Acc grad = Element<T>::to_acc(gradient.lane[lane]);
+                const Acc normal = of_row.normal(value.lane[lane]), h = grad * factor.lane[lane];
+                dweight[lane] += grad * normal;
+                dbias[lane] += grad;
+                sums.lane[2 * i] += h;
+                sums.lane[2 * i + 1] += h * normal;
             }
         }
-        input_gradient(dx + at, values, gradients, onto == nullptr ? nullptr : onto + at, each, common, of_row, centred,
-                       eps);
+        sums = sum_rows(sums, of_warps[step] + threadIdx.y * warps);
+#pragma unroll
+        for (int i = 0; i < ROWS; ++i) {
+            if (left <= 0 || top + i >= last) continue;
+            values[i].forget();
+            gradients[i].forget();
+            const Statistics of_row(statistics, top + i, centred);
+            const Acc mean = centred ? sums.lane[2 * i] * share : 0;
+            const Acc across = floored(of_row.inverse, centred, (Acc)eps) ? 0 : sums.lane[2 * i + 1] * share;
+            const Packet<LANES> value = values[i], gradient = gradients[i], summand = summands[i];
+            Packet<LANES> packet;
+#pragma unroll
+            for (int lane = 0; lane < LANES; ++lane) {
+                const Acc h = Element<T>::to_acc(gradient.lane[lane]) * factor.lane[lane];
+                const Acc result = (h - mean - of_row.normal(value.lane[lane]) * across) * of_row.inverse;
+                packet.lane[lane] = Element<T>::from_acc(result + Element<T>::to_acc(summand.lane[lane]));
+            }
+            store(dx + (top + i) * columns + column, packet);
+        }
     }
-    __shared__ Acc shared[LANES][THREADS];
-    const u32 thread = threadIdx.y * blockDim.x + threadIdx.x;
+    // The groups of threads of a block, in order.
+    __shared__ Acc of_groups[LANES][THREADS];
     Acc* partial = partials + (i64)blockIdx.x * 2 * columns;
 #pragma unroll
-    for (u32 k = 0; k < HELD; ++k) {
-        // The same for all threads.
-        if (k * blockDim.x * LANES >= columns) break;
+    for (u32 which = 0; which < 2; ++which) {
+        __syncthreads();
 #pragma unroll
-        for (u32 which = 0; which < 2; ++which) {
-            __syncthreads();
-#pragma unroll
-            for (int lane = 0; lane < LANES; ++lane) shared[lane][thread] = which ? dbias[k][lane] : dweight[k][lane];
-            __syncthreads();
-            for (u32 i = thread; i < LANES * blockDim.x; i += THREADS) {
-                const u32 lane = i / blockDim.x, x_thread = i % blockDim.x;
-                Acc total = 0;
-                for (u32 y_thread = 0; y_thread < blockDim.y; ++y_thread) {
-                    total += shared[lane][y_thread * blockDim.x + x_thread];
-                }
-                const u32 column = (k * blockDim.x + x_thread) * LANES + lane;
-                if (column < columns) partial[which * columns + column] = total;
+        for (int lane = 0; lane < LANES; ++lane) {
+            of_groups[lane][threadIdx.y * blockDim.x + threadIdx.x] = which ? dbias[lane] : dweight[lane];
+        }
+        __syncthreads();
+        const u32 threads = blockDim.x * blockDim.y;
+        for (u32 i = threadIdx.y * blockDim.x + threadIdx.x; i < columns; i += threads) {
+            Acc total = 0;
+            for (u32 group = 0; group < blockDim.y; ++group) {
+                total += of_groups[i % LANES][group * blockDim.x + i / LANES];
             }
+            partial[which * columns + i] = total;
         }
     }
 }

@@ -24,6 +24,13 @@ __device__ __forceinline__ f32 ptx_exp2(f32 x) {
     return y;
 }
 
+// 1 / x, with an error of 1 unit in the last place; numbers below 2^-126 count and become 0.
+__device__ __forceinline__ f32 ptx_inverse(f32 x) {
+    f32 y;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
 // The same value, which the compiler knows nothing about: what is computed from it is not moved out of loops.
 __device__ __forceinline__ u32 ptx_opaque(u32 x) {
     asm volatile("" : "+r"(x));
@@ -33,6 +40,11 @@ __device__ __forceinline__ u32 ptx_opaque(u32 x) {
 // Accesses to memory stay on their side of it: a compiler would start all loads of an unrolled loop before the first is
 // used, for which there are no registers.
 __device__ __forceinline__ void ptx_keep_order() { asm volatile("" : : : "memory"); }
+
+// Brings a line of memory into the second-level cache, without waiting for it.
+__device__ __forceinline__ void ptx_prefetch(const void* from) {
+    asm volatile("prefetch.global.L2 [%0];" : : "l"(__cvta_generic_to_global(from)));
+}
 
 // An assignment may be taken apart into stores of single lanes, which PTX prevents.
 __device__ __forceinline__ void ptx_store_128(void* to, uint4 raw) {

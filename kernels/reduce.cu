@@ -162,3 +162,24 @@ extern "C" __global__ void reduce_largest(i64* index, T* y, const T* x, i64 rows
         }
     }
 }
+
+// Sums of partials [chunks, width] over the chunks: first [of_first] those of the first columns, second those of the
+// others; each may be none. A block takes 32 columns, its warps chunks in turn, whose sums are added in one order.
+extern "C" __global__ void __launch_bounds__(1024)
+    reduce_chunks(T* first, T* second, const Acc* partials, i64 chunks, u32 width, u32 of_first) {
+    __shared__ Total of_warps[32][33];
+    const u32 column = blockIdx.x * 32 + threadIdx.x;
+    Total total = 0;
+    if (column < width) {
+#pragma unroll 8
+        for (i64 chunk = threadIdx.y; chunk < chunks; chunk += 32) total += partials[chunk * width + column];
+    }
+    of_warps[threadIdx.y][threadIdx.x] = total;
+    __syncthreads();
+    // Each warp adds up a column.
+    total = reduce_warp(of_warps[threadIdx.x][threadIdx.y], [](Total a, Total b) { return a + b; });
+    const u32 of_warp = blockIdx.x * 32 + threadIdx.y;
+    if (threadIdx.x > 0 || of_warp >= width) return;
+    T* to = of_warp < of_first ? first : second;
+    if (to != nullptr) to[of_warp < of_first ? of_warp : of_warp - of_first] = Element<T>::from_acc(total);
+}

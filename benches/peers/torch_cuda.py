@@ -47,7 +47,9 @@ def timed(rounds, prepare, run):
             run(prepared)
             times.append((clock.perf_counter() - start) * 1e6)
             continue
+        # Read too, so that the cache need not write it while the device is timed.
         FLUSH.zero_()
+        FLUSH.sum()
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
         run(prepared)
@@ -148,6 +150,16 @@ def memory_bound():
         targets = torch.arange(rows // 4, device=ARGS.device) * 7 % vocabulary
         op("cross_entropy", dtype, [logits], lambda x: F.cross_entropy(x, targets))
 
+    # What a training step of GPT-2 124M has the most of.
+    rows, dim, dtype = (8, 64, "bf16") if ARGS.tiny else (65536, 768, "bf16")
+    x, weight, bias = rand((rows, dim), dtype), rand((dim,), dtype), rand((dim,), dtype)
+    op("layer_norm", dtype, [x, weight, bias], lambda x, w, b: F.layer_norm(x, (dim,), w, b))
+    op("add_layer_norm", dtype, [x, x.clone(), weight, bias], lambda x, r, w, b: F.layer_norm(x + r, (dim,), w, b))
+    x, bias = rand((rows, 4 * dim), dtype), rand((4 * dim,), dtype)
+    op("gelu", dtype, [x], F.gelu)
+    op("bias gelu", dtype, [x, bias], lambda x, b: F.gelu(x + b))
+    del x, weight, bias
+
     count, size = (2, 64) if ARGS.tiny else (24, 1 << 20)
     params = [rand((size,), "f32").requires_grad_() for _ in range(count)]
     for p in params:
@@ -158,7 +170,23 @@ def memory_bound():
         torch.nn.utils.clip_grad_norm_(params, 1.0)
         adamw.step()
 
+    line("adamw without clipping", "f32", (count, size), lambda: timed(OPS, lambda: None, lambda _: adamw.step()))
     line("adamw", "f32", (count, size), lambda: timed(OPS, lambda: None, step))
+
+
+def decoding_attention():
+    """Attention of one new token to a cache that is full."""
+    heads, d = 12, 64
+    for dtype in ("bf16", "f32"):
+        for batch in (1, 16):
+            for keys in (70,) if ARGS.tiny else (1024, 4096, 16384):
+                q, k, v = rand((batch, heads, 1, d), dtype), *(rand((batch, heads, keys, d), dtype) for _ in range(2))
+
+                @torch.no_grad()
+                def measure():
+                    return timed(OPS, lambda: None, lambda _: F.scaled_dot_product_attention(q, k, v))
+
+                line("decode attention", dtype, k.shape, measure)
 
 
 class Layer(nn.Module):
@@ -324,6 +352,7 @@ def main():
         peaks()
         attention()
         memory_bound()
+        decoding_attention()
     if ARGS.section != "kernels":
         models()
         x_transformers()

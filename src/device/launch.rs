@@ -31,6 +31,13 @@ impl Grid {
         Self::elements(n.div_ceil(16 / dtype.size()))
     }
 
+    /// For kernels whose threads take packets a grid apart, several under way at once (see `for_batches` in
+    /// `kernels/common.cuh`): so many threads that each has a few, once a card is full.
+    pub fn batches(n: usize, dtype: DType) -> Self {
+        let packets = n.div_ceil(16 / dtype.size());
+        Self::elements(if packets >= 1 << 20 { packets.div_ceil(4) } else { packets })
+    }
+
     /// For kernels that give a row to the threads with one `threadIdx.y` (see `for_row` in `kernels/common.cuh`): eight
     /// rows a block, each for one warp, or one long row for the whole block.
     pub fn rows(rows: usize, columns: usize) -> Self {
@@ -49,7 +56,15 @@ impl Grid {
         Self::new([blocks as u32, 1, 1], [threads as u32, at_once as u32, 1])
     }
 
-    /// For kernels whose blocks take tiles of 32 by 32 elements a grid apart.
+    /// For kernels whose rows are held in registers (see `kernels/rows.cuh`): so many threads for a row that they hold it,
+    /// 32 elements each, or 16 of f64; if they can.
+    pub fn held_rows(rows: usize, columns: usize, dtype: DType) -> Self {
+        const MOST_THREADS: usize = 256;
+        let held = if dtype == DType::F64 { 16 } else { 32 };
+        Self::rows_by(rows, columns.div_ceil(held).min(MOST_THREADS).next_power_of_two().max(32))
+    }
+
+    /// For kernels whose blocks, of 256 threads, take tiles a grid apart.
     pub fn tiles(tiles: usize) -> Self {
         Self::new([tiles.min(MOST_BLOCKS) as u32, 1, 1], [32, 8, 1])
     }
@@ -65,7 +80,8 @@ impl Grid {
     pub fn chunks(rows: usize, columns: usize, dtype: DType) -> (usize, usize) {
         const FEWEST_ROWS: usize = 32;
         let tiles = columns.div_ceil(32 * 16 / dtype.size()).max(1);
-        let most = (2048 / tiles).max(1);
+        // Several times what runs at once, so that the last of them leave little of the card idle.
+        let most = (8192 / tiles).max(1);
         let rows_per_chunk = rows.div_ceil(most).max(FEWEST_ROWS);
         (rows_per_chunk, rows.div_ceil(rows_per_chunk))
     }

@@ -4,6 +4,7 @@ use super::{
     copy::same_kind,
     norm::{reuse, widen},
     pointwise::{Gelu, GeluTanh, Keep, ReluSquared, Sigmoid, Silu, Unary},
+    reduce::sum_chunks,
 };
 use crate::{
     Device, Error, Result, Tensor,
@@ -214,7 +215,14 @@ pub(super) fn sums_mut<T: Float>(sums: &mut Option<Tensor>) -> Result<&mut [T::A
 
 /// The gradient of a bias of `x` from sums over blocks of rows.
 pub(super) fn bias_gradient(sums: Option<Tensor>, x: &Tensor) -> Result<Option<Tensor>> {
-    sums.map(|sums| sums.sum(&[0])?.to_dtype(x.dtype())).transpose()
+    let Some(sums) = sums else { return Ok(None) };
+    match *x.device() {
+        Device::Cpu => sums.sum(&[0])?.to_dtype(x.dtype()).map(Some),
+        Device::Cuda(gpu) => {
+            let [gradient, _] = sum_chunks(gpu, &sums, x.dtype(), sums.dim(1)?, [true, false])?;
+            Ok(gradient)
+        }
+    }
 }
 
 vectorized! {

@@ -165,7 +165,7 @@ pub(crate) fn same_device(op: &'static str, a: &Tensor, b: &Tensor) -> Result<()
 }
 
 /// A packed copy.
-fn pack(x: &Tensor) -> Result<Tensor> {
+pub(super) fn pack(x: &Tensor) -> Result<Tensor> {
     let mut out = x.uninit_like()?;
     match (x.device(), x.dtype()) {
         (Device::Cpu, DType::I64) => pack_into::<i64>(x, &mut out)?,
@@ -188,7 +188,8 @@ fn launch_strided(gpu: &CudaDevice, to: &mut Tensor, part: &Layout, from: &Tenso
         let steps = (part.strides[dim] as i64, layout.strides[last] as i64);
         let firsts = [part, layout].map(|layout| layout.squeeze(last).squeeze(dim));
         let batches = firsts[0].shape.elements();
-        let tiles = batches * rows.div_ceil(TILE) * columns.div_ceil(TILE);
+        let side = if from.dtype().size() == 8 { 32 } else { 64 };
+        let tiles = batches * rows.div_ceil(side) * columns.div_ceil(side);
         let args = args![
             to,
             Storage(from),
@@ -207,13 +208,13 @@ fn launch_strided(gpu: &CudaDevice, to: &mut Tensor, part: &Layout, from: &Tenso
         .launch(Grid::packets(n, from.dtype()), args![to, Storage(from), &part, &layout, n as i64])
 }
 
-/// Sides of the tiles of `copy_transposed`.
-const TILE: usize = 32;
+/// The least of both sides that tiles of `copy_transposed` pay for.
+const LONG: usize = 16;
 
 /// The dimension along which `from` is packed, if `to` is packed along the last one and both are long enough for tiles.
 fn turned(to: &Layout, from: &Layout) -> Option<usize> {
     let last = to.shape.rank().checked_sub(1)?;
-    let long = |dim: usize| to.shape[dim] >= TILE / 2;
+    let long = |dim: usize| to.shape[dim] >= LONG;
     let across = to.strides[last] == 1 && from.strides[last] > 1 && long(last);
     (0..last).find(|&dim| across && from.strides[dim] == 1 && long(dim))
 }

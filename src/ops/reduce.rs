@@ -241,6 +241,28 @@ vectorized! {
     }
 }
 
+/// Sums of `[chunks, width]` over the chunks on a GPU, rounded to a dtype: `[first]` of the first columns and `[width −
+/// first]` of the others, each if it is wanted, by one launch.
+pub(super) fn sum_chunks(
+    gpu: &CudaDevice,
+    partials: &Tensor,
+    dtype: DType,
+    first: usize,
+    wanted: [bool; 2],
+) -> Result<[Option<Tensor>; 2]> {
+    let (chunks, width) = (partials.dim(0)?, partials.dim(1)?);
+    let room = |wanted: bool, size: usize| {
+        wanted.then(|| Tensor::uninit(Shape::new(&[size])?, dtype, partials.device())).transpose()
+    };
+    let mut sums = [room(wanted[0], first)?, room(wanted[1], width - first)?];
+    let grid = Grid::new([size32(width)?.div_ceil(32), 1, 1], [32, 32, 1]);
+    let [of_first, of_rest] = &mut sums;
+    let sizes = (chunks as i64, size32(width)?, size32(first)?);
+    let args = args![of_first.as_mut(), of_rest.as_mut(), partials, sizes.0, sizes.1, sizes.2];
+    gpu.kernel("reduce_chunks", &[("DTYPE", dtype.name())])?.launch(grid, args)?;
+    Ok(sums)
+}
+
 /// Adds up a slice in sixteen lanes, which vectorises and keeps the error small; the order is fixed.
 #[inline(always)]
 pub(crate) fn sum_slice<T: Float>(x: &[T]) -> T::Acc {

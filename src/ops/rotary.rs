@@ -114,14 +114,21 @@ impl Turn {
 
     fn apply_cuda(&self, gpu: &CudaDevice, source: Option<&Tensor>, direction: f64, out: &mut Tensor) -> Result<()> {
         let (positions, dim, pairs) = (out.dim(-2)?, out.dim(-1)?, self.inv_freq.elements());
-        let rows = out.elements().checked_div(dim).unwrap_or(0);
+        let heads = if out.rank() > 2 { out.dim(-3)? } else { 1 };
+        let outer = out.elements().checked_div(heads * positions * dim).unwrap_or(0);
         let table = self.table_cuda(gpu, positions, out.dtype().accumulator(), direction)?;
         let layout = *source.unwrap_or(out).layout();
         let storage = source.map(Storage);
-        let sizes = (rows as i64, size32(positions)?, size32(dim)?, size32(pairs)?);
+        // Packets of a row, or single pairs.
+        let lanes = 16 / out.dtype().size();
+        let across = (dim - pairs).div_ceil(lanes).next_power_of_two().min(32);
+        let at_once = 256 / across;
+        let blocks = |n: usize| n.min(65_535) as u32;
+        let grid = [blocks(positions.div_ceil(at_once)), blocks(heads.div_ceil(4)), blocks(outer)];
+        let sizes = (outer as i64, size32(heads)?, size32(positions)?, size32(dim)?, size32(pairs)?);
         gpu.kernel("rotary_turn", &[("DTYPE", out.dtype().name())])?.launch(
-            Grid::packets(rows * dim, out.dtype()),
-            args![out, storage, &table, &layout, sizes.0, sizes.1, sizes.2, sizes.3],
+            Grid::new(grid, [across as u32, at_once as u32, 1]),
+            args![out, storage, &table, &layout, sizes.0, sizes.1, sizes.2, sizes.3, sizes.4],
         )
     }
 

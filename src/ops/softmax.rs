@@ -12,6 +12,8 @@ impl Tensor {
     ///
     /// Shapes: `[.., j] → [.., j]`; a scalar counts as a row of one. A row that holds NaN or +∞, or nothing but −∞, gives
     /// NaN, as in PyTorch. Statistics in f32 (f64 for f64). Saves: `y`. Errors: a dtype that is not float.
+    ///
+    /// On a GPU exponentials of half types have errors of up to 2⁻¹⁷, which their rounding hides.
     pub fn softmax(&self) -> Result<Tensor> {
         if self.rank() == 0 {
             return self.unsqueeze(0)?.softmax()?.squeeze(0);
@@ -31,7 +33,7 @@ impl Tensor {
             Device::Cuda(gpu) => {
                 let rows = x.elements().checked_div(width).unwrap_or(0);
                 gpu.kernel("softmax_fwd", &[("DTYPE", x.dtype().name())])?
-                    .launch(Grid::rows(rows, width), args![&mut y, &x, rows as i64, size32(width)?])?;
+                    .launch(Grid::held_rows(rows, width, x.dtype()), args![&mut y, &x, rows as i64, size32(width)?])?;
             }
         }
         record("softmax", y, &[&x], |y| SoftmaxBackward { y: y.detach() })
@@ -85,8 +87,10 @@ impl Backward for SoftmaxBackward {
             })?,
             Device::Cuda(gpu) => {
                 let rows = grad.elements().checked_div(width).unwrap_or(0);
-                gpu.kernel("softmax_bwd", &[("DTYPE", grad.dtype().name())])?
-                    .launch(Grid::rows(rows, width), args![&mut dx, &self.y, &grad, rows as i64, size32(width)?])?;
+                gpu.kernel("softmax_bwd", &[("DTYPE", grad.dtype().name())])?.launch(
+                    Grid::held_rows(rows, width, grad.dtype()),
+                    args![&mut dx, &self.y, &grad, rows as i64, size32(width)?],
+                )?;
             }
         }
         Ok(Contributions::one(dx))

@@ -4,6 +4,12 @@
 inline f32 ptx_f16_to_f32(unsigned short bits) { return xt_f16_to_f32(bits); }
 inline unsigned short ptx_f32_to_f16(f32 x) { return xt_f32_to_f16(x); }
 inline f32 ptx_exp2(f32 x) { return exp2(x); }
+// Numbers below 2^-126 are 0, here and as a result.
+inline f32 ptx_inverse(f32 x) {
+    const f32 least = 0x1p-126f, y = 1 / (fabs(x) < least ? copysign(0.0f, x) : x);
+    return fabs(y) < least ? copysign(0.0f, y) : y;
+}
+inline void ptx_prefetch(const void*) {}
 inline u32 ptx_opaque(u32 x) { return x; }
 inline void ptx_keep_order() {}
 inline void ptx_store_128(void* to, uint4 raw) { *static_cast<uint4*>(to) = raw; }

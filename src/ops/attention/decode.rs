@@ -13,8 +13,9 @@ use crate::{
     error::ensure,
 };
 
-/// Keys of a part.
+/// Keys of a part, on the CPU and on a GPU.
 const PART: usize = 256;
+const CUDA_PART: usize = 64;
 /// Sums that run side by side in a product of a query and a key.
 const LANES: usize = 16;
 /// Features whose sums stay in registers while the keys pass.
@@ -141,16 +142,28 @@ impl Call<'_> {
             Error::shape(OP, format!("{keys} keys, or {batch} × {heads} × {queries} queries, are too many"))
         );
         let mut out = Tensor::uninit(merged, q.dtype(), q.device())?;
-        let mut scores =
-            Tensor::uninit(Shape::new(&[batch * heads * queries, keys])?, q.dtype().accumulator(), q.device())?;
+        let (kv_heads, e) = (self.k.shape()[1], self.sizes.e);
+        // Of each query and part of the keys: sums of values; their largest score and the sum of weights.
+        let parts = keys.div_ceil(CUDA_PART);
+        let scratch = |width: usize| {
+            let shape = Shape::new(&[batch * heads * queries * parts, width])?;
+            Tensor::uninit(shape, q.dtype().accumulator(), q.device())
+        };
+        let (mut sums, mut statistics) = (scratch(e)?, scratch(2)?);
         let distances = spec.curves.map_or(1, |curves| curves.shape()[1]);
         let past = spec.max_attend_past.map_or(keys, |past| past.min(keys));
-        let rows = size32(batch * heads * queries)?;
-        gpu.kernel("attention_decode", &[("DTYPE", q.dtype().name())])?.launch(
-            Grid::new([rows, 1, 1], [256, 1, 1]),
+        // Queries that read the same keys: those of all heads that share them, and of all new tokens.
+        let sharing = heads / kv_heads * queries;
+        let at_once = if sharing == 1 { 1 } else { 4 };
+        let blocks = batch * kv_heads * sharing.div_ceil(at_once);
+        // Enough to fill any card several times; each takes parts so many apart.
+        let side_by_side = (4096 / blocks).clamp(1, parts);
+        let options = [("DTYPE", q.dtype().name()), ("QUERIES", if at_once == 1 { "1" } else { "4" })];
+        gpu.kernel("attention_decode", &options)?.launch(
+            Grid::new([size32(blocks)?, size32(side_by_side)?, 1], [128, 1, 1]),
             args![
-                &mut out,
-                &mut scores,
+                &mut sums,
+                &mut statistics,
                 Storage(q),
                 Storage(self.k),
                 Storage(self.v),
@@ -165,7 +178,23 @@ impl Call<'_> {
                 size32(spec.mem_keys)? as i32,
                 size32(past)? as i32,
                 size32(distances)? as i32,
+                size32(parts)? as i32,
                 spec.scale
+            ],
+        )?;
+        gpu.kernel("attention_decode_join", &options)?.launch(
+            Grid::new([size32(batch * heads * queries)?, 1, 1], [256, 1, 1]),
+            args![
+                &mut out,
+                &sums,
+                &statistics,
+                Storage(self.v),
+                self.ends,
+                self.v.layout(),
+                size32(spec.front)? as i32,
+                size32(heads)? as i32,
+                size32(queries)? as i32,
+                size32(parts)? as i32
             ],
         )?;
         Ok(out)

@@ -1,11 +1,14 @@
 //! The backward pass: the gradient of each row, and sums over rows for weight and bias.
 
-use super::{Form, HELD, LANES, MOST_THREADS, packed, reuse, rows, threads_per_row, widen};
+use super::{Form, LANES, packed, reuse, rows, widen};
 use crate::{
-    Device, Element, Result, Tensor,
+    DType, Device, Element, Result, Tensor,
     core::{Backward, Contributions, Float, Real, Shape, dispatch_float},
     device::{CudaDevice, Grid, args, cpu, simd::vectorized, size32},
-    ops::reduce::sum_slice,
+    ops::{
+        copy::pack,
+        reduce::{sum_chunks, sum_slice},
+    },
 };
 
 pub(super) struct NormBackward {
@@ -38,11 +41,22 @@ impl Backward for NormBackward {
         let weight_needed = self.weight.is_some() && need[1];
         let bias_needed = self.has_bias && need[1 + self.weight.is_some() as usize];
         let wanted = (need[0], weight_needed || bias_needed);
+        let width = self.x.dim(-1)?;
         let (dx, partials) = match self.x.device() {
             Device::Cpu => dispatch_float!(self.op, grad.dtype(), T, self.backward_rows::<T>(grad, wanted))?,
-            Device::Cuda(gpu) => self.backward_cuda(gpu, grad, wanted)?,
+            Device::Cuda(gpu) => {
+                let (dx, partials) = self.backward_cuda(gpu, grad, wanted)?;
+                let each = self.weight.as_ref().is_none_or(|weight| weight.elements() == width);
+                if let (true, Some(partials)) = (each, &partials) {
+                    let wanted = [weight_needed, bias_needed];
+                    let [dweight, dbias] = sum_chunks(gpu, partials, self.x.dtype(), width, wanted)?;
+                    let weight = self.weight.is_some().then_some(dweight);
+                    let grads = [Some(dx), weight, self.has_bias.then_some(dbias)];
+                    return Ok(Contributions::whole(grads.into_iter().flatten().collect::<Vec<_>>()));
+                }
+                (dx, partials)
+            }
         };
-        let width = self.x.dim(-1)?;
         let sums = partials.map(|partials| partials.sum(&[0])).transpose()?;
         let part = |start: usize, needed: bool| -> Result<Option<Tensor>> {
             let sums = sums.as_ref().filter(|_| needed);
@@ -67,8 +81,22 @@ impl Backward for NormBackward {
 
 /// Rows whose sums for weight and bias one chunk adds up at least on a GPU; and how many chunks there are at most: two
 /// for each multiprocessor of a large card, which bounds the memory for them too.
-const ROWS_PER_CHUNK: usize = 16;
-const MOST_CHUNKS: usize = 256;
+const ROWS_PER_CHUNK: usize = 8;
+const MOST_CHUNKS: usize = 264;
+
+/// Threads for a row and rows of a block at once of `norm_bwd_whole`, whose threads have a packet of columns each and four
+/// rows at once; none for rows that it cannot do.
+fn whole_threads(columns: usize, dtype: DType) -> Option<(usize, usize)> {
+    const MOST_THREADS: usize = 512;
+    let lanes = 16 / dtype.size();
+    let threads = columns.div_ceil(lanes).next_multiple_of(32).max(32);
+    (columns.is_multiple_of(lanes) && threads <= MOST_THREADS).then_some((threads, (256 / threads).max(1)))
+}
+
+/// The same values where kernels read packets of 16 bytes.
+fn aligned(x: &Tensor) -> Result<Tensor> {
+    if x.address()?.is_multiple_of(16) { Ok(x.clone()) } else { pack(x) }
+}
 
 impl NormBackward {
     /// The gradient of the input if it is wanted, and, if they are, the sums for the gradients of weight and bias over
@@ -112,21 +140,28 @@ impl NormBackward {
         let (weight, onto) = (weight.as_ref(), onto.as_ref());
         let weights = size32(weight.map_or(0, Tensor::elements))?;
         let sizes = (rows as i64, size32(columns)?);
-        let rows_per_chunk = rows.div_ceil(MOST_CHUNKS).max(ROWS_PER_CHUNK);
+        let whole = if wanted == (true, true) { whole_threads(columns, x.dtype()) } else { None };
+        let at_once = whole.map_or(1, |(_, groups)| 4 * groups);
+        let rows_per_chunk = rows.div_ceil(MOST_CHUNKS).max(ROWS_PER_CHUNK).next_multiple_of(at_once);
         let (chunks, per_chunk) = (rows.div_ceil(rows_per_chunk), rows_per_chunk as i64);
         let sums = || Tensor::uninit(Shape::new(&[chunks, 2 * columns])?, statistics.dtype(), x.device());
 
         let (mut dx, source) = reuse(grad)?;
-        let threads = threads_per_row(columns);
-        if wanted == (true, true) && columns <= HELD * threads {
+        if let Some((threads, groups)) = whole {
+            let (x, onto) = (aligned(x)?, onto.map(aligned).transpose()?);
+            let (mut dx, source) = match source {
+                Some(source) => (dx, Some(aligned(&source)?)),
+                None if dx.address()?.is_multiple_of(16) => (dx, None),
+                None => (x.uninit_like()?, Some(pack(&dx)?)),
+            };
             let mut partials = sums()?;
-            let grid = Grid::new([size32(chunks)?, 1, 1], [threads as u32, (MOST_THREADS / threads) as u32, 1]);
+            let grid = Grid::new([size32(chunks)?, 1, 1], [threads as u32, groups as u32, 1]);
             let args = args![
                 &mut dx,
                 &mut partials,
-                x,
+                &x,
                 source.as_ref().unwrap_or(&dx),
-                onto,
+                onto.as_ref(),
                 weight,
                 statistics,
                 sizes.0,
@@ -165,7 +200,7 @@ impl NormBackward {
             centred,
             *eps
         ];
-        gpu.kernel("norm_bwd", &dtype)?.launch(Grid::rows_by(rows, threads_per_row(columns)), args)?;
+        gpu.kernel("norm_bwd", &dtype)?.launch(Grid::held_rows(rows, columns, x.dtype()), args)?;
         Ok((Some(dx), partials))
     }
 }

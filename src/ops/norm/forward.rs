@@ -1,6 +1,6 @@
 //! The forward pass: statistics of each row, and the row by them.
 
-use super::{Form, LANES, Spec, packed, rows, threads_per_row, widen};
+use super::{Form, LANES, Spec, packed, rows, widen};
 use crate::{
     DType, Device, Element, Result, Tensor,
     core::{Float, Real, Shape, dispatch_float},
@@ -68,8 +68,7 @@ impl Forward {
             form,
             spec.eps
         ];
-        gpu.kernel("norm_fwd", &[("DTYPE", x.dtype().name())])?
-            .launch(Grid::rows_by(rows, threads_per_row(columns)), args)
+        gpu.kernel("norm_fwd", &[("DTYPE", x.dtype().name())])?.launch(Grid::held_rows(rows, columns, x.dtype()), args)
     }
 }
 

@@ -266,15 +266,6 @@ fn rows(x: &Tensor) -> Result<usize> {
     Ok(x.elements().checked_div(x.dim(-1)?).unwrap_or(0))
 }
 
-/// Elements of a row that one thread of a kernel holds in registers, and the most threads for a row.
-const HELD: usize = 16;
-const MOST_THREADS: usize = 256;
-
-/// Threads for a row: so many that they hold it, if they can.
-fn threads_per_row(columns: usize) -> usize {
-    columns.div_ceil(HELD).min(MOST_THREADS).next_power_of_two().max(32)
-}
-
 /// Sums that are kept apart: so many that the compiler turns loops over them into vector operations as a whole, and that
 /// no addition waits for another.
 const LANES: usize = 64;

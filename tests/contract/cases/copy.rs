@@ -20,6 +20,13 @@ pub fn cases() -> Vec<Case> {
         ),
         Case::new(
             "contiguous",
+            "transposed in packets",
+            vec![Input::float(&[72, 2, 136])],
+            |x| x[0].transpose(0, 2)?.contiguous(),
+            |x| Array::from_fn(&[136, 2, 72], |i| x[0].at(&[i[2], i[1], i[0]])),
+        ),
+        Case::new(
+            "contiguous",
             "matrices transposed in tiles",
             vec![Input::float(&[2, 20, 4, 33])],
             |x| x[0].transpose(1, 3)?.contiguous(),

@@ -190,7 +190,8 @@ pub fn cases() -> Vec<Case> {
         layer("several blocks", Input::float(&[3, 111, 37]), 37),
         layer("several chunks and tiles", Input::float(&[130, 264]), 264),
         layer("several warps a row", Input::float(&[21, 1030]), 1030),
-        layer("more than registers hold", Input::float(&[2, 4100]), 4100),
+        layer("packets of several warps a row", Input::float(&[21, 1040]), 1040),
+        layer("more than registers hold", Input::float(&[2, 8208]), 8208),
         // bf16 inputs near 100 are multiples of 0.5, so that the variance stays well above their rounding.
         layer("far from zero", Input::between(&[4, 33], 96.0, 104.0), 33),
         layer("empty batch", Input::float(&[0, 5]), 5),

@@ -38,6 +38,7 @@ fn case(name: &str, shape: &[usize], r: usize, first: usize) -> Case {
 pub fn cases() -> Vec<Case> {
     vec![
         case("ordinary", &[2, 3, 7, 16], 16, 0),
+        case("packets of several heads", &[2, 5, 9, 40], 32, 3),
         case("some features", &[2, 3, 7, 11], 6, 0),
         case("later positions", &[1, 2, 70, 10], 8, 1000),
         case("matrix", &[5, 4], 4, 3),

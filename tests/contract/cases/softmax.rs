@@ -16,6 +16,8 @@ pub fn cases() -> Vec<Case> {
     vec![
         case("odd", Input::float(&[2, 3, 17])),
         case("wide", Input::between(&[3, 1030], -30.0, 30.0)),
+        case("packets of several warps a row", Input::between(&[3, 1040], -30.0, 30.0)),
+        case("more than registers hold", Input::between(&[2, 8208], -9.0, 9.0)),
         case("one", Input::float(&[4, 1])),
         case("scalar", Input::float(&[])),
         case("empty rows", Input::float(&[0, 5])),
