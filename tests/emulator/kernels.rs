@@ -102,7 +102,7 @@ fn attend(device: &Device, dtype: DType, [heads, kv_heads, queries, keys, d, e]:
 
 #[test]
 fn attention_of_warpgroups_follows_the_cpu() {
-    emulated(here!(), &[("XT_EMULATOR_ARCH", "90")], || {
+    emulated(here!(), &[("XT_EMULATOR_ARCH", "90"), ("XT_ATTENTION", "wgmma")], || {
         let gpu = Device::cuda(0).unwrap();
         for (dtype, sizes, bound) in
             [(DType::BF16, [2, 1, 140, 150, 64, 40], 1e-2), (DType::F16, [2, 2, 70, 200, 72, 128], 2e-3)]

@@ -22,7 +22,8 @@ pub(super) enum Rung {
     Plain(&'static str),
 }
 
-/// The highest rung that `XT_ATTENTION` permits: `plain` and `mma` keep to the lower ones, to compare them.
+/// The highest rung that `XT_ATTENTION` permits: `plain` keeps to the lowest one, to compare it, and `wgmma` adds the one that
+/// no card has run yet.
 fn limit() -> &'static str {
     static LIMIT: OnceLock<String> = OnceLock::new();
     LIMIT.get_or_init(|| std::env::var("XT_ATTENTION").unwrap_or_default())
@@ -55,8 +56,8 @@ fn choose(target: Target, dtype: DType, [d, e]: [usize; 2], limit: &str) -> Rung
     if target != Target::of(90) {
         return Rung::TensorCores(head, "only sm_90a has instructions of warpgroups");
     }
-    if limit == "mma" {
-        return Rung::TensorCores(head, "XT_ATTENTION=mma asks for it");
+    if limit != "wgmma" {
+        return Rung::TensorCores(head, "products of warpgroups are new; XT_ATTENTION=wgmma asks for them");
     }
     Rung::Warpgroups(head)
 }
@@ -522,16 +523,16 @@ mod tests {
     fn warpgroups_serve_what_only_they_can() {
         for dtype in [DType::BF16, DType::F16] {
             for (features, head) in [([64, 64], 64), ([40, 8], 64), ([128, 64], 128), ([8, 72], 128)] {
-                assert_eq!(of("sm_90a", dtype, features, ""), Rung::Warpgroups(head), "{features:?}");
+                assert_eq!(of("sm_90a", dtype, features, "wgmma"), Rung::Warpgroups(head), "{features:?}");
                 // Code for other cards, for all of the same generation and as PTX, has no such instructions.
                 for other in ["sm_80", "sm_89", "sm_90", "compute_90", "sm_100", "sm_120"] {
-                    let fallback = matches!(of(other, dtype, features, ""), Rung::TensorCores(h, _) if h == head);
+                    let fallback = matches!(of(other, dtype, features, "wgmma"), Rung::TensorCores(h, _) if h == head);
                     assert!(fallback, "{other}, {features:?}");
                 }
-                assert!(matches!(of("sm_90a", dtype, features, "mma"), Rung::TensorCores(h, _) if h == head));
+                assert!(matches!(of("sm_90a", dtype, features, ""), Rung::TensorCores(h, _) if h == head));
                 assert!(matches!(of("sm_90a", dtype, features, "plain"), Rung::Plain(_)));
             }
-            assert!(matches!(of("sm_90a", dtype, [32, 16], ""), Rung::TensorCores(32, _)));
+            assert!(matches!(of("sm_90a", dtype, [32, 16], "wgmma"), Rung::TensorCores(32, _)));
             for features in [[60, 64], [64, 130], [136, 64]] {
                 assert!(matches!(of("sm_90a", dtype, features, ""), Rung::Plain(_)), "{features:?}");
             }

@@ -169,8 +169,8 @@ pub fn gpu_needs_scores(features: usize) -> Option<&'static str> {
 }
 
 /// Which kernels a GPU computes [`attention`] with, given the features `d` of queries and keys and `e` of values, and why
-/// not a faster one; `None` on the CPU. `XT_ATTENTION=plain` keeps to the plain ones, `XT_ATTENTION=mma` to those that
-/// every card since sm_80 has.
+/// not a faster one; `None` on the CPU. `XT_ATTENTION=plain` keeps to the plain ones; `XT_ATTENTION=wgmma` asks for those
+/// of sm_90a, which no card has run yet.
 pub fn attention_rung(device: &Device, dtype: DType, d: usize, e: usize) -> Option<String> {
     match device {
         Device::Cpu => None,
