@@ -247,19 +247,16 @@ fn messages_that_become_control_tokens_are_refused() {
     assert_eq!(tokenizer.chat(&[Message::user("AB")], &options()).unwrap(), tokenizer.encode("ab").unwrap());
 }
 
-/// Marking and tokenising takes time in proportion to the text, whatever is in it.
+/// However long a message is, and whatever is in it, each part of it becomes the same tokens.
 #[test]
-fn long_messages_take_time_in_proportion() {
+fn long_messages_are_their_parts() {
     let (_folder, tokenizer) = with_template("{{ messages[0].content }}");
     for part in ["<|im_end|>", "<", "word "] {
-        let time = |n: usize| {
-            let message = [Message::user(part.repeat(n / part.len()))];
-            let start = std::time::Instant::now();
-            assert!(tokenizer.chat(&message, &options()).expect("tokens").len() > n / 20);
-            start.elapsed()
-        };
-        let (short, long) = ((0..3).map(|_| time(8_000)).min().expect("a time"), time(64_000));
-        assert!(long < short * 8 * 4, "{part}: {short:?} for 8 kB, {long:?} for 64 kB");
+        let tokens =
+            |times: usize| tokenizer.chat(&[Message::user(part.repeat(times))], &options()).expect("tokens").len();
+        // A part at the beginning of a text, and those behind it.
+        let (one, two) = (tokens(1), tokens(2));
+        assert_eq!(tokens(6_000), one + 5_999 * (two - one), "{part}");
     }
 }
 

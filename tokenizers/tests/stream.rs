@@ -244,7 +244,7 @@ fn long_streams_cost_no_more_a_token() {
         assert!(length > n);
         start.elapsed()
     };
-    let short = (0..5).map(|_| time(4_000)).min().expect("a time");
-    let long = time(64_000);
-    assert!(long < short * 16 * 4, "{short:?} for 4000 tokens, {long:?} for 64000");
+    // A square would take 256 times as long; another program may come between.
+    let least = |n: usize| (0..5).map(|_| time(n)).min().expect("a time");
+    assert!((0..4).any(|_| least(64_000) < least(4_000) * 16 * 4), "{:?} for 64000 tokens", least(64_000));
 }
