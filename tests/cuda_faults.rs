@@ -221,7 +221,7 @@ fn an_allocation_in_a_lost_context_is_not_out_of_memory() -> Result<()> {
     let mut launch = |x: &Tensor, rows: i64| {
         let scalars = [Scalar::I64(rows), Scalar::U32(64)];
         // SAFETY: the emulated driver checks every access of the kernel.
-        unsafe { rung.launch([[2, 1, 1], [64, 1, 1]], &mut y, &[x], &scalars) }
+        unsafe { rung.launch([[2, 1, 1], [64, 1, 1]], 0, &mut y, &[x], &scalars) }
     };
     let elsewhere = launch(&x.to_device(&Device::Cpu)?, 64).unwrap_err();
     assert!(elsewhere.to_string().contains("on cpu"), "{elsewhere}");
