@@ -25,7 +25,7 @@ fn swizzled(tile: &[f32], is_bf16: bool) -> Vec<u32> {
     let mut halves = vec![0u16; tile.len()];
     for (i, &value) in tile.iter().enumerate() {
         let (row, column) = (i / 64, i % 64);
-        halves[row * 64 + (column / 8 ^ row % 8) * 8 + column % 8] = bits(value, is_bf16);
+        halves[row * 64 + ((column / 8) ^ (row % 8)) * 8 + column % 8] = bits(value, is_bf16);
     }
     halves.chunks(2).map(|pair| u32::from(pair[0]) | u32::from(pair[1]) << 16).collect()
 }
@@ -38,7 +38,7 @@ fn of_d(thread: usize, i: usize) -> (usize, usize) {
 
 /// Row and column of element `i` of a thread's four registers: "… for matrix A".
 fn of_a(thread: usize, i: usize) -> (usize, usize) {
-    let row = 16 * (thread / 32) + thread % 32 / 4 + if i / 2 % 2 == 0 { 0 } else { 8 };
+    let row = 16 * (thread / 32) + thread % 32 / 4 + i / 2 % 2 * 8;
     (row, 2 * (thread % 4) + i % 2 + if i < 4 { 0 } else { 8 })
 }
 

@@ -513,7 +513,7 @@ impl Memory {
 #[cfg(test)]
 mod tests {
     use super::{Rung, choose};
-    use crate::{DType, device::cuda::Target};
+    use crate::DType;
 
     fn of(target: &str, dtype: DType, features: [usize; 2], limit: &str) -> Rung {
         choose(target.parse().unwrap(), dtype, features, limit)
