@@ -48,6 +48,7 @@ uncallable! {
     is_capturing() -> bool;
     ordinal() -> usize;
     architecture() -> u32;
+    has_warpgroups() -> bool;
 }
 
 impl CudaDevice {

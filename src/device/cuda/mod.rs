@@ -175,6 +175,11 @@ impl CudaDevice {
         self.architecture
     }
 
+    /// If `true`, its kernels may multiply by warpgroups.
+    pub(crate) fn has_warpgroups(&self) -> bool {
+        self.target.has_warpgroups()
+    }
+
     /// Target that its kernels are compiled for: machine code, or PTX if the card is newer than NVRTC.
     pub fn target(&self) -> Target {
         self.target

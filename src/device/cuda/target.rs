@@ -44,6 +44,11 @@ impl Target {
         self.architecture
     }
 
+    /// If `true`, its code may have the products of warpgroups (`wgmma`), which no other card has.
+    pub fn has_warpgroups(self) -> bool {
+        self == Self::of(90)
+    }
+
     /// If `true`, NVRTC makes PTX and not machine code.
     pub fn is_ptx(self) -> bool {
         self.form == Form::Ptx
@@ -215,6 +220,16 @@ mod tests {
             assert!(parts.iter().all(|part| why.contains(part)), "{parts:?}: {why}");
         }
         assert_eq!(driver_version(12040), (12, 4));
+    }
+
+    #[test]
+    fn one_target_has_warpgroups() {
+        // Code for all cards of the generation and PTX have no such instructions.
+        for (text, has) in
+            [("sm_90a", true), ("sm_90", false), ("compute_90", false), ("sm_89", false), ("sm_100", false)]
+        {
+            assert_eq!(text.parse::<Target>().map(Target::has_warpgroups).ok(), Some(has), "{text}");
+        }
     }
 
     #[test]

@@ -6,7 +6,7 @@ use super::{Kept, OP, Problem, Sizes, packed_rows, position::Position, rows::Row
 use crate::{
     DType, Error, Result, Shape, Tensor,
     core::Layout,
-    device::{Arg, CudaDevice, Grid, Storage, args, cuda::Target, size32},
+    device::{Arg, CudaDevice, Grid, Storage, args, size32},
     error::ensure,
 };
 
@@ -29,19 +29,19 @@ fn limit() -> &'static str {
     LIMIT.get_or_init(|| std::env::var("XT_ATTENTION").unwrap_or_default())
 }
 
-/// The rung for rows of `d` and `e` features, of kernels compiled for `target`.
-pub(super) fn rung(target: Target, dtype: DType, features: [usize; 2]) -> Rung {
-    choose(target, dtype, features, limit())
+/// The rung for rows of `d` and `e` features.
+pub(super) fn rung(gpu: &CudaDevice, dtype: DType, features: [usize; 2]) -> Rung {
+    choose(gpu.architecture(), gpu.has_warpgroups(), dtype, features, limit())
 }
 
-fn choose(target: Target, dtype: DType, [d, e]: [usize; 2], limit: &str) -> Rung {
+fn choose(architecture: u32, has_warpgroups: bool, dtype: DType, [d, e]: [usize; 2], limit: &str) -> Rung {
     if limit == "plain" {
         return Rung::Plain("XT_ATTENTION=plain asks for it");
     }
     if !matches!(dtype, DType::BF16 | DType::F16) {
         return Rung::Plain("tensor cores would round f32 and f64");
     }
-    if target.architecture() < 80 {
+    if architecture < 80 {
         return Rung::Plain("the tensor cores of cards before sm_80 take other fragments");
     }
     if !d.is_multiple_of(8) || !e.is_multiple_of(8) {
@@ -53,7 +53,7 @@ fn choose(target: Target, dtype: DType, [d, e]: [usize; 2], limit: &str) -> Rung
         65..=128 => 128,
         _ => return Rung::Plain("the registers hold sums of up to 128 features"),
     };
-    if target != Target::of(90) {
+    if !has_warpgroups {
         return Rung::TensorCores(head, "only sm_90a has instructions of warpgroups");
     }
     if limit != "wgmma" {
@@ -204,7 +204,7 @@ impl<'a> Call<'a> {
             Error::shape(OP, format!("{queries} queries and {keys} keys are more than the kernels can count"))
         );
         let terms = problem.position.as_ref().map(|position| Terms::new(gpu, position, &problem.sizes)).transpose()?;
-        let rung = rung(gpu.target(), problem.q.dtype(), [d, e]);
+        let rung = rung(gpu, problem.q.dtype(), [d, e]);
         let [q, k, v] = [&problem.q, &problem.k, &problem.v].map(|x| rung.operand(x));
         let mut call = Self { gpu, problem, rung, q: q?, k: k?, v: v?, curves: None, terms };
         if let (Some(position), Some(terms)) = (&problem.position, &call.terms) {
@@ -515,29 +515,28 @@ mod tests {
     use super::{Rung, choose};
     use crate::DType;
 
-    fn of(target: &str, dtype: DType, features: [usize; 2], limit: &str) -> Rung {
-        choose(target.parse().unwrap(), dtype, features, limit)
-    }
-
     #[test]
     fn warpgroups_serve_what_only_they_can() {
         for dtype in [DType::BF16, DType::F16] {
             for (features, head) in [([64, 64], 64), ([40, 8], 64), ([128, 64], 128), ([8, 72], 128)] {
-                assert_eq!(of("sm_90a", dtype, features, "wgmma"), Rung::Warpgroups(head), "{features:?}");
-                // Code for other cards, for all of the same generation and as PTX, has no such instructions.
-                for other in ["sm_80", "sm_89", "sm_90", "compute_90", "sm_100", "sm_120"] {
-                    let fallback = matches!(of(other, dtype, features, "wgmma"), Rung::TensorCores(h, _) if h == head);
-                    assert!(fallback, "{other}, {features:?}");
+                assert_eq!(choose(90, true, dtype, features, "wgmma"), Rung::Warpgroups(head), "{features:?}");
+                for architecture in [80, 89, 90, 100, 120] {
+                    let rung = choose(architecture, false, dtype, features, "wgmma");
+                    assert!(
+                        matches!(rung, Rung::TensorCores(h, _) if h == head),
+                        "{architecture}, {features:?}: {rung}"
+                    );
                 }
-                assert!(matches!(of("sm_90a", dtype, features, ""), Rung::TensorCores(h, _) if h == head));
-                assert!(matches!(of("sm_90a", dtype, features, "plain"), Rung::Plain(_)));
+                let lower = choose(90, true, dtype, features, "");
+                assert!(matches!(lower, Rung::TensorCores(h, _) if h == head), "{lower}");
+                assert!(matches!(choose(90, true, dtype, features, "plain"), Rung::Plain(_)));
             }
-            assert!(matches!(of("sm_90a", dtype, [32, 16], "wgmma"), Rung::TensorCores(32, _)));
+            assert!(matches!(choose(90, true, dtype, [32, 16], "wgmma"), Rung::TensorCores(32, _)));
             for features in [[60, 64], [64, 130], [136, 64]] {
-                assert!(matches!(of("sm_90a", dtype, features, ""), Rung::Plain(_)), "{features:?}");
+                assert!(matches!(choose(90, true, dtype, features, "wgmma"), Rung::Plain(_)), "{features:?}");
             }
-            assert!(matches!(of("sm_75", dtype, [64, 64], ""), Rung::Plain(_)));
+            assert!(matches!(choose(75, false, dtype, [64, 64], ""), Rung::Plain(_)));
         }
-        assert!(matches!(of("sm_90a", DType::F32, [64, 64], ""), Rung::Plain(_)));
+        assert!(matches!(choose(90, true, DType::F32, [64, 64], ""), Rung::Plain(_)));
     }
 }

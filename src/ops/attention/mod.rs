@@ -174,7 +174,7 @@ pub fn gpu_needs_scores(features: usize) -> Option<&'static str> {
 pub fn attention_rung(device: &Device, dtype: DType, d: usize, e: usize) -> Option<String> {
     match device {
         Device::Cpu => None,
-        Device::Cuda(gpu) => Some(cuda::rung(gpu.target(), dtype, [d, e]).to_string()),
+        Device::Cuda(gpu) => Some(cuda::rung(gpu, dtype, [d, e]).to_string()),
     }
 }
 
