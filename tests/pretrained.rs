@@ -467,7 +467,7 @@ fn what_does_not_fit_is_refused_with_a_table() -> Result<()> {
         ("family", config.replace("\"albert\"", "\"gpt_neox\""), weights.clone(), "`gpt_neox`"),
         ("no_family", "{}".into(), weights.clone(), "model_type"),
         ("no_json", "{".into(), weights.clone(), "JSON"),
-        ("activation", config.replace("\"gelu\"", "\"relu\""), weights.clone(), "`relu`"),
+        ("activation", config.replace("\"gelu\"", "\"mish\""), weights.clone(), "`mish`"),
         ("wrong_family", config.replace("\"albert\"", "\"bert\""), weights.clone(), "missing"),
         ("groups", config.replace("\"num_hidden_groups\": 1", "\"num_hidden_groups\": 2"), weights.clone(), "only 1"),
         ("huge", config.replace("\"vocab_size\": 591", "\"vocab_size\": 1000000000"), weights.clone(), "misshapen"),

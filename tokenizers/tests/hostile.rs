@@ -154,14 +154,12 @@ fn given_files_are_refused_by_name() {
     }
 }
 
-/// Decoders of that crate that panic, on tokens that no text has.
+/// More is stripped than a token has, where the crate `tokenizers` panics.
 #[test]
-fn panics_inside_are_errors_that_name_the_file() {
+fn decoders_take_no_more_than_there_is() {
     let strip = json!({"type": "Strip", "content": "h", "start": 0, "stop": 9});
     let tokenizer = Tokenizer::parse("there/tokenizer.json", &with("/decoder", strip)).unwrap();
-    let error = tokenizer.decode(&[1]).unwrap_err().to_string();
-    assert!(error.contains("there/tokenizer.json") && error.contains("cannot work with it"), "{error}");
-    // It goes on.
+    assert_eq!(tokenizer.decode(&[1]).unwrap(), "");
     assert_eq!(tokenizer.encode("the").unwrap(), [2, 3]);
 }
 

@@ -319,3 +319,20 @@ fn guarded<T>(call: impl FnOnce() -> std::result::Result<T, Failure>) -> std::re
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::{Broken, guarded};
+
+    #[test]
+    fn panics_inside_are_errors() {
+        for _ in 0..2 {
+            let broken = guarded::<()>(|| panic!("index {} out of bounds", 7)).expect_err("a panic");
+            let Broken::Panic(why) = &broken else { panic!("{broken}") };
+            assert_eq!(why, "index 7 out of bounds");
+            assert!(broken.to_string().contains("cannot work with it (index 7"), "{broken}");
+        }
+        assert!(matches!(guarded::<()>(|| Err("no".into())), Err(Broken::Refused(_))));
+        assert_eq!(guarded(|| Ok(3)).ok(), Some(3));
+    }
+}
