@@ -476,7 +476,9 @@ fn weights_without_a_use_are_a_warning() {
     assert!(line("weights ").contains("40 of F32") && line("weights ").contains("1 of I64"), "{info}");
     fs::create_dir(folder.path().join("pool")).unwrap();
     fs::write(folder.path().join("pool/config.json"), r#"{"pooling_mode_max_tokens": true}"#).unwrap();
-    let modules = r#"[{"type": "st.models.Transformer", "path": ""}, {"type": "st.models.Pooling", "path": "pool"}]"#;
+    let module =
+        |kind: &str, path: &str| format!(r#"{{"type": "sentence_transformers.models.{kind}", "path": "{path}"}}"#);
+    let modules = format!("[{}, {}]", module("Transformer", ""), module("Pooling", "pool"));
     fs::write(folder.path().join("modules.json"), modules).unwrap();
     assert!(succeeds(&["info", "--checkpoint", &place]).contains("Transformer, Pooling (max)"));
 }
