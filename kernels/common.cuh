@@ -230,7 +230,11 @@ template <int N, typename E = T> struct Raw {
     // Moves all elements one lane down, and puts another one behind them.
     __device__ __forceinline__ void append(E value) {
         constexpr int WORDS = sizeof(E) / 4;
-        if constexpr (WORDS == 0) {
+        if constexpr (sizeof(E) == 1) {
+#pragma unroll
+            for (int i = 0; i < 3; ++i) part[i] = part[i] >> 8 | part[i + 1] << 24;
+            part[3] = part[3] >> 8 | (u32)value << 24;
+        } else if constexpr (WORDS == 0) {
             unsigned short bits;
             memcpy(&bits, &value, sizeof(bits));
 #pragma unroll
