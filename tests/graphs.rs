@@ -92,6 +92,23 @@ fn captured_tensors_live_as_long_as_the_graph() -> Result<()> {
     })
 }
 
+/// A recorded graph has no gradient: a tracked input is refused and not cut off.
+#[test]
+fn tracked_inputs_are_refused() -> Result<()> {
+    let Some(gpu) = gpu("tracked_inputs_are_refused") else { return Ok(()) };
+    let x = full(2, 1.0, &gpu)?.requires_grad()?;
+    let mut graph = Graph::capture(std::slice::from_ref(&x), &none(), |i| i[0].exp())?;
+    let foreign = std::thread::scope(|scope| scope.spawn(|| x.exp()).join().expect("a tensor"))?;
+    let _tape = Tape::grad();
+    assert!(matches!(graph.replay(&[x.square()?]), Err(Error::NoGradient { op: "graph" })));
+    assert!(matches!(graph.replay(&[foreign]), Err(Error::OtherThread { op: "graph", .. })));
+    // Any recording is refused while a tape records.
+    let taped = Graph::capture(&[x.square()?], &none(), |i| i[0].exp());
+    assert!(matches!(taped, Err(Error::Argument { op: "graph", .. })));
+    graph.replay(&[x.detach()])?;
+    Ok(())
+}
+
 /// A tensor that the closure stores elsewhere is dropped while the graph still writes to it.
 #[test]
 fn tensors_that_escape_belong_to_their_graph() -> Result<()> {
