@@ -179,7 +179,7 @@ impl Bench {
             let bytes = |tensors: usize| Work::Bytes(tensors * rows / 4 * vocabulary * dtype.size());
             self.op("cross_entropy", &[logits], [bytes(1), bytes(2)], |x| x[0].cross_entropy(&targets, -100))?;
         }
-        // What a training step of GPT-2 124M has the most of.
+        // The largest elementwise work of a training step of GPT-2 124M.
         let (rows, dim) = if self.test { (8, 64) } else { (65_536, 768) };
         let dtype = DType::BF16;
         let bytes = |tensors: usize, dim: usize| Work::Bytes(tensors * rows * dim * dtype.size());

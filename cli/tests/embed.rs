@@ -109,7 +109,7 @@ fn tables_compare_as_the_model_says() {
     }
 }
 
-/// What changes vectors and is not known is an error that names it.
+/// A setting that changes vectors and is not supported is refused by name.
 #[test]
 fn what_is_not_known_is_refused_by_name() {
     let listed = |last: &str| {
