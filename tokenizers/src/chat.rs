@@ -55,7 +55,8 @@ impl Message {
 pub struct ChatOptions {
     /// If `true`, the text ends where an answer begins. Default `true`.
     pub add_generation_prompt: bool,
-    /// Name of a template, of a model that has several. Default: `default`, or `tool_use` if there is a variable `tools`.
+    /// Name of a template, of a model that has several, or the text of a template of one's own, which has `{{` or `{%`
+    /// somewhere. Default: `default`, or `tool_use` if there is a variable `tools`.
     pub template: Option<String>,
     /// Time that the function `strftime_now` of templates formats. Default: when the chat is written.
     pub now: Option<SystemTime>,
@@ -197,6 +198,9 @@ impl Tokenizer {
         match (found, &options.template) {
             (Some(Template { name, source, path }), _) => {
                 Ok(Template { name: name.clone(), source: source.clone(), path: path.clone() })
+            }
+            (None, Some(text)) if text.contains("{{") || text.contains("{%") => {
+                Ok(Template { name: "given".to_string(), source: text.clone(), path: Default::default() })
             }
             (None, Some(name)) if !templates.is_empty() => {
                 Err(refused(format_args!("the model has no chat template `{name}`; it has {}", names())))

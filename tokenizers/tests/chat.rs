@@ -120,6 +120,8 @@ fn templates_are_found_by_name_and_place() {
     assert_eq!(text(&[config, alone, additional], ChatOptions::default()).unwrap(), "file:hi");
     assert_eq!(text(&[config, alone, additional], named("rag")).unwrap(), "more:hi");
     assert_eq!(text(&[("chat_template.json", &legacy)], ChatOptions::default()).unwrap(), "legacy:hi");
+    assert_eq!(text(&[config], named(&one("given"))).unwrap(), "given:hi");
+    assert_eq!(text(&[], named(&one("given"))).unwrap(), "given:hi");
     let error = |files: &[(&str, &str)], options| text(files, options).unwrap_err().to_string();
     assert!(error(&[config], named("rag")).contains("no chat template `rag`; it has `default`, `tool_use`"));
     assert!(
