@@ -12,7 +12,7 @@ mod models;
 use std::time::Duration;
 
 use x_transformers::{
-    DType, Device, Init, Result, Store, Tape, Tensor,
+    DType, Device, Init, ParamStore, Result, Tape, Tensor,
     device::CudaDevice,
     ops::{Activation, AttentionSpec, DecodeSpec, SampleFilter, SampleSpec, attention, attention_decode},
     train::{AdamW, AdamWOptions},
@@ -94,7 +94,7 @@ impl Bench {
 
     /// Values around 0, made on the device.
     fn random(&self, shape: &[usize], dtype: DType) -> Result<Tensor> {
-        let store = Store::new(0, dtype, &self.device);
+        let store = ParamStore::new(0, dtype, &self.device);
         Ok(store.param("x", shape, Init::Uniform(0.5))?.tensor().detach())
     }
 
@@ -201,7 +201,7 @@ impl Bench {
             self.op("bias gelu", &biased, work, |x| x[0].add_activation(&x[1], Activation::Gelu))?;
         }
         let (count, size) = if self.test { (2, 64) } else { (24, 1 << 20) };
-        let store = Store::new(0, DType::F32, &self.device);
+        let store = ParamStore::new(0, DType::F32, &self.device);
         for index in 0..count {
             store.param(&format!("p{index}"), [size], Init::Normal(1.0))?;
         }

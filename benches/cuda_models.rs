@@ -3,7 +3,7 @@
 use std::{cell::RefCell, time::Instant};
 
 use x_transformers::{
-    DType, Error, Result, Store, Tape, Tensor,
+    DType, Error, ParamStore, Result, Tape, Tensor,
     config::{AutoregressiveConfig, Config, SamplingConfig},
     models::{AutoregressiveWrapper, ForwardOptions, RecordedDecode, sample_tokens},
     train::{AdamW, AdamWOptions, RecordedStep},
@@ -67,13 +67,13 @@ impl Bench {
         }
         let batch = if self.test { 2 } else { case.batch };
         let (length, vocabulary) = (config.net.max_seq_len, config.net.num_tokens);
-        let store = Store::new(0, dtype, &self.device);
+        let store = ParamStore::new(0, dtype, &self.device);
         let model = AutoregressiveWrapper::new(config, &store)?;
         let params = store.params();
         let shape = [batch, length + 1];
         let tokens = Tensor::generate(shape, DType::I64, &self.device, |i| (i * 7919 % vocabulary) as f64)?;
         let optimizer = RefCell::new(AdamW::new(AdamWOptions::default())?);
-        let work = Work::Flops(6 * params.elements() * batch * length);
+        let work = Work::Flops(6 * params.numel() * batch * length);
         self.run(
             (&eager, dtype, &shape),
             work,
@@ -102,7 +102,7 @@ impl Bench {
         if !eager.contains(&self.filter) && !recorded.contains(&self.filter) {
             return Ok(());
         }
-        let store = Store::new(0, dtype, &self.device);
+        let store = ParamStore::new(0, dtype, &self.device);
         let (model, params) = (AutoregressiveWrapper::new(config, &store)?.net, store.params());
         let capacity = config.net.max_seq_len;
         let prompt = capacity / 2;
@@ -115,7 +115,7 @@ impl Bench {
         let sampling = SamplingConfig { temperature: 0.0, ..SamplingConfig::default() };
         let steps = (if self.test { 2 } else { 64 }).min(capacity - prompt - 1) as u64;
         // Each step reads the weights once, whatever part of them embeddings are.
-        let work = Work::Bytes(params.elements() * dtype.size());
+        let work = Work::Bytes(params.numel() * dtype.size());
         let first = Tensor::zeros([1], DType::I64, &self.device)?;
         let clock = |name: &str, step: &mut dyn FnMut(u64, &Tensor) -> Result<Tensor>| -> Result<()> {
             let mut next = step(0, &first)?;

@@ -3,7 +3,7 @@
 //!
 //!     cargo bench --bench decode [-- FILTER]
 //!
-//! `--lockstep attention/f32 4096` does one such attention for each line of standard input and prints its seconds, for
+//! `--interleaved attention/f32 4096` does one such attention for each line of standard input and prints its seconds, for
 //! benches/peers/pretrained.py.
 
 mod peak;
@@ -12,7 +12,7 @@ use std::{io::BufRead, time::Instant};
 
 use peak::read_bytes;
 use x_transformers::{
-    DType, Device, Philox, Result, Store, Tensor,
+    DType, Device, ParamStore, Philox, Result, Tensor,
     config::{AttentionLayersConfig, AutoregressiveConfig, SamplingConfig, TransformerWrapperConfig},
     models::{AutoregressiveWrapper, GenerateOptions},
     ops::{DecodeSpec, attention_decode},
@@ -44,7 +44,7 @@ fn model(weights: Weights, tested: bool) -> Result<AutoregressiveWrapper> {
     let layers = AttentionLayersConfig { heads, ..AttentionLayersConfig::decoder(dim, depth) };
     let net = TransformerWrapperConfig::new(num_tokens, PROMPT + NEW, layers);
     let dtype = if weights == Weights::Bf16 { DType::BF16 } else { DType::F32 };
-    let store = Store::new(0, dtype, &Device::Cpu);
+    let store = ParamStore::new(0, dtype, &Device::Cpu);
     let mut model = AutoregressiveWrapper::new(&AutoregressiveConfig { net, ..Default::default() }, &store)?;
     if weights == Weights::Int8 {
         model.quantize_int8()?;
@@ -87,7 +87,7 @@ fn attentions(tested: bool) -> impl Iterator<Item = (String, DType, usize)> {
     [DType::F32, DType::BF16].into_iter().flat_map(case)
 }
 
-fn lockstep(name: &str) -> Result<()> {
+fn interleaved(name: &str) -> Result<()> {
     for (_, dtype, keys) in attentions(false).filter(|(id, ..)| id == name) {
         let run = long_attention(dtype, keys)?;
         for _ in std::io::stdin().lock().lines() {
@@ -98,8 +98,8 @@ fn lockstep(name: &str) -> Result<()> {
 }
 
 fn main() -> Result<()> {
-    if let Some(name) = std::env::args().skip_while(|argument| argument != "--lockstep").nth(1) {
-        return lockstep(&name);
+    if let Some(name) = std::env::args().skip_while(|argument| argument != "--interleaved").nth(1) {
+        return interleaved(&name);
     }
     let tested = std::env::args().any(|argument| argument == "--test");
     let filter = std::env::args().skip(1).find(|argument| !argument.starts_with('-')).unwrap_or_default();

@@ -131,7 +131,7 @@ impl Ladder {
         let shape: &[usize] = if self.test { &[20, 70] } else { &[8192, 1024] };
         let (rows, columns) = (shape[0], shape[1] as u32);
         let x = self.random(shape, dtype, 1)?;
-        let work = Work::Bytes(2 * x.elements() * dtype.size());
+        let work = Work::Bytes(2 * x.numel() * dtype.size());
         let grids = [
             ("thread", [[rows.div_ceil(128) as u32, 1, 1], [128, 1, 1]]),
             ("block", [[rows as u32, 1, 1], [256, 1, 1]]),
@@ -165,7 +165,7 @@ impl Ladder {
         let (rows, columns) = (shape[0], shape[1]);
         let x = self.random(shape, dtype, 2)?;
         let expected = self.reference(&[&x], |x| x[0].transpose(0, 1)?.contiguous())?;
-        let work = Work::Bytes(2 * x.elements() * dtype.size());
+        let work = Work::Bytes(2 * x.numel() * dtype.size());
         let step = Step { kernel: "transpose", dtype, shape, work, expected: &expected };
         let blocks = |across: usize, down: usize, height: usize| {
             [[across.div_ceil(32) as u32, down.div_ceil(height) as u32, 1], [32, 8, 1]]

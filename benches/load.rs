@@ -129,7 +129,7 @@ fn load(path: &Path, widen: bool) -> Result<f64> {
         tensors.insert(name.to_string(), if widen { tensor.to_dtype(DType::F32)? } else { tensor });
     }
     let seconds = start.elapsed().as_secs_f64();
-    assert!(tensors.values().all(|tensor| tensor.elements() > 0));
+    assert!(tensors.values().all(|tensor| tensor.numel() > 0));
     Ok(seconds)
 }
 

@@ -6,7 +6,7 @@
 use std::time::Instant;
 
 use x_transformers::{
-    DType, Device, Philox, Result, Store, Tape, Tensor,
+    DType, Device, ParamStore, Philox, Result, Tape, Tensor,
     config::{AttentionLayersConfig, AutoregressiveConfig, TransformerWrapperConfig},
     models::{AutoregressiveWrapper, ForwardOptions},
     train::{AdamW, AdamWOptions},
@@ -22,7 +22,7 @@ fn train(length: usize) -> Result<f64> {
         attn_layers: AttentionLayersConfig::decoder(512, 6),
         ..Default::default()
     };
-    let store = Store::new(0, DType::F32, &Device::Cpu);
+    let store = ParamStore::new(0, DType::F32, &Device::Cpu);
     let model = AutoregressiveWrapper::new(&AutoregressiveConfig { net, ..Default::default() }, &store)?;
     let params = store.params();
     let random = Philox::new(0, 0);

@@ -9,7 +9,7 @@ use std::collections::BTreeMap;
 use criterion::{Criterion, criterion_group, criterion_main};
 use peak::{Group, Work};
 use x_transformers::{
-    DType, Device, Philox, Result, Store, Tape, Tensor,
+    DType, Device, ParamStore, Philox, Result, Tape, Tensor,
     config::{Call, Config},
     models::{Model, RunOptions},
     profile::Profile,
@@ -59,7 +59,7 @@ fn inputs(config: &Config, case: &Case) -> Result<(BTreeMap<String, Tensor>, Opt
 fn bench_case(group: &mut Group, case: &Case, dtype: DType) -> Result<()> {
     let config = Config::from_json(case.config)?;
     let (inputs, targets) = inputs(&config, case)?;
-    let model = Model::new(&config, &Store::new(0, dtype, &Device::Cpu))?;
+    let model = Model::new(&config, &ParamStore::new(0, dtype, &Device::Cpu))?;
     let loss = || {
         let output = model.forward(&inputs, &Call::default(), &RunOptions::default())?;
         match &targets {

@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use criterion::{Criterion, criterion_group, criterion_main};
 use peak::{Group, Work};
 use x_transformers::{
-    DType, Device, Init, IntoShape, Philox, Result, Store, Tape, Tensor,
+    DType, Device, Init, IntoShape, ParamStore, Philox, Result, Tape, Tensor,
     ops::{Activation, NAMES, SampleFilter, SampleSpec},
     train::{AdamW, AdamWOptions},
 };
@@ -90,17 +90,17 @@ fn ops() -> Vec<Op> {
         op("layer_norm", &[Float(X), Float(&[1024]), Float(&[1024])], Some(1), |x| {
             x[0].layer_norm(Some(&x[1]), Some(&x[2]), 1e-5)
         }),
-        op("rms_norm", &row, Some(1), |x| x[0].rms_norm(&x[1], 1e-8)),
-        op("mean_square_norm", &row, Some(1), |x| x[0].mean_square_norm(&x[1], 1e-6)),
+        op("clamped_rms_norm", &row, Some(1), |x| x[0].clamped_rms_norm(&x[1], 1e-8)),
+        op("rms_norm", &row, Some(1), |x| x[0].rms_norm(&x[1], 1e-6)),
         op("scale_norm", &[Float(X), Float(&[1])], Some(1), |x| x[0].scale_norm(&x[1], 1e-5)),
         op("add_layer_norm", &[Float(X), Constant(X), Float(&[1024]), Float(&[1024])], Some(1), |x| {
             Ok(x[0].add_layer_norm(&x[1], Some(&x[2]), Some(&x[3]), 1e-5)?.1)
         }),
-        op("add_rms_norm", &[Float(X), Constant(X), Float(&[1024])], Some(1), |x| {
-            Ok(x[0].add_rms_norm(&x[1], &x[2], 1e-8)?.1)
+        op("add_clamped_rms_norm", &[Float(X), Constant(X), Float(&[1024])], Some(1), |x| {
+            Ok(x[0].add_clamped_rms_norm(&x[1], &x[2], 1e-8)?.1)
         }),
-        op("add_mean_square_norm", &[Float(X), Constant(X), Float(&[1024])], Some(1), |x| {
-            Ok(x[0].add_mean_square_norm(&x[1], &x[2], 1e-6)?.1)
+        op("add_rms_norm", &[Float(X), Constant(X), Float(&[1024])], Some(1), |x| {
+            Ok(x[0].add_rms_norm(&x[1], &x[2], 1e-6)?.1)
         }),
         op("add_scale_norm", &[Float(X), Constant(X), Float(&[1])], Some(1), |x| {
             Ok(x[0].add_scale_norm(&x[1], &x[2], 1e-5)?.1)
@@ -154,7 +154,7 @@ fn ops() -> Vec<Op> {
 }
 
 fn bytes(tensor: &Tensor) -> usize {
-    tensor.elements() * tensor.dtype().size()
+    tensor.numel() * tensor.dtype().size()
 }
 
 fn bench_op(criterion: &mut Criterion, op: &Op) -> Result<()> {
@@ -197,7 +197,7 @@ fn backward(op: &Op, inputs: &[Tensor], cotangent: &Tensor) -> Result<Duration> 
 /// A step over eight parameters. It reads the gradients twice, for their norm and for the update, and reads and writes
 /// parameters and both moments: eight times four bytes per value.
 fn bench_adamw(criterion: &mut Criterion) -> Result<()> {
-    let store = Store::new(0, DType::F32, &Device::Cpu);
+    let store = ParamStore::new(0, DType::F32, &Device::Cpu);
     let mut tape = Tape::grad();
     let mut loss = Tensor::scalar(0.0f32, &Device::Cpu)?;
     for index in 0..8 {
@@ -207,7 +207,7 @@ fn bench_adamw(criterion: &mut Criterion) -> Result<()> {
     let (gradients, params) = (tape.backward(&loss)?, store.params());
     let mut optimizer = AdamW::new(AdamWOptions::default())?;
     let mut group = Group::new(criterion, "adamw");
-    group.bench("step f32", Work::Bytes(8 * 4 * params.elements()), || {
+    group.bench("step f32", Work::Bytes(8 * 4 * params.numel()), || {
         optimizer.step(&params, &gradients, 1e-4, Some(1.0)).map(drop).expect("finite gradients");
     });
     group.finish();

@@ -8,7 +8,7 @@ use std::time::Instant;
 
 use serde_json::{Value, json};
 use x_transformers::{
-    DType, Device, ParamMap, Philox, Result, Store, Tape, Tensor,
+    DType, Device, ParamMap, ParamStore, Philox, Result, Tape, Tensor,
     config::{AttentionPath, BranchPlan, Config, LayersPlan},
     models::{AutoregressiveWrapper, ForwardOptions},
     train::{AdamW, AdamWOptions},
@@ -114,7 +114,7 @@ impl Run {
         net["attn_layers"] = layers;
         let config = Config::from_value(json!({"model": "AutoregressiveWrapper", "net": net}))?;
         let Config::AutoregressiveWrapper(config) = config else { unreachable!("the model is named above") };
-        let store = Store::new(0, DType::F32, &Device::Cpu);
+        let store = ParamStore::new(0, DType::F32, &Device::Cpu);
         let model = AutoregressiveWrapper::new(&config, &store)?;
         let params = store.params();
 
@@ -188,7 +188,7 @@ fn work(params: &ParamMap, plan: &LayersPlan, queries: usize, keys: usize) -> f6
     let weights: usize = products
         .map(|(name, param)| {
             let of_keys = name.ends_with("to_k.weight") || name.ends_with("to_v.weight");
-            param.tensor().elements() * if of_keys { keys.max(queries) } else { queries }
+            param.tensor().numel() * if of_keys { keys.max(queries) } else { queries }
         })
         .sum();
     let scores = plan.layers.iter().map(|layer| match &layer.branch {

@@ -3,7 +3,7 @@
 //!     cargo run --release --example caption
 
 use x_transformers::{
-    DType, Device, Philox, Result, Store, Tape, Tensor,
+    DType, Device, ParamStore, Philox, Result, Tape, Tensor,
     config::{
         AttentionLayersConfig, AutoregressiveConfig, FilterLogits, SamplingConfig, TransformerWrapperConfig,
         ViTransformerWrapperConfig,
@@ -48,11 +48,11 @@ fn caption(colour: usize, place: usize, device: &Device) -> Result<Tensor> {
 struct Captioner {
     encoder: ViTransformerWrapper,
     decoder: AutoregressiveWrapper,
-    store: Store,
+    store: ParamStore,
 }
 
 impl Captioner {
-    fn new(store: Store) -> Result<Self> {
+    fn new(store: ParamStore) -> Result<Self> {
         let vision = ViTransformerWrapperConfig {
             image_size: SIDE,
             patch_size: 8,
@@ -99,7 +99,7 @@ impl Captioner {
 
 fn main() -> Result<()> {
     let device = Device::best();
-    let model = Captioner::new(Store::new(0, DType::F32, &device))?;
+    let model = Captioner::new(ParamStore::new(0, DType::F32, &device))?;
     let params = model.store.params();
     let mut optimizer = AdamW::new(AdamWOptions::default())?;
     let all: Vec<(usize, usize)> = (0..12).map(|i| (i / 4, i % 4)).collect();
@@ -120,7 +120,7 @@ fn main() -> Result<()> {
 
     let path = std::env::temp_dir().join(format!("captioner-{}.safetensors", std::process::id()));
     write_safetensors(&path, &params.state_dict(), &Default::default())?;
-    let loaded = Captioner::new(Store::zeros(DType::F32, &device))?;
+    let loaded = Captioner::new(ParamStore::zeros(DType::F32, &device))?;
     loaded.store.params().load(&read_safetensors(&path)?)?;
     let _ = std::fs::remove_file(&path);
     for (colour, place) in [(0, 1), (1, 2), (2, 3)] {

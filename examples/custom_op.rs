@@ -6,9 +6,7 @@
 //! <https://arxiv.org/abs/2006.08195>). Its gradients are `dy/dx = 1 + sin(2 a x)` and
 //! `dy/da = (x sin(2 a x) - sin²(a x) / a) / a`.
 
-use x_transformers::{
-    Backward, Contributions, Device, Error, Gradcheck, Philox, Result, Tape, Tensor, gradcheck, record,
-};
+use x_transformers::{Backward, Device, Error, Gradcheck, InputGrads, Philox, Result, Tape, Tensor, gradcheck, record};
 
 /// `x + sin²(a x) / a` for `x` of any shape and `a` of one element.
 fn snake(x: &Tensor, a: &Tensor) -> Result<Tensor> {
@@ -32,7 +30,7 @@ impl Backward for SnakeBackward {
         "snake"
     }
 
-    fn backward(self: Box<Self>, grad: Tensor, need: &[bool]) -> Result<Contributions> {
+    fn backward(self: Box<Self>, grad: Tensor, need: &[bool]) -> Result<InputGrads> {
         let a = self.a.item()?;
         let dx = if need[0] { Some(grad.mul(&each(&self.x, |x| 1.0 + (2.0 * a * x).sin())?)?) } else { None };
         let da = if need[1] {
@@ -41,7 +39,7 @@ impl Backward for SnakeBackward {
         } else {
             None
         };
-        Ok(Contributions::whole([dx, da]))
+        Ok(InputGrads::whole([dx, da]))
     }
 }
 

@@ -8,7 +8,7 @@
 use std::path::Path;
 
 use x_transformers::{
-    DType, Device, Error, Result, Store,
+    DType, Device, Error, ParamStore, Result,
     config::Config,
     io::read_safetensors,
     models::{ForwardOptions, TransformerWrapper},
@@ -23,10 +23,10 @@ fn main() -> Result<()> {
     let Config::TransformerWrapper(config) = Config::from_json(&json)? else {
         return Err(Error::Argument { op: "load_pytorch", message: "expected a TransformerWrapper".into() });
     };
-    let store = Store::zeros(DType::F32, &Device::Cpu);
+    let store = ParamStore::zeros(DType::F32, &Device::Cpu);
     let model = TransformerWrapper::new(&config, &store)?;
     store.params().load(&read_safetensors(folder.join("weights.safetensors"))?)?;
-    println!("{} parameters", store.params().elements());
+    println!("{} parameters", store.params().numel());
 
     let inputs = read_safetensors(folder.join("inputs.safetensors"))?;
     let logits = model.forward(&inputs["x"], &ForwardOptions::default())?.out;

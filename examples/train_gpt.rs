@@ -29,7 +29,7 @@ fn main() -> Result<()> {
     let options = TrainOptions { steps: 100, seq_len: 64, lr: 3e-3, warmup: 10, ..Default::default() };
 
     let mut trainer = Trainer::new(config, options, text, &device)?;
-    println!("{} parameters on {device}", trainer.params().elements());
+    println!("{} parameters on {device}", trainer.params().numel());
     while trainer.steps_done() < trainer.options().steps {
         let report = trainer.step()?;
         if trainer.steps_done() % 20 == 0 {

@@ -10,7 +10,7 @@ pub type Result<T> = std::result::Result<T, Error>;
 /// What went wrong.
 ///
 /// Match on the variant to react, print it to tell a person: the text holds the op, the shapes or values
-/// involved, and where in a model it happened ([`Error::At`]).
+/// involved, and where in a model it happened ([`Error::Context`]).
 #[derive(Debug)]
 #[non_exhaustive]
 pub enum Error {
@@ -124,7 +124,7 @@ pub enum Error {
         /// Names that the file has and the model lacks.
         unused: Vec<String>,
         /// Names with another shape: name, shape in the model, shape in the file.
-        misshapen: Vec<(String, Vec<usize>, Vec<usize>)>,
+        mismatched: Vec<(String, Vec<usize>, Vec<usize>)>,
     },
     /// Training met NaN or infinity.
     NonFinite {
@@ -134,7 +134,7 @@ pub enum Error {
         what: String,
     },
     /// Another error, with the place in the model or program where it happened.
-    At {
+    Context {
         /// For instance `attn_layers.layers.3.1`.
         place: String,
         /// The error itself.
@@ -174,30 +174,30 @@ impl Error {
     }
 
     /// The same error with a place in front; nested places read from the outside in.
-    pub fn at(self, place: impl fmt::Display) -> Self {
+    pub fn context(self, place: impl fmt::Display) -> Self {
         match self {
-            Self::At { place: inner, source } => Self::At { place: format!("{place}.{inner}"), source },
-            other => Self::At { place: place.to_string(), source: Box::new(other) },
+            Self::Context { place: inner, source } => Self::Context { place: format!("{place}.{inner}"), source },
+            other => Self::Context { place: place.to_string(), source: Box::new(other) },
         }
     }
 
     /// The error without its place.
     pub fn root(&self) -> &Error {
         match self {
-            Self::At { source, .. } => source.root(),
+            Self::Context { source, .. } => source.root(),
             other => other,
         }
     }
 }
 
 /// Adds a place to the error of a result.
-pub(crate) trait At<T> {
-    fn at(self, place: impl fmt::Display) -> Result<T>;
+pub(crate) trait ErrorContext<T> {
+    fn context(self, place: impl fmt::Display) -> Result<T>;
 }
 
-impl<T> At<T> for Result<T> {
-    fn at(self, place: impl fmt::Display) -> Result<T> {
-        self.map_err(|error| error.at(place))
+impl<T> ErrorContext<T> for Result<T> {
+    fn context(self, place: impl fmt::Display) -> Result<T> {
+        self.map_err(|error| error.context(place))
     }
 }
 
@@ -263,16 +263,16 @@ impl fmt::Display for Error {
             ),
             Self::Io { path, source } => write!(f, "{}: {source}", path.display()),
             Self::File { path, why } => write!(f, "{}: {why}", path.display()),
-            Self::Weights { missing, unused, misshapen } => {
+            Self::Weights { missing, unused, mismatched } => {
                 write!(f, "the weights do not fit the model:")?;
                 for name in missing {
-                    write!(f, "\n  missing    {name}")?;
+                    write!(f, "\n  missing         {name}")?;
                 }
                 for name in unused {
-                    write!(f, "\n  unused     {name}")?;
+                    write!(f, "\n  unused          {name}")?;
                 }
-                for (name, model, file) in misshapen {
-                    write!(f, "\n  misshapen  {name}: {model:?} in the model, {file:?} in the file")?;
+                for (name, model, file) in mismatched {
+                    write!(f, "\n  shape mismatch  {name}: {model:?} in the model, {file:?} in the file")?;
                 }
                 Ok(())
             }
@@ -280,7 +280,7 @@ impl fmt::Display for Error {
                 f,
                 "step {step}: {what} is not finite, training stopped; lower the learning rate or resume from the last checkpoint"
             ),
-            Self::At { place, source } => write!(f, "{place}: {source}"),
+            Self::Context { place, source } => write!(f, "{place}: {source}"),
         }
     }
 }
@@ -289,7 +289,7 @@ impl std::error::Error for Error {
     fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
         match self {
             Self::Io { source, .. } => Some(source),
-            Self::At { source, .. } => Some(source),
+            Self::Context { source, .. } => Some(source),
             _ => None,
         }
     }

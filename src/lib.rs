@@ -27,9 +27,9 @@ pub mod train;
 
 pub use crate::{
     core::{
-        Backward, Buffer, Contribution, Contributions, DType, Element, Gradcheck, GradcheckReport, Gradients, Init,
-        InputReport, IntoShape, LeafId, MAX_RANK, Mode, Param, ParamMap, Part, Philox, Readable, Shape, Store, Tape,
-        Tensor, checkpoint, discrete, gradcheck, philox4x32, record,
+        Backward, Buffer, DType, Element, GradSlice, Gradcheck, GradcheckReport, Gradients, Init, InputGrad,
+        InputGrads, InputReport, IntoShape, LeafId, MAX_RANK, Mode, Param, ParamMap, ParamStore, Philox, Readable,
+        Shape, Tape, Tensor, checkpoint, discrete, gradcheck, philox4x32, record,
     },
     device::Device,
     error::{Error, Result},

@@ -203,15 +203,13 @@ fn with_session<R>(f: impl FnOnce(&mut Session) -> R) -> Option<R> {
 }
 
 fn bytes(tensor: &Tensor) -> f64 {
-    (tensor.elements() * tensor.dtype().size()) as f64
+    (tensor.numel() * tensor.dtype().size()) as f64
 }
 
 /// The operations of a product, by the shapes.
 fn product(op: &str, output: &Tensor, inputs: &[&Tensor]) -> f64 {
     match (op, inputs) {
-        ("matmul" | "linear", [a, ..]) => {
-            2.0 * output.elements() as f64 * a.shape().last().copied().unwrap_or(1) as f64
-        }
+        ("matmul" | "linear", [a, ..]) => 2.0 * output.numel() as f64 * a.shape().last().copied().unwrap_or(1) as f64,
         _ => 0.0,
     }
 }

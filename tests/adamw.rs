@@ -5,7 +5,7 @@ mod common;
 use std::collections::BTreeMap;
 
 use x_transformers::{
-    DType, Error, Gradients, Init, Param, Philox, Result, Store, Tape, Tensor,
+    DType, Error, Gradients, Init, Param, ParamStore, Philox, Result, Tape, Tensor,
     train::{AdamW, AdamWOptions, Schedule},
 };
 
@@ -81,7 +81,7 @@ fn adamw_follows_the_reference() -> Result<()> {
     // Longer than a chunk, odd, a scalar, and nothing at all.
     let shapes: [&[usize]; 4] = [&[137, 151], &[7], &[], &[0, 3]];
     for dtype in FLOATS {
-        let store = Store::new(0, dtype, device());
+        let store = ParamStore::new(0, dtype, device());
         let mut params = Vec::new();
         let mut references = Vec::new();
         for (index, shape) in shapes.iter().enumerate() {
@@ -152,7 +152,7 @@ fn adamw_follows_the_reference() -> Result<()> {
 /// Updates far below the spacing of bf16 numbers add up.
 #[test]
 fn adamw_half_types_keep_small_updates() -> Result<()> {
-    let store = Store::new(0, DType::BF16, device());
+    let store = ParamStore::new(0, DType::BF16, device());
     let param = store.param("p", [4], Init::Constant(1.0))?;
     let mut optimizer = AdamW::new(AdamWOptions { weight_decay: 0.0, ..Default::default() })?;
     let one = Tensor::ones([4], DType::BF16, device())?;
@@ -174,7 +174,7 @@ fn with_threads<R: Send>(threads: usize, f: impl FnOnce() -> R + Send) -> R {
 #[test]
 fn adamw_same_bits_for_any_number_of_threads() -> Result<()> {
     let run = || -> Result<(Vec<u64>, u64)> {
-        let store = Store::new(1, DType::F32, device());
+        let store = ParamStore::new(1, DType::F32, device());
         let params = [store.param("a", [300, 333], Init::Normal(1.0))?, store.param("b", [5], Init::Normal(1.0))?];
         let mut optimizer = AdamW::new(AdamWOptions::default())?;
         let mut norm = 0.0;
@@ -206,7 +206,7 @@ fn adamw_same_bits_for_any_number_of_threads() -> Result<()> {
 #[test]
 fn adamw_on_several_threads() -> Result<()> {
     let run = |seed: u64| -> Result<Vec<f64>> {
-        let store = Store::new(seed, DType::F32, device());
+        let store = ParamStore::new(seed, DType::F32, device());
         let param = store.param("p", [5000], Init::Normal(1.0))?;
         let mut optimizer = AdamW::new(AdamWOptions::default())?;
         for step in 0..20 {
@@ -227,7 +227,7 @@ fn adamw_on_several_threads() -> Result<()> {
 /// Someone who holds the old tensor keeps its values; a tied parameter is updated once.
 #[test]
 fn adamw_tied_and_shared_parameters() -> Result<()> {
-    let store = Store::new(0, DType::F32, device());
+    let store = ParamStore::new(0, DType::F32, device());
     let base = Tensor::from_slice(&[1.0f32, 2.0, 3.0, 4.0, 5.0, 6.0], [2, 3], device())?;
     let param = store.param("a", [3, 2], Init::Constant(0.0))?;
     // A strided view as value.
@@ -246,7 +246,7 @@ fn adamw_tied_and_shared_parameters() -> Result<()> {
 
 #[test]
 fn adamw_refuses_what_is_not_finite_and_changes_nothing() -> Result<()> {
-    let store = Store::new(0, DType::F32, device());
+    let store = ParamStore::new(0, DType::F32, device());
     let params: Vec<Param> =
         ["a", "b", "c"].iter().map(|name| store.param(name, [3], Init::Constant(1.0))).collect::<Result<_>>()?;
     let mut optimizer = AdamW::new(AdamWOptions::default())?;
@@ -288,11 +288,11 @@ fn adamw_refuses_what_is_not_finite_and_changes_nothing() -> Result<()> {
 #[test]
 fn adamw_state_comes_back_or_is_refused() -> Result<()> {
     for dtype in FLOATS {
-        let store = Store::new(3, dtype, device());
+        let store = ParamStore::new(3, dtype, device());
         let params = [store.param("a", [4, 3], Init::Normal(1.0))?, store.param("b", [2], Init::Normal(1.0))?];
         let grads = |step: u64| -> Result<Gradients> {
             let g = |param: &Param| {
-                Tensor::from_slice(&numbers(step, param.tensor().elements(), 1.0), *param.tensor().shape(), device())?
+                Tensor::from_slice(&numbers(step, param.tensor().numel(), 1.0), *param.tensor().shape(), device())?
                     .to_dtype(dtype)
             };
             gradients(&[(&params[0], g(&params[0])?), (&params[1], g(&params[1])?)])
@@ -326,7 +326,7 @@ fn adamw_state_comes_back_or_is_refused() -> Result<()> {
         let message = refused(&|dict| drop(dict.insert("exp_avg.x".into(), scalar.clone())));
         assert!(message.contains("unused") && message.contains("exp_avg.x"), "{message}");
         let message = refused(&|dict| drop(dict.insert("exp_avg.a".into(), scalar.clone())));
-        assert!(message.contains("misshapen"), "{message}");
+        assert!(message.contains("shape mismatch"), "{message}");
         let message = refused(&|dict| drop(dict.insert("step.a".into(), scalar.clone())));
         assert!(message.contains("negative"), "{message}");
         let bools = Tensor::zeros([4, 3], DType::Bool, device())?;

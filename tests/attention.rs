@@ -90,13 +90,13 @@ fn attention_saves_no_scores_and_nothing_without_a_tape() {
     let before = device().memory().live;
     let out = attention(&q, &k, &v, &spec).unwrap();
     let without = device().memory().live - before;
-    assert_eq!(without, out.elements() * 4);
+    assert_eq!(without, out.numel() * 4);
     drop(out);
     let tape = Tape::train(1);
     let [q, k, v] = leaves.each_ref().map(|x| x.transpose(1, 2).unwrap());
     let out = attention(&q, &k, &v, &spec).unwrap();
     // The output and two numbers per query.
-    assert_eq!(device().memory().live - before, out.elements() * 4 + 2 * 512 * 2 * 4);
+    assert_eq!(device().memory().live - before, out.numel() * 4 + 2 * 512 * 2 * 4);
     drop(tape);
 }
 

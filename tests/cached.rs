@@ -14,7 +14,7 @@ use proptest::{
 };
 use serde_json::json;
 use x_transformers::{
-    DType, Device, Philox, Result, Store, Tensor,
+    DType, Device, ParamStore, Philox, Result, Tensor,
     config::{Config, LayerType},
     models::{DecodeCache, ForwardOptions, TransformerWrapper},
 };
@@ -34,7 +34,7 @@ fn runner() -> Runner {
 
 fn model(draw: &Draw, dtype: DType) -> Result<TransformerWrapper> {
     let Config::TransformerWrapper(config) = Config::from_value(draw.value.clone())? else { unreachable!() };
-    let store = Store::new(draw.seed, dtype, device());
+    let store = ParamStore::new(draw.seed, dtype, device());
     let model = TransformerWrapper::new(&config, &store)?;
     unsettle(&store.params(), draw.seed)?;
     Ok(model)

@@ -10,7 +10,7 @@ mod common;
 
 use common::gpu;
 use x_transformers::{
-    DType, Device, Error, Init, Param, ParamMap, Result, Store, Tape, Tensor,
+    DType, Device, Error, Init, Param, ParamMap, ParamStore, Result, Tape, Tensor,
     config::{AttentionLayersConfig, AutoregressiveConfig, SamplingConfig, TransformerWrapperConfig},
     device::{Precision, cuda::Graph, set_float32_matmul_precision},
     models::{AutoregressiveWrapper, ForwardOptions, GenerateOptions, RecordedDecode, sample_tokens},
@@ -32,7 +32,7 @@ fn config(dropout: f64) -> AutoregressiveConfig {
 }
 
 fn model(device: &Device, dtype: DType, dropout: f64) -> Result<(AutoregressiveWrapper, ParamMap)> {
-    let store = Store::new(7, dtype, device);
+    let store = ParamStore::new(7, dtype, device);
     Ok((AutoregressiveWrapper::new(&config(dropout), &store)?, store.params()))
 }
 
@@ -143,7 +143,7 @@ fn sizes_beyond_what_kernels_count_are_refused() -> Result<()> {
     let (curves, lengths) = (view(&[1, huge])?, Tensor::from_slice(&[3i64], [1], &gpu)?);
     let (q, k) = (view(&[1, 1, 1, 32])?, view(&[1, 1, 4, 32])?);
     let decode = |q: &Tensor, k: &Tensor, v: &Tensor, curves| {
-        attention_decode(q, k, v, &lengths, &DecodeSpec { scale: 1.0, curves, ..DecodeSpec::default() })
+        attention_decode(q, k, v, &lengths, &DecodeSpec { scale: 1.0, bias_by_distance: curves, ..DecodeSpec::default() })
     };
     let (heads, features) = (view(&[1, huge, 1, 1])?, view(&[1, 1, 1, huge])?);
     let results = [
@@ -225,13 +225,13 @@ fn random_numbers_are_those_of_the_cpu() -> Result<()> {
     for dtype in [DType::F32, DType::F64, DType::F16] {
         for init in [Init::Normal(0.7), Init::Uniform(0.3)] {
             let draw = |device: &Device| -> Result<Vec<f64>> {
-                Store::new(3, dtype, device).param("weight", [9_001], init)?.tensor().to_f64_vec()
+                ParamStore::new(3, dtype, device).param("weight", [9_001], init)?.tensor().to_f64_vec()
             };
             assert_eq!(draw(&gpu)?, draw(&Device::Cpu)?, "{init:?} {dtype}");
         }
     }
     let uploads = gpu.transfers().uploads;
-    Store::new(3, DType::F32, &gpu).param("weight", [1000], Init::Normal(0.7))?;
+    ParamStore::new(3, DType::F32, &gpu).param("weight", [1000], Init::Normal(0.7))?;
     assert_eq!(gpu.transfers().uploads, uploads, "weights are drawn where they are");
     let mask = |device: &Device| -> Result<Vec<f64>> {
         let _tape = Tape::train(11);
@@ -405,7 +405,7 @@ fn a_recorded_optimizer_step_gives_the_same_bits() -> Result<()> {
 #[test]
 fn a_recorded_optimizer_step_refuses_what_would_go_wrong() -> Result<()> {
     let Some(gpu) = gpu("a_recorded_optimizer_step_refuses_what_would_go_wrong") else { return Ok(()) };
-    let store = Store::new(0, DType::F32, &gpu);
+    let store = ParamStore::new(0, DType::F32, &gpu);
     let weight = store.param("weight", [4], Init::Constant(2.0))?;
     let params = store.params();
     let input = |value: f64| Tensor::full([4], value, DType::F32, &gpu);
@@ -475,7 +475,7 @@ fn a_recorded_step_of_a_cache_draws_the_same_tokens() -> Result<()> {
     for (dtype, memory_tokens) in [(DType::F32, 0), (DType::BF16, 3)] {
         let mut config = config(0.0);
         config.net.num_memory_tokens = memory_tokens;
-        let store = Store::new(7, dtype, &gpu);
+        let store = ParamStore::new(7, dtype, &gpu);
         let (model, params) = (AutoregressiveWrapper::new(&config, &store)?.net, store.params());
         let prompt = tokens(&gpu)?.narrow(1, 0, 6)?.contiguous()?;
         // Rows of two lengths.
@@ -564,7 +564,7 @@ fn what_a_graph_cannot_hold_is_refused() -> Result<()> {
     assert!(taped.to_string().contains("tape"), "{taped}");
     drop(tape);
 
-    let store = Store::new(0, DType::F32, &gpu);
+    let store = ParamStore::new(0, DType::F32, &gpu);
     let weight: Param = store.param("weight", [4], Init::Constant(2.0))?;
     let params = store.params();
     let mut graph = Graph::capture(std::slice::from_ref(&x), &params, |x| x[0].mul(&weight.tensor()))?;

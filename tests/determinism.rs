@@ -94,7 +94,7 @@ fn step(seed: u64, recompute: bool) -> Result<Vec<Vec<f64>>> {
         let (gain, qkv, out) = (weights[1].clone(), weights[2].clone(), weights[3].clone());
         move |x: &[Tensor]| -> Result<Tensor> {
             let heads = |x: &Tensor| x.reshape([2, 67, 4, DIM / 4])?.transpose(1, 2);
-            let parts = x[0].rms_norm(&gain, 1e-8)?.linear(&qkv, None)?.chunk(3, -1)?;
+            let parts = x[0].clamped_rms_norm(&gain, 1e-8)?.linear(&qkv, None)?.chunk(3, -1)?;
             let spec = AttentionSpec { scale: 0.3, causal: true, dropout: 0.1, ..Default::default() };
             let y = attention(&heads(&parts[0])?, &heads(&parts[1])?, &heads(&parts[2])?, &spec)?;
             x[0].add(&y.transpose(1, 2)?.reshape([2, 67, DIM])?.linear(&out, None)?.dropout(0.1)?)
@@ -103,7 +103,7 @@ fn step(seed: u64, recompute: bool) -> Result<Vec<Vec<f64>>> {
     let feed = {
         let (gain, up, down) = (weights[4].clone(), weights[5].clone(), weights[6].clone());
         move |x: &[Tensor]| -> Result<Tensor> {
-            let y = x[0].rms_norm(&gain, 1e-8)?.linear(&up, None)?.glu(Activation::Gelu)?.dropout(0.2)?;
+            let y = x[0].clamped_rms_norm(&gain, 1e-8)?.linear(&up, None)?.glu(Activation::Gelu)?.dropout(0.2)?;
             x[0].add(&y.linear(&down, None)?)
         }
     };

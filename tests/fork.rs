@@ -5,12 +5,12 @@
 
 use std::time::{Duration, Instant};
 
-use x_transformers::{DType, Device, Init, Result, Store, Tape, Tensor, train::AdamW, train::AdamWOptions};
+use x_transformers::{DType, Device, Init, ParamStore, Result, Tape, Tensor, train::AdamW, train::AdamWOptions};
 
 /// Products, an elementwise op and a step of training, all large enough for several threads.
 fn compute(tape: Option<Tape>) -> Result<Vec<f64>> {
     let mut tape = tape.unwrap_or_else(|| Tape::train(3));
-    let store = Store::new(1, DType::F32, &Device::Cpu);
+    let store = ParamStore::new(1, DType::F32, &Device::Cpu);
     let weight = store.param("weight", [192, 192], Init::Normal(0.1))?;
     let x = Tensor::generate([256, 192], DType::F32, &Device::Cpu, |i| (i as f64 * 0.1).sin())?;
     let loss = x.matmul(&weight.tensor())?.gelu()?.dropout(0.1)?.square()?.mean(&[])?;

@@ -41,8 +41,8 @@ fn same_bits_for_any_number_of_threads() -> Result<()> {
         let (weight, bias, one) = (random(&[74], dtype, 1)?, random(&[74], dtype, 2)?, random(&[1], dtype, 3)?);
         let ops: [(&str, Op, Vec<Tensor>); 9] = [
             ("layer_norm", |x| x[0].layer_norm(Some(&x[1]), Some(&x[2]), 1e-5), vec![x.clone(), weight.clone(), bias]),
-            ("rms_norm", |x| x[0].rms_norm(&x[1], 1e-8), vec![x.clone(), weight.clone()]),
-            ("mean_square_norm", |x| x[0].mean_square_norm(&x[1], 1e-6), vec![x.clone(), weight]),
+            ("clamped_rms_norm", |x| x[0].clamped_rms_norm(&x[1], 1e-8), vec![x.clone(), weight.clone()]),
+            ("rms_norm", |x| x[0].rms_norm(&x[1], 1e-6), vec![x.clone(), weight]),
             ("scale_norm", |x| x[0].scale_norm(&x[1], 1e-5), vec![x.clone(), one]),
             ("cross_entropy", |x| x[0].cross_entropy(&x[1], 5), vec![x.clone(), tokens(&[3, 211], 74)?]),
             ("embedding", |x| x[0].embedding(&x[1]), vec![random(&[97, 74], dtype, 5)?, tokens(&[3, 211], 97)?]),
@@ -74,8 +74,8 @@ fn weight_gradients_add_up_over_parts() -> Result<()> {
         (random(&[37], DType::F64, 1)?, random(&[37], DType::F64, 2)?, random(&[1], DType::F64, 3)?);
     let ops: [(Op, Vec<&Tensor>); 4] = [
         (|x| x[0].layer_norm(Some(&x[1]), Some(&x[2]), 1e-5), vec![&weight, &bias]),
-        (|x| x[0].rms_norm(&x[1], 1e-8), vec![&weight]),
-        (|x| x[0].mean_square_norm(&x[1], 1e-6), vec![&weight]),
+        (|x| x[0].clamped_rms_norm(&x[1], 1e-8), vec![&weight]),
+        (|x| x[0].rms_norm(&x[1], 1e-6), vec![&weight]),
         (|x| x[0].scale_norm(&x[1], 1e-5), vec![&one]),
     ];
     let cotangent = random(&[ROWS, 37], DType::F64, 7)?;
@@ -90,7 +90,7 @@ fn weight_gradients_add_up_over_parts() -> Result<()> {
             let grads = tape.backward_with(&y, &cotangent.narrow(0, start, rows)?)?;
             inputs[1..].iter().map(|weight| grads.get(weight).expect("a gradient").to_f64_vec()).collect()
         };
-        let mut sums: Vec<Vec<f64>> = weights.iter().map(|weight| vec![0.0; weight.elements()]).collect();
+        let mut sums: Vec<Vec<f64>> = weights.iter().map(|weight| vec![0.0; weight.numel()]).collect();
         for start in (0..ROWS).step_by(PART) {
             for (sum, part) in sums.iter_mut().zip(gradients(start, PART)?) {
                 sum.iter_mut().zip(part).for_each(|(sum, part)| *sum += part);
@@ -112,7 +112,7 @@ fn backward_leaves_held_tensors_alone() -> Result<()> {
     let g = random(&[8], DType::F32, 1)?;
     let targets = tokens(&[5], 4)?;
     let mut tape = Tape::train(1);
-    let normed = x.rms_norm(&g, 1e-8)?;
+    let normed = x.clamped_rms_norm(&g, 1e-8)?;
     let gated = normed.glu(Activation::Gelu)?;
     let turned = gated.rotary(&Tensor::ones([2], DType::F64, device())?, 0)?;
     let dropped = turned.dropout(0.1)?;
@@ -126,7 +126,7 @@ fn backward_leaves_held_tensors_alone() -> Result<()> {
     // The same chain with nothing held gives the same gradient.
     let mut tape = Tape::train(1);
     let loss = x
-        .rms_norm(&g, 1e-8)?
+        .clamped_rms_norm(&g, 1e-8)?
         .glu(Activation::Gelu)?
         .rotary(&Tensor::ones([2], DType::F64, device())?, 0)?
         .dropout(0.1)?
@@ -134,7 +134,7 @@ fn backward_leaves_held_tensors_alone() -> Result<()> {
     assert_eq!(tape.backward(&loss)?.get(&x).expect("a gradient").to_f64_vec()?, with_handles);
     // A cotangent that the caller keeps.
     let mut tape = Tape::grad();
-    let y = x.rms_norm(&g, 1e-8)?;
+    let y = x.clamped_rms_norm(&g, 1e-8)?;
     let cotangent = random(&[5, 8], DType::F32, 3)?;
     let kept = cotangent.to_f64_vec()?;
     tape.backward_with(&y, &cotangent)?;

@@ -17,7 +17,7 @@ use proptest::{
 };
 use serde_json::{Value, json};
 use x_transformers::{
-    DType, Device, Error, Philox, Result, Store, Tape, Tensor,
+    DType, Device, Error, ParamStore, Philox, Result, Tape, Tensor,
     config::{AutoregressiveConfig, Config, FilterLogits, SamplingConfig},
     models::{
         AutoregressiveWrapper, BeamOptions, ContinuousAutoregressiveWrapper, EncoderDecoderOptions, ForwardOptions,
@@ -36,7 +36,7 @@ fn runner() -> Runner {
 fn model_of(net: Value, seed: u64) -> Result<AutoregressiveWrapper> {
     let Config::TransformerWrapper(net) = Config::from_value(net)? else { unreachable!() };
     let config = AutoregressiveConfig { net, pad_value: 0, ..AutoregressiveConfig::default() };
-    let store = Store::new(seed, DType::F64, device());
+    let store = ParamStore::new(seed, DType::F64, device());
     let model = AutoregressiveWrapper::new(&config, &store)?;
     unsettle(&store.params(), seed)?;
     Ok(model)
@@ -157,7 +157,7 @@ proptest! {
         // Not with a context, and not of a model that cannot have a cache.
         if let Err(error) = &drafted {
             prop_assert!(matches!(error, Error::Option { key, .. } if key == "draft"), "{}", error);
-            prop_assert!(crossed || model.net.needs_recomputing(&options.forward).is_some(), "{}", error);
+            prop_assert!(crossed || model.net.supports_kv_cache(&options.forward).is_err(), "{}", error);
         } else {
             let new = drafted.unwrap().0;
             let width = new.shape()[1];
@@ -462,7 +462,7 @@ fn broken_weights_are_told() -> Result<()> {
     let layers = json!({"kind": "Decoder", "dim": 16, "depth": 1, "heads": 2, "attn_dim_head": 8});
     let value = json!({"model": "TransformerWrapper", "num_tokens": 20, "max_seq_len": 14, "attn_layers": layers});
     let Config::TransformerWrapper(net) = Config::from_value(value)? else { unreachable!() };
-    let store = Store::new(1, DType::F64, device());
+    let store = ParamStore::new(1, DType::F64, device());
     let model = AutoregressiveWrapper::new(&AutoregressiveConfig { net, ..AutoregressiveConfig::default() }, &store)?;
     let params = store.params();
     let table = params.get("net.token_emb.weight").expect("a table of tokens");
@@ -624,7 +624,7 @@ fn encoder_decoders_generate_with_a_cache() -> Result<()> {
     value.as_object_mut().unwrap().extend(flat("enc_", side("Encoder")));
     value.as_object_mut().unwrap().extend(flat("dec_", side("Decoder")));
     let Config::XTransformer(config) = Config::from_value(value)? else { unreachable!() };
-    let store = Store::new(4, DType::F64, device());
+    let store = ParamStore::new(4, DType::F64, device());
     let model = XTransformer::new(&config, &store)?;
     unsettle(&store.params(), 4)?;
     let (source, start) = (random_tokens(1, &[2, 7], 12)?, ints(&[1, 1], &[2, 1])?);
@@ -645,7 +645,7 @@ fn images_are_captioned_with_a_cache() -> Result<()> {
     let vision = json!({"model": "ViTransformerWrapper", "image_size": 16, "patch_size": 8,
         "attn_layers": {"kind": "Encoder", "dim": 16, "depth": 1, "heads": 2, "attn_dim_head": 8}});
     let Config::ViTransformerWrapper(vision) = Config::from_value(vision)? else { unreachable!() };
-    let encoder = ViTransformerWrapper::new(&vision, &Store::new(1, DType::F64, device()))?;
+    let encoder = ViTransformerWrapper::new(&vision, &ParamStore::new(1, DType::F64, device()))?;
     let layers =
         json!({"kind": "Decoder", "dim": 16, "depth": 2, "heads": 2, "attn_dim_head": 8, "cross_attend": true});
     let decoder =
@@ -672,7 +672,7 @@ fn continuous_sequences_grow_in_a_cache() -> Result<()> {
     let value = json!({"model": "ContinuousTransformerWrapper", "dim_in": 3, "dim_out": 3, "max_seq_len": 10,
                        "attn_layers": layers});
     let Config::ContinuousTransformerWrapper(config) = Config::from_value(value)? else { unreachable!() };
-    let store = Store::new(4, DType::F64, device());
+    let store = ParamStore::new(4, DType::F64, device());
     let model = ContinuousAutoregressiveWrapper::new(&config, &store)?;
     unsettle(&store.params(), 4)?;
     let start = Tensor::generate([2, 4, 3], DType::F64, device(), |i| (i as f64).sin())?;

@@ -246,7 +246,7 @@ fn llama_of_a_folder_with_biases() -> Result<()> {
             // Features that rotate together are halves there.
             Some((_, heads)) => {
                 let (shape, rows) = (tensor.shape().to_vec(), tensor.dim(0)?);
-                let pairs = tensor.reshape([heads, rows / heads / 2, 2, tensor.elements() / rows])?;
+                let pairs = tensor.reshape([heads, rows / heads / 2, 2, tensor.numel() / rows])?;
                 pairs.transpose(1, 2)?.reshape(&shape[..])?
             }
             None => tensor,

@@ -1,7 +1,7 @@
 //! The whole GPT in float64: every parameter's gradient against differences of the loss.
 
 use x_transformers::{
-    DType, Device, Result, Store, Tape, Tensor,
+    DType, Device, ParamStore, Result, Tape, Tensor,
     config::{AttentionLayersConfig, AutoregressiveConfig, FeedForwardConfig, TransformerWrapperConfig},
     models::{AutoregressiveWrapper, ForwardOptions},
 };
@@ -11,7 +11,7 @@ const ELEMENTS: usize = 12;
 
 fn check(attn_layers: AttentionLayersConfig, checkpoint_layers: bool) -> Result<()> {
     let net = TransformerWrapperConfig { num_tokens: 11, max_seq_len: 9, attn_layers, ..Default::default() };
-    let store = Store::new(5, DType::F64, &Device::Cpu);
+    let store = ParamStore::new(5, DType::F64, &Device::Cpu);
     let model = AutoregressiveWrapper::new(&AutoregressiveConfig { net, ..Default::default() }, &store)?;
     let params = store.params();
     let tokens = Tensor::from_slice(&(0..20).map(|i| i * i % 11).collect::<Vec<i64>>(), [2, 10], &Device::Cpu)?;

@@ -1,8 +1,6 @@
 //! The numeric check of gradients must find what is wrong, and say where.
 
-use x_transformers::{
-    Backward, Contributions, DType, Device, Error, Gradcheck, Result, Tape, Tensor, gradcheck, record,
-};
+use x_transformers::{Backward, DType, Device, Error, Gradcheck, InputGrads, Result, Tape, Tensor, gradcheck, record};
 
 const CPU: Device = Device::Cpu;
 
@@ -20,13 +18,13 @@ fn spoiled(a: &Tensor, b: &Tensor, spoil: fn(&mut Vec<f64>, &mut Vec<f64>)) -> R
         fn name(&self) -> &'static str {
             "spoiled"
         }
-        fn backward(self: Box<Self>, grad: Tensor, _need: &[bool]) -> Result<Contributions> {
+        fn backward(self: Box<Self>, grad: Tensor, _need: &[bool]) -> Result<InputGrads> {
             let (a, g) = (self.a.to_f64_vec()?, grad.to_f64_vec()?);
             let mut for_a: Vec<f64> = a.iter().zip(&g).map(|(a, g)| 2.0 * a * g).collect();
             let mut for_b: Vec<f64> = g.iter().map(|g| 3.0 * g).collect();
             (self.spoil)(&mut for_a, &mut for_b);
             let tensor = |values: &[f64]| Tensor::from_slice(values, *self.a.shape(), &CPU);
-            Ok(Contributions::whole([Some(tensor(&for_a)?), Some(tensor(&for_b)?)]))
+            Ok(InputGrads::whole([Some(tensor(&for_a)?), Some(tensor(&for_b)?)]))
         }
     }
     let values: Vec<f64> = a.to_f64_vec()?.iter().zip(b.to_f64_vec()?).map(|(a, b)| a * a + 3.0 * b).collect();
@@ -94,15 +92,15 @@ fn a_gradient_of_another_shape_is_an_error() {
     struct Misshapen;
     impl Backward for Misshapen {
         fn name(&self) -> &'static str {
-            "misshapen"
+            "shape mismatch"
         }
-        fn backward(self: Box<Self>, grad: Tensor, _need: &[bool]) -> Result<Contributions> {
-            grad.narrow(0, 0, 1).map(Contributions::one)
+        fn backward(self: Box<Self>, grad: Tensor, _need: &[bool]) -> Result<InputGrads> {
+            grad.narrow(0, 0, 1).map(InputGrads::one)
         }
     }
-    let f = |x: &[Tensor]| record("misshapen", x[0].detach(), &[&x[0]], |_| Misshapen);
+    let f = |x: &[Tensor]| record("shape mismatch", x[0].detach(), &[&x[0]], |_| Misshapen);
     let message = gradcheck(f, &[input(&[3])], Gradcheck::default()).unwrap_err().to_string();
-    assert!(message.contains("misshapen") && message.contains("[1]") && message.contains("[3]"), "{message}");
+    assert!(message.contains("shape mismatch") && message.contains("[1]") && message.contains("[3]"), "{message}");
 }
 
 #[test]
@@ -122,8 +120,8 @@ fn random_cotangents_see_what_sums_hide() -> Result<()> {
         fn name(&self) -> &'static str {
             "zero"
         }
-        fn backward(self: Box<Self>, grad: Tensor, _need: &[bool]) -> Result<Contributions> {
-            Tensor::zeros(*grad.shape(), DType::F64, &CPU).map(Contributions::one)
+        fn backward(self: Box<Self>, grad: Tensor, _need: &[bool]) -> Result<InputGrads> {
+            Tensor::zeros(*grad.shape(), DType::F64, &CPU).map(InputGrads::one)
         }
     }
     let f = |x: &[Tensor]| record("zero", x[0].detach().softmax()?, &[&x[0]], |_| Zero);

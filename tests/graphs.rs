@@ -18,7 +18,7 @@ use std::{
 
 use common::{Gpu, alive, count, emulated, fail, gpu, is_emulated};
 use x_transformers::{
-    DType, Error, Init, ParamMap, Result, Store, Tape, Tensor,
+    DType, Error, Init, ParamMap, ParamStore, Result, Tape, Tensor,
     config::{AttentionLayersConfig, SamplingConfig, TransformerWrapperConfig},
     device::cuda::Graph,
     models::{DecodeCache, ForwardOptions, RecordedDecode, TransformerWrapper, sample_tokens},
@@ -211,7 +211,7 @@ fn closures_may_free_memory() -> Result<()> {
             let inputs = [full(3001, value, &gpu)?, Tensor::zeros([0], DType::F32, &gpu)?];
             let [y, kept, empty] = graph.replay(&inputs)?;
             assert!(y.to_vec::<f32>()?.iter().all(|y| (f64::from(*y) + 2.0 * value).abs() < 1e-5));
-            assert_eq!((kept.to_vec::<f32>()?, empty.elements()), (vec![7.0; 5], 0));
+            assert_eq!((kept.to_vec::<f32>()?, empty.numel()), (vec![7.0; 5], 0));
         }
         victims.check()?;
     }
@@ -225,7 +225,7 @@ fn model(int8: bool, alibi: bool, dtype: DType, gpu: &Gpu) -> Result<(Transforme
     layers.rotary_pos_emb = !alibi;
     let config =
         TransformerWrapperConfig { num_tokens: 32, max_seq_len: 16, attn_layers: layers, ..Default::default() };
-    let store = Store::new(7, dtype, gpu);
+    let store = ParamStore::new(7, dtype, gpu);
     let mut model = TransformerWrapper::new(&config, &store)?;
     if int8 {
         model.quantize_int8()?;
@@ -300,7 +300,7 @@ fn a_recorded_step_outlives_its_model() -> Result<()> {
     with_every_pool(&gpu, || {
         let batch = |step: u64| full(500, 1.0 + step as f64, &gpu);
         let run = |recorded: bool| -> Result<(Vec<f64>, Vec<f32>)> {
-            let store = Store::new(0, DType::F32, &gpu);
+            let store = ParamStore::new(0, DType::F32, &gpu);
             let weight = store.param("weight", [500], Init::Constant(3.0))?;
             let params = store.params();
             let class_weights = Tensor::generate([500], DType::F32, &gpu, |i| (i % 4) as f64 / 500.0)?;
@@ -468,7 +468,7 @@ fn a_parameter_that_became_another_view_is_noticed() -> Result<()> {
     let Some(gpu) = gpu("a_parameter_that_became_another_view_is_noticed") else { return Ok(()) };
     let storage = Tensor::generate([2, 4, 4], DType::F32, &gpu, |i| i as f64)?;
     let (first, second) = (storage.select(0, 0)?, storage.select(0, 1)?);
-    let store = Store::new(0, DType::F32, &gpu);
+    let store = ParamStore::new(0, DType::F32, &gpu);
     let weight = store.param("weight", [4, 4], Init::Constant(2.0))?;
     weight.set(first.clone())?;
     let x = Tensor::ones([4, 4], DType::F32, &gpu)?;
@@ -490,7 +490,7 @@ fn a_parameter_that_became_another_view_is_noticed() -> Result<()> {
 fn parameters_are_updated_in_place_beside_graphs() -> Result<()> {
     let Some(gpu) = gpu("parameters_are_updated_in_place_beside_graphs") else { return Ok(()) };
     with_every_pool(&gpu, || {
-        let store = Store::new(0, DType::F32, &gpu);
+        let store = ParamStore::new(0, DType::F32, &gpu);
         let weight = store.param("weight", [64], Init::Constant(2.0))?;
         let x = full(64, 1.0, &gpu)?;
         let record = |i: &[Tensor]| i[0].mul(&weight.tensor());

@@ -7,7 +7,7 @@ use std::{
 };
 
 use x_transformers::{
-    Backward, Contributions, DType, Device, Result, Store, Tape, Tensor, checkpoint,
+    Backward, DType, Device, InputGrads, ParamStore, Result, Tape, Tensor, checkpoint,
     config::{AttentionConfig, AttentionLayersConfig, AutoregressiveConfig, TransformerWrapperConfig},
     models::{AutoregressiveWrapper, ForwardOptions},
     ops::{AttentionSpec, attention},
@@ -92,7 +92,7 @@ fn an_op_allocates_its_output_alone() -> Result<()> {
     ];
     for (name, op) in ops {
         let (y, peak) = peak_of(|| op(&x));
-        assert_eq!(y?.elements(), x.elements());
+        assert_eq!(y?.numel(), x.numel());
         // Some bytes for scalars.
         assert!((MIB..MIB + 1024).contains(&peak), "{name} had {peak} bytes in use");
     }
@@ -295,9 +295,9 @@ fn probe(x: &Tensor, seen: &Rc<Cell<usize>>) -> Result<Tensor> {
         fn name(&self) -> &'static str {
             "probe"
         }
-        fn backward(self: Box<Self>, grad: Tensor, _need: &[bool]) -> Result<Contributions> {
+        fn backward(self: Box<Self>, grad: Tensor, _need: &[bool]) -> Result<InputGrads> {
             self.0.set(live());
-            Ok(Contributions::one(grad))
+            Ok(InputGrads::one(grad))
         }
     }
     record("probe", x.detach(), &[x], |_| Probe(seen.clone()))
@@ -384,7 +384,7 @@ fn slices_add_into_one_gradient() -> Result<()> {
         let weights = loss.detach();
         tape.backward_with(&loss, &weights)
     });
-    assert_eq!(grads?.get(&x).unwrap().elements(), x.elements());
+    assert_eq!(grads?.get(&x).unwrap().numel(), x.numel());
     // Parts, output, gradient, and single rows: not 512 gradients of full size.
     assert!(peak <= 4 * MIB, "{} MiB", peak / MIB);
     Ok(())
@@ -430,7 +430,7 @@ fn activation_bytes(length: usize) -> Result<f64> {
         ..Default::default()
     };
     let (params, peak) = peak_of(|| -> Result<usize> {
-        let store = Store::new(0, DType::F32, &CPU);
+        let store = ParamStore::new(0, DType::F32, &CPU);
         let model = AutoregressiveWrapper::new(&AutoregressiveConfig { net, ..Default::default() }, &store)?;
         let params = store.params();
         let tokens = Tensor::generate([1, length + 1], DType::I64, &CPU, |i| (i % 32) as f64)?;
@@ -441,7 +441,7 @@ fn activation_bytes(length: usize) -> Result<f64> {
             let grads = tape.backward(&loss)?;
             optimizer.step(&params, &grads, 1e-4, Some(1.0))?;
         }
-        Ok(params.elements())
+        Ok(params.numel())
     });
     // In f32 the weights and two moments.
     Ok((peak - 3 * 4 * params?) as f64 / (length * DIM * DEPTH) as f64)

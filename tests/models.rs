@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use x_transformers::{
-    DType, Device, Error, Result, Store, Tape, Tensor,
+    DType, Device, Error, ParamStore, Result, Tape, Tensor,
     config::{
         AttentionConfig, AttentionLayersConfig, AutoregressiveConfig, Call, Config, ContinuousTransformerWrapperConfig,
         FilterLogits, SamplingConfig, TransformerWrapperConfig, ViTransformerWrapperConfig,
@@ -29,11 +29,11 @@ fn wrapper(attn_layers: AttentionLayersConfig) -> TransformerWrapperConfig {
 }
 
 fn build(config: &TransformerWrapperConfig) -> Result<TransformerWrapper> {
-    TransformerWrapper::new(config, &Store::new(1, DType::F64, &CPU))
+    TransformerWrapper::new(config, &ParamStore::new(1, DType::F64, &CPU))
 }
 
 fn autoregressive(config: AutoregressiveConfig) -> Result<AutoregressiveWrapper> {
-    AutoregressiveWrapper::new(&config, &Store::new(1, DType::F32, &CPU))
+    AutoregressiveWrapper::new(&config, &ParamStore::new(1, DType::F32, &CPU))
 }
 
 fn ints(values: &[i64], shape: &[usize]) -> Result<Tensor> {
@@ -148,7 +148,7 @@ fn models_losses_of_half_precision_are_f32() -> Result<()> {
     };
     let none = ForwardOptions::default();
     for dtype in [DType::BF16, DType::F16] {
-        let stores = [Store::new(1, dtype, &CPU), Store::new(1, dtype, &CPU)];
+        let stores = [ParamStore::new(1, dtype, &CPU), ParamStore::new(1, dtype, &CPU)];
         let config = AutoregressiveConfig { net: wrapper(decoder()), ..Default::default() };
         let tokenwise = AutoregressiveWrapper::new(&config, &stores[0])?;
         let vectorwise = ContinuousAutoregressiveWrapper::new(&continuous, &stores[1])?;
@@ -188,7 +188,7 @@ fn models_losses_give_nothing_else() -> Result<()> {
     let model = autoregressive(AutoregressiveConfig { net: wrapper(decoder()), ..Default::default() })?;
     let continuous =
         ContinuousTransformerWrapperConfig { max_seq_len: 6, attn_layers: decoder(), ..Default::default() };
-    let vectorwise = ContinuousAutoregressiveWrapper::new(&continuous, &Store::new(1, DType::F32, &CPU))?;
+    let vectorwise = ContinuousAutoregressiveWrapper::new(&continuous, &ParamStore::new(1, DType::F32, &CPU))?;
     let (x, vectors) = (tokens(1, 4)?, Tensor::ones([1, 4, 16], DType::F32, &CPU)?);
     let none = ForwardOptions::default;
     for (options, name) in [
@@ -245,7 +245,7 @@ fn models_fully_masked_rows_are_uniform() -> Result<()> {
 fn models_fully_masked_rows_are_finite() -> Result<()> {
     for layers in [decoder(), AttentionLayersConfig { residual_attn: true, ..decoder() }] {
         for dtype in [DType::F64, DType::F32, DType::BF16, DType::F16] {
-            let store = Store::new(1, dtype, &CPU);
+            let store = ParamStore::new(1, dtype, &CPU);
             let model = TransformerWrapper::new(&wrapper(layers.clone()), &store)?;
             let options = ForwardOptions {
                 mask: Some(bools(&[false, true, true, false, false, false], &[2, 3])?),
@@ -499,7 +499,7 @@ fn models_start_as_pytorch_does() -> Result<()> {
         }
     });
     let Config::TransformerWrapper(config) = Config::from_value(json)? else { panic!("another model") };
-    let store = Store::new(5, DType::F32, &CPU);
+    let store = ParamStore::new(5, DType::F32, &CPU);
     TransformerWrapper::new(&config, &store)?;
     let params = store.params();
     let values = |name: &str| params.get(name).unwrap_or_else(|| panic!("no {name}")).tensor().to_f64_vec();
@@ -555,7 +555,7 @@ fn vision_refuses_bad_images() -> Result<()> {
         attn_layers: layers(AttentionLayersConfig::encoder(16, 1)),
         ..Default::default()
     };
-    let model = ViTransformerWrapper::new(&config, &Store::new(1, DType::F32, &CPU))?;
+    let model = ViTransformerWrapper::new(&config, &ParamStore::new(1, DType::F32, &CPU))?;
     let image = |shape: [usize; 4]| Tensor::ones(shape, DType::F32, &CPU);
     // A smaller image has fewer patches; without a head the embeddings come back.
     assert_eq!(model.forward(&image([2, 3, 4, 8])?, false)?.shape()[..], [2, 3, 16]);
@@ -575,7 +575,7 @@ fn vision_embeddings_are_a_context() -> Result<()> {
         attn_layers: layers(AttentionLayersConfig::encoder(16, 1)),
         ..Default::default()
     };
-    let store = Store::new(1, DType::F64, &CPU);
+    let store = ParamStore::new(1, DType::F64, &CPU);
     let image = ViTransformerWrapper::new(&config, &store.at("image"))?;
     let net = wrapper(AttentionLayersConfig { cross_attend: true, ..decoder() });
     let caption =
@@ -612,7 +612,7 @@ fn continuous_sequences_are_predicted_and_continued() -> Result<()> {
         attn_layers: decoder(),
         ..Default::default()
     };
-    let store = Store::new(1, DType::F64, &CPU);
+    let store = ParamStore::new(1, DType::F64, &CPU);
     let model = ContinuousAutoregressiveWrapper::new(&config, &store)?;
     let x = Tensor::generate([2, 5, 3], DType::F64, &CPU, |i| (i as f64).sin())?;
     let none = ForwardOptions::default();
@@ -637,7 +637,7 @@ fn continuous_sequences_are_predicted_and_continued() -> Result<()> {
     assert_eq!(model.generate(&x.select(0, 1)?, 4, &none)?.shape()[..], [4, 3]);
     refused(model.loss(&x.narrow(1, 0, 1)?, &none), &["loss", "[2, 1, 3]"]);
     let wide = ContinuousTransformerWrapperConfig { dim_out: Some(4), ..config };
-    refused(ContinuousAutoregressiveWrapper::new(&wide, &Store::new(1, DType::F64, &CPU)), &["dim_out", "3", "4"]);
+    refused(ContinuousAutoregressiveWrapper::new(&wide, &ParamStore::new(1, DType::F64, &CPU)), &["dim_out", "3", "4"]);
     Ok(())
 }
 
@@ -649,7 +649,7 @@ fn encoder_decoder_ties_its_tables() -> Result<()> {
         dec: side(AttentionLayersConfig { cross_attend: true, ..AttentionLayersConfig::decoder(16, 1) }),
         tie_token_emb: true,
     };
-    let store = Store::new(1, DType::F32, &CPU);
+    let store = ParamStore::new(1, DType::F32, &CPU);
     let model = XTransformer::new(&config, &store)?;
     let params = store.params();
     let leaf = |name: &str| params.get(name).map(|param| param.leaf());
@@ -682,7 +682,7 @@ fn encoder_decoder_masks() -> Result<()> {
         dec: side(AttentionLayersConfig { cross_attend: true, ..AttentionLayersConfig::decoder(16, 1) }),
         tie_token_emb: false,
     };
-    let model = XTransformer::new(&config, &Store::new(1, DType::F64, &CPU))?;
+    let model = XTransformer::new(&config, &ParamStore::new(1, DType::F64, &CPU))?;
     let (src, tgt) = (tokens(2, 4)?, tokens(2, 5)?);
     let source = bools(&[true, true, true, false, true, true, false, false], &[2, 4])?;
     let target = bools(&[true, false, true, true, true, true, true, true, true, true], &[2, 5])?;
@@ -751,7 +751,7 @@ fn cross_entropy_of_any_model_is_that_of_its_logits() -> Result<()> {
         (Config::ViTransformerWrapper(vision), vec![("img", Tensor::ones([2, 3, 8, 8], DType::F64, &CPU)?)]),
     ];
     for (config, inputs) in cases {
-        let model = Model::new(&config, &Store::new(1, DType::F64, &CPU))?;
+        let model = Model::new(&config, &ParamStore::new(1, DType::F64, &CPU))?;
         let inputs: BTreeMap<String, Tensor> = inputs.into_iter().map(|(name, x)| (name.to_string(), x)).collect();
         let targets = if inputs.contains_key("img") { ints(&[3, 19], &[2])? } else { tokens(2, 5)? };
         let gradients = |loss: &dyn Fn() -> Result<Tensor>| -> Result<(f64, Vec<Tensor>)> {
@@ -771,7 +771,7 @@ fn cross_entropy_of_any_model_is_that_of_its_logits() -> Result<()> {
         }
         refused(model.cross_entropy(&inputs, &tokens(1, 3)?, -100, &none), &["targets", "[1, 3]"]);
     }
-    let layers = Model::new(&Config::AttentionLayers(decoder()), &Store::new(1, DType::F64, &CPU))?;
+    let layers = Model::new(&Config::AttentionLayers(decoder()), &ParamStore::new(1, DType::F64, &CPU))?;
     refused(layers.cross_entropy(&BTreeMap::new(), &tokens(1, 3)?, -100, &none), &["TransformerWrapper"]);
     Ok(())
 }

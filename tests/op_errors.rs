@@ -52,16 +52,16 @@ fn norm_errors() {
     refused(x.layer_norm(Some(&half), None, 1e-5), dtype, &["layer_norm", "f32", "bf16"]);
     refused(x.layer_norm(None, None, -1.0), argument, &["layer_norm", "eps", "-1"]);
     refused(x.layer_norm(None, None, f64::NAN), argument, &["layer_norm", "eps", "NaN"]);
-    refused(x.rms_norm(&floats(&[1]), 1e-8), shape, &["rms_norm", "[4]", "[1]"]);
-    refused(x.rms_norm(&half, 1e-8), dtype, &["rms_norm"]);
-    refused(x.mean_square_norm(&floats(&[1]), 1e-6), shape, &["mean_square_norm", "[4]", "[1]"]);
-    refused(x.add_mean_square_norm(&floats(&[4]), &g, 1e-6).map(|y| y.0), shape, &["add_mean_square_norm", "[2, 4]"]);
+    refused(x.clamped_rms_norm(&floats(&[1]), 1e-8), shape, &["clamped_rms_norm", "[4]", "[1]"]);
+    refused(x.clamped_rms_norm(&half, 1e-8), dtype, &["clamped_rms_norm"]);
+    refused(x.rms_norm(&floats(&[1]), 1e-6), shape, &["rms_norm", "[4]", "[1]"]);
+    refused(x.add_rms_norm(&floats(&[4]), &g, 1e-6).map(|y| y.0), shape, &["add_rms_norm", "[2, 4]"]);
     refused(x.scale_norm(&g, 1e-5), shape, &["scale_norm", "[1]", "[4]"]);
     refused(x.scale_norm(&floats(&[1]), f64::INFINITY), argument, &["scale_norm", "inf"]);
     let other = floats(&[4]);
     refused(x.add_layer_norm(&other, None, None, 1e-5).map(|y| y.0), shape, &["add_layer_norm", "[2, 4]", "[4]"]);
     let half = x.to_dtype(DType::F16).expect("a conversion");
-    refused(x.add_rms_norm(&half, &g, 1e-8).map(|y| y.0), dtype, &["add_rms_norm", "f32", "f16"]);
+    refused(x.add_clamped_rms_norm(&half, &g, 1e-8).map(|y| y.0), dtype, &["add_clamped_rms_norm", "f32", "f16"]);
     refused(x.add_scale_norm(&x, &g, 1e-5).map(|y| y.0), shape, &["add_scale_norm", "[1]", "[4]"]);
 }
 

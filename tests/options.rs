@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use serde_json::{Map, Value, json};
 use x_transformers::{
-    DType, Device, Error, Result, Store, Tape, Tensor,
+    DType, Device, Error, ParamStore, Result, Tape, Tensor,
     config::{AttentionPath, Call, Config},
     models::{Model, RunOptions},
 };
@@ -85,7 +85,7 @@ fn layer_options() -> Vec<(&'static str, Value)> {
 
 /// Parameters away from their constants, so that no path is switched off.
 fn model(config: &Config, dtype: DType) -> Result<Model> {
-    let model = Model::new(config, &Store::new(3, dtype, &Device::Cpu))?;
+    let model = Model::new(config, &ParamStore::new(3, dtype, &Device::Cpu))?;
     let random = x_transformers::Philox::new(17, 0);
     for (index, (_, param)) in model.params().unique().enumerate() {
         let value = param.tensor().detach();

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use x_transformers::{DType, Device, Error, Init, Param, ParamMap, Result, Store, Tape, Tensor};
+use x_transformers::{DType, Device, Error, Init, Param, ParamMap, ParamStore, Result, Tape, Tensor};
 
 const CPU: Device = Device::Cpu;
 
@@ -11,7 +11,7 @@ fn values(param: &Param) -> Vec<f64> {
 }
 
 /// The parameters of a small model, registered in the order of `order`.
-fn model(store: &Store, order: [usize; 3]) -> Result<ParamMap> {
+fn model(store: &ParamStore, order: [usize; 3]) -> Result<ParamMap> {
     for layer in order {
         let layer = store.at("layers").at(layer);
         layer.param("weight", [3, 2], Init::linear(2))?;
@@ -28,7 +28,7 @@ fn state(entries: &[(&str, &[usize])]) -> BTreeMap<String, Tensor> {
 
 #[test]
 fn names_follow_the_tree() -> Result<()> {
-    let store = Store::new(1, DType::F32, &CPU);
+    let store = ParamStore::new(1, DType::F32, &CPU);
     let params = model(&store, [0, 1, 2])?;
     let names: Vec<_> = params.iter().map(|(name, _)| name).collect();
     assert_eq!(
@@ -43,7 +43,7 @@ fn names_follow_the_tree() -> Result<()> {
             "scale"
         ]
     );
-    assert_eq!(params.elements(), 3 * (6 + 2) + 1);
+    assert_eq!(params.numel(), 3 * (6 + 2) + 1);
     assert_eq!((store.name(), store.at("a").at("b").name()), ("", "a.b"));
     assert_eq!((store.dtype(), store.device()), (DType::F32, &CPU));
     assert!(params.get("layers.1.weight").is_some() && params.get("layers.1").is_none());
@@ -54,23 +54,23 @@ fn names_follow_the_tree() -> Result<()> {
 
 #[test]
 fn values_depend_on_seed_and_name_alone() -> Result<()> {
-    let maps = [[0, 1, 2], [2, 0, 1]].map(|order| model(&Store::new(7, DType::F32, &CPU), order).unwrap());
+    let maps = [[0, 1, 2], [2, 0, 1]].map(|order| model(&ParamStore::new(7, DType::F32, &CPU), order).unwrap());
     for (name, param) in maps[0].iter() {
         assert_eq!(values(param), values(maps[1].get(name).unwrap()), "{name}");
     }
     let weight = |map: &ParamMap, layer: usize| values(map.get(&format!("layers.{layer}.weight")).unwrap());
     assert_ne!(weight(&maps[0], 0), weight(&maps[0], 1));
-    let other = model(&Store::new(8, DType::F32, &CPU), [0, 1, 2])?;
+    let other = model(&ParamStore::new(8, DType::F32, &CPU), [0, 1, 2])?;
     assert_ne!(weight(&maps[0], 0), weight(&other, 0));
     // A place adds nothing but its name.
-    let alone = Store::new(7, DType::F32, &CPU).param("layers.0.weight", [3, 2], Init::linear(2))?;
+    let alone = ParamStore::new(7, DType::F32, &CPU).param("layers.0.weight", [3, 2], Init::linear(2))?;
     assert_eq!(values(&alone), weight(&maps[0], 0));
     Ok(())
 }
 
 #[test]
 fn twins_of_other_dtypes_start_from_the_same_values() -> Result<()> {
-    let maps = [DType::F32, DType::F64, DType::BF16].map(|d| model(&Store::new(7, d, &CPU), [0, 1, 2]).unwrap());
+    let maps = [DType::F32, DType::F64, DType::BF16].map(|d| model(&ParamStore::new(7, d, &CPU), [0, 1, 2]).unwrap());
     for (name, single) in maps[0].iter() {
         assert_eq!(values(single), values(maps[1].get(name).unwrap()), "{name} in f64");
         let half = single.tensor().detach().to_dtype(DType::BF16)?;
@@ -81,7 +81,7 @@ fn twins_of_other_dtypes_start_from_the_same_values() -> Result<()> {
 
 #[test]
 fn initial_values_have_their_distribution() -> Result<()> {
-    let store = Store::new(3, DType::F64, &CPU);
+    let store = ParamStore::new(3, DType::F64, &CPU);
     let moments = |name: &str, init: Init| -> Result<(f64, f64, f64)> {
         let x = values(&store.param(name, [200, 250], init)?);
         let mean = x.iter().sum::<f64>() / x.len() as f64;
@@ -102,11 +102,11 @@ fn initial_values_have_their_distribution() -> Result<()> {
 
 #[test]
 fn a_store_of_shapes_holds_no_memory() -> Result<()> {
-    let store = Store::shapes(DType::F32, &CPU);
+    let store = ParamStore::shapes(DType::F32, &CPU);
     let huge = store.at("layers").param("weight", [1 << 20, 1 << 12], Init::Normal(1.0))?;
     store.param("none", [0, 3], Init::Constant(1.0))?;
     assert_eq!(huge.tensor().shape()[..], [1 << 20, 1 << 12]);
-    assert_eq!(store.params().elements(), 1 << 32);
+    assert_eq!(store.params().numel(), 1 << 32);
     // Loading gives them memory of their own.
     let small = store.param("small", [2], Init::Constant(1.0))?;
     small.set(Tensor::from_slice(&[1.0f32, 2.0], [2], &CPU)?)?;
@@ -116,14 +116,14 @@ fn a_store_of_shapes_holds_no_memory() -> Result<()> {
 
 #[test]
 fn a_store_of_zeros() -> Result<()> {
-    let params = model(&Store::zeros(DType::F32, &CPU), [0, 1, 2])?;
+    let params = model(&ParamStore::zeros(DType::F32, &CPU), [0, 1, 2])?;
     assert!(params.iter().all(|(_, param)| values(param).iter().all(|&x| x == 0.0)));
     Ok(())
 }
 
 #[test]
 fn duplicates_are_refused() -> Result<()> {
-    let store = Store::new(1, DType::F32, &CPU);
+    let store = ParamStore::new(1, DType::F32, &CPU);
     let weight = store.at("a").param("weight", [2], Init::Constant(1.0))?;
     let buffer = Tensor::zeros([1], DType::F32, &CPU)?;
     store.buffer("a.frequencies", buffer.clone())?;
@@ -143,12 +143,12 @@ fn duplicates_are_refused() -> Result<()> {
 
 #[test]
 fn illegal_parameters_are_refused() -> Result<()> {
-    let store = Store::new(1, DType::F32, &CPU);
+    let store = ParamStore::new(1, DType::F32, &CPU);
     assert!(store.param("large", [usize::MAX, 2], Init::Constant(0.0)).is_err());
     assert!(store.param("deep", [1; 7], Init::Constant(0.0)).is_err());
     assert!(store.params().state_dict().is_empty(), "what failed is not registered");
     assert!(matches!(Param::new(Tensor::arange(2, &CPU)?), Err(Error::DType { .. })));
-    let integers = Store::new(1, DType::I64, &CPU);
+    let integers = ParamStore::new(1, DType::I64, &CPU);
     assert!(integers.param("weight", [2], Init::Constant(1.0)).is_err());
     let param = Param::new(Tensor::zeros([2], DType::F32, &CPU)?)?;
     let message = param.set(Tensor::zeros([3], DType::F32, &CPU)?).unwrap_err().to_string();
@@ -159,12 +159,12 @@ fn illegal_parameters_are_refused() -> Result<()> {
 
 #[test]
 fn tied_parameters_are_one() -> Result<()> {
-    let store = Store::new(1, DType::F64, &CPU);
+    let store = ParamStore::new(1, DType::F64, &CPU);
     let table = store.param("embedding.weight", [3, 2], Init::Normal(1.0))?;
     let tied = store.at("logits").tie("weight", &table)?;
     let params = store.params();
     assert_eq!(table.leaf(), tied.leaf());
-    assert_eq!((params.iter().count(), params.unique().count(), params.elements()), (2, 1, 6));
+    assert_eq!((params.iter().count(), params.unique().count(), params.numel()), (2, 1, 6));
     assert_eq!(params.unique().next().unwrap().0, "embedding.weight");
     assert_eq!(params.state_dict().len(), 2);
     // Gradients of both uses meet in one place.
@@ -180,12 +180,12 @@ fn tied_parameters_are_one() -> Result<()> {
 
 #[test]
 fn buffers_are_saved_and_not_trained() -> Result<()> {
-    let store = Store::new(1, DType::F32, &CPU);
+    let store = ParamStore::new(1, DType::F32, &CPU);
     store.param("weight", [2], Init::Constant(1.0))?;
     store.at("rotary").buffer("inv_freq", Tensor::ones([4], DType::F32, &CPU)?)?;
     let params = store.params();
     assert_eq!(params.buffers().map(|(name, _)| name).collect::<Vec<_>>(), ["rotary.inv_freq"]);
-    assert_eq!((params.elements(), params.iter().count()), (2, 1));
+    assert_eq!((params.numel(), params.iter().count()), (2, 1));
     assert_eq!(params.state_dict().into_keys().collect::<Vec<_>>(), ["rotary.inv_freq", "weight"]);
     // The file may leave a buffer out, which then stays as it was made, or hold it with the right shape.
     let buffer = || params.buffers().next().unwrap().1.to_f64_vec();
@@ -202,8 +202,8 @@ fn buffers_are_saved_and_not_trained() -> Result<()> {
 
 #[test]
 fn loading_converts_and_replaces() -> Result<()> {
-    let params = model(&Store::new(1, DType::BF16, &CPU), [0, 1, 2])?;
-    let source = model(&Store::new(2, DType::F32, &CPU), [0, 1, 2])?;
+    let params = model(&ParamStore::new(1, DType::BF16, &CPU), [0, 1, 2])?;
+    let source = model(&ParamStore::new(2, DType::F32, &CPU), [0, 1, 2])?;
     let state = source.state_dict();
     params.load(&state)?;
     for (name, param) in params.iter() {
@@ -211,7 +211,7 @@ fn loading_converts_and_replaces() -> Result<()> {
         assert_eq!(values(param), state[name].to_dtype(DType::BF16)?.to_f64_vec()?, "{name}");
     }
     // A strided tensor of the file is packed.
-    let store = Store::zeros(DType::F64, &CPU);
+    let store = ParamStore::zeros(DType::F64, &CPU);
     let weight = store.param("weight", [2, 3], Init::Constant(0.0))?;
     let turned = Tensor::generate([3, 2], DType::F64, &CPU, |i| i as f64)?.transpose(0, 1)?;
     store.params().load(&BTreeMap::from([("weight".to_string(), turned)]))?;
@@ -222,7 +222,7 @@ fn loading_converts_and_replaces() -> Result<()> {
 
 #[test]
 fn loading_lists_everything_that_does_not_fit() -> Result<()> {
-    let store = Store::new(1, DType::F32, &CPU);
+    let store = ParamStore::new(1, DType::F32, &CPU);
     for name in ["a", "b", "c", "d"] {
         store.param(name, [2], Init::Normal(1.0))?;
     }
@@ -232,11 +232,13 @@ fn loading_lists_everything_that_does_not_fit() -> Result<()> {
     match params.load(&wrong) {
         Err(error @ Error::Weights { .. }) => {
             let message = error.to_string();
-            let Error::Weights { missing, unused, misshapen } = error else { unreachable!() };
+            let Error::Weights { missing, unused, mismatched } = error else { unreachable!() };
             assert_eq!(missing, ["d"]);
             assert_eq!(unused, ["e", "f.weight"]);
-            assert_eq!(misshapen, [("b".into(), vec![2], vec![3]), ("c".into(), vec![2], vec![2, 1])]);
-            for line in ["missing    d", "unused     e", "misshapen  b: [2] in the model, [3] in the file"] {
+            assert_eq!(mismatched, [("b".into(), vec![2], vec![3]), ("c".into(), vec![2], vec![2, 1])]);
+            for line in
+                ["missing         d", "unused          e", "shape mismatch  b: [2] in the model, [3] in the file"]
+            {
                 assert!(message.contains(line), "{message}");
             }
         }
@@ -249,7 +251,7 @@ fn loading_lists_everything_that_does_not_fit() -> Result<()> {
 
 #[test]
 fn loading_takes_tied_parameters_once() -> Result<()> {
-    let store = Store::zeros(DType::F32, &Device::Cpu);
+    let store = ParamStore::zeros(DType::F32, &Device::Cpu);
     let encoder = store.param("encoder.weight", [2], Init::Constant(0.0))?;
     store.tie("decoder.weight", &encoder)?;
     let params = store.params();
@@ -276,7 +278,7 @@ fn loading_takes_tied_parameters_once() -> Result<()> {
 
 #[test]
 fn loading_is_all_or_nothing() -> Result<()> {
-    let store = Store::new(1, DType::F32, &CPU);
+    let store = ParamStore::new(1, DType::F32, &CPU);
     store.param("a", [2], Init::Normal(1.0))?;
     store.param("z", [2], Init::Normal(1.0))?;
     let params = store.params();
@@ -293,7 +295,7 @@ fn loading_is_all_or_nothing() -> Result<()> {
 
 #[test]
 fn a_state_dict_is_a_snapshot() -> Result<()> {
-    let store = Store::new(1, DType::F64, &CPU);
+    let store = ParamStore::new(1, DType::F64, &CPU);
     let weight = store.param("weight", [2], Init::Constant(1.0))?;
     let params = store.params();
     let snapshot = params.state_dict();
@@ -312,7 +314,7 @@ fn a_state_dict_is_a_snapshot() -> Result<()> {
 
 #[test]
 fn parameters_are_shared_between_threads() -> Result<()> {
-    let store = Store::new(1, DType::F64, &CPU);
+    let store = ParamStore::new(1, DType::F64, &CPU);
     std::thread::scope(|scope| {
         for thread in 0..8 {
             let store = store.at("layers").at(thread);
@@ -324,7 +326,7 @@ fn parameters_are_shared_between_threads() -> Result<()> {
         }
     });
     assert_eq!(store.params().unique().count(), 160);
-    let alone = Store::new(1, DType::F64, &CPU).param("layers.5.weight7", [3], Init::Normal(1.0))?;
+    let alone = ParamStore::new(1, DType::F64, &CPU).param("layers.5.weight7", [3], Init::Normal(1.0))?;
     assert_eq!(values(store.params().get("layers.5.weight7").unwrap()), values(&alone));
     Ok(())
 }

@@ -358,7 +358,7 @@ fn oversized_files_are_refused() -> Result<()> {
     Ok(())
 }
 
-/// A table of what is missing, unused and misshapen, by the names of the file, in each family and format.
+/// A table of what is missing, unused and mismatched, by the names of the file, in each family and format.
 #[test]
 fn tables_name_what_does_not_fit() -> Result<()> {
     let folder = files("llama");
@@ -369,10 +369,10 @@ fn tables_name_what_does_not_fit() -> Result<()> {
     changed.insert("model.layers.2.mlp.gate_proj.weight".into(), gate);
     changed.insert("model.layers.0.self_attn.k_proj.bias".into(), Tensor::zeros([5], DType::F32, &Device::Cpu)?);
     let error = Copied::new("llama-table", &config, &changed).error();
-    let Error::Weights { missing, unused, misshapen } = error.root() else { panic!("{error}") };
+    let Error::Weights { missing, unused, mismatched } = error.root() else { panic!("{error}") };
     assert_eq!(missing[..], ["model.layers.1.mlp.gate_proj.weight"]);
     assert_eq!(unused[..], ["model.layers.2.mlp.gate_proj.weight"]);
-    assert_eq!(misshapen[..], [("model.layers.0.self_attn.k_proj.bias".to_string(), vec![16], vec![5])]);
+    assert_eq!(mismatched[..], [("model.layers.0.self_attn.k_proj.bias".to_string(), vec![16], vec![5])]);
     let with = |from: &str, to: &str| {
         assert!(config.contains(from), "{from}");
         Copied::new("llama-config", &config.replace(from, to), &weights).error()
@@ -398,10 +398,10 @@ fn tables_name_what_does_not_fit() -> Result<()> {
     weights.insert("embeddings.LayerNorm.offset".into(), norm);
     weights.insert("pooler.dense.bias".into(), Tensor::zeros([2, 8], DType::F32, &Device::Cpu)?);
     let error = Copied::new("bert-table", &config, &weights).error();
-    let Error::Weights { missing, unused, misshapen } = error.root() else { panic!("{error}") };
+    let Error::Weights { missing, unused, mismatched } = error.root() else { panic!("{error}") };
     assert_eq!(missing[..], ["embeddings.LayerNorm.weight"]);
     assert_eq!(unused[..], ["embeddings.LayerNorm.offset"]);
-    assert_eq!(misshapen[..], [("pooler.dense.bias".to_string(), vec![16], vec![2, 8])]);
+    assert_eq!(mismatched[..], [("pooler.dense.bias".to_string(), vec![16], vec![2, 8])]);
 
     // GGUF, with one byte of a name changed, and with another width.
     let bytes = fs::read(files("llama.gguf")).unwrap();
@@ -414,17 +414,17 @@ fn tables_name_what_does_not_fit() -> Result<()> {
         error
     };
     let error = changed(b"blk.1.ffn_up.weight", b"blk.1.ffn_in.weight");
-    let Error::Weights { missing, unused, misshapen } = error.root() else { panic!("{error}") };
+    let Error::Weights { missing, unused, mismatched } = error.root() else { panic!("{error}") };
     assert_eq!(
         (&missing[..], &unused[..]),
         (&["blk.1.ffn_up.weight".to_string()][..], &["blk.1.ffn_in.weight".to_string()][..])
     );
-    assert!(misshapen.is_empty());
+    assert!(mismatched.is_empty());
     let wide = [b"llama.feed_forward_length", &4u32.to_le_bytes()[..], &64u32.to_le_bytes()].concat();
     let wider = [b"llama.feed_forward_length", &4u32.to_le_bytes()[..], &96u32.to_le_bytes()].concat();
     let error = changed(&wide, &wider);
-    let Error::Weights { misshapen, .. } = error.root() else { panic!("{error}") };
-    assert!(misshapen.contains(&("blk.0.ffn_gate.weight".to_string(), vec![96, 32], vec![64, 32])), "{error}");
+    let Error::Weights { mismatched, .. } = error.root() else { panic!("{error}") };
+    assert!(mismatched.contains(&("blk.0.ffn_gate.weight".to_string(), vec![96, 32], vec![64, 32])), "{error}");
     let error = changed(
         b"general.architecture\x08\0\0\0\x05\0\0\0\0\0\0\0llama",
         b"general.architecture\x08\0\0\0\x05\0\0\0\0\0\0\0mamba",
@@ -447,10 +447,10 @@ fn what_does_not_fit_is_refused_with_a_table() -> Result<()> {
     changed.insert("predictions.bias".into(), Tensor::zeros([7], DType::F32, &Device::Cpu)?);
     changed.remove("predictions.decoder.bias");
     let error = Copied::new("table", &config, &changed).error();
-    let Error::Weights { missing, unused, misshapen } = error.root() else { panic!("{error}") };
+    let Error::Weights { missing, unused, mismatched } = error.root() else { panic!("{error}") };
     assert_eq!(missing[..], ["albert.embeddings.LayerNorm.bias"]);
     assert_eq!(unused[..], ["albert.embeddings.LayerNorm.offset"]);
-    assert_eq!(misshapen[..], [("predictions.bias".to_string(), vec![591], vec![7])]);
+    assert_eq!(mismatched[..], [("predictions.bias".to_string(), vec![591], vec![7])]);
 
     let with = |name: &str, tensor: Tensor| {
         let mut changed = weights.clone();
@@ -470,7 +470,7 @@ fn what_does_not_fit_is_refused_with_a_table() -> Result<()> {
         ("activation", config.replace("\"gelu\"", "\"mish\""), weights.clone(), "`mish`"),
         ("wrong_family", config.replace("\"albert\"", "\"bert\""), weights.clone(), "missing"),
         ("groups", config.replace("\"num_hidden_groups\": 1", "\"num_hidden_groups\": 2"), weights.clone(), "only 1"),
-        ("huge", config.replace("\"vocab_size\": 591", "\"vocab_size\": 1000000000"), weights.clone(), "misshapen"),
+        ("huge", config.replace("\"vocab_size\": 591", "\"vocab_size\": 1000000000"), weights.clone(), "mismatched"),
         (
             "too_huge",
             config.replace("\"vocab_size\": 591", "\"vocab_size\": 10000000000"),

@@ -133,7 +133,7 @@ fn weights_without_a_use_are_listed_and_buffers_are_not() -> Result<()> {
     }
     let folder = changed("llama", "missing", |weights| drop(weights.remove("model.norm.weight")));
     let refused = Pretrained::open(&folder)?.model(DType::F32, &Device::Cpu).unwrap_err().to_string();
-    assert!(refused.contains("missing    model.norm.weight"), "{refused}");
+    assert!(refused.contains("missing         model.norm.weight"), "{refused}");
     fs::remove_dir_all(folder).unwrap();
     Ok(())
 }

@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 
 use serde_json::Value;
 use x_transformers::{
-    DType, Result, Store, Tape, Tensor, checkpoint,
+    DType, ParamStore, Result, Tape, Tensor, checkpoint,
     config::{AutoregressiveConfig, Config},
     models::{AutoregressiveWrapper, ForwardOptions, GenerateOptions},
     profile::{OpProfile, Phase, Profile, Report},
@@ -28,7 +28,7 @@ fn gpt(layers: &str) -> AutoregressiveConfig {
 /// A training step under a profile.
 fn step(config: &AutoregressiveConfig, dtype: DType) -> Result<Report> {
     let device = device();
-    let store = Store::new(0, dtype, device);
+    let store = ParamStore::new(0, dtype, device);
     let model = AutoregressiveWrapper::new(config, &store)?;
     let tokens = Tensor::generate([2, 33], DType::I64, device, |i| (i * 7 % 64) as f64)?;
     let mut optimizer = AdamW::new(AdamWOptions::default())?;
@@ -82,8 +82,8 @@ fn every_op_of_the_options_is_there() -> Result<()> {
     for (options, names) in [
         (r#", "rotary_pos_emb": true"#, &["rotary"][..]),
         (r#", "ff_glu": true"#, &["add_glu"]),
-        (r#", "use_rmsnorm": true"#, &["rms_norm", "add_rms_norm"]),
-        (r#", "use_rmsnorm": true, "norm_eps": 1e-6"#, &["mean_square_norm", "add_mean_square_norm"]),
+        (r#", "use_rmsnorm": true"#, &["clamped_rms_norm", "add_clamped_rms_norm"]),
+        (r#", "use_rmsnorm": true, "norm_eps": 1e-6"#, &["rms_norm", "add_rms_norm"]),
         (r#", "use_scalenorm": true"#, &["scale_norm", "add_scale_norm"]),
         (r#", "attn_dropout": 0.1, "ff_dropout": 0.1"#, &["dropout"]),
         (r#", "gate_residual": true"#, &["gru_gate"]),
@@ -155,7 +155,7 @@ fn a_checkpointed_segment_runs_forward_twice() -> Result<()> {
 #[test]
 fn generation_reads_and_samples() -> Result<()> {
     let device = device();
-    let store = Store::new(0, DType::F32, device);
+    let store = ParamStore::new(0, DType::F32, device);
     let model = AutoregressiveWrapper::new(&gpt(""), &store)?;
     let prompt = Tensor::from_slice(&[1i64, 2, 3], [3], device)?;
     let profile = Profile::start()?;

@@ -12,14 +12,14 @@ use proptest::{
 };
 use serde_json::{Value, json};
 use x_transformers::{
-    DType, Philox, Result, Store, Tensor,
+    DType, ParamStore, Philox, Result, Tensor,
     config::{Call, Config, LayerType},
     models::{Model, RunOptions},
 };
 
 /// A model whose every parameter is away from constants.
 fn model(draw: &Draw, dtype: DType) -> Result<Model> {
-    let model = Model::new(&Config::from_value(draw.value.clone())?, &Store::new(draw.seed, dtype, &CPU))?;
+    let model = Model::new(&Config::from_value(draw.value.clone())?, &ParamStore::new(draw.seed, dtype, &CPU))?;
     unsettle(model.params(), draw.seed)?;
     Ok(model)
 }

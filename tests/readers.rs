@@ -289,7 +289,7 @@ fn truncated_files_are_refused() {
 fn read(bytes: &[u8]) -> std::result::Result<usize, String> {
     let file = TensorFile::from_bytes(bytes).map_err(|error| error.to_string())?;
     // One after the other: what counts is that each is bounded, together they are by the size of the file.
-    file.names().try_fold(0, |sum, name| Ok(sum + file.tensor(name).map_err(|error| error.to_string())?.elements()))
+    file.names().try_fold(0, |sum, name| Ok(sum + file.tensor(name).map_err(|error| error.to_string())?.numel()))
 }
 
 /// An old PyTorch file with this pickle in the place of the state dict.

@@ -9,10 +9,10 @@ use std::{cell::Cell, rc::Rc, thread};
 
 use common::device;
 use rules::{grid, leaf, square, sum_of, values, vector};
-use x_transformers::{DType, Error, Gradcheck, Init, Param, Result, Store, Tape, Tensor, checkpoint, gradcheck};
+use x_transformers::{DType, Error, Gradcheck, Init, Param, ParamStore, Result, Tape, Tensor, checkpoint, gradcheck};
 
 /// Some layers with parameters; the middle ones recomputed if asked.
-fn layers(store: &Store, x: &Tensor, recompute: bool) -> Result<Tensor> {
+fn layers(store: &ParamStore, x: &Tensor, recompute: bool) -> Result<Tensor> {
     let params = store.params();
     let weight = |name: &str| params.get(name).unwrap().clone();
     let (first, second) = (weight("first"), weight("second"));
@@ -25,8 +25,8 @@ fn layers(store: &Store, x: &Tensor, recompute: bool) -> Result<Tensor> {
     square(&output)?.sum(&[])
 }
 
-fn layer_store() -> Store {
-    let store = Store::new(5, DType::F64, device());
+fn layer_store() -> ParamStore {
+    let store = ParamStore::new(5, DType::F64, device());
     store.param("first", [6], Init::Normal(1.0)).unwrap();
     store.param("second", [4, 6], Init::Normal(1.0)).unwrap();
     store

@@ -275,7 +275,7 @@ proptest! {
             bytes.truncate(at.index(bytes.len()));
         }
         if let Ok(tensors) = read(&folder, &bytes) {
-            let read: usize = tensors.values().map(|tensor| tensor.elements()).sum();
+            let read: usize = tensors.values().map(|tensor| tensor.numel()).sum();
             prop_assert!(read <= bytes.len());
         }
     }

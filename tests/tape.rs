@@ -12,8 +12,8 @@ use std::{
 use common::device;
 use rules::{grid, leaf, square, sum_of, values, vector};
 use x_transformers::{
-    Backward, Contribution, Contributions, DType, Device, Error, Gradcheck, Init, Param, Part, Result, Shape, Store,
-    Tape, Tensor, checkpoint, discrete, gradcheck, record,
+    Backward, DType, Device, Error, GradSlice, Gradcheck, Init, InputGrad, InputGrads, Param, ParamStore, Result,
+    Shape, Tape, Tensor, checkpoint, discrete, gradcheck, record,
 };
 
 /// `2 x`, whose backward adds to what the gradient of `x` is so far.
@@ -30,12 +30,12 @@ impl Backward for AddingBackward {
         "doubled"
     }
 
-    fn backward(self: Box<Self>, grad: Tensor, _need: &[bool]) -> Result<Contributions> {
+    fn backward(self: Box<Self>, grad: Tensor, _need: &[bool]) -> Result<InputGrads> {
         let own = grad.affine(2.0, 0.0)?;
-        self.sum.map_or_else(|| Ok(own.clone()), |sum| sum.add(&own)).map(Contributions::one)
+        self.sum.map_or_else(|| Ok(own.clone()), |sum| sum.add(&own)).map(InputGrads::one)
     }
 
-    fn add_to(&mut self, sum: Tensor) -> Option<Tensor> {
+    fn accumulate_into(&mut self, sum: Tensor) -> Option<Tensor> {
         self.sum.replace(sum)
     }
 }
@@ -86,13 +86,13 @@ fn dense_layers_add_to_the_gradient_so_far() -> Result<()> {
 }
 
 /// An identity whose backward gives whatever `give` makes of the gradient.
-fn giving<F: Fn(Tensor) -> Result<Contributions> + 'static>(x: &Tensor, give: F) -> Result<Tensor> {
+fn giving<F: Fn(Tensor) -> Result<InputGrads> + 'static>(x: &Tensor, give: F) -> Result<Tensor> {
     struct Giving<F>(F);
-    impl<F: Fn(Tensor) -> Result<Contributions>> Backward for Giving<F> {
+    impl<F: Fn(Tensor) -> Result<InputGrads>> Backward for Giving<F> {
         fn name(&self) -> &'static str {
             "giving"
         }
-        fn backward(self: Box<Self>, grad: Tensor, _need: &[bool]) -> Result<Contributions> {
+        fn backward(self: Box<Self>, grad: Tensor, _need: &[bool]) -> Result<InputGrads> {
             (self.0)(grad)
         }
     }
@@ -350,7 +350,7 @@ fn an_op_records_one_node() -> Result<()> {
 
 #[test]
 fn unused_parameters_are_listed_by_name() -> Result<()> {
-    let store = Store::new(3, DType::F64, device());
+    let store = ParamStore::new(3, DType::F64, device());
     let used = store.at("layers").at(0).param("weight", [2], Init::Normal(1.0))?;
     store.at("layers").at(1).param("weight", [2], Init::Normal(1.0))?;
     store.param("bias", [2], Init::Constant(0.0))?;
@@ -386,7 +386,7 @@ fn gradients_come_back_as_constants() -> Result<()> {
     // A rule that hands out what it saved without detaching it.
     let y = x.affine(1.0, 0.0)?;
     let saved = y.clone();
-    let z = giving(&y, move |_| Ok(Contributions::one(saved.clone())))?;
+    let z = giving(&y, move |_| Ok(InputGrads::one(saved.clone())))?;
     let grads = tape.backward(&z.sum(&[])?)?;
     let grad = grads.get(&x).unwrap();
     let next = Tape::grad();
@@ -397,7 +397,7 @@ fn gradients_come_back_as_constants() -> Result<()> {
 
 #[test]
 fn wrong_contributions_are_named() -> Result<()> {
-    let refused = |give: fn(Tensor) -> Result<Contributions>| {
+    let refused = |give: fn(Tensor) -> Result<InputGrads>| {
         let x = grid(2, 3).requires_grad().unwrap();
         let mut tape = Tape::grad();
         // Below a view, so that a wrong gradient would be handed on before a leaf could notice.
@@ -406,24 +406,24 @@ fn wrong_contributions_are_named() -> Result<()> {
         assert!(message.contains("giving"), "{message}");
         message
     };
-    let message = refused(|_| Tensor::zeros([2, 2], DType::F64, device()).map(Contributions::one));
+    let message = refused(|_| Tensor::zeros([2, 2], DType::F64, device()).map(InputGrads::one));
     assert!(message.contains("[2, 2]") && message.contains("[3, 2]"), "{message}");
-    let message = refused(|_| Tensor::zeros([3, 2], DType::F32, device()).map(Contributions::one));
+    let message = refused(|_| Tensor::zeros([3, 2], DType::F32, device()).map(InputGrads::one));
     assert!(message.contains("f32") && message.contains("f64"), "{message}");
-    let message = refused(|grad| Ok(Contributions::whole([Some(grad.clone()), Some(grad)])));
+    let message = refused(|grad| Ok(InputGrads::whole([Some(grad.clone()), Some(grad)])));
     assert!(message.contains("2 contributions for 1 input"), "{message}");
     for part in [
-        Part { dim: 2, start: 0, len: 1 },
-        Part { dim: 0, start: 3, len: 1 },
-        Part { dim: 1, start: usize::MAX, len: 2 },
-        Part { dim: 0, start: 0, len: 2 },
+        GradSlice { dim: 2, start: 0, len: 1 },
+        GradSlice { dim: 0, start: 3, len: 1 },
+        GradSlice { dim: 1, start: usize::MAX, len: 2 },
+        GradSlice { dim: 0, start: 0, len: 2 },
     ] {
         // The value has one row; the last part asks for two.
         let x = grid(3, 2).requires_grad()?;
         let mut tape = Tape::grad();
         let y = giving(&x, move |grad| {
             let value = grad.narrow(0, 0, 1)?;
-            Ok(Contributions::new(vec![Contribution::Part { shape: *grad.shape(), part, value }]))
+            Ok(InputGrads::new(vec![InputGrad::Slice { shape: *grad.shape(), part, value }]))
         })?;
         assert!(tape.backward(&y.sum(&[])?).is_err(), "{part:?}");
     }
@@ -438,10 +438,10 @@ fn wrong_sums_are_named() -> Result<()> {
         fn name(&self) -> &'static str {
             "sum_of_mine"
         }
-        fn backward(self: Box<Self>, _grad: Tensor, _need: &[bool]) -> Result<Contributions> {
-            Ok(Contributions::new(vec![Contribution::None]))
+        fn backward(self: Box<Self>, _grad: Tensor, _need: &[bool]) -> Result<InputGrads> {
+            Ok(InputGrads::new(vec![InputGrad::None]))
         }
-        fn add_to(&mut self, _sum: Tensor) -> Option<Tensor> {
+        fn accumulate_into(&mut self, _sum: Tensor) -> Option<Tensor> {
             self.0.take()
         }
     }
@@ -457,7 +457,8 @@ fn wrong_sums_are_named() -> Result<()> {
     let zeros = |shape: &[usize], dtype| Tensor::zeros(Shape::new(shape)?, dtype, device());
     for wrong in [zeros(&[1], DType::F64)?, zeros(&[3, 2], DType::F64)?, zeros(&[2, 3], DType::F32)?] {
         let message = gradient(Some(wrong.clone())).unwrap_err().to_string();
-        let expected = format!("sum_of_mine: its add_to gave a gradient {:?} {}", wrong.shape(), wrong.dtype());
+        let expected =
+            format!("sum_of_mine: its accumulate_into gave a gradient {:?} {}", wrong.shape(), wrong.dtype());
         assert!(message.starts_with(&expected) && message.contains("[2, 3] f64"), "{message}");
     }
     // A rule may keep the sum, or return something that is not a constant.
@@ -483,12 +484,12 @@ fn gradients_of_other_devices_are_named() -> Result<()> {
     let y = x.exp()?;
     refused(tape.backward_with(&y, &elsewhere), "backward: ");
     let given = elsewhere.clone();
-    refused(tape.backward(&giving(&y, move |_| Ok(Contributions::one(given.clone())))?.sum(&[])?), "giving: ");
+    refused(tape.backward(&giving(&y, move |_| Ok(InputGrads::one(given.clone())))?.sum(&[])?), "giving: ");
     let mut tape = Tape::grad();
     let part = move |grad: Tensor| {
         let value = Tensor::ones([1, 3], DType::F64, &Device::Cpu)?;
-        let part = Part { dim: 0, start: 0, len: 1 };
-        Ok(Contributions::new(vec![Contribution::Part { shape: *grad.shape(), part, value }]))
+        let part = GradSlice { dim: 0, start: 0, len: 1 };
+        Ok(InputGrads::new(vec![InputGrad::Slice { shape: *grad.shape(), part, value }]))
     };
     refused(tape.backward(&giving(&x.exp()?, part)?.sum(&[])?), "giving: ");
     Ok(())
@@ -498,7 +499,7 @@ fn gradients_of_other_devices_are_named() -> Result<()> {
 fn a_contribution_of_none_stops_there() -> Result<()> {
     let (x, y) = (leaf(&[1.0]), leaf(&[2.0]));
     let mut tape = Tape::grad();
-    let z = Tensor::cat(&[&giving(&square(&x)?, |_| Ok(Contributions::new(vec![Contribution::None])))?, &y], 0)?;
+    let z = Tensor::cat(&[&giving(&square(&x)?, |_| Ok(InputGrads::new(vec![InputGrad::None])))?, &y], 0)?;
     let grads = tape.backward(&z.sum(&[])?)?;
     assert!(grads.get(&x).is_none());
     assert_eq!(values(grads.get(&y).unwrap()), [1.0]);
@@ -512,9 +513,9 @@ fn need_tells_which_inputs_are_differentiated() -> Result<()> {
         fn name(&self) -> &'static str {
             "asserting"
         }
-        fn backward(self: Box<Self>, grad: Tensor, need: &[bool]) -> Result<Contributions> {
+        fn backward(self: Box<Self>, grad: Tensor, need: &[bool]) -> Result<InputGrads> {
             assert_eq!(need, [false, true, true]);
-            Ok(Contributions::whole([None, Some(grad.clone()), Some(grad)]))
+            Ok(InputGrads::whole([None, Some(grad.clone()), Some(grad)]))
         }
     }
     let (constant, x) = (vector(&[1.0]), leaf(&[1.0]));
@@ -554,7 +555,7 @@ fn a_panic_leaves_the_thread_usable() -> Result<()> {
         fn name(&self) -> &'static str {
             "panicking"
         }
-        fn backward(self: Box<Self>, _grad: Tensor, _need: &[bool]) -> Result<Contributions> {
+        fn backward(self: Box<Self>, _grad: Tensor, _need: &[bool]) -> Result<InputGrads> {
             panic!("in backward")
         }
     }

@@ -25,7 +25,7 @@ fn refused<T: std::fmt::Debug>(result: Result<T>) -> String {
 #[test]
 fn constructors() -> Result<()> {
     let x = Tensor::from_slice(&[1.0f32, 2.0, 3.0, 4.0, 5.0, 6.0], [2, 3], device())?;
-    assert_eq!((x.rank(), x.elements(), x.dtype(), x.device()), (2, 6, DType::F32, device()));
+    assert_eq!((x.rank(), x.numel(), x.dtype(), x.device()), (2, 6, DType::F32, device()));
     assert_eq!(x.shape(), [2, 3]);
     assert_eq!(x.strides(), [3, 1]);
     assert_eq!((x.dim(0)?, x.dim(-1)?), (2, 3));
@@ -33,7 +33,7 @@ fn constructors() -> Result<()> {
     assert_eq!(x.to_vec::<f32>()?, [1.0, 2.0, 3.0, 4.0, 5.0, 6.0]);
     assert_eq!(Tensor::from_vec(vec![true, false], [2], device())?.to_vec::<bool>()?, [true, false]);
     let scalar = Tensor::scalar(2.5f64, device())?;
-    assert_eq!((scalar.rank(), scalar.elements(), scalar.item()?), (0, 1, 2.5));
+    assert_eq!((scalar.rank(), scalar.numel(), scalar.item()?), (0, 1, 2.5));
     assert!(scalar.is_contiguous() && scalar.strides().is_empty());
     assert_eq!(Tensor::arange(4, device())?.to_vec::<i64>()?, [0, 1, 2, 3]);
     assert!(Tensor::arange(0, device())?.to_vec::<i64>()?.is_empty());
@@ -42,7 +42,7 @@ fn constructors() -> Result<()> {
         assert_eq!(values(&Tensor::ones([2], dtype, device())?), [1.0; 2]);
         let three = if dtype == DType::Bool { 1.0 } else { 3.0 };
         assert_eq!(values(&Tensor::full((), 3.0, dtype, device())?), [three]);
-        assert_eq!(Tensor::zeros([1, 0, 5], dtype, device())?.elements(), 0);
+        assert_eq!(Tensor::zeros([1, 0, 5], dtype, device())?.numel(), 0);
     }
     Ok(())
 }
@@ -176,7 +176,7 @@ fn a_shape_that_was_written_to_is_checked_again() {
     let mut shape = Shape::new(&[1, 1]).unwrap();
     shape[0] = usize::MAX;
     shape[1] = 2;
-    assert_eq!(shape.elements(), usize::MAX, "saturates");
+    assert_eq!(shape.numel(), usize::MAX, "saturates");
     assert!(refused(Tensor::zeros(shape, DType::F32, device())).contains("more elements"));
     assert!(counting([1, 1]).expand(shape).is_err());
     assert!(counting([1, 1]).reshape(shape).is_err());
@@ -311,7 +311,7 @@ fn views_of_nothing() -> Result<()> {
         assert!(view.to_f64_vec()?.is_empty());
         assert!(view.contiguous()?.is_contiguous());
         assert_eq!(view.sum(&[])?.item()?, 0.0);
-        assert_eq!(view.to_dtype(DType::Bool)?.elements(), 0);
+        assert_eq!(view.to_dtype(DType::Bool)?.numel(), 0);
         view.softmax()?;
         let _ = format!("{view} {view:?}");
     }
@@ -334,7 +334,7 @@ fn gradients_of_empty_views() -> Result<()> {
     // The last op gives a gradient of its own, so that its parts belong to nobody else.
     let y = Tensor::cat(&[&counting([3, 0]), &x, &x.affine(1.0, 0.0)?], 0)?.affine(1.0, 0.0)?;
     let grads = tape.backward_with(&y, &Tensor::ones(*y.shape(), DType::F64, device())?)?;
-    assert_eq!(grads.get(&x).unwrap().elements(), 0);
+    assert_eq!(grads.get(&x).unwrap().numel(), 0);
     Ok(())
 }
 
@@ -395,7 +395,7 @@ fn narrow_at_the_edges() -> Result<()> {
     assert_eq!(values(&x.narrow(-1, 2, 1)?), [2.0, 5.0]);
     assert_eq!(values(&x.narrow(0, 0, 2)?), values(&x));
     assert_eq!(values(&x.narrow(0, 1, 1)?.narrow(1, 1, 2)?), [4.0, 5.0]);
-    assert_eq!(x.split(&[0, 3, 0], 1)?.iter().map(Tensor::elements).collect::<Vec<_>>(), [0, 6, 0]);
+    assert_eq!(x.split(&[0, 3, 0], 1)?.iter().map(Tensor::numel).collect::<Vec<_>>(), [0, 6, 0]);
     assert_eq!(x.split(&[], 1).map(|_| ()).map_err(|_| ()), Err(()), "no sizes are not three columns");
     assert!(counting([2, 0]).split(&[], 1)?.is_empty());
     Ok(())
@@ -532,7 +532,7 @@ fn errors_read_well() {
     let index = |limit| Error::Index { op: "embedding", what: "token", index: 7, limit }.to_string();
     assert_eq!(index(5), "embedding: token 7 is out of range, valid are 0 to 4");
     assert!(index(0).contains("token 7") && !index(0).contains("-1"));
-    let error = Error::Option { key: "heads".into(), why: "is 0".into() }.at("layers.3").at("decoder");
+    let error = Error::Option { key: "heads".into(), why: "is 0".into() }.context("layers.3").context("decoder");
     assert_eq!(error.to_string(), "decoder.layers.3: option `heads`: is 0");
     assert!(matches!(error.root(), Error::Option { .. }));
     assert!(std::error::Error::source(&error).is_some());

@@ -16,7 +16,7 @@ use std::{
 use common::device;
 use rayon::prelude::*;
 use x_transformers::{
-    Backward, Contributions, DType, Error, Gradients, Init, Param, ParamMap, Philox, Result, Store, Tape, Tensor,
+    Backward, DType, Error, Gradients, Init, InputGrads, Param, ParamMap, ParamStore, Philox, Result, Tape, Tensor,
     checkpoint,
     config::{AttentionLayersConfig, AutoregressiveConfig, TransformerWrapperConfig},
     discrete, io,
@@ -63,7 +63,7 @@ mod table {
 
     fn compiled() -> BTreeMap<&'static str, (bool, bool)> {
         let mut table = BTreeMap::new();
-        types!(table, has Send, has Sync: Tensor, Gradients, Shape, DType, Device, Error, Param, ParamMap, Store, Init,
+        types!(table, has Send, has Sync: Tensor, Gradients, Shape, DType, Device, Error, Param, ParamMap, ParamStore, Init,
             LeafId, Philox, CudaDevice, MemoryStats, Level, Precision);
         types!(table, has Send, has Sync: TransformerWrapper, AutoregressiveWrapper, ContinuousTransformerWrapper,
             ContinuousAutoregressiveWrapper, XTransformer, ViTransformerWrapper, SentenceEncoder, Model, Output,
@@ -144,8 +144,8 @@ fn identity(x: &Tensor) -> Result<Tensor> {
         fn name(&self) -> &'static str {
             "identity"
         }
-        fn backward(self: Box<Self>, grad: Tensor, _need: &[bool]) -> Result<Contributions> {
-            Ok(Contributions::one(grad))
+        fn backward(self: Box<Self>, grad: Tensor, _need: &[bool]) -> Result<InputGrads> {
+            Ok(InputGrads::one(grad))
         }
     }
     record("identity", x.detach(), &[x], |_| Identity)
@@ -336,7 +336,7 @@ fn tapes_on_two_threads_do_not_mix() -> Result<()> {
 /// A weight under two names, used by a tape and by another thread at once.
 #[test]
 fn a_tied_parameter_is_one_leaf_on_every_thread() -> Result<()> {
-    let store = Store::new(0, DType::F64, device());
+    let store = ParamStore::new(0, DType::F64, device());
     let first = store.param("first", [2], Init::Constant(3.0))?;
     let second = store.tie("second", &first)?;
     let mut tape = Tape::grad();
@@ -451,7 +451,7 @@ fn other_jobs_stay_off_the_tape_of_a_pool_thread() {
 
 /// Parameters and gradients of ones.
 fn ones(names: usize, elements: usize) -> (ParamMap, Gradients) {
-    let store = Store::new(0, DType::F32, device());
+    let store = ParamStore::new(0, DType::F32, device());
     let params: Vec<Param> =
         (0..names).map(|i| store.param(&format!("p{i:03}"), [elements], Init::Constant(1.0)).unwrap()).collect();
     let mut tape = Tape::grad();
@@ -482,7 +482,7 @@ fn a_pool_that_serves_while_it_trains_does_not_deadlock() {
 #[test]
 fn two_optimizers_of_the_same_parameters_do_not_deadlock() {
     let (params, grads) = ones(60, 8);
-    let renamed = Store::new(0, DType::F32, device());
+    let renamed = ParamStore::new(0, DType::F32, device());
     for (index, (_, param)) in params.iter().enumerate() {
         renamed.tie(&format!("q{:03}", 99 - index), param).unwrap();
     }
@@ -530,7 +530,7 @@ fn decoder(seed: u64) -> Result<(AutoregressiveWrapper, ParamMap, Autoregressive
     let attn_layers = AttentionLayersConfig { rotary_pos_emb: true, ..AttentionLayersConfig::decoder(64, 2) };
     let net = TransformerWrapperConfig { num_tokens: 96, max_seq_len: 48, attn_layers, ..Default::default() };
     let config = AutoregressiveConfig { net, ..Default::default() };
-    let store = Store::new(seed, DType::F32, device());
+    let store = ParamStore::new(seed, DType::F32, device());
     Ok((AutoregressiveWrapper::new(&config, &store)?, store.params(), config))
 }
 
@@ -593,7 +593,7 @@ fn threads_infer_load_and_train_with_the_bits_of_one() -> Result<()> {
             scope.spawn(move || answer(model));
         }
         scope.spawn(move || {
-            let store = Store::zeros(DType::F32, device());
+            let store = ParamStore::zeros(DType::F32, device());
             let loaded = AutoregressiveWrapper::new(config, &store).unwrap();
             store.params().load(&io::read_safetensors(path).unwrap()).unwrap();
             answer(&loaded);

@@ -12,7 +12,7 @@ use std::{
 };
 
 use x_transformers::{
-    DType, Error, Init, ParamMap, Philox, Result, Store, Tape, Tensor,
+    DType, Error, Init, ParamMap, ParamStore, Philox, Result, Tape, Tensor,
     config::{
         AttentionConfig, AttentionLayersConfig, AutoregressiveConfig, FeedForwardConfig, TransformerWrapperConfig,
     },
@@ -65,7 +65,7 @@ fn schedule_values() {
 #[test]
 fn ema_follows_its_formula_and_swaps() -> Result<()> {
     for dtype in FLOATS {
-        let store = Store::new(0, dtype, device());
+        let store = ParamStore::new(0, dtype, device());
         let param = store.param("p", [20_000], Init::Normal(1.0))?;
         let mut expected = param.tensor().to_f64_vec()?;
         let mut ema = Ema::new(&store.params(), 0.9)?;
@@ -99,7 +99,7 @@ fn ema_follows_its_formula_and_swaps() -> Result<()> {
     }
     // Other parameters than it was made for.
     let ema = Ema::new(&ParamMap::default(), 0.5)?;
-    let store = Store::new(0, DType::F32, device());
+    let store = ParamStore::new(0, DType::F32, device());
     store.param("p", [1], Init::Constant(0.0))?;
     assert!(ema.clone().update(&store.params()).is_err() && ema.swap_in(&store.params()).is_err());
     for decay in [-0.1, 1.1, f64::NAN] {
@@ -357,7 +357,7 @@ fn trainer_step_is_its_definition() -> Result<()> {
     for (dtype, tolerance) in [(DType::F64, 1e-12), (DType::F32, 1e-4)] {
         let options = TrainOptions { accumulate: 3, clip: 0.5, dtype, seed: 11, ..options(10) };
         let mut trainer = trainer(0.0, options.clone())?;
-        let store = Store::new(11, dtype, device());
+        let store = ParamStore::new(11, dtype, device());
         let model = AutoregressiveWrapper::new(&config(0.0), &store)?;
         let mut optimizer = AdamW::new(options.adamw())?;
         for step in 0..3 {
@@ -675,7 +675,7 @@ fn trainer_resume_refuses_what_does_not_fit() -> Result<()> {
         assert!(expected.iter().all(|part| message.contains(part)), "{to}: {message}");
         fs::write(run.join(name), content).unwrap();
     };
-    with("config.json", "\"dim\": 32", "\"dim\": 48", &["misshapen", "model.safetensors"]);
+    with("config.json", "\"dim\": 32", "\"dim\": 48", &["mismatched", "model.safetensors"]);
     with("config.json", "\"depth\": 1", "\"depth\": 2", &["missing"]);
     with("config.json", "\"depth\": 1", "\"depht\": 1", &["depht", "depth"]);
     with("config.json", "\"max_seq_len\": 32", "\"max_seq_len\": 8", &["seq_len"]);

@@ -90,7 +90,7 @@ class Tools:
     def __init__(self, args):
         self.old, self.new = Path(args.old).absolute(), Path(args.new).absolute()
         self.xt = args.xt.absolute()
-        self.lockstep = newest("target/release/deps/lockstep-*")
+        self.interleaved = newest("target/release/deps/interleaved-*")
         self.candle = HERE / "candle/target/release/candle-peer"
         self.burn = HERE / "burn/target/release/burn-peer"
 
@@ -102,7 +102,7 @@ class Tools:
         if peer == "ours":
             command = [self.xt, "bench", "--config", config, "--mode", model.mode, "--batch", shape[0]]
             command += ["--seq-len", shape[1], "--dtype", model.dtype, "--precision", model.precision]
-            return command + ["--threads", str(threads), "--lockstep", "--json"], {}
+            return command + ["--threads", str(threads), "--interleaved", "--json"], {}
         if peer in RUST:
             net = json.loads(config.read_text())["net"]
             binary = self.candle if peer == "candle" else self.burn
@@ -115,7 +115,7 @@ class Tools:
     def op(self, peer, name, threads):
         limit = {"RAYON_NUM_THREADS": str(threads), "OMP_NUM_THREADS": str(threads)}
         if peer == "ours":
-            return [self.lockstep, name], limit
+            return [self.interleaved, name], limit
         command = [self.new / "bin/python", HERE / "torch_cpu.py", "--threads", str(threads), "op", name]
         command += ["--compile"] if "compiled" in peer else []
         return command, {**limit, **(TUNED if "tuned" in peer else {})}
@@ -196,7 +196,7 @@ def commit():
 
 def op_names(tools):
     """Each with whether memory limits it."""
-    out = subprocess.run([tools.lockstep], capture_output=True, text=True, check=True).stdout
+    out = subprocess.run([tools.interleaved], capture_output=True, text=True, check=True).stdout
     return [(words[0], len(words) > 1) for words in map(str.split, out.splitlines())]
 
 
@@ -224,7 +224,7 @@ def run(args):
             peers = [peer for peer in ["ours", *model.peers] if allowed(peer)]
             found = [(peer, tools.model(peer, model, args.threads)) for peer in peers]
             measure(case, found, args, {"kind": "model", "dtype": model.dtype, "precision": model.precision})
-    for name, limited in op_names(tools) if tools.lockstep else []:
+    for name, limited in op_names(tools) if tools.interleaved else []:
         if due(f"op-{name}"):
             peers = ["ours", "eager", "eager tuned"] + (["compiled tuned"] if args.compile else [])
             found = [(peer, tools.op(peer, name, args.threads)) for peer in peers if allowed(peer)]
@@ -343,7 +343,7 @@ def setup(args):
     for peer in RUST:
         subprocess.run(["cargo", "build", "--release"], cwd=HERE / peer, check=True)
     subprocess.run(["cargo", "build", "--release"], cwd=ROOT, check=True)
-    subprocess.run(["cargo", "bench", "-p", "x-transformers", "--bench", "lockstep", "--no-run"], cwd=ROOT, check=True)
+    subprocess.run(["cargo", "bench", "-p", "x-transformers", "--bench", "interleaved", "--no-run"], cwd=ROOT, check=True)
 
 
 def main():

@@ -50,7 +50,7 @@ WORKLOADS = {
 
 def bench(config, mode, batch, length, *more):
     command = [XT, "bench", "--config", ROOT / f"benches/configs/{config}.json", "--mode", mode, "--batch", batch]
-    return [*command, "--seq-len", length, "--device", "cpu", "--threads", THREADS, "--lockstep", "--json", *more]
+    return [*command, "--seq-len", length, "--device", "cpu", "--threads", THREADS, "--interleaved", "--json", *more]
 
 
 def command(peer, kind, first, second):
@@ -64,7 +64,7 @@ def command(peer, kind, first, second):
         return bench("smollm2", "generate", 1, first, "--new-tokens", second)
     if kind == "decoder":
         return bench("decoder", "generate", second, 128, "--new-tokens", 128, "--dtype", first)
-    return [newest("target/release/deps/decode-*"), "--lockstep", f"attention/{first} {second}"]
+    return [newest("target/release/deps/decode-*"), "--interleaved", f"attention/{first} {second}"]
 
 
 def minilm(peer, batch, length):

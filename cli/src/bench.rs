@@ -78,7 +78,7 @@ pub struct BenchArgs {
     /// Interleave with other programs: do a step, the first one included, for each line of standard input, print its
     /// seconds as a line of JSON, and report after the last line
     #[arg(long, conflicts_with_all = ["repeat", "profile", "trace"])]
-    lockstep: bool,
+    interleaved: bool,
 }
 
 /// [`Precision`] by the names of PyTorch.
@@ -139,8 +139,8 @@ pub fn run(args: BenchArgs) -> Result<()> {
         workload.step().map(|()| clock.elapsed().as_secs_f64()).map_err(broken)
     };
     let mut profiler = Profiler::new(&args.profile);
-    let mut seconds = if args.lockstep {
-        lockstep(&mut time)?
+    let mut seconds = if args.interleaved {
+        interleaved(&mut time)?
     } else {
         let mut seconds = (0..=WARM_UP).map(|_| time()).collect::<Result<Vec<_>>>()?;
         for _ in 0..args.repeat {
@@ -149,7 +149,7 @@ pub fn run(args: BenchArgs) -> Result<()> {
         seconds
     };
     let first = seconds.remove(0);
-    // Of few steps in lockstep none may be left to warm up.
+    // Of few steps in interleaved none may be left to warm up.
     seconds.drain(..WARM_UP.min(seconds.len() - 1));
     let profile = profiler.finish()?;
     let report = Report { args: &args, device: &device, workload: &workload, first, seconds, profile };
@@ -172,7 +172,7 @@ fn ops(report: &profile::Report) -> Vec<Value> {
 }
 
 /// A step for each line of standard input.
-fn lockstep(time: &mut impl FnMut() -> Result<f64>) -> Result<Vec<f64>> {
+fn interleaved(time: &mut impl FnMut() -> Result<f64>) -> Result<Vec<f64>> {
     let mut seconds = Vec::new();
     for line in io::stdin().lock().lines() {
         line.map_err(|error| Failure::new(format_args!("standard input: {error}")))?;
@@ -180,7 +180,7 @@ fn lockstep(time: &mut impl FnMut() -> Result<f64>) -> Result<Vec<f64>> {
         print(format_args!("{}\n", json!({ "seconds": seconds.last() })))?;
     }
     if seconds.len() < 2 {
-        return Err(Failure::new("--lockstep takes a line of standard input for each step, and at least two"));
+        return Err(Failure::new("--interleaved takes a line of standard input for each step, and at least two"));
     }
     Ok(seconds)
 }

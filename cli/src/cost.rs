@@ -280,7 +280,7 @@ fn feedforward(plan: &FeedForwardPlan, rows: usize) -> Cost {
 mod tests {
     use super::{Cost, Sizes};
     use x_transformers::{
-        DType, Device, Store, Tape, Tensor,
+        DType, Device, ParamStore, Tape, Tensor,
         config::Config,
         models::{AutoregressiveWrapper, ForwardOptions},
     };
@@ -304,7 +304,7 @@ mod tests {
             let Config::AutoregressiveWrapper(config) = config else { panic!("{config:?}") };
 
             let device = Device::Cpu;
-            let store = Store::new(0, DType::F32, &device);
+            let store = ParamStore::new(0, DType::F32, &device);
             let model = AutoregressiveWrapper::new(&config, &store)?;
             let tokens = Tensor::zeros([batch.rows, batch.tokens + 1], DType::I64, &device)?;
             device.reset_peak_memory();

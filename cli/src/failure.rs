@@ -113,10 +113,10 @@ mod tests {
         let weights = Error::Weights {
             missing: vec!["a.weight".into(), "b.weight".into()],
             unused: vec![],
-            misshapen: vec![("c".into(), vec![1], vec![2])],
+            mismatched: vec![("c".into(), vec![1], vec![2])],
         };
-        let text = Failure::from(weights.at("out")).to_string();
-        assert!(!text.contains('\n') && text.contains("missing    b.weight; misshapen  c"), "{text}");
+        let text = Failure::from(weights.context("out")).to_string();
+        assert!(!text.contains('\n') && text.contains("missing         b.weight; shape mismatch  c"), "{text}");
         assert!(text.ends_with("trained with"), "{text}");
     }
 }

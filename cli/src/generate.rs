@@ -215,7 +215,7 @@ pub fn run(args: GenerateArgs) -> Result<()> {
                 model.generate_with_draft(&draft, ahead, &row(prompt, &device)?, length, &options, &mut on_token)?;
             shown?;
             print(format_args!("{}\n", text.finish()?))?;
-            tokens += new.elements();
+            tokens += new.numel();
             (proposed, accepted) = (proposed + stats.proposed, accepted + stats.accepted);
         }
         note = format!(", {accepted} of {proposed} proposals of the draft taken");

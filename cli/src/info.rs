@@ -5,7 +5,7 @@ use std::{collections::BTreeMap, path::PathBuf};
 use clap::{ArgGroup, Args, value_parser};
 use indicatif::HumanCount;
 use x_transformers::{
-    DType, Device, Error, ParamMap, Store,
+    DType, Device, Error, ParamMap, ParamStore,
     config::{Config, LayersPlan},
     io::{Pretrained, TensorFile},
     models::Model,
@@ -53,7 +53,7 @@ pub fn run(args: InfoArgs) -> Result<()> {
     let config = args.keywords.apply(config)?;
     let broken = |error: Error| Failure::from(error).within(&path);
     let layers = config.layers().map_err(broken)?;
-    let store = Store::shapes(DType::F32, &Device::Cpu);
+    let store = ParamStore::shapes(DType::F32, &Device::Cpu);
     let params = Model::new(&config, &store).map_err(broken)?.params().clone();
     print(modules(&params, &layers))?;
     for (name, plan) in &layers {
@@ -106,10 +106,10 @@ type Stacks = [(&'static str, LayersPlan)];
 fn modules(params: &ParamMap, stacks: &Stacks) -> String {
     let mut sizes: BTreeMap<Module, usize> = BTreeMap::new();
     for (name, param) in params.unique() {
-        *sizes.entry(Module::of(name, stacks)).or_default() += param.tensor().elements();
+        *sizes.entry(Module::of(name, stacks)).or_default() += param.tensor().numel();
     }
     let rows = sizes.into_iter().map(|(module, elements)| (module.name, elements));
-    let rows: Vec<(String, usize)> = rows.chain([("total".to_string(), params.elements())]).collect();
+    let rows: Vec<(String, usize)> = rows.chain([("total".to_string(), params.numel())]).collect();
     let width = rows.iter().map(|(name, _)| name.len()).max().unwrap_or(0);
     let mut text = format!("{:width$}  {:>15}\n", "module", "parameters");
     for (name, elements) in rows {
@@ -166,7 +166,7 @@ impl Module {
 /// What a training step computes and holds.
 fn step(params: &ParamMap, batch: Batch, cost: Cost) -> String {
     const FLOAT: f64 = 4.0;
-    let weights = FLOAT * params.elements() as f64;
+    let weights = FLOAT * params.numel() as f64;
     let activations = FLOAT * cost.saved;
     let size = |count: f64| bytes(count as u64);
     format!(

@@ -4,7 +4,7 @@ use std::{collections::BTreeMap, path::PathBuf};
 
 use clap::Args;
 use x_transformers::{
-    Error, Store,
+    Error, ParamStore,
     config::Config,
     io::{TensorFile, write_safetensors},
     models::{Model, RunOptions},
@@ -48,7 +48,8 @@ pub fn run(args: RunArgs) -> Result<()> {
     let text = files::config(&args.config)?;
     let in_config = |error: Error| Failure::from(error).within(&args.config);
     let (config, call) = Config::with_call(&text).map_err(in_config)?;
-    let model = Model::new(&config, &Store::zeros(args.compute.dtype, &args.compute.device()?)).map_err(in_config)?;
+    let model =
+        Model::new(&config, &ParamStore::zeros(args.compute.dtype, &args.compute.device()?)).map_err(in_config)?;
     match &args.weights {
         Some(path) => {
             let weights = TensorFile::open(path)?.state_dict(model.params())?;

@@ -7,7 +7,7 @@ use std::{
 
 use clap::ValueEnum;
 use x_transformers::{
-    DType, Device, Error, Store, Tensor,
+    DType, Device, Error, ParamStore, Tensor,
     config::{AutoregressiveConfig, Config},
     io::Pretrained,
     models::AutoregressiveWrapper,
@@ -128,7 +128,7 @@ impl Source {
         let mut model = match &self.kind {
             Kind::Pretrained(pretrained) => pretrained.autoregressive(dtype, device)?,
             Kind::Trained(config, values) => {
-                let store = Store::zeros(dtype, device);
+                let store = ParamStore::zeros(dtype, device);
                 let model = AutoregressiveWrapper::new(config, &store).map_err(broken)?;
                 store.params().load(values).map_err(broken)?;
                 model

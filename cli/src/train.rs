@@ -320,7 +320,7 @@ impl Training<'_> {
         let layers = &self.trainer.model().net.plan().layers;
         let attention = layers.layers.iter().find_map(|layer| layer.branch.attention());
         let attention = attention.map_or(String::new(), |plan| format!(", {plan}"));
-        let parameters = HumanCount(self.trainer.params().elements() as u64);
+        let parameters = HumanCount(self.trainer.params().numel() as u64);
         let model =
             format!("{parameters} parameters, {} sublayers of width {}{attention}", layers.layers.len(), layers.dim);
         let batch = options.batch_size * options.accumulate;

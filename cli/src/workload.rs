@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use clap::ValueEnum;
 use x_transformers::{
-    DType, Device, Philox, Result, Store, Tape, Tensor,
+    DType, Device, ParamStore, Philox, Result, Tape, Tensor,
     config::{Call, Config, GenerateCall, LayersPlan},
     models::{Model, RunOptions},
     train::{AdamW, AdamWOptions},
@@ -195,7 +195,7 @@ impl Workload {
             Mode::Generate => (batch * new_tokens, Cost::of_generation(config, batch, length, new_tokens)?),
         };
         Ok(Some(Self {
-            model: Model::new(config, &Store::new(0, dtype, device))?,
+            model: Model::new(config, &ParamStore::new(0, dtype, device))?,
             call: Call { generate: generates.then_some(generate), ..Call::default() },
             inputs: inputs.drain(..).map(|(name, tensor)| (name.to_string(), tensor)).collect(),
             loss,
@@ -209,7 +209,7 @@ impl Workload {
 
     /// The number of weights.
     pub fn parameters(&self) -> usize {
-        self.model.params().elements()
+        self.model.params().numel()
     }
 
     /// One repetition, and all that the device has to do for it.

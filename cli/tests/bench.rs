@@ -189,7 +189,7 @@ fn steps_on_demand() {
     let bench = Bench::new();
     let config = bench.config(GPT);
     let run = |input: &str| {
-        let mut child = start(&["bench", "--config", &config, "--mode", "train", "--lockstep", "--json"])
+        let mut child = start(&["bench", "--config", &config, "--mode", "train", "--interleaved", "--json"])
             .stdin(Stdio::piped())
             .spawn()
             .expect("xt starts");
@@ -203,7 +203,7 @@ fn steps_on_demand() {
     assert_eq!(number(&lines[4], "first_seconds"), times[0], "{out}");
     assert_eq!(lines[4]["seconds"], serde_json::json!(times[2..]), "{out}");
     let nothing = failed(&["bench"], run(""));
-    assert!(nothing.contains("--lockstep") && nothing.contains("two"), "{nothing}");
+    assert!(nothing.contains("--interleaved") && nothing.contains("two"), "{nothing}");
 }
 
 #[test]
@@ -246,7 +246,7 @@ fn what_cannot_be_timed() {
     }
     assert!(usage(&["--mode", "train", "--threads", "1000000"]).contains("1024"));
     for option in [&["--repeat", "3"][..], &["--profile"], &["--trace", "t.json"]] {
-        assert!(usage(&[&["--mode", "train", "--lockstep"], option].concat()).contains("cannot be used with"));
+        assert!(usage(&[&["--mode", "train", "--interleaved"], option].concat()).contains("cannot be used with"));
     }
     assert!(usage(&["--mode", "train", "--dtype", "f8"]).contains("bf16"));
     assert!(usage(&["--mode", "train", "--precision", "low"]).contains("highest"));

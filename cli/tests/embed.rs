@@ -162,7 +162,7 @@ fn what_is_not_known_is_refused_by_name() {
         ("dense Tanh", "2_Dense/config.json", dense.to_string() + r#""activation_function": "own.Tanh"}"#, "own.Tanh"),
         ("dense Tanh", "2_Dense/config.json", dense.to_string() + r#""scale": 2}"#, "`scale`"),
         ("dense Tanh", "2_Dense/config.json", dense.replace("16", "12").replace("true, ", "true}"), "asks for [8, 12]"),
-        ("dense Tanh", "2_Dense/config.json", dense.replace("true, ", "false}"), "unused     linear.bias"),
+        ("dense Tanh", "2_Dense/config.json", dense.replace("true, ", "false}"), "unused          linear.bias"),
         (
             "dense Tanh",
             "2_Dense/config.json",

@@ -249,7 +249,7 @@ fn what_a_pretrained_model_cannot_do_is_refused() {
     assert!(error.contains("pooler.dense.bias") && error.contains("NaN"), "{error}");
     let less = folder("llama", |weights| drop(weights.remove("lm_head.weight")), ("tokenizer.json", &words()));
     let error = fails(&["generate", "--checkpoint", &less.path().to_string_lossy(), "--prompt", "a b"]);
-    assert!(error.contains("missing    lm_head.weight"), "{error}");
+    assert!(error.contains("missing         lm_head.weight"), "{error}");
     let torn = folder("llama", |_| (), ("tokenizer.json", "{"));
     assert!(fails(&["generate", "--checkpoint", &torn.path().to_string_lossy()]).contains("tokenizer"));
     fs::File::create(torn.path().join("tokenizer.json")).and_then(|file| file.set_len(257 << 20)).unwrap();

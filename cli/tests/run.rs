@@ -135,11 +135,11 @@ fn weights_of_another_config() {
         &message,
         &[
             "changed.safetensors",
-            "missing    attn_layers.layers.0.1.to_q.weight",
-            "missing    norm.weight",
-            "unused     norm.gamma",
-            "unused     attn_layers.rotary_pos_emb.inv_freq",
-            "misshapen  norm.bias: [32] in the model, [7] in the file",
+            "missing         attn_layers.layers.0.1.to_q.weight",
+            "missing         norm.weight",
+            "unused          norm.gamma",
+            "unused          attn_layers.rotary_pos_emb.inv_freq",
+            "shape mismatch  norm.bias: [32] in the model, [7] in the file",
             "another config",
         ],
     );
@@ -285,10 +285,10 @@ fn weights_of_every_format_are_loaded() {
         fs::remove_file(&files.outputs).expect("the outputs");
         weights.insert(format!("{wrapper}more.weight"), one.clone());
         write_safetensors(&files.weights, &weights, &BTreeMap::new()).expect("a file");
-        assert!(files.fails(&[]).contains("unused     more.weight"), "{wrapper}");
+        assert!(files.fails(&[]).contains("unused          more.weight"), "{wrapper}");
         weights.retain(|name, _| !name.contains("norm"));
         write_safetensors(&files.weights, &weights, &BTreeMap::new()).expect("a file");
-        assert!(files.fails(&[]).contains("missing    norm.weight"), "{wrapper}");
+        assert!(files.fails(&[]).contains("missing         norm.weight"), "{wrapper}");
     }
     files.weights = saved("run.pt");
     files.inputs = saved("unread.pt");

@@ -19,8 +19,11 @@ static TOKENIZER: LazyLock<Tokenizer> = LazyLock::new(|| {
 
 fuzz_target!(|bytes: &[u8]| {
     let Ok(text) = str::from_utf8(bytes) else { return };
-    let messages =
-        [Message::new("system", "You are <|im_start|> terse."), Message::new("user", "abba"), Message::new("assistant", "")];
+    let messages = [
+        Message::new("system", "You are <|im_start|> terse."),
+        Message::new("user", "abba"),
+        Message::new("assistant", ""),
+    ];
     let options = ChatOptions {
         template: Some(text.to_string()),
         now: Some(SystemTime::UNIX_EPOCH + Duration::from_secs(1_700_000_000)),

@@ -10,7 +10,7 @@ use super::{
 };
 use crate::{
     Error, Result,
-    error::{At, ensure},
+    error::{ErrorContext, ensure},
 };
 
 pub(super) fn object(name: &str, value: Value) -> Result<Map> {
@@ -23,7 +23,7 @@ pub(super) fn object(name: &str, value: Value) -> Result<Map> {
 /// Reads the keyword `attn_layers` apart, so that its errors keep their type.
 fn read_wrapper<T: Keywords>(mut map: Map) -> Result<(T, AttentionLayersConfig)> {
     let layers = map.remove("attn_layers").ok_or_else(|| Error::option("attn_layers", "is required, and missing"))?;
-    let layers = kwargs::read(object("attn_layers", layers)?).at("attn_layers")?;
+    let layers = kwargs::read(object("attn_layers", layers)?).context("attn_layers")?;
     Ok((kwargs::read(map)?, layers))
 }
 
@@ -73,9 +73,9 @@ impl AutoregressiveConfig {
         let model = net.remove("model").unwrap_or_else(|| json!("TransformerWrapper"));
         ensure!(
             model == "TransformerWrapper",
-            Error::option("model", format!("expected \"TransformerWrapper\", got {model}")).at("net")
+            Error::option("model", format!("expected \"TransformerWrapper\", got {model}")).context("net")
         );
-        let net = TransformerWrapperConfig::from_map(net).at("net")?;
+        let net = TransformerWrapperConfig::from_map(net).context("net")?;
         Ok(Self { net, ..kwargs::read(map)? })
     }
 
@@ -131,7 +131,7 @@ impl XTransformerConfig {
             layers.insert("cross_attend".to_string(), json!(kind == "Decoder"));
             options.insert("attn_layers".to_string(), Value::Object(layers));
             TransformerWrapperConfig::from_map(options).map_err(|error| match error {
-                Error::At { source, .. } => kwargs::with_prefix(*source, prefix),
+                Error::Context { source, .. } => kwargs::with_prefix(*source, prefix),
                 error => kwargs::with_prefix(error, prefix),
             })
         };

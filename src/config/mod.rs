@@ -40,7 +40,7 @@ use serde_json::{Value, json};
 
 use crate::{
     Error, Result,
-    error::{At, ensure},
+    error::{ErrorContext, ensure},
 };
 use json::object;
 
@@ -117,7 +117,7 @@ impl Config {
         let value = serde_json::from_str(json);
         let mut value: Value = value.map_err(|error| Error::argument("config", format!("expected JSON: {error}")))?;
         let call = value.as_object_mut().and_then(|map| map.remove("call"));
-        let call = call.map_or_else(|| Ok(Call::default()), |call| Call::from_value(call).at("call"))?;
+        let call = call.map_or_else(|| Ok(Call::default()), |call| Call::from_value(call).context("call"))?;
         Ok((Self::from_value(value)?, call))
     }
 
@@ -191,7 +191,7 @@ impl Config {
                 let plan = config.plan()?;
                 vec![("encoder.attn_layers", plan.enc.layers), ("decoder.net.attn_layers", plan.dec.layers)]
             }
-            Self::AutoregressiveWrapper(config) => vec![("net.attn_layers", config.net.plan().at("net")?.layers)],
+            Self::AutoregressiveWrapper(config) => vec![("net.attn_layers", config.net.plan().context("net")?.layers)],
             Self::AttentionLayers(config) => vec![("", LayersPlan::new(config)?)],
             Self::SamplingFilter(_) => Vec::new(),
         })

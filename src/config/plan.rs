@@ -160,9 +160,9 @@ pub enum Norm {
     /// ScaleNorm; eps is the least length.
     Scale(f64),
     /// RMSNorm; eps is the least length.
-    Rms(f64),
+    ClampedRms(f64),
     /// RMSNorm; eps is added to the mean square.
-    MeanSquare(f64),
+    Rms(f64),
 }
 
 impl Norm {
@@ -382,7 +382,7 @@ impl fmt::Display for Norm {
         f.write_str(match self {
             Self::Layer(_) => "LayerNorm",
             Self::Scale(_) => "ScaleNorm",
-            Self::Rms(_) | Self::MeanSquare(_) => "RMSNorm",
+            Self::ClampedRms(_) | Self::Rms(_) => "RMSNorm",
         })
     }
 }

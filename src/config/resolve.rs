@@ -111,7 +111,7 @@ fn norm(config: &AttentionLayersConfig) -> Result<Option<Norm>> {
     }
     Ok(match (config.use_rezero, config.use_rmsnorm, config.use_scalenorm) {
         (true, ..) => None,
-        (false, true, _) => Some(eps.map_or(Norm::Rms(1e-8), Norm::MeanSquare)),
+        (false, true, _) => Some(eps.map_or(Norm::ClampedRms(1e-8), Norm::Rms)),
         (false, false, true) => Some(Norm::Scale(eps.unwrap_or(1e-5))),
         (false, false, false) => Some(Norm::Layer(eps.unwrap_or(1e-5))),
     })

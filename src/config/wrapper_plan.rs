@@ -10,7 +10,7 @@ use super::{
 };
 use crate::{
     Error, Result,
-    error::{At, ensure},
+    error::{ErrorContext, ensure},
     ops::Activation,
 };
 
@@ -85,7 +85,7 @@ impl TransformerWrapperConfig {
     pub fn plan(&self) -> Result<TransformerPlan> {
         at_least_one("num_tokens", self.num_tokens)?;
         probability("emb_dropout", self.emb_dropout)?;
-        let layers = LayersPlan::new(&self.attn_layers).at("attn_layers")?;
+        let layers = LayersPlan::new(&self.attn_layers).context("attn_layers")?;
         let absolute_positions = self.use_pos_emb && !layers.positions.replace_absolute();
         check_longest(self.max_seq_len, absolute_positions)?;
         let emb_dim = self.emb_dim.unwrap_or(layers.dim);
@@ -115,7 +115,8 @@ impl TransformerWrapperConfig {
             Error::option("num_token_types", format!("{} are too many", self.num_token_types))
         );
         let norm = Norm::Layer(self.attn_layers.norm_eps.unwrap_or(1e-5));
-        let activation = feedforward(layers.dim, layers.dim, &self.attn_layers.ff, false).at("attn_layers")?.activation;
+        let activation =
+            feedforward(layers.dim, layers.dim, &self.attn_layers.ff, false).context("attn_layers")?.activation;
         let memories = layers.self_attentions();
         ensure!(
             self.shift_mem_down <= memories,
@@ -179,7 +180,7 @@ impl ContinuousTransformerWrapperConfig {
         at_least_one("dim_in", self.dim_in.unwrap_or(1))?;
         at_least_one("dim_out", self.dim_out.unwrap_or(1))?;
         probability("emb_dropout", self.emb_dropout)?;
-        let layers = LayersPlan::new(&self.attn_layers).at("attn_layers")?;
+        let layers = LayersPlan::new(&self.attn_layers).context("attn_layers")?;
         let absolute_positions = self.use_pos_emb && !layers.positions.replace_absolute();
         check_longest(self.max_seq_len, absolute_positions)?;
         Ok(ContinuousPlan {
@@ -228,14 +229,14 @@ impl ViTransformerWrapperConfig {
         );
         ensure!(
             self.attn_layers.kind == LayersKind::Encoder,
-            Error::option("kind", format!("expected Encoder, got {:?}", self.attn_layers.kind)).at("attn_layers")
+            Error::option("kind", format!("expected Encoder, got {:?}", self.attn_layers.kind)).context("attn_layers")
         );
         probability("dropout", self.dropout)?;
         probability("emb_dropout", self.emb_dropout)?;
-        let layers = LayersPlan::new(&self.attn_layers).at("attn_layers")?;
+        let layers = LayersPlan::new(&self.attn_layers).context("attn_layers")?;
         ensure!(
             !layers.cross_attend,
-            Error::option("cross_attend", "an image transformer has no context to attend to").at("attn_layers")
+            Error::option("cross_attend", "an image transformer has no context to attend to").context("attn_layers")
         );
         let head = |classes: usize| {
             at_least_one("num_classes", classes)?;
@@ -304,8 +305,8 @@ impl XTransformerConfig {
             )
         );
         Ok(XTransformerPlan {
-            enc: self.enc.plan().at("encoder")?,
-            dec: self.dec.plan().at("decoder.net")?,
+            enc: self.enc.plan().context("encoder")?,
+            dec: self.dec.plan().context("decoder.net")?,
             tie_token_emb: self.tie_token_emb,
         })
     }

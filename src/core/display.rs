@@ -13,7 +13,7 @@ impl fmt::Debug for Tensor {
         if !self.is_contiguous() {
             write!(f, " strides {:?}", self.strides())?;
         }
-        if self.elements() <= 8 {
+        if self.numel() <= 8 {
             write!(f, " ")?;
             write_values(self, f, None)?;
         }

@@ -68,7 +68,7 @@ fn draw(
         })?,
         Device::Cuda(gpu) => {
             dtype.expect_float("parameter")?;
-            let n = shape.elements();
+            let n = shape.numel();
             gpu.kernel(kernel, &[("DTYPE", dtype.name())])?.launch(
                 Grid::elements(n.div_ceil(2)),
                 args![&mut tensor, n as i64, random.seed(), random.stream(), scale],

@@ -17,11 +17,11 @@ mod views;
 pub use dtype::{DType, Element, Readable};
 pub use gradcheck::{Gradcheck, GradcheckReport, InputReport, gradcheck};
 pub use init::Init;
-pub use param::{Buffer, Param, ParamMap, Store};
+pub use param::{Buffer, Param, ParamMap, ParamStore};
 pub use philox::{Philox, philox4x32};
 pub use shape::{IntoShape, MAX_RANK, Shape};
 pub use tape::{
-    Backward, Contribution, Contributions, Gradients, LeafId, Mode, Part, Tape, checkpoint, discrete, record,
+    Backward, GradSlice, Gradients, InputGrad, InputGrads, LeafId, Mode, Tape, checkpoint, discrete, record,
 };
 pub use tensor::Tensor;
 

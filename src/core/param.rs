@@ -159,8 +159,8 @@ impl ParamMap {
     }
 
     /// Number of trainable values, tied ones counted once.
-    pub fn elements(&self) -> usize {
-        self.unique().map(|(_, param)| param.tensor().elements()).sum()
+    pub fn numel(&self) -> usize {
+        self.unique().map(|(_, param)| param.tensor().numel()).sum()
     }
 
     /// Every tensor by name, parameters and buffers: what PyTorch calls the state dict.
@@ -179,7 +179,7 @@ impl ParamMap {
     /// Buffers begin as the config says; the state dict may leave them out, or hold them with the right shape, and then its
     /// values count, as they do in PyTorch. A tied parameter may have any of its names, or several with equal values.
     ///
-    /// Errors, with nothing changed: [`Error::Weights`] with every missing, unused and misshapen name; values that are
+    /// Errors, with nothing changed: [`Error::Weights`] with every missing, unused and mismatched name; values that are
     /// not float; a tied parameter with several values.
     pub fn load(&self, state: &BTreeMap<String, Tensor>) -> Result<()> {
         let given: HashSet<LeafId> =
@@ -196,7 +196,7 @@ impl ParamMap {
             Some(param) => Some(*param.tensor().shape()),
             None => self.buffers.get(name).map(|buffer| *buffer.tensor().shape()),
         };
-        let misshapen: Vec<_> = state
+        let mismatched: Vec<_> = state
             .iter()
             .filter_map(|(name, tensor)| {
                 let expected = shape(name)?;
@@ -204,8 +204,8 @@ impl ParamMap {
             })
             .collect();
         ensure!(
-            missing.is_empty() && unused.is_empty() && misshapen.is_empty(),
-            Error::Weights { missing, unused, misshapen }
+            missing.is_empty() && unused.is_empty() && mismatched.is_empty(),
+            Error::Weights { missing, unused, mismatched }
         );
         // Converted first, so that a failure half way leaves the model as it was.
         let mut values: BTreeMap<LeafId, (&str, &Param, Tensor)> = BTreeMap::new();
@@ -258,7 +258,7 @@ impl ParamMap {
 
 /// Where modules get their parameters: a place in the tree of names, a source of initial values, and the map.
 #[derive(Clone)]
-pub struct Store {
+pub struct ParamStore {
     prefix: String,
     start: Start,
     dtype: DType,
@@ -266,10 +266,10 @@ pub struct Store {
     map: Arc<Mutex<ParamMap>>,
 }
 
-impl fmt::Debug for Store {
+impl fmt::Debug for ParamStore {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Self { prefix, start, dtype, device, .. } = self;
-        f.debug_struct("Store")
+        f.debug_struct("ParamStore")
             .field("prefix", prefix)
             .field("start", start)
             .field("dtype", dtype)
@@ -286,7 +286,7 @@ enum Start {
     Shapes,
 }
 
-impl Store {
+impl ParamStore {
     /// Parameters drawn at random. A parameter's values depend on the seed and its name alone.
     pub fn new(seed: u64, dtype: DType, device: &Device) -> Self {
         Self { prefix: String::new(), start: Start::Random(seed), dtype, device: device.clone(), map: Arc::default() }
@@ -303,9 +303,9 @@ impl Store {
     }
 
     /// The place below this one: `store.at("layers").at(3)`.
-    pub fn at(&self, name: impl fmt::Display) -> Store {
+    pub fn at(&self, name: impl fmt::Display) -> ParamStore {
         let prefix = if self.prefix.is_empty() { name.to_string() } else { format!("{}.{name}", self.prefix) };
-        Store { prefix, ..self.clone() }
+        ParamStore { prefix, ..self.clone() }
     }
 
     /// The name of this place, for messages.

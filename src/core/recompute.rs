@@ -14,7 +14,7 @@ const STEPS: usize = 16;
 
 /// How a tensor is computed again, as a constant with the same bits. Clones share the result.
 #[derive(Clone)]
-pub(crate) struct Recipe(Arc<Shared>);
+pub(crate) struct Recompute(Arc<Shared>);
 
 struct Shared {
     /// Recipes that it is the last of.
@@ -24,7 +24,7 @@ struct Shared {
     value: Mutex<Option<Tensor>>,
 }
 
-impl Recipe {
+impl Recompute {
     pub(super) fn new(compute: impl Fn() -> Result<Tensor> + Send + Sync + 'static) -> Self {
         Self::after(0, compute)
     }
@@ -63,7 +63,7 @@ impl Recipe {
 #[derive(Clone)]
 pub(crate) enum Saved {
     Kept(Tensor),
-    Again(Recipe),
+    Again(Recompute),
 }
 
 impl Saved {

@@ -40,7 +40,7 @@ impl Shape {
     }
 
     /// Number of elements: the product of the dimensions, 1 for rank 0.
-    pub fn elements(&self) -> usize {
+    pub fn numel(&self) -> usize {
         // Saturating, because whoever writes to a shape's dimensions can leave them too large.
         self.iter().fold(1, |elements, &size| elements.saturating_mul(size))
     }
@@ -379,7 +379,7 @@ mod tests {
 
     /// Every buffer position that a layout visits, in row-major order.
     fn positions(layout: &Layout) -> Vec<usize> {
-        (0..layout.shape.elements())
+        (0..layout.shape.numel())
             .map(|mut at| {
                 let mut position = layout.offset;
                 for dim in (0..layout.shape.rank()).rev() {
@@ -412,7 +412,7 @@ mod tests {
         let (dims, _) = collapse(&shape(&[1 << 20, 1 << 20]), [&[1 << 20, 1]]);
         assert_eq!(dims, [1 << 20, 1 << 20], "a size that 32 bits do not hold");
         let empty = Layout::contiguous(shape(&[3, 0, 2]));
-        assert_eq!(collapse(&empty.shape, [empty.strides()]).0.elements(), 0);
+        assert_eq!(collapse(&empty.shape, [empty.strides()]).0.numel(), 0);
     }
 
     #[test]

@@ -4,9 +4,9 @@ use std::sync::Arc;
 
 use super::{
     dtype::{DType, Element, Readable, dispatch_float},
-    recompute::Recipe,
+    recompute::Recompute,
     shape::{IntoShape, Layout, Shape},
-    tape::{Backward, Contributions, GradSlot, LeafId, record},
+    tape::{Backward, GradSlot, InputGrads, LeafId, record},
 };
 use crate::{
     Device, Error, Result,
@@ -38,7 +38,7 @@ pub struct Tensor {
     device: Device,
     pub(super) grad: GradSlot,
     /// How ops that need the values backward may compute them again; views and constants have none.
-    pub(super) recipe: Option<Recipe>,
+    pub(super) recipe: Option<Recompute>,
 }
 
 impl Tensor {
@@ -48,7 +48,7 @@ impl Tensor {
     pub fn from_slice<E: Element>(values: &[E], shape: impl IntoShape, device: &Device) -> Result<Self> {
         let shape = shape.into_shape()?;
         ensure!(
-            shape.elements() == values.len(),
+            shape.numel() == values.len(),
             Error::shape("from_slice", format!("{} values do not fill shape {shape:?}", values.len()))
         );
         let mut tensor = Self::uninit(shape, E::DTYPE, &Device::Cpu)?;
@@ -73,7 +73,7 @@ impl Tensor {
         let mut tensor = Self::uninit(shape.into_shape()?, dtype, device)?;
         match device {
             Device::Cpu => tensor.bytes_mut()?.fill(0),
-            Device::Cuda(gpu) => gpu.fill_zero(tensor.address_mut()?, tensor.elements() * dtype.size())?,
+            Device::Cuda(gpu) => gpu.fill_zero(tensor.address_mut()?, tensor.numel() * dtype.size())?,
         }
         Ok(tensor)
     }
@@ -91,7 +91,7 @@ impl Tensor {
                 let mut tensor = Self::uninit(shape.into_shape()?, dtype, device)?;
                 // Rounded to the dtype here, so that the kernel's conversions are exact.
                 let value = Self::scalar(value, &Device::Cpu)?.to_dtype(dtype)?.item()?;
-                let n = tensor.elements();
+                let n = tensor.numel();
                 gpu.kernel("fill_value", &[("DTYPE", dtype.name())])?
                     .launch(Grid::elements(n), args![&mut tensor, n as i64, value])?;
                 Ok(tensor)
@@ -132,7 +132,7 @@ impl Tensor {
 
     /// A tensor whose content is unspecified, for ops that write every element.
     pub(crate) fn uninit(shape: Shape, dtype: DType, device: &Device) -> Result<Self> {
-        let buffer = Buffer::new(shape.elements() * dtype.size(), device)?;
+        let buffer = Buffer::new(shape.numel() * dtype.size(), device)?;
         Ok(Self {
             buffer: Arc::new(buffer),
             layout: Layout::contiguous(shape),
@@ -159,8 +159,8 @@ impl Tensor {
     }
 
     /// Number of elements.
-    pub fn elements(&self) -> usize {
-        self.layout.shape.elements()
+    pub fn numel(&self) -> usize {
+        self.layout.shape.numel()
     }
 
     /// Size of one dimension; negative ones count from the end.
@@ -226,7 +226,7 @@ impl Tensor {
     pub fn to_vec<E: Readable>(&self) -> Result<Vec<E>> {
         let packed = self.detach().contiguous()?.to_device(&Device::Cpu)?;
         let values = packed.values::<E>()?.iter().map(|&stored| E::from_stored(stored)).collect();
-        profile::done("to_vec", profile::Phase::Read, &self.device, || packed.elements() * packed.dtype.size())?;
+        profile::done("to_vec", profile::Phase::Read, &self.device, || packed.numel() * packed.dtype.size())?;
         Ok(values)
     }
 
@@ -240,7 +240,7 @@ impl Tensor {
                 Ok(packed.values::<T>()?.iter().map(|&x| to_f64::<T>(x)).collect())
             })?,
         };
-        profile::done("to_f64_vec", profile::Phase::Read, &self.device, || packed.elements() * packed.dtype.size())?;
+        profile::done("to_f64_vec", profile::Phase::Read, &self.device, || packed.numel() * packed.dtype.size())?;
         Ok(values)
     }
 
@@ -249,7 +249,7 @@ impl Tensor {
     /// Errors: it has another number of elements.
     pub fn item(&self) -> Result<f64> {
         ensure!(
-            self.elements() == 1,
+            self.numel() == 1,
             Error::shape("item", format!("expected one element, the shape is {:?}", self.shape()))
         );
         Ok(self.to_f64_vec()?[0])
@@ -289,7 +289,7 @@ impl Tensor {
 
     /// Where the elements of a contiguous tensor are in its storage.
     fn range(&self) -> std::ops::Range<usize> {
-        let elements = self.elements();
+        let elements = self.numel();
         // The offset of an empty view may lie behind the end.
         let start = if elements == 0 { 0 } else { self.layout.offset };
         start..start + elements
@@ -368,7 +368,7 @@ impl Tensor {
         let (x, mut y) = (self.detach().contiguous()?, self.uninit_like()?);
         match &self.device {
             Device::Cpu => y.bytes_mut()?.copy_from_slice(x.bytes()?),
-            Device::Cuda(gpu) => gpu.copy(y.address_mut()?, x.address()?, y.elements() * y.dtype.size())?,
+            Device::Cuda(gpu) => gpu.copy(y.address_mut()?, x.address()?, y.numel() * y.dtype.size())?,
         }
         Ok(y)
     }
@@ -400,8 +400,8 @@ impl Backward for ToDeviceBackward {
         "to_device"
     }
 
-    fn backward(self: Box<Self>, grad: Tensor, _need: &[bool]) -> Result<Contributions> {
-        grad.to_device(&self.device).map(Contributions::one)
+    fn backward(self: Box<Self>, grad: Tensor, _need: &[bool]) -> Result<InputGrads> {
+        grad.to_device(&self.device).map(InputGrads::one)
     }
 }
 

@@ -3,7 +3,7 @@
 
 use super::{
     shape::{IntoShape, Layout, MAX_RANK, Shape},
-    tape::{Backward, Contribution, Contributions, Part, record},
+    tape::{Backward, GradSlice, InputGrad, InputGrads, record},
     tensor::Tensor,
 };
 use crate::{Error, Result, error::ensure};
@@ -16,7 +16,7 @@ impl Tensor {
     pub fn reshape(&self, shape: impl IntoShape) -> Result<Tensor> {
         let shape = shape.into_shape()?;
         ensure!(
-            shape.elements() == self.elements(),
+            shape.numel() == self.numel(),
             Error::shape("reshape", format!("{:?} and {shape:?} have different numbers of elements", self.shape()))
         );
         match self.layout().reshape(shape) {
@@ -83,7 +83,7 @@ impl Tensor {
                 format!("{len} elements from {start} exceed dimension {dim} of shape {:?}", self.shape())
             )
         );
-        let backward = NarrowBackward { shape: *self.shape(), part: Part { dim, start, len } };
+        let backward = NarrowBackward { shape: *self.shape(), part: GradSlice { dim, start, len } };
         self.view("narrow", self.layout().narrow(dim, start, len), backward)
     }
 
@@ -189,8 +189,8 @@ impl Backward for ReshapeBackward {
         "reshape"
     }
 
-    fn backward(self: Box<Self>, grad: Tensor, _need: &[bool]) -> Result<Contributions> {
-        grad.reshape(self.shape).map(Contributions::one)
+    fn backward(self: Box<Self>, grad: Tensor, _need: &[bool]) -> Result<InputGrads> {
+        grad.reshape(self.shape).map(InputGrads::one)
     }
 }
 
@@ -204,14 +204,14 @@ impl Backward for PermuteBackward {
         "permute"
     }
 
-    fn backward(self: Box<Self>, grad: Tensor, _need: &[bool]) -> Result<Contributions> {
-        grad.permute(&self.inverse[..self.rank]).map(Contributions::one)
+    fn backward(self: Box<Self>, grad: Tensor, _need: &[bool]) -> Result<InputGrads> {
+        grad.permute(&self.inverse[..self.rank]).map(InputGrads::one)
     }
 }
 
 struct NarrowBackward {
     shape: Shape,
-    part: Part,
+    part: GradSlice,
 }
 
 impl Backward for NarrowBackward {
@@ -219,8 +219,8 @@ impl Backward for NarrowBackward {
         "narrow"
     }
 
-    fn backward(self: Box<Self>, grad: Tensor, _need: &[bool]) -> Result<Contributions> {
-        Ok(Contributions::new(vec![Contribution::Part { shape: self.shape, part: self.part, value: grad }]))
+    fn backward(self: Box<Self>, grad: Tensor, _need: &[bool]) -> Result<InputGrads> {
+        Ok(InputGrads::new(vec![InputGrad::Slice { shape: self.shape, part: self.part, value: grad }]))
     }
 }
 
@@ -233,7 +233,7 @@ impl Backward for ExpandBackward {
         "expand"
     }
 
-    fn backward(self: Box<Self>, grad: Tensor, _need: &[bool]) -> Result<Contributions> {
-        grad.sum_to(self.shape).map(Contributions::one)
+    fn backward(self: Box<Self>, grad: Tensor, _need: &[bool]) -> Result<InputGrads> {
+        grad.sum_to(self.shape).map(InputGrads::one)
     }
 }

@@ -314,7 +314,7 @@ mod tests {
             base.narrow(0, 1, 1).squeeze(0).unsqueeze(2),
         ];
         for layout in layouts {
-            let mut seen = vec![usize::MAX; layout.shape.elements()];
+            let mut seen = vec![usize::MAX; layout.shape.numel()];
             for_strided(&mut seen, &layout.shape, [&layout], |run, [start], [step]| {
                 run.iter_mut().enumerate().for_each(|(index, to)| *to = start + index * step);
             });

@@ -142,11 +142,11 @@ mod tests {
             let dims = Shape::new(&shape).unwrap();
             let reach: usize = shape.iter().zip(&strides).map(|(&dim, &stride)| dim.saturating_sub(1) * stride).sum();
             let fits = 5 + 3 * (reach + 1) <= file.len();
-            if cfg!(miri) && (!fits || dims.elements() > 4000) {
+            if cfg!(miri) && (!fits || dims.numel() > 4000) {
                 continue;
             }
             assert!(fits, "{shape:?} {strides:?} lies outside of the file");
-            let mut out = vec![[0u8; 3]; dims.elements()];
+            let mut out = vec![[0u8; 3]; dims.numel()];
             gather(&source, 5, &dims, &strides, &mut out, |bytes: [u8; 3]| bytes).unwrap();
             for (mut rest, out) in out.into_iter().enumerate() {
                 let mut at = 0;

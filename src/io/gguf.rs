@@ -75,7 +75,7 @@ fn header(mut cursor: Cursor, total: usize) -> Parsed<Listing> {
     let data = cursor.at().checked_next_multiple_of(alignment).unwrap_or(usize::MAX);
     let mut entries = BTreeMap::new();
     for (name, shape, stored, offset) in described {
-        let size = stored.bytes(shape.elements()).ok_or_else(|| format!("tensor `{name}` is too large"))?;
+        let size = stored.bytes(shape.numel()).ok_or_else(|| format!("tensor `{name}` is too large"))?;
         let start = usize::try_from(offset).ok().and_then(|offset| data.checked_add(offset));
         let Some(start) = start.filter(|&start| start.checked_add(size).is_some_and(|end| end <= total)) else {
             return Err(format!(

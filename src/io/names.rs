@@ -11,7 +11,7 @@ use super::TensorFile;
 use crate::{
     DType, Error, ParamMap, Result, Tensor,
     core::{Float, Real, dispatch_float},
-    error::{At, ensure},
+    error::{ErrorContext, ensure},
 };
 
 /// Where the values of one parameter come from.
@@ -86,7 +86,7 @@ impl Names {
             let tensor = weight.read(file)?;
             check_values(file, weight, &tensor, old.dtype())?;
             let tensor = tensor.to_device(old.device())?.to_dtype(old.dtype())?.contiguous()?;
-            param.set(tensor).at(&name)?;
+            param.set(tensor).context(&name)?;
             loaded.insert(param.leaf());
         }
         let missing: Vec<String> = params
@@ -94,7 +94,7 @@ impl Names {
             .filter(|(_, param)| !loaded.contains(&param.leaf()))
             .map(|(name, _)| name.to_string())
             .collect();
-        ensure!(missing.is_empty(), Error::Weights { missing, unused: Vec::new(), misshapen: Vec::new() });
+        ensure!(missing.is_empty(), Error::Weights { missing, unused: Vec::new(), mismatched: Vec::new() });
         Ok(())
     }
 
@@ -134,7 +134,7 @@ impl Names {
         if let Some((name, what)) = unused.iter().find_map(|name| Some((name, changes_weights(name)?))) {
             return Err(Error::file(file.path(), format!("has `{name}`: {what}")));
         }
-        let mut misshapen = Vec::new();
+        let mut mismatched = Vec::new();
         for Weight { ours, theirs } in &self.weights {
             let Some(param) = model.get(ours) else { continue };
             let mut expected = param.tensor().shape().to_vec();
@@ -144,14 +144,14 @@ impl Names {
             for name in theirs.names() {
                 match file.info(name) {
                     Some(info) if info.shape != expected => {
-                        misshapen.push((name.clone(), expected.clone(), info.shape))
+                        mismatched.push((name.clone(), expected.clone(), info.shape))
                     }
                     _ => {}
                 }
             }
         }
-        let fits = missing.is_empty() && misshapen.is_empty();
-        ensure!(fits && (!strict || unused.is_empty()), Error::Weights { missing, unused, misshapen });
+        let fits = missing.is_empty() && mismatched.is_empty();
+        ensure!(fits && (!strict || unused.is_empty()), Error::Weights { missing, unused, mismatched });
         Ok(())
     }
 }

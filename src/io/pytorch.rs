@@ -181,7 +181,7 @@ fn place(
         .iter()
         .zip(&view.strides)
         .try_fold(0usize, |reach, (&dim, &stride)| reach.checked_add(dim.saturating_sub(1).checked_mul(stride)?));
-    let values = if shape.elements() == 0 { Some(0) } else { reach.and_then(|reach| reach.checked_add(1)) };
+    let values = if shape.numel() == 0 { Some(0) } else { reach.and_then(|reach| reach.checked_add(1)) };
     let end = values.and_then(|values| view.offset.checked_add(values)?.checked_mul(size));
     let inside = end.zip(length).is_some_and(|(end, length)| end <= length);
     let start = first.and_then(|first| first.checked_add(view.offset.checked_mul(size)?));

@@ -236,7 +236,7 @@ pub(crate) fn pack(
     }
     let mut start = 0;
     for (name, tensor) in &packed {
-        let end = start + tensor.elements() * tensor.dtype().size();
+        let end = start + tensor.numel() * tensor.dtype().size();
         let info = TensorInfo {
             dtype: stored_dtype(tensor.dtype()),
             shape: tensor.shape().to_vec(),

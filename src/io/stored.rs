@@ -240,7 +240,7 @@ pub(super) fn raw(source: &Source, entry: &Entry) -> Reading<Vec<u8>> {
     if entry.strides.is_some() {
         return Err("is a view whose values lie apart: it has no bytes of its own".into());
     }
-    let size = entry.stored.bytes(entry.shape.elements()).ok_or("is too large")?;
+    let size = entry.stored.bytes(entry.shape.numel()).ok_or("is too large")?;
     let mut bytes = Vec::new();
     bytes.try_reserve_exact(size).map_err(|_| Error::OutOfMemory { requested: size, live: 0, cached: 0 })?;
     bytes.resize(size, 0);

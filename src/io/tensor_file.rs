@@ -439,7 +439,7 @@ impl Entry {
         read.map_err(|problem| match problem {
             Unreadable::Content(why) => Error::file(source.path(), format!("tensor `{name}` {why}")),
             Unreadable::Failed(error @ (Error::File { .. } | Error::Io { .. })) => error,
-            Unreadable::Failed(error) => error.at(name),
+            Unreadable::Failed(error) => error.context(name),
         })
     }
 }
@@ -449,7 +449,7 @@ impl Entry {
 fn check_total(listing: &mut Listing, bytes: usize) -> Parsed<()> {
     let most = bytes.saturating_mul(2);
     let fits = |entries: &BTreeMap<String, Entry>| {
-        let mut sizes = entries.values().map(|entry| entry.stored.bytes(entry.shape.elements()));
+        let mut sizes = entries.values().map(|entry| entry.stored.bytes(entry.shape.numel()));
         sizes.try_fold(0usize, |total, size| total.checked_add(size?)).is_some_and(|total| total <= most)
     };
     if fits(&listing.entries) {

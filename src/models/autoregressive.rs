@@ -2,9 +2,9 @@
 
 use super::{Output, TransformerWrapper};
 use crate::{
-    Error, Result, Store, Tensor,
+    Error, ParamStore, Result, Tensor,
     config::AutoregressiveConfig,
-    error::{At, ensure},
+    error::{ErrorContext, ensure},
     nn::ForwardOptions,
 };
 
@@ -12,7 +12,7 @@ use crate::{
 ///
 /// ```
 /// use x_transformers::{
-///     DType, Device, Store, Tape, Tensor,
+///     DType, Device, ParamStore, Tape, Tensor,
 ///     config::{AttentionLayersConfig, AutoregressiveConfig, TransformerWrapperConfig},
 ///     models::{AutoregressiveWrapper, ForwardOptions, GenerateOptions},
 /// };
@@ -24,7 +24,7 @@ use crate::{
 ///     ..Default::default()
 /// };
 /// let config = AutoregressiveConfig { net, ..Default::default() };
-/// let store = Store::new(0, DType::F32, &Device::Cpu);
+/// let store = ParamStore::new(0, DType::F32, &Device::Cpu);
 /// let model = AutoregressiveWrapper::new(&config, &store)?;
 ///
 /// let tokens = Tensor::from_slice(&[1i64, 2, 3, 4, 5, 6], [2, 3], &Device::Cpu)?;
@@ -51,15 +51,15 @@ impl AutoregressiveWrapper {
     /// A model from its keywords; its parameters' names begin with `net.`.
     ///
     /// Errors: [`Error::Option`] for what is illegal alone or together.
-    pub fn new(config: &AutoregressiveConfig, store: &Store) -> Result<Self> {
+    pub fn new(config: &AutoregressiveConfig, store: &ParamStore) -> Result<Self> {
         let pooled = [
             ("average_pool_embed", config.net.average_pool_embed),
             ("return_only_embed", config.net.return_only_embed),
         ];
         if let Some((key, _)) = pooled.into_iter().find(|(_, on)| *on) {
-            return Err(Error::option(key, "leaves no logits for each token, which predictions need").at("net"));
+            return Err(Error::option(key, "leaves no logits for each token, which predictions need").context("net"));
         }
-        let net = TransformerWrapper::new(&config.net, &store.at("net")).at("net")?;
+        let net = TransformerWrapper::new(&config.net, &store.at("net")).context("net")?;
         Ok(Self { net, ignore_index: config.ignore_index, pad_value: config.pad_value })
     }
 
@@ -88,15 +88,15 @@ impl AutoregressiveWrapper {
             options.mask = Some(if full { mask.narrow(1, 0, n)? } else { mask });
         }
         options.return_embeddings = true;
-        let Output { out, .. } = self.net.forward(&tokens.narrow(1, 0, n)?, &options).at("net")?;
-        self.net.cross_entropy(&out, &tokens.narrow(1, 1, n)?, self.ignore_index).at("net")
+        let Output { out, .. } = self.net.forward(&tokens.narrow(1, 0, n)?, &options).context("net")?;
+        self.net.cross_entropy(&out, &tokens.narrow(1, 1, n)?, self.ignore_index).context("net")
     }
 
     /// As [`TransformerWrapper::quantize_int8`].
     ///
     /// Errors: weights that are not finite.
     pub fn quantize_int8(&mut self) -> Result<()> {
-        self.net.quantize_int8().at("net")
+        self.net.quantize_int8().context("net")
     }
 
     /// What follows the end of a row.

@@ -3,7 +3,7 @@
 use super::{ContinuousTransformerWrapper, TransformerWrapper, transformer::norm};
 use crate::{
     DType, Error, Result, Tensor,
-    error::{At, ensure},
+    error::{ErrorContext, ensure},
     nn::{AbsolutePositionalEmbedding, ForwardOptions, LayersCache},
 };
 
@@ -11,13 +11,13 @@ use crate::{
 ///
 /// ```
 /// use x_transformers::{
-///     DType, Device, Store, Tensor,
+///     DType, Device, ParamStore, Tensor,
 ///     config::{AttentionLayersConfig, TransformerWrapperConfig},
 ///     models::{ForwardOptions, TransformerWrapper},
 /// };
 /// # fn main() -> x_transformers::Result<()> {
 /// let config = TransformerWrapperConfig::new(256, 32, AttentionLayersConfig::decoder(16, 1));
-/// let model = TransformerWrapper::new(&config, &Store::new(0, DType::F64, &Device::Cpu))?;
+/// let model = TransformerWrapper::new(&config, &ParamStore::new(0, DType::F64, &Device::Cpu))?;
 /// let tokens = Tensor::from_slice(&[1i64, 2, 3], [1, 3], &Device::Cpu)?;
 /// let all = model.forward(&tokens, &ForwardOptions::default())?.out;
 ///
@@ -66,8 +66,8 @@ impl DecodeCache {
     /// Errors: another number of lengths than rows, or one that is longer than the sequence.
     pub fn truncate(&mut self, lengths: &[usize]) -> Result<()> {
         let started = self.layers.lengths().iter().any(|&length| length > 0);
-        let front = if started { self.memory_tokens } else { 0 };
-        let with_memory: Vec<usize> = lengths.iter().map(|length| length + front).collect();
+        let prefix_len = if started { self.memory_tokens } else { 0 };
+        let with_memory: Vec<usize> = lengths.iter().map(|length| length + prefix_len).collect();
         self.layers.truncate(&with_memory)?;
         self.lengths = lengths.to_vec();
         Ok(())
@@ -170,22 +170,21 @@ fn positions_of(
 }
 
 impl TransformerWrapper {
-    /// Why growing sequences must be computed anew in each step to have the numbers of
-    /// [`TransformerWrapper::forward`], or `None`: a cache gives the same.
-    pub fn needs_recomputing(&self, options: &ForwardOptions) -> Option<&'static str> {
-        self.attn_layers().needs_recomputing(options)
+    /// As [`AttentionLayers::supports_kv_cache`](crate::nn::AttentionLayers::supports_kv_cache).
+    pub fn supports_kv_cache(&self, options: &ForwardOptions) -> std::result::Result<(), &'static str> {
+        self.attn_layers().supports_kv_cache(options)
     }
 
     /// An empty cache for `batch` sequences of up to `capacity` tokens, at most `max_seq_len`, with the context and the
     /// memories of these options.
     ///
-    /// Errors: [`TransformerWrapper::needs_recomputing`], or no rows or tokens.
+    /// Errors: [`TransformerWrapper::supports_kv_cache`], or no rows or tokens.
     pub fn cache(&self, batch: usize, capacity: usize, options: &ForwardOptions) -> Result<DecodeCache> {
         let options = self.layers_options(&ForwardOptions { mask: None, ..options.clone() })?;
         let memory_tokens = self.plan().num_memory_tokens;
         let capacity = capacity.min(self.plan().window()).saturating_add(memory_tokens);
         let dtype = self.token_emb().table().dtype();
-        let layers = self.attn_layers().cache(batch, capacity, dtype, &options).at("attn_layers")?;
+        let layers = self.attn_layers().cache(batch, capacity, dtype, &options).context("attn_layers")?;
         Ok(DecodeCache::new(layers, memory_tokens))
     }
 
@@ -209,31 +208,32 @@ impl TransformerWrapper {
         let first = cache.is_empty();
         let mut x = self.embed_tokens(tokens, None, |emb| positions_of(emb, cache, n, tokens))?;
         let (mut counts_of_layers, mut layers_mask) = (counts.to_vec(), mask.cloned());
-        let front = if first { self.plan().num_memory_tokens } else { 0 };
-        if first && front > 0 {
+        let prefix_len = if first { self.plan().num_memory_tokens } else { 0 };
+        if first && prefix_len > 0 {
             x = self.prepend_memory_tokens(&x)?;
-            counts_of_layers.iter_mut().for_each(|count| *count += front);
+            counts_of_layers.iter_mut().for_each(|count| *count += prefix_len);
             layers_mask = self.mask_with_memory_tokens(mask)?;
         }
         let layers = &mut cache.layers;
-        let x = self.attn_layers().extend(&x, &counts_of_layers, layers_mask.as_ref(), layers).at("attn_layers")?;
+        let x =
+            self.attn_layers().extend(&x, &counts_of_layers, layers_mask.as_ref(), layers).context("attn_layers")?;
         cache.advance(counts);
-        norm(self.norm(), x.narrow(1, front, n)?)
+        norm(self.norm(), x.narrow(1, prefix_len, n)?)
     }
 }
 
 impl ContinuousTransformerWrapper {
-    /// As [`TransformerWrapper::needs_recomputing`].
-    pub fn needs_recomputing(&self, options: &ForwardOptions) -> Option<&'static str> {
-        self.attn_layers().needs_recomputing(options)
+    /// As [`AttentionLayers::supports_kv_cache`](crate::nn::AttentionLayers::supports_kv_cache).
+    pub fn supports_kv_cache(&self, options: &ForwardOptions) -> std::result::Result<(), &'static str> {
+        self.attn_layers().supports_kv_cache(options)
     }
 
     /// As [`TransformerWrapper::cache`].
     ///
-    /// Errors: [`ContinuousTransformerWrapper::needs_recomputing`], or no rows or vectors.
+    /// Errors: [`ContinuousTransformerWrapper::supports_kv_cache`], or no rows or vectors.
     pub fn cache(&self, batch: usize, capacity: usize, dtype: DType, options: &ForwardOptions) -> Result<DecodeCache> {
         let capacity = capacity.min(self.plan().window());
-        let layers = self.attn_layers().cache(batch, capacity, dtype, options).at("attn_layers")?;
+        let layers = self.attn_layers().cache(batch, capacity, dtype, options).context("attn_layers")?;
         Ok(DecodeCache::new(layers, 0))
     }
 
@@ -252,7 +252,7 @@ impl ContinuousTransformerWrapper {
         let (b, n) = (x.shape()[0], x.shape()[1]);
         cache.check(b, n, counts, mask)?;
         let x = self.embed_vectors(x, |emb| positions_of(emb, cache, n, x))?;
-        let x = self.attn_layers().extend(&x, counts, mask, &mut cache.layers).at("attn_layers")?;
+        let x = self.attn_layers().extend(&x, counts, mask, &mut cache.layers).context("attn_layers")?;
         cache.advance(counts);
         self.outputs(norm(self.norm(), x)?)
     }

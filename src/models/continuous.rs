@@ -4,9 +4,9 @@ use std::sync::Arc;
 
 use super::{Output, transformer::check_length};
 use crate::{
-    Error, Result, Store, Tensor,
+    Error, ParamStore, Result, Tensor,
     config::{ContinuousPlan, ContinuousTransformerWrapperConfig},
-    error::{At, ensure},
+    error::{ErrorContext, ensure},
     nn::{AbsolutePositionalEmbedding, AttentionLayers, ForwardOptions, Linear, Norm},
 };
 
@@ -25,7 +25,7 @@ impl ContinuousTransformerWrapper {
     /// A model from its keywords, with parameters under the names of PyTorch's state dict.
     ///
     /// Errors: [`Error::Option`] for what is illegal alone or together.
-    pub fn new(config: &ContinuousTransformerWrapperConfig, store: &Store) -> Result<Self> {
+    pub fn new(config: &ContinuousTransformerWrapperConfig, store: &ParamStore) -> Result<Self> {
         let plan = config.plan()?;
         let dim = plan.layers.dim;
         let positions = || AbsolutePositionalEmbedding::new(dim, plan.max_seq_len, true, &store.at("pos_emb"));
@@ -86,11 +86,11 @@ impl ContinuousTransformerWrapper {
         positions_of: impl FnOnce(&AbsolutePositionalEmbedding) -> Result<Tensor>,
     ) -> Result<Tensor> {
         let mut x = match &self.project_in {
-            Some(project) => project.forward(x).at("project_in")?,
+            Some(project) => project.forward(x).context("project_in")?,
             None => x.clone(),
         };
         if let Some(positions) = &self.pos_emb {
-            x = x.add(&positions_of(positions)?).at("pos_emb")?;
+            x = x.add(&positions_of(positions)?).context("pos_emb")?;
         }
         x.dropout(self.plan.emb_dropout)
     }
@@ -103,7 +103,7 @@ impl ContinuousTransformerWrapper {
     /// Normed hidden states to outputs: `[.., dim] → [.., dim_out]`.
     pub(super) fn outputs(&self, normed: Tensor) -> Result<Tensor> {
         match &self.project_out {
-            Some(project) => project.forward(&normed).at("project_out"),
+            Some(project) => project.forward(&normed).context("project_out"),
             None => Ok(normed),
         }
     }
@@ -120,14 +120,14 @@ impl ContinuousAutoregressiveWrapper {
     /// A model from the keywords of the wrapped one; its parameters' names begin with `net.`.
     ///
     /// Errors: [`Error::Option`] for what is illegal alone or together, or an output of other features than the input.
-    pub fn new(config: &ContinuousTransformerWrapperConfig, store: &Store) -> Result<Self> {
-        let net = ContinuousTransformerWrapper::new(config, &store.at("net")).at("net")?;
+    pub fn new(config: &ContinuousTransformerWrapperConfig, store: &ParamStore) -> Result<Self> {
+        let net = ContinuousTransformerWrapper::new(config, &store.at("net")).context("net")?;
         let dim = net.plan.layers.dim;
         let (dim_in, dim_out) = (net.plan.dim_in.unwrap_or(dim), net.plan.dim_out.unwrap_or(dim));
         ensure!(
             dim_in == dim_out,
             Error::option("dim_out", format!("predictions are inputs: expected `dim_in` = {dim_in}, got {dim_out}"))
-                .at("net")
+                .context("net")
         );
         Ok(Self { net })
     }
@@ -150,7 +150,7 @@ impl ContinuousAutoregressiveWrapper {
             let full = mask.rank() == 2 && mask.shape()[1] == n + 1;
             options.mask = Some(if full { mask.narrow(1, 0, n)? } else { mask });
         }
-        let out = self.net.forward(&x.narrow(1, 0, n)?, &options).at("net")?.out;
+        let out = self.net.forward(&x.narrow(1, 0, n)?, &options).context("net")?.out;
         let precise = out.dtype().accumulator();
         let error = out.to_dtype(precise)?.sub(&x.narrow(1, 1, n)?.to_dtype(precise)?)?.square()?.mean(&[-1])?;
         let Some(mask) = &options.mask else { return error.mean(&[]) };
@@ -175,7 +175,7 @@ impl ContinuousAutoregressiveWrapper {
         let (b, prompt) = (all.dim(0)?, all.dim(1)?);
         let window = self.net.plan.window();
         let longest = prompt.saturating_add(seq_len);
-        let fits = b > 0 && prompt <= window && options.mask.is_none() && self.net.needs_recomputing(options).is_none();
+        let fits = b > 0 && prompt <= window && options.mask.is_none() && self.net.supports_kv_cache(options).is_ok();
         let mut cache = fits.then(|| self.net.cache(b, longest, all.dtype(), options)).transpose()?;
         for _ in 0..seq_len {
             let length = all.dim(1)?;
@@ -190,7 +190,7 @@ impl ContinuousAutoregressiveWrapper {
                     self.net.forward(&all.narrow(1, length - seen, seen)?, options).map(|output| output.out)
                 }
             };
-            let out = out.at("net")?;
+            let out = out.context("net")?;
             all = Tensor::cat(&[&all, &out.narrow(1, out.dim(1)? - 1, 1)?.detach()], 1)?;
         }
         let new = all.narrow(1, prompt, seq_len)?;

@@ -2,9 +2,9 @@
 
 use super::{AutoregressiveWrapper, GenerateOptions, TransformerWrapper};
 use crate::{
-    Error, Result, Store, Tensor,
+    Error, ParamStore, Result, Tensor,
     config::XTransformerConfig,
-    error::{At, ensure},
+    error::{ErrorContext, ensure},
     nn::ForwardOptions,
 };
 
@@ -36,7 +36,7 @@ impl XTransformer {
     /// A model from its keywords; names begin with `encoder.` and `decoder.net.`.
     ///
     /// Errors: [`Error::Option`] for what is illegal alone or together.
-    pub fn new(config: &XTransformerConfig, store: &Store) -> Result<Self> {
+    pub fn new(config: &XTransformerConfig, store: &ParamStore) -> Result<Self> {
         let plan = config.plan()?;
         let encoder = TransformerWrapper::from_plan(&plan.enc, &store.at("encoder"), None)?;
         let tied = plan.tie_token_emb.then(|| encoder.token_emb());
@@ -49,7 +49,7 @@ impl XTransformer {
     /// Errors: tokens or masks that do not fit.
     pub fn loss(&self, src: &Tensor, tgt: &Tensor, options: &EncoderDecoderOptions) -> Result<Tensor> {
         let decoder = ForwardOptions { mask: options.tgt_mask.clone(), ..self.encode(src, options)? };
-        self.decoder.loss(tgt, &decoder).at("decoder")
+        self.decoder.loss(tgt, &decoder).context("decoder")
     }
 
     /// Continues `seq_out_start`, `[b, t]` or `[t]`, given `seq_in [b, n]`, as [`AutoregressiveWrapper::generate`].
@@ -74,7 +74,7 @@ impl XTransformer {
         let forward =
             ForwardOptions { context: encoded.context, context_mask: encoded.context_mask, ..options.forward.clone() };
         let options = GenerateOptions { forward, ..options.clone() };
-        self.decoder.generate(seq_out_start, seq_len, &options, on_token).at("decoder")
+        self.decoder.generate(seq_out_start, seq_len, &options, on_token).context("decoder")
     }
 
     /// What the decoder is given of the source.
@@ -87,7 +87,7 @@ impl XTransformer {
             explicit_attention: options.explicit_attention,
             ..ForwardOptions::default()
         };
-        let context = self.encoder.forward(src, &encoder).at("encoder")?.out;
+        let context = self.encoder.forward(src, &encoder).context("encoder")?.out;
         Ok(ForwardOptions {
             context: Some(context),
             context_mask: options.src_mask.clone(),

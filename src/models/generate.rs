@@ -211,14 +211,14 @@ impl AutoregressiveWrapper {
     ///
     /// ```
     /// # use x_transformers::{
-    /// #     DType, Device, Store, Tensor,
+    /// #     DType, Device, ParamStore, Tensor,
     /// #     config::{AttentionLayersConfig, AutoregressiveConfig, TransformerWrapperConfig},
     /// #     models::{AutoregressiveWrapper, GenerateOptions},
     /// # };
     /// # fn main() -> x_transformers::Result<()> {
     /// # let net = TransformerWrapperConfig::new(256, 16, AttentionLayersConfig::decoder(16, 1));
     /// # let config = AutoregressiveConfig { net, ..Default::default() };
-    /// # let model = AutoregressiveWrapper::new(&config, &Store::new(0, DType::F32, &Device::Cpu))?;
+    /// # let model = AutoregressiveWrapper::new(&config, &ParamStore::new(0, DType::F32, &Device::Cpu))?;
     /// let prompt = Tensor::from_slice(b"to be", [5], &Device::Cpu)?;
     /// for token in model.stream(&prompt, 8, &GenerateOptions::default())? {
     ///     let token = token?[0];

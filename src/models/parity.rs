@@ -12,7 +12,7 @@ use std::{
 
 use super::{Model, RunOptions};
 use crate::{
-    DType, Device, Error, Result, Store, Tensor,
+    DType, Device, Error, ParamStore, Result, Tensor,
     config::{Call, Config},
     error::ensure,
     io::{read_safetensors, read_text},
@@ -129,7 +129,7 @@ impl Case {
     ///
     /// Errors: weights or inputs that do not fit.
     pub fn run(&self, dtype: DType, device: &Device, options: &RunOptions) -> Result<BTreeMap<String, Tensor>> {
-        let model = Model::new(&self.config, &Store::zeros(dtype, device))?;
+        let model = Model::new(&self.config, &ParamStore::zeros(dtype, device))?;
         model.params().load(&self.weights)?;
         model.run(&self.inputs, &self.call, &RunOptions { gradients: true, ..*options })
     }

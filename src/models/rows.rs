@@ -3,7 +3,7 @@
 use super::{AutoregressiveWrapper, DecodeCache, GenerateOptions, TransformerWrapper};
 use crate::{
     DType, Device, Error, Result, Tensor,
-    error::{At, ensure},
+    error::{ErrorContext, ensure},
     nn::ForwardOptions,
 };
 
@@ -45,7 +45,7 @@ impl<'m> Rows<'m> {
         );
         let t = start_tokens.shape().last().copied().unwrap_or(0);
         ensure!(
-            start_tokens.elements() > 0,
+            start_tokens.numel() > 0,
             Error::shape("start_tokens", format!("expected a token, got {:?}", start_tokens.shape()))
         );
         let tokens: Vec<Vec<i64>> = start_tokens.to_vec::<i64>()?.chunks(t).map(<[i64]>::to_vec).collect();
@@ -58,8 +58,8 @@ impl<'m> Rows<'m> {
         let mask = prompt_mask(forward, b, t)?;
         ensure!(options.prefill_chunk > 0, Error::option("prefill_chunk", "expected at least 1, got 0"));
         let longest = tokens.iter().map(Vec::len).max().unwrap_or(0).saturating_add(more);
-        let cached = !options.recompute && net.needs_recomputing(forward).is_none();
-        let cache = cached.then(|| net.cache(b, longest, forward).at("net")).transpose()?;
+        let cached = !options.recompute && net.supports_kv_cache(forward).is_ok();
+        let cache = cached.then(|| net.cache(b, longest, forward).context("net")).transpose()?;
         let forward = ForwardOptions { mask: None, return_embeddings: true, ..forward.clone() };
         let device = start_tokens.device().clone();
         // A padded query sees all keys alike, those of the prompt that follow too.
@@ -123,14 +123,14 @@ impl<'m> Rows<'m> {
             let index: Vec<i64> = (0..last.len()).map(place).collect();
             hidden = hidden.embedding(&Tensor::from_vec(index, [last.len()], &self.device)?)?;
         }
-        Ok(self.net.logits(&hidden).at("net")?.detach())
+        Ok(self.net.logits(&hidden).context("net")?.detach())
     }
 
     /// For each row the logits behind its last `last[row]` tokens, in f64. More than one only of rows in the cache that have
     /// so many tokens which are not in it yet.
     pub fn last_logits(&mut self, last: &[usize]) -> Result<Vec<Vec<Vec<f64>>>> {
         let (order, hidden) = self.last_hidden(last)?;
-        let values = self.net.logits(&hidden).at("net")?.detach().to_f64_vec()?;
+        let values = self.net.logits(&hidden).context("net")?.detach().to_f64_vec()?;
         let mut logits = vec![Vec::new(); last.len()];
         for (row, values) in order.into_iter().zip(values.chunks(self.net.plan().num_tokens)) {
             logits[row].push(values.to_vec());
@@ -186,7 +186,7 @@ impl<'m> Rows<'m> {
             }
             let mask = self.mask.as_ref().map(|_| Tensor::from_vec(kept, [b, n], &self.device)).transpose()?;
             let new = Tensor::from_vec(new, [b, n], &self.device)?;
-            let hidden = self.net.extend(&new, &counts, mask.as_ref(), cache).at("net")?.detach();
+            let hidden = self.net.extend(&new, &counts, mask.as_ref(), cache).context("net")?.detach();
             // Positions of which logits are wanted, by rows.
             let mut wanted = Vec::new();
             for row in 0..b {
@@ -220,7 +220,7 @@ impl<'m> Rows<'m> {
             options.mask = Some(Tensor::from_vec(mask, [b, seen], &self.device)?);
         }
         // Only the last position needs logits.
-        Ok(self.net.forward(&window, &options).at("net")?.out.select(1, seen - 1)?.detach())
+        Ok(self.net.forward(&window, &options).context("net")?.out.select(1, seen - 1)?.detach())
     }
 }
 
@@ -275,7 +275,7 @@ fn unpadded(mut tokens: Vec<Vec<i64>>, options: &GenerateOptions) -> Result<Vec<
 /// The mask of the prompt by rows, checked.
 fn prompt_mask(forward: &ForwardOptions, b: usize, t: usize) -> Result<Option<Vec<Vec<bool>>>> {
     let Some(mask) = &forward.mask else { return Ok(None) };
-    let fits = mask.elements() == b * t && mask.shape().last() == Some(&t) && mask.dtype() == DType::Bool;
+    let fits = mask.numel() == b * t && mask.shape().last() == Some(&t) && mask.dtype() == DType::Bool;
     ensure!(fits, Error::shape("mask", format!("expected bool [{b}, {t}], got {:?} {}", mask.shape(), mask.dtype())));
     Ok(Some(mask.to_vec::<bool>()?.chunks(t).map(<[bool]>::to_vec).collect()))
 }

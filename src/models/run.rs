@@ -7,9 +7,9 @@ use super::{
     TransformerWrapper, ViTransformerWrapper, XTransformer, sampling::filter_probabilities,
 };
 use crate::{
-    DType, Device, Error, Param, ParamMap, Result, Store, Tape, Tensor,
+    DType, Device, Error, Param, ParamMap, ParamStore, Result, Tape, Tensor,
     config::{Call, Config, GenerateCall, LayersPlan, SamplingConfig},
-    error::{At, ensure},
+    error::{ErrorContext, ensure},
     nn::{AttentionLayers, ForwardOptions},
 };
 
@@ -17,10 +17,10 @@ use crate::{
 ///
 /// ```
 /// use std::collections::BTreeMap;
-/// use x_transformers::{DType, Device, Store, Tensor, config::{Call, Config}, models::Model};
+/// use x_transformers::{DType, Device, ParamStore, Tensor, config::{Call, Config}, models::Model};
 /// # fn main() -> x_transformers::Result<()> {
 /// let config = Config::from_json(r#"{"model": "Encoder", "dim": 8, "depth": 1, "heads": 2, "attn_dim_head": 4}"#)?;
-/// let model = Model::new(&config, &Store::new(0, DType::F32, &Device::Cpu))?;
+/// let model = Model::new(&config, &ParamStore::new(0, DType::F32, &Device::Cpu))?;
 /// let x = Tensor::generate([1, 3, 8], DType::F32, &Device::Cpu, |i| (i % 5) as f64)?;
 /// let inputs = BTreeMap::from([("x".to_string(), x.clone()), ("cotangent".to_string(), x)]);
 /// let outputs = model.run(&inputs, &Call::default(), &RunOptions { gradients: true, ..Default::default() })?;
@@ -138,7 +138,7 @@ impl Model {
     /// A model from its config; the store should be fresh.
     ///
     /// Errors: [`Error::Option`] for what is illegal alone or together.
-    pub fn new(config: &Config, store: &Store) -> Result<Self> {
+    pub fn new(config: &Config, store: &ParamStore) -> Result<Self> {
         let kind = match config {
             Config::TransformerWrapper(config) => Kind::Transformer(TransformerWrapper::new(config, store)?),
             Config::ContinuousTransformerWrapper(config) => {
@@ -196,7 +196,7 @@ impl Model {
         if let Some(tape) = &mut tape {
             let grads = match (forward.name, &cotangent) {
                 ("loss", _) => tape.backward(&forward.value)?,
-                (_, Some(cotangent)) => tape.backward_with(&forward.value, cotangent).at("cotangent")?,
+                (_, Some(cotangent)) => tape.backward_with(&forward.value, cotangent).context("cotangent")?,
                 (_, None) => {
                     let shape = forward.value.shape();
                     return Err(Error::argument("inputs", format!("gradients need a `cotangent` of shape {shape:?}")));
@@ -222,7 +222,7 @@ impl Model {
     pub fn forward(&self, inputs: &BTreeMap<String, Tensor>, call: &Call, options: &RunOptions) -> Result<Tensor> {
         ensure!(
             call.generate.is_none(),
-            Error::option("method", "a forward pass does not generate; use `run`").at("call")
+            Error::option("method", "a forward pass does not generate; use `run`").context("call")
         );
         let mut given = self.adopt(inputs)?;
         let forward = self.pass(&mut given, call, options)?;
@@ -277,7 +277,7 @@ impl Model {
             Kind::EncoderDecoder(_) | Kind::Autoregressive(_) | Kind::Filter(_) => &[],
         };
         if let Some((name, _)) = asks.into_iter().find(|(name, on)| *on && !taken.contains(name)) {
-            return Err(Error::option(name, "this model does not take it").at("call"));
+            return Err(Error::option(name, "this model does not take it").context("call"));
         }
         Ok(match &self.kind {
             Kind::Transformer(model) => {
@@ -331,7 +331,7 @@ impl Model {
             }
             _ => {
                 let why = "\"generate\" is for AutoregressiveWrapper and XTransformer";
-                return Err(Error::option("method", why).at("call"));
+                return Err(Error::option("method", why).context("call"));
             }
         };
         Ok(Forward::new("out", tokens))

@@ -3,7 +3,7 @@
 use crate::{
     Error, Result, Tensor,
     config::{FilterLogits, SamplingConfig},
-    error::{At, ensure},
+    error::{ErrorContext, ensure},
     ops::{SampleFilter, SampleSpec},
 };
 
@@ -55,7 +55,7 @@ pub fn sample_tokens(logits: &Tensor, config: &SamplingConfig, seed: u64, step: 
         FilterLogits::TopA => SampleFilter::TopA { power: min_p_pow, ratio: min_p_ratio },
         FilterLogits::MinP => SampleFilter::MinP(min_p_ratio),
     };
-    logits.sample(&SampleSpec { filter, temperature, seed }, step).at("sampling")
+    logits.sample(&SampleSpec { filter, temperature, seed }, step).context("sampling")
 }
 
 /// How many tokens top-k keeps of a vocabulary if it is given a threshold.

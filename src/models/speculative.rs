@@ -57,7 +57,7 @@ impl AutoregressiveWrapper {
         );
         let room = seq_len.saturating_add(ahead);
         let mut rows = Rows::new(self, start_tokens, room, options)?;
-        if let Some(why) = self.net.needs_recomputing(&options.forward) {
+        if let Err(why) = self.net.supports_kv_cache(&options.forward) {
             return Err(Error::option("draft", format!("needs a model whose sequences grow in a cache: {why}")));
         }
         ensure!(rows.is_cached(), Error::option("draft", "cannot be used with `recompute`"));

@@ -3,9 +3,9 @@
 use std::sync::Arc;
 
 use crate::{
-    DType, Error, Init, Param, Result, Store, Tensor,
+    DType, Error, Init, Param, ParamStore, Result, Tensor,
     config::{self, TransformerPlan, TransformerWrapperConfig},
-    error::{At, ensure},
+    error::{ErrorContext, ensure},
     nn::{AbsolutePositionalEmbedding, AttentionLayers, Embedding, ForwardOptions, Linear, Norm},
     ops::{Activation, Int8Matrix},
 };
@@ -25,7 +25,7 @@ pub struct Output {
 ///
 /// ```
 /// use x_transformers::{
-///     DType, Device, Store, Tensor,
+///     DType, Device, ParamStore, Tensor,
 ///     config::{AttentionLayersConfig, TransformerWrapperConfig},
 ///     models::{ForwardOptions, TransformerWrapper},
 /// };
@@ -36,7 +36,7 @@ pub struct Output {
 ///     attn_layers: AttentionLayersConfig::decoder(16, 1),
 ///     ..Default::default()
 /// };
-/// let store = Store::new(0, DType::F32, &Device::Cpu);
+/// let store = ParamStore::new(0, DType::F32, &Device::Cpu);
 /// let model = TransformerWrapper::new(&config, &store)?;
 /// let tokens = Tensor::from_slice(&[1i64, 2, 3, 4, 5, 6], [2, 3], &Device::Cpu)?;
 /// let logits = model.forward(&tokens, &ForwardOptions::default())?.out;
@@ -73,7 +73,7 @@ struct MaskedHead {
 }
 
 impl MaskedHead {
-    fn new(plan: &TransformerPlan, activation: Activation, norm: config::Norm, store: &Store) -> Result<Self> {
+    fn new(plan: &TransformerPlan, activation: Activation, norm: config::Norm, store: &ParamStore) -> Result<Self> {
         Ok(Self {
             dense: Linear::new(&store.at("dense"), plan.layers.dim, plan.emb_dim)?,
             activation,
@@ -83,8 +83,8 @@ impl MaskedHead {
     }
 
     fn forward(&self, x: &Tensor, table: &Tensor) -> Result<Tensor> {
-        let x = self.activation.of(&self.dense.forward(x).at("dense")?)?;
-        self.norm.forward(&x).at("norm")?.linear(table, Some(&self.bias.tensor()))
+        let x = self.activation.of(&self.dense.forward(x).context("dense")?)?;
+        self.norm.forward(&x).context("norm")?.linear(table, Some(&self.bias.tensor()))
     }
 }
 
@@ -92,12 +92,12 @@ impl TransformerWrapper {
     /// A model from its keywords, with parameters under the names of PyTorch's state dict.
     ///
     /// Errors: [`Error::Option`] for what is illegal alone or together.
-    pub fn new(config: &TransformerWrapperConfig, store: &Store) -> Result<Self> {
+    pub fn new(config: &TransformerWrapperConfig, store: &ParamStore) -> Result<Self> {
         Self::from_plan(&config.plan()?, store, None)
     }
 
     /// A model from its plan, and perhaps the token embeddings of another one.
-    pub(super) fn from_plan(plan: &TransformerPlan, store: &Store, tied: Option<&Embedding>) -> Result<Self> {
+    pub(super) fn from_plan(plan: &TransformerPlan, store: &ParamStore, tied: Option<&Embedding>) -> Result<Self> {
         let dim = plan.layers.dim;
         let token_store = store.at("token_emb");
         let token_emb = match tied {
@@ -154,10 +154,10 @@ impl TransformerWrapper {
     ///
     /// Errors: weights that are not finite.
     pub fn quantize_int8(&mut self) -> Result<()> {
-        self.attn_layers.quantize_int8().at("attn_layers")?;
-        self.project_emb.iter_mut().try_for_each(Linear::quantize_int8).at("project_emb")?;
+        self.attn_layers.quantize_int8().context("attn_layers")?;
+        self.project_emb.iter_mut().try_for_each(Linear::quantize_int8).context("project_emb")?;
         match &mut self.to_logits {
-            Some(to_logits) => to_logits.quantize_int8().at("to_logits"),
+            Some(to_logits) => to_logits.quantize_int8().context("to_logits"),
             None => {
                 self.tied_int8 = Some(Arc::new(Int8Matrix::quantize(&self.token_emb.table().detach())?));
                 Ok(())
@@ -201,10 +201,12 @@ impl TransformerWrapper {
     /// Errors: as those of [`TransformerWrapper::logits`] and [`Tensor::cross_entropy`].
     pub fn cross_entropy(&self, embeddings: &Tensor, targets: &Tensor, ignore_index: i64) -> Result<Tensor> {
         match (&self.mlm_head, &self.to_logits, &self.tied_int8) {
-            (None, Some(to_logits), _) => to_logits.cross_entropy(embeddings, targets, ignore_index).at("to_logits"),
-            (None, None, None) if !self.plan.return_only_embed => {
-                embeddings.linear_cross_entropy(&self.token_emb.table(), None, targets, ignore_index).at("to_logits")
+            (None, Some(to_logits), _) => {
+                to_logits.cross_entropy(embeddings, targets, ignore_index).context("to_logits")
             }
+            (None, None, None) if !self.plan.return_only_embed => embeddings
+                .linear_cross_entropy(&self.token_emb.table(), None, targets, ignore_index)
+                .context("to_logits"),
             _ => self.logits(embeddings)?.cross_entropy(targets, ignore_index),
         }
     }
@@ -216,12 +218,12 @@ impl TransformerWrapper {
             Error::option("return_only_embed", "is on: the model gives no logits, only embeddings")
         );
         if let Some(head) = &self.mlm_head {
-            return head.forward(embeddings, &self.token_emb.table()).at("mlm_head");
+            return head.forward(embeddings, &self.token_emb.table()).context("mlm_head");
         }
         match (&self.to_logits, &self.tied_int8) {
-            (Some(to_logits), _) => to_logits.forward(embeddings).at("to_logits"),
-            (None, Some(table)) => table.linear(embeddings, None).at("to_logits"),
-            (None, None) => embeddings.linear(&self.token_emb.table(), None).at("to_logits"),
+            (Some(to_logits), _) => to_logits.forward(embeddings).context("to_logits"),
+            (None, Some(table)) => table.linear(embeddings, None).context("to_logits"),
+            (None, None) => embeddings.linear(&self.token_emb.table(), None).context("to_logits"),
         }
     }
 
@@ -231,7 +233,7 @@ impl TransformerWrapper {
     pub fn pooled(&self, embeddings: &Tensor) -> Result<Tensor> {
         let none = || Error::option("pooler", "is needed for pooled embeddings, and off");
         let pooler = self.pooler.as_ref().ok_or_else(none)?;
-        pooler.forward(&embeddings.select(1, 0)?).at("pooler")?.tanh()
+        pooler.forward(&embeddings.select(1, 0)?).context("pooler")?.tanh()
     }
 
     /// What enters the layers: `[b, n] → [b, memory tokens + n, dim]`.
@@ -261,19 +263,19 @@ impl TransformerWrapper {
         types: Option<&Tensor>,
         positions_of: impl FnOnce(&AbsolutePositionalEmbedding) -> Result<Tensor>,
     ) -> Result<Tensor> {
-        let mut x = self.token_emb.forward(tokens).at("token_emb")?;
+        let mut x = self.token_emb.forward(tokens).context("token_emb")?;
         if let Some(positions) = &self.pos_emb {
-            x = x.add(&positions_of(positions)?).at("pos_emb")?;
+            x = x.add(&positions_of(positions)?).context("pos_emb")?;
         }
         if let Some(types) = self.token_types(tokens, types)? {
             x = x.add(&types)?;
         }
         if let Some(norm) = &self.post_emb_norm {
-            x = norm.forward(&x).at("post_emb_norm")?;
+            x = norm.forward(&x).context("post_emb_norm")?;
         }
         x = x.dropout(self.plan.emb_dropout)?;
         match &self.project_emb {
-            Some(project) => project.forward(&x).at("project_emb"),
+            Some(project) => project.forward(&x).context("project_emb"),
             None => Ok(x),
         }
     }
@@ -317,7 +319,7 @@ impl TransformerWrapper {
                 format!("expected i64 {:?}, as the tokens, got {:?} {}", tokens.shape(), types.shape(), types.dtype())
             )
         );
-        table.forward(types).at("token_type_emb").map(Some)
+        table.forward(types).context("token_type_emb").map(Some)
     }
 
     /// The options as the layers see them: the mask covers memory tokens, memories are rotated.
@@ -355,7 +357,7 @@ impl TransformerWrapper {
 
 /// The norm behind the layers, if there is one.
 pub(super) fn norm(norm: Option<&Norm>, x: Tensor) -> Result<Tensor> {
-    norm.map_or(Ok(x.clone()), |norm| norm.forward(&x).at("norm"))
+    norm.map_or(Ok(x.clone()), |norm| norm.forward(&x).context("norm"))
 }
 
 /// The mean of the vectors that the mask keeps, zero where it keeps none: `[b, n, dim] → [b, dim]`.

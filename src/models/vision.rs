@@ -3,9 +3,9 @@
 use std::sync::Arc;
 
 use crate::{
-    Error, Init, Param, Result, Store, Tensor,
+    Error, Init, Param, ParamStore, Result, Tensor,
     config::{ViTransformerPlan, ViTransformerWrapperConfig},
-    error::{At, ensure},
+    error::{ErrorContext, ensure},
     nn::{AttentionLayers, FeedForward, ForwardOptions, Linear, Norm},
 };
 
@@ -13,7 +13,7 @@ use crate::{
 ///
 /// ```
 /// use x_transformers::{
-///     DType, Device, Store, Tensor,
+///     DType, Device, ParamStore, Tensor,
 ///     config::{AttentionLayersConfig, ViTransformerWrapperConfig},
 ///     models::ViTransformerWrapper,
 /// };
@@ -25,7 +25,7 @@ use crate::{
 ///     attn_layers: AttentionLayersConfig::encoder(16, 1),
 ///     ..Default::default()
 /// };
-/// let model = ViTransformerWrapper::new(&config, &Store::new(0, DType::F32, &Device::Cpu))?;
+/// let model = ViTransformerWrapper::new(&config, &ParamStore::new(0, DType::F32, &Device::Cpu))?;
 /// let images = Tensor::zeros([2, 3, 16, 16], DType::F32, &Device::Cpu)?;
 /// assert_eq!(model.forward(&images, false)?.shape()[..], [2, 10]);
 /// assert_eq!(model.forward(&images, true)?.shape()[..], [2, 5, 16]);
@@ -47,7 +47,7 @@ impl ViTransformerWrapper {
     /// A model from its keywords, with parameters under the names of PyTorch's state dict.
     ///
     /// Errors: [`Error::Option`] for what is illegal alone or together.
-    pub fn new(config: &ViTransformerWrapperConfig, store: &Store) -> Result<Self> {
+    pub fn new(config: &ViTransformerWrapperConfig, store: &ParamStore) -> Result<Self> {
         let plan = config.plan()?;
         let dim = plan.layers.dim;
         let normal = Init::Normal(1.0);
@@ -75,14 +75,14 @@ impl ViTransformerWrapper {
     pub fn forward(&self, image: &Tensor, return_embeddings: bool) -> Result<Tensor> {
         let patches = self.patches(image)?;
         let (b, n) = (patches.shape()[0], patches.shape()[1]);
-        let x = self.patch_to_embedding.forward(&patches).at("patch_to_embedding")?;
+        let x = self.patch_to_embedding.forward(&patches).context("patch_to_embedding")?;
         let class = self.cls_token.tensor();
         let class = class.expand([b, 1, class.dim(2)?])?;
         let x = Tensor::cat(&[&class, &x], 1)?.add(&self.pos_embedding.tensor().narrow(1, 0, n + 1)?)?;
         let x = x.dropout(self.plan.emb_dropout)?;
         let x = self.attn_layers.forward_normed(&x, &ForwardOptions::default(), self.norm.as_ref())?.out;
         match &self.mlp_head {
-            Some(head) if !return_embeddings => head.forward(&x.select(1, 0)?).at("mlp_head"),
+            Some(head) if !return_embeddings => head.forward(&x.select(1, 0)?).context("mlp_head"),
             _ => Ok(x),
         }
     }

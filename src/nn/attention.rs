@@ -4,12 +4,12 @@ use std::sync::Arc;
 
 use super::{
     Linear, ScoreBias,
-    cache::{AttentionCache, Step, Tables},
+    cache::{AttentionCache, DecodeStep, Tables},
 };
 use crate::{
-    Buffer, DType, Error, Init, Param, Result, Store, Tensor,
+    Buffer, DType, Error, Init, Param, ParamStore, Result, Tensor,
     config::{AttentionPlan, Normalize, Temperature},
-    error::{At, ensure},
+    error::{ErrorContext, ensure},
     ops::{self, Activation, AttentionSpec, DecodeSpec, PositionBias, attention, attention_decode},
 };
 
@@ -83,7 +83,7 @@ pub struct AttentionOutput {
 
 impl Attention {
     /// As planned, with the frequencies of the rotation, if there is one.
-    pub(super) fn new(plan: &AttentionPlan, rotary: Option<&Buffer>, store: &Store) -> Result<Self> {
+    pub(super) fn new(plan: &AttentionPlan, rotary: Option<&Buffer>, store: &ParamStore) -> Result<Self> {
         let (heads, dim_qk) = (plan.heads, plan.dim_qk());
         let width = heads * plan.dim_head;
         let kv_width = plan.kv_heads * plan.dim_head;
@@ -149,7 +149,7 @@ impl Attention {
         input: &AttentionInput,
         cache: &mut AttentionCache,
         tables: &Tables,
-        step: &Step,
+        step: &DecodeStep,
     ) -> Result<AttentionOutput> {
         if step.first {
             let operands = self.operands(x, input)?;
@@ -159,15 +159,16 @@ impl Attention {
             } else {
                 let memories = input.mem.as_ref().map_or(Ok(0), |mem| mem.dim(1))?;
                 cache.memories = memories;
-                cache.front = memories + self.plan.num_mem_kv;
-                cache.curves = self.curves(tables.bias.as_ref(), cache.front, step.capacity, x.dtype())?;
+                cache.prefix_len = memories + self.plan.num_mem_kv;
+                cache.bias_by_distance =
+                    self.bias_by_distance(tables.bias.as_ref(), cache.prefix_len, step.capacity, x.dtype())?;
                 cache.write(&self.shared_once(k)?, v, step)?;
             }
             return self.attend(x, &operands, input);
         }
         if input.context.is_some() {
             let Some([k, v]) = &cache.keys_values else { return Err(Error::argument("cache", "is empty")) };
-            let q = self.scale_queries(self.queries(&self.to_q.forward(x).at("to_q")?)?)?;
+            let q = self.scale_queries(self.queries(&self.to_q.forward(x).context("to_q")?)?)?;
             return self.attend(x, &[q, k.clone(), v.clone()], input);
         }
         let [q, k, v] = self.new_operands(x, cache, tables, step)?;
@@ -176,9 +177,10 @@ impl Attention {
         let Some([k, v]) = &cache.keys_values else { return Err(Error::argument("cache", "is empty")) };
         let why = self.plan.needs_scores().is_some() || input.explicit || input.prev.is_some();
         let (out, scores) = if why {
-            let keys = step.keys(cache.front);
-            let bias = cache.curves.as_ref().map(|curves| step.bias(curves, cache.front, q.dtype())).transpose()?;
-            let keep = step.keep(cache.front, self.plan.num_mem_kv, self.plan.max_attend_past)?;
+            let keys = step.keys(cache.prefix_len);
+            let bias =
+                cache.bias_by_distance.as_ref().map(|bias| step.bias(bias, cache.prefix_len, q.dtype())).transpose()?;
+            let keep = step.keep(cache.prefix_len, self.plan.num_mem_kv, self.plan.max_attend_past)?;
             let [k, v] = [self.all_heads(&k.narrow(2, 0, keys)?)?, v.narrow(2, 0, keys)?];
             let (out, scores, _) = self.explicit([&q, &k, &v], input, bias, Some(keep))?;
             (out, scores)
@@ -191,14 +193,14 @@ impl Attention {
             }
             let spec = DecodeSpec {
                 scale: self.scale(),
-                front: cache.front,
+                prefix_len: cache.prefix_len,
                 mem_keys: self.plan.num_mem_kv,
                 max_attend_past: self.plan.max_attend_past,
                 key_mask: step.whole_mask.as_ref(),
                 query_mask: step.mask.as_ref(),
-                curves: cache.curves.as_ref(),
+                bias_by_distance: cache.bias_by_distance.as_ref(),
             };
-            (attention_decode(&q, &self.all_heads(k)?, v, &step.ends, &spec)?, None)
+            (attention_decode(&q, &self.all_heads(k)?, v, &step.device_lengths, &spec)?, None)
         };
         self.merge(x, out, scores, None)
     }
@@ -212,7 +214,13 @@ impl Attention {
     }
 
     /// The operands of new positions alone. Keys that all heads share are there once.
-    fn new_operands(&self, x: &Tensor, cache: &AttentionCache, tables: &Tables, step: &Step) -> Result<[Tensor; 3]> {
+    fn new_operands(
+        &self,
+        x: &Tensor,
+        cache: &AttentionCache,
+        tables: &Tables,
+        step: &DecodeStep,
+    ) -> Result<[Tensor; 3]> {
         let infused = match &tables.sinusoids {
             Some(sinusoids) => {
                 let positions = step.positions(cache.memories, sinusoids.dim(0)?)?;
@@ -220,14 +228,14 @@ impl Attention {
             }
             None => x.clone(),
         };
-        let q = self.to_q.forward(&infused).at("to_q")?;
-        let k = self.to_k.forward(&infused).at("to_k")?;
-        let mut v = self.split_heads(&self.to_v.forward(x).at("to_v")?)?;
+        let q = self.to_q.forward(&infused).context("to_q")?;
+        let k = self.to_k.forward(&infused).context("to_k")?;
+        let mut v = self.split_heads(&self.to_v.forward(x).context("to_v")?)?;
         let mut k = if self.plan.shared.is_some() { k.unsqueeze(1)? } else { self.split_heads(&k)? };
         let mut q = self.queries(&q)?.detach();
         (k, v) = (k.detach(), v.detach());
         if let (Some(table), Some(plan)) = (&tables.rotary, &self.plan.rotary) {
-            let rotate = |x: &Tensor| x.rotate_rows(table, &step.ends, cache.memories);
+            let rotate = |x: &Tensor| x.rotate_rows(table, &step.device_lengths, cache.memories);
             (q, k) = (rotate(&self.pairs_as_halves(q)?)?, rotate(&self.pairs_as_halves(k)?)?);
             v = if plan.values { rotate(&v)? } else { v };
         }
@@ -238,8 +246,14 @@ impl Attention {
     }
 
     /// The position bias by distance, `[heads, distances]`, for keys with so many in front.
-    fn curves(&self, bias: Option<&ScoreBias>, front: usize, capacity: usize, dtype: DType) -> Result<Option<Tensor>> {
-        bias.map(|bias| bias.curves(front, front + capacity, dtype.accumulator())).transpose()
+    fn bias_by_distance(
+        &self,
+        bias: Option<&ScoreBias>,
+        prefix_len: usize,
+        capacity: usize,
+        dtype: DType,
+    ) -> Result<Option<Tensor>> {
+        bias.map(|bias| bias.bias_by_distance(prefix_len, prefix_len + capacity, dtype.accumulator())).transpose()
     }
 
     /// Keys that all heads share, once, unless memory keys tell the heads apart.
@@ -277,13 +291,13 @@ impl Attention {
         };
         let mut out = out.transpose(1, 2)?.flatten(2, 3)?;
         if let Some(gate) = &self.to_v_gate {
-            out = out.mul(&gate.forward(x).at("to_v_gate")?.sigmoid()?)?;
+            out = out.mul(&gate.forward(x).context("to_v_gate")?.sigmoid()?)?;
         }
         let out = match self.plan.on_attn {
             true => self.to_out.gated(&out, Activation::Sigmoid),
             false => self.to_out.forward(&out),
         };
-        let out = out.at("to_out")?;
+        let out = out.context("to_out")?;
         Ok(AttentionOutput { out, scores, attn })
     }
 
@@ -291,7 +305,7 @@ impl Attention {
     fn project(&self, x: &Tensor, input: &AttentionInput) -> Result<[Tensor; 3]> {
         let source = input.context.as_ref().unwrap_or(x);
         let source = match &input.mem {
-            Some(mem) => Tensor::cat(&[mem, source], 1).at("mems")?,
+            Some(mem) => Tensor::cat(&[mem, source], 1).context("mems")?,
             None => source.clone(),
         };
         let (mut queries, mut keys) = (x.clone(), source.clone());
@@ -300,9 +314,9 @@ impl Attention {
             queries = queries.add(&sinusoids.narrow(0, j - i, i)?)?;
             keys = keys.add(&sinusoids.narrow(0, 0, j)?)?;
         }
-        let q = self.to_q.forward(&queries).at("to_q")?;
-        let k = self.to_k.forward(&keys).at("to_k")?;
-        let v = self.to_v.forward(&source).at("to_v")?;
+        let q = self.to_q.forward(&queries).context("to_q")?;
+        let k = self.to_k.forward(&keys).context("to_k")?;
+        let v = self.to_v.forward(&source).context("to_v")?;
         let k = if self.collab_mixing.is_some() { self.all_heads(&k.unsqueeze(1)?)? } else { self.split_heads(&k)? };
         Ok([self.queries(&q)?, k, self.split_heads(&v)?])
     }

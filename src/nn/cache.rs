@@ -3,7 +3,7 @@
 use super::{ForwardOptions, ScoreBias};
 use crate::{
     Buffer, DType, Device, Error, Result, Tensor,
-    error::{At, ensure},
+    error::{ErrorContext, ensure},
     ops::rotary::rotary_table,
 };
 
@@ -44,25 +44,25 @@ pub(super) struct LayerCache {
     pub attention: AttentionCache,
 }
 
-/// Keys and values `[b, heads, front + capacity, d]`; those of a context have no more than they need.
+/// Keys and values `[b, heads, prefix_len + capacity, d]`; those of a context have no more than they need.
 #[derive(Clone, Debug, Default)]
 pub(super) struct AttentionCache {
     pub keys_values: Option<[Tensor; 2]>,
     /// If `true`, each step writes to them in place: they are those of the sequence and not of a context.
     pub grows: bool,
     /// Keys in front of the sequence: memory key/values and memories.
-    pub front: usize,
+    pub prefix_len: usize,
     /// Memories among those.
     pub memories: usize,
     /// The position bias by the distance of a key behind a query, `[heads, distances]`.
-    pub curves: Option<Tensor>,
+    pub bias_by_distance: Option<Tensor>,
 }
 
 /// Where the new positions of one call are.
 #[derive(Clone, Debug)]
-pub(super) struct Step {
+pub(super) struct DecodeStep {
     /// Lengths of the sequences before, `[b]` I64.
-    pub ends: Tensor,
+    pub device_lengths: Tensor,
     pub lengths: Vec<usize>,
     /// New positions of each row.
     pub n: usize,
@@ -176,25 +176,25 @@ impl LayersCache {
     }
 
     /// The next `n` positions of every row.
-    pub(super) fn step(&mut self, n: usize, mask: Option<&Tensor>, device: &Device) -> Result<Step> {
+    pub(super) fn step(&mut self, n: usize, mask: Option<&Tensor>, device: &Device) -> Result<DecodeStep> {
         let longest = self.lengths.iter().copied().max().unwrap_or(0);
         ensure!(n > 0, Error::argument("cache", "expected at least one new position"));
-        let ends = match &self.followed {
-            Some(ends) => ends.clone(),
+        let device_lengths = match &self.followed {
+            Some(lengths) => lengths.clone(),
             None => {
-                let ends: Vec<i64> = self.lengths.iter().map(|&length| length as i64).collect();
-                Tensor::from_vec(ends, [self.batch], device)?
+                let lengths: Vec<i64> = self.lengths.iter().map(|&length| length as i64).collect();
+                Tensor::from_vec(lengths, [self.batch], device)?
             }
         };
         if mask.is_some() || self.mask.is_some() {
-            self.write_mask(n, mask, &ends)?;
+            self.write_mask(n, mask, &device_lengths)?;
         }
         let mask = match (mask, &self.mask) {
             (None, Some(_)) => Some(Tensor::ones([self.batch, n], DType::Bool, device)?),
             (mask, _) => mask.map(Tensor::contiguous).transpose()?,
         };
-        Ok(Step {
-            ends,
+        Ok(DecodeStep {
+            device_lengths,
             lengths: self.lengths.clone(),
             n,
             capacity: self.capacity,
@@ -205,7 +205,7 @@ impl LayersCache {
         })
     }
 
-    fn write_mask(&mut self, n: usize, mask: Option<&Tensor>, ends: &Tensor) -> Result<()> {
+    fn write_mask(&mut self, n: usize, mask: Option<&Tensor>, lengths: &Tensor) -> Result<()> {
         let (batch, capacity) = (self.batch, self.capacity);
         let new = match mask {
             Some(mask) => mask.to_vec::<bool>()?,
@@ -217,10 +217,10 @@ impl LayersCache {
         }
         let mut whole = match self.mask.take() {
             Some(whole) => whole,
-            None => Tensor::ones([batch, 1, capacity, 1], DType::Bool, ends.device())?,
+            None => Tensor::ones([batch, 1, capacity, 1], DType::Bool, lengths.device())?,
         };
-        let new = Tensor::from_vec(new, [batch, 1, n, 1], ends.device())?;
-        whole.write_rows(&new, ends, 0).at("mask")?;
+        let new = Tensor::from_vec(new, [batch, 1, n, 1], lengths.device())?;
+        whole.write_rows(&new, lengths, 0).context("mask")?;
         self.mask = Some(whole);
         Ok(())
     }
@@ -229,7 +229,7 @@ impl LayersCache {
 /// Rows of the first dimension, in packed storage of their own.
 fn select(tensor: &mut Tensor, rows: &Tensor) -> Result<()> {
     let mut shape = tensor.shape().to_vec();
-    shape[0] = rows.elements();
+    shape[0] = rows.numel();
     let width: usize = shape[1..].iter().product();
     let old_rows = tensor.shape()[0];
     let dtype = tensor.dtype();
@@ -245,29 +245,29 @@ impl LayerCache {
     }
 
     /// Notes the inputs of a step; gives all of them.
-    pub fn remember(&mut self, x: &Tensor, step: &Step) -> Result<&Tensor> {
+    pub fn remember(&mut self, x: &Tensor, step: &DecodeStep) -> Result<&Tensor> {
         let (batch, dim) = (x.dim(0)?, x.dim(2)?);
         let mut history = match self.history.take() {
             Some(history) => history,
             None => Tensor::zeros([batch, 1, step.capacity, dim], x.dtype(), x.device())?,
         };
-        history.write_rows(&x.unsqueeze(1)?, &step.ends, 0)?;
+        history.write_rows(&x.unsqueeze(1)?, &step.device_lengths, 0)?;
         Ok(self.history.insert(history))
     }
 }
 
 impl AttentionCache {
     /// Writes keys and values of a step, `[b, heads, n, d]`; those of the first one include what is in front.
-    pub fn write(&mut self, k: &Tensor, v: &Tensor, step: &Step) -> Result<()> {
-        let offset = if step.first { 0 } else { self.front };
-        let room = self.front + step.capacity;
+    pub fn write(&mut self, k: &Tensor, v: &Tensor, step: &DecodeStep) -> Result<()> {
+        let offset = if step.first { 0 } else { self.prefix_len };
+        let room = self.prefix_len + step.capacity;
         let buffer = |x: &Tensor| Tensor::zeros([x.dim(0)?, x.dim(1)?, room, x.dim(3)?], x.dtype(), x.device());
         let [mut keys, mut values] = match self.keys_values.take() {
             Some(buffers) => buffers,
             None => [buffer(k)?, buffer(v)?],
         };
-        keys.write_rows(k, &step.ends, offset).at("keys")?;
-        values.write_rows(v, &step.ends, offset).at("values")?;
+        keys.write_rows(k, &step.device_lengths, offset).context("keys")?;
+        values.write_rows(v, &step.device_lengths, offset).context("values")?;
         self.keys_values = Some([keys, values]);
         self.grows = true;
         Ok(())
@@ -291,56 +291,56 @@ impl Tables {
     }
 }
 
-impl Step {
+impl DecodeStep {
     /// The positions of the step, each `first` later, and none beyond `limit`: `[b, n]` I64.
     pub fn positions(&self, first: usize, limit: usize) -> Result<Tensor> {
         let row = |&length: &usize| (0..self.n).map(move |i| (first + length + i).min(limit - 1) as i64);
         let positions: Vec<i64> = self.lengths.iter().flat_map(row).collect();
-        Tensor::from_vec(positions, [self.lengths.len(), self.n], self.ends.device())
+        Tensor::from_vec(positions, [self.lengths.len(), self.n], self.device_lengths.device())
     }
 
     /// Keys that the queries of the step see at most, with those in front.
-    pub fn keys(&self, front: usize) -> usize {
+    pub fn keys(&self, prefix_len: usize) -> usize {
         let longest = self.lengths.iter().copied().max().unwrap_or(0);
-        front + (longest + self.n).min(self.capacity)
+        prefix_len + (longest + self.n).min(self.capacity)
     }
 
     /// The number of keys, if the step is a chunk of sequences of one length whose scores have no other terms than
     /// products: [`attention`](crate::ops::attention) computes it, and faster for many queries.
     pub fn chunk(&self, cache: &AttentionCache) -> Option<usize> {
         let equal = self.lengths.iter().all(|&length| length == self.lengths[0]);
-        let plain = equal && self.n >= 8 && cache.curves.is_none() && self.kept.is_none();
-        (plain && self.lengths[0] + self.n <= self.capacity).then(|| self.keys(cache.front))
+        let plain = equal && self.n >= 8 && cache.bias_by_distance.is_none() && self.kept.is_none();
+        (plain && self.lengths[0] + self.n <= self.capacity).then(|| self.keys(cache.prefix_len))
     }
 
     /// Which scores stay, `[b, 1, n, keys]`, as the uncached call decides it.
-    pub fn keep(&self, front: usize, mem_keys: usize, max_attend_past: Option<usize>) -> Result<Tensor> {
-        let keys = self.keys(front);
+    pub fn keep(&self, prefix_len: usize, mem_keys: usize, max_attend_past: Option<usize>) -> Result<Tensor> {
+        let keys = self.keys(prefix_len);
         let mut keep = Vec::with_capacity(self.lengths.len() * self.n * keys);
         for (row, &length) in self.lengths.iter().enumerate() {
             let kept = self.kept.as_ref().map(|kept| &kept[row]);
             let padded = |position: usize| kept.is_some_and(|kept| !kept.get(position).is_none_or(|&kept| kept));
             for i in 0..self.n {
-                let position = front + length + i;
+                let position = prefix_len + length + i;
                 let query_padded = padded(length + i);
                 keep.extend((0..keys).map(|key| {
-                    let padding = key < mem_keys || !(query_padded || key >= front && padded(key - front));
+                    let padding = key < mem_keys || !(query_padded || key >= prefix_len && padded(key - prefix_len));
                     padding && key <= position && max_attend_past.is_none_or(|past| position - key <= past)
                 }));
             }
         }
-        Tensor::from_vec(keep, [self.lengths.len(), 1, self.n, keys], self.ends.device())
+        Tensor::from_vec(keep, [self.lengths.len(), 1, self.n, keys], self.device_lengths.device())
     }
 
-    /// The position bias of the step's scores from its curves, `[b, heads, n, keys]`.
-    pub fn bias(&self, curves: &Tensor, front: usize, dtype: DType) -> Result<Tensor> {
-        let (keys, distances) = (self.keys(front), curves.dim(1)?);
+    /// The position bias of the step's scores from its bias_by_distance, `[b, heads, n, keys]`.
+    pub fn bias(&self, bias_by_distance: &Tensor, prefix_len: usize, dtype: DType) -> Result<Tensor> {
+        let (keys, distances) = (self.keys(prefix_len), bias_by_distance.dim(1)?);
         let row = |&length: &usize| {
             let distance = move |position: usize, key: usize| position.saturating_sub(key).min(distances - 1) as i64;
-            (0..self.n).flat_map(move |i| (0..keys).map(move |key| distance(front + length + i, key)))
+            (0..self.n).flat_map(move |i| (0..keys).map(move |key| distance(prefix_len + length + i, key)))
         };
         let index: Vec<i64> = self.lengths.iter().flat_map(row).collect();
-        let index = Tensor::from_vec(index, [self.lengths.len(), self.n, keys], curves.device())?;
-        curves.transpose(0, 1)?.embedding(&index)?.permute(&[0, 3, 1, 2])?.to_dtype(dtype)
+        let index = Tensor::from_vec(index, [self.lengths.len(), self.n, keys], bias_by_distance.device())?;
+        bias_by_distance.transpose(0, 1)?.embedding(&index)?.permute(&[0, 3, 1, 2])?.to_dtype(dtype)
     }
 }

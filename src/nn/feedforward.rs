@@ -1,7 +1,7 @@
 //! The feedforward branch.
 
 use super::{Linear, Norm};
-use crate::{Result, Store, Tensor, config, config::FeedForwardPlan, error::At, ops::Activation};
+use crate::{ParamStore, Result, Tensor, config, config::FeedForwardPlan, error::ErrorContext, ops::Activation};
 
 /// `W₂ act(W₁ x)`, or gated: `W₂ (a ⊙ act(b))` with `[a, b] = W₁ x` (Shazeer, <https://arxiv.org/abs/2002.05202>).
 #[derive(Clone, Debug)]
@@ -16,7 +16,7 @@ pub struct FeedForward {
 
 impl FeedForward {
     /// As planned.
-    pub fn new(plan: &FeedForwardPlan, store: &Store) -> Result<Self> {
+    pub fn new(plan: &FeedForwardPlan, store: &ParamStore) -> Result<Self> {
         let net = store.at("net");
         let (place, width) = if plan.glu { ("0.proj", 2 * plan.inner) } else { ("0.0", plan.inner) };
         let project_in = Linear::maybe_biased(&net.at(place), plan.dim, width, plan.bias)?;
@@ -37,10 +37,10 @@ impl FeedForward {
             true => self.project_in.gated(x, self.activation),
             false => self.project_in.activated(x, self.activation),
         };
-        let mut inner = inner.at("net.0")?;
+        let mut inner = inner.context("net.0")?;
         if let Some(norm) = &self.norm {
-            inner = norm.forward(&inner).at("net.1")?;
+            inner = norm.forward(&inner).context("net.1")?;
         }
-        self.project_out.forward(&inner.dropout(self.dropout)?).at("net.3")
+        self.project_out.forward(&inner.dropout(self.dropout)?).context("net.3")
     }
 }

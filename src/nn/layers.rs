@@ -4,16 +4,16 @@ use std::sync::Arc;
 
 use super::{
     Attention, AttentionInput, FeedForward, LayersCache, Linear, Norm, PositionBias, Residual, ScoreBias,
-    cache::{LayerCache, Step, Tables},
+    cache::{DecodeStep, LayerCache, Tables},
     positions::inverse_frequencies,
     residual::Stream,
     wrap::Wrap,
 };
 use crate::{
-    Buffer, DType, Error, Result, Store, Tensor, checkpoint,
+    Buffer, DType, Error, ParamStore, Result, Tensor, checkpoint,
     config::{BranchPlan, LayerPlan, LayerType, LayersPlan, RotaryPlan},
     core::dropout_stream,
-    error::{At, ensure},
+    error::{ErrorContext, ensure},
 };
 
 /// What a forward pass is given besides its input. The default is none of it.
@@ -108,7 +108,7 @@ struct LayerOutput {
 }
 
 impl Layer {
-    fn new(plan: &LayerPlan, dim: usize, rotary: Option<&Buffer>, store: &Store) -> Result<Self> {
+    fn new(plan: &LayerPlan, dim: usize, rotary: Option<&Buffer>, store: &ParamStore) -> Result<Self> {
         let norm =
             |place: usize| plan.norms[place].map(|norm| Norm::new(norm, dim, &store.at(0).at(place))).transpose();
         let (wrap, place) = Wrap::new(&plan.wrap, &store.at(1))?;
@@ -122,16 +122,16 @@ impl Layer {
     }
 
     fn forward(&self, stream: Stream, input: &AttentionInput) -> Result<LayerOutput> {
-        let (x, normed) = stream.normed(self.norms[0].as_ref()).at("0.0")?;
+        let (x, normed) = stream.normed(self.norms[0].as_ref()).context("0.0")?;
         let (out, scores, attn) = match &self.branch {
             Branch::Attention(attention) => {
-                let normed = self.wrap.input(&normed, input.query_mask.as_ref()).at(1)?;
-                let output = attention.forward(&normed, input).at(1)?;
+                let normed = self.wrap.input(&normed, input.query_mask.as_ref()).context(1)?;
+                let output = attention.forward(&normed, input).context(1)?;
                 (output.out, output.scores, output.attn)
             }
             Branch::FeedForward(feedforward) => {
-                let normed = self.wrap.input(&normed, None).at(1)?;
-                (feedforward.forward(&normed).at(1)?, None, None)
+                let normed = self.wrap.input(&normed, None).context(1)?;
+                (feedforward.forward(&normed).context(1)?, None, None)
             }
         };
         self.join(x, out, scores, attn)
@@ -144,27 +144,27 @@ impl Layer {
         input: &AttentionInput,
         cache: &mut LayerCache,
         tables: &Tables,
-        step: &Step,
+        step: &DecodeStep,
     ) -> Result<LayerOutput> {
-        let (x, normed) = stream.normed(self.norms[0].as_ref()).at("0.0")?;
+        let (x, normed) = stream.normed(self.norms[0].as_ref()).context("0.0")?;
         let attends = matches!(self.branch, Branch::Attention(_));
-        let normed = self.wrap.next_input(&normed, attends, cache, step).at(1)?;
+        let normed = self.wrap.next_input(&normed, attends, cache, step).context(1)?;
         let (out, scores) = match &self.branch {
             Branch::Attention(attention) => {
-                let output = attention.extend(&normed, input, &mut cache.attention, tables, step).at(1)?;
+                let output = attention.extend(&normed, input, &mut cache.attention, tables, step).context(1)?;
                 (output.out, output.scores)
             }
-            Branch::FeedForward(feedforward) => (feedforward.forward(&normed).at(1)?, None),
+            Branch::FeedForward(feedforward) => (feedforward.forward(&normed).context(1)?, None),
         };
         self.join(x, out, scores, None)
     }
 
     /// What follows the branch, of which `x` was the input before its norm.
     fn join(&self, x: Tensor, out: Tensor, scores: Option<Tensor>, attn: Option<Tensor>) -> Result<LayerOutput> {
-        let out = Stream::Whole(self.wrap.output(out).at(1)?).normed(self.norms[1].as_ref()).at("0.1")?.1;
-        let mut stream = self.residual.forward(out, x.clone()).at(2)?;
+        let out = Stream::Whole(self.wrap.output(out).context(1)?).normed(self.norms[1].as_ref()).context("0.1")?.1;
+        let mut stream = self.residual.forward(out, x.clone()).context(2)?;
         if let Some(norm) = &self.norms[2] {
-            stream = Stream::Whole(stream.normed(Some(norm)).at("0.2")?.1);
+            stream = Stream::Whole(stream.normed(Some(norm)).context("0.2")?.1);
         }
         Ok(LayerOutput { input: x, stream, scores, attn })
     }
@@ -195,7 +195,7 @@ fn flowing_mut(input: &mut AttentionInput) -> impl Iterator<Item = &mut Tensor> 
 
 impl AttentionLayers {
     /// As planned; the place is that of the layers.
-    pub fn new(plan: &LayersPlan, store: &Store) -> Result<Self> {
+    pub fn new(plan: &LayersPlan, store: &ParamStore) -> Result<Self> {
         let rotary = plan.positions.rotary.as_ref();
         let rotary = rotary.map(|plan| inverse_frequencies(plan, &store.at("rotary_pos_emb"))).transpose()?;
         let infused = plan.positions.infused.then(|| RotaryPlan::plain(plan.dim));
@@ -218,7 +218,7 @@ impl AttentionLayers {
                 Branch::Attention(attention) => attention.linears_mut().try_for_each(Linear::quantize_int8),
                 Branch::FeedForward(feedforward) => feedforward.linears_mut().try_for_each(Linear::quantize_int8),
             };
-            quantized.at(format_args!("layers.{index}"))?;
+            quantized.context(format_args!("layers.{index}"))?;
         }
         Ok(())
     }
@@ -246,8 +246,8 @@ impl AttentionLayers {
         options: &ForwardOptions,
         norm: Option<&Norm>,
     ) -> Result<LayersOutput> {
-        let (stream, output) = self.walk(x, options).at("attn_layers")?;
-        Ok(output(stream.normed(norm).at("norm")?.1))
+        let (stream, output) = self.walk(x, options).context("attn_layers")?;
+        Ok(output(stream.normed(norm).context("norm")?.1))
     }
 
     /// What leaves the last layer, and what an output is made of with it.
@@ -265,7 +265,7 @@ impl AttentionLayers {
             query_mask: options.mask.clone(),
             attn_mask: options.attn_mask.clone(),
             return_attn: options.return_attn,
-            bias: self.bias.forward().at("rel_pos")?,
+            bias: self.bias.forward().context("rel_pos")?,
             sinusoids: self.sinusoids(x, options)?,
             explicit: options.explicit_attention,
             ..AttentionInput::default()
@@ -293,10 +293,10 @@ impl AttentionLayers {
             if options.checkpoint_layers {
                 let x = stream.whole()?;
                 hiddens.extend(own.then(|| x.clone()));
-                stream = Stream::Whole(layer.forward_checkpointed(&x, &input).at(place)?);
+                stream = Stream::Whole(layer.forward_checkpointed(&x, &input).context(place)?);
                 continue;
             }
-            let output = layer.forward(stream, &input).at(place)?;
+            let output = layer.forward(stream, &input).context(place)?;
             stream = output.stream;
             hiddens.extend(own.then_some(output.input));
             attn.extend(output.attn);
@@ -309,40 +309,44 @@ impl AttentionLayers {
         Ok((stream, |out| LayersOutput { out, hiddens, attn }))
     }
 
-    /// Why growing sequences must be computed anew in each step to have the numbers of [`AttentionLayers::forward`], or
-    /// `None`: a cache gives the same.
-    pub fn needs_recomputing(&self, options: &ForwardOptions) -> Option<&'static str> {
+    /// Returns `Ok` if a key/value cache gives the numbers of [`AttentionLayers::forward`].
+    ///
+    /// Errors: the reason why growing sequences must be computed anew in each step.
+    pub fn supports_kv_cache(&self, options: &ForwardOptions) -> std::result::Result<(), &'static str> {
         let branches = || self.plan.layers.iter().map(|layer| &layer.branch);
         let own = branches().filter(|branch| matches!(branch, BranchPlan::SelfAttention(_)));
         if own.filter_map(BranchPlan::attention).any(|plan| !plan.causal) {
-            return Some("tokens see those after them: `kind` is not Decoder");
+            return Err("tokens see those after them: `kind` is not Decoder");
         }
         let shifts = || self.plan.layers.iter().filter_map(|layer| layer.wrap.shifts.as_ref());
         if shifts().flatten().any(|&amount| amount < 0) {
-            return Some("`shift_tokens` moves tokens to the front: `kind` is not Decoder");
+            return Err("`shift_tokens` moves tokens to the front: `kind` is not Decoder");
         }
         let cross = branches().filter(|branch| matches!(branch, BranchPlan::CrossAttention(_)));
         if cross.filter_map(BranchPlan::attention).any(|plan| plan.max_attend_past.is_some()) {
-            return Some("`attn_max_attend_past` in cross-attention counts from the last token");
+            return Err("`attn_max_attend_past` in cross-attention counts from the last token");
         }
         if options.token_types.is_some() {
-            return Some("`token_types` are those of the tokens that are there");
+            return Err("`token_types` are those of the tokens that are there");
         }
         if options.attn_mask.is_some() {
-            return Some("`attn_mask` is about all tokens at once");
+            return Err("`attn_mask` is about all tokens at once");
         }
         if options.mask.is_some() && shifts().next().is_some() {
-            return Some("`shift_tokens` mixes padded positions, which see what follows them, into others");
+            return Err("`shift_tokens` mixes padded positions, which see what follows them, into others");
         }
-        dropout_stream().map(|_| "the tape draws dropout for whole sequences")
+        match dropout_stream() {
+            Some(_) => Err("the tape draws dropout for whole sequences"),
+            None => Ok(()),
+        }
     }
 
     /// An empty cache for `batch` sequences of up to `capacity` positions, with the context and the memories of these
     /// options.
     ///
-    /// Errors: [`AttentionLayers::needs_recomputing`], or no rows or positions.
+    /// Errors: [`AttentionLayers::supports_kv_cache`], or no rows or positions.
     pub fn cache(&self, batch: usize, capacity: usize, dtype: DType, options: &ForwardOptions) -> Result<LayersCache> {
-        if let Some(why) = self.needs_recomputing(options) {
+        if let Err(why) = self.supports_kv_cache(options) {
             return Err(Error::argument("cache", format!("cannot be used: {why}")));
         }
         let options = ForwardOptions {
@@ -354,7 +358,7 @@ impl AttentionLayers {
         };
         let memories = options.mems.iter().flatten().filter_map(|mem| mem.dim(1).ok()).max().unwrap_or(0);
         let positions = capacity.saturating_add(memories);
-        let bias = self.bias.forward().at("rel_pos")?;
+        let bias = self.bias.forward().context("rel_pos")?;
         let tables = Tables::new(positions, self.rotary.as_ref(), self.infused.as_ref(), bias, dtype)?;
         LayersCache::new(batch, capacity, self.layers.len(), tables, options)
     }
@@ -423,7 +427,7 @@ impl AttentionLayers {
                 BranchPlan::CrossAttention(_) => AttentionInput { prev: prev_cross.take(), ..cross.clone() },
                 BranchPlan::FeedForward(_) => AttentionInput::default(),
             };
-            let output = layer.extend(stream, &input, cache, tables, &step).at(format_args!("layers.{index}"))?;
+            let output = layer.extend(stream, &input, cache, tables, &step).context(format_args!("layers.{index}"))?;
             stream = output.stream;
             match plan.branch.layer_type() {
                 LayerType::SelfAttention => prev = output.scores,

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use crate::{
-    Init, Param, Result, Store, Tensor,
+    Init, Param, ParamStore, Result, Tensor,
     ops::{Activation, Int8Matrix},
 };
 
@@ -18,30 +18,36 @@ pub struct Linear {
 
 impl Linear {
     /// Weight and bias, uniform in `±1/√in`.
-    pub fn new(store: &Store, fan_in: usize, fan_out: usize) -> Result<Self> {
+    pub fn new(store: &ParamStore, fan_in: usize, fan_out: usize) -> Result<Self> {
         let init = Init::linear(fan_in);
         Self::with_init(store, fan_in, fan_out, init, Some(init))
     }
 
     /// A weight alone, uniform in `±1/√in`.
-    pub fn without_bias(store: &Store, fan_in: usize, fan_out: usize) -> Result<Self> {
+    pub fn without_bias(store: &ParamStore, fan_in: usize, fan_out: usize) -> Result<Self> {
         Self::with_init(store, fan_in, fan_out, Init::linear(fan_in), None)
     }
 
     /// A weight, and a bias if one is wanted, uniform in `±1/√in`.
-    pub fn maybe_biased(store: &Store, fan_in: usize, fan_out: usize, bias: bool) -> Result<Self> {
+    pub fn maybe_biased(store: &ParamStore, fan_in: usize, fan_out: usize, bias: bool) -> Result<Self> {
         let init = Init::linear(fan_in);
         Self::with_init(store, fan_in, fan_out, init, bias.then_some(init))
     }
 
     /// The same, all zeros if `zero`: the last layer of a branch that starts as the identity.
-    pub fn output(store: &Store, fan_in: usize, fan_out: usize, bias: bool, zero: bool) -> Result<Self> {
+    pub fn output(store: &ParamStore, fan_in: usize, fan_out: usize, bias: bool, zero: bool) -> Result<Self> {
         let init = if zero { Init::Constant(0.0) } else { Init::linear(fan_in) };
         Self::with_init(store, fan_in, fan_out, init, bias.then_some(init))
     }
 
     /// Weight, and bias if it has a start.
-    pub fn with_init(store: &Store, fan_in: usize, fan_out: usize, weight: Init, bias: Option<Init>) -> Result<Self> {
+    pub fn with_init(
+        store: &ParamStore,
+        fan_in: usize,
+        fan_out: usize,
+        weight: Init,
+        bias: Option<Init>,
+    ) -> Result<Self> {
         Ok(Self {
             weight: store.param("weight", [fan_out, fan_in], weight)?,
             bias: bias.map(|bias| store.param("bias", [fan_out], bias)).transpose()?,
@@ -101,12 +107,12 @@ pub struct Embedding {
 
 impl Embedding {
     /// A table of `count` vectors.
-    pub fn new(store: &Store, count: usize, dim: usize, init: Init) -> Result<Self> {
+    pub fn new(store: &ParamStore, count: usize, dim: usize, init: Init) -> Result<Self> {
         Ok(Self { weight: store.param("weight", [count, dim], init)? })
     }
 
     /// The table of another module, under this place's name too.
-    pub fn tied(store: &Store, other: &Embedding) -> Result<Self> {
+    pub fn tied(store: &ParamStore, other: &Embedding) -> Result<Self> {
         Ok(Self { weight: store.tie("weight", &other.weight)? })
     }
 

@@ -1,4 +1,4 @@
-//! The modules that models are built of: made from a plan and a [`Store`](crate::Store), composed of tensor methods.
+//! The modules that models are built of: made from a plan and a [`ParamStore`](crate::ParamStore), composed of tensor methods.
 //!
 //! A module is a cheap handle: cloning it shares its parameters. The names that it registers are those of PyTorch's
 //! `state_dict()`.

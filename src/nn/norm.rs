@@ -1,6 +1,6 @@
 //! LayerNorm, ScaleNorm and RMSNorm.
 
-use crate::{Init, Param, Result, Store, Tensor, config};
+use crate::{Init, Param, ParamStore, Result, Tensor, config};
 
 /// A norm over the features.
 #[derive(Clone, Debug)]
@@ -22,14 +22,14 @@ pub enum Norm {
         eps: f64,
     },
     /// `x / max(|x| dim^-½, 1e-8) ⊙ g`. <https://arxiv.org/abs/1910.07467>
-    Rms {
+    ClampedRms {
         /// Starts at 1, `[dim]`.
         g: Param,
         /// The least length.
         eps: f64,
     },
     /// `x / √(mean(x²) + eps) ⊙ g`, PyTorch's `nn.RMSNorm`.
-    MeanSquare {
+    Rms {
         /// Starts at 1, `[dim]`.
         g: Param,
         /// Added to the mean square.
@@ -39,7 +39,7 @@ pub enum Norm {
 
 impl Norm {
     /// A norm of this kind over `dim` features.
-    pub fn new(kind: config::Norm, dim: usize, store: &Store) -> Result<Self> {
+    pub fn new(kind: config::Norm, dim: usize, store: &ParamStore) -> Result<Self> {
         let one = Init::Constant(1.0);
         Ok(match kind {
             config::Norm::Layer(eps) => Self::Layer {
@@ -48,8 +48,8 @@ impl Norm {
                 eps,
             },
             config::Norm::Scale(eps) => Self::Scale { g: store.param("g", [1], one)?, eps },
+            config::Norm::ClampedRms(eps) => Self::ClampedRms { g: store.param("g", [dim], one)?, eps },
             config::Norm::Rms(eps) => Self::Rms { g: store.param("g", [dim], one)?, eps },
-            config::Norm::MeanSquare(eps) => Self::MeanSquare { g: store.param("g", [dim], one)?, eps },
         })
     }
 
@@ -58,8 +58,8 @@ impl Norm {
         match self {
             Self::Layer { weight, bias, eps } => x.layer_norm(Some(&weight.tensor()), Some(&bias.tensor()), *eps),
             Self::Scale { g, eps } => x.scale_norm(&g.tensor(), *eps),
+            Self::ClampedRms { g, eps } => x.clamped_rms_norm(&g.tensor(), *eps),
             Self::Rms { g, eps } => x.rms_norm(&g.tensor(), *eps),
-            Self::MeanSquare { g, eps } => x.mean_square_norm(&g.tensor(), *eps),
         }
     }
 
@@ -70,8 +70,8 @@ impl Norm {
                 x.add_layer_norm(residual, Some(&weight.tensor()), Some(&bias.tensor()), *eps)
             }
             Self::Scale { g, eps } => x.add_scale_norm(residual, &g.tensor(), *eps),
+            Self::ClampedRms { g, eps } => x.add_clamped_rms_norm(residual, &g.tensor(), *eps),
             Self::Rms { g, eps } => x.add_rms_norm(residual, &g.tensor(), *eps),
-            Self::MeanSquare { g, eps } => x.add_mean_square_norm(residual, &g.tensor(), *eps),
         }
     }
 }

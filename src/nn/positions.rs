@@ -2,7 +2,7 @@
 
 use super::Embedding;
 use crate::{
-    Buffer, DType, Init, Param, Result, Store, Tensor,
+    Buffer, DType, Init, Param, ParamStore, Result, Tensor,
     config::{BiasPlan, RotaryPlan, T5Plan},
     ops,
 };
@@ -16,7 +16,7 @@ pub struct AbsolutePositionalEmbedding {
 
 impl AbsolutePositionalEmbedding {
     /// A table for sequences of up to `max_seq_len`; `scaled` says whether it is multiplied by `dim^-½`.
-    pub fn new(dim: usize, max_seq_len: usize, scaled: bool, store: &Store) -> Result<Self> {
+    pub fn new(dim: usize, max_seq_len: usize, scaled: bool, store: &ParamStore) -> Result<Self> {
         let emb = Embedding::new(&store.at("emb"), max_seq_len, dim, Init::Normal(1.0))?;
         Ok(Self { emb, scale: if scaled { (dim as f64).powf(-0.5) } else { 1.0 } })
     }
@@ -43,7 +43,7 @@ impl AbsolutePositionalEmbedding {
 
 /// The frequencies of a rotation, `[⌈dim / 2⌉]`, in f32 whatever the model's dtype: half types would turn far positions by
 /// wrong angles.
-pub(super) fn inverse_frequencies(plan: &RotaryPlan, store: &Store) -> Result<Buffer> {
+pub(super) fn inverse_frequencies(plan: &RotaryPlan, store: &ParamStore) -> Result<Buffer> {
     let values = Tensor::generate([plan.dim.div_ceil(2)], DType::F32, store.device(), |k| plan.frequency(k))?;
     store.buffer("inv_freq", values)
 }
@@ -73,7 +73,7 @@ pub enum PositionBias {
 
 impl PositionBias {
     /// As planned; the place is `rel_pos`.
-    pub fn new(plan: BiasPlan, store: &Store) -> Result<Self> {
+    pub fn new(plan: BiasPlan, store: &ParamStore) -> Result<Self> {
         Ok(match plan {
             BiasPlan::None => Self::None,
             BiasPlan::T5(plan) => {
@@ -153,16 +153,16 @@ impl ScoreBias {
         }
     }
 
-    /// By the distance of a key behind a query's position, when `front` keys are in front of a causal sequence: `[heads,
+    /// By the distance of a key behind a query's position, when `prefix_len` keys are in front of a causal sequence: `[heads,
     /// distances]` of this dtype. Relative to the key at the query's position where only differences count.
-    pub(super) fn curves(&self, front: usize, distances: usize, dtype: DType) -> Result<Tensor> {
+    pub(super) fn bias_by_distance(&self, prefix_len: usize, distances: usize, dtype: DType) -> Result<Tensor> {
         match self {
             Self::T5 { plan, table } => {
                 // Queries count from 0 in front of which there is nothing: nearer keys are in the future, in bucket 0.
                 let table = table.detach().to_dtype(dtype)?;
                 let bias = |n: usize| table.relative_position_bias(n, 1, plan.causal, plan.max_distance, plan.scale);
-                let past = bias(distances.saturating_sub(front).max(1))?.squeeze(-1)?;
-                let now = past.narrow(1, 0, 1)?.expand([past.dim(0)?, front])?;
+                let past = bias(distances.saturating_sub(prefix_len).max(1))?.squeeze(-1)?;
+                let now = past.narrow(1, 0, 1)?.expand([past.dim(0)?, prefix_len])?;
                 Tensor::cat(&[&now, &past], 1)
             }
             Self::Alibi { slopes } => {

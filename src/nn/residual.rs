@@ -1,7 +1,7 @@
 //! How a branch and the residual stream become one.
 
 use super::Norm;
-use crate::{Init, Param, Result, Store, Tensor, config::ResidualPlan};
+use crate::{Init, Param, ParamStore, Result, Tensor, config::ResidualPlan};
 
 /// The residual stream between sublayers, `[.., dim]`: a sum is left to the norm behind it, which computes it on the way.
 #[derive(Clone, Debug)]
@@ -41,7 +41,7 @@ pub struct Residual {
 
 impl Residual {
     /// As planned, over `dim` features.
-    pub fn new(plan: ResidualPlan, dim: usize, store: &Store) -> Result<Self> {
+    pub fn new(plan: ResidualPlan, dim: usize, store: &ParamStore) -> Result<Self> {
         let scale = plan.scaled.then(|| store.param("residual_scale", [dim], Init::Constant(1.0))).transpose()?;
         let gru = plan.gated.then(|| GruCell::new(dim, &store.at("gru"))).transpose()?;
         Ok(Self { scale, gru })
@@ -70,7 +70,7 @@ struct GruCell {
 }
 
 impl GruCell {
-    fn new(dim: usize, store: &Store) -> Result<Self> {
+    fn new(dim: usize, store: &ParamStore) -> Result<Self> {
         let init = Init::linear(dim);
         Ok(Self {
             weight_ih: store.param("weight_ih", [3 * dim, dim], init)?,

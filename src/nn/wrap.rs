@@ -1,7 +1,7 @@
 //! What lies around a branch: ReZero, token shift, the macaron's half.
 
-use super::cache::{LayerCache, Step};
-use crate::{Init, Param, Result, Store, Tensor, config::WrapPlan};
+use super::cache::{DecodeStep, LayerCache};
+use crate::{Init, Param, ParamStore, Result, Tensor, config::WrapPlan};
 
 /// The wrappers of one branch, outermost first.
 #[derive(Clone, Debug)]
@@ -13,7 +13,7 @@ pub(super) struct Wrap {
 
 impl Wrap {
     /// As planned; also gives the place of the branch, one level down for each wrapper.
-    pub fn new(plan: &WrapPlan, store: &Store) -> Result<(Self, Store)> {
+    pub fn new(plan: &WrapPlan, store: &ParamStore) -> Result<(Self, ParamStore)> {
         let rezero = plan.rezero.then(|| store.param("g", [1], Init::Constant(0.0))).transpose()?;
         let levels = [plan.rezero, plan.shifts.is_some(), plan.half].into_iter().filter(|&level| level);
         let store = levels.fold(store.clone(), |store, _| store.at("fn"));
@@ -29,11 +29,11 @@ impl Wrap {
     }
 
     /// As [`Wrap::input`] for the next positions of sequences; `mask`: whether the branch knows of padding.
-    pub fn next_input(&self, x: &Tensor, mask: bool, cache: &mut LayerCache, step: &Step) -> Result<Tensor> {
+    pub fn next_input(&self, x: &Tensor, mask: bool, cache: &mut LayerCache, step: &DecodeStep) -> Result<Tensor> {
         let Some(amounts) = &self.shifts else { return Ok(x.clone()) };
         let history = cache.remember(x, step)?;
         let whole = step.whole_mask.as_ref().filter(|_| mask);
-        history.shift_rows(&step.ends, step.n, amounts, whole)
+        history.shift_rows(&step.device_lengths, step.n, amounts, whole)
     }
 
     /// After the branch.

@@ -8,7 +8,7 @@ use super::{
 };
 use crate::{
     Device, Error, Result, Tensor,
-    core::{Backward, Contributions, Float, Real, Shape, dispatch_float, record_cheap},
+    core::{Backward, Float, InputGrads, Real, Shape, dispatch_float, record_cheap},
     device::{Grid, args, cpu, simd::vectorized, size32},
     error::ensure,
 };
@@ -114,7 +114,7 @@ fn activate<F: Unary>(x: &Tensor, bias: &Tensor) -> Result<Tensor> {
             Ok(())
         })?,
         Device::Cuda(gpu) => {
-            let rows = x.elements().checked_div(dim).unwrap_or(0);
+            let rows = x.numel().checked_div(dim).unwrap_or(0);
             let (rows_per_chunk, chunks) = Grid::chunks(rows, dim, x.dtype());
             let bias = bias.detach().contiguous()?;
             let args = args![&mut y, x, &bias, rows as i64, rows_per_chunk as i64, size32(dim)?];
@@ -154,10 +154,10 @@ impl<F: Unary> Backward for ActivationBackward<F> {
     }
 
     /// `dx = g ⊙ activation'(x + bias)`, `dbias = Σ_rows dx`
-    fn backward(self: Box<Self>, grad: Tensor, need: &[bool]) -> Result<Contributions> {
+    fn backward(self: Box<Self>, grad: Tensor, need: &[bool]) -> Result<InputGrads> {
         let Self { x, bias, .. } = &*self;
         let dim = x.dim(-1)?;
-        let rows = x.elements().checked_div(dim).unwrap_or(0);
+        let rows = x.numel().checked_div(dim).unwrap_or(0);
         let (mut dx, source) = reuse(grad)?;
         let sums = match *dx.device() {
             Device::Cpu => {
@@ -198,7 +198,7 @@ impl<F: Unary> Backward for ActivationBackward<F> {
                 sums
             }
         };
-        Ok(Contributions::whole([need[0].then_some(dx), bias_gradient(sums, x)?]))
+        Ok(InputGrads::whole([need[0].then_some(dx), bias_gradient(sums, x)?]))
     }
 }
 

@@ -28,7 +28,7 @@ pub(crate) fn own(tensor: &mut Tensor) -> Result<()> {
 /// The sum of the squares of each tensor, in f64. The tensors are packed. Those on a GPU cost one read-back per dtype.
 pub(crate) fn square_norms(tensors: &[Tensor]) -> Result<Vec<f64>> {
     let mut sums = vec![0.0; tensors.len()];
-    let indexed = tensors.iter().enumerate().filter(|(_, tensor)| tensor.elements() > 0);
+    let indexed = tensors.iter().enumerate().filter(|(_, tensor)| tensor.numel() > 0);
     let (on_cpu, groups) = by_device(indexed, |(_, tensor)| (tensor.device().clone(), tensor.dtype()));
     for Group { gpu, key: dtype, items } in groups {
         let norms = square_norms_cuda(gpu, dtype, items.iter().map(|(_, tensor)| *tensor))?.to_vec::<f64>()?;
@@ -64,7 +64,7 @@ fn square_norms_cuda<'a>(
     dtype: DType,
     tensors: impl Iterator<Item = &'a Tensor>,
 ) -> Result<Tensor> {
-    let rows = tensors.map(|tensor| Ok(([tensor.address()?], tensor.elements())));
+    let rows = tensors.map(|tensor| Ok(([tensor.address()?], tensor.numel())));
     let table = Table::new(gpu, &format!("square_norm {dtype}"), rows)?;
     let uninit = |n: usize| Tensor::uninit(Shape::new(&[n])?, DType::F64, table.rows.device());
     let (mut partials, mut totals) = (uninit(table.chunks)?, uninit(table.tensors)?);
@@ -82,7 +82,7 @@ fn square_norms_cuda<'a>(
 /// The tensors are packed and of one dtype; with the numbers of [`square_norms`] the processor gets the same bits.
 #[cfg(feature = "cuda")]
 pub(crate) fn clip_on_device(tensors: &[Tensor], given: &Tensor) -> Result<Tensor> {
-    let with_elements = || tensors.iter().filter(|tensor| tensor.elements() > 0);
+    let with_elements = || tensors.iter().filter(|tensor| tensor.numel() > 0);
     let mut norm = given.uninit_like()?;
     let (Device::Cuda(gpu), Some(first)) = (given.device(), with_elements().next()) else {
         return Err(Error::argument("graph", "expected gradients on a GPU"));
@@ -94,7 +94,7 @@ pub(crate) fn clip_on_device(tensors: &[Tensor], given: &Tensor) -> Result<Tenso
     );
     let totals = square_norms_cuda(gpu, dtype, with_elements())?;
     gpu.kernel("square_norm_clip", &[("DTYPE", dtype.name())])?
-        .launch(Grid::new([1; 3], [1; 3]), args![&mut norm, &totals, given, totals.elements() as u32])?;
+        .launch(Grid::new([1; 3], [1; 3]), args![&mut norm, &totals, given, totals.numel() as u32])?;
     Ok(norm)
 }
 
@@ -238,7 +238,7 @@ fn row(update: Update<'_>) -> Result<([u64; 5], usize)> {
     let master = update.master.map_or(Ok(0), Tensor::address_mut)?;
     let state = [update.exp_avg.address_mut()?, update.exp_avg_sq.address_mut()?];
     let (value, grad) = (update.value.address_mut()?, update.grad.address()?);
-    Ok(([value, grad, state[0], state[1], master], update.grad.elements()))
+    Ok(([value, grad, state[0], state[1], master], update.grad.numel()))
 }
 
 /// One step of parameters of one dtype that have had as many updates, in one launch.
@@ -391,9 +391,8 @@ pub(crate) fn average(averages: Vec<&mut Tensor>, values: &[Tensor], decay: f64)
     let pairs = averages.into_iter().zip(values);
     let (on_cpu, groups) = by_device(pairs, |(_, value)| (value.device().clone(), value.dtype()));
     for Group { gpu, key: dtype, items } in groups {
-        let rows = items
-            .into_iter()
-            .map(|(average, value)| Ok(([average.address_mut()?, value.address()?], value.elements())));
+        let rows =
+            items.into_iter().map(|(average, value)| Ok(([average.address_mut()?, value.address()?], value.numel())));
         let table = Table::new(gpu, &format!("ema {dtype}"), rows)?;
         gpu.kernel("ema_update", &[("DTYPE", dtype.name())])?
             .launch(table.grid(), args![&table.rows, table.tensors as u32, 1.0 - decay])?;

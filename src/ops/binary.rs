@@ -2,7 +2,7 @@
 
 use crate::{
     DType, Device, Error, Result, Shape, Tensor,
-    core::{Backward, Contributions, Float, Real, collapse_layouts, computed, dispatch_float, needs, record},
+    core::{Backward, Float, InputGrads, Real, collapse_layouts, computed, dispatch_float, needs, record},
     device::{CudaDevice, Grid, Storage, args, cpu, simd::vectorized},
     error::ensure,
     ops::copy::{same_device, same_kind},
@@ -126,7 +126,7 @@ fn binary<F: Binary>(a: &Tensor, b: &Tensor) -> Result<Tensor> {
 pub(super) fn launch_binary(gpu: &CudaDevice, function: &str, y: &mut Tensor, a: &Tensor, b: &Tensor) -> Result<()> {
     let shape = *y.shape();
     let layouts = collapse_layouts(&shape, [&a.layout().expand(shape), &b.layout().expand(shape)]);
-    let n = shape.elements();
+    let n = shape.numel();
     gpu.kernel("binary_fwd", &[("DTYPE", a.dtype().name()), ("FUNCTION", function)])?
         .launch(Grid::packets(n, a.dtype()), args![y, Storage(a), Storage(b), &layouts[0], &layouts[1], n as i64])
 }
@@ -173,10 +173,10 @@ impl<F: Binary> Backward for BinaryBackward<F> {
         F::NAME
     }
 
-    fn backward(self: Box<Self>, grad: Tensor, need: &[bool]) -> Result<Contributions> {
+    fn backward(self: Box<Self>, grad: Tensor, need: &[bool]) -> Result<InputGrads> {
         let [a, b] = F::gradients(&grad, &self.saved, need)?;
         let reduce = |grad: Option<Tensor>, shape| grad.map(|grad| grad.sum_to(shape)).transpose();
-        Ok(Contributions::whole([reduce(a, self.shapes[0])?, reduce(b, self.shapes[1])?]))
+        Ok(InputGrads::whole([reduce(a, self.shapes[0])?, reduce(b, self.shapes[1])?]))
     }
 }
 
@@ -220,7 +220,7 @@ fn by_divisor(g: &Tensor, a: &Tensor, b: &Tensor) -> Result<Tensor> {
         })?,
         Device::Cuda(gpu) => {
             let [g_layout, a_layout, b_layout] = collapse_layouts(&shape, layouts);
-            let n = shape.elements();
+            let n = shape.numel();
             gpu.kernel("quotient_bwd", &[("DTYPE", g.dtype().name())])?.launch(
                 Grid::packets(n, g.dtype()),
                 args![&mut y, Storage(g), Storage(a), Storage(b), &g_layout, &a_layout, &b_layout, n as i64],

@@ -10,15 +10,15 @@ use crate::{
 
 const OP: &str = "cache";
 
-/// Where the sequences of a batch end: `[b]` I64, each of at least 0. Everything below counts from there.
-fn ends(ends: &Tensor, batch: usize, like: &Tensor) -> Result<()> {
+/// Checks the lengths of the sequences of a batch, `[b]` I64, each at least 0. Everything below counts from there.
+fn check_lengths(lengths: &Tensor, batch: usize, like: &Tensor) -> Result<()> {
     ensure!(
-        **ends.shape() == [batch] && ends.dtype() == DType::I64 && ends.is_contiguous(),
-        Error::shape(OP, format!("expected ends [{batch}] of i64, got {:?} {}", ends.shape(), ends.dtype()))
+        **lengths.shape() == [batch] && lengths.dtype() == DType::I64 && lengths.is_contiguous(),
+        Error::shape(OP, format!("expected lengths [{batch}] of i64, got {:?} {}", lengths.shape(), lengths.dtype()))
     );
     ensure!(
-        ends.device() == like.device(),
-        Error::Device { op: OP, message: format!("ends are on {}, values on {}", ends.device(), like.device()) }
+        lengths.device() == like.device(),
+        Error::Device { op: OP, message: format!("lengths are on {}, values on {}", lengths.device(), like.device()) }
     );
     Ok(())
 }
@@ -31,10 +31,10 @@ fn packed_rows(x: &Tensor) -> Result<Tensor> {
 
 impl Tensor {
     /// Writes rows `[b, heads, n, d]` into this buffer, `[b, heads, capacity, d]`: row `i` of sequence `b` goes to
-    /// position `offset + ends[b] + i`. What does not fit is left out.
+    /// position `offset + lengths[b] + i`. What does not fit is left out.
     ///
     /// Errors: other shapes, dtypes or devices, or a view of the buffer that is still held.
-    pub(crate) fn write_rows(&mut self, rows: &Tensor, ends_of: &Tensor, offset: usize) -> Result<()> {
+    pub(crate) fn write_rows(&mut self, rows: &Tensor, lengths: &Tensor, offset: usize) -> Result<()> {
         let (&[batch, heads, capacity, d], &[b, h, n, width]) = (&self.shape()[..], &rows.shape()[..]) else {
             return Err(Error::shape(OP, format!("cannot write {:?} into {:?}", rows.shape(), self.shape())));
         };
@@ -45,23 +45,23 @@ impl Tensor {
                 format!("cannot write {:?} {} into {:?} {}", rows.shape(), rows.dtype(), self.shape(), self.dtype())
             )
         );
-        ends(ends_of, batch, self)?;
+        check_lengths(lengths, batch, self)?;
         ensure!(self.dtype() != DType::I64, Error::dtype(OP, "expected floats or bool, got i64"));
         ensure!(self.is_unique(), Error::argument(OP, "a view of the buffer is still held: it cannot be written to"));
-        if rows.elements() == 0 || capacity == 0 {
+        if rows.numel() == 0 || capacity == 0 {
             return Ok(());
         }
         let rows = packed_rows(rows)?;
         match (self.device().clone(), self.dtype()) {
             (Device::Cuda(gpu), dtype) => {
-                let sizes = (rows.elements() as i64, size32(heads)?, size32(n)?, size32(d)?, capacity as i64);
+                let sizes = (rows.numel() as i64, size32(heads)?, size32(n)?, size32(d)?, capacity as i64);
                 let layout = *rows.layout();
                 gpu.kernel("cache_write", &[("DTYPE", dtype.name())])?.launch(
-                    Grid::elements(rows.elements()),
+                    Grid::elements(rows.numel()),
                     args![
                         self,
                         Storage(&rows),
-                        ends_of,
+                        lengths,
                         &layout,
                         sizes.0,
                         sizes.1,
@@ -72,16 +72,16 @@ impl Tensor {
                     ],
                 )
             }
-            (_, DType::Bool) => write::<bool>(self, &rows, ends_of, offset),
-            (_, float) => dispatch_float!(OP, float, T, write::<T>(self, &rows, ends_of, offset)),
+            (_, DType::Bool) => write::<bool>(self, &rows, lengths, offset),
+            (_, float) => dispatch_float!(OP, float, T, write::<T>(self, &rows, lengths, offset)),
         }
     }
 
-    /// Rotates rows `[b, heads, n, d]` as [`Tensor::rotary`], row `i` of sequence `b` by position `offset + ends[b] + i`
+    /// Rotates rows `[b, heads, n, d]` as [`Tensor::rotary`], row `i` of sequence `b` by position `offset + lengths[b] + i`
     /// of a table of [`rotary_table`](super::rotary::rotary_table).
     ///
     /// Errors: other shapes, dtypes or devices.
-    pub(crate) fn rotate_rows(&self, table: &Tensor, ends_of: &Tensor, offset: usize) -> Result<Tensor> {
+    pub(crate) fn rotate_rows(&self, table: &Tensor, lengths: &Tensor, offset: usize) -> Result<Tensor> {
         let (&[batch, heads, n, d], &[positions, width]) = (&self.shape()[..], &table.shape()[..]) else {
             return Err(Error::shape(OP, format!("cannot rotate {:?} by {:?}", self.shape(), table.shape())));
         };
@@ -89,19 +89,19 @@ impl Tensor {
             width <= d && positions > 0 && table.dtype() == self.dtype().accumulator() && self.dtype().is_float(),
             Error::shape(OP, format!("cannot rotate {:?} by {:?} {}", self.shape(), table.shape(), table.dtype()))
         );
-        ends(ends_of, batch, self)?;
+        check_lengths(lengths, batch, self)?;
         discrete(OP, &[self, table])?;
         let x = packed_rows(self)?;
         let mut y = x.uninit_like()?;
         if let Device::Cuda(gpu) = *x.device() {
-            let sizes = (x.elements() as i64, size32(heads)?, size32(n)?, size32(d)?, size32(width / 2)?);
+            let sizes = (x.numel() as i64, size32(heads)?, size32(n)?, size32(d)?, size32(width / 2)?);
             gpu.kernel("cache_rotate", &[("DTYPE", x.dtype().name())])?.launch(
-                Grid::elements(x.elements()),
+                Grid::elements(x.numel()),
                 args![
                     &mut y,
                     Storage(&x),
                     table,
-                    ends_of,
+                    lengths,
                     x.layout(),
                     sizes.0,
                     sizes.1,
@@ -114,7 +114,7 @@ impl Tensor {
             )?;
             return computed(OP, y, &[self]);
         }
-        let starts = ends_of.values::<i64>()?;
+        let starts = lengths.values::<i64>()?;
         dispatch_float!(OP, x.dtype(), T, {
             let (from, layout) = (x.storage::<T>()?, x.layout());
             let table = table.values::<<T as Float>::Acc>()?;
@@ -132,13 +132,13 @@ impl Tensor {
         computed(OP, y, &[self])
     }
 
-    /// The rows behind the ends of this buffer of inputs, `[b, 1, capacity, dim]`, with their features shifted as by
+    /// The rows behind the lengths of this buffer of inputs, `[b, 1, capacity, dim]`, with their features shifted as by
     /// [`Tensor::shift_tokens`]: `[b, n, dim]`. `mask` `[b, capacity]`: what counts as zeros for the moves.
     ///
     /// Errors: other shapes, dtypes or devices, or amounts that move tokens to the front.
     pub(crate) fn shift_rows(
         &self,
-        ends_of: &Tensor,
+        lengths: &Tensor,
         n: usize,
         amounts: &[isize],
         mask: Option<&Tensor>,
@@ -152,26 +152,26 @@ impl Tensor {
         );
         if let Some(mask) = mask {
             ensure!(
-                mask.elements() == batch * capacity && mask.dtype() == DType::Bool && mask.is_contiguous(),
+                mask.numel() == batch * capacity && mask.dtype() == DType::Bool && mask.is_contiguous(),
                 Error::shape(OP, format!("expected a bool mask [{batch}, {capacity}], got {:?}", mask.shape()))
             );
         }
-        ends(ends_of, batch, self)?;
+        check_lengths(lengths, batch, self)?;
         let chunk = dim / amounts.len();
         let mut y = Tensor::uninit(Shape::new(&[batch, n, dim])?, self.dtype(), self.device())?;
         if let Device::Cuda(gpu) = *self.device() {
             let table = gpu.constant(&format!("shift_tokens {amounts:?}"), || {
                 Ok(amounts.iter().map(|&amount| amount as i64).collect())
             })?;
-            let sizes = (y.elements() as i64, size32(n)?, size32(dim)?, size32(amounts.len())?, size32(chunk)?);
+            let sizes = (y.numel() as i64, size32(n)?, size32(dim)?, size32(amounts.len())?, size32(chunk)?);
             gpu.kernel("cache_shift", &[("DTYPE", self.dtype().name())])?.launch(
-                Grid::elements(y.elements()),
+                Grid::elements(y.numel()),
                 args![
                     &mut y,
                     self,
                     mask,
                     &table,
-                    ends_of,
+                    lengths,
                     sizes.0,
                     sizes.1,
                     sizes.2,
@@ -182,7 +182,7 @@ impl Tensor {
             )?;
             return computed(OP, y, &[self]);
         }
-        let starts = ends_of.values::<i64>()?;
+        let starts = lengths.values::<i64>()?;
         let mask = mask.map(Tensor::values::<bool>).transpose()?;
         dispatch_float!(OP, self.dtype(), T, {
             let from = self.values::<T>()?;
@@ -210,9 +210,9 @@ impl Tensor {
     }
 }
 
-fn write<E: Element>(buffer: &mut Tensor, rows: &Tensor, ends_of: &Tensor, offset: usize) -> Result<()> {
+fn write<E: Element>(buffer: &mut Tensor, rows: &Tensor, lengths: &Tensor, offset: usize) -> Result<()> {
     let [heads, capacity, d, n] = [buffer.shape()[1], buffer.shape()[2], buffer.shape()[3], rows.shape()[2]];
-    let (starts, from, layout) = (ends_of.values::<i64>()?, rows.storage::<E>()?, *rows.layout());
+    let (starts, from, layout) = (lengths.values::<i64>()?, rows.storage::<E>()?, *rows.layout());
     cpu::for_rows(buffer.values_mut::<E>()?, capacity * d, n * d, |first, buffers| {
         for (index, buffer) in buffers.chunks_exact_mut(capacity * d).enumerate() {
             let head = first + index;

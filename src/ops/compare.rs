@@ -2,7 +2,7 @@
 
 use crate::{
     DType, Device, Element, Error, Result, Shape, Tensor,
-    core::{Backward, Contributions, Layout, collapse_layouts, computed, discrete, dispatch_float, record},
+    core::{Backward, InputGrads, Layout, collapse_layouts, computed, discrete, dispatch_float, record},
     device::{Grid, Storage, args, cpu},
     error::ensure,
     ops::{
@@ -117,7 +117,7 @@ impl Tensor {
             (Device::Cpu, float) => dispatch_float!(OP, float, T, choose::<T>(&mut y, &mask, a, b, layouts))?,
             (Device::Cuda(gpu), dtype) => {
                 let [choice, yes, no] = collapse_layouts(&shape, layouts);
-                let n = shape.elements();
+                let n = shape.numel();
                 gpu.kernel("where_cond", &[("DTYPE", dtype.name())])?.launch(
                     Grid::packets(n, dtype),
                     args![&mut y, Storage(&mask), Storage(a), Storage(b), &choice, &yes, &no, n as i64],
@@ -173,10 +173,10 @@ impl Backward for WhereBackward {
         "where_cond"
     }
 
-    fn backward(self: Box<Self>, grad: Tensor, need: &[bool]) -> Result<Contributions> {
+    fn backward(self: Box<Self>, grad: Tensor, need: &[bool]) -> Result<InputGrads> {
         let zero = Tensor::zeros((), grad.dtype(), grad.device())?;
         let a = need[0].then(|| self.mask.where_cond(&grad, &zero)?.sum_to(self.shapes[0])).transpose()?;
         let b = need[1].then(|| self.mask.where_cond(&zero, &grad)?.sum_to(self.shapes[1])).transpose()?;
-        Ok(Contributions::whole([a, b]))
+        Ok(InputGrads::whole([a, b]))
     }
 }

@@ -3,7 +3,7 @@
 use crate::{
     DType, Device, Error, Result, Tensor,
     core::{
-        Backward, Contribution, Contributions, Element, Float, Layout, Part, Shape, collapse_layouts, discrete,
+        Backward, Element, Float, GradSlice, InputGrad, InputGrads, Layout, Shape, collapse_layouts, discrete,
         dispatch_float, record,
     },
     device::{CudaDevice, Grid, Storage, args, cpu, simd::vectorized, size32},
@@ -41,7 +41,7 @@ impl Tensor {
                 convert_to(x.values::<T>()?, |x| crate::core::Real::to_f64(x.to_acc()), &mut out)
             })?,
             (Device::Cuda(gpu), from) => {
-                let n = x.elements();
+                let n = x.numel();
                 gpu.kernel("convert_elements", &[("DTYPE", dtype.name()), ("FROM", from.name())])?
                     .launch(Grid::packets(n, dtype), args![&mut out, &x, n as i64])?;
             }
@@ -106,12 +106,12 @@ impl Tensor {
 
     /// Adds a tensor of the same shape and dtype, in place if no other handle shares the values.
     pub(crate) fn accumulate(self, value: &Tensor) -> Result<Tensor> {
-        let whole = Part { dim: 0, start: 0, len: self.shape().first().copied().unwrap_or(1) };
+        let whole = GradSlice { dim: 0, start: 0, len: self.shape().first().copied().unwrap_or(1) };
         self.accumulate_part(whole, value)
     }
 
     /// Adds a tensor to a part of this one, in place if no other handle shares the values.
-    pub(crate) fn accumulate_part(mut self, part: Part, value: &Tensor) -> Result<Tensor> {
+    pub(crate) fn accumulate_part(mut self, part: GradSlice, value: &Tensor) -> Result<Tensor> {
         let inside = |&size: &usize| part.start.checked_add(part.len).is_some_and(|end| end <= size);
         ensure!(
             self.rank() == 0 || self.shape().get(part.dim).is_some_and(inside),
@@ -180,14 +180,14 @@ pub(super) fn pack(x: &Tensor) -> Result<Tensor> {
 
 /// Copies a tensor to a part of a packed one, whose elements `part` counts from the first, or adds it to that.
 fn launch_strided(gpu: &CudaDevice, to: &mut Tensor, part: &Layout, from: &Tensor, add: bool) -> Result<()> {
-    let (n, options) = (from.elements(), [("DTYPE", from.dtype().name())]);
+    let (n, options) = (from.numel(), [("DTYPE", from.dtype().name())]);
     let [part, layout] = collapse_layouts(from.shape(), [part, from.layout()]);
     if let Some(dim) = turned(&part, &layout) {
         let last = part.shape.rank() - 1;
         let (rows, columns) = (part.shape[dim], part.shape[last]);
         let steps = (part.strides[dim] as i64, layout.strides[last] as i64);
         let firsts = [part, layout].map(|layout| layout.squeeze(last).squeeze(dim));
-        let batches = firsts[0].shape.elements();
+        let batches = firsts[0].shape.numel();
         let side = if from.dtype().size() == 8 { 32 } else { 64 };
         let tiles = batches * rows.div_ceil(side) * columns.div_ceil(side);
         let args = args![
@@ -279,7 +279,7 @@ fn convert<S: Copy + Sync, R: Send>(from: &[S], to: &mut [R], f: impl Fn(S) -> R
 }
 
 /// Adds to a part of a packed tensor that no other handle shares.
-fn add_part<T: Float>(sum: &mut Tensor, part: Part, value: &Tensor) -> Result<()> {
+fn add_part<T: Float>(sum: &mut Tensor, part: GradSlice, value: &Tensor) -> Result<()> {
     let inner: usize = sum.shape().iter().skip(part.dim + 1).product();
     let width = sum.shape().get(part.dim).copied().unwrap_or(1) * inner;
     let (start, len) = (part.start * inner, part.len * inner);
@@ -314,8 +314,8 @@ impl Backward for CopyBackward {
         "copy"
     }
 
-    fn backward(self: Box<Self>, grad: Tensor, _need: &[bool]) -> Result<Contributions> {
-        grad.to_dtype(self.dtype).map(Contributions::one)
+    fn backward(self: Box<Self>, grad: Tensor, _need: &[bool]) -> Result<InputGrads> {
+        grad.to_dtype(self.dtype).map(InputGrads::one)
     }
 }
 
@@ -330,12 +330,12 @@ impl Backward for CatBackward {
         "cat"
     }
 
-    fn backward(self: Box<Self>, grad: Tensor, _need: &[bool]) -> Result<Contributions> {
+    fn backward(self: Box<Self>, grad: Tensor, _need: &[bool]) -> Result<InputGrads> {
         let parts = grad.split(&self.sizes, self.dim as isize)?;
         // The shape is another one where nothing was added.
         let whole = |(part, shape): (Tensor, &Shape)| {
-            Ok(Contribution::Whole(if part.shape() == shape { part } else { part.reshape(*shape)? }))
+            Ok(InputGrad::Whole(if part.shape() == shape { part } else { part.reshape(*shape)? }))
         };
-        Ok(Contributions::new(parts.into_iter().zip(&self.shapes).map(whole).collect::<Result<_>>()?))
+        Ok(InputGrads::new(parts.into_iter().zip(&self.shapes).map(whole).collect::<Result<_>>()?))
     }
 }

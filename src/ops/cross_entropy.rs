@@ -6,7 +6,7 @@ use super::{
 };
 use crate::{
     DType, Device, Error, Result, Tensor,
-    core::{Backward, Contributions, Float, Real, Shape, dispatch_float, record},
+    core::{Backward, Float, InputGrads, Real, Shape, dispatch_float, record},
     device::{Arg, CudaDevice, Grid, args, cpu, simd::vectorized, size32},
     error::ensure,
 };
@@ -46,7 +46,7 @@ impl Tensor {
         };
         check_targets(OP, self, batch, targets)?;
         let (x, targets) = (self.contiguous()?, targets.contiguous()?);
-        let shape = Shape::new(&[targets.elements(), 2])?;
+        let shape = Shape::new(&[targets.numel(), 2])?;
         let mut statistics = Tensor::uninit(shape, x.dtype().accumulator(), x.device())?;
         let (loss, count) = match x.device() {
             Device::Cpu => {
@@ -101,7 +101,7 @@ pub(super) fn launch_rows(
     (classes, ignore_index): (usize, i64),
     statistics: &mut Tensor,
 ) -> Result<Tensor> {
-    let rows = targets.elements();
+    let rows = targets.numel();
     let mut losses = Tensor::uninit(Shape::new(&[rows])?, DType::F64, x.device())?;
     gpu.kernel("cross_entropy_fwd", &[("DTYPE", x.dtype().name())])?.launch(
         Grid::rows(rows, classes),
@@ -133,7 +133,7 @@ pub(super) fn launch_mean(
     let mut count = Tensor::uninit(scalar, DType::F64, losses.device())?;
     gpu.kernel("cross_entropy_mean", &[("DTYPE", dtype.name())])?.launch(
         Grid::new([1, 1, 1], [512, 1, 1]),
-        args![&mut loss, &mut count, gpu.faults(), losses, targets, targets.elements() as i64, ignore_index],
+        args![&mut loss, &mut count, gpu.faults(), losses, targets, targets.numel() as i64, ignore_index],
     )?;
     Ok((loss, count))
 }
@@ -149,7 +149,7 @@ pub(super) fn launch_gradient(
     (classes, ignore_index): (usize, i64),
     [g, count]: [&Tensor; 2],
 ) -> Result<()> {
-    let (rows, pitch) = (targets.elements(), x.dim(-1)?);
+    let (rows, pitch) = (targets.numel(), x.dim(-1)?);
     let kernel = gpu.kernel("cross_entropy_bwd", &[("DTYPE", x.dtype().name())])?;
     let to = x.address_mut()?;
     let from = source.map_or(Ok(to), Tensor::address)?;
@@ -193,7 +193,7 @@ pub(super) fn forward_rows<T: Float>(
     ignore_index: i64,
     statistics: &mut Tensor,
 ) -> Result<f64> {
-    let mut losses = vec![0.0; targets.elements()];
+    let mut losses = vec![0.0; targets.numel()];
     let (x, targets) = (x.values::<T>()?, targets.values::<i64>()?);
     let save = statistics.values_mut::<T::Acc>()?;
     cpu::for_rows2(save, &mut losses, (2, 1), COST * classes, |row, statistics, losses| {
@@ -309,7 +309,7 @@ impl Backward for CrossEntropyBackward {
     }
 
     /// `dx = (softmax(x) − onehot(target)) g / count`; zero for rows that are left out.
-    fn backward(self: Box<Self>, grad: Tensor, _need: &[bool]) -> Result<Contributions> {
+    fn backward(self: Box<Self>, grad: Tensor, _need: &[bool]) -> Result<InputGrads> {
         let Self { logits, statistics, targets, ignore_index, count } = *self;
         let classes = logits.dim(-1)?;
         let (mut dx, source) = reuse(logits)?;
@@ -329,7 +329,7 @@ impl Backward for CrossEntropyBackward {
                 launch_gradient(gpu, &mut dx, source, &statistics, &targets, (classes, ignore_index), [&grad, &count])?;
             }
         }
-        Ok(Contributions::one(dx))
+        Ok(InputGrads::one(dx))
     }
 }
 

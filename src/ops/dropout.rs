@@ -3,7 +3,7 @@
 use super::{copy::same_kind, norm::reuse};
 use crate::{
     Device, Error, Philox, Result, Tensor,
-    core::{Backward, Contributions, Float, Real, dispatch_float, dropout_stream, record, record_cheap_after},
+    core::{Backward, Float, InputGrads, Real, dispatch_float, dropout_stream, record, record_cheap_after},
     device::{Grid, args, cpu, simd::vectorized},
     error::ensure,
 };
@@ -101,7 +101,7 @@ impl Mask {
             Device::Cuda(gpu) => {
                 // A replay would draw the same mask again and again.
                 gpu.refuse_while_capturing("dropout")?;
-                let (n, dtype, seed, stream) = (out.elements(), out.dtype(), self.random.seed(), self.random.stream());
+                let (n, dtype, seed, stream) = (out.numel(), out.dtype(), self.random.seed(), self.random.stream());
                 let args = args![
                     &mut *out,
                     source.unwrap_or(&*out),
@@ -157,8 +157,8 @@ impl Backward for DropoutBackward {
     }
 
     /// The gradient under the same mask.
-    fn backward(self: Box<Self>, grad: Tensor, _need: &[bool]) -> Result<Contributions> {
-        self.mask.applied(grad).map(Contributions::one)
+    fn backward(self: Box<Self>, grad: Tensor, _need: &[bool]) -> Result<InputGrads> {
+        self.mask.applied(grad).map(InputGrads::one)
     }
 }
 
@@ -172,9 +172,9 @@ impl Backward for DropoutAddBackward {
     }
 
     /// The gradient under the same mask, and the gradient itself.
-    fn backward(self: Box<Self>, grad: Tensor, need: &[bool]) -> Result<Contributions> {
+    fn backward(self: Box<Self>, grad: Tensor, need: &[bool]) -> Result<InputGrads> {
         let residual = need[1].then(|| grad.clone());
         let dx = if need[0] { Some(self.mask.applied(grad)?) } else { None };
-        Ok(Contributions::whole([dx, residual]))
+        Ok(InputGrads::whole([dx, residual]))
     }
 }

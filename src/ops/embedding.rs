@@ -2,7 +2,7 @@
 
 use crate::{
     DType, Device, Error, Result, Tensor,
-    core::{Backward, Contributions, Float, Real, Shape, dispatch_float, record},
+    core::{Backward, Float, InputGrads, Real, Shape, dispatch_float, record},
     device::{CudaDevice, Grid, args, cpu, simd::vectorized, size32},
     error::ensure,
 };
@@ -60,7 +60,7 @@ impl Tensor {
                 Ok(())
             })?,
             Device::Cuda(gpu) => {
-                let (count, sizes) = (indices.elements(), (tokens as i64, size32(dim)?));
+                let (count, sizes) = (indices.numel(), (tokens as i64, size32(dim)?));
                 gpu.kernel("embedding_fwd", &[("DTYPE", table.dtype().name())])?.launch(
                     Grid::rows(count, dim),
                     args![&mut y, gpu.faults(), &table, &indices, count as i64, sizes.0, sizes.1],
@@ -83,7 +83,7 @@ impl Backward for EmbeddingBackward {
     }
 
     /// `dtable[t] = Σ g[i]` over the positions `i` that hold `t`, in their order.
-    fn backward(self: Box<Self>, grad: Tensor, _need: &[bool]) -> Result<Contributions> {
+    fn backward(self: Box<Self>, grad: Tensor, _need: &[bool]) -> Result<InputGrads> {
         let grad = grad.contiguous()?;
         let (tokens, dim) = (self.shape[0], self.shape[1]);
         let mut dtable = Tensor::uninit(self.shape, grad.dtype(), grad.device())?;
@@ -107,12 +107,12 @@ impl Backward for EmbeddingBackward {
                 let columns = dim.div_ceil(32 * 16 / grad.dtype().size());
                 let grid =
                     Grid::new([tokens.div_ceil(8).min(1 << 20) as u32, columns.min(1 << 14) as u32, 1], [32, 8, 1]);
-                let sizes = (self.indices.elements() as i64, tokens as i64, size32(dim)?);
+                let sizes = (self.indices.numel() as i64, tokens as i64, size32(dim)?);
                 gpu.kernel("embedding_bwd", &[("DTYPE", grad.dtype().name())])?
                     .launch(grid, args![&mut dtable, &grad, &keys, sizes.0, sizes.1, sizes.2])?;
             }
         }
-        Ok(Contributions::one(dtable))
+        Ok(InputGrads::one(dtable))
     }
 }
 
@@ -121,7 +121,7 @@ fn sorted_keys(gpu: &CudaDevice, indices: &Tensor, tokens: usize, dtype: DType) 
     /// Keys that a block sorts, as in `kernels/embedding.cu`.
     const TILE: usize = 2048;
     let option = [("DTYPE", dtype.name())];
-    let (count, tokens) = (size32(indices.elements())?, size32(tokens)?);
+    let (count, tokens) = (size32(indices.numel())?, size32(tokens)?);
     let padded = (count as usize).next_power_of_two().max(TILE);
     let mut keys = Tensor::uninit(Shape::new(&[padded])?, DType::I64, indices.device())?;
     let tiles = Grid::new([(padded / TILE).min(1 << 14) as u32, 1, 1], [512, 1, 1]);

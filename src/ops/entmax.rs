@@ -2,7 +2,7 @@
 
 use crate::{
     Device, Error, Result, Tensor,
-    core::{Backward, Contributions, Float, Real, dispatch_float, record},
+    core::{Backward, Float, InputGrads, Real, dispatch_float, record},
     device::{Grid, args, cpu, size32},
     error::ensure,
 };
@@ -33,7 +33,7 @@ impl Tensor {
                 Ok(())
             })?,
             Device::Cuda(gpu) => {
-                let rows = x.elements().checked_div(width).unwrap_or(0);
+                let rows = x.numel().checked_div(width).unwrap_or(0);
                 gpu.kernel("entmax_fwd", &[("DTYPE", x.dtype().name())])?
                     .launch(Grid::rows(rows, width), args![&mut y, &x, rows as i64, size32(width)?])?;
             }
@@ -94,7 +94,7 @@ impl Backward for Entmax15Backward {
     }
 
     /// With `s = √y`: `dx = s ⊙ (g − ⟨s, g⟩ / Σ s)`
-    fn backward(self: Box<Self>, grad: Tensor, _need: &[bool]) -> Result<Contributions> {
+    fn backward(self: Box<Self>, grad: Tensor, _need: &[bool]) -> Result<InputGrads> {
         let grad = grad.contiguous()?;
         let mut dx = self.y.uninit_like()?;
         let width = self.y.dim(-1)?;
@@ -110,12 +110,12 @@ impl Backward for Entmax15Backward {
                 Ok(())
             })?,
             Device::Cuda(gpu) => {
-                let rows = grad.elements().checked_div(width).unwrap_or(0);
+                let rows = grad.numel().checked_div(width).unwrap_or(0);
                 gpu.kernel("entmax_bwd", &[("DTYPE", grad.dtype().name())])?
                     .launch(Grid::rows(rows, width), args![&mut dx, &self.y, &grad, rows as i64, size32(width)?])?;
             }
         }
-        Ok(Contributions::one(dx))
+        Ok(InputGrads::one(dx))
     }
 }
 

@@ -7,7 +7,7 @@ use super::{
 };
 use crate::{
     Device, Error, Result, Tensor,
-    core::{Backward, Contributions, Float, Real, dispatch_float, record_cheap},
+    core::{Backward, Float, InputGrads, Real, dispatch_float, record_cheap},
     device::{Grid, args, cpu, simd::vectorized, size32},
 };
 
@@ -76,7 +76,7 @@ fn glu<F: Unary>(op: &'static str, x: &Tensor, bias: Option<&Tensor>, dim: usize
             Ok(())
         })?,
         Device::Cuda(gpu) => {
-            let rows = y.elements().checked_div(dim).unwrap_or(0);
+            let rows = y.numel().checked_div(dim).unwrap_or(0);
             let (rows_per_chunk, chunks) = Grid::chunks(rows, dim, x.dtype());
             let bias = packed(bias)?;
             let args = args![&mut y, x, bias.as_ref(), rows as i64, rows_per_chunk as i64, size32(dim)?];
@@ -123,11 +123,11 @@ impl<F: Unary> Backward for GluBackward<F> {
     }
 
     /// `dvalue = g ⊙ activation(gate)`, `dgate = g ⊙ value ⊙ activation'(gate)`, `dbias = Σ_rows dx`
-    fn backward(self: Box<Self>, grad: Tensor, need: &[bool]) -> Result<Contributions> {
+    fn backward(self: Box<Self>, grad: Tensor, need: &[bool]) -> Result<InputGrads> {
         let Self { op, x, bias, .. } = *self;
         let grad = grad.contiguous()?;
         let dim = grad.dim(-1)?;
-        let rows = grad.elements().checked_div(dim).unwrap_or(0);
+        let rows = grad.numel().checked_div(dim).unwrap_or(0);
         let bias_needed = need.get(1).is_some_and(|&need| need);
         // Nobody else may hold the input: then its gradient takes its place.
         let (mut dx, source) = reuse(x)?;
@@ -174,7 +174,7 @@ impl<F: Unary> Backward for GluBackward<F> {
         if bias.is_some() {
             grads.push(bias_gradient(sums, &grad)?);
         }
-        Ok(Contributions::whole(grads))
+        Ok(InputGrads::whole(grads))
     }
 }
 

@@ -2,7 +2,7 @@
 
 use crate::{
     Device, Error, Result, Tensor,
-    core::{Backward, Contributions, Float, Real, Shape, dispatch_float, record},
+    core::{Backward, Float, InputGrads, Real, Shape, dispatch_float, record},
     device::{CudaDevice, Grid, args, cpu, simd::vectorized, size32},
     error::ensure,
     ops::copy::same_kind,
@@ -48,7 +48,7 @@ impl Tensor {
                 Ok(())
             })?,
             Device::Cuda(gpu) => {
-                let rows = h.elements().checked_div(dim).unwrap_or(0);
+                let rows = h.numel().checked_div(dim).unwrap_or(0);
                 gpu.kernel("gru_fwd", &[("DTYPE", h.dtype().name())])?
                     .launch(Grid::rows(rows, dim), args![&mut y, &h, &input, &hidden, rows as i64, size32(dim)?])?;
             }
@@ -92,13 +92,13 @@ impl Backward for GruGateBackward {
         "gru_gate"
     }
 
-    fn backward(self: Box<Self>, grad: Tensor, _need: &[bool]) -> Result<Contributions> {
+    fn backward(self: Box<Self>, grad: Tensor, _need: &[bool]) -> Result<InputGrads> {
         let grad = grad.contiguous()?;
         let parts = match grad.device() {
             Device::Cpu => self.backward_rows(&grad)?,
             Device::Cuda(gpu) => self.backward_cuda(gpu, &grad)?,
         };
-        Ok(Contributions::whole(parts.into_iter().map(Some)))
+        Ok(InputGrads::whole(parts.into_iter().map(Some)))
     }
 }
 
@@ -106,7 +106,7 @@ impl GruGateBackward {
     /// The gradients of state, input and hidden state.
     fn backward_rows(&self, grad: &Tensor) -> Result<Vec<Tensor>> {
         let dim = self.h.dim(-1)?;
-        let rows = self.h.elements().checked_div(dim).unwrap_or(0);
+        let rows = self.h.numel().checked_div(dim).unwrap_or(0);
         // One buffer for the three gradients of a row: 3 · dim, 3 · dim and dim.
         let mut all = Tensor::uninit(Shape::new(&[rows, 7 * dim])?, grad.dtype(), grad.device())?;
         dispatch_float!("gru_gate", grad.dtype(), T, {
@@ -129,7 +129,7 @@ impl GruGateBackward {
     fn backward_cuda(&self, gpu: &CudaDevice, grad: &Tensor) -> Result<Vec<Tensor>> {
         let Self { h, input, hidden } = self;
         let dim = h.dim(-1)?;
-        let rows = h.elements().checked_div(dim).unwrap_or(0);
+        let rows = h.numel().checked_div(dim).unwrap_or(0);
         let (mut dh, mut di, mut du) = (h.uninit_like()?, input.uninit_like()?, hidden.uninit_like()?);
         gpu.kernel("gru_bwd", &[("DTYPE", h.dtype().name())])?.launch(
             Grid::rows(rows, dim),

@@ -10,7 +10,7 @@ use super::{
 };
 use crate::{
     DType, Device, Error, Result, Tensor,
-    core::{Backward, Contributions, Float, Real, Shape, dispatch_float, needs, record},
+    core::{Backward, Float, InputGrads, Real, Shape, dispatch_float, needs, record},
     device::{Arg, CudaDevice, Grid, args, cpu, simd::vectorized, size32},
     error::ensure,
     profile,
@@ -107,7 +107,7 @@ impl Tensor {
         ensure!(!rows_at_a_time.contains(&0), Error::argument(OP, "expected at least one row at a time"));
         let (&inputs, batch) = self.shape().split_last().unwrap_or((&0, &[]));
         check_targets(OP, self, batch, targets)?;
-        let rows = targets.elements();
+        let rows = targets.numel();
         ensure!(rows > 0, Error::no_targets(0, ignore_index));
         let x = self.detach().reshape(Shape::new(&[rows, inputs])?)?.contiguous()?;
         let targets = targets.reshape(Shape::new(&[rows])?)?.contiguous()?;
@@ -130,7 +130,7 @@ impl Tensor {
         let (loss, gradients) = layer.run(need, rows_at_a_time)?;
         profile::operations(|| {
             let products = 1 + u8::from(need_x) + u8::from(need_weight);
-            2.0 * f64::from(products) * rows as f64 * weight.elements() as f64
+            2.0 * f64::from(products) * rows as f64 * weight.numel() as f64
         });
         let backward = |_: &Tensor| LinearCrossEntropyBackward { gradients, shape: *self.shape(), dtype: self.dtype() };
         match bias {
@@ -408,7 +408,7 @@ fn launch_rounded_gradient(
     targets: &Tensor,
     (classes, ignore_index): (usize, i64),
 ) -> Result<()> {
-    let (rows, pitch) = (targets.elements(), x.dim(-1)?);
+    let (rows, pitch) = (targets.numel(), x.dim(-1)?);
     gpu.kernel("linear_cross_entropy_bwd", &[("DTYPE", dtype.name())])?.launch(
         Grid::rows(rows, classes),
         args![Arg::Output(to), x, statistics, targets, rows as i64, size32(classes)?, size32(pitch)?, ignore_index],
@@ -428,7 +428,7 @@ impl Backward for LinearCrossEntropyBackward {
     }
 
     /// What the forward pass has made, times the gradient of the loss.
-    fn backward(self: Box<Self>, grad: Tensor, need: &[bool]) -> Result<Contributions> {
+    fn backward(self: Box<Self>, grad: Tensor, need: &[bool]) -> Result<InputGrads> {
         let Self { gradients: Gradients { x, weight, bias, divisor }, shape, dtype } = *self;
         let factor = match divisor {
             Some(divisor) => grad.div(&divisor.to_dtype(grad.dtype())?)?,
@@ -446,6 +446,6 @@ impl Backward for LinearCrossEntropyBackward {
         if need.len() > 2 {
             grads.push(finish(bias)?.map(|bias| bias.squeeze(0)).transpose()?);
         }
-        Ok(Contributions::whole(grads))
+        Ok(InputGrads::whole(grads))
     }
 }

@@ -47,7 +47,7 @@ ops! {
     gru: gru_gate;
     linear_cross_entropy: linear_cross_entropy;
     matmul: matmul, linear;
-    norm: layer_norm, rms_norm, mean_square_norm, scale_norm, add_layer_norm, add_rms_norm, add_mean_square_norm,
+    norm: layer_norm, clamped_rms_norm, rms_norm, scale_norm, add_layer_norm, add_clamped_rms_norm, add_rms_norm,
         add_scale_norm;
     pointwise: neg, exp, ln, sqrt, square, sigmoid, tanh, relu, relu_squared, gelu, gelu_tanh, silu, affine;
     position: relative_position_bias, sinusoid;

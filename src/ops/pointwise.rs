@@ -2,7 +2,7 @@
 
 use crate::{
     DType, Device, Result, Tensor,
-    core::{Backward, Contributions, Float, Real, dispatch_float, record, record_cheap},
+    core::{Backward, Float, InputGrads, Real, dispatch_float, record, record_cheap},
     device::{Grid, args, cpu, simd::vectorized},
     ops::norm::reuse,
 };
@@ -205,7 +205,7 @@ fn unary<F: Unary>(x: &Tensor) -> Result<Tensor> {
             Ok(())
         })?,
         Device::Cuda(gpu) => {
-            let n = x.elements();
+            let n = x.numel();
             gpu.kernel("unary_fwd", &[("DTYPE", x.dtype().name()), ("FUNCTION", F::NAME)])?
                 .launch(Grid::batches(n, x.dtype()), args![&mut y, &x, n as i64])?;
         }
@@ -239,7 +239,7 @@ impl<F: Unary> Backward for UnaryBackward<F> {
     }
 
     /// `dx = g ⊙ f'`, in the order that the table says.
-    fn backward(self: Box<Self>, grad: Tensor, _need: &[bool]) -> Result<Contributions> {
+    fn backward(self: Box<Self>, grad: Tensor, _need: &[bool]) -> Result<InputGrads> {
         let (mut dx, source) = reuse(grad)?;
         match *dx.device() {
             Device::Cpu => dispatch_float!(F::NAME, dx.dtype(), T, {
@@ -252,14 +252,14 @@ impl<F: Unary> Backward for UnaryBackward<F> {
                 Ok(())
             })?,
             Device::Cuda(gpu) => {
-                let (n, dtype) = (dx.elements(), dx.dtype());
+                let (n, dtype) = (dx.numel(), dx.dtype());
                 gpu.kernel("unary_bwd", &[("DTYPE", dtype.name()), ("FUNCTION", F::NAME)])?.launch(
                     Grid::batches(n, dtype),
                     args![&mut dx, &self.kept, source.as_ref().unwrap_or(&dx), n as i64],
                 )?;
             }
         }
-        Ok(Contributions::one(dx))
+        Ok(InputGrads::one(dx))
     }
 }
 
@@ -298,7 +298,7 @@ impl Tensor {
                 Ok(())
             })?,
             Device::Cuda(gpu) => {
-                let n = x.elements();
+                let n = x.numel();
                 gpu.kernel("affine_fwd", &[("DTYPE", x.dtype().name())])?
                     .launch(Grid::packets(n, x.dtype()), args![&mut y, &x, n as i64, multiplier, summand])?;
             }
@@ -324,8 +324,8 @@ impl Backward for AffineBackward {
         "affine"
     }
 
-    fn backward(self: Box<Self>, grad: Tensor, _need: &[bool]) -> Result<Contributions> {
-        grad.affine(self.multiplier, 0.0).map(Contributions::one)
+    fn backward(self: Box<Self>, grad: Tensor, _need: &[bool]) -> Result<InputGrads> {
+        grad.affine(self.multiplier, 0.0).map(InputGrads::one)
     }
 }
 

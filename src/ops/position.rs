@@ -2,7 +2,7 @@
 
 use crate::{
     DType, Device, Error, Result, Tensor,
-    core::{Backward, Contributions, Float, Real, Shape, computed, discrete, dispatch_float, record},
+    core::{Backward, Float, InputGrads, Real, Shape, computed, discrete, dispatch_float, record},
     device::{CudaDevice, Grid, args, cpu, size32},
     error::ensure,
     ops::attention::bucket,
@@ -118,7 +118,7 @@ impl Tensor {
             Error::shape(OP, format!("expected float frequencies [n], got {:?} {}", self.shape(), self.dtype()))
         );
         dtype.expect_float(OP)?;
-        let half = self.elements();
+        let half = self.numel();
         let mut y = Tensor::uninit(Shape::new(&[n, 2 * half])?, dtype, self.device())?;
         match self.device() {
             Device::Cpu => dispatch_float!(OP, dtype, T, {
@@ -158,13 +158,13 @@ impl Backward for RelativePositionBiasBackward {
     }
 
     /// Sums along diagonals, then over the diagonals of a bucket.
-    fn backward(self: Box<Self>, grad: Tensor, _need: &[bool]) -> Result<Contributions> {
+    fn backward(self: Box<Self>, grad: Tensor, _need: &[bool]) -> Result<InputGrads> {
         let grad = grad.contiguous()?;
         let table = match grad.device() {
             Device::Cpu => self.backward_rows(&grad)?,
             Device::Cuda(gpu) => self.backward_cuda(gpu, &grad)?,
         };
-        Ok(Contributions::one(table))
+        Ok(InputGrads::one(table))
     }
 }
 
@@ -207,7 +207,7 @@ impl RelativePositionBiasBackward {
     fn backward_cuda(&self, gpu: &'static CudaDevice, grad: &Tensor) -> Result<Tensor> {
         let Buckets { queries, keys, count, .. } = self.of;
         let (heads, length, chunks) = (grad.shape()[0], self.of.length(), queries.div_ceil(CHUNK));
-        if grad.elements() == 0 {
+        if grad.numel() == 0 {
             return Tensor::zeros([heads, count], grad.dtype(), grad.device());
         }
         let dtype = [("DTYPE", grad.dtype().name())];

@@ -2,7 +2,7 @@
 
 use crate::{
     DType, Device, Element, Error, Result, Tensor,
-    core::{Backward, Contributions, Float, Real, Shape, computed, discrete, dispatch_float, record},
+    core::{Backward, Float, InputGrads, Real, Shape, computed, discrete, dispatch_float, record},
     device::{CudaDevice, Grid, args, cpu, simd::vectorized, size32},
     error::ensure,
 };
@@ -54,7 +54,7 @@ impl Tensor {
                 if kept_is_last {
                     // Whole rows are added up: no transposed copy, and the inner loop runs over packed columns.
                     let x = self.detach().contiguous()?;
-                    let width = out.elements();
+                    let width = out.numel();
                     sum_rows_together::<T, T>(x.values::<T>()?, width, out.values_mut::<T>()?, divisor);
                 } else {
                     // Kept dimensions first, so that each sum is one packed row.
@@ -340,14 +340,14 @@ impl Backward for ReduceBackward {
     }
 
     /// Every summand gets the gradient of its sum.
-    fn backward(self: Box<Self>, mut grad: Tensor, _need: &[bool]) -> Result<Contributions> {
+    fn backward(self: Box<Self>, mut grad: Tensor, _need: &[bool]) -> Result<InputGrads> {
         if self.divisor != 1.0 {
             grad = grad.affine(1.0 / self.divisor, 0.0)?;
         }
         for (dim, _) in self.reduced.iter().enumerate().filter(|(_, reduced)| **reduced) {
             grad = grad.unsqueeze(dim as isize)?;
         }
-        grad.expand(self.shape).map(Contributions::one)
+        grad.expand(self.shape).map(InputGrads::one)
     }
 }
 
@@ -391,7 +391,7 @@ impl Tensor {
             Device::Cpu if x.dtype() == DType::I64 => largest_of_rows::<i64>(&x, width, &mut index, out)?,
             Device::Cpu => dispatch_float!(op, x.dtype(), T, largest_of_rows::<T>(&x, width, &mut index, out))?,
             Device::Cuda(gpu) => {
-                let rows = index.elements();
+                let rows = index.numel();
                 gpu.kernel("reduce_largest", &[("DTYPE", x.dtype().name())])?
                     .launch(Grid::rows(rows, width), args![&mut index, out, &x, rows as i64, size32(width)?])?;
             }
@@ -450,7 +450,7 @@ impl Backward for MaxBackward {
         "max"
     }
 
-    fn backward(self: Box<Self>, grad: Tensor, _need: &[bool]) -> Result<Contributions> {
+    fn backward(self: Box<Self>, grad: Tensor, _need: &[bool]) -> Result<InputGrads> {
         let positions = Tensor::arange(self.shape[self.dim], grad.device())?;
         let hit = self.index.unsqueeze(-1)?.eq(&positions)?;
         let zero = Tensor::zeros((), grad.dtype(), grad.device())?;
@@ -458,6 +458,6 @@ impl Backward for MaxBackward {
         // The inverse of `dim_last`.
         let mut order: Vec<usize> = (0..self.shape.rank() - 1).collect();
         order.insert(self.dim, self.shape.rank() - 1);
-        spread.permute(&order).map(Contributions::one)
+        spread.permute(&order).map(InputGrads::one)
     }
 }

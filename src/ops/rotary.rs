@@ -3,7 +3,7 @@
 use super::norm::reuse;
 use crate::{
     DType, Device, Error, Result, Tensor,
-    core::{Backward, Contributions, Float, Layout, Real, Shape, discrete, dispatch_float, record},
+    core::{Backward, Float, InputGrads, Layout, Real, Shape, discrete, dispatch_float, record},
     device::{CudaDevice, Grid, Storage, args, cpu, simd::vectorized, size32},
     error::ensure,
 };
@@ -35,7 +35,7 @@ impl Tensor {
         let (rank, shape) = (self.rank(), self.shape());
         ensure!(rank >= 2, Error::shape(OP, format!("expected at least [position, d], got {shape:?}")));
         ensure!(
-            inv_freq.rank() == 1 && 2 * inv_freq.elements() <= shape[rank - 1],
+            inv_freq.rank() == 1 && 2 * inv_freq.numel() <= shape[rank - 1],
             Error::shape(
                 OP,
                 format!(
@@ -80,7 +80,7 @@ pub(crate) fn rotary_table(inv_freq: &Tensor, positions: usize, dtype: DType) ->
         Device::Cuda(gpu) => turn.table_cuda(gpu, positions, dtype, 1.0),
         Device::Cpu => dispatch_float!("rotary", dtype, T, {
             let table = turn.table::<<T as Float>::Acc>(positions, 1.0)?;
-            Tensor::from_vec(table, [positions, 2 * inv_freq.elements()], &Device::Cpu)
+            Tensor::from_vec(table, [positions, 2 * inv_freq.numel()], &Device::Cpu)
         }),
     }
 }
@@ -97,7 +97,7 @@ impl Turn {
         if let Device::Cuda(gpu) = *out.device() {
             return self.apply_cuda(gpu, source, direction, out);
         }
-        let (positions, dim, pairs) = (out.dim(-2)?, out.dim(-1)?, self.inv_freq.elements());
+        let (positions, dim, pairs) = (out.dim(-2)?, out.dim(-1)?, self.inv_freq.numel());
         dispatch_float!("rotary", out.dtype(), T, {
             let table = self.table::<<T as Float>::Acc>(positions, direction)?;
             let source = source.map(|x| Ok((x.storage::<T>()?, x.layout()))).transpose()?;
@@ -113,9 +113,9 @@ impl Turn {
     }
 
     fn apply_cuda(&self, gpu: &CudaDevice, source: Option<&Tensor>, direction: f64, out: &mut Tensor) -> Result<()> {
-        let (positions, dim, pairs) = (out.dim(-2)?, out.dim(-1)?, self.inv_freq.elements());
+        let (positions, dim, pairs) = (out.dim(-2)?, out.dim(-1)?, self.inv_freq.numel());
         let heads = if out.rank() > 2 { out.dim(-3)? } else { 1 };
-        let outer = out.elements().checked_div(heads * positions * dim).unwrap_or(0);
+        let outer = out.numel().checked_div(heads * positions * dim).unwrap_or(0);
         let table = self.table_cuda(gpu, positions, out.dtype().accumulator(), direction)?;
         let layout = *source.unwrap_or(out).layout();
         let storage = source.map(Storage);
@@ -134,7 +134,7 @@ impl Turn {
 
     /// As [`Turn::table`], of this dtype.
     fn table_cuda(&self, gpu: &CudaDevice, positions: usize, dtype: DType, direction: f64) -> Result<Tensor> {
-        let pairs = self.inv_freq.elements();
+        let pairs = self.inv_freq.numel();
         let mut table = Tensor::uninit(Shape::new(&[positions, 2 * pairs])?, dtype, self.inv_freq.device())?;
         let first = self.first_position as i64;
         gpu.kernel("rotary_table", &[("DTYPE", self.inv_freq.dtype().name()), ("TABLE", dtype.name())])?.launch(
@@ -222,9 +222,9 @@ impl Backward for RotaryBackward {
     }
 
     /// A rotation is undone by its transpose: the gradient turns back.
-    fn backward(self: Box<Self>, grad: Tensor, _need: &[bool]) -> Result<Contributions> {
+    fn backward(self: Box<Self>, grad: Tensor, _need: &[bool]) -> Result<InputGrads> {
         let (mut dx, source) = reuse(grad)?;
         self.turn.apply(source.as_ref(), -1.0, &mut dx)?;
-        Ok(Contributions::one(dx))
+        Ok(InputGrads::one(dx))
     }
 }

@@ -69,7 +69,7 @@ impl Tensor {
         );
         self.dtype().expect_float(OP)?;
         ensure!(
-            step.elements() == 1 && step.dtype() == DType::I64 && step.device() == self.device(),
+            step.numel() == 1 && step.dtype() == DType::I64 && step.device() == self.device(),
             Error::argument(
                 OP,
                 format!(

@@ -2,7 +2,7 @@
 
 use crate::{
     DType, Device, Error, Result, Tensor,
-    core::{Backward, Contributions, Float, dispatch_float, record_cheap_after},
+    core::{Backward, Float, InputGrads, dispatch_float, record_cheap_after},
     device::{Grid, args, cpu, size32},
     error::ensure,
 };
@@ -64,7 +64,7 @@ fn moved(x: &Tensor, amounts: &[isize], masked: Masked) -> Result<Tensor> {
     };
     let mut y = x.uninit_like()?;
     if let Device::Cuda(gpu) = x.device() {
-        let rows = x.elements() / dim;
+        let rows = x.numel() / dim;
         let table = gpu.constant(&format!("shift_tokens {amounts:?}"), || {
             Ok(amounts.iter().map(|&amount| amount as i64).collect())
         })?;
@@ -114,8 +114,8 @@ impl Backward for ShiftTokensBackward {
     }
 
     /// Moves back; what was masked on its way gets nothing.
-    fn backward(self: Box<Self>, grad: Tensor, _need: &[bool]) -> Result<Contributions> {
+    fn backward(self: Box<Self>, grad: Tensor, _need: &[bool]) -> Result<InputGrads> {
         let amounts: Vec<isize> = self.amounts.iter().map(|amount| -amount).collect();
-        moved(&grad.contiguous()?, &amounts, Masked::Target(self.mask.as_ref())).map(Contributions::one)
+        moved(&grad.contiguous()?, &amounts, Masked::Target(self.mask.as_ref())).map(InputGrads::one)
     }
 }

@@ -2,7 +2,7 @@
 
 use crate::{
     Device, Result, Tensor,
-    core::{Backward, Contributions, Float, Real, dispatch_float, record},
+    core::{Backward, Float, InputGrads, Real, dispatch_float, record},
     device::{Grid, args, cpu, simd::vectorized, size32},
     ops::reduce::{fold, fold2, max_slice, sum_slice},
 };
@@ -31,7 +31,7 @@ impl Tensor {
                 Ok(())
             })?,
             Device::Cuda(gpu) => {
-                let rows = x.elements().checked_div(width).unwrap_or(0);
+                let rows = x.numel().checked_div(width).unwrap_or(0);
                 gpu.kernel("softmax_fwd", &[("DTYPE", x.dtype().name())])?
                     .launch(Grid::held_rows(rows, width, x.dtype()), args![&mut y, &x, rows as i64, size32(width)?])?;
             }
@@ -73,7 +73,7 @@ impl Backward for SoftmaxBackward {
     }
 
     /// `dx = y ⊙ (g − ⟨g, y⟩)`
-    fn backward(self: Box<Self>, grad: Tensor, _need: &[bool]) -> Result<Contributions> {
+    fn backward(self: Box<Self>, grad: Tensor, _need: &[bool]) -> Result<InputGrads> {
         let grad = grad.contiguous()?;
         let mut dx = self.y.uninit_like()?;
         let width = self.y.dim(-1)?;
@@ -86,14 +86,14 @@ impl Backward for SoftmaxBackward {
                 Ok(())
             })?,
             Device::Cuda(gpu) => {
-                let rows = grad.elements().checked_div(width).unwrap_or(0);
+                let rows = grad.numel().checked_div(width).unwrap_or(0);
                 gpu.kernel("softmax_bwd", &[("DTYPE", grad.dtype().name())])?.launch(
                     Grid::held_rows(rows, width, grad.dtype()),
                     args![&mut dx, &self.y, &grad, rows as i64, size32(width)?],
                 )?;
             }
         }
-        Ok(Contributions::one(dx))
+        Ok(InputGrads::one(dx))
     }
 }
 

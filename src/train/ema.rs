@@ -62,7 +62,7 @@ impl Ema {
         average(averages, &values, self.decay)?;
         let device = values.first().map_or(Device::Cpu, |value| value.device().clone());
         // The average is read and written.
-        let bytes = |value: &Tensor| value.elements() * (value.dtype().size() + 2 * value.dtype().accumulator().size());
+        let bytes = |value: &Tensor| value.numel() * (value.dtype().size() + 2 * value.dtype().accumulator().size());
         profile::done("ema", Phase::Update, &device, || values.iter().map(bytes).sum())
     }
 
@@ -91,18 +91,18 @@ impl Ema {
 
     /// Replaces the averages.
     ///
-    /// Errors, with nothing changed: [`Error::Weights`] with every missing, unused and misshapen name; another dtype.
+    /// Errors, with nothing changed: [`Error::Weights`] with every missing, unused and mismatched name; another dtype.
     pub fn load_state_dict(&mut self, dict: &BTreeMap<String, Tensor>) -> Result<()> {
         let missing: Vec<_> = self.averages.keys().filter(|&name| !dict.contains_key(name)).cloned().collect();
         let unused: Vec<_> = dict.keys().filter(|&name| !self.averages.contains_key(name)).cloned().collect();
         let pairs = || self.averages.iter().filter_map(|(name, average)| Some((name, average, dict.get(name)?)));
-        let misshapen: Vec<_> = pairs()
+        let mismatched: Vec<_> = pairs()
             .filter(|(_, average, given)| average.shape() != given.shape())
             .map(|(name, average, given)| (name.clone(), average.shape().to_vec(), given.shape().to_vec()))
             .collect();
         ensure!(
-            missing.is_empty() && unused.is_empty() && misshapen.is_empty(),
-            Error::Weights { missing, unused, misshapen }
+            missing.is_empty() && unused.is_empty() && mismatched.is_empty(),
+            Error::Weights { missing, unused, mismatched }
         );
         for (name, average, given) in pairs() {
             ensure!(

@@ -46,9 +46,9 @@ impl Default for AdamWOptions {
 /// the time of the arithmetic alone.
 ///
 /// ```
-/// use x_transformers::{DType, Device, Init, Store, Tape, train::{AdamW, AdamWOptions}};
+/// use x_transformers::{DType, Device, Init, ParamStore, Tape, train::{AdamW, AdamWOptions}};
 /// # fn main() -> x_transformers::Result<()> {
-/// let store = Store::new(0, DType::F32, &Device::Cpu);
+/// let store = ParamStore::new(0, DType::F32, &Device::Cpu);
 /// let weight = store.param("weight", [3], Init::Constant(1.0))?;
 /// let mut optimizer = AdamW::new(AdamWOptions::default())?;
 /// let mut tape = Tape::train(0);
@@ -343,7 +343,7 @@ impl AdamW {
     /// Errors, with nothing changed: [`Error::Weights`] with every name that is missing, belongs to no parameter or
     /// has another shape; [`Error::DType`] for a tensor of another dtype; [`Error::Argument`] for a negative count.
     pub fn load_state_dict(&mut self, params: &ParamMap, dict: &BTreeMap<String, Tensor>) -> Result<()> {
-        let mut loader = Loader { dict, used: Default::default(), missing: Vec::new(), misshapen: Vec::new() };
+        let mut loader = Loader { dict, used: Default::default(), missing: Vec::new(), mismatched: Vec::new() };
         let steps = loader.count("steps")?;
         let mut state = BTreeMap::new();
         for (name, param) in params.unique() {
@@ -402,7 +402,7 @@ fn kinds(named: &[Named], grads: &[Tensor]) -> impl Iterator<Item = (Device, DTy
 }
 
 fn bytes(tensor: &Tensor) -> usize {
-    tensor.elements() * tensor.dtype().size()
+    tensor.numel() * tensor.dtype().size()
 }
 
 /// Takes tensors out of a state dict and collects what does not fit.
@@ -410,7 +410,7 @@ struct Loader<'a> {
     dict: &'a BTreeMap<String, Tensor>,
     used: std::collections::BTreeSet<String>,
     missing: Vec<String>,
-    misshapen: Vec<(String, Vec<usize>, Vec<usize>)>,
+    mismatched: Vec<(String, Vec<usize>, Vec<usize>)>,
 }
 
 impl Loader<'_> {
@@ -421,7 +421,7 @@ impl Loader<'_> {
         };
         self.used.insert(key.to_string());
         if **tensor.shape() != *shape {
-            self.misshapen.push((key.to_string(), shape.to_vec(), tensor.shape().to_vec()));
+            self.mismatched.push((key.to_string(), shape.to_vec(), tensor.shape().to_vec()));
             return Ok(None);
         }
         ensure!(
@@ -444,11 +444,11 @@ impl Loader<'_> {
     }
 
     fn finish(self, steps: Option<u64>) -> Result<u64> {
-        let Self { dict, used, missing, misshapen } = self;
+        let Self { dict, used, missing, mismatched } = self;
         let unused: Vec<_> = dict.keys().filter(|&key| !used.contains(key)).cloned().collect();
         match steps {
-            Some(steps) if missing.is_empty() && unused.is_empty() && misshapen.is_empty() => Ok(steps),
-            _ => Err(Error::Weights { missing, unused, misshapen }),
+            Some(steps) if missing.is_empty() && unused.is_empty() && mismatched.is_empty() => Ok(steps),
+            _ => Err(Error::Weights { missing, unused, mismatched }),
         }
     }
 }
@@ -456,13 +456,13 @@ impl Loader<'_> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{Device, Init, Store, Tape};
+    use crate::{Device, Init, ParamStore, Tape};
 
     /// Micro-batches of a half model are summed in f32: the gradient is of another dtype than the parameter.
     #[test]
     fn adamw_takes_f32_gradients_for_half_parameters() -> Result<()> {
         for dtype in [DType::BF16, DType::F16] {
-            let store = Store::new(0, dtype, &Device::Cpu);
+            let store = ParamStore::new(0, dtype, &Device::Cpu);
             let param = store.param("p", [20_000], Init::Constant(1.0))?;
             let mut tape = Tape::grad();
             let mut grads = tape.backward(&param.tensor().sum(&[])?)?;
@@ -486,7 +486,7 @@ mod tests {
     /// A step that panics half way leaves nothing that goes on as if it were whole.
     #[test]
     fn adamw_refuses_half_updated_weights() -> Result<()> {
-        let store = Store::new(0, DType::F32, &Device::Cpu);
+        let store = ParamStore::new(0, DType::F32, &Device::Cpu);
         let params: Vec<_> = ["a", "b"].map(|name| store.param(name, [2], Init::Constant(1.0)).unwrap()).into();
         let params = [&params[0], &params[1]];
         let step = |optimizer: &mut AdamW, of: &[&Param]| -> Result<StepInfo> {
@@ -508,7 +508,7 @@ mod tests {
             assert!(message.starts_with("adamw: ") && message.contains(name), "{message}");
         };
         // The state first, then the parameter, each until it is whole again; what is there can be read.
-        assert_eq!(params[1].tensor().elements(), 2);
+        assert_eq!(params[1].tensor().numel(), 2);
         refused(&mut optimizer, "`load_state_dict`");
         optimizer.load_state_dict(&store.params(), &saved.1)?;
         refused(&mut optimizer, "`b`");

@@ -74,7 +74,7 @@ impl RecordedStep {
             // A training tape, so that dropout is an error and not left out.
             let mut tape = Tape::train(0);
             let loss = loss(inputs)?;
-            ensure!(loss.elements() == 1, Error::NotScalar { shape: loss.shape().to_vec() });
+            ensure!(loss.numel() == 1, Error::NotScalar { shape: loss.shape().to_vec() });
             let grads = tape.backward_with(&loss, &scale.to_dtype(loss.dtype())?.reshape(*loss.shape())?)?;
             let (norm, names) = optimizer.borrow_mut().record(params, &grads, given, factors)?;
             Ok(Recorded { loss: loss.detach(), norm, names })

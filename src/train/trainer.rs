@@ -8,9 +8,9 @@ use super::{
     random::{MAX_STEPS, tape_seed},
 };
 use crate::{
-    DType, Device, Error, Gradients, Param, ParamMap, Result, Store, Tape, Tensor,
+    DType, Device, Error, Gradients, Param, ParamMap, ParamStore, Result, Tape, Tensor,
     config::{AutoregressiveConfig, Config},
-    error::{At, ensure},
+    error::{ErrorContext, ensure},
     models::{AutoregressiveWrapper, ForwardOptions},
     ops::adamw::square_norms,
 };
@@ -99,11 +99,11 @@ impl Trainer {
     /// Errors: [`Error::Option`] for what is illegal in the config or the options, a text too short for `seq_len`, or
     /// bytes in it that the model has no tokens for.
     pub fn new(config: AutoregressiveConfig, options: TrainOptions, text: ByteText, device: &Device) -> Result<Self> {
-        let store = Store::new(options.seed, options.dtype, device);
+        let store = ParamStore::new(options.seed, options.dtype, device);
         Self::build(config, options, text, store)
     }
 
-    fn build(config: AutoregressiveConfig, options: TrainOptions, text: ByteText, store: Store) -> Result<Self> {
+    fn build(config: AutoregressiveConfig, options: TrainOptions, text: ByteText, store: ParamStore) -> Result<Self> {
         options.check(if config.net.max_seq_len == 0 { usize::MAX } else { config.net.max_seq_len })?;
         text.check(options.seq_len)?;
         let largest = text.bytes().iter().copied().max().unwrap_or(0);
@@ -142,8 +142,8 @@ impl Trainer {
         };
         let TrainingState { step, options, text: print, losses, grad_scaler, .. } = training;
         ensure!(step <= MAX_STEPS, Error::file(folder, format!("is of step {step}, at most {MAX_STEPS} are possible")));
-        let store = Store::zeros(options.dtype, device);
-        let mut trainer = Self::build(config, options, text, store).at(folder.display())?;
+        let store = ParamStore::zeros(options.dtype, device);
+        let mut trainer = Self::build(config, options, text, store).context(folder.display())?;
         ensure!(
             trainer.print == print,
             Error::option(
@@ -160,10 +160,10 @@ impl Trainer {
             )
         );
         if let (Some(scaler), Some(saved)) = (&mut trainer.scaler, grad_scaler) {
-            saved.check().at(folder.display())?;
+            saved.check().context(folder.display())?;
             *scaler = saved;
         }
-        trainer.load(model, optimizer, step).at(folder.display())?;
+        trainer.load(model, optimizer, step).context(folder.display())?;
         trainer.step = step;
         trainer.losses = Cell::new(losses);
         Ok(trainer)
@@ -178,7 +178,7 @@ impl Trainer {
             let message = format!("{name} is {}, the run trains in {}", value.dtype(), self.options.dtype);
             return Err(Error::dtype("resume", message));
         }
-        self.params.load(&model).at("model.safetensors")?;
+        self.params.load(&model).context("model.safetensors")?;
         let (mut averages, mut optimizer) = (BTreeMap::new(), BTreeMap::new());
         for (name, value) in state {
             match (name.strip_prefix(EMA), &self.ema) {
@@ -187,9 +187,9 @@ impl Trainer {
                 _ => optimizer.insert(name, value),
             };
         }
-        self.optimizer.load_state_dict(&self.params, &optimizer).at("optimizer.safetensors")?;
+        self.optimizer.load_state_dict(&self.params, &optimizer).context("optimizer.safetensors")?;
         if let Some(ema) = &mut self.ema {
-            ema.load_state_dict(&averages).at("optimizer.safetensors")?;
+            ema.load_state_dict(&averages).context("optimizer.safetensors")?;
         }
         let (steps, skipped) = (self.optimizer.steps(), self.skipped_steps());
         ensure!(

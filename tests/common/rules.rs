@@ -1,6 +1,6 @@
 //! Ops as a user would write them, for tests of the tape.
 
-use x_transformers::{Backward, Contributions, DType, Result, Tensor, record};
+use x_transformers::{Backward, DType, InputGrads, Result, Tensor, record};
 
 use super::common::device;
 
@@ -36,10 +36,10 @@ impl Backward for SquareBackward {
         "square"
     }
 
-    fn backward(self: Box<Self>, grad: Tensor, _need: &[bool]) -> Result<Contributions> {
+    fn backward(self: Box<Self>, grad: Tensor, _need: &[bool]) -> Result<InputGrads> {
         let products: Vec<f64> =
             self.x.to_f64_vec()?.iter().zip(grad.to_f64_vec()?).map(|(x, g)| 2.0 * x * g).collect();
-        Tensor::from_slice(&products, *self.x.shape(), device()).map(Contributions::one)
+        Tensor::from_slice(&products, *self.x.shape(), device()).map(InputGrads::one)
     }
 }
 
@@ -57,7 +57,7 @@ impl Backward for SharedBackward {
         "sum_of"
     }
 
-    fn backward(self: Box<Self>, grad: Tensor, _need: &[bool]) -> Result<Contributions> {
-        Ok(Contributions::whole([Some(grad.clone()), Some(grad)]))
+    fn backward(self: Box<Self>, grad: Tensor, _need: &[bool]) -> Result<InputGrads> {
+        Ok(InputGrads::whole([Some(grad.clone()), Some(grad)]))
     }
 }

@@ -197,7 +197,7 @@ impl Case {
             leaves.iter().zip(&self.inputs).enumerate().filter(|(_, (_, input))| input.differentiated());
         let gradients = differentiated.map(|(input, (leaf, _))| {
             let Some(grad) = grads.get(leaf) else {
-                return Ok(Gradient { input, fits: true, values: vec![0.0; leaf.elements()] });
+                return Ok(Gradient { input, fits: true, values: vec![0.0; leaf.numel()] });
             };
             let fits = grad.shape() == leaf.shape() && grad.dtype() == leaf.dtype();
             Ok(Gradient { input, fits, values: grad.to_f64_vec()? })

@@ -8,7 +8,7 @@ use std::{
 };
 
 use x_transformers::{
-    DType, Device, ParamMap, Philox, Result, Store, Tape, Tensor,
+    DType, Device, ParamMap, ParamStore, Philox, Result, Tape, Tensor,
     config::{AttentionLayersConfig, AutoregressiveConfig, TransformerWrapperConfig},
     io::{TensorFile, read_safetensors, write_safetensors},
     models::{AutoregressiveWrapper, ForwardOptions, GenerateOptions},
@@ -26,7 +26,7 @@ fn model(seed: u64) -> Result<(AutoregressiveWrapper, ParamMap)> {
         attn_layers: layers,
         ..TransformerWrapperConfig::default()
     };
-    let store = Store::new(seed, DType::F32, &CPU);
+    let store = ParamStore::new(seed, DType::F32, &CPU);
     let model = AutoregressiveWrapper::new(&AutoregressiveConfig { net, ..Default::default() }, &store)?;
     Ok((model, store.params()))
 }

@@ -7,7 +7,7 @@ use super::{
         param::{Param, ParamMap},
         tensor::Tensor,
     },
-    rule::Contribution,
+    rule::InputGrad,
     slot::{GradSlot, LeafId},
 };
 use crate::{Error, Result};
@@ -66,7 +66,7 @@ impl Gradients {
                 return Err(Error::shape("accumulate", format!("a gradient {grad:?} cannot be added to {sum:?}")));
             }
         }
-        let mut add = |(leaf, grad)| self.contribute(leaf, Contribution::Whole(grad));
+        let mut add = |(leaf, grad)| self.contribute(leaf, InputGrad::Whole(grad));
         other.leaves.into_iter().try_for_each(&mut add)
     }
 
@@ -85,7 +85,7 @@ impl Gradients {
         self.leaves.remove(&leaf)
     }
 
-    pub(super) fn contribute(&mut self, leaf: LeafId, contribution: Contribution) -> Result<()> {
+    pub(super) fn contribute(&mut self, leaf: LeafId, contribution: InputGrad) -> Result<()> {
         let mut sum = self.leaves.remove(&leaf);
         accumulate(&mut sum, contribution)?;
         if let Some(sum) = sum {
@@ -96,17 +96,17 @@ impl Gradients {
 }
 
 /// Adds a contribution in place where the sum so far is ours alone; the first one is moved in.
-pub(super) fn accumulate(sum: &mut Option<Tensor>, contribution: Contribution) -> Result<()> {
+pub(super) fn accumulate(sum: &mut Option<Tensor>, contribution: InputGrad) -> Result<()> {
     match contribution {
-        Contribution::None => {}
-        Contribution::Whole(value) => {
+        InputGrad::None => {}
+        InputGrad::Whole(value) => {
             *sum = Some(match sum.take() {
                 // A rule may hand out what it saved, which need not be a constant.
                 None => value.into_constant(),
                 Some(sum) => sum.accumulate(&value)?,
             });
         }
-        Contribution::Part { shape, part, value } => {
+        InputGrad::Slice { shape, part, value } => {
             let whole = match sum.take() {
                 None => Tensor::zeros(shape, value.dtype(), value.device())?,
                 Some(sum) => sum,

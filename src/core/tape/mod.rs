@@ -32,7 +32,7 @@ pub use self::{
     checkpoint::checkpoint,
     gradients::Gradients,
     record::{discrete, record},
-    rule::{Backward, Contribution, Contributions, Part},
+    rule::{Backward, GradSlice, InputGrad, InputGrads},
     slot::LeafId,
 };
 
@@ -130,7 +130,7 @@ impl Tape {
     /// Errors: it has more elements ([`Error::NotScalar`]), depends on no leaf ([`Error::NotTracked`]), was computed on
     /// another thread ([`Error::OtherThread`]), or this tape has run backward already ([`Error::BackwardTwice`]).
     pub fn backward(&mut self, output: &Tensor) -> Result<Gradients> {
-        ensure!(output.elements() == 1, Error::NotScalar { shape: output.shape().to_vec() });
+        ensure!(output.numel() == 1, Error::NotScalar { shape: output.shape().to_vec() });
         let one = Tensor::ones(*output.shape(), output.dtype(), output.device())?;
         self.backward_with(output, &one)
     }

@@ -1,7 +1,7 @@
 //! How ops put themselves on the tape of their thread.
 
 use super::{
-    super::{philox::Philox, recompute::Recipe, tensor::Tensor},
+    super::{philox::Philox, recompute::Recompute, tensor::Tensor},
     Mode, Recording,
     rule::Backward,
     slot::{GradSlot, tracks, untaped},
@@ -91,7 +91,7 @@ pub(crate) fn record_cheap<B: Backward + 'static>(
     backward: impl FnOnce(&Tensor) -> B,
     again: impl Fn() -> Result<Tensor> + Send + Sync + 'static,
 ) -> Result<Tensor> {
-    with_recipe(op, output, inputs, backward, || Recipe::new(again))
+    with_recipe(op, output, inputs, backward, || Recompute::new(again))
 }
 
 /// As [`record_cheap`], for an op whose rule does not save its input: if that is computed again, so is the output.
@@ -113,7 +113,7 @@ fn with_recipe<B: Backward + 'static>(
     output: Tensor,
     inputs: &[&Tensor],
     backward: impl FnOnce(&Tensor) -> B,
-    recipe: impl FnOnce() -> Recipe,
+    recipe: impl FnOnce() -> Recompute,
 ) -> Result<Tensor> {
     let mut kept = false;
     let mut output = record(op, output, inputs, |output| {

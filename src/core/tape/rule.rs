@@ -12,30 +12,30 @@ pub trait Backward {
     ///
     /// `need[i]`: if `true`, input `i` wants one. `grad` has the output's shape and dtype, any layout, and may be
     /// overwritten if it is the only handle on its storage.
-    fn backward(self: Box<Self>, grad: Tensor, need: &[bool]) -> Result<Contributions>;
+    fn backward(self: Box<Self>, grad: Tensor, need: &[bool]) -> Result<InputGrads>;
 
     /// Optional fusion hook: receives the gradient that later ops have given to the first input so far.
     ///
     /// A rule that can add it to its own in the same pass keeps it, returns `None`, and returns the sum of both as a whole
     /// contribution. The default returns it unchanged. What is returned must have the input's shape, dtype and device.
-    fn add_to(&mut self, sum: Tensor) -> Option<Tensor> {
+    fn accumulate_into(&mut self, sum: Tensor) -> Option<Tensor> {
         Some(sum)
     }
 }
 
 /// A backward rule's gradient for one input.
 #[derive(Debug)]
-pub enum Contribution {
+pub enum InputGrad {
     /// Nothing.
     None,
     /// A gradient of the input's shape, dtype and device.
     Whole(Tensor),
     /// A gradient for a part of the input, the rest being zero; saves building full-size zeros per view.
-    Part {
+    Slice {
         /// Of the whole input.
         shape: Shape,
         /// Which elements of it.
-        part: Part,
+        part: GradSlice,
         /// The gradient of the part.
         value: Tensor,
     },
@@ -43,7 +43,7 @@ pub enum Contribution {
 
 /// The elements `start..start + len` along dimension `dim` of a tensor.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub struct Part {
+pub struct GradSlice {
     /// The dimension, counted from 0.
     pub dim: usize,
     /// The first element.
@@ -54,23 +54,23 @@ pub struct Part {
 
 /// The gradients that a backward rule returns.
 #[derive(Debug)]
-pub struct Contributions {
-    pub(super) inputs: Vec<Contribution>,
+pub struct InputGrads {
+    pub(super) inputs: Vec<InputGrad>,
 }
 
-impl Contributions {
+impl InputGrads {
     /// One contribution per input, in the order in which they were recorded.
-    pub fn new(inputs: Vec<Contribution>) -> Self {
+    pub fn new(inputs: Vec<InputGrad>) -> Self {
         Self { inputs }
     }
 
     /// For an op with one differentiable input.
     pub fn one(grad: Tensor) -> Self {
-        Self::new(vec![Contribution::Whole(grad)])
+        Self::new(vec![InputGrad::Whole(grad)])
     }
 
     /// Whole gradients, or none where the input needs none.
     pub fn whole(grads: impl IntoIterator<Item = Option<Tensor>>) -> Self {
-        Self::new(grads.into_iter().map(|grad| grad.map_or(Contribution::None, Contribution::Whole)).collect())
+        Self::new(grads.into_iter().map(|grad| grad.map_or(InputGrad::None, InputGrad::Whole)).collect())
     }
 }

@@ -5,7 +5,7 @@ use super::{
     Recording,
     checkpoint::Segment,
     gradients::{Gradients, accumulate},
-    rule::{Backward, Contribution},
+    rule::{Backward, InputGrad},
     slot::{GradSlot, LeafId},
 };
 use crate::{DType, Device, Error, Result, error::ensure, profile};
@@ -49,16 +49,16 @@ impl Input {
     }
 
     fn bytes(&self) -> usize {
-        self.shape.elements() * self.dtype.size()
+        self.shape.numel() * self.dtype.size()
     }
 
     /// Refuses a gradient of another shape, dtype or device where it comes from, instead of where it would do harm.
-    fn check(&self, op: &'static str, contribution: &Contribution) -> Result<()> {
+    fn check(&self, op: &'static str, contribution: &InputGrad) -> Result<()> {
         let (shape, value) = match contribution {
             _ if !self.needed() => return Ok(()),
-            Contribution::None => return Ok(()),
-            Contribution::Whole(value) => (value.shape(), value),
-            Contribution::Part { shape, value, .. } => (shape, value),
+            InputGrad::None => return Ok(()),
+            InputGrad::Whole(value) => (value.shape(), value),
+            InputGrad::Slice { shape, value, .. } => (shape, value),
         };
         self.fits(op, "backward", shape, value)
     }
@@ -149,7 +149,7 @@ impl Frame {
             }
             GradSlot::Leaf(leaf) => {
                 nodes.clear();
-                leaves.contribute(leaf, Contribution::Whole(cotangent))?;
+                leaves.contribute(leaf, InputGrad::Whole(cotangent))?;
             }
             GradSlot::Constant | GradSlot::Untaped { .. } => nodes.clear(),
         }
@@ -171,9 +171,9 @@ impl Frame {
         let name = backward.name();
         if let Some(&Input { slot: GradSlot::Node { index, .. }, .. }) = inputs.first()
             && let Some(sum) = self.grads[index].take()
-            && let Some(sum) = backward.add_to(sum)
+            && let Some(sum) = backward.accumulate_into(sum)
         {
-            inputs[0].fits(name, "add_to", sum.shape(), &sum)?;
+            inputs[0].fits(name, "accumulate_into", sum.shape(), &sum)?;
             self.grads[index] = Some(sum.into_constant());
         }
         let given = backward.backward(grad, &need)?;
@@ -194,7 +194,7 @@ impl Frame {
         }
     }
 
-    fn give(&mut self, to: GradSlot, contribution: Contribution, leaves: &mut Gradients) -> Result<()> {
+    fn give(&mut self, to: GradSlot, contribution: InputGrad, leaves: &mut Gradients) -> Result<()> {
         match to {
             GradSlot::Leaf(leaf) => leaves.contribute(leaf, contribution),
             GradSlot::Node { index, .. } => accumulate(&mut self.grads[index], contribution),
@@ -207,7 +207,7 @@ impl Frame {
         let sizes: Vec<_> = segment.inputs.iter().map(|input| (input.bytes(), input.needed())).collect();
         for (input, leaf) in segment.inputs.into_iter().zip(segment.leaves) {
             if let Some(grad) = leaf.and_then(|leaf| leaves.take(leaf)) {
-                let contribution = Contribution::Whole(grad);
+                let contribution = InputGrad::Whole(grad);
                 input.check("checkpoint", &contribution)?;
                 self.give(input.slot, contribution, leaves)?;
             }

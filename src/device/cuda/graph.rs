@@ -285,7 +285,7 @@ impl<R> Graph<R> {
         }
         for (to, from) in self.inputs.iter().zip(inputs) {
             let from = from.detach().contiguous()?;
-            self.device.copy(to.address()?, from.address()?, to.elements() * to.dtype().size())?;
+            self.device.copy(to.address()?, from.address()?, to.numel() * to.dtype().size())?;
         }
         let _pass = self.device.enter_outside("a replay")?;
         self.device.bind()?;

@@ -40,7 +40,7 @@ impl Constants {
     /// Lets go of constants but the last one, until the others are within the bounds. Kernels that were enqueued with
     /// them come before whatever their memory is used for next.
     fn evict(&mut self) {
-        let bytes = |constant: &Tensor| constant.elements() * constant.dtype().size();
+        let bytes = |constant: &Tensor| constant.numel() * constant.dtype().size();
         let mut total: usize = self.by_name.values().map(|(constant, _)| bytes(constant)).sum();
         while self.by_name.len() > 1 && (self.by_name.len() > MOST || total > MOST_BYTES) {
             let oldest = self.by_name.iter().min_by_key(|(_, (_, used))| *used).map(|(name, _)| name.clone());
@@ -107,7 +107,7 @@ impl CudaDevice {
         let mut tables = self.graph_tables();
         if self.is_capturing() {
             let used = tables.used;
-            let known = tables.made.get_mut(used).filter(|(table, _)| table.elements() == values.len());
+            let known = tables.made.get_mut(used).filter(|(table, _)| table.numel() == values.len());
             let (table, known) =
                 known.ok_or_else(|| error("a graph's recording is unlike the run before it".into()))?;
             // Some are addresses of tensors, which the graph must hold; a number that looks like one does no harm.

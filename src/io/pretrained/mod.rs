@@ -24,7 +24,7 @@ use super::{
     tensor_file::holds_gguf,
 };
 use crate::{
-    DType, Device, Error, ParamMap, Result, Store,
+    DType, Device, Error, ParamMap, ParamStore, Result,
     config::{AutoregressiveConfig, TransformerWrapperConfig},
     error::ensure,
     models::{AutoregressiveWrapper, TransformerWrapper},
@@ -229,7 +229,7 @@ impl Pretrained {
     /// by the file's names; weights that are NaN, infinite or too large for the dtype; memory that runs out.
     pub fn model(&self, dtype: DType, device: &Device) -> Result<TransformerWrapper> {
         self.check()?;
-        let store = Store::zeros(dtype, device);
+        let store = ParamStore::zeros(dtype, device);
         let model = TransformerWrapper::new(&self.config, &store)?;
         self.load(&store.params(), "")?;
         Ok(model)
@@ -245,7 +245,7 @@ impl Pretrained {
         );
         let config = AutoregressiveConfig { net: self.config.clone(), ..AutoregressiveConfig::default() };
         self.check()?;
-        let store = Store::zeros(dtype, device);
+        let store = ParamStore::zeros(dtype, device);
         let model = AutoregressiveWrapper::new(&config, &store)?;
         self.load(&store.params(), "net.")?;
         Ok(model)
@@ -253,17 +253,17 @@ impl Pretrained {
 
     /// Checks that file and options fit, before memory is taken for what the options say.
     fn check(&self) -> Result<()> {
-        let shapes = Store::shapes(DType::F32, &Device::Cpu);
+        let shapes = ParamStore::shapes(DType::F32, &Device::Cpu);
         TransformerWrapper::new(&self.config, &shapes)?;
         // Programs that read GGUF use all that is in it.
         let strict = self.file.format() == Format::Gguf;
         let of_file = |names: Vec<String>| names.iter().map(|name| self.renamed.of_file(name)).collect();
         self.names.check(&self.file, &shapes.params(), strict).map_err(|error| match error {
-            Error::Weights { missing, unused, misshapen } => {
+            Error::Weights { missing, unused, mismatched } => {
                 let named = |(name, model, file): (String, _, _)| (self.renamed.of_file(&name), model, file);
-                let misshapen = misshapen.into_iter().map(named).collect();
-                let error = Error::Weights { missing: of_file(missing), unused: of_file(unused), misshapen };
-                error.at(self.file.path().display())
+                let mismatched = mismatched.into_iter().map(named).collect();
+                let error = Error::Weights { missing: of_file(missing), unused: of_file(unused), mismatched };
+                error.context(self.file.path().display())
             }
             other => other,
         })

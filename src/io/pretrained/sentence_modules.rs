@@ -164,7 +164,7 @@ impl<'d> Weights<'d> {
         let missing: Vec<String> = names.iter().filter(lacks).map(ToString::to_string).collect();
         ensure!(
             unused.is_empty() && missing.is_empty(),
-            Error::Weights { missing, unused, misshapen: Vec::new() }.at(file.path().display())
+            Error::Weights { missing, unused, mismatched: Vec::new() }.context(file.path().display())
         );
         Ok(Self { file, dtype, device })
     }

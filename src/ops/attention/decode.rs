@@ -28,7 +28,7 @@ pub struct DecodeSpec<'a> {
     /// Multiplies the products of queries and keys; usually `dim_head^-0.5`.
     pub scale: f64,
     /// Keys in front of the sequence: learned memory key/values and memories.
-    pub front: usize,
+    pub prefix_len: usize,
     /// The first of those, which padded queries see too.
     pub mem_keys: usize,
     /// Masks the keys that are further than this before a query's position.
@@ -39,38 +39,42 @@ pub struct DecodeSpec<'a> {
     pub query_mask: Option<&'a Tensor>,
     /// Added to the scaled products: float `[heads, distances]`, best in the type of the sums, the distance being that of the query's
     /// position behind the key. The last one serves all that are further.
-    pub curves: Option<&'a Tensor>,
+    pub bias_by_distance: Option<&'a Tensor>,
 }
 
 /// Causal attention of new tokens to cached keys: query `i` of sequence `b` stands at position
-/// `front + ends[b] + i` and sees the keys up to there. Computes what [`attention`](super::attention) computes for the
+/// `prefix_len + lengths[b] + i` and sees the keys up to there. Computes what [`attention`](super::attention) computes for the
 /// last rows.
 ///
 /// Shapes: `q` `[batch, heads, query, d]`, caches `k` `[batch, kv_heads, capacity, d]` and `v` `[batch, kv_heads,
-/// capacity, e]`, `ends` `[batch]` I64 → `[batch, heads, query, e]`, which lies in memory as `[batch, query, heads, e]`.
+/// capacity, e]`, `lengths` `[batch]` I64 → `[batch, heads, query, e]`, which lies in memory as `[batch, query, heads, e]`.
 /// `heads` is a multiple of `kv_heads`. Keys behind a query's position are not read: the cache may be larger.
 /// A query without any key left attends to all keys of its sequence equally; one whose scores are NaN, or all overflow,
 /// gives NaN.
 ///
 /// Errors: shapes, dtypes or devices that do not fit, or a tensor that requires a gradient: decoding has none.
-pub fn attention_decode(q: &Tensor, k: &Tensor, v: &Tensor, ends: &Tensor, spec: &DecodeSpec) -> Result<Tensor> {
+pub fn attention_decode(q: &Tensor, k: &Tensor, v: &Tensor, lengths: &Tensor, spec: &DecodeSpec) -> Result<Tensor> {
     let sizes = Sizes::new(q, k, v)?;
     discrete(OP, &[q, k, v])?;
-    check(&sizes, q, ends, spec)?;
+    check(&sizes, q, lengths, spec)?;
     let Sizes { batch, heads, queries, keys, e, .. } = sizes;
     let merged = Shape::new(&[batch, queries, heads, e])?;
-    if merged.elements() == 0 || keys == 0 {
+    if merged.numel() == 0 || keys == 0 {
         return Tensor::zeros(merged, q.dtype(), q.device())?.permute(&[0, 2, 1, 3]);
     }
     let (q, k, v) = (packed_rows(&q.detach())?, packed_rows(&k.detach())?, packed_rows(&v.detach())?);
     // All packed already, unless a caller brings tensors of its own.
     let packed = |x: Option<&Tensor>| x.map(Tensor::contiguous).transpose();
-    let (ends, key_mask, query_mask) = (ends.contiguous()?, packed(spec.key_mask)?, packed(spec.query_mask)?);
+    let (lengths, key_mask, query_mask) = (lengths.contiguous()?, packed(spec.key_mask)?, packed(spec.query_mask)?);
     let acc = q.dtype().accumulator();
-    let curves = spec.curves.map(|curves| curves.detach().to_dtype(acc)?.contiguous()).transpose()?;
-    let spec =
-        &DecodeSpec { key_mask: key_mask.as_ref(), query_mask: query_mask.as_ref(), curves: curves.as_ref(), ..*spec };
-    let call = Call { sizes, q: &q, k: &k, v: &v, ends: &ends, spec };
+    let bias_by_distance = spec.bias_by_distance.map(|bias| bias.detach().to_dtype(acc)?.contiguous()).transpose()?;
+    let spec = &DecodeSpec {
+        key_mask: key_mask.as_ref(),
+        query_mask: query_mask.as_ref(),
+        bias_by_distance: bias_by_distance.as_ref(),
+        ..*spec
+    };
+    let call = Call { sizes, q: &q, k: &k, v: &v, lengths: &lengths, spec };
     let out = match *q.device() {
         Device::Cpu => dispatch_float!(OP, q.dtype(), T, call.on_cpu::<T>(merged))?,
         Device::Cuda(gpu) => call.on_cuda(gpu, merged)?,
@@ -79,24 +83,27 @@ pub fn attention_decode(q: &Tensor, k: &Tensor, v: &Tensor, ends: &Tensor, spec:
     out.permute(&[0, 2, 1, 3])
 }
 
-fn check(sizes: &Sizes, q: &Tensor, ends: &Tensor, spec: &DecodeSpec) -> Result<()> {
+fn check(sizes: &Sizes, q: &Tensor, lengths: &Tensor, spec: &DecodeSpec) -> Result<()> {
     let Sizes { batch, heads, queries, keys, .. } = *sizes;
     ensure!(
-        **ends.shape() == [batch] && ends.dtype() == DType::I64 && ends.device() == q.device(),
-        Error::shape(OP, format!("expected ends [{batch}] of i64 on {}, got {ends:?}", q.device()))
+        **lengths.shape() == [batch] && lengths.dtype() == DType::I64 && lengths.device() == q.device(),
+        Error::shape(OP, format!("expected lengths [{batch}] of i64 on {}, got {lengths:?}", q.device()))
     );
     ensure!(
-        spec.scale.is_finite() && spec.mem_keys <= spec.front && spec.front <= keys,
+        spec.scale.is_finite() && spec.mem_keys <= spec.prefix_len && spec.prefix_len <= keys,
         Error::argument(
             OP,
-            format!("scale {}, front {} and mem_keys {} do not fit", spec.scale, spec.front, spec.mem_keys)
+            format!("scale {}, prefix_len {} and mem_keys {} do not fit", spec.scale, spec.prefix_len, spec.mem_keys)
         )
     );
     if let Some(mask) = spec.key_mask {
         expect_bool("key_mask", mask, q)?;
         ensure!(
-            mask.elements() == batch * (keys - spec.front),
-            Error::shape(OP, format!("expected key_mask [{batch}, {}], got {:?}", keys - spec.front, mask.shape()))
+            mask.numel() == batch * (keys - spec.prefix_len),
+            Error::shape(
+                OP,
+                format!("expected key_mask [{batch}, {}], got {:?}", keys - spec.prefix_len, mask.shape())
+            )
         );
     }
     if let Some(mask) = spec.query_mask {
@@ -106,15 +113,15 @@ fn check(sizes: &Sizes, q: &Tensor, ends: &Tensor, spec: &DecodeSpec) -> Result<
             Error::shape(OP, format!("expected query_mask [{batch}, {queries}], got {:?}", mask.shape()))
         );
     }
-    if let Some(curves) = spec.curves {
-        let shape = curves.shape();
+    if let Some(bias) = spec.bias_by_distance {
+        let shape = bias.shape();
         ensure!(
-            curves.rank() == 2
+            bias.rank() == 2
                 && shape[0] == heads
                 && shape[1] > 0
-                && curves.dtype().is_float()
-                && curves.device() == q.device(),
-            Error::shape(OP, format!("expected curves [{heads}, distances], got {shape:?} {}", curves.dtype()))
+                && bias.dtype().is_float()
+                && bias.device() == q.device(),
+            Error::shape(OP, format!("expected bias_by_distance [{heads}, distances], got {shape:?} {}", bias.dtype()))
         );
         if let Device::Cuda(_) = q.device() {
             size32(shape[1])?;
@@ -129,7 +136,7 @@ struct Call<'a> {
     q: &'a Tensor,
     k: &'a Tensor,
     v: &'a Tensor,
-    ends: &'a Tensor,
+    lengths: &'a Tensor,
     spec: &'a DecodeSpec<'a>,
 }
 
@@ -150,7 +157,7 @@ impl Call<'_> {
             Tensor::uninit(shape, q.dtype().accumulator(), q.device())
         };
         let (mut sums, mut statistics) = (scratch(e)?, scratch(2)?);
-        let distances = spec.curves.map_or(1, |curves| curves.shape()[1]);
+        let distances = spec.bias_by_distance.map_or(1, |bias| bias.shape()[1]);
         let past = spec.max_attend_past.map_or(keys, |past| past.min(keys));
         // Queries that read the same keys: those of all heads that share them, and of all new tokens.
         let sharing = heads / kv_heads * queries;
@@ -167,14 +174,14 @@ impl Call<'_> {
                 Storage(q),
                 Storage(self.k),
                 Storage(self.v),
-                self.ends,
+                self.lengths,
                 spec.key_mask,
                 spec.query_mask,
-                spec.curves,
+                spec.bias_by_distance,
                 q.layout(),
                 self.k.layout(),
                 self.v.layout(),
-                size32(spec.front)? as i32,
+                size32(spec.prefix_len)? as i32,
                 size32(spec.mem_keys)? as i32,
                 size32(past)? as i32,
                 size32(distances)? as i32,
@@ -189,9 +196,9 @@ impl Call<'_> {
                 &sums,
                 &statistics,
                 Storage(self.v),
-                self.ends,
+                self.lengths,
                 self.v.layout(),
-                size32(spec.front)? as i32,
+                size32(spec.prefix_len)? as i32,
                 size32(heads)? as i32,
                 size32(queries)? as i32,
                 size32(parts)? as i32
@@ -204,20 +211,21 @@ impl Call<'_> {
         let Sizes { batch, heads, queries, keys, d, e, .. } = self.sizes;
         let spec = self.spec;
         let acc = q_accumulator::<T>();
-        let ends = self.ends.values::<i64>()?;
+        let lengths = self.lengths.values::<i64>()?;
         // The cache may be far larger than what it holds.
-        let held = ends.iter().map(|&end| spec.front + end as usize + queries).max().unwrap_or(0).min(keys);
+        let held =
+            lengths.iter().map(|&length| spec.prefix_len + length as usize + queries).max().unwrap_or(0).min(keys);
         let parts = held.div_ceil(PART).max(1);
         let cached = Cached {
             sizes: self.sizes,
             k: rows::<T>(self.k)?,
             v: rows::<T>(self.v)?,
-            ends,
+            lengths,
             key_mask: spec.key_mask.map(Tensor::values::<bool>).transpose()?,
             query_mask: spec.query_mask.map(Tensor::values::<bool>).transpose()?,
-            curves: spec.curves.map(Tensor::values::<T::Acc>).transpose()?,
+            bias_by_distance: spec.bias_by_distance.map(Tensor::values::<T::Acc>).transpose()?,
             scale: T::Acc::from_f64(spec.scale),
-            front: spec.front,
+            prefix_len: spec.prefix_len,
             mem_keys: spec.mem_keys,
             past: spec.max_attend_past,
         };
@@ -281,12 +289,12 @@ struct Cached<'a, T: Float> {
     sizes: Sizes,
     k: CacheRows<'a, T>,
     v: CacheRows<'a, T>,
-    ends: &'a [i64],
+    lengths: &'a [i64],
     key_mask: Option<&'a [u8]>,
     query_mask: Option<&'a [u8]>,
-    curves: Option<&'a [T::Acc]>,
+    bias_by_distance: Option<&'a [T::Acc]>,
     scale: T::Acc,
-    front: usize,
+    prefix_len: usize,
     mem_keys: usize,
     past: Option<usize>,
 }
@@ -312,7 +320,7 @@ impl<T: Float> Cached<'_, T> {
             let (sums, statistics) = sums.split_at_mut(e);
             sums.fill(T::Acc::ZERO);
             statistics.copy_from_slice(&[T::Acc::NEG_INFINITY, T::Acc::ZERO]);
-            let position = self.front + self.ends[b] as usize + i;
+            let position = self.prefix_len + self.lengths[b] as usize + i;
             let kept = self.kept(b, i, position);
             let (start, end) = (kept.start.max(part * PART), kept.end.min((part + 1) * PART));
             if start >= end {
@@ -320,17 +328,17 @@ impl<T: Float> Cached<'_, T> {
             }
             let scores = &mut scores[..end - start];
             products::<T>(&q[i * d..][..d], self.k.from(b, kv_head, start), self.k.row, self.scale, scores);
-            if let Some(curves) = self.curves {
-                let distances = curves.len() / self.sizes.heads;
-                let curve = &curves[head * distances..][..distances];
+            if let Some(bias) = self.bias_by_distance {
+                let distances = bias.len() / self.sizes.heads;
+                let curve = &bias[head * distances..][..distances];
                 for (at, score) in scores.iter_mut().enumerate() {
                     *score += curve[(position - start - at).min(distances - 1)];
                 }
             }
-            let mask = self.key_mask.map(|mask| &mask[b * (keys - self.front)..]);
+            let mask = self.key_mask.map(|mask| &mask[b * (keys - self.prefix_len)..]);
             if let Some(mask) = mask {
                 for (key, score) in (start..end).zip(&mut *scores) {
-                    if key >= self.front && mask[key - self.front] == 0 {
+                    if key >= self.prefix_len && mask[key - self.prefix_len] == 0 {
                         *score = T::Acc::NEG_INFINITY;
                     }
                 }
@@ -340,7 +348,7 @@ impl<T: Float> Cached<'_, T> {
                 add_weighted::<T>(scores, self.v.from(b, kv_head, start), self.v.row, sums);
             }
             // Scores may be −∞ without a mask.
-            let kept = |key: usize| key < self.front || mask.is_none_or(|mask| mask[key - self.front] != 0);
+            let kept = |key: usize| key < self.prefix_len || mask.is_none_or(|mask| mask[key - self.prefix_len] != 0);
             let overflown = sum == T::Acc::ZERO && (start..end).any(kept);
             statistics.copy_from_slice(&[max, if overflown { T::Acc::ONE } else { sum }]);
         }
@@ -350,7 +358,7 @@ impl<T: Float> Cached<'_, T> {
     fn spread(&self, b: usize, head: usize, out: &mut [T]) {
         let Sizes { queries, keys, e, .. } = self.sizes;
         let kv_head = head / self.sizes.group();
-        let held = (self.front + self.ends[b] as usize + queries).min(keys);
+        let held = (self.prefix_len + self.lengths[b] as usize + queries).min(keys);
         let mut sums = vec![T::Acc::ZERO; e];
         let part = part_of(held);
         for key in 0..held {

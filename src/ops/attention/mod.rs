@@ -14,7 +14,7 @@ mod tile;
 
 use crate::{
     DType, Device, Error, Philox, Result, Tensor,
-    core::{Backward, Contributions, Shape, dropout_stream, needs, record},
+    core::{Backward, InputGrads, Shape, dropout_stream, needs, record},
     device::size32,
     error::ensure,
     ops::copy::same_kind,
@@ -397,7 +397,7 @@ impl Problem {
         let (dtype, device) = (self.q.dtype(), self.q.device());
         let merged = Shape::new(&[batch, queries, heads, e])?;
         let per_query = Shape::new(&[batch, heads, queries, 2])?;
-        if merged.elements() == 0 || keys == 0 {
+        if merged.numel() == 0 || keys == 0 {
             let kept = Kept { statistics: Tensor::zeros(per_query, self.acc(), device)?, residual: None };
             return Ok((Tensor::zeros(merged, dtype, device)?.permute(&[0, 2, 1, 3])?, kept));
         }
@@ -444,7 +444,7 @@ impl Backward for AttentionBackward {
 
     /// With `P` the weights, `D = Σ_e grad ⊙ out`: `dV = Pᵀ grad`, `dS = P ⊙ (grad Vᵀ − D)`, `dQ = scale · dS K`,
     /// `dK = scale · dSᵀ Q`; the biases get the sums of `dS`.
-    fn backward(self: Box<Self>, grad: Tensor, need: &[bool]) -> Result<Contributions> {
-        backward::backward(&self.problem, &self.out, &self.kept, &grad, need).map(Contributions::whole)
+    fn backward(self: Box<Self>, grad: Tensor, need: &[bool]) -> Result<InputGrads> {
+        backward::backward(&self.problem, &self.out, &self.kept, &grad, need).map(InputGrads::whole)
     }
 }

@@ -20,7 +20,7 @@ pub(super) fn product(
         None => Tensor::uninit(shape, a.dtype(), a.device())?,
     };
     if sizes.k == 0 {
-        let bytes = if bias.is_some() { 0 } else { out.elements() * out.dtype().size() };
+        let bytes = if bias.is_some() { 0 } else { out.numel() * out.dtype().size() };
         gpu.fill_zero(out.address_mut()?, bytes)?;
         return Ok(out);
     }
@@ -37,7 +37,7 @@ pub(super) fn product(
         |tensor: &Tensor, element: usize| Ok::<_, crate::Error>(tensor.storage_address()? + (element * size) as u64);
     let to = out.address_mut()?;
     let Merged { m, n, k, .. } = merged;
-    for item in 0..outer.elements() {
+    for item in 0..outer.numel() {
         let (a_start, b_start) = positions(item, &outer, &merged.strides, merged.start);
         gpu.gemm(&Gemm {
             dtype: out.dtype(),
@@ -64,7 +64,7 @@ pub(super) fn product_sums(
     sums: &mut Tensor,
 ) -> Result<()> {
     if sizes.k == 0 {
-        let bytes = if accumulate { 0 } else { sums.elements() * sums.dtype().size() };
+        let bytes = if accumulate { 0 } else { sums.numel() * sums.dtype().size() };
         return gpu.fill_zero(sums.address_mut()?, bytes);
     }
     let [a, b] = usable(sizes, operands)?;

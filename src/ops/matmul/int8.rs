@@ -70,7 +70,7 @@ impl Int8Matrix {
 
     /// Bytes that a product reads.
     pub fn bytes(&self) -> usize {
-        self.bytes.elements() + 4 * self.scales.elements()
+        self.bytes.numel() + 4 * self.scales.numel()
     }
 
     /// The numbers as floats.
@@ -109,7 +109,7 @@ impl Int8Matrix {
         );
         same_device(OP, x, &self.bytes)?;
         discrete(OP, &[x])?;
-        let count = x.elements().checked_div(columns).unwrap_or(0);
+        let count = x.numel().checked_div(columns).unwrap_or(0);
         if (FEW + 1..=GROUPED).contains(&count) && *x.device() == Device::Cpu && columns > 0 {
             let inputs = x.detach().reshape(Shape::new(&[count, columns])?)?;
             let group = |first: usize| self.linear(&inputs.narrow(0, first, FEW.min(count - first))?, bias);

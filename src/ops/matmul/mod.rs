@@ -19,7 +19,7 @@ mod skinny;
 
 use crate::{
     Device, Error, Result, Tensor,
-    core::{Backward, Contributions, Float, MAX_RANK, Saved, Shape, collapse, dispatch_float, needs, record},
+    core::{Backward, Float, InputGrads, MAX_RANK, Saved, Shape, collapse, dispatch_float, needs, record},
     error::ensure,
     ops::copy::same_kind,
 };
@@ -179,12 +179,12 @@ pub(super) fn product(a: &Tensor, b: &Tensor, bias: Option<&Tensor>) -> Result<T
     same_kind("matmul", a, b)?;
     let shape = sizes.with([sizes.m, sizes.n])?;
     if let Device::Cuda(gpu) = a.device()
-        && shape.elements() > 0
+        && shape.numel() > 0
     {
         return cuda::product(gpu, &sizes, shape, [a, b], bias);
     }
     let mut out = Tensor::uninit(shape, a.dtype(), a.device())?;
-    if out.elements() > 0 {
+    if out.numel() > 0 {
         let merged = Merged::new(&sizes, a, b)?;
         dispatch_float!("matmul", a.dtype(), T, run::<T>(&merged, a, b, bias, &mut out))?;
     }
@@ -216,7 +216,7 @@ pub(super) fn product_sums(a: &Tensor, b: &Tensor, accumulate: bool, sums: &mut 
             )
         )
     );
-    if sums.elements() == 0 {
+    if sums.numel() == 0 {
         return Ok(());
     }
     if let Device::Cuda(gpu) = a.device() {
@@ -285,7 +285,7 @@ impl Merged {
     ) -> Result<Product<'a, T>> {
         let matrix = |data, [row, col]: [usize; 2]| Matrix { data, row, col };
         Ok(Product {
-            batch: self.batch.elements(),
+            batch: self.batch.numel(),
             m: self.m,
             n: self.n,
             k: self.k,
@@ -326,7 +326,7 @@ impl Backward for MatmulBackward {
     }
 
     /// `dA = G·Bᵀ`, `dB = Aᵀ·G`, summed over the dimensions that were broadcast.
-    fn backward(self: Box<Self>, grad: Tensor, need: &[bool]) -> Result<Contributions> {
+    fn backward(self: Box<Self>, grad: Tensor, need: &[bool]) -> Result<InputGrads> {
         let [a_shape, b_shape] = self.shapes;
         let da = match self.b.filter(|_| need[0]) {
             Some(b) => Some(product(&grad, &b.transpose(-1, -2)?, None)?.sum_to(a_shape)?),
@@ -336,13 +336,13 @@ impl Backward for MatmulBackward {
             Some(a) => Some(right_gradient(&a, &grad, b_shape)?),
             None => None,
         };
-        Ok(Contributions::whole([da, db]))
+        Ok(InputGrads::whole([da, db]))
     }
 }
 
 /// `Aᵀ·G`, summed to the shape of B.
 fn right_gradient(a: &Tensor, grad: &Tensor, b_shape: Shape) -> Result<Tensor> {
-    if a.elements() == 0 || grad.elements() == 0 {
+    if a.numel() == 0 || grad.numel() == 0 {
         return Tensor::zeros(b_shape, grad.dtype(), grad.device());
     }
     let (batch, [m, n]) = split_last_two(grad.shape());
@@ -375,7 +375,7 @@ impl LinearBackward {
     /// `sum + g·W`, written over the sum.
     fn add_product(sum: Tensor, grad: &Tensor, weight: &Tensor, shape: Shape) -> Result<Tensor> {
         let [outputs, inputs] = [weight.dim(0)?, weight.dim(1)?];
-        let rows = shape.without(shape.rank() - 1).elements();
+        let rows = shape.without(shape.rank() - 1).numel();
         let mut flat = sum.reshape([rows, inputs])?;
         // Otherwise this handle would be another one.
         drop(sum);
@@ -390,14 +390,14 @@ impl Backward for LinearBackward {
     }
 
     /// Where sums have the type of the gradient: half types would round once more.
-    fn add_to(&mut self, mut sum: Tensor) -> Option<Tensor> {
+    fn accumulate_into(&mut self, mut sum: Tensor) -> Option<Tensor> {
         let adds = self.weight.is_some() && sum.dtype() == sum.dtype().accumulator() && sum.is_unique();
         self.sum = adds.then(|| sum.detach());
         (!adds).then_some(sum)
     }
 
     /// `dx = g·W`, `dW = gᵀ·x`, `db = Σ_rows g`.
-    fn backward(self: Box<Self>, grad: Tensor, need: &[bool]) -> Result<Contributions> {
+    fn backward(self: Box<Self>, grad: Tensor, need: &[bool]) -> Result<InputGrads> {
         let [x_shape, weight_shape] = self.shapes;
         let grad = grad.as_rows()?;
         // First what needs the input, which is gone when the gradient of its size is made.
@@ -415,7 +415,7 @@ impl Backward for LinearBackward {
             let rows: Vec<isize> = (0..grad.rank() as isize - 1).collect();
             grads.push(if need_bias { Some(grad.sum(&rows)?) } else { None });
         }
-        Ok(Contributions::whole(grads))
+        Ok(InputGrads::whole(grads))
     }
 }
 

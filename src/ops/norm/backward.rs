@@ -3,7 +3,7 @@
 use super::{Form, LANES, packed, reuse, rows, widen};
 use crate::{
     DType, Device, Element, Result, Tensor,
-    core::{Backward, Contributions, Float, Real, Shape, dispatch_float},
+    core::{Backward, Float, InputGrads, Real, Shape, dispatch_float},
     device::{CudaDevice, Grid, args, cpu, simd::vectorized, size32},
     ops::{
         copy::pack,
@@ -30,14 +30,14 @@ impl Backward for NormBackward {
         self.op
     }
 
-    fn add_to(&mut self, sum: Tensor) -> Option<Tensor> {
+    fn accumulate_into(&mut self, sum: Tensor) -> Option<Tensor> {
         self.onto.replace(sum)
     }
 
     /// With `x̂ = (x − mean) / divisor` and `h = g ⊙ weight`: `dx = (h − mean h − x̂ mean(h ⊙ x̂)) / divisor`,
     /// `dweight = Σ g ⊙ x̂` and `dbias = Σ g` over rows. Without centring, `mean h` falls out; where the floor acts, the
     /// other mean does.
-    fn backward(self: Box<Self>, grad: Tensor, need: &[bool]) -> Result<Contributions> {
+    fn backward(self: Box<Self>, grad: Tensor, need: &[bool]) -> Result<InputGrads> {
         let weight_needed = self.weight.is_some() && need[1];
         let bias_needed = self.has_bias && need[1 + self.weight.is_some() as usize];
         let wanted = (need[0], weight_needed || bias_needed);
@@ -46,13 +46,13 @@ impl Backward for NormBackward {
             Device::Cpu => dispatch_float!(self.op, grad.dtype(), T, self.backward_rows::<T>(grad, wanted))?,
             Device::Cuda(gpu) => {
                 let (dx, partials) = self.backward_cuda(gpu, grad, wanted)?;
-                let each = self.weight.as_ref().is_none_or(|weight| weight.elements() == width);
+                let each = self.weight.as_ref().is_none_or(|weight| weight.numel() == width);
                 if let (true, Some(partials)) = (each, &partials) {
                     let wanted = [weight_needed, bias_needed];
                     let [dweight, dbias] = sum_chunks(gpu, partials, self.x.dtype(), width, wanted)?;
                     let weight = self.weight.is_some().then_some(dweight);
                     let grads = [Some(dx), weight, self.has_bias.then_some(dbias)];
-                    return Ok(Contributions::whole(grads.into_iter().flatten().collect::<Vec<_>>()));
+                    return Ok(InputGrads::whole(grads.into_iter().flatten().collect::<Vec<_>>()));
                 }
                 (dx, partials)
             }
@@ -64,7 +64,7 @@ impl Backward for NormBackward {
         };
         let mut grads = vec![dx];
         if let Some(weight) = &self.weight {
-            grads.push(match (weight.elements() == width, &sums) {
+            grads.push(match (weight.numel() == width, &sums) {
                 // One factor serves all features: its gradient is the sum of theirs.
                 (false, Some(sums)) if weight_needed => {
                     Some(sums.narrow(0, 0, width)?.sum(&[])?.reshape([1])?.to_dtype(weight.dtype())?)
@@ -75,7 +75,7 @@ impl Backward for NormBackward {
         if self.has_bias {
             grads.push(part(width, bias_needed)?);
         }
-        Ok(Contributions::whole(grads))
+        Ok(InputGrads::whole(grads))
     }
 }
 
@@ -138,7 +138,7 @@ impl NormBackward {
         let (centred, dtype) = (u32::from(self.form == Form::Centred), [("DTYPE", x.dtype().name())]);
         let (weight, onto) = (packed(self.weight.as_ref())?, packed(self.onto.as_ref())?);
         let (weight, onto) = (weight.as_ref(), onto.as_ref());
-        let weights = size32(weight.map_or(0, Tensor::elements))?;
+        let weights = size32(weight.map_or(0, Tensor::numel))?;
         let sizes = (rows as i64, size32(columns)?);
         let whole = if wanted == (true, true) { whole_threads(columns, x.dtype()) } else { None };
         let at_once = whole.map_or(1, |(_, groups)| 4 * groups);

@@ -52,7 +52,7 @@ impl Forward {
     fn cuda(&mut self, gpu: &CudaDevice, x: &Tensor, residual: Option<&Tensor>, spec: &Spec) -> Result<()> {
         let (rows, columns) = (rows(x)?, x.dim(-1)?);
         let (weight, bias) = (packed(spec.weight)?, packed(spec.bias)?);
-        let weights = weight.as_ref().map_or(0, Tensor::elements);
+        let weights = weight.as_ref().map_or(0, Tensor::numel);
         let form = spec.form.code();
         let args = args![
             &mut self.y,
@@ -106,7 +106,7 @@ vectorized! {
                     let mean = sum_of(x, |x| x) / count;
                     (mean, sum_of(x, |x| (x - mean) * (x - mean)) / count)
                 }
-                Form::Floored | Form::MeanSquare => (T::Acc::ZERO, sum_of(x, |x| x * x) / count),
+                Form::Floored | Form::Rms => (T::Acc::ZERO, sum_of(x, |x| x * x) / count),
             };
             if !(square < -T::Acc::NEG_INFINITY) {
                 shrunk::<T>(x, weight, bias, form, eps, y, statistics);

@@ -10,7 +10,7 @@ use forward::Forward;
 use super::copy::same_kind;
 use crate::{
     Error, Result, Tensor,
-    core::{Backward, Contributions, Float, Real, record_beside, record_cheap},
+    core::{Backward, Float, InputGrads, Real, record_beside, record_cheap},
     error::ensure,
 };
 
@@ -65,31 +65,31 @@ impl Tensor {
     ///
     /// Shapes: `[.., dim]`, `g` `[dim]` → `[.., dim]`. Saves: `x`, and the inverse divisor of each row.
     /// Errors: as [`Tensor::layer_norm`].
+    pub fn clamped_rms_norm(&self, g: &Tensor, eps: f64) -> Result<Tensor> {
+        normalize("clamped_rms_norm", self, &self.clamped_rms_spec(g, eps))
+    }
+
+    /// The sum of two tensors and its [`clamped_rms_norm`](Tensor::clamped_rms_norm), as [`Tensor::add_layer_norm`] gives it.
+    pub fn add_clamped_rms_norm(&self, residual: &Tensor, g: &Tensor, eps: f64) -> Result<(Tensor, Tensor)> {
+        normalize_sum("add_clamped_rms_norm", self, residual, &self.clamped_rms_spec(g, eps))
+    }
+
+    /// RMS norm over the last dimension as PyTorch's `nn.RMSNorm` and Llama have it, `y = x / √(mean x² + eps) ⊙ g`: unlike
+    /// that of [`Tensor::clamped_rms_norm`], `eps` is a summand. <https://arxiv.org/abs/1910.07467>
+    ///
+    /// Shapes: `[.., dim]`, `g` `[dim]` → `[.., dim]`. Saves: `x`, and the inverse divisor of each row.
+    /// Errors: as [`Tensor::layer_norm`].
     pub fn rms_norm(&self, g: &Tensor, eps: f64) -> Result<Tensor> {
         normalize("rms_norm", self, &self.rms_spec(g, eps))
     }
 
-    /// The sum of two tensors and its [`rms_norm`](Tensor::rms_norm), as [`Tensor::add_layer_norm`] gives it.
+    /// The sum of two tensors and its [`rms_norm`](Tensor::rms_norm), as [`Tensor::add_layer_norm`] gives
+    /// it.
     pub fn add_rms_norm(&self, residual: &Tensor, g: &Tensor, eps: f64) -> Result<(Tensor, Tensor)> {
         normalize_sum("add_rms_norm", self, residual, &self.rms_spec(g, eps))
     }
 
-    /// RMS norm over the last dimension as PyTorch's `nn.RMSNorm` and Llama have it, `y = x / √(mean x² + eps) ⊙ g`: unlike
-    /// that of [`Tensor::rms_norm`], `eps` is a summand. <https://arxiv.org/abs/1910.07467>
-    ///
-    /// Shapes: `[.., dim]`, `g` `[dim]` → `[.., dim]`. Saves: `x`, and the inverse divisor of each row.
-    /// Errors: as [`Tensor::layer_norm`].
-    pub fn mean_square_norm(&self, g: &Tensor, eps: f64) -> Result<Tensor> {
-        normalize("mean_square_norm", self, &self.mean_square_spec(g, eps))
-    }
-
-    /// The sum of two tensors and its [`mean_square_norm`](Tensor::mean_square_norm), as [`Tensor::add_layer_norm`] gives
-    /// it.
-    pub fn add_mean_square_norm(&self, residual: &Tensor, g: &Tensor, eps: f64) -> Result<(Tensor, Tensor)> {
-        normalize_sum("add_mean_square_norm", self, residual, &self.mean_square_spec(g, eps))
-    }
-
-    /// Scale norm over the last dimension: as [`Tensor::rms_norm`] with one factor for all features (`eps` is 1e-5 in
+    /// Scale norm over the last dimension: as [`Tensor::clamped_rms_norm`] with one factor for all features (`eps` is 1e-5 in
     /// x-transformers). <https://arxiv.org/abs/1910.05895>
     ///
     /// Shapes: `[.., dim]`, `g` `[1]` → `[.., dim]`. Saves: `x`, and the inverse divisor of each row.
@@ -111,12 +111,12 @@ impl Tensor {
         Spec { weight, weights: self.features(), bias, form: Form::Centred, eps }
     }
 
-    fn rms_spec<'a>(&self, g: &'a Tensor, eps: f64) -> Spec<'a> {
+    fn clamped_rms_spec<'a>(&self, g: &'a Tensor, eps: f64) -> Spec<'a> {
         Spec::floored(g, self.features(), eps)
     }
 
-    fn mean_square_spec<'a>(&self, g: &'a Tensor, eps: f64) -> Spec<'a> {
-        Spec { form: Form::MeanSquare, ..self.rms_spec(g, eps) }
+    fn rms_spec<'a>(&self, g: &'a Tensor, eps: f64) -> Spec<'a> {
+        Spec { form: Form::Rms, ..self.clamped_rms_spec(g, eps) }
     }
 }
 
@@ -128,7 +128,7 @@ enum Form {
     /// Nothing, and `max(√mean(x²), eps)`.
     Floored,
     /// Nothing, and `√(mean(x²) + eps)`.
-    MeanSquare,
+    Rms,
 }
 
 impl Form {
@@ -136,7 +136,7 @@ impl Form {
     fn statistics(self) -> usize {
         match self {
             Self::Centred => 2,
-            Self::Floored | Self::MeanSquare => 1,
+            Self::Floored | Self::Rms => 1,
         }
     }
 
@@ -144,7 +144,7 @@ impl Form {
     #[inline(always)]
     fn divisor<A: Real>(self, square: A, eps: A) -> A {
         match self {
-            Self::Centred | Self::MeanSquare => (square + eps).sqrt(),
+            Self::Centred | Self::Rms => (square + eps).sqrt(),
             Self::Floored => square.sqrt().max(eps),
         }
     }
@@ -154,13 +154,13 @@ impl Form {
         match self {
             Self::Floored => 0,
             Self::Centred => 1,
-            Self::MeanSquare => 2,
+            Self::Rms => 2,
         }
     }
 
     /// The floor of the divisor, below which it is a constant for the gradient: never one that is summed.
     fn floor(self, eps: f64) -> f64 {
-        if self == Self::MeanSquare { 0.0 } else { eps }
+        if self == Self::Rms { 0.0 } else { eps }
     }
 }
 
@@ -255,15 +255,15 @@ impl Backward for SumBackward {
         "add"
     }
 
-    fn backward(self: Box<Self>, grad: Tensor, need: &[bool]) -> Result<Contributions> {
+    fn backward(self: Box<Self>, grad: Tensor, need: &[bool]) -> Result<InputGrads> {
         let residual = need[1].then(|| grad.clone());
-        Ok(Contributions::whole([need[0].then_some(grad), residual]))
+        Ok(InputGrads::whole([need[0].then_some(grad), residual]))
     }
 }
 
 /// Number of rows that are normalised.
 fn rows(x: &Tensor) -> Result<usize> {
-    Ok(x.elements().checked_div(x.dim(-1)?).unwrap_or(0))
+    Ok(x.numel().checked_div(x.dim(-1)?).unwrap_or(0))
 }
 
 /// Sums that are kept apart: so many that the compiler turns loops over them into vector operations as a whole, and that

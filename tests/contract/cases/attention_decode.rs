@@ -5,14 +5,14 @@ use crate::case::{Array, Case, Input};
 /// Sizes of a call, and which inputs stand behind queries, keys and values.
 #[derive(Clone, Default)]
 struct Setup {
-    front: usize,
+    prefix_len: usize,
     mem_keys: usize,
     past: Option<usize>,
     /// Lengths of the sequences before the call.
-    ends: Vec<f64>,
+    lengths: Vec<f64>,
     key_mask: bool,
     query_mask: bool,
-    curves: Option<usize>,
+    bias_by_distance: Option<usize>,
 }
 
 fn float(shape: &[usize]) -> Input {
@@ -21,36 +21,36 @@ fn float(shape: &[usize]) -> Input {
 
 /// `heads`: of queries and of keys.
 fn case(name: &str, heads: [usize; 2], [queries, capacity, d, e]: [usize; 4], setup: Setup) -> Case {
-    let batch = setup.ends.len();
+    let batch = setup.lengths.len();
     let mut inputs = vec![
         float(&[batch, heads[0], queries, d]),
         float(&[batch, heads[1], capacity, d]),
         float(&[batch, heads[1], capacity, e]),
     ];
     // The device's lengths do not depend on the layouts that are tried.
-    let ends = setup.ends.clone();
+    let lengths = setup.lengths.clone();
     if setup.key_mask {
-        inputs.push(Input::mask(&[batch, capacity - setup.front]));
+        inputs.push(Input::mask(&[batch, capacity - setup.prefix_len]));
     }
     if setup.query_mask {
         inputs.push(Input::mask(&[batch, queries]));
     }
-    inputs.extend(setup.curves.map(|distances| float(&[heads[0], distances])));
+    inputs.extend(setup.bias_by_distance.map(|distances| float(&[heads[0], distances])));
     let reference = setup.clone();
     let run = move |x: &[x_transformers::Tensor]| {
         let mut rest = x[3..].iter();
-        let ends: Vec<i64> = ends.iter().map(|&end| end as i64).collect();
-        let ends = x_transformers::Tensor::from_vec(ends, [batch], x[0].device())?;
+        let lengths: Vec<i64> = lengths.iter().map(|&end| end as i64).collect();
+        let lengths = x_transformers::Tensor::from_vec(lengths, [batch], x[0].device())?;
         let spec = DecodeSpec {
             scale: 0.6,
-            front: setup.front,
+            prefix_len: setup.prefix_len,
             mem_keys: setup.mem_keys,
             max_attend_past: setup.past,
             key_mask: setup.key_mask.then(|| rest.next()).flatten(),
             query_mask: setup.query_mask.then(|| rest.next()).flatten(),
-            curves: setup.curves.and_then(|_| rest.next()),
+            bias_by_distance: setup.bias_by_distance.and_then(|_| rest.next()),
         };
-        attention_decode(&x[0], &x[1], &x[2], &ends, &spec)
+        attention_decode(&x[0], &x[1], &x[2], &lengths, &spec)
     };
     Case::new("attention_decode", name, inputs, run, move |x| reference.reference(x))
 }
@@ -64,14 +64,15 @@ impl Setup {
         let mut rest = x[3..].iter();
         let key_mask = self.key_mask.then(|| rest.next().unwrap());
         let query_mask = self.query_mask.then(|| rest.next().unwrap());
-        let curves = self.curves.map(|_| rest.next().unwrap());
+        let bias_by_distance = self.bias_by_distance.map(|_| rest.next().unwrap());
         Array::from_fn(&[batch, heads, queries, e], |at| {
             let [b, h, i, f] = [at[0], at[1], at[2], at[3]];
-            let position = self.front + self.ends[b] as usize + i;
-            let held = (self.front + self.ends[b] as usize + queries).min(capacity);
+            let position = self.prefix_len + self.lengths[b] as usize + i;
+            let held = (self.prefix_len + self.lengths[b] as usize + queries).min(capacity);
             let padded = query_mask.is_some_and(|mask| mask.at(&[b, i]) == 0.0);
             let keeps = |j: usize| {
-                let masked = j >= self.front && key_mask.is_some_and(|mask| mask.at(&[b, j - self.front]) == 0.0);
+                let masked =
+                    j >= self.prefix_len && key_mask.is_some_and(|mask| mask.at(&[b, j - self.prefix_len]) == 0.0);
                 j <= position
                     && (j < self.mem_keys || !padded)
                     && !masked
@@ -79,7 +80,9 @@ impl Setup {
             };
             let score = |j: usize| {
                 let dot: f64 = (0..d).map(|c| q.at(&[b, h, i, c]) * k.at(&[b, h / group, j, c])).sum();
-                let bias = curves.map_or(0.0, |curves| curves.at(&[h, (position - j).min(curves.shape[1] - 1)]));
+                let bias = bias_by_distance.map_or(0.0, |bias_by_distance| {
+                    bias_by_distance.at(&[h, (position - j).min(bias_by_distance.shape[1] - 1)])
+                });
                 0.6 * dot + bias
             };
             let mut kept: Vec<usize> = (0..held).filter(|&j| keeps(j)).collect();
@@ -96,9 +99,15 @@ impl Setup {
 }
 
 pub fn cases() -> Vec<Case> {
-    let at = |ends: &[f64]| Setup { ends: ends.to_vec(), ..Setup::default() };
-    let full =
-        |ends: &[f64]| Setup { front: 3, mem_keys: 2, key_mask: true, query_mask: true, curves: Some(6), ..at(ends) };
+    let at = |lengths: &[f64]| Setup { lengths: lengths.to_vec(), ..Setup::default() };
+    let full = |lengths: &[f64]| Setup {
+        prefix_len: 3,
+        mem_keys: 2,
+        key_mask: true,
+        query_mask: true,
+        bias_by_distance: Some(6),
+        ..at(lengths)
+    };
     vec![
         case("one query", [2, 2], [1, 9, 8, 8], at(&[4.0, 8.0])),
         case("odd widths", [3, 3], [2, 12, 5, 7], at(&[3.0, 9.0])),

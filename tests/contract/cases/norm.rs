@@ -46,20 +46,20 @@ fn layer(name: &str, x: Input, dim: usize) -> Case {
 
 fn rms(name: &str, x: Input, dim: usize, eps: f64) -> Case {
     Case::new(
-        "rms_norm",
+        "clamped_rms_norm",
         name,
         vec![x, Input::float(&[dim])],
-        move |x| x[0].rms_norm(&x[1], eps),
+        move |x| x[0].clamped_rms_norm(&x[1], eps),
         move |x| reference(&x[0], Some(&x[1]), None, floored, eps),
     )
 }
 
 fn summed(name: &str, x: Input, dim: usize, eps: f64) -> Case {
     Case::new(
-        "mean_square_norm",
+        "rms_norm",
         name,
         vec![x, Input::float(&[dim])],
-        move |x| x[0].mean_square_norm(&x[1], eps),
+        move |x| x[0].rms_norm(&x[1], eps),
         move |x| reference(&x[0], Some(&x[1]), None, mean_square, eps),
     )
 }
@@ -117,21 +117,21 @@ fn sums() -> Vec<Case> {
     };
     let rms = |name: &str, shape: &[usize], dim: usize, eps: f64| {
         sum(
-            "add_rms_norm",
+            "add_clamped_rms_norm",
             name,
             shape,
             &[dim],
-            move |x| x[0].add_rms_norm(&x[1], &x[2], eps),
+            move |x| x[0].add_clamped_rms_norm(&x[1], &x[2], eps),
             move |sum, x| reference(sum, Some(&x[0]), None, floored, eps),
         )
     };
     let summed = |name: &str, shape: &[usize], dim: usize, eps: f64| {
         sum(
-            "add_mean_square_norm",
+            "add_rms_norm",
             name,
             shape,
             &[dim],
-            move |x| x[0].add_mean_square_norm(&x[1], &x[2], eps),
+            move |x| x[0].add_rms_norm(&x[1], &x[2], eps),
             move |sum, x| reference(sum, Some(&x[0]), None, mean_square, eps),
         )
     };

@@ -452,8 +452,8 @@ def exact_layer_norm(x, w, b):
 
 NORMS = {
     "layer_norm": (lambda x, w, b: F.layer_norm(x, x.shape[-1:], w, b, 1e-5), 2, False),
-    "rms_norm": (lambda x, g: rms(x, g, 1e-8), 1, False),
-    "mean_square_norm": (lambda x, g: F.rms_norm(x, x.shape[-1:], g, 1e-6), 1, False),
+    "clamped_rms_norm": (lambda x, g: rms(x, g, 1e-8), 1, False),
+    "rms_norm": (lambda x, g: F.rms_norm(x, x.shape[-1:], g, 1e-6), 1, False),
     "scale_norm": (lambda x, g: rms(x, g, 1e-5), 1, True),
 }
 

@@ -1,6 +1,6 @@
 //! Single ops, one round for each line of standard input: what benches/peers/cpu.py interleaves with PyTorch.
 //!
-//! `cargo bench --bench lockstep -- NAME` prints a line of JSON with the median seconds of a repetition for each line that
+//! `cargo bench --bench interleaved -- NAME` prints a line of JSON with the median seconds of a repetition for each line that
 //! it reads, and with the bytes of ops that memory limits; without a name it lists the names. `copy` times a copy, which
 //! those are related to. Shapes are those of a decoder of width 512 on 1024 tokens, and larger ones that leave the caches.
 
@@ -11,7 +11,7 @@ use std::{
 
 use rayon::prelude::*;
 use x_transformers::{
-    DType, Device, Init, Param, Philox, Result, Store, Tape, Tensor,
+    DType, Device, Init, Param, ParamStore, Philox, Result, Tape, Tensor,
     ops::{AttentionSpec, attention},
     train::{AdamW, AdamWOptions},
 };
@@ -87,7 +87,7 @@ const WEIGHTS: usize = 512 * (2 * 20_000 + 24 * 512 + 12 * 2048 + 1024);
 /// An update of the weights of a decoder of width 512, depth 6 and 20,000 tokens. The norm of the gradients is taken even
 /// if nothing is clipped: weights stay as they are if it is not finite.
 fn adamw(clip: Option<f64>) -> Result<Run> {
-    let store = Store::new(0, DType::F32, &Device::Cpu);
+    let store = ParamStore::new(0, DType::F32, &Device::Cpu);
     let shapes = [([20_000, 512], 2), ([512, 512], 24), ([2048, 512], 12), ([1024, 512], 1)];
     let each = shapes.into_iter().flat_map(|(shape, count)| std::iter::repeat_n(shape, count)).enumerate();
     let param = |(i, shape)| store.at(i).param("weight", shape, Init::Normal(0.02));
