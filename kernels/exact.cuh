@@ -1,5 +1,5 @@
 // Numbers with the bits that the processor computes: every operation is rounded by itself, where the compiler would
-// fuse a product and a sum. The functions are those of src/core/real.rs and of the crate libm (Sun's fdlibm), step by
+// fuse a product and a sum. The functions are those of src/dtype/real.rs and of the crate libm (Sun's fdlibm), step by
 // step, so that neither tokens nor initial weights depend on the device.
 
 template <typename A> struct Exact {

@@ -1,4 +1,4 @@
-// Initial weights: word for word the draws of src/core/philox.rs and src/core/init.rs, so that a model starts from the
+// Initial weights: word for word the draws of src/philox.rs and src/params/init.rs, so that a model starts from the
 // same bits on every device and nothing is uploaded.
 //
 //   random_uniform: y[i] = bound (2 u_i - 1)

@@ -14,25 +14,35 @@
 #![warn(missing_docs, missing_debug_implementations)]
 #![deny(unsafe_op_in_unsafe_fn)]
 
+mod autograd;
 pub mod config;
-mod core;
 pub mod device;
+mod dtype;
 mod error;
+mod hash;
 pub mod io;
 pub mod models;
 pub mod nn;
 pub mod ops;
+mod params;
+mod philox;
 pub mod profile;
+mod shape;
+mod tensor;
 pub mod train;
 
 pub use crate::{
-    core::{
-        Backward, Buffer, DType, Element, GradSlice, Gradcheck, GradcheckReport, Gradients, Init, InputGrad,
-        InputGrads, InputReport, IntoShape, LeafId, MAX_RANK, Mode, Param, ParamMap, ParamStore, Philox, Readable,
-        Shape, Tape, Tensor, checkpoint, discrete, gradcheck, philox4x32, record,
+    autograd::{
+        Backward, GradSlice, Gradcheck, GradcheckReport, Gradients, InputGrad, InputGrads, InputReport, Mode, Tape,
+        checkpoint, discrete, gradcheck, record,
     },
     device::Device,
+    dtype::{DType, Element, Readable},
     error::{Error, Result},
+    params::{Buffer, Init, Param, ParamMap, ParamStore},
+    philox::{Philox, philox4x32},
+    shape::{IntoShape, MAX_RANK, Shape},
+    tensor::{LeafId, Tensor},
 };
 
 /// The README's programs, compiled and run with the other examples of the documentation.

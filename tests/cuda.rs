@@ -143,7 +143,13 @@ fn sizes_beyond_what_kernels_count_are_refused() -> Result<()> {
     let (curves, lengths) = (view(&[1, huge])?, Tensor::from_slice(&[3i64], [1], &gpu)?);
     let (q, k) = (view(&[1, 1, 1, 32])?, view(&[1, 1, 4, 32])?);
     let decode = |q: &Tensor, k: &Tensor, v: &Tensor, curves| {
-        attention_decode(q, k, v, &lengths, &DecodeSpec { scale: 1.0, bias_by_distance: curves, ..DecodeSpec::default() })
+        attention_decode(
+            q,
+            k,
+            v,
+            &lengths,
+            &DecodeSpec { scale: 1.0, bias_by_distance: curves, ..DecodeSpec::default() },
+        )
     };
     let (heads, features) = (view(&[1, huge, 1, 1])?, view(&[1, 1, 1, huge])?);
     let results = [

@@ -7,7 +7,7 @@ use super::{
 };
 use crate::{
     Result,
-    core::{Layout as TensorLayout, Shape, collapse},
+    shape::{Layout as TensorLayout, Shape, collapse},
 };
 
 /// Bytes in the processor's memory, 64-byte aligned, returned to the heap on drop.

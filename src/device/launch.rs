@@ -1,7 +1,7 @@
 //! Launches of kernels: the layout of their threads, and their arguments. Knows nothing of the driver, so that ops read
 //! the same in builds without CUDA.
 
-use crate::{DType, Error, Result, Tensor, core::Layout};
+use crate::{DType, Error, Result, Tensor, shape::Layout};
 
 /// Blocks, and threads of each block.
 #[derive(Clone, Copy, Debug)]

@@ -7,7 +7,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use crate::{Error, Result, core::fnv1a};
+use crate::{Error, Result, hash::fnv1a};
 
 /// Writes a file so that a crash, a full disk or an error of `write` leaves the old file as it was.
 ///

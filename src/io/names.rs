@@ -10,7 +10,7 @@ use half::f16;
 use super::TensorFile;
 use crate::{
     DType, Error, ParamMap, Result, Tensor,
-    core::{Float, Real, dispatch_float},
+    dtype::{Float, Real, dispatch_float},
     error::{ErrorContext, ensure},
 };
 

@@ -15,7 +15,7 @@ use super::{
     source::Source,
     tensor_file::Entry,
 };
-use crate::{DType, Device, Error, Result, Tensor, core::Element, device::cpu};
+use crate::{DType, Device, Error, Result, Tensor, device::cpu, dtype::Element};
 
 /// How the values of a tensor lie in a file.
 ///

@@ -10,9 +10,10 @@ use super::{
     wrap::Wrap,
 };
 use crate::{
-    Buffer, DType, Error, ParamStore, Result, Tensor, checkpoint,
+    Buffer, DType, Error, ParamStore, Result, Tensor,
+    autograd::dropout_stream,
+    checkpoint,
     config::{BranchPlan, LayerPlan, LayerType, LayersPlan, RotaryPlan},
-    core::dropout_stream,
     error::{ErrorContext, ensure},
 };
 

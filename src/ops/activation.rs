@@ -8,9 +8,11 @@ use super::{
 };
 use crate::{
     Device, Error, Result, Tensor,
-    core::{Backward, Float, InputGrads, Real, Shape, dispatch_float, record_cheap},
+    autograd::{Backward, InputGrads, record_cheap},
     device::{Grid, args, cpu, simd::vectorized, size32},
+    dtype::{Float, Real, dispatch_float},
     error::ensure,
+    shape::Shape,
 };
 
 /// The function in [`Tensor::add_activation`] and of the gate in [`Tensor::glu`].

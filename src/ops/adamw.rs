@@ -9,9 +9,10 @@ use std::sync::Mutex;
 use super::many::{Group, Table, by_device};
 use crate::{
     DType, Device, Error, Result, Tensor,
-    core::{Float, Real, Shape, dispatch_float},
     device::{CudaDevice, Grid, args, cpu, simd::vectorized},
+    dtype::{Float, Real, dispatch_float},
     error::ensure,
+    shape::Shape,
 };
 
 /// Elements of one task: enough to pay for handing it over, few enough to balance.

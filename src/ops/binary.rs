@@ -2,10 +2,12 @@
 
 use crate::{
     DType, Device, Error, Result, Shape, Tensor,
-    core::{Backward, Float, InputGrads, Real, collapse_layouts, computed, dispatch_float, needs, record},
+    autograd::{Backward, InputGrads, computed, needs, record},
     device::{CudaDevice, Grid, Storage, args, cpu, simd::vectorized},
+    dtype::{Float, Real, dispatch_float},
     error::ensure,
     ops::copy::{same_device, same_kind},
+    shape::collapse_layouts,
 };
 
 /// A function of two numbers, with broadcasting; its backward is made of tensors.

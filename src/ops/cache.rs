@@ -3,9 +3,11 @@
 
 use crate::{
     DType, Device, Element, Error, Result, Tensor,
-    core::{Float, Shape, computed, discrete, dispatch_float},
+    autograd::{computed, discrete},
     device::{Grid, Storage, args, cpu, simd::vectorized, size32},
+    dtype::{Float, dispatch_float},
     error::ensure,
+    shape::Shape,
 };
 
 const OP: &str = "cache";

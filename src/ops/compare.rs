@@ -2,13 +2,15 @@
 
 use crate::{
     DType, Device, Element, Error, Result, Shape, Tensor,
-    core::{Backward, InputGrads, Layout, collapse_layouts, computed, discrete, dispatch_float, record},
+    autograd::{Backward, InputGrads, computed, discrete, record},
     device::{Grid, Storage, args, cpu},
+    dtype::dispatch_float,
     error::ensure,
     ops::{
         binary::launch_binary,
         copy::{same_device, same_kind},
     },
+    shape::{Layout, collapse_layouts},
 };
 
 /// Comparisons and logic give masks: they have no gradient, and refuse tensors that require one.

@@ -2,12 +2,11 @@
 
 use crate::{
     DType, Device, Error, Result, Tensor,
-    core::{
-        Backward, Element, Float, GradSlice, InputGrad, InputGrads, Layout, Shape, collapse_layouts, discrete,
-        dispatch_float, record,
-    },
+    autograd::{Backward, GradSlice, InputGrad, InputGrads, discrete, record},
     device::{CudaDevice, Grid, Storage, args, cpu, simd::vectorized, size32},
+    dtype::{Element, Float, dispatch_float},
     error::ensure,
+    shape::{Layout, Shape, collapse_layouts},
 };
 
 impl Tensor {
@@ -38,7 +37,7 @@ impl Tensor {
             (Device::Cpu, DType::I64) => convert_to(x.values::<i64>()?, |x| x as f64, &mut out)?,
             (Device::Cpu, DType::Bool) => convert_to(x.values::<bool>()?, |x| x as f64, &mut out)?,
             (Device::Cpu, float) => dispatch_float!("to_dtype", float, T, {
-                convert_to(x.values::<T>()?, |x| crate::core::Real::to_f64(x.to_acc()), &mut out)
+                convert_to(x.values::<T>()?, |x| crate::dtype::Real::to_f64(x.to_acc()), &mut out)
             })?,
             (Device::Cuda(gpu), from) => {
                 let n = x.numel();

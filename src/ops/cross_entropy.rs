@@ -6,9 +6,11 @@ use super::{
 };
 use crate::{
     DType, Device, Error, Result, Tensor,
-    core::{Backward, Float, InputGrads, Real, Shape, dispatch_float, record},
+    autograd::{Backward, InputGrads, record},
     device::{Arg, CudaDevice, Grid, args, cpu, simd::vectorized, size32},
+    dtype::{Float, Real, dispatch_float},
     error::ensure,
+    shape::Shape,
 };
 
 impl Tensor {

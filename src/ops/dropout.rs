@@ -3,8 +3,9 @@
 use super::{copy::same_kind, norm::reuse};
 use crate::{
     Device, Error, Philox, Result, Tensor,
-    core::{Backward, Float, InputGrads, Real, dispatch_float, dropout_stream, record, record_cheap_after},
+    autograd::{Backward, InputGrads, dropout_stream, record, record_cheap_after},
     device::{Grid, args, cpu, simd::vectorized},
+    dtype::{Float, Real, dispatch_float},
     error::ensure,
 };
 

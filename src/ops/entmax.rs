@@ -2,8 +2,9 @@
 
 use crate::{
     Device, Error, Result, Tensor,
-    core::{Backward, Float, InputGrads, Real, dispatch_float, record},
+    autograd::{Backward, InputGrads, record},
     device::{Grid, args, cpu, size32},
+    dtype::{Float, Real, dispatch_float},
     error::ensure,
 };
 

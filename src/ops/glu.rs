@@ -7,8 +7,9 @@ use super::{
 };
 use crate::{
     Device, Error, Result, Tensor,
-    core::{Backward, Float, InputGrads, Real, dispatch_float, record_cheap},
+    autograd::{Backward, InputGrads, record_cheap},
     device::{Grid, args, cpu, simd::vectorized, size32},
+    dtype::{Float, Real, dispatch_float},
 };
 
 impl Tensor {

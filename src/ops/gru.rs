@@ -2,10 +2,12 @@
 
 use crate::{
     Device, Error, Result, Tensor,
-    core::{Backward, Float, InputGrads, Real, Shape, dispatch_float, record},
+    autograd::{Backward, InputGrads, record},
     device::{CudaDevice, Grid, args, cpu, simd::vectorized, size32},
+    dtype::{Float, Real, dispatch_float},
     error::ensure,
     ops::copy::same_kind,
+    shape::Shape,
 };
 
 impl Tensor {

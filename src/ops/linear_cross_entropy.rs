@@ -10,10 +10,12 @@ use super::{
 };
 use crate::{
     DType, Device, Error, Result, Tensor,
-    core::{Backward, Float, InputGrads, Real, Shape, dispatch_float, needs, record},
+    autograd::{Backward, InputGrads, needs, record},
     device::{Arg, CudaDevice, Grid, args, cpu, simd::vectorized, size32},
+    dtype::{Float, Real, dispatch_float},
     error::ensure,
     profile,
+    shape::Shape,
 };
 
 const OP: &str = "linear_cross_entropy";

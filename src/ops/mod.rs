@@ -27,6 +27,8 @@ macro_rules! ops {
     };
 }
 
+mod views;
+
 // Not ops of tensors: they work on the parameters and the state of an optimizer in place.
 pub(crate) mod adamw;
 mod many;

@@ -2,8 +2,9 @@
 
 use crate::{
     DType, Device, Result, Tensor,
-    core::{Backward, Float, InputGrads, Real, dispatch_float, record, record_cheap},
+    autograd::{Backward, InputGrads, record, record_cheap},
     device::{Grid, args, cpu, simd::vectorized},
+    dtype::{Float, Real, dispatch_float},
     ops::norm::reuse,
 };
 

@@ -2,10 +2,12 @@
 
 use crate::{
     DType, Device, Error, Result, Tensor,
-    core::{Backward, Float, InputGrads, Real, Shape, computed, discrete, dispatch_float, record},
+    autograd::{Backward, InputGrads, computed, discrete, record},
     device::{CudaDevice, Grid, args, cpu, size32},
+    dtype::{Float, Real, dispatch_float},
     error::ensure,
     ops::attention::bucket,
+    shape::Shape,
 };
 
 /// The matrix of buckets: which row of the table each distance takes.

@@ -2,9 +2,11 @@
 
 use crate::{
     DType, Device, Element, Error, Result, Tensor,
-    core::{Backward, Float, InputGrads, Real, Shape, computed, discrete, dispatch_float, record},
+    autograd::{Backward, InputGrads, computed, discrete, record},
     device::{CudaDevice, Grid, args, cpu, simd::vectorized, size32},
+    dtype::{Float, Real, dispatch_float},
     error::ensure,
+    shape::Shape,
 };
 
 impl Tensor {

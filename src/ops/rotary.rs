@@ -3,9 +3,11 @@
 use super::norm::reuse;
 use crate::{
     DType, Device, Error, Result, Tensor,
-    core::{Backward, Float, InputGrads, Layout, Real, Shape, discrete, dispatch_float, record},
+    autograd::{Backward, InputGrads, discrete, record},
     device::{CudaDevice, Grid, Storage, args, cpu, simd::vectorized, size32},
+    dtype::{Float, Real, dispatch_float},
     error::ensure,
+    shape::{Layout, Shape},
 };
 
 impl Tensor {

@@ -8,9 +8,11 @@ use std::ops::Range;
 
 use crate::{
     DType, Device, Error, Philox, Result, Tensor,
-    core::{Float, Real, Shape, computed, discrete, dispatch_float},
+    autograd::{computed, discrete},
     device::{CudaDevice, Grid, args, cpu, simd::vectorized, size32},
+    dtype::{Float, Real, dispatch_float},
     error::ensure,
+    shape::Shape,
 };
 
 /// Which tokens [`Tensor::sample`] may choose. Of tokens with equal logits the earlier one is the better.

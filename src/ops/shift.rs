@@ -2,8 +2,9 @@
 
 use crate::{
     DType, Device, Error, Result, Tensor,
-    core::{Backward, Float, InputGrads, dispatch_float, record_cheap_after},
+    autograd::{Backward, InputGrads, record_cheap_after},
     device::{Grid, args, cpu, size32},
+    dtype::{Float, dispatch_float},
     error::ensure,
 };
 

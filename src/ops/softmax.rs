@@ -2,8 +2,9 @@
 
 use crate::{
     Device, Result, Tensor,
-    core::{Backward, Float, InputGrads, Real, dispatch_float, record},
+    autograd::{Backward, InputGrads, record},
     device::{Grid, args, cpu, simd::vectorized, size32},
+    dtype::{Float, Real, dispatch_float},
     ops::reduce::{fold, fold2, max_slice, sum_slice},
 };
 

@@ -4,8 +4,9 @@ use std::cmp::Ordering;
 
 use crate::{
     DType, Device, Error, Result, Tensor,
-    core::{Float, computed, discrete, dispatch_float},
+    autograd::{computed, discrete},
     device::{Grid, args, cpu, size32},
+    dtype::{Float, dispatch_float},
     error::ensure,
 };
 

@@ -8,7 +8,7 @@ use std::{
 };
 
 use super::random::{Purpose, stream};
-use crate::{DType, Device, Error, Philox, Result, Shape, Tensor, core::fnv1a, error::ensure};
+use crate::{DType, Device, Error, Philox, Result, Shape, Tensor, error::ensure, hash::fnv1a};
 
 /// Windows that [`ByteText::validation_windows`] gives.
 const VALIDATION_WINDOWS: usize = 64;

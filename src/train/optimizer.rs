@@ -6,9 +6,9 @@ use std::{collections::BTreeMap, fmt};
 use crate::ops::adamw::{adamw_recorded, clip_on_device};
 use crate::{
     DType, Device, Error, Gradients, ParamMap, Result, Tensor,
-    core::Param,
     error::ensure,
     ops::adamw::{Settings, Update, adamw, compile, own, square_norms},
+    params::Param,
     profile::{self, Phase},
 };
 

@@ -21,7 +21,7 @@ use super::{
     libraries,
     target::{Architecture, Target},
 };
-use crate::{Error, Result, core::fnv1a, device::kernels::KernelSource, io::write_atomically};
+use crate::{Error, Result, device::kernels::KernelSource, hash::fnv1a, io::write_atomically};
 
 /// Output of NVRTC for one variant.
 #[derive(Clone, Debug)]

@@ -15,8 +15,9 @@ use super::{
 };
 use crate::{
     Device, Error, ParamMap, Result, Tensor,
-    core::{Layout, discrete, is_recording},
+    autograd::{discrete, is_recording},
     error::ensure,
+    shape::Layout,
 };
 
 /// A recorded computation on a GPU. Replaying it costs one launch instead of one per kernel.

@@ -9,7 +9,7 @@ use super::{
     CudaDevice, error,
     pool::{Phase, Source},
 };
-use crate::{DType, Device, Element, Result, Tensor, core::Shape};
+use crate::{DType, Device, Element, Result, Tensor, shape::Shape};
 
 /// Limits of the constants that are kept: their number and their bytes. A model has a few dozen.
 const MOST: usize = 256;

@@ -17,9 +17,10 @@ use super::{
 };
 use crate::{
     Device, Result, Tensor,
-    core::{Element, Float, Real, Shape, dispatch_float},
     device::cpu,
+    dtype::{Element, Float, Real, dispatch_float},
     ops::matmul::packing::Multiply,
+    shape::Shape,
 };
 
 /// The gradients of queries, keys, values, and of the bias and the weights of the position bias if there are any.

@@ -11,8 +11,8 @@ use super::{
 };
 use crate::{
     DType, Result, Tensor,
-    core::{Element, Float, Real, dispatch_float},
     device::cpu,
+    dtype::{Element, Float, Real, dispatch_float},
     ops::matmul::{cpu::gemm_block, packing::Multiply},
 };
 

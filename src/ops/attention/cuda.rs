@@ -5,9 +5,9 @@ use std::{fmt, sync::OnceLock};
 use super::{Kept, OP, Problem, Sizes, packed_rows, position::Position, rows::RowOrder};
 use crate::{
     DType, Error, Result, Shape, Tensor,
-    core::Layout,
     device::{Arg, CudaDevice, Grid, Storage, args, size32},
     error::ensure,
+    shape::Layout,
 };
 
 /// Which kernels serve a call.

@@ -8,9 +8,11 @@ use std::ops::Range;
 use super::{OP, Sizes, expect_bool, packed_rows, tile::mean_of};
 use crate::{
     DType, Device, Error, Result, Tensor,
-    core::{Float, Real, Shape, computed, discrete, dispatch_float},
+    autograd::{computed, discrete},
     device::{CudaDevice, Grid, Storage, args, cpu, simd::vectorized, size32},
+    dtype::{Float, Real, dispatch_float},
     error::ensure,
+    shape::Shape,
 };
 
 /// Keys of a part, on the CPU and on a GPU.

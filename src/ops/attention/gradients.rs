@@ -14,7 +14,7 @@ use super::{
 };
 use crate::{
     Result, Tensor,
-    core::{Element, Real},
+    dtype::{Element, Real},
     ops::matmul::{cpu::gemm_block, packing::Multiply},
 };
 

@@ -14,11 +14,12 @@ mod tile;
 
 use crate::{
     DType, Device, Error, Philox, Result, Tensor,
-    core::{Backward, InputGrads, Shape, dropout_stream, needs, record},
+    autograd::{Backward, InputGrads, dropout_stream, needs, record},
     device::size32,
     error::ensure,
     ops::copy::same_kind,
     profile,
+    shape::Shape,
 };
 use position::Position;
 

@@ -5,7 +5,7 @@ use std::{ops::Range, sync::OnceLock};
 use super::{OP, PositionBias, Sizes};
 use crate::{
     Device, Error, Result, Tensor,
-    core::{Real, dispatch_float},
+    dtype::{Real, dispatch_float},
     error::ensure,
 };
 
@@ -137,7 +137,7 @@ impl Position {
         dispatch_float!(OP, gradient.dtype(), T, {
             for (at, to) in gradient.values_mut::<T>()?.iter_mut().enumerate() {
                 let (parameter, head) = (at / self.heads, at % self.heads);
-                *to = <T as crate::core::Float>::from_f64(per_head[head * self.parameters + parameter]);
+                *to = <T as crate::dtype::Float>::from_f64(per_head[head * self.parameters + parameter]);
             }
             Ok(())
         })?;

@@ -4,8 +4,9 @@
 use super::{residual_scale, tile::Rows};
 use crate::{
     Result, Tensor,
-    core::{Element, Float, Real, Shape},
     device::{cpu, simd::vectorized},
+    dtype::{Element, Float, Real},
+    shape::Shape,
 };
 
 /// The order of the rows of a tensor in memory.

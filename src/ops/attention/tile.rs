@@ -6,11 +6,11 @@ use std::ops::Range;
 use super::{Problem, Sizes};
 use crate::{
     Philox, Result, Tensor,
-    core::{Element, Float, Real},
     device::{
         scratch::{User, aligned, lend},
         simd::vectorized,
     },
+    dtype::{Element, Float, Real},
     ops::{
         matmul::{
             cpu::{Matrix, gemm_block},

@@ -20,11 +20,11 @@ use super::{
     pairs::{COLUMNS, pack_columns, pack_rows},
 };
 use crate::{
-    core::Float,
     device::{
         Level, Precision, float32_matmul_precision,
         simd::{self, vectorized},
     },
+    dtype::Float,
 };
 
 /// Rows of sums that are computed together.

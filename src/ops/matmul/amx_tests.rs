@@ -57,7 +57,7 @@ impl<T: Float> Case<T> {
     fn error<P: Packing<T>>(&self) -> Result<f64> {
         let [m, n, k] = self.sizes;
         let [[a_row, a_col], [b_row, b_col]] = self.steps();
-        let value = |x: T| crate::core::Real::to_f64(x.to_acc());
+        let value = |x: T| crate::dtype::Real::to_f64(x.to_acc());
         let out = self.run::<P>()?;
         let mut worst = 0.0f64;
         // Every element of small products, some of large ones.

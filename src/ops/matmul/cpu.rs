@@ -19,12 +19,12 @@ use super::{
 };
 use crate::{
     Result,
-    core::{Element, Float, Real},
     device::{
         cpu::{self, CpuBuffer},
         scratch::{User, aligned, lend},
         simd::vectorized,
     },
+    dtype::{Element, Float, Real},
 };
 
 /// A matrix inside of a slice: element (i, j) is `data[i * row + j * col]`.

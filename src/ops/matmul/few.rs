@@ -10,7 +10,7 @@ use super::{
     packing::Packing,
     skinny,
 };
-use crate::{core::Float, device::scratch::aligned};
+use crate::{device::scratch::aligned, dtype::Float};
 
 /// At most this many rows are worth it.
 const ROWS: usize = 2 * LANES;

@@ -4,10 +4,12 @@
 use crate::device::{Level, simd};
 use crate::{
     DType, Device, Error, Result, Tensor,
-    core::{Float, Real, Shape, discrete, dispatch_float},
+    autograd::discrete,
     device::{CudaDevice, Grid, args, cpu, simd::vectorized, size32},
+    dtype::{Float, Real, dispatch_float},
     error::ensure,
     ops::{copy::same_device, reduce::sum_slice},
+    shape::Shape,
 };
 
 const OP: &str = "int8";

@@ -3,7 +3,7 @@
 #[cfg(target_arch = "x86_64")]
 use std::arch::x86_64::*;
 
-use crate::core::{Float, Real};
+use crate::dtype::{Float, Real};
 
 /// A vector register of floats.
 ///

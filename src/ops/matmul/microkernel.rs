@@ -10,8 +10,8 @@ use std::marker::PhantomData;
 use super::lanes::{Lanes, Portable};
 use crate::{
     DType,
-    core::{Element, Float, Real},
     device::{Level, simd},
+    dtype::{Element, Float, Real},
 };
 
 /// Rows and columns of the tile of C that is kept in registers.

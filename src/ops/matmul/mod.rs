@@ -19,9 +19,12 @@ mod skinny;
 
 use crate::{
     Device, Error, Result, Tensor,
-    core::{Backward, Float, InputGrads, MAX_RANK, Saved, Shape, collapse, dispatch_float, needs, record},
+    autograd::{Backward, InputGrads, needs, record},
+    dtype::{Float, dispatch_float},
     error::ensure,
     ops::copy::same_kind,
+    shape::{MAX_RANK, Shape, collapse},
+    tensor::Saved,
 };
 use cpu::{Matrix, Product, gemm, gemm_sums};
 pub use int8::Int8Matrix;

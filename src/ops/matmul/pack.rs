@@ -1,7 +1,7 @@
 //! Copies of an operand in the order in which the micro-kernel reads it, converted to the type of the sums.
 
 use super::cpu::Matrix;
-use crate::core::Float;
+use crate::dtype::Float;
 
 /// Packs `lanes` rows of a matrix with `steps` columns into panels of `width` rows: element (lane, step) goes to
 /// `to[lane / width * width * steps + step * width + lane % width]`. What the last panel has beyond `lanes` is

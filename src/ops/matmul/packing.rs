@@ -16,8 +16,8 @@ use super::{
 };
 use crate::{
     DType,
-    core::Float,
     device::{Level, simd},
+    dtype::Float,
 };
 
 /// Elements of an operand that lie so close together that packing them first gains nothing.

@@ -13,8 +13,8 @@ use super::{
 };
 use crate::{
     Result,
-    core::Float,
     device::cpu::{CpuBuffer, for_rows, for_tasks},
+    dtype::Float,
 };
 
 /// Rows and columns of C that are computed before the next: their operands and sums stay in the last-level cache.

@@ -2,7 +2,7 @@
 //! packed but streams through the registers once, in the order of the packed product.
 
 use super::cpu::Matrix;
-use crate::core::Float;
+use crate::dtype::Float;
 
 /// At most this many rows are worth it.
 pub(super) const ROWS: usize = 8;
@@ -55,8 +55,8 @@ mod avx2 {
     };
     use crate::{
         DType,
-        core::Real,
         device::{Level, simd},
+        dtype::Real,
     };
 
     pub fn multiply<T: Float>(

@@ -3,12 +3,14 @@
 use super::{Form, LANES, packed, reuse, rows, widen};
 use crate::{
     DType, Device, Element, Result, Tensor,
-    core::{Backward, Float, InputGrads, Real, Shape, dispatch_float},
+    autograd::{Backward, InputGrads},
     device::{CudaDevice, Grid, args, cpu, simd::vectorized, size32},
+    dtype::{Float, Real, dispatch_float},
     ops::{
         copy::pack,
         reduce::{sum_chunks, sum_slice},
     },
+    shape::Shape,
 };
 
 pub(super) struct NormBackward {

@@ -3,9 +3,10 @@
 use super::{Form, LANES, Spec, packed, rows, widen};
 use crate::{
     DType, Device, Element, Result, Tensor,
-    core::{Float, Real, Shape, dispatch_float},
     device::{CudaDevice, Grid, args, cpu, simd::vectorized, size32},
+    dtype::{Float, Real, dispatch_float},
     ops::reduce::sum_slice,
+    shape::Shape,
 };
 
 /// Results of the forward pass.

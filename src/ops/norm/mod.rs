@@ -10,7 +10,8 @@ use forward::Forward;
 use super::copy::same_kind;
 use crate::{
     Error, Result, Tensor,
-    core::{Backward, Float, InputGrads, Real, record_beside, record_cheap},
+    autograd::{Backward, InputGrads, record_beside, record_cheap},
+    dtype::{Float, Real},
     error::ensure,
 };
 

@@ -2,8 +2,8 @@
 
 use std::fmt;
 
-use super::{dtype::DType, philox::Philox, tape::Tape, tensor::Tensor};
-use crate::{Error, Result, error::ensure};
+use super::Tape;
+use crate::{Error, Result, dtype::DType, error::ensure, philox::Philox, tensor::Tensor};
 
 /// How [`gradcheck`] compares.
 #[derive(Clone, Copy, PartialEq, Debug)]

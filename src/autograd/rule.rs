@@ -1,7 +1,6 @@
 //! Backward rules: how an op returns the gradients of its inputs.
 
-use super::super::{shape::Shape, tensor::Tensor};
-use crate::Result;
+use crate::{Result, shape::Shape, tensor::Tensor};
 
 /// One backward rule: a struct of what the op saved.
 pub trait Backward {

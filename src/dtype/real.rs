@@ -5,7 +5,7 @@
 
 use std::ops::{Add, AddAssign, Div, Mul, MulAssign, Neg, Sub};
 
-use super::dtype::Float;
+use super::Float;
 
 /// A type that floats are computed in.
 pub(crate) trait Real:

@@ -4,36 +4,41 @@
 //! node: popping frees it, and memory falls while the pass runs. Outside of a tape nothing is recorded.
 //!
 //! A tape belongs to its thread. A result that depends on a leaf and that a tape of another thread might have been meant
-//! to record is marked ([`slot`]) and refused by that tape: a backward pass that succeeds has the gradients of the same
+//! to record is marked ([`GradSlot`]) and refused by that tape: a backward pass that succeeds has the gradients of the same
 //! program on one thread.
 
+mod belonging;
 mod checkpoint;
+mod gradcheck;
 mod gradients;
 mod record;
 mod rule;
-mod slot;
+mod stack;
 mod walk;
 
 use std::{cell::RefCell, fmt, marker::PhantomData};
 
 use self::{
+    belonging::tracks,
     checkpoint::Nest,
-    slot::{ThreadMark, next_id, tracks},
     walk::{Node, walk},
 };
-use super::tensor::Tensor;
-use crate::{Error, Result, error::ensure, profile};
+use crate::{
+    Error, Result,
+    error::ensure,
+    profile,
+    tensor::{GradSlot, Tensor, ThreadMark, next_id},
+};
 
 #[cfg(feature = "cuda")]
 pub(crate) use self::record::is_recording;
 pub(crate) use self::record::{computed, dropout_stream, needs, record_beside, record_cheap, record_cheap_after};
-pub(super) use self::slot::GradSlot;
 pub use self::{
     checkpoint::checkpoint,
+    gradcheck::{Gradcheck, GradcheckReport, InputReport, gradcheck},
     gradients::Gradients,
     record::{discrete, record},
     rule::{Backward, GradSlice, InputGrad, InputGrads},
-    slot::LeafId,
 };
 
 thread_local! {

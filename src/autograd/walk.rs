@@ -1,14 +1,18 @@
 //! The backward pass: nodes are popped off a list, and lists of recomputed segments are stacked on it.
 
 use super::{
-    super::{shape::Shape, tensor::Tensor},
     Recording,
     checkpoint::Segment,
     gradients::{Gradients, accumulate},
     rule::{Backward, InputGrad},
-    slot::{GradSlot, LeafId},
 };
-use crate::{DType, Device, Error, Result, error::ensure, profile};
+use crate::{
+    DType, Device, Error, Result,
+    error::ensure,
+    profile,
+    shape::Shape,
+    tensor::{GradSlot, LeafId, Tensor},
+};
 
 /// An op on a tape.
 pub(super) struct Node {

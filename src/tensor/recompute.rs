@@ -6,7 +6,7 @@
 
 use std::sync::{Arc, Mutex, PoisonError};
 
-use super::tensor::Tensor;
+use super::Tensor;
 use crate::Result;
 
 /// Most steps of a recipe.
@@ -25,7 +25,7 @@ struct Shared {
 }
 
 impl Recompute {
-    pub(super) fn new(compute: impl Fn() -> Result<Tensor> + Send + Sync + 'static) -> Self {
+    pub(crate) fn new(compute: impl Fn() -> Result<Tensor> + Send + Sync + 'static) -> Self {
         Self::after(0, compute)
     }
 
@@ -34,12 +34,12 @@ impl Recompute {
     }
 
     /// Returns `true` if another step may follow: computing a recipe and dropping it recurse through its steps.
-    pub(super) fn may_grow(&self) -> bool {
+    pub(crate) fn may_grow(&self) -> bool {
         self.0.steps < STEPS
     }
 
     /// The recipe of what `f` computes from this one's result.
-    pub(super) fn then(&self, f: impl Fn(Tensor) -> Result<Tensor> + Send + Sync + 'static) -> Self {
+    pub(crate) fn then(&self, f: impl Fn(Tensor) -> Result<Tensor> + Send + Sync + 'static) -> Self {
         let first = self.clone();
         Self::after(self.0.steps, move || f(first.compute()?))
     }

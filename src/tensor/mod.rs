@@ -2,18 +2,23 @@
 
 use std::sync::Arc;
 
-use super::{
-    dtype::{DType, Element, Readable, dispatch_float},
-    recompute::Recompute,
-    shape::{IntoShape, Layout, Shape},
-    tape::{Backward, GradSlot, InputGrads, LeafId, record},
-};
+mod display;
+mod history;
+mod recompute;
+
 use crate::{
     Device, Error, Result,
+    autograd::{Backward, InputGrads, record},
     device::{Buffer, Grid, args},
+    dtype::{DType, Element, Float, Readable, Real, dispatch_float},
     error::ensure,
     profile,
+    shape::{IntoShape, Layout, Shape},
 };
+
+pub use history::LeafId;
+pub(crate) use history::{GradSlot, ThreadMark, next_id};
+pub(crate) use recompute::{Recompute, Saved};
 
 /// An n-dimensional array of up to six dimensions.
 ///
@@ -36,9 +41,9 @@ pub struct Tensor {
     layout: Layout,
     dtype: DType,
     device: Device,
-    pub(super) grad: GradSlot,
+    pub(crate) grad: GradSlot,
     /// How ops that need the values backward may compute them again; views and constants have none.
-    pub(super) recipe: Option<Recompute>,
+    pub(crate) recipe: Option<Recompute>,
 }
 
 impl Tensor {
@@ -123,7 +128,7 @@ impl Tensor {
             DType::I64 => fill(tensor.values_mut::<i64>()?, |i| f(i) as i64),
             DType::Bool => fill(tensor.values_mut::<bool>()?, |i| (f(i) != 0.0) as u8),
             float => dispatch_float!("generate", float, T, {
-                fill(tensor.values_mut::<T>()?, |i| <T as super::Float>::from_f64(f(i)));
+                fill(tensor.values_mut::<T>()?, |i| <T as Float>::from_f64(f(i)));
                 Ok(())
             })?,
         }
@@ -212,11 +217,11 @@ impl Tensor {
     }
 
     /// As [`Tensor::detach`], of a handle that is not needed any more.
-    pub(super) fn into_constant(self) -> Self {
+    pub(crate) fn into_constant(self) -> Self {
         Self { grad: GradSlot::Constant, recipe: None, ..self }
     }
 
-    pub(super) fn with_slot(&self, grad: GradSlot) -> Self {
+    pub(crate) fn with_slot(&self, grad: GradSlot) -> Self {
         Self { grad, recipe: None, ..self.clone() }
     }
 
@@ -411,6 +416,6 @@ fn fill<T>(values: &mut [T], mut f: impl FnMut(usize) -> T) {
     }
 }
 
-fn to_f64<T: super::Float>(x: T) -> f64 {
-    super::Real::to_f64(x.to_acc())
+fn to_f64<T: Float>(x: T) -> f64 {
+    Real::to_f64(x.to_acc())
 }

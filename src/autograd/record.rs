@@ -1,14 +1,19 @@
 //! How ops put themselves on the tape of their thread.
 
 use super::{
-    super::{philox::Philox, recompute::Recompute, tensor::Tensor},
     Mode, Recording,
+    belonging::{tracks, untaped},
     rule::Backward,
-    slot::{GradSlot, tracks, untaped},
     walk::{Input, Node, Rule},
     with_stack,
 };
-use crate::{Error, Result, error::ensure, profile};
+use crate::{
+    Error, Result,
+    error::ensure,
+    philox::Philox,
+    profile,
+    tensor::{GradSlot, Recompute, Tensor},
+};
 
 /// Puts an op on the tape and returns its output.
 ///

@@ -1,14 +1,12 @@
 //! Initial values of parameters, drawn where they are, with the same bits on every device.
 
-use super::{
-    dtype::{Float, dispatch_float},
+use crate::{
+    Device, Result,
+    device::{Grid, args, cpu},
+    dtype::{DType, Float, dispatch_float},
     philox::Philox,
     shape::Shape,
     tensor::Tensor,
-};
-use crate::{
-    DType, Device, Result,
-    device::{Grid, args, cpu},
 };
 
 /// How a parameter starts.

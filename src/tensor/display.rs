@@ -2,7 +2,8 @@
 
 use std::fmt;
 
-use super::{dtype::DType, tensor::Tensor};
+use super::Tensor;
+use crate::dtype::DType;
 
 /// Elements shown at each end of a long dimension.
 const EDGE: usize = 3;

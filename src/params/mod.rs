@@ -6,14 +6,18 @@ use std::{
     sync::{Arc, Mutex, RwLock, RwLockReadGuard, RwLockWriteGuard},
 };
 
-use super::{
-    init::Init,
+mod init;
+
+use crate::{
+    DType, Device, Error, Result,
+    error::ensure,
+    hash::fnv1a,
     philox::Philox,
     shape::IntoShape,
-    tape::{GradSlot, LeafId},
-    tensor::Tensor,
+    tensor::{GradSlot, LeafId, Tensor},
 };
-use crate::{DType, Device, Error, Result, error::ensure};
+
+pub use init::Init;
 
 /// A trainable tensor. Clones share it: a tied weight is one parameter under two names.
 ///
@@ -380,9 +384,4 @@ impl ParamStore {
     fn lock(&self) -> std::sync::MutexGuard<'_, ParamMap> {
         self.map.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
     }
-}
-
-/// The 64-bit FNV-1a hash.
-pub(crate) fn fnv1a(bytes: &[u8]) -> u64 {
-    bytes.iter().fold(0xcbf2_9ce4_8422_2325, |hash, &byte| (hash ^ byte as u64).wrapping_mul(0x0100_0000_01b3))
 }

@@ -2,10 +2,12 @@
 
 use half::{bf16, f16};
 
-use super::Real;
+mod real;
+
 use crate::{Error, Result, error::ensure};
 
 pub(crate) use bytemuck::Pod;
+pub(crate) use real::Real;
 
 /// The type of a tensor's elements.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, serde::Serialize, serde::Deserialize)]

@@ -1,12 +1,13 @@
 //! Views: other shapes and strides on the same storage. None of them copies, except a `reshape` that strides cannot
 //! express.
 
-use super::{
+use crate::{
+    Error, Result,
+    autograd::{Backward, GradSlice, InputGrad, InputGrads, record},
+    error::ensure,
     shape::{IntoShape, Layout, MAX_RANK, Shape},
-    tape::{Backward, GradSlice, InputGrad, InputGrads, record},
     tensor::Tensor,
 };
-use crate::{Error, Result, error::ensure};
 
 impl Tensor {
     /// The same elements in the same order under another shape, every size of which is given: −1 is not a `usize`. Copies

@@ -2,15 +2,12 @@
 
 use std::{collections::BTreeMap, fmt};
 
-use super::{
-    super::{
-        param::{Param, ParamMap},
-        tensor::Tensor,
-    },
-    rule::InputGrad,
-    slot::{GradSlot, LeafId},
+use super::rule::InputGrad;
+use crate::{
+    Error, Result,
+    params::{Param, ParamMap},
+    tensor::{GradSlot, LeafId, Tensor},
 };
-use crate::{Error, Result};
 
 /// The gradients of the leaves that a backward pass reached.
 #[derive(Default)]

@@ -14,14 +14,19 @@ use std::{
 };
 
 use super::{
-    super::{shape::Shape, stack, tensor::Tensor},
     Mode, Recording, Tape,
+    belonging::{tracks, untaped},
     record::{needs, push},
-    slot::{GradSlot, LeafId, tracks, untaped},
+    stack,
     walk::{Input, Node, Rule},
     with_stack,
 };
-use crate::{DType, Error, Result, error::ensure};
+use crate::{
+    DType, Error, Result,
+    error::ensure,
+    shape::Shape,
+    tensor::{GradSlot, LeafId, Tensor},
+};
 
 const OP: &str = "checkpoint";
 

@@ -1,0 +1,65 @@
+//! A tensor's place in differentiation, and the thread that its history belongs to.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+
+static NEXT_ID: AtomicU64 = AtomicU64::new(1);
+
+thread_local! {
+    static THREAD: ThreadMark = ThreadMark(next_id());
+}
+
+/// Returns a number that the process has not used yet.
+pub(crate) fn next_id() -> u64 {
+    NEXT_ID.fetch_add(1, Ordering::Relaxed)
+}
+
+/// The identity of a leaf: a parameter, or a tensor made by [`Tensor::requires_grad`].
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
+pub struct LeafId(u64);
+
+impl LeafId {
+    pub(crate) fn new() -> Self {
+        Self(next_id())
+    }
+}
+
+/// A thread, by a number that no later thread gets again.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) struct ThreadMark(u64);
+
+impl ThreadMark {
+    /// History on more than one thread: foreign to every tape.
+    pub(crate) const SEVERAL: Self = Self(0);
+
+    pub(crate) fn here() -> Self {
+        THREAD.with(|&mark| mark)
+    }
+}
+
+/// How a tensor takes part in differentiation.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum GradSlot {
+    /// No gradient flows through it.
+    Constant,
+    Leaf(LeafId),
+    /// The output of node `index` of a tape, which belongs to a thread.
+    Node {
+        tape: u64,
+        index: usize,
+        thread: ThreadMark,
+    },
+    /// Computed from a leaf while its thread had no tape: a constant to later tapes of that thread, which computed it
+    /// before they began, and an error to tapes of other threads, which might have been meant to record it.
+    Untaped {
+        thread: ThreadMark,
+        /// The op that first used the leaf.
+        op: &'static str,
+    },
+}
+
+impl GradSlot {
+    /// Returns `true` if a gradient may flow into it.
+    pub(crate) fn is_tracked(&self) -> bool {
+        matches!(self, Self::Leaf(_) | Self::Node { .. })
+    }
+}
