@@ -19,6 +19,7 @@ pub mod config;
 pub mod device;
 mod dtype;
 mod error;
+mod gemm;
 mod hash;
 pub mod io;
 pub mod models;

@@ -1,34 +1,17 @@
 //! Matrix products: `matmul` with PyTorch's broadcasting over batches, and `linear`.
 
-#[cfg(target_arch = "x86_64")]
-mod amx;
-#[cfg(all(test, target_arch = "x86_64", target_os = "linux"))]
-mod amx_emulator;
-pub(crate) mod cpu;
 mod cuda;
-mod few;
-mod int8;
-mod lanes;
-mod microkernel;
-mod pack;
-pub(crate) mod packing;
-#[cfg(target_arch = "x86_64")]
-mod pairs;
-mod shared;
-mod skinny;
 
 use crate::{
     Device, Error, Result, Tensor,
     autograd::{Backward, InputGrads, needs, record},
     dtype::{Float, dispatch_float},
     error::ensure,
+    gemm::{Matrix, Multiply, Product, gemm, gemm_sums},
     ops::copy::same_kind,
     shape::{MAX_RANK, Shape, collapse},
     tensor::Saved,
 };
-use cpu::{Matrix, Product, gemm, gemm_sums};
-pub use int8::Int8Matrix;
-use packing::Multiply;
 
 impl Tensor {
     /// Matrix product: `y[.., i, j] = Σ_k a[.., i, k] · b[.., k, j]`.

@@ -1,23 +1,13 @@
 //! The instructions of AMX for tests on processors without them: the handler of the signal that an unknown instruction
-//! raises decodes it, does what the manual says, and goes on behind it (Intel 64 and IA-32 Architectures Software
+//! raises decodes it, does what the manual says, and goes on after it (Intel 64 and IA-32 Architectures Software
 //! Developer's Manual, volume 2, "TDPBF16PS", "TILELOADD" and their kin).
 
 use std::{
     cell::RefCell,
-    sync::{
-        Once,
-        atomic::{AtomicBool, Ordering},
-    },
+    sync::{Once, atomic::Ordering},
 };
 
-use crate::device::Level;
-
-static INSTALLED: AtomicBool = AtomicBool::new(false);
-
-/// Whether the instructions are emulated.
-pub fn installed() -> bool {
-    INSTALLED.load(Ordering::Acquire)
-}
+use crate::{device::Level, gemm::kernels::amx::EMULATED};
 
 /// Emulates the instructions from now on, in the whole process, unless the processor has them.
 pub fn install() {
@@ -35,7 +25,7 @@ pub fn install() {
             libc::sigemptyset(&mut action.sa_mask);
             assert_eq!(libc::sigaction(libc::SIGILL, &action, std::ptr::null_mut()), 0, "no handler");
         }
-        INSTALLED.store(true, Ordering::Release);
+        EMULATED.store(true, Ordering::Release);
     });
 }
 
