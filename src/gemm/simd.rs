@@ -1,4 +1,4 @@
-//! Vector registers of floats behind one trait, so that a loop is written once for every instruction level.
+//! Vector registers of floats as one trait: a loop is written once for every instruction level.
 
 #[cfg(target_arch = "x86_64")]
 use std::arch::x86_64::*;

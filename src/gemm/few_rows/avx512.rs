@@ -57,7 +57,7 @@ struct Block {
     sums: *mut f32,
 }
 
-/// How words are read and multiplied. The methods may be called only where the processor has the instructions, with pointers
+/// Reads and multiplies words. The methods may be called only where the processor has the instructions, with pointers
 /// to the bytes of a vector.
 trait Words: Copy {
     /// Elements of a column in a word.

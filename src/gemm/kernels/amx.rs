@@ -300,7 +300,7 @@ unsafe fn two_by_two(kc: usize, a: Planes, b: Planes, products: &[(usize, usize)
     }
 }
 
-/// As [`two_by_two`] for at most 16 rows, on two tiles of sums.
+/// Like [`two_by_two`], for at most 16 rows, on two tiles of sums.
 ///
 /// # Safety
 ///

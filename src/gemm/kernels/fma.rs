@@ -1,6 +1,6 @@
 //! Multiply-adds: a tile of C in registers, once per instruction level.
 //!
-//! Every element of C is one chain `c = a·b + c` over the depth of a block, so that tile sizes, and with them the
+//! Every element of C is one chain `c = a·b + c` over the depth of a block: tile sizes, and with them the
 //! instruction level, do not change the order of additions. AVX2 and AVX-512 give the same bits.
 
 #[cfg(target_arch = "x86_64")]

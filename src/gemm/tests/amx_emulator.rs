@@ -44,7 +44,7 @@ thread_local! {
     static TILES: RefCell<Option<[Tile; 8]>> = const { RefCell::new(None) };
 }
 
-/// Where Linux keeps the registers of an encoding, 0 to 15, in a signal's context.
+/// Places of the registers in a signal's context on Linux, by their encoding from 0 to 15.
 const REGISTERS: [i32; 16] = [
     libc::REG_RAX,
     libc::REG_RCX,
@@ -80,7 +80,7 @@ extern "C" fn handle(_signal: i32, _info: *mut libc::siginfo_t, context: *mut li
     registers[libc::REG_RIP as usize] += length as i64;
 }
 
-/// Does what the instruction says; gives its length, or `None` for an unknown one or one that would fault.
+/// Executes the instruction; returns its length, or `None` for an unknown one or one that would fault.
 fn execute(code: &[u8; 12], registers: &[i64; 23], tiles: &mut Option<[Tile; 8]>) -> Option<usize> {
     let &[0xC4, map, second, opcode, operands, ..] = code else { return None };
     // The second map of opcodes, 128 bits, W = 0.

@@ -143,7 +143,7 @@ fn amx_six_products_are_as_exact_as_multiply_adds() -> Result<()> {
     Ok(())
 }
 
-/// What tiles cannot represent comes out as multiply-adds give it, bit for bit.
+/// Values that tiles cannot represent give the bits of multiply-adds.
 #[test]
 fn amx_leaves_extreme_numbers_to_multiply_adds() -> Result<()> {
     amx_emulator::install();
