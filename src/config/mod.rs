@@ -13,6 +13,7 @@ mod later;
 mod options;
 mod order;
 mod plan;
+mod ranges;
 mod resolve;
 mod rotary;
 mod wrapper_plan;
@@ -25,7 +26,7 @@ pub use options::{
     ShiftTokens, YarnScaling,
 };
 pub use plan::{
-    AlibiPlan, AttentionPath, AttentionPlan, BiasPlan, BranchPlan, FeedForwardPlan, LayerPlan, LayersPlan, Norm,
+    AlibiPlan, AttentionPath, AttentionPlan, BiasPlan, BranchPlan, FeedForwardPlan, LayerPlan, LayersPlan, NormPlan,
     Normalize, Positions, ResidualPlan, T5Plan, Temperature, WrapPlan,
 };
 pub use rotary::RotaryPlan;
