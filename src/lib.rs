@@ -33,8 +33,8 @@ pub mod train;
 
 pub use crate::{
     autograd::{
-        Backward, Gradcheck, GradcheckReport, Gradients, InputGrad, InputGrads, InputReport, Mode, Tape,
-        checkpoint, discrete, gradcheck, record,
+        Backward, Gradcheck, GradcheckReport, Gradients, InputGrad, InputGrads, InputReport, Mode, Tape, checkpoint,
+        discrete, gradcheck, record,
     },
     device::Device,
     dtype::{DType, Element, Readable},
