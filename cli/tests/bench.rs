@@ -58,6 +58,20 @@ fn number(report: &Value, key: &str) -> f64 {
     report[key].as_f64().unwrap_or_else(|| panic!("{key} in {report}"))
 }
 
+/// Operations by hand: two of each step of a product, for two sequences of twelve tokens.
+#[test]
+fn operations_of_a_small_gpt() {
+    let bench = Bench::new();
+    let (dim, tokens) = (16.0, 50.0);
+    let products = 2.0 * 24.0 * (4.0 * dim * dim + 8.0 * dim * dim + dim * tokens);
+    // Query and key, weight and value, for the keys up to each query.
+    let attention = 2.0 * 2.0 * 2.0 * dim * (12.0 * 13.0 / 2.0);
+    for (mode, expected) in [("forward", products + attention), ("train", 3.0 * products + 3.5 * attention)] {
+        let report = bench.json(GPT, &["--mode", mode, "--batch", "2", "--seq-len", "12"]);
+        assert_eq!(number(&report, "flop"), expected, "{report}");
+    }
+}
+
 #[test]
 fn every_class_in_every_mode() {
     let bench = Bench::new();

@@ -56,7 +56,16 @@ fn help_and_devices() {
         assert!(succeeds(arguments).contains("Usage: xt"));
     }
     let devices = succeeds(&["devices"]);
-    assert!(devices.starts_with("cpu: ") && devices.contains("cuda"), "{devices}");
+    let mut lines = devices.lines();
+    let threads = lines.next().and_then(|line| line.strip_prefix("cpu: ")?.split_once(" threads, "));
+    let (threads, level) = threads.unwrap_or_else(|| panic!("{devices}"));
+    assert!(threads.parse::<usize>().is_ok_and(|threads| threads > 0) && level.ends_with("vector code"), "{devices}");
+    // A card, or what is missing for one and how to get it.
+    let known = |line: &str| {
+        line.starts_with("cuda:0: ")
+            || line.starts_with("cuda: ") && (line.contains("install") || line.contains("card"))
+    };
+    assert!(lines.clone().count() > 0 && lines.all(known), "{devices}");
 }
 
 #[test]
