@@ -737,7 +737,7 @@ fn weights_in_eight_bits_are_close() -> Result<()> {
 
 #[test]
 fn weights_in_eight_bits_at_every_instruction_level() {
-    at_every_level("weights_in_eight_bits_are_close");
+    at_every_level(module_path!(), "weights_in_eight_bits_are_close");
 }
 
 #[test]
