@@ -33,8 +33,8 @@ pub mod train;
 
 pub use crate::{
     autograd::{
-        Backward, GradSlice, Gradcheck, GradcheckReport, Gradients, InputGrad, InputGrads, InputReport, Mode, Tape,
-        checkpoint, discrete, gradcheck, record,
+        Backward, Gradcheck, GradcheckReport, Gradients, InputGrad, InputGrads, InputReport, Mode, Tape, checkpoint,
+        discrete, gradcheck, record,
     },
     device::Device,
     dtype::{DType, Element, Readable},
@@ -42,7 +42,7 @@ pub use crate::{
     params::{Buffer, Init, Param, ParamMap, ParamStore},
     philox::{Philox, philox4x32},
     shape::{IntoShape, MAX_RANK, Shape},
-    tensor::{LeafId, Tensor},
+    tensor::{GradSlice, LeafId, Tensor},
 };
 
 /// The README's programs, compiled and run with the other examples of the documentation.

@@ -620,6 +620,6 @@ fn scores_at_every_level() {
         "means_of_large_values_are_finite",
         "decoding_hides_no_nan",
     ] {
-        levels::at_every_level(test);
+        levels::at_every_level(module_path!(), test);
     }
 }

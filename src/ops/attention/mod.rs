@@ -17,9 +17,9 @@ use crate::{
     autograd::{Backward, InputGrads, dropout_stream, needs, record},
     device::size32,
     error::ensure,
-    ops::copy::same_kind,
-    profile,
+    profile::{self, BackwardCost, Cost},
     shape::Shape,
+    tensor::same_kind,
 };
 use position::Position;
 
@@ -133,7 +133,9 @@ pub fn attention(q: &Tensor, k: &Tensor, v: &Tensor, spec: &AttentionSpec) -> Re
     inputs.extend(weights);
     let [bias, weights] = [bias.as_ref(), weights].map(|x| x.unwrap_or(&q));
     let (out, kept) = problem.forward(needs(OP, [&q, &k, &v, bias, weights])?.contains(&true))?;
-    profile::operations(|| sizes.operations(spec.causal, spec.max_attend_past));
+    // The scores are computed again, beside two products for each of the forward pass.
+    let backward = BackwardCost::Times(2.5);
+    profile::cost(|| Cost { operations: sizes.operations(spec.causal, spec.max_attend_past), backward });
     record(OP, out, &inputs, |out| AttentionBackward { problem, out: out.detach(), kept })
 }
 
