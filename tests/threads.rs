@@ -29,7 +29,9 @@ use x_transformers::{
 mod table {
     use std::collections::BTreeMap;
 
-    use x_transformers::{config::*, device::*, io::*, models::*, nn::*, ops::*, profile::*, train::*, *};
+    use x_transformers::{
+        config::*, device::*, io::*, models::*, nn::*, ops::*, pretrained::*, profile::*, train::*, *,
+    };
 
     /// Does not compile if a type lacks the trait.
     macro_rules! has {

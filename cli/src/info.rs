@@ -7,8 +7,9 @@ use indicatif::HumanCount;
 use x_transformers::{
     DType, Device, Error, ParamMap, ParamStore,
     config::{Config, LayersPlan},
-    io::{Pretrained, TensorFile},
+    io::TensorFile,
     models::Model,
+    pretrained::Pretrained,
     train::Checkpoint,
 };
 

@@ -19,7 +19,6 @@ mod rotary;
 mod wrapper_plan;
 mod wrappers;
 
-pub(crate) use self::later::is_later;
 pub use call::{Call, GenerateCall};
 pub use options::{
     AttentionConfig, AttentionLayersConfig, FeedForwardConfig, FinalNorm, LayerType, LayersKind, Llama3Scaling,
@@ -141,7 +140,7 @@ impl Config {
             "Encoder" | "Decoder" | "CrossAttender" => {
                 ensure!(
                     !map.contains_key("kind"),
-                    Error::UnknownOption { key: "kind".to_string(), nearest: Some("model".to_string()) }
+                    Error::UnknownOption { key: "kind".to_string(), nearest: Some("model".to_string()), later: false }
                 );
                 map.insert("kind".to_string(), json!(model));
                 kwargs::read(map).map(Self::AttentionLayers)
