@@ -3,10 +3,11 @@
 use crate::{
     DType, Device, Error, Result, Tensor,
     autograd::{Backward, GradSlice, InputGrad, InputGrads, discrete, record},
-    device::{CudaDevice, Grid, Storage, args, cpu, simd::vectorized, size32},
+    device::{Gpu, Grid, args, cpu, simd::vectorized, size32},
     dtype::{Element, Float, dispatch_float},
     error::ensure,
     shape::{Layout, Shape, collapse_layouts},
+    tensor::Storage,
 };
 
 impl Tensor {
@@ -39,7 +40,7 @@ impl Tensor {
             (Device::Cpu, float) => dispatch_float!("to_dtype", float, T, {
                 convert_to(x.values::<T>()?, |x| crate::dtype::Real::to_f64(x.to_acc()), &mut out)
             })?,
-            (Device::Cuda(gpu), from) => {
+            (Device::Gpu(gpu), from) => {
                 let n = x.numel();
                 gpu.kernel("convert_elements", &[("DTYPE", dtype.name()), ("FROM", from.name())])?
                     .launch(Grid::packets(n, dtype), args![&mut out, &x, n as i64])?;
@@ -92,10 +93,10 @@ impl Tensor {
             (Device::Cpu, DType::I64) => join::<i64>(tensors, dim, &mut out)?,
             (Device::Cpu, DType::Bool) => join::<bool>(tensors, dim, &mut out)?,
             (Device::Cpu, float) => dispatch_float!("cat", float, T, join::<T>(tensors, dim, &mut out))?,
-            (Device::Cuda(gpu), _) => {
+            (Device::Gpu(gpu), _) => {
                 let (whole, mut start) = (Layout::contiguous(*out.shape()), 0);
                 for (tensor, &size) in tensors.iter().zip(&sizes).filter(|(_, size)| **size > 0) {
-                    launch_strided(gpu, &mut out, &whole.narrow(dim, start, size), tensor, false)?;
+                    launch_strided(*gpu, &mut out, &whole.narrow(dim, start, size), tensor, false)?;
                     start += size;
                 }
             }
@@ -135,7 +136,7 @@ impl Tensor {
         }
         match *self.device() {
             Device::Cpu => dispatch_float!("accumulate", self.dtype(), T, add_part::<T>(&mut self, part, value))?,
-            Device::Cuda(gpu) => {
+            Device::Gpu(gpu) => {
                 let whole = Layout::contiguous(*self.shape());
                 let layout = if self.rank() == 0 { whole } else { whole.narrow(part.dim, part.start, part.len) };
                 launch_strided(gpu, &mut self, &layout, value, true)?;
@@ -170,15 +171,15 @@ pub(super) fn pack(x: &Tensor) -> Result<Tensor> {
         (Device::Cpu, DType::I64) => pack_into::<i64>(x, &mut out)?,
         (Device::Cpu, DType::Bool) => pack_into::<bool>(x, &mut out)?,
         (Device::Cpu, float) => dispatch_float!("contiguous", float, T, pack_into::<T>(x, &mut out))?,
-        (Device::Cuda(gpu), _) => {
-            launch_strided(gpu, &mut out, &Layout::contiguous(*x.shape()), x, false)?;
+        (Device::Gpu(gpu), _) => {
+            launch_strided(*gpu, &mut out, &Layout::contiguous(*x.shape()), x, false)?;
         }
     }
     Ok(out)
 }
 
 /// Copies a tensor to a part of a packed one, whose elements `part` counts from the first, or adds it to that.
-fn launch_strided(gpu: &CudaDevice, to: &mut Tensor, part: &Layout, from: &Tensor, add: bool) -> Result<()> {
+fn launch_strided(gpu: &dyn Gpu, to: &mut Tensor, part: &Layout, from: &Tensor, add: bool) -> Result<()> {
     let (n, options) = (from.numel(), [("DTYPE", from.dtype().name())]);
     let [part, layout] = collapse_layouts(from.shape(), [part, from.layout()]);
     if let Some(dim) = turned(&part, &layout) {

@@ -63,6 +63,4 @@ ops! {
 
 pub use linear_cross_entropy::rows_of_logits;
 pub use matmul::Int8Matrix;
-#[cfg(feature = "cuda")]
-pub(crate) use sample::broken_logits;
 pub use sample::{SampleFilter, SampleSpec};

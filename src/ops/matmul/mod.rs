@@ -181,10 +181,10 @@ pub(super) fn product(a: &Tensor, b: &Tensor, bias: Option<&Tensor>) -> Result<T
     let sizes = Sizes::of(a.shape(), b.shape())?;
     same_kind("matmul", a, b)?;
     let shape = sizes.with([sizes.m, sizes.n])?;
-    if let Device::Cuda(gpu) = a.device()
+    if let Device::Gpu(gpu) = a.device()
         && shape.numel() > 0
     {
-        return cuda::product(gpu, &sizes, shape, [a, b], bias);
+        return cuda::product(*gpu, &sizes, shape, [a, b], bias);
     }
     let mut out = Tensor::uninit(shape, a.dtype(), a.device())?;
     if out.numel() > 0 {
@@ -222,8 +222,8 @@ pub(super) fn product_sums(a: &Tensor, b: &Tensor, accumulate: bool, sums: &mut 
     if sums.numel() == 0 {
         return Ok(());
     }
-    if let Device::Cuda(gpu) = a.device() {
-        return cuda::product_sums(gpu, &sizes, [a, b], accumulate, sums);
+    if let Device::Gpu(gpu) = a.device() {
+        return cuda::product_sums(*gpu, &sizes, [a, b], accumulate, sums);
     }
     let merged = Merged::new(&sizes, a, b)?;
     dispatch_float!("matmul", a.dtype(), T, {
