@@ -26,6 +26,7 @@ pub mod nn;
 pub mod ops;
 mod params;
 mod philox;
+pub mod pretrained;
 pub mod profile;
 mod shape;
 mod tensor;

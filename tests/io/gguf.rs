@@ -10,8 +10,9 @@ use std::{
 use serde_json::{Value, json};
 use x_transformers::{
     DType, Device, Result, Tensor,
-    io::{Family, Metadata, Pretrained, RawTensor, Stored, TensorFile, read_safetensors, write_safetensors},
+    io::{Metadata, RawTensor, Stored, TensorFile, read_safetensors, write_safetensors},
     models::ForwardOptions,
+    pretrained::{Family, Pretrained},
 };
 
 fn files(name: &str) -> PathBuf {

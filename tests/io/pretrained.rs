@@ -14,8 +14,9 @@ use std::{
 use crate::reference::{Tensors, check, device, difference, files, options};
 use x_transformers::{
     DType, Device, Error, Result, Tensor,
-    io::{Family, Format, Pretrained, TensorFile, read_safetensors, write_safetensors},
+    io::{Format, TensorFile, read_safetensors, write_safetensors},
     models::{BeamOptions, GenerateOptions, Pooling, SentenceEncoder, SentenceModule},
+    pretrained::{Family, Pretrained},
 };
 
 const RXNMAPPER: &str = "rxnmapper/rxnmapper/models/transformers/albert_heads_8_uspto_all_1310k";

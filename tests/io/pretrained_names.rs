@@ -6,7 +6,8 @@ use std::{collections::BTreeMap, fs, path::PathBuf};
 use crate::reference::{Tensors, check, device, difference, files, options};
 use x_transformers::{
     DType, Device, Result, Tensor,
-    io::{Pretrained, TensorFile, read_safetensors, write_safetensors},
+    io::{TensorFile, read_safetensors, write_safetensors},
+    pretrained::Pretrained,
 };
 
 /// A folder of `tests/files` with other tensors in one file.

@@ -550,7 +550,7 @@ fn options_unknown() {
     ];
     for (value, key, nearest) in cases {
         match config(&value).unwrap_err().root() {
-            Error::UnknownOption { key: found, nearest: near } => {
+            Error::UnknownOption { key: found, nearest: near, .. } => {
                 assert_eq!((found.as_str(), near.as_deref()), (key, nearest), "{value}");
             }
             other => panic!("{value} gave {other}"),

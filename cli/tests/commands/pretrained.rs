@@ -6,8 +6,9 @@ use std::{collections::BTreeMap, fs, path::PathBuf};
 use crate::command::{TINY, fails, path, refuses, succeeds, text, write_text, xt};
 use x_transformers::{
     DType, Device, Tensor,
-    io::{Pretrained, TensorFile, read_safetensors, write_safetensors},
+    io::{TensorFile, read_safetensors, write_safetensors},
     models::{ForwardOptions, GenerateOptions},
+    pretrained::Pretrained,
 };
 
 const RXNMAPPER: &str = "rxnmapper/rxnmapper/models/transformers/albert_heads_8_uspto_all_1310k";
@@ -451,7 +452,9 @@ fn weights_without_a_use_are_a_warning() {
     let folder = folder("bert", extra, ("vocab.txt", &pieces()));
     let place = folder.path().to_string_lossy().into_owned();
     let embed = |more: &[&str]| {
-        crate::command::xt(&[&["embed", "--checkpoint", &place, "--text", "the cat", "--device", "cpu"][..], more].concat())
+        crate::command::xt(
+            &[&["embed", "--checkpoint", &place, "--text", "the cat", "--device", "cpu"][..], more].concat(),
+        )
     };
     let shown = embed(&[]);
     let warning = String::from_utf8_lossy(&shown.stderr).into_owned();

@@ -6,8 +6,8 @@ use crate::command::{fails, path, refuses, succeeds};
 use x_transformers::{
     DType, Device, Tensor,
     io::{read_safetensors, write_safetensors},
-    models::parity::{Bounds, Case},
 };
+use x_transformers_parity::{Bounds, Case};
 
 type Tensors = BTreeMap<String, Tensor>;
 

@@ -8,7 +8,7 @@ use std::{
 
 use serde_json::{Value, json};
 use tempfile::TempDir;
-use x_transformers::io::Pretrained;
+use x_transformers::pretrained::Pretrained;
 use x_transformers_tokenizers::{ChatOptions, Message, Tokenizer};
 
 const TOKENIZER: &str = include_str!("../chat/tokenizer.json");

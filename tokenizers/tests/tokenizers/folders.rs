@@ -3,7 +3,7 @@
 use std::{fs, path::Path};
 
 use serde_json::Value;
-use x_transformers::io::Pretrained;
+use x_transformers::pretrained::Pretrained;
 use x_transformers_tokenizers::Tokenizer;
 
 #[test]

@@ -7,7 +7,7 @@ use std::{
 };
 
 use serde_json::{Value, json};
-use x_transformers::{Error, io::Family};
+use x_transformers::{Error, pretrained::Family};
 use x_transformers_tokenizers::Tokenizer;
 
 use crate::models;

@@ -3,10 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use serde_json::{Value, json};
-use x_transformers::{
-    Philox,
-    io::{Metadata, Pretrained},
-};
+use x_transformers::{Philox, io::Metadata, pretrained::Pretrained};
 use x_transformers_tokenizers::Tokenizer;
 
 fn file(name: &str) -> PathBuf {

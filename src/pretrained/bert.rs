@@ -1,6 +1,6 @@
 //! BERT and ALBERT, in the names of `transformers`.
 
-use super::{super::names::equal, Described, Names, Options, TensorFile, ff_mult};
+use super::{Described, Names, Options, TensorFile, ff_mult, names::equal};
 use crate::{
     Result,
     config::{AttentionConfig, AttentionLayersConfig, FeedForwardConfig, FinalNorm, TransformerWrapperConfig},

@@ -1,4 +1,4 @@
-//! Any model, run on named tensors: what the parity cases and the command line do.
+//! A model of any class, run on named tensors.
 
 use std::collections::BTreeMap;
 

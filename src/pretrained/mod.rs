@@ -1,9 +1,10 @@
-//! Pretrained models of other families, as their files describe them.
+//! Pretrained models of other families: their options, names and weights, as their files describe them.
 
 mod bert;
 mod ends;
 mod gguf;
 mod llama;
+mod names;
 mod options;
 mod rope;
 mod sentence;
@@ -16,17 +17,15 @@ use std::{
 
 pub use self::sentence::{SentenceOptions, Similarity};
 
-use self::options::{Options, is_mistaken, json};
-use super::{
-    Format, TensorFile,
-    layout::{Layout, Renamed},
+use self::{
     names::Names,
-    tensor_file::holds_gguf,
+    options::{Options, is_mistaken, json},
 };
 use crate::{
     DType, Device, Error, ParamMap, ParamStore, Result,
     config::{AutoregressiveConfig, TransformerWrapperConfig},
     error::ensure,
+    io::{Format, Layout, Renamed, TensorFile, holds_gguf},
     models::{AutoregressiveWrapper, TransformerWrapper},
 };
 
@@ -53,7 +52,7 @@ use crate::{
 /// | GGUF types | F32, F16, BF16, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q2_K to Q6_K, IQ4_NL, IQ4_XS, mixed as in Q4_K_M | IQ1 to IQ3, TQ, MXFP4 |
 ///
 /// ```no_run
-/// use x_transformers::{DType, Device, io::Pretrained};
+/// use x_transformers::{DType, Device, pretrained::Pretrained};
 /// # fn main() -> x_transformers::Result<()> {
 /// let pretrained = Pretrained::open("SmolLM2-135M-Instruct.Q4_1.gguf")?;
 /// println!("{} with {} tokens", pretrained.family(), pretrained.config().num_tokens);
@@ -211,7 +210,7 @@ impl Pretrained {
     ///
     /// ```no_run
     /// # fn main() -> x_transformers::Result<()> {
-    /// let pretrained = x_transformers::io::Pretrained::open("bert-base-uncased")?;
+    /// let pretrained = x_transformers::pretrained::Pretrained::open("bert-base-uncased")?;
     /// assert!(pretrained.unused().is_empty(), "left out: {:?}", pretrained.unused());
     /// # Ok(())
     /// # }

@@ -1,8 +1,9 @@
 //! Llama, and what is built as it is, in the names of `transformers`.
 
 use super::{
-    super::names::{Source, Weight, equal},
-    Described, Family, Names, Options, TensorFile, ff_mult, rope,
+    Described, Family, Names, Options, TensorFile, ff_mult,
+    names::{Source, Weight, equal},
+    rope,
 };
 use crate::{
     Result,

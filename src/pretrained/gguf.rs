@@ -2,16 +2,17 @@
 //! `qwen2`.
 
 use super::{
-    super::{
-        Metadata, TensorFile,
-        names::{Names, Source, Weight},
-    },
     Described, Family,
     llama::{Sizes, places},
+    names::{Names, Source, Weight},
     options::MAX_DEPTH,
     rope,
 };
-use crate::{Error, Result, error::ensure};
+use crate::{
+    Error, Result,
+    error::ensure,
+    io::{Metadata, TensorFile},
+};
 
 /// Metadata whose keys begin with the architecture.
 pub(super) struct Keys<'a> {

@@ -10,7 +10,7 @@ use serde_json::{Map, Value};
 use crate::{
     Error, Result,
     error::ensure,
-    io::{mistaken::mistaken, read_limited},
+    io::{mistaken, read_limited},
 };
 
 /// Bytes that a JSON file may have; real ones have some thousand.
