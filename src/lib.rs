@@ -29,6 +29,7 @@ pub mod nn;
 pub mod ops;
 mod params;
 mod philox;
+pub mod pretrained;
 pub mod profile;
 mod shape;
 mod tensor;
@@ -38,8 +39,8 @@ pub mod train;
 pub use crate::graph::Graph;
 pub use crate::{
     autograd::{
-        Backward, GradSlice, Gradcheck, GradcheckReport, Gradients, InputGrad, InputGrads, InputReport, Mode, Tape,
-        checkpoint, discrete, gradcheck, record,
+        Backward, Gradcheck, GradcheckReport, Gradients, InputGrad, InputGrads, InputReport, Mode, Tape, checkpoint,
+        discrete, gradcheck, record,
     },
     device::Device,
     dtype::{DType, Element, FloatElement, Readable},
@@ -47,7 +48,7 @@ pub use crate::{
     params::{Buffer, Init, Param, ParamMap, ParamStore},
     philox::{Philox, philox4x32},
     shape::{IntoShape, MAX_RANK, Shape},
-    tensor::{KernelArg, LeafId, RawKernel, Tensor},
+    tensor::{GradSlice, KernelArg, LeafId, RawKernel, Tensor},
 };
 
 /// The half types of tensors, from the crate `half`.

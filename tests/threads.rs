@@ -29,7 +29,9 @@ use x_transformers::{
 mod table {
     use std::collections::BTreeMap;
 
-    use x_transformers::{config::*, device::*, io::*, models::*, nn::*, ops::*, profile::*, train::*, *};
+    use x_transformers::{
+        config::*, device::*, io::*, models::*, nn::*, ops::*, pretrained::*, profile::*, train::*, *,
+    };
 
     /// Does not compile if a type lacks the trait.
     macro_rules! has {
@@ -68,7 +70,7 @@ mod table {
         types!(table, has Send, has Sync: TransformerWrapper, AutoregressiveWrapper, ContinuousTransformerWrapper,
             ContinuousAutoregressiveWrapper, XTransformer, ViTransformerWrapper, SentenceEncoder, Model, Output,
             RunOptions, ForwardOptions, GenerateOptions, AttentionLayers, Attention, FeedForward, Linear, Embedding,
-            Residual, AttentionInput, AttentionOutput, LayersOutput, ScoreBias, AbsolutePositionalEmbedding,
+            Residual, AttentionInput, AttentionOutput, LayersOutput, PositionBias, RelativePositionBias, AbsolutePositionalEmbedding,
             Int8Matrix, Config);
         types!(table, has Send, has Sync: DecodeCache, LayersCache, TokenStream);
         types!(table, has Send, has Sync: AdamW, Ema, Swapped, GradScaler, Checkpoint, ByteText, Schedule,

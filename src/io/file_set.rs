@@ -1,5 +1,5 @@
 //! Files of one folder that belong together and are replaced in one step. The protocol is described at
-//! [`Checkpoint`](crate::train::Checkpoint#files).
+//! `train::Checkpoint`.
 
 use std::{
     fs, io,

@@ -80,7 +80,7 @@ impl AutoregressiveWrapper {
             tokens.rank() == 2 && tokens.shape()[1] >= 2,
             Error::shape("loss", format!("expected tokens [batch, n] with n of at least 2, got {:?}", tokens.shape()))
         );
-        options.ask_for_output_alone("loss")?;
+        options.check_output_only("loss")?;
         let n = tokens.shape()[1] - 1;
         let mut options = options.clone();
         if let Some(mask) = options.mask.take() {

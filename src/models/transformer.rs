@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use crate::{
     DType, Error, Init, Param, ParamStore, Result, Tensor,
-    config::{self, TransformerPlan, TransformerWrapperConfig},
+    config::{NormPlan, TransformerPlan, TransformerWrapperConfig},
     error::{ErrorContext, ensure},
     nn::{AbsolutePositionalEmbedding, AttentionLayers, Embedding, ForwardOptions, Linear, Norm},
     ops::{Activation, Int8Matrix},
@@ -73,7 +73,7 @@ struct MaskedHead {
 }
 
 impl MaskedHead {
-    fn new(plan: &TransformerPlan, activation: Activation, norm: config::Norm, store: &ParamStore) -> Result<Self> {
+    fn new(plan: &TransformerPlan, activation: Activation, norm: NormPlan, store: &ParamStore) -> Result<Self> {
         Ok(Self {
             dense: Linear::new(&store.at("dense"), plan.layers.dim, plan.emb_dim)?,
             activation,
@@ -114,7 +114,7 @@ impl TransformerWrapper {
             let init = Init::kaiming_normal(plan.emb_dim);
             Embedding::new(&store.at("token_type_emb"), plan.num_token_types, plan.emb_dim, init)
         };
-        let norm = |norm: Option<config::Norm>, name: &str, dim: usize| {
+        let norm = |norm: Option<NormPlan>, name: &str, dim: usize| {
             norm.map(|norm| Norm::new(norm, dim, &store.at(name))).transpose()
         };
         let mlm_head = |(activation, norm)| MaskedHead::new(plan, activation, norm, &store.at("mlm_head"));

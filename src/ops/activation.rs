@@ -1,7 +1,6 @@
 //! Activations of a sum with a bias, as behind the matrix product of a dense layer.
 
 use super::{
-    copy::same_kind,
     norm::{reuse, widen},
     pointwise::{Gelu, GeluTanh, Keep, ReluSquared, Sigmoid, Silu, Unary},
     reduce::sum_chunks,
@@ -13,6 +12,7 @@ use crate::{
     dtype::{Float, Real, dispatch_float},
     error::ensure,
     shape::Shape,
+    tensor::same_kind,
 };
 
 /// The function in [`Tensor::add_activation`] and of the gate in [`Tensor::glu`].

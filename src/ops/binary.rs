@@ -6,9 +6,8 @@ use crate::{
     device::{Gpu, Grid, args, cpu, simd::vectorized},
     dtype::{Float, Real, dispatch_float},
     error::ensure,
-    ops::copy::{same_device, same_kind},
     shape::collapse_layouts,
-    tensor::Storage,
+    tensor::{Storage, same_device, same_kind},
 };
 
 /// A function of two numbers, with broadcasting; its backward is made of tensors.

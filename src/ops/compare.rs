@@ -6,12 +6,9 @@ use crate::{
     device::{Grid, args, cpu},
     dtype::dispatch_float,
     error::ensure,
-    ops::{
-        binary::launch_binary,
-        copy::{same_device, same_kind},
-    },
+    ops::binary::launch_binary,
     shape::{Layout, collapse_layouts},
-    tensor::Storage,
+    tensor::{Storage, same_device, same_kind},
 };
 
 /// Comparisons and logic give masks: they have no gradient, and refuse tensors that require one.

@@ -6,8 +6,8 @@ use crate::{
     device::{Gpu, Grid, args, cpu, simd::vectorized, size32},
     dtype::{Float, Real, dispatch_float},
     error::ensure,
-    ops::copy::same_kind,
     shape::Shape,
+    tensor::same_kind,
 };
 
 impl Tensor {

@@ -14,7 +14,7 @@ use crate::{
     device::{Address, Arg, Gpu, Grid, args, cpu, simd::vectorized, size32},
     dtype::{Float, Real, dispatch_float},
     error::ensure,
-    profile,
+    profile::{self, BackwardCost, Cost},
     shape::Shape,
 };
 
@@ -130,9 +130,11 @@ impl Tensor {
             ignore_index,
         };
         let (loss, gradients) = layer.run(need, rows_at_a_time)?;
-        profile::operations(|| {
+        profile::cost(|| {
+            // All products are in the forward pass.
             let products = 1 + u8::from(need_x) + u8::from(need_weight);
-            2.0 * f64::from(products) * rows as f64 * weight.numel() as f64
+            let operations = 2.0 * f64::from(products) * rows as f64 * weight.numel() as f64;
+            Cost { operations, backward: BackwardCost::Times(0.0) }
         });
         let backward = |_: &Tensor| LinearCrossEntropyBackward { gradients, shape: *self.shape(), dtype: self.dtype() };
         match bias {

@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+mod copy;
 mod display;
 mod history;
 mod launch;
@@ -11,7 +12,6 @@ mod slices;
 
 use crate::{
     Device, Error, Result,
-    autograd::{Backward, InputGrads, record},
     device::{Buffer, Grid, args},
     dtype::{DType, Element, Float, Readable, Real, dispatch_float},
     error::ensure,
@@ -19,6 +19,8 @@ use crate::{
     shape::{IntoShape, Layout, Shape},
 };
 
+pub use copy::GradSlice;
+pub(crate) use copy::{launch_strided, same_device, same_kind};
 pub use history::LeafId;
 pub(crate) use history::{GradSlot, ThreadMark, next_id};
 pub(crate) use launch::Storage;
@@ -65,7 +67,7 @@ impl Tensor {
         for (to, &from) in tensor.values_mut::<E>()?.iter_mut().zip(values) {
             *to = from.to_stored();
         }
-        tensor.to_device(device)
+        tensor.on(device)
     }
 
     /// As [`Tensor::from_slice`], from a vector.
@@ -100,7 +102,7 @@ impl Tensor {
             Device::Gpu(gpu) => {
                 let mut tensor = Self::uninit(shape.into_shape()?, dtype, device)?;
                 // Rounded to the dtype here, so that the kernel's conversions are exact.
-                let value = Self::scalar(value, &Device::Cpu)?.to_dtype(dtype)?.item()?;
+                let value = Self::scalar(value, &Device::Cpu)?.converted(dtype)?.item()?;
                 let n = tensor.numel();
                 gpu.kernel("fill_value", &[("DTYPE", dtype.name())])?
                     .launch(Grid::elements(n), args![&mut tensor, n as i64, value])?;
@@ -137,7 +139,7 @@ impl Tensor {
                 Ok(())
             })?,
         }
-        tensor.to_device(device)
+        tensor.on(device)
     }
 
     /// A tensor whose content is unspecified, for ops that write every element.
@@ -175,6 +177,11 @@ impl Tensor {
     /// Number of elements.
     pub fn numel(&self) -> usize {
         self.layout.shape.numel()
+    }
+
+    /// Bytes of the elements, each counted once for every place that a view shows it in.
+    pub(crate) fn bytes_of_elements(&self) -> usize {
+        self.numel() * self.dtype.size()
     }
 
     /// Size of one dimension; negative ones count from the end.
@@ -238,7 +245,7 @@ impl Tensor {
     ///
     /// Errors: `E` is not the tensor's dtype; convert with [`Tensor::to_dtype`] first.
     pub fn to_vec<E: Readable>(&self) -> Result<Vec<E>> {
-        let packed = self.detach().contiguous()?.to_device(&Device::Cpu)?;
+        let packed = self.packed()?.on(&Device::Cpu)?;
         let values = packed.values::<E>()?.iter().map(|&stored| E::from_stored(stored)).collect();
         profile::done("to_vec", profile::Phase::Read, &self.device, || packed.numel() * packed.dtype.size())?;
         Ok(values)
@@ -246,7 +253,7 @@ impl Tensor {
 
     /// The values in row-major order, widened to f64 from any dtype.
     pub fn to_f64_vec(&self) -> Result<Vec<f64>> {
-        let packed = self.detach().contiguous()?.to_device(&Device::Cpu)?;
+        let packed = self.packed()?.on(&Device::Cpu)?;
         let values = match self.dtype {
             DType::I64 => packed.values::<i64>()?.iter().map(|&x| x as f64).collect(),
             DType::Bool => packed.values::<bool>()?.iter().map(|&x| x as f64).collect(),
@@ -267,6 +274,11 @@ impl Tensor {
             Error::shape("item", format!("expected one element, the shape is {:?}", self.shape()))
         );
         Ok(self.to_f64_vec()?[0])
+    }
+
+    /// This packed constant on a device.
+    pub(crate) fn on(self, device: &Device) -> Result<Self> {
+        if self.device == *device { Ok(self) } else { self.moved(device) }
     }
 
     pub(crate) fn layout(&self) -> &Layout {
@@ -326,24 +338,6 @@ impl Tensor {
         Error::Device { op: "read", message: format!("the tensor is on {device}; move it to the CPU with `to_device`") }
     }
 
-    /// The values on another device; the tensor itself if it is there already. Its gradient goes the way back.
-    ///
-    /// Errors: memory runs out, or an error of the driver.
-    pub fn to_device(&self, device: &Device) -> Result<Tensor> {
-        if self.device == *device {
-            return Ok(self.clone());
-        }
-        let x = self.contiguous()?;
-        let mut y = Self::uninit(*x.shape(), x.dtype, device)?;
-        match (&x.device, device) {
-            (Device::Cpu, Device::Cpu) => {}
-            (Device::Cpu, Device::Gpu(gpu)) => gpu.upload(y.address_mut()?, x.bytes()?)?,
-            (Device::Gpu(gpu), Device::Cpu) => gpu.read_back(x.address()?, y.bytes_mut()?)?,
-            (Device::Gpu(_), Device::Gpu(_)) => y = x.detach().to_device(&Device::Cpu)?.to_device(device)?,
-        }
-        record("to_device", y, &[&x], |_| ToDeviceBackward { device: self.device.clone() })
-    }
-
     /// The same values in packed storage that no other handle shares: this one, or a copy.
     pub(crate) fn into_owned(mut self) -> Result<Tensor> {
         if self.is_unique() { Ok(self) } else { self.to_owned_copy() }
@@ -351,12 +345,7 @@ impl Tensor {
 
     /// A packed copy with storage of its own.
     pub(crate) fn to_owned_copy(&self) -> Result<Tensor> {
-        let (x, mut y) = (self.detach().contiguous()?, self.uninit_like()?);
-        match &self.device {
-            Device::Cpu => y.bytes_mut()?.copy_from_slice(x.bytes()?),
-            Device::Gpu(gpu) => gpu.copy(y.address_mut()?, x.address()?, y.numel() * y.dtype.size())?,
-        }
-        Ok(y)
+        if self.is_contiguous() { self.moved(&self.device) } else { self.packed_copy() }
     }
 
     /// The bytes of the elements of a contiguous tensor on the CPU.
@@ -374,20 +363,6 @@ impl Tensor {
             Error::dtype("read", format!("the tensor is {}, not {}; convert with `to_dtype`", self.dtype, E::DTYPE))
         );
         Ok(())
-    }
-}
-
-struct ToDeviceBackward {
-    device: Device,
-}
-
-impl Backward for ToDeviceBackward {
-    fn name(&self) -> &'static str {
-        "to_device"
-    }
-
-    fn backward(self: Box<Self>, grad: Tensor, _need: &[bool]) -> Result<InputGrads> {
-        grad.to_device(&self.device).map(InputGrads::one)
     }
 }
 

@@ -28,7 +28,7 @@ mod instructions;
 mod parity;
 #[path = "../sampling.rs"]
 mod sampling;
-#[path = "../train.rs"]
+#[path = "../train/training.rs"]
 mod train;
 #[path = "../emulator/warpgroups.rs"]
 mod warpgroups;

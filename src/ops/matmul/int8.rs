@@ -8,8 +8,9 @@ use crate::{
     device::{Gpu, Grid, args, cpu, simd::vectorized, size32},
     dtype::{Float, Real, dispatch_float},
     error::ensure,
-    ops::{copy::same_device, reduce::sum_slice},
+    ops::reduce::sum_slice,
     shape::Shape,
+    tensor::same_device,
 };
 
 const OP: &str = "int8";

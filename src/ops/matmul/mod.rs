@@ -22,13 +22,21 @@ use crate::{
     autograd::{Backward, InputGrads, needs, record},
     dtype::{Float, dispatch_float},
     error::ensure,
-    ops::copy::same_kind,
+    profile::{self, BackwardCost, Cost},
     shape::{MAX_RANK, Shape, collapse},
-    tensor::Saved,
+    tensor::{Saved, same_kind},
 };
 use cpu::{Matrix, Product, gemm, gemm_sums};
 pub use int8::Int8Matrix;
 use packing::Multiply;
+
+/// Tells the profile of the product of `x` and another matrix that gave `y`.
+fn cost(x: &Tensor, y: &Tensor) {
+    profile::cost(|| {
+        let steps = x.shape().last().copied().unwrap_or(1);
+        Cost { operations: 2.0 * y.numel() as f64 * steps as f64, backward: BackwardCost::Products }
+    });
+}
 
 impl Tensor {
     /// Matrix product: `y[.., i, j] = Σ_k a[.., i, k] · b[.., k, j]`.
@@ -59,6 +67,7 @@ impl Tensor {
         }
         let y = product(self, b, None)?;
         let [need_a, need_b] = needs("matmul", [self, b])?;
+        cost(self, &y);
         record("matmul", y, &[self, b], |_| MatmulBackward {
             a: need_b.then(|| self.detach()),
             b: need_a.then(|| b.detach()),
@@ -93,6 +102,7 @@ impl Tensor {
         let y = product(&self.as_rows()?, &weight.detach().transpose(0, 1)?, packed.as_ref())?;
         let y = y.reshape(self.shape().with_dim(self.rank() - 1, weight.shape()[0]))?;
         let [need_x, need_weight] = needs("linear", [self, weight])?;
+        cost(self, &y);
         let backward = |_: &Tensor| LinearBackward {
             x: need_weight.then(|| Saved::of(self)),
             weight: need_x.then(|| weight.detach()),

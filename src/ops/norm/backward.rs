@@ -6,10 +6,7 @@ use crate::{
     autograd::{Backward, InputGrads},
     device::{Gpu, Grid, args, cpu, simd::vectorized, size32},
     dtype::{Float, Real, dispatch_float},
-    ops::{
-        copy::pack,
-        reduce::{sum_chunks, sum_slice},
-    },
+    ops::reduce::{sum_chunks, sum_slice},
     shape::Shape,
 };
 
@@ -97,7 +94,7 @@ fn whole_threads(columns: usize, dtype: DType) -> Option<(usize, usize)> {
 
 /// The same values where kernels read packets of 16 bytes.
 fn aligned(x: &Tensor) -> Result<Tensor> {
-    if x.address()?.get().is_multiple_of(16) { Ok(x.clone()) } else { pack(x) }
+    if x.address()?.get().is_multiple_of(16) { Ok(x.clone()) } else { x.packed_copy() }
 }
 
 impl NormBackward {
@@ -154,7 +151,7 @@ impl NormBackward {
             let (mut dx, source) = match source {
                 Some(source) => (dx, Some(aligned(&source)?)),
                 None if dx.address()?.get().is_multiple_of(16) => (dx, None),
-                None => (x.uninit_like()?, Some(pack(&dx)?)),
+                None => (x.uninit_like()?, Some(dx.packed_copy()?)),
             };
             let mut partials = sums()?;
             let grid = Grid::new([size32(chunks)?, 1, 1], [threads as u32, groups as u32, 1]);

@@ -1,0 +1,8 @@
+//! Models and their options.
+
+#[path = "../common/draw.rs"]
+mod draw;
+
+mod options;
+mod random_options;
+mod wrappers;
