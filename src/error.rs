@@ -161,6 +161,14 @@ impl Error {
         Self::argument("cross_entropy", message)
     }
 
+    /// Logits that no token can be drawn from.
+    pub(crate) fn broken_logits() -> Self {
+        Self::argument(
+            "sample",
+            "expected finite logits, got NaN or infinity: the weights are broken, or overflow f16 (then use bf16 or f32)",
+        )
+    }
+
     pub(crate) fn option(key: impl Into<String>, why: impl Into<String>) -> Self {
         Self::Option { key: key.into(), why: why.into() }
     }

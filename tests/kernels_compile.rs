@@ -48,7 +48,7 @@ fn chosen() -> Vec<Target> {
 }
 
 /// The shipped sources, and the rungs below them.
-fn sources() -> impl Iterator<Item = &'static KernelSource> {
+fn sources() -> impl Iterator<Item = &'static KernelSource<'static>> {
     SOURCES.iter().chain(LAB_SOURCES)
 }
 

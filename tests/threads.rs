@@ -66,7 +66,7 @@ mod table {
     fn compiled() -> BTreeMap<&'static str, (bool, bool)> {
         let mut table = BTreeMap::new();
         types!(table, has Send, has Sync: Tensor, Gradients, Shape, DType, Device, Error, Param, ParamMap, ParamStore, Init,
-            LeafId, Philox, CudaDevice, MemoryStats, Level, Precision);
+            LeafId, Philox, RawKernel, MemoryStats, Level, Precision);
         types!(table, has Send, has Sync: TransformerWrapper, AutoregressiveWrapper, ContinuousTransformerWrapper,
             ContinuousAutoregressiveWrapper, XTransformer, ViTransformerWrapper, SentenceEncoder, Model, Output,
             RunOptions, ForwardOptions, GenerateOptions, AttentionLayers, Attention, FeedForward, Linear, Embedding,
@@ -80,7 +80,8 @@ mod table {
         types!(table, lacks Send, lacks Sync: Tape, Profile);
         #[cfg(feature = "cuda")]
         {
-            use x_transformers::device::cuda::Graph;
+            use x_transformers::{Graph, device::CudaDevice};
+            types!(table, has Send, has Sync: CudaDevice);
             types!(table, lacks Send, lacks Sync: RecordedStep, RecordedDecode);
             lacks!(Send: Graph<Tensor>);
             lacks!(Sync: Graph<Tensor>);

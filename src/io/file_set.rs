@@ -6,8 +6,11 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use super::atomic::{FolderLock, create_folders, retry, sync_folder, write_new};
-use crate::{Error, Result, error::ensure};
+use crate::{
+    Error, Result,
+    atomic_file::{FolderLock, create_folders, retry, sync_folder, write_new},
+    error::ensure,
+};
 
 /// A whole set of files on its way into the folder.
 const INCOMING: &str = ".incoming";

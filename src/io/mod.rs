@@ -1,6 +1,5 @@
 //! Files: tensors by name in the formats that checkpoints come in, and replacing a file in one step.
 
-mod atomic;
 mod bytes;
 mod described;
 mod file_set;
@@ -21,8 +20,9 @@ mod stored;
 mod tensor_file;
 mod zip;
 
+pub use crate::atomic_file::{create_folders, retry as retry_interrupted, write_atomically};
+
 pub use self::{
-    atomic::{create_folders, retry as retry_interrupted, write_atomically},
     safetensors::{read_safetensors, write_safetensors},
     small_file::{read_limited, read_text},
     stored::Stored,

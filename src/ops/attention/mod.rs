@@ -151,7 +151,7 @@ pub fn gpu_needs_scores(features: usize) -> Option<&'static str> {
 pub fn attention_rung(device: &Device, dtype: DType, d: usize, e: usize) -> Option<String> {
     match device {
         Device::Cpu => None,
-        Device::Cuda(gpu) => Some(cuda::rung(gpu, dtype, [d, e]).to_string()),
+        Device::Gpu(gpu) => Some(cuda::rung(*gpu, dtype, [d, e]).to_string()),
     }
 }
 
@@ -229,7 +229,7 @@ impl Sizes {
             heads == kv_heads || (kv_heads > 0 && heads.is_multiple_of(kv_heads)),
             Error::shape(OP, format!("the {heads} heads of q are not a multiple of the {kv_heads} heads of k and v"))
         );
-        if let Device::Cuda(_) = q.device() {
+        if let Device::Gpu(_) = q.device() {
             // Kernels read them from layouts as numbers of 32 bits.
             for size in [batch, heads, kv_heads, queries, keys, d, e] {
                 size32(size)?;
@@ -373,7 +373,7 @@ impl Problem {
         let mut kept = Kept { statistics: Tensor::uninit(per_query, self.acc(), device)?, residual };
         match device {
             Device::Cpu => cpu::forward(self, &mut out, &mut kept)?,
-            Device::Cuda(gpu) => cuda::forward(gpu, self, &mut out, &mut kept)?,
+            Device::Gpu(gpu) => cuda::forward(*gpu, self, &mut out, &mut kept)?,
         }
         kept.residual = kept.residual.map(|residual| residual.permute(&[0, 2, 1, 3])).transpose()?;
         Ok((out.permute(&[0, 2, 1, 3])?, kept))
