@@ -20,6 +20,7 @@ pub mod config;
 pub mod device;
 mod dtype;
 mod error;
+mod gemm;
 #[cfg(feature = "cuda")]
 mod graph;
 mod hash;

@@ -195,10 +195,10 @@ fn every_instruction_level() {
     at_every_level(module_path!(), "level_of_this_process");
 }
 
-/// A product of no steps is zero, or what it is added to; one of no rows or columns is empty. Run by
-/// [`products_without_steps_at_every_level`] with `XT_CPU` set.
+/// A product of depth 0 is zero, or the term that it is added to; one without rows or columns is empty. Run by
+/// [`products_of_depth_zero_at_every_level`] with `XT_CPU` set.
 #[test]
-fn products_without_steps() -> Result<()> {
+fn products_of_depth_zero() -> Result<()> {
     for dtype in [DType::F32, DType::F64, DType::BF16, DType::F16] {
         for &m in if cfg!(miri) { &[0, 1, 13][..] } else { &[0, 1, 3, 12, 13, 40, 130, 300] } {
             for &n in if cfg!(miri) { &[0, 1, 33][..] } else { &[0, 1, 16, 33, 70, 300] } {
@@ -246,8 +246,8 @@ fn products_without_steps() -> Result<()> {
 }
 
 #[test]
-fn products_without_steps_at_every_level() {
-    at_every_level(module_path!(), "products_without_steps");
+fn products_of_depth_zero_at_every_level() {
+    at_every_level(module_path!(), "products_of_depth_zero");
 }
 
 #[test]

@@ -19,7 +19,7 @@ use crate::{
     Device, Result, Tensor,
     device::cpu,
     dtype::{Element, Float, Real, dispatch_float},
-    ops::matmul::packing::Multiply,
+    gemm::Multiply,
     shape::Shape,
 };
 

@@ -1,6 +1,6 @@
 //! Products on a GPU: the strides as cuBLAS takes them.
 
-use super::{Merged, Sizes, positions};
+use super::strides::{Merged, Sizes, positions};
 use crate::{
     Result, Shape, Tensor,
     device::{Address, Gemm, Gpu, Operand},
@@ -103,7 +103,7 @@ fn usable(sizes: &Sizes, [a, b]: [&Tensor; 2]) -> Result<[Tensor; 2]> {
     Ok([a, b])
 }
 
-/// Whether the rows of a matrix are packed and do not overlap. The step along a dimension of size 1 is never taken.
+/// Returns `true` if the rows of a matrix are packed and do not overlap. The step along a dimension of size 1 is never taken.
 fn has_packed_rows([row, column]: [usize; 2], [rows, columns]: [usize; 2]) -> bool {
     (column == 1 || columns == 1) && (row >= columns || rows == 1)
 }

@@ -1,4 +1,4 @@
-//! Vector registers of floats behind one trait, so that a loop is written once for every instruction level.
+//! Vector registers of floats as one trait: a loop is written once for every instruction level.
 
 #[cfg(target_arch = "x86_64")]
 use std::arch::x86_64::*;
@@ -9,11 +9,11 @@ use crate::dtype::{Float, Real};
 ///
 /// # Safety
 ///
-/// The methods may be called only where the processor has the instructions, with pointers to `COUNT` elements (one
+/// The methods may be called only where the processor has the instructions, with pointers to `LANES` elements (one
 /// for `splat`). They carry no alignment requirement.
-pub(super) unsafe trait Lanes: Copy {
+pub(super) unsafe trait Vector: Copy {
     type Scalar: Real;
-    const COUNT: usize;
+    const LANES: usize;
     unsafe fn zero() -> Self;
     /// One element in all lanes.
     unsafe fn splat(from: *const Self::Scalar) -> Self;
@@ -24,13 +24,13 @@ pub(super) unsafe trait Lanes: Copy {
     unsafe fn mul_add(self, factor: Self, summand: Self) -> Self;
 }
 
-macro_rules! x86_lanes {
+macro_rules! x86_vectors {
     ($($vector:ty: $scalar:ty, $count:literal, $zero:ident, $splat:ident, $load:ident, $store:ident, $add:ident, $fma:ident;)*) => {$(
         // SAFETY: each method is one instruction, whose presence and pointers the caller answers for.
         #[cfg(target_arch = "x86_64")]
-        unsafe impl Lanes for $vector {
+        unsafe impl Vector for $vector {
             type Scalar = $scalar;
-            const COUNT: usize = $count;
+            const LANES: usize = $count;
             #[inline(always)]
             unsafe fn zero() -> Self {
                 // SAFETY: see the trait.
@@ -65,7 +65,7 @@ macro_rules! x86_lanes {
     )*};
 }
 
-x86_lanes! {
+x86_vectors! {
     __m256: f32, 8, _mm256_setzero_ps, _mm256_set1_ps, _mm256_loadu_ps, _mm256_storeu_ps, _mm256_add_ps, _mm256_fmadd_ps;
     __m256d: f64, 4, _mm256_setzero_pd, _mm256_set1_pd, _mm256_loadu_pd, _mm256_storeu_pd, _mm256_add_pd, _mm256_fmadd_pd;
     __m512: f32, 16, _mm512_setzero_ps, _mm512_set1_ps, _mm512_loadu_ps, _mm512_storeu_ps, _mm512_add_ps, _mm512_fmadd_ps;
@@ -76,12 +76,12 @@ x86_lanes! {
 #[derive(Clone, Copy)]
 pub(super) struct Portable<S, const N: usize>([S; N]);
 
-macro_rules! portable_lanes {
+macro_rules! portable_vectors {
     ($($scalar:ty, $count:literal;)*) => {$(
         // SAFETY: plain arithmetic; the caller answers for the pointers.
-        unsafe impl Lanes for Portable<$scalar, $count> {
+        unsafe impl Vector for Portable<$scalar, $count> {
             type Scalar = $scalar;
-            const COUNT: usize = $count;
+            const LANES: usize = $count;
             #[inline(always)]
             unsafe fn zero() -> Self {
                 Self([0.0; $count])
@@ -120,14 +120,14 @@ macro_rules! portable_lanes {
     )*};
 }
 
-portable_lanes! {
+portable_vectors! {
     f32, 4;
     f64, 2;
 }
 
 // The widest vectors, emulated for tests.
 #[cfg(test)]
-portable_lanes! {
+portable_vectors! {
     f32, 16;
 }
 
@@ -135,8 +135,8 @@ portable_lanes! {
 ///
 /// # Safety
 ///
-/// As for [`Lanes`].
-pub(super) unsafe trait Square<const N: usize>: Lanes {
+/// As for [`Vector`].
+pub(super) unsafe trait Square<const N: usize>: Vector {
     /// Rows become columns.
     unsafe fn transpose(rows: [Self; N]) -> [Self; N];
     /// Stores the first `count` lanes.
@@ -147,7 +147,7 @@ pub(super) unsafe trait Square<const N: usize>: Lanes {
 ///
 /// # Safety
 ///
-/// As for [`Lanes`]; `from` points to as many elements as the vector has lanes.
+/// As for [`Vector`]; `from` points to as many elements as the vector has lanes.
 pub(super) unsafe trait Widen<V: Square<N>, const N: usize>: Float<Acc = V::Scalar> {
     unsafe fn widen(from: *const Self) -> V;
 

@@ -1,23 +1,13 @@
 //! The instructions of AMX for tests on processors without them: the handler of the signal that an unknown instruction
-//! raises decodes it, does what the manual says, and goes on behind it (Intel 64 and IA-32 Architectures Software
+//! raises decodes it, does what the manual says, and goes on after it (Intel 64 and IA-32 Architectures Software
 //! Developer's Manual, volume 2, "TDPBF16PS", "TILELOADD" and their kin).
 
 use std::{
     cell::RefCell,
-    sync::{
-        Once,
-        atomic::{AtomicBool, Ordering},
-    },
+    sync::{Once, atomic::Ordering},
 };
 
-use crate::device::Level;
-
-static INSTALLED: AtomicBool = AtomicBool::new(false);
-
-/// Whether the instructions are emulated.
-pub fn installed() -> bool {
-    INSTALLED.load(Ordering::Acquire)
-}
+use crate::{device::Level, gemm::kernels::amx::EMULATED};
 
 /// Emulates the instructions from now on, in the whole process, unless the processor has them.
 pub fn install() {
@@ -35,7 +25,7 @@ pub fn install() {
             libc::sigemptyset(&mut action.sa_mask);
             assert_eq!(libc::sigaction(libc::SIGILL, &action, std::ptr::null_mut()), 0, "no handler");
         }
-        INSTALLED.store(true, Ordering::Release);
+        EMULATED.store(true, Ordering::Release);
     });
 }
 
@@ -54,7 +44,7 @@ thread_local! {
     static TILES: RefCell<Option<[Tile; 8]>> = const { RefCell::new(None) };
 }
 
-/// Where Linux keeps the registers of an encoding, 0 to 15, in a signal's context.
+/// Places of the registers in a signal's context on Linux, by their encoding from 0 to 15.
 const REGISTERS: [i32; 16] = [
     libc::REG_RAX,
     libc::REG_RCX,
@@ -90,7 +80,7 @@ extern "C" fn handle(_signal: i32, _info: *mut libc::siginfo_t, context: *mut li
     registers[libc::REG_RIP as usize] += length as i64;
 }
 
-/// Does what the instruction says; gives its length, or `None` for an unknown one or one that would fault.
+/// Executes the instruction; returns its length, or `None` for an unknown one or one that would fault.
 fn execute(code: &[u8; 12], registers: &[i64; 23], tiles: &mut Option<[Tile; 8]>) -> Option<usize> {
     let &[0xC4, map, second, opcode, operands, ..] = code else { return None };
     // The second map of opcodes, 128 bits, W = 0.

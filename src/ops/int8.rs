@@ -101,7 +101,7 @@ impl Int8Matrix {
         Ok(wide)
     }
 
-    /// As [`Tensor::linear`] with these weights: `[.., in] → [.., out]`.
+    /// [`Tensor::linear`] with these weights: `[.., in] → [.., out]`.
     ///
     /// Errors: sizes, dtypes or devices that do not fit, or a tensor that requires a gradient: integers have none.
     pub fn linear(&self, x: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
@@ -136,7 +136,7 @@ impl Int8Matrix {
         let shape = x.shape().with_dim(x.rank() - 1, rows);
         match *x.device() {
             Device::Gpu(gpu) => self.on_cuda(gpu, &x, bias.as_ref(), count, shape),
-            Device::Cpu => dispatch_float!(OP, x.dtype(), T, self.on_cpu::<T>(&x, bias.as_ref(), count, shape)),
+            Device::Cpu => self.on_cpu(&x, bias.as_ref(), count, shape),
         }
     }
 
@@ -151,12 +151,14 @@ impl Int8Matrix {
         Ok(y)
     }
 
-    fn on_cpu<T: Float>(&self, x: &Tensor, bias: Option<&Tensor>, count: usize, shape: Shape) -> Result<Tensor> {
+    /// In f32, rounded to the dtype of `x` once: a copy of this function per dtype would only be code.
+    fn on_cpu(&self, x: &Tensor, bias: Option<&Tensor>, count: usize, shape: Shape) -> Result<Tensor> {
         let (rows, columns) = (self.bytes.shape()[0], self.bytes.shape()[1]);
         let wide = x.to_dtype(DType::F32)?;
         let (x_values, bytes, scales) =
             (wide.values::<f32>()?, self.bytes.values::<bool>()?, self.scales.values::<f32>()?);
-        let bias = bias.map(Tensor::values::<T>).transpose()?;
+        let bias = bias.map(|bias| bias.to_dtype(DType::F32)).transpose()?;
+        let bias = bias.as_ref().map(Tensor::values::<f32>).transpose()?;
         // By outputs first, so that each task reads its rows of the weights once for all inputs.
         let mut products = Tensor::uninit(Shape::new(&[rows, count])?, DType::F32, x.device())?;
         cpu::for_rows(products.values_mut::<f32>()?, count, 2 * columns, |first, products| {
@@ -167,21 +169,19 @@ impl Int8Matrix {
             }
         });
         let products = products.values::<f32>()?;
-        let mut y = Tensor::uninit(shape, x.dtype(), x.device())?;
-        for (input, y) in y.values_mut::<T>()?.chunks_exact_mut(rows.max(1)).enumerate() {
+        let mut y = Tensor::uninit(shape, DType::F32, x.device())?;
+        for (input, y) in y.values_mut::<f32>()?.chunks_exact_mut(rows.max(1)).enumerate() {
             let products = products[input..].iter().step_by(count);
             match bias {
-                Some(bias) => y.iter_mut().zip(products).zip(bias).for_each(|((y, product), bias)| {
-                    *y = T::from_acc(<T::Acc as Float>::from_f64(f64::from(*product)) + bias.to_acc());
-                }),
-                None => y.iter_mut().zip(products).for_each(|(y, product)| *y = T::from_f64(f64::from(*product))),
+                Some(bias) => y.iter_mut().zip(products).zip(bias).for_each(|((y, product), bias)| *y = product + bias),
+                None => y.iter_mut().zip(products).for_each(|(y, product)| *y = *product),
             }
         }
-        Ok(y)
+        y.to_dtype(x.dtype())
     }
 }
 
-/// `products[row][input] = Σ bytes[row] x[input]` for rows and inputs of so many columns, at least one.
+/// `products[row][input] = Σ bytes[row] x[input]` for rows and inputs of `columns` elements, at least one.
 fn products_of_rows(bytes: &[u8], x: &[f32], columns: usize, products: &mut [f32]) {
     #[cfg(target_arch = "x86_64")]
     if simd::level() >= Level::Avx512 {
@@ -191,7 +191,7 @@ fn products_of_rows(bytes: &[u8], x: &[f32], columns: usize, products: &mut [f32
 }
 
 vectorized! {
-    /// As [`products_of_rows`], in loops that the compiler makes vector instructions of.
+    /// [`products_of_rows`] in loops that the compiler vectorises.
     fn rows_in_loops(bytes: &[u8], x: &[f32], columns: usize, products: &mut [f32]) {
         const LANES: usize = 32;
         let count = x.len() / columns;
