@@ -11,23 +11,8 @@ use x_transformers::{
     record,
 };
 
-/// Both kernels, for elements of type `T`, an option of the compiler. Threads take elements a grid apart.
-const TEXT: &str = r#"
-extern "C" __global__ void snake_fwd(T* y, const T* x, long long n, T a) {
-    const long long step = (long long)gridDim.x * blockDim.x;
-    for (long long i = (long long)blockIdx.x * blockDim.x + threadIdx.x; i < n; i += step) {
-        const T s = sin(a * x[i]);
-        y[i] = x[i] + s * s / a;
-    }
-}
-
-extern "C" __global__ void snake_bwd(T* dx, const T* x, const T* dy, long long n, T a) {
-    const long long step = (long long)gridDim.x * blockDim.x;
-    for (long long i = (long long)blockIdx.x * blockDim.x + threadIdx.x; i < n; i += step) {
-        dx[i] = dy[i] * (1 + sin(2 * a * x[i]));
-    }
-}
-"#;
+/// Both kernels, for elements of the type that the option `ELEMENT` names.
+const TEXT: &str = include_str!("own_kernel.cu");
 
 /// Launches one of the kernels on packed tensors of `x`'s shape and type.
 fn launch(kernel: &str, x: &Tensor, more: &[&Tensor], a: f64) -> Result<Tensor> {
@@ -39,7 +24,7 @@ fn launch(kernel: &str, x: &Tensor, more: &[&Tensor], a: f64) -> Result<Tensor> 
         }
     };
     // Compiled on first use, then found.
-    let kernel = RawKernel::new(x.device(), TEXT, kernel, &[("T", element)])?;
+    let kernel = RawKernel::new(x.device(), TEXT, kernel, &[("ELEMENT", element)])?;
     let mut y = Tensor::empty(*x.shape(), x.dtype(), x.device())?;
     let n = x.numel();
     let mut args = vec![KernelArg::Output(&mut y), x.into()];
@@ -109,7 +94,7 @@ fn main() -> Result<()> {
         }
         Ok(()) => Err(Error::Argument { op: "snake", message: format!("{what} was accepted") }),
     };
-    let options = [("T", "float")];
+    let options = [("ELEMENT", "float")];
     let kernel = RawKernel::new(&device, TEXT, "snake_fwd", &options)?;
     let x = Tensor::ones([8, 8], DType::F64, &device)?;
     let mut y = Tensor::empty([8, 8], DType::F32, &device)?;

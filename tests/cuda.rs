@@ -7,6 +7,8 @@
 
 #[path = "common/gpu.rs"]
 mod common;
+#[path = "cuda/raw_kernel.rs"]
+mod raw_kernel;
 
 use common::gpu;
 use x_transformers::{

@@ -1,7 +1,7 @@
 //! Launches of kernels: the layout of their threads, and their arguments, in words that every backend shares.
 
 use super::{gpu::Address, signature::Kind};
-use crate::{DType, Error, Result, shape::Layout};
+use crate::{Error, Result, dtype::DType, shape::Layout};
 
 /// Blocks, and threads of each block.
 #[derive(Clone, Copy, Debug)]

@@ -3,7 +3,7 @@
 use std::fmt;
 
 use super::signature::{Declaration, DeclaredParameter, Kind, declarations, scalar_bytes};
-use crate::{DType, Error, Result, error::ensure, hash::fnv1a};
+use crate::{Error, Result, dtype::DType, error::ensure, hash::fnv1a};
 
 const OP: &str = "raw_kernel";
 

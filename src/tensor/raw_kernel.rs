@@ -24,12 +24,13 @@ const OP: &str = "raw_kernel";
 /// use x_transformers::{DType, Device, RawKernel, Tensor, device::Grid};
 /// # fn main() -> x_transformers::Result<()> {
 /// let text = r#"
+///     typedef ELEMENT T;
 ///     extern "C" __global__ void scale(T* y, const T* x, long long n, T factor) {
 ///         long long i = blockIdx.x * (long long)blockDim.x + threadIdx.x;
 ///         if (i < n) y[i] = factor * x[i];
 ///     }"#;
 /// let gpu = Device::cuda(0)?;
-/// let kernel = RawKernel::new(&gpu, text, "scale", &[("T", "float")])?;
+/// let kernel = RawKernel::new(&gpu, text, "scale", &[("ELEMENT", "float")])?;
 /// let x = Tensor::ones([1000], DType::F32, &gpu)?;
 /// let mut y = Tensor::empty([1000], DType::F32, &gpu)?;
 /// let grid = Grid::new([1000u32.div_ceil(256), 1, 1], [256, 1, 1]);
@@ -89,7 +90,8 @@ from!(&'a mut Tensor => Output, &'a Tensor => Input, i32 => I32, u32 => U32, i64
 impl RawKernel {
     /// Compiles the kernel of this name, or finds it in the cache.
     ///
-    /// `options`: macros, passed to the compiler as `-Dname=value`.
+    /// `options`: macros, passed to the compiler as `-Dname=value`; not one-letter names such as `T`, which the compiler's
+    /// own headers use.
     ///
     /// Errors: [`Error::Argument`] if the text has no such kernel, or a parameter of another type than those above;
     /// [`Error::Device`] on the CPU, on a GPU whose backend compiles no sources, or with the compiler's log.

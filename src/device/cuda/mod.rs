@@ -61,7 +61,7 @@ pub struct CudaDevice {
     /// Values that kernels need and that do not change, by name.
     constants: Mutex<tables::Constants>,
     /// The tables of [`CudaDevice::table`], with what they were made from.
-    tables: Mutex<BTreeMap<String, (Vec<i64>, Arc<dyn Memory>)>>,
+    tables: Mutex<tables::Tables>,
     /// The tables of a graph that is being made, from its first run on.
     graph_tables: Mutex<tables::GraphTables>,
     gate: gate::Gate,

@@ -57,6 +57,9 @@ impl Constants {
     }
 }
 
+/// Tables by name, with the values that they hold.
+pub(super) type Tables = BTreeMap<String, (Vec<i64>, Arc<dyn Memory>)>;
+
 /// The tables of a graph that is being made, with their values, and how many the recording has come to.
 #[derive(Default)]
 pub(super) struct GraphTables {
