@@ -33,7 +33,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use crate::{Device, Error, Result, Shape, Tensor, error::ensure};
+use crate::{Error, Result, device::Device, error::ensure, shape::Shape};
 
 thread_local! {
     /// Whether this thread has a session; read by every op.
@@ -97,7 +97,7 @@ struct Session {
     /// How many backward rules are running.
     inside: usize,
     /// What the op that runs has said of itself.
-    operations: Option<f64>,
+    cost: Option<Cost>,
     /// Bytes that the op in progress moves besides its last output and what that is recorded with.
     besides: f64,
     totals: BTreeMap<(Phase, &'static str), OpProfile>,
@@ -147,7 +147,7 @@ impl Profile {
             started: now,
             last: now,
             inside: 0,
-            operations: None,
+            cost: None,
             besides: 0.0,
             totals: BTreeMap::new(),
             outside: Duration::ZERO,
@@ -202,30 +202,41 @@ fn with_session<R>(f: impl FnOnce(&mut Session) -> R) -> Option<R> {
     SESSION.with_borrow_mut(|session| session.as_mut().map(f))
 }
 
-fn bytes(tensor: &Tensor) -> f64 {
-    (tensor.numel() * tensor.dtype().size()) as f64
+/// The floating-point operations of an op, which it says of itself before it is recorded.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Cost {
+    /// Those of the forward pass, a multiplication and an addition each.
+    pub operations: f64,
+    /// Those of the backward pass.
+    pub backward: BackwardCost,
 }
 
-/// The operations of a product, by the shapes.
-fn product(op: &str, output: &Tensor, inputs: &[&Tensor]) -> f64 {
-    match (op, inputs) {
-        ("matmul" | "linear", [a, ..]) => 2.0 * output.numel() as f64 * a.shape().last().copied().unwrap_or(1) as f64,
-        _ => 0.0,
-    }
+/// The operations of a backward pass, in those of the forward pass.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum BackwardCost {
+    /// As many for each of the first two inputs that need a gradient: a product for each factor.
+    Products,
+    /// This many times as many.
+    Times(f64),
 }
 
-/// Called by an op whose number of operations does not follow from its name and shapes, before it is recorded.
-pub(crate) fn operations(count: impl FnOnce() -> f64) {
+impl Cost {
+    /// That of ops that are limited by memory.
+    pub const NONE: Self = Self { operations: 0.0, backward: BackwardCost::Times(0.0) };
+}
+
+/// Says what the op that is about to be recorded costs; without it, that is [`Cost::NONE`].
+pub(crate) fn cost(count: impl FnOnce() -> Cost) {
     if ACTIVE.get() {
-        with_session(|session| session.operations = Some(count()));
+        with_session(|session| session.cost = Some(count()));
     }
 }
 
-/// Called when an output of an op is recorded that has another one, which is recorded next and with it: what it is made
-/// of counts with that.
+/// Called when an output of an op is recorded that has another one, which is recorded next and with it: the bytes that it
+/// is made of count with that.
 #[cold]
-pub(crate) fn beside(inputs: &[&Tensor]) {
-    with_session(|session| session.besides += inputs.iter().map(|&input| bytes(input)).sum::<f64>());
+pub(crate) fn beside(bytes: usize) {
+    with_session(|session| session.besides += bytes as f64);
 }
 
 /// Whether this thread has a profile.
@@ -235,26 +246,18 @@ pub(crate) fn active() -> bool {
 }
 
 /// The end of an op in a forward pass, or of one that a backward rule calls, which does not count by itself unless a
-/// tape records it. Gives the number of its operations.
+/// tape records it. `bytes` are those of its output and inputs. Returns its cost.
 #[cold]
-pub(crate) fn computed(op: &'static str, output: &Tensor, inputs: &[&Tensor], recorded: bool) -> Result<f64> {
-    // A view computes nothing; what it is a part of ends later.
-    if inputs.iter().any(|input| input.shares_storage(output)) {
-        return Ok(0.0);
-    }
+pub(crate) fn computed(op: &'static str, device: &Device, shape: Shape, bytes: usize, recorded: bool) -> Result<Cost> {
     let besides = with_session(|session| std::mem::take(&mut session.besides)).unwrap_or(0.0);
+    let cost = with_session(|session| session.cost.take()).flatten().unwrap_or(Cost::NONE);
     let counts = with_session(|session| session.inside == 0 || recorded);
     if counts != Some(true) {
-        return Ok(0.0);
+        return Ok(Cost::NONE);
     }
-    output.device().settle()?;
-    let moved = bytes(output) + inputs.iter().map(|&input| bytes(input)).sum::<f64>();
-    let operations = with_session(|session| {
-        let operations = session.operations.take().unwrap_or_else(|| product(op, output, inputs));
-        session.end(op, Phase::Forward, *output.shape(), operations, moved + besides);
-        operations
-    });
-    Ok(operations.unwrap_or(0.0))
+    device.settle()?;
+    with_session(|session| session.end(op, Phase::Forward, shape, cost.operations, bytes as f64 + besides));
+    Ok(cost)
 }
 
 /// A backward rule that runs.
@@ -265,19 +268,19 @@ pub(crate) struct Rule {
 }
 
 impl Rule {
-    /// Before a rule gets this gradient; `None` without a profile.
+    /// Before a rule gets a gradient of this shape and so many bytes; `None` without a profile.
     #[inline]
-    pub fn begin(grad: &Tensor) -> Option<Self> {
+    pub fn begin(device: &Device, shape: &Shape, bytes: usize) -> Option<Self> {
         if !ACTIVE.get() {
             return None;
         }
         with_session(|session| session.inside += 1)?;
-        Some(Self { device: grad.device().clone(), shape: *grad.shape(), bytes: bytes(grad) })
+        Some(Self { device: device.clone(), shape: *shape, bytes: bytes as f64 })
     }
 
-    /// After its gradients were added to the others. `operations` are those of the forward pass, `inputs` the bytes of
-    /// each input and whether it needs a gradient.
-    pub fn end(self, op: &'static str, operations: f64, inputs: impl Iterator<Item = (usize, bool)>) -> Result<()> {
+    /// After its gradients were added to the others. `cost` is what the op said of itself, `inputs` the bytes of each
+    /// input and whether it needs a gradient.
+    pub fn end(self, op: &'static str, cost: Cost, inputs: impl Iterator<Item = (usize, bool)>) -> Result<()> {
         self.device.settle()?;
         let mut moved = self.bytes;
         let mut products = 0.0;
@@ -287,14 +290,11 @@ impl Rule {
             // A product for each of the two factors.
             products += f64::from(u8::from(needed && index < 2));
         }
-        // Attention computes its scores again, beside two products for each of the forward pass.
-        let factor = match op {
-            "attention" => 2.5,
-            // All of its products are in its forward pass.
-            "linear_cross_entropy" => 0.0,
-            _ => products,
+        let factor = match cost.backward {
+            BackwardCost::Products => products,
+            BackwardCost::Times(factor) => factor,
         };
-        with_session(|session| session.end(op, Phase::Backward, self.shape, factor * operations, moved));
+        with_session(|session| session.end(op, Phase::Backward, self.shape, factor * cost.operations, moved));
         Ok(())
     }
 }

@@ -24,6 +24,7 @@ use super::{
 use crate::{
     DType, Error, Result,
     error::ensure,
+    profile::Cost,
     shape::Shape,
     tensor::{GradSlot, LeafId, Tensor},
 };
@@ -308,7 +309,7 @@ impl Call {
         let node = (!discard).then(|| Node {
             inputs: Input::all(inputs),
             rule: Rule::Segment(Box::new(Segment { f, inputs: inner, mode, seed, stream, nest })),
-            operations: 0.0,
+            cost: Cost::NONE,
         });
         push(output, node)
     }

@@ -38,7 +38,7 @@ pub use self::{
     gradcheck::{Gradcheck, GradcheckReport, InputReport, gradcheck},
     gradients::Gradients,
     record::{discrete, record},
-    rule::{Backward, GradSlice, InputGrad, InputGrads},
+    rule::{Backward, InputGrad, InputGrads},
 };
 
 thread_local! {

@@ -11,7 +11,7 @@ use crate::{
     Error, Result,
     error::ensure,
     philox::Philox,
-    profile,
+    profile::{self, Cost},
     tensor::{GradSlot, Recompute, Tensor},
 };
 
@@ -27,12 +27,12 @@ pub fn record<B: Backward + 'static>(
     inputs: &[&Tensor],
     backward: impl FnOnce(&Tensor) -> B,
 ) -> Result<Tensor> {
-    let operations = if profile::active() {
-        profile::computed(op, &output, inputs, with_stack(|stack| !stack.is_empty()))?
+    let cost = if profile::active() {
+        profiled(op, &output, inputs, with_stack(|stack| !stack.is_empty()))?
     } else {
-        0.0
+        Cost::NONE
     };
-    record_with(operations, op, output, inputs, backward)
+    record_with(cost, op, output, inputs, backward)
 }
 
 /// As [`record`], for an output that an op has besides the one that it records next with this among its inputs; a profile
@@ -44,13 +44,23 @@ pub(crate) fn record_beside<B: Backward + 'static>(
     backward: impl FnOnce(&Tensor) -> B,
 ) -> Result<Tensor> {
     if profile::active() {
-        profile::beside(inputs);
+        profile::beside(inputs.iter().map(|input| input.bytes_of_elements()).sum());
     }
-    record_with(0.0, op, output, inputs, backward)
+    record_with(Cost::NONE, op, output, inputs, backward)
+}
+
+/// Tells the profile of an op that is done. A view computes nothing: what it is a part of ends later.
+#[cold]
+fn profiled(op: &'static str, output: &Tensor, inputs: &[&Tensor], recorded: bool) -> Result<Cost> {
+    if inputs.iter().any(|input| input.shares_storage(output)) {
+        return Ok(Cost::NONE);
+    }
+    let bytes = inputs.iter().map(|input| input.bytes_of_elements()).sum::<usize>() + output.bytes_of_elements();
+    profile::computed(op, output.device(), *output.shape(), bytes, recorded)
 }
 
 fn record_with<B: Backward + 'static>(
-    operations: f64,
+    cost: Cost,
     op: &'static str,
     output: Tensor,
     inputs: &[&Tensor],
@@ -71,7 +81,7 @@ fn record_with<B: Backward + 'static>(
             let node = (!discard).then(|| Node {
                 inputs: Input::all(inputs),
                 rule: Rule::Op(Box::new(backward(&output))),
-                operations,
+                cost,
             });
             Ok(push(output, node))
         }
@@ -134,7 +144,7 @@ fn with_recipe<B: Backward + 'static>(
 pub(crate) fn computed(op: &'static str, output: Tensor, inputs: &[&Tensor]) -> Result<Tensor> {
     let taped = with_stack(|stack| !stack.is_empty());
     if profile::active() {
-        profile::computed(op, &output, inputs, taped)?;
+        profiled(op, &output, inputs, taped)?;
     }
     if taped { Ok(output) } else { marked(op, output, inputs) }
 }

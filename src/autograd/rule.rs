@@ -1,6 +1,10 @@
 //! Backward rules: how an op returns the gradients of its inputs.
 
-use crate::{Result, shape::Shape, tensor::Tensor};
+use crate::{
+    Result,
+    shape::Shape,
+    tensor::{GradSlice, Tensor},
+};
 
 /// One backward rule: a struct of what the op saved.
 pub trait Backward {
@@ -38,17 +42,6 @@ pub enum InputGrad {
         /// The gradient of the part.
         value: Tensor,
     },
-}
-
-/// The elements `start..start + len` along dimension `dim` of a tensor.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub struct GradSlice {
-    /// The dimension, counted from 0.
-    pub dim: usize,
-    /// The first element.
-    pub start: usize,
-    /// The number of elements.
-    pub len: usize,
 }
 
 /// The gradients that a backward rule returns.

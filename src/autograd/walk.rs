@@ -9,7 +9,7 @@ use super::{
 use crate::{
     DType, Device, Error, Result,
     error::ensure,
-    profile,
+    profile::{self, Cost},
     shape::Shape,
     tensor::{GradSlot, LeafId, Tensor},
 };
@@ -18,8 +18,8 @@ use crate::{
 pub(super) struct Node {
     pub inputs: Vec<Input>,
     pub rule: Rule,
-    /// Of the forward pass, if a profile counts them.
-    pub operations: f64,
+    /// What the op has said of itself, if there is a profile.
+    pub cost: Cost,
 }
 
 /// How the gradient of a node's output becomes those of its inputs.
@@ -123,9 +123,9 @@ pub(super) fn walk(recording: Recording, output: GradSlot, cotangent: Tensor) ->
         };
         let Some(grad) = frame.grads.pop().flatten() else { continue };
         match node.rule {
-            Rule::Op(rule) => frame.apply(rule, node.inputs, node.operations, grad, &mut leaves)?,
+            Rule::Op(rule) => frame.apply(rule, node.inputs, node.cost, grad, &mut leaves)?,
             Rule::Segment(segment) => {
-                let rule = profile::Rule::begin(&grad);
+                let rule = profile::Rule::begin(grad.device(), grad.shape(), grad.bytes_of_elements());
                 let (inside, output) = segment.run_again(&grad)?;
                 let outside = Outside { inputs: node.inputs, leaves: segment.leaves(), rule };
                 frames.push(Frame::new(inside, output, grad.into_constant(), Some(outside), &mut leaves)?);
@@ -165,11 +165,11 @@ impl Frame {
         &mut self,
         mut backward: Box<dyn Backward>,
         inputs: Vec<Input>,
-        operations: f64,
+        cost: Cost,
         grad: Tensor,
         leaves: &mut Gradients,
     ) -> Result<()> {
-        let rule = profile::Rule::begin(&grad);
+        let rule = profile::Rule::begin(grad.device(), grad.shape(), grad.bytes_of_elements());
         let sizes = rule.as_ref().map(|_| inputs.iter().map(Input::bytes).collect::<Vec<_>>());
         let need: Vec<bool> = inputs.iter().map(Input::needed).collect();
         let name = backward.name();
@@ -193,7 +193,7 @@ impl Frame {
             self.give(input.slot, contribution, leaves)?;
         }
         match (rule, sizes) {
-            (Some(rule), Some(sizes)) => rule.end(name, operations, sizes.into_iter().zip(need)),
+            (Some(rule), Some(sizes)) => rule.end(name, cost, sizes.into_iter().zip(need)),
             _ => Ok(()),
         }
     }
@@ -216,6 +216,6 @@ impl Frame {
                 self.give(input.slot, contribution, leaves)?;
             }
         }
-        segment.rule.map_or(Ok(()), |rule| rule.end("checkpoint", 0.0, sizes.into_iter()))
+        segment.rule.map_or(Ok(()), |rule| rule.end("checkpoint", Cost::NONE, sizes.into_iter()))
     }
 }

@@ -67,7 +67,7 @@ pub(crate) const GRAIN: usize = 32 * 1024;
 ///
 /// `cost` is the number of element operations of one row. Rows are independent, so that the cut, which depends on
 /// the sizes alone, never changes a result.
-pub(crate) fn for_rows<T: Send>(out: &mut [T], width: usize, cost: usize, body: impl Fn(usize, &mut [T]) + Sync) {
+pub fn for_rows<T: Send>(out: &mut [T], width: usize, cost: usize, body: impl Fn(usize, &mut [T]) + Sync) {
     if out.is_empty() || width == 0 {
         return;
     }

@@ -10,7 +10,7 @@ use super::TensorFile;
 use crate::{Error, ParamMap, Result, Tensor};
 
 /// How a family names its tensors.
-pub(super) struct Layout {
+pub(crate) struct Layout {
     /// Begins the names of the model inside one with a head.
     pub base: &'static str,
     /// If `true`, the family's own names begin with it here; if not, they are those of the model without a head.
@@ -46,7 +46,7 @@ const WRAPPERS: [&str; 13] = [
 
 /// What the tensors of a file are called there, by the family's own names.
 #[derive(Debug, Default)]
-pub(super) struct Renamed {
+pub(crate) struct Renamed {
     old: BTreeMap<String, String>,
     /// Where the model lies, and how its own names begin in place of that.
     place: [String; 2],

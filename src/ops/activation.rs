@@ -1,7 +1,6 @@
 //! Activations of a sum with a bias, as behind the matrix product of a dense layer.
 
 use super::{
-    copy::same_kind,
     norm::{reuse, widen},
     pointwise::{Gelu, GeluTanh, Keep, ReluSquared, Sigmoid, Silu, Unary},
     reduce::sum_chunks,
@@ -13,6 +12,7 @@ use crate::{
     dtype::{Float, Real, dispatch_float},
     error::ensure,
     shape::Shape,
+    tensor::same_kind,
 };
 
 /// The function in [`Tensor::add_activation`] and of the gate in [`Tensor::glu`].
@@ -115,7 +115,7 @@ fn activate<F: Unary>(x: &Tensor, bias: &Tensor) -> Result<Tensor> {
             });
             Ok(())
         })?,
-        Device::Cuda(gpu) => {
+        Device::Gpu(gpu) => {
             let rows = x.numel().checked_div(dim).unwrap_or(0);
             let (rows_per_chunk, chunks) = Grid::chunks(rows, dim, x.dtype());
             let bias = bias.detach().contiguous()?;
@@ -180,7 +180,7 @@ impl<F: Unary> Backward for ActivationBackward<F> {
                 })?;
                 sums
             }
-            Device::Cuda(gpu) => {
+            Device::Gpu(gpu) => {
                 let dtype = dx.dtype();
                 let (rows_per_chunk, chunks) = Grid::chunks(rows, dim, dtype);
                 let mut sums = partial_sums(x, need[1].then_some(chunks), dim)?;
@@ -220,7 +220,7 @@ pub(super) fn bias_gradient(sums: Option<Tensor>, x: &Tensor) -> Result<Option<T
     let Some(sums) = sums else { return Ok(None) };
     match *x.device() {
         Device::Cpu => sums.sum(&[0])?.to_dtype(x.dtype()).map(Some),
-        Device::Cuda(gpu) => {
+        Device::Gpu(gpu) => {
             let [gradient, _] = sum_chunks(gpu, &sums, x.dtype(), sums.dim(1)?, [true, false])?;
             Ok(gradient)
         }

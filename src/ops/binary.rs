@@ -3,11 +3,11 @@
 use crate::{
     DType, Device, Error, Result, Shape, Tensor,
     autograd::{Backward, InputGrads, computed, needs, record},
-    device::{CudaDevice, Grid, Storage, args, cpu, simd::vectorized},
+    device::{Gpu, Grid, args, cpu, simd::vectorized},
     dtype::{Float, Real, dispatch_float},
     error::ensure,
-    ops::copy::{same_device, same_kind},
     shape::collapse_layouts,
+    tensor::{Storage, same_device, same_kind},
 };
 
 /// A function of two numbers, with broadcasting; its backward is made of tensors.
@@ -110,7 +110,7 @@ fn binary<F: Binary>(a: &Tensor, b: &Tensor) -> Result<Tensor> {
             cpu::for_strided(y.values_mut::<T>()?, &shape, layouts, |y, at, steps| zip::<T, F>(y, a, b, at, steps));
             Ok(())
         })?,
-        Device::Cuda(gpu) => launch_binary(gpu, F::NAME, &mut y, a, b)?,
+        Device::Gpu(gpu) => launch_binary(*gpu, F::NAME, &mut y, a, b)?,
     }
     let need = needs(F::NAME, [a, b])?;
     record(F::NAME, y, &[a, b], |_| BinaryBackward::<F> {
@@ -125,7 +125,7 @@ fn binary<F: Binary>(a: &Tensor, b: &Tensor) -> Result<Tensor> {
 }
 
 /// `y = f(a, b)` by the kernel's function of this name; `a` and `b` broadcast to the shape of `y`.
-pub(super) fn launch_binary(gpu: &CudaDevice, function: &str, y: &mut Tensor, a: &Tensor, b: &Tensor) -> Result<()> {
+pub(super) fn launch_binary(gpu: &dyn Gpu, function: &str, y: &mut Tensor, a: &Tensor, b: &Tensor) -> Result<()> {
     let shape = *y.shape();
     let layouts = collapse_layouts(&shape, [&a.layout().expand(shape), &b.layout().expand(shape)]);
     let n = shape.numel();
@@ -200,7 +200,7 @@ fn integers(op: &'static str, a: &Tensor, b: &Tensor, f: fn(i64, i64) -> i64) ->
                 }
             });
         }
-        Device::Cuda(gpu) => launch_binary(gpu, op, &mut y, a, b)?,
+        Device::Gpu(gpu) => launch_binary(*gpu, op, &mut y, a, b)?,
     }
     computed(op, y, &[a, b])
 }
@@ -220,7 +220,7 @@ fn by_divisor(g: &Tensor, a: &Tensor, b: &Tensor) -> Result<Tensor> {
             });
             Ok(())
         })?,
-        Device::Cuda(gpu) => {
+        Device::Gpu(gpu) => {
             let [g_layout, a_layout, b_layout] = collapse_layouts(&shape, layouts);
             let n = shape.numel();
             gpu.kernel("quotient_bwd", &[("DTYPE", g.dtype().name())])?.launch(

@@ -3,14 +3,12 @@
 use crate::{
     DType, Device, Element, Error, Result, Shape, Tensor,
     autograd::{Backward, InputGrads, computed, discrete, record},
-    device::{Grid, Storage, args, cpu},
+    device::{Grid, args, cpu},
     dtype::dispatch_float,
     error::ensure,
-    ops::{
-        binary::launch_binary,
-        copy::{same_device, same_kind},
-    },
+    ops::binary::launch_binary,
     shape::{Layout, collapse_layouts},
+    tensor::{Storage, same_device, same_kind},
 };
 
 /// Comparisons and logic give masks: they have no gradient, and refuse tensors that require one.
@@ -71,7 +69,7 @@ fn compare<E: Element>(
                 }
             });
         }
-        Device::Cuda(gpu) => launch_binary(gpu, op, &mut y, a, b)?,
+        Device::Gpu(gpu) => launch_binary(*gpu, op, &mut y, a, b)?,
     }
     computed(op, y, &[a, b])
 }
@@ -117,7 +115,7 @@ impl Tensor {
             (Device::Cpu, DType::I64) => choose::<i64>(&mut y, &mask, a, b, layouts)?,
             (Device::Cpu, DType::Bool) => choose::<bool>(&mut y, &mask, a, b, layouts)?,
             (Device::Cpu, float) => dispatch_float!(OP, float, T, choose::<T>(&mut y, &mask, a, b, layouts))?,
-            (Device::Cuda(gpu), dtype) => {
+            (Device::Gpu(gpu), dtype) => {
                 let [choice, yes, no] = collapse_layouts(&shape, layouts);
                 let n = shape.numel();
                 gpu.kernel("where_cond", &[("DTYPE", dtype.name())])?.launch(

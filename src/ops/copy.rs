@@ -1,12 +1,13 @@
-//! Copies: packing strided tensors, converting dtypes, joining, and the sums in place that the tape needs.
+//! Copies with gradients: packing strided tensors, converting dtypes, moving to another device, joining.
 
 use crate::{
     DType, Device, Error, Result, Tensor,
-    autograd::{Backward, GradSlice, InputGrad, InputGrads, discrete, record},
-    device::{CudaDevice, Grid, Storage, args, cpu, simd::vectorized, size32},
-    dtype::{Element, Float, dispatch_float},
+    autograd::{Backward, InputGrad, InputGrads, discrete, record},
+    device::cpu,
+    dtype::{Element, dispatch_float},
     error::ensure,
-    shape::{Layout, Shape, collapse_layouts},
+    shape::{Layout, Shape},
+    tensor::{launch_strided, same_kind},
 };
 
 impl Tensor {
@@ -15,7 +16,7 @@ impl Tensor {
         if self.is_contiguous() {
             return Ok(self.clone());
         }
-        let out = pack(self)?;
+        let out = self.packed()?;
         record("contiguous", out, &[self], |_| CopyBackward { dtype: self.dtype() })
     }
 
@@ -32,21 +33,21 @@ impl Tensor {
             discrete("to_dtype", &[self])?;
         }
         let x = self.contiguous()?;
-        let mut out = Tensor::uninit(*x.shape(), dtype, x.device())?;
-        match (x.device(), x.dtype()) {
-            (Device::Cpu, DType::I64) => convert_to(x.values::<i64>()?, |x| x as f64, &mut out)?,
-            (Device::Cpu, DType::Bool) => convert_to(x.values::<bool>()?, |x| x as f64, &mut out)?,
-            (Device::Cpu, float) => dispatch_float!("to_dtype", float, T, {
-                convert_to(x.values::<T>()?, |x| crate::dtype::Real::to_f64(x.to_acc()), &mut out)
-            })?,
-            (Device::Cuda(gpu), from) => {
-                let n = x.numel();
-                gpu.kernel("convert_elements", &[("DTYPE", dtype.name()), ("FROM", from.name())])?
-                    .launch(Grid::packets(n, dtype), args![&mut out, &x, n as i64])?;
-            }
-        }
+        let out = x.converted(dtype)?;
         // Recorded against the packed tensor: if that was a copy, its own node follows.
         record("to_dtype", out, &[&x], |_| CopyBackward { dtype: self.dtype() })
+    }
+
+    /// The values on another device; the tensor itself if it is there already. Its gradient goes the way back.
+    ///
+    /// Errors: memory runs out, or an error of the driver.
+    pub fn to_device(&self, device: &Device) -> Result<Tensor> {
+        if self.device() == device {
+            return Ok(self.clone());
+        }
+        let x = self.contiguous()?;
+        let y = x.moved(device)?;
+        record("to_device", y, &[&x], |_| ToDeviceBackward { device: self.device().clone() })
     }
 
     /// Joins tensors along a dimension; negative ones count from the end. As in PyTorch, a tensor of shape `[0]` joins
@@ -92,144 +93,16 @@ impl Tensor {
             (Device::Cpu, DType::I64) => join::<i64>(tensors, dim, &mut out)?,
             (Device::Cpu, DType::Bool) => join::<bool>(tensors, dim, &mut out)?,
             (Device::Cpu, float) => dispatch_float!("cat", float, T, join::<T>(tensors, dim, &mut out))?,
-            (Device::Cuda(gpu), _) => {
+            (Device::Gpu(gpu), _) => {
                 let (whole, mut start) = (Layout::contiguous(*out.shape()), 0);
                 for (tensor, &size) in tensors.iter().zip(&sizes).filter(|(_, size)| **size > 0) {
-                    launch_strided(gpu, &mut out, &whole.narrow(dim, start, size), tensor, false)?;
+                    launch_strided(*gpu, &mut out, &whole.narrow(dim, start, size), tensor, false)?;
                     start += size;
                 }
             }
         }
         Ok((out, sizes, dim))
     }
-
-    /// Adds a tensor of the same shape and dtype, in place if no other handle shares the values.
-    pub(crate) fn accumulate(self, value: &Tensor) -> Result<Tensor> {
-        let whole = GradSlice { dim: 0, start: 0, len: self.shape().first().copied().unwrap_or(1) };
-        self.accumulate_part(whole, value)
-    }
-
-    /// Adds a tensor to a part of this one, in place if no other handle shares the values.
-    pub(crate) fn accumulate_part(mut self, part: GradSlice, value: &Tensor) -> Result<Tensor> {
-        let inside = |&size: &usize| part.start.checked_add(part.len).is_some_and(|end| end <= size);
-        ensure!(
-            self.rank() == 0 || self.shape().get(part.dim).is_some_and(inside),
-            Error::shape("accumulate", format!("{part:?} is no part of a gradient of shape {:?}", self.shape()))
-        );
-        let expected = if self.rank() == 0 { *self.shape() } else { self.shape().with_dim(part.dim, part.len) };
-        ensure!(
-            expected == *value.shape() && self.dtype() == value.dtype(),
-            Error::shape(
-                "accumulate",
-                format!(
-                    "a gradient of shape {:?} {} was given where {expected:?} {} is needed",
-                    value.shape(),
-                    value.dtype(),
-                    self.dtype()
-                )
-            )
-        );
-        self.dtype().expect_float("accumulate")?;
-        if !self.is_unique() {
-            self = pack(&self)?;
-        }
-        match *self.device() {
-            Device::Cpu => dispatch_float!("accumulate", self.dtype(), T, add_part::<T>(&mut self, part, value))?,
-            Device::Cuda(gpu) => {
-                let whole = Layout::contiguous(*self.shape());
-                let layout = if self.rank() == 0 { whole } else { whole.narrow(part.dim, part.start, part.len) };
-                launch_strided(gpu, &mut self, &layout, value, true)?;
-            }
-        }
-        Ok(self)
-    }
-}
-
-/// Checks that two tensors have one dtype and one device.
-pub(crate) fn same_kind(op: &'static str, a: &Tensor, b: &Tensor) -> Result<()> {
-    ensure!(
-        a.dtype() == b.dtype(),
-        Error::dtype(op, format!("the tensors are {} and {}; convert one with `to_dtype`", a.dtype(), b.dtype()))
-    );
-    same_device(op, a, b)
-}
-
-/// Checks that two tensors are on one device.
-pub(crate) fn same_device(op: &'static str, a: &Tensor, b: &Tensor) -> Result<()> {
-    ensure!(
-        a.device() == b.device(),
-        Error::Device { op, message: format!("the tensors are on {} and {}; move one", a.device(), b.device()) }
-    );
-    Ok(())
-}
-
-/// A packed copy.
-pub(super) fn pack(x: &Tensor) -> Result<Tensor> {
-    let mut out = x.uninit_like()?;
-    match (x.device(), x.dtype()) {
-        (Device::Cpu, DType::I64) => pack_into::<i64>(x, &mut out)?,
-        (Device::Cpu, DType::Bool) => pack_into::<bool>(x, &mut out)?,
-        (Device::Cpu, float) => dispatch_float!("contiguous", float, T, pack_into::<T>(x, &mut out))?,
-        (Device::Cuda(gpu), _) => {
-            launch_strided(gpu, &mut out, &Layout::contiguous(*x.shape()), x, false)?;
-        }
-    }
-    Ok(out)
-}
-
-/// Copies a tensor to a part of a packed one, whose elements `part` counts from the first, or adds it to that.
-fn launch_strided(gpu: &CudaDevice, to: &mut Tensor, part: &Layout, from: &Tensor, add: bool) -> Result<()> {
-    let (n, options) = (from.numel(), [("DTYPE", from.dtype().name())]);
-    let [part, layout] = collapse_layouts(from.shape(), [part, from.layout()]);
-    if let Some(dim) = turned(&part, &layout) {
-        let last = part.shape.rank() - 1;
-        let (rows, columns) = (part.shape[dim], part.shape[last]);
-        let steps = (part.strides[dim] as i64, layout.strides[last] as i64);
-        let firsts = [part, layout].map(|layout| layout.squeeze(last).squeeze(dim));
-        let batches = firsts[0].shape.numel();
-        let side = if from.dtype().size() == 8 { 32 } else { 64 };
-        let tiles = batches * rows.div_ceil(side) * columns.div_ceil(side);
-        let args = args![
-            to,
-            Storage(from),
-            &firsts[0],
-            &firsts[1],
-            batches as i64,
-            size32(rows)?,
-            size32(columns)?,
-            steps.0,
-            steps.1,
-            u32::from(add)
-        ];
-        return gpu.kernel("copy_transposed", &options)?.launch(Grid::tiles(tiles), args);
-    }
-    gpu.kernel(if add { "copy_add" } else { "copy_strided" }, &options)?
-        .launch(Grid::packets(n, from.dtype()), args![to, Storage(from), &part, &layout, n as i64])
-}
-
-/// The least of both sides that tiles of `copy_transposed` pay for.
-const LONG: usize = 16;
-
-/// The dimension along which `from` is packed, if `to` is packed along the last one and both are long enough for tiles.
-fn turned(to: &Layout, from: &Layout) -> Option<usize> {
-    let last = to.shape.rank().checked_sub(1)?;
-    let long = |dim: usize| to.shape[dim] >= LONG;
-    let across = to.strides[last] == 1 && from.strides[last] > 1 && long(last);
-    (0..last).find(|&dim| across && from.strides[dim] == 1 && long(dim))
-}
-
-fn pack_into<E: Element>(x: &Tensor, out: &mut Tensor) -> Result<()> {
-    let from = x.storage::<E>()?;
-    cpu::for_strided(out.values_mut::<E>()?, x.shape(), [x.layout()], |run, [start], [step]| {
-        if step == 1 {
-            run.copy_from_slice(&from[start..start + run.len()]);
-        } else {
-            for (index, to) in run.iter_mut().enumerate() {
-                *to = from[start + index * step];
-            }
-        }
-    });
-    Ok(())
 }
 
 fn join<E: Element>(tensors: &[&Tensor], dim: usize, out: &mut Tensor) -> Result<()> {
@@ -255,55 +128,6 @@ fn join<E: Element>(tensors: &[&Tensor], dim: usize, out: &mut Tensor) -> Result
     Ok(())
 }
 
-/// Every conversion goes through f64, which holds each of the types exactly (integers up to 2⁵³).
-fn convert_to<S: Copy + Sync>(from: &[S], widen: impl Fn(S) -> f64 + Sync, out: &mut Tensor) -> Result<()> {
-    match out.dtype() {
-        DType::I64 => convert(from, out.values_mut::<i64>()?, |x| widen(x) as i64),
-        DType::Bool => convert(from, out.values_mut::<bool>()?, |x| (widen(x) != 0.0) as u8),
-        float => dispatch_float!("to_dtype", float, T, {
-            // Not `T::from_f64`: the half types have a method of that name, which cuts bits off before it rounds.
-            convert(from, out.values_mut::<T>()?, |x| <T as Float>::from_f64(widen(x)));
-            Ok(())
-        })?,
-    }
-    Ok(())
-}
-
-fn convert<S: Copy + Sync, R: Send>(from: &[S], to: &mut [R], f: impl Fn(S) -> R + Sync) {
-    cpu::for_rows(to, 1, 1, |start, to| {
-        for (to, &from) in to.iter_mut().zip(&from[start..]) {
-            *to = f(from);
-        }
-    });
-}
-
-/// Adds to a part of a packed tensor that no other handle shares.
-fn add_part<T: Float>(sum: &mut Tensor, part: GradSlice, value: &Tensor) -> Result<()> {
-    let inner: usize = sum.shape().iter().skip(part.dim + 1).product();
-    let width = sum.shape().get(part.dim).copied().unwrap_or(1) * inner;
-    let (start, len) = (part.start * inner, part.len * inner);
-    let value = value.detach().contiguous()?;
-    let (sum, value) = (sum.values_mut::<T>()?, value.values::<T>()?);
-    if len == sum.len() {
-        cpu::for_rows(sum, 1, 1, |at, sum| add_assign::<T>(sum, &value[at..at + sum.len()]));
-    } else if len > 0 {
-        cpu::for_rows(sum, width, len, |row, rows| {
-            for (index, sum) in rows.chunks_exact_mut(width).enumerate() {
-                add_assign::<T>(&mut sum[start..start + len], &value[(row + index) * len..][..len]);
-            }
-        });
-    }
-    Ok(())
-}
-
-vectorized! {
-    fn add_assign<T: Float>(sum: &mut [T], value: &[T]) {
-        for (sum, value) in sum.iter_mut().zip(value) {
-            *sum = T::from_acc(sum.to_acc() + value.to_acc());
-        }
-    }
-}
-
 struct CopyBackward {
     dtype: DType,
 }
@@ -315,6 +139,20 @@ impl Backward for CopyBackward {
 
     fn backward(self: Box<Self>, grad: Tensor, _need: &[bool]) -> Result<InputGrads> {
         grad.to_dtype(self.dtype).map(InputGrads::one)
+    }
+}
+
+struct ToDeviceBackward {
+    device: Device,
+}
+
+impl Backward for ToDeviceBackward {
+    fn name(&self) -> &'static str {
+        "to_device"
+    }
+
+    fn backward(self: Box<Self>, grad: Tensor, _need: &[bool]) -> Result<InputGrads> {
+        grad.to_device(&self.device).map(InputGrads::one)
     }
 }
 

@@ -1,12 +1,13 @@
 //! Dropout with a mask that is drawn again instead of being stored, alone or with a sum behind it.
 
-use super::{copy::same_kind, norm::reuse};
+use super::norm::reuse;
 use crate::{
     Device, Error, Philox, Result, Tensor,
     autograd::{Backward, InputGrads, dropout_stream, record, record_cheap_after},
     device::{Grid, args, cpu, simd::vectorized},
     dtype::{Float, Real, dispatch_float},
     error::ensure,
+    tensor::same_kind,
 };
 
 /// Elements that are masked together.
@@ -99,7 +100,7 @@ impl Mask {
                 });
                 Ok(())
             }),
-            Device::Cuda(gpu) => {
+            Device::Gpu(gpu) => {
                 // A replay would draw the same mask again and again.
                 gpu.refuse_while_capturing("dropout")?;
                 let (n, dtype, seed, stream) = (out.numel(), out.dtype(), self.random.seed(), self.random.stream());

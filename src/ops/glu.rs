@@ -76,7 +76,7 @@ fn glu<F: Unary>(op: &'static str, x: &Tensor, bias: Option<&Tensor>, dim: usize
             });
             Ok(())
         })?,
-        Device::Cuda(gpu) => {
+        Device::Gpu(gpu) => {
             let rows = y.numel().checked_div(dim).unwrap_or(0);
             let (rows_per_chunk, chunks) = Grid::chunks(rows, dim, x.dtype());
             let bias = packed(bias)?;
@@ -151,7 +151,7 @@ impl<F: Unary> Backward for GluBackward<F> {
                 })?;
                 sums
             }
-            Device::Cuda(gpu) => {
+            Device::Gpu(gpu) => {
                 let dtype = grad.dtype();
                 let (rows_per_chunk, chunks) = Grid::chunks(rows, dim, dtype);
                 let mut sums = partial_sums(&grad, bias_needed.then_some(chunks), 2 * dim)?;

@@ -3,11 +3,11 @@
 use crate::{
     Device, Error, Result, Tensor,
     autograd::{Backward, InputGrads, record},
-    device::{CudaDevice, Grid, args, cpu, simd::vectorized, size32},
+    device::{Gpu, Grid, args, cpu, simd::vectorized, size32},
     dtype::{Float, Real, dispatch_float},
     error::ensure,
-    ops::copy::same_kind,
     shape::Shape,
+    tensor::same_kind,
 };
 
 impl Tensor {
@@ -49,7 +49,7 @@ impl Tensor {
                 });
                 Ok(())
             })?,
-            Device::Cuda(gpu) => {
+            Device::Gpu(gpu) => {
                 let rows = h.numel().checked_div(dim).unwrap_or(0);
                 gpu.kernel("gru_fwd", &[("DTYPE", h.dtype().name())])?
                     .launch(Grid::rows(rows, dim), args![&mut y, &h, &input, &hidden, rows as i64, size32(dim)?])?;
@@ -98,7 +98,7 @@ impl Backward for GruGateBackward {
         let grad = grad.contiguous()?;
         let parts = match grad.device() {
             Device::Cpu => self.backward_rows(&grad)?,
-            Device::Cuda(gpu) => self.backward_cuda(gpu, &grad)?,
+            Device::Gpu(gpu) => self.backward_cuda(*gpu, &grad)?,
         };
         Ok(InputGrads::whole(parts.into_iter().map(Some)))
     }
@@ -128,7 +128,7 @@ impl GruGateBackward {
     }
 
     /// As [`GruGateBackward::backward_rows`].
-    fn backward_cuda(&self, gpu: &CudaDevice, grad: &Tensor) -> Result<Vec<Tensor>> {
+    fn backward_cuda(&self, gpu: &dyn Gpu, grad: &Tensor) -> Result<Vec<Tensor>> {
         let Self { h, input, hidden } = self;
         let dim = h.dim(-1)?;
         let rows = h.numel().checked_div(dim).unwrap_or(0);

@@ -5,11 +5,12 @@ use crate::device::{Level, simd};
 use crate::{
     DType, Device, Error, Result, Tensor,
     autograd::discrete,
-    device::{CudaDevice, Grid, args, cpu, simd::vectorized, size32},
+    device::{Gpu, Grid, args, cpu, simd::vectorized, size32},
     dtype::{Float, Real, dispatch_float},
     error::ensure,
-    ops::{copy::same_device, reduce::sum_slice},
+    ops::reduce::sum_slice,
     shape::Shape,
+    tensor::same_device,
 };
 
 const OP: &str = "int8";
@@ -92,7 +93,7 @@ impl Int8Matrix {
                 });
                 Ok(())
             })?,
-            Device::Cuda(gpu) => gpu.kernel("int8_dequantize", &[("DTYPE", dtype.name())])?.launch(
+            Device::Gpu(gpu) => gpu.kernel("int8_dequantize", &[("DTYPE", dtype.name())])?.launch(
                 Grid::elements(rows * columns),
                 args![&mut wide, &self.bytes, &self.scales, (rows * columns) as i64, size32(columns)?],
             )?,
@@ -134,19 +135,12 @@ impl Int8Matrix {
         let (x, bias) = (x.detach().contiguous()?, bias.map(|bias| bias.detach().contiguous()).transpose()?);
         let shape = x.shape().with_dim(x.rank() - 1, rows);
         match *x.device() {
-            Device::Cuda(gpu) => self.on_cuda(gpu, &x, bias.as_ref(), count, shape),
+            Device::Gpu(gpu) => self.on_cuda(gpu, &x, bias.as_ref(), count, shape),
             Device::Cpu => self.on_cpu(&x, bias.as_ref(), count, shape),
         }
     }
 
-    fn on_cuda(
-        &self,
-        gpu: &CudaDevice,
-        x: &Tensor,
-        bias: Option<&Tensor>,
-        count: usize,
-        shape: Shape,
-    ) -> Result<Tensor> {
+    fn on_cuda(&self, gpu: &dyn Gpu, x: &Tensor, bias: Option<&Tensor>, count: usize, shape: Shape) -> Result<Tensor> {
         let (rows, columns) = (self.bytes.shape()[0], self.bytes.shape()[1]);
         let mut y = Tensor::uninit(shape, x.dtype(), x.device())?;
         let sizes = (count as i64, rows as i64, size32(columns)?);

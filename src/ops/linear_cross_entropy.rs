@@ -11,10 +11,10 @@ use super::{
 use crate::{
     DType, Device, Error, Result, Tensor,
     autograd::{Backward, InputGrads, needs, record},
-    device::{Arg, CudaDevice, Grid, args, cpu, simd::vectorized, size32},
+    device::{Address, Arg, Gpu, Grid, args, cpu, simd::vectorized, size32},
     dtype::{Float, Real, dispatch_float},
     error::ensure,
-    profile,
+    profile::{self, BackwardCost, Cost},
     shape::Shape,
 };
 
@@ -119,7 +119,7 @@ impl Tensor {
         let classes = weight.dim(0)?;
         let padded = |x: Tensor| match x.device() {
             Device::Cpu => Ok(x),
-            Device::Cuda(_) => pad_rows(x, classes.next_multiple_of(MULTIPLE)),
+            Device::Gpu(_) => pad_rows(x, classes.next_multiple_of(MULTIPLE)),
         };
         let layer = Layer {
             x,
@@ -130,9 +130,11 @@ impl Tensor {
             ignore_index,
         };
         let (loss, gradients) = layer.run(need, rows_at_a_time)?;
-        profile::operations(|| {
+        profile::cost(|| {
+            // All products are in the forward pass.
             let products = 1 + u8::from(need_x) + u8::from(need_weight);
-            2.0 * f64::from(products) * rows as f64 * weight.numel() as f64
+            let operations = 2.0 * f64::from(products) * rows as f64 * weight.numel() as f64;
+            Cost { operations, backward: BackwardCost::Times(0.0) }
         });
         let backward = |_: &Tensor| LinearCrossEntropyBackward { gradients, shape: *self.shape(), dtype: self.dtype() };
         match bias {
@@ -177,7 +179,7 @@ impl Layer {
         let divide_at_last = device != Device::Cpu || dtype == DType::F16;
         let count = match device {
             Device::Cpu => count_targets(self.targets.values::<i64>()?, self.classes, self.ignore_index)? as f64,
-            Device::Cuda(_) => 1.0,
+            Device::Gpu(_) => 1.0,
         };
         let scale = if divide_at_last { 1.0 } else { 1.0 / count };
         let of_sums = |shape: &[usize]| Tensor::uninit(Shape::new(shape)?, dtype.accumulator(), &device);
@@ -189,7 +191,7 @@ impl Layer {
             let (x, targets) = (self.x.narrow(0, first, height)?, self.targets.narrow(0, first, height)?);
             let needed = need.contains(&true);
             let gradient = match &device {
-                Device::Cuda(gpu) => self.block_on_gpu(gpu, &x, &targets, needed, rows_of_part, &mut losses)?,
+                Device::Gpu(gpu) => self.block_on_gpu(*gpu, &x, &targets, needed, rows_of_part, &mut losses)?,
                 Device::Cpu if dtype == dtype.accumulator() => {
                     Some(self.block(&x, &targets, needed, scale, &mut losses)?)
                 }
@@ -214,9 +216,9 @@ impl Layer {
                 let loss = Tensor::full((), losses.sum / count, dtype.accumulator(), &device)?;
                 (loss, Tensor::scalar(count, &device)?)
             }
-            Device::Cuda(gpu) => {
+            Device::Gpu(gpu) => {
                 let (losses, ..) = Tensor::joined(&losses.of_rows.iter().collect::<Vec<_>>(), 0)?;
-                launch_mean(gpu, dtype, &losses, &self.targets, self.ignore_index)?
+                launch_mean(*gpu, dtype, &losses, &self.targets, self.ignore_index)?
             }
         };
         let x = match of_x.len() {
@@ -284,7 +286,7 @@ impl Layer {
     /// of half types they are those of a few rows at a time, otherwise the gradient is written over them.
     fn block_on_gpu(
         &self,
-        gpu: &'static CudaDevice,
+        gpu: &'static dyn Gpu,
         x: &Tensor,
         targets: &Tensor,
         needed: bool,
@@ -309,7 +311,7 @@ impl Layer {
             let ends = (self.classes, self.ignore_index);
             losses.of_rows.push(launch_rows(gpu, &logits, &targets, ends, &mut statistics)?);
             if let Some(gradient) = &mut gradient {
-                let to = gradient.address_mut()? + (first * padded * dtype.size()) as u64;
+                let to = gradient.address_mut()?.plus(first * padded * dtype.size());
                 launch_rounded_gradient(gpu, dtype, to, &logits, &statistics, &targets, ends)?;
             } else if needed {
                 let ones = Tensor::ones([], dtype, device)?;
@@ -402,9 +404,9 @@ vectorized! {
 /// Writes `softmax(x) − onehot(target)`, rounded to the half type, to this address, in rows as long as those of `x`
 /// `[rows, pitch]`, of which the first `classes` elements count; of the others the gradient is 0.
 fn launch_rounded_gradient(
-    gpu: &CudaDevice,
+    gpu: &dyn Gpu,
     dtype: DType,
-    to: u64,
+    to: Address,
     x: &Tensor,
     statistics: &Tensor,
     targets: &Tensor,

@@ -64,6 +64,4 @@ ops! {
 
 pub use int8::Int8Matrix;
 pub use linear_cross_entropy::rows_of_logits;
-#[cfg(feature = "cuda")]
-pub(crate) use sample::broken_logits;
 pub use sample::{SampleFilter, SampleSpec};

@@ -205,7 +205,7 @@ fn unary<F: Unary>(x: &Tensor) -> Result<Tensor> {
             cpu::for_rows(y.values_mut::<T>()?, 1, COST, |at, y| map::<T, F>(&from[at..at + y.len()], y));
             Ok(())
         })?,
-        Device::Cuda(gpu) => {
+        Device::Gpu(gpu) => {
             let n = x.numel();
             gpu.kernel("unary_fwd", &[("DTYPE", x.dtype().name()), ("FUNCTION", F::NAME)])?
                 .launch(Grid::batches(n, x.dtype()), args![&mut y, &x, n as i64])?;
@@ -252,7 +252,7 @@ impl<F: Unary> Backward for UnaryBackward<F> {
                 });
                 Ok(())
             })?,
-            Device::Cuda(gpu) => {
+            Device::Gpu(gpu) => {
                 let (n, dtype) = (dx.numel(), dx.dtype());
                 gpu.kernel("unary_bwd", &[("DTYPE", dtype.name()), ("FUNCTION", F::NAME)])?.launch(
                     Grid::batches(n, dtype),
@@ -298,7 +298,7 @@ impl Tensor {
                 cpu::for_rows(y.values_mut::<T>()?, 1, 1, |at, y| affine::<T>(&from[at..at + y.len()], y, a, b));
                 Ok(())
             })?,
-            Device::Cuda(gpu) => {
+            Device::Gpu(gpu) => {
                 let n = x.numel();
                 gpu.kernel("affine_fwd", &[("DTYPE", x.dtype().name())])?
                     .launch(Grid::packets(n, x.dtype()), args![&mut y, &x, n as i64, multiplier, summand])?;

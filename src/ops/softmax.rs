@@ -31,7 +31,7 @@ impl Tensor {
                 });
                 Ok(())
             })?,
-            Device::Cuda(gpu) => {
+            Device::Gpu(gpu) => {
                 let rows = x.numel().checked_div(width).unwrap_or(0);
                 gpu.kernel("softmax_fwd", &[("DTYPE", x.dtype().name())])?
                     .launch(Grid::held_rows(rows, width, x.dtype()), args![&mut y, &x, rows as i64, size32(width)?])?;
@@ -86,7 +86,7 @@ impl Backward for SoftmaxBackward {
                 });
                 Ok(())
             })?,
-            Device::Cuda(gpu) => {
+            Device::Gpu(gpu) => {
                 let rows = grad.numel().checked_div(width).unwrap_or(0);
                 gpu.kernel("softmax_bwd", &[("DTYPE", grad.dtype().name())])?.launch(
                     Grid::held_rows(rows, width, grad.dtype()),

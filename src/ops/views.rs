@@ -3,10 +3,10 @@
 
 use crate::{
     Error, Result,
-    autograd::{Backward, GradSlice, InputGrad, InputGrads, record},
+    autograd::{Backward, InputGrad, InputGrads, record},
     error::ensure,
     shape::{IntoShape, Layout, MAX_RANK, Shape},
-    tensor::Tensor,
+    tensor::{GradSlice, Tensor},
 };
 
 impl Tensor {

@@ -222,7 +222,7 @@ impl ParamMap {
             match values.entry(param.leaf()) {
                 Entry::Vacant(entry) => {
                     let old = param.tensor();
-                    let value = tensor.to_device(old.device())?.to_dtype(old.dtype())?.contiguous()?;
+                    let value = tensor.packed()?.on(old.device())?.converted(old.dtype())?;
                     entry.insert((name, param, value));
                 }
                 Entry::Occupied(entry) => {
@@ -247,7 +247,7 @@ impl ParamMap {
                 tensor.dtype().is_float() == old.dtype().is_float(),
                 Error::dtype("load", format!("buffer {name} is {}, expected {}", tensor.dtype(), old.dtype()))
             );
-            buffers.push((buffer, tensor.to_device(old.device())?.to_dtype(old.dtype())?.contiguous()?));
+            buffers.push((buffer, tensor.packed()?.on(old.device())?.converted(old.dtype())?));
         }
         buffers.into_iter().for_each(|(buffer, value)| buffer.set(value));
         // Together, and in the order of the optimizers' locks: readers see all old values or all new ones.
@@ -338,7 +338,10 @@ impl ParamStore {
                 init.tensor(shape, self.dtype, &self.device, Philox::new(seed, fnv1a(full.as_bytes())))?
             }
             Start::Zeros => Tensor::zeros(shape, self.dtype, &self.device)?,
-            Start::Shapes => Tensor::zeros((), self.dtype, &self.device)?.expand(shape)?,
+            Start::Shapes => {
+                let zero = Tensor::zeros((), self.dtype, &self.device)?;
+                zero.with_layout(zero.layout().expand(shape))
+            }
         };
         let param = Param::new(value)?;
         self.register(full, param)

@@ -57,7 +57,7 @@ fn write_values(tensor: &Tensor, f: &mut fmt::Formatter<'_>, indent: Option<usiz
                 _ => f.write_str(", ")?,
             }
         }
-        let part = tensor.detach().select(0, index).map_err(|_| fmt::Error)?;
+        let part = tensor.with_layout(tensor.layout().narrow(0, index, 1).squeeze(0));
         write_values(&part, f, indent.map(|indent| indent + 1))?;
     }
     f.write_str("]")

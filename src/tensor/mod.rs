@@ -2,13 +2,16 @@
 
 use std::sync::Arc;
 
+mod copy;
 mod display;
 mod history;
+mod launch;
+mod raw_kernel;
 mod recompute;
+mod slices;
 
 use crate::{
     Device, Error, Result,
-    autograd::{Backward, InputGrads, record},
     device::{Buffer, Grid, args},
     dtype::{DType, Element, Float, Readable, Real, dispatch_float},
     error::ensure,
@@ -16,8 +19,12 @@ use crate::{
     shape::{IntoShape, Layout, Shape},
 };
 
+pub use copy::GradSlice;
+pub(crate) use copy::{launch_strided, same_device, same_kind};
 pub use history::LeafId;
 pub(crate) use history::{GradSlot, ThreadMark, next_id};
+pub(crate) use launch::Storage;
+pub use raw_kernel::{KernelArg, RawKernel};
 pub(crate) use recompute::{Recompute, Saved};
 
 /// An n-dimensional array of up to six dimensions.
@@ -60,7 +67,7 @@ impl Tensor {
         for (to, &from) in tensor.values_mut::<E>()?.iter_mut().zip(values) {
             *to = from.to_stored();
         }
-        tensor.to_device(device)
+        tensor.on(device)
     }
 
     /// As [`Tensor::from_slice`], from a vector.
@@ -78,7 +85,7 @@ impl Tensor {
         let mut tensor = Self::uninit(shape.into_shape()?, dtype, device)?;
         match device {
             Device::Cpu => tensor.bytes_mut()?.fill(0),
-            Device::Cuda(gpu) => gpu.fill_zero(tensor.address_mut()?, tensor.numel() * dtype.size())?,
+            Device::Gpu(gpu) => gpu.fill_zero(tensor.address_mut()?, tensor.numel() * dtype.size())?,
         }
         Ok(tensor)
     }
@@ -92,10 +99,10 @@ impl Tensor {
     pub fn full(shape: impl IntoShape, value: f64, dtype: DType, device: &Device) -> Result<Self> {
         match device {
             Device::Cpu => Self::generate(shape, dtype, device, |_| value),
-            Device::Cuda(gpu) => {
+            Device::Gpu(gpu) => {
                 let mut tensor = Self::uninit(shape.into_shape()?, dtype, device)?;
                 // Rounded to the dtype here, so that the kernel's conversions are exact.
-                let value = Self::scalar(value, &Device::Cpu)?.to_dtype(dtype)?.item()?;
+                let value = Self::scalar(value, &Device::Cpu)?.converted(dtype)?.item()?;
                 let n = tensor.numel();
                 gpu.kernel("fill_value", &[("DTYPE", dtype.name())])?
                     .launch(Grid::elements(n), args![&mut tensor, n as i64, value])?;
@@ -109,7 +116,7 @@ impl Tensor {
         let mut tensor = Self::uninit([n].into_shape()?, DType::I64, device)?;
         match device {
             Device::Cpu => fill(tensor.values_mut::<i64>()?, |index| index as i64),
-            Device::Cuda(gpu) => gpu
+            Device::Gpu(gpu) => gpu
                 .kernel("fill_arange", &[("DTYPE", DType::I64.name())])?
                 .launch(Grid::elements(n), args![&mut tensor, n as i64])?,
         }
@@ -132,20 +139,24 @@ impl Tensor {
                 Ok(())
             })?,
         }
-        tensor.to_device(device)
+        tensor.on(device)
     }
 
     /// A tensor whose content is unspecified, for ops that write every element.
     pub(crate) fn uninit(shape: Shape, dtype: DType, device: &Device) -> Result<Self> {
         let buffer = Buffer::new(shape.numel() * dtype.size(), device)?;
-        Ok(Self {
+        Ok(Self::of_buffer(buffer, shape, dtype, device))
+    }
+
+    fn of_buffer(buffer: Buffer, shape: Shape, dtype: DType, device: &Device) -> Self {
+        Self {
             buffer: Arc::new(buffer),
             layout: Layout::contiguous(shape),
             dtype,
             device: device.clone(),
             grad: GradSlot::Constant,
             recipe: None,
-        })
+        }
     }
 
     /// Unspecified content, with this tensor's shape, dtype and device.
@@ -166,6 +177,11 @@ impl Tensor {
     /// Number of elements.
     pub fn numel(&self) -> usize {
         self.layout.shape.numel()
+    }
+
+    /// Bytes of the elements, each counted once for every place that a view shows it in.
+    pub(crate) fn bytes_of_elements(&self) -> usize {
+        self.numel() * self.dtype.size()
     }
 
     /// Size of one dimension; negative ones count from the end.
@@ -229,7 +245,7 @@ impl Tensor {
     ///
     /// Errors: `E` is not the tensor's dtype; convert with [`Tensor::to_dtype`] first.
     pub fn to_vec<E: Readable>(&self) -> Result<Vec<E>> {
-        let packed = self.detach().contiguous()?.to_device(&Device::Cpu)?;
+        let packed = self.packed()?.on(&Device::Cpu)?;
         let values = packed.values::<E>()?.iter().map(|&stored| E::from_stored(stored)).collect();
         profile::done("to_vec", profile::Phase::Read, &self.device, || packed.numel() * packed.dtype.size())?;
         Ok(values)
@@ -237,7 +253,7 @@ impl Tensor {
 
     /// The values in row-major order, widened to f64 from any dtype.
     pub fn to_f64_vec(&self) -> Result<Vec<f64>> {
-        let packed = self.detach().contiguous()?.to_device(&Device::Cpu)?;
+        let packed = self.packed()?.on(&Device::Cpu)?;
         let values = match self.dtype {
             DType::I64 => packed.values::<i64>()?.iter().map(|&x| x as f64).collect(),
             DType::Bool => packed.values::<bool>()?.iter().map(|&x| x as f64).collect(),
@@ -260,6 +276,11 @@ impl Tensor {
         Ok(self.to_f64_vec()?[0])
     }
 
+    /// This packed constant on a device.
+    pub(crate) fn on(self, device: &Device) -> Result<Self> {
+        if self.device == *device { Ok(self) } else { self.moved(device) }
+    }
+
     pub(crate) fn layout(&self) -> &Layout {
         &self.layout
     }
@@ -274,7 +295,7 @@ impl Tensor {
         self.check_dtype::<E>()?;
         match &*self.buffer {
             Buffer::Cpu(buffer) => Ok(bytemuck::cast_slice(buffer.bytes())),
-            Buffer::Cuda(_) => Err(Self::not_on_the_cpu(&self.device)),
+            Buffer::Gpu(_) => Err(Self::not_on_the_cpu(&self.device)),
         }
     }
 
@@ -302,65 +323,19 @@ impl Tensor {
 
     /// Whether `values_mut` may write: the handle is the only one, and contiguous.
     pub(crate) fn is_unique(&mut self) -> bool {
-        Arc::get_mut(&mut self.buffer).is_some() && self.is_contiguous()
+        Arc::get_mut(&mut self.buffer).is_some_and(Buffer::is_unique) && self.is_contiguous()
     }
 
     fn bytes_mut(&mut self) -> Result<&mut [u8]> {
         match Arc::get_mut(&mut self.buffer) {
             Some(Buffer::Cpu(buffer)) => Ok(buffer.bytes_mut()),
-            Some(Buffer::Cuda(_)) => Err(Self::not_on_the_cpu(&self.device)),
+            Some(Buffer::Gpu(_)) => Err(Self::not_on_the_cpu(&self.device)),
             None => Err(Error::argument("write", "the storage is shared; ops write only to tensors that they own")),
-        }
-    }
-
-    /// Where a contiguous tensor on a GPU has its first element. Kernels are given this address and not the strides.
-    pub(crate) fn address(&self) -> Result<u64> {
-        let strided =
-            || format!("a kernel expects packed elements, got {:?} with strides {:?}", self.shape(), self.strides());
-        ensure!(self.is_contiguous(), Error::argument("launch", strided()));
-        Ok(self.storage_address()? + (self.range().start * self.dtype.size()) as u64)
-    }
-
-    /// Where a contiguous tensor on a GPU that no other handle shares has its first element.
-    pub(crate) fn address_mut(&mut self) -> Result<u64> {
-        ensure!(
-            self.is_unique(),
-            Error::argument("write", "the storage is shared; ops write only to packed tensors that they own")
-        );
-        self.address()
-    }
-
-    /// Where the storage of a tensor on a GPU starts.
-    pub(crate) fn storage_address(&self) -> Result<u64> {
-        match &*self.buffer {
-            Buffer::Cuda(buffer) => Ok(buffer.address()),
-            Buffer::Cpu(_) => Err(Error::Device {
-                op: "launch",
-                message: "a tensor on the CPU was given to a kernel; move it with `to_device`".into(),
-            }),
         }
     }
 
     fn not_on_the_cpu(device: &Device) -> Error {
         Error::Device { op: "read", message: format!("the tensor is on {device}; move it to the CPU with `to_device`") }
-    }
-
-    /// The values on another device; the tensor itself if it is there already. Its gradient goes the way back.
-    ///
-    /// Errors: memory runs out, or an error of the driver.
-    pub fn to_device(&self, device: &Device) -> Result<Tensor> {
-        if self.device == *device {
-            return Ok(self.clone());
-        }
-        let x = self.contiguous()?;
-        let mut y = Self::uninit(*x.shape(), x.dtype, device)?;
-        match (&x.device, device) {
-            (Device::Cpu, Device::Cpu) => {}
-            (Device::Cpu, Device::Cuda(gpu)) => gpu.upload(y.address_mut()?, x.bytes()?)?,
-            (Device::Cuda(gpu), Device::Cpu) => gpu.read_back_at(x.address()?, y.bytes_mut()?)?,
-            (Device::Cuda(_), Device::Cuda(_)) => y = x.detach().to_device(&Device::Cpu)?.to_device(device)?,
-        }
-        record("to_device", y, &[&x], |_| ToDeviceBackward { device: self.device.clone() })
     }
 
     /// The same values in packed storage that no other handle shares: this one, or a copy.
@@ -370,12 +345,7 @@ impl Tensor {
 
     /// A packed copy with storage of its own.
     pub(crate) fn to_owned_copy(&self) -> Result<Tensor> {
-        let (x, mut y) = (self.detach().contiguous()?, self.uninit_like()?);
-        match &self.device {
-            Device::Cpu => y.bytes_mut()?.copy_from_slice(x.bytes()?),
-            Device::Cuda(gpu) => gpu.copy(y.address_mut()?, x.address()?, y.numel() * y.dtype.size())?,
-        }
-        Ok(y)
+        if self.is_contiguous() { self.moved(&self.device) } else { self.packed_copy() }
     }
 
     /// The bytes of the elements of a contiguous tensor on the CPU.
@@ -383,7 +353,7 @@ impl Tensor {
         let (range, size) = (self.range(), self.dtype.size());
         match &*self.buffer {
             Buffer::Cpu(buffer) => Ok(&buffer.bytes()[range.start * size..range.end * size]),
-            Buffer::Cuda(_) => Err(Self::not_on_the_cpu(&self.device)),
+            Buffer::Gpu(_) => Err(Self::not_on_the_cpu(&self.device)),
         }
     }
 
@@ -393,20 +363,6 @@ impl Tensor {
             Error::dtype("read", format!("the tensor is {}, not {}; convert with `to_dtype`", self.dtype, E::DTYPE))
         );
         Ok(())
-    }
-}
-
-struct ToDeviceBackward {
-    device: Device,
-}
-
-impl Backward for ToDeviceBackward {
-    fn name(&self) -> &'static str {
-        "to_device"
-    }
-
-    fn backward(self: Box<Self>, grad: Tensor, _need: &[bool]) -> Result<InputGrads> {
-        grad.to_device(&self.device).map(InputGrads::one)
     }
 }
 

@@ -40,7 +40,7 @@ pub(super) fn backward(
         Device::Cpu => dispatch_float!(OP, problem.q.dtype(), T, {
             backward_as::<T, <T as Float>::Acc>(problem, out, kept, grad, need)
         }),
-        Device::Cuda(gpu) => cuda::backward(gpu, problem, out, kept, grad, need),
+        Device::Gpu(gpu) => cuda::backward(*gpu, problem, out, kept, grad, need),
     }
 }
 

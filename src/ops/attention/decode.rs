@@ -9,10 +9,11 @@ use super::{OP, Sizes, expect_bool, packed_rows, tile::mean_of};
 use crate::{
     DType, Device, Error, Result, Tensor,
     autograd::{computed, discrete},
-    device::{CudaDevice, Grid, Storage, args, cpu, simd::vectorized, size32},
+    device::{Gpu, Grid, args, cpu, simd::vectorized, size32},
     dtype::{Float, Real, dispatch_float},
     error::ensure,
     shape::Shape,
+    tensor::Storage,
 };
 
 /// Keys of a part, on the CPU and on a GPU.
@@ -79,7 +80,7 @@ pub fn attention_decode(q: &Tensor, k: &Tensor, v: &Tensor, lengths: &Tensor, sp
     let call = Call { sizes, q: &q, k: &k, v: &v, lengths: &lengths, spec };
     let out = match *q.device() {
         Device::Cpu => dispatch_float!(OP, q.dtype(), T, call.on_cpu::<T>(merged))?,
-        Device::Cuda(gpu) => call.on_cuda(gpu, merged)?,
+        Device::Gpu(gpu) => call.on_cuda(gpu, merged)?,
     };
     let out = computed(OP, out, &[&q, &k, &v])?;
     out.permute(&[0, 2, 1, 3])
@@ -125,7 +126,7 @@ fn check(sizes: &Sizes, q: &Tensor, lengths: &Tensor, spec: &DecodeSpec) -> Resu
                 && bias.device() == q.device(),
             Error::shape(OP, format!("expected bias_by_distance [{heads}, distances], got {shape:?} {}", bias.dtype()))
         );
-        if let Device::Cuda(_) = q.device() {
+        if let Device::Gpu(_) = q.device() {
             size32(shape[1])?;
         }
     }
@@ -143,7 +144,7 @@ struct Call<'a> {
 }
 
 impl Call<'_> {
-    fn on_cuda(&self, gpu: &CudaDevice, merged: Shape) -> Result<Tensor> {
+    fn on_cuda(&self, gpu: &dyn Gpu, merged: Shape) -> Result<Tensor> {
         let Sizes { batch, heads, queries, keys, .. } = self.sizes;
         let (q, spec) = (self.q, self.spec);
         ensure!(

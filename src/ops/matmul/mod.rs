@@ -10,11 +10,19 @@ use crate::{
     dtype::{Float, dispatch_float},
     error::ensure,
     gemm::{Multiply, gemm, gemm_sums},
-    ops::copy::same_kind,
-    tensor::Saved,
+    profile::{self, BackwardCost, Cost},
+    tensor::{Saved, same_kind},
 };
 use grad::{LinearBackward, MatmulBackward};
 use strides::{Merged, Sizes, positions};
+
+/// Tells the profile of the product of `x` and another matrix that gave `y`.
+fn cost(x: &Tensor, y: &Tensor) {
+    profile::cost(|| {
+        let steps = x.shape().last().copied().unwrap_or(1);
+        Cost { operations: 2.0 * y.numel() as f64 * steps as f64, backward: BackwardCost::Products }
+    });
+}
 
 impl Tensor {
     /// Matrix product: `y[.., i, j] = Σ_k a[.., i, k] · b[.., k, j]`.
@@ -45,6 +53,7 @@ impl Tensor {
         }
         let y = product(self, b, None)?;
         let [need_a, need_b] = needs("matmul", [self, b])?;
+        cost(self, &y);
         record("matmul", y, &[self, b], |_| MatmulBackward {
             a: need_b.then(|| self.detach()),
             b: need_a.then(|| b.detach()),
@@ -79,6 +88,7 @@ impl Tensor {
         let y = product(&self.as_rows()?, &weight.detach().transpose(0, 1)?, packed.as_ref())?;
         let y = y.reshape(self.shape().with_dim(self.rank() - 1, weight.shape()[0]))?;
         let [need_x, need_weight] = needs("linear", [self, weight])?;
+        cost(self, &y);
         let backward = |_: &Tensor| LinearBackward {
             x: need_weight.then(|| Saved::of(self)),
             weight: need_x.then(|| weight.detach()),
@@ -123,10 +133,10 @@ pub(super) fn product(a: &Tensor, b: &Tensor, bias: Option<&Tensor>) -> Result<T
     let sizes = Sizes::of(a.shape(), b.shape())?;
     same_kind("matmul", a, b)?;
     let shape = sizes.with([sizes.m, sizes.n])?;
-    if let Device::Cuda(gpu) = a.device()
+    if let Device::Gpu(gpu) = a.device()
         && shape.numel() > 0
     {
-        return cuda::product(gpu, &sizes, shape, [a, b], bias);
+        return cuda::product(*gpu, &sizes, shape, [a, b], bias);
     }
     let mut out = Tensor::uninit(shape, a.dtype(), a.device())?;
     if out.numel() > 0 {
@@ -164,8 +174,8 @@ pub(super) fn product_sums(a: &Tensor, b: &Tensor, accumulate: bool, sums: &mut 
     if sums.numel() == 0 {
         return Ok(());
     }
-    if let Device::Cuda(gpu) = a.device() {
-        return cuda::product_sums(gpu, &sizes, [a, b], accumulate, sums);
+    if let Device::Gpu(gpu) = a.device() {
+        return cuda::product_sums(*gpu, &sizes, [a, b], accumulate, sums);
     }
     let merged = Merged::new(&sizes, a, b)?;
     dispatch_float!("matmul", a.dtype(), T, {

@@ -4,12 +4,9 @@ use super::{Form, LANES, packed, reuse, rows, widen};
 use crate::{
     DType, Device, Element, Result, Tensor,
     autograd::{Backward, InputGrads},
-    device::{CudaDevice, Grid, args, cpu, simd::vectorized, size32},
+    device::{Gpu, Grid, args, cpu, simd::vectorized, size32},
     dtype::{Float, Real, dispatch_float},
-    ops::{
-        copy::pack,
-        reduce::{sum_chunks, sum_slice},
-    },
+    ops::reduce::{sum_chunks, sum_slice},
     shape::Shape,
 };
 
@@ -46,12 +43,12 @@ impl Backward for NormBackward {
         let width = self.x.dim(-1)?;
         let (dx, partials) = match self.x.device() {
             Device::Cpu => dispatch_float!(self.op, grad.dtype(), T, self.backward_rows::<T>(grad, wanted))?,
-            Device::Cuda(gpu) => {
-                let (dx, partials) = self.backward_cuda(gpu, grad, wanted)?;
+            Device::Gpu(gpu) => {
+                let (dx, partials) = self.backward_cuda(*gpu, grad, wanted)?;
                 let each = self.weight.as_ref().is_none_or(|weight| weight.numel() == width);
                 if let (true, Some(partials)) = (each, &partials) {
                     let wanted = [weight_needed, bias_needed];
-                    let [dweight, dbias] = sum_chunks(gpu, partials, self.x.dtype(), width, wanted)?;
+                    let [dweight, dbias] = sum_chunks(*gpu, partials, self.x.dtype(), width, wanted)?;
                     let weight = self.weight.is_some().then_some(dweight);
                     let grads = [Some(dx), weight, self.has_bias.then_some(dbias)];
                     return Ok(InputGrads::whole(grads.into_iter().flatten().collect::<Vec<_>>()));
@@ -97,7 +94,7 @@ fn whole_threads(columns: usize, dtype: DType) -> Option<(usize, usize)> {
 
 /// The same values where kernels read packets of 16 bytes.
 fn aligned(x: &Tensor) -> Result<Tensor> {
-    if x.address()?.is_multiple_of(16) { Ok(x.clone()) } else { pack(x) }
+    if x.address()?.get().is_multiple_of(16) { Ok(x.clone()) } else { x.packed_copy() }
 }
 
 impl NormBackward {
@@ -131,7 +128,7 @@ impl NormBackward {
     /// As [`NormBackward::backward_rows`].
     fn backward_cuda(
         &self,
-        gpu: &CudaDevice,
+        gpu: &dyn Gpu,
         grad: Tensor,
         wanted: (bool, bool),
     ) -> Result<(Option<Tensor>, Option<Tensor>)> {
@@ -153,8 +150,8 @@ impl NormBackward {
             let (x, onto) = (aligned(x)?, onto.map(aligned).transpose()?);
             let (mut dx, source) = match source {
                 Some(source) => (dx, Some(aligned(&source)?)),
-                None if dx.address()?.is_multiple_of(16) => (dx, None),
-                None => (x.uninit_like()?, Some(pack(&dx)?)),
+                None if dx.address()?.get().is_multiple_of(16) => (dx, None),
+                None => (x.uninit_like()?, Some(dx.packed_copy()?)),
             };
             let mut partials = sums()?;
             let grid = Grid::new([size32(chunks)?, 1, 1], [threads as u32, groups as u32, 1]);

@@ -3,7 +3,7 @@
 use super::{Form, LANES, Spec, packed, rows, widen};
 use crate::{
     DType, Device, Element, Result, Tensor,
-    device::{CudaDevice, Grid, args, cpu, simd::vectorized, size32},
+    device::{Gpu, Grid, args, cpu, simd::vectorized, size32},
     dtype::{Float, Real, dispatch_float},
     ops::reduce::sum_slice,
     shape::Shape,
@@ -29,7 +29,7 @@ impl Forward {
         };
         match x.device() {
             Device::Cpu => dispatch_float!(op, x.dtype(), T, forward.rows::<T>(x, residual, spec))?,
-            Device::Cuda(gpu) => forward.cuda(gpu, x, residual, spec)?,
+            Device::Gpu(gpu) => forward.cuda(*gpu, x, residual, spec)?,
         }
         Ok(forward)
     }
@@ -50,7 +50,7 @@ impl Forward {
         Ok(())
     }
 
-    fn cuda(&mut self, gpu: &CudaDevice, x: &Tensor, residual: Option<&Tensor>, spec: &Spec) -> Result<()> {
+    fn cuda(&mut self, gpu: &dyn Gpu, x: &Tensor, residual: Option<&Tensor>, spec: &Spec) -> Result<()> {
         let (rows, columns) = (rows(x)?, x.dim(-1)?);
         let (weight, bias) = (packed(spec.weight)?, packed(spec.bias)?);
         let weights = weight.as_ref().map_or(0, Tensor::numel);

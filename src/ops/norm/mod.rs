@@ -7,12 +7,12 @@ mod forward;
 use backward::NormBackward;
 use forward::Forward;
 
-use super::copy::same_kind;
 use crate::{
     Error, Result, Tensor,
     autograd::{Backward, InputGrads, record_beside, record_cheap},
     dtype::{Float, Real},
     error::ensure,
+    tensor::same_kind,
 };
 
 impl Tensor {
