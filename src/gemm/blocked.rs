@@ -43,7 +43,8 @@ impl Scratch {
     }
 }
 
-/// `C = beta + A·B` on the calling thread, for `k > 0`.
+/// `C = beta + A·B` on the calling thread, for `k > 0`. Never inlined: the drivers would have a copy each.
+#[inline(never)]
 pub(super) fn multiply<T: Float>(
     kernel: &dyn Packing<T>,
     k: usize,

@@ -71,7 +71,8 @@ pub(super) fn kernel<T: Multiply>(rows: usize) -> &'static dyn Packing<T> {
 /// The way to multiply `m` rows by columns of depth `k` with the bits of a kernel, but without packing B; `None` if packing
 /// is as fast.
 pub(super) fn few_rows<T: Float>(kernel: &dyn Packing<T>, m: usize, k: usize, b: Matrix<T>) -> Option<FewRows> {
-    if m == 0 || k == 0 || !cfg!(target_arch = "x86_64") {
+    if m == 0 || k == 0 || !cfg!(target_arch = "x86_64") || T::DTYPE == DType::F64 {
+        // f64 serves references and gradient checks.
         return None;
     }
     let level = simd::level();
@@ -92,8 +93,6 @@ pub(super) fn few_rows<T: Float>(kernel: &dyn Packing<T>, m: usize, k: usize, b:
     let streams = m <= streamed::ROWS
         && kernel.arithmetic() == Arithmetic::Fma
         && level >= Level::Avx2
-        // f64 serves references and gradient checks.
-        && T::DTYPE != DType::F64
         && (b.row == 1 || b.col == 1);
     streams.then_some(FewRows::Streamed)
 }

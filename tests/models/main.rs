@@ -3,6 +3,7 @@
 #[path = "../common/draw.rs"]
 mod draw;
 
+mod branches;
 mod options;
 mod random_options;
 mod wrappers;

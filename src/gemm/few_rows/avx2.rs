@@ -24,7 +24,7 @@ pub(super) fn multiply<T: Float>(
     passed: usize,
     sums: &mut [T::Acc],
 ) -> usize {
-    if simd::level() < Level::Avx2 || (b.row != 1 && b.col != 1) || T::DTYPE == DType::F64 {
+    if simd::level() < Level::Avx2 || (b.row != 1 && b.col != 1) {
         return 0;
     }
     let strides = [b.row, b.col, passed];

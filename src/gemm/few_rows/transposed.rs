@@ -7,6 +7,7 @@
 #[cfg(target_arch = "x86_64")]
 use super::avx512;
 use crate::{
+    DType,
     device::scratch::aligned,
     dtype::Float,
     gemm::matrix::{Beta, KC, Matrix, Window},
@@ -116,6 +117,12 @@ pub(super) fn multiply<T: Float>(
     if done == 0 || rows == 0 || k == 0 {
         return 0;
     }
+    // Known to the compiler, which leaves out the rest.
+    let word = match T::DTYPE {
+        DType::F32 => Word::F32,
+        DType::F16 => Word::F16,
+        _ => word,
+    };
     #[cfg(target_arch = "x86_64")]
     if rows > TOGETHER && word.is_stored(k) {
         return multiply_by_rows(word, k, a, b, beta, c, copy);

@@ -75,21 +75,39 @@ unsafe fn across<T: Widen<V, N>, V: Square<N>, const N: usize, const WIDTH: usiz
         for start in (0..m).step_by(together) {
             for first in (0..kc).step_by(LINES) {
                 for i in (start..m.min(start + together)).step_by(WIDTH) {
+                    let whole = i + WIDTH.next_multiple_of(N) <= m;
                     for p in first..kc.min(first + LINES) {
                         let (from, to) = (from.add(p * col + i), to.add(i * kc + p * WIDTH));
-                        for part in (0..WIDTH).step_by(N) {
-                            let count = N.min(WIDTH - part);
-                            if i + part + N <= m {
-                                T::widen(from.add(part)).store_first(count, to.add(part));
-                            } else {
-                                for part in part..(part + count).min(m - i) {
-                                    *to.add(part) = (*from.add(part)).to_acc();
-                                }
+                        if whole {
+                            for part in (0..WIDTH).step_by(N) {
+                                T::widen(from.add(part)).store_first(N.min(WIDTH - part), to.add(part));
                             }
+                        } else {
+                            edge::<T, V, N>(from, WIDTH.min(m - i), to);
                         }
                     }
                 }
             }
+        }
+    }
+}
+
+/// A line of a panel near the end of the operand. A function of its own, which serves panels of every width.
+///
+/// # Safety
+///
+/// As for [`across`].
+#[inline(never)]
+#[target_feature(enable = "avx2,fma")]
+unsafe fn edge<T: Widen<V, N>, V: Square<N>, const N: usize>(from: *const T, count: usize, to: *mut V::Scalar) {
+    // SAFETY: see above.
+    unsafe {
+        let whole = count - count % N;
+        for part in (0..whole).step_by(N) {
+            T::widen(from.add(part)).store(to.add(part));
+        }
+        for part in whole..count {
+            *to.add(part) = (*from.add(part)).to_acc();
         }
     }
 }
