@@ -90,7 +90,7 @@ pub enum Family {
 }
 
 impl Family {
-    /// Whether its models continue texts; the others embed them.
+    /// Returns `true` if its models continue texts; the others embed them.
     pub fn is_causal(self) -> bool {
         matches!(self, Self::Llama | Self::Mistral | Self::Qwen2)
     }
@@ -108,7 +108,7 @@ impl fmt::Display for Family {
     }
 }
 
-/// What a family makes of a file: the options, and where each parameter comes from.
+/// A file as its family reads it: the options, and where each parameter comes from.
 type Described = (TransformerWrapperConfig, Names);
 
 impl Pretrained {
