@@ -74,7 +74,7 @@ pub struct Pretrained {
     ends: Vec<i64>,
 }
 
-/// What a family makes of a file: the options, and where each parameter comes from.
+/// A file as its family reads it: the options, and where each parameter comes from.
 type Described = (TransformerWrapperConfig, Names);
 
 impl Pretrained {
