@@ -49,7 +49,7 @@ enum Kind {
     Filter(SamplingConfig),
 }
 
-/// How [`Model::run`] runs.
+/// Options of [`Model::run`].
 #[derive(Clone, Copy, Debug, Default)]
 pub struct RunOptions {
     /// Give gradients too.
@@ -62,7 +62,7 @@ pub struct RunOptions {
     pub seed: u64,
 }
 
-/// What a forward pass gives: `out` or `loss`, and named extras.
+/// Result of a forward pass: `out` or `loss`, and named extras.
 struct Forward {
     name: &'static str,
     value: Tensor,
@@ -338,7 +338,7 @@ impl Model {
     }
 }
 
-/// How `generate` of x-transformers 0.22 ends: once every row has the end token, be it in its prompt, it stops behind the
+/// The ends of `generate` as x-transformers 0.22 has them: once every row has the end token, be it in its prompt, it stops behind the
 /// token that it has just drawn, and only then is what follows the first end of each row overwritten.
 struct Ends {
     eos: Option<i64>,
