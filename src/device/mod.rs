@@ -21,6 +21,7 @@ pub(crate) mod launch;
 mod map;
 mod precision;
 mod ranges;
+pub(crate) mod rows;
 pub(crate) mod scratch;
 pub(crate) mod simd;
 mod tasks;

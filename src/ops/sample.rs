@@ -207,7 +207,7 @@ impl Choice {
         let width = half * size_of::<T::Key>() / 4 + half;
         let mut scratch = Tensor::uninit(Shape::new(&[tokens.len(), width])?, DType::F64, &Device::Cpu)?;
         let scratch = scratch.values_mut::<f64>()?;
-        cpu::for_rows2(tokens, scratch, (1, width), 100 * columns, |first, tokens, scratch| {
+        cpu::for_rows2(tokens, scratch, (1, width), 100 * columns, &|first, tokens, scratch| {
             for (index, (token, scratch)) in tokens.iter_mut().zip(scratch.chunks_exact_mut(width)).enumerate() {
                 let at = first + index;
                 let (keys, weights) = scratch.split_at_mut(width - half);

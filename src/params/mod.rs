@@ -12,6 +12,7 @@ use crate::{
     DType, Device, Error, Result,
     error::ensure,
     hash::fnv1a,
+    ordered::ordered,
     philox::Philox,
     shape::IntoShape,
     tensor::{GradSlot, LeafId, Tensor},
@@ -172,10 +173,10 @@ impl ParamMap {
     /// Beside a thread that trains, it has the weights of one step: all from before an update, or all from after it.
     pub fn state_dict(&self) -> BTreeMap<String, Tensor> {
         // Optimizers lock all parameters in this order before they change the first.
-        let cells: BTreeMap<LeafId, &Param> = self.params.values().map(|param| (param.leaf(), param)).collect();
-        let values: BTreeMap<LeafId, _> = cells.into_iter().map(|(leaf, param)| (leaf, param.read())).collect();
+        let cells = ordered(self.params.values().map(|param| (param.leaf(), param)));
+        let values = ordered(cells.into_iter().map(|(leaf, param)| (leaf, param.read())));
         let params = self.params.iter().map(|(name, param)| (name.clone(), values[&param.leaf()].clone()));
-        params.chain(self.buffers.iter().map(|(name, buffer)| (name.clone(), buffer.tensor()))).collect()
+        ordered(params.chain(self.buffers.iter().map(|(name, buffer)| (name.clone(), buffer.tensor()))))
     }
 
     /// Loads a state dict, converting to each parameter's dtype and device.
