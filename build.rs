@@ -3,21 +3,16 @@
 
 use std::{env, fmt::Write, fs, path::Path, process::ExitCode};
 
+// The library reads more of what it finds.
+#[allow(dead_code)]
+#[path = "src/device/signature.rs"]
+mod signature;
+
+pub use signature::Kind;
+use signature::{declarations, scalar_bytes};
+
 /// Longest line of a kernel source, in characters.
 const LINE: usize = 120;
-
-/// Types of parameters that are passed by value, with their bytes. None depends on compile options, so that one
-/// signature serves every variant of a kernel.
-const SCALARS: [(&str, usize); 7] =
-    [("i32", 4), ("u32", 4), ("f32", 4), ("i64", 8), ("u64", 8), ("f64", 8), ("Layout", 88)];
-
-/// What a kernel takes in one place of its argument list. Ordered as parameters must be.
-#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
-pub enum Kind {
-    Output,
-    Input,
-    Scalar { bytes: usize },
-}
 
 /// A kernel's name and its parameters in order.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -29,17 +24,24 @@ pub struct Signature {
 fn main() -> ExitCode {
     println!("cargo::rerun-if-changed=build.rs");
     println!("cargo::rerun-if-changed=kernels");
-    let written = embed(Path::new("kernels")).and_then(|text| {
-        let out = env::var("OUT_DIR").map_err(|error| error.to_string())?;
-        fs::write(Path::new(&out).join("kernels.rs"), text).map_err(|error| error.to_string())
-    });
-    match written {
+    println!("cargo::rerun-if-changed=src/device/signature.rs");
+    match generate(Path::new("kernels")) {
         Ok(()) => ExitCode::SUCCESS,
         Err(message) => {
             println!("cargo::error={message}");
             ExitCode::FAILURE
         }
     }
+}
+
+fn generate(kernels: &Path) -> Result<(), String> {
+    let out = env::var("OUT_DIR").map_err(|error| error.to_string())?;
+    let write = |name: &str, text: String| {
+        fs::write(Path::new(&out).join(name), text).map_err(|error| format!("{out}/{name}: {error}"))
+    };
+    write("kernels.rs", embed(kernels)?)?;
+    let header = fs::read_to_string(kernels.join("common.cuh")).map_err(|error| format!("common.cuh: {error}"))?;
+    write("faults.rs", write_faults(&parse_faults(&header).map_err(|why| format!("common.cuh: {why}"))?))
 }
 
 /// The text of `kernels.rs`: the sources in a folder, and those of its `lab`, which benchmarks compile.
@@ -199,61 +201,61 @@ pub fn check_lines(file: &str, text: &str) -> Result<(), String> {
     }
 }
 
-/// The kernels of a source, each written as `extern "C" __global__ void name(parameters)`.
-///
-/// Names start with the file's, parameters are ordered outputs, inputs, values.
+/// The kernels of a source. Their names start with the file's, their parameters are ordered outputs, inputs, values.
 pub fn parse_signatures(file: &str, text: &str) -> Result<Vec<Signature>, String> {
     let stem = file.trim_end_matches(".cu");
-    let code: String = text.lines().map(|line| line.split("//").next().unwrap_or("")).collect::<Vec<_>>().join(" ");
-    let mut before = "";
-    let mut signatures = Vec::new();
-    for (index, part) in code.split("__global__").enumerate() {
-        if index > 0 {
-            let plain = before.trim_end().ends_with("extern \"C\"");
-            let head = part.trim_start().strip_prefix("void ").filter(|_| plain).map(skip_launch_bounds);
-            let parsed = head.and_then(|head| head.split_once('(')).and_then(|(kernel, rest)| {
-                let (list, _) = rest.split_once(')')?;
-                Some((kernel.trim(), list))
-            });
-            let (kernel, list) = parsed.ok_or_else(|| {
-                format!("{file}: kernel {index} is not written as `extern \"C\" __global__ void name(parameters)`")
-            })?;
-            if kernel != stem && !kernel.starts_with(&format!("{stem}_")) {
-                return Err(format!("{file}: kernel `{kernel}` must be named `{stem}_…`"));
-            }
-            signatures.push(Signature { kernel: kernel.into(), parameters: parse_parameters(file, kernel, list)? });
+    let declared = declarations(text, &scalar_bytes).map_err(|why| format!("{file}: {why}"))?;
+    let signature = |declaration: signature::Declaration| {
+        let kernel = declaration.kernel;
+        if kernel != stem && !kernel.starts_with(&format!("{stem}_")) {
+            return Err(format!("{file}: kernel `{kernel}` must be named `{stem}_…`"));
         }
-        before = part;
-    }
-    Ok(signatures)
-}
-
-fn skip_launch_bounds(head: &str) -> &str {
-    let rest = head.trim_start().strip_prefix("__launch_bounds__").and_then(|rest| rest.split_once(')'));
-    rest.map_or(head, |(_, rest)| rest)
-}
-
-fn parse_parameters(file: &str, kernel: &str, list: &str) -> Result<Vec<(String, Kind)>, String> {
-    let mut parameters: Vec<(String, Kind)> = Vec::new();
-    for parameter in list.split(',').map(str::trim).filter(|parameter| !parameter.is_empty()) {
-        let split = parameter.rfind(|c: char| !c.is_alphanumeric() && c != '_').map_or(0, |at| at + 1);
-        let (kind, name) = (parameter[..split].trim(), &parameter[split..]);
-        let scalar = SCALARS.iter().find(|(scalar, _)| *scalar == kind);
-        let kind = match scalar {
-            Some(&(_, bytes)) => Kind::Scalar { bytes },
-            None if kind.ends_with('*') && kind.starts_with("const ") => Kind::Input,
-            None if kind.ends_with('*') => Kind::Output,
-            None => {
-                let known = SCALARS.map(|(name, _)| name).join(", ");
-                return Err(format!("{file}: `{parameter}` of `{kernel}` is neither a pointer nor one of {known}"));
-            }
-        };
         // All values rank alike.
         let rank = |kind: Kind| if let Kind::Scalar { .. } = kind { Kind::Scalar { bytes: 0 } } else { kind };
-        if parameters.last().is_some_and(|(_, last)| rank(*last) > rank(kind)) {
-            return Err(format!("{file}: `{parameter}` of `{kernel}`: the order is outputs, inputs, sizes, scalars"));
+        let mut parameters: Vec<(String, Kind)> = Vec::new();
+        for parameter in declaration.parameters {
+            if parameters.last().is_some_and(|(_, last)| rank(*last) > rank(parameter.kind)) {
+                let text = parameter.text;
+                return Err(format!("{file}: `{text}` of `{kernel}`: the order is outputs, inputs, sizes, scalars"));
+            }
+            parameters.push((parameter.name, parameter.kind));
         }
-        parameters.push((name.into(), kind));
+        Ok(Signature { kernel, parameters })
+    };
+    declared.into_iter().map(signature).collect()
+}
+
+/// The faults that kernels report, as an enum: from the constants `FAULT_NAME = code` of a header.
+pub fn parse_faults(header: &str) -> Result<Vec<(String, i64)>, String> {
+    let constants = header.lines().filter_map(|line| line.trim().strip_prefix("constexpr i64 FAULT_"));
+    let entries = constants.flat_map(|line| line.trim_end_matches(';').split(',').map(str::trim).collect::<Vec<_>>());
+    let fault = |entry: &str| {
+        let entry = entry.strip_prefix("FAULT_").unwrap_or(entry);
+        let (name, code) =
+            entry.split_once('=').ok_or_else(|| format!("`{entry}` is not written FAULT_NAME = code"))?;
+        let code: i64 = code.trim().parse().map_err(|_| format!("the code of `{entry}` is not a number"))?;
+        let capitalised = |word: &str| word[..1].to_uppercase() + &word[1..].to_lowercase();
+        let words = name.trim().split('_').filter(|word| !word.is_empty());
+        Ok((words.map(capitalised).collect::<String>(), code))
+    };
+    let faults = entries.into_iter().map(fault).collect::<Result<Vec<_>, String>>()?;
+    match faults.iter().enumerate().find(|(at, (_, code))| *code == 0 || faults[..*at].iter().any(|f| f.1 == *code)) {
+        Some((_, (name, code))) => Err(format!("fault `{name}`: the code {code} is taken")),
+        None if faults.is_empty() => Err("no line `constexpr i64 FAULT_NAME = code;`".into()),
+        None => Ok(faults),
     }
-    Ok(parameters)
+}
+
+/// The text of `faults.rs`.
+fn write_faults(faults: &[(String, i64)]) -> String {
+    let variants: Vec<_> = faults.iter().map(|(name, code)| format!("    {name} = {code},\n")).collect();
+    let arms: Vec<_> =
+        faults.iter().map(|(name, code)| format!("            {code} => Some(Self::{name}),\n")).collect();
+    format!(
+        "/// A fault that a kernel reports.\n#[derive(Clone, Copy, PartialEq, Eq, Debug)]\npub(crate) enum Fault {{\n{}}}\n\n\
+         impl Fault {{\n    /// The fault with this code.\n    pub fn from_code(code: i64) -> Option<Self> {{\n        \
+         match code {{\n{}            _ => None,\n        }}\n    }}\n}}\n",
+        variants.concat(),
+        arms.concat()
+    )
 }

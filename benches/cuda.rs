@@ -308,7 +308,7 @@ fn main() -> Result<()> {
             return Ok(());
         }
     };
-    let Device::Cuda(gpu) = device else { return Ok(()) };
+    let Some(gpu) = CudaDevice::of(&device) else { return Ok(()) };
     println!("# {gpu:?}\n# kernel\tdtype\tshape\tmicroseconds\trate\tunit\t% of the peak");
     let (test, once) = (has("--test"), has("--once"));
     let rounds = if test || once { (0, 1) } else { ROUNDS };

@@ -119,12 +119,12 @@ impl Bench {
         let first = Tensor::zeros([1], DType::I64, &self.device)?;
         let clock = |name: &str, step: &mut dyn FnMut(u64, &Tensor) -> Result<Tensor>| -> Result<()> {
             let mut next = step(0, &first)?;
-            self.gpu.synchronize()?;
+            self.device.synchronize()?;
             let start = Instant::now();
             for number in 1..=steps {
                 next = step(number, &next)?;
             }
-            self.gpu.synchronize()?;
+            self.device.synchronize()?;
             let seconds = start.elapsed().as_secs_f64() / steps as f64;
             self.line((name, dtype, &[1, prompt]), work, seconds);
             Ok(())

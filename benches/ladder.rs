@@ -9,11 +9,8 @@
 use std::time::Duration;
 
 use x_transformers::{
-    DType, Device, Philox, Result, Tensor,
-    device::{
-        CudaDevice,
-        cuda::{Rung, Scalar},
-    },
+    DType, Device, Error, KernelArg, Philox, RawKernel, Result, Tensor,
+    device::{CudaDevice, Grid, kernels::KernelSource},
     ops::{AttentionSpec, attention},
 };
 
@@ -95,20 +92,26 @@ impl Ladder {
         name: &str,
         inputs: &[&Tensor],
         shape: &[usize],
-        grid: [[u32; 3]; 2],
-        scalars: &[Scalar],
+        [blocks, threads]: [[u32; 3]; 2],
+        numbers: &dyn Fn() -> Vec<KernelArg<'static>>,
     ) -> Result<()> {
-        let kernel = format!("{}_rungs_{name}", step.kernel);
-        let rung = Rung::new(self.gpu, &kernel, &[("DTYPE", step.dtype.name())])?;
+        let rung = self.kernel(&format!("{}_rungs_{name}", step.kernel), &[("DTYPE", step.dtype.name())])?;
         // One output for all rounds: zeroing it would be timed too.
         let mut output = Some(Tensor::zeros(shape, step.dtype, &self.device)?);
         self.rung(step, name, || {
             let mut written = output.take().map_or_else(|| Tensor::zeros(shape, step.dtype, &self.device), Ok)?;
             // SAFETY: grid, sizes and dtypes are those of the rung's source, whose results `Ladder::rung` checks.
-            unsafe { rung.launch(grid, 0, &mut written, inputs, scalars) }?;
+            unsafe { rung.launch(Grid::new(blocks, threads), arguments(&mut written, inputs, numbers())) }?;
             output = Some(written.detach());
             Ok(written)
         })
+    }
+
+    /// A kernel of `kernels/lab`.
+    fn kernel(&self, kernel: &str, options: &[(&str, &str)]) -> Result<RawKernel> {
+        let none =
+            || Error::Argument { op: "ladder", message: format!("there is no kernel `{kernel}` in kernels/lab") };
+        RawKernel::new(&self.device, KernelSource::of_lab(kernel).ok_or_else(none)?.source, kernel, options)
     }
 
     fn random(&self, shape: &[usize], dtype: DType, stream: u64) -> Result<Tensor> {
@@ -137,7 +140,7 @@ impl Ladder {
             ("block", [[rows as u32, 1, 1], [256, 1, 1]]),
             ("warp", [[rows.div_ceil(8) as u32, 1, 1], [32, 8, 1]]),
         ];
-        let sizes = [Scalar::I64(rows as i64), Scalar::U32(columns)];
+        let sizes = || vec![(rows as i64).into(), columns.into()];
         if self.wants("softmax") {
             let expected = self.reference(&[&x], |x| x[0].softmax())?;
             let step = Step { kernel: "softmax", dtype, shape, work, expected: &expected };
@@ -150,7 +153,9 @@ impl Ladder {
             let expected = self.reference(&[&x], |x| x[0].layer_norm(None, None, 1e-5))?;
             let step = Step { kernel: "layer_norm", dtype, shape, work, expected: &expected };
             for (name, grid) in grids {
-                self.lab(&step, name, &[&x], shape, grid, &[sizes[0], sizes[1], Scalar::F64(1e-5)])?;
+                self.lab(&step, name, &[&x], shape, grid, &|| {
+                    [sizes(), vec![1e-5.into()]].into_iter().flatten().collect()
+                })?;
             }
             self.rung(&step, "shipped", || x.layer_norm(None, None, 1e-5))?;
         }
@@ -170,7 +175,7 @@ impl Ladder {
         let blocks = |across: usize, down: usize, height: usize| {
             [[across.div_ceil(32) as u32, down.div_ceil(height) as u32, 1], [32, 8, 1]]
         };
-        let sizes = [Scalar::I64(rows as i64), Scalar::I64(columns as i64)];
+        let sizes = || vec![(rows as i64).into(), (columns as i64).into()];
         for (name, grid) in [
             ("read", blocks(columns, rows, 8)),
             ("write", blocks(rows, columns, 8)),
@@ -201,7 +206,7 @@ impl Ladder {
             let work = Work::Flops(4 * 64 * scores);
             let step = Step { kernel: "attention", dtype, shape: &shape, work, expected: &expected };
             let grid = [[length.div_ceil(64) as u32, heads as u32, 1], [64, 1, 1]];
-            let numbers = [Scalar::U32(length as u32), Scalar::U32(causal.into()), Scalar::F64(0.125)];
+            let numbers = || vec![(length as u32).into(), u32::from(causal).into(), 0.125.into()];
             for name in ["thread", "shared"] {
                 self.lab(&step, name, &[q, k, v], &shape, grid, &numbers)?;
             }
@@ -252,23 +257,20 @@ impl Ladder {
                 let names = ["HEAD", "TILE_WARPGROUPS", "TILE_KEYS", "TILE_BLOCKS", "TILE_OVERLAP"];
                 let mut options = vec![("DTYPE", dtype.name())];
                 options.extend(names.into_iter().zip(text.iter().map(String::as_str)));
-                let rung = Rung::new(self.gpu, "attention_wgmma_rungs_tiles", &options)?;
+                let rung = self.kernel("attention_wgmma_rungs_tiles", &options)?;
                 let [_, warpgroups, keys, blocks, overlap] = tile;
-                let grid = [[(length as u32).div_ceil(64 * warpgroups) * heads as u32, 1, 1], [128 * warpgroups, 1, 1]];
-                let shared = (64 * warpgroups + 4 * keys) as usize * head * 2 + 1024;
-                let scalars = [
-                    Scalar::U32(heads as u32),
-                    Scalar::U32(length as u32),
-                    Scalar::U32(causal.into()),
-                    Scalar::F64(scale),
-                ];
+                let count = (length as u32).div_ceil(64 * warpgroups) * heads as u32;
+                let grid = Grid::new([count, 1, 1], [128 * warpgroups, 1, 1])
+                    .shared((64 * warpgroups + 4 * keys) as usize * head * 2 + 1024);
+                let numbers =
+                    || vec![(heads as u32).into(), (length as u32).into(), u32::from(causal).into(), scale.into()];
                 let name = format!("{warpgroups} × 64 queries, {keys} keys, {blocks} blocks, overlap {overlap}");
                 let name = if causal { format!("causal, {name}") } else { name };
                 let mut output = Some(Tensor::zeros(shape, dtype, &self.device)?);
                 self.rung(&step, &name, || {
                     let mut written = output.take().map_or_else(|| Tensor::zeros(shape, dtype, &self.device), Ok)?;
                     // SAFETY: grid, memory, sizes and dtypes are those of the source, whose results `Ladder::rung` checks.
-                    unsafe { rung.launch(grid, shared, &mut written, &[q, k, v], &scalars) }?;
+                    unsafe { rung.launch(grid, arguments(&mut written, &[q, k, v], numbers())) }?;
                     output = Some(written.detach());
                     Ok(written)
                 })?;
@@ -277,6 +279,12 @@ impl Ladder {
         }
         Ok(())
     }
+}
+
+/// The arguments of a rung: its output, its inputs, and numbers.
+fn arguments<'a>(output: &'a mut Tensor, inputs: &[&'a Tensor], numbers: Vec<KernelArg<'a>>) -> Vec<KernelArg<'a>> {
+    let inputs = inputs.iter().map(|&input| KernelArg::Input(input));
+    [KernelArg::Output(output)].into_iter().chain(inputs).chain(numbers).collect()
 }
 
 fn main() -> Result<()> {
@@ -290,7 +298,7 @@ fn main() -> Result<()> {
             return Ok(());
         }
     };
-    let Device::Cuda(gpu) = device else { return Ok(()) };
+    let Some(gpu) = CudaDevice::of(&device) else { return Ok(()) };
     let mut ladder = Ladder { gpu, device, test, filter, copy: f64::NAN };
     let n = if test { 1 << 10 } else { 64 << 20 };
     let x = ladder.random(&[n], DType::F32, 0)?;

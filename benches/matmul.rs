@@ -8,7 +8,7 @@ use x_transformers::{DType, Device, Philox, Result, Tensor};
 
 mod peak;
 
-/// How the operands lie in memory, as `linear` and its gradients use them.
+/// Layout of the operands, as `linear` and its gradients use them.
 #[derive(Clone, Copy, PartialEq)]
 enum Form {
     /// `x·Wᵀ`, the forward pass.

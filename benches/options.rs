@@ -202,7 +202,7 @@ fn work(params: &ParamMap, plan: &LayersPlan, queries: usize, keys: usize) -> f6
         BranchPlan::CrossAttention(attention) => {
             attention.heads * (attention.dim_qk() + attention.dim_head) * queries * keys
         }
-        BranchPlan::FeedForward(_) => 0,
+        BranchPlan::FeedForward(_) | BranchPlan::Custom => 0,
     });
     2.0 * (weights + scores.sum::<usize>()) as f64
 }

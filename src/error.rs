@@ -2,8 +2,6 @@
 
 use std::{fmt, io, path::PathBuf};
 
-use crate::config::is_later;
-
 /// The result of everything that can fail in this crate.
 pub type Result<T> = std::result::Result<T, Error>;
 
@@ -66,6 +64,8 @@ pub enum Error {
         key: String,
         /// The nearest key that exists, if one is close.
         nearest: Option<String>,
+        /// If `true`, x-transformers got the option after 0.22.0, which this crate follows.
+        later: bool,
     },
     /// `backward` was called a second time: the saved activations are gone.
     BackwardTwice,
@@ -161,6 +161,14 @@ impl Error {
         Self::argument("cross_entropy", message)
     }
 
+    /// Logits that no token can be drawn from.
+    pub(crate) fn broken_logits() -> Self {
+        Self::argument(
+            "sample",
+            "expected finite logits, got NaN or infinity: the weights are broken, or overflow f16 (then use bf16 or f32)",
+        )
+    }
+
     pub(crate) fn option(key: impl Into<String>, why: impl Into<String>) -> Self {
         Self::Option { key: key.into(), why: why.into() }
     }
@@ -215,14 +223,14 @@ impl fmt::Display for Error {
                 write!(f, "{op}: {what} {index} is out of range, valid are 0 to {}", *limit as i64 - 1)
             }
             Self::Option { key, why } => write!(f, "option `{key}`: {why}"),
-            Self::UnknownOption { key, nearest: Some(nearest) } => {
+            Self::UnknownOption { key, nearest: Some(nearest), .. } => {
                 write!(f, "unknown option `{key}`, did you mean `{nearest}`?")
             }
-            Self::UnknownOption { key, nearest: None } if is_later(key) => write!(
+            Self::UnknownOption { key, nearest: None, later: true } => write!(
                 f,
                 "option `{key}` came with a later version of x-transformers, this crate follows 0.22.0, which lacks it"
             ),
-            Self::UnknownOption { key, nearest: None } => write!(f, "unknown option `{key}`"),
+            Self::UnknownOption { key, nearest: None, later: false } => write!(f, "unknown option `{key}`"),
             Self::BackwardTwice => write!(
                 f,
                 "backward: called twice on one tape; its saved activations are freed, record the forward pass again"

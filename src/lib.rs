@@ -14,11 +14,15 @@
 #![warn(missing_docs, missing_debug_implementations)]
 #![deny(unsafe_op_in_unsafe_fn)]
 
+mod atomic_file;
 mod autograd;
 pub mod config;
 pub mod device;
 mod dtype;
 mod error;
+mod gemm;
+#[cfg(feature = "cuda")]
+mod graph;
 mod hash;
 pub mod io;
 pub mod models;
@@ -27,24 +31,30 @@ pub mod ops;
 mod ordered;
 mod params;
 mod philox;
+pub mod pretrained;
 pub mod profile;
 mod shape;
 mod tensor;
 pub mod train;
 
+#[cfg(feature = "cuda")]
+pub use crate::graph::Graph;
 pub use crate::{
     autograd::{
         Backward, Gradcheck, GradcheckReport, Gradients, InputGrad, InputGrads, InputReport, Mode, Tape, checkpoint,
         discrete, gradcheck, record,
     },
     device::Device,
-    dtype::{DType, Element, Readable},
+    dtype::{DType, Element, FloatElement, Readable},
     error::{Error, Result},
     params::{Buffer, Init, Param, ParamMap, ParamStore},
     philox::{Philox, philox4x32},
     shape::{IntoShape, MAX_RANK, Shape},
-    tensor::{GradSlice, LeafId, Tensor},
+    tensor::{GradSlice, KernelArg, LeafId, RawKernel, Tensor},
 };
+
+/// The half types of tensors, from the crate `half`.
+pub use half::{bf16, f16};
 
 /// The README's programs, compiled and run with the other examples of the documentation.
 #[cfg(doctest)]

@@ -115,7 +115,12 @@ fn attention_same_bits_on_any_number_of_threads() {
                 causal: true,
                 key_mask: Some(&key_mask),
                 bias: Some(&bias),
-                position_bias: PositionBias::T5 { table: &table, scale: 2.0, causal: true, max_distance: 128 },
+                position_bias: Some(PositionBias::T5 {
+                    table: table.clone(),
+                    scale: 2.0,
+                    causal: true,
+                    max_distance: 128,
+                }),
                 dropout: 0.2,
                 ..AttentionSpec::default()
             };
@@ -213,7 +218,7 @@ fn attention_half_types_follow_f64() {
         }),
         ("slopes", [1, 2, 1, 140, 140, 64, 64], |x| AttentionSpec {
             causal: true,
-            position_bias: PositionBias::Alibi { slopes: &x.slopes },
+            position_bias: Some(PositionBias::Alibi { slopes: x.slopes.clone() }),
             ..AttentionSpec::default()
         }),
         ("wide heads", [1, 2, 1, 70, 140, 72, 128], |x| AttentionSpec {
@@ -232,7 +237,12 @@ fn attention_half_types_follow_f64() {
             mem_keys: 2,
             max_attend_past: Some(90),
             bias: Some(&x.bias),
-            position_bias: PositionBias::T5 { table: &x.table, scale: 1.7, causal: false, max_distance: 20 },
+            position_bias: Some(PositionBias::T5 {
+                table: x.table.clone(),
+                scale: 1.7,
+                causal: false,
+                max_distance: 20,
+            }),
             dropout: 0.2,
             ..AttentionSpec::default()
         }),
@@ -423,7 +433,7 @@ fn attention_alibi_is_exact_far_away() {
     let (n, slopes) = (3000, Tensor::from_slice(&[0.5f64, 0.03], [2], device()).unwrap());
     let run = |dtype: DType| {
         let slopes = slopes.to_dtype(dtype).unwrap();
-        let position_bias = PositionBias::Alibi { slopes: &slopes };
+        let position_bias = Some(PositionBias::Alibi { slopes: slopes.clone() });
         let spec = AttentionSpec { scale: 0.25, causal: true, position_bias, ..AttentionSpec::default() };
         let [q, k, v] = operands(1, 2, [4, n], 16, dtype).map(|x| x.transpose(1, 2).unwrap());
         attention(&q, &k, &v, &spec).unwrap()
@@ -438,7 +448,7 @@ fn attention_position_weights_keep_their_dtype() {
     let _alone = alone();
     let slopes = Tensor::from_slice(&[0.7f32, 0.1], [2], device()).unwrap().requires_grad().unwrap();
     let [q, k, v] = operands(1, 2, [5, 9], 4, DType::BF16).map(|x| x.transpose(1, 2).unwrap());
-    let position_bias = PositionBias::Alibi { slopes: &slopes };
+    let position_bias = Some(PositionBias::Alibi { slopes: slopes.clone() });
     let mut tape = Tape::grad();
     let out = attention(&q, &k, &v, &AttentionSpec { position_bias, ..AttentionSpec::default() }).unwrap();
     let grads = tape.backward_with(&out, &random(out.shape(), DType::BF16, 9)).unwrap();
@@ -511,12 +521,13 @@ fn attention_errors_name_what_is_wrong() {
     text(with(&AttentionSpec { scale: f64::INFINITY, ..plain.clone() }), &["scale is inf"]);
 
     let alibi = |slopes: &Tensor| {
-        with(&AttentionSpec { position_bias: PositionBias::Alibi { slopes }, ..AttentionSpec::default() })
+        let position_bias = Some(PositionBias::Alibi { slopes: slopes.clone() });
+        with(&AttentionSpec { position_bias, ..AttentionSpec::default() })
     };
     text(alibi(&float(&[3])), &["slopes", "[3]", "[4]"]);
     text(alibi(&mask), &["slopes", "bool"]);
     let t5 = |table: &Tensor, causal, max_distance| {
-        let position_bias = PositionBias::T5 { table, scale: 1.0, causal, max_distance };
+        let position_bias = Some(PositionBias::T5 { table: table.clone(), scale: 1.0, causal, max_distance });
         with(&AttentionSpec { position_bias, ..AttentionSpec::default() })
     };
     text(t5(&float(&[32, 3]), true, 128), &["table", "[32, 3]", "[32, 4]"]);

@@ -404,15 +404,15 @@ fn position_biases_with_large_offsets() {
                     [1, 2, 3].map(|stream| leaf(&[1, heads, n, d], dtype, |i| (normal(stream)(i) * 2.0).round() / 4.0));
                 let bias = tensor(&[n, 1], dtype, |_| offset);
                 let position_bias = if what == "t5" {
-                    PositionBias::T5 { table: weights, scale: 2.0, causal: true, max_distance: 32 }
+                    PositionBias::T5 { table: weights.clone(), scale: 2.0, causal: true, max_distance: 32 }
                 } else {
-                    PositionBias::Alibi { slopes: weights }
+                    PositionBias::Alibi { slopes: weights.clone() }
                 };
                 let spec = AttentionSpec {
                     scale: 0.25,
                     causal: true,
                     bias: Some(&bias),
-                    position_bias,
+                    position_bias: Some(position_bias),
                     ..AttentionSpec::default()
                 };
                 let mut tape = Tape::grad();
@@ -620,6 +620,6 @@ fn scores_at_every_level() {
         "means_of_large_values_are_finite",
         "decoding_hides_no_nan",
     ] {
-        levels::at_every_level(test);
+        levels::at_every_level(module_path!(), test);
     }
 }

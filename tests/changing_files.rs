@@ -11,7 +11,8 @@ use std::{
 
 use x_transformers::{
     DType, Device, Error, Result, Tensor,
-    io::{Pretrained, TensorFile, read_safetensors, write_safetensors},
+    io::{TensorFile, read_safetensors, write_safetensors},
+    pretrained::Pretrained,
 };
 
 /// A folder that is removed at the end of the test.

@@ -7,12 +7,14 @@
 
 #[path = "common/gpu.rs"]
 mod common;
+#[path = "cuda/raw_kernel.rs"]
+mod raw_kernel;
 
 use common::gpu;
 use x_transformers::{
-    DType, Device, Error, Init, Param, ParamMap, ParamStore, Result, Tape, Tensor,
+    DType, Device, Error, Graph, Init, Param, ParamMap, ParamStore, Result, Tape, Tensor,
     config::{AttentionLayersConfig, AutoregressiveConfig, SamplingConfig, TransformerWrapperConfig},
-    device::{Precision, cuda::Graph, set_float32_matmul_precision},
+    device::{Precision, set_float32_matmul_precision},
     models::{AutoregressiveWrapper, ForwardOptions, GenerateOptions, RecordedDecode, sample_tokens},
     ops::{AttentionSpec, DecodeSpec, attention, attention_decode},
     train::{AdamW, AdamWOptions, RecordedInfo, RecordedStep},

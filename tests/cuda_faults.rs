@@ -11,9 +11,9 @@ use std::{fs, path::PathBuf, process::Command, sync::Barrier, thread};
 
 use common::{alive, clear, count, emulated, fail, live_bytes};
 use x_transformers::{
-    DType, Device, Error, Result, Tensor,
+    DType, Device, Error, RawKernel, Result, Tensor,
     config::{AttentionLayersConfig, AutoregressiveConfig, TransformerWrapperConfig},
-    device::cuda::{Rung, Scalar},
+    device::{Grid, kernels::KernelSource},
     train::{ByteText, Checkpoint, TrainOptions, Trainer},
 };
 
@@ -215,13 +215,13 @@ fn an_upload_without_page_locked_memory_is_an_error() -> Result<()> {
 fn an_allocation_in_a_lost_context_is_not_out_of_memory() -> Result<()> {
     let Some(gpu) = emulated("an_allocation_in_a_lost_context_is_not_out_of_memory") else { return Ok(()) };
     gpu.set_cache_limit(0);
-    let Device::Cuda(card) = *gpu else { panic!("a GPU") };
-    let rung = Rung::new(card, "softmax_rungs_thread", &[("DTYPE", "f32")])?;
+    let source = KernelSource::of_lab("softmax_rungs_thread").expect("a source").source;
+    let rung = RawKernel::new(&gpu, source, "softmax_rungs_thread", &[("DTYPE", "f32")])?;
     let (x, mut y) = (Tensor::ones([64, 64], DType::F32, &gpu)?, Tensor::zeros([64, 64], DType::F32, &gpu)?);
     let mut launch = |x: &Tensor, rows: i64| {
-        let scalars = [Scalar::I64(rows), Scalar::U32(64)];
+        let args = [(&mut y).into(), x.into(), rows.into(), 64u32.into()];
         // SAFETY: the emulated driver checks every access of the kernel.
-        unsafe { rung.launch([[2, 1, 1], [64, 1, 1]], 0, &mut y, &[x], &scalars) }
+        unsafe { rung.launch(Grid::new([2, 1, 1], [64, 1, 1]), args) }
     };
     let elsewhere = launch(&x.to_device(&Device::Cpu)?, 64).unwrap_err();
     assert!(elsewhere.to_string().contains("on cpu"), "{elsewhere}");

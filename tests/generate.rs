@@ -416,12 +416,16 @@ fn generation_refuses_options_that_do_not_fit() -> Result<()> {
         assert!(matches!(error, Error::Option { key: ref found, .. } if found == key), "{error}");
     }
     let none = BeamOptions { beams: 0, ..Default::default() };
-    assert!(model.beam_search(&prompt, 3, &none, &defaults()).is_err());
+    let error = model.beam_search(&prompt, 3, &none, &defaults()).unwrap_err();
+    assert!(matches!(error.root(), Error::Option { key, .. } if key == "beams"), "{error}");
     let nan = BeamOptions { length_penalty: f64::NAN, ..Default::default() };
-    assert!(model.beam_search(&prompt, 3, &nan, &defaults()).is_err());
+    let error = model.beam_search(&prompt, 3, &nan, &defaults()).unwrap_err();
+    assert!(matches!(error.root(), Error::Option { key, .. } if key == "length_penalty"), "{error}");
     let other = decoder(19, 1, 5)?;
-    assert!(model.generate_with_draft(&other, 3, &prompt, 4, &defaults(), &mut |_| true).is_err());
-    assert!(model.generate_with_draft(&model, 0, &prompt, 4, &defaults(), &mut |_| true).is_err());
+    let error = model.generate_with_draft(&other, 3, &prompt, 4, &defaults(), &mut |_| true).unwrap_err().to_string();
+    assert!(error.contains("draft") && error.contains("19"), "{error}");
+    let error = model.generate_with_draft(&model, 0, &prompt, 4, &defaults(), &mut |_| true).unwrap_err().to_string();
+    assert!(error.contains("`ahead`: expected at least 1, got 0"), "{error}");
     Ok(())
 }
 
@@ -733,7 +737,7 @@ fn weights_in_eight_bits_are_close() -> Result<()> {
 
 #[test]
 fn weights_in_eight_bits_at_every_instruction_level() {
-    at_every_level("weights_in_eight_bits_are_close");
+    at_every_level(module_path!(), "weights_in_eight_bits_are_close");
 }
 
 #[test]

@@ -18,9 +18,8 @@ use std::{
 
 use common::{Gpu, alive, count, emulated, fail, gpu, is_emulated};
 use x_transformers::{
-    DType, Error, Init, ParamMap, ParamStore, Result, Tape, Tensor,
+    DType, Error, Graph, Init, ParamMap, ParamStore, Result, Tape, Tensor,
     config::{AttentionLayersConfig, SamplingConfig, TransformerWrapperConfig},
-    device::cuda::Graph,
     models::{DecodeCache, ForwardOptions, RecordedDecode, TransformerWrapper, sample_tokens},
     train::{AdamW, AdamWOptions, RecordedStep},
 };

@@ -48,7 +48,7 @@ fn chosen() -> Vec<Target> {
 }
 
 /// The shipped sources, and the rungs below them.
-fn sources() -> impl Iterator<Item = &'static KernelSource> {
+fn sources() -> impl Iterator<Item = &'static KernelSource<'static>> {
     SOURCES.iter().chain(LAB_SOURCES)
 }
 
@@ -188,17 +188,35 @@ fn differences(recorded: &Table, compiled: &Table) -> Differences {
     found
 }
 
-#[test]
-fn kernels_compile_for_every_card_and_variant() {
-    let version = match nvrtc_version() {
-        Ok(version) => version,
-        Err(error) => {
+/// The version of NVRTC, or a note that there is none.
+fn compiler(test: &str) -> Option<(i32, i32)> {
+    nvrtc_version()
+        .inspect_err(|error| {
             assert!(std::env::var("XT_REQUIRE_NVRTC").as_deref() != Ok("1"), "XT_REQUIRE_NVRTC=1, but {error}");
             // Straight to the stream: the harness hides what a passing test prints.
-            let _ = writeln!(std::io::stderr(), "skipped: kernels_compile_for_every_card_and_variant: {error}");
-            return;
-        }
-    };
+            let _ = writeln!(std::io::stderr(), "skipped: {test}: {error}");
+        })
+        .ok()
+}
+
+/// The kernels of `examples/own_kernel.rs`, by the compiler of a machine with a card, which the emulated one only resembles.
+#[test]
+fn kernels_of_the_example_compile() {
+    if compiler("kernels_of_the_example_compile").is_none() {
+        return;
+    }
+    let text = include_str!("../examples/own_kernel.cu");
+    let source = KernelSource { name: "own_kernel", hash: 0, source: text, variants: &[] };
+    for element in ["float", "double"] {
+        let compiled = compile(&source, &[("ELEMENT", element)], Target::of(80), true).expect("compiled");
+        let kernels = compiled.log.matches("Compiling entry function 'snake_").count();
+        assert_eq!((kernels, compiled.log.contains("warning")), (2, false), "{}", compiled.log);
+    }
+}
+
+#[test]
+fn kernels_compile_for_every_card_and_variant() {
+    let Some(version) = compiler("kernels_compile_for_every_card_and_variant") else { return };
     let filter = std::env::var("XT_KERNEL").unwrap_or_default();
     let variants = || sources().flat_map(|source| source.options().into_iter().map(move |options| (source, options)));
     let jobs: Vec<(&KernelSource, Options, Target)> = variants()

@@ -10,10 +10,7 @@ use std::{
     },
 };
 
-use x_transformers::{
-    DType, Device, Result,
-    io::{Pretrained, TensorFile},
-};
+use x_transformers::{DType, Device, Result, io::TensorFile, pretrained::Pretrained};
 
 /// Counts what the process has allocated; what is mapped is the file.
 struct Counting;

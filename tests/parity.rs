@@ -5,13 +5,8 @@
 
 use std::path::{Path, PathBuf};
 
-use x_transformers::{
-    DType, Device, Result,
-    models::{
-        RunOptions,
-        parity::{Bounds, Case, Comparison},
-    },
-};
+use x_transformers::{DType, Device, Result, models::RunOptions};
+use x_transformers_parity::{Bounds, Case, Comparison};
 
 fn folders() -> Vec<PathBuf> {
     let mut roots =

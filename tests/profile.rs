@@ -112,7 +112,7 @@ fn times_add_up_to_the_step() -> Result<()> {
         let ops: f64 = report.ops().map(|op| op.seconds).sum();
         let whole = report.seconds();
         assert!((ops + report.outside() - whole).abs() < 1e-6 * whole + 1e-6, "{ops} of {whole}");
-        assert!(ops > 0.9 * whole, "{ops} of {whole}:\n{report}");
+        assert!(0.0 < ops && ops <= whole * (1.0 + 1e-6) && report.outside() > 0.0, "{ops} of {whole}:\n{report}");
         assert!(report.ops().all(|op| op.calls > 0 && op.seconds > 0.0 && op.bytes > 0.0), "{report}");
     }
     Ok(())

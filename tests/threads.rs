@@ -29,7 +29,9 @@ use x_transformers::{
 mod table {
     use std::collections::BTreeMap;
 
-    use x_transformers::{config::*, device::*, io::*, models::*, nn::*, ops::*, profile::*, train::*, *};
+    use x_transformers::{
+        config::*, device::*, io::*, models::*, nn::*, ops::*, pretrained::*, profile::*, train::*, *,
+    };
 
     /// Does not compile if a type lacks the trait.
     macro_rules! has {
@@ -64,11 +66,11 @@ mod table {
     fn compiled() -> BTreeMap<&'static str, (bool, bool)> {
         let mut table = BTreeMap::new();
         types!(table, has Send, has Sync: Tensor, Gradients, Shape, DType, Device, Error, Param, ParamMap, ParamStore, Init,
-            LeafId, Philox, CudaDevice, MemoryStats, Level, Precision);
+            LeafId, Philox, RawKernel, MemoryStats, Level, Precision);
         types!(table, has Send, has Sync: TransformerWrapper, AutoregressiveWrapper, ContinuousTransformerWrapper,
             ContinuousAutoregressiveWrapper, XTransformer, ViTransformerWrapper, SentenceEncoder, Model, Output,
             RunOptions, ForwardOptions, GenerateOptions, AttentionLayers, Attention, FeedForward, Linear, Embedding,
-            Residual, AttentionInput, AttentionOutput, LayersOutput, ScoreBias, AbsolutePositionalEmbedding,
+            Residual, AttentionInput, AttentionOutput, LayersOutput, PositionBias, RelativePositionBias, AbsolutePositionalEmbedding,
             Int8Matrix, Config);
         types!(table, has Send, has Sync: DecodeCache, LayersCache, TokenStream);
         types!(table, has Send, has Sync: AdamW, Ema, Swapped, GradScaler, Checkpoint, ByteText, Schedule,
@@ -78,7 +80,8 @@ mod table {
         types!(table, lacks Send, lacks Sync: Tape, Profile);
         #[cfg(feature = "cuda")]
         {
-            use x_transformers::device::cuda::Graph;
+            use x_transformers::{Graph, device::CudaDevice};
+            types!(table, has Send, has Sync: CudaDevice);
             types!(table, lacks Send, lacks Sync: RecordedStep, RecordedDecode);
             lacks!(Send: Graph<Tensor>);
             lacks!(Sync: Graph<Tensor>);

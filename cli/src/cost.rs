@@ -188,7 +188,7 @@ fn layers(plan: &LayersPlan, batch: Batch) -> Cost {
     // With all of it in use, the backward pass computes the output of the last activation again.
     let inner = plan.layers.iter().rev().find_map(|layer| match &layer.branch {
         BranchPlan::FeedForward(plan) => Some(plan.inner),
-        BranchPlan::SelfAttention(_) | BranchPlan::CrossAttention(_) => None,
+        BranchPlan::SelfAttention(_) | BranchPlan::CrossAttention(_) | BranchPlan::Custom => None,
     });
     cost.saved += (batch.rows * batch.tokens * inner.unwrap_or(0)) as f64;
     cost
@@ -206,6 +206,8 @@ fn sublayer(layer: &LayerPlan, dim: usize, batch: Batch) -> Cost {
         BranchPlan::SelfAttention(plan) => attention(plan, batch, batch.tokens),
         BranchPlan::CrossAttention(plan) => attention(plan, batch, batch.context),
         BranchPlan::FeedForward(plan) => feedforward(plan, rows),
+        // No config has one.
+        BranchPlan::Custom => Cost::default(),
     };
     // Each norm keeps its input, in front of the branch the residual stream; its output is computed again.
     let norms = layer.norms.iter().flatten().count();

@@ -5,7 +5,8 @@ use std::{collections::BTreeMap, path::Path};
 use serde_json::Value;
 use x_transformers::{
     config::{AttentionLayersConfig, Config, TransformerWrapperConfig},
-    io::{Format, Metadata, Pretrained, TensorFile, read_text},
+    io::{Format, Metadata, TensorFile, read_text},
+    pretrained::Pretrained,
 };
 
 use crate::{progress::bytes, unused::listed};

@@ -8,7 +8,8 @@ use std::{
 use clap::Args;
 use x_transformers::{
     DType, Device,
-    io::{Pretrained, Similarity, write_safetensors},
+    io::write_safetensors,
+    pretrained::{Pretrained, Similarity},
     train::Checkpoint,
 };
 
@@ -117,7 +118,7 @@ fn similarities(similarity: Similarity, texts: &[String], vectors: &[&[f64]]) ->
 
 #[cfg(test)]
 mod tests {
-    use x_transformers::io::Similarity;
+    use x_transformers::pretrained::Similarity;
 
     use super::similarities;
 

@@ -7,8 +7,9 @@ use indicatif::HumanCount;
 use x_transformers::{
     DType, Device, Error, ParamMap, ParamStore,
     config::{Config, LayersPlan},
-    io::{Pretrained, TensorFile},
+    io::TensorFile,
     models::Model,
+    pretrained::Pretrained,
     train::Checkpoint,
 };
 
@@ -58,7 +59,7 @@ pub fn run(args: InfoArgs) -> Result<()> {
     print(modules(&params, &layers))?;
     for (name, plan) in &layers {
         let order: Vec<String> =
-            plan.layers.iter().map(|layer| layer.branch.layer_type().letter().to_string()).collect();
+            plan.layers.iter().filter_map(|layer| Some(layer.branch.layer_type()?.letter().to_string())).collect();
         let of = if name.is_empty() { String::new() } else { format!(" of {name}") };
         print(format_args!("\nlayer order{of}: {}\n{plan}", order.join(" ")))?;
     }

@@ -47,7 +47,7 @@ fn with(config: &Config, key: &str, value: &Value) -> x_transformers::Result<Con
             Ok(same) if value.is_null() && same == *config => {}
             Ok(changed) => return Ok(changed),
             Err(error) => match error.root() {
-                Error::UnknownOption { key: other, nearest } if other == key => {
+                Error::UnknownOption { key: other, nearest, .. } if other == key => {
                     // The part with a keyword of nearly this name is the one that was meant.
                     if unknown.is_none() || nearest.is_some() && !is_near(&unknown) {
                         unknown = Some(error);

@@ -9,8 +9,8 @@ use clap::ValueEnum;
 use x_transformers::{
     DType, Device, Error, ParamStore, Tensor,
     config::{AutoregressiveConfig, Config},
-    io::Pretrained,
     models::AutoregressiveWrapper,
+    pretrained::Pretrained,
     train::Checkpoint,
 };
 

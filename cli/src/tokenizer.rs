@@ -30,8 +30,8 @@ mod without {
 
     use x_transformers::{
         DType, Device, Tensor,
-        io::{Pretrained, Similarity},
         models::RowEnd,
+        pretrained::{Pretrained, Similarity},
     };
 
     use crate::failure::{Failure, Result};

@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use clap::Args;
-use x_transformers::io::Pretrained;
+use x_transformers::pretrained::Pretrained;
 
 use crate::failure::{Failure, Result, warn};
 

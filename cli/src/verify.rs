@@ -3,10 +3,8 @@
 use std::path::{Path, PathBuf};
 
 use clap::Args;
-use x_transformers::models::{
-    RunOptions,
-    parity::{Bounds, Case, Comparison},
-};
+use x_transformers::models::RunOptions;
+use x_transformers_parity::{Bounds, Case, Comparison};
 
 use crate::{
     compute::ComputeArgs,

@@ -115,8 +115,9 @@ fn nested(map: Map, groups: &[(&str, &str)]) -> Value {
 pub(super) fn check_known<'a, I: Iterator<Item = &'a str> + Clone>(map: &Map, known: impl Fn() -> I) -> Result<()> {
     match map.keys().find(|&key| !known().any(|known| known == key)) {
         Some(key) => {
-            let nearest = if is_later(key) { None } else { nearest(key, known()) };
-            Err(Error::UnknownOption { key: key.clone(), nearest })
+            let later = is_later(key);
+            let nearest = if later { None } else { nearest(key, known()) };
+            Err(Error::UnknownOption { key: key.clone(), nearest, later })
         }
         None => Ok(()),
     }
@@ -152,9 +153,10 @@ fn edit_distance(a: &str, b: &str) -> usize {
 pub(super) fn with_prefix(error: Error, prefix: &str) -> Error {
     match error {
         Error::Option { key, why } => Error::Option { key: format!("{prefix}{key}"), why },
-        Error::UnknownOption { key, nearest } => Error::UnknownOption {
+        Error::UnknownOption { key, nearest, later } => Error::UnknownOption {
             key: format!("{prefix}{key}"),
             nearest: nearest.map(|nearest| format!("{prefix}{nearest}")),
+            later,
         },
         other => other,
     }

@@ -39,7 +39,7 @@ const LATER: &str = "
 ";
 
 /// If `true`, this is an option of later versions of x-transformers.
-pub(crate) fn is_later(key: &str) -> bool {
+pub(super) fn is_later(key: &str) -> bool {
     const PREFIXES: [&str; 6] = ["enc_", "dec_", "cross_", "attn_", "cross_attn_", "ff_"];
     let known = |name: &str| LATER.split_ascii_whitespace().any(|later| later == name);
     let of_stack = ["enc_", "dec_"].iter().find_map(|prefix| key.strip_prefix(prefix)).unwrap_or(key);

@@ -13,19 +13,19 @@ mod later;
 mod options;
 mod order;
 mod plan;
+mod ranges;
 mod resolve;
 mod rotary;
 mod wrapper_plan;
 mod wrappers;
 
-pub(crate) use self::later::is_later;
 pub use call::{Call, GenerateCall};
 pub use options::{
     AttentionConfig, AttentionLayersConfig, FeedForwardConfig, FinalNorm, LayerType, LayersKind, Llama3Scaling,
     ShiftTokens, YarnScaling,
 };
 pub use plan::{
-    AlibiPlan, AttentionPath, AttentionPlan, BiasPlan, BranchPlan, FeedForwardPlan, LayerPlan, LayersPlan, Norm,
+    AlibiPlan, AttentionPath, AttentionPlan, BiasPlan, BranchPlan, FeedForwardPlan, LayerPlan, LayersPlan, NormPlan,
     Normalize, Positions, ResidualPlan, T5Plan, Temperature, WrapPlan,
 };
 pub use rotary::RotaryPlan;
@@ -140,7 +140,7 @@ impl Config {
             "Encoder" | "Decoder" | "CrossAttender" => {
                 ensure!(
                     !map.contains_key("kind"),
-                    Error::UnknownOption { key: "kind".to_string(), nearest: Some("model".to_string()) }
+                    Error::UnknownOption { key: "kind".to_string(), nearest: Some("model".to_string()), later: false }
                 );
                 map.insert("kind".to_string(), json!(model));
                 kwargs::read(map).map(Self::AttentionLayers)

@@ -1,17 +1,19 @@
-//! What is built: the structs that modules are made from. `resolve.rs` makes them from options.
+//! Plans: the structs that modules are made from. `resolve.rs` makes them from options.
 
 use std::fmt;
 
 use super::{
-    options::{AttentionLayersConfig, LayerType},
+    options::LayerType,
+    ranges::{WIDEST, at_least_one, probability},
     rotary::RotaryPlan,
 };
 use crate::{
-    Result,
+    Error, Result,
+    error::ensure,
     ops::{Activation, gpu_needs_scores},
 };
 
-/// A stack of sublayers, resolved from [`AttentionLayersConfig`].
+/// A stack of sublayers, resolved from [`AttentionLayersConfig`](super::AttentionLayersConfig).
 ///
 /// Its `Display` is a table of the sublayers: kind, norms, and for attention the path that computes it.
 ///
@@ -40,7 +42,7 @@ pub struct LayersPlan {
     /// So many sublayers have weights; those behind them are the same again.
     pub distinct: usize,
     /// The norm behind the last one, which belongs to the wrapper.
-    pub final_norm: Option<Norm>,
+    pub final_norm: Option<NormPlan>,
 }
 
 /// How self-attention knows positions; absolute embeddings belong to the wrappers.
@@ -115,7 +117,7 @@ pub struct LayerPlan {
     /// What it computes.
     pub branch: BranchPlan,
     /// Norms before the branch, after it, and after the sum with the residual.
-    pub norms: [Option<Norm>; 3],
+    pub norms: [Option<NormPlan>; 3],
     /// What lies around the branch.
     pub wrap: WrapPlan,
     /// How branch and residual become one.
@@ -131,15 +133,18 @@ pub enum BranchPlan {
     CrossAttention(AttentionPlan),
     /// Feedforward.
     FeedForward(FeedForwardPlan),
+    /// A function of one's own, which the layers were given when they were made. No option asks for it.
+    Custom,
 }
 
 impl BranchPlan {
-    /// `a`, `c` or `f`.
-    pub fn layer_type(&self) -> LayerType {
+    /// `a`, `c` or `f`, or `None` for a custom branch.
+    pub fn layer_type(&self) -> Option<LayerType> {
         match self {
-            Self::SelfAttention(_) => LayerType::SelfAttention,
-            Self::CrossAttention(_) => LayerType::CrossAttention,
-            Self::FeedForward(_) => LayerType::FeedForward,
+            Self::SelfAttention(_) => Some(LayerType::SelfAttention),
+            Self::CrossAttention(_) => Some(LayerType::CrossAttention),
+            Self::FeedForward(_) => Some(LayerType::FeedForward),
+            Self::Custom => None,
         }
     }
 
@@ -147,14 +152,14 @@ impl BranchPlan {
     pub fn attention(&self) -> Option<&AttentionPlan> {
         match self {
             Self::SelfAttention(plan) | Self::CrossAttention(plan) => Some(plan),
-            Self::FeedForward(_) => None,
+            Self::FeedForward(_) | Self::Custom => None,
         }
     }
 }
 
 /// The kind of a norm, with its eps.
 #[derive(Clone, Copy, PartialEq, Debug)]
-pub enum Norm {
+pub enum NormPlan {
     /// LayerNorm, affine; eps is added to the variance.
     Layer(f64),
     /// ScaleNorm; eps is the least length.
@@ -165,7 +170,7 @@ pub enum Norm {
     Rms(f64),
 }
 
-impl Norm {
+impl NormPlan {
     /// LayerNorm as PyTorch has it.
     pub const LAYER: Self = Self::Layer(1e-5);
 }
@@ -296,7 +301,97 @@ impl fmt::Display for AttentionPath {
     }
 }
 
+impl FeedForwardPlan {
+    /// `dim → inner → dim` with GELU and biases, as x-transformers has it by default (`inner = 4 · dim`).
+    pub fn new(dim: usize, inner: usize) -> Self {
+        Self {
+            dim,
+            inner,
+            dim_out: dim,
+            activation: Activation::Gelu,
+            glu: false,
+            bias: true,
+            post_act_ln: false,
+            dropout: 0.0,
+            zero_init: false,
+        }
+    }
+
+    /// Checks what no options have checked.
+    ///
+    /// Errors: [`Error::Option`] for a width of 0 or one that could not be addressed, or a dropout that
+    /// is not a probability.
+    pub fn check(&self) -> Result<()> {
+        at_least_one("dim", self.dim)?;
+        at_least_one("inner", self.inner)?;
+        at_least_one("dim_out", self.dim_out)?;
+        probability("ff_dropout", self.dropout)
+    }
+}
+
 impl AttentionPlan {
+    /// `heads` heads of `dim_head` features, softmax of products over `√dim_head`, no mask, and a bias of the output only: x-transformers'
+    /// default for an encoder.
+    pub fn new(dim: usize, heads: usize, dim_head: usize) -> Self {
+        Self {
+            dim,
+            heads,
+            kv_heads: heads,
+            qkv_bias: false,
+            out_bias: true,
+            dim_head,
+            shared: None,
+            causal: false,
+            max_attend_past: None,
+            temperature: Temperature::Fixed((dim_head as f64).powf(-0.5)),
+            rotary: None,
+            num_mem_kv: 0,
+            talking_heads: false,
+            sparse_topk: None,
+            normalize: Normalize::Softmax,
+            residual: false,
+            dropout: 0.0,
+            head_scale: false,
+            gate_values: false,
+            on_attn: false,
+            zero_init: false,
+        }
+    }
+
+    /// Checks what would have no meaning for any attention.
+    ///
+    /// Errors: [`Error::Option`] for the first number that is out of its range.
+    pub fn check(&self) -> Result<()> {
+        at_least_one("dim", self.dim)?;
+        at_least_one("heads", self.heads)?;
+        at_least_one("attn_dim_head", self.dim_head)?;
+        let width = self.dim_head.checked_mul(self.heads).filter(|&width| width <= WIDEST);
+        if width.is_none() {
+            let why = format!("{} heads of {} features are more than {WIDEST} in all", self.heads, self.dim_head);
+            return Err(Error::option("attn_dim_head", why));
+        }
+        let kv_heads = self.kv_heads;
+        ensure!(
+            kv_heads > 0 && self.heads.is_multiple_of(kv_heads),
+            Error::option("attn_kv_heads", format!("expected a divisor of `heads` = {}, got {kv_heads}", self.heads))
+        );
+        ensure!(
+            kv_heads == self.heads || self.shared.is_none(),
+            Error::option("attn_kv_heads", "cannot be used with `attn_collab_heads`, whose heads share keys already")
+        );
+        self.shared.map_or(Ok(()), |shared| at_least_one("attn_collab_compression", shared))?;
+        probability("attn_dropout", self.dropout)?;
+        ensure!(
+            self.sparse_topk != Some(0),
+            Error::option("attn_sparse_topk", "expected at least 1, got 0: no key would be left")
+        );
+        ensure!(
+            self.num_mem_kv <= WIDEST,
+            Error::option("attn_num_mem_kv", format!("expected at most {WIDEST}, got {}", self.num_mem_kv))
+        );
+        Ok(())
+    }
+
     /// Features of a head's queries and keys.
     pub fn dim_qk(&self) -> usize {
         self.shared.unwrap_or(self.dim_head)
@@ -326,16 +421,9 @@ impl AttentionPlan {
 }
 
 impl LayersPlan {
-    /// Resolves options.
-    ///
-    /// Errors: [`crate::Error::Option`] for the first one that is illegal, alone or with another.
-    pub fn new(config: &AttentionLayersConfig) -> Result<Self> {
-        super::resolve::layers(config)
-    }
-
-    /// How many self-attention sublayers there are: each has a memory.
+    /// Number of self-attention sublayers: each has a memory.
     pub fn self_attentions(&self) -> usize {
-        self.layers.iter().filter(|layer| layer.branch.layer_type() == LayerType::SelfAttention).count()
+        self.layers.iter().filter(|layer| matches!(layer.branch, BranchPlan::SelfAttention(_))).count()
     }
 }
 
@@ -352,6 +440,7 @@ impl fmt::Display for LayerPlan {
             BranchPlan::SelfAttention(_) => "self-attention",
             BranchPlan::CrossAttention(_) => "cross-attention",
             BranchPlan::FeedForward(_) => "feedforward",
+            BranchPlan::Custom => "custom",
         };
         let places = ["before", "inside", "after"];
         let norms: Vec<String> = self
@@ -365,6 +454,7 @@ impl fmt::Display for LayerPlan {
         match &self.branch {
             BranchPlan::SelfAttention(plan) | BranchPlan::CrossAttention(plan) => write!(f, "{plan}")?,
             BranchPlan::FeedForward(plan) => write!(f, "{plan}")?,
+            BranchPlan::Custom => {}
         }
         let marks = [
             (self.wrap.rezero, "re-zero"),
@@ -377,7 +467,7 @@ impl fmt::Display for LayerPlan {
     }
 }
 
-impl fmt::Display for Norm {
+impl fmt::Display for NormPlan {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
             Self::Layer(_) => "LayerNorm",

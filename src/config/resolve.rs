@@ -6,18 +6,24 @@ use super::{
     },
     order::layer_order,
     plan::{
-        AlibiPlan, AttentionPlan, BiasPlan, BranchPlan, FeedForwardPlan, LayerPlan, LayersPlan, Norm, Normalize,
+        AlibiPlan, AttentionPlan, BiasPlan, BranchPlan, FeedForwardPlan, LayerPlan, LayersPlan, NormPlan, Normalize,
         Positions, ResidualPlan, T5Plan, Temperature, WrapPlan,
     },
+    ranges::{WIDEST, at_least_one, probability, without},
     rotary::RotaryPlan,
 };
 use crate::{Error, Result, error::ensure, ops::Activation};
 
-/// The largest width of any layer: beyond it weights could not be addressed.
-pub(super) const WIDEST: usize = 1 << 30;
+impl LayersPlan {
+    /// Resolves options.
+    ///
+    /// Errors: [`Error::Option`] for the first one that is illegal, alone or with another.
+    pub fn new(config: &AttentionLayersConfig) -> Result<Self> {
+        layers(config)
+    }
+}
 
-/// Resolves the options of attention layers.
-pub(super) fn layers(config: &AttentionLayersConfig) -> Result<LayersPlan> {
+fn layers(config: &AttentionLayersConfig) -> Result<LayersPlan> {
     at_least_one("dim", config.dim)?;
     at_least_one("heads", config.heads)?;
     let causal = config.kind == LayersKind::Decoder;
@@ -65,7 +71,7 @@ pub(super) fn layers(config: &AttentionLayersConfig) -> Result<LayersPlan> {
     };
     let layers = order.iter().zip(shifts).enumerate().map(layer).collect();
     let final_norm = match config.final_norm {
-        FinalNorm::Layer => Some(Norm::Layer(config.norm_eps.unwrap_or(1e-5))),
+        FinalNorm::Layer => Some(NormPlan::Layer(config.norm_eps.unwrap_or(1e-5))),
         FinalNorm::Same => norm,
         FinalNorm::None => None,
     };
@@ -100,7 +106,7 @@ fn distinct(config: &AttentionLayersConfig, order: &[LayerType]) -> Result<usize
 }
 
 /// ReZero replaces all norms of branches; RMSNorm wins over ScaleNorm.
-fn norm(config: &AttentionLayersConfig) -> Result<Option<Norm>> {
+fn norm(config: &AttentionLayersConfig) -> Result<Option<NormPlan>> {
     let eps = config.norm_eps;
     if let Some(eps) = eps {
         // Written so that NaN is refused.
@@ -111,9 +117,9 @@ fn norm(config: &AttentionLayersConfig) -> Result<Option<Norm>> {
     }
     Ok(match (config.use_rezero, config.use_rmsnorm, config.use_scalenorm) {
         (true, ..) => None,
-        (false, true, _) => Some(eps.map_or(Norm::ClampedRms(1e-8), Norm::Rms)),
-        (false, false, true) => Some(Norm::Scale(eps.unwrap_or(1e-5))),
-        (false, false, false) => Some(Norm::Layer(eps.unwrap_or(1e-5))),
+        (false, true, _) => Some(eps.map_or(NormPlan::ClampedRms(1e-8), NormPlan::Rms)),
+        (false, false, true) => Some(NormPlan::Scale(eps.unwrap_or(1e-5))),
+        (false, false, false) => Some(NormPlan::Layer(eps.unwrap_or(1e-5))),
     })
 }
 
@@ -242,53 +248,28 @@ fn shifts(config: &AttentionLayersConfig, layers: usize, causal: bool) -> Result
 /// The plan of cross-attention; self-attention adds causality, positions and its own chain of scores.
 fn attention(config: &AttentionLayersConfig) -> Result<AttentionPlan> {
     let attn = &config.attn;
-    at_least_one("attn_dim_head", attn.dim_head)?;
-    let width = attn.dim_head.checked_mul(config.heads).filter(|&width| width <= WIDEST);
-    let Some(width) = width else {
-        let why = format!("{} heads of {} features are more than {WIDEST} in all", config.heads, attn.dim_head);
-        return Err(Error::option("attn_dim_head", why));
-    };
     let kv_heads = attn.kv_heads.unwrap_or(config.heads);
-    ensure!(
-        kv_heads > 0 && config.heads.is_multiple_of(kv_heads),
-        Error::option("attn_kv_heads", format!("expected a divisor of `heads` = {}, got {kv_heads}", config.heads))
-    );
-    ensure!(
-        kv_heads == config.heads || !attn.collab_heads,
-        Error::option("attn_kv_heads", "cannot be used with `attn_collab_heads`, whose heads share keys already")
-    );
-    probability("attn_dropout", attn.dropout)?;
-    ensure!(
-        attn.sparse_topk != Some(0),
-        Error::option("attn_sparse_topk", "expected at least 1, got 0: no key would be left")
-    );
-    ensure!(
-        attn.num_mem_kv <= WIDEST,
-        Error::option("attn_num_mem_kv", format!("expected at most {WIDEST}, got {}", attn.num_mem_kv))
-    );
-    Ok(AttentionPlan {
-        dim: config.dim,
-        heads: config.heads,
+    let plan = AttentionPlan {
         kv_heads,
         qkv_bias: attn.qkv_bias,
         out_bias: attn.out_bias,
-        dim_head: attn.dim_head,
-        shared: shared_width(attn, width)?,
-        causal: false,
         max_attend_past: attn.max_attend_past,
-        temperature: temperature(config)?,
-        rotary: None,
         num_mem_kv: attn.num_mem_kv,
         talking_heads: attn.talking_heads,
         sparse_topk: attn.sparse_topk,
         normalize: if attn.use_entmax15 { Normalize::Entmax15 } else { Normalize::Softmax },
-        residual: false,
         dropout: attn.dropout,
         head_scale: attn.head_scale,
         gate_values: attn.gate_values,
         on_attn: attn.on_attn,
         zero_init: attn.zero_init_output || config.zero_init_branch_output,
-    })
+        ..AttentionPlan::new(config.dim, config.heads, attn.dim_head)
+    };
+    plan.check()?;
+    let shared = shared_width(attn, attn.dim_head * config.heads)?;
+    let plan = AttentionPlan { shared, temperature: temperature(config)?, ..plan };
+    plan.check()?;
+    Ok(plan)
 }
 
 /// `⌊compression · heads · dim_head⌋` for collaborative heads.
@@ -392,22 +373,4 @@ pub(super) fn feedforward(
         dropout: config.dropout,
         zero_init: config.zero_init_output || zero_init,
     })
-}
-
-/// Refuses 0, and what no weight could be as large as.
-pub(super) fn at_least_one(key: &str, value: usize) -> Result<()> {
-    ensure!((1..=WIDEST).contains(&value), Error::option(key, format!("expected 1 to {WIDEST}, got {value}")));
-    Ok(())
-}
-
-/// Refuses what is not in `0..=1`, NaN included.
-pub(super) fn probability(key: &str, value: f64) -> Result<()> {
-    ensure!((0.0..=1.0).contains(&value), Error::option(key, format!("expected 0 to 1, got {value}")));
-    Ok(())
-}
-
-/// Refuses an option that would do nothing because another one is off.
-pub(super) fn without(key: &str, given: bool, needed: &str) -> Result<()> {
-    ensure!(!given, Error::option(key, format!("needs `{needed}` = true, which is off")));
-    Ok(())
 }

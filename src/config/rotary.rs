@@ -4,7 +4,7 @@ use std::{f64::consts::TAU, sync::Arc};
 
 use super::{
     options::{AttentionLayersConfig, Llama3Scaling, YarnScaling},
-    resolve::{WIDEST, without},
+    ranges::{WIDEST, without},
 };
 use crate::{Error, Result, error::ensure};
 

@@ -1,9 +1,10 @@
 //! Plans of the wrappers.
 
 use super::{
-    FeedForwardPlan, LayersKind, LayersPlan, Norm,
+    FeedForwardPlan, LayersKind, LayersPlan, NormPlan,
     options::FeedForwardConfig,
-    resolve::{at_least_one, feedforward, probability},
+    ranges::{at_least_one, probability},
+    resolve::feedforward,
     wrappers::{
         ContinuousTransformerWrapperConfig, TransformerWrapperConfig, ViTransformerWrapperConfig, XTransformerConfig,
     },
@@ -32,7 +33,7 @@ pub struct TransformerPlan {
     /// Whether logits come from the embedding table.
     pub tie_embedding: bool,
     /// The norm after the embeddings.
-    pub post_emb_norm: Option<Norm>,
+    pub post_emb_norm: Option<NormPlan>,
     /// Kinds of tokens; 0: there is no table of them.
     pub num_token_types: usize,
     /// Whether absolute positions are multiplied by `emb_dim^-½`.
@@ -42,7 +43,7 @@ pub struct TransformerPlan {
     /// Whether there is a pooled head on the first token.
     pub pooler: bool,
     /// The activation and the norm of the masked-LM head.
-    pub mlm_head: Option<(Activation, Norm)>,
+    pub mlm_head: Option<(Activation, NormPlan)>,
     /// Whether there are no logits.
     pub return_only_embed: bool,
     /// Whether the layer of the logits has a bias.
@@ -114,7 +115,7 @@ impl TransformerWrapperConfig {
             self.num_token_types == 0 || at_least_one("num_token_types", self.num_token_types).is_ok(),
             Error::option("num_token_types", format!("{} are too many", self.num_token_types))
         );
-        let norm = Norm::Layer(self.attn_layers.norm_eps.unwrap_or(1e-5));
+        let norm = NormPlan::Layer(self.attn_layers.norm_eps.unwrap_or(1e-5));
         let activation =
             feedforward(layers.dim, layers.dim, &self.attn_layers.ff, false).context("attn_layers")?.activation;
         let memories = layers.self_attentions();

@@ -1,4 +1,4 @@
-//! Whether the tiles of AMX can be used: the processor has to have them, and the system has to keep their state.
+//! Detection of AMX: the processor has to have tiles, and the system has to keep their state.
 
 use std::{
     arch::{
@@ -8,7 +8,7 @@ use std::{
     sync::OnceLock,
 };
 
-/// Whether the processor has the instructions and the system lets this process use them.
+/// Returns `true` if the processor has the instructions and the system lets this process use them.
 pub(crate) fn detected() -> bool {
     static DETECTED: OnceLock<bool> = OnceLock::new();
     *DETECTED.get_or_init(|| has_instructions() && system_permits())
@@ -25,7 +25,7 @@ fn has_instructions() -> bool {
     features & AMX_TILE != 0 && features & AMX_BF16 != 0
 }
 
-/// Linux keeps the state of tiles for those who ask for it once; other systems are not asked.
+/// Asks Linux to keep the state of tiles; other systems are not asked.
 #[cfg(target_os = "linux")]
 fn system_permits() -> bool {
     const ARCH_PRCTL: isize = 158;

@@ -68,7 +68,7 @@ pub(crate) const GRAIN: usize = 32 * 1024;
 /// `cost` is the number of element operations of one row. Rows are independent, so that the cut, which depends on
 /// the sizes alone, never changes a result.
 #[inline(always)]
-pub(crate) fn for_rows<T: Send>(out: &mut [T], width: usize, cost: usize, body: impl Fn(usize, &mut [T]) + Sync) {
+pub fn for_rows<T: Send>(out: &mut [T], width: usize, cost: usize, body: impl Fn(usize, &mut [T]) + Sync) {
     for_rows_dyn(out, width, cost, &body);
 }
 

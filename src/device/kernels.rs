@@ -1,14 +1,16 @@
 //! The CUDA sources that `build.rs` embeds: their variants, and the parameters of their kernels.
 
+pub use super::signature::Kind;
+
 /// One `kernels/*.cu` with its includes written out, ready for NVRTC.
 #[derive(Clone, Copy, Debug)]
-pub struct KernelSource {
+pub struct KernelSource<'a> {
     /// The file's name without `.cu`.
-    pub name: &'static str,
+    pub name: &'a str,
     /// FNV-1a of `source`: part of the key under which compiled code is cached.
     pub hash: u64,
     /// The text.
-    pub source: &'static str,
+    pub source: &'a str,
     /// What it is compiled for: sets of options with their values, of which every combination is a variant.
     pub variants: &'static [Axes],
 }
@@ -19,10 +21,16 @@ pub type Axes = &'static [(&'static str, &'static [&'static str])];
 /// The compile options of one variant of a source: names and values, without the `-D`.
 pub type Options = Vec<(&'static str, &'static str)>;
 
-impl KernelSource {
-    /// The source of this name.
-    pub fn named(name: &str) -> Option<&'static Self> {
+impl KernelSource<'_> {
+    /// The library's source of this name.
+    pub fn named(name: &str) -> Option<&'static KernelSource<'static>> {
         SOURCES.iter().find(|source| source.name == name)
+    }
+
+    /// The source of a benchmark's kernel, one of [`LAB_SIGNATURES`].
+    pub fn of_lab(kernel: &str) -> Option<&'static KernelSource<'static>> {
+        let signature = LAB_SIGNATURES.iter().find(|signature| signature.kernel == kernel)?;
+        LAB_SOURCES.iter().find(|source| source.name == signature.file)
     }
 
     /// Every combination of options that the source is compiled for.
@@ -68,20 +76,6 @@ pub struct Parameter {
     pub name: &'static str,
     /// What a launch passes for it.
     pub kind: Kind,
-}
-
-/// What a launch passes for a parameter.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum Kind {
-    /// The address of values that the kernel writes.
-    Output,
-    /// The address of values that the kernel reads.
-    Input,
-    /// A value of this many bytes.
-    Scalar {
-        /// Its size.
-        bytes: usize,
-    },
 }
 
 include!(concat!(env!("OUT_DIR"), "/kernels.rs"));

@@ -1,14 +1,16 @@
-//! Launches of kernels: the layout of their threads, and their arguments. Knows nothing of the driver, so that ops read
-//! the same in builds without CUDA.
+//! Launches of kernels: the layout of their threads, and their arguments, in words that every backend shares.
 
-use crate::{DType, Error, Result, Tensor, shape::Layout};
+use super::{gpu::Address, signature::Kind};
+use crate::{Error, Result, dtype::DType, shape::Layout};
 
 /// Blocks, and threads of each block.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct Grid {
+pub struct Grid {
+    /// Blocks along x, y and z.
     pub blocks: [u32; 3],
+    /// Threads of a block along x, y and z.
     pub threads: [u32; 3],
-    /// Bytes of shared memory beside what the kernel declares.
+    /// Bytes of dynamic shared memory.
     pub shared: u32,
 }
 
@@ -17,30 +19,31 @@ pub(crate) struct Grid {
 const MOST_BLOCKS: usize = 1 << 14;
 
 impl Grid {
+    /// A grid without dynamic shared memory.
     pub fn new(blocks: [u32; 3], threads: [u32; 3]) -> Self {
         Self { blocks, threads, shared: 0 }
     }
 
-    /// For kernels whose threads take elements a grid apart.
+    /// For kernels whose threads take elements a grid apart: 256 threads a block, at most 16384 blocks.
     pub fn elements(n: usize) -> Self {
         Self::new([n.div_ceil(256).min(MOST_BLOCKS) as u32, 1, 1], [256, 1, 1])
     }
 
     /// For kernels whose threads take 128-bit packets of elements of this type a grid apart.
-    pub fn packets(n: usize, dtype: DType) -> Self {
+    pub(crate) fn packets(n: usize, dtype: DType) -> Self {
         Self::elements(n.div_ceil(16 / dtype.size()))
     }
 
     /// For kernels whose threads take packets a grid apart, several under way at once (see `for_batches` in
     /// `kernels/common.cuh`): so many threads that each has a few, once a card is full.
-    pub fn batches(n: usize, dtype: DType) -> Self {
+    pub(crate) fn batches(n: usize, dtype: DType) -> Self {
         let packets = n.div_ceil(16 / dtype.size());
         Self::elements(if packets >= 1 << 20 { packets.div_ceil(4) } else { packets })
     }
 
     /// For kernels that give a row to the threads with one `threadIdx.y` (see `for_row` in `kernels/common.cuh`): eight
     /// rows a block, each for one warp, or one long row for the whole block.
-    pub fn rows(rows: usize, columns: usize) -> Self {
+    pub(crate) fn rows(rows: usize, columns: usize) -> Self {
         let threads = match columns {
             0..=1024 => 32,
             1025..=4096 => 256,
@@ -50,7 +53,7 @@ impl Grid {
     }
 
     /// [`Grid::rows`] with this many threads for a row, a multiple of 32.
-    pub fn rows_by(rows: usize, threads: usize) -> Self {
+    pub(crate) fn rows_by(rows: usize, threads: usize) -> Self {
         let at_once = if threads == 32 { 8 } else { 1 };
         let blocks = rows.div_ceil(at_once).min(MOST_BLOCKS);
         Self::new([blocks as u32, 1, 1], [threads as u32, at_once as u32, 1])
@@ -58,26 +61,26 @@ impl Grid {
 
     /// For kernels whose rows are held in registers (see `kernels/rows.cuh`): so many threads for a row that they hold it,
     /// 32 elements each, or 16 of f64; if they can.
-    pub fn held_rows(rows: usize, columns: usize, dtype: DType) -> Self {
+    pub(crate) fn held_rows(rows: usize, columns: usize, dtype: DType) -> Self {
         const MOST_THREADS: usize = 256;
         let held = if dtype == DType::F64 { 16 } else { 32 };
         Self::rows_by(rows, columns.div_ceil(held).min(MOST_THREADS).next_power_of_two().max(32))
     }
 
     /// For kernels whose blocks, of 256 threads, take tiles a grid apart.
-    pub fn tiles(tiles: usize) -> Self {
+    pub(crate) fn tiles(tiles: usize) -> Self {
         Self::new([tiles.min(MOST_BLOCKS) as u32, 1, 1], [32, 8, 1])
     }
 
     /// For kernels that walk down the columns of chunks of rows (see `kernels/columns.cuh`).
-    pub fn columns(columns: usize, chunks: usize, dtype: DType) -> Self {
+    pub(crate) fn columns(columns: usize, chunks: usize, dtype: DType) -> Self {
         let tiles = columns.div_ceil(32 * 16 / dtype.size());
         Self::new([tiles.min(MOST_BLOCKS) as u32, chunks.min(u32::MAX as usize) as u32, 1], [32, 8, 1])
     }
 
     /// Rows of a chunk for those, and the number of chunks: enough of both to fill any card, and so few
     /// chunks that sums over them are small beside the rows.
-    pub fn chunks(rows: usize, columns: usize, dtype: DType) -> (usize, usize) {
+    pub(crate) fn chunks(rows: usize, columns: usize, dtype: DType) -> (usize, usize) {
         const FEWEST_ROWS: usize = 32;
         let tiles = columns.div_ceil(32 * 16 / dtype.size()).max(1);
         // Several times what runs at once, so that the last of them leave little of the card idle.
@@ -86,10 +89,12 @@ impl Grid {
         (rows_per_chunk, rows.div_ceil(rows_per_chunk))
     }
 
+    /// With this many bytes of dynamic shared memory.
     pub fn shared(self, bytes: usize) -> Self {
         Self { shared: bytes.min(u32::MAX as usize) as u32, ..self }
     }
 
+    /// Returns `true` if it has no blocks.
     pub fn is_empty(&self) -> bool {
         self.blocks.contains(&0)
     }
@@ -97,29 +102,75 @@ impl Grid {
 
 /// One argument of a kernel. The variants are what `build.rs` finds in the kernel's parameter list.
 #[derive(Clone, Copy, Debug)]
-pub(crate) enum Arg {
+#[non_exhaustive]
+pub enum Arg {
     /// An address that the kernel writes to.
-    Output(u64),
+    Output(Address),
     /// An address that the kernel reads from.
-    Input(u64),
+    Input(Address),
+    /// `int`
     I32(i32),
+    /// `unsigned int`
     U32(u32),
+    /// `long long`
     I64(i64),
+    /// `unsigned long long`
     U64(u64),
+    /// `float`
     F32(f32),
+    /// `double`
     F64(f64),
+    /// Sizes and strides of a tensor.
     Layout(KernelLayout),
+}
+
+impl Arg {
+    /// The memory that the kernel reads or writes, if it is a pointer.
+    pub fn address(&self) -> Option<Address> {
+        match *self {
+            Self::Output(address) | Self::Input(address) => Some(address),
+            _ => None,
+        }
+    }
+
+    /// The kind of parameter that takes it.
+    pub fn kind(&self) -> Kind {
+        match self {
+            Self::Output(_) => Kind::Output,
+            Self::Input(_) => Kind::Input,
+            Self::I32(_) | Self::U32(_) | Self::F32(_) => Kind::Scalar { bytes: 4 },
+            Self::I64(_) | Self::U64(_) | Self::F64(_) => Kind::Scalar { bytes: 8 },
+            Self::Layout(layout) => Kind::Scalar { bytes: size_of_val(layout) },
+        }
+    }
 }
 
 /// The struct `Layout` of `kernels/common.cuh`: the same fields in the same order.
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct KernelLayout {
+pub struct KernelLayout {
     rank: u32,
     dims: [u32; 6],
     unused: u32,
     strides: [i64; 6],
     offset: i64,
+}
+
+impl KernelLayout {
+    /// Sizes of the dimensions.
+    pub fn dims(&self) -> &[u32] {
+        &self.dims[..self.rank as usize]
+    }
+
+    /// Elements from one index to the next, per dimension.
+    pub fn strides(&self) -> &[i64] {
+        &self.strides[..self.rank as usize]
+    }
+
+    /// The first element, counted from the start of the storage.
+    pub fn offset(&self) -> i64 {
+        self.offset
+    }
 }
 
 /// An argument of [`args!`].
@@ -157,47 +208,6 @@ pub(crate) fn size32(n: usize) -> Result<u32> {
     }
 }
 
-/// The first element of a packed tensor that no other handle shares.
-impl IntoArg for &mut Tensor {
-    fn into_arg(self) -> Result<Arg> {
-        self.address_mut().map(Arg::Output)
-    }
-}
-
-/// The first element of a packed tensor.
-impl IntoArg for &Tensor {
-    fn into_arg(self) -> Result<Arg> {
-        self.address().map(Arg::Input)
-    }
-}
-
-/// The start of a tensor's storage, for kernels that are given its layout too.
-pub(crate) struct Storage<'a>(pub &'a Tensor);
-
-impl IntoArg for Storage<'_> {
-    fn into_arg(self) -> Result<Arg> {
-        self.0.storage_address().map(Arg::Input)
-    }
-}
-
-impl IntoArg for Option<Storage<'_>> {
-    fn into_arg(self) -> Result<Arg> {
-        self.map_or(Ok(Arg::Input(0)), IntoArg::into_arg)
-    }
-}
-
-impl IntoArg for Option<&Tensor> {
-    fn into_arg(self) -> Result<Arg> {
-        self.map_or(Ok(Arg::Input(0)), IntoArg::into_arg)
-    }
-}
-
-impl IntoArg for Option<&mut Tensor> {
-    fn into_arg(self) -> Result<Arg> {
-        self.map_or(Ok(Arg::Output(0)), IntoArg::into_arg)
-    }
-}
-
 impl IntoArg for &Layout {
     fn into_arg(self) -> Result<Arg> {
         let mut layout =
@@ -223,9 +233,9 @@ pub(crate) use args;
 
 /// One operand of a [`Gemm`]: a matrix of which either the rows or the columns are packed.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct Operand {
+pub struct Operand {
     /// Of the first element.
-    pub address: u64,
+    pub address: Address,
     /// Elements from a row to the next, or from a column to the next if `transposed`.
     pub stride: usize,
     /// If `true`, its columns are packed and not its rows.
@@ -236,37 +246,25 @@ pub(crate) struct Operand {
 
 /// `c[i] = a[i] · b[i] (+ c[i])` for every item of a batch; `c` `[batch, m, n]` is packed.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct Gemm {
-    /// Of the operands.
+pub struct Gemm {
+    /// Type of the operands.
     pub dtype: DType,
     /// If `true`, `c` has the type of the sums, f32 for half types, and not that of the operands.
     pub sums: bool,
+    /// Number of products.
     pub batch: usize,
+    /// Rows of `a` and `c`.
     pub m: usize,
+    /// Columns of `b` and `c`.
     pub n: usize,
+    /// Columns of `a`, rows of `b`.
     pub k: usize,
     /// `[m, k]`
     pub a: Operand,
     /// `[k, n]`
     pub b: Operand,
-    pub c: u64,
+    /// The first element of the result.
+    pub c: Address,
     /// If `true`, `c` is added to instead of being overwritten.
     pub add: bool,
-}
-
-#[cfg(test)]
-mod tests {
-    use super::IntoArg;
-    use crate::{DType, Device, Result, Tensor};
-
-    /// The check comes first: no GPU is needed to see it.
-    #[test]
-    fn launch_refuses_strided_elements() -> Result<()> {
-        let x = Tensor::ones([2, 3], DType::F32, &Device::Cpu)?;
-        let refusal = |x: &Tensor| x.into_arg().expect_err("there is no GPU").to_string();
-        let strided = refusal(&x.transpose(0, 1)?);
-        assert!(strided.contains("expects packed elements, got [3, 2] with strides [1, 3]"), "{strided}");
-        assert!(refusal(&x).contains("a tensor on the CPU was given to a kernel"));
-        Ok(())
-    }
 }

@@ -1,4 +1,6 @@
-//! Devices: memory, threads and processor features. Knows no op.
+//! Devices: memory, threads and processor features. Knows no tensor and no op.
+//!
+//! The CPU is reached by static calls; every GPU is a [`Gpu`], of which [`cuda`] is one.
 
 use std::{fmt, sync::OnceLock};
 
@@ -9,49 +11,39 @@ mod amx;
 pub(crate) mod cpu;
 #[cfg(feature = "cuda")]
 pub mod cuda;
-#[cfg(not(feature = "cuda"))]
-#[path = "no_cuda.rs"]
-pub mod cuda;
+#[cfg(feature = "cuda")]
+mod faults;
+mod gpu;
 mod heap;
 #[cfg(feature = "cuda")]
 pub mod kernels;
-// Without CUDA, what ops say of their launches is never read.
-#[cfg_attr(not(feature = "cuda"), allow(dead_code))]
 pub(crate) mod launch;
 mod map;
 mod precision;
 mod ranges;
 pub(crate) mod rows;
 pub(crate) mod scratch;
+mod signature;
 pub(crate) mod simd;
+mod source;
 mod tasks;
 
+pub use cpu::for_rows;
+#[cfg(feature = "cuda")]
 pub use cuda::CudaDevice;
+pub use gpu::{Address, Gpu, Kernel, Limits, Memory, Replay};
 pub use heap::MemoryStats;
+pub use launch::{Arg, Gemm, Grid, KernelLayout, Operand};
 pub use precision::{Precision, float32_matmul_precision, set_float32_matmul_precision};
+pub use signature::Kind;
 pub use simd::Level;
+pub use source::{ParameterType, Source, SourceParameter};
 
-pub(crate) use launch::{Arg, Gemm, Grid, Operand, Storage, args, size32};
+pub(crate) use gpu::GpuBuffer;
+pub(crate) use launch::{args, size32};
 
 use cpu::CpuBuffer;
-use cuda::CudaBuffer;
 use heap::Heap;
-
-/// Runs an expression with what keeps the memory of a device.
-macro_rules! on_pool {
-    ($device:expr, $pool:ident, $body:expr) => {
-        match $device {
-            Device::Cpu => {
-                let $pool = cpu_heap();
-                $body
-            }
-            Device::Cuda(device) => {
-                let $pool = device.pool();
-                $body
-            }
-        }
-    };
-}
 
 /// Where a tensor lives.
 #[derive(Clone)]
@@ -59,8 +51,8 @@ macro_rules! on_pool {
 pub enum Device {
     /// The processor and its memory; ops run on the `rayon` thread pool of the calling thread.
     Cpu,
-    /// An NVIDIA GPU.
-    Cuda(&'static CudaDevice),
+    /// A GPU.
+    Gpu(&'static dyn Gpu),
 }
 
 impl Device {
@@ -69,7 +61,13 @@ impl Device {
     /// Errors: the driver, NVRTC or cuBLAS is missing, with where it was looked for and how to get it; or there is no
     /// such card.
     pub fn cuda(ordinal: usize) -> Result<Self> {
-        CudaDevice::open(ordinal).map(Self::Cuda)
+        #[cfg(feature = "cuda")]
+        return CudaDevice::open(ordinal).map(|device| Self::Gpu(device));
+        #[cfg(not(feature = "cuda"))]
+        Err(Error::Device {
+            op: "cuda",
+            message: format!("cuda:{ordinal} was asked for, but this build has no CUDA; enable the feature `cuda`"),
+        })
     }
 
     /// A GPU if one is usable, else the CPU.
@@ -94,25 +92,37 @@ impl Device {
 
     /// Memory in use by tensors and graphs on this device, kept for reuse, and the largest amount in use so far.
     pub fn memory(&self) -> MemoryStats {
-        on_pool!(self, pool, pool.stats())
+        match self {
+            Self::Cpu => cpu_heap().stats(),
+            Self::Gpu(gpu) => gpu.memory(),
+        }
     }
 
     /// Starts a new measurement of [`MemoryStats::peak`] from what is in use now.
     pub fn reset_peak_memory(&self) {
-        on_pool!(self, pool, pool.reset_peak());
+        match self {
+            Self::Cpu => cpu_heap().reset_peak(),
+            Self::Gpu(gpu) => gpu.reset_peak_memory(),
+        }
     }
 
     /// Gives all memory kept for reuse back to the system: that of tensors, and the working memory of threads
     /// ([`MemoryStats::scratch`]), of which a thread inside of an op gives its part back when that ends.
     pub fn trim(&self) {
-        on_pool!(self, pool, pool.trim());
+        match self {
+            Self::Cpu => cpu_heap().trim(),
+            Self::Gpu(gpu) => gpu.trim(),
+        }
     }
 
     /// Limits the memory kept for reuse ([`MemoryStats::cached`] and [`MemoryStats::scratch`] together) to this many bytes.
     /// Default: what `XT_POOL_BYTES` says, else 2 GiB on the CPU and no limit on a GPU. Beside it, up to 64 KiB of a page
     /// that a tensor has a part of may stay with the process.
     pub fn set_cache_limit(&self, bytes: usize) {
-        on_pool!(self, pool, pool.set_limit(bytes));
+        match self {
+            Self::Cpu => cpu_heap().set_limit(bytes),
+            Self::Gpu(gpu) => gpu.set_cache_limit(bytes),
+        }
     }
 
     /// Waits until all that was enqueued on a GPU is done; the CPU is never behind.
@@ -121,14 +131,14 @@ impl Device {
     pub fn synchronize(&self) -> Result<()> {
         match self {
             Self::Cpu => Ok(()),
-            Self::Cuda(device) => device.synchronize(),
+            Self::Gpu(gpu) => gpu.synchronize(),
         }
     }
 
     /// As [`Device::synchronize`], but nothing while a graph is recorded, which a wait would end.
     pub(crate) fn settle(&self) -> Result<()> {
         match self {
-            Self::Cuda(device) if device.is_capturing() => Ok(()),
+            Self::Gpu(gpu) if gpu.is_capturing() => Ok(()),
             _ => self.synchronize(),
         }
     }
@@ -137,7 +147,7 @@ impl Device {
     pub fn transfers(&self) -> Transfers {
         match self {
             Self::Cpu => Transfers::default(),
-            Self::Cuda(device) => device.transfers(),
+            Self::Gpu(gpu) => gpu.transfers(),
         }
     }
 }
@@ -157,7 +167,10 @@ pub struct Transfers {
 pub fn describe() -> Vec<String> {
     let mut lines =
         vec![format!("cpu: {} threads, {} vector code", rayon::current_num_threads(), simd::level().name())];
+    #[cfg(feature = "cuda")]
     lines.extend(cuda::describe());
+    #[cfg(not(feature = "cuda"))]
+    lines.push("cuda: this build has no CUDA, the feature `cuda` is off".into());
     lines
 }
 
@@ -165,7 +178,7 @@ impl PartialEq for Device {
     fn eq(&self, other: &Self) -> bool {
         match (self, other) {
             (Self::Cpu, Self::Cpu) => true,
-            (Self::Cuda(a), Self::Cuda(b)) => std::ptr::eq(*a, *b),
+            (Self::Gpu(a), Self::Gpu(b)) => std::ptr::addr_eq(*a, *b) && a.ordinal() == b.ordinal(),
             _ => false,
         }
     }
@@ -177,7 +190,7 @@ impl fmt::Display for Device {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Cpu => f.write_str("cpu"),
-            Self::Cuda(device) => write!(f, "cuda:{}", device.ordinal()),
+            Self::Gpu(gpu) => write!(f, "{}:{}", gpu.backend(), gpu.ordinal()),
         }
     }
 }
@@ -191,7 +204,7 @@ impl fmt::Debug for Device {
 /// Untyped bytes on a device, given back to its pool when dropped.
 pub(crate) enum Buffer {
     Cpu(CpuBuffer),
-    Cuda(CudaBuffer),
+    Gpu(GpuBuffer),
 }
 
 impl Buffer {
@@ -199,7 +212,15 @@ impl Buffer {
     pub fn new(bytes: usize, device: &Device) -> Result<Self> {
         match device {
             Device::Cpu => CpuBuffer::new(bytes).map(Self::Cpu),
-            Device::Cuda(device) => CudaBuffer::new(bytes, device).map(Self::Cuda),
+            Device::Gpu(gpu) => GpuBuffer::new(bytes, *gpu).map(Self::Gpu),
+        }
+    }
+
+    /// Returns `true` if no other handle of its memory exists.
+    pub fn is_unique(&mut self) -> bool {
+        match self {
+            Self::Cpu(_) => true,
+            Self::Gpu(buffer) => buffer.is_unique(),
         }
     }
 }

@@ -2,11 +2,13 @@
 
 use half::{bf16, f16};
 
+mod float_element;
 mod real;
 
 use crate::{Error, Result, error::ensure};
 
 pub(crate) use bytemuck::Pod;
+pub use float_element::FloatElement;
 pub(crate) use real::Real;
 
 /// The type of a tensor's elements.

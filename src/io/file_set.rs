@@ -1,13 +1,16 @@
 //! Files of one folder that belong together and are replaced in one step. The protocol is described at
-//! [`Checkpoint`](crate::train::Checkpoint#files).
+//! `train::Checkpoint`.
 
 use std::{
     fs, io,
     path::{Path, PathBuf},
 };
 
-use super::atomic::{FolderLock, create_folders, retry, sync_folder, write_new};
-use crate::{Error, Result, error::ensure};
+use crate::{
+    Error, Result,
+    atomic_file::{FolderLock, create_folders, retry, sync_folder, write_new},
+    error::ensure,
+};
 
 /// A whole set of files on its way into the folder.
 const INCOMING: &str = ".incoming";

@@ -11,7 +11,7 @@ use crate::ordered::{ordered, try_ordered};
 use crate::{Error, ParamMap, Result, Tensor};
 
 /// How a family names its tensors.
-pub(super) struct Layout {
+pub(crate) struct Layout {
     /// Begins the names of the model inside one with a head.
     pub base: &'static str,
     /// If `true`, the family's own names begin with it here; if not, they are those of the model without a head.
@@ -47,7 +47,7 @@ const WRAPPERS: [&str; 13] = [
 
 /// What the tensors of a file are called there, by the family's own names.
 #[derive(Debug, Default)]
-pub(super) struct Renamed {
+pub(crate) struct Renamed {
     old: BTreeMap<String, String>,
     /// Where the model lies, and how its own names begin in place of that.
     place: [String; 2],

@@ -4,7 +4,7 @@
 pub(super) const BEGINNING: usize = 512;
 
 /// What a file is, and what to do about it, if it is none that anybody meant to open.
-pub(super) fn mistaken(beginning: &[u8]) -> Option<&'static str> {
+pub(crate) fn mistaken(beginning: &[u8]) -> Option<&'static str> {
     /// Beginnings of files and of texts.
     const KNOWN: [(&[u8], &str); 10] = [
         (b"\x1f\x8b", "is compressed by gzip; unpack it, and give the file that was in it"),

@@ -1,6 +1,5 @@
 //! Files: tensors by name in the formats that checkpoints come in, and replacing a file in one step.
 
-mod atomic;
 mod bytes;
 mod described;
 mod file_set;
@@ -10,9 +9,7 @@ mod gguf;
 mod globals;
 mod layout;
 mod mistaken;
-mod names;
 mod pickle;
-mod pretrained;
 mod pytorch;
 mod quantised;
 mod safetensors;
@@ -23,9 +20,9 @@ mod stored;
 mod tensor_file;
 mod zip;
 
+pub use crate::atomic_file::{create_folders, retry as retry_interrupted, write_atomically};
+
 pub use self::{
-    atomic::{create_folders, retry as retry_interrupted, write_atomically},
-    pretrained::{Family, Pretrained, SentenceOptions, Similarity},
     safetensors::{read_safetensors, write_safetensors},
     small_file::{read_limited, read_text},
     stored::Stored,
@@ -34,5 +31,8 @@ pub use self::{
 
 pub(crate) use self::{
     file_set::FileSet,
+    layout::{Layout, Renamed},
+    mistaken::mistaken,
     safetensors::{pack, read_with_metadata},
+    tensor_file::holds_gguf,
 };

@@ -338,7 +338,7 @@ impl TensorFile {
     }
 
     /// Why something of this name is not read; `None` if it is a tensor, or nothing.
-    pub(super) fn inert(&self, name: &str) -> Option<&str> {
+    pub(crate) fn inert(&self, name: &str) -> Option<&str> {
         self.inert.get(name).map(|inert| inert.why.as_str())
     }
 
@@ -363,7 +363,7 @@ impl TensorFile {
     }
 
     /// If `true`, two tensors are the same bytes of the file.
-    pub(super) fn same_place(&self, a: &str, b: &str) -> bool {
+    pub(crate) fn same_place(&self, a: &str, b: &str) -> bool {
         match (self.entries.get(a), self.entries.get(b)) {
             (Some(a), Some(b)) => {
                 let place = |entry: &Entry| (entry.part, entry.start, entry.stored, entry.shape, entry.strides.clone());
@@ -514,7 +514,7 @@ fn gguf_files(folder: &Path) -> Result<Vec<PathBuf>> {
 }
 
 /// If `true`, the weights of a folder are in GGUF files, readable or not.
-pub(super) fn holds_gguf(folder: &Path) -> bool {
+pub(crate) fn holds_gguf(folder: &Path) -> bool {
     let others = IN_FOLDERS.iter().any(|name| folder.join(name).is_file());
     !others && gguf_files(folder).is_ok_and(|found| !found.is_empty())
 }

@@ -48,25 +48,23 @@ pub struct AutoregressiveWrapper {
 }
 
 impl AutoregressiveWrapper {
-    /// A model from its keywords; its parameters' names begin with `net.`.
+    /// A model from its options; its parameters' names begin with `net.`.
     ///
     /// Errors: [`Error::Option`] for what is illegal alone or together.
     pub fn new(config: &AutoregressiveConfig, store: &ParamStore) -> Result<Self> {
-        let pooled = [
-            ("average_pool_embed", config.net.average_pool_embed),
-            ("return_only_embed", config.net.return_only_embed),
-        ];
-        if let Some((key, _)) = pooled.into_iter().find(|(_, on)| *on) {
-            return Err(Error::option(key, "leaves no logits for each token, which predictions need").context("net"));
-        }
+        check_logits(config.net.average_pool_embed, config.net.return_only_embed)?;
         let net = TransformerWrapper::new(&config.net, &store.at("net")).context("net")?;
         Ok(Self { net, ignore_index: config.ignore_index, pad_value: config.pad_value })
     }
 
-    /// Around an existing model.
-    pub(super) fn around(net: TransformerWrapper) -> Self {
+    /// Wraps an existing model, with the default `ignore_index` and `pad_value`. Its parameters keep their names: those of
+    /// [`AutoregressiveWrapper::new`] lie at `net`.
+    ///
+    /// Errors: [`Error::Option`] for a model that gives no logits for each token.
+    pub fn around(net: TransformerWrapper) -> Result<Self> {
+        check_logits(net.plan().average_pool_embed, net.plan().return_only_embed)?;
         let AutoregressiveConfig { ignore_index, pad_value, .. } = AutoregressiveConfig::default();
-        Self { net, ignore_index, pad_value }
+        Ok(Self { net, ignore_index, pad_value })
     }
 
     /// Mean cross entropy of `tokens[:, 1:]` given `tokens[:, :-1]`, targets equal to `ignore_index` left out: `[b, n + 1]`
@@ -80,7 +78,7 @@ impl AutoregressiveWrapper {
             tokens.rank() == 2 && tokens.shape()[1] >= 2,
             Error::shape("loss", format!("expected tokens [batch, n] with n of at least 2, got {:?}", tokens.shape()))
         );
-        options.ask_for_output_alone("loss")?;
+        options.check_output_only("loss")?;
         let n = tokens.shape()[1] - 1;
         let mut options = options.clone();
         if let Some(mask) = options.mask.take() {
@@ -99,8 +97,19 @@ impl AutoregressiveWrapper {
         self.net.quantize_int8().context("net")
     }
 
-    /// What follows the end of a row.
+    /// The token that follows the end of a row.
     pub(super) fn pad_value(&self) -> i64 {
         self.pad_value
+    }
+}
+
+/// Predictions need logits for each token.
+fn check_logits(average_pool_embed: bool, return_only_embed: bool) -> Result<()> {
+    let pooled = [("average_pool_embed", average_pool_embed), ("return_only_embed", return_only_embed)];
+    match pooled.into_iter().find(|(_, on)| *on) {
+        Some((key, _)) => {
+            Err(Error::option(key, "leaves no logits for each token, which predictions need").context("net"))
+        }
+        None => Ok(()),
     }
 }

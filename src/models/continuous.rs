@@ -143,7 +143,7 @@ impl ContinuousAutoregressiveWrapper {
             x.rank() == 3 && x.shape()[1] >= 2,
             Error::shape("loss", format!("expected [batch, n, features] with n of at least 2, got {:?}", x.shape()))
         );
-        options.ask_for_output_alone("loss")?;
+        options.check_output_only("loss")?;
         let n = x.shape()[1] - 1;
         let mut options = options.clone();
         if let Some(mask) = options.mask.take() {
@@ -165,7 +165,7 @@ impl ContinuousAutoregressiveWrapper {
     ///
     /// Errors: an empty sequence, and those of [`ContinuousTransformerWrapper::forward`].
     pub fn generate(&self, start: &Tensor, seq_len: usize, options: &ForwardOptions) -> Result<Tensor> {
-        options.ask_for_output_alone("generate")?;
+        options.check_output_only("generate")?;
         let flat = start.rank() == 2;
         let mut all = if flat { start.unsqueeze(0)? } else { start.clone() }.detach();
         ensure!(

@@ -38,10 +38,10 @@ impl XTransformer {
     /// Errors: [`Error::Option`] for what is illegal alone or together.
     pub fn new(config: &XTransformerConfig, store: &ParamStore) -> Result<Self> {
         let plan = config.plan()?;
-        let encoder = TransformerWrapper::from_plan(&plan.enc, &store.at("encoder"), None)?;
+        let encoder = TransformerWrapper::from_plan(plan.enc, &store.at("encoder"), None)?;
         let tied = plan.tie_token_emb.then(|| encoder.token_emb());
-        let decoder = TransformerWrapper::from_plan(&plan.dec, &store.at("decoder").at("net"), tied)?;
-        Ok(Self { decoder: AutoregressiveWrapper::around(decoder), encoder })
+        let decoder = TransformerWrapper::from_plan(plan.dec, &store.at("decoder").at("net"), tied)?;
+        Ok(Self { decoder: AutoregressiveWrapper::around(decoder)?, encoder })
     }
 
     /// The decoder's loss on `tgt [b, m]` given `src [b, n]`: a scalar.

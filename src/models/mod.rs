@@ -9,11 +9,10 @@ mod continuous;
 mod encoder_decoder;
 mod ends;
 mod generate;
-pub mod parity;
+mod model;
 #[cfg(feature = "cuda")]
 mod recorded;
 mod rows;
-mod run;
 mod sampling;
 mod sentence;
 mod speculative;
@@ -28,9 +27,9 @@ pub use continuous::{ContinuousAutoregressiveWrapper, ContinuousTransformerWrapp
 pub use encoder_decoder::{EncoderDecoderOptions, XTransformer};
 pub use ends::{RowEnd, StopMatcher};
 pub use generate::{GenerateOptions, TokenStream};
+pub use model::{Model, RunOptions};
 #[cfg(feature = "cuda")]
 pub use recorded::RecordedDecode;
-pub use run::{Model, RunOptions};
 pub use sampling::{filter_probabilities, sample, sample_tokens};
 pub use sentence::{DenseActivation, DenseLayer, DenseResidual, Features, Pooling, SentenceEncoder, SentenceModule};
 pub use speculative::SpeculativeStats;

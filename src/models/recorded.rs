@@ -3,9 +3,7 @@
 use std::cell::RefCell;
 
 use super::{DecodeCache, TransformerWrapper, sample_tokens};
-use crate::{
-    DType, Device, Error, ParamMap, Result, Tensor, config::SamplingConfig, device::cuda::Graph, error::ensure,
-};
+use crate::{DType, Device, Error, Graph, ParamMap, Result, Tensor, config::SamplingConfig, error::ensure};
 
 /// A token in each row joins a cache, and the next one is drawn: recorded once and replayed with one call of the driver.
 ///

@@ -35,7 +35,7 @@ impl<'m> Rows<'m> {
     ) -> Result<Self> {
         let net = &model.net;
         let forward = &options.forward;
-        forward.ask_for_output_alone("generate")?;
+        forward.check_output_only("generate")?;
         ensure!(
             (1..=2).contains(&start_tokens.rank()) && start_tokens.dtype() == DType::I64,
             Error::shape(

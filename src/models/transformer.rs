@@ -4,13 +4,13 @@ use std::sync::Arc;
 
 use crate::{
     DType, Error, Init, Param, ParamStore, Result, Tensor,
-    config::{self, TransformerPlan, TransformerWrapperConfig},
+    config::{LayerPlan, NormPlan, TransformerPlan, TransformerWrapperConfig},
     error::{ErrorContext, ensure},
-    nn::{AbsolutePositionalEmbedding, AttentionLayers, Embedding, ForwardOptions, Linear, Norm},
+    nn::{AbsolutePositionalEmbedding, AttentionLayers, Branch, Embedding, ForwardOptions, Linear, Norm},
     ops::{Activation, Int8Matrix},
 };
 
-/// What a wrapper gives.
+/// Output of a wrapper.
 #[derive(Clone, Debug)]
 pub struct Output {
     /// Logits `[b, n, num_tokens]`, or normed hidden states `[b, n, dim]`.
@@ -73,7 +73,7 @@ struct MaskedHead {
 }
 
 impl MaskedHead {
-    fn new(plan: &TransformerPlan, activation: Activation, norm: config::Norm, store: &ParamStore) -> Result<Self> {
+    fn new(plan: &TransformerPlan, activation: Activation, norm: NormPlan, store: &ParamStore) -> Result<Self> {
         Ok(Self {
             dense: Linear::new(&store.at("dense"), plan.layers.dim, plan.emb_dim)?,
             activation,
@@ -93,11 +93,35 @@ impl TransformerWrapper {
     ///
     /// Errors: [`Error::Option`] for what is illegal alone or together.
     pub fn new(config: &TransformerWrapperConfig, store: &ParamStore) -> Result<Self> {
-        Self::from_plan(&config.plan()?, store, None)
+        Self::from_plan(config.plan()?, store, None)
+    }
+
+    /// A model some of whose layers have a branch of one's own, see [`AttentionLayers::with_branches`]. Generation, caches,
+    /// recomputation and losses work as for any other.
+    ///
+    /// Errors: [`Error::Option`] for what is illegal alone or together, and those of `branches`.
+    pub fn with_branches(
+        config: &TransformerWrapperConfig,
+        store: &ParamStore,
+        branches: impl FnMut(usize, &LayerPlan, &ParamStore) -> Result<Option<Arc<dyn Branch>>>,
+    ) -> Result<Self> {
+        Self::build(config.plan()?, store, None, branches)
     }
 
     /// A model from its plan, and perhaps the token embeddings of another one.
-    pub(super) fn from_plan(plan: &TransformerPlan, store: &ParamStore, tied: Option<&Embedding>) -> Result<Self> {
+    pub(super) fn from_plan(plan: TransformerPlan, store: &ParamStore, tied: Option<&Embedding>) -> Result<Self> {
+        Self::build(plan, store, tied, |_, _, _| Ok(None))
+    }
+
+    fn build(
+        mut plan: TransformerPlan,
+        store: &ParamStore,
+        tied: Option<&Embedding>,
+        branches: impl FnMut(usize, &LayerPlan, &ParamStore) -> Result<Option<Arc<dyn Branch>>>,
+    ) -> Result<Self> {
+        let attn_layers = AttentionLayers::with_branches(&plan.layers, &store.at("attn_layers"), branches)?;
+        plan.layers = attn_layers.plan().clone();
+        let plan = Arc::new(plan);
         let dim = plan.layers.dim;
         let token_store = store.at("token_emb");
         let token_emb = match tied {
@@ -114,16 +138,16 @@ impl TransformerWrapper {
             let init = Init::kaiming_normal(plan.emb_dim);
             Embedding::new(&store.at("token_type_emb"), plan.num_token_types, plan.emb_dim, init)
         };
-        let norm = |norm: Option<config::Norm>, name: &str, dim: usize| {
+        let norm = |norm: Option<NormPlan>, name: &str, dim: usize| {
             norm.map(|norm| Norm::new(norm, dim, &store.at(name))).transpose()
         };
-        let mlm_head = |(activation, norm)| MaskedHead::new(plan, activation, norm, &store.at("mlm_head"));
+        let mlm_head = |(activation, norm)| MaskedHead::new(&plan, activation, norm, &store.at("mlm_head"));
         Ok(Self {
             token_emb,
             pos_emb: plan.absolute_positions.then(positions).transpose()?,
             project_emb: (plan.emb_dim != dim).then(project_emb).transpose()?,
             memory_tokens: (plan.num_memory_tokens > 0).then(memory).transpose()?,
-            attn_layers: AttentionLayers::new(&plan.layers, &store.at("attn_layers"))?,
+            attn_layers,
             token_type_emb: (plan.num_token_types > 0).then(types).transpose()?,
             post_emb_norm: norm(plan.post_emb_norm, "post_emb_norm", plan.emb_dim)?,
             norm: norm(plan.layers.final_norm, "norm", dim)?,
@@ -131,11 +155,11 @@ impl TransformerWrapper {
             pooler: plan.pooler.then(|| Linear::new(&store.at("pooler"), dim, dim)).transpose()?,
             to_logits: (!plan.tie_embedding && !plan.return_only_embed).then(to_logits).transpose()?,
             tied_int8: None,
-            plan: Arc::new(plan.clone()),
+            plan,
         })
     }
 
-    /// What was built.
+    /// The plan that the model was made from.
     pub fn plan(&self) -> &TransformerPlan {
         &self.plan
     }
@@ -170,7 +194,7 @@ impl TransformerWrapper {
         &self.attn_layers
     }
 
-    /// The norm behind them.
+    /// The norm after them.
     pub(super) fn norm(&self) -> Option<&Norm> {
         self.norm.as_ref()
     }
@@ -247,7 +271,7 @@ impl TransformerWrapper {
         if self.memory_tokens.is_some() { self.prepend_memory_tokens(&x) } else { Ok(x) }
     }
 
-    /// Refuses what are no rows of tokens.
+    /// Checks that `tokens` is an i64 tensor of shape `[batch, n]`.
     pub(super) fn check_tokens(&self, tokens: &Tensor) -> Result<()> {
         ensure!(
             tokens.rank() == 2 && tokens.dtype() == DType::I64,

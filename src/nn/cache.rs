@@ -1,10 +1,10 @@
 //! What attention layers keep of a sequence that grows: keys, values and the inputs that token shift looks back at.
 
-use super::{ForwardOptions, ScoreBias};
+use super::{ForwardOptions, attention::AttentionCache};
 use crate::{
     Buffer, DType, Device, Error, Result, Tensor,
     error::{ErrorContext, ensure},
-    ops::rotary::rotary_table,
+    ops::{PositionBias, rotary::rotary_table},
 };
 
 /// The memory of [`AttentionLayers::extend`](super::AttentionLayers::extend): one sequence per row of a batch, each of
@@ -33,7 +33,7 @@ pub(super) struct Tables {
     pub rotary: Option<Tensor>,
     /// `[positions, dim]`
     pub sinusoids: Option<Tensor>,
-    pub bias: Option<ScoreBias>,
+    pub bias: Option<PositionBias>,
 }
 
 /// What one sublayer keeps.
@@ -42,20 +42,16 @@ pub(super) struct LayerCache {
     /// The inputs behind the norm, `[b, 1, capacity, dim]`, where tokens are shifted.
     pub history: Option<Tensor>,
     pub attention: AttentionCache,
+    /// What a custom branch keeps, `[b, 1, capacity or more, width]` each: see [`Past`](super::Past).
+    pub slots: Vec<Option<Tensor>>,
 }
 
-/// Keys and values `[b, heads, prefix_len + capacity, d]`; those of a context have no more than they need.
-#[derive(Clone, Debug, Default)]
-pub(super) struct AttentionCache {
-    pub keys_values: Option<[Tensor; 2]>,
-    /// If `true`, each step writes to them in place: they are those of the sequence and not of a context.
-    pub grows: bool,
-    /// Keys in front of the sequence: memory key/values and memories.
-    pub prefix_len: usize,
-    /// Memories among those.
-    pub memories: usize,
-    /// The position bias by the distance of a key behind a query, `[heads, distances]`.
-    pub bias_by_distance: Option<Tensor>,
+/// A call that continues sequences, as one sublayer sees it.
+#[derive(Debug)]
+pub(super) struct Decode<'c> {
+    pub cache: &'c mut LayerCache,
+    pub tables: &'c Tables,
+    pub step: &'c DecodeStep,
 }
 
 /// Where the new positions of one call are.
@@ -139,9 +135,9 @@ impl LayersCache {
     #[cfg(feature = "cuda")]
     pub(crate) fn is_unique(&mut self) -> bool {
         let of_layer = |layer: &mut LayerCache| {
-            let AttentionCache { keys_values, grows, .. } = &mut layer.attention;
+            let LayerCache { history, attention: AttentionCache { keys_values, grows, .. }, slots } = layer;
             let keys_values = keys_values.iter_mut().flatten().filter(|_| *grows);
-            keys_values.chain(&mut layer.history).all(Tensor::is_unique)
+            keys_values.chain(history).chain(slots.iter_mut().flatten()).all(Tensor::is_unique)
         };
         self.layers.iter_mut().all(of_layer) && self.mask.as_mut().is_none_or(Tensor::is_unique)
     }
@@ -159,17 +155,15 @@ impl LayersCache {
             !rows.is_empty() && rows.iter().all(|&row| row < self.batch),
             Error::argument("cache", format!("cannot take rows {rows:?} of {}", self.batch))
         );
-        let device = self.layers.iter().find_map(LayerCache::device).cloned();
+        let device =
+            self.layers.iter_mut().flat_map(LayerCache::tensors_mut).next().map(|tensor| tensor.device().clone());
         self.batch = rows.len();
         self.lengths = rows.iter().map(|&row| self.lengths[row]).collect();
         self.kept = self.kept.as_ref().map(|kept| rows.iter().map(|&row| kept[row].clone()).collect());
         let Some(device) = device else { return Ok(()) };
         let rows: Vec<i64> = rows.iter().map(|&row| row as i64).collect();
         let rows = Tensor::from_vec(rows, [self.batch], &device)?;
-        let tensors = self
-            .layers
-            .iter_mut()
-            .flat_map(|layer| layer.history.iter_mut().chain(layer.attention.keys_values.iter_mut().flatten()));
+        let tensors = self.layers.iter_mut().flat_map(LayerCache::tensors_mut);
         tensors.chain(self.options.context.as_mut()).try_for_each(|tensor| select(tensor, &rows))?;
         let masks = self.mask.iter_mut().chain(self.options.context_mask.as_mut());
         masks.chain(self.options.mems.iter_mut().flatten()).try_for_each(|mask| select(mask, &rows))
@@ -240,8 +234,9 @@ fn select(tensor: &mut Tensor, rows: &Tensor) -> Result<()> {
 }
 
 impl LayerCache {
-    fn device(&self) -> Option<&Device> {
-        self.history.as_ref().or(self.attention.keys_values.as_ref().map(|[keys, _]| keys)).map(Tensor::device)
+    fn tensors_mut(&mut self) -> impl Iterator<Item = &mut Tensor> {
+        let keys_values = self.attention.keys_values.iter_mut().flatten();
+        keys_values.chain(&mut self.history).chain(self.slots.iter_mut().flatten())
     }
 
     /// Notes the inputs of a step; gives all of them.
@@ -256,31 +251,13 @@ impl LayerCache {
     }
 }
 
-impl AttentionCache {
-    /// Writes keys and values of a step, `[b, heads, n, d]`; those of the first one include what is in front.
-    pub fn write(&mut self, k: &Tensor, v: &Tensor, step: &DecodeStep) -> Result<()> {
-        let offset = if step.first { 0 } else { self.prefix_len };
-        let room = self.prefix_len + step.capacity;
-        let buffer = |x: &Tensor| Tensor::zeros([x.dim(0)?, x.dim(1)?, room, x.dim(3)?], x.dtype(), x.device());
-        let [mut keys, mut values] = match self.keys_values.take() {
-            Some(buffers) => buffers,
-            None => [buffer(k)?, buffer(v)?],
-        };
-        keys.write_rows(k, &step.device_lengths, offset).context("keys")?;
-        values.write_rows(v, &step.device_lengths, offset).context("values")?;
-        self.keys_values = Some([keys, values]);
-        self.grows = true;
-        Ok(())
-    }
-}
-
 impl Tables {
     /// For sequences of up to so many positions, memories included.
     pub fn new(
         positions: usize,
         rotary: Option<&Buffer>,
         infused: Option<&Buffer>,
-        bias: Option<ScoreBias>,
+        bias: Option<PositionBias>,
         dtype: DType,
     ) -> Result<Self> {
         let rotary = rotary
@@ -303,44 +280,5 @@ impl DecodeStep {
     pub fn keys(&self, prefix_len: usize) -> usize {
         let longest = self.lengths.iter().copied().max().unwrap_or(0);
         prefix_len + (longest + self.n).min(self.capacity)
-    }
-
-    /// The number of keys, if the step is a chunk of sequences of one length whose scores have no other terms than
-    /// products: [`attention`](crate::ops::attention) computes it, and faster for many queries.
-    pub fn chunk(&self, cache: &AttentionCache) -> Option<usize> {
-        let equal = self.lengths.iter().all(|&length| length == self.lengths[0]);
-        let plain = equal && self.n >= 8 && cache.bias_by_distance.is_none() && self.kept.is_none();
-        (plain && self.lengths[0] + self.n <= self.capacity).then(|| self.keys(cache.prefix_len))
-    }
-
-    /// Which scores stay, `[b, 1, n, keys]`, as the uncached call decides it.
-    pub fn keep(&self, prefix_len: usize, mem_keys: usize, max_attend_past: Option<usize>) -> Result<Tensor> {
-        let keys = self.keys(prefix_len);
-        let mut keep = Vec::with_capacity(self.lengths.len() * self.n * keys);
-        for (row, &length) in self.lengths.iter().enumerate() {
-            let kept = self.kept.as_ref().map(|kept| &kept[row]);
-            let padded = |position: usize| kept.is_some_and(|kept| !kept.get(position).is_none_or(|&kept| kept));
-            for i in 0..self.n {
-                let position = prefix_len + length + i;
-                let query_padded = padded(length + i);
-                keep.extend((0..keys).map(|key| {
-                    let padding = key < mem_keys || !(query_padded || key >= prefix_len && padded(key - prefix_len));
-                    padding && key <= position && max_attend_past.is_none_or(|past| position - key <= past)
-                }));
-            }
-        }
-        Tensor::from_vec(keep, [self.lengths.len(), 1, self.n, keys], self.device_lengths.device())
-    }
-
-    /// The position bias of the step's scores from its bias_by_distance, `[b, heads, n, keys]`.
-    pub fn bias(&self, bias_by_distance: &Tensor, prefix_len: usize, dtype: DType) -> Result<Tensor> {
-        let (keys, distances) = (self.keys(prefix_len), bias_by_distance.dim(1)?);
-        let row = |&length: &usize| {
-            let distance = move |position: usize, key: usize| position.saturating_sub(key).min(distances - 1) as i64;
-            (0..self.n).flat_map(move |i| (0..keys).map(move |key| distance(prefix_len + length + i, key)))
-        };
-        let index: Vec<i64> = self.lengths.iter().flat_map(row).collect();
-        let index = Tensor::from_vec(index, [self.lengths.len(), self.n, keys], bias_by_distance.device())?;
-        bias_by_distance.transpose(0, 1)?.embedding(&index)?.permute(&[0, 3, 1, 2])?.to_dtype(dtype)
     }
 }

@@ -1,7 +1,12 @@
 //! The feedforward branch.
 
 use super::{Linear, Norm};
-use crate::{ParamStore, Result, Tensor, config, config::FeedForwardPlan, error::ErrorContext, ops::Activation};
+use crate::{
+    ParamStore, Result, Tensor,
+    config::{FeedForwardPlan, NormPlan},
+    error::ErrorContext,
+    ops::Activation,
+};
 
 /// `W₂ act(W₁ x)`, or gated: `W₂ (a ⊙ act(b))` with `[a, b] = W₁ x` (Shazeer, <https://arxiv.org/abs/2002.05202>).
 #[derive(Clone, Debug)]
@@ -15,18 +20,21 @@ pub struct FeedForward {
 }
 
 impl FeedForward {
-    /// As planned.
+    /// The planned feedforward.
+    ///
+    /// Errors: an illegal plan.
     pub fn new(plan: &FeedForwardPlan, store: &ParamStore) -> Result<Self> {
+        plan.check()?;
         let net = store.at("net");
         let (place, width) = if plan.glu { ("0.proj", 2 * plan.inner) } else { ("0.0", plan.inner) };
         let project_in = Linear::maybe_biased(&net.at(place), plan.dim, width, plan.bias)?;
-        let norm = plan.post_act_ln.then(|| Norm::new(config::Norm::LAYER, plan.inner, &net.at(1))).transpose()?;
+        let norm = plan.post_act_ln.then(|| Norm::new(NormPlan::LAYER, plan.inner, &net.at(1))).transpose()?;
         let project_out = Linear::output(&net.at(3), plan.inner, plan.dim_out, plan.bias, plan.zero_init)?;
         let FeedForwardPlan { activation, glu: gated, dropout, .. } = *plan;
         Ok(Self { project_in, activation, gated, norm, dropout, project_out })
     }
 
-    /// Its linear layers.
+    /// The linear layers, for quantization.
     pub(super) fn linears_mut(&mut self) -> impl Iterator<Item = &mut Linear> {
         [&mut self.project_in, &mut self.project_out].into_iter()
     }

@@ -6,8 +6,11 @@
 #![forbid(unsafe_code)]
 
 mod attention;
+mod branch;
 mod cache;
 mod feedforward;
+mod forward_options;
+mod layer;
 mod layers;
 mod linear;
 mod norm;
@@ -16,10 +19,12 @@ mod residual;
 mod wrap;
 
 pub use attention::{Attention, AttentionInput, AttentionOutput};
+pub use branch::{Branch, Past};
 pub use cache::LayersCache;
 pub use feedforward::FeedForward;
-pub use layers::{AttentionLayers, ForwardOptions, LayersOutput};
+pub use forward_options::ForwardOptions;
+pub use layers::{AttentionLayers, LayersOutput};
 pub use linear::{Embedding, Linear};
 pub use norm::Norm;
-pub use positions::{AbsolutePositionalEmbedding, PositionBias, ScoreBias};
+pub use positions::{AbsolutePositionalEmbedding, RelativePositionBias, rotary_frequencies};
 pub use residual::Residual;

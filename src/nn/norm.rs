@@ -1,6 +1,6 @@
 //! LayerNorm, ScaleNorm and RMSNorm.
 
-use crate::{Init, Param, ParamStore, Result, Tensor, config};
+use crate::{Init, Param, ParamStore, Result, Tensor, config::NormPlan};
 
 /// A norm over the features.
 #[derive(Clone, Debug)]
@@ -38,18 +38,18 @@ pub enum Norm {
 }
 
 impl Norm {
-    /// A norm of this kind over `dim` features.
-    pub fn new(kind: config::Norm, dim: usize, store: &ParamStore) -> Result<Self> {
+    /// The planned norm over `dim` features.
+    pub fn new(plan: NormPlan, dim: usize, store: &ParamStore) -> Result<Self> {
         let one = Init::Constant(1.0);
-        Ok(match kind {
-            config::Norm::Layer(eps) => Self::Layer {
+        Ok(match plan {
+            NormPlan::Layer(eps) => Self::Layer {
                 weight: store.param("weight", [dim], one)?,
                 bias: store.param("bias", [dim], Init::Constant(0.0))?,
                 eps,
             },
-            config::Norm::Scale(eps) => Self::Scale { g: store.param("g", [1], one)?, eps },
-            config::Norm::ClampedRms(eps) => Self::ClampedRms { g: store.param("g", [dim], one)?, eps },
-            config::Norm::Rms(eps) => Self::Rms { g: store.param("g", [dim], one)?, eps },
+            NormPlan::Scale(eps) => Self::Scale { g: store.param("g", [1], one)?, eps },
+            NormPlan::ClampedRms(eps) => Self::ClampedRms { g: store.param("g", [dim], one)?, eps },
+            NormPlan::Rms(eps) => Self::Rms { g: store.param("g", [dim], one)?, eps },
         })
     }
 

@@ -1,9 +1,9 @@
-//! How a branch and the residual stream become one.
+//! The residual stream, and how a branch joins it.
 
 use super::Norm;
 use crate::{Init, Param, ParamStore, Result, Tensor, config::ResidualPlan};
 
-/// The residual stream between sublayers, `[.., dim]`: a sum is left to the norm behind it, which computes it on the way.
+/// The residual stream between sublayers, `[.., dim]`: a sum is left to the norm after it, which computes it on the way.
 #[derive(Clone, Debug)]
 pub(super) enum Stream {
     Whole(Tensor),
@@ -40,7 +40,7 @@ pub struct Residual {
 }
 
 impl Residual {
-    /// As planned, over `dim` features.
+    /// The planned residual over `dim` features.
     pub fn new(plan: ResidualPlan, dim: usize, store: &ParamStore) -> Result<Self> {
         let scale = plan.scaled.then(|| store.param("residual_scale", [dim], Init::Constant(1.0))).transpose()?;
         let gru = plan.gated.then(|| GruCell::new(dim, &store.at("gru"))).transpose()?;
@@ -48,7 +48,14 @@ impl Residual {
     }
 
     /// `branch + residual`, or the GRU cell's new state; both `[.., dim]`.
-    pub(super) fn forward(&self, branch: Tensor, residual: Tensor) -> Result<Stream> {
+    ///
+    /// Errors: shapes or dtypes that do not fit.
+    pub fn forward(&self, branch: &Tensor, residual: &Tensor) -> Result<Tensor> {
+        self.stream(branch.clone(), residual.clone())?.whole()
+    }
+
+    /// As [`Residual::forward`], a sum being left to what follows.
+    pub(super) fn stream(&self, branch: Tensor, residual: Tensor) -> Result<Stream> {
         let residual = match &self.scale {
             Some(scale) => residual.mul(&scale.tensor())?,
             None => residual,

@@ -1,6 +1,6 @@
-//! What lies around a branch: ReZero, token shift, the macaron's half.
+//! The wrappers of a branch: ReZero, token shift, the macaron's half.
 
-use super::cache::{DecodeStep, LayerCache};
+use super::cache::Decode;
 use crate::{Init, Param, ParamStore, Result, Tensor, config::WrapPlan};
 
 /// The wrappers of one branch, outermost first.
@@ -12,7 +12,7 @@ pub(super) struct Wrap {
 }
 
 impl Wrap {
-    /// As planned; also gives the place of the branch, one level down for each wrapper.
+    /// The planned wrappers; also returns the place of the branch, one level down for each wrapper.
     pub fn new(plan: &WrapPlan, store: &ParamStore) -> Result<(Self, ParamStore)> {
         let rezero = plan.rezero.then(|| store.param("g", [1], Init::Constant(0.0))).transpose()?;
         let levels = [plan.rezero, plan.shifts.is_some(), plan.half].into_iter().filter(|&level| level);
@@ -20,20 +20,17 @@ impl Wrap {
         Ok((Self { rezero, shifts: plan.shifts.clone(), half: plan.half }, store))
     }
 
-    /// Before the branch. The mask, `[b, n]`, is known to attention alone.
-    pub fn input(&self, x: &Tensor, mask: Option<&Tensor>) -> Result<Tensor> {
-        match &self.shifts {
-            Some(amounts) => x.shift_tokens(amounts, mask),
-            None => Ok(x.clone()),
+    /// Before the branch, of whole sequences or of the next positions of those in a cache. `mask`, `[b, n]`: the padding
+    /// that the branch knows of.
+    pub fn input(&self, x: &Tensor, mask: Option<&Tensor>, decode: Option<&mut Decode<'_>>) -> Result<Tensor> {
+        match (&self.shifts, decode) {
+            (None, _) => Ok(x.clone()),
+            (Some(amounts), None) => x.shift_tokens(amounts, mask),
+            (Some(amounts), Some(Decode { cache, step, .. })) => {
+                let whole_mask = step.whole_mask.as_ref().filter(|_| mask.is_some());
+                cache.remember(x, step)?.shift_rows(&step.device_lengths, step.n, amounts, whole_mask)
+            }
         }
-    }
-
-    /// As [`Wrap::input`] for the next positions of sequences; `mask`: whether the branch knows of padding.
-    pub fn next_input(&self, x: &Tensor, mask: bool, cache: &mut LayerCache, step: &DecodeStep) -> Result<Tensor> {
-        let Some(amounts) = &self.shifts else { return Ok(x.clone()) };
-        let history = cache.remember(x, step)?;
-        let whole = step.whole_mask.as_ref().filter(|_| mask);
-        history.shift_rows(&step.device_lengths, step.n, amounts, whole)
     }
 
     /// After the branch.

@@ -80,7 +80,7 @@ fn activate(f: Activation, x: &Tensor, bias: &Tensor) -> Result<Tensor> {
                 });
             });
         }
-        Device::Cuda(gpu) => {
+        Device::Gpu(gpu) => {
             let rows = x.numel().checked_div(dim).unwrap_or(0);
             let (rows_per_chunk, chunks) = Grid::chunks(rows, dim, x.dtype());
             let bias = bias.detach().contiguous()?;
@@ -133,7 +133,7 @@ impl Backward for ActivationBackward {
                 });
                 sums
             }
-            Device::Cuda(gpu) => {
+            Device::Gpu(gpu) => {
                 let dtype = dx.dtype();
                 let (rows_per_chunk, chunks) = Grid::chunks(rows, dim, dtype);
                 let mut sums = partial_sums(x, need[1].then_some(chunks), dim)?;
@@ -173,7 +173,7 @@ pub(super) fn bias_gradient(sums: Option<Tensor>, x: &Tensor) -> Result<Option<T
     let Some(sums) = sums else { return Ok(None) };
     match *x.device() {
         Device::Cpu => sums.sum(&[0])?.to_dtype(x.dtype()).map(Some),
-        Device::Cuda(gpu) => {
+        Device::Gpu(gpu) => {
             let [gradient, _] = sum_chunks(gpu, &sums, x.dtype(), sums.dim(1)?, [true, false])?;
             Ok(gradient)
         }

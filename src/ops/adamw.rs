@@ -10,7 +10,7 @@ use super::many::{Group, Table, by_device};
 use crate::{
     DType, Device, Error, Result, Tensor,
     device::{
-        CudaDevice, Grid, args, cpu,
+        Address, Gpu, Grid, args, cpu,
         rows::{Floats, FloatsMut},
         simd::vectorized,
     },
@@ -65,7 +65,7 @@ pub(crate) fn square_norms(tensors: &[Tensor]) -> Result<Vec<f64>> {
 
 /// The sums of tensors that all have elements, on the device.
 fn square_norms_cuda<'a>(
-    gpu: &'static CudaDevice,
+    gpu: &'static dyn Gpu,
     dtype: DType,
     tensors: impl Iterator<Item = &'a Tensor>,
 ) -> Result<Tensor> {
@@ -89,7 +89,7 @@ fn square_norms_cuda<'a>(
 pub(crate) fn clip_on_device(tensors: &[Tensor], given: &Tensor) -> Result<Tensor> {
     let with_elements = || tensors.iter().filter(|tensor| tensor.numel() > 0);
     let mut norm = given.uninit_like()?;
-    let (Device::Cuda(gpu), Some(first)) = (given.device(), with_elements().next()) else {
+    let (Device::Gpu(gpu), Some(first)) = (given.device(), with_elements().next()) else {
         return Err(Error::argument("graph", "expected gradients on a GPU"));
     };
     let dtype = first.dtype();
@@ -97,7 +97,7 @@ pub(crate) fn clip_on_device(tensors: &[Tensor], given: &Tensor) -> Result<Tenso
         with_elements().all(|tensor| tensor.dtype() == dtype && tensor.device() == given.device()),
         Error::dtype("graph", "expected all gradients on one GPU and of one dtype")
     );
-    let totals = square_norms_cuda(gpu, dtype, with_elements())?;
+    let totals = square_norms_cuda(*gpu, dtype, with_elements())?;
     gpu.kernel("square_norm_clip", &[("DTYPE", dtype.name())])?
         .launch(Grid::new([1; 3], [1; 3]), args![&mut norm, &totals, given, totals.numel() as u32])?;
     Ok(norm)
@@ -209,14 +209,14 @@ pub(crate) fn adamw(updates: Vec<Update<'_>>, settings: Settings) -> Result<()> 
 ///
 /// Errors: as [`adamw`], or parameters that are not all on one GPU.
 #[cfg(feature = "cuda")]
-pub(crate) fn adamw_recorded(updates: Vec<Update<'_>>, factors: &[u64], grad_scale: &Tensor) -> Result<()> {
+pub(crate) fn adamw_recorded(updates: Vec<Update<'_>>, factors: &[Address], grad_scale: &Tensor) -> Result<()> {
     check(&updates)?;
     let (on_cpu, groups) = by_device(updates.into_iter().zip(factors), |(update, _)| {
         (update.value.device().clone(), (update.value.dtype(), update.grad.dtype()))
     });
     let here = |device: &Device| device == grad_scale.device();
     ensure!(
-        on_cpu.is_empty() && groups.iter().all(|group| here(&Device::Cuda(group.gpu))),
+        on_cpu.is_empty() && groups.iter().all(|group| here(&Device::Gpu(group.gpu))),
         Error::argument("graph", format!("expected every parameter on {}", grad_scale.device()))
     );
     for Group { gpu, key: (dtype, of_grad), items } in groups {
@@ -232,8 +232,8 @@ pub(crate) fn adamw_recorded(updates: Vec<Update<'_>>, factors: &[u64], grad_sca
 }
 
 /// What the kernel's table has of a parameter.
-fn row(update: Update<'_>) -> Result<([u64; 5], usize)> {
-    let master = update.master.map_or(Ok(0), Tensor::address_mut)?;
+fn row(update: Update<'_>) -> Result<([Address; 5], usize)> {
+    let master = update.master.map_or(Ok(Address::NULL), Tensor::address_mut)?;
     let state = [update.exp_avg.address_mut()?, update.exp_avg_sq.address_mut()?];
     let (value, grad) = (update.value.address_mut()?, update.grad.address()?);
     Ok(([value, grad, state[0], state[1], master], update.grad.numel()))
@@ -241,7 +241,7 @@ fn row(update: Update<'_>) -> Result<([u64; 5], usize)> {
 
 /// One step of parameters of one dtype that have had as many updates, in one launch.
 fn adamw_cuda(
-    gpu: &'static CudaDevice,
+    gpu: &'static dyn Gpu,
     name: &str,
     [dtype, of_grad]: [DType; 2],
     updates: Vec<Update<'_>>,

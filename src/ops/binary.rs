@@ -4,14 +4,14 @@ use crate::{
     DType, Device, Error, Result, Shape, Tensor,
     autograd::{Backward, InputGrads, computed, needs, record},
     device::{
-        CudaDevice, Grid, Storage, args, cpu,
+        Gpu, Grid, args, cpu,
         rows::{Floats, FloatsMut},
         simd::vectorized,
     },
     dtype::{Element, Float, Real, dispatch_float},
     error::ensure,
     shape::{Layout, collapse_layouts},
-    tensor::{same_device, same_kind},
+    tensor::{Storage, same_device, same_kind},
 };
 
 /// A function of two numbers.
@@ -152,7 +152,7 @@ fn binary(f: Function, a: &Tensor, b: &Tensor) -> Result<Tensor> {
             });
             Ok(())
         })?,
-        Device::Cuda(gpu) => launch_binary(gpu, op, &mut y, a, b)?,
+        Device::Gpu(gpu) => launch_binary(*gpu, op, &mut y, a, b)?,
     }
     let need = needs(op, [a, b])?;
     let saves = f.saves();
@@ -168,7 +168,7 @@ fn binary(f: Function, a: &Tensor, b: &Tensor) -> Result<Tensor> {
 }
 
 /// `y = f(a, b)` by the kernel's function of this name; `a` and `b` broadcast to the shape of `y`.
-pub(super) fn launch_binary(gpu: &CudaDevice, function: &str, y: &mut Tensor, a: &Tensor, b: &Tensor) -> Result<()> {
+pub(super) fn launch_binary(gpu: &dyn Gpu, function: &str, y: &mut Tensor, a: &Tensor, b: &Tensor) -> Result<()> {
     let shape = *y.shape();
     let layouts = collapse_layouts(&shape, [&a.layout().expand(shape), &b.layout().expand(shape)]);
     let n = shape.numel();
@@ -319,7 +319,7 @@ fn integers(op: &'static str, a: &Tensor, b: &Tensor, f: fn(i64, i64) -> i64) ->
                 }
             });
         }
-        Device::Cuda(gpu) => launch_binary(gpu, op, &mut y, a, b)?,
+        Device::Gpu(gpu) => launch_binary(*gpu, op, &mut y, a, b)?,
     }
     computed(op, y, &[a, b])
 }
@@ -347,7 +347,7 @@ fn by_divisor(g: &Tensor, a: &Tensor, b: &Tensor) -> Result<Tensor> {
             });
             Ok(())
         })?,
-        Device::Cuda(gpu) => {
+        Device::Gpu(gpu) => {
             let [g_layout, a_layout, b_layout] = collapse_layouts(&shape, layouts);
             let n = shape.numel();
             gpu.kernel("quotient_bwd", &[("DTYPE", g.dtype().name())])?.launch(

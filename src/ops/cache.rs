@@ -4,10 +4,11 @@
 use crate::{
     DType, Device, Element, Error, Result, Tensor,
     autograd::{computed, discrete},
-    device::{Grid, Storage, args, cpu, simd::vectorized, size32},
+    device::{Grid, args, cpu, simd::vectorized, size32},
     dtype::{Float, dispatch_float},
     error::ensure,
     shape::Shape,
+    tensor::Storage,
 };
 
 const OP: &str = "cache";
@@ -55,7 +56,7 @@ impl Tensor {
         }
         let rows = packed_rows(rows)?;
         match (self.device().clone(), self.dtype()) {
-            (Device::Cuda(gpu), dtype) => {
+            (Device::Gpu(gpu), dtype) => {
                 let sizes = (rows.numel() as i64, size32(heads)?, size32(n)?, size32(d)?, capacity as i64);
                 let layout = *rows.layout();
                 gpu.kernel("cache_write", &[("DTYPE", dtype.name())])?.launch(
@@ -95,7 +96,7 @@ impl Tensor {
         discrete(OP, &[self, table])?;
         let x = packed_rows(self)?;
         let mut y = x.uninit_like()?;
-        if let Device::Cuda(gpu) = *x.device() {
+        if let Device::Gpu(gpu) = *x.device() {
             let sizes = (x.numel() as i64, size32(heads)?, size32(n)?, size32(d)?, size32(width / 2)?);
             gpu.kernel("cache_rotate", &[("DTYPE", x.dtype().name())])?.launch(
                 Grid::elements(x.numel()),
@@ -161,8 +162,8 @@ impl Tensor {
         check_lengths(lengths, batch, self)?;
         let chunk = dim / amounts.len();
         let mut y = Tensor::uninit(Shape::new(&[batch, n, dim])?, self.dtype(), self.device())?;
-        if let Device::Cuda(gpu) = *self.device() {
-            let table = gpu.constant(&format!("shift_tokens {amounts:?}"), || {
+        if let Device::Gpu(gpu) = *self.device() {
+            let table = Tensor::constant_on(gpu, &format!("shift_tokens {amounts:?}"), amounts.len(), || {
                 Ok(amounts.iter().map(|&amount| amount as i64).collect())
             })?;
             let sizes = (y.numel() as i64, size32(n)?, size32(dim)?, size32(amounts.len())?, size32(chunk)?);

@@ -3,12 +3,12 @@
 use crate::{
     DType, Device, Element, Error, Result, Shape, Tensor,
     autograd::{Backward, InputGrads, computed, discrete, record},
-    device::{Grid, Storage, args, cpu, simd::vectorized},
+    device::{Grid, args, cpu, simd::vectorized},
     dtype::dispatch_float,
     error::ensure,
     ops::binary::{for_pairs, launch_binary},
     shape::{Layout, collapse_layouts},
-    tensor::{same_device, same_kind},
+    tensor::{Storage, same_device, same_kind},
 };
 
 /// Comparisons and logic give masks: they have no gradient, and refuse tensors that require one.
@@ -73,7 +73,7 @@ fn compare(op: &'static str, operands: [&Tensor; 2], [a, b]: [&Tensor; 2], kind:
                 })?,
             }
         }
-        Device::Cuda(gpu) => launch_binary(gpu, op, &mut y, operands[0], operands[1])?,
+        Device::Gpu(gpu) => launch_binary(*gpu, op, &mut y, operands[0], operands[1])?,
     }
     computed(op, y, &operands)
 }
@@ -140,7 +140,7 @@ fn logic(op: &'static str, [a, b]: [&Tensor; 2], f: impl Fn(u8, u8) -> bool + Sy
                 }
             });
         }
-        Device::Cuda(gpu) => launch_binary(gpu, op, &mut y, a, b)?,
+        Device::Gpu(gpu) => launch_binary(*gpu, op, &mut y, a, b)?,
     }
     computed(op, y, &[a, b])
 }
@@ -186,7 +186,7 @@ impl Tensor {
             (Device::Cpu, DType::I64) => choose::<i64>(&mut y, &mask, a, b, layouts)?,
             (Device::Cpu, DType::Bool) => choose::<bool>(&mut y, &mask, a, b, layouts)?,
             (Device::Cpu, float) => dispatch_float!(OP, float, T, choose::<T>(&mut y, &mask, a, b, layouts))?,
-            (Device::Cuda(gpu), dtype) => {
+            (Device::Gpu(gpu), dtype) => {
                 let [choice, yes, no] = collapse_layouts(&shape, layouts);
                 let n = shape.numel();
                 gpu.kernel("where_cond", &[("DTYPE", dtype.name())])?.launch(

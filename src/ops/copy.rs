@@ -93,10 +93,10 @@ impl Tensor {
             (Device::Cpu, DType::I64) => join::<i64>(tensors, dim, &mut out)?,
             (Device::Cpu, DType::Bool) => join::<bool>(tensors, dim, &mut out)?,
             (Device::Cpu, float) => dispatch_float!("cat", float, T, join::<T>(tensors, dim, &mut out))?,
-            (Device::Cuda(gpu), _) => {
+            (Device::Gpu(gpu), _) => {
                 let (whole, mut start) = (Layout::contiguous(*out.shape()), 0);
                 for (tensor, &size) in tensors.iter().zip(&sizes).filter(|(_, size)| **size > 0) {
-                    launch_strided(gpu, &mut out, &whole.narrow(dim, start, size), tensor, false)?;
+                    launch_strided(*gpu, &mut out, &whole.narrow(dim, start, size), tensor, false)?;
                     start += size;
                 }
             }

@@ -10,7 +10,7 @@ use crate::{
     DType, Device, Error, Result, Tensor,
     autograd::{Backward, InputGrads, record},
     device::{
-        Arg, CudaDevice, Grid, args,
+        Arg, Gpu, Grid, args,
         rows::{FloatsMut, In, Out, Sums, for_rows_of},
         simd::vectorized,
         size32,
@@ -67,9 +67,9 @@ impl Tensor {
                 let loss = Tensor::full((), sum / count as f64, statistics.dtype(), x.device())?;
                 (loss, Tensor::scalar(count as f64, x.device())?)
             }
-            Device::Cuda(gpu) => {
-                let losses = launch_rows(gpu, &x, &targets, (classes, ignore_index), &mut statistics)?;
-                launch_mean(gpu, x.dtype(), &losses, &targets, ignore_index)?
+            Device::Gpu(gpu) => {
+                let losses = launch_rows(*gpu, &x, &targets, (classes, ignore_index), &mut statistics)?;
+                launch_mean(*gpu, x.dtype(), &losses, &targets, ignore_index)?
             }
         };
         record(OP, loss, &[&x], |_| CrossEntropyBackward {
@@ -105,7 +105,7 @@ pub(super) fn check_targets(op: &'static str, x: &Tensor, batch: &[usize], targe
 /// The loss of each row of `x` `[rows, pitch]`, whose first `classes` elements count, in f64; writes maxima and sums to
 /// `statistics`.
 pub(super) fn launch_rows(
-    gpu: &CudaDevice,
+    gpu: &dyn Gpu,
     x: &Tensor,
     targets: &Tensor,
     (classes, ignore_index): (usize, i64),
@@ -118,7 +118,7 @@ pub(super) fn launch_rows(
         args![
             statistics,
             &mut losses,
-            gpu.faults(),
+            Arg::Output(gpu.faults()),
             x,
             targets,
             rows as i64,
@@ -132,7 +132,7 @@ pub(super) fn launch_rows(
 
 /// The mean of these losses, in the accumulator of `dtype`, and the number of targets that count, in f64.
 pub(super) fn launch_mean(
-    gpu: &CudaDevice,
+    gpu: &dyn Gpu,
     dtype: DType,
     losses: &Tensor,
     targets: &Tensor,
@@ -143,7 +143,7 @@ pub(super) fn launch_mean(
     let mut count = Tensor::uninit(scalar, DType::F64, losses.device())?;
     gpu.kernel("cross_entropy_mean", &[("DTYPE", dtype.name())])?.launch(
         Grid::new([1, 1, 1], [512, 1, 1]),
-        args![&mut loss, &mut count, gpu.faults(), losses, targets, targets.numel() as i64, ignore_index],
+        args![&mut loss, &mut count, Arg::Output(gpu.faults()), losses, targets, targets.numel() as i64, ignore_index],
     )?;
     Ok((loss, count))
 }
@@ -151,7 +151,7 @@ pub(super) fn launch_mean(
 /// Writes `(softmax(x) − onehot(target)) g / count` over the logits `x` `[rows, pitch]`, of which the first `classes` of each row
 /// count.
 pub(super) fn launch_gradient(
-    gpu: &CudaDevice,
+    gpu: &dyn Gpu,
     x: &mut Tensor,
     source: Option<&Tensor>,
     statistics: &Tensor,
@@ -351,9 +351,17 @@ impl Backward for CrossEntropyBackward {
                     });
                 });
             }
-            Device::Cuda(gpu) => {
+            Device::Gpu(gpu) => {
                 let source = source.as_ref();
-                launch_gradient(gpu, &mut dx, source, &statistics, &targets, (classes, ignore_index), [&grad, &count])?;
+                launch_gradient(
+                    *gpu,
+                    &mut dx,
+                    source,
+                    &statistics,
+                    &targets,
+                    (classes, ignore_index),
+                    [&grad, &count],
+                )?;
             }
         }
         Ok(InputGrads::one(dx))

@@ -108,7 +108,7 @@ impl Mask {
                 });
                 Ok(())
             }
-            Device::Cuda(gpu) => {
+            Device::Gpu(gpu) => {
                 // A replay would draw the same mask again and again.
                 gpu.refuse_while_capturing("dropout")?;
                 let (n, dtype, seed, stream) = (out.numel(), out.dtype(), self.random.seed(), self.random.stream());

@@ -3,7 +3,7 @@
 use crate::{
     DType, Device, Error, Result, Tensor,
     autograd::{Backward, InputGrads, record},
-    device::{CudaDevice, Grid, args, cpu, simd::vectorized, size32},
+    device::{Arg, Gpu, Grid, args, cpu, simd::vectorized, size32},
     dtype::{Float, Real, dispatch_float},
     error::ensure,
     shape::Shape,
@@ -61,11 +61,11 @@ impl Tensor {
                 });
                 Ok(())
             })?,
-            Device::Cuda(gpu) => {
+            Device::Gpu(gpu) => {
                 let (count, sizes) = (indices.numel(), (tokens as i64, size32(dim)?));
                 gpu.kernel("embedding_fwd", &[("DTYPE", table.dtype().name())])?.launch(
                     Grid::rows(count, dim),
-                    args![&mut y, gpu.faults(), &table, &indices, count as i64, sizes.0, sizes.1],
+                    args![&mut y, Arg::Output(gpu.faults()), &table, &indices, count as i64, sizes.0, sizes.1],
                 )?;
             }
         }
@@ -103,8 +103,8 @@ impl Backward for EmbeddingBackward {
                 });
                 Ok(())
             })?,
-            Device::Cuda(gpu) => {
-                let keys = sorted_keys(gpu, &self.indices, tokens, grad.dtype())?;
+            Device::Gpu(gpu) => {
+                let keys = sorted_keys(*gpu, &self.indices, tokens, grad.dtype())?;
                 // Eight rows a block, and a packet of columns for each of 32 threads.
                 let columns = dim.div_ceil(32 * 16 / grad.dtype().size());
                 let grid =
@@ -119,7 +119,7 @@ impl Backward for EmbeddingBackward {
 }
 
 /// Keys `token · 2³² + position`, sorted: the uses of each token side by side and in their order.
-fn sorted_keys(gpu: &CudaDevice, indices: &Tensor, tokens: usize, dtype: DType) -> Result<Tensor> {
+fn sorted_keys(gpu: &dyn Gpu, indices: &Tensor, tokens: usize, dtype: DType) -> Result<Tensor> {
     /// Keys that a block sorts, as in `kernels/embedding.cu`.
     const TILE: usize = 2048;
     let option = [("DTYPE", dtype.name())];

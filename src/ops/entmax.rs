@@ -33,7 +33,7 @@ impl Tensor {
                 });
                 Ok(())
             })?,
-            Device::Cuda(gpu) => {
+            Device::Gpu(gpu) => {
                 let rows = x.numel().checked_div(width).unwrap_or(0);
                 gpu.kernel("entmax_fwd", &[("DTYPE", x.dtype().name())])?
                     .launch(Grid::rows(rows, width), args![&mut y, &x, rows as i64, size32(width)?])?;
@@ -110,7 +110,7 @@ impl Backward for Entmax15Backward {
                 });
                 Ok(())
             })?,
-            Device::Cuda(gpu) => {
+            Device::Gpu(gpu) => {
                 let rows = grad.numel().checked_div(width).unwrap_or(0);
                 gpu.kernel("entmax_bwd", &[("DTYPE", grad.dtype().name())])?
                     .launch(Grid::rows(rows, width), args![&mut dx, &self.y, &grad, rows as i64, size32(width)?])?;

@@ -75,7 +75,7 @@ fn glu(op: &'static str, f: Activation, x: &Tensor, bias: Option<&Tensor>, dim: 
                 });
             });
         }
-        Device::Cuda(gpu) => {
+        Device::Gpu(gpu) => {
             let rows = y.numel().checked_div(dim).unwrap_or(0);
             let (rows_per_chunk, chunks) = Grid::chunks(rows, dim, x.dtype());
             let bias = packed(bias)?;
@@ -150,7 +150,7 @@ impl Backward for GluBackward {
                 });
                 sums
             }
-            Device::Cuda(gpu) => {
+            Device::Gpu(gpu) => {
                 let dtype = grad.dtype();
                 let (rows_per_chunk, chunks) = Grid::chunks(rows, dim, dtype);
                 let mut sums = partial_sums(&grad, bias_needed.then_some(chunks), 2 * dim)?;

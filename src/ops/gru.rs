@@ -4,7 +4,7 @@ use crate::{
     Device, Error, Result, Tensor,
     autograd::{Backward, InputGrads, record},
     device::{
-        CudaDevice, Grid, args,
+        Gpu, Grid, args,
         rows::{In, Out, Sums, for_rows_of},
         simd::vectorized,
         size32,
@@ -57,7 +57,7 @@ impl Tensor {
                     });
                 });
             }
-            Device::Cuda(gpu) => {
+            Device::Gpu(gpu) => {
                 let rows = h.numel().checked_div(dim).unwrap_or(0);
                 gpu.kernel("gru_fwd", &[("DTYPE", h.dtype().name())])?
                     .launch(Grid::rows(rows, dim), args![&mut y, &h, &input, &hidden, rows as i64, size32(dim)?])?;
@@ -106,7 +106,7 @@ impl Backward for GruGateBackward {
         let grad = grad.contiguous()?;
         let parts = match grad.device() {
             Device::Cpu => self.backward_rows(&grad)?,
-            Device::Cuda(gpu) => self.backward_cuda(gpu, &grad)?,
+            Device::Gpu(gpu) => self.backward_cuda(*gpu, &grad)?,
         };
         Ok(InputGrads::whole(parts.into_iter().map(Some)))
     }
@@ -138,7 +138,7 @@ impl GruGateBackward {
     }
 
     /// As [`GruGateBackward::backward_rows`].
-    fn backward_cuda(&self, gpu: &CudaDevice, grad: &Tensor) -> Result<Vec<Tensor>> {
+    fn backward_cuda(&self, gpu: &dyn Gpu, grad: &Tensor) -> Result<Vec<Tensor>> {
         let Self { h, input, hidden } = self;
         let dim = h.dim(-1)?;
         let rows = h.numel().checked_div(dim).unwrap_or(0);

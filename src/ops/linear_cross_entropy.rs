@@ -12,7 +12,7 @@ use crate::{
     DType, Device, Error, Result, Tensor,
     autograd::{Backward, InputGrads, needs, record},
     device::{
-        Arg, CudaDevice, Grid, args,
+        Address, Arg, Gpu, Grid, args,
         rows::{FloatsMut, Out, Sums, for_rows_of},
         simd::vectorized,
         size32,
@@ -124,7 +124,7 @@ impl Tensor {
         let classes = weight.dim(0)?;
         let padded = |x: Tensor| match x.device() {
             Device::Cpu => Ok(x),
-            Device::Cuda(_) => pad_rows(x, classes.next_multiple_of(MULTIPLE)),
+            Device::Gpu(_) => pad_rows(x, classes.next_multiple_of(MULTIPLE)),
         };
         let layer = Layer {
             x,
@@ -184,7 +184,7 @@ impl Layer {
         let divide_at_last = device != Device::Cpu || dtype == DType::F16;
         let count = match device {
             Device::Cpu => count_targets(self.targets.values::<i64>()?, self.classes, self.ignore_index)? as f64,
-            Device::Cuda(_) => 1.0,
+            Device::Gpu(_) => 1.0,
         };
         let scale = if divide_at_last { 1.0 } else { 1.0 / count };
         let of_sums = |shape: &[usize]| Tensor::uninit(Shape::new(shape)?, dtype.accumulator(), &device);
@@ -196,7 +196,7 @@ impl Layer {
             let (x, targets) = (self.x.narrow(0, first, height)?, self.targets.narrow(0, first, height)?);
             let needed = need.contains(&true);
             let gradient = match &device {
-                Device::Cuda(gpu) => self.block_on_gpu(gpu, &x, &targets, needed, rows_of_part, &mut losses)?,
+                Device::Gpu(gpu) => self.block_on_gpu(*gpu, &x, &targets, needed, rows_of_part, &mut losses)?,
                 Device::Cpu if dtype == dtype.accumulator() => {
                     Some(self.block(&x, &targets, needed, scale, &mut losses)?)
                 }
@@ -221,9 +221,9 @@ impl Layer {
                 let loss = Tensor::full((), losses.sum / count, dtype.accumulator(), &device)?;
                 (loss, Tensor::scalar(count, &device)?)
             }
-            Device::Cuda(gpu) => {
+            Device::Gpu(gpu) => {
                 let (losses, ..) = Tensor::joined(&losses.of_rows.iter().collect::<Vec<_>>(), 0)?;
-                launch_mean(gpu, dtype, &losses, &self.targets, self.ignore_index)?
+                launch_mean(*gpu, dtype, &losses, &self.targets, self.ignore_index)?
             }
         };
         let x = match of_x.len() {
@@ -287,7 +287,7 @@ impl Layer {
     /// of half types they are those of a few rows at a time, otherwise the gradient is written over them.
     fn block_on_gpu(
         &self,
-        gpu: &'static CudaDevice,
+        gpu: &'static dyn Gpu,
         x: &Tensor,
         targets: &Tensor,
         needed: bool,
@@ -312,7 +312,7 @@ impl Layer {
             let ends = (self.classes, self.ignore_index);
             losses.of_rows.push(launch_rows(gpu, &logits, &targets, ends, &mut statistics)?);
             if let Some(gradient) = &mut gradient {
-                let to = gradient.address_mut()? + (first * padded * dtype.size()) as u64;
+                let to = gradient.address_mut()?.plus(first * padded * dtype.size());
                 launch_rounded_gradient(gpu, dtype, to, &logits, &statistics, &targets, ends)?;
             } else if needed {
                 let ones = Tensor::ones([], dtype, device)?;
@@ -398,9 +398,9 @@ vectorized! {
 /// Writes `softmax(x) − onehot(target)`, rounded to the half type, to this address, in rows as long as those of `x`
 /// `[rows, pitch]`, of which the first `classes` elements count; of the others the gradient is 0.
 fn launch_rounded_gradient(
-    gpu: &CudaDevice,
+    gpu: &dyn Gpu,
     dtype: DType,
-    to: u64,
+    to: Address,
     x: &Tensor,
     statistics: &Tensor,
     targets: &Tensor,

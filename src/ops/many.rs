@@ -2,7 +2,7 @@
 
 use crate::{
     Device, Result, Tensor,
-    device::{CudaDevice, Grid, size32},
+    device::{Address, Gpu, Grid, size32},
 };
 
 /// Elements of one block: `CHUNK` of `kernels/many.cuh`.
@@ -23,15 +23,15 @@ impl Table {
     /// It is uploaded if it is another one than the last with this name: tensors that live on stay where they are, and
     /// the pool gives the gradients of one step the places of those of the last.
     pub fn new<const POINTERS: usize>(
-        gpu: &'static CudaDevice,
+        gpu: &'static dyn Gpu,
         name: &str,
-        tensors: impl IntoIterator<Item = Result<([u64; POINTERS], usize)>>,
+        tensors: impl IntoIterator<Item = Result<([Address; POINTERS], usize)>>,
     ) -> Result<Self> {
         let (mut rows, mut chunks) = (Vec::new(), 0);
         for tensor in tensors {
             let (addresses, elements) = tensor?;
             if elements > 0 {
-                rows.extend(addresses.map(|address| address as i64));
+                rows.extend(addresses.map(|address| address.get() as i64));
                 rows.extend([elements as i64, chunks as i64]);
                 chunks += elements.div_ceil(CHUNK);
             }
@@ -39,7 +39,7 @@ impl Table {
         let tensors = rows.len() / (POINTERS + 2);
         // Kernels count both in 32 bits.
         size32(tensors).and(size32(chunks))?;
-        Ok(Self { rows: gpu.table(name, rows)?, tensors, chunks })
+        Ok(Self { rows: Tensor::table_on(gpu, name, rows)?, tensors, chunks })
     }
 
     /// A block for each chunk.
@@ -50,7 +50,7 @@ impl Table {
 
 /// Items that one launch takes, because they are on one GPU and alike in a key.
 pub(crate) struct Group<I, K> {
-    pub gpu: &'static CudaDevice,
+    pub gpu: &'static dyn Gpu,
     pub key: K,
     pub items: Vec<I>,
 }
@@ -64,8 +64,8 @@ pub(crate) fn by_device<I, K: PartialEq>(
     for item in items {
         match of(&item) {
             (Device::Cpu, _) => on_cpu.push(item),
-            (Device::Cuda(gpu), key) => {
-                match groups.iter_mut().find(|group| std::ptr::eq(group.gpu, gpu) && group.key == key) {
+            (Device::Gpu(gpu), key) => {
+                match groups.iter_mut().find(|group| Device::Gpu(group.gpu) == Device::Gpu(gpu) && group.key == key) {
                     Some(group) => group.items.push(item),
                     None => groups.push(Group { gpu, key, items: vec![item] }),
                 }

@@ -27,6 +27,7 @@ macro_rules! ops {
     };
 }
 
+mod int8;
 mod views;
 
 // Not ops of tensors: they work on the parameters and the state of an optimizer in place.
@@ -61,8 +62,6 @@ ops! {
     topk: top_k_mask;
 }
 
+pub use int8::Int8Matrix;
 pub use linear_cross_entropy::rows_of_logits;
-pub use matmul::Int8Matrix;
-#[cfg(feature = "cuda")]
-pub(crate) use sample::broken_logits;
 pub use sample::{SampleFilter, SampleSpec};

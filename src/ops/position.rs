@@ -3,7 +3,7 @@
 use crate::{
     DType, Device, Error, Result, Tensor,
     autograd::{Backward, InputGrads, computed, discrete, record},
-    device::{CudaDevice, Grid, args, cpu, size32},
+    device::{Gpu, Grid, args, cpu, size32},
     dtype::{Float, Real, dispatch_float},
     error::ensure,
     ops::attention::bucket,
@@ -32,12 +32,14 @@ impl Buckets {
     }
 
     /// The same on a GPU, a part of a table that serves many sizes.
-    fn on(&self, gpu: &'static CudaDevice) -> Result<Tensor> {
+    fn on(&self, gpu: &'static dyn Gpu) -> Result<Tensor> {
         let Self { queries, keys, causal, count, max_distance } = *self;
         let reach = queries.max(keys).next_power_of_two();
         let name = format!("relative_position_bias {causal} {count} {max_distance} {reach}");
         let distances = (1 - reach as i64..reach as i64).rev();
-        let table = gpu.constant(&name, || Ok(distances.map(|distance| self.at(distance) as i64).collect()))?;
+        let table = Tensor::constant_on(gpu, &name, 2 * reach - 1, || {
+            Ok(distances.map(|distance| self.at(distance) as i64).collect())
+        })?;
         table.narrow(0, reach - queries, self.length())
     }
 
@@ -96,12 +98,12 @@ impl Tensor {
                 });
                 Ok(())
             })?,
-            Device::Cuda(gpu) => {
+            Device::Gpu(gpu) => {
                 let rows = heads * queries;
                 let sizes = (rows as i64, size32(queries)?, size32(keys)?, size32(buckets)?);
                 gpu.kernel("position_bias_fwd", &[("DTYPE", table.dtype().name())])?.launch(
                     Grid::rows(if keys == 0 { 0 } else { rows }, keys),
-                    args![&mut y, &table, &of.on(gpu)?, sizes.0, sizes.1, sizes.2, sizes.3, scale],
+                    args![&mut y, &table, &of.on(*gpu)?, sizes.0, sizes.1, sizes.2, sizes.3, scale],
                 )?;
             }
         }
@@ -137,7 +139,7 @@ impl Tensor {
                 });
                 Ok(())
             })?,
-            Device::Cuda(gpu) => {
+            Device::Gpu(gpu) => {
                 let frequencies = self.detach().to_dtype(DType::F64)?.contiguous()?;
                 gpu.kernel("position_sinusoid", &[("DTYPE", dtype.name())])?.launch(
                     Grid::elements(n * half),
@@ -164,7 +166,7 @@ impl Backward for RelativePositionBiasBackward {
         let grad = grad.contiguous()?;
         let table = match grad.device() {
             Device::Cpu => self.backward_rows(&grad)?,
-            Device::Cuda(gpu) => self.backward_cuda(gpu, &grad)?,
+            Device::Gpu(gpu) => self.backward_cuda(*gpu, &grad)?,
         };
         Ok(InputGrads::one(table))
     }
@@ -206,7 +208,7 @@ impl RelativePositionBiasBackward {
     }
 
     /// As [`RelativePositionBiasBackward::backward_rows`].
-    fn backward_cuda(&self, gpu: &'static CudaDevice, grad: &Tensor) -> Result<Tensor> {
+    fn backward_cuda(&self, gpu: &'static dyn Gpu, grad: &Tensor) -> Result<Tensor> {
         let Buckets { queries, keys, count, .. } = self.of;
         let (heads, length, chunks) = (grad.shape()[0], self.of.length(), queries.div_ceil(CHUNK));
         if grad.numel() == 0 {

@@ -4,7 +4,7 @@ use crate::{
     DType, Device, Element, Error, Result, Tensor,
     autograd::{Backward, InputGrads, computed, discrete, record},
     device::{
-        CudaDevice, Grid, args, cpu,
+        Gpu, Grid, args, cpu,
         rows::{Floats, FloatsMut, In, Out, Sums, for_rows_of},
         simd::vectorized,
         size32,
@@ -70,7 +70,7 @@ impl Tensor {
                     }
                 });
             }
-            Device::Cuda(gpu) => {
+            Device::Gpu(gpu) => {
                 // Dimensions that lie side by side are summed where they are, others are moved to the end.
                 let neighbours = gone.windows(2).all(|pair| pair[0] + 1 == pair[1]);
                 let order = if neighbours { (0..self.rank()).collect() } else { [&kept[..], &gone].concat() };
@@ -113,7 +113,7 @@ struct MiddleSums {
 
 impl MiddleSums {
     /// `y = Σ x / divisor`; in two launches where the sums are too few to fill a card.
-    fn launch(&self, gpu: &CudaDevice, y: &mut Tensor, x: &Tensor, divisor: f64) -> Result<()> {
+    fn launch(&self, gpu: &dyn Gpu, y: &mut Tensor, x: &Tensor, divisor: f64) -> Result<()> {
         let Self { outer, count, inner } = *self;
         let dtype = x.dtype();
         let option = [("DTYPE", dtype.name())];
@@ -269,7 +269,7 @@ vectorized! {
 /// Sums of `[chunks, width]` over the chunks on a GPU, rounded to a dtype: `[first]` of the first columns and `[width −
 /// first]` of the others, each if it is wanted, by one launch.
 pub(super) fn sum_chunks(
-    gpu: &CudaDevice,
+    gpu: &dyn Gpu,
     partials: &Tensor,
     dtype: DType,
     first: usize,
@@ -415,7 +415,7 @@ impl Tensor {
         match x.device() {
             Device::Cpu if x.dtype() == DType::I64 => largest_of_rows::<i64>(&x, width, &mut index, out)?,
             Device::Cpu => dispatch_float!(op, x.dtype(), T, largest_of_rows::<T>(&x, width, &mut index, out))?,
-            Device::Cuda(gpu) => {
+            Device::Gpu(gpu) => {
                 let rows = index.numel();
                 gpu.kernel("reduce_largest", &[("DTYPE", x.dtype().name())])?
                     .launch(Grid::rows(rows, width), args![&mut index, out, &x, rows as i64, size32(width)?])?;

@@ -4,10 +4,11 @@ use super::norm::reuse;
 use crate::{
     DType, Device, Error, Result, Tensor,
     autograd::{Backward, InputGrads, discrete, record},
-    device::{CudaDevice, Grid, Storage, args, cpu, simd::vectorized, size32},
+    device::{Gpu, Grid, args, cpu, simd::vectorized, size32},
     dtype::{Float, Real, dispatch_float},
     error::ensure,
     shape::{Layout, Shape},
+    tensor::Storage,
 };
 
 impl Tensor {
@@ -79,7 +80,7 @@ pub(crate) fn rotary_table(inv_freq: &Tensor, positions: usize, dtype: DType) ->
     );
     let turn = Turn { inv_freq: inv_freq.detach().contiguous()?, first_position: 0 };
     match *inv_freq.device() {
-        Device::Cuda(gpu) => turn.table_cuda(gpu, positions, dtype, 1.0),
+        Device::Gpu(gpu) => turn.table_cuda(gpu, positions, dtype, 1.0),
         Device::Cpu => dispatch_float!("rotary", dtype, T, {
             let table = turn.table::<<T as Float>::Acc>(positions, 1.0)?;
             Tensor::from_vec(table, [positions, 2 * inv_freq.numel()], &Device::Cpu)
@@ -96,7 +97,7 @@ struct Turn {
 impl Turn {
     /// Rotates `source`, or `out` in place, by the angle times `direction`.
     fn apply(&self, source: Option<&Tensor>, direction: f64, out: &mut Tensor) -> Result<()> {
-        if let Device::Cuda(gpu) = *out.device() {
+        if let Device::Gpu(gpu) = *out.device() {
             return self.apply_cuda(gpu, source, direction, out);
         }
         let (positions, dim, pairs) = (out.dim(-2)?, out.dim(-1)?, self.inv_freq.numel());
@@ -114,7 +115,7 @@ impl Turn {
         })
     }
 
-    fn apply_cuda(&self, gpu: &CudaDevice, source: Option<&Tensor>, direction: f64, out: &mut Tensor) -> Result<()> {
+    fn apply_cuda(&self, gpu: &dyn Gpu, source: Option<&Tensor>, direction: f64, out: &mut Tensor) -> Result<()> {
         let (positions, dim, pairs) = (out.dim(-2)?, out.dim(-1)?, self.inv_freq.numel());
         let heads = if out.rank() > 2 { out.dim(-3)? } else { 1 };
         let outer = out.numel().checked_div(heads * positions * dim).unwrap_or(0);
@@ -135,7 +136,7 @@ impl Turn {
     }
 
     /// As [`Turn::table`], of this dtype.
-    fn table_cuda(&self, gpu: &CudaDevice, positions: usize, dtype: DType, direction: f64) -> Result<Tensor> {
+    fn table_cuda(&self, gpu: &dyn Gpu, positions: usize, dtype: DType, direction: f64) -> Result<Tensor> {
         let pairs = self.inv_freq.numel();
         let mut table = Tensor::uninit(Shape::new(&[positions, 2 * pairs])?, dtype, self.inv_freq.device())?;
         let first = self.first_position as i64;

@@ -9,7 +9,7 @@ use std::ops::Range;
 use crate::{
     DType, Device, Error, Philox, Result, Tensor,
     autograd::{computed, discrete},
-    device::{CudaDevice, Grid, args, cpu, simd::vectorized, size32},
+    device::{Arg, Gpu, Grid, args, cpu, simd::vectorized, size32},
     dtype::{Float, Real, dispatch_float},
     error::ensure,
     shape::Shape,
@@ -90,20 +90,12 @@ impl Tensor {
             Device::Cpu => {
                 let step = step.values::<i64>()?[0] as u64;
                 dispatch_float!(OP, x.dtype(), T, choice.rows::<T>(&x, step, tokens.values_mut::<i64>()?))?;
-                ensure!(!tokens.values::<i64>()?.contains(&BROKEN), broken_logits());
+                ensure!(!tokens.values::<i64>()?.contains(&BROKEN), Error::broken_logits());
             }
-            Device::Cuda(gpu) => choice.launch(gpu, &x, &step, &mut tokens)?,
+            Device::Gpu(gpu) => choice.launch(*gpu, &x, &step, &mut tokens)?,
         }
         computed(OP, tokens, &[&x])
     }
-}
-
-/// The error for logits that no token can be drawn from.
-pub(crate) fn broken_logits() -> Error {
-    Error::argument(
-        "sample",
-        "expected finite logits, got NaN or infinity: the weights are broken, or overflow f16 (then use bf16 or f32)",
-    )
 }
 
 /// In the place of a token whose logits are broken.
@@ -150,7 +142,7 @@ impl Choice {
         Ok(Self { filter, scale, seed, columns, unit })
     }
 
-    fn launch(&self, gpu: &CudaDevice, x: &Tensor, step: &Tensor, tokens: &mut Tensor) -> Result<()> {
+    fn launch(&self, gpu: &dyn Gpu, x: &Tensor, step: &Tensor, tokens: &mut Tensor) -> Result<()> {
         let Self { filter, scale, seed, columns, unit } = *self;
         let (rows, columns) = (x.shape()[0], size32(columns)?);
         // One block for each row, as far as a grid goes.
@@ -177,7 +169,7 @@ impl Choice {
             grid,
             args![
                 tokens,
-                gpu.faults(),
+                Arg::Output(gpu.faults()),
                 x,
                 totals.as_ref(),
                 step,

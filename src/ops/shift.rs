@@ -64,9 +64,9 @@ fn moved(x: &Tensor, amounts: &[isize], masked: Masked) -> Result<Tensor> {
         Masked::Target(mask) => (mask, false),
     };
     let mut y = x.uninit_like()?;
-    if let Device::Cuda(gpu) = x.device() {
+    if let Device::Gpu(gpu) = x.device() {
         let rows = x.numel() / dim;
-        let table = gpu.constant(&format!("shift_tokens {amounts:?}"), || {
+        let table = Tensor::constant_on(*gpu, &format!("shift_tokens {amounts:?}"), amounts.len(), || {
             Ok(amounts.iter().map(|&amount| amount as i64).collect())
         })?;
         let sizes = (rows as i64, size32(n)?, size32(dim)?, size32(amounts.len())?, size32(chunk)?);

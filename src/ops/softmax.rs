@@ -37,7 +37,7 @@ impl Tensor {
                     for_rows_of::<R, 1, 1>([y], [x], Sums::none(), 8 * width, &|_, [y], [x], _| forward(x, y, width));
                 });
             }
-            Device::Cuda(gpu) => {
+            Device::Gpu(gpu) => {
                 let rows = x.numel().checked_div(width).unwrap_or(0);
                 gpu.kernel("softmax_fwd", &[("DTYPE", x.dtype().name())])?
                     .launch(Grid::held_rows(rows, width, x.dtype()), args![&mut y, &x, rows as i64, size32(width)?])?;
@@ -86,7 +86,7 @@ impl Backward for SoftmaxBackward {
                     });
                 });
             }
-            Device::Cuda(gpu) => {
+            Device::Gpu(gpu) => {
                 let rows = grad.numel().checked_div(width).unwrap_or(0);
                 gpu.kernel("softmax_bwd", &[("DTYPE", grad.dtype().name())])?.launch(
                     Grid::held_rows(rows, width, grad.dtype()),

@@ -45,7 +45,7 @@ impl Tensor {
                 });
                 Ok(())
             })?,
-            Device::Cuda(gpu) => {
+            Device::Gpu(gpu) => {
                 let rows = x.numel() / width;
                 gpu.kernel("topk_mask", &[("DTYPE", x.dtype().name())])?
                     .launch(Grid::rows(rows, width), args![&mut keep, &x, rows as i64, size32(width)?, size32(k)?])?;

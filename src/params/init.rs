@@ -64,7 +64,7 @@ fn draw(
             });
             Ok(())
         })?,
-        Device::Cuda(gpu) => {
+        Device::Gpu(gpu) => {
             dtype.expect_float("parameter")?;
             let n = shape.numel();
             gpu.kernel(kernel, &[("DTYPE", dtype.name())])?.launch(

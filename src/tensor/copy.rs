@@ -1,10 +1,10 @@
 //! Raw copies: packing strided tensors, converting dtypes, moving between devices, and sums in place. All results are
 //! constants; the ops of the same names record their gradients.
 
-use super::Tensor;
+use super::{Storage, Tensor};
 use crate::{
     Error, Result,
-    device::{CudaDevice, Device, Grid, Storage, args, cpu, simd::vectorized, size32},
+    device::{Device, Gpu, Grid, args, cpu, simd::vectorized, size32},
     dtype::{DType, Element, Float, Real, dispatch_float},
     error::ensure,
     shape::{Layout, collapse_layouts},
@@ -37,8 +37,8 @@ impl Tensor {
             (Device::Cpu, DType::I64) => pack_into::<i64>(self, &mut out)?,
             (Device::Cpu, DType::Bool) => pack_into::<bool>(self, &mut out)?,
             (Device::Cpu, float) => dispatch_float!("contiguous", float, T, pack_into::<T>(self, &mut out))?,
-            (Device::Cuda(gpu), _) => {
-                launch_strided(gpu, &mut out, &Layout::contiguous(*self.shape()), self, false)?;
+            (Device::Gpu(gpu), _) => {
+                launch_strided(*gpu, &mut out, &Layout::contiguous(*self.shape()), self, false)?;
             }
         }
         Ok(out)
@@ -56,7 +56,7 @@ impl Tensor {
             (Device::Cpu, float) => dispatch_float!("to_dtype", float, T, {
                 convert_to(self.values::<T>()?, |x| Real::to_f64(x.to_acc()), &mut out)
             })?,
-            (Device::Cuda(gpu), from) => {
+            (Device::Gpu(gpu), from) => {
                 let n = self.numel();
                 gpu.kernel("convert_elements", &[("DTYPE", dtype.name()), ("FROM", from.name())])?
                     .launch(Grid::packets(n, dtype), args![&mut out, self, n as i64])?;
@@ -70,12 +70,12 @@ impl Tensor {
         let mut y = Self::uninit(*self.shape(), self.dtype(), device)?;
         match (self.device(), device) {
             (Device::Cpu, Device::Cpu) => y.bytes_mut()?.copy_from_slice(self.bytes()?),
-            (Device::Cpu, Device::Cuda(gpu)) => gpu.upload(y.address_mut()?, self.bytes()?)?,
-            (Device::Cuda(gpu), Device::Cpu) => gpu.read_back_at(self.address()?, y.bytes_mut()?)?,
-            (Device::Cuda(a), Device::Cuda(b)) if std::ptr::eq(*a, *b) => {
+            (Device::Cpu, Device::Gpu(gpu)) => gpu.upload(y.address_mut()?, self.bytes()?)?,
+            (Device::Gpu(gpu), Device::Cpu) => gpu.read_back(self.address()?, y.bytes_mut()?)?,
+            (Device::Gpu(a), Device::Gpu(_)) if self.device == *device => {
                 a.copy(y.address_mut()?, self.address()?, y.numel() * y.dtype().size())?;
             }
-            (Device::Cuda(_), Device::Cuda(_)) => y = self.moved(&Device::Cpu)?.moved(device)?,
+            (Device::Gpu(_), Device::Gpu(_)) => y = self.moved(&Device::Cpu)?.moved(device)?,
         }
         Ok(y)
     }
@@ -112,7 +112,7 @@ impl Tensor {
         }
         match *self.device() {
             Device::Cpu => dispatch_float!("accumulate", self.dtype(), T, add_part::<T>(&mut self, part, value))?,
-            Device::Cuda(gpu) => {
+            Device::Gpu(gpu) => {
                 let whole = Layout::contiguous(*self.shape());
                 let layout = if self.rank() == 0 { whole } else { whole.narrow(part.dim, part.start, part.len) };
                 launch_strided(gpu, &mut self, &layout, value, true)?;
@@ -141,7 +141,7 @@ pub(crate) fn same_device(op: &'static str, a: &Tensor, b: &Tensor) -> Result<()
 }
 
 /// Copies a tensor to a part of a packed one, whose elements `part` counts from the first, or adds it to that.
-pub(crate) fn launch_strided(gpu: &CudaDevice, to: &mut Tensor, part: &Layout, from: &Tensor, add: bool) -> Result<()> {
+pub(crate) fn launch_strided(gpu: &dyn Gpu, to: &mut Tensor, part: &Layout, from: &Tensor, add: bool) -> Result<()> {
     let (n, options) = (from.numel(), [("DTYPE", from.dtype().name())]);
     let [part, layout] = collapse_layouts(from.shape(), [part, from.layout()]);
     if let Some(dim) = turned(&part, &layout) {

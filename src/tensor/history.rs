@@ -13,7 +13,7 @@ pub(crate) fn next_id() -> u64 {
     NEXT_ID.fetch_add(1, Ordering::Relaxed)
 }
 
-/// The identity of a leaf: a parameter, or a tensor made by [`Tensor::requires_grad`].
+/// The identity of a leaf: a parameter, or a tensor made by [`requires_grad`](super::Tensor::requires_grad).
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
 pub struct LeafId(u64);
 

@@ -5,7 +5,10 @@ use std::sync::Arc;
 mod copy;
 mod display;
 mod history;
+mod launch;
+mod raw_kernel;
 mod recompute;
+mod slices;
 
 use crate::{
     Device, Error, Result,
@@ -23,6 +26,8 @@ pub use copy::GradSlice;
 pub(crate) use copy::{launch_strided, same_device, same_kind};
 pub use history::LeafId;
 pub(crate) use history::{GradSlot, ThreadMark, next_id};
+pub(crate) use launch::Storage;
+pub use raw_kernel::{KernelArg, RawKernel};
 pub(crate) use recompute::{Recompute, Saved};
 
 /// An n-dimensional array of up to six dimensions.
@@ -83,7 +88,7 @@ impl Tensor {
         let mut tensor = Self::uninit(shape.into_shape()?, dtype, device)?;
         match device {
             Device::Cpu => tensor.bytes_mut()?.fill(0),
-            Device::Cuda(gpu) => gpu.fill_zero(tensor.address_mut()?, tensor.numel() * dtype.size())?,
+            Device::Gpu(gpu) => gpu.fill_zero(tensor.address_mut()?, tensor.numel() * dtype.size())?,
         }
         Ok(tensor)
     }
@@ -97,7 +102,7 @@ impl Tensor {
     pub fn full(shape: impl IntoShape, value: f64, dtype: DType, device: &Device) -> Result<Self> {
         match device {
             Device::Cpu => Self::generate(shape, dtype, device, |_| value),
-            Device::Cuda(gpu) => {
+            Device::Gpu(gpu) => {
                 let mut tensor = Self::uninit(shape.into_shape()?, dtype, device)?;
                 // Rounded to the dtype here, so that the kernel's conversions are exact.
                 let value = Self::scalar(value, &Device::Cpu)?.converted(dtype)?.item()?;
@@ -114,7 +119,7 @@ impl Tensor {
         let mut tensor = Self::uninit([n].into_shape()?, DType::I64, device)?;
         match device {
             Device::Cpu => fill(tensor.values_mut::<i64>()?, |index| index as i64),
-            Device::Cuda(gpu) => gpu
+            Device::Gpu(gpu) => gpu
                 .kernel("fill_arange", &[("DTYPE", DType::I64.name())])?
                 .launch(Grid::elements(n), args![&mut tensor, n as i64])?,
         }
@@ -143,14 +148,18 @@ impl Tensor {
     /// A tensor whose content is unspecified, for ops that write every element.
     pub(crate) fn uninit(shape: Shape, dtype: DType, device: &Device) -> Result<Self> {
         let buffer = Buffer::new(shape.numel() * dtype.size(), device)?;
-        Ok(Self {
+        Ok(Self::of_buffer(buffer, shape, dtype, device))
+    }
+
+    fn of_buffer(buffer: Buffer, shape: Shape, dtype: DType, device: &Device) -> Self {
+        Self {
             buffer: Arc::new(buffer),
             layout: Layout::contiguous(shape),
             dtype,
             device: device.clone(),
             grad: GradSlot::Constant,
             recipe: None,
-        })
+        }
     }
 
     /// Unspecified content, with this tensor's shape, dtype and device.
@@ -289,7 +298,7 @@ impl Tensor {
         self.check_dtype::<E>()?;
         match &*self.buffer {
             Buffer::Cpu(buffer) => Ok(bytemuck::cast_slice(buffer.bytes())),
-            Buffer::Cuda(_) => Err(Self::not_on_the_cpu(&self.device)),
+            Buffer::Gpu(_) => Err(Self::not_on_the_cpu(&self.device)),
         }
     }
 
@@ -345,42 +354,14 @@ impl Tensor {
 
     /// Whether `values_mut` may write: the handle is the only one, and contiguous.
     pub(crate) fn is_unique(&mut self) -> bool {
-        Arc::get_mut(&mut self.buffer).is_some() && self.is_contiguous()
+        Arc::get_mut(&mut self.buffer).is_some_and(Buffer::is_unique) && self.is_contiguous()
     }
 
     fn bytes_mut(&mut self) -> Result<&mut [u8]> {
         match Arc::get_mut(&mut self.buffer) {
             Some(Buffer::Cpu(buffer)) => Ok(buffer.bytes_mut()),
-            Some(Buffer::Cuda(_)) => Err(Self::not_on_the_cpu(&self.device)),
+            Some(Buffer::Gpu(_)) => Err(Self::not_on_the_cpu(&self.device)),
             None => Err(Error::argument("write", "the storage is shared; ops write only to tensors that they own")),
-        }
-    }
-
-    /// Where a contiguous tensor on a GPU has its first element. Kernels are given this address and not the strides.
-    pub(crate) fn address(&self) -> Result<u64> {
-        let strided =
-            || format!("a kernel expects packed elements, got {:?} with strides {:?}", self.shape(), self.strides());
-        ensure!(self.is_contiguous(), Error::argument("launch", strided()));
-        Ok(self.storage_address()? + (self.range().start * self.dtype.size()) as u64)
-    }
-
-    /// Where a contiguous tensor on a GPU that no other handle shares has its first element.
-    pub(crate) fn address_mut(&mut self) -> Result<u64> {
-        ensure!(
-            self.is_unique(),
-            Error::argument("write", "the storage is shared; ops write only to packed tensors that they own")
-        );
-        self.address()
-    }
-
-    /// Where the storage of a tensor on a GPU starts.
-    pub(crate) fn storage_address(&self) -> Result<u64> {
-        match &*self.buffer {
-            Buffer::Cuda(buffer) => Ok(buffer.address()),
-            Buffer::Cpu(_) => Err(Error::Device {
-                op: "launch",
-                message: "a tensor on the CPU was given to a kernel; move it with `to_device`".into(),
-            }),
         }
     }
 
@@ -403,7 +384,7 @@ impl Tensor {
         let (range, size) = (self.range(), self.dtype.size());
         match &*self.buffer {
             Buffer::Cpu(buffer) => Ok(&buffer.bytes()[range.start * size..range.end * size]),
-            Buffer::Cuda(_) => Err(Self::not_on_the_cpu(&self.device)),
+            Buffer::Gpu(_) => Err(Self::not_on_the_cpu(&self.device)),
         }
     }
 

@@ -12,7 +12,7 @@ use crate::{
     io::{FileSet, pack, read_limited, read_with_metadata},
 };
 
-const CONFIG: &str = "config.json";
+pub(super) const CONFIG: &str = "config.json";
 const MODEL: &str = "model.safetensors";
 const OPTIMIZER: &str = "optimizer.safetensors";
 const TRAINING: &str = "training.json";
@@ -83,9 +83,9 @@ const RETRIES: usize = 100;
 /// are equal the save took place, and `metrics.csv` is replaced now; if not, the old run goes on. `.replacement` is
 /// removed in both cases.
 #[derive(Clone, Debug)]
-pub struct Checkpoint {
-    /// The options of the model.
-    pub config: Config,
+pub struct Checkpoint<C = Config> {
+    /// The options of the model: those of a model of the library, or what another one writes.
+    pub config: C,
     /// The model's state dict.
     pub model: BTreeMap<String, Tensor>,
     /// The optimizer's state, and the averaged weights under `ema.NAME`.
@@ -137,7 +137,7 @@ pub struct Losses {
     pub best_validation: Option<f64>,
 }
 
-impl Checkpoint {
+impl<C: Serialize> Checkpoint<C> {
     /// Writes the checkpoint into a folder, which is made if it is not there; other files in it are left alone. At
     /// every instant the folder has a whole checkpoint, the previous one or this one, see [above](Self#files).
     ///
@@ -158,7 +158,9 @@ impl Checkpoint {
             files.write(TRAINING, |file| file.write_all(&training))
         })
     }
+}
 
+impl Checkpoint {
     /// Completes a save that was interrupted after its third step and removes the remains of one that was interrupted
     /// before, see [above](Self#files). Reading does not need it; other programs do that read the files by their names.
     ///
@@ -167,41 +169,18 @@ impl Checkpoint {
         files(folder.as_ref()).complete()
     }
 
-    /// If a folder has a file of a checkpoint, readable or not.
+    /// Returns `true` if a folder has a file of a checkpoint, readable or not.
     pub fn is_in(folder: impl AsRef<Path>) -> bool {
         // One that cannot be looked at is there.
         FILES.iter().any(|name| !matches!(files(folder.as_ref()).read(name, found), Err(Error::File { .. })))
     }
 
-    /// Reads a checkpoint.
+    /// Reads a checkpoint of a model of the library.
     ///
     /// Errors: [`Error::File`] for a folder without one of the files, a file with another content than it should
     /// have, or files of different checkpoints; [`Error::Io`] if one cannot be read.
     pub fn load(folder: impl AsRef<Path>) -> Result<Self> {
-        let folder = folder.as_ref();
-        undisturbed(folder, || {
-            let training = Self::load_training(folder)?;
-            let tensors = |name| {
-                files(folder).read(name, |path| {
-                    let (tensors, metadata) = read_with_metadata(path)?;
-                    let step = metadata.get("step");
-                    ensure!(
-                        step.is_none_or(|step| *step == training.step.to_string()),
-                        Error::file(
-                            path,
-                            format!(
-                                "is of step {}, {TRAINING} of step {}: the files are of different checkpoints",
-                                step.map_or("", String::as_str),
-                                training.step
-                            )
-                        )
-                    );
-                    Ok(tensors)
-                })
-            };
-            let (config, model, optimizer) = (read_json(folder, CONFIG)?, tensors(MODEL)?, tensors(OPTIMIZER)?);
-            Ok(Self { config, model, optimizer, training })
-        })
+        Self::load_as(folder)
     }
 
     /// Reads only the options of the model.
@@ -244,6 +223,38 @@ impl Checkpoint {
                 model.extend(averages);
             }
             Ok((config, model))
+        })
+    }
+}
+
+impl<C: DeserializeOwned> Checkpoint<C> {
+    /// Reads a checkpoint whose model has options of this type.
+    ///
+    /// Errors: as [`Checkpoint::load`].
+    pub fn load_as(folder: impl AsRef<Path>) -> Result<Self> {
+        let folder = folder.as_ref();
+        undisturbed(folder, || {
+            let training = Checkpoint::load_training(folder)?;
+            let tensors = |name| {
+                files(folder).read(name, |path| {
+                    let (tensors, metadata) = read_with_metadata(path)?;
+                    let step = metadata.get("step");
+                    ensure!(
+                        step.is_none_or(|step| *step == training.step.to_string()),
+                        Error::file(
+                            path,
+                            format!(
+                                "is of step {}, {TRAINING} of step {}: the files are of different checkpoints",
+                                step.map_or("", String::as_str),
+                                training.step
+                            )
+                        )
+                    );
+                    Ok(tensors)
+                })
+            };
+            let (config, model, optimizer) = (read_json(folder, CONFIG)?, tensors(MODEL)?, tensors(OPTIMIZER)?);
+            Ok(Self { config, model, optimizer, training })
         })
     }
 }

@@ -4,6 +4,7 @@ mod checkpoint;
 mod data;
 mod ema;
 mod grad_scaler;
+mod model;
 mod optimizer;
 mod options;
 mod random;
@@ -19,6 +20,7 @@ pub use self::{
     data::ByteText,
     ema::{Ema, Swapped},
     grad_scaler::GradScaler,
+    model::TrainModel,
     optimizer::{AdamW, AdamWOptions, StepInfo},
     options::TrainOptions,
     schedule::Schedule,

@@ -3,7 +3,7 @@
 use std::{cell::RefCell, collections::BTreeMap};
 
 use super::{AdamW, StepInfo, optimizer::check};
-use crate::{DType, Device, Error, ParamMap, Result, Tape, Tensor, device::cuda::Graph, error::ensure};
+use crate::{DType, Device, Error, Graph, ParamMap, Result, Tape, Tensor, error::ensure};
 
 /// Loss, gradients, clipping and AdamW, recorded once and replayed with one call of the driver.
 ///

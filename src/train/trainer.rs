@@ -2,20 +2,23 @@
 
 use std::{cell::Cell, collections::BTreeMap, fmt, io::ErrorKind, path::Path};
 
+use serde_json::Value;
+
 use super::{
-    AdamW, ByteText, Checkpoint, Ema, GradScaler, Losses, StepInfo, TextPrint, TrainOptions, TrainingState,
-    checkpoint::EMA,
+    AdamW, ByteText, Checkpoint, Ema, GradScaler, Losses, StepInfo, TextPrint, TrainModel, TrainOptions, TrainingState,
+    checkpoint::{CONFIG, EMA},
     random::{MAX_STEPS, tape_seed},
 };
 use crate::{
     DType, Device, Error, Gradients, Param, ParamMap, ParamStore, Result, Tape, Tensor,
-    config::{AutoregressiveConfig, Config},
+    config::AutoregressiveConfig,
     error::{ErrorContext, ensure},
-    models::{AutoregressiveWrapper, ForwardOptions},
+    models::AutoregressiveWrapper,
     ops::adamw::square_norms,
 };
 
-/// Trains a byte-level model on a text, step by step.
+/// Trains a byte-level model on a text, step by step: an [`AutoregressiveWrapper`], or any [`TrainModel`] by
+/// [`Trainer::start`] and [`Trainer::resume_from`].
 ///
 /// Everything random depends on the seed and the number of the step: a run that is saved, killed and resumed ends with
 /// the same bits as one that was never interrupted, on any number of threads.
@@ -48,13 +51,13 @@ use crate::{
 /// # Ok(())
 /// # }
 /// ```
-pub struct Trainer {
-    config: AutoregressiveConfig,
+pub struct Trainer<M: TrainModel = AutoregressiveWrapper> {
+    config: M::Config,
     options: TrainOptions,
     text: ByteText,
     print: TextPrint,
     device: Device,
-    model: AutoregressiveWrapper,
+    model: M,
     params: ParamMap,
     optimizer: AdamW,
     ema: Option<Ema>,
@@ -63,7 +66,7 @@ pub struct Trainer {
     losses: Cell<Losses>,
 }
 
-impl fmt::Debug for Trainer {
+impl<M: TrainModel> fmt::Debug for Trainer<M> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Self { config, options, text, device, step, .. } = self;
         f.debug_struct("Trainer")
@@ -99,22 +102,40 @@ impl Trainer {
     /// Errors: [`Error::Option`] for what is illegal in the config or the options, a text too short for `seq_len`, or
     /// bytes in it that the model has no tokens for.
     pub fn new(config: AutoregressiveConfig, options: TrainOptions, text: ByteText, device: &Device) -> Result<Self> {
+        Self::start(config, options, text, device)
+    }
+
+    /// A run from where [`Trainer::save`] was called. A save that was interrupted is completed first
+    /// ([`Checkpoint::complete`]), unless the folder cannot be written.
+    ///
+    /// Errors: those of [`Checkpoint::load`] and [`Checkpoint::complete`]; another text than the run had ([`Error::Option`]);
+    /// weights or a state that do not fit the config, with the file in front.
+    pub fn resume(folder: impl AsRef<Path>, text: ByteText, device: &Device) -> Result<Self> {
+        Self::resume_from(folder, text, device)
+    }
+}
+
+impl<M: TrainModel> Trainer<M> {
+    /// Begins as [`Trainer::new`], for any model.
+    ///
+    /// Errors: as [`Trainer::new`], and those of [`TrainModel::build`].
+    pub fn start(config: M::Config, options: TrainOptions, text: ByteText, device: &Device) -> Result<Self> {
         let store = ParamStore::new(options.seed, options.dtype, device);
         Self::build(config, options, text, store)
     }
 
-    fn build(config: AutoregressiveConfig, options: TrainOptions, text: ByteText, store: ParamStore) -> Result<Self> {
-        options.check(if config.net.max_seq_len == 0 { usize::MAX } else { config.net.max_seq_len })?;
+    fn build(config: M::Config, options: TrainOptions, text: ByteText, store: ParamStore) -> Result<Self> {
+        options.check(M::max_seq_len(&config))?;
         text.check(options.seq_len)?;
-        let largest = text.bytes().iter().copied().max().unwrap_or(0);
+        let (largest, num_tokens) = (text.bytes().iter().copied().max().unwrap_or(0), M::num_tokens(&config));
         ensure!(
-            usize::from(largest) < config.net.num_tokens,
+            usize::from(largest) < num_tokens,
             Error::option(
                 "num_tokens",
-                format!("expected more than {largest}, which is a byte of the text, got {}", config.net.num_tokens)
+                format!("expected more than {largest}, which is a byte of the text, got {num_tokens}")
             )
         );
-        let model = AutoregressiveWrapper::new(&config, &store)?;
+        let model = M::build(&config, &store)?;
         let params = store.params();
         let optimizer = AdamW::new(options.adamw())?;
         let ema = options.ema_decay.map(|decay| Ema::new(&params, decay)).transpose()?;
@@ -124,22 +145,19 @@ impl Trainer {
         Ok(Self { config, options, text, print, device, model, params, optimizer, ema, scaler, step: 0, losses })
     }
 
-    /// A run from where [`Trainer::save`] was called. A save that was interrupted is completed first
-    /// ([`Checkpoint::complete`]), unless the folder cannot be written.
+    /// Resumes as [`Trainer::resume`], for any model.
     ///
-    /// Errors: those of [`Checkpoint::load`] and [`Checkpoint::complete`]; another text than the run had ([`Error::Option`]); weights or a state
-    /// that do not fit the config, with the file in front.
-    pub fn resume(folder: impl AsRef<Path>, text: ByteText, device: &Device) -> Result<Self> {
+    /// Errors: as [`Trainer::resume`], and those of [`TrainModel::config_from_json`].
+    pub fn resume_from(folder: impl AsRef<Path>, text: ByteText, device: &Device) -> Result<Self> {
         let folder = folder.as_ref();
         match Checkpoint::complete(folder) {
             Err(Error::Io { source, .. })
                 if matches!(source.kind(), ErrorKind::PermissionDenied | ErrorKind::ReadOnlyFilesystem) => {}
             completed => completed?,
         }
-        let Checkpoint { config, model, optimizer, training } = Checkpoint::load(folder)?;
-        let Config::AutoregressiveWrapper(config) = config else {
-            return Err(Error::file(folder, "has another model than an AutoregressiveWrapper"));
-        };
+        let Checkpoint { config, model, optimizer, training } = Checkpoint::<Value>::load_as(folder)?;
+        let broken = |error| Error::file(folder.join(CONFIG), format!("does not fit: {error}"));
+        let config = M::config_from_json(config).map_err(broken)?;
         let TrainingState { step, options, text: print, losses, grad_scaler, .. } = training;
         ensure!(step <= MAX_STEPS, Error::file(folder, format!("is of step {step}, at most {MAX_STEPS} are possible")));
         let store = ParamStore::zeros(options.dtype, device);
@@ -215,7 +233,7 @@ impl Trainer {
         for micro in 0..accumulate as u64 {
             let tokens = self.text.batch(seed, self.step, micro, batch_size, seq_len, &self.device)?;
             let mut tape = Tape::train(tape_seed(seed, self.step, micro));
-            let output = self.model.loss(&tokens, &ForwardOptions::default())?;
+            let output = self.model.loss(&tokens)?;
             let start = Tensor::full(*output.shape(), scale, output.dtype(), output.device())?;
             let mut part = tape.backward_with(&output, &start)?;
             if accumulate > 1 {
@@ -303,7 +321,7 @@ impl Trainer {
             for start in (0..count).step_by(self.options.batch_size) {
                 let length = self.options.batch_size.min(count - start);
                 let tokens = windows.narrow(0, start, length)?;
-                total += model.loss(&tokens, &ForwardOptions::default())?.item()? * length as f64;
+                total += model.loss(&tokens)?.item()? * length as f64;
             }
             Ok(total)
         })?;
@@ -319,7 +337,7 @@ impl Trainer {
     /// parameters hold until `f` returns.
     ///
     /// Errors: those of `f`; the memory runs out.
-    pub fn evaluate<R>(&self, f: impl FnOnce(&AutoregressiveWrapper) -> Result<R>) -> Result<R> {
+    pub fn evaluate<R>(&self, f: impl FnOnce(&M) -> Result<R>) -> Result<R> {
         let _swapped = self.ema.as_ref().map(|ema| ema.swap_in(&self.params)).transpose()?;
         f(&self.model)
     }
@@ -336,7 +354,7 @@ impl Trainer {
         let averages = self.ema.iter().flat_map(Ema::state_dict);
         optimizer.extend(averages.map(|(name, average)| (format!("{EMA}{name}"), average)));
         let checkpoint = Checkpoint {
-            config: Config::AutoregressiveWrapper(self.config.clone()),
+            config: M::config_to_json(&self.config),
             model: self.params.state_dict(),
             optimizer,
             training: self.state(),
@@ -396,13 +414,13 @@ impl Trainer {
         &self.options
     }
 
-    /// The model's keywords.
-    pub fn config(&self) -> &AutoregressiveConfig {
+    /// The model's options.
+    pub fn config(&self) -> &M::Config {
         &self.config
     }
 
     /// The model, with the weights of the last step.
-    pub fn model(&self) -> &AutoregressiveWrapper {
+    pub fn model(&self) -> &M {
         &self.model
     }
 
@@ -439,7 +457,10 @@ fn lower(best: Option<f64>, loss: f64) -> Option<f64> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::config::{AttentionLayersConfig, TransformerWrapperConfig};
+    use crate::{
+        config::{AttentionLayersConfig, TransformerWrapperConfig},
+        models::ForwardOptions,
+    };
 
     /// Gradients that are not finite at any scale are an error at last, with the weights as they were.
     #[test]

@@ -115,7 +115,7 @@ impl Draw {
     /// How many sublayers of this kind there are.
     pub fn count(&self, kind: LayerType) -> usize {
         let stacks = Config::from_value(self.value.clone()).and_then(|config| config.layers()).unwrap();
-        stacks[0].1.layers.iter().filter(|layer| layer.branch.layer_type() == kind).count()
+        stacks[0].1.layers.iter().filter(|layer| layer.branch.layer_type() == Some(kind)).count()
     }
 
     /// The same without one of its options.

@@ -4,9 +4,10 @@ use std::process::Command;
 
 use x_transformers::device::Level;
 
-/// Runs a test of this program in processes of its own, one for each level; of those beyond the processor's own each must
-/// fall back to it.
-pub fn at_every_level(test: &str) {
+/// Runs a test of a module of this program in processes of its own, one for each level; of those beyond the processor's own
+/// each must fall back to it. The module is `module_path!()`.
+pub fn at_every_level(module: &str, test: &str) {
+    let test = &super::common::name_of(module, test);
     let program = std::env::current_exe().expect("the path of this test");
     for level in Level::ALL.map(Level::name) {
         let child = Command::new(&program).args(["--exact", test]).env("XT_CPU", level).output().expect("a second run");

@@ -14,3 +14,9 @@ pub fn device() -> &'static Device {
         Device::parse(&name).unwrap_or_else(|error| panic!("XT_TEST_DEVICE={name}: {error}"))
     })
 }
+
+/// The name by which the harness knows a test of a module (`module_path!()`): without that of the program.
+#[allow(dead_code, reason = "not every suite runs its own tests")]
+pub fn name_of(module: &str, test: &str) -> String {
+    module.split_once("::").map_or_else(|| test.to_string(), |(_, inner)| format!("{inner}::{test}"))
+}

@@ -5,7 +5,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use x_transformers::{DType, Device, Result, Tensor, io::Pretrained, models::ForwardOptions};
+use x_transformers::{DType, Device, Result, Tensor, models::ForwardOptions, pretrained::Pretrained};
 
 pub type Tensors = BTreeMap<String, Tensor>;
 

@@ -28,13 +28,13 @@ mod instructions;
 mod parity;
 #[path = "../sampling.rs"]
 mod sampling;
-#[path = "../train.rs"]
+#[path = "../train/training.rs"]
 mod train;
 #[path = "../emulator/warpgroups.rs"]
 mod warpgroups;
 
 use contract::{case, check, common};
-use x_transformers::Device;
+use x_transformers::device::CudaDevice;
 
 /// The path of the function that this stands in: the suites of the emulator find their tests by it.
 macro_rules! here {
@@ -47,7 +47,7 @@ use here;
 /// Runs a test of the emulator's instructions on the device of `XT_TEST_DEVICE`. One that asks for an emulated card of another
 /// architecture has nothing to say here.
 fn emulated(_test: &str, variables: &[(&str, &str)], body: impl FnOnce()) {
-    let Device::Cuda(gpu) = common::device() else { return };
+    let Some(gpu) = CudaDevice::of(&common::device()) else { return };
     let architecture = gpu.architecture().to_string();
     if variables.iter().all(|variable| *variable == ("XT_EMULATOR_ARCH", &architecture)) {
         body();

@@ -80,7 +80,7 @@ fn attend(device: &Device, dtype: DType, [heads, kv_heads, queries, keys, d, e]:
         Tensor::from_vec((0..2 * keys).map(|i| i < keys || i > keys + 70).collect::<Vec<_>>(), [2, keys], device)?;
     let mask = Tensor::from_vec((0..queries * keys).map(|i| i % 7 > 0).collect::<Vec<_>>(), [queries, keys], device)?;
     let plain = AttentionSpec { scale: (d as f64).powf(-0.5), ..AttentionSpec::default() };
-    let alibi = PositionBias::Alibi { slopes: &slopes };
+    let alibi = Some(PositionBias::Alibi { slopes });
     let specs = [
         plain.clone(),
         AttentionSpec { causal: true, key_mask: Some(&key_mask), ..plain.clone() },

@@ -17,7 +17,7 @@ fn runs(target: &str) {
     let device = CudaDevice::open(0).unwrap_or_else(|error| panic!("{error}"));
     assert_eq!(device.target().to_string(), target);
     let (time, y) = device
-        .time(|| Tensor::from_slice(&[1f32, 2.0], [2], &Device::Cuda(device))?.affine(2.0, 1.0))
+        .time(|| Tensor::from_slice(&[1f32, 2.0], [2], &Device::Gpu(device))?.affine(2.0, 1.0))
         .unwrap_or_else(|error| panic!("{error}"));
     assert_eq!((y.dtype(), y.to_f64_vec().unwrap()), (DType::F32, vec![3.0, 5.0]));
     assert!(time.as_secs_f64() < 60.0);
@@ -99,7 +99,7 @@ fn code_compiled_ahead_is_found() {
             let cached = cubin_in(cache.as_ref(), affine, &[("DTYPE", "f32")], target);
             return assert!(cached.is_ok_and(|cached| cached.unwritten.is_none()), "compiled and kept");
         }
-        let device = Device::Cuda(CudaDevice::open(0).unwrap());
+        let device = Device::Gpu(CudaDevice::open(0).unwrap());
         let x = || Tensor::from_slice(&[1f32, 2.0], [2], &device).unwrap();
         let y = x().affine(2.0, 1.0).unwrap_or_else(|error| panic!("{error}"));
         assert_eq!(y.to_f64_vec().unwrap(), [3.0, 5.0]);

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Writes small GGUF files, and what other programs make of them, for tests/gguf.rs.
+"""Writes small GGUF files, and what other programs make of them, for tests/io/gguf.rs.
 
     pip install torch transformers gguf safetensors
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Writes small models of Hugging Face transformers and what it computes with them, for tests/pretrained.rs.
+"""Writes small models of Hugging Face transformers and what it computes with them, for tests/io/pretrained.rs.
 
     pip install torch transformers gguf safetensors
 

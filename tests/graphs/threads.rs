@@ -7,7 +7,7 @@ use std::{
     thread,
 };
 
-use x_transformers::{DType, Device, Error, Result, Tensor, device::cuda::Graph};
+use x_transformers::{DType, Error, Graph, Result, Tensor, device::CudaDevice};
 
 use crate::{
     Victims,
@@ -84,7 +84,7 @@ fn other_threads_are_refused_during_a_recording() -> Result<()> {
                 refused("a wait", device.synchronize().err());
                 refused("a replay", own.replay(std::slice::from_ref(&other)).err());
                 refused("a recording", Graph::capture(std::slice::from_ref(&other), &none(), |i| i[0].exp()).err());
-                let Device::Cuda(card) = device else { panic!("a GPU") };
+                let card = CudaDevice::of(device).expect("a GPU");
                 refused("a measurement", card.time(|| Ok(())).err());
                 // Freed only once the recording has ended.
                 let live = is_emulated().then(live_bytes);

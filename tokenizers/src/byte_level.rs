@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use serde_json::{Map, Value, json};
-use x_transformers::{Error, Result, io::Family};
+use x_transformers::{Error, Result, pretrained::Family};
 
 use super::{described::Described, file_error, pretokenizer::QWEN2, settings::Settings};
 

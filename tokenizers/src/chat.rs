@@ -115,7 +115,7 @@ impl Tokenizer {
     /// The same tokenizer with another chat template, in place of all that it has.
     ///
     /// ```no_run
-    /// # use x_transformers::io::Pretrained;
+    /// # use x_transformers::pretrained::Pretrained;
     /// # use x_transformers_tokenizers::{ChatOptions, Message, Tokenizer};
     /// # fn main() -> x_transformers::Result<()> {
     /// let tokenizer = Tokenizer::of(&Pretrained::open("TinyLlama-1.1B")?, None)?;
@@ -153,7 +153,7 @@ impl Tokenizer {
     /// cannot end their turn.
     ///
     /// ```no_run
-    /// use x_transformers::io::Pretrained;
+    /// use x_transformers::pretrained::Pretrained;
     /// use x_transformers_tokenizers::{ChatOptions, Message, Tokenizer};
     /// # fn main() -> x_transformers::Result<()> {
     /// let tokenizer = Tokenizer::of(&Pretrained::open("SmolLM2-135M-Instruct.Q4_1.gguf")?, None)?;

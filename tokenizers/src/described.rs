@@ -4,7 +4,7 @@ use tokenizers::{
     AddedToken, NormalizerWrapper,
     normalizers::{BertNormalizer, Lowercase, NFKD, Sequence, StripAccents},
 };
-use x_transformers::io::Family;
+use x_transformers::pretrained::Family;
 
 use super::{
     checked::{Failure, Inner, Part},

@@ -5,7 +5,8 @@ use std::path::Path;
 use serde_json::json;
 use x_transformers::{
     Error, Result,
-    io::{Family, read_limited, read_text},
+    io::{read_limited, read_text},
+    pretrained::Family,
 };
 
 use super::{

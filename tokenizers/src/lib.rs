@@ -9,7 +9,7 @@ use std::{fmt, fmt::Display, path::Path, sync::Arc};
 
 use x_transformers::{
     Error, Result,
-    io::{Family, Pretrained},
+    pretrained::{Family, Pretrained},
 };
 
 mod byte_level;

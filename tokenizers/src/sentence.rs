@@ -4,8 +4,8 @@ use std::{collections::BTreeMap, path::Path};
 
 use x_transformers::{
     DType, Device, Result, Tensor,
-    io::{Pretrained, SentenceOptions, Similarity},
     models::SentenceEncoder,
+    pretrained::{Pretrained, SentenceOptions, Similarity},
 };
 
 use super::{Tokenizer, file_error, refused};

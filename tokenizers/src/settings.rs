@@ -3,10 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use serde_json::{Map, Value};
-use x_transformers::{
-    Result,
-    io::{Family, read_text},
-};
+use x_transformers::{Result, io::read_text, pretrained::Family};
 
 use super::file_error;
 

@@ -15,7 +15,7 @@ use super::{Tokenizer, stream::Stream};
 /// ```no_run
 /// use x_transformers::{
 ///     DType, Device, Tensor,
-///     io::Pretrained,
+///     pretrained::Pretrained,
 ///     models::{GenerateOptions, StopMatcher},
 /// };
 /// use x_transformers_tokenizers::Tokenizer;

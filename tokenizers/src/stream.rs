@@ -12,7 +12,7 @@ use super::{Tokenizer, decoder::Decoder};
 /// incomplete belongs to the stream. The cost of a token does not grow with their number.
 ///
 /// ```no_run
-/// # use x_transformers::io::Pretrained;
+/// # use x_transformers::pretrained::Pretrained;
 /// # use x_transformers_tokenizers::Tokenizer;
 /// # fn main() -> x_transformers::Result<()> {
 /// let tokenizer = Tokenizer::of(&Pretrained::open("SmolLM2-135M-Instruct.Q4_1.gguf")?, None)?;

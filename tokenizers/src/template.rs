@@ -5,7 +5,8 @@ use std::path::{Path, PathBuf};
 use serde_json::Value;
 use x_transformers::{
     Result,
-    io::{Family, Metadata, Pretrained, TensorFile, read_limited},
+    io::{Metadata, TensorFile, read_limited},
+    pretrained::{Family, Pretrained},
 };
 
 use super::{checked::Checked, file_error};

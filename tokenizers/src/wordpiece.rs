@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use serde_json::{Map, Value, json};
-use x_transformers::{Result, io::Family};
+use x_transformers::{Result, pretrained::Family};
 
 use super::{
     described::{Described, WORD_PIECES},

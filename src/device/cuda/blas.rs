@@ -17,6 +17,7 @@ use super::{
 use crate::{
     DType, Error, Result,
     device::{
+        gpu::Address,
         launch::{Gemm, Operand},
         precision::{Precision, float32_matmul_precision},
     },
@@ -67,7 +68,7 @@ impl CudaDevice {
     /// Enqueues a matrix product. Sums in f32 (f64 for f64); in TF32 under [`Precision::High`] and below.
     ///
     /// Errors: sizes beyond 2³¹ − 1, or an error of cuBLAS.
-    pub(crate) fn gemm(&self, gemm: &Gemm) -> Result<()> {
+    pub(super) fn multiply(&self, gemm: &Gemm) -> Result<()> {
         let Gemm { dtype, sums, batch, m, n, k, a, b, c, add } = *gemm;
         let ints = [m, n, k, a.stride, b.stride, batch].map(i32::try_from);
         let [Ok(rows), Ok(columns), Ok(inner), Ok(a_stride), Ok(b_stride), Ok(items)] = ints else {
@@ -103,7 +104,7 @@ impl CudaDevice {
         let operation =
             |operand: Operand| if operand.transposed { Operation::CUBLAS_OP_T } else { Operation::CUBLAS_OP_N };
         let _pass = self.enter("a product")?;
-        self.hold("a product", [a.address, b.address, c])?;
+        self.hold("a product", [a.address, b.address, c].map(Address::get))?;
         self.bind()?;
         let blas = self.blas.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
         let handle = blas.handle.0;
@@ -121,16 +122,16 @@ impl CudaDevice {
                 rows,
                 inner,
                 factor(true),
-                b.address as *const c_void,
+                b.address.get() as *const c_void,
                 kind,
                 b_stride,
                 b.batch as i64,
-                a.address as *const c_void,
+                a.address.get() as *const c_void,
                 kind,
                 a_stride,
                 a.batch as i64,
                 factor(add),
-                c as *mut c_void,
+                c.get() as *mut c_void,
                 kind_of_c,
                 columns,
                 (m * n) as i64,

@@ -21,7 +21,7 @@ use super::{
     libraries,
     target::{Architecture, Target},
 };
-use crate::{Error, Result, device::kernels::KernelSource, hash::fnv1a, io::write_atomically};
+use crate::{Error, Result, atomic_file::write_atomically, device::kernels::KernelSource, hash::fnv1a};
 
 /// Output of NVRTC for one variant.
 #[derive(Clone, Debug)]

@@ -88,13 +88,8 @@ impl CudaDevice {
         Ok(pass)
     }
 
-    /// Errors: this or another thread records a graph.
-    pub(crate) fn refuse_while_capturing(&self, what: &str) -> Result<()> {
-        self.enter_outside(what).map(drop)
-    }
-
     /// Returns `true` if what this thread enqueues is recorded and not done.
-    pub(crate) fn is_capturing(&self) -> bool {
+    pub(super) fn captures(&self) -> bool {
         self.gate.capturing.load(Ordering::Relaxed) && self.gate.is_recorder()
     }
 

@@ -5,11 +5,17 @@ use std::sync::{Arc, atomic::Ordering};
 use cudarc::driver::{DriverError, result, sys::CUresult};
 
 use super::{
-    CudaDevice, FAULT_WORDS, error,
+    CudaDevice, error,
     gate::Pass,
     pool::{Memory, Phase, size_class},
 };
-use crate::{Error, Result, ops::broken_logits};
+use crate::{
+    Error, Result,
+    device::{
+        faults::{self, FAULT_WORDS},
+        gpu,
+    },
+};
 
 /// Memory from the driver, returned to it when dropped.
 pub(in crate::device) struct Block {
@@ -58,29 +64,29 @@ impl Drop for Block {
 }
 
 /// Bytes on a device, returned to its pool on drop.
-pub(crate) struct CudaBuffer {
+pub(super) struct CudaMemory {
+    /// There until the value is dropped.
     block: Option<Arc<Block>>,
+    address: u64,
     device: &'static CudaDevice,
 }
 
-impl CudaBuffer {
-    /// The content is whatever was there: the emulated driver poisons it, which finds what a kernel forgets.
+impl CudaMemory {
+    /// More than 0 bytes. The content is whatever was there: the emulated driver poisons it, which finds what a kernel forgets.
     ///
     /// Errors: [`Error::OutOfMemory`]; another error of the driver; while a graph is recorded, memory that the run
     /// before its recording did not need, or another thread that records.
     pub fn new(bytes: usize, device: &'static CudaDevice) -> Result<Self> {
-        if bytes == 0 {
-            return Ok(Self { block: None, device });
-        }
+        let from = |block: Arc<Block>| Self { address: block.address, block: Some(block), device };
         if let Some(block) = Self::allocate(bytes, device)? {
-            return Ok(Self { block: Some(block), device });
+            return Ok(from(block));
         }
         // What is kept for reuse goes back to the driver, which may then have enough.
         let before = device.pool.stats();
         device.pool.trim();
         let block = Self::allocate(bytes, device)?;
         let none = || Error::OutOfMemory { requested: bytes, live: before.live, cached: before.cached };
-        Ok(Self { block: Some(block.ok_or_else(none)?), device })
+        block.ok_or_else(none).map(from)
     }
 
     /// A block of the pool or a new one; `None` if there is no more memory.
@@ -110,14 +116,15 @@ impl CudaBuffer {
         // Counted once it exists: a request that fails must not leave its size in the peak.
         Ok(block.inspect(|block| device.pool.insert(block, phase)))
     }
+}
 
-    /// Its first byte; null if it is empty.
-    pub fn address(&self) -> u64 {
-        self.block.as_ref().map_or(0, |block| block.address)
+impl gpu::Memory for CudaMemory {
+    fn address(&self) -> u64 {
+        self.address
     }
 }
 
-impl Drop for CudaBuffer {
+impl Drop for CudaMemory {
     fn drop(&mut self) {
         if let Some(block) = self.block.take() {
             self.device.pool.give(block);
@@ -130,7 +137,7 @@ impl CudaDevice {
     ///
     /// Errors: an address that belongs to no tensor.
     pub(super) fn hold(&self, what: &str, addresses: impl IntoIterator<Item = u64>) -> Result<()> {
-        if !self.is_capturing() {
+        if !self.captures() {
             return Ok(());
         }
         // Null stands for a tensor that is absent or empty. The words of faults live as long as the process.
@@ -144,7 +151,7 @@ impl CudaDevice {
     /// Waits for all that was enqueued, and copies from the device.
     ///
     /// Errors: also what a kernel reported since the last read-back, for instance [`Error::Index`].
-    pub(crate) fn read_back_at(&self, from: u64, to: &mut [u8]) -> Result<()> {
+    pub(super) fn read_back_at(&self, from: u64, to: &mut [u8]) -> Result<()> {
         let pass = self.enter_outside("a read-back")?;
         self.bind()?;
         if !to.is_empty() {
@@ -161,24 +168,14 @@ impl CudaDevice {
         self.check("cuMemcpyDtoHAsync", copied)?;
         self.check("cuStreamSynchronize", waited)?;
         self.read_backs.fetch_add(1, Ordering::Relaxed);
-        let [kind, index, limit] = faults;
-        if kind == 0 {
-            return Ok(());
+        if faults[0] != 0 {
+            self.fill(&pass, self.faults.address(), size_of_val(&faults))?;
         }
-        self.fill(&pass, self.faults.address(), size_of_val(&faults))?;
-        let limit = limit.max(0) as usize;
-        let (op, what) = match kind {
-            1 => ("embedding", "token"),
-            2 => ("cross_entropy", "class"),
-            3 => return Err(Error::no_targets(limit, index)),
-            4 => return Err(broken_logits()),
-            _ => return Err(error(format!("a kernel reported the unknown fault {kind}"))),
-        };
-        Err(Error::Index { op, what, index, limit })
+        faults::check(faults)
     }
 
     /// Enqueues a copy within the device.
-    pub(crate) fn copy(&self, to: u64, from: u64, bytes: usize) -> Result<()> {
+    pub(super) fn copy_at(&self, to: u64, from: u64, bytes: usize) -> Result<()> {
         if bytes == 0 {
             return Ok(());
         }
@@ -191,7 +188,7 @@ impl CudaDevice {
     }
 
     /// Enqueues writing zeros.
-    pub(crate) fn fill_zero(&self, to: u64, bytes: usize) -> Result<()> {
+    pub(super) fn fill_zero_at(&self, to: u64, bytes: usize) -> Result<()> {
         if bytes == 0 {
             return Ok(());
         }

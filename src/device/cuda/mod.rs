@@ -7,7 +7,6 @@ mod blas;
 mod compile;
 mod gate;
 mod graph;
-mod lab;
 mod libraries;
 mod memory;
 mod pool;
@@ -18,11 +17,12 @@ mod target;
 mod timer;
 
 use std::{
+    any::Any,
     collections::{BTreeMap, HashMap, hash_map::Entry},
     ffi::{CString, c_void},
     fmt,
     sync::{
-        Mutex, OnceLock, PoisonError, RwLock,
+        Arc, Mutex, OnceLock, PoisonError, RwLock,
         atomic::{AtomicU64, Ordering},
     },
 };
@@ -33,17 +33,17 @@ use cudarc::driver::{
 };
 
 use super::{
-    Transfers,
-    kernels::{KernelSource, Kind, SIGNATURES, Signature},
-    launch::{Arg, Grid},
+    Device, MemoryStats, Transfers,
+    faults::FAULT_WORDS,
+    gpu::{Address, Gpu, Kernel, Limits, Memory, Replay},
+    kernels::{KernelSource, LAB_SOURCES, Parameter, SIGNATURES, Signature},
+    launch::{Arg, Gemm, Grid},
+    source::Source,
 };
-use crate::{Error, Result, Tensor};
+use crate::{Error, Result};
 
 pub use compile::{Cached, Compiled, compile, cubin, cubin_in, folder, nvrtc_version};
-pub use graph::Graph;
-pub use lab::{Rung, Scalar};
-use memory::Block;
-pub(crate) use memory::CudaBuffer;
+use memory::{Block, CudaMemory};
 use pool::Pool;
 use resources::{Context, Module, Plain, Stream};
 pub use target::{Architecture, Target};
@@ -61,7 +61,7 @@ pub struct CudaDevice {
     /// Values that kernels need and that do not change, by name.
     constants: Mutex<tables::Constants>,
     /// The tables of [`CudaDevice::table`], with what they were made from.
-    tables: Mutex<BTreeMap<String, (Vec<i64>, Tensor)>>,
+    tables: Mutex<tables::Tables>,
     /// The tables of a graph that is being made, from its first run on.
     graph_tables: Mutex<tables::GraphTables>,
     gate: gate::Gate,
@@ -71,7 +71,7 @@ pub struct CudaDevice {
     read_backs: AtomicU64,
     // In this order they are freed, if the device cannot be opened.
     blas: Mutex<blas::Handle>,
-    /// Words that kernels report in: kind, index and limit of the first fault.
+    /// Words that kernels report the first fault in.
     faults: Plain,
     stream: Stream,
     context: Context,
@@ -82,9 +82,6 @@ impl fmt::Debug for CudaDevice {
         write!(f, "cuda:{} ({}, sm_{})", self.ordinal, self.name, self.architecture)
     }
 }
-
-/// Words that a kernel writes about a fault.
-const FAULT_WORDS: usize = 3;
 
 impl CudaDevice {
     /// The device with this number.
@@ -104,6 +101,14 @@ impl CudaDevice {
         let device: &'static Self = Box::leak(Box::new(Self::start(ordinal)?));
         open.insert(ordinal, device);
         Ok(device)
+    }
+
+    /// The CUDA device behind a [`Device`], if it is one.
+    pub fn of(device: &Device) -> Option<&'static Self> {
+        match *device {
+            Device::Gpu(gpu) => (gpu as &'static dyn Any).downcast_ref(),
+            Device::Cpu => None,
+        }
     }
 
     fn start(ordinal: usize) -> Result<Self> {
@@ -160,11 +165,6 @@ impl CudaDevice {
         })
     }
 
-    /// Its number: 0 for `cuda:0`.
-    pub fn ordinal(&self) -> usize {
-        self.ordinal
-    }
-
     /// The card's name.
     pub fn name(&self) -> &str {
         &self.name
@@ -175,33 +175,9 @@ impl CudaDevice {
         self.architecture
     }
 
-    /// If `true`, its kernels may multiply by warpgroups.
-    pub(crate) fn has_warpgroups(&self) -> bool {
-        self.target.has_warpgroups()
-    }
-
     /// Target that its kernels are compiled for: machine code, or PTX if the card is newer than NVRTC.
     pub fn target(&self) -> Target {
         self.target
-    }
-
-    /// Waits until all that was enqueued is done.
-    ///
-    /// Errors: what a kernel reported since the last read-back, or an error of the driver.
-    pub fn synchronize(&self) -> Result<()> {
-        self.read_back_at(0, &mut [])
-    }
-
-    pub(super) fn pool(&self) -> &Pool<Block> {
-        &self.pool
-    }
-
-    pub(super) fn transfers(&self) -> Transfers {
-        Transfers {
-            launches: self.launches.load(Ordering::Relaxed),
-            uploads: self.uploads.load(Ordering::Relaxed),
-            read_backs: self.read_backs.load(Ordering::Relaxed),
-        }
     }
 
     /// Makes the context current on this thread.
@@ -216,28 +192,12 @@ impl CudaDevice {
         outcome.map_err(|why| error(format!("cuda:{}: {call}: {}", self.ordinal, text(why))))
     }
 
-    /// Where kernels report indices that are out of range; the error comes at the next read-back.
-    pub(crate) fn faults(&self) -> Arg {
-        Arg::Output(self.faults.address())
-    }
-
-    /// A kernel, compiled and loaded on first use.
-    ///
-    /// Errors: no kernel of this name or no variant with these options, or an error of the compiler or the driver.
-    pub(crate) fn kernel(&self, name: &'static str, options: &[(&str, &str)]) -> Result<Kernel<'_>> {
-        let signature = SIGNATURES.iter().find(|signature| signature.kernel == name);
-        let signature = signature.ok_or_else(|| error(format!("there is no kernel `{name}`")))?;
-        let function = self.function(name, options, signature, || KernelSource::named(signature.file))?;
-        Ok(Kernel { device: self, function })
-    }
-
     /// The loaded kernel of these options; `name` tells it from all others.
     fn function(
         &self,
         name: &str,
         options: &[(&str, &str)],
-        signature: &'static Signature,
-        source: impl FnOnce() -> Option<&'static KernelSource>,
+        load: impl FnOnce() -> Result<(Module, Function)>,
     ) -> Result<Function> {
         let mut key = name.to_string();
         options.iter().for_each(|(option, value)| key.extend([" ", option, "=", value]));
@@ -245,7 +205,7 @@ impl CudaDevice {
             return Ok(*function);
         }
         // Others may load kernels meanwhile, and even this one: compiling takes seconds.
-        let (module, function) = self.load(source(), signature, options)?;
+        let (module, function) = load()?;
         match self.functions.write().unwrap_or_else(PoisonError::into_inner).entry(key) {
             Entry::Vacant(entry) => {
                 module.keep();
@@ -255,15 +215,13 @@ impl CudaDevice {
         }
     }
 
+    /// Compiles a source unless its code is cached, and loads the kernel of this signature.
     fn load(
         &self,
-        source: Option<&KernelSource>,
-        signature: &'static Signature,
+        source: &KernelSource,
         options: &[(&str, &str)],
+        signature: &'static Signature,
     ) -> Result<(Module, Function)> {
-        let source = source.filter(|source| source.has(options)).ok_or_else(|| {
-            error(format!("{}.cu has no variant {options:?}; its `// Variants:` say what", signature.file))
-        })?;
         let cubin = compile::cubin(source, options, self.target)?;
         let kernel = CString::new(signature.kernel).map_err(|why| error(why.to_string()))?;
         // Loading may wait for the whole context. What is recorded was loaded by the run before.
@@ -290,7 +248,7 @@ unsafe impl Send for Function {}
 unsafe impl Sync for Function {}
 
 /// A kernel of a device, ready to launch.
-pub(crate) struct Kernel<'a> {
+struct Loaded<'a> {
     device: &'a CudaDevice,
     function: Function,
 }
@@ -299,26 +257,24 @@ pub(crate) struct Kernel<'a> {
 /// beside it.
 const PLAIN_SHARED: u32 = 40 << 10;
 
-impl Kernel<'_> {
-    /// Enqueues the kernel; a grid without blocks does nothing.
-    ///
-    /// Errors: arguments that are not what the source declares, or an error of the driver.
-    pub fn launch(&self, grid: Grid, args: &[Arg]) -> Result<()> {
+impl Kernel for Loaded<'_> {
+    fn launch(&self, grid: Grid, args: &[Arg]) -> Result<()> {
         let Self { device, function: Function { handle, signature } } = self;
         check_arguments(signature, args)?;
         if grid.is_empty() {
             return Ok(());
         }
         let _pass = device.enter("a launch")?;
-        device.hold(signature.kernel, args.iter().filter_map(Arg::address))?;
+        device.hold(signature.kernel, args.iter().filter_map(Arg::address).map(Address::get))?;
         device.bind()?;
         if grid.shared > PLAIN_SHARED {
             let attribute = sys::CUfunction_attribute_enum::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
+            let bytes = i32::try_from(grid.shared).unwrap_or(i32::MAX);
             // SAFETY: the function belongs to a module that is kept loaded.
-            let outcome = unsafe { result::function::set_function_attribute(*handle, attribute, grid.shared as i32) };
+            let outcome = unsafe { result::function::set_function_attribute(*handle, attribute, bytes) };
             device.check(signature.kernel, outcome)?;
         }
-        let mut pointers: Vec<*mut c_void> = args.iter().map(Arg::pointer).collect();
+        let mut pointers: Vec<*mut c_void> = args.iter().map(pointer).collect();
         let [blocks, threads] = [grid.blocks, grid.threads].map(|[x, y, z]| (x, y, z));
         // SAFETY: number, order and sizes of the arguments are those of the kernel, as checked above. Its pointers are
         // tensors that live while the caller has them and are freed on the same stream, after this launch; a graph that
@@ -341,38 +297,20 @@ fn synchronous() -> bool {
     *SYNC.get_or_init(|| std::env::var("XT_SYNC").is_ok_and(|value| value == "1"))
 }
 
-impl Arg {
-    /// The address of the value, for the driver.
-    fn pointer(&self) -> *mut c_void {
-        let pointer = match self {
-            Self::Output(x) | Self::Input(x) | Self::U64(x) => std::ptr::from_ref(x).cast::<c_void>(),
-            Self::I32(x) => std::ptr::from_ref(x).cast(),
-            Self::U32(x) => std::ptr::from_ref(x).cast(),
-            Self::I64(x) => std::ptr::from_ref(x).cast(),
-            Self::F32(x) => std::ptr::from_ref(x).cast(),
-            Self::F64(x) => std::ptr::from_ref(x).cast(),
-            Self::Layout(x) => std::ptr::from_ref(x).cast(),
-        };
-        pointer.cast_mut()
-    }
-
-    /// Where the kernel reads or writes, if it is a pointer.
-    fn address(&self) -> Option<u64> {
-        match *self {
-            Self::Output(address) | Self::Input(address) => Some(address),
-            _ => None,
-        }
-    }
-
-    fn kind(&self) -> Kind {
-        match self {
-            Self::Output(_) => Kind::Output,
-            Self::Input(_) => Kind::Input,
-            Self::I32(_) | Self::U32(_) | Self::F32(_) => Kind::Scalar { bytes: 4 },
-            Self::I64(_) | Self::U64(_) | Self::F64(_) => Kind::Scalar { bytes: 8 },
-            Self::Layout(layout) => Kind::Scalar { bytes: size_of_val(layout) },
-        }
-    }
+/// The address of an argument's value, for the driver.
+fn pointer(arg: &Arg) -> *mut c_void {
+    let pointer = match arg {
+        // A struct of one u64 and nothing else.
+        Arg::Output(x) | Arg::Input(x) => std::ptr::from_ref(x).cast::<c_void>(),
+        Arg::U64(x) => std::ptr::from_ref(x).cast(),
+        Arg::I32(x) => std::ptr::from_ref(x).cast(),
+        Arg::U32(x) => std::ptr::from_ref(x).cast(),
+        Arg::I64(x) => std::ptr::from_ref(x).cast(),
+        Arg::F32(x) => std::ptr::from_ref(x).cast(),
+        Arg::F64(x) => std::ptr::from_ref(x).cast(),
+        Arg::Layout(x) => std::ptr::from_ref(x).cast(),
+    };
+    pointer.cast_mut()
 }
 
 /// The driver is given no number and no types of arguments: what does not fit would be read as something else.
@@ -393,6 +331,127 @@ fn check_arguments(signature: &Signature, args: &[Arg]) -> Result<()> {
         }
     }
     Ok(())
+}
+
+// SAFETY: addresses go to this device's driver alone; that the kernels of `kernels/` stay within their tensors is what the
+// contract suite checks on the emulated driver, access by access.
+unsafe impl Gpu for CudaDevice {
+    fn backend(&self) -> &'static str {
+        "cuda"
+    }
+
+    fn ordinal(&self) -> usize {
+        self.ordinal
+    }
+
+    fn limits(&self) -> Limits {
+        Limits { compute_capability: Some(self.architecture), has_warpgroups: self.target.has_warpgroups() }
+    }
+
+    fn allocate(&'static self, bytes: usize) -> Result<Arc<dyn Memory>> {
+        Ok(Arc::new(CudaMemory::new(bytes, self)?))
+    }
+
+    fn upload(&self, to: Address, from: &[u8]) -> Result<()> {
+        self.upload_at(to.get(), from)
+    }
+
+    fn read_back(&self, from: Address, to: &mut [u8]) -> Result<()> {
+        self.read_back_at(from.get(), to)
+    }
+
+    fn copy(&self, to: Address, from: Address, bytes: usize) -> Result<()> {
+        self.copy_at(to.get(), from.get(), bytes)
+    }
+
+    fn fill_zero(&self, to: Address, bytes: usize) -> Result<()> {
+        self.fill_zero_at(to.get(), bytes)
+    }
+
+    fn kernel(&self, name: &'static str, options: &[(&str, &str)]) -> Result<Box<dyn Kernel + '_>> {
+        let signature = SIGNATURES.iter().find(|signature| signature.kernel == name);
+        let signature = signature.ok_or_else(|| error(format!("there is no kernel `{name}`")))?;
+        let function = self.function(name, options, || {
+            let source = KernelSource::named(signature.file).filter(|source| source.has(options)).ok_or_else(|| {
+                error(format!("{}.cu has no variant {options:?}; its `// Variants:` say what", signature.file))
+            })?;
+            self.load(source, options, signature)
+        })?;
+        Ok(Box::new(Loaded { device: self, function }))
+    }
+
+    fn compile(&self, source: &Source) -> Result<Box<dyn Kernel + '_>> {
+        let (name, options) = (source.kernel(), source.options());
+        // No name in C has a space.
+        let function = self.function(&format!("{:016x} {name}", source.hash()), &options, || {
+            // A source of the library has its own name in the cache.
+            let known = LAB_SOURCES.iter().find(|known| known.hash == source.hash()).map_or(name, |known| known.name);
+            let text = KernelSource { name: known, hash: source.hash(), source: source.text(), variants: &[] };
+            // Kept for as long as the loaded code, which is as long as the process lives.
+            let name: &'static str = name.to_string().leak();
+            let parameters = source.parameters().iter();
+            let parameters = parameters.map(|one| Parameter { name: one.name.clone().leak(), kind: one.kind });
+            let parameters: &'static [Parameter] = parameters.collect::<Vec<_>>().leak();
+            self.load(&text, &options, Box::leak(Box::new(Signature { file: name, kernel: name, parameters })))
+        })?;
+        Ok(Box::new(Loaded { device: self, function }))
+    }
+
+    fn gemm(&self, gemm: &Gemm) -> Result<()> {
+        self.multiply(gemm)
+    }
+
+    fn synchronize(&self) -> Result<()> {
+        self.read_back_at(0, &mut [])
+    }
+
+    fn memory(&self) -> MemoryStats {
+        self.pool.stats()
+    }
+
+    fn reset_peak_memory(&self) {
+        self.pool.reset_peak();
+    }
+
+    fn trim(&self) {
+        self.pool.trim();
+    }
+
+    fn set_cache_limit(&self, bytes: usize) {
+        self.pool.set_limit(bytes);
+    }
+
+    fn transfers(&self) -> Transfers {
+        Transfers {
+            launches: self.launches.load(Ordering::Relaxed),
+            uploads: self.uploads.load(Ordering::Relaxed),
+            read_backs: self.read_backs.load(Ordering::Relaxed),
+        }
+    }
+
+    fn faults(&self) -> Address {
+        Address::new(self.faults.address())
+    }
+
+    fn constant(&'static self, name: &str, values: &mut dyn FnMut() -> Result<Vec<i64>>) -> Result<Arc<dyn Memory>> {
+        self.kept_constant(name, values)
+    }
+
+    fn table(&'static self, name: &str, values: Vec<i64>) -> Result<Arc<dyn Memory>> {
+        self.kept_table(name, values)
+    }
+
+    fn is_capturing(&self) -> bool {
+        self.captures()
+    }
+
+    fn refuse_while_capturing(&self, what: &str) -> Result<()> {
+        self.enter_outside(what).map(drop)
+    }
+
+    fn record(&'static self, f: &mut dyn FnMut(bool) -> Result<()>) -> Result<Box<dyn Replay>> {
+        graph::record(self, f)
+    }
 }
 
 /// One line per library, and one per card.

@@ -98,7 +98,7 @@ impl Staging {
 
 impl CudaDevice {
     /// Enqueues a copy to the device. The source may be changed or freed as soon as this returns.
-    pub(crate) fn upload(&self, to: u64, from: &[u8]) -> Result<()> {
+    pub(super) fn upload_at(&self, to: u64, from: &[u8]) -> Result<()> {
         if from.is_empty() {
             return Ok(());
         }

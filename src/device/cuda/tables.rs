@@ -2,14 +2,15 @@
 
 use std::{
     collections::BTreeMap,
-    sync::{MutexGuard, PoisonError},
+    sync::{Arc, MutexGuard, PoisonError},
 };
 
 use super::{
     CudaDevice, error,
+    memory::CudaMemory,
     pool::{Phase, Source},
 };
-use crate::{DType, Device, Element, Result, Tensor, shape::Shape};
+use crate::{Result, device::gpu::Memory};
 
 /// Limits of the constants that are kept: their number and their bytes. A model has a few dozen.
 const MOST: usize = 256;
@@ -19,58 +20,67 @@ const MOST_BYTES: usize = 64 << 20;
 /// callers choose.
 #[derive(Default)]
 pub(super) struct Constants {
-    by_name: BTreeMap<String, (Tensor, u64)>,
+    by_name: BTreeMap<String, Constant>,
     /// Counts uses.
     clock: u64,
 }
 
+struct Constant {
+    memory: Arc<dyn Memory>,
+    bytes: usize,
+    /// When it was used last.
+    used: u64,
+}
+
 impl Constants {
-    fn get(&mut self, name: &str) -> Option<Tensor> {
-        let (constant, used) = self.by_name.get_mut(name)?;
+    fn get(&mut self, name: &str) -> Option<Arc<dyn Memory>> {
+        let constant = self.by_name.get_mut(name)?;
         self.clock += 1;
-        *used = self.clock;
-        Some(constant.clone())
+        constant.used = self.clock;
+        Some(constant.memory.clone())
     }
 
-    fn insert(&mut self, name: &str, constant: Tensor) {
+    fn insert(&mut self, name: &str, memory: Arc<dyn Memory>, bytes: usize) {
         self.clock += 1;
-        self.by_name.insert(name.into(), (constant, self.clock));
+        self.by_name.insert(name.into(), Constant { memory, bytes, used: self.clock });
     }
 
     /// Lets go of constants but the last one, until the others are within the bounds. Kernels that were enqueued with
     /// them come before whatever their memory is used for next.
     fn evict(&mut self) {
-        let bytes = |constant: &Tensor| constant.numel() * constant.dtype().size();
-        let mut total: usize = self.by_name.values().map(|(constant, _)| bytes(constant)).sum();
+        let mut total: usize = self.by_name.values().map(|constant| constant.bytes).sum();
         while self.by_name.len() > 1 && (self.by_name.len() > MOST || total > MOST_BYTES) {
-            let oldest = self.by_name.iter().min_by_key(|(_, (_, used))| *used).map(|(name, _)| name.clone());
-            let Some((constant, _)) = oldest.and_then(|name| self.by_name.remove(&name)) else { break };
-            total -= bytes(&constant);
+            let oldest = self.by_name.iter().min_by_key(|(_, constant)| constant.used).map(|(name, _)| name.clone());
+            let Some(constant) = oldest.and_then(|name| self.by_name.remove(&name)) else { break };
+            total -= constant.bytes;
         }
     }
 }
 
+/// Tables by name, with the values that they hold.
+pub(super) type Tables = BTreeMap<String, (Vec<i64>, Arc<dyn Memory>)>;
+
 /// The tables of a graph that is being made, with their values, and how many the recording has come to.
 #[derive(Default)]
 pub(super) struct GraphTables {
-    pub made: Vec<(Tensor, Vec<i64>)>,
+    pub made: Vec<(Arc<dyn Memory>, Vec<i64>)>,
     used: usize,
 }
 
 impl CudaDevice {
     /// Values that do not depend on the data, on the device: made and uploaded on the first call with this name.
-    pub(crate) fn constant<E: Element>(
+    pub(super) fn kept_constant(
         &'static self,
         name: &str,
-        values: impl FnOnce() -> Result<Vec<E>>,
-    ) -> Result<Tensor> {
+        values: &mut dyn FnMut() -> Result<Vec<i64>>,
+    ) -> Result<Arc<dyn Memory>> {
         let mut constants = self.constants.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(constant) = constants.get(name) {
             return Ok(constant);
         }
         let values = values()?;
-        let constant = Tensor::from_slice(&values, [values.len()], &Device::Cuda(self))?;
-        constants.insert(name, constant.clone());
+        let constant = self.uploaded(&values)?;
+        constants.insert(name, constant.clone(), size_of_val(&values[..]));
         // What a recording will ask for again must still be there.
         if self.phase() == Phase::Eager {
             constants.evict();
@@ -80,7 +90,7 @@ impl CudaDevice {
 
     /// Numbers that are seldom others than at the last call with this name, on the device; uploaded if they are. A graph
     /// that is being made gets tables of its own, which the recording fills when it is done.
-    pub(crate) fn table(&'static self, name: &str, values: Vec<i64>) -> Result<Tensor> {
+    pub(super) fn kept_table(&'static self, name: &str, values: Vec<i64>) -> Result<Arc<dyn Memory>> {
         if self.phase() != Phase::Eager {
             return self.table_of_graph(values);
         }
@@ -91,23 +101,23 @@ impl CudaDevice {
             }
             // Over the old one, which earlier launches have read when the copy begins: a table in a new place would move
             // what comes after it. One that another thread has still to launch with stays as it is.
-            if known.len() == values.len() && table.is_unique() {
-                self.upload(table.address_mut()?, bytemuck::cast_slice(&values))?;
+            if known.len() == values.len() && Arc::get_mut(table).is_some() {
+                self.upload_at(table.address(), bytemuck::cast_slice(&values))?;
                 *known = values;
                 return Ok(table.clone());
             }
         }
-        let table = Tensor::from_slice(&values, [values.len()], &Device::Cuda(self))?;
+        let table = self.uploaded(&values)?;
         tables.insert(name.into(), (values, table.clone()));
         Ok(table)
     }
 
     /// The next table of a graph: the first run makes them, the recording goes through them again.
-    fn table_of_graph(&'static self, values: Vec<i64>) -> Result<Tensor> {
+    fn table_of_graph(&'static self, values: Vec<i64>) -> Result<Arc<dyn Memory>> {
         let mut tables = self.graph_tables();
-        if self.is_capturing() {
+        if self.captures() {
             let used = tables.used;
-            let known = tables.made.get_mut(used).filter(|(table, _)| table.numel() == values.len());
+            let known = tables.made.get_mut(used).filter(|(_, known)| known.len() == values.len());
             let (table, known) =
                 known.ok_or_else(|| error("a graph's recording is unlike the run before it".into()))?;
             // Some are addresses of tensors, which the graph must hold; a number that looks like one does no harm.
@@ -121,12 +131,18 @@ impl CudaDevice {
         }
         // Memory that no other tensor of the graph has, neither before nor after: what is free for those is not for it.
         self.pool.set_source(Source::Aside);
-        let table = Tensor::uninit(Shape::new(&[values.len()])?, DType::I64, &Device::Cuda(self));
+        let table = self.uploaded(&values);
         self.pool.set_source(Source::Freed);
-        let mut table = table?;
-        self.upload(table.address_mut()?, bytemuck::cast_slice(&values))?;
+        let table = table?;
         tables.made.push((table.clone(), values));
         Ok(table)
+    }
+
+    /// Values in new memory.
+    fn uploaded(&'static self, values: &[i64]) -> Result<Arc<dyn Memory>> {
+        let memory = CudaMemory::new(size_of_val(values).max(size_of::<i64>()), self)?;
+        self.upload_at(memory.address(), bytemuck::cast_slice(values))?;
+        Ok(Arc::new(memory))
     }
 
     /// Those of the graph that this thread makes.

@@ -22,7 +22,7 @@ use crate::{
         rows::{Out, Sums as RowSums, for_rows_of},
     },
     dtype::{Element, Real, dispatch_real},
-    ops::matmul::packing::Multiply,
+    gemm::Multiply,
     shape::{Layout, Shape},
 };
 
@@ -41,7 +41,7 @@ pub(super) fn backward(
     match problem.q.device() {
         Device::Cpu if multiplies_bf16(problem) => backward_as::<bf16>(problem, out, kept, grad, need),
         Device::Cpu => dispatch_real!(problem.q.dtype(), R, backward_as::<R>(problem, out, kept, grad, need)),
-        Device::Cuda(gpu) => cuda::backward(gpu, problem, out, kept, grad, need),
+        Device::Gpu(gpu) => cuda::backward(*gpu, problem, out, kept, grad, need),
     }
 }
 

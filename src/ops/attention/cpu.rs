@@ -13,7 +13,7 @@ use crate::{
     DType, Result, Tensor,
     device::cpu,
     dtype::{Element, Float, Real, dispatch_real},
-    ops::matmul::{cpu::gemm_block, packing::Multiply},
+    gemm::{Multiply, gemm_block},
 };
 
 /// Writes the output `[batch, query, heads, e]` and what is kept of it, which have elements.
@@ -27,7 +27,7 @@ pub(super) fn forward(problem: &Problem, out: &mut Tensor, kept: &mut Kept) -> R
 /// Whether products take operands in bf16: where the processor multiplies them faster than f32. Weights and gradients of
 /// scores are then rounded to bf16 too.
 pub(super) fn multiplies_bf16(problem: &Problem) -> bool {
-    problem.q.dtype() == DType::BF16 && <bf16 as Multiply>::fast()
+    problem.q.dtype() == DType::BF16 && <bf16 as Multiply>::is_fast()
 }
 
 fn forward_as<O: Multiply>(problem: &Problem, out: &mut Tensor, kept: &mut Kept) -> Result<()> {

@@ -5,9 +5,10 @@ use std::{fmt, sync::OnceLock};
 use super::{Kept, OP, Problem, Sizes, packed_rows, position::Position, rows::RowOrder};
 use crate::{
     DType, Error, Result, Shape, Tensor,
-    device::{Arg, CudaDevice, Grid, Storage, args, size32},
+    device::{Arg, Gpu, Grid, args, size32},
     error::ensure,
     shape::Layout,
+    tensor::Storage,
 };
 
 /// Which kernels serve a call.
@@ -30,8 +31,12 @@ fn limit() -> &'static str {
 }
 
 /// The rung for rows of `d` and `e` features.
-pub(super) fn rung(gpu: &CudaDevice, dtype: DType, features: [usize; 2]) -> Rung {
-    choose(gpu.architecture(), gpu.has_warpgroups(), dtype, features, limit())
+pub(super) fn rung(gpu: &dyn Gpu, dtype: DType, features: [usize; 2]) -> Rung {
+    let limits = gpu.limits();
+    match limits.compute_capability {
+        Some(architecture) => choose(architecture, limits.has_warpgroups, dtype, features, limit()),
+        None => Rung::Plain("the tensor cores of other vendors take other fragments"),
+    }
 }
 
 fn choose(architecture: u32, has_warpgroups: bool, dtype: DType, [d, e]: [usize; 2], limit: &str) -> Rung {
@@ -174,7 +179,7 @@ impl Blocks {
 
 /// What all kernels of a call are given.
 struct Call<'a> {
-    gpu: &'static CudaDevice,
+    gpu: &'static dyn Gpu,
     problem: &'a Problem,
     rung: Rung,
     q: Tensor,
@@ -196,7 +201,7 @@ struct Terms {
 }
 
 impl<'a> Call<'a> {
-    fn new(gpu: &'static CudaDevice, problem: &'a Problem) -> Result<Self> {
+    fn new(gpu: &'static dyn Gpu, problem: &'a Problem) -> Result<Self> {
         let Sizes { heads, queries, keys, d, e, .. } = problem.sizes;
         // Kernels count positions and distances in 32 bits.
         ensure!(
@@ -301,7 +306,7 @@ fn curves_len(sizes: &Sizes) -> usize {
 }
 
 impl Terms {
-    fn new(gpu: &'static CudaDevice, position: &Position, sizes: &Sizes) -> Result<Self> {
+    fn new(gpu: &'static dyn Gpu, position: &Position, sizes: &Sizes) -> Result<Self> {
         let parameters = size32(position.parameters())? as i32;
         let Some((causal, max_distance, scale)) = position.t5() else {
             return Ok(Self { bucket_of: None, parameters, reach: 0, behind: 0, scale: 1.0 });
@@ -309,7 +314,7 @@ impl Terms {
         // Farther keys share a bucket. Rounded up, so that sequences that grow do not bring a table each.
         let reach = max_distance.min(sizes.queries.max(sizes.keys).next_power_of_two());
         let name = format!("t5 buckets: causal {causal}, {parameters} up to {max_distance}, {reach} distances");
-        let table = gpu.constant(&name, || {
+        let table = Tensor::constant_on(gpu, &name, reach + 1, || {
             Ok((0..=reach as i64).map(|distance| position.bucket(distance) as i64).collect::<Vec<i64>>())
         })?;
         let behind = if causal { 0 } else { parameters / 2 };
@@ -318,7 +323,7 @@ impl Terms {
 }
 
 /// Writes the output and what is kept of it, which have elements; see `cpu::forward`.
-pub(super) fn forward(gpu: &'static CudaDevice, problem: &Problem, out: &mut Tensor, kept: &mut Kept) -> Result<()> {
+pub(super) fn forward(gpu: &'static dyn Gpu, problem: &Problem, out: &mut Tensor, kept: &mut Kept) -> Result<()> {
     if problem.dropout.is_some() {
         // A replay would draw the same mask again and again.
         gpu.refuse_while_capturing("dropout")?;
@@ -337,7 +342,7 @@ pub(super) fn forward(gpu: &'static CudaDevice, problem: &Problem, out: &mut Ten
 
 /// The gradients, where there are scores and values; see `backward::backward`.
 pub(super) fn backward(
-    gpu: &'static CudaDevice,
+    gpu: &'static dyn Gpu,
     problem: &Problem,
     out: &Tensor,
     kept: &Kept,

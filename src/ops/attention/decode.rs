@@ -13,7 +13,7 @@ use crate::{
     DType, Device, Error, Result, Tensor,
     autograd::{computed, discrete},
     device::{
-        CudaDevice, Grid, Storage, args, cpu,
+        Gpu, Grid, args, cpu,
         rows::{Floats, Out, Sums, for_rows_of},
         simd::vectorized,
         size32,
@@ -21,6 +21,7 @@ use crate::{
     dtype::{Float, Real, dispatch_real},
     error::ensure,
     shape::Shape,
+    tensor::Storage,
 };
 
 /// Keys of a part, on the CPU and on a GPU.
@@ -87,7 +88,7 @@ pub fn attention_decode(q: &Tensor, k: &Tensor, v: &Tensor, lengths: &Tensor, sp
     let call = Call { sizes, q: &q, k: &k, v: &v, lengths: &lengths, spec };
     let out = match *q.device() {
         Device::Cpu => dispatch_real!(q.dtype(), R, call.on_cpu::<R>(merged))?,
-        Device::Cuda(gpu) => call.on_cuda(gpu, merged)?,
+        Device::Gpu(gpu) => call.on_cuda(gpu, merged)?,
     };
     let out = computed(OP, out, &[&q, &k, &v])?;
     out.permute(&[0, 2, 1, 3])
@@ -133,7 +134,7 @@ fn check(sizes: &Sizes, q: &Tensor, lengths: &Tensor, spec: &DecodeSpec) -> Resu
                 && bias.device() == q.device(),
             Error::shape(OP, format!("expected bias_by_distance [{heads}, distances], got {shape:?} {}", bias.dtype()))
         );
-        if let Device::Cuda(_) = q.device() {
+        if let Device::Gpu(_) = q.device() {
             size32(shape[1])?;
         }
     }
@@ -151,7 +152,7 @@ struct Call<'a> {
 }
 
 impl Call<'_> {
-    fn on_cuda(&self, gpu: &CudaDevice, merged: Shape) -> Result<Tensor> {
+    fn on_cuda(&self, gpu: &dyn Gpu, merged: Shape) -> Result<Tensor> {
         let Sizes { batch, heads, queries, keys, .. } = self.sizes;
         let (q, spec) = (self.q, self.spec);
         ensure!(

@@ -15,7 +15,7 @@ use super::{
 use crate::{
     Result, Tensor,
     dtype::{Element, Real},
-    ops::matmul::{cpu::gemm_block, packing::Multiply},
+    gemm::{Multiply, gemm_block},
 };
 
 /// What a task writes: it owns some keys of one key head.

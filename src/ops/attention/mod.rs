@@ -24,6 +24,7 @@ use crate::{
 use position::Position;
 
 pub use decode::{DecodeSpec, attention_decode};
+pub use position::PositionBias;
 pub(super) use position::bucket;
 
 const OP: &str = "attention";
@@ -66,7 +67,7 @@ pub struct AttentionSpec<'a> {
     /// gradient, summed to its shape.
     pub bias: Option<&'a Tensor>,
     /// Added to the scaled products, generated block by block. Default none.
-    pub position_bias: PositionBias<'a>,
+    pub position_bias: Option<PositionBias>,
     /// Probability of dropping a weight after the softmax; acts under [`Tape::train`](crate::Tape::train). Default 0.
     pub dropout: f64,
 }
@@ -82,38 +83,10 @@ impl Default for AttentionSpec<'_> {
             mem_keys: 0,
             max_attend_past: None,
             bias: None,
-            position_bias: PositionBias::None,
+            position_bias: None,
             dropout: 0.0,
         }
     }
-}
-
-/// A bias that depends on a query's and a key's position alone: no `[heads, query, key]` tensor is made of it.
-#[derive(Clone, Copy, Debug, Default)]
-pub enum PositionBias<'a> {
-    /// Nothing is added.
-    #[default]
-    None,
-    /// ALiBi: `slopes[head] · key`, `key` counted from 0 (Press et al., <https://arxiv.org/abs/2108.12409>).
-    Alibi {
-        /// Float `[heads]`; has a gradient.
-        slopes: &'a Tensor,
-    },
-    /// T5: `scale · table[bucket(query − key), head]`, both counted from 0 (Raffel et al.,
-    /// <https://arxiv.org/abs/1910.10683>).
-    ///
-    /// With `r = query − key` and `B` buckets, `e = B / 2`: bucket `r` below `e`, above it
-    /// `min(B − 1, e + ⌊ln(r / e) / ln(max_distance / e) · (B − e)⌋)`.
-    T5 {
-        /// Float `[buckets, heads]`; has a gradient.
-        table: &'a Tensor,
-        /// Multiplies the table; x-transformers has `sqrt(dim_head)`.
-        scale: f64,
-        /// Whether keys behind the query share bucket 0. Otherwise half of the buckets are theirs, and `r = |r|`.
-        causal: bool,
-        /// The distance from which on all share the last bucket; x-transformers has 128.
-        max_distance: usize,
-    },
 }
 
 /// Attention: `softmax(scale · q kᵀ + biases) v`, masked scores being replaced by the lowest finite number.
@@ -131,7 +104,7 @@ pub enum PositionBias<'a> {
 pub fn attention(q: &Tensor, k: &Tensor, v: &Tensor, spec: &AttentionSpec) -> Result<Tensor> {
     let sizes = Sizes::new(q, k, v)?;
     spec.check(&sizes, q)?;
-    let position = Position::new(&spec.position_bias, &sizes, q.device())?;
+    let position = spec.position_bias.as_ref().map(|bias| Position::new(bias, &sizes, q.device())).transpose()?;
     let (q, k, v) = (packed_rows(q)?, packed_rows(k)?, packed_rows(v)?);
     let bias = spec.bias.map(packed_rows).transpose()?;
     let problem = Problem {
@@ -156,8 +129,9 @@ pub fn attention(q: &Tensor, k: &Tensor, v: &Tensor, spec: &AttentionSpec) -> Re
     };
     let mut inputs = vec![&q, &k, &v];
     inputs.extend(&bias);
-    inputs.extend(spec.position_bias.weights());
-    let [bias, weights] = [bias.as_ref(), spec.position_bias.weights()].map(|x| x.unwrap_or(&q));
+    let weights = spec.position_bias.as_ref().map(PositionBias::weights);
+    inputs.extend(weights);
+    let [bias, weights] = [bias.as_ref(), weights].map(|x| x.unwrap_or(&q));
     let (out, kept) = problem.forward(needs(OP, [&q, &k, &v, bias, weights])?.contains(&true))?;
     // The scores are computed again, beside two products for each of the forward pass.
     let backward = BackwardCost::Times(2.5);
@@ -177,7 +151,7 @@ pub fn gpu_needs_scores(features: usize) -> Option<&'static str> {
 pub fn attention_rung(device: &Device, dtype: DType, d: usize, e: usize) -> Option<String> {
     match device {
         Device::Cpu => None,
-        Device::Cuda(gpu) => Some(cuda::rung(gpu, dtype, [d, e]).to_string()),
+        Device::Gpu(gpu) => Some(cuda::rung(*gpu, dtype, [d, e]).to_string()),
     }
 }
 
@@ -190,17 +164,6 @@ pub(crate) fn needs_scores(q: &Tensor, v: &Tensor) -> Option<&'static str> {
 /// The tensor itself if its last dimension is packed, else a packed copy.
 fn packed_rows(x: &Tensor) -> Result<Tensor> {
     if x.layout().has_packed_rows() { Ok(x.clone()) } else { x.contiguous() }
-}
-
-impl<'a> PositionBias<'a> {
-    /// The tensor that has a gradient.
-    fn weights(&self) -> Option<&'a Tensor> {
-        match *self {
-            Self::None => None,
-            Self::Alibi { slopes } => Some(slopes),
-            Self::T5 { table, .. } => Some(table),
-        }
-    }
 }
 
 /// The sizes of one call.
@@ -266,7 +229,7 @@ impl Sizes {
             heads == kv_heads || (kv_heads > 0 && heads.is_multiple_of(kv_heads)),
             Error::shape(OP, format!("the {heads} heads of q are not a multiple of the {kv_heads} heads of k and v"))
         );
-        if let Device::Cuda(_) = q.device() {
+        if let Device::Gpu(_) = q.device() {
             // Kernels read them from layouts as numbers of 32 bits.
             for size in [batch, heads, kv_heads, queries, keys, d, e] {
                 size32(size)?;
@@ -410,7 +373,7 @@ impl Problem {
         let mut kept = Kept { statistics: Tensor::uninit(per_query, self.acc(), device)?, residual };
         match device {
             Device::Cpu => cpu::forward(self, &mut out, &mut kept)?,
-            Device::Cuda(gpu) => cuda::forward(gpu, self, &mut out, &mut kept)?,
+            Device::Gpu(gpu) => cuda::forward(*gpu, self, &mut out, &mut kept)?,
         }
         kept.residual = kept.residual.map(|residual| residual.permute(&[0, 2, 1, 3])).transpose()?;
         Ok((out.permute(&[0, 2, 1, 3])?, kept))

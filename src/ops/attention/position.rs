@@ -2,14 +2,92 @@
 
 use std::{ops::Range, sync::OnceLock};
 
-use super::{OP, PositionBias, Sizes};
+use super::{OP, Sizes};
 use crate::{
-    Device, Error, Result, Tensor,
+    DType, Device, Error, Result, Tensor,
     dtype::{Real, dispatch_float},
     error::ensure,
 };
 
-/// A position bias in one form: `weights[parameter(distance), head] · factor(distance)`, `distance = key − query`,
+/// A bias that depends on a query's and a key's position alone: no `[heads, query, key]` tensor is made of it.
+#[derive(Clone, Debug)]
+pub enum PositionBias {
+    /// ALiBi: `slopes[head] · key`, `key` counted from 0 (Press et al., <https://arxiv.org/abs/2108.12409>).
+    Alibi {
+        /// Float `[heads]`; has a gradient.
+        slopes: Tensor,
+    },
+    /// T5: `scale · table[bucket(query − key), head]`, both counted from 0 (Raffel et al.,
+    /// <https://arxiv.org/abs/1910.10683>).
+    ///
+    /// With `r = query − key` and `B` buckets, `e = B / 2`: bucket `r` below `e`, above it
+    /// `min(B − 1, e + ⌊ln(r / e) / ln(max_distance / e) · (B − e)⌋)`.
+    T5 {
+        /// Float `[buckets, heads]`; has a gradient.
+        table: Tensor,
+        /// Multiplies the table; x-transformers has `sqrt(dim_head)`.
+        scale: f64,
+        /// If `true`, keys after the query share bucket 0. Otherwise half of the buckets are theirs, and `r = |r|`.
+        causal: bool,
+        /// The distance from which on all share the last bucket; x-transformers has 128.
+        max_distance: usize,
+    },
+}
+
+impl PositionBias {
+    /// The tensor that has a gradient.
+    pub(crate) fn weights(&self) -> &Tensor {
+        match self {
+            Self::Alibi { slopes } => slopes,
+            Self::T5 { table, .. } => table,
+        }
+    }
+
+    /// The tensor that has a gradient, to replace it.
+    pub(crate) fn weights_mut(&mut self) -> &mut Tensor {
+        match self {
+            Self::Alibi { slopes } => slopes,
+            Self::T5 { table, .. } => table,
+        }
+    }
+
+    /// The bias as a tensor of this dtype that broadcasts to `[batch, heads, query, key]`: `[heads, query, key]` or
+    /// `[heads, 1, key]`.
+    pub(crate) fn dense(&self, queries: usize, keys: usize, dtype: DType) -> Result<Tensor> {
+        match self {
+            Self::T5 { table, scale, causal, max_distance } => {
+                table.relative_position_bias(queries, keys, *causal, *max_distance, *scale)
+            }
+            Self::Alibi { slopes } => {
+                // Half types do not hold all positions: the product is rounded once.
+                let keys = Tensor::arange(keys, slopes.device())?.to_dtype(DType::F64)?;
+                slopes.to_dtype(DType::F64)?.reshape([slopes.dim(0)?, 1, 1])?.mul(&keys)?.to_dtype(dtype)
+            }
+        }
+    }
+
+    /// The bias by the distance of a key before a query's position, when `prefix_len` keys precede a causal sequence:
+    /// `[heads, distances]` of this dtype. Relative to the key at the query's position where only differences count.
+    pub(crate) fn by_distance(&self, prefix_len: usize, distances: usize, dtype: DType) -> Result<Tensor> {
+        match self {
+            Self::T5 { table, scale, causal, max_distance } => {
+                // Queries count from 0, before which there is nothing: nearer keys are in the future, in bucket 0.
+                let table = table.detach().to_dtype(dtype)?;
+                let bias = |n: usize| table.relative_position_bias(n, 1, *causal, *max_distance, *scale);
+                let past = bias(distances.saturating_sub(prefix_len).max(1))?.squeeze(-1)?;
+                let now = past.narrow(1, 0, 1)?.expand([past.dim(0)?, prefix_len])?;
+                Tensor::cat(&[&now, &past], 1)
+            }
+            Self::Alibi { slopes } => {
+                let distances = Tensor::arange(distances, slopes.device())?.to_dtype(DType::F64)?.affine(-1.0, 0.0)?;
+                let slopes = slopes.detach().to_dtype(DType::F64)?;
+                slopes.reshape([slopes.dim(0)?, 1])?.mul(&distances)?.to_dtype(dtype)
+            }
+        }
+    }
+}
+
+/// A [`PositionBias`] in one form: `weights[parameter(distance), head] · factor(distance)`, `distance = key − query`,
 /// both counted from 0.
 pub(super) struct Position {
     /// `[parameters, heads]`, or `[heads]` for one parameter.
@@ -38,14 +116,13 @@ enum Kind {
 }
 
 impl Position {
-    pub fn new(bias: &PositionBias, sizes: &Sizes, device: &Device) -> Result<Option<Self>> {
-        let (weights, parameters, kind) = match *bias {
-            PositionBias::None => return Ok(None),
+    pub fn new(bias: &PositionBias, sizes: &Sizes, device: &Device) -> Result<Self> {
+        let (weights, parameters, kind) = match bias {
             PositionBias::Alibi { slopes } => {
                 expect_weights("slopes", slopes, &[sizes.heads], device)?;
                 (slopes, 1, Kind::Alibi { shift: sizes.keys as i64 - sizes.queries as i64 })
             }
-            PositionBias::T5 { table, scale, causal, max_distance } => {
+            &PositionBias::T5 { ref table, scale, causal, max_distance } => {
                 let buckets = table.shape().first().copied().unwrap_or(0);
                 expect_weights("table", table, &[buckets, sizes.heads], device)?;
                 ensure!(
@@ -68,14 +145,14 @@ impl Position {
                 (table, buckets, Kind::T5 { causal, max_distance, scale })
             }
         };
-        Ok(Some(Self {
+        Ok(Self {
             weights: weights.detach(),
             kind,
             parameters,
             heads: sizes.heads,
             distances: 1 - sizes.queries as i64..sizes.keys as i64,
             terms: OnceLock::new(),
-        }))
+        })
     }
 
     fn terms(&self) -> &[(usize, f64)] {

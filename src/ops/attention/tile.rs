@@ -12,13 +12,8 @@ use crate::{
         simd::vectorized,
     },
     dtype::{Element, Float, Real},
-    ops::{
-        matmul::{
-            cpu::{Matrix, gemm_block},
-            packing::Multiply,
-        },
-        reduce::{LANES, join, sum_slice},
-    },
+    gemm::{Matrix, Multiply, gemm_block},
+    ops::reduce::{LANES, join, sum_slice},
 };
 
 /// Queries of a tile.

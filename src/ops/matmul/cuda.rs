@@ -1,14 +1,14 @@
 //! Products on a GPU: the strides as cuBLAS takes them.
 
-use super::{Merged, Sizes, positions};
+use super::strides::{Merged, Sizes, positions};
 use crate::{
     Result, Shape, Tensor,
-    device::{CudaDevice, Gemm, Operand},
+    device::{Address, Gemm, Gpu, Operand},
 };
 
 /// `a·b (+ bias)` as a constant of this shape, which has elements.
 pub(super) fn product(
-    gpu: &'static CudaDevice,
+    gpu: &'static dyn Gpu,
     sizes: &Sizes,
     shape: Shape,
     [a, b]: [&Tensor; 2],
@@ -33,8 +33,7 @@ pub(super) fn product(
     let (outer, items) = (Shape::unchecked(outer), last.first().copied().unwrap_or(1));
     let step = |operand: usize| if last.is_empty() { 0 } else { merged.strides[operand][outer.rank()] };
     let size = out.dtype().size();
-    let at =
-        |tensor: &Tensor, element: usize| Ok::<_, crate::Error>(tensor.storage_address()? + (element * size) as u64);
+    let at = |tensor: &Tensor, element: usize| Ok::<_, crate::Error>(tensor.storage_address()?.plus(element * size));
     let to = out.address_mut()?;
     let Merged { m, n, k, .. } = merged;
     for item in 0..outer.numel() {
@@ -48,7 +47,7 @@ pub(super) fn product(
             k,
             a: operand(at(&a, a_start)?, merged.a, [m, k], step(0)),
             b: operand(at(&b, b_start)?, merged.b, [k, n], step(1)),
-            c: to + (item * items * m * n * size) as u64,
+            c: to.plus(item * items * m * n * size),
             add: bias.is_some(),
         })?;
     }
@@ -57,7 +56,7 @@ pub(super) fn product(
 
 /// `sums (+)= a·b` for two matrices, in the type of the sums; `sums` has elements.
 pub(super) fn product_sums(
-    gpu: &'static CudaDevice,
+    gpu: &'static dyn Gpu,
     sizes: &Sizes,
     operands: [&Tensor; 2],
     accumulate: bool,
@@ -71,7 +70,7 @@ pub(super) fn product_sums(
     let merged = Merged::new(sizes, &a, &b)?;
     let Merged { m, n, k, start, .. } = merged;
     let at = |tensor: &Tensor, element: usize| {
-        Ok::<_, crate::Error>(tensor.storage_address()? + (element * tensor.dtype().size()) as u64)
+        Ok::<_, crate::Error>(tensor.storage_address()?.plus(element * tensor.dtype().size()))
     };
     gpu.gemm(&Gemm {
         dtype: a.dtype(),
@@ -104,7 +103,7 @@ fn usable(sizes: &Sizes, [a, b]: [&Tensor; 2]) -> Result<[Tensor; 2]> {
     Ok([a, b])
 }
 
-/// Whether the rows of a matrix are packed and do not overlap. The step along a dimension of size 1 is never taken.
+/// Returns `true` if the rows of a matrix are packed and do not overlap. The step along a dimension of size 1 is never taken.
 fn has_packed_rows([row, column]: [usize; 2], [rows, columns]: [usize; 2]) -> bool {
     (column == 1 || columns == 1) && (row >= columns || rows == 1)
 }
@@ -114,7 +113,7 @@ fn fits(steps: [usize; 2], sizes: [usize; 2]) -> bool {
     has_packed_rows(steps, sizes) || has_packed_rows(swapped(steps), swapped(sizes))
 }
 
-fn operand(address: u64, [row, column]: [usize; 2], [rows, columns]: [usize; 2], batch: usize) -> Operand {
+fn operand(address: Address, [row, column]: [usize; 2], [rows, columns]: [usize; 2], batch: usize) -> Operand {
     let transposed = !has_packed_rows([row, column], [rows, columns]);
     let (stride, packed) = if transposed { (column, rows) } else { (row, columns) };
     Operand { address, stride: stride.max(packed), transposed, batch }

@@ -5,7 +5,7 @@ use crate::{
     DType, Device, Element, Result, Tensor,
     autograd::{Backward, InputGrads},
     device::{
-        CudaDevice, Grid, args, cpu,
+        Gpu, Grid, args, cpu,
         rows::{Floats, In, Out, Sums, for_rows_of},
         simd::vectorized,
         size32,
@@ -48,12 +48,12 @@ impl Backward for NormBackward {
         let width = self.x.dim(-1)?;
         let (dx, partials) = match self.x.device() {
             Device::Cpu => dispatch_real!(grad.dtype(), R, self.backward_rows::<R>(grad, wanted))?,
-            Device::Cuda(gpu) => {
-                let (dx, partials) = self.backward_cuda(gpu, grad, wanted)?;
+            Device::Gpu(gpu) => {
+                let (dx, partials) = self.backward_cuda(*gpu, grad, wanted)?;
                 let each = self.weight.as_ref().is_none_or(|weight| weight.numel() == width);
                 if let (true, Some(partials)) = (each, &partials) {
                     let wanted = [weight_needed, bias_needed];
-                    let [dweight, dbias] = sum_chunks(gpu, partials, self.x.dtype(), width, wanted)?;
+                    let [dweight, dbias] = sum_chunks(*gpu, partials, self.x.dtype(), width, wanted)?;
                     let weight = self.weight.is_some().then_some(dweight);
                     let grads = [Some(dx), weight, self.has_bias.then_some(dbias)];
                     return Ok(InputGrads::whole(grads.into_iter().flatten().collect::<Vec<_>>()));
@@ -99,7 +99,7 @@ fn whole_threads(columns: usize, dtype: DType) -> Option<(usize, usize)> {
 
 /// The same values where kernels read packets of 16 bytes.
 fn aligned(x: &Tensor) -> Result<Tensor> {
-    if x.address()?.is_multiple_of(16) { Ok(x.clone()) } else { x.packed_copy() }
+    if x.address()?.get().is_multiple_of(16) { Ok(x.clone()) } else { x.packed_copy() }
 }
 
 impl NormBackward {
@@ -134,7 +134,7 @@ impl NormBackward {
     /// As [`NormBackward::backward_rows`].
     fn backward_cuda(
         &self,
-        gpu: &CudaDevice,
+        gpu: &dyn Gpu,
         grad: Tensor,
         wanted: (bool, bool),
     ) -> Result<(Option<Tensor>, Option<Tensor>)> {
@@ -156,7 +156,7 @@ impl NormBackward {
             let (x, onto) = (aligned(x)?, onto.map(aligned).transpose()?);
             let (mut dx, source) = match source {
                 Some(source) => (dx, Some(aligned(&source)?)),
-                None if dx.address()?.is_multiple_of(16) => (dx, None),
+                None if dx.address()?.get().is_multiple_of(16) => (dx, None),
                 None => (x.uninit_like()?, Some(dx.packed_copy()?)),
             };
             let mut partials = sums()?;

@@ -4,7 +4,7 @@ use super::{Form, LANES, Spec, packed, rows, widen};
 use crate::{
     DType, Device, Result, Tensor,
     device::{
-        CudaDevice, Grid, args,
+        Gpu, Grid, args,
         rows::{Floats, FloatsMut, In, Out, Sums, for_rows_of, round_to},
         simd::vectorized,
         size32,
@@ -34,7 +34,7 @@ impl Forward {
         };
         match x.device() {
             Device::Cpu => dispatch_real!(x.dtype(), R, forward.rows::<R>(op, x, residual, spec))?,
-            Device::Cuda(gpu) => forward.cuda(gpu, x, residual, spec)?,
+            Device::Gpu(gpu) => forward.cuda(*gpu, x, residual, spec)?,
         }
         Ok(forward)
     }
@@ -77,7 +77,7 @@ impl Forward {
         Ok(())
     }
 
-    fn cuda(&mut self, gpu: &CudaDevice, x: &Tensor, residual: Option<&Tensor>, spec: &Spec) -> Result<()> {
+    fn cuda(&mut self, gpu: &dyn Gpu, x: &Tensor, residual: Option<&Tensor>, spec: &Spec) -> Result<()> {
         let (rows, columns) = (rows(x)?, x.dim(-1)?);
         let (weight, bias) = (packed(spec.weight)?, packed(spec.bias)?);
         let weights = weight.as_ref().map_or(0, Tensor::numel);

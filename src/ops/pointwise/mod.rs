@@ -301,7 +301,7 @@ fn unary(f: Function, x: &Tensor) -> Result<Tensor> {
                 for_rows_of::<R, 1, 1>([to], [from], Sums::none(), COST, &|_, [y], [x], _| cpu::map(f, x, y));
             });
         }
-        Device::Cuda(gpu) => {
+        Device::Gpu(gpu) => {
             let n = x.numel();
             gpu.kernel("unary_fwd", &[("DTYPE", x.dtype().name()), ("FUNCTION", op)])?
                 .launch(Grid::batches(n, x.dtype()), args![&mut y, &x, n as i64])?;
@@ -342,7 +342,7 @@ impl Backward for UnaryBackward {
                     });
                 });
             }
-            Device::Cuda(gpu) => {
+            Device::Gpu(gpu) => {
                 let (n, dtype) = (dx.numel(), dx.dtype());
                 gpu.kernel("unary_bwd", &[("DTYPE", dtype.name()), ("FUNCTION", op)])?.launch(
                     Grid::batches(n, dtype),
@@ -372,7 +372,7 @@ impl Tensor {
                     for_rows_of::<R, 1, 1>([to], [from], Sums::none(), 1, &|_, [y], [x], _| cpu::affine(x, y, a, b));
                 });
             }
-            Device::Cuda(gpu) => {
+            Device::Gpu(gpu) => {
                 let n = x.numel();
                 gpu.kernel("affine_fwd", &[("DTYPE", x.dtype().name())])?
                     .launch(Grid::packets(n, x.dtype()), args![&mut y, &x, n as i64, multiplier, summand])?;

@@ -44,10 +44,10 @@ impl Setup {
             max_attend_past: self.max_attend_past,
             bias: self.bias.map(|at| &x[at]),
             position_bias: match self.position {
-                Position::None => PositionBias::None,
-                Position::Alibi(slopes) => PositionBias::Alibi { slopes: &x[slopes] },
+                Position::None => None,
+                Position::Alibi(slopes) => Some(PositionBias::Alibi { slopes: x[slopes].clone() }),
                 Position::T5 { table, scale, causal, max_distance } => {
-                    PositionBias::T5 { table: &x[table], scale, causal, max_distance }
+                    Some(PositionBias::T5 { table: x[table].clone(), scale, causal, max_distance })
                 }
             },
             dropout: 0.0,

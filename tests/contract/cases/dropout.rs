@@ -1,6 +1,6 @@
 use crate::case::{Array, Case, Input};
 
-/// The suite runs without a training tape, where dropout hands its input on. `tests/dropout.rs` has the masks.
+/// The suite runs without a training tape, where dropout hands its input on. `tests/ops/dropout.rs` has the masks.
 pub fn cases() -> Vec<Case> {
     let case = |name: &str, shape: &[usize], p: f64| {
         Case::new("dropout", name, vec![Input::float(shape)], move |x| x[0].dropout(p), |x| x[0].clone())

@@ -1,4 +1,4 @@
-"""Writes what `apply_chat_template` of transformers makes of chats, which `tokenizers/tests/chat.rs` compares with.
+"""Writes what `apply_chat_template` of transformers makes of chats, which `tokenizers/tests/tokenizers/chat.rs` compares with.
 
     pip install transformers==5.24.0 jinja2
     python tokenizers/tests/chat/make.py

@@ -3,7 +3,7 @@
 use std::{fs, path::Path, sync::OnceLock, time::Instant};
 
 use serde_json::{Map, Value, json};
-use x_transformers::io::Family;
+use x_transformers::pretrained::Family;
 use x_transformers_tokenizers::Tokenizer;
 
 /// A byte-level BPE with the beginnings of some words.

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Writes folders with tokenizers of models that continue texts, and the tokens that transformers gives, for tests/folders.rs.
+"""Writes folders with tokenizers of models that continue texts, and the tokens that transformers gives, for tests/tokenizers/folders.rs.
 
     pip install transformers tokenizers sentencepiece
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Writes small models of sentence-transformers and the vectors that it gives, for tests/sentence.rs.
+"""Writes small models of sentence-transformers and the vectors that it gives, for tests/tokenizers/sentence.rs.
 
     pip install torch transformers sentence-transformers sentencepiece safetensors
 

@@ -1,0 +1,16 @@
+//! The commands of `xt`, one by one.
+
+#[path = "../command/mod.rs"]
+mod command;
+
+mod bench;
+mod embed;
+mod generate;
+mod info;
+mod pretrained;
+mod refusals;
+mod run;
+mod texts;
+mod train;
+mod usage;
+mod verify;

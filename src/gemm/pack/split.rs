@@ -1,0 +1,145 @@
+//! Operands in f32 as three bf16 parts each, for [`amx`]: an f32 number is their sum up to its last bit. The kernel
+//! multiplies those parts that matter, the smallest products first (Henry et al., "Leveraging the bfloat16 Artificial
+//! Intelligence Datatype For Higher-Precision Computations", <https://arxiv.org/abs/1904.06376>).
+
+use half::bf16;
+
+use super::{
+    Arithmetic, Operand, Packing,
+    bf16::{pack_columns, pack_rows},
+};
+use crate::{
+    device::{Precision, float32_matmul_precision, simd::vectorized},
+    dtype::Float,
+    gemm::{
+        kernels::amx::{self, KR, MR, NR},
+        matrix::{Beta, Matrix, Tile, Window},
+    },
+};
+
+/// Products of parts on tiles.
+///
+/// [`Precision::Highest`] multiplies the six pairs of parts whose orders add up to at most two: what is left out is below
+/// 2⁻²⁴ of the product. [`Precision::High`] leaves out the third parts: three pairs, 2⁻¹⁶. [`Precision::Medium`] has
+/// only the first pair, 2⁻⁸.
+pub(in crate::gemm) struct Split;
+
+/// Parts of an f32 number.
+pub(in crate::gemm) const PARTS: usize = 3;
+
+/// Pairs of parts, the smallest product first.
+fn products() -> &'static [(usize, usize)] {
+    const PRODUCTS: [(usize, usize); 6] = [(2, 0), (1, 1), (0, 2), (1, 0), (0, 1), (0, 0)];
+    match float32_matmul_precision() {
+        Precision::Highest => &PRODUCTS,
+        Precision::High => &PRODUCTS[3..],
+        Precision::Medium => &PRODUCTS[5..],
+    }
+}
+
+/// Magnitudes between which the largest element of an operand has to lie: products of parts then stay in the normal range,
+/// beyond which tiles know nothing but zero and infinity.
+const ORDINARY: std::ops::Range<f32> = 9.0e-13..1.0e18;
+
+impl Packing<f32> for Split {
+    fn arithmetic(&self) -> Arithmetic {
+        Arithmetic::Amx
+    }
+
+    fn tile(&self) -> Tile {
+        Tile { mr: MR, nr: NR }
+    }
+
+    fn kr(&self) -> usize {
+        KR
+    }
+
+    fn packed_size(&self) -> usize {
+        PARTS * size_of::<bf16>()
+    }
+
+    fn pack_a(&self, a: Matrix<f32>, m: usize, kc: usize, to: &mut [u8]) -> bool {
+        let padded = kc.next_multiple_of(KR);
+        pack_parts(a, m, kc, MR, to, MR * padded, &|a, m, to| pack_rows(a, m, kc, padded, to))
+    }
+
+    fn pack_b(&self, b: Matrix<f32>, n: usize, kc: usize, to: &mut [u8]) -> bool {
+        let padded = kc.next_multiple_of(KR);
+        pack_parts(b.transposed(), n, kc, NR, to, NR * padded, &|b, n, to| {
+            pack_columns(b.transposed(), n, kc, padded, to);
+        })
+    }
+
+    fn multiply(&self, kc: usize, a: Operand<f32>, b: Operand<f32>, beta: Beta<f32>, c: Window<f32>) {
+        amx::multiply_planes(kc.next_multiple_of(KR), PARTS, [a.packed(), b.packed()], products(), beta, c);
+    }
+}
+
+/// Packs one part of the rows.
+type PackPart<'a> = &'a dyn Fn(Matrix<bf16>, usize, &mut [bf16]);
+
+/// Splits panels of `width` rows and packs the parts of each one after the other, `panel` elements each. Returns `true` if
+/// the operand is ordinary: of finite numbers, the largest of which is neither huge nor tiny.
+fn pack_parts(
+    from: Matrix<f32>,
+    rows: usize,
+    kc: usize,
+    width: usize,
+    to: &mut [u8],
+    panel: usize,
+    pack: PackPart,
+) -> bool {
+    if rows == 0 || kc == 0 {
+        return true;
+    }
+    let to: &mut [bf16] = bytemuck::cast_slice_mut(to);
+    // The parts of one panel, in the order of the operand.
+    let mut parts = vec![bf16::ZERO; PARTS * width * kc];
+    let (mut largest, mut finite) = (0.0f32, true);
+    for (index, to) in to.chunks_exact_mut(PARTS * panel).take(rows.div_ceil(width)).enumerate() {
+        let rows = width.min(rows - index * width);
+        let from = from.from(index * width, 0);
+        // Lines of elements that lie next to each other: rows or columns.
+        let (lines, length, stride) = if from.col == 1 { (rows, kc, from.row) } else { (kc, rows, from.col) };
+        let (high, rest) = parts.split_at_mut(width * kc);
+        let (middle, low) = rest.split_at_mut(width * kc);
+        for line in 0..lines {
+            let place = line * length..(line + 1) * length;
+            let (high, middle, low) = (&mut high[place.clone()], &mut middle[place.clone()], &mut low[place]);
+            if from.col == 1 || from.row == 1 {
+                let from = &from.data[line * stride..line * stride + length];
+                let found = split(from, high, middle, low);
+                (largest, finite) = (largest.max(found.0), finite & found.1);
+            } else {
+                for at in 0..length {
+                    let from = &from.data[line * stride + at * from.row..][..1];
+                    let (high, middle, low) = (&mut high[at..=at], &mut middle[at..=at], &mut low[at..=at]);
+                    let found = split(from, high, middle, low);
+                    (largest, finite) = (largest.max(found.0), finite & found.1);
+                }
+            }
+        }
+        let (row, col) = if from.col == 1 { (length, 1) } else { (1, length) };
+        for (part, to) in [&*high, &*middle, &*low].into_iter().zip(to.chunks_exact_mut(panel)) {
+            pack(Matrix { data: &part[..lines * length], row, col }, rows, to);
+        }
+    }
+    finite && (largest == 0.0 || ORDINARY.contains(&largest))
+}
+
+vectorized! {
+    /// The parts of f32 numbers. Returns the largest magnitude, and `true` if all are finite.
+    fn split(from: &[f32], high: &mut [bf16], middle: &mut [bf16], low: &mut [bf16]) -> (f32, bool) {
+        let mut largest = 0u32;
+        for (((&x, high), middle), low) in from.iter().zip(high).zip(middle).zip(low) {
+            let magnitude = x.to_bits() & 0x7FFF_FFFF;
+            largest = if magnitude > largest { magnitude } else { largest };
+            *high = <bf16 as Float>::from_acc(x);
+            let rest = x - high.to_acc();
+            *middle = <bf16 as Float>::from_acc(rest);
+            *low = <bf16 as Float>::from_acc(rest - middle.to_acc());
+        }
+        let largest = f32::from_bits(largest);
+        (largest, largest < f32::INFINITY)
+    }
+}

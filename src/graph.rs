@@ -1,0 +1,158 @@
+//! Recorded graphs: a computation of fixed shapes, recorded once and replayed with one call of the driver.
+
+use std::fmt;
+
+use crate::{
+    Device, Error, ParamMap, Result, Tensor,
+    autograd::{discrete, is_recording},
+    device::{Address, Gpu, Replay},
+    error::ensure,
+    shape::Layout,
+};
+
+/// A recorded computation on a GPU. Replaying it costs one launch instead of one per kernel.
+///
+/// The recording consists of kernels, with the addresses and numbers that they were given: shapes, scalars and the path
+/// through the program are those of the recording; what is to change from replay to replay must be an input. Inputs are
+/// copied into place by [`Graph::replay`]; parameters are read where they are, so that an optimizer may update them
+/// between replays.
+///
+/// The graph keeps the memory of everything that its kernels read or write for as long as it lives: of tensors that the
+/// function captured, of a model that is dropped, of tensors that the function stores elsewhere. It does not share the
+/// tensors themselves, so that an optimizer or a cache may go on writing to them in place.
+///
+/// ```no_run
+/// use x_transformers::{DType, Device, Graph, ParamMap, Tensor};
+/// # fn main() -> x_transformers::Result<()> {
+/// let gpu = Device::cuda(0)?;
+/// let (x, w) = (Tensor::ones([64], DType::F32, &gpu)?, Tensor::full([64], 2.0, DType::F32, &gpu)?);
+/// let mut graph = Graph::capture(&[x], &ParamMap::default(), move |inputs| inputs[0].mul(&w))?;
+/// let y = graph.replay(&[Tensor::full([64], 3.0, DType::F32, &gpu)?])?;
+/// assert_eq!(y.to_vec::<f32>()?, [6.0; 64]);
+/// # Ok(())
+/// # }
+/// ```
+pub struct Graph<R> {
+    recorded: Box<dyn Replay>,
+    inputs: Vec<Tensor>,
+    /// Where each parameter was, and how it lay there.
+    params: Vec<(String, Place)>,
+    map: ParamMap,
+    output: R,
+    device: &'static dyn Gpu,
+}
+
+impl<R> fmt::Debug for Graph<R> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Graph").field("device", &self.device).field("inputs", &self.inputs).finish_non_exhaustive()
+    }
+}
+
+/// Where a parameter is, and how it lies there.
+type Place = (Address, Layout);
+
+fn place(param: &crate::Param) -> Result<Place> {
+    let value = param.tensor();
+    Ok((value.storage_address()?, *value.layout()))
+}
+
+impl<R> Graph<R> {
+    /// Records `f`. It is called twice: once to compile kernels and to find out what memory it needs, once to be
+    /// recorded, which computes nothing. It must not read values back. Meanwhile other threads cannot use the device:
+    /// their calls are errors.
+    ///
+    /// `params`: the parameters that `f` reads. If one of these is replaced, a replay is an error; what `f` reads
+    /// besides them is what was there at the recording.
+    ///
+    /// Errors: inputs that are not on one GPU or require a gradient, a tape of this thread, another recording that has not
+    /// ended, or whatever `f` does that a graph cannot hold. The device is as usable as before, also if `f` panics.
+    pub fn capture(inputs: &[Tensor], params: &ParamMap, f: impl Fn(&[Tensor]) -> Result<R>) -> Result<Self> {
+        ensure!(
+            !is_recording(),
+            Error::argument(
+                "graph",
+                "a tape of this thread records, but gradients do not flow through a graph; record the graph before the \
+                 tape begins, or let the recorded function begin one of its own"
+            )
+        );
+        let device = match inputs.first().map(Tensor::device) {
+            Some(&Device::Gpu(device)) => device,
+            _ => return Err(Error::argument("graph", "expected at least one input, on a GPU")),
+        };
+        let here = Device::Gpu(device);
+        if let Some(other) = inputs.iter().find(|input| *input.device() != here) {
+            return Err(Error::argument("graph", format!("inputs are on {here} and {}", other.device())));
+        }
+        discrete("graph", &inputs.iter().collect::<Vec<_>>())?;
+        // Copies of their own: a replay writes into them.
+        let inputs = inputs.iter().map(Tensor::to_owned_copy).collect::<Result<Vec<_>>>()?;
+        let places = || -> Result<Vec<(String, Place)>> {
+            params.iter().map(|(name, param)| Ok((name.to_string(), place(param)?))).collect()
+        };
+        let (mut params_at, mut output) = (Vec::new(), None);
+        let recorded = device.record(&mut |capturing| {
+            let value = f(&inputs)?;
+            let now = places()?;
+            if capturing {
+                if let Some((_, (name, _))) = now.iter().zip(&params_at).find(|(now, before)| now != before) {
+                    return Err(Error::argument("graph", format!("`{name}` was replaced during the recording")));
+                }
+                output = Some(value);
+            } else {
+                params_at = now;
+            }
+            Ok(())
+        })?;
+        let output = output.ok_or_else(|| Error::argument("graph", "the device recorded nothing"))?;
+        Ok(Self { recorded, inputs, params: params_at, map: params.clone(), output, device })
+    }
+
+    /// Copies new values into the inputs and enqueues the recorded computation. The output is the same memory each time:
+    /// what it holds is overwritten by the next replay.
+    ///
+    /// Errors: inputs of other shapes, dtypes or devices, a parameter that was replaced since the recording, a graph
+    /// that is being recorded, or an error of the driver.
+    pub fn replay(&mut self, inputs: &[Tensor]) -> Result<&R> {
+        self.device.refuse_while_capturing("a replay")?;
+        if inputs.len() != self.inputs.len() {
+            let (given, expected) = (inputs.len(), self.inputs.len());
+            return Err(Error::argument("graph", format!("{given} inputs, {expected} were recorded")));
+        }
+        discrete("graph", &inputs.iter().collect::<Vec<_>>())?;
+        for (name, recorded) in &self.params {
+            if self.map.get(name).map(place).transpose()?.as_ref() != Some(recorded) {
+                return Err(Error::argument(
+                    "graph",
+                    format!("`{name}` was replaced since the recording; record again"),
+                ));
+            }
+        }
+        for (index, (to, from)) in self.inputs.iter().zip(inputs).enumerate() {
+            if to.shape() != from.shape() || to.dtype() != from.dtype() || to.device() != from.device() {
+                return Err(Error::argument(
+                    "graph",
+                    format!(
+                        "input {index} is {:?} {} on {}, recorded was {:?} {} on {}",
+                        from.shape(),
+                        from.dtype(),
+                        from.device(),
+                        to.shape(),
+                        to.dtype(),
+                        to.device()
+                    ),
+                ));
+            }
+        }
+        for (to, from) in self.inputs.iter().zip(inputs) {
+            let from = from.detach().contiguous()?;
+            self.device.copy(to.address()?, from.address()?, to.numel() * to.dtype().size())?;
+        }
+        self.recorded.replay()?;
+        Ok(&self.output)
+    }
+
+    /// The value that the recorded function returned. Before the first replay its tensors hold nothing.
+    pub fn output(&self) -> &R {
+        &self.output
+    }
+}

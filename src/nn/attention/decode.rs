@@ -1,0 +1,213 @@
+//! Attention of the next positions of sequences, whose keys and values are in a cache.
+
+use super::{Attention, AttentionInput, AttentionOutput};
+use crate::{
+    Error, Result, Tensor,
+    error::ErrorContext,
+    nn::cache::{DecodeStep, Tables},
+    ops::{DecodeSpec, PositionBias, attention_decode},
+};
+
+/// Keys and values `[b, heads, prefix_len + capacity, d]`; those of a context have no more than they need.
+#[derive(Clone, Debug, Default)]
+pub(in crate::nn) struct AttentionCache {
+    pub keys_values: Option<[Tensor; 2]>,
+    /// If `true`, each step writes to them in place: they are those of the sequence and not of a context.
+    pub grows: bool,
+    /// Keys in front of the sequence: memory key/values and memories.
+    prefix_len: usize,
+    /// Memories among those.
+    memories: usize,
+    /// The position bias by the distance of a key before a query, `[heads, distances]`.
+    bias_by_distance: Option<Tensor>,
+}
+
+impl Attention {
+    /// Computes the next positions of sequences as [`Attention::forward`] would, and adds their keys and values to the
+    /// cache.
+    pub(in crate::nn) fn extend(
+        &self,
+        x: &Tensor,
+        input: &AttentionInput,
+        cache: &mut AttentionCache,
+        tables: &Tables,
+        step: &DecodeStep,
+    ) -> Result<AttentionOutput> {
+        match (step.first, input.context.is_some()) {
+            (true, _) => self.begin(x, input, cache, tables, step),
+            (false, true) => self.extend_to_context(x, input, cache),
+            (false, false) => self.extend_to_sequence(x, input, cache, tables, step),
+        }
+    }
+
+    /// The first positions of all sequences: a call of [`Attention::forward`] whose keys and values are kept.
+    fn begin(
+        &self,
+        x: &Tensor,
+        input: &AttentionInput,
+        cache: &mut AttentionCache,
+        tables: &Tables,
+        step: &DecodeStep,
+    ) -> Result<AttentionOutput> {
+        let operands = self.operands(x, input)?;
+        let [_, k, v] = &operands;
+        if input.context.is_some() {
+            cache.keys_values = Some([k.contiguous()?, v.contiguous()?]);
+            return self.attend(x, &operands, input);
+        }
+        cache.memories = input.mem.as_ref().map_or(Ok(0), |mem| mem.dim(1))?;
+        cache.prefix_len = cache.memories + self.plan.num_mem_kv;
+        let by_distance = |bias: &PositionBias| {
+            bias.by_distance(cache.prefix_len, cache.prefix_len + step.capacity, x.dtype().accumulator())
+        };
+        cache.bias_by_distance = tables.bias.as_ref().map(by_distance).transpose()?;
+        cache.write(&self.shared_once(k)?, v, step)?;
+        self.attend(x, &operands, input)
+    }
+
+    /// New queries to a context, whose keys and values stay.
+    fn extend_to_context(&self, x: &Tensor, input: &AttentionInput, cache: &AttentionCache) -> Result<AttentionOutput> {
+        let [k, v] = cache.keys_values()?;
+        let q = self.scale_queries(self.queries(&self.to_q.forward(x).context("to_q")?)?)?;
+        self.attend(x, &[q, k.clone(), v.clone()], input)
+    }
+
+    /// New queries to the whole sequence, to which their own keys and values are added first.
+    fn extend_to_sequence(
+        &self,
+        x: &Tensor,
+        input: &AttentionInput,
+        cache: &mut AttentionCache,
+        tables: &Tables,
+        step: &DecodeStep,
+    ) -> Result<AttentionOutput> {
+        let [q, k, v] = self.new_operands(x, cache, tables, step)?;
+        cache.write(&k, &v, step)?;
+        drop((k, v));
+        let [k, v] = cache.keys_values()?;
+        if self.plan.needs_scores().is_some() || input.explicit || input.prev.is_some() {
+            let keys = step.keys(cache.prefix_len);
+            let [k, v] = [self.all_heads(&k.narrow(2, 0, keys)?)?, v.narrow(2, 0, keys)?];
+            let keep = cache.keep(step, self.plan.num_mem_kv, self.plan.max_attend_past)?;
+            let bias = cache.bias(step, &q)?;
+            let (out, scores, _) = self.explicit([&q, &k, &v], input, bias, Some(keep))?;
+            return self.merge(x, out, scores, None);
+        }
+        if let Some(keys) = cache.chunk(step) {
+            // Many rows at once: blocks of keys serve blocks of queries.
+            let [k, v] = [self.all_heads(&k.narrow(2, 0, keys)?)?, v.narrow(2, 0, keys)?];
+            let out = self.fused(&q, &k, &v, &AttentionInput::default())?;
+            return self.merge(x, out, None, None);
+        }
+        let spec = DecodeSpec {
+            scale: self.scale(),
+            prefix_len: cache.prefix_len,
+            mem_keys: self.plan.num_mem_kv,
+            max_attend_past: self.plan.max_attend_past,
+            key_mask: step.whole_mask.as_ref(),
+            query_mask: step.mask.as_ref(),
+            bias_by_distance: cache.bias_by_distance.as_ref(),
+        };
+        let out = attention_decode(&q, &self.all_heads(k)?, v, &step.device_lengths, &spec)?;
+        self.merge(x, out, None, None)
+    }
+
+    /// The operands of new positions only. Keys that all heads share are there once.
+    fn new_operands(
+        &self,
+        x: &Tensor,
+        cache: &AttentionCache,
+        tables: &Tables,
+        step: &DecodeStep,
+    ) -> Result<[Tensor; 3]> {
+        let infused = match &tables.sinusoids {
+            Some(sinusoids) => {
+                let positions = step.positions(cache.memories, sinusoids.dim(0)?)?;
+                x.add(&sinusoids.embedding(&positions)?)?
+            }
+            None => x.clone(),
+        };
+        let q = self.to_q.forward(&infused).context("to_q")?;
+        let k = self.to_k.forward(&infused).context("to_k")?;
+        let mut v = self.split_heads(&self.to_v.forward(x).context("to_v")?)?;
+        let mut k = if self.plan.shared.is_some() { k.unsqueeze(1)? } else { self.split_heads(&k)? };
+        let mut q = self.queries(&q)?.detach();
+        (k, v) = (k.detach(), v.detach());
+        if let (Some(table), Some(plan)) = (&tables.rotary, &self.plan.rotary) {
+            let rotate = |x: &Tensor| x.rotate_rows(table, &step.device_lengths, cache.memories);
+            (q, k) = (rotate(&self.pairs_as_halves(q)?)?, rotate(&self.pairs_as_halves(k)?)?);
+            v = if plan.values { rotate(&v)? } else { v };
+        }
+        let k = self.normalize_length(k)?;
+        let k = if self.plan.num_mem_kv > 0 { self.all_heads(&k)? } else { k };
+        // A tape may be there; what goes through a cache has no gradient.
+        Ok([self.scale_queries(q)?.detach(), k.detach(), v.detach()])
+    }
+
+    /// Keys that all heads share, once, unless memory keys tell the heads apart.
+    fn shared_once(&self, k: &Tensor) -> Result<Tensor> {
+        if self.plan.shared.is_some() && self.plan.num_mem_kv == 0 { k.narrow(1, 0, 1) } else { Ok(k.clone()) }
+    }
+}
+
+impl AttentionCache {
+    fn keys_values(&self) -> Result<&[Tensor; 2]> {
+        self.keys_values.as_ref().ok_or_else(|| Error::argument("cache", "is empty"))
+    }
+
+    /// Writes keys and values of a step, `[b, heads, n, d]`; those of the first one include what is in front.
+    fn write(&mut self, k: &Tensor, v: &Tensor, step: &DecodeStep) -> Result<()> {
+        let offset = if step.first { 0 } else { self.prefix_len };
+        let room = self.prefix_len + step.capacity;
+        let buffer = |x: &Tensor| Tensor::zeros([x.dim(0)?, x.dim(1)?, room, x.dim(3)?], x.dtype(), x.device());
+        let [mut keys, mut values] = match self.keys_values.take() {
+            Some(buffers) => buffers,
+            None => [buffer(k)?, buffer(v)?],
+        };
+        keys.write_rows(k, &step.device_lengths, offset).context("keys")?;
+        values.write_rows(v, &step.device_lengths, offset).context("values")?;
+        self.keys_values = Some([keys, values]);
+        self.grows = true;
+        Ok(())
+    }
+
+    /// The number of keys, if the step is a chunk of sequences of one length whose scores have no other terms than
+    /// products: [`attention`](crate::ops::attention) computes it, and faster for many queries.
+    fn chunk(&self, step: &DecodeStep) -> Option<usize> {
+        let equal = step.lengths.iter().all(|&length| length == step.lengths[0]);
+        let plain = equal && step.n >= 8 && self.bias_by_distance.is_none() && step.kept.is_none();
+        (plain && step.lengths[0] + step.n <= step.capacity).then(|| step.keys(self.prefix_len))
+    }
+
+    /// Mask of the step's scores, `[b, 1, n, keys]`; `true` keeps, as in the call without a cache.
+    fn keep(&self, step: &DecodeStep, mem_keys: usize, max_attend_past: Option<usize>) -> Result<Tensor> {
+        let (prefix_len, keys) = (self.prefix_len, step.keys(self.prefix_len));
+        let mut keep = Vec::with_capacity(step.lengths.len() * step.n * keys);
+        for (row, &length) in step.lengths.iter().enumerate() {
+            let kept = step.kept.as_ref().map(|kept| &kept[row]);
+            let padded = |position: usize| kept.is_some_and(|kept| !kept.get(position).is_none_or(|&kept| kept));
+            for i in 0..step.n {
+                let position = prefix_len + length + i;
+                let query_padded = padded(length + i);
+                keep.extend((0..keys).map(|key| {
+                    let padding = key < mem_keys || !(query_padded || key >= prefix_len && padded(key - prefix_len));
+                    padding && key <= position && max_attend_past.is_none_or(|past| position - key <= past)
+                }));
+            }
+        }
+        Tensor::from_vec(keep, [step.lengths.len(), 1, step.n, keys], step.device_lengths.device())
+    }
+
+    /// The position bias of the step's scores in the dtype of the queries, `[b, heads, n, keys]`.
+    fn bias(&self, step: &DecodeStep, q: &Tensor) -> Result<Option<Tensor>> {
+        let Some(by_distance) = &self.bias_by_distance else { return Ok(None) };
+        let (prefix_len, keys, distances) = (self.prefix_len, step.keys(self.prefix_len), by_distance.dim(1)?);
+        let row = |&length: &usize| {
+            let distance = move |position: usize, key: usize| position.saturating_sub(key).min(distances - 1) as i64;
+            (0..step.n).flat_map(move |i| (0..keys).map(move |key| distance(prefix_len + length + i, key)))
+        };
+        let index: Vec<i64> = step.lengths.iter().flat_map(row).collect();
+        let index = Tensor::from_vec(index, [step.lengths.len(), step.n, keys], by_distance.device())?;
+        by_distance.transpose(0, 1)?.embedding(&index)?.permute(&[0, 3, 1, 2])?.to_dtype(q.dtype()).map(Some)
+    }
+}

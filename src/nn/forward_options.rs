@@ -1,0 +1,128 @@
+//! Inputs and requests of a forward pass, and their checks.
+
+use crate::{DType, Error, Result, Tensor, config::LayersPlan, error::ensure};
+
+/// Inputs and requests of a forward pass besides its main input. The default is none of them.
+#[derive(Clone, Debug, Default)]
+pub struct ForwardOptions {
+    /// Padding mask, `[b, n]` Bool; `true` marks a real token. Memories are all real.
+    pub mask: Option<Tensor>,
+    /// The context of cross-attention, `[b, m, dim]`.
+    pub context: Option<Tensor>,
+    /// Padding mask of the context, `[b, m]` Bool; `true` marks a real position.
+    pub context_mask: Option<Tensor>,
+    /// Pairs that may meet in self-attention: Bool, `[i, j]`, `[heads, i, j]` or `[b, heads, i, j]`, sizes of 1
+    /// broadcast. It covers memories, memory tokens and memory key/values too.
+    pub attn_mask: Option<Tensor>,
+    /// The memories that the previous segment gave, one `[b, memories, dim]` per self-attention, the first one first.
+    pub mems: Option<Vec<Tensor>>,
+    /// The type of each token, `[b, n]` I64, for models with `num_token_types`. Default all 0.
+    pub token_types: Option<Tensor>,
+    /// Return the normed hidden states instead of logits.
+    pub return_embeddings: bool,
+    /// Return new memories.
+    pub return_mems: bool,
+    /// Return the attention maps, `[b, heads, i, j]`, self- and cross-attention in the order of the layers.
+    pub return_attn: bool,
+    /// Keep only the inputs of sublayers for the backward pass, which runs each of them again.
+    pub checkpoint_layers: bool,
+    /// Compute every attention from its matrix of scores, even where the fused op would do. For comparisons.
+    pub explicit_attention: bool,
+}
+
+impl ForwardOptions {
+    /// Returns an error if attention maps, embeddings or memories are requested from a call that only returns a loss or
+    /// generated tokens.
+    pub(crate) fn check_output_only(&self, op: &'static str) -> Result<()> {
+        let asked = [
+            ("return_embeddings", self.return_embeddings),
+            ("return_mems", self.return_mems),
+            ("return_attn", self.return_attn),
+        ];
+        match asked.into_iter().find(|(_, asked)| *asked) {
+            Some((name, _)) => {
+                Err(Error::argument(op, format!("has no place for `{name}`; use `forward` of the wrapped model")))
+            }
+            None => Ok(()),
+        }
+    }
+
+    /// Checks the options against an input and the layers.
+    pub(super) fn check(&self, x: &Tensor, plan: &LayersPlan) -> Result<()> {
+        const OP: &str = "attention layers";
+        let dim = plan.dim;
+        ensure!(
+            x.rank() == 3 && x.shape()[2] == dim && x.dtype().is_float(),
+            Error::shape(OP, format!("expected a float tensor [batch, n, {dim}], got {:?} {}", x.shape(), x.dtype()))
+        );
+        let (b, n) = (x.shape()[0], x.shape()[1]);
+        check_mask("mask", self.mask.as_ref(), b, n)?;
+        match (&self.context, plan.cross_attend) {
+            (None, true) => return Err(Error::argument("context", "is missing: the layers have cross-attention")),
+            (Some(_), false) => {
+                return Err(Error::argument("context", "is given, but the layers have no cross-attention to use it"));
+            }
+            (None, false) => ensure!(
+                self.context_mask.is_none(),
+                Error::argument("context_mask", "is given, but the layers have no cross-attention to use it")
+            ),
+            (Some(context), true) => {
+                let shape = context.shape();
+                ensure!(
+                    context.rank() == 3 && shape[0] == b && shape[2] == dim && context.dtype() == x.dtype(),
+                    Error::shape(
+                        "context",
+                        format!("expected [{b}, length, {dim}] {}, got {shape:?} {}", x.dtype(), context.dtype())
+                    )
+                );
+                check_mask("context_mask", self.context_mask.as_ref(), b, shape[1])?;
+            }
+        }
+        self.check_mems(x, plan)?;
+        let scores = plan.layers.iter().filter_map(|layer| layer.branch.attention()).any(|plan| plan.residual);
+        ensure!(
+            !(self.checkpoint_layers && (scores || self.return_attn)),
+            Error::argument(
+                "checkpoint_layers",
+                "cannot be used with residual_attn, cross_residual_attn or return_attn: scores leave the layers there"
+            )
+        );
+        let own = plan.self_attentions() > 0;
+        ensure!(
+            own || self.attn_mask.is_none(),
+            Error::argument("attn_mask", "is given, but the layers have no self-attention to use it")
+        );
+        Ok(())
+    }
+
+    fn check_mems(&self, x: &Tensor, plan: &LayersPlan) -> Result<()> {
+        let Some(mems) = &self.mems else { return Ok(()) };
+        let (expected, b, dim) = (plan.self_attentions(), x.shape()[0], plan.dim);
+        ensure!(
+            mems.len() == expected,
+            Error::argument("mems", format!("expected one per self-attention layer, {expected}, got {}", mems.len()))
+        );
+        let fits =
+            |mem: &Tensor| mem.rank() == 3 && mem.shape()[0] == b && mem.shape()[2] == dim && mem.dtype() == x.dtype();
+        match mems.iter().find(|mem| !fits(mem)) {
+            Some(mem) => Err(Error::shape(
+                "mems",
+                format!("expected [{b}, memories, {dim}] {}, got {:?} {}", x.dtype(), mem.shape(), mem.dtype()),
+            )),
+            None => Ok(()),
+        }
+    }
+}
+
+fn check_mask(name: &'static str, mask: Option<&Tensor>, b: usize, n: usize) -> Result<()> {
+    let Some(mask) = mask else { return Ok(()) };
+    ensure!(
+        **mask.shape() == [b, n],
+        Error::shape(name, format!("expected [{b}, {n}], one value per token, got {:?}", mask.shape()))
+    );
+    ensure!(
+        mask.dtype() == DType::Bool,
+        Error::dtype(name, format!("expected bool, true for tokens that are no padding, got {}", mask.dtype()))
+    );
+    Ok(())
+}

@@ -1,0 +1,165 @@
+//! One sublayer: norm, branch, norm, residual, norm.
+
+use std::sync::Arc;
+
+use super::{
+    Attention, AttentionInput, Branch, FeedForward, Linear, Norm, Past, Residual, cache::Decode, residual::Stream,
+    wrap::Wrap,
+};
+use crate::{
+    Buffer, Error, ParamStore, Result, Tensor, checkpoint,
+    config::{BranchPlan, LayerPlan},
+    error::{ErrorContext, ensure},
+    ops::PositionBias,
+};
+
+/// One sublayer.
+#[derive(Clone, Debug)]
+pub(super) struct Layer {
+    norms: [Option<Norm>; 3],
+    wrap: Wrap,
+    function: Function,
+    residual: Residual,
+}
+
+/// What a sublayer computes.
+#[derive(Clone, Debug)]
+enum Function {
+    Attention(Box<Attention>),
+    FeedForward(FeedForward),
+    Custom(Arc<dyn Branch>),
+}
+
+/// Output of a sublayer: the stream before and after it, and from attention the scores to pass on and the map.
+pub(super) struct LayerOutput {
+    pub input: Tensor,
+    pub stream: Stream,
+    pub scores: Option<Tensor>,
+    pub attn: Option<Tensor>,
+}
+
+impl Layer {
+    /// The planned sublayer, its branch made by the closure if it gives one.
+    ///
+    /// Errors: a custom branch that the closure does not make.
+    pub fn new(
+        plan: &LayerPlan,
+        dim: usize,
+        rotary: Option<&Buffer>,
+        store: &ParamStore,
+        custom: impl FnOnce(&ParamStore) -> Result<Option<Arc<dyn Branch>>>,
+    ) -> Result<Self> {
+        let norm =
+            |place: usize| plan.norms[place].map(|norm| Norm::new(norm, dim, &store.at(0).at(place))).transpose();
+        let (wrap, place) = Wrap::new(&plan.wrap, &store.at(1))?;
+        let function = match (custom(&place)?, &plan.branch) {
+            (Some(branch), _) => Function::Custom(branch),
+            (None, BranchPlan::SelfAttention(plan)) => {
+                Function::Attention(Box::new(Attention::new(plan, rotary, &place)?))
+            }
+            (None, BranchPlan::CrossAttention(plan)) => {
+                Function::Attention(Box::new(Attention::new(plan, None, &place)?))
+            }
+            (None, BranchPlan::FeedForward(plan)) => Function::FeedForward(FeedForward::new(plan, &place)?),
+            (None, BranchPlan::Custom) => {
+                return Err(Error::argument("layers", "a custom branch needs `AttentionLayers::with_branches`"));
+            }
+        };
+        let residual = Residual::new(plan.residual, dim, &store.at(2))?;
+        Ok(Self { norms: [norm(0)?, norm(1)?, norm(2)?], wrap, function, residual })
+    }
+
+    /// The branch, if it is a custom one.
+    pub fn custom(&self) -> Option<&dyn Branch> {
+        match &self.function {
+            Function::Custom(branch) => Some(&**branch),
+            Function::Attention(_) | Function::FeedForward(_) => None,
+        }
+    }
+
+    /// Computes with the weights of the linear layers in eight bits; a custom branch stays as it is.
+    pub fn quantize_int8(&mut self) -> Result<()> {
+        match &mut self.function {
+            Function::Attention(attention) => attention.linears_mut().try_for_each(Linear::quantize_int8),
+            Function::FeedForward(feedforward) => feedforward.linears_mut().try_for_each(Linear::quantize_int8),
+            Function::Custom(_) => Ok(()),
+        }
+    }
+
+    /// The sublayer on whole sequences, or on the next positions of those in a cache.
+    pub fn forward(
+        &self,
+        stream: Stream,
+        input: &AttentionInput,
+        mut decode: Option<Decode<'_>>,
+    ) -> Result<LayerOutput> {
+        let (x, normed) = stream.normed(self.norms[0].as_ref()).context("0.0")?;
+        // Only attention knows of padding.
+        let attends = matches!(self.function, Function::Attention(_));
+        let mask = input.query_mask.as_ref();
+        let normed = self.wrap.input(&normed, mask.filter(|_| attends), decode.as_mut()).context(1)?;
+        let (mut scores, mut attn) = (None, None);
+        let out = match (&self.function, decode) {
+            (Function::Attention(attention), decode) => {
+                let output = match decode {
+                    Some(Decode { cache, tables, step }) => {
+                        attention.extend(&normed, input, &mut cache.attention, tables, step)
+                    }
+                    None => attention.forward(&normed, input),
+                }
+                .context(1)?;
+                (scores, attn) = (output.scores, output.attn);
+                output.out
+            }
+            (Function::FeedForward(feedforward), _) => feedforward.forward(&normed).context(1)?,
+            (Function::Custom(branch), decode) => {
+                custom(&**branch, &normed, &mut Past::new(mask, decode)).context(1)?
+            }
+        };
+        drop(normed);
+        let out = Stream::Whole(self.wrap.output(out).context(1)?).normed(self.norms[1].as_ref()).context("0.1")?.1;
+        let mut stream = self.residual.stream(out, x.clone()).context(2)?;
+        if let Some(norm) = &self.norms[2] {
+            stream = Stream::Whole(stream.normed(Some(norm)).context("0.2")?.1);
+        }
+        Ok(LayerOutput { input: x, stream, scores, attn })
+    }
+
+    /// The sublayer on whole sequences, of which only the inputs are kept for the backward pass.
+    pub fn forward_checkpointed(&self, stream: Stream, input: &AttentionInput) -> Result<LayerOutput> {
+        let x = stream.whole()?;
+        let mut input = input.clone();
+        // What gradients flow into has to be an input of the checkpoint; the closure captures the rest.
+        let flowing: Vec<Tensor> = flowing_mut(&mut input).map(|tensor| tensor.clone()).collect();
+        let inputs: Vec<&Tensor> = std::iter::once(&x).chain(&flowing).collect();
+        let layer = self.clone();
+        let run = move |given: &[Tensor]| {
+            let mut input = input.clone();
+            for (slot, given) in flowing_mut(&mut input).zip(&given[1..]) {
+                *slot = given.clone();
+            }
+            layer.forward(Stream::Whole(given[0].clone()), &input, None)?.stream.whole()
+        };
+        let out = checkpoint(run, &inputs)?;
+        Ok(LayerOutput { input: x, stream: Stream::Whole(out), scores: None, attn: None })
+    }
+}
+
+/// Runs a custom branch and checks the shape of its output, on which the residual relies.
+fn custom(branch: &dyn Branch, x: &Tensor, past: &mut Past<'_>) -> Result<Tensor> {
+    let out = branch.forward(x, past)?;
+    ensure!(
+        out.shape() == x.shape() && out.dtype() == x.dtype(),
+        Error::shape(
+            "branch",
+            format!("expected an output {:?} {}, got {:?} {}", x.shape(), x.dtype(), out.shape(), out.dtype())
+        )
+    );
+    Ok(out)
+}
+
+/// The inputs of attention that gradients flow into.
+fn flowing_mut(input: &mut AttentionInput) -> impl Iterator<Item = &mut Tensor> {
+    let bias = input.bias.as_mut().map(PositionBias::weights_mut);
+    [input.context.as_mut(), input.mem.as_mut(), bias].into_iter().flatten()
+}

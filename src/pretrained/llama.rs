@@ -1,0 +1,226 @@
+//! Llama, and what is built as it is, in the names of `transformers`.
+
+use super::{
+    Described, Family, Names, Options, TensorFile, ff_mult,
+    names::{Source, Weight, equal},
+    rope,
+};
+use crate::{
+    Result,
+    config::{
+        AttentionConfig, AttentionLayersConfig, FeedForwardConfig, FinalNorm, Llama3Scaling, TransformerWrapperConfig,
+        YarnScaling,
+    },
+    error::ensure,
+};
+
+/// The sizes of a model.
+pub(super) struct Sizes {
+    pub(super) tokens: usize,
+    pub(super) positions: usize,
+    pub(super) dim: usize,
+    pub(super) depth: usize,
+    pub(super) heads: usize,
+    pub(super) kv_heads: usize,
+    pub(super) dim_head: usize,
+    pub(super) inner: usize,
+    pub(super) eps: f64,
+    pub(super) rotation: Rotation,
+    /// Biases of queries, keys and values, of the attention's output, and of the feedforward.
+    pub(super) biases: [bool; 3],
+    pub(super) max_attend_past: Option<usize>,
+    pub(super) tied: bool,
+}
+
+/// The rotation of queries and keys.
+pub(super) struct Rotation {
+    pub(super) base: f64,
+    pub(super) scaling: Scaling,
+    /// Divides the frequency of each pair of features.
+    pub(super) factors: Option<Vec<f64>>,
+}
+
+/// How the rotation is stretched to longer texts.
+#[derive(Clone, Copy)]
+pub(super) enum Scaling {
+    None,
+    Linear(f64),
+    Llama3(Llama3Scaling),
+    Yarn(YarnScaling),
+}
+
+impl Sizes {
+    pub(super) fn config(&self) -> TransformerWrapperConfig {
+        let Rotation { base, scaling, factors } = &self.rotation;
+        let layers = AttentionLayersConfig {
+            heads: self.heads,
+            use_rmsnorm: true,
+            norm_eps: Some(self.eps),
+            final_norm: FinalNorm::Same,
+            rotary_pos_emb: true,
+            rotary_emb_dim: Some(self.dim_head),
+            rotary_qk_only: true,
+            rotary_base: *base,
+            rotary_interpolation_factor: if let Scaling::Linear(factor) = *scaling { factor } else { 1.0 },
+            rotary_llama3_scaling: if let Scaling::Llama3(scaling) = *scaling { Some(scaling) } else { None },
+            rotary_yarn_scaling: if let Scaling::Yarn(scaling) = *scaling { Some(scaling) } else { None },
+            rotary_freq_factors: factors.clone(),
+            attn: AttentionConfig {
+                dim_head: self.dim_head,
+                kv_heads: Some(self.kv_heads),
+                qkv_bias: self.biases[0],
+                out_bias: self.biases[1],
+                max_attend_past: self.max_attend_past,
+                ..AttentionConfig::default()
+            },
+            ff: FeedForwardConfig {
+                mult: ff_mult(self.dim, self.inner),
+                glu: true,
+                swish: true,
+                no_bias: !self.biases[2],
+                ..FeedForwardConfig::default()
+            },
+            ..AttentionLayersConfig::decoder(self.dim, self.depth)
+        };
+        TransformerWrapperConfig {
+            tie_embedding: self.tied,
+            logits_bias: self.tied,
+            ..TransformerWrapperConfig::new(self.tokens, self.positions, layers)
+        }
+    }
+}
+
+/// The places of one block here: attention, then feedforward.
+pub(super) fn places(layer: usize) -> [String; 2] {
+    [2 * layer, 2 * layer + 1].map(|index| format!("attn_layers.layers.{index}"))
+}
+
+/// How far back tokens attend, if not to the first one.
+fn max_attend_past(options: &Options, family: Family, depth: usize, positions: usize) -> Result<Option<usize>> {
+    const KEY: &str = "sliding_window";
+    let window = match family {
+        // Set to null it is none; left out it is this.
+        Family::Mistral if !options.has(KEY) => Some(4096),
+        Family::Qwen2 if !options.flag("use_sliding_window", false)? => return Ok(None),
+        Family::Qwen2 if !options.has(KEY) => Some(4096),
+        Family::Mistral | Family::Qwen2 if options.get(KEY).is_some() => Some(options.size(KEY, None)?),
+        _ => return Ok(None),
+    };
+    // A window that is as wide as a text changes nothing, in whichever layers it is.
+    let window = window.filter(|&window| window < positions);
+    if window.is_none() || family == Family::Qwen2 && !all_slide(options, depth)? {
+        return Ok(None);
+    }
+    // The window has the token itself in it.
+    Ok(window.map(|window| window - 1))
+}
+
+/// If `true`, every layer of a Qwen2 has the window, if `false` none has.
+fn all_slide(options: &Options, depth: usize) -> Result<bool> {
+    const LAYERS: &str = "layer_types";
+    const FIRST: &str = "max_window_layers";
+    if let Some(kinds) = options.get(LAYERS) {
+        let kinds = kinds.as_array().map_or(&[][..], Vec::as_slice);
+        let all = |kind: &str| kinds.len() == depth && kinds.iter().all(|found| found == kind);
+        ensure!(
+            all("sliding_attention") || all("full_attention"),
+            options
+                .refuse(LAYERS, "differ, expected all layers to be of one type: sliding_attention or full_attention")
+        );
+        return Ok(all("sliding_attention"));
+    }
+    let first = match options.get(FIRST) {
+        None => 28,
+        Some(value) => value
+            .as_u64()
+            .ok_or_else(|| options.refuse(FIRST, format!("is {value}, expected the number of a layer")))?,
+    };
+    let differ = || {
+        options.refuse(
+            FIRST,
+            format!(
+                "is {first}: only the layers from there to {depth} have a window, \
+        expected none or all ({depth} or 0)"
+            ),
+        )
+    };
+    ensure!(first == 0 || first >= depth as u64, differ());
+    Ok(first == 0)
+}
+
+/// The embeddings of tokens, and the weights of the logits.
+const TABLE: &str = "model.embed_tokens.weight";
+const HEAD: &str = "lm_head.weight";
+
+/// If `true`, a file has a head with other values than the embeddings, which then counts, whatever the config says, as it
+/// does in `transformers` since version 5.
+fn has_own_head(file: &TensorFile) -> Result<bool> {
+    let both = file.info(HEAD).is_some() && file.info(TABLE).is_some();
+    Ok(both && !equal(file, HEAD, TABLE)?)
+}
+
+pub(super) fn of_json(options: &Options, family: Family, file: &TensorFile) -> Result<Described> {
+    options.only("hidden_act", "silu")?;
+    let dim = options.size("hidden_size", Some(4096))?;
+    let heads = options.size("num_attention_heads", Some(32))?;
+    let depth = options.depth(32)?;
+    // What the classes of transformers have where a file says nothing: tokens, positions, inner features, key heads.
+    let (tokens, positions, inner, kv_heads) = match family {
+        Family::Mistral => (32000, 4096 * 32, 14336, 8),
+        Family::Qwen2 => (151936, 32768, 22016, 32),
+        _ => (32000, 2048, 11008, heads),
+    };
+    let positions = options.size("max_position_embeddings", Some(positions))?;
+    let sizes = Sizes {
+        tokens: options.size("vocab_size", Some(tokens))?,
+        positions,
+        dim,
+        depth,
+        heads,
+        kv_heads: options.size("num_key_value_heads", Some(kv_heads))?,
+        dim_head: options.size("head_dim", Some(dim / heads))?,
+        inner: options.size("intermediate_size", Some(inner))?,
+        eps: options.number("rms_norm_eps", 1e-6)?,
+        rotation: rope::of_json(options, positions)?,
+        biases: match family {
+            Family::Mistral => [false; 3],
+            Family::Qwen2 => [true, false, false],
+            _ => {
+                let attention = options.flag("attention_bias", false)?;
+                [attention, attention, options.flag("mlp_bias", false)?]
+            }
+        },
+        max_attend_past: max_attend_past(options, family, depth, positions)?,
+        tied: options.flag("tie_word_embeddings", false)? && !has_own_head(file)?,
+    };
+    let mut names = Names::default();
+    // Of two tables with the same values a file may have either.
+    let table = if sizes.tied && file.info(TABLE).is_none() { HEAD } else { TABLE };
+    names.one("token_emb.weight", table);
+    names.one("norm.g", "model.norm.weight");
+    for layer in 0..sizes.depth {
+        let ([own, ff], theirs) = (places(layer), format!("model.layers.{layer}"));
+        names.one(format!("{own}.0.0.g"), format!("{theirs}.input_layernorm.weight"));
+        names.one(format!("{ff}.0.0.g"), format!("{theirs}.post_attention_layernorm.weight"));
+        for (here, there) in [("to_q", "q_proj"), ("to_k", "k_proj"), ("to_v", "v_proj"), ("to_out", "o_proj")] {
+            let (here, there) = (format!("{own}.1.{here}"), format!("{theirs}.self_attn.{there}"));
+            if sizes.biases[usize::from(there.ends_with("o_proj"))] {
+                names.affine(&here, &there);
+            } else {
+                names.one(format!("{here}.weight"), format!("{there}.weight"));
+            }
+        }
+        for part in if sizes.biases[2] { &["weight", "bias"][..] } else { &["weight"] } {
+            let gated = ["up_proj", "gate_proj"].map(|name| format!("{theirs}.mlp.{name}.{part}"));
+            let ours = format!("{ff}.1.net.0.proj.{part}");
+            names.weights.push(Weight { ours, theirs: Source::Stacked(gated) });
+            names.one(format!("{ff}.1.net.3.{part}"), format!("{theirs}.mlp.down_proj.{part}"));
+        }
+    }
+    if sizes.tied {
+        names.left_out.push(HEAD.to_string());
+    } else {
+        names.one("to_logits.weight", HEAD);
+    }
+    Ok((sizes.config(), names))
+}

@@ -1,0 +1,122 @@
+//! Tensors as arguments of kernels.
+
+use std::sync::Arc;
+
+use super::Tensor;
+use crate::{
+    DType, Device, Error, Result,
+    device::{Address, Arg, Buffer, Gpu, GpuBuffer, Memory, launch::IntoArg},
+    error::ensure,
+    shape::Shape,
+};
+
+/// The first element of a packed tensor that no other handle shares.
+impl IntoArg for &mut Tensor {
+    fn into_arg(self) -> Result<Arg> {
+        self.address_mut().map(Arg::Output)
+    }
+}
+
+/// The first element of a packed tensor.
+impl IntoArg for &Tensor {
+    fn into_arg(self) -> Result<Arg> {
+        self.address().map(Arg::Input)
+    }
+}
+
+/// The start of a tensor's storage, for kernels that are given its layout too.
+pub(crate) struct Storage<'a>(pub &'a Tensor);
+
+impl IntoArg for Storage<'_> {
+    fn into_arg(self) -> Result<Arg> {
+        self.0.storage_address().map(Arg::Input)
+    }
+}
+
+impl IntoArg for Option<Storage<'_>> {
+    fn into_arg(self) -> Result<Arg> {
+        self.map_or(Ok(Arg::Input(Address::NULL)), IntoArg::into_arg)
+    }
+}
+
+impl IntoArg for Option<&Tensor> {
+    fn into_arg(self) -> Result<Arg> {
+        self.map_or(Ok(Arg::Input(Address::NULL)), IntoArg::into_arg)
+    }
+}
+
+impl IntoArg for Option<&mut Tensor> {
+    fn into_arg(self) -> Result<Arg> {
+        self.map_or(Ok(Arg::Output(Address::NULL)), IntoArg::into_arg)
+    }
+}
+
+impl Tensor {
+    /// Where a contiguous tensor on a GPU has its first element. Kernels are given this address and not the strides.
+    pub(crate) fn address(&self) -> Result<Address> {
+        let strided =
+            || format!("a kernel expects packed elements, got {:?} with strides {:?}", self.shape(), self.strides());
+        ensure!(self.is_contiguous(), Error::argument("launch", strided()));
+        Ok(self.storage_address()?.plus(self.range().start * self.dtype.size()))
+    }
+
+    /// Where a contiguous tensor on a GPU that no other handle shares has its first element.
+    pub(crate) fn address_mut(&mut self) -> Result<Address> {
+        ensure!(
+            self.is_unique(),
+            Error::argument("write", "the storage is shared; ops write only to packed tensors that they own")
+        );
+        self.address()
+    }
+
+    /// Where the storage of a tensor on a GPU starts.
+    pub(crate) fn storage_address(&self) -> Result<Address> {
+        match &*self.buffer {
+            Buffer::Gpu(buffer) => Ok(buffer.address()),
+            Buffer::Cpu(_) => Err(Error::Device {
+                op: "launch",
+                message: "a tensor on the CPU was given to a kernel; move it with `to_device`".into(),
+            }),
+        }
+    }
+
+    /// Numbers that depend on their name alone, `[count]` I64, on a device that may keep them ([`Gpu::constant`]).
+    pub(crate) fn constant_on(
+        gpu: &'static dyn Gpu,
+        name: &str,
+        count: usize,
+        values: impl FnOnce() -> Result<Vec<i64>>,
+    ) -> Result<Self> {
+        let mut values = Some(values);
+        let mut once = || values.take().map_or_else(|| Ok(Vec::new()), |values| values());
+        Self::of_memory(gpu, gpu.constant(name, &mut once)?, count)
+    }
+
+    /// Numbers that seldom change, `[values]` I64, on a device that may keep them ([`Gpu::table`]).
+    pub(crate) fn table_on(gpu: &'static dyn Gpu, name: &str, values: Vec<i64>) -> Result<Self> {
+        let count = values.len();
+        Self::of_memory(gpu, gpu.table(name, values)?, count)
+    }
+
+    /// `[count]` I64 in memory that the device may have other handles of.
+    fn of_memory(gpu: &'static dyn Gpu, memory: Arc<dyn Memory>, count: usize) -> Result<Self> {
+        let buffer = Buffer::Gpu(GpuBuffer::shared(memory));
+        Ok(Self::of_buffer(buffer, Shape::new(&[count])?, DType::I64, &Device::Gpu(gpu)))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use crate::{DType, Device, Result, Tensor, device::launch::IntoArg};
+
+    /// The check comes first: no GPU is needed to see it.
+    #[test]
+    fn launch_refuses_strided_elements() -> Result<()> {
+        let x = Tensor::ones([2, 3], DType::F32, &Device::Cpu)?;
+        let refusal = |x: &Tensor| x.into_arg().expect_err("there is no GPU").to_string();
+        let strided = refusal(&x.transpose(0, 1)?);
+        assert!(strided.contains("expects packed elements, got [3, 2] with strides [1, 3]"), "{strided}");
+        assert!(refusal(&x).contains("a tensor on the CPU was given to a kernel"));
+        Ok(())
+    }
+}

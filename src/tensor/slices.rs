@@ -1,0 +1,76 @@
+//! Elements of tensors as slices, for ops outside of the library.
+
+use super::{GradSlot, Tensor};
+use crate::{DType, Device, Element, Error, Result, error::ensure, shape::IntoShape};
+
+impl Tensor {
+    /// A tensor of unspecified content, for an op that writes every element.
+    ///
+    /// Errors: an illegal shape, or memory runs out.
+    pub fn empty(shape: impl IntoShape, dtype: DType, device: &Device) -> Result<Self> {
+        Self::uninit(shape.into_shape()?, dtype, device)
+    }
+
+    /// The elements in row-major order, as they are stored; see [`Tensor::contiguous`].
+    ///
+    /// Errors: another dtype than `E`'s, a tensor that is not contiguous, or one on a GPU.
+    ///
+    /// ```
+    /// use x_transformers::{Device, Tensor};
+    /// # fn main() -> x_transformers::Result<()> {
+    /// let x = Tensor::from_slice(&[1.0f32, 2.0, 3.0, 4.0], [2, 2], &Device::Cpu)?;
+    /// assert_eq!(x.as_slice::<f32>()?[2], 3.0);
+    /// assert_eq!(x.transpose(0, 1)?.contiguous()?.as_slice::<f32>()?[2], 2.0);
+    /// assert!(x.transpose(0, 1)?.as_slice::<f32>().is_err() && x.as_slice::<f64>().is_err());
+    /// # Ok(())
+    /// # }
+    /// ```
+    pub fn as_slice<E: Element>(&self) -> Result<&[E::Stored]> {
+        self.check_packed("as_slice")?;
+        self.values::<E>()
+    }
+
+    /// The elements of a new tensor, to be written; see [`Tensor::empty`].
+    ///
+    /// Errors: as [`Tensor::as_slice`], a tensor whose storage another handle shares, or one that belongs to a tape.
+    pub fn as_mut_slice<E: Element>(&mut self) -> Result<&mut [E::Stored]> {
+        self.check_packed("as_mut_slice")?;
+        ensure!(
+            matches!(self.grad, GradSlot::Constant),
+            Error::argument("as_mut_slice", "the tensor belongs to a tape, which would miss the change")
+        );
+        self.values_mut::<E>()
+    }
+
+    fn check_packed(&self, op: &'static str) -> Result<()> {
+        let strided = || format!("expected a contiguous tensor, got strides {:?}; see `contiguous`", self.strides());
+        ensure!(self.is_contiguous(), Error::argument(op, strided()));
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use crate::{DType, Device, Error, Result, Tape, Tensor};
+
+    #[test]
+    fn only_new_tensors_are_written() -> Result<()> {
+        let mut x = Tensor::empty([2, 3], DType::F32, &Device::Cpu)?;
+        x.as_mut_slice::<f32>()?.copy_from_slice(&[1.0, 2.0, 3.0, 4.0, 5.0, 6.0]);
+        assert_eq!(x.narrow(0, 1, 1)?.as_slice::<f32>()?, [4.0, 5.0, 6.0]);
+        let refused = |result: Result<&mut [f32]>, part: &str| {
+            let error = result.map(|_| ()).expect_err(part);
+            assert!(matches!(&error, Error::Argument { message, .. } if message.contains(part)), "{error}");
+        };
+        let other = x.clone();
+        refused(x.as_mut_slice::<f32>(), "shared");
+        refused(x.transpose(0, 1)?.as_mut_slice::<f32>(), "strides [1, 3]");
+        drop(other);
+        assert!(matches!(x.as_mut_slice::<f64>(), Err(Error::DType { .. })));
+        let leaf = x.requires_grad()?;
+        drop(x);
+        let _tape = Tape::grad();
+        refused(leaf.exp()?.as_mut_slice::<f32>(), "belongs to a tape");
+        Ok(())
+    }
+}

@@ -1,0 +1,16 @@
+//! Gradients: the tape, its rules and what is computed again, beside differences and PyTorch.
+
+#[path = "../common/mod.rs"]
+mod common;
+#[path = "../common/levels.rs"]
+mod levels;
+#[path = "../common/rules.rs"]
+mod rules;
+
+mod derivatives;
+mod gpt_gradients;
+mod gradcheck;
+mod params;
+mod pytorch_inputs;
+mod recompute;
+mod tape;

@@ -1,0 +1,586 @@
+//! GGUF files of llama.cpp and other programs: every type of blocks, models in several files, metadata of all kinds, and
+//! the rotations that files ask for. `tests/files/make_gguf.py` wrote files and expected values.
+
+use std::{
+    collections::BTreeMap,
+    fs,
+    path::{Path, PathBuf},
+};
+
+use serde_json::{Value, json};
+use x_transformers::{
+    DType, Device, Result, Tensor,
+    io::{Metadata, RawTensor, Stored, TensorFile, read_safetensors, write_safetensors},
+    models::ForwardOptions,
+    pretrained::{Family, Pretrained},
+};
+
+fn files(name: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/files").join(name)
+}
+
+/// A folder of this test's own, removed in the end.
+struct Folder(PathBuf);
+
+impl Folder {
+    fn new(name: &str) -> Self {
+        let folder = std::env::temp_dir().join(format!("xt-gguf-{name}-{}", std::process::id()));
+        fs::create_dir_all(&folder).unwrap();
+        Self(folder)
+    }
+
+    fn write(&self, name: &str, bytes: impl AsRef<[u8]>) -> PathBuf {
+        let path = self.0.join(name);
+        fs::write(&path, bytes).unwrap();
+        path
+    }
+}
+
+impl Drop for Folder {
+    fn drop(&mut self) {
+        let _ = fs::remove_dir_all(&self.0);
+    }
+}
+
+const KINDS: [Stored; 12] = [
+    Stored::Q8_0,
+    Stored::Q4_0,
+    Stored::Q4_1,
+    Stored::Q5_0,
+    Stored::Q5_1,
+    Stored::Q2K,
+    Stored::Q3K,
+    Stored::Q4K,
+    Stored::Q5K,
+    Stored::Q6K,
+    Stored::Iq4Nl,
+    Stored::Iq4Xs,
+];
+
+/// Random blocks, with the largest, smallest and no scales among them, have the bits of the package gguf.
+#[test]
+fn blocks_have_the_bits_of_the_package_gguf() -> Result<()> {
+    let file = TensorFile::open(files("blocks.gguf"))?;
+    let expected = read_safetensors(files("blocks.safetensors"))?;
+    assert_eq!(file.names().count(), KINDS.len());
+    for stored in KINDS {
+        let name = stored.to_string();
+        let info = file.info(&name).unwrap();
+        assert_eq!((info.stored, &info.shape[..]), (stored, &[2, 1024][..]));
+        let bits = |values: Vec<f32>| values.into_iter().map(f32::to_bits).collect::<Vec<_>>();
+        let expected = bits(expected[&name].to_vec()?);
+        assert_eq!(bits(file.tensor(&name)?.to_vec()?), expected, "{name}");
+        // The same by hand, a row at a time.
+        let RawTensor { stored, shape, bytes } = file.raw(&name)?;
+        let (values, size) = stored.block();
+        assert_eq!(bytes.len(), shape[0] * shape[1] / values * size);
+        let mut row = vec![0.0; shape[1]];
+        stored.dequantize(&bytes[bytes.len() / 2..], &mut row)?;
+        assert_eq!(bits(row), expected[1024..], "{name}");
+    }
+    Ok(())
+}
+
+/// Tensors whose blocks are read in many parts by many threads have the same values.
+#[test]
+fn large_tensors_are_read_in_parts() -> Result<()> {
+    let file = TensorFile::open(files("blocks.gguf"))?;
+    for (stored, rows) in [(Stored::Q4K, 700), (Stored::Q5_0, 333)] {
+        let RawTensor { bytes, .. } = file.raw(&stored.to_string())?;
+        let values: Vec<f32> = file.tensor(&stored.to_string())?.to_vec()?;
+        let row = [&bytes[..], &bytes].concat();
+        let large = gguf(&[], &[("large", &[4096, rows], number(stored), row.repeat(rows as usize))]);
+        let read = TensorFile::from_bytes(large)?.tensor("large")?.to_vec::<f32>()?;
+        assert!(read.chunks(2048).all(|chunk| chunk == values), "{stored}");
+    }
+    Ok(())
+}
+
+#[test]
+fn blocks_that_are_not_whole_are_refused() {
+    let error = |stored: Stored, bytes: usize, values: usize| {
+        stored.dequantize(&vec![0; bytes], &mut vec![0.0; values]).unwrap_err().to_string()
+    };
+    assert!(error(Stored::F32, 4, 1).contains("F32 is not a quantised type"));
+    assert!(error(Stored::Q6K, 209, 256).contains("whole blocks of 210 bytes of Q6_K, got 209"));
+    assert!(error(Stored::Q6K, 420, 256).contains("an output of 512 values, got 256"));
+    for stored in KINDS {
+        let (values, size) = stored.block();
+        let cut = |row: u64, bytes: usize| {
+            let file = gguf(&[], &[("w", &[row, 2], number(stored), vec![0; bytes])]);
+            TensorFile::from_bytes(file).unwrap_err().to_string()
+        };
+        let half = values as u64 / 2;
+        assert!(cut(half, size).contains(&format!("rows of {half} values, not of whole blocks of {values}")));
+        assert!(cut(values as u64, size).contains("the file has"), "{}", cut(values as u64, size));
+    }
+    // Types of other programs are named.
+    for (number, name) in [(9, "Q8_1"), (15, "Q8_K"), (16, "IQ2_XXS"), (34, "TQ1_0"), (39, "MXFP4"), (77, "type 77")] {
+        let error = TensorFile::from_bytes(gguf(&[], &[("w", &[256], number, vec![0; 512])])).unwrap_err().to_string();
+        assert!(error.contains(&format!("`w` is {name}")) || error.contains("unknown type 77"), "{error}");
+        assert!(error.contains("Q4_K") && error.contains("IQ4_XS"), "{error}");
+    }
+}
+
+/// Tensors that lie outside of the file are refused before memory is taken for them.
+#[test]
+fn sizes_that_are_not_there_are_refused() {
+    for stored in KINDS {
+        let rows = (1 << 40) / stored.block().0 as u64;
+        let file = gguf(&[], &[("w", &[stored.block().0 as u64, rows], number(stored), vec![0; 4096])]);
+        let error = TensorFile::from_bytes(file).unwrap_err().to_string();
+        assert!(error.contains("`w`"), "{stored}: {error}");
+    }
+}
+
+#[test]
+fn versions_and_byte_orders_are_named() {
+    let with = |version: [u8; 4]| {
+        let mut file = gguf(&[], &[]);
+        file[4..8].copy_from_slice(&version);
+        TensorFile::from_bytes(file).map_err(|error| error.to_string())
+    };
+    for version in [2u32, 3] {
+        assert!(with(version.to_le_bytes()).is_ok());
+        let error = with(version.to_be_bytes()).unwrap_err();
+        assert!(error.contains(&format!("version {version} in big-endian byte order")), "{error}");
+        assert!(error.contains("gguf-convert-endian"), "{error}");
+    }
+    assert!(with(1u32.to_le_bytes()).unwrap_err().contains("version 1, which no program writes any more"));
+    assert!(with(9u32.to_le_bytes()).unwrap_err().contains("version 9, known are 2 and 3"));
+}
+
+/// Integers of every width, up to the largest.
+#[test]
+fn integers_of_every_width() -> Result<()> {
+    let integers: [(&str, u32, Vec<u8>, Metadata); 9] = [
+        ("u8", 0, vec![200], Metadata::Int(200)),
+        ("i8", 1, vec![0xFB], Metadata::Int(-5)),
+        ("u16", 2, 60000u16.to_le_bytes().to_vec(), Metadata::Int(60000)),
+        ("i16", 3, (-7i16).to_le_bytes().to_vec(), Metadata::Int(-7)),
+        ("u32", 4, u32::MAX.to_le_bytes().to_vec(), Metadata::Int(u32::MAX.into())),
+        ("i32", 5, i32::MIN.to_le_bytes().to_vec(), Metadata::Int(i32::MIN.into())),
+        ("u64", 10, 7u64.to_le_bytes().to_vec(), Metadata::Int(7)),
+        ("large", 10, u64::MAX.to_le_bytes().to_vec(), Metadata::Unsigned(u64::MAX)),
+        ("i64", 11, i64::MIN.to_le_bytes().to_vec(), Metadata::Int(i64::MIN)),
+    ];
+    let pairs: Vec<_> = integers.iter().map(|(key, kind, bytes, _)| pair(key, *kind, bytes)).collect();
+    let file = TensorFile::from_bytes(gguf(&pairs, &[]))?;
+    for (key, _, _, expected) in &integers {
+        assert_eq!(&file.metadata()[*key], expected);
+    }
+    assert_eq!(file.metadata()["large"].as_f64(), Some(u64::MAX as f64));
+    assert_eq!(file.metadata()["large"].as_usize(), usize::try_from(u64::MAX).ok());
+    Ok(())
+}
+
+/// The last logits of a model, which differ from the expected ones by rounding only.
+fn check(name: &str, path: &Path, expected: &BTreeMap<String, Tensor>) -> Result<Pretrained> {
+    let pretrained = Pretrained::open(path)?;
+    let model = pretrained.model(DType::F32, &Device::Cpu)?;
+    let logits = model.forward(&expected["tokens"], &ForwardOptions::default())?.out;
+    let expected = &expected[name];
+    let logits = logits.narrow(1, logits.dim(1)? - expected.dim(1)?, expected.dim(1)?)?;
+    assert_eq!(logits.shape(), expected.shape(), "{name}");
+    let pairs = logits.to_f64_vec()?.into_iter().zip(expected.to_f64_vec()?);
+    let off = pairs.map(|(a, b)| (a - b).abs()).fold(0.0, |worst, off| if off <= worst { worst } else { off });
+    assert!(off < 1e-4, "{name} is off by {off:.1e}");
+    Ok(pretrained)
+}
+
+fn expected() -> BTreeMap<String, Tensor> {
+    read_safetensors(files("rotations.safetensors")).unwrap()
+}
+
+/// A file with tensors of nine types, as `Q4_K_M` and its like mix them.
+#[test]
+fn mixtures_of_types() -> Result<()> {
+    let pretrained = check("mixture", &files("mixture.gguf"), &expected())?;
+    let stored = |name: &str| pretrained.file().info(name).unwrap().stored;
+    assert_eq!(stored("token_embd.weight"), Stored::Q4K);
+    assert_eq!(stored("blk.0.ffn_gate.weight"), Stored::Q2K);
+    assert_eq!(stored("output.weight"), Stored::Q6K);
+    Ok(())
+}
+
+/// Biases of attention and feedforward, factors of the rotation, sizes that are given for each layer.
+#[test]
+fn llama_with_biases_and_lists() -> Result<()> {
+    let pretrained = check("biases", &files("biases.gguf"), &expected())?;
+    let layers = &pretrained.config().attn_layers;
+    assert_eq!((layers.attn.qkv_bias, layers.attn.out_bias, layers.ff.no_bias), (true, true, false));
+    assert_eq!(layers.rotary_freq_factors.as_deref(), Some(&[1.0, 3.25, 8.0, 8.0][..]));
+    assert_eq!(pretrained.file().metadata()["general.hash"], Metadata::Unsigned(u64::MAX));
+    assert!(pretrained.config().tie_embedding);
+    Ok(())
+}
+
+/// The same weights under the names of transformers, whose config says which biases there are.
+#[test]
+fn llama_of_a_folder_with_biases() -> Result<()> {
+    let names = [
+        ("token_embd", "model.embed_tokens"),
+        ("output_norm", "model.norm"),
+        ("attn_norm", "input_layernorm"),
+        ("ffn_norm", "post_attention_layernorm"),
+        ("attn_q", "self_attn.q_proj"),
+        ("attn_k", "self_attn.k_proj"),
+        ("attn_v", "self_attn.v_proj"),
+        ("attn_output", "self_attn.o_proj"),
+        ("ffn_gate", "mlp.gate_proj"),
+        ("ffn_up", "mlp.up_proj"),
+        ("ffn_down", "mlp.down_proj"),
+    ];
+    let file = TensorFile::open(files("biases.gguf"))?;
+    let mut weights = BTreeMap::new();
+    for name in file.names().filter(|&name| name != "rope_freqs.weight") {
+        let (module, part) = name.rsplit_once('.').unwrap();
+        let short = module.rsplit('.').next().unwrap();
+        let theirs = names.iter().find(|(ours, _)| *ours == short).unwrap().1;
+        let theirs = match module.strip_prefix("blk.") {
+            Some(layer) => format!("model.layers.{}.{theirs}.{part}", layer.split('.').next().unwrap()),
+            None => format!("{theirs}.{part}"),
+        };
+        let tensor = file.tensor(name)?;
+        let heads = [("attn_q", 4), ("attn_k", 2)].into_iter().find(|(ours, _)| *ours == short);
+        let tensor = match heads {
+            // Features that rotate together are halves there.
+            Some((_, heads)) => {
+                let (shape, rows) = (tensor.shape().to_vec(), tensor.dim(0)?);
+                let pairs = tensor.reshape([heads, rows / heads / 2, 2, tensor.numel() / rows])?;
+                pairs.transpose(1, 2)?.reshape(&shape[..])?
+            }
+            None => tensor,
+        };
+        weights.insert(theirs, tensor);
+    }
+    let folder = Folder::new("mlp");
+    write_safetensors(folder.0.join("model.safetensors"), &weights, &BTreeMap::new())?;
+    let config = json!({"model_type": "llama", "vocab_size": 40, "hidden_size": 32, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 32, "max_position_embeddings": 64,
+        "rms_norm_eps": 1e-3, "rope_theta": 500.0, "attention_bias": true, "mlp_bias": true,
+        "tie_word_embeddings": true});
+    folder.write("config.json", config.to_string());
+    check("biases.folder", &folder.0, &expected())?;
+    Ok(())
+}
+
+#[test]
+fn qwen2_has_biases_and_halves() -> Result<()> {
+    let pretrained = check("qwen2", &files("qwen2.gguf"), &expected())?;
+    assert_eq!(pretrained.family(), Family::Qwen2);
+    assert!(!pretrained.config().tie_embedding);
+    Ok(())
+}
+
+/// The metadata of a file changed: `pairs` take the room of a filler.
+fn with_metadata(name: &str, pairs: &[Vec<u8>]) -> Vec<u8> {
+    let bytes = fs::read(files(name)).unwrap();
+    let filler = pair("zz.filler", 8, &text(&".".repeat(600)));
+    let at = bytes.windows(filler.len()).position(|window| window == filler).unwrap();
+    let added = pairs.concat();
+    let rest = pair("zz.filler", 8, &text(&".".repeat(600 - added.len())));
+    let mut changed = [&bytes[..at], &added, &rest, &bytes[at + filler.len()..]].concat();
+    let count = u64::from_le_bytes(bytes[16..24].try_into().unwrap()) + pairs.len() as u64;
+    changed[16..24].copy_from_slice(&count.to_le_bytes());
+    assert_eq!(changed.len(), bytes.len());
+    changed
+}
+
+fn float(key: &str, value: f32) -> Vec<u8> {
+    pair(key, 6, &value.to_le_bytes())
+}
+
+fn size(key: &str, value: u32) -> Vec<u8> {
+    pair(key, 4, &value.to_le_bytes())
+}
+
+/// Old and new keys of a stretched rotation, and those that leave it as it is.
+#[test]
+fn rotations_of_gguf_files() -> Result<()> {
+    let kind = |kind: &str| pair("llama.rope.scaling.type", 8, &text(kind));
+    let (factor, old) = (float("llama.rope.scaling.factor", 4.0), float("llama.rope.scale_linear", 4.0));
+    let original = size("llama.rope.scaling.original_context_length", 16);
+    let qwen2 = |key: &str, value: f32| float(&format!("qwen2.rope.scaling.{key}"), value);
+    let stretched = vec![
+        pair("qwen2.rope.scaling.type", 8, &text("yarn")),
+        qwen2("factor", 4.0),
+        size("qwen2.rope.scaling.original_context_length", 16),
+    ];
+    let keys = [("attn_factor", 1.25), ("yarn_beta_fast", 8.0), ("yarn_beta_slow", 0.5), ("yarn_log_multiplier", 0.5)];
+    let keys = keys.map(|(key, value)| qwen2(key, value));
+    let folder = Folder::new("rotations");
+    let cases = [
+        ("biases.linear", vec![kind("linear"), factor.clone()]),
+        ("biases.linear", vec![factor.clone()]),
+        ("biases.linear", vec![old.clone()]),
+        // The new key goes first.
+        ("biases.linear", vec![factor.clone(), float("llama.rope.scale_linear", 9.0)]),
+        ("biases", vec![kind("none"), factor.clone()]),
+        ("biases", vec![kind("linear")]),
+        ("biases", vec![float("llama.rope.scaling.factor", 0.0)]),
+        ("biases", vec![old.clone(), kind("none")]),
+        ("biases.yarn", vec![kind("yarn"), factor.clone(), original.clone()]),
+        ("biases.yarn", vec![kind("yarn"), old.clone(), original, float("llama.rope.scaling.yarn_ext_factor", -1.0)]),
+        ("qwen2.yarn", stretched.clone()),
+        ("qwen2.yarn_keys", stretched.into_iter().chain(keys).collect()),
+    ];
+    for (name, pairs) in cases {
+        let file = format!("{}.gguf", name.split('.').next().unwrap());
+        check(name, &folder.write("m.gguf", with_metadata(&file, &pairs)), &expected())?;
+    }
+    Ok(())
+}
+
+#[test]
+fn metadata_that_asks_for_more_is_refused() {
+    let folder = Folder::new("refused");
+    let error = |pairs: &[Vec<u8>]| {
+        let path = folder.write("m.gguf", with_metadata("qwen2.gguf", pairs));
+        Pretrained::open(path).unwrap_err().to_string()
+    };
+    let kind = |kind: &str| pair("qwen2.rope.scaling.type", 8, &text(kind));
+    for (pairs, expected) in [
+        (vec![kind("longrope")], "`qwen2.rope.scaling.type` is `longrope`, expected none, linear or yarn"),
+        (vec![float("qwen2.rope.scaling.type", 1.0)], "`qwen2.rope.scaling.type` is `not text`"),
+        (vec![pair("qwen2.rope.scaling.factor", 8, &text("4"))], "`qwen2.rope.scaling.factor` is Text(\"4\")"),
+        (vec![kind("yarn"), float("qwen2.rope.scaling.yarn_ext_factor", 0.5)], "only 1 is known"),
+        (vec![size("qwen2.expert_count", 8)], "mixtures of experts"),
+        (vec![pair("qwen2.attention.causal", 7, &[0])], "`qwen2.attention.causal` is false"),
+        (vec![size("qwen2.attention.value_length", 8)], "`qwen2.attention.value_length` is 8, not the 16"),
+        (vec![size("qwen2.rope.dimension_count", 8)], "`qwen2.rope.dimension_count` is 8, not the 16"),
+    ] {
+        let error = error(&pairs);
+        assert!(error.contains(expected), "{error}");
+    }
+    // Layers that differ, a list of another length, and another architecture.
+    let bytes = fs::read(files("biases.gguf")).unwrap();
+    let changed = |from: &[u8], to: &[u8]| {
+        let at = bytes.windows(from.len()).position(|window| window == from).unwrap();
+        let path = folder.write("m.gguf", [&bytes[..at], to, &bytes[at + from.len()..]].concat());
+        Pretrained::open(path).unwrap_err().to_string()
+    };
+    let list = |values: &[u32]| {
+        let values: Vec<u8> = values.iter().flat_map(|value| value.to_le_bytes()).collect();
+        [&b"llama.attention.head_count_kv\x09\0\0\0\x05\0\0\0\x02\0\0\0\0\0\0\0"[..], &values].concat()
+    };
+    let error = changed(&list(&[2, 2]), &list(&[2, 4]));
+    assert!(error.contains("layers that differ are not supported"), "{error}");
+    let error = changed(&list(&[2, 2]), &list(&[0, 0]));
+    assert!(error.contains("layers that differ are not supported"), "{error}");
+    let depth = |depth: u32| size("llama.block_count", depth);
+    let error = changed(&depth(2), &depth(1));
+    assert!(error.contains("has 2 values, expected one for each of 1 layers"), "{error}");
+    let architecture = |name: &str| pair("general.architecture", 8, &text(name));
+    let error = changed(&architecture("llama"), &architecture("gemma"));
+    assert!(error.contains("is gemma, expected llama (also that of Mistral) or qwen2"), "{error}");
+    // Factors that are none.
+    let factors = |values: [f32; 4]| values.map(f32::to_le_bytes).concat();
+    let error = changed(&factors([1.0, 3.25, 8.0, 8.0]), &factors([1.0, 0.0, 8.0, 8.0]));
+    assert!(error.contains("`rope_freqs.weight` holds [1.0, 0.0, 8.0, 8.0], expected numbers above 0"), "{error}");
+}
+
+/// A model in three files, opened by the folder or by any of them.
+#[test]
+fn models_in_several_files() -> Result<()> {
+    let folder = Folder::new("split");
+    let part = |n: usize| format!("qwen2-0000{n}-of-00003.gguf");
+    for n in 1..=3 {
+        fs::copy(files(&part(n)), folder.0.join(part(n))).unwrap();
+    }
+    let expected = expected();
+    assert!(Pretrained::is_one(&folder.0));
+    for path in [folder.0.clone(), folder.0.join(part(1)), folder.0.join(part(3))] {
+        let pretrained = check("qwen2", &path, &expected)?;
+        let file = pretrained.file();
+        assert_eq!(file.path(), folder.0.join(part(1)));
+        assert_eq!(file.names().count(), TensorFile::open(files("qwen2.gguf"))?.names().count());
+        assert_eq!(file.metadata()["only.in.the.first"].as_str(), Some("part"));
+        let sizes = (1..=3).map(|n| fs::metadata(folder.0.join(part(n))).unwrap().len());
+        assert_eq!(file.bytes() as u64, sizes.sum::<u64>());
+    }
+    let error = |path: &Path| {
+        assert!(Pretrained::is_one(path));
+        Pretrained::open(path).unwrap_err().to_string()
+    };
+    // A count of tensors that all parts together do not have.
+    let first = fs::read(folder.0.join(part(1))).unwrap();
+    let key = b"split.tensors.count";
+    let at = first.windows(key.len()).position(|window| window == key).unwrap() + key.len() + 4;
+    let mut changed = first.clone();
+    changed[at] += 1;
+    folder.write(&part(1), changed);
+    let count = error(&folder.0);
+    assert!(count.contains("says that the model has") && count.contains("all 3 parts together have"), "{count}");
+    folder.write(&part(1), first);
+    // A part twice, in the place of another one.
+    let second = fs::read(folder.0.join(part(2))).unwrap();
+    folder.write(&part(2), fs::read(folder.0.join(part(3))).unwrap());
+    let twice = error(&folder.0);
+    assert!(twice.contains("does not say that it is part 2 of 3"), "{twice}");
+    // A part that is missing.
+    fs::remove_file(folder.0.join(part(2))).unwrap();
+    for path in [folder.0.clone(), folder.0.join(part(3))] {
+        let missing = error(&path);
+        assert!(missing.contains(&part(2)) && missing.contains("is missing: it is part 2 of 3"), "{missing}");
+    }
+    // A part of another name, and two models in one folder.
+    let alone = folder.write("alone.gguf", &second);
+    let renamed = error(&alone);
+    assert!(renamed.contains("its name has to end in `-00002-of-00003.gguf`"), "{renamed}");
+    let several = error(&folder.0);
+    assert!(several.contains("has 3 .gguf files, give one of them"), "{several}");
+    // Numbers that are none.
+    for (key, pairs) in [
+        ("split.count", vec![pair("split.count", 8, &text("3"))]),
+        ("part 4 of 3", vec![size("split.count", 3), size("split.no", 3)]),
+        ("split.count", vec![size("split.count", 100_000)]),
+    ] {
+        let path = folder.write("m.gguf", with_metadata("qwen2.gguf", &pairs));
+        let error = error(&path);
+        assert!(error.contains(key), "{error}");
+    }
+    Ok(())
+}
+
+/// Folders whose config asks for other rotations compute what transformers does.
+#[test]
+fn rotations_of_folders() -> Result<()> {
+    let expected = expected();
+    let read = |path: PathBuf| serde_json::from_slice::<Value>(&fs::read(path).unwrap()).unwrap();
+    let cases = read(files("rotations.json"));
+    let weights = TensorFile::open(files("llama3"))?.tensors()?;
+    let folder = Folder::new("folders");
+    write_safetensors(folder.0.join("model.safetensors"), &weights, &BTreeMap::new())?;
+    let config = |keys: &Value| {
+        let mut config = read(files("llama3/config.json"));
+        config.as_object_mut().unwrap().remove("rope_parameters");
+        config.as_object_mut().unwrap().extend(keys.as_object().unwrap().clone());
+        folder.write("config.json", config.to_string());
+    };
+    for (name, keys) in cases.as_object().unwrap() {
+        config(keys);
+        check(&format!("llama3.{name}"), &folder.0, &expected)?;
+    }
+    let yarn = |key: &str, value: Value| {
+        let mut rope = json!({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16});
+        rope[key] = value;
+        json!({"rope_scaling": rope})
+    };
+    let refused = [
+        (json!({"rope_scaling": {"rope_type": "longrope", "factor": 4.0}}), "is of type `longrope`"),
+        (json!({"rope_scaling": {"type": "su"}}), "is of type `su`, expected default, linear, dynamic, yarn"),
+        (json!({"rope_scaling": {"type": 3}}), "is of type `not text`"),
+        (json!({"rope_scaling": "linear"}), "expected an object"),
+        (json!({"rope_scaling": {"type": "linear"}}), "has no number `factor`"),
+        (json!({"rope_parameters": {"full_attention": {"rope_type": "default"}}}), "differs by layer"),
+        (json!({"partial_rotary_factor": 0.5}), "`partial_rotary_factor` is 0.5, only whole heads"),
+        (yarn("truncate", "no".into()), "has `truncate` = \"no\", expected true or false"),
+        (yarn("beta_fast", "fast".into()), "has `beta_fast` = \"fast\", expected a number"),
+        (yarn("original_max_position_embeddings", 0.5.into()), "`original_max_position_embeddings` = 0.5"),
+        (yarn("factor", 0.25.into()), "rotary_yarn_scaling"),
+        (yarn("attention_factor", (-1).into()), "rotary_yarn_scaling"),
+    ];
+    for (keys, expected) in refused {
+        config(&keys);
+        let error = Pretrained::open(&folder.0).and_then(|file| file.model(DType::F32, &Device::Cpu)).unwrap_err();
+        assert!(error.to_string().contains(expected), "{error}");
+    }
+    Ok(())
+}
+
+/// All layers of a Qwen2 have a window or none has.
+#[test]
+fn windows_of_qwen2() -> Result<()> {
+    let expected = expected();
+    let weights = TensorFile::open(files("qwen2"))?.tensors()?;
+    let folder = Folder::new("windows");
+    write_safetensors(folder.0.join("model.safetensors"), &weights, &BTreeMap::new())?;
+    let config = |keys: Value| {
+        let bytes = fs::read(files("qwen2/config.json")).unwrap();
+        let mut config = serde_json::from_slice::<Value>(&bytes).unwrap();
+        let map = config.as_object_mut().unwrap();
+        map.retain(|key, _| !key.contains("window") && key != "layer_types");
+        map.extend(keys.as_object().unwrap().clone());
+        folder.write("config.json", config.to_string());
+    };
+    for (name, keys) in [
+        ("all", json!({"use_sliding_window": true, "max_window_layers": 0})),
+        ("none", json!({"use_sliding_window": true, "max_window_layers": 2})),
+        ("types", json!({"use_sliding_window": true, "layer_types": ["sliding_attention", "sliding_attention"]})),
+        ("off", json!({"use_sliding_window": false, "max_window_layers": 0})),
+    ] {
+        let mut keys = keys;
+        keys["sliding_window"] = 5.into();
+        config(keys);
+        check(&format!("qwen2.window.{name}"), &folder.0, &expected)?;
+    }
+    // A window as wide as the longest text.
+    config(json!({"use_sliding_window": true, "sliding_window": 32, "max_window_layers": 1}));
+    check("qwen2.window.off", &folder.0, &expected)?;
+    for (keys, expected) in [
+        (json!({"max_window_layers": 1}), "`max_window_layers` is 1: only the layers from there to 2"),
+        (json!({"max_window_layers": -1}), "`max_window_layers` is -1, expected the number of a layer"),
+        (
+            json!({"layer_types": ["sliding_attention", "full_attention"]}),
+            "`layer_types` differ, expected all layers to be of one type",
+        ),
+        (json!({"layer_types": ["sliding_attention"]}), "`layer_types` differ"),
+    ] {
+        let mut keys = keys;
+        keys["use_sliding_window"] = true.into();
+        keys["sliding_window"] = 5.into();
+        config(keys);
+        let error = Pretrained::open(&folder.0).unwrap_err().to_string();
+        assert!(error.contains(expected), "{error}");
+    }
+    Ok(())
+}
+
+/// The number of a type in a file.
+fn number(stored: Stored) -> u32 {
+    match stored {
+        Stored::Q4_0 => 2,
+        Stored::Q4_1 => 3,
+        Stored::Q5_0 => 6,
+        Stored::Q5_1 => 7,
+        Stored::Q8_0 => 8,
+        Stored::Q2K => 10,
+        Stored::Q3K => 11,
+        Stored::Q4K => 12,
+        Stored::Q5K => 13,
+        Stored::Q6K => 14,
+        Stored::Iq4Nl => 20,
+        Stored::Iq4Xs => 23,
+        other => panic!("{other}"),
+    }
+}
+
+fn text(text: &str) -> Vec<u8> {
+    [&(text.len() as u64).to_le_bytes(), text.as_bytes()].concat()
+}
+
+/// A pair of metadata: its key, the number of its type, its value.
+fn pair(key: &str, kind: u32, value: &[u8]) -> Vec<u8> {
+    [&text(key)[..], &kind.to_le_bytes(), value].concat()
+}
+
+/// A file with these pairs of metadata, and tensors by name, dimensions from the innermost on, type and bytes.
+fn gguf(pairs: &[Vec<u8>], tensors: &[(&str, &[u64], u32, Vec<u8>)]) -> Vec<u8> {
+    let mut bytes = [b"GGUF".to_vec(), 3u32.to_le_bytes().to_vec()].concat();
+    bytes.extend((tensors.len() as u64).to_le_bytes());
+    bytes.extend((pairs.len() as u64).to_le_bytes());
+    bytes.extend(pairs.concat());
+    let mut values = Vec::new();
+    for (name, dims, kind, tensor) in tensors {
+        bytes.extend(text(name));
+        bytes.extend((dims.len() as u32).to_le_bytes());
+        bytes.extend(dims.iter().flat_map(|dim| dim.to_le_bytes()));
+        bytes.extend(kind.to_le_bytes());
+        bytes.extend((values.len() as u64).to_le_bytes());
+        values.extend(tensor);
+        values.resize(values.len().next_multiple_of(32), 0);
+    }
+    bytes.resize(bytes.len().next_multiple_of(32), 0);
+    [bytes, values].concat()
+}

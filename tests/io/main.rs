@@ -1,0 +1,9 @@
+//! Files of weights and of pretrained models.
+
+#[path = "../common/pretrained.rs"]
+mod reference;
+
+mod gguf;
+mod pretrained;
+mod pretrained_names;
+mod safetensors;

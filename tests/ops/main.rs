@@ -1,0 +1,14 @@
+//! The ops one by one, beside what they are made of: values, errors, layouts, threads.
+
+#[path = "../common/mod.rs"]
+mod common;
+#[path = "../common/levels.rs"]
+mod levels;
+
+mod adamw;
+mod dropout;
+mod fused_ops;
+mod matmul;
+mod op_errors;
+mod properties;
+mod tensor;

@@ -1,0 +1,7 @@
+//! Training and its checkpoints.
+
+#[path = "../common/mod.rs"]
+mod common;
+
+mod checkpoint;
+mod training;
