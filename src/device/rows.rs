@@ -336,6 +336,18 @@ unsafe fn slice<'a, T>(start: *mut u8, first: usize, len: usize) -> &'a mut [T] 
     unsafe { std::slice::from_raw_parts_mut(start.cast::<T>().add(first), len) }
 }
 
+/// Rounds every value to the other type, once, in parallel. Both have one length.
+pub(crate) fn convert_floats(from: Floats, to: FloatsMut) {
+    let out = Out::new(to, 1);
+    let per_task = rows_per_task(out.len, 1);
+    run(out.len.div_ceil(per_task), &|task| {
+        let range = task * per_task..out.len.min((task + 1) * per_task);
+        // SAFETY: within the output, and every task is run once.
+        let to = unsafe { out.part(range.clone()) };
+        each!(FloatsMut, to, to, each!(Floats, from.range(range), from, convert(from, to)));
+    });
+}
+
 /// Sums over the rows of each block of `block` rows, a row of `width` elements for each; none if they are not wanted.
 /// What is added up over rows has the same bits for any number of threads, if blocks depend on the sizes alone.
 pub(crate) struct Sums<'a, R> {

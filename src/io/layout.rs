@@ -7,7 +7,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use super::TensorFile;
-use crate::ordered::{ordered, try_ordered};
+use crate::params::{ordered, try_ordered};
 use crate::{Error, ParamMap, Result, Tensor};
 
 /// How a family names its tensors.

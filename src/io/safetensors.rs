@@ -24,7 +24,7 @@ use super::{
     tensor_file::{Entry, Inert, Listing},
     write_atomically,
 };
-use crate::ordered::{ordered, try_ordered};
+use crate::params::{ordered, try_ordered};
 use crate::{DType, Device, Error, Result, Shape, Tensor, error::ensure};
 
 const _: () = assert!(cfg!(target_endian = "little"), "values are read and written without swapping their bytes");

@@ -18,7 +18,7 @@ use super::{
     stored::{self, Stored},
     zip,
 };
-use crate::ordered::{ordered, try_ordered};
+use crate::params::{ordered, try_ordered};
 use crate::{Error, Result, Shape, Tensor};
 
 /// A file with tensors by name, or several that belong together, read tensor by tensor.

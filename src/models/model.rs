@@ -11,7 +11,7 @@ use crate::{
     config::{Call, Config, GenerateCall, LayersPlan, SamplingConfig},
     error::{ErrorContext, ensure},
     nn::{AttentionLayers, ForwardOptions},
-    ordered::{ordered, try_ordered},
+    params::{ordered, try_ordered},
 };
 
 /// A model of any class.

@@ -9,8 +9,8 @@ use std::ops::Range;
 use crate::{
     DType, Device, Error, Philox, Result, Tensor,
     autograd::{computed, discrete},
-    device::{Arg, Gpu, Grid, args, cpu, simd::vectorized, size32},
-    dtype::{Float, Real, dispatch_float},
+    device::{Arg, Gpu, Grid, args, cpu, rows::Floats, simd::vectorized, size32},
+    dtype::{Real, dispatch_real},
     error::ensure,
     shape::Shape,
 };
@@ -89,7 +89,7 @@ impl Tensor {
         match x.device() {
             Device::Cpu => {
                 let step = step.values::<i64>()?[0] as u64;
-                dispatch_float!(OP, x.dtype(), T, choice.rows::<T>(&x, step, tokens.values_mut::<i64>()?))?;
+                dispatch_real!(x.dtype(), R, choice.rows::<R>(x.floats(OP)?, step, tokens.values_mut::<i64>()?)?);
                 ensure!(!tokens.values::<i64>()?.contains(&BROKEN), Error::broken_logits());
             }
             Device::Gpu(gpu) => choice.launch(*gpu, &x, &step, &mut tokens)?,
@@ -188,8 +188,8 @@ impl Choice {
     }
 
     /// The tokens of all rows on the CPU.
-    fn rows<T: Logit>(&self, x: &Tensor, step: u64, tokens: &mut [i64]) -> Result<()> {
-        let (x, columns) = (x.values::<T>()?, self.columns);
+    fn rows<T: Logit>(&self, x: Floats, step: u64, tokens: &mut [i64]) -> Result<()> {
+        let columns = self.columns;
         let least = match self.filter {
             SampleFilter::TopA { power, ratio } => self.least_share::<T>(x, power, ratio)?,
             _ => 0.0,
@@ -200,12 +200,14 @@ impl Choice {
         let mut scratch = Tensor::uninit(Shape::new(&[tokens.len(), width])?, DType::F64, &Device::Cpu)?;
         let scratch = scratch.values_mut::<f64>()?;
         cpu::for_rows2(tokens, scratch, (1, width), 100 * columns, &|first, tokens, scratch| {
+            let mut memory = Vec::new();
             for (index, (token, scratch)) in tokens.iter_mut().zip(scratch.chunks_exact_mut(width)).enumerate() {
                 let at = first + index;
                 let (keys, weights) = scratch.split_at_mut(width - half);
                 let keys = &mut bytemuck::cast_slice_mut(keys)[..columns];
                 let weights = &mut bytemuck::cast_slice_mut(weights)[..columns];
-                let row = Row::<T::Key>::new(&x[at * columns..][..columns], keys);
+                let x = x.range(at * columns..(at + 1) * columns).to_slice::<T>(&mut memory);
+                let row = Row::<T::Key>::new(x, keys);
                 let draw = Philox::new(self.seed, at as u64).uniform(step);
                 *token = row.map_or(BROKEN, |row| self.token(row, weights, least, draw) as i64);
             }
@@ -268,13 +270,14 @@ impl Choice {
     }
 
     /// What a probability must reach in [`SampleFilter::TopA`].
-    fn least_share<T: Logit>(&self, x: &[T], power: f64, ratio: f64) -> Result<f64> {
+    fn least_share<T: Logit>(&self, x: Floats, power: f64, ratio: f64) -> Result<f64> {
         let Self { columns, unit, .. } = *self;
         let mut sums = vec![f64::INFINITY; x.len() / columns];
         cpu::for_rows(&mut sums, 1, 50 * columns, |first, sums| {
-            let (mut keys, mut weights) = (vec![T::Key::LOWEST; columns], vec![0.0; columns]);
+            let (mut keys, mut weights, mut memory) = (vec![T::Key::LOWEST; columns], vec![0.0; columns], Vec::new());
             for (index, total) in sums.iter_mut().enumerate() {
-                if let Some(row) = Row::new(&x[(first + index) * columns..][..columns], &mut keys) {
+                let x = x.range((first + index) * columns..(first + index + 1) * columns);
+                if let Some(row) = Row::new(x.to_slice::<T>(&mut memory), &mut keys) {
                     weigh(row.keys, row.best, 1.0, unit, &mut weights);
                     *total = sum(&weights);
                 }
@@ -286,7 +289,7 @@ impl Choice {
 }
 
 /// A float type as logits are: its numbers as integers of the same order.
-trait Logit: Float {
+trait Logit: Real {
     type Key: Key;
     fn key(self) -> Self::Key;
 }
@@ -338,14 +341,14 @@ macro_rules! logit {
             type Key = $key;
             #[inline(always)]
             fn key(self) -> $key {
-                let bits = self.to_acc().to_bits() as $key;
+                let bits = self.to_bits() as $key;
                 turn_negative!(bits, $key, $unsigned)
             }
         }
     )+};
 }
 
-logit! { f32: i32, u32; half::bf16: i32, u32; half::f16: i32, u32; f64: i64, u64; }
+logit! { f32: i32, u32; f64: i64, u64; }
 
 /// One row as keys.
 #[derive(Clone, Copy)]

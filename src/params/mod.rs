@@ -7,18 +7,19 @@ use std::{
 };
 
 mod init;
+mod ordered;
 
 use crate::{
     DType, Device, Error, Result,
     error::ensure,
     hash::fnv1a,
-    ordered::ordered,
     philox::Philox,
     shape::IntoShape,
     tensor::{GradSlot, LeafId, Tensor},
 };
 
 pub use init::Init;
+pub(crate) use ordered::{ordered, try_ordered};
 
 /// A trainable tensor. Clones share it: a tied weight is one parameter under two names.
 ///

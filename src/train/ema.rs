@@ -6,7 +6,7 @@ use crate::{
     Device, Error, Param, ParamMap, Result, Tensor,
     error::ensure,
     ops::adamw::{average, own},
-    ordered::try_ordered,
+    params::try_ordered,
     profile::{self, Phase},
 };
 

@@ -8,8 +8,8 @@ use crate::{
     DType, Device, Error, Gradients, ParamMap, Result, Tensor,
     error::ensure,
     ops::adamw::{Settings, Update, adamw, compile, own, square_norms},
-    ordered::ordered,
     params::Param,
+    params::ordered,
     profile::{self, Phase},
 };
 

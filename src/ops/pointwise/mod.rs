@@ -45,7 +45,7 @@ trait Loops {
 /// The table: method, type, what the gradient is written in, what integers give, value, gradient. A row that may stand in
 /// [`Tensor::add_activation`] and [`Tensor::glu`] says so, with its name in descriptions.
 macro_rules! unary {
-    ($($(#[$doc:meta])* $method:ident $Type:ident $keep:ident $integers:ident $([$title:literal])?
+    ($($(#[$doc:meta])* $vis:vis $method:ident $Type:ident $keep:ident $integers:ident $([$title:literal])?
         |$x:ident| $value:expr, |$g:ident, $k:ident| $gradient:expr;)*) => {
         $(
             struct $Type;
@@ -102,7 +102,7 @@ macro_rules! unary {
         #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
         pub enum Activation {
             $($(
-                #[doc = concat!($title, ": [`Tensor::", stringify!($method), "`].")]
+                #[doc = concat!("`", stringify!($method), "`: ", $title, ".")]
                 $Type,
             )?)*
         }
@@ -147,7 +147,7 @@ macro_rules! unary {
                 $(#[$doc])*
                 ///
                 /// Errors: a dtype that is not float, unless said otherwise.
-                pub fn $method(&self) -> Result<Tensor> {
+                $vis fn $method(&self) -> Result<Tensor> {
                     unary(Function::$Type, self)
                 }
             )*
@@ -166,41 +166,41 @@ fn c<R: Real>(x: f64) -> R {
 
 unary! {
     /// `−x`, of i64 too. Saves nothing but the input's handle.
-    neg Neg Input negated |x| -x, |g, _x| -g;
+    pub neg Neg Input negated |x| -x, |g, _x| -g;
     /// `e^x`; i64 and bool become f32 first. Saves the output, which is the derivative as it was rounded: 0 or infinite
     /// where `e^x` left the range of the dtype, as in PyTorch.
-    exp Exp Output promoted |x| x.fused_exp::<FUSED>(), |g, y| g * y;
+    pub exp Exp Output promoted |x| x.fused_exp::<FUSED>(), |g, y| g * y;
     /// The natural logarithm; i64 and bool become f32 first. Saves the input.
-    ln Ln Input promoted |x| x.ln(), |g, x| g / x;
+    pub ln Ln Input promoted |x| x.ln(), |g, x| g / x;
     /// `√x`; i64 and bool become f32 first. Saves the output.
-    sqrt Sqrt Output promoted |x| x.sqrt(), |g, y| g * (c::<R>(0.5) / y);
+    pub sqrt Sqrt Output promoted |x| x.sqrt(), |g, y| g * (c::<R>(0.5) / y);
     /// `x²`, of i64 too. Saves the input.
-    square Square Input squared |x| x * x, |g, x| twice(g * x);
+    pub square Square Input squared |x| x * x, |g, x| twice(g * x);
     /// `1 / (1 + e^−x)`; i64 and bool become f32 first. Saves the input: `y (1 − y)` of an output that was rounded has no
     /// digits left near 1. On a GPU exponentials of half types, here and in other activations, have errors of up to 2⁻¹⁷.
-    sigmoid Sigmoid Input promoted ["sigmoid"] |x| x.sigmoid::<FUSED>(), |g, x| g * sigmoid_slope::<R, FUSED>(x);
+    pub sigmoid Sigmoid Input promoted ["sigmoid"] |x| x.sigmoid::<FUSED>(), |g, x| g * sigmoid_slope::<R, FUSED>(x);
     /// The hyperbolic tangent; i64 and bool become f32 first. Saves the input, for the same reason as
     /// [`Tensor::sigmoid`].
-    tanh Tanh Input promoted |x| x.fused_tanh::<FUSED>(), |g, x| g * (c::<R>(4.0) * sigmoid_slope::<R, FUSED>(x + x));
+    pub tanh Tanh Input promoted |x| x.fused_tanh::<FUSED>(), |g, x| g * (c::<R>(4.0) * sigmoid_slope::<R, FUSED>(x + x));
     /// `max(x, 0)`, of i64 too; the derivative at 0 is 0, and at NaN 1, as in PyTorch. Saves the output.
-    relu Relu Output rectified ["ReLU"] |x| relu(x), |g, y| if y <= R::ZERO { R::ZERO } else { g };
+    pub relu Relu Output rectified ["ReLU"] |x| relu(x), |g, y| if y <= R::ZERO { R::ZERO } else { g };
     /// `max(x, 0)²` (So et al., Primer, <https://arxiv.org/abs/2109.08668>). Saves the input.
-    relu_squared ReluSquared Input refused ["squared ReLU"] |x| { let y = relu(x); y * y },
+    pub relu_squared ReluSquared Input refused ["squared ReLU"] |x| { let y = relu(x); y * y },
         |g, x| if x <= R::ZERO { R::ZERO } else { twice(g * x) };
     /// `x Φ(x)` with the exact normal distribution, by erf (Hendrycks and Gimpel,
     /// <https://arxiv.org/abs/1606.08415>). Infinite at ∞, where PyTorch's vectorised code for f32 and bf16 gives NaN and
     /// its other code does not. Saves the input. On a GPU half types have a polynomial in place of erf, with errors of up to
     /// 2 · 10⁻⁵ of `Φ(−|x|)`, which their rounding hides.
-    gelu Gelu Input refused ["GELU"]
+    pub gelu Gelu Input refused ["GELU"]
         |x| x.gelu::<FUSED>(),
         |g, x| { let (below, density) = x.normal::<FUSED>(); g * x.fma::<FUSED>(density, below) };
     /// `x (1 + tanh(√(2/π) (x + 0.044715 x³))) / 2`, the approximation of [`Tensor::gelu`] that BERT's authors and GPT-2
     /// computed with (Hendrycks and Gimpel, <https://arxiv.org/abs/1606.08415>). Its derivative is right at every finite
     /// number, also where the `x²` in it overflows and PyTorch's becomes NaN. Saves the input.
-    gelu_tanh GeluTanh Input refused ["GELU by tanh"] |x| x * gelu_gate::<R, FUSED>(x),
+    pub gelu_tanh GeluTanh Input refused ["GELU by tanh"] |x| x * gelu_gate::<R, FUSED>(x),
         |g, x| g * (gelu_gate::<R, FUSED>(x) + x * gelu_gate_slope::<R, FUSED>(x));
     /// `x / (1 + e^−x)`, also called swish (Elfwing et al., <https://arxiv.org/abs/1702.03118>). Saves the input.
-    silu Silu Input refused ["SiLU"] |x| x * x.sigmoid::<FUSED>(),
+    pub silu Silu Input refused ["SiLU"] |x| x * x.sigmoid::<FUSED>(),
         |g, x| { let gate = x.sigmoid::<FUSED>(); g * (gate * (R::ONE + x * (R::ONE - gate))) };
     /// `x / (1 + e^(−1.702 x))`, an approximation of [`Tensor::gelu`] (Hendrycks and Gimpel,
     /// <https://arxiv.org/abs/1606.08415>). Saves the input.
