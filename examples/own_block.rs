@@ -107,10 +107,10 @@ fn main() -> Result<()> {
     };
     let (cached, uncached) = (generate(false)?, generate(true)?);
     check(cached == uncached, "tokens with and without the cache")?;
-    model.net.supports_kv_cache(&ForwardOptions::default()).map_err(|why| Error::Argument {
-        op: "own_block",
-        message: why.to_string(),
-    })?;
+    model
+        .net
+        .supports_kv_cache(&ForwardOptions::default())
+        .map_err(|why| Error::Argument { op: "own_block", message: why.to_string() })?;
     let written: String = cached.iter().filter_map(|&byte| char::from_u32(byte as u32)).collect();
     println!("a bloc{written}");
     Ok(())

@@ -8,9 +8,7 @@
 
 use x_transformers::{
     DType, Device, Error, ParamStore, Philox, Result, Tensor,
-    config::{
-        AttentionLayersConfig, AttentionPlan, FeedForwardPlan, FinalNorm, LayersPlan, NormPlan, ResidualPlan,
-    },
+    config::{AttentionLayersConfig, AttentionPlan, FeedForwardPlan, FinalNorm, LayersPlan, NormPlan, ResidualPlan},
     nn::{Attention, AttentionInput, AttentionLayers, FeedForward, ForwardOptions, Norm, Residual},
 };
 

@@ -225,7 +225,7 @@ fn methods_run_down() {
             for (at, _) in body.match_indices("fn ") {
                 let name = &body[at + 3..];
                 let name = &name[..name.find(|c: char| !c.is_alphanumeric() && c != '_').unwrap_or(0)];
-                if body[..at].ends_with(|c: char| c == ' ' || c == '\n') && !name.is_empty() {
+                if body[..at].ends_with([' ', '\n']) && !name.is_empty() {
                     methods.entry(name).or_insert(rank(&file.room));
                 }
             }

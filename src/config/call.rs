@@ -1,4 +1,4 @@
-//! What a call asks of a model, besides its tensors.
+//! Requests of a call besides its tensors.
 
 use serde::{Deserialize, Serialize};
 use serde_json::Value;

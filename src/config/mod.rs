@@ -1,4 +1,4 @@
-//! What to build: keyword arguments with x-transformers' names, and the plans that they are turned into.
+//! Options with x-transformers' names, and the plans that they are turned into.
 //!
 //! Two steps, so that no module has to know which options go together:
 //!
@@ -25,8 +25,8 @@ pub use options::{
     ShiftTokens, YarnScaling,
 };
 pub use plan::{
-    AlibiPlan, AttentionPath, AttentionPlan, BiasPlan, BranchPlan, FeedForwardPlan, LayerPlan, LayersPlan, NormPlan,
-    Normalize, Positions, ResidualPlan, T5Plan, Temperature, WrapPlan,
+    AlibiPlan, AttentionPath, AttentionPlan, BranchPlan, FeedForwardPlan, LayerPlan, LayersPlan, NormPlan, Normalize,
+    PositionBiasPlan, Positions, ResidualPlan, T5Plan, Temperature, WrapPlan,
 };
 pub use rotary::RotaryPlan;
 pub use wrapper_plan::{ContinuousPlan, TransformerPlan, ViTransformerPlan, XTransformerPlan};

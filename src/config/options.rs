@@ -5,7 +5,7 @@ use serde_json::Value;
 
 use super::kwargs::{self, Keywords};
 
-/// Which class of attention layers is built.
+/// Class of attention layers.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
 pub enum LayersKind {
     /// Attends in both directions, as BERT.
@@ -42,7 +42,7 @@ impl LayerType {
     }
 }
 
-/// How far tokens are shifted: one number for all sublayers, or one for each.
+/// Distance by which tokens are shifted: one number for all sublayers, or one for each.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
 #[serde(untagged)]
 pub enum ShiftTokens {
@@ -71,7 +71,7 @@ pub enum FinalNorm {
     None,
 }
 
-/// How Llama 3.1 stretches the rotation to longer texts (<https://arxiv.org/abs/2407.21783>): frequencies with fewer than
+/// Llama 3.1's stretch of the rotation to longer texts (<https://arxiv.org/abs/2407.21783>): frequencies with fewer than
 /// `low_freq_factor` turns in the original context are divided by `factor`, those with more than `high_freq_factor` turns
 /// stay, and in between one goes over into the other. The names are those of `transformers`.
 #[derive(Clone, Copy, PartialEq, Debug, Serialize, Deserialize)]
@@ -208,7 +208,7 @@ pub struct AttentionLayersConfig {
     pub rotary_interleaved: bool,
     /// The order of sublayers in place of `depth` blocks; wins over the two below, and over `only_cross`.
     pub custom_layers: Option<Vec<LayerType>>,
-    /// So many attention sublayers first, as many feedforwards last. <https://arxiv.org/abs/1911.03864>
+    /// Number of attention sublayers that come first, and of feedforwards that come last. <https://arxiv.org/abs/1911.03864>
     pub sandwich_coef: Option<usize>,
     /// Fewer attention sublayers, in the first two thirds; wins over `sandwich_coef`.
     /// <https://arxiv.org/abs/2009.04534>

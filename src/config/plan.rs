@@ -33,19 +33,19 @@ use crate::{
 pub struct LayersPlan {
     /// Width of the model.
     pub dim: usize,
-    /// Whether a context must be given.
+    /// If `true`, a context must be given.
     pub cross_attend: bool,
     /// Position schemes of self-attention.
     pub positions: Positions,
     /// The sublayers in their order.
     pub layers: Vec<LayerPlan>,
-    /// So many sublayers have weights; those behind them are the same again.
+    /// Number of sublayers with weights of their own; those after them are the same again.
     pub distinct: usize,
-    /// The norm behind the last one, which belongs to the wrapper.
+    /// Final norm after the last layer (owned by the wrapper).
     pub final_norm: Option<NormPlan>,
 }
 
-/// How self-attention knows positions; absolute embeddings belong to the wrappers.
+/// Position schemes of self-attention; absolute embeddings belong to the wrappers.
 #[derive(Clone, PartialEq, Debug, Default)]
 pub struct Positions {
     /// Sinusoids on the inputs of queries and keys.
@@ -53,19 +53,19 @@ pub struct Positions {
     /// Rotation of queries and keys.
     pub rotary: Option<RotaryPlan>,
     /// A bias on the scores.
-    pub bias: BiasPlan,
+    pub bias: PositionBiasPlan,
 }
 
 impl Positions {
-    /// Whether a wrapper leaves out its absolute positions. ALiBi does not turn them off.
+    /// Returns `true` if a wrapper leaves out its absolute positions. ALiBi does not turn them off.
     pub fn replace_absolute(&self) -> bool {
-        self.infused || self.rotary.is_some() || matches!(self.bias, BiasPlan::T5(_))
+        self.infused || self.rotary.is_some() || matches!(self.bias, PositionBiasPlan::T5(_))
     }
 }
 
 /// A bias on the scores that depends on positions.
 #[derive(Clone, Copy, PartialEq, Debug, Default)]
-pub enum BiasPlan {
+pub enum PositionBiasPlan {
     /// No bias.
     #[default]
     None,
@@ -86,7 +86,7 @@ pub struct T5Plan {
     pub buckets: usize,
     /// Distance from which on all positions share a bucket.
     pub max_distance: usize,
-    /// Whether keys after the query share bucket 0.
+    /// If `true`, keys after the query share bucket 0.
     pub causal: bool,
 }
 
@@ -97,7 +97,7 @@ pub struct AlibiPlan {
     pub heads: usize,
     /// The first heads, which have a slope.
     pub sloped: usize,
-    /// Whether slopes are parameters.
+    /// If `true`, slopes are parameters.
     pub learned: bool,
 }
 
@@ -114,17 +114,17 @@ impl AlibiPlan {
 /// One sublayer.
 #[derive(Clone, PartialEq, Debug)]
 pub struct LayerPlan {
-    /// What it computes.
+    /// The function of the sublayer.
     pub branch: BranchPlan,
     /// Norms before the branch, after it, and after the sum with the residual.
     pub norms: [Option<NormPlan>; 3],
-    /// What lies around the branch.
+    /// Wrappers of the branch.
     pub wrap: WrapPlan,
-    /// How branch and residual become one.
+    /// Sum of branch and residual, or another way to join them.
     pub residual: ResidualPlan,
 }
 
-/// What a sublayer computes.
+/// The function of a sublayer.
 #[derive(Clone, PartialEq, Debug)]
 pub enum BranchPlan {
     /// Attention of a sequence to itself.
@@ -175,7 +175,7 @@ impl NormPlan {
     pub const LAYER: Self = Self::Layer(1e-5);
 }
 
-/// What lies around a branch, outermost first.
+/// Wrappers of a branch, outermost first.
 #[derive(Clone, PartialEq, Eq, Debug, Default)]
 pub struct WrapPlan {
     /// Times a learned scalar.
@@ -186,7 +186,7 @@ pub struct WrapPlan {
     pub half: bool,
 }
 
-/// How branch and residual become one.
+/// Sum of branch and residual, or another way to join them.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub struct ResidualPlan {
     /// By a GRU cell, otherwise by a sum.
@@ -206,15 +206,15 @@ pub struct FeedForwardPlan {
     pub dim_out: usize,
     /// The activation.
     pub activation: Activation,
-    /// Whether it is a gate on the other half of the first projection.
+    /// If `true`, the activation gates the other half of the first projection.
     pub glu: bool,
-    /// Whether both layers have biases.
+    /// If `true`, both layers have biases.
     pub bias: bool,
-    /// Whether a LayerNorm follows the activation.
+    /// If `true`, a LayerNorm follows the activation.
     pub post_act_ln: bool,
     /// Dropout before the output layer.
     pub dropout: f64,
-    /// Whether the output layer starts at 0.
+    /// If `true`, the output layer starts at 0.
     pub zero_init: bool,
 }
 
@@ -227,45 +227,45 @@ pub struct AttentionPlan {
     pub heads: usize,
     /// Heads of keys and values; a divisor of `heads`.
     pub kv_heads: usize,
-    /// Whether the projections of queries, keys and values have biases.
+    /// If `true`, the projections of queries, keys and values have biases.
     pub qkv_bias: bool,
-    /// Whether the output projection has one.
+    /// If `true`, the output projection has one.
     pub out_bias: bool,
     /// Features of a head's values, and of its queries and keys unless heads share them.
     pub dim_head: usize,
     /// Width of the queries and keys that all heads share, for collaborative heads.
     pub shared: Option<usize>,
-    /// Whether queries see only keys up to their own position.
+    /// If `true`, queries see only keys up to their own position.
     pub causal: bool,
     /// Keys further in the past than this are masked.
     pub max_attend_past: Option<usize>,
-    /// What divides the logits.
+    /// Scale of the logits.
     pub temperature: Temperature,
     /// Rotation.
     pub rotary: Option<RotaryPlan>,
     /// Learned keys and values in front of the others.
     pub num_mem_kv: usize,
-    /// Whether scores are mixed across heads.
+    /// If `true`, scores are mixed across heads.
     pub talking_heads: bool,
-    /// Only so many of the best keys of each query are attended to.
+    /// Number of highest-scoring keys that each query attends to.
     pub sparse_topk: Option<usize>,
     /// Scores to weights.
     pub normalize: Normalize,
-    /// Whether scores are handed on to the next attention of the same kind.
+    /// If `true`, scores are passed on to the next attention of the same kind.
     pub residual: bool,
     /// Dropout of the weights.
     pub dropout: f64,
-    /// Whether each head's output has a learned factor.
+    /// If `true`, each head's output has a learned factor.
     pub head_scale: bool,
-    /// Whether values are gated by the layer's input.
+    /// If `true`, values are gated by the layer's input.
     pub gate_values: bool,
-    /// Whether the output projection has a gate.
+    /// If `true`, the output projection has a gate.
     pub on_attn: bool,
-    /// Whether the output projection starts at 0.
+    /// If `true`, the output projection starts at 0.
     pub zero_init: bool,
 }
 
-/// What multiplies the logits.
+/// Scale of the logits.
 #[derive(Clone, Copy, PartialEq, Debug)]
 pub enum Temperature {
     /// A constant.
@@ -283,7 +283,7 @@ pub enum Normalize {
     Entmax15,
 }
 
-/// Which code computes an attention layer.
+/// Code path of an attention layer.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum AttentionPath {
     /// In blocks, without a tensor of all scores.
@@ -454,7 +454,7 @@ impl fmt::Display for LayerPlan {
         match &self.branch {
             BranchPlan::SelfAttention(plan) | BranchPlan::CrossAttention(plan) => write!(f, "{plan}")?,
             BranchPlan::FeedForward(plan) => write!(f, "{plan}")?,
-            BranchPlan::Custom => {}
+            BranchPlan::Custom => f.write_str("a function of one's own")?,
         }
         let marks = [
             (self.wrap.rezero, "re-zero"),

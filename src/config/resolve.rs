@@ -6,8 +6,8 @@ use super::{
     },
     order::layer_order,
     plan::{
-        AlibiPlan, AttentionPlan, BiasPlan, BranchPlan, FeedForwardPlan, LayerPlan, LayersPlan, NormPlan, Normalize,
-        Positions, ResidualPlan, T5Plan, Temperature, WrapPlan,
+        AlibiPlan, AttentionPlan, BranchPlan, FeedForwardPlan, LayerPlan, LayersPlan, NormPlan, Normalize,
+        PositionBiasPlan, Positions, ResidualPlan, T5Plan, Temperature, WrapPlan,
     },
     ranges::{WIDEST, at_least_one, probability, without},
     rotary::RotaryPlan,
@@ -78,7 +78,7 @@ fn layers(config: &AttentionLayersConfig) -> Result<LayersPlan> {
     Ok(LayersPlan { dim: config.dim, cross_attend, positions, layers, distinct, final_norm })
 }
 
-/// How many sublayers have weights of their own: with tied ones those of the first block.
+/// Number of sublayers with weights of their own: with tied ones those of the first block.
 fn distinct(config: &AttentionLayersConfig, order: &[LayerType]) -> Result<usize> {
     if !config.weight_tie_layers {
         return Ok(order.len());
@@ -173,7 +173,7 @@ fn positions(config: &AttentionLayersConfig, order: &[LayerType], causal: bool, 
     })
 }
 
-fn bias(config: &AttentionLayersConfig, causal: bool) -> Result<BiasPlan> {
+fn bias(config: &AttentionLayersConfig, causal: bool) -> Result<PositionBiasPlan> {
     let defaults = AttentionLayersConfig::default();
     if !config.alibi_pos_bias {
         without("alibi_num_heads", config.alibi_num_heads.is_some(), "alibi_pos_bias")?;
@@ -185,9 +185,9 @@ fn bias(config: &AttentionLayersConfig, causal: bool) -> Result<BiasPlan> {
         without("rel_pos_max_distance", distance != defaults.rel_pos_max_distance, "rel_pos_bias")?;
     }
     match (config.alibi_pos_bias, config.rel_pos_bias) {
-        (false, false) => Ok(BiasPlan::None),
+        (false, false) => Ok(PositionBiasPlan::None),
         (true, true) => Err(Error::option("alibi_pos_bias", "cannot be used with `rel_pos_bias`: choose one of them")),
-        (false, true) => t5(config, causal).map(BiasPlan::T5),
+        (false, true) => t5(config, causal).map(PositionBiasPlan::T5),
         (true, false) => {
             ensure!(causal, Error::option("alibi_pos_bias", "needs a causal model: `kind` = Decoder"));
             let sloped = config.alibi_num_heads.unwrap_or(config.heads);
@@ -195,7 +195,7 @@ fn bias(config: &AttentionLayersConfig, causal: bool) -> Result<BiasPlan> {
                 (1..=config.heads).contains(&sloped),
                 Error::option("alibi_num_heads", format!("expected 1 to `heads` = {}, got {sloped}", config.heads))
             );
-            Ok(BiasPlan::Alibi(AlibiPlan { heads: config.heads, sloped, learned: config.alibi_learned }))
+            Ok(PositionBiasPlan::Alibi(AlibiPlan { heads: config.heads, sloped, learned: config.alibi_learned }))
         }
     }
 }

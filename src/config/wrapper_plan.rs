@@ -24,33 +24,33 @@ pub struct TransformerPlan {
     pub max_seq_len: usize,
     /// Width of the embeddings.
     pub emb_dim: usize,
-    /// Whether there is a table of absolute positions.
+    /// If `true`, there is a table of absolute positions.
     pub absolute_positions: bool,
     /// Dropout after the embeddings.
     pub emb_dropout: f64,
     /// Learned tokens in front of the sequence.
     pub num_memory_tokens: usize,
-    /// Whether logits come from the embedding table.
+    /// If `true`, logits come from the embedding table.
     pub tie_embedding: bool,
     /// The norm after the embeddings.
     pub post_emb_norm: Option<NormPlan>,
     /// Kinds of tokens; 0: there is no table of them.
     pub num_token_types: usize,
-    /// Whether absolute positions are multiplied by `emb_dim^-½`.
+    /// If `true`, absolute positions are multiplied by `emb_dim^-½`.
     pub scale_pos_emb: bool,
-    /// Whether the output is the mean over the tokens.
+    /// If `true`, the output is the mean over the tokens.
     pub average_pool_embed: bool,
-    /// Whether there is a pooled head on the first token.
+    /// If `true`, there is a pooled head on the first token.
     pub pooler: bool,
     /// The activation and the norm of the masked-LM head.
     pub mlm_head: Option<(Activation, NormPlan)>,
-    /// Whether there are no logits.
+    /// If `true`, there are no logits.
     pub return_only_embed: bool,
-    /// Whether the layer of the logits has a bias.
+    /// If `true`, the layer of the logits has a bias.
     pub logits_bias: bool,
     /// Memories kept per layer, 0 for all; `None`: it gives none.
     pub max_mem_len: Option<usize>,
-    /// How far the incoming memories are rotated to the left.
+    /// Number of places by which incoming memories are rotated to the left.
     pub shift_mem_down: usize,
     /// The attention layers.
     pub layers: LayersPlan,
@@ -165,7 +165,7 @@ pub struct ContinuousPlan {
     pub dim_in: Option<usize>,
     /// Features of the output, if it is projected.
     pub dim_out: Option<usize>,
-    /// Whether there is a table of absolute positions.
+    /// If `true`, there is a table of absolute positions.
     pub absolute_positions: bool,
     /// Dropout after the positions.
     pub emb_dropout: f64,
@@ -262,7 +262,7 @@ pub struct XTransformerPlan {
     pub enc: TransformerPlan,
     /// The decoder.
     pub dec: TransformerPlan,
-    /// Whether they share the table of token embeddings.
+    /// If `true`, they share the table of token embeddings.
     pub tie_token_emb: bool,
 }
 

@@ -173,7 +173,7 @@ pub struct AutoregressiveConfig {
     pub net: TransformerWrapperConfig,
     /// Targets that do not count in the loss. Default -100.
     pub ignore_index: i64,
-    /// What follows the end token of a generated row. Default 0.
+    /// Token that follows the end token of a generated row. Default 0.
     pub pad_value: i64,
 }
 
@@ -187,7 +187,7 @@ impl Keywords for AutoregressiveConfig {
     const REQUIRED: &'static [&'static str] = &[];
 }
 
-/// What is left of the next-token distribution before a token is drawn.
+/// Filter of the next-token distribution before a token is drawn.
 ///
 /// The first four have the names and the meaning of x-transformers 0.22.0. Prefer [`FilterLogits::Nucleus`] to
 /// `TopP` and [`FilterLogits::MinP`] to `TopA`: they do what the names of the papers say.

@@ -78,8 +78,10 @@ pub struct Limits {
 /// A GPU: memory, kernels by name, and matrix products, in the order in which they are enqueued.
 ///
 /// Work is enqueued on one stream: a block of memory may be reused as soon as its last use is enqueued, and nothing waits
-/// but [`Gpu::read_back`] and [`Gpu::synchronize`]. Copies and fills of 0 bytes do nothing, whatever their addresses. A device lives as long as the process ([`Device::Gpu`]). The methods
-/// from [`Gpu::limits`] on have defaults that suit a backend without graphs, pool or compiler.
+/// but [`Gpu::read_back`] and [`Gpu::synchronize`]. Copies and fills of 0 bytes do nothing, whatever their addresses.
+/// A device lives as long as the process ([`Device::Gpu`]).
+///
+/// The methods from [`Gpu::limits`] on have defaults for a backend without pool, compiler and graphs.
 ///
 /// # Safety
 ///

@@ -94,6 +94,9 @@ pub(super) fn multiply_sums<T: Float>(
     Ok(())
 }
 
+/// A task: gets row, column, rows and columns of its part of C, and a function that adds the products of the part to sums.
+type Task<'a, R> = dyn Fn(usize, usize, usize, usize, &dyn Fn(Window<R>)) + Sync + 'a;
+
 /// A part of C whose operands are packed together, some blocks of depth at a time.
 struct Chunk<'a, T: Float> {
     kernel: &'a dyn Packing<T>,
@@ -144,8 +147,8 @@ impl<'a, T: Float> Chunk<'a, T> {
         })
     }
 
-    /// Cuts the work into tasks. Each gets the place and size of its part, and what adds the part's products to sums.
-    fn run(&self, task: &(dyn Fn(usize, usize, usize, usize, &dyn Fn(Window<T::Acc>)) + Sync)) -> Result<()> {
+    /// Cuts the work into tasks.
+    fn run(&self, task: &Task<T::Acc>) -> Result<()> {
         let &Self { kernel, k, a, b, rows: m, columns: n, height, .. } = self;
         let (down, across) = (m.div_ceil(height), n.div_ceil(TASK_COLUMNS));
         let blocks = k.div_ceil(KC).min(self.blocks_at_a_time);

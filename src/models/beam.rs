@@ -3,7 +3,7 @@
 use super::{AutoregressiveWrapper, GenerateOptions, rows::Rows};
 use crate::{Error, Result, Tensor, error::ensure};
 
-/// How beams are searched.
+/// Options of beam search.
 #[derive(Clone, Copy, Debug)]
 pub struct BeamOptions {
     /// Continuations that are followed at the same time. Default 4.

@@ -39,7 +39,7 @@ impl ContinuousTransformerWrapper {
         })
     }
 
-    /// What was built.
+    /// The plan that the model was made from.
     pub fn plan(&self) -> &ContinuousPlan {
         &self.plan
     }

@@ -17,14 +17,14 @@ pub struct XTransformer {
     pub decoder: AutoregressiveWrapper,
 }
 
-/// What [`XTransformer::loss`] is given besides source and target. The default is none of it.
+/// Inputs of [`XTransformer::loss`] besides source and target. The default is none of them.
 #[derive(Clone, Debug, Default)]
 pub struct EncoderDecoderOptions {
-    /// Which source tokens are no padding: `[b, n]` Bool.
+    /// Padding mask of the source, `[b, n]` Bool; `true` marks a real token.
     pub src_mask: Option<Tensor>,
-    /// Which target tokens are no padding: `[b, m]` Bool.
+    /// Padding mask of the target, `[b, m]` Bool; `true` marks a real token.
     pub tgt_mask: Option<Tensor>,
-    /// Which pairs may meet in the encoder, as [`ForwardOptions::attn_mask`].
+    /// Pairs that may meet in the encoder, as [`ForwardOptions::attn_mask`].
     pub src_attn_mask: Option<Tensor>,
     /// As [`ForwardOptions::checkpoint_layers`], on both sides.
     pub checkpoint_layers: bool,
@@ -77,7 +77,7 @@ impl XTransformer {
         self.decoder.generate(seq_out_start, seq_len, &options, on_token).context("decoder")
     }
 
-    /// What the decoder is given of the source.
+    /// The decoder's options, with the encoded source as context.
     fn encode(&self, src: &Tensor, options: &EncoderDecoderOptions) -> Result<ForwardOptions> {
         let encoder = ForwardOptions {
             mask: options.src_mask.clone(),

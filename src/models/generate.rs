@@ -13,7 +13,7 @@ use crate::{
     nn::ForwardOptions,
 };
 
-/// How tokens are generated.
+/// Options of generation.
 #[derive(Clone, Debug)]
 pub struct GenerateOptions {
     /// Filter and temperature. `top_a` looks at each row alone here.
@@ -31,14 +31,14 @@ pub struct GenerateOptions {
     /// A seed for each row in place of `seed` and the row's number: a row then has the same tokens whatever batch it is
     /// in.
     pub row_seeds: Option<Vec<u64>>,
-    /// How many tokens of each row of the prompt count; the rest is padding. Every row goes on as if it were alone.
+    /// Number of tokens of each row of the prompt that count; the rest is padding. Every row goes on as if it were alone.
     pub prompt_lengths: Option<Vec<usize>>,
-    /// Whether that padding is in front of the tokens and not behind them.
+    /// If `true`, that padding precedes the tokens instead of following them.
     pub left_padded: bool,
     /// Divides the positive logits of tokens that a row has already, and multiplies the negative ones (Keskar et al.,
     /// <https://arxiv.org/abs/1909.05858>). Default 1.
     pub repetition_penalty: f64,
-    /// So many tokens of a prompt are computed at a time; all of one with a mask. Default 512.
+    /// Number of tokens of a prompt that are computed at a time; all of one with a mask. Default 512.
     pub prefill_chunk: usize,
     /// Compute the whole sequence for each token, without a cache. For comparisons.
     pub recompute: bool,

@@ -50,7 +50,7 @@ enum Kind {
     Filter(SamplingConfig),
 }
 
-/// How [`Model::run`] runs.
+/// Options of [`Model::run`].
 #[derive(Clone, Copy, Debug, Default)]
 pub struct RunOptions {
     /// Give gradients too.
@@ -63,7 +63,7 @@ pub struct RunOptions {
     pub seed: u64,
 }
 
-/// What a forward pass gives: `out` or `loss`, and named extras.
+/// Result of a forward pass: `out` or `loss`, and named extras.
 struct Forward {
     name: &'static str,
     value: Tensor,
@@ -339,7 +339,7 @@ impl Model {
     }
 }
 
-/// How `generate` of x-transformers 0.22 ends: once every row has the end token, be it in its prompt, it stops behind the
+/// The ends of `generate` as x-transformers 0.22 has them: once every row has the end token, be it in its prompt, it stops behind the
 /// token that it has just drawn, and only then is what follows the first end of each row overwritten.
 struct Ends {
     eos: Option<i64>,

@@ -17,7 +17,7 @@ pub(super) struct Rows<'m> {
     net: &'m TransformerWrapper,
     /// All tokens of each row, without padding.
     pub tokens: Vec<Vec<i64>>,
-    /// Which of them are no padding, if the prompt has a mask.
+    /// Padding mask of the rows, if the prompt has one; `true` marks a real token.
     mask: Option<Vec<Vec<bool>>>,
     cache: Option<DecodeCache>,
     forward: ForwardOptions,
@@ -72,7 +72,7 @@ impl<'m> Rows<'m> {
         self.net.plan().window()
     }
 
-    /// Whether the rows are in a cache as long as they fit.
+    /// Returns `true` if the rows are in a cache as long as they fit.
     pub fn is_cached(&self) -> bool {
         self.cache.is_some()
     }
@@ -224,7 +224,7 @@ impl<'m> Rows<'m> {
     }
 }
 
-/// What these rows are given.
+/// The options of these rows.
 fn of_rows(options: &ForwardOptions, rows: &[usize]) -> Result<ForwardOptions> {
     let pick = |x: &Tensor| -> Result<Tensor> {
         let parts = rows.iter().map(|&row| x.narrow(0, row, 1)).collect::<Result<Vec<_>>>()?;

@@ -58,7 +58,7 @@ pub fn sample_tokens(logits: &Tensor, config: &SamplingConfig, seed: u64, step: 
     logits.sample(&SampleSpec { filter, temperature, seed }, step).context("sampling")
 }
 
-/// How many tokens top-k keeps of a vocabulary if it is given a threshold.
+/// Number of tokens that top-k keeps of a vocabulary for a threshold.
 fn kept_by_share(thres: f64, tokens: Option<&usize>) -> usize {
     (((1.0 - thres) * tokens.copied().unwrap_or(0) as f64).ceil() as usize).max(1)
 }

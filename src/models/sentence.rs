@@ -5,7 +5,7 @@ use std::fmt;
 use super::TransformerWrapper;
 use crate::{DType, Error, Result, Tensor, error::ensure, nn::ForwardOptions};
 
-/// How the vectors of tokens become one; padding is left out.
+/// Reduction of the vectors of tokens to one; padding is left out.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Pooling {
     /// Their mean.
@@ -106,11 +106,11 @@ pub struct DenseLayer {
     pub bias: Option<Tensor>,
     /// Applied to the product.
     pub activation: DenseActivation,
-    /// What is added to the output.
+    /// Added to the output.
     pub residual: DenseResidual,
 }
 
-/// What a [`DenseLayer`] adds to its output.
+/// The residual of a [`DenseLayer`].
 #[derive(Clone, Debug)]
 pub enum DenseResidual {
     /// Nothing.

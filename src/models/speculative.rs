@@ -10,7 +10,7 @@ use super::{
 };
 use crate::{Error, Philox, Result, Tensor, error::ensure};
 
-/// How much of a draft was of use.
+/// Counts of proposed and accepted tokens.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub struct SpeculativeStats {
     /// Tokens that the draft model proposed.

@@ -260,7 +260,7 @@ impl TransformerWrapper {
         pooler.forward(&embeddings.select(1, 0)?).context("pooler")?.tanh()
     }
 
-    /// What enters the layers: `[b, n] → [b, memory tokens + n, dim]`.
+    /// The input of the layers: `[b, n] → [b, memory tokens + n, dim]`.
     fn embed(&self, tokens: &Tensor, options: &ForwardOptions) -> Result<Tensor> {
         self.check_tokens(tokens)?;
         let n = tokens.shape()[1];
@@ -323,7 +323,7 @@ impl TransformerWrapper {
         Tensor::cat(&[&kept, mask], 1).map(Some)
     }
 
-    /// What the types of tokens add, if there are types: `[b, n, dim]`, or `[1, dim]` where all are 0.
+    /// The embeddings of the types of tokens, if there are types: `[b, n, dim]`, or `[1, dim]` where all are 0.
     fn token_types(&self, tokens: &Tensor, types: Option<&Tensor>) -> Result<Option<Tensor>> {
         let (table, types) = match (&self.token_type_emb, types) {
             (Some(table), Some(types)) => (table, types),

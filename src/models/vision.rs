@@ -62,7 +62,7 @@ impl ViTransformerWrapper {
         })
     }
 
-    /// What was built.
+    /// The plan that the model was made from.
     pub fn plan(&self) -> &ViTransformerPlan {
         &self.plan
     }

@@ -2,7 +2,7 @@
 
 use std::fmt;
 
-use super::cache::{Decode, DecodeStep};
+use super::{cache::Decode, step::DecodeStep};
 use crate::{Error, Result, Tensor, error::ensure};
 
 /// A function that stands in a stack of layers in place of an attention or a feedforward, between the layer's norm and its

@@ -1,10 +1,13 @@
-//! What attention layers keep of a sequence that grows: keys, values and the inputs that token shift looks back at.
+//! The cache of sequences that grow: keys, values, the inputs that token shift looks back at, and rows of custom branches.
 
-use super::{ForwardOptions, attention::AttentionCache};
+use super::{
+    ForwardOptions,
+    attention::AttentionCache,
+    step::{DecodeStep, Tables},
+};
 use crate::{
-    Buffer, DType, Device, Error, Result, Tensor,
+    DType, Device, Error, Result, Tensor,
     error::{ErrorContext, ensure},
-    ops::{PositionBias, rotary::rotary_table},
 };
 
 /// The memory of [`AttentionLayers::extend`](super::AttentionLayers::extend): one sequence per row of a batch, each of
@@ -20,29 +23,19 @@ pub struct LayersCache {
     lengths: Vec<usize>,
     /// Where steps find the lengths in place of the field above: a recorded graph reads others in each replay.
     followed: Option<Tensor>,
-    /// Which positions are no padding, `[b, 1, capacity, 1]`, once any is.
+    /// Padding mask of all positions, `[b, 1, capacity, 1]`, once any is padding.
     mask: Option<Tensor>,
     /// The same by rows.
     kept: Option<Vec<Vec<bool>>>,
 }
 
-/// What depends on positions alone, the same in every layer.
-#[derive(Clone, Debug, Default)]
-pub(super) struct Tables {
-    /// Cosines and sines, `[positions, features]`.
-    pub rotary: Option<Tensor>,
-    /// `[positions, dim]`
-    pub sinusoids: Option<Tensor>,
-    pub bias: Option<PositionBias>,
-}
-
-/// What one sublayer keeps.
+/// The part of the cache that belongs to one sublayer.
 #[derive(Clone, Debug, Default)]
 pub(super) struct LayerCache {
     /// The inputs behind the norm, `[b, 1, capacity, dim]`, where tokens are shifted.
     pub history: Option<Tensor>,
     pub attention: AttentionCache,
-    /// What a custom branch keeps, `[b, 1, capacity or more, width]` each: see [`Past`](super::Past).
+    /// Rows that a custom branch keeps, `[b, 1, capacity or more, width]` each: see [`Past`](super::Past).
     pub slots: Vec<Option<Tensor>>,
 }
 
@@ -52,25 +45,6 @@ pub(super) struct Decode<'c> {
     pub cache: &'c mut LayerCache,
     pub tables: &'c Tables,
     pub step: &'c DecodeStep,
-}
-
-/// Where the new positions of one call are.
-#[derive(Clone, Debug)]
-pub(super) struct DecodeStep {
-    /// Lengths of the sequences before, `[b]` I64.
-    pub device_lengths: Tensor,
-    pub lengths: Vec<usize>,
-    /// New positions of each row.
-    pub n: usize,
-    pub capacity: usize,
-    /// Whether all sequences begin here.
-    pub first: bool,
-    /// Padding of the new positions, `[b, n]`.
-    pub mask: Option<Tensor>,
-    /// Padding of all positions, `[b, 1, capacity, 1]`.
-    pub whole_mask: Option<Tensor>,
-    /// The same by rows.
-    pub kept: Option<Vec<Vec<bool>>>,
 }
 
 impl LayersCache {
@@ -248,37 +222,5 @@ impl LayerCache {
         };
         history.write_rows(&x.unsqueeze(1)?, &step.device_lengths, 0)?;
         Ok(self.history.insert(history))
-    }
-}
-
-impl Tables {
-    /// For sequences of up to so many positions, memories included.
-    pub fn new(
-        positions: usize,
-        rotary: Option<&Buffer>,
-        infused: Option<&Buffer>,
-        bias: Option<PositionBias>,
-        dtype: DType,
-    ) -> Result<Self> {
-        let rotary = rotary
-            .map(|frequencies| rotary_table(&frequencies.tensor(), positions, dtype.accumulator()))
-            .transpose()?;
-        let sinusoids = infused.map(|frequencies| frequencies.tensor().sinusoid(0, positions, dtype)).transpose()?;
-        Ok(Self { rotary, sinusoids, bias })
-    }
-}
-
-impl DecodeStep {
-    /// The positions of the step, each `first` later, and none beyond `limit`: `[b, n]` I64.
-    pub fn positions(&self, first: usize, limit: usize) -> Result<Tensor> {
-        let row = |&length: &usize| (0..self.n).map(move |i| (first + length + i).min(limit - 1) as i64);
-        let positions: Vec<i64> = self.lengths.iter().flat_map(row).collect();
-        Tensor::from_vec(positions, [self.lengths.len(), self.n], self.device_lengths.device())
-    }
-
-    /// Keys that the queries of the step see at most, with those in front.
-    pub fn keys(&self, prefix_len: usize) -> usize {
-        let longest = self.lengths.iter().copied().max().unwrap_or(0);
-        prefix_len + (longest + self.n).min(self.capacity)
     }
 }

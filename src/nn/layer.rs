@@ -22,7 +22,7 @@ pub(super) struct Layer {
     residual: Residual,
 }
 
-/// What a sublayer computes.
+/// The function of a sublayer.
 #[derive(Clone, Debug)]
 enum Function {
     Attention(Box<Attention>),

@@ -4,10 +4,11 @@ use std::sync::Arc;
 
 use super::{
     AttentionInput, Branch, ForwardOptions, LayersCache, Norm, RelativePositionBias,
-    cache::{Decode, DecodeStep, LayerCache, Tables},
+    cache::{Decode, LayerCache},
     layer::Layer,
     positions::rotary_frequencies,
     residual::Stream,
+    step::{DecodeStep, Tables},
 };
 use crate::{
     Buffer, DType, Error, ParamStore, Result, Tensor,
@@ -47,7 +48,7 @@ struct Decoding<'c> {
     step: &'c DecodeStep,
 }
 
-/// What leaves the last layer, and what its sublayers gave besides.
+/// The stream after the last layer, and what the sublayers returned besides.
 struct Walked {
     stream: Stream,
     hiddens: Vec<Tensor>,

@@ -16,6 +16,7 @@ mod linear;
 mod norm;
 mod positions;
 mod residual;
+mod step;
 mod wrap;
 
 pub use attention::{Attention, AttentionInput, AttentionOutput};

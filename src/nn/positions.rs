@@ -3,7 +3,7 @@
 use super::Embedding;
 use crate::{
     Buffer, DType, Init, Param, ParamStore, Result, Tensor,
-    config::{BiasPlan, RotaryPlan, T5Plan},
+    config::{PositionBiasPlan, RotaryPlan, T5Plan},
     ops::PositionBias,
 };
 
@@ -53,7 +53,7 @@ pub fn rotary_frequencies(plan: &RotaryPlan, store: &ParamStore) -> Result<Buffe
 pub enum RelativePositionBias {
     /// T5's table (Raffel et al., <https://arxiv.org/abs/1910.10683>).
     T5 {
-        /// How distances become rows of the table.
+        /// Maps distances to rows of the table.
         plan: T5Plan,
         /// One row per bucket, `[buckets, heads]`.
         table: Embedding,
@@ -71,14 +71,14 @@ pub enum RelativePositionBias {
 
 impl RelativePositionBias {
     /// The planned bias, or `None` if the plan has none.
-    pub fn new(plan: BiasPlan, store: &ParamStore) -> Result<Option<Self>> {
+    pub fn new(plan: PositionBiasPlan, store: &ParamStore) -> Result<Option<Self>> {
         Ok(Some(match plan {
-            BiasPlan::None => return Ok(None),
-            BiasPlan::T5(plan) => {
+            PositionBiasPlan::None => return Ok(None),
+            PositionBiasPlan::T5(plan) => {
                 let store = store.at("relative_attention_bias");
                 Self::T5 { plan, table: Embedding::new(&store, plan.buckets, plan.heads, Init::Normal(1.0))? }
             }
-            BiasPlan::Alibi(plan) => {
+            PositionBiasPlan::Alibi(plan) => {
                 let slopes = plan.slopes();
                 let slope = |head: usize| f64::from(slopes.get(head).copied().unwrap_or(0.0));
                 if !plan.learned {

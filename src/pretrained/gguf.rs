@@ -66,14 +66,10 @@ impl<'a> Keys<'a> {
 pub(super) fn of_gguf(file: &TensorFile) -> Result<(Family, Described)> {
     const ARCHITECTURE: &str = "general.architecture";
     let architecture = file.metadata().get(ARCHITECTURE).and_then(Metadata::as_str).unwrap_or("missing");
-    let family = match architecture {
-        "llama" => Family::Llama,
-        "qwen2" => Family::Qwen2,
-        other => {
-            let why = format!("`{ARCHITECTURE}` is {other}, expected llama (also that of Mistral) or qwen2");
-            return Err(Error::file(file.path(), why));
-        }
-    };
+    let family = Family::of_architecture(architecture).map_err(|known| {
+        let why = format!("`{ARCHITECTURE}` is {architecture}, expected {known}; Mistral's files have that of llama");
+        Error::file(file.path(), why)
+    })?;
     let keys = Keys { file, architecture };
     if keys.get("expert_count").and_then(Metadata::as_usize).is_some_and(|count| count > 0) {
         return Err(keys.refuse("expert_count", "is not 0: mixtures of experts are not supported"));

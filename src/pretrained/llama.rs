@@ -40,7 +40,7 @@ pub(super) struct Rotation {
     pub(super) factors: Option<Vec<f64>>,
 }
 
-/// How the rotation is stretched to longer texts.
+/// Stretch of the rotation to longer texts.
 #[derive(Clone, Copy)]
 pub(super) enum Scaling {
     None,
@@ -95,7 +95,7 @@ pub(super) fn places(layer: usize) -> [String; 2] {
     [2 * layer, 2 * layer + 1].map(|index| format!("attn_layers.layers.{index}"))
 }
 
-/// How far back tokens attend, if not to the first one.
+/// Window of attention, if tokens do not attend to the first one.
 fn max_attend_past(options: &Options, family: Family, depth: usize, positions: usize) -> Result<Option<usize>> {
     const KEY: &str = "sliding_window";
     let window = match family {

@@ -2,6 +2,7 @@
 
 mod bert;
 mod ends;
+mod family;
 mod gguf;
 mod llama;
 mod names;
@@ -10,12 +11,12 @@ mod rope;
 mod sentence;
 mod sentence_modules;
 
-use std::{
-    fmt,
-    path::{Path, PathBuf},
-};
+use std::path::{Path, PathBuf};
 
-pub use self::sentence::{SentenceOptions, Similarity};
+pub use self::{
+    family::Family,
+    sentence::{SentenceOptions, Similarity},
+};
 
 use self::{
     names::Names,
@@ -25,7 +26,7 @@ use crate::{
     DType, Device, Error, ParamMap, ParamStore, Result,
     config::{AutoregressiveConfig, TransformerWrapperConfig},
     error::ensure,
-    io::{Format, Layout, Renamed, TensorFile, holds_gguf},
+    io::{Format, Renamed, TensorFile, holds_gguf},
     models::{AutoregressiveWrapper, TransformerWrapper},
 };
 
@@ -73,42 +74,7 @@ pub struct Pretrained {
     ends: Vec<i64>,
 }
 
-/// A family of models.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-#[non_exhaustive]
-pub enum Family {
-    /// Devlin et al., <https://arxiv.org/abs/1810.04805>.
-    Bert,
-    /// Lan et al., <https://arxiv.org/abs/1909.11942>.
-    Albert,
-    /// Touvron et al., <https://arxiv.org/abs/2302.13971>.
-    Llama,
-    /// Jiang et al., <https://arxiv.org/abs/2310.06825>.
-    Mistral,
-    /// Qwen 2 and 2.5, <https://arxiv.org/abs/2407.10671>.
-    Qwen2,
-}
-
-impl Family {
-    /// Whether its models continue texts; the others embed them.
-    pub fn is_causal(self) -> bool {
-        matches!(self, Self::Llama | Self::Mistral | Self::Qwen2)
-    }
-}
-
-impl fmt::Display for Family {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Self::Bert => "BERT",
-            Self::Albert => "ALBERT",
-            Self::Llama => "Llama",
-            Self::Mistral => "Mistral",
-            Self::Qwen2 => "Qwen2",
-        })
-    }
-}
-
-/// What a family makes of a file: the options, and where each parameter comes from.
+/// A file as its family reads it: the options, and where each parameter comes from.
 type Described = (TransformerWrapperConfig, Names);
 
 impl Pretrained {
@@ -152,13 +118,9 @@ impl Pretrained {
         let root = if root.is_dir() { root } else { folder };
         let place = folder.join("config.json");
         let options = Options { value: json(&place)?, path: place };
-        let family = family(&options)?;
-        let renamed = layout(family).apply(&mut file)?;
-        let (config, names) = match family {
-            Family::Bert => bert::bert(&options, &file)?,
-            Family::Albert => bert::albert(&options, &file)?,
-            Family::Llama | Family::Mistral | Family::Qwen2 => llama::of_json(&options, family, &file)?,
-        };
+        let family = Family::of(&options)?;
+        let renamed = family.layout().apply(&mut file)?;
+        let (config, names) = family.read(&options, &file)?;
         let ends = if family.is_causal() { ends::of_folder(&options, folder, config.num_tokens)? } else { Vec::new() };
         Ok(Self {
             family,
@@ -270,54 +232,6 @@ impl Pretrained {
 
     fn load(&self, params: &ParamMap, place: &str) -> Result<()> {
         self.names.load(&self.file, params, place)
-    }
-}
-
-/// The family that a config names.
-fn family(options: &Options) -> Result<Family> {
-    const KNOWN: &str = "expected bert, albert, llama, mistral or qwen2";
-    Ok(match options.text("model_type", "")? {
-        "bert" => Family::Bert,
-        "albert" => Family::Albert,
-        "llama" => Family::Llama,
-        "mistral" => Family::Mistral,
-        "qwen2" => Family::Qwen2,
-        "" => {
-            let why = format!("has no `model_type`, which names the family of the model; {KNOWN}");
-            return Err(Error::file(&options.path, why));
-        }
-        other => return Err(options.refuse("model_type", format!("is `{other}`, {KNOWN}"))),
-    })
-}
-
-/// The names that a family has in `transformers`.
-fn layout(family: Family) -> Layout {
-    match family {
-        Family::Bert => Layout {
-            base: "bert.",
-            with_base: false,
-            anchors: &["embeddings.word_embeddings.weight"],
-            heads: &["cls."],
-            aliases: &[("layer.", "encoder.layer.")],
-        },
-        Family::Albert => Layout {
-            base: "albert.",
-            with_base: false,
-            anchors: &["embeddings.word_embeddings.weight"],
-            heads: &["predictions.", "sop_classifier."],
-            aliases: &[
-                ("albert_layer_groups.", "encoder.albert_layer_groups."),
-                ("embedding_hidden_mapping_in.", "encoder.embedding_hidden_mapping_in."),
-            ],
-        },
-        Family::Llama | Family::Mistral | Family::Qwen2 => Layout {
-            base: "model.",
-            with_base: true,
-            // The table is left out where the head has its values.
-            anchors: &["embed_tokens.weight", "layers.0.input_layernorm.weight"],
-            heads: &["lm_head."],
-            aliases: &[],
-        },
     }
 }
 

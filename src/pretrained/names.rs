@@ -23,7 +23,7 @@ pub(super) struct Weight {
     pub theirs: Source,
 }
 
-/// What is made of tensors of a file.
+/// The source of a parameter in a file.
 #[derive(Clone, Debug)]
 pub(super) enum Source {
     /// One tensor as it is.
@@ -43,7 +43,7 @@ impl Source {
     }
 }
 
-/// How a file's tensors become parameters.
+/// Mapping from a file's tensors to parameters.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Names {
     pub weights: Vec<Weight>,
@@ -192,7 +192,7 @@ fn is_buffer(file: &TensorFile, name: &str) -> bool {
     whole || BUFFERS.iter().any(|end| name.strip_suffix(end).is_some_and(|rest| !rest.ends_with(char::is_alphanumeric)))
 }
 
-/// What a tensor does to others, if a model without it would be another one.
+/// The effect of a tensor on others, if a model without it would be another one.
 fn changes_weights(name: &str) -> Option<&'static str> {
     const SCALES: &str = "the weights are quantised and have scales, a format that is not known; dequantise them first";
     const ADAPTER: &str = "an adapter (LoRA), which changes other weights; merge it into the model first";

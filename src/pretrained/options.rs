@@ -84,7 +84,7 @@ impl Options {
         self.value.get(key).filter(|value| !value.is_null())
     }
 
-    /// Whether the key is there, be it with null.
+    /// Returns `true` if the key is there, be it with null.
     pub(super) fn has(&self, key: &str) -> bool {
         self.value.get(key).is_some()
     }

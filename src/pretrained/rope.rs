@@ -1,4 +1,4 @@
-//! How the rotation of a model is stretched to longer texts, in the words of `config.json` and of GGUF.
+//! The stretch of a model's rotation to longer texts, in the words of `config.json` and of GGUF.
 
 use serde_json::Value;
 

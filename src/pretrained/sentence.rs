@@ -1,4 +1,4 @@
-//! What a folder of sentence-transformers says besides the encoder.
+//! Folders of sentence-transformers: what they hold besides the encoder.
 
 use std::{
     collections::BTreeMap,
@@ -19,7 +19,7 @@ use crate::{
     models::{Pooling, SentenceEncoder, SentenceModule},
 };
 
-/// How the vectors of two texts are compared.
+/// Similarity of the vectors of two texts.
 #[derive(Clone, Copy, PartialEq, Eq, Default, Debug)]
 pub enum Similarity {
     /// The cosine of their angle.
@@ -59,7 +59,7 @@ impl fmt::Display for Similarity {
     }
 }
 
-/// What a folder of sentence-transformers says about texts, apart from the weights.
+/// Settings for texts of a folder of sentence-transformers, without the weights.
 #[derive(Clone, PartialEq, Eq, Default, Debug)]
 #[non_exhaustive]
 pub struct SentenceOptions {
@@ -75,7 +75,7 @@ pub struct SentenceOptions {
     pub prompts: BTreeMap<String, String>,
     /// The prompt of texts for which none is named, `default_prompt_name`.
     pub default_prompt: Option<String>,
-    /// How the vectors are meant to be compared, `similarity_fn_name`.
+    /// Similarity that the vectors are meant for, `similarity_fn_name`.
     pub similarity: Similarity,
     /// Number of features that vectors are cut to, `truncate_dim`.
     pub truncate_dim: Option<usize>,
@@ -183,7 +183,7 @@ impl Pretrained {
         Ok(modules)
     }
 
-    /// What the folder says about texts: `sentence_bert_config.json` and `config_sentence_transformers.json` of
+    /// The folder's settings for texts: `sentence_bert_config.json` and `config_sentence_transformers.json` of
     /// sentence-transformers.
     ///
     /// Errors: a file that cannot be read, or an option that changes vectors and is not known.

@@ -113,7 +113,7 @@ pub struct TrainingState {
     pub grad_scaler: Option<GradScaler>,
 }
 
-/// What a text is recognised by.
+/// Length and hash that a text is recognised by.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct TextPrint {

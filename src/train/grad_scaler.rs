@@ -33,14 +33,14 @@ impl Default for GradScaler {
 }
 
 impl GradScaler {
-    /// What the scale is multiplied by after [`GradScaler::GROWTH_INTERVAL`] steps.
+    /// Factor on the scale after [`GradScaler::GROWTH_INTERVAL`] steps.
     pub const GROWTH_FACTOR: f64 = 2.0;
-    /// What the scale is multiplied by after a step that was skipped.
+    /// Factor on the scale after a step that was skipped.
     pub const BACKOFF_FACTOR: f64 = 0.5;
     /// Steps in a row with finite gradients after which the scale grows.
     pub const GROWTH_INTERVAL: u64 = 2000;
 
-    /// What the loss is multiplied by.
+    /// Factor on the loss.
     pub fn scale(&self) -> f64 {
         self.scale
     }
@@ -67,7 +67,7 @@ impl GradScaler {
         }
     }
 
-    /// Whether a smaller scale could help against gradients that are not finite: below 1 it would not keep small
+    /// Returns `true` if a smaller scale could help against gradients that are not finite: below 1 it would not keep small
     /// gradients from vanishing but make them vanish.
     pub(super) fn can_back_off(&self) -> bool {
         self.scale > 1.0

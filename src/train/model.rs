@@ -1,4 +1,4 @@
-//! What a trainer asks of a model.
+//! The model of a trainer.
 
 use std::fmt;
 

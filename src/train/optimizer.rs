@@ -89,7 +89,7 @@ struct State {
     step: u64,
 }
 
-/// What a step did.
+/// Result of a step.
 #[derive(Clone, Copy, PartialEq, Debug)]
 pub struct StepInfo {
     /// The norm of all gradients together, before clipping.
@@ -268,7 +268,7 @@ impl AdamW {
         params.unique().flat_map(|(name, _)| settings.factors(next(name))).collect()
     }
 
-    /// Whether nobody else holds the tensors of the state, which a recorded step changes where they are.
+    /// Returns `true` if nobody else holds the tensors of the state, which a recorded step changes where they are.
     #[cfg(feature = "cuda")]
     pub(super) fn is_unique(&mut self) -> bool {
         self.state.values_mut().all(|State { exp_avg, exp_avg_sq, master, .. }| {
@@ -392,7 +392,7 @@ fn with_gradients<'a>(params: &'a ParamMap, grads: &Gradients) -> Result<(Vec<Na
     Ok(packed.collect::<Result<Vec<_>>>()?.into_iter().unzip())
 }
 
-/// What the kernel of each parameter is compiled for.
+/// The types that the kernel of each parameter is compiled for.
 fn kinds(named: &[Named], grads: &[Tensor]) -> impl Iterator<Item = (Device, DType, DType)> {
     let kind = |((_, param), grad): (&Named, &Tensor)| {
         let value = param.tensor();

@@ -9,7 +9,7 @@ use super::{
 };
 use crate::{DType, Error, Result, error::ensure};
 
-/// How to train; saved with every checkpoint.
+/// Options of a training run; saved with every checkpoint.
 #[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct TrainOptions {

@@ -1,9 +1,9 @@
-//! Which random numbers a step uses: a function of the seed, the step and the micro-batch, so that a resumed run draws
+//! The random numbers of a step: a function of the seed, the step and the micro-batch, so that a resumed run draws
 //! what an uninterrupted one draws without saving the state of a generator.
 
 use crate::Philox;
 
-/// What the numbers are for; each purpose has streams of its own.
+/// Purpose of the numbers; each purpose has streams of its own.
 #[derive(Clone, Copy)]
 pub(super) enum Purpose {
     /// Offsets of the windows of a batch.

@@ -79,7 +79,7 @@ impl<M: TrainModel> fmt::Debug for Trainer<M> {
     }
 }
 
-/// What a step did.
+/// Result of a step.
 #[derive(Clone, Copy, PartialEq, Debug)]
 pub struct StepReport {
     /// The number of the step, counted from 0.
@@ -92,7 +92,7 @@ pub struct StepReport {
     pub lr: f64,
     /// Bytes that were predicted.
     pub tokens: u64,
-    /// Whether the weights were left alone, because the gradients of a scaled loss were not finite.
+    /// If `true`, the weights were left alone, because the gradients of a scaled loss were not finite.
     pub skipped: bool,
 }
 
@@ -409,7 +409,7 @@ impl<M: TrainModel> Trainer<M> {
         Ok(())
     }
 
-    /// How the run trains.
+    /// The options of the run.
     pub fn options(&self) -> &TrainOptions {
         &self.options
     }

@@ -231,12 +231,7 @@ impl Settings {
 
     /// The class of tokenizer, without `Fast`: the one that the files name, or that of the family.
     pub fn class(&self, family: Family) -> &str {
-        self.class.as_deref().unwrap_or(match family {
-            Family::Bert => "BertTokenizer",
-            Family::Albert => "AlbertTokenizer",
-            Family::Qwen2 => "Qwen2Tokenizer",
-            _ => "LlamaTokenizer",
-        })
+        self.class.as_deref().unwrap_or(family.tokenizer_class())
     }
 
     /// The class of tokenizer that the files name, without `Fast`.

@@ -166,14 +166,12 @@ fn of_json(found: &Value, path: &Path) -> Result<Vec<Template>> {
 
 /// Special tokens of a class of tokenizers in `transformers`, where its files do not name them.
 fn default_token(class: Option<&str>, family: Family, key: &str) -> Option<&'static str> {
-    let class = class.map(|class| class.trim_end_matches("Fast"));
-    let table: [&str; 4] = match (class, family) {
-        (Some("LlamaTokenizer" | "CodeLlamaTokenizer"), _) | (None, Family::Llama | Family::Mistral) => {
-            ["<s>", "</s>", "<unk>", ""]
-        }
-        (Some("Qwen2Tokenizer"), _) | (None, Family::Qwen2) => ["", "<|endoftext|>", "<|endoftext|>", "<|endoftext|>"],
-        (Some("GemmaTokenizer"), _) => ["<bos>", "<eos>", "<unk>", "<pad>"],
-        (Some("GPT2Tokenizer"), _) => ["<|endoftext|>", "<|endoftext|>", "<|endoftext|>", ""],
+    let class = class.map_or(family.tokenizer_class(), |class| class.trim_end_matches("Fast"));
+    let table: [&str; 4] = match class {
+        "LlamaTokenizer" | "CodeLlamaTokenizer" => ["<s>", "</s>", "<unk>", ""],
+        "Qwen2Tokenizer" => ["", "<|endoftext|>", "<|endoftext|>", "<|endoftext|>"],
+        "GemmaTokenizer" => ["<bos>", "<eos>", "<unk>", "<pad>"],
+        "GPT2Tokenizer" => ["<|endoftext|>", "<|endoftext|>", "<|endoftext|>", ""],
         _ => return None,
     };
     let at = ["bos_token", "eos_token", "unk_token", "pad_token"].iter().position(|name| *name == key)?;

@@ -215,21 +215,15 @@ impl CudaDevice {
         }
     }
 
-    /// Compiles a source unless its code is cached, and loads the kernel of this signature.
-    fn load(
-        &self,
-        source: &KernelSource,
-        options: &[(&str, &str)],
-        signature: &'static Signature,
-    ) -> Result<(Module, Function)> {
-        let cubin = compile::cubin(source, options, self.target)?;
+    /// Loads the kernel of this signature from compiled code.
+    fn load(&self, cubin: &[u8], signature: &'static Signature) -> Result<(Module, Function)> {
         let kernel = CString::new(signature.kernel).map_err(|why| error(why.to_string()))?;
         // Loading may wait for the whole context. What is recorded was loaded by the run before.
         let _pass = self.enter_outside("loading a kernel")?;
         self.bind()?;
         // SAFETY: the context is current, and NVRTC made the code, now or earlier: a cache that somebody else may write to is
         // not read, and a hash shows damage.
-        let module = self.check("cuModuleLoadData", unsafe { Module::load(&cubin) })?;
+        let module = self.check("cuModuleLoadData", unsafe { Module::load(cubin) })?;
         let handle = self.check("cuModuleGetFunction", module.function(kernel))?;
         Ok((module, Function { handle, signature }))
     }
@@ -375,7 +369,7 @@ unsafe impl Gpu for CudaDevice {
             let source = KernelSource::named(signature.file).filter(|source| source.has(options)).ok_or_else(|| {
                 error(format!("{}.cu has no variant {options:?}; its `// Variants:` say what", signature.file))
             })?;
-            self.load(source, options, signature)
+            self.load(&compile::cubin(source, options, self.target)?, signature)
         })?;
         Ok(Box::new(Loaded { device: self, function }))
     }
@@ -387,12 +381,13 @@ unsafe impl Gpu for CudaDevice {
             // A source of the library has its own name in the cache.
             let known = LAB_SOURCES.iter().find(|known| known.hash == source.hash()).map_or(name, |known| known.name);
             let text = KernelSource { name: known, hash: source.hash(), source: source.text(), variants: &[] };
+            let cubin = compile::cubin(&text, &options, self.target)?;
             // Kept for as long as the loaded code, which is as long as the process lives.
             let name: &'static str = name.to_string().leak();
             let parameters = source.parameters().iter();
             let parameters = parameters.map(|one| Parameter { name: one.name.clone().leak(), kind: one.kind });
             let parameters: &'static [Parameter] = parameters.collect::<Vec<_>>().leak();
-            self.load(&text, &options, Box::leak(Box::new(Signature { file: name, kernel: name, parameters })))
+            self.load(&cubin, Box::leak(Box::new(Signature { file: name, kernel: name, parameters })))
         })?;
         Ok(Box::new(Loaded { device: self, function }))
     }

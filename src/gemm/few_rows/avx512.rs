@@ -69,7 +69,7 @@ trait Words: Copy {
     unsafe fn multiply_add(a: __m512, b: __m512, sum: __m512) -> __m512;
 }
 
-/// One element, in f32 or widened. The type is looked at for each square: a copy of the kernels per type would only be code.
+/// One element, in f32 or widened. The type may be looked at for each square: a copy of every kernel per type would only be code.
 #[derive(Clone, Copy)]
 struct Singles(Word);
 
@@ -143,10 +143,10 @@ impl Words for Pairs {
 
 /// A kernel per number of rows, for words of one kind.
 macro_rules! by_rows {
-    ($words:expr, $block:expr, $rows:expr, [$($count:literal)*]) => {
+    ($words:expr, $block:expr, $rows:expr, [$($count:literal)*] or $most:literal) => {
         match $rows {
             $($count => square_by_square::<_, $count>($words, $block),)*
-            _ => square_by_square::<_, 12>($words, $block),
+            _ => square_by_square::<_, $most>($words, $block),
         }
     };
 }
@@ -157,7 +157,14 @@ macro_rules! by_rows {
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
 unsafe fn of_singles(word: Word, block: &Block, rows: usize) {
     // SAFETY: see above.
-    unsafe { by_rows!(Singles(word), block, rows, [1 2 3 4 5 6 7 8 9 10 11]) }
+    unsafe {
+        match word {
+            // The compiler knows the type: the fewer the rows, the more a choice per square would cost.
+            Word::Bf16 if rows <= 4 => by_rows!(Singles(Word::Bf16), block, rows, [1 2 3] or 4),
+            Word::F16 if rows <= 4 => by_rows!(Singles(Word::F16), block, rows, [1 2 3] or 4),
+            word => by_rows!(Singles(word), block, rows, [1 2 3 4 5 6 7 8 9 10 11] or 12),
+        }
+    }
 }
 
 /// # Safety
@@ -166,7 +173,7 @@ unsafe fn of_singles(word: Word, block: &Block, rows: usize) {
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
 unsafe fn of_pairs(block: &Block, rows: usize) {
     // SAFETY: see above.
-    unsafe { by_rows!(Pairs, block, rows, [1 2 3 4 5 6 7 8 9 10 11]) }
+    unsafe { by_rows!(Pairs, block, rows, [1 2 3 4 5 6 7 8 9 10 11] or 12) }
 }
 
 /// # Safety

@@ -4,7 +4,7 @@ use super::{Attention, AttentionInput, AttentionOutput};
 use crate::{
     Error, Result, Tensor,
     error::ErrorContext,
-    nn::cache::{DecodeStep, Tables},
+    nn::step::{DecodeStep, Tables},
     ops::{DecodeSpec, PositionBias, attention_decode},
 };
 

@@ -1,7 +1,7 @@
 //! From the input of a layer to queries, keys and values.
 
 use super::{Attention, AttentionInput};
-use crate::{Result, Tensor, error::ErrorContext};
+use crate::{Error, Result, Tensor, error::ErrorContext};
 
 impl Attention {
     /// The operands of the scores: queries `[b, heads, i, d]`, keys and values of `j` positions.
@@ -22,7 +22,7 @@ impl Attention {
         let (mut queries, mut keys) = (x.clone(), source.clone());
         if let Some(sinusoids) = &input.sinusoids {
             let (i, j) = (x.dim(1)?, source.dim(1)?);
-            queries = queries.add(&sinusoids.narrow(0, j - i, i)?)?;
+            queries = queries.add(&sinusoids.narrow(0, first_query(i, j)?, i)?)?;
             keys = keys.add(&sinusoids.narrow(0, 0, j)?)?;
         }
         let q = self.to_q.forward(&queries).context("to_q")?;
@@ -72,7 +72,7 @@ impl Attention {
     pub(super) fn rotate(&self, q: Tensor, k: Tensor, v: Tensor) -> Result<[Tensor; 3]> {
         let (Some(frequencies), Some(plan)) = (&self.rotary, &self.plan.rotary) else { return Ok([q, k, v]) };
         let frequencies = &frequencies.tensor();
-        let first = k.dim(2)? - q.dim(2)?;
+        let first = first_query(q.dim(2)?, k.dim(2)?)?;
         let v = if plan.values { v.rotary(frequencies, 0)? } else { v };
         let (q, k) = (self.pairs_as_halves(q)?, self.pairs_as_halves(k)?);
         Ok([q.rotary(frequencies, first)?, k.rotary(frequencies, 0)?, v])
@@ -105,4 +105,10 @@ impl Attention {
             None => Ok(x),
         }
     }
+}
+
+/// The position of the first of `queries`, which are the last of `keys`.
+fn first_query(queries: usize, keys: usize) -> Result<usize> {
+    let why = || Error::shape("attention", format!("{queries} queries are the last of the keys, which are only {keys}"));
+    keys.checked_sub(queries).ok_or_else(why)
 }
