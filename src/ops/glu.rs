@@ -58,6 +58,10 @@ fn gated(op: &'static str, x: &Tensor, bias: Option<&Tensor>, activation: Activa
     x.dtype().expect_float(op)?;
     bias.map_or(Ok(()), |bias| check_bias(op, x, bias))?;
     let x = x.contiguous()?;
+    if let (Device::Gpu(_), false) = (x.device(), activation.has_kernel()) {
+        let x = bias.map(|bias| x.add(bias)).transpose()?.unwrap_or(x);
+        return x.narrow(-1, 0, width / 2)?.mul(&activation.of(&x.narrow(-1, width / 2, width / 2)?)?);
+    }
     glu(op, activation, &x, bias, width / 2)
 }
 

@@ -1,13 +1,11 @@
 //! The forward pass: statistics of each row, and the row by them.
 
-use super::{Form, LANES, Spec, packed, rows, widen};
+use super::{Form, LANES, Spec, rows, widen};
 use crate::{
     DType, Device, Result, Tensor,
     device::{
-        Gpu, Grid, args,
         rows::{Floats, FloatsMut, In, Out, Sums, for_rows_of, round_to},
         simd::vectorized,
-        size32,
     },
     dtype::{Real, dispatch_real},
     ops::reduce::sum_slice,
@@ -75,28 +73,6 @@ impl Forward {
             }
         });
         Ok(())
-    }
-
-    fn cuda(&mut self, gpu: &dyn Gpu, x: &Tensor, residual: Option<&Tensor>, spec: &Spec) -> Result<()> {
-        let (rows, columns) = (rows(x)?, x.dim(-1)?);
-        let (weight, bias) = (packed(spec.weight)?, packed(spec.bias)?);
-        let weights = weight.as_ref().map_or(0, Tensor::numel);
-        let form = spec.form.code();
-        let args = args![
-            &mut self.y,
-            self.sum.as_mut(),
-            &mut self.statistics,
-            x,
-            residual,
-            weight.as_ref(),
-            bias.as_ref(),
-            rows as i64,
-            size32(columns)?,
-            size32(weights)?,
-            form,
-            spec.eps
-        ];
-        gpu.kernel("norm_fwd", &[("DTYPE", x.dtype().name())])?.launch(Grid::held_rows(rows, columns, x.dtype()), args)
     }
 }
 

@@ -2,6 +2,7 @@
 //! RMS norm in that with a summand.
 
 mod backward;
+mod cuda;
 mod forward;
 
 use backward::NormBackward;
