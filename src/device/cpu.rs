@@ -87,6 +87,7 @@ fn for_rows_dyn<T: Send>(out: &mut [T], width: usize, cost: usize, body: &(dyn F
 }
 
 /// As [`for_rows`] with two outputs, whose rows have `widths` elements.
+#[allow(clippy::type_complexity)]
 #[inline(never)]
 pub(crate) fn for_rows2<A: Send, B: Send>(
     a: &mut [A],
@@ -164,6 +165,7 @@ pub(crate) fn for_strided<T: Send, const N: usize>(
 }
 
 /// Once for each type of element and number of inputs.
+#[allow(clippy::type_complexity)]
 #[inline(never)]
 fn for_strided_dyn<T: Send, const N: usize>(
     out: &mut [T],

@@ -36,6 +36,7 @@ pub(super) fn gather<S: Copy, const N: usize>(
 }
 
 /// Calls `body` with the dimensions and the bytes of each block, and where its first value goes; values have `bytes` bytes.
+#[allow(clippy::type_complexity)]
 fn for_blocks(
     source: &Source,
     start: usize,

@@ -187,6 +187,7 @@ pub(super) struct Pairs<'a, R> {
 const PIECE: usize = 256;
 
 /// Calls `body` with runs of the output and of both operands, which broadcast to its shape.
+#[allow(clippy::type_complexity)]
 pub(super) fn for_pairs<T: Float, Y: Send>(
     y: &mut [Y],
     shape: &Shape,
@@ -208,6 +209,7 @@ pub(super) fn for_pairs<T: Float, Y: Send>(
 }
 
 /// As [`for_pairs`], for a run whose operands are widened or gathered first.
+#[allow(clippy::type_complexity)]
 #[inline(never)]
 fn in_pieces<T: Float, Y>(
     y: &mut [Y],

@@ -56,7 +56,7 @@ vectorized! {
             }
             let scale = R::ONE / sum_slice(y);
             for y in y {
-                *y = *y * scale;
+                *y *= scale;
             }
         }
     }
