@@ -468,7 +468,12 @@ fn what_does_not_fit_is_refused_with_a_table() -> Result<()> {
         ("activation", config.replace("\"gelu\"", "\"mish\""), weights.clone(), "`mish`"),
         ("wrong_family", config.replace("\"albert\"", "\"bert\""), weights.clone(), "missing"),
         ("groups", config.replace("\"num_hidden_groups\": 1", "\"num_hidden_groups\": 2"), weights.clone(), "only 1"),
-        ("huge", config.replace("\"vocab_size\": 591", "\"vocab_size\": 1000000000"), weights.clone(), "mismatched"),
+        (
+            "huge",
+            config.replace("\"vocab_size\": 591", "\"vocab_size\": 1000000000"),
+            weights.clone(),
+            "shape mismatch",
+        ),
         (
             "too_huge",
             config.replace("\"vocab_size\": 591", "\"vocab_size\": 10000000000"),

@@ -673,7 +673,7 @@ fn trainer_resume_refuses_what_does_not_fit() -> Result<()> {
         assert!(expected.iter().all(|part| message.contains(part)), "{to}: {message}");
         fs::write(run.join(name), content).unwrap();
     };
-    with("config.json", "\"dim\": 32", "\"dim\": 48", &["mismatched", "model.safetensors"]);
+    with("config.json", "\"dim\": 32", "\"dim\": 48", &["shape mismatch", "model.safetensors"]);
     with("config.json", "\"depth\": 1", "\"depth\": 2", &["missing"]);
     with("config.json", "\"depth\": 1", "\"depht\": 1", &["depht", "depth"]);
     with("config.json", "\"max_seq_len\": 32", "\"max_seq_len\": 8", &["seq_len"]);

@@ -29,6 +29,8 @@ pub(super) struct PanelsA<'a, R> {
 
 impl<R> PanelsA<'_, R> {
     /// Panics if one of `m` rows of depth `kc`, at least one each, ends outside of the slice.
+    // Inlined for `mr`, which is a constant of most kernels: the divisions would cost more than a small block.
+    #[inline(always)]
     fn check(&self, m: usize, mr: usize, kc: usize) {
         let (row, p) = if self.order == Order::Rows { (1, self.stride) } else { (self.stride, 1) };
         // A full panel may reach further than the last one, which may be lower.
