@@ -73,7 +73,7 @@ fn embed_files(folder: &Path, included: &Path, kernels: &mut Vec<String>) -> Res
         let Some(stem) = name.strip_suffix(".cu") else { continue };
         let text = flatten(name, &read)?;
         let own = read(name).unwrap_or_default();
-        let (hash, variants) = (fnv1a(&text), parse_variants(name, &own)?);
+        let (hash, variants) = (fnv1a(&text), parse_variants(name, &own, &text)?);
         writeln!(
             sources,
             "    KernelSource {{ name: {stem:?}, hash: {hash:#018x}, source: {text:?}, variants: &{} }},",
@@ -146,11 +146,27 @@ fn expand(
 /// A set of variants: the values of each compile option, of which every combination is compiled.
 pub type Variants = Vec<(String, Vec<String>)>;
 
+/// The first arguments of the lines that begin with a macro's name, which may follow another word: `ROW(` finds
+/// `ACTIVATION_ROW(gelu, …)` too.
+fn rows_of(text: &str, start: &str) -> Vec<String> {
+    let row = |line: &str| {
+        let (name, rest) = line.split_once('(')?;
+        let is_row = format!("{name}(").ends_with(start) && !name.contains(' ');
+        is_row.then(|| rest.split(',').next().unwrap_or_default().trim().to_string())
+    };
+    text.lines().filter_map(row).collect()
+}
+
 /// What a source is compiled for, from the lines `// Variants: OPTION=value,value OPTION=value` of its comments.
-pub fn parse_variants(file: &str, text: &str) -> Result<Vec<Variants>, String> {
+pub fn parse_variants(file: &str, text: &str, whole: &str) -> Result<Vec<Variants>, String> {
     let lines = text.lines().filter_map(|line| line.trim_start().strip_prefix("// Variants:"));
     let sets = lines.map(|line| {
         let axis = |axis: &str| match axis.split_once('=') {
+            // The rows of a table that the file includes.
+            Some((option, rows)) if rows.ends_with("(*)") => match rows_of(whole, rows.trim_end_matches("*)")) {
+                names if names.is_empty() => Err(format!("{file}: there are no rows {rows}")),
+                names => Ok((option.to_string(), names)),
+            },
             Some((option, values)) if !option.is_empty() && !values.split(',').any(str::is_empty) => {
                 Ok((option.to_string(), values.split(',').map(str::to_string).collect()))
             }

@@ -74,18 +74,21 @@ enum { INPUT, OUTPUT };
         static __device__ __forceinline__ Acc slope(Acc kept) { return gradient(1, kept); } \
     };
 
+// Those that stand in activation.cu and glu.cu too.
+#define ACTIVATION_ROW(...) ROW(__VA_ARGS__)
+
 namespace function {
 ROW(neg, INPUT, -x, -g)
 ROW(exp, OUTPUT, ::exp(x), g * kept)
 ROW(ln, INPUT, ::log(x), g / kept)
 ROW(sqrt, OUTPUT, ::sqrt(x), g * (Acc(0.5) / kept))
 ROW(square, INPUT, x * x, twice(g * kept))
-ROW(sigmoid, INPUT, logistic(x), g * logistic_slope(kept))
+ACTIVATION_ROW(sigmoid, INPUT, logistic(x), g * logistic_slope(kept))
 ROW(tanh, INPUT, ::tanh(x), g * (4 * logistic_slope(kept + kept)))
 // No gradient where x <= 0, which is not where x > 0 is false: NaN lets it pass.
 ROW(relu, OUTPUT, positive(x), kept <= 0 ? 0 : g)
-ROW(relu_squared, INPUT, positive(x) * positive(x), kept <= 0 ? 0 : twice(g * kept))
-ROW(gelu, INPUT, x * normal_cdf(x), g * (normal_cdf(kept) + kept * normal_pdf(kept)))
-ROW(gelu_tanh, INPUT, x * gelu_gate(x), g * (gelu_gate(kept) + kept * gelu_gate_slope(kept)))
-ROW(silu, INPUT, x * logistic(x), g * (logistic(kept) * (1 + kept * (1 - logistic(kept)))))
+ACTIVATION_ROW(relu_squared, INPUT, positive(x) * positive(x), kept <= 0 ? 0 : twice(g * kept))
+ACTIVATION_ROW(gelu, INPUT, x * normal_cdf(x), g * (normal_cdf(kept) + kept * normal_pdf(kept)))
+ACTIVATION_ROW(gelu_tanh, INPUT, x * gelu_gate(x), g * (gelu_gate(kept) + kept * gelu_gate_slope(kept)))
+ACTIVATION_ROW(silu, INPUT, x * logistic(x), g * (logistic(kept) * (1 + kept * (1 - logistic(kept)))))
 } // namespace function

@@ -96,10 +96,15 @@ fn variants_are_the_combinations_of_options() {
     let axis =
         |name: &str, values: &[&str]| (name.to_string(), values.iter().map(|v| v.to_string()).collect::<Vec<_>>());
     let expected = vec![vec![axis("DTYPE", &["f32", "bf16"]), axis("INDEX", &["u32"])], vec![axis("DTYPE", &["f64"])]];
-    assert_eq!(parse_variants("a.cu", text), Ok(expected));
-    let error = parse_variants("a.cu", "// Variants: DTYPE\n").unwrap_err();
+    assert_eq!(parse_variants("a.cu", text, text), Ok(expected));
+    let rows = "#define ROW(name)\nROW(a, 1)\nMARKED_ROW(b, 2)\n";
+    let of = |names: &[&str]| Ok(vec![vec![("F".to_string(), names.iter().map(|x| x.to_string()).collect())]]);
+    assert_eq!(parse_variants("a.cu", "// Variants: F=ROW(*)\n", rows), of(&["a", "b"]));
+    assert_eq!(parse_variants("a.cu", "// Variants: F=MARKED_ROW(*)\n", rows), of(&["b"]));
+    assert!(parse_variants("a.cu", "// Variants: F=OTHER(*)\n", rows).is_err());
+    let error = parse_variants("a.cu", "// Variants: DTYPE\n", "").unwrap_err();
     assert_eq!(error, "a.cu: `DTYPE` of its variants is not written OPTION=value,value");
-    let error = parse_variants("a.cu", "// a kernel\n").unwrap_err();
+    let error = parse_variants("a.cu", "// a kernel\n", "").unwrap_err();
     assert_eq!(error, "a.cu: a line `// Variants: DTYPE=…` must say what it is compiled for");
 }
 

@@ -27,12 +27,12 @@ pub fn record<B: Backward + 'static>(
     inputs: &[&Tensor],
     backward: impl FnOnce(&Tensor) -> B,
 ) -> Result<Tensor> {
-    let cost = if profile::active() {
-        profiled(op, &output, inputs, with_stack(|stack| !stack.is_empty()))?
-    } else {
-        Cost::NONE
-    };
+    let cost = profiled_cost(op, &output, inputs)?;
     record_with(cost, op, output, inputs, backward)
+}
+
+fn profiled_cost(op: &'static str, output: &Tensor, inputs: &[&Tensor]) -> Result<Cost> {
+    if profile::active() { profiled(op, output, inputs, with_stack(|stack| !stack.is_empty())) } else { Ok(Cost::NONE) }
 }
 
 /// As [`record`], for an output that an op has besides the one that it records next with this among its inputs; a profile
@@ -66,6 +66,26 @@ fn record_with<B: Backward + 'static>(
     inputs: &[&Tensor],
     backward: impl FnOnce(&Tensor) -> B,
 ) -> Result<Tensor> {
+    Ok(match place(op, output, inputs)? {
+        Place::None(output) => output,
+        Place::Tape { output, discard } => {
+            // Outside of the borrow: the closure may compute what it saves.
+            let rule = (!discard).then(|| -> Box<dyn Backward> { Box::new(backward(&output)) });
+            put(output, inputs, rule, cost)
+        }
+    })
+}
+
+/// Where an output belongs.
+#[allow(clippy::large_enum_variant)]
+enum Place {
+    /// Not on a tape: the output as it is returned.
+    None(Tensor),
+    /// On the innermost tape; if `discard`, without its rule.
+    Tape { output: Tensor, discard: bool },
+}
+
+fn place(op: &'static str, output: Tensor, inputs: &[&Tensor]) -> Result<Place> {
     let tracked = with_stack(|stack| match stack.last() {
         Some(recording) => {
             let tracked = tracks(recording.id, op, inputs)?;
@@ -73,19 +93,15 @@ fn record_with<B: Backward + 'static>(
         }
         None => Ok(None),
     })?;
-    match tracked {
-        None => marked(op, output, inputs),
-        Some(None) => Ok(output),
-        Some(Some(discard)) => {
-            // Outside of the borrow: the closure may compute what it saves.
-            let node = (!discard).then(|| Node {
-                inputs: Input::all(inputs),
-                rule: Rule::Op(Box::new(backward(&output))),
-                cost,
-            });
-            Ok(push(output, node))
-        }
-    }
+    Ok(match tracked {
+        None => Place::None(marked(op, output, inputs)?),
+        Some(None) => Place::None(output),
+        Some(Some(discard)) => Place::Tape { output, discard },
+    })
+}
+
+fn put(output: Tensor, inputs: &[&Tensor], rule: Option<Box<dyn Backward>>, cost: Cost) -> Tensor {
+    push(output, rule.map(|rule| Node { inputs: Input::all(inputs), rule: Rule::Op(rule), cost }))
 }
 
 /// Marks what was computed without a tape by the thread that did so.

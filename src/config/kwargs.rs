@@ -33,26 +33,40 @@ pub(super) trait Keywords: Default + Serialize + DeserializeOwned {
 ///
 /// Errors: [`Error::UnknownOption`]; [`Error::Option`] for a missing one or a value of another type.
 pub(super) fn read<T: Keywords>(mut map: Map) -> Result<T> {
-    for &(alias, key) in T::ALIASES {
+    let defaults = flat(&T::default());
+    check(&mut map, &defaults, T::ALIASES, T::REQUIRED)?;
+    build(map.clone()).map_err(|error| failing(map, &defaults, error, &|map| build::<T>(map).err()))
+}
+
+/// Gives keywords their own spelling, and refuses unknown and missing ones.
+fn check(map: &mut Map, defaults: &Map, aliases: &[(&str, &str)], required: &[&'static str]) -> Result<()> {
+    for &(alias, key) in aliases {
         if let Some(value) = map.remove(alias) {
             let taken = map.insert(key.to_string(), value).is_some();
             ensure!(!taken, Error::option(alias, format!("is another name of `{key}`, which is given too")));
         }
     }
-    let defaults = flat(&T::default());
-    check_known(&map, || defaults.keys().map(String::as_str).chain(T::ALIASES.iter().map(|alias| alias.0)))?;
-    for &key in T::REQUIRED {
+    check_known(map, || defaults.keys().map(String::as_str).chain(aliases.iter().map(|alias| alias.0)))?;
+    for &key in required {
         ensure!(map.contains_key(key), Error::option(key, "is required, and missing"));
     }
-    build(map.clone()).map_err(|error| {
-        // The message of serde names expected and actual, but not the key: it is the one that fails alone.
-        let alone = |(key, value): (String, Value)| {
-            let mut one = defaults.clone();
-            one.insert(key.clone(), value);
-            build::<T>(one).err().map(|error| Error::option(key, error.to_string()))
-        };
-        map.into_iter().find_map(alone).unwrap_or_else(|| Error::argument("config", error.to_string()))
-    })
+    Ok(())
+}
+
+/// Finds what caused an error. The message of serde names expected and actual, but not the key: it is the one that fails
+/// alone.
+fn failing(
+    map: Map,
+    defaults: &Map,
+    error: serde_json::Error,
+    fails: &dyn Fn(Map) -> Option<serde_json::Error>,
+) -> Error {
+    let alone = |(key, value): (String, Value)| {
+        let mut one = defaults.clone();
+        one.insert(key.clone(), value);
+        fails(one).map(|error| Error::option(key, error.to_string()))
+    };
+    map.into_iter().find_map(alone).unwrap_or_else(|| Error::argument("config", error.to_string()))
 }
 
 /// The keywords that differ from their defaults, and the required ones.
@@ -65,8 +79,12 @@ pub(super) fn write<T: Keywords>(config: &T) -> Map {
 
 /// Every keyword with its value.
 pub(super) fn flat<T: Keywords>(config: &T) -> Map {
-    let Ok(Value::Object(mut map)) = config.to_nested() else { return Map::new() };
-    for &(prefix, field) in T::GROUPS {
+    flattened(config.to_nested(), T::GROUPS)
+}
+
+fn flattened(nested: serde_json::Result<Value>, groups: &[(&str, &str)]) -> Map {
+    let Ok(Value::Object(mut map)) = nested else { return Map::new() };
+    for &(prefix, field) in groups {
         if let Some(Value::Object(group)) = map.remove(field) {
             map.extend(group.into_iter().map(|(key, value)| (format!("{prefix}{key}"), value)));
         }
@@ -75,18 +93,22 @@ pub(super) fn flat<T: Keywords>(config: &T) -> Map {
 }
 
 fn build<T: Keywords>(map: Map) -> serde_json::Result<T> {
+    T::from_nested(nested(map, T::GROUPS))
+}
+
+fn nested(map: Map, groups: &[(&str, &str)]) -> Value {
     let mut nested = Map::new();
-    for &(_, field) in T::GROUPS {
+    for &(_, field) in groups {
         nested.insert(field.to_string(), Value::Object(Map::new()));
     }
     for (key, value) in map {
-        let group = T::GROUPS.iter().find_map(|&(prefix, field)| Some((field, key.strip_prefix(prefix)?)));
+        let group = groups.iter().find_map(|&(prefix, field)| Some((field, key.strip_prefix(prefix)?)));
         match group.and_then(|(field, key)| Some((nested.get_mut(field)?.as_object_mut()?, key))) {
             Some((group, key)) => group.insert(key.to_string(), value),
             None => nested.insert(key, value),
         };
     }
-    T::from_nested(Value::Object(nested))
+    Value::Object(nested)
 }
 
 /// Refuses keys that are not among the known ones.

@@ -505,15 +505,7 @@ impl fmt::Display for AttentionPlan {
 
 impl fmt::Display for FeedForwardPlan {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let activation = match self.activation {
-            Activation::ReluSquared => "squared ReLU",
-            Activation::Gelu => "GELU",
-            Activation::GeluTanh => "GELU by tanh",
-            Activation::Sigmoid => "sigmoid",
-            Activation::Silu => "SiLU",
-            Activation::Relu => "ReLU",
-            Activation::QuickGelu => "GELU by sigmoid",
-        };
+        let activation = self.activation.title();
         write!(f, "{} -> {} -> {}, {activation}", self.dim, self.inner, self.dim_out)?;
         let marks = [(self.glu, "gated"), (self.post_act_ln, "inner LayerNorm")];
         marks.iter().filter(|mark| mark.0).try_for_each(|mark| write!(f, ", {}", mark.1))

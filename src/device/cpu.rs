@@ -67,7 +67,14 @@ pub(crate) const GRAIN: usize = 32 * 1024;
 ///
 /// `cost` is the number of element operations of one row. Rows are independent, so that the cut, which depends on
 /// the sizes alone, never changes a result.
+#[inline(always)]
 pub fn for_rows<T: Send>(out: &mut [T], width: usize, cost: usize, body: impl Fn(usize, &mut [T]) + Sync) {
+    for_rows_dyn(out, width, cost, &body);
+}
+
+/// Once for each type of element, and not for each body.
+#[inline(never)]
+fn for_rows_dyn<T: Send>(out: &mut [T], width: usize, cost: usize, body: &(dyn Fn(usize, &mut [T]) + Sync)) {
     if out.is_empty() || width == 0 {
         return;
     }
@@ -80,12 +87,14 @@ pub fn for_rows<T: Send>(out: &mut [T], width: usize, cost: usize, body: impl Fn
 }
 
 /// As [`for_rows`] with two outputs, whose rows have `widths` elements.
+#[allow(clippy::type_complexity)]
+#[inline(never)]
 pub(crate) fn for_rows2<A: Send, B: Send>(
     a: &mut [A],
     b: &mut [B],
     widths: (usize, usize),
     cost: usize,
-    body: impl Fn(usize, &mut [A], &mut [B]) + Sync,
+    body: &(dyn Fn(usize, &mut [A], &mut [B]) + Sync),
 ) {
     if a.is_empty() || widths.0 == 0 || widths.1 == 0 {
         return;
@@ -95,48 +104,6 @@ pub(crate) fn for_rows2<A: Send, B: Send>(
     run(a.count().min(b.count()), &|task| {
         // SAFETY: every task is run once, and its parts are its own.
         body(task * rows, unsafe { a.get(task) }, unsafe { b.get(task) });
-    });
-}
-
-/// As [`for_rows`] with three outputs, of which the last may be left out: it is empty then, and so are its parts.
-pub(crate) fn for_rows3<A: Send, B: Send, C: Send>(
-    a: &mut [A],
-    b: &mut [B],
-    c: &mut [C],
-    widths: (usize, usize, usize),
-    cost: usize,
-    body: impl Fn(usize, &mut [A], &mut [B], &mut [C]) + Sync,
-) {
-    if c.is_empty() {
-        return for_rows2(a, b, (widths.0, widths.1), cost, |row, a, b| body(row, a, b, &mut []));
-    }
-    if a.is_empty() || widths.0 == 0 || widths.1 == 0 || widths.2 == 0 {
-        return;
-    }
-    let rows = rows_per_task(a.len() / widths.0, cost);
-    let (a, b, c) = (Parts::new(a, rows * widths.0), Parts::new(b, rows * widths.1), Parts::new(c, rows * widths.2));
-    run(a.count().min(b.count()).min(c.count()), &|task| {
-        // SAFETY: every task is run once, and its parts are its own.
-        body(task * rows, unsafe { a.get(task) }, unsafe { b.get(task) }, unsafe { c.get(task) });
-    });
-}
-
-/// As [`for_rows`], with a row of `sums` for each block of `block` rows: what is added up over rows has the same bits
-/// for any number of threads, if blocks depend on the sizes alone. `sums` may be empty: its rows are, then.
-pub(crate) fn for_blocks<T: Send, A: Send>(
-    out: &mut [T],
-    sums: &mut [A],
-    widths: (usize, usize),
-    block: usize,
-    cost: usize,
-    body: impl Fn(usize, &mut [T], &mut [A]) + Sync,
-) {
-    if sums.is_empty() {
-        return for_rows(out, widths.0, cost, |row, out| body(row, out, &mut []));
-    }
-    for_rows2(out, sums, (block * widths.0, widths.1), block * cost, |first, out, sums| {
-        let parts = out.chunks_mut(block * widths.0).zip(sums.chunks_exact_mut(widths.1));
-        parts.enumerate().for_each(|(index, (out, sums))| body((first + index) * block, out, sums));
     });
 }
 
@@ -187,11 +154,24 @@ pub(crate) fn for_tasks(tasks: usize, body: impl Fn(usize) + Sync) {
 ///
 /// `body(part, offsets, strides)` gets a run of the output, and for each input the position of its first element in
 /// the input's storage and the step from one element of the run to the next (1 packed, 0 repeated).
+#[inline(always)]
 pub(crate) fn for_strided<T: Send, const N: usize>(
     out: &mut [T],
     shape: &Shape,
     inputs: [&TensorLayout; N],
     body: impl Fn(&mut [T], [usize; N], [usize; N]) + Sync,
+) {
+    for_strided_dyn(out, shape, inputs, &body);
+}
+
+/// Once for each type of element and number of inputs.
+#[allow(clippy::type_complexity)]
+#[inline(never)]
+fn for_strided_dyn<T: Send, const N: usize>(
+    out: &mut [T],
+    shape: &Shape,
+    inputs: [&TensorLayout; N],
+    body: &(dyn Fn(&mut [T], [usize; N], [usize; N]) + Sync),
 ) {
     let (shape, strides) = collapse(shape, inputs.map(TensorLayout::strides));
     let inner = shape.last().copied().unwrap_or(1);
@@ -266,7 +246,7 @@ mod tests {
                     });
                     assert!(out.iter().enumerate().all(|(at, &x)| x == at / width + 1));
                     let (mut a, mut b) = (vec![0; rows * width], vec![0; rows * 2]);
-                    for_rows2(&mut a, &mut b, (width, 2), cost, |first, a, b| {
+                    for_rows2(&mut a, &mut b, (width, 2), cost, &|first, a, b| {
                         for (index, (a, b)) in a.chunks_exact_mut(width).zip(b.chunks_exact_mut(2)).enumerate() {
                             a.iter_mut().for_each(|x| *x += first + index + 1);
                             b.fill(first + index + 1);
@@ -274,19 +254,6 @@ mod tests {
                     });
                     assert_eq!(a, out);
                     assert!(width == 0 || b.iter().enumerate().all(|(at, &x)| x == at / 2 + 1));
-                    for third in [0, 3] {
-                        let (mut a, mut b, mut c) = (vec![0; rows * width], vec![0; rows], vec![0; rows * third]);
-                        for_rows3(&mut a, &mut b, &mut c, (width, 1, third), cost, |first, a, b, c| {
-                            for (index, (a, b)) in a.chunks_exact_mut(width).zip(b).enumerate() {
-                                a.iter_mut().for_each(|x| *x += first + index + 1);
-                                *b = first + index + 1;
-                            }
-                            c.iter_mut().enumerate().for_each(|(index, c)| *c = first + index / 3 + 1);
-                        });
-                        assert_eq!(a, out);
-                        assert!(width == 0 || b.iter().enumerate().all(|(at, &x)| x == at + 1));
-                        assert!(width == 0 || c.iter().enumerate().all(|(at, &x)| x == at / 3 + 1));
-                    }
                 }
             }
         }

@@ -21,6 +21,7 @@ pub(crate) mod launch;
 mod map;
 mod precision;
 mod ranges;
+pub(crate) mod rows;
 pub(crate) mod scratch;
 mod signature;
 pub(crate) mod simd;

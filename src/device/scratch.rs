@@ -16,6 +16,7 @@ use bytemuck::Pod;
 pub(crate) enum User {
     Products,
     Attention,
+    Rows,
 }
 
 /// Memory that is lent at a time: areas that grow to what was needed most, see [`aligned`].
@@ -32,7 +33,7 @@ pub(super) struct Scratch {
 
 /// The working memory of one thread, by its users.
 #[derive(Default)]
-struct Thread([Mutex<Slot>; 2]);
+struct Thread([Mutex<Slot>; 3]);
 
 #[derive(Default)]
 struct Slot {
@@ -128,8 +129,8 @@ impl Scratch {
             let threads = self.threads.lock().unwrap_or_else(PoisonError::into_inner);
             threads.iter().filter_map(Weak::upgrade).collect()
         };
-        for (thread, user) in threads.iter().flat_map(|thread| [User::Products, User::Attention].map(|u| (thread, u))) {
-            let mut slot = thread.slot(user);
+        for slot in threads.iter().flat_map(|thread| &thread.0) {
+            let mut slot = slot.lock().unwrap_or_else(PoisonError::into_inner);
             if let Some(areas) = slot.areas.take() {
                 self.bytes.fetch_sub(slot.counted, Ordering::Relaxed);
                 slot.counted = 0;

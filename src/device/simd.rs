@@ -81,6 +81,18 @@ pub fn level() -> Level {
     })
 }
 
+/// Whether loops over types of these sizes are compiled for each level: those over f64, which serves references and
+/// gradient tests, are compiled once.
+pub(crate) const fn per_level(mut sizes: &[usize]) -> bool {
+    while let [first, rest @ ..] = sizes {
+        if *first == size_of::<f64>() {
+            return false;
+        }
+        sizes = rest;
+    }
+    true
+}
+
 /// Defines a function whose loops are compiled once per [`Level`] and chosen at run time.
 ///
 /// The body is ordinary Rust; it is inlined into a wrapper per level, so that the compiler vectorises it for that
@@ -96,7 +108,7 @@ macro_rules! vectorized {
             fn body<const FUSED: bool $(, $($T: $bound),+)?> ($($arg: $ty),*) $(-> $ret)? $body
 
             #[cfg(target_arch = "x86_64")]
-            {
+            if const { $crate::device::simd::per_level(&[$($(size_of::<$T>()),+)?]) } {
                 #[target_feature(enable = "avx2,fma")]
                 #[allow(clippy::too_many_arguments)]
                 fn avx2 $(<$($T: $bound),+>)? ($($arg: $ty),*) $(-> $ret)? {

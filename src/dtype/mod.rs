@@ -250,6 +250,23 @@ macro_rules! dispatch_float {
 }
 pub(crate) use dispatch_float;
 
+/// Runs an expression with `$R` bound to the type that floats of a dtype are computed in: f64 for f64, f32 otherwise.
+macro_rules! dispatch_real {
+    ($dtype:expr, $R:ident, $body:expr) => {
+        match $dtype {
+            $crate::DType::F64 => {
+                type $R = f64;
+                $body
+            }
+            _ => {
+                type $R = f32;
+                $body
+            }
+        }
+    };
+}
+pub(crate) use dispatch_real;
+
 #[cfg(test)]
 mod half_conversions {
     use super::*;

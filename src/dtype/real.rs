@@ -24,6 +24,8 @@ pub(crate) trait Real:
     const NEG_INFINITY: Self;
 
     fn to_f64(self) -> f64;
+    fn to_f32(self) -> f32;
+    fn from_f32(x: f32) -> Self;
     fn sqrt(self) -> Self;
     fn ln(self) -> Self;
     /// `self · a + b`; rounded once if `FUSED`, where that is an instruction and not the call of a function.
@@ -66,6 +68,14 @@ impl Real for f32 {
     #[inline(always)]
     fn to_f64(self) -> f64 {
         self as f64
+    }
+    #[inline(always)]
+    fn to_f32(self) -> f32 {
+        self
+    }
+    #[inline(always)]
+    fn from_f32(x: f32) -> f32 {
+        x
     }
     #[inline(always)]
     fn sqrt(self) -> f32 {
@@ -222,6 +232,14 @@ impl Real for f64 {
     #[inline(always)]
     fn to_f64(self) -> f64 {
         self
+    }
+    #[inline(always)]
+    fn to_f32(self) -> f32 {
+        self as f32
+    }
+    #[inline(always)]
+    fn from_f32(x: f32) -> f64 {
+        x as f64
     }
     #[inline(always)]
     fn sqrt(self) -> f64 {

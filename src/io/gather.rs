@@ -30,7 +30,21 @@ pub(super) fn gather<S: Copy, const N: usize>(
     if out.is_empty() {
         return Ok(());
     }
-    let mut to = out.len();
+    for_blocks(source, start, (shape, strides), N, &mut |dims, window, to| {
+        copy(dims, window.as_chunks::<N>().0, &mut out[to..], &value);
+    })
+}
+
+/// Calls `body` with the dimensions and the bytes of each block, and where its first value goes; values have `bytes` bytes.
+#[allow(clippy::type_complexity)]
+fn for_blocks(
+    source: &Source,
+    start: usize,
+    (shape, strides): (&Shape, &[usize]),
+    bytes: usize,
+    body: &mut dyn FnMut(&[Dim], &[u8], usize),
+) -> Reading<()> {
+    let mut to = shape.numel();
     let dims = shape.iter().zip(strides).map(|(&size, &from)| {
         to /= size;
         Dim { size, from, to }
@@ -40,13 +54,13 @@ pub(super) fn gather<S: Copy, const N: usize>(
     // The innermost dimensions in the order of the file, as far as a window holds them, and of the next one a part.
     let (mut inner, mut outer, mut span, mut rest) = (Vec::new(), Vec::new(), 1, None);
     for dim in dims {
-        if !outer.is_empty() || dim.from * N > span * N + GAP {
+        if !outer.is_empty() || dim.from * bytes > span * bytes + GAP {
             outer.push(dim);
             continue;
         }
         let fits = match dim.from {
             0 => dim.size,
-            from => dim.size.min((WINDOW / N).saturating_sub(span) / from + 1),
+            from => dim.size.min((WINDOW / bytes).saturating_sub(span) / from + 1),
         };
         if fits < dim.size {
             outer.push(Dim { size: dim.size.div_ceil(fits), from: fits * dim.from, to: fits * dim.to });
@@ -58,16 +72,16 @@ pub(super) fn gather<S: Copy, const N: usize>(
         span += (fits - 1) * dim.from;
     }
     let whole = Block::new(&inner, Dim { size: 1, from: 0, to: 0 }, span);
-    let mut window = vec![0; span * N];
+    let mut window = vec![0; span * bytes];
     let mut index = vec![0; outer.len()];
     loop {
         let place = |step: fn(&Dim) -> usize| index.iter().zip(&outer).map(|(index, dim)| index * step(dim)).sum();
         let (from, to): (usize, usize) = (place(|dim| dim.from), place(|dim| dim.to));
         let last = outer.first().is_some_and(|dim| index[0] == dim.size - 1);
         let block = rest.as_ref().filter(|_| last).unwrap_or(&whole);
-        let window = &mut window[..block.span * N];
-        source.read_at(start + from * N, window)?;
-        copy(&block.dims, window.as_chunks::<N>().0, &mut out[to..], &value);
+        let window = &mut window[..block.span * bytes];
+        source.read_at(start + from * bytes, window)?;
+        body(&block.dims, window, to);
         // The next place, the first dimension being the fastest.
         let next = index.iter_mut().zip(&outer).find_map(|(index, dim)| {
             *index = (*index + 1) % dim.size;

@@ -7,6 +7,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use super::TensorFile;
+use crate::params::{ordered, try_ordered};
 use crate::{Error, ParamMap, Result, Tensor};
 
 /// How a family names its tensors.
@@ -163,7 +164,7 @@ impl TensorFile {
     /// Errors: those of [`TensorFile::tensors`]; several places with such parameters.
     pub fn state_dict(&self, params: &ParamMap) -> Result<BTreeMap<String, Tensor>> {
         let Some((first, _)) = params.iter().next() else { return self.tensors() };
-        let plain: BTreeMap<String, &str> = self.all_names().map(|name| (without_infixes(name), name)).collect();
+        let plain: BTreeMap<String, &str> = ordered(self.all_names().map(|name| (without_infixes(name), name)));
         let place = |name: &String| {
             let place = name.strip_suffix(first)?;
             (place.is_empty() || place.ends_with('.') && is_wrapped(place, "")).then(|| place.to_string())
@@ -181,7 +182,7 @@ impl TensorFile {
         let below = plain.iter().filter_map(|(plain, name)| Some((plain.strip_prefix(place)?, name)));
         // An object of another kind is no tensor of a state dict.
         let below = below.filter(|(_, name)| self.info(name).is_some() || self.is_unreadable(name));
-        below.map(|(own, name)| Ok((own.to_string(), self.tensor(name)?))).collect()
+        try_ordered(below.map(|(own, name)| Ok((own.to_string(), self.tensor(name)?))))
     }
 }
 

@@ -24,6 +24,7 @@ use super::{
     tensor_file::{Entry, Inert, Listing},
     write_atomically,
 };
+use crate::params::{ordered, try_ordered};
 use crate::{DType, Device, Error, Result, Shape, Tensor, error::ensure};
 
 const _: () = assert!(cfg!(target_endian = "little"), "values are read and written without swapping their bytes");
@@ -57,13 +58,13 @@ pub(crate) fn read_with_metadata(path: &Path) -> Result<(BTreeMap<String, Tensor
         let tensor = entry.read(&source, &name)?;
         Ok((name, tensor))
     });
-    Ok((tensors.collect::<Result<_>>()?, metadata))
+    Ok((try_ordered(tensors)?, metadata))
 }
 
 /// The tensors and the text of a file.
 pub(super) fn listing(source: &Source) -> Reading<Listing> {
     let Found { tensors, metadata, values } = parse(source)?;
-    let metadata = metadata.into_iter().map(|(name, text)| (name, super::Metadata::Text(text))).collect();
+    let metadata = ordered(metadata.into_iter().map(|(name, text)| (name, super::Metadata::Text(text))));
     let mut listing = Listing { metadata, ..Listing::default() };
     for (name, info) in tensors {
         match entry(&info, values) {

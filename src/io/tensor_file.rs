@@ -18,6 +18,7 @@ use super::{
     stored::{self, Stored},
     zip,
 };
+use crate::params::{ordered, try_ordered};
 use crate::{Error, Result, Shape, Tensor};
 
 /// A file with tensors by name, or several that belong together, read tensor by tensor.
@@ -351,7 +352,7 @@ impl TensorFile {
     pub(super) fn rename(&mut self, old: &BTreeMap<String, String>) {
         fn renamed<T>(map: &mut BTreeMap<String, T>, old: &BTreeMap<String, String>) {
             let mut rest = std::mem::take(map);
-            *map = old.iter().filter_map(|(new, old)| Some((new.clone(), rest.remove(old)?))).collect();
+            *map = ordered(old.iter().filter_map(|(new, old)| Some((new.clone(), rest.remove(old)?))));
             for (name, value) in rest {
                 let name = if old.contains_key(&name) { format!("{name}{ELSEWHERE}") } else { name };
                 map.insert(name, value);
@@ -423,7 +424,7 @@ impl TensorFile {
         if let Some((name, why)) = self.unreadable().next() {
             return Err(Error::file(&self.path, format!("tensor `{name}` {why}")));
         }
-        self.entries.keys().map(|name| Ok((name.clone(), self.tensor(name)?))).collect()
+        try_ordered(self.entries.keys().map(|name| Ok((name.clone(), self.tensor(name)?))))
     }
 }
 

@@ -11,6 +11,7 @@ use crate::{
     config::{Call, Config, GenerateCall, LayersPlan, SamplingConfig},
     error::{ErrorContext, ensure},
     nn::{AttentionLayers, ForwardOptions},
+    params::{ordered, try_ordered},
 };
 
 /// A model of any class.
@@ -192,7 +193,7 @@ impl Model {
             None => self.pass(&mut given, call, options)?,
         };
         given.finish()?;
-        let mut outputs: BTreeMap<String, Tensor> = forward.extras.into_iter().collect();
+        let mut outputs = ordered(forward.extras);
         if let Some(tape) = &mut tape {
             let grads = match (forward.name, &cotangent) {
                 ("loss", _) => tape.backward(&forward.value)?,
@@ -212,7 +213,7 @@ impl Model {
         }
         let value = if forward.name == "loss" { forward.value.reshape([1])? } else { forward.value };
         outputs.insert(forward.name.to_string(), value);
-        Ok(outputs.into_iter().map(|(name, tensor)| (name, tensor.detach())).collect())
+        Ok(ordered(outputs.into_iter().map(|(name, tensor)| (name, tensor.detach()))))
     }
 
     /// The forward pass of [`Model::run`] alone: what is called `out` there, or the loss, a scalar. The tape of this
@@ -260,7 +261,7 @@ impl Model {
             if tensor.dtype().is_float() { tensor.to_dtype(self.dtype) } else { Ok(tensor) }
         };
         let adopted = inputs.iter().map(|(name, tensor)| Ok((name.clone(), adopt(tensor)?)));
-        adopted.collect::<Result<_>>().map(Inputs)
+        try_ordered(adopted).map(Inputs)
     }
 
     fn pass(&self, inputs: &mut Inputs, call: &Call, run: &RunOptions) -> Result<Forward> {

@@ -9,8 +9,12 @@ use std::sync::Mutex;
 use super::many::{Group, Table, by_device};
 use crate::{
     DType, Device, Error, Result, Tensor,
-    device::{Address, Gpu, Grid, args, cpu, simd::vectorized},
-    dtype::{Float, Real, dispatch_float},
+    device::{
+        Address, Gpu, Grid, args, cpu,
+        rows::{Floats, FloatsMut},
+        simd::vectorized,
+    },
+    dtype::{Float, Real, dispatch_real},
     error::ensure,
     shape::Shape,
 };
@@ -37,20 +41,20 @@ pub(crate) fn square_norms(tensors: &[Tensor]) -> Result<Vec<f64>> {
             sums[*index] = norm;
         }
     }
-    type Part<'a> = Box<dyn Fn() -> f64 + Send + Sync + 'a>;
-    let mut parts: Vec<(usize, Part)> = Vec::new();
+    let mut parts: Vec<(usize, Floats)> = Vec::new();
     for (index, tensor) in on_cpu {
-        dispatch_float!("gradient_norm", tensor.dtype(), T, {
-            for chunk in tensor.values::<T>()?.chunks(CHUNK) {
-                parts.push((index, Box::new(move || square_norm::<T>(chunk))));
-            }
-            Ok(())
-        })?;
+        let values = tensor.floats("gradient_norm")?;
+        let chunks = (0..values.len()).step_by(CHUNK);
+        parts.extend(chunks.map(|first| (index, values.range(first..values.len().min(first + CHUNK)))));
     }
     let mut squares = vec![0.0; parts.len()];
     cpu::for_rows(&mut squares, 1, CHUNK, |first, squares| {
+        let (mut singles, mut doubles) = (Vec::new(), Vec::new());
         for (square, (_, part)) in squares.iter_mut().zip(&parts[first..]) {
-            *square = part();
+            *square = match part {
+                Floats::F64(_) => square_norm(part.to_slice::<f64>(&mut doubles)),
+                _ => square_norm(part.to_slice::<f32>(&mut singles)),
+            };
         }
     });
     for ((index, _), square) in parts.iter().zip(squares) {
@@ -100,19 +104,19 @@ pub(crate) fn clip_on_device(tensors: &[Tensor], given: &Tensor) -> Result<Tenso
 }
 
 vectorized! {
-    fn square_norm<T: Float>(x: &[T]) -> f64 {
+    fn square_norm<R: Real>(x: &[R]) -> f64 {
         // Sixteen sums side by side: a fixed order of additions that every vector width can keep.
         let mut lanes = [0.0f64; 16];
         let blocks = x.chunks_exact(16);
         let rest = blocks.remainder();
         for block in blocks {
             for (sum, x) in lanes.iter_mut().zip(block) {
-                let x = x.to_acc().to_f64();
+                let x = x.to_f64();
                 *sum += x * x;
             }
         }
         for (sum, x) in lanes.iter_mut().zip(rest) {
-            let x = x.to_acc().to_f64();
+            let x = x.to_f64();
             *sum += x * x;
         }
         lanes.iter().sum()
@@ -194,14 +198,7 @@ pub(crate) fn adamw(updates: Vec<Update<'_>>, settings: Settings) -> Result<()> 
     }
     let mut tasks = Vec::new();
     for update in on_cpu {
-        let (value, grad) = (&update.value, update.grad);
-        dispatch_float!("adamw", value.dtype(), T, {
-            if value.dtype() == grad.dtype() {
-                cut::<T, T>(update, settings, &mut tasks)
-            } else {
-                cut::<T, <T as Float>::Acc>(update, settings, &mut tasks)
-            }
-        })?;
+        dispatch_real!(update.value.dtype(), R, cut::<R>(update, settings, &mut tasks)?);
     }
     run(tasks);
     Ok(())
@@ -271,32 +268,55 @@ fn run(tasks: Vec<Task<'_>>) {
     });
 }
 
-fn cut<'a, T: Float, G: Float<Acc = T::Acc>>(
-    update: Update<'a>,
-    settings: Settings,
-    tasks: &mut Vec<Task<'a>>,
-) -> Result<()> {
-    let factors = Factors::<T::Acc>::new(settings, update.step);
+fn cut<'a, R: Real>(update: Update<'a>, settings: Settings, tasks: &mut Vec<Task<'a>>) -> Result<()> {
+    const OP: &str = "adamw";
+    let factors = Factors::<R>::new(settings, update.step);
+    let grad = update.grad.floats(OP)?;
+    let mut masters = update.master.map(|master| Ok(master.values_mut::<R>()?.chunks_mut(CHUNK))).transpose()?;
     let chunks = update
         .value
-        .values_mut::<T>()?
-        .chunks_mut(CHUNK)
-        .zip(update.grad.values::<G>()?.chunks(CHUNK))
-        .zip(update.exp_avg.values_mut::<T::Acc>()?.chunks_mut(CHUNK))
-        .zip(update.exp_avg_sq.values_mut::<T::Acc>()?.chunks_mut(CHUNK))
-        .map(|(((value, grad), mean), square)| (value, grad, mean, square));
-    match update.master {
-        None => tasks.extend(chunks.map(|(value, grad, mean, square)| -> Task<'a> {
-            Box::new(move || step_chunk::<T, G>(value, grad, mean, square, factors))
-        })),
-        Some(master) => {
-            let master = master.values_mut::<T::Acc>()?.chunks_mut(CHUNK);
-            tasks.extend(chunks.zip(master).map(|((value, grad, mean, square), master)| -> Task<'a> {
-                Box::new(move || step_rounded::<T, G>(value, master, grad, mean, square, factors))
-            }));
-        }
+        .floats_mut(OP)?
+        .chunks(CHUNK)
+        .into_iter()
+        .zip(update.exp_avg.values_mut::<R>()?.chunks_mut(CHUNK))
+        .zip(update.exp_avg_sq.values_mut::<R>()?.chunks_mut(CHUNK));
+    for (index, ((value, mean), square)) in chunks.enumerate() {
+        let grad = grad.range(index * CHUNK..grad.len().min((index + 1) * CHUNK));
+        let master = masters.as_mut().and_then(Iterator::next);
+        let mut chunk = Chunk { value, master, grad, mean, square, factors };
+        tasks.push(Box::new(move || chunk.step()));
     }
     Ok(())
+}
+
+/// What one task updates.
+struct Chunk<'a, R> {
+    value: FloatsMut<'a>,
+    master: Option<&'a mut [R]>,
+    grad: Floats<'a>,
+    mean: &'a mut [R],
+    square: &'a mut [R],
+    factors: Factors<R>,
+}
+
+impl<R: Real> Chunk<'_, R> {
+    fn step(&mut self) {
+        let Self { value, master, grad, mean, square, factors } = self;
+        let mut memory = Vec::new();
+        let grad = grad.to_slice(&mut memory);
+        let Some(master) = master else {
+            if let Some(value) = value.direct_mut::<R>() {
+                return step_chunk(value, grad, mean, square, *factors);
+            }
+            let mut weights = value.values().to_vec::<R>();
+            step_chunk(&mut weights, grad, mean, square, *factors);
+            return value.write(&weights);
+        };
+        // A value that is not the rounded master was set by someone else since, and counts.
+        value.replace_unless_rounded(master);
+        step_chunk(master, grad, mean, square, *factors);
+        value.write(master);
+    }
 }
 
 /// The numbers of an AdamW step as the state's type, computed in f64 as PyTorch does.
@@ -354,33 +374,9 @@ impl<A: Real> Factors<A> {
 }
 
 vectorized! {
-    fn step_chunk<T: Float, G: Float<Acc = T::Acc>>(
-        value: &mut [T],
-        grad: &[G],
-        mean: &mut [T::Acc],
-        square: &mut [T::Acc],
-        factors: Factors<T::Acc>,
-    ) {
+    fn step_chunk<R: Real>(value: &mut [R], grad: &[R], mean: &mut [R], square: &mut [R], factors: Factors<R>) {
         for (((value, grad), mean), square) in value.iter_mut().zip(grad).zip(mean).zip(square) {
-            *value = T::from_acc(factors.apply(value.to_acc(), grad.to_acc(), mean, square));
-        }
-    }
-}
-
-vectorized! {
-    fn step_rounded<T: Float, G: Float<Acc = T::Acc>>(
-        value: &mut [T],
-        master: &mut [T::Acc],
-        grad: &[G],
-        mean: &mut [T::Acc],
-        square: &mut [T::Acc],
-        factors: Factors<T::Acc>,
-    ) {
-        for ((((value, master), grad), mean), square) in value.iter_mut().zip(master).zip(grad).zip(mean).zip(square) {
-            // A value that is not the rounded master was set by someone else since, and counts.
-            let weight = if T::from_acc(*master) == *value { *master } else { value.to_acc() };
-            *master = factors.apply(weight, grad.to_acc(), mean, square);
-            *value = T::from_acc(*master);
+            *value = factors.apply(*value, *grad, mean, square);
         }
     }
 }
@@ -400,23 +396,22 @@ pub(crate) fn average(averages: Vec<&mut Tensor>, values: &[Tensor], decay: f64)
     }
     let mut tasks: Vec<Task> = Vec::new();
     for (average, value) in on_cpu {
-        dispatch_float!("ema", value.dtype(), T, {
-            let weight = <<T as Float>::Acc as Float>::from_f64(1.0 - decay);
-            let chunks = average.values_mut::<<T as Float>::Acc>()?.chunks_mut(CHUNK);
-            for (average, value) in chunks.zip(value.values::<T>()?.chunks(CHUNK)) {
-                tasks.push(Box::new(move || average_chunk::<T>(average, value, weight)));
+        dispatch_real!(value.dtype(), R, {
+            let (value, weight) = (value.floats("ema")?, R::from_f64(1.0 - decay));
+            for (index, average) in average.values_mut::<R>()?.chunks_mut(CHUNK).enumerate() {
+                let value = value.range(index * CHUNK..value.len().min((index + 1) * CHUNK));
+                tasks.push(Box::new(move || average_chunk(average, value.to_slice(&mut Vec::new()), weight)));
             }
-            Ok(())
-        })?;
+        });
     }
     run(tasks);
     Ok(())
 }
 
 vectorized! {
-    fn average_chunk<T: Float>(average: &mut [T::Acc], value: &[T], weight: T::Acc) {
+    fn average_chunk<R: Real>(average: &mut [R], value: &[R], weight: R) {
         for (average, value) in average.iter_mut().zip(value) {
-            *average += weight * (value.to_acc() - *average);
+            *average += weight * (*value - *average);
         }
     }
 }

@@ -3,22 +3,20 @@
 use crate::{
     DType, Device, Error, Result, Shape, Tensor,
     autograd::{Backward, InputGrads, computed, needs, record},
-    device::{Gpu, Grid, args, cpu, simd::vectorized},
-    dtype::{Float, Real, dispatch_float},
+    device::{
+        Gpu, Grid, args, cpu,
+        rows::{Floats, FloatsMut},
+        simd::vectorized,
+    },
+    dtype::{Element, Float, Real, dispatch_float},
     error::ensure,
-    shape::collapse_layouts,
+    shape::{Layout, collapse_layouts},
     tensor::{Storage, same_device, same_kind},
 };
 
-/// A function of two numbers, with broadcasting; its backward is made of tensors.
-trait Binary: 'static {
-    const NAME: &'static str;
+/// A function of two numbers.
+trait Binary {
     fn value<R: Real>(a: R, b: R) -> R;
-    /// Whether the gradients need the inputs (first, second).
-    const SAVES: (bool, bool);
-    /// The function of tensors of one dtype that is not float.
-    fn of_integers(a: &Tensor, b: &Tensor) -> Result<Tensor>;
-    fn gradients(g: &Tensor, saved: &Saved, need: &[bool]) -> Result<[Option<Tensor>; 2]>;
 }
 
 /// The inputs that a binary op kept.
@@ -32,6 +30,9 @@ fn kept<'a>(op: &'static str, saved: &'a Option<Tensor>) -> Result<&'a Tensor> {
     saved.as_ref().ok_or_else(|| Error::argument(op, "an input that its gradient needs was not kept"))
 }
 
+/// Whether the gradients need the inputs (first, second).
+type Saves = (bool, bool);
+
 macro_rules! binary {
     ($($(#[$doc:meta])* $method:ident $Type:ident $integers:expr, |$a:ident, $b:ident| $value:expr, saves $saves:expr,
         |$g:ident, $saved:ident| ($da:expr, $db:expr);)*) => {
@@ -39,20 +40,58 @@ macro_rules! binary {
             struct $Type;
 
             impl Binary for $Type {
-                const NAME: &'static str = stringify!($method);
-                const SAVES: (bool, bool) = $saves;
                 #[inline(always)]
                 fn value<R: Real>($a: R, $b: R) -> R {
                     $value
                 }
-                fn of_integers(a: &Tensor, b: &Tensor) -> Result<Tensor> {
-                    ($integers)(a, b)
-                }
-                fn gradients($g: &Tensor, $saved: &Saved, need: &[bool]) -> Result<[Option<Tensor>; 2]> {
-                    Ok([if need[0] { Some($da) } else { None }, if need[1] { Some($db) } else { None }])
-                }
             }
         )*
+
+        /// A row of the table; the backward passes are made of tensors.
+        #[derive(Clone, Copy, PartialEq, Eq)]
+        enum Function {
+            $($Type,)*
+        }
+
+        impl Function {
+            fn name(self) -> &'static str {
+                match self {
+                    $(Self::$Type => stringify!($method),)*
+                }
+            }
+
+            fn saves(self) -> Saves {
+                match self {
+                    $(Self::$Type => $saves,)*
+                }
+            }
+
+            #[inline(always)]
+            fn zip<R: Real>(self, y: &mut [R], pairs: Pairs<R>) {
+                match self {
+                    $(Self::$Type => zip_with::<R, $Type>(y, pairs),)*
+                }
+            }
+
+            /// The function of tensors of one dtype that is not float.
+            fn of_integers(self, a: &Tensor, b: &Tensor) -> Result<Tensor> {
+                match self {
+                    $(Self::$Type => {
+                        let integers: fn(&Tensor, &Tensor) -> Result<Tensor> = $integers;
+                        integers(a, b)
+                    })*
+                }
+            }
+
+            fn gradients(self, g: &Tensor, saved: &Saved, need: &[bool]) -> Result<[Option<Tensor>; 2]> {
+                match self {
+                    $(Self::$Type => {
+                        let ($g, $saved) = (g, saved);
+                        Ok([if need[0] { Some($da) } else { None }, if need[1] { Some($db) } else { None }])
+                    })*
+                }
+            }
+        }
 
         impl Tensor {
             $(
@@ -61,7 +100,7 @@ macro_rules! binary {
                 /// Shapes broadcast as in PyTorch; dtypes are never converted, but by [`Tensor::to_dtype`]. Errors:
                 /// shapes that do not broadcast, or dtypes or devices that differ.
                 pub fn $method(&self, other: &Tensor) -> Result<Tensor> {
-                    binary::<$Type>(self, other)
+                    binary(Function::$Type, self, other)
                 }
             )*
         }
@@ -75,20 +114,20 @@ binary! {
     /// `a + b`; of i64 too, where it wraps around, and of bool, where it is [`Tensor::logical_or`]. Saves nothing.
     add Add |a: &Tensor, b: &Tensor| match a.dtype() {
         DType::Bool => a.logical_or(b),
-        _ => integers(Self::NAME, a, b, i64::wrapping_add),
+        _ => integers("add", a, b, i64::wrapping_add),
     }, |a, b| a + b, saves (false, false), |g, _s| (g.clone(), g.clone());
     /// `a − b`; of i64 too, where it wraps around. Saves nothing. Errors also: bool, as in PyTorch.
-    sub Sub |a, b| integers(Self::NAME, a, b, i64::wrapping_sub),
+    sub Sub |a, b| integers("sub", a, b, i64::wrapping_sub),
         |a, b| a - b, saves (false, false), |g, _s| (g.clone(), g.neg()?);
     /// `a · b`, elementwise; of i64 too, where it wraps around, and of bool, where it is [`Tensor::logical_and`]. Saves
     /// each input that the other's gradient needs.
     mul Mul |a: &Tensor, b: &Tensor| match a.dtype() {
         DType::Bool => a.logical_and(b),
-        _ => integers(Self::NAME, a, b, i64::wrapping_mul),
+        _ => integers("mul", a, b, i64::wrapping_mul),
     }, |a, b| a * b, saves (true, true), |g, s| (g.mul(kept("mul", &s.b)?)?, g.mul(kept("mul", &s.a)?)?);
     /// `a / b`, elementwise; i64 and bool become f32 first, as in PyTorch. Saves the inputs.
     div Div |a: &Tensor, b: &Tensor| {
-        same_device(Self::NAME, a, b)?;
+        same_device("div", a, b)?;
         a.to_dtype(DType::F32)?.div(&b.to_dtype(DType::F32)?)
     }, |a, b| a / b, saves (true, true), |g, s| (
         g.div(kept("div", &s.b)?)?,
@@ -96,31 +135,35 @@ binary! {
     );
 }
 
-fn binary<F: Binary>(a: &Tensor, b: &Tensor) -> Result<Tensor> {
-    same_kind(F::NAME, a, b)?;
+fn binary(f: Function, a: &Tensor, b: &Tensor) -> Result<Tensor> {
+    let op = f.name();
+    same_kind(op, a, b)?;
     if !a.dtype().is_float() {
-        return F::of_integers(a, b);
+        return f.of_integers(a, b);
     }
-    let shape = a.shape().broadcast(b.shape(), F::NAME)?;
+    let shape = a.shape().broadcast(b.shape(), op)?;
     let mut y = Tensor::uninit(shape, a.dtype(), a.device())?;
     match a.device() {
-        Device::Cpu => dispatch_float!(F::NAME, a.dtype(), T, {
+        Device::Cpu => dispatch_float!(op, a.dtype(), T, {
             let layouts = [&a.layout().expand(shape), &b.layout().expand(shape)];
-            let (a, b) = (a.storage::<T>()?, b.storage::<T>()?);
-            cpu::for_strided(y.values_mut::<T>()?, &shape, layouts, |y, at, steps| zip::<T, F>(y, a, b, at, steps));
+            let operands = [a.storage::<T>()?, b.storage::<T>()?];
+            for_pairs::<T, T>(y.values_mut::<T>()?, &shape, layouts, operands, &|y, pairs| {
+                write_acc::<T>(y, &|y| zip(f, y, pairs));
+            });
             Ok(())
         })?,
-        Device::Gpu(gpu) => launch_binary(*gpu, F::NAME, &mut y, a, b)?,
+        Device::Gpu(gpu) => launch_binary(*gpu, op, &mut y, a, b)?,
     }
-    let need = needs(F::NAME, [a, b])?;
-    record(F::NAME, y, &[a, b], |_| BinaryBackward::<F> {
+    let need = needs(op, [a, b])?;
+    let saves = f.saves();
+    record(op, y, &[a, b], |_| BinaryBackward {
         shapes: [*a.shape(), *b.shape()],
         saved: Saved {
             // The second gradient reads the first input and the other way round; a quotient reads its divisor twice.
-            a: (F::SAVES.0 && need[1]).then(|| a.detach()),
-            b: (F::SAVES.1 && (need[0] || F::NAME == Div::NAME)).then(|| b.detach()),
+            a: (saves.0 && need[1]).then(|| a.detach()),
+            b: (saves.1 && (need[0] || f == Function::Div)).then(|| b.detach()),
         },
-        function: std::marker::PhantomData,
+        function: f,
     })
 }
 
@@ -133,50 +176,128 @@ pub(super) fn launch_binary(gpu: &dyn Gpu, function: &str, y: &mut Tensor, a: &T
         .launch(Grid::packets(n, a.dtype()), args![y, Storage(a), Storage(b), &layouts[0], &layouts[1], n as i64])
 }
 
+/// Runs of two operands, in the type that they are computed in: as many numbers as results, or one for all of them.
+#[derive(Clone, Copy)]
+pub(super) struct Pairs<'a, R> {
+    pub a: &'a [R],
+    pub b: &'a [R],
+}
+
+/// Results that are computed at a time where operands are not read where they lie.
+const PIECE: usize = 256;
+
+/// Calls `body` with runs of the output and of both operands, which broadcast to its shape.
+#[allow(clippy::type_complexity)]
+pub(super) fn for_pairs<T: Float, Y: Send>(
+    y: &mut [Y],
+    shape: &Shape,
+    layouts: [&Layout; 2],
+    operands: [&[T]; 2],
+    body: &(dyn Fn(&mut [Y], Pairs<T::Acc>) + Sync),
+) {
+    cpu::for_strided(y, shape, layouts, |y, at, steps| {
+        if T::DTYPE != T::Acc::DTYPE || steps.iter().any(|&step| step > 1) {
+            return in_pieces(y, operands, at, steps, body);
+        }
+        let operand = |of: usize| {
+            let len = if steps[of] == 0 { 1 } else { y.len() };
+            bytemuck::cast_slice(&operands[of][at[of]..at[of] + len])
+        };
+        let pairs = Pairs { a: operand(0), b: operand(1) };
+        body(y, pairs);
+    });
+}
+
+/// As [`for_pairs`], for a run whose operands are widened or gathered first.
+#[allow(clippy::type_complexity)]
+#[inline(never)]
+fn in_pieces<T: Float, Y>(
+    y: &mut [Y],
+    operands: [&[T]; 2],
+    at: [usize; 2],
+    steps: [usize; 2],
+    body: &(dyn Fn(&mut [Y], Pairs<T::Acc>) + Sync),
+) {
+    let [mut of_a, mut of_b] = [[T::Acc::ZERO; PIECE]; 2];
+    for (index, y) in y.chunks_mut(PIECE).enumerate() {
+        let at = |operand: usize| at[operand] + index * PIECE * steps[operand];
+        let a = run(operands[0], at(0), steps[0], y.len(), &mut of_a);
+        let b = run(operands[1], at(1), steps[1], y.len(), &mut of_b);
+        body(y, Pairs { a, b });
+    }
+}
+
+/// Numbers that are `step` apart, or the one that is repeated.
+fn run<'a, T: Float>(x: &'a [T], at: usize, step: usize, len: usize, memory: &'a mut [T::Acc]) -> &'a [T::Acc] {
+    let len = if step == 0 { 1 } else { len };
+    if step <= 1 {
+        let x = Floats::of_stored(&x[at..at + len]);
+        if let Some(x) = x.direct() {
+            return x;
+        }
+        x.read(&mut memory[..len]);
+    } else {
+        memory[..len].iter_mut().enumerate().for_each(|(i, to)| *to = x[at + i * step].to_acc());
+    }
+    &memory[..len]
+}
+
+/// Computes results in the type of the computation, of which there are at most [`PIECE`] where that is another one.
+fn write_acc<T: Float>(y: &mut [T], compute: &dyn Fn(&mut [T::Acc])) {
+    if T::DTYPE == T::Acc::DTYPE {
+        return compute(bytemuck::cast_slice_mut(y));
+    }
+    let mut memory = [T::Acc::ZERO; PIECE];
+    let memory = &mut memory[..y.len()];
+    compute(memory);
+    FloatsMut::of_stored(y).write(memory);
+}
+
 vectorized! {
-    fn zip<T: Float, F: Binary>(y: &mut [T], a: &[T], b: &[T], at: [usize; 2], steps: [usize; 2]) {
-        let n = y.len();
-        let value = |a: T, b: T| T::from_acc(F::value(a.to_acc(), b.to_acc()));
-        match steps {
-            [1, 1] => {
-                for ((y, a), b) in y.iter_mut().zip(&a[at[0]..at[0] + n]).zip(&b[at[1]..at[1] + n]) {
-                    *y = value(*a, *b);
-                }
+    fn zip<R: Real>(f: Function, y: &mut [R], pairs: Pairs<'_, R>) {
+        f.zip(y, pairs);
+    }
+}
+
+#[inline(always)]
+fn zip_with<R: Real, F: Binary>(y: &mut [R], Pairs { a, b }: Pairs<R>) {
+    match (a, b) {
+        (a, &[b]) => {
+            // Both repeated, or one result.
+            let last = a.len() - 1;
+            if last == 0 {
+                return y.fill(F::value(a[0], b));
             }
-            [1, 0] => {
-                let b = b[at[1]];
-                for (y, a) in y.iter_mut().zip(&a[at[0]..at[0] + n]) {
-                    *y = value(*a, b);
-                }
+            for (y, a) in y.iter_mut().zip(a) {
+                *y = F::value(*a, b);
             }
-            [0, 1] => {
-                let a = a[at[0]];
-                for (y, b) in y.iter_mut().zip(&b[at[1]..at[1] + n]) {
-                    *y = value(a, *b);
-                }
+        }
+        (&[a], b) => {
+            for (y, b) in y.iter_mut().zip(b) {
+                *y = F::value(a, *b);
             }
-            _ => {
-                for (i, y) in y.iter_mut().enumerate() {
-                    *y = value(a[at[0] + i * steps[0]], b[at[1] + i * steps[1]]);
-                }
+        }
+        (a, b) => {
+            for ((y, a), b) in y.iter_mut().zip(a).zip(b) {
+                *y = F::value(*a, *b);
             }
         }
     }
 }
 
-struct BinaryBackward<F> {
+struct BinaryBackward {
     shapes: [Shape; 2],
     saved: Saved,
-    function: std::marker::PhantomData<F>,
+    function: Function,
 }
 
-impl<F: Binary> Backward for BinaryBackward<F> {
+impl Backward for BinaryBackward {
     fn name(&self) -> &'static str {
-        F::NAME
+        self.function.name()
     }
 
     fn backward(self: Box<Self>, grad: Tensor, need: &[bool]) -> Result<InputGrads> {
-        let [a, b] = F::gradients(&grad, &self.saved, need)?;
+        let [a, b] = self.function.gradients(&grad, &self.saved, need)?;
         let reduce = |grad: Option<Tensor>, shape| grad.map(|grad| grad.sum_to(shape)).transpose();
         Ok(InputGrads::whole([reduce(a, self.shapes[0])?, reduce(b, self.shapes[1])?]))
     }
@@ -216,7 +337,15 @@ fn by_divisor(g: &Tensor, a: &Tensor, b: &Tensor) -> Result<Tensor> {
         Device::Cpu => dispatch_float!(OP, g.dtype(), T, {
             let (g, a, b) = (g.storage::<T>()?, a.storage::<T>()?, b.storage::<T>()?);
             cpu::for_strided(y.values_mut::<T>()?, &shape, layouts, |y, at, steps| {
-                zip_by_divisor::<T>(y, &g[at[0]..], &a[at[1]..], &b[at[2]..], steps);
+                let mut memory = [[<T as Float>::Acc::ZERO; PIECE]; 3];
+                let [of_g, of_a, of_b] = &mut memory;
+                for (index, y) in y.chunks_mut(PIECE).enumerate() {
+                    let at = |operand: usize| at[operand] + index * PIECE * steps[operand];
+                    let g = run(g, at(0), steps[0], y.len(), of_g);
+                    let a = run(a, at(1), steps[1], y.len(), of_a);
+                    let b = run(b, at(2), steps[2], y.len(), of_b);
+                    write_acc::<T>(y, &|y| zip_by_divisor(y, g, a, b));
+                }
             });
             Ok(())
         })?,
@@ -233,22 +362,23 @@ fn by_divisor(g: &Tensor, a: &Tensor, b: &Tensor) -> Result<Tensor> {
 }
 
 vectorized! {
-    fn zip_by_divisor<T: Float>(y: &mut [T], g: &[T], a: &[T], b: &[T], steps: [usize; 3]) {
-        let value = |g: T, a: T, b: T| T::from_acc(g.to_acc().by_divisor(a.to_acc(), b.to_acc()));
-        match steps {
-            [1, 1, 1] => {
-                for (((y, g), a), b) in y.iter_mut().zip(g).zip(a).zip(b) {
-                    *y = value(*g, *a, *b);
+    fn zip_by_divisor<R: Real>(y: &mut [R], g: &[R], a: &[R], b: &[R]) {
+        let n = y.len();
+        match (g.len() == n, a.len() == n, b) {
+            (true, true, &[b]) => {
+                for ((y, g), a) in y.iter_mut().zip(g).zip(a) {
+                    *y = g.by_divisor(*a, b);
                 }
             }
-            [1, 1, 0] => {
-                for ((y, g), a) in y.iter_mut().zip(g).zip(a) {
-                    *y = value(*g, *a, b[0]);
+            (true, true, b) => {
+                for (((y, g), a), b) in y.iter_mut().zip(g).zip(a).zip(b) {
+                    *y = g.by_divisor(*a, *b);
                 }
             }
             _ => {
                 for (i, y) in y.iter_mut().enumerate() {
-                    *y = value(g[i * steps[0]], a[i * steps[1]], b[i * steps[2]]);
+                    let at = |x: &[R]| x[i.min(x.len() - 1)];
+                    *y = at(g).by_divisor(at(a), at(b));
                 }
             }
         }

@@ -3,29 +3,25 @@
 use crate::{
     DType, Device, Element, Error, Result, Shape, Tensor,
     autograd::{Backward, InputGrads, computed, discrete, record},
-    device::{Grid, args, cpu},
+    device::{Grid, args, cpu, simd::vectorized},
     dtype::dispatch_float,
     error::ensure,
-    ops::binary::launch_binary,
+    ops::binary::{for_pairs, launch_binary},
     shape::{Layout, collapse_layouts},
     tensor::{Storage, same_device, same_kind},
 };
 
 /// Comparisons and logic give masks: they have no gradient, and refuse tensors that require one.
 macro_rules! comparison {
-    ($($(#[$doc:meta])* $method:ident $operator:tt;)*) => {
+    ($($(#[$doc:meta])* $method:ident $kind:ident $turned:literal $not:literal;)*) => {
         impl Tensor {$(
             $(#[$doc])*
             ///
             /// Shapes broadcast as in PyTorch; the result is [`DType::Bool`]. Errors: shapes that do not broadcast,
             /// dtypes or devices that differ, or a tensor that requires a gradient.
             pub fn $method(&self, other: &Tensor) -> Result<Tensor> {
-                const OP: &str = stringify!($method);
-                match self.dtype() {
-                    DType::I64 => compare::<i64>(OP, self, other, |a, b| a $operator b),
-                    DType::Bool => compare::<bool>(OP, self, other, |a, b| a $operator b),
-                    float => dispatch_float!(OP, float, T, compare::<T>(OP, self, other, |a, b| a $operator b)),
-                }
+                let (a, b) = if $turned { (other, self) } else { (self, other) };
+                compare(stringify!($method), [self, other], [a, b], Kind::$kind, $not)
             }
         )*}
 
@@ -36,33 +32,108 @@ macro_rules! comparison {
 
 comparison! {
     /// Whether `a = b`.
-    eq ==;
+    eq Equal false false;
     /// Whether `a ≠ b`.
-    ne !=;
+    ne Equal false true;
     /// Whether `a < b`.
-    lt <;
+    lt Less false false;
     /// Whether `a ≤ b`.
-    le <=;
+    le LessOrEqual false false;
     /// Whether `a > b`.
-    gt >;
+    gt Less true false;
     /// Whether `a ≥ b`.
-    ge >=;
+    ge LessOrEqual true false;
 }
 
-fn compare<E: Element>(
-    op: &'static str,
-    a: &Tensor,
-    b: &Tensor,
-    f: impl Fn(E::Stored, E::Stored) -> bool + Sync,
-) -> Result<Tensor> {
-    discrete(op, &[a, b])?;
+/// What others are made of: operands change places, or the result is negated.
+#[derive(Clone, Copy)]
+enum Kind {
+    Equal,
+    Less,
+    LessOrEqual,
+}
+
+/// A comparison of `a` and `b`, which on a GPU has a kernel of its own, of the operands as they are.
+fn compare(op: &'static str, operands: [&Tensor; 2], [a, b]: [&Tensor; 2], kind: Kind, not: bool) -> Result<Tensor> {
+    discrete(op, &operands)?;
     same_kind(op, a, b)?;
     let shape = a.shape().broadcast(b.shape(), op)?;
     let mut y = Tensor::uninit(shape, DType::Bool, a.device())?;
     match a.device() {
         Device::Cpu => {
             let layouts = [&a.layout().expand(shape), &b.layout().expand(shape)];
-            let (a, b) = (a.storage::<E>()?, b.storage::<E>()?);
+            let to = y.values_mut::<bool>()?;
+            match a.dtype() {
+                DType::I64 => compare_as([a.storage::<i64>()?, b.storage::<i64>()?], layouts, &shape, kind, not, to),
+                DType::Bool => compare_as([a.storage::<bool>()?, b.storage::<bool>()?], layouts, &shape, kind, not, to),
+                float => dispatch_float!(op, float, T, {
+                    let operands = [a.storage::<T>()?, b.storage::<T>()?];
+                    for_pairs::<T, u8>(to, &shape, layouts, operands, &|y, pairs| zip(kind, not, y, pairs.a, pairs.b));
+                    Ok(())
+                })?,
+            }
+        }
+        Device::Gpu(gpu) => launch_binary(*gpu, op, &mut y, operands[0], operands[1])?,
+    }
+    computed(op, y, &operands)
+}
+
+/// As [`compare`], of integers.
+fn compare_as<E: Copy + PartialOrd + Sync>(
+    [a, b]: [&[E]; 2],
+    layouts: [&Layout; 2],
+    shape: &Shape,
+    kind: Kind,
+    not: bool,
+    y: &mut [u8],
+) {
+    cpu::for_strided(y, shape, layouts, |y, at, steps| {
+        let operand = |x: &[E], of: usize| (at[of], if steps[of] == 0 { 1 } else { x.len() - at[of] });
+        if steps.iter().all(|&step| step <= 1) {
+            let ((a_at, a_len), (b_at, b_len)) = (operand(a, 0), operand(b, 1));
+            return zip(kind, not, y, &a[a_at..a_at + a_len], &b[b_at..b_at + b_len]);
+        }
+        for (i, y) in y.iter_mut().enumerate() {
+            let at = |of: usize| at[of] + i * steps[of];
+            zip(kind, not, std::slice::from_mut(y), &a[at(0)..at(0) + 1], &b[at(1)..at(1) + 1]);
+        }
+    });
+}
+
+vectorized! {
+    /// Of operands with an element for each result, or one for all.
+    fn zip<E: PairOf>(kind: Kind, not: bool, y: &mut [u8], a: &[E], b: &[E]) {
+        match kind {
+            Kind::Equal => zip_with(not, y, a, b, |a, b| a == b),
+            Kind::Less => zip_with(not, y, a, b, |a, b| a < b),
+            Kind::LessOrEqual => zip_with(not, y, a, b, |a, b| a <= b),
+        }
+    }
+}
+
+/// What can be compared.
+trait PairOf: Copy + PartialOrd {}
+impl<E: Copy + PartialOrd> PairOf for E {}
+
+#[inline(always)]
+fn zip_with<E: Copy>(not: bool, y: &mut [u8], a: &[E], b: &[E], f: impl Fn(E, E) -> bool) {
+    match (a, b) {
+        (a, &[b]) if a.len() >= y.len() => y.iter_mut().zip(a).for_each(|(y, a)| *y = u8::from(f(*a, b) != not)),
+        (&[a], &[b]) => y.fill(u8::from(f(a, b) != not)),
+        (&[a], b) => y.iter_mut().zip(b).for_each(|(y, b)| *y = u8::from(f(a, *b) != not)),
+        (a, b) => y.iter_mut().zip(a).zip(b).for_each(|((y, a), b)| *y = u8::from(f(*a, *b) != not)),
+    }
+}
+
+/// A function of truth values.
+fn logic(op: &'static str, [a, b]: [&Tensor; 2], f: impl Fn(u8, u8) -> bool + Sync) -> Result<Tensor> {
+    same_device(op, a, b)?;
+    let shape = a.shape().broadcast(b.shape(), op)?;
+    let mut y = Tensor::uninit(shape, DType::Bool, a.device())?;
+    match a.device() {
+        Device::Cpu => {
+            let layouts = [&a.layout().expand(shape), &b.layout().expand(shape)];
+            let (a, b) = (a.storage::<bool>()?, b.storage::<bool>()?);
             cpu::for_strided(y.values_mut::<bool>()?, &shape, layouts, |y, at, steps| {
                 for (i, y) in y.iter_mut().enumerate() {
                     *y = f(a[at[0] + i * steps[0]], b[at[1] + i * steps[1]]) as u8;
@@ -80,7 +151,7 @@ impl Tensor {
     /// Errors: shapes that do not broadcast, devices that differ, or a tensor that requires a gradient.
     pub fn logical_and(&self, other: &Tensor) -> Result<Tensor> {
         let [a, b] = truths("logical_and", [self, other])?;
-        compare::<bool>("logical_and", &a, &b, |a, b| a & b != 0)
+        logic("logical_and", [&a, &b], |a, b| a & b != 0)
     }
 
     /// Whether at least one is true, with broadcasting. Numbers are true where they are not 0, NaN included.
@@ -88,7 +159,7 @@ impl Tensor {
     /// Errors: shapes that do not broadcast, devices that differ, or a tensor that requires a gradient.
     pub fn logical_or(&self, other: &Tensor) -> Result<Tensor> {
         let [a, b] = truths("logical_or", [self, other])?;
-        compare::<bool>("logical_or", &a, &b, |a, b| a | b != 0)
+        logic("logical_or", [&a, &b], |a, b| a | b != 0)
     }
 
     /// True where this is false. Numbers are true where they are not 0, NaN included.
@@ -96,7 +167,7 @@ impl Tensor {
     /// Errors: a tensor that requires a gradient.
     pub fn logical_not(&self) -> Result<Tensor> {
         let [x] = truths("logical_not", [self])?;
-        compare::<bool>("logical_not", &x, &x, |a, _| a == 0)
+        logic("logical_not", [&x, &x], |a, _| a == 0)
     }
 
     /// `a` where this mask is true, `b` elsewhere; all three broadcast. Saves the mask.

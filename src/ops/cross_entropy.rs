@@ -1,5 +1,7 @@
 //! Softmax cross-entropy from logits, without storing the probabilities.
 
+use std::sync::atomic::{AtomicU64, Ordering};
+
 use super::{
     norm::reuse,
     reduce::{BLOCK, fold, max_slice, sum_slice},
@@ -7,11 +9,18 @@ use super::{
 use crate::{
     DType, Device, Error, Result, Tensor,
     autograd::{Backward, InputGrads, record},
-    device::{Arg, Gpu, Grid, args, cpu, simd::vectorized, size32},
-    dtype::{Float, Real, dispatch_float},
+    device::{
+        Arg, Gpu, Grid, args,
+        rows::{FloatsMut, In, Out, Sums, for_rows_of},
+        simd::vectorized,
+        size32,
+    },
+    dtype::{Float, Real, dispatch_real},
     error::ensure,
     shape::Shape,
 };
+
+const OP: &str = "cross_entropy";
 
 impl Tensor {
     /// Mean over the rows of `−ln softmax(logits)[target]`, leaving out the rows whose target is `ignore_index`
@@ -42,7 +51,6 @@ impl Tensor {
     /// # }
     /// ```
     pub fn cross_entropy(&self, targets: &Tensor, ignore_index: i64) -> Result<Tensor> {
-        const OP: &str = "cross_entropy";
         let Some((&classes, batch)) = self.shape().split_last() else {
             return Err(Error::shape(OP, "expected logits of shape [.., classes], got a scalar"));
         };
@@ -53,9 +61,9 @@ impl Tensor {
         let (loss, count) = match x.device() {
             Device::Cpu => {
                 let count = count_targets(targets.values::<i64>()?, classes, ignore_index)?;
-                let sum = dispatch_float!(OP, x.dtype(), T, {
-                    forward_rows::<T>(&x, &targets, classes, ignore_index, &mut statistics)
-                })?;
+                let sum = dispatch_real!(x.dtype(), R, {
+                    forward_rows::<R>(&x, &targets, classes, ignore_index, &mut statistics)?
+                });
                 let loss = Tensor::full((), sum / count as f64, statistics.dtype(), x.device())?;
                 (loss, Tensor::scalar(count as f64, x.device())?)
             }
@@ -179,7 +187,7 @@ pub(super) fn count_targets(targets: &[i64], classes: usize, ignore_index: i64) 
         // A negative target becomes a large number.
         ensure!(
             (target as u64) < classes as u64,
-            Error::Index { op: "cross_entropy", what: "class", index: target, limit: classes }
+            Error::Index { op: OP, what: "class", index: target, limit: classes }
         );
         count += 1;
     }
@@ -187,73 +195,85 @@ pub(super) fn count_targets(targets: &[i64], classes: usize, ignore_index: i64) 
     Ok(count)
 }
 
+/// Losses of rows, each of which one thread writes.
+pub(super) struct Losses(Vec<AtomicU64>);
+
+impl Losses {
+    pub fn new(rows: usize) -> Self {
+        Self((0..rows).map(|_| AtomicU64::new(0)).collect())
+    }
+
+    /// Sets the losses from a row on.
+    pub fn set(&self, row: usize, losses: impl IntoIterator<Item = f64>) {
+        for (to, loss) in self.0[row..].iter().zip(losses) {
+            to.store(loss.to_bits(), Ordering::Relaxed);
+        }
+    }
+
+    /// In order, whatever the threads.
+    pub fn sum(self) -> f64 {
+        self.0.into_iter().map(|loss| f64::from_bits(loss.into_inner())).sum()
+    }
+}
+
 /// The sum of the losses, and in `statistics` for each row `[maximum, 1 / Σ exp(x − maximum)]`.
-pub(super) fn forward_rows<T: Float>(
+pub(super) fn forward_rows<R: Real>(
     x: &Tensor,
     targets: &Tensor,
     classes: usize,
     ignore_index: i64,
     statistics: &mut Tensor,
 ) -> Result<f64> {
-    let mut losses = vec![0.0; targets.numel()];
-    let (x, targets) = (x.values::<T>()?, targets.values::<i64>()?);
-    let save = statistics.values_mut::<T::Acc>()?;
-    cpu::for_rows2(save, &mut losses, (2, 1), COST * classes, |row, statistics, losses| {
-        let part = row..row + losses.len();
-        let x = &x[part.start * classes..part.end * classes];
-        forward::<T>(x, &targets[part], classes, ignore_index, statistics, losses);
+    let (losses, targets) = (Losses::new(targets.numel()), targets.values::<i64>()?);
+    let (x, save) = (In::new(x.floats(OP)?, classes), Out::new(statistics.floats_mut(OP)?, 2));
+    for_rows_of::<R, 1, 1>([save], [x], Sums::none(), COST * classes, &|row, [statistics], [x], _| {
+        let rows = x.chunks_exact(classes).zip(&targets[row..]).zip(statistics.chunks_exact_mut(2));
+        losses.set(row, rows.map(|((x, &target), statistics)| forward(x, target, ignore_index, statistics)));
     });
-    // In order, whatever the threads.
-    Ok(losses.iter().sum())
+    Ok(losses.sum())
 }
 
 /// The sum of the losses of these rows of logits; writes `(softmax(x) − onehot(target)) scale` over them.
-pub(super) fn rows_and_gradient<T: Float>(
-    x: &mut [T],
+pub(super) fn rows_and_gradient<R: Real>(
+    x: &mut [R],
     targets: &[i64],
     classes: usize,
     ignore_index: i64,
     scale: f64,
 ) -> f64 {
-    let mut losses = vec![0.0; targets.len()];
-    let scale = T::Acc::from_f64(scale);
-    cpu::for_rows2(x, &mut losses, (classes, 1), 2 * COST * classes, |row, x, losses| {
+    let (losses, scale) = (Losses::new(targets.len()), R::from_f64(scale));
+    let x = Out::over(FloatsMut::of(x), classes, None);
+    for_rows_of::<R, 1, 0>([x], [], Sums::none(), 2 * COST * classes, &|row, [x], [], _| {
         // Row by row, so that its second pass finds it in the cache.
-        for ((x, loss), target) in x.chunks_exact_mut(classes).zip(losses).zip(&targets[row..]) {
-            let (mut statistics, target) = ([T::Acc::ZERO; 2], std::slice::from_ref(target));
-            forward::<T>(x, target, classes, ignore_index, &mut statistics, std::slice::from_mut(loss));
-            backward::<T>(None, &statistics, target, classes, ignore_index, scale, x);
-        }
+        let rows = x.chunks_exact_mut(classes).zip(&targets[row..]);
+        losses.set(
+            row,
+            rows.map(|(x, &target)| {
+                let mut statistics = [R::ZERO; 2];
+                let loss = forward(x, target, ignore_index, &mut statistics);
+                backward(statistics, target, ignore_index, scale, x);
+                loss
+            }),
+        );
     });
-    // In order, whatever the threads.
-    losses.iter().sum()
+    losses.sum()
 }
 
 /// Element operations that an exponential counts for.
 pub(super) const COST: usize = 8;
 
 vectorized! {
-    pub(super) fn forward<T: Float>(
-        x: &[T],
-        targets: &[i64],
-        classes: usize,
-        ignore_index: i64,
-        statistics: &mut [T::Acc],
-        losses: &mut [f64],
-    ) {
-        let rows = x.chunks_exact(classes).zip(targets);
-        for ((x, &target), (statistics, loss)) in rows.zip(statistics.chunks_exact_mut(2).zip(losses)) {
-            if target == ignore_index {
-                statistics.fill(T::Acc::ZERO);
-                *loss = 0.0;
-                continue;
-            }
-            let (max, sum) = maximum_and_sum::<T, FUSED>(x);
-            // Not from a rounded log-sum-exp: its error would grow with the logits.
-            *loss = (max - x[target as usize].to_acc()).to_f64() + Real::ln(sum.to_f64());
-            statistics[0] = max;
-            statistics[1] = T::Acc::ONE / sum;
+    /// The loss of a row; writes `[maximum, 1 / Σ exp(x − maximum)]` to `statistics`.
+    pub(super) fn forward<R: Real>(x: &[R], target: i64, ignore_index: i64, statistics: &mut [R]) -> f64 {
+        if target == ignore_index {
+            statistics.fill(R::ZERO);
+            return 0.0;
         }
+        let (max, sum) = maximum_and_sum::<R, FUSED>(x);
+        statistics[0] = max;
+        statistics[1] = R::ONE / sum;
+        // Not from a rounded log-sum-exp: its error would grow with the logits.
+        (max - x[target as usize]).to_f64() + Real::ln(sum.to_f64())
     }
 }
 
@@ -307,7 +327,7 @@ struct CrossEntropyBackward {
 
 impl Backward for CrossEntropyBackward {
     fn name(&self) -> &'static str {
-        "cross_entropy"
+        OP
     }
 
     /// `dx = (softmax(x) − onehot(target)) g / count`; zero for rows that are left out.
@@ -316,16 +336,21 @@ impl Backward for CrossEntropyBackward {
         let classes = logits.dim(-1)?;
         let (mut dx, source) = reuse(logits)?;
         match grad.device() {
-            Device::Cpu => dispatch_float!("cross_entropy", dx.dtype(), T, {
-                let scale = <T as Float>::Acc::from_f64(grad.item()? / count.item()?);
-                let source = source.as_ref().map(|source| source.values::<T>()).transpose()?;
-                let (statistics, targets) = (statistics.values::<<T as Float>::Acc>()?, targets.values::<i64>()?);
-                cpu::for_rows(dx.values_mut::<T>()?, classes, COST * classes, |row, dx| {
-                    let source = source.map(|source| &source[row * classes..][..dx.len()]);
-                    backward::<T>(source, &statistics[2 * row..], &targets[row..], classes, ignore_index, scale, dx);
+            Device::Cpu => {
+                let source = source.as_ref().map(|source| source.floats(OP)).transpose()?;
+                let (saved, targets) = (In::new(statistics.floats(OP)?, 2), targets.values::<i64>()?);
+                let scale = grad.item()? / count.item()?;
+                let out = Out::over(dx.floats_mut(OP)?, classes, source);
+                dispatch_real!(statistics.dtype(), R, {
+                    let scale = R::from_f64(scale);
+                    for_rows_of::<R, 1, 1>([out], [saved], Sums::none(), COST * classes, &|row, [dx], [saved], _| {
+                        let saved = saved.as_chunks().0.iter().zip(&targets[row..]);
+                        for (dx, (&statistics, &target)) in dx.chunks_exact_mut(classes).zip(saved) {
+                            backward(statistics, target, ignore_index, scale, dx);
+                        }
+                    });
                 });
-                Ok(())
-            })?,
+            }
             Device::Gpu(gpu) => {
                 let source = source.as_ref();
                 launch_gradient(
@@ -344,40 +369,17 @@ impl Backward for CrossEntropyBackward {
 }
 
 vectorized! {
-    /// Writes `dx` over the logits, which `source` holds unless `dx` does already.
-    fn backward<T: Float>(
-        source: Option<&[T]>,
-        statistics: &[T::Acc],
-        targets: &[i64],
-        classes: usize,
-        ignore_index: i64,
-        scale: T::Acc,
-        dx: &mut [T],
-    ) {
-        let saved = statistics.chunks_exact(2).zip(targets);
-        for (row, (dx, (statistics, &target))) in dx.chunks_exact_mut(classes).zip(saved).enumerate() {
-            if target == ignore_index {
-                dx.fill(T::from_acc(T::Acc::ZERO));
-                continue;
-            }
-            let source = source.map(|source| &source[row * classes..][..classes]);
-            let (max, inverse) = (statistics[0], statistics[1]);
-            let exp = |x: T| (x.to_acc() - max).probability::<FUSED>();
-            let chosen = exp(source.unwrap_or(&*dx)[target as usize]) * inverse;
-            let factor = inverse * scale;
-            match source {
-                Some(source) => {
-                    for (dx, &x) in dx.iter_mut().zip(source) {
-                        *dx = T::from_acc(exp(x) * factor);
-                    }
-                }
-                None => {
-                    for dx in dx.iter_mut() {
-                        *dx = T::from_acc(exp(*dx) * factor);
-                    }
-                }
-            }
-            dx[target as usize] = T::from_acc((chosen - T::Acc::ONE) * scale);
+    /// Writes the gradient of a row over its logits.
+    fn backward<R: Real>(statistics: [R; 2], target: i64, ignore_index: i64, scale: R, dx: &mut [R]) {
+        if target == ignore_index {
+            return dx.fill(R::ZERO);
         }
+        let [max, inverse] = statistics;
+        let chosen = (dx[target as usize] - max).probability::<FUSED>() * inverse;
+        let factor = inverse * scale;
+        for dx in dx.iter_mut() {
+            *dx = (*dx - max).probability::<FUSED>() * factor;
+        }
+        dx[target as usize] = (chosen - R::ONE) * scale;
     }
 }

@@ -4,8 +4,12 @@ use super::norm::reuse;
 use crate::{
     Device, Error, Philox, Result, Tensor,
     autograd::{Backward, InputGrads, dropout_stream, record, record_cheap_after},
-    device::{Grid, args, cpu, simd::vectorized},
-    dtype::{Float, Real, dispatch_float},
+    device::{
+        Grid, args,
+        rows::{Floats, In, Out, Sums, for_rows_of},
+        simd::vectorized,
+    },
+    dtype::{Float, Real, dispatch_real},
     error::ensure,
     tensor::same_kind,
 };
@@ -86,20 +90,24 @@ impl Mask {
     /// Masks and scales `source`, or `out` in place, and adds what is to be added.
     fn apply(&self, source: Option<&Tensor>, residual: Option<&Tensor>, out: &mut Tensor) -> Result<()> {
         match *out.device() {
-            Device::Cpu => dispatch_float!("dropout", out.dtype(), T, {
-                let source = source.map(|source| source.values::<T>()).transpose()?;
-                let residual = residual.map(|residual| residual.values::<T>()).transpose()?;
-                let scale = <T as Float>::Acc::from_f64(self.scale);
-                // A task starts at a whole group of words; the last group may be cut short.
-                cpu::for_rows(out.values_mut::<T>()?, GROUP, 8 * GROUP, |group, out| {
-                    if let Some(source) = source {
-                        out.copy_from_slice(&source[group * GROUP..][..out.len()]);
-                    }
-                    let residual = residual.map(|residual| &residual[group * GROUP..][..out.len()]);
-                    apply::<T>(self.random, group as u64, self.threshold, scale, residual, out);
+            Device::Cpu => {
+                const OP: &str = "dropout";
+                let source = source.map(|source| source.floats(OP)).transpose()?;
+                let wide = if residual.is_some() { GROUP } else { 0 };
+                let residual = residual.map_or(Ok(Floats::of::<f32>(&[])), |residual| residual.floats(OP))?;
+                let dtype = out.dtype();
+                let out = Out::over(out.floats_mut(OP)?, GROUP, source);
+                dispatch_real!(dtype, R, {
+                    let scale = R::from_f64(self.scale);
+                    // A task starts at a whole group of words; the last group may be cut short.
+                    let ins = [In::new(residual, wide)];
+                    for_rows_of::<R, 1, 1>([out], ins, Sums::none(), 8 * GROUP, &|group, [out], [residual], _| {
+                        let residual = (!residual.is_empty()).then_some(residual);
+                        apply::<R>(self.random, group as u64, self.threshold, scale, residual, out);
+                    });
                 });
                 Ok(())
-            }),
+            }
             Device::Gpu(gpu) => {
                 // A replay would draw the same mask again and again.
                 gpu.refuse_while_capturing("dropout")?;

@@ -3,10 +3,16 @@
 use crate::{
     Device, Error, Result, Tensor,
     autograd::{Backward, InputGrads, record},
-    device::{Grid, args, cpu, size32},
-    dtype::{Float, Real, dispatch_float},
+    device::{
+        Grid, args,
+        rows::{In, Out, Sums, for_rows_of},
+        size32,
+    },
+    dtype::{Float, Real, dispatch_real},
     error::ensure,
 };
+
+const OP: &str = "entmax15";
 
 impl Tensor {
     /// 1.5-entmax over the last dimension: `y_j = max(x_j / 2 − τ, 0)²`, with `τ` such that a row sums to 1.
@@ -17,29 +23,29 @@ impl Tensor {
     /// Shapes: `[.., j] → [.., j]`. Statistics in f32 (f64 for f64). Saves: `y`.
     /// Errors: rank 0, or a dtype that is not float.
     pub fn entmax15(&self) -> Result<Tensor> {
-        ensure!(self.rank() > 0, Error::shape("entmax15", "expected at least one dimension, got a scalar"));
-        self.dtype().expect_float("entmax15")?;
+        ensure!(self.rank() > 0, Error::shape(OP, "expected at least one dimension, got a scalar"));
+        self.dtype().expect_float(OP)?;
         let x = self.contiguous()?;
         let mut y = x.uninit_like()?;
         let width = x.dim(-1)?;
         match x.device() {
-            Device::Cpu => dispatch_float!("entmax15", x.dtype(), T, {
-                let from = x.values::<T>()?;
-                cpu::for_rows(y.values_mut::<T>()?, width, 32 * width, |row, rows| {
-                    let mut sorted = Vec::with_capacity(width);
-                    for (x, y) in from[row * width..].chunks_exact(width).zip(rows.chunks_exact_mut(width)) {
-                        forward_row::<T>(x, y, &mut sorted);
-                    }
+            Device::Cpu => {
+                let (from, to) = (In::new(x.floats(OP)?, width), Out::new(y.floats_mut(OP)?, width));
+                dispatch_real!(x.dtype(), R, {
+                    for_rows_of::<R, 1, 1>([to], [from], Sums::none(), 32 * width, &|_, [y], [x], _| {
+                        let mut sorted = Vec::with_capacity(width);
+                        let rows = x.chunks_exact(width).zip(y.chunks_exact_mut(width));
+                        rows.for_each(|(x, y)| forward_row::<R>(x, y, &mut sorted));
+                    });
                 });
-                Ok(())
-            })?,
+            }
             Device::Gpu(gpu) => {
                 let rows = x.numel().checked_div(width).unwrap_or(0);
                 gpu.kernel("entmax_fwd", &[("DTYPE", x.dtype().name())])?
                     .launch(Grid::rows(rows, width), args![&mut y, &x, rows as i64, size32(width)?])?;
             }
         }
-        record("entmax15", y, &[&x], |y| Entmax15Backward { y: y.detach() })
+        record(OP, y, &[&x], |y| Entmax15Backward { y: y.detach() })
     }
 }
 
@@ -91,7 +97,7 @@ struct Entmax15Backward {
 
 impl Backward for Entmax15Backward {
     fn name(&self) -> &'static str {
-        "entmax15"
+        OP
     }
 
     /// With `s = √y`: `dx = s ⊙ (g − ⟨s, g⟩ / Σ s)`
@@ -100,16 +106,16 @@ impl Backward for Entmax15Backward {
         let mut dx = self.y.uninit_like()?;
         let width = self.y.dim(-1)?;
         match grad.device() {
-            Device::Cpu => dispatch_float!("entmax15", dx.dtype(), T, {
-                let (y, g) = (self.y.values::<T>()?, grad.values::<T>()?);
-                cpu::for_rows(dx.values_mut::<T>()?, width, 8 * width, |row, rows| {
-                    let (y, g) = (y[row * width..].chunks_exact(width), g[row * width..].chunks_exact(width));
-                    for ((y, g), dx) in y.zip(g).zip(rows.chunks_exact_mut(width)) {
-                        backward_row::<T>(y, g, dx);
-                    }
+            Device::Cpu => {
+                let ins = [In::new(self.y.floats(OP)?, width), In::new(grad.floats(OP)?, width)];
+                let dx = Out::new(dx.floats_mut(OP)?, width);
+                dispatch_real!(grad.dtype(), R, {
+                    for_rows_of::<R, 1, 2>([dx], ins, Sums::none(), 8 * width, &|_, [dx], [y, g], _| {
+                        let rows = y.chunks_exact(width).zip(g.chunks_exact(width)).zip(dx.chunks_exact_mut(width));
+                        rows.for_each(|((y, g), dx)| backward_row::<R>(y, g, dx));
+                    });
                 });
-                Ok(())
-            })?,
+            }
             Device::Gpu(gpu) => {
                 let rows = grad.numel().checked_div(width).unwrap_or(0);
                 gpu.kernel("entmax_bwd", &[("DTYPE", grad.dtype().name())])?

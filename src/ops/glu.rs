@@ -1,15 +1,20 @@
 //! Gated linear units: one half of the features times an activation of the other.
 
 use super::{
-    activation::{Activation, COST, TILE, bias_gradient, check_bias, partial_sums, sums_mut},
-    norm::{packed, reuse, widen},
-    pointwise::{Gelu, GeluTanh, Keep, ReluSquared, Sigmoid, Silu, Unary},
+    activation::{COST, TILE, add_to, bias_gradient, check_bias, partial_sums, sums_mut, wide_bias},
+    norm::{packed, reuse},
+    pointwise::{Activation, sum_value, sum_value_and_slope},
 };
 use crate::{
     Device, Error, Result, Tensor,
     autograd::{Backward, InputGrads, record_cheap},
-    device::{Grid, args, cpu, simd::vectorized, size32},
-    dtype::{Float, Real, dispatch_float},
+    device::{
+        Grid, args, cpu,
+        rows::{In, Out, Sums, for_rows_of},
+        simd::vectorized,
+        size32,
+    },
+    dtype::{Real, dispatch_real},
 };
 
 impl Tensor {
@@ -53,79 +58,77 @@ fn gated(op: &'static str, x: &Tensor, bias: Option<&Tensor>, activation: Activa
     x.dtype().expect_float(op)?;
     bias.map_or(Ok(()), |bias| check_bias(op, x, bias))?;
     let x = x.contiguous()?;
-    match activation {
-        Activation::Gelu => glu::<Gelu>(op, &x, bias, width / 2),
-        Activation::GeluTanh => glu::<GeluTanh>(op, &x, bias, width / 2),
-        Activation::ReluSquared => glu::<ReluSquared>(op, &x, bias, width / 2),
-        Activation::Sigmoid => glu::<Sigmoid>(op, &x, bias, width / 2),
-        Activation::Silu => glu::<Silu>(op, &x, bias, width / 2),
-        Activation::Relu | Activation::QuickGelu => {
-            let x = bias.map(|bias| x.add(bias)).transpose()?.unwrap_or(x);
-            x.narrow(-1, 0, width / 2)?.mul(&activation.of(&x.narrow(-1, width / 2, width / 2)?)?)
-        }
+    if let (Device::Gpu(_), false) = (x.device(), activation.has_kernel()) {
+        let x = bias.map(|bias| x.add(bias)).transpose()?.unwrap_or(x);
+        return x.narrow(-1, 0, width / 2)?.mul(&activation.of(&x.narrow(-1, width / 2, width / 2)?)?);
     }
+    glu(op, activation, &x, bias, width / 2)
 }
 
-fn glu<F: Unary>(op: &'static str, x: &Tensor, bias: Option<&Tensor>, dim: usize) -> Result<Tensor> {
+fn glu(op: &'static str, f: Activation, x: &Tensor, bias: Option<&Tensor>, dim: usize) -> Result<Tensor> {
     let mut y = Tensor::uninit(x.shape().with_dim(x.rank() - 1, dim), x.dtype(), x.device())?;
     match x.device() {
-        Device::Cpu => dispatch_float!(op, x.dtype(), T, {
-            let (from, bias) = (x.values::<T>()?, widen::<T>(bias, 2 * dim, <T as Float>::Acc::ZERO)?);
-            cpu::for_rows(y.values_mut::<T>()?, dim, COST * dim, |row, y| {
-                forward::<T, F>(&from[2 * row * dim..][..2 * y.len()], &bias, y);
+        Device::Cpu => {
+            let summand = packed(bias)?;
+            let summand = summand.as_ref().map(|bias| bias.floats(op)).transpose()?;
+            let (from, to) = (In::new(x.floats(op)?, 2 * dim), Out::new(y.floats_mut(op)?, dim));
+            dispatch_real!(x.dtype(), R, {
+                let bias: Vec<R> = wide_bias(summand, 2 * dim);
+                for_rows_of::<R, 1, 1>([to], [from], Sums::none(), COST * dim, &|_, [y], [x], _| {
+                    forward(f, x, &bias, y);
+                });
             });
-            Ok(())
-        })?,
+        }
         Device::Gpu(gpu) => {
             let rows = y.numel().checked_div(dim).unwrap_or(0);
             let (rows_per_chunk, chunks) = Grid::chunks(rows, dim, x.dtype());
             let bias = packed(bias)?;
             let args = args![&mut y, x, bias.as_ref(), rows as i64, rows_per_chunk as i64, size32(dim)?];
-            gpu.kernel("glu_fwd", &[("DTYPE", x.dtype().name()), ("ACTIVATION", F::NAME)])?
+            gpu.kernel("glu_fwd", &[("DTYPE", x.dtype().name()), ("ACTIVATION", f.name())])?
                 .launch(Grid::columns(dim, chunks, x.dtype()), args)?;
         }
     }
     let (kept, summand) = (x.detach(), bias.map(Tensor::detach));
-    let again = move || glu::<F>(op, &kept, summand.as_ref(), dim);
-    let backward = |_: &Tensor| GluBackward::<F> {
-        op,
-        x: x.detach(),
-        bias: bias.map(Tensor::detach),
-        activation: std::marker::PhantomData,
-    };
+    let again = move || glu(op, f, &kept, summand.as_ref(), dim);
+    let backward = |_: &Tensor| GluBackward { op, x: x.detach(), bias: bias.map(Tensor::detach), activation: f };
     let inputs: Vec<&Tensor> = std::iter::once(x).chain(bias).collect();
     record_cheap(op, y, &inputs, backward, again)
 }
 
+fn forward<R: Real>(f: Activation, x: &[R], bias: &[R], y: &mut [R]) {
+    let dim = bias.len() / 2;
+    let (to_value, to_gate) = bias.split_at(dim);
+    for (x, y) in x.chunks_exact(2 * dim).zip(y.chunks_exact_mut(dim)) {
+        let (value, gate) = x.split_at(dim);
+        sum_value(f, gate, to_gate, y);
+        multiply_sum(value, to_value, y);
+    }
+}
+
 vectorized! {
-    fn forward<T: Float, F: Unary>(x: &[T], bias: &[T::Acc], y: &mut [T]) {
-        let dim = bias.len() / 2;
-        let (to_value, to_gate) = bias.split_at(dim);
-        for (x, y) in x.chunks_exact(2 * dim).zip(y.chunks_exact_mut(dim)) {
-            let (value, gate) = x.split_at(dim);
-            let biases = to_value.iter().zip(to_gate);
-            for (((y, value), gate), (&to_value, &to_gate)) in y.iter_mut().zip(value).zip(gate).zip(biases) {
-                *y = T::from_acc((value.to_acc() + to_value) * F::value::<T::Acc, FUSED>(gate.to_acc() + to_gate));
-            }
+    /// `y = (x + bias) ⊙ y`
+    fn multiply_sum<R: Real>(x: &[R], bias: &[R], y: &mut [R]) {
+        for ((y, x), &bias) in y.iter_mut().zip(x).zip(bias) {
+            *y = (*x + bias) * *y;
         }
     }
 }
 
-struct GluBackward<F> {
+struct GluBackward {
     op: &'static str,
     x: Tensor,
     bias: Option<Tensor>,
-    activation: std::marker::PhantomData<F>,
+    activation: Activation,
 }
 
-impl<F: Unary> Backward for GluBackward<F> {
+impl Backward for GluBackward {
     fn name(&self) -> &'static str {
         self.op
     }
 
     /// `dvalue = g ⊙ activation(gate)`, `dgate = g ⊙ value ⊙ activation'(gate)`, `dbias = Σ_rows dx`
     fn backward(self: Box<Self>, grad: Tensor, need: &[bool]) -> Result<InputGrads> {
-        let Self { op, x, bias, .. } = *self;
+        let Self { op, x, bias, activation: f } = *self;
         let grad = grad.contiguous()?;
         let dim = grad.dim(-1)?;
         let rows = grad.numel().checked_div(dim).unwrap_or(0);
@@ -137,18 +140,18 @@ impl<F: Unary> Backward for GluBackward<F> {
                 // Rows are summed up in blocks whose size depends on the shape alone.
                 let block = cpu::rows_per_task(rows, 2 * COST * dim);
                 let mut sums = partial_sums(&grad, bias_needed.then(|| rows.div_ceil(block)), 2 * dim)?;
-                dispatch_float!(op, grad.dtype(), T, {
-                    let source = source.as_ref().map(|source| source.values::<T>()).transpose()?;
-                    let bias = widen::<T>(bias.as_ref(), 2 * dim, <T as Float>::Acc::ZERO)?;
-                    let g = grad.values::<T>()?;
-                    let run = |row: usize, dx: &mut [T], sums: &mut [<T as Float>::Acc]| {
-                        let source = source.map(|source| &source[2 * row * dim..][..dx.len()]);
-                        backward::<T, F>(source, &g[row * dim..][..dx.len() / 2], &bias, dx, sums);
-                    };
-                    let (to, sums) = (dx.values_mut::<T>()?, sums_mut::<T>(&mut sums)?);
-                    cpu::for_blocks(to, sums, (2 * dim, 2 * dim), block, 2 * COST * dim, run);
-                    Ok(())
-                })?;
+                let source = source.as_ref().map(|source| source.floats(op)).transpose()?;
+                let summand = packed(bias.as_ref())?;
+                let summand = summand.as_ref().map(|bias| bias.floats(op)).transpose()?;
+                let g = In::new(grad.floats(op)?, dim);
+                let dx = Out::over(dx.floats_mut(op)?, 2 * dim, source);
+                dispatch_real!(grad.dtype(), R, {
+                    let bias: Vec<R> = wide_bias(summand, 2 * dim);
+                    let sums = Sums::new(sums_mut::<R>(&mut sums)?, 2 * dim, block);
+                    for_rows_of::<R, 1, 1>([dx], [g], sums, 2 * COST * dim, &|_, [dx], [g], sums| {
+                        backward(f, g, &bias, dx, sums);
+                    });
+                });
                 sums
             }
             Device::Gpu(gpu) => {
@@ -166,7 +169,7 @@ impl<F: Unary> Backward for GluBackward<F> {
                     rows_per_chunk as i64,
                     size32(dim)?
                 ];
-                gpu.kernel("glu_bwd", &[("DTYPE", dtype.name()), ("ACTIVATION", F::NAME)])?
+                gpu.kernel("glu_bwd", &[("DTYPE", dtype.name()), ("ACTIVATION", f.name())])?
                     .launch(Grid::columns(dim, chunks, dtype), args)?;
                 sums
             }
@@ -179,70 +182,53 @@ impl<F: Unary> Backward for GluBackward<F> {
     }
 }
 
-vectorized! {
-    /// Writes `dx` over the input, which `source` holds unless `dx` does already; `sums`, if not empty, gets the sums of
-    /// its columns.
-    fn backward<T: Float, F: Unary>(
-        source: Option<&[T]>,
-        g: &[T],
-        bias: &[T::Acc],
-        dx: &mut [T],
-        sums: &mut [T::Acc],
-    ) {
-        let dim = bias.len() / 2;
-        sums.fill(T::Acc::ZERO);
-        for (row, (g, dx)) in g.chunks_exact(dim).zip(dx.chunks_exact_mut(2 * dim)).enumerate() {
-            if let Some(source) = source {
-                dx.copy_from_slice(&source[2 * row * dim..][..2 * dim]);
-            }
-            let (dvalue, dgate) = dx.split_at_mut(dim);
-            let tiles = dvalue.chunks_mut(TILE).zip(dgate.chunks_mut(TILE)).zip(g.chunks(TILE));
-            for (tile, ((dvalue, dgate), g)) in tiles.enumerate() {
-                let start = tile * TILE;
-                let biases = [&bias[start..][..g.len()], &bias[dim + start..][..g.len()]];
-                let [dv, du] = backward_tile::<T, F, FUSED>(dvalue, dgate, biases, g);
-                if let Some(sums) = sums.get_mut(start..) {
-                    sums.iter_mut().zip(&dv[..g.len()]).for_each(|(sum, &dv)| *sum += dv);
-                }
-                if let Some(sums) = sums.get_mut(dim + start..) {
-                    sums.iter_mut().zip(&du[..g.len()]).for_each(|(sum, &du)| *sum += du);
-                }
-            }
+/// Writes `dx` over the input; `sums`, if not empty, gets the sums of its columns.
+fn backward<R: Real>(f: Activation, g: &[R], bias: &[R], dx: &mut [R], sums: &mut [R]) {
+    let dim = bias.len() / 2;
+    // Where it gates to 0 no gradient passes, be the value infinite.
+    let selects = matches!(f, Activation::Relu | Activation::ReluSquared);
+    let (mut activated, mut slopes) = ([R::ZERO; TILE], [R::ZERO; TILE]);
+    for (g, dx) in g.chunks_exact(dim).zip(dx.chunks_exact_mut(2 * dim)) {
+        let (dvalue, dgate) = dx.split_at_mut(dim);
+        let tiles = dvalue.chunks_mut(TILE).zip(dgate.chunks_mut(TILE)).zip(g.chunks(TILE));
+        for (tile, ((dvalue, dgate), g)) in tiles.enumerate() {
+            let start = tile * TILE;
+            let (to_value, to_gate) = (&bias[start..][..g.len()], &bias[dim + start..][..g.len()]);
+            let (activated, slopes) = (&mut activated[..g.len()], &mut slopes[..g.len()]);
+            sum_value_and_slope(f, dgate, to_gate, activated, slopes);
+            gradients(selects, g, to_value, activated, slopes, dvalue, dgate);
         }
+        add_to(sums, dx);
     }
 }
 
-/// The gradients of a tile, unrounded too. The loops write one array each, so that they vectorise.
-#[inline(always)]
-fn backward_tile<T: Float, F: Unary, const FUSED: bool>(
-    value: &mut [T],
-    gate: &mut [T],
-    [to_value, to_gate]: [&[T::Acc]; 2],
-    g: &[T],
-) -> [[T::Acc; TILE]; 2] {
-    let (mut dv, mut du) = ([T::Acc::ZERO; TILE], [T::Acc::ZERO; TILE]);
-    for (((activated, slope), gate), &to_gate) in dv.iter_mut().zip(&mut du).zip(&*gate).zip(to_gate) {
-        let gate = gate.to_acc() + to_gate;
-        *activated = F::value::<T::Acc, FUSED>(gate);
-        *slope = F::derivative::<T::Acc, FUSED>(match F::KEEP {
-            Keep::Input => gate,
-            Keep::Output => *activated,
-        });
+vectorized! {
+    /// The gradients of value and gate, the former over the value.
+    fn gradients<R: Real>(
+        selects: bool,
+        g: &[R],
+        to_value: &[R],
+        activated: &[R],
+        slopes: &[R],
+        value: &mut [R],
+        gate: &mut [R],
+    ) {
+        if selects {
+            for (((gate, slope), g), (value, &to_value)) in
+                gate.iter_mut().zip(slopes).zip(g).zip(value.iter().zip(to_value))
+            {
+                let product = *slope * *g * (*value + to_value);
+                *gate = if *slope == R::ZERO { R::ZERO } else { product };
+            }
+        } else {
+            for (((gate, slope), g), (value, &to_value)) in
+                gate.iter_mut().zip(slopes).zip(g).zip(value.iter().zip(to_value))
+            {
+                *gate = *slope * *g * (*value + to_value);
+            }
+        }
+        for ((value, activated), g) in value.iter_mut().zip(activated).zip(g) {
+            *value = *activated * *g;
+        }
     }
-    // Where it gates to 0 no gradient passes, be the value infinite.
-    let selects = F::NAME == ReluSquared::NAME;
-    for (((du, value), &to_value), g) in du.iter_mut().zip(&*value).zip(to_value).zip(g) {
-        let product = *du * g.to_acc() * (value.to_acc() + to_value);
-        *du = if selects && *du == T::Acc::ZERO { T::Acc::ZERO } else { product };
-    }
-    for (dv, g) in dv.iter_mut().zip(g) {
-        *dv *= g.to_acc();
-    }
-    for (gate, &du) in gate.iter_mut().zip(&du) {
-        *gate = T::from_acc(du);
-    }
-    for (value, &dv) in value.iter_mut().zip(&dv) {
-        *value = T::from_acc(dv);
-    }
-    [dv, du]
 }

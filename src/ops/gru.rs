@@ -3,8 +3,13 @@
 use crate::{
     Device, Error, Result, Tensor,
     autograd::{Backward, InputGrads, record},
-    device::{Gpu, Grid, args, cpu, simd::vectorized, size32},
-    dtype::{Float, Real, dispatch_float},
+    device::{
+        Gpu, Grid, args,
+        rows::{In, Out, Sums, for_rows_of},
+        simd::vectorized,
+        size32,
+    },
+    dtype::{Float, Real, dispatch_real},
     error::ensure,
     shape::Shape,
     tensor::same_kind,
@@ -41,14 +46,17 @@ impl Tensor {
         let (h, input, hidden) = (self.contiguous()?, input.contiguous()?, hidden.contiguous()?);
         let mut y = h.uninit_like()?;
         match h.device() {
-            Device::Cpu => dispatch_float!(OP, h.dtype(), T, {
-                let (h, i, u) = (h.values::<T>()?, input.values::<T>()?, hidden.values::<T>()?);
-                cpu::for_rows(y.values_mut::<T>()?, dim, 32 * dim, |row, y| {
-                    let gates = 3 * row * dim..3 * (row * dim + y.len());
-                    forward::<T>(&h[row * dim..][..y.len()], &i[gates.clone()], &u[gates], y, dim);
+            Device::Cpu => {
+                let gates = [&input, &hidden].map(|gates| gates.floats(OP).map(|gates| In::new(gates, 3 * dim)));
+                let [i, u] = gates;
+                let ins = [In::new(h.floats(OP)?, dim), i?, u?];
+                let y = Out::new(y.floats_mut(OP)?, dim);
+                dispatch_real!(h.dtype(), R, {
+                    for_rows_of::<R, 1, 3>([y], ins, Sums::none(), 32 * dim, &|_, [y], [h, i, u], _| {
+                        forward::<R>(h, i, u, y, dim);
+                    });
                 });
-                Ok(())
-            })?,
+            }
             Device::Gpu(gpu) => {
                 let rows = h.numel().checked_div(dim).unwrap_or(0);
                 gpu.kernel("gru_fwd", &[("DTYPE", h.dtype().name())])?
@@ -111,17 +119,19 @@ impl GruGateBackward {
         let rows = self.h.numel().checked_div(dim).unwrap_or(0);
         // One buffer for the three gradients of a row: 3 · dim, 3 · dim and dim.
         let mut all = Tensor::uninit(Shape::new(&[rows, 7 * dim])?, grad.dtype(), grad.device())?;
-        dispatch_float!("gru_gate", grad.dtype(), T, {
-            let (h, g) = (self.h.values::<T>()?, grad.values::<T>()?);
-            let (i, u) = (self.input.values::<T>()?, self.hidden.values::<T>()?);
-            cpu::for_rows(all.values_mut::<T>()?, 7 * dim, 64 * dim, |row, all| {
-                let len = all.len() / 7;
-                let gates = 3 * row * dim..3 * (row * dim + len);
-                let (h, g) = (&h[row * dim..][..len], &g[row * dim..][..len]);
-                backward::<T>(h, &i[gates.clone()], &u[gates], g, all, dim);
+        let op = "gru_gate";
+        let ins = [
+            In::new(self.h.floats(op)?, dim),
+            In::new(self.input.floats(op)?, 3 * dim),
+            In::new(self.hidden.floats(op)?, 3 * dim),
+            In::new(grad.floats(op)?, dim),
+        ];
+        let out = Out::new(all.floats_mut(op)?, 7 * dim);
+        dispatch_real!(grad.dtype(), R, {
+            for_rows_of::<R, 1, 4>([out], ins, Sums::none(), 64 * dim, &|_, [all], [h, i, u, g], _| {
+                backward::<R>(h, i, u, g, all, dim);
             });
-            Ok(())
-        })?;
+        });
         let parts = all.split(&[dim, 3 * dim, 3 * dim], 1)?;
         let shapes = [*self.h.shape(), *self.input.shape(), *self.hidden.shape()];
         parts.iter().zip(shapes).map(|(part, shape)| part.contiguous()?.reshape(shape)).collect()

@@ -2,8 +2,8 @@
 
 use super::{
     cross_entropy::{
-        COST, check_targets, count_targets, forward, forward_rows, launch_gradient, launch_mean, launch_rows,
-        rows_and_gradient,
+        COST, Losses as RowLosses, check_targets, count_targets, forward, forward_rows, launch_gradient, launch_mean,
+        launch_rows, rows_and_gradient,
     },
     matmul::{check_linear, product, product_sums},
     norm::widen,
@@ -11,8 +11,13 @@ use super::{
 use crate::{
     DType, Device, Error, Result, Tensor,
     autograd::{Backward, InputGrads, needs, record},
-    device::{Address, Arg, Gpu, Grid, args, cpu, simd::vectorized, size32},
-    dtype::{Float, Real, dispatch_float},
+    device::{
+        Address, Arg, Gpu, Grid, args,
+        rows::{FloatsMut, Out, Sums, for_rows_of},
+        simd::vectorized,
+        size32,
+    },
+    dtype::{Real, dispatch_real},
     error::ensure,
     profile::{self, BackwardCost, Cost},
     shape::Shape,
@@ -236,15 +241,14 @@ impl Layer {
         let (height, classes, dtype) = (x.dim(0)?, self.weight.dim(0)?, x.dtype());
         let mut logits = product(x, &self.weight.transpose(0, 1)?, self.bias.as_ref())?;
         let mut statistics = Tensor::uninit(Shape::new(&[height, 2])?, dtype, x.device())?;
-        dispatch_float!(OP, dtype, T, {
+        dispatch_real!(dtype, R, {
             losses.sum += if needed {
                 let to = targets.values::<i64>()?;
-                rows_and_gradient::<T>(logits.values_mut::<T>()?, to, classes, self.ignore_index, scale)
+                rows_and_gradient::<R>(logits.values_mut::<R>()?, to, classes, self.ignore_index, scale)
             } else {
-                forward_rows::<T>(&logits, targets, classes, self.ignore_index, &mut statistics)?
+                forward_rows::<R>(&logits, targets, classes, self.ignore_index, &mut statistics)?
             };
-            Ok(())
-        })?;
+        });
         Ok(logits)
     }
 
@@ -267,17 +271,14 @@ impl Layer {
             let (x, targets) = (x.narrow(0, first, rows)?, targets.narrow(0, first, rows)?);
             let mut logits = Tensor::uninit(Shape::new(&[rows, classes])?, sums, device)?;
             product_sums(&x, &self.weight.transpose(0, 1)?, false, &mut logits)?;
-            dispatch_float!(OP, dtype, T, {
-                let to = gradient.as_mut().map_or(Ok(&mut [][..]), |gradient| gradient.values_mut::<T>())?;
-                let end = to.len().min((first + rows) * classes);
-                let to = &mut to[end.min(first * classes)..end];
-                let bias = widen::<T>(self.bias.as_ref(), classes, <T as Float>::Acc::ZERO)?;
-                let bias = if self.bias.is_some() { &bias[..] } else { &[] };
-                let ends = (targets.values::<i64>()?, self.ignore_index);
-                let logits = logits.values_mut::<<T as Float>::Acc>()?;
-                losses.sum += rows_and_rounded_gradient::<T>(logits, bias, ends, scale, to);
-                Ok(())
-            })?;
+            let bias = self.bias.as_ref().map(|bias| widen::<f32>(OP, Some(bias), classes, 0.0)).transpose()?;
+            let to = match &mut gradient {
+                Some(gradient) => gradient.floats_mut(OP)?.range(first * classes..(first + rows) * classes),
+                None => FloatsMut::of::<f32>(&mut []),
+            };
+            let ends = (targets.values::<i64>()?, self.ignore_index);
+            let bias = bias.as_deref().unwrap_or_default();
+            losses.sum += rows_and_rounded_gradient(logits.values_mut::<f32>()?, bias, ends, scale, to);
         }
         Ok(gradient)
     }
@@ -352,52 +353,45 @@ fn of_about_one_size(rows: usize, most: usize) -> impl Iterator<Item = (usize, u
 
 /// The sum of the losses of these rows of logits, to which the bias is added unless it is empty. Writes
 /// `(softmax(x) − onehot(target)) scale` to `dx`, unless that is empty.
-fn rows_and_rounded_gradient<T: Float>(
-    x: &mut [T::Acc],
-    bias: &[T::Acc],
+fn rows_and_rounded_gradient(
+    x: &mut [f32],
+    bias: &[f32],
     (targets, ignore_index): (&[i64], i64),
     scale: f64,
-    dx: &mut [T],
+    dx: FloatsMut,
 ) -> f64 {
-    let (mut losses, classes) = (vec![0.0; targets.len()], x.len().checked_div(targets.len()).unwrap_or(0));
-    let scale = T::Acc::from_f64(scale);
-    cpu::for_rows3(x, &mut losses, dx, (classes, 1, classes), 2 * COST * classes, |row, x, losses, mut dx| {
-        for ((x, loss), target) in x.chunks_exact_mut(classes).zip(losses).zip(&targets[row..]) {
-            x.iter_mut().zip(bias).for_each(|(x, &bias)| *x += bias);
-            let (mut statistics, targets) = ([T::Acc::ZERO; 2], std::slice::from_ref(target));
-            forward::<T::Acc>(x, targets, classes, ignore_index, &mut statistics, std::slice::from_mut(loss));
-            if dx.is_empty() {
-                continue;
-            }
-            let (of_row, rest) = dx.split_at_mut(classes);
-            let class = (*target != ignore_index).then_some(*target as usize);
-            rounded_gradient::<T>(x, statistics, class, scale, of_row);
-            dx = rest;
-        }
+    let (losses, classes) = (RowLosses::new(targets.len()), x.len().checked_div(targets.len()).unwrap_or(0));
+    let outs = [Out::over(FloatsMut::of(x), classes, None), Out::new(dx, classes)];
+    for_rows_of::<f32, 2, 0>(outs, [], Sums::none(), 2 * COST * classes, &|row, [x, dx], [], _| {
+        let mut dx = dx.chunks_exact_mut(classes);
+        let rows = x.chunks_exact_mut(classes).zip(&targets[row..]);
+        losses.set(
+            row,
+            rows.map(|(x, &target)| {
+                x.iter_mut().zip(bias).for_each(|(x, &bias)| *x += bias);
+                let mut statistics = [0.0; 2];
+                let loss = forward(x, target, ignore_index, &mut statistics);
+                if let Some(dx) = dx.next() {
+                    let class = (target != ignore_index).then_some(target as usize);
+                    gradient(x, statistics, class, scale as f32, dx);
+                }
+                loss
+            }),
+        );
     });
-    // In order, whatever the threads.
-    losses.iter().sum()
+    losses.sum()
 }
 
 vectorized! {
     /// Of a row with these statistics, maximum and inverse sum; 0 of one without a class.
-    fn rounded_gradient<T: Float>(
-        x: &[T::Acc],
-        statistics: [T::Acc; 2],
-        class: Option<usize>,
-        scale: T::Acc,
-        dx: &mut [T],
-    ) {
+    fn gradient(x: &[f32], statistics: [f32; 2], class: Option<usize>, scale: f32, dx: &mut [f32]) {
         let [max, inverse] = statistics;
-        let Some(class) = class else {
-            dx.fill(T::from_acc(T::Acc::ZERO));
-            return;
-        };
+        let Some(class) = class else { return dx.fill(0.0) };
         let factor = inverse * scale;
         for (dx, &x) in dx.iter_mut().zip(x) {
-            *dx = T::from_acc((x - max).probability::<FUSED>() * factor);
+            *dx = (x - max).probability::<FUSED>() * factor;
         }
-        dx[class] = T::from_acc(((x[class] - max).probability::<FUSED>() * inverse - T::Acc::ONE) * scale);
+        dx[class] = ((x[class] - max).probability::<FUSED>() * inverse - 1.0) * scale;
     }
 }
 

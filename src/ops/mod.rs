@@ -11,11 +11,11 @@
 //! whose parts overflow depend on the order of summation, in PyTorch as here. `tests/contract/extremes` holds every op
 //! against PyTorch's classes and exact values at ±0, subnormal, largest and infinite numbers and NaN.
 
-pub use activation::Activation;
 pub(crate) use attention::needs_scores;
 pub use attention::{
     AttentionSpec, DecodeSpec, PositionBias, attention, attention_decode, attention_rung, gpu_needs_scores,
 };
+pub use pointwise::Activation;
 
 /// Makes the modules and [`NAMES`] from one list: `file: op, op; …`.
 macro_rules! ops {

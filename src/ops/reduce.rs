@@ -3,8 +3,13 @@
 use crate::{
     DType, Device, Element, Error, Result, Tensor,
     autograd::{Backward, InputGrads, computed, discrete, record},
-    device::{Gpu, Grid, args, cpu, simd::vectorized, size32},
-    dtype::{Float, Real, dispatch_float},
+    device::{
+        Gpu, Grid, args, cpu,
+        rows::{Floats, FloatsMut, In, Out, Sums, for_rows_of},
+        simd::vectorized,
+        size32,
+    },
+    dtype::{Float, Real, dispatch_float, dispatch_real},
     error::ensure,
     shape::Shape,
 };
@@ -51,20 +56,20 @@ impl Tensor {
                 let x = self.detach().permute(&[kept, gone].concat())?.contiguous()?;
                 sum_integers(x.values::<i64>()?, out.values_mut::<i64>()?);
             }
-            Device::Cpu => dispatch_float!(op, self.dtype(), T, {
-                let divisor = <T as Float>::Acc::from_f64(divisor);
-                if kept_is_last {
-                    // Whole rows are added up: no transposed copy, and the inner loop runs over packed columns.
-                    let x = self.detach().contiguous()?;
-                    let width = out.numel();
-                    sum_rows_together::<T, T>(x.values::<T>()?, width, out.values_mut::<T>()?, divisor);
-                } else {
-                    // Kept dimensions first, so that each sum is one packed row.
-                    let x = self.detach().permute(&[kept, gone].concat())?.contiguous()?;
-                    sum_each_row::<T>(x.values::<T>()?, out.values_mut::<T>()?, divisor);
-                }
-                Ok(())
-            })?,
+            Device::Cpu => {
+                // Kept dimensions last: whole rows are added up without a transposed copy, over packed columns.
+                // Otherwise they come first, so that each sum is one packed row.
+                let x = self.detach();
+                let x = if kept_is_last { x } else { x.permute(&[kept, gone].concat())? }.contiguous()?;
+                let (x, width, out) = (x.floats(op)?, out.numel(), out.floats_mut(op)?);
+                dispatch_real!(self.dtype(), R, {
+                    let divisor = R::from_f64(divisor);
+                    match kept_is_last {
+                        true => sum_rows_together::<R>(x, width, out, divisor),
+                        false => sum_each_row::<R>(x, out, divisor),
+                    }
+                });
+            }
             Device::Gpu(gpu) => {
                 // Dimensions that lie side by side are summed where they are, others are moved to the end.
                 let neighbours = gone.windows(2).all(|pair| pair[0] + 1 == pair[1]);
@@ -72,7 +77,8 @@ impl Tensor {
                 let x = self.detach().permute(&order)?.contiguous()?;
                 let size = |dims: &[usize]| dims.iter().map(|&dim| self.shape()[dim]).product::<usize>();
                 let before = if neighbours { kept.partition_point(|dim| Some(dim) < gone.first()) } else { kept.len() };
-                let sums = Sums { outer: size(&kept[..before]), count: size(&gone), inner: size(&kept[before..]) };
+                let sums =
+                    MiddleSums { outer: size(&kept[..before]), count: size(&gone), inner: size(&kept[before..]) };
                 sums.launch(gpu, &mut out, &x, divisor)?;
             }
         }
@@ -99,13 +105,13 @@ impl Tensor {
 }
 
 /// Sums over the middle of `[outer, count, inner]`, as `kernels/reduce.cu` takes them.
-struct Sums {
+struct MiddleSums {
     outer: usize,
     count: usize,
     inner: usize,
 }
 
-impl Sums {
+impl MiddleSums {
     /// `y = Σ x / divisor`; in two launches where the sums are too few to fill a card.
     fn launch(&self, gpu: &dyn Gpu, y: &mut Tensor, x: &Tensor, divisor: f64) -> Result<()> {
         let Self { outer, count, inner } = *self;
@@ -156,19 +162,21 @@ impl Sums {
 const ROWS: usize = 256;
 
 /// `out[j] = Σ_i x[i, j] / divisor`, in blocks of rows.
-fn sum_rows_together<S: Float, T: Float<Acc = S::Acc>>(x: &[S], width: usize, out: &mut [T], divisor: S::Acc) {
+fn sum_rows_together<R: Real>(x: Floats, width: usize, out: FloatsMut, divisor: R) {
     let rows = x.len().checked_div(width).unwrap_or(0);
     if rows <= ROWS {
-        cpu::for_rows(out, 1, rows.max(1), |start, out| sum_columns::<S, T>(x, width, start, out, divisor));
-        return;
+        return for_rows_of::<R, 1, 0>([Out::new(out, 1)], [], Sums::none(), rows.max(1), &|start, [out], [], _| {
+            sum_columns::<R>(x, width, start, out, divisor);
+        });
     }
-    let mut sums = vec![S::Acc::ZERO; rows.div_ceil(ROWS) * width];
+    let mut sums = vec![R::ZERO; rows.div_ceil(ROWS) * width];
     cpu::for_rows(&mut sums, width, ROWS * width, |block, sums| {
-        for (sums, x) in sums.chunks_exact_mut(width).zip(x[block * ROWS * width..].chunks(ROWS * width)) {
-            sum_columns::<S, S::Acc>(x, width, 0, sums, S::Acc::ONE);
+        for (block, sums) in (block..).zip(sums.chunks_exact_mut(width)) {
+            let end = x.len().min((block + 1) * ROWS * width);
+            sum_columns::<R>(x.range(block * ROWS * width..end), width, 0, sums, R::ONE);
         }
     });
-    sum_rows_together::<S::Acc, T>(&sums, width, out, divisor);
+    sum_rows_together::<R>(Floats::of(&sums), width, out, divisor);
 }
 
 /// Columns that one pass over the rows adds up, so that their sums stay in the first-level cache.
@@ -177,27 +185,41 @@ const COLUMNS: usize = 512;
 /// Rows after which the sums of a pass join its total, for the same reason as [`ROWS`].
 const FEW: usize = 16;
 
-vectorized! {
-    /// `out[j] = Σ_i x[i, start + j] / divisor`.
-    fn sum_columns<S: Float, T: Float<Acc = S::Acc>>(x: &[S], width: usize, start: usize, out: &mut [T], divisor: S::Acc) {
-        for (block, out) in out.chunks_mut(COLUMNS).enumerate() {
-            let (mut totals, start) = ([S::Acc::ZERO; COLUMNS], start + block * COLUMNS);
-            let totals = &mut totals[..out.len()];
-            for rows in x.chunks(FEW * width) {
-                let mut sums = [S::Acc::ZERO; COLUMNS];
-                let sums = &mut sums[..out.len()];
-                for row in rows.chunks_exact(width) {
-                    for (sum, x) in sums.iter_mut().zip(&row[start..]) {
-                        *sum += x.to_acc();
+/// `out[j] = Σ_i x[i, start + j] / divisor`.
+fn sum_columns<R: Real>(x: Floats, width: usize, start: usize, out: &mut [R], divisor: R) {
+    let mut memory = Vec::new();
+    for (block, out) in out.chunks_mut(COLUMNS).enumerate() {
+        let (start, len) = (start + block * COLUMNS, out.len());
+        out.fill(R::ZERO);
+        for first in (0..x.len()).step_by(FEW * width) {
+            let rows = x.range(first..x.len().min(first + FEW * width));
+            match rows.direct() {
+                Some(rows) => add_columns(rows, width, start, out),
+                None => {
+                    memory.resize(rows.len() / width * len, R::ZERO);
+                    for (row, wide) in memory.chunks_exact_mut(len).enumerate() {
+                        rows.range(row * width + start..row * width + start + len).read(wide);
                     }
-                }
-                for (total, sum) in totals.iter_mut().zip(sums) {
-                    *total += *sum;
+                    add_columns(&memory, len, 0, out);
                 }
             }
-            for (out, total) in out.iter_mut().zip(totals) {
-                *out = T::from_acc(*total / divisor);
+        }
+        out.iter_mut().for_each(|out| *out = *out / divisor);
+    }
+}
+
+vectorized! {
+    /// `totals[j] += Σ_i x[i, start + j]`
+    fn add_columns<R: Real>(x: &[R], width: usize, start: usize, totals: &mut [R]) {
+        let mut sums = [R::ZERO; COLUMNS];
+        let sums = &mut sums[..totals.len()];
+        for row in x.chunks_exact(width) {
+            for (sum, x) in sums.iter_mut().zip(&row[start..]) {
+                *sum += *x;
             }
+        }
+        for (total, sum) in totals.iter_mut().zip(sums) {
+            *total += *sum;
         }
     }
 }
@@ -213,32 +235,33 @@ fn sum_integers(x: &[i64], out: &mut [i64]) {
 }
 
 /// `out[i] = Σ_j x[i, j] / divisor`; rows that are long enough are shared between threads.
-fn sum_each_row<T: Float>(x: &[T], out: &mut [T], divisor: T::Acc) {
+fn sum_each_row<R: Real>(x: Floats, mut out: FloatsMut, divisor: R) {
     let width = x.len().checked_div(out.len()).unwrap_or(0);
     if width < 2 * cpu::GRAIN {
-        cpu::for_rows(out, 1, width, |row, out| {
+        let ins = [In::new(x, width)];
+        return for_rows_of::<R, 1, 1>([Out::new(out, 1)], ins, Sums::none(), width, &|_, [out], [x], _| {
             for (index, out) in out.iter_mut().enumerate() {
-                *out = T::from_acc(sum_row::<T>(&x[(row + index) * width..][..width]) / divisor);
+                *out = sum_row::<R>(&x[index * width..][..width]) / divisor;
             }
         });
-        return;
     }
     let pieces = width.div_ceil(cpu::GRAIN);
-    let mut sums = vec![T::Acc::ZERO; out.len() * pieces];
+    let mut sums = vec![R::ZERO; out.len() * pieces];
     cpu::for_rows(&mut sums, 1, cpu::GRAIN, |start, sums| {
+        let mut memory = Vec::new();
         for (index, sum) in sums.iter_mut().enumerate() {
             let (row, piece) = ((start + index) / pieces, (start + index) % pieces);
-            let x = &x[row * width..][..width];
-            *sum = sum_row::<T>(&x[piece * cpu::GRAIN..x.len().min((piece + 1) * cpu::GRAIN)]);
+            let first = row * width + piece * cpu::GRAIN;
+            let x = x.range(first..(row * width + width).min(first + cpu::GRAIN));
+            *sum = sum_row::<R>(x.to_slice(&mut memory));
         }
     });
-    for (out, sums) in out.iter_mut().zip(sums.chunks_exact(pieces)) {
-        *out = T::from_acc(sum_row::<T::Acc>(sums) / divisor);
-    }
+    let sums: Vec<R> = sums.chunks_exact(pieces).map(|sums| sum_row::<R>(sums) / divisor).collect();
+    out.write(&sums);
 }
 
 vectorized! {
-    fn sum_row<T: Float>(x: &[T]) -> T::Acc {
+    fn sum_row<R: Real>(x: &[R]) -> R {
         sum_slice(x)
     }
 }

@@ -4,8 +4,13 @@ use super::norm::reuse;
 use crate::{
     DType, Device, Error, Result, Tensor,
     autograd::{Backward, InputGrads, discrete, record},
-    device::{Gpu, Grid, args, cpu, simd::vectorized, size32},
-    dtype::{Float, Real, dispatch_float},
+    device::{
+        Gpu, Grid, args, cpu,
+        rows::{Floats, Out, Sums, for_rows_of},
+        simd::vectorized,
+        size32,
+    },
+    dtype::{Float, Real, dispatch_float, dispatch_real},
     error::ensure,
     shape::{Layout, Shape},
     tensor::Storage,
@@ -101,18 +106,20 @@ impl Turn {
             return self.apply_cuda(gpu, source, direction, out);
         }
         let (positions, dim, pairs) = (out.dim(-2)?, out.dim(-1)?, self.inv_freq.numel());
-        dispatch_float!("rotary", out.dtype(), T, {
-            let table = self.table::<<T as Float>::Acc>(positions, direction)?;
-            let source = source.map(|x| Ok((x.storage::<T>()?, x.layout()))).transpose()?;
-            cpu::for_rows(out.values_mut::<T>()?, dim, 4 * dim, |row, out| match source {
-                None => rotate_rows::<T>(&table, pairs, positions, row, dim, out),
-                Some((from, layout)) => {
-                    copy_rows(from, layout, row, dim, out);
-                    rotate_rows::<T>(&table, pairs, positions, row, dim, out);
+        let dtype = out.dtype();
+        let source = source.map(|x| Ok((x.stored_floats("rotary")?, x.layout()))).transpose()?;
+        let values = out.floats_mut("rotary")?;
+        let out = if source.is_some() { Out::new(values, dim) } else { Out::over(values, dim, None) };
+        dispatch_real!(dtype, R, {
+            let table = self.table::<R>(positions, direction)?;
+            for_rows_of::<R, 1, 0>([out], [], Sums::none(), 4 * dim, &|first, [out], [], _| {
+                if let Some((from, layout)) = source {
+                    copy_rows(from, layout, first, dim, out);
                 }
+                rotate_rows::<R>(&table, pairs, positions, first, dim, out);
             });
-            Ok(())
-        })
+        });
+        Ok(())
     }
 
     fn apply_cuda(&self, gpu: &dyn Gpu, source: Option<&Tensor>, direction: f64, out: &mut Tensor) -> Result<()> {
@@ -180,8 +187,8 @@ impl Turn {
     }
 }
 
-/// Copies rows of a tensor whose rows are packed; `first` counts them over all dimensions but the last.
-fn copy_rows<T: Copy>(from: &[T], layout: &Layout, first: usize, width: usize, out: &mut [T]) {
+/// Reads rows of a tensor whose rows are packed; `first` counts them over all dimensions but the last.
+fn copy_rows<R: Real>(from: Floats, layout: &Layout, first: usize, width: usize, out: &mut [R]) {
     let positions = layout.shape[layout.shape.rank() - 2];
     let stride = layout.strides[layout.shape.rank() - 2];
     let mut start = 0;
@@ -189,7 +196,7 @@ fn copy_rows<T: Copy>(from: &[T], layout: &Layout, first: usize, width: usize, o
         // Within the dimension of positions a row is one stride behind the one before.
         let row = first + index;
         start = if index == 0 || row.is_multiple_of(positions) { layout.row_offset(row) } else { start + stride };
-        out.copy_from_slice(&from[start..start + width]);
+        from.range(start..start + width).read(out);
     }
 }
 

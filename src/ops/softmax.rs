@@ -3,10 +3,17 @@
 use crate::{
     Device, Result, Tensor,
     autograd::{Backward, InputGrads, record},
-    device::{Grid, args, cpu, simd::vectorized, size32},
-    dtype::{Float, Real, dispatch_float},
-    ops::reduce::{fold, fold2, max_slice, sum_slice},
+    device::{
+        Grid, args,
+        rows::{In, Out, Sums, for_rows_of},
+        simd::vectorized,
+        size32,
+    },
+    dtype::{Real, dispatch_real},
+    ops::reduce::{fold2, max_slice, sum_slice},
 };
+
+const OP: &str = "softmax";
 
 impl Tensor {
     /// Softmax over the last dimension: `y_j = exp(x_j − max x) / Σ exp(x − max x)`.
@@ -19,46 +26,37 @@ impl Tensor {
         if self.rank() == 0 {
             return self.unsqueeze(0)?.softmax()?.squeeze(0);
         }
-        self.dtype().expect_float("softmax")?;
+        self.dtype().expect_float(OP)?;
         let x = self.contiguous()?;
         let mut y = x.uninit_like()?;
         let width = x.dim(-1)?;
         match x.device() {
-            Device::Cpu => dispatch_float!("softmax", x.dtype(), T, {
-                let from = x.values::<T>()?;
-                cpu::for_rows(y.values_mut::<T>()?, width, 8 * width, |row, y| {
-                    forward::<T>(&from[row * width..][..y.len()], y, width);
+            Device::Cpu => {
+                let (x, y) = (In::new(x.floats(OP)?, width), Out::new(y.floats_mut(OP)?, width));
+                dispatch_real!(self.dtype(), R, {
+                    for_rows_of::<R, 1, 1>([y], [x], Sums::none(), 8 * width, &|_, [y], [x], _| forward(x, y, width));
                 });
-                Ok(())
-            })?,
+            }
             Device::Gpu(gpu) => {
                 let rows = x.numel().checked_div(width).unwrap_or(0);
                 gpu.kernel("softmax_fwd", &[("DTYPE", x.dtype().name())])?
                     .launch(Grid::held_rows(rows, width, x.dtype()), args![&mut y, &x, rows as i64, size32(width)?])?;
             }
         }
-        record("softmax", y, &[&x], |y| SoftmaxBackward { y: y.detach() })
+        record(OP, y, &[&x], |y| SoftmaxBackward { y: y.detach() })
     }
 }
 
 vectorized! {
-    fn forward<T: Float>(x: &[T], y: &mut [T], width: usize) {
+    fn forward<R: Real>(x: &[R], y: &mut [R], width: usize) {
         for (x, y) in x.chunks_exact(width).zip(y.chunks_exact_mut(width)) {
             let max = max_slice(x);
-            if size_of::<T>() < size_of::<T::Acc>() {
-                // Computed twice, because `y` cannot hold the exponentials without rounding them first.
-                let scale = T::Acc::ONE / fold(x, T::Acc::ZERO, |x| (x.to_acc() - max).probability::<FUSED>());
-                for (x, y) in x.iter().zip(y) {
-                    *y = T::from_acc((x.to_acc() - max).probability::<FUSED>() * scale);
-                }
-            } else {
-                for (x, y) in x.iter().zip(y.iter_mut()) {
-                    *y = T::from_acc((x.to_acc() - max).probability::<FUSED>());
-                }
-                let scale = T::Acc::ONE / sum_slice(y);
-                for y in y {
-                    *y = T::from_acc(y.to_acc() * scale);
-                }
+            for (x, y) in x.iter().zip(y.iter_mut()) {
+                *y = (*x - max).probability::<FUSED>();
+            }
+            let scale = R::ONE / sum_slice(y);
+            for y in y {
+                *y *= scale;
             }
         }
     }
@@ -70,7 +68,7 @@ struct SoftmaxBackward {
 
 impl Backward for SoftmaxBackward {
     fn name(&self) -> &'static str {
-        "softmax"
+        OP
     }
 
     /// `dx = y ⊙ (g − ⟨g, y⟩)`
@@ -79,13 +77,15 @@ impl Backward for SoftmaxBackward {
         let mut dx = self.y.uninit_like()?;
         let width = self.y.dim(-1)?;
         match dx.device() {
-            Device::Cpu => dispatch_float!("softmax", dx.dtype(), T, {
-                let (y, g) = (self.y.values::<T>()?, grad.values::<T>()?);
-                cpu::for_rows(dx.values_mut::<T>()?, width, 4 * width, |row, dx| {
-                    backward::<T>(&y[row * width..][..dx.len()], &g[row * width..][..dx.len()], dx, width);
+            Device::Cpu => {
+                let ins = [In::new(self.y.floats(OP)?, width), In::new(grad.floats(OP)?, width)];
+                let dx = Out::new(dx.floats_mut(OP)?, width);
+                dispatch_real!(grad.dtype(), R, {
+                    for_rows_of::<R, 1, 2>([dx], ins, Sums::none(), 4 * width, &|_, [dx], [y, g], _| {
+                        backward(y, g, dx, width);
+                    });
                 });
-                Ok(())
-            })?,
+            }
             Device::Gpu(gpu) => {
                 let rows = grad.numel().checked_div(width).unwrap_or(0);
                 gpu.kernel("softmax_bwd", &[("DTYPE", grad.dtype().name())])?.launch(
@@ -99,11 +99,11 @@ impl Backward for SoftmaxBackward {
 }
 
 vectorized! {
-    fn backward<T: Float>(y: &[T], g: &[T], dx: &mut [T], width: usize) {
+    fn backward<R: Real>(y: &[R], g: &[R], dx: &mut [R], width: usize) {
         for ((y, g), dx) in y.chunks_exact(width).zip(g.chunks_exact(width)).zip(dx.chunks_exact_mut(width)) {
-            let dot = fold2(y, g, T::Acc::ZERO, |y, g| y.to_acc() * g.to_acc());
+            let dot = fold2(y, g, R::ZERO, |y, g| y * g);
             for ((y, g), dx) in y.iter().zip(g).zip(dx) {
-                *dx = T::from_acc(y.to_acc() * (g.to_acc() - dot));
+                *dx = *y * (*g - dot);
             }
         }
     }

@@ -6,7 +6,7 @@ use crate::{
     DType, Device, Error, Result, Tensor,
     autograd::{computed, discrete},
     device::{Grid, args, cpu, size32},
-    dtype::{Float, dispatch_float},
+    dtype::{Float, dispatch_real},
     error::ensure,
 };
 
@@ -30,21 +30,23 @@ impl Tensor {
         }
         let mut keep = Tensor::uninit(*x.shape(), DType::Bool, x.device())?;
         match x.device() {
-            Device::Cpu => dispatch_float!(OP, x.dtype(), T, {
-                let x = x.values::<T>()?;
-                cpu::for_rows(keep.values_mut::<bool>()?, width, 16 * width, |row, rows| {
-                    let mut order = Vec::with_capacity(width);
-                    for (x, keep) in x[row * width..].chunks_exact(width).zip(rows.chunks_exact_mut(width)) {
-                        order.clear();
-                        order.extend_from_slice(x);
-                        let (_, &mut kth, _) = order.select_nth_unstable_by(k - 1, |a, b| descending(*a, *b));
-                        for (x, keep) in x.iter().zip(keep) {
-                            *keep = u8::from(descending(*x, kth) != Ordering::Greater);
+            Device::Cpu => {
+                let from = x.floats(OP)?;
+                dispatch_real!(x.dtype(), R, {
+                    cpu::for_rows(keep.values_mut::<bool>()?, width, 16 * width, |row, rows| {
+                        let (mut order, mut memory) = (Vec::with_capacity(width), Vec::new());
+                        for (row, keep) in (row..).zip(rows.chunks_exact_mut(width)) {
+                            let x = from.range(row * width..(row + 1) * width).to_slice::<R>(&mut memory);
+                            order.clear();
+                            order.extend_from_slice(x);
+                            let (_, &mut kth, _) = order.select_nth_unstable_by(k - 1, |a, b| descending(*a, *b));
+                            for (x, keep) in x.iter().zip(keep) {
+                                *keep = u8::from(descending(*x, kth) != Ordering::Greater);
+                            }
                         }
-                    }
+                    });
                 });
-                Ok(())
-            })?,
+            }
             Device::Gpu(gpu) => {
                 let rows = x.numel() / width;
                 gpu.kernel("topk_mask", &[("DTYPE", x.dtype().name())])?

@@ -7,6 +7,7 @@ use std::{
 };
 
 mod init;
+mod ordered;
 
 use crate::{
     DType, Device, Error, Result,
@@ -18,6 +19,7 @@ use crate::{
 };
 
 pub use init::Init;
+pub(crate) use ordered::{ordered, try_ordered};
 
 /// A trainable tensor. Clones share it: a tied weight is one parameter under two names.
 ///
@@ -172,10 +174,10 @@ impl ParamMap {
     /// Beside a thread that trains, it has the weights of one step: all from before an update, or all from after it.
     pub fn state_dict(&self) -> BTreeMap<String, Tensor> {
         // Optimizers lock all parameters in this order before they change the first.
-        let cells: BTreeMap<LeafId, &Param> = self.params.values().map(|param| (param.leaf(), param)).collect();
-        let values: BTreeMap<LeafId, _> = cells.into_iter().map(|(leaf, param)| (leaf, param.read())).collect();
+        let cells = ordered(self.params.values().map(|param| (param.leaf(), param)));
+        let values = ordered(cells.into_iter().map(|(leaf, param)| (leaf, param.read())));
         let params = self.params.iter().map(|(name, param)| (name.clone(), values[&param.leaf()].clone()));
-        params.chain(self.buffers.iter().map(|(name, buffer)| (name.clone(), buffer.tensor()))).collect()
+        ordered(params.chain(self.buffers.iter().map(|(name, buffer)| (name.clone(), buffer.tensor()))))
     }
 
     /// Loads a state dict, converting to each parameter's dtype and device.

@@ -4,8 +4,13 @@
 use super::{Storage, Tensor};
 use crate::{
     Error, Result,
-    device::{Device, Gpu, Grid, args, cpu, simd::vectorized, size32},
-    dtype::{DType, Element, Float, Real, dispatch_float},
+    device::{
+        Device, Gpu, Grid, args, cpu,
+        rows::{Floats, convert_floats},
+        simd::vectorized,
+        size32,
+    },
+    dtype::{DType, Element, Float, dispatch_float},
     error::ensure,
     shape::{Layout, collapse_layouts},
 };
@@ -53,9 +58,15 @@ impl Tensor {
         match (self.device(), self.dtype()) {
             (Device::Cpu, DType::I64) => convert_to(self.values::<i64>()?, |x| x as f64, &mut out)?,
             (Device::Cpu, DType::Bool) => convert_to(self.values::<bool>()?, |x| x as f64, &mut out)?,
-            (Device::Cpu, float) => dispatch_float!("to_dtype", float, T, {
-                convert_to(self.values::<T>()?, |x| Real::to_f64(x.to_acc()), &mut out)
-            })?,
+            (Device::Cpu, _) if dtype.is_float() => {
+                convert_floats(self.floats("to_dtype")?, out.floats_mut("to_dtype")?);
+            }
+            (Device::Cpu, _) if dtype == DType::I64 => {
+                convert_from(self.floats("to_dtype")?, out.values_mut::<i64>()?, |x| x as i64);
+            }
+            (Device::Cpu, _) => {
+                convert_from(self.floats("to_dtype")?, out.values_mut::<bool>()?, |x| u8::from(x != 0.0));
+            }
             (Device::Gpu(gpu), from) => {
                 let n = self.numel();
                 gpu.kernel("convert_elements", &[("DTYPE", dtype.name()), ("FROM", from.name())])?
@@ -207,6 +218,19 @@ fn convert_to<S: Copy + Sync>(from: &[S], widen: impl Fn(S) -> f64 + Sync, out: 
         })?,
     }
     Ok(())
+}
+
+/// Floats by way of f64.
+fn convert_from<R: Send>(from: Floats, to: &mut [R], f: impl Fn(f64) -> R + Sync) {
+    const PIECE: usize = 1024;
+    cpu::for_rows(to, 1, 1, |start, to| {
+        let mut memory = Vec::new();
+        for (index, to) in to.chunks_mut(PIECE).enumerate() {
+            let first = start + index * PIECE;
+            let from = from.range(first..first + to.len()).to_slice::<f64>(&mut memory);
+            to.iter_mut().zip(from).for_each(|(to, from)| *to = f(*from));
+        }
+    });
 }
 
 fn convert<S: Copy + Sync, R: Send>(from: &[S], to: &mut [R], f: impl Fn(S) -> R + Sync) {

@@ -12,7 +12,10 @@ mod slices;
 
 use crate::{
     Device, Error, Result,
-    device::{Buffer, Grid, args},
+    device::{
+        Buffer, Grid, args,
+        rows::{Floats, FloatsMut},
+    },
     dtype::{DType, Element, Float, Readable, Real, dispatch_float},
     error::ensure,
     profile,
@@ -311,6 +314,34 @@ impl Tensor {
         debug_assert!(self.is_contiguous(), "values_mut of a strided tensor");
         let range = self.range();
         Ok(&mut bytemuck::cast_slice_mut(self.bytes_mut()?)[range])
+    }
+
+    /// The elements of a contiguous tensor of floats.
+    pub(crate) fn floats(&self, op: &'static str) -> Result<Floats<'_>> {
+        debug_assert!(self.is_contiguous(), "values of a strided tensor");
+        Ok(self.stored_floats(op)?.range(self.range()))
+    }
+
+    /// The storage of a tensor of floats, of which its layout says which elements it has.
+    pub(crate) fn stored_floats(&self, op: &'static str) -> Result<Floats<'_>> {
+        Ok(match self.dtype {
+            DType::F32 => Floats::F32(self.storage::<f32>()?),
+            DType::F64 => Floats::F64(self.storage::<f64>()?),
+            DType::BF16 => Floats::BF16(self.storage::<half::bf16>()?),
+            DType::F16 => Floats::F16(self.storage::<half::f16>()?),
+            other => return other.expect_float(op).and(Ok(Floats::F32(&[]))),
+        })
+    }
+
+    /// The elements of a contiguous tensor of floats that no other handle shares.
+    pub(crate) fn floats_mut(&mut self, op: &'static str) -> Result<FloatsMut<'_>> {
+        Ok(match self.dtype {
+            DType::F32 => FloatsMut::F32(self.values_mut::<f32>()?),
+            DType::F64 => FloatsMut::F64(self.values_mut::<f64>()?),
+            DType::BF16 => FloatsMut::BF16(self.values_mut::<half::bf16>()?),
+            DType::F16 => FloatsMut::F16(self.values_mut::<half::f16>()?),
+            other => return other.expect_float(op).and(Ok(FloatsMut::F32(&mut []))),
+        })
     }
 
     /// Where the elements of a contiguous tensor are in its storage.

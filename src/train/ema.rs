@@ -6,6 +6,7 @@ use crate::{
     Device, Error, Param, ParamMap, Result, Tensor,
     error::ensure,
     ops::adamw::{average, own},
+    params::try_ordered,
     profile::{self, Phase},
 };
 
@@ -39,7 +40,7 @@ impl Ema {
             own(&mut average)?;
             Ok((name.to_string(), average))
         });
-        Ok(Self { decay, averages: averages.collect::<Result<_>>()? })
+        Ok(Self { decay, averages: try_ordered(averages)? })
     }
 
     /// Takes the present values into the average.
@@ -112,7 +113,7 @@ impl Ema {
         }
         let moved =
             pairs().map(|(name, average, given)| Ok((name.clone(), given.detach().to_device(average.device())?)));
-        self.averages = moved.collect::<Result<_>>()?;
+        self.averages = try_ordered(moved)?;
         Ok(())
     }
 

@@ -9,6 +9,7 @@ use crate::{
     error::ensure,
     ops::adamw::{Settings, Update, adamw, compile, own, square_norms},
     params::Param,
+    params::ordered,
     profile::{self, Phase},
 };
 
@@ -211,8 +212,7 @@ impl AdamW {
         order.sort_by_key(|&index| named[index].1.leaf());
         let mut locked: Vec<_> = order.into_iter().map(|index| (index, named[index].1.lock())).collect();
         locked.sort_by_key(|(index, _)| *index);
-        let mut states: BTreeMap<&str, &mut State> =
-            self.state.iter_mut().map(|(name, state)| (name.as_str(), state)).collect();
+        let mut states = ordered(self.state.iter_mut().map(|(name, state)| (name.as_str(), state)));
         let mut updates = Vec::with_capacity(named.len());
         for (((name, _), (_, value)), grad) in named.iter().zip(&mut locked).zip(grads) {
             own(value)?;
@@ -252,7 +252,7 @@ impl AdamW {
         let (named, packed) = with_gradients(params, grads)?;
         let norm = clip_on_device(&packed, given)?;
         let grad_scale = norm.narrow(0, 1, 1)?;
-        let positions: BTreeMap<&str, usize> = params.unique().map(|(name, _)| name).zip(0..).collect();
+        let positions: BTreeMap<&str, usize> = ordered(params.unique().map(|(name, _)| name).zip(0..));
         let place = |(name, _): &Named| factors.narrow(0, positions[name], 1)?.address();
         let places = named.iter().map(place).collect::<Result<Vec<_>>>()?;
         compile("adamw_recorded", kinds(&named, &packed))?;

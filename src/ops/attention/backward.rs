@@ -17,10 +17,13 @@ use super::{
 };
 use crate::{
     Device, Result, Tensor,
-    device::cpu,
-    dtype::{Element, Float, Real, dispatch_float},
+    device::{
+        cpu,
+        rows::{Out, Sums as RowSums, for_rows_of},
+    },
+    dtype::{Element, Real, dispatch_real},
     gemm::Multiply,
-    shape::Shape,
+    shape::{Layout, Shape},
 };
 
 /// The gradients of queries, keys, values, and of the bias and the weights of the position bias if there are any.
@@ -36,10 +39,8 @@ pub(super) fn backward(
         return zeros(problem, need);
     }
     match problem.q.device() {
-        Device::Cpu if multiplies_bf16(problem) => backward_as::<bf16, bf16>(problem, out, kept, grad, need),
-        Device::Cpu => dispatch_float!(OP, problem.q.dtype(), T, {
-            backward_as::<T, <T as Float>::Acc>(problem, out, kept, grad, need)
-        }),
+        Device::Cpu if multiplies_bf16(problem) => backward_as::<bf16>(problem, out, kept, grad, need),
+        Device::Cpu => dispatch_real!(problem.q.dtype(), R, backward_as::<R>(problem, out, kept, grad, need)),
         Device::Gpu(gpu) => cuda::backward(*gpu, problem, out, kept, grad, need),
     }
 }
@@ -52,38 +53,38 @@ fn zeros(problem: &Problem, need: &[bool]) -> Result<Vec<Option<Tensor>>> {
     zeros.zip(need).map(|(zeros, need)| need.then_some(zeros).transpose()).collect()
 }
 
-fn backward_as<T: Float, O: Multiply<Acc = T::Acc>>(
+fn backward_as<O: Multiply>(
     problem: &Problem,
     out: &Tensor,
     kept: &Kept,
     grad: &Tensor,
     need: &[bool],
 ) -> Result<Vec<Option<Tensor>>> {
-    let operands = [widen::<T, O>(&problem.q)?, widen::<T, O>(&problem.k)?, widen::<T, O>(&problem.v)?];
+    let operands = [widen::<O>(&problem.q)?, widen::<O>(&problem.k)?, widen::<O>(&problem.v)?];
     let grad = packed_rows(grad)?;
-    let delta = delta::<T>(out, kept.residual.as_ref(), &grad)?;
-    let grad = widen::<T, O>(&grad)?;
+    let delta = delta::<O::Acc>(out, kept.residual.as_ref(), &grad)?;
+    let grad = widen::<O>(&grad)?;
     let rounds = O::DTYPE != <O::Acc as Element>::DTYPE;
     let directions = if rounds && need[0] { without_common::<O>(&operands[1])? } else { None };
     let directions = directions.unwrap_or_else(|| operands[1].clone());
     let pass = Pass::<O> {
-        tiles: Tiles::new::<T>(problem, &operands)?,
+        tiles: Tiles::new(problem, &operands)?,
         directions: Rows::new(&directions)?,
         grad: Rows::new(&grad)?,
-        statistics: kept.statistics.values::<T::Acc>()?.as_chunks().0,
-        delta: delta.values::<T::Acc>()?,
+        statistics: kept.statistics.values::<O::Acc>()?.as_chunks().0,
+        delta: delta.values::<O::Acc>()?,
     };
     let need_bias = problem.bias.is_some() && need[3];
     let need_position = problem.position.is_some() && need[need.len() - 1];
     let cut = Cut::new(&problem.sizes);
-    let mut sums = Sums::<T::Acc>::new(problem, &cut, need[0], need_position)?;
+    let mut sums = Sums::<O::Acc>::new(problem, &cut, need[0], need_position)?;
     let (mut dk, mut dv) = (Output::new(&problem.k, need[1])?, Output::new(&problem.v, need[2])?);
     if need[..3].contains(&true) || need_position {
-        let rows = dk.deal::<T>(cut.keys)?.into_iter().zip(dv.deal::<T>(cut.keys)?);
+        let rows = dk.deal(cut.keys)?.into_iter().zip(dv.deal(cut.keys)?);
         let tasks = rows.zip(sums.parts(&cut)?).map(|((dk, dv), (dq, position))| Task { dk, dv, dq, position });
         run_tasks(&pass, problem, &cut, tasks.collect(), [need[1], need[2]]);
     }
-    let dq = need[0].then(|| sums.dq::<T>(problem, &cut)).transpose()?;
+    let dq = need[0].then(|| sums.dq(problem, &cut)).transpose()?;
     let mut gradients = vec![dq, dk.finish()?, dv.finish()?];
     if let Some(bias) = &problem.bias {
         gradients.push(need_bias.then(|| pass.bias(bias)).transpose()?);
@@ -105,19 +106,21 @@ fn run_tasks<O: Multiply>(pass: &Pass<O>, problem: &Problem, cut: &Cut, tasks: V
 }
 
 /// `delta[b, h, i] = Σ_e grad ⊙ out`, with `out` as it was before its rounding.
-fn delta<T: Float>(out: &Tensor, residual: Option<&Tensor>, grad: &Tensor) -> Result<Tensor> {
+fn delta<A: Real>(out: &Tensor, residual: Option<&Tensor>, grad: &Tensor) -> Result<Tensor> {
     let [batch, heads, queries, e] = [0, 1, 2, 3].map(|dim| out.shape()[dim]);
-    let mut delta = Tensor::uninit(Shape::new(&[batch, heads, queries])?, <T::Acc as Element>::DTYPE, out.device())?;
-    let (out, grad) = (Rows::<T>::new(out)?, Rows::<T>::new(grad)?);
-    let residual = residual.map(Rows::<T>::new).transpose()?;
-    let part = T::Acc::from_f64(1.0 / residual_scale(T::DTYPE));
-    cpu::for_rows(delta.values_mut::<T::Acc>()?, 1, e, |first, delta| {
+    let mut delta = Tensor::uninit(Shape::new(&[batch, heads, queries])?, A::DTYPE, out.device())?;
+    let part = A::from_f64(1.0 / residual_scale(out.dtype()));
+    let (of_out, of_grad) = (out.stored_floats(OP)?, grad.stored_floats(OP)?);
+    let of_residual = residual.map(|residual| Ok((residual.stored_floats(OP)?, *residual.layout()))).transpose()?;
+    let (out, grad) = (*out.layout(), *grad.layout());
+    cpu::for_rows(delta.values_mut::<A>()?, 1, e, |first, delta| {
+        let [mut memory, mut of_memory] = [Vec::new(), Vec::new()];
+        let at = |layout: &Layout, row: usize| layout.row_offset(row)..layout.row_offset(row) + e;
         for (row, delta) in (first..).zip(delta) {
-            let (batch, head, query) = (row / queries / heads, row / queries % heads, row % queries);
-            let grad = grad.row(batch, head, query, e);
-            *delta = dot::<T>(out.row(batch, head, query, e), grad);
-            if let Some(residual) = &residual {
-                *delta += dot::<T>(residual.row(batch, head, query, e), grad) * part;
+            let grad = of_grad.range(at(&grad, row)).to_slice::<A>(&mut memory);
+            *delta = dot(of_out.range(at(&out, row)).to_slice(&mut of_memory), grad);
+            if let Some((residual, layout)) = &of_residual {
+                *delta += dot(residual.range(at(layout, row)).to_slice(&mut of_memory), grad) * part;
             }
         }
     });
@@ -194,16 +197,17 @@ impl<A: Real> Sums<A> {
     }
 
     /// `dq = scale · Σ parts`, the parts in their order.
-    fn dq<T: Float<Acc = A>>(&self, problem: &Problem, cut: &Cut) -> Result<Tensor> {
+    fn dq(&self, problem: &Problem, cut: &Cut) -> Result<Tensor> {
         let Sizes { heads, queries, d, .. } = problem.sizes;
         let order = RowOrder::of(&problem.q);
         let mut dq = order.uninit(&problem.q)?;
         let (scale, parts) = (A::from_f64(problem.scale), self.dq.values::<A>()?);
-        cpu::for_rows(dq.values_mut::<T>()?, d, cut.chunks * d, |first, dq| {
+        let outs = [Out::new(dq.floats_mut(OP)?, d)];
+        for_rows_of::<A, 1, 0>(outs, [], RowSums::none(), cut.chunks * d, &|first, [dq], [], _| {
             for (row, dq) in (first..).zip(dq.chunks_exact_mut(d)) {
                 let (head, query) = order.place(row, heads, queries);
                 let start = (head * cut.chunks * queries + query) * d;
-                sum_rows::<T>(&parts[start..], queries * d, cut.chunks, scale, dq);
+                sum_rows(&parts[start..], queries * d, cut.chunks, scale, dq);
             }
         });
         order.view(dq)

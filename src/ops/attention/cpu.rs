@@ -6,22 +6,22 @@ use half::bf16;
 
 use super::{
     Kept, OP, Problem, Sizes,
-    rows::{RowOrder, RowWriter, deal, deal_with_residual, widen},
+    rows::{RowOrder, RowWriter, deal, widen},
     tile::{At, Empty, KEYS, QUERIES, Tiles, finite, mean_of, operand, softmax_step, weights, with_scratch},
 };
 use crate::{
     DType, Result, Tensor,
     device::cpu,
-    dtype::{Element, Float, Real, dispatch_float},
+    dtype::{Element, Float, Real, dispatch_real},
     gemm::{Multiply, gemm_block},
 };
 
 /// Writes the output `[batch, query, heads, e]` and what is kept of it, which have elements.
 pub(super) fn forward(problem: &Problem, out: &mut Tensor, kept: &mut Kept) -> Result<()> {
     if multiplies_bf16(problem) {
-        return forward_as::<bf16, bf16>(problem, out, kept);
+        return forward_as::<bf16>(problem, out, kept);
     }
-    dispatch_float!(OP, problem.q.dtype(), T, forward_as::<T, <T as Float>::Acc>(problem, out, kept))
+    dispatch_real!(problem.q.dtype(), R, forward_as::<R>(problem, out, kept))
 }
 
 /// Whether products take operands in bf16: where the processor multiplies them faster than f32. Weights and gradients of
@@ -30,19 +30,14 @@ pub(super) fn multiplies_bf16(problem: &Problem) -> bool {
     problem.q.dtype() == DType::BF16 && <bf16 as Multiply>::is_fast()
 }
 
-fn forward_as<T: Float, O: Multiply<Acc = T::Acc>>(problem: &Problem, out: &mut Tensor, kept: &mut Kept) -> Result<()> {
+fn forward_as<O: Multiply>(problem: &Problem, out: &mut Tensor, kept: &mut Kept) -> Result<()> {
     let Sizes { batch, heads, queries, .. } = problem.sizes;
-    let operands = [widen::<T, O>(&problem.q)?, widen::<T, O>(&problem.k)?, widen::<T, O>(&problem.v)?];
-    let tiles = Tiles::<O>::new::<T>(problem, &operands)?;
+    let operands = [widen::<O>(&problem.q)?, widen::<O>(&problem.k)?, widen::<O>(&problem.v)?];
+    let tiles = Tiles::<O>::new(problem, &operands)?;
     let block = queries_per_task(&problem.sizes);
-    let (order, sizes) = (RowOrder::SequenceFirst, [batch, heads, queries]);
-    let rows = match &mut kept.residual {
-        Some(residual) => {
-            deal_with_residual([out.values_mut::<T>()?, residual.values_mut::<T>()?], order, sizes, block)
-        }
-        None => deal(out.values_mut::<T>()?, order, sizes, block),
-    };
-    forward_tasks(&tiles, block, rows, kept.statistics.values_mut::<T::Acc>()?.as_chunks_mut().0);
+    let residual = kept.residual.as_mut().map(|residual| residual.floats_mut(OP)).transpose()?;
+    let rows = deal(out.floats_mut(OP)?, residual, RowOrder::SequenceFirst, [batch, heads, queries], block);
+    forward_tasks(&tiles, block, rows, kept.statistics.values_mut::<O::Acc>()?.as_chunks_mut().0);
     Ok(())
 }
 
@@ -55,7 +50,7 @@ fn queries_per_task(sizes: &Sizes) -> usize {
 fn forward_tasks<O: Multiply>(
     tiles: &Tiles<O>,
     block: usize,
-    rows: Vec<Box<dyn RowWriter<O::Acc> + '_>>,
+    rows: Vec<RowWriter<'_>>,
     statistics: &mut [[O::Acc; 2]],
 ) {
     let Sizes { heads, queries, keys, d, e, .. } = tiles.sizes;
@@ -65,7 +60,7 @@ fn forward_tasks<O: Multiply>(
     run(tasks, block.min(queries) * keys * (d + e), |task, (mut out, statistics)| {
         let (head, query) = (task / blocks, task % blocks * block);
         let at = At { batch: head / heads, head: head % heads, query, queries: statistics.len(), key: 0, keys: 0 };
-        forward_block(tiles, at, &mut *out, statistics);
+        forward_block(tiles, at, &mut out, statistics);
     });
 }
 
@@ -88,12 +83,7 @@ pub(super) fn key_blocks(at: At, keys: Range<usize>) -> impl Iterator<Item = At>
     keys.step_by(KEYS).map(move |key| At { key, keys: KEYS.min(end - key), ..at })
 }
 
-fn forward_block<O: Multiply>(
-    tiles: &Tiles<O>,
-    at: At,
-    out: &mut dyn RowWriter<O::Acc>,
-    statistics: &mut [[O::Acc; 2]],
-) {
+fn forward_block<O: Multiply>(tiles: &Tiles<O>, at: At, out: &mut RowWriter<'_>, statistics: &mut [[O::Acc; 2]]) {
     let Sizes { keys, e, .. } = tiles.sizes;
     let rounded = if O::DTYPE == <O::Acc as Element>::DTYPE { 0 } else { at.queries * KEYS };
     // Rounded weights are multiplied where the sums are complete: rounding would take more from their product.

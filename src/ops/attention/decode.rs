@@ -5,12 +5,20 @@
 
 use std::ops::Range;
 
+use bytemuck::{cast_slice, cast_slice_mut};
+use half::{bf16, f16};
+
 use super::{OP, Sizes, expect_bool, packed_rows, tile::mean_of};
 use crate::{
     DType, Device, Error, Result, Tensor,
     autograd::{computed, discrete},
-    device::{Gpu, Grid, args, cpu, simd::vectorized, size32},
-    dtype::{Float, Real, dispatch_float},
+    device::{
+        Gpu, Grid, args, cpu,
+        rows::{Floats, Out, Sums, for_rows_of},
+        simd::vectorized,
+        size32,
+    },
+    dtype::{Float, Real, dispatch_real},
     error::ensure,
     shape::Shape,
     tensor::Storage,
@@ -79,7 +87,7 @@ pub fn attention_decode(q: &Tensor, k: &Tensor, v: &Tensor, lengths: &Tensor, sp
     };
     let call = Call { sizes, q: &q, k: &k, v: &v, lengths: &lengths, spec };
     let out = match *q.device() {
-        Device::Cpu => dispatch_float!(OP, q.dtype(), T, call.on_cpu::<T>(merged))?,
+        Device::Cpu => dispatch_real!(q.dtype(), R, call.on_cpu::<R>(merged))?,
         Device::Gpu(gpu) => call.on_cuda(gpu, merged)?,
     };
     let out = computed(OP, out, &[&q, &k, &v])?;
@@ -210,52 +218,53 @@ impl Call<'_> {
         Ok(out)
     }
 
-    fn on_cpu<T: Float>(&self, merged: Shape) -> Result<Tensor> {
+    fn on_cpu<R: Real>(&self, merged: Shape) -> Result<Tensor> {
         let Sizes { batch, heads, queries, keys, d, e, .. } = self.sizes;
         let spec = self.spec;
-        let acc = q_accumulator::<T>();
+        let acc = R::DTYPE;
         let lengths = self.lengths.values::<i64>()?;
         // The cache may be far larger than what it holds.
         let held =
             lengths.iter().map(|&length| spec.prefix_len + length as usize + queries).max().unwrap_or(0).min(keys);
         let parts = held.div_ceil(PART).max(1);
-        let cached = Cached {
+        let cached = Cached::<R> {
             sizes: self.sizes,
-            k: rows::<T>(self.k)?,
-            v: rows::<T>(self.v)?,
+            k: rows(self.k)?,
+            v: rows(self.v)?,
             lengths,
             key_mask: spec.key_mask.map(Tensor::values::<bool>).transpose()?,
             query_mask: spec.query_mask.map(Tensor::values::<bool>).transpose()?,
-            bias_by_distance: spec.bias_by_distance.map(Tensor::values::<T::Acc>).transpose()?,
-            scale: T::Acc::from_f64(spec.scale),
+            bias_by_distance: spec.bias_by_distance.map(Tensor::values::<R>).transpose()?,
+            scale: R::from_f64(spec.scale),
             prefix_len: spec.prefix_len,
             mem_keys: spec.mem_keys,
             past: spec.max_attend_past,
         };
         // Queries in the type of the computation, `[batch, heads, query, d]`.
         let wide = self.q.to_dtype(acc)?.contiguous()?;
-        let wide = wide.values::<T::Acc>()?;
+        let wide = wide.values::<R>()?;
         // Of each part and query: sums, their maximum and the sum of weights.
         let width = queries * (e + 2);
         let mut sums = Tensor::uninit(Shape::new(&[batch * heads * parts, width])?, acc, self.q.device())?;
         let cost = queries * PART.min(held) * (d + e);
-        cpu::for_rows(sums.values_mut::<T::Acc>()?, width, cost, |first, rows| {
+        cpu::for_rows(sums.values_mut::<R>()?, width, cost, |first, rows| {
             for (index, sums) in rows.chunks_exact_mut(width).enumerate() {
                 let (head, part) = ((first + index) / parts, (first + index) % parts);
                 let q = &wide[head * queries * d..][..queries * d];
                 cached.part(head / heads, head % heads, part, q, sums);
             }
         });
-        let sums = sums.values::<T::Acc>()?;
+        let sums = sums.values::<R>()?;
         let mut out = Tensor::uninit(merged, self.q.dtype(), self.q.device())?;
-        cpu::for_rows(out.values_mut::<T>()?, e, parts * e, |first, rows| {
+        let largest = R::from_f64(-self.q.dtype().lowest());
+        let outs = [Out::new(out.floats_mut(OP)?, e)];
+        for_rows_of::<R, 1, 0>(outs, [], Sums::none(), parts * e, &|first, [rows], [], _| {
             for (index, out) in rows.chunks_exact_mut(e).enumerate() {
                 let (at, head) = ((first + index) / heads, (first + index) % heads);
                 let (b, i) = (at / queries, at % queries);
                 let of_head = &sums[(b * heads + head) * parts * width..][..parts * width];
-                let blind = join::<T>(of_head, width, i * (e + 2), out);
-                if blind {
-                    cached.spread(b, head, out);
+                if join(of_head, width, i * (e + 2), largest, out) {
+                    cached.spread(b, head, largest, out);
                 }
             }
         });
@@ -263,46 +272,43 @@ impl Call<'_> {
     }
 }
 
-fn q_accumulator<T: Float>() -> DType {
-    T::DTYPE.accumulator()
-}
-
 /// Rows of a cache `[batch, heads, capacity, features]`.
-struct CacheRows<'a, T> {
-    data: &'a [T],
+struct CacheRows<'a> {
+    data: Floats<'a>,
     batch: usize,
     head: usize,
     row: usize,
 }
 
-fn rows<T: Float>(x: &Tensor) -> Result<CacheRows<'_, T>> {
-    let (layout, storage) = (x.layout(), x.storage::<T>()?);
+fn rows(x: &Tensor) -> Result<CacheRows<'_>> {
+    let (layout, storage) = (x.layout(), x.stored_floats(OP)?);
     let strides = layout.strides();
-    Ok(CacheRows { data: &storage[layout.offset..], batch: strides[0], head: strides[1], row: strides[2] })
+    let data = storage.range(layout.offset..storage.len());
+    Ok(CacheRows { data, batch: strides[0], head: strides[1], row: strides[2] })
 }
 
-impl<'a, T> CacheRows<'a, T> {
-    fn from(&self, batch: usize, head: usize, row: usize) -> &'a [T] {
-        &self.data[batch * self.batch + head * self.head + row * self.row..]
+impl<'a> CacheRows<'a> {
+    fn from(&self, batch: usize, head: usize, row: usize) -> Floats<'a> {
+        self.data.range(batch * self.batch + head * self.head + row * self.row..self.data.len())
     }
 }
 
 /// What all parts are computed from.
-struct Cached<'a, T: Float> {
+struct Cached<'a, R> {
     sizes: Sizes,
-    k: CacheRows<'a, T>,
-    v: CacheRows<'a, T>,
+    k: CacheRows<'a>,
+    v: CacheRows<'a>,
     lengths: &'a [i64],
     key_mask: Option<&'a [u8]>,
     query_mask: Option<&'a [u8]>,
-    bias_by_distance: Option<&'a [T::Acc]>,
-    scale: T::Acc,
+    bias_by_distance: Option<&'a [R]>,
+    scale: R,
     prefix_len: usize,
     mem_keys: usize,
     past: Option<usize>,
 }
 
-impl<T: Float> Cached<'_, T> {
+impl<R: Real> Cached<'_, R> {
     /// The keys that causality, the maximum past and the padding of the queries leave to a query at a position.
     fn kept(&self, b: usize, i: usize, position: usize) -> Range<usize> {
         let mut end = (position + 1).min(self.sizes.keys);
@@ -315,14 +321,14 @@ impl<T: Float> Cached<'_, T> {
 
     /// Of each query: the weighted sum of the part's values, the largest score, and the sum of the weights relative to it,
     /// which is 0 only if no key was kept.
-    fn part(&self, b: usize, head: usize, part: usize, q: &[T::Acc], sums: &mut [T::Acc]) {
+    fn part(&self, b: usize, head: usize, part: usize, q: &[R], sums: &mut [R]) {
         let Sizes { d, e, keys, .. } = self.sizes;
         let kv_head = head / self.sizes.group();
-        let mut scores = [T::Acc::ZERO; PART];
+        let mut scores = [R::ZERO; PART];
         for (i, sums) in sums.chunks_exact_mut(e + 2).enumerate() {
             let (sums, statistics) = sums.split_at_mut(e);
-            sums.fill(T::Acc::ZERO);
-            statistics.copy_from_slice(&[T::Acc::NEG_INFINITY, T::Acc::ZERO]);
+            sums.fill(R::ZERO);
+            statistics.copy_from_slice(&[R::NEG_INFINITY, R::ZERO]);
             let position = self.prefix_len + self.lengths[b] as usize + i;
             let kept = self.kept(b, i, position);
             let (start, end) = (kept.start.max(part * PART), kept.end.min((part + 1) * PART));
@@ -330,7 +336,7 @@ impl<T: Float> Cached<'_, T> {
                 continue;
             }
             let scores = &mut scores[..end - start];
-            products::<T>(&q[i * d..][..d], self.k.from(b, kv_head, start), self.k.row, self.scale, scores);
+            products_of(&q[i * d..][..d], self.k.from(b, kv_head, start), self.k.row, self.scale, scores);
             if let Some(bias) = self.bias_by_distance {
                 let distances = bias.len() / self.sizes.heads;
                 let curve = &bias[head * distances..][..distances];
@@ -342,34 +348,55 @@ impl<T: Float> Cached<'_, T> {
             if let Some(mask) = mask {
                 for (key, score) in (start..end).zip(&mut *scores) {
                     if key >= self.prefix_len && mask[key - self.prefix_len] == 0 {
-                        *score = T::Acc::NEG_INFINITY;
+                        *score = R::NEG_INFINITY;
                     }
                 }
             }
-            let (max, sum) = exponentials(scores, T::Acc::from_f64(1.0 / PART as f64));
-            if sum != T::Acc::ZERO {
-                add_weighted::<T>(scores, self.v.from(b, kv_head, start), self.v.row, sums);
+            let (max, sum) = exponentials(scores, R::from_f64(1.0 / PART as f64));
+            if sum != R::ZERO {
+                add_weighted_of(scores, self.v.from(b, kv_head, start), self.v.row, sums);
             }
             // Scores may be −∞ without a mask.
             let kept = |key: usize| key < self.prefix_len || mask.is_none_or(|mask| mask[key - self.prefix_len] != 0);
-            let overflown = sum == T::Acc::ZERO && (start..end).any(kept);
-            statistics.copy_from_slice(&[max, if overflown { T::Acc::ONE } else { sum }]);
+            let overflown = sum == R::ZERO && (start..end).any(kept);
+            statistics.copy_from_slice(&[max, if overflown { R::ONE } else { sum }]);
         }
     }
 
     /// The mean of all values of a sequence.
-    fn spread(&self, b: usize, head: usize, out: &mut [T]) {
+    fn spread(&self, b: usize, head: usize, largest: R, out: &mut [R]) {
         let Sizes { queries, keys, e, .. } = self.sizes;
         let kv_head = head / self.sizes.group();
         let held = (self.prefix_len + self.lengths[b] as usize + queries).min(keys);
-        let mut sums = vec![T::Acc::ZERO; e];
+        let (mut sums, mut value) = (vec![R::ZERO; e], vec![R::ZERO; e]);
         let part = part_of(held);
         for key in 0..held {
-            for (sum, value) in sums.iter_mut().zip(self.v.from(b, kv_head, key)) {
-                *sum += value.to_acc() * part;
+            self.v.from(b, kv_head, key).range(0..e).read(&mut value);
+            for (sum, value) in sums.iter_mut().zip(&value) {
+                *sum += *value * part;
             }
         }
-        mean(&sums, T::Acc::ONE / (T::Acc::from_f64(held as f64) * part), out);
+        mean(&sums, R::ONE / (R::from_f64(held as f64) * part), largest, out);
+    }
+}
+
+/// [`products`] of keys of any type, whose computation is in `R`.
+fn products_of<R: Real>(q: &[R], k: Floats, row: usize, scale: R, s: &mut [R]) {
+    match k {
+        Floats::BF16(k) => products::<bf16>(cast_slice(q), k, row, scale.to_f32(), cast_slice_mut(s)),
+        Floats::F16(k) => products::<f16>(cast_slice(q), k, row, scale.to_f32(), cast_slice_mut(s)),
+        Floats::F32(k) => products::<R>(q, cast_slice(k), row, scale, s),
+        Floats::F64(k) => products::<R>(q, cast_slice(k), row, scale, s),
+    }
+}
+
+/// [`add_weighted`] of values of any type.
+fn add_weighted_of<R: Real>(p: &[R], v: Floats, row: usize, out: &mut [R]) {
+    match v {
+        Floats::BF16(v) => add_weighted::<bf16>(cast_slice(p), v, row, cast_slice_mut(out)),
+        Floats::F16(v) => add_weighted::<f16>(cast_slice(p), v, row, cast_slice_mut(out)),
+        Floats::F32(v) => add_weighted::<R>(p, cast_slice(v), row, out),
+        Floats::F64(v) => add_weighted::<R>(p, cast_slice(v), row, out),
     }
 }
 
@@ -460,28 +487,28 @@ fn part_of<A: Real>(count: usize) -> A {
 }
 
 /// `out = sums · factor`, a mean of values.
-fn mean<T: Float>(sums: &[T::Acc], factor: T::Acc, out: &mut [T]) {
+fn mean<R: Real>(sums: &[R], factor: R, largest: R, out: &mut [R]) {
     for (out, sum) in out.iter_mut().zip(sums) {
-        *out = T::from_acc(mean_of(*sum, factor, T::Acc::from_f64(-T::DTYPE.lowest())));
+        *out = mean_of(*sum, factor, largest);
     }
 }
 
 /// Joins the parts of one query, whose entries start at `at` in each row of `width`; returns `true` if no key was kept.
-fn join<T: Float>(parts: &[T::Acc], width: usize, at: usize, out: &mut [T]) -> bool {
+fn join<R: Real>(parts: &[R], width: usize, at: usize, largest: R, out: &mut [R]) -> bool {
     let e = out.len();
-    let of = |part: &[T::Acc]| (part[at + e], part[at + e + 1]);
-    let max = parts.chunks_exact(width).fold(T::Acc::NEG_INFINITY, |max, part| max.max(of(part).0));
-    if max == T::Acc::NEG_INFINITY {
-        out.fill(T::from_f64(f64::NAN));
-        return parts.chunks_exact(width).all(|part| of(part).1 == T::Acc::ZERO);
+    let of = |part: &[R]| (part[at + e], part[at + e + 1]);
+    let max = parts.chunks_exact(width).fold(R::NEG_INFINITY, |max, part| max.max(of(part).0));
+    if max == R::NEG_INFINITY {
+        out.fill(R::from_f64(f64::NAN));
+        return parts.chunks_exact(width).all(|part| of(part).1 == R::ZERO);
     }
     if parts.len() == width {
-        mean(&parts[at..][..e], T::Acc::ONE / of(parts).1, out);
+        mean(&parts[at..][..e], R::ONE / of(parts).1, largest, out);
         return false;
     }
-    let share = part_of::<T::Acc>(parts.len() / width);
-    let mut total = T::Acc::ZERO;
-    let mut sums = vec![T::Acc::ZERO; e];
+    let share = part_of::<R>(parts.len() / width);
+    let mut total = R::ZERO;
+    let mut sums = vec![R::ZERO; e];
     for part in parts.chunks_exact(width) {
         let factor = (of(part).0 - max).exp() * share;
         total += of(part).1 * factor;
@@ -489,6 +516,6 @@ fn join<T: Float>(parts: &[T::Acc], width: usize, at: usize, out: &mut [T]) -> b
             *sum += *of_part * factor;
         }
     }
-    mean(&sums, T::Acc::ONE / total, out);
+    mean(&sums, R::ONE / total, largest, out);
     false
 }

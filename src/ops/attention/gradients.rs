@@ -20,8 +20,8 @@ use crate::{
 
 /// What a task writes: it owns some keys of one key head.
 pub(super) struct Task<'a, A> {
-    pub dk: Box<dyn RowWriter<A> + 'a>,
-    pub dv: Box<dyn RowWriter<A> + 'a>,
+    pub dk: RowWriter<'a>,
+    pub dv: RowWriter<'a>,
     /// `[queries, d]` per query head; empty if not wanted.
     pub dq: Vec<&'a mut [A]>,
     /// The weights of the position bias, per query head; empty if not wanted.

@@ -1,10 +1,10 @@
-//! How rows of a tensor `[batch, heads, sequence, features]` lie in memory, and who may write which of them. This is
-//! the part that is compiled for each type of tensor; the passes are compiled for the types of computation alone.
+//! How rows of a tensor `[batch, heads, sequence, features]` lie in memory, and who may write which of them. The
+//! passes are compiled for the types of computation; rows of other types are converted here.
 
-use super::{residual_scale, tile::Rows};
+use super::{OP, residual_scale, tile::Rows};
 use crate::{
     Result, Tensor,
-    device::{cpu, simd::vectorized},
+    device::{cpu, rows::FloatsMut, simd::vectorized},
     dtype::{Element, Float, Real},
     shape::Shape,
 };
@@ -53,82 +53,83 @@ impl RowOrder {
 }
 
 /// The rows that one task writes, rounding once from the type of the computation.
-pub(super) trait RowWriter<A>: Send {
+pub(super) struct RowWriter<'a> {
+    rows: Vec<FloatsMut<'a>>,
+    /// Where to leave what rounding takes from them, or nothing.
+    residual: Vec<FloatsMut<'a>>,
+    scale: f64,
+}
+
+impl RowWriter<'_> {
     /// `row = from · factor`; nothing if the row is not wanted.
-    fn write(&mut self, row: usize, from: &[A], factor: A);
-}
-
-impl<T: Float> RowWriter<T::Acc> for Vec<&mut [T]> {
-    fn write(&mut self, row: usize, from: &[T::Acc], factor: T::Acc) {
-        if let Some(to) = self.get_mut(row) {
-            write_row::<T>(from, factor, to);
+    pub fn write<A: Real>(&mut self, row: usize, from: &[A], factor: A) {
+        let Some(to) = self.rows.get_mut(row) else { return };
+        if let Some(to) = to.direct_mut() {
+            multiply_by(from, factor, to);
+        } else {
+            let mut memory = [A::ZERO; PIECE];
+            for first in (0..from.len()).step_by(PIECE) {
+                let range = first..from.len().min(first + PIECE);
+                let wide = &mut memory[..range.len()];
+                multiply_by(&from[range.clone()], factor, wide);
+                to.part(range).write(wide);
+            }
+        }
+        if let Some(residual) = self.residual.get_mut(row) {
+            let rounded = to.values().to_vec::<A>();
+            let mut rest = vec![A::ZERO; from.len()];
+            rest_of(from, factor, &rounded, A::from_f64(self.scale), &mut rest);
+            residual.write(&rest);
         }
     }
 }
 
-/// Rows, and where to leave what rounding takes from them.
-struct Exact<'a, T> {
-    rows: Vec<&'a mut [T]>,
-    residual: Vec<&'a mut [T]>,
-}
-
-impl<T: Float> RowWriter<T::Acc> for Exact<'_, T> {
-    fn write(&mut self, row: usize, from: &[T::Acc], factor: T::Acc) {
-        if let (Some(to), Some(residual)) = (self.rows.get_mut(row), self.residual.get_mut(row)) {
-            write_row::<T>(from, factor, to);
-            write_residual::<T>(from, factor, to, T::Acc::from_f64(residual_scale(T::DTYPE)), residual);
-        }
-    }
-}
+/// Elements of a row that are computed before they are rounded.
+const PIECE: usize = 128;
 
 vectorized! {
-    fn write_residual<T: Float>(from: &[T::Acc], factor: T::Acc, rounded: &[T], scale: T::Acc, to: &mut [T]) {
+    fn rest_of<A: Real>(from: &[A], factor: A, rounded: &[A], scale: A, to: &mut [A]) {
         for ((from, rounded), to) in from.iter().zip(rounded).zip(to) {
-            *to = T::from_acc((*from * factor - rounded.to_acc()) * scale);
+            *to = (*from * factor - *rounded) * scale;
         }
     }
 }
 
 vectorized! {
-    fn write_row<T: Float>(from: &[T::Acc], factor: T::Acc, to: &mut [T]) {
+    fn multiply_by<A: Real>(from: &[A], factor: A, to: &mut [A]) {
         for (from, to) in from.iter().zip(to) {
-            *to = T::from_acc(*from * factor);
+            *to = *from * factor;
         }
     }
 }
 
-/// Deals the rows of a tensor to tasks: one per batch entry, head and `block` positions of the sequence, in this order.
-pub(super) fn deal<'a, T: Float>(
-    values: &'a mut [T],
-    order: RowOrder,
-    [batch, heads, sequence]: [usize; 3],
-    block: usize,
-) -> Vec<Box<dyn RowWriter<T::Acc> + 'a>> {
-    deal_rows(values, order, [batch, heads, sequence], block).into_iter().map(|task| Box::new(task) as _).collect()
-}
-
-/// As [`deal`] for a tensor and the residual of its rounding.
-pub(super) fn deal_with_residual<'a, T: Float>(
-    [values, residual]: [&'a mut [T]; 2],
+/// Deals the rows of a tensor to tasks: one per batch entry, head and `block` positions of the sequence, in this order;
+/// and those of the residual of its rounding, if there is one.
+pub(super) fn deal<'a>(
+    values: FloatsMut<'a>,
+    residual: Option<FloatsMut<'a>>,
     order: RowOrder,
     sizes: [usize; 3],
     block: usize,
-) -> Vec<Box<dyn RowWriter<T::Acc> + 'a>> {
-    let [rows, residual] = [values, residual].map(|values| deal_rows(values, order, sizes, block));
-    rows.into_iter().zip(residual).map(|(rows, residual)| Box::new(Exact { rows, residual }) as _).collect()
+) -> Vec<RowWriter<'a>> {
+    let scale = residual_scale(values.dtype());
+    let mut residuals = residual.map(|residual| deal_rows(residual, order, sizes, block).into_iter());
+    let mut residual = || residuals.as_mut().and_then(Iterator::next).unwrap_or_default();
+    let rows = deal_rows(values, order, sizes, block).into_iter();
+    rows.map(|rows| RowWriter { rows, residual: residual(), scale }).collect()
 }
 
-fn deal_rows<T>(
-    values: &mut [T],
+fn deal_rows<'a>(
+    values: FloatsMut<'a>,
     order: RowOrder,
     [batch, heads, sequence]: [usize; 3],
     block: usize,
-) -> Vec<Vec<&mut [T]>> {
+) -> Vec<Vec<FloatsMut<'a>>> {
     let blocks = sequence.div_ceil(block);
-    let mut tasks: Vec<Vec<&mut [T]>> = (0..batch * heads * blocks).map(|_| Vec::new()).collect();
+    let mut tasks: Vec<Vec<FloatsMut>> = (0..batch * heads * blocks).map(|_| Vec::new()).collect();
     // Without features, or where nothing is wanted, the tasks get no rows.
     if let Some(width) = values.len().checked_div(batch * heads * sequence).filter(|&width| width > 0) {
-        for (row, values) in values.chunks_exact_mut(width).enumerate() {
+        for (row, values) in values.chunks(width).into_iter().enumerate() {
             let (head, position) = order.place(row, heads, sequence);
             tasks[head * blocks + position / block].push(values);
         }
@@ -152,12 +153,12 @@ impl Output {
     }
 
     /// The rows for tasks of `block` positions each.
-    pub fn deal<T: Float>(&mut self, block: usize) -> Result<Vec<Box<dyn RowWriter<T::Acc> + '_>>> {
+    pub fn deal(&mut self, block: usize) -> Result<Vec<RowWriter<'_>>> {
         let values = match &mut self.memory {
-            Some(memory) => memory.values_mut::<T>()?,
-            None => &mut [],
+            Some(memory) => memory.floats_mut(OP)?,
+            None => FloatsMut::F32(&mut []),
         };
-        Ok(deal(values, self.order, self.sizes, block))
+        Ok(deal(values, None, self.order, self.sizes, block))
     }
 
     pub fn finish(self) -> Result<Option<Tensor>> {
@@ -167,16 +168,16 @@ impl Output {
 
 /// A tensor of rank 4 with packed rows in the type of operands, that of the tensor or of the computation: itself, or a
 /// packed copy.
-pub(super) fn widen<T: Float, O: Float<Acc = T::Acc>>(x: &Tensor) -> Result<Tensor> {
-    if T::DTYPE == O::DTYPE {
+pub(super) fn widen<O: Float>(x: &Tensor) -> Result<Tensor> {
+    if x.dtype() == O::DTYPE {
         return Ok(x.clone());
     }
-    let mut wide = Tensor::uninit(*x.shape(), <T::Acc as Element>::DTYPE, x.device())?;
-    let (layout, from, width) = (*x.layout(), x.storage::<T>()?, x.shape()[3]);
-    cpu::for_rows(wide.values_mut::<T::Acc>()?, width, width, |first, wide| {
+    let mut wide = Tensor::uninit(*x.shape(), <O::Acc as Element>::DTYPE, x.device())?;
+    let (layout, from, width) = (*x.layout(), x.stored_floats(OP)?, x.shape()[3]);
+    cpu::for_rows(wide.values_mut::<O::Acc>()?, width, width, |first, wide| {
         for (row, wide) in wide.chunks_exact_mut(width).enumerate() {
             let start = layout.row_offset(first + row);
-            widen_row::<T>(&from[start..start + width], wide);
+            from.range(start..start + width).read(wide);
         }
     });
     Ok(wide)
@@ -244,14 +245,6 @@ vectorized! {
     fn subtract<O: Float>(row: &[O], common: &[O::Acc], to: &mut [O]) {
         for ((row, common), to) in row.iter().zip(common).zip(to) {
             *to = O::from_acc(row.to_acc() - *common);
-        }
-    }
-}
-
-vectorized! {
-    fn widen_row<T: Float>(from: &[T], to: &mut [T::Acc]) {
-        for (from, to) in from.iter().zip(to) {
-            *to = from.to_acc();
         }
     }
 }

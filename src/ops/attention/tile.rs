@@ -3,10 +3,11 @@
 
 use std::ops::Range;
 
-use super::{Problem, Sizes};
+use super::{OP, Problem, Sizes};
 use crate::{
     Philox, Result, Tensor,
     device::{
+        rows::Floats,
         scratch::{User, aligned, lend},
         simd::vectorized,
     },
@@ -75,41 +76,39 @@ pub(super) fn transposed<A: Copy>(x: Matrix<A>) -> Matrix<A> {
     Matrix { row: x.col, col: x.row, ..x }
 }
 
-/// What is added to the scores.
-trait Addend<A>: Sync {
-    /// Adds the entries of a run of keys, the first of which is at `index`.
-    fn add(&self, s: &mut [A], index: [usize; 4]);
-}
-
-impl<T: Float> Addend<T::Acc> for Broadcast<'_, T> {
-    fn add(&self, s: &mut [T::Acc], index: [usize; 4]) {
-        add_bias::<T>(s, self.row(index, s.len()));
-    }
-}
-
 /// A tensor that broadcasts to the scores; its last dimension is packed or repeated.
-struct Broadcast<'a, S> {
-    data: &'a [S],
+struct Broadcast<V> {
+    data: V,
     strides: [usize; 4],
 }
 
-impl<'a, S: Copy> Broadcast<'a, S> {
-    fn new<E: Element<Stored = S>>(x: &'a Tensor, sizes: &Sizes) -> Result<Self> {
+impl<V> Broadcast<V> {
+    fn new(x: &Tensor, sizes: &Sizes, data: impl FnOnce(usize) -> V) -> Result<Self> {
         let layout = x.layout().expand(sizes.scores()?);
         let mut strides = [0; 4];
         strides.copy_from_slice(layout.strides());
-        Ok(Self { data: &x.storage::<E>()?[layout.offset..], strides })
+        Ok(Self { data: data(layout.offset), strides })
     }
 
-    /// The entries of a run of keys: one each, or one for all of them.
-    fn row(&self, index: [usize; 4], keys: usize) -> &'a [S] {
+    /// Where the entries of a run of keys are: one each, or one for all of them.
+    fn row(&self, index: [usize; 4], keys: usize) -> Range<usize> {
         let start: usize = index.iter().zip(&self.strides).map(|(index, stride)| index * stride).sum();
-        &self.data[start..start + if self.strides[3] == 1 { keys } else { 1 }]
+        start..start + if self.strides[3] == 1 { keys } else { 1 }
     }
 }
 
-fn addend<'a, T: Float>(bias: &'a Tensor, sizes: &Sizes) -> Result<Box<dyn Addend<T::Acc> + 'a>> {
-    Ok(Box::new(Broadcast::new::<T>(bias, sizes)?))
+impl Broadcast<Floats<'_>> {
+    /// Adds the entries of a run of at most [`KEYS`] keys, the first of which is at `index`.
+    fn add<A: Real>(&self, s: &mut [A], index: [usize; 4]) {
+        let bias = self.data.range(self.row(index, s.len()));
+        if let Some(bias) = bias.direct() {
+            return add_bias(s, bias);
+        }
+        let mut memory = [A::ZERO; KEYS];
+        let wide = &mut memory[..bias.len()];
+        bias.read(wide);
+        add_bias(s, wide);
+    }
 }
 
 /// Where a tile lies.
@@ -153,37 +152,45 @@ pub(super) struct Tiles<'a, O: Multiply> {
     /// The largest number of the tensors' type.
     pub largest: O::Acc,
     causal: bool,
-    mask: Option<Broadcast<'a, u8>>,
+    mask: Option<Broadcast<&'a [u8]>>,
     query_mask: Option<&'a [u8]>,
     key_mask: Option<&'a [u8]>,
     mem_keys: usize,
     max_attend_past: Option<i64>,
-    bias: Option<Box<dyn Addend<O::Acc> + 'a>>,
+    bias: Option<Broadcast<Floats<'a>>>,
     /// `[heads, queries + keys − 1]`.
     curves: Option<Vec<O::Acc>>,
     dropout: Option<super::Dropout>,
 }
 
 impl<'a, O: Multiply> Tiles<'a, O> {
-    /// `T` is the type of the tensors, `operands` are queries, keys and values in that of products.
-    pub fn new<T: Float<Acc = O::Acc>>(problem: &'a Problem, operands: &'a [Tensor; 3]) -> Result<Self> {
+    /// `operands` are queries, keys and values in the type of products.
+    pub fn new(problem: &'a Problem, operands: &'a [Tensor; 3]) -> Result<Self> {
         let sizes = problem.sizes;
         let padding = |mask: &'a Option<Tensor>| mask.as_ref().map(|mask| mask.values::<bool>()).transpose();
         let [q, k, v] = operands;
+        let of_mask = |mask: &'a Tensor| {
+            let data = mask.storage::<bool>()?;
+            Broadcast::new(mask, &sizes, |offset| &data[offset..])
+        };
+        let of_bias = |bias: &'a Tensor| {
+            let data = bias.stored_floats(OP)?;
+            Broadcast::new(bias, &sizes, |offset| data.range(offset..data.len()))
+        };
         Ok(Self {
             sizes,
             q: Rows::new(q)?,
             k: Rows::new(k)?,
             v: Rows::new(v)?,
             scale: <O::Acc as Float>::from_f64(problem.scale),
-            largest: <O::Acc as Float>::from_f64(-T::DTYPE.lowest()),
+            largest: <O::Acc as Float>::from_f64(-problem.q.dtype().lowest()),
             causal: problem.causal,
-            mask: problem.mask.as_ref().map(|mask| Broadcast::new::<bool>(mask, &sizes)).transpose()?,
+            mask: problem.mask.as_ref().map(of_mask).transpose()?,
             query_mask: padding(&problem.query_mask)?,
             key_mask: padding(&problem.key_mask)?,
             mem_keys: problem.mem_keys,
             max_attend_past: problem.max_attend_past.map(|past| i64::try_from(past).unwrap_or(i64::MAX)),
-            bias: problem.bias.as_ref().map(|bias| addend::<T>(bias, &sizes)).transpose()?,
+            bias: problem.bias.as_ref().map(of_bias).transpose()?,
             curves: problem.position.as_ref().map(|position| position.curves()).transpose()?,
             dropout: problem.dropout,
         })
@@ -249,7 +256,7 @@ impl<'a, O: Multiply> Tiles<'a, O> {
                 bias.add(s, [at.batch, at.head, query, at.key]);
             }
             if let Some(mask) = &self.mask {
-                apply_mask(s, mask.row([at.batch, at.head, query, at.key], at.keys));
+                apply_mask(s, &mask.data[mask.row([at.batch, at.head, query, at.key], at.keys)]);
             }
             if let Some((free, mask)) = padding {
                 apply_mask(&mut s[free..], mask);
@@ -302,7 +309,8 @@ impl<'a, O: Multiply> Tiles<'a, O> {
         let (query, keys) = (at.query + row, self.sizes.keys);
         let all = At { key: 0, keys, ..at };
         let (free, padding) = self.padding(all).unwrap_or((keys, &[]));
-        let mask = self.mask.as_ref().map_or(&[1][..], |mask| mask.row([at.batch, at.head, query, 0], keys));
+        let mask =
+            self.mask.as_ref().map_or(&[1][..], |mask| &mask.data[mask.row([at.batch, at.head, query, 0], keys)]);
         let kept = |key: &usize| (*key < free || padding[*key - free] != 0) && mask[*key % mask.len()] != 0;
         let mut why = Empty::Masked;
         for key in self.kept(at.batch, query).filter(kept) {
@@ -360,14 +368,14 @@ vectorized! {
 }
 
 vectorized! {
-    fn add_bias<T: Float>(s: &mut [T::Acc], bias: &[T]) {
+    fn add_bias<A: Real>(s: &mut [A], bias: &[A]) {
         if let [bias] = bias {
             for s in s {
-                *s += bias.to_acc();
+                *s += *bias;
             }
         } else {
             for (s, bias) in s.iter_mut().zip(bias) {
-                *s += bias.to_acc();
+                *s += *bias;
             }
         }
     }
@@ -480,16 +488,16 @@ vectorized! {
 }
 
 vectorized! {
-    pub(super) fn dot<O: Float>(x: &[O], y: &[O]) -> O::Acc {
+    pub(super) fn dot<A: Real>(x: &[A], y: &[A]) -> A {
         let (x, y) = (x.chunks_exact(LANES), y.chunks_exact(LANES));
-        let mut rest = O::Acc::ZERO;
+        let mut rest = A::ZERO;
         for (x, y) in x.remainder().iter().zip(y.remainder()) {
-            rest += x.to_acc() * y.to_acc();
+            rest += *x * *y;
         }
-        let mut lanes = [O::Acc::ZERO; LANES];
+        let mut lanes = [A::ZERO; LANES];
         for (x, y) in x.zip(y) {
             for ((lane, x), y) in lanes.iter_mut().zip(x).zip(y) {
-                *lane += x.to_acc() * y.to_acc();
+                *lane += *x * *y;
             }
         }
         rest + join(lanes, |a, b| a + b)
@@ -533,13 +541,13 @@ vectorized! {
 
 vectorized! {
     /// `to = factor · Σ rows`, rows being `step` apart.
-    pub(super) fn sum_rows<T: Float>(rows: &[T::Acc], step: usize, count: usize, factor: T::Acc, to: &mut [T]) {
+    pub(super) fn sum_rows<A: Real>(rows: &[A], step: usize, count: usize, factor: A, to: &mut [A]) {
         for (column, to) in to.iter_mut().enumerate() {
             let mut sum = rows[column];
             for row in 1..count {
                 sum += rows[row * step + column];
             }
-            *to = T::from_acc(sum * factor);
+            *to = sum * factor;
         }
     }
 }

@@ -2,10 +2,14 @@
 
 use super::{Form, LANES, packed, reuse, rows, widen};
 use crate::{
-    DType, Device, Element, Result, Tensor,
+    Device, Element, Result, Tensor,
     autograd::{Backward, InputGrads},
-    device::{Gpu, Grid, args, cpu, simd::vectorized, size32},
-    dtype::{Float, Real, dispatch_float},
+    device::{
+        cpu,
+        rows::{Floats, In, Out, Sums, for_rows_of},
+        simd::vectorized,
+    },
+    dtype::{Float, Real, dispatch_real},
     ops::reduce::{sum_chunks, sum_slice},
     shape::Shape,
 };
@@ -42,7 +46,7 @@ impl Backward for NormBackward {
         let wanted = (need[0], weight_needed || bias_needed);
         let width = self.x.dim(-1)?;
         let (dx, partials) = match self.x.device() {
-            Device::Cpu => dispatch_float!(self.op, grad.dtype(), T, self.backward_rows::<T>(grad, wanted))?,
+            Device::Cpu => dispatch_real!(grad.dtype(), R, self.backward_rows::<R>(grad, wanted))?,
             Device::Gpu(gpu) => {
                 let (dx, partials) = self.backward_cuda(*gpu, grad, wanted)?;
                 let each = self.weight.as_ref().is_none_or(|weight| weight.numel() == width);
@@ -78,139 +82,42 @@ impl Backward for NormBackward {
     }
 }
 
-/// Rows whose sums for weight and bias one chunk adds up at least on a GPU; and how many chunks there are at most: two
-/// for each multiprocessor of a large card, which bounds the memory for them too.
-const ROWS_PER_CHUNK: usize = 8;
-const MOST_CHUNKS: usize = 264;
-
-/// Threads for a row and rows of a block at once of `norm_bwd_whole`, whose threads have a packet of columns each and four
-/// rows at once; none for rows that it cannot do.
-fn whole_threads(columns: usize, dtype: DType) -> Option<(usize, usize)> {
-    const MOST_THREADS: usize = 512;
-    let lanes = 16 / dtype.size();
-    let threads = columns.div_ceil(lanes).next_multiple_of(32).max(32);
-    (columns.is_multiple_of(lanes) && threads <= MOST_THREADS).then_some((threads, (256 / threads).max(1)))
-}
-
-/// The same values where kernels read packets of 16 bytes.
-fn aligned(x: &Tensor) -> Result<Tensor> {
-    if x.address()?.get().is_multiple_of(16) { Ok(x.clone()) } else { x.packed_copy() }
-}
-
 impl NormBackward {
     /// The gradient of the input if it is wanted, and, if they are, the sums for the gradients of weight and bias over
     /// blocks of rows, `[blocks, 2 · dim]`.
-    fn backward_rows<T: Float>(&self, grad: Tensor, wanted: (bool, bool)) -> Result<(Option<Tensor>, Option<Tensor>)> {
+    fn backward_rows<R: Real>(&self, grad: Tensor, wanted: (bool, bool)) -> Result<(Option<Tensor>, Option<Tensor>)> {
+        let op = self.op;
         let (width, rows, per_row) = (self.x.dim(-1)?, rows(&self.x)?, self.form.statistics());
-        let weight = widen::<T>(self.weight.as_ref(), width, T::Acc::ONE)?;
+        let weight = widen::<R>(op, self.weight.as_ref(), width, R::ONE)?;
         let onto = packed(self.onto.as_ref())?;
-        let onto = onto.as_ref().map(|onto| onto.values::<T>()).transpose()?;
+        let wide = if onto.is_some() { width } else { 0 };
+        let onto = onto.as_ref().map_or(Ok(Floats::of::<R>(&[])), |onto| onto.floats(op))?;
         let (mut dx, source) = reuse(grad)?;
-        let source = source.as_ref().map(|source| source.values::<T>()).transpose()?;
-        let (x, statistics) = (self.x.values::<T>()?, self.statistics.values::<T::Acc>()?);
-        let floor = (self.form != Form::Centred).then(|| T::Acc::ONE / T::Acc::from_f64(self.eps));
+        let source = source.as_ref().map(|source| source.floats(op)).transpose()?;
+        let ins =
+            [In::new(self.x.floats(op)?, width), In::new(onto, wide), In::new(self.statistics.floats(op)?, per_row)];
+        let floor = (self.form != Form::Centred).then(|| R::ONE / R::from_f64(self.eps));
 
         // Rows are summed up in blocks whose size depends on the shape alone.
         let block = cpu::rows_per_task(rows, 8 * width);
         let shape = Shape::new(&[rows.div_ceil(block), 2 * width])?;
         let mut partials = Tensor::uninit(shape, self.statistics.dtype(), self.x.device())?;
-        let run = |first: usize, dx: &mut [T], partial: &mut [T::Acc]| {
-            let part = first * width..first * width + dx.len();
-            let statistics = &statistics[first * per_row..][..part.len() / width * per_row];
-            let [source, onto] = [source, onto].map(|values| values.map(|values| &values[part.clone()]));
-            backward::<T>(&x[part], source, onto, &weight, statistics, floor, wanted.0, dx, partial);
-        };
-        let sums = if wanted.1 { partials.values_mut::<T::Acc>()? } else { &mut [] };
-        cpu::for_blocks(dx.values_mut::<T>()?, sums, (width, 2 * width), block, 8 * width, run);
-        Ok((wanted.0.then_some(dx), wanted.1.then_some(partials)))
-    }
-
-    /// As [`NormBackward::backward_rows`].
-    fn backward_cuda(
-        &self,
-        gpu: &dyn Gpu,
-        grad: Tensor,
-        wanted: (bool, bool),
-    ) -> Result<(Option<Tensor>, Option<Tensor>)> {
-        let Self { x, statistics, eps, .. } = self;
-        let (rows, columns) = (rows(x)?, x.dim(-1)?);
-        let (centred, dtype) = (u32::from(self.form == Form::Centred), [("DTYPE", x.dtype().name())]);
-        let (weight, onto) = (packed(self.weight.as_ref())?, packed(self.onto.as_ref())?);
-        let (weight, onto) = (weight.as_ref(), onto.as_ref());
-        let weights = size32(weight.map_or(0, Tensor::numel))?;
-        let sizes = (rows as i64, size32(columns)?);
-        let whole = if wanted == (true, true) { whole_threads(columns, x.dtype()) } else { None };
-        let at_once = whole.map_or(1, |(_, groups)| 4 * groups);
-        let rows_per_chunk = rows.div_ceil(MOST_CHUNKS).max(ROWS_PER_CHUNK).next_multiple_of(at_once);
-        let (chunks, per_chunk) = (rows.div_ceil(rows_per_chunk), rows_per_chunk as i64);
-        let sums = || Tensor::uninit(Shape::new(&[chunks, 2 * columns])?, statistics.dtype(), x.device());
-
-        let (mut dx, source) = reuse(grad)?;
-        if let Some((threads, groups)) = whole {
-            let (x, onto) = (aligned(x)?, onto.map(aligned).transpose()?);
-            let (mut dx, source) = match source {
-                Some(source) => (dx, Some(aligned(&source)?)),
-                None if dx.address()?.get().is_multiple_of(16) => (dx, None),
-                None => (x.uninit_like()?, Some(dx.packed_copy()?)),
-            };
-            let mut partials = sums()?;
-            let grid = Grid::new([size32(chunks)?, 1, 1], [threads as u32, groups as u32, 1]);
-            let args = args![
-                &mut dx,
-                &mut partials,
-                &x,
-                source.as_ref().unwrap_or(&dx),
-                onto.as_ref(),
-                weight,
-                statistics,
-                sizes.0,
-                per_chunk,
-                sizes.1,
-                weights,
-                centred,
-                *eps
-            ];
-            gpu.kernel("norm_bwd_whole", &dtype)?.launch(grid, args)?;
-            return Ok((Some(dx), Some(partials)));
-        }
-        // The sums first: the gradient of the output may be overwritten then.
-        let partials = wanted.1.then(|| {
-            let mut partials = sums()?;
-            let grid = Grid::columns(columns, chunks, x.dtype());
-            let g = source.as_ref().unwrap_or(&dx);
-            let args = args![&mut partials, x, g, statistics, sizes.0, per_chunk, sizes.1, centred];
-            gpu.kernel("norm_bwd_sums", &dtype)?.launch(grid, args)?;
-            Ok(partials)
+        let sums = if wanted.1 { Sums::new(partials.values_mut::<R>()?, 2 * width, block) } else { Sums::none() };
+        let outs = [Out::over(dx.floats_mut(op)?, width, source)];
+        for_rows_of::<R, 1, 3>(outs, ins, sums, 8 * width, &|_, [dx], [x, onto, statistics], partial| {
+            let onto = (!onto.is_empty()).then_some(onto);
+            backward::<R>(x, onto, &weight, statistics, floor, wanted.0, dx, partial);
         });
-        let partials = partials.transpose()?;
-        if !wanted.0 {
-            return Ok((None, partials));
-        }
-        let args = args![
-            &mut dx,
-            x,
-            source.as_ref().unwrap_or(&dx),
-            onto,
-            weight,
-            statistics,
-            sizes.0,
-            sizes.1,
-            weights,
-            centred,
-            *eps
-        ];
-        gpu.kernel("norm_bwd", &dtype)?.launch(Grid::held_rows(rows, columns, x.dtype()), args)?;
-        Ok((Some(dx), partials))
+        Ok((wanted.0.then_some(dx), wanted.1.then_some(partials)))
     }
 }
 
 vectorized! {
-    /// Writes `dx` over the gradient of the output, which `source` holds unless `dx` does already, and adds `onto` to
-    /// it. `partial`, if not empty, gets the sums for weight and bias; `floor` is the inverse divisor of rows where the
+    /// Writes `dx` over the gradient of the output and adds `onto` to it. `partial`, if not empty, gets the sums for
+    /// weight and bias; `floor` is the inverse divisor of rows where the
     /// floor acts.
     fn backward<T: Float>(
         x: &[T],
-        source: Option<&[T]>,
         onto: Option<&[T]>,
         weight: &[T::Acc],
         statistics: &[T::Acc],
@@ -225,11 +132,9 @@ vectorized! {
         let (mut quarters, quarter) = (Vec::new(), T::Acc::from_f64(0.25));
         // Rows that deviate so far from their mean that the difference could overflow.
         let farthest = T::Acc::from_f64(8.0 / -T::Acc::DTYPE.lowest());
-        partial.fill(T::Acc::ZERO);
         let rows = x.chunks_exact(width).zip(dx.chunks_exact_mut(width));
         for (row, ((x, dx), statistics)) in rows.zip(statistics.chunks_exact(per_row)).enumerate() {
             let part = row * width..(row + 1) * width;
-            let source = source.map(|source| &source[part.clone()]);
             let inverse = statistics[per_row - 1];
             let mean = if floor.is_some() { T::Acc::ZERO } else { statistics[0] };
             let (x, mean, slope) = if inverse < farthest && mean != T::Acc::ZERO {
@@ -240,7 +145,7 @@ vectorized! {
                 (x, mean, inverse)
             };
             let (sum, dot) = {
-                let g = source.unwrap_or(dx);
+                let g = &*dx;
                 if partial.is_empty() {
                     sums(x, g, weight, mean, slope)
                 } else {
@@ -257,21 +162,13 @@ vectorized! {
                 let normal = (x.to_acc() - mean) * slope;
                 (g.to_acc() * weight - along - normal * across) * inverse
             };
-            match (source, onto) {
-                (Some(source), None) => {
-                    for (((dx, g), x), &weight) in dx.iter_mut().zip(source).zip(x).zip(weight) {
-                        *dx = T::from_acc(gradient(*g, x, weight));
-                    }
-                }
-                (None, None) => {
+            match onto {
+                None => {
                     for ((dx, x), &weight) in dx.iter_mut().zip(x).zip(weight) {
                         *dx = T::from_acc(gradient(*dx, x, weight));
                     }
                 }
-                (source, Some(onto)) => {
-                    if let Some(source) = source {
-                        dx.copy_from_slice(source);
-                    }
+                Some(onto) => {
                     for (((dx, x), &weight), onto) in dx.iter_mut().zip(x).zip(weight).zip(&onto[part]) {
                         *dx = T::from_acc(gradient(*dx, x, weight) + onto.to_acc());
                     }

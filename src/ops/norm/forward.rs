@@ -1,10 +1,13 @@
 //! The forward pass: statistics of each row, and the row by them.
 
-use super::{Form, LANES, Spec, packed, rows, widen};
+use super::{Form, LANES, Spec, rows, widen};
 use crate::{
-    DType, Device, Element, Result, Tensor,
-    device::{Gpu, Grid, args, cpu, simd::vectorized, size32},
-    dtype::{Float, Real, dispatch_float},
+    DType, Device, Result, Tensor,
+    device::{
+        rows::{Floats, FloatsMut, In, Out, Sums, for_rows_of, round_to},
+        simd::vectorized,
+    },
+    dtype::{Real, dispatch_real},
     ops::reduce::sum_slice,
     shape::Shape,
 };
@@ -28,120 +31,95 @@ impl Forward {
             statistics: Tensor::uninit(shape, x.dtype().accumulator(), x.device())?,
         };
         match x.device() {
-            Device::Cpu => dispatch_float!(op, x.dtype(), T, forward.rows::<T>(x, residual, spec))?,
+            Device::Cpu => dispatch_real!(x.dtype(), R, forward.rows::<R>(op, x, residual, spec))?,
             Device::Gpu(gpu) => forward.cuda(*gpu, x, residual, spec)?,
         }
         Ok(forward)
     }
 
-    fn rows<T: Float>(&mut self, x: &Tensor, residual: Option<&Tensor>, spec: &Spec) -> Result<()> {
-        let (width, per_row) = (x.dim(-1)?, spec.form.statistics());
-        let weight = widen::<T>(spec.weight, width, T::Acc::ONE)?;
-        let bias = widen::<T>(spec.bias, width, T::Acc::ZERO)?;
-        let (x, eps) = (x.values::<T>()?, T::Acc::from_f64(spec.eps));
-        let residual = residual.map(|residual| residual.values::<T>()).transpose()?;
-        let (y, save) = (self.y.values_mut::<T>()?, self.statistics.values_mut::<T::Acc>()?);
-        let sum = self.sum.as_mut().map(|sum| sum.values_mut::<T>()).transpose()?.unwrap_or_default();
-        cpu::for_rows3(y, save, sum, (width, per_row, width), 4 * width, |row, y, statistics, sum| {
-            let part = row * width..row * width + y.len();
-            let residual = residual.map(|residual| &residual[part.clone()]);
-            forward::<T>(&x[part], residual, &weight, &bias, spec.form, eps, y, sum, statistics);
+    fn rows<R: Real>(&mut self, op: &'static str, x: &Tensor, residual: Option<&Tensor>, spec: &Spec) -> Result<()> {
+        let (width, per_row, dtype) = (x.dim(-1)?, spec.form.statistics(), x.dtype());
+        let weight = widen::<R>(op, spec.weight, width, R::ONE)?;
+        let bias = widen::<R>(op, spec.bias, width, R::ZERO)?;
+        let eps = R::from_f64(spec.eps);
+        let wide = |x: &Option<&Tensor>| if x.is_some() { width } else { 0 };
+        let none = Floats::of::<R>(&[]);
+        let residuals = residual.map_or(Ok(none), |residual| residual.floats(op))?;
+        let ins = [In::new(x.floats(op)?, width), In::new(residuals, wide(&residual))];
+        let mut empty: [R; 0] = [];
+        let sum = match &mut self.sum {
+            Some(sum) => sum.floats_mut(op)?,
+            None => FloatsMut::of::<R>(&mut empty),
+        };
+        let outs = [
+            Out::new(self.y.floats_mut(op)?, width),
+            Out::new(sum, wide(&residual)),
+            Out::new(self.statistics.floats_mut(op)?, per_row),
+        ];
+        for_rows_of::<R, 3, 2>(outs, ins, Sums::none(), 4 * width, &|_, [y, sum, statistics], [x, residual], _| {
+            let rows = x.chunks_exact(width).zip(y.chunks_exact_mut(width)).zip(statistics.chunks_exact_mut(per_row));
+            let (mut sums, mut residuals) = (sum.chunks_exact_mut(width), residual.chunks_exact(width));
+            for ((x, y), statistics) in rows {
+                let x = match (sums.next(), residuals.next()) {
+                    (Some(sum), Some(residual)) => {
+                        add_rows(x, residual, sum);
+                        // The backward pass has the sum as it was rounded.
+                        round_to(dtype, sum);
+                        &*sum
+                    }
+                    _ => x,
+                };
+                forward::<R>(x, &weight, &bias, spec.form, eps, y, statistics);
+            }
         });
         Ok(())
-    }
-
-    fn cuda(&mut self, gpu: &dyn Gpu, x: &Tensor, residual: Option<&Tensor>, spec: &Spec) -> Result<()> {
-        let (rows, columns) = (rows(x)?, x.dim(-1)?);
-        let (weight, bias) = (packed(spec.weight)?, packed(spec.bias)?);
-        let weights = weight.as_ref().map_or(0, Tensor::numel);
-        let form = spec.form.code();
-        let args = args![
-            &mut self.y,
-            self.sum.as_mut(),
-            &mut self.statistics,
-            x,
-            residual,
-            weight.as_ref(),
-            bias.as_ref(),
-            rows as i64,
-            size32(columns)?,
-            size32(weights)?,
-            form,
-            spec.eps
-        ];
-        gpu.kernel("norm_fwd", &[("DTYPE", x.dtype().name())])?.launch(Grid::held_rows(rows, columns, x.dtype()), args)
     }
 }
 
 vectorized! {
-    /// `sum` is empty without a residual.
-    fn forward<T: Float>(
-        x: &[T],
-        residual: Option<&[T]>,
-        weight: &[T::Acc],
-        bias: &[T::Acc],
-        form: Form,
-        eps: T::Acc,
-        y: &mut [T],
-        sum: &mut [T],
-        statistics: &mut [T::Acc],
-    ) {
-        let width = weight.len();
-        let count = T::Acc::from_f64(width as f64);
-        let rows = x.chunks_exact(width).zip(y.chunks_exact_mut(width));
-        for (row, ((x, y), statistics)) in rows.zip(statistics.chunks_exact_mut(form.statistics())).enumerate() {
-            let part = row * width..(row + 1) * width;
-            let x = match residual {
-                Some(residual) => {
-                    let sum = &mut sum[part.clone()];
-                    for ((sum, x), residual) in sum.iter_mut().zip(x).zip(&residual[part]) {
-                        *sum = T::from_acc(x.to_acc() + residual.to_acc());
-                    }
-                    &*sum
-                }
-                None => x,
-            };
-            let (mean, square) = match form {
-                Form::Centred => {
-                    // Deviations from the mean, and not x² − mean²: no cancellation for rows far from zero.
-                    let mean = sum_of(x, |x| x) / count;
-                    (mean, sum_of(x, |x| (x - mean) * (x - mean)) / count)
-                }
-                Form::Floored | Form::Rms => (T::Acc::ZERO, sum_of(x, |x| x * x) / count),
-            };
-            if !(square < -T::Acc::NEG_INFINITY) {
-                shrunk::<T>(x, weight, bias, form, eps, y, statistics);
-                continue;
-            }
-            let inverse = T::Acc::ONE / form.divisor(square, eps);
-            for (((y, x), &weight), &bias) in y.iter_mut().zip(x).zip(weight).zip(bias) {
-                *y = T::from_acc((x.to_acc() - mean) * inverse * weight + bias);
-            }
-            statistics[0] = mean;
-            statistics[form.statistics() - 1] = inverse;
+    /// `sum = x + residual`
+    fn add_rows<R: Real>(x: &[R], residual: &[R], sum: &mut [R]) {
+        for ((sum, x), residual) in sum.iter_mut().zip(x).zip(residual) {
+            *sum = *x + *residual;
         }
+    }
+}
+
+vectorized! {
+    /// One row.
+    fn forward<R: Real>(x: &[R], weight: &[R], bias: &[R], form: Form, eps: R, y: &mut [R], statistics: &mut [R]) {
+        let count = R::from_f64(x.len() as f64);
+        let (mean, square) = match form {
+            Form::Centred => {
+                // Deviations from the mean, and not x² − mean²: no cancellation for rows far from zero.
+                let mean = sum_of(x, |x| x) / count;
+                (mean, sum_of(x, |x| (x - mean) * (x - mean)) / count)
+            }
+            Form::Floored | Form::Rms => (R::ZERO, sum_of(x, |x| x * x) / count),
+        };
+        if !(square < -R::NEG_INFINITY) {
+            return shrunk::<R>(x, weight, bias, form, eps, y, statistics);
+        }
+        let inverse = R::ONE / form.divisor(square, eps);
+        for (((y, x), &weight), &bias) in y.iter_mut().zip(x).zip(weight).zip(bias) {
+            *y = (*x - mean) * inverse * weight + bias;
+        }
+        statistics[0] = mean;
+        statistics[form.statistics() - 1] = inverse;
     }
 }
 
 /// As [`forward`] for one row whose squares or whose sum may have overflowed: the norm of the row times a power of two that
 /// neither overflows nor loses what counts. A row with NaN or an infinity becomes NaN here too.
 #[cold]
-fn shrunk<T: Float>(
-    x: &[T],
-    weight: &[T::Acc],
-    bias: &[T::Acc],
-    form: Form,
-    eps: T::Acc,
-    y: &mut [T],
-    statistics: &mut [T::Acc],
-) {
+fn shrunk<R: Real>(x: &[R], weight: &[R], bias: &[R], form: Form, eps: R, y: &mut [R], statistics: &mut [R]) {
     // As in `kernels/norm.cu`: squares that overflow come from numbers above 2^48 (2^495 in f64) in rows of up to 2^32.
-    let (shrink, grow) = match T::Acc::DTYPE {
+    let (shrink, grow) = match R::DTYPE {
         DType::F64 => (2f64.powi(-600), 2f64.powi(600)),
         _ => (2f64.powi(-80), 2f64.powi(80)),
     };
-    let [shrink, grow, count] = [shrink, grow, x.len() as f64].map(T::Acc::from_f64);
-    let mut mean = T::Acc::ZERO;
+    let [shrink, grow, count] = [shrink, grow, x.len() as f64].map(R::from_f64);
+    let mut mean = R::ZERO;
     if form == Form::Centred {
         mean = sum_of(x, |x| x * shrink) / count;
         // Subtract the rounding error of the mean, or a row of equal numbers would have a deviation.
@@ -150,27 +128,27 @@ fn shrunk<T: Float>(
     let square = sum_of(x, |x| (x * shrink - mean) * (x * shrink - mean)) / count;
     let floored = form == Form::Floored;
     let divisor = form.divisor(square, if floored { eps * shrink } else { eps * shrink * shrink });
-    let equal = form == Form::Centred && square == T::Acc::ZERO && eps > T::Acc::ZERO;
-    let inverse = if equal { T::Acc::ZERO } else { T::Acc::ONE / divisor };
+    let equal = form == Form::Centred && square == R::ZERO && eps > R::ZERO;
+    let inverse = if equal { R::ZERO } else { R::ONE / divisor };
     for (((y, x), &weight), &bias) in y.iter_mut().zip(x).zip(weight).zip(bias) {
-        *y = T::from_acc((x.to_acc() * shrink - mean) * inverse * weight + bias);
+        *y = (*x * shrink - mean) * inverse * weight + bias;
     }
     statistics[0] = mean * grow;
-    statistics[form.statistics() - 1] = if equal { T::Acc::ONE / eps.sqrt() } else { inverse * shrink };
+    statistics[form.statistics() - 1] = if equal { R::ONE / eps.sqrt() } else { inverse * shrink };
 }
 
 /// `Σ f(x)`
 #[inline(always)]
-fn sum_of<T: Float>(x: &[T], f: impl Fn(T::Acc) -> T::Acc) -> T::Acc {
-    let mut lanes = [T::Acc::ZERO; LANES];
+fn sum_of<R: Real>(x: &[R], f: impl Fn(R) -> R) -> R {
+    let mut lanes = [R::ZERO; LANES];
     let (blocks, rest) = x.as_chunks::<LANES>();
     for block in blocks {
         for (lane, x) in lanes.iter_mut().zip(block) {
-            *lane += f(x.to_acc());
+            *lane += f(*x);
         }
     }
     for (lane, x) in lanes.iter_mut().zip(rest) {
-        *lane += f(x.to_acc());
+        *lane += f(*x);
     }
     sum_slice(&lanes)
 }

@@ -2,6 +2,7 @@
 //! RMS norm in that with a summand.
 
 mod backward;
+mod cuda;
 mod forward;
 
 use backward::NormBackward;
@@ -10,7 +11,7 @@ use forward::Forward;
 use crate::{
     Error, Result, Tensor,
     autograd::{Backward, InputGrads, record_beside, record_cheap},
-    dtype::{Float, Real},
+    dtype::Real,
     error::ensure,
     tensor::same_kind,
 };
@@ -276,13 +277,11 @@ pub(super) fn packed(values: Option<&Tensor>) -> Result<Option<Tensor>> {
     values.map(|values| values.detach().contiguous()).transpose()
 }
 
-/// A weight or bias in the accumulation type, one per feature, so that the loops have one form.
-pub(super) fn widen<T: Float>(values: Option<&Tensor>, width: usize, default: T::Acc) -> Result<Vec<T::Acc>> {
+/// A weight or bias in the type of the computation, one per feature, so that the loops have one form.
+pub(super) fn widen<R: Real>(op: &'static str, values: Option<&Tensor>, width: usize, default: R) -> Result<Vec<R>> {
     let Some(values) = packed(values)? else { return Ok(vec![default; width]) };
-    Ok(match values.values::<T>()? {
-        [one] => vec![one.to_acc(); width],
-        each => each.iter().map(|value| value.to_acc()).collect(),
-    })
+    let values = values.floats(op)?.to_vec::<R>();
+    Ok(if let [one] = values[..] { vec![one; width] } else { values })
 }
 
 /// The tensor to write over, and where its values are to be read from if that is another one.

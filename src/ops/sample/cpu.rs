@@ -1,195 +1,19 @@
-//! The next token of each row of logits: a filter, a temperature and a draw, where the logits are.
-//!
-//! A row's weights are integers, `round(unit · exp((x − max x) / temperature))` with `unit` a power of two, which are
-//! exact in f32 and whose sums are exact in f64: the chosen token does not depend on the order of summation, nor on the
-//! device. Nothing is sorted: where a filter ends is found by halving a range of integer keys.
+//! Rows on the processor, as integer keys and weights.
 
 use std::ops::Range;
 
+use super::{BROKEN, Choice, SampleFilter};
 use crate::{
-    DType, Device, Error, Philox, Result, Tensor,
-    autograd::{computed, discrete},
-    device::{Arg, Gpu, Grid, args, cpu, simd::vectorized, size32},
-    dtype::{Float, Real, dispatch_float},
-    error::ensure,
+    DType, Device, Philox, Result, Tensor,
+    device::{cpu, rows::Floats, simd::vectorized},
+    dtype::Real,
     shape::Shape,
 };
 
-/// Which tokens [`Tensor::sample`] may choose. Of tokens with equal logits the earlier one is the better.
-#[derive(Clone, Copy, PartialEq, Debug)]
-pub enum SampleFilter {
-    /// All of them.
-    All,
-    /// This many of the best ones.
-    Best(usize),
-    /// The best one, and each whose betters have this probability together at most. Probabilities are those of
-    /// temperature 1.
-    MassUpTo(f64),
-    /// The best one, and each whose betters have less than this probability together.
-    MassBelow(f64),
-    /// With the same chance each that has at least `ratio · p^power`, where `p` is the largest probability in the whole
-    /// batch; the best one of a row in which there is none.
-    TopA {
-        /// Of the largest probability.
-        power: f64,
-        /// The factor on it.
-        ratio: f64,
-    },
-    /// Each that has at least this share of the row's largest probability.
-    MinP(f64),
-    /// Those that 1.3-entmax gives a probability to, which is also that of being chosen. The temperature divides logits
-    /// before it.
-    Entmax,
-}
-
-/// How [`Tensor::sample`] chooses.
-#[derive(Clone, Copy, PartialEq, Debug)]
-pub struct SampleSpec {
-    /// Which tokens stay.
-    pub filter: SampleFilter,
-    /// Divides the logits of those that stay; 0 takes the best token.
-    pub temperature: f64,
-    /// Of the draws: row `i` has stream `i` of [`Philox`] under this seed.
-    pub seed: u64,
-}
-
-impl Tensor {
-    /// One token for each row of logits: `[rows, tokens] → [rows]` I64, drawn by draw `step` of the row's stream.
-    ///
-    /// `step`: one I64 on the same device, so that a recorded graph can be given another one. The tokens are the same on
-    /// every device and for any number of threads. Half types and f32 are computed in f32; shares below about 1e-11 of
-    /// the largest are none.
-    ///
-    /// Errors: another shape, a dtype that is not float, settings out of their domain, a tensor that requires a gradient
-    /// (use `detach`); [`Error::Argument`] for logits that are NaN, +∞ or all −∞, on a GPU at the next read-back.
-    pub fn sample(&self, spec: &SampleSpec, step: &Tensor) -> Result<Tensor> {
-        const OP: &str = "sample";
-        discrete(OP, &[self])?;
-        ensure!(
-            self.rank() == 2 && self.shape()[1] > 0,
-            Error::shape(OP, format!("expected logits [rows, tokens] with a token, got {:?}", self.shape()))
-        );
-        self.dtype().expect_float(OP)?;
-        ensure!(
-            step.numel() == 1 && step.dtype() == DType::I64 && step.device() == self.device(),
-            Error::argument(
-                OP,
-                format!(
-                    "expected a step of one i64 on {}, got {:?} {} on {}",
-                    self.device(),
-                    step.shape(),
-                    step.dtype(),
-                    step.device()
-                )
-            )
-        );
-        let choice = Choice::new(spec, self.shape()[1])?;
-        let (x, step) = (self.contiguous()?, step.contiguous()?);
-        let mut tokens = Tensor::uninit(Shape::new(&[x.shape()[0]])?, DType::I64, x.device())?;
-        match x.device() {
-            Device::Cpu => {
-                let step = step.values::<i64>()?[0] as u64;
-                dispatch_float!(OP, x.dtype(), T, choice.rows::<T>(&x, step, tokens.values_mut::<i64>()?))?;
-                ensure!(!tokens.values::<i64>()?.contains(&BROKEN), Error::broken_logits());
-            }
-            Device::Gpu(gpu) => choice.launch(*gpu, &x, &step, &mut tokens)?,
-        }
-        computed(OP, tokens, &[&x])
-    }
-}
-
-/// In the place of a token whose logits are broken.
-const BROKEN: i64 = -1;
-
-/// A spec in the numbers that rows are computed with, in which the kernel takes it too.
-struct Choice {
-    filter: SampleFilter,
-    /// `1 / temperature`, as far as f32 goes, or 0 for the best token.
-    scale: f64,
-    seed: u64,
-    columns: usize,
-    /// The weight of the best token.
-    unit: f32,
-}
-
 impl Choice {
-    fn new(spec: &SampleSpec, columns: usize) -> Result<Self> {
-        let SampleSpec { filter, temperature, seed } = *spec;
-        let unit_interval = |x: f64| (0.0..=1.0).contains(&x);
-        let legal = match filter {
-            SampleFilter::All | SampleFilter::Entmax => true,
-            SampleFilter::Best(count) => count > 0,
-            SampleFilter::MassUpTo(mass) | SampleFilter::MassBelow(mass) => unit_interval(mass),
-            SampleFilter::TopA { power, ratio } => power >= 0.0 && power.is_finite() && unit_interval(ratio),
-            SampleFilter::MinP(ratio) => unit_interval(ratio),
-        };
-        ensure!(
-            legal,
-            Error::argument(
-                "sample",
-                format!("{filter:?} is out of its domain: counts from 1, shares from 0 to 1, powers from 0")
-            )
-        );
-        ensure!(
-            temperature >= 0.0 && temperature.is_finite(),
-            Error::argument("sample", format!("expected a finite temperature of at least 0, got {temperature}"))
-        );
-        let scale = (1.0 / temperature).clamp(f64::from(f32::MIN_POSITIVE), f64::from(f32::MAX));
-        let scale = if temperature == 0.0 { 0.0 } else { scale };
-        // The sum of all weights stays below 2⁵³, so that f64 holds it.
-        let bits = columns.next_power_of_two().ilog2().min(52);
-        let unit = (1u64 << (52 - bits).min(36)) as f32;
-        Ok(Self { filter, scale, seed, columns, unit })
-    }
-
-    fn launch(&self, gpu: &dyn Gpu, x: &Tensor, step: &Tensor, tokens: &mut Tensor) -> Result<()> {
-        let Self { filter, scale, seed, columns, unit } = *self;
-        let (rows, columns) = (x.shape()[0], size32(columns)?);
-        // One block for each row, as far as a grid goes.
-        let grid = Grid::new([rows.min(1 << 14) as u32, 1, 1], [512, 1, 1]);
-        let dtype = [("DTYPE", x.dtype().name())];
-        let mut totals = None;
-        let mut numbers = (0, 0, 0u64, 0.0, 0.0);
-        match filter {
-            SampleFilter::All => {}
-            SampleFilter::Best(count) => numbers = (1, 0, count as u64, 0.0, 0.0),
-            SampleFilter::MassUpTo(mass) => numbers = (2, 1, 0, mass, 0.0),
-            SampleFilter::MassBelow(mass) => numbers = (2, 0, 0, mass, 0.0),
-            SampleFilter::TopA { power, ratio } => {
-                let totals = totals.insert(Tensor::uninit(Shape::new(&[rows])?, DType::I64, x.device())?);
-                let args = args![totals, x, rows as i64, columns, unit];
-                gpu.kernel("sample_totals", &dtype)?.launch(grid, args)?;
-                numbers = (3, 0, 0, ratio, power);
-            }
-            SampleFilter::MinP(ratio) => numbers = (4, 0, 0, ratio, 0.0),
-            SampleFilter::Entmax => numbers = (5, 0, 0, 0.0, 0.0),
-        }
-        let (filter, closed, count, limit, power) = numbers;
-        gpu.kernel("sample_token", &dtype)?.launch(
-            grid,
-            args![
-                tokens,
-                Arg::Output(gpu.faults()),
-                x,
-                totals.as_ref(),
-                step,
-                rows as i64,
-                columns,
-                filter,
-                closed,
-                count,
-                seed,
-                scale,
-                limit,
-                power,
-                unit
-            ],
-        )
-    }
-
     /// The tokens of all rows on the CPU.
-    fn rows<T: Logit>(&self, x: &Tensor, step: u64, tokens: &mut [i64]) -> Result<()> {
-        let (x, columns) = (x.values::<T>()?, self.columns);
+    pub(super) fn rows<T: Logit>(&self, x: Floats, step: u64, tokens: &mut [i64]) -> Result<()> {
+        let columns = self.columns;
         let least = match self.filter {
             SampleFilter::TopA { power, ratio } => self.least_share::<T>(x, power, ratio)?,
             _ => 0.0,
@@ -199,13 +23,15 @@ impl Choice {
         let width = half * size_of::<T::Key>() / 4 + half;
         let mut scratch = Tensor::uninit(Shape::new(&[tokens.len(), width])?, DType::F64, &Device::Cpu)?;
         let scratch = scratch.values_mut::<f64>()?;
-        cpu::for_rows2(tokens, scratch, (1, width), 100 * columns, |first, tokens, scratch| {
+        cpu::for_rows2(tokens, scratch, (1, width), 100 * columns, &|first, tokens, scratch| {
+            let mut memory = Vec::new();
             for (index, (token, scratch)) in tokens.iter_mut().zip(scratch.chunks_exact_mut(width)).enumerate() {
                 let at = first + index;
                 let (keys, weights) = scratch.split_at_mut(width - half);
                 let keys = &mut bytemuck::cast_slice_mut(keys)[..columns];
                 let weights = &mut bytemuck::cast_slice_mut(weights)[..columns];
-                let row = Row::<T::Key>::new(&x[at * columns..][..columns], keys);
+                let x = x.range(at * columns..(at + 1) * columns).to_slice::<T>(&mut memory);
+                let row = Row::<T::Key>::new(x, keys);
                 let draw = Philox::new(self.seed, at as u64).uniform(step);
                 *token = row.map_or(BROKEN, |row| self.token(row, weights, least, draw) as i64);
             }
@@ -268,13 +94,14 @@ impl Choice {
     }
 
     /// What a probability must reach in [`SampleFilter::TopA`].
-    fn least_share<T: Logit>(&self, x: &[T], power: f64, ratio: f64) -> Result<f64> {
+    fn least_share<T: Logit>(&self, x: Floats, power: f64, ratio: f64) -> Result<f64> {
         let Self { columns, unit, .. } = *self;
         let mut sums = vec![f64::INFINITY; x.len() / columns];
         cpu::for_rows(&mut sums, 1, 50 * columns, |first, sums| {
-            let (mut keys, mut weights) = (vec![T::Key::LOWEST; columns], vec![0.0; columns]);
+            let (mut keys, mut weights, mut memory) = (vec![T::Key::LOWEST; columns], vec![0.0; columns], Vec::new());
             for (index, total) in sums.iter_mut().enumerate() {
-                if let Some(row) = Row::new(&x[(first + index) * columns..][..columns], &mut keys) {
+                let x = x.range((first + index) * columns..(first + index + 1) * columns);
+                if let Some(row) = Row::new(x.to_slice::<T>(&mut memory), &mut keys) {
                     weigh(row.keys, row.best, 1.0, unit, &mut weights);
                     *total = sum(&weights);
                 }
@@ -286,13 +113,13 @@ impl Choice {
 }
 
 /// A float type as logits are: its numbers as integers of the same order.
-trait Logit: Float {
+pub(super) trait Logit: Real {
     type Key: Key;
     fn key(self) -> Self::Key;
 }
 
 /// An integer for each number, in their order, −0 before 0.
-trait Key: Copy + Ord + Send + Sync + bytemuck::Pod + Into<i64> {
+pub(super) trait Key: Copy + Ord + Send + Sync + bytemuck::Pod + Into<i64> {
     const LOWEST: Self;
     /// Of the infinities.
     const INFINITE: [Self; 2];
@@ -338,14 +165,14 @@ macro_rules! logit {
             type Key = $key;
             #[inline(always)]
             fn key(self) -> $key {
-                let bits = self.to_acc().to_bits() as $key;
+                let bits = self.to_bits() as $key;
                 turn_negative!(bits, $key, $unsigned)
             }
         }
     )+};
 }
 
-logit! { f32: i32, u32; half::bf16: i32, u32; half::f16: i32, u32; f64: i64, u64; }
+logit! { f32: i32, u32; f64: i64, u64; }
 
 /// One row as keys.
 #[derive(Clone, Copy)]

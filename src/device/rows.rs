@@ -1,0 +1,586 @@
+//! Rows of float tensors in the type that they are computed in: f32 and f64 where they lie, half types through f32 rows
+//! that stay in the cache. An op's loops are compiled for f32 and f64 alone.
+
+use std::{marker::PhantomData, ops::Range};
+
+use half::{bf16, f16};
+
+use super::{
+    cpu::rows_per_task,
+    scratch::{User, aligned, lend},
+    simd::vectorized,
+    tasks::run,
+};
+use crate::dtype::{DType, Float, Pod, Real};
+
+/// The values of a packed float tensor.
+#[derive(Clone, Copy)]
+pub(crate) enum Floats<'a> {
+    F32(&'a [f32]),
+    F64(&'a [f64]),
+    BF16(&'a [bf16]),
+    F16(&'a [f16]),
+}
+
+/// As [`Floats`], to be written.
+pub(crate) enum FloatsMut<'a> {
+    F32(&'a mut [f32]),
+    F64(&'a mut [f64]),
+    BF16(&'a mut [bf16]),
+    F16(&'a mut [f16]),
+}
+
+/// Runs an expression with `$x` bound to the slice of a [`Floats`] or [`FloatsMut`].
+macro_rules! each {
+    ($Kind:ident, $floats:expr, $x:ident, $body:expr) => {
+        match $floats {
+            $Kind::F32($x) => $body,
+            $Kind::F64($x) => $body,
+            $Kind::BF16($x) => $body,
+            $Kind::F16($x) => $body,
+        }
+    };
+}
+
+macro_rules! mapped {
+    ($Kind:ident, $floats:expr, $x:ident, $body:expr) => {
+        match $floats {
+            $Kind::F32($x) => $Kind::F32($body),
+            $Kind::F64($x) => $Kind::F64($body),
+            $Kind::BF16($x) => $Kind::BF16($body),
+            $Kind::F16($x) => $Kind::F16($body),
+        }
+    };
+}
+
+impl<'a> Floats<'a> {
+    /// Values as they are stored.
+    pub fn of_stored<T: Float>(values: &'a [T]) -> Self {
+        match T::DTYPE {
+            DType::F64 => Self::F64(bytemuck::cast_slice(values)),
+            DType::BF16 => Self::BF16(bytemuck::cast_slice(values)),
+            DType::F16 => Self::F16(bytemuck::cast_slice(values)),
+            _ => Self::F32(bytemuck::cast_slice(values)),
+        }
+    }
+
+    /// Numbers that are computed with.
+    pub fn of<R: Real>(values: &'a [R]) -> Self {
+        match R::DTYPE {
+            DType::F64 => Self::F64(bytemuck::cast_slice(values)),
+            _ => Self::F32(bytemuck::cast_slice(values)),
+        }
+    }
+
+    pub fn len(&self) -> usize {
+        each!(Self, self, x, x.len())
+    }
+
+    pub fn range(self, range: Range<usize>) -> Self {
+        mapped!(Self, self, x, &x[range])
+    }
+
+    /// The values themselves, if they are of this type.
+    pub fn direct<R: Pod>(self) -> Option<&'a [R]> {
+        each!(Self, self, x, cast(x))
+    }
+
+    /// The values in the type that they are computed in.
+    pub fn to_vec<R: Real>(self) -> Vec<R> {
+        let mut values = vec![R::ZERO; self.len()];
+        self.read(&mut values);
+        values
+    }
+
+    /// The values themselves, or a copy in the type that they are computed in.
+    pub fn to_slice<'b, R: Real>(self, memory: &'b mut Vec<R>) -> &'b [R]
+    where
+        'a: 'b,
+    {
+        if let Some(values) = self.direct() {
+            return values;
+        }
+        memory.resize(self.len(), R::ZERO);
+        self.read(memory);
+        memory
+    }
+
+    /// Writes the values to a slice of their length.
+    pub fn read<R: Real>(self, to: &mut [R]) {
+        each!(Self, self, x, convert(x, to));
+    }
+}
+
+impl<'a> FloatsMut<'a> {
+    /// As [`Floats::of_stored`].
+    pub fn of_stored<T: Float>(values: &'a mut [T]) -> Self {
+        match T::DTYPE {
+            DType::F64 => Self::F64(bytemuck::cast_slice_mut(values)),
+            DType::BF16 => Self::BF16(bytemuck::cast_slice_mut(values)),
+            DType::F16 => Self::F16(bytemuck::cast_slice_mut(values)),
+            _ => Self::F32(bytemuck::cast_slice_mut(values)),
+        }
+    }
+
+    /// As [`Floats::of`].
+    pub fn of<R: Real>(values: &'a mut [R]) -> Self {
+        match R::DTYPE {
+            DType::F64 => Self::F64(bytemuck::cast_slice_mut(values)),
+            _ => Self::F32(bytemuck::cast_slice_mut(values)),
+        }
+    }
+
+    pub fn len(&self) -> usize {
+        each!(Self, self, x, x.len())
+    }
+
+    pub fn dtype(&self) -> DType {
+        match self {
+            Self::F32(_) => DType::F32,
+            Self::F64(_) => DType::F64,
+            Self::BF16(_) => DType::BF16,
+            Self::F16(_) => DType::F16,
+        }
+    }
+
+    /// The values, to be read.
+    pub fn values(&self) -> Floats<'_> {
+        match self {
+            Self::F32(x) => Floats::F32(x),
+            Self::F64(x) => Floats::F64(x),
+            Self::BF16(x) => Floats::BF16(x),
+            Self::F16(x) => Floats::F16(x),
+        }
+    }
+
+    /// The values themselves, if they are of this type.
+    pub fn direct_mut<R: Real>(&mut self) -> Option<&mut [R]> {
+        match self {
+            Self::F32(x) if R::DTYPE == DType::F32 => Some(bytemuck::cast_slice_mut(x)),
+            Self::F64(x) if R::DTYPE == DType::F64 => Some(bytemuck::cast_slice_mut(x)),
+            _ => None,
+        }
+    }
+
+    /// Takes over, as unrounded numbers, the values that are not their roundings.
+    pub fn replace_unless_rounded<R: Real>(&self, unrounded: &mut [R]) {
+        match (self, R::DTYPE) {
+            (Self::BF16(x), DType::F32) => take_over(x, bytemuck::cast_slice_mut(unrounded)),
+            (Self::F16(x), DType::F32) => take_over(x, bytemuck::cast_slice_mut(unrounded)),
+            _ => self.values().read(unrounded),
+        }
+    }
+
+    /// Rounds a slice of the same length to these values.
+    pub fn write<R: Real>(&mut self, from: &[R]) {
+        each!(Self, self, x, convert(from, x));
+    }
+
+    pub fn range(self, range: Range<usize>) -> Self {
+        mapped!(Self, self, x, &mut x[range])
+    }
+
+    /// As [`FloatsMut::range`], of values that are borrowed.
+    pub fn part(&mut self, range: Range<usize>) -> FloatsMut<'_> {
+        match self {
+            Self::F32(x) => FloatsMut::F32(&mut x[range]),
+            Self::F64(x) => FloatsMut::F64(&mut x[range]),
+            Self::BF16(x) => FloatsMut::BF16(&mut x[range]),
+            Self::F16(x) => FloatsMut::F16(&mut x[range]),
+        }
+    }
+
+    /// Parts of a length; the last may be shorter.
+    pub fn chunks(self, len: usize) -> Vec<Self> {
+        match self {
+            Self::F32(x) => x.chunks_mut(len).map(Self::F32).collect(),
+            Self::F64(x) => x.chunks_mut(len).map(Self::F64).collect(),
+            Self::BF16(x) => x.chunks_mut(len).map(Self::BF16).collect(),
+            Self::F16(x) => x.chunks_mut(len).map(Self::F16).collect(),
+        }
+    }
+}
+
+fn cast<A: Float, R: Pod>(x: &[A]) -> Option<&[R]> {
+    if same::<A, R>() { Some(bytemuck::cast_slice(x)) } else { None }
+}
+
+/// Rounds numbers to what a dtype holds of them.
+pub(crate) fn round_to<R: Real>(dtype: DType, values: &mut [R]) {
+    match (dtype, R::DTYPE) {
+        (DType::BF16, DType::F32) => round::<bf16>(bytemuck::cast_slice_mut(values)),
+        (DType::F16, DType::F32) => round::<f16>(bytemuck::cast_slice_mut(values)),
+        _ => {}
+    }
+}
+
+vectorized! {
+    fn round<T: Float>(values: &mut [T::Acc]) {
+        for x in values {
+            *x = T::from_acc(*x).to_acc();
+        }
+    }
+}
+
+vectorized! {
+    fn take_over<T: Float>(x: &[T], unrounded: &mut [T::Acc]) {
+        for (x, unrounded) in x.iter().zip(unrounded) {
+            *unrounded = if T::from_acc(*unrounded) == *x { *unrounded } else { x.to_acc() };
+        }
+    }
+}
+
+/// Whether two types of numbers are one.
+fn same<A: 'static, B: 'static>() -> bool {
+    std::any::TypeId::of::<A>() == std::any::TypeId::of::<B>()
+}
+
+/// Converts by way of the wider type of computation: f64 to a half type does not occur.
+fn convert<A: Float, B: Float>(from: &[A], to: &mut [B]) {
+    if same::<A, B>() {
+        to.copy_from_slice(bytemuck::cast_slice(from));
+    } else if same::<A, f32>() {
+        narrow::<B>(bytemuck::cast_slice(from), to);
+    } else if same::<B, f32>() {
+        widen::<A>(from, bytemuck::cast_slice_mut(to));
+    } else {
+        to.iter_mut().zip(from).for_each(|(to, from)| *to = B::from_f64(from.to_acc().to_f64()));
+    }
+}
+
+vectorized! {
+    fn narrow<T: Float>(from: &[f32], to: &mut [T]) {
+        for (to, &from) in to.iter_mut().zip(from) {
+            *to = T::from_acc(T::Acc::from_f32(from));
+        }
+    }
+}
+
+vectorized! {
+    fn widen<T: Float>(from: &[T], to: &mut [f32]) {
+        for (to, from) in to.iter_mut().zip(from) {
+            *to = from.to_acc().to_f32();
+        }
+    }
+}
+
+/// An input of [`for_rows_of`]: rows of `width` elements.
+#[derive(Clone, Copy)]
+pub(crate) struct In<'a> {
+    values: Floats<'a>,
+    width: usize,
+}
+
+impl<'a> In<'a> {
+    pub fn new(values: Floats<'a>, width: usize) -> Self {
+        Self { values, width }
+    }
+}
+
+/// An output of [`for_rows_of`]: rows of `width` elements, none if it is not wanted.
+pub(crate) struct Out<'a> {
+    start: *mut u8,
+    dtype: DType,
+    len: usize,
+    width: usize,
+    before: Before<'a>,
+    values: PhantomData<&'a mut [u8]>,
+}
+
+/// What the rows of an output hold when they are computed.
+#[derive(Clone, Copy)]
+enum Before<'a> {
+    Anything,
+    Own,
+    From(Floats<'a>),
+}
+
+// SAFETY: tasks reach disjoint parts only, as `part` demands.
+unsafe impl Sync for Out<'_> {}
+
+impl<'a> Out<'a> {
+    /// Rows that are written without being read.
+    pub fn new(values: FloatsMut<'a>, width: usize) -> Self {
+        let (dtype, len) = (values.dtype(), values.len());
+        let start = each!(FloatsMut, values, x, x.as_mut_ptr().cast());
+        Self { start, dtype, len, width, before: Before::Anything, values: PhantomData }
+    }
+
+    /// Rows that hold the values of `source`, or their own.
+    pub fn over(values: FloatsMut<'a>, width: usize, source: Option<Floats<'a>>) -> Self {
+        Self { before: source.map_or(Before::Own, Before::From), ..Self::new(values, width) }
+    }
+
+    /// # Safety
+    ///
+    /// The range is within the output, and no two calls whose results are in use at once overlap.
+    unsafe fn part(&self, range: Range<usize>) -> FloatsMut<'a> {
+        let len = range.len();
+        // SAFETY: within the slice, of that type, that `new` was given, and exclusive by this function's contract.
+        unsafe {
+            match self.dtype {
+                DType::F64 => FloatsMut::F64(slice(self.start, range.start, len)),
+                DType::BF16 => FloatsMut::BF16(slice(self.start, range.start, len)),
+                DType::F16 => FloatsMut::F16(slice(self.start, range.start, len)),
+                _ => FloatsMut::F32(slice(self.start, range.start, len)),
+            }
+        }
+    }
+}
+
+/// # Safety
+///
+/// As for [`std::slice::from_raw_parts_mut`], from element `first` on.
+unsafe fn slice<'a, T>(start: *mut u8, first: usize, len: usize) -> &'a mut [T] {
+    // SAFETY: by this function's contract.
+    unsafe { std::slice::from_raw_parts_mut(start.cast::<T>().add(first), len) }
+}
+
+/// Rounds every value to the other type, once, in parallel. Both have one length.
+pub(crate) fn convert_floats(from: Floats, to: FloatsMut) {
+    let out = Out::new(to, 1);
+    let per_task = rows_per_task(out.len, 1);
+    run(out.len.div_ceil(per_task), &|task| {
+        let range = task * per_task..out.len.min((task + 1) * per_task);
+        // SAFETY: within the output, and every task is run once.
+        let to = unsafe { out.part(range.clone()) };
+        each!(FloatsMut, to, to, each!(Floats, from.range(range), from, convert(from, to)));
+    });
+}
+
+/// Sums over the rows of each block of `block` rows, a row of `width` elements for each; none if they are not wanted.
+/// What is added up over rows has the same bits for any number of threads, if blocks depend on the sizes alone.
+pub(crate) struct Sums<'a, R> {
+    start: *mut R,
+    len: usize,
+    width: usize,
+    block: usize,
+    values: PhantomData<&'a mut [R]>,
+}
+
+// SAFETY: tasks reach disjoint blocks only, as `row` demands.
+unsafe impl<R: Send> Sync for Sums<'_, R> {}
+
+impl<'a, R> Sums<'a, R> {
+    pub fn new(values: &'a mut [R], width: usize, block: usize) -> Self {
+        Self { start: values.as_mut_ptr(), len: values.len(), width, block, values: PhantomData }
+    }
+
+    pub fn none() -> Self {
+        Self::new(&mut [], 0, 1)
+    }
+
+    /// # Safety
+    ///
+    /// No two results for one block are in use at once.
+    unsafe fn row(&self, block: usize) -> &'a mut [R] {
+        if self.len == 0 {
+            return &mut [];
+        }
+        assert!((block + 1) * self.width <= self.len, "sums for each block");
+        // SAFETY: within the slice that `new` was given, and exclusive by this function's contract.
+        unsafe { std::slice::from_raw_parts_mut(self.start.add(block * self.width), self.width) }
+    }
+}
+
+/// Elements of all operands that are converted at a time: the widened rows stay in the first-level cache.
+const PIECE: usize = 6 * 1024;
+
+/// Calls `body(first_row, outputs, inputs, sums)` for parts of some rows each, in parallel.
+///
+/// `cost` is the number of element operations of one row. Rows are independent of each other but for `sums`, which are
+/// zero at the first row of a block. The cut depends on the sizes alone.
+#[allow(clippy::type_complexity)]
+pub(crate) fn for_rows_of<R: Real, const O: usize, const I: usize>(
+    outs: [Out<'_>; O],
+    ins: [In<'_>; I],
+    sums: Sums<'_, R>,
+    cost: usize,
+    body: &(dyn Fn(usize, [&mut [R]; O], [&[R]; I], &mut [R]) + Sync),
+) {
+    let Some(first) = outs.first().filter(|out| out.width > 0) else { return };
+    let rows = first.len.div_ceil(first.width);
+    let block = if sums.len > 0 { sums.block } else { 1 };
+    // Whole blocks to a task.
+    let per_task = block * rows_per_task(rows.div_ceil(block), block.saturating_mul(cost));
+    let work = Work { outs: &outs, ins: &ins, body };
+    run(rows.div_ceil(per_task), &|task| {
+        let rows = task * per_task..rows.min((task + 1) * per_task);
+        if sums.len == 0 {
+            return work.rows(rows, &mut []);
+        }
+        for first in rows.clone().step_by(block) {
+            // SAFETY: every task is run once, and its blocks are its own.
+            let sums = unsafe { sums.row(first / block) };
+            sums.fill(R::ZERO);
+            work.rows(first..rows.end.min(first + block), sums);
+        }
+    });
+}
+
+struct Work<'a, R, const O: usize, const I: usize> {
+    outs: &'a [Out<'a>; O],
+    ins: &'a [In<'a>; I],
+    #[allow(clippy::type_complexity)]
+    body: &'a (dyn Fn(usize, [&mut [R]; O], [&[R]; I], &mut [R]) + Sync),
+}
+
+impl<R: Real, const O: usize, const I: usize> Work<'_, R, O, I> {
+    /// Rows that no other task has.
+    fn rows(&self, rows: Range<usize>, sums: &mut [R]) {
+        let direct = |dtype: DType| dtype == R::DTYPE;
+        let converted = self.outs.iter().filter(|out| !direct(out.dtype)).map(|out| out.width).sum::<usize>()
+            + self.ins.iter().filter(|x| x.values.direct::<R>().is_none()).map(|x| x.width).sum::<usize>();
+        let copied = self.outs.iter().any(|out| matches!(out.before, Before::From(_)));
+        if converted == 0 && !copied {
+            return self.piece(rows, sums, &mut []);
+        }
+        let widest = self.outs.iter().map(|out| out.width).chain(self.ins.iter().map(|x| x.width)).sum::<usize>();
+        let piece = (PIECE / widest.max(1)).clamp(1, rows.len().max(1));
+        lend(User::Rows, |areas| {
+            let memory = aligned::<R>(&mut areas[0], piece * converted);
+            for first in rows.clone().step_by(piece) {
+                self.piece(first..rows.end.min(first + piece), sums, memory);
+            }
+        });
+    }
+
+    /// Rows whose operands of other types fit into `memory`, those of outputs first.
+    fn piece(&self, rows: Range<usize>, sums: &mut [R], memory: &mut [R]) {
+        // The last row may be cut short.
+        let range = |width: usize, len: usize| len.min(rows.start * width)..len.min(rows.end * width);
+        let place = |out: &Out| range(out.width, out.len);
+        let converted = |out: &Out| if out.dtype == R::DTYPE { 0 } else { place(out).len() };
+        let (results, mut rest) = memory.split_at_mut(self.outs.iter().map(converted).sum());
+        let ins = self.ins.each_ref().map(|x| -> &[R] {
+            let values = x.values.range(range(x.width, x.values.len()));
+            if let Some(values) = values.direct() {
+                return values;
+            }
+            let to = take(&mut rest, values.len());
+            values.read(to);
+            to
+        });
+        let mut rest = &mut *results;
+        let outs = self.outs.each_ref().map(|out| -> &mut [R] {
+            let range = place(out);
+            let to = if out.dtype == R::DTYPE {
+                // SAFETY: `place` is within the output, and the rows are this task's own.
+                unsafe { slice(out.start, range.start, range.len()) }
+            } else {
+                let to = take(&mut rest, range.len());
+                if let Before::Own = out.before {
+                    // SAFETY: as above.
+                    unsafe { out.part(range.clone()) }.values().read(to);
+                }
+                to
+            };
+            if let Before::From(source) = out.before {
+                source.range(range).read(to);
+            }
+            to
+        });
+        (self.body)(rows.start, outs, ins, sums);
+        let mut rest = &*results;
+        for out in self.outs.iter().filter(|out| out.dtype != R::DTYPE) {
+            let (from, others) = rest.split_at(converted(out));
+            // SAFETY: as above.
+            unsafe { out.part(place(out)) }.write(from);
+            rest = others;
+        }
+    }
+}
+
+/// Cuts the first elements off a slice.
+fn take<'a, R>(rest: &mut &'a mut [R], len: usize) -> &'a mut [R] {
+    let (taken, others) = std::mem::take(rest).split_at_mut(len);
+    *rest = others;
+    taken
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Doubles rows, with sums over blocks: in the types that are computed in and in a half type, in place and from
+    /// another tensor, with a last row that is cut short.
+    fn doubled<R: Real, T: Float>(rows: usize, width: usize, block: usize, other: bool) {
+        let number = |index: usize| T::from_f64((index % 13) as f64);
+        let from: Vec<T> = (0..rows * width).map(number).collect();
+        let start = if other { vec![T::from_f64(99.0); from.len()] } else { from.clone() };
+        let summands: Vec<T> = (0..rows).map(number).collect();
+        let mut out = start;
+        let mut sums = vec![R::from_f64(f64::NAN); rows.div_ceil(block)];
+        let outs = [Out::over(FloatsMut::of_stored(&mut out), width, other.then(|| Floats::of_stored(&from)))];
+        let ins = [In::new(Floats::of_stored(&summands), 1)];
+        let sums_of_blocks = Sums::new(&mut sums, 1, block);
+        for_rows_of::<R, 1, 1>(outs, ins, sums_of_blocks, 40_000, &|first, [out], [summands], sums| {
+            for (index, (out, summand)) in out.chunks_exact_mut(width).zip(summands).enumerate() {
+                assert_eq!(summand.to_f64(), ((first + index) % 13) as f64);
+                out.iter_mut().for_each(|x| *x = *x + *x + *summand);
+                sums[0] += *summand;
+            }
+        });
+        for (index, (out, from)) in out.iter().zip(&from).enumerate() {
+            let expected = 2.0 * from.to_acc().to_f64() + (index / width % 13) as f64;
+            assert_eq!(out.to_acc().to_f64(), expected, "{rows} × {width}, element {index}");
+        }
+        for (sums, summands) in sums.iter().zip(summands.chunks(block)) {
+            assert_eq!(sums.to_f64(), summands.iter().map(|x| x.to_acc().to_f64()).sum::<f64>());
+        }
+    }
+
+    #[test]
+    fn rows_of_every_type() {
+        let sizes: &[(usize, usize)] =
+            if cfg!(miri) { &[(70, 3)] } else { &[(1, 1), (3, 5), (70, 3), (200, 64), (3, 7000)] };
+        for &(rows, width) in sizes {
+            for block in [1, 4] {
+                for other in [false, true] {
+                    doubled::<f32, f32>(rows, width, block, other);
+                    doubled::<f64, f64>(rows, width, block, other);
+                    doubled::<f32, bf16>(rows, width, block, other);
+                    doubled::<f32, f16>(rows, width, block, other);
+                }
+            }
+        }
+    }
+
+    /// A last row that is cut short, an input that is left out, and outputs without elements.
+    #[test]
+    fn rows_that_are_cut_short() {
+        let mut out = [bf16::ZERO; 10];
+        let outs = [Out::new(FloatsMut::BF16(&mut out), 4), Out::new(FloatsMut::F32(&mut []), 0)];
+        let ins = [In::new(Floats::F32(&[]), 0)];
+        for_rows_of::<f32, 2, 1>(outs, ins, Sums::none(), 1, &|first, [out, none], [nothing], sums| {
+            assert!(none.is_empty() && nothing.is_empty() && sums.is_empty());
+            out.iter_mut().enumerate().for_each(|(index, x)| *x = (4 * first + index) as f32);
+        });
+        assert_eq!(out.map(f32::from), std::array::from_fn(|index| index as f32));
+    }
+
+    #[test]
+    fn floats_convert_both_ways() {
+        let numbers = [0.0, -1.5, 2.0, 1024.0];
+        for dtype in [DType::F32, DType::F64, DType::BF16, DType::F16] {
+            let (mut a, mut b, mut c, mut d) = ([0f32; 4], [0f64; 4], [bf16::ZERO; 4], [f16::ZERO; 4]);
+            let mut floats = match dtype {
+                DType::F64 => FloatsMut::F64(&mut b),
+                DType::BF16 => FloatsMut::BF16(&mut c),
+                DType::F16 => FloatsMut::F16(&mut d),
+                _ => FloatsMut::F32(&mut a),
+            };
+            floats.write(&numbers);
+            assert_eq!(floats.values().to_vec::<f64>(), numbers);
+            assert_eq!(floats.values().to_vec::<f32>(), numbers.map(|x| x as f32));
+            assert_eq!(floats.values().to_slice::<f64>(&mut Vec::new()), numbers);
+            assert_eq!((floats.dtype(), floats.len()), (dtype, 4));
+        }
+        let mut rounded = [1.0f32 + f32::EPSILON, 3.0];
+        round_to(DType::BF16, &mut rounded);
+        assert_eq!(rounded, [1.0, 3.0]);
+        let mut unrounded = [1.001f32, 3.0];
+        FloatsMut::BF16(&mut [bf16::ONE, bf16::ONE]).replace_unless_rounded(&mut unrounded);
+        assert_eq!(unrounded, [1.001, 1.0]);
+    }
+}

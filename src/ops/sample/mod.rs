@@ -1,0 +1,144 @@
+//! The next token of each row of logits: a filter, a temperature and a draw, where the logits are.
+//!
+//! A row's weights are integers, `round(unit · exp((x − max x) / temperature))` with `unit` a power of two, which are
+//! exact in f32 and whose sums are exact in f64: the chosen token does not depend on the order of summation, nor on the
+//! device. Nothing is sorted: where a filter ends is found by halving a range of integer keys.
+
+mod cpu;
+mod cuda;
+
+use crate::{
+    DType, Device, Error, Result, Tensor,
+    autograd::{computed, discrete},
+    dtype::dispatch_real,
+    error::ensure,
+    shape::Shape,
+};
+
+/// Which tokens [`Tensor::sample`] may choose. Of tokens with equal logits the earlier one is the better.
+#[derive(Clone, Copy, PartialEq, Debug)]
+pub enum SampleFilter {
+    /// All of them.
+    All,
+    /// This many of the best ones.
+    Best(usize),
+    /// The best one, and each whose betters have this probability together at most. Probabilities are those of
+    /// temperature 1.
+    MassUpTo(f64),
+    /// The best one, and each whose betters have less than this probability together.
+    MassBelow(f64),
+    /// With the same chance each that has at least `ratio · p^power`, where `p` is the largest probability in the whole
+    /// batch; the best one of a row in which there is none.
+    TopA {
+        /// Of the largest probability.
+        power: f64,
+        /// The factor on it.
+        ratio: f64,
+    },
+    /// Each that has at least this share of the row's largest probability.
+    MinP(f64),
+    /// Those that 1.3-entmax gives a probability to, which is also that of being chosen. The temperature divides logits
+    /// before it.
+    Entmax,
+}
+
+/// How [`Tensor::sample`] chooses.
+#[derive(Clone, Copy, PartialEq, Debug)]
+pub struct SampleSpec {
+    /// Which tokens stay.
+    pub filter: SampleFilter,
+    /// Divides the logits of those that stay; 0 takes the best token.
+    pub temperature: f64,
+    /// Of the draws: row `i` has stream `i` of [`Philox`](crate::Philox) under this seed.
+    pub seed: u64,
+}
+
+impl Tensor {
+    /// One token for each row of logits: `[rows, tokens] → [rows]` I64, drawn by draw `step` of the row's stream.
+    ///
+    /// `step`: one I64 on the same device, so that a recorded graph can be given another one. The tokens are the same on
+    /// every device and for any number of threads. Half types and f32 are computed in f32; shares below about 1e-11 of
+    /// the largest are none.
+    ///
+    /// Errors: another shape, a dtype that is not float, settings out of their domain, a tensor that requires a gradient
+    /// (use `detach`); [`Error::Argument`] for logits that are NaN, +∞ or all −∞, on a GPU at the next read-back.
+    pub fn sample(&self, spec: &SampleSpec, step: &Tensor) -> Result<Tensor> {
+        const OP: &str = "sample";
+        discrete(OP, &[self])?;
+        ensure!(
+            self.rank() == 2 && self.shape()[1] > 0,
+            Error::shape(OP, format!("expected logits [rows, tokens] with a token, got {:?}", self.shape()))
+        );
+        self.dtype().expect_float(OP)?;
+        ensure!(
+            step.numel() == 1 && step.dtype() == DType::I64 && step.device() == self.device(),
+            Error::argument(
+                OP,
+                format!(
+                    "expected a step of one i64 on {}, got {:?} {} on {}",
+                    self.device(),
+                    step.shape(),
+                    step.dtype(),
+                    step.device()
+                )
+            )
+        );
+        let choice = Choice::new(spec, self.shape()[1])?;
+        let (x, step) = (self.contiguous()?, step.contiguous()?);
+        let mut tokens = Tensor::uninit(Shape::new(&[x.shape()[0]])?, DType::I64, x.device())?;
+        match x.device() {
+            Device::Cpu => {
+                let step = step.values::<i64>()?[0] as u64;
+                dispatch_real!(x.dtype(), R, choice.rows::<R>(x.floats(OP)?, step, tokens.values_mut::<i64>()?)?);
+                ensure!(!tokens.values::<i64>()?.contains(&BROKEN), Error::broken_logits());
+            }
+            Device::Gpu(gpu) => choice.launch(*gpu, &x, &step, &mut tokens)?,
+        }
+        computed(OP, tokens, &[&x])
+    }
+}
+
+/// In the place of a token whose logits are broken.
+const BROKEN: i64 = -1;
+
+/// A spec in the numbers that rows are computed with, in which the kernel takes it too.
+struct Choice {
+    filter: SampleFilter,
+    /// `1 / temperature`, as far as f32 goes, or 0 for the best token.
+    scale: f64,
+    seed: u64,
+    columns: usize,
+    /// The weight of the best token.
+    unit: f32,
+}
+
+impl Choice {
+    fn new(spec: &SampleSpec, columns: usize) -> Result<Self> {
+        let SampleSpec { filter, temperature, seed } = *spec;
+        let unit_interval = |x: f64| (0.0..=1.0).contains(&x);
+        let legal = match filter {
+            SampleFilter::All | SampleFilter::Entmax => true,
+            SampleFilter::Best(count) => count > 0,
+            SampleFilter::MassUpTo(mass) | SampleFilter::MassBelow(mass) => unit_interval(mass),
+            SampleFilter::TopA { power, ratio } => power >= 0.0 && power.is_finite() && unit_interval(ratio),
+            SampleFilter::MinP(ratio) => unit_interval(ratio),
+        };
+        ensure!(
+            legal,
+            Error::argument(
+                "sample",
+                format!("{filter:?} is out of its domain: counts from 1, shares from 0 to 1, powers from 0")
+            )
+        );
+        ensure!(
+            temperature >= 0.0 && temperature.is_finite(),
+            Error::argument("sample", format!("expected a finite temperature of at least 0, got {temperature}"))
+        );
+        let scale = (1.0 / temperature).clamp(f64::from(f32::MIN_POSITIVE), f64::from(f32::MAX));
+        let scale = if temperature == 0.0 { 0.0 } else { scale };
+        // The sum of all weights stays below 2⁵³, so that f64 holds it.
+        let bits = columns.next_power_of_two().ilog2().min(52);
+        let unit = (1u64 << (52 - bits).min(36)) as f32;
+        Ok(Self { filter, scale, seed, columns, unit })
+    }
+}
