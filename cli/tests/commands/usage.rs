@@ -58,10 +58,11 @@ fn help_and_devices() {
     let threads = lines.next().and_then(|line| line.strip_prefix("cpu: ")?.split_once(" threads, "));
     let (threads, level) = threads.unwrap_or_else(|| panic!("{devices}"));
     assert!(threads.parse::<usize>().is_ok_and(|threads| threads > 0) && level.ends_with("vector code"), "{devices}");
-    // A card, or what is missing for one and how to get it.
+    // A card, or each library: where it was found, or how to get it.
     let known = |line: &str| {
+        let library = line.strip_prefix("cuda: ");
         line.starts_with("cuda:0: ")
-            || line.starts_with("cuda: ") && (line.contains("install") || line.contains("card"))
+            || library.is_some_and(|line| line.contains(" found in ") || line.contains("install"))
     };
     assert!(lines.clone().count() > 0 && lines.all(known), "{devices}");
 }
