@@ -63,7 +63,7 @@ fn main() -> Result<()> {
     let out = encoder.forward(&x, &mask)?;
     println!("{out}");
 
-    // What the library makes of the options that mean the same.
+    // The layers that the library builds from equivalent options.
     let mut options = AttentionLayersConfig { heads: 4, pre_norm: false, ..AttentionLayersConfig::encoder(DIM, 1) };
     (options.attn.dim_head, options.ff.mult, options.ff.glu) = (DIM / 4, 2.0, true);
     options.final_norm = FinalNorm::None;

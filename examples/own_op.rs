@@ -50,7 +50,7 @@ fn forward<T: FloatElement>(x: &Tensor) -> Result<Tensor> {
     Ok(y)
 }
 
-/// What the backward pass needs.
+/// Values that the backward pass reads.
 struct UnitRowsBackward {
     x: Tensor,
     y: Tensor,

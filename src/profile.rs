@@ -96,7 +96,7 @@ struct Session {
     last: Instant,
     /// How many backward rules are running.
     inside: usize,
-    /// What the op that runs has said of itself.
+    /// Cost that the op in progress reported.
     cost: Option<Cost>,
     /// Bytes that the op in progress moves besides its last output and what that is recorded with.
     besides: f64,

@@ -18,7 +18,7 @@ use crate::{
 pub(super) struct Node {
     pub inputs: Vec<Input>,
     pub rule: Rule,
-    /// What the op has said of itself, if there is a profile.
+    /// Cost that the op reported, if there is a profile.
     pub cost: Cost,
 }
 

@@ -230,7 +230,7 @@ vectorized! {
     }
 }
 
-/// Whether two types of numbers are one.
+/// Returns `true` if both types of numbers are the same.
 fn same<A: 'static, B: 'static>() -> bool {
     std::any::TypeId::of::<A>() == std::any::TypeId::of::<B>()
 }
@@ -287,7 +287,7 @@ pub(crate) struct Out<'a> {
     values: PhantomData<&'a mut [u8]>,
 }
 
-/// What the rows of an output hold when they are computed.
+/// Content of the rows of an output before they are computed.
 #[derive(Clone, Copy)]
 enum Before<'a> {
     Anything,

@@ -4,7 +4,7 @@
 //! of one launch, so that many small parameters keep all threads as busy as one large one. The cut depends on the sizes
 //! alone: the results have the same bits for any number of threads.
 
-use std::sync::Mutex;
+use std::{ops::Range, sync::Mutex};
 
 use super::many::{Group, Table, by_device};
 use crate::{
@@ -21,6 +21,9 @@ use crate::{
 
 /// Elements of one task: enough to pay for handing it over, few enough to balance.
 const CHUNK: usize = 16 * 1024;
+
+/// Elements that are widened at a time, so that they stay in the first cache; a multiple of the sums of [`add_squares`].
+const TILE: usize = 1024;
 
 /// Makes a tensor the packed and only owner of its values, so that it can be written in place.
 pub(crate) fn own(tensor: &mut Tensor) -> Result<()> {
@@ -52,8 +55,8 @@ pub(crate) fn square_norms(tensors: &[Tensor]) -> Result<Vec<f64>> {
         let (mut singles, mut doubles) = (Vec::new(), Vec::new());
         for (square, (_, part)) in squares.iter_mut().zip(&parts[first..]) {
             *square = match part {
-                Floats::F64(_) => square_norm(part.to_slice::<f64>(&mut doubles)),
-                _ => square_norm(part.to_slice::<f32>(&mut singles)),
+                Floats::F64(_) => square_norm::<f64>(*part, &mut doubles),
+                _ => square_norm::<f32>(*part, &mut singles),
             };
         }
     });
@@ -103,10 +106,21 @@ pub(crate) fn clip_on_device(tensors: &[Tensor], given: &Tensor) -> Result<Tenso
     Ok(norm)
 }
 
+/// Ranges of at most [`TILE`] elements, in order.
+fn tiles(len: usize) -> impl Iterator<Item = Range<usize>> {
+    (0..len).step_by(TILE).map(move |start| start..len.min(start + TILE))
+}
+
+fn square_norm<R: Real>(values: Floats<'_>, memory: &mut Vec<R>) -> f64 {
+    // Sixteen sums side by side: a fixed order of additions that every vector width can keep.
+    let mut sums = [0.0f64; 16];
+    tiles(values.len()).for_each(|tile| add_squares(values.range(tile).to_slice(memory), &mut sums));
+    sums.iter().sum()
+}
+
 vectorized! {
-    fn square_norm<R: Real>(x: &[R]) -> f64 {
-        // Sixteen sums side by side: a fixed order of additions that every vector width can keep.
-        let mut lanes = [0.0f64; 16];
+    fn add_squares<R: Real>(x: &[R], sums: &mut [f64; 16]) {
+        let mut lanes = *sums;
         let blocks = x.chunks_exact(16);
         let rest = blocks.remainder();
         for block in blocks {
@@ -119,7 +133,7 @@ vectorized! {
             let x = x.to_f64();
             *sum += x * x;
         }
-        lanes.iter().sum()
+        *sums = lanes;
     }
 }
 
@@ -289,7 +303,7 @@ fn cut<'a, R: Real>(update: Update<'a>, settings: Settings, tasks: &mut Vec<Task
     Ok(())
 }
 
-/// What one task updates.
+/// A part of one parameter, updated by one task.
 struct Chunk<'a, R> {
     value: FloatsMut<'a>,
     master: Option<&'a mut [R]>,
@@ -302,20 +316,25 @@ struct Chunk<'a, R> {
 impl<R: Real> Chunk<'_, R> {
     fn step(&mut self) {
         let Self { value, master, grad, mean, square, factors } = self;
-        let mut memory = Vec::new();
-        let grad = grad.to_slice(&mut memory);
-        let Some(master) = master else {
-            if let Some(value) = value.direct_mut::<R>() {
-                return step_chunk(value, grad, mean, square, *factors);
+        let (mut gradients, mut weights) = (Vec::new(), Vec::new());
+        for tile in tiles(grad.len()) {
+            let grad = grad.range(tile.clone()).to_slice(&mut gradients);
+            let (mean, square) = (&mut mean[tile.clone()], &mut square[tile.clone()]);
+            let mut value = value.part(tile.clone());
+            if let Some(master) = master.as_mut().map(|master| &mut master[tile]) {
+                // A value that is not the rounded master was set by someone else since, and counts.
+                value.replace_unless_rounded(master);
+                step_chunk(master, grad, mean, square, *factors);
+                value.write(master);
+            } else if let Some(value) = value.direct_mut::<R>() {
+                step_chunk(value, grad, mean, square, *factors);
+            } else {
+                weights.resize(grad.len(), R::ZERO);
+                value.values().read(&mut weights);
+                step_chunk(&mut weights, grad, mean, square, *factors);
+                value.write(&weights);
             }
-            let mut weights = value.values().to_vec::<R>();
-            step_chunk(&mut weights, grad, mean, square, *factors);
-            return value.write(&weights);
-        };
-        // A value that is not the rounded master was set by someone else since, and counts.
-        value.replace_unless_rounded(master);
-        step_chunk(master, grad, mean, square, *factors);
-        value.write(master);
+        }
     }
 }
 
