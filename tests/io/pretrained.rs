@@ -100,6 +100,15 @@ fn smollm_continues_a_chat() -> Result<()> {
     let expected = found.1.clone();
     let pretrained = check(SMOLLM, found)?;
     assert_eq!(pretrained.family(), Family::Llama);
+    // In bf16, transformers is off by 0.13 to 0.23 at the last token of such prompts, by the kind of its attention.
+    let model = pretrained.model(DType::BF16, &device())?;
+    let hidden = model.forward(&expected["tokens"].to_device(&device())?, &options(&expected)?)?.out;
+    let logits = model.logits(&hidden.narrow(1, hidden.dim(1)? - 1, 1)?)?.to_f64_vec()?;
+    let exact = expected["logits"].narrow(1, expected["logits"].dim(1)? - 1, 1)?.to_f64_vec()?;
+    let squares: f64 = logits.iter().zip(&exact).map(|(ours, exact)| (ours - exact).powi(2)).sum();
+    let off = (squares / exact.len() as f64).sqrt();
+    println!("{SMOLLM}: logits in bf16 are off by {off:.2} (root mean square)");
+    assert!(off < 0.3, "{off}");
     check_continued(SMOLLM, &cache().join(SMOLLM), &expected)
 }
 

@@ -422,7 +422,8 @@ fn sentences_are_embedded() {
 #[test]
 fn a_chat_is_answered() {
     let Some(folder) = find(SMOLLM) else { return };
-    let question = "What is the capital of France?";
+    // The first token leads by 0.97, as transformers computes logits: rounding to bf16, whose error is 0.2 there, keeps it.
+    let question = "Name the capital of Germany.";
     let asked = ["generate", "--checkpoint", &folder, "--chat", "--length", "24", "--prompt", question];
     for way in [
         &["--temperature", "0"][..],
@@ -431,10 +432,10 @@ fn a_chat_is_answered() {
         &["--temperature", "0", "--weights", "bf16"],
         &["--temperature", "0", "--draft", &folder, "--ahead", "3"],
     ] {
-        assert_eq!(succeeds(&[&asked[..], way].concat()), "The capital of France is Paris.\n", "{way:?}");
+        assert_eq!(succeeds(&[&asked[..], way].concat()), "The capital of Germany is Berlin.\n", "{way:?}");
     }
-    let two = succeeds(&[&asked[..], &["--prompt", "Say hello.", "--temperature", "0"]].concat());
-    assert!(two.starts_with("The capital of France is Paris.\n") && two.len() > 40, "{two}");
+    let two = succeeds(&[&asked[..], &["--prompt", "How many days are in a week?", "--temperature", "0"]].concat());
+    assert_eq!(two, "The capital of Germany is Berlin.\nA week is approximately 7 days.\n");
     assert!(fails(&["embed", "--checkpoint", &folder, "--text", "a"]).contains("embeds no sentences"));
     let long = "word ".repeat(9000);
     assert!(fails(&["generate", "--checkpoint", &folder, "--prompt", &long]).contains("the model sees 8192"));
