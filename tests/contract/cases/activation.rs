@@ -1,7 +1,10 @@
-use x_transformers::ops::Activation;
+use x_transformers::{DType, ops::Activation};
 
 use super::{glu::activations, pointwise::Unary};
-use crate::case::{Array, Case, Input};
+use crate::{
+    case::{Array, Case, Input},
+    refused::{dtype, floats, refused, shape, tokens},
+};
 
 fn case(name: &str, shape: &[usize], range: (f64, f64), (function, definition): (Activation, Unary)) -> Case {
     let features = shape.last().copied().unwrap_or(0);
@@ -32,4 +35,15 @@ pub fn cases() -> Vec<Case> {
             ]
         })
         .collect()
+}
+
+#[test]
+fn errors() {
+    let _alone = crate::alone();
+    let (x, bias) = (floats(&[2, 4]), floats(&[4]));
+    refused(floats(&[]).add_activation(&bias, Activation::Gelu), shape, &["add_activation", "scalar"]);
+    refused(x.add_activation(&floats(&[2]), Activation::Gelu), shape, &["add_activation", "[4]", "[2]"]);
+    refused(tokens(&[1, 2]).add_activation(&tokens(&[1, 2]), Activation::Gelu), dtype, &["add_activation", "i64"]);
+    let half = bias.to_dtype(DType::F16).expect("a conversion");
+    refused(x.add_activation(&half, Activation::Sigmoid), dtype, &["add_activation", "f32", "f16"]);
 }

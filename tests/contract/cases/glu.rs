@@ -1,7 +1,10 @@
 use x_transformers::ops::Activation;
 
 use super::pointwise::{UNARY, Unary};
-use crate::case::{Array, Case, Input};
+use crate::{
+    case::{Array, Case, Input},
+    refused::{dtype, floats, refused, shape, tokens},
+};
 
 /// Every activation with its definition.
 pub fn activations() -> impl Iterator<Item = (Activation, Unary)> {
@@ -74,4 +77,14 @@ pub fn cases() -> Vec<Case> {
             ]
         })
         .collect()
+}
+
+#[test]
+fn errors() {
+    let _alone = crate::alone();
+    refused(floats(&[2, 5]).glu(Activation::Gelu), shape, &["glu", "even", "[2, 5]"]);
+    refused(floats(&[]).glu(Activation::Gelu), shape, &["glu"]);
+    refused(tokens(&[1, 2]).glu(Activation::Sigmoid), dtype, &["glu", "i64"]);
+    refused(floats(&[2, 4]).add_glu(&floats(&[2]), Activation::Gelu), shape, &["add_glu", "bias", "[4]", "[2]"]);
+    refused(floats(&[2, 3]).add_glu(&floats(&[3]), Activation::Gelu), shape, &["add_glu", "even", "[2, 3]"]);
 }
