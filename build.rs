@@ -80,7 +80,7 @@ fn embed_files(folder: &Path, included: &Path, kernels: &mut Vec<String>) -> Res
             write_variants(&variants)
         )
         .map_err(|error| error.to_string())?;
-        for signature in parse_signatures(name, &own)? {
+        for signature in parse_signatures(name, &text)? {
             let Signature { kernel, parameters } = &signature;
             if kernels.contains(kernel) {
                 return Err(format!("{name}: kernel `{kernel}` is defined in another file already"));

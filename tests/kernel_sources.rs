@@ -69,6 +69,16 @@ fn long_lines_are_named() {
     assert_eq!(error, "a.cu:1: the line is longer than 120 characters");
 }
 
+/// Parameters that several kernels share are macros, which may name others and take several lines.
+#[test]
+fn macros_of_parameters_are_written_out() {
+    let text = "#define INNER i32 past\n#define SHARED const T* x, INNER, \\\n    f64 scale // both\n#define CALL(x) x\n\
+        extern \"C\" __global__ void a_fwd(T* y, SHARED, u64 SHARED_seed) {}\n";
+    let signatures = parse_signatures("a.cu", text).unwrap();
+    let names: Vec<_> = signatures[0].parameters.iter().map(|(name, _)| name.as_str()).collect();
+    assert_eq!(names, ["y", "x", "past", "scale", "SHARED_seed"]);
+}
+
 #[test]
 fn signatures_have_names_and_kinds() {
     let text = "// extern \"C\" __global__ void a_comment(T* x)\n\

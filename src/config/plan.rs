@@ -10,7 +10,7 @@ use super::{
 use crate::{
     Error, Result,
     error::ensure,
-    ops::{Activation, gpu_needs_scores},
+    ops::{Activation, Window, gpu_needs_scores},
 };
 
 /// A stack of sublayers, resolved from [`AttentionLayersConfig`](super::AttentionLayersConfig).
@@ -237,8 +237,8 @@ pub struct AttentionPlan {
     pub shared: Option<usize>,
     /// If `true`, queries see only keys up to their own position.
     pub causal: bool,
-    /// Keys further in the past than this are masked.
-    pub max_attend_past: Option<usize>,
+    /// Limits of the keys that a query sees.
+    pub window: Window,
     /// Scale of the logits.
     pub temperature: Temperature,
     /// Rotation.
@@ -342,7 +342,7 @@ impl AttentionPlan {
             dim_head,
             shared: None,
             causal: false,
-            max_attend_past: None,
+            window: Window::default(),
             temperature: Temperature::Fixed((dim_head as f64).powf(-0.5)),
             rotary: None,
             num_mem_kv: 0,
@@ -488,7 +488,7 @@ impl fmt::Display for AttentionPlan {
             (self.shared.is_some(), "collaborative"),
             (self.rotary.is_some(), "rotary"),
             (self.num_mem_kv > 0, "memory key/values"),
-            (self.max_attend_past.is_some(), "limited past"),
+            (self.window != Window::default(), "limited past"),
             (matches!(self.temperature, Temperature::Learned(_)), "learned temperature"),
             (self.head_scale, "head scale"),
             (self.gate_values, "gated values"),

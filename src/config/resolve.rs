@@ -12,7 +12,7 @@ use super::{
     ranges::{WIDEST, at_least_one, probability, without},
     rotary::RotaryPlan,
 };
-use crate::{Error, Result, error::ensure};
+use crate::{Error, Result, error::ensure, ops::Window};
 
 impl LayersPlan {
     /// Resolves options.
@@ -253,7 +253,7 @@ fn attention(config: &AttentionLayersConfig) -> Result<AttentionPlan> {
         kv_heads,
         qkv_bias: attn.qkv_bias,
         out_bias: attn.out_bias,
-        max_attend_past: attn.max_attend_past,
+        window: Window { max_attend_past: attn.max_attend_past },
         num_mem_kv: attn.num_mem_kv,
         talking_heads: attn.talking_heads,
         sparse_topk: attn.sparse_topk,

@@ -12,7 +12,7 @@
 
 pub(crate) use attention::needs_scores;
 pub use attention::{
-    AttentionSpec, DecodeSpec, PositionBias, attention, attention_decode, attention_rung, gpu_needs_scores,
+    AttentionSpec, DecodeSpec, PositionBias, Window, attention, attention_decode, attention_rung, gpu_needs_scores,
 };
 pub use pointwise::{Activation, UNARY};
 
