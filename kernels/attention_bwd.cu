@@ -22,7 +22,7 @@
 //
 // Scores of one tile cost 2 d operations, their gradients 2 e more, each result 2 d or 2 e: limited by multiply-adds.
 //
-// Variants: DTYPE=f32,f64,bf16,f16
+// Variants: DTYPE=FLOATS
 
 #include "common.cuh"
 #include "attention.cuh"

@@ -16,7 +16,7 @@
 // bandwidth, for short caches of few heads and sequences by latency. Nothing that the host passes grows with the
 // sequence, so that a graph can hold the launch.
 //
-// Variants: DTYPE=f32,f64,bf16,f16 QUERIES=1,4
+// Variants: DTYPE=FLOATS QUERIES=1,4
 
 #include "common.cuh"
 #include "attention_window.cuh"

@@ -12,7 +12,7 @@
 // 2 (d + e) operations per score and 2 sizeof(T) (d + e) bytes of keys and values per TILE scores, from the caches:
 // limited by multiply-adds.
 //
-// Variants: DTYPE=f32,f64,bf16,f16
+// Variants: DTYPE=FLOATS
 
 #include "common.cuh"
 #include "attention.cuh"

@@ -8,7 +8,7 @@
 // with the gradients and the queries as they lie in the registers. Three products for the one and four for the other,
 // two of which are the same: adding nothing atomically costs 7 products where 5 would do.
 //
-// Variants: DTYPE=bf16,f16 HEAD=32,64,128
+// Variants: DTYPE=HALVES HEAD=32,64,128
 
 #include "common.cuh"
 

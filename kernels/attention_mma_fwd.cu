@@ -8,7 +8,7 @@
 // M = 2 reads each fragment of keys and values for two products, which halves the traffic of shared memory; that, and
 // not the tensor cores, limits M = 1. N is what registers allow without spills.
 //
-// Variants: DTYPE=bf16,f16 HEAD=32,64,128
+// Variants: DTYPE=HALVES HEAD=32,64,128
 
 #include "common.cuh"
 

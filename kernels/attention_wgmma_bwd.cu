@@ -8,7 +8,7 @@
 // Products whose operands are in the registers run while the next tile's weights are computed: their tiles stay in
 // one of three stages. The gradient of position biases is that of attention_mma_bwd.cu.
 //
-// Variants: DTYPE=bf16,f16 HEAD=64,128
+// Variants: DTYPE=HALVES HEAD=64,128
 
 #include "common.cuh"
 

@@ -3,7 +3,7 @@
 // swizzled shared memory, weights from the registers. The tensor cores work while the warps compute exponentials
 // (FlashAttention-3, Shah et al., 2024).
 //
-// Variants: DTYPE=bf16,f16 HEAD=64,128
+// Variants: DTYPE=HALVES HEAD=64,128
 
 #include "attention_wgmma_fwd.cuh"
 

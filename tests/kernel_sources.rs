@@ -112,6 +112,8 @@ fn variants_are_the_combinations_of_options() {
     assert_eq!(parse_variants("a.cu", "// Variants: F=ROW(*)\n", rows), of(&["a", "b"]));
     assert_eq!(parse_variants("a.cu", "// Variants: F=MARKED_ROW(*)\n", rows), of(&["b"]));
     assert!(parse_variants("a.cu", "// Variants: F=OTHER(*)\n", rows).is_err());
+    let types = "// Types: FLOATS=f32,f64 HALVES=f16\n";
+    assert_eq!(parse_variants("a.cu", "// Variants: F=HALVES,i64,FLOATS\n", types), of(&["f16", "i64", "f32", "f64"]));
     let error = parse_variants("a.cu", "// Variants: DTYPE\n", "").unwrap_err();
     assert_eq!(error, "a.cu: `DTYPE` of its variants is not written OPTION=value,value");
     let error = parse_variants("a.cu", "// a kernel\n", "").unwrap_err();
