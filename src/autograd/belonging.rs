@@ -14,7 +14,7 @@ pub(super) fn untaped(op: &'static str, inputs: &[&Tensor]) -> Result<GradSlot> 
     let mut slot = GradSlot::Constant;
     for input in inputs {
         let here = ThreadMark::here();
-        let (thread, by) = match input.grad {
+        let (thread, by) = match input.slot() {
             GradSlot::Constant => continue,
             GradSlot::Node { thread, .. } if thread != here => return Err(Error::OtherThread { op, by: None }),
             GradSlot::Leaf(_) | GradSlot::Node { .. } => (here, op),
@@ -35,7 +35,7 @@ pub(super) fn untaped(op: &'static str, inputs: &[&Tensor]) -> Result<GradSlot> 
 pub(super) fn tracks(tape: u64, op: &'static str, inputs: &[&Tensor]) -> Result<bool> {
     let mut tracked = false;
     for input in inputs {
-        match input.grad {
+        match input.slot() {
             GradSlot::Constant => {}
             GradSlot::Leaf(_) => tracked = true,
             GradSlot::Node { tape: other, .. } if other == tape => tracked = true,

@@ -83,7 +83,7 @@ pub(super) struct Segment {
 
 impl Segment {
     pub fn leaves(&self) -> Vec<Option<LeafId>> {
-        let leaf = |input: &Tensor| match input.grad {
+        let leaf = |input: &Tensor| match input.slot() {
             GradSlot::Leaf(leaf) => Some(leaf),
             _ => None,
         };
@@ -98,7 +98,7 @@ impl Segment {
         ensure!(same && tracks(tape.id, OP, &[&output])?, differs());
         let recording = tape.take().ok_or_else(differs)?;
         ensure!(recording.nest.replay.as_ref().is_some_and(Range::is_empty), differs());
-        Ok((recording, output.grad))
+        Ok((recording, output.slot()))
     }
 }
 

@@ -24,7 +24,7 @@ impl fmt::Debug for Gradients {
 impl Gradients {
     /// The gradient of a leaf: a tensor from [`Tensor::requires_grad`] or [`Param::tensor`].
     pub fn get(&self, leaf: &Tensor) -> Option<&Tensor> {
-        match leaf.grad {
+        match leaf.slot() {
             GradSlot::Leaf(id) => self.leaves.get(&id),
             _ => None,
         }

@@ -153,14 +153,14 @@ impl Tape {
         );
         // Nothing is lost by checking first: a wrong output leaves the tape usable.
         ensure!(with_stack(|stack| self.find(stack)).is_some(), Error::BackwardTwice);
-        match output.grad {
+        match output.slot() {
             GradSlot::Node { tape, thread, .. } if tape != self.id && thread == ThreadMark::here() => {
                 return Err(Error::NotTracked);
             }
             _ => ensure!(tracks(self.id, "backward", &[output])?, Error::NotTracked),
         }
         let recording = self.take().ok_or(Error::BackwardTwice)?;
-        walk(recording, output.grad, cotangent.detach())
+        walk(recording, output.slot(), cotangent.detach())
     }
 }
 

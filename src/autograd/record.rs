@@ -108,7 +108,7 @@ fn put(output: Tensor, inputs: &[&Tensor], rule: Option<Box<dyn Backward>>, cost
 fn marked(op: &'static str, mut output: Tensor, inputs: &[&Tensor]) -> Result<Tensor> {
     let slot = untaped(op, inputs)?;
     if output.dtype().is_float() {
-        output.grad = slot;
+        output.set_slot(slot);
     }
     Ok(output)
 }
@@ -133,7 +133,7 @@ pub(crate) fn record_cheap_after<B: Backward + 'static>(
     backward: impl FnOnce(&Tensor) -> B,
     again: impl Fn(Tensor) -> Result<Tensor> + Send + Sync + 'static,
 ) -> Result<Tensor> {
-    match input.recipe.as_ref().filter(|recipe| recipe.may_grow()) {
+    match input.recipe().filter(|recipe| recipe.may_grow()) {
         Some(recipe) => with_recipe(op, output, &[input], backward, || recipe.then(again)),
         None => record(op, output, &[input], backward),
     }
@@ -152,7 +152,7 @@ fn with_recipe<B: Backward + 'static>(
         backward(output)
     })?;
     // Without a rule that holds the inputs, a recipe would prolong their lives.
-    output.recipe = kept.then(recipe);
+    output.set_recipe(kept.then(recipe));
     Ok(output)
 }
 
@@ -170,8 +170,7 @@ pub(super) fn push(mut output: Tensor, node: Option<Node>) -> Tensor {
     with_stack(|stack| {
         let Some(recording) = stack.last_mut() else { return output };
         let Recording { id: tape, thread, .. } = *recording;
-        output.grad = GradSlot::Node { tape, index: recording.nodes.len(), thread };
-        output.recipe = None;
+        output.set_slot(GradSlot::Node { tape, index: recording.nodes.len(), thread });
         recording.nodes.extend(node);
         output
     })
@@ -184,7 +183,7 @@ pub(crate) fn needs<const N: usize>(op: &'static str, inputs: [&Tensor; N]) -> R
     with_stack(|stack| {
         let Some(recording) = stack.last() else { return untaped(op, &inputs).map(|_| [false; N]) };
         tracks(recording.id, op, &inputs)?;
-        Ok(inputs.map(|input| input.grad.is_tracked()))
+        Ok(inputs.map(|input| input.slot().is_tracked()))
     })
 }
 

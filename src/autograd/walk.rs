@@ -40,7 +40,7 @@ pub(super) struct Input {
 impl Input {
     pub fn all(tensors: &[&Tensor]) -> Vec<Self> {
         let one = |x: &Tensor| Self {
-            slot: if x.grad.is_tracked() { x.grad } else { GradSlot::Constant },
+            slot: if x.slot().is_tracked() { x.slot() } else { GradSlot::Constant },
             shape: *x.shape(),
             dtype: x.dtype(),
             device: x.device().clone(),

@@ -83,7 +83,7 @@ impl Tensor {
             (Device::Cpu, Device::Cpu) => y.bytes_mut()?.copy_from_slice(self.bytes()?),
             (Device::Cpu, Device::Gpu(gpu)) => gpu.upload(y.address_mut()?, self.bytes()?)?,
             (Device::Gpu(gpu), Device::Cpu) => gpu.read_back(self.address()?, y.bytes_mut()?)?,
-            (Device::Gpu(a), Device::Gpu(_)) if self.device == *device => {
+            (Device::Gpu(a), Device::Gpu(_)) if self.0.device == *device => {
                 a.copy(y.address_mut()?, self.address()?, y.numel() * y.dtype().size())?;
             }
             (Device::Gpu(_), Device::Gpu(_)) => y = self.moved(&Device::Cpu)?.moved(device)?,

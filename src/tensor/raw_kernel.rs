@@ -151,7 +151,7 @@ impl RawKernel {
             KernelArg::Output(y) if parameter.kind == Kind::Output => {
                 tensor(y)?;
                 ensure!(
-                    matches!(y.grad, GradSlot::Constant),
+                    matches!(y.slot(), GradSlot::Constant),
                     Error::argument(OP, format!("{} belongs to a tape, which would miss the change", place()))
                 );
                 return y.into_arg();

@@ -36,7 +36,7 @@ impl Tensor {
     pub fn as_mut_slice<E: Element>(&mut self) -> Result<&mut [E::Stored]> {
         self.check_packed("as_mut_slice")?;
         ensure!(
-            matches!(self.grad, GradSlot::Constant),
+            matches!(self.slot(), GradSlot::Constant),
             Error::argument("as_mut_slice", "the tensor belongs to a tape, which would miss the change")
         );
         self.values_mut::<E>()
