@@ -64,8 +64,8 @@ impl<R> Graph<R> {
     /// `params`: the parameters that `f` reads. If one of these is replaced, a replay is an error; what `f` reads
     /// besides them is what was there at the recording.
     ///
-    /// Errors: inputs that are not on one GPU or require a gradient, a tape of this thread, another recording that has not
-    /// ended, or whatever `f` does that a graph cannot hold. The device is as usable as before, also if `f` panics.
+    /// Errors: inputs that are not on one GPU or require a gradient, a tape of this thread, another recording that has
+    /// not ended, or whatever `f` does that a graph cannot hold. The device is as usable as before, also if `f` panics.
     pub fn capture(inputs: &[Tensor], params: &ParamMap, f: impl Fn(&[Tensor]) -> Result<R>) -> Result<Self> {
         ensure!(
             !is_recording(),
@@ -107,8 +107,8 @@ impl<R> Graph<R> {
         Ok(Self { recorded, inputs, params: params_at, map: params.clone(), output, device })
     }
 
-    /// Copies new values into the inputs and enqueues the recorded computation. The output is the same memory each time:
-    /// what it holds is overwritten by the next replay.
+    /// Copies new values into the inputs and enqueues the recorded computation. The output is the same memory each
+    /// time: what it holds is overwritten by the next replay.
     ///
     /// Errors: inputs of other shapes, dtypes or devices, a parameter that was replaced since the recording, a graph
     /// that is being recorded, or an error of the driver.

@@ -8,7 +8,7 @@ use super::{
     with_stack,
 };
 use crate::{
-    Error, Result,
+    Error, ErrorKind, Result,
     error::ensure,
     philox::Philox,
     profile::{self, Cost},
@@ -35,8 +35,8 @@ fn profiled_cost(op: &'static str, output: &Tensor, inputs: &[&Tensor]) -> Resul
     if profile::active() { profiled(op, output, inputs, with_stack(|stack| !stack.is_empty())) } else { Ok(Cost::NONE) }
 }
 
-/// As [`record`], for an output that an op has besides the one that it records next with this among its inputs; a profile
-/// counts both as one call.
+/// As [`record`], for an output that an op has besides the one that it records next with this among its inputs; a
+/// profile counts both as one call.
 pub(crate) fn record_beside<B: Backward + 'static>(
     op: &'static str,
     output: Tensor,
@@ -189,11 +189,12 @@ pub(crate) fn needs<const N: usize>(op: &'static str, inputs: [&Tensor; N]) -> R
 
 /// Checks that an op without a gradient is given no tensor that requires one.
 ///
-/// Errors: [`Error::NoGradient`], or an input was recorded on another tape or computed from a leaf on another thread.
+/// Errors: [`ErrorKind::NoGradient`], or an input was recorded on another tape or computed from a leaf on another
+/// thread.
 pub fn discrete(op: &'static str, inputs: &[&Tensor]) -> Result<()> {
     with_stack(|stack| {
         let Some(recording) = stack.last() else { return untaped(op, inputs).map(drop) };
-        ensure!(!tracks(recording.id, op, inputs)?, Error::NoGradient { op });
+        ensure!(!tracks(recording.id, op, inputs)?, Error::new(ErrorKind::NoGradient { op }));
         Ok(())
     })
 }

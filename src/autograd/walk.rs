@@ -78,13 +78,13 @@ impl Input {
         );
         ensure!(
             *device == self.device,
-            Error::Device {
+            Error::device(
                 op,
-                message: format!(
+                format!(
                     "its {rule} gave a gradient on {device} for an input on {}; move it with `to_device`",
                     self.device
                 )
-            }
+            )
         );
         Ok(())
     }

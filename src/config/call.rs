@@ -52,7 +52,8 @@ impl Keywords for Keys {
 impl Call {
     /// Reads a JSON object.
     ///
-    /// Errors: [`Error::UnknownOption`], or [`Error::Option`] for what does not go together.
+    /// Errors: [`ErrorKind::UnknownOption`](crate::ErrorKind::UnknownOption), or
+    /// [`ErrorKind::Option`](crate::ErrorKind::Option) for what does not go together.
     pub fn from_value(value: Value) -> Result<Self> {
         let map = super::object("call", value)?;
         let sampling_keys = kwargs::flat(&SamplingConfig::default());

@@ -130,10 +130,7 @@ impl XTransformerConfig {
             layers.insert("dim".to_string(), dim.clone());
             layers.insert("cross_attend".to_string(), json!(kind == "Decoder"));
             options.insert("attn_layers".to_string(), Value::Object(layers));
-            TransformerWrapperConfig::from_map(options).map_err(|error| match error {
-                Error::Context { source, .. } => kwargs::with_prefix(*source, prefix),
-                error => kwargs::with_prefix(error, prefix),
-            })
+            TransformerWrapperConfig::from_map(options).map_err(|error| kwargs::with_prefix(error, prefix))
         };
         Ok(Self { enc: side("enc_", "Encoder")?, dec: side("dec_", "Decoder")?, tie_token_emb })
     }

@@ -39,7 +39,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
 use crate::{
-    Error, Result,
+    Error, ErrorKind, Result,
     error::{ErrorContext, ensure},
 };
 use json::object;
@@ -102,8 +102,9 @@ const MODELS: [&str; 9] = [
 impl Config {
     /// Reads JSON.
     ///
-    /// Errors: text that is not a JSON object; [`Error::UnknownOption`]; [`Error::Option`] for a missing keyword or a
-    /// value of another type. What is illegal in combination is found by [`Config::layers`] and by the models.
+    /// Errors: text that is not a JSON object; [`ErrorKind::UnknownOption`]; [`ErrorKind::Option`] for a missing
+    /// keyword or a value of another type. What is illegal in combination is found by [`Config::layers`] and by the
+    /// models.
     pub fn from_json(json: &str) -> Result<Self> {
         let value = serde_json::from_str(json);
         let value = value.map_err(|error| Error::argument("config", format!("expected JSON: {error}")))?;
@@ -140,7 +141,11 @@ impl Config {
             "Encoder" | "Decoder" | "CrossAttender" => {
                 ensure!(
                     !map.contains_key("kind"),
-                    Error::UnknownOption { key: "kind".to_string(), nearest: Some("model".to_string()), later: false }
+                    Error::new(ErrorKind::UnknownOption {
+                        key: "kind".to_string(),
+                        nearest: Some("model".to_string()),
+                        later: false
+                    })
                 );
                 map.insert("kind".to_string(), json!(model));
                 kwargs::read(map).map(Self::AttentionLayers)

@@ -81,6 +81,7 @@ fn par_order(depth: usize, ratio: usize, block: &[LayerType]) -> Result<Vec<Laye
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::ErrorKind;
 
     fn letters(config: AttentionLayersConfig) -> String {
         let config = AttentionLayersConfig { dim: 8, ..config };
@@ -129,8 +130,8 @@ mod tests {
             (AttentionLayersConfig { par_ratio: Some(7), ..base() }, "par_ratio"),
             (AttentionLayersConfig { custom_layers: Some(vec![]), ..base() }, "custom_layers"),
         ] {
-            match layer_order(&config) {
-                Err(Error::Option { key: found, .. }) => assert_eq!(found, key),
+            match layer_order(&config).map_err(Error::into_kind) {
+                Err(ErrorKind::Option { key: found, .. }) => assert_eq!(found, key),
                 other => panic!("{config:?} gave {other:?}"),
             }
         }

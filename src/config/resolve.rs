@@ -17,7 +17,8 @@ use crate::{Error, Result, error::ensure, ops::Activation};
 impl LayersPlan {
     /// Resolves options.
     ///
-    /// Errors: [`Error::Option`] for the first one that is illegal, alone or with another.
+    /// Errors: [`ErrorKind::Option`](crate::ErrorKind::Option) for the first one that is illegal, alone or with
+    /// another.
     pub fn new(config: &AttentionLayersConfig) -> Result<Self> {
         layers(config)
     }

@@ -82,7 +82,8 @@ fn window(max_seq_len: usize) -> usize {
 impl TransformerWrapperConfig {
     /// Resolves the options.
     ///
-    /// Errors: [`Error::Option`] for the first one that is illegal, alone or with another.
+    /// Errors: [`ErrorKind::Option`](crate::ErrorKind::Option) for the first one that is illegal, alone or with
+    /// another.
     pub fn plan(&self) -> Result<TransformerPlan> {
         at_least_one("num_tokens", self.num_tokens)?;
         probability("emb_dropout", self.emb_dropout)?;
@@ -176,7 +177,8 @@ pub struct ContinuousPlan {
 impl ContinuousTransformerWrapperConfig {
     /// Resolves the options.
     ///
-    /// Errors: [`Error::Option`] for the first one that is illegal, alone or with another.
+    /// Errors: [`ErrorKind::Option`](crate::ErrorKind::Option) for the first one that is illegal, alone or with
+    /// another.
     pub fn plan(&self) -> Result<ContinuousPlan> {
         at_least_one("dim_in", self.dim_in.unwrap_or(1))?;
         at_least_one("dim_out", self.dim_out.unwrap_or(1))?;
@@ -213,7 +215,8 @@ pub struct ViTransformerPlan {
 impl ViTransformerWrapperConfig {
     /// Resolves the options.
     ///
-    /// Errors: [`Error::Option`] for the first one that is illegal, alone or with another.
+    /// Errors: [`ErrorKind::Option`](crate::ErrorKind::Option) for the first one that is illegal, alone or with
+    /// another.
     pub fn plan(&self) -> Result<ViTransformerPlan> {
         /// Three channels of a patch this large are still addressable.
         const LARGEST: usize = 1 << 14;
@@ -269,7 +272,8 @@ pub struct XTransformerPlan {
 impl XTransformerConfig {
     /// Resolves the options.
     ///
-    /// Errors: [`Error::Option`] for the first one that is illegal, alone or with another.
+    /// Errors: [`ErrorKind::Option`](crate::ErrorKind::Option) for the first one that is illegal, alone or with
+    /// another.
     pub fn plan(&self) -> Result<XTransformerPlan> {
         for (side, config) in [("enc", &self.enc), ("dec", &self.dec)] {
             let taken = TransformerWrapperConfig {

@@ -55,8 +55,8 @@ impl DType {
         Ok(())
     }
 
-    /// The type for what must not be rounded to this one, such as sums, losses and the state of optimizers: f32 for half
-    /// precision. Other types are their own.
+    /// The type for what must not be rounded to this one, such as sums, losses and the state of optimizers: f32 for
+    /// half precision. Other types are their own.
     pub fn accumulator(self) -> Self {
         match self {
             Self::BF16 | Self::F16 => Self::F32,
@@ -244,7 +244,7 @@ macro_rules! dispatch_float {
                 type $T = half::f16;
                 $body
             }
-            other => Err($crate::Error::DType { op: $op, message: format!("expected a float tensor, got {other}") }),
+            other => Err($crate::Error::dtype($op, format!("expected a float tensor, got {other}"))),
         }
     };
 }

@@ -37,12 +37,13 @@ const METADATA: &str = "__metadata__";
 
 /// Reads every tensor of a safetensors file, on the CPU.
 ///
-/// F64, F32, BF16, F16, I64 and BOOL come as they are, the other integers as [`DType::I64`], and floats of eight bits as
-/// [`DType::F32`].
+/// F64, F32, BF16, F16, I64 and BOOL come as they are, the other integers as [`DType::I64`], and floats of eight bits
+/// as [`DType::F32`].
 ///
-/// Errors: [`Error::Io`] if the file cannot be read; [`Error::File`], which says what is wrong, if it is no regular
-/// file, truncated, not a safetensors file, has a tensor of another dtype or more than six dimensions, or positions
-/// that overlap, leave gaps, contradict shape and dtype, or lie behind the end; or is written to while it is read.
+/// Errors: [`ErrorKind::Io`](crate::ErrorKind::Io) if the file cannot be read;
+/// [`ErrorKind::File`](crate::ErrorKind::File), which says what is wrong, if it is no regular file, truncated, not a
+/// safetensors file, has a tensor of another dtype or more than six dimensions, or positions that overlap, leave gaps,
+/// contradict shape and dtype, or lie behind the end; or is written to while it is read.
 pub fn read_safetensors(path: impl AsRef<Path>) -> Result<BTreeMap<String, Tensor>> {
     read_with_metadata(path.as_ref()).map(|(tensors, _)| tensors)
 }
@@ -202,7 +203,8 @@ enum Described<'a> {
 /// Writes tensors and some text about them to a safetensors file, replacing it in one step
 /// ([`write_atomically`]). The same tensors give the same bytes.
 ///
-/// Errors: a tensor named `__metadata__`, which the format reserves, or [`Error::Io`]; the old file stays then.
+/// Errors: a tensor named `__metadata__`, which the format reserves, or [`ErrorKind::Io`](crate::ErrorKind::Io); the
+/// old file stays then.
 pub fn write_safetensors(
     path: impl AsRef<Path>,
     tensors: &BTreeMap<String, Tensor>,

@@ -24,7 +24,7 @@ pub struct ContinuousTransformerWrapper {
 impl ContinuousTransformerWrapper {
     /// A model from its keywords, with parameters under the names of PyTorch's state dict.
     ///
-    /// Errors: [`Error::Option`] for what is illegal alone or together.
+    /// Errors: [`ErrorKind::Option`](crate::ErrorKind::Option) for what is illegal alone or together.
     pub fn new(config: &ContinuousTransformerWrapperConfig, store: &ParamStore) -> Result<Self> {
         let plan = config.plan()?;
         let dim = plan.layers.dim;
@@ -46,8 +46,8 @@ impl ContinuousTransformerWrapper {
 
     /// `[b, n, dim_in] → [b, n, dim_out]`, or what the options ask for.
     ///
-    /// Errors: an input of another shape, longer than a table of absolute positions, or options that do not fit the model; this wrapper
-    /// gives no memories.
+    /// Errors: an input of another shape, longer than a table of absolute positions, or options that do not fit the
+    /// model; this wrapper gives no memories.
     pub fn forward(&self, x: &Tensor, options: &ForwardOptions) -> Result<Output> {
         self.check_vectors(x)?;
         ensure!(
@@ -119,7 +119,8 @@ pub struct ContinuousAutoregressiveWrapper {
 impl ContinuousAutoregressiveWrapper {
     /// A model from the keywords of the wrapped one; its parameters' names begin with `net.`.
     ///
-    /// Errors: [`Error::Option`] for what is illegal alone or together, or an output of other features than the input.
+    /// Errors: [`ErrorKind::Option`](crate::ErrorKind::Option) for what is illegal alone or together, or an output of
+    /// other features than the input.
     pub fn new(config: &ContinuousTransformerWrapperConfig, store: &ParamStore) -> Result<Self> {
         let net = ContinuousTransformerWrapper::new(config, &store.at("net")).context("net")?;
         let dim = net.plan.layers.dim;
@@ -132,12 +133,13 @@ impl ContinuousAutoregressiveWrapper {
         Ok(Self { net })
     }
 
-    /// Mean squared error of the predictions of `x[:, 1:]` from `x[:, :-1]`: `[b, n + 1, dim_in]` to a scalar, in f32 for
-    /// half precision.
+    /// Mean squared error of the predictions of `x[:, 1:]` from `x[:, :-1]`: `[b, n + 1, dim_in]` to a scalar, in f32
+    /// for half precision.
     ///
     /// A mask as long as the sequence loses its last column. Predictions from masked positions do not count.
     ///
-    /// Errors: fewer than two vectors, no position that counts, options that ask for more than the output, and those of [`ContinuousTransformerWrapper::forward`].
+    /// Errors: fewer than two vectors, no position that counts, options that ask for more than the output, and those of
+    /// [`ContinuousTransformerWrapper::forward`].
     pub fn loss(&self, x: &Tensor, options: &ForwardOptions) -> Result<Tensor> {
         ensure!(
             x.rank() == 3 && x.shape()[1] >= 2,

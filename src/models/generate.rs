@@ -21,8 +21,8 @@ pub struct GenerateOptions {
     /// Tokens of the vocabulary that end a row, `eos_token` in x-transformers; `pad_value` follows the first one.
     /// Generation stops once every row has ended. Default none.
     pub eos_tokens: Vec<i64>,
-    /// If `true`, a row whose prompt has one of `eos_tokens` has ended already, as in x-transformers. The turns of a chat
-    /// each end with one: use `false` there. Default `true`.
+    /// If `true`, a row whose prompt has one of `eos_tokens` has ended already, as in x-transformers. The turns of a
+    /// chat each end with one: use `false` there. Default `true`.
     pub eos_in_prompt: bool,
     /// Other ends, one for each row: each sees the new tokens of its row, the last of which ends the row. Default none.
     pub row_ends: Vec<Box<dyn RowEnd>>,
@@ -31,7 +31,8 @@ pub struct GenerateOptions {
     /// A seed for each row in place of `seed` and the row's number: a row then has the same tokens whatever batch it is
     /// in.
     pub row_seeds: Option<Vec<u64>>,
-    /// Number of tokens of each row of the prompt that count; the rest is padding. Every row goes on as if it were alone.
+    /// Number of tokens of each row of the prompt that count; the rest is padding. Every row goes on as if it were
+    /// alone.
     pub prompt_lengths: Option<Vec<usize>>,
     /// If `true`, that padding precedes the tokens instead of following them.
     pub left_padded: bool,

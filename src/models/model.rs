@@ -138,7 +138,7 @@ impl Inputs {
 impl Model {
     /// A model from its config; the store should be fresh.
     ///
-    /// Errors: [`Error::Option`] for what is illegal alone or together.
+    /// Errors: [`ErrorKind::Option`](crate::ErrorKind::Option) for what is illegal alone or together.
     pub fn new(config: &Config, store: &ParamStore) -> Result<Self> {
         let kind = match config {
             Config::TransformerWrapper(config) => Kind::Transformer(TransformerWrapper::new(config, store)?),
@@ -162,11 +162,12 @@ impl Model {
     /// One forward pass, and one backward pass if asked for.
     ///
     /// Inputs have the names of PyTorch's arguments: `x`, `mask`, `context`, `mems.0`, `src`, `img`, …; they are
-    /// moved to the model's device, and floats are converted to its dtype. With gradients, an output that is no loss needs a `cotangent` of its shape.
+    /// moved to the model's device, and floats are converted to its dtype. With gradients, an output that is no loss
+    /// needs a `cotangent` of its shape.
     ///
     /// Outputs: `out` (or `loss`, `[1]`), `mems.N`, `attn.N`, `grad.<parameter>`, and `grad.input.<name>` for the float
-    /// inputs `x`, `context` and `img`. Gradients that are zero everywhere are left out. A tied parameter has one entry,
-    /// in an encoder and decoder under the encoder's name.
+    /// inputs `x`, `context` and `img`. Gradients that are zero everywhere are left out. A tied parameter has one
+    /// entry, in an encoder and decoder under the encoder's name.
     ///
     /// Errors: inputs that are missing, not taken by this call, or do not fit.
     pub fn run(
@@ -232,8 +233,8 @@ impl Model {
     }
 
     /// The mean cross-entropy of the logits of a forward pass and these tokens or classes: what trains an encoder on
-    /// masked tokens, or a classifier. The logits `[.., num_tokens]`, whose targets are `[..]`, are made in blocks of rows
-    /// and not kept, as [`TransformerWrapper::cross_entropy`] says.
+    /// masked tokens, or a classifier. The logits `[.., num_tokens]`, whose targets are `[..]`, are made in blocks of
+    /// rows and not kept, as [`TransformerWrapper::cross_entropy`] says.
     ///
     /// Errors: as [`Model::forward`] and [`Tensor::cross_entropy`]; a model whose output is a loss or no logits.
     pub fn cross_entropy(
@@ -339,8 +340,8 @@ impl Model {
     }
 }
 
-/// The ends of `generate` as x-transformers 0.22 has them: once every row has the end token, be it in its prompt, it stops behind the
-/// token that it has just drawn, and only then is what follows the first end of each row overwritten.
+/// The ends of `generate` as x-transformers 0.22 has them: once every row has the end token, be it in its prompt, it
+/// stops behind the token that it has just drawn, and only then is what follows the first end of each row overwritten.
 struct Ends {
     eos: Option<i64>,
     pad_value: i64,

@@ -5,7 +5,8 @@ use std::cell::RefCell;
 use super::{DecodeCache, TransformerWrapper, sample_tokens};
 use crate::{DType, Device, Error, Graph, ParamMap, Result, Tensor, config::SamplingConfig, error::ensure};
 
-/// A token in each row joins a cache, and the next one is drawn: recorded once and replayed with one call of the driver.
+/// A token in each row joins a cache, and the next one is drawn: recorded once and replayed with one call of the
+/// driver.
 ///
 /// Tokens, lengths and the number of the step are inputs of the graph; nothing is read back. Tokens are those of
 /// [`TransformerWrapper::extend`] and [`sample_tokens`].

@@ -34,8 +34,8 @@ pub(super) fn check(config: &SamplingConfig) -> Result<()> {
     Ok(())
 }
 
-/// Draws a token for each row of logits where they are: `[b, tokens] → [b]` I64. Row `i` takes draw `step` of stream `i`
-/// of [`Philox`](crate::Philox) under the seed; `step` is one I64 on the logits' device.
+/// Draws a token for each row of logits where they are: `[b, tokens] → [b]` I64. Row `i` takes draw `step` of stream
+/// `i` of [`Philox`](crate::Philox) under the seed; `step` is one I64 on the logits' device.
 ///
 /// The distribution is that of [`filter_probabilities`], of which shares below about 1e-11 of the largest are lost, and
 /// the tokens are the same on every device ([`Tensor::sample`]).

@@ -31,8 +31,8 @@ impl AutoregressiveWrapper {
     /// `ahead` tokens one by one, and this model judges them in one pass.
     ///
     /// The tokens are distributed as those of this model alone, whatever the draft; with temperature 0 they are the
-    /// same. Draws are others than those of `generate`. `on_token` gets the tokens of a step row by row, as many as it has
-    /// brought, and is called after each step.
+    /// same. Draws are others than those of `generate`. `on_token` gets the tokens of a step row by row, as many as it
+    /// has brought, and is called after each step.
     ///
     /// Errors: as [`AutoregressiveWrapper::generate`], a draft of another vocabulary, `ahead` of 0, or a model that
     /// cannot have a cache.

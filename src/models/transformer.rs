@@ -91,15 +91,16 @@ impl MaskedHead {
 impl TransformerWrapper {
     /// A model from its keywords, with parameters under the names of PyTorch's state dict.
     ///
-    /// Errors: [`Error::Option`] for what is illegal alone or together.
+    /// Errors: [`ErrorKind::Option`](crate::ErrorKind::Option) for what is illegal alone or together.
     pub fn new(config: &TransformerWrapperConfig, store: &ParamStore) -> Result<Self> {
         Self::from_plan(config.plan()?, store, None)
     }
 
-    /// A model some of whose layers have a branch of one's own, see [`AttentionLayers::with_branches`]. Generation, caches,
-    /// recomputation and losses work as for any other.
+    /// A model some of whose layers have a branch of one's own, see [`AttentionLayers::with_branches`]. Generation,
+    /// caches, recomputation and losses work as for any other.
     ///
-    /// Errors: [`Error::Option`] for what is illegal alone or together, and those of `branches`.
+    /// Errors: [`ErrorKind::Option`](crate::ErrorKind::Option) for what is illegal alone or together, and those of
+    /// `branches`.
     pub fn with_branches(
         config: &TransformerWrapperConfig,
         store: &ParamStore,
@@ -169,12 +170,12 @@ impl TransformerWrapper {
         &self.token_emb
     }
 
-    /// Computes with the weights of linear layers in eight bits from now on, each row with its own scale and sums in f32:
-    /// decoding reads a quarter of the bytes of f32. Embeddings, norms and gates stay as they are. Such a model gives no
-    /// gradients; clones that were made before keep their weights.
+    /// Computes with the weights of linear layers in eight bits from now on, each row with its own scale and sums in
+    /// f32: decoding reads a quarter of the bytes of f32. Embeddings, norms and gates stay as they are. Such a model
+    /// gives no gradients; clones that were made before keep their weights.
     ///
-    /// A text of 66 kB cost SmolLM2-135M 1.3215 bits per byte instead of 1.3207 (`xt generate --score FILE --weights int8`);
-    /// the README has more.
+    /// A text of 66 kB cost SmolLM2-135M 1.3215 bits per byte instead of 1.3207 (`xt generate --score FILE --weights
+    /// int8`); the README has more.
     ///
     /// Errors: weights that are not finite.
     pub fn quantize_int8(&mut self) -> Result<()> {
@@ -202,8 +203,8 @@ impl TransformerWrapper {
     /// Tokens `[b, n]` to logits, or to what the options ask for. With `average_pool_embed` they are those of the mean
     /// over the tokens that the mask keeps, `[b, ..]`.
     ///
-    /// Errors: tokens of another rank or dtype, out of the vocabulary ([`Error::Index`]), or more than a table of absolute
-    /// positions has, `max_seq_len`; options that do not fit the model.
+    /// Errors: tokens of another rank or dtype, out of the vocabulary ([`ErrorKind::Index`](crate::ErrorKind::Index)),
+    /// or more than a table of absolute positions has, `max_seq_len`; options that do not fit the model.
     pub fn forward(&self, tokens: &Tensor, options: &ForwardOptions) -> Result<Output> {
         let x = self.embed(tokens, options)?;
         let memory_tokens = self.plan.num_memory_tokens;
@@ -219,8 +220,8 @@ impl TransformerWrapper {
         Ok(Output { out, mems, attn: layers.attn })
     }
 
-    /// The mean cross-entropy of the logits of normed hidden states, `[.., dim]` with targets `[..]`, which are made in blocks
-    /// of rows and not kept: see [`Tensor::linear_cross_entropy`].
+    /// The mean cross-entropy of the logits of normed hidden states, `[.., dim]` with targets `[..]`, which are made in
+    /// blocks of rows and not kept: see [`Tensor::linear_cross_entropy`].
     ///
     /// Errors: as those of [`TransformerWrapper::logits`] and [`Tensor::cross_entropy`].
     pub fn cross_entropy(&self, embeddings: &Tensor, targets: &Tensor, ignore_index: i64) -> Result<Tensor> {

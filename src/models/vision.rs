@@ -46,7 +46,7 @@ pub struct ViTransformerWrapper {
 impl ViTransformerWrapper {
     /// A model from its keywords, with parameters under the names of PyTorch's state dict.
     ///
-    /// Errors: [`Error::Option`] for what is illegal alone or together.
+    /// Errors: [`ErrorKind::Option`](crate::ErrorKind::Option) for what is illegal alone or together.
     pub fn new(config: &ViTransformerWrapperConfig, store: &ParamStore) -> Result<Self> {
         let plan = config.plan()?;
         let dim = plan.layers.dim;

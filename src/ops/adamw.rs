@@ -22,7 +22,8 @@ use crate::{
 /// Elements of one task: enough to pay for handing it over, few enough to balance.
 const CHUNK: usize = 16 * 1024;
 
-/// Elements that are widened at a time, so that they stay in the first cache; a multiple of the sums of [`add_squares`].
+/// Elements that are widened at a time, so that they stay in the first cache; a multiple of the sums of
+/// [`add_squares`].
 const TILE: usize = 1024;
 
 /// Makes a tensor the packed and only owner of its values, so that it can be written in place.
@@ -200,8 +201,8 @@ pub(crate) fn compile(kernel: &'static str, kinds: impl Iterator<Item = (Device,
 
 /// One AdamW step of all parameters.
 ///
-/// Errors, before anything is changed: a gradient of a dtype that is neither the parameter's nor its state's, of another
-/// shape or on another device.
+/// Errors, before anything is changed: a gradient of a dtype that is neither the parameter's nor its state's, of
+/// another shape or on another device.
 pub(crate) fn adamw(updates: Vec<Update<'_>>, settings: Settings) -> Result<()> {
     check(&updates)?;
     let (on_cpu, groups) = by_device(updates, |update| {

@@ -21,7 +21,7 @@ fn check_lengths(lengths: &Tensor, batch: usize, like: &Tensor) -> Result<()> {
     );
     ensure!(
         lengths.device() == like.device(),
-        Error::Device { op: OP, message: format!("lengths are on {}, values on {}", lengths.device(), like.device()) }
+        Error::device(OP, format!("lengths are on {}, values on {}", lengths.device(), like.device()))
     );
     Ok(())
 }
@@ -80,8 +80,8 @@ impl Tensor {
         }
     }
 
-    /// Rotates rows `[b, heads, n, d]` as [`Tensor::rotary`], row `i` of sequence `b` by position `offset + lengths[b] + i`
-    /// of a table of [`rotary_table`](super::rotary::rotary_table).
+    /// Rotates rows `[b, heads, n, d]` as [`Tensor::rotary`], row `i` of sequence `b` by position `offset + lengths[b]
+    /// + i` of a table of [`rotary_table`](super::rotary::rotary_table).
     ///
     /// Errors: other shapes, dtypes or devices.
     pub(crate) fn rotate_rows(&self, table: &Tensor, lengths: &Tensor, offset: usize) -> Result<Tensor> {

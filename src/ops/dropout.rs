@@ -24,8 +24,8 @@ impl Tensor {
     ///
     /// Element `i` is kept if word `i` of the call's [`Philox`] stream is at least `p · 2³²`, so that the mask is the
     /// same on every device, for every dtype and number of threads. Saves: the number of the stream; the backward pass
-    /// draws the mask again. A dropped element is 0 whatever it was, and so is its gradient; PyTorch multiplies by 0, which
-    /// leaves NaN of NaN and of infinities.
+    /// draws the mask again. A dropped element is 0 whatever it was, and so is its gradient; PyTorch multiplies by 0,
+    /// which leaves NaN of NaN and of infinities.
     ///
     /// Errors: `p` outside of `[0, 1]`, or a dtype that is not float.
     pub fn dropout(&self, p: f64) -> Result<Tensor> {

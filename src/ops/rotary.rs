@@ -59,10 +59,7 @@ impl Tensor {
         }
         ensure!(
             self.device() == inv_freq.device(),
-            Error::Device {
-                op: OP,
-                message: format!("the input is on {} and inv_freq on {}", self.device(), inv_freq.device())
-            }
+            Error::device(OP, format!("the input is on {} and inv_freq on {}", self.device(), inv_freq.device()))
         );
         discrete(OP, &[inv_freq])?;
         let turn = Turn { inv_freq: inv_freq.detach().contiguous()?, first_position };
@@ -74,8 +71,8 @@ impl Tensor {
     }
 }
 
-/// The cosines of all frequencies at each of the first positions, then the sines: `[positions, 2 · frequencies]` in f32,
-/// or f64. What [`Tensor::rotary`] turns by.
+/// The cosines of all frequencies at each of the first positions, then the sines: `[positions, 2 · frequencies]` in
+/// f32, or f64. What [`Tensor::rotary`] turns by.
 ///
 /// Errors: frequencies that are no vector of floats, or memory that runs out.
 pub(crate) fn rotary_table(inv_freq: &Tensor, positions: usize, dtype: DType) -> Result<Tensor> {

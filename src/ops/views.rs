@@ -10,8 +10,8 @@ use crate::{
 };
 
 impl Tensor {
-    /// The same elements in the same order under another shape, every size of which is given: −1 is not a `usize`. Copies
-    /// only if the strides do not allow a view.
+    /// The same elements in the same order under another shape, every size of which is given: −1 is not a `usize`.
+    /// Copies only if the strides do not allow a view.
     ///
     /// Errors: another number of elements.
     pub fn reshape(&self, shape: impl IntoShape) -> Result<Tensor> {
@@ -54,7 +54,8 @@ impl Tensor {
         self.permute(&order)
     }
 
-    /// Reorders the dimensions: dimension `i` of the result is dimension `order[i]` of this one, counted from the first.
+    /// Reorders the dimensions: dimension `i` of the result is dimension `order[i]` of this one, counted from the
+    /// first.
     ///
     /// Errors: `order` is not a permutation of `0..rank`.
     pub fn permute(&self, order: &[usize]) -> Result<Tensor> {
@@ -103,8 +104,8 @@ impl Tensor {
         self.narrow(dim, index, 1)?.squeeze(dim)
     }
 
-    /// Repeats dimensions of size 1, and adds dimensions in front, without copying. The shape is given in full: there is
-    /// no −1 for a size that stays.
+    /// Repeats dimensions of size 1, and adds dimensions in front, without copying. The shape is given in full: there
+    /// is no −1 for a size that stays.
     ///
     /// Errors: the shape does not broadcast to the target.
     pub fn expand(&self, shape: impl IntoShape) -> Result<Tensor> {
@@ -130,8 +131,8 @@ impl Tensor {
         self.view("unsqueeze", self.layout().unsqueeze(at as usize), ReshapeBackward { shape: *self.shape() })
     }
 
-    /// Removes a dimension of size 1; negative ones count from the end. As in PyTorch, a dimension of another size stays,
-    /// and so does a scalar.
+    /// Removes a dimension of size 1; negative ones count from the end. As in PyTorch, a dimension of another size
+    /// stays, and so does a scalar.
     ///
     /// Errors: out of range.
     pub fn squeeze(&self, dim: isize) -> Result<Tensor> {
@@ -160,9 +161,9 @@ impl Tensor {
             .collect()
     }
 
-    /// Cuts a dimension into at most `n` pieces of one size, of which the last may be shorter, as in PyTorch: 13 elements
-    /// in 5 pieces are 3, 3, 3, 3 and 1, in 6 the same; an empty dimension gives `n` empty pieces. [`Tensor::split`]
-    /// checks the sizes.
+    /// Cuts a dimension into at most `n` pieces of one size, of which the last may be shorter, as in PyTorch: 13
+    /// elements in 5 pieces are 3, 3, 3, 3 and 1, in 6 the same; an empty dimension gives `n` empty pieces.
+    /// [`Tensor::split`] checks the sizes.
     ///
     /// Errors: `n` is 0, or a dimension out of range.
     pub fn chunk(&self, n: usize, dim: isize) -> Result<Vec<Tensor>> {

@@ -10,7 +10,7 @@ mod init;
 mod ordered;
 
 use crate::{
-    DType, Device, Error, Result,
+    DType, Device, Error, ErrorKind, Result,
     error::ensure,
     hash::fnv1a,
     philox::Philox,
@@ -24,8 +24,8 @@ pub(crate) use ordered::{ordered, try_ordered};
 /// A trainable tensor. Clones share it: a tied weight is one parameter under two names.
 ///
 /// Any thread may read it while another trains: a reader gets the value before or after an update, never a mixture, and
-/// keeps it. The one exception is an update that panics half way, which only a bug can cause: the value is then part old
-/// and part new, [`Param::tensor`] returns it as it is, and optimizers refuse it by name until [`Param::set`] or
+/// keeps it. The one exception is an update that panics half way, which only a bug can cause: the value is then part
+/// old and part new, [`Param::tensor`] returns it as it is, and optimizers refuse it by name until [`Param::set`] or
 /// [`ParamMap::load`] replaces it.
 #[derive(Clone)]
 pub struct Param(Arc<ParamCell>);
@@ -94,7 +94,8 @@ impl Param {
 
     /// The value to be changed in place together with others; who reads it waits until the guard is dropped.
     ///
-    /// Several are locked in the order of [`Param::leaf`], and nothing that may wait for other threads is done meanwhile.
+    /// Several are locked in the order of [`Param::leaf`], and nothing that may wait for other threads is done
+    /// meanwhile.
     pub(crate) fn lock(&self) -> RwLockWriteGuard<'_, Tensor> {
         self.0.value.write().unwrap_or_else(|poisoned| poisoned.into_inner())
     }
@@ -182,11 +183,12 @@ impl ParamMap {
 
     /// Loads a state dict, converting to each parameter's dtype and device.
     ///
-    /// Buffers begin as the config says; the state dict may leave them out, or hold them with the right shape, and then its
-    /// values count, as they do in PyTorch. A tied parameter may have any of its names, or several with equal values.
+    /// Buffers begin as the config says; the state dict may leave them out, or hold them with the right shape, and then
+    /// its values count, as they do in PyTorch. A tied parameter may have any of its names, or several with equal
+    /// values.
     ///
-    /// Errors, with nothing changed: [`Error::Weights`] with every missing, unused and mismatched name; values that are
-    /// not float; a tied parameter with several values.
+    /// Errors, with nothing changed: [`ErrorKind::Weights`] with every missing, unused and mismatched name; values that
+    /// are not float; a tied parameter with several values.
     pub fn load(&self, state: &BTreeMap<String, Tensor>) -> Result<()> {
         let given: HashSet<LeafId> =
             self.params.iter().filter(|(name, _)| state.contains_key(*name)).map(|(_, param)| param.leaf()).collect();
@@ -211,7 +213,7 @@ impl ParamMap {
             .collect();
         ensure!(
             missing.is_empty() && unused.is_empty() && mismatched.is_empty(),
-            Error::Weights { missing, unused, mismatched }
+            Error::new(ErrorKind::Weights { missing, unused, mismatched })
         );
         // Converted first, so that a failure half way leaves the model as it was.
         let mut values: BTreeMap<LeafId, (&str, &Param, Tensor)> = BTreeMap::new();

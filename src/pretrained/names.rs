@@ -9,7 +9,7 @@ use half::f16;
 
 use super::TensorFile;
 use crate::{
-    DType, Error, ParamMap, Result, Tensor,
+    DType, Error, ErrorKind, ParamMap, Result, Tensor,
     dtype::{Float, Real, dispatch_float},
     error::{ErrorContext, ensure},
 };
@@ -66,11 +66,11 @@ impl Names {
         }
     }
 
-    /// Loads the parameters from a file; their names begin with `place`. One after the other, so that of the weights of the
-    /// file only one is in memory beside the model.
+    /// Loads the parameters from a file; their names begin with `place`. One after the other, so that of the weights of
+    /// the file only one is in memory beside the model.
     ///
-    /// Errors: tied tensors with several values; NaN or infinity, or values that the dtype of a parameter does not reach;
-    /// a parameter that these names leave out.
+    /// Errors: tied tensors with several values; NaN or infinity, or values that the dtype of a parameter does not
+    /// reach; a parameter that these names leave out.
     pub fn load(&self, file: &TensorFile, params: &ParamMap, place: &str) -> Result<()> {
         for (copy, original) in &self.copies {
             ensure!(
@@ -94,12 +94,15 @@ impl Names {
             .filter(|(_, param)| !loaded.contains(&param.leaf()))
             .map(|(name, _)| name.to_string())
             .collect();
-        ensure!(missing.is_empty(), Error::Weights { missing, unused: Vec::new(), mismatched: Vec::new() });
+        ensure!(
+            missing.is_empty(),
+            Error::new(ErrorKind::Weights { missing, unused: Vec::new(), mismatched: Vec::new() })
+        );
         Ok(())
     }
 
-    /// Tensors of a file that no parameter comes from: weights of something else. Buffers and what the family leaves out
-    /// are not among them.
+    /// Tensors of a file that no parameter comes from: weights of something else. Buffers and what the family leaves
+    /// out are not among them.
     pub fn unused(&self, file: &TensorFile) -> Vec<String> {
         let used = self.used();
         let copies: BTreeSet<&str> = self.copies.iter().map(|(copy, _)| copy.as_str()).collect();
@@ -121,8 +124,9 @@ impl Names {
 
     /// Checks that a file has what a model of these parameters needs, and, if it is `strict`, no other weight.
     ///
-    /// Errors: [`Error::Weights`] with a table of all that is missing, of another shape or, unless this is all that there
-    /// is, unused; [`Error::File`] for a weight that is there and cannot be read, or that is more than a tensor.
+    /// Errors: [`ErrorKind::Weights`] with a table of all that is missing, of another shape or, unless this is all that
+    /// there is, unused; [`ErrorKind::File`] for a weight that is there and cannot be read, or that is more than a
+    /// tensor.
     pub fn check(&self, file: &TensorFile, model: &ParamMap, strict: bool) -> Result<()> {
         let used = self.used();
         let missing: Vec<String> =
@@ -151,7 +155,7 @@ impl Names {
             }
         }
         let fits = missing.is_empty() && mismatched.is_empty();
-        ensure!(fits && (!strict || unused.is_empty()), Error::Weights { missing, unused, mismatched });
+        ensure!(fits && (!strict || unused.is_empty()), Error::new(ErrorKind::Weights { missing, unused, mismatched }));
         Ok(())
     }
 }

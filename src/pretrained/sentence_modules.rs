@@ -9,7 +9,7 @@ use super::{
     sentence::Entry,
 };
 use crate::{
-    DType, Device, Error, Result, Tensor,
+    DType, Device, Error, ErrorKind, Result, Tensor,
     error::ensure,
     io::TensorFile,
     models::{DenseActivation, DenseLayer, DenseResidual, Features, Pooling, SentenceModule},
@@ -164,7 +164,7 @@ impl<'d> Weights<'d> {
         let missing: Vec<String> = names.iter().filter(lacks).map(ToString::to_string).collect();
         ensure!(
             unused.is_empty() && missing.is_empty(),
-            Error::Weights { missing, unused, mismatched: Vec::new() }.context(file.path().display())
+            Error::new(ErrorKind::Weights { missing, unused, mismatched: Vec::new() }).context(file.path().display())
         );
         Ok(Self { file, dtype, device })
     }

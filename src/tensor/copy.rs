@@ -146,7 +146,7 @@ pub(crate) fn same_kind(op: &'static str, a: &Tensor, b: &Tensor) -> Result<()> 
 pub(crate) fn same_device(op: &'static str, a: &Tensor, b: &Tensor) -> Result<()> {
     ensure!(
         a.device() == b.device(),
-        Error::Device { op, message: format!("the tensors are on {} and {}; move one", a.device(), b.device()) }
+        Error::device(op, format!("the tensors are on {} and {}; move one", a.device(), b.device()))
     );
     Ok(())
 }

@@ -73,10 +73,9 @@ impl Tensor {
     pub(crate) fn storage_address(&self) -> Result<Address> {
         match &*self.0.buffer {
             Buffer::Gpu(buffer) => Ok(buffer.address()),
-            Buffer::Cpu(_) => Err(Error::Device {
-                op: "launch",
-                message: "a tensor on the CPU was given to a kernel; move it with `to_device`".into(),
-            }),
+            Buffer::Cpu(_) => {
+                Err(Error::device("launch", "a tensor on the CPU was given to a kernel; move it with `to_device`"))
+            }
         }
     }
 

@@ -401,7 +401,7 @@ impl Tensor {
     }
 
     fn not_on_the_cpu(device: &Device) -> Error {
-        Error::Device { op: "read", message: format!("the tensor is on {device}; move it to the CPU with `to_device`") }
+        Error::device("read", format!("the tensor is on {device}; move it to the CPU with `to_device`"))
     }
 
     /// The same values in packed storage that no other handle shares: this one, or a copy.

@@ -3,7 +3,7 @@
 use std::{collections::BTreeMap, fmt};
 
 use crate::{
-    Device, Error, Param, ParamMap, Result, Tensor,
+    Device, Error, ErrorKind, Param, ParamMap, Result, Tensor,
     error::ensure,
     ops::adamw::{average, own},
     params::try_ordered,
@@ -92,7 +92,8 @@ impl Ema {
 
     /// Replaces the averages.
     ///
-    /// Errors, with nothing changed: [`Error::Weights`] with every missing, unused and mismatched name; another dtype.
+    /// Errors, with nothing changed: [`ErrorKind::Weights`] with every missing, unused and mismatched name; another
+    /// dtype.
     pub fn load_state_dict(&mut self, dict: &BTreeMap<String, Tensor>) -> Result<()> {
         let missing: Vec<_> = self.averages.keys().filter(|&name| !dict.contains_key(name)).cloned().collect();
         let unused: Vec<_> = dict.keys().filter(|&name| !self.averages.contains_key(name)).cloned().collect();
@@ -103,7 +104,7 @@ impl Ema {
             .collect();
         ensure!(
             missing.is_empty() && unused.is_empty() && mismatched.is_empty(),
-            Error::Weights { missing, unused, mismatched }
+            Error::new(ErrorKind::Weights { missing, unused, mismatched })
         );
         for (name, average, given) in pairs() {
             ensure!(

@@ -67,8 +67,8 @@ impl GradScaler {
         }
     }
 
-    /// Returns `true` if a smaller scale could help against gradients that are not finite: below 1 it would not keep small
-    /// gradients from vanishing but make them vanish.
+    /// Returns `true` if a smaller scale could help against gradients that are not finite: below 1 it would not keep
+    /// small gradients from vanishing but make them vanish.
     pub(super) fn can_back_off(&self) -> bool {
         self.scale > 1.0
     }

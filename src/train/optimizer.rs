@@ -5,7 +5,7 @@ use std::{collections::BTreeMap, fmt};
 #[cfg(feature = "cuda")]
 use crate::ops::adamw::{adamw_recorded, clip_on_device};
 use crate::{
-    DType, Device, Error, Gradients, ParamMap, Result, Tensor,
+    DType, Device, Error, ErrorKind, Gradients, ParamMap, Result, Tensor,
     error::ensure,
     ops::adamw::{Settings, Update, adamw, compile, own, square_norms},
     params::Param,
@@ -43,8 +43,8 @@ impl Default for AdamWOptions {
 /// the parameter is that weight rounded: updates smaller than half a unit of the half type are not lost. Whoever sets
 /// such a parameter to another value continues from that value. Results have the same bits for any number of threads.
 ///
-/// Other threads may use the model during a step: whoever reads a parameter waits until all of them are updated, which takes
-/// the time of the arithmetic alone.
+/// Other threads may use the model during a step: whoever reads a parameter waits until all of them are updated, which
+/// takes the time of the arithmetic alone.
 ///
 /// ```
 /// use x_transformers::{DType, Device, Init, ParamStore, Tape, train::{AdamW, AdamWOptions}};
@@ -143,8 +143,9 @@ impl AdamW {
     /// `clip`: gradients are multiplied by `clip / (norm + 1e-6)` if that is below 1, as PyTorch's `clip_grad_norm_`
     /// does. A gradient has its parameter's dtype, or f32 where that is a half type.
     ///
-    /// Errors, with nothing changed: [`Error::NonFinite`] for a gradient with NaN or infinity, naming its parameter;
-    /// a rate that is negative or not finite; a clip that is not positive; a gradient of another shape or dtype.
+    /// Errors, with nothing changed: [`ErrorKind::NonFinite`] for a gradient with NaN or infinity, naming its
+    /// parameter; a rate that is negative or not finite; a clip that is not positive; a gradient of another shape or
+    /// dtype.
     pub fn step(&mut self, params: &ParamMap, grads: &Gradients, lr: f64, clip: Option<f64>) -> Result<StepInfo> {
         self.step_scaled(params, grads, 1.0, lr, clip)
     }
@@ -287,7 +288,7 @@ impl AdamW {
         let largest = || squares.iter().enumerate().max_by(|a, b| a.1.total_cmp(b.1)).map(|(index, _)| index);
         let culprit = squares.iter().position(|square| !square.is_finite()).or_else(largest);
         let what = culprit.map_or("gradient norm".to_string(), |index| format!("gradient of {}", named[index].0));
-        Err(Error::NonFinite { step: self.steps, what })
+        Err(Error::new(ErrorKind::NonFinite { step: self.steps, what }))
     }
 
     /// Makes the state of parameters that are new, and every state writable.
@@ -340,8 +341,9 @@ impl AdamW {
 
     /// Replaces the state by one from [`AdamW::state_dict`].
     ///
-    /// Errors, with nothing changed: [`Error::Weights`] with every name that is missing, belongs to no parameter or
-    /// has another shape; [`Error::DType`] for a tensor of another dtype; [`Error::Argument`] for a negative count.
+    /// Errors, with nothing changed: [`ErrorKind::Weights`] with every name that is missing, belongs to no parameter or
+    /// has another shape; [`ErrorKind::DType`] for a tensor of another dtype; [`ErrorKind::Argument`] for a negative
+    /// count.
     pub fn load_state_dict(&mut self, params: &ParamMap, dict: &BTreeMap<String, Tensor>) -> Result<()> {
         let mut loader = Loader { dict, used: Default::default(), missing: Vec::new(), mismatched: Vec::new() };
         let steps = loader.count("steps")?;
@@ -448,7 +450,7 @@ impl Loader<'_> {
         let unused: Vec<_> = dict.keys().filter(|&key| !used.contains(key)).cloned().collect();
         match steps {
             Some(steps) if missing.is_empty() && unused.is_empty() && mismatched.is_empty() => Ok(steps),
-            _ => Err(Error::Weights { missing, unused, mismatched }),
+            _ => Err(Error::new(ErrorKind::Weights { missing, unused, mismatched })),
         }
     }
 }
@@ -478,7 +480,10 @@ mod tests {
             for grad in grads.tensors_mut() {
                 *grad = grad.to_dtype(DType::F64)?;
             }
-            assert!(matches!(optimizer.step(&store.params(), &grads, 0.1, None), Err(Error::DType { .. })));
+            assert!(matches!(
+                optimizer.step(&store.params(), &grads, 0.1, None).map_err(Error::into_kind),
+                Err(ErrorKind::DType { .. })
+            ));
             assert_eq!(optimizer.steps(), 1);
         }
         Ok(())

@@ -75,7 +75,7 @@ impl Default for TrainOptions {
 impl TrainOptions {
     /// Checks every option, and `seq_len` against the model's `max_seq_len`.
     ///
-    /// Errors: [`Error::Option`] with the name, what is expected and the value.
+    /// Errors: [`ErrorKind::Option`](crate::ErrorKind::Option) with the name, what is expected and the value.
     pub fn check(&self, max_seq_len: usize) -> Result<()> {
         let whole = |key: &str, value: u64, least: u64, most: u64| {
             ensure!(

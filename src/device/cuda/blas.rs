@@ -15,7 +15,7 @@ use super::{
     resources::{Context, Plain, Stream},
 };
 use crate::{
-    DType, Error, Result,
+    DType, Error, ErrorKind, Result,
     device::{
         gpu::Address,
         launch::{Gemm, Operand},
@@ -53,7 +53,9 @@ impl Handle {
         // What cuBLAS itself takes on these cards.
         let bytes = if architecture >= 90 { 32 << 20 } else { 4 << 20 };
         let workspace = Plain::new(bytes, current).map_err(|DriverError(why)| match why {
-            CUresult::CUDA_ERROR_OUT_OF_MEMORY => Error::OutOfMemory { requested: bytes, live: 0, cached: 0 },
+            CUresult::CUDA_ERROR_OUT_OF_MEMORY => {
+                Error::new(ErrorKind::OutOfMemory { requested: bytes, live: 0, cached: 0 })
+            }
             _ => error(format!("cuMemAlloc of {bytes} bytes for cuBLAS: {why:?}")),
         })?;
         // SAFETY: the memory has this size and is freed after the handle.

@@ -23,8 +23,8 @@ pub(super) enum Rung {
     Plain(&'static str),
 }
 
-/// The highest rung that `XT_ATTENTION` permits: `plain` keeps to the lowest one, to compare it, and `wgmma` adds the one that
-/// no card has run yet.
+/// The highest rung that `XT_ATTENTION` permits: `plain` keeps to the lowest one, to compare it, and `wgmma` adds the
+/// one that no card has run yet.
 fn limit() -> &'static str {
     static LIMIT: OnceLock<String> = OnceLock::new();
     LIMIT.get_or_init(|| std::env::var("XT_ATTENTION").unwrap_or_default())
@@ -122,8 +122,8 @@ impl Blocks {
         Self { kernel, head: Some(head), rows, threads: 128, features: usize::MAX, shared }
     }
 
-    /// The same of a kernel whose `warpgroups` own 64 rows each of `owned` tensors, beside `passing` tiles of `n` rows; all
-    /// tiles start at multiples of 1024 bytes.
+    /// The same of a kernel whose `warpgroups` own 64 rows each of `owned` tensors, beside `passing` tiles of `n` rows;
+    /// all tiles start at multiples of 1024 bytes.
     fn warpgroups(
         kernel: &'static str,
         head: usize,

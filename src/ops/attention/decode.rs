@@ -32,8 +32,8 @@ const LANES: usize = 16;
 /// Features whose sums stay in registers while the keys pass.
 const WIDE: usize = 64;
 
-/// How [`attention_decode`] reads a cache of keys. In front of the keys of the sequence there may be others, which every
-/// query may see.
+/// How [`attention_decode`] reads a cache of keys. In front of the keys of the sequence there may be others, which
+/// every query may see.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct DecodeSpec<'a> {
     /// Multiplies the products of queries and keys; usually `dim_head^-0.5`.
@@ -48,19 +48,19 @@ pub struct DecodeSpec<'a> {
     pub key_mask: Option<&'a Tensor>,
     /// Padding of the queries, Bool `[batch, query]`: a padded (false) query sees the memory keys alone.
     pub query_mask: Option<&'a Tensor>,
-    /// Added to the scaled products: float `[heads, distances]`, best in the type of the sums, the distance being that of the query's
-    /// position behind the key. The last one serves all that are further.
+    /// Added to the scaled products: float `[heads, distances]`, best in the type of the sums, the distance being that
+    /// of the query's position behind the key. The last one serves all that are further.
     pub bias_by_distance: Option<&'a Tensor>,
 }
 
 /// Causal attention of new tokens to cached keys: query `i` of sequence `b` stands at position
-/// `prefix_len + lengths[b] + i` and sees the keys up to there. Computes what [`attention`](super::attention) computes for the
-/// last rows.
+/// `prefix_len + lengths[b] + i` and sees the keys up to there. Computes what [`attention`](super::attention) computes
+/// for the last rows.
 ///
 /// Shapes: `q` `[batch, heads, query, d]`, caches `k` `[batch, kv_heads, capacity, d]` and `v` `[batch, kv_heads,
-/// capacity, e]`, `lengths` `[batch]` I64 → `[batch, heads, query, e]`, which lies in memory as `[batch, query, heads, e]`.
-/// `heads` is a multiple of `kv_heads`. Keys behind a query's position are not read: the cache may be larger.
-/// A query without any key left attends to all keys of its sequence equally; one whose scores are NaN, or all overflow,
+/// capacity, e]`, `lengths` `[batch]` I64 → `[batch, heads, query, e]`, which lies in memory as `[batch, query, heads,
+/// e]`. `heads` is a multiple of `kv_heads`. Keys behind a query's position are not read: the cache may be larger. A
+/// query without any key left attends to all keys of its sequence equally; one whose scores are NaN, or all overflow,
 /// gives NaN.
 ///
 /// Errors: shapes, dtypes or devices that do not fit, or a tensor that requires a gradient: decoding has none.
@@ -319,8 +319,8 @@ impl<R: Real> Cached<'_, R> {
         start.min(end)..end
     }
 
-    /// Of each query: the weighted sum of the part's values, the largest score, and the sum of the weights relative to it,
-    /// which is 0 only if no key was kept.
+    /// Of each query: the weighted sum of the part's values, the largest score, and the sum of the weights relative to
+    /// it, which is 0 only if no key was kept.
     fn part(&self, b: usize, head: usize, part: usize, q: &[R], sums: &mut [R]) {
         let Sizes { d, e, keys, .. } = self.sizes;
         let kv_head = head / self.sizes.group();

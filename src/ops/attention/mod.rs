@@ -32,10 +32,10 @@ const OP: &str = "attention";
 /// How [`attention`] turns products of queries and keys into weights.
 ///
 /// Masks replace scores by the most negative finite number: a query without any key left attends to all keys equally,
-/// future ones included, and passes no gradient to its scores. A `bias` of −∞ is not a mask: a query that has it for each
-/// key left gives 0, without gradients, as PyTorch's `scaled_dot_product_attention` does; a query whose scores all overflow
-/// to −∞, or one of whose scores is +∞ or NaN, gives NaN. An infinite value is NaN also where its weight is 0; in half
-/// types its gradients are NaN, where some of PyTorch's are infinite.
+/// future ones included, and passes no gradient to its scores. A `bias` of −∞ is not a mask: a query that has it for
+/// each key left gives 0, without gradients, as PyTorch's `scaled_dot_product_attention` does; a query whose scores all
+/// overflow to −∞, or one of whose scores is +∞ or NaN, gives NaN. An infinite value is NaN also where its weight is 0;
+/// in half types its gradients are NaN, where some of PyTorch's are infinite.
 ///
 /// ```
 /// use x_transformers::{Device, Tensor, ops::{AttentionSpec, attention}};
@@ -97,10 +97,9 @@ impl Default for AttentionSpec<'_> {
 /// read in place. The result lies in memory as `[batch, query, heads, e]`, so that merging the heads is a view.
 ///
 /// Products, statistics and sums are in f32 (f64 for f64); a product of a query and a key overflows before `scale` is
-/// applied. Weights are right at every finite score, forward and backward. A mean of finite values is finite. Without keys
-/// the result is zero.
-/// Saves: `q`, `k`, `v`, the output, two numbers per query, and for half types what rounding took from the output.
-/// Errors: shapes, dtypes or devices that do not fit, or a value outside of its domain.
+/// applied. Weights are right at every finite score, forward and backward. A mean of finite values is finite. Without
+/// keys the result is zero. Saves: `q`, `k`, `v`, the output, two numbers per query, and for half types what rounding
+/// took from the output. Errors: shapes, dtypes or devices that do not fit, or a value outside of its domain.
 pub fn attention(q: &Tensor, k: &Tensor, v: &Tensor, spec: &AttentionSpec) -> Result<Tensor> {
     let sizes = Sizes::new(q, k, v)?;
     spec.check(&sizes, q)?;
@@ -145,9 +144,9 @@ pub fn gpu_needs_scores(features: usize) -> Option<&'static str> {
     (features > 128).then_some("heads of more than 128 features do not fit the registers of the fused kernels")
 }
 
-/// Which kernels a GPU computes [`attention`] with, given the features `d` of queries and keys and `e` of values, and why
-/// not a faster one; `None` on the CPU. `XT_ATTENTION=plain` keeps to the plain ones; `XT_ATTENTION=wgmma` asks for those
-/// of sm_90a, which no card has run yet.
+/// Which kernels a GPU computes [`attention`] with, given the features `d` of queries and keys and `e` of values, and
+/// why not a faster one; `None` on the CPU. `XT_ATTENTION=plain` keeps to the plain ones; `XT_ATTENTION=wgmma` asks for
+/// those of sm_90a, which no card has run yet.
 pub fn attention_rung(device: &Device, dtype: DType, d: usize, e: usize) -> Option<String> {
     match device {
         Device::Cpu => None,
@@ -290,7 +289,7 @@ fn expect_bool(name: &str, mask: &Tensor, q: &Tensor) -> Result<()> {
     );
     ensure!(
         mask.device() == q.device(),
-        Error::Device { op: OP, message: format!("{name} is on {}, q on {}; move one", mask.device(), q.device()) }
+        Error::device(OP, format!("{name} is on {}, q on {}; move one", mask.device(), q.device()))
     );
     Ok(())
 }
@@ -382,9 +381,9 @@ impl Problem {
 
 /// What the forward pass leaves for the backward pass, besides the output.
 struct Kept {
-    /// Of each query the largest score and the reciprocal of `Σ exp(score − largest)`, `[batch, heads, query, 2]`: their
-    /// logarithms must not be added, as that of the sum would be lost beside a large score. `[∞, 0]` where everything is
-    /// masked, `[0, 0]` where the bias of all that is not masked is −∞.
+    /// Of each query the largest score and the reciprocal of `Σ exp(score − largest)`, `[batch, heads, query, 2]`:
+    /// their logarithms must not be added, as that of the sum would be lost beside a large score. `[∞, 0]` where
+    /// everything is masked, `[0, 0]` where the bias of all that is not masked is −∞.
     statistics: Tensor,
     /// What rounding to a half type took from the output, times [`residual_scale`], laid out as the output: without it,
     /// `Σ grad ⊙ out` is not exact enough for a query that has most of its weight on one key.

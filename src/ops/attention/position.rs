@@ -229,7 +229,7 @@ fn expect_weights(name: &str, weights: &Tensor, shape: &[usize], device: &Device
     );
     ensure!(
         weights.device() == device,
-        Error::Device { op: OP, message: format!("{name} is on {}, q on {device}; move one", weights.device()) }
+        Error::device(OP, format!("{name} is on {}, q on {device}; move one", weights.device()))
     );
     ensure!(
         weights.shape()[..] == *shape,

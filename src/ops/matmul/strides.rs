@@ -14,8 +14,8 @@ pub(super) struct Sizes {
     pub m: usize,
     pub n: usize,
     pub k: usize,
-    /// Rows that meet one matrix of B, by the shapes only: those of the last dimensions of the batch that B does not have
-    /// count too. The kernel depends on this number, and must not depend on the layout in memory.
+    /// Rows that meet one matrix of B, by the shapes only: those of the last dimensions of the batch that B does not
+    /// have count too. The kernel depends on this number, and must not depend on the layout in memory.
     pub rows: usize,
 }
 

@@ -56,12 +56,13 @@ pub struct SampleSpec {
 impl Tensor {
     /// One token for each row of logits: `[rows, tokens] → [rows]` I64, drawn by draw `step` of the row's stream.
     ///
-    /// `step`: one I64 on the same device, so that a recorded graph can be given another one. The tokens are the same on
-    /// every device and for any number of threads. Half types and f32 are computed in f32; shares below about 1e-11 of
-    /// the largest are none.
+    /// `step`: one I64 on the same device, so that a recorded graph can be given another one. The tokens are the same
+    /// on every device and for any number of threads. Half types and f32 are computed in f32; shares below about 1e-11
+    /// of the largest are none.
     ///
-    /// Errors: another shape, a dtype that is not float, settings out of their domain, a tensor that requires a gradient
-    /// (use `detach`); [`Error::Argument`] for logits that are NaN, +∞ or all −∞, on a GPU at the next read-back.
+    /// Errors: another shape, a dtype that is not float, settings out of their domain, a tensor that requires a
+    /// gradient (use `detach`); [`ErrorKind::Argument`](crate::ErrorKind::Argument) for logits that are NaN, +∞ or all
+    /// −∞, on a GPU at the next read-back.
     pub fn sample(&self, spec: &SampleSpec, step: &Tensor) -> Result<Tensor> {
         const OP: &str = "sample";
         discrete(OP, &[self])?;
