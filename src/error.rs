@@ -175,20 +175,20 @@ impl Error {
         }
     }
 
-    pub(crate) fn shape(op: &'static str, message: impl Into<String>) -> Self {
-        Self::new(ErrorKind::Shape { op, message: message.into() })
+    pub(crate) fn shape(op: &'static str, message: impl fmt::Display) -> Self {
+        Self::new(ErrorKind::Shape { op, message: message.to_string() })
     }
 
-    pub(crate) fn dtype(op: &'static str, message: impl Into<String>) -> Self {
-        Self::new(ErrorKind::DType { op, message: message.into() })
+    pub(crate) fn dtype(op: &'static str, message: impl fmt::Display) -> Self {
+        Self::new(ErrorKind::DType { op, message: message.to_string() })
     }
 
-    pub(crate) fn argument(op: &'static str, message: impl Into<String>) -> Self {
-        Self::new(ErrorKind::Argument { op, message: message.into() })
+    pub(crate) fn argument(op: &'static str, message: impl fmt::Display) -> Self {
+        Self::new(ErrorKind::Argument { op, message: message.to_string() })
     }
 
-    pub(crate) fn device(op: &'static str, message: impl Into<String>) -> Self {
-        Self::new(ErrorKind::Device { op, message: message.into() })
+    pub(crate) fn device(op: &'static str, message: impl fmt::Display) -> Self {
+        Self::new(ErrorKind::Device { op, message: message.to_string() })
     }
 
     pub(crate) fn index(op: &'static str, what: &'static str, index: i64, limit: usize) -> Self {
@@ -209,16 +209,16 @@ impl Error {
         )
     }
 
-    pub(crate) fn option(key: impl Into<String>, why: impl Into<String>) -> Self {
-        Self::new(ErrorKind::Option { key: key.into(), why: why.into() })
+    pub(crate) fn option(key: impl Into<String>, why: impl fmt::Display) -> Self {
+        Self::new(ErrorKind::Option { key: key.into(), why: why.to_string() })
     }
 
     pub(crate) fn io(path: impl Into<PathBuf>, source: io::Error) -> Self {
         Self::new(ErrorKind::Io { path: path.into(), source })
     }
 
-    pub(crate) fn file(path: impl Into<PathBuf>, why: impl Into<String>) -> Self {
-        Self::new(ErrorKind::File { path: path.into(), why: why.into() })
+    pub(crate) fn file(path: impl Into<PathBuf>, why: impl fmt::Display) -> Self {
+        Self::new(ErrorKind::File { path: path.into(), why: why.to_string() })
     }
 
     /// The same error with a place in front, for instance `attn_layers.layers.3.1`; nested places read from the outside

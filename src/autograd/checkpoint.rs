@@ -113,7 +113,7 @@ fn differs() -> Error {
 fn too_deep(level: usize) -> Error {
     Error::argument(
         OP,
-        format!(
+        format_args!(
             "a nest of {level} is too deep for the stack that this thread has left; nest less, or compute on a thread with \
              a larger `stack_size` (std::thread::Builder)"
         ),

@@ -150,7 +150,7 @@ impl Tape {
             output.shape() == cotangent.shape()
                 && output.dtype() == cotangent.dtype()
                 && output.device() == cotangent.device(),
-            Error::shape("backward", format!("the cotangent is {}, the output {}", kind(cotangent), kind(output)))
+            Error::shape("backward", format_args!("the cotangent is {}, the output {}", kind(cotangent), kind(output)))
         );
         // Nothing is lost by checking first: a wrong output leaves the tape usable.
         ensure!(with_stack(|stack| self.find(stack)).is_some(), Error::new(ErrorKind::BackwardTwice));

@@ -73,14 +73,17 @@ impl Input {
             (shape, dtype) == (&self.shape, self.dtype),
             Error::shape(
                 op,
-                format!("its {rule} gave a gradient {shape:?} {dtype} for an input {:?} {}", self.shape, self.dtype)
+                format_args!(
+                    "its {rule} gave a gradient {shape:?} {dtype} for an input {:?} {}",
+                    self.shape, self.dtype
+                )
             )
         );
         ensure!(
             *device == self.device,
             Error::device(
                 op,
-                format!(
+                format_args!(
                     "its {rule} gave a gradient on {device} for an input on {}; move it with `to_device`",
                     self.device
                 )
@@ -185,7 +188,7 @@ impl Frame {
             given.inputs.len() == inputs.len(),
             Error::argument(
                 name,
-                format!("its backward gave {} contributions for {} inputs", given.inputs.len(), inputs.len())
+                format_args!("its backward gave {} contributions for {} inputs", given.inputs.len(), inputs.len())
             )
         );
         for (input, contribution) in inputs.into_iter().zip(given.inputs) {

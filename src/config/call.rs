@@ -70,7 +70,7 @@ impl Call {
                 let seq_len = keys.seq_len.ok_or_else(|| Error::option("seq_len", "is required, and missing"))?;
                 Some(GenerateCall { seq_len, eos_token: keys.eos_token, sampling })
             }
-            Some(other) => return Err(Error::option("method", format!("expected \"generate\", got \"{other}\""))),
+            Some(other) => return Err(Error::option("method", format_args!("expected \"generate\", got \"{other}\""))),
         };
         Ok(Self {
             return_embeddings: keys.return_embeddings,

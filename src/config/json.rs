@@ -16,7 +16,7 @@ use crate::{
 pub(super) fn object(name: &str, value: Value) -> Result<Map> {
     match value {
         Value::Object(map) => Ok(map),
-        other => Err(Error::option(name, format!("expected a JSON object, got {other}"))),
+        other => Err(Error::option(name, format_args!("expected a JSON object, got {other}"))),
     }
 }
 
@@ -73,7 +73,7 @@ impl AutoregressiveConfig {
         let model = net.remove("model").unwrap_or_else(|| json!("TransformerWrapper"));
         ensure!(
             model == "TransformerWrapper",
-            Error::option("model", format!("expected \"TransformerWrapper\", got {model}")).context("net")
+            Error::option("model", format_args!("expected \"TransformerWrapper\", got {model}")).context("net")
         );
         let net = TransformerWrapperConfig::from_map(net).context("net")?;
         Ok(Self { net, ..kwargs::read(map)? })
@@ -115,7 +115,7 @@ impl XTransformerConfig {
             None => false,
             Some(Value::Bool(tie)) => *tie,
             Some(other) => {
-                return Err(Error::option("tie_token_emb", format!("expected true or false, got {other}")));
+                return Err(Error::option("tie_token_emb", format_args!("expected true or false, got {other}")));
             }
         };
         let side = |prefix: &str, kind: &str| -> Result<TransformerWrapperConfig> {

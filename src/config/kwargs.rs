@@ -43,7 +43,7 @@ fn check(map: &mut Map, defaults: &Map, aliases: &[(&str, &str)], required: &[&'
     for &(alias, key) in aliases {
         if let Some(value) = map.remove(alias) {
             let taken = map.insert(key.to_string(), value).is_some();
-            ensure!(!taken, Error::option(alias, format!("is another name of `{key}`, which is given too")));
+            ensure!(!taken, Error::option(alias, format_args!("is another name of `{key}`, which is given too")));
         }
     }
     check_known(map, || defaults.keys().map(String::as_str).chain(aliases.iter().map(|alias| alias.0)))?;

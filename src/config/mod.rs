@@ -107,7 +107,7 @@ impl Config {
     /// models.
     pub fn from_json(json: &str) -> Result<Self> {
         let value = serde_json::from_str(json);
-        let value = value.map_err(|error| Error::argument("config", format!("expected JSON: {error}")))?;
+        let value = value.map_err(|error| Error::argument("config", format_args!("expected JSON: {error}")))?;
         Self::from_value(value)
     }
 
@@ -116,7 +116,8 @@ impl Config {
     /// Errors: as [`Config::from_json`] and [`Call::from_value`].
     pub fn with_call(json: &str) -> Result<(Self, Call)> {
         let value = serde_json::from_str(json);
-        let mut value: Value = value.map_err(|error| Error::argument("config", format!("expected JSON: {error}")))?;
+        let mut value: Value =
+            value.map_err(|error| Error::argument("config", format_args!("expected JSON: {error}")))?;
         let call = value.as_object_mut().and_then(|map| map.remove("call"));
         let call = call.map_or_else(|| Ok(Call::default()), |call| Call::from_value(call).context("call"))?;
         Ok((Self::from_value(value)?, call))
@@ -127,8 +128,8 @@ impl Config {
         let mut map = object("config", value)?;
         let model = match map.remove("model") {
             Some(Value::String(model)) => model,
-            Some(other) => return Err(Error::option("model", format!("expected a name, got {other}"))),
-            None => return Err(Error::option("model", format!("is required: one of {}", MODELS.join(", ")))),
+            Some(other) => return Err(Error::option("model", format_args!("expected a name, got {other}"))),
+            None => return Err(Error::option("model", format_args!("is required: one of {}", MODELS.join(", ")))),
         };
         match model.as_str() {
             "TransformerWrapper" => TransformerWrapperConfig::from_map(map).map(Self::TransformerWrapper),
@@ -151,7 +152,7 @@ impl Config {
                 kwargs::read(map).map(Self::AttentionLayers)
             }
             "SamplingFilter" => kwargs::read(map).map(Self::SamplingFilter),
-            other => Err(Error::option("model", format!("expected one of {}, got `{other}`", MODELS.join(", ")))),
+            other => Err(Error::option("model", format_args!("expected one of {}, got `{other}`", MODELS.join(", ")))),
         }
     }
 

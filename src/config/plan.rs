@@ -373,7 +373,10 @@ impl AttentionPlan {
         let kv_heads = self.kv_heads;
         ensure!(
             kv_heads > 0 && self.heads.is_multiple_of(kv_heads),
-            Error::option("attn_kv_heads", format!("expected a divisor of `heads` = {}, got {kv_heads}", self.heads))
+            Error::option(
+                "attn_kv_heads",
+                format_args!("expected a divisor of `heads` = {}, got {kv_heads}", self.heads)
+            )
         );
         ensure!(
             kv_heads == self.heads || self.shared.is_none(),
@@ -387,7 +390,7 @@ impl AttentionPlan {
         );
         ensure!(
             self.num_mem_kv <= WIDEST,
-            Error::option("attn_num_mem_kv", format!("expected at most {WIDEST}, got {}", self.num_mem_kv))
+            Error::option("attn_num_mem_kv", format_args!("expected at most {WIDEST}, got {}", self.num_mem_kv))
         );
         Ok(())
     }

@@ -196,7 +196,7 @@ pub unsafe trait Gpu: Any + fmt::Debug + Send + Sync {
 
     /// The error for something that this device does not have.
     fn lacks(&self, what: &str) -> Error {
-        Error::device(self.backend(), format!("{}:{}: {what}", self.backend(), self.ordinal()))
+        Error::device(self.backend(), format_args!("{}:{}: {what}", self.backend(), self.ordinal()))
     }
 }
 

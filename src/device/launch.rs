@@ -202,9 +202,10 @@ impl IntoArg for Arg {
 pub(crate) fn size32(n: usize) -> Result<u32> {
     match u32::try_from(n) {
         Ok(size) if size < 1 << 31 => Ok(size),
-        _ => {
-            Err(Error::shape("launch", format!("a size of {n} was given to a kernel that is made for less than 2^31")))
-        }
+        _ => Err(Error::shape(
+            "launch",
+            format_args!("a size of {n} was given to a kernel that is made for less than 2^31"),
+        )),
     }
 }
 
@@ -214,8 +215,9 @@ impl IntoArg for &Layout {
             KernelLayout { rank: self.shape.rank() as u32, dims: [1; 6], unused: 0, strides: [0; 6], offset: 0 };
         layout.offset = self.offset as i64;
         for (dim, &size) in self.shape.iter().enumerate() {
-            layout.dims[dim] = u32::try_from(size)
-                .map_err(|_| Error::shape("launch", format!("dimension {dim} of {:?} exceeds 2^32 - 1", self.shape)))?;
+            layout.dims[dim] = u32::try_from(size).map_err(|_| {
+                Error::shape("launch", format_args!("dimension {dim} of {:?} exceeds 2^32 - 1", self.shape))
+            })?;
             layout.strides[dim] = self.strides[dim] as i64;
         }
         Ok(Arg::Layout(layout))

@@ -66,7 +66,7 @@ impl Device {
         #[cfg(not(feature = "cuda"))]
         Err(Error::device(
             "cuda",
-            format!("cuda:{ordinal} was asked for, but this build has no CUDA; enable the feature `cuda`"),
+            format_args!("cuda:{ordinal} was asked for, but this build has no CUDA; enable the feature `cuda`"),
         ))
     }
 
@@ -83,7 +83,10 @@ impl Device {
             ("cpu", _) if name == "cpu" => Ok(Self::Cpu),
             ("auto", _) if name == "auto" => Ok(Self::best()),
             ("cuda", ordinal) if ordinal.parse::<usize>().is_ok() => Self::cuda(ordinal.parse().unwrap_or(0)),
-            _ => Err(Error::device("device", format!("unknown device `{name}`, expected auto, cpu, cuda or cuda:N"))),
+            _ => Err(Error::device(
+                "device",
+                format_args!("unknown device `{name}`, expected auto, cpu, cuda or cuda:N"),
+            )),
         }
     }
 

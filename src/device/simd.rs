@@ -66,7 +66,7 @@ impl Level {
         let named = Self::ALL.into_iter().find(|level| name == level.name());
         named.map(Some).ok_or_else(|| {
             let names = Self::ALL.map(Self::name).join(", ");
-            Error::option("XT_CPU", format!("expected one of {names}, got {name:?}"))
+            Error::option("XT_CPU", format_args!("expected one of {names}, got {name:?}"))
         })
     }
 }

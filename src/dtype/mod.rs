@@ -50,7 +50,7 @@ impl DType {
     pub(crate) fn expect_float(self, op: &'static str) -> Result<()> {
         ensure!(
             self.is_float(),
-            Error::dtype(op, format!("expected a float tensor, got {self}; convert with `to_dtype`"))
+            Error::dtype(op, format_args!("expected a float tensor, got {self}; convert with `to_dtype`"))
         );
         Ok(())
     }
@@ -244,7 +244,7 @@ macro_rules! dispatch_float {
                 type $T = half::f16;
                 $body
             }
-            other => Err($crate::Error::dtype($op, format!("expected a float tensor, got {other}"))),
+            other => Err($crate::Error::dtype($op, format_args!("expected a float tensor, got {other}"))),
         }
     };
 }

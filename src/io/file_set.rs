@@ -90,7 +90,7 @@ impl<'a> FileSet<'a> {
             Ok(_) => "is not a folder, so not a checkpoint",
             Err(_) => "does not exist, so there is no checkpoint",
         };
-        Err(Error::file(self.folder, format!("{why}: it has no {name} (expected {})", self.names.join(", "))))
+        Err(Error::file(self.folder, format_args!("{why}: it has no {name} (expected {})", self.names.join(", "))))
     }
 
     /// Makes the folder for new files, which is this process's alone.

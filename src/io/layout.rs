@@ -188,7 +188,10 @@ impl TensorFile {
 
 fn several(file: &TensorFile, places: &BTreeSet<String>) -> Error {
     let list: Vec<String> = places.iter().map(|place| format!("`{place}`")).collect();
-    Error::file(file.path(), format!("has the weights of a model below {}; save one of them alone", list.join(" and ")))
+    Error::file(
+        file.path(),
+        format_args!("has the weights of a model below {}; save one of them alone", list.join(" and ")),
+    )
 }
 
 fn without_infixes(name: &str) -> String {

@@ -55,7 +55,7 @@ pub(crate) fn read_with_metadata(path: &Path) -> Result<(BTreeMap<String, Tensor
     source.check_unchanged()?;
     let Found { tensors, metadata, values } = found.map_err(|why| why.within(&source))?;
     let tensors = tensors.into_iter().map(|(name, info)| {
-        let entry = entry(&info, values).map_err(|why| Error::file(path, format!("tensor `{name}` {why}")))?;
+        let entry = entry(&info, values).map_err(|why| Error::file(path, format_args!("tensor `{name}` {why}")))?;
         let tensor = entry.read(&source, &name)?;
         Ok((name, tensor))
     });
@@ -225,7 +225,7 @@ pub(crate) fn pack(
 ) -> Result<()> {
     ensure!(
         !tensors.contains_key(METADATA),
-        Error::argument("write_safetensors", format!("the name `{METADATA}` is reserved by the format"))
+        Error::argument("write_safetensors", format_args!("the name `{METADATA}` is reserved by the format"))
     );
     let mut packed = tensors
         .iter()
@@ -252,7 +252,10 @@ pub(crate) fn pack(
     header.resize(header.len().next_multiple_of(LENGTH), b' ');
     ensure!(
         header.len() <= MAX_HEADER,
-        Error::file(path, format!("would get a header of {} bytes, at most {MAX_HEADER} are allowed", header.len()))
+        Error::file(
+            path,
+            format_args!("would get a header of {} bytes, at most {MAX_HEADER} are allowed", header.len())
+        )
     );
     let bytes = packed.iter().map(|(_, tensor)| tensor.bytes()).collect::<Result<Vec<_>>>()?;
     deliver(&|file| {

@@ -28,7 +28,7 @@ use crate::{Error, Result, error::ensure};
 pub fn read_limited(path: impl AsRef<Path>, limit: u64) -> Result<Vec<u8>> {
     let path = path.as_ref();
     let broken = |source| Error::io(path, source);
-    let too_long = |bytes| Error::file(path, format!("has {bytes} bytes, expected at most {limit}"));
+    let too_long = |bytes| Error::file(path, format_args!("has {bytes} bytes, expected at most {limit}"));
     // Asked before opening: opening a pipe would wait for a writer.
     let found = fs::metadata(path).map_err(broken)?;
     ensure!(!found.is_dir(), broken(io::ErrorKind::IsADirectory.into()));
@@ -50,5 +50,5 @@ pub fn read_limited(path: impl AsRef<Path>, limit: u64) -> Result<Vec<u8>> {
 pub fn read_text(path: impl AsRef<Path>, limit: u64) -> Result<String> {
     let path = path.as_ref();
     String::from_utf8(read_limited(path, limit)?)
-        .map_err(|why| Error::file(path, format!("is not UTF-8 text: {}", why.utf8_error())))
+        .map_err(|why| Error::file(path, format_args!("is not UTF-8 text: {}", why.utf8_error())))
 }

@@ -68,7 +68,7 @@ impl Source {
             // Later changes must differ from it, and there must be no writer who goes on.
             std::thread::sleep(TICK);
             let unchanged = Stamp::of(&file).map_err(broken)? == stamp;
-            ensure!(unchanged, Error::file(path, format!("is being written to; {CURE}")));
+            ensure!(unchanged, Error::file(path, format_args!("is being written to; {CURE}")));
         }
         ensure!(usize::try_from(stamp.len).is_ok(), Error::file(path, "is larger than this processor can address"));
         Ok(Self { path: path.to_path_buf(), content: Content::File { file, stamp } })
@@ -138,12 +138,12 @@ impl Source {
         let Content::File { file, stamp } = &self.content else { return Ok(()) };
         let now = Stamp::of(file).map_err(|source| Error::io(&self.path, source))?;
         ensure!(now.len >= stamp.len, self.shortened());
-        ensure!(now == *stamp, Error::file(&self.path, format!("was written to while it was open; {CURE}")));
+        ensure!(now == *stamp, Error::file(&self.path, format_args!("was written to while it was open; {CURE}")));
         Ok(())
     }
 
     fn shortened(&self) -> Error {
-        Error::file(&self.path, format!("is truncated: it became shorter than its {} bytes; {CURE}", self.len()))
+        Error::file(&self.path, format_args!("is truncated: it became shorter than its {} bytes; {CURE}", self.len()))
     }
 }
 

@@ -287,7 +287,7 @@ impl TensorFile {
             whole.parts.extend(shard.parts);
         }
         if let Some((tensor, why)) = unclear.first_key_value() {
-            return Err(Error::file(path, format!("does not say which tensor `{tensor}` is meant, which {why}")));
+            return Err(Error::file(path, format_args!("does not say which tensor `{tensor}` is meant, which {why}")));
         }
         whole.inert.retain(|name, _| !whole.entries.contains_key(name));
         for (tensor, file) in index.weight_map {
@@ -422,7 +422,7 @@ impl TensorFile {
     /// Errors: as [`TensorFile::tensor`].
     pub fn tensors(&self) -> Result<BTreeMap<String, Tensor>> {
         if let Some((name, why)) = self.unreadable().next() {
-            return Err(Error::file(&self.path, format!("tensor `{name}` {why}")));
+            return Err(Error::file(&self.path, format_args!("tensor `{name}` {why}")));
         }
         try_ordered(self.entries.keys().map(|name| Ok((name.clone(), self.tensor(name)?))))
     }
@@ -438,7 +438,7 @@ impl Entry {
         let read = read(source, self);
         source.check_unchanged()?;
         read.map_err(|problem| match problem {
-            Unreadable::Content(why) => Error::file(source.path(), format!("tensor `{name}` {why}")),
+            Unreadable::Content(why) => Error::file(source.path(), format_args!("tensor `{name}` {why}")),
             Unreadable::Failed(error) => match error.kind() {
                 ErrorKind::File { .. } | ErrorKind::Io { .. } => error,
                 _ => error.context(name),
@@ -499,8 +499,8 @@ fn in_folder(folder: &Path) -> Result<PathBuf> {
     }
     match &found[..] {
         [one] => Ok(one.clone()),
-        [] => Err(Error::file(folder, format!("has no weights: none of {}, and no .gguf", IN_FOLDERS.join(", ")))),
-        _ => Err(Error::file(folder, format!("has {} .gguf files, give one of them", found.len()))),
+        [] => Err(Error::file(folder, format_args!("has no weights: none of {}, and no .gguf", IN_FOLDERS.join(", ")))),
+        _ => Err(Error::file(folder, format_args!("has {} .gguf files, give one of them", found.len()))),
     }
 }
 

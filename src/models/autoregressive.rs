@@ -77,7 +77,10 @@ impl AutoregressiveWrapper {
     pub fn loss(&self, tokens: &Tensor, options: &ForwardOptions) -> Result<Tensor> {
         ensure!(
             tokens.rank() == 2 && tokens.shape()[1] >= 2,
-            Error::shape("loss", format!("expected tokens [batch, n] with n of at least 2, got {:?}", tokens.shape()))
+            Error::shape(
+                "loss",
+                format_args!("expected tokens [batch, n] with n of at least 2, got {:?}", tokens.shape())
+            )
         );
         options.check_output_only("loss")?;
         let n = tokens.shape()[1] - 1;

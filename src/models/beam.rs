@@ -56,11 +56,11 @@ impl AutoregressiveWrapper {
         let most = self.net.plan().num_tokens;
         ensure!(
             (1..=most).contains(&beams),
-            Error::option("beams", format!("expected 1 to the {most} tokens, got {beams}"))
+            Error::option("beams", format_args!("expected 1 to the {most} tokens, got {beams}"))
         );
         ensure!(
             length_penalty.is_finite(),
-            Error::option("length_penalty", format!("expected a finite number, got {length_penalty}"))
+            Error::option("length_penalty", format_args!("expected a finite number, got {length_penalty}"))
         );
         let mut rows = Rows::new(self, start_tokens, seq_len, options)?;
         let b = rows.tokens.len();

@@ -74,7 +74,10 @@ impl ContinuousTransformerWrapper {
         let features = self.plan.dim_in.unwrap_or(self.plan.layers.dim);
         ensure!(
             x.rank() == 3 && x.shape()[2] == features && x.dtype().is_float(),
-            Error::shape("x", format!("expected floats [batch, n, {features}], got {:?} {}", x.shape(), x.dtype()))
+            Error::shape(
+                "x",
+                format_args!("expected floats [batch, n, {features}], got {:?} {}", x.shape(), x.dtype())
+            )
         );
         Ok(())
     }
@@ -127,8 +130,11 @@ impl ContinuousAutoregressiveWrapper {
         let (dim_in, dim_out) = (net.plan.dim_in.unwrap_or(dim), net.plan.dim_out.unwrap_or(dim));
         ensure!(
             dim_in == dim_out,
-            Error::option("dim_out", format!("predictions are inputs: expected `dim_in` = {dim_in}, got {dim_out}"))
-                .context("net")
+            Error::option(
+                "dim_out",
+                format_args!("predictions are inputs: expected `dim_in` = {dim_in}, got {dim_out}")
+            )
+            .context("net")
         );
         Ok(Self { net })
     }
@@ -143,7 +149,10 @@ impl ContinuousAutoregressiveWrapper {
     pub fn loss(&self, x: &Tensor, options: &ForwardOptions) -> Result<Tensor> {
         ensure!(
             x.rank() == 3 && x.shape()[1] >= 2,
-            Error::shape("loss", format!("expected [batch, n, features] with n of at least 2, got {:?}", x.shape()))
+            Error::shape(
+                "loss",
+                format_args!("expected [batch, n, features] with n of at least 2, got {:?}", x.shape())
+            )
         );
         options.check_output_only("loss")?;
         let n = x.shape()[1] - 1;
@@ -172,7 +181,10 @@ impl ContinuousAutoregressiveWrapper {
         let mut all = if flat { start.unsqueeze(0)? } else { start.clone() }.detach();
         ensure!(
             all.rank() == 3 && all.shape()[1] > 0,
-            Error::shape("start", format!("expected [batch, n, features] or [n, features], got {:?}", start.shape()))
+            Error::shape(
+                "start",
+                format_args!("expected [batch, n, features] or [n, features], got {:?}", start.shape())
+            )
         );
         let (b, prompt) = (all.dim(0)?, all.dim(1)?);
         let window = self.net.plan.window();

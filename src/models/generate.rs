@@ -74,27 +74,30 @@ impl GenerateOptions {
         for &eos in &self.eos_tokens {
             ensure!(
                 usize::try_from(eos).is_ok_and(|eos| eos < vocabulary),
-                Error::option("eos_tokens", format!("expected some of the {vocabulary} tokens, from 0 on, got {eos}"))
+                Error::option(
+                    "eos_tokens",
+                    format_args!("expected some of the {vocabulary} tokens, from 0 on, got {eos}")
+                )
             );
         }
         ensure!(
             self.row_ends.is_empty() || self.row_ends.len() == rows,
             Error::option(
                 "row_ends",
-                format!("expected none or {rows}, one for each row, got {}", self.row_ends.len())
+                format_args!("expected none or {rows}, one for each row, got {}", self.row_ends.len())
             )
         );
         ensure!(
             self.repetition_penalty.is_finite() && self.repetition_penalty > 0.0,
             Error::option(
                 "repetition_penalty",
-                format!("expected a finite number above 0, got {}", self.repetition_penalty)
+                format_args!("expected a finite number above 0, got {}", self.repetition_penalty)
             )
         );
         if let Some(seeds) = &self.row_seeds {
             ensure!(
                 seeds.len() == rows,
-                Error::option("row_seeds", format!("expected {rows}, one for each row, got {}", seeds.len()))
+                Error::option("row_seeds", format_args!("expected {rows}, one for each row, got {}", seeds.len()))
             );
         }
         Ok(())

@@ -92,7 +92,7 @@ impl Inputs {
     }
 
     fn need(&mut self, name: &str) -> Result<Tensor> {
-        self.take(name).ok_or_else(|| Error::argument("inputs", format!("`{name}` is missing")))
+        self.take(name).ok_or_else(|| Error::argument("inputs", format_args!("`{name}` is missing")))
     }
 
     /// `mems.0`, `mems.1`, … as far as there are any.
@@ -129,7 +129,9 @@ impl Inputs {
 
     fn finish(self) -> Result<()> {
         match self.0.into_keys().next() {
-            Some(name) => Err(Error::argument("inputs", format!("`{name}` is given, but this call does not take it"))),
+            Some(name) => {
+                Err(Error::argument("inputs", format_args!("`{name}` is given, but this call does not take it")))
+            }
             None => Ok(()),
         }
     }
@@ -201,7 +203,10 @@ impl Model {
                 (_, Some(cotangent)) => tape.backward_with(&forward.value, cotangent).context("cotangent")?,
                 (_, None) => {
                     let shape = forward.value.shape();
-                    return Err(Error::argument("inputs", format!("gradients need a `cotangent` of shape {shape:?}")));
+                    return Err(Error::argument(
+                        "inputs",
+                        format_args!("gradients need a `cotangent` of shape {shape:?}"),
+                    ));
                 }
             };
             let params = names(&self.params).map(|(name, param)| (format!("grad.{name}"), grads.param(param)));
@@ -408,7 +413,7 @@ fn filter(logits: &Tensor, config: &SamplingConfig) -> Result<Tensor> {
         logits.rank() == 2 && logits.dtype().is_float(),
         Error::shape(
             "logits",
-            format!("expected floats [batch, num_tokens], got {:?} {}", logits.shape(), logits.dtype())
+            format_args!("expected floats [batch, num_tokens], got {:?} {}", logits.shape(), logits.dtype())
         )
     );
     let width = logits.shape()[1].max(1);

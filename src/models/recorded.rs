@@ -66,7 +66,7 @@ impl RecordedDecode {
         let longest = self.cache.lengths().iter().copied().max().unwrap_or(0);
         ensure!(
             longest < self.cache.capacity(),
-            Error::argument("cache", format!("is full: a row has all of its {longest} tokens"))
+            Error::argument("cache", format_args!("is full: a row has all of its {longest} tokens"))
         );
         ensure!(
             self.cache.is_unique(),

@@ -40,13 +40,13 @@ impl<'m> Rows<'m> {
             (1..=2).contains(&start_tokens.rank()) && start_tokens.dtype() == DType::I64,
             Error::shape(
                 "start_tokens",
-                format!("expected i64 [batch, n] or [n], got {:?} {}", start_tokens.shape(), start_tokens.dtype())
+                format_args!("expected i64 [batch, n] or [n], got {:?} {}", start_tokens.shape(), start_tokens.dtype())
             )
         );
         let t = start_tokens.shape().last().copied().unwrap_or(0);
         ensure!(
             start_tokens.numel() > 0,
-            Error::shape("start_tokens", format!("expected a token, got {:?}", start_tokens.shape()))
+            Error::shape("start_tokens", format_args!("expected a token, got {:?}", start_tokens.shape()))
         );
         let tokens: Vec<Vec<i64>> = start_tokens.to_vec::<i64>()?.chunks(t).map(<[i64]>::to_vec).collect();
         let vocabulary = net.plan().num_tokens;
@@ -261,7 +261,7 @@ fn unpadded(mut tokens: Vec<Vec<i64>>, options: &GenerateOptions) -> Result<Vec<
         lengths.len() == tokens.len() && lengths.iter().all(|length| (1..=t).contains(length)),
         Error::option(
             "prompt_lengths",
-            format!("expected {} numbers from 1 to {t}, one for each row, got {lengths:?}", tokens.len())
+            format_args!("expected {} numbers from 1 to {t}, one for each row, got {lengths:?}", tokens.len())
         )
     );
     for (row, &length) in tokens.iter_mut().zip(lengths) {
@@ -278,6 +278,9 @@ fn unpadded(mut tokens: Vec<Vec<i64>>, options: &GenerateOptions) -> Result<Vec<
 fn prompt_mask(forward: &ForwardOptions, b: usize, t: usize) -> Result<Option<Vec<Vec<bool>>>> {
     let Some(mask) = &forward.mask else { return Ok(None) };
     let fits = mask.numel() == b * t && mask.shape().last() == Some(&t) && mask.dtype() == DType::Bool;
-    ensure!(fits, Error::shape("mask", format!("expected bool [{b}, {t}], got {:?} {}", mask.shape(), mask.dtype())));
+    ensure!(
+        fits,
+        Error::shape("mask", format_args!("expected bool [{b}, {t}], got {:?} {}", mask.shape(), mask.dtype()))
+    );
     Ok(Some(mask.to_vec::<bool>()?.chunks(t).map(<[bool]>::to_vec).collect()))
 }

@@ -276,7 +276,10 @@ impl TransformerWrapper {
     pub(super) fn check_tokens(&self, tokens: &Tensor) -> Result<()> {
         ensure!(
             tokens.rank() == 2 && tokens.dtype() == DType::I64,
-            Error::shape("tokens", format!("expected i64 [batch, n], got {:?} {}", tokens.shape(), tokens.dtype()))
+            Error::shape(
+                "tokens",
+                format_args!("expected i64 [batch, n], got {:?} {}", tokens.shape(), tokens.dtype())
+            )
         );
         Ok(())
     }
@@ -318,7 +321,7 @@ impl TransformerWrapper {
         let (Some(mask), true) = (mask, self.memory_tokens.is_some()) else { return Ok(mask.cloned()) };
         ensure!(
             mask.rank() == 2 && mask.dtype() == DType::Bool,
-            Error::shape("mask", format!("expected bool [batch, n], got {:?} {}", mask.shape(), mask.dtype()))
+            Error::shape("mask", format_args!("expected bool [batch, n], got {:?} {}", mask.shape(), mask.dtype()))
         );
         let kept = Tensor::ones([mask.dim(0)?, self.plan.num_memory_tokens], DType::Bool, mask.device())?;
         Tensor::cat(&[&kept, mask], 1).map(Some)
@@ -341,7 +344,12 @@ impl TransformerWrapper {
             types.shape() == tokens.shape() && types.dtype() == DType::I64,
             Error::shape(
                 "token_types",
-                format!("expected i64 {:?}, as the tokens, got {:?} {}", tokens.shape(), types.shape(), types.dtype())
+                format_args!(
+                    "expected i64 {:?}, as the tokens, got {:?} {}",
+                    tokens.shape(),
+                    types.shape(),
+                    types.dtype()
+                )
             )
         );
         table.forward(types).context("token_type_emb").map(Some)
@@ -392,7 +400,10 @@ pub(crate) fn mean_over_tokens(x: &Tensor, mask: Option<&Tensor>) -> Result<Tens
     let Some(mask) = mask else { return x.mean(&[1]) };
     ensure!(
         mask.rank() == 2 && mask.shape()[..] == x.shape()[..2] && mask.dtype() == DType::Bool,
-        Error::shape("mask", format!("expected bool {:?}, got {:?} {}", &x.shape()[..2], mask.shape(), mask.dtype()))
+        Error::shape(
+            "mask",
+            format_args!("expected bool {:?}, got {:?} {}", &x.shape()[..2], mask.shape(), mask.dtype())
+        )
     );
     let n = x.dim(1)?;
     let weights: Vec<f64> = mask
@@ -409,6 +420,9 @@ pub(crate) fn mean_over_tokens(x: &Tensor, mask: Option<&Tensor>) -> Result<Tens
 
 /// Refuses a sequence that is too long.
 pub(super) fn check_length(n: usize, max_seq_len: usize) -> Result<()> {
-    ensure!(n <= max_seq_len, Error::argument("sequence", format!("has length {n}, `max_seq_len` is {max_seq_len}")));
+    ensure!(
+        n <= max_seq_len,
+        Error::argument("sequence", format_args!("has length {n}, `max_seq_len` is {max_seq_len}"))
+    );
     Ok(())
 }

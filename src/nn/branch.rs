@@ -89,7 +89,7 @@ impl<'c> Past<'c> {
     pub fn before(&mut self, slot: usize, count: usize, width: usize, x: &Tensor) -> Result<Tensor> {
         ensure!(
             count > 0 && width > 0,
-            Error::argument("past", format!("expected at least one row and feature, got {count} rows of {width}"))
+            Error::argument("past", format_args!("expected at least one row and feature, got {count} rows of {width}"))
         );
         let Some((slots, step)) = &mut self.slots else {
             return Tensor::zeros([x.dim(0)?, count, width], x.dtype(), x.device());
@@ -97,7 +97,7 @@ impl<'c> Past<'c> {
         let buffer = buffer(slots, slot, step.capacity + count, width, x)?;
         ensure!(
             buffer.dim(3)? == width,
-            Error::shape("past", format!("slot {slot} has rows of {}, expected {width}", buffer.dim(3)?))
+            Error::shape("past", format_args!("slot {slot} has rows of {}, expected {width}", buffer.dim(3)?))
         );
         buffer.shift_rows(&step.device_lengths, count, &[count as isize], None)
     }
@@ -133,7 +133,7 @@ fn buffer<'s>(
     like: &Tensor,
 ) -> Result<&'s mut Tensor> {
     const MOST: usize = 64;
-    ensure!(slot < MOST, Error::argument("past", format!("expected a slot below {MOST}, got {slot}")));
+    ensure!(slot < MOST, Error::argument("past", format_args!("expected a slot below {MOST}, got {slot}")));
     if slots.len() <= slot {
         slots.resize(slot + 1, None);
     }

@@ -232,7 +232,7 @@ impl AttentionLayers {
     /// Errors: [`AttentionLayers::supports_kv_cache`], or no rows or positions.
     pub fn cache(&self, batch: usize, capacity: usize, dtype: DType, options: &ForwardOptions) -> Result<LayersCache> {
         if let Err(why) = self.supports_kv_cache(options) {
-            return Err(Error::argument("cache", format!("cannot be used: {why}")));
+            return Err(Error::argument("cache", format_args!("cannot be used: {why}")));
         }
         let options = ForwardOptions {
             context: options.context.clone(),
@@ -274,7 +274,7 @@ impl AttentionLayers {
             b == cache.batch() && counts.len() == b && counts.iter().zip(cache.lengths()).all(fits),
             Error::shape(
                 "cache",
-                format!(
+                format_args!(
                     "{counts:?} of {n} new positions in {b} rows do not fit {} sequences of {:?} of {} positions",
                     cache.batch(),
                     cache.lengths(),

@@ -170,7 +170,7 @@ fn check(updates: &[Update<'_>]) -> Result<()> {
             value.shape() == grad.shape() && value.device() == grad.device(),
             Error::shape(
                 "adamw",
-                format!(
+                format_args!(
                     "the parameter is {:?} {}, its gradient {:?} {}",
                     value.shape(),
                     value.device(),
@@ -181,7 +181,7 @@ fn check(updates: &[Update<'_>]) -> Result<()> {
         );
         ensure!(
             [value.dtype(), value.dtype().accumulator()].contains(&grad.dtype()),
-            Error::dtype("adamw", format!("the parameter is {}, its gradient {}", value.dtype(), grad.dtype()))
+            Error::dtype("adamw", format_args!("the parameter is {}, its gradient {}", value.dtype(), grad.dtype()))
         );
     }
     Ok(())
@@ -232,7 +232,7 @@ pub(crate) fn adamw_recorded(updates: Vec<Update<'_>>, factors: &[Address], grad
     let here = |device: &Device| device == grad_scale.device();
     ensure!(
         on_cpu.is_empty() && groups.iter().all(|group| here(&Device::Gpu(group.gpu))),
-        Error::argument("graph", format!("expected every parameter on {}", grad_scale.device()))
+        Error::argument("graph", format_args!("expected every parameter on {}", grad_scale.device()))
     );
     for Group { gpu, key: (dtype, of_grad), items } in groups {
         let rows = items.into_iter().map(|(update, factors)| {

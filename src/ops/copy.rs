@@ -80,7 +80,7 @@ impl Tensor {
                 fits,
                 Error::shape(
                     "cat",
-                    format!("{:?} and {:?} differ outside dimension {dim}", first.shape(), tensor.shape())
+                    format_args!("{:?} and {:?} differ outside dimension {dim}", first.shape(), tensor.shape())
                 )
             );
             total = total.saturating_add(tensor.shape()[dim]);

@@ -86,15 +86,18 @@ impl Tensor {
 pub(super) fn check_targets(op: &'static str, x: &Tensor, batch: &[usize], targets: &Tensor) -> Result<()> {
     ensure!(
         **targets.shape() == *batch,
-        Error::shape(op, format!("expected targets of shape {batch:?} for {:?}, got {:?}", x.shape(), targets.shape()))
+        Error::shape(
+            op,
+            format_args!("expected targets of shape {batch:?} for {:?}, got {:?}", x.shape(), targets.shape())
+        )
     );
     ensure!(
         targets.dtype() == DType::I64,
-        Error::dtype(op, format!("expected targets of i64, got {}", targets.dtype()))
+        Error::dtype(op, format_args!("expected targets of i64, got {}", targets.dtype()))
     );
     ensure!(
         x.device() == targets.device(),
-        Error::device(op, format!("the values are on {} and the targets on {}", x.device(), targets.device()))
+        Error::device(op, format_args!("the values are on {} and the targets on {}", x.device(), targets.device()))
     );
     x.dtype().expect_float(op)
 }

@@ -30,16 +30,22 @@ impl Tensor {
     pub fn embedding(&self, indices: &Tensor) -> Result<Tensor> {
         const OP: &str = "embedding";
         let &[tokens, dim] = &**self.shape() else {
-            return Err(Error::shape(OP, format!("expected a table of shape [tokens, dim], got {:?}", self.shape())));
+            return Err(Error::shape(
+                OP,
+                format_args!("expected a table of shape [tokens, dim], got {:?}", self.shape()),
+            ));
         };
         self.dtype().expect_float(OP)?;
         ensure!(
             indices.dtype() == DType::I64,
-            Error::dtype(OP, format!("expected indices of i64, got {}", indices.dtype()))
+            Error::dtype(OP, format_args!("expected indices of i64, got {}", indices.dtype()))
         );
         ensure!(
             self.device() == indices.device(),
-            Error::device(OP, format!("the table is on {} and the indices on {}", self.device(), indices.device()))
+            Error::device(
+                OP,
+                format_args!("the table is on {} and the indices on {}", self.device(), indices.device())
+            )
         );
         let (table, indices) = (self.contiguous()?, indices.contiguous()?);
         let shape = Shape::new(&[&**indices.shape(), &[dim]].concat())?;

@@ -54,7 +54,7 @@ fn gated(op: &'static str, x: &Tensor, bias: Option<&Tensor>, activation: Activa
     let width = x.shape().last().copied();
     let Some(width) = width.filter(|width| width.is_multiple_of(2)) else {
         let shape = x.shape();
-        return Err(Error::shape(op, format!("expected an even number of features [.., 2 dim], got {shape:?}")));
+        return Err(Error::shape(op, format_args!("expected an even number of features [.., 2 dim], got {shape:?}")));
     };
     x.dtype().expect_float(op)?;
     bias.map_or(Ok(()), |bias| check_bias(op, x, bias))?;

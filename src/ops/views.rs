@@ -18,7 +18,10 @@ impl Tensor {
         let shape = shape.into_shape()?;
         ensure!(
             shape.numel() == self.numel(),
-            Error::shape("reshape", format!("{:?} and {shape:?} have different numbers of elements", self.shape()))
+            Error::shape(
+                "reshape",
+                format_args!("{:?} and {shape:?} have different numbers of elements", self.shape())
+            )
         );
         match self.layout().reshape(shape) {
             Some(layout) => self.view("reshape", layout, ReshapeBackward { shape: *self.shape() }),
@@ -35,7 +38,7 @@ impl Tensor {
         let (Some(first), Some(last)) = (at(first)?, at(last)?) else { return self.reshape([1]) };
         ensure!(
             first <= last,
-            Error::argument("flatten", format!("first dimension {first} comes after the last, {last}"))
+            Error::argument("flatten", format_args!("first dimension {first} comes after the last, {last}"))
         );
         let mut dims = self.shape()[..first].to_vec();
         dims.push(self.shape()[first..=last].iter().product());
@@ -67,7 +70,7 @@ impl Tensor {
                 .all(|(to, &from)| from < self.rank() && std::mem::replace(&mut inverse[from], to) == usize::MAX);
         ensure!(
             legal,
-            Error::argument("permute", format!("{order:?} does not reorder the dimensions of {:?}", self.shape()))
+            Error::argument("permute", format_args!("{order:?} does not reorder the dimensions of {:?}", self.shape()))
         );
         self.view("permute", self.layout().permute(order), PermuteBackward { inverse, rank: self.rank() })
     }
@@ -82,7 +85,7 @@ impl Tensor {
             start.checked_add(len).is_some_and(|end| end <= self.shape()[dim]),
             Error::shape(
                 "narrow",
-                format!("{len} elements from {start} exceed dimension {dim} of shape {:?}", self.shape())
+                format_args!("{len} elements from {start} exceed dimension {dim} of shape {:?}", self.shape())
             )
         );
         let backward = NarrowBackward { shape: *self.shape(), part: GradSlice { dim, start, len } };
@@ -98,7 +101,7 @@ impl Tensor {
             index < self.shape()[at],
             Error::shape(
                 "select",
-                format!("index {index} is out of range for dimension {dim} of shape {:?}", self.shape())
+                format_args!("index {index} is out of range for dimension {dim} of shape {:?}", self.shape())
             )
         );
         self.narrow(dim, index, 1)?.squeeze(dim)
@@ -111,7 +114,7 @@ impl Tensor {
     pub fn expand(&self, shape: impl IntoShape) -> Result<Tensor> {
         let shape = shape.into_shape()?;
         let fits = self.shape().broadcast(&shape, "expand").is_ok_and(|result| result == shape);
-        ensure!(fits, Error::shape("expand", format!("{:?} does not expand to {shape:?}", self.shape())));
+        ensure!(fits, Error::shape("expand", format_args!("{:?} does not expand to {shape:?}", self.shape())));
         if shape == *self.shape() {
             return Ok(self.clone());
         }
@@ -126,7 +129,7 @@ impl Tensor {
         let at = if dim < 0 { dim.saturating_add(rank as isize + 1) } else { dim };
         ensure!(
             rank < MAX_RANK && (0..=rank as isize).contains(&at),
-            Error::shape("unsqueeze", format!("no dimension can be added at {dim} of shape {:?}", self.shape()))
+            Error::shape("unsqueeze", format_args!("no dimension can be added at {dim} of shape {:?}", self.shape()))
         );
         self.view("unsqueeze", self.layout().unsqueeze(at as usize), ReshapeBackward { shape: *self.shape() })
     }
@@ -149,7 +152,10 @@ impl Tensor {
         let total = sizes.iter().try_fold(0usize, |sum, &size| sum.checked_add(size));
         ensure!(
             total == Some(self.shape()[at]),
-            Error::shape("split", format!("sizes {sizes:?} do not add up to dimension {dim} of {:?}", self.shape()))
+            Error::shape(
+                "split",
+                format_args!("sizes {sizes:?} do not add up to dimension {dim} of {:?}", self.shape())
+            )
         );
         let mut start = 0;
         sizes

@@ -42,7 +42,7 @@ impl Param {
     pub fn new(value: Tensor) -> Result<Self> {
         ensure!(
             value.dtype().is_float(),
-            Error::dtype("param", format!("parameters are float, this one is {}", value.dtype()))
+            Error::dtype("param", format_args!("parameters are float, this one is {}", value.dtype()))
         );
         Ok(Self(Arc::new(ParamCell { leaf: LeafId::new(), value: RwLock::new(value.detach()) })))
     }
@@ -65,7 +65,7 @@ impl Param {
             old.shape() == value.shape() && old.dtype() == value.dtype() && old.device() == value.device(),
             Error::shape(
                 "set",
-                format!(
+                format_args!(
                     "the parameter is {:?} {} {}, the value {:?} {} {}",
                     old.shape(),
                     old.dtype(),
@@ -221,7 +221,7 @@ impl ParamMap {
             let Some(tensor) = state.get(name) else { continue };
             ensure!(
                 tensor.dtype().is_float(),
-                Error::dtype("load", format!("{name} is {}, expected a float type", tensor.dtype()))
+                Error::dtype("load", format_args!("{name} is {}, expected a float type", tensor.dtype()))
             );
             match values.entry(param.leaf()) {
                 Entry::Vacant(entry) => {
@@ -235,7 +235,7 @@ impl ParamMap {
                         tensor.to_f64_vec()? == state[other].to_f64_vec()?,
                         Error::argument(
                             "load",
-                            format!(
+                            format_args!(
                                 "`{other}` and `{name}` are tied in the model, but have different values in the file"
                             )
                         )
@@ -249,7 +249,7 @@ impl ParamMap {
             let old = buffer.tensor();
             ensure!(
                 tensor.dtype().is_float() == old.dtype().is_float(),
-                Error::dtype("load", format!("buffer {name} is {}, expected {}", tensor.dtype(), old.dtype()))
+                Error::dtype("load", format_args!("buffer {name} is {}, expected {}", tensor.dtype(), old.dtype()))
             );
             buffers.push((buffer, tensor.packed()?.on(old.device())?.converted(old.dtype())?));
         }
@@ -366,7 +366,7 @@ impl ParamStore {
         let mut map = self.lock();
         ensure!(
             !map.params.contains_key(&full) && !map.buffers.contains_key(&full),
-            Error::argument("store", format!("the name {full} is registered twice"))
+            Error::argument("store", format_args!("the name {full} is registered twice"))
         );
         let buffer = Buffer::new(value);
         map.buffers.insert(full, buffer.clone());
@@ -382,7 +382,7 @@ impl ParamStore {
         let mut map = self.lock();
         ensure!(
             !map.params.contains_key(&name) && !map.buffers.contains_key(&name),
-            Error::argument("store", format!("the name {name} is registered twice"))
+            Error::argument("store", format_args!("the name {name} is registered twice"))
         );
         map.params.insert(name, param.clone());
         Ok(param)

@@ -205,7 +205,10 @@ impl Pretrained {
     pub fn autoregressive(&self, dtype: DType, device: &Device) -> Result<AutoregressiveWrapper> {
         ensure!(
             self.family.is_causal(),
-            Error::file(self.file.path(), format!("is of the family {}, which does not continue texts", self.family))
+            Error::file(
+                self.file.path(),
+                format_args!("is of the family {}, which does not continue texts", self.family)
+            )
         );
         let config = AutoregressiveConfig { net: self.config.clone(), ..AutoregressiveConfig::default() };
         self.check()?;

@@ -75,7 +75,7 @@ impl Names {
         for (copy, original) in &self.copies {
             ensure!(
                 file.info(copy).is_none() || equal(file, copy, original)?,
-                Error::file(file.path(), format!("`{copy}` and `{original}` are tied in this family, but differ"))
+                Error::file(file.path(), format_args!("`{copy}` and `{original}` are tied in this family, but differ"))
             );
         }
         let mut loaded = HashSet::new();
@@ -132,11 +132,11 @@ impl Names {
         let missing: Vec<String> =
             used.iter().filter(|name| file.info(name).is_none()).map(|name| name.to_string()).collect();
         if let Some((name, why)) = missing.iter().find_map(|name| Some((name, file.inert(name)?))) {
-            return Err(Error::file(file.path(), format!("weight `{name}` {why}")));
+            return Err(Error::file(file.path(), format_args!("weight `{name}` {why}")));
         }
         let unused = self.unused(file);
         if let Some((name, what)) = unused.iter().find_map(|name| Some((name, changes_weights(name)?))) {
-            return Err(Error::file(file.path(), format!("has `{name}`: {what}")));
+            return Err(Error::file(file.path(), format_args!("has `{name}`: {what}")));
         }
         let mut mismatched = Vec::new();
         for Weight { ours, theirs } in &self.weights {
@@ -213,14 +213,14 @@ fn check_values(file: &TensorFile, weight: &Weight, tensor: &Tensor, kept_as: DT
     let name = || weight.theirs.names().join("` and `");
     ensure!(
         tensor.dtype().is_float(),
-        Error::file(file.path(), format!("`{}` is {}, expected floats", name(), tensor.dtype()))
+        Error::file(file.path(), format_args!("`{}` is {}, expected floats", name(), tensor.dtype()))
     );
     // Looked at where they are: a copy in another type would be several times as large as the weights.
     let tensor = tensor.contiguous()?;
     let finite = dispatch_float!("load", tensor.dtype(), T, {
         Ok(tensor.values::<T>()?.iter().all(|value| value.to_acc().to_f64().is_finite()))
     })?;
-    ensure!(finite, Error::file(file.path(), format!("`{}` holds NaN or infinity", name())));
+    ensure!(finite, Error::file(file.path(), format_args!("`{}` holds NaN or infinity", name())));
     // The largest value of the one is within the range of the other?
     if matches!(
         (tensor.dtype(), kept_as),
@@ -232,7 +232,7 @@ fn check_values(file: &TensorFile, weight: &Weight, tensor: &Tensor, kept_as: DT
         let fits =
             if kept_as == DType::F16 { f16::from_f64(largest).is_finite() } else { (largest as f32).is_finite() };
         let why = format!("holds {largest}, which overflows {kept_as}; load the model as bf16 or f32");
-        ensure!(fits, Error::file(file.path(), format!("`{}` {why}", name())));
+        ensure!(fits, Error::file(file.path(), format_args!("`{}` {why}", name())));
     }
     Ok(())
 }

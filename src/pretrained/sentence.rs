@@ -141,7 +141,7 @@ impl Pretrained {
         let listed = self.root.as_deref().is_some_and(|root| root.join(MODULES).exists());
         if self.family.is_causal() {
             let why = format!("is of the family {}, which embeds no sentences", self.family);
-            ensure!(listed, Error::file(self.file.path(), format!("{why} without `{MODULES}` beside it")));
+            ensure!(listed, Error::file(self.file.path(), format_args!("{why} without `{MODULES}` beside it")));
             self.sees_later_tokens()?;
         }
         // Small, and sooner refused than weights are read.
@@ -174,7 +174,10 @@ impl Pretrained {
                 let (first, rest) = entries.split_first().ok_or_else(|| Error::file(&path, "lists no module"))?;
                 ensure!(
                     first.class == "Transformer",
-                    Error::file(&path, format!("begins with the module `{}`, expected `Transformer`", first.class))
+                    Error::file(
+                        &path,
+                        format_args!("begins with the module `{}`, expected `Transformer`", first.class)
+                    )
                 );
                 rest.iter().filter_map(read).collect::<Result<Vec<_>>>()?
             }

@@ -102,14 +102,14 @@ impl Tensor {
         let inside = |&size: &usize| part.start.checked_add(part.len).is_some_and(|end| end <= size);
         ensure!(
             self.rank() == 0 || self.shape().get(part.dim).is_some_and(inside),
-            Error::shape("accumulate", format!("{part:?} is no part of a gradient of shape {:?}", self.shape()))
+            Error::shape("accumulate", format_args!("{part:?} is no part of a gradient of shape {:?}", self.shape()))
         );
         let expected = if self.rank() == 0 { *self.shape() } else { self.shape().with_dim(part.dim, part.len) };
         ensure!(
             expected == *value.shape() && self.dtype() == value.dtype(),
             Error::shape(
                 "accumulate",
-                format!(
+                format_args!(
                     "a gradient of shape {:?} {} was given where {expected:?} {} is needed",
                     value.shape(),
                     value.dtype(),
@@ -137,7 +137,7 @@ impl Tensor {
 pub(crate) fn same_kind(op: &'static str, a: &Tensor, b: &Tensor) -> Result<()> {
     ensure!(
         a.dtype() == b.dtype(),
-        Error::dtype(op, format!("the tensors are {} and {}; convert one with `to_dtype`", a.dtype(), b.dtype()))
+        Error::dtype(op, format_args!("the tensors are {} and {}; convert one with `to_dtype`", a.dtype(), b.dtype()))
     );
     same_device(op, a, b)
 }
@@ -146,7 +146,7 @@ pub(crate) fn same_kind(op: &'static str, a: &Tensor, b: &Tensor) -> Result<()> 
 pub(crate) fn same_device(op: &'static str, a: &Tensor, b: &Tensor) -> Result<()> {
     ensure!(
         a.device() == b.device(),
-        Error::device(op, format!("the tensors are on {} and {}; move one", a.device(), b.device()))
+        Error::device(op, format_args!("the tensors are on {} and {}; move one", a.device(), b.device()))
     );
     Ok(())
 }

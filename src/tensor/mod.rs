@@ -68,7 +68,7 @@ impl Tensor {
         let shape = shape.into_shape()?;
         ensure!(
             shape.numel() == values.len(),
-            Error::shape("from_slice", format!("{} values do not fill shape {shape:?}", values.len()))
+            Error::shape("from_slice", format_args!("{} values do not fill shape {shape:?}", values.len()))
         );
         let mut tensor = Self::uninit(shape, E::DTYPE, &Device::Cpu)?;
         for (to, &from) in tensor.values_mut::<E>()?.iter_mut().zip(values) {
@@ -229,7 +229,10 @@ impl Tensor {
     pub fn requires_grad(&self) -> Result<Self> {
         ensure!(
             self.0.dtype.is_float(),
-            Error::dtype("requires_grad", format!("only float tensors have gradients, this one is {}", self.0.dtype))
+            Error::dtype(
+                "requires_grad",
+                format_args!("only float tensors have gradients, this one is {}", self.0.dtype)
+            )
         );
         Ok(self.with_slot(GradSlot::Leaf(LeafId::new())))
     }
@@ -303,7 +306,7 @@ impl Tensor {
     pub fn item(&self) -> Result<f64> {
         ensure!(
             self.numel() == 1,
-            Error::shape("item", format!("expected one element, the shape is {:?}", self.shape()))
+            Error::shape("item", format_args!("expected one element, the shape is {:?}", self.shape()))
         );
         Ok(self.to_f64_vec()?[0])
     }
@@ -401,7 +404,7 @@ impl Tensor {
     }
 
     fn not_on_the_cpu(device: &Device) -> Error {
-        Error::device("read", format!("the tensor is on {device}; move it to the CPU with `to_device`"))
+        Error::device("read", format_args!("the tensor is on {device}; move it to the CPU with `to_device`"))
     }
 
     /// The same values in packed storage that no other handle shares: this one, or a copy.
@@ -426,7 +429,10 @@ impl Tensor {
     fn check_dtype<E: Element>(&self) -> Result<()> {
         ensure!(
             self.0.dtype == E::DTYPE,
-            Error::dtype("read", format!("the tensor is {}, not {}; convert with `to_dtype`", self.0.dtype, E::DTYPE))
+            Error::dtype(
+                "read",
+                format_args!("the tensor is {}, not {}; convert with `to_dtype`", self.0.dtype, E::DTYPE)
+            )
         );
         Ok(())
     }

@@ -126,7 +126,7 @@ impl RawKernel {
         let given: Vec<KernelArg<'a>> = args.into_iter().collect();
         ensure!(
             given.len() == parameters.len(),
-            Error::argument(OP, format!("`{name}` takes {} arguments, got {}", parameters.len(), given.len()))
+            Error::argument(OP, format_args!("`{name}` takes {} arguments, got {}", parameters.len(), given.len()))
         );
         let args = parameters.iter().zip(given).map(|(parameter, given)| self.argument(parameter, given));
         self.kernel.launch(grid, &args.collect::<Result<Vec<_>>>()?)
@@ -138,11 +138,14 @@ impl RawKernel {
         let tensor = |tensor: &Tensor| {
             ensure!(
                 *tensor.device() == self.device,
-                Error::device(OP, format!("{} is on {}, the kernel on {}", place(), tensor.device(), self.device))
+                Error::device(OP, format_args!("{} is on {}, the kernel on {}", place(), tensor.device(), self.device))
             );
             ensure!(
                 parameter.of == ParameterType::Elements(tensor.dtype()),
-                Error::dtype(OP, format!("{} takes {}, got a tensor of {}", place(), parameter.of, tensor.dtype()))
+                Error::dtype(
+                    OP,
+                    format_args!("{} takes {}, got a tensor of {}", place(), parameter.of, tensor.dtype())
+                )
             );
             Ok(())
         };
@@ -151,7 +154,7 @@ impl RawKernel {
                 tensor(y)?;
                 ensure!(
                     matches!(y.slot(), GradSlot::Constant),
-                    Error::argument(OP, format!("{} belongs to a tape, which would miss the change", place()))
+                    Error::argument(OP, format_args!("{} belongs to a tape, which would miss the change", place()))
                 );
                 return y.into_arg();
             }
@@ -171,10 +174,10 @@ impl RawKernel {
                     Kind::Input => "an input (`&`)",
                     Kind::Scalar { .. } => "a number",
                 };
-                return Err(Error::argument(OP, format!("{} is {wanted}, got {given:?}", place())));
+                return Err(Error::argument(OP, format_args!("{} is {wanted}, got {given:?}", place())));
             }
         };
-        ensure!(parameter.of == of, Error::argument(OP, format!("{} is {}, got {of}", place(), parameter.of)));
+        ensure!(parameter.of == of, Error::argument(OP, format_args!("{} is {}, got {of}", place(), parameter.of)));
         Ok(arg)
     }
 }

@@ -245,7 +245,7 @@ impl<C: DeserializeOwned> Checkpoint<C> {
                         step.is_none_or(|step| *step == training.step.to_string()),
                         Error::file(
                             path,
-                            format!(
+                            format_args!(
                                 "is of step {}, {TRAINING} of step {}: the files are of different checkpoints",
                                 step.map_or("", String::as_str),
                                 training.step
@@ -302,6 +302,6 @@ fn json(folder: &Path, value: &impl Serialize) -> Result<Vec<u8>> {
 
 fn read_json<T: DeserializeOwned>(folder: &Path, name: &str) -> Result<T> {
     files(folder).read(name, |path| {
-        serde_json::from_slice(&bytes(path)?).map_err(|error| Error::file(path, format!("is damaged: {error}")))
+        serde_json::from_slice(&bytes(path)?).map_err(|error| Error::file(path, format_args!("is damaged: {error}")))
     })
 }

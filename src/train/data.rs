@@ -121,7 +121,7 @@ impl ByteText {
             seq_len < shortest,
             Error::option(
                 "text",
-                format!(
+                format_args!(
                     "{} bytes are too short for windows of {} bytes: {} are to train on and {} to validate; use a \
                      longer text or a smaller seq_len",
                     self.bytes.len(),
@@ -185,7 +185,7 @@ fn windows(
 fn no_text(folder: &Path, skipped: &[(PathBuf, String)]) -> Error {
     let unreadable = skipped.iter().find(|(path, _)| path.starts_with(folder));
     let reason = unreadable.map_or(String::new(), |(path, why)| format!("; {}: {why}", path.display()));
-    Error::file(folder, format!("has no readable text in it or below it{reason}"))
+    Error::file(folder, format_args!("has no readable text in it or below it{reason}"))
 }
 
 /// Appends the text below a folder.

@@ -33,7 +33,7 @@ impl Ema {
     ///
     /// Errors: a decay outside of `[0, 1]`.
     pub fn new(params: &ParamMap, decay: f64) -> Result<Self> {
-        ensure!((0.0..=1.0).contains(&decay), Error::option("ema_decay", format!("expected 0 to 1, got {decay}")));
+        ensure!((0.0..=1.0).contains(&decay), Error::option("ema_decay", format_args!("expected 0 to 1, got {decay}")));
         let averages = params.unique().map(|(name, param)| {
             let value = param.tensor().detach();
             let mut average = value.to_dtype(value.dtype().accumulator())?;
@@ -55,7 +55,7 @@ impl Ema {
         }
         ensure!(
             values.len() == self.averages.len(),
-            Error::argument("ema", format!("{} parameters for {} averages", values.len(), self.averages.len()))
+            Error::argument("ema", format_args!("{} parameters for {} averages", values.len(), self.averages.len()))
         );
         // Both go through the names in alphabetical order.
         let mut averages: Vec<&mut Tensor> = self.averages.values_mut().collect();
@@ -109,7 +109,10 @@ impl Ema {
         for (name, average, given) in pairs() {
             ensure!(
                 average.dtype() == given.dtype(),
-                Error::dtype("load_state_dict", format!("{name} is {}, expected {}", given.dtype(), average.dtype()))
+                Error::dtype(
+                    "load_state_dict",
+                    format_args!("{name} is {}, expected {}", given.dtype(), average.dtype())
+                )
             );
         }
         let moved =
@@ -126,7 +129,7 @@ impl Ema {
             }
             Some(average) => Err(Error::shape(
                 "ema",
-                format!(
+                format_args!(
                     "the average of {name} is {:?} {}, the parameter {:?} {}",
                     average.shape(),
                     average.dtype(),
@@ -134,7 +137,7 @@ impl Ema {
                     value.dtype()
                 ),
             )),
-            None => Err(Error::argument("ema", format!("there is no average of {name}"))),
+            None => Err(Error::argument("ema", format_args!("there is no average of {name}"))),
         }
     }
 }

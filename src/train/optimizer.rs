@@ -116,13 +116,13 @@ impl AdamW {
         for (key, beta) in [("beta1", beta1), ("beta2", beta2)] {
             ensure!(
                 (0.0..1.0).contains(&beta),
-                Error::option(key, format!("expected at least 0 and below 1, got {beta}"))
+                Error::option(key, format_args!("expected at least 0 and below 1, got {beta}"))
             );
         }
         for (key, value) in [("eps", eps), ("weight_decay", weight_decay)] {
             ensure!(
                 value >= 0.0 && value.is_finite(),
-                Error::option(key, format!("expected a finite number of at least 0, got {value}"))
+                Error::option(key, format_args!("expected a finite number of at least 0, got {value}"))
             );
         }
         Ok(Self { options, state: BTreeMap::new(), steps: 0, updating: false })
@@ -206,7 +206,7 @@ impl AdamW {
         );
         if let Some((name, _)) = named.iter().find(|(_, param)| param.is_broken()) {
             let why = "was left half updated by a step that panicked; `set` or load it first";
-            return Err(Error::argument("adamw", format!("`{name}` {why}")));
+            return Err(Error::argument("adamw", format_args!("`{name}` {why}")));
         }
         self.prepare(named)?;
         let mut order: Vec<usize> = (0..named.len()).collect();
@@ -306,7 +306,7 @@ impl AdamW {
                     && state.master.is_some() == (value.dtype() != state.exp_avg.dtype()),
                 Error::argument(
                     "adamw",
-                    format!(
+                    format_args!(
                         "the state of {name} is for a parameter of shape {:?} on {}, the parameter is {:?} {} on {}",
                         state.exp_avg.shape(),
                         state.exp_avg.device(),
@@ -375,11 +375,11 @@ impl AdamW {
 pub(super) fn check(lr: f64, clip: Option<f64>) -> Result<()> {
     ensure!(
         lr >= 0.0 && lr.is_finite(),
-        Error::option("lr", format!("expected a finite number of at least 0, got {lr}"))
+        Error::option("lr", format_args!("expected a finite number of at least 0, got {lr}"))
     );
     ensure!(
         clip.is_none_or(|clip| clip > 0.0),
-        Error::option("clip", format!("expected a number above 0, got {}", clip.unwrap_or_default()))
+        Error::option("clip", format_args!("expected a number above 0, got {}", clip.unwrap_or_default()))
     );
     Ok(())
 }
@@ -428,7 +428,7 @@ impl Loader<'_> {
         }
         ensure!(
             tensor.dtype() == dtype,
-            Error::dtype("load_state_dict", format!("{key} is {}, expected {dtype}", tensor.dtype()))
+            Error::dtype("load_state_dict", format_args!("{key} is {}, expected {dtype}", tensor.dtype()))
         );
         Ok(Some(tensor.clone()))
     }
@@ -441,7 +441,7 @@ impl Loader<'_> {
         let Some(tensor) = self.find(key, &[], DType::I64)? else { return Ok(None) };
         let count = tensor.to_vec::<i64>()?[0];
         let count = u64::try_from(count);
-        let count = count.map_err(|_| Error::argument("load_state_dict", format!("{key} is negative")))?;
+        let count = count.map_err(|_| Error::argument("load_state_dict", format_args!("{key} is negative")))?;
         Ok(Some(count))
     }
 

@@ -97,14 +97,14 @@ impl RecordedStep {
         check(lr, self.clip)?;
         ensure!(
             scale > 0.0 && scale.is_finite(),
-            Error::argument("scale", format!("expected a finite number above 0, got {scale}"))
+            Error::argument("scale", format_args!("expected a finite number above 0, got {scale}"))
         );
         for (name, param) in self.params.unique() {
             ensure!(
                 param.lock().is_unique(),
                 Error::argument(
                     "graph",
-                    format!(
+                    format_args!(
                         "another tensor shares `{name}`, which the step would change under it; drop it, or copy it"
                     )
                 )

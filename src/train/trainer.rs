@@ -132,7 +132,7 @@ impl<M: TrainModel> Trainer<M> {
             usize::from(largest) < num_tokens,
             Error::option(
                 "num_tokens",
-                format!("expected more than {largest}, which is a byte of the text, got {num_tokens}")
+                format_args!("expected more than {largest}, which is a byte of the text, got {num_tokens}")
             )
         );
         let model = M::build(&config, &store)?;
@@ -159,17 +159,20 @@ impl<M: TrainModel> Trainer<M> {
             completed => completed?,
         }
         let Checkpoint { config, model, optimizer, training } = Checkpoint::<Value>::load_as(folder)?;
-        let broken = |error| Error::file(folder.join(CONFIG), format!("does not fit: {error}"));
+        let broken = |error| Error::file(folder.join(CONFIG), format_args!("does not fit: {error}"));
         let config = M::config_from_json(config).map_err(broken)?;
         let TrainingState { step, options, text: print, losses, grad_scaler, .. } = training;
-        ensure!(step <= MAX_STEPS, Error::file(folder, format!("is of step {step}, at most {MAX_STEPS} are possible")));
+        ensure!(
+            step <= MAX_STEPS,
+            Error::file(folder, format_args!("is of step {step}, at most {MAX_STEPS} are possible"))
+        );
         let store = ParamStore::zeros(options.dtype, device);
         let mut trainer = Self::build(config, options, text, store).context(folder.display())?;
         ensure!(
             trainer.print == print,
             Error::option(
                 "text",
-                format!(
+                format_args!(
                     "the run in {} trains on a text of {} bytes (fingerprint {}), this one has {} bytes \
                      (fingerprint {}); give the same text",
                     folder.display(),
@@ -217,7 +220,7 @@ impl<M: TrainModel> Trainer<M> {
             steps.checked_add(skipped) == Some(step),
             Error::argument(
                 "resume",
-                format!("the optimizer has done {steps} steps and skipped {skipped}, the run {step}")
+                format_args!("the optimizer has done {steps} steps and skipped {skipped}, the run {step}")
             )
         );
         Ok(())
@@ -401,7 +404,7 @@ impl<M: TrainModel> Trainer<M> {
     pub fn set_steps(&mut self, steps: u64) -> Result<()> {
         ensure!(
             (self.step..=MAX_STEPS).contains(&steps),
-            Error::option("steps", format!("expected {}, which are done, to {MAX_STEPS}, got {steps}", self.step))
+            Error::option("steps", format_args!("expected {}, which are done, to {MAX_STEPS}, got {steps}", self.step))
         );
         self.options.steps = steps;
         Ok(())

@@ -74,14 +74,14 @@ impl CudaDevice {
         let Gemm { dtype, sums, batch, m, n, k, a, b, c, add } = *gemm;
         let ints = [m, n, k, a.stride, b.stride, batch].map(i32::try_from);
         let [Ok(rows), Ok(columns), Ok(inner), Ok(a_stride), Ok(b_stride), Ok(items)] = ints else {
-            return Err(Error::shape("matmul", format!("a size of {gemm:?} exceeds 2^31 - 1")));
+            return Err(Error::shape("matmul", format_args!("a size of {gemm:?} exceeds 2^31 - 1")));
         };
         let (kind, compute) = match dtype {
             DType::F32 => (sys::cudaDataType_t::CUDA_R_32F, Compute::CUBLAS_COMPUTE_32F),
             DType::F64 => (sys::cudaDataType_t::CUDA_R_64F, Compute::CUBLAS_COMPUTE_64F),
             DType::BF16 => (sys::cudaDataType_t::CUDA_R_16BF, Compute::CUBLAS_COMPUTE_32F),
             DType::F16 => (sys::cudaDataType_t::CUDA_R_16F, Compute::CUBLAS_COMPUTE_32F),
-            other => return Err(Error::dtype("matmul", format!("expected a float tensor, got {other}"))),
+            other => return Err(Error::dtype("matmul", format_args!("expected a float tensor, got {other}"))),
         };
         let kind_of_c = match dtype {
             DType::F64 => kind,

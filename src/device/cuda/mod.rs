@@ -139,7 +139,7 @@ impl CudaDevice {
         unsafe { result::memset_d8_async(faults.address(), 0, FAULT_WORDS * 8, stream.0) }
             .map_err(|why| place("cuMemsetD8Async", why))?;
         let blas = blas::Handle::new(&stream, architecture, &context).map_err(|why| match why.into_kind() {
-            ErrorKind::Device { op, message } => Error::device(op, format!("cuda:{ordinal}: {message}")),
+            ErrorKind::Device { op, message } => Error::device(op, format_args!("cuda:{ordinal}: {message}")),
             other => Error::new(other),
         })?;
         let limit = std::env::var("XT_POOL_BYTES").ok().and_then(|bytes| bytes.parse().ok());

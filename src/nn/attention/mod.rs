@@ -212,7 +212,7 @@ fn check_mask(mask: Option<&Tensor>, q: &Tensor, k: &Tensor) -> Result<()> {
         fits,
         Error::shape(
             "attn_mask",
-            format!(
+            format_args!(
                 "expected two to four dimensions that broadcast to [batch, heads, queries, keys] = {scores:?}, memories \
                  included, got {:?}",
                 mask.shape()
@@ -221,7 +221,7 @@ fn check_mask(mask: Option<&Tensor>, q: &Tensor, k: &Tensor) -> Result<()> {
     );
     ensure!(
         mask.dtype() == DType::Bool,
-        Error::dtype("attn_mask", format!("expected bool, true where attention is allowed, got {}", mask.dtype()))
+        Error::dtype("attn_mask", format_args!("expected bool, true where attention is allowed, got {}", mask.dtype()))
     );
     Ok(())
 }

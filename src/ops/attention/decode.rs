@@ -98,13 +98,16 @@ fn check(sizes: &Sizes, q: &Tensor, lengths: &Tensor, spec: &DecodeSpec) -> Resu
     let Sizes { batch, heads, queries, keys, .. } = *sizes;
     ensure!(
         **lengths.shape() == [batch] && lengths.dtype() == DType::I64 && lengths.device() == q.device(),
-        Error::shape(OP, format!("expected lengths [{batch}] of i64 on {}, got {lengths:?}", q.device()))
+        Error::shape(OP, format_args!("expected lengths [{batch}] of i64 on {}, got {lengths:?}", q.device()))
     );
     ensure!(
         spec.scale.is_finite() && spec.mem_keys <= spec.prefix_len && spec.prefix_len <= keys,
         Error::argument(
             OP,
-            format!("scale {}, prefix_len {} and mem_keys {} do not fit", spec.scale, spec.prefix_len, spec.mem_keys)
+            format_args!(
+                "scale {}, prefix_len {} and mem_keys {} do not fit",
+                spec.scale, spec.prefix_len, spec.mem_keys
+            )
         )
     );
     if let Some(mask) = spec.key_mask {
@@ -113,7 +116,7 @@ fn check(sizes: &Sizes, q: &Tensor, lengths: &Tensor, spec: &DecodeSpec) -> Resu
             mask.numel() == batch * (keys - spec.prefix_len),
             Error::shape(
                 OP,
-                format!("expected key_mask [{batch}, {}], got {:?}", keys - spec.prefix_len, mask.shape())
+                format_args!("expected key_mask [{batch}, {}], got {:?}", keys - spec.prefix_len, mask.shape())
             )
         );
     }
@@ -121,7 +124,7 @@ fn check(sizes: &Sizes, q: &Tensor, lengths: &Tensor, spec: &DecodeSpec) -> Resu
         expect_bool("query_mask", mask, q)?;
         ensure!(
             **mask.shape() == [batch, queries],
-            Error::shape(OP, format!("expected query_mask [{batch}, {queries}], got {:?}", mask.shape()))
+            Error::shape(OP, format_args!("expected query_mask [{batch}, {queries}], got {:?}", mask.shape()))
         );
     }
     if let Some(bias) = spec.bias_by_distance {
@@ -132,7 +135,10 @@ fn check(sizes: &Sizes, q: &Tensor, lengths: &Tensor, spec: &DecodeSpec) -> Resu
                 && shape[1] > 0
                 && bias.dtype().is_float()
                 && bias.device() == q.device(),
-            Error::shape(OP, format!("expected bias_by_distance [{heads}, distances], got {shape:?} {}", bias.dtype()))
+            Error::shape(
+                OP,
+                format_args!("expected bias_by_distance [{heads}, distances], got {shape:?} {}", bias.dtype())
+            )
         );
         if let Device::Gpu(_) = q.device() {
             size32(shape[1])?;
@@ -157,7 +163,7 @@ impl Call<'_> {
         let (q, spec) = (self.q, self.spec);
         ensure!(
             keys < i32::MAX as usize / 2 && batch * heads * queries <= i32::MAX as usize,
-            Error::shape(OP, format!("{keys} keys, or {batch} × {heads} × {queries} queries, are too many"))
+            Error::shape(OP, format_args!("{keys} keys, or {batch} × {heads} × {queries} queries, are too many"))
         );
         let mut out = Tensor::uninit(merged, q.dtype(), q.device())?;
         let (kv_heads, e) = (self.k.shape()[1], self.sizes.e);

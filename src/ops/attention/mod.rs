@@ -196,14 +196,14 @@ impl Sizes {
         same_kind(OP, q, v)?;
         ensure!(
             q.dtype().is_float(),
-            Error::dtype(OP, format!("expected float queries, keys and values, got {}", q.dtype()))
+            Error::dtype(OP, format_args!("expected float queries, keys and values, got {}", q.dtype()))
         );
         let (&[batch, heads, queries, d], &[k_batch, kv_heads, keys, k_d], &[v_batch, v_heads, v_keys, e]) =
             (&q.shape()[..], &k.shape()[..], &v.shape()[..])
         else {
             return Err(Error::shape(
                 OP,
-                format!(
+                format_args!(
                     "expected four dimensions [batch, heads, sequence, features] each, got q {:?}, k {:?}, v {:?}",
                     q.shape(),
                     k.shape(),
@@ -215,7 +215,7 @@ impl Sizes {
             k_batch == batch && v_batch == batch && v_heads == kv_heads && v_keys == keys && k_d == d,
             Error::shape(
                 OP,
-                format!(
+                format_args!(
                     "expected q [batch, heads, query, d], k [batch, kv_heads, key, d], v [batch, kv_heads, key, e], \
                      got q {:?}, k {:?}, v {:?}",
                     q.shape(),
@@ -226,7 +226,10 @@ impl Sizes {
         );
         ensure!(
             heads == kv_heads || (kv_heads > 0 && heads.is_multiple_of(kv_heads)),
-            Error::shape(OP, format!("the {heads} heads of q are not a multiple of the {kv_heads} heads of k and v"))
+            Error::shape(
+                OP,
+                format_args!("the {heads} heads of q are not a multiple of the {kv_heads} heads of k and v")
+            )
         );
         if let Device::Gpu(_) = q.device() {
             // Kernels read them from layouts as numbers of 32 bits.
@@ -252,15 +255,15 @@ impl AttentionSpec<'_> {
     fn check(&self, sizes: &Sizes, q: &Tensor) -> Result<()> {
         ensure!(
             self.scale.is_finite(),
-            Error::argument(OP, format!("scale is {}, expected a finite number", self.scale))
+            Error::argument(OP, format_args!("scale is {}, expected a finite number", self.scale))
         );
         ensure!(
             (0.0..=1.0).contains(&self.dropout),
-            Error::argument(OP, format!("dropout is {}, expected a probability from 0 to 1", self.dropout))
+            Error::argument(OP, format_args!("dropout is {}, expected a probability from 0 to 1", self.dropout))
         );
         ensure!(
             self.mem_keys <= sizes.keys,
-            Error::argument(OP, format!("mem_keys is {}, there are {} keys", self.mem_keys, sizes.keys))
+            Error::argument(OP, format_args!("mem_keys is {}, there are {} keys", self.mem_keys, sizes.keys))
         );
         if let Some(mask) = self.mask {
             expect_bool("mask", mask, q)?;
@@ -285,11 +288,11 @@ impl AttentionSpec<'_> {
 fn expect_bool(name: &str, mask: &Tensor, q: &Tensor) -> Result<()> {
     ensure!(
         mask.dtype() == DType::Bool,
-        Error::dtype(OP, format!("{name} is {}, expected bool (true keeps)", mask.dtype()))
+        Error::dtype(OP, format_args!("{name} is {}, expected bool (true keeps)", mask.dtype()))
     );
     ensure!(
         mask.device() == q.device(),
-        Error::device(OP, format!("{name} is on {}, q on {}; move one", mask.device(), q.device()))
+        Error::device(OP, format_args!("{name} is on {}, q on {}; move one", mask.device(), q.device()))
     );
     Ok(())
 }
@@ -300,7 +303,7 @@ fn expect_scores(name: &str, x: &Tensor, sizes: &Sizes) -> Result<()> {
         x.shape().broadcast(&scores, OP).is_ok_and(|shape| shape == scores),
         Error::shape(
             OP,
-            format!("{name} {:?} does not broadcast to [batch, heads, query, key] = {scores:?}", x.shape())
+            format_args!("{name} {:?} does not broadcast to [batch, heads, query, key] = {scores:?}", x.shape())
         )
     );
     Ok(())
@@ -309,7 +312,7 @@ fn expect_scores(name: &str, x: &Tensor, sizes: &Sizes) -> Result<()> {
 fn expect_padding(name: &str, mask: &Tensor, batch: usize, lengths: &[usize]) -> Result<()> {
     ensure!(
         lengths.iter().any(|&length| mask.shape()[..] == [batch, length]),
-        Error::shape(OP, format!("{name} has shape {:?}, expected {:?}", mask.shape(), [batch, lengths[0]]))
+        Error::shape(OP, format_args!("{name} has shape {:?}, expected {:?}", mask.shape(), [batch, lengths[0]]))
     );
     Ok(())
 }

@@ -114,14 +114,14 @@ pub(super) fn check_linear(op: &'static str, x: &Tensor, weight: &Tensor, bias: 
         fits,
         Error::shape(
             op,
-            format!("expected x [.., in] and weight [out, in], got {:?} and {:?}", x.shape(), weight.shape())
+            format_args!("expected x [.., in] and weight [out, in], got {:?} and {:?}", x.shape(), weight.shape())
         )
     );
     same_kind(op, x, weight)?;
     if let Some(bias) = bias {
         ensure!(
             **bias.shape() == [weight.shape()[0]],
-            Error::shape(op, format!("expected a bias [{}], got {:?}", weight.shape()[0], bias.shape()))
+            Error::shape(op, format_args!("expected a bias [{}], got {:?}", weight.shape()[0], bias.shape()))
         );
         same_kind(op, x, bias)?;
     }
@@ -159,7 +159,7 @@ pub(super) fn product_sums(a: &Tensor, b: &Tensor, accumulate: bool, sums: &mut 
             && b.dtype() == a.dtype(),
         Error::shape(
             "matmul",
-            format!(
+            format_args!(
                 "expected sums [{}, {}] {} on {}, got {:?} {} on {}",
                 sizes.m,
                 sizes.n,

@@ -187,7 +187,7 @@ impl<'a> Spec<'a> {
         ensure!(x.rank() > 0, Error::shape(op, "expected at least one dimension, got a scalar"));
         ensure!(
             self.eps >= 0.0 && self.eps.is_finite(),
-            Error::argument(op, format!("eps must be a number that is not negative, got {}", self.eps))
+            Error::argument(op, format_args!("eps must be a number that is not negative, got {}", self.eps))
         );
         x.dtype().expect_float(op)?;
         for (name, operand, expected) in [("weight", self.weight, self.weights), ("bias", self.bias, x.features())] {
@@ -197,7 +197,11 @@ impl<'a> Spec<'a> {
                 **operand.shape() == [expected],
                 Error::shape(
                     op,
-                    format!("expected a {name} of shape [{expected}] for {:?}, got {:?}", x.shape(), operand.shape())
+                    format_args!(
+                        "expected a {name} of shape [{expected}] for {:?}, got {:?}",
+                        x.shape(),
+                        operand.shape()
+                    )
                 )
             );
         }
@@ -218,7 +222,7 @@ fn normalize_sum(op: &'static str, x: &Tensor, residual: &Tensor, spec: &Spec) -
     same_kind(op, x, residual)?;
     ensure!(
         x.shape() == residual.shape(),
-        Error::shape(op, format!("expected a residual {:?}, got {:?}", x.shape(), residual.shape()))
+        Error::shape(op, format_args!("expected a residual {:?}, got {:?}", x.shape(), residual.shape()))
     );
     let (x, residual) = (x.contiguous()?, residual.contiguous()?);
     let Forward { y, sum, statistics } = Forward::of(op, &x, Some(&residual), spec)?;

@@ -68,14 +68,14 @@ impl Tensor {
         discrete(OP, &[self])?;
         ensure!(
             self.rank() == 2 && self.shape()[1] > 0,
-            Error::shape(OP, format!("expected logits [rows, tokens] with a token, got {:?}", self.shape()))
+            Error::shape(OP, format_args!("expected logits [rows, tokens] with a token, got {:?}", self.shape()))
         );
         self.dtype().expect_float(OP)?;
         ensure!(
             step.numel() == 1 && step.dtype() == DType::I64 && step.device() == self.device(),
             Error::argument(
                 OP,
-                format!(
+                format_args!(
                     "expected a step of one i64 on {}, got {:?} {} on {}",
                     self.device(),
                     step.shape(),
@@ -128,12 +128,12 @@ impl Choice {
             legal,
             Error::argument(
                 "sample",
-                format!("{filter:?} is out of its domain: counts from 1, shares from 0 to 1, powers from 0")
+                format_args!("{filter:?} is out of its domain: counts from 1, shares from 0 to 1, powers from 0")
             )
         );
         ensure!(
             temperature >= 0.0 && temperature.is_finite(),
-            Error::argument("sample", format!("expected a finite temperature of at least 0, got {temperature}"))
+            Error::argument("sample", format_args!("expected a finite temperature of at least 0, got {temperature}"))
         );
         let scale = (1.0 / temperature).clamp(f64::from(f32::MIN_POSITIVE), f64::from(f32::MAX));
         let scale = if temperature == 0.0 { 0.0 } else { scale };
