@@ -33,6 +33,7 @@ mod philox;
 pub mod pretrained;
 pub mod profile;
 mod shape;
+mod sort;
 mod tensor;
 pub mod train;
 
