@@ -157,8 +157,8 @@ fn rows_of(text: &str, start: &str) -> Vec<String> {
     text.lines().filter_map(row).collect()
 }
 
-/// What a source is compiled for, from the lines `// Variants: OPTION=value,value OPTION=value` of its comments. A value may
-/// stand for several: a line `// Types: NAME=value,value` of an included file says which.
+/// Variants of a source, from the lines `// Variants: OPTION=value,value OPTION=value` of its comments. A value may stand
+/// for several: a line `// Types: NAME=value,value` of an included file says which.
 pub fn parse_variants(file: &str, text: &str, whole: &str) -> Result<Vec<Variants>, String> {
     let types = whole.lines().filter_map(|line| line.trim_start().strip_prefix("// Types:"));
     let types: Vec<(&str, &str)> =

@@ -33,6 +33,7 @@ mod philox;
 pub mod pretrained;
 pub mod profile;
 mod shape;
+mod sort;
 mod tensor;
 pub mod train;
 
@@ -45,7 +46,7 @@ pub use crate::{
     },
     device::Device,
     dtype::{DType, Element, FloatElement, Readable},
-    error::{Error, Result},
+    error::{Error, ErrorKind, Result},
     params::{Buffer, Init, Param, ParamMap, ParamStore},
     philox::{Philox, philox4x32},
     shape::{IntoShape, MAX_RANK, Shape},

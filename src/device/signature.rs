@@ -104,8 +104,8 @@ fn expanded(list: &str, macros: &[(String, String)]) -> String {
     list
 }
 
-/// Bytes of a type that is passed by value. None depends on compile options, so that one declaration serves every variant of
-/// a kernel.
+/// Bytes of a type that is passed by value. None depends on compile options, so that one declaration serves every
+/// variant of a kernel.
 pub fn scalar_bytes(name: &str) -> Option<usize> {
     SCALARS.iter().find(|(scalar, _)| *scalar == name).map(|&(_, bytes)| bytes)
 }

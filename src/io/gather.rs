@@ -1,13 +1,13 @@
 //! Strided views of a file: values that lie apart, read in the order of the file, a bounded part at a time.
 
 use super::{bytes::Reading, source::Source};
-use crate::Shape;
+use crate::{Shape, sort::sort_by};
 
 /// Bytes of the file that are held at a time.
 const WINDOW: usize = if cfg!(miri) { 1 << 12 } else { 1 << 20 };
 
-/// Bytes between two runs of values up to which both are read together: reading what lies between costs less than another
-/// call of the system.
+/// Bytes between two runs of values up to which both are read together: reading what lies between costs less than
+/// another call of the system.
 const GAP: usize = 4 << 10;
 
 /// A dimension of a view: its size, and the distance of neighbours in the file and in the output, in values.
@@ -35,7 +35,8 @@ pub(super) fn gather<S: Copy, const N: usize>(
     })
 }
 
-/// Calls `body` with the dimensions and the bytes of each block, and where its first value goes; values have `bytes` bytes.
+/// Calls `body` with the dimensions and the bytes of each block, and where its first value goes; values have `bytes`
+/// bytes.
 #[allow(clippy::type_complexity)]
 fn for_blocks(
     source: &Source,
@@ -50,7 +51,7 @@ fn for_blocks(
         Dim { size, from, to }
     });
     let mut dims: Vec<Dim> = dims.filter(|dim| dim.size > 1).collect();
-    dims.sort_by_key(|dim| dim.from);
+    sort_by(&mut dims, |a, b| a.from.cmp(&b.from));
     // The innermost dimensions in the order of the file, as far as a window holds them, and of the next one a part.
     let (mut inner, mut outer, mut span, mut rest) = (Vec::new(), Vec::new(), 1, None);
     for dim in dims {
@@ -105,7 +106,7 @@ impl Block {
     /// The product of `inner`, which spans `span` values, and one more dimension.
     fn new(inner: &[Dim], dim: Dim, span: usize) -> Self {
         let mut dims: Vec<Dim> = inner.iter().copied().chain([dim]).filter(|dim| dim.size > 1).collect();
-        dims.sort_by_key(|dim| std::cmp::Reverse(dim.to));
+        sort_by(&mut dims, |a, b| b.to.cmp(&a.to));
         Self { dims, span: span + (dim.size - 1) * dim.from }
     }
 }

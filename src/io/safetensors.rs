@@ -25,7 +25,7 @@ use super::{
     write_atomically,
 };
 use crate::params::{ordered, try_ordered};
-use crate::{DType, Device, Error, Result, Shape, Tensor, error::ensure};
+use crate::{DType, Device, Error, Result, Shape, Tensor, error::ensure, sort::sort_by};
 
 const _: () = assert!(cfg!(target_endian = "little"), "values are read and written without swapping their bytes");
 
@@ -37,12 +37,13 @@ const METADATA: &str = "__metadata__";
 
 /// Reads every tensor of a safetensors file, on the CPU.
 ///
-/// F64, F32, BF16, F16, I64 and BOOL come as they are, the other integers as [`DType::I64`], and floats of eight bits as
-/// [`DType::F32`].
+/// F64, F32, BF16, F16, I64 and BOOL come as they are, the other integers as [`DType::I64`], and floats of eight bits
+/// as [`DType::F32`].
 ///
-/// Errors: [`Error::Io`] if the file cannot be read; [`Error::File`], which says what is wrong, if it is no regular
-/// file, truncated, not a safetensors file, has a tensor of another dtype or more than six dimensions, or positions
-/// that overlap, leave gaps, contradict shape and dtype, or lie behind the end; or is written to while it is read.
+/// Errors: [`ErrorKind::Io`](crate::ErrorKind::Io) if the file cannot be read;
+/// [`ErrorKind::File`](crate::ErrorKind::File), which says what is wrong, if it is no regular file, truncated, not a
+/// safetensors file, has a tensor of another dtype or more than six dimensions, or positions that overlap, leave gaps,
+/// contradict shape and dtype, or lie behind the end; or is written to while it is read.
 pub fn read_safetensors(path: impl AsRef<Path>) -> Result<BTreeMap<String, Tensor>> {
     read_with_metadata(path.as_ref()).map(|(tensors, _)| tensors)
 }
@@ -54,7 +55,7 @@ pub(crate) fn read_with_metadata(path: &Path) -> Result<(BTreeMap<String, Tensor
     source.check_unchanged()?;
     let Found { tensors, metadata, values } = found.map_err(|why| why.within(&source))?;
     let tensors = tensors.into_iter().map(|(name, info)| {
-        let entry = entry(&info, values).map_err(|why| Error::file(path, format!("tensor `{name}` {why}")))?;
+        let entry = entry(&info, values).map_err(|why| Error::file(path, format_args!("tensor `{name}` {why}")))?;
         let tensor = entry.read(&source, &name)?;
         Ok((name, tensor))
     });
@@ -108,7 +109,7 @@ fn parse(source: &Source) -> Reading<Found> {
     let header = &source.part(LENGTH..values, "a header")?[..];
     let header: Header = serde_json::from_slice(header).map_err(|why| format!("has a bad header: {why}"))?;
     let mut tensors: Vec<_> = header.tensors.into_iter().collect();
-    tensors.sort_by_key(|(_, info)| info.data_offsets);
+    sort_by(&mut tensors, |a, b| a.1.data_offsets.cmp(&b.1.data_offsets));
     let described = Metadata::new(None, tensors.clone()).map_err(|why| format!("has a bad header: {why}"))?.data_len();
     if described != left {
         return Err(format!(
@@ -202,7 +203,8 @@ enum Described<'a> {
 /// Writes tensors and some text about them to a safetensors file, replacing it in one step
 /// ([`write_atomically`]). The same tensors give the same bytes.
 ///
-/// Errors: a tensor named `__metadata__`, which the format reserves, or [`Error::Io`]; the old file stays then.
+/// Errors: a tensor named `__metadata__`, which the format reserves, or [`ErrorKind::Io`](crate::ErrorKind::Io); the
+/// old file stays then.
 pub fn write_safetensors(
     path: impl AsRef<Path>,
     tensors: &BTreeMap<String, Tensor>,
@@ -223,14 +225,14 @@ pub(crate) fn pack(
 ) -> Result<()> {
     ensure!(
         !tensors.contains_key(METADATA),
-        Error::argument("write_safetensors", format!("the name `{METADATA}` is reserved by the format"))
+        Error::argument("write_safetensors", format_args!("the name `{METADATA}` is reserved by the format"))
     );
     let mut packed = tensors
         .iter()
         .map(|(name, tensor)| Ok((name.as_str(), tensor.detach().contiguous()?.to_device(&Device::Cpu)?)))
         .collect::<Result<Vec<_>>>()?;
     // Wide elements first, so that every tensor is aligned to its element; by name among equals.
-    packed.sort_by_key(|(_, tensor)| std::cmp::Reverse(tensor.dtype().size()));
+    sort_by(&mut packed, |a, b| b.1.dtype().size().cmp(&a.1.dtype().size()));
     let mut header = BTreeMap::new();
     if !metadata.is_empty() {
         header.insert(METADATA, Described::Metadata(metadata));
@@ -250,7 +252,10 @@ pub(crate) fn pack(
     header.resize(header.len().next_multiple_of(LENGTH), b' ');
     ensure!(
         header.len() <= MAX_HEADER,
-        Error::file(path, format!("would get a header of {} bytes, at most {MAX_HEADER} are allowed", header.len()))
+        Error::file(
+            path,
+            format_args!("would get a header of {} bytes, at most {MAX_HEADER} are allowed", header.len())
+        )
     );
     let bytes = packed.iter().map(|(_, tensor)| tensor.bytes()).collect::<Result<Vec<_>>>()?;
     deliver(&|file| {

@@ -1,7 +1,7 @@
 //! Beam search: the most likely continuations that a bounded search finds.
 
-use super::{AutoregressiveWrapper, GenerateOptions, rows::Rows};
-use crate::{Error, Result, Tensor, error::ensure};
+use super::{AutoregressiveWrapper, GenerateOptions, rows::Rows, sampling::best};
+use crate::{Error, Result, Tensor, error::ensure, sort::sort_by};
 
 /// Options of beam search.
 #[derive(Clone, Copy, Debug)]
@@ -40,9 +40,9 @@ impl AutoregressiveWrapper {
     /// The best continuations of each row of a prompt, `[b, t]` or `[t]` I64, by up to `seq_len` tokens: at most
     /// `beams` for each, the best first.
     ///
-    /// Of the options, the end tokens and other ends, the prompt's lengths and masks, the context and `repetition_penalty` act; nothing is
-    /// drawn. A row that has ended in the prompt gets the empty continuation. A row's search ends when no open
-    /// continuation can become better than the worst of its `beams` closed ones.
+    /// Of the options, the end tokens and other ends, the prompt's lengths and masks, the context and
+    /// `repetition_penalty` act; nothing is drawn. A row that has ended in the prompt gets the empty continuation. A
+    /// row's search ends when no open continuation can become better than the worst of its `beams` closed ones.
     ///
     /// Errors: as [`AutoregressiveWrapper::generate`], no beams, or a penalty that is not finite.
     pub fn beam_search(
@@ -56,11 +56,11 @@ impl AutoregressiveWrapper {
         let most = self.net.plan().num_tokens;
         ensure!(
             (1..=most).contains(&beams),
-            Error::option("beams", format!("expected 1 to the {most} tokens, got {beams}"))
+            Error::option("beams", format_args!("expected 1 to the {most} tokens, got {beams}"))
         );
         ensure!(
             length_penalty.is_finite(),
-            Error::option("length_penalty", format!("expected a finite number, got {length_penalty}"))
+            Error::option("length_penalty", format_args!("expected a finite number, got {length_penalty}"))
         );
         let mut rows = Rows::new(self, start_tokens, seq_len, options)?;
         let b = rows.tokens.len();
@@ -106,7 +106,7 @@ impl AutoregressiveWrapper {
                         ends.extend(end);
                     }
                 }
-                search.closed.sort_by(|a, b| b.score.total_cmp(&a.score));
+                sort_by(&mut search.closed, |a, b| b.score.total_cmp(&a.score));
                 search.closed.truncate(beams);
                 // The best that an open one can still come to: its probability only falls.
                 let best = open.first().map_or(f64::NEG_INFINITY, |best| {
@@ -139,7 +139,7 @@ impl AutoregressiveWrapper {
                 let tokens = rows.tokens[row][prompt..].to_vec();
                 Hypothesis { score: score(log_probability, tokens.len().max(1)), tokens }
             }));
-            found.sort_by(|a, b| b.score.total_cmp(&a.score));
+            sort_by(&mut found, |a, b| b.score.total_cmp(&a.score));
             found.truncate(beams);
             found
         };
@@ -176,22 +176,14 @@ impl Search {
                 )
             );
             let log_sum = max + logits.iter().map(|x| (x - max).exp()).sum::<f64>().ln();
-            let mut order: Vec<usize> = (0..logits.len()).collect();
-            let by_logit = |a: &usize, b: &usize| logits[*b].total_cmp(&logits[*a]).then(a.cmp(b));
-            let kept = (2 * beams).min(order.len());
-            if kept < order.len() {
-                order.select_nth_unstable_by(kept, by_logit);
-                order.truncate(kept);
-            }
-            let candidate = |&token: &usize| Candidate {
+            candidates.extend(best(&logits, 2 * beams).into_iter().map(|token| Candidate {
                 log_probability: so_far + logits[token] - log_sum,
                 beam,
                 token: token as i64,
-            };
-            candidates.extend(order.iter().map(candidate));
+            }));
         }
         // Equal ones in the order of beams and tokens, so that nothing is left to chance.
-        candidates.sort_by(|a, b| {
+        sort_by(&mut candidates, |a, b| {
             let by_probability = b.log_probability.total_cmp(&a.log_probability);
             by_probability.then(a.beam.cmp(&b.beam)).then(a.token.cmp(&b.token))
         });

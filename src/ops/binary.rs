@@ -307,7 +307,7 @@ impl Backward for BinaryBackward {
 fn integers(op: &'static str, a: &Tensor, b: &Tensor, f: fn(i64, i64) -> i64) -> Result<Tensor> {
     ensure!(
         a.dtype() == DType::I64,
-        Error::dtype(op, format!("expected floats or i64, got {}; convert with `to_dtype`", a.dtype()))
+        Error::dtype(op, format_args!("expected floats or i64, got {}; convert with `to_dtype`", a.dtype()))
     );
     let shape = a.shape().broadcast(b.shape(), op)?;
     let mut y = Tensor::uninit(shape, DType::I64, a.device())?;

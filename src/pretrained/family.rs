@@ -97,8 +97,8 @@ families! {
         },
         read: |options, _, file| bert::albert(options, file),
     };
-    /// Touvron et al., <https://arxiv.org/abs/2302.13971>; SmolLM and TinyLlama too. A folder, or GGUF of the architecture
-    /// `llama`.
+    /// Touvron et al., <https://arxiv.org/abs/2302.13971>; SmolLM and TinyLlama too. A folder, or GGUF of the
+    /// architecture `llama`.
     Llama: Description {
         name: "Llama",
         model_type: "llama",
@@ -157,7 +157,10 @@ impl Family {
         let known = format!("expected {}", joined(&types));
         ensure!(
             !found.is_empty(),
-            Error::file(&options.path, format!("has no `model_type`, which names the family of the model; {known}"))
+            Error::file(
+                &options.path,
+                format_args!("has no `model_type`, which names the family of the model; {known}")
+            )
         );
         let family = Self::ALL.iter().find(of_name);
         family.copied().ok_or_else(|| options.refuse("model_type", format!("is `{found}`, {known}")))

@@ -1,6 +1,6 @@
 //! Bad arguments: each is refused with an error that names what was expected and what came.
 
-use x_transformers::{DType, Error, Result, Tensor};
+use x_transformers::{DType, Error, ErrorKind, Result, Tensor};
 
 use crate::common::device;
 
@@ -24,13 +24,13 @@ pub fn refused(result: Result<Tensor>, kind: fn(&Error) -> bool, parts: &[&str])
 }
 
 pub fn shape(error: &Error) -> bool {
-    matches!(error, Error::Shape { .. })
+    matches!(error.kind(), ErrorKind::Shape { .. })
 }
 
 pub fn dtype(error: &Error) -> bool {
-    matches!(error, Error::DType { .. })
+    matches!(error.kind(), ErrorKind::DType { .. })
 }
 
 pub fn argument(error: &Error) -> bool {
-    matches!(error, Error::Argument { .. })
+    matches!(error.kind(), ErrorKind::Argument { .. })
 }
