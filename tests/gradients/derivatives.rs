@@ -248,8 +248,10 @@ fn values_and_gradients_at_the_ends() -> Result<()> {
 /// The gate to 0 is exact: no value makes a number of it. Both orders of the halves, with a bias and without.
 #[test]
 fn gates_are_closed_in_the_tail() -> Result<()> {
+    use Activation::{Gelu, GeluTanh, QuickGelu, Relu, ReluSquared, Sigmoid, Silu};
+    let gates = [Gelu, GeluTanh, QuickGelu, Relu, ReluSquared, Sigmoid, Silu];
     for dtype in [DType::F64, DType::F32, DType::BF16] {
-        for &activation in Activation::ALL {
+        for activation in gates {
             // Half of the features are the value, the others the gate.
             let large = Tensor::full([3, COPIES], 1e30, dtype, device())?;
             let x = Tensor::cat(&[&large, &Tensor::full([3, COPIES], -1e6, dtype, device())?], 1)?;
@@ -269,7 +271,7 @@ fn gates_are_closed_in_the_tail() -> Result<()> {
         }
     }
     // A closed gate lets no gradient pass, however large what it gates; torch: relu(u)² v.
-    for activation in [Activation::Relu, Activation::ReluSquared] {
+    for activation in [Relu, ReluSquared] {
         let x = Tensor::from_slice(&[INF, 3.0, -1.0, -2.0], [4], device())?.requires_grad()?;
         let mut tape = Tape::grad();
         let y = x.glu(activation)?;
