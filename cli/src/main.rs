@@ -30,6 +30,7 @@ mod source;
 mod text;
 mod tokenizer;
 mod train;
+mod typed;
 mod unused;
 mod verify;
 mod workload;
