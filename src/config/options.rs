@@ -7,6 +7,7 @@ use super::kwargs::{self, Keywords};
 
 /// Class of attention layers.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+#[non_exhaustive]
 pub enum LayersKind {
     /// Attends in both directions, as BERT.
     #[default]
@@ -19,6 +20,7 @@ pub enum LayersKind {
 
 /// One sublayer of a [`AttentionLayersConfig::custom_layers`] order.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[non_exhaustive]
 pub enum LayerType {
     /// `a`: self-attention.
     #[serde(rename = "a")]
@@ -45,6 +47,7 @@ impl LayerType {
 /// Distance by which tokens are shifted: one number for all sublayers, or one for each.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
 #[serde(untagged)]
+#[non_exhaustive]
 pub enum ShiftTokens {
     /// The same in every sublayer; 0 is off.
     All(usize),
@@ -61,6 +64,7 @@ impl Default for ShiftTokens {
 /// The norm that a wrapper has behind its layers.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
+#[non_exhaustive]
 pub enum FinalNorm {
     /// LayerNorm, whatever the branches have: as x-transformers 0.22.
     #[default]

@@ -46,6 +46,7 @@ pub(crate) use recompute::{Recompute, Saved};
 /// # }
 /// ```
 #[derive(Clone)]
+#[must_use = "ops return a new tensor and leave their inputs as they are"]
 pub struct Tensor {
     buffer: Arc<Buffer>,
     layout: Layout,
