@@ -51,7 +51,7 @@ static ALLOCATOR: allocator::OrExit = allocator::OrExit;
 
 /// Train, sample, inspect and check x-transformers.
 #[derive(Parser)]
-#[command(version, about)]
+#[command(name = "xt", version)]
 struct Cli {
     #[command(subcommand)]
     command: Command,
