@@ -11,6 +11,7 @@ use crate::{
 
 /// The gradients of the leaves that a backward pass reached.
 #[derive(Default)]
+#[must_use = "gradients change nothing until an optimizer takes them"]
 pub struct Gradients {
     leaves: BTreeMap<LeafId, Tensor>,
 }

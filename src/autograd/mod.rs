@@ -80,6 +80,7 @@ struct Recording {
 /// # Ok(())
 /// # }
 /// ```
+#[must_use = "a tape records while it lives"]
 pub struct Tape {
     id: u64,
     /// A tape belongs to its thread.

@@ -20,6 +20,7 @@ use crate::{
 
 /// Output of attention layers.
 #[derive(Clone, Debug)]
+#[non_exhaustive]
 pub struct LayersOutput {
     /// `[b, n, dim]`, without a final norm unless it was asked for.
     pub out: Tensor,

@@ -4,6 +4,7 @@ use crate::{Init, Param, ParamStore, Result, Tensor, config::NormPlan};
 
 /// A norm over the features.
 #[derive(Clone, Debug)]
+#[non_exhaustive]
 pub enum Norm {
     /// PyTorch's `nn.LayerNorm`, eps 1e-5 unless told otherwise. <https://arxiv.org/abs/1607.06450>
     Layer {

@@ -78,6 +78,7 @@ pub struct AttentionInput {
 
 /// Output of attention.
 #[derive(Clone, Debug)]
+#[non_exhaustive]
 pub struct AttentionOutput {
     /// `[b, i, dim]`
     pub out: Tensor,
