@@ -22,6 +22,9 @@ pub fn philox4x32(mut counter: [u32; 4], mut key: [u32; 2]) -> [u32; 4] {
 ///
 /// Word `i` is lane `i % 4` of the block with counter `[i / 4 (64 bits), stream (64 bits)]` under the seed as key.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[doc(alias = "Generator")]
+#[doc(alias = "manual_seed")]
+#[doc(alias = "randn")]
 pub struct Philox {
     seed: u64,
     stream: u64,

@@ -85,6 +85,7 @@ pub struct OpProfile {
 
 /// Measures the ops of this thread until it is finished or dropped.
 #[derive(Debug)]
+#[doc(alias = "profiler")]
 pub struct Profile {
     /// A profile belongs to its thread.
     thread: PhantomData<*const ()>,

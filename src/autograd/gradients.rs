@@ -11,6 +11,7 @@ use crate::{
 
 /// The gradients of the leaves that a backward pass reached.
 #[derive(Default)]
+#[doc(alias = "GradStore")]
 pub struct Gradients {
     leaves: BTreeMap<LeafId, Tensor>,
 }
@@ -31,6 +32,7 @@ impl Gradients {
     }
 
     /// The gradient of a parameter.
+    #[doc(alias = "grad")]
     pub fn param(&self, param: &Param) -> Option<&Tensor> {
         self.leaves.get(&param.leaf())
     }

@@ -80,6 +80,10 @@ struct Recording {
 /// # Ok(())
 /// # }
 /// ```
+#[doc(alias = "GradientTape")]
+#[doc(alias = "no_grad")]
+#[doc(alias = "enable_grad")]
+#[doc(alias = "autograd")]
 pub struct Tape {
     id: u64,
     /// A tape belongs to its thread.

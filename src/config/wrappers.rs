@@ -204,6 +204,7 @@ pub enum FilterLogits {
     /// 1.3-entmax in place of softmax. <https://arxiv.org/abs/1905.05702>
     Entmax,
     /// The smallest set of best tokens with at least the mass `filter_thres`. <https://arxiv.org/abs/1904.09751>
+    #[doc(alias = "top_p")]
     Nucleus,
     /// Tokens with at least `min_p_ratio` times the probability of the row's best. <https://arxiv.org/abs/2407.01082>
     MinP,

@@ -60,6 +60,7 @@ impl Device {
     ///
     /// Errors: the driver, NVRTC or cuBLAS is missing, with where it was looked for and how to get it; or there is no
     /// such card.
+    #[doc(alias = "new_cuda")]
     pub fn cuda(ordinal: usize) -> Result<Self> {
         #[cfg(feature = "cuda")]
         return CudaDevice::open(ordinal).map(|device| Self::Gpu(device));
@@ -71,6 +72,8 @@ impl Device {
     }
 
     /// A GPU if one is usable, else the CPU.
+    #[doc(alias = "cuda_if_available")]
+    #[doc(alias = "is_available")]
     pub fn best() -> Self {
         Self::cuda(0).unwrap_or(Self::Cpu)
     }

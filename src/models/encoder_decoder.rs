@@ -10,6 +10,8 @@ use crate::{
 
 /// An encoder, and a decoder that attends to its output (Vaswani et al., <https://arxiv.org/abs/1706.03762>).
 #[derive(Clone, Debug)]
+#[doc(alias = "EncoderDecoder")]
+#[doc(alias = "seq2seq")]
 pub struct XTransformer {
     /// The encoder.
     pub encoder: TransformerWrapper,

@@ -191,6 +191,7 @@ impl fmt::Display for SentenceModule {
 
 /// An encoder that gives one vector for each text (Reimers and Gurevych, <https://arxiv.org/abs/1908.10084>).
 #[derive(Clone, Debug)]
+#[doc(alias = "SentenceTransformer")]
 pub struct SentenceEncoder {
     /// The model of tokens.
     pub model: TransformerWrapper,

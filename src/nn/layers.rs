@@ -31,6 +31,11 @@ pub struct LayersOutput {
 
 /// An `Encoder`, `Decoder` or `CrossAttender`.
 #[derive(Clone, Debug)]
+#[doc(alias = "Encoder")]
+#[doc(alias = "Decoder")]
+#[doc(alias = "CrossAttender")]
+#[doc(alias = "TransformerEncoder")]
+#[doc(alias = "TransformerDecoder")]
 pub struct AttentionLayers {
     plan: Arc<LayersPlan>,
     layers: Vec<Layer>,

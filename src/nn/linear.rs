@@ -9,6 +9,7 @@ use crate::{
 
 /// `x Wᵀ + b`, PyTorch's `nn.Linear`: `weight [out, in]`, `bias [out]`.
 #[derive(Clone, Debug)]
+#[doc(alias = "Dense")]
 pub struct Linear {
     weight: Param,
     bias: Option<Param>,

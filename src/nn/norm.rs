@@ -4,6 +4,9 @@ use crate::{Init, Param, ParamStore, Result, Tensor, config::NormPlan};
 
 /// A norm over the features.
 #[derive(Clone, Debug)]
+#[doc(alias = "LayerNorm")]
+#[doc(alias = "RMSNorm")]
+#[doc(alias = "ScaleNorm")]
 pub enum Norm {
     /// PyTorch's `nn.LayerNorm`, eps 1e-5 unless told otherwise. <https://arxiv.org/abs/1607.06450>
     Layer {

@@ -28,6 +28,8 @@ pub(crate) use ordered::{ordered, try_ordered};
 /// and part new, [`Param::tensor`] returns it as it is, and optimizers refuse it by name until [`Param::set`] or
 /// [`ParamMap::load`] replaces it.
 #[derive(Clone)]
+#[doc(alias = "Parameter")]
+#[doc(alias = "Var")]
 pub struct Param(Arc<ParamCell>);
 
 struct ParamCell {
@@ -187,6 +189,7 @@ impl ParamMap {
     ///
     /// Errors, with nothing changed: [`Error::Weights`] with every missing, unused and mismatched name; values that are
     /// not float; a tied parameter with several values.
+    #[doc(alias = "load_state_dict")]
     pub fn load(&self, state: &BTreeMap<String, Tensor>) -> Result<()> {
         let given: HashSet<LeafId> =
             self.params.iter().filter(|(name, _)| state.contains_key(*name)).map(|(_, param)| param.leaf()).collect();
@@ -264,6 +267,9 @@ impl ParamMap {
 
 /// Where modules get their parameters: a place in the tree of names, a source of initial values, and the map.
 #[derive(Clone)]
+#[doc(alias = "VarBuilder")]
+#[doc(alias = "VarMap")]
+#[doc(alias = "Module")]
 pub struct ParamStore {
     prefix: String,
     start: Start,
@@ -309,6 +315,8 @@ impl ParamStore {
     }
 
     /// The place below this one: `store.at("layers").at(3)`.
+    #[doc(alias = "push_prefix")]
+    #[doc(alias = "pp")]
     pub fn at(&self, name: impl fmt::Display) -> ParamStore {
         let prefix = if self.prefix.is_empty() { name.to_string() } else { format!("{}.{name}", self.prefix) };
         ParamStore { prefix, ..self.clone() }
@@ -332,6 +340,7 @@ impl ParamStore {
     /// Creates and registers a parameter.
     ///
     /// Errors: the name is taken, or the shape is illegal.
+    #[doc(alias = "register_parameter")]
     pub fn param(&self, name: &str, shape: impl IntoShape, init: Init) -> Result<Param> {
         let full = self.at(name).prefix;
         let shape = shape.into_shape()?;
@@ -359,6 +368,7 @@ impl ParamStore {
     /// Registers a tensor that is saved but not trained.
     ///
     /// Errors: the name is taken.
+    #[doc(alias = "register_buffer")]
     pub fn buffer(&self, name: &str, value: Tensor) -> Result<Buffer> {
         let full = self.at(name).prefix;
         let mut map = self.lock();
@@ -372,6 +382,8 @@ impl ParamStore {
     }
 
     /// All that is registered so far.
+    #[doc(alias = "parameters")]
+    #[doc(alias = "named_parameters")]
     pub fn params(&self) -> ParamMap {
         self.lock().clone()
     }

@@ -16,6 +16,7 @@ use crate::{
 /// `average ← average + (1 − decay) · (value − average)` after each step, from the initial weights on; f32, and f64
 /// for f64 parameters.
 #[derive(Clone)]
+#[doc(alias = "AveragedModel")]
 pub struct Ema {
     decay: f64,
     averages: BTreeMap<String, Tensor>,
