@@ -9,7 +9,7 @@
 use std::time::Duration;
 
 use x_transformers::{
-    DType, Device, Error, KernelArg, Philox, RawKernel, Result, Tensor,
+    DType, Device, Error, ErrorKind, KernelArg, Philox, RawKernel, Result, Tensor,
     device::{CudaDevice, Grid, kernels::KernelSource},
     ops::{AttentionSpec, attention},
 };
@@ -109,8 +109,12 @@ impl Ladder {
 
     /// A kernel of `kernels/lab`.
     fn kernel(&self, kernel: &str, options: &[(&str, &str)]) -> Result<RawKernel> {
-        let none =
-            || Error::Argument { op: "ladder", message: format!("there is no kernel `{kernel}` in kernels/lab") };
+        let none = || {
+            Error::new(ErrorKind::Argument {
+                op: "ladder",
+                message: format!("there is no kernel `{kernel}` in kernels/lab"),
+            })
+        };
         RawKernel::new(&self.device, KernelSource::of_lab(kernel).ok_or_else(none)?.source, kernel, options)
     }
 

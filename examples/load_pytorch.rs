@@ -8,7 +8,7 @@
 use std::path::Path;
 
 use x_transformers::{
-    DType, Device, Error, ParamStore, Result,
+    DType, Device, Error, ErrorKind, ParamStore, Result,
     config::Config,
     io::read_safetensors,
     models::{ForwardOptions, TransformerWrapper},
@@ -17,11 +17,14 @@ use x_transformers::{
 fn main() -> Result<()> {
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/parity/decoder_gpt");
     let path = folder.join("config.json");
-    let json = std::fs::read_to_string(&path).map_err(|source| Error::Io { path, source })?;
+    let json = std::fs::read_to_string(&path).map_err(|source| Error::new(ErrorKind::Io { path, source }))?;
 
     // The keyword arguments of the Python model, as JSON.
     let Config::TransformerWrapper(config) = Config::from_json(&json)? else {
-        return Err(Error::Argument { op: "load_pytorch", message: "expected a TransformerWrapper".into() });
+        return Err(Error::new(ErrorKind::Argument {
+            op: "load_pytorch",
+            message: "expected a TransformerWrapper".into(),
+        }));
     };
     let store = ParamStore::zeros(DType::F32, &Device::Cpu);
     let model = TransformerWrapper::new(&config, &store)?;

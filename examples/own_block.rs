@@ -10,7 +10,7 @@
 use std::sync::Arc;
 
 use x_transformers::{
-    DType, Device, Error, Gradients, Init, Param, ParamStore, Result, Tape, Tensor,
+    DType, Device, Error, ErrorKind, Gradients, Init, Param, ParamStore, Result, Tape, Tensor,
     config::{AttentionLayersConfig, BranchPlan, SamplingConfig, TransformerWrapperConfig},
     models::{AutoregressiveWrapper, ForwardOptions, GenerateOptions, TransformerWrapper},
     nn::{Branch, Linear, Past},
@@ -63,7 +63,7 @@ fn gradients(model: &AutoregressiveWrapper, tokens: &Tensor, checkpoint_layers: 
 fn check(holds: bool, what: &str) -> Result<()> {
     match holds {
         true => Ok(()),
-        false => Err(Error::Argument { op: "own_block", message: format!("{what} differ") }),
+        false => Err(Error::new(ErrorKind::Argument { op: "own_block", message: format!("{what} differ") })),
     }
 }
 
@@ -110,7 +110,7 @@ fn main() -> Result<()> {
     model
         .net
         .supports_kv_cache(&ForwardOptions::default())
-        .map_err(|why| Error::Argument { op: "own_block", message: why.to_string() })?;
+        .map_err(|why| Error::new(ErrorKind::Argument { op: "own_block", message: why.to_string() }))?;
     let written: String = cached.iter().filter_map(|&byte| char::from_u32(byte as u32)).collect();
     println!("a bloc{written}");
     Ok(())

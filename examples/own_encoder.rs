@@ -7,7 +7,7 @@
 //! both give the same numbers.
 
 use x_transformers::{
-    DType, Device, Error, ParamStore, Philox, Result, Tensor,
+    DType, Device, Error, ErrorKind, ParamStore, Philox, Result, Tensor,
     config::{AttentionLayersConfig, AttentionPlan, FeedForwardPlan, FinalNorm, LayersPlan, NormPlan, ResidualPlan},
     nn::{Attention, AttentionInput, AttentionLayers, FeedForward, ForwardOptions, Norm, Residual},
 };
@@ -72,7 +72,10 @@ fn main() -> Result<()> {
     same.params().load(&store.params().state_dict())?;
     let expected = layers.forward(&x, &ForwardOptions { mask: Some(mask), ..Default::default() })?.out;
     if out.to_vec::<f32>()? != expected.to_vec::<f32>()? {
-        return Err(Error::Argument { op: "own_encoder", message: "the library has other numbers".into() });
+        return Err(Error::new(ErrorKind::Argument {
+            op: "own_encoder",
+            message: "the library has other numbers".into(),
+        }));
     }
     println!("the same as AttentionLayers, to the bit");
     Ok(())

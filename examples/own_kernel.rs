@@ -7,8 +7,8 @@
 //! program says so and ends.
 
 use x_transformers::{
-    Backward, DType, Device, Error, InputGrads, KernelArg, Philox, RawKernel, Result, Tape, Tensor, device::Grid,
-    record,
+    Backward, DType, Device, Error, ErrorKind, InputGrads, KernelArg, Philox, RawKernel, Result, Tape, Tensor,
+    device::Grid, record,
 };
 
 /// Both kernels, for elements of the type that the option `ELEMENT` names.
@@ -20,7 +20,10 @@ fn launch(kernel: &str, x: &Tensor, more: &[&Tensor], a: f64) -> Result<Tensor> 
         DType::F32 => ("float", KernelArg::F32(a as f32)),
         DType::F64 => ("double", KernelArg::F64(a)),
         other => {
-            return Err(Error::DType { op: "snake", message: format!("expected f32 or f64, got {other}") });
+            return Err(Error::new(ErrorKind::DType {
+                op: "snake",
+                message: format!("expected f32 or f64, got {other}"),
+            }));
         }
     };
     // Compiled on first use, then found.
@@ -73,7 +76,7 @@ fn main() -> Result<()> {
         let y = snake(&x, a)?;
         let grads = tape.backward(&y.sum(&[])?)?;
         let Some(dx) = grads.get(&x) else {
-            return Err(Error::Argument { op: "snake", message: "there is no gradient".into() });
+            return Err(Error::new(ErrorKind::Argument { op: "snake", message: "there is no gradient".into() }));
         };
         let (x, y, dx) = (x.to_f64_vec()?, y.to_f64_vec()?, dx.to_f64_vec()?);
         let off = |values: &[f64], f: &dyn Fn(f64) -> f64| {
@@ -82,7 +85,10 @@ fn main() -> Result<()> {
         let off = [off(&y, &|x| x + (a * x).sin().powi(2) / a), off(&dx, &|x| 1.0 + (2.0 * a * x).sin())];
         println!("{device}, {dtype}: largest error {:.1e} forward, {:.1e} backward", off[0], off[1]);
         if off.iter().any(|off| off.is_nan() || *off > bound) {
-            return Err(Error::Argument { op: "snake", message: format!("the errors exceed {bound:.0e}") });
+            return Err(Error::new(ErrorKind::Argument {
+                op: "snake",
+                message: format!("the errors exceed {bound:.0e}"),
+            }));
         }
     }
 
@@ -92,7 +98,7 @@ fn main() -> Result<()> {
             println!("{what}: {}", why.to_string().lines().next().unwrap_or_default());
             Ok(())
         }
-        Ok(()) => Err(Error::Argument { op: "snake", message: format!("{what} was accepted") }),
+        Ok(()) => Err(Error::new(ErrorKind::Argument { op: "snake", message: format!("{what} was accepted") })),
     };
     let options = [("ELEMENT", "float")];
     let kernel = RawKernel::new(&device, TEXT, "snake_fwd", &options)?;

@@ -12,7 +12,7 @@ use std::collections::BTreeMap;
 
 use serde_json::{Value, json};
 use x_transformers::{
-    DType, Device, Error, Init, ParamStore, Result, Tensor,
+    DType, Device, Error, ErrorKind, Init, ParamStore, Result, Tensor,
     nn::{Embedding, Linear},
     train::{ByteText, TrainModel, TrainOptions, Trainer},
 };
@@ -61,7 +61,7 @@ impl TrainModel for ByteModel {
         let size = |key: &str| json[key].as_u64().and_then(|size| usize::try_from(size).ok());
         match (json["model"].as_str(), size("dim"), size("hidden")) {
             (Some("ByteModel"), Some(dim), Some(hidden)) => Ok(Config { dim, hidden }),
-            _ => Err(Error::Argument { op: "config", message: "is not of a ByteModel".into() }),
+            _ => Err(Error::new(ErrorKind::Argument { op: "config", message: "is not of a ByteModel".into() })),
         }
     }
 }
@@ -78,7 +78,7 @@ fn text() -> Result<ByteText> {
 fn check(holds: bool, what: &str) -> Result<()> {
     match holds {
         true => Ok(()),
-        false => Err(Error::Argument { op: "own_model", message: what.into() }),
+        false => Err(Error::new(ErrorKind::Argument { op: "own_model", message: what.into() })),
     }
 }
 

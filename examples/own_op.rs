@@ -6,7 +6,7 @@
 //! The op normalises rows: `y = x / ‖x‖`. Its gradient is `dx = (dy − y ⟨y, dy⟩) / ‖x‖`.
 
 use x_transformers::{
-    Backward, DType, Device, Error, FloatElement, Gradcheck, InputGrads, Philox, Result, Tape, Tensor, bf16,
+    Backward, DType, Device, Error, ErrorKind, FloatElement, Gradcheck, InputGrads, Philox, Result, Tape, Tensor, bf16,
     device::for_rows, discrete, f16, gradcheck, record,
 };
 
@@ -19,7 +19,10 @@ fn unit_rows(x: &Tensor) -> Result<Tensor> {
         DType::BF16 => forward::<bf16>(&x)?,
         DType::F16 => forward::<f16>(&x)?,
         other => {
-            return Err(Error::DType { op: "unit_rows", message: format!("expected a float tensor, got {other}") });
+            return Err(Error::new(ErrorKind::DType {
+                op: "unit_rows",
+                message: format!("expected a float tensor, got {other}"),
+            }));
         }
     };
     // Without a tape the closure does not run, and nothing is saved.
@@ -105,7 +108,7 @@ fn main() -> Result<()> {
     let device = Device::Cpu;
     let random = Philox::new(7, 0);
     let x = Tensor::generate([300, 64], DType::F64, &device, |i| random.normal(i as u64))?;
-    let wrong = |message: String| Error::Argument { op: "unit_rows", message };
+    let wrong = |message: String| Error::new(ErrorKind::Argument { op: "unit_rows", message });
 
     for (dtype, bound) in [(DType::F32, 1e-6), (DType::F64, 1e-14), (DType::BF16, 1e-2), (DType::F16, 1e-3)] {
         let y = unit_rows(&x.to_dtype(dtype)?)?;

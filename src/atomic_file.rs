@@ -21,13 +21,13 @@ use crate::{Error, Result, hash::fnv1a};
 /// - **A symbolic link** stays a link: the file that it points to is replaced, or made if it does not exist.
 /// - **A path that is not a regular file**, such as a pipe or `/dev/stdout`, holds nothing to keep and is written
 ///   directly.
-/// - **The temporary file** is named `.xt-HASH-N.tmp` after the file. It is removed if writing fails, and the next write
-///   of the same file removes what a killed process left. A lock (`flock`) protects those of running processes; on a
-///   file system without locks nothing is removed.
+/// - **The temporary file** is named `.xt-HASH-N.tmp` after the file. It is removed if writing fails, and the next
+///   write of the same file removes what a killed process left. A lock (`flock`) protects those of running processes;
+///   on a file system without locks nothing is removed.
 ///
 /// Interrupted calls (`EINTR`) and short writes are continued.
 ///
-/// Errors: [`Error::Io`] with the path for every failure, including those of `write`.
+/// Errors: [`ErrorKind::Io`](crate::ErrorKind::Io) with the path for every failure, including those of `write`.
 ///
 /// ```
 /// # fn main() -> x_transformers::Result<()> {
@@ -275,8 +275,8 @@ fn is_at(_: &File, path: &Path) -> io::Result<bool> {
 
 /// Creates a folder and its missing parents, and brings them to the disk.
 ///
-/// Errors: [`Error::Io`] with the path; a symbolic link to a folder that does not exist, which may be on a disk that is
-/// not there at the moment.
+/// Errors: [`ErrorKind::Io`](crate::ErrorKind::Io) with the path; a symbolic link to a folder that does not exist,
+/// which may be on a disk that is not there at the moment.
 pub fn create_folders(folder: impl AsRef<Path>) -> Result<()> {
     let folder = folder.as_ref();
     let broken = |source| Error::io(folder, source);
@@ -506,7 +506,7 @@ mod tests {
         let message = write("dangling").unwrap_err().to_string();
         assert!(message.contains("none/file") && message.contains("dangling"), "{message}");
         symlink("loop", at("loop")).unwrap();
-        assert!(matches!(write("loop"), Err(Error::Io { .. })));
+        assert!(matches!(write("loop").map_err(Error::into_kind), Err(crate::ErrorKind::Io { .. })));
 
         symlink("nowhere", at("folder")).unwrap();
         for name in ["folder", "folder/below"] {

@@ -5,13 +5,24 @@ use std::{fmt, io, path::PathBuf};
 /// The result of everything that can fail in this crate.
 pub type Result<T> = std::result::Result<T, Error>;
 
-/// What went wrong.
+/// An error: its [`ErrorKind`], and the place in a model or program where it happened.
 ///
-/// Match on the variant to react, print it to tell a person: the text holds the op, the shapes or values
-/// involved, and where in a model it happened ([`Error::Context`]).
+/// Match on [`Error::kind`] to react, print the error to tell a person: the text holds the place, the op, and the
+/// shapes or values involved.
+///
+/// One pointer, so that code which passes results on stays small.
+pub struct Error(Box<Fields>);
+
+struct Fields {
+    kind: ErrorKind,
+    /// Empty if none is known.
+    place: String,
+}
+
+/// The kinds of errors, with what a program needs to react to them.
 #[derive(Debug)]
 #[non_exhaustive]
-pub enum Error {
+pub enum ErrorKind {
     /// Shapes that do not fit the op, or a size that no tensor can have.
     Shape {
         /// The op that refused.
@@ -133,26 +144,55 @@ pub enum Error {
         /// What was not finite: `loss`, or the name of a parameter.
         what: String,
     },
-    /// Another error, with the place in the model or program where it happened.
-    Context {
-        /// For instance `attn_layers.layers.3.1`.
-        place: String,
-        /// The error itself.
-        source: Box<Error>,
-    },
 }
 
 impl Error {
-    pub(crate) fn shape(op: &'static str, message: impl Into<String>) -> Self {
-        Self::Shape { op, message: message.into() }
+    /// An error of this kind, at no place yet.
+    pub fn new(kind: ErrorKind) -> Self {
+        Self(Box::new(Fields { kind, place: String::new() }))
     }
 
-    pub(crate) fn dtype(op: &'static str, message: impl Into<String>) -> Self {
-        Self::DType { op, message: message.into() }
+    /// Returns what went wrong.
+    pub fn kind(&self) -> &ErrorKind {
+        &self.0.kind
     }
 
-    pub(crate) fn argument(op: &'static str, message: impl Into<String>) -> Self {
-        Self::Argument { op, message: message.into() }
+    /// As [`Error::kind`], of an error that is not needed any more.
+    pub fn into_kind(self) -> ErrorKind {
+        self.0.kind
+    }
+
+    /// Returns where in a model or program it happened, or an empty string.
+    pub fn place(&self) -> &str {
+        &self.0.place
+    }
+
+    /// Returns the operating system's kind if it is an [`ErrorKind::Io`].
+    pub fn io_kind(&self) -> Option<io::ErrorKind> {
+        match self.kind() {
+            ErrorKind::Io { source, .. } => Some(source.kind()),
+            _ => None,
+        }
+    }
+
+    pub(crate) fn shape(op: &'static str, message: impl fmt::Display) -> Self {
+        Self::new(ErrorKind::Shape { op, message: message.to_string() })
+    }
+
+    pub(crate) fn dtype(op: &'static str, message: impl fmt::Display) -> Self {
+        Self::new(ErrorKind::DType { op, message: message.to_string() })
+    }
+
+    pub(crate) fn argument(op: &'static str, message: impl fmt::Display) -> Self {
+        Self::new(ErrorKind::Argument { op, message: message.to_string() })
+    }
+
+    pub(crate) fn device(op: &'static str, message: impl fmt::Display) -> Self {
+        Self::new(ErrorKind::Device { op, message: message.to_string() })
+    }
+
+    pub(crate) fn index(op: &'static str, what: &'static str, index: i64, limit: usize) -> Self {
+        Self::new(ErrorKind::Index { op, what, index, limit })
     }
 
     /// A mean loss over no targets.
@@ -169,32 +209,24 @@ impl Error {
         )
     }
 
-    pub(crate) fn option(key: impl Into<String>, why: impl Into<String>) -> Self {
-        Self::Option { key: key.into(), why: why.into() }
+    pub(crate) fn option(key: impl Into<String>, why: impl fmt::Display) -> Self {
+        Self::new(ErrorKind::Option { key: key.into(), why: why.to_string() })
     }
 
     pub(crate) fn io(path: impl Into<PathBuf>, source: io::Error) -> Self {
-        Self::Io { path: path.into(), source }
+        Self::new(ErrorKind::Io { path: path.into(), source })
     }
 
-    pub(crate) fn file(path: impl Into<PathBuf>, why: impl Into<String>) -> Self {
-        Self::File { path: path.into(), why: why.into() }
+    pub(crate) fn file(path: impl Into<PathBuf>, why: impl fmt::Display) -> Self {
+        Self::new(ErrorKind::File { path: path.into(), why: why.to_string() })
     }
 
-    /// The same error with a place in front; nested places read from the outside in.
-    pub fn context(self, place: impl fmt::Display) -> Self {
-        match self {
-            Self::Context { place: inner, source } => Self::Context { place: format!("{place}.{inner}"), source },
-            other => Self::Context { place: place.to_string(), source: Box::new(other) },
-        }
-    }
-
-    /// The error without its place.
-    pub fn root(&self) -> &Error {
-        match self {
-            Self::Context { source, .. } => source.root(),
-            other => other,
-        }
+    /// The same error with a place in front, for instance `attn_layers.layers.3.1`; nested places read from the outside
+    /// in.
+    pub fn context(mut self, place: impl fmt::Display) -> Self {
+        let inner = &self.0.place;
+        self.0.place = if inner.is_empty() { place.to_string() } else { format!("{place}.{inner}") };
+        self
     }
 }
 
@@ -209,7 +241,22 @@ impl<T> ErrorContext<T> for Result<T> {
     }
 }
 
+impl fmt::Debug for Error {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Error").field("kind", self.kind()).field("place", &self.place()).finish()
+    }
+}
+
 impl fmt::Display for Error {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if !self.place().is_empty() {
+            write!(f, "{}: ", self.place())?;
+        }
+        self.kind().fmt(f)
+    }
+}
+
+impl fmt::Display for ErrorKind {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Shape { op, message }
@@ -288,16 +335,14 @@ impl fmt::Display for Error {
                 f,
                 "step {step}: {what} is not finite, training stopped; lower the learning rate or resume from the last checkpoint"
             ),
-            Self::Context { place, source } => write!(f, "{place}: {source}"),
         }
     }
 }
 
 impl std::error::Error for Error {
     fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
-        match self {
-            Self::Io { source, .. } => Some(source),
-            Self::Context { source, .. } => Some(source),
+        match self.kind() {
+            ErrorKind::Io { source, .. } => Some(source),
             _ => None,
         }
     }

@@ -65,8 +65,8 @@ impl<R> Graph<R> {
     /// `params`: the parameters that `f` reads. If one of these is replaced, a replay is an error; what `f` reads
     /// besides them is what was there at the recording.
     ///
-    /// Errors: inputs that are not on one GPU or require a gradient, a tape of this thread, another recording that has not
-    /// ended, or whatever `f` does that a graph cannot hold. The device is as usable as before, also if `f` panics.
+    /// Errors: inputs that are not on one GPU or require a gradient, a tape of this thread, another recording that has
+    /// not ended, or whatever `f` does that a graph cannot hold. The device is as usable as before, also if `f` panics.
     pub fn capture(inputs: &[Tensor], params: &ParamMap, f: impl Fn(&[Tensor]) -> Result<R>) -> Result<Self> {
         ensure!(
             !is_recording(),
@@ -82,7 +82,7 @@ impl<R> Graph<R> {
         };
         let here = Device::Gpu(device);
         if let Some(other) = inputs.iter().find(|input| *input.device() != here) {
-            return Err(Error::argument("graph", format!("inputs are on {here} and {}", other.device())));
+            return Err(Error::argument("graph", format_args!("inputs are on {here} and {}", other.device())));
         }
         discrete("graph", &inputs.iter().collect::<Vec<_>>())?;
         // Copies of their own: a replay writes into them.
@@ -96,7 +96,7 @@ impl<R> Graph<R> {
             let now = places()?;
             if capturing {
                 if let Some((_, (name, _))) = now.iter().zip(&params_at).find(|(now, before)| now != before) {
-                    return Err(Error::argument("graph", format!("`{name}` was replaced during the recording")));
+                    return Err(Error::argument("graph", format_args!("`{name}` was replaced during the recording")));
                 }
                 output = Some(value);
             } else {
@@ -108,8 +108,8 @@ impl<R> Graph<R> {
         Ok(Self { recorded, inputs, params: params_at, map: params.clone(), output, device })
     }
 
-    /// Copies new values into the inputs and enqueues the recorded computation. The output is the same memory each time:
-    /// what it holds is overwritten by the next replay.
+    /// Copies new values into the inputs and enqueues the recorded computation. The output is the same memory each
+    /// time: what it holds is overwritten by the next replay.
     ///
     /// Errors: inputs of other shapes, dtypes or devices, a parameter that was replaced since the recording, a graph
     /// that is being recorded, or an error of the driver.
@@ -117,14 +117,14 @@ impl<R> Graph<R> {
         self.device.refuse_while_capturing("a replay")?;
         if inputs.len() != self.inputs.len() {
             let (given, expected) = (inputs.len(), self.inputs.len());
-            return Err(Error::argument("graph", format!("{given} inputs, {expected} were recorded")));
+            return Err(Error::argument("graph", format_args!("{given} inputs, {expected} were recorded")));
         }
         discrete("graph", &inputs.iter().collect::<Vec<_>>())?;
         for (name, recorded) in &self.params {
             if self.map.get(name).map(place).transpose()?.as_ref() != Some(recorded) {
                 return Err(Error::argument(
                     "graph",
-                    format!("`{name}` was replaced since the recording; record again"),
+                    format_args!("`{name}` was replaced since the recording; record again"),
                 ));
             }
         }
@@ -132,7 +132,7 @@ impl<R> Graph<R> {
             if to.shape() != from.shape() || to.dtype() != from.dtype() || to.device() != from.device() {
                 return Err(Error::argument(
                     "graph",
-                    format!(
+                    format_args!(
                         "input {index} is {:?} {} on {}, recorded was {:?} {} on {}",
                         from.shape(),
                         from.dtype(),

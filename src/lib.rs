@@ -110,7 +110,7 @@ pub use crate::{
     },
     device::Device,
     dtype::{DType, Element, FloatElement, Readable},
-    error::{Error, Result},
+    error::{Error, ErrorKind, Result},
     params::{Buffer, Init, Param, ParamMap, ParamStore},
     philox::{Philox, philox4x32},
     shape::{IntoShape, MAX_RANK, Shape},

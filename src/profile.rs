@@ -233,8 +233,8 @@ pub(crate) fn cost(count: impl FnOnce() -> Cost) {
     }
 }
 
-/// Called when an output of an op is recorded that has another one, which is recorded next and with it: the bytes that it
-/// is made of count with that.
+/// Called when an output of an op is recorded that has another one, which is recorded next and with it: the bytes that
+/// it is made of count with that.
 #[cold]
 pub(crate) fn beside(bytes: usize) {
     with_session(|session| session.besides += bytes as f64);

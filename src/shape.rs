@@ -21,13 +21,16 @@ impl Shape {
     pub fn new(dims: &[usize]) -> Result<Self> {
         ensure!(
             dims.len() <= MAX_RANK,
-            Error::shape("shape", format!("{dims:?} has {} dimensions, at most {MAX_RANK} are supported", dims.len()))
+            Error::shape(
+                "shape",
+                format_args!("{dims:?} has {} dimensions, at most {MAX_RANK} are supported", dims.len())
+            )
         );
         // Zeros are skipped so that the strides of an empty tensor cannot overflow either.
         let elements = dims.iter().filter(|&&d| d != 0).try_fold(1usize, |n, &d| n.checked_mul(d));
         ensure!(
             elements.is_some_and(|n| n <= isize::MAX as usize / 8),
-            Error::shape("shape", format!("{dims:?} has more elements than can be addressed"))
+            Error::shape("shape", format_args!("{dims:?} has more elements than can be addressed"))
         );
         Ok(Self::unchecked(dims))
     }
@@ -78,7 +81,10 @@ impl Shape {
             let b = other.rank().checked_sub(back).map_or(1, |i| other[i]);
             ensure!(
                 a == b || a == 1 || b == 1,
-                Error::shape(op, format!("shapes {self:?} and {other:?} do not broadcast: sizes {a} and {b} differ"))
+                Error::shape(
+                    op,
+                    format_args!("shapes {self:?} and {other:?} do not broadcast: sizes {a} and {b} differ")
+                )
             );
             dims[rank - back] = if a == 1 { b } else { a };
         }
@@ -93,7 +99,7 @@ impl Shape {
         let resolved = if dim < 0 { dim.saturating_add(rank) } else { dim };
         ensure!(
             (0..rank).contains(&resolved),
-            Error::shape(op, format!("dimension {dim} is out of range for shape {self:?}"))
+            Error::shape(op, format_args!("dimension {dim} is out of range for shape {self:?}"))
         );
         Ok(resolved as usize)
     }

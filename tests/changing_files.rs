@@ -10,7 +10,7 @@ use std::{
 };
 
 use x_transformers::{
-    DType, Device, Error, Result, Tensor,
+    DType, Device, ErrorKind, Result, Tensor,
     io::{TensorFile, read_safetensors, write_safetensors},
     pretrained::Pretrained,
 };
@@ -58,7 +58,10 @@ fn formats(folder: &Folder) -> Vec<PathBuf> {
 /// The message of an error about a file.
 fn message<T: std::fmt::Debug>(result: Result<T>, path: &Path) -> String {
     let error = result.expect_err("the file has changed");
-    assert!(matches!(&error, Error::File { path: p, .. } | Error::Io { path: p, .. } if p == path), "{error:?}");
+    assert!(
+        matches!(error.kind(), ErrorKind::File { path: p, .. } | ErrorKind::Io { path: p, .. } if p == path),
+        "{error:?}"
+    );
     error.to_string()
 }
 

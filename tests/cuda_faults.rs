@@ -11,7 +11,7 @@ use std::{fs, path::PathBuf, process::Command, sync::Barrier, thread};
 
 use common::{alive, clear, count, emulated, fail, live_bytes};
 use x_transformers::{
-    DType, Device, Error, RawKernel, Result, Tensor,
+    DType, Device, Error, ErrorKind, RawKernel, Result, Tensor,
     config::{AttentionLayersConfig, AutoregressiveConfig, TransformerWrapperConfig},
     device::{Grid, kernels::KernelSource},
     train::{ByteText, Checkpoint, TrainOptions, Trainer},
@@ -79,9 +79,9 @@ fn every_failing_call_is_an_error_and_costs_nothing() -> Result<()> {
             let Err(error) = outcome else {
                 panic!("{kind} {n}: no error, {calls} calls, saved {saved}, before {step}")
             };
-            let right = match (kind, error.root()) {
-                ("alloc+", Error::OutOfMemory { requested, .. }) => *requested > 0,
-                ("launch" | "copy", Error::Device { op: "cuda", message }) => {
+            let right = match (kind, error.kind()) {
+                ("alloc+", ErrorKind::OutOfMemory { requested, .. }) => *requested > 0,
+                ("launch" | "copy", ErrorKind::Device { op: "cuda", message }) => {
                     message.contains("CUDA_ERROR") || message.contains("CUBLAS_STATUS")
                 }
                 _ => false,

@@ -10,7 +10,7 @@ use std::{
 };
 
 use x_transformers::{
-    DType, Device, Error, Result, Tape, Tensor,
+    DType, Device, Error, ErrorKind, Result, Tape, Tensor,
     device::{Address, Arg, Gemm, Gpu, Grid, Kernel, Memory, MemoryStats, Operand, Transfers},
     ops::attention_rung,
 };
@@ -57,7 +57,7 @@ struct Mock {
 }
 
 fn broken(message: String) -> Error {
-    Error::Device { op: "mock", message }
+    Error::new(ErrorKind::Device { op: "mock", message })
 }
 
 impl Mock {
@@ -266,7 +266,7 @@ fn what_is_missing_is_named() -> Result<()> {
     let x = Tensor::ones([2, 3], DType::F32, &device)?;
     let refused = |result: Result<Tensor>, part: &str| {
         let error = result.expect_err(part);
-        assert!(matches!(error.root(), Error::Device { op: "mock", .. }), "{error:?}");
+        assert!(matches!(error.kind(), ErrorKind::Device { op: "mock", .. }), "{error:?}");
         let text = error.to_string();
         assert!(text.contains("mock:0") && text.contains(part), "{part}: {text}");
     };

@@ -6,7 +6,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use common::device;
 use x_transformers::{
-    DType, Device, Error, Philox, Result, Tensor,
+    DType, Device, ErrorKind, Philox, Result, Tensor,
     config::{FilterLogits, SamplingConfig},
     models::{filter_probabilities, sample_tokens},
     ops::{SampleFilter, SampleSpec},
@@ -194,6 +194,6 @@ fn sampling_refuses_what_it_cannot_draw_from() -> Result<()> {
     }
     let config = SamplingConfig { temperature: -1.0, ..Default::default() };
     let error = sample_tokens(&good, &config, 0, &zero).unwrap_err();
-    assert!(matches!(error.root(), Error::Option { key, .. } if key == "temperature"), "{error}");
+    assert!(matches!(error.kind(), ErrorKind::Option { key, .. } if key == "temperature"), "{error}");
     Ok(())
 }

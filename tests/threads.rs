@@ -16,8 +16,8 @@ use std::{
 use common::device;
 use rayon::prelude::*;
 use x_transformers::{
-    Backward, DType, Error, Gradients, Init, InputGrads, Param, ParamMap, ParamStore, Philox, Result, Tape, Tensor,
-    checkpoint,
+    Backward, DType, Error, ErrorKind, Gradients, Init, InputGrads, Param, ParamMap, ParamStore, Philox, Result, Tape,
+    Tensor, checkpoint,
     config::{AttentionLayersConfig, AutoregressiveConfig, TransformerWrapperConfig},
     discrete, io,
     models::{AutoregressiveWrapper, ForwardOptions, GenerateOptions},
@@ -205,7 +205,7 @@ fn a_node_on_another_thread_is_refused() -> Result<()> {
                 let _tape = taped.then(Tape::grad);
                 op(node)
             });
-            let Err(Error::OtherThread { op, by: None }) = &result else {
+            let Err(ErrorKind::OtherThread { op, by: None }) = result.as_ref().map_err(Error::kind) else {
                 panic!("{name} with a tape: {taped}: {result:?}");
             };
             // Views that come first refuse first.
@@ -242,8 +242,8 @@ fn what_another_thread_makes_of_a_leaf_is_refused_by_the_tape() -> Result<()> {
     let chain =
         made(|x| x.square()?.exp()?.reshape([2, 1])?.transpose(0, 1)?.narrow(1, 0, 1)?.sum(&[0])?.add(&vector(&[1.0])));
     let passed = elsewhere(|| elsewhere(|| squared.exp()).unwrap().neg()).unwrap();
-    let by = |result: Result<Tensor>| match result {
-        Err(Error::OtherThread { op, by: Some(by) }) => (op, by),
+    let by = |result: Result<Tensor>| match result.map_err(Error::into_kind) {
+        Err(ErrorKind::OtherThread { op, by: Some(by) }) => (op, by),
         other => panic!("{other:?}"),
     };
     let mut tape = Tape::grad();
@@ -277,7 +277,7 @@ fn results_from_before_the_tape_are_constants() -> Result<()> {
     let mut tape = Tape::grad();
     let loss = x.mul(&target)?;
     assert_eq!(gradient(&tape.backward(&loss)?, &x), [9.0]);
-    assert!(matches!(Tape::grad().backward(&target), Err(Error::NotTracked)));
+    assert!(matches!(Tape::grad().backward(&target).map_err(Error::into_kind), Err(ErrorKind::NotTracked)));
     elsewhere(|| {
         let target = x.square()?;
         let mut tape = Tape::grad();
@@ -291,7 +291,7 @@ fn results_from_before_the_tape_are_constants() -> Result<()> {
     // A history on two threads is foreign to the tapes of both.
     let both = elsewhere(|| x.exp()).and_then(|there| x.exp()?.add(&there))?;
     let _tape = Tape::grad();
-    assert!(matches!(both.exp(), Err(Error::OtherThread { op: "exp", by: Some(_) })));
+    assert!(matches!(both.exp().map_err(Error::into_kind), Err(ErrorKind::OtherThread { op: "exp", by: Some(_) })));
     Ok(())
 }
 
@@ -322,12 +322,21 @@ fn tapes_on_two_threads_do_not_mix() -> Result<()> {
     let (there, grads) = elsewhere(|| {
         let mut tape = Tape::grad();
         let there = weight.tensor().exp()?;
-        assert!(matches!(there.add(&here), Err(Error::OtherThread { op: "add", by: None })));
-        assert!(matches!(tape.backward_with(&here, &here), Err(Error::OtherThread { op: "backward", by: None })));
+        assert!(matches!(
+            there.add(&here).map_err(Error::into_kind),
+            Err(ErrorKind::OtherThread { op: "add", by: None })
+        ));
+        assert!(matches!(
+            tape.backward_with(&here, &here).map_err(Error::into_kind),
+            Err(ErrorKind::OtherThread { op: "backward", by: None })
+        ));
         Ok::<_, Error>((there.clone(), tape.backward(&there.sum(&[])?)?))
     })?;
-    assert!(matches!(here.add(&there), Err(Error::OtherThread { op: "add", by: None })));
-    assert!(matches!(tape.backward_with(&there, &there), Err(Error::OtherThread { op: "backward", by: None })));
+    assert!(matches!(here.add(&there).map_err(Error::into_kind), Err(ErrorKind::OtherThread { op: "add", by: None })));
+    assert!(matches!(
+        tape.backward_with(&there, &there).map_err(Error::into_kind),
+        Err(ErrorKind::OtherThread { op: "backward", by: None })
+    ));
     let mut own = tape.backward(&here.sum(&[])?)?;
     // Gradients are values: they may be added up wherever they come from.
     own.accumulate(grads)?;
@@ -344,7 +353,10 @@ fn a_tied_parameter_is_one_leaf_on_every_thread() -> Result<()> {
     let second = store.tie("second", &first)?;
     let mut tape = Tape::grad();
     let other = elsewhere(|| second.tensor().square())?;
-    assert!(matches!(first.tensor().add(&other), Err(Error::OtherThread { op: "add", by: Some("square") })));
+    assert!(matches!(
+        first.tensor().add(&other).map_err(Error::into_kind),
+        Err(ErrorKind::OtherThread { op: "add", by: Some("square") })
+    ));
     let loss = first.tensor().mul(&second.tensor())?.sum(&[])?;
     assert_eq!(tape.backward(&loss)?.param(&second).unwrap().to_f64_vec()?, [6.0, 6.0]);
     Ok(())
@@ -357,7 +369,7 @@ fn rayon_gives_the_whole_gradient_or_an_error() -> Result<()> {
     let pool = rayon::ThreadPoolBuilder::new().num_threads(2).build().unwrap();
     let whole_or_refused = |grads: Result<Gradients>, expected: &[f64]| match grads {
         Ok(grads) => assert_eq!(gradient(&grads, &x), expected),
-        Err(error) => assert!(matches!(error, Error::OtherThread { .. }), "{error}"),
+        Err(error) => assert!(matches!(error.kind(), ErrorKind::OtherThread { .. }), "{error}"),
     };
     for round in 0..100 {
         whole_or_refused(
@@ -386,7 +398,10 @@ fn rayon_gives_the_whole_gradient_or_an_error() -> Result<()> {
     let mut tape = Tape::grad();
     let parts: Vec<_> = (0..3).into_par_iter().map(|i| x.narrow(0, i, 1)).collect::<Result<_>>()?;
     let whole = Tensor::cat(&parts.iter().collect::<Vec<_>>(), 0);
-    assert!(matches!(whole, Err(Error::OtherThread { op: "cat", by: Some("narrow") })), "{whole:?}");
+    assert!(
+        matches!(whole.as_ref().map_err(Error::kind), Err(ErrorKind::OtherThread { op: "cat", by: Some("narrow") })),
+        "{whole:?}"
+    );
     // A tape for each closure is how batches are spread over threads.
     let batches = (0..4).into_par_iter().map(|scale| {
         let mut tape = Tape::grad();
@@ -579,7 +594,7 @@ fn threads_infer_load_and_train_with_the_bits_of_one() -> Result<()> {
     let alone = |seed, lr| decoder(seed).and_then(|(model, params, _)| train(seed, 4, lr, &model, &params));
     let (first, second) = (alone(2, 1e-2)?, alone(1, 0.0)?);
     let folder = std::env::temp_dir().join(format!("x-transformers-threads-{}", std::process::id()));
-    fs::create_dir_all(&folder).map_err(|error| Error::Io { path: folder.clone(), source: error })?;
+    fs::create_dir_all(&folder).map_err(|error| Error::new(ErrorKind::Io { path: folder.clone(), source: error }))?;
     let path = folder.join("model.safetensors");
     let (model, params, config) = decoder(1)?;
     io::write_safetensors(&path, &params.state_dict(), &Default::default())?;
@@ -606,7 +621,7 @@ fn threads_infer_load_and_train_with_the_bits_of_one() -> Result<()> {
         scope.spawn(move || assert_eq!(train(1, 4, 0.0, model, params).unwrap(), second));
     });
     assert_eq!(started.into_inner(), 4);
-    fs::remove_dir_all(&folder).map_err(|error| Error::Io { path: folder, source: error })
+    fs::remove_dir_all(&folder).map_err(|error| Error::new(ErrorKind::Io { path: folder, source: error }))
 }
 
 /// A scope whose threads all have to succeed.

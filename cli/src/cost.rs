@@ -4,7 +4,7 @@
 //! below two percent of that for any width worth training. Causal attention is counted as the half that is computed.
 
 use x_transformers::{
-    DType, Device, Error, Result,
+    DType, Device, Error, ErrorKind, Result,
     config::{
         AttentionPath, AttentionPlan, BranchPlan, Config, FeedForwardPlan, LayerPlan, LayersPlan, TransformerPlan,
     },
@@ -54,7 +54,7 @@ impl Cost {
             let tokens = sizes.tokens.unwrap_or(if longest == 0 { MANY } else { longest });
             if tokens > longest && longest > 0 {
                 let why = format!("expected up to max_seq_len, {longest}, got {tokens}");
-                return Err(Error::Option { key: "seq_len".to_string(), why });
+                return Err(Error::new(ErrorKind::Option { key: "seq_len".to_string(), why }));
             }
             Ok(Batch { rows: sizes.rows, tokens, context: tokens })
         };

@@ -6,7 +6,7 @@ use std::{
     path::Path,
 };
 
-use x_transformers::Error;
+use x_transformers::{Error, ErrorKind};
 
 pub type Result<T> = std::result::Result<T, Failure>;
 
@@ -49,10 +49,10 @@ impl Failure {
 
 impl From<Error> for Failure {
     fn from(error: Error) -> Self {
-        let advice = match error.root() {
-            Error::Io { source, .. } => advice(source),
-            Error::Weights { .. } => "; they belong to another config, give the one that they were trained with",
-            Error::UnknownOption { nearest: None, .. } => "; remove it",
+        let advice = match error.kind() {
+            ErrorKind::Io { source, .. } => advice(source),
+            ErrorKind::Weights { .. } => "; they belong to another config, give the one that they were trained with",
+            ErrorKind::UnknownOption { nearest: None, .. } => "; remove it",
             _ => "",
         };
         Self::new(format_args!("{error}{advice}"))
@@ -106,15 +106,15 @@ fn one_line(text: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::Failure;
-    use x_transformers::Error;
+    use x_transformers::{Error, ErrorKind};
 
     #[test]
     fn messages_are_one_line() {
-        let weights = Error::Weights {
+        let weights = Error::new(ErrorKind::Weights {
             missing: vec!["a.weight".into(), "b.weight".into()],
             unused: vec![],
             mismatched: vec![("c".into(), vec![1], vec![2])],
-        };
+        });
         let text = Failure::from(weights.context("out")).to_string();
         assert!(!text.contains('\n') && text.contains("missing         b.weight; shape mismatch  c"), "{text}");
         assert!(text.ends_with("trained with"), "{text}");

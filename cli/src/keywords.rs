@@ -2,7 +2,7 @@
 
 use clap::Args;
 use serde_json::{Map, Value};
-use x_transformers::{Error, config::Config};
+use x_transformers::{Error, ErrorKind, config::Config};
 
 use crate::failure::{Failure, Result};
 
@@ -46,8 +46,8 @@ fn with(config: &Config, key: &str, value: &Value) -> x_transformers::Result<Con
             // Removed where it was not, it may be somewhere else.
             Ok(same) if value.is_null() && same == *config => {}
             Ok(changed) => return Ok(changed),
-            Err(error) => match error.root() {
-                Error::UnknownOption { key: other, nearest, .. } if other == key => {
+            Err(error) => match error.kind() {
+                ErrorKind::UnknownOption { key: other, nearest, .. } if other == key => {
                     // The part with a keyword of nearly this name is the one that was meant.
                     if unknown.is_none() || nearest.is_some() && !is_near(&unknown) {
                         unknown = Some(error);
@@ -61,7 +61,7 @@ fn with(config: &Config, key: &str, value: &Value) -> x_transformers::Result<Con
 }
 
 fn is_near(error: &Option<Error>) -> bool {
-    error.as_ref().is_some_and(|error| matches!(error.root(), Error::UnknownOption { nearest: Some(_), .. }))
+    error.as_ref().is_some_and(|error| matches!(error.kind(), ErrorKind::UnknownOption { nearest: Some(_), .. }))
 }
 
 fn part<'v>(whole: &'v mut Value, place: &[&str]) -> Option<&'v mut Map<String, Value>> {

@@ -5,7 +5,6 @@ use std::{fs, io};
 
 use serde_json::{Value, json};
 use x_transformers::{
-    Error,
     io::{create_folders, read_limited, retry_interrupted, write_atomically},
     train::{Checkpoint, TrainingState},
 };
@@ -41,7 +40,7 @@ pub fn settle(run: &Run) -> Result<()> {
     let announced = match read_limited(&path, u64::MAX) {
         // It was written in one step: what is damaged was not written by this program.
         Ok(text) => serde_json::from_slice(&text).unwrap_or_default(),
-        Err(Error::Io { source, .. }) if source.kind() == io::ErrorKind::NotFound => Value::Null,
+        Err(error) if error.io_kind() == Some(io::ErrorKind::NotFound) => Value::Null,
         Err(error) => return Err(error.into()),
     };
     // A checkpoint that cannot be read was not saved by that run.

@@ -4,7 +4,7 @@ use std::{collections::BTreeMap, path::PathBuf};
 
 use clap::Args;
 use x_transformers::{
-    Error, ParamStore,
+    Error, ErrorKind, ParamStore,
     config::Config,
     io::{TensorFile, write_safetensors},
     models::{Model, RunOptions},
@@ -60,8 +60,8 @@ pub fn run(args: RunArgs) -> Result<()> {
     }
     let inputs = TensorFile::open(&args.inputs)?.tensors()?;
     let options = RunOptions { gradients: args.grad, ..RunOptions::default() };
-    let outputs = model.run(&inputs, &call, &options).map_err(|error| match error.root() {
-        Error::Option { .. } => in_config(error),
+    let outputs = model.run(&inputs, &call, &options).map_err(|error| match error.kind() {
+        ErrorKind::Option { .. } => in_config(error),
         _ => Failure::from(error).within(&args.inputs),
     })?;
     write_safetensors(&args.outputs, &outputs, &BTreeMap::new())?;

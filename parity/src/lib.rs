@@ -16,7 +16,7 @@ use std::{
 
 use serde_json::Value;
 use x_transformers::{
-    DType, Device, Error, ParamStore, Result, Tape, Tensor,
+    DType, Device, Error, ErrorKind, ParamStore, Result, Tape, Tensor,
     config::Config,
     io::{read_safetensors, read_text},
     models::{Model, RunOptions},
@@ -108,7 +108,7 @@ impl Case {
         }
         if found.is_empty() {
             let why = "has no case: no `config.json` in it or in a folder below it".to_string();
-            return Err(Error::File { path: root.to_path_buf(), why });
+            return Err(Error::new(ErrorKind::File { path: root.to_path_buf(), why }));
         }
         found.sort();
         Ok(found)
@@ -120,8 +120,9 @@ impl Case {
     pub fn read(folder: impl AsRef<Path>) -> Result<Self> {
         let folder = folder.as_ref();
         let text = read_text(folder.join(CONFIG), MAX_CONFIG)?;
-        let config: Value = serde_json::from_str(&text)
-            .map_err(|error| Error::Argument { op: "config", message: format!("expected JSON: {error}") })?;
+        let config: Value = serde_json::from_str(&text).map_err(|error| {
+            Error::new(ErrorKind::Argument { op: "config", message: format!("expected JSON: {error}") })
+        })?;
         let weights = match config.get("model").and_then(Value::as_str) {
             Some("SamplingFilter") => Tensors::new(),
             _ => read_safetensors(folder.join("weights.safetensors"))?,
@@ -247,7 +248,7 @@ const CONFIG: &str = "config.json";
 const MAX_CONFIG: u64 = 16 << 20;
 
 fn unreadable(path: &Path, source: std::io::Error) -> Error {
-    Error::Io { path: path.to_path_buf(), source }
+    Error::new(ErrorKind::Io { path: path.to_path_buf(), source })
 }
 
 fn is_zero(tensor: &Tensor) -> bool {

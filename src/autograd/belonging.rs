@@ -1,7 +1,7 @@
 //! Which tape an op with some inputs belongs to, if any.
 
 use crate::{
-    Error, Result,
+    Error, ErrorKind, Result,
     tensor::{GradSlot, Tensor, ThreadMark},
 };
 
@@ -14,9 +14,11 @@ pub(super) fn untaped(op: &'static str, inputs: &[&Tensor]) -> Result<GradSlot> 
     let mut slot = GradSlot::Constant;
     for input in inputs {
         let here = ThreadMark::here();
-        let (thread, by) = match input.grad {
+        let (thread, by) = match input.slot() {
             GradSlot::Constant => continue,
-            GradSlot::Node { thread, .. } if thread != here => return Err(Error::OtherThread { op, by: None }),
+            GradSlot::Node { thread, .. } if thread != here => {
+                return Err(Error::new(ErrorKind::OtherThread { op, by: None }));
+            }
             GradSlot::Leaf(_) | GradSlot::Node { .. } => (here, op),
             GradSlot::Untaped { thread, op } => (thread, op),
         };
@@ -35,14 +37,16 @@ pub(super) fn untaped(op: &'static str, inputs: &[&Tensor]) -> Result<GradSlot> 
 pub(super) fn tracks(tape: u64, op: &'static str, inputs: &[&Tensor]) -> Result<bool> {
     let mut tracked = false;
     for input in inputs {
-        match input.grad {
+        match input.slot() {
             GradSlot::Constant => {}
             GradSlot::Leaf(_) => tracked = true,
             GradSlot::Node { tape: other, .. } if other == tape => tracked = true,
-            GradSlot::Node { thread, .. } if thread == ThreadMark::here() => return Err(Error::StaleTape { op }),
-            GradSlot::Node { .. } => return Err(Error::OtherThread { op, by: None }),
+            GradSlot::Node { thread, .. } if thread == ThreadMark::here() => {
+                return Err(Error::new(ErrorKind::StaleTape { op }));
+            }
+            GradSlot::Node { .. } => return Err(Error::new(ErrorKind::OtherThread { op, by: None })),
             GradSlot::Untaped { thread, .. } if thread == ThreadMark::here() => {}
-            GradSlot::Untaped { op: by, .. } => return Err(Error::OtherThread { op, by: Some(by) }),
+            GradSlot::Untaped { op: by, .. } => return Err(Error::new(ErrorKind::OtherThread { op, by: Some(by) })),
         }
     }
     Ok(tracked)

@@ -22,7 +22,7 @@ use super::{
     with_stack,
 };
 use crate::{
-    DType, Error, Result,
+    DType, Error, ErrorKind, Result,
     error::ensure,
     profile::Cost,
     shape::Shape,
@@ -83,7 +83,7 @@ pub(super) struct Segment {
 
 impl Segment {
     pub fn leaves(&self) -> Vec<Option<LeafId>> {
-        let leaf = |input: &Tensor| match input.grad {
+        let leaf = |input: &Tensor| match input.slot() {
             GradSlot::Leaf(leaf) => Some(leaf),
             _ => None,
         };
@@ -98,7 +98,7 @@ impl Segment {
         ensure!(same && tracks(tape.id, OP, &[&output])?, differs());
         let recording = tape.take().ok_or_else(differs)?;
         ensure!(recording.nest.replay.as_ref().is_some_and(Range::is_empty), differs());
-        Ok((recording, output.grad))
+        Ok((recording, output.slot()))
     }
 }
 
@@ -113,7 +113,7 @@ fn differs() -> Error {
 fn too_deep(level: usize) -> Error {
     Error::argument(
         OP,
-        format!(
+        format_args!(
             "a nest of {level} is too deep for the stack that this thread has left; nest less, or compute on a thread with \
              a larger `stack_size` (std::thread::Builder)"
         ),
@@ -123,16 +123,16 @@ fn too_deep(level: usize) -> Error {
 /// Runs `f` without keeping its activations; the backward pass runs it again (activation checkpointing, Chen et al.,
 /// <https://arxiv.org/abs/1604.06174>).
 ///
-/// `f` gets `inputs` back in their order and may use parameters freely; both runs must do the same. Dropout masks are the
-/// same in both runs.
+/// `f` gets `inputs` back in their order and may use parameters freely; both runs must do the same. Dropout masks are
+/// the same in both runs.
 ///
-/// Checkpoints may nest. A segment that is `d ≤ 8` deep runs `d + 1` times in all. One that is deeper runs twice, however
-/// deep, but its output is kept from the forward pass until the segment around it is walked: a nest takes time and
-/// memory linear in its depth. The backward pass needs no stack for it; the forward pass, whose recursion is the caller's,
-/// is refused before the stack of the thread ends.
+/// Checkpoints may nest. A segment that is `d ≤ 8` deep runs `d + 1` times in all. One that is deeper runs twice,
+/// however deep, but its output is kept from the forward pass until the segment around it is walked: a nest takes time
+/// and memory linear in its depth. The backward pass needs no stack for it; the forward pass, whose recursion is the
+/// caller's, is refused before the stack of the thread ends.
 ///
-/// Errors: those of `f`; [`Error::StaleTape`] if it captures a tensor of the outer tape instead of taking it as input;
-/// [`Error::Argument`] if a nest needs more stack than the thread has.
+/// Errors: those of `f`; [`ErrorKind::StaleTape`] if it captures a tensor of the outer tape instead of taking it as
+/// input; [`ErrorKind::Argument`] if a nest needs more stack than the thread has.
 #[doc(alias = "gradient_checkpointing")]
 #[doc(alias = "activation_checkpointing")]
 pub fn checkpoint(f: impl Fn(&[Tensor]) -> Result<Tensor> + 'static, inputs: &[&Tensor]) -> Result<Tensor> {
@@ -279,7 +279,7 @@ impl Call {
     /// Ends it.
     #[inline(never)]
     fn end(&mut self, mut tape: Tape, output: Result<Tensor>) -> Result<Tensor> {
-        let recording = tape.take().ok_or(Error::StaleTape { op: OP })?;
+        let recording = tape.take().ok_or_else(|| Error::new(ErrorKind::StaleTape { op: OP }))?;
         let replayed = recording.nest.replay.as_ref().map(|replay| replay.start);
         let mut trace = self.nest.trace.borrow_mut();
         let len = trace.len();

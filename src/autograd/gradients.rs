@@ -25,7 +25,7 @@ impl fmt::Debug for Gradients {
 impl Gradients {
     /// The gradient of a leaf: a tensor from [`Tensor::requires_grad`] or [`Param::tensor`].
     pub fn get(&self, leaf: &Tensor) -> Option<&Tensor> {
-        match leaf.grad {
+        match leaf.slot() {
             GradSlot::Leaf(id) => self.leaves.get(&id),
             _ => None,
         }
@@ -62,7 +62,7 @@ impl Gradients {
                 sum.shape() == grad.shape() && sum.dtype() == grad.dtype() && sum.device() == grad.device()
             };
             if let Some(sum) = self.leaves.get(leaf).filter(|&sum| !fits(sum)) {
-                return Err(Error::shape("accumulate", format!("a gradient {grad:?} cannot be added to {sum:?}")));
+                return Err(Error::shape("accumulate", format_args!("a gradient {grad:?} cannot be added to {sum:?}")));
             }
         }
         let mut add = |(leaf, grad)| self.contribute(leaf, InputGrad::Whole(grad));

@@ -24,7 +24,7 @@ use self::{
     walk::{Node, walk},
 };
 use crate::{
-    Error, Result,
+    Error, ErrorKind, Result,
     error::ensure,
     profile,
     tensor::{GradSlot, Tensor, ThreadMark, next_id},
@@ -136,10 +136,11 @@ impl Tape {
 
     /// Gradients of a tensor with one element with respect to every leaf it depends on.
     ///
-    /// Errors: it has more elements ([`Error::NotScalar`]), depends on no leaf ([`Error::NotTracked`]), was computed on
-    /// another thread ([`Error::OtherThread`]), or this tape has run backward already ([`Error::BackwardTwice`]).
+    /// Errors: it has more elements ([`ErrorKind::NotScalar`]), depends on no leaf ([`ErrorKind::NotTracked`]), was
+    /// computed on another thread ([`ErrorKind::OtherThread`]), or this tape has run backward already
+    /// ([`ErrorKind::BackwardTwice`]).
     pub fn backward(&mut self, output: &Tensor) -> Result<Gradients> {
-        ensure!(output.numel() == 1, Error::NotScalar { shape: output.shape().to_vec() });
+        ensure!(output.numel() == 1, Error::new(ErrorKind::NotScalar { shape: output.shape().to_vec() }));
         let one = Tensor::ones(*output.shape(), output.dtype(), output.device())?;
         self.backward_with(output, &one)
     }
@@ -153,18 +154,18 @@ impl Tape {
             output.shape() == cotangent.shape()
                 && output.dtype() == cotangent.dtype()
                 && output.device() == cotangent.device(),
-            Error::shape("backward", format!("the cotangent is {}, the output {}", kind(cotangent), kind(output)))
+            Error::shape("backward", format_args!("the cotangent is {}, the output {}", kind(cotangent), kind(output)))
         );
         // Nothing is lost by checking first: a wrong output leaves the tape usable.
-        ensure!(with_stack(|stack| self.find(stack)).is_some(), Error::BackwardTwice);
-        match output.grad {
+        ensure!(with_stack(|stack| self.find(stack)).is_some(), Error::new(ErrorKind::BackwardTwice));
+        match output.slot() {
             GradSlot::Node { tape, thread, .. } if tape != self.id && thread == ThreadMark::here() => {
-                return Err(Error::NotTracked);
+                return Err(Error::new(ErrorKind::NotTracked));
             }
-            _ => ensure!(tracks(self.id, "backward", &[output])?, Error::NotTracked),
+            _ => ensure!(tracks(self.id, "backward", &[output])?, Error::new(ErrorKind::NotTracked)),
         }
-        let recording = self.take().ok_or(Error::BackwardTwice)?;
-        walk(recording, output.grad, cotangent.detach())
+        let recording = self.take().ok_or_else(|| Error::new(ErrorKind::BackwardTwice))?;
+        walk(recording, output.slot(), cotangent.detach())
     }
 }
 

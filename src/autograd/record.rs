@@ -8,7 +8,7 @@ use super::{
     with_stack,
 };
 use crate::{
-    Error, Result,
+    Error, ErrorKind, Result,
     error::ensure,
     philox::Philox,
     profile::{self, Cost},
@@ -35,8 +35,8 @@ fn profiled_cost(op: &'static str, output: &Tensor, inputs: &[&Tensor]) -> Resul
     if profile::active() { profiled(op, output, inputs, with_stack(|stack| !stack.is_empty())) } else { Ok(Cost::NONE) }
 }
 
-/// As [`record`], for an output that an op has besides the one that it records next with this among its inputs; a profile
-/// counts both as one call.
+/// As [`record`], for an output that an op has besides the one that it records next with this among its inputs; a
+/// profile counts both as one call.
 pub(crate) fn record_beside<B: Backward + 'static>(
     op: &'static str,
     output: Tensor,
@@ -108,7 +108,7 @@ fn put(output: Tensor, inputs: &[&Tensor], rule: Option<Box<dyn Backward>>, cost
 fn marked(op: &'static str, mut output: Tensor, inputs: &[&Tensor]) -> Result<Tensor> {
     let slot = untaped(op, inputs)?;
     if output.dtype().is_float() {
-        output.grad = slot;
+        output.set_slot(slot);
     }
     Ok(output)
 }
@@ -133,7 +133,7 @@ pub(crate) fn record_cheap_after<B: Backward + 'static>(
     backward: impl FnOnce(&Tensor) -> B,
     again: impl Fn(Tensor) -> Result<Tensor> + Send + Sync + 'static,
 ) -> Result<Tensor> {
-    match input.recipe.as_ref().filter(|recipe| recipe.may_grow()) {
+    match input.recipe().filter(|recipe| recipe.may_grow()) {
         Some(recipe) => with_recipe(op, output, &[input], backward, || recipe.then(again)),
         None => record(op, output, &[input], backward),
     }
@@ -152,7 +152,7 @@ fn with_recipe<B: Backward + 'static>(
         backward(output)
     })?;
     // Without a rule that holds the inputs, a recipe would prolong their lives.
-    output.recipe = kept.then(recipe);
+    output.set_recipe(kept.then(recipe));
     Ok(output)
 }
 
@@ -170,8 +170,7 @@ pub(super) fn push(mut output: Tensor, node: Option<Node>) -> Tensor {
     with_stack(|stack| {
         let Some(recording) = stack.last_mut() else { return output };
         let Recording { id: tape, thread, .. } = *recording;
-        output.grad = GradSlot::Node { tape, index: recording.nodes.len(), thread };
-        output.recipe = None;
+        output.set_slot(GradSlot::Node { tape, index: recording.nodes.len(), thread });
         recording.nodes.extend(node);
         output
     })
@@ -184,17 +183,18 @@ pub(crate) fn needs<const N: usize>(op: &'static str, inputs: [&Tensor; N]) -> R
     with_stack(|stack| {
         let Some(recording) = stack.last() else { return untaped(op, &inputs).map(|_| [false; N]) };
         tracks(recording.id, op, &inputs)?;
-        Ok(inputs.map(|input| input.grad.is_tracked()))
+        Ok(inputs.map(|input| input.slot().is_tracked()))
     })
 }
 
 /// Checks that an op without a gradient is given no tensor that requires one.
 ///
-/// Errors: [`Error::NoGradient`], or an input was recorded on another tape or computed from a leaf on another thread.
+/// Errors: [`ErrorKind::NoGradient`], or an input was recorded on another tape or computed from a leaf on another
+/// thread.
 pub fn discrete(op: &'static str, inputs: &[&Tensor]) -> Result<()> {
     with_stack(|stack| {
         let Some(recording) = stack.last() else { return untaped(op, inputs).map(drop) };
-        ensure!(!tracks(recording.id, op, inputs)?, Error::NoGradient { op });
+        ensure!(!tracks(recording.id, op, inputs)?, Error::new(ErrorKind::NoGradient { op }));
         Ok(())
     })
 }

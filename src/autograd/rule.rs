@@ -21,8 +21,9 @@ pub trait Backward {
 
     /// Optional fusion hook: receives the gradient that later ops have given to the first input so far.
     ///
-    /// A rule that can add it to its own in the same pass keeps it, returns `None`, and returns the sum of both as a whole
-    /// contribution. The default returns it unchanged. What is returned must have the input's shape, dtype and device.
+    /// A rule that can add it to its own in the same pass keeps it, returns `None`, and returns the sum of both as a
+    /// whole contribution. The default returns it unchanged. What is returned must have the input's shape, dtype and
+    /// device.
     fn accumulate_into(&mut self, sum: Tensor) -> Option<Tensor> {
         Some(sum)
     }

@@ -40,7 +40,7 @@ pub(super) struct Input {
 impl Input {
     pub fn all(tensors: &[&Tensor]) -> Vec<Self> {
         let one = |x: &Tensor| Self {
-            slot: if x.grad.is_tracked() { x.grad } else { GradSlot::Constant },
+            slot: if x.slot().is_tracked() { x.slot() } else { GradSlot::Constant },
             shape: *x.shape(),
             dtype: x.dtype(),
             device: x.device().clone(),
@@ -73,18 +73,21 @@ impl Input {
             (shape, dtype) == (&self.shape, self.dtype),
             Error::shape(
                 op,
-                format!("its {rule} gave a gradient {shape:?} {dtype} for an input {:?} {}", self.shape, self.dtype)
+                format_args!(
+                    "its {rule} gave a gradient {shape:?} {dtype} for an input {:?} {}",
+                    self.shape, self.dtype
+                )
             )
         );
         ensure!(
             *device == self.device,
-            Error::Device {
+            Error::device(
                 op,
-                message: format!(
+                format_args!(
                     "its {rule} gave a gradient on {device} for an input on {}; move it with `to_device`",
                     self.device
                 )
-            }
+            )
         );
         Ok(())
     }
@@ -185,7 +188,7 @@ impl Frame {
             given.inputs.len() == inputs.len(),
             Error::argument(
                 name,
-                format!("its backward gave {} contributions for {} inputs", given.inputs.len(), inputs.len())
+                format_args!("its backward gave {} contributions for {} inputs", given.inputs.len(), inputs.len())
             )
         );
         for (input, contribution) in inputs.into_iter().zip(given.inputs) {

@@ -52,7 +52,8 @@ impl Keywords for Keys {
 impl Call {
     /// Reads a JSON object.
     ///
-    /// Errors: [`Error::UnknownOption`], or [`Error::Option`] for what does not go together.
+    /// Errors: [`ErrorKind::UnknownOption`](crate::ErrorKind::UnknownOption), or
+    /// [`ErrorKind::Option`](crate::ErrorKind::Option) for what does not go together.
     pub fn from_value(value: Value) -> Result<Self> {
         let map = super::object("call", value)?;
         let sampling_keys = kwargs::flat(&SamplingConfig::default());
@@ -69,7 +70,7 @@ impl Call {
                 let seq_len = keys.seq_len.ok_or_else(|| Error::option("seq_len", "is required, and missing"))?;
                 Some(GenerateCall { seq_len, eos_token: keys.eos_token, sampling })
             }
-            Some(other) => return Err(Error::option("method", format!("expected \"generate\", got \"{other}\""))),
+            Some(other) => return Err(Error::option("method", format_args!("expected \"generate\", got \"{other}\""))),
         };
         Ok(Self {
             return_embeddings: keys.return_embeddings,

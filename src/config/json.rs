@@ -16,7 +16,7 @@ use crate::{
 pub(super) fn object(name: &str, value: Value) -> Result<Map> {
     match value {
         Value::Object(map) => Ok(map),
-        other => Err(Error::option(name, format!("expected a JSON object, got {other}"))),
+        other => Err(Error::option(name, format_args!("expected a JSON object, got {other}"))),
     }
 }
 
@@ -73,7 +73,7 @@ impl AutoregressiveConfig {
         let model = net.remove("model").unwrap_or_else(|| json!("TransformerWrapper"));
         ensure!(
             model == "TransformerWrapper",
-            Error::option("model", format!("expected \"TransformerWrapper\", got {model}")).context("net")
+            Error::option("model", format_args!("expected \"TransformerWrapper\", got {model}")).context("net")
         );
         let net = TransformerWrapperConfig::from_map(net).context("net")?;
         Ok(Self { net, ..kwargs::read(map)? })
@@ -115,7 +115,7 @@ impl XTransformerConfig {
             None => false,
             Some(Value::Bool(tie)) => *tie,
             Some(other) => {
-                return Err(Error::option("tie_token_emb", format!("expected true or false, got {other}")));
+                return Err(Error::option("tie_token_emb", format_args!("expected true or false, got {other}")));
             }
         };
         let side = |prefix: &str, kind: &str| -> Result<TransformerWrapperConfig> {
@@ -130,10 +130,7 @@ impl XTransformerConfig {
             layers.insert("dim".to_string(), dim.clone());
             layers.insert("cross_attend".to_string(), json!(kind == "Decoder"));
             options.insert("attn_layers".to_string(), Value::Object(layers));
-            TransformerWrapperConfig::from_map(options).map_err(|error| match error {
-                Error::Context { source, .. } => kwargs::with_prefix(*source, prefix),
-                error => kwargs::with_prefix(error, prefix),
-            })
+            TransformerWrapperConfig::from_map(options).map_err(|error| kwargs::with_prefix(error, prefix))
         };
         Ok(Self { enc: side("enc_", "Encoder")?, dec: side("dec_", "Decoder")?, tie_token_emb })
     }

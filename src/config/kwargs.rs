@@ -4,7 +4,7 @@ use serde::{Serialize, de::DeserializeOwned};
 use serde_json::Value;
 
 use super::later::is_later;
-use crate::{Error, Result, error::ensure};
+use crate::{Error, ErrorKind, Result, error::ensure};
 
 /// A JSON object.
 pub(super) type Map = serde_json::Map<String, Value>;
@@ -31,7 +31,7 @@ pub(super) trait Keywords: Default + Serialize + DeserializeOwned {
 
 /// Reads keyword arguments.
 ///
-/// Errors: [`Error::UnknownOption`]; [`Error::Option`] for a missing one or a value of another type.
+/// Errors: [`ErrorKind::UnknownOption`]; [`ErrorKind::Option`] for a missing one or a value of another type.
 pub(super) fn read<T: Keywords>(mut map: Map) -> Result<T> {
     let defaults = flat(&T::default());
     check(&mut map, &defaults, T::ALIASES, T::REQUIRED)?;
@@ -43,7 +43,7 @@ fn check(map: &mut Map, defaults: &Map, aliases: &[(&str, &str)], required: &[&'
     for &(alias, key) in aliases {
         if let Some(value) = map.remove(alias) {
             let taken = map.insert(key.to_string(), value).is_some();
-            ensure!(!taken, Error::option(alias, format!("is another name of `{key}`, which is given too")));
+            ensure!(!taken, Error::option(alias, format_args!("is another name of `{key}`, which is given too")));
         }
     }
     check_known(map, || defaults.keys().map(String::as_str).chain(aliases.iter().map(|alias| alias.0)))?;
@@ -53,8 +53,8 @@ fn check(map: &mut Map, defaults: &Map, aliases: &[(&str, &str)], required: &[&'
     Ok(())
 }
 
-/// Finds what caused an error. The message of serde names expected and actual, but not the key: it is the one that fails
-/// alone.
+/// Finds what caused an error. The message of serde names expected and actual, but not the key: it is the one that
+/// fails alone.
 fn failing(
     map: Map,
     defaults: &Map,
@@ -117,7 +117,7 @@ pub(super) fn check_known<'a, I: Iterator<Item = &'a str> + Clone>(map: &Map, kn
         Some(key) => {
             let later = is_later(key);
             let nearest = if later { None } else { nearest(key, known()) };
-            Err(Error::UnknownOption { key: key.clone(), nearest, later })
+            Err(Error::new(ErrorKind::UnknownOption { key: key.clone(), nearest, later }))
         }
         None => Ok(()),
     }
@@ -149,17 +149,17 @@ fn edit_distance(a: &str, b: &str) -> usize {
     row[b.len()]
 }
 
-/// The same error with a prefix on the keys that it names.
+/// The same error with a prefix on the keys that it names, and without its place.
 pub(super) fn with_prefix(error: Error, prefix: &str) -> Error {
-    match error {
-        Error::Option { key, why } => Error::Option { key: format!("{prefix}{key}"), why },
-        Error::UnknownOption { key, nearest, later } => Error::UnknownOption {
+    Error::new(match error.into_kind() {
+        ErrorKind::Option { key, why } => ErrorKind::Option { key: format!("{prefix}{key}"), why },
+        ErrorKind::UnknownOption { key, nearest, later } => ErrorKind::UnknownOption {
             key: format!("{prefix}{key}"),
             nearest: nearest.map(|nearest| format!("{prefix}{nearest}")),
             later,
         },
         other => other,
-    }
+    })
 }
 
 #[cfg(test)]

@@ -39,7 +39,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
 use crate::{
-    Error, Result,
+    Error, ErrorKind, Result,
     error::{ErrorContext, ensure},
 };
 use json::object;
@@ -102,11 +102,12 @@ const MODELS: [&str; 9] = [
 impl Config {
     /// Reads JSON.
     ///
-    /// Errors: text that is not a JSON object; [`Error::UnknownOption`]; [`Error::Option`] for a missing keyword or a
-    /// value of another type. What is illegal in combination is found by [`Config::layers`] and by the models.
+    /// Errors: text that is not a JSON object; [`ErrorKind::UnknownOption`]; [`ErrorKind::Option`] for a missing
+    /// keyword or a value of another type. What is illegal in combination is found by [`Config::layers`] and by the
+    /// models.
     pub fn from_json(json: &str) -> Result<Self> {
         let value = serde_json::from_str(json);
-        let value = value.map_err(|error| Error::argument("config", format!("expected JSON: {error}")))?;
+        let value = value.map_err(|error| Error::argument("config", format_args!("expected JSON: {error}")))?;
         Self::from_value(value)
     }
 
@@ -115,7 +116,8 @@ impl Config {
     /// Errors: as [`Config::from_json`] and [`Call::from_value`].
     pub fn with_call(json: &str) -> Result<(Self, Call)> {
         let value = serde_json::from_str(json);
-        let mut value: Value = value.map_err(|error| Error::argument("config", format!("expected JSON: {error}")))?;
+        let mut value: Value =
+            value.map_err(|error| Error::argument("config", format_args!("expected JSON: {error}")))?;
         let call = value.as_object_mut().and_then(|map| map.remove("call"));
         let call = call.map_or_else(|| Ok(Call::default()), |call| Call::from_value(call).context("call"))?;
         Ok((Self::from_value(value)?, call))
@@ -126,8 +128,8 @@ impl Config {
         let mut map = object("config", value)?;
         let model = match map.remove("model") {
             Some(Value::String(model)) => model,
-            Some(other) => return Err(Error::option("model", format!("expected a name, got {other}"))),
-            None => return Err(Error::option("model", format!("is required: one of {}", MODELS.join(", ")))),
+            Some(other) => return Err(Error::option("model", format_args!("expected a name, got {other}"))),
+            None => return Err(Error::option("model", format_args!("is required: one of {}", MODELS.join(", ")))),
         };
         match model.as_str() {
             "TransformerWrapper" => TransformerWrapperConfig::from_map(map).map(Self::TransformerWrapper),
@@ -140,13 +142,17 @@ impl Config {
             "Encoder" | "Decoder" | "CrossAttender" => {
                 ensure!(
                     !map.contains_key("kind"),
-                    Error::UnknownOption { key: "kind".to_string(), nearest: Some("model".to_string()), later: false }
+                    Error::new(ErrorKind::UnknownOption {
+                        key: "kind".to_string(),
+                        nearest: Some("model".to_string()),
+                        later: false
+                    })
                 );
                 map.insert("kind".to_string(), json!(model));
                 kwargs::read(map).map(Self::AttentionLayers)
             }
             "SamplingFilter" => kwargs::read(map).map(Self::SamplingFilter),
-            other => Err(Error::option("model", format!("expected one of {}, got `{other}`", MODELS.join(", ")))),
+            other => Err(Error::option("model", format_args!("expected one of {}, got `{other}`", MODELS.join(", ")))),
         }
     }
 

@@ -71,9 +71,9 @@ pub enum FinalNorm {
     None,
 }
 
-/// Llama 3.1's stretch of the rotation to longer texts (<https://arxiv.org/abs/2407.21783>): frequencies with fewer than
-/// `low_freq_factor` turns in the original context are divided by `factor`, those with more than `high_freq_factor` turns
-/// stay, and in between one goes over into the other. The names are those of `transformers`.
+/// Llama 3.1's stretch of the rotation to longer texts (<https://arxiv.org/abs/2407.21783>): frequencies with fewer
+/// than `low_freq_factor` turns in the original context are divided by `factor`, those with more than
+/// `high_freq_factor` turns stay, and in between one goes over into the other. The names are those of `transformers`.
 #[derive(Clone, Copy, PartialEq, Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Llama3Scaling {
@@ -87,10 +87,10 @@ pub struct Llama3Scaling {
     pub original_max_position_embeddings: usize,
 }
 
-/// YaRN's way to stretch the rotation to longer texts (Peng et al., <https://arxiv.org/abs/2309.00071>): frequencies with
-/// fewer than `beta_slow` turns in the original context are divided by `factor`, those with more than `beta_fast` turns
-/// stay, and in between one changes into the other; queries and keys are multiplied by `attention_factor`. The names are
-/// those of `transformers`.
+/// YaRN's way to stretch the rotation to longer texts (Peng et al., <https://arxiv.org/abs/2309.00071>): frequencies
+/// with fewer than `beta_slow` turns in the original context are divided by `factor`, those with more than `beta_fast`
+/// turns stay, and in between one changes into the other; queries and keys are multiplied by `attention_factor`. The
+/// names are those of `transformers`.
 #[derive(Clone, Copy, PartialEq, Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct YarnScaling {
@@ -186,7 +186,8 @@ pub struct AttentionLayersConfig {
     pub weight_tie_layers: bool,
     /// Rotary position embedding of queries, keys and values. <https://arxiv.org/abs/2104.09864>
     pub rotary_pos_emb: bool,
-    /// Features of a head that are rotated, at least 32 as in 0.22, or 2 with `rotary_qk_only`. Default half of the head.
+    /// Features of a head that are rotated, at least 32 as in 0.22, or 2 with `rotary_qk_only`. Default half of the
+    /// head.
     pub rotary_emb_dim: Option<usize>,
     /// With `rotary_pos_emb`: values are not rotated, as in the paper and in later versions.
     pub rotary_qk_only: bool,
@@ -197,18 +198,19 @@ pub struct AttentionLayersConfig {
     pub rotary_interpolation_factor: f64,
     /// The frequencies are those of Llama 3.1, the slow ones made slower. Default none.
     pub rotary_llama3_scaling: Option<Llama3Scaling>,
-    /// The frequencies are those of YaRN, the slow ones made slower. Needs `rotary_qk_only` and a rotation of whole heads;
-    /// cannot be used with the two above. Default none.
+    /// The frequencies are those of YaRN, the slow ones made slower. Needs `rotary_qk_only` and a rotation of whole
+    /// heads; cannot be used with the two above. Default none.
     pub rotary_yarn_scaling: Option<YarnScaling>,
-    /// Divides the frequency of each pair of features by a number of its own, as `rope_freqs.weight` of GGUF files does:
-    /// one number above 0 for each pair. Default none.
+    /// Divides the frequency of each pair of features by a number of its own, as `rope_freqs.weight` of GGUF files
+    /// does: one number above 0 for each pair. Default none.
     pub rotary_freq_factors: Option<Vec<f64>>,
     /// Rotates neighbours `2k, 2k + 1`, as today's x-transformers and GPT-J, and not `k, k + r/2`, as 0.22 and Llama in
     /// `transformers`. Needs `rotary_qk_only`.
     pub rotary_interleaved: bool,
     /// The order of sublayers in place of `depth` blocks; wins over the two below, and over `only_cross`.
     pub custom_layers: Option<Vec<LayerType>>,
-    /// Number of attention sublayers that come first, and of feedforwards that come last. <https://arxiv.org/abs/1911.03864>
+    /// Number of attention sublayers that come first, and of feedforwards that come last.
+    /// <https://arxiv.org/abs/1911.03864>
     pub sandwich_coef: Option<usize>,
     /// Fewer attention sublayers, in the first two thirds; wins over `sandwich_coef`.
     /// <https://arxiv.org/abs/2009.04534>

@@ -13,7 +13,7 @@ pub(super) fn layer_order(config: &AttentionLayersConfig) -> Result<Vec<LayerTyp
     const MOST: usize = 1 << 16;
     ensure!(
         (1..=MOST).contains(&config.depth),
-        Error::option("depth", format!("expected 1 to {MOST}, got {}", config.depth))
+        Error::option("depth", format_args!("expected 1 to {MOST}, got {}", config.depth))
     );
     let block = block(config);
     if let Some(custom) = &config.custom_layers {
@@ -26,7 +26,7 @@ pub(super) fn layer_order(config: &AttentionLayersConfig) -> Result<Vec<LayerTyp
     if let Some(coefficient) = config.sandwich_coef {
         ensure!(
             (1..=config.depth).contains(&coefficient),
-            Error::option("sandwich_coef", format!("expected 1 to depth = {}, got {coefficient}", config.depth))
+            Error::option("sandwich_coef", format_args!("expected 1 to depth = {}, got {coefficient}", config.depth))
         );
         let mut order = vec![SelfAttention; coefficient];
         order.extend(block.repeat(config.depth - coefficient));
@@ -58,7 +58,7 @@ fn par_order(depth: usize, ratio: usize, block: &[LayerType]) -> Result<Vec<Laye
     let total = depth * block.len();
     ensure!(
         (2..=total).contains(&ratio),
-        Error::option("par_ratio", format!("expected 2 to the number of sublayers, {total}, got {ratio}"))
+        Error::option("par_ratio", format_args!("expected 2 to the number of sublayers, {total}, got {ratio}"))
     );
     let mut block: Vec<LayerType> = block.iter().copied().filter(|&layer| layer != FeedForward).collect();
     let attention = total / ratio;
@@ -68,7 +68,7 @@ fn par_order(depth: usize, ratio: usize, block: &[LayerType]) -> Result<Vec<Laye
         block.len() <= width,
         Error::option(
             "par_ratio",
-            format!("{ratio} leaves {width} sublayers for a block with {} attentions", block.len())
+            format_args!("{ratio} leaves {width} sublayers for a block with {} attentions", block.len())
         )
     );
     block.resize(width, FeedForward);
@@ -81,6 +81,7 @@ fn par_order(depth: usize, ratio: usize, block: &[LayerType]) -> Result<Vec<Laye
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::ErrorKind;
 
     fn letters(config: AttentionLayersConfig) -> String {
         let config = AttentionLayersConfig { dim: 8, ..config };
@@ -129,8 +130,8 @@ mod tests {
             (AttentionLayersConfig { par_ratio: Some(7), ..base() }, "par_ratio"),
             (AttentionLayersConfig { custom_layers: Some(vec![]), ..base() }, "custom_layers"),
         ] {
-            match layer_order(&config) {
-                Err(Error::Option { key: found, .. }) => assert_eq!(found, key),
+            match layer_order(&config).map_err(Error::into_kind) {
+                Err(ErrorKind::Option { key: found, .. }) => assert_eq!(found, key),
                 other => panic!("{config:?} gave {other:?}"),
             }
         }

@@ -319,8 +319,8 @@ impl FeedForwardPlan {
 
     /// Checks what no options have checked.
     ///
-    /// Errors: [`Error::Option`] for a width of 0 or one that could not be addressed, or a dropout that
-    /// is not a probability.
+    /// Errors: [`ErrorKind::Option`](crate::ErrorKind::Option) for a width of 0 or one that could not be addressed, or
+    /// a dropout that is not a probability.
     pub fn check(&self) -> Result<()> {
         at_least_one("dim", self.dim)?;
         at_least_one("inner", self.inner)?;
@@ -330,8 +330,8 @@ impl FeedForwardPlan {
 }
 
 impl AttentionPlan {
-    /// `heads` heads of `dim_head` features, softmax of products over `√dim_head`, no mask, and a bias of the output only: x-transformers'
-    /// default for an encoder.
+    /// `heads` heads of `dim_head` features, softmax of products over `√dim_head`, no mask, and a bias of the output
+    /// only: x-transformers' default for an encoder.
     pub fn new(dim: usize, heads: usize, dim_head: usize) -> Self {
         Self {
             dim,
@@ -360,7 +360,7 @@ impl AttentionPlan {
 
     /// Checks what would have no meaning for any attention.
     ///
-    /// Errors: [`Error::Option`] for the first number that is out of its range.
+    /// Errors: [`ErrorKind::Option`](crate::ErrorKind::Option) for the first number that is out of its range.
     pub fn check(&self) -> Result<()> {
         at_least_one("dim", self.dim)?;
         at_least_one("heads", self.heads)?;
@@ -373,7 +373,10 @@ impl AttentionPlan {
         let kv_heads = self.kv_heads;
         ensure!(
             kv_heads > 0 && self.heads.is_multiple_of(kv_heads),
-            Error::option("attn_kv_heads", format!("expected a divisor of `heads` = {}, got {kv_heads}", self.heads))
+            Error::option(
+                "attn_kv_heads",
+                format_args!("expected a divisor of `heads` = {}, got {kv_heads}", self.heads)
+            )
         );
         ensure!(
             kv_heads == self.heads || self.shared.is_none(),
@@ -387,7 +390,7 @@ impl AttentionPlan {
         );
         ensure!(
             self.num_mem_kv <= WIDEST,
-            Error::option("attn_num_mem_kv", format!("expected at most {WIDEST}, got {}", self.num_mem_kv))
+            Error::option("attn_num_mem_kv", format_args!("expected at most {WIDEST}, got {}", self.num_mem_kv))
         );
         Ok(())
     }

@@ -17,7 +17,8 @@ use crate::{Error, Result, error::ensure, ops::Activation};
 impl LayersPlan {
     /// Resolves options.
     ///
-    /// Errors: [`Error::Option`] for the first one that is illegal, alone or with another.
+    /// Errors: [`ErrorKind::Option`](crate::ErrorKind::Option) for the first one that is illegal, alone or with
+    /// another.
     pub fn new(config: &AttentionLayersConfig) -> Result<Self> {
         layers(config)
     }
@@ -112,7 +113,7 @@ fn norm(config: &AttentionLayersConfig) -> Result<Option<NormPlan>> {
         // Written so that NaN is refused.
         ensure!(
             eps > 0.0 && eps < 1.0,
-            Error::option("norm_eps", format!("expected a number between 0 and 1, got {eps}"))
+            Error::option("norm_eps", format_args!("expected a number between 0 and 1, got {eps}"))
         );
     }
     Ok(match (config.use_rezero, config.use_rmsnorm, config.use_scalenorm) {
@@ -162,7 +163,7 @@ fn positions(config: &AttentionLayersConfig, order: &[LayerType], causal: bool, 
             even,
             Error::option(
                 "position_infused_attn",
-                format!("needs an even `dim`: half sines, half cosines; it is {}", config.dim)
+                format_args!("needs an even `dim`: half sines, half cosines; it is {}", config.dim)
             )
         );
     }
@@ -193,7 +194,10 @@ fn bias(config: &AttentionLayersConfig, causal: bool) -> Result<PositionBiasPlan
             let sloped = config.alibi_num_heads.unwrap_or(config.heads);
             ensure!(
                 (1..=config.heads).contains(&sloped),
-                Error::option("alibi_num_heads", format!("expected 1 to `heads` = {}, got {sloped}", config.heads))
+                Error::option(
+                    "alibi_num_heads",
+                    format_args!("expected 1 to `heads` = {}, got {sloped}", config.heads)
+                )
             );
             Ok(PositionBiasPlan::Alibi(AlibiPlan { heads: config.heads, sloped, learned: config.alibi_learned }))
         }
@@ -205,13 +209,13 @@ fn t5(config: &AttentionLayersConfig, causal: bool) -> Result<T5Plan> {
     let least = if causal { 2 } else { 4 };
     ensure!(
         (least..=WIDEST).contains(&buckets),
-        Error::option("rel_pos_num_buckets", format!("expected at least {least}, got {buckets}"))
+        Error::option("rel_pos_num_buckets", format_args!("expected at least {least}, got {buckets}"))
     );
     ensure!(
         buckets <= distance,
         Error::option(
             "rel_pos_num_buckets",
-            format!("expected at most `rel_pos_max_distance` = {distance}, got {buckets}")
+            format_args!("expected at most `rel_pos_max_distance` = {distance}, got {buckets}")
         )
     );
     let scale = (config.attn.dim_head as f64).sqrt();
@@ -227,7 +231,7 @@ fn shifts(config: &AttentionLayersConfig, layers: usize, causal: bool) -> Result
                 amounts.len() == layers,
                 Error::option(
                     "shift_tokens",
-                    format!("expected one number per sublayer, {layers}, got {}", amounts.len())
+                    format_args!("expected one number per sublayer, {layers}, got {}", amounts.len())
                 )
             );
             amounts.clone()
@@ -237,7 +241,10 @@ fn shifts(config: &AttentionLayersConfig, layers: usize, causal: bool) -> Result
     let plan = |amount: usize| {
         ensure!(
             amount <= most,
-            Error::option("shift_tokens", format!("each shift needs a feature: expected at most {most}, got {amount}"))
+            Error::option(
+                "shift_tokens",
+                format_args!("each shift needs a feature: expected at most {most}, got {amount}")
+            )
         );
         let amount = amount as isize;
         Ok((amount > 0).then(|| (if causal { 0 } else { -amount }..=amount).collect()))
@@ -286,7 +293,7 @@ fn shared_width(attn: &AttentionConfig, width: usize) -> Result<Option<usize>> {
         (1.0..=WIDEST as f64).contains(&shared),
         Error::option(
             "attn_collab_compression",
-            format!("expected a number that leaves at least one of {width} features, got {compression}")
+            format_args!("expected a number that leaves at least one of {width} features, got {compression}")
         )
     );
     Ok(Some(shared as usize))
@@ -305,7 +312,7 @@ fn temperature(config: &AttentionLayersConfig) -> Result<Temperature> {
         Error::option("attn_scale_init_value", "cannot be used with `use_qk_norm_attn`: give `qk_norm_attn_seq_len`")
     );
     if let Some(length) = config.qk_norm_attn_seq_len {
-        ensure!(length >= 2, Error::option("qk_norm_attn_seq_len", format!("expected at least 2, got {length}")));
+        ensure!(length >= 2, Error::option("qk_norm_attn_seq_len", format_args!("expected at least 2, got {length}")));
         let length = length as f64;
         return Ok(Temperature::Learned(-(length * length - length).log2().ln()));
     }
@@ -315,7 +322,7 @@ fn temperature(config: &AttentionLayersConfig) -> Result<Temperature> {
     let start = attn.scale_init_value.unwrap_or(-3.0);
     ensure!(
         start.is_finite(),
-        Error::option("attn_scale_init_value", format!("expected a finite number, got {start}"))
+        Error::option("attn_scale_init_value", format_args!("expected a finite number, got {start}"))
     );
     Ok(Temperature::Learned(start))
 }
@@ -346,7 +353,7 @@ pub(super) fn feedforward(
         (1.0..=WIDEST as f64).contains(&inner),
         Error::option(
             "ff_mult",
-            format!("expected a number that gives 1 to {WIDEST} inner features, got {}", config.mult)
+            format_args!("expected a number that gives 1 to {WIDEST} inner features, got {}", config.mult)
         )
     );
     probability("ff_dropout", config.dropout)?;

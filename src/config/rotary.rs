@@ -67,14 +67,14 @@ impl RotaryPlan {
         // Written so that NaN is refused.
         ensure!(
             config.rotary_base > 1.0 && config.rotary_base.is_finite(),
-            Error::option("rotary_base", format!("expected a number above 1, got {}", config.rotary_base))
+            Error::option("rotary_base", format_args!("expected a number above 1, got {}", config.rotary_base))
         );
         let factor = config.rotary_interpolation_factor;
         ensure!(
             at_least_1(factor),
             Error::option(
                 "rotary_interpolation_factor",
-                format!("expected a finite number of at least 1, got {factor}")
+                format_args!("expected a finite number of at least 1, got {factor}")
             )
         );
         if let Some(scaling) = &config.rotary_llama3_scaling {
@@ -96,14 +96,17 @@ impl RotaryPlan {
             plan.dim <= WIDEST && plan.features() <= dim_head,
             Error::option(
                 "rotary_pos_emb",
-                format!("rotates at least {least} features, here {}; `attn_dim_head` is only {dim_head}", plan.dim)
+                format_args!(
+                    "rotates at least {least} features, here {}; `attn_dim_head` is only {dim_head}",
+                    plan.dim
+                )
             )
         );
         ensure!(
             plan.features() <= dim_qk,
             Error::option(
                 "rotary_pos_emb",
-                format!("rotates {} features; the {dim_qk} that `attn_collab_heads` shares are fewer", plan.dim)
+                format_args!("rotates {} features; the {dim_qk} that `attn_collab_heads` shares are fewer", plan.dim)
             )
         );
         if let Some(scaling) = &plan.yarn {
@@ -115,7 +118,9 @@ impl RotaryPlan {
                 factors.len() == pairs && factors.iter().all(|&factor| factor > 0.0 && factor.is_finite()),
                 Error::option(
                     "rotary_freq_factors",
-                    format!("expected {pairs} finite numbers above 0, one for each pair of features, got {factors:?}")
+                    format_args!(
+                        "expected {pairs} finite numbers above 0, one for each pair of features, got {factors:?}"
+                    )
                 )
             );
         }
@@ -135,7 +140,7 @@ impl RotaryPlan {
                 && above_0(beta_slow),
             Error::option(
                 NAME,
-                format!(
+                format_args!(
                     "expected a factor of at least 1, and original_max_position_embeddings, attention_factor, beta_fast \
                      and beta_slow above 0, got {scaling:?}"
                 )
@@ -150,7 +155,7 @@ impl RotaryPlan {
             !self.values && self.features() == dim_head,
             Error::option(
                 NAME,
-                format!("requires `rotary_qk_only` = true and `rotary_emb_dim` = `attn_dim_head` = {dim_head}")
+                format_args!("requires `rotary_qk_only` = true and `rotary_emb_dim` = `attn_dim_head` = {dim_head}")
             )
         );
         Ok(())
@@ -219,7 +224,7 @@ fn check_llama3(scaling: &Llama3Scaling) -> Result<()> {
             && original_max_position_embeddings > 0,
         Error::option(
             "rotary_llama3_scaling",
-            format!(
+            format_args!(
                 "expected a factor of at least 1, 0 < low_freq_factor < high_freq_factor and \
                  original_max_position_embeddings above 0, got {scaling:?}"
             )

@@ -82,7 +82,8 @@ fn window(max_seq_len: usize) -> usize {
 impl TransformerWrapperConfig {
     /// Resolves the options.
     ///
-    /// Errors: [`Error::Option`] for the first one that is illegal, alone or with another.
+    /// Errors: [`ErrorKind::Option`](crate::ErrorKind::Option) for the first one that is illegal, alone or with
+    /// another.
     pub fn plan(&self) -> Result<TransformerPlan> {
         at_least_one("num_tokens", self.num_tokens)?;
         probability("emb_dropout", self.emb_dropout)?;
@@ -93,7 +94,10 @@ impl TransformerWrapperConfig {
         at_least_one("emb_dim", emb_dim)?;
         ensure!(
             !self.tie_embedding || self.mlm_head || emb_dim == layers.dim,
-            Error::option("tie_embedding", format!("needs `emb_dim` = `dim`; they are {emb_dim} and {}", layers.dim))
+            Error::option(
+                "tie_embedding",
+                format_args!("needs `emb_dim` = `dim`; they are {emb_dim} and {}", layers.dim)
+            )
         );
         ensure!(
             !self.mlm_head || self.tie_embedding,
@@ -113,7 +117,7 @@ impl TransformerWrapperConfig {
         );
         ensure!(
             self.num_token_types == 0 || at_least_one("num_token_types", self.num_token_types).is_ok(),
-            Error::option("num_token_types", format!("{} are too many", self.num_token_types))
+            Error::option("num_token_types", format_args!("{} are too many", self.num_token_types))
         );
         let norm = NormPlan::Layer(self.attn_layers.norm_eps.unwrap_or(1e-5));
         let activation =
@@ -123,7 +127,7 @@ impl TransformerWrapperConfig {
             self.shift_mem_down <= memories,
             Error::option(
                 "shift_mem_down",
-                format!(
+                format_args!(
                     "expected at most the number of self-attention layers, {memories}, got {}",
                     self.shift_mem_down
                 )
@@ -131,7 +135,7 @@ impl TransformerWrapperConfig {
         );
         ensure!(
             self.num_memory_tokens == 0 || at_least_one("num_memory_tokens", self.num_memory_tokens).is_ok(),
-            Error::option("num_memory_tokens", format!("{} are too many", self.num_memory_tokens))
+            Error::option("num_memory_tokens", format_args!("{} are too many", self.num_memory_tokens))
         );
         Ok(TransformerPlan {
             num_tokens: self.num_tokens,
@@ -176,7 +180,8 @@ pub struct ContinuousPlan {
 impl ContinuousTransformerWrapperConfig {
     /// Resolves the options.
     ///
-    /// Errors: [`Error::Option`] for the first one that is illegal, alone or with another.
+    /// Errors: [`ErrorKind::Option`](crate::ErrorKind::Option) for the first one that is illegal, alone or with
+    /// another.
     pub fn plan(&self) -> Result<ContinuousPlan> {
         at_least_one("dim_in", self.dim_in.unwrap_or(1))?;
         at_least_one("dim_out", self.dim_out.unwrap_or(1))?;
@@ -213,24 +218,26 @@ pub struct ViTransformerPlan {
 impl ViTransformerWrapperConfig {
     /// Resolves the options.
     ///
-    /// Errors: [`Error::Option`] for the first one that is illegal, alone or with another.
+    /// Errors: [`ErrorKind::Option`](crate::ErrorKind::Option) for the first one that is illegal, alone or with
+    /// another.
     pub fn plan(&self) -> Result<ViTransformerPlan> {
         /// Three channels of a patch this large are still addressable.
         const LARGEST: usize = 1 << 14;
         ensure!(
             (1..=LARGEST).contains(&self.image_size),
-            Error::option("image_size", format!("expected 1 to {LARGEST} pixels, got {}", self.image_size))
+            Error::option("image_size", format_args!("expected 1 to {LARGEST} pixels, got {}", self.image_size))
         );
         ensure!(
             self.patch_size > 0 && self.image_size.is_multiple_of(self.patch_size),
             Error::option(
                 "patch_size",
-                format!("expected a divisor of `image_size` = {}, got {}", self.image_size, self.patch_size)
+                format_args!("expected a divisor of `image_size` = {}, got {}", self.image_size, self.patch_size)
             )
         );
         ensure!(
             self.attn_layers.kind == LayersKind::Encoder,
-            Error::option("kind", format!("expected Encoder, got {:?}", self.attn_layers.kind)).context("attn_layers")
+            Error::option("kind", format_args!("expected Encoder, got {:?}", self.attn_layers.kind))
+                .context("attn_layers")
         );
         probability("dropout", self.dropout)?;
         probability("emb_dropout", self.emb_dropout)?;
@@ -269,7 +276,8 @@ pub struct XTransformerPlan {
 impl XTransformerConfig {
     /// Resolves the options.
     ///
-    /// Errors: [`Error::Option`] for the first one that is illegal, alone or with another.
+    /// Errors: [`ErrorKind::Option`](crate::ErrorKind::Option) for the first one that is illegal, alone or with
+    /// another.
     pub fn plan(&self) -> Result<XTransformerPlan> {
         for (side, config) in [("enc", &self.enc), ("dec", &self.dec)] {
             let taken = TransformerWrapperConfig {
@@ -287,22 +295,25 @@ impl XTransformerConfig {
         let (enc, dec) = (&self.enc.attn_layers, &self.dec.attn_layers);
         ensure!(
             enc.kind == LayersKind::Encoder && !enc.cross_attend,
-            Error::option("enc", format!("expected an Encoder without `cross_attend`, got {:?}", enc.kind))
+            Error::option("enc", format_args!("expected an Encoder without `cross_attend`, got {:?}", enc.kind))
         );
         ensure!(
             dec.kind == LayersKind::Decoder && dec.cross_attend,
-            Error::option("dec", format!("expected a Decoder with `cross_attend` = true, got {:?}", dec.kind))
+            Error::option("dec", format_args!("expected a Decoder with `cross_attend` = true, got {:?}", dec.kind))
         );
         ensure!(
             enc.dim == dec.dim,
-            Error::option("dim", format!("encoder and decoder have one width; they are {} and {}", enc.dim, dec.dim))
+            Error::option(
+                "dim",
+                format_args!("encoder and decoder have one width; they are {} and {}", enc.dim, dec.dim)
+            )
         );
         let (encoder, decoder) = (self.enc.num_tokens, self.dec.num_tokens);
         ensure!(
             !self.tie_token_emb || encoder == decoder,
             Error::option(
                 "tie_token_emb",
-                format!("needs `enc_num_tokens` = `dec_num_tokens`; they are {encoder} and {decoder}")
+                format_args!("needs `enc_num_tokens` = `dec_num_tokens`; they are {encoder} and {decoder}")
             )
         );
         Ok(XTransformerPlan {

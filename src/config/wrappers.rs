@@ -17,8 +17,8 @@ use super::{AttentionLayersConfig, kwargs::Keywords};
 pub struct TransformerWrapperConfig {
     /// Size of the vocabulary. Required.
     pub num_tokens: usize,
-    /// The longest sequence of a table of absolute positions. Layers with positions of their own take longer ones; for them
-    /// it is only what generation looks back at, and 0 is no limit. Required.
+    /// The longest sequence of a table of absolute positions. Layers with positions of their own take longer ones; for
+    /// them it is only what generation looks back at, and 0 is no limit. Required.
     pub max_seq_len: usize,
     /// The attention layers. Required.
     pub attn_layers: AttentionLayersConfig,
@@ -97,8 +97,8 @@ impl Keywords for TransformerWrapperConfig {
 #[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct ContinuousTransformerWrapperConfig {
-    /// The longest sequence of a table of absolute positions. Layers with positions of their own take longer ones; for them
-    /// it is only what generation looks back at, and 0 is no limit. Required.
+    /// The longest sequence of a table of absolute positions. Layers with positions of their own take longer ones; for
+    /// them it is only what generation looks back at, and 0 is no limit. Required.
     pub max_seq_len: usize,
     /// The attention layers. Required.
     pub attn_layers: AttentionLayersConfig,

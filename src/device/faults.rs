@@ -16,11 +16,11 @@ pub(crate) fn check([code, index, limit]: [i64; FAULT_WORDS]) -> Result<()> {
     }
     let limit = limit.max(0) as usize;
     Err(match Fault::from_code(code) {
-        Some(Fault::Embedding) => Error::Index { op: "embedding", what: "token", index, limit },
-        Some(Fault::CrossEntropy) => Error::Index { op: "cross_entropy", what: "class", index, limit },
+        Some(Fault::Embedding) => Error::index("embedding", "token", index, limit),
+        Some(Fault::CrossEntropy) => Error::index("cross_entropy", "class", index, limit),
         Some(Fault::NoTargets) => Error::no_targets(limit, index),
         Some(Fault::Logits) => Error::broken_logits(),
-        None => Error::Device { op: "launch", message: format!("a kernel reported the unknown fault {code}") },
+        None => Error::device("launch", format_args!("a kernel reported the unknown fault {code}")),
     })
 }
 

@@ -77,16 +77,16 @@ pub struct Limits {
 
 /// A GPU: memory, kernels by name, and matrix products, in the order in which they are enqueued.
 ///
-/// Work is enqueued on one stream: a block of memory may be reused as soon as its last use is enqueued, and nothing waits
-/// but [`Gpu::read_back`] and [`Gpu::synchronize`]. Copies and fills of 0 bytes do nothing, whatever their addresses.
-/// A device lives as long as the process ([`Device::Gpu`]).
+/// Work is enqueued on one stream: a block of memory may be reused as soon as its last use is enqueued, and nothing
+/// waits but [`Gpu::read_back`] and [`Gpu::synchronize`]. Copies and fills of 0 bytes do nothing, whatever their
+/// addresses. A device lives as long as the process ([`Device::Gpu`]).
 ///
 /// The methods from [`Gpu::limits`] on have defaults for a backend without pool, compiler and graphs.
 ///
 /// # Safety
 ///
-/// The library hands an implementation addresses of that device's memory. An implementation passes none of them to another
-/// device, and its kernels stay within the tensors that they are given.
+/// The library hands an implementation addresses of that device's memory. An implementation passes none of them to
+/// another device, and its kernels stay within the tensors that they are given.
 ///
 /// [`Device::Gpu`]: crate::Device::Gpu
 pub unsafe trait Gpu: Any + fmt::Debug + Send + Sync {
@@ -98,7 +98,7 @@ pub unsafe trait Gpu: Any + fmt::Debug + Send + Sync {
 
     /// Allocates `bytes` bytes, more than 0, of unspecified content.
     ///
-    /// Errors: [`Error::OutOfMemory`], or an error of the driver.
+    /// Errors: [`ErrorKind::OutOfMemory`](crate::ErrorKind::OutOfMemory), or an error of the driver.
     fn allocate(&'static self, bytes: usize) -> Result<Arc<dyn Memory>>;
 
     /// Enqueues a copy to the device. The source may be changed or freed as soon as this returns.
@@ -106,7 +106,8 @@ pub unsafe trait Gpu: Any + fmt::Debug + Send + Sync {
 
     /// Waits for all that was enqueued, and copies from the device.
     ///
-    /// Errors: also those that kernels reported since the last read-back, for instance [`Error::Index`].
+    /// Errors: also those that kernels reported since the last read-back, for instance
+    /// [`ErrorKind::Index`](crate::ErrorKind::Index).
     fn read_back(&self, from: Address, to: &mut [u8]) -> Result<()>;
 
     /// Enqueues a copy within the device.
@@ -117,7 +118,8 @@ pub unsafe trait Gpu: Any + fmt::Debug + Send + Sync {
 
     /// Returns a kernel of the library, compiled with these options: the names and parameters are those of `kernels/`.
     ///
-    /// Errors: the backend has no kernel of this name or with these options ([`Error::Device`], which names it).
+    /// Errors: the backend has no kernel of this name or with these options
+    /// ([`ErrorKind::Device`](crate::ErrorKind::Device), which names it).
     fn kernel(&self, name: &'static str, options: &[(&str, &str)]) -> Result<Box<dyn Kernel + '_>>;
 
     /// Enqueues a batch of matrix products.
@@ -160,8 +162,8 @@ pub unsafe trait Gpu: Any + fmt::Debug + Send + Sync {
         uploaded(self, &values()?)
     }
 
-    /// Numbers that seldom differ from those of the last call with this name, on the device. A backend may keep them; the
-    /// default uploads them anew. A recorded graph gets the values of its recording.
+    /// Numbers that seldom differ from those of the last call with this name, on the device. A backend may keep them;
+    /// the default uploads them anew. A recorded graph gets the values of its recording.
     fn table(&'static self, _name: &str, values: Vec<i64>) -> Result<Arc<dyn Memory>> {
         uploaded(self, &values)
     }
@@ -183,8 +185,8 @@ pub unsafe trait Gpu: Any + fmt::Debug + Send + Sync {
         Ok(())
     }
 
-    /// Records a graph. `f` is called twice: with `false` it runs, by which kernels are compiled and memory is found; with
-    /// `true` its work is recorded and not done.
+    /// Records a graph. `f` is called twice: with `false` it runs, by which kernels are compiled and memory is found;
+    /// with `true` its work is recorded and not done.
     ///
     /// Errors: those of `f`, work that a graph cannot hold, another recording that has not ended, or a backend without
     /// graphs (the default).
@@ -194,7 +196,7 @@ pub unsafe trait Gpu: Any + fmt::Debug + Send + Sync {
 
     /// The error for something that this device does not have.
     fn lacks(&self, what: &str) -> Error {
-        Error::Device { op: self.backend(), message: format!("{}:{}: {what}", self.backend(), self.ordinal()) }
+        Error::device(self.backend(), format_args!("{}:{}: {what}", self.backend(), self.ordinal()))
     }
 }
 

@@ -16,7 +16,7 @@ use super::{
     ranges::Ranges,
     scratch::Scratch,
 };
-use crate::{Error, Result};
+use crate::{Error, ErrorKind, Result};
 
 /// Bytes to which blocks are aligned, and of which their sizes are multiples: a cache line, and the widest vector load.
 pub(super) const ALIGNMENT: usize = 64;
@@ -25,7 +25,8 @@ pub(super) const ALIGNMENT: usize = 64;
 /// `--cfg xt_separate_blocks` all are, so that sanitizers see where each of them ends.
 const TINY: usize = if cfg!(xt_separate_blocks) { usize::MAX } else { 4 << 10 };
 
-/// Blocks below this many bytes have maps of their own: many of them live long, and would lie in the way of larger ones.
+/// Blocks below this many bytes have maps of their own: many of them live long, and would lie in the way of larger
+/// ones.
 const SMALL: usize = 1 << 20;
 
 /// Bytes of a map, unless one block needs more. What is not touched costs nothing, where the system has maps.
@@ -73,8 +74,8 @@ unsafe impl Send for Block {}
 // SAFETY: shared access only reads.
 unsafe impl Sync for Block {}
 
-/// The lock is held for bookkeeping alone: calls of the system, which may take long, happen without it, on memory that no
-/// list has meanwhile.
+/// The lock is held for bookkeeping alone: calls of the system, which may take long, happen without it, on memory that
+/// no list has meanwhile.
 impl Heap {
     /// `limit`: bytes that may be kept for reuse, those of `scratch` included.
     pub fn new(limit: usize, scratch: Option<&'static Scratch>) -> Self {
@@ -86,10 +87,10 @@ impl Heap {
         Self { state: Mutex::new(state), scratch }
     }
 
-    /// At least so many bytes, of unspecified content. Where the system has no more, what is kept for reuse goes back to
-    /// it, and it is asked once more.
+    /// At least so many bytes, of unspecified content. Where the system has no more, what is kept for reuse goes back
+    /// to it, and it is asked once more.
     ///
-    /// Errors: [`Error::OutOfMemory`].
+    /// Errors: [`ErrorKind::OutOfMemory`].
     pub fn allocate(&self, requested: usize) -> Result<Block> {
         let block = requested.checked_next_multiple_of(ALIGNMENT).and_then(|bytes| {
             let bytes = bytes.max(ALIGNMENT);
@@ -100,7 +101,7 @@ impl Heap {
         });
         block.ok_or_else(|| {
             let MemoryStats { live, cached, .. } = self.stats();
-            Error::OutOfMemory { requested, live, cached }
+            Error::new(ErrorKind::OutOfMemory { requested, live, cached })
         })
     }
 
@@ -318,8 +319,8 @@ impl Arena {
         self.maps.insert(map.start(), Arc::new(map));
     }
 
-    /// Takes a part of an untouched range out of the list, with what else is free of its first and last page: there may be
-    /// memory behind what was never touched of a page, and what was given back of it while other parts were in use.
+    /// Takes a part of an untouched range out of the list, with what else is free of its first and last page: there may
+    /// be memory behind what was never touched of a page, and what was given back of it while other parts were in use.
     fn claim(&mut self, start: usize, end: usize) -> Option<Pages> {
         let (first, bytes) = self.untouched.containing(start)?;
         let behind = first + bytes;
@@ -518,7 +519,10 @@ mod tests {
     fn heap_refuses_what_no_machine_has() {
         let heap = Heap::new(1 << 20, None);
         for bytes in [1 << 55, usize::MAX, usize::MAX - 63] {
-            assert!(matches!(heap.allocate(bytes), Err(Error::OutOfMemory { .. })), "{bytes}");
+            assert!(
+                matches!(heap.allocate(bytes).map_err(Error::into_kind), Err(ErrorKind::OutOfMemory { .. })),
+                "{bytes}"
+            );
         }
         assert_eq!(heap.stats(), MemoryStats::default());
     }

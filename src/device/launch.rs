@@ -59,8 +59,8 @@ impl Grid {
         Self::new([blocks as u32, 1, 1], [threads as u32, at_once as u32, 1])
     }
 
-    /// For kernels whose rows are held in registers (see `kernels/rows.cuh`): so many threads for a row that they hold it,
-    /// 32 elements each, or 16 of f64; if they can.
+    /// For kernels whose rows are held in registers (see `kernels/rows.cuh`): so many threads for a row that they hold
+    /// it, 32 elements each, or 16 of f64; if they can.
     pub(crate) fn held_rows(rows: usize, columns: usize, dtype: DType) -> Self {
         const MOST_THREADS: usize = 256;
         let held = if dtype == DType::F64 { 16 } else { 32 };
@@ -202,9 +202,10 @@ impl IntoArg for Arg {
 pub(crate) fn size32(n: usize) -> Result<u32> {
     match u32::try_from(n) {
         Ok(size) if size < 1 << 31 => Ok(size),
-        _ => {
-            Err(Error::shape("launch", format!("a size of {n} was given to a kernel that is made for less than 2^31")))
-        }
+        _ => Err(Error::shape(
+            "launch",
+            format_args!("a size of {n} was given to a kernel that is made for less than 2^31"),
+        )),
     }
 }
 
@@ -214,8 +215,9 @@ impl IntoArg for &Layout {
             KernelLayout { rank: self.shape.rank() as u32, dims: [1; 6], unused: 0, strides: [0; 6], offset: 0 };
         layout.offset = self.offset as i64;
         for (dim, &size) in self.shape.iter().enumerate() {
-            layout.dims[dim] = u32::try_from(size)
-                .map_err(|_| Error::shape("launch", format!("dimension {dim} of {:?} exceeds 2^32 - 1", self.shape)))?;
+            layout.dims[dim] = u32::try_from(size).map_err(|_| {
+                Error::shape("launch", format_args!("dimension {dim} of {:?} exceeds 2^32 - 1", self.shape))
+            })?;
             layout.strides[dim] = self.strides[dim] as i64;
         }
         Ok(Arg::Layout(layout))

@@ -9,8 +9,8 @@ pub(super) const PAGE: usize = 64 << 10;
 /// Pages that maps are made of, if the system grants the wish for large ones.
 pub(super) const LARGE_PAGE: usize = if Map::UNTOUCHED_IS_FREE { 2 << 20 } else { PAGE };
 
-/// Memory that nobody refers to but by pointers: blocks of it are lent out, so that a reference to the whole would alias
-/// them.
+/// Memory that nobody refers to but by pointers: blocks of it are lent out, so that a reference to the whole would
+/// alias them.
 pub(super) struct Map(imp::Map);
 
 impl Map {

@@ -65,10 +65,10 @@ impl Device {
         #[cfg(feature = "cuda")]
         return CudaDevice::open(ordinal).map(|device| Self::Gpu(device));
         #[cfg(not(feature = "cuda"))]
-        Err(Error::Device {
-            op: "cuda",
-            message: format!("cuda:{ordinal} was asked for, but this build has no CUDA; enable the feature `cuda`"),
-        })
+        Err(Error::device(
+            "cuda",
+            format_args!("cuda:{ordinal} was asked for, but this build has no CUDA; enable the feature `cuda`"),
+        ))
     }
 
     /// A GPU if one is usable, else the CPU.
@@ -86,10 +86,10 @@ impl Device {
             ("cpu", _) if name == "cpu" => Ok(Self::Cpu),
             ("auto", _) if name == "auto" => Ok(Self::best()),
             ("cuda", ordinal) if ordinal.parse::<usize>().is_ok() => Self::cuda(ordinal.parse().unwrap_or(0)),
-            _ => Err(Error::Device {
-                op: "device",
-                message: format!("unknown device `{name}`, expected auto, cpu, cuda or cuda:N"),
-            }),
+            _ => Err(Error::device(
+                "device",
+                format_args!("unknown device `{name}`, expected auto, cpu, cuda or cuda:N"),
+            )),
         }
     }
 
@@ -118,9 +118,9 @@ impl Device {
         }
     }
 
-    /// Limits the memory kept for reuse ([`MemoryStats::cached`] and [`MemoryStats::scratch`] together) to this many bytes.
-    /// Default: what `XT_POOL_BYTES` says, else 2 GiB on the CPU and no limit on a GPU. Beside it, up to 64 KiB of a page
-    /// that a tensor has a part of may stay with the process.
+    /// Limits the memory kept for reuse ([`MemoryStats::cached`] and [`MemoryStats::scratch`] together) to this many
+    /// bytes. Default: what `XT_POOL_BYTES` says, else 2 GiB on the CPU and no limit on a GPU. Beside it, up to 64 KiB
+    /// of a page that a tensor has a part of may stay with the process.
     pub fn set_cache_limit(&self, bytes: usize) {
         match self {
             Self::Cpu => cpu_heap().set_limit(bytes),

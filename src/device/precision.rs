@@ -5,8 +5,8 @@ use std::sync::atomic::{AtomicU8, Ordering};
 /// How exact products of f32 matrices are, in PyTorch's words.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub enum Precision {
-    /// Operands and sums in f32, or as exact as that: tiles of AMX multiply the parts that f32 numbers are the sums of, six
-    /// products for one. The default.
+    /// Operands and sums in f32, or as exact as that: tiles of AMX multiply the parts that f32 numbers are the sums of,
+    /// six products for one. The default.
     #[default]
     Highest,
     /// A GPU rounds operands to TF32 (ten bits of mantissa), AMX takes three products (sixteen bits); other processors

@@ -82,8 +82,8 @@ pub fn declarations(text: &str, scalar: &dyn Fn(&str) -> Option<usize>) -> Resul
     Ok(found)
 }
 
-/// Bytes of a type that is passed by value. None depends on compile options, so that one declaration serves every variant of
-/// a kernel.
+/// Bytes of a type that is passed by value. None depends on compile options, so that one declaration serves every
+/// variant of a kernel.
 pub fn scalar_bytes(name: &str) -> Option<usize> {
     SCALARS.iter().find(|(scalar, _)| *scalar == name).map(|&(_, bytes)| bytes)
 }

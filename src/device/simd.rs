@@ -66,7 +66,7 @@ impl Level {
         let named = Self::ALL.into_iter().find(|level| name == level.name());
         named.map(Some).ok_or_else(|| {
             let names = Self::ALL.map(Self::name).join(", ");
-            Error::option("XT_CPU", format!("expected one of {names}, got {name:?}"))
+            Error::option("XT_CPU", format_args!("expected one of {names}, got {name:?}"))
         })
     }
 }
@@ -96,8 +96,8 @@ pub(crate) const fn per_level(mut sizes: &[usize]) -> bool {
 /// Defines a function whose loops are compiled once per [`Level`] and chosen at run time.
 ///
 /// The body is ordinary Rust; it is inlined into a wrapper per level, so that the compiler vectorises it for that
-/// level's registers. Bodies call only functions that are inlined themselves. In the body `FUSED` says whether the level
-/// multiplies and adds in one instruction; [`Real::fma`](crate::dtype::Real::fma) and others take it.
+/// level's registers. Bodies call only functions that are inlined themselves. In the body `FUSED` says whether the
+/// level multiplies and adds in one instruction; [`Real::fma`](crate::dtype::Real::fma) and others take it.
 macro_rules! vectorized {
     ($(#[$meta:meta])* $vis:vis fn $name:ident $(<$($T:ident : $bound:path),+>)? ($($arg:ident : $ty:ty),* $(,)?) $(-> $ret:ty)? $body:block) => {
         $(#[$meta])*

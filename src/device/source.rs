@@ -66,8 +66,8 @@ impl Source {
     ///
     /// `options`: macros that the text is compiled with, as `-Dname=value`.
     ///
-    /// Errors: [`Error::Argument`] if no kernel of this name is written `extern "C" __global__ void name(parameters)`, or if
-    /// a parameter is neither a pointer to elements nor a number.
+    /// Errors: [`ErrorKind::Argument`](crate::ErrorKind::Argument) if no kernel of this name is written `extern "C"
+    /// __global__ void name(parameters)`, or if a parameter is neither a pointer to elements nor a number.
     pub fn new(text: &str, kernel: &str, options: &[(&str, &str)]) -> Result<Self> {
         let fail = |why: String| Error::argument(OP, why);
         let bytes = |name: &str| number(name).and_then(|_| scalar_bytes(name));
@@ -193,6 +193,7 @@ fn elements(name: &str) -> Option<DType> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::ErrorKind;
 
     #[test]
     fn parameters_come_from_the_text() -> Result<()> {
@@ -217,7 +218,10 @@ mod tests {
     fn sources_that_cannot_be_read_are_errors() {
         let refused = |text: &str, options: &[(&str, &str)], part: &str| {
             let error = Source::new(text, "a", options).expect_err(part);
-            assert!(matches!(&error, Error::Argument { op: OP, message } if message.contains(part)), "{error}");
+            assert!(
+                matches!(error.kind(), ErrorKind::Argument { op: OP, message } if message.contains(part)),
+                "{error}"
+            );
         };
         refused("", &[], "the source has no kernel `a`, it has []");
         refused("extern \"C\" __global__ void b(float* y) {}", &[], "it has [b]");

@@ -31,8 +31,9 @@ pub(super) fn run(tasks: usize, body: &(dyn Fn(usize) + Sync)) {
 /// Marks work whose caller waits for nobody else any more.
 const CLOSED: usize = 1 << (usize::BITS - 1);
 
-/// Helpers that were asked for and have not begun. A pool that is busy with something else must not collect them without
-/// end: so many may wait for callers outside of pools together, and twice what a call asks for, for each thread of a pool.
+/// Helpers that were asked for and have not begun. A pool that is busy with something else must not collect them
+/// without end: so many may wait for callers outside of pools together, and twice what a call asks for, for each thread
+/// of a pool.
 const MOST_WAITING: usize = 1024;
 
 static OUTSIDE: LazyLock<Arc<AtomicUsize>> = LazyLock::new(Arc::default);
@@ -49,16 +50,16 @@ fn waiting(helpers: usize) -> (Arc<AtomicUsize>, usize) {
     }
 }
 
-/// Returns `true` in a child of `fork`: the threads of the pool are the parent's, and the locks of the pool may be held by
-/// one of them for ever.
+/// Returns `true` in a child of `fork`: the threads of the pool are the parent's, and the locks of the pool may be held
+/// by one of them for ever.
 fn forked() -> bool {
     static PROCESS: OnceLock<u32> = OnceLock::new();
     let process = process::id();
     *PROCESS.get_or_init(|| process) != process
 }
 
-/// Times that the caller looks for the end of the last tasks before it lets other threads go first, and times that it does
-/// that before it sleeps: tasks end together, unless the processor of a helper is busy with something else.
+/// Times that the caller looks for the end of the last tasks before it lets other threads go first, and times that it
+/// does that before it sleeps: tasks end together, unless the processor of a helper is busy with something else.
 const SPINS: usize = 2000;
 const YIELDS: usize = 200;
 

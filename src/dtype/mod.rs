@@ -50,13 +50,13 @@ impl DType {
     pub(crate) fn expect_float(self, op: &'static str) -> Result<()> {
         ensure!(
             self.is_float(),
-            Error::dtype(op, format!("expected a float tensor, got {self}; convert with `to_dtype`"))
+            Error::dtype(op, format_args!("expected a float tensor, got {self}; convert with `to_dtype`"))
         );
         Ok(())
     }
 
-    /// The type for what must not be rounded to this one, such as sums, losses and the state of optimizers: f32 for half
-    /// precision. Other types are their own.
+    /// The type for what must not be rounded to this one, such as sums, losses and the state of optimizers: f32 for
+    /// half precision. Other types are their own.
     pub fn accumulator(self) -> Self {
         match self {
             Self::BF16 | Self::F16 => Self::F32,
@@ -244,7 +244,7 @@ macro_rules! dispatch_float {
                 type $T = half::f16;
                 $body
             }
-            other => Err($crate::Error::DType { op: $op, message: format!("expected a float tensor, got {other}") }),
+            other => Err($crate::Error::dtype($op, format_args!("expected a float tensor, got {other}"))),
         }
     };
 }

@@ -152,8 +152,8 @@ impl Real for f32 {
     }
 }
 
-/// `Φ(−a)` for `a` in 0 to 8, as `2^q(a)` with polynomials for `q` and the power: no division, which takes as long as ten
-/// products. Absolute error below 1.7e-7 (3 ulp of the largest result), relative below 6e-5 up to 6; exact at 0.
+/// `Φ(−a)` for `a` in 0 to 8, as `2^q(a)` with polynomials for `q` and the power: no division, which takes as long as
+/// ten products. Absolute error below 1.7e-7 (3 ulp of the largest result), relative below 6e-5 up to 6; exact at 0.
 #[inline(always)]
 fn upper_tail<const FUSED: bool>(a: f32) -> f32 {
     const Q: [f32; 10] = [

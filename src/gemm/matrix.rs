@@ -7,8 +7,8 @@ use crate::{
     dtype::{Element, Float, Real},
 };
 
-/// Depth of a block: products of one element of C that are summed in one chain before the chain is added to C. Part of the
-/// result, see [the module](super).
+/// Depth of a block: products of one element of C that are summed in one chain before the chain is added to C. Part of
+/// the result, see [the module](super).
 pub(super) const KC: usize = 256;
 
 /// An operand inside of a slice: element (i, j) is `data[i * row + j * col]`.

@@ -94,7 +94,8 @@ pub(super) fn multiply_sums<T: Float>(
     Ok(())
 }
 
-/// A task: gets row, column, rows and columns of its part of C, and a function that adds the products of the part to sums.
+/// A task: gets row, column, rows and columns of its part of C, and a function that adds the products of the part to
+/// sums.
 type Task<'a, R> = dyn Fn(usize, usize, usize, usize, &dyn Fn(Window<R>)) + Sync + 'a;
 
 /// A part of C whose operands are packed together, some blocks of depth at a time.

@@ -68,8 +68,8 @@ pub(super) fn kernel<T: Multiply>(rows: usize) -> &'static dyn Packing<T> {
     T::candidates().iter().find(usable).map_or(&Fma, |candidate| candidate.kernel)
 }
 
-/// The way to multiply `m` rows by columns of depth `k` with the bits of a kernel, but without packing B; `None` if packing
-/// is as fast.
+/// The way to multiply `m` rows by columns of depth `k` with the bits of a kernel, but without packing B; `None` if
+/// packing is as fast.
 pub(super) fn few_rows<T: Float>(kernel: &dyn Packing<T>, m: usize, k: usize, b: Matrix<T>) -> Option<FewRows> {
     if m == 0 || k == 0 || !cfg!(target_arch = "x86_64") || T::DTYPE == DType::F64 {
         // f64 serves references and gradient checks.

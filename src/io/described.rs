@@ -19,7 +19,8 @@ pub(super) enum Value<'a> {
     Global(Global),
     Storage(u32),
     Tensor(u32),
-    /// An object that a class or function would make, which is the global of this number; of its content nothing is kept.
+    /// An object that a class or function would make, which is the global of this number; of its content nothing is
+    /// kept.
     Object(u32),
 }
 

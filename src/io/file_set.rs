@@ -76,12 +76,12 @@ impl<'a> FileSet<'a> {
 
     /// Where a file is.
     ///
-    /// Errors: those of `read`; [`Error::File`] if there is none.
+    /// Errors: those of `read`; [`ErrorKind::File`](crate::ErrorKind::File) if there is none.
     pub fn read<T>(self, name: &str, read: impl Fn(&Path) -> Result<T>) -> Result<T> {
         for place in [self.folder.join(INCOMING).join(name), self.folder.join(name)] {
             match read(&place) {
-                Err(Error::Io { source, .. })
-                    if matches!(source.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory) => {}
+                Err(error)
+                    if matches!(error.io_kind(), Some(io::ErrorKind::NotFound | io::ErrorKind::NotADirectory)) => {}
                 answer => return answer,
             }
         }
@@ -90,7 +90,7 @@ impl<'a> FileSet<'a> {
             Ok(_) => "is not a folder, so not a checkpoint",
             Err(_) => "does not exist, so there is no checkpoint",
         };
-        Err(Error::file(self.folder, format!("{why}: it has no {name} (expected {})", self.names.join(", "))))
+        Err(Error::file(self.folder, format_args!("{why}: it has no {name} (expected {})", self.names.join(", "))))
     }
 
     /// Makes the folder for new files, which is this process's alone.

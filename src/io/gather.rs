@@ -6,8 +6,8 @@ use crate::Shape;
 /// Bytes of the file that are held at a time.
 const WINDOW: usize = if cfg!(miri) { 1 << 12 } else { 1 << 20 };
 
-/// Bytes between two runs of values up to which both are read together: reading what lies between costs less than another
-/// call of the system.
+/// Bytes between two runs of values up to which both are read together: reading what lies between costs less than
+/// another call of the system.
 const GAP: usize = 4 << 10;
 
 /// A dimension of a view: its size, and the distance of neighbours in the file and in the output, in values.
@@ -35,7 +35,8 @@ pub(super) fn gather<S: Copy, const N: usize>(
     })
 }
 
-/// Calls `body` with the dimensions and the bytes of each block, and where its first value goes; values have `bytes` bytes.
+/// Calls `body` with the dimensions and the bytes of each block, and where its first value goes; values have `bytes`
+/// bytes.
 #[allow(clippy::type_complexity)]
 fn for_blocks(
     source: &Source,

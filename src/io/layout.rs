@@ -156,10 +156,10 @@ fn is_wrapped(place: &str, base: &str) -> bool {
 }
 
 impl TensorFile {
-    /// Reads a state dict for these parameters: all tensors, as [`TensorFile::tensors`] does, or, where the parameters lie
-    /// below the names that wrappers and trainers give them (`model.`, `state_dict.`, `module.`, `_orig_mod.` and the
-    /// like), all tensors there under their own names. What lies elsewhere, such as the moments of an optimizer, is not
-    /// part of it then.
+    /// Reads a state dict for these parameters: all tensors, as [`TensorFile::tensors`] does, or, where the parameters
+    /// lie below the names that wrappers and trainers give them (`model.`, `state_dict.`, `module.`, `_orig_mod.` and
+    /// the like), all tensors there under their own names. What lies elsewhere, such as the moments of an optimizer, is
+    /// not part of it then.
     ///
     /// Errors: those of [`TensorFile::tensors`]; several places with such parameters.
     pub fn state_dict(&self, params: &ParamMap) -> Result<BTreeMap<String, Tensor>> {
@@ -188,7 +188,10 @@ impl TensorFile {
 
 fn several(file: &TensorFile, places: &BTreeSet<String>) -> Error {
     let list: Vec<String> = places.iter().map(|place| format!("`{place}`")).collect();
-    Error::file(file.path(), format!("has the weights of a model below {}; save one of them alone", list.join(" and ")))
+    Error::file(
+        file.path(),
+        format_args!("has the weights of a model below {}; save one of them alone", list.join(" and ")),
+    )
 }
 
 fn without_infixes(name: &str) -> String {

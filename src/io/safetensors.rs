@@ -37,12 +37,13 @@ const METADATA: &str = "__metadata__";
 
 /// Reads every tensor of a safetensors file, on the CPU.
 ///
-/// F64, F32, BF16, F16, I64 and BOOL come as they are, the other integers as [`DType::I64`], and floats of eight bits as
-/// [`DType::F32`].
+/// F64, F32, BF16, F16, I64 and BOOL come as they are, the other integers as [`DType::I64`], and floats of eight bits
+/// as [`DType::F32`].
 ///
-/// Errors: [`Error::Io`] if the file cannot be read; [`Error::File`], which says what is wrong, if it is no regular
-/// file, truncated, not a safetensors file, has a tensor of another dtype or more than six dimensions, or positions
-/// that overlap, leave gaps, contradict shape and dtype, or lie behind the end; or is written to while it is read.
+/// Errors: [`ErrorKind::Io`](crate::ErrorKind::Io) if the file cannot be read;
+/// [`ErrorKind::File`](crate::ErrorKind::File), which says what is wrong, if it is no regular file, truncated, not a
+/// safetensors file, has a tensor of another dtype or more than six dimensions, or positions that overlap, leave gaps,
+/// contradict shape and dtype, or lie behind the end; or is written to while it is read.
 #[doc(alias = "load_file")]
 pub fn read_safetensors(path: impl AsRef<Path>) -> Result<BTreeMap<String, Tensor>> {
     read_with_metadata(path.as_ref()).map(|(tensors, _)| tensors)
@@ -55,7 +56,7 @@ pub(crate) fn read_with_metadata(path: &Path) -> Result<(BTreeMap<String, Tensor
     source.check_unchanged()?;
     let Found { tensors, metadata, values } = found.map_err(|why| why.within(&source))?;
     let tensors = tensors.into_iter().map(|(name, info)| {
-        let entry = entry(&info, values).map_err(|why| Error::file(path, format!("tensor `{name}` {why}")))?;
+        let entry = entry(&info, values).map_err(|why| Error::file(path, format_args!("tensor `{name}` {why}")))?;
         let tensor = entry.read(&source, &name)?;
         Ok((name, tensor))
     });
@@ -203,7 +204,8 @@ enum Described<'a> {
 /// Writes tensors and some text about them to a safetensors file, replacing it in one step
 /// ([`write_atomically`]). The same tensors give the same bytes.
 ///
-/// Errors: a tensor named `__metadata__`, which the format reserves, or [`Error::Io`]; the old file stays then.
+/// Errors: a tensor named `__metadata__`, which the format reserves, or [`ErrorKind::Io`](crate::ErrorKind::Io); the
+/// old file stays then.
 #[doc(alias = "save_file")]
 pub fn write_safetensors(
     path: impl AsRef<Path>,
@@ -225,7 +227,7 @@ pub(crate) fn pack(
 ) -> Result<()> {
     ensure!(
         !tensors.contains_key(METADATA),
-        Error::argument("write_safetensors", format!("the name `{METADATA}` is reserved by the format"))
+        Error::argument("write_safetensors", format_args!("the name `{METADATA}` is reserved by the format"))
     );
     let mut packed = tensors
         .iter()
@@ -252,7 +254,10 @@ pub(crate) fn pack(
     header.resize(header.len().next_multiple_of(LENGTH), b' ');
     ensure!(
         header.len() <= MAX_HEADER,
-        Error::file(path, format!("would get a header of {} bytes, at most {MAX_HEADER} are allowed", header.len()))
+        Error::file(
+            path,
+            format_args!("would get a header of {} bytes, at most {MAX_HEADER} are allowed", header.len())
+        )
     );
     let bytes = packed.iter().map(|(_, tensor)| tensor.bytes()).collect::<Result<Vec<_>>>()?;
     deliver(&|file| {

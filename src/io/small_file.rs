@@ -10,8 +10,9 @@ use crate::{Error, Result, error::ensure};
 
 /// Reads a regular file of at most `limit` bytes.
 ///
-/// Errors: [`Error::Io`] if it cannot be read or there is not enough memory for it; [`Error::File`] for a folder, a pipe
-/// or a device, which might have no end, and for a file with more than `limit` bytes.
+/// Errors: [`ErrorKind::Io`](crate::ErrorKind::Io) if it cannot be read or there is not enough memory for it;
+/// [`ErrorKind::File`](crate::ErrorKind::File) for a folder, a pipe or a device, which might have no end, and for a
+/// file with more than `limit` bytes.
 ///
 /// ```
 /// use x_transformers::io::read_limited;
@@ -27,7 +28,7 @@ use crate::{Error, Result, error::ensure};
 pub fn read_limited(path: impl AsRef<Path>, limit: u64) -> Result<Vec<u8>> {
     let path = path.as_ref();
     let broken = |source| Error::io(path, source);
-    let too_long = |bytes| Error::file(path, format!("has {bytes} bytes, expected at most {limit}"));
+    let too_long = |bytes| Error::file(path, format_args!("has {bytes} bytes, expected at most {limit}"));
     // Asked before opening: opening a pipe would wait for a writer.
     let found = fs::metadata(path).map_err(broken)?;
     ensure!(!found.is_dir(), broken(io::ErrorKind::IsADirectory.into()));
@@ -45,9 +46,9 @@ pub fn read_limited(path: impl AsRef<Path>, limit: u64) -> Result<Vec<u8>> {
 
 /// Reads a regular file of UTF-8 text with at most `limit` bytes.
 ///
-/// Errors: those of [`read_limited`], and [`Error::File`] for bytes that are not UTF-8.
+/// Errors: those of [`read_limited`], and [`ErrorKind::File`](crate::ErrorKind::File) for bytes that are not UTF-8.
 pub fn read_text(path: impl AsRef<Path>, limit: u64) -> Result<String> {
     let path = path.as_ref();
     String::from_utf8(read_limited(path, limit)?)
-        .map_err(|why| Error::file(path, format!("is not UTF-8 text: {}", why.utf8_error())))
+        .map_err(|why| Error::file(path, format_args!("is not UTF-8 text: {}", why.utf8_error())))
 }

@@ -13,8 +13,8 @@ use std::{
 use super::bytes::Reading;
 use crate::{Error, Result, error::ensure};
 
-/// Limit of what is read of a file besides its tensors (headers, directories, pickles), in bytes. Safetensors sets it for
-/// its own header.
+/// Limit of what is read of a file besides its tensors (headers, directories, pickles), in bytes. Safetensors sets it
+/// for its own header.
 pub(super) const MAX_HEADER: usize = 100_000_000;
 
 /// Longest time between two ticks of the clock that times of change are taken from, with a margin.
@@ -54,7 +54,8 @@ impl Stamp {
 impl Source {
     /// Opens a regular file.
     ///
-    /// Errors: [`Error::Io`]; [`Error::File`] for folders, pipes and devices, and for a file that is being written to.
+    /// Errors: [`ErrorKind::Io`](crate::ErrorKind::Io); [`ErrorKind::File`](crate::ErrorKind::File) for folders, pipes
+    /// and devices, and for a file that is being written to.
     pub fn open(path: &Path) -> Result<Self> {
         let broken = |source| Error::io(path, source);
         // Asked before opening: opening a pipe would wait for a writer. Asked again after it: the file may be another one.
@@ -67,7 +68,7 @@ impl Source {
             // Later changes must differ from it, and there must be no writer who goes on.
             std::thread::sleep(TICK);
             let unchanged = Stamp::of(&file).map_err(broken)? == stamp;
-            ensure!(unchanged, Error::file(path, format!("is being written to; {CURE}")));
+            ensure!(unchanged, Error::file(path, format_args!("is being written to; {CURE}")));
         }
         ensure!(usize::try_from(stamp.len).is_ok(), Error::file(path, "is larger than this processor can address"));
         Ok(Self { path: path.to_path_buf(), content: Content::File { file, stamp } })
@@ -92,7 +93,7 @@ impl Source {
 
     /// Fills `to` with the bytes from `at` on.
     ///
-    /// Errors: [`Error::File`] if there are fewer, [`Error::Io`].
+    /// Errors: [`ErrorKind::File`](crate::ErrorKind::File) if there are fewer, [`ErrorKind::Io`](crate::ErrorKind::Io).
     pub fn read_at(&self, at: usize, to: &mut [u8]) -> Result<()> {
         match &self.content {
             Content::File { file, .. } => read_exact_at(file, to, at as u64).map_err(|source| match source.kind() {
@@ -132,17 +133,17 @@ impl Source {
     /// Checks that nobody has written to the file since it was opened. One that replaces it by a rename leaves this one
     /// as it is.
     ///
-    /// Errors: [`Error::File`]; [`Error::Io`].
+    /// Errors: [`ErrorKind::File`](crate::ErrorKind::File); [`ErrorKind::Io`](crate::ErrorKind::Io).
     pub fn check_unchanged(&self) -> Result<()> {
         let Content::File { file, stamp } = &self.content else { return Ok(()) };
         let now = Stamp::of(file).map_err(|source| Error::io(&self.path, source))?;
         ensure!(now.len >= stamp.len, self.shortened());
-        ensure!(now == *stamp, Error::file(&self.path, format!("was written to while it was open; {CURE}")));
+        ensure!(now == *stamp, Error::file(&self.path, format_args!("was written to while it was open; {CURE}")));
         Ok(())
     }
 
     fn shortened(&self) -> Error {
-        Error::file(&self.path, format!("is truncated: it became shorter than its {} bytes; {CURE}", self.len()))
+        Error::file(&self.path, format_args!("is truncated: it became shorter than its {} bytes; {CURE}", self.len()))
     }
 }
 

@@ -33,7 +33,7 @@ fn numbers(path: &Path, metadata: &BTreeMap<String, Metadata>) -> Result<Option<
     let number = |key: &str| match metadata.get(key) {
         None => Ok(None),
         Some(value) => match value.as_usize().filter(|&value| value <= MAX_PARTS) {
-            None => Err(Error::file(path, format!("`{key}` is {value:?}, expected 0 to {MAX_PARTS}"))),
+            None => Err(Error::file(path, format_args!("`{key}` is {value:?}, expected 0 to {MAX_PARTS}"))),
             some => Ok(some),
         },
     };
@@ -42,7 +42,7 @@ fn numbers(path: &Path, metadata: &BTreeMap<String, Metadata>) -> Result<Option<
         return Ok(None);
     }
     let part = number("split.no")?.unwrap_or(0);
-    ensure!(part < count, Error::file(path, format!("says that it is part {} of {count}", part + 1)));
+    ensure!(part < count, Error::file(path, format_args!("says that it is part {} of {count}", part + 1)));
     Ok(Some((count, part)))
 }
 
@@ -63,12 +63,15 @@ pub(super) fn complete(opened: TensorFile, open: impl Fn(&Path) -> Result<Tensor
         let place = place(other);
         ensure!(
             place.is_file(),
-            Error::file(&place, format!("is missing: it is part {} of {count} of the model", other + 1))
+            Error::file(&place, format_args!("is missing: it is part {} of {count} of the model", other + 1))
         );
         let file = open(&place)?;
         ensure!(
             numbers(&place, &file.metadata)? == Some((count, other)),
-            Error::file(&place, format!("does not say that it is part {} of {count}, as its name does", other + 1))
+            Error::file(
+                &place,
+                format_args!("does not say that it is part {} of {count}, as its name does", other + 1)
+            )
         );
         others.push(file);
     }
@@ -78,7 +81,7 @@ pub(super) fn complete(opened: TensorFile, open: impl Fn(&Path) -> Result<Tensor
         let first = whole.parts.len();
         for (tensor, entry) in file.entries {
             let twice = whole.entries.insert(tensor.clone(), Entry { part: first + entry.part, ..entry }).is_some();
-            ensure!(!twice, Error::file(&file.path, format!("has tensor `{tensor}`, which another part has too")));
+            ensure!(!twice, Error::file(&file.path, format_args!("has tensor `{tensor}`, which another part has too")));
         }
         // The first part has the metadata of the model, the others have their own numbers.
         for (key, value) in file.metadata {

@@ -15,12 +15,12 @@ use super::{
     source::Source,
     tensor_file::Entry,
 };
-use crate::{DType, Device, Error, Result, Tensor, device::cpu, dtype::Element};
+use crate::{DType, Device, Error, ErrorKind, Result, Tensor, device::cpu, dtype::Element};
 
 /// How the values of a tensor lie in a file.
 ///
-/// The types `Q…` and `Iq…` are GGUF's quantised types: blocks of 32 or 256 values with common scales, each value read as
-/// [`DType::F32`]. [`Stored::dequantize`] turns their bytes into values.
+/// The types `Q…` and `Iq…` are GGUF's quantised types: blocks of 32 or 256 values with common scales, each value read
+/// as [`DType::F32`]. [`Stored::dequantize`] turns their bytes into values.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 #[non_exhaustive]
 pub enum Stored {
@@ -242,7 +242,9 @@ pub(super) fn raw(source: &Source, entry: &Entry) -> Reading<Vec<u8>> {
     }
     let size = entry.stored.bytes(entry.shape.numel()).ok_or("is too large")?;
     let mut bytes = Vec::new();
-    bytes.try_reserve_exact(size).map_err(|_| Error::OutOfMemory { requested: size, live: 0, cached: 0 })?;
+    bytes
+        .try_reserve_exact(size)
+        .map_err(|_| Error::new(ErrorKind::OutOfMemory { requested: size, live: 0, cached: 0 }))?;
     bytes.resize(size, 0);
     read_parts(source, entry.start, &mut bytes)?;
     Ok(bytes)

@@ -19,7 +19,7 @@ use super::{
     zip,
 };
 use crate::params::{ordered, try_ordered};
-use crate::{Error, Result, Shape, Tensor};
+use crate::{Error, ErrorKind, Result, Shape, Tensor};
 
 /// A file with tensors by name, or several that belong together, read tensor by tensor.
 ///
@@ -32,12 +32,12 @@ use crate::{Error, Result, Shape, Tensor};
 /// | GGUF 2 and 3 | `GGUF` |
 /// | GGUF in several files | one of them, named `NAME-00001-of-00003.gguf` |
 ///
-/// GGUF's types F32, F16, BF16, F64, the integers, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q2_K to Q6_K, IQ4_NL and IQ4_XS are read;
-/// values of the quantised ones become f32, or stay packed, see [`TensorFile::raw`].
+/// GGUF's types F32, F16, BF16, F64, the integers, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q2_K to Q6_K, IQ4_NL and IQ4_XS are
+/// read; values of the quantised ones become f32, or stay packed, see [`TensorFile::raw`].
 ///
-/// Pickles are read by a machine of its own that executes nothing: it knows what makes tensors and dictionaries, and of all
-/// other objects that lie beside them only the name of what would make them. A tensor that such an object is, or whose
-/// values have a type that there is none for here, is among [`TensorFile::unreadable`].
+/// Pickles are read by a machine of its own that executes nothing: it knows what makes tensors and dictionaries, and of
+/// all other objects that lie beside them only the name of what would make them. A tensor that such an object is, or
+/// whose values have a type that there is none for here, is among [`TensorFile::unreadable`].
 ///
 /// A file is not trusted. Whatever it says is checked against its size before memory is taken for it, and reading all
 /// of its tensors takes at most sixteen times its size. It stays open, and is not mapped into memory: a file that is
@@ -189,7 +189,7 @@ impl TensorFile {
     /// `model.safetensors`, `model.safetensors.index.json`, `pytorch_model.bin`, `pytorch_model.bin.index.json`, or a
     /// single `.gguf`, which may be cut into several files. Of those any one may be given.
     ///
-    /// Errors: [`Error::Io`] if a file cannot be read; [`Error::File`], which says what is wrong and where.
+    /// Errors: [`ErrorKind::Io`] if a file cannot be read; [`ErrorKind::File`], which says what is wrong and where.
     pub fn open(path: impl AsRef<Path>) -> Result<Self> {
         let path = path.as_ref();
         let path = if path.is_dir() { &in_folder(path)? } else { path };
@@ -198,7 +198,7 @@ impl TensorFile {
 
     /// Reads the bytes of one file. Of a GGUF model in several files they are one part.
     ///
-    /// Errors: [`Error::File`], which says what is wrong and where.
+    /// Errors: [`ErrorKind::File`], which says what is wrong and where.
     pub fn from_bytes(bytes: impl Into<Vec<u8>>) -> Result<Self> {
         Self::of(Source::memory(bytes.into()))
     }
@@ -237,8 +237,8 @@ impl TensorFile {
         Ok(Self { path: source.path().to_path_buf(), parts: vec![source], format, entries, inert, metadata })
     }
 
-    /// Opens all files that an index names. A tensor is that of the file where the index places it; one that is not there,
-    /// or that the index does not know, is that of the only file that has it, and unreadable if none has.
+    /// Opens all files that an index names. A tensor is that of the file where the index places it; one that is not
+    /// there, or that the index does not know, is that of the only file that has it, and unreadable if none has.
     fn open_index(path: &Path) -> Result<Self> {
         #[derive(Deserialize)]
         struct Index {
@@ -290,7 +290,7 @@ impl TensorFile {
             whole.parts.extend(shard.parts);
         }
         if let Some((tensor, why)) = unclear.first_key_value() {
-            return Err(Error::file(path, format!("does not say which tensor `{tensor}` is meant, which {why}")));
+            return Err(Error::file(path, format_args!("does not say which tensor `{tensor}` is meant, which {why}")));
         }
         whole.inert.retain(|name, _| !whole.entries.contains_key(name));
         for (tensor, file) in index.weight_map {
@@ -329,8 +329,8 @@ impl TensorFile {
         self.entries.get(name).map(|entry| TensorInfo { stored: entry.stored, shape: entry.shape.to_vec() })
     }
 
-    /// Tensors that cannot be read, in alphabetical order, and why: values of a type that no [`Stored`] is, made by a function
-    /// that a pickle names and nobody calls, or placed by an index in a file that lacks it.
+    /// Tensors that cannot be read, in alphabetical order, and why: values of a type that no [`Stored`] is, made by a
+    /// function that a pickle names and nobody calls, or placed by an index in a file that lacks it.
     pub fn unreadable(&self) -> impl Iterator<Item = (&str, &str)> {
         self.inert.iter().filter(|(_, inert)| inert.tensor).map(|(name, inert)| (name.as_str(), inert.why.as_str()))
     }
@@ -350,8 +350,8 @@ impl TensorFile {
         self.entries.keys().chain(self.inert.keys()).map(String::as_str)
     }
 
-    /// Gives tensors, and what is not read, the new names that lead to their old ones. What has such a name otherwise gets
-    /// it with [`ELSEWHERE`].
+    /// Gives tensors, and what is not read, the new names that lead to their old ones. What has such a name otherwise
+    /// gets it with [`ELSEWHERE`].
     pub(super) fn rename(&mut self, old: &BTreeMap<String, String>) {
         fn renamed<T>(map: &mut BTreeMap<String, T>, old: &BTreeMap<String, String>) {
             let mut rest = std::mem::take(map);
@@ -383,8 +383,8 @@ impl TensorFile {
 
     /// Reads a tensor, on the CPU. Its dtype is that of [`Stored::dtype`].
     ///
-    /// Errors: there is none of this name; one of [`TensorFile::unreadable`]; values that its type does not allow; a file
-    /// that has changed since it was opened; [`Error::OutOfMemory`].
+    /// Errors: there is none of this name; one of [`TensorFile::unreadable`]; values that its type does not allow; a
+    /// file that has changed since it was opened; [`ErrorKind::OutOfMemory`].
     pub fn tensor(&self, name: &str) -> Result<Tensor> {
         let entry = self.entry(name)?;
         entry.read(&self.parts[entry.part], name)
@@ -406,7 +406,7 @@ impl TensorFile {
     /// ```
     ///
     /// Errors: there is none of this name; a view of a PyTorch file whose values lie apart; a file that has changed
-    /// since it was opened; [`Error::OutOfMemory`].
+    /// since it was opened; [`ErrorKind::OutOfMemory`].
     pub fn raw(&self, name: &str) -> Result<RawTensor> {
         let entry = self.entry(name)?;
         let bytes = entry.checked(&self.parts[entry.part], name, stored::raw)?;
@@ -425,7 +425,7 @@ impl TensorFile {
     /// Errors: as [`TensorFile::tensor`].
     pub fn tensors(&self) -> Result<BTreeMap<String, Tensor>> {
         if let Some((name, why)) = self.unreadable().next() {
-            return Err(Error::file(&self.path, format!("tensor `{name}` {why}")));
+            return Err(Error::file(&self.path, format_args!("tensor `{name}` {why}")));
         }
         try_ordered(self.entries.keys().map(|name| Ok((name.clone(), self.tensor(name)?))))
     }
@@ -441,9 +441,11 @@ impl Entry {
         let read = read(source, self);
         source.check_unchanged()?;
         read.map_err(|problem| match problem {
-            Unreadable::Content(why) => Error::file(source.path(), format!("tensor `{name}` {why}")),
-            Unreadable::Failed(error @ (Error::File { .. } | Error::Io { .. })) => error,
-            Unreadable::Failed(error) => error.context(name),
+            Unreadable::Content(why) => Error::file(source.path(), format_args!("tensor `{name}` {why}")),
+            Unreadable::Failed(error) => match error.kind() {
+                ErrorKind::File { .. } | ErrorKind::Io { .. } => error,
+                _ => error.context(name),
+            },
         })
     }
 }
@@ -500,8 +502,8 @@ fn in_folder(folder: &Path) -> Result<PathBuf> {
     }
     match &found[..] {
         [one] => Ok(one.clone()),
-        [] => Err(Error::file(folder, format!("has no weights: none of {}, and no .gguf", IN_FOLDERS.join(", ")))),
-        _ => Err(Error::file(folder, format!("has {} .gguf files, give one of them", found.len()))),
+        [] => Err(Error::file(folder, format_args!("has no weights: none of {}, and no .gguf", IN_FOLDERS.join(", ")))),
+        _ => Err(Error::file(folder, format_args!("has {} .gguf files, give one of them", found.len()))),
     }
 }
 

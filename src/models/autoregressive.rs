@@ -52,33 +52,37 @@ pub struct AutoregressiveWrapper {
 impl AutoregressiveWrapper {
     /// A model from its options; its parameters' names begin with `net.`.
     ///
-    /// Errors: [`Error::Option`] for what is illegal alone or together.
+    /// Errors: [`ErrorKind::Option`](crate::ErrorKind::Option) for what is illegal alone or together.
     pub fn new(config: &AutoregressiveConfig, store: &ParamStore) -> Result<Self> {
         check_logits(config.net.average_pool_embed, config.net.return_only_embed)?;
         let net = TransformerWrapper::new(&config.net, &store.at("net")).context("net")?;
         Ok(Self { net, ignore_index: config.ignore_index, pad_value: config.pad_value })
     }
 
-    /// Wraps an existing model, with the default `ignore_index` and `pad_value`. Its parameters keep their names: those of
-    /// [`AutoregressiveWrapper::new`] lie at `net`.
+    /// Wraps an existing model, with the default `ignore_index` and `pad_value`. Its parameters keep their names: those
+    /// of [`AutoregressiveWrapper::new`] lie at `net`.
     ///
-    /// Errors: [`Error::Option`] for a model that gives no logits for each token.
+    /// Errors: [`ErrorKind::Option`](crate::ErrorKind::Option) for a model that gives no logits for each token.
     pub fn around(net: TransformerWrapper) -> Result<Self> {
         check_logits(net.plan().average_pool_embed, net.plan().return_only_embed)?;
         let AutoregressiveConfig { ignore_index, pad_value, .. } = AutoregressiveConfig::default();
         Ok(Self { net, ignore_index, pad_value })
     }
 
-    /// Mean cross entropy of `tokens[:, 1:]` given `tokens[:, :-1]`, targets equal to `ignore_index` left out: `[b, n + 1]`
-    /// I64 to a scalar, in f32 for half precision.
+    /// Mean cross entropy of `tokens[:, 1:]` given `tokens[:, :-1]`, targets equal to `ignore_index` left out: `[b, n +
+    /// 1]` I64 to a scalar, in f32 for half precision.
     ///
     /// A mask as long as the tokens loses its last column; it does not enter the loss.
     ///
-    /// Errors: fewer than two tokens, options that ask for more than the output, and those of [`TransformerWrapper::forward`].
+    /// Errors: fewer than two tokens, options that ask for more than the output, and those of
+    /// [`TransformerWrapper::forward`].
     pub fn loss(&self, tokens: &Tensor, options: &ForwardOptions) -> Result<Tensor> {
         ensure!(
             tokens.rank() == 2 && tokens.shape()[1] >= 2,
-            Error::shape("loss", format!("expected tokens [batch, n] with n of at least 2, got {:?}", tokens.shape()))
+            Error::shape(
+                "loss",
+                format_args!("expected tokens [batch, n] with n of at least 2, got {:?}", tokens.shape())
+            )
         );
         options.check_output_only("loss")?;
         let n = tokens.shape()[1] - 1;

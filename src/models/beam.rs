@@ -40,9 +40,9 @@ impl AutoregressiveWrapper {
     /// The best continuations of each row of a prompt, `[b, t]` or `[t]` I64, by up to `seq_len` tokens: at most
     /// `beams` for each, the best first.
     ///
-    /// Of the options, the end tokens and other ends, the prompt's lengths and masks, the context and `repetition_penalty` act; nothing is
-    /// drawn. A row that has ended in the prompt gets the empty continuation. A row's search ends when no open
-    /// continuation can become better than the worst of its `beams` closed ones.
+    /// Of the options, the end tokens and other ends, the prompt's lengths and masks, the context and
+    /// `repetition_penalty` act; nothing is drawn. A row that has ended in the prompt gets the empty continuation. A
+    /// row's search ends when no open continuation can become better than the worst of its `beams` closed ones.
     ///
     /// Errors: as [`AutoregressiveWrapper::generate`], no beams, or a penalty that is not finite.
     pub fn beam_search(
@@ -56,11 +56,11 @@ impl AutoregressiveWrapper {
         let most = self.net.plan().num_tokens;
         ensure!(
             (1..=most).contains(&beams),
-            Error::option("beams", format!("expected 1 to the {most} tokens, got {beams}"))
+            Error::option("beams", format_args!("expected 1 to the {most} tokens, got {beams}"))
         );
         ensure!(
             length_penalty.is_finite(),
-            Error::option("length_penalty", format!("expected a finite number, got {length_penalty}"))
+            Error::option("length_penalty", format_args!("expected a finite number, got {length_penalty}"))
         );
         let mut rows = Rows::new(self, start_tokens, seq_len, options)?;
         let b = rows.tokens.len();

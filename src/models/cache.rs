@@ -93,7 +93,7 @@ impl DecodeCache {
             b == self.batch() && counts.len() == b && n > 0 && counts.iter().zip(&self.lengths).all(fits),
             Error::argument(
                 "cache",
-                format!(
+                format_args!(
                     "{counts:?} of {n} new tokens in {b} rows do not fit {} sequences of {:?}, up to {}",
                     self.batch(),
                     self.lengths,
@@ -104,7 +104,7 @@ impl DecodeCache {
         if let Some(mask) = mask {
             ensure!(
                 **mask.shape() == [b, n] && mask.dtype() == DType::Bool,
-                Error::shape("mask", format!("expected bool [{b}, {n}], got {:?} {}", mask.shape(), mask.dtype()))
+                Error::shape("mask", format_args!("expected bool [{b}, {n}], got {:?} {}", mask.shape(), mask.dtype()))
             );
         }
         Ok(())

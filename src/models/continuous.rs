@@ -24,7 +24,7 @@ pub struct ContinuousTransformerWrapper {
 impl ContinuousTransformerWrapper {
     /// A model from its keywords, with parameters under the names of PyTorch's state dict.
     ///
-    /// Errors: [`Error::Option`] for what is illegal alone or together.
+    /// Errors: [`ErrorKind::Option`](crate::ErrorKind::Option) for what is illegal alone or together.
     pub fn new(config: &ContinuousTransformerWrapperConfig, store: &ParamStore) -> Result<Self> {
         let plan = config.plan()?;
         let dim = plan.layers.dim;
@@ -46,8 +46,8 @@ impl ContinuousTransformerWrapper {
 
     /// `[b, n, dim_in] → [b, n, dim_out]`, or what the options ask for.
     ///
-    /// Errors: an input of another shape, longer than a table of absolute positions, or options that do not fit the model; this wrapper
-    /// gives no memories.
+    /// Errors: an input of another shape, longer than a table of absolute positions, or options that do not fit the
+    /// model; this wrapper gives no memories.
     pub fn forward(&self, x: &Tensor, options: &ForwardOptions) -> Result<Output> {
         self.check_vectors(x)?;
         ensure!(
@@ -74,7 +74,10 @@ impl ContinuousTransformerWrapper {
         let features = self.plan.dim_in.unwrap_or(self.plan.layers.dim);
         ensure!(
             x.rank() == 3 && x.shape()[2] == features && x.dtype().is_float(),
-            Error::shape("x", format!("expected floats [batch, n, {features}], got {:?} {}", x.shape(), x.dtype()))
+            Error::shape(
+                "x",
+                format_args!("expected floats [batch, n, {features}], got {:?} {}", x.shape(), x.dtype())
+            )
         );
         Ok(())
     }
@@ -119,29 +122,37 @@ pub struct ContinuousAutoregressiveWrapper {
 impl ContinuousAutoregressiveWrapper {
     /// A model from the keywords of the wrapped one; its parameters' names begin with `net.`.
     ///
-    /// Errors: [`Error::Option`] for what is illegal alone or together, or an output of other features than the input.
+    /// Errors: [`ErrorKind::Option`](crate::ErrorKind::Option) for what is illegal alone or together, or an output of
+    /// other features than the input.
     pub fn new(config: &ContinuousTransformerWrapperConfig, store: &ParamStore) -> Result<Self> {
         let net = ContinuousTransformerWrapper::new(config, &store.at("net")).context("net")?;
         let dim = net.plan.layers.dim;
         let (dim_in, dim_out) = (net.plan.dim_in.unwrap_or(dim), net.plan.dim_out.unwrap_or(dim));
         ensure!(
             dim_in == dim_out,
-            Error::option("dim_out", format!("predictions are inputs: expected `dim_in` = {dim_in}, got {dim_out}"))
-                .context("net")
+            Error::option(
+                "dim_out",
+                format_args!("predictions are inputs: expected `dim_in` = {dim_in}, got {dim_out}")
+            )
+            .context("net")
         );
         Ok(Self { net })
     }
 
-    /// Mean squared error of the predictions of `x[:, 1:]` from `x[:, :-1]`: `[b, n + 1, dim_in]` to a scalar, in f32 for
-    /// half precision.
+    /// Mean squared error of the predictions of `x[:, 1:]` from `x[:, :-1]`: `[b, n + 1, dim_in]` to a scalar, in f32
+    /// for half precision.
     ///
     /// A mask as long as the sequence loses its last column. Predictions from masked positions do not count.
     ///
-    /// Errors: fewer than two vectors, no position that counts, options that ask for more than the output, and those of [`ContinuousTransformerWrapper::forward`].
+    /// Errors: fewer than two vectors, no position that counts, options that ask for more than the output, and those of
+    /// [`ContinuousTransformerWrapper::forward`].
     pub fn loss(&self, x: &Tensor, options: &ForwardOptions) -> Result<Tensor> {
         ensure!(
             x.rank() == 3 && x.shape()[1] >= 2,
-            Error::shape("loss", format!("expected [batch, n, features] with n of at least 2, got {:?}", x.shape()))
+            Error::shape(
+                "loss",
+                format_args!("expected [batch, n, features] with n of at least 2, got {:?}", x.shape())
+            )
         );
         options.check_output_only("loss")?;
         let n = x.shape()[1] - 1;
@@ -170,7 +181,10 @@ impl ContinuousAutoregressiveWrapper {
         let mut all = if flat { start.unsqueeze(0)? } else { start.clone() }.detach();
         ensure!(
             all.rank() == 3 && all.shape()[1] > 0,
-            Error::shape("start", format!("expected [batch, n, features] or [n, features], got {:?}", start.shape()))
+            Error::shape(
+                "start",
+                format_args!("expected [batch, n, features] or [n, features], got {:?}", start.shape())
+            )
         );
         let (b, prompt) = (all.dim(0)?, all.dim(1)?);
         let window = self.net.plan.window();

@@ -37,7 +37,7 @@ pub struct EncoderDecoderOptions {
 impl XTransformer {
     /// A model from its keywords; names begin with `encoder.` and `decoder.net.`.
     ///
-    /// Errors: [`Error::Option`] for what is illegal alone or together.
+    /// Errors: [`ErrorKind::Option`](crate::ErrorKind::Option) for what is illegal alone or together.
     pub fn new(config: &XTransformerConfig, store: &ParamStore) -> Result<Self> {
         let plan = config.plan()?;
         let encoder = TransformerWrapper::from_plan(plan.enc, &store.at("encoder"), None)?;

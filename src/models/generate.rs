@@ -21,8 +21,8 @@ pub struct GenerateOptions {
     /// Tokens of the vocabulary that end a row, `eos_token` in x-transformers; `pad_value` follows the first one.
     /// Generation stops once every row has ended. Default none.
     pub eos_tokens: Vec<i64>,
-    /// If `true`, a row whose prompt has one of `eos_tokens` has ended already, as in x-transformers. The turns of a chat
-    /// each end with one: use `false` there. Default `true`.
+    /// If `true`, a row whose prompt has one of `eos_tokens` has ended already, as in x-transformers. The turns of a
+    /// chat each end with one: use `false` there. Default `true`.
     pub eos_in_prompt: bool,
     /// Other ends, one for each row: each sees the new tokens of its row, the last of which ends the row. Default none.
     pub row_ends: Vec<Box<dyn RowEnd>>,
@@ -31,7 +31,8 @@ pub struct GenerateOptions {
     /// A seed for each row in place of `seed` and the row's number: a row then has the same tokens whatever batch it is
     /// in.
     pub row_seeds: Option<Vec<u64>>,
-    /// Number of tokens of each row of the prompt that count; the rest is padding. Every row goes on as if it were alone.
+    /// Number of tokens of each row of the prompt that count; the rest is padding. Every row goes on as if it were
+    /// alone.
     pub prompt_lengths: Option<Vec<usize>>,
     /// If `true`, that padding precedes the tokens instead of following them.
     pub left_padded: bool,
@@ -73,27 +74,30 @@ impl GenerateOptions {
         for &eos in &self.eos_tokens {
             ensure!(
                 usize::try_from(eos).is_ok_and(|eos| eos < vocabulary),
-                Error::option("eos_tokens", format!("expected some of the {vocabulary} tokens, from 0 on, got {eos}"))
+                Error::option(
+                    "eos_tokens",
+                    format_args!("expected some of the {vocabulary} tokens, from 0 on, got {eos}")
+                )
             );
         }
         ensure!(
             self.row_ends.is_empty() || self.row_ends.len() == rows,
             Error::option(
                 "row_ends",
-                format!("expected none or {rows}, one for each row, got {}", self.row_ends.len())
+                format_args!("expected none or {rows}, one for each row, got {}", self.row_ends.len())
             )
         );
         ensure!(
             self.repetition_penalty.is_finite() && self.repetition_penalty > 0.0,
             Error::option(
                 "repetition_penalty",
-                format!("expected a finite number above 0, got {}", self.repetition_penalty)
+                format_args!("expected a finite number above 0, got {}", self.repetition_penalty)
             )
         );
         if let Some(seeds) = &self.row_seeds {
             ensure!(
                 seeds.len() == rows,
-                Error::option("row_seeds", format!("expected {rows}, one for each row, got {}", seeds.len()))
+                Error::option("row_seeds", format_args!("expected {rows}, one for each row, got {}", seeds.len()))
             );
         }
         Ok(())

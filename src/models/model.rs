@@ -92,7 +92,7 @@ impl Inputs {
     }
 
     fn need(&mut self, name: &str) -> Result<Tensor> {
-        self.take(name).ok_or_else(|| Error::argument("inputs", format!("`{name}` is missing")))
+        self.take(name).ok_or_else(|| Error::argument("inputs", format_args!("`{name}` is missing")))
     }
 
     /// `mems.0`, `mems.1`, … as far as there are any.
@@ -129,7 +129,9 @@ impl Inputs {
 
     fn finish(self) -> Result<()> {
         match self.0.into_keys().next() {
-            Some(name) => Err(Error::argument("inputs", format!("`{name}` is given, but this call does not take it"))),
+            Some(name) => {
+                Err(Error::argument("inputs", format_args!("`{name}` is given, but this call does not take it")))
+            }
             None => Ok(()),
         }
     }
@@ -138,7 +140,7 @@ impl Inputs {
 impl Model {
     /// A model from its config; the store should be fresh.
     ///
-    /// Errors: [`Error::Option`] for what is illegal alone or together.
+    /// Errors: [`ErrorKind::Option`](crate::ErrorKind::Option) for what is illegal alone or together.
     pub fn new(config: &Config, store: &ParamStore) -> Result<Self> {
         let kind = match config {
             Config::TransformerWrapper(config) => Kind::Transformer(TransformerWrapper::new(config, store)?),
@@ -162,11 +164,12 @@ impl Model {
     /// One forward pass, and one backward pass if asked for.
     ///
     /// Inputs have the names of PyTorch's arguments: `x`, `mask`, `context`, `mems.0`, `src`, `img`, …; they are
-    /// moved to the model's device, and floats are converted to its dtype. With gradients, an output that is no loss needs a `cotangent` of its shape.
+    /// moved to the model's device, and floats are converted to its dtype. With gradients, an output that is no loss
+    /// needs a `cotangent` of its shape.
     ///
     /// Outputs: `out` (or `loss`, `[1]`), `mems.N`, `attn.N`, `grad.<parameter>`, and `grad.input.<name>` for the float
-    /// inputs `x`, `context` and `img`. Gradients that are zero everywhere are left out. A tied parameter has one entry,
-    /// in an encoder and decoder under the encoder's name.
+    /// inputs `x`, `context` and `img`. Gradients that are zero everywhere are left out. A tied parameter has one
+    /// entry, in an encoder and decoder under the encoder's name.
     ///
     /// Errors: inputs that are missing, not taken by this call, or do not fit.
     pub fn run(
@@ -200,7 +203,10 @@ impl Model {
                 (_, Some(cotangent)) => tape.backward_with(&forward.value, cotangent).context("cotangent")?,
                 (_, None) => {
                     let shape = forward.value.shape();
-                    return Err(Error::argument("inputs", format!("gradients need a `cotangent` of shape {shape:?}")));
+                    return Err(Error::argument(
+                        "inputs",
+                        format_args!("gradients need a `cotangent` of shape {shape:?}"),
+                    ));
                 }
             };
             let params = names(&self.params).map(|(name, param)| (format!("grad.{name}"), grads.param(param)));
@@ -232,8 +238,8 @@ impl Model {
     }
 
     /// The mean cross-entropy of the logits of a forward pass and these tokens or classes: what trains an encoder on
-    /// masked tokens, or a classifier. The logits `[.., num_tokens]`, whose targets are `[..]`, are made in blocks of rows
-    /// and not kept, as [`TransformerWrapper::cross_entropy`] says.
+    /// masked tokens, or a classifier. The logits `[.., num_tokens]`, whose targets are `[..]`, are made in blocks of
+    /// rows and not kept, as [`TransformerWrapper::cross_entropy`] says.
     ///
     /// Errors: as [`Model::forward`] and [`Tensor::cross_entropy`]; a model whose output is a loss or no logits.
     pub fn cross_entropy(
@@ -339,8 +345,8 @@ impl Model {
     }
 }
 
-/// The ends of `generate` as x-transformers 0.22 has them: once every row has the end token, be it in its prompt, it stops behind the
-/// token that it has just drawn, and only then is what follows the first end of each row overwritten.
+/// The ends of `generate` as x-transformers 0.22 has them: once every row has the end token, be it in its prompt, it
+/// stops behind the token that it has just drawn, and only then is what follows the first end of each row overwritten.
 struct Ends {
     eos: Option<i64>,
     pad_value: i64,
@@ -407,7 +413,7 @@ fn filter(logits: &Tensor, config: &SamplingConfig) -> Result<Tensor> {
         logits.rank() == 2 && logits.dtype().is_float(),
         Error::shape(
             "logits",
-            format!("expected floats [batch, num_tokens], got {:?} {}", logits.shape(), logits.dtype())
+            format_args!("expected floats [batch, num_tokens], got {:?} {}", logits.shape(), logits.dtype())
         )
     );
     let width = logits.shape()[1].max(1);

@@ -5,7 +5,8 @@ use std::cell::RefCell;
 use super::{DecodeCache, TransformerWrapper, sample_tokens};
 use crate::{DType, Device, Error, Graph, ParamMap, Result, Tensor, config::SamplingConfig, error::ensure};
 
-/// A token in each row joins a cache, and the next one is drawn: recorded once and replayed with one call of the driver.
+/// A token in each row joins a cache, and the next one is drawn: recorded once and replayed with one call of the
+/// driver.
 ///
 /// Tokens, lengths and the number of the step are inputs of the graph; nothing is read back. Tokens are those of
 /// [`TransformerWrapper::extend`] and [`sample_tokens`].
@@ -65,7 +66,7 @@ impl RecordedDecode {
         let longest = self.cache.lengths().iter().copied().max().unwrap_or(0);
         ensure!(
             longest < self.cache.capacity(),
-            Error::argument("cache", format!("is full: a row has all of its {longest} tokens"))
+            Error::argument("cache", format_args!("is full: a row has all of its {longest} tokens"))
         );
         ensure!(
             self.cache.is_unique(),

@@ -9,9 +9,9 @@ use crate::{
 
 /// Sequences that grow, with what the model keeps of them.
 ///
-/// Each row has its own length. Rows within `max_seq_len` are in a cache, unless the model cannot have one; the window of
-/// a longer row is computed anew for each token, because every token in it has another position and another past than
-/// before.
+/// Each row has its own length. Rows within `max_seq_len` are in a cache, unless the model cannot have one; the window
+/// of a longer row is computed anew for each token, because every token in it has another position and another past
+/// than before.
 #[derive(Clone, Debug)]
 pub(super) struct Rows<'m> {
     net: &'m TransformerWrapper,
@@ -40,18 +40,18 @@ impl<'m> Rows<'m> {
             (1..=2).contains(&start_tokens.rank()) && start_tokens.dtype() == DType::I64,
             Error::shape(
                 "start_tokens",
-                format!("expected i64 [batch, n] or [n], got {:?} {}", start_tokens.shape(), start_tokens.dtype())
+                format_args!("expected i64 [batch, n] or [n], got {:?} {}", start_tokens.shape(), start_tokens.dtype())
             )
         );
         let t = start_tokens.shape().last().copied().unwrap_or(0);
         ensure!(
             start_tokens.numel() > 0,
-            Error::shape("start_tokens", format!("expected a token, got {:?}", start_tokens.shape()))
+            Error::shape("start_tokens", format_args!("expected a token, got {:?}", start_tokens.shape()))
         );
         let tokens: Vec<Vec<i64>> = start_tokens.to_vec::<i64>()?.chunks(t).map(<[i64]>::to_vec).collect();
         let vocabulary = net.plan().num_tokens;
         if let Some(&index) = tokens.iter().flatten().find(|&&token| token < 0 || token as usize >= vocabulary) {
-            return Err(Error::Index { op: "start_tokens", what: "token", index, limit: vocabulary });
+            return Err(Error::index("start_tokens", "token", index, vocabulary));
         }
         let tokens = unpadded(tokens, options)?;
         let b = tokens.len();
@@ -114,7 +114,8 @@ impl<'m> Rows<'m> {
         Ok(self.last_logits(&last)?.into_iter().map(|mut rows| rows.pop().unwrap_or_default()).collect())
     }
 
-    /// The logits behind the last token of every row, `[b, num_tokens]`; those of rows that are not wanted are anything.
+    /// The logits behind the last token of every row, `[b, num_tokens]`; those of rows that are not wanted are
+    /// anything.
     pub fn logits_of_all(&mut self, wanted: &[bool]) -> Result<Tensor> {
         let last: Vec<usize> = wanted.iter().map(|&wanted| usize::from(wanted)).collect();
         let (order, mut hidden) = self.last_hidden(&last)?;
@@ -126,8 +127,8 @@ impl<'m> Rows<'m> {
         Ok(self.net.logits(&hidden).context("net")?.detach())
     }
 
-    /// For each row the logits behind its last `last[row]` tokens, in f64. More than one only of rows in the cache that have
-    /// so many tokens which are not in it yet.
+    /// For each row the logits behind its last `last[row]` tokens, in f64. More than one only of rows in the cache that
+    /// have so many tokens which are not in it yet.
     pub fn last_logits(&mut self, last: &[usize]) -> Result<Vec<Vec<Vec<f64>>>> {
         let (order, hidden) = self.last_hidden(last)?;
         let values = self.net.logits(&hidden).context("net")?.detach().to_f64_vec()?;
@@ -208,7 +209,8 @@ impl<'m> Rows<'m> {
         }
     }
 
-    /// The hidden states of the last tokens of these rows, of which the model sees so many, without a cache: `[rows, dim]`.
+    /// The hidden states of the last tokens of these rows, of which the model sees so many, without a cache: `[rows,
+    /// dim]`.
     fn recompute(&self, rows: &[usize], seen: usize) -> Result<Tensor> {
         let b = rows.len();
         let last = |row: &Vec<i64>| row[row.len() - seen..].to_vec();
@@ -259,7 +261,7 @@ fn unpadded(mut tokens: Vec<Vec<i64>>, options: &GenerateOptions) -> Result<Vec<
         lengths.len() == tokens.len() && lengths.iter().all(|length| (1..=t).contains(length)),
         Error::option(
             "prompt_lengths",
-            format!("expected {} numbers from 1 to {t}, one for each row, got {lengths:?}", tokens.len())
+            format_args!("expected {} numbers from 1 to {t}, one for each row, got {lengths:?}", tokens.len())
         )
     );
     for (row, &length) in tokens.iter_mut().zip(lengths) {
@@ -276,6 +278,9 @@ fn unpadded(mut tokens: Vec<Vec<i64>>, options: &GenerateOptions) -> Result<Vec<
 fn prompt_mask(forward: &ForwardOptions, b: usize, t: usize) -> Result<Option<Vec<Vec<bool>>>> {
     let Some(mask) = &forward.mask else { return Ok(None) };
     let fits = mask.numel() == b * t && mask.shape().last() == Some(&t) && mask.dtype() == DType::Bool;
-    ensure!(fits, Error::shape("mask", format!("expected bool [{b}, {t}], got {:?} {}", mask.shape(), mask.dtype())));
+    ensure!(
+        fits,
+        Error::shape("mask", format_args!("expected bool [{b}, {t}], got {:?} {}", mask.shape(), mask.dtype()))
+    );
     Ok(Some(mask.to_vec::<bool>()?.chunks(t).map(<[bool]>::to_vec).collect()))
 }

@@ -12,30 +12,33 @@ pub(super) fn check(config: &SamplingConfig) -> Result<()> {
     let SamplingConfig { filter_thres, k, min_p_pow, min_p_ratio, temperature, .. } = *config;
     ensure!(
         temperature.is_finite() && temperature >= 0.0,
-        Error::option("temperature", format!("expected a finite number of at least 0, got {temperature}"))
+        Error::option("temperature", format_args!("expected a finite number of at least 0, got {temperature}"))
     );
     ensure!(
         (0.0..=1.0).contains(&filter_thres),
-        Error::option("filter_thres", format!("expected 0 to 1, got {filter_thres}"))
+        Error::option("filter_thres", format_args!("expected 0 to 1, got {filter_thres}"))
     );
     ensure!(k != Some(0), Error::option("k", "expected at least 1, got 0"));
     ensure!(
         k.is_none() || config.filter_logits_fn == FilterLogits::TopK,
-        Error::option("k", format!("acts with `filter_logits_fn` = top_k, not with {:?}", config.filter_logits_fn))
+        Error::option(
+            "k",
+            format_args!("acts with `filter_logits_fn` = top_k, not with {:?}", config.filter_logits_fn)
+        )
     );
     ensure!(
         (0.0..=1.0).contains(&min_p_ratio),
-        Error::option("min_p_ratio", format!("expected 0 to 1, got {min_p_ratio}"))
+        Error::option("min_p_ratio", format_args!("expected 0 to 1, got {min_p_ratio}"))
     );
     ensure!(
         min_p_pow.is_finite() && min_p_pow >= 0.0,
-        Error::option("min_p_pow", format!("expected a finite number of at least 0, got {min_p_pow}"))
+        Error::option("min_p_pow", format_args!("expected a finite number of at least 0, got {min_p_pow}"))
     );
     Ok(())
 }
 
-/// Draws a token for each row of logits where they are: `[b, tokens] → [b]` I64. Row `i` takes draw `step` of stream `i`
-/// of [`Philox`](crate::Philox) under the seed; `step` is one I64 on the logits' device.
+/// Draws a token for each row of logits where they are: `[b, tokens] → [b]` I64. Row `i` takes draw `step` of stream
+/// `i` of [`Philox`](crate::Philox) under the seed; `step` is one I64 on the logits' device.
 ///
 /// The distribution is that of [`filter_probabilities`], of which shares below about 1e-11 of the largest are lost, and
 /// the tokens are the same on every device ([`Tensor::sample`]).
@@ -127,7 +130,7 @@ pub fn filter_probabilities(logits: &[Vec<f64>], config: &SamplingConfig) -> Res
 pub fn sample(logits: &[Vec<f64>], config: &SamplingConfig, draws: &[f64]) -> Result<Vec<i64>> {
     ensure!(
         logits.len() == draws.len(),
-        Error::argument("sample", format!("expected one draw per row, got {} for {}", draws.len(), logits.len()))
+        Error::argument("sample", format_args!("expected one draw per row, got {} for {}", draws.len(), logits.len()))
     );
     let probabilities = filter_probabilities(logits, config)?;
     Ok(probabilities.iter().zip(draws).map(|(row, &draw)| pick(row, draw)).collect())

@@ -230,7 +230,7 @@ impl SentenceEncoder {
                     pooled = true;
                 }
                 SentenceModule::Dense(_, Features::Tokens) | SentenceModule::Normalize(Features::Tokens) => {}
-                other => ensure!(pooled, Error::argument(OP, format!("`{other}` comes before any pooling"))),
+                other => ensure!(pooled, Error::argument(OP, format_args!("`{other}` comes before any pooling"))),
             }
         }
         ensure!(pooled, Error::argument(OP, "none is a pooling, which gives a text one vector"));
@@ -256,7 +256,10 @@ impl SentenceEncoder {
     pub fn embed_after(&self, tokens: &Tensor, mask: Option<&Tensor>, prompt_len: usize) -> Result<Tensor> {
         ensure!(
             tokens.rank() == 2 && tokens.shape()[1] > 0,
-            Error::shape("tokens", format!("expected i64 [batch, n] with n of at least 1, got {:?}", tokens.shape()))
+            Error::shape(
+                "tokens",
+                format_args!("expected i64 [batch, n] with n of at least 1, got {:?}", tokens.shape())
+            )
         );
         let options = ForwardOptions { mask: mask.cloned(), return_embeddings: true, ..ForwardOptions::default() };
         let mut hidden = self.model.forward(tokens, &options)?.out;
@@ -329,7 +332,7 @@ impl Kept {
         if let Some(mask) = mask {
             ensure!(
                 mask.rank() == 2 && mask.shape()[..] == [b, n] && mask.dtype() == DType::Bool,
-                Error::shape("mask", format!("expected bool [{b}, {n}], got {:?} {}", mask.shape(), mask.dtype()))
+                Error::shape("mask", format_args!("expected bool [{b}, {n}], got {:?} {}", mask.shape(), mask.dtype()))
             );
             let mask = mask.to_vec::<bool>()?;
             rows = mask.chunks(n.max(1)).map(<[bool]>::to_vec).collect();

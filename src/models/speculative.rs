@@ -31,8 +31,8 @@ impl AutoregressiveWrapper {
     /// `ahead` tokens one by one, and this model judges them in one pass.
     ///
     /// The tokens are distributed as those of this model alone, whatever the draft; with temperature 0 they are the
-    /// same. Draws are others than those of `generate`. `on_token` gets the tokens of a step row by row, as many as it has
-    /// brought, and is called after each step.
+    /// same. Draws are others than those of `generate`. `on_token` gets the tokens of a step row by row, as many as it
+    /// has brought, and is called after each step.
     ///
     /// Errors: as [`AutoregressiveWrapper::generate`], a draft of another vocabulary, `ahead` of 0, or a model that
     /// cannot have a cache.
@@ -49,7 +49,7 @@ impl AutoregressiveWrapper {
         let (own, other) = (self.net.plan().num_tokens, draft.net.plan().num_tokens);
         ensure!(
             own == other,
-            Error::option("draft", format!("expected a model of the same {own} tokens, this one has {other}"))
+            Error::option("draft", format_args!("expected a model of the same {own} tokens, this one has {other}"))
         );
         ensure!(ahead > 0, Error::option("ahead", "expected at least 1, got 0"));
         ensure!(
@@ -59,7 +59,7 @@ impl AutoregressiveWrapper {
         let room = seq_len.saturating_add(ahead);
         let mut rows = Rows::new(self, start_tokens, room, options)?;
         if let Err(why) = self.net.supports_kv_cache(&options.forward) {
-            return Err(Error::option("draft", format!("needs a model whose sequences grow in a cache: {why}")));
+            return Err(Error::option("draft", format_args!("needs a model whose sequences grow in a cache: {why}")));
         }
         ensure!(rows.is_cached(), Error::option("draft", "cannot be used with `recompute`"));
         let b = rows.tokens.len();

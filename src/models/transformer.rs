@@ -93,15 +93,16 @@ impl MaskedHead {
 impl TransformerWrapper {
     /// A model from its keywords, with parameters under the names of PyTorch's state dict.
     ///
-    /// Errors: [`Error::Option`] for what is illegal alone or together.
+    /// Errors: [`ErrorKind::Option`](crate::ErrorKind::Option) for what is illegal alone or together.
     pub fn new(config: &TransformerWrapperConfig, store: &ParamStore) -> Result<Self> {
         Self::from_plan(config.plan()?, store, None)
     }
 
-    /// A model some of whose layers have a branch of one's own, see [`AttentionLayers::with_branches`]. Generation, caches,
-    /// recomputation and losses work as for any other.
+    /// A model some of whose layers have a branch of one's own, see [`AttentionLayers::with_branches`]. Generation,
+    /// caches, recomputation and losses work as for any other.
     ///
-    /// Errors: [`Error::Option`] for what is illegal alone or together, and those of `branches`.
+    /// Errors: [`ErrorKind::Option`](crate::ErrorKind::Option) for what is illegal alone or together, and those of
+    /// `branches`.
     pub fn with_branches(
         config: &TransformerWrapperConfig,
         store: &ParamStore,
@@ -171,12 +172,12 @@ impl TransformerWrapper {
         &self.token_emb
     }
 
-    /// Computes with the weights of linear layers in eight bits from now on, each row with its own scale and sums in f32:
-    /// decoding reads a quarter of the bytes of f32. Embeddings, norms and gates stay as they are. Such a model gives no
-    /// gradients; clones that were made before keep their weights.
+    /// Computes with the weights of linear layers in eight bits from now on, each row with its own scale and sums in
+    /// f32: decoding reads a quarter of the bytes of f32. Embeddings, norms and gates stay as they are. Such a model
+    /// gives no gradients; clones that were made before keep their weights.
     ///
-    /// A text of 66 kB cost SmolLM2-135M 1.3215 bits per byte instead of 1.3207 (`xt generate --score FILE --weights int8`);
-    /// the README has more.
+    /// A text of 66 kB cost SmolLM2-135M 1.3215 bits per byte instead of 1.3207 (`xt generate --score FILE --weights
+    /// int8`); the README has more.
     ///
     /// Errors: weights that are not finite.
     #[doc(alias = "quantize_dynamic")]
@@ -205,8 +206,8 @@ impl TransformerWrapper {
     /// Tokens `[b, n]` to logits, or to what the options ask for. With `average_pool_embed` they are those of the mean
     /// over the tokens that the mask keeps, `[b, ..]`.
     ///
-    /// Errors: tokens of another rank or dtype, out of the vocabulary ([`Error::Index`]), or more than a table of absolute
-    /// positions has, `max_seq_len`; options that do not fit the model.
+    /// Errors: tokens of another rank or dtype, out of the vocabulary ([`ErrorKind::Index`](crate::ErrorKind::Index)),
+    /// or more than a table of absolute positions has, `max_seq_len`; options that do not fit the model.
     pub fn forward(&self, tokens: &Tensor, options: &ForwardOptions) -> Result<Output> {
         let x = self.embed(tokens, options)?;
         let memory_tokens = self.plan.num_memory_tokens;
@@ -222,8 +223,8 @@ impl TransformerWrapper {
         Ok(Output { out, mems, attn: layers.attn })
     }
 
-    /// The mean cross-entropy of the logits of normed hidden states, `[.., dim]` with targets `[..]`, which are made in blocks
-    /// of rows and not kept: see [`Tensor::linear_cross_entropy`].
+    /// The mean cross-entropy of the logits of normed hidden states, `[.., dim]` with targets `[..]`, which are made in
+    /// blocks of rows and not kept: see [`Tensor::linear_cross_entropy`].
     ///
     /// Errors: as those of [`TransformerWrapper::logits`] and [`Tensor::cross_entropy`].
     pub fn cross_entropy(&self, embeddings: &Tensor, targets: &Tensor, ignore_index: i64) -> Result<Tensor> {
@@ -278,7 +279,10 @@ impl TransformerWrapper {
     pub(super) fn check_tokens(&self, tokens: &Tensor) -> Result<()> {
         ensure!(
             tokens.rank() == 2 && tokens.dtype() == DType::I64,
-            Error::shape("tokens", format!("expected i64 [batch, n], got {:?} {}", tokens.shape(), tokens.dtype()))
+            Error::shape(
+                "tokens",
+                format_args!("expected i64 [batch, n], got {:?} {}", tokens.shape(), tokens.dtype())
+            )
         );
         Ok(())
     }
@@ -320,7 +324,7 @@ impl TransformerWrapper {
         let (Some(mask), true) = (mask, self.memory_tokens.is_some()) else { return Ok(mask.cloned()) };
         ensure!(
             mask.rank() == 2 && mask.dtype() == DType::Bool,
-            Error::shape("mask", format!("expected bool [batch, n], got {:?} {}", mask.shape(), mask.dtype()))
+            Error::shape("mask", format_args!("expected bool [batch, n], got {:?} {}", mask.shape(), mask.dtype()))
         );
         let kept = Tensor::ones([mask.dim(0)?, self.plan.num_memory_tokens], DType::Bool, mask.device())?;
         Tensor::cat(&[&kept, mask], 1).map(Some)
@@ -343,7 +347,12 @@ impl TransformerWrapper {
             types.shape() == tokens.shape() && types.dtype() == DType::I64,
             Error::shape(
                 "token_types",
-                format!("expected i64 {:?}, as the tokens, got {:?} {}", tokens.shape(), types.shape(), types.dtype())
+                format_args!(
+                    "expected i64 {:?}, as the tokens, got {:?} {}",
+                    tokens.shape(),
+                    types.shape(),
+                    types.dtype()
+                )
             )
         );
         table.forward(types).context("token_type_emb").map(Some)
@@ -394,7 +403,10 @@ pub(crate) fn mean_over_tokens(x: &Tensor, mask: Option<&Tensor>) -> Result<Tens
     let Some(mask) = mask else { return x.mean(&[1]) };
     ensure!(
         mask.rank() == 2 && mask.shape()[..] == x.shape()[..2] && mask.dtype() == DType::Bool,
-        Error::shape("mask", format!("expected bool {:?}, got {:?} {}", &x.shape()[..2], mask.shape(), mask.dtype()))
+        Error::shape(
+            "mask",
+            format_args!("expected bool {:?}, got {:?} {}", &x.shape()[..2], mask.shape(), mask.dtype())
+        )
     );
     let n = x.dim(1)?;
     let weights: Vec<f64> = mask
@@ -411,6 +423,9 @@ pub(crate) fn mean_over_tokens(x: &Tensor, mask: Option<&Tensor>) -> Result<Tens
 
 /// Refuses a sequence that is too long.
 pub(super) fn check_length(n: usize, max_seq_len: usize) -> Result<()> {
-    ensure!(n <= max_seq_len, Error::argument("sequence", format!("has length {n}, `max_seq_len` is {max_seq_len}")));
+    ensure!(
+        n <= max_seq_len,
+        Error::argument("sequence", format_args!("has length {n}, `max_seq_len` is {max_seq_len}"))
+    );
     Ok(())
 }

@@ -47,7 +47,7 @@ pub struct ViTransformerWrapper {
 impl ViTransformerWrapper {
     /// A model from its keywords, with parameters under the names of PyTorch's state dict.
     ///
-    /// Errors: [`Error::Option`] for what is illegal alone or together.
+    /// Errors: [`ErrorKind::Option`](crate::ErrorKind::Option) for what is illegal alone or together.
     pub fn new(config: &ViTransformerWrapperConfig, store: &ParamStore) -> Result<Self> {
         let plan = config.plan()?;
         let dim = plan.layers.dim;
@@ -95,7 +95,7 @@ impl ViTransformerWrapper {
             image.rank() == 4 && image.shape()[1] == 3 && image.dtype().is_float(),
             Error::shape(
                 "img",
-                format!("expected floats [batch, 3, height, width], got {:?} {}", image.shape(), image.dtype())
+                format_args!("expected floats [batch, 3, height, width], got {:?} {}", image.shape(), image.dtype())
             )
         );
         let (b, height, width) = (image.shape()[0], image.shape()[2], image.shape()[3]);
@@ -104,7 +104,10 @@ impl ViTransformerWrapper {
             height.is_multiple_of(p) && width.is_multiple_of(p) && n <= self.plan.patches,
             Error::shape(
                 "img",
-                format!("expected up to {} patches of {p} by {p} pixels, got {height} by {width}", self.plan.patches)
+                format_args!(
+                    "expected up to {} patches of {p} by {p} pixels, got {height} by {width}",
+                    self.plan.patches
+                )
             )
         );
         image.reshape([b, 3, height / p, p, width / p, p])?.permute(&[0, 2, 4, 3, 5, 1])?.reshape([b, n, 3 * p * p])

@@ -5,8 +5,8 @@ use std::fmt;
 use super::{cache::Decode, step::DecodeStep};
 use crate::{Error, Result, Tensor, error::ensure};
 
-/// A function that stands in a stack of layers in place of an attention or a feedforward, between the layer's norm and its
-/// residual: see [`AttentionLayers::with_branches`](super::AttentionLayers::with_branches).
+/// A function that stands in a stack of layers in place of an attention or a feedforward, between the layer's norm and
+/// its residual: see [`AttentionLayers::with_branches`](super::AttentionLayers::with_branches).
 ///
 /// Each position may depend on itself and on the positions before it. A branch that needs the latter asks [`Past`] for
 /// them, which knows whole sequences and those that continue in a cache alike: with the one `forward`, generation has
@@ -49,8 +49,8 @@ pub trait Branch: fmt::Debug + Send + Sync {
     /// Computes the branch: `[b, n, dim] → [b, n, dim]`.
     fn forward(&self, x: &Tensor, past: &mut Past<'_>) -> Result<Tensor>;
 
-    /// Returns `Ok` if the outputs of the first positions do not depend on later ones, so that sequences can continue in a
-    /// cache. The default is `Ok`.
+    /// Returns `Ok` if the outputs of the first positions do not depend on later ones, so that sequences can continue
+    /// in a cache. The default is `Ok`.
     ///
     /// Errors: the reason why growing sequences must be computed anew in each step.
     fn supports_kv_cache(&self) -> std::result::Result<(), &'static str> {
@@ -58,11 +58,11 @@ pub trait Branch: fmt::Debug + Send + Sync {
     }
 }
 
-/// The positions before those of a call of [`Branch::forward`]: none for whole sequences, and for sequences that continue
-/// what earlier calls have kept.
+/// The positions before those of a call of [`Branch::forward`]: none for whole sequences, and for sequences that
+/// continue what earlier calls have kept.
 ///
-/// Rows are kept in slots, numbered from 0, each of its own width. A slot grows and is cut with its sequence, so it holds
-/// a row per position: for a recurrent branch the state after each position.
+/// Rows are kept in slots, numbered from 0, each of its own width. A slot grows and is cut with its sequence, so it
+/// holds a row per position: for a recurrent branch the state after each position.
 #[derive(Debug)]
 pub struct Past<'c> {
     mask: Option<&'c Tensor>,
@@ -82,13 +82,14 @@ impl<'c> Past<'c> {
     }
 
     /// The `count` rows of a slot before the call's positions, `[b, count, width]`, of the dtype and device of `x`, the
-    /// branch's input `[b, n, dim]`. Rows before the first position of a sequence, and those that were not kept, are zero.
+    /// branch's input `[b, n, dim]`. Rows before the first position of a sequence, and those that were not kept, are
+    /// zero.
     ///
     /// Errors: no rows or features, more than 64 slots, or another width than the slot has.
     pub fn before(&mut self, slot: usize, count: usize, width: usize, x: &Tensor) -> Result<Tensor> {
         ensure!(
             count > 0 && width > 0,
-            Error::argument("past", format!("expected at least one row and feature, got {count} rows of {width}"))
+            Error::argument("past", format_args!("expected at least one row and feature, got {count} rows of {width}"))
         );
         let Some((slots, step)) = &mut self.slots else {
             return Tensor::zeros([x.dim(0)?, count, width], x.dtype(), x.device());
@@ -96,12 +97,13 @@ impl<'c> Past<'c> {
         let buffer = buffer(slots, slot, step.capacity + count, width, x)?;
         ensure!(
             buffer.dim(3)? == width,
-            Error::shape("past", format!("slot {slot} has rows of {}, expected {width}", buffer.dim(3)?))
+            Error::shape("past", format_args!("slot {slot} has rows of {}, expected {width}", buffer.dim(3)?))
         );
         buffer.shift_rows(&step.device_lengths, count, &[count as isize], None)
     }
 
-    /// Keeps a row for each of the call's positions, `[b, n, width]`, for later calls; of whole sequences nothing is kept.
+    /// Keeps a row for each of the call's positions, `[b, n, width]`, for later calls; of whole sequences nothing is
+    /// kept.
     ///
     /// Errors: more than 64 slots, or rows of another shape or dtype than the slot has.
     pub fn keep(&mut self, slot: usize, rows: &Tensor) -> Result<()> {
@@ -111,8 +113,8 @@ impl<'c> Past<'c> {
         buffer.write_rows(&rows, &step.device_lengths, 0)
     }
 
-    /// The rows `[b, n, width]` with the `count` rows before them, `[b, count + n, width]`, and keeps them: the input of a
-    /// causal convolution or of local attention.
+    /// The rows `[b, n, width]` with the `count` rows before them, `[b, count + n, width]`, and keeps them: the input
+    /// of a causal convolution or of local attention.
     ///
     /// Errors: as [`Past::before`] and [`Past::keep`].
     pub fn window(&mut self, slot: usize, rows: &Tensor, count: usize) -> Result<Tensor> {
@@ -131,7 +133,7 @@ fn buffer<'s>(
     like: &Tensor,
 ) -> Result<&'s mut Tensor> {
     const MOST: usize = 64;
-    ensure!(slot < MOST, Error::argument("past", format!("expected a slot below {MOST}, got {slot}")));
+    ensure!(slot < MOST, Error::argument("past", format_args!("expected a slot below {MOST}, got {slot}")));
     if slots.len() <= slot {
         slots.resize(slot + 1, None);
     }

@@ -41,7 +41,7 @@ impl ForwardOptions {
         ];
         match asked.into_iter().find(|(_, asked)| *asked) {
             Some((name, _)) => {
-                Err(Error::argument(op, format!("has no place for `{name}`; use `forward` of the wrapped model")))
+                Err(Error::argument(op, format_args!("has no place for `{name}`; use `forward` of the wrapped model")))
             }
             None => Ok(()),
         }
@@ -53,7 +53,10 @@ impl ForwardOptions {
         let dim = plan.dim;
         ensure!(
             x.rank() == 3 && x.shape()[2] == dim && x.dtype().is_float(),
-            Error::shape(OP, format!("expected a float tensor [batch, n, {dim}], got {:?} {}", x.shape(), x.dtype()))
+            Error::shape(
+                OP,
+                format_args!("expected a float tensor [batch, n, {dim}], got {:?} {}", x.shape(), x.dtype())
+            )
         );
         let (b, n) = (x.shape()[0], x.shape()[1]);
         check_mask("mask", self.mask.as_ref(), b, n)?;
@@ -72,7 +75,7 @@ impl ForwardOptions {
                     context.rank() == 3 && shape[0] == b && shape[2] == dim && context.dtype() == x.dtype(),
                     Error::shape(
                         "context",
-                        format!("expected [{b}, length, {dim}] {}, got {shape:?} {}", x.dtype(), context.dtype())
+                        format_args!("expected [{b}, length, {dim}] {}, got {shape:?} {}", x.dtype(), context.dtype())
                     )
                 );
                 check_mask("context_mask", self.context_mask.as_ref(), b, shape[1])?;
@@ -100,14 +103,17 @@ impl ForwardOptions {
         let (expected, b, dim) = (plan.self_attentions(), x.shape()[0], plan.dim);
         ensure!(
             mems.len() == expected,
-            Error::argument("mems", format!("expected one per self-attention layer, {expected}, got {}", mems.len()))
+            Error::argument(
+                "mems",
+                format_args!("expected one per self-attention layer, {expected}, got {}", mems.len())
+            )
         );
         let fits =
             |mem: &Tensor| mem.rank() == 3 && mem.shape()[0] == b && mem.shape()[2] == dim && mem.dtype() == x.dtype();
         match mems.iter().find(|mem| !fits(mem)) {
             Some(mem) => Err(Error::shape(
                 "mems",
-                format!("expected [{b}, memories, {dim}] {}, got {:?} {}", x.dtype(), mem.shape(), mem.dtype()),
+                format_args!("expected [{b}, memories, {dim}] {}, got {:?} {}", x.dtype(), mem.shape(), mem.dtype()),
             )),
             None => Ok(()),
         }
@@ -118,11 +124,11 @@ fn check_mask(name: &'static str, mask: Option<&Tensor>, b: usize, n: usize) -> 
     let Some(mask) = mask else { return Ok(()) };
     ensure!(
         **mask.shape() == [b, n],
-        Error::shape(name, format!("expected [{b}, {n}], one value per token, got {:?}", mask.shape()))
+        Error::shape(name, format_args!("expected [{b}, {n}], one value per token, got {:?}", mask.shape()))
     );
     ensure!(
         mask.dtype() == DType::Bool,
-        Error::dtype(name, format!("expected bool, true for tokens that are no padding, got {}", mask.dtype()))
+        Error::dtype(name, format_args!("expected bool, true for tokens that are no padding, got {}", mask.dtype()))
     );
     Ok(())
 }

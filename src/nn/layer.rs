@@ -152,7 +152,7 @@ fn custom(branch: &dyn Branch, x: &Tensor, past: &mut Past<'_>) -> Result<Tensor
         out.shape() == x.shape() && out.dtype() == x.dtype(),
         Error::shape(
             "branch",
-            format!("expected an output {:?} {}, got {:?} {}", x.shape(), x.dtype(), out.shape(), out.dtype())
+            format_args!("expected an output {:?} {}, got {:?} {}", x.shape(), x.dtype(), out.shape(), out.dtype())
         )
     );
     Ok(out)

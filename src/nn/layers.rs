@@ -66,9 +66,10 @@ impl AttentionLayers {
         Self::with_branches(plan, store, |_, _, _| Ok(None))
     }
 
-    /// The planned layers, of which some have a [`Branch`] of one's own: `branches` is given each sublayer's index, its plan
-    /// and the place of its branch's parameters, and returns a branch, or `None` for the planned one. Norms, residual and
-    /// what else lies around a branch stay as planned. With tied layers the branches of the first block are those of all.
+    /// The planned layers, of which some have a [`Branch`] of one's own: `branches` is given each sublayer's index, its
+    /// plan and the place of its branch's parameters, and returns a branch, or `None` for the planned one. Norms,
+    /// residual and what else lies around a branch stay as planned. With tied layers the branches of the first block
+    /// are those of all.
     ///
     /// Errors: those of `branches`.
     pub fn with_branches(
@@ -98,8 +99,8 @@ impl AttentionLayers {
         Ok(Self { plan: Arc::new(plan), layers, bias, rotary, infused })
     }
 
-    /// Computes with the weights of all linear layers in eight bits from now on; norms, gates and branches of one's own stay
-    /// as they are.
+    /// Computes with the weights of all linear layers in eight bits from now on; norms, gates and branches of one's own
+    /// stay as they are.
     ///
     /// Errors: weights that are not finite.
     pub fn quantize_int8(&mut self) -> Result<()> {
@@ -123,7 +124,8 @@ impl AttentionLayers {
         Ok(LayersOutput { out: stream.whole()?, hiddens, attn })
     }
 
-    /// Runs [`AttentionLayers::forward`] and the norm that a wrapper has after its layers. Errors name the wrapper's places.
+    /// Runs [`AttentionLayers::forward`] and the norm that a wrapper has after its layers. Errors name the wrapper's
+    /// places.
     pub(crate) fn forward_normed(
         &self,
         x: &Tensor,
@@ -235,7 +237,7 @@ impl AttentionLayers {
     /// Errors: [`AttentionLayers::supports_kv_cache`], or no rows or positions.
     pub fn cache(&self, batch: usize, capacity: usize, dtype: DType, options: &ForwardOptions) -> Result<LayersCache> {
         if let Err(why) = self.supports_kv_cache(options) {
-            return Err(Error::argument("cache", format!("cannot be used: {why}")));
+            return Err(Error::argument("cache", format_args!("cannot be used: {why}")));
         }
         let options = ForwardOptions {
             context: options.context.clone(),
@@ -251,10 +253,11 @@ impl AttentionLayers {
         LayersCache::new(batch, capacity, self.layers.len(), tables, options)
     }
 
-    /// Computes the next `n` positions of every sequence as [`AttentionLayers::forward`] would: `[b, n, dim] → [b, n, dim]`.
+    /// Computes the next `n` positions of every sequence as [`AttentionLayers::forward`] would: `[b, n, dim] → [b, n,
+    /// dim]`.
     ///
-    /// Of each row the first `counts[b]` positions join its sequence; those after them are computed and forgotten, so that
-    /// rows of different lengths go together. `mask`: padding mask, `[b, n]`; `true` marks a real token.
+    /// Of each row the first `counts[b]` positions join its sequence; those after them are computed and forgotten, so
+    /// that rows of different lengths go together. `mask`: padding mask, `[b, n]`; `true` marks a real token.
     ///
     /// Errors: sequences that outgrow the cache, or tensors that do not fit.
     pub fn extend(
@@ -276,7 +279,7 @@ impl AttentionLayers {
             b == cache.batch() && counts.len() == b && counts.iter().zip(cache.lengths()).all(fits),
             Error::shape(
                 "cache",
-                format!(
+                format_args!(
                     "{counts:?} of {n} new positions in {b} rows do not fit {} sequences of {:?} of {} positions",
                     cache.batch(),
                     cache.lengths(),

@@ -41,8 +41,8 @@ impl AbsolutePositionalEmbedding {
     }
 }
 
-/// Registers the frequencies of a rotation as the buffer `inv_freq`, `[⌈dim / 2⌉]`, in f32 whatever the model's dtype: half
-/// types would turn far positions by wrong angles.
+/// Registers the frequencies of a rotation as the buffer `inv_freq`, `[⌈dim / 2⌉]`, in f32 whatever the model's dtype:
+/// half types would turn far positions by wrong angles.
 pub fn rotary_frequencies(plan: &RotaryPlan, store: &ParamStore) -> Result<Buffer> {
     let values = Tensor::generate([plan.dim.div_ceil(2)], DType::F32, store.device(), |k| plan.frequency(k))?;
     store.buffer("inv_freq", values)

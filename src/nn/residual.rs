@@ -3,7 +3,8 @@
 use super::Norm;
 use crate::{Init, Param, ParamStore, Result, Tensor, config::ResidualPlan};
 
-/// The residual stream between sublayers, `[.., dim]`: a sum is left to the norm after it, which computes it on the way.
+/// The residual stream between sublayers, `[.., dim]`: a sum is left to the norm after it, which computes it on the
+/// way.
 #[derive(Clone, Debug)]
 pub(super) enum Stream {
     Whole(Tensor),

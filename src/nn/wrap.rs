@@ -20,8 +20,8 @@ impl Wrap {
         Ok((Self { rezero, shifts: plan.shifts.clone(), half: plan.half }, store))
     }
 
-    /// Before the branch, of whole sequences or of the next positions of those in a cache. `mask`, `[b, n]`: the padding
-    /// that the branch knows of.
+    /// Before the branch, of whole sequences or of the next positions of those in a cache. `mask`, `[b, n]`: the
+    /// padding that the branch knows of.
     pub fn input(&self, x: &Tensor, mask: Option<&Tensor>, decode: Option<&mut Decode<'_>>) -> Result<Tensor> {
         match (&self.shifts, decode) {
             (None, _) => Ok(x.clone()),

@@ -63,7 +63,10 @@ pub(super) fn check_bias(op: &'static str, x: &Tensor, bias: &Tensor) -> Result<
     let features = x.dim(-1)?;
     ensure!(
         **bias.shape() == [features],
-        Error::shape(op, format!("expected a bias of shape [{features}] for {:?}, got {:?}", x.shape(), bias.shape()))
+        Error::shape(
+            op,
+            format_args!("expected a bias of shape [{features}] for {:?}, got {:?}", x.shape(), bias.shape())
+        )
     );
     Ok(())
 }

@@ -22,7 +22,8 @@ use crate::{
 /// Elements of one task: enough to pay for handing it over, few enough to balance.
 const CHUNK: usize = 16 * 1024;
 
-/// Elements that are widened at a time, so that they stay in the first cache; a multiple of the sums of [`add_squares`].
+/// Elements that are widened at a time, so that they stay in the first cache; a multiple of the sums of
+/// [`add_squares`].
 const TILE: usize = 1024;
 
 /// Makes a tensor the packed and only owner of its values, so that it can be written in place.
@@ -169,7 +170,7 @@ fn check(updates: &[Update<'_>]) -> Result<()> {
             value.shape() == grad.shape() && value.device() == grad.device(),
             Error::shape(
                 "adamw",
-                format!(
+                format_args!(
                     "the parameter is {:?} {}, its gradient {:?} {}",
                     value.shape(),
                     value.device(),
@@ -180,7 +181,7 @@ fn check(updates: &[Update<'_>]) -> Result<()> {
         );
         ensure!(
             [value.dtype(), value.dtype().accumulator()].contains(&grad.dtype()),
-            Error::dtype("adamw", format!("the parameter is {}, its gradient {}", value.dtype(), grad.dtype()))
+            Error::dtype("adamw", format_args!("the parameter is {}, its gradient {}", value.dtype(), grad.dtype()))
         );
     }
     Ok(())
@@ -200,8 +201,8 @@ pub(crate) fn compile(kernel: &'static str, kinds: impl Iterator<Item = (Device,
 
 /// One AdamW step of all parameters.
 ///
-/// Errors, before anything is changed: a gradient of a dtype that is neither the parameter's nor its state's, of another
-/// shape or on another device.
+/// Errors, before anything is changed: a gradient of a dtype that is neither the parameter's nor its state's, of
+/// another shape or on another device.
 pub(crate) fn adamw(updates: Vec<Update<'_>>, settings: Settings) -> Result<()> {
     check(&updates)?;
     let (on_cpu, groups) = by_device(updates, |update| {
@@ -231,7 +232,7 @@ pub(crate) fn adamw_recorded(updates: Vec<Update<'_>>, factors: &[Address], grad
     let here = |device: &Device| device == grad_scale.device();
     ensure!(
         on_cpu.is_empty() && groups.iter().all(|group| here(&Device::Gpu(group.gpu))),
-        Error::argument("graph", format!("expected every parameter on {}", grad_scale.device()))
+        Error::argument("graph", format_args!("expected every parameter on {}", grad_scale.device()))
     );
     for Group { gpu, key: (dtype, of_grad), items } in groups {
         let rows = items.into_iter().map(|(update, factors)| {

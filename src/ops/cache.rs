@@ -17,11 +17,14 @@ const OP: &str = "cache";
 fn check_lengths(lengths: &Tensor, batch: usize, like: &Tensor) -> Result<()> {
     ensure!(
         **lengths.shape() == [batch] && lengths.dtype() == DType::I64 && lengths.is_contiguous(),
-        Error::shape(OP, format!("expected lengths [{batch}] of i64, got {:?} {}", lengths.shape(), lengths.dtype()))
+        Error::shape(
+            OP,
+            format_args!("expected lengths [{batch}] of i64, got {:?} {}", lengths.shape(), lengths.dtype())
+        )
     );
     ensure!(
         lengths.device() == like.device(),
-        Error::Device { op: OP, message: format!("lengths are on {}, values on {}", lengths.device(), like.device()) }
+        Error::device(OP, format_args!("lengths are on {}, values on {}", lengths.device(), like.device()))
     );
     Ok(())
 }
@@ -39,13 +42,19 @@ impl Tensor {
     /// Errors: other shapes, dtypes or devices, or a view of the buffer that is still held.
     pub(crate) fn write_rows(&mut self, rows: &Tensor, lengths: &Tensor, offset: usize) -> Result<()> {
         let (&[batch, heads, capacity, d], &[b, h, n, width]) = (&self.shape()[..], &rows.shape()[..]) else {
-            return Err(Error::shape(OP, format!("cannot write {:?} into {:?}", rows.shape(), self.shape())));
+            return Err(Error::shape(OP, format_args!("cannot write {:?} into {:?}", rows.shape(), self.shape())));
         };
         ensure!(
             [b, h, width] == [batch, heads, d] && self.dtype() == rows.dtype() && self.device() == rows.device(),
             Error::shape(
                 OP,
-                format!("cannot write {:?} {} into {:?} {}", rows.shape(), rows.dtype(), self.shape(), self.dtype())
+                format_args!(
+                    "cannot write {:?} {} into {:?} {}",
+                    rows.shape(),
+                    rows.dtype(),
+                    self.shape(),
+                    self.dtype()
+                )
             )
         );
         check_lengths(lengths, batch, self)?;
@@ -80,17 +89,17 @@ impl Tensor {
         }
     }
 
-    /// Rotates rows `[b, heads, n, d]` as [`Tensor::rotary`], row `i` of sequence `b` by position `offset + lengths[b] + i`
-    /// of a table of [`rotary_table`](super::rotary::rotary_table).
+    /// Rotates rows `[b, heads, n, d]` as [`Tensor::rotary`], row `i` of sequence `b` by position `offset + lengths[b]
+    /// + i` of a table of [`rotary_table`](super::rotary::rotary_table).
     ///
     /// Errors: other shapes, dtypes or devices.
     pub(crate) fn rotate_rows(&self, table: &Tensor, lengths: &Tensor, offset: usize) -> Result<Tensor> {
         let (&[batch, heads, n, d], &[positions, width]) = (&self.shape()[..], &table.shape()[..]) else {
-            return Err(Error::shape(OP, format!("cannot rotate {:?} by {:?}", self.shape(), table.shape())));
+            return Err(Error::shape(OP, format_args!("cannot rotate {:?} by {:?}", self.shape(), table.shape())));
         };
         ensure!(
             width <= d && positions > 0 && table.dtype() == self.dtype().accumulator() && self.dtype().is_float(),
-            Error::shape(OP, format!("cannot rotate {:?} by {:?} {}", self.shape(), table.shape(), table.dtype()))
+            Error::shape(OP, format_args!("cannot rotate {:?} by {:?} {}", self.shape(), table.shape(), table.dtype()))
         );
         check_lengths(lengths, batch, self)?;
         discrete(OP, &[self, table])?;
@@ -147,16 +156,19 @@ impl Tensor {
         mask: Option<&Tensor>,
     ) -> Result<Tensor> {
         let &[batch, _, capacity, dim] = &self.shape()[..] else {
-            return Err(Error::shape(OP, format!("expected inputs [batch, 1, capacity, dim], got {:?}", self.shape())));
+            return Err(Error::shape(
+                OP,
+                format_args!("expected inputs [batch, 1, capacity, dim], got {:?}", self.shape()),
+            ));
         };
         ensure!(
             (1..=dim).contains(&amounts.len()) && amounts.iter().all(|&amount| amount >= 0) && capacity > 0,
-            Error::argument(OP, format!("cannot shift {dim} features of a growing sequence by {amounts:?}"))
+            Error::argument(OP, format_args!("cannot shift {dim} features of a growing sequence by {amounts:?}"))
         );
         if let Some(mask) = mask {
             ensure!(
                 mask.numel() == batch * capacity && mask.dtype() == DType::Bool && mask.is_contiguous(),
-                Error::shape(OP, format!("expected a bool mask [{batch}, {capacity}], got {:?}", mask.shape()))
+                Error::shape(OP, format_args!("expected a bool mask [{batch}, {capacity}], got {:?}", mask.shape()))
             );
         }
         check_lengths(lengths, batch, self)?;

@@ -250,7 +250,10 @@ fn truths<const N: usize>(op: &'static str, tensors: [&Tensor; N]) -> Result<[Te
 }
 
 fn expect_bool(op: &'static str, mask: &Tensor) -> Result<()> {
-    ensure!(mask.dtype() == DType::Bool, Error::dtype(op, format!("expected a bool tensor, got {}", mask.dtype())));
+    ensure!(
+        mask.dtype() == DType::Bool,
+        Error::dtype(op, format_args!("expected a bool tensor, got {}", mask.dtype()))
+    );
     Ok(())
 }
 

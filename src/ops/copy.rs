@@ -28,9 +28,9 @@ impl Tensor {
         record("contiguous", out, &[self], |_| CopyBackward { dtype: self.dtype() })
     }
 
-    /// The values as another dtype: floats round to nearest even, once (PyTorch rounds f64 to f32 before a half type), float
-    /// to i64 truncates, to bool asks for "not zero", which NaN is. What i64 cannot hold becomes its nearest number, NaN
-    /// becomes 0; PyTorch leaves both undefined.
+    /// The values as another dtype: floats round to nearest even, once (PyTorch rounds f64 to f32 before a half type),
+    /// float to i64 truncates, to bool asks for "not zero", which NaN is. What i64 cannot hold becomes its nearest
+    /// number, NaN becomes 0; PyTorch leaves both undefined.
     ///
     /// Errors: a tensor that requires a gradient to a dtype that has none.
     ///
@@ -100,7 +100,8 @@ impl Tensor {
         record("cat", out, tensors, |_| CatBackward { sizes, shapes: shapes(), dim })
     }
 
-    /// As [`Tensor::cat`], as a part of another op: a constant, with the sizes along the dimension, and which one it is.
+    /// As [`Tensor::cat`], as a part of another op: a constant, with the sizes along the dimension, and which one it
+    /// is.
     pub(crate) fn joined(tensors: &[&Tensor], dim: isize) -> Result<(Tensor, Vec<usize>, usize)> {
         let adds_nothing = |tensor: &Tensor| *tensor.shape() == [0];
         let adds_something = tensors.iter().find(|tensor| !adds_nothing(tensor));
@@ -119,7 +120,7 @@ impl Tensor {
                 fits,
                 Error::shape(
                     "cat",
-                    format!("{:?} and {:?} differ outside dimension {dim}", first.shape(), tensor.shape())
+                    format_args!("{:?} and {:?} differ outside dimension {dim}", first.shape(), tensor.shape())
                 )
             );
             total = total.saturating_add(tensor.shape()[dim]);

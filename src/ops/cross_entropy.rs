@@ -26,19 +26,19 @@ impl Tensor {
     /// Mean over the rows of `−ln softmax(logits)[target]`, leaving out the rows whose target is `ignore_index`
     /// (PyTorch's default is −100).
     ///
-    /// Shapes: `[.., classes]`, targets `[..]` of [`DType::I64`] → `[]`, where PyTorch has the classes of `[n, classes, ..]`
-    /// second: move them to the end by [`Tensor::permute`]. In f32 (f64 for f64), of half-precision logits
-    /// too. Rows in the same type, their mean in f64.
-    /// Saves: the logits, and the maximum and sum of exponentials of each row; the probabilities are computed again in
-    /// the backward pass, over the logits if no other handle shares them.
+    /// Shapes: `[.., classes]`, targets `[..]` of [`DType::I64`] → `[]`, where PyTorch has the classes of `[n, classes,
+    /// ..]` second: move them to the end by [`Tensor::permute`]. In f32 (f64 for f64), of half-precision logits too.
+    /// Rows in the same type, their mean in f64. Saves: the logits, and the maximum and sum of exponentials of each
+    /// row; the probabilities are computed again in the backward pass, over the logits if no other handle shares them.
     ///
-    /// Infinities and NaN are as in PyTorch, with two exceptions. The gradient of rows that are left out is 0, also where
-    /// their logits are not finite, where PyTorch has NaN. An infinite gradient of the loss gives −∞ at the target,
-    /// where PyTorch has ∞ − ∞.
+    /// Infinities and NaN are as in PyTorch, with two exceptions. The gradient of rows that are left out is 0, also
+    /// where their logits are not finite, where PyTorch has NaN. An infinite gradient of the loss gives −∞ at the
+    /// target, where PyTorch has ∞ − ∞.
     ///
-    /// Errors: targets of another shape or dtype, a target that is no class ([`Error::Index`]), no target to average
-    /// over (PyTorch gives NaN), or logits that are not float. A GPU tells of wrong targets when values are next read
-    /// back. On a GPU exponentials of half types have errors of up to 2⁻¹⁷ on the way to the loss.
+    /// Errors: targets of another shape or dtype, a target that is no class
+    /// ([`ErrorKind::Index`](crate::ErrorKind::Index)), no target to average over (PyTorch gives NaN), or logits that
+    /// are not float. A GPU tells of wrong targets when values are next read back. On a GPU exponentials of half types
+    /// have errors of up to 2⁻¹⁷ on the way to the loss.
     ///
     /// ```
     /// use x_transformers::{Device, Tensor};
@@ -88,18 +88,18 @@ impl Tensor {
 pub(super) fn check_targets(op: &'static str, x: &Tensor, batch: &[usize], targets: &Tensor) -> Result<()> {
     ensure!(
         **targets.shape() == *batch,
-        Error::shape(op, format!("expected targets of shape {batch:?} for {:?}, got {:?}", x.shape(), targets.shape()))
+        Error::shape(
+            op,
+            format_args!("expected targets of shape {batch:?} for {:?}, got {:?}", x.shape(), targets.shape())
+        )
     );
     ensure!(
         targets.dtype() == DType::I64,
-        Error::dtype(op, format!("expected targets of i64, got {}", targets.dtype()))
+        Error::dtype(op, format_args!("expected targets of i64, got {}", targets.dtype()))
     );
     ensure!(
         x.device() == targets.device(),
-        Error::Device {
-            op,
-            message: format!("the values are on {} and the targets on {}", x.device(), targets.device())
-        }
+        Error::device(op, format_args!("the values are on {} and the targets on {}", x.device(), targets.device()))
     );
     x.dtype().expect_float(op)
 }
@@ -150,8 +150,8 @@ pub(super) fn launch_mean(
     Ok((loss, count))
 }
 
-/// Writes `(softmax(x) − onehot(target)) g / count` over the logits `x` `[rows, pitch]`, of which the first `classes` of each row
-/// count.
+/// Writes `(softmax(x) − onehot(target)) g / count` over the logits `x` `[rows, pitch]`, of which the first `classes`
+/// of each row count.
 pub(super) fn launch_gradient(
     gpu: &dyn Gpu,
     x: &mut Tensor,
@@ -187,10 +187,7 @@ pub(super) fn count_targets(targets: &[i64], classes: usize, ignore_index: i64) 
     let mut count = 0;
     for &target in targets.iter().filter(|&&target| target != ignore_index) {
         // A negative target becomes a large number.
-        ensure!(
-            (target as u64) < classes as u64,
-            Error::Index { op: OP, what: "class", index: target, limit: classes }
-        );
+        ensure!((target as u64) < classes as u64, Error::index(OP, "class", target, classes));
         count += 1;
     }
     ensure!(count > 0, Error::no_targets(targets.len(), ignore_index));
@@ -279,8 +276,8 @@ vectorized! {
     }
 }
 
-/// The maximum of a row and `Σ exp(x − maximum)`, in one pass over memory: a block's exponentials are added up while the
-/// maximum of the next is looked for, and the sum is rescaled when the maximum grows.
+/// The maximum of a row and `Σ exp(x − maximum)`, in one pass over memory: a block's exponentials are added up while
+/// the maximum of the next is looked for, and the sum is rescaled when the maximum grows.
 #[inline(always)]
 fn maximum_and_sum<T: Float, const FUSED: bool>(row: &[T]) -> (T::Acc, T::Acc) {
     let (mut max, mut sum) = (T::Acc::NEG_INFINITY, T::Acc::ZERO);

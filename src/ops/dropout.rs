@@ -24,8 +24,8 @@ impl Tensor {
     ///
     /// Element `i` is kept if word `i` of the call's [`Philox`] stream is at least `p · 2³²`, so that the mask is the
     /// same on every device, for every dtype and number of threads. Saves: the number of the stream; the backward pass
-    /// draws the mask again. A dropped element is 0 whatever it was, and so is its gradient; PyTorch multiplies by 0, which
-    /// leaves NaN of NaN and of infinities.
+    /// draws the mask again. A dropped element is 0 whatever it was, and so is its gradient; PyTorch multiplies by 0,
+    /// which leaves NaN of NaN and of infinities.
     ///
     /// Errors: `p` outside of `[0, 1]`, or a dtype that is not float.
     ///
@@ -58,7 +58,7 @@ impl Tensor {
         check(OP, self, p)?;
         same_kind(OP, self, residual)?;
         let (shape, given) = (self.shape(), residual.shape());
-        ensure!(shape == given, Error::shape(OP, format!("expected a residual {shape:?}, got {given:?}")));
+        ensure!(shape == given, Error::shape(OP, format_args!("expected a residual {shape:?}, got {given:?}")));
         let Some(mask) = Mask::drawn(p) else { return self.add(residual) };
         let (x, residual) = (self.contiguous()?, residual.contiguous()?);
         let mut y = x.uninit_like()?;
@@ -68,7 +68,10 @@ impl Tensor {
 }
 
 fn check(op: &'static str, x: &Tensor, p: f64) -> Result<()> {
-    ensure!((0.0..=1.0).contains(&p), Error::argument(op, format!("the probability must be between 0 and 1, got {p}")));
+    ensure!(
+        (0.0..=1.0).contains(&p),
+        Error::argument(op, format_args!("the probability must be between 0 and 1, got {p}"))
+    );
     x.dtype().expect_float(op)
 }
 

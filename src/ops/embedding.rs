@@ -15,8 +15,8 @@ impl Tensor {
     /// Shapes: table `[tokens, dim]`, indices `[..]` of [`DType::I64`] → `[.., dim]`. Saves: the indices. The gradient
     /// of a row is the sum over its uses in their order, in f32 (f64 for f64).
     ///
-    /// Errors: an index outside of the table ([`Error::Index`]; on a GPU when values are next read back), a table that is
-    /// not a float matrix, indices of another dtype or of rank 6.
+    /// Errors: an index outside of the table ([`ErrorKind::Index`](crate::ErrorKind::Index); on a GPU when values are
+    /// next read back), a table that is not a float matrix, indices of another dtype or of rank 6.
     ///
     /// ```
     /// use x_transformers::{Device, Tensor};
@@ -32,19 +32,22 @@ impl Tensor {
     pub fn embedding(&self, indices: &Tensor) -> Result<Tensor> {
         const OP: &str = "embedding";
         let &[tokens, dim] = &**self.shape() else {
-            return Err(Error::shape(OP, format!("expected a table of shape [tokens, dim], got {:?}", self.shape())));
+            return Err(Error::shape(
+                OP,
+                format_args!("expected a table of shape [tokens, dim], got {:?}", self.shape()),
+            ));
         };
         self.dtype().expect_float(OP)?;
         ensure!(
             indices.dtype() == DType::I64,
-            Error::dtype(OP, format!("expected indices of i64, got {}", indices.dtype()))
+            Error::dtype(OP, format_args!("expected indices of i64, got {}", indices.dtype()))
         );
         ensure!(
             self.device() == indices.device(),
-            Error::Device {
-                op: OP,
-                message: format!("the table is on {} and the indices on {}", self.device(), indices.device())
-            }
+            Error::device(
+                OP,
+                format_args!("the table is on {} and the indices on {}", self.device(), indices.device())
+            )
         );
         let (table, indices) = (self.contiguous()?, indices.contiguous()?);
         let shape = Shape::new(&[&**indices.shape(), &[dim]].concat())?;
@@ -54,7 +57,7 @@ impl Tensor {
                 let (table, at) = (table.values::<T>()?, indices.values::<i64>()?);
                 // A negative index becomes a large number.
                 if let Some(&index) = at.iter().find(|&&index| index as u64 >= tokens as u64) {
-                    return Err(Error::Index { op: OP, what: "token", index, limit: tokens });
+                    return Err(Error::index(OP, "token", index, tokens));
                 }
                 cpu::for_rows(y.values_mut::<T>()?, dim, dim, |row, y| {
                     for (y, &index) in y.chunks_exact_mut(dim).zip(&at[row..]) {

@@ -21,7 +21,8 @@ impl Tensor {
     /// `value ⊙ activation(gate)`, where the first half of the features is the value and the second the gate
     /// (Shazeer, GLU variants improve transformer, <https://arxiv.org/abs/2002.05202>).
     ///
-    /// Shapes: `[.., 2 dim] → [.., dim]`. Saves: the input alone; the activation is computed again in the backward pass.
+    /// Shapes: `[.., 2 dim] → [.., dim]`. Saves: the input alone; the activation is computed again in the backward
+    /// pass.
     ///
     /// Errors: rank 0, an odd number of features, or a dtype that is not float.
     ///
@@ -39,8 +40,8 @@ impl Tensor {
         gated("glu", self, None, activation)
     }
 
-    /// [`Tensor::glu`] of the sum with a bias, in one pass, the sum never being rounded: what follows the matrix product
-    /// of a dense layer.
+    /// [`Tensor::glu`] of the sum with a bias, in one pass, the sum never being rounded: what follows the matrix
+    /// product of a dense layer.
     ///
     /// Shapes: `[.., 2 dim]`, bias `[2 dim]` → `[.., dim]`. Saves: the inputs; the sum and the activation are computed
     /// again in the backward pass, which adds up the gradient of the bias as it goes.
@@ -55,7 +56,7 @@ fn gated(op: &'static str, x: &Tensor, bias: Option<&Tensor>, activation: Activa
     let width = x.shape().last().copied();
     let Some(width) = width.filter(|width| width.is_multiple_of(2)) else {
         let shape = x.shape();
-        return Err(Error::shape(op, format!("expected an even number of features [.., 2 dim], got {shape:?}")));
+        return Err(Error::shape(op, format_args!("expected an even number of features [.., 2 dim], got {shape:?}")));
     };
     x.dtype().expect_float(op)?;
     bias.map_or(Ok(()), |bias| check_bias(op, x, bias))?;

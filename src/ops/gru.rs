@@ -35,7 +35,7 @@ impl Tensor {
             *input.shape() == gates && *hidden.shape() == gates,
             Error::shape(
                 OP,
-                format!(
+                format_args!(
                     "expected gates {gates:?} for {:?}, got {:?} and {:?}",
                     self.shape(),
                     input.shape(),

@@ -47,7 +47,7 @@ impl Int8Matrix {
     /// Errors: another rank or dtype, or numbers that are not finite.
     pub fn quantize(weight: &Tensor) -> Result<Self> {
         let &[rows, columns] = &weight.shape()[..] else {
-            return Err(Error::shape(OP, format!("expected a matrix [out, in], got {:?}", weight.shape())));
+            return Err(Error::shape(OP, format_args!("expected a matrix [out, in], got {:?}", weight.shape())));
         };
         weight.dtype().expect_float(OP)?;
         let values = weight.to_f64_vec()?;
@@ -108,7 +108,7 @@ impl Int8Matrix {
         let (rows, columns) = (self.bytes.shape()[0], self.bytes.shape()[1]);
         ensure!(
             x.rank() > 0 && x.shape()[x.rank() - 1] == columns && x.dtype().is_float(),
-            Error::shape(OP, format!("expected floats [.., {columns}], got {:?} {}", x.shape(), x.dtype()))
+            Error::shape(OP, format_args!("expected floats [.., {columns}], got {:?} {}", x.shape(), x.dtype()))
         );
         same_device(OP, x, &self.bytes)?;
         discrete(OP, &[x])?;
@@ -128,7 +128,7 @@ impl Int8Matrix {
                 **bias.shape() == [rows] && bias.dtype() == x.dtype() && bias.device() == x.device(),
                 Error::shape(
                     OP,
-                    format!("expected a bias [{rows}] {}, got {:?} {}", x.dtype(), bias.shape(), bias.dtype())
+                    format_args!("expected a bias [{rows}] {}, got {:?} {}", x.dtype(), bias.shape(), bias.dtype())
                 )
             );
         }

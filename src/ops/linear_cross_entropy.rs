@@ -32,14 +32,15 @@ const BLOCK_ON_CPU: usize = 96 << 20;
 /// The same where the memory is faster and the products must be large.
 const BLOCK_ON_GPU: usize = 256 << 20;
 
-/// On a GPU zeros make the number of classes a multiple of this: cuBLAS has its fast kernels for sizes whose rows are whole
-/// packets of 16 bytes, also in half types, and vocabularies such as the 50257 tokens of GPT-2 are odd.
+/// On a GPU zeros make the number of classes a multiple of this: cuBLAS has its fast kernels for sizes whose rows are
+/// whole packets of 16 bytes, also in half types, and vocabularies such as the 50257 tokens of GPT-2 are odd.
 const MULTIPLE: usize = 8;
 
 /// Rows of a block however long they are.
 const FEWEST_ROWS: usize = 256;
 
-/// Of these bytes, those for logits that are still in f32, where a block is of a half type. Each part packs the weight anew.
+/// Of these bytes, those for logits that are still in f32, where a block is of a half type. Each part packs the weight
+/// anew.
 const PART_ON_CPU: usize = 40 << 20;
 const PART_ON_GPU: usize = 64 << 20;
 
@@ -66,11 +67,11 @@ impl Tensor {
     /// [`Tensor::cross_entropy`] of [`Tensor::linear`], in blocks of rows: what a language model ends with.
     ///
     /// Shapes: `x [.., in]`, `weight [classes, in]`, `bias [classes]`, targets `[..]` of [`DType::I64`] → `[]` in f32
-    /// (f64 for f64). Of the `[rows, classes]` logits one block exists at a time, in f32 (f64 for f64): half types never
-    /// round them, as [`Tensor::linear`] would, so that what all classes share does not move the loss. Their gradient is
-    /// written over them, or rounded to the half type, and what that gives for `x`, the weight and the bias is added up
-    /// in f32 (f64 for f64), so that the backward pass has only to multiply by the gradient of the loss; Hsu et al.,
-    /// "Liger Kernel" (<https://arxiv.org/abs/2410.10989>). Without a tape there is but the loss.
+    /// (f64 for f64). Of the `[rows, classes]` logits one block exists at a time, in f32 (f64 for f64): half types
+    /// never round them, as [`Tensor::linear`] would, so that what all classes share does not move the loss. Their
+    /// gradient is written over them, or rounded to the half type, and what that gives for `x`, the weight and the bias
+    /// is added up in f32 (f64 for f64), so that the backward pass has only to multiply by the gradient of the loss;
+    /// Hsu et al., "Liger Kernel" (<https://arxiv.org/abs/2410.10989>). Without a tape there is but the loss.
     ///
     /// Saves: the gradients of `x`, the weight and the bias, of those that need one. Errors: as those of both ops.
     ///
@@ -97,8 +98,8 @@ impl Tensor {
         self.linear_cross_entropy_by(weight, bias, targets, ignore_index, rows_at_a_time)
     }
 
-    /// As [`Tensor::linear_cross_entropy`], with the maximum number of rows of a block, and of its parts in f32 where the
-    /// block is of a half type.
+    /// As [`Tensor::linear_cross_entropy`], with the maximum number of rows of a block, and of its parts in f32 where
+    /// the block is of a half type.
     ///
     /// Errors: no row at a time.
     #[doc(hidden)]
@@ -283,8 +284,8 @@ impl Layer {
         Ok(gradient)
     }
 
-    /// The gradient of a block of logits, where it is needed, in the type of `x`. The logits are in the type of the sums:
-    /// of half types they are those of a few rows at a time, otherwise the gradient is written over them.
+    /// The gradient of a block of logits, where it is needed, in the type of `x`. The logits are in the type of the
+    /// sums: of half types they are those of a few rows at a time, otherwise the gradient is written over them.
     fn block_on_gpu(
         &self,
         gpu: &'static dyn Gpu,

@@ -65,7 +65,7 @@ impl Tensor {
     ) -> Result<Tensor> {
         const OP: &str = "relative_position_bias";
         let &[buckets, heads] = &**self.shape() else {
-            return Err(Error::shape(OP, format!("expected a table [buckets, heads], got {:?}", self.shape())));
+            return Err(Error::shape(OP, format_args!("expected a table [buckets, heads], got {:?}", self.shape())));
         };
         self.dtype().expect_float(OP)?;
         let least = if causal { 2 } else { 4 };
@@ -73,7 +73,7 @@ impl Tensor {
             buckets >= least && max_distance > buckets / least,
             Error::argument(
                 OP,
-                format!(
+                format_args!(
                     "expected at least {least} buckets and a max_distance above {}, got {buckets} and {max_distance}",
                     buckets / least
                 )
@@ -119,7 +119,7 @@ impl Tensor {
         discrete(OP, &[self])?;
         ensure!(
             self.rank() == 1 && self.dtype().is_float(),
-            Error::shape(OP, format!("expected float frequencies [n], got {:?} {}", self.shape(), self.dtype()))
+            Error::shape(OP, format_args!("expected float frequencies [n], got {:?} {}", self.shape(), self.dtype()))
         );
         dtype.expect_float(OP)?;
         let half = self.numel();

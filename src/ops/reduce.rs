@@ -59,7 +59,7 @@ impl Tensor {
         for &dim in dims {
             let dim = self.shape().dim_unless_scalar(dim, op)?.unwrap_or(0);
             let repeated = std::mem::replace(&mut reduced[dim], true);
-            ensure!(!repeated, Error::argument(op, format!("dimension {dim} is named twice in {dims:?}")));
+            ensure!(!repeated, Error::argument(op, format_args!("dimension {dim} is named twice in {dims:?}")));
         }
         let (gone, kept): (Vec<usize>, Vec<usize>) = (0..self.rank()).partition(|&dim| reduced[dim]);
         let shape = Shape::unchecked(&kept.iter().map(|&dim| self.shape()[dim]).collect::<Vec<_>>());
@@ -109,7 +109,7 @@ impl Tensor {
             return Ok(self.clone());
         }
         let fits = shape.broadcast(self.shape(), "sum_to").is_ok_and(|result| result == *self.shape());
-        ensure!(fits, Error::shape("sum_to", format!("{shape:?} does not expand to {:?}", self.shape())));
+        ensure!(fits, Error::shape("sum_to", format_args!("{shape:?} does not expand to {:?}", self.shape())));
         let added = self.rank() - shape.rank();
         let dims: Vec<isize> = (0..self.rank())
             .filter(|&dim| dim < added || shape[dim - added] != self.shape()[dim])
@@ -435,10 +435,10 @@ impl Tensor {
         let known = self.dtype().is_float() || self.dtype() == DType::I64;
         ensure!(
             known,
-            Error::dtype(op, format!("expected floats or i64, got {}; convert with `to_dtype`", self.dtype()))
+            Error::dtype(op, format_args!("expected floats or i64, got {}; convert with `to_dtype`", self.dtype()))
         );
         let width = self.shape()[dim];
-        ensure!(width > 0, Error::shape(op, format!("dimension {dim} of shape {:?} is empty", self.shape())));
+        ensure!(width > 0, Error::shape(op, format_args!("dimension {dim} of shape {:?} is empty", self.shape())));
         let x = self.dim_last(dim)?;
         let mut index = Tensor::uninit(self.shape().without(dim), DType::I64, x.device())?;
         match x.device() {

@@ -42,12 +42,12 @@ impl Tensor {
     pub fn rotary(&self, inv_freq: &Tensor, first_position: usize) -> Result<Tensor> {
         const OP: &str = "rotary";
         let (rank, shape) = (self.rank(), self.shape());
-        ensure!(rank >= 2, Error::shape(OP, format!("expected at least [position, d], got {shape:?}")));
+        ensure!(rank >= 2, Error::shape(OP, format_args!("expected at least [position, d], got {shape:?}")));
         ensure!(
             inv_freq.rank() == 1 && 2 * inv_freq.numel() <= shape[rank - 1],
             Error::shape(
                 OP,
-                format!(
+                format_args!(
                     "expected inv_freq of shape [r/2] with r at most {}, the last dimension of {shape:?}, got {:?}",
                     shape[rank - 1],
                     inv_freq.shape()
@@ -56,14 +56,11 @@ impl Tensor {
         );
         for tensor in [self, inv_freq] {
             let dtype = tensor.dtype();
-            ensure!(dtype.is_float(), Error::dtype(OP, format!("expected float tensors, one is {dtype}")));
+            ensure!(dtype.is_float(), Error::dtype(OP, format_args!("expected float tensors, one is {dtype}")));
         }
         ensure!(
             self.device() == inv_freq.device(),
-            Error::Device {
-                op: OP,
-                message: format!("the input is on {} and inv_freq on {}", self.device(), inv_freq.device())
-            }
+            Error::device(OP, format_args!("the input is on {} and inv_freq on {}", self.device(), inv_freq.device()))
         );
         discrete(OP, &[inv_freq])?;
         let turn = Turn { inv_freq: inv_freq.detach().contiguous()?, first_position };
@@ -75,14 +72,14 @@ impl Tensor {
     }
 }
 
-/// The cosines of all frequencies at each of the first positions, then the sines: `[positions, 2 · frequencies]` in f32,
-/// or f64. What [`Tensor::rotary`] turns by.
+/// The cosines of all frequencies at each of the first positions, then the sines: `[positions, 2 · frequencies]` in
+/// f32, or f64. What [`Tensor::rotary`] turns by.
 ///
 /// Errors: frequencies that are no vector of floats, or memory that runs out.
 pub(crate) fn rotary_table(inv_freq: &Tensor, positions: usize, dtype: DType) -> Result<Tensor> {
     ensure!(
         inv_freq.rank() == 1 && inv_freq.dtype().is_float(),
-        Error::shape("rotary", format!("expected inv_freq of shape [r/2], got {:?}", inv_freq.shape()))
+        Error::shape("rotary", format_args!("expected inv_freq of shape [r/2], got {:?}", inv_freq.shape()))
     );
     let turn = Turn { inv_freq: inv_freq.detach().contiguous()?, first_position: 0 };
     match *inv_freq.device() {

@@ -19,19 +19,22 @@ impl Tensor {
     /// not float.
     pub fn shift_tokens(&self, amounts: &[isize], mask: Option<&Tensor>) -> Result<Tensor> {
         const OP: &str = "shift_tokens";
-        ensure!(self.rank() == 3, Error::shape(OP, format!("expected [batch, n, dim], got {:?}", self.shape())));
+        ensure!(self.rank() == 3, Error::shape(OP, format_args!("expected [batch, n, dim], got {:?}", self.shape())));
         self.dtype().expect_float(OP)?;
         let (batch, n, dim) = (self.shape()[0], self.shape()[1], self.shape()[2]);
         ensure!(
             (1..=dim).contains(&amounts.len()),
-            Error::argument(OP, format!("expected 1 to {dim} amounts, one per chunk of features, got {amounts:?}"))
+            Error::argument(
+                OP,
+                format_args!("expected 1 to {dim} amounts, one per chunk of features, got {amounts:?}")
+            )
         );
         if let Some(mask) = mask {
             ensure!(
                 **mask.shape() == [batch, n] && mask.dtype() == DType::Bool,
                 Error::shape(
                     OP,
-                    format!("expected a bool mask [{batch}, {n}], got {:?} {}", mask.shape(), mask.dtype())
+                    format_args!("expected a bool mask [{batch}, {n}], got {:?} {}", mask.shape(), mask.dtype())
                 )
             );
         }

@@ -18,8 +18,8 @@ const OP: &str = "softmax";
 impl Tensor {
     /// Softmax over the last dimension: `y_j = exp(x_j − max x) / Σ exp(x − max x)`.
     ///
-    /// Shapes: `[.., j] → [.., j]`; a scalar counts as a row of one. A row that holds NaN or +∞, or nothing but −∞, gives
-    /// NaN, as in PyTorch. Statistics in f32 (f64 for f64). Saves: `y`. Errors: a dtype that is not float.
+    /// Shapes: `[.., j] → [.., j]`; a scalar counts as a row of one. A row that holds NaN or +∞, or nothing but −∞,
+    /// gives NaN, as in PyTorch. Statistics in f32 (f64 for f64). Saves: `y`. Errors: a dtype that is not float.
     ///
     /// On a GPU exponentials of half types have errors of up to 2⁻¹⁷, which their rounding hides.
     ///

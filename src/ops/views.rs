@@ -10,8 +10,8 @@ use crate::{
 };
 
 impl Tensor {
-    /// The same elements in the same order under another shape, every size of which is given: −1 is not a `usize`. Copies
-    /// only if the strides do not allow a view.
+    /// The same elements in the same order under another shape, every size of which is given: −1 is not a `usize`.
+    /// Copies only if the strides do not allow a view.
     ///
     /// Errors: another number of elements.
     ///
@@ -26,7 +26,10 @@ impl Tensor {
         let shape = shape.into_shape()?;
         ensure!(
             shape.numel() == self.numel(),
-            Error::shape("reshape", format!("{:?} and {shape:?} have different numbers of elements", self.shape()))
+            Error::shape(
+                "reshape",
+                format_args!("{:?} and {shape:?} have different numbers of elements", self.shape())
+            )
         );
         match self.layout().reshape(shape) {
             Some(layout) => self.view("reshape", layout, ReshapeBackward { shape: *self.shape() }),
@@ -50,7 +53,7 @@ impl Tensor {
         let (Some(first), Some(last)) = (at(first)?, at(last)?) else { return self.reshape([1]) };
         ensure!(
             first <= last,
-            Error::argument("flatten", format!("first dimension {first} comes after the last, {last}"))
+            Error::argument("flatten", format_args!("first dimension {first} comes after the last, {last}"))
         );
         let mut dims = self.shape()[..first].to_vec();
         dims.push(self.shape()[first..=last].iter().product());
@@ -78,7 +81,8 @@ impl Tensor {
         self.permute(&order)
     }
 
-    /// Reorders the dimensions: dimension `i` of the result is dimension `order[i]` of this one, counted from the first.
+    /// Reorders the dimensions: dimension `i` of the result is dimension `order[i]` of this one, counted from the
+    /// first.
     ///
     /// Errors: `order` is not a permutation of `0..rank`.
     ///
@@ -97,7 +101,7 @@ impl Tensor {
                 .all(|(to, &from)| from < self.rank() && std::mem::replace(&mut inverse[from], to) == usize::MAX);
         ensure!(
             legal,
-            Error::argument("permute", format!("{order:?} does not reorder the dimensions of {:?}", self.shape()))
+            Error::argument("permute", format_args!("{order:?} does not reorder the dimensions of {:?}", self.shape()))
         );
         self.view("permute", self.layout().permute(order), PermuteBackward { inverse, rank: self.rank() })
     }
@@ -122,7 +126,7 @@ impl Tensor {
             start.checked_add(len).is_some_and(|end| end <= self.shape()[dim]),
             Error::shape(
                 "narrow",
-                format!("{len} elements from {start} exceed dimension {dim} of shape {:?}", self.shape())
+                format_args!("{len} elements from {start} exceed dimension {dim} of shape {:?}", self.shape())
             )
         );
         let backward = NarrowBackward { shape: *self.shape(), part: GradSlice { dim, start, len } };
@@ -145,14 +149,14 @@ impl Tensor {
             index < self.shape()[at],
             Error::shape(
                 "select",
-                format!("index {index} is out of range for dimension {dim} of shape {:?}", self.shape())
+                format_args!("index {index} is out of range for dimension {dim} of shape {:?}", self.shape())
             )
         );
         self.narrow(dim, index, 1)?.squeeze(dim)
     }
 
-    /// Repeats dimensions of size 1, and adds dimensions in front, without copying. The shape is given in full: there is
-    /// no −1 for a size that stays.
+    /// Repeats dimensions of size 1, and adds dimensions in front, without copying. The shape is given in full: there
+    /// is no −1 for a size that stays.
     ///
     /// Errors: the shape does not broadcast to the target.
     ///
@@ -167,7 +171,7 @@ impl Tensor {
     pub fn expand(&self, shape: impl IntoShape) -> Result<Tensor> {
         let shape = shape.into_shape()?;
         let fits = self.shape().broadcast(&shape, "expand").is_ok_and(|result| result == shape);
-        ensure!(fits, Error::shape("expand", format!("{:?} does not expand to {shape:?}", self.shape())));
+        ensure!(fits, Error::shape("expand", format_args!("{:?} does not expand to {shape:?}", self.shape())));
         if shape == *self.shape() {
             return Ok(self.clone());
         }
@@ -191,13 +195,13 @@ impl Tensor {
         let at = if dim < 0 { dim.saturating_add(rank as isize + 1) } else { dim };
         ensure!(
             rank < MAX_RANK && (0..=rank as isize).contains(&at),
-            Error::shape("unsqueeze", format!("no dimension can be added at {dim} of shape {:?}", self.shape()))
+            Error::shape("unsqueeze", format_args!("no dimension can be added at {dim} of shape {:?}", self.shape()))
         );
         self.view("unsqueeze", self.layout().unsqueeze(at as usize), ReshapeBackward { shape: *self.shape() })
     }
 
-    /// Removes a dimension of size 1; negative ones count from the end. As in PyTorch, a dimension of another size stays,
-    /// and so does a scalar.
+    /// Removes a dimension of size 1; negative ones count from the end. As in PyTorch, a dimension of another size
+    /// stays, and so does a scalar.
     ///
     /// Errors: out of range.
     ///
@@ -229,7 +233,10 @@ impl Tensor {
         let total = sizes.iter().try_fold(0usize, |sum, &size| sum.checked_add(size));
         ensure!(
             total == Some(self.shape()[at]),
-            Error::shape("split", format!("sizes {sizes:?} do not add up to dimension {dim} of {:?}", self.shape()))
+            Error::shape(
+                "split",
+                format_args!("sizes {sizes:?} do not add up to dimension {dim} of {:?}", self.shape())
+            )
         );
         let mut start = 0;
         sizes
@@ -241,9 +248,9 @@ impl Tensor {
             .collect()
     }
 
-    /// Cuts a dimension into at most `n` pieces of one size, of which the last may be shorter, as in PyTorch: 13 elements
-    /// in 5 pieces are 3, 3, 3, 3 and 1, in 6 the same; an empty dimension gives `n` empty pieces. [`Tensor::split`]
-    /// checks the sizes.
+    /// Cuts a dimension into at most `n` pieces of one size, of which the last may be shorter, as in PyTorch: 13
+    /// elements in 5 pieces are 3, 3, 3, 3 and 1, in 6 the same; an empty dimension gives `n` empty pieces.
+    /// [`Tensor::split`] checks the sizes.
     ///
     /// Errors: `n` is 0, or a dimension out of range.
     ///

@@ -10,7 +10,7 @@ mod init;
 mod ordered;
 
 use crate::{
-    DType, Device, Error, Result,
+    DType, Device, Error, ErrorKind, Result,
     error::ensure,
     hash::fnv1a,
     philox::Philox,
@@ -24,8 +24,8 @@ pub(crate) use ordered::{ordered, try_ordered};
 /// A trainable tensor. Clones share it: a tied weight is one parameter under two names.
 ///
 /// Any thread may read it while another trains: a reader gets the value before or after an update, never a mixture, and
-/// keeps it. The one exception is an update that panics half way, which only a bug can cause: the value is then part old
-/// and part new, [`Param::tensor`] returns it as it is, and optimizers refuse it by name until [`Param::set`] or
+/// keeps it. The one exception is an update that panics half way, which only a bug can cause: the value is then part
+/// old and part new, [`Param::tensor`] returns it as it is, and optimizers refuse it by name until [`Param::set`] or
 /// [`ParamMap::load`] replaces it.
 #[derive(Clone)]
 #[doc(alias = "Parameter")]
@@ -44,7 +44,7 @@ impl Param {
     pub fn new(value: Tensor) -> Result<Self> {
         ensure!(
             value.dtype().is_float(),
-            Error::dtype("param", format!("parameters are float, this one is {}", value.dtype()))
+            Error::dtype("param", format_args!("parameters are float, this one is {}", value.dtype()))
         );
         Ok(Self(Arc::new(ParamCell { leaf: LeafId::new(), value: RwLock::new(value.detach()) })))
     }
@@ -67,7 +67,7 @@ impl Param {
             old.shape() == value.shape() && old.dtype() == value.dtype() && old.device() == value.device(),
             Error::shape(
                 "set",
-                format!(
+                format_args!(
                     "the parameter is {:?} {} {}, the value {:?} {} {}",
                     old.shape(),
                     old.dtype(),
@@ -96,7 +96,8 @@ impl Param {
 
     /// The value to be changed in place together with others; who reads it waits until the guard is dropped.
     ///
-    /// Several are locked in the order of [`Param::leaf`], and nothing that may wait for other threads is done meanwhile.
+    /// Several are locked in the order of [`Param::leaf`], and nothing that may wait for other threads is done
+    /// meanwhile.
     pub(crate) fn lock(&self) -> RwLockWriteGuard<'_, Tensor> {
         self.0.value.write().unwrap_or_else(|poisoned| poisoned.into_inner())
     }
@@ -184,11 +185,12 @@ impl ParamMap {
 
     /// Loads a state dict, converting to each parameter's dtype and device.
     ///
-    /// Buffers begin as the config says; the state dict may leave them out, or hold them with the right shape, and then its
-    /// values count, as they do in PyTorch. A tied parameter may have any of its names, or several with equal values.
+    /// Buffers begin as the config says; the state dict may leave them out, or hold them with the right shape, and then
+    /// its values count, as they do in PyTorch. A tied parameter may have any of its names, or several with equal
+    /// values.
     ///
-    /// Errors, with nothing changed: [`Error::Weights`] with every missing, unused and mismatched name; values that are
-    /// not float; a tied parameter with several values.
+    /// Errors, with nothing changed: [`ErrorKind::Weights`] with every missing, unused and mismatched name; values that
+    /// are not float; a tied parameter with several values.
     #[doc(alias = "load_state_dict")]
     pub fn load(&self, state: &BTreeMap<String, Tensor>) -> Result<()> {
         let given: HashSet<LeafId> =
@@ -214,7 +216,7 @@ impl ParamMap {
             .collect();
         ensure!(
             missing.is_empty() && unused.is_empty() && mismatched.is_empty(),
-            Error::Weights { missing, unused, mismatched }
+            Error::new(ErrorKind::Weights { missing, unused, mismatched })
         );
         // Converted first, so that a failure half way leaves the model as it was.
         let mut values: BTreeMap<LeafId, (&str, &Param, Tensor)> = BTreeMap::new();
@@ -222,7 +224,7 @@ impl ParamMap {
             let Some(tensor) = state.get(name) else { continue };
             ensure!(
                 tensor.dtype().is_float(),
-                Error::dtype("load", format!("{name} is {}, expected a float type", tensor.dtype()))
+                Error::dtype("load", format_args!("{name} is {}, expected a float type", tensor.dtype()))
             );
             match values.entry(param.leaf()) {
                 Entry::Vacant(entry) => {
@@ -236,7 +238,7 @@ impl ParamMap {
                         tensor.to_f64_vec()? == state[other].to_f64_vec()?,
                         Error::argument(
                             "load",
-                            format!(
+                            format_args!(
                                 "`{other}` and `{name}` are tied in the model, but have different values in the file"
                             )
                         )
@@ -250,7 +252,7 @@ impl ParamMap {
             let old = buffer.tensor();
             ensure!(
                 tensor.dtype().is_float() == old.dtype().is_float(),
-                Error::dtype("load", format!("buffer {name} is {}, expected {}", tensor.dtype(), old.dtype()))
+                Error::dtype("load", format_args!("buffer {name} is {}, expected {}", tensor.dtype(), old.dtype()))
             );
             buffers.push((buffer, tensor.packed()?.on(old.device())?.converted(old.dtype())?));
         }
@@ -374,7 +376,7 @@ impl ParamStore {
         let mut map = self.lock();
         ensure!(
             !map.params.contains_key(&full) && !map.buffers.contains_key(&full),
-            Error::argument("store", format!("the name {full} is registered twice"))
+            Error::argument("store", format_args!("the name {full} is registered twice"))
         );
         let buffer = Buffer::new(value);
         map.buffers.insert(full, buffer.clone());
@@ -392,7 +394,7 @@ impl ParamStore {
         let mut map = self.lock();
         ensure!(
             !map.params.contains_key(&name) && !map.buffers.contains_key(&name),
-            Error::argument("store", format!("the name {name} is registered twice"))
+            Error::argument("store", format_args!("the name {name} is registered twice"))
         );
         map.params.insert(name, param.clone());
         Ok(param)

@@ -59,8 +59,8 @@ fn activated(options: &Options, default: &str) -> Result<FeedForwardConfig> {
 /// The embeddings of tokens.
 const TABLE: &str = "embeddings.word_embeddings.weight";
 
-/// Heads are those that the file has weights of. A masked-LM head whose decoder has another table than the embeddings is
-/// left out: it is of no use to vectors.
+/// Heads are those that the file has weights of. A masked-LM head whose decoder has another table than the embeddings
+/// is left out: it is of no use to vectors.
 fn heads(
     config: &mut TransformerWrapperConfig,
     file: &TensorFile,

@@ -30,7 +30,7 @@ impl<'a> Keys<'a> {
     }
 
     pub(super) fn refuse(&self, key: &str, why: impl std::fmt::Display) -> Error {
-        Error::file(self.file.path(), format!("`{}` {why}", self.name(key)))
+        Error::file(self.file.path(), format_args!("`{}` {why}", self.name(key)))
     }
 
     fn wrong(&self, key: &str, expected: &str) -> Error {

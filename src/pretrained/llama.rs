@@ -152,8 +152,8 @@ fn all_slide(options: &Options, depth: usize) -> Result<bool> {
 const TABLE: &str = "model.embed_tokens.weight";
 const HEAD: &str = "lm_head.weight";
 
-/// If `true`, a file has a head with other values than the embeddings, which then counts, whatever the config says, as it
-/// does in `transformers` since version 5.
+/// If `true`, a file has a head with other values than the embeddings, which then counts, whatever the config says, as
+/// it does in `transformers` since version 5.
 fn has_own_head(file: &TensorFile) -> Result<bool> {
     let both = file.info(HEAD).is_some() && file.info(TABLE).is_some();
     Ok(both && !equal(file, HEAD, TABLE)?)

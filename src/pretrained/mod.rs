@@ -23,7 +23,7 @@ use self::{
     options::{Options, is_mistaken, json},
 };
 use crate::{
-    DType, Device, Error, ParamMap, ParamStore, Result,
+    DType, Device, Error, ErrorKind, ParamMap, ParamStore, Result,
     config::{AutoregressiveConfig, TransformerWrapperConfig},
     error::ensure,
     io::{Format, Renamed, TensorFile, holds_gguf},
@@ -40,17 +40,19 @@ use crate::{
 /// | Mistral | a folder, or GGUF of the architecture `llama` |
 /// | Qwen 2 and 2.5 | a folder, or GGUF of the architecture `qwen2` |
 ///
-/// Weights are in any of the formats of [`TensorFile`]. What of these families is not supported is refused by name, never
-/// left out:
+/// Weights are in any of the formats of [`TensorFile`]. What of these families is not supported is refused by name,
+/// never left out:
 ///
 /// | | supported | refused |
 /// |---|---|---|
-/// | rotation of a folder | `default`, `linear`, `dynamic` up to `max_position_embeddings`, `yarn`, `llama3` | `longrope`, a part of each head |
+/// | rotation of a folder | `default`, `linear`, `dynamic` up to `max_position_embeddings`, `yarn`, `llama3` |
+/// `longrope`, a part of each head |
 /// | rotation of GGUF | `none`, `linear` by either key, `yarn`, `rope_freqs.weight` | `longrope` |
 /// | window | that of Mistral; that of Qwen 2 if all layers have it or none | layers that differ |
 /// | biases | attention and feedforward of Llama, queries, keys and values of Qwen 2 | |
 /// | sizes per layer in GGUF | equal ones | layers that differ, mixtures of experts |
-/// | GGUF types | F32, F16, BF16, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q2_K to Q6_K, IQ4_NL, IQ4_XS, mixed as in Q4_K_M | IQ1 to IQ3, TQ, MXFP4 |
+/// | GGUF types | F32, F16, BF16, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q2_K to Q6_K, IQ4_NL, IQ4_XS, mixed as in Q4_K_M | IQ1
+/// to IQ3, TQ, MXFP4 |
 ///
 /// ```no_run
 /// use x_transformers::{DType, Device, pretrained::Pretrained};
@@ -99,13 +101,13 @@ impl Pretrained {
     /// Opens a folder, a file of weights with `config.json` beside it, or a GGUF file.
     ///
     /// The weights of a folder may have the names that wrappers and trainers give them: below `module.`, `_orig_mod.`,
-    /// `state_dict.`, `0.auto_model.` and the like, with or without the `model.` or `bert.` of a model with a head, with
-    /// `gamma` and `beta` for a norm's `weight` and `bias`. Where a file has the weights of a model at several such places,
-    /// the family's own place is meant, then one below known wrappers. What the model has no use for is
+    /// `state_dict.`, `0.auto_model.` and the like, with or without the `model.` or `bert.` of a model with a head,
+    /// with `gamma` and `beta` for a norm's `weight` and `bias`. Where a file has the weights of a model at several
+    /// such places, the family's own place is meant, then one below known wrappers. What the model has no use for is
     /// [`Pretrained::unused`].
     ///
-    /// Errors: a file that cannot be read, a family that is not among those above, options that they do not have here, or
-    /// weights at several places that may be meant.
+    /// Errors: a file that cannot be read, a family that is not among those above, options that they do not have here,
+    /// or weights at several places that may be meant.
     #[doc(alias = "from_pretrained")]
     pub fn open(path: impl AsRef<Path>) -> Result<Self> {
         let root = path.as_ref();
@@ -159,17 +161,18 @@ impl Pretrained {
 
     /// The tokens that end a text, for [`GenerateOptions::eos_tokens`]; none of a model that embeds texts.
     ///
-    /// A folder names them in `generation_config.json`, or else in `config.json`. A GGUF file names the ends of a text, a
-    /// turn and a message; tokens that are spelled like one, `<|im_end|>` for instance, are ends too, as in llama.cpp.
-    /// Numbers outside of the vocabulary, such as -1, are left out.
+    /// A folder names them in `generation_config.json`, or else in `config.json`. A GGUF file names the ends of a text,
+    /// a turn and a message; tokens that are spelled like one, `<|im_end|>` for instance, are ends too, as in
+    /// llama.cpp. Numbers outside of the vocabulary, such as -1, are left out.
     ///
     /// [`GenerateOptions::eos_tokens`]: crate::models::GenerateOptions::eos_tokens
     pub fn end_tokens(&self) -> &[i64] {
         &self.ends
     }
 
-    /// The weights of the file that the model has no use for, by their names in the file, in alphabetical order: those of a
-    /// classifier's head, say, or the moments of an optimizer. Buffers, such as positions and rotations, are not among them.
+    /// The weights of the file that the model has no use for, by their names in the file, in alphabetical order: those
+    /// of a classifier's head, say, or the moments of an optimizer. Buffers, such as positions and rotations, are not
+    /// among them.
     ///
     /// A folder with such weights is loaded without them; they may be a sign that its config is not theirs.
     ///
@@ -189,8 +192,8 @@ impl Pretrained {
 
     /// The model with its weights.
     ///
-    /// Errors: [`Error::Weights`] with a table of tensors that are missing or of another shape, and for a GGUF file unused,
-    /// by the file's names; weights that are NaN, infinite or too large for the dtype; memory that runs out.
+    /// Errors: [`ErrorKind::Weights`] with a table of tensors that are missing or of another shape, and for a GGUF file
+    /// unused, by the file's names; weights that are NaN, infinite or too large for the dtype; memory that runs out.
     pub fn model(&self, dtype: DType, device: &Device) -> Result<TransformerWrapper> {
         self.check()?;
         let store = ParamStore::zeros(dtype, device);
@@ -206,7 +209,10 @@ impl Pretrained {
     pub fn autoregressive(&self, dtype: DType, device: &Device) -> Result<AutoregressiveWrapper> {
         ensure!(
             self.family.is_causal(),
-            Error::file(self.file.path(), format!("is of the family {}, which does not continue texts", self.family))
+            Error::file(
+                self.file.path(),
+                format_args!("is of the family {}, which does not continue texts", self.family)
+            )
         );
         let config = AutoregressiveConfig { net: self.config.clone(), ..AutoregressiveConfig::default() };
         self.check()?;
@@ -223,14 +229,15 @@ impl Pretrained {
         // Programs that read GGUF use all that is in it.
         let strict = self.file.format() == Format::Gguf;
         let of_file = |names: Vec<String>| names.iter().map(|name| self.renamed.of_file(name)).collect();
-        self.names.check(&self.file, &shapes.params(), strict).map_err(|error| match error {
-            Error::Weights { missing, unused, mismatched } => {
+        self.names.check(&self.file, &shapes.params(), strict).map_err(|error| match error.into_kind() {
+            ErrorKind::Weights { missing, unused, mismatched } => {
                 let named = |(name, model, file): (String, _, _)| (self.renamed.of_file(&name), model, file);
                 let mismatched = mismatched.into_iter().map(named).collect();
-                let error = Error::Weights { missing: of_file(missing), unused: of_file(unused), mismatched };
+                let error =
+                    Error::new(ErrorKind::Weights { missing: of_file(missing), unused: of_file(unused), mismatched });
                 error.context(self.file.path().display())
             }
-            other => other,
+            other => Error::new(other),
         })
     }
 

@@ -9,7 +9,7 @@ use half::f16;
 
 use super::TensorFile;
 use crate::{
-    DType, Error, ParamMap, Result, Tensor,
+    DType, Error, ErrorKind, ParamMap, Result, Tensor,
     dtype::{Float, Real, dispatch_float},
     error::{ErrorContext, ensure},
 };
@@ -66,16 +66,16 @@ impl Names {
         }
     }
 
-    /// Loads the parameters from a file; their names begin with `place`. One after the other, so that of the weights of the
-    /// file only one is in memory beside the model.
+    /// Loads the parameters from a file; their names begin with `place`. One after the other, so that of the weights of
+    /// the file only one is in memory beside the model.
     ///
-    /// Errors: tied tensors with several values; NaN or infinity, or values that the dtype of a parameter does not reach;
-    /// a parameter that these names leave out.
+    /// Errors: tied tensors with several values; NaN or infinity, or values that the dtype of a parameter does not
+    /// reach; a parameter that these names leave out.
     pub fn load(&self, file: &TensorFile, params: &ParamMap, place: &str) -> Result<()> {
         for (copy, original) in &self.copies {
             ensure!(
                 file.info(copy).is_none() || equal(file, copy, original)?,
-                Error::file(file.path(), format!("`{copy}` and `{original}` are tied in this family, but differ"))
+                Error::file(file.path(), format_args!("`{copy}` and `{original}` are tied in this family, but differ"))
             );
         }
         let mut loaded = HashSet::new();
@@ -94,12 +94,15 @@ impl Names {
             .filter(|(_, param)| !loaded.contains(&param.leaf()))
             .map(|(name, _)| name.to_string())
             .collect();
-        ensure!(missing.is_empty(), Error::Weights { missing, unused: Vec::new(), mismatched: Vec::new() });
+        ensure!(
+            missing.is_empty(),
+            Error::new(ErrorKind::Weights { missing, unused: Vec::new(), mismatched: Vec::new() })
+        );
         Ok(())
     }
 
-    /// Tensors of a file that no parameter comes from: weights of something else. Buffers and what the family leaves out
-    /// are not among them.
+    /// Tensors of a file that no parameter comes from: weights of something else. Buffers and what the family leaves
+    /// out are not among them.
     pub fn unused(&self, file: &TensorFile) -> Vec<String> {
         let used = self.used();
         let copies: BTreeSet<&str> = self.copies.iter().map(|(copy, _)| copy.as_str()).collect();
@@ -121,18 +124,19 @@ impl Names {
 
     /// Checks that a file has what a model of these parameters needs, and, if it is `strict`, no other weight.
     ///
-    /// Errors: [`Error::Weights`] with a table of all that is missing, of another shape or, unless this is all that there
-    /// is, unused; [`Error::File`] for a weight that is there and cannot be read, or that is more than a tensor.
+    /// Errors: [`ErrorKind::Weights`] with a table of all that is missing, of another shape or, unless this is all that
+    /// there is, unused; [`ErrorKind::File`] for a weight that is there and cannot be read, or that is more than a
+    /// tensor.
     pub fn check(&self, file: &TensorFile, model: &ParamMap, strict: bool) -> Result<()> {
         let used = self.used();
         let missing: Vec<String> =
             used.iter().filter(|name| file.info(name).is_none()).map(|name| name.to_string()).collect();
         if let Some((name, why)) = missing.iter().find_map(|name| Some((name, file.inert(name)?))) {
-            return Err(Error::file(file.path(), format!("weight `{name}` {why}")));
+            return Err(Error::file(file.path(), format_args!("weight `{name}` {why}")));
         }
         let unused = self.unused(file);
         if let Some((name, what)) = unused.iter().find_map(|name| Some((name, changes_weights(name)?))) {
-            return Err(Error::file(file.path(), format!("has `{name}`: {what}")));
+            return Err(Error::file(file.path(), format_args!("has `{name}`: {what}")));
         }
         let mut mismatched = Vec::new();
         for Weight { ours, theirs } in &self.weights {
@@ -151,7 +155,7 @@ impl Names {
             }
         }
         let fits = missing.is_empty() && mismatched.is_empty();
-        ensure!(fits && (!strict || unused.is_empty()), Error::Weights { missing, unused, mismatched });
+        ensure!(fits && (!strict || unused.is_empty()), Error::new(ErrorKind::Weights { missing, unused, mismatched }));
         Ok(())
     }
 }
@@ -209,14 +213,14 @@ fn check_values(file: &TensorFile, weight: &Weight, tensor: &Tensor, kept_as: DT
     let name = || weight.theirs.names().join("` and `");
     ensure!(
         tensor.dtype().is_float(),
-        Error::file(file.path(), format!("`{}` is {}, expected floats", name(), tensor.dtype()))
+        Error::file(file.path(), format_args!("`{}` is {}, expected floats", name(), tensor.dtype()))
     );
     // Looked at where they are: a copy in another type would be several times as large as the weights.
     let tensor = tensor.contiguous()?;
     let finite = dispatch_float!("load", tensor.dtype(), T, {
         Ok(tensor.values::<T>()?.iter().all(|value| value.to_acc().to_f64().is_finite()))
     })?;
-    ensure!(finite, Error::file(file.path(), format!("`{}` holds NaN or infinity", name())));
+    ensure!(finite, Error::file(file.path(), format_args!("`{}` holds NaN or infinity", name())));
     // The largest value of the one is within the range of the other?
     if matches!(
         (tensor.dtype(), kept_as),
@@ -228,7 +232,7 @@ fn check_values(file: &TensorFile, weight: &Weight, tensor: &Tensor, kept_as: DT
         let fits =
             if kept_as == DType::F16 { f16::from_f64(largest).is_finite() } else { (largest as f32).is_finite() };
         let why = format!("holds {largest}, which overflows {kept_as}; load the model as bf16 or f32");
-        ensure!(fits, Error::file(file.path(), format!("`{}` {why}", name())));
+        ensure!(fits, Error::file(file.path(), format_args!("`{}` {why}", name())));
     }
     Ok(())
 }

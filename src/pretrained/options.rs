@@ -77,7 +77,7 @@ pub(super) struct Options {
 
 impl Options {
     pub(super) fn refuse(&self, key: &str, why: impl fmt::Display) -> Error {
-        Error::file(&self.path, format!("`{key}` {why}"))
+        Error::file(&self.path, format_args!("`{key}` {why}"))
     }
 
     pub(super) fn get(&self, key: &str) -> Option<&Value> {

@@ -166,7 +166,7 @@ pub(super) fn of_gguf(file: &TensorFile, keys: &Keys, positions: usize, pairs: u
                 info.shape == [pairs],
                 Error::file(
                     file.path(),
-                    format!(
+                    format_args!(
                         "tensor `{FREQ_FACTORS}` has shape {:?}, expected [{pairs}], one for each pair",
                         info.shape
                     )
@@ -177,7 +177,7 @@ pub(super) fn of_gguf(file: &TensorFile, keys: &Keys, positions: usize, pairs: u
                 factors.iter().all(|&factor| factor > 0.0 && factor.is_finite()),
                 Error::file(
                     file.path(),
-                    format!("tensor `{FREQ_FACTORS}` holds {factors:?}, expected numbers above 0")
+                    format_args!("tensor `{FREQ_FACTORS}` holds {factors:?}, expected numbers above 0")
                 )
             );
             Some(factors)

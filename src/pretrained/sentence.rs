@@ -67,7 +67,8 @@ pub struct SentenceOptions {
     pub max_seq_length: Option<usize>,
     /// If `true`, texts are lower-cased before anything else, `do_lower_case`.
     pub do_lower_case: bool,
-    /// A JSON object whose keys take precedence over those of `tokenizer_config.json`, `processor_kwargs`; empty for none.
+    /// A JSON object whose keys take precedence over those of `tokenizer_config.json`, `processor_kwargs`; empty for
+    /// none.
     pub tokenizer: String,
     /// Another tokenizer, `tokenizer_name_or_path`, which has to be given as a path.
     pub tokenizer_name: Option<String>,
@@ -134,13 +135,13 @@ impl Pretrained {
     /// The same as a model that gives one vector for a text, by the modules that the folder lists (`modules.json` of
     /// sentence-transformers), by the mean of the tokens if it lists none.
     ///
-    /// Errors: those of [`Pretrained::model`]; a family that continues texts, unless the folder lists modules; a module or
-    /// an option that is not known.
+    /// Errors: those of [`Pretrained::model`]; a family that continues texts, unless the folder lists modules; a module
+    /// or an option that is not known.
     pub fn sentence_encoder(&self, dtype: DType, device: &Device) -> Result<SentenceEncoder> {
         let listed = self.root.as_deref().is_some_and(|root| root.join(MODULES).exists());
         if self.family.is_causal() {
             let why = format!("is of the family {}, which embeds no sentences", self.family);
-            ensure!(listed, Error::file(self.file.path(), format!("{why} without `{MODULES}` beside it")));
+            ensure!(listed, Error::file(self.file.path(), format_args!("{why} without `{MODULES}` beside it")));
             self.sees_later_tokens()?;
         }
         // Small, and sooner refused than weights are read.
@@ -173,7 +174,10 @@ impl Pretrained {
                 let (first, rest) = entries.split_first().ok_or_else(|| Error::file(&path, "lists no module"))?;
                 ensure!(
                     first.class == "Transformer",
-                    Error::file(&path, format!("begins with the module `{}`, expected `Transformer`", first.class))
+                    Error::file(
+                        &path,
+                        format_args!("begins with the module `{}`, expected `Transformer`", first.class)
+                    )
                 );
                 rest.iter().filter_map(read).collect::<Result<Vec<_>>>()?
             }

@@ -9,7 +9,7 @@ use super::{
     sentence::Entry,
 };
 use crate::{
-    DType, Device, Error, Result, Tensor,
+    DType, Device, Error, ErrorKind, Result, Tensor,
     error::ensure,
     io::TensorFile,
     models::{DenseActivation, DenseLayer, DenseResidual, Features, Pooling, SentenceModule},
@@ -39,7 +39,7 @@ pub(super) fn read(entry: &Entry, list: &Path, dtype: DType, device: &Device) ->
         "Dropout" => Ok(None),
         other => {
             let known = "Transformer, Pooling, Dense, LayerNorm, Normalize and Dropout";
-            Err(Error::file(list, format!("lists the module `{other}`, known are {known}")))
+            Err(Error::file(list, format_args!("lists the module `{other}`, known are {known}")))
         }
     }
 }
@@ -164,7 +164,7 @@ impl<'d> Weights<'d> {
         let missing: Vec<String> = names.iter().filter(lacks).map(ToString::to_string).collect();
         ensure!(
             unused.is_empty() && missing.is_empty(),
-            Error::Weights { missing, unused, mismatched: Vec::new() }.context(file.path().display())
+            Error::new(ErrorKind::Weights { missing, unused, mismatched: Vec::new() }).context(file.path().display())
         );
         Ok(Self { file, dtype, device })
     }
@@ -174,11 +174,14 @@ impl<'d> Weights<'d> {
         let found = self.file.info(name).map(|info| info.shape).unwrap_or_default();
         ensure!(
             found == shape,
-            Error::file(self.file.path(), format!("`{name}` has shape {found:?}, its config.json asks for {shape:?}"))
+            Error::file(
+                self.file.path(),
+                format_args!("`{name}` has shape {found:?}, its config.json asks for {shape:?}")
+            )
         );
         let tensor = self.file.tensor(name)?;
         let finite = tensor.dtype().is_float() && tensor.to_f64_vec()?.iter().all(|value| value.is_finite());
-        ensure!(finite, Error::file(self.file.path(), format!("`{name}` holds NaN, infinity or integers")));
+        ensure!(finite, Error::file(self.file.path(), format_args!("`{name}` holds NaN, infinity or integers")));
         tensor.to_dtype(self.dtype)?.to_device(self.device)
     }
 }

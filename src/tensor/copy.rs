@@ -83,7 +83,7 @@ impl Tensor {
             (Device::Cpu, Device::Cpu) => y.bytes_mut()?.copy_from_slice(self.bytes()?),
             (Device::Cpu, Device::Gpu(gpu)) => gpu.upload(y.address_mut()?, self.bytes()?)?,
             (Device::Gpu(gpu), Device::Cpu) => gpu.read_back(self.address()?, y.bytes_mut()?)?,
-            (Device::Gpu(a), Device::Gpu(_)) if self.device == *device => {
+            (Device::Gpu(a), Device::Gpu(_)) if self.0.device == *device => {
                 a.copy(y.address_mut()?, self.address()?, y.numel() * y.dtype().size())?;
             }
             (Device::Gpu(_), Device::Gpu(_)) => y = self.moved(&Device::Cpu)?.moved(device)?,
@@ -102,14 +102,14 @@ impl Tensor {
         let inside = |&size: &usize| part.start.checked_add(part.len).is_some_and(|end| end <= size);
         ensure!(
             self.rank() == 0 || self.shape().get(part.dim).is_some_and(inside),
-            Error::shape("accumulate", format!("{part:?} is no part of a gradient of shape {:?}", self.shape()))
+            Error::shape("accumulate", format_args!("{part:?} is no part of a gradient of shape {:?}", self.shape()))
         );
         let expected = if self.rank() == 0 { *self.shape() } else { self.shape().with_dim(part.dim, part.len) };
         ensure!(
             expected == *value.shape() && self.dtype() == value.dtype(),
             Error::shape(
                 "accumulate",
-                format!(
+                format_args!(
                     "a gradient of shape {:?} {} was given where {expected:?} {} is needed",
                     value.shape(),
                     value.dtype(),
@@ -137,7 +137,7 @@ impl Tensor {
 pub(crate) fn same_kind(op: &'static str, a: &Tensor, b: &Tensor) -> Result<()> {
     ensure!(
         a.dtype() == b.dtype(),
-        Error::dtype(op, format!("the tensors are {} and {}; convert one with `to_dtype`", a.dtype(), b.dtype()))
+        Error::dtype(op, format_args!("the tensors are {} and {}; convert one with `to_dtype`", a.dtype(), b.dtype()))
     );
     same_device(op, a, b)
 }
@@ -146,7 +146,7 @@ pub(crate) fn same_kind(op: &'static str, a: &Tensor, b: &Tensor) -> Result<()> 
 pub(crate) fn same_device(op: &'static str, a: &Tensor, b: &Tensor) -> Result<()> {
     ensure!(
         a.device() == b.device(),
-        Error::Device { op, message: format!("the tensors are on {} and {}; move one", a.device(), b.device()) }
+        Error::device(op, format_args!("the tensors are on {} and {}; move one", a.device(), b.device()))
     );
     Ok(())
 }

@@ -57,7 +57,7 @@ impl Tensor {
         let strided =
             || format!("a kernel expects packed elements, got {:?} with strides {:?}", self.shape(), self.strides());
         ensure!(self.is_contiguous(), Error::argument("launch", strided()));
-        Ok(self.storage_address()?.plus(self.range().start * self.dtype.size()))
+        Ok(self.storage_address()?.plus(self.range().start * self.0.dtype.size()))
     }
 
     /// Where a contiguous tensor on a GPU that no other handle shares has its first element.
@@ -71,12 +71,11 @@ impl Tensor {
 
     /// Where the storage of a tensor on a GPU starts.
     pub(crate) fn storage_address(&self) -> Result<Address> {
-        match &*self.buffer {
+        match &*self.0.buffer {
             Buffer::Gpu(buffer) => Ok(buffer.address()),
-            Buffer::Cpu(_) => Err(Error::Device {
-                op: "launch",
-                message: "a tensor on the CPU was given to a kernel; move it with `to_device`".into(),
-            }),
+            Buffer::Cpu(_) => {
+                Err(Error::device("launch", "a tensor on the CPU was given to a kernel; move it with `to_device`"))
+            }
         }
     }
 

@@ -46,14 +46,18 @@ pub(crate) use recompute::{Recompute, Saved};
 /// # }
 /// ```
 #[derive(Clone)]
-pub struct Tensor {
+pub struct Tensor(Arc<Handle>);
+
+/// The fields of a tensor, on the heap: a tensor is one pointer, so that code which passes tensors on stays small.
+#[derive(Clone)]
+struct Handle {
     buffer: Arc<Buffer>,
     layout: Layout,
     dtype: DType,
     device: Device,
-    pub(crate) grad: GradSlot,
+    slot: GradSlot,
     /// How ops that need the values backward may compute them again; views and constants have none.
-    pub(crate) recipe: Option<Recompute>,
+    recipe: Option<Recompute>,
 }
 
 impl Tensor {
@@ -71,7 +75,7 @@ impl Tensor {
         let shape = shape.into_shape()?;
         ensure!(
             shape.numel() == values.len(),
-            Error::shape("from_slice", format!("{} values do not fill shape {shape:?}", values.len()))
+            Error::shape("from_slice", format_args!("{} values do not fill shape {shape:?}", values.len()))
         );
         let mut tensor = Self::uninit(shape, E::DTYPE, &Device::Cpu)?;
         for (to, &from) in tensor.values_mut::<E>()?.iter_mut().zip(values) {
@@ -213,19 +217,19 @@ impl Tensor {
     }
 
     fn of_buffer(buffer: Buffer, shape: Shape, dtype: DType, device: &Device) -> Self {
-        Self {
+        Self(Arc::new(Handle {
             buffer: Arc::new(buffer),
             layout: Layout::contiguous(shape),
             dtype,
             device: device.clone(),
-            grad: GradSlot::Constant,
+            slot: GradSlot::Constant,
             recipe: None,
-        }
+        }))
     }
 
     /// Unspecified content, with this tensor's shape, dtype and device.
     pub(crate) fn uninit_like(&self) -> Result<Self> {
-        Self::uninit(*self.shape(), self.dtype, &self.device)
+        Self::uninit(*self.shape(), self.0.dtype, &self.0.device)
     }
 
     /// Sizes of the dimensions.
@@ -237,7 +241,7 @@ impl Tensor {
     /// # Ok::<(), x_transformers::Error>(())
     /// ```
     pub fn shape(&self) -> &Shape {
-        &self.layout.shape
+        &self.0.layout.shape
     }
 
     /// Number of dimensions.
@@ -248,7 +252,7 @@ impl Tensor {
     /// # Ok::<(), x_transformers::Error>(())
     /// ```
     pub fn rank(&self) -> usize {
-        self.layout.shape.rank()
+        self.0.layout.shape.rank()
     }
 
     /// Number of elements.
@@ -261,12 +265,12 @@ impl Tensor {
     #[doc(alias = "elem_count")]
     #[doc(alias = "nelement")]
     pub fn numel(&self) -> usize {
-        self.layout.shape.numel()
+        self.0.layout.shape.numel()
     }
 
     /// Bytes of the elements, each counted once for every place that a view shows it in.
     pub(crate) fn bytes_of_elements(&self) -> usize {
-        self.numel() * self.dtype.size()
+        self.numel() * self.0.dtype.size()
     }
 
     /// Size of one dimension; negative ones count from the end.
@@ -286,12 +290,12 @@ impl Tensor {
 
     /// Type of the elements.
     pub fn dtype(&self) -> DType {
-        self.dtype
+        self.0.dtype
     }
 
     /// Where the elements are.
     pub fn device(&self) -> &Device {
-        &self.device
+        &self.0.device
     }
 
     /// Steps between neighbours along each dimension, in elements.
@@ -303,7 +307,7 @@ impl Tensor {
     /// # Ok::<(), x_transformers::Error>(())
     /// ```
     pub fn strides(&self) -> &[usize] {
-        self.layout.strides()
+        self.0.layout.strides()
     }
 
     /// Whether the elements are packed in row-major order.
@@ -315,7 +319,7 @@ impl Tensor {
     /// # Ok::<(), x_transformers::Error>(())
     /// ```
     pub fn is_contiguous(&self) -> bool {
-        self.layout.is_contiguous()
+        self.0.layout.is_contiguous()
     }
 
     /// Whether two tensors share storage.
@@ -327,7 +331,7 @@ impl Tensor {
     /// # Ok::<(), x_transformers::Error>(())
     /// ```
     pub fn shares_storage(&self, other: &Tensor) -> bool {
-        Arc::ptr_eq(&self.buffer, &other.buffer)
+        Arc::ptr_eq(&self.0.buffer, &other.0.buffer)
     }
 
     /// The same values as a new leaf: the next [`Tape`](crate::Tape) gives its gradient.
@@ -348,8 +352,11 @@ impl Tensor {
     #[doc(alias = "Variable")]
     pub fn requires_grad(&self) -> Result<Self> {
         ensure!(
-            self.dtype.is_float(),
-            Error::dtype("requires_grad", format!("only float tensors have gradients, this one is {}", self.dtype))
+            self.0.dtype.is_float(),
+            Error::dtype(
+                "requires_grad",
+                format_args!("only float tensors have gradients, this one is {}", self.0.dtype)
+            )
         );
         Ok(self.with_slot(GradSlot::Leaf(LeafId::new())))
     }
@@ -367,16 +374,41 @@ impl Tensor {
     #[doc(alias = "no_grad")]
     #[doc(alias = "stop_gradient")]
     pub fn detach(&self) -> Self {
-        self.with_slot(GradSlot::Constant)
+        self.clone().into_constant()
     }
 
     /// As [`Tensor::detach`], of a handle that is not needed any more.
-    pub(crate) fn into_constant(self) -> Self {
-        Self { grad: GradSlot::Constant, recipe: None, ..self }
+    pub(crate) fn into_constant(mut self) -> Self {
+        if self.0.recipe.is_some() || !matches!(self.0.slot, GradSlot::Constant) {
+            self.set_slot(GradSlot::Constant);
+        }
+        self
     }
 
-    pub(crate) fn with_slot(&self, grad: GradSlot) -> Self {
-        Self { grad, recipe: None, ..self.clone() }
+    pub(crate) fn with_slot(&self, slot: GradSlot) -> Self {
+        let mut tensor = self.clone();
+        tensor.set_slot(slot);
+        tensor
+    }
+
+    /// The tensor's place in differentiation.
+    pub(crate) fn slot(&self) -> GradSlot {
+        self.0.slot
+    }
+
+    /// Gives this handle another place in differentiation, and no recipe.
+    pub(crate) fn set_slot(&mut self, slot: GradSlot) {
+        let handle = Arc::make_mut(&mut self.0);
+        (handle.slot, handle.recipe) = (slot, None);
+    }
+
+    /// Returns how the values may be computed again, if that is known.
+    pub(crate) fn recipe(&self) -> Option<&Recompute> {
+        self.0.recipe.as_ref()
+    }
+
+    pub(crate) fn set_recipe(&mut self, recipe: Option<Recompute>) {
+        Arc::make_mut(&mut self.0).recipe = recipe;
     }
 
     /// The values in row-major order.
@@ -396,7 +428,7 @@ impl Tensor {
     pub fn to_vec<E: Readable>(&self) -> Result<Vec<E>> {
         let packed = self.packed()?.on(&Device::Cpu)?;
         let values = packed.values::<E>()?.iter().map(|&stored| E::from_stored(stored)).collect();
-        profile::done("to_vec", profile::Phase::Read, &self.device, || packed.numel() * packed.dtype.size())?;
+        profile::done("to_vec", profile::Phase::Read, &self.0.device, || packed.numel() * packed.dtype().size())?;
         Ok(values)
     }
 
@@ -410,14 +442,14 @@ impl Tensor {
     /// ```
     pub fn to_f64_vec(&self) -> Result<Vec<f64>> {
         let packed = self.packed()?.on(&Device::Cpu)?;
-        let values = match self.dtype {
+        let values = match self.0.dtype {
             DType::I64 => packed.values::<i64>()?.iter().map(|&x| x as f64).collect(),
             DType::Bool => packed.values::<bool>()?.iter().map(|&x| x as f64).collect(),
             float => dispatch_float!("to_f64_vec", float, T, {
                 Ok(packed.values::<T>()?.iter().map(|&x| to_f64::<T>(x)).collect())
             })?,
         };
-        profile::done("to_f64_vec", profile::Phase::Read, &self.device, || packed.numel() * packed.dtype.size())?;
+        profile::done("to_f64_vec", profile::Phase::Read, &self.0.device, || packed.numel() * packed.dtype().size())?;
         Ok(values)
     }
 
@@ -435,31 +467,31 @@ impl Tensor {
     pub fn item(&self) -> Result<f64> {
         ensure!(
             self.numel() == 1,
-            Error::shape("item", format!("expected one element, the shape is {:?}", self.shape()))
+            Error::shape("item", format_args!("expected one element, the shape is {:?}", self.shape()))
         );
         Ok(self.to_f64_vec()?[0])
     }
 
     /// This packed constant on a device.
     pub(crate) fn on(self, device: &Device) -> Result<Self> {
-        if self.device == *device { Ok(self) } else { self.moved(device) }
+        if self.0.device == *device { Ok(self) } else { self.moved(device) }
     }
 
     pub(crate) fn layout(&self) -> &Layout {
-        &self.layout
+        &self.0.layout
     }
 
     /// Another view of the same storage, as a constant: the caller records it.
     pub(crate) fn with_layout(&self, layout: Layout) -> Self {
-        Self { layout, grad: GradSlot::Constant, recipe: None, ..self.clone() }
+        Self(Arc::new(Handle { layout, slot: GradSlot::Constant, recipe: None, ..Handle::clone(&self.0) }))
     }
 
     /// The whole storage, for ops that walk strides from `layout().offset`.
     pub(crate) fn storage<E: Element>(&self) -> Result<&[E::Stored]> {
         self.check_dtype::<E>()?;
-        match &*self.buffer {
+        match &*self.0.buffer {
             Buffer::Cpu(buffer) => Ok(bytemuck::cast_slice(buffer.bytes())),
-            Buffer::Gpu(_) => Err(Self::not_on_the_cpu(&self.device)),
+            Buffer::Gpu(_) => Err(Self::not_on_the_cpu(&self.0.device)),
         }
     }
 
@@ -485,7 +517,7 @@ impl Tensor {
 
     /// The storage of a tensor of floats, of which its layout says which elements it has.
     pub(crate) fn stored_floats(&self, op: &'static str) -> Result<Floats<'_>> {
-        Ok(match self.dtype {
+        Ok(match self.0.dtype {
             DType::F32 => Floats::F32(self.storage::<f32>()?),
             DType::F64 => Floats::F64(self.storage::<f64>()?),
             DType::BF16 => Floats::BF16(self.storage::<half::bf16>()?),
@@ -496,7 +528,7 @@ impl Tensor {
 
     /// The elements of a contiguous tensor of floats that no other handle shares.
     pub(crate) fn floats_mut(&mut self, op: &'static str) -> Result<FloatsMut<'_>> {
-        Ok(match self.dtype {
+        Ok(match self.0.dtype {
             DType::F32 => FloatsMut::F32(self.values_mut::<f32>()?),
             DType::F64 => FloatsMut::F64(self.values_mut::<f64>()?),
             DType::BF16 => FloatsMut::BF16(self.values_mut::<half::bf16>()?),
@@ -509,25 +541,31 @@ impl Tensor {
     fn range(&self) -> std::ops::Range<usize> {
         let elements = self.numel();
         // The offset of an empty view may lie behind the end.
-        let start = if elements == 0 { 0 } else { self.layout.offset };
+        let start = if elements == 0 { 0 } else { self.0.layout.offset };
         start..start + elements
     }
 
     /// Whether `values_mut` may write: the handle is the only one, and contiguous.
     pub(crate) fn is_unique(&mut self) -> bool {
-        Arc::get_mut(&mut self.buffer).is_some_and(Buffer::is_unique) && self.is_contiguous()
+        self.unshared().is_some_and(|buffer| buffer.is_unique()) && self.is_contiguous()
+    }
+
+    /// The storage, if no other tensor has it.
+    fn unshared(&mut self) -> Option<&mut Buffer> {
+        Arc::get_mut(&mut self.0).and_then(|handle| Arc::get_mut(&mut handle.buffer))
     }
 
     fn bytes_mut(&mut self) -> Result<&mut [u8]> {
-        match Arc::get_mut(&mut self.buffer) {
+        let device = self.0.device.clone();
+        match self.unshared() {
             Some(Buffer::Cpu(buffer)) => Ok(buffer.bytes_mut()),
-            Some(Buffer::Gpu(_)) => Err(Self::not_on_the_cpu(&self.device)),
+            Some(Buffer::Gpu(_)) => Err(Self::not_on_the_cpu(&device)),
             None => Err(Error::argument("write", "the storage is shared; ops write only to tensors that they own")),
         }
     }
 
     fn not_on_the_cpu(device: &Device) -> Error {
-        Error::Device { op: "read", message: format!("the tensor is on {device}; move it to the CPU with `to_device`") }
+        Error::device("read", format_args!("the tensor is on {device}; move it to the CPU with `to_device`"))
     }
 
     /// The same values in packed storage that no other handle shares: this one, or a copy.
@@ -537,22 +575,25 @@ impl Tensor {
 
     /// A packed copy with storage of its own.
     pub(crate) fn to_owned_copy(&self) -> Result<Tensor> {
-        if self.is_contiguous() { self.moved(&self.device) } else { self.packed_copy() }
+        if self.is_contiguous() { self.moved(&self.0.device) } else { self.packed_copy() }
     }
 
     /// The bytes of the elements of a contiguous tensor on the CPU.
     pub(crate) fn bytes(&self) -> Result<&[u8]> {
-        let (range, size) = (self.range(), self.dtype.size());
-        match &*self.buffer {
+        let (range, size) = (self.range(), self.0.dtype.size());
+        match &*self.0.buffer {
             Buffer::Cpu(buffer) => Ok(&buffer.bytes()[range.start * size..range.end * size]),
-            Buffer::Gpu(_) => Err(Self::not_on_the_cpu(&self.device)),
+            Buffer::Gpu(_) => Err(Self::not_on_the_cpu(&self.0.device)),
         }
     }
 
     fn check_dtype<E: Element>(&self) -> Result<()> {
         ensure!(
-            self.dtype == E::DTYPE,
-            Error::dtype("read", format!("the tensor is {}, not {}; convert with `to_dtype`", self.dtype, E::DTYPE))
+            self.0.dtype == E::DTYPE,
+            Error::dtype(
+                "read",
+                format_args!("the tensor is {}, not {}; convert with `to_dtype`", self.0.dtype, E::DTYPE)
+            )
         );
         Ok(())
     }

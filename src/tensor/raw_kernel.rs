@@ -13,10 +13,10 @@ const OP: &str = "raw_kernel";
 
 /// A kernel from source text, compiled for a GPU at run time.
 ///
-/// The text goes through the compiler and the cache of the library's own kernels. The parameters are read from it: pointers
-/// to `float`, `double`, `bf16`, `f16`, `long long` or `bool` take tensors of that dtype, written unless the pointer is to
-/// `const`; numbers are passed by value. Typedefs and macros of `options` may name a type. The text includes no files; where
-/// it computes with half types, it defines the structs `bf16` and `f16` of 16 bits itself.
+/// The text goes through the compiler and the cache of the library's own kernels. The parameters are read from it:
+/// pointers to `float`, `double`, `bf16`, `f16`, `long long` or `bool` take tensors of that dtype, written unless the
+/// pointer is to `const`; numbers are passed by value. Typedefs and macros of `options` may name a type. The text
+/// includes no files; where it computes with half types, it defines the structs `bf16` and `f16` of 16 bits itself.
 ///
 /// A launch records no gradient: [`record`](crate::record) puts an op that launches kernels on the tape.
 ///
@@ -90,16 +90,17 @@ from!(&'a mut Tensor => Output, &'a Tensor => Input, i32 => I32, u32 => U32, i64
 impl RawKernel {
     /// Compiles the kernel of this name, or finds it in the cache.
     ///
-    /// `options`: macros, passed to the compiler as `-Dname=value`; not one-letter names such as `T`, which the compiler's
-    /// own headers use.
+    /// `options`: macros, passed to the compiler as `-Dname=value`; not one-letter names such as `T`, which the
+    /// compiler's own headers use.
     ///
-    /// Errors: [`Error::Argument`] if the text has no such kernel, or a parameter of another type than those above;
-    /// [`Error::Device`] on the CPU, on a GPU whose backend compiles no sources, or with the compiler's log.
+    /// Errors: [`ErrorKind::Argument`](crate::ErrorKind::Argument) if the text has no such kernel, or a parameter of
+    /// another type than those above; [`ErrorKind::Device`](crate::ErrorKind::Device) on the CPU, on a GPU whose
+    /// backend compiles no sources, or with the compiler's log.
     pub fn new(device: &Device, text: &str, name: &str, options: &[(&str, &str)]) -> Result<Self> {
         let source = Source::new(text, name, options)?;
         let Device::Gpu(gpu) = *device else {
             let message = format!("kernel `{name}` was asked for on the CPU; it runs on a GPU");
-            return Err(Error::Device { op: OP, message });
+            return Err(Error::device(OP, message));
         };
         Ok(Self { device: device.clone(), kernel: gpu.compile(&source)?, source })
     }
@@ -111,20 +112,21 @@ impl RawKernel {
 
     /// Enqueues the kernel; a grid without blocks does nothing.
     ///
-    /// Errors: [`Error::Argument`] if number or kinds of the arguments are not those of the parameters, for a tensor that is
-    /// not packed, and for an output whose storage is shared or that belongs to a tape; [`Error::DType`] for a tensor of
-    /// another dtype; [`Error::Device`] for one on another device, and for errors of the driver.
+    /// Errors: [`ErrorKind::Argument`](crate::ErrorKind::Argument) if number or kinds of the arguments are not those of
+    /// the parameters, for a tensor that is not packed, and for an output whose storage is shared or that belongs to a
+    /// tape; [`ErrorKind::DType`](crate::ErrorKind::DType) for a tensor of another dtype;
+    /// [`ErrorKind::Device`](crate::ErrorKind::Device) for one on another device, and for errors of the driver.
     ///
     /// # Safety
     ///
-    /// The kernel reads and writes what its text makes of the grid and the arguments: with these, it must stay within the
-    /// tensors, and no thread may write what another one reads or writes at the same time.
+    /// The kernel reads and writes what its text makes of the grid and the arguments: with these, it must stay within
+    /// the tensors, and no thread may write what another one reads or writes at the same time.
     pub unsafe fn launch<'a>(&self, grid: Grid, args: impl IntoIterator<Item = KernelArg<'a>>) -> Result<()> {
         let (name, parameters) = (self.source.kernel(), self.parameters());
         let given: Vec<KernelArg<'a>> = args.into_iter().collect();
         ensure!(
             given.len() == parameters.len(),
-            Error::argument(OP, format!("`{name}` takes {} arguments, got {}", parameters.len(), given.len()))
+            Error::argument(OP, format_args!("`{name}` takes {} arguments, got {}", parameters.len(), given.len()))
         );
         let args = parameters.iter().zip(given).map(|(parameter, given)| self.argument(parameter, given));
         self.kernel.launch(grid, &args.collect::<Result<Vec<_>>>()?)
@@ -136,14 +138,14 @@ impl RawKernel {
         let tensor = |tensor: &Tensor| {
             ensure!(
                 *tensor.device() == self.device,
-                Error::Device {
-                    op: OP,
-                    message: format!("{} is on {}, the kernel on {}", place(), tensor.device(), self.device),
-                }
+                Error::device(OP, format_args!("{} is on {}, the kernel on {}", place(), tensor.device(), self.device))
             );
             ensure!(
                 parameter.of == ParameterType::Elements(tensor.dtype()),
-                Error::dtype(OP, format!("{} takes {}, got a tensor of {}", place(), parameter.of, tensor.dtype()))
+                Error::dtype(
+                    OP,
+                    format_args!("{} takes {}, got a tensor of {}", place(), parameter.of, tensor.dtype())
+                )
             );
             Ok(())
         };
@@ -151,8 +153,8 @@ impl RawKernel {
             KernelArg::Output(y) if parameter.kind == Kind::Output => {
                 tensor(y)?;
                 ensure!(
-                    matches!(y.grad, GradSlot::Constant),
-                    Error::argument(OP, format!("{} belongs to a tape, which would miss the change", place()))
+                    matches!(y.slot(), GradSlot::Constant),
+                    Error::argument(OP, format_args!("{} belongs to a tape, which would miss the change", place()))
                 );
                 return y.into_arg();
             }
@@ -172,10 +174,10 @@ impl RawKernel {
                     Kind::Input => "an input (`&`)",
                     Kind::Scalar { .. } => "a number",
                 };
-                return Err(Error::argument(OP, format!("{} is {wanted}, got {given:?}", place())));
+                return Err(Error::argument(OP, format_args!("{} is {wanted}, got {given:?}", place())));
             }
         };
-        ensure!(parameter.of == of, Error::argument(OP, format!("{} is {}, got {of}", place(), parameter.of)));
+        ensure!(parameter.of == of, Error::argument(OP, format_args!("{} is {}, got {of}", place(), parameter.of)));
         Ok(arg)
     }
 }

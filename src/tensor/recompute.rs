@@ -69,7 +69,7 @@ pub(crate) enum Saved {
 impl Saved {
     /// The recipe, if the tensor has one; otherwise the tensor, as a constant.
     pub fn of(x: &Tensor) -> Self {
-        x.recipe.clone().map_or_else(|| Self::Kept(x.detach()), Self::Again)
+        x.recipe().cloned().map_or_else(|| Self::Kept(x.detach()), Self::Again)
     }
 
     /// The values, as a constant.

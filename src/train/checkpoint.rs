@@ -6,7 +6,7 @@ use serde::{Deserialize, Serialize, de::DeserializeOwned};
 
 use super::{GradScaler, TrainOptions};
 use crate::{
-    Error, Result, Tensor,
+    Error, ErrorKind, Result, Tensor,
     config::Config,
     error::ensure,
     io::{FileSet, pack, read_limited, read_with_metadata},
@@ -78,10 +78,10 @@ const RETRIES: usize = 100;
 ///
 /// `--overwrite` replaces checkpoint, metrics and picture at its first save; before, the old run is whole. It keeps
 /// its rows in memory until then. For the save it writes a file in `DIR/.replacement` that holds its [`TrainingState`]
-/// and the rows, then saves the checkpoint, then replaces `metrics.csv` by the rows, removes `.replacement` and draws the
-/// picture. Whoever opens the folder next compares the state in `.replacement` with the one of the checkpoint: if they
-/// are equal the save took place, and `metrics.csv` is replaced now; if not, the old run goes on. `.replacement` is
-/// removed in both cases.
+/// and the rows, then saves the checkpoint, then replaces `metrics.csv` by the rows, removes `.replacement` and draws
+/// the picture. Whoever opens the folder next compares the state in `.replacement` with the one of the checkpoint: if
+/// they are equal the save took place, and `metrics.csv` is replaced now; if not, the old run goes on. `.replacement`
+/// is removed in both cases.
 #[derive(Clone, Debug)]
 pub struct Checkpoint<C = Config> {
     /// The options of the model: those of a model of the library, or what another one writes.
@@ -141,7 +141,7 @@ impl<C: Serialize> Checkpoint<C> {
     /// Writes the checkpoint into a folder, which is made if it is not there; other files in it are left alone. At
     /// every instant the folder has a whole checkpoint, the previous one or this one, see [above](Self#files).
     ///
-    /// Errors: [`Error::Io`] with the path for every failure, a full disk for instance; the previous checkpoint is
+    /// Errors: [`ErrorKind::Io`] with the path for every failure, a full disk for instance; the previous checkpoint is
     /// still there, or this one is already if the failure came after step 3.
     pub fn save(&self, folder: impl AsRef<Path>) -> Result<()> {
         let metadata = BTreeMap::from([
@@ -164,7 +164,7 @@ impl Checkpoint {
     /// Completes a save that was interrupted after its third step and removes the remains of one that was interrupted
     /// before, see [above](Self#files). Reading does not need it; other programs do that read the files by their names.
     ///
-    /// Errors: [`Error::Io`]; the checkpoint can be read as before.
+    /// Errors: [`ErrorKind::Io`]; the checkpoint can be read as before.
     pub fn complete(folder: impl AsRef<Path>) -> Result<()> {
         files(folder.as_ref()).complete()
     }
@@ -172,13 +172,15 @@ impl Checkpoint {
     /// Returns `true` if a folder has a file of a checkpoint, readable or not.
     pub fn is_in(folder: impl AsRef<Path>) -> bool {
         // One that cannot be looked at is there.
-        FILES.iter().any(|name| !matches!(files(folder.as_ref()).read(name, found), Err(Error::File { .. })))
+        FILES.iter().any(|name| {
+            !matches!(files(folder.as_ref()).read(name, found).map_err(Error::into_kind), Err(ErrorKind::File { .. }))
+        })
     }
 
     /// Reads a checkpoint of a model of the library.
     ///
-    /// Errors: [`Error::File`] for a folder without one of the files, a file with another content than it should
-    /// have, or files of different checkpoints; [`Error::Io`] if one cannot be read.
+    /// Errors: [`ErrorKind::File`] for a folder without one of the files, a file with another content than it should
+    /// have, or files of different checkpoints; [`ErrorKind::Io`] if one cannot be read.
     pub fn load(folder: impl AsRef<Path>) -> Result<Self> {
         Self::load_as(folder)
     }
@@ -243,7 +245,7 @@ impl<C: DeserializeOwned> Checkpoint<C> {
                         step.is_none_or(|step| *step == training.step.to_string()),
                         Error::file(
                             path,
-                            format!(
+                            format_args!(
                                 "is of step {}, {TRAINING} of step {}: the files are of different checkpoints",
                                 step.map_or("", String::as_str),
                                 training.step
@@ -300,6 +302,6 @@ fn json(folder: &Path, value: &impl Serialize) -> Result<Vec<u8>> {
 
 fn read_json<T: DeserializeOwned>(folder: &Path, name: &str) -> Result<T> {
     files(folder).read(name, |path| {
-        serde_json::from_slice(&bytes(path)?).map_err(|error| Error::file(path, format!("is damaged: {error}")))
+        serde_json::from_slice(&bytes(path)?).map_err(|error| Error::file(path, format_args!("is damaged: {error}")))
     })
 }

@@ -8,7 +8,7 @@ use std::{
 };
 
 use super::random::{Purpose, stream};
-use crate::{DType, Device, Error, Philox, Result, Shape, Tensor, error::ensure, hash::fnv1a};
+use crate::{DType, Device, Error, ErrorKind, Philox, Result, Shape, Tensor, error::ensure, hash::fnv1a};
 
 /// Windows that [`ByteText::validation_windows`] gives.
 const VALIDATION_WINDOWS: usize = 64;
@@ -43,13 +43,13 @@ impl fmt::Debug for ByteText {
 impl ByteText {
     /// The files, and all files below the folders, one after the other.
     ///
-    /// A folder is walked in the order of its names. Hidden names, binary files (with a zero byte), empty files, links to
-    /// folders, pipes and devices are passed over; so are files and folders in it that cannot be read, which
+    /// A folder is walked in the order of its names. Hidden names, binary files (with a zero byte), empty files, links
+    /// to folders, pipes and devices are passed over; so are files and folders in it that cannot be read, which
     /// [`ByteText::skipped`] lists.
     ///
-    /// Errors: [`Error::Io`] for a file or folder that was named itself and cannot be read; [`Error::File`] for a binary
-    /// or empty file that was named itself, for what is neither file nor folder, and for a folder without text; an empty
-    /// list.
+    /// Errors: [`ErrorKind::Io`] for a file or folder that was named itself and cannot be read; [`ErrorKind::File`] for
+    /// a binary or empty file that was named itself, for what is neither file nor folder, and for a folder without
+    /// text; an empty list.
     pub fn from_paths<P: AsRef<Path>>(paths: &[P]) -> Result<Self> {
         ensure!(!paths.is_empty(), Error::option("text", "expected at least one file or folder"));
         let (mut bytes, mut skipped) = (Vec::new(), Vec::new());
@@ -113,7 +113,7 @@ impl ByteText {
 
     /// Checks that windows of `seq_len + 1` bytes fit into both parts.
     ///
-    /// Errors: [`Error::Option`] with the sizes.
+    /// Errors: [`ErrorKind::Option`] with the sizes.
     pub fn check(&self, seq_len: usize) -> Result<()> {
         // The validation part is the smaller one but for the shortest texts.
         let shortest = self.validation().len().min(self.train().len());
@@ -121,7 +121,7 @@ impl ByteText {
             seq_len < shortest,
             Error::option(
                 "text",
-                format!(
+                format_args!(
                     "{} bytes are too short for windows of {} bytes: {} are to train on and {} to validate; use a \
                      longer text or a smaller seq_len",
                     self.bytes.len(),
@@ -185,7 +185,7 @@ fn windows(
 fn no_text(folder: &Path, skipped: &[(PathBuf, String)]) -> Error {
     let unreadable = skipped.iter().find(|(path, _)| path.starts_with(folder));
     let reason = unreadable.map_or(String::new(), |(path, why)| format!("; {}: {why}", path.display()));
-    Error::file(folder, format!("has no readable text in it or below it{reason}"))
+    Error::file(folder, format_args!("has no readable text in it or below it{reason}"))
 }
 
 /// Appends the text below a folder.
@@ -202,9 +202,9 @@ fn read_folder(folder: &Path, bytes: &mut Vec<u8>, skipped: &mut Vec<(PathBuf, S
         }
         let path = folder.join(name);
         if let Err(error) = read_entry(&path, bytes, skipped) {
-            skipped.push(match error {
-                Error::Io { path, source } => (path, source.to_string()),
-                error => (path, error.to_string()),
+            skipped.push(match error.into_kind() {
+                ErrorKind::Io { path, source } => (path, source.to_string()),
+                other => (path, other.to_string()),
             });
         }
     }

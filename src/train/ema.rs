@@ -3,7 +3,7 @@
 use std::{collections::BTreeMap, fmt};
 
 use crate::{
-    Device, Error, Param, ParamMap, Result, Tensor,
+    Device, Error, ErrorKind, Param, ParamMap, Result, Tensor,
     error::ensure,
     ops::adamw::{average, own},
     params::try_ordered,
@@ -34,7 +34,7 @@ impl Ema {
     ///
     /// Errors: a decay outside of `[0, 1]`.
     pub fn new(params: &ParamMap, decay: f64) -> Result<Self> {
-        ensure!((0.0..=1.0).contains(&decay), Error::option("ema_decay", format!("expected 0 to 1, got {decay}")));
+        ensure!((0.0..=1.0).contains(&decay), Error::option("ema_decay", format_args!("expected 0 to 1, got {decay}")));
         let averages = params.unique().map(|(name, param)| {
             let value = param.tensor().detach();
             let mut average = value.to_dtype(value.dtype().accumulator())?;
@@ -56,7 +56,7 @@ impl Ema {
         }
         ensure!(
             values.len() == self.averages.len(),
-            Error::argument("ema", format!("{} parameters for {} averages", values.len(), self.averages.len()))
+            Error::argument("ema", format_args!("{} parameters for {} averages", values.len(), self.averages.len()))
         );
         // Both go through the names in alphabetical order.
         let mut averages: Vec<&mut Tensor> = self.averages.values_mut().collect();
@@ -93,7 +93,8 @@ impl Ema {
 
     /// Replaces the averages.
     ///
-    /// Errors, with nothing changed: [`Error::Weights`] with every missing, unused and mismatched name; another dtype.
+    /// Errors, with nothing changed: [`ErrorKind::Weights`] with every missing, unused and mismatched name; another
+    /// dtype.
     pub fn load_state_dict(&mut self, dict: &BTreeMap<String, Tensor>) -> Result<()> {
         let missing: Vec<_> = self.averages.keys().filter(|&name| !dict.contains_key(name)).cloned().collect();
         let unused: Vec<_> = dict.keys().filter(|&name| !self.averages.contains_key(name)).cloned().collect();
@@ -104,12 +105,15 @@ impl Ema {
             .collect();
         ensure!(
             missing.is_empty() && unused.is_empty() && mismatched.is_empty(),
-            Error::Weights { missing, unused, mismatched }
+            Error::new(ErrorKind::Weights { missing, unused, mismatched })
         );
         for (name, average, given) in pairs() {
             ensure!(
                 average.dtype() == given.dtype(),
-                Error::dtype("load_state_dict", format!("{name} is {}, expected {}", given.dtype(), average.dtype()))
+                Error::dtype(
+                    "load_state_dict",
+                    format_args!("{name} is {}, expected {}", given.dtype(), average.dtype())
+                )
             );
         }
         let moved =
@@ -126,7 +130,7 @@ impl Ema {
             }
             Some(average) => Err(Error::shape(
                 "ema",
-                format!(
+                format_args!(
                     "the average of {name} is {:?} {}, the parameter {:?} {}",
                     average.shape(),
                     average.dtype(),
@@ -134,7 +138,7 @@ impl Ema {
                     value.dtype()
                 ),
             )),
-            None => Err(Error::argument("ema", format!("there is no average of {name}"))),
+            None => Err(Error::argument("ema", format_args!("there is no average of {name}"))),
         }
     }
 }

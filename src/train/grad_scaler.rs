@@ -69,8 +69,8 @@ impl GradScaler {
         }
     }
 
-    /// Returns `true` if a smaller scale could help against gradients that are not finite: below 1 it would not keep small
-    /// gradients from vanishing but make them vanish.
+    /// Returns `true` if a smaller scale could help against gradients that are not finite: below 1 it would not keep
+    /// small gradients from vanishing but make them vanish.
     pub(super) fn can_back_off(&self) -> bool {
         self.scale > 1.0
     }
@@ -81,7 +81,10 @@ impl GradScaler {
     pub(super) fn check(&self) -> Result<()> {
         ensure!(
             self.scale > 0.0 && self.scale <= f64::from(f32::MAX) && self.growth_tracker < Self::GROWTH_INTERVAL,
-            Error::argument("grad_scaler", format!("expected a positive scale and a count below 2000, got {self:?}"))
+            Error::argument(
+                "grad_scaler",
+                format_args!("expected a positive scale and a count below 2000, got {self:?}")
+            )
         );
         Ok(())
     }

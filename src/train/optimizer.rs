@@ -5,7 +5,7 @@ use std::{collections::BTreeMap, fmt};
 #[cfg(feature = "cuda")]
 use crate::ops::adamw::{adamw_recorded, clip_on_device};
 use crate::{
-    DType, Device, Error, Gradients, ParamMap, Result, Tensor,
+    DType, Device, Error, ErrorKind, Gradients, ParamMap, Result, Tensor,
     error::ensure,
     ops::adamw::{Settings, Update, adamw, compile, own, square_norms},
     params::Param,
@@ -43,8 +43,8 @@ impl Default for AdamWOptions {
 /// the parameter is that weight rounded: updates smaller than half a unit of the half type are not lost. Whoever sets
 /// such a parameter to another value continues from that value. Results have the same bits for any number of threads.
 ///
-/// Other threads may use the model during a step: whoever reads a parameter waits until all of them are updated, which takes
-/// the time of the arithmetic alone.
+/// Other threads may use the model during a step: whoever reads a parameter waits until all of them are updated, which
+/// takes the time of the arithmetic alone.
 ///
 /// ```
 /// use x_transformers::{DType, Device, Init, ParamStore, Tape, train::{AdamW, AdamWOptions}};
@@ -118,13 +118,13 @@ impl AdamW {
         for (key, beta) in [("beta1", beta1), ("beta2", beta2)] {
             ensure!(
                 (0.0..1.0).contains(&beta),
-                Error::option(key, format!("expected at least 0 and below 1, got {beta}"))
+                Error::option(key, format_args!("expected at least 0 and below 1, got {beta}"))
             );
         }
         for (key, value) in [("eps", eps), ("weight_decay", weight_decay)] {
             ensure!(
                 value >= 0.0 && value.is_finite(),
-                Error::option(key, format!("expected a finite number of at least 0, got {value}"))
+                Error::option(key, format_args!("expected a finite number of at least 0, got {value}"))
             );
         }
         Ok(Self { options, state: BTreeMap::new(), steps: 0, updating: false })
@@ -145,8 +145,9 @@ impl AdamW {
     /// `clip`: gradients are multiplied by `clip / (norm + 1e-6)` if that is below 1, as PyTorch's `clip_grad_norm_`
     /// does. A gradient has its parameter's dtype, or f32 where that is a half type.
     ///
-    /// Errors, with nothing changed: [`Error::NonFinite`] for a gradient with NaN or infinity, naming its parameter;
-    /// a rate that is negative or not finite; a clip that is not positive; a gradient of another shape or dtype.
+    /// Errors, with nothing changed: [`ErrorKind::NonFinite`] for a gradient with NaN or infinity, naming its
+    /// parameter; a rate that is negative or not finite; a clip that is not positive; a gradient of another shape or
+    /// dtype.
     #[doc(alias = "clip_grad_norm_")]
     pub fn step(&mut self, params: &ParamMap, grads: &Gradients, lr: f64, clip: Option<f64>) -> Result<StepInfo> {
         self.step_scaled(params, grads, 1.0, lr, clip)
@@ -208,7 +209,7 @@ impl AdamW {
         );
         if let Some((name, _)) = named.iter().find(|(_, param)| param.is_broken()) {
             let why = "was left half updated by a step that panicked; `set` or load it first";
-            return Err(Error::argument("adamw", format!("`{name}` {why}")));
+            return Err(Error::argument("adamw", format_args!("`{name}` {why}")));
         }
         self.prepare(named)?;
         let mut order: Vec<usize> = (0..named.len()).collect();
@@ -290,7 +291,7 @@ impl AdamW {
         let largest = || squares.iter().enumerate().max_by(|a, b| a.1.total_cmp(b.1)).map(|(index, _)| index);
         let culprit = squares.iter().position(|square| !square.is_finite()).or_else(largest);
         let what = culprit.map_or("gradient norm".to_string(), |index| format!("gradient of {}", named[index].0));
-        Err(Error::NonFinite { step: self.steps, what })
+        Err(Error::new(ErrorKind::NonFinite { step: self.steps, what }))
     }
 
     /// Makes the state of parameters that are new, and every state writable.
@@ -308,7 +309,7 @@ impl AdamW {
                     && state.master.is_some() == (value.dtype() != state.exp_avg.dtype()),
                 Error::argument(
                     "adamw",
-                    format!(
+                    format_args!(
                         "the state of {name} is for a parameter of shape {:?} on {}, the parameter is {:?} {} on {}",
                         state.exp_avg.shape(),
                         state.exp_avg.device(),
@@ -343,8 +344,9 @@ impl AdamW {
 
     /// Replaces the state by one from [`AdamW::state_dict`].
     ///
-    /// Errors, with nothing changed: [`Error::Weights`] with every name that is missing, belongs to no parameter or
-    /// has another shape; [`Error::DType`] for a tensor of another dtype; [`Error::Argument`] for a negative count.
+    /// Errors, with nothing changed: [`ErrorKind::Weights`] with every name that is missing, belongs to no parameter or
+    /// has another shape; [`ErrorKind::DType`] for a tensor of another dtype; [`ErrorKind::Argument`] for a negative
+    /// count.
     pub fn load_state_dict(&mut self, params: &ParamMap, dict: &BTreeMap<String, Tensor>) -> Result<()> {
         let mut loader = Loader { dict, used: Default::default(), missing: Vec::new(), mismatched: Vec::new() };
         let steps = loader.count("steps")?;
@@ -376,11 +378,11 @@ impl AdamW {
 pub(super) fn check(lr: f64, clip: Option<f64>) -> Result<()> {
     ensure!(
         lr >= 0.0 && lr.is_finite(),
-        Error::option("lr", format!("expected a finite number of at least 0, got {lr}"))
+        Error::option("lr", format_args!("expected a finite number of at least 0, got {lr}"))
     );
     ensure!(
         clip.is_none_or(|clip| clip > 0.0),
-        Error::option("clip", format!("expected a number above 0, got {}", clip.unwrap_or_default()))
+        Error::option("clip", format_args!("expected a number above 0, got {}", clip.unwrap_or_default()))
     );
     Ok(())
 }
@@ -429,7 +431,7 @@ impl Loader<'_> {
         }
         ensure!(
             tensor.dtype() == dtype,
-            Error::dtype("load_state_dict", format!("{key} is {}, expected {dtype}", tensor.dtype()))
+            Error::dtype("load_state_dict", format_args!("{key} is {}, expected {dtype}", tensor.dtype()))
         );
         Ok(Some(tensor.clone()))
     }
@@ -442,7 +444,7 @@ impl Loader<'_> {
         let Some(tensor) = self.find(key, &[], DType::I64)? else { return Ok(None) };
         let count = tensor.to_vec::<i64>()?[0];
         let count = u64::try_from(count);
-        let count = count.map_err(|_| Error::argument("load_state_dict", format!("{key} is negative")))?;
+        let count = count.map_err(|_| Error::argument("load_state_dict", format_args!("{key} is negative")))?;
         Ok(Some(count))
     }
 
@@ -451,7 +453,7 @@ impl Loader<'_> {
         let unused: Vec<_> = dict.keys().filter(|&key| !used.contains(key)).cloned().collect();
         match steps {
             Some(steps) if missing.is_empty() && unused.is_empty() && mismatched.is_empty() => Ok(steps),
-            _ => Err(Error::Weights { missing, unused, mismatched }),
+            _ => Err(Error::new(ErrorKind::Weights { missing, unused, mismatched })),
         }
     }
 }
@@ -481,7 +483,10 @@ mod tests {
             for grad in grads.tensors_mut() {
                 *grad = grad.to_dtype(DType::F64)?;
             }
-            assert!(matches!(optimizer.step(&store.params(), &grads, 0.1, None), Err(Error::DType { .. })));
+            assert!(matches!(
+                optimizer.step(&store.params(), &grads, 0.1, None).map_err(Error::into_kind),
+                Err(ErrorKind::DType { .. })
+            ));
             assert_eq!(optimizer.steps(), 1);
         }
         Ok(())

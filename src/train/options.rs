@@ -75,12 +75,12 @@ impl Default for TrainOptions {
 impl TrainOptions {
     /// Checks every option, and `seq_len` against the model's `max_seq_len`.
     ///
-    /// Errors: [`Error::Option`] with the name, what is expected and the value.
+    /// Errors: [`ErrorKind::Option`](crate::ErrorKind::Option) with the name, what is expected and the value.
     pub fn check(&self, max_seq_len: usize) -> Result<()> {
         let whole = |key: &str, value: u64, least: u64, most: u64| {
             ensure!(
                 (least..=most).contains(&value),
-                Error::option(key, format!("expected {least} to {most}, got {value}"))
+                Error::option(key, format_args!("expected {least} to {most}, got {value}"))
             );
             Ok(())
         };
@@ -93,27 +93,27 @@ impl TrainOptions {
             (1..=max_seq_len).contains(&self.seq_len),
             Error::option(
                 "seq_len",
-                format!("expected 1 to {max_seq_len}, the model's max_seq_len, got {}", self.seq_len)
+                format_args!("expected 1 to {max_seq_len}, the model's max_seq_len, got {}", self.seq_len)
             )
         );
         let positive = |key: &str, value: f64| {
             ensure!(
                 value > 0.0 && value.is_finite(),
-                Error::option(key, format!("expected a finite number above 0, got {value}"))
+                Error::option(key, format_args!("expected a finite number above 0, got {value}"))
             );
             Ok(())
         };
         positive("lr", self.lr)?;
         positive("clip", self.clip)?;
         let fraction = |key: &str, value: f64| {
-            ensure!((0.0..=1.0).contains(&value), Error::option(key, format!("expected 0 to 1, got {value}")));
+            ensure!((0.0..=1.0).contains(&value), Error::option(key, format_args!("expected 0 to 1, got {value}")));
             Ok(())
         };
         fraction("final_lr_ratio", self.final_lr_ratio)?;
         self.ema_decay.map_or(Ok(()), |decay| fraction("ema_decay", decay))?;
         ensure!(
             self.dtype.is_float(),
-            Error::option("dtype", format!("expected f32, bf16, f16 or f64, got {}", self.dtype))
+            Error::option("dtype", format_args!("expected f32, bf16, f16 or f64, got {}", self.dtype))
         );
         AdamW::new(self.adamw()).map(drop)
     }

@@ -3,13 +3,13 @@
 use std::{cell::RefCell, collections::BTreeMap};
 
 use super::{AdamW, StepInfo, optimizer::check};
-use crate::{DType, Device, Error, Graph, ParamMap, Result, Tape, Tensor, error::ensure};
+use crate::{DType, Device, Error, ErrorKind, Graph, ParamMap, Result, Tape, Tensor, error::ensure};
 
 /// Loss, gradients, clipping and AdamW, recorded once and replayed with one call of the driver.
 ///
-/// The numbers that change from step to step lie in a small buffer on the device, which [`RecordedStep::step`] fills before the
-/// replay: the learning rate, the factors that follow from the number of the step, and the scale of the loss. The
-/// weights are those of [`AdamW::step`] to the bit, if all parameters have one dtype.
+/// The numbers that change from step to step lie in a small buffer on the device, which [`RecordedStep::step`] fills
+/// before the replay: the learning rate, the factors that follow from the number of the step, and the scale of the
+/// loss. The weights are those of [`AdamW::step`] to the bit, if all parameters have one dtype.
 ///
 /// Weights and state change where they are: as long as another tensor shares them, for instance one of
 /// [`ParamMap::state_dict`], a step is refused.
@@ -74,7 +74,7 @@ impl RecordedStep {
             // A training tape, so that dropout is an error and not left out.
             let mut tape = Tape::train(0);
             let loss = loss(inputs)?;
-            ensure!(loss.numel() == 1, Error::NotScalar { shape: loss.shape().to_vec() });
+            ensure!(loss.numel() == 1, Error::new(ErrorKind::NotScalar { shape: loss.shape().to_vec() }));
             let grads = tape.backward_with(&loss, &scale.to_dtype(loss.dtype())?.reshape(*loss.shape())?)?;
             let (norm, names) = optimizer.borrow_mut().record(params, &grads, given, factors)?;
             Ok(Recorded { loss: loss.detach(), norm, names })
@@ -91,20 +91,20 @@ impl RecordedStep {
     /// but for f16 ([`super::GradScaler`]).
     ///
     /// Errors, with nothing changed: a rate that is negative or not finite, a scale that is not positive, inputs other
-    /// than those of the recording, weights or a state that others hold, and [`Error::NonFinite`] for gradients with NaN
-    /// or infinity.
+    /// than those of the recording, weights or a state that others hold, and [`ErrorKind::NonFinite`] for gradients
+    /// with NaN or infinity.
     pub fn step(&mut self, inputs: &[Tensor], lr: f64, scale: f64) -> Result<RecordedInfo> {
         check(lr, self.clip)?;
         ensure!(
             scale > 0.0 && scale.is_finite(),
-            Error::argument("scale", format!("expected a finite number above 0, got {scale}"))
+            Error::argument("scale", format_args!("expected a finite number above 0, got {scale}"))
         );
         for (name, param) in self.params.unique() {
             ensure!(
                 param.lock().is_unique(),
                 Error::argument(
                     "graph",
-                    format!(
+                    format_args!(
                         "another tensor shares `{name}`, which the step would change under it; drop it, or copy it"
                     )
                 )
@@ -123,7 +123,7 @@ impl RecordedStep {
         let grad_norm = norm.to_vec::<f64>()?[0];
         ensure!(
             grad_norm.is_finite(),
-            Error::NonFinite { step: self.optimizer.steps(), what: "gradient norm".to_string() }
+            Error::new(ErrorKind::NonFinite { step: self.optimizer.steps(), what: "gradient norm".to_string() })
         );
         let info = StepInfo { grad_norm, updated: names.len() };
         self.optimizer.advance(names.iter().map(String::as_str));

@@ -1,6 +1,6 @@
 //! The training loop.
 
-use std::{cell::Cell, collections::BTreeMap, fmt, io::ErrorKind, path::Path};
+use std::{cell::Cell, collections::BTreeMap, fmt, io, path::Path};
 
 use serde_json::Value;
 
@@ -10,7 +10,7 @@ use super::{
     random::{MAX_STEPS, tape_seed},
 };
 use crate::{
-    DType, Device, Error, Gradients, Param, ParamMap, ParamStore, Result, Tape, Tensor,
+    DType, Device, Error, ErrorKind, Gradients, Param, ParamMap, ParamStore, Result, Tape, Tensor,
     config::AutoregressiveConfig,
     error::{ErrorContext, ensure},
     models::AutoregressiveWrapper,
@@ -100,8 +100,8 @@ pub struct StepReport {
 impl Trainer {
     /// A run from its beginning, with random weights.
     ///
-    /// Errors: [`Error::Option`] for what is illegal in the config or the options, a text too short for `seq_len`, or
-    /// bytes in it that the model has no tokens for.
+    /// Errors: [`ErrorKind::Option`] for what is illegal in the config or the options, a text too short for `seq_len`,
+    /// or bytes in it that the model has no tokens for.
     pub fn new(config: AutoregressiveConfig, options: TrainOptions, text: ByteText, device: &Device) -> Result<Self> {
         Self::start(config, options, text, device)
     }
@@ -109,8 +109,8 @@ impl Trainer {
     /// A run from where [`Trainer::save`] was called. A save that was interrupted is completed first
     /// ([`Checkpoint::complete`]), unless the folder cannot be written.
     ///
-    /// Errors: those of [`Checkpoint::load`] and [`Checkpoint::complete`]; another text than the run had ([`Error::Option`]);
-    /// weights or a state that do not fit the config, with the file in front.
+    /// Errors: those of [`Checkpoint::load`] and [`Checkpoint::complete`]; another text than the run had
+    /// ([`ErrorKind::Option`]); weights or a state that do not fit the config, with the file in front.
     pub fn resume(folder: impl AsRef<Path>, text: ByteText, device: &Device) -> Result<Self> {
         Self::resume_from(folder, text, device)
     }
@@ -133,7 +133,7 @@ impl<M: TrainModel> Trainer<M> {
             usize::from(largest) < num_tokens,
             Error::option(
                 "num_tokens",
-                format!("expected more than {largest}, which is a byte of the text, got {num_tokens}")
+                format_args!("expected more than {largest}, which is a byte of the text, got {num_tokens}")
             )
         );
         let model = M::build(&config, &store)?;
@@ -152,22 +152,28 @@ impl<M: TrainModel> Trainer<M> {
     pub fn resume_from(folder: impl AsRef<Path>, text: ByteText, device: &Device) -> Result<Self> {
         let folder = folder.as_ref();
         match Checkpoint::complete(folder) {
-            Err(Error::Io { source, .. })
-                if matches!(source.kind(), ErrorKind::PermissionDenied | ErrorKind::ReadOnlyFilesystem) => {}
+            Err(error)
+                if matches!(
+                    error.io_kind(),
+                    Some(io::ErrorKind::PermissionDenied | io::ErrorKind::ReadOnlyFilesystem)
+                ) => {}
             completed => completed?,
         }
         let Checkpoint { config, model, optimizer, training } = Checkpoint::<Value>::load_as(folder)?;
-        let broken = |error| Error::file(folder.join(CONFIG), format!("does not fit: {error}"));
+        let broken = |error| Error::file(folder.join(CONFIG), format_args!("does not fit: {error}"));
         let config = M::config_from_json(config).map_err(broken)?;
         let TrainingState { step, options, text: print, losses, grad_scaler, .. } = training;
-        ensure!(step <= MAX_STEPS, Error::file(folder, format!("is of step {step}, at most {MAX_STEPS} are possible")));
+        ensure!(
+            step <= MAX_STEPS,
+            Error::file(folder, format_args!("is of step {step}, at most {MAX_STEPS} are possible"))
+        );
         let store = ParamStore::zeros(options.dtype, device);
         let mut trainer = Self::build(config, options, text, store).context(folder.display())?;
         ensure!(
             trainer.print == print,
             Error::option(
                 "text",
-                format!(
+                format_args!(
                     "the run in {} trains on a text of {} bytes (fingerprint {}), this one has {} bytes \
                      (fingerprint {}); give the same text",
                     folder.display(),
@@ -215,7 +221,7 @@ impl<M: TrainModel> Trainer<M> {
             steps.checked_add(skipped) == Some(step),
             Error::argument(
                 "resume",
-                format!("the optimizer has done {steps} steps and skipped {skipped}, the run {step}")
+                format_args!("the optimizer has done {steps} steps and skipped {skipped}, the run {step}")
             )
         );
         Ok(())
@@ -223,8 +229,8 @@ impl<M: TrainModel> Trainer<M> {
 
     /// One update of the weights, which a run in f16 skips now and then while it looks for the scale of the loss.
     ///
-    /// Errors, with the weights as they were: [`Error::NonFinite`] with the step, and the parameter if one is to blame,
-    /// for a loss or a gradient that is NaN or infinite; the memory runs out.
+    /// Errors, with the weights as they were: [`ErrorKind::NonFinite`] with the step, and the parameter if one is to
+    /// blame, for a loss or a gradient that is NaN or infinite; the memory runs out.
     pub fn step(&mut self) -> Result<StepReport> {
         let TrainOptions { batch_size, seq_len, accumulate, seed, .. } = self.options;
         let scale = self.scaler.as_ref().map_or(1.0, GradScaler::scale);
@@ -270,16 +276,17 @@ impl<M: TrainModel> Trainer<M> {
     fn update(&mut self, grads: &Gradients, scale: f64, lr: f64) -> Result<Option<StepInfo>> {
         let info = match self.optimizer.step_scaled(&self.params, grads, scale, lr, Some(self.options.clip)) {
             Ok(info) => info,
-            Err(Error::NonFinite { what, .. }) => {
+            Err(error) => {
+                let ErrorKind::NonFinite { what, .. } = error.kind() else { return Err(error) };
+                let what = what.clone();
                 return match &mut self.scaler {
                     Some(scaler) if scaler.can_back_off() => {
                         scaler.update(false);
                         Ok(None)
                     }
-                    _ => Err(Error::NonFinite { step: self.step, what }),
+                    _ => Err(Error::new(ErrorKind::NonFinite { step: self.step, what })),
                 };
             }
-            Err(other) => return Err(other),
         };
         if let Some(scaler) = &mut self.scaler {
             scaler.update(true);
@@ -299,7 +306,7 @@ impl<M: TrainModel> Trainer<M> {
         } else if let Ok(Some(name)) = self.not_finite(|tensor| grads.get(tensor).cloned()) {
             what = format!("loss (and the gradient of {name})");
         }
-        Error::NonFinite { step: self.step, what }
+        Error::new(ErrorKind::NonFinite { step: self.step, what })
     }
 
     /// The first parameter for which a tensor has NaN or infinity.
@@ -313,7 +320,7 @@ impl<M: TrainModel> Trainer<M> {
     /// Mean loss over 64 windows spaced evenly over the validation part of the text, in nats per byte, without dropout
     /// and, if the options have `ema_decay`, with the averaged weights.
     ///
-    /// Errors: [`Error::NonFinite`]; the memory runs out.
+    /// Errors: [`ErrorKind::NonFinite`]; the memory runs out.
     pub fn validate(&self) -> Result<f64> {
         let windows = self.text.validation_windows(self.options.seq_len, &self.device)?;
         let count = windows.dim(0)?;
@@ -327,7 +334,10 @@ impl<M: TrainModel> Trainer<M> {
             Ok(total)
         })?;
         let loss = total / count as f64;
-        ensure!(loss.is_finite(), Error::NonFinite { step: self.step, what: "validation loss".to_string() });
+        ensure!(
+            loss.is_finite(),
+            Error::new(ErrorKind::NonFinite { step: self.step, what: "validation loss".to_string() })
+        );
         let losses = self.losses.get();
         let best = lower(losses.best_validation, loss);
         self.losses.set(Losses { last_validation: Some(loss), best_validation: best, ..losses });
@@ -345,11 +355,11 @@ impl<M: TrainModel> Trainer<M> {
 
     /// Saves a checkpoint into a folder, as [`Checkpoint::save`] does.
     ///
-    /// Errors, with the checkpoint before it still there: [`Error::NonFinite`] for weights with NaN or infinity, from
-    /// which no run could continue; [`Error::Io`].
+    /// Errors, with the checkpoint before it still there: [`ErrorKind::NonFinite`] for weights with NaN or infinity,
+    /// from which no run could continue; [`ErrorKind::Io`].
     pub fn save(&self, folder: impl AsRef<Path>) -> Result<()> {
         if let Some(name) = self.not_finite(|tensor| Some(tensor.detach()))? {
-            return Err(Error::NonFinite { step: self.step, what: format!("parameter {name}") });
+            return Err(Error::new(ErrorKind::NonFinite { step: self.step, what: format!("parameter {name}") }));
         }
         let mut optimizer = self.optimizer.state_dict()?;
         let averages = self.ema.iter().flat_map(Ema::state_dict);
@@ -391,11 +401,11 @@ impl<M: TrainModel> Trainer<M> {
 
     /// Moves the end of the run: the learning rate of what is left is that of a run that was begun with so many steps.
     ///
-    /// Errors: [`Error::Option`] for fewer steps than are done, or more than are possible.
+    /// Errors: [`ErrorKind::Option`] for fewer steps than are done, or more than are possible.
     pub fn set_steps(&mut self, steps: u64) -> Result<()> {
         ensure!(
             (self.step..=MAX_STEPS).contains(&steps),
-            Error::option("steps", format!("expected {}, which are done, to {MAX_STEPS}, got {steps}", self.step))
+            Error::option("steps", format_args!("expected {}, which are done, to {MAX_STEPS}, got {steps}", self.step))
         );
         self.options.steps = steps;
         Ok(())
@@ -403,7 +413,7 @@ impl<M: TrainModel> Trainer<M> {
 
     /// Changes the number of steps between validations and checkpoints, [`TrainOptions::every`].
     ///
-    /// Errors: [`Error::Option`] for 0.
+    /// Errors: [`ErrorKind::Option`] for 0.
     pub fn set_every(&mut self, every: u64) -> Result<()> {
         ensure!(every > 0, Error::option("every", "must be at least 1, got 0"));
         self.options.every = every;
@@ -486,7 +496,10 @@ mod tests {
             assert_eq!(trainer.update(&grads, 1.0, 0.1)?, None);
             assert_eq!(trainer.grad_scaler().map(GradScaler::scale), Some(2f64.powi(16 - halved)));
         }
-        assert!(matches!(trainer.update(&grads, 1.0, 0.1), Err(Error::NonFinite { step: 0, .. })));
+        assert!(matches!(
+            trainer.update(&grads, 1.0, 0.1).map_err(Error::into_kind),
+            Err(ErrorKind::NonFinite { step: 0, .. })
+        ));
         assert_eq!(values(&trainer)?, before);
         Ok(())
     }

@@ -13,7 +13,7 @@ use std::{
 
 use crate::reference::{Tensors, check, device, difference, files, options};
 use x_transformers::{
-    DType, Device, Error, Result, Tensor,
+    DType, Device, Error, ErrorKind, Result, Tensor,
     io::{Format, TensorFile, read_safetensors, write_safetensors},
     models::{BeamOptions, GenerateOptions, Pooling, SentenceEncoder, SentenceModule},
     pretrained::{Family, Pretrained},
@@ -376,7 +376,7 @@ fn tables_name_what_does_not_fit() -> Result<()> {
     changed.insert("model.layers.2.mlp.gate_proj.weight".into(), gate);
     changed.insert("model.layers.0.self_attn.k_proj.bias".into(), Tensor::zeros([5], DType::F32, &Device::Cpu)?);
     let error = Copied::new("llama-table", &config, &changed).error();
-    let Error::Weights { missing, unused, mismatched } = error.root() else { panic!("{error}") };
+    let ErrorKind::Weights { missing, unused, mismatched } = error.kind() else { panic!("{error}") };
     assert_eq!(missing[..], ["model.layers.1.mlp.gate_proj.weight"]);
     assert_eq!(unused[..], ["model.layers.2.mlp.gate_proj.weight"]);
     assert_eq!(mismatched[..], [("model.layers.0.self_attn.k_proj.bias".to_string(), vec![16], vec![5])]);
@@ -405,7 +405,7 @@ fn tables_name_what_does_not_fit() -> Result<()> {
     weights.insert("embeddings.LayerNorm.offset".into(), norm);
     weights.insert("pooler.dense.bias".into(), Tensor::zeros([2, 8], DType::F32, &Device::Cpu)?);
     let error = Copied::new("bert-table", &config, &weights).error();
-    let Error::Weights { missing, unused, mismatched } = error.root() else { panic!("{error}") };
+    let ErrorKind::Weights { missing, unused, mismatched } = error.kind() else { panic!("{error}") };
     assert_eq!(missing[..], ["embeddings.LayerNorm.weight"]);
     assert_eq!(unused[..], ["embeddings.LayerNorm.offset"]);
     assert_eq!(mismatched[..], [("pooler.dense.bias".to_string(), vec![16], vec![2, 8])]);
@@ -421,7 +421,7 @@ fn tables_name_what_does_not_fit() -> Result<()> {
         error
     };
     let error = changed(b"blk.1.ffn_up.weight", b"blk.1.ffn_in.weight");
-    let Error::Weights { missing, unused, mismatched } = error.root() else { panic!("{error}") };
+    let ErrorKind::Weights { missing, unused, mismatched } = error.kind() else { panic!("{error}") };
     assert_eq!(
         (&missing[..], &unused[..]),
         (&["blk.1.ffn_up.weight".to_string()][..], &["blk.1.ffn_in.weight".to_string()][..])
@@ -430,7 +430,7 @@ fn tables_name_what_does_not_fit() -> Result<()> {
     let wide = [b"llama.feed_forward_length", &4u32.to_le_bytes()[..], &64u32.to_le_bytes()].concat();
     let wider = [b"llama.feed_forward_length", &4u32.to_le_bytes()[..], &96u32.to_le_bytes()].concat();
     let error = changed(&wide, &wider);
-    let Error::Weights { mismatched, .. } = error.root() else { panic!("{error}") };
+    let ErrorKind::Weights { mismatched, .. } = error.kind() else { panic!("{error}") };
     assert!(mismatched.contains(&("blk.0.ffn_gate.weight".to_string(), vec![96, 32], vec![64, 32])), "{error}");
     let error = changed(
         b"general.architecture\x08\0\0\0\x05\0\0\0\0\0\0\0llama",
@@ -454,7 +454,7 @@ fn what_does_not_fit_is_refused_with_a_table() -> Result<()> {
     changed.insert("predictions.bias".into(), Tensor::zeros([7], DType::F32, &Device::Cpu)?);
     changed.remove("predictions.decoder.bias");
     let error = Copied::new("table", &config, &changed).error();
-    let Error::Weights { missing, unused, mismatched } = error.root() else { panic!("{error}") };
+    let ErrorKind::Weights { missing, unused, mismatched } = error.kind() else { panic!("{error}") };
     assert_eq!(missing[..], ["albert.embeddings.LayerNorm.bias"]);
     assert_eq!(unused[..], ["albert.embeddings.LayerNorm.offset"]);
     assert_eq!(mismatched[..], [("predictions.bias".to_string(), vec![591], vec![7])]);
@@ -513,6 +513,6 @@ fn what_does_not_fit_is_refused_with_a_table() -> Result<()> {
     assert!(!pretrained.config().mlm_head && pretrained.unused().contains(&"predictions.decoder.weight".to_string()));
     assert!(pretrained.model(DType::F32, &Device::Cpu).is_ok());
     let missing = Pretrained::open("no/such/place").unwrap_err();
-    assert!(matches!(missing.root(), Error::Io { .. }), "{missing}");
+    assert!(matches!(missing.kind(), ErrorKind::Io { .. }), "{missing}");
     Ok(())
 }

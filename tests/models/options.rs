@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use serde_json::{Map, Value, json};
 use x_transformers::{
-    DType, Device, Error, ParamStore, Result, Tape, Tensor,
+    DType, Device, Error, ErrorKind, ParamStore, Result, Tape, Tensor,
     config::{AttentionPath, Call, Config},
     models::{Model, RunOptions},
 };
@@ -305,7 +305,7 @@ fn options_checkpointed_equals_plain() -> Result<()> {
         let config = config(&wrapper(kind, &options))?;
         let outcome = run(&config, DType::F64, false, checkpointed);
         if options.get("residual_attn").is_some() {
-            assert!(matches!(outcome.unwrap_err().root(), Error::Argument { .. }), "{options}");
+            assert!(matches!(outcome.unwrap_err().kind(), ErrorKind::Argument { .. }), "{options}");
             continue;
         }
         same(&run(&config, DType::F64, false, RunOptions::default())?, &outcome?, 1e-13, &options.to_string())?;
@@ -410,8 +410,8 @@ fn options_illegal() {
     ];
     for (kind, options, key) in cases {
         let refused = config(&wrapper(kind, &options)).and_then(|config| config.layers()).unwrap_err();
-        match refused.root() {
-            Error::Option { key: found, .. } => assert_eq!(found, key, "{options}: {refused}"),
+        match refused.kind() {
+            ErrorKind::Option { key: found, .. } => assert_eq!(found, key, "{options}: {refused}"),
             other => panic!("{options} gave {other}"),
         }
     }
@@ -449,7 +449,7 @@ fn options_that_exclude_each_other() {
     for (kind, options, names) in cases {
         // That one of them is illegal alone would not be about the combination.
         let refused = config(&wrapper(kind, &options)).and_then(|config| config.layers()).unwrap_err();
-        assert!(matches!(refused.root(), Error::Option { .. }), "{refused}");
+        assert!(matches!(refused.kind(), ErrorKind::Option { .. }), "{refused}");
         for name in names {
             assert!(refused.to_string().contains(name), "{options}: `{refused}` does not name {name}");
         }
@@ -499,8 +499,8 @@ fn options_illegal_wrappers() {
     ];
     for (value, key) in cases {
         let refused = config(&value).and_then(|config| config.layers()).unwrap_err();
-        match refused.root() {
-            Error::Option { key: found, .. } => assert_eq!(found, key, "{value}: {refused}"),
+        match refused.kind() {
+            ErrorKind::Option { key: found, .. } => assert_eq!(found, key, "{value}: {refused}"),
             other => panic!("{value} gave {other}"),
         }
     }
@@ -549,8 +549,8 @@ fn options_unknown() {
         (json!({"model": "SamplingFilter", "filter_thresh": 0.5}), "filter_thresh", Some("filter_thres")),
     ];
     for (value, key, nearest) in cases {
-        match config(&value).unwrap_err().root() {
-            Error::UnknownOption { key: found, nearest: near, .. } => {
+        match config(&value).unwrap_err().kind() {
+            ErrorKind::UnknownOption { key: found, nearest: near, .. } => {
                 assert_eq!((found.as_str(), near.as_deref()), (key, nearest), "{value}");
             }
             other => panic!("{value} gave {other}"),

@@ -4,7 +4,7 @@
 
 use std::io::{Write, stdout};
 
-use x_transformers::{Device, Error, prelude::*};
+use x_transformers::{Error, ErrorKind, prelude::*};
 use x_transformers_tokenizers::{ChatOptions, Message, Tokenizer};
 
 fn main() {
@@ -17,7 +17,8 @@ fn main() {
 fn run() -> x_transformers::Result<()> {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
     let [path, question] = arguments.as_slice() else {
-        return Err(Error::Argument { op: "chat", message: "expected a model and a question".into() });
+        let message = "expected a model and a question".into();
+        return Err(Error::new(ErrorKind::Argument { op: "chat", message }));
     };
     let device = Device::best();
     let pretrained = Pretrained::open(path)?; // reads the header

@@ -3,13 +3,13 @@
 //!
 //! `cargo run --release -p x-transformers-tokenizers --example embed -- FOLDER TEXT TEXT…`
 
-use x_transformers::{DType, Device, Error, Result};
+use x_transformers::{DType, Device, Error, ErrorKind, Result};
 use x_transformers_tokenizers::SentencePipeline;
 
 fn main() -> Result<()> {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
     let Some((folder, texts)) = arguments.split_first().filter(|(_, texts)| !texts.is_empty()) else {
-        return Err(Error::Argument { op: "embed", message: "expected a folder and texts".into() });
+        return Err(Error::new(ErrorKind::Argument { op: "embed", message: "expected a folder and texts".into() }));
     };
     let pipeline = SentencePipeline::open(folder, DType::F32, &Device::Cpu)?;
     let texts: Vec<&str> = texts.iter().map(String::as_str).collect();

@@ -8,7 +8,7 @@
 use std::{fmt, fmt::Display, path::Path, sync::Arc};
 
 use x_transformers::{
-    Error, Result,
+    Error, ErrorKind, Result,
     pretrained::{Family, Pretrained},
 };
 
@@ -183,12 +183,12 @@ impl fmt::Debug for Tokenizer {
 
 /// An error about a file.
 fn file_error(path: &Path, why: impl Display) -> Error {
-    Error::File { path: path.to_path_buf(), why: why.to_string() }
+    Error::new(ErrorKind::File { path: path.to_path_buf(), why: why.to_string() })
 }
 
 /// A text or tokens that the tokenizer does not take.
 fn refused(why: impl Display) -> Error {
-    Error::Argument { op: "tokenizer", message: why.to_string() }
+    Error::new(ErrorKind::Argument { op: "tokenizer", message: why.to_string() })
 }
 
 /// In the form of `tokenizer.json`: a token that is looked for in the text as it is, and left out of decoded text.

@@ -15,7 +15,7 @@ use super::{
     resources::{Context, Plain, Stream},
 };
 use crate::{
-    DType, Error, Result,
+    DType, Error, ErrorKind, Result,
     device::{
         gpu::Address,
         launch::{Gemm, Operand},
@@ -53,7 +53,9 @@ impl Handle {
         // What cuBLAS itself takes on these cards.
         let bytes = if architecture >= 90 { 32 << 20 } else { 4 << 20 };
         let workspace = Plain::new(bytes, current).map_err(|DriverError(why)| match why {
-            CUresult::CUDA_ERROR_OUT_OF_MEMORY => Error::OutOfMemory { requested: bytes, live: 0, cached: 0 },
+            CUresult::CUDA_ERROR_OUT_OF_MEMORY => {
+                Error::new(ErrorKind::OutOfMemory { requested: bytes, live: 0, cached: 0 })
+            }
             _ => error(format!("cuMemAlloc of {bytes} bytes for cuBLAS: {why:?}")),
         })?;
         // SAFETY: the memory has this size and is freed after the handle.
@@ -72,14 +74,14 @@ impl CudaDevice {
         let Gemm { dtype, sums, batch, m, n, k, a, b, c, add } = *gemm;
         let ints = [m, n, k, a.stride, b.stride, batch].map(i32::try_from);
         let [Ok(rows), Ok(columns), Ok(inner), Ok(a_stride), Ok(b_stride), Ok(items)] = ints else {
-            return Err(Error::shape("matmul", format!("a size of {gemm:?} exceeds 2^31 - 1")));
+            return Err(Error::shape("matmul", format_args!("a size of {gemm:?} exceeds 2^31 - 1")));
         };
         let (kind, compute) = match dtype {
             DType::F32 => (sys::cudaDataType_t::CUDA_R_32F, Compute::CUBLAS_COMPUTE_32F),
             DType::F64 => (sys::cudaDataType_t::CUDA_R_64F, Compute::CUBLAS_COMPUTE_64F),
             DType::BF16 => (sys::cudaDataType_t::CUDA_R_16BF, Compute::CUBLAS_COMPUTE_32F),
             DType::F16 => (sys::cudaDataType_t::CUDA_R_16F, Compute::CUBLAS_COMPUTE_32F),
-            other => return Err(Error::dtype("matmul", format!("expected a float tensor, got {other}"))),
+            other => return Err(Error::dtype("matmul", format_args!("expected a float tensor, got {other}"))),
         };
         let kind_of_c = match dtype {
             DType::F64 => kind,

@@ -36,7 +36,7 @@ pub struct Compiled {
 ///
 /// `verbose` asks for the use of registers and memory in the log.
 ///
-/// Errors: [`Error::Device`] without NVRTC, or with the compiler's log.
+/// Errors: [`ErrorKind::Device`](crate::ErrorKind::Device) without NVRTC, or with the compiler's log.
 pub fn compile(source: &KernelSource, options: &[(&str, &str)], target: Target, verbose: bool) -> Result<Compiled> {
     libraries::nvrtc().state.as_ref().map_err(|why| error(format!("NVRTC: {why}")))?;
     let definitions = options.iter().map(|(name, value)| format!("-D{name}={value}"));
@@ -130,7 +130,8 @@ pub struct Cached {
     pub unwritten: Option<Error>,
 }
 
-/// Code of a variant, from a cache in this folder, which is made if need be. A file that is damaged or foreign is replaced.
+/// Code of a variant, from a cache in this folder, which is made if need be. A file that is damaged or foreign is
+/// replaced.
 ///
 /// Errors: those of [`compile`].
 pub fn cubin_in(folder: &Path, source: &KernelSource, options: &[(&str, &str)], target: Target) -> Result<Cached> {
@@ -230,8 +231,8 @@ mod permissions {
     }
 }
 
-/// Folder of the cache: `XT_KERNEL_CACHE` (`off` for none), else `x-transformers/kernels` in the user's cache folder. It
-/// is made with mode 700, and used only while nobody but this user and root may write to it.
+/// Folder of the cache: `XT_KERNEL_CACHE` (`off` for none), else `x-transformers/kernels` in the user's cache folder.
+/// It is made with mode 700, and used only while nobody but this user and root may write to it.
 pub fn folder() -> Option<PathBuf> {
     match env::var_os("XT_KERNEL_CACHE") {
         Some(off) if off == "off" => None,
@@ -285,5 +286,5 @@ impl Key {
 }
 
 fn error(message: String) -> Error {
-    Error::Device { op: "kernels", message }
+    Error::device("kernels", message)
 }

@@ -268,8 +268,8 @@ fn absolute<const N: usize>(names: [&'static str; N]) -> impl Iterator<Item = Pa
     names.into_iter().filter_map(env::var_os).map(PathBuf::from).filter(|folder| folder.is_absolute())
 }
 
-/// Errors: the dynamic loader would take a library of CUDA from the working folder, for `search` (`LD_LIBRARY_PATH`) has
-/// an entry that is empty or relative.
+/// Errors: the dynamic loader would take a library of CUDA from the working folder, for `search` (`LD_LIBRARY_PATH`)
+/// has an entry that is empty or relative.
 fn refuse_foreign(search: Option<&OsStr>) -> Result<(), String> {
     // The loader takes an empty value for none, but an empty entry for the working folder.
     let Some(search) = search.filter(|search| cfg!(unix) && !search.is_empty()) else { return Ok(()) };

@@ -10,7 +10,7 @@ use super::{
     pool::{Memory, Phase, size_class},
 };
 use crate::{
-    Error, Result,
+    Error, ErrorKind, Result,
     device::{
         faults::{self, FAULT_WORDS},
         gpu,
@@ -72,9 +72,10 @@ pub(super) struct CudaMemory {
 }
 
 impl CudaMemory {
-    /// More than 0 bytes. The content is whatever was there: the emulated driver poisons it, which finds what a kernel forgets.
+    /// More than 0 bytes. The content is whatever was there: the emulated driver poisons it, which finds what a kernel
+    /// forgets.
     ///
-    /// Errors: [`Error::OutOfMemory`]; another error of the driver; while a graph is recorded, memory that the run
+    /// Errors: [`ErrorKind::OutOfMemory`]; another error of the driver; while a graph is recorded, memory that the run
     /// before its recording did not need, or another thread that records.
     pub fn new(bytes: usize, device: &'static CudaDevice) -> Result<Self> {
         let from = |block: Arc<Block>| Self { address: block.address, block: Some(block), device };
@@ -85,7 +86,7 @@ impl CudaMemory {
         let before = device.pool.stats();
         device.pool.trim();
         let block = Self::allocate(bytes, device)?;
-        let none = || Error::OutOfMemory { requested: bytes, live: before.live, cached: before.cached };
+        let none = || Error::new(ErrorKind::OutOfMemory { requested: bytes, live: before.live, cached: before.cached });
         block.ok_or_else(none).map(from)
     }
 
@@ -150,7 +151,7 @@ impl CudaDevice {
 
     /// Waits for all that was enqueued, and copies from the device.
     ///
-    /// Errors: also what a kernel reported since the last read-back, for instance [`Error::Index`].
+    /// Errors: also what a kernel reported since the last read-back, for instance [`ErrorKind::Index`].
     pub(super) fn read_back_at(&self, from: u64, to: &mut [u8]) -> Result<()> {
         let pass = self.enter_outside("a read-back")?;
         self.bind()?;

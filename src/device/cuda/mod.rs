@@ -40,7 +40,7 @@ use super::{
     launch::{Arg, Gemm, Grid},
     source::Source,
 };
-use crate::{Error, Result};
+use crate::{Error, ErrorKind, Result};
 
 pub use compile::{Cached, Compiled, compile, cubin, cubin_in, folder, nvrtc_version};
 use memory::{Block, CudaMemory};
@@ -138,9 +138,9 @@ impl CudaDevice {
         // SAFETY: the memory has this size.
         unsafe { result::memset_d8_async(faults.address(), 0, FAULT_WORDS * 8, stream.0) }
             .map_err(|why| place("cuMemsetD8Async", why))?;
-        let blas = blas::Handle::new(&stream, architecture, &context).map_err(|why| match why {
-            Error::Device { op, message } => Error::Device { op, message: format!("cuda:{ordinal}: {message}") },
-            other => other,
+        let blas = blas::Handle::new(&stream, architecture, &context).map_err(|why| match why.into_kind() {
+            ErrorKind::Device { op, message } => Error::device(op, format_args!("cuda:{ordinal}: {message}")),
+            other => Error::new(other),
         })?;
         let limit = std::env::var("XT_POOL_BYTES").ok().and_then(|bytes| bytes.parse().ok());
         Ok(Self {
@@ -490,5 +490,5 @@ fn text(why: DriverError) -> String {
 }
 
 fn error(message: String) -> Error {
-    Error::Device { op: "cuda", message }
+    Error::device("cuda", message)
 }

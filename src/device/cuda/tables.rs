@@ -88,8 +88,8 @@ impl CudaDevice {
         Ok(constant)
     }
 
-    /// Numbers that are seldom others than at the last call with this name, on the device; uploaded if they are. A graph
-    /// that is being made gets tables of its own, which the recording fills when it is done.
+    /// Numbers that are seldom others than at the last call with this name, on the device; uploaded if they are. A
+    /// graph that is being made gets tables of its own, which the recording fills when it is done.
     pub(super) fn kept_table(&'static self, name: &str, values: Vec<i64>) -> Result<Arc<dyn Memory>> {
         if self.phase() != Phase::Eager {
             return self.table_of_graph(values);

@@ -88,7 +88,8 @@ impl FromStr for Target {
 /// Versions of CUDA: `(12, 4)` for 12.4.
 pub(super) type Version = (i32, i32);
 
-/// The target for a card of this compute capability, under a driver for this version of CUDA and the NVRTC of this machine.
+/// The target for a card of this compute capability, under a driver for this version of CUDA and the NVRTC of this
+/// machine.
 ///
 /// Errors: versions that do not work together, with the remedy.
 pub(super) fn target(architecture: Architecture, driver: Version) -> std::result::Result<Target, String> {
@@ -168,7 +169,7 @@ fn choose(
 }
 
 fn error(message: String) -> Error {
-    Error::Device { op: "kernels", message }
+    Error::device("kernels", message)
 }
 
 #[cfg(test)]

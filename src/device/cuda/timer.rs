@@ -8,8 +8,8 @@ use super::{CudaDevice, libraries};
 use crate::Result;
 
 impl CudaDevice {
-    /// Measures how long the device takes for what `f` enqueues, which is not the time of enqueuing as long as the device is still
-    /// busy with earlier work when `f` begins. Waits for the end.
+    /// Measures how long the device takes for what `f` enqueues, which is not the time of enqueuing as long as the
+    /// device is still busy with earlier work when `f` begins. Waits for the end.
     ///
     /// Errors: those of `f` and of the driver, or a graph that is being recorded.
     pub fn time<R>(&self, f: impl FnOnce() -> Result<R>) -> Result<(Duration, R)> {

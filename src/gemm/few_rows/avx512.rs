@@ -12,7 +12,8 @@ use crate::{
     },
 };
 
-/// `sums[i][j] = Σ_p A[i, p] · B[p, j]` for one block of depth `kc`, which comes after `passed` words of the same columns.
+/// `sums[i][j] = Σ_p A[i, p] · B[p, j]` for one block of depth `kc`, which comes after `passed` words of the same
+/// columns.
 pub(super) fn multiply<T: Float>(
     word: Word,
     a: Rows,
@@ -69,7 +70,8 @@ trait Words: Copy {
     unsafe fn multiply_add(a: __m512, b: __m512, sum: __m512) -> __m512;
 }
 
-/// One element, in f32 or widened. The type may be looked at for each square: a copy of every kernel per type would only be code.
+/// One element, in f32 or widened. The type may be looked at for each square: a copy of every kernel per type would
+/// only be code.
 #[derive(Clone, Copy)]
 struct Singles(Word);
 
@@ -234,8 +236,8 @@ unsafe fn square_by_square<W: Words, const ROWS: usize>(kind: W, block: &Block) 
     }
 }
 
-/// The transposed square of the last bytes of the columns, filled up with zeros. A function of its own, which serves the
-/// kernels for every number of rows.
+/// The transposed square of the last bytes of the columns, filled up with zeros. A function of its own, which serves
+/// the kernels for every number of rows.
 ///
 /// # Safety
 ///
@@ -279,8 +281,8 @@ pub(super) fn pack<T: Float>(word: Word, a: Matrix<T>, rows: usize, k: usize, to
 
 /// # Safety
 ///
-/// AVX-512 is there; `words` words, a multiple of [`COLUMNS`], of all rows are readable, and a vector per word writable for
-/// each [`COLUMNS`] rows.
+/// AVX-512 is there; `words` words, a multiple of [`COLUMNS`], of all rows are readable, and a vector per word writable
+/// for each [`COLUMNS`] rows.
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
 unsafe fn squares(from: *const u8, row: usize, rows: usize, words: usize, to: *mut f32) {
     let vectors = rows.div_ceil(COLUMNS);

@@ -17,8 +17,8 @@ pub(in crate::gemm) const ROWS: usize = 8;
 pub(in crate::gemm) const TOGETHER: usize = 4;
 
 /// Columns whose whole depth is read before that of the next ones; they are all done, however many rows are multiplied.
-/// Their lines fill the sets of the first-level cache evenly if they are few, even where columns lie a power of two apart.
-/// Half types take as long as f32 for half of the bytes: twice the columns hide the latency of a chain.
+/// Their lines fill the sets of the first-level cache evenly if they are few, even where columns lie a power of two
+/// apart. Half types take as long as f32 for half of the bytes: twice the columns hide the latency of a chain.
 fn strip<T>() -> usize {
     if size_of::<T>() == 2 { 16 } else { 8 }
 }
@@ -77,9 +77,9 @@ pub(super) fn multiply<T: Float>(
     done
 }
 
-/// `sums[i * n + j] = Σ_p A[i, p] · B[p, j]` for one block of depth `kc`, `rows` rows and the first of `n` columns; returns
-/// their number, 0 if processor or layout do not allow it. Element (i, p) of A is `a[p * rows + i]`; the block comes after a
-/// depth of `passed` in the same columns.
+/// `sums[i * n + j] = Σ_p A[i, p] · B[p, j]` for one block of depth `kc`, `rows` rows and the first of `n` columns;
+/// returns their number, 0 if processor or layout do not allow it. Element (i, p) of A is `a[p * rows + i]`; the block
+/// comes after a depth of `passed` in the same columns.
 fn block<T: Float>(
     rows: usize,
     n: usize,

@@ -103,7 +103,8 @@ fn single<T: Float>(value: T) -> f32 {
     bytemuck::pod_read_unaligned(&bytemuck::bytes_of(&value.to_acc())[..4])
 }
 
-/// `C = beta + A·B` for the first columns; returns their number, a multiple of [`COLUMNS`]. `copy` is memory for rows of A.
+/// `C = beta + A·B` for the first columns; returns their number, a multiple of [`COLUMNS`]. `copy` is memory for rows
+/// of A.
 pub(super) fn multiply<T: Float>(
     word: Word,
     k: usize,

@@ -120,8 +120,8 @@ pub(in crate::gemm) fn multiply(kc: usize, a: PanelsA<bf16>, b: PanelsB<bf16>, b
     unsafe { walk(kc, a, b, &[(0, 0)], beta, c) };
 }
 
-/// Like [`multiply`] for packed operands of `planes` planes: each panel holds its part of one plane after the other. C gets
-/// the sum of the `products` of planes of A and B, in this order.
+/// Like [`multiply`] for packed operands of `planes` planes: each panel holds its part of one plane after the other. C
+/// gets the sum of the `products` of planes of A and B, in this order.
 pub(in crate::gemm) fn multiply_planes(
     kc: usize,
     planes: usize,
@@ -241,8 +241,8 @@ struct Sums {
 ///
 /// # Safety
 ///
-/// Tiles are there, shaped for the rows; all rows of the operands and the whole depth are readable, and 32 columns of the rows of C
-/// writable.
+/// Tiles are there, shaped for the rows; all rows of the operands and the whole depth are readable, and 32 columns of
+/// the rows of C writable.
 unsafe fn two_by_two(kc: usize, a: Planes, b: Planes, products: &[(usize, usize)], c: Sums) {
     let lower = c.data.wrapping_byte_add(16 * c.row_bytes);
     // SAFETY: the caller answers for the pointers; nothing but memory of C and tile registers changes.

@@ -21,8 +21,8 @@ use crate::{
 const MR: usize = 12;
 const NR: usize = 32;
 
-/// The tile for sums of this type on this processor: two vectors wide, as tall as the registers allow. f64, which serves
-/// references and gradient checks, has no kernel of its own for AVX-512.
+/// The tile for sums of this type on this processor: two vectors wide, as tall as the registers allow. f64, which
+/// serves references and gradient checks, has no kernel of its own for AVX-512.
 pub(in crate::gemm) fn tile<R: Real>() -> Tile {
     let (mr, bytes) = match simd::level() {
         Level::Portable => (4, 32),
@@ -96,7 +96,8 @@ enum Kind {
     One,
 }
 
-/// The arguments of [`multiply`] after its checks. The pointers are those of the type of the sums, the strides count elements.
+/// The arguments of [`multiply`] after its checks. The pointers are those of the type of the sums, the strides count
+/// elements.
 struct Block {
     m: usize,
     n: usize,

@@ -40,8 +40,8 @@ impl<R> PanelsA<'_, R> {
     }
 }
 
-/// Columns of B in panels of `nr` that start `panel` elements apart; the columns of a panel lie next to each other, `row`
-/// leads to the next depth. All columns of the last panel are readable, even if C ends before.
+/// Columns of B in panels of `nr` that start `panel` elements apart; the columns of a panel lie next to each other,
+/// `row` leads to the next depth. All columns of the last panel are readable, even if C ends before.
 #[derive(Clone, Copy)]
 pub(super) struct PanelsB<'a, R> {
     pub data: &'a [R],

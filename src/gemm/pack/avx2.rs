@@ -17,8 +17,8 @@ use crate::{
 /// The largest width of a panel.
 const WIDTH: usize = 32;
 
-/// Packs like [`super::panels::pack`] if the processor and the layout allow it. The caller has checked the reach of both
-/// sides.
+/// Packs like [`super::panels::pack`] if the processor and the layout allow it. The caller has checked the reach of
+/// both sides.
 pub(super) fn pack<T: Float>(from: Matrix<T>, m: usize, kc: usize, width: usize, to: &mut [T::Acc]) -> bool {
     if simd::level() < Level::Avx2 || (from.row != 1 && from.col != 1) {
         return false;
@@ -124,8 +124,8 @@ unsafe trait Source<const N: usize>: Copy {
     unsafe fn value(self, row: *const u8, p: usize) -> <Self::Vector as Vector>::Scalar;
 }
 
-/// Elements of a dtype that is widened to f32. It is looked at for each square: squares are all the work, and a copy of the
-/// loop per type would only be code.
+/// Elements of a dtype that is widened to f32. It is looked at for each square: squares are all the work, and a copy of
+/// the loop per type would only be code.
 #[derive(Clone, Copy)]
 struct Singles(DType);
 
@@ -193,8 +193,8 @@ unsafe fn widened<T: Widen<V, N>, V: Square<N>, const N: usize>(rows: &[*const u
     }
 }
 
-/// Panels of `width` rows whose depth lies next to each other. `strides` are the bytes from row to row in the operand, and
-/// the width of a panel.
+/// Panels of `width` rows whose depth lies next to each other. `strides` are the bytes from row to row in the operand,
+/// and the width of a panel.
 ///
 /// # Safety
 ///

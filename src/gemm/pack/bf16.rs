@@ -192,8 +192,8 @@ unsafe fn panel_of_columns(from: *const bf16, column: usize, kc: usize, to: *mut
     }
 }
 
-/// Rows of A whose depth does not lie next to each other: two columns are shuffled into one another, and squares of pairs
-/// transposed in registers.
+/// Rows of A whose depth does not lie next to each other: two columns are shuffled into one another, and squares of
+/// pairs transposed in registers.
 ///
 /// # Safety
 ///

@@ -75,8 +75,8 @@ pub(super) trait Packing<T: Float>: Sync {
         false
     }
 
-    /// Packs `m` rows of A in whole panels. Returns `false` if values are out of the range of the instructions, so that only
-    /// multiply-adds compute them correctly. `to` is aligned to a cache line.
+    /// Packs `m` rows of A in whole panels. Returns `false` if values are out of the range of the instructions, so that
+    /// only multiply-adds compute them correctly. `to` is aligned to a cache line.
     #[must_use]
     fn pack_a(&self, a: Matrix<T>, m: usize, kc: usize, to: &mut [u8]) -> bool;
 

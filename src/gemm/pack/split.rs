@@ -19,9 +19,9 @@ use crate::{
 
 /// Products of parts on tiles.
 ///
-/// [`Precision::Highest`] multiplies the six pairs of parts whose orders add up to at most two: what is left out is below
-/// 2⁻²⁴ of the product. [`Precision::High`] leaves out the third parts: three pairs, 2⁻¹⁶. [`Precision::Medium`] has
-/// only the first pair, 2⁻⁸.
+/// [`Precision::Highest`] multiplies the six pairs of parts whose orders add up to at most two: what is left out is
+/// below 2⁻²⁴ of the product. [`Precision::High`] leaves out the third parts: three pairs, 2⁻¹⁶. [`Precision::Medium`]
+/// has only the first pair, 2⁻⁸.
 pub(in crate::gemm) struct Split;
 
 /// Parts of an f32 number.
@@ -37,8 +37,8 @@ fn products() -> &'static [(usize, usize)] {
     }
 }
 
-/// Magnitudes between which the largest element of an operand has to lie: products of parts then stay in the normal range,
-/// beyond which tiles know nothing but zero and infinity.
+/// Magnitudes between which the largest element of an operand has to lie: products of parts then stay in the normal
+/// range, beyond which tiles know nothing but zero and infinity.
 const ORDINARY: std::ops::Range<f32> = 9.0e-13..1.0e18;
 
 impl Packing<f32> for Split {
@@ -78,8 +78,8 @@ impl Packing<f32> for Split {
 /// Packs one part of the rows.
 type PackPart<'a> = &'a dyn Fn(Matrix<bf16>, usize, &mut [bf16]);
 
-/// Splits panels of `width` rows and packs the parts of each one after the other, `panel` elements each. Returns `true` if
-/// the operand is ordinary: of finite numbers, the largest of which is neither huge nor tiny.
+/// Splits panels of `width` rows and packs the parts of each one after the other, `panel` elements each. Returns `true`
+/// if the operand is ordinary: of finite numbers, the largest of which is neither huge nor tiny.
 fn pack_parts(
     from: Matrix<f32>,
     rows: usize,

@@ -46,19 +46,19 @@ impl Stored {
     /// ```
     pub fn dequantize(self, blocks: &[u8], out: &mut [f32]) -> Result<()> {
         const OP: &str = "dequantize";
-        ensure!(self.is_quantized(), Error::argument(OP, format!("{self} is not a quantised type")));
+        ensure!(self.is_quantized(), Error::argument(OP, format_args!("{self} is not a quantised type")));
         let (values, bytes) = self.block();
         ensure!(
             blocks.len().is_multiple_of(bytes),
             Error::argument(
                 OP,
-                format!("expected whole blocks of {bytes} bytes of {self}, got {} bytes", blocks.len())
+                format_args!("expected whole blocks of {bytes} bytes of {self}, got {} bytes", blocks.len())
             )
         );
         let expected = blocks.len() / bytes * values;
         ensure!(
             out.len() == expected,
-            Error::argument(OP, format!("expected an output of {expected} values, got {}", out.len()))
+            Error::argument(OP, format_args!("expected an output of {expected} values, got {}", out.len()))
         );
         decode(self, blocks, out);
         Ok(())

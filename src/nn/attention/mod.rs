@@ -66,8 +66,8 @@ pub struct AttentionInput {
     pub key_mask: Option<Tensor>,
     /// Pairs that may meet: Bool, broadcasts to `[b, heads, i, j]`, memory key/values included.
     pub attn_mask: Option<Tensor>,
-    /// Added to the inputs of queries and keys, `[j or more, dim]`: row `k` to key `k`, the last rows of the `j` keys to
-    /// the queries.
+    /// Added to the inputs of queries and keys, `[j or more, dim]`: row `k` to key `k`, the last rows of the `j` keys
+    /// to the queries.
     pub sinusoids: Option<Tensor>,
     /// Added to the scores; positions count memory key/values.
     pub bias: Option<PositionBias>,
@@ -91,8 +91,8 @@ pub struct AttentionOutput {
 }
 
 impl Attention {
-    /// The planned attention. A plan with a rotation needs its frequencies, [`rotary_frequencies`](super::rotary_frequencies),
-    /// which the layers of a model share.
+    /// The planned attention. A plan with a rotation needs its frequencies,
+    /// [`rotary_frequencies`](super::rotary_frequencies), which the layers of a model share.
     ///
     /// Errors: an illegal plan, or a rotation without frequencies.
     pub fn new(plan: &AttentionPlan, rotary: Option<&Buffer>, store: &ParamStore) -> Result<Self> {
@@ -215,7 +215,7 @@ fn check_mask(mask: Option<&Tensor>, q: &Tensor, k: &Tensor) -> Result<()> {
         fits,
         Error::shape(
             "attn_mask",
-            format!(
+            format_args!(
                 "expected two to four dimensions that broadcast to [batch, heads, queries, keys] = {scores:?}, memories \
                  included, got {:?}",
                 mask.shape()
@@ -224,7 +224,7 @@ fn check_mask(mask: Option<&Tensor>, q: &Tensor, k: &Tensor) -> Result<()> {
     );
     ensure!(
         mask.dtype() == DType::Bool,
-        Error::dtype("attn_mask", format!("expected bool, true where attention is allowed, got {}", mask.dtype()))
+        Error::dtype("attn_mask", format_args!("expected bool, true where attention is allowed, got {}", mask.dtype()))
     );
     Ok(())
 }

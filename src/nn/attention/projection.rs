@@ -110,6 +110,6 @@ impl Attention {
 /// The position of the first of `queries`, which are the last of `keys`.
 fn first_query(queries: usize, keys: usize) -> Result<usize> {
     let why =
-        || Error::shape("attention", format!("{queries} queries are the last of the keys, which are only {keys}"));
+        || Error::shape("attention", format_args!("{queries} queries are the last of the keys, which are only {keys}"));
     keys.checked_sub(queries).ok_or_else(why)
 }

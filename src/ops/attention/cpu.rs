@@ -24,8 +24,8 @@ pub(super) fn forward(problem: &Problem, out: &mut Tensor, kept: &mut Kept) -> R
     dispatch_real!(problem.q.dtype(), R, forward_as::<R>(problem, out, kept))
 }
 
-/// Whether products take operands in bf16: where the processor multiplies them faster than f32. Weights and gradients of
-/// scores are then rounded to bf16 too.
+/// Whether products take operands in bf16: where the processor multiplies them faster than f32. Weights and gradients
+/// of scores are then rounded to bf16 too.
 pub(super) fn multiplies_bf16(problem: &Problem) -> bool {
     problem.q.dtype() == DType::BF16 && <bf16 as Multiply>::is_fast()
 }

@@ -23,8 +23,8 @@ pub(super) enum Rung {
     Plain(&'static str),
 }
 
-/// The highest rung that `XT_ATTENTION` permits: `plain` keeps to the lowest one, to compare it, and `wgmma` adds the one that
-/// no card has run yet.
+/// The highest rung that `XT_ATTENTION` permits: `plain` keeps to the lowest one, to compare it, and `wgmma` adds the
+/// one that no card has run yet.
 fn limit() -> &'static str {
     static LIMIT: OnceLock<String> = OnceLock::new();
     LIMIT.get_or_init(|| std::env::var("XT_ATTENTION").unwrap_or_default())
@@ -122,8 +122,8 @@ impl Blocks {
         Self { kernel, head: Some(head), rows, threads: 128, features: usize::MAX, shared }
     }
 
-    /// The same of a kernel whose `warpgroups` own 64 rows each of `owned` tensors, beside `passing` tiles of `n` rows; all
-    /// tiles start at multiples of 1024 bytes.
+    /// The same of a kernel whose `warpgroups` own 64 rows each of `owned` tensors, beside `passing` tiles of `n` rows;
+    /// all tiles start at multiples of 1024 bytes.
     fn warpgroups(
         kernel: &'static str,
         head: usize,
@@ -206,7 +206,7 @@ impl<'a> Call<'a> {
         // Kernels count positions and distances in 32 bits.
         ensure!(
             queries.saturating_add(keys) < i32::MAX as usize / 4,
-            Error::shape(OP, format!("{queries} queries and {keys} keys are more than the kernels can count"))
+            Error::shape(OP, format_args!("{queries} queries and {keys} keys are more than the kernels can count"))
         );
         let terms = problem.position.as_ref().map(|position| Terms::new(gpu, position, &problem.sizes)).transpose()?;
         let rung = rung(gpu, problem.q.dtype(), [d, e]);
@@ -282,7 +282,7 @@ impl<'a> Call<'a> {
     fn launch(&self, blocks: &Blocks, [heads, rows]: [usize; 2], columns: usize, args: &[&[Arg]]) -> Result<()> {
         let x = self.problem.sizes.batch.saturating_mul(heads).saturating_mul(rows.div_ceil(blocks.rows));
         let (Ok(x @ 0..=0x7FFF_FFFF), Ok(y @ 0..=0xFFFF)) = (u32::try_from(x), u32::try_from(columns)) else {
-            return Err(Error::shape(OP, format!("{x} × {columns} blocks are more than a grid has")));
+            return Err(Error::shape(OP, format_args!("{x} × {columns} blocks are more than a grid has")));
         };
         let grid = Grid::new([x, y, 1], [blocks.threads as u32, 1, 1]).shared(blocks.shared);
         let dtype = ("DTYPE", self.problem.q.dtype().name());
@@ -476,7 +476,7 @@ impl Pass<'_> {
         let blocks = u32::try_from(blocks)
             .ok()
             .filter(|&blocks| blocks <= i32::MAX as u32)
-            .ok_or_else(|| Error::shape(OP, format!("the bias {shape:?} has more tiles than a grid")))?;
+            .ok_or_else(|| Error::shape(OP, format_args!("the bias {shape:?} has more tiles than a grid")))?;
         let parts: [&[Arg]; 6] = [
             args![&mut gradient],
             &self.inputs()?,

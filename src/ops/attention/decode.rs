@@ -32,8 +32,8 @@ const LANES: usize = 16;
 /// Features whose sums stay in registers while the keys pass.
 const WIDE: usize = 64;
 
-/// How [`attention_decode`] reads a cache of keys. In front of the keys of the sequence there may be others, which every
-/// query may see.
+/// How [`attention_decode`] reads a cache of keys. In front of the keys of the sequence there may be others, which
+/// every query may see.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct DecodeSpec<'a> {
     /// Multiplies the products of queries and keys; usually `dim_head^-0.5`.
@@ -48,19 +48,19 @@ pub struct DecodeSpec<'a> {
     pub key_mask: Option<&'a Tensor>,
     /// Padding of the queries, Bool `[batch, query]`: a padded (false) query sees the memory keys alone.
     pub query_mask: Option<&'a Tensor>,
-    /// Added to the scaled products: float `[heads, distances]`, best in the type of the sums, the distance being that of the query's
-    /// position behind the key. The last one serves all that are further.
+    /// Added to the scaled products: float `[heads, distances]`, best in the type of the sums, the distance being that
+    /// of the query's position behind the key. The last one serves all that are further.
     pub bias_by_distance: Option<&'a Tensor>,
 }
 
 /// Causal attention of new tokens to cached keys: query `i` of sequence `b` stands at position
-/// `prefix_len + lengths[b] + i` and sees the keys up to there. Computes what [`attention`](super::attention) computes for the
-/// last rows.
+/// `prefix_len + lengths[b] + i` and sees the keys up to there. Computes what [`attention`](super::attention) computes
+/// for the last rows.
 ///
 /// Shapes: `q` `[batch, heads, query, d]`, caches `k` `[batch, kv_heads, capacity, d]` and `v` `[batch, kv_heads,
-/// capacity, e]`, `lengths` `[batch]` I64 → `[batch, heads, query, e]`, which lies in memory as `[batch, query, heads, e]`.
-/// `heads` is a multiple of `kv_heads`. Keys behind a query's position are not read: the cache may be larger.
-/// A query without any key left attends to all keys of its sequence equally; one whose scores are NaN, or all overflow,
+/// capacity, e]`, `lengths` `[batch]` I64 → `[batch, heads, query, e]`, which lies in memory as `[batch, query, heads,
+/// e]`. `heads` is a multiple of `kv_heads`. Keys behind a query's position are not read: the cache may be larger. A
+/// query without any key left attends to all keys of its sequence equally; one whose scores are NaN, or all overflow,
 /// gives NaN.
 ///
 /// Errors: shapes, dtypes or devices that do not fit, or a tensor that requires a gradient: decoding has none.
@@ -98,13 +98,16 @@ fn check(sizes: &Sizes, q: &Tensor, lengths: &Tensor, spec: &DecodeSpec) -> Resu
     let Sizes { batch, heads, queries, keys, .. } = *sizes;
     ensure!(
         **lengths.shape() == [batch] && lengths.dtype() == DType::I64 && lengths.device() == q.device(),
-        Error::shape(OP, format!("expected lengths [{batch}] of i64 on {}, got {lengths:?}", q.device()))
+        Error::shape(OP, format_args!("expected lengths [{batch}] of i64 on {}, got {lengths:?}", q.device()))
     );
     ensure!(
         spec.scale.is_finite() && spec.mem_keys <= spec.prefix_len && spec.prefix_len <= keys,
         Error::argument(
             OP,
-            format!("scale {}, prefix_len {} and mem_keys {} do not fit", spec.scale, spec.prefix_len, spec.mem_keys)
+            format_args!(
+                "scale {}, prefix_len {} and mem_keys {} do not fit",
+                spec.scale, spec.prefix_len, spec.mem_keys
+            )
         )
     );
     if let Some(mask) = spec.key_mask {
@@ -113,7 +116,7 @@ fn check(sizes: &Sizes, q: &Tensor, lengths: &Tensor, spec: &DecodeSpec) -> Resu
             mask.numel() == batch * (keys - spec.prefix_len),
             Error::shape(
                 OP,
-                format!("expected key_mask [{batch}, {}], got {:?}", keys - spec.prefix_len, mask.shape())
+                format_args!("expected key_mask [{batch}, {}], got {:?}", keys - spec.prefix_len, mask.shape())
             )
         );
     }
@@ -121,7 +124,7 @@ fn check(sizes: &Sizes, q: &Tensor, lengths: &Tensor, spec: &DecodeSpec) -> Resu
         expect_bool("query_mask", mask, q)?;
         ensure!(
             **mask.shape() == [batch, queries],
-            Error::shape(OP, format!("expected query_mask [{batch}, {queries}], got {:?}", mask.shape()))
+            Error::shape(OP, format_args!("expected query_mask [{batch}, {queries}], got {:?}", mask.shape()))
         );
     }
     if let Some(bias) = spec.bias_by_distance {
@@ -132,7 +135,10 @@ fn check(sizes: &Sizes, q: &Tensor, lengths: &Tensor, spec: &DecodeSpec) -> Resu
                 && shape[1] > 0
                 && bias.dtype().is_float()
                 && bias.device() == q.device(),
-            Error::shape(OP, format!("expected bias_by_distance [{heads}, distances], got {shape:?} {}", bias.dtype()))
+            Error::shape(
+                OP,
+                format_args!("expected bias_by_distance [{heads}, distances], got {shape:?} {}", bias.dtype())
+            )
         );
         if let Device::Gpu(_) = q.device() {
             size32(shape[1])?;
@@ -157,7 +163,7 @@ impl Call<'_> {
         let (q, spec) = (self.q, self.spec);
         ensure!(
             keys < i32::MAX as usize / 2 && batch * heads * queries <= i32::MAX as usize,
-            Error::shape(OP, format!("{keys} keys, or {batch} × {heads} × {queries} queries, are too many"))
+            Error::shape(OP, format_args!("{keys} keys, or {batch} × {heads} × {queries} queries, are too many"))
         );
         let mut out = Tensor::uninit(merged, q.dtype(), q.device())?;
         let (kv_heads, e) = (self.k.shape()[1], self.sizes.e);
@@ -319,8 +325,8 @@ impl<R: Real> Cached<'_, R> {
         start.min(end)..end
     }
 
-    /// Of each query: the weighted sum of the part's values, the largest score, and the sum of the weights relative to it,
-    /// which is 0 only if no key was kept.
+    /// Of each query: the weighted sum of the part's values, the largest score, and the sum of the weights relative to
+    /// it, which is 0 only if no key was kept.
     fn part(&self, b: usize, head: usize, part: usize, q: &[R], sums: &mut [R]) {
         let Sizes { d, e, keys, .. } = self.sizes;
         let kv_head = head / self.sizes.group();

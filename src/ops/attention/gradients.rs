@@ -105,8 +105,8 @@ impl<O: Multiply> Pass<'_, O> {
         }
     }
 
-    /// All that the keys of one task give: `dk` and `dv` if wanted, and parts of the gradients of the queries and of the
-    /// position bias.
+    /// All that the keys of one task give: `dk` and `dv` if wanted, and parts of the gradients of the queries and of
+    /// the position bias.
     pub fn keys(
         &self,
         position: Option<&Position>,

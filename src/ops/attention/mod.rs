@@ -32,10 +32,10 @@ const OP: &str = "attention";
 /// How [`attention`] turns products of queries and keys into weights.
 ///
 /// Masks replace scores by the most negative finite number: a query without any key left attends to all keys equally,
-/// future ones included, and passes no gradient to its scores. A `bias` of −∞ is not a mask: a query that has it for each
-/// key left gives 0, without gradients, as PyTorch's `scaled_dot_product_attention` does; a query whose scores all overflow
-/// to −∞, or one of whose scores is +∞ or NaN, gives NaN. An infinite value is NaN also where its weight is 0; in half
-/// types its gradients are NaN, where some of PyTorch's are infinite.
+/// future ones included, and passes no gradient to its scores. A `bias` of −∞ is not a mask: a query that has it for
+/// each key left gives 0, without gradients, as PyTorch's `scaled_dot_product_attention` does; a query whose scores all
+/// overflow to −∞, or one of whose scores is +∞ or NaN, gives NaN. An infinite value is NaN also where its weight is 0;
+/// in half types its gradients are NaN, where some of PyTorch's are infinite.
 ///
 /// ```
 /// use x_transformers::{Device, Tensor, ops::{AttentionSpec, attention}};
@@ -97,10 +97,9 @@ impl Default for AttentionSpec<'_> {
 /// read in place. The result lies in memory as `[batch, query, heads, e]`, so that merging the heads is a view.
 ///
 /// Products, statistics and sums are in f32 (f64 for f64); a product of a query and a key overflows before `scale` is
-/// applied. Weights are right at every finite score, forward and backward. A mean of finite values is finite. Without keys
-/// the result is zero.
-/// Saves: `q`, `k`, `v`, the output, two numbers per query, and for half types what rounding took from the output.
-/// Errors: shapes, dtypes or devices that do not fit, or a value outside of its domain.
+/// applied. Weights are right at every finite score, forward and backward. A mean of finite values is finite. Without
+/// keys the result is zero. Saves: `q`, `k`, `v`, the output, two numbers per query, and for half types what rounding
+/// took from the output. Errors: shapes, dtypes or devices that do not fit, or a value outside of its domain.
 #[doc(alias = "SDPA")]
 #[doc(alias = "scaled_dot_product_attention")]
 #[doc(alias = "flash_attention")]
@@ -148,9 +147,9 @@ pub fn gpu_needs_scores(features: usize) -> Option<&'static str> {
     (features > 128).then_some("heads of more than 128 features do not fit the registers of the fused kernels")
 }
 
-/// Which kernels a GPU computes [`attention`] with, given the features `d` of queries and keys and `e` of values, and why
-/// not a faster one; `None` on the CPU. `XT_ATTENTION=plain` keeps to the plain ones; `XT_ATTENTION=wgmma` asks for those
-/// of sm_90a, which no card has run yet.
+/// Which kernels a GPU computes [`attention`] with, given the features `d` of queries and keys and `e` of values, and
+/// why not a faster one; `None` on the CPU. `XT_ATTENTION=plain` keeps to the plain ones; `XT_ATTENTION=wgmma` asks for
+/// those of sm_90a, which no card has run yet.
 pub fn attention_rung(device: &Device, dtype: DType, d: usize, e: usize) -> Option<String> {
     match device {
         Device::Cpu => None,
@@ -200,14 +199,14 @@ impl Sizes {
         same_kind(OP, q, v)?;
         ensure!(
             q.dtype().is_float(),
-            Error::dtype(OP, format!("expected float queries, keys and values, got {}", q.dtype()))
+            Error::dtype(OP, format_args!("expected float queries, keys and values, got {}", q.dtype()))
         );
         let (&[batch, heads, queries, d], &[k_batch, kv_heads, keys, k_d], &[v_batch, v_heads, v_keys, e]) =
             (&q.shape()[..], &k.shape()[..], &v.shape()[..])
         else {
             return Err(Error::shape(
                 OP,
-                format!(
+                format_args!(
                     "expected four dimensions [batch, heads, sequence, features] each, got q {:?}, k {:?}, v {:?}",
                     q.shape(),
                     k.shape(),
@@ -219,7 +218,7 @@ impl Sizes {
             k_batch == batch && v_batch == batch && v_heads == kv_heads && v_keys == keys && k_d == d,
             Error::shape(
                 OP,
-                format!(
+                format_args!(
                     "expected q [batch, heads, query, d], k [batch, kv_heads, key, d], v [batch, kv_heads, key, e], \
                      got q {:?}, k {:?}, v {:?}",
                     q.shape(),
@@ -230,7 +229,10 @@ impl Sizes {
         );
         ensure!(
             heads == kv_heads || (kv_heads > 0 && heads.is_multiple_of(kv_heads)),
-            Error::shape(OP, format!("the {heads} heads of q are not a multiple of the {kv_heads} heads of k and v"))
+            Error::shape(
+                OP,
+                format_args!("the {heads} heads of q are not a multiple of the {kv_heads} heads of k and v")
+            )
         );
         if let Device::Gpu(_) = q.device() {
             // Kernels read them from layouts as numbers of 32 bits.
@@ -256,15 +258,15 @@ impl AttentionSpec<'_> {
     fn check(&self, sizes: &Sizes, q: &Tensor) -> Result<()> {
         ensure!(
             self.scale.is_finite(),
-            Error::argument(OP, format!("scale is {}, expected a finite number", self.scale))
+            Error::argument(OP, format_args!("scale is {}, expected a finite number", self.scale))
         );
         ensure!(
             (0.0..=1.0).contains(&self.dropout),
-            Error::argument(OP, format!("dropout is {}, expected a probability from 0 to 1", self.dropout))
+            Error::argument(OP, format_args!("dropout is {}, expected a probability from 0 to 1", self.dropout))
         );
         ensure!(
             self.mem_keys <= sizes.keys,
-            Error::argument(OP, format!("mem_keys is {}, there are {} keys", self.mem_keys, sizes.keys))
+            Error::argument(OP, format_args!("mem_keys is {}, there are {} keys", self.mem_keys, sizes.keys))
         );
         if let Some(mask) = self.mask {
             expect_bool("mask", mask, q)?;
@@ -289,11 +291,11 @@ impl AttentionSpec<'_> {
 fn expect_bool(name: &str, mask: &Tensor, q: &Tensor) -> Result<()> {
     ensure!(
         mask.dtype() == DType::Bool,
-        Error::dtype(OP, format!("{name} is {}, expected bool (true keeps)", mask.dtype()))
+        Error::dtype(OP, format_args!("{name} is {}, expected bool (true keeps)", mask.dtype()))
     );
     ensure!(
         mask.device() == q.device(),
-        Error::Device { op: OP, message: format!("{name} is on {}, q on {}; move one", mask.device(), q.device()) }
+        Error::device(OP, format_args!("{name} is on {}, q on {}; move one", mask.device(), q.device()))
     );
     Ok(())
 }
@@ -304,7 +306,7 @@ fn expect_scores(name: &str, x: &Tensor, sizes: &Sizes) -> Result<()> {
         x.shape().broadcast(&scores, OP).is_ok_and(|shape| shape == scores),
         Error::shape(
             OP,
-            format!("{name} {:?} does not broadcast to [batch, heads, query, key] = {scores:?}", x.shape())
+            format_args!("{name} {:?} does not broadcast to [batch, heads, query, key] = {scores:?}", x.shape())
         )
     );
     Ok(())
@@ -313,7 +315,7 @@ fn expect_scores(name: &str, x: &Tensor, sizes: &Sizes) -> Result<()> {
 fn expect_padding(name: &str, mask: &Tensor, batch: usize, lengths: &[usize]) -> Result<()> {
     ensure!(
         lengths.iter().any(|&length| mask.shape()[..] == [batch, length]),
-        Error::shape(OP, format!("{name} has shape {:?}, expected {:?}", mask.shape(), [batch, lengths[0]]))
+        Error::shape(OP, format_args!("{name} has shape {:?}, expected {:?}", mask.shape(), [batch, lengths[0]]))
     );
     Ok(())
 }
@@ -385,9 +387,9 @@ impl Problem {
 
 /// What the forward pass leaves for the backward pass, besides the output.
 struct Kept {
-    /// Of each query the largest score and the reciprocal of `Σ exp(score − largest)`, `[batch, heads, query, 2]`: their
-    /// logarithms must not be added, as that of the sum would be lost beside a large score. `[∞, 0]` where everything is
-    /// masked, `[0, 0]` where the bias of all that is not masked is −∞.
+    /// Of each query the largest score and the reciprocal of `Σ exp(score − largest)`, `[batch, heads, query, 2]`:
+    /// their logarithms must not be added, as that of the sum would be lost beside a large score. `[∞, 0]` where
+    /// everything is masked, `[0, 0]` where the bias of all that is not masked is −∞.
     statistics: Tensor,
     /// What rounding to a half type took from the output, times [`residual_scale`], laid out as the output: without it,
     /// `Σ grad ⊙ out` is not exact enough for a query that has most of its weight on one key.

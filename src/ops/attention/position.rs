@@ -127,14 +127,14 @@ impl Position {
                 expect_weights("table", table, &[buckets, sizes.heads], device)?;
                 ensure!(
                     scale.is_finite(),
-                    Error::argument(OP, format!("the T5 scale is {scale}, expected a finite number"))
+                    Error::argument(OP, format_args!("the T5 scale is {scale}, expected a finite number"))
                 );
                 let one_side = if causal { buckets } else { buckets / 2 };
                 ensure!(
                     one_side >= 2 && max_distance > one_side / 2,
                     Error::argument(
                         OP,
-                        format!(
+                        format_args!(
                             "the T5 table has {buckets} buckets with max_distance {max_distance}; expected at least {} \
                              buckets, and a max_distance above {}",
                             if causal { 2 } else { 4 },
@@ -225,15 +225,15 @@ impl Position {
 fn expect_weights(name: &str, weights: &Tensor, shape: &[usize], device: &Device) -> Result<()> {
     ensure!(
         weights.dtype().is_float(),
-        Error::dtype(OP, format!("{name} is {}, expected a float tensor", weights.dtype()))
+        Error::dtype(OP, format_args!("{name} is {}, expected a float tensor", weights.dtype()))
     );
     ensure!(
         weights.device() == device,
-        Error::Device { op: OP, message: format!("{name} is on {}, q on {device}; move one", weights.device()) }
+        Error::device(OP, format_args!("{name} is on {}, q on {device}; move one", weights.device()))
     );
     ensure!(
         weights.shape()[..] == *shape,
-        Error::shape(OP, format!("{name} has shape {:?}, expected {shape:?}", weights.shape()))
+        Error::shape(OP, format_args!("{name} has shape {:?}, expected {shape:?}", weights.shape()))
     );
     Ok(())
 }

@@ -186,10 +186,10 @@ pub(super) fn widen<O: Float>(x: &Tensor) -> Result<Tensor> {
 /// Keys from which the common part of a head is estimated.
 const SAMPLE: usize = 64;
 
-/// A packed copy of keys `[batch, heads, key, d]` without what all keys of a head have in common in a feature, where that
-/// is more than what they differ by; `None` if there is nothing. The gradients of a query's scores sum to zero, so that
-/// they may be multiplied by either; but rounded to a half type they do not quite, and the common part would multiply
-/// the difference.
+/// A packed copy of keys `[batch, heads, key, d]` without what all keys of a head have in common in a feature, where
+/// that is more than what they differ by; `None` if there is nothing. The gradients of a query's scores sum to zero, so
+/// that they may be multiplied by either; but rounded to a half type they do not quite, and the common part would
+/// multiply the difference.
 pub(super) fn without_common<O: Float>(keys: &Tensor) -> Result<Option<Tensor>> {
     let [batch, heads, count, d] = [0, 1, 2, 3].map(|dim| keys.shape()[dim]);
     let rows = Rows::<O>::new(keys)?;

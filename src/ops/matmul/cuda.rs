@@ -33,7 +33,7 @@ pub(super) fn product(
     let (outer, items) = (Shape::unchecked(outer), last.first().copied().unwrap_or(1));
     let step = |operand: usize| if last.is_empty() { 0 } else { merged.strides[operand][outer.rank()] };
     let size = out.dtype().size();
-    let at = |tensor: &Tensor, element: usize| Ok::<_, crate::Error>(tensor.storage_address()?.plus(element * size));
+    let at = |tensor: &Tensor, element: usize| Ok(tensor.storage_address()?.plus(element * size));
     let to = out.address_mut()?;
     let Merged { m, n, k, .. } = merged;
     for item in 0..outer.numel() {
@@ -69,9 +69,7 @@ pub(super) fn product_sums(
     let [a, b] = usable(sizes, operands)?;
     let merged = Merged::new(sizes, &a, &b)?;
     let Merged { m, n, k, start, .. } = merged;
-    let at = |tensor: &Tensor, element: usize| {
-        Ok::<_, crate::Error>(tensor.storage_address()?.plus(element * tensor.dtype().size()))
-    };
+    let at = |tensor: &Tensor, element: usize| Ok(tensor.storage_address()?.plus(element * tensor.dtype().size()));
     gpu.gemm(&Gemm {
         dtype: a.dtype(),
         sums: true,
@@ -103,7 +101,8 @@ fn usable(sizes: &Sizes, [a, b]: [&Tensor; 2]) -> Result<[Tensor; 2]> {
     Ok([a, b])
 }
 
-/// Returns `true` if the rows of a matrix are packed and do not overlap. The step along a dimension of size 1 is never taken.
+/// Returns `true` if the rows of a matrix are packed and do not overlap. The step along a dimension of size 1 is never
+/// taken.
 fn has_packed_rows([row, column]: [usize; 2], [rows, columns]: [usize; 2]) -> bool {
     (column == 1 || columns == 1) && (row >= columns || rows == 1)
 }

@@ -29,9 +29,9 @@ impl Tensor {
     ///
     /// Shapes: `[.., m, k], [.., k, n] → [.., m, n]`, leading dimensions broadcast as in PyTorch; any strides,
     /// nothing is copied. A vector on the left is a row and one on the right a column, and the result lacks its
-    /// dimension: `[k], [k] → []`. Sums in f32 (f64 for f64); `k = 0` gives zeros. Saves each operand if the other one needs
-    /// a gradient. Errors: a scalar, sizes that do not match, dtypes or devices that differ, or integers, which PyTorch
-    /// does not multiply on a GPU either.
+    /// dimension: `[k], [k] → []`. Sums in f32 (f64 for f64); `k = 0` gives zeros. Saves each operand if the other one
+    /// needs a gradient. Errors: a scalar, sizes that do not match, dtypes or devices that differ, or integers, which
+    /// PyTorch does not multiply on a GPU either.
     ///
     /// ```
     /// use x_transformers::{Device, Tensor};
@@ -119,14 +119,14 @@ pub(super) fn check_linear(op: &'static str, x: &Tensor, weight: &Tensor, bias: 
         fits,
         Error::shape(
             op,
-            format!("expected x [.., in] and weight [out, in], got {:?} and {:?}", x.shape(), weight.shape())
+            format_args!("expected x [.., in] and weight [out, in], got {:?} and {:?}", x.shape(), weight.shape())
         )
     );
     same_kind(op, x, weight)?;
     if let Some(bias) = bias {
         ensure!(
             **bias.shape() == [weight.shape()[0]],
-            Error::shape(op, format!("expected a bias [{}], got {:?}", weight.shape()[0], bias.shape()))
+            Error::shape(op, format_args!("expected a bias [{}], got {:?}", weight.shape()[0], bias.shape()))
         );
         same_kind(op, x, bias)?;
     }
@@ -151,8 +151,8 @@ pub(super) fn product(a: &Tensor, b: &Tensor, bias: Option<&Tensor>) -> Result<T
     Ok(out)
 }
 
-/// `sums (+)= a·b` for two matrices of any strides, `[m, k]` and `[k, n]`, in the type of the sums: `sums [m, n]` is packed,
-/// and f32 for half types. Without `accumulate` it is overwritten.
+/// `sums (+)= a·b` for two matrices of any strides, `[m, k]` and `[k, n]`, in the type of the sums: `sums [m, n]` is
+/// packed, and f32 for half types. Without `accumulate` it is overwritten.
 pub(super) fn product_sums(a: &Tensor, b: &Tensor, accumulate: bool, sums: &mut Tensor) -> Result<()> {
     let sizes = Sizes::of(a.shape(), b.shape())?;
     // The last check before cuBLAS gets addresses.
@@ -164,7 +164,7 @@ pub(super) fn product_sums(a: &Tensor, b: &Tensor, accumulate: bool, sums: &mut 
             && b.dtype() == a.dtype(),
         Error::shape(
             "matmul",
-            format!(
+            format_args!(
                 "expected sums [{}, {}] {} on {}, got {:?} {} on {}",
                 sizes.m,
                 sizes.n,

@@ -14,8 +14,8 @@ pub(super) struct Sizes {
     pub m: usize,
     pub n: usize,
     pub k: usize,
-    /// Rows that meet one matrix of B, by the shapes only: those of the last dimensions of the batch that B does not have
-    /// count too. The kernel depends on this number, and must not depend on the layout in memory.
+    /// Rows that meet one matrix of B, by the shapes only: those of the last dimensions of the batch that B does not
+    /// have count too. The kernel depends on this number, and must not depend on the layout in memory.
     pub rows: usize,
 }
 
@@ -23,13 +23,13 @@ impl Sizes {
     pub fn of(a: &Shape, b: &Shape) -> Result<Self> {
         ensure!(
             a.rank() >= 2 && b.rank() >= 2,
-            Error::shape("matmul", format!("expected at least one dimension each, got {a:?} and {b:?}"))
+            Error::shape("matmul", format_args!("expected at least one dimension each, got {a:?} and {b:?}"))
         );
         let (batch_a, [m, k]) = split_last_two(a);
         let (batch_b, [rows, n]) = split_last_two(b);
         ensure!(
             k == rows,
-            Error::shape("matmul", format!("{a:?} and {b:?} do not match: {k} columns times {rows} rows"))
+            Error::shape("matmul", format_args!("{a:?} and {b:?} do not match: {k} columns times {rows} rows"))
         );
         let batch = batch_a.broadcast(&batch_b, "matmul")?;
         let own = |back: usize| batch_b.rank().checked_sub(back).map_or(1, |dim| batch_b[dim]);

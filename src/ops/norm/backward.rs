@@ -38,8 +38,8 @@ impl Backward for NormBackward {
     }
 
     /// With `x̂ = (x − mean) / divisor` and `h = g ⊙ weight`: `dx = (h − mean h − x̂ mean(h ⊙ x̂)) / divisor`,
-    /// `dweight = Σ g ⊙ x̂` and `dbias = Σ g` over rows. Without centring, `mean h` falls out; where the floor acts, the
-    /// other mean does.
+    /// `dweight = Σ g ⊙ x̂` and `dbias = Σ g` over rows. Without centring, `mean h` falls out; where the floor acts,
+    /// the other mean does.
     fn backward(self: Box<Self>, grad: Tensor, need: &[bool]) -> Result<InputGrads> {
         let weight_needed = self.weight.is_some() && need[1];
         let bias_needed = self.has_bias && need[1 + self.weight.is_some() as usize];

@@ -36,8 +36,8 @@ impl Forward {
 const ROWS_PER_CHUNK: usize = 8;
 const MOST_CHUNKS: usize = 264;
 
-/// Threads for a row and rows of a block at once of `norm_bwd_whole`, whose threads have a packet of columns each and four
-/// rows at once; none for rows that it cannot do.
+/// Threads for a row and rows of a block at once of `norm_bwd_whole`, whose threads have a packet of columns each and
+/// four rows at once; none for rows that it cannot do.
 fn whole_threads(columns: usize, dtype: DType) -> Option<(usize, usize)> {
     const MOST_THREADS: usize = 512;
     let lanes = 16 / dtype.size();

@@ -109,8 +109,8 @@ vectorized! {
     }
 }
 
-/// As [`forward`] for one row whose squares or whose sum may have overflowed: the norm of the row times a power of two that
-/// neither overflows nor loses what counts. A row with NaN or an infinity becomes NaN here too.
+/// As [`forward`] for one row whose squares or whose sum may have overflowed: the norm of the row times a power of two
+/// that neither overflows nor loses what counts. A row with NaN or an infinity becomes NaN here too.
 #[cold]
 fn shrunk<R: Real>(x: &[R], weight: &[R], bias: &[R], form: Form, eps: R, y: &mut [R], statistics: &mut [R]) {
     // As in `kernels/norm.cu`: squares that overflow come from numbers above 2^48 (2^495 in f64) in rows of up to 2^32.

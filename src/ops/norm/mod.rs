@@ -23,9 +23,9 @@ impl Tensor {
     /// Shapes: `[.., dim]`, weight and bias `[dim]` → `[.., dim]`; without them 1 and 0. PyTorch's default `eps` is
     /// 1e-5. Statistics in f32 (f64 for f64). Saves: `x`, and the mean and inverse deviation of each row.
     ///
-    /// Rows whose sum or squares overflow are normalised as any other, where PyTorch gives 0, infinities or NaN; the same
-    /// holds for the other norms. A gradient that overflows when it is multiplied by the weight makes its row infinite or
-    /// NaN, and not always as PyTorch does.
+    /// Rows whose sum or squares overflow are normalised as any other, where PyTorch gives 0, infinities or NaN; the
+    /// same holds for the other norms. A gradient that overflows when it is multiplied by the weight makes its row
+    /// infinite or NaN, and not always as PyTorch does.
     ///
     /// Errors: rank 0, a dtype that is not float or not the same for all, a weight or bias of another shape, a
     /// negative `eps`.
@@ -80,13 +80,14 @@ impl Tensor {
         normalize("clamped_rms_norm", self, &self.clamped_rms_spec(g, eps))
     }
 
-    /// The sum of two tensors and its [`clamped_rms_norm`](Tensor::clamped_rms_norm), as [`Tensor::add_layer_norm`] gives it.
+    /// The sum of two tensors and its [`clamped_rms_norm`](Tensor::clamped_rms_norm), as [`Tensor::add_layer_norm`]
+    /// gives it.
     pub fn add_clamped_rms_norm(&self, residual: &Tensor, g: &Tensor, eps: f64) -> Result<(Tensor, Tensor)> {
         normalize_sum("add_clamped_rms_norm", self, residual, &self.clamped_rms_spec(g, eps))
     }
 
-    /// RMS norm over the last dimension as PyTorch's `nn.RMSNorm` and Llama have it, `y = x / √(mean x² + eps) ⊙ g`: unlike
-    /// that of [`Tensor::clamped_rms_norm`], `eps` is a summand. <https://arxiv.org/abs/1910.07467>
+    /// RMS norm over the last dimension as PyTorch's `nn.RMSNorm` and Llama have it, `y = x / √(mean x² + eps) ⊙ g`:
+    /// unlike that of [`Tensor::clamped_rms_norm`], `eps` is a summand. <https://arxiv.org/abs/1910.07467>
     ///
     /// Shapes: `[.., dim]`, `g` `[dim]` → `[.., dim]`. Saves: `x`, and the inverse divisor of each row.
     /// Errors: as [`Tensor::layer_norm`].
@@ -109,8 +110,8 @@ impl Tensor {
         normalize_sum("add_rms_norm", self, residual, &self.rms_spec(g, eps))
     }
 
-    /// Scale norm over the last dimension: as [`Tensor::clamped_rms_norm`] with one factor for all features (`eps` is 1e-5 in
-    /// x-transformers). <https://arxiv.org/abs/1910.05895>
+    /// Scale norm over the last dimension: as [`Tensor::clamped_rms_norm`] with one factor for all features (`eps` is
+    /// 1e-5 in x-transformers). <https://arxiv.org/abs/1910.05895>
     ///
     /// Shapes: `[.., dim]`, `g` `[1]` → `[.., dim]`. Saves: `x`, and the inverse divisor of each row.
     /// Errors: as [`Tensor::layer_norm`].
@@ -204,7 +205,7 @@ impl<'a> Spec<'a> {
         ensure!(x.rank() > 0, Error::shape(op, "expected at least one dimension, got a scalar"));
         ensure!(
             self.eps >= 0.0 && self.eps.is_finite(),
-            Error::argument(op, format!("eps must be a number that is not negative, got {}", self.eps))
+            Error::argument(op, format_args!("eps must be a number that is not negative, got {}", self.eps))
         );
         x.dtype().expect_float(op)?;
         for (name, operand, expected) in [("weight", self.weight, self.weights), ("bias", self.bias, x.features())] {
@@ -214,7 +215,11 @@ impl<'a> Spec<'a> {
                 **operand.shape() == [expected],
                 Error::shape(
                     op,
-                    format!("expected a {name} of shape [{expected}] for {:?}, got {:?}", x.shape(), operand.shape())
+                    format_args!(
+                        "expected a {name} of shape [{expected}] for {:?}, got {:?}",
+                        x.shape(),
+                        operand.shape()
+                    )
                 )
             );
         }
@@ -235,7 +240,7 @@ fn normalize_sum(op: &'static str, x: &Tensor, residual: &Tensor, spec: &Spec) -
     same_kind(op, x, residual)?;
     ensure!(
         x.shape() == residual.shape(),
-        Error::shape(op, format!("expected a residual {:?}, got {:?}", x.shape(), residual.shape()))
+        Error::shape(op, format_args!("expected a residual {:?}, got {:?}", x.shape(), residual.shape()))
     );
     let (x, residual) = (x.contiguous()?, residual.contiguous()?);
     let Forward { y, sum, statistics } = Forward::of(op, &x, Some(&residual), spec)?;
@@ -286,8 +291,8 @@ fn rows(x: &Tensor) -> Result<usize> {
     Ok(x.numel().checked_div(x.dim(-1)?).unwrap_or(0))
 }
 
-/// Sums that are kept apart: so many that the compiler turns loops over them into vector operations as a whole, and that
-/// no addition waits for another.
+/// Sums that are kept apart: so many that the compiler turns loops over them into vector operations as a whole, and
+/// that no addition waits for another.
 const LANES: usize = 64;
 
 /// A packed constant.

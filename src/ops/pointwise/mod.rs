@@ -42,8 +42,8 @@ trait Loops {
     fn of<F: Unary>(self);
 }
 
-/// The table: method, type, what the gradient is written in, what integers give, value, gradient. A row that may stand in
-/// [`Tensor::add_activation`] and [`Tensor::glu`] says so, with its name in descriptions.
+/// The table: method, type, what the gradient is written in, what integers give, value, gradient. A row that may stand
+/// in [`Tensor::add_activation`] and [`Tensor::glu`] says so, with its name in descriptions.
 macro_rules! unary {
     ($($(#[$doc:meta])* $vis:vis $method:ident $Type:ident $keep:ident $integers:ident $([$title:literal])?
         |$x:ident| $value:expr, |$g:ident, $k:ident| $gradient:expr;)*) => {
@@ -181,8 +181,9 @@ unary! {
     pub sqrt Sqrt Output promoted |x| x.sqrt(), |g, y| g * (c::<R>(0.5) / y);
     /// `x²`, of i64 too. Saves the input.
     pub square Square Input squared |x| x * x, |g, x| twice(g * x);
-    /// `1 / (1 + e^−x)`; i64 and bool become f32 first. Saves the input: `y (1 − y)` of an output that was rounded has no
-    /// digits left near 1. On a GPU exponentials of half types, here and in other activations, have errors of up to 2⁻¹⁷.
+    /// `1 / (1 + e^−x)`; i64 and bool become f32 first. Saves the input: `y (1 − y)` of an output that was rounded has
+    /// no digits left near 1. On a GPU exponentials of half types, here and in other activations, have errors of up to
+    /// 2⁻¹⁷.
     pub sigmoid Sigmoid Input promoted ["sigmoid"] |x| x.sigmoid::<FUSED>(), |g, x| g * sigmoid_slope::<R, FUSED>(x);
     /// The hyperbolic tangent; i64 and bool become f32 first. Saves the input, for the same reason as
     /// [`Tensor::sigmoid`].
@@ -193,15 +194,15 @@ unary! {
     pub relu_squared ReluSquared Input refused ["squared ReLU"] |x| { let y = relu(x); y * y },
         |g, x| if x <= R::ZERO { R::ZERO } else { twice(g * x) };
     /// `x Φ(x)` with the exact normal distribution, by erf (Hendrycks and Gimpel,
-    /// <https://arxiv.org/abs/1606.08415>). Infinite at ∞, where PyTorch's vectorised code for f32 and bf16 gives NaN and
-    /// its other code does not. Saves the input. On a GPU half types have a polynomial in place of erf, with errors of up to
-    /// 2 · 10⁻⁵ of `Φ(−|x|)`, which their rounding hides.
+    /// <https://arxiv.org/abs/1606.08415>). Infinite at ∞, where PyTorch's vectorised code for f32 and bf16 gives NaN
+    /// and its other code does not. Saves the input. On a GPU half types have a polynomial in place of erf, with errors
+    /// of up to 2 · 10⁻⁵ of `Φ(−|x|)`, which their rounding hides.
     pub gelu Gelu Input refused ["GELU"]
         |x| x.gelu::<FUSED>(),
         |g, x| { let (below, density) = x.normal::<FUSED>(); g * x.fma::<FUSED>(density, below) };
-    /// `x (1 + tanh(√(2/π) (x + 0.044715 x³))) / 2`, the approximation of [`Tensor::gelu`] that BERT's authors and GPT-2
-    /// computed with (Hendrycks and Gimpel, <https://arxiv.org/abs/1606.08415>). Its derivative is right at every finite
-    /// number, also where the `x²` in it overflows and PyTorch's becomes NaN. Saves the input.
+    /// `x (1 + tanh(√(2/π) (x + 0.044715 x³))) / 2`, the approximation of [`Tensor::gelu`] that BERT's authors and
+    /// GPT-2 computed with (Hendrycks and Gimpel, <https://arxiv.org/abs/1606.08415>). Its derivative is right at every
+    /// finite number, also where the `x²` in it overflows and PyTorch's becomes NaN. Saves the input.
     pub gelu_tanh GeluTanh Input refused ["GELU by tanh"] |x| x * gelu_gate::<R, FUSED>(x),
         |g, x| g * (gelu_gate::<R, FUSED>(x) + x * gelu_gate_slope::<R, FUSED>(x));
     /// `x / (1 + e^−x)`, also called swish (Elfwing et al., <https://arxiv.org/abs/1702.03118>). Saves the input.

@@ -56,26 +56,27 @@ pub struct SampleSpec {
 impl Tensor {
     /// One token for each row of logits: `[rows, tokens] → [rows]` I64, drawn by draw `step` of the row's stream.
     ///
-    /// `step`: one I64 on the same device, so that a recorded graph can be given another one. The tokens are the same on
-    /// every device and for any number of threads. Half types and f32 are computed in f32; shares below about 1e-11 of
-    /// the largest are none.
+    /// `step`: one I64 on the same device, so that a recorded graph can be given another one. The tokens are the same
+    /// on every device and for any number of threads. Half types and f32 are computed in f32; shares below about 1e-11
+    /// of the largest are none.
     ///
-    /// Errors: another shape, a dtype that is not float, settings out of their domain, a tensor that requires a gradient
-    /// (use `detach`); [`Error::Argument`] for logits that are NaN, +∞ or all −∞, on a GPU at the next read-back.
+    /// Errors: another shape, a dtype that is not float, settings out of their domain, a tensor that requires a
+    /// gradient (use `detach`); [`ErrorKind::Argument`](crate::ErrorKind::Argument) for logits that are NaN, +∞ or all
+    /// −∞, on a GPU at the next read-back.
     #[doc(alias = "multinomial")]
     pub fn sample(&self, spec: &SampleSpec, step: &Tensor) -> Result<Tensor> {
         const OP: &str = "sample";
         discrete(OP, &[self])?;
         ensure!(
             self.rank() == 2 && self.shape()[1] > 0,
-            Error::shape(OP, format!("expected logits [rows, tokens] with a token, got {:?}", self.shape()))
+            Error::shape(OP, format_args!("expected logits [rows, tokens] with a token, got {:?}", self.shape()))
         );
         self.dtype().expect_float(OP)?;
         ensure!(
             step.numel() == 1 && step.dtype() == DType::I64 && step.device() == self.device(),
             Error::argument(
                 OP,
-                format!(
+                format_args!(
                     "expected a step of one i64 on {}, got {:?} {} on {}",
                     self.device(),
                     step.shape(),
@@ -128,12 +129,12 @@ impl Choice {
             legal,
             Error::argument(
                 "sample",
-                format!("{filter:?} is out of its domain: counts from 1, shares from 0 to 1, powers from 0")
+                format_args!("{filter:?} is out of its domain: counts from 1, shares from 0 to 1, powers from 0")
             )
         );
         ensure!(
             temperature >= 0.0 && temperature.is_finite(),
-            Error::argument("sample", format!("expected a finite temperature of at least 0, got {temperature}"))
+            Error::argument("sample", format_args!("expected a finite temperature of at least 0, got {temperature}"))
         );
         let scale = (1.0 / temperature).clamp(f64::from(f32::MIN_POSITIVE), f64::from(f32::MAX));
         let scale = if temperature == 0.0 { 0.0 } else { scale };

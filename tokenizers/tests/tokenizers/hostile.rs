@@ -7,7 +7,7 @@ use std::{
 };
 
 use serde_json::{Value, json};
-use x_transformers::{Error, pretrained::Family};
+use x_transformers::{Error, ErrorKind, pretrained::Family};
 use x_transformers_tokenizers::Tokenizer;
 
 use crate::models;
@@ -17,8 +17,8 @@ const TEXTS: [&str; 6] =
 
 /// Tokens of some texts, or an error that names the file.
 fn tokens(json: &str) -> Result<Vec<Vec<i64>>, String> {
-    let named = |why: Error| match &why {
-        Error::File { path, .. } if path == Path::new("there/tokenizer.json") => why.to_string(),
+    let named = |why: Error| match why.kind() {
+        ErrorKind::File { path, .. } if path == Path::new("there/tokenizer.json") => why.to_string(),
         other => panic!("{other:?}"),
     };
     let tokenizer = Tokenizer::parse("there/tokenizer.json", json).map_err(named)?;
