@@ -213,6 +213,14 @@ pub enum FilterLogits {
 }
 
 /// Keyword arguments of sampling: those of `generate` in x-transformers 0.22.0, and `k`.
+///
+/// ```
+/// use x_transformers::config::{FilterLogits, SamplingConfig};
+/// let greedy = SamplingConfig { temperature: 0.0, ..Default::default() };
+/// let top_40 = SamplingConfig { k: Some(40), ..Default::default() };
+/// let nucleus = SamplingConfig { filter_logits_fn: FilterLogits::Nucleus, filter_thres: 0.95, ..Default::default() };
+/// # let _ = (greedy, top_40, nucleus);
+/// ```
 #[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct SamplingConfig {

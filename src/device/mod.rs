@@ -46,6 +46,15 @@ use cpu::CpuBuffer;
 use heap::Heap;
 
 /// Where a tensor lives.
+///
+/// ```
+/// use x_transformers::{DType, Device, Tensor};
+/// let device = Device::best(); // a GPU if there is one, else the CPU
+/// assert_eq!(Device::parse("cpu")?, Device::Cpu);
+/// let x = Tensor::zeros([2, 3], DType::F32, &device)?;
+/// assert_eq!(x.device(), &device);
+/// # Ok::<(), x_transformers::Error>(())
+/// ```
 #[derive(Clone)]
 #[non_exhaustive]
 pub enum Device {

@@ -27,6 +27,14 @@ pub(crate) use ordered::{ordered, try_ordered};
 /// keeps it. The one exception is an update that panics half way, which only a bug can cause: the value is then part
 /// old and part new, [`Param::tensor`] returns it as it is, and optimizers refuse it by name until [`Param::set`] or
 /// [`ParamMap::load`] replaces it.
+///
+/// ```
+/// use x_transformers::{DType, Device, Init, ParamStore};
+/// let store = ParamStore::new(0, DType::F32, &Device::Cpu);
+/// let weight = store.param("weight", [3], Init::Constant(0.5))?;
+/// assert_eq!(weight.tensor().to_vec::<f32>()?, [0.5; 3]); // the present value
+/// # Ok::<(), x_transformers::Error>(())
+/// ```
 #[derive(Clone)]
 #[doc(alias = "Parameter")]
 #[doc(alias = "Var")]
@@ -139,6 +147,18 @@ impl fmt::Debug for Buffer {
 /// The named parameters and buffers of a model: state dict, optimizer list, loader and saver in one.
 ///
 /// Names are those of PyTorch's `state_dict()`.
+///
+/// ```
+/// use x_transformers::{DType, Device, ParamStore, nn::Linear};
+/// let trained = ParamStore::new(1, DType::F32, &Device::Cpu);
+/// Linear::new(&trained, 4, 2)?;
+/// let store = ParamStore::zeros(DType::F32, &Device::Cpu);
+/// let linear = Linear::new(&store, 4, 2)?;
+/// store.params().load(&trained.params().state_dict())?; // everything or nothing
+/// assert_eq!(store.params().numel(), 4 * 2 + 2);
+/// # let _ = linear;
+/// # Ok::<(), x_transformers::Error>(())
+/// ```
 #[derive(Clone, Default, Debug)]
 pub struct ParamMap {
     params: BTreeMap<String, Param>,
@@ -268,6 +288,19 @@ impl ParamMap {
 }
 
 /// Where modules get their parameters: a place in the tree of names, a source of initial values, and the map.
+///
+/// ```
+/// use x_transformers::{DType, Device, Init, ParamStore, nn::Linear};
+/// let store = ParamStore::new(42, DType::F32, &Device::Cpu); // seed, dtype, device
+/// let scale = store.param("scale", [4], Init::Constant(1.0))?;
+/// let linear = Linear::new(&store.at("encoder").at("fc"), 4, 2)?; // names below `encoder.fc`
+/// let params = store.params();
+/// let names: Vec<&str> = params.iter().map(|(name, _)| name).collect();
+/// assert_eq!(names, ["encoder.fc.bias", "encoder.fc.weight", "scale"]);
+/// assert_eq!(scale.tensor().shape()[..], [4]);
+/// # let _ = linear;
+/// # Ok::<(), x_transformers::Error>(())
+/// ```
 #[derive(Clone)]
 #[doc(alias = "VarBuilder")]
 #[doc(alias = "VarMap")]
