@@ -21,7 +21,7 @@ use crate::{
 /// let store = ParamStore::new(0, DType::F32, &Device::Cpu);
 /// let weight = store.param("weight", [1], Init::Constant(0.0))?;
 /// let mut ema = Ema::new(&store.params(), 0.5)?;
-/// weight.set(&Tensor::ones([1], DType::F32, &Device::Cpu)?)?;
+/// weight.set(Tensor::ones([1], DType::F32, &Device::Cpu)?)?;
 /// ema.update(&store.params())?;
 /// let averages = ema.swap_in(&store.params())?;
 /// assert_eq!(weight.tensor().item()?, 0.5);
