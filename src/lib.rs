@@ -98,6 +98,7 @@ mod philox;
 pub mod pretrained;
 pub mod profile;
 mod shape;
+mod sort;
 mod tensor;
 pub mod train;
 

@@ -33,7 +33,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use crate::{Error, Result, device::Device, error::ensure, shape::Shape};
+use crate::{Error, Result, device::Device, error::ensure, shape::Shape, sort::sort_by};
 
 thread_local! {
     /// Whether this thread has a session; read by every op.
@@ -441,7 +441,7 @@ impl fmt::Display for Report {
             let sum = |of: fn(&OpProfile) -> f64| ops.iter().map(|&op| of(op)).sum::<f64>();
             let (seconds, operations) = (sum(|op| op.seconds), sum(|op| op.operations));
             writeln!(f, "{}", line(phase.name(), "", seconds, operations, sum(|op| op.bytes)))?;
-            ops.sort_by(|a, b| b.seconds.total_cmp(&a.seconds));
+            sort_by(&mut ops, |a, b| b.seconds.total_cmp(&a.seconds));
             for op in ops {
                 let name = format!("  {}", op.name);
                 writeln!(f, "{}", line(&name, &op.calls.to_string(), op.seconds, op.operations, op.bytes))?;

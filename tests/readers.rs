@@ -564,7 +564,7 @@ fn mutate(names: &[&str]) {
         let (took, peak) = (began.elapsed(), PEAK.get() - before);
         let result = result.unwrap_or_else(|_| panic!("{names:?}: seed {seed} panicked"));
         assert!(peak < MOST, "{names:?}: seed {seed} took {peak} bytes of memory");
-        assert!(took < Duration::from_secs(2), "{names:?}: seed {seed} took {took:?}");
+        assert!(took < Duration::from_secs(60), "{names:?}: seed {seed} took {took:?}");
         match result {
             Ok(elements) => {
                 assert!(elements <= 4 * bytes.len(), "{names:?}: seed {seed}: {elements} values");

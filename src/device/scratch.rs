@@ -59,15 +59,24 @@ pub(super) fn scratch() -> &'static Scratch {
 
 /// Lends this thread's memory, of unspecified content.
 pub(crate) fn lend<R>(user: User, body: impl FnOnce(&mut Areas) -> R) -> R {
+    let (thread, mut areas) = borrow(user);
+    let result = body(&mut areas);
+    give_back(user, thread, areas);
+    result
+}
+
+fn borrow(user: User) -> (Option<Arc<Thread>>, Areas) {
     // A thread that ends has given its memory back.
     let thread = THREAD.try_with(Arc::clone).ok();
     // Taken, not borrowed: a body that lends it again finds empty areas.
-    let mut areas = thread.as_ref().and_then(|thread| thread.slot(user).areas.take()).unwrap_or_default();
-    let result = body(&mut areas);
+    let areas = thread.as_ref().and_then(|thread| thread.slot(user).areas.take()).unwrap_or_default();
+    (thread, areas)
+}
+
+fn give_back(user: User, thread: Option<Arc<Thread>>, areas: Areas) {
     if let Some(thread) = thread {
         SCRATCH.keep(&mut thread.slot(user), areas);
     }
-    result
 }
 
 /// The first elements of a growing area, aligned to a cache line, of unspecified content.

@@ -25,7 +25,7 @@ use super::{
     write_atomically,
 };
 use crate::params::{ordered, try_ordered};
-use crate::{DType, Device, Error, Result, Shape, Tensor, error::ensure};
+use crate::{DType, Device, Error, Result, Shape, Tensor, error::ensure, sort::sort_by};
 
 const _: () = assert!(cfg!(target_endian = "little"), "values are read and written without swapping their bytes");
 
@@ -110,7 +110,7 @@ fn parse(source: &Source) -> Reading<Found> {
     let header = &source.part(LENGTH..values, "a header")?[..];
     let header: Header = serde_json::from_slice(header).map_err(|why| format!("has a bad header: {why}"))?;
     let mut tensors: Vec<_> = header.tensors.into_iter().collect();
-    tensors.sort_by_key(|(_, info)| info.data_offsets);
+    sort_by(&mut tensors, |a, b| a.1.data_offsets.cmp(&b.1.data_offsets));
     let described = Metadata::new(None, tensors.clone()).map_err(|why| format!("has a bad header: {why}"))?.data_len();
     if described != left {
         return Err(format!(
@@ -234,7 +234,7 @@ pub(crate) fn pack(
         .map(|(name, tensor)| Ok((name.as_str(), tensor.detach().contiguous()?.to_device(&Device::Cpu)?)))
         .collect::<Result<Vec<_>>>()?;
     // Wide elements first, so that every tensor is aligned to its element; by name among equals.
-    packed.sort_by_key(|(_, tensor)| std::cmp::Reverse(tensor.dtype().size()));
+    sort_by(&mut packed, |a, b| b.1.dtype().size().cmp(&a.1.dtype().size()));
     let mut header = BTreeMap::new();
     if !metadata.is_empty() {
         header.insert(METADATA, Described::Metadata(metadata));

@@ -19,7 +19,7 @@ use super::{
     zip,
 };
 use crate::params::{ordered, try_ordered};
-use crate::{Error, ErrorKind, Result, Shape, Tensor};
+use crate::{Error, ErrorKind, Result, Shape, Tensor, sort::sort};
 
 /// A file with tensors by name, or several that belong together, read tensor by tensor.
 ///
@@ -514,7 +514,7 @@ fn gguf_files(folder: &Path) -> Result<Vec<PathBuf>> {
         .filter_map(|entry| Some(entry.ok()?.path()))
         .filter(|path| path.extension().is_some_and(|ending| ending == "gguf") && path.is_file())
         .collect();
-    found.sort();
+    sort(&mut found);
     Ok(found)
 }
 

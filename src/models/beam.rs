@@ -1,7 +1,7 @@
 //! Beam search: the most likely continuations that a bounded search finds.
 
-use super::{AutoregressiveWrapper, GenerateOptions, rows::Rows};
-use crate::{Error, Result, Tensor, error::ensure};
+use super::{AutoregressiveWrapper, GenerateOptions, rows::Rows, sampling::best};
+use crate::{Error, Result, Tensor, error::ensure, sort::sort_by};
 
 /// Options of beam search.
 #[derive(Clone, Copy, Debug)]
@@ -106,7 +106,7 @@ impl AutoregressiveWrapper {
                         ends.extend(end);
                     }
                 }
-                search.closed.sort_by(|a, b| b.score.total_cmp(&a.score));
+                sort_by(&mut search.closed, |a, b| b.score.total_cmp(&a.score));
                 search.closed.truncate(beams);
                 // The best that an open one can still come to: its probability only falls.
                 let best = open.first().map_or(f64::NEG_INFINITY, |best| {
@@ -139,7 +139,7 @@ impl AutoregressiveWrapper {
                 let tokens = rows.tokens[row][prompt..].to_vec();
                 Hypothesis { score: score(log_probability, tokens.len().max(1)), tokens }
             }));
-            found.sort_by(|a, b| b.score.total_cmp(&a.score));
+            sort_by(&mut found, |a, b| b.score.total_cmp(&a.score));
             found.truncate(beams);
             found
         };
@@ -176,22 +176,14 @@ impl Search {
                 )
             );
             let log_sum = max + logits.iter().map(|x| (x - max).exp()).sum::<f64>().ln();
-            let mut order: Vec<usize> = (0..logits.len()).collect();
-            let by_logit = |a: &usize, b: &usize| logits[*b].total_cmp(&logits[*a]).then(a.cmp(b));
-            let kept = (2 * beams).min(order.len());
-            if kept < order.len() {
-                order.select_nth_unstable_by(kept, by_logit);
-                order.truncate(kept);
-            }
-            let candidate = |&token: &usize| Candidate {
+            candidates.extend(best(&logits, 2 * beams).into_iter().map(|token| Candidate {
                 log_probability: so_far + logits[token] - log_sum,
                 beam,
                 token: token as i64,
-            };
-            candidates.extend(order.iter().map(candidate));
+            }));
         }
         // Equal ones in the order of beams and tokens, so that nothing is left to chance.
-        candidates.sort_by(|a, b| {
+        sort_by(&mut candidates, |a, b| {
             let by_probability = b.log_probability.total_cmp(&a.log_probability);
             by_probability.then(a.beam.cmp(&b.beam)).then(a.token.cmp(&b.token))
         });

@@ -185,12 +185,17 @@ fn only(row: &[f64], tokens: impl Iterator<Item = usize>) -> Vec<f64> {
 
 /// Exactly `k` of the best tokens, at least one.
 fn only_best(row: &[f64], k: usize) -> Vec<f64> {
+    only(row, best(row, k.max(1)).into_iter())
+}
+
+/// The `k` tokens of the highest logits, the earlier of equal ones, in no order.
+pub(super) fn best(row: &[f64], k: usize) -> Vec<usize> {
     let mut order: Vec<usize> = (0..row.len()).collect();
-    if k.max(1) < order.len() {
-        order.select_nth_unstable_by(k.max(1) - 1, |&a, &b| row[b].total_cmp(&row[a]).then(a.cmp(&b)));
-        order.truncate(k.max(1));
+    if k < order.len() {
+        order.select_nth_unstable_by(k, |&a, &b| row[b].total_cmp(&row[a]).then(a.cmp(&b)));
+        order.truncate(k);
     }
-    only(row, order.into_iter())
+    order
 }
 
 /// The best tokens, until the mass before the next one is enough; at least one.

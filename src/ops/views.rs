@@ -23,7 +23,11 @@ impl Tensor {
     /// ```
     #[doc(alias = "view")]
     pub fn reshape(&self, shape: impl IntoShape) -> Result<Tensor> {
-        let shape = shape.into_shape()?;
+        self.reshaped(shape.into_shape())
+    }
+
+    fn reshaped(&self, shape: Result<Shape>) -> Result<Tensor> {
+        let shape = shape?;
         ensure!(
             shape.numel() == self.numel(),
             Error::shape(
@@ -33,7 +37,7 @@ impl Tensor {
         );
         match self.layout().reshape(shape) {
             Some(layout) => self.view("reshape", layout, ReshapeBackward { shape: *self.shape() }),
-            None => self.contiguous()?.reshape(shape),
+            None => self.contiguous()?.reshaped(Ok(shape)),
         }
     }
 
@@ -169,7 +173,11 @@ impl Tensor {
     #[doc(alias = "broadcast_to")]
     #[doc(alias = "broadcast_as")]
     pub fn expand(&self, shape: impl IntoShape) -> Result<Tensor> {
-        let shape = shape.into_shape()?;
+        self.expanded(shape.into_shape())
+    }
+
+    fn expanded(&self, shape: Result<Shape>) -> Result<Tensor> {
+        let shape = shape?;
         let fits = self.shape().broadcast(&shape, "expand").is_ok_and(|result| result == shape);
         ensure!(fits, Error::shape("expand", format_args!("{:?} does not expand to {shape:?}", self.shape())));
         if shape == *self.shape() {

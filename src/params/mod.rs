@@ -14,7 +14,7 @@ use crate::{
     error::ensure,
     hash::fnv1a,
     philox::Philox,
-    shape::IntoShape,
+    shape::{IntoShape, Shape},
     tensor::{GradSlot, LeafId, Tensor},
 };
 
@@ -377,8 +377,12 @@ impl ParamStore {
     /// Errors: the name is taken, or the shape is illegal.
     #[doc(alias = "register_parameter")]
     pub fn param(&self, name: &str, shape: impl IntoShape, init: Init) -> Result<Param> {
+        self.param_of(name, shape.into_shape(), init)
+    }
+
+    fn param_of(&self, name: &str, shape: Result<Shape>, init: Init) -> Result<Param> {
         let full = self.at(name).prefix;
-        let shape = shape.into_shape()?;
+        let shape = shape?;
         let value = match self.start {
             Start::Random(seed) => {
                 init.tensor(shape, self.dtype, &self.device, Philox::new(seed, fnv1a(full.as_bytes())))?

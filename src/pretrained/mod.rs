@@ -28,6 +28,7 @@ use crate::{
     error::ensure,
     io::{Format, Renamed, TensorFile, holds_gguf},
     models::{AutoregressiveWrapper, TransformerWrapper},
+    sort::sort,
 };
 
 /// A pretrained model of another family: its options as keywords of this crate, and its file of weights.
@@ -186,7 +187,7 @@ impl Pretrained {
     pub fn unused(&self) -> Vec<String> {
         let unused = self.names.unused(&self.file);
         let mut unused: Vec<String> = unused.iter().map(|name| self.renamed.of_file(name)).collect();
-        unused.sort();
+        sort(&mut unused);
         unused
     }
 

@@ -12,6 +12,7 @@ use crate::{
     DType, Error, ErrorKind, ParamMap, Result, Tensor,
     dtype::{Float, Real, dispatch_float},
     error::{ErrorContext, ensure},
+    sort::sort,
 };
 
 /// Where the values of one parameter come from.
@@ -114,7 +115,7 @@ impl Names {
         };
         let names = file.names().chain(file.unreadable().map(|(name, _)| name));
         let mut unused: Vec<String> = names.filter(|name| !known(name)).map(str::to_string).collect();
-        unused.sort();
+        sort(&mut unused);
         unused
     }
 

@@ -72,7 +72,12 @@ impl Tensor {
     /// # Ok::<(), x_transformers::Error>(())
     /// ```
     pub fn from_slice<E: Element>(values: &[E], shape: impl IntoShape, device: &Device) -> Result<Self> {
-        let shape = shape.into_shape()?;
+        Self::from_values(values, shape.into_shape(), device)
+    }
+
+    // The functions below take a result, so that the generic ones around them are a call.
+    fn from_values<E: Element>(values: &[E], shape: Result<Shape>, device: &Device) -> Result<Self> {
+        let shape = shape?;
         ensure!(
             shape.numel() == values.len(),
             Error::shape("from_slice", format_args!("{} values do not fill shape {shape:?}", values.len()))
@@ -117,7 +122,11 @@ impl Tensor {
     /// # Ok::<(), x_transformers::Error>(())
     /// ```
     pub fn zeros(shape: impl IntoShape, dtype: DType, device: &Device) -> Result<Self> {
-        let mut tensor = Self::uninit(shape.into_shape()?, dtype, device)?;
+        Self::zeroed(shape.into_shape(), dtype, device)
+    }
+
+    fn zeroed(shape: Result<Shape>, dtype: DType, device: &Device) -> Result<Self> {
+        let mut tensor = Self::uninit(shape?, dtype, device)?;
         match device {
             Device::Cpu => tensor.bytes_mut()?.fill(0),
             Device::Gpu(gpu) => gpu.fill_zero(tensor.address_mut()?, tensor.numel() * dtype.size())?,
@@ -147,10 +156,14 @@ impl Tensor {
     /// ```
     #[doc(alias = "fill")]
     pub fn full(shape: impl IntoShape, value: f64, dtype: DType, device: &Device) -> Result<Self> {
+        Self::filled(shape.into_shape(), value, dtype, device)
+    }
+
+    fn filled(shape: Result<Shape>, value: f64, dtype: DType, device: &Device) -> Result<Self> {
         match device {
-            Device::Cpu => Self::generate(shape, dtype, device, |_| value),
+            Device::Cpu => Self::generated(shape, dtype, device, &mut |_| value),
             Device::Gpu(gpu) => {
-                let mut tensor = Self::uninit(shape.into_shape()?, dtype, device)?;
+                let mut tensor = Self::uninit(shape?, dtype, device)?;
                 // Rounded to the dtype here, so that the kernel's conversions are exact.
                 let value = Self::scalar(value, &Device::Cpu)?.converted(dtype)?.item()?;
                 let n = tensor.numel();
@@ -198,7 +211,11 @@ impl Tensor {
         device: &Device,
         mut f: impl FnMut(usize) -> f64,
     ) -> Result<Self> {
-        let mut tensor = Self::uninit(shape.into_shape()?, dtype, &Device::Cpu)?;
+        Self::generated(shape.into_shape(), dtype, device, &mut f)
+    }
+
+    fn generated(shape: Result<Shape>, dtype: DType, device: &Device, f: &mut dyn FnMut(usize) -> f64) -> Result<Self> {
+        let mut tensor = Self::uninit(shape?, dtype, &Device::Cpu)?;
         match dtype {
             DType::I64 => fill(tensor.values_mut::<i64>()?, |i| f(i) as i64),
             DType::Bool => fill(tensor.values_mut::<bool>()?, |i| (f(i) != 0.0) as u8),

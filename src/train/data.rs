@@ -8,7 +8,7 @@ use std::{
 };
 
 use super::random::{Purpose, stream};
-use crate::{DType, Device, Error, ErrorKind, Philox, Result, Shape, Tensor, error::ensure, hash::fnv1a};
+use crate::{DType, Device, Error, ErrorKind, Philox, Result, Shape, Tensor, error::ensure, hash::fnv1a, sort::sort};
 
 /// Windows that [`ByteText::validation_windows`] gives.
 const VALIDATION_WINDOWS: usize = 64;
@@ -195,7 +195,7 @@ fn read_folder(folder: &Path, bytes: &mut Vec<u8>, skipped: &mut Vec<(PathBuf, S
     let broken = |source| Error::io(folder, source);
     let entries = fs::read_dir(folder).map_err(broken)?.collect::<std::io::Result<Vec<_>>>().map_err(broken)?;
     let mut names: Vec<_> = entries.into_iter().map(|entry| entry.file_name()).collect();
-    names.sort();
+    sort(&mut names);
     for name in names {
         if name.as_encoded_bytes().starts_with(b".") {
             continue;

@@ -11,6 +11,7 @@ use crate::{
     params::Param,
     params::ordered,
     profile::{self, Phase},
+    sort::{order, sort_by},
 };
 
 /// The constants of [`AdamW`]; the learning rate comes with each step.
@@ -212,10 +213,9 @@ impl AdamW {
             return Err(Error::argument("adamw", format_args!("`{name}` {why}")));
         }
         self.prepare(named)?;
-        let mut order: Vec<usize> = (0..named.len()).collect();
-        order.sort_by_key(|&index| named[index].1.leaf());
+        let order = order(named.len(), &|a, b| named[a].1.leaf().cmp(&named[b].1.leaf()));
         let mut locked: Vec<_> = order.into_iter().map(|index| (index, named[index].1.lock())).collect();
-        locked.sort_by_key(|(index, _)| *index);
+        sort_by(&mut locked, |a, b| a.0.cmp(&b.0));
         let mut states = ordered(self.state.iter_mut().map(|(name, state)| (name.as_str(), state)));
         let mut updates = Vec::with_capacity(named.len());
         for (((name, _), (_, value)), grad) in named.iter().zip(&mut locked).zip(grads) {

@@ -1,6 +1,6 @@
 //! `xt info`: the figures of a model that can be worked out by hand, and quickly.
 
-use std::{fs, time::Instant};
+use std::fs;
 
 use crate::command::{TINY, fails, path, refuses, succeeds, write_text};
 
@@ -123,7 +123,7 @@ fn layers_and_attention_paths() {
 }
 
 #[test]
-fn a_large_model_is_described_at_once() {
+fn a_large_model_is_described_without_building_it() {
     let folder = tempfile::tempdir().expect("a temporary folder");
     let config = path(folder.path(), "large.json");
     fs::write(
@@ -132,9 +132,7 @@ fn a_large_model_is_described_at_once() {
             {"kind": "Decoder", "dim": 12288, "depth": 96, "heads": 96, "attn_dim_head": 128}}"#,
     )
     .expect("write");
-    let clock = Instant::now();
+    // The model itself would take 650 GiB.
     let info = succeeds(&["info", "--config", &config]);
-    // 50 ms is the aim; a machine that is busy with other tests takes longer, building the model would take minutes.
-    assert!(clock.elapsed().as_secs_f64() < 2.0, "{:?}", clock.elapsed());
     assert!(info.contains("GiB") && info.contains(" PFLOP"), "{info}");
 }

@@ -21,7 +21,7 @@ use super::{
     libraries,
     target::{Architecture, Target},
 };
-use crate::{Error, Result, atomic_file::write_atomically, device::kernels::KernelSource, hash::fnv1a};
+use crate::{Error, Result, atomic_file::write_atomically, device::kernels::KernelSource, hash::fnv1a, sort::sort};
 
 /// Output of NVRTC for one variant.
 #[derive(Clone, Debug)]
@@ -261,7 +261,7 @@ impl Key {
     fn new(source: &KernelSource, options: &[(&str, &str)], target: Target) -> Result<Self> {
         let (major, minor) = nvrtc_version()?;
         let mut options: Vec<String> = options.iter().map(|(name, value)| format!("{name}={value}")).collect();
-        options.sort();
+        sort(&mut options);
         let text = format!("{:016x} {options:?} {target} NVRTC {major}.{minor}", source.hash);
         let hash = fnv1a(text.as_bytes());
         let form = if target.is_ptx() { "ptx" } else { "cubin" };

@@ -19,6 +19,8 @@ use std::{
 use cudarc::{cublas, driver, nvrtc};
 use libloading::Library;
 
+use crate::sort::sort;
+
 /// One of the libraries.
 struct Wanted {
     what: &'static str,
@@ -222,7 +224,7 @@ fn files_of(folder: &Path, library: &str) -> Vec<PathBuf> {
             || name.strip_prefix(&prefix).is_some_and(|version| version.starts_with('.'))
             || cfg!(windows) && name.starts_with(&windows)
     });
-    names.sort();
+    sort(&mut names);
     names
 }
 
@@ -342,7 +344,7 @@ fn python_folders() -> Vec<PathBuf> {
 fn subfolders(folder: &Path) -> Vec<PathBuf> {
     let entries = fs::read_dir(folder).into_iter().flatten().flatten();
     let mut folders: Vec<PathBuf> = entries.map(|entry| entry.path()).filter(|path| path.is_dir()).collect();
-    folders.sort();
+    sort(&mut folders);
     // The newest first: cu13 before the folders of older packages.
     folders.reverse();
     folders

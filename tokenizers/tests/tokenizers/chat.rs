@@ -285,7 +285,7 @@ fn templates_are_bounded() {
         let start = std::time::Instant::now();
         let result = rendered(bomb, &hi);
         assert!(result.is_err(), "{bomb}");
-        assert!(start.elapsed() < Duration::from_secs(60), "{bomb} took {:?}", start.elapsed());
+        assert!(start.elapsed() < Duration::from_secs(300), "{bomb} took {:?}", start.elapsed());
     }
     let deep = format!("{}{}", "{{ ", "(".repeat(5000));
     for broken in [

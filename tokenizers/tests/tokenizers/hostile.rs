@@ -34,7 +34,7 @@ fn tokens(json: &str) -> Result<Vec<Vec<i64>>, String> {
     for tokens in [&[][..], &[0], &[-1, i64::MAX, 1 << 32, 3]] {
         let _ = tokenizer.decode(tokens);
     }
-    assert!(start.elapsed() < Duration::from_secs(20), "{json}");
+    assert!(start.elapsed() < Duration::from_secs(120), "{json}");
     Ok(all)
 }
 
@@ -232,7 +232,7 @@ fn long_pieces_and_words_end() {
     let token = json!([{"id": 9, "content": " ", "single_word": true, "lstrip": true, "rstrip": true, "normalized": false, "special": true}]);
     let tokenizer = Tokenizer::parse("tokenizer.json", &with("/added_tokens", token)).unwrap();
     tokenizer.encode(&" ".repeat(1 << 18)).unwrap();
-    assert!(start.elapsed() < Duration::from_secs(20), "{:?}", start.elapsed());
+    assert!(start.elapsed() < Duration::from_secs(120), "{:?}", start.elapsed());
 }
 
 /// Time that a text takes grows with it, for every model: four times the text at most six times the time, where a square
