@@ -7,10 +7,12 @@
 //! use x_transformers::prelude::*;
 //!
 //! fn main() -> x_transformers::Result<()> {
-//!     let layers = AttentionLayersConfig { rotary_pos_emb: true, ..AttentionLayersConfig::decoder(64, 2) };
+//!     let mut layers = AttentionLayersConfig::decoder(64, 2); // width, depth
+//!     layers.rotary_pos_emb = true;
 //!     let net = TransformerWrapperConfig::new(256, 128, layers); // vocabulary, longest sequence
+//!     let config = AutoregressiveConfig { net, ..Default::default() };
 //!     let store = ParamStore::new(42, DType::F32, &Device::best()); // seed, dtype, device
-//!     let model = AutoregressiveWrapper::new(&AutoregressiveConfig { net, ..Default::default() }, &store)?;
+//!     let model = AutoregressiveWrapper::new(&config, &store)?;
 //!
 //!     let tokens = Tensor::from_slice(b"to be or not to be", [1, 18], store.device())?;
 //!     let mut optimizer = AdamW::new(AdamWOptions::default())?;
