@@ -25,7 +25,7 @@ use x_transformers::{
     train::{AdamW, AdamWOptions},
 };
 
-/// Which public types are `Send` and `Sync`: the table of `docs/guarantees.md`, checked by the compiler.
+/// Which public types are `Send` and `Sync`: the table of the book's page on embedding, checked by the compiler.
 mod table {
     use std::collections::BTreeMap;
 
@@ -92,7 +92,7 @@ mod table {
 
     #[test]
     fn types_are_send_and_sync_as_documented() {
-        let (compiled, text) = (compiled(), include_str!("../docs/guarantees.md"));
+        let (compiled, text) = (compiled(), include_str!("../docs/src/embedding.md"));
         let text = text.split("\n## ").find(|section| section.starts_with("Threads\n")).unwrap();
         let mut rows = 0;
         for row in text.lines().filter(|line| line.starts_with("| ")).skip(1) {

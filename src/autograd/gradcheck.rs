@@ -6,6 +6,14 @@ use super::Tape;
 use crate::{Error, Result, dtype::DType, error::ensure, philox::Philox, tensor::Tensor};
 
 /// How [`gradcheck`] compares.
+///
+/// ```
+/// use x_transformers::{Device, Gradcheck, Tensor, gradcheck};
+/// let x = Tensor::from_slice(&[0.5f64, -1.0], [2], &Device::Cpu)?;
+/// let report = gradcheck(|x| x[0].gelu(), &[x], Gradcheck { tolerance: 1e-7, ..Default::default() })?;
+/// assert!(report.passed(), "{report}");
+/// # Ok::<(), x_transformers::Error>(())
+/// ```
 #[derive(Clone, Copy, PartialEq, Debug)]
 pub struct Gradcheck {
     /// Step of the differences, relative to `max(1, |x|)`.

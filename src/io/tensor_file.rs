@@ -59,6 +59,9 @@ use crate::{Error, ErrorKind, Result, Shape, Tensor, sort::sort};
 /// # }
 /// ```
 #[derive(Debug)]
+#[doc(alias = "torch.load")]
+#[doc(alias = "gguf")]
+#[doc(alias = "pickle")]
 pub struct TensorFile {
     pub(super) path: PathBuf,
     format: Format,

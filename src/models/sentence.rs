@@ -194,7 +194,19 @@ impl fmt::Display for SentenceModule {
 }
 
 /// An encoder that gives one vector for each text (Reimers and Gurevych, <https://arxiv.org/abs/1908.10084>).
+///
+/// ```
+/// use x_transformers::{models::{Pooling, SentenceEncoder}, prelude::*};
+/// let config = TransformerWrapperConfig::new(100, 16, AttentionLayersConfig::encoder(32, 1));
+/// let model = TransformerWrapper::new(&config, &ParamStore::new(0, DType::F32, &Device::Cpu))?;
+/// let encoder = SentenceEncoder::new(model, Pooling::Mean, true)?;
+/// let tokens = Tensor::from_slice(&[5i64, 6, 7, 8, 9, 0], [2, 3], &Device::Cpu)?;
+/// let mask = Tensor::from_slice(&[true, true, true, true, true, false], [2, 3], &Device::Cpu)?;
+/// assert_eq!(encoder.embed(&tokens, Some(&mask))?.shape()[..], [2, 32]);
+/// # Ok::<(), x_transformers::Error>(())
+/// ```
 #[derive(Clone, Debug)]
+#[doc(alias = "SentenceTransformer")]
 pub struct SentenceEncoder {
     /// The model of tokens.
     pub model: TransformerWrapper,

@@ -37,6 +37,7 @@ impl AutoregressiveWrapper {
     ///
     /// Errors: as [`AutoregressiveWrapper::generate`], a draft of another vocabulary, `ahead` of 0, or a model that
     /// cannot have a cache.
+    #[doc(alias = "speculative")]
     pub fn generate_with_draft(
         &self,
         draft: &AutoregressiveWrapper,

@@ -51,6 +51,7 @@ use crate::{
 /// # Ok(())
 /// # }
 /// ```
+#[doc(alias = "fit")]
 pub struct Trainer<M: TrainModel = AutoregressiveWrapper> {
     config: M::Config,
     options: TrainOptions,
