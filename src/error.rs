@@ -11,6 +11,15 @@ pub type Result<T> = std::result::Result<T, Error>;
 /// shapes or values involved.
 ///
 /// One pointer, so that code which passes results on stays small.
+///
+/// ```
+/// use x_transformers::{Device, ErrorKind, Tensor};
+/// let (a, b) = (Tensor::arange(2, &Device::Cpu)?, Tensor::arange(3, &Device::Cpu)?);
+/// let error = a.add(&b).unwrap_err();
+/// assert!(matches!(error.kind(), ErrorKind::Shape { op: "add", .. }));
+/// println!("{error}"); // names the op and both shapes
+/// # Ok::<(), x_transformers::Error>(())
+/// ```
 pub struct Error(Box<Fields>);
 
 struct Fields {

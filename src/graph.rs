@@ -32,6 +32,7 @@ use crate::{
 /// # Ok(())
 /// # }
 /// ```
+#[doc(alias = "CUDAGraph")]
 pub struct Graph<R> {
     recorded: Box<dyn Replay>,
     inputs: Vec<Tensor>,

@@ -1,16 +1,83 @@
-//! Every variant of lucidrains' x-transformers, on a tensor engine of its own.
+//! Transformers with every option of lucidrains' [x-transformers] 0.22, on a tensor engine of their own: autograd,
+//! fused CPU kernels, and CUDA kernels that are compiled at run time. No libtorch, no CUDA toolkit at build time.
 //!
-//! Three layers, one direction of knowledge:
+//! [x-transformers]: https://github.com/lucidrains/x-transformers
 //!
-//! * [`Tensor`], [`Tape`], [`Param`]: values, gradients and names. Ops are methods of [`Tensor`] that return
-//!   [`Result`]; gradients are recorded while a [`Tape`] lives, and never dropped in silence.
-//! * `ops`: what can be computed, one file per op with its backward rule.
-//! * [`nn`], [`models`], [`config`]: what x-transformers is, with its keyword names and PyTorch's state-dict keys.
+//! ```
+//! use x_transformers::prelude::*;
 //!
-//! Around them, [`train`] has optimizers, schedules and checkpoints, [`io`] reads and writes files, and [`profile`] tells
-//! where the time goes.
+//! fn main() -> x_transformers::Result<()> {
+//!     let mut layers = AttentionLayersConfig::decoder(64, 2); // width, depth
+//!     layers.rotary_pos_emb = true;
+//!     let net = TransformerWrapperConfig::new(256, 128, layers); // vocabulary, longest sequence
+//!     let config = AutoregressiveConfig { net, ..Default::default() };
+//!     let store = ParamStore::new(42, DType::F32, &Device::best()); // seed, dtype, device
+//!     let model = AutoregressiveWrapper::new(&config, &store)?;
 //!
-#![doc = include_str!("../docs/guarantees.md")]
+//!     let tokens = Tensor::from_slice(b"to be or not to be", [1, 18], store.device())?;
+//!     let mut optimizer = AdamW::new(AdamWOptions::default())?;
+//!     for step in 0..3 {
+//!         let mut tape = Tape::train(step); // records while it lives; the seed is dropout's
+//!         let loss = model.loss(&tokens, &ForwardOptions::default())?;
+//!         let grads = tape.backward(&loss)?;
+//!         optimizer.step(&store.params(), &grads, 1e-3, Some(1.0))?; // learning rate, clipping
+//!     }
+//!
+//!     let prompt = Tensor::from_slice(b"to be", [5], store.device())?;
+//!     let new = model.generate(&prompt, 8, &GenerateOptions::default(), &mut |_tokens| true)?;
+//!     assert_eq!(new.shape()[..], [8]);
+//!     Ok(())
+//! }
+//! ```
+//!
+//! The manual is the book in `docs/` of the repository. Programs that take a model from files, tokenizers included, start
+//! from [`pretrained::Pretrained`] and the crate `x-transformers-tokenizers`.
+//!
+//! # Map
+//!
+//! | module | contents |
+//! |---|---|
+//! | [`prelude`] | the names that most programs use |
+//! | [`Tensor`], [`Shape`], [`DType`], [`Device`] | values and their place; every op is a method of [`Tensor`] |
+//! | [`Tape`], [`Gradients`], [`checkpoint()`], [`gradcheck()`], [`record()`] | gradients, recomputation, checks, ops of your own |
+//! | [`ParamStore`], [`Param`], [`ParamMap`], [`Init`] | parameters by their names in a PyTorch state dict |
+//! | [`config`] | x-transformers' options, and the plans that they resolve to |
+//! | [`nn`] | linear layers, norms, attention, feedforward, the layer loop |
+//! | [`models`] | wrappers, generation, sentence encoders |
+//! | [`pretrained`] | BERT, ALBERT, Llama, Mistral and Qwen 2 from the files of `transformers` and llama.cpp |
+//! | [`train`] | optimizer, schedule, data, trainer, checkpoints |
+//! | [`io`] | safetensors, GGUF and PyTorch files |
+//! | [`ops`] | ops with arguments of their own, such as [`ops::attention`] |
+//! | [`device`] | processors and GPUs: memory, precision, kernels |
+//! | [`profile`] | time, operations and bytes of each op |
+//!
+//! # From PyTorch
+//!
+//! | PyTorch | here |
+//! |---|---|
+//! | `torch.tensor([1., 2.])`, `t.tolist()`, `t.item()` | [`Tensor::from_slice`], [`Tensor::to_vec`], [`Tensor::item`] |
+//! | `t.to("cuda:0")`, `t.to(torch.bfloat16)` | [`Tensor::to_device`], [`Tensor::to_dtype`] |
+//! | `a @ b`, `F.linear`, `F.softmax`, `F.layer_norm` | [`Tensor::matmul`], [`Tensor::linear`], [`Tensor::softmax`], [`Tensor::layer_norm`] |
+//! | `F.scaled_dot_product_attention` | [`ops::attention`] |
+//! | `loss.backward()`, `p.grad` | [`Tape::backward`], [`Gradients::param`] |
+//! | `model.train()`, `torch.no_grad()` | [`Tape::train`]; without a tape nothing is recorded |
+//! | `nn.Linear`, `nn.Embedding`, `nn.LayerNorm` | [`nn::Linear`], [`nn::Embedding`], [`nn::Norm`] |
+//! | `model.state_dict()`, `load_state_dict` | [`ParamMap::state_dict`], [`ParamMap::load`] |
+//! | `torch.optim.AdamW`, `clip_grad_norm_` | [`train::AdamW`], its `clip` argument |
+//! | `torch.load`, `safetensors.torch.load_file` | [`io::TensorFile`], [`io::read_safetensors`] |
+//! | `AutoModel.from_pretrained` | [`pretrained::Pretrained::open`] |
+//! | `x_transformers.TransformerWrapper(…)` | [`models::TransformerWrapper::new`] with [`config::TransformerWrapperConfig`] |
+//!
+//! # Features
+//!
+//! | feature | default | effect |
+//! |---|---|---|
+//! | `cuda` | yes | [`Device::cuda`]: the driver, NVRTC and cuBLAS are opened when a program asks for a GPU; a build needs none of them |
+//!
+//! # Errors and threads
+//!
+//! Everything that can fail returns [`Result`]; no input of a caller makes the library panic. Tensors, parameters and models
+//! are `Send` and `Sync`; a [`Tape`] belongs to its thread. Results have the same bits for any number of threads.
 #![warn(missing_docs, missing_debug_implementations)]
 #![deny(unsafe_op_in_unsafe_fn)]
 
@@ -56,7 +123,55 @@ pub use crate::{
 /// The half types of tensors, from the crate `half`.
 pub use half::{bf16, f16};
 
-/// The README's programs, compiled and run with the other examples of the documentation.
+/// The names that most programs use, for `use x_transformers::prelude::*`.
+///
+/// [`Result`] and [`Error`] are not among them, so that those of your program keep their names.
+pub mod prelude {
+    pub use crate::{
+        DType, Device, Gradients, Init, Param, ParamMap, ParamStore, Tape, Tensor,
+        config::{
+            AttentionConfig, AttentionLayersConfig, AutoregressiveConfig, Config, ContinuousTransformerWrapperConfig,
+            FeedForwardConfig, FilterLogits, LayerType, SamplingConfig, ShiftTokens, TransformerWrapperConfig,
+            ViTransformerWrapperConfig, XTransformerConfig,
+        },
+        models::{
+            AutoregressiveWrapper, BeamOptions, ContinuousAutoregressiveWrapper, ContinuousTransformerWrapper,
+            EncoderDecoderOptions, ForwardOptions, GenerateOptions, Model, TransformerWrapper, ViTransformerWrapper,
+            XTransformer,
+        },
+        pretrained::Pretrained,
+        train::{AdamW, AdamWOptions, ByteText, TrainOptions, Trainer},
+    };
+}
+
+/// The programs of README.md and of the book, compiled and run with the other examples of the documentation.
 #[cfg(doctest)]
-#[doc = include_str!("../README.md")]
-struct Readme;
+mod book {
+    macro_rules! pages {
+        ($($name:ident: $file:literal,)*) => { $(#[doc = include_str!($file)] mod $name {})* };
+    }
+    pages! {
+        readme: "../README.md",
+        getting_started: "../docs/src/getting-started.md",
+        command_line: "../docs/src/command-line.md",
+        options: "../docs/src/options/index.md",
+        models: "../docs/src/options/models.md",
+        norms: "../docs/src/options/norms.md",
+        feedforward: "../docs/src/options/feedforward.md",
+        attention: "../docs/src/options/attention.md",
+        order: "../docs/src/options/order.md",
+        positions: "../docs/src/options/positions.md",
+        memory: "../docs/src/options/memory.md",
+        embeddings: "../docs/src/options/embeddings.md",
+        pretrained: "../docs/src/pretrained.md",
+        pytorch: "../docs/src/pytorch.md",
+        training: "../docs/src/training.md",
+        generation: "../docs/src/generation.md",
+        gpu: "../docs/src/gpu.md",
+        embedding: "../docs/src/embedding.md",
+        numbers: "../docs/src/numbers.md",
+        extending: "../docs/src/extending.md",
+        messages: "../docs/src/messages.md",
+        testing: "../docs/src/testing.md",
+    }
+}

@@ -21,7 +21,16 @@ pub fn philox4x32(mut counter: [u32; 4], mut key: [u32; 2]) -> [u32; 4] {
 /// A stream of random numbers that can be entered at any position.
 ///
 /// Word `i` is lane `i % 4` of the block with counter `[i / 4 (64 bits), stream (64 bits)]` under the seed as key.
+///
+/// ```
+/// use x_transformers::Philox;
+/// let random = Philox::new(42, 0); // seed, stream
+/// assert_eq!(random.uniform(7), Philox::new(42, 0).uniform(7)); // a function of its position
+/// ```
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[doc(alias = "Generator")]
+#[doc(alias = "manual_seed")]
+#[doc(alias = "randn")]
 pub struct Philox {
     seed: u64,
     stream: u64,

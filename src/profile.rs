@@ -43,6 +43,7 @@ thread_local! {
 
 /// What an op is part of.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
+#[non_exhaustive]
 pub enum Phase {
     /// A forward pass, or a part of it that is run again.
     Forward,
@@ -68,6 +69,7 @@ impl Phase {
 
 /// Totals of one op in one phase.
 #[derive(Clone, Copy, PartialEq, Debug)]
+#[non_exhaustive]
 pub struct OpProfile {
     /// The op.
     pub name: &'static str,
@@ -84,7 +86,19 @@ pub struct OpProfile {
 }
 
 /// Measures the ops of this thread until it is finished or dropped.
+///
+/// ```
+/// use x_transformers::{DType, Device, Tensor, profile::Profile};
+/// let x = Tensor::ones([8, 8], DType::F32, &Device::Cpu)?;
+/// let profile = Profile::start()?;
+/// x.softmax()?;
+/// let report = profile.finish();
+/// assert!(report.ops().any(|op| op.name == "softmax" && op.calls == 1));
+/// # Ok::<(), x_transformers::Error>(())
+/// ```
 #[derive(Debug)]
+#[must_use = "a profile measures while it lives"]
+#[doc(alias = "profiler")]
 pub struct Profile {
     /// A profile belongs to its thread.
     thread: PhantomData<*const ()>,

@@ -243,7 +243,7 @@ fn model(int8: bool, alibi: bool, dtype: DType, gpu: &Gpu) -> Result<(Transforme
 fn filled(model: &TransformerWrapper, gpu: &Gpu) -> Result<DecodeCache> {
     let mut cache = model.cache(2, 12, &ForwardOptions::default())?;
     let prompt: Vec<i64> = (0..12).map(|i| (i * 7 + 3) % 32).collect();
-    model.extend(&Tensor::from_slice(&prompt, [2, 6], gpu)?, &[6, 4], None, &mut cache)?;
+    let _ = model.extend(&Tensor::from_slice(&prompt, [2, 6], gpu)?, &[6, 4], None, &mut cache)?;
     Ok(cache)
 }
 

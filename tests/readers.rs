@@ -343,7 +343,7 @@ fn pickles_execute_nothing_and_say_what_they_were_asked_for() {
     assert!(read(&legacy(&long)).unwrap_err().contains("too many"));
 }
 
-/// A small pickle that makes as many values as it may takes memory within the bound that docs/guarantees.md names.
+/// A small pickle that makes as many values as it may takes memory within the bound that docs/src/pretrained.md names.
 #[test]
 fn pickles_of_many_values_are_bounded() {
     const MOST: isize = 400 << 20;

@@ -25,7 +25,7 @@ use x_transformers::{
     train::{AdamW, AdamWOptions},
 };
 
-/// Which public types are `Send` and `Sync`: the table of `docs/guarantees.md`, checked by the compiler.
+/// Which public types are `Send` and `Sync`: the table of the book's page on embedding, checked by the compiler.
 mod table {
     use std::collections::BTreeMap;
 
@@ -92,7 +92,7 @@ mod table {
 
     #[test]
     fn types_are_send_and_sync_as_documented() {
-        let (compiled, text) = (compiled(), include_str!("../docs/guarantees.md"));
+        let (compiled, text) = (compiled(), include_str!("../docs/src/embedding.md"));
         let text = text.split("\n## ").find(|section| section.starts_with("Threads\n")).unwrap();
         let mut rows = 0;
         for row in text.lines().filter(|line| line.starts_with("| ")).skip(1) {
@@ -212,7 +212,7 @@ fn a_node_on_another_thread_is_refused() -> Result<()> {
             assert!(*op == name || ["expand", "contiguous", "transpose"].contains(&name), "{name}: {op}");
             let message = result.unwrap_err().to_string();
             assert!(message.contains("thread") && message.contains(".detach()"), "{message}");
-            elsewhere(|| op_of(name)(&node.detach())).unwrap();
+            let _ = elsewhere(|| op_of(name)(&node.detach())).unwrap();
         }
     };
     refused(&y, false);
@@ -459,7 +459,7 @@ fn other_jobs_stay_off_the_tape_of_a_pool_thread() {
         beside_requests(request, || {
             for seed in 0..200 {
                 let tape = Tape::train(seed);
-                x.mul(&weight.tensor()).unwrap();
+                let _ = x.mul(&weight.tensor()).unwrap();
                 assert_eq!(tape.len(), 1, "ops of another task are on this tape");
             }
         });

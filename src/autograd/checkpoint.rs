@@ -133,6 +133,8 @@ fn too_deep(level: usize) -> Error {
 ///
 /// Errors: those of `f`; [`ErrorKind::StaleTape`] if it captures a tensor of the outer tape instead of taking it as
 /// input; [`ErrorKind::Argument`] if a nest needs more stack than the thread has.
+#[doc(alias = "gradient_checkpointing")]
+#[doc(alias = "activation_checkpointing")]
 pub fn checkpoint(f: impl Fn(&[Tensor]) -> Result<Tensor> + 'static, inputs: &[&Tensor]) -> Result<Tensor> {
     run(Box::new(f), inputs)
 }

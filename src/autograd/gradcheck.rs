@@ -6,6 +6,14 @@ use super::Tape;
 use crate::{Error, Result, dtype::DType, error::ensure, philox::Philox, tensor::Tensor};
 
 /// How [`gradcheck`] compares.
+///
+/// ```
+/// use x_transformers::{Device, Gradcheck, Tensor, gradcheck};
+/// let x = Tensor::from_slice(&[0.5f64, -1.0], [2], &Device::Cpu)?;
+/// let report = gradcheck(|x| x[0].gelu(), &[x], Gradcheck { tolerance: 1e-7, ..Default::default() })?;
+/// assert!(report.passed(), "{report}");
+/// # Ok::<(), x_transformers::Error>(())
+/// ```
 #[derive(Clone, Copy, PartialEq, Debug)]
 pub struct Gradcheck {
     /// Step of the differences, relative to `max(1, |x|)`.
@@ -25,6 +33,8 @@ impl Default for Gradcheck {
 
 /// What [`gradcheck`] found.
 #[derive(Clone, Debug)]
+#[non_exhaustive]
+#[must_use = "a gradient that is wrong is in the report, not an error"]
 pub struct GradcheckReport {
     /// One entry per float input.
     pub inputs: Vec<InputReport>,
@@ -34,6 +44,7 @@ pub struct GradcheckReport {
 
 /// The worst element of one input.
 #[derive(Clone, Debug)]
+#[non_exhaustive]
 pub struct InputReport {
     /// Position among the inputs.
     pub input: usize,

@@ -10,7 +10,22 @@ use crate::{
 };
 
 /// The gradients of the leaves that a backward pass reached.
+///
+/// ```
+/// use x_transformers::{DType, Device, Init, ParamStore, Tape};
+/// let store = ParamStore::new(0, DType::F32, &Device::Cpu);
+/// let used = store.param("used", [2], Init::Constant(3.0))?;
+/// store.param("forgotten", [2], Init::Constant(0.0))?;
+/// let mut tape = Tape::train(0);
+/// let loss = used.tensor().square()?.sum(&[])?;
+/// let grads = tape.backward(&loss)?;
+/// assert_eq!(grads.param(&used).unwrap().to_vec::<f32>()?, [6.0, 6.0]);
+/// assert_eq!(grads.unused(&store.params()), ["forgotten"]);
+/// # Ok::<(), x_transformers::Error>(())
+/// ```
 #[derive(Default)]
+#[must_use = "gradients change nothing until an optimizer takes them"]
+#[doc(alias = "GradStore")]
 pub struct Gradients {
     leaves: BTreeMap<LeafId, Tensor>,
 }
@@ -31,6 +46,7 @@ impl Gradients {
     }
 
     /// The gradient of a parameter.
+    #[doc(alias = "grad")]
     pub fn param(&self, param: &Param) -> Option<&Tensor> {
         self.leaves.get(&param.leaf())
     }

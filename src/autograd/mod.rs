@@ -80,6 +80,11 @@ struct Recording {
 /// # Ok(())
 /// # }
 /// ```
+#[must_use = "a tape records while it lives"]
+#[doc(alias = "GradientTape")]
+#[doc(alias = "no_grad")]
+#[doc(alias = "enable_grad")]
+#[doc(alias = "autograd")]
 pub struct Tape {
     id: u64,
     /// A tape belongs to its thread.

@@ -7,6 +7,8 @@ use crate::{
 };
 
 /// One backward rule: a struct of what the op saved.
+#[doc(alias = "Function")]
+#[doc(alias = "CustomOp")]
 pub trait Backward {
     /// The op, for messages.
     fn name(&self) -> &'static str;

@@ -8,6 +8,7 @@ use crate::ops::Activation;
 
 /// Class of attention layers.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+#[non_exhaustive]
 pub enum LayersKind {
     /// Attends in both directions, as BERT.
     #[default]
@@ -20,6 +21,7 @@ pub enum LayersKind {
 
 /// One sublayer of a [`AttentionLayersConfig::custom_layers`] order.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[non_exhaustive]
 pub enum LayerType {
     /// `a`: self-attention.
     #[serde(rename = "a")]
@@ -46,6 +48,7 @@ impl LayerType {
 /// Distance by which tokens are shifted: one number for all sublayers, or one for each.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
 #[serde(untagged)]
+#[non_exhaustive]
 pub enum ShiftTokens {
     /// The same in every sublayer; 0 is off.
     All(usize),
@@ -62,6 +65,7 @@ impl Default for ShiftTokens {
 /// The norm that a wrapper has behind its layers.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
+#[non_exhaustive]
 pub enum FinalNorm {
     /// LayerNorm, whatever the branches have: as x-transformers 0.22.
     #[default]

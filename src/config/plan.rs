@@ -30,6 +30,7 @@ use crate::{
 /// # }
 /// ```
 #[derive(Clone, PartialEq, Debug)]
+#[non_exhaustive]
 pub struct LayersPlan {
     /// Width of the model.
     pub dim: usize,
@@ -47,6 +48,7 @@ pub struct LayersPlan {
 
 /// Position schemes of self-attention; absolute embeddings belong to the wrappers.
 #[derive(Clone, PartialEq, Debug, Default)]
+#[non_exhaustive]
 pub struct Positions {
     /// Sinusoids on the inputs of queries and keys.
     pub infused: bool,
@@ -65,6 +67,7 @@ impl Positions {
 
 /// A bias on the scores that depends on positions.
 #[derive(Clone, Copy, PartialEq, Debug, Default)]
+#[non_exhaustive]
 pub enum PositionBiasPlan {
     /// No bias.
     #[default]
@@ -77,6 +80,7 @@ pub enum PositionBiasPlan {
 
 /// T5's relative position bias.
 #[derive(Clone, Copy, PartialEq, Debug)]
+#[non_exhaustive]
 pub struct T5Plan {
     /// Heads.
     pub heads: usize,
@@ -92,6 +96,7 @@ pub struct T5Plan {
 
 /// ALiBi.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[non_exhaustive]
 pub struct AlibiPlan {
     /// All heads.
     pub heads: usize,
@@ -113,6 +118,7 @@ impl AlibiPlan {
 
 /// One sublayer.
 #[derive(Clone, PartialEq, Debug)]
+#[non_exhaustive]
 pub struct LayerPlan {
     /// The function of the sublayer.
     pub branch: BranchPlan,
@@ -267,6 +273,7 @@ pub struct AttentionPlan {
 
 /// Scale of the logits.
 #[derive(Clone, Copy, PartialEq, Debug)]
+#[non_exhaustive]
 pub enum Temperature {
     /// A constant.
     Fixed(f64),
@@ -276,6 +283,7 @@ pub enum Temperature {
 
 /// Scores to weights.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[non_exhaustive]
 pub enum Normalize {
     /// Softmax.
     Softmax,
@@ -285,6 +293,7 @@ pub enum Normalize {
 
 /// Code path of an attention layer.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[non_exhaustive]
 pub enum AttentionPath {
     /// In blocks, without a tensor of all scores.
     Fused,

@@ -193,6 +193,7 @@ impl Keywords for AutoregressiveConfig {
 /// `TopP` and [`FilterLogits::MinP`] to `TopA`: they do what the names of the papers say.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
+#[non_exhaustive]
 pub enum FilterLogits {
     /// The `k` best tokens, or `⌈(1 − filter_thres) · tokens⌉` of them.
     #[default]
@@ -204,6 +205,7 @@ pub enum FilterLogits {
     /// 1.3-entmax in place of softmax. <https://arxiv.org/abs/1905.05702>
     Entmax,
     /// The smallest set of best tokens with at least the mass `filter_thres`. <https://arxiv.org/abs/1904.09751>
+    #[doc(alias = "top_p")]
     Nucleus,
     /// Tokens with at least `min_p_ratio` times the probability of the row's best. <https://arxiv.org/abs/2407.01082>
     MinP,
@@ -212,6 +214,14 @@ pub enum FilterLogits {
 }
 
 /// Keyword arguments of sampling: those of `generate` in x-transformers 0.22.0, and `k`.
+///
+/// ```
+/// use x_transformers::config::{FilterLogits, SamplingConfig};
+/// let greedy = SamplingConfig { temperature: 0.0, ..Default::default() };
+/// let top_40 = SamplingConfig { k: Some(40), ..Default::default() };
+/// let nucleus = SamplingConfig { filter_logits_fn: FilterLogits::Nucleus, filter_thres: 0.95, ..Default::default() };
+/// # let _ = (greedy, top_40, nucleus);
+/// ```
 #[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct SamplingConfig {

@@ -46,6 +46,15 @@ use cpu::CpuBuffer;
 use heap::Heap;
 
 /// Where a tensor lives.
+///
+/// ```
+/// use x_transformers::{DType, Device, Tensor};
+/// let device = Device::best(); // a GPU if there is one, else the CPU
+/// assert_eq!(Device::parse("cpu")?, Device::Cpu);
+/// let x = Tensor::zeros([2, 3], DType::F32, &device)?;
+/// assert_eq!(x.device(), &device);
+/// # Ok::<(), x_transformers::Error>(())
+/// ```
 #[derive(Clone)]
 #[non_exhaustive]
 pub enum Device {
@@ -60,6 +69,7 @@ impl Device {
     ///
     /// Errors: the driver, NVRTC or cuBLAS is missing, with where it was looked for and how to get it; or there is no
     /// such card.
+    #[doc(alias = "new_cuda")]
     pub fn cuda(ordinal: usize) -> Result<Self> {
         #[cfg(feature = "cuda")]
         return CudaDevice::open(ordinal).map(|device| Self::Gpu(device));
@@ -71,6 +81,8 @@ impl Device {
     }
 
     /// A GPU if one is usable, else the CPU.
+    #[doc(alias = "cuda_if_available")]
+    #[doc(alias = "is_available")]
     pub fn best() -> Self {
         Self::cuda(0).unwrap_or(Self::Cpu)
     }
@@ -154,6 +166,7 @@ impl Device {
 
 /// Counts what has gone to a GPU and come back.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+#[non_exhaustive]
 pub struct Transfers {
     /// Kernels that were enqueued, and graphs that were replayed.
     pub launches: u64,

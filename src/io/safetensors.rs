@@ -44,6 +44,7 @@ const METADATA: &str = "__metadata__";
 /// [`ErrorKind::File`](crate::ErrorKind::File), which says what is wrong, if it is no regular file, truncated, not a
 /// safetensors file, has a tensor of another dtype or more than six dimensions, or positions that overlap, leave gaps,
 /// contradict shape and dtype, or lie behind the end; or is written to while it is read.
+#[doc(alias = "load_file")]
 pub fn read_safetensors(path: impl AsRef<Path>) -> Result<BTreeMap<String, Tensor>> {
     read_with_metadata(path.as_ref()).map(|(tensors, _)| tensors)
 }
@@ -205,6 +206,7 @@ enum Described<'a> {
 ///
 /// Errors: a tensor named `__metadata__`, which the format reserves, or [`ErrorKind::Io`](crate::ErrorKind::Io); the
 /// old file stays then.
+#[doc(alias = "save_file")]
 pub fn write_safetensors(
     path: impl AsRef<Path>,
     tensors: &BTreeMap<String, Tensor>,

@@ -59,6 +59,9 @@ use crate::{Error, ErrorKind, Result, Shape, Tensor, sort::sort};
 /// # }
 /// ```
 #[derive(Debug)]
+#[doc(alias = "torch.load")]
+#[doc(alias = "gguf")]
+#[doc(alias = "pickle")]
 pub struct TensorFile {
     pub(super) path: PathBuf,
     format: Format,
@@ -113,6 +116,7 @@ pub enum Metadata {
 
 /// Type and shape of a tensor in a file.
 #[derive(Clone, PartialEq, Eq, Debug)]
+#[non_exhaustive]
 pub struct TensorInfo {
     /// How the values lie in the file.
     pub stored: Stored,
@@ -122,6 +126,7 @@ pub struct TensorInfo {
 
 /// A tensor as it lies in its file: GGUF's blocks for instance, which stay packed.
 #[derive(Clone, PartialEq, Eq, Debug)]
+#[non_exhaustive]
 pub struct RawTensor {
     /// Type of the values in `bytes`.
     pub stored: Stored,

@@ -40,6 +40,8 @@ use crate::{
 /// # }
 /// ```
 #[derive(Clone, Debug)]
+#[doc(alias = "GPT")]
+#[doc(alias = "LanguageModel")]
 pub struct AutoregressiveWrapper {
     /// The wrapped model.
     pub net: TransformerWrapper,
@@ -97,6 +99,7 @@ impl AutoregressiveWrapper {
     /// As [`TransformerWrapper::quantize_int8`].
     ///
     /// Errors: weights that are not finite.
+    #[doc(alias = "quantize_dynamic")]
     pub fn quantize_int8(&mut self) -> Result<()> {
         self.net.quantize_int8().context("net")
     }

@@ -11,6 +11,21 @@ use crate::{
 };
 
 /// A projection, positions, attention layers, a LayerNorm and a projection.
+///
+/// ```
+/// use x_transformers::prelude::*;
+/// let config = ContinuousTransformerWrapperConfig {
+///     dim_in: Some(3),
+///     dim_out: Some(2),
+///     max_seq_len: 16,
+///     attn_layers: AttentionLayersConfig::encoder(32, 1),
+///     ..Default::default()
+/// };
+/// let model = ContinuousTransformerWrapper::new(&config, &ParamStore::new(0, DType::F32, &Device::Cpu))?;
+/// let x = Tensor::ones([1, 16, 3], DType::F32, &Device::Cpu)?;
+/// assert_eq!(model.forward(&x, &ForwardOptions::default())?.out.shape()[..], [1, 16, 2]);
+/// # Ok::<(), x_transformers::Error>(())
+/// ```
 #[derive(Clone, Debug)]
 pub struct ContinuousTransformerWrapper {
     plan: Arc<ContinuousPlan>,
@@ -113,6 +128,22 @@ impl ContinuousTransformerWrapper {
 }
 
 /// Predicts each vector of a sequence from those before it.
+///
+/// ```
+/// use x_transformers::prelude::*;
+/// let config = ContinuousTransformerWrapperConfig {
+///     dim_in: Some(3),
+///     dim_out: Some(3),
+///     max_seq_len: 16,
+///     attn_layers: AttentionLayersConfig::decoder(32, 1),
+///     ..Default::default()
+/// };
+/// let model = ContinuousAutoregressiveWrapper::new(&config, &ParamStore::new(0, DType::F32, &Device::Cpu))?;
+/// let x = Tensor::ones([1, 8, 3], DType::F32, &Device::Cpu)?;
+/// assert!(model.loss(&x, &ForwardOptions::default())?.item()? >= 0.0);
+/// assert_eq!(model.generate(&x, 4, &ForwardOptions::default())?.shape()[..], [1, 4, 3]);
+/// # Ok::<(), x_transformers::Error>(())
+/// ```
 #[derive(Clone, Debug)]
 pub struct ContinuousAutoregressiveWrapper {
     /// The wrapped model.

@@ -9,7 +9,23 @@ use crate::{
 };
 
 /// An encoder, and a decoder that attends to its output (Vaswani et al., <https://arxiv.org/abs/1706.03762>).
+///
+/// ```
+/// use x_transformers::prelude::*;
+/// let wrapper = |layers| TransformerWrapperConfig::new(256, 64, layers);
+/// let config = XTransformerConfig {
+///     enc: wrapper(AttentionLayersConfig::encoder(32, 1)),
+///     dec: wrapper(AttentionLayersConfig { cross_attend: true, ..AttentionLayersConfig::decoder(32, 1) }),
+///     tie_token_emb: false,
+/// };
+/// let model = XTransformer::new(&config, &ParamStore::new(0, DType::F32, &Device::Cpu))?;
+/// let tokens = Tensor::arange(16, &Device::Cpu)?.unsqueeze(0)?;
+/// assert!(model.loss(&tokens, &tokens, &EncoderDecoderOptions::default())?.item()? > 0.0);
+/// # Ok::<(), x_transformers::Error>(())
+/// ```
 #[derive(Clone, Debug)]
+#[doc(alias = "EncoderDecoder")]
+#[doc(alias = "seq2seq")]
 pub struct XTransformer {
     /// The encoder.
     pub encoder: TransformerWrapper,

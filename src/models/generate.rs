@@ -14,6 +14,17 @@ use crate::{
 };
 
 /// Options of generation.
+///
+/// ```
+/// use x_transformers::prelude::*;
+/// let options = GenerateOptions {
+///     sampling: SamplingConfig { filter_logits_fn: FilterLogits::Nucleus, temperature: 0.8, ..Default::default() },
+///     eos_tokens: vec![2],
+///     seed: 1,
+///     ..Default::default()
+/// };
+/// assert_eq!(options.prefill_chunk, 512);
+/// ```
 #[derive(Clone, Debug)]
 pub struct GenerateOptions {
     /// Filter and temperature. `top_a` looks at each row alone here.

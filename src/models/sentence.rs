@@ -7,6 +7,7 @@ use crate::{DType, Error, Result, Tensor, error::ensure, nn::ForwardOptions};
 
 /// Reduction of the vectors of tokens to one; padding is left out.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[non_exhaustive]
 pub enum Pooling {
     /// Their mean.
     Mean,
@@ -112,6 +113,7 @@ pub struct DenseLayer {
 
 /// The residual of a [`DenseLayer`].
 #[derive(Clone, Debug)]
+#[non_exhaustive]
 pub enum DenseResidual {
     /// Nothing.
     None,
@@ -134,6 +136,7 @@ impl DenseLayer {
 
 /// The vectors that a module changes.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[non_exhaustive]
 pub enum Features {
     /// Those of the tokens, `[b, n, dim]`.
     Tokens,
@@ -143,6 +146,7 @@ pub enum Features {
 
 /// A module after the model of tokens, by the names of sentence-transformers.
 #[derive(Clone, Debug)]
+#[non_exhaustive]
 pub enum SentenceModule {
     /// Vectors of tokens become one of the text; several ways are concatenated.
     Pooling {
@@ -190,7 +194,19 @@ impl fmt::Display for SentenceModule {
 }
 
 /// An encoder that gives one vector for each text (Reimers and Gurevych, <https://arxiv.org/abs/1908.10084>).
+///
+/// ```
+/// use x_transformers::{models::{Pooling, SentenceEncoder}, prelude::*};
+/// let config = TransformerWrapperConfig::new(100, 16, AttentionLayersConfig::encoder(32, 1));
+/// let model = TransformerWrapper::new(&config, &ParamStore::new(0, DType::F32, &Device::Cpu))?;
+/// let encoder = SentenceEncoder::new(model, Pooling::Mean, true)?;
+/// let tokens = Tensor::from_slice(&[5i64, 6, 7, 8, 9, 0], [2, 3], &Device::Cpu)?;
+/// let mask = Tensor::from_slice(&[true, true, true, true, true, false], [2, 3], &Device::Cpu)?;
+/// assert_eq!(encoder.embed(&tokens, Some(&mask))?.shape()[..], [2, 32]);
+/// # Ok::<(), x_transformers::Error>(())
+/// ```
 #[derive(Clone, Debug)]
+#[doc(alias = "SentenceTransformer")]
 pub struct SentenceEncoder {
     /// The model of tokens.
     pub model: TransformerWrapper,

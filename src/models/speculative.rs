@@ -12,6 +12,7 @@ use crate::{Error, Philox, Result, Tensor, error::ensure};
 
 /// Counts of proposed and accepted tokens.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+#[non_exhaustive]
 pub struct SpeculativeStats {
     /// Tokens that the draft model proposed.
     pub proposed: usize,
@@ -36,6 +37,7 @@ impl AutoregressiveWrapper {
     ///
     /// Errors: as [`AutoregressiveWrapper::generate`], a draft of another vocabulary, `ahead` of 0, or a model that
     /// cannot have a cache.
+    #[doc(alias = "speculative")]
     pub fn generate_with_draft(
         &self,
         draft: &AutoregressiveWrapper,

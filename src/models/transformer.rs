@@ -12,6 +12,7 @@ use crate::{
 
 /// Output of a wrapper.
 #[derive(Clone, Debug)]
+#[non_exhaustive]
 pub struct Output {
     /// Logits `[b, n, num_tokens]`, or normed hidden states `[b, n, dim]`.
     pub out: Tensor,
@@ -45,6 +46,8 @@ pub struct Output {
 /// # }
 /// ```
 #[derive(Clone, Debug)]
+#[doc(alias = "BERT")]
+#[doc(alias = "Transformer")]
 pub struct TransformerWrapper {
     plan: Arc<TransformerPlan>,
     token_emb: Embedding,
@@ -178,6 +181,7 @@ impl TransformerWrapper {
     /// int8`); the README has more.
     ///
     /// Errors: weights that are not finite.
+    #[doc(alias = "quantize_dynamic")]
     pub fn quantize_int8(&mut self) -> Result<()> {
         self.attn_layers.quantize_int8().context("attn_layers")?;
         self.project_emb.iter_mut().try_for_each(Linear::quantize_int8).context("project_emb")?;

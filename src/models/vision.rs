@@ -33,6 +33,7 @@ use crate::{
 /// # }
 /// ```
 #[derive(Clone, Debug)]
+#[doc(alias = "ViT")]
 pub struct ViTransformerWrapper {
     plan: Arc<ViTransformerPlan>,
     pos_embedding: Param,

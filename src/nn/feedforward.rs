@@ -10,6 +10,8 @@ use crate::{
 
 /// `W₂ act(W₁ x)`, or gated: `W₂ (a ⊙ act(b))` with `[a, b] = W₁ x` (Shazeer, <https://arxiv.org/abs/2002.05202>).
 #[derive(Clone, Debug)]
+#[doc(alias = "MLP")]
+#[doc(alias = "FFN")]
 pub struct FeedForward {
     project_in: Linear,
     activation: Activation,

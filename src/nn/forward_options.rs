@@ -3,6 +3,14 @@
 use crate::{DType, Error, Result, Tensor, config::LayersPlan, error::ensure};
 
 /// Inputs and requests of a forward pass besides its main input. The default is none of them.
+///
+/// ```
+/// use x_transformers::prelude::*;
+/// let mask = Tensor::from_slice(&[true, true, false], [1, 3], &Device::Cpu)?; // the last token is padding
+/// let options = ForwardOptions { mask: Some(mask), return_embeddings: true, ..Default::default() };
+/// assert!(options.context.is_none());
+/// # Ok::<(), x_transformers::Error>(())
+/// ```
 #[derive(Clone, Debug, Default)]
 pub struct ForwardOptions {
     /// Padding mask, `[b, n]` Bool; `true` marks a real token. Memories are all real.

@@ -20,6 +20,7 @@ use crate::{
 
 /// Output of attention layers.
 #[derive(Clone, Debug)]
+#[non_exhaustive]
 pub struct LayersOutput {
     /// `[b, n, dim]`, without a final norm unless it was asked for.
     pub out: Tensor,
@@ -30,7 +31,21 @@ pub struct LayersOutput {
 }
 
 /// An `Encoder`, `Decoder` or `CrossAttender`.
+///
+/// ```
+/// use x_transformers::{config::LayersPlan, nn::AttentionLayers, prelude::*};
+/// let plan = LayersPlan::new(&AttentionLayersConfig::encoder(32, 2))?;
+/// let layers = AttentionLayers::new(&plan, &ParamStore::new(0, DType::F32, &Device::Cpu))?;
+/// let x = Tensor::ones([1, 5, 32], DType::F32, &Device::Cpu)?;
+/// assert_eq!(layers.forward(&x, &ForwardOptions::default())?.out.shape()[..], [1, 5, 32]);
+/// # Ok::<(), x_transformers::Error>(())
+/// ```
 #[derive(Clone, Debug)]
+#[doc(alias = "Encoder")]
+#[doc(alias = "Decoder")]
+#[doc(alias = "CrossAttender")]
+#[doc(alias = "TransformerEncoder")]
+#[doc(alias = "TransformerDecoder")]
 pub struct AttentionLayers {
     plan: Arc<LayersPlan>,
     layers: Vec<Layer>,

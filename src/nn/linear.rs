@@ -8,7 +8,18 @@ use crate::{
 };
 
 /// `x Wᵀ + b`, PyTorch's `nn.Linear`: `weight [out, in]`, `bias [out]`.
+///
+/// ```
+/// use x_transformers::{DType, Device, ParamStore, Tensor, nn::Linear};
+/// let store = ParamStore::new(0, DType::F32, &Device::Cpu);
+/// let linear = Linear::new(&store.at("fc"), 3, 4)?;
+/// let x = Tensor::ones([2, 3], DType::F32, &Device::Cpu)?;
+/// assert_eq!(linear.forward(&x)?.shape()[..], [2, 4]);
+/// assert_eq!(store.params().get("fc.weight").unwrap().tensor().shape()[..], [4, 3]);
+/// # Ok::<(), x_transformers::Error>(())
+/// ```
 #[derive(Clone, Debug)]
+#[doc(alias = "Dense")]
 pub struct Linear {
     weight: Param,
     bias: Option<Param>,
@@ -100,6 +111,15 @@ impl Linear {
 }
 
 /// A table of vectors, PyTorch's `nn.Embedding`: `weight [count, dim]`.
+///
+/// ```
+/// use x_transformers::{DType, Device, Init, ParamStore, Tensor, nn::Embedding};
+/// let store = ParamStore::new(0, DType::F32, &Device::Cpu);
+/// let table = Embedding::new(&store.at("emb"), 256, 8, Init::Normal(0.02))?;
+/// let tokens = Tensor::arange(5, &Device::Cpu)?;
+/// assert_eq!(table.forward(&tokens)?.shape()[..], [5, 8]);
+/// # Ok::<(), x_transformers::Error>(())
+/// ```
 #[derive(Clone, Debug)]
 pub struct Embedding {
     weight: Param,

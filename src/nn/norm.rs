@@ -3,7 +3,20 @@
 use crate::{Init, Param, ParamStore, Result, Tensor, config::NormPlan};
 
 /// A norm over the features.
+///
+/// ```
+/// use x_transformers::{DType, Device, ParamStore, Tensor, config::NormPlan, nn::Norm};
+/// let store = ParamStore::new(0, DType::F32, &Device::Cpu);
+/// let norm = Norm::new(NormPlan::Rms(1e-5), 8, &store)?;
+/// let x = Tensor::full([2, 8], 3.0, DType::F32, &Device::Cpu)?;
+/// assert!((norm.forward(&x)?.to_vec::<f32>()?[0] - 1.0).abs() < 1e-5);
+/// # Ok::<(), x_transformers::Error>(())
+/// ```
 #[derive(Clone, Debug)]
+#[non_exhaustive]
+#[doc(alias = "LayerNorm")]
+#[doc(alias = "RMSNorm")]
+#[doc(alias = "ScaleNorm")]
 pub enum Norm {
     /// PyTorch's `nn.LayerNorm`, eps 1e-5 unless told otherwise. <https://arxiv.org/abs/1607.06450>
     Layer {

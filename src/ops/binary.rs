@@ -112,6 +112,14 @@ macro_rules! binary {
 
 binary! {
     /// `a + b`; of i64 too, where it wraps around, and of bool, where it is [`Tensor::logical_or`]. Saves nothing.
+    ///
+    /// ```
+    /// use x_transformers::{Device, Tensor};
+    /// let a = Tensor::from_slice(&[1.0f32, 2.0, 3.0, 4.0], [2, 2], &Device::Cpu)?;
+    /// let b = Tensor::from_slice(&[10.0f32, 20.0], [2], &Device::Cpu)?; // broadcast over the rows
+    /// assert_eq!(a.add(&b)?.to_vec::<f32>()?, [11.0, 22.0, 13.0, 24.0]);
+    /// # Ok::<(), x_transformers::Error>(())
+    /// ```
     add Add |a: &Tensor, b: &Tensor| match a.dtype() {
         DType::Bool => a.logical_or(b),
         _ => integers("add", a, b, i64::wrapping_add),
@@ -121,6 +129,14 @@ binary! {
         |a, b| a - b, saves (false, false), |g, _s| (g.clone(), g.neg()?);
     /// `a · b`, elementwise; of i64 too, where it wraps around, and of bool, where it is [`Tensor::logical_and`]. Saves
     /// each input that the other's gradient needs.
+    ///
+    /// ```
+    /// use x_transformers::{Device, Tensor};
+    /// let a = Tensor::from_slice(&[1.0f32, 2.0, 3.0, 4.0], [2, 2], &Device::Cpu)?;
+    /// let b = Tensor::from_slice(&[10.0f32, 20.0], [2], &Device::Cpu)?; // broadcast over the rows
+    /// assert_eq!(a.mul(&b)?.to_vec::<f32>()?, [10.0, 40.0, 30.0, 80.0]);
+    /// # Ok::<(), x_transformers::Error>(())
+    /// ```
     mul Mul |a: &Tensor, b: &Tensor| match a.dtype() {
         DType::Bool => a.logical_and(b),
         _ => integers("mul", a, b, i64::wrapping_mul),

@@ -149,6 +149,14 @@ impl Tensor {
     /// Whether both are true, with broadcasting. Numbers are true where they are not 0, NaN included.
     ///
     /// Errors: shapes that do not broadcast, devices that differ, or a tensor that requires a gradient.
+    ///
+    /// ```
+    /// use x_transformers::{Device, Tensor};
+    /// let a = Tensor::from_slice(&[true, true], [2], &Device::Cpu)?;
+    /// let b = Tensor::from_slice(&[false, true], [2], &Device::Cpu)?;
+    /// assert_eq!(a.logical_and(&b)?.to_vec::<bool>()?, [false, true]);
+    /// # Ok::<(), x_transformers::Error>(())
+    /// ```
     pub fn logical_and(&self, other: &Tensor) -> Result<Tensor> {
         let [a, b] = truths("logical_and", [self, other])?;
         logic("logical_and", [&a, &b], |a, b| a & b != 0)
@@ -165,6 +173,13 @@ impl Tensor {
     /// True where this is false. Numbers are true where they are not 0, NaN included.
     ///
     /// Errors: a tensor that requires a gradient.
+    ///
+    /// ```
+    /// use x_transformers::{Device, Tensor};
+    /// let mask = Tensor::from_slice(&[false, true], [2], &Device::Cpu)?;
+    /// assert_eq!(mask.logical_not()?.to_vec::<bool>()?, [true, false]);
+    /// # Ok::<(), x_transformers::Error>(())
+    /// ```
     pub fn logical_not(&self) -> Result<Tensor> {
         let [x] = truths("logical_not", [self])?;
         logic("logical_not", [&x, &x], |a, _| a == 0)
@@ -173,6 +188,15 @@ impl Tensor {
     /// `a` where this mask is true, `b` elsewhere; all three broadcast. Saves the mask.
     ///
     /// Errors: the mask is not [`DType::Bool`], shapes that do not broadcast, or dtypes or devices that differ.
+    ///
+    /// ```
+    /// use x_transformers::{Device, Tensor};
+    /// let a = Tensor::from_slice(&[1.0f32, 2.0], [2], &Device::Cpu)?;
+    /// let b = Tensor::from_slice(&[5.0f32, 0.0], [2], &Device::Cpu)?;
+    /// assert_eq!(a.gt(&b)?.where_cond(&a, &b)?.to_vec::<f32>()?, [5.0, 2.0]);
+    /// # Ok::<(), x_transformers::Error>(())
+    /// ```
+    #[doc(alias = "where")]
     pub fn where_cond(&self, a: &Tensor, b: &Tensor) -> Result<Tensor> {
         const OP: &str = "where_cond";
         expect_bool(OP, self)?;
@@ -202,6 +226,14 @@ impl Tensor {
     /// `value` where the mask is true, this tensor elsewhere; both broadcast. Saves the mask.
     ///
     /// Errors: as [`Tensor::where_cond`].
+    ///
+    /// ```
+    /// use x_transformers::{Device, Tensor};
+    /// let x = Tensor::from_slice(&[1.0f32, 2.0], [2], &Device::Cpu)?;
+    /// let mask = Tensor::from_slice(&[false, true], [2], &Device::Cpu)?;
+    /// assert_eq!(x.masked_fill(&mask, 0.0)?.to_vec::<f32>()?, [1.0, 0.0]);
+    /// # Ok::<(), x_transformers::Error>(())
+    /// ```
     pub fn masked_fill(&self, mask: &Tensor, value: f64) -> Result<Tensor> {
         mask.where_cond(&Tensor::full((), value, self.dtype(), self.device())?, self)
     }

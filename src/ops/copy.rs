@@ -12,6 +12,14 @@ use crate::{
 
 impl Tensor {
     /// The same values packed in row-major order; the tensor itself if it is packed already.
+    ///
+    /// ```
+    /// use x_transformers::{Device, Tensor};
+    /// let x = Tensor::from_slice(&[1.0f32, 2.0, 3.0, 4.0, 5.0, 6.0], [2, 3], &Device::Cpu)?;
+    /// let turned = x.transpose(0, 1)?;
+    /// assert!(!turned.is_contiguous() && turned.contiguous()?.is_contiguous());
+    /// # Ok::<(), x_transformers::Error>(())
+    /// ```
     pub fn contiguous(&self) -> Result<Tensor> {
         if self.is_contiguous() {
             return Ok(self.clone());
@@ -25,6 +33,18 @@ impl Tensor {
     /// number, NaN becomes 0; PyTorch leaves both undefined.
     ///
     /// Errors: a tensor that requires a gradient to a dtype that has none.
+    ///
+    /// ```
+    /// use x_transformers::{DType, Device, Tensor};
+    /// let x = Tensor::from_slice(&[1.7f32, -1.7], [2], &Device::Cpu)?;
+    /// assert_eq!(x.to_dtype(DType::I64)?.to_vec::<i64>()?, [1, -1]);
+    /// assert_eq!(x.to_dtype(DType::BF16)?.dtype(), DType::BF16);
+    /// # Ok::<(), x_transformers::Error>(())
+    /// ```
+    #[doc(alias = "cast")]
+    #[doc(alias = "half")]
+    #[doc(alias = "float")]
+    #[doc(alias = "bfloat16")]
     pub fn to_dtype(&self, dtype: DType) -> Result<Tensor> {
         if dtype == self.dtype() {
             return Ok(self.clone());
@@ -41,6 +61,15 @@ impl Tensor {
     /// The values on another device; the tensor itself if it is there already. Its gradient goes the way back.
     ///
     /// Errors: memory runs out, or an error of the driver.
+    ///
+    /// ```
+    /// use x_transformers::{Device, Tensor};
+    /// let x = Tensor::from_slice(&[1.0f32, 2.0, 3.0, 4.0, 5.0, 6.0], [2, 3], &Device::Cpu)?;
+    /// let x = x.to_device(&Device::best())?; // a GPU if there is one
+    /// assert_eq!(x.to_vec::<f32>()?[5], 6.0);
+    /// # Ok::<(), x_transformers::Error>(())
+    /// ```
+    #[doc(alias = "to")]
     pub fn to_device(&self, device: &Device) -> Result<Tensor> {
         if self.device() == device {
             return Ok(self.clone());
@@ -54,6 +83,17 @@ impl Tensor {
     /// tensors of any rank, to which it adds nothing.
     ///
     /// Errors: no tensors, scalars, or shapes, dtypes or devices that differ elsewhere.
+    ///
+    /// ```
+    /// use x_transformers::{Device, Tensor};
+    /// let a = Tensor::from_slice(&[1.0f32, 2.0], [1, 2], &Device::Cpu)?;
+    /// let b = Tensor::from_slice(&[3.0f32, 4.0], [1, 2], &Device::Cpu)?;
+    /// assert_eq!(Tensor::cat(&[&a, &b], 0)?.shape()[..], [2, 2]);
+    /// assert_eq!(Tensor::cat(&[&a, &b], 1)?.to_vec::<f32>()?, [1.0, 2.0, 3.0, 4.0]);
+    /// # Ok::<(), x_transformers::Error>(())
+    /// ```
+    #[doc(alias = "concat")]
+    #[doc(alias = "concatenate")]
     pub fn cat(tensors: &[&Tensor], dim: isize) -> Result<Tensor> {
         let (out, sizes, dim) = Self::joined(tensors, dim)?;
         let shapes = || tensors.iter().map(|tensor| *tensor.shape()).collect();

@@ -50,6 +50,8 @@ impl Tensor {
     /// # Ok(())
     /// # }
     /// ```
+    #[doc(alias = "CrossEntropyLoss")]
+    #[doc(alias = "nll_loss")]
     pub fn cross_entropy(&self, targets: &Tensor, ignore_index: i64) -> Result<Tensor> {
         let Some((&classes, batch)) = self.shape().split_last() else {
             return Err(Error::shape(OP, "expected logits of shape [.., classes], got a scalar"));

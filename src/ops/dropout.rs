@@ -28,6 +28,16 @@ impl Tensor {
     /// which leaves NaN of NaN and of infinities.
     ///
     /// Errors: `p` outside of `[0, 1]`, or a dtype that is not float.
+    ///
+    /// ```
+    /// use x_transformers::{DType, Device, Tape, Tensor};
+    /// let x = Tensor::ones([1000], DType::F32, &Device::Cpu)?;
+    /// assert_eq!(x.dropout(0.5)?.sum(&[])?.item()?, 1000.0); // no tape: nothing is dropped
+    /// let _tape = Tape::train(0);
+    /// assert!(x.dropout(0.5)?.to_vec::<f32>()?.iter().all(|&x| x == 0.0 || x == 2.0));
+    /// # Ok::<(), x_transformers::Error>(())
+    /// ```
+    #[doc(alias = "Dropout")]
     pub fn dropout(&self, p: f64) -> Result<Tensor> {
         check("dropout", self, p)?;
         let Some(mask) = Mask::drawn(p) else { return Ok(self.clone()) };

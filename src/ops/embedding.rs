@@ -27,6 +27,8 @@ impl Tensor {
     /// # Ok(())
     /// # }
     /// ```
+    #[doc(alias = "index_select")]
+    #[doc(alias = "gather")]
     pub fn embedding(&self, indices: &Tensor) -> Result<Tensor> {
         const OP: &str = "embedding";
         let &[tokens, dim] = &**self.shape() else {

@@ -22,6 +22,13 @@ impl Tensor {
     ///
     /// Shapes: `[.., j] → [.., j]`. Statistics in f32 (f64 for f64). Saves: `y`.
     /// Errors: rank 0, or a dtype that is not float.
+    ///
+    /// ```
+    /// use x_transformers::{Device, Tensor};
+    /// let x = Tensor::from_slice(&[3.0f32, 0.0], [1, 2], &Device::Cpu)?;
+    /// assert_eq!(x.entmax15()?.to_vec::<f32>()?, [1.0, 0.0]); // exact zeros
+    /// # Ok::<(), x_transformers::Error>(())
+    /// ```
     pub fn entmax15(&self) -> Result<Tensor> {
         ensure!(self.rank() > 0, Error::shape(OP, "expected at least one dimension, got a scalar"));
         self.dtype().expect_float(OP)?;

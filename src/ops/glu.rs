@@ -34,6 +34,8 @@ impl Tensor {
     /// # Ok(())
     /// # }
     /// ```
+    #[doc(alias = "SwiGLU")]
+    #[doc(alias = "GEGLU")]
     pub fn glu(&self, activation: Activation) -> Result<Tensor> {
         gated("glu", self, None, activation)
     }

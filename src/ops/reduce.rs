@@ -20,6 +20,14 @@ impl Tensor {
     ///
     /// Shapes: `[.., i, ..] → [.., ..]`. Accumulates in f32 (f64 for f64). The sum of i64 wraps around, that of bool is
     /// the number of true elements, as i64. Saves nothing. Errors: a dimension out of range or named twice.
+    ///
+    /// ```
+    /// use x_transformers::{Device, Tensor};
+    /// let x = Tensor::from_slice(&[1.0f32, 2.0, 3.0, 4.0, 5.0, 6.0], [2, 3], &Device::Cpu)?;
+    /// assert_eq!(x.sum(&[])?.item()?, 21.0);
+    /// assert_eq!(x.sum(&[-1])?.to_vec::<f32>()?, [6.0, 15.0]);
+    /// # Ok::<(), x_transformers::Error>(())
+    /// ```
     pub fn sum(&self, dims: &[isize]) -> Result<Tensor> {
         match self.dtype() {
             DType::Bool => self.to_dtype(DType::I64)?.sum(dims),
@@ -33,6 +41,13 @@ impl Tensor {
     /// Shapes: `[.., i, ..] → [.., ..]`. Accumulates and divides in f32 (f64 for f64), so that a half type overflows
     /// only if the mean does. The mean of no elements is NaN, as in PyTorch. Saves nothing.
     /// Errors: as [`Tensor::sum`], or a dtype that is not float, as in PyTorch.
+    ///
+    /// ```
+    /// use x_transformers::{Device, Tensor};
+    /// let x = Tensor::from_slice(&[1.0f32, 2.0, 3.0, 4.0, 5.0, 6.0], [2, 3], &Device::Cpu)?;
+    /// assert_eq!(x.mean(&[0])?.to_vec::<f32>()?, [2.5, 3.5, 4.5]);
+    /// # Ok::<(), x_transformers::Error>(())
+    /// ```
     pub fn mean(&self, dims: &[isize]) -> Result<Tensor> {
         self.dtype().expect_float("mean")?;
         self.reduce("mean", dims, |count| count as f64)
@@ -381,6 +396,13 @@ impl Tensor {
     ///
     /// NaN wins, as in PyTorch; i64 and bool have a largest value too, and a scalar counts as a vector of one. Saves:
     /// the position of each maximum. Errors: the dimension is out of range or empty.
+    ///
+    /// ```
+    /// use x_transformers::{Device, Tensor};
+    /// let x = Tensor::from_slice(&[1.0f32, 2.0, 3.0, 4.0, 5.0, 6.0], [2, 3], &Device::Cpu)?;
+    /// assert_eq!(x.max(-1)?.to_vec::<f32>()?, [3.0, 6.0]);
+    /// # Ok::<(), x_transformers::Error>(())
+    /// ```
     pub fn max(&self, dim: isize) -> Result<Tensor> {
         let Some(dim) = self.shape().dim_unless_scalar(dim, "max")? else { return self.unsqueeze(0)?.max(0) };
         if self.dtype() == DType::Bool {
@@ -395,6 +417,13 @@ impl Tensor {
     /// wins. A scalar counts as a vector of one.
     ///
     /// Errors: the dimension is out of range or empty, a bool tensor, as in PyTorch, or one that requires a gradient.
+    ///
+    /// ```
+    /// use x_transformers::{Device, Tensor};
+    /// let x = Tensor::from_slice(&[1.0f32, 2.0, 3.0, 4.0, 5.0, 6.0], [2, 3], &Device::Cpu)?;
+    /// assert_eq!(x.argmax(-1)?.to_vec::<i64>()?, [2, 2]);
+    /// # Ok::<(), x_transformers::Error>(())
+    /// ```
     pub fn argmax(&self, dim: isize) -> Result<Tensor> {
         discrete("argmax", &[self])?;
         let Some(dim) = self.shape().dim_unless_scalar(dim, "argmax")? else { return self.unsqueeze(0)?.argmax(0) };

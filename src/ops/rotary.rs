@@ -38,6 +38,7 @@ impl Tensor {
     /// # Ok(())
     /// # }
     /// ```
+    #[doc(alias = "rope")]
     pub fn rotary(&self, inv_freq: &Tensor, first_position: usize) -> Result<Tensor> {
         const OP: &str = "rotary";
         let (rank, shape) = (self.rank(), self.shape());

@@ -22,6 +22,14 @@ impl Tensor {
     /// gives NaN, as in PyTorch. Statistics in f32 (f64 for f64). Saves: `y`. Errors: a dtype that is not float.
     ///
     /// On a GPU exponentials of half types have errors of up to 2⁻¹⁷, which their rounding hides.
+    ///
+    /// ```
+    /// use x_transformers::{Device, Tensor};
+    /// let x = Tensor::from_slice(&[0.0f32, 0.0], [1, 2], &Device::Cpu)?;
+    /// assert_eq!(x.softmax()?.to_vec::<f32>()?, [0.5, 0.5]);
+    /// # Ok::<(), x_transformers::Error>(())
+    /// ```
+    #[doc(alias = "F.softmax")]
     pub fn softmax(&self) -> Result<Tensor> {
         if self.rank() == 0 {
             return self.unsqueeze(0)?.softmax()?.squeeze(0);

@@ -14,6 +14,14 @@ impl Tensor {
     /// Copies only if the strides do not allow a view.
     ///
     /// Errors: another number of elements.
+    ///
+    /// ```
+    /// use x_transformers::{Device, Tensor};
+    /// let x = Tensor::from_slice(&[1.0f32, 2.0, 3.0, 4.0, 5.0, 6.0], [2, 3], &Device::Cpu)?;
+    /// assert_eq!(x.reshape([3, 2])?.shape()[..], [3, 2]);
+    /// # Ok::<(), x_transformers::Error>(())
+    /// ```
+    #[doc(alias = "view")]
     pub fn reshape(&self, shape: impl IntoShape) -> Result<Tensor> {
         self.reshaped(shape.into_shape())
     }
@@ -37,6 +45,13 @@ impl Tensor {
     /// scalar becomes a vector of one.
     ///
     /// Errors: a dimension out of range, or `first > last`.
+    ///
+    /// ```
+    /// use x_transformers::{Device, Tensor};
+    /// let x = Tensor::from_slice(&[1.0f32, 2.0, 3.0, 4.0, 5.0, 6.0], [2, 3], &Device::Cpu)?;
+    /// assert_eq!(x.flatten(0, 1)?.shape()[..], [6]);
+    /// # Ok::<(), x_transformers::Error>(())
+    /// ```
     pub fn flatten(&self, first: isize, last: isize) -> Result<Tensor> {
         let at = |dim: isize| self.shape().dim_unless_scalar(dim, "flatten");
         let (Some(first), Some(last)) = (at(first)?, at(last)?) else { return self.reshape([1]) };
@@ -53,6 +68,15 @@ impl Tensor {
     /// Swaps two dimensions; negative ones count from the end. A scalar stays as it is.
     ///
     /// Errors: a dimension out of range.
+    ///
+    /// ```
+    /// use x_transformers::{Device, Tensor};
+    /// let x = Tensor::from_slice(&[1.0f32, 2.0, 3.0, 4.0, 5.0, 6.0], [2, 3], &Device::Cpu)?;
+    /// assert_eq!(x.transpose(0, 1)?.to_vec::<f32>()?, [1.0, 4.0, 2.0, 5.0, 3.0, 6.0]);
+    /// # Ok::<(), x_transformers::Error>(())
+    /// ```
+    #[doc(alias = "swapaxes")]
+    #[doc(alias = "mT")]
     pub fn transpose(&self, a: isize, b: isize) -> Result<Tensor> {
         let at = |dim: isize| self.shape().dim_unless_scalar(dim, "transpose");
         let (Some(a), Some(b)) = (at(a)?, at(b)?) else { return Ok(self.clone()) };
@@ -65,6 +89,13 @@ impl Tensor {
     /// first.
     ///
     /// Errors: `order` is not a permutation of `0..rank`.
+    ///
+    /// ```
+    /// use x_transformers::{DType, Device, Tensor};
+    /// let x = Tensor::zeros([2, 3, 4], DType::F32, &Device::Cpu)?;
+    /// assert_eq!(x.permute(&[0, 2, 1])?.shape()[..], [2, 4, 3]);
+    /// # Ok::<(), x_transformers::Error>(())
+    /// ```
     pub fn permute(&self, order: &[usize]) -> Result<Tensor> {
         let mut inverse = [usize::MAX; MAX_RANK];
         let legal = order.len() == self.rank()
@@ -83,6 +114,16 @@ impl Tensor {
     /// beginning.
     ///
     /// Errors: the dimension or the range is out of range.
+    ///
+    /// ```
+    /// use x_transformers::{Device, Tensor};
+    /// let x = Tensor::from_slice(&[1.0f32, 2.0, 3.0, 4.0, 5.0, 6.0], [2, 3], &Device::Cpu)?;
+    /// let last_two = x.narrow(1, 1, 2)?; // dimension, start, length: x[:, 1:3] in Python
+    /// assert_eq!(last_two.to_vec::<f32>()?, [2.0, 3.0, 5.0, 6.0]);
+    /// # Ok::<(), x_transformers::Error>(())
+    /// ```
+    #[doc(alias = "slice")]
+    #[doc(alias = "index")]
     pub fn narrow(&self, dim: isize, start: usize, len: usize) -> Result<Tensor> {
         let dim = self.shape().dim(dim, "narrow")?;
         ensure!(
@@ -99,6 +140,13 @@ impl Tensor {
     /// Element `index`, counted from the first, along a dimension, which disappears.
     ///
     /// Errors: the dimension or the index is out of range.
+    ///
+    /// ```
+    /// use x_transformers::{Device, Tensor};
+    /// let x = Tensor::from_slice(&[1.0f32, 2.0, 3.0, 4.0, 5.0, 6.0], [2, 3], &Device::Cpu)?;
+    /// assert_eq!(x.select(0, 1)?.to_vec::<f32>()?, [4.0, 5.0, 6.0]); // x[1] in Python
+    /// # Ok::<(), x_transformers::Error>(())
+    /// ```
     pub fn select(&self, dim: isize, index: usize) -> Result<Tensor> {
         let at = self.shape().dim(dim, "select")?;
         ensure!(
@@ -115,6 +163,15 @@ impl Tensor {
     /// is no −1 for a size that stays.
     ///
     /// Errors: the shape does not broadcast to the target.
+    ///
+    /// ```
+    /// use x_transformers::{Device, Tensor};
+    /// let row = Tensor::from_slice(&[1.0f32, 2.0], [1, 2], &Device::Cpu)?;
+    /// assert_eq!(row.expand([3, 2])?.to_vec::<f32>()?, [1.0, 2.0, 1.0, 2.0, 1.0, 2.0]);
+    /// # Ok::<(), x_transformers::Error>(())
+    /// ```
+    #[doc(alias = "broadcast_to")]
+    #[doc(alias = "broadcast_as")]
     pub fn expand(&self, shape: impl IntoShape) -> Result<Tensor> {
         self.expanded(shape.into_shape())
     }
@@ -132,6 +189,15 @@ impl Tensor {
     /// Adds a dimension of size 1 at `dim`, which may be the rank; `-1` adds it at the end.
     ///
     /// Errors: out of range, or the rank is 6 already.
+    ///
+    /// ```
+    /// use x_transformers::{DType, Device, Tensor};
+    /// let x = Tensor::zeros([2, 3], DType::F32, &Device::Cpu)?;
+    /// assert_eq!(x.unsqueeze(0)?.shape()[..], [1, 2, 3]);
+    /// assert_eq!(x.unsqueeze(-1)?.shape()[..], [2, 3, 1]);
+    /// # Ok::<(), x_transformers::Error>(())
+    /// ```
+    #[doc(alias = "expand_dims")]
     pub fn unsqueeze(&self, dim: isize) -> Result<Tensor> {
         let rank = self.rank();
         let at = if dim < 0 { dim.saturating_add(rank as isize + 1) } else { dim };
@@ -146,6 +212,13 @@ impl Tensor {
     /// stays, and so does a scalar.
     ///
     /// Errors: out of range.
+    ///
+    /// ```
+    /// use x_transformers::{DType, Device, Tensor};
+    /// let x = Tensor::zeros([1, 2, 3], DType::F32, &Device::Cpu)?;
+    /// assert_eq!(x.squeeze(0)?.shape()[..], [2, 3]);
+    /// # Ok::<(), x_transformers::Error>(())
+    /// ```
     pub fn squeeze(&self, dim: isize) -> Result<Tensor> {
         let at = self.shape().dim_unless_scalar(dim, "squeeze")?;
         let Some(at) = at.filter(|&at| self.shape()[at] == 1) else { return Ok(self.clone()) };
@@ -155,6 +228,14 @@ impl Tensor {
     /// Cuts a dimension into pieces of the given sizes.
     ///
     /// Errors: the sizes do not add up to the dimension.
+    ///
+    /// ```
+    /// use x_transformers::{Device, Tensor};
+    /// let x = Tensor::from_slice(&[1.0f32, 2.0, 3.0, 4.0, 5.0, 6.0], [2, 3], &Device::Cpu)?;
+    /// let parts = x.split(&[1, 2], 1)?;
+    /// assert_eq!(parts[1].to_vec::<f32>()?, [2.0, 3.0, 5.0, 6.0]);
+    /// # Ok::<(), x_transformers::Error>(())
+    /// ```
     pub fn split(&self, sizes: &[usize], dim: isize) -> Result<Vec<Tensor>> {
         let at = self.shape().dim(dim, "split")?;
         let total = sizes.iter().try_fold(0usize, |sum, &size| sum.checked_add(size));
@@ -180,6 +261,14 @@ impl Tensor {
     /// [`Tensor::split`] checks the sizes.
     ///
     /// Errors: `n` is 0, or a dimension out of range.
+    ///
+    /// ```
+    /// use x_transformers::{Device, Tensor};
+    /// let x = Tensor::from_slice(&[1.0f32, 2.0, 3.0, 4.0, 5.0, 6.0], [2, 3], &Device::Cpu)?;
+    /// let rows = x.chunk(2, 0)?;
+    /// assert_eq!(rows[1].to_vec::<f32>()?, [4.0, 5.0, 6.0]);
+    /// # Ok::<(), x_transformers::Error>(())
+    /// ```
     pub fn chunk(&self, n: usize, dim: isize) -> Result<Vec<Tensor>> {
         let at = self.shape().dim(dim, "chunk")?;
         ensure!(n > 0, Error::argument("chunk", "expected at least 1 piece, got 0"));

@@ -27,7 +27,17 @@ pub(crate) use ordered::{ordered, try_ordered};
 /// keeps it. The one exception is an update that panics half way, which only a bug can cause: the value is then part
 /// old and part new, [`Param::tensor`] returns it as it is, and optimizers refuse it by name until [`Param::set`] or
 /// [`ParamMap::load`] replaces it.
+///
+/// ```
+/// use x_transformers::{DType, Device, Init, ParamStore};
+/// let store = ParamStore::new(0, DType::F32, &Device::Cpu);
+/// let weight = store.param("weight", [3], Init::Constant(0.5))?;
+/// assert_eq!(weight.tensor().to_vec::<f32>()?, [0.5; 3]); // the present value
+/// # Ok::<(), x_transformers::Error>(())
+/// ```
 #[derive(Clone)]
+#[doc(alias = "Parameter")]
+#[doc(alias = "Var")]
 pub struct Param(Arc<ParamCell>);
 
 struct ParamCell {
@@ -137,6 +147,18 @@ impl fmt::Debug for Buffer {
 /// The named parameters and buffers of a model: state dict, optimizer list, loader and saver in one.
 ///
 /// Names are those of PyTorch's `state_dict()`.
+///
+/// ```
+/// use x_transformers::{DType, Device, ParamStore, nn::Linear};
+/// let trained = ParamStore::new(1, DType::F32, &Device::Cpu);
+/// Linear::new(&trained, 4, 2)?;
+/// let store = ParamStore::zeros(DType::F32, &Device::Cpu);
+/// let linear = Linear::new(&store, 4, 2)?;
+/// store.params().load(&trained.params().state_dict())?; // everything or nothing
+/// assert_eq!(store.params().numel(), 4 * 2 + 2);
+/// # let _ = linear;
+/// # Ok::<(), x_transformers::Error>(())
+/// ```
 #[derive(Clone, Default, Debug)]
 pub struct ParamMap {
     params: BTreeMap<String, Param>,
@@ -189,6 +211,7 @@ impl ParamMap {
     ///
     /// Errors, with nothing changed: [`ErrorKind::Weights`] with every missing, unused and mismatched name; values that
     /// are not float; a tied parameter with several values.
+    #[doc(alias = "load_state_dict")]
     pub fn load(&self, state: &BTreeMap<String, Tensor>) -> Result<()> {
         let given: HashSet<LeafId> =
             self.params.iter().filter(|(name, _)| state.contains_key(*name)).map(|(_, param)| param.leaf()).collect();
@@ -265,7 +288,23 @@ impl ParamMap {
 }
 
 /// Where modules get their parameters: a place in the tree of names, a source of initial values, and the map.
+///
+/// ```
+/// use x_transformers::{DType, Device, Init, ParamStore, nn::Linear};
+/// let store = ParamStore::new(42, DType::F32, &Device::Cpu); // seed, dtype, device
+/// let scale = store.param("scale", [4], Init::Constant(1.0))?;
+/// let linear = Linear::new(&store.at("encoder").at("fc"), 4, 2)?; // names below `encoder.fc`
+/// let params = store.params();
+/// let names: Vec<&str> = params.iter().map(|(name, _)| name).collect();
+/// assert_eq!(names, ["encoder.fc.bias", "encoder.fc.weight", "scale"]);
+/// assert_eq!(scale.tensor().shape()[..], [4]);
+/// # let _ = linear;
+/// # Ok::<(), x_transformers::Error>(())
+/// ```
 #[derive(Clone)]
+#[doc(alias = "VarBuilder")]
+#[doc(alias = "VarMap")]
+#[doc(alias = "Module")]
 pub struct ParamStore {
     prefix: String,
     start: Start,
@@ -311,6 +350,8 @@ impl ParamStore {
     }
 
     /// The place below this one: `store.at("layers").at(3)`.
+    #[doc(alias = "push_prefix")]
+    #[doc(alias = "pp")]
     pub fn at(&self, name: impl fmt::Display) -> ParamStore {
         let prefix = if self.prefix.is_empty() { name.to_string() } else { format!("{}.{name}", self.prefix) };
         ParamStore { prefix, ..self.clone() }
@@ -334,6 +375,7 @@ impl ParamStore {
     /// Creates and registers a parameter.
     ///
     /// Errors: the name is taken, or the shape is illegal.
+    #[doc(alias = "register_parameter")]
     pub fn param(&self, name: &str, shape: impl IntoShape, init: Init) -> Result<Param> {
         self.param_of(name, shape.into_shape(), init)
     }
@@ -365,6 +407,7 @@ impl ParamStore {
     /// Registers a tensor that is saved but not trained.
     ///
     /// Errors: the name is taken.
+    #[doc(alias = "register_buffer")]
     pub fn buffer(&self, name: &str, value: Tensor) -> Result<Buffer> {
         let full = self.at(name).prefix;
         let mut map = self.lock();
@@ -378,6 +421,8 @@ impl ParamStore {
     }
 
     /// All that is registered so far.
+    #[doc(alias = "parameters")]
+    #[doc(alias = "named_parameters")]
     pub fn params(&self) -> ParamMap {
         self.lock().clone()
     }

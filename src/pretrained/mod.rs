@@ -57,6 +57,8 @@ use crate::{
 /// # }
 /// ```
 #[derive(Debug)]
+#[doc(alias = "AutoModel")]
+#[doc(alias = "from_pretrained")]
 pub struct Pretrained {
     family: Family,
     config: TransformerWrapperConfig,
@@ -99,6 +101,7 @@ impl Pretrained {
     ///
     /// Errors: a file that cannot be read, a family that is not among those above, options that they do not have here,
     /// or weights at several places that may be meant.
+    #[doc(alias = "from_pretrained")]
     pub fn open(path: impl AsRef<Path>) -> Result<Self> {
         let root = path.as_ref();
         let path = &if root.is_dir() { sentence::transformer(root)? } else { root.to_path_buf() };
@@ -195,6 +198,7 @@ impl Pretrained {
     /// The same as a model that continues texts.
     ///
     /// Errors: those of [`Pretrained::model`], or a model that sees later tokens.
+    #[doc(alias = "AutoModelForCausalLM")]
     pub fn autoregressive(&self, dtype: DType, device: &Device) -> Result<AutoregressiveWrapper> {
         ensure!(
             self.family.is_causal(),

@@ -46,6 +46,7 @@ pub(crate) use recompute::{Recompute, Saved};
 /// # }
 /// ```
 #[derive(Clone)]
+#[must_use = "ops return a new tensor and leave their inputs as they are"]
 pub struct Tensor(Arc<Handle>);
 
 /// The fields of a tensor, on the heap: a tensor is one pointer, so that code which passes tensors on stays small.
@@ -64,6 +65,13 @@ impl Tensor {
     /// A tensor from values in row-major order; `u8` and `u32` become [`DType::I64`].
     ///
     /// Errors: the number of values is not that of the shape, or the shape is illegal.
+    ///
+    /// ```
+    /// use x_transformers::{Device, Tensor};
+    /// let x = Tensor::from_slice(&[1.0f32, 2.0, 3.0, 4.0], [2, 2], &Device::Cpu)?;
+    /// assert_eq!(x.shape()[..], [2, 2]);
+    /// # Ok::<(), x_transformers::Error>(())
+    /// ```
     pub fn from_slice<E: Element>(values: &[E], shape: impl IntoShape, device: &Device) -> Result<Self> {
         Self::from_values(values, shape.into_shape(), device)
     }
@@ -83,16 +91,37 @@ impl Tensor {
     }
 
     /// As [`Tensor::from_slice`], from a vector.
+    ///
+    /// ```
+    /// use x_transformers::{Device, Tensor};
+    /// let x = Tensor::from_vec(vec![1i64, 2, 3], [3], &Device::Cpu)?;
+    /// assert_eq!(x.to_vec::<i64>()?, [1, 2, 3]);
+    /// # Ok::<(), x_transformers::Error>(())
+    /// ```
     pub fn from_vec<E: Element>(values: Vec<E>, shape: impl IntoShape, device: &Device) -> Result<Self> {
         Self::from_slice(&values, shape, device)
     }
 
     /// A rank-0 tensor.
+    ///
+    /// ```
+    /// use x_transformers::{Device, Tensor};
+    /// let x = Tensor::scalar(0.5f32, &Device::Cpu)?;
+    /// assert_eq!((x.rank(), x.item()?), (0, 0.5));
+    /// # Ok::<(), x_transformers::Error>(())
+    /// ```
     pub fn scalar<E: Element>(value: E, device: &Device) -> Result<Self> {
         Self::from_slice(&[value], (), device)
     }
 
     /// All zeros (false for bool).
+    ///
+    /// ```
+    /// use x_transformers::{DType, Device, Tensor};
+    /// let x = Tensor::zeros([2, 3], DType::BF16, &Device::Cpu)?;
+    /// assert_eq!(x.to_f64_vec()?, [0.0; 6]);
+    /// # Ok::<(), x_transformers::Error>(())
+    /// ```
     pub fn zeros(shape: impl IntoShape, dtype: DType, device: &Device) -> Result<Self> {
         Self::zeroed(shape.into_shape(), dtype, device)
     }
@@ -107,11 +136,26 @@ impl Tensor {
     }
 
     /// All ones (true for bool).
+    ///
+    /// ```
+    /// use x_transformers::{DType, Device, Tensor};
+    /// let mask = Tensor::ones([1, 4], DType::Bool, &Device::Cpu)?;
+    /// assert_eq!(mask.to_vec::<bool>()?, [true; 4]);
+    /// # Ok::<(), x_transformers::Error>(())
+    /// ```
     pub fn ones(shape: impl IntoShape, dtype: DType, device: &Device) -> Result<Self> {
         Self::full(shape, 1.0, dtype, device)
     }
 
     /// All elements equal to `value`, rounded to the dtype; for bool, whether it is not zero.
+    ///
+    /// ```
+    /// use x_transformers::{DType, Device, Tensor};
+    /// let x = Tensor::full([2], 0.5, DType::F32, &Device::Cpu)?;
+    /// assert_eq!(x.to_vec::<f32>()?, [0.5, 0.5]);
+    /// # Ok::<(), x_transformers::Error>(())
+    /// ```
+    #[doc(alias = "fill")]
     pub fn full(shape: impl IntoShape, value: f64, dtype: DType, device: &Device) -> Result<Self> {
         Self::filled(shape.into_shape(), value, dtype, device)
     }
@@ -132,6 +176,13 @@ impl Tensor {
     }
 
     /// `0, 1, …, n − 1` as [`DType::I64`], shape `[n]`.
+    ///
+    /// ```
+    /// use x_transformers::{Device, Tensor};
+    /// let positions = Tensor::arange(4, &Device::Cpu)?;
+    /// assert_eq!(positions.to_vec::<i64>()?, [0, 1, 2, 3]);
+    /// # Ok::<(), x_transformers::Error>(())
+    /// ```
     pub fn arange(n: usize, device: &Device) -> Result<Self> {
         let mut tensor = Self::uninit([n].into_shape()?, DType::I64, device)?;
         match device {
@@ -144,6 +195,17 @@ impl Tensor {
     }
 
     /// Element `i` in row-major order is `f(i)`, rounded to the dtype. Called in order.
+    ///
+    /// ```
+    /// use x_transformers::{DType, Device, Philox, Tensor};
+    /// let random = Philox::new(42, 0);
+    /// let x = Tensor::generate([2, 3], DType::F32, &Device::Cpu, |i| random.normal(i as u64))?;
+    /// assert_eq!(x.numel(), 6);
+    /// # Ok::<(), x_transformers::Error>(())
+    /// ```
+    #[doc(alias = "randn")]
+    #[doc(alias = "rand")]
+    #[doc(alias = "from_fn")]
     pub fn generate(
         shape: impl IntoShape,
         dtype: DType,
@@ -189,16 +251,37 @@ impl Tensor {
     }
 
     /// Sizes of the dimensions.
+    ///
+    /// ```
+    /// use x_transformers::{DType, Device, Tensor};
+    /// let x = Tensor::zeros([2, 3], DType::F32, &Device::Cpu)?;
+    /// assert_eq!(x.shape()[..], [2, 3]);
+    /// # Ok::<(), x_transformers::Error>(())
+    /// ```
     pub fn shape(&self) -> &Shape {
         &self.0.layout.shape
     }
 
     /// Number of dimensions.
+    ///
+    /// ```
+    /// use x_transformers::{DType, Device, Tensor};
+    /// assert_eq!(Tensor::zeros([2, 3], DType::F32, &Device::Cpu)?.rank(), 2);
+    /// # Ok::<(), x_transformers::Error>(())
+    /// ```
     pub fn rank(&self) -> usize {
         self.0.layout.shape.rank()
     }
 
     /// Number of elements.
+    ///
+    /// ```
+    /// use x_transformers::{DType, Device, Tensor};
+    /// assert_eq!(Tensor::zeros([2, 3], DType::F32, &Device::Cpu)?.numel(), 6);
+    /// # Ok::<(), x_transformers::Error>(())
+    /// ```
+    #[doc(alias = "elem_count")]
+    #[doc(alias = "nelement")]
     pub fn numel(&self) -> usize {
         self.0.layout.shape.numel()
     }
@@ -211,6 +294,14 @@ impl Tensor {
     /// Size of one dimension; negative ones count from the end.
     ///
     /// Errors: out of range.
+    ///
+    /// ```
+    /// use x_transformers::{DType, Device, Tensor};
+    /// let x = Tensor::zeros([2, 3], DType::F32, &Device::Cpu)?;
+    /// assert_eq!((x.dim(0)?, x.dim(-1)?), (2, 3));
+    /// # Ok::<(), x_transformers::Error>(())
+    /// ```
+    #[doc(alias = "size")]
     pub fn dim(&self, dim: isize) -> Result<usize> {
         Ok(self.shape()[self.shape().dim(dim, "dim")?])
     }
@@ -226,16 +317,37 @@ impl Tensor {
     }
 
     /// Steps between neighbours along each dimension, in elements.
+    ///
+    /// ```
+    /// use x_transformers::{Device, Tensor};
+    /// let x = Tensor::from_slice(&[1.0f32, 2.0, 3.0, 4.0, 5.0, 6.0], [2, 3], &Device::Cpu)?;
+    /// assert_eq!((x.strides(), x.transpose(0, 1)?.strides()), (&[3, 1][..], &[1, 3][..]));
+    /// # Ok::<(), x_transformers::Error>(())
+    /// ```
     pub fn strides(&self) -> &[usize] {
         self.0.layout.strides()
     }
 
     /// Whether the elements are packed in row-major order.
+    ///
+    /// ```
+    /// use x_transformers::{Device, Tensor};
+    /// let x = Tensor::from_slice(&[1.0f32, 2.0, 3.0, 4.0, 5.0, 6.0], [2, 3], &Device::Cpu)?;
+    /// assert!(x.is_contiguous() && !x.transpose(0, 1)?.is_contiguous());
+    /// # Ok::<(), x_transformers::Error>(())
+    /// ```
     pub fn is_contiguous(&self) -> bool {
         self.0.layout.is_contiguous()
     }
 
     /// Whether two tensors share storage.
+    ///
+    /// ```
+    /// use x_transformers::{Device, Tensor};
+    /// let x = Tensor::from_slice(&[1.0f32, 2.0, 3.0, 4.0, 5.0, 6.0], [2, 3], &Device::Cpu)?;
+    /// assert!(x.shares_storage(&x.transpose(0, 1)?)); // a view copies nothing
+    /// # Ok::<(), x_transformers::Error>(())
+    /// ```
     pub fn shares_storage(&self, other: &Tensor) -> bool {
         Arc::ptr_eq(&self.0.buffer, &other.0.buffer)
     }
@@ -243,6 +355,19 @@ impl Tensor {
     /// The same values as a new leaf: the next [`Tape`](crate::Tape) gives its gradient.
     ///
     /// Errors: the dtype is not float.
+    ///
+    /// ```
+    /// use x_transformers::{Device, Tape, Tensor};
+    /// let x = Tensor::from_slice(&[1.0f32, 2.0], [2], &Device::Cpu)?.requires_grad()?;
+    /// let mut tape = Tape::grad();
+    /// let loss = x.square()?.sum(&[])?;
+    /// let grads = tape.backward(&loss)?;
+    /// assert_eq!(grads.get(&x).unwrap().to_vec::<f32>()?, [2.0, 4.0]);
+    /// # Ok::<(), x_transformers::Error>(())
+    /// ```
+    #[doc(alias = "requires_grad_")]
+    #[doc(alias = "Var")]
+    #[doc(alias = "Variable")]
     pub fn requires_grad(&self) -> Result<Self> {
         ensure!(
             self.0.dtype.is_float(),
@@ -255,6 +380,17 @@ impl Tensor {
     }
 
     /// The same values as a constant: no gradient flows through it.
+    ///
+    /// ```
+    /// use x_transformers::{Device, Tape, Tensor};
+    /// let x = Tensor::from_slice(&[1.0f32, 2.0], [2], &Device::Cpu)?.requires_grad()?;
+    /// let _tape = Tape::grad();
+    /// assert!(x.argmax(0).is_err()); // has no gradient
+    /// assert_eq!(x.detach().argmax(0)?.item()?, 1.0);
+    /// # Ok::<(), x_transformers::Error>(())
+    /// ```
+    #[doc(alias = "no_grad")]
+    #[doc(alias = "stop_gradient")]
     pub fn detach(&self) -> Self {
         self.clone().into_constant()
     }
@@ -296,6 +432,17 @@ impl Tensor {
     /// The values in row-major order.
     ///
     /// Errors: `E` is not the tensor's dtype; convert with [`Tensor::to_dtype`] first.
+    ///
+    /// ```
+    /// use x_transformers::{DType, Device, Tensor};
+    /// let x = Tensor::full([2], 1.5, DType::F32, &Device::Cpu)?;
+    /// assert_eq!(x.to_vec::<f32>()?, [1.5, 1.5]);
+    /// assert!(x.to_vec::<i64>().is_err()); // nothing is converted
+    /// # Ok::<(), x_transformers::Error>(())
+    /// ```
+    #[doc(alias = "tolist")]
+    #[doc(alias = "numpy")]
+    #[doc(alias = "to_vec1")]
     pub fn to_vec<E: Readable>(&self) -> Result<Vec<E>> {
         let packed = self.packed()?.on(&Device::Cpu)?;
         let values = packed.values::<E>()?.iter().map(|&stored| E::from_stored(stored)).collect();
@@ -304,6 +451,13 @@ impl Tensor {
     }
 
     /// The values in row-major order, widened to f64 from any dtype.
+    ///
+    /// ```
+    /// use x_transformers::{DType, Device, Tensor};
+    /// let x = Tensor::full([2], 1.5, DType::BF16, &Device::Cpu)?;
+    /// assert_eq!(x.to_f64_vec()?, [1.5, 1.5]);
+    /// # Ok::<(), x_transformers::Error>(())
+    /// ```
     pub fn to_f64_vec(&self) -> Result<Vec<f64>> {
         let packed = self.packed()?.on(&Device::Cpu)?;
         let values = match self.0.dtype {
@@ -320,6 +474,14 @@ impl Tensor {
     /// The value of a tensor with one element.
     ///
     /// Errors: it has another number of elements.
+    ///
+    /// ```
+    /// use x_transformers::{Device, Tensor};
+    /// let x = Tensor::from_slice(&[1.0f32, 2.0, 3.0, 4.0, 5.0, 6.0], [2, 3], &Device::Cpu)?;
+    /// assert_eq!(x.sum(&[])?.item()?, 21.0);
+    /// # Ok::<(), x_transformers::Error>(())
+    /// ```
+    #[doc(alias = "to_scalar")]
     pub fn item(&self) -> Result<f64> {
         ensure!(
             self.numel() == 1,

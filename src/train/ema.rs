@@ -15,7 +15,22 @@ use crate::{
 ///
 /// `average ← average + (1 − decay) · (value − average)` after each step, from the initial weights on; f32, and f64
 /// for f64 parameters.
+///
+/// ```
+/// use x_transformers::{DType, Device, Init, ParamStore, Tensor, train::Ema};
+/// let store = ParamStore::new(0, DType::F32, &Device::Cpu);
+/// let weight = store.param("weight", [1], Init::Constant(0.0))?;
+/// let mut ema = Ema::new(&store.params(), 0.5)?;
+/// weight.set(Tensor::ones([1], DType::F32, &Device::Cpu)?)?;
+/// ema.update(&store.params())?;
+/// let averages = ema.swap_in(&store.params())?;
+/// assert_eq!(weight.tensor().item()?, 0.5);
+/// drop(averages);
+/// assert_eq!(weight.tensor().item()?, 1.0);
+/// # Ok::<(), x_transformers::Error>(())
+/// ```
 #[derive(Clone)]
+#[doc(alias = "AveragedModel")]
 pub struct Ema {
     decay: f64,
     averages: BTreeMap<String, Tensor>,

@@ -18,6 +18,8 @@ use crate::{Error, Result, error::ensure};
 /// ```
 #[derive(Clone, Copy, PartialEq, Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
+#[doc(alias = "amp")]
+#[doc(alias = "autocast")]
 pub struct GradScaler {
     scale: f64,
     /// Steps since the scale changed.

@@ -63,6 +63,8 @@ impl Default for AdamWOptions {
 /// # }
 /// ```
 #[derive(Clone)]
+#[doc(alias = "Adam")]
+#[doc(alias = "Optimizer")]
 pub struct AdamW {
     options: AdamWOptions,
     state: BTreeMap<String, State>,
@@ -92,6 +94,7 @@ struct State {
 
 /// Result of a step.
 #[derive(Clone, Copy, PartialEq, Debug)]
+#[non_exhaustive]
 pub struct StepInfo {
     /// The norm of all gradients together, before clipping.
     pub grad_norm: f64,
@@ -147,6 +150,7 @@ impl AdamW {
     /// Errors, with nothing changed: [`ErrorKind::NonFinite`] for a gradient with NaN or infinity, naming its
     /// parameter; a rate that is negative or not finite; a clip that is not positive; a gradient of another shape or
     /// dtype.
+    #[doc(alias = "clip_grad_norm_")]
     pub fn step(&mut self, params: &ParamMap, grads: &Gradients, lr: f64, clip: Option<f64>) -> Result<StepInfo> {
         self.step_scaled(params, grads, 1.0, lr, clip)
     }

@@ -10,6 +10,13 @@ use super::{
 use crate::{DType, Error, Result, error::ensure};
 
 /// Options of a training run; saved with every checkpoint.
+///
+/// ```
+/// use x_transformers::{DType, train::TrainOptions};
+/// let options = TrainOptions { steps: 1000, lr: 3e-4, dtype: DType::BF16, ..Default::default() };
+/// options.check(256)?; // the model's longest sequence
+/// # Ok::<(), x_transformers::Error>(())
+/// ```
 #[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct TrainOptions {

@@ -14,6 +14,8 @@
 /// assert!((schedule.at(12) - 0.1).abs() < 1e-12);
 /// ```
 #[derive(Clone, Copy, PartialEq, Debug)]
+#[doc(alias = "CosineAnnealingLR")]
+#[doc(alias = "lr_scheduler")]
 pub struct Schedule {
     /// The peak.
     pub lr: f64,

@@ -51,6 +51,7 @@ use crate::{
 /// # Ok(())
 /// # }
 /// ```
+#[doc(alias = "fit")]
 pub struct Trainer<M: TrainModel = AutoregressiveWrapper> {
     config: M::Config,
     options: TrainOptions,
@@ -81,6 +82,7 @@ impl<M: TrainModel> fmt::Debug for Trainer<M> {
 
 /// Result of a step.
 #[derive(Clone, Copy, PartialEq, Debug)]
+#[non_exhaustive]
 pub struct StepReport {
     /// The number of the step, counted from 0.
     pub step: u64,

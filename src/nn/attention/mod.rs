@@ -25,6 +25,9 @@ pub(super) use decode::AttentionCache;
 /// [`AttentionPlan::needs_scores`] and [`gpu_needs_scores`](crate::ops::gpu_needs_scores) say what. Both ways have one
 /// meaning.
 #[derive(Clone, Debug)]
+#[doc(alias = "MultiheadAttention")]
+#[doc(alias = "MHA")]
+#[doc(alias = "GQA")]
 pub struct Attention {
     plan: Arc<AttentionPlan>,
     to_q: Linear,
@@ -78,6 +81,7 @@ pub struct AttentionInput {
 
 /// Output of attention.
 #[derive(Clone, Debug)]
+#[non_exhaustive]
 pub struct AttentionOutput {
     /// `[b, i, dim]`
     pub out: Tensor,

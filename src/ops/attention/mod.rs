@@ -102,6 +102,9 @@ impl Default for AttentionSpec<'_> {
 /// applied. Weights are right at every finite score, forward and backward. A mean of finite values is finite. Without
 /// keys the result is zero. Saves: `q`, `k`, `v`, the output, two numbers per query, and for half types what rounding
 /// took from the output. Errors: shapes, dtypes or devices that do not fit, or a value outside of its domain.
+#[doc(alias = "SDPA")]
+#[doc(alias = "scaled_dot_product_attention")]
+#[doc(alias = "flash_attention")]
 pub fn attention(q: &Tensor, k: &Tensor, v: &Tensor, spec: &AttentionSpec) -> Result<Tensor> {
     let sizes = Sizes::new(q, k, v)?;
     spec.check(&sizes, q)?;

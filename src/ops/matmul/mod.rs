@@ -44,6 +44,9 @@ impl Tensor {
     /// # Ok(())
     /// # }
     /// ```
+    #[doc(alias = "bmm")]
+    #[doc(alias = "mm")]
+    #[doc(alias = "dot")]
     pub fn matmul(&self, b: &Tensor) -> Result<Tensor> {
         if self.rank() == 1 {
             return self.unsqueeze(0)?.matmul(b)?.squeeze(if b.rank() == 1 { 0 } else { -2 });
@@ -78,6 +81,8 @@ impl Tensor {
     /// # Ok(())
     /// # }
     /// ```
+    #[doc(alias = "F.linear")]
+    #[doc(alias = "addmm")]
     pub fn linear(&self, weight: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
         if weight.rank() == 1 && bias.is_none_or(|bias| bias.rank() == 0) {
             let bias = bias.map(|bias| bias.unsqueeze(0)).transpose()?;

@@ -29,6 +29,15 @@ impl Tensor {
     ///
     /// Errors: rank 0, a dtype that is not float or not the same for all, a weight or bias of another shape, a
     /// negative `eps`.
+    ///
+    /// ```
+    /// use x_transformers::{Device, Tensor};
+    /// let x = Tensor::from_slice(&[1.0f32, 2.0, 3.0, 4.0, 5.0, 6.0], [2, 3], &Device::Cpu)?;
+    /// let y = x.layer_norm(None, None, 1e-5)?; // weight and bias are optional
+    /// assert!(y.mean(&[-1])?.to_vec::<f32>()?.iter().all(|mean| mean.abs() < 1e-6));
+    /// # Ok::<(), x_transformers::Error>(())
+    /// ```
+    #[doc(alias = "LayerNorm")]
     pub fn layer_norm(&self, weight: Option<&Tensor>, bias: Option<&Tensor>, eps: f64) -> Result<Tensor> {
         normalize("layer_norm", self, &self.layer_spec(weight, bias, eps))
     }
@@ -82,6 +91,15 @@ impl Tensor {
     ///
     /// Shapes: `[.., dim]`, `g` `[dim]` → `[.., dim]`. Saves: `x`, and the inverse divisor of each row.
     /// Errors: as [`Tensor::layer_norm`].
+    ///
+    /// ```
+    /// use x_transformers::{DType, Device, Tensor};
+    /// let x = Tensor::from_slice(&[3.0f32, -3.0], [1, 2], &Device::Cpu)?;
+    /// let weight = Tensor::ones([2], DType::F32, &Device::Cpu)?;
+    /// assert_eq!(x.rms_norm(&weight, 0.0)?.to_vec::<f32>()?, [1.0, -1.0]);
+    /// # Ok::<(), x_transformers::Error>(())
+    /// ```
+    #[doc(alias = "RMSNorm")]
     pub fn rms_norm(&self, g: &Tensor, eps: f64) -> Result<Tensor> {
         normalize("rms_norm", self, &self.rms_spec(g, eps))
     }

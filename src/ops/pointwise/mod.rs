@@ -378,6 +378,15 @@ impl Tensor {
     /// `x · multiplier + summand` with constants; computed in f32 for half types. Saves nothing.
     ///
     /// Errors: a dtype that is not float; [`Tensor::mul`] and [`Tensor::add`] take integers.
+    ///
+    /// ```
+    /// use x_transformers::{Device, Tensor};
+    /// let x = Tensor::from_slice(&[1.0f32, 2.0], [2], &Device::Cpu)?;
+    /// assert_eq!(x.affine(2.0, 1.0)?.to_vec::<f32>()?, [3.0, 5.0]); // 2 x + 1
+    /// # Ok::<(), x_transformers::Error>(())
+    /// ```
+    #[doc(alias = "add_scalar")]
+    #[doc(alias = "mul_scalar")]
     pub fn affine(&self, multiplier: f64, summand: f64) -> Result<Tensor> {
         const OP: &str = "affine";
         self.dtype().expect_float(OP)?;

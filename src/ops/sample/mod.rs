@@ -63,6 +63,7 @@ impl Tensor {
     /// Errors: another shape, a dtype that is not float, settings out of their domain, a tensor that requires a
     /// gradient (use `detach`); [`ErrorKind::Argument`](crate::ErrorKind::Argument) for logits that are NaN, +∞ or all
     /// −∞, on a GPU at the next read-back.
+    #[doc(alias = "multinomial")]
     pub fn sample(&self, spec: &SampleSpec, step: &Tensor) -> Result<Tensor> {
         const OP: &str = "sample";
         discrete(OP, &[self])?;
