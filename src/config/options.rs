@@ -323,10 +323,13 @@ impl Keywords for AttentionLayersConfig {
     const ALIASES: &'static [(&'static str, &'static str)] = &[("alibi_pos_emb", "alibi_pos_bias")];
 
     fn to_nested(&self) -> serde_json::Result<Value> {
-        Self::serialize(self, serde_json::value::Serializer)
+        let mut value = Self::serialize(self, serde_json::value::Serializer)?;
+        value.get_mut("ff").and_then(Value::as_object_mut).into_iter().for_each(activation::to_options);
+        Ok(value)
     }
 
-    fn from_nested(value: Value) -> serde_json::Result<Self> {
+    fn from_nested(mut value: Value) -> serde_json::Result<Self> {
+        value.get_mut("ff").and_then(Value::as_object_mut).map_or(Ok(()), activation::from_options)?;
         Self::deserialize(value)
     }
 }
@@ -421,9 +424,9 @@ pub struct FeedForwardConfig {
     pub mult: f64,
     /// A gated activation; adds half as many weights again. <https://arxiv.org/abs/2002.05202>
     pub glu: bool,
-    /// Activation. Default GELU. In JSON each other one is an option of its own, [`Activation::option`], that is true:
-    /// `ff_relu_squared`, `ff_swish`, …
-    #[serde(flatten, with = "activation")]
+    /// Activation. Default GELU. Among the options of the layers each other one is an option of its own,
+    /// [`Activation::option`], that is true: `ff_relu_squared`, `ff_swish`, …
+    #[serde(with = "activation")]
     pub activation: Activation,
     /// No biases in either layer; of a gated one too, where today's x-transformers keeps them in the first.
     pub no_bias: bool,
@@ -449,30 +452,55 @@ impl Default for FeedForwardConfig {
     }
 }
 
-/// An activation as options, of which one at most is true.
+/// An activation by its name; as options of the layers each has one of its own, of which one at most is true.
 mod activation {
-    use std::collections::BTreeMap;
-
     use serde::{Deserialize, Deserializer, Serializer, de::Error};
+    use serde_json::Value;
 
+    use super::super::kwargs::Map;
     use crate::ops::Activation;
 
+    const KEY: &str = "activation";
+
     pub fn serialize<S: Serializer>(activation: &Activation, serializer: S) -> Result<S::Ok, S::Error> {
-        serializer.collect_map(Activation::ALL.iter().filter_map(|one| Some((one.option()?, one == activation))))
+        serializer.serialize_str(activation.name())
     }
 
     pub fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Activation, D::Error> {
-        let options = BTreeMap::<String, bool>::deserialize(deserializer)?;
-        let selected = |one: &Activation| one.option().is_some_and(|option| options.get(option) == Some(&true));
-        let selected: Vec<Activation> = Activation::ALL.iter().copied().filter(selected).collect();
-        match selected[..] {
-            [] => Ok(Activation::Gelu),
-            [activation] => Ok(activation),
-            _ => {
-                let names = selected.iter().filter_map(|one| Some(format!("`ff_{}`", one.option()?)));
-                let names = names.collect::<Vec<_>>().join(" and ");
-                Err(D::Error::custom(format!("only one activation can be chosen, got {names}")))
+        let name = String::deserialize(deserializer)?;
+        let found = Activation::ALL.iter().find(|activation| activation.name() == name);
+        found.copied().ok_or_else(|| D::Error::custom(format!("unknown activation `{name}`")))
+    }
+
+    /// Writes an activation as options.
+    pub fn to_options(ff: &mut Map) {
+        let name = ff.remove(KEY);
+        let name = name.as_ref().and_then(Value::as_str);
+        for activation in Activation::ALL {
+            if let Some(option) = activation.option() {
+                ff.insert(option.to_string(), Value::Bool(name == Some(activation.name())));
             }
         }
+    }
+
+    /// Reads an activation from its option.
+    ///
+    /// Errors: two of them, or a value that is not a boolean.
+    pub fn from_options(ff: &mut Map) -> serde_json::Result<()> {
+        let mut selected = None;
+        for activation in Activation::ALL {
+            let Some(option) = activation.option() else { continue };
+            match (ff.remove(option), selected) {
+                (None | Some(Value::Bool(false)), _) => {}
+                (Some(Value::Bool(true)), None) => selected = Some((option, activation.name())),
+                (Some(Value::Bool(true)), Some((other, _))) => {
+                    let both = format!("only one activation can be chosen, got `ff_{other}` and `ff_{option}`");
+                    return Err(Error::custom(both));
+                }
+                (Some(value), _) => return Err(Error::custom(format!("expected a boolean, got {value}"))),
+            }
+        }
+        ff.extend(selected.map(|(_, name)| (KEY.to_string(), name.into())));
+        Ok(())
     }
 }
