@@ -80,7 +80,7 @@ fn embed_files(folder: &Path, included: &Path, kernels: &mut Vec<String>) -> Res
             write_variants(&variants)
         )
         .map_err(|error| error.to_string())?;
-        for signature in parse_signatures(name, &own)? {
+        for signature in parse_signatures(name, &text)? {
             let Signature { kernel, parameters } = &signature;
             if kernels.contains(kernel) {
                 return Err(format!("{name}: kernel `{kernel}` is defined in another file already"));
@@ -157,8 +157,12 @@ fn rows_of(text: &str, start: &str) -> Vec<String> {
     text.lines().filter_map(row).collect()
 }
 
-/// What a source is compiled for, from the lines `// Variants: OPTION=value,value OPTION=value` of its comments.
+/// Variants of a source, from the lines `// Variants: OPTION=value,value OPTION=value` of its comments. A value may stand
+/// for several: a line `// Types: NAME=value,value` of an included file says which.
 pub fn parse_variants(file: &str, text: &str, whole: &str) -> Result<Vec<Variants>, String> {
+    let types = whole.lines().filter_map(|line| line.trim_start().strip_prefix("// Types:"));
+    let types: Vec<(&str, &str)> =
+        types.flat_map(str::split_whitespace).filter_map(|list| list.split_once('=')).collect();
     let lines = text.lines().filter_map(|line| line.trim_start().strip_prefix("// Variants:"));
     let sets = lines.map(|line| {
         let axis = |axis: &str| match axis.split_once('=') {
@@ -168,6 +172,9 @@ pub fn parse_variants(file: &str, text: &str, whole: &str) -> Result<Vec<Variant
                 names => Ok((option.to_string(), names)),
             },
             Some((option, values)) if !option.is_empty() && !values.split(',').any(str::is_empty) => {
+                let list =
+                    |value: &str| types.iter().find(|list| list.0 == value).map_or(value, |list| list.1).to_string();
+                let values = values.split(',').map(list).collect::<Vec<_>>().join(",");
                 Ok((option.to_string(), values.split(',').map(str::to_string).collect()))
             }
             _ => Err(format!("{file}: `{axis}` of its variants is not written OPTION=value,value")),

@@ -53,7 +53,7 @@ impl Bench {
             let prepared = prepare()?;
             // Evicts what the cache holds, reads what was written, so that the cache need not write it while the
             // device is timed, and keeps the device busy while the rest is enqueued.
-            Tensor::zeros([flush], DType::F32, &self.device)?.sum(&[])?;
+            let _ = Tensor::zeros([flush], DType::F32, &self.device)?.sum(&[])?;
             let (time, ()) = self.gpu.time(|| timed(prepared))?;
             if round >= warm {
                 times.push(time);

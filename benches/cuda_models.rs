@@ -109,7 +109,7 @@ impl Bench {
         let tokens = Tensor::generate([1, prompt], DType::I64, &self.device, |i| (i * 37 % 41) as f64)?;
         let filled = || {
             let mut cache = model.cache(1, capacity, &ForwardOptions::default())?;
-            model.extend(&tokens, &[prompt], None, &mut cache)?;
+            let _ = model.extend(&tokens, &[prompt], None, &mut cache)?;
             Ok::<_, Error>(cache)
         };
         let sampling = SamplingConfig { temperature: 0.0, ..SamplingConfig::default() };

@@ -122,7 +122,7 @@ fn main() -> Result<()> {
             let once = || -> Result<(f64, f64)> {
                 let start = Instant::now();
                 let mut first = None;
-                model.generate(&prompt, new, &options, &mut |_| {
+                let _ = model.generate(&prompt, new, &options, &mut |_| {
                     first.get_or_insert_with(Instant::now);
                     true
                 })?;

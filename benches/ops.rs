@@ -11,7 +11,7 @@ use criterion::{Criterion, criterion_group, criterion_main};
 use peak::{Group, Work};
 use x_transformers::{
     DType, Device, Init, IntoShape, ParamStore, Philox, Result, Tape, Tensor,
-    ops::{Activation, NAMES, SampleFilter, SampleSpec},
+    ops::{Activation, NAMES, SampleFilter, SampleSpec, UNARY},
     train::{AdamW, AdamWOptions},
 };
 
@@ -57,19 +57,18 @@ struct Op {
     name: &'static str,
     inputs: Vec<Input>,
     saved: Option<usize>,
-    run: fn(&[Tensor]) -> Result<Tensor>,
+    run: Box<dyn Fn(&[Tensor]) -> Result<Tensor>>,
 }
 
 fn op(name: &'static str, inputs: &[Input], saved: Option<usize>, run: fn(&[Tensor]) -> Result<Tensor>) -> Op {
-    Op { name, inputs: inputs.to_vec(), saved, run }
+    Op { name, inputs: inputs.to_vec(), saved, run: Box::new(run) }
 }
 
-/// In the order of `ops::NAMES`.
 fn ops() -> Vec<Op> {
     use Input::{Constant, Float, Mask, Tokens};
     let (x, two, row) = ([Float(X)], [Float(X), Float(X)], [Float(X), Float(&[1024])]);
     let masks = [Mask(X), Mask(X)];
-    vec![
+    let mut ops = vec![
         op("add_activation", &row, Some(1), |x| x[0].add_activation(&x[1], Activation::Gelu)),
         op("contiguous", &x, Some(0), |x| x[0].transpose(1, 2)?.contiguous()),
         op("to_dtype", &x, Some(0), |x| {
@@ -105,18 +104,6 @@ fn ops() -> Vec<Op> {
         op("add_scale_norm", &[Float(X), Constant(X), Float(&[1])], Some(1), |x| {
             Ok(x[0].add_scale_norm(&x[1], &x[2], 1e-5)?.1)
         }),
-        op("neg", &x, Some(0), |x| x[0].neg()),
-        op("exp", &x, Some(1), |x| x[0].exp()),
-        op("ln", &x, Some(1), |x| x[0].ln()),
-        op("sqrt", &x, Some(1), |x| x[0].sqrt()),
-        op("square", &x, Some(1), |x| x[0].square()),
-        op("sigmoid", &x, Some(1), |x| x[0].sigmoid()),
-        op("tanh", &x, Some(1), |x| x[0].tanh()),
-        op("relu", &x, Some(1), |x| x[0].relu()),
-        op("relu_squared", &x, Some(1), |x| x[0].relu_squared()),
-        op("gelu", &x, Some(1), |x| x[0].gelu()),
-        op("gelu_tanh", &x, Some(1), |x| x[0].gelu_tanh()),
-        op("silu", &x, Some(1), |x| x[0].silu()),
         op("affine", &x, Some(0), |x| x[0].affine(0.5, 1.0)),
         op("add", &row, Some(0), |x| x[0].add(&x[1])),
         op("sub", &two, Some(0), |x| x[0].sub(&x[1])),
@@ -150,7 +137,14 @@ fn ops() -> Vec<Op> {
         op("shift_tokens", &x, Some(0), |x| x[0].shift_tokens(&[0, 1], None)),
         op("softmax", &x, Some(1), |x| x[0].softmax()),
         op("top_k_mask", &x, None, |x| x[0].detach().top_k_mask(64)),
-    ]
+    ];
+    ops.extend(UNARY.iter().map(|&(name, run)| Op {
+        name,
+        inputs: x.to_vec(),
+        saved: Some(usize::from(name != "neg")),
+        run: Box::new(move |x| run(&x[0])),
+    }));
+    ops
 }
 
 fn bytes(tensor: &Tensor) -> usize {

@@ -194,8 +194,8 @@ fn work(params: &ParamMap, plan: &LayersPlan, queries: usize, keys: usize) -> f6
     let scores = plan.layers.iter().map(|layer| match &layer.branch {
         BranchPlan::SelfAttention(attention) => {
             let seen = |query: usize| {
-                let past = attention.max_attend_past.map_or(usize::MAX, |past| past + 1);
-                (keys - queries.min(keys) + query + 1).min(past) + attention.num_mem_kv
+                let behind = keys - queries.min(keys) + query + 1;
+                behind - attention.window.first_key(behind as i64 - 1).max(0) as usize + attention.num_mem_kv
             };
             attention.heads * (attention.dim_qk() + attention.dim_head) * (0..queries).map(seen).sum::<usize>()
         }

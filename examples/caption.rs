@@ -88,7 +88,7 @@ impl Captioner {
         };
         let mut text = String::new();
         let start = Tensor::from_slice(&[BORDER], [1, 1], image.device())?;
-        self.decoder.generate(&start, LENGTH - 1, &options, &mut |tokens| {
+        let _ = self.decoder.generate(&start, LENGTH - 1, &options, &mut |tokens| {
             let byte = tokens.first().and_then(|&token| u8::try_from(token).ok()).filter(|&byte| byte > 0);
             text.extend(byte.map(char::from));
             byte.is_some()

@@ -39,7 +39,7 @@ fn main() -> Result<()> {
 
     let prompt = Tensor::from_slice(b"It was", [6], &device)?;
     print!("It was");
-    trainer.model().generate(&prompt, 100, &GenerateOptions::default(), &mut |bytes| {
+    let _ = trainer.model().generate(&prompt, 100, &GenerateOptions::default(), &mut |bytes| {
         for &byte in bytes {
             print!("{}", char::from_u32(byte as u32).unwrap_or('?'));
         }

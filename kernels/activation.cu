@@ -6,7 +6,7 @@
 // Shapes: y, x, dx, g [rows, columns], packed; bias [columns]; partials [chunks, columns] or none, sums of dx over
 // chunks of rows, which are added elsewhere. T: f32, f64, bf16, f16; computed and summed in f32 (f64 for f64). The
 // activation f is a row of functions.cuh.
-// Variants: DTYPE=f32,f64,bf16,f16 ACTIVATION=ACTIVATION_ROW(*)
+// Variants: DTYPE=FLOATS ACTIVATION=ACTIVATION_ROW(*)
 //
 // A thread takes the packets of a few columns, every eighth row of a chunk (see columns.cuh), some of which are under
 // way at once: it reads the bias once and adds up its columns on the way. Moves 2 sizeof(T) per element forward, 3

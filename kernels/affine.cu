@@ -1,7 +1,7 @@
 // y_i = x_i multiplier + summand, with constants.
 //
 // Shapes: y, x [n], packed. T: f32, f64, bf16, f16, computed in f32 (f64 for f64).
-// Variants: DTYPE=f32,f64,bf16,f16
+// Variants: DTYPE=FLOATS
 //
 // Each thread takes packets a grid apart. Moves 2 sizeof(T) per element; limited by memory bandwidth.
 

@@ -7,6 +7,7 @@
 // keys left, but a bias of -inf for each of them, gives 0; one whose scores overflow to -inf gives NaN.
 
 #include "philox.cuh"
+#include "attention_window.cuh"
 
 typedef Element<T>::Acc Acc;
 
@@ -76,8 +77,8 @@ struct Spec {
     Layout mask_at, bias_at;
     // Keys that `key_mask` leaves out: the memory keys, or none of them.
     i32 unmasked, mem_keys;
-    // Largest distance at which a key is kept. May be as large as queries + keys, not more.
-    i32 past, causal;
+    Window window;
+    i32 causal;
     // Whether each curve is a number times the distance, counted from where the query is.
     i32 linear;
     f64 scale;
@@ -85,12 +86,20 @@ struct Spec {
     f64 factor;
 };
 
+// The same as parameters, inputs and values; and a Spec of these.
+#define SPEC_INPUTS const bool* mask, const bool* query_mask, const bool* key_mask, const T* bias, const Acc* curves
+#define SPEC_VALUES Layout mask_at, Layout bias_at, i32 unmasked, i32 mem_keys, WINDOW_VALUES, i32 causal, i32 linear, \
+                    f64 scale, u64 seed, u64 stream, u64 threshold, f64 factor
+#define SPEC {mask, query_mask, key_mask, bias, curves, mask_at, bias_at, unmasked, mem_keys, WINDOW, causal, linear, \
+              scale, seed, stream, threshold, factor}
+
 // The scores of one head. Kernels keep it in shared memory: it would take some forty registers of every thread.
 struct Scores {
     i32 queries, keys;
     // A query's position among the keys is its number + shift.
     i32 shift;
-    i32 mem_keys, past;
+    i32 mem_keys;
+    Window window;
     bool causal, drops, linear;
     Acc scale, factor;
     // Weights are summed as this power of two of themselves, so that no mean of finite values leaves the range of
@@ -111,7 +120,7 @@ struct Scores {
     __device__ __forceinline__ void set(
         const Spec& spec, i32 batch, i32 head, i32 heads, i32 query_count, i32 key_count) {
         queries = query_count, keys = key_count, shift = keys - queries;
-        mem_keys = spec.mem_keys, past = spec.past, causal = spec.causal;
+        mem_keys = spec.mem_keys, window = spec.window, causal = spec.causal;
         scale = (Acc)spec.scale, factor = (Acc)spec.factor;
         part = 1;
         if constexpr (!IS_F16) {
@@ -136,14 +145,14 @@ struct Scores {
         slope = linear ? curve[shift + 1] : 0;
     }
 
-    // The keys that causality and the maximum past leave to one of the queries `first` to `last`.
+    // The keys that causality and the window leave to one of the queries `first` to `last`.
     __device__ __forceinline__ Span keys_of(i32 first, i32 last) const {
-        return span(first + shift - past, causal ? last + shift + 1 : keys, keys);
+        return span(window.first_key(first + shift), causal ? last + shift + 1 : keys, keys);
     }
 
     // The queries to which they leave one of the keys `first` to `last`.
     __device__ __forceinline__ Span queries_of(i32 first, i32 last) const {
-        return span(causal ? first - shift : 0, last - shift + past + 1, queries);
+        return span(causal ? first - shift : 0, window.last_position(last) - shift + 1, queries);
     }
 
     // Whether the padding keeps one of `count` keys, at least one of which exists; whether it masks one of them, or one
@@ -167,7 +176,7 @@ struct Scores {
         return inside(query, key, rows, columns) && !mask && !curve && !bias && !pads_keys(key, columns);
     }
 
-    // Whether all scores of a tile exist, and causality, the maximum past and the queries' padding keep them.
+    // Whether all scores of a tile exist, and causality, the window and the queries' padding keep them.
     __device__ __forceinline__ bool inside(i32 query, i32 key, i32 rows, i32 columns) const {
         // A key that both the first and the last query keep is kept by those between them.
         const Span all = {keys_of(query + rows - 1, query).start, keys_of(query, query).end};
@@ -186,7 +195,7 @@ struct Scores {
         return all_exist && scale > 0 && !mask && !curve && !bias && !key_mask && !query_mask;
     }
 
-    // The keys that causality, the maximum past and a query's own padding leave to it.
+    // The keys that causality, the window and a query's own padding leave to it.
     __device__ __forceinline__ Span kept(i32 query) const {
         Span kept = keys_of(query, query);
         if (query_mask && !query_mask[query]) kept.end = min(kept.end, mem_keys);

@@ -22,7 +22,7 @@
 //
 // Scores of one tile cost 2 d operations, their gradients 2 e more, each result 2 d or 2 e: limited by multiply-adds.
 //
-// Variants: DTYPE=f32,f64,bf16,f16
+// Variants: DTYPE=FLOATS
 
 #include "common.cuh"
 #include "attention.cuh"
@@ -96,10 +96,8 @@ extern "C" __global__ void attention_bwd_delta(
 // nor is a null `dq`. `position` [batch, heads, tiles of queries, parameters].
 extern "C" __global__ void __launch_bounds__(TILE_THREADS, 2) attention_bwd_queries(
     T* dq, Acc* position, const T* grad, const T* q, const T* k, const T* v, const Statistics* statistics, const Acc*
-    delta, const i64* bucket_of, const bool* mask, const bool* query_mask, const bool* key_mask, const T* bias, const
-    Acc* curves, Layout dq_at, Layout grad_at, Layout q_at, Layout k_at, Layout v_at, i32 parameters, i32 reach, i32
-    behind, Layout mask_at, Layout bias_at, i32 unmasked, i32 mem_keys, i32 past, i32 causal, i32 linear, f64 scale,
-    u64 seed, u64 stream, u64 threshold, f64 factor) {
+    delta, const i64* bucket_of, SPEC_INPUTS, Layout dq_at, Layout grad_at, Layout q_at, Layout k_at, Layout v_at, i32
+    parameters, i32 reach, i32 behind, SPEC_VALUES) {
     __shared__ Shared shared;
     __shared__ PositionTile<TILE, TILE, Acc> position_tile;
     const i32 heads = q_at.dims[1], queries = q_at.dims[2], keys = k_at.dims[2];
@@ -107,9 +105,7 @@ extern "C" __global__ void __launch_bounds__(TILE_THREADS, 2) attention_bwd_quer
     const i32 batch = index / heads, head = index % heads;
     const i32 query = (tiles - 1 - blockIdx.x % tiles) * TILE, column = blockIdx.y * GROUPS * TILE;
     if (threadIdx.x == 0) {
-        const Spec spec = {mask,     query_mask, key_mask, bias,   curves, mask_at, bias_at, unmasked,
-                           mem_keys, past,       causal,   linear, scale,  seed,    stream,  threshold,
-                           factor};
+        const Spec spec = SPEC;
         const i32 kv_head = head / (heads / (i32)k_at.dims[1]);
         shared.of_head.set(spec, batch, head, heads, queries, keys);
         shared.q.set(q, q_at, batch, head);
@@ -153,9 +149,7 @@ extern "C" __global__ void __launch_bounds__(TILE_THREADS, 2) attention_bwd_quer
 // A null `dk` or `dv` is not wanted. blockIdx.y counts groups of tiles of dv, then those of dk.
 extern "C" __global__ void __launch_bounds__(TILE_THREADS, 2) attention_bwd_keys(
     T* dk, T* dv, const T* grad, const T* q, const T* k, const T* v, const Statistics* statistics, const Acc* delta,
-    const bool* mask, const bool* query_mask, const bool* key_mask, const T* bias, const Acc* curves, Layout dk_at,
-    Layout dv_at, Layout grad_at, Layout q_at, Layout k_at, Layout v_at, Layout mask_at, Layout bias_at, i32 unmasked,
-    i32 mem_keys, i32 past, i32 causal, i32 linear, f64 scale, u64 seed, u64 stream, u64 threshold, f64 factor) {
+    SPEC_INPUTS, Layout dk_at, Layout dv_at, Layout grad_at, Layout q_at, Layout k_at, Layout v_at, SPEC_VALUES) {
     __shared__ Shared shared;
     const i32 heads = q_at.dims[1], queries = q_at.dims[2], kv_heads = k_at.dims[1], keys = k_at.dims[2];
     const i32 tiles = ceil_div(keys, TILE), index = blockIdx.x / tiles, members = heads / kv_heads;
@@ -168,9 +162,7 @@ extern "C" __global__ void __launch_bounds__(TILE_THREADS, 2) attention_bwd_keys
     for (i32 head = kv_head * members; head < (kv_head + 1) * members; ++head) {
         __syncthreads();
         if (threadIdx.x == 0) {
-            const Spec spec = {mask,     query_mask, key_mask, bias,   curves, mask_at, bias_at, unmasked,
-                               mem_keys, past,       causal,   linear, scale,  seed,    stream,  threshold,
-                               factor};
+            const Spec spec = SPEC;
             shared.of_head.set(spec, batch, head, heads, queries, keys);
             shared.q.set(q, q_at, batch, head);
             shared.k.set(k, k_at, batch, kv_head);
@@ -220,10 +212,8 @@ extern "C" __global__ void __launch_bounds__(TILE_THREADS, 2) attention_bwd_keys
 
 // dbias [batch or 1, heads or 1, query or 1, key or 1], packed; `dbias_at` has these sizes.
 extern "C" __global__ void __launch_bounds__(TILE_THREADS, 2) attention_bwd_bias(
-    T* dbias, const T* grad, const T* q, const T* k, const T* v, const Statistics* statistics, const Acc* delta, const
-    bool* mask, const bool* query_mask, const bool* key_mask, const T* bias, const Acc* curves, Layout dbias_at,
-    Layout grad_at, Layout q_at, Layout k_at, Layout v_at, Layout mask_at, Layout bias_at, i32 unmasked, i32 mem_keys,
-    i32 past, i32 causal, i32 linear, f64 scale, u64 seed, u64 stream, u64 threshold, f64 factor) {
+    T* dbias, const T* grad, const T* q, const T* k, const T* v, const Statistics* statistics, const Acc* delta,
+    SPEC_INPUTS, Layout dbias_at, Layout grad_at, Layout q_at, Layout k_at, Layout v_at, SPEC_VALUES) {
     __shared__ Shared shared;
     const i32 batches = q_at.dims[0], heads = q_at.dims[1], queries = q_at.dims[2], keys = k_at.dims[2];
     const i32 own_heads = dbias_at.dims[1], rows = dbias_at.dims[2], columns = dbias_at.dims[3];
@@ -242,9 +232,7 @@ extern "C" __global__ void __launch_bounds__(TILE_THREADS, 2) attention_bwd_bias
         for (i32 head = head_span.start; head < head_span.end; ++head) {
             __syncthreads();
             if (threadIdx.x == 0) {
-                const Spec spec = {mask,     query_mask, key_mask, bias,   curves, mask_at, bias_at, unmasked,
-                                   mem_keys, past,       causal,   linear, scale,  seed,    stream,  threshold,
-                                   factor};
+                const Spec spec = SPEC;
                 const i32 kv_head = head / (heads / (i32)k_at.dims[1]);
                 shared.of_head.set(spec, batch, head, heads, queries, keys);
                 shared.q.set(q, q_at, batch, head);

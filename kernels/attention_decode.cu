@@ -16,9 +16,10 @@
 // bandwidth, for short caches of few heads and sequences by latency. Nothing that the host passes grows with the
 // sequence, so that a graph can hold the launch.
 //
-// Variants: DTYPE=f32,f64,bf16,f16 QUERIES=1,4
+// Variants: DTYPE=FLOATS QUERIES=1,4
 
 #include "common.cuh"
+#include "attention_window.cuh"
 
 typedef Element<T>::Acc Acc;
 
@@ -45,7 +46,7 @@ __device__ __forceinline__ i32 lanes_of(i32 features) {
     return lanes;
 }
 
-// A query, and the keys that causality, the farthest past and the padding of the queries leave to it.
+// A query, and the keys that causality, the window and the padding of the queries leave to it.
 struct Query {
     i32 head, i, position, start, end;
 };
@@ -61,7 +62,7 @@ constexpr i32 BLOCKS = QUERIES > 1 ? 3 : __CUDA_ARCH__ >= 900 ? 5 : 4;
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     attention_decode(Acc* sums, Acc* statistics, const T* q, const T* k, const T* v, const i64* ends,
                      const bool* key_mask, const bool* query_mask, const Acc* curves, Layout q_at, Layout k_at,
-                     Layout v_at, i32 front, i32 mem_keys, i32 past, i32 distances, i32 parts, f64 scale) {
+                     Layout v_at, i32 front, i32 mem_keys, WINDOW_VALUES, i32 distances, i32 parts, f64 scale) {
     __shared__ Query shared_queries[QUERIES];
     __shared__ Acc scores[QUERIES][PART];
     __shared__ Acc of_warps[WARPS][QUERIES][32 * LANES];
@@ -77,7 +78,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     if (thread < QUERIES) {
         const i32 index = tile * QUERIES + thread, i = index % queries;
         const i32 position = front + (i32)ends[b] + i;
-        i32 start = position > past ? position - past : 0, end = min(position + 1, capacity);
+        i32 start = max(Window WINDOW.first_key(position), 0), end = min(position + 1, capacity);
         if (query_mask && !query_mask[(i64)b * queries + i]) end = min(end, mem_keys);
         if (thread >= count) end = 0;
         shared_queries[thread] = {kv_head * group + index / queries, i, position, min(start, end), end};

@@ -12,7 +12,7 @@
 // 2 (d + e) operations per score and 2 sizeof(T) (d + e) bytes of keys and values per TILE scores, from the caches:
 // limited by multiply-adds.
 //
-// Variants: DTYPE=f32,f64,bf16,f16
+// Variants: DTYPE=FLOATS
 
 #include "common.cuh"
 #include "attention.cuh"
@@ -22,19 +22,15 @@
 constexpr i32 GROUPS = 2;
 
 extern "C" __global__ void __launch_bounds__(TILE_THREADS, 2) attention_fwd(
-    T* out, Statistics* statistics, T* residual, const T* q, const T* k, const T* v, const bool* mask, const bool*
-    query_mask, const bool* key_mask, const T* bias, const Acc* curves, Layout out_at, Layout q_at, Layout k_at,
-    Layout v_at, Layout mask_at, Layout bias_at, i32 unmasked, i32 mem_keys, i32 past, i32 causal, i32 linear, f64
-    scale, u64 seed, u64 stream, u64 threshold, f64 factor) {
+    T* out, Statistics* statistics, T* residual, const T* q, const T* k, const T* v, SPEC_INPUTS, Layout out_at,
+    Layout q_at, Layout k_at, Layout v_at, SPEC_VALUES) {
     __shared__ Shared shared;
     const i32 heads = q_at.dims[1], queries = q_at.dims[2], keys = k_at.dims[2];
     const i32 tiles = ceil_div(queries, TILE), index = blockIdx.x / tiles;
     const i32 batch = index / heads, head = index % heads;
     const i32 query = (tiles - 1 - blockIdx.x % tiles) * TILE, column = blockIdx.y * GROUPS * TILE;
     if (threadIdx.x == 0) {
-        const Spec spec = {mask,     query_mask, key_mask, bias,   curves, mask_at, bias_at, unmasked,
-                           mem_keys, past,       causal,   linear, scale,  seed,    stream,  threshold,
-                           factor};
+        const Spec spec = SPEC;
         const i32 kv_head = head / (heads / (i32)k_at.dims[1]);
         shared.of_head.set(spec, batch, head, heads, queries, keys);
         shared.q.set(q, q_at, batch, head);

@@ -8,7 +8,7 @@
 // with the gradients and the queries as they lie in the registers. Three products for the one and four for the other,
 // two of which are the same: adding nothing atomically costs 7 products where 5 would do.
 //
-// Variants: DTYPE=bf16,f16 HEAD=32,64,128
+// Variants: DTYPE=HALVES HEAD=32,64,128
 
 #include "common.cuh"
 
@@ -20,10 +20,8 @@
 
 extern "C" __global__ void __launch_bounds__(MMA_THREADS, 2) attention_mma_bwd_queries(
     T* dq, f32* position, const T* grad, const T* q, const T* k, const T* v, const Statistics* statistics, const f32*
-    delta, const i64* bucket_of, const bool* mask, const bool* query_mask, const bool* key_mask, const T* bias, const
-    f32* curves, Layout dq_at, Layout grad_at, Layout q_at, Layout k_at, Layout v_at, i32 parameters, i32 reach, i32
-    behind, Layout mask_at, Layout bias_at, i32 unmasked, i32 mem_keys, i32 past, i32 causal, i32 linear, f64 scale,
-    u64 seed, u64 stream, u64 threshold, f64 factor) {
+    delta, const i64* bucket_of, SPEC_INPUTS, Layout dq_at, Layout grad_at, Layout q_at, Layout k_at, Layout v_at, i32
+    parameters, i32 reach, i32 behind, SPEC_VALUES) {
 #if __CUDA_ARCH__ >= 800
     constexpr i32 M = HEAD == 128 ? 1 : 2, N = HEAD == 32 ? 64 : 32, ROWS = 16 * M * WARPS;
     extern __shared__ uint4 memory[];
@@ -35,9 +33,7 @@ extern "C" __global__ void __launch_bounds__(MMA_THREADS, 2) attention_mma_bwd_q
     const i32 tiles = ceil_div(queries, ROWS), index = blockIdx.x / tiles;
     const i32 batch = index / heads, head = index % heads, first = (tiles - 1 - blockIdx.x % tiles) * ROWS;
     if (threadIdx.x == 0) {
-        const Spec spec = {mask,     query_mask, key_mask, bias,   curves, mask_at, bias_at, unmasked,
-                           mem_keys, past,       causal,   linear, scale,  seed,    stream,  threshold,
-                           factor};
+        const Spec spec = SPEC;
         const i32 kv_head = head / (heads / (i32)k_at.dims[1]);
         scores.set(spec, batch, head, heads, queries, keys);
         q_rows.set(q, q_at, batch, head);
@@ -128,9 +124,7 @@ extern "C" __global__ void __launch_bounds__(MMA_THREADS, 2) attention_mma_bwd_q
 
 extern "C" __global__ void __launch_bounds__(MMA_THREADS, 2) attention_mma_bwd_keys(
     T* dk, T* dv, const T* grad, const T* q, const T* k, const T* v, const Statistics* statistics, const f32* delta,
-    const bool* mask, const bool* query_mask, const bool* key_mask, const T* bias, const f32* curves, Layout dk_at,
-    Layout dv_at, Layout grad_at, Layout q_at, Layout k_at, Layout v_at, Layout mask_at, Layout bias_at, i32 unmasked,
-    i32 mem_keys, i32 past, i32 causal, i32 linear, f64 scale, u64 seed, u64 stream, u64 threshold, f64 factor) {
+    SPEC_INPUTS, Layout dk_at, Layout dv_at, Layout grad_at, Layout q_at, Layout k_at, Layout v_at, SPEC_VALUES) {
 #if __CUDA_ARCH__ >= 800
     constexpr i32 M = 1, N = HEAD == 128 ? 32 : 64, ROWS = 16 * M * WARPS;
     extern __shared__ uint4 memory[];
@@ -149,9 +143,7 @@ extern "C" __global__ void __launch_bounds__(MMA_THREADS, 2) attention_mma_bwd_k
     const auto set_head = [&](i32 head) {
         __syncthreads();
         if (threadIdx.x == 0) {
-            const Spec spec = {mask,     query_mask, key_mask, bias,   curves, mask_at, bias_at, unmasked,
-                               mem_keys, past,       causal,   linear, scale,  seed,    stream,  threshold,
-                               factor};
+            const Spec spec = SPEC;
             scores.set(spec, batch, head, heads, queries, keys);
         }
         __syncthreads();

@@ -8,7 +8,7 @@
 // M = 2 reads each fragment of keys and values for two products, which halves the traffic of shared memory; that, and
 // not the tensor cores, limits M = 1. N is what registers allow without spills.
 //
-// Variants: DTYPE=bf16,f16 HEAD=32,64,128
+// Variants: DTYPE=HALVES HEAD=32,64,128
 
 #include "common.cuh"
 
@@ -18,10 +18,8 @@
 #include "attention_mma.cuh"
 
 extern "C" __global__ void __launch_bounds__(MMA_THREADS, 2) attention_mma_fwd(
-    T* out, Statistics* statistics, T* residual, const T* q, const T* k, const T* v, const bool* mask, const bool*
-    query_mask, const bool* key_mask, const T* bias, const f32* curves, Layout out_at, Layout q_at, Layout k_at,
-    Layout v_at, Layout mask_at, Layout bias_at, i32 unmasked, i32 mem_keys, i32 past, i32 causal, i32 linear, f64
-    scale, u64 seed, u64 stream, u64 threshold, f64 factor) {
+    T* out, Statistics* statistics, T* residual, const T* q, const T* k, const T* v, SPEC_INPUTS, Layout out_at,
+    Layout q_at, Layout k_at, Layout v_at, SPEC_VALUES) {
 #if __CUDA_ARCH__ >= 800
     constexpr i32 M = 2, N = HEAD == 128 ? 32 : 64, ROWS = 16 * M * WARPS;
     extern __shared__ uint4 memory[];
@@ -34,9 +32,7 @@ extern "C" __global__ void __launch_bounds__(MMA_THREADS, 2) attention_mma_fwd(
     const i32 batch = index / heads, head = index % heads, first = (tiles - 1 - blockIdx.x % tiles) * ROWS;
     if (threadIdx.x == 0) {
         lower = 0;
-        const Spec spec = {mask,     query_mask, key_mask, bias,   curves, mask_at, bias_at, unmasked,
-                           mem_keys, past,       causal,   linear, scale,  seed,    stream,  threshold,
-                           factor};
+        const Spec spec = SPEC;
         const i32 kv_head = head / (heads / (i32)k_at.dims[1]);
         scores.set(spec, batch, head, heads, queries, keys);
         q_rows.set(q, q_at, batch, head);

@@ -8,7 +8,7 @@
 // Products whose operands are in the registers run while the next tile's weights are computed: their tiles stay in
 // one of three stages. The gradient of position biases is that of attention_mma_bwd.cu.
 //
-// Variants: DTYPE=bf16,f16 HEAD=64,128
+// Variants: DTYPE=HALVES HEAD=64,128
 
 #include "common.cuh"
 
@@ -50,10 +50,8 @@ struct Place {
 
 extern "C" __global__ void __launch_bounds__(BACKWARD_THREADS, 1) attention_wgmma_bwd_queries(
     T* dq, f32* position, const T* grad, const T* q, const T* k, const T* v, const Statistics* statistics, const f32*
-    delta, const i64* bucket_of, const bool* mask, const bool* query_mask, const bool* key_mask, const T* bias, const
-    f32* curves, Layout dq_at, Layout grad_at, Layout q_at, Layout k_at, Layout v_at, i32 parameters, i32 reach, i32
-    behind, Layout mask_at, Layout bias_at, i32 unmasked, i32 mem_keys, i32 past, i32 causal, i32 linear, f64 scale,
-    u64 seed, u64 stream, u64 threshold, f64 factor) {
+    delta, const i64* bucket_of, SPEC_INPUTS, Layout dq_at, Layout grad_at, Layout q_at, Layout k_at, Layout v_at, i32
+    parameters, i32 reach, i32 behind, SPEC_VALUES) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
     constexpr i32 N = 64;
     typedef WgmmaTile<N, HEAD> PassingTile;
@@ -66,9 +64,7 @@ extern "C" __global__ void __launch_bounds__(BACKWARD_THREADS, 1) attention_wgmm
     const Place place(tiles);
     const i32 index = place.head, batch = index / heads, head = index % heads, first = (tiles - 1 - place.tile) * ROWS;
     if (threadIdx.x == 0) {
-        const Spec spec = {mask,     query_mask, key_mask, bias,   curves, mask_at, bias_at, unmasked,
-                           mem_keys, past,       causal,   linear, scale,  seed,    stream,  threshold,
-                           factor};
+        const Spec spec = SPEC;
         const i32 kv_head = head / (heads / (i32)k_at.dims[1]);
         scores.set(spec, batch, head, heads, queries, keys);
         q_rows.set(q, q_at, batch, head);
@@ -165,9 +161,7 @@ extern "C" __global__ void __launch_bounds__(BACKWARD_THREADS, 1) attention_wgmm
 
 extern "C" __global__ void __launch_bounds__(BACKWARD_THREADS, 1) attention_wgmma_bwd_keys(
     T* dk, T* dv, const T* grad, const T* q, const T* k, const T* v, const Statistics* statistics, const f32* delta,
-    const bool* mask, const bool* query_mask, const bool* key_mask, const T* bias, const f32* curves, Layout dk_at,
-    Layout dv_at, Layout grad_at, Layout q_at, Layout k_at, Layout v_at, Layout mask_at, Layout bias_at, i32 unmasked,
-    i32 mem_keys, i32 past, i32 causal, i32 linear, f64 scale, u64 seed, u64 stream, u64 threshold, f64 factor) {
+    SPEC_INPUTS, Layout dk_at, Layout dv_at, Layout grad_at, Layout q_at, Layout k_at, Layout v_at, SPEC_VALUES) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
     // Wide heads leave no registers for operands of products that run beside the next tile.
     constexpr i32 N = 64, STAGES = 3;
@@ -196,9 +190,7 @@ extern "C" __global__ void __launch_bounds__(BACKWARD_THREADS, 1) attention_wgmm
     const auto set_head = [&](i32 head) {
         __syncthreads();
         if (threadIdx.x == 0) {
-            const Spec spec = {mask,     query_mask, key_mask, bias,   curves, mask_at, bias_at, unmasked,
-                               mem_keys, past,       causal,   linear, scale,  seed,    stream,  threshold,
-                               factor};
+            const Spec spec = SPEC;
             scores.set(spec, here(batch), head, heads, queries, keys);
         }
         __syncthreads();

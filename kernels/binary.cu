@@ -4,9 +4,9 @@
 // dimensions the host has merged where both layouts allow it. FUNCTION names a row below, one for each row of the
 // tables in src/ops/binary.rs and compare.rs. Arithmetic gives a T, computed in f32 for half types, the others bool.
 // Integers wrap around.
-// Variants: DTYPE=f32,f64,bf16,f16 FUNCTION=add,sub,mul,div
+// Variants: DTYPE=FLOATS FUNCTION=add,sub,mul,div
 // Variants: DTYPE=i64 FUNCTION=add,sub,mul
-// Variants: DTYPE=f32,f64,bf16,f16,i64,bool FUNCTION=eq,ne,lt,le,gt,ge
+// Variants: DTYPE=FLOATS,i64,bool FUNCTION=eq,ne,lt,le,gt,ge
 // Variants: DTYPE=bool FUNCTION=logical_and,logical_or,logical_not
 //
 // Each thread takes packets a grid apart where the last dimension of each operand is packed or repeated, else single

@@ -3,7 +3,7 @@
 //
 // Shapes: y [batch, heads, rows, d] packed, x the same of any layout with packed features, table [positions, 2 pairs],
 // cosines then sines, ends [batch]. T: f32, f64, bf16, f16; table in f32 (f64 for f64).
-// Variants: DTYPE=f32,f64,bf16,f16
+// Variants: DTYPE=FLOATS
 //
 // A thread takes elements a grid apart. Moves 3 sizeof(T) per element. The few rows of a step are limited by latency.
 

@@ -3,7 +3,7 @@
 //
 // Shapes: y [batch, rows, columns], x [batch, capacity, columns] with the rows of the step in it, mask (bool) [batch,
 // capacity] or none, amounts [chunks], each for `chunk` features, ends [batch]; all packed. T: f32, f64, bf16, f16.
-// Variants: DTYPE=f32,f64,bf16,f16
+// Variants: DTYPE=FLOATS
 //
 // A thread takes elements a grid apart. Moves 2 sizeof(T) per element. The few rows of a step are limited by latency.
 

@@ -3,7 +3,7 @@
 //
 // Shapes: y [batch, heads, capacity, d] packed, x [batch, heads, rows, d] of any layout with packed features, ends
 // [batch]. T: every dtype but i64.
-// Variants: DTYPE=f32,f64,bf16,f16,bool
+// Variants: DTYPE=FLOATS,bool
 //
 // A thread takes elements a grid apart. Moves 2 sizeof(T) per element. The few rows of a step are limited by latency.
 

@@ -1,6 +1,8 @@
 // What kernels share: element types, layouts, 128-bit packets, and reductions over the threads of a row.
 //
 // A source is compiled once per element type, named like the crate's dtype: -DDTYPE=f32, f64, bf16, f16, i64 or bool.
+// Names for several of them, which the variants of a source may use:
+// Types: FLOATS=f32,f64,bf16,f16 HALVES=bf16,f16
 // Sources call it T; the option cannot be -DT itself, because NVRTC's built-in headers have template parameters T.
 // NVRTC has no include path, so that half types are defined here, with conversions by PTX where the card has them.
 

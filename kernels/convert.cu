@@ -2,7 +2,7 @@
 //
 // Shapes: y, x [n], packed. T and FROM: every dtype. Floats round to nearest even, once; to integers they truncate,
 // with NaN to 0 and numbers that are too large to the largest; to bool they ask for "not 0".
-// Variants: DTYPE=f32,f64,bf16,f16,i64,bool FROM=f32,f64,bf16,f16,i64,bool
+// Variants: DTYPE=FLOATS,i64,bool FROM=FLOATS,i64,bool
 //
 // Each thread takes packets a grid apart, 16 bytes of the wider type. Moves sizeof(T) + sizeof(FROM) per element.
 // Limited by memory bandwidth; from and to the integers on consumer cards by their few units for f64.

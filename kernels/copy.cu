@@ -3,7 +3,7 @@
 // Shapes: n elements of one shape on both sides, whose dimensions the host has merged where both layouts allow it: a
 // transposed, sliced or broadcast tensor to a packed one, or a tensor to its part of a larger one. No element of y is
 // written twice. T: every dtype; sums of integers are not used.
-// Variants: DTYPE=f32,f64,bf16,f16,i64,bool
+// Variants: DTYPE=FLOATS,i64,bool
 //
 // copy_strided and copy_add: each thread takes elements a grid apart, so that writes are coalesced; where the innermost
 // dimension is packed and everything is aligned to 128 bits, it takes 16 bytes at a time instead of one element.

@@ -9,7 +9,7 @@
 // Shapes: x, dx [rows, pitch] packed, of which the first `columns` columns count (in the others dx is 0), targets,
 // losses [rows], statistics [rows, 2] maximum and 1 / sum, loss, g and count one element. T: f32, f64, bf16, f16;
 // statistics, loss and g in f32 (f64 for f64), losses and their mean in f64.
-// Variants: DTYPE=f32,f64,bf16,f16
+// Variants: DTYPE=FLOATS
 //
 // One row per warp, or per block for long rows (see for_row), forward by instructions of the card for half types, which
 // fast.cuh bounds the error of; the mean by one block, in an order that the number of

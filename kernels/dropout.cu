@@ -3,7 +3,7 @@
 //
 // Shapes: y, x, residual [n], packed; y may be x; residual may be none, which counts as 0. T: f32, f64, bf16, f16;
 // computed in f32 (f64 for f64).
-// Variants: DTYPE=f32,f64,bf16,f16
+// Variants: DTYPE=FLOATS
 //
 // Each thread takes groups of 16 bytes or more that begin with a block of four words, a grid apart.
 // Moves 2 sizeof(T) per element, 3 with a residual. Limited by memory bandwidth; half types also by the 32-bit

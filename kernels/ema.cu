@@ -1,7 +1,7 @@
 // The moving averages of many parameters at once: average += weight (value - average).
 //
 // Shapes: any; a row of the table has the addresses of the average (f32, f64 for f64) and of the value (T).
-// Variants: DTYPE=f32,f64,bf16,f16
+// Variants: DTYPE=FLOATS
 //
 // A block takes a chunk of a tensor (see many.cuh), its threads groups of elements. Moves 12 bytes per f32 parameter,
 // 10 per half one. Limited by memory bandwidth.

@@ -5,7 +5,7 @@
 //
 // Shapes: table, dtable [tokens, dim], indices [count], y, g [count, dim], keys [padded], all packed; count and tokens
 // below 2^31. T: f32, f64, bf16, f16; sums in f32 (f64 for f64).
-// Variants: DTYPE=f32,f64,bf16,f16
+// Variants: DTYPE=FLOATS
 //
 // Forward: a warp or a block copies a row (see for_row). An index outside of the table is reported, its row is zero.
 // Backward, without atomics and in an order that does not depend on the threads: keys `index 2^32 + i` are sorted by a

@@ -4,7 +4,7 @@
 //   backward: dx_j = s_j (g_j - sum_k s_k g_k / sum_k s_k) with s = sqrt(y)
 //
 // Shapes: y, x, dx, g [rows, columns], packed. T: f32, f64, bf16, f16; statistics in f32 (f64 for f64).
-// Variants: DTYPE=f32,f64,bf16,f16
+// Variants: DTYPE=FLOATS
 //
 // One row per warp, or per block for long rows (see for_row); rows are a grid apart. t is a root of
 // f(t) = sum_j max(z_j - t, 0)^2 - 1, which is convex and falls: Newton's method from t = -1, where f >= 0, climbs to

@@ -2,7 +2,7 @@
 //
 // Shapes: y [n]. T: every dtype, to which `value` is rounded. Each thread takes elements a grid apart.
 // Moves sizeof(T) per element, written only; limited by memory bandwidth.
-// Variants: DTYPE=f32,f64,bf16,f16,i64,bool
+// Variants: DTYPE=FLOATS,i64,bool
 
 #include "common.cuh"
 

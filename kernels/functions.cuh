@@ -1,4 +1,4 @@
-// The functions of one number: a row for each row of the table in src/ops/pointwise.rs.
+// The functions of one number: a row for each row of the table in src/ops/pointwise/mod.rs.
 
 #include "fast.cuh"
 
@@ -86,9 +86,11 @@ ROW(square, INPUT, x * x, twice(g * kept))
 ACTIVATION_ROW(sigmoid, INPUT, logistic(x), g * logistic_slope(kept))
 ROW(tanh, INPUT, ::tanh(x), g * (4 * logistic_slope(kept + kept)))
 // No gradient where x <= 0, which is not where x > 0 is false: NaN lets it pass.
-ROW(relu, OUTPUT, positive(x), kept <= 0 ? 0 : g)
+ACTIVATION_ROW(relu, OUTPUT, positive(x), kept <= 0 ? 0 : g)
 ACTIVATION_ROW(relu_squared, INPUT, positive(x) * positive(x), kept <= 0 ? 0 : twice(g * kept))
 ACTIVATION_ROW(gelu, INPUT, x * normal_cdf(x), g * (normal_cdf(kept) + kept * normal_pdf(kept)))
 ACTIVATION_ROW(gelu_tanh, INPUT, x * gelu_gate(x), g * (gelu_gate(kept) + kept * gelu_gate_slope(kept)))
 ACTIVATION_ROW(silu, INPUT, x * logistic(x), g * (logistic(kept) * (1 + kept * (1 - logistic(kept)))))
+ACTIVATION_ROW(quick_gelu, INPUT, x * logistic(x * Acc(1.702)),
+               g * (logistic(kept * Acc(1.702)) + kept * (logistic_slope(kept * Acc(1.702)) * Acc(1.702))))
 } // namespace function

@@ -5,7 +5,7 @@
 //             dh = g z, di = [dr, dz, dn], du = [dr, dz, dn r]
 //
 // Shapes: y, h, g, dh [rows, columns]; i, u, di, du [rows, 3 columns]; all packed. T: f32, f64, bf16, f16.
-// Variants: DTYPE=f32,f64,bf16,f16
+// Variants: DTYPE=FLOATS
 //
 // One row per warp, or per block for long rows (see for_row); rows are a grid apart. Moves 8 sizeof(T) per element of y
 // forward and 15 backward. Limited by memory bandwidth.

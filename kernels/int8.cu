@@ -2,7 +2,7 @@
 //
 // Shapes: y [count, rows], x [count, columns], w [rows, columns] integers from -127 to 127, scales [rows]
 // f32, bias [rows] or none; all packed. T: f32, f64, bf16, f16; sums in f32 (f64 for f64).
-// Variants: DTYPE=f32,f64,bf16,f16
+// Variants: DTYPE=FLOATS
 //
 // A warp owns a row of the weights and reads it once for INPUTS of the inputs, 16 bytes a load; the inputs, a few, stay
 // in the caches. One byte per weight and INPUTS inputs. Limited by memory bandwidth for one input.

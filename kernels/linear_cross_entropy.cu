@@ -7,7 +7,7 @@
 //
 // Shapes: x, dx [rows, pitch] packed, of which the first `columns` columns count (in the others dx is 0), targets
 // [rows], statistics [rows, 2] maximum and 1 / sum. T: bf16, f16; the rest in f32.
-// Variants: DTYPE=bf16,f16
+// Variants: DTYPE=HALVES
 //
 // One row per warp, or per block for long rows (see Grid::rows); exponentials by fast.cuh. Moves 6 bytes per element;
 // limited by memory bandwidth.

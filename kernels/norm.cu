@@ -12,7 +12,7 @@
 // Shapes: y, sum, x, residual, dx, g, onto [rows, columns], packed; statistics [rows, 2] mean and inverse, or [rows, 1]
 // inverse alone; weight [columns], [1] or none, bias [columns] or none; partials [chunks, 2 columns], sums for weight
 // and for bias. T: f32, f64, bf16, f16; statistics and sums in f32 (f64 for f64). The norm is that of the rounded sum.
-// Variants: DTYPE=f32,f64,bf16,f16
+// Variants: DTYPE=FLOATS
 //
 // norm_fwd and norm_bwd: a row for one warp, or several of a block of its own, which hold it in registers, up to HELD
 // packets a thread; the rest of a longer row is read again, from the caches if it stays there. The variance is that of

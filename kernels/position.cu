@@ -8,7 +8,7 @@
 // Shapes: y, g [heads, queries, keys]; table, dtable [heads, buckets]; bucket_of [queries + keys - 1], the bucket of
 // each diagonal j - i + queries - 1; sums [heads, chunks, queries + keys - 1]; sinusoids [positions, 2 half] of
 // frequencies [half]. T: f32, f64, bf16, f16; sums in f32 (f64 for f64), sinusoids in f64, rounded once.
-// Variants: DTYPE=f32,f64,bf16,f16
+// Variants: DTYPE=FLOATS
 //
 // Forward, one row of keys per warp, or per block for long rows (see for_row). Backward, first a thread adds one
 // diagonal over a chunk of the queries, its neighbours being on the diagonals beside it, so that reads are coalesced;

@@ -2,7 +2,7 @@
 //
 // Shapes: y [n] packed; g, a and b any layouts of its shape, with step 0 along the dimensions in which they repeat, as
 // the host has merged them. T: f32, f64, bf16, f16, computed in f64.
-// Variants: DTYPE=f32,f64,bf16,f16
+// Variants: DTYPE=FLOATS
 //
 // No factor leaves the range of its type where the result does not: f64 holds the square of every f32, and exponents of
 // f64 are added up beside the numbers. Each thread takes packets a grid apart where the last dimension of each operand

@@ -6,7 +6,7 @@
 //                   r = sqrt(-2 ln(1 - u_i)), a = 2 pi u_{i + 1} (Box and Muller)
 //
 // Shapes: y [n]. T: f32, f64, bf16, f16, to which the value rounded to f32 is rounded.
-// Variants: DTYPE=f32,f64,bf16,f16
+// Variants: DTYPE=FLOATS
 //
 // A block of Philox gives two draws: each thread takes pairs of elements a grid apart. Moves sizeof(T) per element,
 // written only. Limited by arithmetic, in f64.

@@ -4,7 +4,7 @@
 //
 // Shapes: x [outer, count, inner] packed, y [outer, inner]. T: f32, f64, bf16, f16; sums in f32 (f64 for f64). Or i64,
 // whose sums wrap around.
-// Variants: DTYPE=f32,f64,bf16,f16,i64
+// Variants: DTYPE=FLOATS,i64
 //
 // Where rows are few and sums long, reduce_pieces adds up pieces of `piece` summands, [outer, pieces, inner], and
 // reduce_finish the pieces. inner = 1: a warp or a block per sum (see for_row). Otherwise blocks of 32 x 8 threads: 32

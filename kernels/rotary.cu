@@ -6,7 +6,7 @@
 // with the cosine and sine of position and pair k from a table, which rotary_table.cu makes; one of opposite angles
 // gives the backward pass. Shapes: y [outer, heads, positions, columns] packed; x of any layout whose last dimension is
 // packed; table [positions, 2 pairs], cosines then sines. T: f32, f64, bf16, f16; table in f32 (f64 for f64).
-// Variants: DTYPE=f32,f64,bf16,f16
+// Variants: DTYPE=FLOATS
 //
 // A thread takes a packet of pairs, or of features that stay as they are, of one position, whose cosines and sines it
 // reads once, for HEADS of the heads, all of which are under way at once. Blocks take positions, heads and the rest, so

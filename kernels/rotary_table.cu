@@ -1,7 +1,7 @@
 // The angles of rotary.cu: table[p] = [cos(a_p0) .. | sin(a_p0) ..] with a_pk = direction (first + p) frequencies_k.
 //
 // Shapes: table [positions, 2 pairs], frequencies [pairs]. T is the dtype of the frequencies; the table is TABLE.
-// Variants: DTYPE=f32,f64,bf16,f16 TABLE=f32,f64
+// Variants: DTYPE=FLOATS TABLE=f32,f64
 //
 // A thread takes one angle, a grid apart. Computed in f64 and rounded once: f32 has no exact angles at far positions.
 // Writes 2 sizeof(TABLE) per angle; limited by the arithmetic of f64, which is why the table is made once for all

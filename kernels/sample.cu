@@ -3,7 +3,7 @@
 //   weight_j = round(unit exp((x_j - max x) scale)),  token = first j with weight_0 + … + weight_j > draw · all weights
 //
 // Shapes: token [rows], x [rows, columns]. T: f32, f64, bf16, f16.
-// Variants: DTYPE=f32,f64,bf16,f16
+// Variants: DTYPE=FLOATS
 //
 // Weights are integers: sums of them do not depend on the order, so that any number of threads, and the CPU, choose the
 // same token. Nothing is sorted: logits become unsigned keys of the same order, and the key where the filter ends is

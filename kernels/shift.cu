@@ -7,7 +7,7 @@
 //
 // Shapes: y, x [batch, positions, columns], packed; mask (bool) [batch, positions] or none; amounts [chunks], each for
 // `chunk` features. T: f32, f64, bf16, f16.
-// Variants: DTYPE=f32,f64,bf16,f16
+// Variants: DTYPE=FLOATS
 //
 // One row per warp, or per block for long rows (see for_row); rows are a grid apart. A packet of y is one of x too if
 // chunks are whole packets. Moves 2 sizeof(T) per element. Limited by memory bandwidth.

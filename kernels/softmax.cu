@@ -4,7 +4,7 @@
 //   backward: dx_j = y_j (g_j - sum_k g_k y_k)
 //
 // Shapes: y, x, dx, g [rows, columns], packed. T: f32, f64, bf16, f16; statistics in f32 (f64 for f64).
-// Variants: DTYPE=f32,f64,bf16,f16
+// Variants: DTYPE=FLOATS
 //
 // One row per warp, or per block for long rows, held in registers where it fits (see rows.cuh). Exponentials are
 // computed twice, for their sum and for the result, and not kept; those of half types by an instruction of the card.

@@ -5,7 +5,7 @@
 //   square_norm_clip:   norm[0] = scale sqrt(sum of totals), norm[1] = scale min(1, clip / (norm[0] + 1e-6))
 //
 // Shapes: any; a row of the table has the address of x (T). Sums are f64: squares of f32 overflow in f32.
-// Variants: DTYPE=f32,f64,bf16,f16
+// Variants: DTYPE=FLOATS
 //
 // First a block takes a chunk of a tensor (see many.cuh), then a block a tensor: two stages of a fixed order, whose
 // result does not depend on which block is first. Moves sizeof(T) per element. Limited by memory bandwidth, and by the

@@ -1,7 +1,7 @@
 // Which entries of each row are among its k largest: keep_j = x_j >= the k-th largest of the row.
 //
 // Shapes: keep (bool, one byte) and x [rows, columns], packed, 0 < k < columns. T: f32, f64, bf16, f16.
-// Variants: DTYPE=f32,f64,bf16,f16
+// Variants: DTYPE=FLOATS
 //
 // Numbers become unsigned keys of the same order. The k-th largest key is found bit by bit from the top: a bit is set
 // if at least k keys of the row reach the number so far with it; exactly k of them end the search. One row per warp, or

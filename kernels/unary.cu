@@ -4,7 +4,7 @@
 //   backward: dx_i = g_i f'(kept_i), kept being x or y, whichever the derivative is written in
 //
 // Shapes: all [n], packed. T: f32, f64, bf16, f16, computed in f32 (f64 for f64). FUNCTION is a row of functions.cuh.
-// Variants: DTYPE=f32,f64,bf16,f16 FUNCTION=ROW(*)
+// Variants: DTYPE=FLOATS FUNCTION=ROW(*)
 //
 // Each thread takes packets a grid apart, some of which are under way at once. Moves 2 sizeof(T) per element forward, 3
 // backward. Limited by memory bandwidth, except for transcendental functions of f64.

@@ -2,7 +2,7 @@
 //
 // Shapes: y [n] packed; mask, a and b any layouts of y's shape, with step 0 along the dimensions in which they repeat,
 // whose dimensions the host has merged where all layouts allow it. T: every dtype.
-// Variants: DTYPE=f32,f64,bf16,f16,i64,bool
+// Variants: DTYPE=FLOATS,i64,bool
 //
 // Each thread takes packets a grid apart where the last dimension of each operand is packed or repeated, else single
 // elements. Both a and b are read. Moves 3 sizeof(T) + 1 bytes per element; limited by memory bandwidth.

@@ -43,6 +43,7 @@ thread_local! {
 
 /// What an op is part of.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
+#[non_exhaustive]
 pub enum Phase {
     /// A forward pass, or a part of it that is run again.
     Forward,
@@ -68,6 +69,7 @@ impl Phase {
 
 /// Totals of one op in one phase.
 #[derive(Clone, Copy, PartialEq, Debug)]
+#[non_exhaustive]
 pub struct OpProfile {
     /// The op.
     pub name: &'static str,
@@ -95,6 +97,7 @@ pub struct OpProfile {
 /// # Ok::<(), x_transformers::Error>(())
 /// ```
 #[derive(Debug)]
+#[must_use = "a profile measures while it lives"]
 #[doc(alias = "profiler")]
 pub struct Profile {
     /// A profile belongs to its thread.

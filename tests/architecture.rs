@@ -8,9 +8,10 @@ use std::{
 };
 
 /// Every room of `src/`, the lowest first: a room may use those before it.
-const ROOMS: [&str; 20] = [
+const ROOMS: [&str; 21] = [
     "error",
     "hash",
+    "sort",
     "atomic_file",
     "shape",
     "dtype",
@@ -211,6 +212,33 @@ fn imports_run_down() {
     assert!(arrows.len() > 50, "{} arrows", arrows.len());
     let up: Vec<_> = arrows.iter().filter(|((from, to), _)| rank(from) < rank(to)).collect();
     assert!(up.is_empty(), "arrows that run up: {up:#?}");
+}
+
+/// The files and folders of `src/gemm`, the lowest first; above them is the driver, `mod.rs`.
+const GEMM: [&str; 8] = ["simd", "matrix", "kernels", "pack", "few_rows", "select", "blocked", "parallel"];
+
+/// A product is read in one direction: driver, blocking, packing, kernels.
+#[test]
+fn gemm_runs_from_the_driver_to_the_kernels() {
+    let level = |name: &str| GEMM.iter().position(|&other| other == name);
+    let (mut arrows, mut up, mut seen) = (BTreeSet::new(), Vec::new(), BTreeSet::new());
+    for file in files().iter().filter(|file| file.room == "gemm") {
+        let Some(own) = file.modules.get(1).filter(|&own| own != "tests") else { continue };
+        let rank = level(own).unwrap_or_else(|| panic!("src/gemm/{own} is not in the order"));
+        seen.insert(rank);
+        for path in paths(file) {
+            // What names no file of the folder is an item of the driver; `pub(in super::super)` is no import.
+            let other = |to: &&String| path[0] == "gemm" && !["", "super", own].contains(&to.as_str());
+            let Some(to) = path.get(1).filter(other) else { continue };
+            match level(to) {
+                Some(below) if below < rank => drop(arrows.insert((rank, below))),
+                _ => up.push(format!("src/{}.rs: {}", file.path.display(), path.join("::"))),
+            }
+        }
+    }
+    assert!(up.is_empty(), "imports that run up: {up:#?}");
+    assert_eq!(seen.len(), GEMM.len(), "files and folders of src/gemm");
+    assert!(arrows.len() > 12, "{arrows:?}");
 }
 
 /// Inherent methods of `Tensor` belong to the room that defines them: rooms below do not call them.

@@ -7,7 +7,7 @@ use std::sync::{Mutex, MutexGuard};
 use common::device;
 use x_transformers::{
     DType, Device, ErrorKind, Philox, Result, Tape, Tensor,
-    ops::{AttentionSpec, PositionBias, attention, attention_rung},
+    ops::{AttentionSpec, PositionBias, Window, attention, attention_rung},
 };
 
 /// Peak memory is measured for the whole process: tests of this file run one after the other.
@@ -223,7 +223,7 @@ fn attention_half_types_follow_f64() {
         }),
         ("wide heads", [1, 2, 1, 70, 140, 72, 128], |x| AttentionSpec {
             causal: true,
-            max_attend_past: Some(90),
+            window: Window::past(90),
             bias: Some(&x.bias),
             dropout: 0.2,
             ..AttentionSpec::default()
@@ -235,7 +235,7 @@ fn attention_half_types_follow_f64() {
             query_mask: Some(&x.query_mask),
             key_mask: Some(&x.key_mask),
             mem_keys: 2,
-            max_attend_past: Some(90),
+            window: Window::past(90),
             bias: Some(&x.bias),
             position_bias: Some(PositionBias::T5 {
                 table: x.table.clone(),
@@ -398,7 +398,7 @@ fn never_nan(dtype: DType) {
     let infinite = generate(&[70, 140], dtype, |i| if i / 140 < 10 { f64::NEG_INFINITY } else { 0.0 });
     let specs = [
         AttentionSpec { scale: 1e4, causal: true, mask: Some(&blind), ..AttentionSpec::default() },
-        AttentionSpec { scale: 1e-30, max_attend_past: Some(0), ..AttentionSpec::default() },
+        AttentionSpec { scale: 1e-30, window: Window::past(0), ..AttentionSpec::default() },
         AttentionSpec { bias: Some(&lowest), ..AttentionSpec::default() },
         AttentionSpec { bias: Some(&infinite), ..AttentionSpec::default() },
     ];

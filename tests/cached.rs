@@ -316,7 +316,7 @@ fn cached_sequences_can_be_cut_and_chosen() -> Result<()> {
     let (draw, model) = simple()?;
     let x = tokens(&draw, 8)?;
     let mut cache = model.cache(2, 12, &ForwardOptions::default())?;
-    model.extend(&x.narrow(1, 0, 6)?, &[6, 4], None, &mut cache)?;
+    let _ = model.extend(&x.narrow(1, 0, 6)?, &[6, 4], None, &mut cache)?;
     cache.truncate(&[3, 4])?;
     cache.select_rows(&[1, 0, 1])?;
     assert_eq!(cache.lengths(), [4, 3, 4]);
@@ -339,15 +339,15 @@ fn cached_steps_allocate_nothing_that_grows() -> Result<()> {
     let (draw, model) = simple()?;
     let x = tokens(&draw, 80)?;
     let mut cache = model.cache(2, 600, &ForwardOptions::default())?;
-    model.extend(&x.narrow(1, 0, 10)?, &[10, 10], None, &mut cache)?;
+    let _ = model.extend(&x.narrow(1, 0, 10)?, &[10, 10], None, &mut cache)?;
     let step = |at: usize, cache: &mut DecodeCache| model.extend(&x.narrow(1, at, 1)?, &[1, 1], None, cache);
     for at in 10..20 {
-        step(at, &mut cache)?;
+        let _ = step(at, &mut cache)?;
     }
     let before = device().memory();
     device().reset_peak_memory();
     for at in 20..80 {
-        step(at, &mut cache)?;
+        let _ = step(at, &mut cache)?;
     }
     let after = device().memory();
     assert_eq!(after.live, before.live);
@@ -362,7 +362,7 @@ fn cached_sequences_that_do_not_fit_are_refused() -> Result<()> {
     let (draw, model) = simple()?;
     let x = tokens(&draw, 8)?;
     let mut cache = model.cache(2, 8, &ForwardOptions::default())?;
-    model.extend(&x, &[8, 7], None, &mut cache)?;
+    let _ = model.extend(&x, &[8, 7], None, &mut cache)?;
     for (n, counts) in [(1, vec![1, 1]), (1, vec![0]), (2, vec![0, 3])] {
         let error = model.extend(&x.narrow(1, 0, n)?, &counts, None, &mut cache).unwrap_err().to_string();
         assert!(error.contains("cache") && error.contains(&format!("{counts:?}")), "{n} {counts:?}: {error}");
@@ -375,7 +375,7 @@ fn cached_sequences_that_do_not_fit_are_refused() -> Result<()> {
         let error = cache.select_rows(rows).unwrap_err().to_string();
         assert!(error.contains(&format!("cannot take rows {rows:?} of 2")), "{error}");
     }
-    model.extend(&x.narrow(1, 0, 1)?, &[0, 1], None, &mut cache)?;
+    let _ = model.extend(&x.narrow(1, 0, 1)?, &[0, 1], None, &mut cache)?;
     let error = model.cache(0, 3, &ForwardOptions::default()).unwrap_err().to_string();
     assert!(error.contains("expected rows and positions, got 0 and"), "{error}");
     let encoder = json!({"model": "TransformerWrapper", "num_tokens": VOCABULARY, "max_seq_len": 9,

@@ -10,15 +10,23 @@ pub mod check;
 pub mod common;
 #[path = "contract/extremes/mod.rs"]
 mod extremes;
+#[path = "contract/refused.rs"]
+mod refused;
 
-use std::{process::Command, sync::Mutex};
+use std::{
+    process::Command,
+    sync::{Mutex, MutexGuard, PoisonError},
+};
 
 use case::Case;
 use check::{bits, check, same_bits};
 use x_transformers::{Device, device::Level, ops::NAMES};
 
-/// Cases measure memory in use, so no two tests may run them at once.
-static ALONE: Mutex<()> = Mutex::new(());
+/// Cases measure memory in use, so no two tests may run ops at once.
+fn alone() -> MutexGuard<'static, ()> {
+    static ALONE: Mutex<()> = Mutex::new(());
+    ALONE.lock().unwrap_or_else(PoisonError::into_inner)
+}
 
 /// The cases of `XT_CASE` (a part of a name), or all of them.
 fn selected() -> Vec<Case> {
@@ -43,7 +51,7 @@ fn every_op_has_a_case() {
 /// Values, gradients, layouts, and nothing left behind.
 #[test]
 fn contract() {
-    let _alone = ALONE.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+    let _alone = alone();
     let failures: Vec<String> = selected().iter().flat_map(check).collect();
     assert!(failures.is_empty(), "{} failures:\n{}", failures.len(), failures.join("\n"));
 }
@@ -51,14 +59,14 @@ fn contract() {
 /// Infinities, NaN and the largest and smallest numbers: PyTorch's classes and exact values.
 #[test]
 fn extreme_inputs() {
-    let _alone = ALONE.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+    let _alone = alone();
     extremes::sweep();
 }
 
 /// One, two or three threads, and a second run: the same bits.
 #[test]
 fn any_number_of_threads_gives_the_same_bits() {
-    let _alone = ALONE.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+    let _alone = alone();
     let on = |threads: usize| -> Vec<(String, Vec<Vec<f64>>)> {
         let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().expect("a thread pool");
         // Cases are made inside, because they cannot travel between threads.

@@ -388,7 +388,7 @@ fn a_recorded_optimizer_step_gives_the_same_bits() -> Result<()> {
         if recorded {
             let mut step = RecordedStep::new(optimizer, &params, &[batch(100)?], Some(0.8), loss)?;
             for number in 1..4 {
-                let RecordedInfo { loss, info } = step.step(&[batch(number)?], lr(number), 1.0)?;
+                let RecordedInfo { loss, info, .. } = step.step(&[batch(number)?], lr(number), 1.0)?;
                 norms.push(info.grad_norm);
                 losses.push(loss.item()?);
             }
@@ -495,7 +495,7 @@ fn a_recorded_step_of_a_cache_draws_the_same_tokens() -> Result<()> {
         // Rows of two lengths.
         let filled = || {
             let mut cache = model.cache(2, 12, &ForwardOptions::default())?;
-            model.extend(&prompt, &[6, 4], None, &mut cache)?;
+            let _ = model.extend(&prompt, &[6, 4], None, &mut cache)?;
             Ok(cache)
         };
         let first = Tensor::from_slice(&[5i64, 9], [2], &gpu)?;
@@ -522,7 +522,7 @@ fn a_recorded_step_of_a_cache_draws_the_same_tokens() -> Result<()> {
         // Without the graph it goes on from there.
         let mut cache = decode.into_cache();
         cache.truncate(&[11, 10])?;
-        model.extend(&next.reshape([2, 1])?, &[1, 1], None, &mut cache)?;
+        let _ = model.extend(&next.reshape([2, 1])?, &[1, 1], None, &mut cache)?;
         assert_eq!(cache.lengths(), [12, 11]);
         let empty = model.cache(2, 12, &ForwardOptions::default())?;
         assert!(RecordedDecode::new(&model, &params, empty, &sampling, 3).is_err());

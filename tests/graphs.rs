@@ -14,13 +14,15 @@ mod threads;
 use std::{
     cell::{Cell, RefCell},
     panic::{AssertUnwindSafe, catch_unwind},
+    sync::Arc,
 };
 
 use common::{Gpu, alive, count, emulated, fail, gpu, is_emulated};
 use x_transformers::{
-    DType, Error, ErrorKind, Graph, Init, ParamMap, ParamStore, Result, Tape, Tensor,
+    DType, Error, ErrorKind, Graph, Init, Param, ParamMap, ParamStore, Result, Tape, Tensor,
     config::{AttentionLayersConfig, SamplingConfig, TransformerWrapperConfig},
     models::{DecodeCache, ForwardOptions, RecordedDecode, TransformerWrapper, sample_tokens},
+    nn::{Branch, Past},
     train::{AdamW, AdamWOptions, RecordedStep},
 };
 
@@ -241,7 +243,7 @@ fn model(int8: bool, alibi: bool, dtype: DType, gpu: &Gpu) -> Result<(Transforme
 fn filled(model: &TransformerWrapper, gpu: &Gpu) -> Result<DecodeCache> {
     let mut cache = model.cache(2, 12, &ForwardOptions::default())?;
     let prompt: Vec<i64> = (0..12).map(|i| (i * 7 + 3) % 32).collect();
-    model.extend(&Tensor::from_slice(&prompt, [2, 6], gpu)?, &[6, 4], None, &mut cache)?;
+    let _ = model.extend(&Tensor::from_slice(&prompt, [2, 6], gpu)?, &[6, 4], None, &mut cache)?;
     Ok(cache)
 }
 
@@ -280,6 +282,73 @@ fn a_recorded_decode_outlives_its_model() -> Result<()> {
         })?;
     }
     Ok(())
+}
+
+/// A convolution over the last three positions, and a recurrence of its sums, each with a slot of its own.
+#[derive(Debug)]
+struct Mixed {
+    taps: Param,
+    decay: Param,
+}
+
+impl Branch for Mixed {
+    fn forward(&self, x: &Tensor, past: &mut Past<'_>) -> Result<Tensor> {
+        let (n, taps) = (x.dim(1)?, self.taps.tensor());
+        let window = past.window(0, x, 2)?;
+        let tap = |k: usize| window.narrow(1, k, n)?.mul(&taps.narrow(0, k, 1)?);
+        let sums = tap(0)?.add(&tap(1)?)?.add(&tap(2)?)?;
+        let mut state = past.before(1, 1, x.dim(2)?, x)?;
+        let mut states = Vec::new();
+        for at in 0..n {
+            state = state.mul(&self.decay.tensor())?.add(&sums.narrow(1, at, 1)?)?;
+            states.push(state.clone());
+        }
+        let states = Tensor::cat(&states.iter().collect::<Vec<_>>(), 1)?;
+        past.keep(1, &states)?;
+        Ok(states)
+    }
+}
+
+/// The rows of a custom branch are written where each sequence ends, step after step, by the one recording: the tokens
+/// are those of plain decoding, and so are the logits of a step after it that is not recorded.
+#[test]
+fn a_recorded_decode_runs_custom_branches() -> Result<()> {
+    let Some(gpu) = gpu("a_recorded_decode_runs_custom_branches") else { return Ok(()) };
+    with_every_pool(&gpu, || {
+        let layers = AttentionLayersConfig { heads: 2, rotary_pos_emb: true, ..AttentionLayersConfig::decoder(32, 2) };
+        let config = TransformerWrapperConfig::new(64, 24, layers);
+        let store = ParamStore::new(5, DType::F32, &gpu);
+        // In place of both feedforwards.
+        let model = TransformerWrapper::with_branches(&config, &store, |index, _, store| {
+            if index % 2 == 0 {
+                return Ok(None);
+            }
+            let taps = store.param("taps", [3, 32], Init::Normal(0.5))?;
+            Ok(Some(Arc::new(Mixed { taps, decay: store.param("decay", [32], Init::Constant(0.75))? })))
+        })?;
+        let (params, first) = (store.params(), Tensor::from_slice(&[5i64, 9], [2], &gpu)?);
+        let next_logits = |tokens: &Tensor, cache: &mut DecodeCache| {
+            let hidden = model.extend(&tokens.reshape([2, 1])?, &[1, 1], None, cache)?;
+            Ok::<_, Error>(model.logits(&hidden.select(1, 0)?)?.detach())
+        };
+        let (mut cache, mut next, mut expected) = (filled(&model, &gpu)?, first.clone(), Vec::new());
+        for step in 0..5i64 {
+            next = sample_tokens(&next_logits(&next, &mut cache)?, &sampling(), 3, &Tensor::scalar(step, &gpu)?)?;
+            expected.push(next.to_vec::<i64>()?);
+        }
+        assert_ne!(expected[3], expected[4], "tokens that change");
+        let logits = next_logits(&next, &mut cache)?.to_vec::<f32>()?;
+        drop(cache);
+        let mut decode = RecordedDecode::new(&model, &params, filled(&model, &gpu)?, &sampling(), 3)?;
+        let mut next = first;
+        for (step, expected) in expected.iter().enumerate() {
+            next = decode.step(&next, step as u64)?;
+            assert_eq!(next.to_vec::<i64>()?, *expected, "step {step}");
+        }
+        let mut cache = decode.into_cache();
+        assert_eq!(next_logits(&next, &mut cache)?.to_vec::<f32>()?, logits);
+        Ok(())
+    })
 }
 
 #[test]

@@ -69,6 +69,16 @@ fn long_lines_are_named() {
     assert_eq!(error, "a.cu:1: the line is longer than 120 characters");
 }
 
+/// Parameters that several kernels share are macros, which may name others and take several lines.
+#[test]
+fn macros_of_parameters_are_written_out() {
+    let text = "#define INNER i32 past\n#define SHARED const T* x, INNER, \\\n    f64 scale // both\n#define CALL(x) x\n\
+        extern \"C\" __global__ void a_fwd(T* y, SHARED, u64 SHARED_seed) {}\n";
+    let signatures = parse_signatures("a.cu", text).unwrap();
+    let names: Vec<_> = signatures[0].parameters.iter().map(|(name, _)| name.as_str()).collect();
+    assert_eq!(names, ["y", "x", "past", "scale", "SHARED_seed"]);
+}
+
 #[test]
 fn signatures_have_names_and_kinds() {
     let text = "// extern \"C\" __global__ void a_comment(T* x)\n\
@@ -102,6 +112,8 @@ fn variants_are_the_combinations_of_options() {
     assert_eq!(parse_variants("a.cu", "// Variants: F=ROW(*)\n", rows), of(&["a", "b"]));
     assert_eq!(parse_variants("a.cu", "// Variants: F=MARKED_ROW(*)\n", rows), of(&["b"]));
     assert!(parse_variants("a.cu", "// Variants: F=OTHER(*)\n", rows).is_err());
+    let types = "// Types: FLOATS=f32,f64 HALVES=f16\n";
+    assert_eq!(parse_variants("a.cu", "// Variants: F=HALVES,i64,FLOATS\n", types), of(&["f16", "i64", "f32", "f64"]));
     let error = parse_variants("a.cu", "// Variants: DTYPE\n", "").unwrap_err();
     assert_eq!(error, "a.cu: `DTYPE` of its variants is not written OPTION=value,value");
     let error = parse_variants("a.cu", "// a kernel\n", "").unwrap_err();

@@ -106,7 +106,7 @@ fn nothing_of_nothing() -> Result<()> {
     let _alone = alone();
     let (_, peak) = peak_of(|| -> Result<()> {
         let x = Tensor::zeros([0, 1 << 40], DType::F64, &CPU)?;
-        x.transpose(0, 1)?.contiguous()?.softmax()?.to_dtype(DType::F32)?;
+        let _ = x.transpose(0, 1)?.contiguous()?.softmax()?.to_dtype(DType::F32)?;
         Ok(())
     });
     assert_eq!(peak, 0);
@@ -122,7 +122,7 @@ fn freed_blocks_are_used_again() -> Result<()> {
         let mut tape = Tape::train(1);
         let y = leaf.matmul(&leaf)?.softmax()?.dropout(0.1)?.gelu()?.transpose(0, 1)?.contiguous()?;
         let loss = y.mul(&leaf)?.mean(&[])?;
-        tape.backward(&loss)?;
+        let _ = tape.backward(&loss)?;
         Ok(())
     };
     step()?;
@@ -195,8 +195,8 @@ fn working_memory_is_counted_and_given_back() -> Result<()> {
     let half = |shape: [usize; 4]| Tensor::ones(shape, DType::BF16, &CPU);
     let work = || -> Result<()> {
         let (a, b) = (half([2, 8, 300, 40])?, half([2, 8, 40, 5000])?);
-        a.matmul(&b)?;
-        attention(&a, &a, &a, &AttentionSpec::default())?;
+        let _ = a.matmul(&b)?;
+        let _ = attention(&a, &a, &a, &AttentionSpec::default())?;
         Ok(())
     };
     work()?;
@@ -235,7 +235,7 @@ fn the_peak_is_the_largest_use() -> Result<()> {
     drop((mebibyte(), mebibyte(), mebibyte()));
     let peak = CPU.memory().peak;
     assert!((base + 3 * MIB..base + 4 * MIB).contains(&peak), "{peak} over {base}");
-    mebibyte();
+    let _ = mebibyte();
     assert_eq!(CPU.memory().peak, peak);
     CPU.reset_peak_memory();
     assert_eq!(CPU.memory().peak, live());

@@ -58,7 +58,9 @@ fn expect_all(dtype: DType, options: RunOptions) {
             continue;
         }
         match compare(&folder, dtype, &options) {
-            Ok(Comparison { error, tensor, wrong }) if wrong.is_empty() => println!("{name:40} {error:.1e} {tensor}"),
+            Ok(Comparison { error, tensor, wrong, .. }) if wrong.is_empty() => {
+                println!("{name:40} {error:.1e} {tensor}")
+            }
             Ok(Comparison { wrong, .. }) => failures.push(format!("{name}:\n    {}", wrong.join("\n    "))),
             Err(error) => failures.push(format!("{name}: {error}")),
         }

@@ -72,7 +72,7 @@ impl Cost {
             Config::XTransformer(config) => {
                 let plan = config.plan()?;
                 let batch = batch(plan.dec.max_seq_len)?;
-                let mut cost = transformer(&TransformerPlan { num_tokens: 0, ..plan.enc }, batch);
+                let mut cost = transformer(&headless(plan.enc), batch);
                 cost.add(language_model(&plan.dec, batch));
                 Some((batch, cost))
             }
@@ -125,11 +125,11 @@ impl Cost {
         if read > decoder.window() {
             return Ok(None);
         }
-        let headless = |plan: TransformerPlan, tokens: usize| {
-            transformer(&TransformerPlan { num_tokens: 0, ..plan }, Batch { rows, tokens, context: prompt }).forward
+        let hidden = |plan: TransformerPlan, tokens: usize| {
+            transformer(&headless(plan), Batch { rows, tokens, context: prompt }).forward
         };
         let logits = linear(rows * new, decoder.layers.dim, decoder.num_tokens).forward;
-        Ok(Some(encoder.map_or(0.0, |plan| headless(plan, prompt)) + headless(decoder, read) + logits))
+        Ok(Some(encoder.map_or(0.0, |plan| hidden(plan, prompt)) + hidden(decoder, read) + logits))
     }
 
     /// Operations of a training step.
@@ -192,6 +192,12 @@ fn layers(plan: &LayersPlan, batch: Batch) -> Cost {
     });
     cost.saved += (batch.rows * batch.tokens * inner.unwrap_or(0)) as f64;
     cost
+}
+
+/// The model without its head.
+fn headless(mut plan: TransformerPlan) -> TransformerPlan {
+    plan.num_tokens = 0;
+    plan
 }
 
 /// A linear layer applied to `rows` vectors; the backward pass makes two products of the same size.

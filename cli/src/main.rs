@@ -30,6 +30,7 @@ mod source;
 mod text;
 mod tokenizer;
 mod train;
+mod typed;
 mod unused;
 mod verify;
 mod workload;
@@ -50,7 +51,7 @@ static ALLOCATOR: allocator::OrExit = allocator::OrExit;
 
 /// Train, sample, inspect and check x-transformers.
 #[derive(Parser)]
-#[command(version, about)]
+#[command(name = "xt", version)]
 struct Cli {
     #[command(subcommand)]
     command: Command,

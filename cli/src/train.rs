@@ -28,7 +28,7 @@ use crate::{
     plot::Chart,
     profiler::{ProfileArgs, Profiler},
     progress::{Progress, bytes, duration},
-    replacement, sample,
+    replacement, sample, typed,
 };
 
 /// What a run without arguments does; all other options have the library's defaults.
@@ -51,8 +51,8 @@ const ORDER_2: &str = "order-2 model";
 
 #[derive(Args)]
 pub struct TrainArgs {
-    /// Text files, or folders of them; the first nine tenths train, the rest validates [default: the sources and
-    /// documents of this program]
+    /// Text files, or folders of them; the first nine tenths train, the rest validates [default: eight plays
+    /// of Shakespeare, built into this program]
     #[arg(long, value_name = "FILE|DIR", num_args = 1..)]
     text: Vec<PathBuf>,
 
@@ -237,14 +237,14 @@ impl TrainArgs {
 pub fn run(args: TrainArgs) -> Result<()> {
     let device = Device::parse(&args.device)?;
     let text = match &args.text[..] {
-        [] => ByteText::from_bytes(corpus::EMBEDDED)?,
+        [] => ByteText::from_bytes(corpus::PLAYS)?,
         paths => ByteText::from_paths(paths)?,
     };
     warn_of_skipped(&text);
     // Counted before the text is the trainer's; takes a moment even for large texts.
     let yardstick = Markov::new(text.train()).bits_per_byte(text.validation());
     let size = |bytes_: &[u8]| bytes(bytes_.len() as u64);
-    let source = if args.text.is_empty() { "the embedded sources".into() } else { size(text.bytes()) };
+    let source = if args.text.is_empty() { "eight plays of Shakespeare".into() } else { size(text.bytes()) };
     let sizes = format!("{source}: {} to train on, {} to validate", size(text.train()), size(text.validation()));
 
     let (run, trainer, metrics) = match &args.resume {
@@ -409,7 +409,10 @@ impl Training<'_> {
             return failure;
         }
         let dir = quoted(&self.run.dir);
-        failure.advising(format_args!("the last checkpoint is whole, `xt train --resume {dir}` goes on from it"))
+        failure.advising(format_args!(
+            "the last checkpoint is whole, `{} train --resume {dir}` goes on from it",
+            typed::program()
+        ))
     }
 
     fn draw(&self) -> Result<()> {
@@ -442,8 +445,8 @@ impl Training<'_> {
         if let Some(report) = self.profiler.finish()? {
             self.progress.say(format_args!("profile of the steps\n{report}"));
         }
-        let dir = quoted(&self.run.dir);
-        self.progress.say(format_args!("try         xt generate --checkpoint {dir} --prompt \"The \" --length 400"));
+        let (xt, dir) = (typed::program(), quoted(&self.run.dir));
+        self.progress.say(format_args!("try         {xt} generate --checkpoint {dir} --prompt \"The \" --length 400"));
         Ok(())
     }
 }

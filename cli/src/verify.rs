@@ -59,7 +59,7 @@ fn name(folder: &Path, dir: &Path) -> String {
 }
 
 fn describe(comparison: &Comparison) -> String {
-    let Comparison { error, tensor, wrong } = comparison;
+    let Comparison { error, tensor, wrong, .. } = comparison;
     let mut line = if tensor.is_empty() { String::new() } else { format!("{error:.1e}  {tensor}") };
     if !wrong.is_empty() {
         let told = wrong.iter().take(TOLD).map(String::as_str).collect::<Vec<_>>().join(", ");

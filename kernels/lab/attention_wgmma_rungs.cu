@@ -20,7 +20,7 @@ attention_wgmma_rungs_tiles(T* o, const T* q, const T* k, const T* v, u32 heads,
     at.dims[0] = 1, at.dims[1] = heads, at.dims[2] = length, at.dims[3] = HEAD;
     at.strides[1] = (i64)length * HEAD, at.strides[0] = heads * at.strides[1], at.strides[2] = HEAD, at.strides[3] = 1;
     Spec spec = {};
-    spec.past = 2 * length, spec.causal = causal, spec.scale = scale, spec.factor = 1;
+    spec.window.past = 2 * length, spec.causal = causal, spec.scale = scale, spec.factor = 1;
     // Always 0, which the compiler cannot know: the shipped kernel asks at each tile, too.
     spec.threshold = length >> 31;
     WgmmaForward<TILE_WARPGROUPS, TILE_KEYS, TILE_OVERLAP> forward;

@@ -22,6 +22,11 @@ use x_transformers::{
     models::{Model, RunOptions},
 };
 
+/// The README's program, compiled with the other examples of the documentation.
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+struct Readme;
+
 /// Tensors by name.
 type Tensors = BTreeMap<String, Tensor>;
 
@@ -73,6 +78,8 @@ pub struct Case {
 
 /// How outputs compare with the expected ones.
 #[derive(Clone, PartialEq, Debug)]
+#[non_exhaustive]
+#[must_use = "tensors that disagree are in the comparison, not an error"]
 pub struct Comparison {
     /// The largest relative error of a tensor; NaN if one holds a NaN.
     pub error: f64,

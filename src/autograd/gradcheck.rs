@@ -33,6 +33,8 @@ impl Default for Gradcheck {
 
 /// What [`gradcheck`] found.
 #[derive(Clone, Debug)]
+#[non_exhaustive]
+#[must_use = "a gradient that is wrong is in the report, not an error"]
 pub struct GradcheckReport {
     /// One entry per float input.
     pub inputs: Vec<InputReport>,
@@ -42,6 +44,7 @@ pub struct GradcheckReport {
 
 /// The worst element of one input.
 #[derive(Clone, Debug)]
+#[non_exhaustive]
 pub struct InputReport {
     /// Position among the inputs.
     pub input: usize,

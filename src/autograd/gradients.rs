@@ -24,6 +24,7 @@ use crate::{
 /// # Ok::<(), x_transformers::Error>(())
 /// ```
 #[derive(Default)]
+#[must_use = "gradients change nothing until an optimizer takes them"]
 #[doc(alias = "GradStore")]
 pub struct Gradients {
     leaves: BTreeMap<LeafId, Tensor>,

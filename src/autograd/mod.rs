@@ -80,6 +80,7 @@ struct Recording {
 /// # Ok(())
 /// # }
 /// ```
+#[must_use = "a tape records while it lives"]
 #[doc(alias = "GradientTape")]
 #[doc(alias = "no_grad")]
 #[doc(alias = "enable_grad")]

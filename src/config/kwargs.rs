@@ -53,20 +53,28 @@ fn check(map: &mut Map, defaults: &Map, aliases: &[(&str, &str)], required: &[&'
     Ok(())
 }
 
-/// Finds what caused an error. The message of serde names expected and actual, but not the key: it is the one that
-/// fails alone.
+/// Finds the key that caused an error. The message of serde names expected and actual, but not the key: it is the one
+/// that fails alone, or the one without which the others pass.
 fn failing(
     map: Map,
     defaults: &Map,
     error: serde_json::Error,
     fails: &dyn Fn(Map) -> Option<serde_json::Error>,
 ) -> Error {
-    let alone = |(key, value): (String, Value)| {
+    let alone = |(key, value): (&String, &Value)| {
         let mut one = defaults.clone();
-        one.insert(key.clone(), value);
+        one.insert(key.clone(), value.clone());
         fails(one).map(|error| Error::option(key, error.to_string()))
     };
-    map.into_iter().find_map(alone).unwrap_or_else(|| Error::argument("config", error.to_string()))
+    let contradicts = |key: &&String| {
+        let mut others = map.clone();
+        others.remove(*key);
+        fails(others).is_none()
+    };
+    map.iter().find_map(alone).unwrap_or_else(|| match map.keys().find(contradicts) {
+        Some(key) => Error::option(key, error.to_string()),
+        None => Error::argument("config", error.to_string()),
+    })
 }
 
 /// The keywords that differ from their defaults, and the required ones.

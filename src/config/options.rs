@@ -4,9 +4,11 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use super::kwargs::{self, Keywords};
+use crate::ops::Activation;
 
 /// Class of attention layers.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+#[non_exhaustive]
 pub enum LayersKind {
     /// Attends in both directions, as BERT.
     #[default]
@@ -19,6 +21,7 @@ pub enum LayersKind {
 
 /// One sublayer of a [`AttentionLayersConfig::custom_layers`] order.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[non_exhaustive]
 pub enum LayerType {
     /// `a`: self-attention.
     #[serde(rename = "a")]
@@ -45,6 +48,7 @@ impl LayerType {
 /// Distance by which tokens are shifted: one number for all sublayers, or one for each.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
 #[serde(untagged)]
+#[non_exhaustive]
 pub enum ShiftTokens {
     /// The same in every sublayer; 0 is off.
     All(usize),
@@ -61,6 +65,7 @@ impl Default for ShiftTokens {
 /// The norm that a wrapper has behind its layers.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
+#[non_exhaustive]
 pub enum FinalNorm {
     /// LayerNorm, whatever the branches have: as x-transformers 0.22.
     #[default]
@@ -416,16 +421,10 @@ pub struct FeedForwardConfig {
     pub mult: f64,
     /// A gated activation; adds half as many weights again. <https://arxiv.org/abs/2002.05202>
     pub glu: bool,
-    /// `max(x, 0)²` instead of GELU. <https://arxiv.org/abs/2109.08668>
-    pub relu_squared: bool,
-    /// `x / (1 + e^−x)`, SiLU, instead of GELU; with `glu` it is SwiGLU. <https://arxiv.org/abs/2002.05202>
-    pub swish: bool,
-    /// GELU in its approximation by tanh. <https://arxiv.org/abs/1606.08415>
-    pub gelu_tanh: bool,
-    /// `x / (1 + e^(−1.702 x))`, GELU in its approximation by sigmoid. <https://arxiv.org/abs/1606.08415>
-    pub quick_gelu: bool,
-    /// `max(x, 0)` instead of GELU.
-    pub relu: bool,
+    /// Activation. Default GELU. In JSON each other one is an option of its own, [`Activation::option`], that is true:
+    /// `ff_relu_squared`, `ff_swish`, …
+    #[serde(flatten, with = "activation")]
+    pub activation: Activation,
     /// No biases in either layer; of a gated one too, where today's x-transformers keeps them in the first.
     pub no_bias: bool,
     /// A LayerNorm after the activation. <https://arxiv.org/abs/2110.09456>
@@ -441,15 +440,39 @@ impl Default for FeedForwardConfig {
         Self {
             mult: 4.0,
             glu: false,
-            relu_squared: false,
-            swish: false,
-            gelu_tanh: false,
-            quick_gelu: false,
-            relu: false,
+            activation: Activation::Gelu,
             no_bias: false,
             post_act_ln: false,
             dropout: 0.0,
             zero_init_output: false,
+        }
+    }
+}
+
+/// An activation as options, of which one at most is true.
+mod activation {
+    use std::collections::BTreeMap;
+
+    use serde::{Deserialize, Deserializer, Serializer, de::Error};
+
+    use crate::ops::Activation;
+
+    pub fn serialize<S: Serializer>(activation: &Activation, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_map(Activation::ALL.iter().filter_map(|one| Some((one.option()?, one == activation))))
+    }
+
+    pub fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Activation, D::Error> {
+        let options = BTreeMap::<String, bool>::deserialize(deserializer)?;
+        let selected = |one: &Activation| one.option().is_some_and(|option| options.get(option) == Some(&true));
+        let selected: Vec<Activation> = Activation::ALL.iter().copied().filter(selected).collect();
+        match selected[..] {
+            [] => Ok(Activation::Gelu),
+            [activation] => Ok(activation),
+            _ => {
+                let names = selected.iter().filter_map(|one| Some(format!("`ff_{}`", one.option()?)));
+                let names = names.collect::<Vec<_>>().join(" and ");
+                Err(D::Error::custom(format!("only one activation can be chosen, got {names}")))
+            }
         }
     }
 }

@@ -10,7 +10,7 @@ use super::{
 use crate::{
     Error, Result,
     error::ensure,
-    ops::{Activation, gpu_needs_scores},
+    ops::{Activation, Window, gpu_needs_scores},
 };
 
 /// A stack of sublayers, resolved from [`AttentionLayersConfig`](super::AttentionLayersConfig).
@@ -30,6 +30,7 @@ use crate::{
 /// # }
 /// ```
 #[derive(Clone, PartialEq, Debug)]
+#[non_exhaustive]
 pub struct LayersPlan {
     /// Width of the model.
     pub dim: usize,
@@ -47,6 +48,7 @@ pub struct LayersPlan {
 
 /// Position schemes of self-attention; absolute embeddings belong to the wrappers.
 #[derive(Clone, PartialEq, Debug, Default)]
+#[non_exhaustive]
 pub struct Positions {
     /// Sinusoids on the inputs of queries and keys.
     pub infused: bool,
@@ -65,6 +67,7 @@ impl Positions {
 
 /// A bias on the scores that depends on positions.
 #[derive(Clone, Copy, PartialEq, Debug, Default)]
+#[non_exhaustive]
 pub enum PositionBiasPlan {
     /// No bias.
     #[default]
@@ -77,6 +80,7 @@ pub enum PositionBiasPlan {
 
 /// T5's relative position bias.
 #[derive(Clone, Copy, PartialEq, Debug)]
+#[non_exhaustive]
 pub struct T5Plan {
     /// Heads.
     pub heads: usize,
@@ -92,6 +96,7 @@ pub struct T5Plan {
 
 /// ALiBi.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[non_exhaustive]
 pub struct AlibiPlan {
     /// All heads.
     pub heads: usize,
@@ -113,6 +118,7 @@ impl AlibiPlan {
 
 /// One sublayer.
 #[derive(Clone, PartialEq, Debug)]
+#[non_exhaustive]
 pub struct LayerPlan {
     /// The function of the sublayer.
     pub branch: BranchPlan,
@@ -237,8 +243,8 @@ pub struct AttentionPlan {
     pub shared: Option<usize>,
     /// If `true`, queries see only keys up to their own position.
     pub causal: bool,
-    /// Keys further in the past than this are masked.
-    pub max_attend_past: Option<usize>,
+    /// Limits of the keys that a query sees.
+    pub window: Window,
     /// Scale of the logits.
     pub temperature: Temperature,
     /// Rotation.
@@ -267,6 +273,7 @@ pub struct AttentionPlan {
 
 /// Scale of the logits.
 #[derive(Clone, Copy, PartialEq, Debug)]
+#[non_exhaustive]
 pub enum Temperature {
     /// A constant.
     Fixed(f64),
@@ -276,6 +283,7 @@ pub enum Temperature {
 
 /// Scores to weights.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[non_exhaustive]
 pub enum Normalize {
     /// Softmax.
     Softmax,
@@ -285,6 +293,7 @@ pub enum Normalize {
 
 /// Code path of an attention layer.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[non_exhaustive]
 pub enum AttentionPath {
     /// In blocks, without a tensor of all scores.
     Fused,
@@ -342,7 +351,7 @@ impl AttentionPlan {
             dim_head,
             shared: None,
             causal: false,
-            max_attend_past: None,
+            window: Window::default(),
             temperature: Temperature::Fixed((dim_head as f64).powf(-0.5)),
             rotary: None,
             num_mem_kv: 0,
@@ -491,7 +500,7 @@ impl fmt::Display for AttentionPlan {
             (self.shared.is_some(), "collaborative"),
             (self.rotary.is_some(), "rotary"),
             (self.num_mem_kv > 0, "memory key/values"),
-            (self.max_attend_past.is_some(), "limited past"),
+            (self.window != Window::default(), "limited past"),
             (matches!(self.temperature, Temperature::Learned(_)), "learned temperature"),
             (self.head_scale, "head scale"),
             (self.gate_values, "gated values"),

@@ -12,7 +12,7 @@ use super::{
     ranges::{WIDEST, at_least_one, probability, without},
     rotary::RotaryPlan,
 };
-use crate::{Error, Result, error::ensure, ops::Activation};
+use crate::{Error, Result, error::ensure, ops::Window};
 
 impl LayersPlan {
     /// Resolves options.
@@ -260,7 +260,7 @@ fn attention(config: &AttentionLayersConfig) -> Result<AttentionPlan> {
         kv_heads,
         qkv_bias: attn.qkv_bias,
         out_bias: attn.out_bias,
-        max_attend_past: attn.max_attend_past,
+        window: Window { max_attend_past: attn.max_attend_past },
         num_mem_kv: attn.num_mem_kv,
         talking_heads: attn.talking_heads,
         sparse_topk: attn.sparse_topk,
@@ -357,23 +357,11 @@ pub(super) fn feedforward(
         )
     );
     probability("ff_dropout", config.dropout)?;
-    let asked = [
-        ("ff_relu_squared", config.relu_squared, Activation::ReluSquared),
-        ("ff_swish", config.swish, Activation::Silu),
-        ("ff_gelu_tanh", config.gelu_tanh, Activation::GeluTanh),
-        ("ff_quick_gelu", config.quick_gelu, Activation::QuickGelu),
-        ("ff_relu", config.relu, Activation::Relu),
-    ];
-    let mut asked = asked.into_iter().filter(|(_, on, _)| *on);
-    let activation = asked.next().map_or(Activation::Gelu, |(_, _, activation)| activation);
-    if let Some((key, ..)) = asked.next() {
-        return Err(Error::option(key, "cannot be used with another activation: choose one of them"));
-    }
     Ok(FeedForwardPlan {
         dim,
         inner: inner as usize,
         dim_out,
-        activation,
+        activation: config.activation,
         glu: config.glu,
         bias: !config.no_bias,
         post_act_ln: config.post_act_ln,

@@ -10,6 +10,7 @@ use crate::{Error, Result, error::ensure};
 
 /// Rotary position embedding.
 #[derive(Clone, PartialEq, Debug)]
+#[non_exhaustive]
 pub struct RotaryPlan {
     /// The number in the exponents of the frequencies.
     pub dim: usize,

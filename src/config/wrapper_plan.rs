@@ -17,6 +17,7 @@ use crate::{
 
 /// A [`TransformerWrapper`](crate::models::TransformerWrapper), resolved.
 #[derive(Clone, PartialEq, Debug)]
+#[non_exhaustive]
 pub struct TransformerPlan {
     /// Size of the vocabulary.
     pub num_tokens: usize,
@@ -162,6 +163,7 @@ impl TransformerWrapperConfig {
 
 /// A [`ContinuousTransformerWrapper`](crate::models::ContinuousTransformerWrapper), resolved.
 #[derive(Clone, PartialEq, Debug)]
+#[non_exhaustive]
 pub struct ContinuousPlan {
     /// The longest sequence of a table of absolute positions, and what generation looks back at; 0: no limit.
     pub max_seq_len: usize,
@@ -202,6 +204,7 @@ impl ContinuousTransformerWrapperConfig {
 
 /// A [`ViTransformerWrapper`](crate::models::ViTransformerWrapper), resolved.
 #[derive(Clone, PartialEq, Debug)]
+#[non_exhaustive]
 pub struct ViTransformerPlan {
     /// Side of a patch, in pixels.
     pub patch_size: usize,
@@ -264,6 +267,7 @@ impl ViTransformerWrapperConfig {
 
 /// An [`XTransformer`](crate::models::XTransformer), resolved.
 #[derive(Clone, PartialEq, Debug)]
+#[non_exhaustive]
 pub struct XTransformerPlan {
     /// The encoder.
     pub enc: TransformerPlan,

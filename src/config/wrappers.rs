@@ -193,6 +193,7 @@ impl Keywords for AutoregressiveConfig {
 /// `TopP` and [`FilterLogits::MinP`] to `TopA`: they do what the names of the papers say.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
+#[non_exhaustive]
 pub enum FilterLogits {
     /// The `k` best tokens, or `⌈(1 − filter_thres) · tokens⌉` of them.
     #[default]

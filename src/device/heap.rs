@@ -36,6 +36,7 @@ const UNTOUCHED_IS_FREE: bool = Map::UNTOUCHED_IS_FREE;
 
 /// Bytes of a device's memory.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+#[non_exhaustive]
 pub struct MemoryStats {
     /// In use by tensors.
     pub live: usize,

@@ -166,6 +166,7 @@ impl Device {
 
 /// Counts what has gone to a GPU and come back.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+#[non_exhaustive]
 pub struct Transfers {
     /// Kernels that were enqueued, and graphs that were replayed.
     pub launches: u64,

@@ -4,6 +4,7 @@ use std::sync::atomic::{AtomicU8, Ordering};
 
 /// How exact products of f32 matrices are, in PyTorch's words.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+#[non_exhaustive]
 pub enum Precision {
     /// Operands and sums in f32, or as exact as that: tiles of AMX multiply the parts that f32 numbers are the sums of,
     /// six products for one. The default.

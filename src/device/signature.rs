@@ -59,7 +59,7 @@ const SCALARS: [(&str, usize); 13] = [
 ///
 /// Errors: a kernel or a parameter that is written otherwise.
 pub fn declarations(text: &str, scalar: &dyn Fn(&str) -> Option<usize>) -> Result<Vec<Declaration>, String> {
-    let code = without_comments(text);
+    let (macros, code) = (macros(text), without_comments(text));
     let mut before = "";
     let mut found = Vec::new();
     for (index, part) in code.split("__global__").enumerate() {
@@ -73,6 +73,7 @@ pub fn declarations(text: &str, scalar: &dyn Fn(&str) -> Option<usize>) -> Resul
             let (kernel, list) = parsed.ok_or_else(|| {
                 format!("kernel {index} is not written as `extern \"C\" __global__ void name(parameters)`")
             })?;
+            let list = expanded(list, &macros);
             let list = list.split(',').map(str::trim).filter(|parameter| !parameter.is_empty());
             let parameters = list.map(|text| parameter(kernel, text, scalar)).collect::<Result<_, _>>()?;
             found.push(Declaration { kernel: kernel.into(), parameters });
@@ -80,6 +81,27 @@ pub fn declarations(text: &str, scalar: &dyn Fn(&str) -> Option<usize>) -> Resul
         before = part;
     }
     Ok(found)
+}
+
+/// The macros without arguments of a source, `#define NAME text`, by which kernels share a part of their parameters.
+fn macros(text: &str) -> Vec<(String, String)> {
+    let joined = text.replace("\\\n", " ");
+    let defined = |line: &str| {
+        let (name, body) = line.trim_start().strip_prefix("#define ")?.trim_start().split_once(char::is_whitespace)?;
+        (!name.contains('(')).then(|| (name.to_string(), body.split("//").next().unwrap_or_default().to_string()))
+    };
+    joined.lines().filter_map(defined).collect()
+}
+
+/// A list of parameters with its macros written out.
+fn expanded(list: &str, macros: &[(String, String)]) -> String {
+    let mut list = list.to_string();
+    // Later macros may name earlier ones.
+    for (name, body) in macros.iter().rev() {
+        let parameters = list.split(',').map(|parameter| if parameter.trim() == name { body } else { parameter });
+        list = parameters.collect::<Vec<_>>().join(",");
+    }
+    list
 }
 
 /// Bytes of a type that is passed by value. None depends on compile options, so that one declaration serves every

@@ -8,6 +8,7 @@ use crate::{Error, Result};
 
 /// A set of vector instructions, each including those before it.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
+#[non_exhaustive]
 pub enum Level {
     /// What every processor of the architecture has.
     Portable,

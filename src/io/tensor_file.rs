@@ -116,6 +116,7 @@ pub enum Metadata {
 
 /// Type and shape of a tensor in a file.
 #[derive(Clone, PartialEq, Eq, Debug)]
+#[non_exhaustive]
 pub struct TensorInfo {
     /// How the values lie in the file.
     pub stored: Stored,
@@ -125,6 +126,7 @@ pub struct TensorInfo {
 
 /// A tensor as it lies in its file: GGUF's blocks for instance, which stay packed.
 #[derive(Clone, PartialEq, Eq, Debug)]
+#[non_exhaustive]
 pub struct RawTensor {
     /// Type of the values in `bytes`.
     pub stored: Stored,

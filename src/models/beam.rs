@@ -21,6 +21,7 @@ impl Default for BeamOptions {
 
 /// A continuation that a beam search has found.
 #[derive(Clone, PartialEq, Debug)]
+#[non_exhaustive]
 pub struct Hypothesis {
     /// The new tokens, with the end token if it was reached.
     pub tokens: Vec<i64>,

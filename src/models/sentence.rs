@@ -7,6 +7,7 @@ use crate::{DType, Error, Result, Tensor, error::ensure, nn::ForwardOptions};
 
 /// Reduction of the vectors of tokens to one; padding is left out.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[non_exhaustive]
 pub enum Pooling {
     /// Their mean.
     Mean,
@@ -112,6 +113,7 @@ pub struct DenseLayer {
 
 /// The residual of a [`DenseLayer`].
 #[derive(Clone, Debug)]
+#[non_exhaustive]
 pub enum DenseResidual {
     /// Nothing.
     None,
@@ -134,6 +136,7 @@ impl DenseLayer {
 
 /// The vectors that a module changes.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[non_exhaustive]
 pub enum Features {
     /// Those of the tokens, `[b, n, dim]`.
     Tokens,
@@ -143,6 +146,7 @@ pub enum Features {
 
 /// A module after the model of tokens, by the names of sentence-transformers.
 #[derive(Clone, Debug)]
+#[non_exhaustive]
 pub enum SentenceModule {
     /// Vectors of tokens become one of the text; several ways are concatenated.
     Pooling {

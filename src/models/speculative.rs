@@ -12,6 +12,7 @@ use crate::{Error, Philox, Result, Tensor, error::ensure};
 
 /// Counts of proposed and accepted tokens.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+#[non_exhaustive]
 pub struct SpeculativeStats {
     /// Tokens that the draft model proposed.
     pub proposed: usize,

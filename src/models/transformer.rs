@@ -12,6 +12,7 @@ use crate::{
 
 /// Output of a wrapper.
 #[derive(Clone, Debug)]
+#[non_exhaustive]
 pub struct Output {
     /// Logits `[b, n, num_tokens]`, or normed hidden states `[b, n, dim]`.
     pub out: Tensor,

@@ -15,11 +15,12 @@ use crate::{
     autograd::dropout_stream,
     config::{BranchPlan, LayerPlan, LayersPlan, RotaryPlan},
     error::{ErrorContext, ensure},
-    ops::PositionBias,
+    ops::{PositionBias, Window},
 };
 
 /// Output of attention layers.
 #[derive(Clone, Debug)]
+#[non_exhaustive]
 pub struct LayersOutput {
     /// `[b, n, dim]`, without a final norm unless it was asked for.
     pub out: Tensor,
@@ -221,7 +222,7 @@ impl AttentionLayers {
             return Err("`shift_tokens` moves tokens to the front: `kind` is not Decoder");
         }
         let cross = branches().filter(|branch| matches!(branch, BranchPlan::CrossAttention(_)));
-        if cross.filter_map(BranchPlan::attention).any(|plan| plan.max_attend_past.is_some()) {
+        if cross.filter_map(BranchPlan::attention).any(|plan| plan.window != Window::default()) {
             return Err("`attn_max_attend_past` in cross-attention counts from the last token");
         }
         self.layers.iter().filter_map(Layer::custom).try_for_each(Branch::supports_kv_cache)?;

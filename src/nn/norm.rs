@@ -13,6 +13,7 @@ use crate::{Init, Param, ParamStore, Result, Tensor, config::NormPlan};
 /// # Ok::<(), x_transformers::Error>(())
 /// ```
 #[derive(Clone, Debug)]
+#[non_exhaustive]
 #[doc(alias = "LayerNorm")]
 #[doc(alias = "RMSNorm")]
 #[doc(alias = "ScaleNorm")]

@@ -50,6 +50,7 @@ pub fn rotary_frequencies(plan: &RotaryPlan, store: &ParamStore) -> Result<Buffe
 
 /// A position bias on the scores, the same in every layer; its parameters lie at `rel_pos`.
 #[derive(Clone, Debug)]
+#[non_exhaustive]
 pub enum RelativePositionBias {
     /// T5's table (Raffel et al., <https://arxiv.org/abs/1910.10683>).
     T5 {

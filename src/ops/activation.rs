@@ -42,10 +42,7 @@ impl Tensor {
         ensure!(self.rank() > 0, Error::shape(OP, "expected at least one dimension, got a scalar"));
         check_bias(OP, self, bias)?;
         let x = self.contiguous()?;
-        match x.device() {
-            Device::Gpu(_) if !activation.has_kernel() => activation.of(&x.add(bias)?),
-            _ => activate(activation, &x, bias),
-        }
+        activate(activation, &x, bias)
     }
 }
 

@@ -61,10 +61,6 @@ fn gated(op: &'static str, x: &Tensor, bias: Option<&Tensor>, activation: Activa
     x.dtype().expect_float(op)?;
     bias.map_or(Ok(()), |bias| check_bias(op, x, bias))?;
     let x = x.contiguous()?;
-    if let (Device::Gpu(_), false) = (x.device(), activation.has_kernel()) {
-        let x = bias.map(|bias| x.add(bias)).transpose()?.unwrap_or(x);
-        return x.narrow(-1, 0, width / 2)?.mul(&activation.of(&x.narrow(-1, width / 2, width / 2)?)?);
-    }
     glu(op, activation, &x, bias, width / 2)
 }
 
@@ -188,8 +184,7 @@ impl Backward for GluBackward {
 /// Writes `dx` over the input; `sums`, if not empty, gets the sums of its columns.
 fn backward<R: Real>(f: Activation, g: &[R], bias: &[R], dx: &mut [R], sums: &mut [R]) {
     let dim = bias.len() / 2;
-    // Where it gates to 0 no gradient passes, be the value infinite.
-    let selects = matches!(f, Activation::Relu | Activation::ReluSquared);
+    let closes = f.closes();
     let (mut activated, mut slopes) = ([R::ZERO; TILE], [R::ZERO; TILE]);
     for (g, dx) in g.chunks_exact(dim).zip(dx.chunks_exact_mut(2 * dim)) {
         let (dvalue, dgate) = dx.split_at_mut(dim);
@@ -199,7 +194,7 @@ fn backward<R: Real>(f: Activation, g: &[R], bias: &[R], dx: &mut [R], sums: &mu
             let (to_value, to_gate) = (&bias[start..][..g.len()], &bias[dim + start..][..g.len()]);
             let (activated, slopes) = (&mut activated[..g.len()], &mut slopes[..g.len()]);
             sum_value_and_slope(f, dgate, to_gate, activated, slopes);
-            gradients(selects, g, to_value, activated, slopes, dvalue, dgate);
+            gradients(closes, g, to_value, activated, slopes, dvalue, dgate);
         }
         add_to(sums, dx);
     }
@@ -208,7 +203,7 @@ fn backward<R: Real>(f: Activation, g: &[R], bias: &[R], dx: &mut [R], sums: &mu
 vectorized! {
     /// The gradients of value and gate, the former over the value.
     fn gradients<R: Real>(
-        selects: bool,
+        closes: bool,
         g: &[R],
         to_value: &[R],
         activated: &[R],
@@ -216,7 +211,7 @@ vectorized! {
         value: &mut [R],
         gate: &mut [R],
     ) {
-        if selects {
+        if closes {
             for (((gate, slope), g), (value, &to_value)) in
                 gate.iter_mut().zip(slopes).zip(g).zip(value.iter().zip(to_value))
             {

@@ -1,7 +1,6 @@
 //! What can be computed: one file per op, or family of ops, with its backward rule beside it.
 //!
-//! Every op is a method of [`Tensor`](crate::Tensor). Adding one takes its file here, a word in the list below, and a
-//! case in `tests/contract`.
+//! Every op is a method of [`Tensor`](crate::Tensor). ARCHITECTURE.md lists the files that a new one touches.
 //!
 //! # Infinities and NaN
 //!
@@ -13,19 +12,30 @@
 
 pub(crate) use attention::needs_scores;
 pub use attention::{
-    AttentionSpec, DecodeSpec, PositionBias, attention, attention_decode, attention_rung, gpu_needs_scores,
+    AttentionSpec, DecodeSpec, PositionBias, Window, attention, attention_decode, attention_rung, gpu_needs_scores,
 };
-pub use pointwise::Activation;
+pub use pointwise::{Activation, UNARY};
 
-/// Makes the modules and [`NAMES`] from one list: `file: op, op; …`.
+/// Makes the modules and the list of ops: `file: op, op; …`.
 macro_rules! ops {
     ($($file:ident : $($op:ident),+;)+) => {
         $(pub(crate) mod $file;)+
 
-        /// Every op; the contract suite has a case for each.
-        pub const NAMES: &[&str] = &[$($(stringify!($op)),+),+];
+        /// Every op that is not a row of [`UNARY`].
+        const LISTED: &[&str] = &[$($(stringify!($op)),+),+];
     };
 }
+
+/// Every op; the contract suite has a case for each.
+pub const NAMES: &[&str] = &{
+    let mut names = [""; LISTED.len() + UNARY.len()];
+    let mut at = 0;
+    while at < names.len() {
+        names[at] = if at < LISTED.len() { LISTED[at] } else { UNARY[at - LISTED.len()].0 };
+        at += 1;
+    }
+    names
+};
 
 mod int8;
 mod views;
@@ -52,7 +62,7 @@ ops! {
     matmul: matmul, linear;
     norm: layer_norm, clamped_rms_norm, rms_norm, scale_norm, add_layer_norm, add_clamped_rms_norm, add_rms_norm,
         add_scale_norm;
-    pointwise: neg, exp, ln, sqrt, square, sigmoid, tanh, relu, relu_squared, gelu, gelu_tanh, silu, affine;
+    pointwise: affine;
     position: relative_position_bias, sinusoid;
     reduce: sum, mean, sum_to, max, argmax;
     rotary: rotary;

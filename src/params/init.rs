@@ -11,6 +11,7 @@ use crate::{
 
 /// How a parameter starts.
 #[derive(Clone, Copy, PartialEq, Debug)]
+#[non_exhaustive]
 pub enum Init {
     /// Every element the same.
     Constant(f64),

@@ -4,6 +4,7 @@ use super::{Described, Names, Options, TensorFile, ff_mult, names::equal};
 use crate::{
     Result,
     config::{AttentionConfig, AttentionLayersConfig, FeedForwardConfig, FinalNorm, TransformerWrapperConfig},
+    ops::Activation,
 };
 
 /// Options that both have in common, without the heads.
@@ -40,20 +41,19 @@ fn encoder(options: &Options, activation: &str) -> Result<TransformerWrapperConf
 /// A feedforward with the activation that `hidden_act` names.
 fn activated(options: &Options, default: &str) -> Result<FeedForwardConfig> {
     const KEY: &str = "hidden_act";
-    let mut ff = FeedForwardConfig::default();
-    match options.text(KEY, default)? {
-        "gelu" | "gelu_python" => {}
-        "gelu_new" | "gelu_pytorch_tanh" | "gelu_python_tanh" | "gelu_fast" | "gelu_accurate" => ff.gelu_tanh = true,
-        "quick_gelu" => ff.quick_gelu = true,
-        "relu" => ff.relu = true,
-        "relu2" => ff.relu_squared = true,
-        "silu" | "swish" => ff.swish = true,
+    let activation = match options.text(KEY, default)? {
+        "gelu" | "gelu_python" => Activation::Gelu,
+        "gelu_new" | "gelu_pytorch_tanh" | "gelu_python_tanh" | "gelu_fast" | "gelu_accurate" => Activation::GeluTanh,
+        "quick_gelu" => Activation::QuickGelu,
+        "relu" => Activation::Relu,
+        "relu2" => Activation::ReluSquared,
+        "silu" | "swish" => Activation::Silu,
         other => {
             let known = "gelu, gelu_new, gelu_fast, quick_gelu, relu, relu2 and silu, and their other names";
             return Err(options.refuse(KEY, format!("is `{other}`, expected one of {known}")));
         }
-    }
-    Ok(ff)
+    };
+    Ok(FeedForwardConfig { activation, ..FeedForwardConfig::default() })
 }
 
 /// The embeddings of tokens.

@@ -62,7 +62,7 @@ macro_rules! families {
 }
 
 families! {
-    /// Devlin et al., <https://arxiv.org/abs/1810.04805>.
+    /// Devlin et al., <https://arxiv.org/abs/1810.04805>; MiniLM too.
     Bert: Description {
         name: "BERT",
         model_type: "bert",
@@ -97,7 +97,8 @@ families! {
         },
         read: |options, _, file| bert::albert(options, file),
     };
-    /// Touvron et al., <https://arxiv.org/abs/2302.13971>.
+    /// Touvron et al., <https://arxiv.org/abs/2302.13971>; SmolLM and TinyLlama too. A folder, or GGUF of the
+    /// architecture `llama`.
     Llama: Description {
         name: "Llama",
         model_type: "llama",
@@ -107,7 +108,7 @@ families! {
         layout: LLAMA,
         read: llama::of_json,
     };
-    /// Jiang et al., <https://arxiv.org/abs/2310.06825>. GGUF files name Llama's architecture.
+    /// Jiang et al., <https://arxiv.org/abs/2310.06825>. A folder, or GGUF, whose files name the architecture `llama`.
     Mistral: Description {
         name: "Mistral",
         model_type: "mistral",
@@ -117,7 +118,7 @@ families! {
         layout: LLAMA,
         read: llama::of_json,
     };
-    /// Qwen 2 and 2.5, <https://arxiv.org/abs/2407.10671>.
+    /// Qwen 2 and 2.5, <https://arxiv.org/abs/2407.10671>. A folder, or GGUF of the architecture `qwen2`.
     Qwen2: Description {
         name: "Qwen2",
         model_type: "qwen2",

@@ -12,6 +12,7 @@ use crate::{
         YarnScaling,
     },
     error::ensure,
+    ops::Activation,
 };
 
 /// The sizes of a model.
@@ -76,7 +77,7 @@ impl Sizes {
             ff: FeedForwardConfig {
                 mult: ff_mult(self.dim, self.inner),
                 glu: true,
-                swish: true,
+                activation: Activation::Silu,
                 no_bias: !self.biases[2],
                 ..FeedForwardConfig::default()
             },

@@ -33,16 +33,8 @@ use crate::{
 
 /// A pretrained model of another family: its options as keywords of this crate, and its file of weights.
 ///
-/// | family | from |
-/// |---|---|
-/// | BERT, MiniLM among them | a folder with `config.json` and weights |
-/// | ALBERT | the same |
-/// | Llama, SmolLM and TinyLlama among them | the same, or GGUF of the architecture `llama` |
-/// | Mistral | a folder, or GGUF of the architecture `llama` |
-/// | Qwen 2 and 2.5 | a folder, or GGUF of the architecture `qwen2` |
-///
-/// Weights are in any of the formats of [`TensorFile`]. What of these families is not supported is refused by name,
-/// never left out:
+/// [`Family`] lists the families. A model is a folder with `config.json` and weights in any of the formats of
+/// [`TensorFile`], or a GGUF file. What of these families is not supported is refused by name, never left out:
 ///
 /// | | supported | refused |
 /// |---|---|---|

@@ -21,6 +21,7 @@ use crate::{
 
 /// Similarity of the vectors of two texts.
 #[derive(Clone, Copy, PartialEq, Eq, Default, Debug)]
+#[non_exhaustive]
 pub enum Similarity {
     /// The cosine of their angle.
     #[default]

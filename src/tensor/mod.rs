@@ -46,6 +46,7 @@ pub(crate) use recompute::{Recompute, Saved};
 /// # }
 /// ```
 #[derive(Clone)]
+#[must_use = "ops return a new tensor and leave their inputs as they are"]
 pub struct Tensor(Arc<Handle>);
 
 /// The fields of a tensor, on the heap: a tensor is one pointer, so that code which passes tensors on stays small.

@@ -94,6 +94,7 @@ struct State {
 
 /// Result of a step.
 #[derive(Clone, Copy, PartialEq, Debug)]
+#[non_exhaustive]
 pub struct StepInfo {
     /// The norm of all gradients together, before clipping.
     pub grad_norm: f64,

@@ -31,6 +31,7 @@ struct Recorded {
 
 /// Outcome of a recorded step.
 #[derive(Clone, Debug)]
+#[non_exhaustive]
 pub struct RecordedInfo {
     /// The loss, on the device, until the next step overwrites it: it was not read back.
     pub loss: Tensor,

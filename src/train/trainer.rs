@@ -82,6 +82,7 @@ impl<M: TrainModel> fmt::Debug for Trainer<M> {
 
 /// Result of a step.
 #[derive(Clone, Copy, PartialEq, Debug)]
+#[non_exhaustive]
 pub struct StepReport {
     /// The number of the step, counted from 0.
     pub step: u64,

@@ -2,18 +2,27 @@
 
 #![allow(dead_code, reason = "each suite uses a part")]
 
+use std::sync::LazyLock;
+
 use proptest::prelude::*;
 use serde_json::{Map, Value, json};
 use x_transformers::{
     Device, ParamMap, Philox, Result, Tensor,
     config::{Config, LayerType},
+    ops::Activation,
 };
 
 pub const CPU: Device = Device::Cpu;
 pub const VOCABULARY: usize = 11;
 
 /// Options of layers, each taken or left; those that do not go together are sorted out by the plan.
-pub const OPTIONS: &[&str] = &[
+pub static OPTIONS: LazyLock<Vec<String>> = LazyLock::new(|| {
+    let activation = |activation: &Activation| Some(format!(r#"{{"ff_{}": true}}"#, activation.option()?));
+    LISTED.iter().map(ToString::to_string).chain(Activation::ALL.iter().filter_map(activation)).collect()
+});
+
+/// Those that no table has.
+const LISTED: &[&str] = &[
     r#"{"use_scalenorm": true}"#,
     r#"{"use_rmsnorm": true}"#,
     r#"{"use_rezero": true}"#,
@@ -51,15 +60,11 @@ pub const OPTIONS: &[&str] = &[
     r#"{"attn_gate_values": true}"#,
     r#"{"attn_max_attend_past": 2}"#,
     r#"{"ff_glu": true}"#,
-    r#"{"ff_relu_squared": true}"#,
     r#"{"ff_post_act_ln": true}"#,
     r#"{"attn_kv_heads": 1}"#,
     r#"{"attn_qkv_bias": true}"#,
     r#"{"attn_out_bias": false}"#,
     r#"{"ff_swish": true, "ff_glu": true}"#,
-    r#"{"ff_gelu_tanh": true}"#,
-    r#"{"ff_quick_gelu": true}"#,
-    r#"{"ff_relu": true}"#,
     r#"{"ff_relu": true, "ff_glu": true}"#,
     r#"{"ff_no_bias": true}"#,
     r#"{"norm_eps": 0.25}"#,
@@ -154,7 +159,7 @@ impl Draw {
 }
 
 pub fn option(pick: usize) -> Map<String, Value> {
-    serde_json::from_str(OPTIONS[pick]).unwrap()
+    serde_json::from_str(&OPTIONS[pick]).unwrap()
 }
 
 /// The later of contradicting options counts.

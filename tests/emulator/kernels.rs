@@ -3,7 +3,7 @@
 
 use x_transformers::{
     DType, Device, Philox, Result, Tape, Tensor,
-    ops::{AttentionSpec, PositionBias, attention, attention_rung},
+    ops::{AttentionSpec, PositionBias, Window, attention, attention_rung},
 };
 
 use crate::{emulated, here};
@@ -84,7 +84,7 @@ fn attend(device: &Device, dtype: DType, [heads, kv_heads, queries, keys, d, e]:
     let specs = [
         plain.clone(),
         AttentionSpec { causal: true, key_mask: Some(&key_mask), ..plain.clone() },
-        AttentionSpec { causal: true, max_attend_past: Some(40), position_bias: alibi, ..plain.clone() },
+        AttentionSpec { causal: true, window: Window::past(40), position_bias: alibi, ..plain.clone() },
         AttentionSpec { mask: Some(&mask), bias: Some(&bias), dropout: 0.2, ..plain },
     ];
     let mut results = Vec::new();

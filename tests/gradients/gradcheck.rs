@@ -189,7 +189,7 @@ fn wrong_calls_are_refused() -> Result<()> {
         Err(ErrorKind::Shape { .. })
     ));
     let tape = Tape::grad();
-    input(&[2]).requires_grad()?.sum(&[])?;
+    let _ = input(&[2]).requires_grad()?.sum(&[])?;
     assert_eq!(tape.len(), 1, "no tape of a failed check is left behind");
     Ok(())
 }

@@ -270,7 +270,7 @@ fn stale_tensors_are_refused() -> Result<()> {
     let (finished, dropped) = {
         let mut tape = Tape::grad();
         let y = square(&x)?;
-        tape.backward(&y.sum(&[])?)?;
+        let _ = tape.backward(&y.sum(&[])?)?;
         let other = Tape::grad();
         let z = square(&x)?;
         drop(other);
@@ -294,7 +294,7 @@ fn stale_tensors_are_refused() -> Result<()> {
             Err(ErrorKind::StaleTape { op: "checkpoint" })
         ));
         // Its value may be used.
-        square(&stale.detach())?;
+        let _ = square(&stale.detach())?;
     }
     drop(tape);
     // Outside of a tape a value is a value.
@@ -330,8 +330,8 @@ fn nothing_is_recorded_without_leaves() -> Result<()> {
     let x = vector(&[1.0, 2.0, 3.0, 4.0]);
     let tape = Tape::train(1);
     let y = square(&x)?.reshape([2, 2])?.transpose(0, 1)?.contiguous()?.softmax()?.to_dtype(DType::F32)?;
-    Tensor::cat(&[&y, &y], 1)?.sum(&[0])?.mean(&[])?.affine(2.0, 1.0)?.to_dtype(DType::I64)?;
-    checkpoint(|x| square(&x[0]), &[&x])?;
+    let _ = Tensor::cat(&[&y, &y], 1)?.sum(&[0])?.mean(&[])?.affine(2.0, 1.0)?.to_dtype(DType::I64)?;
+    let _ = checkpoint(|x| square(&x[0]), &[&x])?;
     assert_eq!(tape.len(), 0);
     assert!(tape.is_empty());
     Ok(())
@@ -356,11 +356,11 @@ fn an_op_records_one_node() -> Result<()> {
     let tape = Tape::grad();
     let y = x.transpose(0, 1)?;
     assert_eq!(tape.len(), 1);
-    Tensor::cat(&[&y, &y], 0)?;
+    let _ = Tensor::cat(&[&y, &y], 0)?;
     assert_eq!(tape.len(), 2, "cat reads strided inputs in one step");
-    y.sum(&[0])?;
+    let _ = y.sum(&[0])?;
     assert_eq!(tape.len(), 3, "so does sum");
-    y.mean(&[1])?;
+    let _ = y.mean(&[1])?;
     assert_eq!(tape.len(), 4, "and mean");
     Ok(())
 }
@@ -407,7 +407,7 @@ fn gradients_come_back_as_constants() -> Result<()> {
     let grads = tape.backward(&z.sum(&[])?)?;
     let grad = grads.get(&x).unwrap();
     let next = Tape::grad();
-    square(grad)?;
+    let _ = square(grad)?;
     assert!(next.is_empty());
     Ok(())
 }
@@ -548,7 +548,7 @@ fn tapes_may_be_dropped_in_any_order() -> Result<()> {
     let x = leaf(&[3.0]);
     for _ in 0..3 {
         let _unused = Tape::train(1);
-        square(&x)?;
+        let _ = square(&x)?;
     }
     let (mut first, second) = (Tape::grad(), Tape::grad());
     // The innermost tape records.
@@ -560,7 +560,7 @@ fn tapes_may_be_dropped_in_any_order() -> Result<()> {
     assert_eq!(values(first.backward(&outer)?.get(&x).unwrap()), [6.0]);
     let (one, two) = (Tape::grad(), Tape::grad());
     drop(one);
-    square(&x)?;
+    let _ = square(&x)?;
     assert_eq!(two.len(), 1);
     Ok(())
 }
@@ -635,7 +635,7 @@ fn a_tape_in_a_thread_local_may_die_with_its_thread() {
         TAPE.set(None);
         let x = leaf(&[3.0]);
         TAPE.set(Some(Tape::grad()));
-        square(&x).unwrap();
+        let _ = square(&x).unwrap();
     })
     .join()
     .unwrap();

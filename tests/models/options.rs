@@ -7,6 +7,7 @@ use x_transformers::{
     DType, Device, Error, ErrorKind, ParamStore, Result, Tape, Tensor,
     config::{AttentionPath, Call, Config},
     models::{Model, RunOptions},
+    ops::Activation,
 };
 
 /// A small model of this kind with these keywords of its layers.
@@ -31,7 +32,7 @@ fn config(value: &Value) -> Result<Config> {
 fn layer_options() -> Vec<(&'static str, Value)> {
     let decoder = |options: Value| ("Decoder", options);
     let encoder = |options: Value| ("Encoder", options);
-    vec![
+    let mut options = vec![
         decoder(json!({"use_scalenorm": true})),
         decoder(json!({"use_rmsnorm": true})),
         decoder(json!({"use_rezero": true})),
@@ -73,14 +74,14 @@ fn layer_options() -> Vec<(&'static str, Value)> {
         decoder(json!({"attn_max_attend_past": 2})),
         decoder(json!({"ff_mult": 2.5})),
         decoder(json!({"ff_glu": true})),
-        decoder(json!({"ff_relu_squared": true})),
-        decoder(json!({"ff_relu": true})),
-        decoder(json!({"ff_glu": true, "ff_quick_gelu": true})),
-        decoder(json!({"ff_glu": true, "ff_relu_squared": true})),
         decoder(json!({"ff_post_act_ln": true})),
         decoder(json!({"heads": 2})),
         decoder(json!({"attn_dim_head": 12})),
-    ]
+    ];
+    let activations = Activation::ALL.iter().filter_map(|activation| activation.option());
+    let activated = |option| [false, true].map(|glu| decoder(json!({(format!("ff_{option}")): true, "ff_glu": glu})));
+    options.extend(activations.flat_map(activated));
+    options
 }
 
 /// Parameters away from their constants, so that no path is switched off.
@@ -440,6 +441,7 @@ fn options_that_exclude_each_other() {
         ("Decoder", json!({"dim": 33, "position_infused_attn": true}), ["position_infused_attn", "dim"]),
         ("Decoder", json!({"attn_collab_compression": 0.5}), ["attn_collab_compression", "attn_collab_heads"]),
         ("Decoder", json!({"qk_norm_attn_seq_len": 8}), ["qk_norm_attn_seq_len", "use_qk_norm_attn"]),
+        ("Decoder", json!({"ff_swish": true, "ff_glu": true, "ff_relu": true}), ["ff_relu", "ff_swish"]),
         (
             "Decoder",
             json!({"use_qk_norm_attn": true, "attn_qk_norm": true, "attn_scale_init_value": -1.0}),

@@ -9,6 +9,5 @@ mod adamw;
 mod dropout;
 mod fused_ops;
 mod matmul;
-mod op_errors;
 mod properties;
 mod tensor;

@@ -59,7 +59,7 @@ fn one(thread: usize, rounds: usize, shared: &(AutoregressiveWrapper, ParamMap),
             for round in 0..rounds {
                 let prompt = tokens(1, 5, seed + round as u64)?.select(0, 0)?;
                 let mut count = 0;
-                model_of_all.generate(&prompt, 12, &GenerateOptions::default(), &mut |tokens| {
+                let _ = model_of_all.generate(&prompt, 12, &GenerateOptions::default(), &mut |tokens| {
                     count += tokens.len();
                     true
                 })?;

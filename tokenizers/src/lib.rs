@@ -37,6 +37,11 @@ pub use stream::TextStream;
 
 use self::{decoder::Decoder, described::Described, template::Templates};
 
+/// The README's program, compiled with the other examples of the documentation.
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+struct Readme;
+
 /// The tokenizer of a pretrained model.
 ///
 /// Copies share the vocabulary.

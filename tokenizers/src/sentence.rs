@@ -38,6 +38,7 @@ pub struct SentencePipeline {
 
 /// A text in front of each text.
 #[derive(Clone, Copy, PartialEq, Eq, Default, Debug)]
+#[non_exhaustive]
 pub enum Prompt<'p> {
     /// The one that the folder names as its default, if it does.
     #[default]
@@ -52,6 +53,7 @@ pub enum Prompt<'p> {
 
 /// Vectors of texts.
 #[derive(Clone, Debug)]
+#[non_exhaustive]
 pub struct Embedded {
     /// `[texts, dim]`.
     pub vectors: Tensor,

@@ -4,7 +4,7 @@
 
 use std::{
     fs::{self, OpenOptions},
-    os::unix::fs::symlink,
+    os::unix::{fs::symlink, process::CommandExt},
     path::Path,
     process::{Command, Output, Stdio},
     time::{Duration, Instant},
@@ -147,17 +147,31 @@ fn standard_error_that_is_full() {
     assert_eq!(output.status.code(), Some(1));
 }
 
-/// The last line of a run can be pasted into a shell, whatever the folder is called.
+/// The last line of a run can be pasted into a shell, whatever the folder is called and however `xt` was started.
 #[test]
 fn the_hint_is_a_command() {
     let folder = tempfile::tempdir().expect("a temporary folder");
     let mut storage = Vec::new();
-    let out = succeeds(&train(folder.path(), &mut storage, &[]));
-    let hint = out.lines().last().and_then(|line| line.strip_prefix("try ")).expect("a hint").trim();
-    let command = hint.strip_prefix("xt ").expect("a command").replace("--length 400", "--length 4");
-    let script = format!("\"$0\" {command}");
-    let output = Command::new("sh").args(["-c", &script, env!("CARGO_BIN_EXE_xt")]).output().expect("sh starts");
-    assert_eq!(output.status.code(), Some(0), "{hint}: {}", text(&output.stderr));
+    let arguments = train(folder.path(), &mut storage, &["--overwrite"]);
+    let hint = |command: &mut Command| {
+        let output = command.output().expect("xt starts");
+        let out = text(&output.stdout);
+        assert_eq!(output.status.code(), Some(0), "{out}{}", text(&output.stderr));
+        out.lines().last().and_then(|line| line.strip_prefix("try ")).expect("a hint").trim().to_string()
+    };
+
+    let direct = hint(start(&arguments).env_remove("CARGO_PKG_NAME"));
+    let script = direct.replace("--length 400", "--length 4");
+    let output = Command::new("sh").args(["-c", &script]).output().expect("sh starts");
+    assert_eq!(output.status.code(), Some(0), "{direct}: {}", text(&output.stderr));
+
+    // As a shell starts what it finds in PATH, and as cargo does.
+    let rest = &direct[direct.find(" generate ").expect("a command")..];
+    let installed = hint(start(&arguments).env_remove("CARGO_PKG_NAME").arg0("xt"));
+    assert_eq!(installed, format!("xt{rest}"));
+    let run = if cfg!(debug_assertions) { "cargo run --" } else { "cargo run --release --" };
+    assert_eq!(hint(start(&arguments).env("CARGO_PKG_NAME", "x-transformers-cli")), format!("{run}{rest}"));
+
     let arguments = ["generate", "--checkpoint", &storage[1], "--prompt", ""];
     assert!(refuses(&arguments).contains("got an empty one"));
 }

@@ -25,6 +25,7 @@ use crate::{Error, Result, atomic_file::write_atomically, device::kernels::Kerne
 
 /// Output of NVRTC for one variant.
 #[derive(Clone, Debug)]
+#[non_exhaustive]
 pub struct Compiled {
     /// Machine code (CUBIN), or the text of PTX with a zero at its end, as the target says.
     pub code: Vec<u8>,
@@ -121,6 +122,7 @@ pub fn cubin(source: &KernelSource, options: &[(&str, &str)], target: Target) ->
 
 /// Code from a cache folder.
 #[derive(Debug)]
+#[non_exhaustive]
 pub struct Cached {
     /// Machine code, or PTX.
     pub code: Vec<u8>,

@@ -5,7 +5,7 @@ use crate::{
     Error, Result, Tensor,
     error::ErrorContext,
     nn::step::{DecodeStep, Tables},
-    ops::{DecodeSpec, PositionBias, attention_decode},
+    ops::{DecodeSpec, PositionBias, Window, attention_decode},
 };
 
 /// Keys and values `[b, heads, prefix_len + capacity, d]`; those of a context have no more than they need.
@@ -88,7 +88,7 @@ impl Attention {
         if self.plan.needs_scores().is_some() || input.explicit || input.prev.is_some() {
             let keys = step.keys(cache.prefix_len);
             let [k, v] = [self.all_heads(&k.narrow(2, 0, keys)?)?, v.narrow(2, 0, keys)?];
-            let keep = cache.keep(step, self.plan.num_mem_kv, self.plan.max_attend_past)?;
+            let keep = cache.keep(step, self.plan.num_mem_kv, self.plan.window)?;
             let bias = cache.bias(step, &q)?;
             let (out, scores, _) = self.explicit([&q, &k, &v], input, bias, Some(keep))?;
             return self.merge(x, out, scores, None);
@@ -103,7 +103,7 @@ impl Attention {
             scale: self.scale(),
             prefix_len: cache.prefix_len,
             mem_keys: self.plan.num_mem_kv,
-            max_attend_past: self.plan.max_attend_past,
+            window: self.plan.window,
             key_mask: step.whole_mask.as_ref(),
             query_mask: step.mask.as_ref(),
             bias_by_distance: cache.bias_by_distance.as_ref(),
@@ -180,7 +180,7 @@ impl AttentionCache {
     }
 
     /// Mask of the step's scores, `[b, 1, n, keys]`; `true` keeps, as in the call without a cache.
-    fn keep(&self, step: &DecodeStep, mem_keys: usize, max_attend_past: Option<usize>) -> Result<Tensor> {
+    fn keep(&self, step: &DecodeStep, mem_keys: usize, window: Window) -> Result<Tensor> {
         let (prefix_len, keys) = (self.prefix_len, step.keys(self.prefix_len));
         let mut keep = Vec::with_capacity(step.lengths.len() * step.n * keys);
         for (row, &length) in step.lengths.iter().enumerate() {
@@ -189,9 +189,10 @@ impl AttentionCache {
             for i in 0..step.n {
                 let position = prefix_len + length + i;
                 let query_padded = padded(length + i);
+                let first = window.first_key(position as i64);
                 keep.extend((0..keys).map(|key| {
                     let padding = key < mem_keys || !(query_padded || key >= prefix_len && padded(key - prefix_len));
-                    padding && key <= position && max_attend_past.is_none_or(|past| position - key <= past)
+                    padding && key <= position && key as i64 >= first
                 }));
             }
         }

@@ -63,10 +63,7 @@ impl Attention {
         parts.extend(input.attn_mask.clone());
         // Query `q` stands at key `q + j − i`. Both sides are shifted so that neither is negative.
         let position = |first: usize, n: usize| Tensor::arange(first + n, device)?.narrow(0, first, n);
-        if let Some(limit) = self.plan.max_attend_past {
-            let limit = limit.min(i + j);
-            parts.push(position(j, i)?.unsqueeze(1)?.le(&position(i + limit, j)?)?);
-        }
+        parts.extend(self.plan.window.mask(i, j, device)?);
         if self.plan.causal {
             parts.push(position(j, i)?.unsqueeze(1)?.ge(&position(i, j)?)?);
         }

@@ -17,7 +17,7 @@ impl Attention {
             query_mask: input.query_mask.as_ref(),
             key_mask: input.key_mask.as_ref(),
             mem_keys: self.plan.num_mem_kv,
-            max_attend_past: self.plan.max_attend_past,
+            window: self.plan.window,
             bias: None,
             position_bias: input.bias.clone(),
             dropout: self.plan.dropout,

@@ -81,6 +81,7 @@ pub struct AttentionInput {
 
 /// Output of attention.
 #[derive(Clone, Debug)]
+#[non_exhaustive]
 pub struct AttentionOutput {
     /// `[b, i, dim]`
     pub out: Tensor,

@@ -249,7 +249,7 @@ impl<'a> Call<'a> {
     }
 
     /// The last values of every kernel: the rest of the struct `Spec` of `kernels/attention.cuh`.
-    fn values(&self) -> Result<[Arg; 12]> {
+    fn values(&self) -> Result<Vec<Arg>> {
         let problem = self.problem;
         let Sizes { queries, keys, .. } = problem.sizes;
         let scores = problem.sizes.scores()?;
@@ -257,16 +257,11 @@ impl<'a> Call<'a> {
         let expanded = |x: &Option<Tensor>| x.as_ref().map_or(*problem.q.layout(), |x| x.layout().expand(scores));
         let (mask, bias): (Layout, Layout) = (expanded(&problem.mask), expanded(&problem.bias));
         let masked = problem.key_mask.as_ref().map_or(keys, |mask| mask.shape()[1]);
-        let past = problem.max_attend_past.map_or(queries + keys, |past| past.min(queries + keys));
         let (seed, stream, threshold, factor) = problem.dropout.map_or((0, 0, 0, 1.0), |dropout| {
             (dropout.stream.seed(), dropout.stream.stream(), dropout.threshold, dropout.factor)
         });
-        Ok(*args![
-            &mask,
-            &bias,
-            size32(keys - masked)? as i32,
-            size32(problem.mem_keys)? as i32,
-            size32(past)? as i32,
+        let first = args![&mask, &bias, size32(keys - masked)? as i32, size32(problem.mem_keys)? as i32];
+        let last = args![
             problem.causal as i32,
             // ALiBi's.
             self.terms.as_ref().is_some_and(|terms| terms.bucket_of.is_none()) as i32,
@@ -275,7 +270,8 @@ impl<'a> Call<'a> {
             stream,
             threshold,
             factor
-        ])
+        ];
+        Ok([&first[..], &problem.window.values(queries + keys)?, last].concat())
     }
 
     /// A block for each `blocks.rows` rows of each of `heads` heads, times `columns` for the features of the results.

@@ -8,7 +8,7 @@ use std::ops::Range;
 use bytemuck::{cast_slice, cast_slice_mut};
 use half::{bf16, f16};
 
-use super::{OP, Sizes, expect_bool, packed_rows, tile::mean_of};
+use super::{OP, Sizes, Window, expect_bool, packed_rows, tile::mean_of};
 use crate::{
     DType, Device, Error, Result, Tensor,
     autograd::{computed, discrete},
@@ -42,8 +42,8 @@ pub struct DecodeSpec<'a> {
     pub prefix_len: usize,
     /// The first of those, which padded queries see too.
     pub mem_keys: usize,
-    /// Masks the keys that are further than this before a query's position.
-    pub max_attend_past: Option<usize>,
+    /// Limits of the keys that a query sees.
+    pub window: Window,
     /// Padding of the sequence's keys, Bool with `batch · positions` elements; true keeps.
     pub key_mask: Option<&'a Tensor>,
     /// Padding of the queries, Bool `[batch, query]`: a padded (false) query sees the memory keys alone.
@@ -175,7 +175,6 @@ impl Call<'_> {
         };
         let (mut sums, mut statistics) = (scratch(e)?, scratch(2)?);
         let distances = spec.bias_by_distance.map_or(1, |bias| bias.shape()[1]);
-        let past = spec.max_attend_past.map_or(keys, |past| past.min(keys));
         // Queries that read the same keys: those of all heads that share them, and of all new tokens.
         let sharing = heads / kv_heads * queries;
         let at_once = if sharing == 1 { 1 } else { 4 };
@@ -185,26 +184,27 @@ impl Call<'_> {
         let options = [("DTYPE", q.dtype().name()), ("QUERIES", if at_once == 1 { "1" } else { "4" })];
         gpu.kernel("attention_decode", &options)?.launch(
             Grid::new([size32(blocks)?, size32(side_by_side)?, 1], [128, 1, 1]),
-            args![
-                &mut sums,
-                &mut statistics,
-                Storage(q),
-                Storage(self.k),
-                Storage(self.v),
-                self.lengths,
-                spec.key_mask,
-                spec.query_mask,
-                spec.bias_by_distance,
-                q.layout(),
-                self.k.layout(),
-                self.v.layout(),
-                size32(spec.prefix_len)? as i32,
-                size32(spec.mem_keys)? as i32,
-                size32(past)? as i32,
-                size32(distances)? as i32,
-                size32(parts)? as i32,
-                spec.scale
-            ],
+            &[
+                &args![
+                    &mut sums,
+                    &mut statistics,
+                    Storage(q),
+                    Storage(self.k),
+                    Storage(self.v),
+                    self.lengths,
+                    spec.key_mask,
+                    spec.query_mask,
+                    spec.bias_by_distance,
+                    q.layout(),
+                    self.k.layout(),
+                    self.v.layout(),
+                    size32(spec.prefix_len)? as i32,
+                    size32(spec.mem_keys)? as i32,
+                ][..],
+                &spec.window.values(keys)?,
+                args![size32(distances)? as i32, size32(parts)? as i32, spec.scale],
+            ]
+            .concat(),
         )?;
         gpu.kernel("attention_decode_join", &options)?.launch(
             Grid::new([size32(batch * heads * queries)?, 1, 1], [256, 1, 1]),
@@ -244,7 +244,7 @@ impl Call<'_> {
             scale: R::from_f64(spec.scale),
             prefix_len: spec.prefix_len,
             mem_keys: spec.mem_keys,
-            past: spec.max_attend_past,
+            window: spec.window,
         };
         // Queries in the type of the computation, `[batch, heads, query, d]`.
         let wide = self.q.to_dtype(acc)?.contiguous()?;
@@ -311,17 +311,17 @@ struct Cached<'a, R> {
     scale: R,
     prefix_len: usize,
     mem_keys: usize,
-    past: Option<usize>,
+    window: Window,
 }
 
 impl<R: Real> Cached<'_, R> {
-    /// The keys that causality, the maximum past and the padding of the queries leave to a query at a position.
+    /// The keys that causality, the window and the padding of the queries leave to a query at a position.
     fn kept(&self, b: usize, i: usize, position: usize) -> Range<usize> {
         let mut end = (position + 1).min(self.sizes.keys);
         if self.query_mask.is_some_and(|mask| mask[b * self.sizes.queries + i] == 0) {
             end = end.min(self.mem_keys);
         }
-        let start = self.past.map_or(0, |past| position.saturating_sub(past));
+        let start = self.window.first_key(position as i64).max(0) as usize;
         start.min(end)..end
     }
 

@@ -11,6 +11,7 @@ mod gradients;
 mod position;
 mod rows;
 mod tile;
+mod window;
 
 use crate::{
     DType, Device, Error, Philox, Result, Tensor,
@@ -26,6 +27,7 @@ use position::Position;
 pub use decode::{DecodeSpec, attention_decode};
 pub use position::PositionBias;
 pub(super) use position::bucket;
+pub use window::Window;
 
 const OP: &str = "attention";
 
@@ -61,8 +63,8 @@ pub struct AttentionSpec<'a> {
     pub key_mask: Option<&'a Tensor>,
     /// Number of keys in front that `query_mask` and `key_mask` never mask (learned memory key/values). Default 0.
     pub mem_keys: usize,
-    /// Masks the keys that are further than this before a query's position.
-    pub max_attend_past: Option<usize>,
+    /// Limits of the keys that a query sees. Default none.
+    pub window: Window,
     /// Added to the scaled products: the dtype of the queries, broadcasts to `[batch, heads, query, key]`. Has a
     /// gradient, summed to its shape.
     pub bias: Option<&'a Tensor>,
@@ -81,7 +83,7 @@ impl Default for AttentionSpec<'_> {
             query_mask: None,
             key_mask: None,
             mem_keys: 0,
-            max_attend_past: None,
+            window: Window::default(),
             bias: None,
             position_bias: None,
             dropout: 0.0,
@@ -120,7 +122,7 @@ pub fn attention(q: &Tensor, k: &Tensor, v: &Tensor, spec: &AttentionSpec) -> Re
         query_mask: spec.query_mask.map(Tensor::contiguous).transpose()?,
         key_mask: spec.key_mask.map(Tensor::contiguous).transpose()?,
         mem_keys: spec.mem_keys,
-        max_attend_past: spec.max_attend_past,
+        window: spec.window,
         bias: bias.as_ref().map(Tensor::detach),
         position,
         dropout: if spec.dropout > 0.0 {
@@ -137,7 +139,7 @@ pub fn attention(q: &Tensor, k: &Tensor, v: &Tensor, spec: &AttentionSpec) -> Re
     let (out, kept) = problem.forward(needs(OP, [&q, &k, &v, bias, weights])?.contains(&true))?;
     // The scores are computed again, beside two products for each of the forward pass.
     let backward = BackwardCost::Times(2.5);
-    profile::cost(|| Cost { operations: sizes.operations(spec.causal, spec.max_attend_past), backward });
+    profile::cost(|| Cost { operations: sizes.operations(spec.causal, spec.window), backward });
     record(OP, out, &inputs, |out| AttentionBackward { problem, out: out.detach(), kept })
 }
 
@@ -184,11 +186,11 @@ struct Sizes {
 
 impl Sizes {
     /// Floating-point operations of scores and sums, for the pairs that are looked at whatever a mask says.
-    fn operations(&self, causal: bool, max_attend_past: Option<usize>) -> f64 {
+    fn operations(&self, causal: bool, window: Window) -> f64 {
         let seen = |query: usize| {
-            let last =
-                if causal { (self.keys + query + 1).saturating_sub(self.queries).min(self.keys) } else { self.keys };
-            max_attend_past.map_or(last, |past| last.min(past + 1))
+            let behind = (self.keys + query + 1).saturating_sub(self.queries);
+            let first = window.first_key(behind as i64 - 1).max(0) as usize;
+            if causal { behind.min(self.keys) - first } else { self.keys - first }
         };
         let pairs: usize = (0..self.queries).map(seen).sum();
         2.0 * (self.batch * self.heads) as f64 * pairs as f64 * (self.d + self.e) as f64
@@ -349,7 +351,7 @@ struct Problem {
     query_mask: Option<Tensor>,
     key_mask: Option<Tensor>,
     mem_keys: usize,
-    max_attend_past: Option<usize>,
+    window: Window,
     bias: Option<Tensor>,
     position: Option<Position>,
     dropout: Option<Dropout>,

@@ -11,6 +11,7 @@ use crate::{
 
 /// A bias that depends on a query's and a key's position alone: no `[heads, query, key]` tensor is made of it.
 #[derive(Clone, Debug)]
+#[non_exhaustive]
 pub enum PositionBias {
     /// ALiBi: `slopes[head] · key`, `key` counted from 0 (Press et al., <https://arxiv.org/abs/2108.12409>).
     Alibi {

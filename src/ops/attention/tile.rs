@@ -3,7 +3,7 @@
 
 use std::ops::Range;
 
-use super::{OP, Problem, Sizes};
+use super::{OP, Problem, Sizes, Window};
 use crate::{
     Philox, Result, Tensor,
     device::{
@@ -156,7 +156,7 @@ pub(super) struct Tiles<'a, O: Multiply> {
     query_mask: Option<&'a [u8]>,
     key_mask: Option<&'a [u8]>,
     mem_keys: usize,
-    max_attend_past: Option<i64>,
+    window: Window,
     bias: Option<Broadcast<Floats<'a>>>,
     /// `[heads, queries + keys − 1]`.
     curves: Option<Vec<O::Acc>>,
@@ -189,14 +189,14 @@ impl<'a, O: Multiply> Tiles<'a, O> {
             query_mask: padding(&problem.query_mask)?,
             key_mask: padding(&problem.key_mask)?,
             mem_keys: problem.mem_keys,
-            max_attend_past: problem.max_attend_past.map(|past| i64::try_from(past).unwrap_or(i64::MAX)),
+            window: problem.window,
             bias: problem.bias.as_ref().map(of_bias).transpose()?,
             curves: problem.position.as_ref().map(|position| position.curves()).transpose()?,
             dropout: problem.dropout,
         })
     }
 
-    /// The keys that causality, the maximum past and the padding of the queries leave to a query.
+    /// The keys that causality, the window and the padding of the queries leave to a query.
     fn kept(&self, batch: usize, query: usize) -> Range<usize> {
         let keys = self.sizes.keys;
         let position = query as i64 + keys as i64 - self.sizes.queries as i64;
@@ -204,7 +204,7 @@ impl<'a, O: Multiply> Tiles<'a, O> {
         if self.query_mask.is_some_and(|mask| mask[batch * self.sizes.queries + query] == 0) {
             end = end.min(self.mem_keys);
         }
-        let start = self.max_attend_past.map_or(0, |past| position.saturating_sub(past).clamp(0, keys as i64) as usize);
+        let start = self.window.first_key(position).clamp(0, keys as i64) as usize;
         start.min(end)..end
     }
 

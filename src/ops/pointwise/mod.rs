@@ -42,10 +42,13 @@ trait Loops {
     fn of<F: Unary>(self);
 }
 
-/// The table: method, type, what the gradient is written in, what integers give, value, gradient. A row that may stand
-/// in [`Tensor::add_activation`] and [`Tensor::glu`] says so, with its name in descriptions.
+/// The table: method, type, what the gradient is written in, what integers give, value, gradient. Brackets make a row
+/// an [`Activation`]: its name in descriptions, the option of a feedforward that selects it, `closes` if it is exactly
+/// 0 over a range. All else, here and in `config`, follows from the row; its kernel is a row of
+/// `kernels/functions.cuh`.
 macro_rules! unary {
-    ($($(#[$doc:meta])* $vis:vis $method:ident $Type:ident $keep:ident $integers:ident $([$title:literal])?
+    ($($(#[$doc:meta])* $method:ident $Type:ident $keep:ident $integers:ident
+        $([$title:literal $(, ff $option:ident)? $(; $closes:ident)?])?
         |$x:ident| $value:expr, |$g:ident, $k:ident| $gradient:expr;)*) => {
         $(
             struct $Type;
@@ -102,7 +105,8 @@ macro_rules! unary {
         #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
         pub enum Activation {
             $($(
-                #[doc = concat!("`", stringify!($method), "`: ", $title, ".")]
+                #[doc = concat!("`", stringify!($method), "`: ", $title,
+                    $(", option `ff_", stringify!($option), "`",)? ".")]
                 $Type,
             )?)*
         }
@@ -134,9 +138,18 @@ macro_rules! unary {
                 }
             }
 
-            /// Returns `true` if `kernels/activation.cu` and `kernels/glu.cu` have it: an `ACTIVATION_ROW`.
-            pub(super) fn has_kernel(self) -> bool {
-                !matches!(self, Self::Relu | Self::QuickGelu)
+            /// The option of a feedforward that selects it, without `ff_`; `None` for GELU, the default, and for
+            /// activations of other layers.
+            pub fn option(self) -> Option<&'static str> {
+                const OPTIONS: &[&[&str]] = &[$($({ let _ = $title; &[$(stringify!($option))?] },)?)*];
+                OPTIONS[self as usize].first().copied()
+            }
+
+            /// Returns `true` if it is exactly 0 over a range: where it gates, no gradient passes then, even to an
+            /// infinite value.
+            pub(super) fn closes(self) -> bool {
+                const CLOSES: &[&[&str]] = &[$($({ let _ = $title; &[$(stringify!($closes))?] },)?)*];
+                !CLOSES[self as usize].is_empty()
             }
 
             #[inline(always)]
@@ -152,14 +165,14 @@ macro_rules! unary {
                 $(#[$doc])*
                 ///
                 /// Errors: a dtype that is not float, unless said otherwise.
-                $vis fn $method(&self) -> Result<Tensor> {
+                pub fn $method(&self) -> Result<Tensor> {
                     unary(Function::$Type, self)
                 }
             )*
         }
 
-        #[cfg(all(test, feature = "cuda"))]
-        const UNARY: &[&str] = &[$(stringify!($method)),*];
+        /// Every function of one number: its name and its method.
+        pub const UNARY: &[(&str, fn(&Tensor) -> Result<Tensor>)] = &[$((stringify!($method), Tensor::$method)),*];
     };
 }
 
@@ -171,49 +184,50 @@ fn c<R: Real>(x: f64) -> R {
 
 unary! {
     /// `−x`, of i64 too. Saves nothing but the input's handle.
-    pub neg Neg Input negated |x| -x, |g, _x| -g;
+    neg Neg Input negated |x| -x, |g, _x| -g;
     /// `e^x`; i64 and bool become f32 first. Saves the output, which is the derivative as it was rounded: 0 or infinite
     /// where `e^x` left the range of the dtype, as in PyTorch.
-    pub exp Exp Output promoted |x| x.fused_exp::<FUSED>(), |g, y| g * y;
+    exp Exp Output promoted |x| x.fused_exp::<FUSED>(), |g, y| g * y;
     /// The natural logarithm; i64 and bool become f32 first. Saves the input.
-    pub ln Ln Input promoted |x| x.ln(), |g, x| g / x;
+    ln Ln Input promoted |x| x.ln(), |g, x| g / x;
     /// `√x`; i64 and bool become f32 first. Saves the output.
-    pub sqrt Sqrt Output promoted |x| x.sqrt(), |g, y| g * (c::<R>(0.5) / y);
+    sqrt Sqrt Output promoted |x| x.sqrt(), |g, y| g * (c::<R>(0.5) / y);
     /// `x²`, of i64 too. Saves the input.
-    pub square Square Input squared |x| x * x, |g, x| twice(g * x);
+    square Square Input squared |x| x * x, |g, x| twice(g * x);
     /// `1 / (1 + e^−x)`; i64 and bool become f32 first. Saves the input: `y (1 − y)` of an output that was rounded has
     /// no digits left near 1. On a GPU exponentials of half types, here and in other activations, have errors of up to
     /// 2⁻¹⁷.
-    pub sigmoid Sigmoid Input promoted ["sigmoid"] |x| x.sigmoid::<FUSED>(), |g, x| g * sigmoid_slope::<R, FUSED>(x);
+    sigmoid Sigmoid Input promoted ["sigmoid"] |x| x.sigmoid::<FUSED>(), |g, x| g * sigmoid_slope::<R, FUSED>(x);
     /// The hyperbolic tangent; i64 and bool become f32 first. Saves the input, for the same reason as
     /// [`Tensor::sigmoid`].
-    pub tanh Tanh Input promoted |x| x.fused_tanh::<FUSED>(), |g, x| g * (c::<R>(4.0) * sigmoid_slope::<R, FUSED>(x + x));
+    tanh Tanh Input promoted |x| x.fused_tanh::<FUSED>(), |g, x| g * (c::<R>(4.0) * sigmoid_slope::<R, FUSED>(x + x));
     /// `max(x, 0)`, of i64 too; the derivative at 0 is 0, and at NaN 1, as in PyTorch. Saves the output.
-    pub relu Relu Output rectified ["ReLU"] |x| relu(x), |g, y| if y <= R::ZERO { R::ZERO } else { g };
+    relu Relu Output rectified ["ReLU", ff relu; closes] |x| relu(x), |g, y| if y <= R::ZERO { R::ZERO } else { g };
     /// `max(x, 0)²` (So et al., Primer, <https://arxiv.org/abs/2109.08668>). Saves the input.
-    pub relu_squared ReluSquared Input refused ["squared ReLU"] |x| { let y = relu(x); y * y },
+    relu_squared ReluSquared Input refused ["squared ReLU", ff relu_squared; closes] |x| { let y = relu(x); y * y },
         |g, x| if x <= R::ZERO { R::ZERO } else { twice(g * x) };
     /// `x Φ(x)` with the exact normal distribution, by erf (Hendrycks and Gimpel,
     /// <https://arxiv.org/abs/1606.08415>). Infinite at ∞, where PyTorch's vectorised code for f32 and bf16 gives NaN
     /// and its other code does not. Saves the input. On a GPU half types have a polynomial in place of erf, with errors
     /// of up to 2 · 10⁻⁵ of `Φ(−|x|)`, which their rounding hides.
-    pub gelu Gelu Input refused ["GELU"]
+    gelu Gelu Input refused ["GELU"]
         |x| x.gelu::<FUSED>(),
         |g, x| { let (below, density) = x.normal::<FUSED>(); g * x.fma::<FUSED>(density, below) };
     /// `x (1 + tanh(√(2/π) (x + 0.044715 x³))) / 2`, the approximation of [`Tensor::gelu`] that BERT's authors and
     /// GPT-2 computed with (Hendrycks and Gimpel, <https://arxiv.org/abs/1606.08415>). Its derivative is right at every
     /// finite number, also where the `x²` in it overflows and PyTorch's becomes NaN. Saves the input.
-    pub gelu_tanh GeluTanh Input refused ["GELU by tanh"] |x| x * gelu_gate::<R, FUSED>(x),
+    gelu_tanh GeluTanh Input refused ["GELU by tanh", ff gelu_tanh] |x| x * gelu_gate::<R, FUSED>(x),
         |g, x| g * (gelu_gate::<R, FUSED>(x) + x * gelu_gate_slope::<R, FUSED>(x));
     /// `x / (1 + e^−x)`, also called swish (Elfwing et al., <https://arxiv.org/abs/1702.03118>). Saves the input.
-    pub silu Silu Input refused ["SiLU"] |x| x * x.sigmoid::<FUSED>(),
+    silu Silu Input refused ["SiLU", ff swish] |x| x * x.sigmoid::<FUSED>(),
         |g, x| { let gate = x.sigmoid::<FUSED>(); g * (gate * (R::ONE + x * (R::ONE - gate))) };
     /// `x / (1 + e^(−1.702 x))`, an approximation of [`Tensor::gelu`] (Hendrycks and Gimpel,
     /// <https://arxiv.org/abs/1606.08415>). Saves the input.
-    quick_gelu QuickGelu Input refused ["GELU by sigmoid"] |x| x * (x * c::<R>(1.702)).sigmoid::<FUSED>(),
+    quick_gelu QuickGelu Input refused ["GELU by sigmoid", ff quick_gelu]
+        |x| x * (x * c::<R>(1.702)).sigmoid::<FUSED>(),
         |g, x| {
             let angle = x * c::<R>(1.702);
-            g * angle.sigmoid::<FUSED>() + g * x * sigmoid_slope::<R, FUSED>(angle) * c::<R>(1.702)
+            g * (angle.sigmoid::<FUSED>() + x * (sigmoid_slope::<R, FUSED>(angle) * c::<R>(1.702)))
         };
 }
 
@@ -296,9 +310,6 @@ fn unary(f: Function, x: &Tensor) -> Result<Tensor> {
     let op = f.name();
     if !x.dtype().is_float() {
         return f.of_integers(x);
-    }
-    if let (Device::Gpu(_), Function::QuickGelu) = (x.device(), f) {
-        return x.mul(&x.affine(1.702, 0.0)?.sigmoid()?);
     }
     let x = x.contiguous()?;
     let mut y = x.uninit_like()?;
@@ -426,11 +437,17 @@ mod tests {
     #[test]
     fn kernels_have_the_rows_of_the_tables() -> std::result::Result<(), String> {
         let logic: &[&str] = &["logical_and", "logical_or", "logical_not"];
-        let unary = UNARY.iter().copied().filter(|row| *row != "quick_gelu").collect();
-        let tables = [("unary", unary), ("binary", [BINARY, COMPARISONS, logic].concat())];
+        let activations: Vec<_> = Activation::ALL.iter().map(|activation| activation.name()).collect();
+        let tables = [
+            ("unary", UNARY.iter().map(|row| row.0).collect()),
+            ("activation", activations.clone()),
+            ("glu", activations),
+            ("binary", [BINARY, COMPARISONS, logic].concat()),
+        ];
         for (name, mut rows) in tables {
             let source = KernelSource::named(name).ok_or("no such source")?;
-            let value = |(option, value): &(&str, &'static str)| (*option == "FUNCTION").then_some(*value);
+            let value =
+                |(option, value): &(&str, &'static str)| ["FUNCTION", "ACTIVATION"].contains(option).then_some(*value);
             let options = source.options();
             let mut functions: Vec<_> = options.iter().flat_map(|options| options.iter().find_map(value)).collect();
             functions.sort();

@@ -1,6 +1,6 @@
 use x_transformers::{
     Result, Tensor,
-    ops::{AttentionSpec, PositionBias, attention},
+    ops::{AttentionSpec, PositionBias, Window, attention},
 };
 
 use crate::case::{Array, Case, Input};
@@ -14,7 +14,7 @@ struct Setup {
     query_mask: Option<usize>,
     key_mask: Option<usize>,
     mem_keys: usize,
-    max_attend_past: Option<usize>,
+    window: Window,
     bias: Option<usize>,
     position: Position,
 }
@@ -41,7 +41,7 @@ impl Setup {
             query_mask: self.query_mask.map(|at| &x[at]),
             key_mask: self.key_mask.map(|at| &x[at]),
             mem_keys: self.mem_keys,
-            max_attend_past: self.max_attend_past,
+            window: self.window,
             bias: self.bias.map(|at| &x[at]),
             position_bias: match self.position {
                 Position::None => None,
@@ -90,7 +90,7 @@ impl Setup {
         let padding = j < self.mem_keys || on(self.query_mask, &[b, i]) && on(self.key_mask, &[b, key_index]);
         padding
             && on(self.mask, &[b, h, i, j])
-            && self.max_attend_past.is_none_or(|past| position as i128 - j as i128 <= past as i128)
+            && sees(self.window, position.into(), j as i128)
             && (!self.causal || j as i64 <= position)
     }
 
@@ -140,6 +140,11 @@ fn case(name: &str, mut inputs: Vec<Input>, more: impl IntoIterator<Item = Input
     inputs.extend(more);
     let reference = setup.clone();
     Case::new("attention", name, inputs, move |x| setup.run(x), move |x| reference.reference(x))
+}
+
+/// If `true`, the window of a query at this position has key `j`.
+pub fn sees(window: Window, position: i128, j: i128) -> bool {
+    window.max_attend_past.is_none_or(|past| position - j <= past as i128)
 }
 
 pub fn cases() -> Vec<Case> {
@@ -214,16 +219,16 @@ fn masked(plain: &Setup, causal: &Setup) -> Vec<Case> {
             [sparse(&[2, 5]), sparse(&[2, 0])],
             Setup { mem_keys: 6, ..padded(plain()) },
         ),
-        case("past", small(), [], Setup { max_attend_past: Some(1), ..plain() }),
-        case("past, causal", blocks(), [], Setup { max_attend_past: Some(20), ..causal() }),
-        case("no past", blocks(), [], Setup { max_attend_past: Some(0), ..causal() }),
-        case("past of blind queries", qkv(1, [1, 1], 7, 3, 2, 2), [], Setup { max_attend_past: Some(1), ..causal() }),
-        case("endless past", small(), [], Setup { max_attend_past: Some(usize::MAX), ..causal() }),
+        case("past", small(), [], Setup { window: Window::past(1), ..plain() }),
+        case("past, causal", blocks(), [], Setup { window: Window::past(20), ..causal() }),
+        case("no past", blocks(), [], Setup { window: Window::past(0), ..causal() }),
+        case("past of blind queries", qkv(1, [1, 1], 7, 3, 2, 2), [], Setup { window: Window::past(1), ..causal() }),
+        case("endless past", small(), [], Setup { window: Window::past(usize::MAX), ..causal() }),
         case(
             "every mask",
             blocks(),
             [Input::mask(&[2, 70]), Input::mask(&[2, 140]), Input::mask(&[2, 1, 70, 140])],
-            Setup { mask: Some(5), mem_keys: 3, max_attend_past: Some(60), ..padded(causal()) },
+            Setup { mask: Some(5), mem_keys: 3, window: Window::past(60), ..padded(causal()) },
         ),
     ]
 }
@@ -285,7 +290,7 @@ fn biased(plain: &Setup, causal: &Setup) -> Vec<Case> {
                 key_mask: Some(6),
                 mask: Some(7),
                 mem_keys: 2,
-                max_attend_past: Some(90),
+                window: Window::past(90),
                 ..t5(false, causal())
             },
         ),

@@ -1,5 +1,6 @@
-use x_transformers::ops::{DecodeSpec, attention_decode};
+use x_transformers::ops::{DecodeSpec, Window, attention_decode};
 
+use super::attention::sees;
 use crate::case::{Array, Case, Input};
 
 /// Sizes of a call, and which inputs stand behind queries, keys and values.
@@ -7,7 +8,7 @@ use crate::case::{Array, Case, Input};
 struct Setup {
     prefix_len: usize,
     mem_keys: usize,
-    past: Option<usize>,
+    window: Window,
     /// Lengths of the sequences before the call.
     lengths: Vec<f64>,
     key_mask: bool,
@@ -45,7 +46,7 @@ fn case(name: &str, heads: [usize; 2], [queries, capacity, d, e]: [usize; 4], se
             scale: 0.6,
             prefix_len: setup.prefix_len,
             mem_keys: setup.mem_keys,
-            max_attend_past: setup.past,
+            window: setup.window,
             key_mask: setup.key_mask.then(|| rest.next()).flatten(),
             query_mask: setup.query_mask.then(|| rest.next()).flatten(),
             bias_by_distance: setup.bias_by_distance.and_then(|_| rest.next()),
@@ -76,7 +77,7 @@ impl Setup {
                 j <= position
                     && (j < self.mem_keys || !padded)
                     && !masked
-                    && self.past.is_none_or(|past| position - j <= past)
+                    && sees(self.window, position as i128, j as i128)
             };
             let score = |j: usize| {
                 let dot: f64 = (0..d).map(|c| q.at(&[b, h, i, c]) * k.at(&[b, h / group, j, c])).sum();
@@ -114,12 +115,12 @@ pub fn cases() -> Vec<Case> {
         case("wide heads", [1, 1], [1, 6, 70, 300], at(&[5.0])),
         case("grouped", [4, 2], [3, 20, 16, 16], at(&[0.0, 17.0, 5.0])),
         case("shared keys", [4, 1], [1, 10, 33, 17], at(&[6.0])),
-        case("limited past", [2, 2], [2, 30, 8, 8], Setup { past: Some(4), ..at(&[20.0, 1.0]) }),
+        case("limited past", [2, 2], [2, 30, 8, 8], Setup { window: Window::past(4), ..at(&[20.0, 1.0]) }),
         case("padding", [2, 2], [3, 14, 8, 8], full(&[8.0, 2.0])),
         case("padding of several parts", [2, 2], [2, 600, 17, 9], full(&[590.0, 300.0, 250.0])),
         // Sums of 1100 weights, which a GPU adds one by one.
         case("long", [2, 1], [1, 1100, 64, 64], at(&[1099.0, 255.0])).tolerance(2.0),
-        case("parts without a key", [1, 1], [1, 800, 8, 8], Setup { past: Some(10), ..at(&[700.0]) }),
+        case("parts without a key", [1, 1], [1, 800, 8, 8], Setup { window: Window::past(10), ..at(&[700.0]) }),
         case("no features of values", [2, 2], [1, 9, 8, 0], at(&[4.0])),
         case("empty batch", [2, 2], [1, 9, 8, 8], at(&[])),
     ]

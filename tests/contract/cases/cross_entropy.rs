@@ -1,4 +1,10 @@
-use crate::case::{Array, Case, Input};
+use x_transformers::{DType, Error, ErrorKind, Tensor};
+
+use crate::{
+    case::{Array, Case, Input},
+    common::device,
+    refused::{argument, dtype, floats, refused, shape, tokens},
+};
 
 fn reference(x: &[Array], ignore_index: i64) -> Array {
     let classes = x[0].shape.last().copied().unwrap_or(1);
@@ -41,4 +47,23 @@ pub fn cases() -> Vec<Case> {
         // Repeated targets could all be the ignored one.
         case("two classes", Input::float(&[4, 2]), 1).distinct(),
     ]
+}
+
+#[test]
+fn errors() {
+    let _alone = crate::alone();
+    let logits = floats(&[2, 4]);
+    refused(floats(&[]).cross_entropy(&tokens(&[]), -100), shape, &["cross_entropy", "scalar"]);
+    refused(logits.cross_entropy(&tokens(&[1, 2, 3]), -100), shape, &["cross_entropy", "[2]", "[3]", "[2, 4]"]);
+    refused(logits.cross_entropy(&floats(&[2]), -100), dtype, &["cross_entropy", "i64", "f32"]);
+    for (bad, message) in [(4, "class 4"), (-1, "class -1"), (i64::MIN, "class -9223372036854775808")] {
+        let class = |error: &Error| matches!(error.kind(), ErrorKind::Index { what: "class", limit: 4, .. });
+        refused(logits.cross_entropy(&tokens(&[0, bad]), -100), class, &["cross_entropy", message, "0 to 3"]);
+    }
+    refused(logits.cross_entropy(&tokens(&[7, 7]), 7), argument, &["cross_entropy", "2 targets", "ignore_index 7"]);
+    refused(floats(&[0, 4]).cross_entropy(&tokens(&[]), -100), argument, &["cross_entropy", "0 targets"]);
+    let no_classes = |error: &Error| matches!(error.kind(), ErrorKind::Index { what: "class", limit: 0, .. });
+    refused(floats(&[1, 0]).cross_entropy(&tokens(&[0]), -100), no_classes, &["cross_entropy"]);
+    let integers = Tensor::zeros([2, 4], DType::I64, device()).expect("a legal shape");
+    refused(integers.cross_entropy(&tokens(&[0, 1]), -100), dtype, &["cross_entropy", "i64"]);
 }

@@ -1,4 +1,9 @@
-use crate::case::{Array, Case, Input};
+use x_transformers::DType;
+
+use crate::{
+    case::{Array, Case, Input},
+    refused::{argument, dtype, floats, refused, shape, tokens},
+};
 
 /// The suite runs without a training tape, where dropout hands its input on. `tests/ops/dropout.rs` has the masks.
 pub fn cases() -> Vec<Case> {
@@ -22,4 +27,18 @@ pub fn cases() -> Vec<Case> {
         sum("empty", &[0, 4], 1.0),
         sum("scalar", &[], 0.1),
     ]
+}
+
+#[test]
+fn errors() {
+    let _alone = crate::alone();
+    for p in [-0.1, 1.1, f64::NAN] {
+        refused(floats(&[3]).dropout(p), argument, &["dropout", "between 0 and 1"]);
+    }
+    // Not only where it acts.
+    refused(tokens(&[1]).dropout(0.0), dtype, &["dropout", "i64"]);
+    let x = floats(&[3]);
+    refused(x.dropout_add(&x, 1.5), argument, &["dropout_add", "between 0 and 1", "1.5"]);
+    refused(x.dropout_add(&floats(&[1]), 0.5), shape, &["dropout_add", "[3]", "[1]"]);
+    refused(x.dropout_add(&x.to_dtype(DType::F64).expect("f64"), 0.5), dtype, &["dropout_add", "f32", "f64"]);
 }

@@ -1,4 +1,9 @@
-use crate::case::{Array, Case, Input};
+use x_transformers::{Error, ErrorKind};
+
+use crate::{
+    case::{Array, Case, Input},
+    refused::{dtype, floats, refused, shape, tokens},
+};
 
 fn reference(x: &[Array]) -> Array {
     let shape = [&x[1].shape[..], &x[0].shape[1..]].concat();
@@ -26,4 +31,24 @@ pub fn cases() -> Vec<Case> {
         case("no indices", [5, 3], &[2, 0]),
         case("no features", [5, 0], &[4]),
     ]
+}
+
+#[test]
+fn errors() {
+    let _alone = crate::alone();
+    let table = floats(&[5, 3]);
+    for (bad, message) in [(5, "token 5"), (-1, "token -1")] {
+        let token = |error: &Error| matches!(error.kind(), ErrorKind::Index { what: "token", limit: 5, .. });
+        refused(table.embedding(&tokens(&[0, bad])), token, &["embedding", message, "0 to 4"]);
+    }
+    refused(
+        floats(&[0, 3]).embedding(&tokens(&[0])),
+        |error| matches!(error.kind(), ErrorKind::Index { .. }),
+        &["token 0"],
+    );
+    refused(table.embedding(&floats(&[2])), dtype, &["embedding", "i64", "f32"]);
+    refused(floats(&[5]).embedding(&tokens(&[0])), shape, &["embedding", "[tokens, dim]", "[5]"]);
+    refused(tokens(&[1]).unsqueeze(0).and_then(|x| x.embedding(&tokens(&[0]))), dtype, &["embedding", "i64"]);
+    let deep = tokens(&[1]).reshape([1; 6]).expect("six dimensions");
+    refused(table.embedding(&deep), shape, &["7 dimensions"]);
 }

@@ -1,28 +1,18 @@
-use x_transformers::{Gradcheck, ops::Activation};
+use x_transformers::ops::Activation;
 
-use crate::case::{Array, Case, Input};
+use super::pointwise::{UNARY, Unary};
+use crate::{
+    case::{Array, Case, Input},
+    refused::{dtype, floats, refused, shape, tokens},
+};
 
-/// The function itself.
-pub fn activation(activation: Activation, x: f64) -> f64 {
-    match activation {
-        Activation::Gelu => x * 0.5 * (1.0 + libm::erf(x / 2.0f64.sqrt())),
-        Activation::GeluTanh => {
-            0.5 * x * (1.0 + ((2.0 / std::f64::consts::PI).sqrt() * (x + 0.044715 * x.powi(3))).tanh())
-        }
-        Activation::ReluSquared => x.max(0.0).powi(2),
-        Activation::Sigmoid => 1.0 / (1.0 + (-x).exp()),
-        Activation::Silu => x / (1.0 + (-x).exp()),
-        Activation::Relu => x.max(0.0),
-        Activation::QuickGelu => x / (1.0 + (-1.702 * x).exp()),
-    }
+/// Every activation with its definition.
+pub fn activations() -> impl Iterator<Item = (Activation, Unary)> {
+    let definition = |name: &str| UNARY.iter().find(|function| function.name == name).expect("a row of UNARY");
+    Activation::ALL.iter().map(move |&activation| (activation, *definition(activation.name())))
 }
 
-/// The step of differences: small where the slope has a kink, near which some of many elements lie.
-pub fn step(function: Activation) -> f64 {
-    if function == Activation::ReluSquared { 1e-6 } else { Gradcheck::default().step }
-}
-
-fn case(name: &str, input: Input, function: Activation) -> Case {
+fn case(name: &str, input: Input, (function, definition): (Activation, Unary)) -> Case {
     Case::new(
         "glu",
         format!("{function:?} {name}"),
@@ -36,19 +26,20 @@ fn case(name: &str, input: Input, function: Activation) -> Case {
             Array::from_fn(&shape, |i| {
                 let mut gate = i.to_vec();
                 gate[last] += dim;
-                x[0].at(i) * activation(function, x[0].at(&gate))
+                x[0].at(i) * (definition.reference)(x[0].at(&gate))
             })
         },
     )
+    .step(definition.step())
 }
 
 /// The same of a sum.
-fn sum(name: &str, shape: &[usize], function: Activation) -> Case {
+fn sum(name: &str, shape: &[usize], (function, definition): (Activation, Unary)) -> Case {
     let features = shape.last().copied().unwrap_or(0);
     Case::new(
         "add_glu",
         format!("{function:?} {name}"),
-        vec![Input::float(shape), Input::between(&[features], -1.0, 1.0)],
+        vec![Input::float(shape), definition.bias(features, -1.0, 1.0)],
         move |x| x[0].add_glu(&x[1], function),
         move |x| {
             let (mut shape, dim, last) = (x[0].shape.clone(), features / 2, x[0].shape.len() - 1);
@@ -57,26 +48,15 @@ fn sum(name: &str, shape: &[usize], function: Activation) -> Case {
                 let mut gate = i.to_vec();
                 gate[last] += dim;
                 let at = |i: &[usize]| x[0].at(i) + x[1].at(i);
-                at(i) * activation(function, at(&gate))
+                at(i) * (definition.reference)(at(&gate))
             })
         },
     )
-    .step(step(function))
+    .step(definition.step())
 }
 
-/// Those with a continuous derivative, of which no kink has to be avoided; squared ReLU has one too.
-pub const SMOOTH: [Activation; 6] = [
-    Activation::Gelu,
-    Activation::GeluTanh,
-    Activation::ReluSquared,
-    Activation::Sigmoid,
-    Activation::Silu,
-    Activation::QuickGelu,
-];
-
 pub fn cases() -> Vec<Case> {
-    SMOOTH
-        .into_iter()
+    activations()
         .flat_map(|function| {
             [
                 case("ordinary", Input::float(&[2, 3, 16]), function),
@@ -97,4 +77,14 @@ pub fn cases() -> Vec<Case> {
             ]
         })
         .collect()
+}
+
+#[test]
+fn errors() {
+    let _alone = crate::alone();
+    refused(floats(&[2, 5]).glu(Activation::Gelu), shape, &["glu", "even", "[2, 5]"]);
+    refused(floats(&[]).glu(Activation::Gelu), shape, &["glu"]);
+    refused(tokens(&[1, 2]).glu(Activation::Sigmoid), dtype, &["glu", "i64"]);
+    refused(floats(&[2, 4]).add_glu(&floats(&[2]), Activation::Gelu), shape, &["add_glu", "bias", "[4]", "[2]"]);
+    refused(floats(&[2, 3]).add_glu(&floats(&[3]), Activation::Gelu), shape, &["add_glu", "even", "[2, 3]"]);
 }

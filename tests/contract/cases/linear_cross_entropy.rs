@@ -1,4 +1,9 @@
-use crate::case::{Array, Case, Input};
+use x_transformers::{DType, Error, ErrorKind, Tensor};
+
+use crate::{
+    case::{Array, Case, Input},
+    refused::{argument, dtype, floats, refused, shape, tokens},
+};
 
 fn reference(x: &[Array], bias: Option<&Array>, ignore_index: i64) -> Array {
     let [classes, inputs] = x[1].shape[..] else { panic!("a weight has two dimensions") };
@@ -52,4 +57,26 @@ pub fn cases() -> Vec<Case> {
         case("wide", &[6, 3], 1030, false, -100, Some([4, 2])),
         case("no inputs", &[4, 0], 3, true, -100, Some([3, 5])),
     ]
+}
+
+#[test]
+fn errors() {
+    let _alone = crate::alone();
+    const OP: &str = "linear_cross_entropy";
+    let (x, weight) = (floats(&[2, 3]), floats(&[4, 3]));
+    let loss = |x: &Tensor, weight: &Tensor, bias: Option<&Tensor>, targets: &Tensor| {
+        x.linear_cross_entropy(weight, bias, targets, -100)
+    };
+    refused(loss(&x, &floats(&[4, 2]), None, &tokens(&[0, 1])), shape, &[OP, "[2, 3]", "[4, 2]"]);
+    refused(loss(&floats(&[]), &weight, None, &tokens(&[0])), shape, &[OP, "[]"]);
+    refused(loss(&x, &weight, Some(&floats(&[3])), &tokens(&[0, 1])), shape, &[OP, "bias [4]", "[3]"]);
+    refused(loss(&x, &weight, None, &tokens(&[0, 1, 2])), shape, &[OP, "[2]", "[3]"]);
+    refused(loss(&x, &weight, None, &floats(&[2])), dtype, &[OP, "i64", "f32"]);
+    let half = weight.to_dtype(DType::F16).expect("a conversion");
+    refused(loss(&x, &half, None, &tokens(&[0, 1])), dtype, &[OP, "f32", "f16"]);
+    let class = |error: &Error| matches!(error.kind(), ErrorKind::Index { what: "class", limit: 4, .. });
+    refused(loss(&x, &weight, None, &tokens(&[0, 4])), class, &["class 4", "0 to 3"]);
+    refused(x.linear_cross_entropy(&weight, None, &tokens(&[7, 7]), 7), argument, &["2 targets", "ignore_index 7"]);
+    refused(loss(&floats(&[0, 3]), &weight, None, &tokens(&[])), argument, &["0 targets"]);
+    refused(x.linear_cross_entropy_by(&weight, None, &tokens(&[0, 1]), -100, [0, 1]), argument, &[OP, "one row"]);
 }

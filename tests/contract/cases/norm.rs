@@ -1,6 +1,9 @@
-use x_transformers::{Result, Tensor};
+use x_transformers::{DType, ErrorKind, Result, Tape, Tensor, ops::Activation};
 
-use crate::case::{Array, Case, Input};
+use crate::{
+    case::{Array, Case, Input},
+    refused::{argument, dtype, floats, refused, shape, tokens},
+};
 
 /// What a row is normalised by: the mean that goes off and the divisor.
 type Statistics = fn(&[f64], f64) -> (f64, f64);
@@ -254,4 +257,45 @@ pub fn cases() -> Vec<Case> {
         scale("empty batch", Input::float(&[0, 5]), 1e-5),
     ]);
     cases
+}
+
+#[test]
+fn errors() {
+    let _alone = crate::alone();
+    let (x, g) = (floats(&[2, 4]), floats(&[4]));
+    refused(floats(&[]).layer_norm(None, None, 1e-5), shape, &["layer_norm", "scalar"]);
+    refused(tokens(&[1, 2]).layer_norm(None, None, 1e-5), dtype, &["layer_norm", "i64"]);
+    refused(x.layer_norm(Some(&floats(&[5])), None, 1e-5), shape, &["layer_norm", "weight", "[4]", "[5]"]);
+    refused(x.layer_norm(Some(&g), Some(&floats(&[1, 4])), 1e-5), shape, &["layer_norm", "bias", "[4]", "[1, 4]"]);
+    let half = g.to_dtype(DType::BF16).expect("a conversion");
+    refused(x.layer_norm(Some(&half), None, 1e-5), dtype, &["layer_norm", "f32", "bf16"]);
+    refused(x.layer_norm(None, None, -1.0), argument, &["layer_norm", "eps", "-1"]);
+    refused(x.layer_norm(None, None, f64::NAN), argument, &["layer_norm", "eps", "NaN"]);
+    refused(x.clamped_rms_norm(&floats(&[1]), 1e-8), shape, &["clamped_rms_norm", "[4]", "[1]"]);
+    refused(x.clamped_rms_norm(&half, 1e-8), dtype, &["clamped_rms_norm"]);
+    refused(x.rms_norm(&floats(&[1]), 1e-6), shape, &["rms_norm", "[4]", "[1]"]);
+    refused(x.add_rms_norm(&floats(&[4]), &g, 1e-6).map(|y| y.0), shape, &["add_rms_norm", "[2, 4]"]);
+    refused(x.scale_norm(&g, 1e-5), shape, &["scale_norm", "[1]", "[4]"]);
+    refused(x.scale_norm(&floats(&[1]), f64::INFINITY), argument, &["scale_norm", "inf"]);
+    let other = floats(&[4]);
+    refused(x.add_layer_norm(&other, None, None, 1e-5).map(|y| y.0), shape, &["add_layer_norm", "[2, 4]", "[4]"]);
+    let half = x.to_dtype(DType::F16).expect("a conversion");
+    refused(x.add_clamped_rms_norm(&half, &g, 1e-8).map(|y| y.0), dtype, &["add_clamped_rms_norm", "f32", "f16"]);
+    refused(x.add_scale_norm(&x, &g, 1e-5).map(|y| y.0), shape, &["add_scale_norm", "[1]", "[4]"]);
+}
+
+#[test]
+fn ops_refuse_tensors_of_another_tape() {
+    let _alone = crate::alone();
+    let x = floats(&[2, 4]).requires_grad().expect("a float tensor");
+    let stale = {
+        let _tape = Tape::grad();
+        x.glu(Activation::Gelu).expect("a legal call")
+    };
+    let _tape = Tape::grad();
+    refused(
+        stale.layer_norm(None, None, 1e-5),
+        |error| matches!(error.kind(), ErrorKind::StaleTape { .. }),
+        &["layer_norm"],
+    );
 }

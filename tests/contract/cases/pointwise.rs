@@ -1,26 +1,91 @@
-use x_transformers::{DType, Result, Tensor};
+use x_transformers::{DType, Gradcheck, Result, Tensor, ops};
 
 use crate::case::{Array, Case, Input};
 
-fn unary(
-    op: &'static str,
+/// A function of one number.
+#[derive(Clone, Copy)]
+pub struct Unary {
+    pub name: &'static str,
     range: (f64, f64),
-    run: fn(&Tensor) -> Result<Tensor>,
-    reference: fn(f64) -> f64,
-) -> Vec<Case> {
-    // Short, odd, empty, scalar, and longer than one task.
-    let shapes: [&[usize]; 5] = [&[3, 5], &[0, 4], &[], &[1], &[5, 7001]];
-    let case = |shape: &&[usize]| {
-        Case::new(
-            op,
-            format!("{shape:?}"),
-            vec![Input::between(shape, range.0, range.1)],
-            move |x| run(&x[0]),
-            move |x| Array::from_fn(&x[0].shape, |i| reference(x[0].at(i))),
-        )
-    };
-    shapes.iter().map(case).collect()
+    pub reference: fn(f64) -> f64,
+    /// If `true`, the slope jumps or has a kink at 0.
+    kink: bool,
+    /// If `true`, integers are an error.
+    floats_only: bool,
 }
+
+/// A function, the range that its inputs are drawn from, and its definition.
+const fn unary(name: &'static str, range: (f64, f64), reference: fn(f64) -> f64) -> Unary {
+    Unary { name, range, reference, kink: false, floats_only: false }
+}
+
+impl Unary {
+    const fn kink(self) -> Self {
+        Self { kink: true, ..self }
+    }
+
+    const fn floats_only(self) -> Self {
+        Self { floats_only: true, ..self }
+    }
+
+    fn run(self) -> fn(&Tensor) -> Result<Tensor> {
+        ops::UNARY.iter().find(|row| row.0 == self.name).expect("a row of ops::UNARY").1
+    }
+
+    /// The step of differences: small where one that crosses the kink would be off.
+    pub fn step(self) -> f64 {
+        if self.kink { 1e-6 } else { Gradcheck::default().step }
+    }
+
+    /// A bias for sums with the inputs: small at a kink, so that no sum is exactly there.
+    pub fn bias(self, features: usize, low: f64, high: f64) -> Input {
+        if self.kink { Input::between(&[features], 3e-4, 6e-4) } else { Input::between(&[features], low, high) }
+    }
+
+    fn cases(self) -> Vec<Case> {
+        let (run, reference) = (self.run(), self.reference);
+        let case = |name: String, input: Input| {
+            Case::new(
+                self.name,
+                name,
+                vec![input],
+                move |x| run(&x[0]),
+                move |x| Array::from_fn(&x[0].shape, |i| reference(x[0].at(i))),
+            )
+        };
+        // Short, odd, empty, scalar, and longer than one task.
+        let shapes: [&[usize]; 5] = [&[3, 5], &[0, 4], &[], &[1], &[5, 7001]];
+        let floats = |shape: &[usize]| Input::between(shape, self.range.0, self.range.1);
+        let mut cases: Vec<Case> =
+            shapes.iter().map(|shape| case(format!("{shape:?}"), floats(shape)).step(self.step())).collect();
+        if !self.floats_only {
+            // Computed in f32 whatever the type of the other inputs would be.
+            cases.push(case("integers".to_string(), Input::int(&[3, 7], 5)).tolerance(1e6));
+        }
+        cases
+    }
+}
+
+/// Every function of one number.
+pub const UNARY: &[Unary] = &[
+    unary("neg", (-2.0, 2.0), |x| -x),
+    unary("exp", (-3.0, 3.0), f64::exp),
+    unary("ln", (0.5, 4.0), f64::ln),
+    unary("sqrt", (0.5, 4.0), f64::sqrt),
+    unary("square", (-2.0, 2.0), |x| x * x),
+    unary("sigmoid", (-6.0, 6.0), |x| 1.0 / (1.0 + (-x).exp())),
+    unary("tanh", (-6.0, 6.0), f64::tanh),
+    unary("relu", (-2.0, 2.0), |x| x.max(0.0)).kink(),
+    unary("relu_squared", (-2.0, 2.0), |x| x.max(0.0).powi(2)).kink().floats_only(),
+    // Below, Φ cancels and a single element cannot hold a relative bound.
+    unary("gelu", (-1.5, 4.0), |x| x * normal_cdf(x)).floats_only(),
+    unary("gelu_tanh", (-4.0, 4.0), |x| {
+        0.5 * x * (1.0 + ((2.0 / std::f64::consts::PI).sqrt() * (x + 0.044715 * x.powi(3))).tanh())
+    })
+    .floats_only(),
+    unary("silu", (-4.0, 4.0), |x| x / (1.0 + (-x).exp())).floats_only(),
+    unary("quick_gelu", (-4.0, 4.0), |x| x / (1.0 + (-1.702 * x).exp())).floats_only(),
+];
 
 fn binary(
     op: &'static str,
@@ -50,21 +115,15 @@ fn binary(
     shapes.iter().map(case).collect()
 }
 
-/// The integral of the normal density by Simpson's rule: no erf that the op could share.
+/// Φ by the series of Marsaglia (2004): no erf that the op could share.
 fn normal_cdf(x: f64) -> f64 {
-    let (n, low) = (4000, -12.0);
-    let step = (x - low) / n as f64;
-    let density = |t: f64| (-0.5 * t * t).exp() / (2.0 * std::f64::consts::PI).sqrt();
-    let weight = |i: usize| {
-        if i == 0 || i == n {
-            1.0
-        } else if i % 2 == 1 {
-            4.0
-        } else {
-            2.0
-        }
-    };
-    (0..=n).map(|i| weight(i) * density(low + i as f64 * step)).sum::<f64>() * step / 3.0
+    let (mut sum, mut term, mut n) = (x, x, 1.0);
+    while term.abs() > 1e-18 * sum.abs() {
+        n += 2.0;
+        term *= x * x / n;
+        sum += term;
+    }
+    0.5 + sum * (-0.5 * x * x).exp() / (2.0 * std::f64::consts::PI).sqrt()
 }
 
 fn comparisons() -> Vec<Case> {
@@ -127,28 +186,6 @@ fn integers() -> Vec<Case> {
             move |x| Array::from_fn(&[4, 3, 5], |i| reference(x[0].at(i), x[1].at(i) + 1.0)),
         )
     });
-    type One = (&'static str, fn(&Tensor) -> Result<Tensor>, fn(f64) -> f64);
-    let ops: [One; 8] = [
-        ("neg", Tensor::neg, |x| -x),
-        ("square", Tensor::square, |x| x * x),
-        ("relu", Tensor::relu, |x| x.max(0.0)),
-        ("exp", Tensor::exp, |x| (x as f32).exp() as f64),
-        ("ln", Tensor::ln, |x| (x as f32).ln() as f64),
-        ("sqrt", Tensor::sqrt, |x| (x as f32).sqrt() as f64),
-        ("sigmoid", Tensor::sigmoid, |x| 1.0 / (1.0 + (-x).exp())),
-        ("tanh", Tensor::tanh, f64::tanh),
-    ];
-    let unary = ops.map(|(op, run, reference)| {
-        Case::new(
-            op,
-            "integers",
-            vec![Input::int(&[3, 7], 5)],
-            move |x| run(&x[0]),
-            move |x| Array::from_fn(&[3, 7], |i| reference(x[0].at(i))),
-        )
-        // Computed in f32 whatever the type of the other inputs would be.
-        .tolerance(1e6)
-    });
     let masks: [Op; 2] = [("add", Tensor::add, f64::max), ("mul", Tensor::mul, f64::min)];
     let masks = masks.map(|(op, run, reference)| {
         Case::new(
@@ -159,7 +196,7 @@ fn integers() -> Vec<Case> {
             move |x| Array::from_fn(&[4, 3, 5], |i| reference(x[0].at(i), x[1].at(i))),
         )
     });
-    binary.into_iter().chain(unary).chain(masks).collect()
+    binary.into_iter().chain(masks).collect()
 }
 
 pub fn cases() -> Vec<Case> {
@@ -208,24 +245,7 @@ pub fn cases() -> Vec<Case> {
             |x| Array::from_fn(&[2, 3, 5], |i| if x[1].at(i) != 0.0 { -3.0 } else { x[0].at(i) }),
         ),
     ];
-    cases.extend(unary("neg", (-2.0, 2.0), Tensor::neg, |x| -x));
-    cases.extend(unary("exp", (-3.0, 3.0), Tensor::exp, f64::exp));
-    cases.extend(unary("ln", (0.5, 4.0), Tensor::ln, f64::ln));
-    cases.extend(unary("sqrt", (0.5, 4.0), Tensor::sqrt, f64::sqrt));
-    cases.extend(unary("square", (-2.0, 2.0), Tensor::square, |x| x * x));
-    cases.extend(unary("sigmoid", (-6.0, 6.0), Tensor::sigmoid, |x| 1.0 / (1.0 + (-x).exp())));
-    cases.extend(unary("tanh", (-6.0, 6.0), Tensor::tanh, f64::tanh));
-    // Away from the kink at 0, on either side of it.
-    cases.extend(unary("relu", (0.1, 2.0), Tensor::relu, |x| x.max(0.0)));
-    cases.extend(unary("relu", (-2.0, -0.1), Tensor::relu, |x| x.max(0.0)));
-    cases.extend(unary("relu_squared", (0.1, 2.0), Tensor::relu_squared, |x| x.max(0.0).powi(2)));
-    cases.extend(unary("relu_squared", (-2.0, -0.1), Tensor::relu_squared, |x| x.max(0.0).powi(2)));
-    // Below, 1 + erf cancels and a single element cannot hold a relative bound.
-    cases.extend(unary("gelu", (-1.5, 4.0), Tensor::gelu, |x| x * normal_cdf(x)));
-    cases.extend(unary("gelu_tanh", (-4.0, 4.0), Tensor::gelu_tanh, |x| {
-        0.5 * x * (1.0 + ((2.0 / std::f64::consts::PI).sqrt() * (x + 0.044715 * x.powi(3))).tanh())
-    }));
-    cases.extend(unary("silu", (-4.0, 4.0), Tensor::silu, |x| x / (1.0 + (-x).exp())));
+    cases.extend(UNARY.iter().flat_map(|function| function.cases()));
     cases.extend(binary("add", (-2.0, 2.0), Tensor::add, |a, b| a + b));
     cases.extend(binary("sub", (-2.0, 2.0), Tensor::sub, |a, b| a - b));
     cases.extend(binary("mul", (-2.0, 2.0), Tensor::mul, |a, b| a * b));

@@ -1,6 +1,9 @@
-use x_transformers::Tensor;
+use x_transformers::{ErrorKind, Tape, Tensor};
 
-use crate::case::{Array, Case, Input};
+use crate::{
+    case::{Array, Case, Input},
+    refused::{dtype, floats, refused, shape, tokens},
+};
 
 /// The frequencies of the paper for `r` rotated features.
 fn frequencies(r: usize) -> Vec<f64> {
@@ -50,4 +53,17 @@ pub fn cases() -> Vec<Case> {
         case("no positions", &[2, 0, 8], 8, 0),
         case("no features", &[2, 3, 0], 0, 0),
     ]
+}
+
+#[test]
+fn errors() {
+    let _alone = crate::alone();
+    let x = floats(&[3, 4]);
+    refused(floats(&[4]).rotary(&floats(&[2]), 0), shape, &["rotary", "[4]"]);
+    refused(x.rotary(&floats(&[3]), 0), shape, &["rotary", "at most 4", "[3]"]);
+    refused(x.rotary(&floats(&[1, 2]), 0), shape, &["rotary", "[1, 2]"]);
+    refused(x.rotary(&tokens(&[1, 2]), 0), dtype, &["rotary", "i64"]);
+    let learned = floats(&[2]).requires_grad().expect("a float tensor");
+    let _tape = Tape::grad();
+    refused(x.rotary(&learned, 0), |error| matches!(error.kind(), ErrorKind::NoGradient { .. }), &["rotary"]);
 }

@@ -297,6 +297,11 @@ def gelu_tanh_gate(x):
     return gate, slope * angle * (1 + 3 * turn * x**2)
 
 
+def quick_gelu_gate(x):
+    gate, slope = logistic(mpmath.mpf("1.702") * x)
+    return gate, slope * mpmath.mpf("1.702")
+
+
 def normal(x):
     return mpmath.erfc(-x / mpmath.sqrt(2)) / 2, mpmath.exp(-(x**2) / 2) / mpmath.sqrt(2 * mpmath.pi)
 
@@ -340,6 +345,18 @@ EXACT = {
     "gelu": exactly(gated(normal), F.gelu),
     "gelu_tanh": exactly(gated(gelu_tanh_gate), lambda x: F.gelu(x, approximate="tanh")),
     "silu": exactly(gated(logistic), F.silu),
+    "quick_gelu": exactly(gated(quick_gelu_gate), lambda x: x * torch.sigmoid(1.702 * x)),
+}
+
+
+ACTIVATIONS = {
+    "sigmoid": torch.sigmoid,
+    "relu": torch.relu,
+    "relu_squared": lambda x: F.relu(x) ** 2,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "silu": F.silu,
+    "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
 }
 
 
@@ -350,14 +367,9 @@ def pointwise(table):
         "ln": torch.log,
         "sqrt": torch.sqrt,
         "square": torch.square,
-        "sigmoid": torch.sigmoid,
         "tanh": torch.tanh,
-        "relu": torch.relu,
-        "relu_squared": lambda x: F.relu(x) ** 2,
-        "gelu": F.gelu,
-        "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
-        "silu": F.silu,
         "affine": lambda x: x * 1.5 - 0.25,
+        **ACTIVATIONS,
     }
     for name, function in unary.items():
         gradients = [1, "max", "inf", "nan", 0]
@@ -380,15 +392,6 @@ def pointwise(table):
             fill = wide
         mask = [i % 2 == 0 for i in range(len(VALUES))]
         table.case(f"masked_fill {value}", fill, [Input(VALUES), Input(mask, kind="bool")], [1.0, "inf"], wide=wide)
-
-
-ACTIVATIONS = {
-    "gelu": F.gelu,
-    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
-    "relu_squared": lambda x: F.relu(x) ** 2,
-    "sigmoid": torch.sigmoid,
-    "silu": F.silu,
-}
 
 
 def activations(table):
@@ -414,7 +417,7 @@ def activations(table):
         values, gates = product(FEW)
         both = Input(values + gates, [1, 2 * len(values)])
         table.case(f"glu {name}", glu, [both], [1.0], wide=glu_wide)
-        if name not in ("gelu_tanh", "relu_squared"):
+        if name in ("sigmoid", "gelu", "silu"):
             bias = Input([0.5] * (2 * len(values)))
             table.case(f"add_glu {name}", add_glu, [both, bias], [1.0], wide=add_glu_wide)
 

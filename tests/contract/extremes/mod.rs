@@ -69,6 +69,7 @@ pub fn sweep() {
         assert!(named.contains(name) != left_out.contains(name), "`{name}` must have cases or be left out");
     }
     let filter = std::env::var("XT_CASE").unwrap_or_default();
+    let contract = crate::cases::all();
     let mut report = Report::default();
     for (index, case) in cases.iter().enumerate().filter(|(_, case)| case.name.contains(&filter)) {
         for (at, (dtype, expected)) in case.results.iter().enumerate() {
@@ -76,7 +77,7 @@ pub fn sweep() {
             if *device() != Device::Cpu && (index + at) % 4 == 0 {
                 continue;
             }
-            if let Err(error) = check(case, *dtype, expected, &mut report) {
+            if let Err(error) = check(case, *dtype, expected, &contract, &mut report) {
                 report.failures.push((case.name.clone(), format!("{} {dtype}: {error}", case.name)));
             }
         }
@@ -107,9 +108,15 @@ fn op(name: &str) -> &str {
     name.split(' ').next().unwrap_or_default()
 }
 
-fn check(case: &Case, dtype: DType, expected: &[table::List<Expected>], report: &mut Report) -> Result<()> {
+fn check(
+    case: &Case,
+    dtype: DType,
+    expected: &[table::List<Expected>],
+    contract: &[crate::case::Case],
+    report: &mut Report,
+) -> Result<()> {
     let inputs = case.inputs.iter().map(|input| tensor(input, dtype)).collect::<Result<Vec<_>>>()?;
-    let results = run(case, dtype, &inputs)?;
+    let results = run(case, dtype, &inputs, contract)?;
     assert_eq!(results.len(), expected.len(), "{}: results", case.name);
     for (at, (result, list)) in results.iter().zip(expected).enumerate() {
         let values = result.to_f64_vec()?;
@@ -145,7 +152,7 @@ fn check(case: &Case, dtype: DType, expected: &[table::List<Expected>], report: 
     }
     if *device() == Device::Cpu {
         let strided = inputs.iter().map(strided).collect::<Result<Vec<_>>>()?;
-        for (at, (packed, strided)) in results.iter().zip(run(case, dtype, &strided)?).enumerate() {
+        for (at, (packed, strided)) in results.iter().zip(run(case, dtype, &strided, contract)?).enumerate() {
             if !crate::check::same_bits(&packed.to_f64_vec()?, &strided.to_f64_vec()?) {
                 let message = format!("{} {dtype} result {at}: other bits for strided inputs", case.name);
                 report.failures.push((case.name.clone(), message));
@@ -207,14 +214,14 @@ impl Room {
 }
 
 /// The output, and the gradient of each input that has one.
-fn run(case: &Case, dtype: DType, inputs: &[Tensor]) -> Result<Vec<Tensor>> {
+fn run(case: &Case, dtype: DType, inputs: &[Tensor], contract: &[crate::case::Case]) -> Result<Vec<Tensor>> {
     let differentiated = |(_, input): &(&Tensor, &table::Input)| input.kind == Kind::Differentiated;
     let leaf = |pair: (&Tensor, &table::Input)| {
         if differentiated(&pair) { pair.0.requires_grad() } else { Ok(pair.0.clone()) }
     };
     let leaves = inputs.iter().zip(&case.inputs).map(leaf).collect::<Result<Vec<_>>>()?;
     let mut tape = Tape::grad();
-    let output = ops::run(&case.name, &leaves)?;
+    let output = ops::run(&case.name, &leaves, contract)?;
     let mut results = vec![output.detach()];
     if !case.cotangent.is_empty() {
         let g = |i: usize| case.cotangent[i % case.cotangent.len()].value(dtype);
