@@ -21,7 +21,7 @@ use crate::{
         cpu,
         rows::{Out, Sums as RowSums, for_rows_of},
     },
-    dtype::{Element, Real, dispatch_real},
+    dtype::{Element, Float, Real, dispatch_float, dispatch_real},
     gemm::Multiply,
     shape::{Layout, Shape},
 };
@@ -62,7 +62,7 @@ fn backward_as<O: Multiply>(
 ) -> Result<Vec<Option<Tensor>>> {
     let operands = [widen::<O>(&problem.q)?, widen::<O>(&problem.k)?, widen::<O>(&problem.v)?];
     let grad = packed_rows(grad)?;
-    let delta = delta::<O::Acc>(out, kept.residual.as_ref(), &grad)?;
+    let delta = dispatch_float!(OP, out.dtype(), T, delta::<T>(out, kept.residual.as_ref(), &grad))?;
     let grad = widen::<O>(&grad)?;
     let rounds = O::DTYPE != <O::Acc as Element>::DTYPE;
     let directions = if rounds && need[0] { without_common::<O>(&operands[1])? } else { None };
@@ -106,21 +106,19 @@ fn run_tasks<O: Multiply>(pass: &Pass<O>, problem: &Problem, cut: &Cut, tasks: V
 }
 
 /// `delta[b, h, i] = Σ_e grad ⊙ out`, with `out` as it was before its rounding.
-fn delta<A: Real>(out: &Tensor, residual: Option<&Tensor>, grad: &Tensor) -> Result<Tensor> {
+fn delta<T: Float>(out: &Tensor, residual: Option<&Tensor>, grad: &Tensor) -> Result<Tensor> {
     let [batch, heads, queries, e] = [0, 1, 2, 3].map(|dim| out.shape()[dim]);
-    let mut delta = Tensor::uninit(Shape::new(&[batch, heads, queries])?, A::DTYPE, out.device())?;
-    let part = A::from_f64(1.0 / residual_scale(out.dtype()));
-    let (of_out, of_grad) = (out.stored_floats(OP)?, grad.stored_floats(OP)?);
-    let of_residual = residual.map(|residual| Ok((residual.stored_floats(OP)?, *residual.layout()))).transpose()?;
-    let (out, grad) = (*out.layout(), *grad.layout());
-    cpu::for_rows(delta.values_mut::<A>()?, 1, e, |first, delta| {
-        let [mut memory, mut of_memory] = [Vec::new(), Vec::new()];
+    let mut delta = Tensor::uninit(Shape::new(&[batch, heads, queries])?, <T::Acc as Element>::DTYPE, out.device())?;
+    let part = T::Acc::from_f64(1.0 / residual_scale(out.dtype()));
+    let of_residual = residual.map(|residual| Ok((residual.storage::<T>()?, residual.layout()))).transpose()?;
+    let (of_out, of_grad, out, grad) = (out.storage::<T>()?, grad.storage::<T>()?, out.layout(), grad.layout());
+    cpu::for_rows(delta.values_mut::<T::Acc>()?, 1, e, |first, delta| {
         let at = |layout: &Layout, row: usize| layout.row_offset(row)..layout.row_offset(row) + e;
         for (row, delta) in (first..).zip(delta) {
-            let grad = of_grad.range(at(&grad, row)).to_slice::<A>(&mut memory);
-            *delta = dot(of_out.range(at(&out, row)).to_slice(&mut of_memory), grad);
-            if let Some((residual, layout)) = &of_residual {
-                *delta += dot(residual.range(at(layout, row)).to_slice(&mut of_memory), grad) * part;
+            let grad = &of_grad[at(grad, row)];
+            *delta = dot(&of_out[at(out, row)], grad);
+            if let Some((residual, layout)) = of_residual {
+                *delta += dot(&residual[at(layout, row)], grad) * part;
             }
         }
     });

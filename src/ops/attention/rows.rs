@@ -1,6 +1,8 @@
 //! How rows of a tensor `[batch, heads, sequence, features]` lie in memory, and who may write which of them. The
 //! passes are compiled for the types of computation; rows of other types are converted here.
 
+use half::{bf16, f16};
+
 use super::{OP, residual_scale, tile::Rows};
 use crate::{
     Result, Tensor,
@@ -60,45 +62,43 @@ pub(super) struct RowWriter<'a> {
     scale: f64,
 }
 
+/// Calls `write_row`, and `write_residual` if there is one, for the type of the rows.
+macro_rules! write_as {
+    ($from:expr, $factor:expr, $to:expr, $residual:expr, $scale:expr, [$($Kind:ident($T:ty)),*]) => {
+        match $to {
+            $(FloatsMut::$Kind(to) => {
+                let (from, factor) = (bytemuck::cast_slice($from), bytemuck::cast($factor));
+                write_row::<$T>(from, factor, to);
+                if let Some(FloatsMut::$Kind(residual)) = $residual {
+                    write_residual::<$T>(from, factor, to, <$T as Float>::Acc::from_f64($scale), residual);
+                }
+            })*
+        }
+    };
+}
+
 impl RowWriter<'_> {
-    /// `row = from · factor`; nothing if the row is not wanted.
+    /// `row = from · factor`; nothing if the row is not wanted. `A` is the type that the rows are computed in.
     pub fn write<A: Real>(&mut self, row: usize, from: &[A], factor: A) {
         let Some(to) = self.rows.get_mut(row) else { return };
-        if let Some(to) = to.direct_mut() {
-            multiply_by(from, factor, to);
-        } else {
-            let mut memory = [A::ZERO; PIECE];
-            for first in (0..from.len()).step_by(PIECE) {
-                let range = first..from.len().min(first + PIECE);
-                let wide = &mut memory[..range.len()];
-                multiply_by(&from[range.clone()], factor, wide);
-                to.part(range).write(wide);
-            }
-        }
-        if let Some(residual) = self.residual.get_mut(row) {
-            let rounded = to.values().to_vec::<A>();
-            let mut rest = vec![A::ZERO; from.len()];
-            rest_of(from, factor, &rounded, A::from_f64(self.scale), &mut rest);
-            residual.write(&rest);
-        }
+        let residual = self.residual.get_mut(row);
+        write_as!(from, factor, to, residual, self.scale, [F32(f32), F64(f64), BF16(bf16), F16(f16)]);
     }
 }
 
-/// Elements of a row that are computed before they are rounded.
-const PIECE: usize = 128;
-
+// One pass each: through rows in f32 these would cost more than the rows of values that they come from.
 vectorized! {
-    fn rest_of<A: Real>(from: &[A], factor: A, rounded: &[A], scale: A, to: &mut [A]) {
+    fn write_residual<T: Float>(from: &[T::Acc], factor: T::Acc, rounded: &[T], scale: T::Acc, to: &mut [T]) {
         for ((from, rounded), to) in from.iter().zip(rounded).zip(to) {
-            *to = (*from * factor - *rounded) * scale;
+            *to = T::from_acc((*from * factor - rounded.to_acc()) * scale);
         }
     }
 }
 
 vectorized! {
-    fn multiply_by<A: Real>(from: &[A], factor: A, to: &mut [A]) {
+    fn write_row<T: Float>(from: &[T::Acc], factor: T::Acc, to: &mut [T]) {
         for (from, to) in from.iter().zip(to) {
-            *to = *from * factor;
+            *to = T::from_acc(*from * factor);
         }
     }
 }

@@ -488,16 +488,16 @@ vectorized! {
 }
 
 vectorized! {
-    pub(super) fn dot<A: Real>(x: &[A], y: &[A]) -> A {
+    pub(super) fn dot<T: Float>(x: &[T], y: &[T]) -> T::Acc {
         let (x, y) = (x.chunks_exact(LANES), y.chunks_exact(LANES));
-        let mut rest = A::ZERO;
+        let mut rest = T::Acc::ZERO;
         for (x, y) in x.remainder().iter().zip(y.remainder()) {
-            rest += *x * *y;
+            rest += x.to_acc() * y.to_acc();
         }
-        let mut lanes = [A::ZERO; LANES];
+        let mut lanes = [T::Acc::ZERO; LANES];
         for (x, y) in x.zip(y) {
             for ((lane, x), y) in lanes.iter_mut().zip(x).zip(y) {
-                *lane += *x * *y;
+                *lane += x.to_acc() * y.to_acc();
             }
         }
         rest + join(lanes, |a, b| a + b)
