@@ -51,13 +51,15 @@ impl Input {
     }
 }
 
+type Run = dyn Fn(&[Tensor]) -> Result<Tensor>;
+
 /// An op, and how many tensors of the size of its first input its backward pass reads besides the gradient; `None`
 /// for ops without gradient.
 struct Op {
     name: &'static str,
     inputs: Vec<Input>,
     saved: Option<usize>,
-    run: Box<dyn Fn(&[Tensor]) -> Result<Tensor>>,
+    run: Box<Run>,
 }
 
 fn op(name: &'static str, inputs: &[Input], saved: Option<usize>, run: fn(&[Tensor]) -> Result<Tensor>) -> Op {
