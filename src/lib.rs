@@ -139,6 +139,7 @@ pub mod prelude {
             EncoderDecoderOptions, ForwardOptions, GenerateOptions, Model, TransformerWrapper, ViTransformerWrapper,
             XTransformer,
         },
+        ops::Activation,
         pretrained::Pretrained,
         train::{AdamW, AdamWOptions, ByteText, TrainOptions, Trainer},
     };

@@ -44,7 +44,7 @@ mod tests {
                     (0..count).map(|index| (drawn.word(index as u64) % distinct, index)).collect();
                 let (mut ours, mut theirs) = (values.clone(), values);
                 sort_by(&mut ours, |a, b| b.0.cmp(&a.0));
-                theirs.sort_by(|a, b| b.0.cmp(&a.0));
+                theirs.sort_by_key(|pair| std::cmp::Reverse(pair.0));
                 assert_eq!(ours, theirs);
             }
         }

@@ -301,6 +301,7 @@ impl Call {
 
     /// Puts the segment on the tape around it. Not through `record`: the output may be tracked by parameters alone.
     #[inline(never)]
+    #[expect(clippy::boxed_local, reason = "a move of the struct would take the stack that nests are short of")]
     fn record(self: Box<Self>, f: Box<Function>, inputs: &[&Tensor], output: Tensor) -> Tensor {
         if !self.tracked {
             return output;

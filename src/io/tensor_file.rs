@@ -395,14 +395,14 @@ impl TensorFile {
     /// Reads the bytes of a tensor as they lie in the file, without turning them into numbers.
     ///
     /// ```no_run
-    /// use x_transformers::io::{RawTensor, TensorFile};
+    /// use x_transformers::io::TensorFile;
     /// # fn main() -> x_transformers::Result<()> {
     /// let file = TensorFile::open("Llama-3.2-1B-Instruct-Q4_K_M.gguf")?;
-    /// let RawTensor { stored, shape, bytes } = file.raw("blk.0.ffn_down.weight")?;
-    /// let (values_per_block, bytes_per_block) = stored.block();
-    /// let row = shape[1] / values_per_block * bytes_per_block;
-    /// let mut values = vec![0.0; shape[1]];
-    /// stored.dequantize(&bytes[..row], &mut values)?;
+    /// let raw = file.raw("blk.0.ffn_down.weight")?;
+    /// let (values_per_block, bytes_per_block) = raw.stored.block();
+    /// let row = raw.shape[1] / values_per_block * bytes_per_block;
+    /// let mut values = vec![0.0; raw.shape[1]];
+    /// raw.stored.dequantize(&raw.bytes[..row], &mut values)?;
     /// # Ok(())
     /// # }
     /// ```

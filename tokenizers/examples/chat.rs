@@ -23,7 +23,7 @@ fn run() -> x_transformers::Result<()> {
     let device = Device::best();
     let pretrained = Pretrained::open(path)?; // reads the header
     let tokenizer = Tokenizer::of(&pretrained, None)?;
-    let model = pretrained.autoregressive(DType::BF16, &device)?; // reads the weights
+    let model = pretrained.autoregressive(DType::F32, &device)?; // reads the weights
 
     let prompt = tokenizer.chat(&[Message::user(question)], &ChatOptions::default())?;
     let tokens = Tensor::from_slice(&prompt, [prompt.len()], &device)?;
