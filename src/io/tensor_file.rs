@@ -126,7 +126,6 @@ pub struct TensorInfo {
 
 /// A tensor as it lies in its file: GGUF's blocks for instance, which stay packed.
 #[derive(Clone, PartialEq, Eq, Debug)]
-#[non_exhaustive]
 pub struct RawTensor {
     /// Type of the values in `bytes`.
     pub stored: Stored,

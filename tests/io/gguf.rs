@@ -71,7 +71,7 @@ fn blocks_have_the_bits_of_the_package_gguf() -> Result<()> {
         let expected = bits(expected[&name].to_vec()?);
         assert_eq!(bits(file.tensor(&name)?.to_vec()?), expected, "{name}");
         // The same by hand, a row at a time.
-        let RawTensor { stored, shape, bytes, .. } = file.raw(&name)?;
+        let RawTensor { stored, shape, bytes } = file.raw(&name)?;
         let (values, size) = stored.block();
         assert_eq!(bytes.len(), shape[0] * shape[1] / values * size);
         let mut row = vec![0.0; shape[1]];

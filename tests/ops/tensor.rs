@@ -534,6 +534,9 @@ fn errors_read_well() {
         .context("layers.3")
         .context("decoder");
     assert_eq!(error.to_string(), "decoder.layers.3: option `heads`: is 0");
-    assert!(matches!(error.kind(), ErrorKind::Option { .. }));
-    assert!(std::error::Error::source(&error).is_some());
+    assert_eq!(error.place(), "decoder.layers.3");
+    assert!(matches!(error.kind(), ErrorKind::Option { .. }) && std::error::Error::source(&error).is_none());
+    let missing = x_transformers::io::read_safetensors("there-is-no-such-file").expect_err("no file");
+    assert_eq!(missing.io_kind(), Some(std::io::ErrorKind::NotFound));
+    assert!(std::error::Error::source(&missing).is_some_and(|source| source.is::<std::io::Error>()), "{missing}");
 }

@@ -80,6 +80,8 @@ pub(super) fn multiply<T: Float>(
 /// `sums[i * n + j] = Σ_p A[i, p] · B[p, j]` for one block of depth `kc`, `rows` rows and the first of `n` columns;
 /// returns their number, 0 if processor or layout do not allow it. Element (i, p) of A is `a[p * rows + i]`; the block
 /// comes after a depth of `passed` in the same columns.
+// Other processors have no instructions that read what is passed here.
+#[cfg_attr(not(target_arch = "x86_64"), allow(unused_variables))]
 fn block<T: Float>(
     rows: usize,
     n: usize,

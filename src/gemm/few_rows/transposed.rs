@@ -105,6 +105,8 @@ fn single<T: Float>(value: T) -> f32 {
 
 /// `C = beta + A·B` for the first columns; returns their number, a multiple of [`COLUMNS`]. `copy` is memory for rows
 /// of A.
+// Other processors have no instructions that read what is passed here.
+#[cfg_attr(not(target_arch = "x86_64"), allow(unused_variables))]
 pub(super) fn multiply<T: Float>(
     word: Word,
     k: usize,
