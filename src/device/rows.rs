@@ -54,16 +54,6 @@ macro_rules! mapped {
 }
 
 impl<'a> Floats<'a> {
-    /// Values as they are stored.
-    pub fn of_stored<T: Float>(values: &'a [T]) -> Self {
-        match T::DTYPE {
-            DType::F64 => Self::F64(bytemuck::cast_slice(values)),
-            DType::BF16 => Self::BF16(bytemuck::cast_slice(values)),
-            DType::F16 => Self::F16(bytemuck::cast_slice(values)),
-            _ => Self::F32(bytemuck::cast_slice(values)),
-        }
-    }
-
     /// Numbers that are computed with.
     pub fn of<R: Real>(values: &'a [R]) -> Self {
         match R::DTYPE {
@@ -112,16 +102,6 @@ impl<'a> Floats<'a> {
 }
 
 impl<'a> FloatsMut<'a> {
-    /// As [`Floats::of_stored`].
-    pub fn of_stored<T: Float>(values: &'a mut [T]) -> Self {
-        match T::DTYPE {
-            DType::F64 => Self::F64(bytemuck::cast_slice_mut(values)),
-            DType::BF16 => Self::BF16(bytemuck::cast_slice_mut(values)),
-            DType::F16 => Self::F16(bytemuck::cast_slice_mut(values)),
-            _ => Self::F32(bytemuck::cast_slice_mut(values)),
-        }
-    }
-
     /// As [`Floats::of`].
     pub fn of<R: Real>(values: &'a mut [R]) -> Self {
         match R::DTYPE {
@@ -384,7 +364,7 @@ impl<'a, R> Sums<'a, R> {
 }
 
 /// Elements of all operands that are converted at a time: the widened rows stay in the first-level cache.
-const PIECE: usize = 6 * 1024;
+const PIECE: usize = 4 * 1024;
 
 /// Calls `body(first_row, outputs, inputs, sums)` for parts of some rows each, in parallel.
 ///
@@ -502,6 +482,24 @@ fn take<'a, R>(rest: &mut &'a mut [R], len: usize) -> &'a mut [R] {
 mod tests {
     use super::*;
 
+    fn stored<T: Float>(values: &[T]) -> Floats<'_> {
+        match T::DTYPE {
+            DType::F64 => Floats::F64(bytemuck::cast_slice(values)),
+            DType::BF16 => Floats::BF16(bytemuck::cast_slice(values)),
+            DType::F16 => Floats::F16(bytemuck::cast_slice(values)),
+            _ => Floats::F32(bytemuck::cast_slice(values)),
+        }
+    }
+
+    fn stored_mut<T: Float>(values: &mut [T]) -> FloatsMut<'_> {
+        match T::DTYPE {
+            DType::F64 => FloatsMut::F64(bytemuck::cast_slice_mut(values)),
+            DType::BF16 => FloatsMut::BF16(bytemuck::cast_slice_mut(values)),
+            DType::F16 => FloatsMut::F16(bytemuck::cast_slice_mut(values)),
+            _ => FloatsMut::F32(bytemuck::cast_slice_mut(values)),
+        }
+    }
+
     /// Doubles rows, with sums over blocks: in the types that are computed in and in a half type, in place and from
     /// another tensor, with a last row that is cut short.
     fn doubled<R: Real, T: Float>(rows: usize, width: usize, block: usize, other: bool) {
@@ -511,8 +509,8 @@ mod tests {
         let summands: Vec<T> = (0..rows).map(number).collect();
         let mut out = start;
         let mut sums = vec![R::from_f64(f64::NAN); rows.div_ceil(block)];
-        let outs = [Out::over(FloatsMut::of_stored(&mut out), width, other.then(|| Floats::of_stored(&from)))];
-        let ins = [In::new(Floats::of_stored(&summands), 1)];
+        let outs = [Out::over(stored_mut(&mut out), width, other.then(|| stored(&from)))];
+        let ins = [In::new(stored(&summands), 1)];
         let sums_of_blocks = Sums::new(&mut sums, 1, block);
         for_rows_of::<R, 1, 1>(outs, ins, sums_of_blocks, 40_000, &|first, [out], [summands], sums| {
             for (index, (out, summand)) in out.chunks_exact_mut(width).zip(summands).enumerate() {

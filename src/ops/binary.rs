@@ -1,14 +1,12 @@
 //! Arithmetic of two tensors, elementwise and with broadcasting: a table row each.
 
+use bytemuck::Zeroable;
+
 use crate::{
     DType, Device, Error, Result, Shape, Tensor,
     autograd::{Backward, InputGrads, computed, needs, record},
-    device::{
-        Gpu, Grid, args, cpu,
-        rows::{Floats, FloatsMut},
-        simd::vectorized,
-    },
-    dtype::{Element, Float, Real, dispatch_float},
+    device::{Gpu, Grid, args, cpu, simd::vectorized},
+    dtype::{Float, Real, dispatch_float},
     error::ensure,
     shape::{Layout, collapse_layouts},
     tensor::{Storage, same_device, same_kind},
@@ -67,9 +65,9 @@ macro_rules! binary {
             }
 
             #[inline(always)]
-            fn zip<R: Real>(self, y: &mut [R], pairs: Pairs<R>) {
+            fn zip<T: Float>(self, y: &mut [T], pairs: Pairs<T>) {
                 match self {
-                    $(Self::$Type => zip_with::<R, $Type>(y, pairs),)*
+                    $(Self::$Type => zip_with::<T, $Type>(y, pairs),)*
                 }
             }
 
@@ -163,9 +161,7 @@ fn binary(f: Function, a: &Tensor, b: &Tensor) -> Result<Tensor> {
         Device::Cpu => dispatch_float!(op, a.dtype(), T, {
             let layouts = [&a.layout().expand(shape), &b.layout().expand(shape)];
             let operands = [a.storage::<T>()?, b.storage::<T>()?];
-            for_pairs::<T, T>(y.values_mut::<T>()?, &shape, layouts, operands, &|y, pairs| {
-                write_acc::<T>(y, &|y| zip(f, y, pairs));
-            });
+            for_pairs::<T, T>(y.values_mut::<T>()?, &shape, layouts, operands, &|y, pairs| zip(f, y, pairs));
             Ok(())
         })?,
         Device::Gpu(gpu) => launch_binary(*gpu, op, &mut y, a, b)?,
@@ -192,11 +188,12 @@ pub(super) fn launch_binary(gpu: &dyn Gpu, function: &str, y: &mut Tensor, a: &T
         .launch(Grid::packets(n, a.dtype()), args![y, Storage(a), Storage(b), &layouts[0], &layouts[1], n as i64])
 }
 
-/// Runs of two operands, in the type that they are computed in: as many numbers as results, or one for all of them.
+/// Runs of two operands: as many numbers as results, or one for all of them. Half types are computed with where they
+/// lie: through rows in f32, a sum would take twice its time.
 #[derive(Clone, Copy)]
-pub(super) struct Pairs<'a, R> {
-    pub a: &'a [R],
-    pub b: &'a [R],
+pub(super) struct Pairs<'a, T> {
+    pub a: &'a [T],
+    pub b: &'a [T],
 }
 
 /// Results that are computed at a time where operands are not read where they lie.
@@ -209,22 +206,19 @@ pub(super) fn for_pairs<T: Float, Y: Send>(
     shape: &Shape,
     layouts: [&Layout; 2],
     operands: [&[T]; 2],
-    body: &(dyn Fn(&mut [Y], Pairs<T::Acc>) + Sync),
+    body: &(dyn Fn(&mut [Y], Pairs<T>) + Sync),
 ) {
     cpu::for_strided(y, shape, layouts, |y, at, steps| {
-        if T::DTYPE != T::Acc::DTYPE || steps.iter().any(|&step| step > 1) {
+        if steps.iter().any(|&step| step > 1) {
             return in_pieces(y, operands, at, steps, body);
         }
-        let operand = |of: usize| {
-            let len = if steps[of] == 0 { 1 } else { y.len() };
-            bytemuck::cast_slice(&operands[of][at[of]..at[of] + len])
-        };
+        let operand = |of: usize| &operands[of][at[of]..at[of] + if steps[of] == 0 { 1 } else { y.len() }];
         let pairs = Pairs { a: operand(0), b: operand(1) };
         body(y, pairs);
     });
 }
 
-/// As [`for_pairs`], for a run whose operands are widened or gathered first.
+/// As [`for_pairs`], for a run whose operands are gathered first.
 #[allow(clippy::type_complexity)]
 #[inline(never)]
 fn in_pieces<T: Float, Y>(
@@ -232,9 +226,9 @@ fn in_pieces<T: Float, Y>(
     operands: [&[T]; 2],
     at: [usize; 2],
     steps: [usize; 2],
-    body: &(dyn Fn(&mut [Y], Pairs<T::Acc>) + Sync),
+    body: &(dyn Fn(&mut [Y], Pairs<T>) + Sync),
 ) {
-    let [mut of_a, mut of_b] = [[T::Acc::ZERO; PIECE]; 2];
+    let [mut of_a, mut of_b] = [[T::zeroed(); PIECE]; 2];
     for (index, y) in y.chunks_mut(PIECE).enumerate() {
         let at = |operand: usize| at[operand] + index * PIECE * steps[operand];
         let a = run(operands[0], at(0), steps[0], y.len(), &mut of_a);
@@ -244,58 +238,43 @@ fn in_pieces<T: Float, Y>(
 }
 
 /// Numbers that are `step` apart, or the one that is repeated.
-fn run<'a, T: Float>(x: &'a [T], at: usize, step: usize, len: usize, memory: &'a mut [T::Acc]) -> &'a [T::Acc] {
+fn run<'a, T: Float>(x: &'a [T], at: usize, step: usize, len: usize, memory: &'a mut [T]) -> &'a [T] {
     let len = if step == 0 { 1 } else { len };
     if step <= 1 {
-        let x = Floats::of_stored(&x[at..at + len]);
-        if let Some(x) = x.direct() {
-            return x;
-        }
-        x.read(&mut memory[..len]);
-    } else {
-        memory[..len].iter_mut().enumerate().for_each(|(i, to)| *to = x[at + i * step].to_acc());
+        return &x[at..at + len];
     }
+    memory[..len].iter_mut().enumerate().for_each(|(i, to)| *to = x[at + i * step]);
     &memory[..len]
 }
 
-/// Computes results in the type of the computation, of which there are at most [`PIECE`] where that is another one.
-fn write_acc<T: Float>(y: &mut [T], compute: &dyn Fn(&mut [T::Acc])) {
-    if T::DTYPE == T::Acc::DTYPE {
-        return compute(bytemuck::cast_slice_mut(y));
-    }
-    let mut memory = [T::Acc::ZERO; PIECE];
-    let memory = &mut memory[..y.len()];
-    compute(memory);
-    FloatsMut::of_stored(y).write(memory);
-}
-
 vectorized! {
-    fn zip<R: Real>(f: Function, y: &mut [R], pairs: Pairs<'_, R>) {
+    fn zip<T: Float>(f: Function, y: &mut [T], pairs: Pairs<'_, T>) {
         f.zip(y, pairs);
     }
 }
 
 #[inline(always)]
-fn zip_with<R: Real, F: Binary>(y: &mut [R], Pairs { a, b }: Pairs<R>) {
+fn zip_with<T: Float, F: Binary>(y: &mut [T], Pairs { a, b }: Pairs<T>) {
+    let value = |a: T, b: T| T::from_acc(F::value(a.to_acc(), b.to_acc()));
     match (a, b) {
         (a, &[b]) => {
             // Both repeated, or one result.
             let last = a.len() - 1;
             if last == 0 {
-                return y.fill(F::value(a[0], b));
+                return y.fill(value(a[0], b));
             }
             for (y, a) in y.iter_mut().zip(a) {
-                *y = F::value(*a, b);
+                *y = value(*a, b);
             }
         }
         (&[a], b) => {
             for (y, b) in y.iter_mut().zip(b) {
-                *y = F::value(a, *b);
+                *y = value(a, *b);
             }
         }
         (a, b) => {
             for ((y, a), b) in y.iter_mut().zip(a).zip(b) {
-                *y = F::value(*a, *b);
+                *y = value(*a, *b);
             }
         }
     }
@@ -353,14 +332,14 @@ fn by_divisor(g: &Tensor, a: &Tensor, b: &Tensor) -> Result<Tensor> {
         Device::Cpu => dispatch_float!(OP, g.dtype(), T, {
             let (g, a, b) = (g.storage::<T>()?, a.storage::<T>()?, b.storage::<T>()?);
             cpu::for_strided(y.values_mut::<T>()?, &shape, layouts, |y, at, steps| {
-                let mut memory = [[<T as Float>::Acc::ZERO; PIECE]; 3];
+                let mut memory = [[<T as Zeroable>::zeroed(); PIECE]; 3];
                 let [of_g, of_a, of_b] = &mut memory;
                 for (index, y) in y.chunks_mut(PIECE).enumerate() {
                     let at = |operand: usize| at[operand] + index * PIECE * steps[operand];
                     let g = run(g, at(0), steps[0], y.len(), of_g);
                     let a = run(a, at(1), steps[1], y.len(), of_a);
                     let b = run(b, at(2), steps[2], y.len(), of_b);
-                    write_acc::<T>(y, &|y| zip_by_divisor(y, g, a, b));
+                    zip_by_divisor(y, g, a, b);
                 }
             });
             Ok(())
@@ -378,23 +357,24 @@ fn by_divisor(g: &Tensor, a: &Tensor, b: &Tensor) -> Result<Tensor> {
 }
 
 vectorized! {
-    fn zip_by_divisor<R: Real>(y: &mut [R], g: &[R], a: &[R], b: &[R]) {
+    fn zip_by_divisor<T: Float>(y: &mut [T], g: &[T], a: &[T], b: &[T]) {
         let n = y.len();
+        let value = |g: T, a: T, b: T| T::from_acc(g.to_acc().by_divisor(a.to_acc(), b.to_acc()));
         match (g.len() == n, a.len() == n, b) {
             (true, true, &[b]) => {
                 for ((y, g), a) in y.iter_mut().zip(g).zip(a) {
-                    *y = g.by_divisor(*a, b);
+                    *y = value(*g, *a, b);
                 }
             }
             (true, true, b) => {
                 for (((y, g), a), b) in y.iter_mut().zip(g).zip(a).zip(b) {
-                    *y = g.by_divisor(*a, *b);
+                    *y = value(*g, *a, *b);
                 }
             }
             _ => {
                 for (i, y) in y.iter_mut().enumerate() {
-                    let at = |x: &[R]| x[i.min(x.len() - 1)];
-                    *y = at(g).by_divisor(at(a), at(b));
+                    let at = |x: &[T]| x[i.min(x.len() - 1)];
+                    *y = value(at(g), at(a), at(b));
                 }
             }
         }

@@ -1,10 +1,12 @@
 //! Comparisons, logic and choice: ops that give or take masks.
 
+use half::{bf16, f16};
+
 use crate::{
     DType, Device, Element, Error, Result, Shape, Tensor,
     autograd::{Backward, InputGrads, computed, discrete, record},
     device::{Grid, args, cpu, simd::vectorized},
-    dtype::dispatch_float,
+    dtype::{Float, dispatch_float},
     error::ensure,
     ops::binary::{for_pairs, launch_binary},
     shape::{Layout, collapse_layouts},
@@ -79,7 +81,7 @@ fn compare(op: &'static str, operands: [&Tensor; 2], [a, b]: [&Tensor; 2], kind:
 }
 
 /// As [`compare`], of integers.
-fn compare_as<E: Copy + PartialOrd + Sync>(
+fn compare_as<E: Stored + Sync>(
     [a, b]: [&[E]; 2],
     layouts: [&Layout; 2],
     shape: &Shape,
@@ -102,7 +104,7 @@ fn compare_as<E: Copy + PartialOrd + Sync>(
 
 vectorized! {
     /// Of operands with an element for each result, or one for all.
-    fn zip<E: PairOf>(kind: Kind, not: bool, y: &mut [u8], a: &[E], b: &[E]) {
+    fn zip<E: Stored>(kind: Kind, not: bool, y: &mut [u8], a: &[E], b: &[E]) {
         match kind {
             Kind::Equal => zip_with(not, y, a, b, |a, b| a == b),
             Kind::Less => zip_with(not, y, a, b, |a, b| a < b),
@@ -111,12 +113,37 @@ vectorized! {
     }
 }
 
-/// What can be compared.
-trait PairOf: Copy + PartialOrd {}
-impl<E: Copy + PartialOrd> PairOf for E {}
+/// A stored value that is compared as a number.
+trait Stored: Copy {
+    type Number: PartialOrd;
+    fn number(self) -> Self::Number;
+}
+
+macro_rules! stored {
+    ($($Type:ty => $Number:ty, |$x:ident| $number:expr;)*) => {$(
+        impl Stored for $Type {
+            type Number = $Number;
+            #[inline(always)]
+            fn number(self) -> $Number {
+                let $x = self;
+                $number
+            }
+        }
+    )*};
+}
+
+stored! {
+    f32 => f32, |x| x;
+    f64 => f64, |x| x;
+    bf16 => f32, |x| x.to_acc();
+    f16 => f32, |x| x.to_acc();
+    i64 => i64, |x| x;
+    u8 => u8, |x| x;
+}
 
 #[inline(always)]
-fn zip_with<E: Copy>(not: bool, y: &mut [u8], a: &[E], b: &[E], f: impl Fn(E, E) -> bool) {
+fn zip_with<E: Stored>(not: bool, y: &mut [u8], a: &[E], b: &[E], f: impl Fn(E::Number, E::Number) -> bool) {
+    let f = |a: E, b: E| f(a.number(), b.number());
     match (a, b) {
         (a, &[b]) if a.len() >= y.len() => y.iter_mut().zip(a).for_each(|(y, a)| *y = u8::from(f(*a, b) != not)),
         (&[a], &[b]) => y.fill(u8::from(f(a, b) != not)),
