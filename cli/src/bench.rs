@@ -37,15 +37,15 @@ pub struct BenchArgs {
     #[command(flatten)]
     keywords: KeywordArgs,
 
-    /// What to time; a loss is the model's own, or the cross-entropy of its logits, or the mean square of its vectors
+    /// Workload to time. The loss is the model's own, the cross-entropy of its logits, or the mean square of its vectors
     #[arg(long, value_enum)]
     mode: Mode,
 
-    /// Sequences, or images
+    /// Batch size: number of sequences or images
     #[arg(long, value_name = "B", default_value_t = 1, value_parser = value_parser!(u32).range(1..))]
     batch: u32,
 
-    /// Their length; generating, that of the prompt [default: the longest that the model takes]
+    /// Sequence length; the prompt's length in mode `generate` [default: the longest that the model takes]
     #[arg(long, value_name = "N", value_parser = value_parser!(u32).range(1..))]
     seq_len: Option<u32>,
 
@@ -56,7 +56,7 @@ pub struct BenchArgs {
     #[command(flatten)]
     compute: ComputeArgs,
 
-    /// How exact products of f32 matrices are
+    /// Precision of f32 matrix products
     #[arg(long, value_enum, default_value_t = Exactness::Highest)]
     precision: Exactness,
 

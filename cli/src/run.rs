@@ -27,8 +27,8 @@ pub struct RunArgs {
     #[arg(long, value_name = "FILE")]
     weights: Option<PathBuf>,
 
-    /// What it is given, under the names of PyTorch's arguments: x, mask, context, mems.0, …; for gradients of an output
-    /// that is no loss also its cotangent
+    /// Inputs under the names of PyTorch's arguments: x, mask, context, mems.0, …; also the cotangent, for gradients of an
+    /// output that is not a loss
     #[arg(long, value_name = "FILE")]
     inputs: PathBuf,
 
