@@ -1,4 +1,4 @@
-//! Generation: what the cache must not change, rows of several lengths, ends, beams, drafts.
+//! Generation: results with and without a cache, rows of several lengths, end tokens, beams, drafts.
 
 mod common;
 #[path = "common/draw.rs"]
@@ -26,7 +26,7 @@ use x_transformers::{
     ops::Int8Matrix,
 };
 
-/// Few cases, unless `PROPTEST_CASES` asks for more; the emulated GPU is slow.
+/// Few cases unless `PROPTEST_CASES` sets more: the emulated GPU is slow.
 fn runner() -> Runner {
     let few = if *device() == Device::Cpu { 60 } else { 6 };
     let cases = std::env::var("PROPTEST_CASES").ok().and_then(|cases| cases.parse().ok()).unwrap_or(few);
@@ -120,7 +120,7 @@ proptest! {
 proptest! {
     #![proptest_config(Runner { cases: runner().cases / 2, ..runner() })]
 
-    /// Beams find the same with a cache and without it, and a draft changes no greedy token, whatever the options.
+    /// Beam search gives the same with and without a cache, and a draft changes no greedy token, whatever the options.
     #[test]
     fn beams_and_drafts_do_not_depend_on_the_cache(draw in draws(), ahead in 1usize..5, ragged: bool) {
         let draw = Draw { batch: draw.batch.max(2), ..draw };
@@ -167,7 +167,7 @@ proptest! {
     }
 }
 
-/// A row has the tokens that it has alone, whatever is beside it and on whichever side its padding is.
+/// A row gets the same tokens as on its own, whatever the other rows and the side of its padding.
 #[test]
 fn generated_rows_are_those_alone() -> Result<()> {
     let model = decoder(20, 2, 5)?;
@@ -216,7 +216,7 @@ fn generated_streams_end_row_by_row() -> Result<()> {
     assert!(rows.iter().all(|row| row.len() == longest + 1 && row[end(row) + 1..].iter().all(|&token| token == 0)));
     assert!(rows.iter().any(|row| end(row) < longest), "{rows:?}");
     assert_eq!(run(&model, &prompt, 200, &options)?, rows);
-    // What ends early does not change the others.
+    // Rows that end early do not change the others.
     for (at, row) in rows.iter().enumerate() {
         let options = GenerateOptions { row_seeds: Some(vec![3]), ..options.clone() };
         if at == 0 {

@@ -187,7 +187,7 @@ fn trim_gives_back_what_is_free_alone() -> Result<()> {
     Ok(())
 }
 
-/// What threads keep for products and attention is counted, is part of the limit, and goes back with the rest.
+/// Scratch memory that threads keep for products and attention is counted, limited and freed like the rest.
 #[test]
 fn working_memory_is_counted_and_given_back() -> Result<()> {
     let _alone = alone();

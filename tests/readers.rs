@@ -63,7 +63,7 @@ fn floats(tensor: &Tensor) -> Vec<f64> {
     tensor.to_f64_vec().unwrap()
 }
 
-/// What `make.py` calls `ramp`.
+/// The function `ramp` of `make.py`.
 fn ramp(i: usize) -> f64 {
     i as f64 / 4.0 - 3.0
 }

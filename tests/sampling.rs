@@ -106,7 +106,7 @@ fn sampling_has_the_distribution_of_the_reference() -> Result<()> {
     Ok(())
 }
 
-/// What the tests above say of the CPU is so on the others, in rows of any length.
+/// The properties that the tests above check on the CPU hold on other devices, in rows of any length.
 #[test]
 fn sampling_is_the_same_on_every_device() -> Result<()> {
     let _alone = alone();

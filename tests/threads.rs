@@ -25,7 +25,7 @@ use x_transformers::{
     train::{AdamW, AdamWOptions},
 };
 
-/// Which public types are `Send` and `Sync`: the table of the book's page on embedding, checked by the compiler.
+/// Table of the public types that are `Send` and `Sync`, from the book's page on embedding, checked by the compiler.
 mod table {
     use std::collections::BTreeMap;
 
@@ -269,7 +269,7 @@ fn what_another_thread_makes_of_a_leaf_is_refused_by_the_tape() -> Result<()> {
     Ok(())
 }
 
-/// What a thread computes before its tape is a constant to the tape, on one thread as on many.
+/// Results that a thread computes before its tape are constants to the tape, on one thread as on many.
 #[test]
 fn results_from_before_the_tape_are_constants() -> Result<()> {
     let x = leaf(&[3.0]);
@@ -300,7 +300,7 @@ fn tape_of<R>(f: impl FnOnce() -> R) -> Result<R> {
     Ok(f())
 }
 
-/// What has no gradient carries no history: tokens that one thread samples are data for another.
+/// Results without a gradient carry no history: tokens that one thread samples are data for another.
 #[test]
 fn integers_and_cotangents_are_free() -> Result<()> {
     let x = leaf(&[1.0, 5.0, 2.0]);

@@ -138,7 +138,7 @@ fn kernels_are_compiled_once() {
     assert!(compile().contains("sm_80: 0 compiled, 4 were there already"));
 }
 
-/// What needs no GPU.
+/// Errors that need no GPU.
 #[test]
 fn kernels_that_cannot_be_compiled() {
     assert!(refuses(&["kernels", "--arch", "sm_60"]).contains("at least sm_75"));

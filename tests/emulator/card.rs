@@ -31,7 +31,7 @@ pub fn exported<F: Copy>(name: &str) -> F {
     *symbol.unwrap_or_else(|error| panic!("{name}: {error}"))
 }
 
-/// What the emulator reported last.
+/// Returns the emulator's last report.
 pub fn report() -> String {
     let get: unsafe extern "C" fn() -> *const c_char = exported("xt_emulator_report");
     // SAFETY: the function returns a text that lives until the next call of this thread.

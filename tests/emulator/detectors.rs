@@ -1,4 +1,4 @@
-//! What the emulator must notice: for each fault a kernel that has it, and its twin that has not.
+//! Faults that the emulator must detect: for each, a kernel that has it and a twin that does not.
 
 use cudarc::driver::sys::CUresult;
 
@@ -155,7 +155,7 @@ fn uninitialised_shared_memory() {
     });
 }
 
-/// What a block left in shared memory is not there for the next.
+/// Shared memory written by one block is uninitialised for the next.
 #[test]
 fn shared_memory_of_another_block() {
     emulated(here!(), &[], || {

@@ -78,7 +78,7 @@ fn graph_replays_in_order() {
     });
 }
 
-/// What waits or allocates spoils a recording.
+/// Calls that wait or allocate invalidate a recording.
 #[test]
 fn graph_refuses_what_it_cannot_hold() {
     emulated(here!(), &[], || {

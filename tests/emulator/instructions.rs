@@ -1,5 +1,5 @@
-//! What threads do together and by PTX: against NVIDIA's tables, written down here a second time, and against the
-//! plain formula.
+//! Warp-wide operations and PTX instructions, checked against NVIDIA's tables, written down here a second time, and
+//! against the plain formula.
 
 use half::{bf16, f16};
 use x_transformers::Philox;

@@ -1,4 +1,4 @@
-//! What the emulator must notice of products of warpgroups: for each fault a kernel that has it, beside one that has not.
+//! Faults in warpgroup products that the emulator must detect: for each, a kernel that has it and one that does not.
 
 use cudarc::driver::sys::CUresult;
 

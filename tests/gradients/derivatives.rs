@@ -48,7 +48,7 @@ fn limits(dtype: DType) -> (f64, f64) {
     }
 }
 
-/// Whether a result is the expected one: to its last digits, or within `absolute` of it, or below the normal range.
+/// Returns `true` if a result equals the expected one up to rounding, `absolute` and the smallest normal number.
 fn agrees(actual: f64, expected: f64, absolute: f64, dtype: DType) -> bool {
     let (smallest, relative) = limits(dtype);
     let expected = Tensor::scalar(expected, &Device::Cpu).and_then(|x| x.to_dtype(dtype)?.item()).expect("a number");
@@ -209,7 +209,7 @@ const TABLE: &[Row] = &[
     ),
 ];
 
-/// What only f64, f32 and bf16 hold: zeros in the tail, and no NaN of an overflow inside of a derivative.
+/// Numbers only in the range of f64, f32 and bf16: zeros in the tail, and no NaN from an overflow inside a derivative.
 const FAR: [f64; 4] = [1e20, -1e20, 1e30, -1e30];
 
 #[test]

@@ -1,4 +1,4 @@
-//! What PyTorch's ops take, and these take too: its values (2.15), its shapes and its gradients.
+//! Inputs that PyTorch's ops accept, and these accept too: its values (2.15), its shapes and its gradients.
 
 use crate::common::device;
 use x_transformers::{DType, Result, Tape, Tensor};

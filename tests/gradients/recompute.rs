@@ -159,7 +159,7 @@ fn checkpoint_passes_errors_on() -> Result<()> {
 /// Levels whose segments keep their inputs alone, and run once more for each level around them.
 const SHALLOW: usize = 8;
 
-/// What a level of a nest does before and after the level below.
+/// Function that a level of a nest applies before and after the level below.
 type Part = fn(&Tensor) -> Result<Tensor>;
 
 fn same(x: &Tensor) -> Result<Tensor> {

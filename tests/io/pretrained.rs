@@ -145,7 +145,7 @@ fn llama_of_a_folder_in_several_files() -> Result<()> {
     check_continued("llama", &folder, &expected)
 }
 
-/// What is built as a Llama is: other biases, a window, and rotations that are stretched.
+/// Families built like Llama: other biases, a window, and stretched rotations.
 #[test]
 fn relatives_of_llama() -> Result<()> {
     for (name, family) in [("llama3", Family::Llama), ("mistral", Family::Mistral), ("qwen2", Family::Qwen2)] {

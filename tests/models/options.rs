@@ -331,7 +331,7 @@ fn options_precisions_agree() -> Result<()> {
     Ok(())
 }
 
-/// What cannot work is refused when the config is planned, naming the option.
+/// Options that cannot work are an error when the config is planned, which names the option.
 #[test]
 fn options_illegal() {
     let cases = [

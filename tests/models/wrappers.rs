@@ -1,4 +1,4 @@
-//! What the models promise: validation, generation, memories, initial values.
+//! Guarantees of the models: validation, generation, memories, initial values.
 
 use std::collections::BTreeMap;
 
@@ -182,7 +182,7 @@ fn models_losses_of_half_precision_are_f32() -> Result<()> {
     Ok(())
 }
 
-/// What a loss or a continuation has no place for is not dropped in silence.
+/// Requests that a loss or a continuation cannot return are an error, not dropped silently.
 #[test]
 fn models_losses_give_nothing_else() -> Result<()> {
     let model = autoregressive(AutoregressiveConfig { net: wrapper(decoder()), ..Default::default() })?;

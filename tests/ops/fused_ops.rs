@@ -257,7 +257,7 @@ fn the_largest_of_special_values() -> Result<()> {
     Ok(())
 }
 
-/// What has no maximum among the finite numbers has no entmax; what is ruled out by an infinity has none of it.
+/// A row without a finite maximum has no entmax; entries ruled out by an infinity have a weight of zero.
 #[test]
 fn entmax_of_special_values() -> Result<()> {
     let (nan, infinity) = (f64::NAN, f64::INFINITY);

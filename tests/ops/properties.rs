@@ -400,7 +400,7 @@ proptest! {
         }
     }
 
-    /// What broadcasting repeats, `sum_to` adds up.
+    /// `sum_to` adds up the elements that broadcasting repeats.
     #[test]
     fn sum_to_undoes_expand(shapes in broadcasts(), code: u64) {
         let (shape, small, _) = shapes;

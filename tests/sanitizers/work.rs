@@ -49,7 +49,7 @@ fn train(model: &AutoregressiveWrapper, params: &ParamMap, rounds: usize, seed: 
     Ok(())
 }
 
-/// What one of the threads does.
+/// Runs the work of one thread.
 fn one(thread: usize, rounds: usize, shared: &(AutoregressiveWrapper, ParamMap), folder: &Path) -> Result<()> {
     let (model_of_all, params) = shared;
     let seed = 1000 * thread as u64;

@@ -279,7 +279,7 @@ fn readers_meet_no_mixture() {
     });
 }
 
-/// What is in the way of a save, or is linked to from its place, is an error that says so or is replaced.
+/// Files or links at the destination of a save are replaced, or are an error that names them.
 #[cfg(unix)]
 #[test]
 fn checkpoint_through_links() {

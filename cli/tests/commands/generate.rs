@@ -1,4 +1,4 @@
-//! What `xt generate` offers beside plain text.
+//! Options of `xt generate` besides plain text.
 
 use std::fs;
 
@@ -92,7 +92,7 @@ fn averaged_weights_are_used() {
     assert_ne!(score(), averaged);
 }
 
-/// What eight bits cost a model that has learned something, in bits per byte. The README has numbers of a larger one.
+/// Loss due to int8 weights on a trained model, in bits per byte. The README has figures of a larger model.
 #[test]
 fn eight_bits_cost_little() {
     let folder = tempfile::tempdir().expect("a temporary folder");

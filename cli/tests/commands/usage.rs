@@ -163,7 +163,7 @@ fn model_options_that_make_no_model() {
     assert!(!fs::exists(&out).expect("exists"));
 }
 
-/// What stands in the way of a run: a file in place of its folder, and another run.
+/// Obstacles to a run: a file in place of its folder, and another run.
 #[test]
 fn folders_that_cannot_be_trained_in() {
     let folder = tempfile::tempdir().expect("a temporary folder");
