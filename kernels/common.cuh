@@ -1,4 +1,4 @@
-// What kernels share: element types, layouts, 128-bit packets, and reductions over the threads of a row.
+// Shared by all kernels: element types, layouts, 128-bit packets, and reductions over the threads of a row.
 //
 // A source is compiled once per element type, named like the crate's dtype: -DDTYPE=f32, f64, bf16, f16, i64 or bool.
 // Names for several of them, which the variants of a source may use:
@@ -25,7 +25,7 @@ struct f16 {
 
 typedef DTYPE T;
 
-// How an element is computed with: f32 for the half types, itself otherwise. Stores round to nearest even.
+// Type that an element is computed in: f32 for the half types, itself otherwise. Stores round to nearest even.
 template <typename E> struct Element;
 
 template <> struct Element<f32> {
@@ -74,7 +74,7 @@ template <> struct Element<bool> {
 };
 
 // The element nearest to a number: floats round to nearest even, once; integers truncate and saturate, NaN being 0;
-// a truth value is whether the number is not 0.
+// a truth value is true if the number is not 0.
 template <typename E> __device__ __forceinline__ E from_f64(f64 x) {
     if constexpr (sizeof(E) == 2) {
         // To f32 first, with the last bit set if anything was cut off: rounding that is as good as rounding x itself.
@@ -101,8 +101,8 @@ template <typename A> __device__ __forceinline__ A negative_infinity();
 template <> __device__ __forceinline__ f32 negative_infinity<f32>() { return __int_as_float(0xFF800000); }
 template <> __device__ __forceinline__ f64 negative_infinity<f64>() { return __longlong_as_double(0xFFF0000000000000); }
 
-// Where the elements of a tensor are: sizes and steps of its dimensions, outermost first, all counted in elements.
-// Passed by value; the same bytes as the struct that the launch fills.
+// Layout of a tensor: sizes and steps of its dimensions, outermost first, all counted in elements. Passed by value; the
+// same bytes as the struct that the launch fills.
 constexpr int MAX_RANK = 6;
 
 struct Layout {
@@ -229,7 +229,7 @@ template <int N, typename E = T> struct Raw {
         }
     }
 
-    // Moves all elements one lane down, and puts another one behind them.
+    // Moves all elements one lane down and appends another one.
     __device__ __forceinline__ void append(E value) {
         constexpr int WORDS = sizeof(E) / 4;
         if constexpr (sizeof(E) == 1) {

@@ -74,7 +74,7 @@ __device__ __forceinline__ void turn(const Rows& rows, const Acc* angles, u32 co
     }
 }
 
-// Whether all rows of x and the parts of a row begin at multiples of 128 bits.
+// True if all rows of x and the parts of a row begin at multiples of 128 bits.
 __device__ __forceinline__ bool in_packets(const T* y, const T* x, const Layout& layout, u32 columns, u32 pairs) {
     bool packed = aligned(y) && aligned(x) && columns % LANES == 0 && pairs % LANES == 0 && layout.offset % LANES == 0;
 #pragma unroll

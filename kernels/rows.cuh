@@ -70,7 +70,7 @@ template <bool PACKED, typename Body> __device__ __forceinline__ void for_packet
     }
 }
 
-// What one thread has of a row.
+// One thread's part of a row.
 template <bool PACKED> struct Row {
     const T* from;
     i32 left;
@@ -91,7 +91,7 @@ template <bool PACKED> struct Row {
         }
     }
 
-    // Between two walks over the row, which would otherwise keep what they have in common in more registers.
+    // Placed between two walks over the row, which would otherwise keep common values in more registers.
     __device__ __forceinline__ void forget() {
         if constexpr (PACKED) {
 #pragma unroll
