@@ -56,11 +56,11 @@ fn signatures_of(source: &KernelSource) -> impl Iterator<Item = &'static Signatu
     SIGNATURES.iter().chain(LAB_SIGNATURES).filter(|signature| signature.file == source.name)
 }
 
-/// The registers and memory that one kernel of a variant takes on one card.
+/// Registers and memory of one kernel of a variant on one card.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 struct Resources {
     registers: u32,
-    /// Bytes of registers that did not fit, written and read.
+    /// Bytes of spilled registers, written and read.
     spills: u32,
     /// Bytes of shared memory that the source declares.
     shared: u32,
@@ -237,7 +237,7 @@ fn kernels_compile_for_every_card_and_variant() {
     let text = fs::read_to_string(&path).expect("the table kernels/resources.tsv");
     let recorded = read(&text);
     let bless = std::env::var("XT_BLESS").as_deref() == Ok("1");
-    // Another compiler allots registers in another way.
+    // Another compiler allocates registers differently.
     if text.lines().next() != Some(&heading(version)) && !bless {
         return println!("{}", write(&compiled, version));
     }
@@ -291,7 +291,7 @@ fn resources_are_read_from_the_log() {
     assert_eq!(write(&read(&text), (13, 0)), text);
 }
 
-/// A number that rises is found on every card, one that falls and a new kernel too.
+/// A number that rises is detected on every card, and so are one that falls and a new kernel.
 #[test]
 fn spills_may_only_fall() {
     let heading = "# kernel and options\n";

@@ -106,7 +106,7 @@ fn one(thread: usize, rounds: usize, shared: &(AutoregressiveWrapper, ParamMap),
     }
 }
 
-/// Runs so many threads for so many rounds each.
+/// Runs a number of threads for a number of rounds each.
 pub fn run(threads: usize, rounds: usize) -> Result<()> {
     static CALLS: AtomicUsize = AtomicUsize::new(0);
     let call = CALLS.fetch_add(1, Ordering::Relaxed);
