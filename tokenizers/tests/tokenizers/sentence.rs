@@ -1,4 +1,4 @@
-//! Texts as vectors: what sentence-transformers gives for folders that `tests/sentence/make.py` wrote.
+//! Vectors of texts, compared with sentence-transformers on folders that `tests/sentence/make.py` wrote.
 
 use std::{
     fs,
