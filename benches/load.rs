@@ -1,10 +1,11 @@
 //! Time and peak memory of loading a file of weights: safetensors in f32, safetensors in bf16 as a model in f32, and a
-//! PyTorch archive, each in a process of its own, with the file in the system's cache.
+//! PyTorch archive, each in a separate process, with the file in the system's cache.
 //!
 //!     cargo bench --bench load [-- GIGABYTES [ROUNDS [FOLDER]]]
 //!
-//! Prints the median of the rounds. The file is written to a folder of its own in FOLDER (the system's temporary one by
-//! default) and removed at the end. Two builds are compared by `--in FOLDER/load`, which keeps the files, in turns.
+//! Prints the median of the rounds. The file is written to a new folder in FOLDER (by default the system's temporary
+//! one) and removed at the end. To compare two builds, run them alternately with `--in FOLDER/load`, which keeps the
+//! files.
 
 use std::{
     collections::BTreeMap,

@@ -15,7 +15,7 @@ use x_transformers::{
     train::{AdamW, AdamWOptions},
 };
 
-/// Ops whose benchmarks count operations, each in a file of its own.
+/// Ops whose benchmarks count operations, each in a separate file.
 const ELSEWHERE: [&str; 4] = ["attention", "attention_decode", "matmul", "linear"];
 
 /// Activations of eight sequences.

@@ -1,7 +1,7 @@
 //! Where the library looks for the driver, NVRTC and cuBLAS: never in the working folder, whatever the environment says.
 //!
-//! Each case is a process of its own in a folder full of libraries that say so when they are loaded. Needs a C++ compiler
-//! (g++, or what `CXX` names) and no GPU.
+//! Each case is a separate process in a folder full of libraries that report when they are loaded. Needs a C++ compiler
+//! (g++, or the one in `CXX`) and no GPU.
 
 #![cfg(all(feature = "cuda", target_os = "linux"))]
 

@@ -12,7 +12,7 @@ fn random(shape: &[usize], dtype: DType, stream: u64) -> Tensor {
     Tensor::generate(shape, dtype, &CPU, |i| random.normal(i as u64)).unwrap()
 }
 
-/// Runs `f` on a pool of its own.
+/// Runs `f` on its own pool.
 fn on<R: Send>(threads: usize, f: impl FnOnce() -> R + Send) -> R {
     rayon::ThreadPoolBuilder::new().num_threads(threads).build().expect("a thread pool").install(f)
 }

@@ -1,6 +1,6 @@
 //! The emulated CUDA driver of `tests/emulator`: its detectors, its results, and the kernels that run on it.
 //!
-//! Each test runs in a process of its own in which the emulator stands in for driver, NVRTC and cuBLAS.
+//! Each test runs in its own process, in which the emulator stands in for driver, NVRTC and cuBLAS.
 
 #![cfg(all(feature = "cuda", target_os = "linux", target_arch = "x86_64"))]
 

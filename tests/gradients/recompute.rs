@@ -269,7 +269,7 @@ fn a_nest_may_go_on_after_a_failure() -> Result<()> {
             return x.square();
         }
         let f = move |x: &[Tensor]| {
-            // Fails after a segment of its own, so that entries of a failed one are passed.
+            // Fails after an inner segment, so that entries of a failed one are skipped.
             let failed = checkpoint(|x| checkpoint(|x| x[0].exp(), &[&x[0]])?.narrow(0, 9, 9), &[&x[0]]);
             assert!(failed.is_err());
             level(n - 1, &x[0].affine(1.0, 0.25)?)
@@ -306,7 +306,7 @@ fn a_segment_that_does_something_else_is_refused() -> Result<()> {
                 Err(ErrorKind::Argument { op: "checkpoint", message }) => {
                     assert!(message.contains("again"), "{message}")
                 }
-                // A segment of its own that is not deep leaves no trace: it may come and go.
+                // A shallow inner segment leaves no trace: it may come and go.
                 Ok(_) if index >= 3 && around == 0 => {}
                 other => panic!("{index} below {around}: {other:?}"),
             }

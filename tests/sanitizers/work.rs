@@ -1,5 +1,5 @@
-//! Threads that share models: some train one, some continue texts with it, some train models of their own, some write and
-//! read checkpoints and put them into the shared model, some read files, trim memory and multiply matrices.
+//! Threads that share models: some train one, some generate with it, some train their own models, some write and read
+//! checkpoints and load them into the shared model, some read files, trim memory and multiply matrices.
 
 use std::{
     collections::BTreeMap,

@@ -178,7 +178,7 @@ fn child(test: &str, folder: &Path) -> Command {
     command
 }
 
-/// Not a test of its own: saves one checkpoint after the other until it is killed.
+/// Not a separate test: saves one checkpoint after the other until it is killed.
 #[test]
 fn checkpoint_child_saves_forever() {
     let Some(folder) = env::var_os(CHILD).map(PathBuf::from) else { return };
@@ -321,7 +321,7 @@ fn checkpoint_through_links() {
     assert!(message.contains("symbolic link to nowhere, which does not exist"), "{message}");
 }
 
-/// Not a test of its own: tries to save more than the process may write.
+/// Not a separate test: tries to save more than the process may write.
 #[test]
 fn checkpoint_child_writes_too_much() {
     let Some(folder) = env::var_os(CHILD).map(PathBuf::from) else { return };

@@ -540,7 +540,7 @@ const CHILD: &str = "XT_TEST_TRAIN_CHILD";
 /// Number of steps after which the child saves repeatedly until it is killed.
 const HOLD: &str = "XT_TEST_TRAIN_HOLD";
 
-/// Not a test of its own: trains and saves until the run is done, or until it is killed.
+/// Not a separate test: trains and saves until the run is done, or until it is killed.
 #[test]
 fn trainer_child() {
     let Some(folder) = env::var_os(CHILD).map(PathBuf::from) else { return };

@@ -72,7 +72,7 @@ fn paths_that_are_not_regular_files() {
             assert!(message.contains(special) && message.contains("is not a regular file"), "{message}");
         }
     }
-    // The same inside of a folder that was named.
+    // The same inside a folder that is an argument.
     let run = folder.path().join("run/checkpoint");
     fs::create_dir_all(&run).expect("create");
     for name in ["config.json", "model.safetensors", "optimizer.safetensors", "training.json"] {
@@ -87,7 +87,7 @@ fn paths_that_are_not_regular_files() {
     assert!(!fs::exists(&out).expect("exists"));
 }
 
-/// A run of a tiny model in a folder, on a text of its own.
+/// A run of a tiny model in a folder, on its own text.
 fn train<'a>(folder: &Path, storage: &'a mut Vec<String>, more: &[&'a str]) -> Vec<&'a str> {
     *storage = vec![path(folder, "text.txt"), path(folder, "a b's")];
     write_text(&storage[0]);

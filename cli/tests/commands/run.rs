@@ -151,7 +151,7 @@ fn weights_that_are_no_numbers_or_not_tied() {
     });
     says(&files.fails(&[]), &["norm.bias", "i64", "float"]);
 
-    // Tables of their own in a file for a model that has one.
+    // Separate tables in a file for a model that has one.
     let mut files = Files::of("xtransformer_tied");
     let (own, shared) = ("decoder.net.token_emb.weight", "encoder.token_emb.weight");
     files.weights = files.change(&files.weights, |weights| {

@@ -1,4 +1,4 @@
-//! The op that a case of the table names: as its first case in `cases` runs it, or with arguments of its own.
+//! The op that a case of the table names: as its first case in `cases` runs it, or with separate arguments.
 
 use x_transformers::{
     Result, Shape, Tensor,
