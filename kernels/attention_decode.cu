@@ -9,9 +9,9 @@
 //
 // Keys are cut into parts of PART, as on the CPU. attention_decode: a block takes parts of one head of keys a grid
 // apart, for QUERIES of the queries that read them, of all heads that share it and of all new tokens: their keys and
-// values are read once. Groups of lanes take the packets of a key, all keys of a batch being under way at once, then
-// the packets of values. attention_decode_join adds up the parts of a query in their order. What a query gets depends
-// on nothing but its sequence: neither the batch, the capacity nor the grid.
+// values are read once. Groups of lanes take the packets of a key, all keys of a batch in flight at once, then the
+// packets of values. attention_decode_join adds up the parts of a query in their order. The result of a query depends
+// only on its sequence, not on the batch, the capacity or the grid.
 // Reads each key and value once, and writes and reads e + 2 numbers for PART keys and query; limited by memory
 // bandwidth, for short caches of few heads and sequences by latency. Nothing that the host passes grows with the
 // sequence, so that a graph can hold the launch.

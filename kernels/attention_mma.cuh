@@ -25,8 +25,8 @@ typedef SwizzledTile<HEAD> Tile;
 __device__ __forceinline__ i32 warp_row(i32 rows_of_warp) { return (i32)threadIdx.x / 32 * rows_of_warp; }
 
 // Starts the copy of COUNT rows to shared memory, zeros where there are none; another head is `offset` further on. A
-// thread copies the same packet of every STEP-th row. What its copies have in common is computed once: to the compiler,
-// each of them may change `rows`, which it would read again.
+// thread copies the same packet of every STEP-th row. Terms common to its copies are computed once: the compiler must
+// assume that each copy changes `rows`, and would read it again.
 template <i32 COUNT, i32 THREADS = MMA_THREADS, typename To>
 __device__ __forceinline__ void copy_rows(const To& to, const Rows& rows, i32 first, i64 offset = 0) {
     constexpr u32 STEP = THREADS / To::PACKETS;

@@ -4,8 +4,8 @@
 //   attention_wgmma_bwd_queries  blocks own 128 queries, tiles of keys and values pass by: dq
 //   attention_wgmma_bwd_keys     blocks own 128 keys, tiles of queries and output gradients pass by: dk, dv
 //
-// Products whose operands are in the registers run while the next tile's weights are computed: their tiles stay in
-// one of three stages. The gradient of position biases is that of attention_mma_bwd.cu.
+// Products with operands in registers run while the next tile's weights are computed: their tiles stay in one of three
+// stages. The gradient of position biases is that of attention_mma_bwd.cu.
 //
 // Variants: DTYPE=HALVES HEAD=64,128
 

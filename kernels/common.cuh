@@ -201,8 +201,8 @@ template <int N, typename E> __device__ __forceinline__ Packet<N, E> unpack(cons
     return packet;
 }
 
-// A packet of 128 bits as it lies in memory: what is held in registers for later, where lanes of half types would take
-// one each. `forget` makes the compiler unpack it again instead of keeping what was made of it.
+// A packet of 128 bits as it lies in memory, to hold in registers for later, where lanes of half types would take one
+// each. `forget` makes the compiler unpack it again instead of keeping the unpacked values.
 template <int N, typename E = T> struct Raw {
     u32 part[4] = {};
 
@@ -219,7 +219,7 @@ template <int N, typename E = T> struct Raw {
         part[0] = raw.x, part[1] = raw.y, part[2] = raw.z, part[3] = raw.w;
     }
 
-    // Elements from any address, the first `count` of them and then `rest`, read one by one by little code.
+    // Elements from any address, the first `count` of them and then `rest`, read one by one with little code.
     __device__ __forceinline__ Raw(const E* from, i32 count, E rest = {}) {
 #pragma unroll 1
         for (i32 lane = 0; lane < N; ++lane) {
@@ -363,8 +363,8 @@ template <typename A> __device__ __forceinline__ A max_row(A value) {
     return reduce_row(value, lowest<A>(), [](A a, A b) { return a > b ? a : b; });
 }
 
-// Indices that are out of range cannot stop a kernel. It stays within its tables and leaves a note, of which the first
-// one counts; the host turns it into an error when it next waits for the device.
+// Indices out of range cannot stop a kernel. It stays within its tables and reports a fault, of which the first one
+// counts; the host turns it into an error the next time it waits for the device.
 constexpr i64 FAULT_EMBEDDING = 1, FAULT_CROSS_ENTROPY = 2, FAULT_NO_TARGETS = 3, FAULT_LOGITS = 4;
 
 __device__ __forceinline__ void report_fault(i64* fault, i64 kind, i64 index, i64 limit) {
