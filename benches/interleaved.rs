@@ -1,9 +1,9 @@
 //! Single ops, one round for each line of standard input; benches/peers/cpu.py interleaves them with PyTorch's.
 //!
-//! `cargo bench --bench interleaved -- NAME` prints, for each line that it reads, a line of JSON with the median seconds
-//! of a repetition and the bytes of memory-bound ops; without a name it lists the names. `copy` times a copy, the
-//! reference for those ops. Shapes are those of a decoder of width 512 on 1024 tokens, and larger ones that do not fit
-//! the caches.
+//! `cargo bench --bench interleaved -- NAME` prints, for each line that it reads, a line of JSON with the median
+//! seconds of a repetition and the bytes of memory-bound ops; without a name it lists the names. `copy` times a copy,
+//! the reference for those ops. Shapes are those of a decoder of width 512 on 1024 tokens, and larger ones that do not
+//! fit the caches.
 
 use std::{
     io::BufRead,

@@ -227,7 +227,7 @@ fn gemm_runs_from_the_driver_to_the_kernels() {
         let rank = level(own).unwrap_or_else(|| panic!("src/gemm/{own} is not in the order"));
         seen.insert(rank);
         for path in paths(file) {
-            // A name that is not a file of the folder is an item of the driver; `pub(in super::super)` is not an import.
+            // A name that is not a file of the folder is an item of the driver; `pub(in super::super)` does not import.
             let other = |to: &&String| path[0] == "gemm" && !["", "super", own].contains(&to.as_str());
             let Some(to) = path.get(1).filter(other) else { continue };
             match level(to) {

@@ -224,7 +224,7 @@ proptest! {
         let (draw, mut options) = prepare(&draw, DType::F64, extras).unwrap();
         let n = draw.n + 8;
         let random = random(&draw, 4);
-        // A padded query without any key depends on the tokens after it; nobody sees it, so only the others are compared.
+        // Later tokens change a padded query without any key; nobody sees it, so only the others are compared.
         let kept: Vec<bool> = (0..draw.batch * n).map(|i| random.uniform(i as u64) < 0.7).collect();
         options.mask = Some(bools(&[draw.batch, n], |i| kept[i]).unwrap());
         let model = model(&draw, DType::F64).unwrap();

@@ -1,6 +1,6 @@
-//! Every kernel, in every variant, compiled by the real NVRTC to machine code: without a warning, with the registers and
-//! memory that `kernels/resources.tsv` records, and without more spilled registers than it lists. CI compiles for two
-//! cards; one command compiles for all:
+//! Every kernel, in every variant, compiled by the real NVRTC to machine code: without a warning, with the registers
+//! and memory that `kernels/resources.tsv` records, and without more spilled registers than it lists. CI compiles for
+//! two cards; one command compiles for all:
 //!
 //!     XT_ARCHITECTURES=all XT_CUDA_LIBS=$(scripts/install-nvrtc) cargo test --release --test kernels_compile
 //!

@@ -64,8 +64,8 @@ impl Check<'_> {
         self.failures.push(format!("{what}: {message}"));
     }
 
-    /// Gradients in f64: on the CPU against finite differences of the op itself, elsewhere against the CPU's. Differences
-    /// take two runs per element, too slow on an emulated card.
+    /// Gradients in f64: on the CPU against finite differences of the op itself, elsewhere against the CPU's.
+    /// Differences take two runs per element, too slow on an emulated card.
     fn gradients(&mut self, arrays: &[Array]) -> Result<()> {
         let case = self.case;
         if !case.differentiable() {

@@ -433,7 +433,7 @@ fn trainer_resume_is_exact() -> Result<()> {
             }
         }
         assert!(whole.validate()? == parts.validate()?);
-        // What is meant for use are the averaged weights.
+        // The averaged weights are the ones to use.
         let run = folder.0.join("averaged");
         whole.save(&run)?;
         let (averaged, last) = (Checkpoint::load_averaged(&run)?.1, Checkpoint::load_model(&run)?.1);
