@@ -1,5 +1,5 @@
 //! Causal attention, forward and forward with backward: four operations per feature of each kept score forward, ten
-//! backward, as a share of the multiply-add peak in f32. What computes half types in units of their own can pass it.
+//! backward, as a share of the multiply-add peak in f32. Processors with units for half types can exceed it.
 
 mod peak;
 
@@ -15,7 +15,7 @@ use x_transformers::{
 const HEADS: usize = 8;
 const WIDTH: usize = 64;
 
-/// `[1, n, heads, width]`, which is how a projection leaves it.
+/// `[1, n, heads, width]`, the layout that a projection returns.
 fn operand(n: usize, dtype: DType, stream: u64) -> Result<Tensor> {
     let random = Philox::new(1, stream);
     Tensor::generate([1, n, HEADS, WIDTH], dtype, &Device::Cpu, |i| random.normal(i as u64))?.requires_grad()

@@ -1,10 +1,10 @@
 //! Kernels on a GPU, timed by its events, with the second-level cache flushed: the share of the bandwidth of a copy for
-//! what moves bytes, the share of a large matrix product for what computes. Both peaks are measured in the same run.
+//! memory-bound ones, the share of a large matrix product for compute-bound ones. Both peaks are from the same run.
 //!
-//! `cargo bench --bench cuda` prints a table, one line per kernel, tab-separated, which `scripts/gpu-check` sets beside
-//! PyTorch's (`benches/peers/torch_cuda.py` has the same names and shapes). `-- NAME` keeps to lines with this in their
-//! names, `-- --section kernels` or `models` to that half. `-- --once` launches each kernel once and measures no peaks, for
-//! a profiler; `-- --test` does so at small sizes. Without a GPU it says so.
+//! `cargo bench --bench cuda` prints a table, one line per kernel, tab-separated, which `scripts/gpu-check` compares
+//! with PyTorch's (`benches/peers/torch_cuda.py` has the same names and shapes). `-- NAME` selects lines whose name
+//! contains NAME, `-- --section kernels` or `models` one half. `-- --once` launches each kernel once and measures no
+//! peaks, for a profiler; `-- --test` does the same at small sizes. Without a GPU it says so.
 
 #[path = "cuda_models.rs"]
 mod models;
@@ -18,7 +18,7 @@ use x_transformers::{
     train::{AdamW, AdamWOptions},
 };
 
-/// What a time is held against.
+/// Work of a launch, in the unit of the peak that limits it.
 #[derive(Clone, Copy)]
 enum Work {
     Bytes(usize),
@@ -43,7 +43,7 @@ struct Bench {
 const ROUNDS: (usize, usize) = (5, 25);
 
 impl Bench {
-    /// The median time that the device takes for `timed`, which gets what `prepare` made.
+    /// Returns the median device time of `timed`, which receives the result of `prepare`.
     fn time<S>(&self, prepare: impl Fn() -> Result<S>, timed: impl Fn(S) -> Result<()>) -> Result<Duration> {
         let (warm, counted) = self.rounds;
         // Larger than any second-level cache.
@@ -51,8 +51,8 @@ impl Bench {
         let mut times = Vec::new();
         for round in 0..warm + counted {
             let prepared = prepare()?;
-            // Evicts what the cache holds, reads what was written, so that the cache need not write it while the
-            // device is timed, and keeps the device busy while the rest is enqueued.
+            // Flushes the cache, reads the flushed buffer back, so that no write-back falls into the timed
+            // part, and keeps the device busy while the rest is enqueued.
             let _ = Tensor::zeros([flush], DType::F32, &self.device)?.sum(&[])?;
             let (time, ()) = self.gpu.time(|| timed(prepared))?;
             if round >= warm {
@@ -98,7 +98,7 @@ impl Bench {
         Ok(store.param("x", shape, Init::Uniform(0.5))?.tensor().detach())
     }
 
-    /// The forward pass of an op, and its backward pass alone, by the first of its inputs.
+    /// Times an op's forward pass, then only its backward pass with respect to its first input.
     fn op(
         &self,
         name: &str,
@@ -126,7 +126,7 @@ impl Bench {
         Ok(())
     }
 
-    /// The peaks, which the other lines are shares of.
+    /// Measures the peaks that the other lines are relative to.
     fn peaks(&mut self) -> Result<()> {
         let n = if self.test { 1 << 10 } else { 64 << 20 };
         let x = self.random(&[n], DType::F32)?;
@@ -144,7 +144,7 @@ impl Bench {
         Ok(())
     }
 
-    /// What memory limits. Bytes are those that the formula must read and write.
+    /// Times memory-bound kernels. Counts only the bytes that the formula must read and write.
     fn memory_bound(&self) -> Result<()> {
         let (rows, dim) = if self.test { (8, 64) } else { (8192, 1024) };
         let vocabulary = if self.test { 100 } else { 32_000 };
@@ -157,7 +157,7 @@ impl Bench {
             let norm = [x.clone(), weight.clone(), bias];
             self.op("layer_norm", &norm, [bytes(2), bytes(3)], |x| x[0].layer_norm(Some(&x[1]), Some(&x[2]), 1e-5))?;
             let sum = [x.clone(), x.detach(), weight.clone(), norm[2].clone()];
-            // The sum is written too; its gradient comes from the norm alone here.
+            // The sum is written too; here its gradient comes only from the norm.
             self.op("add_layer_norm", &sum, [bytes(4), bytes(3)], |x| {
                 Ok(x[0].add_layer_norm(&x[1], Some(&x[2]), Some(&x[3]), 1e-5)?.1)
             })?;
@@ -233,7 +233,7 @@ impl Bench {
         Ok(())
     }
 
-    /// Attention: four operations per feature of a score that counts, ten backward (the scores are made again).
+    /// Attention: four operations per feature of each unmasked score, ten backward (scores are recomputed).
     fn attention(&self) -> Result<()> {
         let shapes: &[[usize; 4]] =
             if self.test { &[[1, 2, 16, 64]] } else { &[[4, 16, 2048, 64], [4, 16, 2048, 128], [1, 16, 8192, 64]] };
@@ -256,7 +256,7 @@ impl Bench {
         Ok(())
     }
 
-    /// Attention of one new token to a cache that is full: reads it once.
+    /// Attention of one new token to a full cache, which is read once.
     fn decoding_attention(&self) -> Result<()> {
         let (heads, d) = (12, 64);
         let lengths: &[usize] = if self.test { &[70] } else { &[1024, 4096, 16_384] };
@@ -278,7 +278,7 @@ impl Bench {
         Ok(())
     }
 
-    /// The next token of one row and of several, with a tenth of the vocabulary kept; reads a row once from memory.
+    /// Sampling of the next token for one row and for several, keeping a tenth of the vocabulary; reads each row once.
     fn sampling(&self) -> Result<()> {
         let vocabulary = if self.test { 100 } else { 32_000 };
         for (rows, dtype) in [(1, DType::F32), (1, DType::BF16), (64, DType::BF16)] {

@@ -11,10 +11,10 @@ use x_transformers::{
 
 use super::{Bench, Work};
 
-/// Rounds of whole steps that are not counted, and rounds that are.
+/// Warm-up rounds and counted rounds of whole steps.
 const ROUNDS: (usize, usize) = (3, 9);
 
-/// A model, the dtypes that it trains in, and how many sequences it trains on.
+/// A model, its training dtypes and its number of sequences per batch.
 struct Case {
     name: &'static str,
     json: &'static str,
@@ -96,7 +96,7 @@ impl Bench {
         Ok(())
     }
 
-    /// A token of greedy decoding after a prompt of half the length, by the clock of the host: launches count.
+    /// Times a token of greedy decoding after a prompt of half the length, by the host's clock: launch overhead counts.
     fn decoding(&self, case: &Case, config: &AutoregressiveConfig, dtype: DType) -> Result<()> {
         let [eager, recorded] = ["decode step", "decode step, recorded"].map(|what| format!("{} {what}", case.name));
         if !eager.contains(&self.filter) && !recorded.contains(&self.filter) {

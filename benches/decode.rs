@@ -1,10 +1,10 @@
-//! Tokens per second of greedy decoding, and the share of the memory bandwidth that reading the weights takes; then the
+//! Tokens per second of greedy decoding, and the share of the memory bandwidth spent on reading the weights; then
 //! attention of one query to long caches.
 //!
 //!     cargo bench --bench decode [-- FILTER]
 //!
-//! `--interleaved attention/f32 4096` does one such attention for each line of standard input and prints its seconds, for
-//! benches/peers/pretrained.py.
+//! `--interleaved attention/f32 4096` runs one such attention for each line of standard input and prints its seconds,
+//! for benches/peers/pretrained.py.
 
 mod peak;
 
@@ -21,7 +21,7 @@ use x_transformers::{
 const PROMPT: usize = 128;
 const NEW: usize = 128;
 
-/// What weights are kept as.
+/// Storage type of the weights.
 #[derive(Clone, Copy, PartialEq, Debug)]
 enum Weights {
     F32,
@@ -52,7 +52,7 @@ fn model(weights: Weights, tested: bool) -> Result<AutoregressiveWrapper> {
     Ok(model)
 }
 
-/// Weights that each step reads: all but the tables of embeddings.
+/// Weights read by each step: all except the embedding tables.
 fn read_weights() -> usize {
     let (dim, depth, num_tokens) = (512, 6, 20_000);
     depth * (4 * dim * dim + 8 * dim * dim) + num_tokens * dim
@@ -62,7 +62,7 @@ fn read_weights() -> usize {
 const HEADS: usize = 8;
 const WIDTH: usize = 64;
 
-/// One query of each head to so many keys.
+/// One query per head and its number of keys.
 fn long_attention(dtype: DType, keys: usize) -> Result<impl Fn() -> Result<f64>> {
     let random = |stream: u64, n: usize| -> Result<Tensor> {
         let random = Philox::new(1, stream);
@@ -118,7 +118,7 @@ fn main() -> Result<()> {
             let prompt = Tensor::generate([batch, PROMPT], DType::I64, &Device::Cpu, |i| (i * 37 % 97) as f64)?;
             let sampling = SamplingConfig { temperature: 0.0, ..Default::default() };
             let options = GenerateOptions { sampling, ..Default::default() };
-            // The whole, and the decoding alone: from the first new token to the last.
+            // The whole call, and only the decoding: from the first new token to the last.
             let once = || -> Result<(f64, f64)> {
                 let start = Instant::now();
                 let mut first = None;

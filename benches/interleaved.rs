@@ -1,8 +1,9 @@
-//! Single ops, one round for each line of standard input: what benches/peers/cpu.py interleaves with PyTorch.
+//! Single ops, one round for each line of standard input; benches/peers/cpu.py interleaves them with PyTorch's.
 //!
-//! `cargo bench --bench interleaved -- NAME` prints a line of JSON with the median seconds of a repetition for each line that
-//! it reads, and with the bytes of ops that memory limits; without a name it lists the names. `copy` times a copy, which
-//! those are related to. Shapes are those of a decoder of width 512 on 1024 tokens, and larger ones that leave the caches.
+//! `cargo bench --bench interleaved -- NAME` prints, for each line that it reads, a line of JSON with the median
+//! seconds of a repetition and the bytes of memory-bound ops; without a name it lists the names. `copy` times a copy,
+//! the reference for those ops. Shapes are those of a decoder of width 512 on 1024 tokens, and larger ones that do not
+//! fit the caches.
 
 use std::{
     io::BufRead,
@@ -16,15 +17,15 @@ use x_transformers::{
     train::{AdamW, AdamWOptions},
 };
 
-/// Time of a round, at least.
+/// Minimum time of a round.
 const ROUND: Duration = Duration::from_millis(60);
 
-/// What is timed.
+/// Timed pass of an op.
 #[derive(Clone, Copy, PartialEq)]
 enum Pass {
     Forward,
     Backward,
-    /// Both in one.
+    /// Both, timed as one.
     Both,
 }
 
@@ -39,7 +40,7 @@ fn tokens(shape: &[usize], limit: u64) -> Result<Tensor> {
     Tensor::generate(shape, DType::I64, &Device::Cpu, |i| random.below(i as u64, limit) as f64)
 }
 
-/// A repetition, which tells its own time.
+/// A repetition, which returns its own time.
 type Run = Box<dyn FnMut() -> Result<Duration>>;
 
 fn timed<R>(f: impl FnOnce() -> Result<R>) -> Result<Duration> {
@@ -50,7 +51,7 @@ fn timed<R>(f: impl FnOnce() -> Result<R>) -> Result<Duration> {
     Ok(elapsed)
 }
 
-/// A differentiable function of these tensors.
+/// Benchmarks a differentiable function of these tensors.
 fn op(inputs: Vec<Tensor>, pass: Pass, run: fn(&[Tensor]) -> Result<Tensor>) -> Result<Run> {
     if pass == Pass::Forward {
         return Ok(Box::new(move || timed(|| run(&inputs))));
@@ -84,8 +85,8 @@ fn attend(length: usize, dtype: DType, pass: Pass) -> Result<Run> {
 /// Elements of the weights that [`adamw`] updates.
 const WEIGHTS: usize = 512 * (2 * 20_000 + 24 * 512 + 12 * 2048 + 1024);
 
-/// An update of the weights of a decoder of width 512, depth 6 and 20,000 tokens. The norm of the gradients is taken even
-/// if nothing is clipped: weights stay as they are if it is not finite.
+/// Updates the weights of a decoder of width 512, depth 6 and 20,000 tokens. Computes the norm of the gradients even
+/// without clipping: weights stay unchanged if it is not finite.
 fn adamw(clip: Option<f64>) -> Result<Run> {
     let store = ParamStore::new(0, DType::F32, &Device::Cpu);
     let shapes = [([20_000, 512], 2), ([512, 512], 24), ([2048, 512], 12), ([1024, 512], 1)];
@@ -103,7 +104,7 @@ fn adamw(clip: Option<f64>) -> Result<Run> {
     Ok(Box::new(move || timed(|| optimizer.step(&params, &gradients, 1e-4, clip))))
 }
 
-/// `[m, k]` by `[k, n]`; of the letters, `t` says that an operand lies transposed in memory.
+/// Product of `[m, k]` and `[k, n]`; a letter `t` marks an operand that is transposed in memory.
 fn product(form: &str, [m, k, n]: [usize; 3], dtype: DType) -> Result<Run> {
     let (left, right) = (form.starts_with('t'), form.ends_with('t'));
     let a = if left { normal(&[k, m], dtype)?.transpose(0, 1)? } else { normal(&[m, k], dtype)? };
@@ -111,7 +112,7 @@ fn product(form: &str, [m, k, n]: [usize; 3], dtype: DType) -> Result<Run> {
     Ok(Box::new(move || timed(|| a.matmul(&b))))
 }
 
-/// Eight products of one head each: scores, and what they weigh.
+/// Eight products of one head each: scores, then weighted values.
 fn batched(form: &str, [m, k, n]: [usize; 3], dtype: DType) -> Result<Run> {
     let (left, right) = (form.starts_with('t'), form.ends_with('t'));
     let a = if left { normal(&[8, k, m], dtype)?.transpose(1, 2)? } else { normal(&[8, m, k], dtype)? };
@@ -119,7 +120,7 @@ fn batched(form: &str, [m, k, n]: [usize; 3], dtype: DType) -> Result<Run> {
     Ok(Box::new(move || timed(|| a.matmul(&b))))
 }
 
-/// Rows of elementwise ops that stay in the caches, and of those that do not.
+/// Numbers of rows of elementwise ops that fit the caches, and of ones that do not.
 const ROWS: [usize; 2] = [1024, 16384];
 
 fn names() -> Vec<String> {
@@ -154,7 +155,7 @@ fn names() -> Vec<String> {
     names
 }
 
-/// Bytes that the formula of an op must read and write, if memory limits it.
+/// Returns the bytes that the formula of a memory-bound op must read and write; `None` for other ops.
 fn traffic(name: &str) -> Option<usize> {
     let mut parts = name.split('-');
     let (kind, rows) = (parts.next()?, parts.next().and_then(|rows| rows.parse::<usize>().ok()).unwrap_or(1));
@@ -179,7 +180,7 @@ fn traffic(name: &str) -> Option<usize> {
 /// Elements of a copy far larger than the caches.
 const COPIED: usize = 32 << 20;
 
-/// A copy by all threads.
+/// Copies with all threads.
 fn copy() -> Run {
     let (from, mut to) = (vec![1.0f32; COPIED], vec![0.0f32; COPIED]);
     Box::new(move || {
@@ -190,7 +191,7 @@ fn copy() -> Run {
     })
 }
 
-/// What a name stands for; `None` for another name.
+/// Returns the benchmark with this name, or `None` if there is none.
 fn find(name: &str) -> Result<Option<Run>> {
     let parts: Vec<&str> = name.split('-').collect();
     let pass = match parts.last() {
@@ -241,7 +242,7 @@ fn find(name: &str) -> Result<Option<Run>> {
     }))
 }
 
-/// Median seconds of a repetition: one that waited for the processor must not weigh more than another.
+/// Returns the median seconds of a repetition, so that one that waited for the processor does not weigh more.
 fn round(run: &mut Run) -> Result<f64> {
     let (clock, mut times) = (Instant::now(), Vec::new());
     while times.is_empty() || clock.elapsed() < ROUND {

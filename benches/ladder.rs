@@ -2,9 +2,9 @@
 //! timed by the GPU's events, with the second-level cache flushed.
 //!
 //! `cargo bench --bench ladder` prints a table, one line per rung, tab-separated: kernel, rung, dtype, shape,
-//! microseconds, rate, unit, and for what memory limits the share of the bandwidth of a copy that was measured in the same
-//! run. `-- softmax` keeps to one ladder; `-- --test` runs each rung once at small sizes. Without a GPU it says so.
-//! `kernels/README.md` tells what each rung adds.
+//! microseconds, rate, unit, and for memory-bound kernels the share of the bandwidth of a copy from the same run.
+//! `-- softmax` runs one ladder; `-- --test` runs each rung once at small sizes. Without a GPU it says so.
+//! `kernels/README.md` describes what each rung adds.
 
 use std::time::Duration;
 
@@ -20,20 +20,20 @@ const ROUNDS: (usize, usize) = (3, 15);
 struct Ladder {
     gpu: &'static CudaDevice,
     device: Device,
-    /// Small sizes, each once.
+    /// If `true`, small sizes, each once.
     test: bool,
     filter: String,
     /// Bytes per second of a copy.
     copy: f64,
 }
 
-/// What a ladder's lines have in common.
+/// Fields common to all lines of a ladder.
 struct Step<'a> {
     kernel: &'a str,
     dtype: DType,
     shape: &'a [usize],
     work: Work,
-    /// What every rung must give, on the processor.
+    /// Expected output of every rung, computed on the CPU.
     expected: &'a [f64],
 }
 
@@ -44,14 +44,14 @@ enum Work {
 }
 
 impl Ladder {
-    /// The median time that the device takes.
+    /// Returns the median device time.
     fn time(&self, timed: &mut dyn FnMut() -> Result<()>) -> Result<Duration> {
         let (warm, counted) = if self.test { (0, 1) } else { ROUNDS };
         // Larger than any second-level cache.
         let flush = if self.test { 1 } else { 64 << 20 };
         let mut times = Vec::new();
         for round in 0..warm + counted {
-            // Evicts what the cache holds, and keeps the device busy while the rest is enqueued.
+            // Flushes the cache, and keeps the device busy while the rest is enqueued.
             drop(Tensor::zeros([flush], DType::F32, &self.device)?);
             let (time, ()) = self.gpu.time(&mut *timed)?;
             if round >= warm {
@@ -85,7 +85,7 @@ impl Ladder {
         Ok(())
     }
 
-    /// A rung of `kernels/lab`, which writes one tensor.
+    /// Runs a rung of `kernels/lab`, which writes one tensor.
     fn lab(
         &self,
         step: &Step,
@@ -127,13 +127,13 @@ impl Ladder {
         kernel.contains(&self.filter)
     }
 
-    /// The same op on the processor, in f64.
+    /// Computes the same op on the CPU, in f64.
     fn reference(&self, inputs: &[&Tensor], f: impl Fn(&[Tensor]) -> Result<Tensor>) -> Result<Vec<f64>> {
         let wide = inputs.iter().map(|x| x.to_device(&Device::Cpu)?.to_dtype(DType::F64));
         f(&wide.collect::<Result<Vec<_>>>()?)?.to_f64_vec()
     }
 
-    /// Softmax and layer norm: a row a thread, a block, a warp.
+    /// Softmax and layer norm: one row per thread, per block, per warp.
     fn rows(&self, dtype: DType) -> Result<()> {
         let shape: &[usize] = if self.test { &[20, 70] } else { &[8192, 1024] };
         let (rows, columns) = (shape[0], shape[1] as u32);
@@ -201,7 +201,7 @@ impl Ladder {
         let (q, k, v) = (&random(3)?, &random(4)?, &random(5)?);
         for causal in [false, true] {
             let spec = AttentionSpec { scale: 0.125, causal, ..AttentionSpec::default() };
-            // A long sequence has no reference in f64 within minutes: the shipped rung, which the tests hold against one.
+            // An f64 reference of a long sequence takes minutes: compares with the shipped rung, which the tests check.
             let expected = match self.test {
                 true => self.reference(&[q, k, v], |x| attention(&x[0], &x[1], &x[2], &spec))?,
                 false => attention(q, k, v, &spec)?.to_f64_vec()?,
@@ -221,8 +221,8 @@ impl Ladder {
     }
 }
 
-/// Tiles of `kernels/lab/attention_wgmma_rungs.cu`, as its variants have them: features, warpgroups and keys of a tile, blocks
-/// on a multiprocessor, and 1 if products with values run beside the next exponentials.
+/// Tiles of `kernels/lab/attention_wgmma_rungs.cu`, one per variant: features, warpgroups and keys of a tile, blocks
+/// per multiprocessor, and 1 if products with values overlap the next exponentials.
 const TILES: [[u32; 5]; 9] = [
     [64, 2, 64, 1, 1],
     [64, 2, 128, 1, 1],
@@ -236,7 +236,7 @@ const TILES: [[u32; 5]; 9] = [
 ];
 
 impl Ladder {
-    /// The tiles that attention on warpgroups may have, where the card has those.
+    /// Times the tile sizes of warpgroup attention, on cards that have warpgroup products.
     fn warpgroups(&self) -> Result<()> {
         let kernel = "attention_wgmma";
         if !self.wants(kernel) || self.gpu.target().to_string() != "sm_90a" {
@@ -285,7 +285,7 @@ impl Ladder {
     }
 }
 
-/// The arguments of a rung: its output, its inputs, and numbers.
+/// Arguments of a rung: its output, its inputs and its scalars.
 fn arguments<'a>(output: &'a mut Tensor, inputs: &[&'a Tensor], numbers: Vec<KernelArg<'a>>) -> Vec<KernelArg<'a>> {
     let inputs = inputs.iter().map(|&input| KernelArg::Input(input));
     [KernelArg::Output(output)].into_iter().chain(inputs).chain(numbers).collect()

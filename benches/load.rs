@@ -1,10 +1,11 @@
 //! Time and peak memory of loading a file of weights: safetensors in f32, safetensors in bf16 as a model in f32, and a
-//! PyTorch archive, each in a process of its own, with the file in the system's cache.
+//! PyTorch archive, each in a separate process, with the file in the system's cache.
 //!
 //!     cargo bench --bench load [-- GIGABYTES [ROUNDS [FOLDER]]]
 //!
-//! Prints the median of the rounds. The file is written to a folder of its own in FOLDER (the system's temporary one by
-//! default) and removed at the end. Two builds are compared by `--in FOLDER/load`, which keeps the files, in turns.
+//! Prints the median of the rounds. The file is written to a new folder in FOLDER (by default the system's temporary
+//! one) and removed at the end. To compare two builds, run them alternately with `--in FOLDER/load`, which keeps the
+//! files.
 
 use std::{
     collections::BTreeMap,
@@ -17,13 +18,13 @@ use std::{
 
 use x_transformers::{DType, Result, io::TensorFile};
 
-/// Bytes of a tensor: those of a layer of a model with seven billion weights.
+/// Bytes of a tensor: a layer of a model with seven billion weights.
 const TENSOR: usize = 64 << 20;
 
 /// Names of the files and whether their tensors become f32.
 const FILES: [(&str, bool); 3] = [("f32.safetensors", false), ("bf16.safetensors", true), ("archive.pt", false)];
 
-/// What each of several tensors is in a safetensors file.
+/// Writes a safetensors file of `count` tensors; `size` is the number of bytes of an element.
 fn safetensors(path: &Path, count: usize, dtype: &str, size: usize) -> std::io::Result<()> {
     let entry = |index: usize| {
         let (start, values) = (index * TENSOR, TENSOR / size);
@@ -41,12 +42,12 @@ fn safetensors(path: &Path, count: usize, dtype: &str, size: usize) -> std::io::
     file.into_inner()?.sync_all()
 }
 
-/// Values of one tensor: small numbers in f32, and in bf16.
+/// Values of one tensor: small numbers both as f32 and as bf16.
 fn values() -> Vec<u8> {
     [0x00, 0x3C, 0x80, 0x3D].repeat(TENSOR / 4)
 }
 
-/// A PyTorch archive of f32 tensors, written by hand: a pickle, and a stored file for each storage.
+/// Writes a PyTorch archive of f32 tensors by hand: a pickle, and a stored file for each storage.
 fn archive(path: &Path, count: usize) -> std::io::Result<()> {
     let text = |text: &str| [&b"X"[..], &(text.len() as u32).to_le_bytes(), text.as_bytes()].concat();
     let int = |value: usize| [&b"J"[..], &(value as i32).to_le_bytes()].concat();
@@ -119,7 +120,7 @@ fn archive(path: &Path, count: usize) -> std::io::Result<()> {
     file.into_inner()?.sync_all()
 }
 
-/// Loads all tensors of a file; the seconds it took.
+/// Loads all tensors of a file and returns the seconds it took.
 fn load(path: &Path, widen: bool) -> Result<f64> {
     let start = Instant::now();
     let file = TensorFile::open(path)?;
@@ -133,7 +134,7 @@ fn load(path: &Path, widen: bool) -> Result<f64> {
     Ok(seconds)
 }
 
-/// The largest resident memory of this process so far, in bytes, where the system says it.
+/// Returns the peak resident memory of this process in bytes, if the system reports it.
 fn resident() -> f64 {
     let status = fs::read_to_string("/proc/self/status").unwrap_or_default();
     let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"));

@@ -1,4 +1,4 @@
-//! Matrix products at transformer shapes, beside the `gemm` crate, as shares of the multiply-add peak that is measured
+//! Matrix products at transformer shapes, compared with the `gemm` crate, as shares of the multiply-add peak measured
 //! in the same run. `cargo bench --bench matmul -- "decode"` runs a part.
 
 use std::{cell::Cell, hint::black_box, time::Instant};
@@ -137,7 +137,7 @@ fn run(threads: usize) -> Result<()> {
         group.measurement_time(std::time::Duration::from_secs(1));
         for (form, form_name) in FORMS {
             let problem = Problem::new(sizes, form, DType::F32)?;
-            // Beside each problem: what the machine gives to this process changes with its load.
+            // Measured with each problem: this process's share of the machine changes with the load.
             let (flops, peak) = (problem.flops(), peak::flops(true) / 1e9);
             time(&mut group, &format!("{form_name} f32"), flops, peak, || {
                 black_box(problem.a.matmul(&problem.b)).ok();

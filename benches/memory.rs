@@ -14,7 +14,7 @@ use x_transformers::{
 
 const NUM_TOKENS: usize = 256;
 
-/// Two steps on one sequence; the first one makes the optimizer's state. The seconds of the second.
+/// Runs two steps on one sequence, the first of which creates the optimizer's state; returns the seconds of the second.
 fn train(length: usize) -> Result<f64> {
     let net = TransformerWrapperConfig {
         num_tokens: NUM_TOKENS,
@@ -41,7 +41,7 @@ fn train(length: usize) -> Result<f64> {
     Ok(seconds)
 }
 
-/// The largest resident memory of this process so far, in bytes, where the system says it.
+/// Returns the peak resident memory of this process in bytes, if the system reports it.
 fn resident() -> Option<f64> {
     let status = std::fs::read_to_string("/proc/self/status").ok()?;
     let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"))?;

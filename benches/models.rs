@@ -1,5 +1,5 @@
-//! The models of `benches/configs`: a forward pass and a training step, as a share of the multiply-add peak in f32. What
-//! computes half types in units of their own can pass it. Operations are those that a profile counts: products and
+//! The models of `benches/configs`: a forward pass and a training step, as a share of the multiply-add peak in f32.
+//! Processors with units for half types can exceed it. Counts the operations that a profile counts: products and
 //! attention.
 
 mod peak;

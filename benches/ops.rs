@@ -1,7 +1,7 @@
-//! Every op that memory limits, forward and backward, as a share of the bandwidth of a copy.
+//! Every memory-bound op, forward and backward, as a share of the bandwidth of a copy.
 //!
-//! `cargo bench --bench ops -- softmax` times one op. Bytes are those that the formula must read and write; an op on
-//! tensors that fit into the caches can pass the peak.
+//! `cargo bench --bench ops -- softmax` times one op. Counts only the bytes that the formula must read and write; an op
+//! on tensors that fit the caches can exceed the peak.
 
 mod peak;
 
@@ -15,13 +15,13 @@ use x_transformers::{
     train::{AdamW, AdamWOptions},
 };
 
-/// Ops whose benchmarks count operations, each in a file of its own.
+/// Ops whose benchmarks count operations, each in a separate file.
 const ELSEWHERE: [&str; 4] = ["attention", "attention_decode", "matmul", "linear"];
 
 /// Activations of eight sequences.
 const X: &[usize] = &[8, 512, 1024];
 
-/// Three gates for each of them.
+/// Three gates for each activation.
 const GATES: &[usize] = &[8, 512, 3072];
 
 /// An input of an op.
@@ -53,8 +53,8 @@ impl Input {
 
 type Run = Box<dyn Fn(&[Tensor]) -> Result<Tensor>>;
 
-/// An op, and how many tensors of the size of its first input its backward pass reads besides the gradient; `None`
-/// for ops without gradient.
+/// An op, and the number of tensors of the size of its first input that its backward pass reads besides the gradient;
+/// `None` for ops without gradient.
 struct Op {
     name: &'static str,
     inputs: Vec<Input>,
@@ -179,7 +179,7 @@ fn bench_op(criterion: &mut Criterion, op: &Op) -> Result<()> {
     Ok(())
 }
 
-/// Time of the backward pass alone.
+/// Times only the backward pass.
 fn backward(op: &Op, inputs: &[Tensor], cotangent: &Tensor) -> Result<Duration> {
     let mut tape = Tape::train(0);
     let output = (op.run)(inputs)?;

@@ -1,6 +1,6 @@
-//! What an option costs: its training step (loss, backward pass, AdamW) relative to that of the plain decoder of the
-//! same size. The two run by turns, and the medians of the ratios are printed: what else the machine does hits both,
-//! and the ratio of processor times even less than that of the times on the clock.
+//! Cost of each option: its training step (loss, backward pass, AdamW) relative to that of the plain decoder of the
+//! same size. The two alternate, and the medians of the ratios are printed: other load on the machine affects both, and
+//! affects the ratio of CPU times even less than that of wall-clock times.
 //!
 //!     cargo bench --bench options [-- FILTER]
 
@@ -14,7 +14,7 @@ use x_transformers::{
     train::{AdamW, AdamWOptions},
 };
 
-/// The model of the table, or one that only shows that every option runs.
+/// Sizes of the model in the table, or of one that only shows that every option runs.
 #[derive(Clone, Copy)]
 struct Sizes {
     dim: usize,
@@ -30,7 +30,7 @@ const TESTED: Sizes = Sizes { dim: 32, depth: 2, heads: 2, length: 24, rounds: 1
 
 const NUM_TOKENS: usize = 256;
 
-/// Whose keyword an option is.
+/// Part of the model that an option belongs to.
 #[derive(Clone, Copy)]
 enum Place {
     Layers,
@@ -40,7 +40,7 @@ enum Place {
 
 use Place::{Call, Layers, Wrapper};
 
-/// Keywords as JSON, or for [`Call`] the field of [`ForwardOptions`].
+/// Options as JSON, or for [`Call`] the field of [`ForwardOptions`].
 const OPTIONS: &[(Place, &str)] = &[
     (Layers, r#""rotary_pos_emb": true"#),
     (Layers, r#""rotary_pos_emb": true, "rotary_qk_only": true"#),
@@ -144,7 +144,7 @@ impl Run {
         Ok(Self { model, params, optimizer, tokens, options, work, path })
     }
 
-    /// One training step; its seconds on the clock and on the processors.
+    /// Runs one training step and returns its wall-clock seconds and its CPU seconds.
     fn step(&mut self) -> Result<[f64; 2]> {
         let (start, processors) = (Instant::now(), processor_seconds());
         let mut tape = Tape::train(self.optimizer.steps());
@@ -157,7 +157,7 @@ impl Run {
     }
 }
 
-/// What the threads of this process have used so far, where the system says it.
+/// Returns the CPU seconds that the threads of this process have used, if the system reports them.
 fn processor_seconds() -> Option<f64> {
     let nanoseconds = |thread: std::io::Result<std::fs::DirEntry>| -> Option<f64> {
         let times = std::fs::read_to_string(thread.ok()?.path().join("schedstat")).ok()?;
@@ -167,7 +167,7 @@ fn processor_seconds() -> Option<f64> {
     Some(threads?.iter().sum::<f64>() / 1e9)
 }
 
-/// Adds keywords to a JSON object.
+/// Adds options to a JSON object.
 fn extend(to: &mut Value, keywords: &str) {
     let keywords: Value = serde_json::from_str(&format!("{{{keywords}}}")).expect("keywords are JSON");
     for (key, value) in keywords.as_object().into_iter().flatten() {
@@ -231,7 +231,7 @@ fn main() -> Result<()> {
     let filter = arguments.iter().find(|argument| !argument.starts_with("--"));
     let mut options = OPTIONS.iter().filter(|(_, option)| filter.is_none_or(|filter| option.contains(filter)));
     if arguments.iter().any(|argument| argument == "--test") {
-        // A run that only tests that the options work has no times worth a look.
+        // A run that only tests the options has no meaningful times.
         return options.try_for_each(|&(place, option)| measure(TESTED, place, option).map(drop));
     }
     println!("| option | time | processor time | operations | attention |\n|---|---|---|---|---|");

@@ -1,4 +1,4 @@
-//! What this machine can do at most, measured in the same run as the benchmarks that are related to it.
+//! Peak rates of this machine, measured in the same run as the benchmarks that are compared with them.
 
 // Each benchmark uses a part of this module.
 #![allow(dead_code)]
@@ -24,7 +24,7 @@ pub struct Peak {
     pub bytes: f64,
 }
 
-/// The peaks, measured on the first call (about a second) and printed.
+/// Returns the peaks, which the first call measures (about a second) and prints.
 pub fn peak() -> Peak {
     static PEAK: OnceLock<Peak> = OnceLock::new();
     *PEAK.get_or_init(|| {
@@ -44,10 +44,10 @@ pub fn peak() -> Peak {
 /// Independent sums that a multiply-add loop keeps in flight: latency times ports of current processors.
 const CHAINS: usize = 12;
 
-/// A loop of `rounds` multiply-adds on each of [`CHAINS`] vectors, with its lanes per vector.
+/// Loop of `rounds` multiply-adds on each of [`CHAINS`] vectors, and its number of lanes per vector.
 type Loop = (fn(usize) -> f32, &'static str, usize);
 
-/// The widest loop of this processor.
+/// Returns the widest loop that this processor supports.
 fn multiply_add() -> Loop {
     #[cfg(target_arch = "x86_64")]
     {
@@ -109,7 +109,7 @@ mod x86 {
     }
 }
 
-/// The shortest of several runs.
+/// Returns the shortest time of several runs.
 fn best(runs: usize, mut run: impl FnMut()) -> f64 {
     let time = |_| {
         let start = Instant::now();
@@ -149,7 +149,7 @@ fn copy_bytes() -> f64 {
     2.0 * BYTES as f64 / seconds
 }
 
-/// Bytes per second that all threads together read from memory far larger than the caches.
+/// Returns the bytes per second that all threads together read from memory far larger than the caches.
 pub fn read_bytes() -> f64 {
     let values = vec![1.0f32; 64 << 20];
     let part = values.len() / rayon::current_num_threads();
@@ -159,7 +159,7 @@ pub fn read_bytes() -> f64 {
     (4 * values.len()) as f64 / seconds
 }
 
-/// A sum as fast as memory allows.
+/// Sums the values as fast as memory allows.
 fn sum(values: &[f32]) -> f32 {
     #[inline(always)]
     fn body(values: &[f32]) -> f32 {
@@ -191,7 +191,7 @@ fn sum(values: &[f32]) -> f32 {
     body(values)
 }
 
-/// What one run of a benchmark does, and so which peak it is held against.
+/// Work of one run of a benchmark, in the unit of the peak that it is compared with.
 #[derive(Clone, Copy, Debug)]
 pub enum Work {
     /// Bytes that must be read and written.
@@ -200,7 +200,7 @@ pub enum Work {
     Flops(usize),
 }
 
-/// A criterion group that prints, at its end, what share of the peak each benchmark reached.
+/// Criterion group that, at its end, prints the share of the peak that each benchmark reached.
 pub struct Group<'a> {
     group: BenchmarkGroup<'a, WallTime>,
     name: String,
@@ -208,7 +208,7 @@ pub struct Group<'a> {
 }
 
 impl<'a> Group<'a> {
-    /// A group of short benchmarks.
+    /// Creates a group of short benchmarks.
     pub fn new(criterion: &'a mut Criterion, name: &str) -> Self {
         let mut group = criterion.benchmark_group(name);
         group.sample_size(10).warm_up_time(Duration::from_millis(300)).measurement_time(Duration::from_secs(1));
@@ -238,16 +238,16 @@ impl<'a> Group<'a> {
                 total
             });
         });
-        // Infinite where a filter on the command line has left it out.
+        // Infinite if a filter on the command line skipped it.
         if seconds.get().is_finite() {
             self.lines.push((id.into(), work, seconds.get()));
         }
     }
 
-    /// Ends the group and prints the shares, of the fastest sample each.
+    /// Ends the group and prints each benchmark's share of the peak, by its fastest sample.
     pub fn finish(self) {
         self.group.finish();
-        // A run that only tests that the benchmarks work has no times worth a look.
+        // A run that only tests the benchmarks has no meaningful times.
         if std::env::args().any(|argument| argument == "--test") {
             return;
         }

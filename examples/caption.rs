@@ -19,7 +19,7 @@ const COLOURS: [(&str, [f64; 3]); 3] =
 const PLACES: [&str; 4] = ["top left", "top right", "bottom left", "bottom right"];
 /// Bytes of the longest caption with its start and end.
 const LENGTH: usize = 32;
-/// Stands before and behind a caption.
+/// Byte before and after a caption.
 const BORDER: i64 = 0;
 
 /// A square of a colour at one of four places, with noise: `[1, 3, 16, 16]`.
@@ -39,7 +39,7 @@ fn caption(colour: usize, place: usize, device: &Device) -> Result<Tensor> {
     let mut tokens = vec![BORDER; LENGTH + 1];
     tokens.iter_mut().skip(1).zip(text.bytes()).for_each(|(token, byte)| *token = byte.into());
     let end = text.len() + 2;
-    // What is behind the end does not count in the loss.
+    // Bytes after the end do not count in the loss.
     tokens[end..].fill(-100);
     Tensor::from_slice(&tokens, [1, LENGTH + 1], device)
 }

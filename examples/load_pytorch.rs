@@ -3,7 +3,7 @@
 //!     cargo run --release --example load_pytorch
 //!
 //! In Python, `safetensors.torch.save_file(model.state_dict(), "weights.safetensors")` writes such a file. Parameters
-//! have the same names here, so that loading is one call: what is missing, unused or of another shape is an error.
+//! have the same names here, so loading is one call: missing, unused and mismatched tensors are errors.
 
 use std::path::Path;
 

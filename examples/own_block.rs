@@ -1,11 +1,11 @@
-//! A block of one's own inside a transformer: a gated causal convolution in place of each feedforward.
+//! A block of your own inside a transformer: a gated causal convolution in place of each feedforward.
 //!
 //!     cargo run --release --example own_block
 //!
-//! A `Branch` gets the normed input of its sublayer and returns what the residual adds; norms, residuals, attention and
-//! logits are those of the library. Its one `forward` serves training, layers that are recomputed in the backward pass, and
-//! generation with a cache: `Past` has the positions before those of a call. The program checks that generation with the
-//! cache draws the tokens of generation without, and that recomputed layers give the same gradients.
+//! A `Branch` gets the normed input of its sublayer and returns the term that the residual adds; norms, residuals,
+//! attention and logits are those of the library. Its one `forward` serves training, layers that are recomputed in the
+//! backward pass, and generation with a cache: `Past` has the positions before those of a call. The program checks that
+//! generation with and without the cache gives the same tokens, and that recomputed layers give the same gradients.
 
 use std::sync::Arc;
 

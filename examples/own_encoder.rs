@@ -1,10 +1,10 @@
-//! The library's modules alone: an encoder of one's own, made of attention, feedforwards, norms and residuals.
+//! The library's modules on their own: a custom encoder made of attention, feedforwards, norms and residuals.
 //!
 //!     cargo run --release --example own_encoder
 //!
-//! Each module is made from a plan and a place for its parameters, whose names are PyTorch's. The encoder here is a
-//! post-norm layer as in BERT. The program loads the same weights into the library's own `AttentionLayers`, and checks that
-//! both give the same numbers.
+//! Each module is built from a plan and a place for its parameters, whose names are PyTorch's. The encoder here is a
+//! post-norm layer as in BERT. The program loads the same weights into the library's own `AttentionLayers`, and checks
+//! that both give the same numbers.
 
 use x_transformers::{
     DType, Device, Error, ErrorKind, ParamStore, Philox, Result, Tensor,

@@ -39,7 +39,7 @@ fn launch(kernel: &str, x: &Tensor, more: &[&Tensor], a: f64) -> Result<Tensor> 
     Ok(y)
 }
 
-/// `x + sin²(a x) / a` for `x` on a GPU.
+/// Computes `x + sin²(a x) / a` for `x` on a GPU.
 fn snake(x: &Tensor, a: f64) -> Result<Tensor> {
     let x = x.contiguous()?;
     let y = launch("snake_fwd", &x, &[], a)?;

@@ -1,12 +1,12 @@
-//! A model of one's own that the library trains, saves, resumes and verifies.
+//! A model of your own that the library trains, saves, resumes and verifies.
 //!
 //!     cargo run --release --example own_model
 //!
 //! The model predicts a byte from the three before it (Bengio et al., 2003): embeddings side by side, a hidden layer,
-//! logits. By `TrainModel` a `Trainer` takes it, with all that a run has: schedule, clipping, checkpoints that survive a
-//! kill. The program checks that a resumed run ends with the bits of one that was never interrupted, and, as `xt verify`
-//! does for the models of the library, that its loss and its gradients have the numbers of another implementation: here
-//! plain loops and differences.
+//! logits. Since it implements `TrainModel`, a `Trainer` can run it with everything a run has: schedule, clipping,
+//! checkpoints that survive a kill. The program checks that a resumed run ends with the same bits as one that was never
+//! interrupted, and, like `xt verify` for the models of the library, that its loss and its gradients agree with another
+//! implementation: here plain loops and finite differences.
 
 use std::collections::BTreeMap;
 
@@ -18,7 +18,7 @@ use x_transformers::{
 };
 use x_transformers_parity::{Bounds, Case};
 
-/// Bytes that a prediction sees.
+/// Number of bytes that a prediction sees.
 const CONTEXT: usize = 3;
 
 #[derive(Debug)]
@@ -45,7 +45,7 @@ impl TrainModel for ByteModel {
     }
 
     fn loss(&self, tokens: &Tensor) -> Result<Tensor> {
-        // Each row has as many predictions as bytes behind the first three.
+        // Each row has one prediction per byte after the first three.
         let predictions = tokens.dim(1)? - CONTEXT;
         let embedded = self.embedding.forward(tokens)?;
         let seen = (0..CONTEXT).map(|at| embedded.narrow(1, at, predictions)).collect::<Result<Vec<_>>>()?;
@@ -88,7 +88,7 @@ fn bits(trainer: &Trainer<ByteModel>) -> Result<Vec<Vec<u32>>> {
     trainer.params().iter().map(|(_, param)| values(&param.tensor())).collect()
 }
 
-/// The loss of a row of tokens by loops over numbers, in f64.
+/// Computes the loss of a row of tokens with plain loops, in f64.
 fn loss_by_loops(weights: &BTreeMap<String, Vec<f64>>, tokens: &[i64]) -> f64 {
     let [embedding, w1, b1, w2, b2] =
         ["embedding.weight", "hidden.weight", "hidden.bias", "logits.weight", "logits.bias"].map(|name| &weights[name]);
@@ -106,7 +106,7 @@ fn loss_by_loops(weights: &BTreeMap<String, Vec<f64>>, tokens: &[i64]) -> f64 {
     losses.sum::<f64>() / (tokens.len() - CONTEXT) as f64
 }
 
-/// A case, as a folder of files would have it: the trained weights, a row of tokens, and what the loops make of them.
+/// Returns a case, as a folder of files would hold it: the trained weights, a row of tokens, and the loops' results.
 fn case(trainer: &Trainer<ByteModel>) -> Result<Case> {
     let tokens: Vec<i64> = b"the best of times".iter().map(|&byte| byte.into()).collect();
     let weights: BTreeMap<String, Tensor> = trainer.params().state_dict();

@@ -1,5 +1,5 @@
-//! An op of your own: slices of every float type, rows in parallel, and a gradient that `gradcheck` holds against
-//! differences of the forward pass.
+//! An op of your own: slices of every float type, rows in parallel, and a gradient that `gradcheck` compares with
+//! finite differences of the forward pass.
 //!
 //!     cargo run --release --example own_op
 //!
@@ -97,7 +97,7 @@ impl Backward for UnitRowsBackward {
     }
 }
 
-/// Number of rows whose norm is not 1. An op without a gradient says so, if a tape records its input.
+/// Returns the number of rows whose norm is not 1. An op without a gradient says so if a tape records its input.
 fn rows_off(y: &Tensor, bound: f64) -> Result<usize> {
     discrete("rows_off", &[y])?;
     let squares = y.to_dtype(DType::F64)?.square()?.sum(&[-1])?.to_f64_vec()?;

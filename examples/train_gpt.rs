@@ -1,4 +1,4 @@
-//! Train a small byte-level GPT inside of a program, and let it write.
+//! Train a small byte-level GPT inside a program, and let it write.
 //!
 //!     cargo run --release --example train_gpt [FILE]
 
@@ -18,7 +18,7 @@ fn main() -> Result<()> {
         None => ByteText::from_bytes("It was the best of times, it was the worst of times. ".repeat(100))?,
     };
 
-    // Keywords have x-transformers' names; what is not given has its default.
+    // Options have x-transformers' names; missing ones have their defaults.
     let net = TransformerWrapperConfig {
         num_tokens: 256,
         max_seq_len: 64,

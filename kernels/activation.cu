@@ -8,9 +8,9 @@
 // activation f is a row of functions.cuh.
 // Variants: DTYPE=FLOATS ACTIVATION=ACTIVATION_ROW(*)
 //
-// A thread takes the packets of a few columns, every eighth row of a chunk (see columns.cuh), some of which are under
-// way at once: it reads the bias once and adds up its columns on the way. Moves 2 sizeof(T) per element forward, 3
-// backward. Limited by memory bandwidth; erf and exp of f64 are not.
+// A thread takes the packets of a few columns in every eighth row of a chunk (see columns.cuh), several in flight at
+// once: it reads the bias once and accumulates its columns along the way. Moves 2 sizeof(T) per element forward, 3
+// backward. Limited by memory bandwidth, except for erf and exp in f64.
 
 #include "common.cuh"
 #include "columns.cuh"

@@ -42,7 +42,7 @@ __device__ __forceinline__ void update(const Chunk& chunk, const Factors& factor
             m.lane[lane] += factors.mean * (g - m.lane[lane]);
             v.lane[lane] = v.lane[lane] * factors.beta2 + factors.square * g * g;
             Acc w = Element<T>::to_acc(value.lane[lane]);
-            // A value that is not the rounded master was set by someone else since, and counts.
+            // A value that differs from the rounded master was set from outside since, and takes precedence.
             if (masters != nullptr && Element<T>::to_acc(Element<T>::from_acc(master.lane[lane])) == w) {
                 w = master.lane[lane];
             }
@@ -64,8 +64,8 @@ extern "C" __global__ void adamw_step(const u64* table, u32 tensors, f64 grad_sc
                                                       (Acc)rate, (Acc)correction, (Acc)eps});
 }
 
-// For graphs: the numbers are in memory, where a replay finds those of its step, the factors of each tensor in the
-// order above where the table's last pointer leads. Does nothing if the scale of the gradients is NaN.
+// For graphs: the factors are in memory, so that a replay reads those of its own step; the table's last pointer is the
+// address of each tensor's factors, in the order above. Does nothing if the gradient scale is NaN.
 extern "C" __global__ void adamw_recorded(const u64* table, const f64* grad_scale, u32 tensors) {
     const Chunk chunk = chunk_of_block<POINTERS + 1>(table, tensors);
     const f64* factors = chunk.at<const f64>(POINTERS);

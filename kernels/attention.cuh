@@ -1,5 +1,5 @@
-// Scores: what turns products of queries and keys into weights, and back into gradients. Every attention kernel
-// shares it, so that masks, biases and dropout mean the same in all of them.
+// Scores: turns products of queries and keys into weights, and back into gradients. Shared by every attention kernel,
+// so that masks, biases and dropout mean the same in all of them.
 //
 //   score = scale q·k + bias + curve[key - query], -inf where masked
 //
@@ -15,9 +15,9 @@ __device__ __forceinline__ Acc infinity() { return (Acc)__uint_as_float(0x7F8000
 
 __device__ __forceinline__ i32 ceil_div(i32 a, i32 b) { return (a + b - 1) / b; }
 
-// Of a query: its largest score, and the reciprocal of the sum of exp(score - largest). Apart, since the logarithm of
-// the sum would be lost beside a large score. {inf, 0} where everything is masked, {0, 0} where the bias of the rest is
-// -inf.
+// Statistics of a query: its largest score, and the reciprocal of the sum of exp(score - largest). Separate, since the
+// logarithm of the sum would be lost next to a large score. {inf, 0} if everything is masked, {0, 0} if the bias of the
+// rest is -inf.
 struct alignas(2 * sizeof(Acc)) Statistics {
     Acc largest, share;
 };
@@ -27,7 +27,7 @@ template <> constexpr f32 LARGEST<f16> = 65504;
 template <> constexpr f32 LARGEST<f32> = 3.4028234663852886e38f;
 template <> constexpr f64 LARGEST<f64> = 1.7976931348623157e308;
 
-// sum · factor, the mean of values: only rounding can say that it is larger than all of them.
+// sum · factor, the mean of values: only rounding can make it larger than all of them.
 __device__ __forceinline__ Acc mean_of(Acc sum, Acc factor) {
     const Acc mean = sum * factor;
     return fabs(mean) > LARGEST<T> && fabs(sum) < infinity() ? copysign((Acc)LARGEST<T>, mean) : mean;
@@ -48,14 +48,14 @@ __device__ __forceinline__ Span span(i32 start, i32 end, i32 limit) {
     return {start < 0 ? 0 : start, end > limit ? limit : end};
 }
 
-// Whether `holds` says so of one of the positions `first` to `end` - 1. All threads of a warp ask alike.
+// True if `holds` is true for one of the positions `first` to `end` - 1. Uniform across a warp.
 template <typename F> __device__ __forceinline__ bool warp_any(i32 first, i32 end, F holds) {
     bool any = false;
     for (i32 at = first + (i32)threadIdx.x % 32; at < end; at += 32) any |= holds(at);
     return __any_sync(0xFFFFFFFF, any);
 }
 
-// What is added to the scaled products of a query; what is absent is null.
+// Terms added to the scaled products of a query; null if absent.
 struct RowBias {
     // At key 0.
     const Acc* curve;
@@ -68,18 +68,18 @@ struct RowBias {
     }
 };
 
-// What holds for all scores of a call: the tail of every kernel's parameters, in their order. Absent tensors are null.
-// `mask` and `bias` have the sizes [batch, heads, query, key], by strides of 0 where they broadcast.
+// Parameters of all scores of a call: the tail of every kernel's parameters, in their order. Absent tensors are null.
+// `mask` and `bias` have the sizes [batch, heads, query, key], with strides of 0 where they broadcast.
 struct Spec {
     const bool *mask, *query_mask, *key_mask;
     const T* bias;
     const Acc* curves;
     Layout mask_at, bias_at;
-    // Keys that `key_mask` leaves out: the memory keys, or none of them.
+    // Number of leading keys that `key_mask` does not cover: the memory keys, or 0.
     i32 unmasked, mem_keys;
     Window window;
     i32 causal;
-    // Whether each curve is a number times the distance, counted from where the query is.
+    // True if each curve is a number times the distance, counted from the query's position.
     i32 linear;
     f64 scale;
     u64 seed, stream, threshold;
@@ -109,9 +109,9 @@ struct Scores {
     i64 mask_query, mask_key;
     const T* bias;
     i64 bias_query, bias_key;
-    // The bias of distance 0: distances from 1 - queries to keys - 1 lie around it.
+    // The bias of distance 0; distances run from 1 - queries to keys - 1.
     const Acc* curve;
-    // Where it is linear, the bias of the key behind a query's position.
+    // If it is linear, the bias of the key after a query's position.
     Acc slope;
     // Position of the head's first score among all: dropout counts them.
     u64 first;
@@ -140,7 +140,7 @@ struct Scores {
         const i64 padding = (i64)batch * (keys - spec.unmasked) - spec.unmasked;
         key_mask = spec.key_mask ? spec.key_mask + padding : nullptr;
         curve = spec.curves ? spec.curves + (i64)head * (queries + keys - 1) + queries - 1 : nullptr;
-        // A distance of 1 from the first query's position: one query alone has none, nor needs it.
+        // A distance of 1 from the first query's position: a single query has none, nor needs it.
         linear = curve && spec.linear && queries > 1;
         slope = linear ? curve[shift + 1] : 0;
     }
@@ -155,8 +155,8 @@ struct Scores {
         return span(causal ? first - shift : 0, window.last_position(last) - shift + 1, queries);
     }
 
-    // Whether the padding keeps one of `count` keys, at least one of which exists; whether it masks one of them, or one
-    // of `count` queries. All threads of a warp ask alike.
+    // True if the padding keeps one of `count` keys, at least one of which exists; true if it masks one of them, or
+    // one of `count` queries. Uniform across a warp.
     __device__ __forceinline__ bool any_key(i32 first, i32 count) const {
         const auto kept = [&](i32 key) { return key < mem_keys || key_mask[key]; };
         return !key_mask || warp_any(first, min(first + count, keys), kept);
@@ -170,21 +170,21 @@ struct Scores {
         return query_mask && warp_any(first, min(first + count, queries), masked);
     }
 
-    // Whether the scores of a tile are scaled products and nothing else: all exist, and none is masked or biased. All
-    // threads of a warp ask alike.
+    // True if the scores of a tile are only scaled products: all exist, and none is masked or biased. Uniform across a
+    // warp.
     __device__ __forceinline__ bool plain(i32 query, i32 key, i32 rows, i32 columns) const {
         return inside(query, key, rows, columns) && !mask && !curve && !bias && !pads_keys(key, columns);
     }
 
-    // Whether all scores of a tile exist, and causality, the window and the queries' padding keep them.
+    // True if all scores of a tile exist, and causality, the window and the queries' padding keep them.
     __device__ __forceinline__ bool inside(i32 query, i32 key, i32 rows, i32 columns) const {
         // A key that both the first and the last query keep is kept by those between them.
         const Span all = {keys_of(query + rows - 1, query).start, keys_of(query, query).end};
         return key >= all.start && key + columns <= all.end && query + rows <= queries && !pads_queries(query, rows);
     }
 
-    // Which tiles hold scaled products and nothing else, by position alone: those of `columns` keys of the queries
-    // `first` to `last`, or of queries of the keys. None where there are masks, biases or padding.
+    // Tiles that hold only scaled products, by position: those of `columns` keys of the queries `first` to `last`, or
+    // of queries of the keys. None if there are masks, biases or padding.
     __device__ __forceinline__ Span plain_keys(i32 first, i32 last) const {
         return all_plain(last < queries) ? Span{keys_of(last, last).start, keys_of(first, first).end} : Span{0, 0};
     }
@@ -202,7 +202,7 @@ struct Scores {
         return kept;
     }
 
-    // Whether the padding of the keys and the mask keep a score that exists.
+    // True if the padding of the keys and the mask keep a score that exists.
     __device__ __forceinline__ bool keeps(i32 query, i32 key) const {
         return (!key_mask || key < mem_keys || key_mask[key]) && (!mask || mask[query * mask_query + key * mask_key]);
     }
@@ -244,12 +244,12 @@ struct Scores {
     }
 };
 
-// Rows of one head with packed features, at strides of their own.
+// Rows of one head with packed features and their own strides.
 struct Rows {
     const T* start;
     i64 step;
     i32 count, features;
-    // Whether rows can be read 128 bits at a time.
+    // True if rows can be read 128 bits at a time.
     bool packed;
 
     __device__ __forceinline__ void set(const T* storage, const Layout& at, i32 batch, i32 head) {

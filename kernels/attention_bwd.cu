@@ -3,13 +3,12 @@
 //
 //   dv = P'ᵀ grad    ds = P ⊙ (dropout(grad vᵀ) − D)    dq = scale ds k    dk = scale dsᵀ q
 //
-// and the biases get the sums of ds over what they were broadcast to. A key that has all the weight of a query has a
-// ds of 0: dropout(grad vᵀ) − D would be what rounding leaves. Shapes and types as in attention_fwd.cu; delta, which
-// is D, and statistics [batch, heads, query].
+// and the biases get the sums of ds over the dimensions they were broadcast to. A key that has all the weight of a
+// query has a ds of 0: dropout(grad vᵀ) − D would only be rounding error. Shapes and types as in attention_fwd.cu;
+// delta, which is D, and statistics [batch, heads, query].
 //
-// Nothing but statistics was kept of the scores: each kernel computes the tiles that it needs again (Dao et al.,
-// "FlashAttention", 2022). Each owns what it writes and walks over the rest in a fixed order, so that nothing is added
-// atomically:
+// The forward pass keeps only the statistics of the scores: each kernel recomputes the tiles that it needs (Dao et al.,
+// "FlashAttention", 2022). Each owns its output and walks over the rest in a fixed order, without atomic additions:
 //
 //   attention_bwd_delta    a warp per query: delta, from the output and, for half types, its residual
 //   attention_bwd_queries  a block per tile of queries and tiles of d: dq over the keys, and the block's part of the
@@ -40,7 +39,7 @@ __device__ __forceinline__ void weigh(Square& p, Shared& shared, i32 query, i32 
     const Statistics* of_rows = shared.statistics + query + first;
 #pragma unroll
     for (i32 r = 0; r < SIDE; ++r) {
-        // Queries without keys come out with weight 0, as do rows that do not exist.
+        // Queries without keys get weight 0, as do rows that do not exist.
         const Statistics of_row = r < count ? of_rows[r] : Statistics{0, 0};
 #pragma unroll
         for (i32 c = 0; c < SIDE; ++c) p[r][c] = exp(p[r][c] - of_row.largest) * of_row.share;
@@ -92,8 +91,8 @@ extern "C" __global__ void attention_bwd_delta(
     }
 }
 
-// `bucket_of` [reach + 1] and the values behind it are those of attention_position.cu; a null `position` is not wanted,
-// nor is a null `dq`. `position` [batch, heads, tiles of queries, parameters].
+// `bucket_of` [reach + 1] and the parameters after it are those of attention_position.cu; `position` and `dq` are
+// skipped if null. `position` [batch, heads, tiles of queries, parameters].
 extern "C" __global__ void __launch_bounds__(TILE_THREADS, 2) attention_bwd_queries(
     T* dq, Acc* position, const T* grad, const T* q, const T* k, const T* v, const Statistics* statistics, const Acc*
     delta, const i64* bucket_of, SPEC_INPUTS, Layout dq_at, Layout grad_at, Layout q_at, Layout k_at, Layout v_at, i32
@@ -146,7 +145,7 @@ extern "C" __global__ void __launch_bounds__(TILE_THREADS, 2) attention_bwd_quer
     }
 }
 
-// A null `dk` or `dv` is not wanted. blockIdx.y counts groups of tiles of dv, then those of dk.
+// `dk` and `dv` are skipped if null. blockIdx.y counts groups of tiles of dv, then those of dk.
 extern "C" __global__ void __launch_bounds__(TILE_THREADS, 2) attention_bwd_keys(
     T* dk, T* dv, const T* grad, const T* q, const T* k, const T* v, const Statistics* statistics, const Acc* delta,
     SPEC_INPUTS, Layout dk_at, Layout dv_at, Layout grad_at, Layout q_at, Layout k_at, Layout v_at, SPEC_VALUES) {
@@ -259,7 +258,7 @@ extern "C" __global__ void __launch_bounds__(TILE_THREADS, 2) attention_bwd_bias
             }
         }
     }
-    // Rows and columns beyond the scores have summed zeros, so that whole tiles can be summed up.
+    // Rows and columns beyond the scores have summed zeros, so whole tiles can be summed up.
     put_scores(shared, sum);
     __syncthreads();
     T* to = dbias + (i64)slab * rows * columns;

@@ -1,17 +1,17 @@
 // Attention of the last few tokens to a cache, see src/ops/attention/decode.rs: out = softmax(scale q kᵀ + curve) v
 // over the keys up to each query's position.
 //
-// Shapes: q [batch, heads, query, d], caches k [batch, kv_heads, capacity, d] and v [.., e], all at strides of their
-// own with packed features; out [batch, query, heads, e] packed; sums [batch heads query, parts, e] and statistics
+// Shapes: q [batch, heads, query, d], caches k [batch, kv_heads, capacity, d] and v [.., e], each with its own strides
+// and packed features; out [batch, query, heads, e] packed; sums [batch heads query, parts, e] and statistics
 // [.., parts, 2], largest score and sum of weights, between the two kernels; ends [batch]; key_mask
 // [batch, capacity - front], query_mask [batch, query] and curves [heads, distances] may be null. T: f32, f64, bf16,
 // f16; products, statistics and sums in f32 (f64 for f64).
 //
 // Keys are cut into parts of PART, as on the CPU. attention_decode: a block takes parts of one head of keys a grid
 // apart, for QUERIES of the queries that read them, of all heads that share it and of all new tokens: their keys and
-// values are read once. Groups of lanes take the packets of a key, all keys of a batch being under way at once, then
-// the packets of values. attention_decode_join adds up the parts of a query in their order. What a query gets depends
-// on nothing but its sequence: neither the batch, the capacity nor the grid.
+// values are read once. Groups of lanes take the packets of a key, all keys of a batch in flight at once, then the
+// packets of values. attention_decode_join adds up the parts of a query in their order. The result of a query depends
+// only on its sequence, not on the batch, the capacity or the grid.
 // Reads each key and value once, and writes and reads e + 2 numbers for PART keys and query; limited by memory
 // bandwidth, for short caches of few heads and sequences by latency. Nothing that the host passes grows with the
 // sequence, so that a graph can hold the launch.
@@ -24,16 +24,16 @@
 typedef Element<T>::Acc Acc;
 
 constexpr i32 THREADS = 128, WARPS = THREADS / 32, PART = 64;
-// Packets of keys, and then of values, that a thread has under way.
+// Packets of keys, then of values, that a thread has in flight.
 constexpr i32 BATCH = 4;
 static_assert(QUERIES <= WARPS, "a warp takes the weights of a query");
 
-// Elements j, j + 1, … of a row of `size`, zeros behind its end and where it is not `inside`, where nothing is read.
+// Elements j, j + 1, … of a row of `size`; zeros past its end and if not `inside`, where nothing is read.
 __device__ __forceinline__ Raw<LANES> fetch(const T* row, i32 j, i32 size, bool inside, bool packed) {
     return packed ? Raw<LANES>(row + j, inside && j < size) : Raw<LANES>(row + j, inside ? size - j : 0);
 }
 
-// Whether rows of this size begin at multiples of 128 bits, and end there.
+// True if rows of this size begin and end at multiples of 128 bits.
 __device__ __forceinline__ bool in_packets(const T* x, const Layout& at) {
     return aligned(x + at.offset) && at.dims[3] % LANES == 0 && at.strides[0] % LANES == 0 &&
            at.strides[1] % LANES == 0 && at.strides[2] % LANES == 0;
@@ -51,12 +51,12 @@ struct Query {
     i32 head, i, position, start, end;
 };
 
-// How many keys the sequence has, with the new ones.
+// Number of keys of the sequence, including the new ones.
 __device__ __forceinline__ i32 held(const i64* ends, i32 b, i32 front, i32 queries, i32 capacity) {
     return min(front + (i32)ends[b] + queries, capacity);
 }
 
-// Few queries are limited by memory, and need blocks enough for the loads under way.
+// Few queries are limited by memory, and need enough blocks to keep loads in flight.
 constexpr i32 BLOCKS = QUERIES > 1 ? 3 : __CUDA_ARCH__ >= 900 ? 5 : 4;
 
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
@@ -224,7 +224,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
                     const Packet<LANES> packet = rows[n];
 #pragma unroll
                     for (i32 r = 0; r < QUERIES; ++r) {
-                        // Nothing of a key that a query does not see counts, be it NaN.
+                        // A key that a query does not see has no effect, even if it is NaN.
                         if (at >= PART || key < shared_queries[r].start || key >= shared_queries[r].end) continue;
                         const Acc weight = scores[r][at];
 #pragma unroll
@@ -266,10 +266,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
 
 // Threads of a block that joins parts, on which the order of its sums depends.
 constexpr i32 JOINERS = 256;
-// Parts that a thread has under way.
+// Parts that a thread has in flight.
 constexpr i32 AT_ONCE = sizeof(Acc) == 8 ? 1 : 4;
 
-// A block owns a query: groups of threads take every so many of its parts, a packet of features each.
+// A block owns a query: groups of threads take its parts at a fixed stride, one packet of features per thread.
 template <int N>
 __device__ __forceinline__ void join(T* out, const Acc* sums, const Acc* of_parts, const T* values, i64 apart, i32 e,
                                      i32 count, i32 keys) {
@@ -282,8 +282,8 @@ __device__ __forceinline__ void join(T* out, const Acc* sums, const Acc* of_part
         seen |= of_parts[2 * part + 1] != 0;
     }
     max = reduce_row(max, negative_infinity<Acc>(), [](Acc a, Acc b) { return fmax(a, b); });
-    // Without any key kept, all keys of the sequence count alike. With scores that are all NaN or -inf, `max` is -inf
-    // too, and the result NaN.
+    // If no key is kept, all keys of the sequence count equally. If all scores are NaN or -inf, `max` is -inf too,
+    // and the result is NaN.
     const bool blind = !__syncthreads_or(seen);
     const i32 items = blind ? keys : count;
     // Powers of two that keep sums of values in the range of numbers.
@@ -299,7 +299,7 @@ __device__ __forceinline__ void join(T* out, const Acc* sums, const Acc* of_part
             for (i32 item = group; item < items; item += groups) {
                 Acc weight = share;
                 if (!blind) {
-                    // A part that no key was kept of has no sums.
+                    // A part without a kept key has no sums.
                     if (of_parts[2 * item + 1] == 0) continue;
                     weight *= exp(of_parts[2 * item] - max);
                     weights += of_parts[2 * item + 1] * weight;
@@ -328,7 +328,7 @@ __device__ __forceinline__ void join(T* out, const Acc* sums, const Acc* of_part
 #pragma unroll
         for (i32 n = 0; n < N; ++n) {
             const Acc mean = total[n] / weights;
-            // Rounding alone makes the mean of finite values infinite.
+            // Only rounding can make the mean of finite values infinite.
             const bool exceeds = fabs(mean) > -lowest<Acc>() && fabs(total[n]) <= -lowest<Acc>();
             out[f + n] = Element<T>::from_acc(exceeds ? copysign(-lowest<Acc>(), mean) : mean);
         }

@@ -1,13 +1,13 @@
 // Attention, forward: out = dropout(softmax(scale q kᵀ + biases)) v, see src/ops/attention/mod.rs for the semantics.
 //
-// Shapes: q [batch, heads, query, d], k [batch, kv_heads, key, d], v [batch, kv_heads, key, e], out as q with e
-// features, all at strides of their own with packed features; statistics [batch, heads, query]; residual as out, or
-// null: what rounding takes from the output. Head h uses key head h / (heads / kv_heads).
+// Shapes: q [batch, heads, query, d], k [batch, kv_heads, key, d], v [batch, kv_heads, key, e], out like q with e
+// features, each with its own strides and packed features; statistics [batch, heads, query]; residual like out, or
+// null: the rounding error of the output. Head h uses key head h / (heads / kv_heads).
 // T: f32, f64, bf16, f16; products, statistics and sums in f32 (f64 for f64).
 //
 // A block owns TILE queries of a head and up to GROUPS · TILE features of the values. It walks over the tiles of keys
 // that causality and the maximum past leave, with a running maximum and sum per query (Dao et al., "FlashAttention",
-// 2022, and "FlashAttention-2", 2023), so that scores exist in registers and shared memory alone. Blocks of one head
+// 2022, and "FlashAttention-2", 2023), so that scores exist only in registers and shared memory. Blocks of one head
 // are neighbours, because they share keys; the last queries come first, because causality leaves them the most work.
 // 2 (d + e) operations per score and 2 sizeof(T) (d + e) bytes of keys and values per TILE scores, from the caches:
 // limited by multiply-adds.
@@ -67,12 +67,12 @@ extern "C" __global__ void __launch_bounds__(TILE_THREADS, 2) attention_fwd(
 #pragma unroll
             for (i32 c = 0; c < SIDE; ++c) larger = fmax(larger, s[r][c]);
             larger = reduce_tile_row(larger, [](Acc a, Acc b) { return fmax(a, b); });
-            // With no key kept so far, every exponential must be 0 and not NaN.
+            // If no key was kept so far, every exponential must be 0, not NaN.
             const Acc base = larger == -infinity() ? 0 : larger;
 #pragma unroll
             for (i32 c = 0; c < SIDE; ++c) total += s[r][c] = exp(s[r][c] - base) * scores.part;
             const Acc correction = exp(max[r] - base);
-            // Each thread sums its own columns; the row is put together behind the last tile.
+            // Each thread sums its own columns; the row is combined after the last tile.
             sum[r] = sum[r] * correction + total;
             max[r] = larger;
 #pragma unroll

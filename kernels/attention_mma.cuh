@@ -2,7 +2,7 @@
 // copied 128 bits at a time.
 //
 // Four warps own 16 M rows each of one operand, whose tile stays in shared memory, while tiles of the other pass by:
-// cp.async fills one stage as the warps multiply the other. Scores are in registers alone; rounded to the type of the
+// cp.async fills one stage as the warps multiply the other. Scores stay in registers; rounded to the type of the
 // tensors, the registers of one product are operands of the next.
 
 #include "mma.cuh"
@@ -25,8 +25,8 @@ typedef SwizzledTile<HEAD> Tile;
 __device__ __forceinline__ i32 warp_row(i32 rows_of_warp) { return (i32)threadIdx.x / 32 * rows_of_warp; }
 
 // Starts the copy of COUNT rows to shared memory, zeros where there are none; another head is `offset` further on. A
-// thread copies the same packet of every STEP-th row. What its copies have in common is computed once: to the compiler,
-// each of them may change `rows`, which it would read again.
+// thread copies the same packet of every STEP-th row. Terms common to its copies are computed once: the compiler must
+// assume that each copy changes `rows`, and would read it again.
 template <i32 COUNT, i32 THREADS = MMA_THREADS, typename To>
 __device__ __forceinline__ void copy_rows(const To& to, const Rows& rows, i32 first, i64 offset = 0) {
     constexpr u32 STEP = THREADS / To::PACKETS;
@@ -71,7 +71,7 @@ template <i32 M, i32 N, bool BY_KEY> struct ScoreSums : Sums<M, N> {
     static __device__ __forceinline__ i32 query(i32 q) { return BY_KEY ? Base::column(q) : Base::row(q); }
     static __device__ __forceinline__ i32 key(i32 k) { return BY_KEY ? Base::row(k) : Base::column(k); }
 
-    // The same where the tile at `at`, of `size` keys or queries, may lie in a span of those that need no look.
+    // The same if the tile at `at`, of `size` keys or queries, may lie in a span of those that need no check.
     __device__ __forceinline__ f32 finish(
         const Scores& scores, i32 first_query, i32 first_key, Span plain, i32 at, i32 size) {
         return at >= plain.start && at + size <= plain.end ? scores.scale : finish(scores, first_query, first_key);
@@ -156,7 +156,7 @@ template <i32 M, i32 N, bool BY_KEY> struct ScoreSums : Sums<M, N> {
         Bits kept = 0;
         if (scores.keys % 4 == 0) {
             // Four words of Philox decide on four keys of a query, which lie with two or four threads: each draws for
-            // some of them and hands the bits on.
+            // some of them and passes the bits on.
             const u32 lane = threadIdx.x % 32;
             const u32 own = BY_KEY ? lane / 4 % 4 : lane % 2;
 #pragma unroll 1
@@ -200,8 +200,8 @@ template <i32 M, i32 N, bool BY_KEY> struct ScoreSums : Sums<M, N> {
         }
     }
 
-    // exp(score - largest) · share of finished scores; `unit` is what `finish` returned, `statistics` are those of the
-    // warp's queries, `count` of which exist. Returns whether one of the weights may be all that its query has.
+    // exp(score - largest) · share of finished scores; `unit` is the result of `finish`, `statistics` are those of the
+    // warp's queries, `count` of which exist. Returns true if one weight may be the whole weight of its query.
     __device__ __forceinline__ bool weigh(f32 unit, const Statistics* statistics, i32 count) {
         const i32 end = min(BY_KEY ? N : 16 * M, count);
         const auto of_query = [&](i32 q) { return query(q) < count ? statistics[query(q)] : Statistics{0, 0}; };
@@ -211,12 +211,11 @@ template <i32 M, i32 N, bool BY_KEY> struct ScoreSums : Sums<M, N> {
         return sharp;
     }
 
-    // Whether the scores of a query are large; whether one of its weights may be all that it has.
+    // True if the scores of a query are large; true if one of its weights may be its whole weight.
     static __device__ __forceinline__ bool is_large(const Statistics& row) { return fabs(row.largest) > LARGE_SCORE; }
     static __device__ __forceinline__ bool is_sharp(const Statistics& row) { return row.share > 0.999f; }
 
-    // The same by the statistics of each of the thread's queries, and whether the scores of one of the warp's are
-    // large.
+    // The same by the statistics of each of the thread's queries; `large` if scores of one of the warp's queries are.
     template <typename F> __device__ __forceinline__ void weigh(f32 unit, bool large, F of_query) {
         f32 to_log2 = unit * LOG2_E;
         if (large) {
@@ -241,8 +240,8 @@ template <i32 M, i32 N, bool BY_KEY> struct ScoreSums : Sums<M, N> {
         }
     }
 
-    // The same for queries none of which has large scores or a weight that may be all: `base_of` gives the exponent
-    // that stands for largest and share, `exponent_base`.
+    // The same for queries none of which has large scores or a weight that may be the whole one: `base_of` gives the
+    // exponent that stands for largest and share, `exponent_base`.
     template <typename F> __device__ __forceinline__ void weigh_plainly(f32 unit, F base_of) {
         const f32 to_log2 = unit * LOG2_E;
 #pragma unroll
@@ -272,8 +271,8 @@ template <i32 M, i32 N, bool BY_KEY> struct ScoreSums : Sums<M, N> {
         }
     }
 
-    // From the gradients of the weights, which this holds, to those of the scores. The weights lose what is dropped;
-    // `sharp` is what `weigh` returned.
+    // Turns the gradients of the weights, which this holds, into those of the scores. Applies dropout to the weights;
+    // `sharp` is the result of `weigh`.
     __device__ __forceinline__ void to_score_gradients(
         ScoreSums& weights, const Scores& scores, bool sharp, const f32* delta, i32 count, i32 first_query,
         i32 first_key) {
@@ -304,8 +303,8 @@ template <i32 M, i32 N, bool BY_KEY> struct ScoreSums : Sums<M, N> {
             for (i32 q = 0; q < QUERIES; ++q) {
 #pragma unroll
                 for (i32 k = 0; k < KEYS; ++k) {
-                    // A key that has all the weight of its query, but for what rounding takes from a sum: the
-                    // difference is what rounding leaves of 0, unless it is infinite or NaN.
+                    // A key that has all the weight of its query up to rounding: the difference is a rounding error
+                    // of 0, unless it is infinite or NaN.
                     if (weights.score(q, k) > 1 - 2.4e-7f) score(q, k) *= 0;
                 }
             }
@@ -319,10 +318,10 @@ template <i32 M, i32 N, bool BY_KEY> struct ScoreSums : Sums<M, N> {
     }
 };
 
-// What all keys have in common, by feature, from some of a tile's: 0 where they differ by more than that. The
-// gradients of a query's scores sum to zero, but rounded as operands they do not quite, and the common part would
-// multiply the rest of the sum: it is taken from the result. The tile's first key is `first`; returns whether there
-// is anything. All threads of the block call it, HEAD of which compute it for a feature each.
+// The common part of all keys, by feature, from some of a tile's keys: 0 where they differ by more than that. The
+// gradients of a query's scores sum to zero, but not quite once rounded as operands, and the common part would multiply
+// the remainder: it is subtracted from the result. The tile's first key is `first`; returns true if there is a common
+// part. All threads of the block call it, HEAD of which compute one feature each.
 template <i32 COUNT, typename By>
 __device__ __forceinline__ bool common_part(f32* common, const By& keys, const Scores& scores, i32 first) {
     constexpr i32 SAMPLE = 16;
@@ -347,8 +346,8 @@ __device__ __forceinline__ bool common_part(f32* common, const By& keys, const S
     return __syncthreads_or(mean != 0);
 }
 
-// Takes from the rows of a warp what keys have in common, times the sums of their gradients as they were multiplied, of
-// which each thread has a part.
+// Subtracts from the rows of a warp the common part of the keys times the sums of their gradients as they were
+// multiplied, of which each thread has a part.
 template <i32 M>
 __device__ __forceinline__ void take_common(Sums<M, HEAD>& sums, f32 (&gradients)[2 * M], const f32* common) {
 #pragma unroll
@@ -360,7 +359,7 @@ __device__ __forceinline__ void take_common(Sums<M, HEAD>& sums, f32 (&gradients
     }
 }
 
-// Turns the rows of a warp into what rounding takes from them, times `RESIDUAL_SCALE`.
+// Replaces the rows of a warp by their rounding errors, times `RESIDUAL_SCALE`.
 template <i32 M> __device__ __forceinline__ void to_residual(Sums<M, HEAD>& sums) {
 #pragma unroll
     for (i32 r = 0; r < 2 * M; ++r) {
@@ -372,7 +371,7 @@ template <i32 M> __device__ __forceinline__ void to_residual(Sums<M, HEAD>& sums
     }
 }
 
-// Writes the rows of a warp, times `factor`, by way of its part of `tile`, which nobody else uses any more.
+// Writes the rows of a warp, times `factor`, through its part of `tile`, which nobody else uses any more.
 template <i32 M, typename By>
 __device__ __forceinline__ void write_rows(
     T* storage, const Layout& at, i32 batch, i32 head, i32 first, Sums<M, HEAD>& sums, f32 factor, const By& tile) {

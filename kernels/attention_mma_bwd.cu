@@ -170,7 +170,7 @@ extern "C" __global__ void __launch_bounds__(MMA_THREADS, 2) attention_mma_bwd_k
         const i32 query = step % per_head * N;
         return any_key && query < seen.end && query + N > seen.start;
     };
-    // Whether one of a tile's queries has no key. All threads of a warp ask alike.
+    // True if one of a tile's queries has no key. Uniform across a warp.
     const auto blind = [&](i32 step) {
         const i32 query = step % per_head * N;
         const Statistics* of_head = all_statistics + (i64)(step / per_head) * queries;

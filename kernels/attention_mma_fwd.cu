@@ -2,9 +2,9 @@
 //
 // A block of four warps owns 64 M queries of a head, 16 M per warp, and walks over tiles of N keys: scores by
 // mma.m16n8k16, the running maximum and sum of FlashAttention-2 (Dao, 2023), then the product with the values, whose
-// operand is the registers of the weights. Exponentials are to base 2, with the scale folded in, and of differences
-// where scores are large. If bf16 values near the largest number have overflowed in the sums, all is computed once more
-// with weights that are a power of two smaller.
+// operand is the registers of the weights. Exponentials are to base 2, with the scale folded in, and take differences
+// first where scores are large. If bf16 values near the largest number have overflowed in the sums, everything is
+// computed again with weights that are a power of two smaller.
 // M = 2 reads each fragment of keys and values for two products, which halves the traffic of shared memory; that, and
 // not the tensor cores, limits M = 1. N is what registers allow without spills.
 //
@@ -84,7 +84,7 @@ again:
             larger = fmax(larger, __shfl_xor_sync(0xFFFFFFFF, larger, 1));
             larger = fmax(larger, __shfl_xor_sync(0xFFFFFFFF, larger, 2));
             larger = fmax(max[r], larger * unit);
-            // With no key kept so far, every exponential must be 0 and not NaN.
+            // If no key was kept so far, every exponential must be 0, not NaN.
             const f32 base = larger == -infinity() ? 0 : larger;
             f32 to_log2 = unit * LOG2_E, shift = base * LOG2_E;
             if (fabs(base) > LARGE_SCORE) {

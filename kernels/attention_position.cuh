@@ -1,4 +1,4 @@
-// Position biases: which weight a distance has, and how often it counts.
+// Position biases: the weight of a distance, and its factor.
 //
 //   curve[distance] = weights[parameter(distance), head] · factor(distance),    distance = key - query
 //
@@ -7,10 +7,10 @@
 // keep their digits). The sums over a head's distances are the gradients of its weights.
 
 struct PositionTerms {
-    // Buckets of the distances 0 to `reach` of keys before the query; null for ALiBi. All beyond share the last.
+    // Buckets of the distances 0 to `reach` of keys before the query; null for ALiBi. Larger distances share the last.
     const i64* bucket_of;
     i32 parameters, reach;
-    // The first bucket of the keys behind the query: they mirror those before it. 0 if they share bucket 0.
+    // The first bucket of the keys after the query: they mirror those before it. 0 if they share bucket 0.
     i32 behind;
     // Distance that ALiBi counts from.
     i32 shift;
@@ -27,7 +27,7 @@ struct PositionTerms {
     }
 };
 
-// What a block needs in shared memory to add up the gradients of a tile of QUERIES × KEYS scores by parameter.
+// Shared memory of a block that adds up the gradients of a tile of QUERIES × KEYS scores by parameter.
 template <i32 QUERIES, i32 KEYS, typename A> struct PositionTile {
     // A diagonal has one distance; the first is that of the last query and the first key.
     static constexpr i32 DIAGONALS = QUERIES + KEYS - 1;

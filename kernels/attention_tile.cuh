@@ -64,7 +64,7 @@ __device__ __forceinline__ void stage(Acc* to, const Rows& rows, i32 first, i32 
     }
 }
 
-// Shared memory of a block: what it works on, a tile of scores, and what is staged to be multiplied.
+// Shared memory of a block: scores and rows of its head, a tile of scores, and operands staged for multiplication.
 struct Shared {
     Scores of_head;
     Rows q, k, v, grad;
@@ -118,7 +118,7 @@ __device__ __forceinline__ Vector& score_row(Shared& shared, i32 r) {
     return *reinterpret_cast<Vector*>(row);
 }
 
-// Puts a tile in shared memory for the products below. The barrier waits for those who read the one before.
+// Puts a tile in shared memory for the products below. The barrier waits for the readers of the previous one.
 __device__ __forceinline__ void put_scores(Shared& shared, const Square& s) {
     __syncthreads();
 #pragma unroll
@@ -171,7 +171,7 @@ __device__ __forceinline__ void add_product(
     }
 }
 
-// Writes TILE columns of the thread's rows of a result, and what rounding takes from them if that is wanted.
+// Writes TILE columns of the thread's rows of a result, and their rounding errors if wanted.
 __device__ __forceinline__ void write_rows(
     T* storage, const Layout& at, i32 batch, i32 head, i32 first, i32 column, const Square& acc, Acc factor,
     T* residual = nullptr) {
@@ -197,8 +197,8 @@ __device__ __forceinline__ void write_rows(
     }
 }
 
-// The products of a tile as scores, −inf where masked or outside. What is not plain goes through shared memory, a row
-// at a time: unrolled, the code of biases, masks and dropout would be four times as large.
+// The products of a tile as scores, −inf where masked or outside. Tiles that are not plain go through shared memory, a
+// row at a time: unrolled, the code of biases, masks and dropout would be four times as large.
 __device__ __forceinline__ void finish_scores(Square& s, Shared& shared, i32 query, i32 key) {
     const Scores& scores = shared.of_head;
     if (scores.plain(query, key, TILE, TILE)) {
@@ -248,7 +248,7 @@ template <typename V, typename F> __device__ __forceinline__ V reduce_tile_row(V
     return value;
 }
 
-// Whether one of a tile's queries has no key. All threads of a warp ask alike.
+// True if one of a tile's queries has no key. Uniform across a warp.
 __device__ __forceinline__ bool blind_query(const Shared& shared, i32 query) {
     const auto blind = [&](i32 row) { return shared.statistics[row].largest == infinity(); };
     return warp_any(query, min(query + TILE, shared.q.count), blind);

@@ -1,12 +1,11 @@
 // Attention, backward, on the tensor cores of sm_90a; formulas, shapes and results as in attention_bwd.cu, for rows
-// of up to HEAD features. The kernels divide their work as those of attention_mma_bwd.cu do, with products of
-// warpgroups.
+// of up to HEAD features. The kernels divide their work like those of attention_mma_bwd.cu, with warpgroup products.
 //
 //   attention_wgmma_bwd_queries  blocks own 128 queries, tiles of keys and values pass by: dq
 //   attention_wgmma_bwd_keys     blocks own 128 keys, tiles of queries and output gradients pass by: dk, dv
 //
-// Products whose operands are in the registers run while the next tile's weights are computed: their tiles stay in
-// one of three stages. The gradient of position biases is that of attention_mma_bwd.cu.
+// Products with operands in registers run while the next tile's weights are computed: their tiles stay in one of three
+// stages. The gradient of position biases is that of attention_mma_bwd.cu.
 //
 // Variants: DTYPE=HALVES HEAD=64,128
 
@@ -26,15 +25,15 @@ constexpr i32 ROWS = BACKWARD_THREADS / 2;
 
 typedef WgmmaTile<ROWS, HEAD> OwnTile;
 
-// Makes what all threads have copied visible to the products.
+// Makes the copies of all threads visible to the products.
 __device__ __forceinline__ void landed() {
     ptx_cp_async_wait<0>();
     ptx_fence_async();
     __syncthreads();
 }
 
-// Number of a block's head and its tile, for `tiles` of each head: the first tiles of GROUP heads come first, whose
-// rows stay in the second-level cache.
+// A block's head and its tile, for `tiles` per head: the first tiles of GROUP heads come first, whose rows stay
+// in the second-level cache.
 struct Place {
     i32 head, tile;
 
@@ -163,19 +162,19 @@ extern "C" __global__ void __launch_bounds__(BACKWARD_THREADS, 1) attention_wgmm
     T* dk, T* dv, const T* grad, const T* q, const T* k, const T* v, const Statistics* statistics, const f32* delta,
     SPEC_INPUTS, Layout dk_at, Layout dv_at, Layout grad_at, Layout q_at, Layout k_at, Layout v_at, SPEC_VALUES) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
-    // Wide heads leave no registers for operands of products that run beside the next tile.
+    // Wide heads leave no registers for operands of products that overlap the next tile.
     constexpr i32 N = 64, STAGES = 3;
     constexpr bool OVERLAP = HEAD == 64;
     typedef WgmmaTile<N, HEAD> PassingTile;
     extern __shared__ uint4 memory[];
     __shared__ Scores scores;
     __shared__ Rows q_rows, k_rows, v_rows, grad_rows;
-    // Of the queries of a step, which every thread reads: what `weigh` and what `weigh_plainly` takes, and delta.
+    // Per query of a step, read by every thread: the arguments of `weigh` and of `weigh_plainly`, and delta.
     __shared__ Statistics row_statistics[2][N];
     __shared__ float2 row_terms[2][N];
-    // Queries whose scores need no look, of each warp.
+    // Per warp, the queries whose scores need no check.
     __shared__ Span plain[BACKWARD_THREADS / 32];
-    // Of the warps that read them: whether one has large scores, or a weight that may be all.
+    // Per warp that reads them: whether one has large scores, or a weight that may be the whole weight.
     __shared__ bool row_large[2][N / 32], row_sharp[2][N / 32];
     // Of the first head.
     __shared__ const Statistics* all_statistics;
@@ -185,7 +184,7 @@ extern "C" __global__ void __launch_bounds__(BACKWARD_THREADS, 1) attention_wgmm
     const Place place(tiles);
     const i32 index = place.head, batch = index / kv_heads, kv_head = index % kv_heads, first = place.tile * ROWS;
     const i32 first_head = kv_head * members;
-    // What follows from a position is computed where it is used, not kept in registers through the loop.
+    // Recomputes values derived from a position where they are used instead of keeping them in registers.
     const auto here = [](i32 position) { return (i32)ptx_opaque(position); };
     const auto set_head = [&](i32 head) {
         __syncthreads();
@@ -218,7 +217,7 @@ extern "C" __global__ void __launch_bounds__(BACKWARD_THREADS, 1) attention_wgmm
     const auto advance = [&](i32& member, i32& query) {
         if ((query += N) >= seen.end) query = first_query, ++member;
     };
-    // The step after one, computed anew where it is asked for.
+    // The step after one, recomputed on each use.
     const auto copy_next = [&](i32 member, i32 query, i32 stage) {
         advance(member, query);
         if (member < members) {
@@ -227,7 +226,7 @@ extern "C" __global__ void __launch_bounds__(BACKWARD_THREADS, 1) attention_wgmm
         }
         ptx_cp_async_commit();
     };
-    // The thread's query of a step, read early and written to shared memory late.
+    // The thread's query of a step: read early, written to shared memory late.
     Statistics its_statistics = {0, 0};
     f32 its_delta = 0;
     const auto read_next = [&](i32 member, i32 query) {

@@ -10,8 +10,8 @@
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
 
-// What blocks of WARPGROUPS · 64 queries and tiles of KEYS keys take. OVERLAP: the product with the values of a tile
-// runs while the weights of the next are computed.
+// Forward pass of blocks of WARPGROUPS · 64 queries over tiles of KEYS keys. OVERLAP: the product with the values of a
+// tile runs while the weights of the next are computed.
 template <i32 WARPGROUPS, i32 KEYS, bool OVERLAP> struct WgmmaForward {
     static constexpr i32 ROWS = 64 * WARPGROUPS, THREADS = WARPGROUP * WARPGROUPS;
     typedef WgmmaTile<ROWS, HEAD> QueryTile;
@@ -22,8 +22,8 @@ template <i32 WARPGROUPS, i32 KEYS, bool OVERLAP> struct WgmmaForward {
     // Of the thread's two rows.
     f32 max[2], sum[2];
 
-    // Scores to exponentials of their differences from the largest so far, and what sums so far must be multiplied
-    // with.
+    // Turns scores into exponentials of their differences from the largest so far; `correction` receives the factors
+    // for the sums so far.
     __device__ __forceinline__ void exponentials(
         ScoreSums<1, KEYS, false>& s, f32 unit, f32 lower, f32 (&correction)[2]) {
 #pragma unroll
@@ -34,7 +34,7 @@ template <i32 WARPGROUPS, i32 KEYS, bool OVERLAP> struct WgmmaForward {
             larger = fmax(larger, __shfl_xor_sync(0xFFFFFFFF, larger, 1));
             larger = fmax(larger, __shfl_xor_sync(0xFFFFFFFF, larger, 2));
             larger = fmax(max[r], larger * unit);
-            // With no key kept so far, every exponential must be 0 and not NaN.
+            // If no key was kept so far, every exponential must be 0, not NaN.
             const f32 base = larger == -infinity() ? 0 : larger;
             f32 to_log2 = unit * LOG2_E, shift = base * LOG2_E;
             if (fabs(base) > LARGE_SCORE) {
@@ -67,7 +67,7 @@ template <i32 WARPGROUPS, i32 KEYS, bool OVERLAP> struct WgmmaForward {
         extern __shared__ uint4 memory[];
         __shared__ Scores scores;
         __shared__ Rows q_rows, k_rows, v_rows;
-        // Keys whose scores need no look, of each warp.
+        // Per warp, the keys whose scores need no check.
         __shared__ Span plain[THREADS / 32];
         // Subtracted from exponents of 2.
         __shared__ f32 lower;
@@ -100,13 +100,13 @@ template <i32 WARPGROUPS, i32 KEYS, bool OVERLAP> struct WgmmaForward {
             while (key < seen.end && !scores.any_key(key, KEYS)) key += KEYS;
             return key;
         };
-        // Makes what all threads have copied visible to the products.
+        // Makes the copies of all threads visible to the products.
         const auto landed = [&] {
             ptx_cp_async_wait<0>();
             ptx_fence_async();
             __syncthreads();
         };
-        // What follows from a position is computed where it is used, not kept in registers through the loop.
+        // Recomputes values derived from a position where they are used instead of keeping them in registers.
         const auto here = [](i32 position) { return (i32)ptx_opaque(position); };
         copy_rows<ROWS, THREADS>(q_tile, q_rows, first);
         bool empty;

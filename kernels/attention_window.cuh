@@ -1,4 +1,4 @@
-// Which keys a query sees by position alone, besides causality: src/ops/attention/window.rs has the same.
+// Keys that a query sees by position, besides causality; the same as src/ops/attention/window.rs.
 
 struct Window {
     // Largest distance at which a key is kept. May be as large as queries + keys, not more.

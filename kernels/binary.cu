@@ -44,7 +44,7 @@ ROW(logical_or, a || b)
 ROW(logical_not, !a)
 } // namespace function
 
-// How a value is stored: as a T if it is one, a truth value as a bool.
+// Storage type of a value: T for numbers, bool for truth values.
 template <typename Value> struct Stored {
     typedef T Type;
     static __device__ __forceinline__ T from(Value value) { return Element<T>::from_acc(value); }

@@ -1,4 +1,4 @@
-// Rows written into a buffer that grows in place: y[b, h, offset + ends[b] + i] = x[b, h, i], left out behind
+// Rows written into a buffer that grows in place: y[b, h, offset + ends[b] + i] = x[b, h, i], dropped beyond
 // capacity.
 //
 // Shapes: y [batch, heads, capacity, d] packed, x [batch, heads, rows, d] of any layout with packed features, ends

@@ -32,8 +32,8 @@ __device__ __forceinline__ void for_rows(i64 first, i64 last, Fetch fetch, Use u
     }
 }
 
-// Adds up what the HEIGHT threads of a column have, in order: to[column], to[column + 1], … All threads of the block
-// must call it.
+// Adds up the values of the HEIGHT threads of a column, in order: to[column], to[column + 1], … All threads of the
+// block must call it.
 template <int N, typename A>
 __device__ __forceinline__ void store_sums(A* to, const A (&sums)[N], u32 column, u32 columns) {
     __shared__ A shared[HEIGHT][N][WIDTH];

@@ -1,4 +1,4 @@
-// What kernels share: element types, layouts, 128-bit packets, and reductions over the threads of a row.
+// Shared by all kernels: element types, layouts, 128-bit packets, and reductions over the threads of a row.
 //
 // A source is compiled once per element type, named like the crate's dtype: -DDTYPE=f32, f64, bf16, f16, i64 or bool.
 // Names for several of them, which the variants of a source may use:
@@ -25,7 +25,7 @@ struct f16 {
 
 typedef DTYPE T;
 
-// How an element is computed with: f32 for the half types, itself otherwise. Stores round to nearest even.
+// Type that an element is computed in: f32 for the half types, itself otherwise. Stores round to nearest even.
 template <typename E> struct Element;
 
 template <> struct Element<f32> {
@@ -74,7 +74,7 @@ template <> struct Element<bool> {
 };
 
 // The element nearest to a number: floats round to nearest even, once; integers truncate and saturate, NaN being 0;
-// a truth value is whether the number is not 0.
+// a truth value is true if the number is not 0.
 template <typename E> __device__ __forceinline__ E from_f64(f64 x) {
     if constexpr (sizeof(E) == 2) {
         // To f32 first, with the last bit set if anything was cut off: rounding that is as good as rounding x itself.
@@ -101,8 +101,8 @@ template <typename A> __device__ __forceinline__ A negative_infinity();
 template <> __device__ __forceinline__ f32 negative_infinity<f32>() { return __int_as_float(0xFF800000); }
 template <> __device__ __forceinline__ f64 negative_infinity<f64>() { return __longlong_as_double(0xFFF0000000000000); }
 
-// Where the elements of a tensor are: sizes and steps of its dimensions, outermost first, all counted in elements.
-// Passed by value; the same bytes as the struct that the launch fills.
+// Layout of a tensor: sizes and steps of its dimensions, outermost first, all counted in elements. Passed by value; the
+// same bytes as the struct that the launch fills.
 constexpr int MAX_RANK = 6;
 
 struct Layout {
@@ -201,8 +201,8 @@ template <int N, typename E> __device__ __forceinline__ Packet<N, E> unpack(cons
     return packet;
 }
 
-// A packet of 128 bits as it lies in memory: what is held in registers for later, where lanes of half types would take
-// one each. `forget` makes the compiler unpack it again instead of keeping what was made of it.
+// A packet of 128 bits as it lies in memory, to hold in registers for later, where lanes of half types would take one
+// each. `forget` makes the compiler unpack it again instead of keeping the unpacked values.
 template <int N, typename E = T> struct Raw {
     u32 part[4] = {};
 
@@ -219,7 +219,7 @@ template <int N, typename E = T> struct Raw {
         part[0] = raw.x, part[1] = raw.y, part[2] = raw.z, part[3] = raw.w;
     }
 
-    // Elements from any address, the first `count` of them and then `rest`, read one by one by little code.
+    // Elements from any address, the first `count` of them and then `rest`, read one by one with little code.
     __device__ __forceinline__ Raw(const E* from, i32 count, E rest = {}) {
 #pragma unroll 1
         for (i32 lane = 0; lane < N; ++lane) {
@@ -229,7 +229,7 @@ template <int N, typename E = T> struct Raw {
         }
     }
 
-    // Moves all elements one lane down, and puts another one behind them.
+    // Moves all elements one lane down and appends another one.
     __device__ __forceinline__ void append(E value) {
         constexpr int WORDS = sizeof(E) / 4;
         if constexpr (sizeof(E) == 1) {
@@ -363,8 +363,8 @@ template <typename A> __device__ __forceinline__ A max_row(A value) {
     return reduce_row(value, lowest<A>(), [](A a, A b) { return a > b ? a : b; });
 }
 
-// Indices that are out of range cannot stop a kernel. It stays within its tables and leaves a note, of which the first
-// one counts; the host turns it into an error when it next waits for the device.
+// Indices out of range cannot stop a kernel. It stays within its tables and reports a fault, of which the first one
+// counts; the host turns it into an error the next time it waits for the device.
 constexpr i64 FAULT_EMBEDDING = 1, FAULT_CROSS_ENTROPY = 2, FAULT_NO_TARGETS = 3, FAULT_LOGITS = 4;
 
 __device__ __forceinline__ void report_fault(i64* fault, i64 kind, i64 index, i64 limit) {

@@ -1,7 +1,7 @@
 // Conversion between dtypes: y_i = x_i as a T.
 //
-// Shapes: y, x [n], packed. T and FROM: every dtype. Floats round to nearest even, once; to integers they truncate,
-// with NaN to 0 and numbers that are too large to the largest; to bool they ask for "not 0".
+// Shapes: y, x [n], packed. T and FROM: every dtype. Floats round to nearest even, once; to integers they truncate and
+// saturate, with NaN becoming 0; to bool, any number but 0 is true.
 // Variants: DTYPE=FLOATS,i64,bool FROM=FLOATS,i64,bool
 //
 // Each thread takes packets a grid apart, 16 bytes of the wider type. Moves sizeof(T) + sizeof(FROM) per element.

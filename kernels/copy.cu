@@ -44,15 +44,15 @@ extern "C" __global__ void copy_add(T* sum, const T* x, Layout to, Layout from, 
     });
 }
 
-// Sides of the tiles, threads of a block, packets along a side and those of a thread. Rows of the tile are longer by a
-// word or more, so that a column of it lies in many banks; their length is a multiple of a word.
+// Sides of the tiles, threads of a block, packets along a side and per thread. Rows of the tile are padded by a word or
+// more, so that a column lies in many banks; their length is a multiple of a word.
 constexpr u32 TILE = sizeof(T) == 8 ? 32 : 64, PAD = sizeof(T) >= 4 ? 1 : 4 / sizeof(T), THREADS = 256;
 constexpr u32 ALONG = TILE / LANES, COUNT = TILE * ALONG / THREADS;
 static_assert(TILE % LANES == 0 && COUNT > 0, "each thread has a packet");
 
 __device__ __forceinline__ bool multiple(i64 n) { return n % LANES == 0; }
 
-// Whether `layout` locates matrices that begin at multiples of 128 bits.
+// True if `layout` locates matrices that begin at multiples of 128 bits.
 __device__ __forceinline__ bool begin_in_packets(const T* x, const Layout& layout) {
     bool all = aligned(x) && multiple(layout.offset);
 #pragma unroll
@@ -62,8 +62,8 @@ __device__ __forceinline__ bool begin_in_packets(const T* x, const Layout& layou
     return all;
 }
 
-// `batches` matrices, of which `to` and `from` locate the first elements: y [rows, columns] with packed rows `to_step`
-// apart, x with packed columns `from_step` apart.
+// Transposes `batches` matrices whose first elements `to` and `from` locate: y [rows, columns] with packed rows
+// `to_step` apart, x with packed columns `from_step` apart.
 extern "C" __global__ void __launch_bounds__(THREADS)
     copy_transposed(T* y, const T* x, Layout to, Layout from, i64 batches, u32 rows, u32 columns, i64 to_step,
                     i64 from_step, u32 add) {

@@ -3,24 +3,25 @@
 //   forward:  loss = mean over rows of max x - x_target + ln sum_j exp(x_j - max x)
 //   backward: dx_j = (exp(x_j - max x) / sum_k exp(x_k - max x) - [j = target]) g / count
 //
-// Rows whose target is `ignore_index` are left out of the mean and get no gradient. A target that is no class is
-// reported, and so is a mean over no rows.
+// Rows whose target is `ignore_index` are left out of the mean and get no gradient. A target that is not a class is
+// reported, and so is a mean over zero rows.
 //
 // Shapes: x, dx [rows, pitch] packed, of which the first `columns` columns count (in the others dx is 0), targets,
 // losses [rows], statistics [rows, 2] maximum and 1 / sum, loss, g and count one element. T: f32, f64, bf16, f16;
 // statistics, loss and g in f32 (f64 for f64), losses and their mean in f64.
 // Variants: DTYPE=FLOATS
 //
-// One row per warp, or per block for long rows (see for_row), forward by instructions of the card for half types, which
-// fast.cuh bounds the error of; the mean by one block, in an order that the number of
-// rows fixes. Moves sizeof(T) per element forward, 2 backward; limited by memory bandwidth.
+// One row per warp, or per block for long rows (see for_row); half types use fast instructions forward, whose error
+// fast.cuh bounds; the mean by one block, in an order that only depends on the number of rows. Moves sizeof(T) per
+// element forward, 2 backward; limited by memory bandwidth.
 
 #include "common.cuh"
 #include "softmax.cuh"
 
 typedef Element<T>::Acc Acc;
 
-// Of 512 threads, three where they fit without loss: as many rows at once as linear_cross_entropy takes of GPT-2.
+// Blocks of 512 threads per multiprocessor: three where they fit without loss, as many rows at once as
+// linear_cross_entropy takes of GPT-2.
 constexpr u32 BLOCKS = sizeof(Acc) == 8 ? 1 : __CUDA_ARCH__ >= 900 ? 3 : 2;
 
 extern "C" __global__ void __launch_bounds__(512, BLOCKS)

@@ -7,7 +7,7 @@
 // below 2^31. T: f32, f64, bf16, f16; sums in f32 (f64 for f64).
 // Variants: DTYPE=FLOATS
 //
-// Forward: a warp or a block copies a row (see for_row). An index outside of the table is reported, its row is zero.
+// Forward: a warp or a block copies a row (see for_row). An index outside the table is reported, and its row is zero.
 // Backward, without atomics and in an order that does not depend on the threads: keys `index 2^32 + i` are sorted by a
 // bitonic network (Batcher, "Sorting networks and their applications", 1968), which puts the uses of a token side by
 // side in their order. Then each row of the table finds its uses by bisection, and each thread adds up one packet of
@@ -64,8 +64,8 @@ __device__ __forceinline__ void merge_in_tile(u64* tile, u64 first, u64 size) {
     __syncthreads();
 }
 
-// Makes the keys, and sorts each tile. Keys of indices outside of the table, and those that fill up to `padded`, a
-// power of two and whole tiles, come last.
+// Creates the keys and sorts each tile. Keys of indices outside the table, and those that pad to `padded`, a power of
+// two and whole tiles, come last.
 extern "C" __global__ void embedding_sort_tiles(u64* keys, const i64* indices, i64 count, i64 padded, i64 tokens) {
     __shared__ u64 tile[TILE];
     for (i64 first = (i64)blockIdx.x * TILE; first < padded; first += (i64)gridDim.x * TILE) {
@@ -88,7 +88,7 @@ extern "C" __global__ void embedding_sort_step(u64* keys, i64 padded, i64 size, 
     }
 }
 
-// The steps that are left of merging runs of `size`.
+// The remaining steps of merging runs of `size`.
 extern "C" __global__ void embedding_sort_merge(u64* keys, i64 padded, i64 size) {
     __shared__ u64 tile[TILE];
     for (i64 first = (i64)blockIdx.x * TILE; first < padded; first += (i64)gridDim.x * TILE) {

@@ -34,7 +34,7 @@ __device__ __forceinline__ Acc normal_pdf(Acc x) {
     }
 }
 
-// What multiplies x in the approximation of GELU by tanh, and its derivative. 2 sqrt(2 / pi) is 1.5957691216057308.
+// The factor of x in the tanh approximation of GELU, and its derivative. 2 sqrt(2 / pi) is 1.5957691216057308.
 // Beyond 24 the gate is 0 or 1 in f64 too, and so is the first factor of its slope 0: the last one must not overflow.
 __device__ __forceinline__ Acc gelu_gate(Acc x) {
     return fast_inverse(1 + fast_exp(-Acc(1.5957691216057308) * x * (1 + Acc(0.044715) * x * x)));
@@ -74,7 +74,7 @@ enum { INPUT, OUTPUT };
         static __device__ __forceinline__ Acc slope(Acc kept) { return gradient(1, kept); } \
     };
 
-// Those that stand in activation.cu and glu.cu too.
+// Functions that are also activations in activation.cu and glu.cu.
 #define ACTIVATION_ROW(...) ROW(__VA_ARGS__)
 
 namespace function {

@@ -9,9 +9,9 @@
 // computed and summed in f32 (f64 for f64). The activation f is a row of functions.cuh.
 // Variants: DTYPE=FLOATS ACTIVATION=ACTIVATION_ROW(*)
 //
-// A thread takes the packets of a few columns, every eighth row of a chunk (see columns.cuh), two of which are under
-// way at once: it reads the bias once and adds up its columns on the way. Moves 3 sizeof(T) per element of y forward
-// and 5 backward. Limited by memory bandwidth, if f is cheap; erf and exp of f64 are not.
+// A thread takes the packets of a few columns in every eighth row of a chunk (see columns.cuh), two in flight at once:
+// it reads the bias once and accumulates its columns along the way. Moves 3 sizeof(T) per element of y forward and 5
+// backward. Limited by memory bandwidth if f is cheap; erf and exp in f64 are not.
 
 #include "common.cuh"
 #include "columns.cuh"
@@ -31,7 +31,7 @@ template <int N> struct Bias {
     }
 };
 
-// What is read of a row.
+// The values read from a row.
 template <int N> struct Both {
     Kept<N> value, gate;
 };

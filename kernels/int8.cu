@@ -14,7 +14,8 @@ typedef Element<T>::Acc Acc;
 // Inputs that share a reading of the weights, and weights of a packet.
 constexpr int INPUTS = 4, BYTES = 16;
 
-// A weight as a number: for f32 by its bits, behind those of 2^23, as conversions take four times as long.
+// Converts a weight to a number: for f32 by placing its bits below those of 2^23, since conversions take four times as
+// long.
 __device__ __forceinline__ Acc number(const Packet<BYTES, signed char>& bytes, int lane) {
     if constexpr (sizeof(Acc) == 8) {
         return bytes.lane[lane];

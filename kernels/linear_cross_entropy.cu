@@ -2,8 +2,8 @@
 //
 //   dx_j = exp(x_j - max x) / sum_k exp(x_k - max x) - [j = target]
 //
-// The forward pass is that of cross_entropy.cu in f32. Rows whose target is `ignore_index` get no gradient; what their
-// mean divides by comes later.
+// The forward pass is that of cross_entropy.cu in f32. Rows whose target is `ignore_index` get no gradient; the divisor
+// of the mean is applied later.
 //
 // Shapes: x, dx [rows, pitch] packed, of which the first `columns` columns count (in the others dx is 0), targets
 // [rows], statistics [rows, 2] maximum and 1 / sum. T: bf16, f16; the rest in f32.
@@ -17,7 +17,7 @@
 
 typedef Element<T>::Acc Acc;
 
-// Packets of 8 that a thread has under way.
+// Packets of 8 that a thread has in flight.
 constexpr int AT_ONCE = 2;
 static_assert(LANES == 8, "a packet is made from two of logits");
 

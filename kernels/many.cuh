@@ -1,4 +1,4 @@
-// Many tensors in one launch: a table says where they are, and blocks take chunks of them.
+// Many tensors in one launch: a table locates them, and blocks take chunks of them.
 //
 // A row of the table is POINTERS addresses, the number of elements, and the number of chunks of all tensors before it;
 // tensors of no elements are left out. A launch has one block for each chunk.

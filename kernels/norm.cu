@@ -2,7 +2,7 @@
 //
 //   forward:  s = x + residual, y = (s - mean) inverse weight + bias
 //   backward: ds = onto + (h - mean h - n mean(h n)) inverse, dweight = sum_rows g n, dbias = sum_rows g
-//             with n = (s - mean) inverse and h = g weight; onto is what else the gradient of s is made of
+//             with n = (s - mean) inverse and h = g weight; onto is the gradient of s from its other uses
 //
 // Centred rows (Ba et al., https://arxiv.org/abs/1607.06450) have inverse = 1 / sqrt(variance + eps). Others (Zhang and
 // Sennrich, https://arxiv.org/abs/1910.07467) have mean = mean h = 0 and inverse = 1 / max(sqrt(mean s^2), eps); where
@@ -18,10 +18,9 @@
 // packets a thread; the rest of a longer row is read again, from the caches if it stays there. The variance is that of
 // the deviations from the mean: rows far from zero lose nothing. Rows are a grid apart.
 // norm_bwd_whole, for columns that the threads of a block have a packet each of: threads own columns, several rows at
-// once, so that what weight and bias get is added up in registers on the way. A barrier serves ROWS rows of each group
-// of threads. A block takes a chunk of neighbouring rows; reduce_chunks adds up the chunks, in order. For longer
-// rows, or where these sums alone are wanted, there is norm_bwd_sums: a thread sums a few columns over every eighth row
-// of a chunk.
+// once, so that the gradients of weight and bias accumulate in registers. A barrier serves ROWS rows of each group of
+// threads. A block takes a chunk of neighbouring rows; reduce_chunks adds up the chunks, in order. For longer rows, or
+// if only these sums are wanted, there is norm_bwd_sums: a thread sums a few columns over every eighth row of a chunk.
 // Moves 2 sizeof(T) per element forward, 4 with a residual; 3 backward, 4 with onto; 2 for norm_bwd_sums. Limited by
 // memory bandwidth; for few rows by the latency of the reductions.
 
@@ -59,7 +58,7 @@ constexpr u32 FLOORED = 0, CENTRED = 1;
 
 __device__ __forceinline__ Acc divisor(u32 form, Acc square, Acc eps) {
     const Acc root = sqrt(form == FLOORED ? square : square + eps);
-    // Not fmax, which would make NaN a number.
+    // Not fmax, which would turn NaN into a number.
     return form == FLOORED && eps > root ? eps : root;
 }
 
@@ -67,12 +66,12 @@ __device__ __forceinline__ Acc divisor(u32 form, Acc square, Acc eps) {
 __device__ constexpr Acc power(int n) { return n == 0 ? Acc(1) : Acc(1099511627776.0) * power(n - 1); }
 constexpr Acc GROW = power(sizeof(Acc) == 8 ? 15 : 2), SHRINK = 1 / GROW;
 
-// What a row is normalised by, and what is saved of it: n = (s shrink - mean) inverse.
+// Statistics that normalise a row, and the saved ones: n = (s shrink - mean) inverse.
 struct Normal {
     Acc shrink, mean, inverse, saved_mean, saved_inverse;
 };
 
-// Of a row whose squares or whose sum overflowed: its threads read it several times.
+// Statistics of a row whose squares or whose sum overflowed: its threads read it several times.
 template <bool PACKED>
 __device__ __forceinline__ Normal shrunk(const Row<PACKED>& row, u32 columns, u32 form, Acc eps) {
     const bool centred = form == CENTRED;
@@ -103,7 +102,7 @@ __device__ __forceinline__ void forward(T* y, T* sum, Acc* statistics, const T* 
     const Acc common = weight_of_all(weight, weights, columns);
     const bool centred = form == CENTRED;
     const i64 step = (i64)gridDim.x * blockDim.y;
-    // Where rows are few, the weights are waited for, as nobody has read them before.
+    // With few rows, the weights cause a wait, since nobody has read them before.
     if (PACKED && rows <= FEW) {
         for_packets<PACKED>(left, [&](i32 j, u32) {
             if (each != nullptr) ptx_prefetch(each + j);
@@ -164,8 +163,8 @@ extern "C" __global__ void __launch_bounds__(ROW_THREADS, ROW_BLOCKS)
     }
 }
 
-// What a row was normalised by: n = (s scale - offset) slope. The scale is a power of two, 1 unless numbers are so far
-// apart that a difference could overflow.
+// Statistics that normalised a row: n = (s scale - offset) slope. The scale is a power of two, 1 unless numbers are so
+// far apart that a difference could overflow.
 struct Statistics {
     Acc inverse, scale, offset, slope;
 
@@ -182,7 +181,7 @@ struct Statistics {
     __device__ __forceinline__ Acc normal(T x) const { return (Element<T>::to_acc(x) * scale - offset) * slope; }
 };
 
-// Whether the floor of the divisor acted, which was a constant then.
+// True if the floor of the divisor acted, which then was a constant.
 __device__ __forceinline__ bool floored(Acc inverse, u32 centred, Acc eps) { return !centred && inverse >= 1 / eps; }
 
 // The gradient of rows. `dx` may be `g` or `onto`: an element is read before it is written, by one thread.

@@ -1,5 +1,5 @@
 // Philox-4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011), word for word the generator of
-// src/philox.rs: a value depends on seed, stream and position alone, so that the CPU draws the same numbers.
+// src/philox.rs: a value depends only on seed, stream and position, so that the CPU draws the same numbers.
 
 struct Words {
     u32 word[4];

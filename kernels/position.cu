@@ -1,4 +1,4 @@
-// Tensors that depend on positions alone: T5's relative bias (Raffel et al., https://arxiv.org/abs/1910.10683) and
+// Tensors that depend only on positions: T5's relative bias (Raffel et al., https://arxiv.org/abs/1910.10683) and
 // sinusoids.
 //
 //   bias:     y[h, i, j] = scale table[h, bucket(i - j)]

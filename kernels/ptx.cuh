@@ -1,6 +1,6 @@
-// All inline PTX of the kernels, behind small functions, each for one instruction. What an instruction asks of its
-// operands is in NVIDIA's "Parallel Thread Execution ISA"; the layouts of the tensor-core fragments are repeated here,
-// because kernels index by them.
+// All inline PTX of the kernels, in small functions, one per instruction. The requirements on operands are in NVIDIA's
+// "Parallel Thread Execution ISA"; the layouts of the tensor-core fragments are repeated here, because kernels index by
+// them.
 //
 // The emulated compiler of tests/emulator takes its ptx.h in place of this text: a function added here is added there.
 
@@ -31,14 +31,14 @@ __device__ __forceinline__ f32 ptx_inverse(f32 x) {
     return y;
 }
 
-// The same value, which the compiler knows nothing about: what is computed from it is not moved out of loops.
+// The same value, opaque to the compiler: computations with it are not moved out of loops.
 __device__ __forceinline__ u32 ptx_opaque(u32 x) {
     asm volatile("" : "+r"(x));
     return x;
 }
 
-// Accesses to memory stay on their side of it: a compiler would start all loads of an unrolled loop before the first is
-// used, for which there are no registers.
+// Compiler barrier for memory accesses: otherwise all loads of an unrolled loop would start before the first is used,
+// for which there are not enough registers.
 __device__ __forceinline__ void ptx_keep_order() { asm volatile("" : : : "memory"); }
 
 // Brings a line of memory into the second-level cache, without waiting for it.
@@ -142,7 +142,7 @@ __device__ __forceinline__ void ptx_cp_async_16(void* shared, const void* global
 // Ends a group of copies.
 __device__ __forceinline__ void ptx_cp_async_commit() { asm volatile("cp.async.commit_group;" : : : "memory"); }
 
-// Waits until at most the N youngest groups of this thread are under way.
+// Waits until at most the N youngest groups of this thread are in flight.
 template <int N> __device__ __forceinline__ void ptx_cp_async_wait() {
     asm volatile("cp.async.wait_group %0;" : : "n"(N) : "memory");
 }
@@ -160,18 +160,18 @@ __device__ __forceinline__ u32 ptx_shared_address(const void* shared) { return (
 
 __device__ __forceinline__ void ptx_fence_async() { asm volatile("fence.proxy.async.shared::cta;" : : : "memory"); }
 
-// Between what other instructions did to the registers of a product and that product.
+// Separates other instructions' accesses to the registers of a product from that product.
 __device__ __forceinline__ void ptx_wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" : : : "memory"); }
 
 // Ends a group of products.
 __device__ __forceinline__ void ptx_wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" : : : "memory"); }
 
-// Waits until at most the N youngest groups are under way. Registers of products that are must be left alone.
+// Waits until at most the N youngest groups are in flight. Registers of products in flight must be left alone.
 template <int N> __device__ __forceinline__ void ptx_wgmma_wait() {
     asm volatile("wgmma.wait_group.sync.aligned %0;" : : "n"(N) : "memory");
 }
 
-// The same value, which the compiler takes for a new one: after a wait, what follows uses it no earlier.
+// The same value, which the compiler takes for a new one, so that it is not used before a preceding wait.
 __device__ __forceinline__ void ptx_settle(f32& x) { asm volatile("" : "+f"(x) : : "memory"); }
 __device__ __forceinline__ void ptx_settle(u32& x) { asm volatile("" : "+r"(x) : : "memory"); }
 

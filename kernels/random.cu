@@ -1,5 +1,5 @@
-// Initial weights: word for word the draws of src/philox.rs and src/params/init.rs, so that a model starts from the
-// same bits on every device and nothing is uploaded.
+// Initial weights: exactly the draws of src/philox.rs and src/params/init.rs, so that a model starts from the same bits
+// on every device and nothing is uploaded.
 //
 //   random_uniform: y[i] = bound (2 u_i - 1)
 //   random_normal:  y[i] = deviation r cos a and y[i + 1] = deviation r sin a for even i,

@@ -126,7 +126,7 @@ extern "C" __global__ void reduce_finish(T* y, const Acc* sums, i64 outer, i64 p
     sum_middle(y, sums, outer, pieces, inner, pieces, 1, (Acc)divisor);
 }
 
-// Whether `a` comes before `b` among the largest: NaN first.
+// True if `a` comes before `b` among the largest: NaN first.
 __device__ __forceinline__ bool larger(Acc a, Acc b) { return a > b || (a != a && b == b); }
 
 // Lower bound of every value.

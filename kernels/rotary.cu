@@ -8,9 +8,9 @@
 // packed; table [positions, 2 pairs], cosines then sines. T: f32, f64, bf16, f16; table in f32 (f64 for f64).
 // Variants: DTYPE=FLOATS
 //
-// A thread takes a packet of pairs, or of features that stay as they are, of one position, whose cosines and sines it
-// reads once, for HEADS of the heads, all of which are under way at once. Blocks take positions, heads and the rest, so
-// that nothing is divided for a packet.
+// A thread takes a packet of pairs, or of unrotated features, of one position, whose cosines and sines it reads once,
+// for HEADS of the heads, all in flight at once. Blocks take positions, heads and the rest, so that a packet needs no
+// division.
 // Moves 2 sizeof(T) per element; the table stays in the caches. Limited by memory bandwidth.
 
 #include "common.cuh"
@@ -74,7 +74,7 @@ __device__ __forceinline__ void turn(const Rows& rows, const Acc* angles, u32 co
     }
 }
 
-// Whether all rows of x and the parts of a row begin at multiples of 128 bits.
+// True if all rows of x and the parts of a row begin at multiples of 128 bits.
 __device__ __forceinline__ bool in_packets(const T* y, const T* x, const Layout& layout, u32 columns, u32 pairs) {
     bool packed = aligned(y) && aligned(x) && columns % LANES == 0 && pairs % LANES == 0 && layout.offset % LANES == 0;
 #pragma unroll

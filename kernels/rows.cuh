@@ -1,11 +1,11 @@
-// Rows that a warp, or several of a block of their own, hold in registers, where each is read once: up to HELD packets
-// a thread. A row that is longer, or no packets, is read again each time, from the caches if it stays there, in the
-// same order: sums do not depend on where a row starts.
+// Rows that a warp, or several warps of one block, hold in registers, so that each is read once: up to HELD packets per
+// thread. A row that is longer or not made of packets is read again each time, from the caches if it stays there, in
+// the same order: sums do not depend on where a row starts.
 
 typedef Element<T>::Acc Acc;
 
-// Most threads of a block, and blocks that a multiprocessor is to hold at least: enough loads under way for its share
-// of the bandwidth.
+// Maximum threads of a block, and minimum blocks per multiprocessor: enough loads in flight for its share of the
+// bandwidth.
 constexpr u32 ROW_THREADS = 256, ROW_BLOCKS = sizeof(T) == 2 ? 4 : 2;
 
 // Packets of a row that a thread holds: 32 elements, 16 of f64.
@@ -19,7 +19,7 @@ __device__ __forceinline__ u32 first_column() {
     return (threadIdx.x / 32 * 32 * HELD + threadIdx.x % 32) * LANES;
 }
 
-// Elements j, j + 1, … as a packet, zeros behind the end of the row; and back. PACKED rows are aligned, and no packet
+// Elements j, j + 1, … as a packet, zeros past the end of the row; and back. PACKED rows are aligned, and no packet
 // crosses their end.
 template <bool PACKED> __device__ __forceinline__ Packet<LANES> fetch(const T* from, i32 j, i32 left) {
     if constexpr (PACKED) {
@@ -53,8 +53,8 @@ template <bool PACKED, typename F> __device__ __forceinline__ void for_lanes(i32
     }
 }
 
-// Calls body(j, k) for the packets of this thread. In registers all of them are, or none: a row that is longer, or no
-// packets, takes its threads several rounds, in the same order.
+// Calls body(j, k) for the packets of this thread. Either all are in registers or none: a row that is longer or not
+// made of packets takes several rounds, in the same order.
 template <bool PACKED, typename Body> __device__ __forceinline__ void for_packets(i32 left, Body body) {
     if constexpr (PACKED) {
 #pragma unroll
@@ -70,7 +70,7 @@ template <bool PACKED, typename Body> __device__ __forceinline__ void for_packet
     }
 }
 
-// What one thread has of a row.
+// One thread's part of a row.
 template <bool PACKED> struct Row {
     const T* from;
     i32 left;
@@ -91,7 +91,7 @@ template <bool PACKED> struct Row {
         }
     }
 
-    // Between two walks over the row, which would otherwise keep what they have in common in more registers.
+    // Placed between two walks over the row, which would otherwise keep common values in more registers.
     __device__ __forceinline__ void forget() {
         if constexpr (PACKED) {
 #pragma unroll

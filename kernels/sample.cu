@@ -41,7 +41,7 @@ __device__ __forceinline__ Key key_of(T x) {
     return bits & SIGN ? ~bits : bits | SIGN;
 }
 
-// What may be chosen: keys above `key`, and those equal to it up to a position.
+// Tokens that may be chosen: keys above `key`, and those equal to it up to a position.
 struct Cut {
     Key key;
     u32 position;
@@ -49,7 +49,7 @@ struct Cut {
     __device__ __forceinline__ bool keeps(Key of, u32 j) const { return of > key || (of == key && j <= position); }
 };
 
-// One row, and what all its threads know of it.
+// One row, and the values that all its threads share.
 struct Row {
     const T* x;
     u32 columns;
@@ -141,7 +141,7 @@ template <typename Measure> __device__ __forceinline__ u32 locate(u32 columns, u
     return found;
 }
 
-// The best entries until their measures add up to `bound`, of equal ones the earlier first; all if they do not.
+// The best entries until their measures add up to `bound`, the earlier of equal ones first; all if they do not.
 template <typename Measure>
 __device__ __forceinline__ Cut select(const T* x, u32 columns, u64 bound, Measure measure) {
     // The largest key that entries with at least `bound` reach.
@@ -195,8 +195,9 @@ sample_totals(u64* totals, const T* x, i64 rows, u32 columns, f32 unit) {
     }
 }
 
-// limit: for MASS the probability that ends it, for MIN_P and TOP_A the ratio. `closed` for MASS: whether a token is
-// kept whose betters have just `limit`. scale: 1 / temperature, 0 for the best token. totals: null but for TOP_A.
+// limit: for MASS the probability that ends it, for MIN_P and TOP_A the ratio. `closed`, for MASS: if true, a token is
+// kept if the better ones have exactly `limit`. scale: 1 / temperature, 0 for the best token. totals: null except for
+// TOP_A.
 extern "C" __global__ void __launch_bounds__(512, 2)
 sample_token(i64* token, i64* fault, const T* x, const u64* totals, const i64* step, i64 rows, u32 columns, u32 filter,
              u32 closed, u64 count, u64 seed, f64 scale, f64 limit, f64 power, f32 unit) {
@@ -249,7 +250,7 @@ sample_token(i64* token, i64* fault, const T* x, const u64* totals, const i64* s
         const u64 sum = scale == 0 ? 0 : total(columns, weight);
         u32 chosen;
         if (sum == 0) {
-            // No temperature, or another row of the batch has set the limit out of reach.
+            // No temperature, or another row of the batch has put the limit out of reach.
             chosen = locate(columns, 0, [&](u32 j) { return (u64)(key_of(from[j]) == row.best); });
         } else {
             // 53 bits, as Philox::uniform has them.

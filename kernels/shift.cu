@@ -1,9 +1,9 @@
 // Token shift: chunk t of the features moves by amounts[t] positions, zeros come in.
 //
 //   y[b, i, d] = x[b, i - amount, d], or 0 if that position is outside or masked
-//   y[b, i, d] = x[b, i, d] where amount = 0, or where d is left over behind the last chunk
+//   y[b, i, d] = x[b, i, d] where amount = 0, or where d is left over after the last chunk
 //
-// The backward pass moves by the opposite amounts; the mask is about the target then, not about the source.
+// The backward pass moves by the opposite amounts; the mask then applies to the target, not to the source.
 //
 // Shapes: y, x [batch, positions, columns], packed; mask (bool) [batch, positions] or none; amounts [chunks], each for
 // `chunk` features. T: f32, f64, bf16, f16.

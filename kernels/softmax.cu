@@ -45,7 +45,7 @@ template <bool PACKED> __device__ __forceinline__ void forward(T* y, const T* x,
     }
 }
 
-// Whether rows are packets that registers hold.
+// True if rows are packets that registers hold.
 __device__ __forceinline__ bool held(bool aligned, u32 columns) {
     return aligned && columns % LANES == 0 && columns <= HELD * LANES * blockDim.x;
 }

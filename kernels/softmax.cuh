@@ -1,4 +1,4 @@
-// What softmax and cross-entropy need to know of a row.
+// Statistics of a row for softmax and cross-entropy.
 
 #include "fast.cuh"
 
@@ -8,9 +8,9 @@ struct Softmax {
     Element<T>::Acc sum;
 };
 
-// By the threads of the row, in one reading, four packets of each under way at once: a running maximum and the sum
-// under it (Milakov and Gimelshein, "Online normalizer calculation for softmax", 2018). A NaN is no maximum, but makes
-// the sum NaN. How the maximum grows does not depend on where the row starts.
+// Computed by the threads of the row in one pass, each with four packets in flight: a running maximum and its sum
+// (Milakov and Gimelshein, "Online normalizer calculation for softmax", 2018). A NaN never becomes the maximum, but
+// makes the sum NaN. The sequence of maxima does not depend on where the row starts.
 __device__ __forceinline__ Softmax softmax_of_row(const T* row, u32 columns) {
     typedef Element<T>::Acc Acc;
     constexpr int AT_ONCE = 4;

@@ -43,8 +43,8 @@ extern "C" __global__ void square_norm_totals(f64* totals, const f64* partials, 
     if (threadIdx.x == 0) totals[blockIdx.x] = sum;
 }
 
-// One thread, in the processor's order and with its bits; NaN for the second if the first is not finite. given: scale
-// and clip.
+// One thread, in the CPU's order and with its bits; the second is NaN if the first is not finite. given: scale and
+// clip.
 extern "C" __global__ void square_norm_clip(f64* norm, const f64* totals, const f64* given, u32 tensors) {
     Exact<f64> sum = exact(0.0);
     for (u32 tensor = 0; tensor < tensors; ++tensor) sum = sum + exact(totals[tensor]);

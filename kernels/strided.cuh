@@ -11,7 +11,7 @@ __device__ __forceinline__ i64 last_step(const Layout& layout) {
     return step;
 }
 
-// Whether packets never cross a row, and each is aligned or one element. `E` is at most as large as T.
+// True if packets never cross a row, and each is aligned or one element. `E` is at most as large as T.
 template <typename E> __device__ __forceinline__ bool in_packets(const E* x, const Layout& layout) {
     const i64 step = last_step(layout);
     bool whole = true, neighbours = step == 1 && aligned(x) && layout.offset % LANES == 0;

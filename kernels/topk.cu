@@ -1,4 +1,4 @@
-// Which entries of each row are among its k largest: keep_j = x_j >= the k-th largest of the row.
+// Mask of the k largest entries of each row: keep_j = x_j >= the k-th largest of the row.
 //
 // Shapes: keep (bool, one byte) and x [rows, columns], packed, 0 < k < columns. T: f32, f64, bf16, f16.
 // Variants: DTYPE=FLOATS

@@ -6,8 +6,8 @@
 // Shapes: all [n], packed. T: f32, f64, bf16, f16, computed in f32 (f64 for f64). FUNCTION is a row of functions.cuh.
 // Variants: DTYPE=FLOATS FUNCTION=ROW(*)
 //
-// Each thread takes packets a grid apart, some of which are under way at once. Moves 2 sizeof(T) per element forward, 3
-// backward. Limited by memory bandwidth, except for transcendental functions of f64.
+// Each thread takes packets a grid apart, several in flight at once. Moves 2 sizeof(T) per element forward, 3 backward.
+// Limited by memory bandwidth, except for transcendental functions in f64.
 
 #include "common.cuh"
 #include "functions.cuh"

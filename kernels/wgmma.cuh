@@ -25,10 +25,10 @@ template <i32 ROWS, i32 WIDTH> struct WgmmaTile {
     // Descriptor of rows 16 k … + 15: the operand b.
     static __device__ __forceinline__ u64 columns(u32 place, i32 k) { return descriptor(place + k * 128); }
 
-    // What both take for `place`: between a block of 64 columns and the next, and address, both in units of 16 bytes.
+    // The `place` of both: the distance between blocks of 64 columns, and the address, in units of 16 bytes.
     __device__ __forceinline__ u32 place() const {
         const u32 place = (u32)(64 * ROWS * 2 / 16) << 16 | (ptx_shared_address(start) & 0x3FFFF) / 16;
-        // Where sums are wide, descriptors known before a loop would not fit the registers beside them.
+        // With wide sums, descriptors known before a loop would not fit the registers next to them.
         return WIDTH > 64 ? ptx_opaque(place) : place;
     }
 
@@ -45,7 +45,7 @@ __device__ __forceinline__ T* wgmma_memory(void* memory) {
     return reinterpret_cast<T*>(static_cast<char*>(memory) + (1024 - address % 1024) % 1024);
 }
 
-// What a warpgroup multiplies from registers: [64, K] in the type of tensors.
+// Operand of a warpgroup in registers: [64, K] in the type of the tensors.
 template <i32 K> struct WgmmaOperand {
     u32 of[K / 16][4];
 
@@ -105,7 +105,7 @@ __device__ __forceinline__ void wgmma_product(
     ptx_wgmma_commit();
 }
 
-// Called after the wait for what sums are the result of, before they are used.
+// Called after the wait for the product that writes the sums, before they are used.
 template <i32 N> __device__ __forceinline__ void wgmma_settle(Sums<1, N>& sums) {
 #pragma unroll
     for (i32 n = 0; n < N / 8; ++n) {

@@ -1,5 +1,5 @@
-//! The rooms of the library and the arrows between them, read from the sources: imports run down only, also those that
-//! inherent methods hide. `XT_BLESS=1 cargo test --test architecture` draws the picture of ARCHITECTURE.md anew.
+//! The rooms of the library and the arrows between them, read from the sources: imports only run down, including those
+//! that inherent methods hide. `XT_BLESS=1 cargo test --test architecture` redraws the picture of ARCHITECTURE.md.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -46,7 +46,7 @@ fn root() -> &'static Path {
     Path::new(env!("CARGO_MANIFEST_DIR"))
 }
 
-/// Returns the code without what is not code: comments, the text of literals, and `#[cfg(test)]` modules at the end.
+/// Returns the code without comments, the text of literals, and `#[cfg(test)]` modules at the end.
 fn code(text: &str) -> String {
     let text = text.split("\n#[cfg(test)]\nmod ").next().unwrap_or_default();
     let mut code = String::new();
@@ -227,7 +227,7 @@ fn gemm_runs_from_the_driver_to_the_kernels() {
         let rank = level(own).unwrap_or_else(|| panic!("src/gemm/{own} is not in the order"));
         seen.insert(rank);
         for path in paths(file) {
-            // What names no file of the folder is an item of the driver; `pub(in super::super)` is no import.
+            // A name that is not a file of the folder is an item of the driver; `pub(in super::super)` does not import.
             let other = |to: &&String| path[0] == "gemm" && !["", "super", own].contains(&to.as_str());
             let Some(to) = path.get(1).filter(other) else { continue };
             match level(to) {

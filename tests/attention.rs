@@ -1,4 +1,4 @@
-//! What the contract cases of attention cannot see: memory, threads, dropout, special values and bad input.
+//! Properties of attention that its contract cases do not cover: memory, threads, dropout, special values, bad input.
 
 mod common;
 
@@ -21,7 +21,7 @@ fn random(shape: &[usize], dtype: DType, stream: u64) -> Tensor {
     generate(shape, dtype, |i| half::bf16::from_f64(random.normal(i as u64)).to_f64())
 }
 
-/// On the device under test.
+/// Random values on the device under test.
 fn generate(shape: &[usize], dtype: DType, f: impl FnMut(usize) -> f64) -> Tensor {
     Tensor::generate(shape, dtype, &Device::Cpu, f).unwrap().to_device(device()).unwrap()
 }
@@ -71,12 +71,12 @@ fn attention_memory_is_linear() {
         assert_eq!(device().memory().live, before, "memory is left over");
         peak
     };
-    // Long enough for the sizes that do not grow not to count, and no longer than an emulated GPU has time for.
+    // Long enough that constant sizes do not matter, and short enough for an emulated GPU.
     let n = if *device() == Device::Cpu { 4096 } else { 1024 };
     for dtype in [DType::F32, DType::BF16] {
         let (short, long) = (peak(n / 2, dtype), peak(n, dtype));
         assert!((long as f64) < 2.3 * short as f64, "{dtype}: {short} bytes for {} positions, {long} for {n}", n / 2);
-        // The heads' scores alone would take more.
+        // Storing the scores of all heads would take more.
         assert!(long < 4 * 4 * n * n, "{long} bytes");
     }
 }
@@ -155,7 +155,7 @@ fn attention_dtypes_agree() {
     }
 }
 
-/// Half types in whole packets are computed on tensor cores where the card has them; anything else says why not.
+/// Half types in whole packets run on tensor cores where the card has them; anything else gives a reason.
 #[test]
 fn attention_rungs() {
     let rung = |dtype, d, e| attention_rung(device(), dtype, d, e);
@@ -180,7 +180,7 @@ fn attention_rungs() {
     plain(DType::F16, 64, 136, "128 features");
 }
 
-/// Everything that a spec may hold, for one call.
+/// All fields that a spec may hold, for one call.
 struct Extras {
     mask: Tensor,
     query_mask: Tensor,
@@ -190,8 +190,8 @@ struct Extras {
     table: Tensor,
 }
 
-/// Half types have kernels of their own on a GPU, on tensor cores: every part of a spec, forward and backward, against
-/// the processor's f64. The dropout masks must be the same ones.
+/// Half types have their own tensor-core kernels on a GPU: compares every part of a spec, forward and backward, with
+/// f64 on the CPU. The dropout masks must be the same.
 #[test]
 fn attention_half_types_follow_f64() {
     let _alone = alone();
@@ -289,7 +289,7 @@ fn attention_half_types_follow_f64() {
     }
 }
 
-/// The output is laid out for the merge of the heads, and gradients for the way back: neither copies.
+/// The output is laid out for merging the heads, and the gradients for splitting them: neither copies.
 #[test]
 fn attention_layouts_need_no_copies() {
     let _alone = alone();
@@ -328,8 +328,8 @@ fn attention_dropout_statistics() {
     assert!(plain.iter().all(|x| (x - 1.0).abs() < 1e-5));
 }
 
-/// With the values as an identity matrix, the output is the dropped weights; the gradient of `Σ out ⊙ c` by the values
-/// is then `weightsᵀ c`, so that a backward mask other than the forward one would show.
+/// With an identity matrix as values, the output is the weights after dropout; the gradient of `Σ out ⊙ c` with respect
+/// to the values is then `weightsᵀ c`, which shows whether the backward mask differs from the forward one.
 #[test]
 fn attention_dropout_masks_are_equal_forward_and_backward() {
     let _alone = alone();
@@ -409,7 +409,7 @@ fn never_nan(dtype: DType) {
     }
 }
 
-/// What is added to all scores of a query changes nothing, so it has no gradient.
+/// A constant added to all scores of a query changes nothing, so it has no gradient.
 #[test]
 fn attention_bias_of_a_whole_row_has_no_gradient() {
     let _alone = alone();
@@ -426,7 +426,7 @@ fn attention_bias_of_a_whole_row_has_no_gradient() {
     }
 }
 
-/// Far positions cost no digits: the bias is counted from the query.
+/// Distant positions cost no digits: the bias is counted from the query.
 #[test]
 fn attention_alibi_is_exact_far_away() {
     let _alone = alone();
@@ -457,7 +457,7 @@ fn attention_position_weights_keep_their_dtype() {
     assert!(grad.to_f64_vec().unwrap().iter().all(|g| g.abs() > 1e-6));
 }
 
-/// Only what is asked for is computed, and it does not depend on what else is asked for.
+/// Computes only the requested gradients, which do not depend on what else is requested.
 #[test]
 fn attention_single_gradients() {
     let _alone = alone();

@@ -1,4 +1,4 @@
-//! Attention at every finite score, and beyond: weights, gradients and classes of values against the definition in f64.
+//! Attention at every finite score, and beyond: weights, gradients and classes of values against the f64 definition.
 
 mod common;
 #[path = "common/levels.rs"]
@@ -14,7 +14,7 @@ const FLOATS: [DType; 4] = [DType::F64, DType::F32, DType::BF16, DType::F16];
 const NAN: f64 = f64::NAN;
 const INFINITY: f64 = f64::INFINITY;
 
-/// Relative error that products in a type leave.
+/// Relative error of products in a type.
 fn precision(dtype: DType) -> f64 {
     match dtype {
         DType::F64 => 1e-13,
@@ -110,7 +110,7 @@ impl Call {
         results
     }
 
-    /// What dropout multiplies the weights by, seen through values that are an identity matrix.
+    /// Returns the factors by which dropout multiplies the weights, read off with an identity matrix as values.
     fn factors(&self) -> Vec<f64> {
         let [batch, heads, queries, keys] =
             [self.q.shape()[0], self.q.shape()[1], self.q.shape()[2], self.k.shape()[2]];
@@ -125,7 +125,7 @@ impl Call {
         kept.iter().map(|&weight| if weight == 0.0 { 0.0 } else { 1.0 / (1.0 - self.dropout) }).collect()
     }
 
-    /// The definition, in f64: no difference is taken of sums that have much in common.
+    /// The definition, in f64, without differences of nearly equal sums.
     fn exact(&self) -> Results {
         let [q, k, v, g] = [&self.q, &self.k, &self.v, &self.cotangent()].map(values);
         let [batch, heads, queries, d] = [0, 1, 2, 3].map(|dim| self.q.shape()[dim]);
@@ -184,7 +184,7 @@ impl Call {
         results
     }
 
-    /// Compares what the names say with the definition; errors are relative to the norm of each.
+    /// Compares the named results with the definition; errors are relative to the norm of each.
     fn check(&self, what: &str, names: &[&str], allowed: f64) {
         for ((name, got), (_, exact)) in self.run().iter().zip(&self.exact()) {
             if !names.contains(name) {
@@ -199,7 +199,7 @@ impl Call {
 
 const ALL: [&str; 5] = ["out", "dq", "dk", "dv", "dbias"];
 
-/// What a type holds of a number.
+/// Rounds a number to a type.
 fn rounded(x: f64, dtype: DType) -> f64 {
     values(&Tensor::generate([1], dtype, &Device::Cpu, |_| x).unwrap())[0]
 }
@@ -232,7 +232,7 @@ fn common_scores_change_no_weight() {
     }
 }
 
-/// The same for a bias that a row has in common, as an additive mask on padded queries is.
+/// The same for a bias common to a row, like an additive mask on padded queries.
 #[test]
 fn common_biases_change_no_weight() {
     for dtype in FLOATS {
@@ -250,7 +250,7 @@ fn common_biases_change_no_weight() {
     }
 }
 
-/// Differences of scores count as before beside what they have in common.
+/// Differences of scores have the same effect next to a large common part.
 #[test]
 fn common_scores_keep_differences() {
     for (dtype, sizes) in
@@ -265,13 +265,13 @@ fn common_scores_keep_differences() {
                 |j, f| [1.0, (j % 2) as f64, (j % 4) as f64, 0.0][f.min(3)],
             );
             call.causal = true;
-            // A key's common feature is multiplied by the sum of a row's gradients, which is 0 but for rounding.
+            // A key's common feature is multiplied by the sum of a row's gradients, which is 0 up to rounding.
             call.check(&format!("{dtype}, scores about {size:e}"), &["out", "dv", "dq"], 3.0 * precision(dtype));
         }
     }
 }
 
-/// Keys with a common direction, which the gradients of a query's scores must cancel in that of the query.
+/// Keys with a common direction, which must cancel in the gradient of the query.
 #[test]
 fn common_directions_cancel() {
     for dtype in FLOATS {
@@ -284,7 +284,7 @@ fn common_directions_cancel() {
                     |j, f| if f == 0 { of_key } else { normal(2)(j * d + f) * 0.5 },
                 );
                 let scores = of_query * of_key;
-                // What scores lose beside their common part.
+                // Precision that scores lose to their common part.
                 let lost = scores * 2e-7 * (d as f64 / 16.0).sqrt();
                 let allowed = match dtype {
                     DType::F64 => 1e-12 + lost * 1e-8,
@@ -298,7 +298,7 @@ fn common_directions_cancel() {
     }
 }
 
-/// A query that has nearly all of its weight on one key passes what is left of its gradient.
+/// A query with nearly all of its weight on one key passes on the remaining gradient.
 #[test]
 fn sharp_queries_keep_their_gradient() {
     for dtype in FLOATS {
@@ -323,7 +323,7 @@ fn sharp_queries_keep_their_gradient() {
     }
 }
 
-/// One key that has all the weight passes no gradient to its score: exactly none, since keys may be large.
+/// A key with all the weight passes exactly zero gradient to its score, since keys may be large.
 #[test]
 fn one_key_passes_no_gradient() {
     let large = |dtype: DType| match dtype {
@@ -338,7 +338,7 @@ fn one_key_passes_no_gradient() {
                 let mut call = Call::head(dtype, [3, 1, d, e], |i, f| normal(1)(i * d + f), |_, _| large(dtype));
                 call.dropout = dropout;
                 none(&call, &format!("{dtype}, one key of {d} and {e} features, dropout {dropout}"));
-                // The only one that is left.
+                // The only one that is not masked.
                 let mut call = Call::head(dtype, [2, 70, d, e], |i, f| normal(1)(i * d + f), |_, _| large(dtype));
                 call.mask = Some(
                     Tensor::from_vec((0..140).map(|i| i % 70 == 66).collect::<Vec<bool>>(), [2, 70], device()).unwrap(),
@@ -346,7 +346,7 @@ fn one_key_passes_no_gradient() {
                 call.dropout = dropout;
                 none(&call, &format!("{dtype}, one key left of {d} and {e} features, dropout {dropout}"));
             }
-            // One beside which the others are nothing.
+            // One next to which the others are negligible.
             let key = if dtype == DType::F16 { 1e4 } else { 1e10 };
             let call = Call::head(dtype, [2, 70, d, e], |_, _| 1.0, |j, _| if j == 3 { key } else { -key });
             none(&call, &format!("{dtype}, one key above all of {d} and {e} features"));
@@ -366,7 +366,7 @@ fn one_key_passes_no_gradient() {
     }
 }
 
-/// Heads that share keys, masks, causality, biases and dropout with offsets of every size, in several tiles of odd sizes.
+/// Shared key heads, masks, causality, biases and dropout with offsets of every size, in several tiles of odd sizes.
 #[test]
 fn everything_with_large_biases() {
     for dtype in FLOATS {
@@ -391,7 +391,7 @@ fn everything_with_large_biases() {
     }
 }
 
-/// A learned position bias gets what the scores' gradients sum up to: of T5's buckets, and of slopes.
+/// A learned position bias gets the sum of the scores' gradients: for T5's buckets and for slopes.
 #[test]
 fn position_biases_with_large_offsets() {
     for dtype in [DType::F64, DType::F32, DType::BF16] {
@@ -420,7 +420,7 @@ fn position_biases_with_large_offsets() {
                 let grads = tape.backward_with(&out, &tensor(&[1, heads, n, d], dtype, normal(4))).unwrap();
                 [values(&out), values(grads.get(weights).unwrap()), values(grads.get(&v).unwrap())]
             };
-            // Scores are multiples of 2⁻⁸, exact beside the offset.
+            // Scores are multiples of 2⁻⁸, exact next to the offset.
             for (got, plain) in run(-8192.0).iter().zip(&run(0.0)) {
                 let error = got.iter().zip(plain).map(|(a, b)| (a - b).powi(2)).sum::<f64>().sqrt();
                 let size = plain.iter().map(|b| b * b).sum::<f64>().sqrt();
@@ -439,7 +439,7 @@ fn single(dtype: DType, q: f64, k: &[f64], v: &[f64], spec: &AttentionSpec) -> (
     (values(&out)[0], [&q, &k, &v].map(|x| values(grads.get(x).unwrap())[0]))
 }
 
-/// Scores that leave the range of numbers are not masked ones.
+/// Scores that overflow are not masked scores.
 #[test]
 fn overflow_is_not_a_mask() {
     let plain = AttentionSpec::default();
@@ -460,7 +460,7 @@ fn overflow_is_not_a_mask() {
         assert!(out.is_nan() || (out - 2.075_766).abs() < 0.01, "{dtype}: {out}");
     }
     for dtype in FLOATS {
-        // Of a bias, −∞ is a weight of 0 and no mask: without another key there is nothing to attend to.
+        // In a bias, −∞ is a weight of 0, not a mask: without another key there is nothing to attend to.
         let bias = |x: [f64; 2]| tensor(&[2], dtype, move |i| x[i]);
         let with = |bias: &Tensor| {
             single(dtype, 1.0, &[1.0, 2.0], &[1.0, 5.0], &AttentionSpec { bias: Some(bias), ..plain.clone() })
@@ -469,7 +469,7 @@ fn overflow_is_not_a_mask() {
         assert_eq!(with(&bias([-INFINITY, -INFINITY])), (0.0, [0.0; 3]));
         let nan = with(&bias([NAN, 0.0]));
         assert!(nan.0.is_nan() && nan.1.iter().all(|x| x.is_nan()), "{dtype}: {nan:?}");
-        // A query without keys attends to all alike, beside one of the same block that overflows.
+        // A query without keys attends to all keys equally, next to one of the same block that overflows.
         let none = Tensor::from_slice(&[false], [1, 1], device()).unwrap();
         let (out, grads) =
             single(dtype, 1.0, &[1.0, 2.0], &[1.0, 5.0], &AttentionSpec { mask: Some(&none), ..plain.clone() });
@@ -521,13 +521,13 @@ fn means_of_large_values_are_finite() {
                 }
             }
         }
-        // Those of infinite ones are not.
+        // That of infinite values is not.
         let (out, _) = single(dtype, 0.0, &[1.0, 2.0], &[INFINITY, 5.0], &AttentionSpec::default());
         assert_eq!(out, INFINITY);
     }
 }
 
-/// Decoding gives what attention gives where scores are NaN, overflow or are masked.
+/// Decoding and attention agree where scores are NaN, overflow or are masked.
 #[test]
 fn decoding_hides_no_nan() -> Result<()> {
     for dtype in FLOATS {
@@ -573,7 +573,7 @@ fn decoding_hides_no_nan() -> Result<()> {
     Ok(())
 }
 
-/// A softmax of the matrix of scores, as layers take it that need the weights, is right at the same scores.
+/// A softmax of the matrix of scores, which layers that need the weights use, is right at the same scores.
 #[test]
 fn the_matrix_of_scores_is_right_too() {
     for dtype in FLOATS {
@@ -602,7 +602,7 @@ fn the_matrix_of_scores_is_right_too() {
     }
 }
 
-/// On the processor, all of this with every set of vector instructions.
+/// Repeats all of this on the CPU with every set of vector instructions.
 #[test]
 fn scores_at_every_level() {
     if *device() != Device::Cpu {

@@ -1,4 +1,4 @@
-//! Sequences that grow in a cache have the numbers of those computed at once, whatever the options.
+//! Sequences that grow in a cache have the same values as those computed at once, whatever the options.
 
 mod common;
 #[path = "common/draw.rs"]
@@ -25,7 +25,7 @@ fn alone() -> MutexGuard<'static, ()> {
     LOCK.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
 }
 
-/// Few cases, unless `PROPTEST_CASES` asks for more; the emulated GPU is slow.
+/// Few cases unless `PROPTEST_CASES` sets more: the emulated GPU is slow.
 fn runner() -> Runner {
     let few = if *device() == Device::Cpu { 150 } else { 25 };
     let cases = std::env::var("PROPTEST_CASES").ok().and_then(|cases| cases.parse().ok()).unwrap_or(few);
@@ -53,7 +53,7 @@ fn bools(shape: &[usize], keep: impl Fn(usize) -> bool) -> Result<Tensor> {
     Tensor::from_vec(values, shape, device())
 }
 
-/// Longer sequences than those of the other properties: a causal model, with everything that is given besides tokens.
+/// Longer sequences than in the other properties: a causal model, with all inputs besides tokens.
 fn prepare(draw: &Draw, dtype: DType, extras: u8) -> Result<(Draw, ForwardOptions)> {
     let mut draw = draw.clone();
     let wrapper = draw.value.as_object_mut().unwrap();
@@ -93,7 +93,7 @@ fn bound(dtype: DType) -> f64 {
     if dtype == DType::F64 { 1e-11 } else { 2e-4 }
 }
 
-/// Tokens of all rows from `start` on, by steps of these sizes, against the whole.
+/// Compares the tokens of all rows from `start` on, in steps of these sizes, with the whole.
 fn grow(
     model: &TransformerWrapper,
     x: &Tensor,
@@ -121,7 +121,7 @@ fn grow(
     Ok(None)
 }
 
-/// A prompt of its own length for each row, then tokens one by one, against each row alone.
+/// Compares prompts of different lengths, then tokens one by one, with each row on its own.
 fn ragged(model: &TransformerWrapper, draw: &Draw, options: &ForwardOptions, dtype: DType) -> Result<Option<String>> {
     let (n, more) = (draw.n + 3, 5);
     let random = random(draw, 20);
@@ -172,7 +172,7 @@ fn ragged(model: &TransformerWrapper, draw: &Draw, options: &ForwardOptions, dty
     Ok(None)
 }
 
-/// Of each row what its last position has.
+/// Values at the last position of each row.
 fn rows_at(logits: &Tensor, counts: &[usize]) -> Result<Vec<Tensor>> {
     let at = |(row, &count): (usize, &usize)| logits.narrow(0, row, 1)?.narrow(1, count.max(1) - 1, 1);
     counts.iter().enumerate().map(at).collect()
@@ -194,7 +194,7 @@ proptest! {
     ) {
         let _alone = alone();
         let dtype = if wide { DType::F64 } else { DType::F32 };
-        // Top-k decides between scores that may differ by less than f32 tells apart.
+        // Top-k decides between scores that may differ by less than the precision of f32.
         let dtype = if draw.given("attn_sparse_topk") { DType::F64 } else { dtype };
         let (draw, options) = prepare(&draw, dtype, extras).unwrap();
         let model = model(&draw, dtype).unwrap();
@@ -224,7 +224,7 @@ proptest! {
         let (draw, mut options) = prepare(&draw, DType::F64, extras).unwrap();
         let n = draw.n + 8;
         let random = random(&draw, 4);
-        // What follows a padded query without any key changes it; nobody sees it, so that only the others are compared.
+        // Later tokens change a padded query without any key; nobody sees it, so only the others are compared.
         let kept: Vec<bool> = (0..draw.batch * n).map(|i| random.uniform(i as u64) < 0.7).collect();
         options.mask = Some(bools(&[draw.batch, n], |i| kept[i]).unwrap());
         let model = model(&draw, DType::F64).unwrap();
@@ -262,7 +262,7 @@ fn simple() -> Result<(Draw, TransformerWrapper)> {
     Ok((draw, model))
 }
 
-/// Options that pretrained models need beyond 0.22, together as Llama has them and apart.
+/// Options of pretrained models beyond 0.22, combined as in Llama and one by one.
 #[test]
 fn cached_logits_with_options_beyond_022() -> Result<()> {
     let _alone = alone();
@@ -309,7 +309,7 @@ fn cached_sequences_may_be_long() -> Result<()> {
     Ok(())
 }
 
-/// Rows can be taken back, repeated and exchanged.
+/// Rows can be truncated, repeated and swapped.
 #[test]
 fn cached_sequences_can_be_cut_and_chosen() -> Result<()> {
     let _alone = alone();
@@ -332,7 +332,7 @@ fn cached_sequences_can_be_cut_and_chosen() -> Result<()> {
     Ok(())
 }
 
-/// Buffers are written where they are, and kept from step to step.
+/// Buffers are written in place and kept from step to step.
 #[test]
 fn cached_steps_allocate_nothing_that_grows() -> Result<()> {
     let _alone = alone();

@@ -1,5 +1,5 @@
-//! Files of weights that change, shrink or were never files: an error that names the file, or what was there when it was
-//! opened; never a signal, never a value that nobody wrote.
+//! Weight files that change, shrink or were never files: an error that names the file, or the contents at the time it
+//! was opened; never a signal, never a value that nobody wrote.
 
 use std::{
     collections::BTreeMap,
@@ -87,7 +87,7 @@ fn a_file_that_shrinks_is_an_error_that_names_it() -> Result<()> {
     let file = TensorFile::open(&path)?;
     OpenOptions::new().write(true).open(&path).unwrap().set_len(4096).unwrap();
     message(file.tensor("w"), &path);
-    // A handle from before stays refused, even when the file has its bytes again; a new one reads them.
+    // An older handle keeps failing, even once the file has its bytes again; a new one reads them.
     write(&folder.at("again"), 1 << 20, 2.0)?;
     fs::write(&path, fs::read(folder.at("again")).unwrap()).unwrap();
     message(file.tensor("w"), &path);
@@ -99,7 +99,7 @@ fn a_file_that_shrinks_is_an_error_that_names_it() -> Result<()> {
 fn a_file_that_is_rewritten_is_an_error_that_names_it() -> Result<()> {
     let folder = Folder::new("rewritten");
     for path in formats(&folder) {
-        // Every byte of the file in its turn would take long; the first ones hold the names and counts.
+        // Trying every byte of the file would take long; the first ones hold the names and counts.
         for at in [0u64, 9, 40, 200] {
             let file = TensorFile::open(&path)?;
             let name = file.names().next().unwrap().to_string();
@@ -119,7 +119,7 @@ fn a_file_that_is_rewritten_is_an_error_that_names_it() -> Result<()> {
     Ok(())
 }
 
-/// While a thread writes the file again and again, readers get the values of one version, or an error.
+/// While a thread rewrites the file repeatedly, readers get the values of one version, or an error.
 #[test]
 fn reads_during_writes_give_one_version_or_an_error() -> Result<()> {
     let folder = Folder::new("during");
@@ -155,7 +155,7 @@ fn reads_during_writes_give_one_version_or_an_error() -> Result<()> {
                 match read {
                     Ok(tensor) => {
                         let all = tensor.to_vec::<f32>().unwrap();
-                        // What was torn before it was opened is not known to be: two values at most.
+                        // A file that was torn before it was opened is not detected: two values at most.
                         assert!(all.iter().all(|&value| value == 1.0 || value == 2.0));
                         values += 1;
                     }
@@ -223,7 +223,7 @@ fn gguf(count: usize) -> Vec<u8> {
     file
 }
 
-/// Headers that are longer than what is read at first.
+/// Headers longer than the first read.
 #[test]
 fn long_headers_are_read() -> Result<()> {
     let folder = Folder::new("long");
@@ -241,7 +241,7 @@ fn long_headers_are_read() -> Result<()> {
     Ok(())
 }
 
-/// Headers that claim hundreds of megabytes are refused before memory is taken for them: the file is mostly a hole.
+/// Headers that claim hundreds of megabytes are an error before any memory is allocated: the file is mostly a hole.
 #[test]
 fn huge_headers_are_refused() {
     let folder = Folder::new("huge");

@@ -48,7 +48,7 @@ fn every_op_has_a_case() {
     }
 }
 
-/// Values, gradients, layouts, and nothing left behind.
+/// Values, gradients, layouts, and no leaked memory.
 #[test]
 fn contract() {
     let _alone = alone();
@@ -69,11 +69,11 @@ fn any_number_of_threads_gives_the_same_bits() {
     let _alone = alone();
     let on = |threads: usize| -> Vec<(String, Vec<Vec<f64>>)> {
         let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().expect("a thread pool");
-        // Cases are made inside, because they cannot travel between threads.
+        // Cases are created inside, because they cannot be sent between threads.
         pool.install(|| selected().iter().map(|case| (case.name.clone(), bits(case).expect("a legal case"))).collect())
     };
     let one = on(1);
-    // Other devices have no use for the threads; two runs must agree there too.
+    // Other devices do not use the threads; two runs must agree there too.
     let more: &[usize] = if *common::device() == Device::Cpu { &[1, 2, 3] } else { &[1] };
     for &threads in more {
         for ((name, expected), (_, results)) in one.iter().zip(on(threads)) {
@@ -83,8 +83,8 @@ fn any_number_of_threads_gives_the_same_bits() {
     }
 }
 
-/// The code for lesser processors, which this one would never run: the contract again, in a process that is told to
-/// use no more than that.
+/// Runs the contract again on the code for older processors, which this one would never run, in a process limited to
+/// their instructions.
 #[test]
 fn every_vector_level_keeps_the_contract() {
     if *common::device() != Device::Cpu {

@@ -1,4 +1,4 @@
-//! What is particular to a GPU: transfers, memory, errors that come later, graphs, and bits shared with the CPU.
+//! Tests specific to a GPU: transfers, memory, asynchronous errors, graphs, and results bit-identical to the CPU's.
 //!
 //! Runs on the device that `XT_TEST_DEVICE` names, `cuda:0` for instance, which is either a card or the emulated driver
 //! (`scripts/emulated`); without it every test is skipped by name.
@@ -20,7 +20,7 @@ use x_transformers::{
     train::{AdamW, AdamWOptions, RecordedInfo, RecordedStep},
 };
 
-/// A decoder with what has constants of its own: rotary positions, a T5 bias, mem-kv, GLU.
+/// A decoder whose parts have constants of their own: rotary positions, a T5 bias, mem-kv, GLU.
 fn config(dropout: f64) -> AutoregressiveConfig {
     let mut layers = AttentionLayersConfig { heads: 2, rotary_pos_emb: true, ..AttentionLayersConfig::decoder(32, 2) };
     layers.rel_pos_bias = true;
@@ -89,8 +89,8 @@ fn values_go_and_come_back() -> Result<()> {
     Ok(())
 }
 
-/// The source of an upload may change at once: here the next tensor takes its place. The emulated driver reads what it
-/// copies as late as it may. Large ones come in parts, and so many that what they lie in meanwhile is used again.
+/// The source of an upload may change at once: here the next tensor takes its place. The emulated driver reads the
+/// source as late as it may. Large uploads are split into parts, enough to reuse the staging buffers.
 #[test]
 fn uploads_do_not_read_their_source_later() -> Result<()> {
     let Some(gpu) = gpu("uploads_do_not_read_their_source_later") else { return Ok(()) };
@@ -109,8 +109,8 @@ fn uploads_do_not_read_their_source_later() -> Result<()> {
     Ok(())
 }
 
-/// Constants whose names contain what callers choose are not kept for ever, and are made again when they are needed. A
-/// graph has those that it uses.
+/// Constants whose names depend on the caller's input are evicted, and recreated when needed. A graph keeps the ones
+/// that it uses.
 #[test]
 fn constants_do_not_fill_the_memory() -> Result<()> {
     let Some(gpu) = gpu("constants_do_not_fill_the_memory") else { return Ok(()) };
@@ -136,7 +136,7 @@ fn constants_do_not_fill_the_memory() -> Result<()> {
     shift(0)
 }
 
-/// Sizes that kernels count in 32 bits are checked before anything of that size is made: these tensors are views.
+/// Sizes that kernels count in 32 bits are checked before anything of that size is allocated: these tensors are views.
 #[test]
 fn sizes_beyond_what_kernels_count_are_refused() -> Result<()> {
     let Some(gpu) = gpu("sizes_beyond_what_kernels_count_are_refused") else { return Ok(()) };
@@ -195,7 +195,7 @@ fn tensors_of_two_devices_do_not_mix() -> Result<()> {
     Ok(())
 }
 
-/// Once kernels are compiled and constants are there, a pass over the model is launches alone.
+/// Once kernels are compiled and constants exist, a pass over the model consists only of launches.
 #[test]
 fn passes_are_launches_alone_and_a_step_reads_one_number_back() -> Result<()> {
     let Some(gpu) = gpu("passes_are_launches_alone_and_a_step_reads_one_number_back") else { return Ok(()) };
@@ -441,7 +441,7 @@ fn a_recorded_optimizer_step_refuses_what_would_go_wrong() -> Result<()> {
     ));
     assert_eq!((values()?, step.state_dict()?["exp_avg.weight"].to_f64_vec()?), (after.clone(), state));
     assert!(step.step(&[input(1.0)?], f64::NAN, 1.0).is_err() && step.step(&[input(1.0)?], 0.1, 0.0).is_err());
-    // What others hold must not change under them.
+    // Tensors that others hold must not change.
     let held = params.state_dict();
     let error = step.step(&[input(1.0)?], 0.1, 1.0).unwrap_err();
     assert!(error.to_string().contains("another tensor shares `weight`"), "{error}");

@@ -1,4 +1,4 @@
-//! What happens when the driver fails: an error, nothing lost, and everything works again afterwards.
+//! Driver failures: each is an error, leaks nothing, and everything works again afterwards.
 //!
 //! Only the emulated driver fails on demand: `XT_TEST_DEVICE=cuda:0 scripts/emulated cargo test --test cuda_faults`.
 
@@ -57,7 +57,7 @@ fn every_failing_call_is_an_error_and_costs_nothing() -> Result<()> {
     first.step()?;
     first.save(&folder.0)?;
     drop(first);
-    // The `+` makes all later ones fail too: a single failure is made good by giving the cache back.
+    // The `+` makes all later ones fail too: a single failure is recovered by freeing the cache.
     for kind in ["alloc+", "launch", "copy"] {
         let (mut n, live) = (1, gpu.memory().live);
         loop {
@@ -96,7 +96,7 @@ fn every_failing_call_is_an_error_and_costs_nothing() -> Result<()> {
     Ok(())
 }
 
-/// A single allocation that fails is made good by giving back what is kept for reuse.
+/// A single failed allocation is recovered by freeing the memory kept for reuse.
 #[test]
 fn an_allocation_that_fails_once_is_made_good() -> Result<()> {
     let Some(gpu) = emulated("an_allocation_that_fails_once_is_made_good") else { return Ok(()) };
@@ -124,7 +124,7 @@ fn in_a_process_of_its_own(test: &str, variable: &str, value: &str) {
     assert!(output.status.success() && out.contains("1 passed"), "{out}{err}");
 }
 
-/// A device that cannot be opened leaves nothing behind, however often one tries.
+/// A device that cannot be opened leaks nothing, however often it is tried.
 #[test]
 fn a_device_that_fails_to_open_leaves_nothing() -> Result<()> {
     const NAME: &str = "a_device_that_fails_to_open_leaves_nothing";
@@ -152,7 +152,7 @@ fn a_device_that_fails_to_open_leaves_nothing() -> Result<()> {
     Ok(())
 }
 
-/// A kernel is loaded once, also by threads that need it at the same time, and not at all if it is not whole.
+/// A kernel is loaded once, even by threads that need it at the same time, and not at all if it is incomplete.
 #[test]
 fn modules_are_loaded_once() -> Result<()> {
     let Some(gpu) = emulated("modules_are_loaded_once") else { return Ok(()) };
@@ -180,7 +180,7 @@ fn modules_are_loaded_once() -> Result<()> {
     Ok(())
 }
 
-/// Page-locked memory that cannot be had is an error of the upload, and the next one tries again.
+/// Failing to allocate page-locked memory is an error of the upload, and the next one tries again.
 #[test]
 fn an_upload_without_page_locked_memory_is_an_error() -> Result<()> {
     const NAME: &str = "an_upload_without_page_locked_memory_is_an_error";
@@ -209,8 +209,8 @@ fn an_upload_without_page_locked_memory_is_an_error() -> Result<()> {
     Ok(())
 }
 
-/// A rung of the ladder refuses tensors that it cannot take. What else its caller promises, only the emulated driver
-/// sees: the context is lost, and an allocation says so and not that memory has run out.
+/// A rung of the ladder returns an error for tensors that it cannot take. Only the emulated driver detects other broken
+/// promises of its caller: the context is lost, and an allocation reports that, not that memory has run out.
 #[test]
 fn an_allocation_in_a_lost_context_is_not_out_of_memory() -> Result<()> {
     let Some(gpu) = emulated("an_allocation_in_a_lost_context_is_not_out_of_memory") else { return Ok(()) };
@@ -236,7 +236,7 @@ fn an_allocation_in_a_lost_context_is_not_out_of_memory() -> Result<()> {
     Ok(())
 }
 
-/// A kernel that cannot be compiled is an error, and is compiled when it is needed again.
+/// A kernel that fails to compile is an error, and is compiled again the next time it is needed.
 #[test]
 fn a_compilation_that_fails_is_repeated() -> Result<()> {
     let Some(gpu) = emulated("a_compilation_that_fails_is_repeated") else { return Ok(()) };

@@ -1,7 +1,7 @@
 //! Where the library looks for the driver, NVRTC and cuBLAS: never in the working folder, whatever the environment says.
 //!
-//! Each case is a process of its own in a folder full of libraries that say so when they are loaded. Needs a C++ compiler
-//! (g++, or what `CXX` names) and no GPU.
+//! Each case is a separate process in a folder full of libraries that report when they are loaded. Needs a C++ compiler
+//! (g++, or the one in `CXX`) and no GPU.
 
 #![cfg(all(feature = "cuda", target_os = "linux"))]
 
@@ -67,7 +67,7 @@ fn working_folder(test: &str) -> Option<Folder> {
     Some(folder)
 }
 
-/// Description of the devices, by a process that starts in this folder with these variables.
+/// Returns the description of the devices, from a process that starts in this folder with these variables.
 fn devices(folder: &Path, variables: &[(&str, &str)]) -> String {
     let this = std::env::current_exe().expect("the path of this test");
     let mut command = Command::new(this);
@@ -109,7 +109,7 @@ fn no_library_is_loaded_from_the_working_folder() {
             assert!(!text.contains(CODE), "PATH={value}:\n{text}");
         }
     }
-    // All at once, behind an absolute entry of each.
+    // All at once, after an absolute entry of each.
     let all = ["CUDA_HOME", "CUDA_PATH", "VIRTUAL_ENV", "CONDA_PREFIX", "HOME"].map(|name| (name, ""));
     let more = [("PATH", ".:"), ("LD_LIBRARY_PATH", "/usr/lib::/usr/lib"), ("XT_CUDA_LIBS", "/usr/lib::")];
     let text = devices(&folder.0, &[&all[..], &more[..]].concat());

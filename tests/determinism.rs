@@ -12,7 +12,7 @@ fn random(shape: &[usize], dtype: DType, stream: u64) -> Tensor {
     Tensor::generate(shape, dtype, &CPU, |i| random.normal(i as u64)).unwrap()
 }
 
-/// Runs `f` on a pool of its own.
+/// Runs `f` on its own pool.
 fn on<R: Send>(threads: usize, f: impl FnOnce() -> R + Send) -> R {
     rayon::ThreadPoolBuilder::new().num_threads(threads).build().expect("a thread pool").install(f)
 }
@@ -32,7 +32,7 @@ fn run(op: Op, inputs: &[Tensor]) -> Result<Vec<Vec<f64>>> {
     Ok(all)
 }
 
-/// Sizes that are cut into many tasks, and leave a rest.
+/// Sizes that split into many tasks with a remainder.
 #[test]
 fn ops_give_the_same_bits_for_any_number_of_threads() -> Result<()> {
     let ops: [(&str, Op, &[&[usize]]); 18] = [
@@ -143,7 +143,7 @@ fn the_seed_decides_the_masks() -> Result<()> {
     Ok(())
 }
 
-/// Threads that work at once share one pool of workers, and none of their tapes.
+/// Threads that work at the same time share one pool of workers, but no tapes.
 #[test]
 fn steps_at_the_same_time_do_not_disturb_each_other() -> Result<()> {
     let alone: Vec<_> = (0..4).map(|seed| step(seed, seed % 2 == 0)).collect::<Result<_>>()?;
@@ -156,7 +156,7 @@ fn steps_at_the_same_time_do_not_disturb_each_other() -> Result<()> {
     })
 }
 
-/// A worker that waits inside of an op may be given another step: the tapes nest and part again.
+/// A worker that waits inside an op may be given another step: the tapes nest and separate again.
 #[test]
 fn steps_on_the_workers_themselves() -> Result<()> {
     use rayon::prelude::*;

@@ -1,6 +1,6 @@
-//! The emulated CUDA driver of `tests/emulator`: what it detects, what it computes, and the kernels that run on it.
+//! The emulated CUDA driver of `tests/emulator`: its detectors, its results, and the kernels that run on it.
 //!
-//! Each test runs in a process of its own in which the emulator stands in for driver, NVRTC and cuBLAS.
+//! Each test runs in its own process, in which the emulator stands in for driver, NVRTC and cuBLAS.
 
 #![cfg(all(feature = "cuda", target_os = "linux", target_arch = "x86_64"))]
 
@@ -68,7 +68,7 @@ fn text(output: &Output) -> String {
 }
 
 /// Runs the body of a test, whose path is `here!()`, on the emulated card with these environment variables: in this
-/// process if it is on the emulator already, else in one that is.
+/// process if it already uses the emulator, else in a new one.
 fn emulated(path: &str, variables: &[(&str, &str)], body: impl FnOnce()) {
     if std::env::var_os("XT_EMULATOR").is_some() {
         return body();

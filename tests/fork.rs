@@ -1,6 +1,6 @@
-//! A child of `fork` computes on the processor with the same bits, though the threads of the pool are the parent's.
+//! A child of `fork` computes the same bits on the CPU, although the threads of the pool belong to the parent.
 //!
-//! One test alone in its program: no other thread may be inside the library when it forks.
+//! The only test of its program: no other thread may be inside the library when it forks.
 #![cfg(unix)]
 
 use std::time::{Duration, Instant};

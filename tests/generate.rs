@@ -1,4 +1,4 @@
-//! Generation: what the cache must not change, rows of several lengths, ends, beams, drafts.
+//! Generation: results with and without a cache, rows of several lengths, end tokens, beams, drafts.
 
 mod common;
 #[path = "common/draw.rs"]
@@ -26,7 +26,7 @@ use x_transformers::{
     ops::Int8Matrix,
 };
 
-/// Few cases, unless `PROPTEST_CASES` asks for more; the emulated GPU is slow.
+/// Few cases unless `PROPTEST_CASES` sets more: the emulated GPU is slow.
 fn runner() -> Runner {
     let few = if *device() == Device::Cpu { 60 } else { 6 };
     let cases = std::env::var("PROPTEST_CASES").ok().and_then(|cases| cases.parse().ok()).unwrap_or(few);
@@ -120,7 +120,7 @@ proptest! {
 proptest! {
     #![proptest_config(Runner { cases: runner().cases / 2, ..runner() })]
 
-    /// Beams find the same with a cache and without it, and a draft changes no greedy token, whatever the options.
+    /// Beam search gives the same with and without a cache, and a draft changes no greedy token, whatever the options.
     #[test]
     fn beams_and_drafts_do_not_depend_on_the_cache(draw in draws(), ahead in 1usize..5, ragged: bool) {
         let draw = Draw { batch: draw.batch.max(2), ..draw };
@@ -167,7 +167,7 @@ proptest! {
     }
 }
 
-/// A row has the tokens that it has alone, whatever is beside it and on whichever side its padding is.
+/// A row gets the same tokens as on its own, whatever the other rows and the side of its padding.
 #[test]
 fn generated_rows_are_those_alone() -> Result<()> {
     let model = decoder(20, 2, 5)?;
@@ -216,7 +216,7 @@ fn generated_streams_end_row_by_row() -> Result<()> {
     assert!(rows.iter().all(|row| row.len() == longest + 1 && row[end(row) + 1..].iter().all(|&token| token == 0)));
     assert!(rows.iter().any(|row| end(row) < longest), "{rows:?}");
     assert_eq!(run(&model, &prompt, 200, &options)?, rows);
-    // What ends early does not change the others.
+    // Rows that end early do not change the others.
     for (at, row) in rows.iter().enumerate() {
         let options = GenerateOptions { row_seeds: Some(vec![3]), ..options.clone() };
         if at == 0 {
@@ -269,13 +269,13 @@ fn ends_in_prompts_count_or_not() -> Result<()> {
         assert_eq!(way, free.iter().map(|row| until(row)).collect::<Vec<_>>());
     }
     let [stream, beams, drafted] = both(&counted)?;
-    // What has ended is filled up, or empty where each row has a length of its own.
+    // Rows that have ended are padded, or empty if each row has its own length.
     assert!(stream[0].iter().all(|&token| token == 0) && drafted[0].iter().all(|&token| token == 0));
     assert!(beams[0].is_empty() && beams[1] == until(&free[1]) && stream[1] == beams[1] && drafted[1] == beams[1]);
     Ok(())
 }
 
-/// A row ends behind one token that directly follows another.
+/// A row ends after one token that directly follows another.
 #[derive(Clone, Debug)]
 struct PairEnd {
     pair: [i64; 2],
@@ -349,7 +349,7 @@ fn rows_end_at_the_first_of_several_tokens() -> Result<()> {
     Ok(())
 }
 
-/// Rows end where their own ends say, each at another place; beams that begin alike have states of their own.
+/// Rows end at their own end tokens, each at another place; beams with a common beginning have separate states.
 #[test]
 fn rows_end_where_their_own_ends_say() -> Result<()> {
     let model = decoder(8, 1, 3)?;
@@ -367,7 +367,7 @@ fn rows_end_where_their_own_ends_say() -> Result<()> {
     for way in every_way(&model, &prompt, &options, &|number, row| of_row(&pairs[number], row))? {
         assert_eq!(way, expected);
     }
-    // What follows an end is padding.
+    // Tokens after an end are padding.
     for (row, own) in run(&model, &prompt, 40, &options)?.iter().zip(&expected) {
         assert!(row[own.len()..].iter().all(|&token| token == 0), "{row:?}");
     }
@@ -385,7 +385,7 @@ fn generated_repetitions_are_penalised() -> Result<()> {
     let row = run(&model, &prompt, 10, &options)?.remove(0);
     let mut seen = vec![7];
     for token in row {
-        // A negative logit that is multiplied is never the best while another one is left.
+        // A negative logit that is multiplied is never the best as long as another one exists.
         assert!(!seen.contains(&token), "{token} after {seen:?}");
         seen.push(token);
     }
@@ -460,7 +460,7 @@ fn prompts_that_are_none_are_refused() -> Result<()> {
     all_fail(&model, &ints(&[-1, 2], &[2])?, "-1")
 }
 
-/// Weights that are not numbers give no tokens, but an error that says so.
+/// NaN weights give an error that says so, not tokens.
 #[test]
 fn broken_weights_are_told() -> Result<()> {
     let layers = json!({"kind": "Decoder", "dim": 16, "depth": 1, "heads": 2, "attn_dim_head": 8});
@@ -474,7 +474,7 @@ fn broken_weights_are_told() -> Result<()> {
     all_fail(&model, &ints(&[1, 2], &[2])?, "weights are broken")
 }
 
-/// Inside of a tape, generation records nothing that it would need a gradient for.
+/// Inside a tape, generation records nothing for a backward pass.
 #[test]
 fn generation_works_inside_of_a_tape() -> Result<()> {
     let model = decoder(20, 2, 5)?;
@@ -486,7 +486,7 @@ fn generation_works_inside_of_a_tape() -> Result<()> {
     Ok(())
 }
 
-/// The logarithm of the probability of a continuation, token by token without a cache.
+/// Computes the log-probability of a continuation, token by token without a cache.
 fn log_probability(model: &AutoregressiveWrapper, prompt: &[i64], new: &[i64]) -> Result<f64> {
     let mut row = prompt.to_vec();
     let mut sum = 0.0;
@@ -507,7 +507,7 @@ fn beams_find_the_most_likely_continuations() -> Result<()> {
     let prompt = ints(&prompts.concat(), &[2, 2])?;
     let (n, eos, penalty) = (3, 4, 0.7);
     let options = GenerateOptions { eos_tokens: vec![eos], ..Default::default() };
-    // As many beams as there are ways: nothing is cut off.
+    // As many beams as continuations: nothing is pruned.
     let wide = BeamOptions { beams: vocabulary, length_penalty: penalty };
     let found = model.beam_search(&prompt, n, &wide, &options)?;
     for (row, prompt) in found.iter().zip(&prompts) {
@@ -520,7 +520,7 @@ fn beams_find_the_most_likely_continuations() -> Result<()> {
             let inner = &tokens[..tokens.len() - 1];
             assert!(!inner.contains(&eos) && (tokens.len() == n || tokens.last() == Some(&eos)), "{tokens:?}");
         }
-        // The best of all continuations is among those of so many beams here.
+        // With this number of beams, the best of all continuations is among them here.
         let mut best = (f64::NEG_INFINITY, vec![]);
         for code in 0..vocabulary.pow(n as u32) {
             let mut tokens: Vec<i64> =
@@ -583,7 +583,7 @@ fn drafts_do_not_change_greedy_tokens() -> Result<()> {
     Ok(())
 }
 
-/// Shares of pairs of tokens come as close to their probabilities as chance allows.
+/// Frequencies of pairs of tokens agree with their probabilities within sampling error.
 #[test]
 fn drafts_do_not_change_the_distribution() -> Result<()> {
     let vocabulary = 4;
@@ -643,7 +643,7 @@ fn encoder_decoders_generate_with_a_cache() -> Result<()> {
     Ok(())
 }
 
-/// The embeddings of an image are the context of a decoder; beams take it with them.
+/// The embeddings of an image are the context of a decoder; beams keep it.
 #[test]
 fn images_are_captioned_with_a_cache() -> Result<()> {
     let vision = json!({"model": "ViTransformerWrapper", "image_size": 16, "patch_size": 8,
@@ -693,7 +693,7 @@ fn continuous_sequences_grow_in_a_cache() -> Result<()> {
     Ok(())
 }
 
-/// Numbers come within the step of their row, products within what that allows, on few rows and on many.
+/// Int8 weights are within the step of their row, and products within the resulting bound, on few and many rows.
 #[test]
 fn weights_in_eight_bits_are_close() -> Result<()> {
     let random = Philox::new(1, 0);

@@ -1,8 +1,8 @@
-//! Who owns what a CUDA graph reads and writes: graphs outlive the tensors and models that they were recorded with,
-//! tensors outlive graphs, and what goes wrong in a recording leaves the device as it was.
+//! Ownership of the memory that a CUDA graph reads and writes: graphs outlive the tensors and models that they were
+//! recorded with, tensors outlive graphs, and a failed recording leaves the device unchanged.
 //!
-//! Runs on the device that `XT_TEST_DEVICE` names, as `tests/cuda.rs`. On the emulated driver a block that is used after it
-//! was freed is an error; on a card the same mistake gives foreign values.
+//! Runs on the device that `XT_TEST_DEVICE` names, like `tests/cuda.rs`. On the emulated driver a use after free is an
+//! error; on a card the same mistake gives foreign values.
 
 #![cfg(feature = "cuda")]
 
@@ -64,7 +64,7 @@ impl Victims {
     }
 }
 
-/// Everything that the closure captured dies when the recording ends, and the graph reads it all the same.
+/// Everything that the closure captured is dropped when the recording ends, and the graph still reads it.
 #[test]
 fn captured_tensors_live_as_long_as_the_graph() -> Result<()> {
     let Some(gpu) = gpu("captured_tensors_live_as_long_as_the_graph") else { return Ok(()) };
@@ -93,7 +93,7 @@ fn captured_tensors_live_as_long_as_the_graph() -> Result<()> {
     })
 }
 
-/// A recorded graph has no gradient: a tracked input is refused and not cut off.
+/// A recorded graph has no gradient: a tracked input is an error, not silently detached.
 #[test]
 fn tracked_inputs_are_refused() -> Result<()> {
     let Some(gpu) = gpu("tracked_inputs_are_refused") else { return Ok(()) };
@@ -139,7 +139,7 @@ fn tensors_that_escape_belong_to_their_graph() -> Result<()> {
     })
 }
 
-/// Two graphs use one tensor that nobody else has, and are dropped in either order.
+/// Two graphs use one tensor that nobody else holds, and are dropped in either order.
 #[test]
 fn two_graphs_share_what_they_captured() -> Result<()> {
     let Some(gpu) = gpu("two_graphs_share_what_they_captured") else { return Ok(()) };
@@ -171,7 +171,7 @@ fn two_graphs_share_what_they_captured() -> Result<()> {
     Ok(())
 }
 
-/// The output is there as long as somebody has it, with the values of the last replay.
+/// The output lives as long as somebody holds it, with the values of the last replay.
 #[test]
 fn outputs_outlive_their_graph() -> Result<()> {
     let Some(gpu) = gpu("outputs_outlive_their_graph") else { return Ok(()) };
@@ -190,8 +190,8 @@ fn outputs_outlive_their_graph() -> Result<()> {
     })
 }
 
-/// The closure drops what it has used, trims the pool and changes its limit between the runs, by which blocks are rounded
-/// up or not; it returns a tensor that it has captured, and an empty one.
+/// The closure drops its tensors, trims the pool and changes its limit between the runs, which decides whether blocks
+/// are rounded up; it returns a tensor that it has captured, and an empty one.
 #[test]
 fn closures_may_free_memory() -> Result<()> {
     let Some(gpu) = gpu("closures_may_free_memory") else { return Ok(()) };
@@ -251,8 +251,8 @@ fn sampling() -> SamplingConfig {
     SamplingConfig { temperature: 2.0, ..SamplingConfig::default() }
 }
 
-/// The model dies before its recorded step does its work, with weights in eight bits that no map of parameters knows,
-/// and with a map that knows none.
+/// The model is dropped before its recorded step runs, with int8 weights that are in no map of parameters, and with an
+/// empty map.
 #[test]
 fn a_recorded_decode_outlives_its_model() -> Result<()> {
     let Some(gpu) = gpu("a_recorded_decode_outlives_its_model") else { return Ok(()) };
@@ -284,7 +284,7 @@ fn a_recorded_decode_outlives_its_model() -> Result<()> {
     Ok(())
 }
 
-/// A convolution over the last three positions, and a recurrence of its sums, each with a slot of its own.
+/// A convolution over the last three positions, and a recurrence of its sums, each with its own slot.
 #[derive(Debug)]
 struct Mixed {
     taps: Param,
@@ -309,8 +309,8 @@ impl Branch for Mixed {
     }
 }
 
-/// The rows of a custom branch are written where each sequence ends, step after step, by the one recording: the tokens
-/// are those of plain decoding, and so are the logits of a step after it that is not recorded.
+/// One recording writes the rows of a custom branch at the end of each sequence, step after step: the tokens are those
+/// of plain decoding, and so are the logits of a later step that is not recorded.
 #[test]
 fn a_recorded_decode_runs_custom_branches() -> Result<()> {
     let Some(gpu) = gpu("a_recorded_decode_runs_custom_branches") else { return Ok(()) };
@@ -367,7 +367,7 @@ fn a_recorded_decode_refuses_a_cache_with_a_clone() -> Result<()> {
     Ok(())
 }
 
-/// Class weights that die with the closure, a model that dies after the recording, and the optimizer's state.
+/// Class weights dropped with the closure, a model dropped after the recording, and the optimizer's state.
 #[test]
 fn a_recorded_step_outlives_its_model() -> Result<()> {
     let Some(gpu) = gpu("a_recorded_step_outlives_its_model") else { return Ok(()) };
@@ -406,7 +406,7 @@ fn a_recorded_step_outlives_its_model() -> Result<()> {
     })
 }
 
-/// An error or a panic in either run ends the recording: nothing is left of it, and the device goes on.
+/// An error or a panic in either run ends the recording without a trace, and the device keeps working.
 #[test]
 fn a_failed_recording_leaves_the_device_as_it_was() -> Result<()> {
     let Some(gpu) = gpu("a_failed_recording_leaves_the_device_as_it_was") else { return Ok(()) };
@@ -477,7 +477,8 @@ fn graphs_do_not_nest() -> Result<()> {
     Ok(())
 }
 
-/// A fault that a replay's kernel reports is told, also if the graph is gone by then; and the graph can be replayed.
+/// A fault reported by a replay's kernel is an error, even if the graph was dropped meanwhile; and the graph can be
+/// replayed.
 #[test]
 fn faults_of_a_replay_are_told() -> Result<()> {
     let Some(gpu) = gpu("faults_of_a_replay_are_told") else { return Ok(()) };
@@ -491,7 +492,7 @@ fn faults_of_a_replay_are_told() -> Result<()> {
     let mut graph = capture()?;
     assert!(graph.replay(&[tokens(-1)?])?.to_vec::<f32>().is_err());
     assert_eq!(graph.replay(&[tokens(2)?])?.to_vec::<f32>()?, [1.0; 6]);
-    // Inputs that are refused leave those of the graph as they were.
+    // Rejected inputs leave those of the graph unchanged.
     assert!(graph.replay(&[]).is_err());
     assert!(graph.replay(&[Tensor::ones([2], DType::F32, &gpu)?]).is_err());
     assert_eq!(graph.output().to_vec::<f32>()?, [1.0; 6]);
@@ -559,7 +560,7 @@ fn a_parameter_that_became_another_view_is_noticed() -> Result<()> {
     Ok(())
 }
 
-/// An optimizer that runs beside graphs of its parameters goes on in place: graphs hold memory and share no tensor.
+/// An optimizer used along with graphs of its parameters still updates in place: graphs hold memory, not tensors.
 #[test]
 fn parameters_are_updated_in_place_beside_graphs() -> Result<()> {
     let Some(gpu) = gpu("parameters_are_updated_in_place_beside_graphs") else { return Ok(()) };

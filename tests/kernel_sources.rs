@@ -1,4 +1,4 @@
-//! How `build.rs` reads the CUDA sources.
+//! Tests of the part of `build.rs` that reads the CUDA sources.
 
 #[allow(dead_code)]
 #[path = "../build.rs"]

@@ -1,16 +1,16 @@
-//! Every kernel, for every variant, compiled by the real NVRTC to machine code: without a warning, with the use of registers
-//! and memory that `kernels/resources.tsv` records, and without more spilled registers than it lists. CI compiles for two
-//! cards; one command does for all:
+//! Every kernel, in every variant, compiled by the real NVRTC to machine code: without a warning, with the registers
+//! and memory that `kernels/resources.tsv` records, and without more spilled registers than it lists. CI compiles for
+//! two cards; one command compiles for all:
 //!
 //!     XT_ARCHITECTURES=all XT_CUDA_LIBS=$(scripts/install-nvrtc) cargo test --release --test kernels_compile
 //!
-//! `XT_ARCHITECTURES=86,90a` chooses cards, `XT_KERNEL=attention` sources with this in their names. NVRTC needs no GPU; the
-//! PyPI package `nvidia-cuda-nvrtc` is enough, found through `XT_CUDA_LIBS` or a Python on `PATH`. Without it the test is
-//! skipped by name, unless `XT_REQUIRE_NVRTC=1`. With another version than the table's,
-//! `XT_CUDA_LIBS=$(scripts/install-nvrtc oldest)` for instance, registers are not compared.
+//! `XT_ARCHITECTURES=86,90a` selects cards, `XT_KERNEL=attention` sources whose names contain it. NVRTC needs no GPU;
+//! the PyPI package `nvidia-cuda-nvrtc` is enough, found through `XT_CUDA_LIBS` or a Python on `PATH`. Without it the
+//! test is skipped with a message, unless `XT_REQUIRE_NVRTC=1`. With another version than the table's, for instance
+//! `XT_CUDA_LIBS=$(scripts/install-nvrtc oldest)`, registers are not compared.
 //!
-//! `XT_BLESS=1` writes what was compiled into the table, but no spills that have risen: those are mended, or written into the
-//! table by hand by who thinks them right.
+//! `XT_BLESS=1` updates the table, except for spills that have risen: fix those, or edit the table by hand if they are
+//! right.
 
 #![cfg(feature = "cuda")]
 
@@ -56,11 +56,11 @@ fn signatures_of(source: &KernelSource) -> impl Iterator<Item = &'static Signatu
     SIGNATURES.iter().chain(LAB_SIGNATURES).filter(|signature| signature.file == source.name)
 }
 
-/// The registers and memory that one kernel of a variant takes on one card.
+/// Registers and memory of one kernel of a variant on one card.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 struct Resources {
     registers: u32,
-    /// Bytes of registers that did not fit, written and read.
+    /// Bytes of spilled registers, written and read.
     spills: u32,
     /// Bytes of shared memory that the source declares.
     shared: u32,
@@ -161,10 +161,10 @@ fn read(text: &str) -> Table {
         .collect()
 }
 
-/// How a compiled table differs from the recorded one.
+/// Differences between a compiled table and the recorded one.
 #[derive(Default, Debug, PartialEq)]
 struct Differences {
-    /// More spills than recorded, which nothing records by itself.
+    /// More spills than recorded; never recorded automatically.
     risen: Vec<String>,
     /// Everything else.
     changed: Vec<String>,
@@ -199,7 +199,7 @@ fn compiler(test: &str) -> Option<(i32, i32)> {
         .ok()
 }
 
-/// The kernels of `examples/own_kernel.rs`, by the compiler of a machine with a card, which the emulated one only resembles.
+/// Compiles the kernels of `examples/own_kernel.rs` with the real NVRTC, which the emulated one only resembles.
 #[test]
 fn kernels_of_the_example_compile() {
     if compiler("kernels_of_the_example_compile").is_none() {
@@ -237,7 +237,7 @@ fn kernels_compile_for_every_card_and_variant() {
     let text = fs::read_to_string(&path).expect("the table kernels/resources.tsv");
     let recorded = read(&text);
     let bless = std::env::var("XT_BLESS").as_deref() == Ok("1");
-    // Another compiler allots registers in another way.
+    // Another compiler allocates registers differently.
     if text.lines().next() != Some(&heading(version)) && !bless {
         return println!("{}", write(&compiled, version));
     }
@@ -291,7 +291,7 @@ fn resources_are_read_from_the_log() {
     assert_eq!(write(&read(&text), (13, 0)), text);
 }
 
-/// A number that rises is found on every card, one that falls and a new kernel too.
+/// A number that rises is detected on every card, and so are one that falls and a new kernel.
 #[test]
 fn spills_may_only_fall() {
     let heading = "# kernel and options\n";

@@ -1,4 +1,4 @@
-//! Memory that loading takes: the model, and of the file at most once; nothing for sizes that a file only claims.
+//! Memory used by loading: the model, and at most one copy of the file; nothing for sizes that a file only claims.
 
 use std::{
     alloc::{GlobalAlloc, Layout, System},
@@ -12,7 +12,7 @@ use std::{
 
 use x_transformers::{DType, Device, Result, io::TensorFile, pretrained::Pretrained};
 
-/// Counts what the process has allocated; what is mapped is the file.
+/// Counts the process's allocations; only the file is mapped.
 struct Counting;
 
 static LIVE: AtomicUsize = AtomicUsize::new(0);
@@ -37,7 +37,7 @@ unsafe impl GlobalAlloc for Counting {
 #[global_allocator]
 static COUNTING: Counting = Counting;
 
-/// The result of a call, and the bytes that it had allocated at its peak. One at a time: the counters are the process's.
+/// Returns the result of a call and its peak of allocated bytes. One at a time: the counters belong to the process.
 fn peak_of<R>(call: impl FnOnce() -> R) -> (R, usize) {
     static ONE: Mutex<()> = Mutex::new(());
     let _one = ONE.lock().unwrap();
@@ -47,7 +47,7 @@ fn peak_of<R>(call: impl FnOnce() -> R) -> (R, usize) {
     (result, PEAK.load(Relaxed) - before)
 }
 
-/// A folder that goes with the test.
+/// A folder that is removed at the end of the test.
 struct Folder(PathBuf);
 
 impl Folder {
@@ -196,7 +196,7 @@ fn loading_peaks_at_the_file_and_the_model() {
     }
 }
 
-/// Weights that a config claims and the file does not have are missed before memory is taken for them.
+/// Weights that a config claims and the file lacks are an error before memory is allocated for them.
 #[test]
 fn sizes_that_are_only_claimed_take_no_memory() {
     let folder = Folder::new("claims");

@@ -1,4 +1,4 @@
-//! Memory: what is copied, what is kept, what is given back, and how much a backward pass needs.
+//! Memory: copies, buffers kept and freed, and the needs of a backward pass.
 
 use std::{
     cell::Cell,
@@ -37,7 +37,7 @@ fn mebibyte() -> Tensor {
     Tensor::generate([512, 512], DType::F32, &CPU, |i| (i % 1000) as f64 / 1000.0).unwrap()
 }
 
-/// Bytes that a call has in use at its peak, above what is in use before.
+/// Returns the peak of bytes in use during a call, above those in use before.
 fn peak_of<R>(f: impl FnOnce() -> R) -> (R, usize) {
     let before = live();
     CPU.reset_peak_memory();
@@ -187,7 +187,7 @@ fn trim_gives_back_what_is_free_alone() -> Result<()> {
     Ok(())
 }
 
-/// What threads keep for products and attention is counted, is part of the limit, and goes back with the rest.
+/// Scratch memory that threads keep for products and attention is counted, limited and freed like the rest.
 #[test]
 fn working_memory_is_counted_and_given_back() -> Result<()> {
     let _alone = alone();
@@ -200,11 +200,11 @@ fn working_memory_is_counted_and_given_back() -> Result<()> {
         Ok(())
     };
     work()?;
-    // Sums of 256 rows for the products alone, on one thread at least.
+    // Sums of 256 rows for the products, on at least one thread.
     assert!(CPU.memory().scratch >= 256 * 5000 * 4, "{:?}", CPU.memory());
     CPU.trim();
     assert_eq!((CPU.memory().scratch, CPU.memory().cached), (0, 0));
-    // A thread takes its own along when it ends.
+    // A thread frees its own when it ends.
     let pool = rayon::ThreadPoolBuilder::new().num_threads(2).build().expect("a pool of threads");
     pool.install(work)?;
     assert!(CPU.memory().scratch >= 256 * 5000 * 4);
@@ -260,7 +260,7 @@ fn threads_share_the_pool() {
                     held.push((mark, Tensor::full([size], mark as f64, DType::I64, &CPU).unwrap()));
                     if held.len() > 16 {
                         let (mark, tensor) = held.swap_remove((state >> 50) as usize % 16);
-                        // A block that was handed out twice would hold another thread's mark.
+                        // A block that was allocated twice would hold another thread's mark.
                         assert!(tensor.to_vec::<i64>().unwrap().iter().all(|&value| value == mark));
                     }
                     if round % 100 == 0 {
@@ -320,7 +320,7 @@ fn activations_are_freed_while_backward_runs() -> Result<()> {
     assert!(live() - before >= 12 * MIB, "twelve activations are kept");
     let grads = tape.backward(&loss)?;
     assert!(near_loss.get() - before >= 12 * MIB);
-    // The gradient alone is left, and what the pass has in hand.
+    // Only the gradient is left, and the tensors that the pass is working on.
     assert!(near_leaf.get() - before <= 2 * MIB, "{} bytes in use near the leaf", near_leaf.get() - before);
     drop((grads, loss));
     assert_eq!(live(), before);
@@ -342,7 +342,7 @@ fn nothing_is_kept_without_a_tape() -> Result<()> {
     Ok(())
 }
 
-/// Sixteen activations in a row, in segments that are recomputed if asked.
+/// Sixteen activations in a row, in segments that are optionally recomputed.
 fn deep(x: &Tensor, segments: usize, recompute: bool) -> Result<Tensor> {
     let mut y = x.clone();
     for _ in 0..segments {

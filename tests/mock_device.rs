@@ -1,5 +1,5 @@
-//! A GPU backend outside of the library: host memory, three kernels and a matrix product. It shows that `device::Gpu` is all
-//! that a backend has to implement, and what ops say where it lacks a kernel.
+//! A GPU backend outside the library: host memory, three kernels and a matrix product. It shows that a backend only has
+//! to implement `device::Gpu`, and the errors of ops whose kernel it lacks.
 
 use std::{
     collections::BTreeMap,
@@ -24,7 +24,7 @@ struct Blocks {
 }
 
 impl Blocks {
-    /// This many bytes from an address on.
+    /// Returns the `bytes` bytes from an address on.
     fn at(&mut self, address: Address, bytes: usize) -> Result<&mut [u8]> {
         if bytes == 0 {
             return Ok(&mut []);
@@ -261,7 +261,7 @@ fn memory_comes_and_goes() -> Result<()> {
     device.synchronize()
 }
 
-/// An op whose kernel is missing says which, and so does everything else that a small backend leaves out.
+/// An op whose kernel is missing says which, and so does everything else that a small backend lacks.
 #[test]
 fn what_is_missing_is_named() -> Result<()> {
     let (device, _, _alone) = mock();
@@ -278,7 +278,7 @@ fn what_is_missing_is_named() -> Result<()> {
     refused(Tensor::ones([2], DType::F64, &device), "there is no kernel `fill_value`");
     let half = Tensor::zeros([2, 2], DType::BF16, &device)?;
     refused(half.matmul(&half), "there is no product of bf16");
-    // A failed op has left nothing behind.
+    // A failed op leaks nothing.
     drop((x, half));
     assert_eq!(device.memory().live, 0);
 

@@ -1,5 +1,5 @@
-//! Every case below `tests/parity` (and `XT_PARITY_DIR`): outputs and gradients of PyTorch x-transformers 0.22.0. And below
-//! `tests/parity_today` of today's x-transformers and of Hugging Face transformers, for options that 0.22 lacks.
+//! Every case below `tests/parity` (and `XT_PARITY_DIR`): outputs and gradients of PyTorch x-transformers 0.22.0. Cases
+//! below `tests/parity_today` are from today's x-transformers and Hugging Face transformers, for options not in 0.22.
 //!
 //! The README there describes the files. `XT_CASE=part of a name` runs a part, `XT_TEST_DEVICE` says where.
 
@@ -34,7 +34,7 @@ const BEYOND_F16: [&str; 1] = ["rmsnorm_clamp"];
 
 fn compare(folder: &Path, dtype: DType, options: &RunOptions) -> Result<Comparison> {
     let mut case = Case::read(folder)?;
-    // What a bias of keys adds to the scores is the same for all keys: its gradient is zero but for rounding.
+    // A bias of keys adds the same to the scores of all keys: its gradient is zero up to rounding.
     let noise = |name: &String| name.starts_with("grad.") && name.ends_with("to_k.bias");
     case.expected.retain(|name, _| !noise(name));
     let mut actual = case.run(dtype, &device(), options)?;
@@ -42,10 +42,10 @@ fn compare(folder: &Path, dtype: DType, options: &RunOptions) -> Result<Comparis
     case.compare(&actual, &Bounds::of(dtype))
 }
 
-/// No config is refused, nothing is missing, nothing is off.
+/// Every config is accepted, and nothing is missing or off.
 fn expect_all(dtype: DType, options: RunOptions) {
     let mut failures = Vec::new();
-    // Two tokens may be equally likely but for rounding, which is another one in the products of a card.
+    // Two tokens may be equally likely up to rounding, which differs in the products of a card.
     let is_card = device() != Device::Cpu && std::env::var_os("XT_EMULATOR").is_none();
     let chooses_by_rounding = is_card && matches!(dtype, DType::BF16 | DType::F16);
     for folder in folders() {
@@ -68,7 +68,7 @@ fn expect_all(dtype: DType, options: RunOptions) {
     assert!(failures.is_empty(), "{} cases failed:\n{}", failures.len(), failures.join("\n"));
 }
 
-/// None is lost in silence.
+/// No case is silently lost.
 #[test]
 fn parity_cases_are_all_there() {
     if std::env::var_os("XT_CASE").is_none() && std::env::var_os("XT_PARITY_DIR").is_none() {
@@ -96,7 +96,7 @@ fn parity_f16() {
     expect_all(DType::F16, RunOptions::default());
 }
 
-/// Attention from the matrix of scores wherever the fused op would do.
+/// The same with attention computed from the matrix of scores wherever the fused op would apply.
 #[test]
 fn parity_f64_explicit() {
     expect_all(DType::F64, RunOptions { explicit_attention: true, ..RunOptions::default() });

@@ -126,7 +126,7 @@ fn operations_are_those_of_products() -> Result<()> {
     };
     // Per layer four projections to or from twice the width, and two of four times the width.
     let layers = 2.0 * 64.0 * (2.0 * (4.0 * 32.0 * 64.0 + 8.0 * 32.0 * 32.0));
-    // Logits, whose gradients are made where they are.
+    // Logits, whose gradients are computed in place.
     let logits = 2.0 * 64.0 * 32.0 * 64.0;
     assert_eq!((linears(Phase::Forward), linears(Phase::Backward)), (layers + 3.0 * logits, 2.0 * layers));
     // Scores and sums of two layers, two sequences, two heads, and the pairs that causality keeps.
@@ -136,7 +136,7 @@ fn operations_are_those_of_products() -> Result<()> {
     Ok(())
 }
 
-/// A segment that runs again counts as what it is.
+/// A segment that runs again is counted by its ops.
 #[test]
 fn a_checkpointed_segment_runs_forward_twice() -> Result<()> {
     let device = device();

@@ -1,7 +1,7 @@
-//! Files of other programs: what `tests/files/make.py` wrote with PyTorch, safetensors and gguf, whole and damaged.
+//! Files of other programs, which `tests/files/make.py` wrote with PyTorch, safetensors and gguf, whole and damaged.
 //!
-//! Damage is drawn from a seed. `XT_MUTATION_SECONDS` says for how long each reader is given damaged files, and
-//! `XT_MUTATION_SEED` where to begin; a failure names the seed of its file.
+//! Damage is drawn from a seed. `XT_MUTATION_SECONDS` sets how long each reader gets damaged files, and
+//! `XT_MUTATION_SEED` the first seed; a failure names the seed of its file.
 
 use std::{
     alloc::{GlobalAlloc, Layout, System},
@@ -17,7 +17,7 @@ use x_transformers::{
     io::{Format, Metadata, Stored, TensorFile, read_safetensors},
 };
 
-/// Counts what this thread has allocated.
+/// Counts the allocations of this thread.
 struct Counting;
 
 thread_local! {
@@ -63,12 +63,12 @@ fn floats(tensor: &Tensor) -> Vec<f64> {
     tensor.to_f64_vec().unwrap()
 }
 
-/// What `make.py` calls `ramp`.
+/// The function `ramp` of `make.py`.
 fn ramp(i: usize) -> f64 {
     i as f64 / 4.0 - 3.0
 }
 
-/// Checks everything that `tensors()` of `make.py` makes.
+/// Checks everything that `tensors()` of `make.py` creates.
 fn check_all(tensors: &BTreeMap<String, Tensor>) {
     let names = [
         "bfloat",
@@ -125,7 +125,7 @@ fn pytorch_files_are_read() -> Result<()> {
     Ok(())
 }
 
-/// The tensors that `weights()` of `make_beside.py` makes, below a place.
+/// Checks the tensors that `weights()` of `make_beside.py` creates, below a prefix.
 fn check_weights(file: &TensorFile, place: &str) -> Result<()> {
     let ramp: Vec<f64> = (0..12).map(|i| f64::from(i) / 4.0 - 1.0).collect();
     let turned: Vec<f64> = (0..12).map(|i| ramp[i % 3 * 4 + i / 3]).collect();
@@ -273,7 +273,7 @@ fn gguf_files_are_read_as_their_own_package_reads_them() -> Result<()> {
     Ok(())
 }
 
-/// Every cut of every file is refused.
+/// Every truncation of every file is an error.
 #[test]
 fn truncated_files_are_refused() {
     for name in ["archive.pt", "legacy.pt", "part-2.safetensors", "quantised.gguf"] {
@@ -288,7 +288,7 @@ fn truncated_files_are_refused() {
 
 fn read(bytes: &[u8]) -> std::result::Result<usize, String> {
     let file = TensorFile::from_bytes(bytes).map_err(|error| error.to_string())?;
-    // One after the other: what counts is that each is bounded, together they are by the size of the file.
+    // One after the other: each is bounded, and together they are bounded by the size of the file.
     file.names().try_fold(0, |sum, name| Ok(sum + file.tensor(name).map_err(|error| error.to_string())?.numel()))
 }
 
@@ -343,7 +343,7 @@ fn pickles_execute_nothing_and_say_what_they_were_asked_for() {
     assert!(read(&legacy(&long)).unwrap_err().contains("too many"));
 }
 
-/// A small pickle that makes as many values as it may takes memory within the bound that docs/src/pretrained.md names.
+/// A small pickle with the maximum number of values uses memory within the bound that docs/src/pretrained.md states.
 #[test]
 fn pickles_of_many_values_are_bounded() {
     const MOST: isize = 400 << 20;
@@ -458,7 +458,7 @@ fn an_index_is_held_to_its_word() -> Result<()> {
     assert_eq!(open(&index.replacen("part-2", "part-1", 1)), Ok(14));
     assert_eq!(open(&index.replace("part-2", "./part-2")), Ok(14));
     assert_eq!(open(&index.replacen("\"bool\": \"part", "\"bool\": \"./part", 1)).map_err(drop), Ok(14));
-    // One that is nowhere is missing where it is asked for.
+    // One that is nowhere is missing where it is requested.
     assert_eq!(open(&index.replace("\"bool\"", "\"bowl\"")), Ok(14));
     let whole = TensorFile::open(&folder)?;
     assert_eq!(whole.unreadable().map(|(name, _)| name).collect::<Vec<_>>(), ["bowl"]);
@@ -544,9 +544,9 @@ fn setting(name: &str, default: u64) -> u64 {
     std::env::var(name).ok().and_then(|text| text.parse().ok()).unwrap_or(default)
 }
 
-/// Whatever happens to a file, reading it is an answer within bounds: tensors, or an error with a message.
+/// Reading any damaged file returns tensors or an error with a message, within bounds.
 fn mutate(names: &[&str]) {
-    /// Bytes that may be live at once while files of a few thousand bytes are read.
+    /// Maximum number of live bytes while reading files of a few thousand bytes.
     const MOST: isize = 4 << 20;
     let files: Vec<Vec<u8>> = names.iter().map(|name| bytes(name)).collect();
     let length = Duration::from_secs(setting("XT_MUTATION_SECONDS", 3));

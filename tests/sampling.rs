@@ -56,13 +56,13 @@ fn rows(logits: &Tensor) -> Result<Vec<Vec<f64>>> {
     Ok(logits.to_f64_vec()?.chunks(width).map(<[f64]>::to_vec).collect())
 }
 
-/// A GPU tells of broken logits at the next read-back, whoever reads: one test after the other.
+/// A GPU reports broken logits at the next read-back of any thread: tests run one after the other.
 fn alone() -> MutexGuard<'static, ()> {
     static ALONE: Mutex<()> = Mutex::new(());
     ALONE.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// Where the draw falls among the shares of the reference, up to what rounding moves them by.
+/// The chosen token is the one in whose share of the reference the draw falls, up to rounding.
 #[test]
 fn sampling_chooses_as_the_reference_does() -> Result<()> {
     let _alone = alone();
@@ -87,7 +87,7 @@ fn sampling_chooses_as_the_reference_does() -> Result<()> {
     Ok(())
 }
 
-/// Shares of many draws come close to the distribution, and what has no share is never drawn.
+/// Frequencies of many draws come close to the distribution, and tokens of probability zero are never drawn.
 #[test]
 fn sampling_has_the_distribution_of_the_reference() -> Result<()> {
     let _alone = alone();
@@ -106,7 +106,7 @@ fn sampling_has_the_distribution_of_the_reference() -> Result<()> {
     Ok(())
 }
 
-/// What the tests above say of the CPU is so on the others, in rows of any length.
+/// The properties that the tests above check on the CPU hold on other devices, in rows of any length.
 #[test]
 fn sampling_is_the_same_on_every_device() -> Result<()> {
     let _alone = alone();
@@ -170,7 +170,7 @@ fn sampling_refuses_what_it_cannot_draw_from() -> Result<()> {
     let none = Tensor::full([2, 3], f64::NEG_INFINITY, DType::F32, device())?;
     let tokens = sample_tokens(&none, &with(FilterLogits::None), 0, &zero).and_then(|tokens| tokens.to_vec::<i64>());
     assert!(tokens.is_err());
-    // What was refused is told once.
+    // The error is reported once.
     assert_eq!(sample_tokens(&good, &with(FilterLogits::None), 0, &zero)?.to_vec::<i64>()?.len(), 2);
 
     let spec = SampleSpec { filter: SampleFilter::All, temperature: 1.0, seed: 0 };

@@ -1,4 +1,5 @@
-//! Several threads: gradients that would be lost are errors, nothing deadlocks, and results have the bits of one thread.
+//! Several threads: gradients that would be lost are errors, nothing deadlocks, and results are bit-identical to those
+//! of one thread.
 
 mod common;
 
@@ -25,7 +26,7 @@ use x_transformers::{
     train::{AdamW, AdamWOptions},
 };
 
-/// Which public types are `Send` and `Sync`: the table of the book's page on embedding, checked by the compiler.
+/// Table of the public types that are `Send` and `Sync`, from the book's page on embedding, checked by the compiler.
 mod table {
     use std::collections::BTreeMap;
 
@@ -129,7 +130,7 @@ fn elsewhere<R: Send>(f: impl FnOnce() -> R + Send) -> R {
     thread::scope(|scope| scope.spawn(f).join().unwrap())
 }
 
-/// Fails if `f` takes minutes; a test that hangs tells nobody why.
+/// Fails if `f` takes minutes, because a test that hangs does not say why.
 fn in_time<R: Send + 'static>(f: impl FnOnce() -> R + Send + 'static) -> R {
     let (done, wait) = mpsc::channel();
     let thread = thread::spawn(move || done.send(f()));
@@ -189,7 +190,7 @@ fn matrix() -> Tensor {
     Tensor::from_slice(&[1.0, 2.0, 3.0, 4.0], [2, 2], device()).unwrap()
 }
 
-/// A node of a tape is an error wherever its tape is not, whether the tape still lives or not.
+/// A node of a tape is an error on any other thread, even after its tape is dropped.
 #[test]
 fn a_node_on_another_thread_is_refused() -> Result<()> {
     let x = matrix().requires_grad()?;
@@ -263,13 +264,13 @@ fn what_another_thread_makes_of_a_leaf_is_refused_by_the_tape() -> Result<()> {
     assert_eq!(by(tape.backward(&chain).map(|_| x.clone())), ("backward", "square"));
     let message = x.add(&squared).unwrap_err().to_string();
     assert!(message.starts_with("add: ") && message.contains("`square`") && message.contains(".detach()"), "{message}");
-    // What is meant as a value says so.
+    // Explicitly detached tensors are values.
     let loss = x.mul(&squared.detach())?.sum(&[])?;
     assert_eq!(gradient(&tape.backward_with(&loss, &Tensor::scalar(1.0, device())?)?, &x), [1.0, 4.0]);
     Ok(())
 }
 
-/// What a thread computes before its tape is a constant to the tape, on one thread as on many.
+/// Results that a thread computes before its tape are constants to the tape, on one thread as on many.
 #[test]
 fn results_from_before_the_tape_are_constants() -> Result<()> {
     let x = leaf(&[3.0]);
@@ -300,7 +301,7 @@ fn tape_of<R>(f: impl FnOnce() -> R) -> Result<R> {
     Ok(f())
 }
 
-/// What has no gradient carries no history: tokens that one thread samples are data for another.
+/// Results without a gradient carry no history: tokens that one thread samples are data for another.
 #[test]
 fn integers_and_cotangents_are_free() -> Result<()> {
     let x = leaf(&[1.0, 5.0, 2.0]);
@@ -313,7 +314,7 @@ fn integers_and_cotangents_are_free() -> Result<()> {
     Ok(())
 }
 
-/// Tapes on two threads, and tensors that go to and fro.
+/// Tapes on two threads, and tensors that go back and forth.
 #[test]
 fn tapes_on_two_threads_do_not_mix() -> Result<()> {
     let weight = Param::new(vector(&[2.0, 3.0]))?;
@@ -417,7 +418,7 @@ fn rayon_gives_the_whole_gradient_or_an_error() -> Result<()> {
 
 // Waiting.
 
-/// Runs `f` on a thread of a pool that answers requests from outside meanwhile, as fast as they come.
+/// Runs `f` on a thread of a pool that also answers requests from outside, as fast as they come.
 fn beside_requests(request: impl Fn() + Send + Sync + 'static, f: impl FnOnce() + Send) {
     let pool = rayon::ThreadPoolBuilder::new().num_threads(2).build().unwrap();
     let (request, done) = (Arc::new(request), AtomicBool::new(false));
@@ -443,7 +444,7 @@ fn beside_requests(request: impl Fn() + Send + Sync + 'static, f: impl FnOnce() 
     });
 }
 
-/// A thread of the pool that waits inside of an op runs no job of others: they would be recorded on its tape.
+/// A thread of the pool that waits inside an op runs no other jobs, which would be recorded on its tape.
 #[test]
 fn other_jobs_stay_off_the_tape_of_a_pool_thread() {
     let x = Tensor::ones([300_000], DType::F32, device()).unwrap();
@@ -586,7 +587,7 @@ fn infer(round: u64, model: &AutoregressiveWrapper) -> Result<(Vec<f64>, Vec<i64
     Ok((logits, new))
 }
 
-/// Threads answer with one model, and others load files, while two train: each has the bits that it has alone.
+/// Threads answer with one model, and others load files, while two train: each gets the same bits as on its own.
 #[test]
 fn threads_infer_load_and_train_with_the_bits_of_one() -> Result<()> {
     const ROUNDS: u64 = 3;

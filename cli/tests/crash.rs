@@ -1,8 +1,8 @@
-//! Every call that changes a file or brings it to the disk goes wrong once: the process dies there, the disk is full or
-//! failing, a signal interrupts the call, a write is short. Whatever it is, the last whole checkpoint loads, and the
-//! run that is resumed ends with the very same files as one that was never interrupted.
+//! Every call that changes or syncs a file fails once: the process dies there, the disk is full or failing, a signal
+//! interrupts the call, a write is short. In each case the last complete checkpoint loads, and the resumed run ends
+//! with the very same files as one that was never interrupted.
 //!
-//! Kills are tried at every call. Of the others `cargo test` takes a part, `XT_EXHAUSTIVE=1` all.
+//! Kills are tried at every call. Of the other failures `cargo test` tries some, `XT_EXHAUSTIVE=1` all.
 #![cfg(target_os = "linux")]
 
 mod command;
@@ -52,7 +52,7 @@ impl Runs {
         ["train", "--resume", out, "--text", &self.text, "--device", "cpu"].map(String::from).to_vec()
     }
 
-    /// Resumes, or begins again what had not saved.
+    /// Resumes the run, or restarts it if it had not saved.
     fn go_on(&self, root: &Path) {
         let out = root.to_str().expect("UTF-8");
         let output = output(&mut xt(&self.resume(out), root));
@@ -65,7 +65,7 @@ impl Runs {
         succeeds(&mut xt(&self.train(out, &[]), root));
     }
 
-    /// The files of a run that nothing interrupts.
+    /// The files of an uninterrupted run.
     fn whole(&self, more: &[&str]) -> Files {
         let root = self.folder.path().join("whole");
         let _ = fs::remove_dir_all(&root);
@@ -113,7 +113,7 @@ fn a_run_from_its_beginning() {
     .try_all();
 }
 
-/// The old run is whole until the new one saves, then the new one is: never files of both.
+/// The old run is complete until the new one saves, then the new one is: never a mix of files.
 #[test]
 fn a_run_that_replaces_another() {
     if interposer().is_none() {
@@ -134,8 +134,8 @@ fn a_run_that_replaces_another() {
     .try_all();
 }
 
-/// Resuming is interrupted itself: a run that was killed while its first and while its last checkpoint moved into
-/// place, before its picture was drawn, and one that was killed between the parts of its replacement.
+/// Resuming is interrupted too: a run killed while its first and while its last checkpoint moved into place, before its
+/// plot was drawn, and one killed in the middle of its replacement.
 #[test]
 fn runs_that_are_resumed() {
     if interposer().is_none() {
@@ -159,7 +159,7 @@ fn runs_that_are_resumed() {
     }
 }
 
-/// Some network and user-space file systems cannot bring folders to the disk, others have no locks.
+/// Some network and user-space file systems cannot sync folders, others have no locks.
 #[test]
 fn file_systems_that_know_less() {
     if interposer().is_none() {
@@ -232,7 +232,7 @@ fn outputs_of_a_model() {
     }
 }
 
-/// A log that cannot be written any more, because its disk is full or the terminal is gone, ends nothing.
+/// A log that cannot be written any more, because its disk is full or the terminal is gone, does not stop the run.
 #[test]
 fn a_log_that_cannot_be_written() {
     if interposer().is_none() {
@@ -274,7 +274,7 @@ fn a_log_that_cannot_be_written() {
     }
 }
 
-/// `strace` sees the calls that the interposer counts, and no other one that changes files.
+/// `strace` sees the calls that the interposer counts, and no others that change files.
 #[test]
 fn no_call_is_missed() {
     if !exhaustive() || interposer().is_none() {

@@ -1,6 +1,6 @@
-//! The commands on a GPU, or on the emulated driver (`scripts/emulated`): what they do on the CPU, with its numbers.
+//! The commands on a GPU, or on the emulated driver (`scripts/emulated`), with the same results as on the CPU.
 //!
-//! `XT_TEST_DEVICE` names the device; without it the tests are skipped by name.
+//! `XT_TEST_DEVICE` names the device; without it the tests are skipped with a message.
 
 #![cfg(feature = "cuda")]
 
@@ -19,7 +19,7 @@ fn device(test: &str) -> Option<String> {
     device
 }
 
-/// The losses of a run.
+/// Returns the losses of a run.
 fn losses(run: &str) -> Vec<f64> {
     let table = fs::read_to_string(Path::new(run).join("metrics.csv")).expect("metrics.csv");
     table.lines().skip(1).map(|row| row.split(',').nth(2).expect("a loss").parse().expect("a number")).collect()
@@ -138,7 +138,7 @@ fn kernels_are_compiled_once() {
     assert!(compile().contains("sm_80: 0 compiled, 4 were there already"));
 }
 
-/// What needs no GPU.
+/// Errors that need no GPU.
 #[test]
 fn kernels_that_cannot_be_compiled() {
     assert!(refuses(&["kernels", "--arch", "sm_60"]).contains("at least sm_75"));

@@ -1,5 +1,5 @@
-//! Any bytes that look like a model of SentencePiece give a tokenizer or an error that names the file. Begin from the files in
-//! tokenizers/tests.
+//! Any bytes that look like a SentencePiece model give a tokenizer or an error that names the file. Begin from the
+//! files in tokenizers/tests.
 
 #![no_main]
 

@@ -4,11 +4,11 @@
 // Shapes: y, x [rows, columns], packed. T: f32, bf16; statistics in f32.
 // Variants: DTYPE=f32,bf16
 //
-//   thread: a row a thread, three readings, none of them coalesced.
-//   block:  a row a block of 256 threads, sums as a tree in shared memory.
-//   warp:   a row a warp, sums by shuffles, an element a load; the row is read three times from the caches.
+//   thread: one row per thread, read three times, never coalesced.
+//   block:  one row per block of 256 threads, sums as a tree in shared memory.
+//   warp:   one row per warp, sums by shuffles, one element per load; the row is read three times from the caches.
 //
-// The shipped kernel reads packets of 128 bits, and rows that are long by a whole block.
+// The shipped kernel reads packets of 128 bits, and long rows with a whole block.
 
 #include "common.cuh"
 

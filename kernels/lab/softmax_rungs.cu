@@ -3,11 +3,11 @@
 // Shapes: y, x [rows, columns], packed. T: f32, bf16; statistics in f32.
 // Variants: DTYPE=f32,bf16
 //
-//   thread: a row a thread, three readings. Neighbouring threads read addresses a row apart, so that each load of a
+//   thread: one row per thread, read three times. Neighbouring threads read addresses a row apart, so each load of a
 //           warp touches 32 sectors and uses 4 of their 32 bytes.
-//   block:  a row a block of 256 threads, reductions as a tree in shared memory: loads are coalesced, but a row waits
-//           for eight barriers twice, and most threads of the last steps are idle.
-//   warp:   a row a warp, reductions by shuffles: no barrier and no shared memory, but an element a load.
+//   block:  one row per block of 256 threads, reductions as a tree in shared memory: loads are coalesced, but a row
+//           waits for eight barriers twice, and most threads of the last steps are idle.
+//   warp:   one row per warp, reductions by shuffles: no barrier and no shared memory, but one element per load.
 //
 // The shipped kernel adds packets of 128 bits and finds maximum and sum in one reading.
 

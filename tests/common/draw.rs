@@ -15,13 +15,13 @@ use x_transformers::{
 pub const CPU: Device = Device::Cpu;
 pub const VOCABULARY: usize = 11;
 
-/// Options of layers, each taken or left; those that do not go together are sorted out by the plan.
+/// Options of layers, each drawn or not; the plan rejects incompatible ones.
 pub static OPTIONS: LazyLock<Vec<String>> = LazyLock::new(|| {
     let activation = |activation: &Activation| Some(format!(r#"{{"ff_{}": true}}"#, activation.option()?));
     LISTED.iter().map(ToString::to_string).chain(Activation::ALL.iter().filter_map(activation)).collect()
 });
 
-/// Those that no table has.
+/// Options that are in none of the tables.
 const LISTED: &[&str] = &[
     r#"{"use_scalenorm": true}"#,
     r#"{"use_rmsnorm": true}"#,
@@ -117,7 +117,7 @@ impl Draw {
         Config::from_value(self.value.clone()).and_then(|config| config.layers()).is_ok()
     }
 
-    /// How many sublayers of this kind there are.
+    /// Returns the number of sublayers of this kind.
     pub fn count(&self, kind: LayerType) -> usize {
         let stacks = Config::from_value(self.value.clone()).and_then(|config| config.layers()).unwrap();
         stacks[0].1.layers.iter().filter(|layer| layer.branch.layer_type() == Some(kind)).count()
@@ -133,7 +133,7 @@ impl Draw {
         draw
     }
 
-    /// Whether an option of this draw has something to act on among the others, as documented.
+    /// Returns `true` if an option of this draw has an effect with the others, as documented.
     pub fn acts(&self, option: &Map<String, Value>) -> bool {
         let is = |key: &str| option.contains_key(key);
         let norms = ["use_scalenorm", "use_rmsnorm", "sandwich_norm", "pre_norm"];
@@ -143,7 +143,7 @@ impl Draw {
             self.given("use_rmsnorm") && is("use_scalenorm"),
             is("residual_attn") && self.count(LayerType::SelfAttention) < 2,
             is("cross_residual_attn") && self.count(LayerType::CrossAttention) < 2,
-            // Three ways to say the order.
+            // Three ways to state the order.
             is("only_cross") && self.given("custom_layers"),
             is("sandwich_coef") && (self.given("par_ratio") || self.given("custom_layers")),
             is("par_ratio") && (self.given("sandwich_coef") || self.given("custom_layers")),
@@ -162,7 +162,7 @@ pub fn option(pick: usize) -> Map<String, Value> {
     serde_json::from_str(&OPTIONS[pick]).unwrap()
 }
 
-/// The later of contradicting options counts.
+/// The last of conflicting options wins.
 fn with_options(mut layers: Map<String, Value>, picks: &[usize]) -> Value {
     layers.insert("attn_dim_head".to_string(), json!(5));
     picks.iter().for_each(|&pick| layers.extend(option(pick)));

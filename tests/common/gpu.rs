@@ -1,4 +1,4 @@
-//! The GPU of tests that need one, and the functions that the emulated driver exports beside those of CUDA.
+//! The GPU for tests that need one, and the functions that the emulated driver exports besides CUDA's.
 
 #![allow(dead_code)]
 
@@ -11,8 +11,7 @@ use std::{
 
 use x_transformers::Device;
 
-/// The GPU to test. Its counters, its memory and what its kernels report are those of the process, so that one test at a
-/// time has it.
+/// The GPU under test. Its counters, memory and kernel reports are per process, so only one test uses it at a time.
 pub struct Gpu {
     device: Device,
     _alone: MutexGuard<'static, ()>,
@@ -32,7 +31,7 @@ impl Drop for Gpu {
     }
 }
 
-/// The GPU that `XT_TEST_DEVICE` names, or a note that there is none.
+/// Returns the GPU that `XT_TEST_DEVICE` names; prints a note if there is none.
 pub fn gpu(test: &str) -> Option<Gpu> {
     static ALONE: Mutex<()> = Mutex::new(());
     match std::env::var("XT_TEST_DEVICE") {
@@ -44,7 +43,7 @@ pub fn gpu(test: &str) -> Option<Gpu> {
     }
 }
 
-/// The emulated GPU, or a note that there is none: only that fails on demand.
+/// Returns the emulated GPU, the only one that fails on demand; prints a note if there is none.
 pub fn emulated(test: &str) -> Option<Gpu> {
     if is_emulated() { gpu(test) } else { skip(test, "only the emulated driver fails on demand") }
 }
@@ -59,7 +58,7 @@ fn skip<T>(test: &str, why: &str) -> Option<T> {
     None
 }
 
-/// A function that the emulated driver exports beside those of CUDA.
+/// Returns a function that the emulated driver exports besides CUDA's.
 fn exported<F: Copy>(name: &str) -> F {
     // SAFETY: the library is open already; the caller names the function's type.
     unsafe {
@@ -70,7 +69,7 @@ fn exported<F: Copy>(name: &str) -> F {
     }
 }
 
-/// Makes the `n`-th call of a kind from now on fail; 0 makes none fail.
+/// Makes the `n`-th call of a kind from now on fail; 0 disables failures.
 pub fn fail(kind: &str, n: u64) {
     let arrange: unsafe extern "C" fn(*const c_char, u64) -> i32 = exported("xt_emulator_fail");
     let kind = CString::new(kind).expect("a name");
@@ -78,7 +77,7 @@ pub fn fail(kind: &str, n: u64) {
     assert_eq!(unsafe { arrange(kind.as_ptr(), n) }, 1);
 }
 
-/// Number of calls of a kind so far.
+/// Returns the number of calls of a kind so far.
 pub fn count(kind: &str) -> u64 {
     let get: unsafe extern "C" fn(*const c_char) -> u64 = exported("xt_emulator_count");
     let kind = CString::new(kind).expect("a name");
@@ -86,7 +85,7 @@ pub fn count(kind: &str) -> u64 {
     unsafe { get(kind.as_ptr()) }
 }
 
-/// Number of things of a kind that were made and not destroyed: `graph`, `stream`, `module`, …
+/// Returns the number of live objects of a kind: `graph`, `stream`, `module`, …
 pub fn alive(thing: &str) -> i64 {
     let get: unsafe extern "C" fn(*const c_char) -> i64 = exported("xt_emulator_alive");
     let thing = CString::new(thing).expect("a name");
@@ -94,14 +93,14 @@ pub fn alive(thing: &str) -> i64 {
     unsafe { get(thing.as_ptr()) }
 }
 
-/// Bytes of device memory that were not given back.
+/// Returns the bytes of device memory that were not freed.
 pub fn live_bytes() -> u64 {
     let get: unsafe extern "C" fn() -> u64 = exported("xt_emulator_live_bytes");
     // SAFETY: it has no conditions.
     unsafe { get() }
 }
 
-/// Makes a context usable again that a kernel has cost.
+/// Restores a context that a kernel fault has lost.
 pub fn clear() {
     let clear: unsafe extern "C" fn() = exported("xt_emulator_clear");
     // SAFETY: it has no conditions.

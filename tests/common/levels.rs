@@ -1,11 +1,11 @@
-//! A test run once more for every set of vector instructions.
+//! Reruns of a test with every set of vector instructions.
 
 use std::process::Command;
 
 use x_transformers::device::Level;
 
-/// Runs a test of a module of this program in processes of its own, one for each level; of those beyond the processor's own
-/// each must fall back to it. The module is `module_path!()`.
+/// Runs a test of a module of this program in one process per level; levels that the processor lacks must fall back to
+/// its own. The module is `module_path!()`.
 pub fn at_every_level(module: &str, test: &str) {
     let test = &super::common::name_of(module, test);
     let program = std::env::current_exe().expect("the path of this test");

@@ -1,4 +1,4 @@
-//! What several test suites share.
+//! Helpers shared by several test suites.
 
 use std::sync::OnceLock;
 
@@ -15,7 +15,7 @@ pub fn device() -> &'static Device {
     })
 }
 
-/// The name by which the harness knows a test of a module (`module_path!()`): without that of the program.
+/// Returns the harness's name of a test in a module (`module_path!()`), without the name of the program.
 #[allow(dead_code, reason = "not every suite runs its own tests")]
 pub fn name_of(module: &str, test: &str) -> String {
     module.split_once("::").map_or_else(|| test.to_string(), |(_, inner)| format!("{inner}::{test}"))

@@ -1,4 +1,4 @@
-//! Pretrained models compared with what transformers computes.
+//! Pretrained models compared with transformers.
 
 use std::{
     collections::BTreeMap,

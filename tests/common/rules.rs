@@ -43,7 +43,7 @@ impl Backward for SquareBackward {
     }
 }
 
-/// `a + b`, whose backward hands one and the same gradient tensor to both inputs.
+/// `a + b`, whose backward returns the same gradient tensor for both inputs.
 pub fn sum_of(a: &Tensor, b: &Tensor) -> Result<Tensor> {
     let sums: Vec<f64> = a.to_f64_vec()?.iter().zip(b.to_f64_vec()?).map(|(a, b)| a + b).collect();
     let sums = Tensor::from_slice(&sums, *a.shape(), device())?.to_dtype(a.dtype())?;

@@ -29,7 +29,7 @@ impl Array {
         Self { shape: shape.to_vec(), data }
     }
 
-    /// The element at an index that broadcasts: aligned at the last dimension, size-1 dimensions repeat.
+    /// Returns the element at a broadcast index: aligned at the last dimension, size-1 dimensions repeat.
     pub fn at(&self, index: &[usize]) -> f64 {
         let skip = index.len() - self.shape.len();
         let mut position = 0;
@@ -126,11 +126,11 @@ pub struct Case {
     pub inputs: Vec<Input>,
     pub run: Run,
     pub reference: Reference,
-    /// Multiplies the default tolerance; anything but 1 needs its reason beside it.
+    /// Factor on the default tolerance; anything but 1 needs a comment with the reason.
     pub tolerance: f64,
     /// Relative step of the differences that gradients are checked by.
     pub step: f64,
-    /// Whether inputs whose rows or columns are all the same have a defined result.
+    /// If `true`, inputs whose rows or columns are all equal have a defined result.
     pub repeats: bool,
 }
 
@@ -164,7 +164,7 @@ impl Case {
         self
     }
 
-    /// Leaves out inputs that repeat one row or column, where equal values make the result a matter of choice.
+    /// Skips inputs that repeat one row or column, where ties make the result ambiguous.
     pub fn distinct(mut self) -> Self {
         self.repeats = false;
         self
@@ -209,7 +209,7 @@ impl Case {
         self.inputs.iter().any(Input::differentiated)
     }
 
-    /// Whether input `i`, counted among all inputs, is differentiated.
+    /// Returns `true` if input `i`, counted among all inputs, is differentiated.
     pub fn differentiates(&self, i: usize) -> bool {
         self.inputs[i].differentiated()
     }
@@ -218,7 +218,7 @@ impl Case {
 /// The gradient of one input.
 pub struct Gradient {
     pub input: usize,
-    /// Whether it has the shape and the dtype of the input.
+    /// If `true`, it has the shape and the dtype of the input.
     pub fits: bool,
     pub values: Vec<f64>,
 }
@@ -230,7 +230,7 @@ pub fn cotangent(output: &Tensor) -> Result<Tensor> {
     Tensor::generate(*output.shape(), output.dtype(), output.device(), value)
 }
 
-/// How an input lies in memory.
+/// Memory layout of an input.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Lay {
     Packed,
@@ -267,7 +267,7 @@ fn tensor(array: &Array, input: &Input, float: DType, lay: Lay) -> Result<Tensor
     let dtype = input.dtype(float);
     let build = |array: &Array| Tensor::from_slice(&array.data, &array.shape, device())?.to_dtype(dtype);
     let (rank, last) = (array.shape.len(), array.shape.len().saturating_sub(1));
-    // Fixed values may mean something only as they are.
+    // Fixed values may only make sense unchanged.
     let fixed = matches!(input, Input::Values { .. });
     match lay {
         _ if rank == 0 => build(array),
@@ -310,7 +310,7 @@ fn padded(array: &Array, dims: usize, dtype: DType, build: impl Fn(&Array) -> Re
         let inside = index.iter().zip(&array.shape).all(|(i, size)| i < size);
         match inside {
             true => array.at(&index),
-            // Out of the ordinary, so that reading it shows.
+            // Unusual, so that reading it shows.
             false if dtype.is_float() => 1e3,
             false => 1.0,
         }

@@ -1,4 +1,4 @@
-//! What every case must hold: values, gradients, layouts, inputs left alone, and nothing left behind.
+//! Checks of every case: values, gradients, layouts, unchanged inputs, and no leaked memory.
 
 use x_transformers::{DType, Device, Gradcheck, Result, Tape, Tensor, gradcheck};
 
@@ -19,7 +19,7 @@ fn allowed(dtype: DType) -> f64 {
     }
 }
 
-/// The error of one element may be larger than that of the whole by this factor.
+/// Factor by which the error of one element may exceed that of the whole.
 const WORST: f64 = 8.0;
 
 /// Runs a case; returns what went wrong.
@@ -36,7 +36,7 @@ struct Check<'a> {
     failures: Vec<String>,
 }
 
-/// What a case gives on packed inputs, which other layouts are held against.
+/// Results of a case on packed inputs, which other layouts are compared with.
 struct Packed {
     output: Vec<f64>,
     gradients: Vec<Vec<f64>>,
@@ -64,8 +64,8 @@ impl Check<'_> {
         self.failures.push(format!("{what}: {message}"));
     }
 
-    /// Gradients in f64: on the CPU by differences of the op itself, elsewhere against those of the CPU. Differences take
-    /// two runs per element, which an emulated card has no time for.
+    /// Gradients in f64: on the CPU against finite differences of the op itself, elsewhere against the CPU's.
+    /// Differences take two runs per element, too slow on an emulated card.
     fn gradients(&mut self, arrays: &[Array]) -> Result<()> {
         let case = self.case;
         if !case.differentiable() {
@@ -141,8 +141,8 @@ impl Check<'_> {
         Ok(())
     }
 
-    /// Sums are in the same order for every layout of the operands. cuBLAS chooses its kernel by transposition, alignment
-    /// and leading dimension; the emulated one has a single kernel, so that there packing is held to the bit.
+    /// Sums have the same order for every layout of the operands. cuBLAS chooses its kernel by transposition, alignment
+    /// and leading dimension; the emulated one has a single kernel, so packing must not change a bit there.
     fn has_one_order(&self) -> bool {
         let is_card = *device() != Device::Cpu && std::env::var_os("XT_EMULATOR").is_none();
         let op = self.case.name.split('/').next().unwrap_or_default();
@@ -202,7 +202,7 @@ impl Check<'_> {
         Ok(Some(Packed { output: values, gradients }))
     }
 
-    /// No tape, no node; and whatever a tape saved is free after its backward pass, or when it is dropped.
+    /// Without a tape there are no nodes; everything that a tape saved is freed after its backward pass or on drop.
     fn leaves_nothing_behind(&mut self, arrays: &[Array]) -> Result<()> {
         let case = self.case;
         let inputs = case.tensors(arrays, DType::F32, Lay::Packed)?;
@@ -213,7 +213,7 @@ impl Check<'_> {
         let output = (case.run)(&leaves)?;
         let tape = Tape::grad();
         let _ = output.unsqueeze(0).or_else(|_| output.flatten(0, 1))?;
-        // An op that has nothing to do may hand the leaf itself back.
+        // An op that has nothing to do may return the leaf itself.
         if !tape.is_empty() && !leaves.iter().any(|leaf| leaf.shares_storage(&output)) {
             self.fail(&case.name, "the output is tracked though no tape was there");
         }
@@ -247,7 +247,7 @@ impl Check<'_> {
     }
 }
 
-/// Output and gradients of a case in every float dtype: what must not depend on threads.
+/// Returns the output and gradients of a case in every float dtype, which must not depend on threads.
 pub fn bits(case: &Case) -> Result<Vec<Vec<f64>>> {
     let arrays = case.draw();
     let mut all = Vec::new();
@@ -264,13 +264,13 @@ pub fn bits(case: &Case) -> Result<Vec<Vec<f64>>> {
     Ok(all)
 }
 
-/// Whether two results are the same to the last bit; every NaN counts as the same.
+/// Returns `true` if two results are equal bit for bit; all NaNs compare equal.
 pub fn same_bits(a: &[f64], b: &[f64]) -> bool {
     let same = |(a, b): (&f64, &f64)| a.to_bits() == b.to_bits() || (a.is_nan() && b.is_nan());
     a.len() == b.len() && a.iter().zip(b).all(same)
 }
 
-/// Says how far a result is from what it should be, if it is too far: as a whole, or in one element.
+/// Returns an error with the difference from the expected result if it is too large, as a whole or in one element.
 fn far(actual: &[f64], expected: &[f64], bound: f64) -> Option<String> {
     if actual.len() != expected.len() {
         return Some(format!("{} elements, expected {}", actual.len(), expected.len()));

@@ -1,4 +1,4 @@
-//! Bad arguments: each is refused with an error that names what was expected and what came.
+//! Bad arguments: each is an error that names what was expected and what it got.
 
 use x_transformers::{DType, Error, ErrorKind, Result, Tensor};
 
@@ -12,7 +12,7 @@ pub fn tokens(values: &[i64]) -> Tensor {
     Tensor::from_slice(values, [values.len()], device()).expect("a legal shape")
 }
 
-/// The message of an error, which must be of the given kind. A GPU tells of bad indices when values are read back.
+/// Returns the message of an error of the given kind. A GPU reports bad indices when values are read back.
 #[track_caller]
 pub fn refused(result: Result<Tensor>, kind: fn(&Error) -> bool, parts: &[&str]) {
     let error = result.and_then(|y| y.to_f64_vec()).expect_err("bad arguments must be refused");

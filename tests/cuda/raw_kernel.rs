@@ -1,4 +1,4 @@
-//! Kernels from source text: what they compute, and the calls that they refuse.
+//! Kernels from source text: their results, and the calls that they reject.
 
 use x_transformers::{
     DType, Device, Error, ErrorKind, KernelArg, RawKernel, Result, Tape, Tensor,

@@ -1,5 +1,5 @@
-//! The suites that a card must pass, as one program: what `scripts/gpu-check` carries to a machine that has a card and no
-//! Rust. Not run by `cargo test`, whose own targets have the same tests.
+//! The suites that a card must pass, as one program, which `scripts/gpu-check` copies to a machine that has a card and
+//! no Rust. Not run by `cargo test`, whose own targets have the same tests.
 //!
 //!     XT_TEST_DEVICE=cuda:0 cargo test --release --test device_check instructions
 
@@ -44,8 +44,8 @@ macro_rules! here {
 }
 use here;
 
-/// Runs a test of the emulator's instructions on the device of `XT_TEST_DEVICE`. One that asks for an emulated card of another
-/// architecture has nothing to say here.
+/// Runs a test of the emulator's instructions on the device of `XT_TEST_DEVICE`. Skips tests that need an emulated card
+/// of another architecture.
 fn emulated(_test: &str, variables: &[(&str, &str)], body: impl FnOnce()) {
     let Some(gpu) = CudaDevice::of(&common::device()) else { return };
     let architecture = gpu.architecture().to_string();

@@ -1,4 +1,4 @@
-//! The emulated card, by the driver's own functions: what the tests of the emulator need of it.
+//! The emulated card through the driver's functions, for the tests of the emulator.
 
 use std::ffi::{CStr, CString, c_char, c_void};
 
@@ -24,14 +24,14 @@ pub struct Buffer {
 
 pub struct Kernel(pub sys::CUfunction);
 
-/// A function that the emulator exports.
+/// Returns a function that the emulator exports.
 pub fn exported<F: Copy>(name: &str) -> F {
     // SAFETY: the caller names a function of tests/emulator and its type.
     let symbol = unsafe { sys::culib().get::<F>(name.as_bytes()) };
     *symbol.unwrap_or_else(|error| panic!("{name}: {error}"))
 }
 
-/// What the emulator reported last.
+/// Returns the emulator's last report.
 pub fn report() -> String {
     let get: unsafe extern "C" fn() -> *const c_char = exported("xt_emulator_report");
     // SAFETY: the function returns a text that lives until the next call of this thread.
@@ -49,13 +49,13 @@ pub fn arg<V: bytemuck::Pod>(value: V) -> Vec<u8> {
     bytemuck::bytes_of(&value).to_vec()
 }
 
-/// Machine code for `sm_<architecture>`, or the result and the log of the compiler. `source` may include the files of
-/// `kernels/`.
+/// Compiles to machine code for `sm_<architecture>`, or returns the compiler's result and log. `source` may include the
+/// files of `kernels/`.
 pub fn compile_for(architecture: u32, source: &str, options: &[&str]) -> Result<Vec<u8>, String> {
     compile_as(&format!("sm_{architecture}"), source, options)
 }
 
-/// The same for a target by its name, as `sm_90a`.
+/// The same for a target by its name, like `sm_90a`.
 pub fn compile_as(target: &str, source: &str, options: &[&str]) -> Result<Vec<u8>, String> {
     // Of the folder that tests run in: this one may have been built elsewhere.
     let kernels = std::path::Path::new("kernels");

@@ -1,4 +1,4 @@
-//! What the emulator must notice: for each fault a kernel that has it, and its twin that has not.
+//! Faults that the emulator must detect: for each, a kernel that has it and a twin that does not.
 
 use cudarc::driver::sys::CUresult;
 
@@ -7,8 +7,8 @@ use crate::{
     emulated, here,
 };
 
-/// A kernel that is wrong, and how it is right: the body of `extern "C" __global__ void test(f32* y, const f32* x,
-/// u32 n)`, with `x` of `n` numbers and `y` of as many that nobody has written.
+/// A wrong kernel and a right one: bodies of `extern "C" __global__ void test(f32* y, const f32* x, u32 n)`, where `x`
+/// has `n` numbers, and `y` has room for `n` and is uninitialised.
 struct Twins {
     grid: u32,
     block: u32,
@@ -37,7 +37,7 @@ impl Twins {
         )
     }
 
-    /// The right kernel runs; the wrong one is reported with kernel, block and thread, and in these words.
+    /// Checks that the right kernel runs, and that the wrong one is reported with kernel, block, thread and this text.
     fn check(&self, who: &str, words: &str) {
         let card = Card::open();
         assert_eq!(self.run(&card, self.right), Ok(()), "the right kernel: {}", report());
@@ -155,7 +155,7 @@ fn uninitialised_shared_memory() {
     });
 }
 
-/// What a block left in shared memory is not there for the next.
+/// Shared memory written by one block is uninitialised for the next.
 #[test]
 fn shared_memory_of_another_block() {
     emulated(here!(), &[], || {
@@ -316,7 +316,7 @@ fn race_between_warps() {
     });
 }
 
-/// Atomic operations may meet each other, but nothing else.
+/// Atomic operations may race with each other, but with nothing else.
 #[test]
 fn race_with_an_atomic_operation() {
     emulated(here!(), &[], || {
@@ -359,7 +359,7 @@ fn cp_async_without_a_barrier() {
     });
 }
 
-/// The youngest group may still be under way.
+/// The youngest group may still be in flight.
 #[test]
 fn cp_async_wait_for_too_few_groups() {
     emulated(here!(), &[], || {
@@ -477,7 +477,7 @@ fn launch_limits() {
     });
 }
 
-/// More shared memory is there for those who ask, as much as an sm_80 has.
+/// Kernels can opt in to more shared memory, up to the size of an sm_80.
 #[test]
 fn shared_memory_opt_in() {
     emulated(here!(), &[], || {

@@ -46,7 +46,7 @@ fn begin(card: &Card) {
     unsafe { result::stream::begin_capture(card.stream, mode) }.unwrap();
 }
 
-/// Recorded work is done when the graph is launched, each time, with the arguments of the recording.
+/// Recorded work runs on each launch of the graph, with the arguments of the recording.
 #[test]
 fn graph_replays_in_order() {
     emulated(here!(), &[], || {
@@ -78,7 +78,7 @@ fn graph_replays_in_order() {
     });
 }
 
-/// What waits or allocates spoils a recording.
+/// Calls that wait or allocate invalidate a recording.
 #[test]
 fn graph_refuses_what_it_cannot_hold() {
     emulated(here!(), &[], || {
@@ -127,7 +127,7 @@ fn every_kind_of_call_fails_on_demand() {
     });
 }
 
-/// A copy reads the host's memory when what follows needs it, and no later.
+/// A copy reads the host's memory when later work needs it, and no later.
 #[test]
 fn copies_from_the_host_are_late() {
     emulated(here!(), &[], || {

@@ -1,5 +1,5 @@
-//! What threads do together and by PTX: against NVIDIA's tables, written down here a second time, and against the
-//! plain formula.
+//! Warp-wide operations and PTX instructions, checked against NVIDIA's tables, written down here a second time, and
+//! against the plain formula.
 
 use half::{bf16, f16};
 use x_transformers::Philox;
@@ -9,7 +9,7 @@ use crate::{
     emulated, here,
 };
 
-/// A kernel over one warp: `body` fills `u32 out[]`, `words` of them a thread, from `u32 in[]`.
+/// Runs a kernel over one warp: `body` fills `u32 out[]`, `words` per thread, from `u32 in[]`.
 fn warp(body: &str, words: usize, input: &[u32]) -> Vec<u32> {
     let source = format!(
         "#include \"common.cuh\"\n\
@@ -34,8 +34,8 @@ fn bits(value: f32, is_bf16: bool) -> u32 {
     if is_bf16 { bf16::from_f32(value).to_bits().into() } else { f16::from_f32(value).to_bits().into() }
 }
 
-/// Row and column of each element that a thread holds, by the PTX ISA's section "Matrix Fragments for mma.m16n8k16 with
-/// floating point type": a0…a7 of A, b0…b3 of B, c0…c3 of C and D.
+/// Row and column of each element that a thread holds, from the PTX ISA's section "Matrix Fragments for mma.m16n8k16
+/// with floating point type": a0…a7 of A, b0…b3 of B, c0…c3 of C and D.
 fn fragment_a(lane: usize) -> [(usize, usize); 8] {
     let (group, thread) = (lane >> 2, lane % 4);
     std::array::from_fn(|i| {
@@ -103,7 +103,7 @@ fn mma_follows_the_tables() {
 #[test]
 fn ldmatrix_follows_the_tables() {
     emulated(here!(), &[], || {
-        // Element (row, column) of matrix m is a number of its own, and rows lie in no order.
+        // Each element (row, column) of matrix m is a distinct number, and rows are in no particular order.
         let element = |m: usize, row: usize, column: usize| (m * 64 + row * 8 + column) as u32;
         let place = |row: usize| (row * 13 + 5) % 32;
         let mut shared = vec![0u32; 32 * 4];

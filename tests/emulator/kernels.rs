@@ -1,5 +1,5 @@
-//! The library and its kernels on the emulated card, beside the same on the CPU. The contract suite does this for every
-//! op, where it is told to; these few run with the emulator's own tests.
+//! The library and its kernels on the emulated card, compared with the CPU. The contract suite does this for every op
+//! on request; these few run with the emulator's own tests.
 
 use x_transformers::{
     DType, Device, Philox, Result, Tape, Tensor,

@@ -1,4 +1,4 @@
-//! Versions of driver, NVRTC and card, as the library sees them: which pairs work and what it says of the others.
+//! Versions of driver, NVRTC and card, as the library sees them: the pairs that work, and the errors for the others.
 
 use x_transformers::{
     DType, Device, Tensor,
@@ -87,7 +87,7 @@ fn drivers_that_are_too_old() {
     emulated(here!(), &[("XT_EMULATOR_DRIVER", "11.8")], || refuses(&["CUDA 11.8", "install driver 525 or later"]));
 }
 
-/// Machine code that was compiled ahead, without a card, is what the library looks up on the card: nothing is compiled.
+/// The library finds machine code that was compiled ahead of time without a card: nothing is compiled.
 #[test]
 fn code_compiled_ahead_is_found() {
     let folder = std::env::temp_dir().join(format!("xt-ahead-{}", std::process::id()));
@@ -112,7 +112,7 @@ fn code_compiled_ahead_is_found() {
     let _ = std::fs::remove_dir_all(&folder);
 }
 
-/// Code from a folder that somebody else may write to is neither used nor added to, and `describe` says so.
+/// A cache folder that others can write to is neither read nor written, and `describe` says so.
 #[test]
 fn a_cache_that_others_may_write_is_not_read() {
     use std::{fs, os::unix::fs::PermissionsExt};

@@ -1,4 +1,4 @@
-//! What the emulator must notice of products of warpgroups: for each fault a kernel that has it, beside one that has not.
+//! Faults in warpgroup products that the emulator must detect: for each, a kernel that has it and one that does not.
 
 use cudarc::driver::sys::CUresult;
 
@@ -7,8 +7,8 @@ use crate::{
     emulated, here,
 };
 
-/// Runs a kernel of two warpgroups, whose tile `t` of dynamic shared memory `fill(value)` writes; `start()` begins a product
-/// of it into `d`, from registers if it is `start_registers()`.
+/// Runs a kernel of two warpgroups: `fill(value)` writes its tile `t` of dynamic shared memory; `start()` begins a
+/// product of it into `d`, and `start_registers()` one from registers.
 fn run(body: &str) -> Result<(), CUresult> {
     let source = format!(
         "#include \"common.cuh\"\n\
@@ -92,7 +92,7 @@ fn operands_that_change_before_the_wait() {
             &format!("{READY} start_registers(); a[1] = 5; ptx_wgmma_wait<0>();"),
             "registers of a wgmma were changed",
         );
-        // As long as a younger group is under way.
+        // As long as a younger group is in flight.
         check(
             &format!("{READY} start(); start_registers(); ptx_wgmma_wait<1>(); ptx_wgmma_wait<0>(); a[1] = 5;"),
             &format!("{READY} start(); start_registers(); ptx_wgmma_wait<1>(); a[1] = 5; ptx_wgmma_wait<0>();"),

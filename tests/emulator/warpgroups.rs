@@ -99,7 +99,7 @@ fn wgmma_of_two_tiles() {
     });
 }
 
-/// The first operand in registers, the second as it is: in rows of 64 columns, a block of them after the other.
+/// The first operand in registers, the second not transposed: in rows of 64 columns, block after block.
 #[test]
 fn wgmma_of_registers_and_a_tile() {
     emulated(here!(), &[("XT_EMULATOR_ARCH", "90")], || {

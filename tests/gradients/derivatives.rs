@@ -10,14 +10,15 @@ const FLOATS: [DType; 4] = [DType::F64, DType::F32, DType::BF16, DType::F16];
 const NAN: f64 = f64::NAN;
 const INF: f64 = f64::INFINITY;
 
-/// Enough copies of each number for whole vectors and what is left over.
+/// Enough copies of each number for whole vectors and a remainder.
 const COPIES: usize = 37;
 
 fn spread(values: &[f64], dtype: DType) -> Result<Tensor> {
     Tensor::generate([values.len(), COPIES], dtype, device(), |i| values[i / COPIES])
 }
 
-/// Of each number, the value of `op` and the gradient of its input under the gradient `g`; all copies must agree.
+/// Returns, for each number, the value of `op` and the gradient of its input under the gradient `g`; all copies must
+/// agree.
 fn value_and_gradient(
     op: impl Fn(&Tensor) -> Result<Tensor>,
     x: &[f64],
@@ -48,7 +49,7 @@ fn limits(dtype: DType) -> (f64, f64) {
     }
 }
 
-/// Whether a result is the expected one: to its last digits, or within `absolute` of it, or below the normal range.
+/// Returns `true` if a result equals the expected one up to rounding, `absolute` and the smallest normal number.
 fn agrees(actual: f64, expected: f64, absolute: f64, dtype: DType) -> bool {
     let (smallest, relative) = limits(dtype);
     let expected = Tensor::scalar(expected, &Device::Cpu).and_then(|x| x.to_dtype(dtype)?.item()).expect("a number");
@@ -209,7 +210,7 @@ const TABLE: &[Row] = &[
     ),
 ];
 
-/// What only f64, f32 and bf16 hold: zeros in the tail, and no NaN of an overflow inside of a derivative.
+/// Numbers only in the range of f64, f32 and bf16: zeros in the tail, and no NaN from an overflow inside a derivative.
 const FAR: [f64; 4] = [1e20, -1e20, 1e30, -1e30];
 
 #[test]
@@ -245,7 +246,7 @@ fn values_and_gradients_at_the_ends() -> Result<()> {
     Ok(())
 }
 
-/// The gate to 0 is exact: no value makes a number of it. Both orders of the halves, with a bias and without.
+/// A gate of 0 is exactly 0 for every value. Both orders of the halves, with and without a bias.
 #[test]
 fn gates_are_closed_in_the_tail() -> Result<()> {
     use Activation::{Gelu, GeluTanh, QuickGelu, Relu, ReluSquared, Sigmoid, Silu};
@@ -270,7 +271,7 @@ fn gates_are_closed_in_the_tail() -> Result<()> {
             assert!(y.to_f64_vec()?.iter().all(|&y| y == 0.0), "{activation:?} {dtype}: {y}");
         }
     }
-    // A closed gate lets no gradient pass, however large what it gates; torch: relu(u)² v.
+    // A closed gate passes no gradient, however large the gated value; torch: relu(u)² v.
     for activation in [Relu, ReluSquared] {
         let x = Tensor::from_slice(&[INF, 3.0, -1.0, -2.0], [4], device())?.requires_grad()?;
         let mut tape = Tape::grad();
@@ -369,7 +370,7 @@ fn gradients_by_a_divisor() -> Result<()> {
     ];
     for (dtype, g, a, b, expected) in finite {
         let actual = by_divisor(g, a, b, dtype)?;
-        // What the type itself cannot hold becomes infinite; operands are rounded to it.
+        // Values beyond the range of the type become infinite; operands are rounded to it.
         let limit = if dtype == DType::F16 { 65504.0 } else { f64::MAX };
         let expected: f64 = if f64::abs(expected) > limit { f64::NEG_INFINITY } else { expected };
         let good = actual == expected || (actual / expected - 1.0).abs() < 4.0 * limits(dtype).1;

@@ -6,7 +6,7 @@ use x_transformers::{
     models::{AutoregressiveWrapper, ForwardOptions},
 };
 
-/// Elements of a parameter that are moved, spread evenly.
+/// Number of elements of a parameter that are perturbed, spread evenly.
 const ELEMENTS: usize = 12;
 
 fn check(attn_layers: AttentionLayersConfig, checkpoint_layers: bool) -> Result<()> {

@@ -1,4 +1,4 @@
-//! The numeric check of gradients must find what is wrong, and say where.
+//! The numeric gradient check must find errors and say where they are.
 
 use x_transformers::{
     Backward, DType, Device, Error, ErrorKind, Gradcheck, InputGrads, Result, Tape, Tensor, gradcheck, record,
@@ -159,7 +159,7 @@ fn strided_and_empty_inputs() -> Result<()> {
 fn few_elements_of_many_are_spread() -> Result<()> {
     let f = |x: &[Tensor]| spoiled(&x[0], &x[1], |a, _| a.iter_mut().skip(63).step_by(64).for_each(|a| *a += 1.0));
     let options = Gradcheck { max_elements: 100, ..Gradcheck::default() };
-    // The last column of 64 alone is wrong: steps of a power of two would never meet it.
+    // Only the last column of 64 is wrong: strides of a power of two would never reach it.
     let report = gradcheck(f, &[input(&[100, 64]), input(&[100, 64])], options)?;
     assert_eq!(report.inputs[0].checked, 100);
     assert!(!report.passed(), "{report}");

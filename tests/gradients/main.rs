@@ -1,4 +1,4 @@
-//! Gradients: the tape, its rules and what is computed again, beside differences and PyTorch.
+//! Gradients: the tape, its rules and recomputation, against finite differences and PyTorch.
 
 #[path = "../common/mod.rs"]
 mod common;

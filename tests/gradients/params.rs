@@ -62,7 +62,7 @@ fn values_depend_on_seed_and_name_alone() -> Result<()> {
     assert_ne!(weight(&maps[0], 0), weight(&maps[0], 1));
     let other = model(&ParamStore::new(8, DType::F32, &CPU), [0, 1, 2])?;
     assert_ne!(weight(&maps[0], 0), weight(&other, 0));
-    // A place adds nothing but its name.
+    // A scope only adds its name.
     let alone = ParamStore::new(7, DType::F32, &CPU).param("layers.0.weight", [3, 2], Init::linear(2))?;
     assert_eq!(values(&alone), weight(&maps[0], 0));
     Ok(())
@@ -107,7 +107,7 @@ fn a_store_of_shapes_holds_no_memory() -> Result<()> {
     store.param("none", [0, 3], Init::Constant(1.0))?;
     assert_eq!(huge.tensor().shape()[..], [1 << 20, 1 << 12]);
     assert_eq!(store.params().numel(), 1 << 32);
-    // Loading gives them memory of their own.
+    // Loading gives each its own memory.
     let small = store.param("small", [2], Init::Constant(1.0))?;
     small.set(Tensor::from_slice(&[1.0f32, 2.0], [2], &CPU)?)?;
     assert_eq!(small.tensor().to_vec::<f32>()?, [1.0, 2.0]);
@@ -167,7 +167,7 @@ fn tied_parameters_are_one() -> Result<()> {
     assert_eq!((params.iter().count(), params.unique().count(), params.numel()), (2, 1, 6));
     assert_eq!(params.unique().next().unwrap().0, "embedding.weight");
     assert_eq!(params.state_dict().len(), 2);
-    // Gradients of both uses meet in one place.
+    // Gradients of both uses add up in one place.
     let mut tape = Tape::grad();
     let loss = Tensor::cat(&[&table.tensor(), &tied.tensor().affine(2.0, 0.0)?], 0)?.sum(&[])?;
     let grads = tape.backward(&loss)?;
@@ -187,7 +187,7 @@ fn buffers_are_saved_and_not_trained() -> Result<()> {
     assert_eq!(params.buffers().map(|(name, _)| name).collect::<Vec<_>>(), ["rotary.inv_freq"]);
     assert_eq!((params.numel(), params.iter().count()), (2, 1));
     assert_eq!(params.state_dict().into_keys().collect::<Vec<_>>(), ["rotary.inv_freq", "weight"]);
-    // The file may leave a buffer out, which then stays as it was made, or hold it with the right shape.
+    // The file may omit a buffer, which then keeps its initial value, or hold it with the right shape.
     let buffer = || params.buffers().next().unwrap().1.to_f64_vec();
     params.load(&state(&[("weight", &[2])]))?;
     assert_eq!(buffer()?, [1.0; 4]);

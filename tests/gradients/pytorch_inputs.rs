@@ -1,4 +1,4 @@
-//! What PyTorch's ops take, and these take too: its values (2.15), its shapes and its gradients.
+//! Inputs that PyTorch's ops accept, and these accept too: its values (2.15), its shapes and its gradients.
 
 use crate::common::device;
 use x_transformers::{DType, Result, Tape, Tensor};
@@ -90,7 +90,7 @@ fn scalars_count_as_vectors_of_one() -> Result<()> {
     }
     assert!(refused(x.sum(&[1])).contains("dimension 1") && refused(x.sum(&[0, -1])).contains("twice"));
     assert!(refused(x.max(-2)).contains("dimension -2") && refused(x.flatten(0, 1)).contains("dimension 1"));
-    // PyTorch takes no part of a scalar.
+    // PyTorch does not slice a scalar.
     assert!(
         x.narrow(0, 0, 1).is_err() && x.select(0, 0).is_err() && x.split(&[1], 0).is_err() && x.chunk(1, 0).is_err()
     );
@@ -108,14 +108,14 @@ fn arithmetic_on_integers() -> Result<()> {
     assert_eq!(p.unsqueeze(1)?.mul(&p)?.to_vec::<i64>()?, [0, 0, 0, 0, 1, 2, 0, 2, 4]);
     let columns = integers(&[1, 2, 3, 4, 5, 6], &[2, 3])?.transpose(0, 1)?;
     assert_eq!(columns.add(&columns)?.to_vec::<i64>()?, [2, 8, 4, 10, 6, 12]);
-    // What is too large wraps around.
+    // Values that are too large wrap around.
     let ends = integers(&[i64::MAX, i64::MIN, 1 << 62], &[3])?;
     assert_eq!(ends.add(&integers(&[1, -1, 1 << 62], &[3])?)?.to_vec::<i64>()?, [i64::MIN, i64::MAX, i64::MIN]);
     assert_eq!(ends.mul(&integers(&[2, -1, 4], &[3])?)?.to_vec::<i64>()?, [-2, i64::MIN, 0]);
     assert_eq!(ends.neg()?.to_vec::<i64>()?, [-i64::MAX, i64::MIN, -(1 << 62)]);
     assert_eq!(integers(&[-3, 0, 4], &[3])?.relu()?.to_vec::<i64>()?, [0, 0, 4]);
     assert_eq!(integers(&[-3, 0, 4], &[3])?.square()?.to_vec::<i64>()?, [9, 0, 16]);
-    // Quotients and functions that are no integers are f32.
+    // Quotients and functions with non-integer results are f32.
     let quotient = integers(&[7, 0, -3], &[3])?.div(&integers(&[0, 0, 2], &[3])?)?.to_vec::<f32>()?;
     assert!(quotient[0] == f32::INFINITY && quotient[1].is_nan() && quotient[2] == -1.5);
     assert_eq!(integers(&[0, 9], &[2])?.sqrt()?.to_vec::<f32>()?, [0.0, 3.0]);
@@ -205,7 +205,8 @@ fn squeezing_what_is_not_one_changes_nothing() -> Result<()> {
     Ok(())
 }
 
-/// A bias that all classes share does not move the loss of half types; PyTorch's chunked `F.linear_cross_entropy`.
+/// A bias common to all classes does not change the loss of half types, as in PyTorch's chunked
+/// `F.linear_cross_entropy`.
 #[test]
 fn a_shift_of_all_logits_does_not_move_the_loss() -> Result<()> {
     let draw = |stream: u64, rows: usize, columns: usize| {

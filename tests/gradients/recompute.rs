@@ -1,5 +1,5 @@
-//! Activation checkpointing: no value changes, each segment runs as often as the documentation says, and a nest of any
-//! depth ends in gradients or an error.
+//! Activation checkpointing: no value changes, each segment runs as often as documented, and nests of any depth end in
+//! gradients or an error.
 
 use std::{cell::Cell, rc::Rc, thread};
 
@@ -9,7 +9,7 @@ use x_transformers::{
     DType, Error, ErrorKind, Gradcheck, Init, Param, ParamStore, Result, Tape, Tensor, checkpoint, gradcheck,
 };
 
-/// Some layers with parameters; the middle ones recomputed if asked.
+/// Some layers with parameters; optionally recomputes the middle ones.
 fn layers(store: &ParamStore, x: &Tensor, recompute: bool) -> Result<Tensor> {
     let params = store.params();
     let weight = |name: &str| params.get(name).unwrap().clone();
@@ -134,7 +134,7 @@ fn checkpoint_refuses_captured_tensors_of_the_outer_tape() -> Result<()> {
         matches!(returned.as_ref().map_err(Error::kind), Err(ErrorKind::StaleTape { op: "checkpoint" })),
         "{returned:?}"
     );
-    // A captured leaf is no trouble.
+    // A captured leaf is fine.
     let free = x.clone();
     let _ = checkpoint(move |t| sum_of(&t[0], &free), &[&outer])?;
     Ok(())
@@ -156,10 +156,10 @@ fn checkpoint_passes_errors_on() -> Result<()> {
 
 // Nests.
 
-/// Levels whose segments keep their inputs alone, and run once more for each level around them.
+/// Levels whose segments keep only their inputs, and run once more for each level around them.
 const SHALLOW: usize = 8;
 
-/// What a level of a nest does before and after the level below.
+/// Function that a level of a nest applies before and after the level below.
 type Part = fn(&Tensor) -> Result<Tensor>;
 
 fn same(x: &Tensor) -> Result<Tensor> {
@@ -261,7 +261,7 @@ fn parameters_of_a_deep_nest() -> Result<()> {
     Ok(())
 }
 
-/// A segment that fails deep inside, and whose caller goes on without it, does so in each run.
+/// A segment that fails deep inside, and whose caller continues without it, does so in each run.
 #[test]
 fn a_nest_may_go_on_after_a_failure() -> Result<()> {
     fn level(n: usize, x: &Tensor) -> Result<Tensor> {
@@ -269,7 +269,7 @@ fn a_nest_may_go_on_after_a_failure() -> Result<()> {
             return x.square();
         }
         let f = move |x: &[Tensor]| {
-            // Fails after a segment of its own, so that entries of a failed one are passed.
+            // Fails after an inner segment, so that entries of a failed one are skipped.
             let failed = checkpoint(|x| checkpoint(|x| x[0].exp(), &[&x[0]])?.narrow(0, 9, 9), &[&x[0]]);
             assert!(failed.is_err());
             level(n - 1, &x[0].affine(1.0, 0.25)?)
@@ -306,7 +306,7 @@ fn a_segment_that_does_something_else_is_refused() -> Result<()> {
                 Err(ErrorKind::Argument { op: "checkpoint", message }) => {
                     assert!(message.contains("again"), "{message}")
                 }
-                // A segment of its own that is not deep leaves no trace: it may come and go.
+                // A shallow inner segment leaves no trace: it may come and go.
                 Ok(_) if index >= 3 && around == 0 => {}
                 other => panic!("{index} below {around}: {other:?}"),
             }
@@ -333,7 +333,7 @@ fn wrapped(
     checkpoint(f, &[x])
 }
 
-/// A nest works, or is refused, whatever thread it runs on; it never overflows the stack.
+/// A nest works or is an error on any thread; it never overflows the stack.
 #[test]
 fn a_nest_fits_its_thread_or_is_refused() {
     fn down(n: usize, x: &Tensor) -> Result<Tensor> {
@@ -374,7 +374,7 @@ fn a_nest_fits_its_thread_or_is_refused() {
     }
 }
 
-/// A chain of ops that are computed again in the backward pass is no recursion either.
+/// A chain of ops that are recomputed in the backward pass does not recurse either.
 #[test]
 fn long_chains_of_cheap_ops() -> Result<()> {
     let (x, weight) = (grid(2, 4).requires_grad()?, grid(4, 4).requires_grad()?);

@@ -1,4 +1,4 @@
-//! The tape: what is recorded, what is refused, and that gradients add up.
+//! The tape: recorded ops, errors, and gradients that add up.
 
 use std::{
     cell::Cell,
@@ -12,7 +12,7 @@ use x_transformers::{
     Result, Shape, Tape, Tensor, checkpoint, discrete, gradcheck, record,
 };
 
-/// `2 x`, whose backward adds to what the gradient of `x` is so far.
+/// `2 x`, whose backward adds to the gradient of `x` accumulated so far.
 fn doubled(x: &Tensor) -> Result<Tensor> {
     record("doubled", x.detach().affine(2.0, 0.0)?, &[x], |_| AddingBackward { sum: None })
 }
@@ -48,7 +48,7 @@ fn rules_may_add_to_the_gradient_so_far() -> Result<()> {
         let grads = tape.backward(&doubled.add(&square)?.sum(&[])?)?;
         // d(2 y + y²)/dx with y = 10 x, whichever comes first.
         assert_eq!(values(grads.get(&x).unwrap()), [220.0, -580.0]);
-        // A leaf has no sum that could be offered.
+        // A leaf has no accumulated sum to offer.
         let mut tape = Tape::grad();
         let grads = tape.backward(&self::doubled(&x)?.add(&x.square()?)?.sum(&[])?)?;
         assert_eq!(values(grads.get(&x).unwrap()), [4.0, -4.0]);
@@ -56,7 +56,7 @@ fn rules_may_add_to_the_gradient_so_far() -> Result<()> {
     Ok(())
 }
 
-/// A dense layer adds to what other ops have given to its input, in the type of its sums, and never to a gradient that
+/// A dense layer adds to the gradient accumulated for its input, in the type of its sums, and never to a gradient that
 /// others hold.
 #[test]
 fn dense_layers_add_to_the_gradient_so_far() -> Result<()> {
@@ -69,7 +69,7 @@ fn dense_layers_add_to_the_gradient_so_far() -> Result<()> {
         let cotangent = whole(&[2, 3, 4], 4)?;
         let mut tape = Tape::grad();
         let y = x.affine(1.0, 0.0)?;
-        // The sum gives one and the same tensor to `y` and to the other layer.
+        // The sum gives the same tensor to `y` and to the other layer.
         let dense = sum_of(&y, &y.linear(&weights[0], None)?)?;
         let both = dense.add(&y.transpose(0, 1)?.linear(&weights[1], None)?.transpose(0, 1)?)?;
         let grads = tape.backward_with(&both, &cotangent)?;
@@ -81,7 +81,7 @@ fn dense_layers_add_to_the_gradient_so_far() -> Result<()> {
     Ok(())
 }
 
-/// An identity whose backward gives whatever `give` makes of the gradient.
+/// An identity whose backward applies `give` to the gradient.
 fn giving<F: Fn(Tensor) -> Result<InputGrads> + 'static>(x: &Tensor, give: F) -> Result<Tensor> {
     struct Giving<F>(F);
     impl<F: Fn(Tensor) -> Result<InputGrads>> Backward for Giving<F> {
@@ -233,7 +233,7 @@ fn backward_refusals() -> Result<()> {
     assert!(matches!(tape.backward_with(&y, &vector(&[1.0])).map_err(Error::into_kind), Err(ErrorKind::Shape { .. })));
     let single = Tensor::from_slice(&[1.0f32, 1.0], [2], device())?;
     assert!(tape.backward_with(&y, &single).is_err(), "a cotangent of another dtype");
-    // A refusal costs nothing: the tape still works.
+    // An error has no effect: the tape still works.
     let loss = y.sum(&[])?;
     assert_eq!(values(tape.backward(&loss)?.get(&x).unwrap()), [2.0, 4.0]);
     assert!(matches!(tape.backward(&loss).map_err(Error::into_kind), Err(ErrorKind::BackwardTwice)));
@@ -400,7 +400,7 @@ fn gradients_of_micro_batches_add_up() -> Result<()> {
 fn gradients_come_back_as_constants() -> Result<()> {
     let x = leaf(&[1.0, 2.0]);
     let mut tape = Tape::grad();
-    // A rule that hands out what it saved without detaching it.
+    // A rule that returns a saved tensor without detaching it.
     let y = x.affine(1.0, 0.0)?;
     let saved = y.clone();
     let z = giving(&y, move |_| Ok(InputGrads::one(saved.clone())))?;
@@ -417,7 +417,7 @@ fn wrong_contributions_are_named() -> Result<()> {
     let refused = |give: fn(Tensor) -> Result<InputGrads>| {
         let x = grid(2, 3).requires_grad().unwrap();
         let mut tape = Tape::grad();
-        // Below a view, so that a wrong gradient would be handed on before a leaf could notice.
+        // Below a view, so that a wrong gradient would be passed on before a leaf could notice.
         let y = giving(&x.transpose(0, 1).unwrap(), give).unwrap().sum(&[]).unwrap();
         let message = tape.backward(&y).map(|_| ()).unwrap_err().to_string();
         assert!(message.contains("giving"), "{message}");
@@ -484,7 +484,7 @@ fn wrong_sums_are_named() -> Result<()> {
     Ok(())
 }
 
-/// Gradients come from the device of what they are gradients of. On the CPU there is one device, and nothing to mix up.
+/// Gradients are on the device of their tensors. The CPU is a single device, with nothing to mix up.
 #[test]
 fn gradients_of_other_devices_are_named() -> Result<()> {
     let other = Device::Cpu;

@@ -1,4 +1,4 @@
-//! Graphs beside other threads.
+//! Graphs with other threads running.
 
 use std::{
     cell::Cell,
@@ -48,8 +48,8 @@ fn tensors_that_escape_to_a_thread_belong_to_their_graph() -> Result<()> {
     })
 }
 
-/// While one thread records, another one cannot use the device, and what it drops stays where it is until then. In the
-/// first run, before the recording, it computes what it always would.
+/// While one thread records, another one cannot use the device, and tensors that it drops are freed only afterwards. In
+/// the first run, before the recording, it computes as usual.
 #[test]
 fn other_threads_are_refused_during_a_recording() -> Result<()> {
     let Some(gpu) = gpu("other_threads_are_refused_during_a_recording") else { return Ok(()) };
@@ -116,8 +116,8 @@ fn other_threads_are_refused_during_a_recording() -> Result<()> {
     })
 }
 
-/// Threads compute, allocate, free, upload and read back while another one records graph after graph. Whatever they are
-/// given is right; whatever is refused says why.
+/// Threads compute, allocate, free, upload and read back while another one records graph after graph. Every result is
+/// right, and every error says why.
 #[test]
 fn threads_and_recordings_do_not_disturb_each_other() -> Result<()> {
     let Some(gpu) = gpu("threads_and_recordings_do_not_disturb_each_other") else { return Ok(()) };

@@ -1,5 +1,5 @@
-//! GGUF files of llama.cpp and other programs: every type of blocks, models in several files, metadata of all kinds, and
-//! the rotations that files ask for. `tests/files/make_gguf.py` wrote files and expected values.
+//! GGUF files of llama.cpp and other programs: every block type, models in several files, metadata of all kinds, and
+//! the rotations that files specify. `tests/files/make_gguf.py` wrote files and expected values.
 
 use std::{
     collections::BTreeMap,
@@ -19,7 +19,7 @@ fn files(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/files").join(name)
 }
 
-/// A folder of this test's own, removed in the end.
+/// A folder for this test, removed at the end.
 struct Folder(PathBuf);
 
 impl Folder {
@@ -57,7 +57,7 @@ const KINDS: [Stored; 12] = [
     Stored::Iq4Xs,
 ];
 
-/// Random blocks, with the largest, smallest and no scales among them, have the bits of the package gguf.
+/// Random blocks, including the largest, smallest and zero scales, decode to the same bits as with the package gguf.
 #[test]
 fn blocks_have_the_bits_of_the_package_gguf() -> Result<()> {
     let file = TensorFile::open(files("blocks.gguf"))?;
@@ -122,7 +122,7 @@ fn blocks_that_are_not_whole_are_refused() {
     }
 }
 
-/// Tensors that lie outside of the file are refused before memory is taken for them.
+/// Tensors outside the file are an error before memory is allocated for them.
 #[test]
 fn sizes_that_are_not_there_are_refused() {
     for stored in KINDS {
@@ -203,7 +203,7 @@ fn mixtures_of_types() -> Result<()> {
     Ok(())
 }
 
-/// Biases of attention and feedforward, factors of the rotation, sizes that are given for each layer.
+/// Biases of attention and feedforward, factors of the rotation, sizes per layer.
 #[test]
 fn llama_with_biases_and_lists() -> Result<()> {
     let pretrained = check("biases", &files("biases.gguf"), &expected())?;
@@ -295,7 +295,7 @@ fn size(key: &str, value: u32) -> Vec<u8> {
     pair(key, 4, &value.to_le_bytes())
 }
 
-/// Old and new keys of a stretched rotation, and those that leave it as it is.
+/// Old and new keys of a stretched rotation, and keys that leave it unchanged.
 #[test]
 fn rotations_of_gguf_files() -> Result<()> {
     let kind = |kind: &str| pair("llama.rope.scaling.type", 8, &text(kind));
@@ -314,7 +314,7 @@ fn rotations_of_gguf_files() -> Result<()> {
         ("biases.linear", vec![kind("linear"), factor.clone()]),
         ("biases.linear", vec![factor.clone()]),
         ("biases.linear", vec![old.clone()]),
-        // The new key goes first.
+        // The new key takes precedence.
         ("biases.linear", vec![factor.clone(), float("llama.rope.scale_linear", 9.0)]),
         ("biases", vec![kind("none"), factor.clone()]),
         ("biases", vec![kind("linear")]),
@@ -374,7 +374,7 @@ fn metadata_that_asks_for_more_is_refused() {
     let architecture = |name: &str| pair("general.architecture", 8, &text(name));
     let error = changed(&architecture("llama"), &architecture("gemma"));
     assert!(error.contains("is gemma, expected llama or qwen2"), "{error}");
-    // Factors that are none.
+    // Invalid factors.
     let factors = |values: [f32; 4]| values.map(f32::to_le_bytes).concat();
     let error = changed(&factors([1.0, 3.25, 8.0, 8.0]), &factors([1.0, 0.0, 8.0, 8.0]));
     assert!(error.contains("`rope_freqs.weight` holds [1.0, 0.0, 8.0, 8.0], expected numbers above 0"), "{error}");
@@ -403,7 +403,7 @@ fn models_in_several_files() -> Result<()> {
         assert!(Pretrained::is_one(path));
         Pretrained::open(path).unwrap_err().to_string()
     };
-    // A count of tensors that all parts together do not have.
+    // A count of tensors that the parts together do not reach.
     let first = fs::read(folder.0.join(part(1))).unwrap();
     let key = b"split.tensors.count";
     let at = first.windows(key.len()).position(|window| window == key).unwrap() + key.len() + 4;
@@ -430,7 +430,7 @@ fn models_in_several_files() -> Result<()> {
     assert!(renamed.contains("its name has to end in `-00002-of-00003.gguf`"), "{renamed}");
     let several = error(&folder.0);
     assert!(several.contains("has 3 .gguf files, give one of them"), "{several}");
-    // Numbers that are none.
+    // Invalid numbers.
     for (key, pairs) in [
         ("split.count", vec![pair("split.count", 8, &text("3"))]),
         ("part 4 of 3", vec![size("split.count", 3), size("split.no", 3)]),
@@ -443,7 +443,7 @@ fn models_in_several_files() -> Result<()> {
     Ok(())
 }
 
-/// Folders whose config asks for other rotations compute what transformers does.
+/// Folders whose config sets other rotations agree with transformers.
 #[test]
 fn rotations_of_folders() -> Result<()> {
     let expected = expected();
@@ -489,7 +489,7 @@ fn rotations_of_folders() -> Result<()> {
     Ok(())
 }
 
-/// All layers of a Qwen2 have a window or none has.
+/// Either all layers of a Qwen2 have a window or none.
 #[test]
 fn windows_of_qwen2() -> Result<()> {
     let expected = expected();

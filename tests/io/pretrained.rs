@@ -1,9 +1,9 @@
 //! Pretrained models of other families against Hugging Face transformers under PyTorch.
 //!
-//! Small ones that `tests/files/make_pretrained.py` drew, and real ones: `scripts/install-pretrained` fetches rxnmapper and
-//! MiniLM, whose expected values are in `tests/files`; with `--all` two more, whose expected values
-//! `scripts/pretrained-expected` computes. Without the files a test is skipped by name; `XT_REQUIRE_PRETRAINED=1` makes
-//! that a failure for the first two.
+//! Small random ones from `tests/files/make_pretrained.py`, and real ones: `scripts/install-pretrained` fetches
+//! rxnmapper and MiniLM, whose expected values are in `tests/files`; with `--all` two more, whose expected values
+//! `scripts/pretrained-expected` computes. Without the files a test is skipped with a message;
+//! `XT_REQUIRE_PRETRAINED=1` makes that a failure for the first two.
 
 use std::{
     collections::BTreeMap,
@@ -29,7 +29,7 @@ fn cache() -> PathBuf {
     std::env::var_os("XDG_CACHE_HOME").map_or_else(home, PathBuf::from).join("x-transformers/pretrained")
 }
 
-/// The folder of a model and what is expected of it, if both are there.
+/// Returns the folder of a model and its expected values, if both exist.
 fn find(place: &str, expected: Option<&Path>) -> Option<(PathBuf, Tensors)> {
     let folder = cache().join(place);
     let expected = expected.map_or_else(|| folder.join("expected.safetensors"), Path::to_path_buf);
@@ -40,7 +40,7 @@ fn find(place: &str, expected: Option<&Path>) -> Option<(PathBuf, Tensors)> {
     None
 }
 
-/// A model that CI has.
+/// A model that CI has installed.
 fn installed(place: &str, expected: &str) -> Option<(PathBuf, Tensors)> {
     let found = find(place, Some(&files(expected)));
     let required = std::env::var("XT_REQUIRE_PRETRAINED").as_deref() == Ok("1");
@@ -100,7 +100,7 @@ fn smollm_continues_a_chat() -> Result<()> {
     let expected = found.1.clone();
     let pretrained = check(SMOLLM, found)?;
     assert_eq!(pretrained.family(), Family::Llama);
-    // In bf16, transformers is off by 0.13 to 0.23 at the last token of such prompts, by the kind of its attention.
+    // In bf16, transformers is off by 0.13 to 0.23 at the last token of such prompts, depending on its attention.
     let model = pretrained.model(DType::BF16, &device())?;
     let hidden = model.forward(&expected["tokens"].to_device(&device())?, &options(&expected)?)?.out;
     let logits = model.logits(&hidden.narrow(1, hidden.dim(1)? - 1, 1)?)?.to_f64_vec()?;
@@ -112,7 +112,7 @@ fn smollm_continues_a_chat() -> Result<()> {
     check_continued(SMOLLM, &cache().join(SMOLLM), &expected)
 }
 
-/// The first row goes on as it does with transformers; whatever the weights are kept as, each way gives the same.
+/// The first row continues as with transformers; for each type of weights, every way of generating gives the same.
 fn check_continued(place: &str, path: &Path, expected: &Tensors) -> Result<()> {
     let model = Pretrained::open(path)?.autoregressive(DType::F32, &device())?;
     let mut options = GenerateOptions::default();
@@ -145,7 +145,7 @@ fn llama_of_a_folder_in_several_files() -> Result<()> {
     check_continued("llama", &folder, &expected)
 }
 
-/// What is built as a Llama is: other biases, a window, and rotations that are stretched.
+/// Families built like Llama: other biases, a window, and stretched rotations.
 #[test]
 fn relatives_of_llama() -> Result<()> {
     for (name, family) in [("llama3", Family::Llama), ("mistral", Family::Mistral), ("qwen2", Family::Qwen2)] {
@@ -163,7 +163,8 @@ fn relatives_of_llama() -> Result<()> {
     Ok(())
 }
 
-/// `generation_config.json` wins over `config.json`, and tokens that a model does not have end nothing, as in transformers.
+/// `generation_config.json` takes precedence over `config.json`, and end tokens outside the vocabulary are ignored, as
+/// in transformers.
 #[test]
 fn tokens_that_end_a_text() -> Result<()> {
     let folder = std::env::temp_dir().join(format!("xt-pretrained-ends-{}", std::process::id()));
@@ -240,7 +241,7 @@ fn bert_of_a_folder_in_several_files() -> Result<()> {
     Ok(())
 }
 
-/// The files of sentence-transformers say which vector stands for a text.
+/// The files of sentence-transformers set the pooling.
 #[test]
 fn sentences_are_pooled_as_a_folder_says() -> Result<()> {
     let expected = read_safetensors(files("bert").join("expected.safetensors"))?;
@@ -276,7 +277,7 @@ fn sentences_are_pooled_as_a_folder_says() -> Result<()> {
     Ok(())
 }
 
-/// Padding on either side, and a prompt that is left out, are no part of the vector; half types lose digits only.
+/// Padding on either side and an excluded prompt do not affect the vector; half types only lose digits.
 #[test]
 fn poolings_see_the_tokens_of_a_text() -> Result<()> {
     let pretrained = Pretrained::open(files("llama"))?;
@@ -351,7 +352,7 @@ impl Drop for Copied {
     }
 }
 
-/// Files that are far larger than such a file can be are not read.
+/// Files far larger than such a file can be are not read.
 #[test]
 fn oversized_files_are_refused() -> Result<()> {
     let weight = Tensor::zeros([1], DType::F32, &Device::Cpu)?;
@@ -365,7 +366,7 @@ fn oversized_files_are_refused() -> Result<()> {
     Ok(())
 }
 
-/// A table of what is missing, unused and mismatched, by the names of the file, in each family and format.
+/// A table of missing, unused and mismatched tensors, by the names in the file, in each family and format.
 #[test]
 fn tables_name_what_does_not_fit() -> Result<()> {
     let folder = files("llama");
@@ -384,7 +385,7 @@ fn tables_name_what_does_not_fit() -> Result<()> {
         assert!(config.contains(from), "{from}");
         Copied::new("llama-config", &config.replace(from, to), &weights).error()
     };
-    // Without biases those of the file have no use, without a layer all of its tensors.
+    // Without biases those of the file are unused, without a layer all of its tensors.
     let unused = |from: &str, to: &str| {
         let folder = Copied::new("llama-unused", &config.replace(from, to), &weights);
         let pretrained = Pretrained::open(&folder.0).unwrap();
@@ -507,7 +508,7 @@ fn what_does_not_fit_is_refused_with_a_table() -> Result<()> {
         let error = Copied::new(name, &config, &weights).error().to_string();
         assert!(error.contains(expected), "{name}: {error}");
     }
-    // A head with a table of its own is of no use to vectors.
+    // A head with its own table is unused by vectors.
     let own = Copied::new("untied", &config, &with("predictions.decoder.weight", untied));
     let pretrained = Pretrained::open(&own.0)?;
     assert!(!pretrained.config().mlm_head && pretrained.unused().contains(&"predictions.decoder.weight".to_string()));

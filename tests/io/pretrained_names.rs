@@ -1,5 +1,5 @@
-//! Pretrained folders as trainers and other programs leave them: other names, tensors of no use, tied weights, and configs
-//! that Python wrote. Whatever differs, hidden states are those of transformers.
+//! Pretrained folders as trainers and other programs write them: other names, unused tensors, tied weights, and configs
+//! written by Python. Hidden states always agree with transformers.
 
 use std::{collections::BTreeMap, fs, path::PathBuf};
 
@@ -44,7 +44,7 @@ fn names_of_wrappers_and_trainers_are_known() -> Result<()> {
             ["module.", "_orig_mod.", "module._orig_mod.", "state_dict.model.", "model.", "net.", "policy.actor."]
         {
             check_renamed(of, &wrapper.replace('.', "-"), |name| format!("{wrapper}{name}"))?;
-            // The model without a head, and the head beside it.
+            // The model without a head, and the head next to it.
             check_renamed(of, &wrapper.replace('.', "+"), |name| format!("{wrapper}{}", without(name, "model.")))?;
         }
         let inside = |name: &str| name.replace(".layers.0.", ".layers.0._checkpoint_wrapped_module.");
@@ -116,7 +116,7 @@ fn weights_without_a_use_are_listed_and_buffers_are_not() -> Result<()> {
     });
     assert_eq!(check("extra", (folder.clone(), expected))?.unused(), ["module.lm_head.bias", "module.score.weight"]);
     fs::remove_dir_all(folder).unwrap();
-    // What changes other weights is refused, and so is a weight that is missing.
+    // Tensors that modify other weights are an error, and so is a missing weight.
     for (name, part) in [
         ("model.layers.0.mlp.up_proj.weight_scale", "quantised"),
         ("model.layers.0.mlp.up_proj.weight_scale_inv", "quantised"),
@@ -136,7 +136,7 @@ fn weights_without_a_use_are_listed_and_buffers_are_not() -> Result<()> {
     Ok(())
 }
 
-/// Of a tied table and a head the head counts where they differ, and either will do where the other is left out.
+/// If a tied table and a head differ, the head takes precedence; if one is missing, the other is used.
 #[test]
 fn heads_beside_tied_weights_count() -> Result<()> {
     let expected = read_safetensors(files("qwen2/expected.safetensors"))?;

@@ -1,4 +1,4 @@
-//! Safetensors files: what is written comes back, the bytes are the format's, and hostile files are typed errors.
+//! Safetensors files: a round trip, the bytes of the format, and typed errors for hostile files.
 
 use std::{
     collections::BTreeMap,
@@ -96,7 +96,7 @@ fn safetensors_round_trip_is_exact() -> Result<()> {
             |tensor: &Tensor| -> Result<Vec<u64>> { Ok(tensor.to_f64_vec()?.into_iter().map(f64::to_bits).collect()) };
         assert_eq!(bits(tensor)?, bits(&read[name])?, "{name}");
     }
-    // The same tensors give the same bytes, and nothing is left beside the file.
+    // The same tensors give the same bytes, and no other file is left behind.
     let first = fs::read(&path).unwrap();
     write_safetensors(&path, &read, &metadata)?;
     assert_eq!(first, fs::read(&path).unwrap());
@@ -250,7 +250,7 @@ static VALID: LazyLock<Vec<u8>> = LazyLock::new(|| {
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(400))]
 
-    /// Whatever happens to a file, reading it is an answer: tensors that its bytes can hold, or a typed error.
+    /// Reading any damaged file returns tensors that its bytes can hold, or a typed error.
     #[test]
     fn safetensors_mutations_never_panic(
         changes in prop::collection::vec((any::<prop::sample::Index>(), any::<u8>()), 1..6),
@@ -262,7 +262,7 @@ proptest! {
         let mut bytes = VALID.clone();
         let header = u64::from_le_bytes(bytes[..8].try_into().unwrap()) as usize;
         if let Some((at, digit)) = digits {
-            // Most of what a header says are digits: hit them more often than chance would.
+            // Most of a header is digits: change them more often than at random.
             bytes[8 + at.index(header)] = digit;
         } else {
             for (at, value) in changes {

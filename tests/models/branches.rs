@@ -1,4 +1,4 @@
-//! Branches of one's own: what holds for attention and feedforwards holds for them.
+//! Custom branches have the same properties as attention and feedforwards.
 
 use std::sync::Arc;
 
@@ -11,7 +11,7 @@ use x_transformers::{
 
 const DIM: usize = 8;
 
-/// `x W`, each position alone.
+/// `x W`, position by position.
 #[derive(Debug)]
 struct Pointwise(Param);
 
@@ -114,7 +114,7 @@ fn own_branches_are_in_the_plan_and_the_state_dict() -> Result<()> {
     Ok(())
 }
 
-/// Chunks of any size, rows of different lengths, rows taken again and sequences cut: the numbers are those of whole ones.
+/// Chunks of any size, rows of different lengths, repeated rows and truncated sequences give the values of whole ones.
 #[test]
 fn own_branches_continue_in_a_cache() -> Result<()> {
     let store = ParamStore::new(1, DType::F64, &Device::Cpu);
@@ -132,7 +132,7 @@ fn own_branches_continue_in_a_cache() -> Result<()> {
         assert!(off < 1e-12, "row {row} at {at}: {off:.1e}");
         Ok::<(), x_transformers::Error>(())
     };
-    // The capacity is that of the sequences: their ends need no room behind them.
+    // The capacity is that of the sequences, with no room after their ends.
     let mut cache = model.net.cache(2, 12, &ForwardOptions::default())?;
     let mut lengths = [0, 0];
     for counts in [[4, 3], [1, 2], [5, 1], [2, 3], [0, 3]] {

@@ -1,4 +1,4 @@
-//! Every keyword: it parses, plans, runs forward and backward, and changes the model. And every one that is refused.
+//! Every option parses, plans, runs forward and backward, and changes the model; every illegal one is an error.
 
 use std::collections::BTreeMap;
 
@@ -10,7 +10,7 @@ use x_transformers::{
     ops::Activation,
 };
 
-/// A small model of this kind with these keywords of its layers.
+/// A small model of this kind with these options of its layers.
 fn wrapper(kind: &str, options: &Value) -> Value {
     let mut layers = json!({"kind": kind, "dim": 32, "depth": 2, "heads": 4, "attn_dim_head": 8, "ff_mult": 1});
     merge(&mut layers, options);
@@ -28,7 +28,7 @@ fn config(value: &Value) -> Result<Config> {
     Config::from_value(value.clone())
 }
 
-/// Every keyword of attention layers that is legal alone, with the kind that it needs.
+/// Every option of attention layers that is legal on its own, with the kind that it needs.
 fn layer_options() -> Vec<(&'static str, Value)> {
     let decoder = |options: Value| ("Decoder", options);
     let encoder = |options: Value| ("Encoder", options);
@@ -152,7 +152,7 @@ fn options_each_changes_the_model_and_trains_every_parameter() -> Result<()> {
     Ok(())
 }
 
-/// The README of x-transformers writes `alibi_pos_emb`, its code reads `alibi_pos_bias`: here they are one option.
+/// The README of x-transformers documents `alibi_pos_emb`, its code reads `alibi_pos_bias`: here they are one option.
 #[test]
 fn options_aliases() -> Result<()> {
     let named = |key: &str| config(&wrapper("Decoder", &json!({ key: true })));
@@ -169,7 +169,7 @@ fn options_aliases() -> Result<()> {
     Ok(())
 }
 
-/// Rotated queries and keys know distances alone; rotated values know where they stand, as in this generation.
+/// Rotated queries and keys only depend on distances; rotated values depend on positions, as in this version.
 #[test]
 fn options_rotary_of_queries_and_keys_is_relative() -> Result<()> {
     let moved = |options: Value| -> Result<f64> {
@@ -257,7 +257,7 @@ fn options_survive_json() -> Result<()> {
     Ok(())
 }
 
-/// Options whose scores leave the blocks, and why; all others take the fused path.
+/// Options that need the matrix of scores, and why; all others take the fused path.
 #[test]
 fn options_attention_paths() -> Result<()> {
     let explicit = [
@@ -280,7 +280,7 @@ fn options_attention_paths() -> Result<()> {
     Ok(())
 }
 
-/// Whatever both paths can do, both do alike: outputs and gradients.
+/// Both paths give the same outputs and gradients wherever both apply.
 #[test]
 fn options_fused_equals_explicit() -> Result<()> {
     let explicit = RunOptions { explicit_attention: true, ..RunOptions::default() };
@@ -331,7 +331,7 @@ fn options_precisions_agree() -> Result<()> {
     Ok(())
 }
 
-/// What cannot work is refused when the config is planned, naming the option.
+/// Options that cannot work are an error when the config is planned, which names the option.
 #[test]
 fn options_illegal() {
     let cases = [
@@ -449,7 +449,7 @@ fn options_that_exclude_each_other() {
         ),
     ];
     for (kind, options, names) in cases {
-        // That one of them is illegal alone would not be about the combination.
+        // If one of them is illegal on its own, this does not test the combination.
         let refused = config(&wrapper(kind, &options)).and_then(|config| config.layers()).unwrap_err();
         assert!(matches!(refused.kind(), ErrorKind::Option { .. }), "{refused}");
         for name in names {
@@ -560,7 +560,7 @@ fn options_unknown() {
     }
 }
 
-/// Dropout acts under `Tape::train` alone, the same for the same seed, on either path.
+/// Dropout acts only under `Tape::train`, the same for the same seed, on either path.
 #[test]
 fn options_dropouts() -> Result<()> {
     let layers = |kind: &str| json!({"kind": kind, "dim": 32, "depth": 1, "heads": 2, "attn_dim_head": 8});

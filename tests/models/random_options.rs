@@ -74,8 +74,8 @@ fn close(a: &Tensor, b: &Tensor, bound: f64) -> Result<bool> {
     Ok(a.len() == b.len() && a.iter().zip(&b).all(|(a, b)| (a - b).abs() <= bound * largest))
 }
 
-/// The derivative along a random direction through all parameters, by the tape and by differences; and how much the
-/// output changes when the parameters without a gradient move.
+/// Returns the derivative along a random direction through all parameters, by the tape and by differences, and the
+/// change of the output when the parameters without a gradient move.
 fn directional(draw: &Draw) -> Result<(f64, f64, f64)> {
     let model = model(draw, DType::F64)?;
     let mut inputs = inputs(draw)?;
@@ -114,7 +114,7 @@ fn directional(draw: &Draw) -> Result<(f64, f64, f64)> {
     Ok((along, numeric, unused))
 }
 
-/// Few cases, unless `PROPTEST_CASES` asks for more.
+/// Few cases unless `PROPTEST_CASES` sets more.
 fn runner() -> Runner {
     let cases = std::env::var("PROPTEST_CASES").ok().and_then(|cases| cases.parse().ok()).unwrap_or(80);
     Runner { cases, failure_persistence: None, rng_seed: RngSeed::Fixed(22), ..Runner::default() }
@@ -127,7 +127,7 @@ proptest! {
     fn random_options_gradients_are_those_of_differences(draw in draws()) {
         let (along, numeric, unused) = directional(&draw).unwrap();
         prop_assert!((along - numeric).abs() <= 1e-6 * along.abs().max(1.0), "{along} by the tape, {numeric} by differences");
-        // Where a parameter has no gradient, for instance because nothing that counts sees it, it does nothing.
+        // A parameter without a gradient, for instance because no visible position uses it, has no effect.
         prop_assert!(unused <= 1e-12, "parameters without a gradient change the output by {unused}");
     }
 
@@ -161,7 +161,7 @@ proptest! {
         for &pick in &draw.picks {
             let less = draw.without(pick);
             let option = option(pick);
-            // What another pick switches on as well is not off now.
+            // An option that another pick also enables is not off now.
             let is_off = !option.keys().any(|key| key != "attn_dim_head" && less.given(key));
             if !is_off || !less.is_legal() || !draw.acts(&option) {
                 continue;
@@ -191,8 +191,8 @@ proptest! {
         }
     }
 
-    /// A memory is put in front of the keys as it is. Where nothing is normalised before attention, and positions are
-    /// relative or count memories, segments are one long sequence.
+    /// A memory is put in front of the keys unchanged. If nothing is normalised before attention, and positions are
+    /// relative or count memories, segments are equivalent to one long sequence.
     #[test]
     fn random_options_segments_are_one_sequence(draw in draws().prop_filter("not causal", Draw::is_causal), cut: usize) {
         let mut draw = Draw { n: 9, ..draw };
@@ -200,7 +200,7 @@ proptest! {
         wrapper.remove("num_memory_tokens");
         wrapper.extend([("use_pos_emb".to_string(), json!(false)), ("max_mem_len".to_string(), json!(0))]);
         let layers = wrapper["attn_layers"].as_object_mut().unwrap();
-        // T5's queries count from 0 even behind memories; tokens are not shifted across segments.
+        // T5's queries count from 0 even after memories; tokens are not shifted across segments.
         let local = ["shift_tokens", "rel_pos_bias", "rel_pos_num_buckets", "rel_pos_max_distance", "sandwich_norm"];
         local.iter().for_each(|key| drop(layers.remove(*key)));
         layers.insert("pre_norm".to_string(), json!(false));
@@ -251,7 +251,7 @@ proptest! {
 
     #[test]
     fn random_options_padding_does_not_matter(draw in draws()) {
-        // What is padded is seen by nobody; a feedforward's token shift does not know the mask.
+        // Nobody sees padding; a feedforward's token shift does not know the mask.
         prop_assume!(!draw.given("shift_tokens") && !draw.counts_queries());
         // T5's queries count from 0 and memory tokens stand in front, both alike with padding at the end.
         let model = model(&draw, DType::F64).unwrap();
@@ -275,7 +275,7 @@ proptest! {
 
     #[test]
     fn random_options_precisions_agree(draw in draws()) {
-        // Top-k decides between scores that may differ by less than f32 tells apart.
+        // Top-k decides between scores that may differ by less than the precision of f32.
         prop_assume!(!draw.given("attn_sparse_topk"));
         let (wide, narrow) = (model(&draw, DType::F64).unwrap(), model(&draw, DType::F32).unwrap());
         wide.params().load(&narrow.params().state_dict()).unwrap();

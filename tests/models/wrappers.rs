@@ -1,4 +1,4 @@
-//! What the models promise: validation, generation, memories, initial values.
+//! Guarantees of the models: validation, generation, memories, initial values.
 
 use std::collections::BTreeMap;
 
@@ -57,7 +57,7 @@ fn largest_difference(a: &Tensor, b: &Tensor) -> Result<f64> {
         .fold(0.0, |worst, d| if d > worst || d.is_nan() { d } else { worst }))
 }
 
-/// The message of a refused call, which has to name all of these.
+/// Checks that a call fails with a message that contains all of these.
 fn refused<T: std::fmt::Debug>(outcome: Result<T>, parts: &[&str]) {
     let message = outcome.expect_err("accepted").to_string();
     for part in parts {
@@ -136,7 +136,7 @@ fn models_loss_needs_targets() -> Result<()> {
     Ok(())
 }
 
-/// Half precision ends before the logits: neither they nor the mean of many losses are rounded to it.
+/// Half precision ends before the logits: neither the logits nor the mean of many losses are rounded to it.
 #[test]
 fn models_losses_of_half_precision_are_f32() -> Result<()> {
     let continuous = ContinuousTransformerWrapperConfig {
@@ -182,7 +182,7 @@ fn models_losses_of_half_precision_are_f32() -> Result<()> {
     Ok(())
 }
 
-/// What a loss or a continuation has no place for is not dropped in silence.
+/// Requests that a loss or a continuation cannot return are an error, not dropped silently.
 #[test]
 fn models_losses_give_nothing_else() -> Result<()> {
     let model = autoregressive(AutoregressiveConfig { net: wrapper(decoder()), ..Default::default() })?;
@@ -205,7 +205,7 @@ fn models_losses_give_nothing_else() -> Result<()> {
     Ok(())
 }
 
-/// A row without any key left attends to all keys alike, later ones included, on either path.
+/// A row without any key left attends to all keys equally, later ones included, on either path.
 #[test]
 fn models_fully_masked_rows_are_uniform() -> Result<()> {
     let key_values = |attn: AttentionConfig| AttentionConfig { num_mem_kv: 2, ..attn };
@@ -275,8 +275,8 @@ fn models_empty_batches_are_legal() -> Result<()> {
     Ok(())
 }
 
-/// Post-norm layers with ALiBi know relative positions alone, and normalise nothing between memory and attention:
-/// segments with memories are one long sequence.
+/// Post-norm layers with ALiBi depend only on relative positions, and normalise nothing between memory and attention:
+/// segments with memories are equivalent to one long sequence.
 #[test]
 fn models_segments_with_memories_equal_one_sequence() -> Result<()> {
     let layers = AttentionLayersConfig { alibi_pos_bias: true, pre_norm: false, ..decoder() };
@@ -370,7 +370,7 @@ fn models_generate_stops() -> Result<()> {
         calls < 4
     })?;
     assert_eq!((new.shape()[1], calls), (4, 4));
-    // Every row ends: what follows the first end is padded.
+    // Every row ends: tokens after the first end are padding.
     let options = GenerateOptions { sampling: all, eos_tokens: vec![5], ..Default::default() };
     let new = model.generate(&prompt, 400, &options, &mut |_| true)?;
     let n = new.shape()[1];

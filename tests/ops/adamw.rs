@@ -1,4 +1,4 @@
-//! AdamW against a scalar reference, on every float type, and what it refuses.
+//! AdamW against a scalar reference, on every float type, and its errors.
 
 use std::collections::BTreeMap;
 
@@ -31,7 +31,7 @@ fn gradients(given: &[(&Param, Tensor)]) -> Result<Gradients> {
     tape.backward(&loss.expect("at least one gradient"))
 }
 
-/// To the nearest number of a half type; the others are given as they are.
+/// Rounds to the nearest number of a half type; returns the others unchanged.
 fn round(x: f64, dtype: DType) -> f64 {
     match dtype {
         DType::BF16 => half::bf16::from_f32(x as f32).to_f64(),
@@ -200,7 +200,7 @@ fn adamw_same_bits_for_any_number_of_threads() -> Result<()> {
     Ok(())
 }
 
-/// Optimizers of several threads on one device do not get into each other's way.
+/// Optimizers of several threads on one device do not interfere.
 #[test]
 fn adamw_on_several_threads() -> Result<()> {
     let run = |seed: u64| -> Result<Vec<f64>> {
@@ -222,7 +222,7 @@ fn adamw_on_several_threads() -> Result<()> {
     Ok(())
 }
 
-/// Someone who holds the old tensor keeps its values; a tied parameter is updated once.
+/// A holder of the old tensor keeps its values; a tied parameter is updated once.
 #[test]
 fn adamw_tied_and_shared_parameters() -> Result<()> {
     let store = ParamStore::new(0, DType::F32, device());
@@ -270,7 +270,7 @@ fn adamw_refuses_what_is_not_finite_and_changes_nothing() -> Result<()> {
             matches!(step(1.0, 0.1, Some(clip)).map_err(Error::into_kind), Err(ErrorKind::Option { key, .. }) if key == "clip")
         );
     }
-    // An infinite clip is no clip; large gradients do not overflow the norm.
+    // An infinite clip does not clip; large gradients do not overflow the norm.
     let info = step(f32::MAX, 0.0, Some(f64::INFINITY))?;
     assert!(info.grad_norm.is_finite());
     for param in &params {

@@ -1,9 +1,9 @@
-//! Dropout masks: their statistics, that the backward pass draws the same ones, and what they do not depend on.
+//! Dropout masks: their statistics, their reuse in the backward pass, and their independence of layout and threads.
 
 use crate::common::device;
 use x_transformers::{DType, Philox, Result, Tape, Tensor, checkpoint};
 
-/// Under a training tape: the output of dropout on ones, and the gradient of its sum.
+/// Returns the output of dropout on ones under a training tape, and the gradient of its sum.
 fn masks(shape: &[usize], p: f64, dtype: DType, seed: u64) -> Result<(Vec<f64>, Vec<f64>)> {
     let x = Tensor::ones(shape, dtype, device())?.requires_grad()?;
     let mut tape = Tape::train(seed);

@@ -1,5 +1,5 @@
-//! Properties of the fused ops that no single case shows: the same bits for any number of threads, sums over the whole
-//! that equal the sums over its parts, tensors in use that stay as they are, and values at the edge.
+//! Properties of the fused ops beyond single cases: the same bits for any number of threads, sums over the whole equal
+//! to the sums over its parts, tensors in use that stay unchanged, and extreme values.
 
 use crate::common::device;
 use x_transformers::{DType, Philox, Result, Tape, Tensor, ops::Activation};
@@ -103,7 +103,7 @@ fn weight_gradients_add_up_over_parts() -> Result<()> {
     Ok(())
 }
 
-/// A gradient may take the place of what is not used any more, never of what somebody still holds.
+/// A gradient may reuse memory that is no longer used, but never a tensor that somebody still holds.
 #[test]
 fn backward_leaves_held_tensors_alone() -> Result<()> {
     let x = random(&[5, 8], DType::F32, 0)?.requires_grad()?;
@@ -191,7 +191,7 @@ fn classes_ruled_out_in_a_long_row() -> Result<()> {
 #[test]
 fn loss_of_large_logits_is_exact() -> Result<()> {
     let target = Tensor::from_slice(&[0i64], [1], device())?;
-    // A log-sum-exp rounded to f32 would lose everything behind the third digit.
+    // A log-sum-exp rounded to f32 would lose everything after the third digit.
     let (loss, grad) = edge(&[1e4, 1e4 + 0.5], |x| x.cross_entropy(&target, -100))?;
     assert!((loss[0] - (0.5 + (1.0 + (-0.5f64).exp()).ln())).abs() < 1e-7, "{loss:?}");
     assert!((grad[1] - 1.0 / (1.0 + (-0.5f64).exp())).abs() < 1e-7, "{grad:?}");
@@ -219,7 +219,7 @@ fn variance_far_from_zero() -> Result<()> {
     Ok(())
 }
 
-/// A key that is rotated alone, as with a cache, has the bits that it has within a sequence.
+/// A key that is rotated on its own, as with a cache, has the same bits as within a sequence.
 #[test]
 fn rotation_depends_on_the_position_alone() -> Result<()> {
     let frequencies = Tensor::generate([8], DType::F32, device(), |k| 10000f64.powf(k as f64 / -8.0))?;
@@ -238,7 +238,7 @@ fn in_every_type(row: &[f64]) -> Result<Vec<Tensor>> {
     [DType::F32, DType::F64, DType::BF16, DType::F16].iter().map(|&dtype| x.to_dtype(dtype)).collect()
 }
 
-/// Zeros that differ in sign tie, NaN is the largest number, and an infinity is a number like others.
+/// Zeros of different sign tie, NaN is the largest number, and an infinity is an ordinary number.
 #[test]
 fn the_largest_of_special_values() -> Result<()> {
     let (nan, infinity) = (f64::NAN, f64::INFINITY);
@@ -257,7 +257,7 @@ fn the_largest_of_special_values() -> Result<()> {
     Ok(())
 }
 
-/// What has no maximum among the finite numbers has no entmax; what is ruled out by an infinity has none of it.
+/// A row without a finite maximum has no entmax; entries ruled out by an infinity have a weight of zero.
 #[test]
 fn entmax_of_special_values() -> Result<()> {
     let (nan, infinity) = (f64::NAN, f64::INFINITY);
@@ -276,7 +276,7 @@ fn entmax_of_special_values() -> Result<()> {
     Ok(())
 }
 
-/// Moves by any number of positions, the most negative one included, whose opposite is no number.
+/// Shifts by any number of positions, including the most negative one, whose negation overflows.
 #[test]
 fn tokens_move_by_any_amount() -> Result<()> {
     let x = random(&[2, 3, 2], DType::F32, 0)?.requires_grad()?;

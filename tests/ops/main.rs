@@ -1,4 +1,4 @@
-//! The ops one by one, beside what they are made of: values, errors, layouts, threads.
+//! The ops one by one, and their building blocks: values, errors, layouts, threads.
 
 #[path = "../common/mod.rs"]
 mod common;

@@ -109,8 +109,8 @@ fn large_sizes_in_every_dtype_and_layout() -> Result<()> {
     Ok(())
 }
 
-/// Each way to multiply few rows has the order of additions of the way for many. Only tiles of AMX have an order of their
-/// own, and are not worth it for a few rows.
+/// Each kernel for few rows adds in the same order as the kernel for many rows. Only AMX tiles have a different order,
+/// and they do not pay off for a few rows.
 #[test]
 fn rows_do_not_depend_on_how_many_there_are() -> Result<()> {
     let fewest = if Level::detected() == Level::Amx { 9 } else { 1 };

@@ -44,7 +44,7 @@ fn laid_out(values: &[f64], shape: &[usize], dtype: DType, code: u64) -> Result<
         code /= dim as u64 + 1;
     }
     let gaps: Vec<usize> = (0..rank).map(|dim| (code >> (2 * dim)) as usize & 3).collect();
-    // The memory holds dimension `order[i]` as its i-th, with `gaps` elements before and one behind if there are any.
+    // The memory holds dimension `order[i]` as its i-th, with `gaps` elements before and one after, if any.
     let stored: Vec<usize> =
         order.iter().map(|&dim| shape[dim] + if gaps[dim] > 0 { gaps[dim] + 1 } else { 0 }).collect();
     let mut memory = vec![1e4; stored.iter().product()];
@@ -79,7 +79,7 @@ fn broadcasts() -> impl Strategy<Value = (Vec<usize>, Vec<usize>, Vec<usize>)> {
             dims[cut..].to_vec()
         };
         let (a, b) = (side(0), side(1));
-        // What they broadcast to may be smaller, where both are 1.
+        // Their broadcast shape may be smaller, where both are 1.
         let rank = a.len().max(b.len());
         let size = |s: &[usize], back: usize| if back <= s.len() { s[s.len() - back] } else { 1 };
         let result =
@@ -97,7 +97,7 @@ fn close(actual: &[f64], expected: &[f64], tolerance: f64) -> std::result::Resul
     Ok(())
 }
 
-/// A tensor beside a list of which element of the first tensor each of its elements is.
+/// A tensor, and for each of its elements the index of that element in the first tensor.
 struct Model {
     tensor: Tensor,
     shape: Vec<usize>,
@@ -268,7 +268,7 @@ proptest! {
         prop_assert_eq!(gradient.to_f64_vec().unwrap(), expected);
     }
 
-    /// Every order of elements can be reshaped to and fro, and a copy is packed.
+    /// Every order of elements can be reshaped back and forth, and a copy is packed.
     #[test]
     fn reshapes_keep_the_order(shape in shapes(), code: u64, a: u16, b: u16) {
         let values = numbers(&shape);
@@ -343,7 +343,7 @@ proptest! {
         }
     }
 
-    /// Two shapes broadcast, in every place that asks, exactly if all sizes are equal or 1.
+    /// Every op broadcasts two shapes if and only if all sizes are equal or 1.
     #[test]
     fn which_shapes_broadcast(a in shapes(), b in shapes()) {
         let size = |s: &[usize], back: usize| if back <= s.len() { s[s.len() - back] } else { 1 };
@@ -400,7 +400,7 @@ proptest! {
         }
     }
 
-    /// What broadcasting repeats, `sum_to` adds up.
+    /// `sum_to` adds up the elements that broadcasting repeats.
     #[test]
     fn sum_to_undoes_expand(shapes in broadcasts(), code: u64) {
         let (shape, small, _) = shapes;
@@ -473,7 +473,7 @@ proptest! {
         }
     }
 
-    /// Cutting and joining is the identity, for values and gradients.
+    /// Splitting and concatenating is the identity, for values and gradients.
     #[test]
     fn cat_undoes_split(shape in shapes(), dim: u8, cuts: [u8; 3], code: u64) {
         prop_assume!(!shape.is_empty());

@@ -1,4 +1,4 @@
-//! Tensors: constructors, conversions, views, how they print, and what they refuse.
+//! Tensors: constructors, conversions, views, formatting and errors.
 
 use crate::common::device;
 use half::{bf16, f16};
@@ -319,7 +319,7 @@ fn views_of_nothing() -> Result<()> {
 
 #[test]
 fn gradients_of_empty_views() -> Result<()> {
-    // Empty parts whose offset lies behind the end of an empty buffer, added up in place.
+    // Empty parts whose offset lies past the end of an empty buffer, added up in place.
     let x = counting([4, 0]).requires_grad()?;
     let mut tape = Tape::grad();
     let late = x.narrow(0, 2, 2)?;
@@ -329,7 +329,7 @@ fn gradients_of_empty_views() -> Result<()> {
     assert_eq!(grads.get(&x).unwrap().shape(), [4, 0]);
     let x = counting([4, 0]).requires_grad()?;
     let mut tape = Tape::grad();
-    // The last op gives a gradient of its own, so that its parts belong to nobody else.
+    // The last op returns a new gradient, whose parts belong to nobody else.
     let y = Tensor::cat(&[&counting([3, 0]), &x, &x.affine(1.0, 0.0)?], 0)?.affine(1.0, 0.0)?;
     let grads = tape.backward_with(&y, &Tensor::ones(*y.shape(), DType::F64, device())?)?;
     assert_eq!(grads.get(&x).unwrap().numel(), 0);

@@ -1,5 +1,5 @@
-//! Threads that share models: some train one, some continue texts with it, some train models of their own, some write and
-//! read checkpoints and put them into the shared model, some read files, trim memory and multiply matrices.
+//! Threads that share models: some train one, some generate with it, some train their own models, some write and read
+//! checkpoints and load them into the shared model, some read files, trim memory and multiply matrices.
 
 use std::{
     collections::BTreeMap,
@@ -49,7 +49,7 @@ fn train(model: &AutoregressiveWrapper, params: &ParamMap, rounds: usize, seed: 
     Ok(())
 }
 
-/// What one of the threads does.
+/// Runs the work of one thread.
 fn one(thread: usize, rounds: usize, shared: &(AutoregressiveWrapper, ParamMap), folder: &Path) -> Result<()> {
     let (model_of_all, params) = shared;
     let seed = 1000 * thread as u64;
@@ -106,7 +106,7 @@ fn one(thread: usize, rounds: usize, shared: &(AutoregressiveWrapper, ParamMap),
     }
 }
 
-/// Runs so many threads for so many rounds each.
+/// Runs a number of threads for a number of rounds each.
 pub fn run(threads: usize, rounds: usize) -> Result<()> {
     static CALLS: AtomicUsize = AtomicUsize::new(0);
     let call = CALLS.fetch_add(1, Ordering::Relaxed);

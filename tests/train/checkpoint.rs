@@ -1,4 +1,4 @@
-//! Checkpoints: a whole one is there at every instant, whatever kills the process, and damaged ones are typed errors.
+//! Checkpoints: a complete one exists at every instant, whatever kills the process, and damaged ones are typed errors.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -70,7 +70,7 @@ fn checkpoint(step: u64, elements: usize) -> Checkpoint {
     }
 }
 
-/// Checks that a loaded checkpoint is of one piece, and returns its step.
+/// Checks that a loaded checkpoint is consistent, and returns its step.
 fn whole(checkpoint: &Checkpoint) -> u64 {
     let step = checkpoint.training.step;
     for tensor in checkpoint.model.values().chain(checkpoint.optimizer.values()) {
@@ -82,7 +82,7 @@ fn whole(checkpoint: &Checkpoint) -> u64 {
 #[test]
 fn checkpoint_round_trip_is_exact() -> Result<()> {
     let folder = Folder::new("round");
-    // Folders on the way are made, and other files are left alone.
+    // Parent folders are created, and other files are left alone.
     let run = folder.0.join("runs/first");
     for step in [1, 2] {
         checkpoint(step, 5).save(&run)?;
@@ -122,7 +122,7 @@ fn checkpoint_every_interrupted_state_loads() -> Result<()> {
     };
     let settle = |expected: u64| {
         assert_eq!(whole(&Checkpoint::load(run).unwrap()), expected);
-        // The next save cleans up, and so does one that fails to write would not: the old one is still there.
+        // The next save cleans up; if it fails to write, the old checkpoint is still there.
         checkpoint(3, 5).save(run).unwrap();
         assert_eq!(whole(&Checkpoint::load(run).unwrap()), 3);
         assert_eq!(names(run), FILES);
@@ -178,7 +178,7 @@ fn child(test: &str, folder: &Path) -> Command {
     command
 }
 
-/// Not a test of its own: saves one checkpoint after the other until it is killed.
+/// Not a separate test: saves one checkpoint after the other until it is killed.
 #[test]
 fn checkpoint_child_saves_forever() {
     let Some(folder) = env::var_os(CHILD).map(PathBuf::from) else { return };
@@ -208,17 +208,17 @@ fn checkpoint_survives_kills() {
         process.wait().unwrap();
         reported = lines.filter_map(saved).last().unwrap_or(reported);
         let step = whole(&Checkpoint::load(&folder.0).expect("a whole checkpoint"));
-        // What was reported as saved is there, and it is the newest but for the report that was not made.
+        // The last reported save exists, and is the newest, except for one that was not reported yet.
         assert!(step == reported || step == reported + 1, "round {round}: reported {reported}, found {step}");
         assert!(step > last, "round {round}: {step} after {last}");
         last = step;
     }
-    // Debris of the last kill is gone with the next save.
+    // The next save removes leftovers of the last kill.
     checkpoint(last + 1, 5).save(&folder.0).unwrap();
     assert_eq!(names(&folder.0), FILES);
 }
 
-/// Several threads save into one folder: each save is whole, one after the other, and nothing is left beside it.
+/// Several threads save into one folder: each save is complete, one after the other, and leaves no other files.
 #[test]
 fn savers_of_one_folder_take_turns() {
     let folder = Folder::new("turns");
@@ -279,7 +279,7 @@ fn readers_meet_no_mixture() {
     });
 }
 
-/// What is in the way of a save, or is linked to from its place, is an error that says so or is replaced.
+/// Files or links at the destination of a save are replaced, or are an error that names them.
 #[cfg(unix)]
 #[test]
 fn checkpoint_through_links() {
@@ -321,7 +321,7 @@ fn checkpoint_through_links() {
     assert!(message.contains("symbolic link to nowhere, which does not exist"), "{message}");
 }
 
-/// Not a test of its own: tries to save more than the process may write.
+/// Not a separate test: tries to save more than the process may write.
 #[test]
 fn checkpoint_child_writes_too_much() {
     let Some(folder) = env::var_os(CHILD).map(PathBuf::from) else { return };
@@ -364,7 +364,7 @@ fn checkpoint_that_cannot_be_written() {
         );
     }
     assert_eq!(fs::read(&file).unwrap(), b"not a folder");
-    // A folder in the place of a file: the error says so, and the new checkpoint is whole all the same.
+    // A folder in the place of a file: the error says so, and the new checkpoint is still complete.
     let run = folder.0.join("run");
     fs::create_dir_all(run.join("training.json/occupied")).unwrap();
     let error = checkpoint(1, 1).save(&run).unwrap_err();
@@ -372,7 +372,7 @@ fn checkpoint_that_cannot_be_written() {
     assert_eq!(whole(&Checkpoint::load(&run).unwrap()), 1);
 }
 
-/// The message of loading a folder, which must be a typed error about a path.
+/// Returns the message of loading a folder, which must be a typed error about a path.
 fn refused(folder: &Path) -> String {
     match Checkpoint::load(folder) {
         Err(error) if matches!(error.kind(), ErrorKind::File { .. } | ErrorKind::Io { .. }) => error.to_string(),
@@ -410,7 +410,7 @@ fn checkpoint_missing_and_damaged_files_are_refused() -> Result<()> {
         assert_eq!(whole(&Checkpoint::load(run)?), 1);
     }
 
-    // Too large to be what it says; it takes no memory.
+    // Larger than such a file can be; allocates no memory.
     let huge = fs::File::create(run.join("training.json")).unwrap();
     huge.set_len(1 << 40).unwrap();
     assert!(refused(run).contains("training.json"));

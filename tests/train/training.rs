@@ -1,4 +1,4 @@
-//! Training: schedule, moving averages, text, options, and the loop, which a kill does not change.
+//! Training: schedule, moving averages, text, options, and the loop, whose results do not depend on kills.
 
 use std::{
     collections::BTreeMap,
@@ -53,7 +53,7 @@ fn schedule_values() {
     for behind in [300, 301, u64::MAX] {
         assert!((schedule.at(behind) - 1e-4).abs() < 1e-17);
     }
-    // No warm-up, and nothing but warm-up.
+    // No warm-up, and only warm-up.
     assert_eq!(Schedule { warmup: 0, ..schedule }.at(0), 1e-3);
     let only = Schedule { warmup: 300, ..schedule };
     assert_eq!((only.at(149), only.at(299)), (0.5e-3, 1e-3));
@@ -95,7 +95,7 @@ fn ema_follows_its_formula_and_swaps() -> Result<()> {
             result => panic!("{result:?}"),
         }
     }
-    // Other parameters than it was made for.
+    // Other parameters than those it was created for.
     let ema = Ema::new(&ParamMap::default(), 0.5)?;
     let store = ParamStore::new(0, DType::F32, device());
     store.param("p", [1], Init::Constant(0.0))?;
@@ -175,7 +175,7 @@ fn text_that_cannot_be_used() {
         let error = message(&path);
         assert!(error.contains(expected) && error.contains(name), "{error}");
     }
-    // A folder with nothing but those.
+    // A folder with only those.
     assert!(message(&folder.0).contains("no readable text"));
     assert!(message(&folder.0.join("missing")).contains("missing"));
     #[cfg(unix)]
@@ -331,7 +331,7 @@ fn trainer_learns() -> Result<()> {
     for (dtype, ema_decay) in plain.into_iter().chain([averaged]) {
         let mut trainer = trainer(0.0, TrainOptions { dtype, ema_decay, ..options(40) })?;
         let start = trainer.validate()?;
-        // A model that knows nothing guesses among 128 bytes.
+        // An untrained model guesses among 128 bytes.
         assert!((start - 128f64.ln()).abs() < 0.7, "{start}");
         let mut losses = Vec::new();
         while trainer.steps_done() < trainer.options().steps {
@@ -339,7 +339,7 @@ fn trainer_learns() -> Result<()> {
             assert_eq!(report.step + 1, trainer.steps_done());
             assert_eq!(report.tokens, 4 * 24);
             assert_eq!(report.lr, trainer.options().schedule().at(report.step));
-            // Gradients of an ordinary loss overflow f16 nowhere near the scale that a run begins with.
+            // Gradients of an ordinary loss do not overflow f16 anywhere near the initial scale of a run.
             assert!(report.grad_norm > 0.0 && report.grad_norm.is_finite() && !report.skipped);
             losses.push(report.loss);
         }
@@ -354,7 +354,7 @@ fn trainer_learns() -> Result<()> {
     Ok(())
 }
 
-/// A step is: the mean gradient over the micro-batches, clipped, then AdamW.
+/// A step is the mean gradient over the micro-batches, clipped, then AdamW.
 #[test]
 fn trainer_step_is_its_definition() -> Result<()> {
     for (dtype, tolerance) in [(DType::F64, 1e-12), (DType::F32, 1e-4)] {
@@ -411,8 +411,8 @@ fn trainer_same_bits_for_any_number_of_threads() {
     assert!(run(2) == one && run(5) == one);
 }
 
-/// Saved, dropped and resumed after every few steps: the same bits as in one go, with dropout, averaged weights,
-/// several micro-batches and every type.
+/// A run that is saved, dropped and resumed every few steps has the same bits as an uninterrupted one, with dropout,
+/// averaged weights, several micro-batches and every type.
 #[test]
 fn trainer_resume_is_exact() -> Result<()> {
     let folder = Folder::new("resume");
@@ -433,7 +433,7 @@ fn trainer_resume_is_exact() -> Result<()> {
             }
         }
         assert!(whole.validate()? == parts.validate()?);
-        // What is meant for use are the averaged weights.
+        // The averaged weights are the ones to use.
         let run = folder.0.join("averaged");
         whole.save(&run)?;
         let (averaged, last) = (Checkpoint::load_averaged(&run)?.1, Checkpoint::load_model(&run)?.1);
@@ -452,7 +452,7 @@ fn trainer_resume_is_exact() -> Result<()> {
     Ok(())
 }
 
-/// A run whose end is moved goes on as one that was begun with so many steps.
+/// A run whose number of steps is changed continues as if it had started with that number.
 #[test]
 fn trainer_moves_its_end() -> Result<()> {
     let folder = Folder::new("moved");
@@ -481,8 +481,8 @@ fn trainer_moves_its_end() -> Result<()> {
     Ok(())
 }
 
-/// A run in f16 whose scale of the loss is far too large skips steps, and halves the scale each time, until the gradients
-/// are finite. That too goes on after a resume as if it had never stopped.
+/// A run in f16 whose loss scale is far too large skips steps, and halves the scale each time, until the gradients are
+/// finite. A resumed run continues as if it had never stopped.
 #[test]
 fn trainer_skips_steps_until_the_scaled_gradients_are_finite() -> Result<()> {
     let folder = Folder::new("scaled");
@@ -525,7 +525,7 @@ fn trainer_skips_steps_until_the_scaled_gradients_are_finite() -> Result<()> {
     }
     assert_eq!(whole.grad_scaler(), trainer.grad_scaler());
     assert!(bits(&whole, &folder.0.join("whole")) == bits(&trainer, &folder.0.join("parts")));
-    // What a run cannot have left behind.
+    // State that no run writes.
     let json = fs::read_to_string(run.join("training.json")).unwrap();
     for (from, to) in [("\"scale\": ", "\"scale\": -"), ("\"skipped\": ", "\"skipped\": 1")] {
         fs::write(run.join("training.json"), json.replacen(from, to, 1)).unwrap();
@@ -537,10 +537,10 @@ fn trainer_skips_steps_until_the_scaled_gradients_are_finite() -> Result<()> {
 
 /// The name under which this program runs itself as a child.
 const CHILD: &str = "XT_TEST_TRAIN_CHILD";
-/// After how many steps the child saves again and again until it is killed.
+/// Number of steps after which the child saves repeatedly until it is killed.
 const HOLD: &str = "XT_TEST_TRAIN_HOLD";
 
-/// Not a test of its own: trains and saves until the run is done, or until it is killed.
+/// Not a separate test: trains and saves until the run is done, or until it is killed.
 #[test]
 fn trainer_child() {
     let Some(folder) = env::var_os(CHILD).map(PathBuf::from) else { return };

@@ -1,5 +1,6 @@
-//! Seconds that a core computes for one and two megabytes of text, most of them without a space, with their ratio:
-//! `cargo bench -p x-transformers-tokenizers`. The ratio is to stay below 2.5 for every model. `-- --test` takes kilobytes, once.
+//! CPU seconds for one and two megabytes of text, most of it without a space, with their ratio:
+//! `cargo bench -p x-transformers-tokenizers`. The ratio must stay below 2.5 for every model. `-- --test` takes
+//! kilobytes, once.
 
 #[path = "../tests/common/models.rs"]
 mod models;

@@ -9,7 +9,7 @@ use std::{
     process::{Command, Output, Stdio},
 };
 
-/// `xt` with these arguments, its output read through pipes.
+/// Runs `xt` with these arguments and reads its output through pipes.
 pub fn xt(arguments: &[&str]) -> Output {
     start(arguments).output().expect("xt starts")
 }
@@ -20,7 +20,7 @@ pub fn start(arguments: &[&str]) -> Command {
     command
 }
 
-/// Standard output of a run that must succeed.
+/// Returns the standard output of a run that must succeed.
 #[track_caller]
 pub fn succeeds(arguments: &[&str]) -> String {
     let output = xt(arguments);
@@ -30,7 +30,7 @@ pub fn succeeds(arguments: &[&str]) -> String {
     out
 }
 
-/// The message of a run that must fail: one line on standard error, exit code 1.
+/// Returns the message of a run that must fail: one line on standard error, exit code 1.
 #[track_caller]
 pub fn fails(arguments: &[&str]) -> String {
     failed(arguments, xt(arguments))
@@ -44,7 +44,7 @@ pub fn failed(arguments: &[&str], output: Output) -> String {
     err
 }
 
-/// The message of a run with wrong usage: exit code 2.
+/// Returns the message of a run with wrong usage: exit code 2.
 #[track_caller]
 pub fn refuses(arguments: &[&str]) -> String {
     let output = xt(arguments);
@@ -57,7 +57,7 @@ pub fn text(bytes: &[u8]) -> String {
     String::from_utf8(bytes.to_vec()).expect("output is UTF-8")
 }
 
-/// The arguments of a model that trains in a moment.
+/// Arguments of a model that trains in a moment.
 pub const TINY: [&str; 12] =
     ["--dim", "16", "--depth", "1", "--heads", "2", "--seq-len", "8", "--batch-size", "2", "--warmup", "2"];
 
@@ -66,7 +66,7 @@ pub fn path(folder: &Path, name: &str) -> String {
     folder.join(name).to_str().expect("a temporary path is UTF-8").to_string()
 }
 
-/// A text of some kilobytes with words in it.
+/// Writes a text of some kilobytes with words in it.
 pub fn write_text(path: &str) {
     let words = ["the", "cat", "sat", "on", "a", "mat", "and", "looked", "at", "Zoë's", "hat"];
     let text: String = (0..2000usize).map(|i| format!("{} ", words[(i * i + i / 7) % words.len()])).collect();

@@ -125,7 +125,7 @@ fn generation() {
         assert_eq!(number(&many, "new_tokens"), 9.0);
         assert!(number(&many, "flop") > number(&one, "flop"), "{one} {many}");
     }
-    // Where the beginning slides out of sight, keys and values cannot be kept: there is no count.
+    // If the beginning slides out of the window, keys and values cannot be kept: there is no count.
     let report = bench.json(GPT, &["--mode", "generate", "--seq-len", "20", "--new-tokens", "8"]);
     assert!(report["flop"].is_null() && report["flop_per_second"].is_null(), "{report}");
 }
@@ -167,7 +167,7 @@ fn a_report_for_people() {
     }
 }
 
-/// The profile of the steps that count, as text, as JSON and as a trace.
+/// The profile of the timed steps, as text, as JSON and as a trace.
 #[test]
 fn where_the_time_goes() {
     let bench = Bench::new();

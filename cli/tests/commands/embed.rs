@@ -1,5 +1,5 @@
-//! `xt embed` with small models of sentence-transformers that `tokenizers/tests/sentence/make.py` drew. The vectors of many
-//! more are in `tokenizers/tests/tokenizers/sentence.rs`.
+//! `xt embed` with small random models of sentence-transformers from `tokenizers/tests/sentence/make.py`.
+//! `tokenizers/tests/tokenizers/sentence.rs` checks the vectors of many more.
 #![cfg(feature = "tokenizers")]
 
 use std::{fs, path::PathBuf};
@@ -9,7 +9,7 @@ use serde_json::Value;
 use tempfile::TempDir;
 use x_transformers::io::read_safetensors;
 
-/// A model of the list by its name, some files of which are others.
+/// A model of the list by its name, with some files replaced.
 fn model(name: &str, files: &[(&str, &str)]) -> (TempDir, Value) {
     let place = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../tokenizers/tests/sentence");
     let cases: Vec<Value> = serde_json::from_str(&fs::read_to_string(place.join("cases.json")).unwrap()).unwrap();
@@ -29,7 +29,7 @@ fn model(name: &str, files: &[(&str, &str)]) -> (TempDir, Value) {
     (folder, case)
 }
 
-/// The vectors of texts, with more arguments.
+/// Returns the vectors of texts, with additional arguments.
 fn vectors(folder: &TempDir, texts: &[&str], more: &[&str]) -> Vec<f64> {
     let output = tempfile::tempdir().unwrap();
     let output = path(output.path(), "vectors.safetensors");
@@ -92,7 +92,7 @@ fn tables_compare_as_the_model_says() {
         let checkpoint = folder.path().to_string_lossy();
         let mut args = vec!["embed", "--checkpoint", &checkpoint];
         let texts: Vec<&str> = case["texts"].as_array().unwrap().iter().map(|text| text.as_str().unwrap()).collect();
-        // The last one is cut, which is another matter.
+        // The last one is truncated, which is tested elsewhere.
         texts[..2].iter().for_each(|text| args.extend(["--text", text]));
         let table = succeeds(&args);
         let mut lines = table.lines();
@@ -107,7 +107,7 @@ fn tables_compare_as_the_model_says() {
     }
 }
 
-/// A setting that changes vectors and is not supported is refused by name.
+/// An unsupported setting that changes vectors is an error that names it.
 #[test]
 fn what_is_not_known_is_refused_by_name() {
     let listed = |last: &str| {
@@ -248,7 +248,7 @@ fn what_is_not_known_is_refused_by_name() {
         ),
         ("sentence pieces", "tokenizer_config.json", r#"{"sep_token": "<none>"}"#.into(), "lacks [CLS] or <none>"),
     ];
-    // Of a family that continues texts.
+    // A model of a generative family.
     let config = |key: &str| {
         format!(
             r#"{{"model_type": "qwen2", "vocab_size": 306, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2,

@@ -1,4 +1,4 @@
-//! What `xt generate` offers beside plain text.
+//! Options of `xt generate` besides plain text.
 
 use std::fs;
 
@@ -17,7 +17,7 @@ fn text_from_a_model_in_every_way() {
     let cat = ["--prompt", "the cat"];
     let greedy = generate(&[&cat[..], &["--temperature", "0"]].concat());
     assert!(greedy.starts_with("the cat"), "{greedy:?}");
-    // A cache, a draft, one beam and a batch change nothing of it.
+    // A cache, a draft, one beam and a batch do not change it.
     for same in [
         &["--temperature", "0", "--no-cache"][..],
         &["--temperature", "0", "--prefill", "2"],
@@ -49,7 +49,7 @@ fn text_from_a_model_in_every_way() {
     assert!(!ended.trim_end_matches('\n').contains(' '), "{ended:?} of {plain:?}");
     // That of the prompt does not.
     assert!(generate(&["--prompt", "the cat", "--eos", "32", "--temperature", "3"]).len() > "the cat\n".len());
-    // A prompt that is longer than the window goes on with the end of it.
+    // A prompt longer than the window is continued from its end.
     assert!(generate(&["--prompt", &"the cat ".repeat(5), "--temperature", "0"]).len() > 60);
     assert!(refuses(&["generate", "--checkpoint", &out, "--prompt", ""]).contains("--prompt"));
     let score = |weights: &str| {
@@ -70,7 +70,7 @@ fn text_from_a_model_in_every_way() {
     assert!(refuses(&["generate", "--checkpoint", &out, "--repetition-penalty", "0"]).contains("--repetition-penalty"));
 }
 
-/// A run with averaged weights is continued with them: it scores a text as its validation does, not as its last weights.
+/// A run with averaged weights generates with them: it scores a text as its validation does, not with its last weights.
 #[test]
 fn averaged_weights_are_used() {
     let folder = tempfile::tempdir().expect("a temporary folder");
@@ -85,14 +85,14 @@ fn averaged_weights_are_used() {
     assert!(json.contains("\"ema_decay\": 0.9"), "{json}");
     fs::write(&training, json.replace("\"ema_decay\": 0.9", "\"ema_decay\": null")).expect("a file");
     assert_ne!(score(), averaged);
-    // Weights and config alone are a model too; a damaged file is none.
+    // Weights and config are enough for a model; a damaged file is an error.
     fs::write(&training, "{").expect("a file");
     assert!(fails(&["generate", "--checkpoint", &out]).contains("training.json"));
     fs::remove_file(&training).expect("a file");
     assert_ne!(score(), averaged);
 }
 
-/// What eight bits cost a model that has learned something, in bits per byte. The README has numbers of a larger one.
+/// Loss due to int8 weights on a trained model, in bits per byte. The README has figures of a larger model.
 #[test]
 fn eight_bits_cost_little() {
     let folder = tempfile::tempdir().expect("a temporary folder");

@@ -39,7 +39,7 @@ fn figures_of_a_small_gpt() {
     assert!(info.contains(&format!("forward pass   {:.1} MFLOP", forward / 1e6)), "{forward} in\n{info}");
 }
 
-/// Keywords on the command line, over those of a config and of a checkpoint.
+/// Options on the command line, which override those of a config and of a checkpoint.
 #[test]
 fn keywords_of_the_command_line() {
     let folder = tempfile::tempdir().expect("a temporary folder");
@@ -75,7 +75,7 @@ fn keywords_of_the_command_line() {
     assert!(succeeds(&bench).contains("seconds"));
 }
 
-/// The order as it was resolved, and for each attention the path and what rules the fused one out.
+/// The resolved order, and for each attention the path and the reason against the fused one.
 #[test]
 fn layers_and_attention_paths() {
     let folder = tempfile::tempdir().expect("a temporary folder");
@@ -112,7 +112,7 @@ fn layers_and_attention_paths() {
         let info = layers(options);
         assert_eq!(info.matches(&format!("; explicit: {why}\n")).count(), 2, "{options}: {info}");
     }
-    // Self- and cross-attention apart, both sides of a pair.
+    // Self- and cross-attention separately, on both sides of a pair.
     let info = info(
         r#"{"model": "XTransformer", "dim": 16, "enc_num_tokens": 4, "enc_max_seq_len": 8, "enc_depth": 1, "enc_heads": 2,
             "dec_num_tokens": 4, "dec_max_seq_len": 8, "dec_depth": 1, "dec_heads": 2, "dec_cross_residual_attn": true}"#,

@@ -1,5 +1,5 @@
-//! Pretrained models on the command line: small ones that `tests/files/make_pretrained.py` drew, and real ones. What needs
-//! files of `scripts/install-pretrained` is skipped by name without them.
+//! Pretrained models on the command line: small random ones from `tests/files/make_pretrained.py`, and real ones. Tests
+//! that need files of `scripts/install-pretrained` are skipped with a message without them.
 
 use std::{collections::BTreeMap, fs, path::PathBuf};
 
@@ -39,7 +39,7 @@ fn letters(text: &str) -> Vec<i64> {
     text.bytes().map(|byte| i64::from(byte - b'!') + 3).collect()
 }
 
-/// A folder with the config and the weights of another one, one of them changed, and with a tokenizer.
+/// Creates a folder with the config and the weights of another one, one of them changed, and with a tokenizer.
 fn folder(of: &str, change: impl FnOnce(&mut BTreeMap<String, Tensor>), tokenizer: (&str, &str)) -> tempfile::TempDir {
     let new = tempfile::tempdir().expect("a temporary folder");
     fs::copy(files(of) + "/config.json", new.path().join("config.json")).expect("a config");
@@ -89,7 +89,7 @@ fn pretrained_models_continue_texts_in_every_way() {
         let all = [&["generate", "--checkpoint", &model, "--length", "20", "--device", "cpu"][..], more].concat();
         let output = xt(&all);
         let note = text(&output.stderr);
-        // The file has no template: that its chats are ChatML is said.
+        // The file has no template: a message says that its chats are ChatML.
         assert!(output.status.success() && note.contains("ChatML") == more.contains(&"--chat"), "{note}");
         text(&output.stdout)
     };
@@ -99,7 +99,7 @@ fn pretrained_models_continue_texts_in_every_way() {
             greedy.starts_with("the cat") != asked.contains(&"--chat") && greedy.trim_end().len() > 2,
             "{greedy:?}"
         );
-        // A cache, a draft and one beam change nothing of it; the turns of a chat end with the token that ends a text.
+        // A cache, a draft and one beam do not change it; the turns of a chat end with the token that ends a text.
         for same in [
             &["--temperature", "0", "--no-cache"][..],
             &["--temperature", "0", "--prefill", "2"],
@@ -109,7 +109,7 @@ fn pretrained_models_continue_texts_in_every_way() {
             assert_eq!(generate(&[asked, same].concat()), greedy, "{same:?}");
         }
     }
-    // Prompts of several lengths, each as if it were alone.
+    // Prompts of several lengths, each as on its own.
     let alone = |prompt: &str, more: &[&str]| generate(&[&["--prompt", prompt][..], more].concat());
     for more in
         [&["--temperature", "0"][..], &["--seed", "5"], &["--beams", "2"], &["--temperature", "0", "--draft", &model]]
@@ -136,7 +136,7 @@ fn pretrained_models_continue_texts_in_every_way() {
         let text = alone("the cat", other);
         assert!(text.starts_with("the cat") && text == alone("the cat", other), "{other:?}");
     }
-    // The token that comes third ends the text behind the second.
+    // The third token ends the text after the second.
     let prompt = letters("cat");
     let opened = Pretrained::open(&model).unwrap().autoregressive(DType::F32, &Device::Cpu).unwrap();
     let mut options = GenerateOptions::default();
@@ -171,7 +171,7 @@ fn pretrained_models_score_texts() {
         let bits = words.next().and_then(|bits| bits.parse::<f64>().ok()).expect("a number of bits");
         (bits, words.nth(4).and_then(|bytes| bytes.parse::<usize>().ok()).expect("a number of bytes"))
     };
-    // Two windows, the second of which is not whole.
+    // Two windows, the second of which is partial.
     let text = "sphinxofblackquartzjudgemyvow".repeat(3);
     fs::write(&file, &text).unwrap();
     let opened = Pretrained::open(&model).unwrap().autoregressive(DType::F32, &Device::Cpu).unwrap();
@@ -272,7 +272,7 @@ fn pretrained_folders_continue_texts() {
     assert!(succeeds(&["info", "--checkpoint", &files("llama")]).starts_with("Llama: safetensors of "));
     assert!(succeeds(&["info", "--checkpoint", &files("bert")]).starts_with("BERT: PyTorch of "));
     assert!(succeeds(&["info", "--checkpoint", &llama()]).starts_with("Llama: GGUF of "));
-    // Only spaces are no tokens; a chat has tokens of its own.
+    // Only spaces give no tokens; a chat has its own.
     let all = ["generate", "--checkpoint", &whole, "--prompt"];
     assert!(fails(&[&all[..], &[" "]].concat()).contains("no token"));
     assert!(fails(&[&all[..], &["a", "--chat"]].concat()).contains("no chat template"));
@@ -288,7 +288,7 @@ fn pretrained_folders_continue_texts() {
     assert!(fails(&["generate", "--checkpoint", &out, "--chat"]).contains("pretrained models"));
 }
 
-/// A folder as that of Llama 2, with a model of SentencePiece.
+/// A folder like that of Llama 2, with a SentencePiece model.
 #[test]
 #[cfg(feature = "tokenizers")]
 fn models_of_sentencepiece_are_read() {
@@ -342,7 +342,7 @@ fn pretrained_folders_embed_texts() {
     }
 }
 
-/// A tokenizer that is not beside the weights.
+/// A tokenizer that is not next to the weights.
 #[test]
 #[cfg(feature = "tokenizers")]
 fn tokenizers_of_other_places() {
@@ -357,7 +357,7 @@ fn tokenizers_of_other_places() {
     for place in [vocabulary.clone(), elsewhere.path().to_string_lossy().into_owned()] {
         assert_eq!(embed(&files("bert"), &["--tokenizer", &place]), expected);
     }
-    // Large letters count where the vocabulary has them, as that of proteins has, unless the folder says otherwise.
+    // Case matters if the vocabulary has capital letters, like that of proteins, unless the folder says otherwise.
     fs::write(&vocabulary, pieces().replace("word8", "T").replace("word9", "t")).unwrap();
     let text =
         |text: &str| succeeds(&["embed", "--checkpoint", &files("bert"), "--tokenizer", &vocabulary, "--text", text]);
@@ -390,7 +390,7 @@ fn an_albert_reads_reactions() {
     let args = ["embed", "--checkpoint", &folder, "--text", reactions[0], "--text", reactions[1], "--output", &output];
     succeeds(&args);
     let vectors = read_safetensors(&output).unwrap()["embeddings"].to_f64_vec().unwrap();
-    // What transformers gives for the tokens of the package's own tokenizer.
+    // Output of transformers for the tokens of the package's own tokenizer.
     let expected = read_safetensors(files("rxnmapper.safetensors")).unwrap()["reactions"].to_f64_vec().unwrap();
     let off = vectors.iter().zip(&expected).map(|(a, b)| (a - b).abs()).fold(0.0, f64::max);
     assert!(vectors.len() == expected.len() && off < 1e-4, "{off}");
@@ -403,11 +403,11 @@ fn sentences_are_embedded() {
     let mut args = vec!["embed", "--checkpoint", &folder];
     sentences.iter().for_each(|sentence| args.extend(["--text", sentence]));
     let table = succeeds(&args);
-    // What transformers under PyTorch gives.
+    // Output of transformers under PyTorch.
     assert!(table.contains("     1  1.000  0.755 -0.105  A man is eating food."), "{table}");
     let one = succeeds(&["embed", "--checkpoint", &folder, "--text", sentences[0]]);
     assert_eq!(one.split_whitespace().count(), 384);
-    // Cut as the package cuts it, which is said.
+    // Truncated like in the package, with a message.
     let long = "word ".repeat(600);
     let output = crate::command::xt(&["embed", "--checkpoint", &folder, "--text", &long]);
     let warning = crate::command::text(&output.stderr);
@@ -441,7 +441,7 @@ fn a_chat_is_answered() {
     assert!(fails(&["generate", "--checkpoint", &folder, "--prompt", &long]).contains("the model sees 8192"));
 }
 
-/// Weights that a model has no use for are said on standard error, and refused where that is asked for.
+/// Unused weights are reported on standard error, and are an error if requested.
 #[test]
 #[cfg(feature = "tokenizers")]
 fn weights_without_a_use_are_a_warning() {
@@ -485,7 +485,7 @@ fn weights_without_a_use_are_a_warning() {
     assert!(succeeds(&["info", "--checkpoint", &place]).contains("Transformer, Pooling (max)"));
 }
 
-/// A GGUF file, weights alone, and what `xt train` wrote.
+/// A GGUF file, only weights, and the output of `xt train`.
 #[test]
 fn info_tells_what_files_are() {
     let info = succeeds(&["info", "--checkpoint", &llama()]);
@@ -504,7 +504,7 @@ fn info_tells_what_files_are() {
     assert!(info.starts_with("trained by `xt train`: safetensors") && info.contains("tokenizer     bytes"), "{info}");
 }
 
-/// Files that are not what their names say, and configs that leave out what counts.
+/// Files that do not match their names, and configs that lack required fields.
 #[test]
 fn messages_name_what_a_folder_lacks() {
     let folder = folder("llama", |_| {}, ("tokenizer.json", &words()));
@@ -524,7 +524,7 @@ fn messages_name_what_a_folder_lacks() {
     assert!(says().contains("HTML"), "{}", says());
 }
 
-/// Half-precision numbers that weights, or what they give, do not fit into.
+/// Weights, or their results, that overflow half precision.
 #[test]
 #[cfg(feature = "tokenizers")]
 fn overflow_of_f16_is_named() {

@@ -72,7 +72,7 @@ fn paths_that_are_not_regular_files() {
             assert!(message.contains(special) && message.contains("is not a regular file"), "{message}");
         }
     }
-    // The same inside of a folder that was named.
+    // The same inside a folder that is an argument.
     let run = folder.path().join("run/checkpoint");
     fs::create_dir_all(&run).expect("create");
     for name in ["config.json", "model.safetensors", "optimizer.safetensors", "training.json"] {
@@ -87,7 +87,7 @@ fn paths_that_are_not_regular_files() {
     assert!(!fs::exists(&out).expect("exists"));
 }
 
-/// A run of a tiny model in a folder, on a text of its own.
+/// A run of a tiny model in a folder, on its own text.
 fn train<'a>(folder: &Path, storage: &'a mut Vec<String>, more: &[&'a str]) -> Vec<&'a str> {
     *storage = vec![path(folder, "text.txt"), path(folder, "a b's")];
     write_text(&storage[0]);
@@ -142,12 +142,12 @@ fn standard_error_that_is_full() {
     let output = start(&arguments).stderr(full()).output().expect("xt starts");
     assert_eq!(output.status.code(), Some(0));
     assert!(text(&output.stdout).starts_with("the"));
-    // An error that cannot be told has its exit code.
+    // An error that cannot be printed still has its exit code.
     let output = start(&["info", "--checkpoint", "/nothing"]).stderr(full()).output().expect("xt starts");
     assert_eq!(output.status.code(), Some(1));
 }
 
-/// The last line of a run can be pasted into a shell, whatever the folder is called and however `xt` was started.
+/// The last line of a run can be pasted into a shell, whatever the name of the folder and however `xt` was started.
 #[test]
 fn the_hint_is_a_command() {
     let folder = tempfile::tempdir().expect("a temporary folder");
@@ -165,7 +165,7 @@ fn the_hint_is_a_command() {
     let output = Command::new("sh").args(["-c", &script]).output().expect("sh starts");
     assert_eq!(output.status.code(), Some(0), "{direct}: {}", text(&output.stderr));
 
-    // As a shell starts what it finds in PATH, and as cargo does.
+    // Started by a shell from PATH, and by cargo.
     let rest = &direct[direct.find(" generate ").expect("a command")..];
     let installed = hint(start(&arguments).env_remove("CARGO_PKG_NAME").arg0("xt"));
     assert_eq!(installed, format!("xt{rest}"));
@@ -176,7 +176,7 @@ fn the_hint_is_a_command() {
     assert!(refuses(&arguments).contains("got an empty one"));
 }
 
-/// Unreadable files below a folder are named and skipped; a file that was named itself is an error.
+/// Unreadable files below a folder are named and skipped; one that is an argument itself is an error.
 #[test]
 fn files_of_a_folder_that_cannot_be_read() {
     let folder = tempfile::tempdir().expect("a temporary folder");

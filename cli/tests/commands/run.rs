@@ -1,4 +1,4 @@
-//! `xt run`: what a user of PyTorch compares a migrated model with.
+//! `xt run`, with which a user of PyTorch compares a migrated model.
 
 use std::{collections::BTreeMap, fs, path::Path};
 
@@ -49,7 +49,7 @@ impl Files {
         read_safetensors(&self.outputs).expect("what was written can be read")
     }
 
-    /// The message of a run that fails and leaves no file behind.
+    /// Returns the message of a run that fails and leaves no file behind.
     #[track_caller]
     fn fails(&self, more: &[&str]) -> String {
         let message = fails(&self.arguments(more));
@@ -78,7 +78,7 @@ fn says(message: &str, parts: &[&str]) {
     }
 }
 
-/// Names, shapes and values are those that PyTorch gives, of every case, generated tokens and filters included.
+/// Names, shapes and values are PyTorch's in every case, including generated tokens and filters.
 #[test]
 fn every_case_gives_what_pytorch_gives() {
     let folder = tempfile::tempdir().expect("a temporary folder");
@@ -151,7 +151,7 @@ fn weights_that_are_no_numbers_or_not_tied() {
     });
     says(&files.fails(&[]), &["norm.bias", "i64", "float"]);
 
-    // Tables of their own in a file for a model that has one.
+    // Separate tables in a file for a model that has one.
     let mut files = Files::of("xtransformer_tied");
     let (own, shared) = ("decoder.net.token_emb.weight", "encoder.token_emb.weight");
     files.weights = files.change(&files.weights, |weights| {
@@ -219,13 +219,13 @@ fn files_that_are_no_model() {
     says(&files.fails(&[]), &["broken", "call", "return_embeddings"]);
     config(r#"{"model": "Decoder", "dim": 32, "depth": 1, "alibi_pos_bias": true, "rel_pos_bias": true}"#);
     says(&files.fails(&[]), &["broken", "alibi_pos_bias", "rel_pos_bias"]);
-    // An option that only the call misses.
+    // An option that is only missing from the call.
     let text = fs::read_to_string(Files::of("decoder_gpt").config).expect("read");
     config(&text.replacen('{', r#"{"call": {"return_mems": true}, "#, 1));
     says(&files.fails(&[]), &["broken", "max_mem_len", "return_mems"]);
 }
 
-/// The old file stays as it is unless a new one is whole.
+/// The old file stays unchanged unless a new one is complete.
 #[test]
 fn outputs_are_replaced_in_one_step() {
     let files = Files::of("decoder_gpt");
@@ -260,7 +260,7 @@ fn wrong_usage() {
     assert!(succeeds(&["run", "--help"]).contains("Usage: xt run"));
 }
 
-/// Weights as `torch.save` has them, plain and as trainers have them; what is in them must still be what the model has.
+/// Weights written by `torch.save`, plain and as trainers save them, must still match the model.
 #[test]
 fn weights_of_every_format_are_loaded() {
     let mut files = Files::of("length_none_longer");
@@ -271,7 +271,7 @@ fn weights_of_every_format_are_loaded() {
         let actual = files.run(&[]);
         assert_eq!(actual["out"].to_f64_vec().unwrap(), expected["out"].to_f64_vec().unwrap(), "{name}");
     }
-    // A tensor more is one too many, in a wrapper as well.
+    // An extra tensor is an error, in a wrapper as well.
     files.weights = path(files.folder.path(), "more.safetensors");
     let golden = read_safetensors(golden("length_none_longer") + "/weights.safetensors").expect("weights");
     let one = Tensor::ones([1], DType::F32, &Device::Cpu).expect("one");

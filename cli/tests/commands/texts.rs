@@ -1,4 +1,4 @@
-//! The text of `xt generate`: what tokens stand for, where texts end, and chats. The models here continue each token with
+//! The text of `xt generate`: decoding of tokens, ends of texts, and chats. The models here continue each token with
 //! one other, so that the right text is known.
 
 use std::{collections::BTreeMap, fs, path::Path};
@@ -11,7 +11,7 @@ use x_transformers::{DType, Device, Philox, Tensor, io::write_safetensors};
 /// Tokens of the models here.
 const TOKENS: usize = 280;
 
-/// A folder with a Llama that continues tokens as `chains` say, each with the next of its chain, and with some files.
+/// A folder with some files and a Llama that continues each token with the next one of its chain in `chains`.
 fn model(chains: &[&[usize]], config: &Value, files: &[(&str, &str)]) -> TempDir {
     const DIM: usize = 64;
     let folder = tempfile::tempdir().expect("a temporary folder");
@@ -80,12 +80,12 @@ fn byte_fallback() -> String {
 const A: usize = 260;
 const B: usize = 261;
 
-/// A chain of the bytes of a text behind `a`, and what follows them.
+/// A chain of the bytes of a text after `a`, and the tokens after them.
 fn bytes(text: &str, then: &[usize]) -> Vec<usize> {
     [&[A][..], &text.bytes().map(|byte| 3 + usize::from(byte)).collect::<Vec<_>>(), then].concat()
 }
 
-/// The same text in every way: one by one, without a cache, by one beam, with a draft, and beside others.
+/// The same text in every way: one by one, without a cache, by one beam, with a draft, and in a batch.
 #[track_caller]
 fn every_way(folder: &Path, prompt: &str, more: &[&str], expected: &str) {
     let folder = folder.to_str().expect("a temporary path is UTF-8");
@@ -145,7 +145,7 @@ fn texts_end_at_each_of_several_tokens() {
     let generation = json!({"eos_token_id": [eot]}).to_string();
     let model = of(json!({"eos_token_id": im_end}), &[("generation_config.json", &generation)]);
     every_way(model.path(), "a", &["--length", "9"], "ab");
-    // One that the model does not have ends nothing.
+    // One outside the model's vocabulary ends nothing.
     every_way(of(json!({"eos_token_id": -1}), &[]).path(), "a", &four, whole);
     let model = of(json!({"eos_token_id": null}), &[]);
     every_way(model.path(), "a", &four, whole);
@@ -163,7 +163,7 @@ fn texts_end_before_stop_strings() {
     let folder = model.path();
     every_way(folder, "a", &["--length", "6", "--stop", "def"], "abc");
     every_way(folder, "a", &["--length", "6", "--stop", "x", "--stop", "ef", "--stop", "efg"], "abcd");
-    // The prompt's text does not count, and what only looked like a beginning is shown.
+    // The prompt's text does not count, and text that only looked like a beginning is shown.
     every_way(folder, "a", &["--length", "4", "--stop", "ab", "--stop", "dex"], "abcde");
     let all =
         ["generate", "--checkpoint", folder.to_str().unwrap(), "--temperature", "0", "--length", "7", "--stop", "d"];
@@ -209,7 +209,7 @@ fn chats_are_in_the_form_of_the_template() {
         xt(&[&["generate", "--checkpoint", &folder, "--chat", "--temperature", "0", "--length", "9"][..], more]
             .concat())
     };
-    // What the template says beforehand, or the person; a spelling of a special token is text. The numbers are those of
+    // The template's system message, or the user's; a spelled-out special token is text. The numbers are those of
     // `apply_chat_template` of transformers, with `sanitize_control_tokens`.
     for (more, tokens) in [
         (&["--prompt", "hi"][..], 39),
@@ -225,7 +225,7 @@ fn chats_are_in_the_form_of_the_template() {
     let error = text(&chat(&long, &["--prompt", "no"]).stderr);
     assert!(error.contains("tokenizer_config.json: chat template `default`: line 1: no such question"), "{error}");
     assert!(refuses(&["generate", "--checkpoint", "x", "--system", "a"]).contains("--chat"));
-    // Without a template the form is that of the tokens, and said to be; or none.
+    // Without a template the format follows from the tokens, with a message; or there is none.
     let chatml = model(&[&chain], &json!({"eos_token_id": 263}), &[("tokenizer.json", BYTE_LEVEL)]);
     let output = chat(&chatml, &["--prompt", "hi"]);
     assert!(output.status.success() && text(&output.stderr).contains("ChatML"), "{output:?}");

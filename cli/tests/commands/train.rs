@@ -1,4 +1,4 @@
-//! `xt train` writes what it says, and what it wrote can be used.
+//! `xt train` writes the files that it reports, and they can be used.
 
 use std::{
     fs,
@@ -21,7 +21,7 @@ fn rows(folder: &Path) -> Vec<String> {
     table.lines().map(|row| row.rsplit_once(',').expect("six columns").0.to_string()).collect()
 }
 
-/// Steps alone are watched: validation and samples are no part of the profile.
+/// Only steps are profiled: validation and samples are not part of the profile.
 #[test]
 fn a_profile_of_the_steps() {
     let folder = tempfile::tempdir().expect("a temporary folder");
@@ -69,7 +69,7 @@ fn three_steps_leave_everything() {
     let svg = fs::read_to_string(run.join("loss.svg")).expect("loss.svg");
     assert!(svg.starts_with("<svg") && svg.contains("order-2 model"));
 
-    // What was written is a model.
+    // The output is a model.
     let generate = ["generate", "--checkpoint", &out, "--prompt", "the cat é", "--length", "20", "--seed", "3"];
     let generated = succeeds(&generate);
     assert!(generated.starts_with("the cat é") && generated.ends_with('\n'), "{generated:?}");
@@ -83,7 +83,7 @@ fn three_steps_leave_everything() {
     let cold = refuses(&["generate", "--checkpoint", &out, "--temperature", "-1"]);
     assert!(cold.contains("temperature"), "{cold}");
 
-    // A trained model is not replaced by a slip.
+    // A trained model is not overwritten by mistake.
     let again = fails(&train);
     assert!(again.contains("--resume") && again.contains("--overwrite"), "{again}");
     succeeds(&[&train[..], &["--overwrite"]].concat());
@@ -123,7 +123,7 @@ fn a_killed_run_continues_as_if_nothing_had_happened() {
     assert!(message.contains("text"), "{message}");
 }
 
-/// `--steps` and `--every` change the run that is resumed, and stay changed.
+/// `--steps` and `--every` change the resumed run, and stay changed.
 #[test]
 fn a_resumed_run_goes_on_with_other_steps() {
     let folder = tempfile::tempdir().expect("a temporary folder");
@@ -176,7 +176,7 @@ fn links_to_nowhere() {
     assert!(Path::new(&run("e/metrics.csv")).is_symlink());
 }
 
-/// In f16 the loss is scaled: a scale that is too large costs steps, which are told and counted.
+/// In f16 the loss is scaled: a scale that is too large skips steps, which are logged and counted.
 #[test]
 fn f16_says_what_it_skips() {
     let folder = tempfile::tempdir().expect("a temporary folder");

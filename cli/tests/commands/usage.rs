@@ -1,4 +1,4 @@
-//! Exit codes and messages: 0 done, 1 failed with one line that says what and what to do, 2 wrong usage.
+//! Exit codes and messages: 0 success, 1 failure with one line that says what failed and what to do, 2 wrong usage.
 
 use std::fs;
 
@@ -163,7 +163,7 @@ fn model_options_that_make_no_model() {
     assert!(!fs::exists(&out).expect("exists"));
 }
 
-/// What stands in the way of a run: a file in place of its folder, and another run.
+/// Obstacles to a run: a file in place of its folder, and another run.
 #[test]
 fn folders_that_cannot_be_trained_in() {
     let folder = tempfile::tempdir().expect("a temporary folder");
@@ -180,7 +180,7 @@ fn folders_that_cannot_be_trained_in() {
     }
     let whole = arguments(&train(&out, &[]));
     succeeds(&whole.iter().map(String::as_str).collect::<Vec<_>>());
-    // As a run that has not ended holds it.
+    // Locked as by a running run.
     let lock = fs::File::create(folder.path().join("out/.lock")).expect("create");
     lock.lock().expect("lock");
     for message in [run(&train(&out, &["--overwrite"])), fails(&["train", "--text", &text, "--resume", &out])] {
@@ -195,7 +195,7 @@ fn folders_that_cannot_be_trained_in() {
         "{message}"
     );
     assert!(succeeds(&["train", "--text", &text, "--resume", &out, "--steps", "3"]).contains("step 3/3"));
-    // What it wrote embeds nothing, and has no token 999; nothing is shown before that is said.
+    // Its output embeds nothing, and has no token 999; the error comes before any output.
     let message = fails(&["embed", "--checkpoint", &out, "--text", "a"]);
     assert!(message.contains("xt generate"), "{message}");
     let message = fails(&["generate", "--checkpoint", &out, "--eos", "999"]);

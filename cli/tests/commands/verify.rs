@@ -1,4 +1,4 @@
-//! `xt verify`: cases that agree, cases that do not, and folders that are none.
+//! `xt verify`: cases that agree, cases that do not, and folders that are not cases.
 
 use std::{
     collections::BTreeMap,
@@ -74,7 +74,7 @@ fn folders_are_searched() {
     assert!(out.ends_with("\n3 passed, 0 failed\n"), "{out}");
 }
 
-/// Whatever is wrong with a case, the others are run, and its line says what.
+/// Whatever is wrong with a case, its line says so, and the others still run.
 #[test]
 fn cases_that_do_not_agree() {
     let folder = tempfile::tempdir().expect("a temporary folder");
@@ -168,7 +168,7 @@ fn a_folder_without_permission() {
     }
 }
 
-/// A link up the tree is no way in.
+/// A link up the tree is not followed.
 #[test]
 #[cfg(unix)]
 fn links_do_not_lead_in_circles() {

@@ -1,4 +1,4 @@
-//! Runs `xt` with an interposer between it and the C library, which counts calls and lets one of them go wrong.
+//! Runs `xt` with an interposer between it and the C library, which counts calls and makes one of them fail.
 
 use std::{
     collections::BTreeMap,
@@ -29,7 +29,7 @@ pub fn exhaustive() -> bool {
     env::var_os("XT_EXHAUSTIVE").is_some_and(|value| value == "1")
 }
 
-/// The library that counts calls and lets them fail, `None` without a compiler.
+/// Builds the library that counts calls and makes them fail; `None` without a compiler.
 pub fn interposer() -> Option<&'static Path> {
     static BUILT: OnceLock<Option<PathBuf>> = OnceLock::new();
     let build = || {
@@ -136,18 +136,18 @@ pub fn logged(log: &Path) -> Vec<Call> {
     calls.collect()
 }
 
-/// Operation on a folder while calls go wrong.
+/// Operation on a folder with failing calls.
 pub struct Scenario<'a> {
     pub name: &'a str,
     /// The folder at the beginning.
     pub before: Files,
     /// The command, given the folder.
     pub command: &'a (dyn Fn(&str) -> Vec<String> + Sync),
-    /// Brings the folder to its end after the command failed or was killed.
+    /// Completes the work on the folder after the command failed or was killed.
     pub recover: &'a (dyn Fn(&Path) + Sync),
     /// The folder at the end of an uninterrupted command.
     pub goal: Files,
-    /// The folder at the end if nothing was changed: what was to be replaced is still there.
+    /// The folder at the end if nothing was changed: the files to be replaced are still there.
     pub old: Option<Files>,
     /// The call that replaces it.
     pub switch: &'a str,
@@ -167,7 +167,7 @@ impl Scenario<'_> {
         logged(&log)
     }
 
-    /// Lets one call go wrong, and checks what is left and where it leads.
+    /// Makes one call fail, and checks the remaining files and the result of completing them.
     fn try_fault(&self, calls: &[Call], at: usize, kind: &str, root: &Path) {
         let call = &calls[at - 1];
         let place = format!("{}: {kind} at call {at}, {} {}", self.name, call.name, call.path);
@@ -208,7 +208,7 @@ impl Scenario<'_> {
         }
     }
 
-    /// Lets every call go wrong in every way, or in a part of them.
+    /// Makes every call fail in every way, or in some of them.
     pub fn try_all(&self) {
         let folder = tempfile::tempdir().expect("a temporary folder");
         let calls = self.calls(folder.path());

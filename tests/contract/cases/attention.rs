@@ -240,7 +240,7 @@ fn biased(plain: &Setup, causal: &Setup) -> Vec<Case> {
         position: Position::T5 { table: 3, scale: 1.7, causal, max_distance: 20 },
         ..setup
     };
-    // A softmax does not see what is added to a whole row: the gradient is 0, without a size to compare errors with.
+    // A softmax ignores a constant added to a whole row: the gradient is 0, with no magnitude to relate errors to.
     let per_query = |shape: &[usize]| Input::Float { shape: shape.to_vec(), low: -2.0, high: 2.0, grad: false };
     let small = || qkv(2, [2, 2], 5, 6, 3, 3);
     let blocks = || qkv(2, [2, 1], 70, 140, 2, 2);

@@ -3,7 +3,7 @@ use x_transformers::ops::{DecodeSpec, Window, attention_decode};
 use super::attention::sees;
 use crate::case::{Array, Case, Input};
 
-/// Sizes of a call, and which inputs stand behind queries, keys and values.
+/// Sizes of a call, and the inputs that follow queries, keys and values.
 #[derive(Clone, Default)]
 struct Setup {
     prefix_len: usize,
@@ -28,7 +28,7 @@ fn case(name: &str, heads: [usize; 2], [queries, capacity, d, e]: [usize; 4], se
         float(&[batch, heads[1], capacity, d]),
         float(&[batch, heads[1], capacity, e]),
     ];
-    // The device's lengths do not depend on the layouts that are tried.
+    // The lengths on the device do not depend on the layouts under test.
     let lengths = setup.lengths.clone();
     if setup.key_mask {
         inputs.push(Input::mask(&[batch, capacity - setup.prefix_len]));

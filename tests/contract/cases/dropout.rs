@@ -5,7 +5,7 @@ use crate::{
     refused::{argument, dtype, floats, refused, shape, tokens},
 };
 
-/// The suite runs without a training tape, where dropout hands its input on. `tests/ops/dropout.rs` has the masks.
+/// The suite runs without a training tape, where dropout returns its input. `tests/ops/dropout.rs` tests the masks.
 pub fn cases() -> Vec<Case> {
     let case = |name: &str, shape: &[usize], p: f64| {
         Case::new("dropout", name, vec![Input::float(shape)], move |x| x[0].dropout(p), |x| x[0].clone())

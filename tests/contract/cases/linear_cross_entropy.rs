@@ -25,7 +25,7 @@ fn reference(x: &[Array], bias: Option<&Array>, ignore_index: i64) -> Array {
     Array { shape: vec![], data: vec![sum / count] }
 }
 
-/// `rows`: how many of a block and of its parts, if not by the size of the logits.
+/// `rows`: number of rows of a block and of its parts, if not chosen by the size of the logits.
 fn case(name: &str, x: &[usize], classes: usize, bias: bool, ignore_index: i64, rows: Option<[usize; 2]>) -> Case {
     let (inputs, batch) = (x[x.len() - 1], &x[..x.len() - 1]);
     let mut all = vec![Input::float(x), Input::float(&[classes, inputs]), Input::int(batch, classes as u64)];

@@ -20,7 +20,7 @@ fn matmul(x: &[Array]) -> Array {
     })
 }
 
-/// A vector on the left is a row and one on the right a column, whose dimension the result has not.
+/// A vector on the left is a row and one on the right a column; the result drops that dimension.
 fn with_vectors(x: &[Array]) -> Array {
     let [mut a, mut b] = [x[0].clone(), x[1].clone()];
     let (row, column) = (a.shape.len() == 1, b.shape.len() == 1);
@@ -63,7 +63,7 @@ pub fn cases() -> Vec<Case> {
     let vectors = |name: &str, a: &[usize], b: &[usize]| {
         Case::new("matmul", name, vec![Input::float(a), Input::float(b)], |x| x[0].matmul(&x[1]), with_vectors)
     };
-    // A weight that is a vector is a layer of one output, whose dimension the result has not.
+    // A weight that is a vector is a layer of one output; the result drops that dimension.
     let one_output = |name: &str, x: &[usize], bias: bool| {
         let mut inputs = vec![Input::float(x), Input::float(&x[x.len() - 1..])];
         if bias {

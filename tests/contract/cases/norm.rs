@@ -5,7 +5,7 @@ use crate::{
     refused::{argument, dtype, floats, refused, shape, tokens},
 };
 
-/// What a row is normalised by: the mean that goes off and the divisor.
+/// Statistics that normalise a row: the mean to subtract and the divisor.
 type Statistics = fn(&[f64], f64) -> (f64, f64);
 
 fn centred(row: &[f64], eps: f64) -> (f64, f64) {
@@ -243,7 +243,7 @@ pub fn cases() -> Vec<Case> {
         summed("wide", Input::float(&[1, 1030]), 1030, 1e-6),
         summed("several blocks", Input::float(&[211, 37]), 37, 1e-6),
         summed("vector", Input::float(&[17]), 17, 0.0),
-        // What a floor would make a constant.
+        // Rows that a floor would make constant.
         summed("a large summand", small(&[5, 37]), 37, 1.0),
         summed("more than registers hold", Input::float(&[2, 4100]), 4100, 1e-6),
         summed("empty batch", Input::float(&[2, 0, 5]), 5, 1e-6),

@@ -1,6 +1,6 @@
 use crate::case::{Array, Case, Input};
 
-/// Whether fewer than `k` entries of the row are larger.
+/// Marks each entry that has fewer than `k` larger ones in its row.
 fn reference(x: &Array, k: usize) -> Array {
     let mut out = x.clone();
     let width = x.shape.last().copied().unwrap_or(1);

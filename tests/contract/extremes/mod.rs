@@ -73,7 +73,7 @@ pub fn sweep() {
     let mut report = Report::default();
     for (index, case) in cases.iter().enumerate().filter(|(_, case)| case.name.contains(&filter)) {
         for (at, (dtype, expected)) in case.results.iter().enumerate() {
-            // An emulated card has no time for all of them.
+            // All of them would take too long on an emulated card.
             if *device() != Device::Cpu && (index + at) % 4 == 0 {
                 continue;
             }
@@ -199,7 +199,7 @@ impl Room {
         Self { relative, absolute, eps, bits: case.close == Close::Bits, symbols }
     }
 
-    /// Derivatives are written in the output, which is rounded: a gradient is off by as much of the output's gradient.
+    /// Derivatives are computed from the rounded output: the relative error of a gradient is that of the output.
     fn steepen(&mut self, case: &Case, at: usize, element: usize, dtype: DType) {
         if case.close == Close::Element && at > 0 {
             let steepness = case.cotangent[element % case.cotangent.len()].value(dtype).abs();

@@ -1,4 +1,4 @@
-//! The op that a case of the table names: as its first case in `cases` runs it, or with arguments of its own.
+//! The op that a case of the table names: as its first case in `cases` runs it, or with separate arguments.
 
 use x_transformers::{
     Result, Shape, Tensor,
@@ -7,7 +7,7 @@ use x_transformers::{
 
 use crate::case::Case;
 
-/// Runs the op that a name starts with, which its other words are arguments of.
+/// Runs the op that a name starts with; the other words are its arguments.
 pub fn run(name: &str, x: &[Tensor], cases: &[Case]) -> Result<Tensor> {
     let words: Vec<&str> = name.split(' ').collect();
     let word = |at: usize| words.get(at).copied().unwrap_or_default();

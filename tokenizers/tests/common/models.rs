@@ -82,7 +82,7 @@ pub fn all() -> Vec<(&'static str, Tokenizer)> {
     ]
 }
 
-/// Texts of some bytes, without a space but for the last ones.
+/// Texts of a given number of bytes, without a space except for the last ones.
 pub fn texts(bytes: usize) -> Vec<(&'static str, String)> {
     let fill = |parts: &[&str]| {
         let mut text = String::with_capacity(bytes + 16);
@@ -111,9 +111,9 @@ pub fn texts(bytes: usize) -> Vec<(&'static str, String)> {
     ]
 }
 
-/// Seconds that this thread has computed, of those that it waited for a core none; where no one says it, all.
+/// Returns the CPU seconds of this thread, or the elapsed time if the system does not report them.
 pub fn computed() -> f64 {
-    // The kernel counts at ticks, and when a thread makes way.
+    // The kernel updates the count at ticks, and when a thread yields.
     std::thread::yield_now();
     let scheduled = fs::read_to_string("/proc/thread-self/schedstat").ok();
     let nanoseconds = scheduled.and_then(|times| times.split_whitespace().next()?.parse::<u64>().ok());

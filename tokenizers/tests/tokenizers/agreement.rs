@@ -240,7 +240,7 @@ fn splitters() -> Vec<Value> {
         sequence(vec![one("WhitespaceSplit"), metaspace("first", true)]),
         sequence(vec![one("Punctuation"), metaspace("always", true)]),
         split(json!({"Regex": r"\s+(?=\S)|[.,]"}), "Isolated", false),
-        // Never gives back what it has found, and is not of the other kind.
+        // Possessive quantifiers, which never backtrack.
         split(json!({"Regex": r"\p{L}++|\p{N}?+.|\s+(?!\S)|\s+"}), "Isolated", false),
     ];
     for behavior in ["Removed", "Isolated", "MergedWithPrevious", "MergedWithNext", "Contiguous"] {
@@ -272,8 +272,8 @@ fn tokenizer(random: &mut Random, model: &Value, normalizer: &Value, splitter: &
             let mut flag = || random.below(2) == 0;
             let mut flags = [flag(), flag(), flag(), flag(), flag()];
             let at = random.below(tokens.len());
-            // An added token of which a normalizer leaves nothing is nowhere here, and everywhere there, where it panics
-            // inside of a character.
+            // An added token that a normalizer makes empty matches nowhere here, and everywhere there, where it panics
+            // inside a character.
             flags[3] &= tokens[at] != "  ";
             (at, flags)
         })
@@ -331,13 +331,13 @@ fn texts_have_the_tokens_of_hugging_face() {
             let text = text(random);
             let got = match ours.encode(&text) {
                 Ok(got) => got,
-                // Where a regular expression gives up, that crate takes the rest of the text as one word.
+                // If a regular expression gives up, that crate takes the rest of the text as one word.
                 Err(why) => {
                     assert!(why.to_string().contains("gives up") && text.len() > 1000, "{why}: {text:?}");
                     continue;
                 }
             };
-            // It panics where the spaces that added tokens take overlap.
+            // It panics if the spaces that added tokens strip overlap.
             let expected = panic::catch_unwind(AssertUnwindSafe(|| theirs.encode_fast(text.as_str(), true)));
             let Ok(expected) = expected else { continue };
             let expected: Vec<i64> = expected.unwrap().get_ids().iter().map(|&id| id.into()).collect();

@@ -1,4 +1,4 @@
-//! Tokens of texts: what `transformers` gives for folders that `tests/folders/make.py` wrote.
+//! Tokens of texts, compared with `transformers` on folders that `tests/folders/make.py` wrote.
 
 use std::{fs, path::Path};
 
@@ -21,7 +21,7 @@ fn tokens_are_those_of_transformers() {
         for (path, source) in case["copies"].as_object().unwrap() {
             fs::copy(files.join(source.as_str().unwrap()), folder.path().join(path)).unwrap();
         }
-        // Any weights of the family: they are not asked here.
+        // Any weights of the family: they are not used here.
         let pretrained = Pretrained::open(models.join(case["family"].as_str().unwrap())).unwrap();
         let tokenizer = match Tokenizer::of(&pretrained, Some(folder.path())) {
             Ok(tokenizer) => tokenizer,

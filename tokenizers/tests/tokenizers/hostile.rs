@@ -1,4 +1,4 @@
-//! Files that are damaged, or made to do harm: each is a tokenizer or an error that names the file, and no text hangs.
+//! Damaged and malicious files: each gives a tokenizer or an error that names the file, and no text hangs.
 
 use std::{
     fs,
@@ -209,7 +209,7 @@ fn rules_of_sentencepiece_are_checked() {
         let error = Tokenizer::open(&path, Family::Llama).map(drop).unwrap_err().to_string();
         assert!(error.contains(why) && error.contains("tokenizer.model"), "{rules:?}: {error}");
     }
-    // No rules are none.
+    // Empty rules are no rules.
     fs::write(&path, sentence_piece(&[])).unwrap();
     assert_eq!(Tokenizer::open(&path, Family::Llama).unwrap().encode("a").unwrap().len(), 3);
 }
@@ -224,11 +224,11 @@ fn long_pieces_and_words_end() {
     });
     let start = Instant::now();
     for model in [unigram, words] {
-        // Its trie is as deep as the piece is long, which nothing may follow on the stack.
+        // Its trie is as deep as the piece is long, and must not be walked recursively.
         let tokenizer = Tokenizer::parse("tokenizer.json", &with("/model", model)).unwrap();
         assert_eq!(tokenizer.encode(&"a".repeat(1000)).unwrap().len(), 1000);
     }
-    // Spaces that an added token takes are looked at once.
+    // Spaces that an added token strips are scanned once.
     let token = json!([{"id": 9, "content": " ", "single_word": true, "lstrip": true, "rstrip": true, "normalized": false, "special": true}]);
     let tokenizer = Tokenizer::parse("tokenizer.json", &with("/added_tokens", token)).unwrap();
     tokenizer.encode(&" ".repeat(1 << 18)).unwrap();

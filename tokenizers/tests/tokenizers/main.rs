@@ -1,4 +1,4 @@
-//! Tokenizers beside the packages of Python that people use, and with files that lie.
+//! Tokenizers compared with the Python packages that people use, and with malformed files.
 
 #[path = "../common/models.rs"]
 mod models;

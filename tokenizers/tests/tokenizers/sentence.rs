@@ -1,4 +1,4 @@
-//! Texts as vectors: what sentence-transformers gives for folders that `tests/sentence/make.py` wrote.
+//! Vectors of texts, compared with sentence-transformers on folders that `tests/sentence/make.py` wrote.
 
 use std::{
     fs,
@@ -39,7 +39,7 @@ fn rows(value: &Value) -> Vec<Vec<f64>> {
     serde_json::from_value(value.clone()).unwrap()
 }
 
-/// What a case computes, where it differs from what is expected.
+/// Returns an error that describes the first difference between a case's results and the expected ones.
 fn differs(case: &Value) -> Result<(), String> {
     let folder = folder(case);
     let say = |why: x_transformers::Error| why.to_string();

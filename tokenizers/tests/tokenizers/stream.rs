@@ -1,4 +1,4 @@
-//! Text of tokens that come one at a time, against what tokenizers make of all of them at once.
+//! Text of tokens decoded one at a time, compared with decoding all of them at once.
 
 use std::path::{Path, PathBuf};
 
@@ -132,7 +132,7 @@ fn streams_are_what_tokenizers_makes_of_all_tokens() {
             let tokens = random_tokens(&random, &mut at, pieces.len() as u64);
             let ids = |tokens: &[i64]| tokens.iter().map(|&token| token as u32).collect::<Vec<u32>>();
             let decode = |tokens: &[i64]| {
-                // Of no token at all, a decoder there panics.
+                // With no tokens at all, a decoder there panics.
                 let shown =
                     tokens.iter().any(|&token| token as usize != pieces.len() - 2 && (token as usize) < pieces.len());
                 if shown { reference.decode(&ids(tokens), true).expect("text") } else { String::new() }
@@ -152,7 +152,7 @@ fn streams_are_what_tokenizers_makes_of_all_tokens() {
     }
 }
 
-/// Whatever has come can no longer change, and what is whole does not wait for the end.
+/// Emitted text never changes, and complete characters do not wait for the end.
 #[test]
 fn whole_characters_do_not_wait() {
     let (_, pieces, decoder) = kinds().swap_remove(0);
@@ -235,7 +235,7 @@ fn long_streams_hold_no_more() {
     let (_, pieces, decoder) = kinds().swap_remove(1);
     let own = Tokenizer::from_json(&tokenizer(&pieces, &decoder)).expect("a tokenizer");
     let mut stream = own.stream(&[]);
-    // All of its state, which has no other way to be looked at.
+    // All of its state, which cannot be inspected otherwise.
     let (mut length, mut held) = (0, Vec::new());
     for at in 0..64_000 {
         length += stream.push((at % pieces.len()) as i64).expect("a token").len();
