@@ -11,7 +11,7 @@ pub mod common;
 #[path = "contract/extremes/mod.rs"]
 mod extremes;
 #[path = "contract/refused.rs"]
-mod refused;
+pub mod refused;
 
 use std::{
     process::Command,
@@ -23,7 +23,7 @@ use check::{bits, check, same_bits};
 use x_transformers::{Device, device::Level, ops::NAMES};
 
 /// Cases measure memory in use, so no two tests may run ops at once.
-fn alone() -> MutexGuard<'static, ()> {
+pub fn alone() -> MutexGuard<'static, ()> {
     static ALONE: Mutex<()> = Mutex::new(());
     ALONE.lock().unwrap_or_else(PoisonError::into_inner)
 }

@@ -33,7 +33,7 @@ mod train;
 #[path = "../emulator/warpgroups.rs"]
 mod warpgroups;
 
-use contract::{case, check, common};
+use contract::{alone, case, check, common, refused};
 use x_transformers::device::CudaDevice;
 
 /// The path of the function that this stands in: the suites of the emulator find their tests by it.

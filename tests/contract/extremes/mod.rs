@@ -69,7 +69,7 @@ pub fn sweep() {
         assert!(named.contains(name) != left_out.contains(name), "`{name}` must have cases or be left out");
     }
     let filter = std::env::var("XT_CASE").unwrap_or_default();
-    let contract = crate::cases::all();
+    let contract = super::cases::all();
     let mut report = Report::default();
     for (index, case) in cases.iter().enumerate().filter(|(_, case)| case.name.contains(&filter)) {
         for (at, (dtype, expected)) in case.results.iter().enumerate() {
