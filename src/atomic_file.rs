@@ -385,7 +385,7 @@ mod tests {
         Temporary::beside(target, None).unwrap()
     }
 
-    /// What a killed process left goes with the next write; what a running one writes stays.
+    /// The next write deletes the temporary files of killed processes and keeps those of running ones.
     #[test]
     #[cfg(unix)]
     fn temporary_files_of_the_dead_and_the_living() {

@@ -50,14 +50,14 @@ pub enum ErrorKind {
     Device {
         /// The op or the call that refused.
         op: &'static str,
-        /// Which devices, and what to do.
+        /// The devices involved, and what to do.
         message: String,
     },
     /// An index (token, class, position) outside of its table.
     Index {
         /// The op that refused.
         op: &'static str,
-        /// What the index stands for, for instance `token`.
+        /// Kind of index, for instance `token`.
         what: &'static str,
         /// The offending value.
         index: i64,
@@ -75,7 +75,7 @@ pub enum ErrorKind {
     Option {
         /// The keyword.
         key: String,
-        /// Why, with expected and actual value.
+        /// Reason, with the expected and the actual value.
         why: String,
     },
     /// A config key that does not exist.
@@ -134,7 +134,7 @@ pub enum ErrorKind {
     File {
         /// The file.
         path: PathBuf,
-        /// What is wrong with it.
+        /// Description of the problem.
         why: String,
     },
     /// Weights that do not fit the model.
@@ -150,7 +150,7 @@ pub enum ErrorKind {
     NonFinite {
         /// The step, counted from 0.
         step: u64,
-        /// What was not finite: `loss`, or the name of a parameter.
+        /// Name of the value that was not finite: `loss`, or the name of a parameter.
         what: String,
     },
 }

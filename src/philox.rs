@@ -106,7 +106,7 @@ impl Philox {
         (p * (1u64 << 32) as f64) as u64
     }
 
-    /// Whether a dropout mask with this threshold keeps element `index`.
+    /// Returns `true` if a dropout mask with this threshold keeps element `index`.
     #[inline(always)]
     pub fn keeps(&self, index: u64, threshold: u64) -> bool {
         self.word(index) as u64 >= threshold

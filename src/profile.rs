@@ -36,12 +36,12 @@ use std::{
 use crate::{Error, Result, device::Device, error::ensure, shape::Shape, sort::sort_by};
 
 thread_local! {
-    /// Whether this thread has a session; read by every op.
+    /// `true` if this thread has a session; read by every op.
     static ACTIVE: Cell<bool> = const { Cell::new(false) };
     static SESSION: RefCell<Option<Session>> = const { RefCell::new(None) };
 }
 
-/// What an op is part of.
+/// Phase of a training step that an op belongs to.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
 #[non_exhaustive]
 pub enum Phase {
@@ -75,7 +75,7 @@ pub struct OpProfile {
     pub name: &'static str,
     /// Where it was called.
     pub phase: Phase,
-    /// How often.
+    /// Number of calls.
     pub calls: u64,
     /// Time of all calls.
     pub seconds: f64,
@@ -108,7 +108,7 @@ struct Session {
     started: Instant,
     /// The end of the last op.
     last: Instant,
-    /// How many backward rules are running.
+    /// Number of backward rules that are running.
     inside: usize,
     /// Cost that the op in progress reported.
     cost: Option<Cost>,
@@ -172,7 +172,7 @@ impl Profile {
         Ok(Self { thread: PhantomData })
     }
 
-    /// What was measured.
+    /// Stops measuring and returns the report.
     pub fn finish(self) -> Report {
         let Some(session) = SESSION.take() else { return Report::default() };
         let Session { started, last, totals, outside, calls, .. } = session;
@@ -235,7 +235,7 @@ pub(crate) enum BackwardCost {
 }
 
 impl Cost {
-    /// That of ops that are limited by memory.
+    /// Cost of ops that are limited by memory.
     pub const NONE: Self = Self { operations: 0.0, backward: BackwardCost::Times(0.0) };
 }
 
@@ -253,7 +253,7 @@ pub(crate) fn beside(bytes: usize) {
     with_session(|session| session.besides += bytes as f64);
 }
 
-/// Whether this thread has a profile.
+/// Returns `true` if this thread has a profile.
 #[inline]
 pub(crate) fn active() -> bool {
     ACTIVE.get()
@@ -345,7 +345,7 @@ pub(crate) fn pause() {
     }
 }
 
-/// What a [`Profile`] measured. Displayed as a table.
+/// Measurements of a [`Profile`]. Displayed as a table.
 #[derive(Debug, Default)]
 pub struct Report {
     totals: BTreeMap<(Phase, &'static str), OpProfile>,

@@ -148,7 +148,7 @@ impl fmt::Display for Shape {
     }
 }
 
-/// What can be given where a shape is asked for: arrays, slices, vectors, a [`Shape`], or `()` for rank 0.
+/// Conversion into a [`Shape`], from arrays, slices, vectors, a [`Shape`], or `()` for rank 0.
 pub trait IntoShape {
     /// Converts, checking rank and size.
     fn into_shape(self) -> Result<Shape>;
@@ -215,7 +215,7 @@ impl Layout {
         &self.strides[..self.shape.rank()]
     }
 
-    /// Whether the elements are packed in row-major order (the offset may be anything).
+    /// Returns `true` if the elements are packed in row-major order; any offset is allowed.
     pub fn is_contiguous(&self) -> bool {
         if self.shape.contains(&0) {
             return true;
@@ -230,7 +230,7 @@ impl Layout {
         true
     }
 
-    /// Whether the last dimension is packed, so that rows are slices.
+    /// Returns `true` if the last dimension is packed, so that rows are slices.
     pub fn has_packed_rows(&self) -> bool {
         let rank = self.shape.rank();
         rank > 0 && (self.shape[rank - 1] <= 1 || self.strides[rank - 1] == 1)

@@ -1,4 +1,4 @@
-//! Which tape an op with some inputs belongs to, if any.
+//! Finds the tape that an op belongs to, given its inputs, if there is one.
 
 use crate::{
     Error, ErrorKind, Result,

@@ -37,7 +37,7 @@ const DEEP: usize = 8;
 /// Bytes of stack that must be left to begin a segment that is [`DEEP`]: enough for the ops of one level.
 const ROOM: usize = 256 << 10;
 
-/// What `checkpoint` runs twice.
+/// The function that `checkpoint` runs twice.
 type Function = dyn Fn(&[Tensor]) -> Result<Tensor>;
 
 /// The outputs of a nest's deep segments, in the order in which they began.

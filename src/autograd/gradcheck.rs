@@ -5,7 +5,7 @@ use std::fmt;
 use super::Tape;
 use crate::{Error, Result, dtype::DType, error::ensure, philox::Philox, tensor::Tensor};
 
-/// How [`gradcheck`] compares.
+/// Options of [`gradcheck`].
 ///
 /// ```
 /// use x_transformers::{Device, Gradcheck, Tensor, gradcheck};
@@ -31,7 +31,7 @@ impl Default for Gradcheck {
     }
 }
 
-/// What [`gradcheck`] found.
+/// Result of [`gradcheck`].
 #[derive(Clone, Debug)]
 #[non_exhaustive]
 #[must_use = "a gradient that is wrong is in the report, not an error"]
@@ -61,7 +61,7 @@ pub struct InputReport {
 }
 
 impl GradcheckReport {
-    /// Whether every input is within the tolerance.
+    /// Returns `true` if every input is within the tolerance.
     pub fn passed(&self) -> bool {
         // Not `error > tolerance`: a NaN must fail.
         self.inputs.iter().all(|input| input.error <= self.tolerance)

@@ -1,4 +1,4 @@
-//! How ops put themselves on the tape of their thread.
+//! Recording: ops put themselves on the tape of their thread.
 
 use super::{
     Mode, Recording,

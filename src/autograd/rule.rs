@@ -40,7 +40,7 @@ pub enum InputGrad {
     Slice {
         /// Of the whole input.
         shape: Shape,
-        /// Which elements of it.
+        /// The elements of it that the gradient covers.
         part: GradSlice,
         /// The gradient of the part.
         value: Tensor,

@@ -22,7 +22,7 @@ pub(super) struct Node {
     pub cost: Cost,
 }
 
-/// How the gradient of a node's output becomes those of its inputs.
+/// Rule that turns the gradient of a node's output into the gradients of its inputs.
 pub(super) enum Rule {
     Op(Box<dyn Backward>),
     /// By running the segment again, this time with a tape.
@@ -105,7 +105,7 @@ struct Frame {
 /// A segment as the list around it sees it.
 struct Outside {
     inputs: Vec<Input>,
-    /// What the inputs were inside, if they need a gradient.
+    /// The leaves that stood for the inputs inside, for inputs that need a gradient.
     leaves: Vec<Option<LeafId>>,
     rule: Option<profile::Rule>,
 }

@@ -41,7 +41,7 @@ impl DType {
         }
     }
 
-    /// Whether it is one of the four float types.
+    /// Returns `true` for the four float types.
     pub fn is_float(self) -> bool {
         !matches!(self, Self::I64 | Self::Bool)
     }
@@ -97,7 +97,7 @@ impl std::fmt::Display for DType {
 pub trait Element: Copy + Send + Sync + 'static {
     /// The dtype of a tensor made from a slice of this type.
     const DTYPE: DType;
-    /// How one element lies in the buffer.
+    /// Type of an element as it is stored in the buffer.
     type Stored: Pod + Send + Sync;
     /// Converts one element for storage.
     fn to_stored(self) -> Self::Stored;

@@ -28,7 +28,7 @@ fn kept<'a>(op: &'static str, saved: &'a Option<Tensor>) -> Result<&'a Tensor> {
     saved.as_ref().ok_or_else(|| Error::argument(op, "an input that its gradient needs was not kept"))
 }
 
-/// Whether the gradients need the inputs (first, second).
+/// `true` for each input (first, second) that the gradients need.
 type Saves = (bool, bool);
 
 macro_rules! binary {

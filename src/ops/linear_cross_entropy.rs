@@ -25,18 +25,18 @@ use crate::{
 
 const OP: &str = "linear_cross_entropy";
 
-/// Bytes of logits that are made at a time. Every block of rows reads the weight twice and adds to its gradient: with
-/// half of it a step of a model with 20,000 tokens is 3 % slower.
+/// Bytes of logits computed at a time. Every block of rows reads the weight twice and adds to its gradient: with half
+/// of it a step of a model with 20,000 tokens is 3 % slower.
 const BLOCK_ON_CPU: usize = 96 << 20;
 
-/// The same where the memory is faster and the products must be large.
+/// The same on a GPU, where memory is faster and products must be large.
 const BLOCK_ON_GPU: usize = 256 << 20;
 
 /// On a GPU zeros make the number of classes a multiple of this: cuBLAS has its fast kernels for sizes whose rows are
 /// whole packets of 16 bytes, also in half types, and vocabularies such as the 50257 tokens of GPT-2 are odd.
 const MULTIPLE: usize = 8;
 
-/// Rows of a block however long they are.
+/// Minimum number of rows per block, however long they are.
 const FEWEST_ROWS: usize = 256;
 
 /// Of these bytes, those for logits that are still in f32, where a block is of a half type. Each part packs the weight
@@ -44,7 +44,7 @@ const FEWEST_ROWS: usize = 256;
 const PART_ON_CPU: usize = 40 << 20;
 const PART_ON_GPU: usize = 64 << 20;
 
-/// Rows of such a part however long they are.
+/// Minimum number of rows per such part, however long they are.
 const FEWEST_ROWS_OF_PART: usize = 64;
 
 /// Maximum number of rows of logits that [`Tensor::linear_cross_entropy`] makes at a time.
@@ -64,16 +64,16 @@ fn rows_at_a_time(classes: usize, dtype: DType, device: &Device) -> [usize; 2] {
 }
 
 impl Tensor {
-    /// [`Tensor::cross_entropy`] of [`Tensor::linear`], in blocks of rows: what a language model ends with.
+    /// [`Tensor::cross_entropy`] of [`Tensor::linear`], in blocks of rows: the head and loss of a language model.
     ///
     /// Shapes: `x [.., in]`, `weight [classes, in]`, `bias [classes]`, targets `[..]` of [`DType::I64`] → `[]` in f32
     /// (f64 for f64). Of the `[rows, classes]` logits one block exists at a time, in f32 (f64 for f64): half types
     /// never round them, as [`Tensor::linear`] would, so that what all classes share does not move the loss. Their
     /// gradient is written over them, or rounded to the half type, and what that gives for `x`, the weight and the bias
     /// is added up in f32 (f64 for f64), so that the backward pass has only to multiply by the gradient of the loss;
-    /// Hsu et al., "Liger Kernel" (<https://arxiv.org/abs/2410.10989>). Without a tape there is but the loss.
+    /// Hsu et al., "Liger Kernel" (<https://arxiv.org/abs/2410.10989>). Without a tape only the loss is computed.
     ///
-    /// Saves: the gradients of `x`, the weight and the bias, of those that need one. Errors: as those of both ops.
+    /// Saves: the gradients of `x`, the weight and the bias, of those that need one. Errors: those of both ops.
     ///
     /// ```
     /// use x_transformers::{Device, Tensor};
@@ -98,8 +98,8 @@ impl Tensor {
         self.linear_cross_entropy_by(weight, bias, targets, ignore_index, rows_at_a_time)
     }
 
-    /// As [`Tensor::linear_cross_entropy`], with the maximum number of rows of a block, and of its parts in f32 where
-    /// the block is of a half type.
+    /// Like [`Tensor::linear_cross_entropy`], but with a given maximum number of rows per block, and per f32 part of a
+    /// block of a half type.
     ///
     /// Errors: no row at a time.
     #[doc(hidden)]
@@ -172,12 +172,12 @@ struct Gradients {
     weight: Option<Tensor>,
     /// `[1, classes]`
     bias: Option<Tensor>,
-    /// What they must still be divided by: one element of f64, unless that is 1.
+    /// Divisor still to be applied: one element of f64; `None` if it is 1.
     divisor: Option<Tensor>,
 }
 
 impl Layer {
-    /// The mean loss, and the gradients that are needed.
+    /// Computes the mean loss and the gradients that are needed.
     fn run(self, need: [bool; 3], [rows_at_a_time, rows_of_part]: [usize; 2]) -> Result<(Tensor, Gradients)> {
         let (rows, inputs, padded) = (self.x.dim(0)?, self.x.dim(1)?, self.weight.dim(0)?);
         let (device, dtype) = (self.x.device().clone(), self.x.dtype());
@@ -326,7 +326,7 @@ impl Layer {
     }
 }
 
-/// With rows of zeros behind those of `x` `[rows, ..]`, so many together.
+/// Appends rows of zeros to `x` `[rows, ..]`, up to `rows` in total.
 fn pad_rows(x: Tensor, rows: usize) -> Result<Tensor> {
     if x.dim(0)? == rows {
         return Ok(x);
@@ -426,7 +426,7 @@ impl Backward for LinearCrossEntropyBackward {
         OP
     }
 
-    /// What the forward pass has made, times the gradient of the loss.
+    /// Multiplies the gradients of the forward pass by the gradient of the loss.
     fn backward(self: Box<Self>, grad: Tensor, need: &[bool]) -> Result<InputGrads> {
         let Self { gradients: Gradients { x, weight, bias, divisor }, shape, dtype } = *self;
         let factor = match divisor {

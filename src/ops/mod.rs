@@ -1,6 +1,6 @@
-//! What can be computed: one file per op, or family of ops, with its backward rule beside it.
+//! Tensor operations: one file per op, or family of ops, with its backward rule next to it.
 //!
-//! Every op is a method of [`Tensor`](crate::Tensor). ARCHITECTURE.md lists the files that a new one touches.
+//! Every op is a method of [`Tensor`](crate::Tensor). ARCHITECTURE.md lists the files to change for a new op.
 //!
 //! # Infinities and NaN
 //!

@@ -53,7 +53,7 @@ impl Tensor {
     }
 }
 
-/// Which end of a move the mask is about.
+/// The end of a move that the mask applies to.
 enum Masked<'a> {
     Source(Option<&'a Tensor>),
     Target(Option<&'a Tensor>),

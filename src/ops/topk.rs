@@ -1,4 +1,4 @@
-//! Which entries of each row are among its largest.
+//! Mask of the largest entries of each row.
 
 use std::cmp::Ordering;
 

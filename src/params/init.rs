@@ -9,7 +9,7 @@ use crate::{
     tensor::Tensor,
 };
 
-/// How a parameter starts.
+/// Initialization of a parameter.
 #[derive(Clone, Copy, PartialEq, Debug)]
 #[non_exhaustive]
 pub enum Init {

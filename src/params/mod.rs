@@ -325,7 +325,7 @@ impl fmt::Debug for ParamStore {
     }
 }
 
-/// How parameters begin.
+/// Source of the initial values of parameters.
 #[derive(Clone, Copy, Debug)]
 enum Start {
     Random(u64),

@@ -1,4 +1,5 @@
-//! How tensors print: `Debug` is one line of facts, `Display` adds the values, long dimensions cut in the middle.
+//! Printing of tensors: `Debug` gives one line of facts; `Display` adds the values and elides the middle of long
+//! dimensions.
 
 use std::fmt;
 

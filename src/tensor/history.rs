@@ -36,7 +36,7 @@ impl ThreadMark {
     }
 }
 
-/// How a tensor takes part in differentiation.
+/// Role of a tensor in differentiation.
 #[derive(Clone, Copy, Debug)]
 pub(crate) enum GradSlot {
     /// No gradient flows through it.

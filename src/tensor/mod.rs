@@ -57,7 +57,7 @@ struct Handle {
     dtype: DType,
     device: Device,
     slot: GradSlot,
-    /// How ops that need the values backward may compute them again; views and constants have none.
+    /// Recomputation of the values for ops that need them in the backward pass; views and constants have none.
     recipe: Option<Recompute>,
 }
 
@@ -328,7 +328,7 @@ impl Tensor {
         self.0.layout.strides()
     }
 
-    /// Whether the elements are packed in row-major order.
+    /// Returns `true` if the elements are packed in row-major order.
     ///
     /// ```
     /// use x_transformers::{Device, Tensor};
@@ -340,7 +340,7 @@ impl Tensor {
         self.0.layout.is_contiguous()
     }
 
-    /// Whether two tensors share storage.
+    /// Returns `true` if two tensors share storage.
     ///
     /// ```
     /// use x_transformers::{Device, Tensor};
@@ -563,7 +563,7 @@ impl Tensor {
         start..start + elements
     }
 
-    /// Whether `values_mut` may write: the handle is the only one, and contiguous.
+    /// Returns `true` if `values_mut` may write: the handle is the only one, and contiguous.
     pub(crate) fn is_unique(&mut self) -> bool {
         self.unshared().is_some_and(|buffer| buffer.is_unique()) && self.is_contiguous()
     }

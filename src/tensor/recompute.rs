@@ -12,7 +12,7 @@ use crate::Result;
 /// Most steps of a recipe.
 const STEPS: usize = 16;
 
-/// How a tensor is computed again, as a constant with the same bits. Clones share the result.
+/// Recomputation of a tensor, as a constant with the same bits. Clones share the result.
 #[derive(Clone)]
 pub(crate) struct Recompute(Arc<Shared>);
 
@@ -59,7 +59,7 @@ impl Recompute {
     }
 }
 
-/// What a backward rule needs of a tensor: its values, or how to compute them again.
+/// Tensor saved for a backward rule: its values, or how to compute them again.
 #[derive(Clone)]
 pub(crate) enum Saved {
     Kept(Tensor),

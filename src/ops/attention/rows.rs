@@ -1,5 +1,5 @@
-//! How rows of a tensor `[batch, heads, sequence, features]` lie in memory, and who may write which of them. The
-//! passes are compiled for the types of computation; rows of other types are converted here.
+//! Memory order of the rows of a tensor `[batch, heads, sequence, features]`, and their distribution to the tasks that
+//! write them. The passes are compiled for the compute types; rows of other types are converted here.
 
 use half::{bf16, f16};
 

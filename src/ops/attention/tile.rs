@@ -131,7 +131,7 @@ impl At {
     }
 }
 
-/// Why all scores of a query are −∞.
+/// Reason why all scores of a query are −∞.
 #[derive(Clone, Copy, PartialEq)]
 pub(super) enum Empty {
     /// No key is left.
@@ -276,17 +276,17 @@ impl<'a, O: Multiply> Tiles<'a, O> {
         start..start + at.keys + at.queries - 1
     }
 
-    /// Whether weights are dropped.
+    /// Returns `true` if weights are dropped.
     pub fn drops(&self) -> bool {
         self.dropout.is_some()
     }
 
-    /// What a kept weight is multiplied by.
+    /// Returns the factor of a kept weight.
     pub fn dropout_factor(&self) -> O::Acc {
         self.dropout.map_or(O::Acc::ONE, |dropout| <O::Acc as Float>::from_f64(dropout.factor))
     }
 
-    /// What dropout multiplies the weights of one query by, `kept` or 0; unchanged without dropout.
+    /// Writes the dropout factors of one query's weights, `kept` or 0; leaves them unchanged without dropout.
     pub fn dropout(&self, at: At, row: usize, kept: O::Acc, factors: &mut [O::Acc]) {
         let Some(dropout) = &self.dropout else { return };
         let Sizes { heads, queries, keys, .. } = self.sizes;
@@ -304,7 +304,7 @@ impl<'a, O: Multiply> Tiles<'a, O> {
         }
     }
 
-    /// Why a query has no weight.
+    /// Returns the reason why a query has no weight.
     pub fn empty(&self, at: At, row: usize) -> Empty {
         let (query, keys) = (at.query + row, self.sizes.keys);
         let all = At { key: 0, keys, ..at };

@@ -1,4 +1,4 @@
-//! Which keys a query sees by its position alone, besides causality.
+//! Limits on the keys that a query sees by position, besides causality.
 
 use crate::{
     Device, Result, Tensor,

@@ -76,7 +76,7 @@ impl<R: Real, const FUSED: bool> Loops for SumValue<'_, R, FUSED> {
     }
 }
 
-/// What the gradient of `f` at `x` is written in.
+/// Returns the value that the gradient of `f` at `x` is a function of: the input or the output.
 #[inline(always)]
 fn kept<F: Unary, R: Real, const FUSED: bool>(x: R) -> R {
     match F::KEEP {

@@ -15,7 +15,7 @@ use crate::{
 
 pub(super) use cpu::{sum_gradient, sum_value, sum_value_and_slope};
 
-/// What a unary op keeps for its derivative.
+/// Value that a unary op keeps for its derivative.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Keep {
     Input,
@@ -278,7 +278,7 @@ fn sigmoid_slope<R: Real, const FUSED: bool>(x: R) -> R {
     power / (sum * sum)
 }
 
-/// What multiplies `x` in the approximation of GELU: a sigmoid of twice the angle of its tanh.
+/// Returns the factor of `x` in the tanh approximation of GELU: the sigmoid of twice the argument of its tanh.
 #[inline(always)]
 fn gelu_gate<R: Real, const FUSED: bool>(x: R) -> R {
     (c::<R>(GELU_ANGLE) * x * (R::ONE + c::<R>(0.044_715) * x * x)).sigmoid::<FUSED>()

@@ -93,7 +93,7 @@ impl Choice {
         pick(weights, draw)
     }
 
-    /// What a probability must reach in [`SampleFilter::TopA`].
+    /// Returns the minimum probability for [`SampleFilter::TopA`].
     fn least_share<T: Logit>(&self, x: Floats, power: f64, ratio: f64) -> Result<f64> {
         let Self { columns, unit, .. } = *self;
         let mut sums = vec![f64::INFINITY; x.len() / columns];
@@ -310,7 +310,7 @@ vectorized! {
 const LANES: usize = 32;
 
 vectorized! {
-    /// How many keys are not below one, and the sum of their weights.
+    /// Returns the number of keys that are at least `from`, and the sum of their weights.
     fn sum_above<K: Key>(keys: &[K], weights: &[f32], from: K) -> (u32, f64) {
         let (mut counts, mut sums) = ([0u32; LANES], [0.0f64; LANES]);
         let (blocks, rest) = keys.as_chunks::<LANES>();

@@ -15,7 +15,8 @@ use crate::{
     shape::Shape,
 };
 
-/// Which tokens [`Tensor::sample`] may choose. Of tokens with equal logits the earlier one is the better.
+/// Filter of the tokens that [`Tensor::sample`] may choose. Among tokens with equal logits the earlier one ranks
+/// higher.
 #[derive(Clone, Copy, PartialEq, Debug)]
 pub enum SampleFilter {
     /// All of them.
@@ -42,10 +43,10 @@ pub enum SampleFilter {
     Entmax,
 }
 
-/// How [`Tensor::sample`] chooses.
+/// Options of [`Tensor::sample`].
 #[derive(Clone, Copy, PartialEq, Debug)]
 pub struct SampleSpec {
-    /// Which tokens stay.
+    /// Filter of the candidate tokens.
     pub filter: SampleFilter,
     /// Divides the logits of those that stay; 0 takes the best token.
     pub temperature: f64,
