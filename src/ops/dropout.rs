@@ -19,13 +19,13 @@ const GROUP: usize = Philox::GROUP;
 
 impl Tensor {
     /// Zeros each element with probability `p` and divides the others by `1 − p` (Srivastava et al.,
-    /// <https://jmlr.org/papers/v15/srivastava14a.html>). Acts only under [`Tape::train`](crate::Tape::train), else
-    /// the result is the tensor itself; `p = 1` gives zeros.
+    /// <https://jmlr.org/papers/v15/srivastava14a.html>). Acts only under [`Tape::train`](crate::Tape::train),
+    /// otherwise returns the tensor itself; `p = 1` gives zeros.
     ///
-    /// Element `i` is kept if word `i` of the call's [`Philox`] stream is at least `p · 2³²`, so that the mask is the
-    /// same on every device, for every dtype and number of threads. Saves: the number of the stream; the backward pass
-    /// draws the mask again. A dropped element is 0 whatever it was, and so is its gradient; PyTorch multiplies by 0,
-    /// which leaves NaN of NaN and of infinities.
+    /// Element `i` is kept if word `i` of the call's [`Philox`] stream is at least `p · 2³²`, so the mask is the same
+    /// on every device, for every dtype and number of threads. Saves: the number of the stream; the backward pass draws
+    /// the mask again. A dropped element is always 0, and so is its gradient; PyTorch multiplies by 0, which turns
+    /// infinities into NaN and keeps NaN.
     ///
     /// Errors: `p` outside of `[0, 1]`, or a dtype that is not float.
     ///
@@ -51,7 +51,7 @@ impl Tensor {
     /// without [`Tape::train`](crate::Tape::train) only the sum. The mask is that of [`Tensor::dropout`]. Saves: the
     /// number of its stream.
     ///
-    /// Shapes: `x` and `residual` are one.
+    /// Shapes: `x` and `residual` have the same shape.
     /// Errors: those of [`Tensor::dropout`], or a residual of another shape, dtype or device.
     pub fn dropout_add(&self, residual: &Tensor, p: f64) -> Result<Tensor> {
         const OP: &str = "dropout_add";
@@ -179,7 +179,7 @@ impl Backward for DropoutBackward {
         "dropout"
     }
 
-    /// The gradient under the same mask.
+    /// Computes the gradient under the same mask.
     fn backward(self: Box<Self>, grad: Tensor, _need: &[bool]) -> Result<InputGrads> {
         self.mask.applied(grad).map(InputGrads::one)
     }
@@ -194,7 +194,7 @@ impl Backward for DropoutAddBackward {
         "dropout_add"
     }
 
-    /// The gradient under the same mask, and the gradient itself.
+    /// Computes the gradient under the same mask; the residual's is the gradient itself.
     fn backward(self: Box<Self>, grad: Tensor, need: &[bool]) -> Result<InputGrads> {
         let residual = need[1].then(|| grad.clone());
         let dx = if need[0] { Some(self.mask.applied(grad)?) } else { None };

@@ -15,10 +15,11 @@ use crate::{
 const OP: &str = "entmax15";
 
 impl Tensor {
-    /// 1.5-entmax over the last dimension: `y_j = max(x_j / 2 − τ, 0)²`, with `τ` such that a row sums to 1.
+    /// Computes 1.5-entmax over the last dimension: `y_j = max(x_j / 2 − τ, 0)²`, with `τ` such that each row sums to
+    /// 1.
     ///
-    /// A sparse softmax: entries far below the largest become exactly 0. `τ` comes from sorting, on a GPU from Newton's
-    /// method. A row that holds NaN or +∞, or nothing but −∞, becomes NaN.
+    /// A sparse softmax: entries far below the largest become exactly 0. `τ` is found by sorting, on a GPU by Newton's
+    /// method. A row that contains NaN or +∞, or only −∞, becomes NaN.
     ///
     /// Shapes: `[.., j] → [.., j]`. Statistics in f32 (f64 for f64). Saves: `y`.
     /// Errors: rank 0, or a dtype that is not float.

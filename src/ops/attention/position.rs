@@ -1,4 +1,4 @@
-//! Biases that depend on the distance of key and query: one value per head and distance.
+//! Biases that depend on the distance between key and query: one value per head and distance.
 
 use std::{ops::Range, sync::OnceLock};
 
@@ -9,7 +9,7 @@ use crate::{
     error::ensure,
 };
 
-/// A bias that depends on a query's and a key's position alone: no `[heads, query, key]` tensor is made of it.
+/// Bias that depends only on the positions of query and key; it is never expanded to `[heads, query, key]`.
 #[derive(Clone, Debug)]
 #[non_exhaustive]
 pub enum PositionBias {
@@ -26,17 +26,17 @@ pub enum PositionBias {
     T5 {
         /// Float `[buckets, heads]`; has a gradient.
         table: Tensor,
-        /// Multiplies the table; x-transformers has `sqrt(dim_head)`.
+        /// Multiplies the table; `sqrt(dim_head)` in x-transformers.
         scale: f64,
-        /// If `true`, keys after the query share bucket 0. Otherwise half of the buckets are theirs, and `r = |r|`.
+        /// If `true`, keys after the query share bucket 0. Otherwise they take half of the buckets, with `r = |r|`.
         causal: bool,
-        /// The distance from which on all share the last bucket; x-transformers has 128.
+        /// Distance from which all keys share the last bucket; 128 in x-transformers.
         max_distance: usize,
     },
 }
 
 impl PositionBias {
-    /// The tensor that has a gradient.
+    /// Returns the tensor that has a gradient.
     pub(crate) fn weights(&self) -> &Tensor {
         match self {
             Self::Alibi { slopes } => slopes,
@@ -44,7 +44,7 @@ impl PositionBias {
         }
     }
 
-    /// The tensor that has a gradient, to replace it.
+    /// Returns the tensor that has a gradient, for replacing it.
     pub(crate) fn weights_mut(&mut self) -> &mut Tensor {
         match self {
             Self::Alibi { slopes } => slopes,
@@ -52,8 +52,8 @@ impl PositionBias {
         }
     }
 
-    /// The bias as a tensor of this dtype that broadcasts to `[batch, heads, query, key]`: `[heads, query, key]` or
-    /// `[heads, 1, key]`.
+    /// Returns the bias as a tensor of this dtype that broadcasts to `[batch, heads, query, key]`: `[heads, query,
+    /// key]` or `[heads, 1, key]`.
     pub(crate) fn dense(&self, queries: usize, keys: usize, dtype: DType) -> Result<Tensor> {
         match self {
             Self::T5 { table, scale, causal, max_distance } => {
@@ -67,8 +67,9 @@ impl PositionBias {
         }
     }
 
-    /// The bias by the distance of a key before a query's position, when `prefix_len` keys precede a causal sequence:
-    /// `[heads, distances]` of this dtype. Relative to the key at the query's position where only differences count.
+    /// Returns the bias by the distance of a key before a query's position, when `prefix_len` keys precede a causal
+    /// sequence: `[heads, distances]` of this dtype. Where only differences matter, it is relative to the key at the
+    /// query's position.
     pub(crate) fn by_distance(&self, prefix_len: usize, distances: usize, dtype: DType) -> Result<Tensor> {
         match self {
             Self::T5 { table, scale, causal, max_distance } => {
@@ -185,12 +186,12 @@ impl Position {
         &self.weights
     }
 
-    /// Weights per head.
+    /// Returns the number of weights per head.
     pub fn parameters(&self) -> usize {
         self.parameters
     }
 
-    /// The bias of each head and distance, `[heads, distances]`.
+    /// Returns the bias of each head and distance, `[heads, distances]`.
     pub fn curves<A: Real>(&self) -> Result<Vec<A>> {
         let weights = self.weights.to_f64_vec()?;
         let curve = |head: usize| {
@@ -209,7 +210,7 @@ impl Position {
         }
     }
 
-    /// The gradient of the weights from that of each head's, `[heads, parameters]`.
+    /// Returns the gradient of the weights from that of each head, `[heads, parameters]`.
     pub fn gradient(&self, per_head: &[f64]) -> Result<Tensor> {
         let mut gradient = self.weights.contiguous()?.uninit_like()?;
         dispatch_float!(OP, gradient.dtype(), T, {

@@ -1,5 +1,5 @@
-//! A tile: the scores of a block of queries against a block of keys, with every bias and mask, in one place for the
-//! forward and the backward pass.
+//! A tile: the scores of a block of queries against a block of keys, with every bias and mask, shared by the forward
+//! and the backward pass.
 
 use std::ops::Range;
 
@@ -16,9 +16,9 @@ use crate::{
     ops::reduce::{LANES, join, sum_slice},
 };
 
-/// Queries of a tile.
+/// Number of queries per tile.
 pub(super) const QUERIES: usize = 256;
-/// Keys of a tile, and the step from one of its rows to the next.
+/// Number of keys per tile, and the stride of its rows.
 pub(super) const KEYS: usize = 128;
 
 /// One operand `[batch, heads, sequence, features]` with packed rows.
@@ -40,7 +40,7 @@ impl<'a, A: Float> Rows<'a, A> {
     /// The rows from `start` on.
     pub fn block(&self, batch: usize, head: usize, start: usize) -> Matrix<'a, A> {
         let offset = batch * self.batch + head * self.head + start * self.row;
-        // Rows without features may start behind the end.
+        // Rows without features may start past the end.
         Matrix { data: &self.data[offset.min(self.data.len())..], row: self.row, col: 1 }
     }
 
@@ -111,7 +111,7 @@ impl Broadcast<Floats<'_>> {
     }
 }
 
-/// Where a tile lies.
+/// Position of a tile.
 #[derive(Clone, Copy)]
 pub(super) struct At {
     pub batch: usize,
@@ -125,7 +125,7 @@ pub(super) struct At {
 }
 
 impl At {
-    /// Keys with those that fill the last group of lanes.
+    /// Returns the number of keys, rounded up to fill the last vector.
     pub fn width(&self) -> usize {
         self.keys.next_multiple_of(LANES)
     }
@@ -138,11 +138,11 @@ pub(super) enum Empty {
     Masked,
     /// The bias of every key left is −∞.
     Biased,
-    /// Sums have left the range of numbers.
+    /// Sums have overflowed.
     Overflown,
 }
 
-/// Everything that the tiles of one call are computed from: operands of products in `O`, all else in `O::Acc`.
+/// Inputs of all tiles of one call: operands of products in `O`, all else in `O::Acc`.
 pub(super) struct Tiles<'a, O: Multiply> {
     pub sizes: Sizes,
     pub q: Rows<'a, O>,
@@ -196,7 +196,7 @@ impl<'a, O: Multiply> Tiles<'a, O> {
         })
     }
 
-    /// The keys that causality, the window and the padding of the queries leave to a query.
+    /// Returns the keys that causality, the window and the query mask leave to a query.
     fn kept(&self, batch: usize, query: usize) -> Range<usize> {
         let keys = self.sizes.keys;
         let position = query as i64 + keys as i64 - self.sizes.queries as i64;
@@ -224,7 +224,7 @@ impl<'a, O: Multiply> Tiles<'a, O> {
         Some(At { query: first, queries: last + 1 - first, ..at })
     }
 
-    /// The keys of the tile that no padding masks, counted from its first one, and the mask of those behind.
+    /// Returns the number of leading keys of the tile that no padding masks, and the mask of the others.
     fn padding(&self, at: At) -> Option<(usize, &'a [u8])> {
         let mask = self.key_mask?;
         let length = mask.len() / self.sizes.batch;
@@ -326,7 +326,7 @@ impl<'a, O: Multiply> Tiles<'a, O> {
         why
     }
 
-    /// Gives fully masked queries their weights, `1 / keys` for every key, times `part`, and applies dropout to them.
+    /// Writes the weights of fully masked queries, `1 / keys` for every key, times `part`, and applies dropout to them.
     pub fn spread(
         &self,
         at: At,
@@ -396,7 +396,7 @@ vectorized! {
 }
 
 vectorized! {
-    /// Word `first + n` of the stream decides on element `n`.
+    /// Word `first + n` of the stream decides whether element `n` is kept.
     fn keep_factors<A: Real>(stream: Philox, first: u64, threshold: u64, factor: A, factors: &mut [A]) {
         const GROUP: u64 = Philox::GROUP as u64;
         let (mut words, skip) = ([0; KEYS + Philox::GROUP], (first % GROUP) as usize);
@@ -478,7 +478,7 @@ vectorized! {
 }
 
 vectorized! {
-    /// As [`score_gradients`] for one row with dropout: the weights come back as they met the values.
+    /// Like [`score_gradients`], but for one row with dropout: leaves the weights as they multiply the values.
     pub(super) fn score_gradients_dropped<A: Real>(p: &mut [A], dp: &mut [A], factors: &[A], delta: A) {
         for ((p, dp), factor) in p.iter_mut().zip(dp).zip(factors) {
             *dp = slope(*p) * (*dp * *factor - delta);
@@ -505,7 +505,7 @@ vectorized! {
 }
 
 vectorized! {
-    /// If `true`, there is neither an infinity nor NaN.
+    /// Returns `true` if there is neither an infinity nor NaN.
     pub(super) fn finite<A: Real>(x: &[A]) -> bool {
         let mut lanes = [A::ZERO; LANES];
         let (groups, rest) = x.as_chunks::<LANES>();
@@ -568,12 +568,12 @@ vectorized! {
     }
 }
 
-/// Lends out `LENGTHS` pieces of this thread's working memory, of unspecified content.
+/// Calls the closure with pieces of this thread's scratch memory, of unspecified content.
 pub(super) fn with_scratch<A: Real, const N: usize, R>(
     lengths: [usize; N],
     body: impl FnOnce([&mut [A]; N]) -> R,
 ) -> R {
-    // Pieces start at cache lines of 64 bytes.
+    // Pieces start at 64-byte cache lines.
     let line = 64 / size_of::<A>();
     let total: usize = lengths.iter().map(|length| length.next_multiple_of(line)).sum();
     lend(User::Attention, |[memory, ..]| {
