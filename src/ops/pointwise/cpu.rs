@@ -1,4 +1,4 @@
-//! The loops of functions of one number. Which function it is, is asked outside of them.
+//! Loops of unary functions, which are dispatched outside of the loops.
 
 use super::{Activation, Function, Keep, Loops, Unary};
 use crate::{device::simd::vectorized, dtype::Real};
@@ -25,7 +25,7 @@ impl<R: Real, const FUSED: bool> Loops for Map<'_, R, FUSED> {
 }
 
 vectorized! {
-    /// Writes the gradient of the input over that of the output.
+    /// Overwrites the gradient of the output with that of the input.
     pub(super) fn map_backward<R: Real>(f: Function, kept: &[R], dx: &mut [R]) {
         f.with(MapBackward::<R, FUSED> { kept, dx });
     }
@@ -86,7 +86,7 @@ fn kept<F: Unary, R: Real, const FUSED: bool>(x: R) -> R {
 }
 
 vectorized! {
-    /// Writes the gradient of `x` over that of `f(x + bias)`.
+    /// Overwrites the gradient of `f(x + bias)` with that of `x`.
     pub(in crate::ops) fn sum_gradient<R: Real>(f: Activation, x: &[R], bias: &[R], dx: &mut [R]) {
         f.with(SumGradient::<R, FUSED> { x, bias, dx });
     }
