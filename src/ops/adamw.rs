@@ -145,7 +145,7 @@ pub(crate) struct Update<'a> {
     pub value: &'a mut Tensor,
     /// Gradient, in the dtype of the parameter or of its state.
     pub grad: &'a Tensor,
-    /// Running mean of the gradient; like that of its square, f64 for an f64 parameter and f32 otherwise.
+    /// Running mean of the gradient; like that of its square below, f64 for an f64 parameter and f32 otherwise.
     pub exp_avg: &'a mut Tensor,
     pub exp_avg_sq: &'a mut Tensor,
     /// The parameter in f32, from which a half-precision value is rounded.

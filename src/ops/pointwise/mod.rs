@@ -265,7 +265,7 @@ fn rectified(f: Function, x: &Tensor) -> Result<Tensor> {
     }
 }
 
-/// Returns `2 x`, overflowing only if `2 x` does.
+/// Doubles a product that is itself in range.
 #[inline(always)]
 fn twice<R: Real>(x: R) -> R {
     x + x
