@@ -388,7 +388,7 @@ impl Report {
     }
 
     /// Writes the calls that [`Profile::with_trace`] kept in Chrome's trace event format, for `chrome://tracing` and
-    /// <https://ui.perfetto.dev>: a row for each phase.
+    /// <https://ui.perfetto.dev>: one row per phase.
     pub fn write_trace(&self, to: &mut impl Write) -> io::Result<()> {
         write!(to, "{{\"displayTimeUnit\": \"ms\", \"traceEvents\": [")?;
         let micros = |time: Duration| time.as_nanos() as f64 / 1e3;

@@ -77,7 +77,7 @@ impl Layer {
         }
     }
 
-    /// Converts the weights of the linear layers to 8 bits; a custom branch is unchanged.
+    /// Quantizes the weights of the linear layers to 8 bits for later calls; a custom branch is unchanged.
     pub fn quantize_int8(&mut self) -> Result<()> {
         match &mut self.function {
             Function::Attention(attention) => attention.linears_mut().try_for_each(Linear::quantize_int8),

@@ -108,7 +108,8 @@ impl AttentionLayers {
         Ok(Self { plan: Arc::new(plan), layers, bias, rotary, infused })
     }
 
-    /// Converts the weights of all linear layers to 8 bits; norms, gates and custom branches are unchanged.
+    /// Quantizes the weights of all linear layers to 8 bits for later calls; norms, gates and custom branches are
+    /// unchanged.
     ///
     /// Errors: weights that are not finite.
     pub fn quantize_int8(&mut self) -> Result<()> {

@@ -81,7 +81,7 @@ impl Linear {
         }
     }
 
-    /// Converts the weight to 8 bits.
+    /// Quantizes the weight to 8 bits for later calls.
     ///
     /// Errors: a weight that is not finite.
     pub fn quantize_int8(&mut self) -> Result<()> {

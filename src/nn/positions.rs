@@ -63,7 +63,7 @@ pub enum RelativePositionBias {
     Alibi(Tensor),
     /// ALiBi with learned slopes.
     LearnedAlibi {
-        /// Number of heads.
+        /// Total number of heads.
         heads: usize,
         /// Logarithms of the slopes of the first heads, `[1, heads, 1, 1]`.
         logslopes: Param,
