@@ -7,7 +7,7 @@ use crate::{
 
 /// Returns the slot of an output that is computed from `inputs` on a thread without a tape.
 ///
-/// It follows from the inputs and the thread alone, and not from what other threads are doing at that moment.
+/// It depends only on the inputs and the thread, not on the concurrent state of other threads.
 ///
 /// Errors: an input was recorded by a tape of another thread.
 pub(super) fn untaped(op: &'static str, inputs: &[&Tensor]) -> Result<GradSlot> {

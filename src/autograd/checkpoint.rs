@@ -60,7 +60,7 @@ enum Traced {
     Taken,
 }
 
-/// A recording's place in a nest of checkpoints.
+/// Place of a recording in a nest of checkpoints.
 #[derive(Clone, Default)]
 pub(super) struct Nest {
     /// Number of enclosing segments, including its own.
@@ -70,7 +70,7 @@ pub(super) struct Nest {
     replay: Option<Range<usize>>,
 }
 
-/// A segment on a tape.
+/// Segment on a tape.
 pub(super) struct Segment {
     f: Box<Function>,
     /// Inputs as separate leaves, or constants.

@@ -42,7 +42,7 @@ pub struct GradcheckReport {
     pub tolerance: f64,
 }
 
-/// The worst element of one input.
+/// Worst element of one input.
 #[derive(Clone, Debug)]
 #[non_exhaustive]
 pub struct InputReport {

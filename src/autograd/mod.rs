@@ -42,7 +42,7 @@ pub use self::{
 };
 
 thread_local! {
-    /// The tapes of this thread, the innermost last; only `checkpoint` nests them.
+    /// Tapes of this thread, innermost last; only `checkpoint` nests them.
     static STACK: RefCell<Vec<Recording>> = const { RefCell::new(Vec::new()) };
 }
 

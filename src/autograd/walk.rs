@@ -93,7 +93,7 @@ impl Input {
     }
 }
 
-/// A list that is being walked.
+/// List that is being walked.
 struct Frame {
     nodes: Vec<Node>,
     /// Gradient of each node's output so far.

@@ -94,7 +94,7 @@ pub(super) fn multiply_sums<T: Float>(
     Ok(())
 }
 
-/// A task: gets row, column, rows and columns of its part of C, and a function that adds the products of the part to
+/// Task: receives row, column, rows and columns of its part of C, and a function that adds the products of the part to
 /// sums.
 type Task<'a, R> = dyn Fn(usize, usize, usize, usize, &dyn Fn(Window<R>)) + Sync + 'a;
 

@@ -30,7 +30,7 @@ pub struct LayersOutput {
     pub attn: Vec<Tensor>,
 }
 
-/// An `Encoder`, `Decoder` or `CrossAttender`.
+/// Stack of attention layers: an `Encoder`, `Decoder` or `CrossAttender`.
 ///
 /// ```
 /// use x_transformers::{config::LayersPlan, nn::AttentionLayers, prelude::*};

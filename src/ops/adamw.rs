@@ -272,7 +272,7 @@ fn adamw_cuda(
     )
 }
 
-/// The work on one chunk.
+/// Work on one chunk.
 type Task<'a> = Box<dyn FnMut() + Send + 'a>;
 
 /// Runs each task once, in parallel.
@@ -306,7 +306,7 @@ fn cut<'a, R: Real>(update: Update<'a>, settings: Settings, tasks: &mut Vec<Task
     Ok(())
 }
 
-/// A part of one parameter, updated by one task.
+/// Part of one parameter, updated by one task.
 struct Chunk<'a, R> {
     value: FloatsMut<'a>,
     master: Option<&'a mut [R]>,
@@ -341,7 +341,7 @@ impl<R: Real> Chunk<'_, R> {
     }
 }
 
-/// The numbers of an AdamW step as the state's type, computed in f64 as PyTorch does.
+/// Numbers of an AdamW step in the state's type, computed in f64 as in PyTorch.
 #[derive(Clone, Copy)]
 struct Factors<A> {
     grad_scale: A,

@@ -12,7 +12,7 @@ use crate::{
     tensor::{Storage, same_device, same_kind},
 };
 
-/// A function of two numbers.
+/// Binary function of numbers.
 trait Binary {
     fn value<R: Real>(a: R, b: R) -> R;
 }
@@ -23,7 +23,7 @@ struct Saved {
     b: Option<Tensor>,
 }
 
-/// The tensor that a forward pass kept because a gradient needs it.
+/// Returns a tensor that the forward pass kept because a gradient needs it.
 fn kept<'a>(op: &'static str, saved: &'a Option<Tensor>) -> Result<&'a Tensor> {
     saved.as_ref().ok_or_else(|| Error::argument(op, "an input that its gradient needs was not kept"))
 }
@@ -71,7 +71,7 @@ macro_rules! binary {
                 }
             }
 
-            /// The function of tensors of one dtype that is not float.
+            /// Applies the function to tensors of one dtype that is not float.
             fn of_integers(self, a: &Tensor, b: &Tensor) -> Result<Tensor> {
                 match self {
                     $(Self::$Type => {

@@ -103,7 +103,7 @@ fn compare_as<E: Stored + Sync>(
 }
 
 vectorized! {
-    /// Of operands with an element for each result, or one for all.
+    /// Compares operands with one element per result, or one for all.
     fn zip<E: Stored>(kind: Kind, not: bool, y: &mut [u8], a: &[E], b: &[E]) {
         match kind {
             Kind::Equal => zip_with(not, y, a, b, |a, b| a == b),
@@ -113,7 +113,7 @@ vectorized! {
     }
 }
 
-/// A stored value that is compared as a number.
+/// Stored value that is compared as a number.
 trait Stored: Copy {
     type Number: PartialOrd;
     fn number(self) -> Self::Number;
@@ -152,7 +152,7 @@ fn zip_with<E: Stored>(not: bool, y: &mut [u8], a: &[E], b: &[E], f: impl Fn(E::
     }
 }
 
-/// A function of truth values.
+/// Computes a function of truth values.
 fn logic(op: &'static str, [a, b]: [&Tensor; 2], f: impl Fn(u8, u8) -> bool + Sync) -> Result<Tensor> {
     same_device(op, a, b)?;
     let shape = a.shape().broadcast(b.shape(), op)?;
@@ -268,7 +268,7 @@ impl Tensor {
     }
 }
 
-/// The truth values of constants.
+/// Returns the truth values of constants.
 fn truths<const N: usize>(op: &'static str, tensors: [&Tensor; N]) -> Result<[Tensor; N]> {
     discrete(op, &tensors)?;
     let mut truths = tensors.map(Tensor::detach);

@@ -211,7 +211,7 @@ impl Backward for CatBackward {
 
     fn backward(self: Box<Self>, grad: Tensor, _need: &[bool]) -> Result<InputGrads> {
         let parts = grad.split(&self.sizes, self.dim as isize)?;
-        // The shape is another one where nothing was added.
+        // The shape differs where nothing was added.
         let whole = |(part, shape): (Tensor, &Shape)| {
             Ok(InputGrad::Whole(if part.shape() == shape { part } else { part.reshape(*shape)? }))
         };

@@ -216,7 +216,7 @@ impl Losses {
     }
 }
 
-/// The sum of the losses, and in `statistics` for each row `[maximum, 1 / Σ exp(x − maximum)]`.
+/// Returns the sum of the losses and writes `[maximum, 1 / Σ exp(x − maximum)]` of each row to `statistics`.
 pub(super) fn forward_rows<R: Real>(
     x: &Tensor,
     targets: &Tensor,
@@ -233,7 +233,8 @@ pub(super) fn forward_rows<R: Real>(
     Ok(losses.sum())
 }
 
-/// The sum of the losses of these rows of logits; writes `(softmax(x) − onehot(target)) scale` over them.
+/// Returns the sum of the losses of these rows of logits and overwrites them with `(softmax(x) − onehot(target))
+/// scale`.
 pub(super) fn rows_and_gradient<R: Real>(
     x: &mut [R],
     targets: &[i64],
@@ -277,8 +278,8 @@ vectorized! {
     }
 }
 
-/// The maximum of a row and `Σ exp(x − maximum)`, in one pass over memory: a block's exponentials are added up while
-/// the maximum of the next is looked for, and the sum is rescaled when the maximum grows.
+/// Computes the maximum of a row and `Σ exp(x − maximum)` in one pass over memory: adds up a block's exponentials while
+/// finding the maximum of the next, and rescales the sum when the maximum grows.
 #[inline(always)]
 fn maximum_and_sum<T: Float, const FUSED: bool>(row: &[T]) -> (T::Acc, T::Acc) {
     let (mut max, mut sum) = (T::Acc::NEG_INFINITY, T::Acc::ZERO);

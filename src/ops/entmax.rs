@@ -65,7 +65,7 @@ fn forward_row<T: Float>(x: &[T], y: &mut [T], sorted: &mut Vec<T::Acc>) {
     let max = x.iter().fold(T::Acc::NEG_INFINITY, |max, x| larger(max, x.to_acc()));
     // (x − max) / 2 would overflow to −∞ for masked entries first halved, never to NaN.
     let shifted = |x: T| x.to_acc() * half - max * half;
-    // τ is at least −1, so that lower entries are 0 whatever τ is: they need no sorting, and no squares that overflow.
+    // τ is at least −1, so entries below −1 are always 0: they need no sorting, and no squares that overflow.
     sorted.clear();
     sorted.extend(x.iter().map(|&x| shifted(x)).filter(|&z| z > -T::Acc::ONE));
     sorted.sort_unstable_by(|a, b| b.partial_cmp(a).unwrap_or(std::cmp::Ordering::Equal));
@@ -76,8 +76,8 @@ fn forward_row<T: Float>(x: &[T], y: &mut [T], sorted: &mut Vec<T::Acc>) {
     }
 }
 
-/// The largest support whose threshold its smallest member reaches: for the `k` largest entries `z` with mean `m`,
-/// `τ_k = m − √((1 − Σ (z − m)²) / k)`.
+/// Returns the threshold of the largest support whose smallest member reaches it: for the `k` largest entries `z` with
+/// mean `m`, `τ_k = m − √((1 − Σ (z − m)²) / k)`.
 #[inline(always)]
 fn threshold<A: Real>(sorted: &[A], two: A) -> A {
     let (mut sum, mut squares, mut count) = (A::ZERO, A::ZERO, A::ZERO);

@@ -159,7 +159,7 @@ impl Int8Matrix {
             (wide.values::<f32>()?, self.bytes.values::<bool>()?, self.scales.values::<f32>()?);
         let bias = bias.map(|bias| bias.to_dtype(DType::F32)).transpose()?;
         let bias = bias.as_ref().map(Tensor::values::<f32>).transpose()?;
-        // By outputs first, so that each task reads its rows of the weights once for all inputs.
+        // Outputs first, so that each task reads its rows of the weights once for all inputs.
         let mut products = Tensor::uninit(Shape::new(&[rows, count])?, DType::F32, x.device())?;
         cpu::for_rows(products.values_mut::<f32>()?, count, 2 * columns, |first, products| {
             let weights = &bytes[first * columns..][..products.len() / count * columns];
@@ -214,7 +214,7 @@ vectorized! {
     }
 }
 
-/// The same by AVX-512: every weight is read and widened once for all inputs.
+/// The same with AVX-512: every weight is read and widened once for all inputs.
 #[cfg(target_arch = "x86_64")]
 mod avx512 {
     use std::arch::x86_64::*;

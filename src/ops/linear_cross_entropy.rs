@@ -39,8 +39,7 @@ const MULTIPLE: usize = 8;
 /// Minimum number of rows per block, however long they are.
 const FEWEST_ROWS: usize = 256;
 
-/// Of these bytes, those for logits that are still in f32, where a block is of a half type. Each part packs the weight
-/// anew.
+/// Bytes of f32 logits at a time, out of these, if a block has a half type. Each part packs the weight again.
 const PART_ON_CPU: usize = 40 << 20;
 const PART_ON_GPU: usize = 64 << 20;
 
@@ -152,7 +151,7 @@ impl Tensor {
     }
 }
 
-/// The inputs of the op, as constants.
+/// Inputs of the op, as constants.
 struct Layer {
     /// `[rows, in]`, packed.
     x: Tensor,
@@ -239,7 +238,7 @@ impl Layer {
         Ok((loss, Gradients { x, weight, bias, divisor }))
     }
 
-    /// The gradient of a block of logits in the type of its sums, where it is needed, or the logits.
+    /// Computes the gradient of a block of logits in the accumulation type if it is needed, otherwise the logits.
     fn block(&self, x: &Tensor, targets: &Tensor, needed: bool, scale: f64, losses: &mut Losses) -> Result<Tensor> {
         let (height, classes, dtype) = (x.dim(0)?, self.weight.dim(0)?, x.dtype());
         let mut logits = product(x, &self.weight.transpose(0, 1)?, self.bias.as_ref())?;
@@ -255,8 +254,8 @@ impl Layer {
         Ok(logits)
     }
 
-    /// The gradient of a block of logits in a half type, where it is needed. The logits are in f32 until then, of a few
-    /// rows at a time.
+    /// Computes the gradient of a block of logits in a half type, if it is needed. The logits before it are in f32, a
+    /// few rows at a time.
     fn block_in_parts(
         &self,
         x: &Tensor,
@@ -286,8 +285,8 @@ impl Layer {
         Ok(gradient)
     }
 
-    /// The gradient of a block of logits, where it is needed, in the type of `x`. The logits are in the type of the
-    /// sums: of half types they are those of a few rows at a time, otherwise the gradient is written over them.
+    /// Computes the gradient of a block of logits in the type of `x`, if it is needed. The logits are in the
+    /// accumulation type: for half types only a few rows at a time, otherwise the gradient overwrites them.
     fn block_on_gpu(
         &self,
         gpu: &'static dyn Gpu,
@@ -339,7 +338,7 @@ fn pad_rows(x: Tensor, rows: usize) -> Result<Tensor> {
     Ok(Tensor::joined(&[&x, &zeros], 0)?.0)
 }
 
-/// The losses of rows, as the device has them.
+/// Losses of rows, in the form that their device computes.
 #[derive(Default)]
 struct Losses {
     /// On the processor, their sum.
@@ -354,8 +353,8 @@ fn of_about_one_size(rows: usize, most: usize) -> impl Iterator<Item = (usize, u
     (0..rows).step_by(height).map(move |first| (first, height.min(rows - first)))
 }
 
-/// The sum of the losses of these rows of logits, to which the bias is added unless it is empty. Writes
-/// `(softmax(x) − onehot(target)) scale` to `dx`, unless that is empty.
+/// Adds the bias, unless it is empty, to these rows of logits and returns the sum of their losses. Writes `(softmax(x)
+/// − onehot(target)) scale` to `dx`, unless that is empty.
 fn rows_and_rounded_gradient(
     x: &mut [f32],
     bias: &[f32],
@@ -386,7 +385,7 @@ fn rows_and_rounded_gradient(
 }
 
 vectorized! {
-    /// Of a row with these statistics, maximum and inverse sum; 0 of one without a class.
+    /// Writes the gradient of a row with these statistics, maximum and inverse sum; 0 for a row without a class.
     fn gradient(x: &[f32], statistics: [f32; 2], class: Option<usize>, scale: f32, dx: &mut [f32]) {
         let [max, inverse] = statistics;
         let Some(class) = class else { return dx.fill(0.0) };

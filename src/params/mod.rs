@@ -145,7 +145,7 @@ impl fmt::Debug for Buffer {
 
 /// Named parameters and buffers of a model: state dict, optimizer list, loader and saver in one.
 ///
-/// Names are those of PyTorch's `state_dict()`.
+/// Names match PyTorch's `state_dict()`.
 ///
 /// ```
 /// use x_transformers::{DType, Device, ParamStore, nn::Linear};

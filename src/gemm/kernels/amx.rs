@@ -57,7 +57,7 @@ struct Shapes {
 }
 
 impl Shapes {
-    /// For products of `rows` rows: sums in tiles 0 to 3, A in 4 and 5, B in 6 and 7.
+    /// Returns the shapes for products of `rows` rows: sums in tiles 0 to 3, A in 4 and 5, B in 6 and 7.
     fn new(rows: usize) -> Self {
         let (upper, lower) = (rows.min(16) as u8, rows.saturating_sub(16) as u8);
         let heights = [upper, upper, lower, lower, upper, lower, 16, 16];
@@ -144,7 +144,7 @@ pub(in crate::gemm) fn multiply_planes(
     unsafe { walk(kc, a, b, products, beta, c) };
 }
 
-/// The planes of an operand, with strides in elements.
+/// Planes of an operand, with strides in elements.
 #[derive(Clone, Copy)]
 struct Planes {
     data: *const bf16,

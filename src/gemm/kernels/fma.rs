@@ -96,8 +96,7 @@ enum Kind {
     One,
 }
 
-/// The arguments of [`multiply`] after its checks. The pointers are those of the type of the sums, the strides count
-/// elements.
+/// Arguments of [`multiply`] after its checks. The pointers have the accumulation type, the strides count elements.
 struct Block {
     m: usize,
     n: usize,
@@ -219,7 +218,7 @@ unsafe fn sums_of_depth<V: Vector, const ROWS: usize>(
     }
 }
 
-/// The tile of `ROWS` rows at row `i`, which is panel `panel` of A, and column `j`.
+/// Computes the tile of `ROWS` rows at row `i`, which is panel `panel` of A, and column `j`.
 ///
 /// # Safety
 ///

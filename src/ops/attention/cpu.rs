@@ -151,7 +151,7 @@ fn forward_block<O: Multiply>(tiles: &Tiles<O>, at: At, out: &mut RowWriter<'_>,
         }
         for (row, acc) in acc.chunks_exact(e).enumerate() {
             let [largest, share] = statistics[row];
-            // All of `acc` is zero where the weights are.
+            // `acc` is zero where all weights are.
             let divisor = if share == O::Acc::ZERO { O::Acc::ONE } else { sum[row] };
             let factor = if largest.to_f64().is_nan() { largest } else { O::Acc::ONE / divisor };
             out.write(row, acc, if later == O::Acc::ONE { factor } else { factor * later });

@@ -100,7 +100,7 @@ struct Blocks {
     kernel: &'static str,
     /// `HEAD` of its variant, if it has one.
     head: Option<usize>,
-    /// Of the sequence, owned by a block.
+    /// Number of positions of the sequence that a block owns.
     rows: usize,
     threads: usize,
     /// Number of features of a result that a block sums up.
@@ -122,8 +122,8 @@ impl Blocks {
         Self { kernel, head: Some(head), rows, threads: 128, features: usize::MAX, shared }
     }
 
-    /// The same of a kernel whose `warpgroups` own 64 rows each of `owned` tensors, beside `passing` tiles of `n` rows;
-    /// all tiles start at multiples of 1024 bytes.
+    /// Like [`Blocks::tensor_cores`], but for a kernel whose `warpgroups` own 64 rows each of `owned` tensors, next to
+    /// `passing` tiles of `n` rows; all tiles start at multiples of 1024 bytes.
     fn warpgroups(
         kernel: &'static str,
         head: usize,
@@ -191,7 +191,7 @@ struct Call<'a> {
     terms: Option<Terms>,
 }
 
-/// The position bias as the kernels take it: the struct `PositionTerms` of `kernels/attention_position.cuh`.
+/// Position bias in the form that kernels take: the struct `PositionTerms` of `kernels/attention_position.cuh`.
 struct Terms {
     /// `[reach + 1]`; ALiBi has none.
     bucket_of: Option<Tensor>,

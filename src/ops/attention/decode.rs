@@ -434,7 +434,7 @@ fn product<T: Float, const FUSED: bool>(q: &[T::Acc], k: &[T]) -> T::Acc {
     (even + odd) + rest
 }
 
-/// The sums of both halves: constant lengths keep them in registers.
+/// Adds both halves: constant lengths keep them in registers.
 #[inline(always)]
 fn halved<A: Real, const N: usize, const HALF: usize>(lanes: [A; N]) -> [A; HALF] {
     let mut sums = [A::ZERO; HALF];

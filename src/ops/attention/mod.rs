@@ -171,7 +171,7 @@ fn packed_rows(x: &Tensor) -> Result<Tensor> {
     if x.layout().has_packed_rows() { Ok(x.clone()) } else { x.contiguous() }
 }
 
-/// The sizes of one call.
+/// Sizes of one call.
 #[derive(Clone, Copy)]
 struct Sizes {
     batch: usize,

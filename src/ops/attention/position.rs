@@ -89,8 +89,8 @@ impl PositionBias {
     }
 }
 
-/// A [`PositionBias`] in one form: `weights[parameter(distance), head] · factor(distance)`, `distance = key − query`,
-/// both counted from 0.
+/// [`PositionBias`] in a uniform form: `weights[parameter(distance), head] · factor(distance)`, `distance = key −
+/// query`, both counted from 0.
 pub(super) struct Position {
     /// `[parameters, heads]`, or `[heads]` for one parameter.
     weights: Tensor,
@@ -165,7 +165,7 @@ impl Position {
         self.terms.get_or_init(|| self.distances.clone().map(term).collect())
     }
 
-    /// The parameter of T5 for a distance `query − key`.
+    /// Returns the parameter of T5 for a distance `query − key`.
     pub fn bucket(&self, distance: i64) -> usize {
         match self.kind {
             Kind::Alibi { .. } => 0,
@@ -173,7 +173,7 @@ impl Position {
         }
     }
 
-    /// Of T5: `causal`, `max_distance` and `scale`.
+    /// Returns `causal`, `max_distance` and `scale` of T5.
     pub fn t5(&self) -> Option<(bool, usize, f64)> {
         match self.kind {
             Kind::Alibi { .. } => None,
@@ -181,7 +181,7 @@ impl Position {
         }
     }
 
-    /// The weights: a gradient has their shape.
+    /// Returns the weights, whose shape the gradient has.
     pub fn weights(&self) -> &Tensor {
         &self.weights
     }
@@ -203,7 +203,7 @@ impl Position {
         Ok((0..self.heads).flat_map(curve).collect())
     }
 
-    /// Adds the gradients of the distances from number `first` on to those of one head's weights.
+    /// Adds the gradients of the distances from number `first` on to the gradients of one head's weights.
     pub fn reduce<A: Real>(&self, gradients: &[A], first: usize, into: &mut [f64]) {
         for (gradient, &(parameter, factor)) in gradients.iter().zip(&self.terms()[first..]) {
             into[parameter] += gradient.to_f64() * factor;
@@ -240,8 +240,8 @@ fn expect_weights(name: &str, weights: &Tensor, shape: &[usize], device: &Device
     Ok(())
 }
 
-/// The T5 bucket of a distance `query − key`. The quotient is computed in f64: with the usual sizes, powers of two fall
-/// exactly on bucket edges.
+/// Returns the T5 bucket of a distance `query − key`. The quotient is computed in f64: with the usual sizes, powers of
+/// two fall exactly on bucket edges.
 pub(in crate::ops) fn bucket(distance: i64, causal: bool, buckets: usize, max_distance: usize) -> usize {
     let (side, buckets, distance) = match (causal, distance < 0) {
         (true, _) => (0, buckets, distance.max(0) as usize),

@@ -166,8 +166,8 @@ impl Output {
     }
 }
 
-/// A tensor of rank 4 with packed rows in the type of operands, that of the tensor or of the computation: itself, or a
-/// packed copy.
+/// Returns a tensor of rank 4 with packed rows in the operand type, which is the tensor's type or the compute type:
+/// itself, or a packed copy.
 pub(super) fn widen<O: Float>(x: &Tensor) -> Result<Tensor> {
     if x.dtype() == O::DTYPE {
         return Ok(x.clone());
@@ -186,9 +186,9 @@ pub(super) fn widen<O: Float>(x: &Tensor) -> Result<Tensor> {
 /// Number of keys from which the common part of a head is estimated.
 const SAMPLE: usize = 64;
 
-/// A packed copy of keys `[batch, heads, key, d]` without what all keys of a head have in common in a feature, where
-/// that is more than what they differ by; `None` if there is nothing. The gradients of a query's scores sum to zero, so
-/// that they may be multiplied by either; but rounded to a half type they do not quite, and the common part would
+/// Returns a packed copy of keys `[batch, heads, key, d]` without the common part of each feature over all keys of a
+/// head, where that exceeds their differences; `None` if there is none. The gradients of a query's scores sum to zero,
+/// so that they may be multiplied by either; but rounded to a half type they do not quite, and the common part would
 /// multiply the difference.
 pub(super) fn without_common<O: Float>(keys: &Tensor) -> Result<Option<Tensor>> {
     let [batch, heads, count, d] = [0, 1, 2, 3].map(|dim| keys.shape()[dim]);

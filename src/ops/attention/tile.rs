@@ -37,7 +37,7 @@ impl<'a, A: Float> Rows<'a, A> {
         Ok(Self { data, batch: strides[0], head: strides[1], row: strides[2] })
     }
 
-    /// The rows from `start` on.
+    /// Returns the rows from `start` on.
     pub fn block(&self, batch: usize, head: usize, start: usize) -> Matrix<'a, A> {
         let offset = batch * self.batch + head * self.head + start * self.row;
         // Rows without features may start past the end.
@@ -49,7 +49,7 @@ impl<'a, A: Float> Rows<'a, A> {
     }
 }
 
-/// A tile as an operand of a product: itself, or rounded to `O` in `memory`.
+/// Returns a tile as an operand of a product: itself, or rounded to `O` in `memory`.
 pub(super) fn operand<'a, O: Float>(tile: &'a [O::Acc], width: usize, memory: &'a mut [O::Acc]) -> Matrix<'a, O> {
     let data = if O::DTYPE == O::Acc::DTYPE {
         bytemuck::cast_slice(tile)
@@ -71,12 +71,12 @@ vectorized! {
     }
 }
 
-/// A transposed view.
+/// Returns a transposed view.
 pub(super) fn transposed<A: Copy>(x: Matrix<A>) -> Matrix<A> {
     Matrix { row: x.col, col: x.row, ..x }
 }
 
-/// A tensor that broadcasts to the scores; its last dimension is packed or repeated.
+/// Tensor that broadcasts to the scores; its last dimension is packed or repeated.
 struct Broadcast<V> {
     data: V,
     strides: [usize; 4],
@@ -149,7 +149,7 @@ pub(super) struct Tiles<'a, O: Multiply> {
     pub k: Rows<'a, O>,
     pub v: Rows<'a, O>,
     pub scale: O::Acc,
-    /// The largest number of the tensors' type.
+    /// Largest number of the tensors' type.
     pub largest: O::Acc,
     causal: bool,
     mask: Option<Broadcast<&'a [u8]>>,
@@ -208,8 +208,8 @@ impl<'a, O: Multiply> Tiles<'a, O> {
         start.min(end)..end
     }
 
-    /// The tile with those of its queries that may keep a score of it, from the first to the last; masks of their own
-    /// are not looked at.
+    /// Returns the tile narrowed to the queries, from the first to the last, that may keep one of its scores, or
+    /// `None`; attention masks are not considered.
     pub fn reach(&self, at: At) -> Option<At> {
         let sees = |&query: &usize| {
             let kept = self.kept(at.batch, query);
@@ -268,8 +268,8 @@ impl<'a, O: Multiply> Tiles<'a, O> {
         }
     }
 
-    /// The part of the position bias that a tile reads: that of its last query and first key comes first, and each
-    /// query before it starts one element later.
+    /// Returns the part of the position bias that a tile reads: it starts with that of its last query and first key,
+    /// and each query before it starts one element later.
     pub fn curve(&self, at: At) -> Range<usize> {
         let distances = self.sizes.queries + self.sizes.keys - 1;
         let start = at.head * distances + self.sizes.queries + at.key - at.query - at.queries;
@@ -459,8 +459,8 @@ vectorized! {
     }
 }
 
-/// The weight by which the gradient of a score is multiplied: one key that has all the weight passes none, where
-/// `dp − delta` is what rounding leaves. A product with 0 keeps NaN and infinities.
+/// Returns the weight that multiplies the gradient of a score: a key with all the weight passes none, since `dp −
+/// delta` is only rounding error there. A product with 0 keeps NaN and infinities.
 #[inline(always)]
 fn slope<A: Real>(p: A) -> A {
     if p == A::ONE { A::ZERO } else { p }

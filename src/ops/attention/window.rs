@@ -40,7 +40,7 @@ impl Window {
         positions(keys, queries)?.unsqueeze(1)?.le(&positions(queries + past, keys)?).map(Some)
     }
 
-    /// The struct `Window` of `kernels/attention_window.cuh`, for positions and distances below `reach`.
+    /// Returns the struct `Window` of `kernels/attention_window.cuh`, for positions and distances below `reach`.
     pub(super) fn values(&self, reach: usize) -> Result<[Arg; 1]> {
         Ok(*args![size32(self.max_attend_past.map_or(reach, |past| past.min(reach)))? as i32])
     }

@@ -75,7 +75,7 @@ impl Tensor {
     /// constant for the gradient.
     ///
     /// Shapes: `[.., dim]`, `g` `[dim]` → `[.., dim]`. Saves: `x`, and the inverse divisor of each row.
-    /// Errors: as [`Tensor::layer_norm`].
+    /// Errors: those of [`Tensor::layer_norm`].
     pub fn clamped_rms_norm(&self, g: &Tensor, eps: f64) -> Result<Tensor> {
         normalize("clamped_rms_norm", self, &self.clamped_rms_spec(g, eps))
     }
@@ -90,7 +90,7 @@ impl Tensor {
     /// g`. Unlike in [`Tensor::clamped_rms_norm`], `eps` is added. <https://arxiv.org/abs/1910.07467>
     ///
     /// Shapes: `[.., dim]`, `g` `[dim]` → `[.., dim]`. Saves: `x`, and the inverse divisor of each row.
-    /// Errors: as [`Tensor::layer_norm`].
+    /// Errors: those of [`Tensor::layer_norm`].
     ///
     /// ```
     /// use x_transformers::{DType, Device, Tensor};
@@ -113,7 +113,7 @@ impl Tensor {
     /// is 1e-5 in x-transformers). <https://arxiv.org/abs/1910.05895>
     ///
     /// Shapes: `[.., dim]`, `g` `[1]` → `[.., dim]`. Saves: `x`, and the inverse divisor of each row.
-    /// Errors: as [`Tensor::layer_norm`].
+    /// Errors: those of [`Tensor::layer_norm`].
     pub fn scale_norm(&self, g: &Tensor, eps: f64) -> Result<Tensor> {
         normalize("scale_norm", self, &Spec::floored(g, 1, eps))
     }
