@@ -19,7 +19,7 @@ pub trait Backward {
     /// overwritten if it is the only handle on its storage.
     fn backward(self: Box<Self>, grad: Tensor, need: &[bool]) -> Result<InputGrads>;
 
-    /// Optional fusion hook: receives the gradient that later ops have given to the first input so far.
+    /// Receives, as an optional fusion hook, the gradient that later ops have given to the first input so far.
     ///
     /// A rule that can add it to its own in the same pass keeps it, returns `None`, and later returns the sum of both
     /// as a whole contribution. The default returns it unchanged. A returned gradient must have the input's shape,

@@ -28,7 +28,7 @@ pub(crate) trait Real:
     fn from_f32(x: f32) -> Self;
     fn sqrt(self) -> Self;
     fn ln(self) -> Self;
-    /// `self · a + b`; rounded once if `FUSED`, where that is an instruction and not a function call.
+    /// Computes `self · a + b`; rounded once if `FUSED`, where that is an instruction and not a function call.
     fn fma<const FUSED: bool>(self, a: Self, b: Self) -> Self;
     fn fused_exp<const FUSED: bool>(self) -> Self;
     /// Computes `e^x` for results of at most 1, as in a softmax: cheaper than [`Real::fused_exp`]. An `x` above 0
@@ -53,7 +53,7 @@ pub(crate) trait Real:
         if other > self { other } else { self }
     }
 
-    /// `1 / (1 + exp(-x))`.
+    /// Computes `1 / (1 + exp(-x))`.
     #[inline(always)]
     fn sigmoid<const FUSED: bool>(self) -> Self {
         Self::ONE / (Self::ONE + (-self).fused_exp::<FUSED>())
@@ -91,7 +91,7 @@ impl Real for f32 {
         if FUSED { f32::mul_add(self, a, b) } else { self * a + b }
     }
 
-    /// `2^n · e^r` with `|r| ≤ ln 2 / 2` and the Taylor series of `e^r`; within 2 ulp, exact at 0 and at ±∞.
+    /// Computes `2^n · e^r` with `|r| ≤ ln 2 / 2` and the Taylor series of `e^r`; within 2 ulp, exact at 0 and at ±∞.
     #[inline(always)]
     fn fused_exp<const FUSED: bool>(self) -> f32 {
         let x = if self > 89.0 { 89.0 } else { self };
@@ -136,7 +136,7 @@ impl Real for f32 {
         (if self < 0.0 { tail } else { 1.0 - tail }, density)
     }
 
-    /// `max(x, 0) − |x| Φ(−|x|)`, which needs no sign test and loses no digit of a small result.
+    /// Computes `max(x, 0) − |x| Φ(−|x|)`, which needs no sign test and loses no digit of a small result.
     #[inline(always)]
     fn gelu<const FUSED: bool>(self) -> f32 {
         let (a, tail) = size_and_tail::<FUSED>(self);
@@ -152,8 +152,9 @@ impl Real for f32 {
     }
 }
 
-/// `Φ(−a)` for `a` in 0 to 8, as `2^q(a)` with polynomials for `q` and the power: no division, which takes as long as
-/// ten products. Absolute error below 1.7e-7 (3 ulp of the largest result), relative below 6e-5 up to 6; exact at 0.
+/// Computes `Φ(−a)` for `a` in 0 to 8, as `2^q(a)` with polynomials for `q` and the power: no division, which takes as
+/// long as ten products. Absolute error below 1.7e-7 (3 ulp of the largest result), relative below 6e-5 up to 6; exact
+/// at 0.
 #[inline(always)]
 fn upper_tail<const FUSED: bool>(a: f32) -> f32 {
     const Q: [f32; 10] = [
@@ -174,8 +175,8 @@ fn upper_tail<const FUSED: bool>(a: f32) -> f32 {
     times_power_of_two(horner::<FUSED, 6>(q - (shifted - ROUND), POWER), shifted.to_bits() as i32)
 }
 
-/// `|x|` and `Φ(−|x|)`. Below −8 the probability is 0, so the product is 0 for every `x`; above 8 both values are those
-/// of 8, since `x − 8 Φ(−8)` is `x`, also for ∞.
+/// Computes `|x|` and `Φ(−|x|)`. Below −8 the probability is 0, so the product is 0 for every `x`; above 8 both values
+/// are those of 8, since `x − 8 Φ(−8)` is `x`, also for ∞.
 #[inline(always)]
 fn size_and_tail<const FUSED: bool>(x: f32) -> (f32, f32) {
     let a = f32::abs(x);
@@ -187,7 +188,7 @@ fn size_and_tail<const FUSED: bool>(x: f32) -> (f32, f32) {
 /// Adding 1.5 · 2²³ leaves the nearest integer in the low bits of the mantissa.
 const ROUND: f32 = 12_582_912.0;
 
-/// `e^x = p · 2^n` for an `x` in the range of the normal numbers.
+/// Computes `e^x = p · 2^n` for an `x` in the range of the normal numbers.
 #[inline(always)]
 fn exp_parts<const FUSED: bool>(x: f32) -> (f32, i32) {
     // ln 2 in two parts: the first has few bits, so that n · LN2_HIGH is exact.
@@ -204,7 +205,7 @@ fn exp_parts<const FUSED: bool>(x: f32) -> (f32, i32) {
 /// Lowest `x` for which `e^x` is in the normal range.
 const LOWEST: f32 = -87.0;
 
-/// `e^x` for an `x` from [`LOWEST`] to 88.
+/// Computes `e^x` for an `x` from [`LOWEST`] to 88.
 #[inline(always)]
 fn small_power<const FUSED: bool>(x: f32) -> f32 {
     let (p, n) = exp_parts::<FUSED>(x);

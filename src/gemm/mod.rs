@@ -79,7 +79,7 @@ impl<'a, T: Float> Product<'a, T> {
     }
 }
 
-/// `C[i * ldc + j] (+)= Σ_p A[i, p] B[p, j]` on the calling thread; C are accumulators (f32 for half types).
+/// Computes `C[i * ldc + j] (+)= Σ_p A[i, p] B[p, j]` on the calling thread; C are accumulators (f32 for half types).
 ///
 /// Without `accumulate` C is overwritten. The packing buffers belong to the thread and are reused.
 #[allow(clippy::too_many_arguments)]
@@ -101,7 +101,7 @@ pub(crate) fn gemm_block<T: Multiply>(
     Scratch::with(|scratch| blocked::multiply(select::kernel::<T>(m), k, a, b, beta, c, scratch));
 }
 
-/// `out[item] = A[item]·B[item] (+ bias)`, out packed `[batch, m, n]`, on all threads of the pool.
+/// Computes `out[item] = A[item]·B[item] (+ bias)`, out packed `[batch, m, n]`, on all threads of the pool.
 ///
 /// The division of the work depends only on the sizes. Errors: out of memory for packed operands.
 pub(crate) fn gemm<T: Multiply>(product: &Product<T>, out: &mut [T]) -> Result<()> {
@@ -190,7 +190,7 @@ fn one_piece<T: Float>(
     scratch.sums = buffer;
 }
 
-/// `sums (+)= A·B` for a batch of one and without a bias, in the type of the sums, on all threads of the pool.
+/// Computes `sums (+)= A·B` for a batch of one and without a bias, in the type of the sums, on all threads of the pool.
 ///
 /// The division of the work depends only on the sizes. Errors: out of memory for packed operands.
 pub(crate) fn gemm_sums<T: Multiply>(product: &Product<T>, accumulate: bool, sums: &mut [T::Acc]) -> Result<()> {

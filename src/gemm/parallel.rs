@@ -32,7 +32,7 @@ const TASK_ROWS: usize = 112;
 /// Maximum number of columns for which A is read in place if its layout allows it.
 const DIRECT: usize = 1024;
 
-/// `out = beta + A·B`, rounded to the type of the output.
+/// Computes `out = beta + A·B`, rounded to the type of the output.
 ///
 /// Errors: out of memory for the packed operands, or for the sums of half types.
 pub(super) fn multiply<T: Float>(
@@ -72,7 +72,7 @@ pub(super) fn multiply<T: Float>(
     Ok(())
 }
 
-/// `sums = beta + A·B`
+/// Computes `sums = beta + A·B`
 ///
 /// Errors: out of memory for the packed operands.
 pub(super) fn multiply_sums<T: Float>(
@@ -128,7 +128,7 @@ impl<'a, T: Float> Chunk<'a, T> {
         Self { kernel, k, a, b, beta, rows, columns, height, blocks_at_a_time }
     }
 
-    /// `c = beta + A·B`
+    /// Computes `c = beta + A·B`.
     fn write_sums(&self, c: &Window<T::Acc>) -> Result<()> {
         self.run(&|i, j, rows, columns, add| {
             // SAFETY: every task has another part of C.
@@ -136,7 +136,8 @@ impl<'a, T: Float> Chunk<'a, T> {
         })
     }
 
-    /// `out = beta + A·B` rounded, if the whole depth is packed at a time: the sums of a task never leave the cache.
+    /// Computes `out = beta + A·B` rounded, if the whole depth is packed at a time: the sums of a task never leave the
+    /// cache.
     fn write_rounded(&self, out: &Window<T>) -> Result<()> {
         self.run(&|i, j, rows, columns, add| {
             Scratch::with(|scratch| {

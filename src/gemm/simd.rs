@@ -20,7 +20,7 @@ pub(super) unsafe trait Vector: Copy {
     unsafe fn load(from: *const Self::Scalar) -> Self;
     unsafe fn store(self, to: *mut Self::Scalar);
     unsafe fn add(self, other: Self) -> Self;
-    /// `self · factor + summand`
+    /// Computes `self · factor + summand`.
     unsafe fn mul_add(self, factor: Self, summand: Self) -> Self;
 }
 
@@ -309,8 +309,8 @@ mod avx2 {
 
     // SAFETY: as above.
     unsafe impl Widen<__m256, 8> for f16 {
-        /// Exponent and mantissa moved to their places, times the difference of the two exponent biases; infinity
-        /// and NaN have an exponent of their own. Exact, also below the normal range.
+        /// Moves exponent and mantissa to their places and multiplies by the difference of the two exponent biases;
+        /// infinity and NaN have an exponent of their own. Exact, also below the normal range.
         #[inline(always)]
         unsafe fn widen(from: *const f16) -> __m256 {
             // SAFETY: see the trait.

@@ -109,7 +109,7 @@ impl Backward for ActivationBackward {
         OP
     }
 
-    /// `dx = g ⊙ activation'(x + bias)`, `dbias = Σ_rows dx`
+    /// Computes `dx = g ⊙ activation'(x + bias)`, `dbias = Σ_rows dx`.
     fn backward(self: Box<Self>, grad: Tensor, need: &[bool]) -> Result<InputGrads> {
         let Self { x, bias, activation: f } = &*self;
         let f = *f;

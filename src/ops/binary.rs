@@ -179,7 +179,7 @@ fn binary(f: Function, a: &Tensor, b: &Tensor) -> Result<Tensor> {
     })
 }
 
-/// `y = f(a, b)` by the kernel's function of this name; `a` and `b` broadcast to the shape of `y`.
+/// Computes `y = f(a, b)` by the kernel's function of this name; `a` and `b` broadcast to the shape of `y`.
 pub(super) fn launch_binary(gpu: &dyn Gpu, function: &str, y: &mut Tensor, a: &Tensor, b: &Tensor) -> Result<()> {
     let shape = *y.shape();
     let layouts = collapse_layouts(&shape, [&a.layout().expand(shape), &b.layout().expand(shape)]);
@@ -321,8 +321,8 @@ fn integers(op: &'static str, a: &Tensor, b: &Tensor, f: fn(i64, i64) -> i64) ->
     computed(op, y, &[a, b])
 }
 
-/// `−g · a / b²`, the gradient of a quotient with respect to its divisor, in the shape of `g`: one pass in a type whose
-/// range holds the square of any divisor and each partial product.
+/// Computes `−g · a / b²`, the gradient of a quotient with respect to its divisor, in the shape of `g`: one pass in a
+/// type whose range holds the square of any divisor and each partial product.
 fn by_divisor(g: &Tensor, a: &Tensor, b: &Tensor) -> Result<Tensor> {
     const OP: &str = "div";
     let shape = *g.shape();

@@ -331,7 +331,7 @@ impl Backward for CrossEntropyBackward {
         OP
     }
 
-    /// `dx = (softmax(x) − onehot(target)) g / count`; zero for rows that are left out.
+    /// Computes `dx = (softmax(x) − onehot(target)) g / count`; zero for rows that are left out.
     fn backward(self: Box<Self>, grad: Tensor, _need: &[bool]) -> Result<InputGrads> {
         let Self { logits, statistics, targets, ignore_index, count } = *self;
         let classes = logits.dim(-1)?;

@@ -89,7 +89,7 @@ impl Backward for EmbeddingBackward {
         "embedding"
     }
 
-    /// `dtable[t] = Σ g[i]` over the positions `i` that hold `t`, in their order.
+    /// Computes `dtable[t] = Σ g[i]` over the positions `i` that hold `t`, in their order.
     fn backward(self: Box<Self>, grad: Tensor, _need: &[bool]) -> Result<InputGrads> {
         let grad = grad.contiguous()?;
         let (tokens, dim) = (self.shape[0], self.shape[1]);
@@ -182,7 +182,7 @@ impl Uses {
 }
 
 vectorized! {
-    /// `out = Σ g[position]`; `sum` is scratch of the same width.
+    /// Computes `out = Σ g[position]`; `sum` is scratch of the same width.
     fn add_up<T: Float>(g: &[T], positions: &[usize], sum: &mut [T::Acc], out: &mut [T]) {
         if positions.is_empty() {
             return out.fill(T::from_acc(T::Acc::ZERO));

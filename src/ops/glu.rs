@@ -104,7 +104,7 @@ fn forward<R: Real>(f: Activation, x: &[R], bias: &[R], y: &mut [R]) {
 }
 
 vectorized! {
-    /// `y = (x + bias) ⊙ y`
+    /// Computes `y = (x + bias) ⊙ y`.
     fn multiply_sum<R: Real>(x: &[R], bias: &[R], y: &mut [R]) {
         for ((y, x), &bias) in y.iter_mut().zip(x).zip(bias) {
             *y = (*x + bias) * *y;
@@ -124,7 +124,7 @@ impl Backward for GluBackward {
         self.op
     }
 
-    /// `dvalue = g ⊙ activation(gate)`, `dgate = g ⊙ value ⊙ activation'(gate)`, `dbias = Σ_rows dx`
+    /// Computes `dvalue = g ⊙ activation(gate)`, `dgate = g ⊙ value ⊙ activation'(gate)`, `dbias = Σ_rows dx`.
     fn backward(self: Box<Self>, grad: Tensor, need: &[bool]) -> Result<InputGrads> {
         let Self { op, x, bias, activation: f } = *self;
         let grad = grad.contiguous()?;

@@ -181,7 +181,7 @@ impl Int8Matrix {
     }
 }
 
-/// `products[row][input] = Σ bytes[row] x[input]` for rows and inputs of `columns` elements, at least one.
+/// Computes `products[row][input] = Σ bytes[row] x[input]` for rows and inputs of `columns` elements, at least one.
 fn products_of_rows(bytes: &[u8], x: &[f32], columns: usize, products: &mut [f32]) {
     #[cfg(target_arch = "x86_64")]
     if simd::level() >= Level::Avx512 {
@@ -191,7 +191,7 @@ fn products_of_rows(bytes: &[u8], x: &[f32], columns: usize, products: &mut [f32
 }
 
 vectorized! {
-    /// [`products_of_rows`] in loops that the compiler vectorises.
+    /// Computes [`products_of_rows`] in loops that the compiler vectorises.
     fn rows_in_loops(bytes: &[u8], x: &[f32], columns: usize, products: &mut [f32]) {
         const LANES: usize = 32;
         let count = x.len() / columns;
@@ -242,7 +242,7 @@ mod avx512 {
         }
     }
 
-    /// `COUNT` inputs, `SUMS` vectors of sums for each, so that no addition waits for another.
+    /// Computes the products of `COUNT` inputs with `SUMS` vectors of sums each, so that no addition waits for another.
     ///
     /// # Safety
     ///

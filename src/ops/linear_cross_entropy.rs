@@ -46,7 +46,7 @@ const PART_ON_GPU: usize = 64 << 20;
 /// Minimum number of rows per such part, however long they are.
 const FEWEST_ROWS_OF_PART: usize = 64;
 
-/// Maximum number of rows of logits that [`Tensor::linear_cross_entropy`] makes at a time.
+/// Returns the maximum number of rows of logits that [`Tensor::linear_cross_entropy`] computes at a time.
 pub fn rows_of_logits(classes: usize, dtype: DType, device: &Device) -> usize {
     rows_at_a_time(classes, dtype, device)[0]
 }

@@ -31,7 +31,7 @@ impl Buckets {
         (0..self.length()).map(|at| self.at(self.queries as i64 - 1 - at as i64)).collect()
     }
 
-    /// The same on a GPU, a part of a table that serves many sizes.
+    /// Returns the buckets on a GPU, as a part of a table that serves many sizes.
     fn on(&self, gpu: &'static dyn Gpu) -> Result<Tensor> {
         let Self { queries, keys, causal, count, max_distance } = *self;
         let reach = queries.max(keys).next_power_of_two();

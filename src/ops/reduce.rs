@@ -176,7 +176,7 @@ impl MiddleSums {
 /// threads work to share.
 const ROWS: usize = 256;
 
-/// `out[j] = Σ_i x[i, j] / divisor`, in blocks of rows.
+/// Computes `out[j] = Σ_i x[i, j] / divisor`, in blocks of rows.
 fn sum_rows_together<R: Real>(x: Floats, width: usize, out: FloatsMut, divisor: R) {
     let rows = x.len().checked_div(width).unwrap_or(0);
     if rows <= ROWS {
@@ -200,7 +200,7 @@ const COLUMNS: usize = 512;
 /// Number of rows after which the sums of a pass are added to its total, for the same reason as [`ROWS`].
 const FEW: usize = 16;
 
-/// `out[j] = Σ_i x[i, start + j] / divisor`.
+/// Computes `out[j] = Σ_i x[i, start + j] / divisor`.
 fn sum_columns<R: Real>(x: Floats, width: usize, start: usize, out: &mut [R], divisor: R) {
     let mut memory = Vec::new();
     for (block, out) in out.chunks_mut(COLUMNS).enumerate() {
@@ -224,7 +224,7 @@ fn sum_columns<R: Real>(x: Floats, width: usize, start: usize, out: &mut [R], di
 }
 
 vectorized! {
-    /// `totals[j] += Σ_i x[i, start + j]`
+    /// Computes `totals[j] += Σ_i x[i, start + j]`.
     fn add_columns<R: Real>(x: &[R], width: usize, start: usize, totals: &mut [R]) {
         let mut sums = [R::ZERO; COLUMNS];
         let sums = &mut sums[..totals.len()];
@@ -239,7 +239,7 @@ vectorized! {
     }
 }
 
-/// `out[i] = Σ_j x[i, j]`, which wraps around.
+/// Computes `out[i] = Σ_j x[i, j]`, which wraps around.
 fn sum_integers(x: &[i64], out: &mut [i64]) {
     let width = x.len().checked_div(out.len()).unwrap_or(0);
     cpu::for_rows(out, 1, width, |row, out| {
@@ -249,7 +249,7 @@ fn sum_integers(x: &[i64], out: &mut [i64]) {
     });
 }
 
-/// `out[i] = Σ_j x[i, j] / divisor`; rows that are long enough are shared between threads.
+/// Computes `out[i] = Σ_j x[i, j] / divisor`; rows that are long enough are shared between threads.
 fn sum_each_row<R: Real>(x: Floats, mut out: FloatsMut, divisor: R) {
     let width = x.len().checked_div(out.len()).unwrap_or(0);
     if width < 2 * cpu::GRAIN {
@@ -315,13 +315,13 @@ pub(crate) const LANES: usize = 16;
 /// Number of elements after which the lanes are added to the total: bounds the rounding error of long rows.
 pub(super) const BLOCK: usize = 1024;
 
-/// `start + Σ f(x)` in sixteen lanes.
+/// Computes `start + Σ f(x)` in sixteen lanes.
 #[inline(always)]
 pub(crate) fn fold<T: Float>(x: &[T], start: T::Acc, f: impl Fn(T) -> T::Acc) -> T::Acc {
     fold2(x, x, start, |x, _| f(x))
 }
 
-/// `start + Σ f(x, y)` over two slices of one length, in sixteen lanes.
+/// Computes `start + Σ f(x, y)` over two slices of one length, in sixteen lanes.
 #[inline(always)]
 pub(crate) fn fold2<T: Float>(x: &[T], y: &[T], start: T::Acc, f: impl Fn(T, T) -> T::Acc) -> T::Acc {
     let mut total = start;

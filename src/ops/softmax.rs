@@ -79,7 +79,7 @@ impl Backward for SoftmaxBackward {
         OP
     }
 
-    /// `dx = y ⊙ (g − ⟨g, y⟩)`
+    /// Computes `dx = y ⊙ (g − ⟨g, y⟩)`.
     fn backward(self: Box<Self>, grad: Tensor, _need: &[bool]) -> Result<InputGrads> {
         let grad = grad.contiguous()?;
         let mut dx = self.y.uninit_like()?;

@@ -73,7 +73,7 @@ unsafe fn columns<T: Widen<V, N>, V: Square<N>, const N: usize>(
     }
 }
 
-/// For contiguous columns: transposes `BLOCKS` square blocks at a time in registers, so that lanes are columns.
+/// Multiplies contiguous columns: transposes `BLOCKS` square blocks at a time in registers, so that lanes are columns.
 #[inline(always)]
 unsafe fn columns_apart<T: Widen<V, N>, V: Square<N>, const N: usize, const ROWS: usize, const BLOCKS: usize>(
     n: usize,
@@ -140,7 +140,7 @@ unsafe fn columns_apart<T: Widen<V, N>, V: Square<N>, const N: usize, const ROWS
     done
 }
 
-/// For contiguous rows: adds `DEPTH` rows of B at a time to sums in the L1 cache.
+/// Multiplies contiguous rows: adds `DEPTH` rows of B at a time to sums in the L1 cache.
 #[inline(always)]
 unsafe fn columns_together<T: Widen<V, N>, V: Square<N>, const N: usize, const ROWS: usize, const DEPTH: usize>(
     n: usize,

@@ -12,8 +12,8 @@ use crate::{
     },
 };
 
-/// `sums[i][j] = Σ_p A[i, p] · B[p, j]` for one block of depth `kc`, which comes after `passed` words of the same
-/// columns.
+/// Computes `sums[i][j] = Σ_p A[i, p] · B[p, j]` for one block of depth `kc`, which comes after `passed` words of the
+/// same columns.
 pub(super) fn multiply<T: Float>(
     word: Word,
     a: Rows,

@@ -206,7 +206,7 @@ unsafe fn walk(kc: usize, a: Planes, b: Planes, products: &[(usize, usize)], bet
 }
 
 vectorized! {
-    /// `row = beta + sums`
+    /// Computes `row = beta + sums`.
     fn add_row(beta: Beta<f32>, sums: &[f32], row: &mut [f32]) {
         beta.store(sums, row);
     }
@@ -237,7 +237,7 @@ struct Sums {
     clear: bool,
 }
 
-/// 17 to 32 rows: `C (+)= A·B` on four tiles of sums.
+/// Computes `C (+)= A·B` for 17 to 32 rows on four tiles of sums.
 ///
 /// # Safety
 ///

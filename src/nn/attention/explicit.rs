@@ -83,7 +83,7 @@ impl Attention {
     }
 }
 
-/// `y[b, k, i, j] = Σ_h x[b, h, i, j] · mixing[h, k]` (Shazeer et al., <https://arxiv.org/abs/2003.02436>).
+/// Computes `y[b, k, i, j] = Σ_h x[b, h, i, j] · mixing[h, k]` (Shazeer et al., <https://arxiv.org/abs/2003.02436>).
 fn mix_heads(x: &Tensor, mixing: &Param) -> Result<Tensor> {
     mixing.tensor().transpose(0, 1)?.matmul(&x.flatten(2, 3)?)?.reshape(*x.shape())
 }

@@ -173,7 +173,7 @@ impl Attention {
         self.merge(x, out, scores, attn)
     }
 
-    /// `Some(reason)` if this call needs the matrix of scores; otherwise the fused op computes it.
+    /// Returns `Some(reason)` if this call needs the matrix of scores; otherwise the fused op computes it.
     fn needs_scores(&self, q: &Tensor, v: &Tensor, input: &AttentionInput) -> Option<&'static str> {
         if input.return_attn {
             return Some("the caller asked for attention maps");

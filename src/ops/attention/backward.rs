@@ -106,7 +106,7 @@ fn run_tasks<O: Multiply>(pass: &Pass<O>, problem: &Problem, cut: &Cut, tasks: V
     });
 }
 
-/// `delta[b, h, i] = Σ_e grad ⊙ out`, with `out` as it was before its rounding.
+/// Computes `delta[b, h, i] = Σ_e grad ⊙ out`, with `out` before rounding.
 fn delta<T: Float>(out: &Tensor, residual: Option<&Tensor>, grad: &Tensor) -> Result<Tensor> {
     let [batch, heads, queries, e] = [0, 1, 2, 3].map(|dim| out.shape()[dim]);
     let mut delta = Tensor::uninit(Shape::new(&[batch, heads, queries])?, <T::Acc as Element>::DTYPE, out.device())?;
@@ -195,7 +195,7 @@ impl<A: Real> Sums<A> {
         Ok(dq.into_iter().zip(cut.deal(&mut self.position, self.tasks)))
     }
 
-    /// `dq = scale · Σ parts`, the parts in their order.
+    /// Computes `dq = scale · Σ parts`, adding the parts in order.
     fn dq(&self, problem: &Problem, cut: &Cut) -> Result<Tensor> {
         let Sizes { heads, queries, d, .. } = problem.sizes;
         let order = RowOrder::of(&problem.q);

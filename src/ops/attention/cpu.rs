@@ -159,7 +159,7 @@ fn forward_block<O: Multiply>(tiles: &Tiles<O>, at: At, out: &mut RowWriter<'_>,
     });
 }
 
-/// `acc += s v`.
+/// Computes `acc += s v`.
 fn add_values<O: Multiply>(tiles: &Tiles<O>, at: At, s: &[O::Acc], rounded: &mut [O::Acc], acc: &mut [O::Acc]) {
     let e = tiles.sizes.e;
     let v = tiles.v.block(at.batch, at.head / tiles.sizes.group(), at.key);

@@ -110,13 +110,15 @@ struct Blocks {
 }
 
 impl Blocks {
-    /// `TILE`, `TILE_THREADS` and `GROUPS` of `kernels/attention_tile.cuh` and the kernels that include it.
+    /// Returns the sizes `TILE`, `TILE_THREADS` and `GROUPS` of `kernels/attention_tile.cuh` and the kernels that
+    /// include it.
     fn plain(kernel: &'static str, dtype: DType) -> Self {
         let (rows, threads) = if dtype == DType::F64 { (16, 64) } else { (64, 256) };
         Self { kernel, head: None, rows, threads, features: 2 * rows, shared: 0 }
     }
 
-    /// `ROWS` and `N` of the kernel; a block keeps the rows of `owned` tensors and two stages of two other tiles.
+    /// Returns the sizes for `ROWS` and `N` of the kernel; a block keeps the rows of `owned` tensors and two stages of
+    /// two other tiles.
     fn tensor_cores(kernel: &'static str, head: usize, [rows, n]: [usize; 2], owned: usize) -> Self {
         let shared = (owned * rows + 4 * n) * head * 2;
         Self { kernel, head: Some(head), rows, threads: 128, features: usize::MAX, shared }
@@ -145,8 +147,8 @@ impl Blocks {
         }
     }
 
-    /// Block sizes of the query pass. `position`: if `true`, the gradient of the position bias is wanted, which
-    /// warpgroups do not compute.
+    /// Returns the block sizes of the query pass. `position`: if `true`, the gradient of the position bias is wanted,
+    /// which warpgroups do not compute.
     fn queries(rung: Rung, dtype: DType, position: bool) -> Self {
         match rung {
             Rung::Plain(_) => Self::plain("attention_bwd_queries", dtype),
@@ -367,7 +369,7 @@ pub(super) fn backward(
 }
 
 impl Call<'_> {
-    /// `delta[b, h, i] = Σ_e grad ⊙ out`, with `out` as it was before its rounding.
+    /// Computes `delta[b, h, i] = Σ_e grad ⊙ out`, with `out` before rounding.
     fn delta(&self, out: &Tensor, residual: Option<&Tensor>, grad: &Tensor) -> Result<Tensor> {
         let Sizes { batch, heads, queries, e, .. } = self.problem.sizes;
         let mut delta = self.uninit(&[batch, heads, queries])?;

@@ -386,7 +386,7 @@ impl<R: Real> Cached<'_, R> {
     }
 }
 
-/// [`products`] of keys of any type, whose computation is in `R`.
+/// Computes [`products`] of keys of any type with compute type `R`.
 fn products_of<R: Real>(q: &[R], k: Floats, row: usize, scale: R, s: &mut [R]) {
     match k {
         Floats::BF16(k) => products::<bf16>(cast_slice(q), k, row, scale.to_f32(), cast_slice_mut(s)),
@@ -396,7 +396,7 @@ fn products_of<R: Real>(q: &[R], k: Floats, row: usize, scale: R, s: &mut [R]) {
     }
 }
 
-/// [`add_weighted`] of values of any type.
+/// Computes [`add_weighted`] of values of any type.
 fn add_weighted_of<R: Real>(p: &[R], v: Floats, row: usize, out: &mut [R]) {
     match v {
         Floats::BF16(v) => add_weighted::<bf16>(cast_slice(p), v, row, cast_slice_mut(out)),
@@ -407,7 +407,7 @@ fn add_weighted_of<R: Real>(p: &[R], v: Floats, row: usize, out: &mut [R]) {
 }
 
 vectorized! {
-    /// `s[j] = scale · q·k[j]`, the rows of `k` being `row` apart.
+    /// Computes `s[j] = scale · q·k[j]`, the rows of `k` being `row` apart.
     fn products<T: Float>(q: &[T::Acc], k: &[T], row: usize, scale: T::Acc, s: &mut [T::Acc]) {
         for (j, s) in s.iter_mut().enumerate() {
             *s = product::<T, FUSED>(q, &k[j * row..][..q.len()]) * scale;
@@ -415,7 +415,7 @@ vectorized! {
     }
 }
 
-/// `q·k`
+/// Computes `q·k`.
 #[inline(always)]
 fn product<T: Float, const FUSED: bool>(q: &[T::Acc], k: &[T]) -> T::Acc {
     let mut lanes = [T::Acc::ZERO; LANES];
@@ -445,7 +445,7 @@ fn halved<A: Real, const N: usize, const HALF: usize>(lanes: [A; N]) -> [A; HALF
 }
 
 vectorized! {
-    /// `out += Σ_j p[j] · v[j]`, the rows of `v` being `row` apart.
+    /// Computes `out += Σ_j p[j] · v[j]`, the rows of `v` being `row` apart.
     fn add_weighted<T: Float>(p: &[T::Acc], v: &[T], row: usize, out: &mut [T::Acc]) {
         let (wide, rest) = out.as_chunks_mut::<WIDE>();
         let narrow = wide.len() * WIDE;
@@ -492,7 +492,7 @@ fn part_of<A: Real>(count: usize) -> A {
     A::from_f64(1.0 / count.next_power_of_two() as f64)
 }
 
-/// `out = sums · factor`, a mean of values.
+/// Computes `out = sums · factor`, a mean of values.
 fn mean<R: Real>(sums: &[R], factor: R, largest: R, out: &mut [R]) {
     for (out, sum) in out.iter_mut().zip(sums) {
         *out = mean_of(*sum, factor, largest);

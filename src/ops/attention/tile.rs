@@ -90,7 +90,7 @@ impl<V> Broadcast<V> {
         Ok(Self { data: data(layout.offset), strides })
     }
 
-    /// Where the entries of a run of keys are: one each, or one for all of them.
+    /// Returns the range of the entries of a run of keys: one each, or one for all of them.
     fn row(&self, index: [usize; 4], keys: usize) -> Range<usize> {
         let start: usize = index.iter().zip(&self.strides).map(|(index, stride)| index * stride).sum();
         start..start + if self.strides[3] == 1 { keys } else { 1 }
@@ -164,7 +164,7 @@ pub(super) struct Tiles<'a, O: Multiply> {
 }
 
 impl<'a, O: Multiply> Tiles<'a, O> {
-    /// `operands` are queries, keys and values in the type of products.
+    /// Creates the tiles of a call; `operands` are queries, keys and values in the type of products.
     pub fn new(problem: &'a Problem, operands: &'a [Tensor; 3]) -> Result<Self> {
         let sizes = problem.sizes;
         let padding = |mask: &'a Option<Tensor>| mask.as_ref().map(|mask| mask.values::<bool>()).transpose();
@@ -235,7 +235,7 @@ impl<'a, O: Multiply> Tiles<'a, O> {
         Some((free, &mask[start..start + at.keys - free]))
     }
 
-    /// `scale · q kᵀ` with biases, −∞ where masked; rows of `s` are [`KEYS`] apart.
+    /// Computes `scale · q kᵀ` with biases, −∞ where masked; rows of `s` are [`KEYS`] apart.
     pub fn scores(&self, at: At, s: &mut [O::Acc]) {
         let q = self.q.block(at.batch, at.head, at.query);
         let k = self.k.block(at.batch, at.head / self.sizes.group(), at.key);
@@ -413,8 +413,8 @@ vectorized! {
 }
 
 vectorized! {
-    /// One step of the online softmax: turns the scores of a tile into `exp(score − max)`, where `max` is that of all
-    /// tiles so far, and brings the sums so far (`sum`, and rows of `acc`) to that maximum.
+    /// Performs one step of the online softmax: turns the scores of a tile into `exp(score − max)`, where `max` is that
+    /// of all tiles so far, and brings the sums so far (`sum`, and rows of `acc`) to that maximum.
     pub(super) fn softmax_step<A: Real>(s: &mut [A], width: usize, max: &mut [A], sum: &mut [A], acc: &mut [A]) {
         let e = acc.len() / max.len();
         for (row, s) in s.chunks_exact_mut(KEYS).take(max.len()).enumerate() {
@@ -467,7 +467,7 @@ fn slope<A: Real>(p: A) -> A {
 }
 
 vectorized! {
-    /// `ds = p ⊙ (dp − delta)`, over `dp`.
+    /// Computes `ds = p ⊙ (dp − delta)`, over `dp`.
     pub(super) fn score_gradients<A: Real>(p: &[A], dp: &mut [A], width: usize, delta: &[A]) {
         for ((p, dp), delta) in p.chunks_exact(KEYS).zip(dp.chunks_exact_mut(KEYS)).zip(delta) {
             for (p, dp) in p[..width].iter().zip(&mut dp[..width]) {
@@ -518,7 +518,7 @@ vectorized! {
     }
 }
 
-/// `sum · factor`, the mean of values up to `largest`: only rounding can say that it is larger.
+/// Computes `sum · factor`, the mean of values up to `largest`: only rounding can say that it is larger.
 #[inline(always)]
 pub(super) fn mean_of<A: Real>(sum: A, factor: A, largest: A) -> A {
     let mean = sum * factor;
@@ -540,7 +540,7 @@ vectorized! {
 }
 
 vectorized! {
-    /// `to = factor · Σ rows`, rows being `step` apart.
+    /// Computes `to = factor · Σ rows`, rows being `step` apart.
     pub(super) fn sum_rows<A: Real>(rows: &[A], step: usize, count: usize, factor: A, to: &mut [A]) {
         for (column, to) in to.iter_mut().enumerate() {
             let mut sum = rows[column];

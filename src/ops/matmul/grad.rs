@@ -19,7 +19,7 @@ impl Backward for MatmulBackward {
         "matmul"
     }
 
-    /// `dA = G·Bᵀ`, `dB = Aᵀ·G`, summed over the dimensions that were broadcast.
+    /// Computes `dA = G·Bᵀ`, `dB = Aᵀ·G`, summed over the dimensions that were broadcast.
     fn backward(self: Box<Self>, grad: Tensor, need: &[bool]) -> Result<InputGrads> {
         let [a_shape, b_shape] = self.shapes;
         let da = match self.b.filter(|_| need[0]) {
@@ -90,7 +90,7 @@ impl Backward for LinearBackward {
         (!adds).then_some(sum)
     }
 
-    /// `dx = g·W`, `dW = gᵀ·x`, `db = Σ_rows g`.
+    /// Computes `dx = g·W`, `dW = gᵀ·x`, `db = Σ_rows g`.
     fn backward(self: Box<Self>, grad: Tensor, need: &[bool]) -> Result<InputGrads> {
         let [x_shape, weight_shape] = self.shapes;
         let grad = grad.as_rows()?;

@@ -177,7 +177,7 @@ vectorized! {
     }
 }
 
-/// `Σ g ⊙ weight` and `Σ g ⊙ weight ⊙ (x − mean) · inverse`.
+/// Computes `Σ g ⊙ weight` and `Σ g ⊙ weight ⊙ (x − mean) · inverse`.
 #[inline(always)]
 fn sums<T: Float>(x: &[T], g: &[T], weight: &[T::Acc], mean: T::Acc, inverse: T::Acc) -> (T::Acc, T::Acc) {
     let (mut sums, mut dots) = ([T::Acc::ZERO; LANES], [T::Acc::ZERO; LANES]);

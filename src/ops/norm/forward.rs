@@ -77,7 +77,7 @@ impl Forward {
 }
 
 vectorized! {
-    /// `sum = x + residual`
+    /// Computes `sum = x + residual`.
     fn add_rows<R: Real>(x: &[R], residual: &[R], sum: &mut [R]) {
         for ((sum, x), residual) in sum.iter_mut().zip(x).zip(residual) {
             *sum = *x + *residual;
@@ -137,7 +137,7 @@ fn shrunk<R: Real>(x: &[R], weight: &[R], bias: &[R], form: Form, eps: R, y: &mu
     statistics[form.statistics() - 1] = if equal { R::ONE / eps.sqrt() } else { inverse * shrink };
 }
 
-/// `Σ f(x)`
+/// Computes `Σ f(x)`.
 #[inline(always)]
 fn sum_of<R: Real>(x: &[R], f: impl Fn(R) -> R) -> R {
     let mut lanes = [R::ZERO; LANES];

@@ -4,7 +4,7 @@ use super::{Activation, Function, Keep, Loops, Unary};
 use crate::{device::simd::vectorized, dtype::Real};
 
 vectorized! {
-    /// `y = f(x)`
+    /// Computes `y = f(x)`.
     pub(super) fn map<R: Real>(f: Function, x: &[R], y: &mut [R]) {
         f.with(Map::<R, FUSED> { x, y });
     }
@@ -46,7 +46,7 @@ impl<R: Real, const FUSED: bool> Loops for MapBackward<'_, R, FUSED> {
 }
 
 vectorized! {
-    /// `y = x · a + b`
+    /// Computes `y = x · a + b`.
     pub(super) fn affine<R: Real>(x: &[R], y: &mut [R], a: R, b: R) {
         for (x, y) in x.iter().zip(y) {
             *y = *x * a + b;
@@ -55,7 +55,7 @@ vectorized! {
 }
 
 vectorized! {
-    /// `y = f(x + bias)`
+    /// Computes `y = f(x + bias)`.
     pub(in crate::ops) fn sum_value<R: Real>(f: Activation, x: &[R], bias: &[R], y: &mut [R]) {
         f.with(SumValue::<R, FUSED> { x, bias, y });
     }
@@ -108,7 +108,7 @@ impl<R: Real, const FUSED: bool> Loops for SumGradient<'_, R, FUSED> {
 }
 
 vectorized! {
-    /// `f(x + bias)` and `f'(x + bias)`
+    /// Computes `f(x + bias)` and `f'(x + bias)`.
     pub(in crate::ops) fn sum_value_and_slope<R: Real>(
         f: Activation,
         x: &[R],

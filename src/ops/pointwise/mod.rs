@@ -299,7 +299,7 @@ fn gelu_gate_slope<R: Real, const FUSED: bool>(x: R) -> R {
 /// `2 √(2/π)`
 const GELU_ANGLE: f64 = 1.595_769_121_605_730_7;
 
-/// `max(x, 0)`, keeping NaN.
+/// Computes `max(x, 0)`, keeping NaN.
 #[inline(always)]
 fn relu<R: Real>(x: R) -> R {
     if x < R::ZERO { R::ZERO } else { x }
@@ -349,7 +349,7 @@ impl Backward for UnaryBackward {
         self.function.name()
     }
 
-    /// `dx = g ⊙ f'`, in the order given by the table.
+    /// Computes `dx = g ⊙ f'`, in the order given by the table.
     fn backward(self: Box<Self>, grad: Tensor, _need: &[bool]) -> Result<InputGrads> {
         let (op, f) = (self.name(), self.function);
         let (mut dx, source) = reuse(grad)?;

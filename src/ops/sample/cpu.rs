@@ -368,7 +368,7 @@ fn cbrt(x: f32) -> f32 {
     y
 }
 
-/// `unit · max(0, x · (α − 1) − threshold)^(1 / (α − 1))` with α = 1.3 (Peters et al.,
+/// Computes `unit · max(0, x · (α − 1) − threshold)^(1 / (α − 1))` with α = 1.3 (Peters et al.,
 /// <https://arxiv.org/abs/1905.05702>), rounded.
 #[inline(always)]
 fn entmax_weight(x: f32, threshold: f32, unit: f32) -> f32 {

@@ -25,7 +25,7 @@ pub enum SampleFilter {
     /// Top-k: the given number of tokens with the largest logits.
     Best(usize),
     /// Top-p: the best token, and each token for which the better ones have at most this total probability.
-    /// Probabilities are taken at temperature 1.
+    /// Probabilities are those of temperature 1.
     MassUpTo(f64),
     /// Top-p with a strict bound: the best token, and each token for which the better ones have less than this total
     /// probability.
