@@ -1,4 +1,4 @@
-//! Replacing a file in one step: a reader sees the old content or the new one, never a part.
+//! Atomic file replacement: a reader sees the old content or the new, never a part.
 
 use std::{
     ffi::OsStr,
@@ -9,23 +9,23 @@ use std::{
 
 use crate::{Error, Result, hash::fnv1a};
 
-/// Writes a file so that a crash, a full disk or an error of `write` leaves the old file as it was.
+/// Writes a file such that a crash, a full disk or an error of `write` leaves the old file unchanged.
 ///
-/// The content goes to a temporary file in the same folder, reaches the disk (`fsync`) and takes the name by a rename;
-/// then the folder reaches the disk too, unless its file system cannot do that.
+/// The content is written to a temporary file in the same folder, synced to disk (`fsync`) and renamed; then the folder
+/// is synced too, unless its file system does not support that.
 ///
-/// - **Mode and owner** of the replaced file are kept. Where the owner or group cannot be (only root may give files
-///   away), the new file is the caller's, and a group that did not have access before does not get any. Access control
-///   lists, extended attributes and further hard links are not kept. A read-only file is replaced if its folder may be
+/// - **Mode and owner** of the replaced file are kept. If the owner or group cannot be kept (only root may give files
+///   away), the new file belongs to the caller, and a group that had no access before gets none. Access control lists,
+///   extended attributes and further hard links are not kept. A read-only file is replaced if its folder may be
 ///   written.
-/// - **A symbolic link** stays a link: the file that it points to is replaced, or made if it does not exist.
-/// - **A path that is not a regular file**, such as a pipe or `/dev/stdout`, holds nothing to keep and is written
+/// - **A symbolic link** stays a link: the file that it points to is replaced, or created if it does not exist.
+/// - **A path that is not a regular file**, such as a pipe or `/dev/stdout`, has no content to preserve and is written
 ///   directly.
 /// - **The temporary file** is named `.xt-HASH-N.tmp` after the file. It is removed if writing fails, and the next
-///   write of the same file removes what a killed process left. A lock (`flock`) protects those of running processes;
-///   on a file system without locks nothing is removed.
+///   write of the same file removes the temporary files of killed processes. A lock (`flock`) protects those of running
+///   processes; on a file system without locks nothing is removed.
 ///
-/// Interrupted calls (`EINTR`) and short writes are continued.
+/// Interrupted calls (`EINTR`) and short writes are retried.
 ///
 /// Errors: [`ErrorKind::Io`](crate::ErrorKind::Io) with the path for every failure, including those of `write`.
 ///
@@ -65,10 +65,10 @@ fn replace(path: &Path, write: impl FnOnce(&mut dyn Write) -> io::Result<()>) ->
     sync_folder(parent(&target))
 }
 
-/// The place of a file that does not exist, which may be at the end of symbolic links.
+/// Returns the path of a file that does not exist, following symbolic links.
 fn missing(path: &Path) -> io::Result<PathBuf> {
     let mut target = path.to_path_buf();
-    // A loop of links has been refused before, when the path was looked up.
+    // A loop of links was rejected before, when the path was looked up.
     while retry(|| fs::symlink_metadata(&target)).is_ok_and(|found| found.is_symlink()) {
         target = parent(&target).join(retry(|| fs::read_link(&target))?);
         if !parent(&target).is_dir() {
@@ -79,8 +79,8 @@ fn missing(path: &Path) -> io::Result<PathBuf> {
     Ok(target)
 }
 
-/// Writes a new file in a folder that takes its name later as a whole, with the mode and owner of `old` if that is a
-/// file, and brings it to the disk.
+/// Writes a new file in a folder that is renamed into place later, with the mode and owner of `old` if that is a file,
+/// and syncs it to disk.
 pub(crate) fn write_new(
     path: &Path,
     old: &Path,
@@ -90,7 +90,7 @@ pub(crate) fn write_new(
     fill(&create_new(path, old.as_ref())?, old.as_ref(), write)
 }
 
-/// Makes a file, at first with no more rights than the one that it will replace.
+/// Creates a file, initially with no more permissions than the file that it will replace.
 fn create_new(path: &Path, old: Option<&Metadata>) -> io::Result<File> {
     let mut options = OpenOptions::new();
     options.write(true).create_new(true);
@@ -122,15 +122,16 @@ fn keep_owner_and_mode(file: &File, old: &Metadata) -> io::Result<()> {
     let mut mode = old.mode() & 0o7777;
     let give = |uid, gid| retry(|| fchown(file, uid, gid)).is_ok();
     if (new.uid(), new.gid()) != (old.uid(), old.gid()) && !give(Some(old.uid()), Some(old.gid())) {
-        // It would run as somebody else.
+        // It would run as a different user.
         mode &= 0o777;
         if new.gid() != old.gid() && !give(None, Some(old.gid())) {
-            // Another group: to the old file it was everybody.
+            // A different group: to the old file its members were others.
             mode = mode & !0o070 | (mode & 0o007) << 3;
         }
     }
     match retry(|| file.set_permissions(PermissionsExt::from_mode(mode))) {
-        // A file system without modes, or with fixed ones. The file was made with no more rights than the old one had.
+        // A file system without modes, or with fixed ones. The file was created with no more permissions than the old
+        // one.
         Err(error) if matches!(error.kind(), ErrorKind::PermissionDenied | ErrorKind::Unsupported) => Ok(()),
         result => result,
     }
@@ -141,7 +142,7 @@ fn keep_owner_and_mode(file: &File, old: &Metadata) -> io::Result<()> {
     file.set_permissions(old.permissions())
 }
 
-/// A file that is removed when dropped, unless it was kept.
+/// Temporary file, which is removed when dropped unless it was kept.
 struct Temporary {
     path: PathBuf,
     file: File,
@@ -150,7 +151,7 @@ struct Temporary {
 
 impl Temporary {
     fn beside(target: &Path, old: Option<&Metadata>) -> io::Result<Self> {
-        // Of the same length for every name, which may be as long as names can be.
+        // The same length for every name, since the name may already have the maximum length.
         let hash = fnv1a(target.file_name().map_or(&[], OsStr::as_encoded_bytes));
         let mut number = 0u64;
         loop {
@@ -176,24 +177,23 @@ impl Temporary {
 impl Drop for Temporary {
     fn drop(&mut self) {
         if !self.kept {
-            // An error is on its way to the caller already; the next write removes what stays here.
+            // An error is already on its way to the caller; the next write removes the leftover file.
             let _ = retry(|| fs::remove_file(&self.path));
         }
     }
 }
 
-/// Locks a file that was just made. `false` if another process took it for one of a dead process before the lock was
-/// there.
+/// Locks a file that was just created. Returns `false` if another process took it for a leftover before it was locked.
 fn is_mine(file: &File) -> io::Result<bool> {
     match retry_lock(|| file.try_lock()) {
         Ok(()) => Ok(!is_unlinked(&file.metadata()?)),
         Err(TryLockError::WouldBlock) => Ok(false),
-        // Without locks nobody removes files of others.
+        // Without locks no process removes files of others.
         Err(TryLockError::Error(_)) => Ok(true),
     }
 }
 
-/// Removes a temporary file that no process writes. `false` if one may.
+/// Removes a temporary file that no process is writing. Returns `false` if one may be.
 fn remove_dead(path: &Path) -> io::Result<bool> {
     // Not opened unless it is a regular file: a pipe would wait, a link could lead anywhere.
     match retry(|| fs::symlink_metadata(path)) {
@@ -211,7 +211,7 @@ fn remove_dead(path: &Path) -> io::Result<bool> {
     if retry_lock(|| file.try_lock()).is_err() {
         return Ok(false);
     }
-    // With the lock the name stays with this file, if it still has it.
+    // While it is locked, the name stays with this file, if it still has it.
     if is_at(&file, path)? {
         match retry(|| fs::remove_file(path)) {
             Err(error) if error.kind() == ErrorKind::PermissionDenied => return Ok(false),
@@ -224,14 +224,14 @@ fn remove_dead(path: &Path) -> io::Result<bool> {
 
 /// Exclusive use of a folder among all processes and threads, until it is dropped.
 ///
-/// The lock is on the folder itself and stays with it when it is renamed. Where folders cannot be locked there is none.
+/// The lock is on the folder itself and survives renames. There is no lock where folders cannot be locked.
 #[derive(Debug)]
 pub(crate) struct FolderLock {
     _file: Option<File>,
 }
 
 impl FolderLock {
-    /// Waits for the folder. `None` if it is not there any more, or another one has its name.
+    /// Waits for the folder. Returns `None` if it no longer exists, or another one has its name.
     pub fn wait(folder: &Path) -> io::Result<Option<Self>> {
         let file = match File::open(folder) {
             Ok(file) => file,
@@ -240,7 +240,7 @@ impl FolderLock {
             Err(error) if error.kind() == ErrorKind::PermissionDenied => return Ok(Some(Self { _file: None })),
             Err(error) => return Err(error),
         };
-        // On a file system without locks it has to be enough that two runs do not share a folder.
+        // Without file system locks, two runs must not share a folder.
         let _ = retry(|| file.lock());
         Ok(is_at(&file, folder)?.then_some(Self { _file: Some(file) }))
     }
@@ -256,7 +256,7 @@ fn is_unlinked(_: &Metadata) -> bool {
     false
 }
 
-/// If an open file is still the one at this path.
+/// Returns `true` if an open file is still the one at this path.
 #[cfg(unix)]
 fn is_at(file: &File, path: &Path) -> io::Result<bool> {
     use std::os::unix::fs::MetadataExt;
@@ -273,10 +273,10 @@ fn is_at(_: &File, path: &Path) -> io::Result<bool> {
     path.try_exists()
 }
 
-/// Creates a folder and its missing parents, and brings them to the disk.
+/// Creates a folder and its missing parents, and syncs them to disk.
 ///
-/// Errors: [`ErrorKind::Io`](crate::ErrorKind::Io) with the path; a symbolic link to a folder that does not exist,
-/// which may be on a disk that is not there at the moment.
+/// Errors: [`ErrorKind::Io`](crate::ErrorKind::Io) with the path, also for a symbolic link to a folder that does not
+/// exist, which may be on a disk that is not mounted.
 pub fn create_folders(folder: impl AsRef<Path>) -> Result<()> {
     let folder = folder.as_ref();
     let broken = |source| Error::io(folder, source);
@@ -292,14 +292,14 @@ pub fn create_folders(folder: impl AsRef<Path>) -> Result<()> {
     }
     create_folders(parent(folder))?;
     match retry(|| fs::create_dir(folder)) {
-        // By another process.
+        // Created by another process.
         Err(error) if error.kind() == ErrorKind::AlreadyExists && folder.is_dir() => {}
         result => result.map_err(broken)?,
     }
     sync_folder(parent(folder)).map_err(broken)
 }
 
-/// The folder that has this name in it.
+/// Returns the folder that contains this name.
 fn parent(path: &Path) -> &Path {
     match path.parent() {
         Some(parent) if !parent.as_os_str().is_empty() => parent,
@@ -307,8 +307,8 @@ fn parent(path: &Path) -> &Path {
     }
 }
 
-/// Brings the names in a folder to the disk, where that can be done: only on Unix, in a folder that may be read, and on
-/// file systems that know it (some network and user-space ones answer `EINVAL` or `EBADF`).
+/// Syncs the names in a folder to disk where that is possible: only on Unix, in a readable folder, and on file systems
+/// that support it (some network and user-space ones return `EINVAL` or `EBADF`).
 pub(crate) fn sync_folder(folder: &Path) -> io::Result<()> {
     const EBADF: i32 = 9;
     if !cfg!(unix) {
@@ -321,7 +321,7 @@ pub(crate) fn sync_folder(folder: &Path) -> io::Result<()> {
     }
 }
 
-/// Brings a file to the disk, where its file system knows how.
+/// Syncs a file to disk, if its file system supports that.
 fn sync(file: &File) -> io::Result<()> {
     match file.sync_all() {
         Err(error) if matches!(error.kind(), ErrorKind::InvalidInput | ErrorKind::Unsupported) => Ok(()),
@@ -329,8 +329,8 @@ fn sync(file: &File) -> io::Result<()> {
     }
 }
 
-/// Repeats a call while it is interrupted by signals (`EINTR`), which the standard library does only when it opens,
-/// reads and writes files, for `fsync` and `fchmod`.
+/// Repeats a call while signals interrupt it (`EINTR`): for `fsync` and `fchmod`, since the standard library retries
+/// only when it opens, reads and writes files.
 ///
 /// Errors: those of `call` except [`ErrorKind::Interrupted`].
 pub fn retry<R>(mut call: impl FnMut() -> io::Result<R>) -> io::Result<R> {
@@ -385,14 +385,14 @@ mod tests {
         Temporary::beside(target, None).unwrap()
     }
 
-    /// What a killed process left goes with the next write; what a running one writes stays.
+    /// The next write deletes the temporary files of killed processes and keeps those of running ones.
     #[test]
     #[cfg(unix)]
     fn temporary_files_of_the_dead_and_the_living() {
         let folder = Folder::new("debris");
         let target = folder.0.join("x".repeat(255));
         let write = |text: &str| write_atomically(&target, |file| file.write_all(text.as_bytes())).unwrap();
-        // Killed: the file is there, nobody has the lock.
+        // Killed: the file exists and is not locked.
         let dead = temporary(&target);
         fs::write(&dead.path, "half a fi").unwrap();
         dead.keep();
@@ -410,7 +410,7 @@ mod tests {
         assert_eq!(folder.names().len(), 1);
         assert_eq!(fs::read(&target).unwrap(), b"second");
 
-        // Whatever else has the name is stepped over: a folder, and a link, which is not followed.
+        // Anything else with the name is skipped: a folder, and a link, which is not followed.
         let name = temporary(&target).path.clone();
         let precious = folder.0.join("precious");
         fs::write(&precious, "mine").unwrap();
@@ -424,7 +424,7 @@ mod tests {
         assert_eq!(folder.names().len(), 3);
     }
 
-    /// Many threads write one file: it has the content of one of them, and nothing is left beside it.
+    /// Many threads write one file: it has the content of one of them, and no temporary file is left.
     #[test]
     fn writers_of_one_file_do_not_meet() {
         let folder = Folder::new("writers");
@@ -465,7 +465,7 @@ mod tests {
         assert_eq!(mode("file"), mode("other"));
     }
 
-    /// The owner stays where the process may give files away, which root may.
+    /// The owner is kept if the process may give files away, as root may.
     #[test]
     #[cfg(unix)]
     fn owners_are_kept() {

@@ -1,16 +1,16 @@
-//! One error type for the whole crate. Every message names what was expected, what came, and what to do.
+//! The crate's error type. Every message names the expected and the actual value, and what to do.
 
 use std::{fmt, io, path::PathBuf};
 
-/// The result of everything that can fail in this crate.
+/// Result type of this crate.
 pub type Result<T> = std::result::Result<T, Error>;
 
-/// An error: its [`ErrorKind`], and the place in a model or program where it happened.
+/// Error with its [`ErrorKind`] and the place in a model or program where it occurred.
 ///
-/// Match on [`Error::kind`] to react, print the error to tell a person: the text holds the place, the op, and the
-/// shapes or values involved.
+/// Match on [`Error::kind`] to handle it, print it for a person: the text contains the place, the op, and the shapes or
+/// values involved.
 ///
-/// One pointer, so that code which passes results on stays small.
+/// It is one pointer, so that code that passes results on stays small.
 ///
 /// ```
 /// use x_transformers::{Device, ErrorKind, Tensor};
@@ -28,63 +28,63 @@ struct Fields {
     place: String,
 }
 
-/// The kinds of errors, with what a program needs to react to them.
+/// Kinds of errors, with the values that a program needs to handle them.
 #[derive(Debug)]
 #[non_exhaustive]
 pub enum ErrorKind {
-    /// Shapes that do not fit the op, or a size that no tensor can have.
+    /// Shapes that do not match the op's requirements, or a size that no tensor can have.
     Shape {
-        /// The op that refused.
+        /// The op that returned the error.
         op: &'static str,
         /// Expected and actual shapes.
         message: String,
     },
-    /// A dtype that the op does not take.
+    /// A dtype that the op does not support.
     DType {
-        /// The op that refused.
+        /// The op that returned the error.
         op: &'static str,
         /// Expected and actual dtype.
         message: String,
     },
-    /// Tensors on different devices, or a device that is not there.
+    /// Tensors on different devices, or a device that does not exist.
     Device {
-        /// The op or the call that refused.
+        /// The op or call that returned the error.
         op: &'static str,
-        /// Which devices, and what to do.
+        /// The devices involved, and what to do.
         message: String,
     },
     /// An index (token, class, position) outside of its table.
     Index {
-        /// The op that refused.
+        /// The op that returned the error.
         op: &'static str,
-        /// What the index stands for, for instance `token`.
+        /// Kind of index, for instance `token`.
         what: &'static str,
         /// The offending value.
         index: i64,
         /// Valid indices are `0..limit`.
         limit: usize,
     },
-    /// An argument of a call outside of its domain.
+    /// An argument outside of its domain.
     Argument {
-        /// The op or function that refused.
+        /// The op or function that returned the error.
         op: &'static str,
         /// The argument, its domain and its value.
         message: String,
     },
-    /// A config value that is illegal alone or in combination.
+    /// A config value that is invalid, alone or in combination.
     Option {
-        /// The keyword.
+        /// The option.
         key: String,
-        /// Why, with expected and actual value.
+        /// Reason, with the expected and the actual value.
         why: String,
     },
     /// A config key that does not exist.
     UnknownOption {
         /// The key as written.
         key: String,
-        /// The nearest key that exists, if one is close.
+        /// The closest existing key, if one is similar.
         nearest: Option<String>,
-        /// If `true`, x-transformers got the option after 0.22.0, which this crate follows.
+        /// If `true`, x-transformers added the option after 0.22.0, the version that this crate follows.
         later: bool,
     },
     /// `backward` was called a second time: the saved activations are gone.
@@ -98,29 +98,29 @@ pub enum ErrorKind {
     NotTracked,
     /// A tensor that belongs to another tape was used in an op.
     StaleTape {
-        /// The op that was given it.
+        /// The op that received it.
         op: &'static str,
     },
     /// A tensor was used where its gradient would be lost, because a tape belongs to its thread: it was recorded by a
     /// tape of another thread, or computed from a leaf on another thread that had no tape.
     OtherThread {
-        /// The op that was given it.
+        /// The op that received it.
         op: &'static str,
         /// The op that used the leaf without a tape, or `None` if a tape recorded it.
         by: Option<&'static str>,
     },
     /// An op without a gradient was given a tensor that requires one.
     NoGradient {
-        /// The op that refused.
+        /// The op that returned the error.
         op: &'static str,
     },
     /// Memory ran out.
     OutOfMemory {
-        /// Bytes asked for.
+        /// Number of bytes requested.
         requested: usize,
-        /// Bytes in use by tensors.
+        /// Number of bytes in use by tensors.
         live: usize,
-        /// Bytes kept for reuse, already given back before this error.
+        /// Number of bytes that were kept for reuse and released before this error.
         cached: usize,
     },
     /// A file that could not be read or written.
@@ -130,14 +130,14 @@ pub enum ErrorKind {
         /// The operating system's reason.
         source: io::Error,
     },
-    /// A file whose content is not what it should be.
+    /// A file with invalid content.
     File {
         /// The file.
         path: PathBuf,
-        /// What is wrong with it.
+        /// Description of the problem.
         why: String,
     },
-    /// Weights that do not fit the model.
+    /// Weights that do not match the model.
     Weights {
         /// Names that the model has and the file lacks.
         missing: Vec<String>,
@@ -146,32 +146,32 @@ pub enum ErrorKind {
         /// Names with another shape: name, shape in the model, shape in the file.
         mismatched: Vec<(String, Vec<usize>, Vec<usize>)>,
     },
-    /// Training met NaN or infinity.
+    /// Training produced NaN or an infinity.
     NonFinite {
         /// The step, counted from 0.
         step: u64,
-        /// What was not finite: `loss`, or the name of a parameter.
+        /// Name of the value that was not finite: `loss`, or the name of a parameter.
         what: String,
     },
 }
 
 impl Error {
-    /// An error of this kind, at no place yet.
+    /// Creates an error of this kind, without a place.
     pub fn new(kind: ErrorKind) -> Self {
         Self(Box::new(Fields { kind, place: String::new() }))
     }
 
-    /// Returns what went wrong.
+    /// Returns the kind of error.
     pub fn kind(&self) -> &ErrorKind {
         &self.0.kind
     }
 
-    /// As [`Error::kind`], of an error that is not needed any more.
+    /// Like [`Error::kind`], but consumes the error.
     pub fn into_kind(self) -> ErrorKind {
         self.0.kind
     }
 
-    /// Returns where in a model or program it happened, or an empty string.
+    /// Returns the place in a model or program where it occurred, or an empty string.
     pub fn place(&self) -> &str {
         &self.0.place
     }
@@ -204,13 +204,13 @@ impl Error {
         Self::new(ErrorKind::Index { op, what, index, limit })
     }
 
-    /// A mean loss over no targets.
+    /// Returns the error of a mean loss over no targets.
     pub(crate) fn no_targets(targets: usize, ignore_index: i64) -> Self {
         let message = format!("all of the {targets} targets are ignore_index {ignore_index}, the mean is over none");
         Self::argument("cross_entropy", message)
     }
 
-    /// Logits that no token can be drawn from.
+    /// Returns the error of logits from which no token can be drawn.
     pub(crate) fn broken_logits() -> Self {
         Self::argument(
             "sample",
@@ -230,8 +230,7 @@ impl Error {
         Self::new(ErrorKind::File { path: path.into(), why: why.to_string() })
     }
 
-    /// The same error with a place in front, for instance `attn_layers.layers.3.1`; nested places read from the outside
-    /// in.
+    /// Prepends a place, for instance `attn_layers.layers.3.1`; nested places read from the outside in.
     pub fn context(mut self, place: impl fmt::Display) -> Self {
         let inner = &self.0.place;
         self.0.place = if inner.is_empty() { place.to_string() } else { format!("{place}.{inner}") };

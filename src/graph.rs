@@ -1,4 +1,4 @@
-//! Recorded graphs: a computation of fixed shapes, recorded once and replayed with one call of the driver.
+//! Recorded graphs: a computation of fixed shapes, recorded once and replayed with one driver call.
 
 use std::fmt;
 
@@ -10,16 +10,15 @@ use crate::{
     shape::Layout,
 };
 
-/// A recorded computation on a GPU. Replaying it costs one launch instead of one per kernel.
+/// Recorded computation on a GPU. Replaying it costs one launch instead of one per kernel.
 ///
-/// The recording consists of kernels, with the addresses and numbers that they were given: shapes, scalars and the path
-/// through the program are those of the recording; what is to change from replay to replay must be an input. Inputs are
-/// copied into place by [`Graph::replay`]; parameters are read where they are, so that an optimizer may update them
-/// between replays.
+/// The recording consists of kernels with the addresses and numbers of their arguments: shapes, scalars and control
+/// flow are fixed; anything that changes between replays must be an input. [`Graph::replay`] copies inputs into place;
+/// parameters are read in place, so an optimizer may update them between replays.
 ///
-/// The graph keeps the memory of everything that its kernels read or write for as long as it lives: of tensors that the
-/// function captured, of a model that is dropped, of tensors that the function stores elsewhere. It does not share the
-/// tensors themselves, so that an optimizer or a cache may go on writing to them in place.
+/// The graph keeps alive the memory of everything that its kernels read or write: tensors that the function captured, a
+/// model that has been dropped, tensors that the function stores elsewhere. It does not share the tensors themselves,
+/// so an optimizer or a cache may keep writing to them in place.
 ///
 /// ```no_run
 /// use x_transformers::{DType, Device, Graph, ParamMap, Tensor};
@@ -36,7 +35,7 @@ use crate::{
 pub struct Graph<R> {
     recorded: Box<dyn Replay>,
     inputs: Vec<Tensor>,
-    /// Where each parameter was, and how it lay there.
+    /// Address and layout of each parameter at the recording.
     params: Vec<(String, Place)>,
     map: ParamMap,
     output: R,
@@ -49,7 +48,7 @@ impl<R> fmt::Debug for Graph<R> {
     }
 }
 
-/// Where a parameter is, and how it lies there.
+/// Address and layout of a parameter.
 type Place = (Address, Layout);
 
 fn place(param: &crate::Param) -> Result<Place> {
@@ -58,15 +57,15 @@ fn place(param: &crate::Param) -> Result<Place> {
 }
 
 impl<R> Graph<R> {
-    /// Records `f`. It is called twice: once to compile kernels and to find out what memory it needs, once to be
-    /// recorded, which computes nothing. It must not read values back. Meanwhile other threads cannot use the device:
-    /// their calls are errors.
+    /// Records `f`. It is called twice: once to compile kernels and to find out how much memory it needs, and once to
+    /// be recorded, which computes nothing. It must not read values back. Meanwhile calls of other threads to the
+    /// device return errors.
     ///
-    /// `params`: the parameters that `f` reads. If one of these is replaced, a replay is an error; what `f` reads
-    /// besides them is what was there at the recording.
+    /// `params`: the parameters that `f` reads. If one of them is replaced, a replay returns an error; anything else
+    /// that `f` reads is the memory of the recording.
     ///
     /// Errors: inputs that are not on one GPU or require a gradient, a tape of this thread, another recording that has
-    /// not ended, or whatever `f` does that a graph cannot hold. The device is as usable as before, also if `f` panics.
+    /// not ended, or an operation in `f` that a graph cannot record. The device stays usable, even if `f` panics.
     pub fn capture(inputs: &[Tensor], params: &ParamMap, f: impl Fn(&[Tensor]) -> Result<R>) -> Result<Self> {
         ensure!(
             !is_recording(),
@@ -85,7 +84,7 @@ impl<R> Graph<R> {
             return Err(Error::argument("graph", format_args!("inputs are on {here} and {}", other.device())));
         }
         discrete("graph", &inputs.iter().collect::<Vec<_>>())?;
-        // Copies of their own: a replay writes into them.
+        // Separate copies: a replay writes into them.
         let inputs = inputs.iter().map(Tensor::to_owned_copy).collect::<Result<Vec<_>>>()?;
         let places = || -> Result<Vec<(String, Place)>> {
             params.iter().map(|(name, param)| Ok((name.to_string(), place(param)?))).collect()
@@ -109,10 +108,10 @@ impl<R> Graph<R> {
     }
 
     /// Copies new values into the inputs and enqueues the recorded computation. The output is the same memory each
-    /// time: what it holds is overwritten by the next replay.
+    /// time: the next replay overwrites it.
     ///
     /// Errors: inputs of other shapes, dtypes or devices, a parameter that was replaced since the recording, a graph
-    /// that is being recorded, or an error of the driver.
+    /// that is being recorded, or a driver error.
     pub fn replay(&mut self, inputs: &[Tensor]) -> Result<&R> {
         self.device.refuse_while_capturing("a replay")?;
         if inputs.len() != self.inputs.len() {
@@ -152,7 +151,8 @@ impl<R> Graph<R> {
         Ok(&self.output)
     }
 
-    /// The value that the recorded function returned. Before the first replay its tensors hold nothing.
+    /// Returns the value that the recorded function returned. Before the first replay the contents of its tensors are
+    /// undefined.
     pub fn output(&self) -> &R {
         &self.output
     }

@@ -1,12 +1,12 @@
 //! Counter-based random numbers: Philox-4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011).
 //!
-//! A value depends on the seed, a stream and its position alone, never on the order or the number of threads, so
-//! every device draws the same numbers and a mask can be drawn again in the backward pass instead of being stored.
+//! A value depends only on the seed, a stream and its position, never on the order or number of threads, so every
+//! device draws the same numbers and a mask can be redrawn in the backward pass instead of being stored.
 
 const MULTIPLIERS: [u32; 2] = [0xD251_1F53, 0xCD9E_8D57];
 const WEYL: [u32; 2] = [0x9E37_79B9, 0xBB67_AE85];
 
-/// Ten rounds of Philox-4x32: four random words from a counter and a key.
+/// Computes ten rounds of Philox-4x32: four random words from a counter and a key.
 #[inline(always)]
 pub fn philox4x32(mut counter: [u32; 4], mut key: [u32; 2]) -> [u32; 4] {
     for _ in 0..10 {
@@ -18,7 +18,7 @@ pub fn philox4x32(mut counter: [u32; 4], mut key: [u32; 2]) -> [u32; 4] {
     counter
 }
 
-/// A stream of random numbers that can be entered at any position.
+/// Stream of random numbers with random access.
 ///
 /// Word `i` is lane `i % 4` of the block with counter `[i / 4 (64 bits), stream (64 bits)]` under the seed as key.
 ///
@@ -37,32 +37,32 @@ pub struct Philox {
 }
 
 impl Philox {
-    /// Words that [`Philox::group`] draws together.
+    /// Number of words that [`Philox::group`] draws together.
     pub(crate) const GROUP: usize = 64;
 
-    /// The stream with this number under this seed.
+    /// Creates the stream with this number under this seed.
     pub fn new(seed: u64, stream: u64) -> Self {
         Self { seed, stream }
     }
 
-    /// The seed: the key of the generator.
+    /// Returns the seed: the key of the generator.
     pub(crate) fn seed(&self) -> u64 {
         self.seed
     }
 
-    /// The number of the stream.
+    /// Returns the number of the stream.
     pub(crate) fn stream(&self) -> u64 {
         self.stream
     }
 
-    /// The four words of block `block`.
+    /// Returns the four words of block `block`.
     #[inline(always)]
     pub fn block(&self, block: u64) -> [u32; 4] {
         let counter = [block as u32, (block >> 32) as u32, self.stream as u32, (self.stream >> 32) as u32];
         philox4x32(counter, [self.seed as u32, (self.seed >> 32) as u32])
     }
 
-    /// Words `64 group .. 64 group + 64`: sixteen blocks, so many that loops over them fill vector registers.
+    /// Draws words `64 group .. 64 group + 64`: sixteen blocks, enough that loops over them fill vector registers.
     #[inline(always)]
     pub(crate) fn group(&self, group: u64, words: &mut [u32; Self::GROUP]) {
         let first = group * (Self::GROUP as u64 / 4);
@@ -71,13 +71,13 @@ impl Philox {
         }
     }
 
-    /// Word `index` of the stream.
+    /// Returns word `index` of the stream.
     #[inline(always)]
     pub fn word(&self, index: u64) -> u32 {
         self.block(index / 4)[(index % 4) as usize]
     }
 
-    /// Uniform in `[0, 1)` with 53 random bits. Draw `index` uses words `2 index` and `2 index + 1`.
+    /// Draws uniformly from `[0, 1)` with 53 random bits. Draw `index` uses words `2 index` and `2 index + 1`.
     pub fn uniform(&self, index: u64) -> f64 {
         let block = self.block(index / 2);
         let lane = (index % 2) as usize * 2;
@@ -85,7 +85,8 @@ impl Philox {
         (bits >> 11) as f64 / (1u64 << 53) as f64
     }
 
-    /// Standard normal by Box and Muller. Draw `index` uses block `index / 2`, whose two uniforms give two normals.
+    /// Draws from the standard normal distribution by Box and Muller. Draw `index` uses block `index / 2`, whose two
+    /// uniforms give two normals.
     pub fn normal(&self, index: u64) -> f64 {
         // 1 − u lies in (0, 1], so the logarithm is finite.
         let radius = (-2.0 * libm::log(1.0 - self.uniform(index & !1))).sqrt();
@@ -93,7 +94,7 @@ impl Philox {
         radius * if index.is_multiple_of(2) { libm::cos(angle) } else { libm::sin(angle) }
     }
 
-    /// Uniform in `0..limit`; `limit` must not be 0. The bias is below `limit / 2^64`.
+    /// Draws uniformly from `0..limit`; `limit` must not be 0. The bias is below `limit / 2^64`.
     pub fn below(&self, index: u64, limit: u64) -> u64 {
         let block = self.block(index / 2);
         let lane = (index % 2) as usize * 2;
@@ -101,12 +102,12 @@ impl Philox {
         ((bits as u128 * limit as u128) >> 64) as u64
     }
 
-    /// The threshold that [`Philox::keeps`] compares with, for dropping with probability `p` in `[0, 1]`.
+    /// Returns the threshold for [`Philox::keeps`] that drops with probability `p` in `[0, 1]`.
     pub fn drop_threshold(p: f64) -> u64 {
         (p * (1u64 << 32) as f64) as u64
     }
 
-    /// Whether a dropout mask with this threshold keeps element `index`.
+    /// Returns `true` if a dropout mask with this threshold keeps element `index`.
     #[inline(always)]
     pub fn keeps(&self, index: u64, threshold: u64) -> bool {
         self.word(index) as u64 >= threshold
@@ -117,7 +118,7 @@ impl Philox {
 mod tests {
     use super::*;
 
-    /// The known-answer vectors that the authors publish with their reference implementation.
+    /// Checks the known-answer vectors that the authors publish with their reference implementation.
     #[test]
     fn philox_published_vectors() {
         let cases = [

@@ -1,9 +1,9 @@
-//! Where the time of a computation goes: seconds, operations and bytes of each op, forward and backward apart.
+//! Profiling: seconds, operations and bytes of each op, separately for forward and backward.
 //!
-//! A [`Profile`] watches the ops of its thread while it lives. An op's time runs from the end of the op before it, so that
-//! nothing is lost between two ops and the times add up; what precedes a tape counts as outside of ops. An op that calls
-//! others has what is left after theirs. On a GPU the thread waits for the device after each op: the shares are right, and
-//! the whole takes longer than without. Without a profile an op costs the reading of one flag.
+//! A [`Profile`] measures the ops of its thread while it lives. An op's time runs from the end of the previous op, so
+//! nothing between two ops is lost and the times add up; time before a tape counts as outside of ops. An op that calls
+//! others gets the time that remains after theirs. On a GPU the thread waits for the device after each op: the
+//! proportions are right, but the total is longer than without a profile. Without a profile an op only reads one flag.
 //!
 //! ```
 //! use x_transformers::{DType, Device, Tape, Tensor, profile::{Phase, Profile}};
@@ -36,27 +36,27 @@ use std::{
 use crate::{Error, Result, device::Device, error::ensure, shape::Shape, sort::sort_by};
 
 thread_local! {
-    /// Whether this thread has a session; read by every op.
+    /// `true` if this thread has a session; read by every op.
     static ACTIVE: Cell<bool> = const { Cell::new(false) };
     static SESSION: RefCell<Option<Session>> = const { RefCell::new(None) };
 }
 
-/// What an op is part of.
+/// Phase of a training step that an op belongs to.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
 #[non_exhaustive]
 pub enum Phase {
-    /// A forward pass, or a part of it that is run again.
+    /// A forward pass, or a part of it that is rerun.
     Forward,
-    /// A backward pass; adding a gradient to those of other uses of a tensor counts with the op that gives it.
+    /// A backward pass; adding a gradient to those of other uses of a tensor counts towards the op that returns it.
     Backward,
     /// The norm of the gradients, the optimizer, and the average of the weights.
     Update,
-    /// Values read by the program.
+    /// Reading values into the program.
     Read,
 }
 
 impl Phase {
-    /// `forward`, `backward`, `update` or `read`.
+    /// Returns the name: `forward`, `backward`, `update` or `read`.
     pub fn name(self) -> &'static str {
         match self {
             Self::Forward => "forward",
@@ -71,17 +71,17 @@ impl Phase {
 #[derive(Clone, Copy, PartialEq, Debug)]
 #[non_exhaustive]
 pub struct OpProfile {
-    /// The op.
+    /// Name of the op.
     pub name: &'static str,
-    /// Where it was called.
+    /// Phase in which it was called.
     pub phase: Phase,
-    /// How often.
+    /// Number of calls.
     pub calls: u64,
-    /// Time of all calls.
+    /// Total time of all calls.
     pub seconds: f64,
     /// Floating-point operations of products and attention, a multiplication and an addition each; 0 for other ops.
     pub operations: f64,
-    /// Bytes of the tensors that went in and came out; the least that an op that does not fit the caches has to move.
+    /// Bytes of the input and output tensors: the minimum that an op must move if they do not fit in the caches.
     pub bytes: f64,
 }
 
@@ -106,20 +106,20 @@ pub struct Profile {
 
 struct Session {
     started: Instant,
-    /// The end of the last op.
+    /// End of the last op.
     last: Instant,
-    /// How many backward rules are running.
+    /// Number of backward rules that are running.
     inside: usize,
     /// Cost that the op in progress reported.
     cost: Option<Cost>,
-    /// Bytes that the op in progress moves besides its last output and what that is recorded with.
+    /// Bytes that the op in progress moves besides its last output and the inputs recorded with that.
     besides: f64,
     totals: BTreeMap<(Phase, &'static str), OpProfile>,
     outside: Duration,
     calls: Option<Vec<Call>>,
 }
 
-/// One call, for a trace.
+/// Call in a trace.
 #[derive(Debug)]
 struct Call {
     name: &'static str,
@@ -131,21 +131,21 @@ struct Call {
     bytes: f64,
 }
 
-/// The clock of traces: one for the process, so that reports can be joined.
+/// Returns the start of the traces' clock: one per process, so that reports can be joined.
 fn epoch() -> Instant {
     static EPOCH: OnceLock<Instant> = OnceLock::new();
     *EPOCH.get_or_init(Instant::now)
 }
 
 impl Profile {
-    /// Starts to measure.
+    /// Starts measuring.
     ///
-    /// Errors: this thread has a profile already.
+    /// Errors: this thread already has a profile.
     pub fn start() -> Result<Self> {
         Self::begin(None)
     }
 
-    /// As [`Profile::start`], and keeps every single call for [`Report::write_trace`].
+    /// Like [`Profile::start`], but also keeps every single call for [`Report::write_trace`].
     pub fn with_trace() -> Result<Self> {
         Self::begin(Some(Vec::new()))
     }
@@ -172,7 +172,7 @@ impl Profile {
         Ok(Self { thread: PhantomData })
     }
 
-    /// What was measured.
+    /// Stops measuring and returns the report.
     pub fn finish(self) -> Report {
         let Some(session) = SESSION.take() else { return Report::default() };
         let Session { started, last, totals, outside, calls, .. } = session;
@@ -216,51 +216,50 @@ fn with_session<R>(f: impl FnOnce(&mut Session) -> R) -> Option<R> {
     SESSION.with_borrow_mut(|session| session.as_mut().map(f))
 }
 
-/// The floating-point operations of an op, which it says of itself before it is recorded.
+/// Floating-point operations of an op, which it reports before it is recorded.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Cost {
-    /// Those of the forward pass, a multiplication and an addition each.
+    /// Operations of the forward pass, counting a multiplication and an addition as two.
     pub operations: f64,
-    /// Those of the backward pass.
+    /// Operations of the backward pass.
     pub backward: BackwardCost,
 }
 
-/// The operations of a backward pass, in those of the forward pass.
+/// Operations of a backward pass, relative to the forward pass.
 #[derive(Clone, Copy, Debug)]
 pub(crate) enum BackwardCost {
-    /// As many for each of the first two inputs that need a gradient: a product for each factor.
+    /// The same number for each of the first two inputs that needs a gradient: one product per factor.
     Products,
-    /// This many times as many.
+    /// This multiple of the forward pass.
     Times(f64),
 }
 
 impl Cost {
-    /// That of ops that are limited by memory.
+    /// Cost of ops that are limited by memory.
     pub const NONE: Self = Self { operations: 0.0, backward: BackwardCost::Times(0.0) };
 }
 
-/// Says what the op that is about to be recorded costs; without it, that is [`Cost::NONE`].
+/// Reports the cost of the op that is about to be recorded; [`Cost::NONE`] by default.
 pub(crate) fn cost(count: impl FnOnce() -> Cost) {
     if ACTIVE.get() {
         with_session(|session| session.cost = Some(count()));
     }
 }
 
-/// Called when an output of an op is recorded that has another one, which is recorded next and with it: the bytes that
-/// it is made of count with that.
+/// Reports an output of an op that has another one, which is recorded next: the bytes of both count towards that one.
 #[cold]
 pub(crate) fn beside(bytes: usize) {
     with_session(|session| session.besides += bytes as f64);
 }
 
-/// Whether this thread has a profile.
+/// Returns `true` if this thread has a profile.
 #[inline]
 pub(crate) fn active() -> bool {
     ACTIVE.get()
 }
 
-/// The end of an op in a forward pass, or of one that a backward rule calls, which does not count by itself unless a
-/// tape records it. `bytes` are those of its output and inputs. Returns its cost.
+/// Ends an op in a forward pass, or one that a backward rule calls, which does not count separately unless a tape
+/// records it. `bytes`: total size of its output and inputs. Returns its cost.
 #[cold]
 pub(crate) fn computed(op: &'static str, device: &Device, shape: Shape, bytes: usize, recorded: bool) -> Result<Cost> {
     let besides = with_session(|session| std::mem::take(&mut session.besides)).unwrap_or(0.0);
@@ -274,7 +273,7 @@ pub(crate) fn computed(op: &'static str, device: &Device, shape: Shape, bytes: u
     Ok(cost)
 }
 
-/// A backward rule that runs.
+/// Running backward rule.
 pub(crate) struct Rule {
     device: Device,
     shape: Shape,
@@ -282,7 +281,7 @@ pub(crate) struct Rule {
 }
 
 impl Rule {
-    /// Before a rule gets a gradient of this shape and so many bytes; `None` without a profile.
+    /// Starts a rule that gets a gradient of this shape and number of bytes; returns `None` without a profile.
     #[inline]
     pub fn begin(device: &Device, shape: &Shape, bytes: usize) -> Option<Self> {
         if !ACTIVE.get() {
@@ -292,8 +291,8 @@ impl Rule {
         Some(Self { device: device.clone(), shape: *shape, bytes: bytes as f64 })
     }
 
-    /// After its gradients were added to the others. `cost` is what the op said of itself, `inputs` the bytes of each
-    /// input and whether it needs a gradient.
+    /// Ends the rule, after its gradients were added to the others. `cost`: the cost that the op reported; `inputs`:
+    /// the bytes of each input, and `true` if it needs a gradient.
     pub fn end(self, op: &'static str, cost: Cost, inputs: impl Iterator<Item = (usize, bool)>) -> Result<()> {
         self.device.settle()?;
         let mut moved = self.bytes;
@@ -301,7 +300,7 @@ impl Rule {
         for (index, (bytes, needed)) in inputs.enumerate() {
             // It is read, and its gradient is written.
             moved += bytes as f64 * if needed { 2.0 } else { 1.0 };
-            // A product for each of the two factors.
+            // One product for each of the two factors.
             products += f64::from(u8::from(needed && index < 2));
         }
         let factor = match cost.backward {
@@ -319,7 +318,7 @@ impl Drop for Rule {
     }
 }
 
-/// The end of work on the parameters, or on values that were read.
+/// Ends work on the parameters, or the reading of values.
 #[inline]
 pub(crate) fn done(op: &'static str, phase: Phase, device: &Device, bytes: impl FnOnce() -> usize) -> Result<()> {
     if !ACTIVE.get() || with_session(|session| session.inside == 0) != Some(true) {
@@ -331,7 +330,7 @@ pub(crate) fn done(op: &'static str, phase: Phase, device: &Device, bytes: impl 
     Ok(())
 }
 
-/// Whatever the thread did since the last op belongs to none.
+/// Attributes the time since the last op to no op.
 #[inline]
 pub(crate) fn pause() {
     if ACTIVE.get() {
@@ -345,7 +344,7 @@ pub(crate) fn pause() {
     }
 }
 
-/// What a [`Profile`] measured. Displayed as a table.
+/// Measurements of a [`Profile`]. Displayed as a table.
 #[derive(Debug, Default)]
 pub struct Report {
     totals: BTreeMap<(Phase, &'static str), OpProfile>,
@@ -355,22 +354,22 @@ pub struct Report {
 }
 
 impl Report {
-    /// The ops by phase, in alphabetic order.
+    /// Returns the ops by phase, in alphabetical order.
     pub fn ops(&self) -> impl Iterator<Item = &OpProfile> {
         self.totals.values()
     }
 
-    /// From start to finish.
+    /// Returns the time from start to finish.
     pub fn seconds(&self) -> f64 {
         self.seconds.as_secs_f64()
     }
 
-    /// The part of it that belongs to no op.
+    /// Returns the part of that time that belongs to no op.
     pub fn outside(&self) -> f64 {
         self.outside.as_secs_f64()
     }
 
-    /// Adds what another profile measured.
+    /// Adds the measurements of another profile.
     pub fn add(&mut self, other: Report) {
         for (key, op) in other.totals {
             match self.totals.get_mut(&key) {
@@ -389,7 +388,7 @@ impl Report {
     }
 
     /// Writes the calls that [`Profile::with_trace`] kept in Chrome's trace event format, for `chrome://tracing` and
-    /// <https://ui.perfetto.dev>: a row for each phase.
+    /// <https://ui.perfetto.dev>: one row per phase.
     pub fn write_trace(&self, to: &mut impl Write) -> io::Result<()> {
         write!(to, "{{\"displayTimeUnit\": \"ms\", \"traceEvents\": [")?;
         let micros = |time: Duration| time.as_nanos() as f64 / 1e3;
@@ -411,7 +410,7 @@ impl Report {
     }
 }
 
-/// A rate with three digits, or nothing.
+/// Formats a rate with three digits, or returns an empty string.
 fn rate(count: f64, seconds: f64) -> String {
     if count == 0.0 || seconds == 0.0 {
         return String::new();

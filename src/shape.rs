@@ -4,10 +4,10 @@ use std::{fmt, ops::Deref};
 
 use crate::{Error, Result, error::ensure};
 
-/// The largest number of dimensions a tensor can have.
+/// Maximum number of dimensions of a tensor.
 pub const MAX_RANK: usize = 6;
 
-/// The sizes of a tensor's dimensions, outermost first. Dereferences to `[usize]`.
+/// Sizes of a tensor's dimensions, outermost first. Dereferences to `[usize]`.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub struct Shape {
     rank: u8,
@@ -15,7 +15,7 @@ pub struct Shape {
 }
 
 impl Shape {
-    /// A shape from its dimensions.
+    /// Creates a shape from its dimensions.
     ///
     /// Errors: more than [`MAX_RANK`] dimensions, or a number of elements whose bytes exceed `isize::MAX`.
     pub fn new(dims: &[usize]) -> Result<Self> {
@@ -35,31 +35,31 @@ impl Shape {
         Ok(Self::unchecked(dims))
     }
 
-    /// Callers have checked rank and size, or derive the dims from a shape that was checked.
+    /// Creates a shape without checks: callers have checked rank and size, or derive the dims from a checked shape.
     pub(crate) fn unchecked(dims: &[usize]) -> Self {
         let mut shape = Self { rank: dims.len() as u8, dims: [0; MAX_RANK] };
         shape.dims[..dims.len()].copy_from_slice(dims);
         shape
     }
 
-    /// Number of elements: the product of the dimensions, 1 for rank 0.
+    /// Returns the number of elements: the product of the dimensions, 1 for rank 0.
     pub fn numel(&self) -> usize {
-        // Saturating, because whoever writes to a shape's dimensions can leave them too large.
+        // Saturating, because a caller that writes to a shape's dimensions can make them too large.
         self.iter().fold(1, |elements, &size| elements.saturating_mul(size))
     }
 
-    /// Number of dimensions.
+    /// Returns the number of dimensions.
     pub fn rank(&self) -> usize {
         self.rank as usize
     }
 
-    /// The same shape with one dimension replaced.
+    /// Returns the same shape with one dimension replaced.
     pub(crate) fn with_dim(mut self, dim: usize, size: usize) -> Self {
         self[dim] = size;
         self
     }
 
-    /// The same shape without one dimension.
+    /// Returns the same shape without one dimension.
     pub(crate) fn without(&self, dim: usize) -> Self {
         let mut dims = [0; MAX_RANK];
         let mut rank = 0;
@@ -72,7 +72,7 @@ impl Shape {
         Self { rank: rank as u8, dims }
     }
 
-    /// The shape that two shapes broadcast to, as in PyTorch: aligned at the last dimension, sizes equal or 1.
+    /// Returns the shape to which two shapes broadcast, as in PyTorch: aligned at the last dimension, sizes equal or 1.
     pub fn broadcast(&self, other: &Shape, op: &'static str) -> Result<Shape> {
         let rank = self.rank().max(other.rank());
         let mut dims = [1; MAX_RANK];
@@ -93,7 +93,7 @@ impl Shape {
 
     /// Resolves a dimension that may count from the end (`-1` is the last one).
     ///
-    /// Errors: out of range.
+    /// Errors: the dimension is out of range.
     pub fn dim(&self, dim: isize, op: &'static str) -> Result<usize> {
         let rank = self.rank() as isize;
         let resolved = if dim < 0 { dim.saturating_add(rank) } else { dim };
@@ -104,7 +104,8 @@ impl Shape {
         Ok(resolved as usize)
     }
 
-    /// As [`Shape::dim`] for ops that take a scalar for a vector of one, as in PyTorch: `None` is its dimension.
+    /// Like [`Shape::dim`], but for ops that treat a scalar as a vector of one element, as in PyTorch: returns `None`
+    /// for its dimension.
     pub(crate) fn dim_unless_scalar(&self, dim: isize, op: &'static str) -> Result<Option<usize>> {
         if self.rank() == 0 && matches!(dim, 0 | -1) { Ok(None) } else { self.dim(dim, op).map(Some) }
     }
@@ -148,7 +149,7 @@ impl fmt::Display for Shape {
     }
 }
 
-/// What can be given where a shape is asked for: arrays, slices, vectors, a [`Shape`], or `()` for rank 0.
+/// Conversion into a [`Shape`], from arrays, slices, vectors, a [`Shape`], or `()` for rank 0.
 pub trait IntoShape {
     /// Converts, checking rank and size.
     fn into_shape(self) -> Result<Shape>;
@@ -156,7 +157,7 @@ pub trait IntoShape {
 
 impl IntoShape for Shape {
     fn into_shape(self) -> Result<Shape> {
-        // Checked again: its dimensions can be written to.
+        // Checked again, since its dimensions can be written to.
         Shape::new(&self)
     }
 }
@@ -191,7 +192,7 @@ impl IntoShape for &Vec<usize> {
     }
 }
 
-/// Where the elements of a tensor are in its buffer. Strides and offset count elements.
+/// Positions of a tensor's elements in its buffer. Strides and offset count elements.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(crate) struct Layout {
     pub shape: Shape,
@@ -200,7 +201,7 @@ pub(crate) struct Layout {
 }
 
 impl Layout {
-    /// Row-major, from the start of the buffer.
+    /// Creates a row-major layout from the start of the buffer.
     pub fn contiguous(shape: Shape) -> Self {
         let mut strides = [0; MAX_RANK];
         let mut stride = 1usize;
@@ -215,7 +216,7 @@ impl Layout {
         &self.strides[..self.shape.rank()]
     }
 
-    /// Whether the elements are packed in row-major order (the offset may be anything).
+    /// Returns `true` if the elements are packed in row-major order; any offset is allowed.
     pub fn is_contiguous(&self) -> bool {
         if self.shape.contains(&0) {
             return true;
@@ -230,7 +231,7 @@ impl Layout {
         true
     }
 
-    /// Whether the last dimension is packed, so that rows are slices.
+    /// Returns `true` if the last dimension is packed, so that rows are slices.
     pub fn has_packed_rows(&self) -> bool {
         let rank = self.shape.rank();
         rank > 0 && (self.shape[rank - 1] <= 1 || self.strides[rank - 1] == 1)
@@ -252,7 +253,7 @@ impl Layout {
         result
     }
 
-    /// To a shape that this one broadcasts to (checked by the caller); new and size-1 dimensions get stride 0.
+    /// Expands to a shape that this one broadcasts to (checked by the caller); new and size-1 dimensions get stride 0.
     pub fn expand(&self, shape: Shape) -> Self {
         let mut strides = [0; MAX_RANK];
         let shift = shape.rank() - self.shape.rank();
@@ -289,12 +290,12 @@ impl Layout {
         Self { shape: self.shape.without(dim), strides, offset: self.offset }
     }
 
-    /// The same elements in the same order under another shape, if strides can express it.
+    /// Returns the layout of the same elements in the same order with another shape, if strides can express it.
     pub fn reshape(&self, shape: Shape) -> Option<Self> {
         if self.is_contiguous() {
             return Some(Self { offset: self.offset, ..Self::contiguous(shape) });
         }
-        // Walk both shapes from the outside; a group of old dims that is packed in itself can be cut anew.
+        // Walk both shapes from the outside; a group of old dims that is packed in itself can be divided differently.
         let (old, strides) = (&self.shape, self.strides());
         let mut result = Self { shape, strides: [0; MAX_RANK], offset: self.offset };
         let (mut from, mut to) = (0, 0);
@@ -326,11 +327,11 @@ impl Layout {
                 next *= shape[dim];
             }
         }
-        // Only size-1 dims can be left on either side.
+        // Only size-1 dims can remain on either side.
         Some(result)
     }
 
-    /// Buffer position of the first element of row `row`, rows being counted over all dims but the last.
+    /// Returns the buffer position of the first element of row `row`, counting rows over all dims but the last.
     pub fn row_offset(&self, mut row: usize) -> usize {
         let mut offset = self.offset;
         for dim in (0..self.shape.rank().saturating_sub(1)).rev() {
@@ -341,7 +342,7 @@ impl Layout {
     }
 }
 
-/// Merges adjacent dimensions that all of the given strides can walk as one, and drops dimensions of size 1.
+/// Merges adjacent dimensions that all given strides can traverse as one, and drops dimensions of size 1.
 ///
 /// The result enumerates the same elements in the same order; fully packed operands come out with one dimension, unless
 /// it would have 2³² elements or more, which kernels cannot count.
@@ -369,7 +370,7 @@ pub(crate) fn collapse<const N: usize>(shape: &Shape, strides: [&[usize]; N]) ->
     (Shape::unchecked(&dims[..rank]), merged)
 }
 
-/// Layouts of this shape, collapsed together.
+/// Collapses layouts of this shape together.
 pub(crate) fn collapse_layouts<const N: usize>(shape: &Shape, layouts: [&Layout; N]) -> [Layout; N] {
     let (shape, strides) = collapse(shape, layouts.map(Layout::strides));
     std::array::from_fn(|n| Layout { shape, strides: strides[n], offset: layouts[n].offset })
@@ -383,7 +384,7 @@ mod tests {
         Shape::new(dims).expect("a legal shape")
     }
 
-    /// Every buffer position that a layout visits, in row-major order.
+    /// Returns every buffer position that a layout visits, in row-major order.
     fn positions(layout: &Layout) -> Vec<usize> {
         (0..layout.shape.numel())
             .map(|mut at| {
@@ -402,7 +403,7 @@ mod tests {
         let packed = Layout::contiguous(shape(&[2, 1, 3, 4]));
         let (dims, strides) = collapse(&packed.shape, [packed.strides()]);
         assert_eq!((&*dims, strides[0][0]), (&[24][..], 1));
-        // Two operands: only what both can walk.
+        // Two operands: only dimensions that both can traverse as one are merged.
         let row = Layout::contiguous(shape(&[4])).expand(packed.shape);
         let (dims, strides) = collapse(&packed.shape, [packed.strides(), row.strides()]);
         assert_eq!((&*dims, &strides[1][..2]), (&[6, 4][..], &[0, 1][..]));

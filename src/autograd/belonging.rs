@@ -1,4 +1,4 @@
-//! Which tape an op with some inputs belongs to, if any.
+//! Finds the tape that an op belongs to, given its inputs, if there is one.
 
 use crate::{
     Error, ErrorKind, Result,
@@ -7,7 +7,7 @@ use crate::{
 
 /// Returns the slot of an output that is computed from `inputs` on a thread without a tape.
 ///
-/// It follows from the inputs and the thread alone, and not from what other threads are doing at that moment.
+/// It depends only on the inputs and the thread, not on the concurrent state of other threads.
 ///
 /// Errors: an input was recorded by a tape of another thread.
 pub(super) fn untaped(op: &'static str, inputs: &[&Tensor]) -> Result<GradSlot> {

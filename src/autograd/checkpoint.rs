@@ -1,4 +1,4 @@
-//! Activation checkpointing: segments that keep their inputs and are run again in the backward pass.
+//! Activation checkpointing: segments that keep only their inputs and are run again in the backward pass.
 //!
 //! Running a segment again runs the segments inside of it too, for their outputs, and each of those is run again when the
 //! walk reaches it: a segment that is `d` deep in a nest runs `d + 1` times. That is the price of keeping nothing, and small
@@ -31,49 +31,49 @@ use crate::{
 
 const OP: &str = "checkpoint";
 
-/// Levels of a nest whose segments keep nothing but their inputs. Groups within groups of layers have two or three.
+/// Number of nesting levels whose segments keep only their inputs. Groups within groups of layers have two or three.
 const DEEP: usize = 8;
 
-/// Bytes of stack that must be left to begin a segment that is [`DEEP`]: enough for the ops of one level.
+/// Minimum number of free stack bytes for starting a segment that is [`DEEP`]: enough for the ops of one level.
 const ROOM: usize = 256 << 10;
 
-/// What `checkpoint` runs twice.
+/// The function that `checkpoint` runs twice.
 type Function = dyn Fn(&[Tensor]) -> Result<Tensor>;
 
-/// The outputs of a nest's deep segments, in the order in which they began.
+/// Outputs of a nest's deep segments, in the order in which they started.
 type Trace = Rc<RefCell<Vec<Entry>>>;
 
 struct Entry {
     inputs: Vec<(Shape, DType)>,
     /// `None` if the segment failed: it is run again, and fails again.
     output: Option<Traced>,
-    /// The random stream after it.
+    /// Number of the random stream after it.
     stream: u64,
-    /// The first entry that is not of a segment inside of this one; 0 while it runs.
+    /// End of the entries of segments inside this one; 0 while it runs.
     end: usize,
 }
 
-/// An output on the trace.
+/// Output on the trace.
 enum Traced {
     Kept(Tensor, bool),
-    /// The segment around it is being walked: nobody asks again.
+    /// The enclosing segment is being walked: it is not needed again.
     Taken,
 }
 
-/// A recording's place in a nest of checkpoints.
+/// Place of a recording in a nest of checkpoints.
 #[derive(Clone, Default)]
 pub(super) struct Nest {
-    /// Segments around, its own included.
+    /// Number of enclosing segments, including its own.
     level: usize,
     trace: Trace,
-    /// The entries to take outputs from, if this is not the first run; the start moves on.
+    /// Entries to take outputs from, if this is not the first run; the start advances.
     replay: Option<Range<usize>>,
 }
 
-/// A segment on a tape.
+/// Segment on a tape.
 pub(super) struct Segment {
     f: Box<Function>,
-    /// Leaves of their own, or constants.
+    /// Inputs as separate leaves, or constants.
     inputs: Vec<Tensor>,
     mode: Mode,
     seed: u64,
@@ -90,7 +90,7 @@ impl Segment {
         self.inputs.iter().map(leaf).collect()
     }
 
-    /// Runs the segment with a tape. Returns what that recorded, and the slot of the output.
+    /// Runs the segment with a tape. Returns the recording and the slot of the output.
     pub fn run_again(&self, grad: &Tensor) -> Result<(Recording, GradSlot)> {
         let mut tape = Tape::start(self.mode, self.seed, self.stream, false, self.nest.clone());
         let output = (self.f)(&self.inputs)?;
@@ -126,10 +126,10 @@ fn too_deep(level: usize) -> Error {
 /// `f` gets `inputs` back in their order and may use parameters freely; both runs must do the same. Dropout masks are
 /// the same in both runs.
 ///
-/// Checkpoints may nest. A segment that is `d ≤ 8` deep runs `d + 1` times in all. One that is deeper runs twice,
-/// however deep, but its output is kept from the forward pass until the segment around it is walked: a nest takes time
-/// and memory linear in its depth. The backward pass needs no stack for it; the forward pass, whose recursion is the
-/// caller's, is refused before the stack of the thread ends.
+/// Checkpoints may nest. A segment that is `d ≤ 8` deep runs `d + 1` times in all. A deeper one runs only twice, but
+/// its output is kept from the forward pass until the enclosing segment is walked: a nest takes time and memory linear
+/// in its depth. The backward pass needs no stack for it; the forward pass, whose recursion is the caller's, returns an
+/// error before the thread's stack overflows.
 ///
 /// Errors: those of `f`; [`ErrorKind::StaleTape`] if it captures a tensor of the outer tape instead of taking it as
 /// input; [`ErrorKind::Argument`] if a nest needs more stack than the thread has.
@@ -139,7 +139,7 @@ pub fn checkpoint(f: impl Fn(&[Tensor]) -> Result<Tensor> + 'static, inputs: &[&
     run(Box::new(f), inputs)
 }
 
-/// Stack frame of each level while its segment runs: not generic, and small.
+/// Runs a segment. This is the stack frame of each level while its segment runs: not generic, and small.
 fn run(f: Box<Function>, inputs: &[&Tensor]) -> Result<Tensor> {
     let Some(mut call) = Call::begin(inputs)? else { return plain(f, inputs) };
     let output = match call.answer.take() {
@@ -153,7 +153,7 @@ fn run(f: Box<Function>, inputs: &[&Tensor]) -> Result<Tensor> {
     Ok(call.record(f, inputs, output))
 }
 
-/// Outside of a tape it is a call.
+/// Calls `f`: outside of a tape a checkpoint does nothing else.
 fn plain(f: Box<Function>, inputs: &[&Tensor]) -> Result<Tensor> {
     thread_local! {
         static LEVEL: Cell<usize> = const { Cell::new(0) };
@@ -181,10 +181,10 @@ struct Call {
     nest: Nest,
     /// Its entry on the trace, if this is the first run of a deep one.
     entry: Option<usize>,
-    /// The output on the trace.
+    /// Its output on the trace.
     answer: Option<Tensor>,
     tracked: bool,
-    /// The entries of the segments inside.
+    /// Entries of the segments inside.
     inside: Range<usize>,
 }
 
@@ -231,7 +231,7 @@ impl Call {
         self.inputs.iter().map(|input| (*input.shape(), input.dtype())).collect()
     }
 
-    /// Makes the entry of a deep segment that is run for the first time.
+    /// Creates the entry of a deep segment on its first run.
     fn enter(&mut self) -> Result<()> {
         ensure!(stack::has(ROOM), too_deep(self.nest.level));
         let mut trace = self.nest.trace.borrow_mut();
@@ -244,7 +244,7 @@ impl Call {
     /// Takes the output of a deep segment from the trace, if it is there.
     fn look_up(&mut self) -> Result<()> {
         let Some(replay) = &mut self.nest.replay else { return Ok(()) };
-        // Who keeps nodes is the segment around it, in its own second run: nobody needs the output after that.
+        // Nodes are kept by the enclosing segment in its own second run: the output is not needed after that.
         let last = with_stack(|stack| stack.last().is_some_and(|recording| !recording.discard));
         let mut trace = self.nest.trace.borrow_mut();
         let at = replay.start;
@@ -270,13 +270,13 @@ impl Call {
         Ok(())
     }
 
-    /// Begins the run that keeps nothing.
+    /// Starts the run that keeps nothing.
     #[inline(never)]
     fn start(&self) -> Tape {
         Tape::start(self.mode, self.seed, self.stream, true, self.nest.clone())
     }
 
-    /// Ends it.
+    /// Ends that run.
     #[inline(never)]
     fn end(&mut self, mut tape: Tape, output: Result<Tensor>) -> Result<Tensor> {
         let recording = tape.take().ok_or_else(|| Error::new(ErrorKind::StaleTape { op: OP }))?;
@@ -285,7 +285,7 @@ impl Call {
         let len = trace.len();
         self.inside.end = replayed.unwrap_or(len);
         let entry = self.entry.and_then(|entry| trace.get_mut(entry));
-        // A segment that fails leaves the random stream where it was, but its entries are passed in each run.
+        // A segment that fails leaves the random stream unchanged, but each run skips its entries.
         let output = output.and_then(|output| Ok((tracks(recording.id, OP, &[&output])?, output.into_constant())));
         let stream = output.as_ref().map_or(self.stream, |_| recording.stream);
         if let Some(entry) = entry {
@@ -299,7 +299,7 @@ impl Call {
         Ok(output)
     }
 
-    /// Puts the segment on the tape around it. Not through `record`: the output may be tracked by parameters alone.
+    /// Puts the segment on the enclosing tape. Not through `record`: the output may be tracked only by parameters.
     #[inline(never)]
     #[expect(clippy::boxed_local, reason = "a move of the struct would take the stack that nests are short of")]
     fn record(self: Box<Self>, f: Box<Function>, inputs: &[&Tensor], output: Tensor) -> Tensor {
@@ -318,7 +318,7 @@ impl Call {
     }
 }
 
-/// Moves the innermost recording behind a segment.
+/// Advances the innermost recording past a segment.
 fn advance(stream: u64, replayed: Option<usize>) {
     with_stack(|stack| {
         if let Some(recording) = stack.last_mut() {

@@ -5,7 +5,7 @@ use std::fmt;
 use super::Tape;
 use crate::{Error, Result, dtype::DType, error::ensure, philox::Philox, tensor::Tensor};
 
-/// How [`gradcheck`] compares.
+/// Options of [`gradcheck`].
 ///
 /// ```
 /// use x_transformers::{Device, Gradcheck, Tensor, gradcheck};
@@ -20,48 +20,48 @@ pub struct Gradcheck {
     pub step: f64,
     /// Allowed error, relative to the largest gradient of the input (at least 1).
     pub tolerance: f64,
-    /// At most this many elements of an input are perturbed, one drawn from each of as many equal runs.
+    /// Maximum number of elements perturbed per input, one drawn from each of the same number of equal ranges.
     pub max_elements: usize,
 }
 
 impl Default for Gradcheck {
-    /// Step 1e-3 with four-point differences, tolerance 1e-7, at most 200 elements per input.
+    /// Returns step 1e-3, tolerance 1e-7 and at most 200 elements per input.
     fn default() -> Self {
         Self { step: 1e-3, tolerance: 1e-7, max_elements: 200 }
     }
 }
 
-/// What [`gradcheck`] found.
+/// Result of [`gradcheck`].
 #[derive(Clone, Debug)]
 #[non_exhaustive]
 #[must_use = "a gradient that is wrong is in the report, not an error"]
 pub struct GradcheckReport {
     /// One entry per float input.
     pub inputs: Vec<InputReport>,
-    /// The tolerance that was asked for.
+    /// The requested tolerance.
     pub tolerance: f64,
 }
 
-/// The worst element of one input.
+/// Worst element of one input.
 #[derive(Clone, Debug)]
 #[non_exhaustive]
 pub struct InputReport {
     /// Position among the inputs.
     pub input: usize,
-    /// Elements compared.
+    /// Number of elements compared.
     pub checked: usize,
     /// Largest error, relative to the largest gradient of the input (at least 1).
     pub error: f64,
     /// Row-major index of the worst element.
     pub worst: usize,
-    /// Its gradient by the backward rule.
+    /// Its gradient from the backward rule.
     pub analytic: f64,
-    /// Its gradient by differences.
+    /// Its gradient from finite differences.
     pub numeric: f64,
 }
 
 impl GradcheckReport {
-    /// Whether every input is within the tolerance.
+    /// Returns `true` if every input is within the tolerance.
     pub fn passed(&self) -> bool {
         // Not `error > tolerance`: a NaN must fail.
         self.inputs.iter().all(|input| input.error <= self.tolerance)
@@ -140,7 +140,7 @@ pub fn gradcheck(
         let count = values.len().min(options.max_elements.max(1));
         let mut entry = InputReport { input: position, checked: 0, error: 0.0, worst: 0, analytic: 0.0, numeric: 0.0 };
         for run in 0..count {
-            // Drawn, because even steps would visit the same few columns of every row.
+            // Drawn at random, because even steps would visit the same few columns of every row.
             let (start, end) = (run * values.len() / count, (run + 1) * values.len() / count);
             let element = start + random.below(run as u64, (end - start) as u64) as usize;
             let step = options.step * values[element].abs().max(1.0);

@@ -1,4 +1,4 @@
-//! The gradients of leaves, and how contributions add up.
+//! Gradients of leaves, and their accumulation.
 
 use std::{collections::BTreeMap, fmt};
 
@@ -9,7 +9,7 @@ use crate::{
     tensor::{GradSlot, LeafId, Tensor},
 };
 
-/// The gradients of the leaves that a backward pass reached.
+/// Gradients of the leaves that a backward pass reached.
 ///
 /// ```
 /// use x_transformers::{DType, Device, Init, ParamStore, Tape};
@@ -37,7 +37,7 @@ impl fmt::Debug for Gradients {
 }
 
 impl Gradients {
-    /// The gradient of a leaf: a tensor from [`Tensor::requires_grad`] or [`Param::tensor`].
+    /// Returns the gradient of a leaf: a tensor from [`Tensor::requires_grad`] or [`Param::tensor`].
     pub fn get(&self, leaf: &Tensor) -> Option<&Tensor> {
         match leaf.slot() {
             GradSlot::Leaf(id) => self.leaves.get(&id),
@@ -45,13 +45,13 @@ impl Gradients {
         }
     }
 
-    /// The gradient of a parameter.
+    /// Returns the gradient of a parameter.
     #[doc(alias = "grad")]
     pub fn param(&self, param: &Param) -> Option<&Tensor> {
         self.leaves.get(&param.leaf())
     }
 
-    /// Number of leaves with a gradient.
+    /// Returns the number of leaves with a gradient.
     pub fn len(&self) -> usize {
         self.leaves.len()
     }
@@ -61,7 +61,7 @@ impl Gradients {
         self.leaves.is_empty()
     }
 
-    /// The names of the parameters that received no gradient, in order.
+    /// Returns the names of the parameters that received no gradient, in order.
     pub fn unused(&self, params: &ParamMap) -> Vec<String> {
         let unused = params.iter().filter(|(_, param)| !self.leaves.contains_key(&param.leaf()));
         unused.map(|(name, _)| name.to_string()).collect()
@@ -83,12 +83,12 @@ impl Gradients {
         other.leaves.into_iter().try_for_each(&mut add)
     }
 
-    /// All gradients, in the order in which the leaves were made.
+    /// Returns all gradients, in the order in which the leaves were created.
     pub fn tensors(&self) -> impl Iterator<Item = &Tensor> {
         self.leaves.values()
     }
 
-    /// All gradients, to be replaced.
+    /// Returns all gradients, for replacing them.
     pub(crate) fn tensors_mut(&mut self) -> impl Iterator<Item = &mut Tensor> {
         self.leaves.values_mut()
     }
@@ -108,13 +108,13 @@ impl Gradients {
     }
 }
 
-/// Adds a contribution in place where the sum so far is ours alone; the first one is moved in.
+/// Adds a contribution, in place if the sum has no other owner; the first one is moved in.
 pub(super) fn accumulate(sum: &mut Option<Tensor>, contribution: InputGrad) -> Result<()> {
     match contribution {
         InputGrad::None => {}
         InputGrad::Whole(value) => {
             *sum = Some(match sum.take() {
-                // A rule may hand out what it saved, which need not be a constant.
+                // A rule may return a saved tensor, which need not be a constant.
                 None => value.into_constant(),
                 Some(sum) => sum.accumulate(&value)?,
             });

@@ -1,11 +1,11 @@
-//! The autograd tape: a list of what was computed, walked backwards once.
+//! The autograd tape: a list of recorded ops, walked backwards once.
 //!
-//! The list is in execution order, so that the backward pass is a loop that pops. What an op saved is a field of its
-//! node: popping frees it, and memory falls while the pass runs. Outside of a tape nothing is recorded.
+//! The list is in execution order, so the backward pass is a loop that pops. An op's saved values are fields of its
+//! node: popping frees them, and memory falls while the pass runs. Without a tape nothing is recorded.
 //!
-//! A tape belongs to its thread. A result that depends on a leaf and that a tape of another thread might have been meant
-//! to record is marked ([`GradSlot`]) and refused by that tape: a backward pass that succeeds has the gradients of the same
-//! program on one thread.
+//! A tape belongs to its thread. A result that depends on a leaf, and that a tape of another thread may have been meant
+//! to record, is marked ([`GradSlot`]) and rejected by that tape: a backward pass that succeeds returns the gradients
+//! of the same program on one thread.
 
 mod belonging;
 mod checkpoint;
@@ -42,14 +42,14 @@ pub use self::{
 };
 
 thread_local! {
-    /// The tapes of this thread, the innermost last; only `checkpoint` nests them.
+    /// Tapes of this thread, innermost last; only `checkpoint` nests them.
     static STACK: RefCell<Vec<Recording>> = const { RefCell::new(Vec::new()) };
 }
 
-/// The effect of dropout under a tape.
+/// Mode of a tape: whether dropout acts.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Mode {
-    /// Gradients, and dropout as the model says.
+    /// Gradients, with dropout.
     Train,
     /// Gradients without dropout.
     Grad,
@@ -62,7 +62,7 @@ struct Recording {
     mode: Mode,
     seed: u64,
     stream: u64,
-    /// Inside the forward pass of `checkpoint`: outputs are marked as tracked, but nothing is kept.
+    /// `true` inside the forward pass of `checkpoint`: outputs are marked as tracked, but nothing is kept.
     discard: bool,
     nest: Nest,
 }
@@ -98,12 +98,12 @@ impl fmt::Debug for Tape {
 }
 
 impl Tape {
-    /// Gradients with dropout; the seed fixes every mask.
+    /// Starts a tape with dropout; the seed determines every mask.
     pub fn train(seed: u64) -> Self {
         Self::start(Mode::Train, seed, 0, false, Nest::default())
     }
 
-    /// Gradients without dropout.
+    /// Starts a tape without dropout.
     pub fn grad() -> Self {
         Self::start(Mode::Grad, 0, 0, false, Nest::default())
     }
@@ -120,12 +120,12 @@ impl Tape {
         with_stack(|stack| self.find(stack).map(|at| stack.remove(at)))
     }
 
-    /// Where the recording is; tapes mostly end before those that began earlier.
+    /// Returns the index of the recording; tapes usually end before those that started earlier.
     fn find(&self, stack: &[Recording]) -> Option<usize> {
         stack.iter().rposition(|recording| recording.id == self.id)
     }
 
-    /// Number of recorded ops.
+    /// Returns the number of recorded ops.
     pub fn len(&self) -> usize {
         with_stack(|stack| self.find(stack).map_or(0, |at| stack[at].nodes.len()))
     }
@@ -135,10 +135,10 @@ impl Tape {
         self.len() == 0
     }
 
-    /// Gradients of a tensor with one element with respect to every leaf it depends on.
+    /// Computes the gradients of a tensor with one element with respect to every leaf it depends on.
     ///
     /// Errors: it has more elements ([`ErrorKind::NotScalar`]), depends on no leaf ([`ErrorKind::NotTracked`]), was
-    /// computed on another thread ([`ErrorKind::OtherThread`]), or this tape has run backward already
+    /// computed on another thread ([`ErrorKind::OtherThread`]), or this tape has already run backward
     /// ([`ErrorKind::BackwardTwice`]).
     pub fn backward(&mut self, output: &Tensor) -> Result<Gradients> {
         ensure!(output.numel() == 1, Error::new(ErrorKind::NotScalar { shape: output.shape().to_vec() }));
@@ -146,9 +146,9 @@ impl Tape {
         self.backward_with(output, &one)
     }
 
-    /// Gradients of `sum(output ⊙ cotangent)`. The cotangent is a constant, however it was computed.
+    /// Computes the gradients of `sum(output ⊙ cotangent)`. The cotangent is treated as a constant.
     ///
-    /// Errors: as [`Tape::backward`], or a cotangent of another shape, dtype or device.
+    /// Errors: those of [`Tape::backward`], or a cotangent of another shape, dtype or device.
     pub fn backward_with(&mut self, output: &Tensor, cotangent: &Tensor) -> Result<Gradients> {
         let kind = |x: &Tensor| format!("{:?} {} on {}", x.shape(), x.dtype(), x.device());
         ensure!(
@@ -157,7 +157,7 @@ impl Tape {
                 && output.device() == cotangent.device(),
             Error::shape("backward", format_args!("the cotangent is {}, the output {}", kind(cotangent), kind(output)))
         );
-        // Nothing is lost by checking first: a wrong output leaves the tape usable.
+        // Checked first, so that a wrong output leaves the tape usable.
         ensure!(with_stack(|stack| self.find(stack)).is_some(), Error::new(ErrorKind::BackwardTwice));
         match output.slot() {
             GradSlot::Node { tape, thread, .. } if tape != self.id && thread == ThreadMark::here() => {
@@ -172,8 +172,8 @@ impl Tape {
 
 impl Drop for Tape {
     fn drop(&mut self) {
-        // The nodes are dropped outside of the borrow: what they saved may be anything.
-        // A tape kept in a thread-local may outlive the list, which has then dropped its recording.
+        // The nodes are dropped outside of the borrow, since dropping saved values may run any code. A tape kept in a
+        // thread-local may outlive the list, which has then dropped its recording.
         let recording = STACK.try_with(|stack| {
             let mut stack = stack.borrow_mut();
             self.find(&stack).map(|at| stack.remove(at))

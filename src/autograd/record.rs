@@ -1,4 +1,4 @@
-//! How ops put themselves on the tape of their thread.
+//! Recording: ops put themselves on the tape of their thread.
 
 use super::{
     Mode, Recording,
@@ -17,8 +17,8 @@ use crate::{
 
 /// Puts an op on the tape and returns its output.
 ///
-/// This is the only way in which a float result that depends on a tracked input comes to be. `backward` is called,
-/// and so saves its activations, only if a tape is active and an input requires a gradient.
+/// Every float result that depends on a tracked input is created here. `backward` is called, and saves activations,
+/// only if a tape is active and an input requires a gradient.
 ///
 /// Errors: an input was recorded on another tape, or was computed from a leaf on another thread that had no tape.
 pub fn record<B: Backward + 'static>(
@@ -35,8 +35,8 @@ fn profiled_cost(op: &'static str, output: &Tensor, inputs: &[&Tensor]) -> Resul
     if profile::active() { profiled(op, output, inputs, with_stack(|stack| !stack.is_empty())) } else { Ok(Cost::NONE) }
 }
 
-/// As [`record`], for an output that an op has besides the one that it records next with this among its inputs; a
-/// profile counts both as one call.
+/// Like [`record`], but for an additional output of an op, which is among the inputs of the output that it records
+/// next; a profile counts both as one call.
 pub(crate) fn record_beside<B: Backward + 'static>(
     op: &'static str,
     output: Tensor,
@@ -49,7 +49,7 @@ pub(crate) fn record_beside<B: Backward + 'static>(
     record_with(Cost::NONE, op, output, inputs, backward)
 }
 
-/// Tells the profile of an op that is done. A view computes nothing: what it is a part of ends later.
+/// Reports a finished op to the profile. A view computes nothing: the op that it is a part of ends later.
 #[cold]
 fn profiled(op: &'static str, output: &Tensor, inputs: &[&Tensor], recorded: bool) -> Result<Cost> {
     if inputs.iter().any(|input| input.shares_storage(output)) {
@@ -69,14 +69,14 @@ fn record_with<B: Backward + 'static>(
     Ok(match place(op, output, inputs)? {
         Place::None(output) => output,
         Place::Tape { output, discard } => {
-            // Outside of the borrow: the closure may compute what it saves.
+            // Outside of the borrow: the closure may compute the values that it saves.
             let rule = (!discard).then(|| -> Box<dyn Backward> { Box::new(backward(&output)) });
             put(output, inputs, rule, cost)
         }
     })
 }
 
-/// Where an output belongs.
+/// Place of an output.
 #[allow(clippy::large_enum_variant)]
 enum Place {
     /// Not on a tape: the output as it is returned.
@@ -104,7 +104,7 @@ fn put(output: Tensor, inputs: &[&Tensor], rule: Option<Box<dyn Backward>>, cost
     push(output, rule.map(|rule| Node { inputs: Input::all(inputs), rule: Rule::Op(rule), cost }))
 }
 
-/// Marks what was computed without a tape by the thread that did so.
+/// Marks an output computed without a tape with the thread that computed it.
 fn marked(op: &'static str, mut output: Tensor, inputs: &[&Tensor]) -> Result<Tensor> {
     let slot = untaped(op, inputs)?;
     if output.dtype().is_float() {
@@ -113,8 +113,8 @@ fn marked(op: &'static str, mut output: Tensor, inputs: &[&Tensor]) -> Result<Te
     Ok(output)
 }
 
-/// As [`record`], for an op whose output costs little next to a matrix product: those do not keep it, but call `again`,
-/// which may hold what the op's own rule saves and must give the same bits.
+/// Like [`record`], but for an op whose output is cheap compared with a matrix product: products do not keep it but
+/// call `again`, which may hold the values that the op's own rule saves and must return the same bits.
 pub(crate) fn record_cheap<B: Backward + 'static>(
     op: &'static str,
     output: Tensor,
@@ -125,7 +125,8 @@ pub(crate) fn record_cheap<B: Backward + 'static>(
     with_recipe(op, output, inputs, backward, || Recompute::new(again))
 }
 
-/// As [`record_cheap`], for an op whose rule does not save its input: if that is computed again, so is the output.
+/// Like [`record_cheap`], but for an op whose rule does not save its input: if the input is recomputed, so is the
+/// output.
 pub(crate) fn record_cheap_after<B: Backward + 'static>(
     op: &'static str,
     output: Tensor,
@@ -151,12 +152,12 @@ fn with_recipe<B: Backward + 'static>(
         kept = true;
         backward(output)
     })?;
-    // Without a rule that holds the inputs, a recipe would prolong their lives.
+    // Without a rule that holds the inputs, a recipe would extend their lifetimes.
     output.set_recipe(kept.then(recipe));
     Ok(output)
 }
 
-/// Returns the output of an op without a gradient, of which [`discrete`] has approved.
+/// Returns the output of an op without a gradient that has passed [`discrete`].
 pub(crate) fn computed(op: &'static str, output: Tensor, inputs: &[&Tensor]) -> Result<Tensor> {
     let taped = with_stack(|stack| !stack.is_empty());
     if profile::active() {
@@ -178,7 +179,7 @@ pub(super) fn push(mut output: Tensor, node: Option<Node>) -> Tensor {
 
 /// Returns which of these inputs an op must be able to differentiate; all `false` outside of a tape.
 ///
-/// Errors: as [`record`].
+/// Errors: those of [`record`].
 pub(crate) fn needs<const N: usize>(op: &'static str, inputs: [&Tensor; N]) -> Result<[bool; N]> {
     with_stack(|stack| {
         let Some(recording) = stack.last() else { return untaped(op, &inputs).map(|_| [false; N]) };

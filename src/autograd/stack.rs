@@ -1,8 +1,8 @@
-//! The stack that the current thread has left, for recursion whose depth is the caller's.
+//! Remaining stack of the current thread, for recursion whose depth is up to the caller.
 
 use std::cell::Cell;
 
-/// Bytes that a thread may use from its first question on if the system does not tell the bounds of its stack.
+/// Number of bytes that a thread may use from its first query on if the system does not report the bounds of its stack.
 const ASSUMED: usize = 512 << 10;
 
 thread_local! {
@@ -21,21 +21,21 @@ pub(super) fn has(room: usize) -> bool {
     here.saturating_sub(low) >= room.min(size / 4)
 }
 
-/// An address in the present stack frame.
+/// Returns an address in the current stack frame.
 #[inline(never)]
 fn here() -> usize {
     let local = 0u8;
     std::hint::black_box(&raw const local).addr()
 }
 
-/// Reads the mapping that an address of the stack is in.
+/// Reads the mapping that contains an address of the stack.
 fn bounds(here: usize) -> Option<(usize, usize)> {
     let maps = std::fs::read_to_string("/proc/self/maps").ok()?;
     let limits = || std::fs::read_to_string("/proc/self/limits").ok();
     mapping(&maps, here, limits)
 }
 
-/// As [`bounds`], from the text of the files.
+/// Like [`bounds`], but from the text of the files.
 fn mapping(maps: &str, here: usize, limits: impl Fn() -> Option<String>) -> Option<(usize, usize)> {
     let mut before = 0;
     for line in maps.lines() {
@@ -44,7 +44,7 @@ fn mapping(maps: &str, here: usize, limits: impl Fn() -> Option<String>) -> Opti
         let (start, end) = (usize::from_str_radix(start, 16).ok()?, usize::from_str_radix(end, 16).ok()?);
         if (start..end).contains(&here) {
             let low = match rest.ends_with("[stack]") {
-                // The main thread's grows downwards until its limit, or what is mapped below.
+                // The main thread's stack grows downwards until its limit, or the mapping below.
                 true => end.saturating_sub(soft_limit(&limits()?).unwrap_or(1 << 30)).max(before).min(start),
                 false => start,
             };
@@ -55,7 +55,7 @@ fn mapping(maps: &str, here: usize, limits: impl Fn() -> Option<String>) -> Opti
     None
 }
 
-/// The limit of the main thread's stack in bytes; `None` if there is none.
+/// Returns the limit of the main thread's stack in bytes; `None` if there is none.
 fn soft_limit(limits: &str) -> Option<usize> {
     let line = limits.lines().find_map(|line| line.strip_prefix("Max stack size"))?;
     line.split_whitespace().next()?.parse().ok()

@@ -14,7 +14,7 @@ use crate::{
     tensor::{GradSlot, LeafId, Tensor},
 };
 
-/// An op on a tape.
+/// Op on a tape.
 pub(super) struct Node {
     pub inputs: Vec<Input>,
     pub rule: Rule,
@@ -22,14 +22,14 @@ pub(super) struct Node {
     pub cost: Cost,
 }
 
-/// How the gradient of a node's output becomes those of its inputs.
+/// Rule that turns the gradient of a node's output into the gradients of its inputs.
 pub(super) enum Rule {
     Op(Box<dyn Backward>),
-    /// By running the segment again, this time with a tape.
+    /// Runs the segment again, this time with a tape.
     Segment(Box<Segment>),
 }
 
-/// Where the gradient of an input goes, and what it must look like.
+/// Destination of an input's gradient, and its required shape, dtype and device.
 pub(super) struct Input {
     slot: GradSlot,
     shape: Shape,
@@ -56,7 +56,7 @@ impl Input {
         self.shape.numel() * self.dtype.size()
     }
 
-    /// Refuses a gradient of another shape, dtype or device where it comes from, instead of where it would do harm.
+    /// Rejects a gradient of another shape, dtype or device at its source instead of where it would do harm.
     fn check(&self, op: &'static str, contribution: &InputGrad) -> Result<()> {
         let (shape, value) = match contribution {
             _ if !self.needed() => return Ok(()),
@@ -93,26 +93,26 @@ impl Input {
     }
 }
 
-/// A list that is being walked.
+/// List that is being walked.
 struct Frame {
     nodes: Vec<Node>,
-    /// The gradient of each node's output so far.
+    /// Gradient of each node's output so far.
     grads: Vec<Option<Tensor>>,
-    /// Segment whose inside this list is.
+    /// Segment whose contents this list is.
     segment: Option<Outside>,
 }
 
-/// A segment as the list around it sees it.
+/// Segment as seen by the enclosing list.
 struct Outside {
     inputs: Vec<Input>,
-    /// What the inputs were inside, if they need a gradient.
+    /// Leaves that represented the inputs inside, for inputs that need a gradient.
     leaves: Vec<Option<LeafId>>,
     rule: Option<profile::Rule>,
 }
 
 /// Walks a recording backwards from one of its tensors.
 ///
-/// Segments are walked on a stack of this function's own: a nest of any depth costs no stack of the thread.
+/// Segments are kept on an explicit stack: a nest of any depth uses no stack of the thread.
 pub(super) fn walk(recording: Recording, output: GradSlot, cotangent: Tensor) -> Result<Gradients> {
     let mut leaves = Gradients::default();
     let mut frames = vec![Frame::new(recording, output, cotangent, None, &mut leaves)?];
@@ -163,7 +163,7 @@ impl Frame {
         Ok(Self { nodes, grads, segment })
     }
 
-    /// Calls a rule and hands out what it returns.
+    /// Calls a rule and distributes the gradients that it returns.
     fn apply(
         &mut self,
         mut backward: Box<dyn Backward>,
@@ -209,7 +209,7 @@ impl Frame {
         }
     }
 
-    /// Hands out the gradients that a segment has given to its inputs.
+    /// Distributes the gradients of a segment's inputs.
     fn close(&mut self, segment: Outside, leaves: &mut Gradients) -> Result<()> {
         let sizes: Vec<_> = segment.inputs.iter().map(|input| (input.bytes(), input.needed())).collect();
         for (input, leaf) in segment.inputs.into_iter().zip(segment.leaves) {

@@ -1,13 +1,13 @@
-//! The float types that tensors store, for code that is generic over them.
+//! Float types that tensors store, for generic code.
 
 use super::{Float, Readable, Real};
 
-/// A float type of tensors: `f32`, `f64`, [`bf16`](half::bf16) or [`f16`](half::f16).
+/// Float type of tensors: `f32`, `f64`, [`bf16`](half::bf16) or [`f16`](half::f16).
 pub trait FloatElement: Readable<Stored = Self> + PartialOrd {
-    /// The same number; every float type fits.
+    /// Converts to f64, which is exact for every float type.
     fn to_f64(self) -> f64;
 
-    /// The nearest number of this type, rounded once to nearest even; too large ones become infinite.
+    /// Rounds to this type, once, to nearest even; numbers that are too large become infinite.
     fn from_f64(x: f64) -> Self;
 }
 

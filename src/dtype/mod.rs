@@ -1,4 +1,4 @@
-//! Element types: how values are stored, and which float arithmetic serves them.
+//! Element types: their storage and their float arithmetic.
 
 use half::{bf16, f16};
 
@@ -11,7 +11,7 @@ pub(crate) use bytemuck::Pod;
 pub use float_element::FloatElement;
 pub(crate) use real::Real;
 
-/// The type of a tensor's elements.
+/// Type of a tensor's elements.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, serde::Serialize, serde::Deserialize)]
 #[serde(rename_all = "lowercase")]
 #[non_exhaustive]
@@ -31,7 +31,7 @@ pub enum DType {
 }
 
 impl DType {
-    /// Bytes of one element.
+    /// Returns the size of one element in bytes.
     pub fn size(self) -> usize {
         match self {
             Self::F64 | Self::I64 => 8,
@@ -41,12 +41,12 @@ impl DType {
         }
     }
 
-    /// Whether it is one of the four float types.
+    /// Returns `true` for the four float types.
     pub fn is_float(self) -> bool {
         !matches!(self, Self::I64 | Self::Bool)
     }
 
-    /// The error of an op that takes floats for a type that is not one of them.
+    /// Returns an error, for an op that takes floats, unless this is a float type.
     pub(crate) fn expect_float(self, op: &'static str) -> Result<()> {
         ensure!(
             self.is_float(),
@@ -55,8 +55,8 @@ impl DType {
         Ok(())
     }
 
-    /// The type for what must not be rounded to this one, such as sums, losses and the state of optimizers: f32 for
-    /// half precision. Other types are their own.
+    /// Returns the type for values that must not be rounded to this one, such as sums, losses and optimizer state: f32
+    /// for half precision, otherwise the type itself.
     pub fn accumulator(self) -> Self {
         match self {
             Self::BF16 | Self::F16 => Self::F32,
@@ -64,7 +64,8 @@ impl DType {
         }
     }
 
-    /// The most negative finite number: what masks write into scores. That of f64 for types that are not float.
+    /// Returns the most negative finite number, which masks write into scores; that of f64 for types that are not
+    /// float.
     pub fn lowest(self) -> f64 {
         match self {
             Self::F32 => f32::MIN as f64,
@@ -74,7 +75,7 @@ impl DType {
         }
     }
 
-    /// The name as in configs and on the command line: `f32`, `f64`, `bf16`, `f16`, `i64`, `bool`.
+    /// Returns the name used in configs and on the command line: `f32`, `f64`, `bf16`, `f16`, `i64`, `bool`.
     pub fn name(self) -> &'static str {
         match self {
             Self::F32 => "f32",
@@ -93,17 +94,17 @@ impl std::fmt::Display for DType {
     }
 }
 
-/// A host type that tensors can be made from. `u8` and `u32` are widened to [`DType::I64`].
+/// Host type from which tensors can be created. `u8` and `u32` are widened to [`DType::I64`].
 pub trait Element: Copy + Send + Sync + 'static {
-    /// The dtype of a tensor made from a slice of this type.
+    /// Dtype of a tensor created from a slice of this type.
     const DTYPE: DType;
-    /// How one element lies in the buffer.
+    /// Type of an element as it is stored in the buffer.
     type Stored: Pod + Send + Sync;
     /// Converts one element for storage.
     fn to_stored(self) -> Self::Stored;
 }
 
-/// A host type that tensors can be read back as, without any conversion.
+/// Host type as which tensors can be read back, without conversion.
 pub trait Readable: Element {
     /// Converts one stored element.
     fn from_stored(stored: Self::Stored) -> Self;
@@ -139,13 +140,13 @@ element! {
     u32 => I64, i64, |x: u32| x as i64;
 }
 
-/// A stored float and the type it is computed in: f32 for the half types, itself otherwise.
+/// Stored float and its compute type: f32 for the half types, itself otherwise.
 pub(crate) trait Float: Element<Stored = Self> + Readable + Pod + PartialOrd {
     type Acc: Real;
     fn to_acc(self) -> Self::Acc;
     fn from_acc(acc: Self::Acc) -> Self;
-    /// Rounds to nearest even, once. The half types have a method of this name that does not: write
-    /// `<T as Float>::from_f64` where `T` is not a type parameter.
+    /// Rounds to nearest even, once. The half types have an inherent method of this name that does not: write `<T as
+    /// Float>::from_f64` where `T` is not a type parameter.
     fn from_f64(x: f64) -> Self;
 }
 
@@ -169,8 +170,8 @@ macro_rules! float {
     )*};
 }
 
-/// To f32, with the last bit set if anything was cut off: rounding the result to fewer bits is then as good as rounding
-/// `x` itself, which two roundings to nearest are not.
+/// Converts to f32, with the last bit set if any bits were cut off: rounding the result to fewer bits is then
+/// equivalent to rounding `x` itself, unlike two roundings to nearest.
 #[inline(always)]
 fn round_to_odd(x: f64) -> f32 {
     let nearest = x as f32;
@@ -178,20 +179,20 @@ fn round_to_odd(x: f64) -> f32 {
     f32::from_bits((nearest.to_bits() - away as u32) | cut as u32)
 }
 
-// The conversions of the `half` crate branch, and ask for the processor's features per call; these are selects only, so
-// that loops over them vectorise.
+// The conversions of the `half` crate branch, and check the processor's features in each call; these use only selects,
+// so that loops over them vectorise.
 
 #[inline(always)]
 fn widen_bf16(x: bf16) -> f32 {
     f32::from_bits((x.to_bits() as u32) << 16)
 }
 
-/// To nearest even; NaN stays NaN.
+/// Rounds to nearest even; NaN stays NaN.
 #[inline(always)]
 fn round_to_bf16(x: f32) -> bf16 {
     let bits = x.to_bits();
     let rounded = bits.wrapping_add(0x7FFF + ((bits >> 16) & 1)) >> 16;
-    // The mantissa of a NaN must not round away or over: its quiet bit is set instead.
+    // The mantissa of a NaN must not round to 0 or overflow: its quiet bit is set instead.
     let is_nan = bits & 0x7FFF_FFFF > 0x7F80_0000;
     bf16::from_bits(if is_nan { (bits >> 16) | 0x40 } else { rounded } as u16)
 }
@@ -199,13 +200,13 @@ fn round_to_bf16(x: f32) -> bf16 {
 #[inline(always)]
 fn widen_f16(x: f16) -> f32 {
     let bits = x.to_bits() as u32;
-    // The exponent moves from bias 15 to 127 by a multiplication, which also normalises subnormal numbers.
+    // A multiplication changes the exponent's bias from 15 to 127 and also normalises subnormal numbers.
     let scaled = f32::from_bits((bits & 0x7FFF) << 13) * f32::from_bits(0x7780_0000);
     let special = if bits & 0x7C00 == 0x7C00 { 0x7F80_0000 } else { 0 };
     f32::from_bits(scaled.to_bits() | special | (bits & 0x8000) << 16)
 }
 
-/// To nearest even; too large numbers become infinite, NaN stays NaN.
+/// Rounds to nearest even; numbers that are too large become infinite, NaN stays NaN.
 #[inline(always)]
 fn round_to_f16(x: f32) -> f16 {
     let (sign, bits) = (x.to_bits() >> 16 & 0x8000, x.to_bits() & 0x7FFF_FFFF);
@@ -250,7 +251,7 @@ macro_rules! dispatch_float {
 }
 pub(crate) use dispatch_float;
 
-/// Runs an expression with `$R` bound to the type that floats of a dtype are computed in: f64 for f64, f32 otherwise.
+/// Runs an expression with `$R` bound to the compute type of a float dtype: f64 for f64, f32 otherwise.
 macro_rules! dispatch_real {
     ($dtype:expr, $R:ident, $body:expr) => {
         match $dtype {

@@ -7,7 +7,7 @@ use std::ops::{Add, AddAssign, Div, Mul, MulAssign, Neg, Sub};
 
 use super::Float;
 
-/// A type that floats are computed in.
+/// Compute type of floats.
 pub(crate) trait Real:
     Float<Acc = Self>
     + Add<Output = Self>
@@ -28,18 +28,18 @@ pub(crate) trait Real:
     fn from_f32(x: f32) -> Self;
     fn sqrt(self) -> Self;
     fn ln(self) -> Self;
-    /// `self · a + b`; rounded once if `FUSED`, where that is an instruction and not the call of a function.
+    /// Computes `self · a + b`; rounded once if `FUSED`, where that is an instruction and not a function call.
     fn fma<const FUSED: bool>(self, a: Self, b: Self) -> Self;
     fn fused_exp<const FUSED: bool>(self) -> Self;
-    /// `e^x` where no result is above 1, as in a softmax: cheaper than [`Real::fused_exp`], an `x` above 0 counts as 0,
-    /// and 0 takes the place of results below the normal range.
+    /// Computes `e^x` for results of at most 1, as in a softmax: cheaper than [`Real::fused_exp`]. An `x` above 0
+    /// counts as 0, and results below the normal range become 0.
     fn probability<const FUSED: bool>(self) -> Self;
     fn fused_tanh<const FUSED: bool>(self) -> Self;
-    /// The normal distribution: the probability to be below, and the density.
+    /// Computes the standard normal distribution: cumulative probability and density.
     fn normal<const FUSED: bool>(self) -> (Self, Self);
-    /// `x Φ(x)`, with `Φ` as [`Real::normal`] has it.
+    /// Computes `x Φ(x)`, with the `Φ` of [`Real::normal`].
     fn gelu<const FUSED: bool>(self) -> Self;
-    /// `−self · a / b²`, rounded where the result is and not where a factor leaves the range of the type.
+    /// Computes `−self · a / b²` without intermediate overflow or underflow.
     fn by_divisor(self, a: Self, b: Self) -> Self;
 
     #[inline(always)]
@@ -47,13 +47,13 @@ pub(crate) trait Real:
         self.fused_exp::<false>()
     }
 
-    /// The larger one; a NaN on the left wins, one on the right loses.
+    /// Returns the larger number; a NaN on the left is returned, one on the right ignored.
     #[inline(always)]
     fn max(self, other: Self) -> Self {
         if other > self { other } else { self }
     }
 
-    /// `1 / (1 + exp(-x))`.
+    /// Computes `1 / (1 + exp(-x))`.
     #[inline(always)]
     fn sigmoid<const FUSED: bool>(self) -> Self {
         Self::ONE / (Self::ONE + (-self).fused_exp::<FUSED>())
@@ -91,7 +91,7 @@ impl Real for f32 {
         if FUSED { f32::mul_add(self, a, b) } else { self * a + b }
     }
 
-    /// `2^n · e^r` with `|r| ≤ ln 2 / 2` and the Taylor series of `e^r`; within 2 ulp, exact at 0 and at ±∞.
+    /// Computes `2^n · e^r` with `|r| ≤ ln 2 / 2` and the Taylor series of `e^r`; within 2 ulp, exact at 0 and at ±∞.
     #[inline(always)]
     fn fused_exp<const FUSED: bool>(self) -> f32 {
         let x = if self > 89.0 { 89.0 } else { self };
@@ -124,10 +124,10 @@ impl Real for f32 {
         f32::copysign(y, self)
     }
 
-    /// The probability by [`upper_tail`], the density by `exp` within 2 ulp.
+    /// The probability from [`upper_tail`], the density from `exp` within 2 ulp.
     #[inline(always)]
     fn normal<const FUSED: bool>(self) -> (f32, f32) {
-        // Beyond 13 the density is 0 at once: it is below the normal range, and so are products with it.
+        // Beyond 13 the density is set to 0: it is below the normal range, and so are products with it.
         let exponent = -0.5 * self * self;
         let bounded = if exponent < LOWEST { LOWEST } else { exponent };
         let power = small_power::<FUSED>(bounded);
@@ -136,7 +136,7 @@ impl Real for f32 {
         (if self < 0.0 { tail } else { 1.0 - tail }, density)
     }
 
-    /// `max(x, 0) − |x| Φ(−|x|)`, where neither a sign is looked at nor a digit of a small result lost.
+    /// Computes `max(x, 0) − |x| Φ(−|x|)`, which needs no sign test and loses no digit of a small result.
     #[inline(always)]
     fn gelu<const FUSED: bool>(self) -> f32 {
         let (a, tail) = size_and_tail::<FUSED>(self);
@@ -144,7 +144,7 @@ impl Real for f32 {
         (-a).fma::<FUSED>(tail, positive)
     }
 
-    /// In f64, which has the exponents.
+    /// In f64, whose exponent range suffices.
     #[inline(always)]
     fn by_divisor(self, a: f32, b: f32) -> f32 {
         let (g, a, b) = (self as f64, a as f64, b as f64);
@@ -152,8 +152,9 @@ impl Real for f32 {
     }
 }
 
-/// `Φ(−a)` for `a` in 0 to 8, as `2^q(a)` with polynomials for `q` and the power: no division, which takes as long as
-/// ten products. Absolute error below 1.7e-7 (3 ulp of the largest result), relative below 6e-5 up to 6; exact at 0.
+/// Computes `Φ(−a)` for `a` in 0 to 8, as `2^q(a)` with polynomials for `q` and the power: no division, which takes as
+/// long as ten products. Absolute error below 1.7e-7 (3 ulp of the largest result), relative below 6e-5 up to 6; exact
+/// at 0.
 #[inline(always)]
 fn upper_tail<const FUSED: bool>(a: f32) -> f32 {
     const Q: [f32; 10] = [
@@ -174,8 +175,8 @@ fn upper_tail<const FUSED: bool>(a: f32) -> f32 {
     times_power_of_two(horner::<FUSED, 6>(q - (shifted - ROUND), POWER), shifted.to_bits() as i32)
 }
 
-/// `|x|` and `Φ(−|x|)`. Beyond −8 the probability is 0, of which no `x` makes a number; beyond 8 both are those of 8,
-/// since `x − 8 Φ(−8)` is `x`, also of ∞.
+/// Computes `|x|` and `Φ(−|x|)`. Below −8 the probability is 0, so the product is 0 for every `x`; above 8 both values
+/// are those of 8, since `x − 8 Φ(−8)` is `x`, also for ∞.
 #[inline(always)]
 fn size_and_tail<const FUSED: bool>(x: f32) -> (f32, f32) {
     let a = f32::abs(x);
@@ -187,7 +188,7 @@ fn size_and_tail<const FUSED: bool>(x: f32) -> (f32, f32) {
 /// Adding 1.5 · 2²³ leaves the nearest integer in the low bits of the mantissa.
 const ROUND: f32 = 12_582_912.0;
 
-/// `e^x = p · 2^n` for an `x` in the range of the normal numbers.
+/// Computes `e^x = p · 2^n` for an `x` in the range of the normal numbers.
 #[inline(always)]
 fn exp_parts<const FUSED: bool>(x: f32) -> (f32, i32) {
     // ln 2 in two parts: the first has few bits, so that n · LN2_HIGH is exact.
@@ -201,24 +202,24 @@ fn exp_parts<const FUSED: bool>(x: f32) -> (f32, i32) {
     (p, (shifted.to_bits() as i32).wrapping_sub(ROUND.to_bits() as i32))
 }
 
-/// Where `e^x` is still in the normal range.
+/// Lowest `x` for which `e^x` is in the normal range.
 const LOWEST: f32 = -87.0;
 
-/// `e^x` for an `x` from [`LOWEST`] to 88.
+/// Computes `e^x` for an `x` from [`LOWEST`] to 88.
 #[inline(always)]
 fn small_power<const FUSED: bool>(x: f32) -> f32 {
     let (p, n) = exp_parts::<FUSED>(x);
     times_power_of_two(p, n)
 }
 
-/// `p · 2^n` for an `n` from −126 to 127, of which the lowest nine bits are looked at.
+/// Computes `p · 2^n` for an `n` from −126 to 127; only its lowest nine bits are used.
 #[inline(always)]
 fn times_power_of_two(p: f32, n: i32) -> f32 {
-    // A product, and no addition to the exponent, which could make a number of a NaN.
+    // A product instead of an addition to the exponent, which could turn a NaN into a number.
     p * f32::from_bits((n.wrapping_add(127) << 23) as u32)
 }
 
-/// A polynomial, the highest power first.
+/// Evaluates a polynomial, highest power first.
 #[inline(always)]
 fn horner<const FUSED: bool, const N: usize>(x: f32, terms: [f32; N]) -> f32 {
     terms[1..].iter().fold(terms[0], |sum, &term| sum.fma::<FUSED>(x, term))
@@ -269,7 +270,7 @@ impl Real for f64 {
     fn gelu<const FUSED: bool>(self) -> f64 {
         self * self.normal::<FUSED>().0
     }
-    /// By numbers between 1/2 and 1, whose exponents are added up beside.
+    /// Uses numbers between 1/2 and 1, whose exponents are added separately.
     fn by_divisor(self, a: f64, b: f64) -> f64 {
         let numbers = [self, a, b];
         if numbers.iter().any(|x| !x.is_finite() || *x == 0.0) {
@@ -284,7 +285,7 @@ impl Real for f64 {
 mod tests {
     use super::Real;
 
-    /// Largest error of an f32 function against its f64 twin over a range.
+    /// Returns the largest error of an f32 function against its f64 counterpart over a range.
     fn worst(range: std::ops::Range<f32>, relative: bool, f: fn(f32) -> f32, reference: fn(f64) -> f64) -> f64 {
         (0..=400_000)
             .map(|i| {
@@ -295,7 +296,7 @@ mod tests {
             .fold(0.0, f64::max)
     }
 
-    /// With and without fused instructions.
+    /// Returns the largest error, with and without fused instructions.
     fn both(range: std::ops::Range<f32>, relative: bool, f: [fn(f32) -> f32; 2], reference: fn(f64) -> f64) -> f64 {
         f.map(|f| worst(range.clone(), relative, f, reference)).into_iter().fold(0.0, f64::max)
     }
@@ -315,7 +316,7 @@ mod tests {
         let density = [|x: f32| x.normal::<false>().1, |x: f32| x.normal::<true>().1];
         assert!(both(-9.0..9.0, false, below, |x: f64| x.normal::<false>().0) < 1.7e-7);
         assert!(both(-9.0..9.0, false, density, |x: f64| x.normal::<false>().1) < 1.2e-7);
-        // What GELU multiplies by x keeps its digits where it is small.
+        // The factor of x in GELU keeps its digits where it is small.
         let tail = |x: f64| 0.5 * libm::erfc(-x * std::f64::consts::FRAC_1_SQRT_2);
         assert!(both(-6.0..0.0, true, below, tail) < 6e-5);
         let gelu = [Real::gelu::<false>, Real::gelu::<true>];

@@ -1,4 +1,4 @@
-//! The loops over blocks on one thread: operands are packed block by block, so that they stay in the caches.
+//! Loops over blocks on one thread: operands are packed block by block, so that they stay in the caches.
 
 use std::mem::take;
 
@@ -12,17 +12,17 @@ use crate::{
     dtype::Float,
 };
 
-/// Rows and columns of the blocks that a thread packs for itself: both stay in the second-level cache.
+/// Number of rows and columns of the blocks that a thread packs for itself: both stay in the L2 cache.
 const MC: usize = 168;
 const NC: usize = 256;
 
-/// Columns that are packed at a time for few rows: they stay in the first-level cache.
+/// Number of columns packed at a time for few rows: they stay in the L1 cache.
 pub(super) const NC_OF_FEW: usize = 64;
 
-/// Operands with at most this many rows (or columns) are cut only along the other side.
+/// Operands with at most this many rows (or columns) are divided only along the other side.
 pub(super) const FEW: usize = 64;
 
-/// Memory of a thread for packed operands and sums.
+/// Scratch memory of a thread for packed operands and sums.
 #[derive(Default)]
 pub(super) struct Scratch {
     a: Vec<u64>,
@@ -31,7 +31,7 @@ pub(super) struct Scratch {
 }
 
 impl Scratch {
-    /// Lends the memory of this thread, of unspecified content.
+    /// Calls `f` with the scratch memory of this thread, of unspecified content.
     pub fn with<R>(f: impl FnOnce(&mut Self) -> R) -> R {
         lend(User::Products, |areas| {
             let [a, b, sums] = take(areas);
@@ -43,7 +43,7 @@ impl Scratch {
     }
 }
 
-/// `C = beta + A·B` on the calling thread, for `k > 0`. Never inlined: the drivers would have a copy each.
+/// Computes `C = beta + A·B` on the calling thread, for `k > 0`. Never inlined: each driver would have a copy.
 #[inline(never)]
 pub(super) fn multiply<T: Float>(
     kernel: &dyn Packing<T>,
@@ -77,7 +77,7 @@ pub(super) fn multiply<T: Float>(
     }
 }
 
-/// `C = beta + A·B` for one block by multiply-adds: for values that other instructions get wrong.
+/// Computes `C = beta + A·B` for one block by multiply-adds, for values that other instructions compute incorrectly.
 #[cold]
 pub(super) fn out_of_range<T: Float>(kc: usize, a: Matrix<T>, b: Matrix<T>, beta: Beta<T::Acc>, c: Window<T::Acc>) {
     let mut scratch = Scratch::default();
@@ -90,7 +90,7 @@ pub(super) fn out_of_range<T: Float>(kc: usize, a: Matrix<T>, b: Matrix<T>, beta
     }
 }
 
-/// `m` rows of A for a kernel; `None` if they are out of its range.
+/// Returns `m` rows of A for a kernel; `None` if they are out of its range.
 fn operand_a<'a, T: Float>(
     kernel: &dyn Packing<T>,
     a: Matrix<'a, T>,
@@ -106,7 +106,7 @@ fn operand_a<'a, T: Float>(
     kernel.pack_a(a, m, kc, packed).then_some(Operand::Packed(packed))
 }
 
-/// `n` columns of B for a kernel; `None` if they are out of its range.
+/// Returns `n` columns of B for a kernel; `None` if they are out of its range.
 fn operand_b<'a, T: Float>(
     kernel: &dyn Packing<T>,
     b: Matrix<'a, T>,
@@ -122,7 +122,7 @@ fn operand_b<'a, T: Float>(
     kernel.pack_b(b, n, kc, packed).then_some(Operand::Packed(packed))
 }
 
-/// Memory for panels of `width` rows or columns.
+/// Returns memory for panels of `width` rows or columns.
 fn packed<'a, T: Float>(
     kernel: &dyn Packing<T>,
     count: usize,

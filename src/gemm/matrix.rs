@@ -1,4 +1,4 @@
-//! Matrices inside of slices: operands, windows of C, and what a product is added to.
+//! Matrices inside of slices: operands, windows of C, and the term that a product is added to.
 
 use std::marker::PhantomData;
 
@@ -11,7 +11,7 @@ use crate::{
 /// the result, see [the module](super).
 pub(super) const KC: usize = 256;
 
-/// An operand inside of a slice: element (i, j) is `data[i * row + j * col]`.
+/// Operand inside of a slice: element (i, j) is `data[i * row + j * col]`.
 #[derive(Clone, Copy)]
 pub(crate) struct Matrix<'a, T> {
     pub data: &'a [T],
@@ -20,22 +20,22 @@ pub(crate) struct Matrix<'a, T> {
 }
 
 impl<T: Copy> Matrix<'_, T> {
-    /// The matrix that starts `offset` elements later; an empty one may start after the end.
+    /// Returns the matrix that starts `offset` elements later; an empty one may start past the end.
     pub(super) fn at(self, offset: usize) -> Self {
         Self { data: &self.data[offset.min(self.data.len())..], ..self }
     }
 
-    /// The matrix from row `i` and column `j` on.
+    /// Returns the matrix from row `i` and column `j` on.
     pub(super) fn from(self, i: usize, j: usize) -> Self {
         self.at(i * self.row + j * self.col)
     }
 
-    /// Rows and columns exchanged.
+    /// Returns the transposed matrix.
     pub(crate) fn transposed(self) -> Self {
         Self { data: self.data, row: self.col, col: self.row }
     }
 
-    /// If `true`, `rows` × `columns` elements lie inside of the slice.
+    /// Returns `true` if `rows` × `columns` elements are inside of the slice.
     pub(super) fn holds(&self, rows: usize, columns: usize) -> bool {
         rows == 0 || columns == 0 || (rows - 1) * self.row + (columns - 1) * self.col < self.data.len()
     }
@@ -48,12 +48,12 @@ pub(crate) struct Tile {
     pub nr: usize,
 }
 
-/// Values as the type of their sums, if they have it.
+/// Returns values as their accumulation type, if that is their type.
 pub(super) fn as_sums<T: Float>(data: &[T]) -> Option<&[T::Acc]> {
     (T::DTYPE == T::Acc::DTYPE).then(|| bytemuck::cast_slice(data))
 }
 
-/// A window of a row-major matrix, the only access to these elements while it lives.
+/// Window of a row-major matrix, with exclusive access to its elements.
 pub(crate) struct Window<'a, R> {
     pointer: *mut R,
     row: usize,
@@ -68,7 +68,7 @@ unsafe impl<R: Send> Send for Window<'_, R> {}
 unsafe impl<R: Send> Sync for Window<'_, R> {}
 
 impl<'a, R> Window<'a, R> {
-    /// Element (i, j) is `values[i * row + j]`.
+    /// Creates a window whose element (i, j) is `values[i * row + j]`.
     pub fn new(values: &'a mut [R], rows: usize, columns: usize, row: usize) -> Self {
         assert!(
             rows == 0 || columns == 0 || ((rows == 1 || row >= columns) && (rows - 1) * row + columns <= values.len()),
@@ -86,7 +86,7 @@ impl<'a, R> Window<'a, R> {
         self.columns
     }
 
-    /// A smaller window from row `i` and column `j`.
+    /// Returns a smaller window from row `i` and column `j` on.
     pub fn part(&mut self, i: usize, j: usize, rows: usize, columns: usize) -> Window<'_, R> {
         // SAFETY: `&mut self` rules out every other use while the part lives.
         unsafe { self.shared_part(i, j, rows, columns) }
@@ -104,12 +104,12 @@ impl<'a, R> Window<'a, R> {
         Window { pointer, row: self.row, rows, columns, lifetime: PhantomData }
     }
 
-    /// Its first element, and the step from one row to the next.
+    /// Returns its first element and the stride of its rows.
     pub fn as_mut_ptr(&mut self) -> (*mut R, usize) {
         (self.pointer, self.row)
     }
 
-    /// The elements of row `i`.
+    /// Returns the elements of row `i`.
     pub fn row_mut(&mut self, i: usize) -> &mut [R] {
         assert!(i < self.rows, "row {i} lies outside of a window of {} rows", self.rows);
         // SAFETY: `new` has checked that the rows lie inside of the borrowed slice.
@@ -118,7 +118,7 @@ impl<'a, R> Window<'a, R> {
 }
 
 impl<T: Float> Window<'_, T> {
-    /// The same window as one of sums, if sums of `T` have its type.
+    /// Returns the same window as one of sums, if `T` is its own accumulation type.
     pub fn as_sums(&mut self) -> Option<Window<'_, T::Acc>> {
         let Window { row, rows, columns, .. } = *self;
         let pointer = self.pointer.cast();
@@ -141,7 +141,7 @@ vectorized! {
     }
 }
 
-/// The term that a product is added to: BLAS's `beta · C` for `beta` 0 and 1, or a bias.
+/// Term that a product is added to: BLAS's `beta · C` for `beta` 0 and 1, or a bias.
 #[derive(Clone, Copy)]
 pub(crate) enum Beta<'a, R> {
     /// C is overwritten by the product.
@@ -153,7 +153,7 @@ pub(crate) enum Beta<'a, R> {
 }
 
 impl<'a, R: Real> Beta<'a, R> {
-    /// The term for the block from depth `p` and column `j` on: later blocks of a column add to the first.
+    /// Returns the term for the block from depth `p` and column `j` on: later blocks of a column add to the first.
     pub fn of_block(self, p: usize, j: usize) -> Self {
         match self {
             _ if p > 0 => Self::One,
@@ -162,7 +162,7 @@ impl<'a, R: Real> Beta<'a, R> {
         }
     }
 
-    /// The product of depth 0.
+    /// Writes the product of depth 0.
     pub fn fill(self, c: &mut Window<R>) {
         let columns = c.columns;
         for i in 0..c.rows {

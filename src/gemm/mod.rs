@@ -2,7 +2,7 @@
 //! Geijn, "Anatomy of High-Performance Matrix Multiplication", 2008), in the terms of BLIS: C is `m × n` with products of
 //! depth `k`, blocks are `mc × nc` of depth `kc`, tiles in registers `mr × nr`.
 //!
-//! Read from the driver down; each file imports only from those below it:
+//! Read from the driver down; each file imports only from files below it:
 //!
 //! | file | role |
 //! |---|---|
@@ -47,22 +47,22 @@ use matrix::{Beta, Window, as_sums};
 use pack::Packing;
 pub(crate) use select::Multiply;
 
-/// Products below which a task does not pay for its hand-over.
+/// Minimum number of products per task, below which scheduling costs more than it gains.
 const GRAIN: usize = 1 << 19;
 
-/// The same for few rows, where reading B is all the cost.
+/// The same minimum for few rows, where reading B is all the cost.
 const GRAIN_OF_FEW: usize = 1 << 16;
 
-/// Products of a single matrix from which it pays to pack the operands for all threads together.
+/// Minimum number of products of a single matrix for which packing the operands once for all threads pays off.
 const LARGE: usize = 1 << 24;
 
-/// A batch of products of the same size. `offsets(item)` are the positions of A and B of an item in their data.
+/// Batch of products of the same size. `offsets(item)` are the positions of A and B of an item in their data.
 pub(crate) struct Product<'a, T> {
     pub batch: usize,
     pub m: usize,
     pub n: usize,
     pub k: usize,
-    /// Rows by which the kernel is chosen: `m`, or more if rows of several items meet the same matrix.
+    /// Number of rows by which the kernel is chosen: `m`, or more if rows of several items share the same matrix.
     pub rows: usize,
     pub a: Matrix<'a, T>,
     pub b: Matrix<'a, T>,
@@ -72,16 +72,16 @@ pub(crate) struct Product<'a, T> {
 }
 
 impl<'a, T: Float> Product<'a, T> {
-    /// The operands of one item.
+    /// Returns the operands of one item.
     fn item(&self, item: usize) -> (Matrix<'a, T>, Matrix<'a, T>) {
         let (a, b) = (self.offsets)(item);
         (self.a.at(a), self.b.at(b))
     }
 }
 
-/// `C[i * ldc + j] (+)= Σ_p A[i, p] B[p, j]` on the calling thread; C are accumulators (f32 for half types).
+/// Computes `C[i * ldc + j] (+)= Σ_p A[i, p] B[p, j]` on the calling thread; C are accumulators (f32 for half types).
 ///
-/// Without `accumulate` C is overwritten. The buffers for packing belong to the thread and are reused.
+/// Without `accumulate` C is overwritten. The packing buffers belong to the thread and are reused.
 #[allow(clippy::too_many_arguments)]
 pub(crate) fn gemm_block<T: Multiply>(
     m: usize,
@@ -101,14 +101,14 @@ pub(crate) fn gemm_block<T: Multiply>(
     Scratch::with(|scratch| blocked::multiply(select::kernel::<T>(m), k, a, b, beta, c, scratch));
 }
 
-/// `out[item] = A[item]·B[item] (+ bias)`, out packed `[batch, m, n]`, on all threads of the pool.
+/// Computes `out[item] = A[item]·B[item] (+ bias)`, out packed `[batch, m, n]`, on all threads of the pool.
 ///
-/// The cut of the work depends only on the sizes. Errors: out of memory for packed operands.
+/// The division of the work depends only on the sizes. Errors: out of memory for packed operands.
 pub(crate) fn gemm<T: Multiply>(product: &Product<T>, out: &mut [T]) -> Result<()> {
     gemm_by(select::kernel::<T>(product.rows), product, out)
 }
 
-/// [`gemm`] by a given kernel.
+/// Computes [`gemm`] with a given kernel.
 fn gemm_by<T: Float>(kernel: &dyn Packing<T>, product: &Product<T>, out: &mut [T]) -> Result<()> {
     let &Product { batch, m, n, k, .. } = product;
     if batch == 0 || m == 0 || n == 0 {
@@ -138,7 +138,7 @@ fn gemm_by<T: Float>(kernel: &dyn Packing<T>, product: &Product<T>, out: &mut [T
             parallel::multiply(kernel, k, a, b, beta, Window::new(out, m, n, n))
         });
     }
-    // Pieces that one thread computes alone: whole items, rows of them, or columns where there are few rows.
+    // Pieces for one thread each: whole items, rows of them, or columns where there are few rows.
     let few = m <= streamed::ROWS || select::few_rows(kernel, m, k, product.b).is_some();
     let grain = if few { GRAIN_OF_FEW * m } else { GRAIN };
     let (height, width) = if cost <= 2 * grain {
@@ -169,7 +169,7 @@ fn gemm_by<T: Float>(kernel: &dyn Packing<T>, product: &Product<T>, out: &mut [T
     Ok(())
 }
 
-/// `out = beta + A·B` on the calling thread, rounded to the type of the output.
+/// Computes `out = beta + A·B` on the calling thread, rounded to the type of the output.
 fn one_piece<T: Float>(
     kernel: &dyn Packing<T>,
     k: usize,
@@ -190,9 +190,9 @@ fn one_piece<T: Float>(
     scratch.sums = buffer;
 }
 
-/// `sums (+)= A·B` for a batch of one and without a bias, in the type of the sums, on all threads of the pool.
+/// Computes `sums (+)= A·B` for a batch of one and without a bias, in the type of the sums, on all threads of the pool.
 ///
-/// The cut of the work depends only on the sizes. Errors: out of memory for packed operands.
+/// The division of the work depends only on the sizes. Errors: out of memory for packed operands.
 pub(crate) fn gemm_sums<T: Multiply>(product: &Product<T>, accumulate: bool, sums: &mut [T::Acc]) -> Result<()> {
     let &Product { m, n, k, .. } = product;
     if m == 0 || n == 0 {

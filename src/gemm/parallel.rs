@@ -17,22 +17,22 @@ use crate::{
     dtype::Float,
 };
 
-/// Rows and columns of C that are computed before the next: their operands and sums stay in the last-level cache.
+/// Number of rows and columns of C computed at a time: their operands and sums stay in the last-level cache.
 const CHUNK: usize = 2048;
 
-/// Bytes of one operand that are packed at a time, if a block of depth [`KC`] has not more.
+/// Number of bytes of one operand packed at a time, unless a block of depth [`KC`] has more.
 const PACKED: usize = 4 << 20;
 
-/// Columns of C in a task; with its rows it fixes how the work is cut.
+/// Number of columns of C per task; with its rows it determines the division of the work.
 const TASK_COLUMNS: usize = 256;
 
-/// Rows of C in a task, about: those of A times [`KC`] stay in the second-level cache.
+/// Approximate number of rows of C per task: those of A times [`KC`] stay in the L2 cache.
 const TASK_ROWS: usize = 112;
 
-/// Columns up to which A is read in place if its layout allows it.
+/// Maximum number of columns for which A is read in place if its layout allows it.
 const DIRECT: usize = 1024;
 
-/// `out = beta + A·B`, rounded to the type of the output.
+/// Computes `out = beta + A·B`, rounded to the type of the output.
 ///
 /// Errors: out of memory for the packed operands, or for the sums of half types.
 pub(super) fn multiply<T: Float>(
@@ -72,7 +72,7 @@ pub(super) fn multiply<T: Float>(
     Ok(())
 }
 
-/// `sums = beta + A·B`
+/// Computes `sums = beta + A·B`
 ///
 /// Errors: out of memory for the packed operands.
 pub(super) fn multiply_sums<T: Float>(
@@ -94,11 +94,11 @@ pub(super) fn multiply_sums<T: Float>(
     Ok(())
 }
 
-/// A task: gets row, column, rows and columns of its part of C, and a function that adds the products of the part to
+/// Task: receives row, column, rows and columns of its part of C, and a function that adds the products of the part to
 /// sums.
 type Task<'a, R> = dyn Fn(usize, usize, usize, usize, &dyn Fn(Window<R>)) + Sync + 'a;
 
-/// A part of C whose operands are packed together, some blocks of depth at a time.
+/// Part of C whose operands are packed together, some blocks of depth at a time.
 struct Chunk<'a, T: Float> {
     kernel: &'a dyn Packing<T>,
     k: usize,
@@ -107,9 +107,9 @@ struct Chunk<'a, T: Float> {
     beta: Beta<'a, T::Acc>,
     rows: usize,
     columns: usize,
-    /// Rows of C in a task.
+    /// Number of rows of C per task.
     height: usize,
-    /// Blocks of depth [`KC`] that are packed at a time.
+    /// Number of blocks of depth [`KC`] packed at a time.
     blocks_at_a_time: usize,
 }
 
@@ -128,7 +128,7 @@ impl<'a, T: Float> Chunk<'a, T> {
         Self { kernel, k, a, b, beta, rows, columns, height, blocks_at_a_time }
     }
 
-    /// `c = beta + A·B`
+    /// Computes `c = beta + A·B`.
     fn write_sums(&self, c: &Window<T::Acc>) -> Result<()> {
         self.run(&|i, j, rows, columns, add| {
             // SAFETY: every task has another part of C.
@@ -136,7 +136,8 @@ impl<'a, T: Float> Chunk<'a, T> {
         })
     }
 
-    /// `out = beta + A·B` rounded, if the whole depth is packed at a time: the sums of a task never leave the cache.
+    /// Computes `out = beta + A·B` rounded, if the whole depth is packed at a time: the sums of a task never leave the
+    /// cache.
     fn write_rounded(&self, out: &Window<T>) -> Result<()> {
         self.run(&|i, j, rows, columns, add| {
             Scratch::with(|scratch| {
@@ -148,12 +149,12 @@ impl<'a, T: Float> Chunk<'a, T> {
         })
     }
 
-    /// Cuts the work into tasks.
+    /// Divides the work into tasks.
     fn run(&self, task: &Task<T::Acc>) -> Result<()> {
         let &Self { kernel, k, a, b, rows: m, columns: n, height, .. } = self;
         let (down, across) = (m.div_ceil(height), n.div_ceil(TASK_COLUMNS));
         let blocks = k.div_ceil(KC).min(self.blocks_at_a_time);
-        // Rows of A whose depth lies next to each other are read in place if packing them would serve few columns.
+        // Contiguous rows of A are read in place if packing them would serve few columns.
         let in_place = n <= DIRECT && a.col == 1 && kernel.reads_a(a, KC.min(k), n) && {
             let last = k % KC;
             last == 0 || kernel.reads_a(a, last, n)
@@ -165,7 +166,7 @@ impl<'a, T: Float> Chunk<'a, T> {
         for first in (0..k).step_by(self.blocks_at_a_time * KC) {
             let depth = |block: usize| KC.min(k.saturating_sub(first + block * KC));
             let in_range = AtomicBool::new(true);
-            // The panels of one task and one block of depth lie together, in an area of fixed size.
+            // The panels of one task and one block of depth are stored together, in an area of fixed size.
             let pack_a = |area: usize, to: &mut [u8]| {
                 let (block, i) = (area / down, area % down * height);
                 if !kernel.pack_a(a.from(i, first + block * KC), height.min(m - i), depth(block), to) {
@@ -182,7 +183,7 @@ impl<'a, T: Float> Chunk<'a, T> {
             for_areas(packed_b.bytes_mut(), area_b, &pack_b);
             let (packed_a, packed_b, in_range) = (packed_a.bytes(), packed_b.bytes(), in_range.into_inner());
             for_tasks(down * across, |index| {
-                // Neighbouring tasks have the same columns: what one thread does next finds its part of B in the cache.
+                // Neighbouring tasks have the same columns: a thread's next task finds its part of B in the cache.
                 let (i, j) = (index % down, index / down);
                 let (rows, columns) = (height.min(m - i * height), TASK_COLUMNS.min(n - j * TASK_COLUMNS));
                 task(i * height, j * TASK_COLUMNS, rows, columns, &|mut c| {

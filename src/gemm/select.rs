@@ -1,4 +1,4 @@
-//! Chooses the kernel of a product from its shape and the processor. Nothing else does.
+//! Kernel selection: the only place that chooses the kernel of a product, from its shape and the processor.
 
 use half::{bf16, f16};
 
@@ -21,22 +21,22 @@ use crate::{
     dtype::Float,
 };
 
-/// A kernel that is faster than multiply-adds.
+/// Kernel that is faster than multiply-adds.
 pub(crate) struct Candidate<T: Float> {
-    /// The lowest level that has its instructions.
+    /// Lowest level that has its instructions.
     level: Level,
-    /// Rows of C from which it is used. The order of additions of tiles is their own, and few rows have the same bits
-    /// whatever their number.
+    /// Minimum number of rows of C for which it is used. AMX tiles add in their own order, and products of few rows
+    /// must have the same bits for any number of rows.
     rows: usize,
     kernel: &'static dyn Packing<T>,
 }
 
-/// A type that matrices are multiplied in.
+/// Element type of matrix products.
 pub(crate) trait Multiply: Float {
-    /// Kernels besides multiply-adds, the fastest first.
+    /// Returns the kernels besides multiply-adds, fastest first.
     fn candidates() -> &'static [Candidate<Self>];
 
-    /// If `true`, the processor has faster instructions than multiply-adds for this type.
+    /// Returns `true` if the processor has faster instructions than multiply-adds for this type.
     fn is_fast() -> bool {
         kernel::<Self>(usize::MAX).arithmetic() != Arithmetic::Fma
     }
@@ -62,17 +62,17 @@ multiply! {
     bf16: [Amx from streamed::ROWS + 1 => Tiles, Avx512Bf16 from 0 => Bf16Dot];
 }
 
-/// The packed kernel for products in which one matrix B meets this number of rows.
+/// Returns the packed kernel for products of one matrix B with this number of rows.
 pub(super) fn kernel<T: Multiply>(rows: usize) -> &'static dyn Packing<T> {
     let usable = |candidate: &&Candidate<T>| simd::level() >= candidate.level && rows >= candidate.rows;
     T::candidates().iter().find(usable).map_or(&Fma, |candidate| candidate.kernel)
 }
 
-/// The way to multiply `m` rows by columns of depth `k` with the bits of a kernel, but without packing B; `None` if
-/// packing is as fast.
+/// Returns the method of multiplying `m` rows by columns of depth `k` with the bits of a kernel but without packing B;
+/// `None` if packing is as fast.
 pub(super) fn few_rows<T: Float>(kernel: &dyn Packing<T>, m: usize, k: usize, b: Matrix<T>) -> Option<FewRows> {
     if m == 0 || k == 0 || !cfg!(target_arch = "x86_64") || T::DTYPE == DType::F64 {
-        // f64 serves references and gradient checks.
+        // f64 is only used for references and gradient checks.
         return None;
     }
     let level = simd::level();

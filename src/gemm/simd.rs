@@ -5,7 +5,7 @@ use std::arch::x86_64::*;
 
 use crate::dtype::{Float, Real};
 
-/// A vector register of floats.
+/// Vector register of floats.
 ///
 /// # Safety
 ///
@@ -15,12 +15,12 @@ pub(super) unsafe trait Vector: Copy {
     type Scalar: Real;
     const LANES: usize;
     unsafe fn zero() -> Self;
-    /// One element in all lanes.
+    /// Broadcasts one element to all lanes.
     unsafe fn splat(from: *const Self::Scalar) -> Self;
     unsafe fn load(from: *const Self::Scalar) -> Self;
     unsafe fn store(self, to: *mut Self::Scalar);
     unsafe fn add(self, other: Self) -> Self;
-    /// `self · factor + summand`
+    /// Computes `self · factor + summand`.
     unsafe fn mul_add(self, factor: Self, summand: Self) -> Self;
 }
 
@@ -131,19 +131,19 @@ portable_vectors! {
     f32, 16;
 }
 
-/// A square block of a matrix in as many registers as each has lanes.
+/// Square block of a matrix: one register per lane of a register.
 ///
 /// # Safety
 ///
 /// As for [`Vector`].
 pub(super) unsafe trait Square<const N: usize>: Vector {
-    /// Rows become columns.
+    /// Transposes rows to columns.
     unsafe fn transpose(rows: [Self; N]) -> [Self; N];
     /// Stores the first `count` lanes.
     unsafe fn store_first(self, count: usize, to: *mut Self::Scalar);
 }
 
-/// A stored type that is converted to the type of the sums, a vector at a time.
+/// Stored type that is converted to its accumulation type, a vector at a time.
 ///
 /// # Safety
 ///
@@ -151,7 +151,7 @@ pub(super) unsafe trait Square<const N: usize>: Vector {
 pub(super) unsafe trait Widen<V: Square<N>, const N: usize>: Float<Acc = V::Scalar> {
     unsafe fn widen(from: *const Self) -> V;
 
-    /// The columns of the square block whose rows start `row` elements apart.
+    /// Loads the columns of the square block whose rows start `row` elements apart.
     #[inline(always)]
     unsafe fn columns(from: *const Self, row: usize) -> [V; N] {
         // SAFETY: see the trait.
@@ -296,7 +296,7 @@ mod avx2 {
 
     // SAFETY: as above.
     unsafe impl Widen<__m256, 8> for bf16 {
-        /// The upper half of an f32.
+        /// Shifts the bits into the upper half of an f32.
         #[inline(always)]
         unsafe fn widen(from: *const bf16) -> __m256 {
             // SAFETY: see the trait.
@@ -309,8 +309,8 @@ mod avx2 {
 
     // SAFETY: as above.
     unsafe impl Widen<__m256, 8> for f16 {
-        /// Exponent and mantissa moved to their places, times the difference of the two exponent biases; infinity
-        /// and NaN have an exponent of their own. Exact, also below the normal range.
+        /// Moves exponent and mantissa to their places and multiplies by the difference of the two exponent biases;
+        /// infinity and NaN have an exponent of their own. Exact, also below the normal range.
         #[inline(always)]
         unsafe fn widen(from: *const f16) -> __m256 {
             // SAFETY: see the trait.

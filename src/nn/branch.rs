@@ -1,16 +1,16 @@
-//! Sublayers of one's own: a [`Branch`] stands where an attention or a feedforward stands.
+//! Custom sublayers: a [`Branch`] takes the place of an attention or a feedforward.
 
 use std::fmt;
 
 use super::{cache::Decode, step::DecodeStep};
 use crate::{Error, Result, Tensor, error::ensure};
 
-/// A function that stands in a stack of layers in place of an attention or a feedforward, between the layer's norm and
+/// Function that takes the place of an attention or a feedforward in a stack of layers, between the layer's norm and
 /// its residual: see [`AttentionLayers::with_branches`](super::AttentionLayers::with_branches).
 ///
-/// Each position may depend on itself and on the positions before it. A branch that needs the latter asks [`Past`] for
-/// them, which knows whole sequences and those that continue in a cache alike: with the one `forward`, generation has
-/// the numbers of the uncached call. `forward` is called again for the backward pass where layers are recomputed
+/// Each position may depend on itself and on earlier positions. A branch gets the latter from [`Past`], which handles
+/// both whole sequences and those that continue in a cache: with a single `forward`, generation gives the numbers of
+/// the uncached call. `forward` is called again in the backward pass where layers are recomputed
 /// ([`ForwardOptions::checkpoint_layers`](super::ForwardOptions::checkpoint_layers)), so it must be a function of its
 /// input and its parameters.
 ///
@@ -49,43 +49,44 @@ pub trait Branch: fmt::Debug + Send + Sync {
     /// Computes the branch: `[b, n, dim] → [b, n, dim]`.
     fn forward(&self, x: &Tensor, past: &mut Past<'_>) -> Result<Tensor>;
 
-    /// Returns `Ok` if the outputs of the first positions do not depend on later ones, so that sequences can continue
-    /// in a cache. The default is `Ok`.
+    /// Returns `Ok` if no output depends on later positions, so that sequences can continue in a cache. The default is
+    /// `Ok`.
     ///
-    /// Errors: the reason why growing sequences must be computed anew in each step.
+    /// Errors: the reason why growing sequences must be recomputed in each step.
     fn supports_kv_cache(&self) -> std::result::Result<(), &'static str> {
         Ok(())
     }
 }
 
-/// The positions before those of a call of [`Branch::forward`]: none for whole sequences, and for sequences that
-/// continue what earlier calls have kept.
+/// Positions before those of a call of [`Branch::forward`]: none for whole sequences; the rows kept by earlier calls
+/// for sequences that continue.
 ///
-/// Rows are kept in slots, numbered from 0, each of its own width. A slot grows and is cut with its sequence, so it
-/// holds a row per position: for a recurrent branch the state after each position.
+/// Rows are kept in slots, numbered from 0, each with its own width. A slot grows and is truncated with its sequence,
+/// so it holds one row per position: for a recurrent branch the state after each position.
 #[derive(Debug)]
 pub struct Past<'c> {
     mask: Option<&'c Tensor>,
-    /// The slots, and the step of a call that continues sequences.
+    /// Slots, and the step of a call that continues sequences.
     slots: Option<(&'c mut Vec<Option<Tensor>>, &'c DecodeStep)>,
 }
 
 impl<'c> Past<'c> {
-    /// The past of a call with this padding mask.
+    /// Creates the past of a call with this padding mask.
     pub(super) fn new(mask: Option<&'c Tensor>, decode: Option<Decode<'c>>) -> Self {
         Self { mask, slots: decode.map(|decode| (&mut decode.cache.slots, decode.step)) }
     }
 
-    /// Padding mask of the call's positions, `[b, n]` Bool; `true` marks a real token. `None` if all are real.
+    /// Returns the padding mask of the call's positions, `[b, n]` Bool; `true` marks a real token. `None` if all are
+    /// real.
     pub fn mask(&self) -> Option<&Tensor> {
         self.mask
     }
 
-    /// The `count` rows of a slot before the call's positions, `[b, count, width]`, of the dtype and device of `x`, the
-    /// branch's input `[b, n, dim]`. Rows before the first position of a sequence, and those that were not kept, are
-    /// zero.
+    /// Returns the `count` rows of a slot before the call's positions, `[b, count, width]`, with the dtype and device
+    /// of `x`, the branch's input `[b, n, dim]`. Rows before the first position of a sequence, and rows that were not
+    /// kept, are zero.
     ///
-    /// Errors: no rows or features, more than 64 slots, or another width than the slot has.
+    /// Errors: no rows or features, more than 64 slots, or a width that differs from the slot's.
     pub fn before(&mut self, slot: usize, count: usize, width: usize, x: &Tensor) -> Result<Tensor> {
         ensure!(
             count > 0 && width > 0,
@@ -102,10 +103,10 @@ impl<'c> Past<'c> {
         buffer.shift_rows(&step.device_lengths, count, &[count as isize], None)
     }
 
-    /// Keeps a row for each of the call's positions, `[b, n, width]`, for later calls; of whole sequences nothing is
-    /// kept.
+    /// Keeps a row for each of the call's positions, `[b, n, width]`, for later calls; does nothing for whole
+    /// sequences.
     ///
-    /// Errors: more than 64 slots, or rows of another shape or dtype than the slot has.
+    /// Errors: more than 64 slots, or rows whose shape or dtype differs from the slot's.
     pub fn keep(&mut self, slot: usize, rows: &Tensor) -> Result<()> {
         let Some((slots, step)) = &mut self.slots else { return Ok(()) };
         let rows = rows.unsqueeze(1)?;
@@ -113,10 +114,10 @@ impl<'c> Past<'c> {
         buffer.write_rows(&rows, &step.device_lengths, 0)
     }
 
-    /// The rows `[b, n, width]` with the `count` rows before them, `[b, count + n, width]`, and keeps them: the input
-    /// of a causal convolution or of local attention.
+    /// Keeps the rows `[b, n, width]` and returns them with the `count` rows before them, `[b, count + n, width]`: the
+    /// input of a causal convolution or of local attention.
     ///
-    /// Errors: as [`Past::before`] and [`Past::keep`].
+    /// Errors: those of [`Past::before`] and [`Past::keep`].
     pub fn window(&mut self, slot: usize, rows: &Tensor, count: usize) -> Result<Tensor> {
         let before = self.before(slot, count, rows.dim(-1)?, rows)?;
         self.keep(slot, rows)?;
@@ -124,7 +125,7 @@ impl<'c> Past<'c> {
     }
 }
 
-/// The buffer of a slot, `[b, 1, positions or more, width]`, made of zeros if it is not there.
+/// Returns the buffer of a slot, `[b, 1, positions or more, width]`, and creates it with zeros if it does not exist.
 fn buffer<'s>(
     slots: &'s mut Vec<Option<Tensor>>,
     slot: usize,

@@ -1,4 +1,4 @@
-//! The cache of sequences that grow: keys, values, the inputs that token shift looks back at, and rows of custom branches.
+//! Cache of growing sequences: keys, values, past inputs for token shift, and rows of custom branches.
 
 use super::{
     ForwardOptions,
@@ -10,36 +10,36 @@ use crate::{
     error::{ErrorContext, ensure},
 };
 
-/// The memory of [`AttentionLayers::extend`](super::AttentionLayers::extend): one sequence per row of a batch, each of
-/// its own length. Buffers are made once and written in place.
+/// Cache of [`AttentionLayers::extend`](super::AttentionLayers::extend): one sequence per row of a batch, each with its
+/// own length. Buffers are allocated once and written in place.
 #[derive(Clone, Debug)]
 pub struct LayersCache {
-    /// Context, memories and the path of attention, for all steps.
+    /// Context, memories and path of attention, for all steps.
     pub(super) options: ForwardOptions,
     pub(super) layers: Vec<LayerCache>,
     pub(super) tables: Tables,
     batch: usize,
     capacity: usize,
     lengths: Vec<usize>,
-    /// Where steps find the lengths in place of the field above: a recorded graph reads others in each replay.
+    /// Lengths that steps read instead of the field above: a recorded graph reads new ones in each replay.
     followed: Option<Tensor>,
-    /// Padding mask of all positions, `[b, 1, capacity, 1]`, once any is padding.
+    /// Padding mask of all positions, `[b, 1, capacity, 1]`, once any position is padding.
     mask: Option<Tensor>,
-    /// The same by rows.
+    /// The same mask by rows.
     kept: Option<Vec<Vec<bool>>>,
 }
 
-/// The part of the cache that belongs to one sublayer.
+/// Part of the cache that belongs to one sublayer.
 #[derive(Clone, Debug, Default)]
 pub(super) struct LayerCache {
-    /// The inputs behind the norm, `[b, 1, capacity, dim]`, where tokens are shifted.
+    /// Inputs after the norm, `[b, 1, capacity, dim]`, if tokens are shifted.
     pub history: Option<Tensor>,
     pub attention: AttentionCache,
     /// Rows that a custom branch keeps, `[b, 1, capacity or more, width]` each: see [`Past`](super::Past).
     pub slots: Vec<Option<Tensor>>,
 }
 
-/// A call that continues sequences, as one sublayer sees it.
+/// Call that continues sequences, as seen by one sublayer.
 #[derive(Debug)]
 pub(super) struct Decode<'c> {
     pub cache: &'c mut LayerCache,
@@ -72,24 +72,24 @@ impl LayersCache {
         })
     }
 
-    /// Rows.
+    /// Returns the number of rows.
     pub fn batch(&self) -> usize {
         self.batch
     }
 
-    /// The longest sequence that fits.
+    /// Returns the maximum length of a sequence.
     pub fn capacity(&self) -> usize {
         self.capacity
     }
 
-    /// The length of each row's sequence.
+    /// Returns the length of each row's sequence.
     pub fn lengths(&self) -> &[usize] {
         &self.lengths
     }
 
-    /// Makes sequences shorter: what is behind the new lengths will be overwritten.
+    /// Truncates sequences: positions after the new lengths will be overwritten.
     ///
-    /// Errors: another number of lengths than rows, or one that is longer than the sequence.
+    /// Errors: the number of lengths differs from the number of rows, or a length exceeds that of its sequence.
     pub fn truncate(&mut self, lengths: &[usize]) -> Result<()> {
         ensure!(
             lengths.len() == self.batch && lengths.iter().zip(&self.lengths).all(|(new, old)| new <= old),
@@ -99,13 +99,14 @@ impl LayersCache {
         Ok(())
     }
 
-    /// Takes lengths from this tensor, `[b]` I64, until it is told otherwise.
+    /// Reads lengths from this tensor, `[b]` I64, until the next call.
     #[cfg(feature = "cuda")]
     pub(crate) fn follow(&mut self, lengths: Option<Tensor>) {
         self.followed = lengths;
     }
 
-    /// Returns `true` if nothing else shares what a step writes in place: keys, values, histories and masks.
+    /// Returns `true` if nothing else shares the tensors that a step writes in place: keys, values, histories and
+    /// masks.
     #[cfg(feature = "cuda")]
     pub(crate) fn is_unique(&mut self) -> bool {
         let of_layer = |layer: &mut LayerCache| {
@@ -116,14 +117,14 @@ impl LayersCache {
         self.layers.iter_mut().all(of_layer) && self.mask.as_mut().is_none_or(Tensor::is_unique)
     }
 
-    /// Counts the positions of the last call that are part of each row's sequence.
+    /// Advances each row's length by the number of positions of the last call that belong to its sequence.
     pub(crate) fn advance(&mut self, counts: &[usize]) {
         self.lengths.iter_mut().zip(counts).for_each(|(length, count)| *length += count);
     }
 
-    /// Takes these rows in this order; a row may be taken several times.
+    /// Selects these rows in this order; a row may be selected several times.
     ///
-    /// Errors: no rows, or one that does not exist.
+    /// Errors: no rows, or a row that does not exist.
     pub fn select_rows(&mut self, rows: &[usize]) -> Result<()> {
         ensure!(
             !rows.is_empty() && rows.iter().all(|&row| row < self.batch),
@@ -143,7 +144,7 @@ impl LayersCache {
         masks.chain(self.options.mems.iter_mut().flatten()).try_for_each(|mask| select(mask, &rows))
     }
 
-    /// The next `n` positions of every row.
+    /// Creates the step of the next `n` positions of every row.
     pub(super) fn step(&mut self, n: usize, mask: Option<&Tensor>, device: &Device) -> Result<DecodeStep> {
         let longest = self.lengths.iter().copied().max().unwrap_or(0);
         ensure!(n > 0, Error::argument("cache", "expected at least one new position"));
@@ -194,14 +195,14 @@ impl LayersCache {
     }
 }
 
-/// Rows of the first dimension, in packed storage of their own.
+/// Selects rows of the first dimension into new packed storage.
 fn select(tensor: &mut Tensor, rows: &Tensor) -> Result<()> {
     let mut shape = tensor.shape().to_vec();
     shape[0] = rows.numel();
     let width: usize = shape[1..].iter().product();
     let old_rows = tensor.shape()[0];
     let dtype = tensor.dtype();
-    // Rows are looked up as those of a table, which is float.
+    // Rows are looked up as in an embedding table, which must be float.
     let table = if dtype.is_float() { tensor.clone() } else { tensor.to_dtype(DType::F32)? };
     *tensor = table.reshape([old_rows, width])?.embedding(rows)?.to_dtype(dtype)?.reshape(shape)?;
     Ok(())
@@ -213,7 +214,7 @@ impl LayerCache {
         keys_values.chain(&mut self.history).chain(self.slots.iter_mut().flatten())
     }
 
-    /// Notes the inputs of a step; gives all of them.
+    /// Stores the inputs of a step; returns all inputs.
     pub fn remember(&mut self, x: &Tensor, step: &DecodeStep) -> Result<&Tensor> {
         let (batch, dim) = (x.dim(0)?, x.dim(2)?);
         let mut history = match self.history.take() {

@@ -8,7 +8,8 @@ use crate::{
     ops::Activation,
 };
 
-/// `W₂ act(W₁ x)`, or gated: `W₂ (a ⊙ act(b))` with `[a, b] = W₁ x` (Shazeer, <https://arxiv.org/abs/2002.05202>).
+/// Feedforward `W₂ act(W₁ x)`, or gated: `W₂ (a ⊙ act(b))` with `[a, b] = W₁ x` (Shazeer,
+/// <https://arxiv.org/abs/2002.05202>).
 #[derive(Clone, Debug)]
 #[doc(alias = "MLP")]
 #[doc(alias = "FFN")]
@@ -22,9 +23,9 @@ pub struct FeedForward {
 }
 
 impl FeedForward {
-    /// The planned feedforward.
+    /// Creates the planned feedforward.
     ///
-    /// Errors: an illegal plan.
+    /// Errors: an invalid plan.
     pub fn new(plan: &FeedForwardPlan, store: &ParamStore) -> Result<Self> {
         plan.check()?;
         let net = store.at("net");
@@ -36,12 +37,12 @@ impl FeedForward {
         Ok(Self { project_in, activation, gated, norm, dropout, project_out })
     }
 
-    /// The linear layers, for quantization.
+    /// Returns the linear layers, for quantization.
     pub(super) fn linears_mut(&mut self) -> impl Iterator<Item = &mut Linear> {
         [&mut self.project_in, &mut self.project_out].into_iter()
     }
 
-    /// `[.., dim] → [.., dim_out]`.
+    /// Computes the feedforward: `[.., dim] → [.., dim_out]`.
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
         let inner = match self.gated {
             true => self.project_in.gated(x, self.activation),

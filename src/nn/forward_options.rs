@@ -1,8 +1,8 @@
-//! Inputs and requests of a forward pass, and their checks.
+//! Inputs and options of a forward pass, and their checks.
 
 use crate::{DType, Error, Result, Tensor, config::LayersPlan, error::ensure};
 
-/// Inputs and requests of a forward pass besides its main input. The default is none of them.
+/// Inputs and options of a forward pass besides its main input. All are off by default.
 ///
 /// ```
 /// use x_transformers::prelude::*;
@@ -13,28 +13,31 @@ use crate::{DType, Error, Result, Tensor, config::LayersPlan, error::ensure};
 /// ```
 #[derive(Clone, Debug, Default)]
 pub struct ForwardOptions {
-    /// Padding mask, `[b, n]` Bool; `true` marks a real token. Memories are all real.
+    /// Padding mask, `[b, n]` Bool; `true` marks a real token. Memories always count as real.
     pub mask: Option<Tensor>,
-    /// The context of cross-attention, `[b, m, dim]`.
+    /// Context of cross-attention, `[b, m, dim]`.
     pub context: Option<Tensor>,
     /// Padding mask of the context, `[b, m]` Bool; `true` marks a real position.
     pub context_mask: Option<Tensor>,
-    /// Pairs that may meet in self-attention: Bool, `[i, j]`, `[heads, i, j]` or `[b, heads, i, j]`, sizes of 1
-    /// broadcast. It covers memories, memory tokens and memory key/values too.
+    /// Attention mask of self-attention, `true` keeps: Bool, `[i, j]`, `[heads, i, j]` or `[b, heads, i, j]`, sizes of
+    /// 1 broadcast. It covers memories, memory tokens and memory key/values too.
     pub attn_mask: Option<Tensor>,
-    /// The memories that the previous segment gave, one `[b, memories, dim]` per self-attention, the first one first.
+    /// Memories returned by the previous segment, one `[b, memories, dim]` per self-attention, in order.
     pub mems: Option<Vec<Tensor>>,
-    /// The type of each token, `[b, n]` I64, for models with `num_token_types`. Default all 0.
+    /// Type of each token, `[b, n]` I64, for models with `num_token_types`. Default: all 0.
     pub token_types: Option<Tensor>,
-    /// Return the normed hidden states instead of logits.
+    /// If `true`, return the normed hidden states instead of logits.
     pub return_embeddings: bool,
-    /// Return new memories.
+    /// If `true`, return new memories.
     pub return_mems: bool,
-    /// Return the attention maps, `[b, heads, i, j]`, self- and cross-attention in the order of the layers.
+    /// If `true`, return the attention maps, `[b, heads, i, j]`, of self- and cross-attention in the order of the
+    /// layers.
     pub return_attn: bool,
-    /// Keep only the inputs of sublayers for the backward pass, which runs each of them again.
+    /// If `true`, keep only the inputs of sublayers for the backward pass, which reruns each sublayer (activation
+    /// checkpointing).
     pub checkpoint_layers: bool,
-    /// Compute every attention from its matrix of scores, even where the fused op would do. For comparisons.
+    /// If `true`, compute every attention from its matrix of scores, even where the fused op would suffice. For
+    /// comparisons.
     pub explicit_attention: bool,
 }
 

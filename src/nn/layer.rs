@@ -30,7 +30,7 @@ enum Function {
     Custom(Arc<dyn Branch>),
 }
 
-/// Output of a sublayer: the stream before and after it, and from attention the scores to pass on and the map.
+/// Output of a sublayer: the stream before and after it, and, from attention, the scores to pass on and the map.
 pub(super) struct LayerOutput {
     pub input: Tensor,
     pub stream: Stream,
@@ -39,9 +39,9 @@ pub(super) struct LayerOutput {
 }
 
 impl Layer {
-    /// The planned sublayer, its branch made by the closure if it gives one.
+    /// Creates the planned sublayer, with the branch that the closure returns, if any.
     ///
-    /// Errors: a custom branch that the closure does not make.
+    /// Errors: a custom branch for which the closure returns none.
     pub fn new(
         plan: &LayerPlan,
         dim: usize,
@@ -69,7 +69,7 @@ impl Layer {
         Ok(Self { norms: [norm(0)?, norm(1)?, norm(2)?], wrap, function, residual })
     }
 
-    /// The branch, if it is a custom one.
+    /// Returns the branch if it is a custom one.
     pub fn custom(&self) -> Option<&dyn Branch> {
         match &self.function {
             Function::Custom(branch) => Some(&**branch),
@@ -77,7 +77,7 @@ impl Layer {
         }
     }
 
-    /// Computes with the weights of the linear layers in eight bits; a custom branch stays as it is.
+    /// Quantizes the weights of the linear layers to 8 bits for later calls; a custom branch is unchanged.
     pub fn quantize_int8(&mut self) -> Result<()> {
         match &mut self.function {
             Function::Attention(attention) => attention.linears_mut().try_for_each(Linear::quantize_int8),
@@ -86,7 +86,7 @@ impl Layer {
         }
     }
 
-    /// The sublayer on whole sequences, or on the next positions of those in a cache.
+    /// Computes the sublayer on whole sequences, or on the next positions of those in a cache.
     pub fn forward(
         &self,
         stream: Stream,
@@ -94,7 +94,7 @@ impl Layer {
         mut decode: Option<Decode<'_>>,
     ) -> Result<LayerOutput> {
         let (x, normed) = stream.normed(self.norms[0].as_ref()).context("0.0")?;
-        // Only attention knows of padding.
+        // Only attention handles padding.
         let attends = matches!(self.function, Function::Attention(_));
         let mask = input.query_mask.as_ref();
         let normed = self.wrap.input(&normed, mask.filter(|_| attends), decode.as_mut()).context(1)?;
@@ -125,11 +125,11 @@ impl Layer {
         Ok(LayerOutput { input: x, stream, scores, attn })
     }
 
-    /// The sublayer on whole sequences, of which only the inputs are kept for the backward pass.
+    /// Computes the sublayer on whole sequences, keeping only the inputs for the backward pass.
     pub fn forward_checkpointed(&self, stream: Stream, input: &AttentionInput) -> Result<LayerOutput> {
         let x = stream.whole()?;
         let mut input = input.clone();
-        // What gradients flow into has to be an input of the checkpoint; the closure captures the rest.
+        // Tensors that receive gradients must be inputs of the checkpoint; the closure captures the rest.
         let flowing: Vec<Tensor> = flowing_mut(&mut input).map(|tensor| tensor.clone()).collect();
         let inputs: Vec<&Tensor> = std::iter::once(&x).chain(&flowing).collect();
         let layer = self.clone();
@@ -158,7 +158,7 @@ fn custom(branch: &dyn Branch, x: &Tensor, past: &mut Past<'_>) -> Result<Tensor
     Ok(out)
 }
 
-/// The inputs of attention that gradients flow into.
+/// Returns the inputs of attention that receive gradients.
 fn flowing_mut(input: &mut AttentionInput) -> impl Iterator<Item = &mut Tensor> {
     let bias = input.bias.as_mut().map(PositionBias::weights_mut);
     [input.context.as_mut(), input.mem.as_mut(), bias].into_iter().flatten()

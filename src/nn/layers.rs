@@ -1,4 +1,4 @@
-//! A stack of sublayers.
+//! Stacks of sublayers.
 
 use std::sync::Arc;
 
@@ -22,15 +22,15 @@ use crate::{
 #[derive(Clone, Debug)]
 #[non_exhaustive]
 pub struct LayersOutput {
-    /// `[b, n, dim]`, without a final norm unless it was asked for.
+    /// Hidden states, `[b, n, dim]`, without a final norm unless requested.
     pub out: Tensor,
-    /// The input of each self-attention sublayer before its norm, `[b, n, dim]`.
+    /// Input of each self-attention sublayer before its norm, `[b, n, dim]`.
     pub hiddens: Vec<Tensor>,
-    /// The attention maps, if they were asked for.
+    /// Attention maps, if requested.
     pub attn: Vec<Tensor>,
 }
 
-/// An `Encoder`, `Decoder` or `CrossAttender`.
+/// Stack of attention layers: an `Encoder`, `Decoder` or `CrossAttender`.
 ///
 /// ```
 /// use x_transformers::{config::LayersPlan, nn::AttentionLayers, prelude::*};
@@ -56,14 +56,14 @@ pub struct AttentionLayers {
     infused: Option<Buffer>,
 }
 
-/// The part of the cache that a call continues, and where.
+/// Part of the cache that a call continues, and its step.
 struct Decoding<'c> {
     caches: &'c mut [LayerCache],
     tables: &'c Tables,
     step: &'c DecodeStep,
 }
 
-/// The stream after the last layer, and what the sublayers returned besides.
+/// The stream after the last layer, and the other outputs of the sublayers.
 struct Walked {
     stream: Stream,
     hiddens: Vec<Tensor>,
@@ -71,15 +71,14 @@ struct Walked {
 }
 
 impl AttentionLayers {
-    /// The planned layers, whose parameters lie at the store's place.
+    /// Creates the planned layers, with parameters at the store's place.
     pub fn new(plan: &LayersPlan, store: &ParamStore) -> Result<Self> {
         Self::with_branches(plan, store, |_, _, _| Ok(None))
     }
 
-    /// The planned layers, of which some have a [`Branch`] of one's own: `branches` is given each sublayer's index, its
-    /// plan and the place of its branch's parameters, and returns a branch, or `None` for the planned one. Norms,
-    /// residual and what else lies around a branch stay as planned. With tied layers the branches of the first block
-    /// are those of all.
+    /// Creates the planned layers with custom [`Branch`]es: `branches` receives each sublayer's index, its plan and the
+    /// place of its branch's parameters, and returns a branch, or `None` for the planned one. Norms, residuals and
+    /// wrappers around a branch stay as planned. With tied layers all blocks share the branches of the first.
     ///
     /// Errors: those of `branches`.
     pub fn with_branches(
@@ -97,7 +96,7 @@ impl AttentionLayers {
         };
         let distinct: Vec<Layer> =
             plan.layers.iter().take(plan.distinct).enumerate().map(&mut layer).collect::<Result<_>>()?;
-        // Tied ones are the same modules again.
+        // Tied layers repeat the same modules.
         let layers: Vec<Layer> = distinct.iter().cycle().take(plan.layers.len()).cloned().collect();
         let bias = RelativePositionBias::new(plan.positions.bias, &store.at("rel_pos"))?;
         let mut plan = plan.clone();
@@ -109,8 +108,8 @@ impl AttentionLayers {
         Ok(Self { plan: Arc::new(plan), layers, bias, rotary, infused })
     }
 
-    /// Computes with the weights of all linear layers in eight bits from now on; norms, gates and branches of one's own
-    /// stay as they are.
+    /// Quantizes the weights of all linear layers to 8 bits for later calls; norms, gates and custom branches are
+    /// unchanged.
     ///
     /// Errors: weights that are not finite.
     pub fn quantize_int8(&mut self) -> Result<()> {
@@ -118,16 +117,16 @@ impl AttentionLayers {
         layers.try_for_each(|(index, layer)| layer.quantize_int8().context(format_args!("layers.{index}")))
     }
 
-    /// The plan that the layers were made from; branches of one's own are [`BranchPlan::Custom`] in it.
+    /// Returns the plan of the layers, in which custom branches are [`BranchPlan::Custom`].
     pub fn plan(&self) -> &LayersPlan {
         &self.plan
     }
 
-    /// `[b, n, dim] → [b, n, dim]`.
+    /// Computes the layers: `[b, n, dim] → [b, n, dim]`.
     ///
-    /// `return_embeddings` and `return_mems` are for the wrappers, and ignored here: the output has both.
+    /// `return_embeddings` and `return_mems` are options of the wrappers and ignored here: the output contains both.
     ///
-    /// Errors: a context that is missing or not wanted, or tensors of other shapes or dtypes than the options say.
+    /// Errors: a missing or unexpected context, or tensors whose shapes or dtypes do not match the options.
     pub fn forward(&self, x: &Tensor, options: &ForwardOptions) -> Result<LayersOutput> {
         options.check(x, &self.plan)?;
         let Walked { stream, hiddens, attn } = self.walk(x, options, None)?;
@@ -150,7 +149,7 @@ impl AttentionLayers {
         Ok(LayersOutput { out: stream.normed(norm).context("norm")?.1, hiddens, attn })
     }
 
-    /// Runs the sublayers one after the other, on whole sequences or on the next positions of those in a cache.
+    /// Runs the sublayers in order, on whole sequences or on the next positions of those in a cache.
     fn walk(&self, x: &Tensor, options: &ForwardOptions, mut decoding: Option<Decoding<'_>>) -> Result<Walked> {
         let begins = decoding.as_ref().is_none_or(|decoding| decoding.step.first);
         let own = AttentionInput {
@@ -171,7 +170,7 @@ impl AttentionLayers {
             ..own.clone()
         };
         let mut walked = Walked { stream: Stream::Whole(x.clone()), hiddens: Vec::new(), attn: Vec::new() };
-        // The scores of the last self- and cross-attention, for the next one that adds them to its own.
+        // Scores of the last self- and cross-attention, for the next one that adds them to its own.
         let (mut own_scores, mut cross_scores) = (None, None);
         let mut mems = options.mems.iter().flatten();
         for (index, (layer, plan)) in self.layers.iter().zip(&self.plan.layers).enumerate() {
@@ -208,9 +207,9 @@ impl AttentionLayers {
         Ok(walked)
     }
 
-    /// Returns `Ok` if a key/value cache gives the numbers of [`AttentionLayers::forward`].
+    /// Returns `Ok` if a KV cache gives the same numbers as [`AttentionLayers::forward`].
     ///
-    /// Errors: the reason why growing sequences must be computed anew in each step.
+    /// Errors: the reason why growing sequences must be recomputed in each step.
     pub fn supports_kv_cache(&self, options: &ForwardOptions) -> std::result::Result<(), &'static str> {
         let branches = || self.plan.layers.iter().map(|layer| &layer.branch);
         let own = branches().filter(|branch| matches!(branch, BranchPlan::SelfAttention(_)));
@@ -241,10 +240,10 @@ impl AttentionLayers {
         }
     }
 
-    /// An empty cache for `batch` sequences of up to `capacity` positions, with the context and the memories of these
-    /// options.
+    /// Creates an empty cache for `batch` sequences of up to `capacity` positions, with the context and the memories of
+    /// these options.
     ///
-    /// Errors: [`AttentionLayers::supports_kv_cache`], or no rows or positions.
+    /// Errors: those of [`AttentionLayers::supports_kv_cache`], or no rows or positions.
     pub fn cache(&self, batch: usize, capacity: usize, dtype: DType, options: &ForwardOptions) -> Result<LayersCache> {
         if let Err(why) = self.supports_kv_cache(options) {
             return Err(Error::argument("cache", format_args!("cannot be used: {why}")));
@@ -266,10 +265,10 @@ impl AttentionLayers {
     /// Computes the next `n` positions of every sequence as [`AttentionLayers::forward`] would: `[b, n, dim] → [b, n,
     /// dim]`.
     ///
-    /// Of each row the first `counts[b]` positions join its sequence; those after them are computed and forgotten, so
-    /// that rows of different lengths go together. `mask`: padding mask, `[b, n]`; `true` marks a real token.
+    /// The first `counts[b]` positions of each row are appended to its sequence; later ones are computed and discarded,
+    /// so that rows of different lengths can share a batch. `mask`: padding mask, `[b, n]`; `true` marks a real token.
     ///
-    /// Errors: sequences that outgrow the cache, or tensors that do not fit.
+    /// Errors: sequences that exceed the cache's capacity, or tensors that do not match.
     pub fn extend(
         &self,
         x: &Tensor,
@@ -279,7 +278,7 @@ impl AttentionLayers {
     ) -> Result<Tensor> {
         let mut options = ForwardOptions { mask: mask.cloned(), ..cache.options.clone() };
         if cache.lengths().iter().any(|&length| length > 0) {
-            // Memories were taken in with the first positions.
+            // Memories were added with the first positions.
             options.mems = None;
         }
         options.check(x, &self.plan)?;
@@ -306,12 +305,12 @@ impl AttentionLayers {
         stream.whole()
     }
 
-    /// The bias on the scores of self-attention, if there is one.
+    /// Returns the bias on the scores of self-attention, if there is one.
     fn position_bias(&self) -> Result<Option<PositionBias>> {
         self.bias.as_ref().map(RelativePositionBias::forward).transpose().context("rel_pos")
     }
 
-    /// Sinusoids for the longest row of keys, shared by the layers.
+    /// Returns sinusoids for the longest row of keys, shared by the layers.
     fn sinusoids(&self, x: &Tensor, options: &ForwardOptions) -> Result<Option<Tensor>> {
         let Some(frequencies) = &self.infused else { return Ok(None) };
         let memories = options.mems.iter().flatten().map(|mem| mem.shape()[1]).max().unwrap_or(0);
@@ -319,7 +318,7 @@ impl AttentionLayers {
     }
 }
 
-/// The mask of keys: that of the tokens, memories in front kept.
+/// Returns the mask of the keys: that of the tokens, preceded by `true` for memories.
 fn key_mask(mask: Option<&Tensor>, mem: Option<&Tensor>) -> Result<Option<Tensor>> {
     match (mask, mem) {
         (Some(mask), Some(mem)) => {

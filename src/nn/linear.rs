@@ -1,4 +1,4 @@
-//! Linear layers and tables of embeddings.
+//! Linear layers and embedding tables.
 
 use std::sync::Arc;
 
@@ -7,7 +7,7 @@ use crate::{
     ops::{Activation, Int8Matrix},
 };
 
-/// `x Wᵀ + b`, PyTorch's `nn.Linear`: `weight [out, in]`, `bias [out]`.
+/// Linear layer `x Wᵀ + b`, PyTorch's `nn.Linear`: `weight [out, in]`, `bias [out]`.
 ///
 /// ```
 /// use x_transformers::{DType, Device, ParamStore, Tensor, nn::Linear};
@@ -23,35 +23,36 @@ use crate::{
 pub struct Linear {
     weight: Param,
     bias: Option<Param>,
-    /// In place of the weight, once it was asked for.
+    /// 8-bit weight, used instead of the weight once quantized.
     int8: Option<Arc<Int8Matrix>>,
 }
 
 impl Linear {
-    /// Weight and bias, uniform in `±1/√in`.
+    /// Creates a layer with weight and bias, uniform in `±1/√in`.
     pub fn new(store: &ParamStore, fan_in: usize, fan_out: usize) -> Result<Self> {
         let init = Init::linear(fan_in);
         Self::with_init(store, fan_in, fan_out, init, Some(init))
     }
 
-    /// A weight alone, uniform in `±1/√in`.
+    /// Creates a layer without bias, with a weight uniform in `±1/√in`.
     pub fn without_bias(store: &ParamStore, fan_in: usize, fan_out: usize) -> Result<Self> {
         Self::with_init(store, fan_in, fan_out, Init::linear(fan_in), None)
     }
 
-    /// A weight, and a bias if one is wanted, uniform in `±1/√in`.
+    /// Creates a layer with a weight and, if `bias` is `true`, a bias, uniform in `±1/√in`.
     pub fn maybe_biased(store: &ParamStore, fan_in: usize, fan_out: usize, bias: bool) -> Result<Self> {
         let init = Init::linear(fan_in);
         Self::with_init(store, fan_in, fan_out, init, bias.then_some(init))
     }
 
-    /// The same, all zeros if `zero`: the last layer of a branch that starts as the identity.
+    /// Like [`Linear::maybe_biased`], but all zeros if `zero` is `true`: the last layer of a branch that starts as the
+    /// identity.
     pub fn output(store: &ParamStore, fan_in: usize, fan_out: usize, bias: bool, zero: bool) -> Result<Self> {
         let init = if zero { Init::Constant(0.0) } else { Init::linear(fan_in) };
         Self::with_init(store, fan_in, fan_out, init, bias.then_some(init))
     }
 
-    /// Weight, and bias if it has a start.
+    /// Creates a layer with these initial values, and a bias if it has one.
     pub fn with_init(
         store: &ParamStore,
         fan_in: usize,
@@ -66,12 +67,12 @@ impl Linear {
         })
     }
 
-    /// `[.., in] → [.., out]`.
+    /// Computes the layer: `[.., in] → [.., out]`.
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
         self.product(x, self.bias.as_ref())
     }
 
-    /// The product with the weight as it is kept, and the bias if one is given.
+    /// Computes the product with the weight or its 8-bit form, plus the bias if one is given.
     fn product(&self, x: &Tensor, bias: Option<&Param>) -> Result<Tensor> {
         let bias = bias.map(Param::tensor);
         match &self.int8 {
@@ -80,7 +81,7 @@ impl Linear {
         }
     }
 
-    /// Computes with the weight in eight bits from now on.
+    /// Quantizes the weight to 8 bits for later calls.
     ///
     /// Errors: a weight that is not finite.
     pub fn quantize_int8(&mut self) -> Result<()> {
@@ -88,13 +89,13 @@ impl Linear {
         Ok(())
     }
 
-    /// `activation(x Wᵀ + b)`, the bias being added on the way to the activation.
+    /// Computes `activation(x Wᵀ + b)`, with the bias fused into the activation.
     pub fn activated(&self, x: &Tensor, activation: Activation) -> Result<Tensor> {
         let Some(bias) = &self.bias else { return activation.of(&self.forward(x)?) };
         self.product(x, None)?.add_activation(&bias.tensor(), activation)
     }
 
-    /// The mean cross-entropy of the outputs, see [`Tensor::linear_cross_entropy`].
+    /// Computes the mean cross-entropy of the outputs, see [`Tensor::linear_cross_entropy`].
     pub fn cross_entropy(&self, x: &Tensor, targets: &Tensor, ignore_index: i64) -> Result<Tensor> {
         if self.int8.is_some() {
             return self.forward(x)?.cross_entropy(targets, ignore_index);
@@ -103,14 +104,14 @@ impl Linear {
         x.linear_cross_entropy(&self.weight.tensor(), bias.as_ref(), targets, ignore_index)
     }
 
-    /// As [`Linear::activated`] with a gated unit: `[.., in] → [.., out / 2]`, see [`Tensor::glu`].
+    /// Like [`Linear::activated`], but with a gated unit: `[.., in] → [.., out / 2]`, see [`Tensor::glu`].
     pub fn gated(&self, x: &Tensor, activation: Activation) -> Result<Tensor> {
         let Some(bias) = &self.bias else { return self.forward(x)?.glu(activation) };
         self.product(x, None)?.add_glu(&bias.tensor(), activation)
     }
 }
 
-/// A table of vectors, PyTorch's `nn.Embedding`: `weight [count, dim]`.
+/// Embedding table, PyTorch's `nn.Embedding`: `weight [count, dim]`.
 ///
 /// ```
 /// use x_transformers::{DType, Device, Init, ParamStore, Tensor, nn::Embedding};
@@ -126,24 +127,24 @@ pub struct Embedding {
 }
 
 impl Embedding {
-    /// A table of `count` vectors.
+    /// Creates a table of `count` vectors.
     pub fn new(store: &ParamStore, count: usize, dim: usize, init: Init) -> Result<Self> {
         Ok(Self { weight: store.param("weight", [count, dim], init)? })
     }
 
-    /// The table of another module, under this place's name too.
+    /// Shares the table of another module and registers it under this place's name too.
     pub fn tied(store: &ParamStore, other: &Embedding) -> Result<Self> {
         Ok(Self { weight: store.tie("weight", &other.weight)? })
     }
 
-    /// Rows by index: `[..] → [.., dim]`.
+    /// Looks up rows by index: `[..] → [.., dim]`.
     ///
-    /// Errors: an index out of range.
+    /// Errors: an index is out of range.
     pub fn forward(&self, indices: &Tensor) -> Result<Tensor> {
         self.weight.tensor().embedding(indices)
     }
 
-    /// The table itself, `[count, dim]`.
+    /// Returns the table, `[count, dim]`.
     pub fn table(&self) -> Tensor {
         self.weight.tensor()
     }

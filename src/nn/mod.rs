@@ -1,6 +1,7 @@
-//! The modules that models are built of: made from a plan and a [`ParamStore`](crate::ParamStore), composed of tensor methods.
+//! Building blocks of models: modules created from a plan and a [`ParamStore`](crate::ParamStore), and composed of
+//! tensor methods.
 //!
-//! A module is a cheap handle: cloning it shares its parameters. The names that it registers are those of PyTorch's
+//! A module is a cheap handle: cloning it shares its parameters. Its parameters have the names of PyTorch's
 //! `state_dict()`.
 
 #![forbid(unsafe_code)]

@@ -2,7 +2,7 @@
 
 use crate::{Init, Param, ParamStore, Result, Tensor, config::NormPlan};
 
-/// A norm over the features.
+/// Norm over the features.
 ///
 /// ```
 /// use x_transformers::{DType, Device, ParamStore, Tensor, config::NormPlan, nn::Norm};
@@ -18,32 +18,32 @@ use crate::{Init, Param, ParamStore, Result, Tensor, config::NormPlan};
 #[doc(alias = "RMSNorm")]
 #[doc(alias = "ScaleNorm")]
 pub enum Norm {
-    /// PyTorch's `nn.LayerNorm`, eps 1e-5 unless told otherwise. <https://arxiv.org/abs/1607.06450>
+    /// PyTorch's `nn.LayerNorm`, with eps 1e-5 by default. <https://arxiv.org/abs/1607.06450>
     Layer {
-        /// Starts at 1, `[dim]`.
+        /// Weight, `[dim]`, initially 1.
         weight: Param,
-        /// Starts at 0, `[dim]`.
+        /// Bias, `[dim]`, initially 0.
         bias: Param,
         /// Added to the variance.
         eps: f64,
     },
-    /// `x / max(|x| dim^-½, 1e-5) · g`. <https://arxiv.org/abs/1910.05895>
+    /// Scale norm: `x / max(|x| dim^-½, 1e-5) · g`. <https://arxiv.org/abs/1910.05895>
     Scale {
-        /// Starts at 1, `[1]`.
+        /// Weight, `[1]`, initially 1.
         g: Param,
-        /// The least length.
+        /// Floor of the divisor.
         eps: f64,
     },
-    /// `x / max(|x| dim^-½, 1e-8) ⊙ g`. <https://arxiv.org/abs/1910.07467>
+    /// x-transformers' RMS norm: `x / max(|x| dim^-½, 1e-8) ⊙ g`. <https://arxiv.org/abs/1910.07467>
     ClampedRms {
-        /// Starts at 1, `[dim]`.
+        /// Weight, `[dim]`, initially 1.
         g: Param,
-        /// The least length.
+        /// Floor of the divisor.
         eps: f64,
     },
-    /// `x / √(mean(x²) + eps) ⊙ g`, PyTorch's `nn.RMSNorm`.
+    /// PyTorch's `nn.RMSNorm`: `x / √(mean(x²) + eps) ⊙ g`.
     Rms {
-        /// Starts at 1, `[dim]`.
+        /// Weight, `[dim]`, initially 1.
         g: Param,
         /// Added to the mean square.
         eps: f64,
@@ -51,7 +51,7 @@ pub enum Norm {
 }
 
 impl Norm {
-    /// The planned norm over `dim` features.
+    /// Creates the planned norm over `dim` features.
     pub fn new(plan: NormPlan, dim: usize, store: &ParamStore) -> Result<Self> {
         let one = Init::Constant(1.0);
         Ok(match plan {
@@ -66,7 +66,7 @@ impl Norm {
         })
     }
 
-    /// `[.., dim] → [.., dim]`.
+    /// Applies the norm: `[.., dim] → [.., dim]`.
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
         match self {
             Self::Layer { weight, bias, eps } => x.layer_norm(Some(&weight.tensor()), Some(&bias.tensor()), *eps),
@@ -76,7 +76,7 @@ impl Norm {
         }
     }
 
-    /// The sum of two tensors `[.., dim]`, and the norm of it.
+    /// Returns the sum of two tensors `[.., dim]`, and its norm.
     pub fn forward_sum(&self, x: &Tensor, residual: &Tensor) -> Result<(Tensor, Tensor)> {
         match self {
             Self::Layer { weight, bias, eps } => {

@@ -1,4 +1,4 @@
-//! Positions: learned tables, frequencies of rotations, and biases on the scores.
+//! Positional encodings: learned embeddings, rotary frequencies, and biases on the scores.
 
 use super::Embedding;
 use crate::{
@@ -7,7 +7,7 @@ use crate::{
     ops::PositionBias,
 };
 
-/// A table of learned positions, times `dim^-½` or as it is.
+/// Learned positional embeddings, optionally scaled by `dim^-½`.
 #[derive(Clone, Debug)]
 pub struct AbsolutePositionalEmbedding {
     emb: Embedding,
@@ -15,40 +15,40 @@ pub struct AbsolutePositionalEmbedding {
 }
 
 impl AbsolutePositionalEmbedding {
-    /// A table for sequences of up to `max_seq_len`; `scaled` says whether it is multiplied by `dim^-½`.
+    /// Creates a table for sequences of up to `max_seq_len`. If `scaled` is `true`, it is multiplied by `dim^-½`.
     pub fn new(dim: usize, max_seq_len: usize, scaled: bool, store: &ParamStore) -> Result<Self> {
         let emb = Embedding::new(&store.at("emb"), max_seq_len, dim, Init::Normal(1.0))?;
         Ok(Self { emb, scale: if scaled { (dim as f64).powf(-0.5) } else { 1.0 } })
     }
 
-    /// The first `n` positions, `[n, dim]`.
+    /// Returns the embeddings of the first `n` positions, `[n, dim]`.
     ///
-    /// Errors: more than the table has.
+    /// Errors: a position past the end of the table.
     pub fn forward(&self, n: usize) -> Result<Tensor> {
         self.emb.table().narrow(0, 0, n)?.affine(self.scale, 0.0)
     }
 
-    /// These positions: `[..] → [.., dim]`.
+    /// Returns the embeddings of these positions: `[..] → [.., dim]`.
     ///
-    /// Errors: more than the table has.
+    /// Errors: a position past the end of the table.
     pub fn at(&self, positions: &Tensor) -> Result<Tensor> {
         self.emb.forward(positions)?.affine(self.scale, 0.0)
     }
 
-    /// Number of positions.
+    /// Returns the number of positions.
     pub(crate) fn len(&self) -> usize {
         self.emb.table().shape()[0]
     }
 }
 
-/// Registers the frequencies of a rotation as the buffer `inv_freq`, `[⌈dim / 2⌉]`, in f32 whatever the model's dtype:
-/// half types would turn far positions by wrong angles.
+/// Registers rotary frequencies as the buffer `inv_freq`, `[⌈dim / 2⌉]`, in f32 for every model dtype: half types would
+/// rotate distant positions by wrong angles.
 pub fn rotary_frequencies(plan: &RotaryPlan, store: &ParamStore) -> Result<Buffer> {
     let values = Tensor::generate([plan.dim.div_ceil(2)], DType::F32, store.device(), |k| plan.frequency(k))?;
     store.buffer("inv_freq", values)
 }
 
-/// A position bias on the scores, the same in every layer; its parameters lie at `rel_pos`.
+/// Position bias on the scores, shared by all layers; its parameters are at `rel_pos`.
 #[derive(Clone, Debug)]
 #[non_exhaustive]
 pub enum RelativePositionBias {
@@ -63,7 +63,7 @@ pub enum RelativePositionBias {
     Alibi(Tensor),
     /// ALiBi with learned slopes.
     LearnedAlibi {
-        /// All heads.
+        /// Total number of heads.
         heads: usize,
         /// Logarithms of the slopes of the first heads, `[1, heads, 1, 1]`.
         logslopes: Param,
@@ -71,7 +71,7 @@ pub enum RelativePositionBias {
 }
 
 impl RelativePositionBias {
-    /// The planned bias, or `None` if the plan has none.
+    /// Creates the planned bias, or returns `None` if the plan has none.
     pub fn new(plan: PositionBiasPlan, store: &ParamStore) -> Result<Option<Self>> {
         Ok(Some(match plan {
             PositionBiasPlan::None => return Ok(None),
@@ -95,7 +95,7 @@ impl RelativePositionBias {
         }))
     }
 
-    /// The bias of one forward pass.
+    /// Returns the bias for one forward pass.
     pub fn forward(&self) -> Result<PositionBias> {
         Ok(match self {
             Self::T5 { plan, table } => {

@@ -1,14 +1,13 @@
-//! The residual stream, and how a branch joins it.
+//! Residual stream and residual connections.
 
 use super::Norm;
 use crate::{Init, Param, ParamStore, Result, Tensor, config::ResidualPlan};
 
-/// The residual stream between sublayers, `[.., dim]`: a sum is left to the norm after it, which computes it on the
-/// way.
+/// Residual stream between sublayers, `[.., dim]`: a sum is fused into the norm that follows it.
 #[derive(Clone, Debug)]
 pub(super) enum Stream {
     Whole(Tensor),
-    /// A branch and what it is added to.
+    /// A branch and the residual that it is added to.
     Sum(Tensor, Tensor),
 }
 
@@ -20,7 +19,7 @@ impl Stream {
         }
     }
 
-    /// The stream, and its norm if there is one, else the stream again.
+    /// Returns the stream, and its norm if there is one, otherwise the stream again.
     pub fn normed(self, norm: Option<&Norm>) -> Result<(Tensor, Tensor)> {
         match (self, norm) {
             (Self::Sum(branch, residual), Some(norm)) => norm.forward_sum(&branch, &residual),
@@ -33,7 +32,8 @@ impl Stream {
     }
 }
 
-/// A sum, or a GRU cell (Parisotto et al., <https://arxiv.org/abs/1910.06764>); the residual may be scaled first.
+/// Residual connection: a sum, or a GRU cell (Parisotto et al., <https://arxiv.org/abs/1910.06764>); the residual may
+/// be scaled first.
 #[derive(Clone, Debug)]
 pub struct Residual {
     scale: Option<Param>,
@@ -41,21 +41,21 @@ pub struct Residual {
 }
 
 impl Residual {
-    /// The planned residual over `dim` features.
+    /// Creates the planned residual over `dim` features.
     pub fn new(plan: ResidualPlan, dim: usize, store: &ParamStore) -> Result<Self> {
         let scale = plan.scaled.then(|| store.param("residual_scale", [dim], Init::Constant(1.0))).transpose()?;
         let gru = plan.gated.then(|| GruCell::new(dim, &store.at("gru"))).transpose()?;
         Ok(Self { scale, gru })
     }
 
-    /// `branch + residual`, or the GRU cell's new state; both `[.., dim]`.
+    /// Computes `branch + residual`, or the GRU cell's new state; both `[.., dim]`.
     ///
-    /// Errors: shapes or dtypes that do not fit.
+    /// Errors: shapes or dtypes that do not match.
     pub fn forward(&self, branch: &Tensor, residual: &Tensor) -> Result<Tensor> {
         self.stream(branch.clone(), residual.clone())?.whole()
     }
 
-    /// As [`Residual::forward`], a sum being left to what follows.
+    /// Like [`Residual::forward`], but leaves a sum to the op that follows.
     pub(super) fn stream(&self, branch: Tensor, residual: Tensor) -> Result<Stream> {
         let residual = match &self.scale {
             Some(scale) => residual.mul(&scale.tensor())?,

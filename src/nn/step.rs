@@ -1,11 +1,11 @@
-//! The new positions of a call that continues sequences, and the tables that it looks positions up in.
+//! New positions of a call that continues sequences, and the tables in which it looks up positions.
 
 use crate::{
     Buffer, DType, Result, Tensor,
     ops::{PositionBias, rotary::rotary_table},
 };
 
-/// Tables that depend on positions only, the same in every layer.
+/// Tables that depend only on positions, shared by all layers.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Tables {
     /// Cosines and sines, `[positions, features]`.
@@ -15,27 +15,27 @@ pub(super) struct Tables {
     pub bias: Option<PositionBias>,
 }
 
-/// The new positions of one call.
+/// New positions of one call.
 #[derive(Clone, Debug)]
 pub(super) struct DecodeStep {
-    /// Lengths of the sequences before, `[b]` I64.
+    /// Lengths of the sequences before the call, `[b]` I64.
     pub device_lengths: Tensor,
     pub lengths: Vec<usize>,
-    /// New positions of each row.
+    /// Number of new positions per row.
     pub n: usize,
     pub capacity: usize,
-    /// If `true`, all sequences begin here.
+    /// If `true`, all sequences start with this call.
     pub first: bool,
     /// Padding mask of the new positions, `[b, n]`; `true` marks a real token.
     pub mask: Option<Tensor>,
     /// Padding mask of all positions, `[b, 1, capacity, 1]`.
     pub whole_mask: Option<Tensor>,
-    /// The same by rows.
+    /// The same mask by rows.
     pub kept: Option<Vec<Vec<bool>>>,
 }
 
 impl Tables {
-    /// Tables for sequences of up to this number of positions, memories included.
+    /// Creates tables for sequences of up to this number of positions, including memories.
     pub fn new(
         positions: usize,
         rotary: Option<&Buffer>,
@@ -52,14 +52,14 @@ impl Tables {
 }
 
 impl DecodeStep {
-    /// The positions of the step, each `first` later, and none beyond `limit`: `[b, n]` I64.
+    /// Returns the positions of the step, offset by `first` and kept below `limit`: `[b, n]` I64.
     pub fn positions(&self, first: usize, limit: usize) -> Result<Tensor> {
         let row = |&length: &usize| (0..self.n).map(move |i| (first + length + i).min(limit - 1) as i64);
         let positions: Vec<i64> = self.lengths.iter().flat_map(row).collect();
         Tensor::from_vec(positions, [self.lengths.len(), self.n], self.device_lengths.device())
     }
 
-    /// The most keys that a query of the step sees, those in front included.
+    /// Returns the maximum number of keys that a query of the step sees, including the prefix.
     pub fn keys(&self, prefix_len: usize) -> usize {
         let longest = self.lengths.iter().copied().max().unwrap_or(0);
         prefix_len + (longest + self.n).min(self.capacity)

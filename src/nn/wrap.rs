@@ -1,9 +1,9 @@
-//! The wrappers of a branch: ReZero, token shift, the macaron's half.
+//! Wrappers of a branch: ReZero, token shift, the macaron's factor ½.
 
 use super::cache::Decode;
 use crate::{Init, Param, ParamStore, Result, Tensor, config::WrapPlan};
 
-/// The wrappers of one branch, outermost first.
+/// Wrappers of one branch, outermost first.
 #[derive(Clone, Debug)]
 pub(super) struct Wrap {
     rezero: Option<Param>,
@@ -12,7 +12,7 @@ pub(super) struct Wrap {
 }
 
 impl Wrap {
-    /// The planned wrappers; also returns the place of the branch, one level down for each wrapper.
+    /// Creates the planned wrappers; also returns the place of the branch, one level down for each wrapper.
     pub fn new(plan: &WrapPlan, store: &ParamStore) -> Result<(Self, ParamStore)> {
         let rezero = plan.rezero.then(|| store.param("g", [1], Init::Constant(0.0))).transpose()?;
         let levels = [plan.rezero, plan.shifts.is_some(), plan.half].into_iter().filter(|&level| level);
@@ -20,8 +20,8 @@ impl Wrap {
         Ok((Self { rezero, shifts: plan.shifts.clone(), half: plan.half }, store))
     }
 
-    /// Before the branch, of whole sequences or of the next positions of those in a cache. `mask`, `[b, n]`: the
-    /// padding that the branch knows of.
+    /// Applies the wrappers before the branch, to whole sequences or to the next positions of those in a cache. `mask`,
+    /// `[b, n]`: the padding mask that the branch uses.
     pub fn input(&self, x: &Tensor, mask: Option<&Tensor>, decode: Option<&mut Decode<'_>>) -> Result<Tensor> {
         match (&self.shifts, decode) {
             (None, _) => Ok(x.clone()),
@@ -33,7 +33,7 @@ impl Wrap {
         }
     }
 
-    /// After the branch.
+    /// Applies the wrappers after the branch.
     pub fn output(&self, x: Tensor) -> Result<Tensor> {
         let x = if self.half { x.affine(0.5, 0.0)? } else { x };
         match &self.rezero {

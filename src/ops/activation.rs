@@ -1,4 +1,4 @@
-//! Activations of a sum with a bias, as after the matrix product of a dense layer.
+//! Fused bias and activation, as after the matrix product of a dense layer.
 
 use super::{
     norm::reuse,
@@ -21,7 +21,7 @@ use crate::{
 };
 
 impl Tensor {
-    /// `activation(x + bias)` in one pass, the sum never being rounded.
+    /// Computes `activation(x + bias)` in one pass, without rounding the sum.
     ///
     /// Shapes: `[.., dim]`, bias `[dim]` → `[.., dim]`. Computed in f32 (f64 for f64). Saves: the inputs; the sum is
     /// computed again in the backward pass, which adds up the gradient of the bias as it goes.
@@ -48,13 +48,13 @@ impl Tensor {
 
 const OP: &str = "add_activation";
 
-/// Element operations that an activation counts for.
+/// Cost of an activation, in element operations.
 pub(super) const COST: usize = 12;
 
-/// Features that a backward pass handles together: its loops write one array each, so that they vectorise.
+/// Number of features that a backward pass handles together: its loops write one array each, so that they vectorise.
 pub(super) const TILE: usize = 64;
 
-/// Checks that a bias has an element for each feature.
+/// Checks that a bias has one element per feature.
 pub(super) fn check_bias(op: &'static str, x: &Tensor, bias: &Tensor) -> Result<()> {
     same_kind(op, x, bias)?;
     let features = x.dim(-1)?;
@@ -109,7 +109,7 @@ impl Backward for ActivationBackward {
         OP
     }
 
-    /// `dx = g ⊙ activation'(x + bias)`, `dbias = Σ_rows dx`
+    /// Computes `dx = g ⊙ activation'(x + bias)`, `dbias = Σ_rows dx`.
     fn backward(self: Box<Self>, grad: Tensor, need: &[bool]) -> Result<InputGrads> {
         let Self { x, bias, activation: f } = &*self;
         let f = *f;
@@ -118,7 +118,7 @@ impl Backward for ActivationBackward {
         let (mut dx, source) = reuse(grad)?;
         let sums = match *dx.device() {
             Device::Cpu => {
-                // Rows are summed up in blocks whose size depends on the shape alone.
+                // Rows are summed in blocks whose size depends only on the shape.
                 let block = cpu::rows_per_task(rows, COST * dim);
                 let mut sums = partial_sums(x, need[1].then(|| rows.div_ceil(block)), dim)?;
                 let source = source.as_ref().map(|source| source.floats(OP)).transpose()?;
@@ -160,18 +160,18 @@ impl Backward for ActivationBackward {
     }
 }
 
-/// Room for sums over blocks of rows, `[blocks, width]`, in the accumulation type of `x`.
+/// Allocates sums over blocks of rows, `[blocks, width]`, in the accumulation type of `x`.
 pub(super) fn partial_sums(x: &Tensor, blocks: Option<usize>, width: usize) -> Result<Option<Tensor>> {
     let room = |blocks| Tensor::uninit(Shape::new(&[blocks, width])?, x.dtype().accumulator(), x.device());
     blocks.map(room).transpose()
 }
 
-/// The values of such sums, none if they are not wanted.
+/// Returns the values of such sums, an empty slice if they are not wanted.
 pub(super) fn sums_mut<R: Real>(sums: &mut Option<Tensor>) -> Result<&mut [R]> {
     sums.as_mut().map_or(Ok(&mut []), |sums| sums.values_mut::<R>())
 }
 
-/// The gradient of a bias of `x` from sums over blocks of rows.
+/// Returns the gradient of a bias of `x` from sums over blocks of rows.
 pub(super) fn bias_gradient(sums: Option<Tensor>, x: &Tensor) -> Result<Option<Tensor>> {
     let Some(sums) = sums else { return Ok(None) };
     match *x.device() {
@@ -184,7 +184,7 @@ pub(super) fn bias_gradient(sums: Option<Tensor>, x: &Tensor) -> Result<Option<T
 }
 
 vectorized! {
-    /// Adds a row to sums, of which there may be none.
+    /// Adds a row to sums, which may be empty.
     pub(super) fn add_to<R: Real>(sums: &mut [R], row: &[R]) {
         for (sum, x) in sums.iter_mut().zip(row) {
             *sum += *x;
@@ -192,7 +192,7 @@ vectorized! {
     }
 }
 
-/// A bias in the type of the computation, 0 without one.
+/// Returns a bias in the compute type, zeros without one.
 pub(super) fn wide_bias<R: Real>(bias: Option<Floats>, width: usize) -> Vec<R> {
     bias.map_or_else(|| vec![R::ZERO; width], Floats::to_vec)
 }

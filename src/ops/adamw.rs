@@ -1,8 +1,8 @@
-//! What training does to all parameters at once: the norm of the gradients, the AdamW update, the moving average.
+//! Training steps over all parameters at once: gradient norm, AdamW update, moving average.
 //!
-//! Tensors are cut into chunks of a fixed size and every chunk of every tensor is a task of one parallel loop, or a block
-//! of one launch, so that many small parameters keep all threads as busy as one large one. The cut depends on the sizes
-//! alone: the results have the same bits for any number of threads.
+//! Tensors are cut into chunks of a fixed size and every chunk of every tensor is a task of one parallel loop, or a
+//! block of one launch, so that many small parameters keep all threads as busy as one large one. The chunks depend only
+//! on the sizes, so the results are bit-identical for any number of threads.
 
 use std::{ops::Range, sync::Mutex};
 
@@ -19,14 +19,14 @@ use crate::{
     shape::Shape,
 };
 
-/// Elements of one task: enough to pay for handing it over, few enough to balance.
+/// Number of elements per task: large enough to amortize scheduling, small enough to balance the load.
 const CHUNK: usize = 16 * 1024;
 
-/// Elements that are widened at a time, so that they stay in the first cache; a multiple of the sums of
+/// Number of elements widened at a time, so that they stay in the L1 cache; a multiple of the number of sums in
 /// [`add_squares`].
 const TILE: usize = 1024;
 
-/// Makes a tensor the packed and only owner of its values, so that it can be written in place.
+/// Makes a tensor packed and the only owner of its values, so that it can be written in place.
 pub(crate) fn own(tensor: &mut Tensor) -> Result<()> {
     if !tensor.is_unique() {
         *tensor = tensor.to_owned_copy()?;
@@ -34,7 +34,8 @@ pub(crate) fn own(tensor: &mut Tensor) -> Result<()> {
     Ok(())
 }
 
-/// The sum of the squares of each tensor, in f64. The tensors are packed. Those on a GPU cost one read-back per dtype.
+/// Returns the sum of squares of each tensor, in f64. The tensors must be packed. Tensors on a GPU cost one read-back
+/// per dtype.
 pub(crate) fn square_norms(tensors: &[Tensor]) -> Result<Vec<f64>> {
     let mut sums = vec![0.0; tensors.len()];
     let indexed = tensors.iter().enumerate().filter(|(_, tensor)| tensor.numel() > 0);
@@ -67,7 +68,7 @@ pub(crate) fn square_norms(tensors: &[Tensor]) -> Result<Vec<f64>> {
     Ok(sums)
 }
 
-/// The sums of tensors that all have elements, on the device.
+/// Computes the sums on the device; every tensor must have elements.
 fn square_norms_cuda<'a>(
     gpu: &'static dyn Gpu,
     dtype: DType,
@@ -85,10 +86,11 @@ fn square_norms_cuda<'a>(
     Ok(totals)
 }
 
-/// The norm of all gradients, and what clipping multiplies them by, without a read-back: `[2]` F64 on their device, the
-/// second NaN if the first is not finite. `given`: what they are multiplied by first, and the largest norm, `[2]` F64.
+/// Computes the norm of all gradients and the clipping factor without a read-back: `[2]` F64 on their device, the
+/// factor being NaN if the norm is not finite. `given`: a factor applied to the gradients first, and the maximum norm,
+/// `[2]` F64.
 ///
-/// The tensors are packed and of one dtype; with the numbers of [`square_norms`] the processor gets the same bits.
+/// The tensors must be packed and of one dtype; the CPU gets the same bits from the sums of [`square_norms`].
 #[cfg(feature = "cuda")]
 pub(crate) fn clip_on_device(tensors: &[Tensor], given: &Tensor) -> Result<Tensor> {
     let with_elements = || tensors.iter().filter(|tensor| tensor.numel() > 0);
@@ -107,13 +109,13 @@ pub(crate) fn clip_on_device(tensors: &[Tensor], given: &Tensor) -> Result<Tenso
     Ok(norm)
 }
 
-/// Ranges of at most [`TILE`] elements, in order.
+/// Returns ranges of at most [`TILE`] elements, in order.
 fn tiles(len: usize) -> impl Iterator<Item = Range<usize>> {
     (0..len).step_by(TILE).map(move |start| start..len.min(start + TILE))
 }
 
 fn square_norm<R: Real>(values: Floats<'_>, memory: &mut Vec<R>) -> f64 {
-    // Sixteen sums side by side: a fixed order of additions that every vector width can keep.
+    // Sixteen independent sums: an order of additions that every vector width can keep.
     let mut sums = [0.0f64; 16];
     tiles(values.len()).for_each(|tile| add_squares(values.range(tile).to_slice(memory), &mut sums));
     sums.iter().sum()
@@ -141,18 +143,18 @@ vectorized! {
 /// One parameter of an AdamW step. All tensors are packed, of one shape, and the written ones uniquely owned.
 pub(crate) struct Update<'a> {
     pub value: &'a mut Tensor,
-    /// Of the parameter's dtype, or of the state's.
+    /// Gradient, in the dtype of the parameter or of its state.
     pub grad: &'a Tensor,
-    /// The running means of the gradient and of its square, f64 for an f64 parameter and f32 otherwise.
+    /// Running mean of the gradient; like that of its square below, f64 for an f64 parameter and f32 otherwise.
     pub exp_avg: &'a mut Tensor,
     pub exp_avg_sq: &'a mut Tensor,
-    /// The parameter in f32, which the value of a half type is rounded from.
+    /// The parameter in f32, from which a half-precision value is rounded.
     pub master: Option<&'a mut Tensor>,
-    /// Updates of this parameter including this one.
+    /// Number of updates of this parameter, including this one.
     pub step: u64,
 }
 
-/// What is the same for all parameters of an AdamW step.
+/// Settings shared by all parameters of an AdamW step.
 #[derive(Clone, Copy)]
 pub(crate) struct Settings {
     pub lr: f64,
@@ -160,7 +162,7 @@ pub(crate) struct Settings {
     pub beta2: f64,
     pub eps: f64,
     pub weight_decay: f64,
-    /// Gradients are multiplied by this first: clipping without a pass of its own.
+    /// Factor applied to the gradients first: clipping without a separate pass.
     pub grad_scale: f64,
 }
 
@@ -189,7 +191,7 @@ fn check(updates: &[Update<'_>]) -> Result<()> {
 
 /// Compiles the kernel of a step for parameters and gradients of these kinds, unless it is there already.
 ///
-/// A first compilation takes seconds: nobody should wait for it behind the lock of a parameter.
+/// A first compilation takes seconds: nobody should wait for it on a parameter's lock.
 pub(crate) fn compile(kernel: &'static str, kinds: impl Iterator<Item = (Device, DType, DType)>) -> Result<()> {
     for Group { gpu, key: [dtype, of_grad], .. } in
         by_device(kinds, |(device, dtype, of_grad)| (device.clone(), [*dtype, *of_grad])).1
@@ -199,7 +201,7 @@ pub(crate) fn compile(kernel: &'static str, kinds: impl Iterator<Item = (Device,
     Ok(())
 }
 
-/// One AdamW step of all parameters.
+/// Performs one AdamW step on all parameters.
 ///
 /// Errors, before anything is changed: a gradient of a dtype that is neither the parameter's nor its state's, of
 /// another shape or on another device.
@@ -219,10 +221,10 @@ pub(crate) fn adamw(updates: Vec<Update<'_>>, settings: Settings) -> Result<()> 
     Ok(())
 }
 
-/// As [`adamw`], with numbers that are on the device when it runs, and nothing done if `grad_scale`, a scalar there, is
-/// NaN. `factors`: where the seven of [`Settings::factors`] are for each update.
+/// Like [`adamw`], but reads its numbers on the device when it runs, and does nothing if `grad_scale`, a scalar there,
+/// is NaN. `factors`: addresses of the seven [`Settings::factors`] of each update.
 ///
-/// Errors: as [`adamw`], or parameters that are not all on one GPU.
+/// Errors: those of [`adamw`], or parameters that are not all on one GPU.
 #[cfg(feature = "cuda")]
 pub(crate) fn adamw_recorded(updates: Vec<Update<'_>>, factors: &[Address], grad_scale: &Tensor) -> Result<()> {
     check(&updates)?;
@@ -246,7 +248,7 @@ pub(crate) fn adamw_recorded(updates: Vec<Update<'_>>, factors: &[Address], grad
     Ok(())
 }
 
-/// What the kernel's table has of a parameter.
+/// Returns a parameter's row in the kernel's table.
 fn row(update: Update<'_>) -> Result<([Address; 5], usize)> {
     let master = update.master.map_or(Ok(Address::NULL), Tensor::address_mut)?;
     let state = [update.exp_avg.address_mut()?, update.exp_avg_sq.address_mut()?];
@@ -254,7 +256,7 @@ fn row(update: Update<'_>) -> Result<([Address; 5], usize)> {
     Ok(([value, grad, state[0], state[1], master], update.grad.numel()))
 }
 
-/// One step of parameters of one dtype that have had as many updates, in one launch.
+/// Performs one step, in one launch, on parameters with the same dtype and number of updates.
 fn adamw_cuda(
     gpu: &'static dyn Gpu,
     name: &str,
@@ -270,12 +272,12 @@ fn adamw_cuda(
     )
 }
 
-/// The work on one chunk.
+/// Work on one chunk.
 type Task<'a> = Box<dyn FnMut() + Send + 'a>;
 
-/// Does each task once, in parallel.
+/// Runs each task once, in parallel.
 fn run(tasks: Vec<Task<'_>>) {
-    // Never contended: the lock shows the compiler that one thread at a time has a task.
+    // Never contended: the lock proves to the compiler that one thread at a time has a task.
     let tasks: Vec<Mutex<Task>> = tasks.into_iter().map(Mutex::new).collect();
     cpu::for_tasks(tasks.len(), |index| {
         let mut task = tasks[index].lock().unwrap_or_else(|poisoned| poisoned.into_inner());
@@ -304,7 +306,7 @@ fn cut<'a, R: Real>(update: Update<'a>, settings: Settings, tasks: &mut Vec<Task
     Ok(())
 }
 
-/// A part of one parameter, updated by one task.
+/// Part of one parameter, updated by one task.
 struct Chunk<'a, R> {
     value: FloatsMut<'a>,
     master: Option<&'a mut [R]>,
@@ -323,7 +325,7 @@ impl<R: Real> Chunk<'_, R> {
             let (mean, square) = (&mut mean[tile.clone()], &mut square[tile.clone()]);
             let mut value = value.part(tile.clone());
             if let Some(master) = master.as_mut().map(|master| &mut master[tile]) {
-                // A value that is not the rounded master was set by someone else since, and counts.
+                // A value that differs from the rounded master was set elsewhere since, and takes precedence.
                 value.replace_unless_rounded(master);
                 step_chunk(master, grad, mean, square, *factors);
                 value.write(master);
@@ -339,7 +341,7 @@ impl<R: Real> Chunk<'_, R> {
     }
 }
 
-/// The numbers of an AdamW step as the state's type, computed in f64 as PyTorch does.
+/// Numbers of an AdamW step in the state's type, computed in f64 as in PyTorch.
 #[derive(Clone, Copy)]
 struct Factors<A> {
     grad_scale: A,
@@ -358,7 +360,8 @@ struct Factors<A> {
 }
 
 impl Settings {
-    /// What the kernel reads of a parameter's step from memory: decay, `1 − β₁`, `β₂`, `1 − β₂`, rate, correction, eps.
+    /// Returns the numbers of a parameter's step that the kernel reads from memory: decay, `1 − β₁`, `β₂`, `1 − β₂`,
+    /// rate, correction, eps.
     #[cfg(feature = "cuda")]
     pub fn factors(self, step: u64) -> [f64; 7] {
         let Factors { decay, mean, beta2, square, rate, correction, eps, .. } = Factors::<f64>::new(self, step);
@@ -382,7 +385,7 @@ impl<A: Real> Factors<A> {
         }
     }
 
-    /// The new value of one weight; `mean` and `square` are its state.
+    /// Returns the new value of one weight and updates its state, `mean` and `square`.
     #[inline(always)]
     fn apply(&self, weight: A, grad: A, mean: &mut A, square: &mut A) -> A {
         let grad = grad * self.grad_scale;
@@ -401,7 +404,7 @@ vectorized! {
     }
 }
 
-/// One step of the moving averages: `average += (1 − decay) · (value − average)`.
+/// Updates the moving averages: `average += (1 − decay) · (value − average)`.
 ///
 /// The averages are uniquely owned and packed, f64 for f64 values and f32 otherwise; the values are packed.
 pub(crate) fn average(averages: Vec<&mut Tensor>, values: &[Tensor], decay: f64) -> Result<()> {

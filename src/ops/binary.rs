@@ -1,4 +1,4 @@
-//! Arithmetic of two tensors, elementwise and with broadcasting: a table row each.
+//! Elementwise arithmetic of two tensors with broadcasting; each function is a row of a table.
 
 use bytemuck::Zeroable;
 
@@ -12,23 +12,23 @@ use crate::{
     tensor::{Storage, same_device, same_kind},
 };
 
-/// A function of two numbers.
+/// Binary function of numbers.
 trait Binary {
     fn value<R: Real>(a: R, b: R) -> R;
 }
 
-/// The inputs that a binary op kept.
+/// Inputs that a binary op kept.
 struct Saved {
     a: Option<Tensor>,
     b: Option<Tensor>,
 }
 
-/// The tensor that a forward pass kept because a gradient needs it.
+/// Returns a tensor that the forward pass kept because a gradient needs it.
 fn kept<'a>(op: &'static str, saved: &'a Option<Tensor>) -> Result<&'a Tensor> {
     saved.as_ref().ok_or_else(|| Error::argument(op, "an input that its gradient needs was not kept"))
 }
 
-/// Whether the gradients need the inputs (first, second).
+/// `true` for each input (first, second) that the gradients need.
 type Saves = (bool, bool);
 
 macro_rules! binary {
@@ -71,7 +71,7 @@ macro_rules! binary {
                 }
             }
 
-            /// The function of tensors of one dtype that is not float.
+            /// Applies the function to tensors of one dtype that is not float.
             fn of_integers(self, a: &Tensor, b: &Tensor) -> Result<Tensor> {
                 match self {
                     $(Self::$Type => {
@@ -95,8 +95,8 @@ macro_rules! binary {
             $(
                 $(#[$doc])*
                 ///
-                /// Shapes broadcast as in PyTorch; dtypes are never converted, but by [`Tensor::to_dtype`]. Errors:
-                /// shapes that do not broadcast, or dtypes or devices that differ.
+                /// Shapes broadcast as in PyTorch; only [`Tensor::to_dtype`] converts dtypes. Errors: shapes that do
+                /// not broadcast, or dtypes or devices that differ.
                 pub fn $method(&self, other: &Tensor) -> Result<Tensor> {
                     binary(Function::$Type, self, other)
                 }
@@ -109,7 +109,7 @@ macro_rules! binary {
 }
 
 binary! {
-    /// `a + b`; of i64 too, where it wraps around, and of bool, where it is [`Tensor::logical_or`]. Saves nothing.
+    /// Computes `a + b`; i64 wraps around, and bool is [`Tensor::logical_or`]. Saves nothing.
     ///
     /// ```
     /// use x_transformers::{Device, Tensor};
@@ -122,11 +122,11 @@ binary! {
         DType::Bool => a.logical_or(b),
         _ => integers("add", a, b, i64::wrapping_add),
     }, |a, b| a + b, saves (false, false), |g, _s| (g.clone(), g.clone());
-    /// `a − b`; of i64 too, where it wraps around. Saves nothing. Errors also: bool, as in PyTorch.
+    /// Computes `a − b`; i64 wraps around. Saves nothing. Also returns an error for bool, as in PyTorch.
     sub Sub |a, b| integers("sub", a, b, i64::wrapping_sub),
         |a, b| a - b, saves (false, false), |g, _s| (g.clone(), g.neg()?);
-    /// `a · b`, elementwise; of i64 too, where it wraps around, and of bool, where it is [`Tensor::logical_and`]. Saves
-    /// each input that the other's gradient needs.
+    /// Computes `a · b` elementwise; i64 wraps around, and bool is [`Tensor::logical_and`]. Saves each input that the
+    /// other's gradient needs.
     ///
     /// ```
     /// use x_transformers::{Device, Tensor};
@@ -139,7 +139,7 @@ binary! {
         DType::Bool => a.logical_and(b),
         _ => integers("mul", a, b, i64::wrapping_mul),
     }, |a, b| a * b, saves (true, true), |g, s| (g.mul(kept("mul", &s.b)?)?, g.mul(kept("mul", &s.a)?)?);
-    /// `a / b`, elementwise; i64 and bool become f32 first, as in PyTorch. Saves the inputs.
+    /// Computes `a / b` elementwise; i64 and bool become f32 first, as in PyTorch. Saves the inputs.
     div Div |a: &Tensor, b: &Tensor| {
         same_device("div", a, b)?;
         a.to_dtype(DType::F32)?.div(&b.to_dtype(DType::F32)?)
@@ -179,7 +179,7 @@ fn binary(f: Function, a: &Tensor, b: &Tensor) -> Result<Tensor> {
     })
 }
 
-/// `y = f(a, b)` by the kernel's function of this name; `a` and `b` broadcast to the shape of `y`.
+/// Computes `y = f(a, b)` by the kernel's function of this name; `a` and `b` broadcast to the shape of `y`.
 pub(super) fn launch_binary(gpu: &dyn Gpu, function: &str, y: &mut Tensor, a: &Tensor, b: &Tensor) -> Result<()> {
     let shape = *y.shape();
     let layouts = collapse_layouts(&shape, [&a.layout().expand(shape), &b.layout().expand(shape)]);
@@ -188,15 +188,15 @@ pub(super) fn launch_binary(gpu: &dyn Gpu, function: &str, y: &mut Tensor, a: &T
         .launch(Grid::packets(n, a.dtype()), args![y, Storage(a), Storage(b), &layouts[0], &layouts[1], n as i64])
 }
 
-/// Runs of two operands: as many numbers as results, or one for all of them. Half types are computed with where they
-/// lie: through rows in f32, a sum would take twice its time.
+/// Runs of two operands: one number per result, or one for all of them. Half types are read in place: going through
+/// rows in f32, a sum would take twice the time.
 #[derive(Clone, Copy)]
 pub(super) struct Pairs<'a, T> {
     pub a: &'a [T],
     pub b: &'a [T],
 }
 
-/// Results that are computed at a time where operands are not read where they lie.
+/// Number of results computed at a time where operands are gathered first.
 const PIECE: usize = 256;
 
 /// Calls `body` with runs of the output and of both operands, which broadcast to its shape.
@@ -218,7 +218,7 @@ pub(super) fn for_pairs<T: Float, Y: Send>(
     });
 }
 
-/// As [`for_pairs`], for a run whose operands are gathered first.
+/// Like [`for_pairs`], but for a run whose operands are gathered first.
 #[allow(clippy::type_complexity)]
 #[inline(never)]
 fn in_pieces<T: Float, Y>(
@@ -237,7 +237,7 @@ fn in_pieces<T: Float, Y>(
     }
 }
 
-/// Numbers that are `step` apart, or the one that is repeated.
+/// Returns numbers that are `step` apart, or the one that is repeated.
 fn run<'a, T: Float>(x: &'a [T], at: usize, step: usize, len: usize, memory: &'a mut [T]) -> &'a [T] {
     let len = if step == 0 { 1 } else { len };
     if step <= 1 {
@@ -298,7 +298,7 @@ impl Backward for BinaryBackward {
     }
 }
 
-/// Arithmetic of i64.
+/// Computes arithmetic of i64.
 fn integers(op: &'static str, a: &Tensor, b: &Tensor, f: fn(i64, i64) -> i64) -> Result<Tensor> {
     ensure!(
         a.dtype() == DType::I64,
@@ -321,8 +321,8 @@ fn integers(op: &'static str, a: &Tensor, b: &Tensor, f: fn(i64, i64) -> i64) ->
     computed(op, y, &[a, b])
 }
 
-/// `−g · a / b²`, the gradient of a quotient by its divisor, of the shape of `g`: in one pass whose numbers have the
-/// exponents to hold the square of any divisor and each partial product.
+/// Computes `−g · a / b²`, the gradient of a quotient with respect to its divisor, in the shape of `g`: one pass in a
+/// type whose range holds the square of any divisor and each partial product.
 fn by_divisor(g: &Tensor, a: &Tensor, b: &Tensor) -> Result<Tensor> {
     const OP: &str = "div";
     let shape = *g.shape();

@@ -1,5 +1,5 @@
-//! Buffers that grow in place along a sequence, for decoding token by token: rows are written where each sequence of a
-//! batch has its end, and read from there. Not ops of the tape: nothing here has a gradient.
+//! Buffers that grow in place along a sequence, for decoding token by token: rows are written at the end of each
+//! sequence of a batch, and read from there. Not recorded on a tape: nothing here has a gradient.
 
 use crate::{
     DType, Device, Element, Error, Result, Tensor,
@@ -37,9 +37,9 @@ fn packed_rows(x: &Tensor) -> Result<Tensor> {
 
 impl Tensor {
     /// Writes rows `[b, heads, n, d]` into this buffer, `[b, heads, capacity, d]`: row `i` of sequence `b` goes to
-    /// position `offset + lengths[b] + i`. What does not fit is left out.
+    /// position `offset + lengths[b] + i`. Rows that do not fit are dropped.
     ///
-    /// Errors: other shapes, dtypes or devices, or a view of the buffer that is still held.
+    /// Errors: shapes, dtypes or devices that differ, or a view of the buffer that is still held.
     pub(crate) fn write_rows(&mut self, rows: &Tensor, lengths: &Tensor, offset: usize) -> Result<()> {
         let (&[batch, heads, capacity, d], &[b, h, n, width]) = (&self.shape()[..], &rows.shape()[..]) else {
             return Err(Error::shape(OP, format_args!("cannot write {:?} into {:?}", rows.shape(), self.shape())));
@@ -89,8 +89,8 @@ impl Tensor {
         }
     }
 
-    /// Rotates rows `[b, heads, n, d]` as [`Tensor::rotary`], row `i` of sequence `b` by position `offset + lengths[b]
-    /// + i` of a table of [`rotary_table`](super::rotary::rotary_table).
+    /// Rotates rows `[b, heads, n, d]` like [`Tensor::rotary`], row `i` of sequence `b` by position `offset +
+    /// lengths[b] + i` of a table of [`rotary_table`](super::rotary::rotary_table).
     ///
     /// Errors: other shapes, dtypes or devices.
     pub(crate) fn rotate_rows(&self, table: &Tensor, lengths: &Tensor, offset: usize) -> Result<Tensor> {
@@ -144,10 +144,11 @@ impl Tensor {
         computed(OP, y, &[self])
     }
 
-    /// The rows behind the lengths of this buffer of inputs, `[b, 1, capacity, dim]`, with their features shifted as by
-    /// [`Tensor::shift_tokens`]: `[b, n, dim]`. `mask` `[b, capacity]`: what counts as zeros for the moves.
+    /// Returns the rows after the lengths of this buffer of inputs, `[b, 1, capacity, dim]`, with their features
+    /// shifted as by [`Tensor::shift_tokens`]: `[b, n, dim]`. `mask` `[b, capacity]`: `false` counts as zeros for the
+    /// shifts.
     ///
-    /// Errors: other shapes, dtypes or devices, or amounts that move tokens to the front.
+    /// Errors: other shapes, dtypes or devices, or amounts that move tokens to earlier positions.
     pub(crate) fn shift_rows(
         &self,
         lengths: &Tensor,

@@ -1,4 +1,4 @@
-//! Comparisons, logic and choice: ops that give or take masks.
+//! Comparisons, logic and selection: ops that return or take masks.
 
 use half::{bf16, f16};
 
@@ -13,7 +13,7 @@ use crate::{
     tensor::{Storage, same_device, same_kind},
 };
 
-/// Comparisons and logic give masks: they have no gradient, and refuse tensors that require one.
+/// Comparisons and logic return masks: they have no gradient, and reject tensors that require one.
 macro_rules! comparison {
     ($($(#[$doc:meta])* $method:ident $kind:ident $turned:literal $not:literal;)*) => {
         impl Tensor {$(
@@ -33,21 +33,21 @@ macro_rules! comparison {
 }
 
 comparison! {
-    /// Whether `a = b`.
+    /// Compares elementwise: `a = b`.
     eq Equal false false;
-    /// Whether `a ≠ b`.
+    /// Compares elementwise: `a ≠ b`.
     ne Equal false true;
-    /// Whether `a < b`.
+    /// Compares elementwise: `a < b`.
     lt Less false false;
-    /// Whether `a ≤ b`.
+    /// Compares elementwise: `a ≤ b`.
     le LessOrEqual false false;
-    /// Whether `a > b`.
+    /// Compares elementwise: `a > b`.
     gt Less true false;
-    /// Whether `a ≥ b`.
+    /// Compares elementwise: `a ≥ b`.
     ge LessOrEqual true false;
 }
 
-/// What others are made of: operands change places, or the result is negated.
+/// Basic comparisons. The others swap the operands or negate the result.
 #[derive(Clone, Copy)]
 enum Kind {
     Equal,
@@ -55,7 +55,7 @@ enum Kind {
     LessOrEqual,
 }
 
-/// A comparison of `a` and `b`, which on a GPU has a kernel of its own, of the operands as they are.
+/// Compares `a` and `b`. On a GPU the comparison has a kernel of its own, which takes the unswapped operands.
 fn compare(op: &'static str, operands: [&Tensor; 2], [a, b]: [&Tensor; 2], kind: Kind, not: bool) -> Result<Tensor> {
     discrete(op, &operands)?;
     same_kind(op, a, b)?;
@@ -80,7 +80,7 @@ fn compare(op: &'static str, operands: [&Tensor; 2], [a, b]: [&Tensor; 2], kind:
     computed(op, y, &operands)
 }
 
-/// As [`compare`], of integers.
+/// Like [`compare`], on the stored values of the operands.
 fn compare_as<E: Stored + Sync>(
     [a, b]: [&[E]; 2],
     layouts: [&Layout; 2],
@@ -103,7 +103,7 @@ fn compare_as<E: Stored + Sync>(
 }
 
 vectorized! {
-    /// Of operands with an element for each result, or one for all.
+    /// Compares operands with one element per result, or one for all.
     fn zip<E: Stored>(kind: Kind, not: bool, y: &mut [u8], a: &[E], b: &[E]) {
         match kind {
             Kind::Equal => zip_with(not, y, a, b, |a, b| a == b),
@@ -113,7 +113,7 @@ vectorized! {
     }
 }
 
-/// A stored value that is compared as a number.
+/// Stored value that is compared as a number.
 trait Stored: Copy {
     type Number: PartialOrd;
     fn number(self) -> Self::Number;
@@ -152,7 +152,7 @@ fn zip_with<E: Stored>(not: bool, y: &mut [u8], a: &[E], b: &[E], f: impl Fn(E::
     }
 }
 
-/// A function of truth values.
+/// Computes a function of truth values.
 fn logic(op: &'static str, [a, b]: [&Tensor; 2], f: impl Fn(u8, u8) -> bool + Sync) -> Result<Tensor> {
     same_device(op, a, b)?;
     let shape = a.shape().broadcast(b.shape(), op)?;
@@ -173,7 +173,8 @@ fn logic(op: &'static str, [a, b]: [&Tensor; 2], f: impl Fn(u8, u8) -> bool + Sy
 }
 
 impl Tensor {
-    /// Whether both are true, with broadcasting. Numbers are true where they are not 0, NaN included.
+    /// Returns a mask that is `true` where both operands are, with broadcasting. Numbers other than 0 count as true,
+    /// NaN included.
     ///
     /// Errors: shapes that do not broadcast, devices that differ, or a tensor that requires a gradient.
     ///
@@ -189,7 +190,8 @@ impl Tensor {
         logic("logical_and", [&a, &b], |a, b| a & b != 0)
     }
 
-    /// Whether at least one is true, with broadcasting. Numbers are true where they are not 0, NaN included.
+    /// Returns a mask that is `true` where at least one operand is, with broadcasting. Numbers other than 0 count as
+    /// true, NaN included.
     ///
     /// Errors: shapes that do not broadcast, devices that differ, or a tensor that requires a gradient.
     pub fn logical_or(&self, other: &Tensor) -> Result<Tensor> {
@@ -197,7 +199,7 @@ impl Tensor {
         logic("logical_or", [&a, &b], |a, b| a | b != 0)
     }
 
-    /// True where this is false. Numbers are true where they are not 0, NaN included.
+    /// Returns a mask that is `true` where this tensor is false. Numbers other than 0 count as true, NaN included.
     ///
     /// Errors: a tensor that requires a gradient.
     ///
@@ -212,7 +214,7 @@ impl Tensor {
         logic("logical_not", [&x, &x], |a, _| a == 0)
     }
 
-    /// `a` where this mask is true, `b` elsewhere; all three broadcast. Saves the mask.
+    /// Selects `a` where this mask is `true` and `b` elsewhere; all three broadcast. Saves the mask.
     ///
     /// Errors: the mask is not [`DType::Bool`], shapes that do not broadcast, or dtypes or devices that differ.
     ///
@@ -250,9 +252,9 @@ impl Tensor {
         record(OP, y, &[a, b], |_| WhereBackward { mask: mask.clone(), shapes })
     }
 
-    /// `value` where the mask is true, this tensor elsewhere; both broadcast. Saves the mask.
+    /// Replaces the elements where `mask` is `true` with `value`; tensor and mask broadcast. Saves the mask.
     ///
-    /// Errors: as [`Tensor::where_cond`].
+    /// Errors: those of [`Tensor::where_cond`].
     ///
     /// ```
     /// use x_transformers::{Device, Tensor};
@@ -266,7 +268,7 @@ impl Tensor {
     }
 }
 
-/// The truth values of constants.
+/// Returns the truth values of constants.
 fn truths<const N: usize>(op: &'static str, tensors: [&Tensor; N]) -> Result<[Tensor; N]> {
     discrete(op, &tensors)?;
     let mut truths = tensors.map(Tensor::detach);

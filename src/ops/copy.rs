@@ -11,7 +11,7 @@ use crate::{
 };
 
 impl Tensor {
-    /// The same values packed in row-major order; the tensor itself if it is packed already.
+    /// Returns the same values packed in row-major order; the tensor itself if it is packed already.
     ///
     /// ```
     /// use x_transformers::{Device, Tensor};
@@ -28,11 +28,11 @@ impl Tensor {
         record("contiguous", out, &[self], |_| CopyBackward { dtype: self.dtype() })
     }
 
-    /// The values as another dtype: floats round to nearest even, once (PyTorch rounds f64 to f32 before a half type),
-    /// float to i64 truncates, to bool asks for "not zero", which NaN is. What i64 cannot hold becomes its nearest
-    /// number, NaN becomes 0; PyTorch leaves both undefined.
+    /// Converts the values to another dtype. Floats round to nearest even, once (PyTorch rounds f64 to f32 before a
+    /// half type); float to i64 truncates; to bool tests for "not zero", which is true of NaN. Floats outside the range
+    /// of i64 saturate and NaN becomes 0; PyTorch leaves both undefined.
     ///
-    /// Errors: a tensor that requires a gradient to a dtype that has none.
+    /// Errors: converting a tensor that requires a gradient to a dtype that has none.
     ///
     /// ```
     /// use x_transformers::{DType, Device, Tensor};
@@ -58,9 +58,10 @@ impl Tensor {
         record("to_dtype", out, &[&x], |_| CopyBackward { dtype: self.dtype() })
     }
 
-    /// The values on another device; the tensor itself if it is there already. Its gradient goes the way back.
+    /// Copies the values to another device; returns the tensor itself if it is there already. The gradient is copied
+    /// back.
     ///
-    /// Errors: memory runs out, or an error of the driver.
+    /// Errors: out of memory, or a driver error.
     ///
     /// ```
     /// use x_transformers::{Device, Tensor};
@@ -79,8 +80,8 @@ impl Tensor {
         record("to_device", y, &[&x], |_| ToDeviceBackward { device: self.device().clone() })
     }
 
-    /// Joins tensors along a dimension; negative ones count from the end. As in PyTorch, a tensor of shape `[0]` joins
-    /// tensors of any rank, to which it adds nothing.
+    /// Concatenates tensors along a dimension; negative ones count from the end. As in PyTorch, a tensor of shape `[0]`
+    /// may be joined with tensors of any rank and adds nothing.
     ///
     /// Errors: no tensors, scalars, or shapes, dtypes or devices that differ elsewhere.
     ///
@@ -100,8 +101,8 @@ impl Tensor {
         record("cat", out, tensors, |_| CatBackward { sizes, shapes: shapes(), dim })
     }
 
-    /// As [`Tensor::cat`], as a part of another op: a constant, with the sizes along the dimension, and which one it
-    /// is.
+    /// Like [`Tensor::cat`], but as a part of another op: returns a constant, the sizes along the dimension, and its
+    /// index.
     pub(crate) fn joined(tensors: &[&Tensor], dim: isize) -> Result<(Tensor, Vec<usize>, usize)> {
         let adds_nothing = |tensor: &Tensor| *tensor.shape() == [0];
         let adds_something = tensors.iter().find(|tensor| !adds_nothing(tensor));
@@ -210,7 +211,7 @@ impl Backward for CatBackward {
 
     fn backward(self: Box<Self>, grad: Tensor, _need: &[bool]) -> Result<InputGrads> {
         let parts = grad.split(&self.sizes, self.dim as isize)?;
-        // The shape is another one where nothing was added.
+        // The shape differs where nothing was added.
         let whole = |(part, shape): (Tensor, &Shape)| {
             Ok(InputGrad::Whole(if part.shape() == shape { part } else { part.reshape(*shape)? }))
         };

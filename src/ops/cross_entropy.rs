@@ -23,22 +23,23 @@ use crate::{
 const OP: &str = "cross_entropy";
 
 impl Tensor {
-    /// Mean over the rows of `−ln softmax(logits)[target]`, leaving out the rows whose target is `ignore_index`
-    /// (PyTorch's default is −100).
+    /// Computes the mean over the rows of `−ln softmax(logits)[target]`, without the rows whose target is
+    /// `ignore_index` (PyTorch's default is −100).
     ///
-    /// Shapes: `[.., classes]`, targets `[..]` of [`DType::I64`] → `[]`, where PyTorch has the classes of `[n, classes,
-    /// ..]` second: move them to the end by [`Tensor::permute`]. In f32 (f64 for f64), of half-precision logits too.
-    /// Rows in the same type, their mean in f64. Saves: the logits, and the maximum and sum of exponentials of each
-    /// row; the probabilities are computed again in the backward pass, over the logits if no other handle shares them.
+    /// Shapes: `[.., classes]`, targets `[..]` of [`DType::I64`] → `[]`, PyTorch has the classes second, `[n, classes,
+    /// ..]`: move them to the end with [`Tensor::permute`]. The result is f32 (f64 for f64), also for half-precision
+    /// logits. Rows are computed in the same type, their mean in f64. Saves: the logits, and the maximum and sum of
+    /// exponentials of each row; the backward pass recomputes the probabilities, in place of the logits if no other
+    /// handle shares them.
     ///
-    /// Infinities and NaN are as in PyTorch, with two exceptions. The gradient of rows that are left out is 0, also
-    /// where their logits are not finite, where PyTorch has NaN. An infinite gradient of the loss gives −∞ at the
-    /// target, where PyTorch has ∞ − ∞.
+    /// Infinities and NaN are as in PyTorch, with two exceptions. The gradient of ignored rows is 0, even where their
+    /// logits are not finite and PyTorch gives NaN. An infinite gradient of the loss gives −∞ at the target, where
+    /// PyTorch computes ∞ − ∞.
     ///
-    /// Errors: targets of another shape or dtype, a target that is no class
+    /// Errors: targets of another shape or dtype, a target that is not a class
     /// ([`ErrorKind::Index`](crate::ErrorKind::Index)), no target to average over (PyTorch gives NaN), or logits that
-    /// are not float. A GPU tells of wrong targets when values are next read back. On a GPU exponentials of half types
-    /// have errors of up to 2⁻¹⁷ on the way to the loss.
+    /// are not float. A GPU reports invalid targets at the next read-back. On a GPU exponentials of half types have
+    /// errors of up to 2⁻¹⁷ on the way to the loss.
     ///
     /// ```
     /// use x_transformers::{Device, Tensor};
@@ -104,8 +105,8 @@ pub(super) fn check_targets(op: &'static str, x: &Tensor, batch: &[usize], targe
     x.dtype().expect_float(op)
 }
 
-/// The loss of each row of `x` `[rows, pitch]`, whose first `classes` elements count, in f64; writes maxima and sums to
-/// `statistics`.
+/// Computes the loss, in f64, of each row of `x` `[rows, pitch]`, of which the first `classes` elements count; writes
+/// maxima and sums to `statistics`.
 pub(super) fn launch_rows(
     gpu: &dyn Gpu,
     x: &Tensor,
@@ -132,7 +133,7 @@ pub(super) fn launch_rows(
     Ok(losses)
 }
 
-/// The mean of these losses, in the accumulator of `dtype`, and the number of targets that count, in f64.
+/// Computes the mean of these losses, in the accumulator of `dtype`, and the number of targets that count, in f64.
 pub(super) fn launch_mean(
     gpu: &dyn Gpu,
     dtype: DType,
@@ -182,7 +183,7 @@ pub(super) fn launch_gradient(
     )
 }
 
-/// The number of targets that count.
+/// Returns the number of targets that count.
 pub(super) fn count_targets(targets: &[i64], classes: usize, ignore_index: i64) -> Result<usize> {
     let mut count = 0;
     for &target in targets.iter().filter(|&&target| target != ignore_index) {
@@ -202,20 +203,20 @@ impl Losses {
         Self((0..rows).map(|_| AtomicU64::new(0)).collect())
     }
 
-    /// Sets the losses from a row on.
+    /// Sets the losses starting at a row.
     pub fn set(&self, row: usize, losses: impl IntoIterator<Item = f64>) {
         for (to, loss) in self.0[row..].iter().zip(losses) {
             to.store(loss.to_bits(), Ordering::Relaxed);
         }
     }
 
-    /// In order, whatever the threads.
+    /// Sums the losses in order, whatever the number of threads.
     pub fn sum(self) -> f64 {
         self.0.into_iter().map(|loss| f64::from_bits(loss.into_inner())).sum()
     }
 }
 
-/// The sum of the losses, and in `statistics` for each row `[maximum, 1 / Σ exp(x − maximum)]`.
+/// Returns the sum of the losses and writes `[maximum, 1 / Σ exp(x − maximum)]` of each row to `statistics`.
 pub(super) fn forward_rows<R: Real>(
     x: &Tensor,
     targets: &Tensor,
@@ -232,7 +233,8 @@ pub(super) fn forward_rows<R: Real>(
     Ok(losses.sum())
 }
 
-/// The sum of the losses of these rows of logits; writes `(softmax(x) − onehot(target)) scale` over them.
+/// Returns the sum of the losses of these rows of logits and overwrites them with `(softmax(x) − onehot(target))
+/// scale`.
 pub(super) fn rows_and_gradient<R: Real>(
     x: &mut [R],
     targets: &[i64],
@@ -243,7 +245,7 @@ pub(super) fn rows_and_gradient<R: Real>(
     let (losses, scale) = (Losses::new(targets.len()), R::from_f64(scale));
     let x = Out::over(FloatsMut::of(x), classes, None);
     for_rows_of::<R, 1, 0>([x], [], Sums::none(), 2 * COST * classes, &|row, [x], [], _| {
-        // Row by row, so that its second pass finds it in the cache.
+        // Row by row, so that the second pass finds the row in the cache.
         let rows = x.chunks_exact_mut(classes).zip(&targets[row..]);
         losses.set(
             row,
@@ -258,11 +260,11 @@ pub(super) fn rows_and_gradient<R: Real>(
     losses.sum()
 }
 
-/// Element operations that an exponential counts for.
+/// Cost of an exponential, in element operations.
 pub(super) const COST: usize = 8;
 
 vectorized! {
-    /// The loss of a row; writes `[maximum, 1 / Σ exp(x − maximum)]` to `statistics`.
+    /// Returns the loss of a row and writes `[maximum, 1 / Σ exp(x − maximum)]` to `statistics`.
     pub(super) fn forward<R: Real>(x: &[R], target: i64, ignore_index: i64, statistics: &mut [R]) -> f64 {
         if target == ignore_index {
             statistics.fill(R::ZERO);
@@ -276,8 +278,8 @@ vectorized! {
     }
 }
 
-/// The maximum of a row and `Σ exp(x − maximum)`, in one pass over memory: a block's exponentials are added up while
-/// the maximum of the next is looked for, and the sum is rescaled when the maximum grows.
+/// Computes the maximum of a row and `Σ exp(x − maximum)` in one pass over memory: adds up a block's exponentials while
+/// finding the maximum of the next, and rescales the sum when the maximum grows.
 #[inline(always)]
 fn maximum_and_sum<T: Float, const FUSED: bool>(row: &[T]) -> (T::Acc, T::Acc) {
     let (mut max, mut sum) = (T::Acc::NEG_INFINITY, T::Acc::ZERO);
@@ -289,12 +291,12 @@ fn maximum_and_sum<T: Float, const FUSED: bool>(row: &[T]) -> (T::Acc, T::Acc) {
             sum *= (max - found).probability::<FUSED>();
             max = found;
         }
-        // A block of −∞ alone adds nothing; where the whole row is so, the loss is NaN.
+        // A block of only −∞ adds nothing; if the whole row is −∞, the loss is NaN.
         let shift = if max == T::Acc::NEG_INFINITY { T::Acc::ZERO } else { max };
         let next = blocks.next().unwrap_or_default();
         let exp = |x: T| (x.to_acc() - shift).probability::<FUSED>();
         if next.len() == BLOCK {
-            // So many lanes that no addition waits for another.
+            // Enough lanes that no addition waits for another.
             let (mut largest, mut sums) = ([T::Acc::NEG_INFINITY; 64], [T::Acc::ZERO; 64]);
             for (block, next) in block.as_chunks::<64>().0.iter().zip(next.as_chunks::<64>().0) {
                 for (largest, x) in largest.iter_mut().zip(next) {
@@ -320,7 +322,7 @@ struct CrossEntropyBackward {
     statistics: Tensor,
     targets: Tensor,
     ignore_index: i64,
-    /// Of the targets that are averaged over: one f64.
+    /// Number of targets averaged over: one f64.
     count: Tensor,
 }
 
@@ -329,7 +331,7 @@ impl Backward for CrossEntropyBackward {
         OP
     }
 
-    /// `dx = (softmax(x) − onehot(target)) g / count`; zero for rows that are left out.
+    /// Computes `dx = (softmax(x) − onehot(target)) g / count`; zero for rows that are left out.
     fn backward(self: Box<Self>, grad: Tensor, _need: &[bool]) -> Result<InputGrads> {
         let Self { logits, statistics, targets, ignore_index, count } = *self;
         let classes = logits.dim(-1)?;
@@ -368,7 +370,7 @@ impl Backward for CrossEntropyBackward {
 }
 
 vectorized! {
-    /// Writes the gradient of a row over its logits.
+    /// Overwrites the logits of a row with their gradient.
     fn backward<R: Real>(statistics: [R; 2], target: i64, ignore_index: i64, scale: R, dx: &mut [R]) {
         if target == ignore_index {
             return dx.fill(R::ZERO);

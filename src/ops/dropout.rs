@@ -1,4 +1,4 @@
-//! Dropout with a mask that is drawn again instead of being stored, alone or with a sum behind it.
+//! Dropout whose mask is drawn again instead of stored, on its own or followed by a residual sum.
 
 use super::norm::reuse;
 use crate::{
@@ -14,18 +14,18 @@ use crate::{
     tensor::same_kind,
 };
 
-/// Elements that are masked together.
+/// Number of elements that are masked together.
 const GROUP: usize = Philox::GROUP;
 
 impl Tensor {
     /// Zeros each element with probability `p` and divides the others by `1 − p` (Srivastava et al.,
-    /// <https://jmlr.org/papers/v15/srivastava14a.html>). Acts only under [`Tape::train`](crate::Tape::train), else
-    /// the result is the tensor itself; `p = 1` gives zeros.
+    /// <https://jmlr.org/papers/v15/srivastava14a.html>). Acts only under [`Tape::train`](crate::Tape::train),
+    /// otherwise returns the tensor itself; `p = 1` gives zeros.
     ///
-    /// Element `i` is kept if word `i` of the call's [`Philox`] stream is at least `p · 2³²`, so that the mask is the
-    /// same on every device, for every dtype and number of threads. Saves: the number of the stream; the backward pass
-    /// draws the mask again. A dropped element is 0 whatever it was, and so is its gradient; PyTorch multiplies by 0,
-    /// which leaves NaN of NaN and of infinities.
+    /// Element `i` is kept if word `i` of the call's [`Philox`] stream is at least `p · 2³²`, so the mask is the same
+    /// on every device, for every dtype and number of threads. Saves: the number of the stream; the backward pass draws
+    /// the mask again. A dropped element is always 0, and so is its gradient; PyTorch multiplies by 0, which turns
+    /// infinities into NaN and keeps NaN.
     ///
     /// Errors: `p` outside of `[0, 1]`, or a dtype that is not float.
     ///
@@ -47,12 +47,12 @@ impl Tensor {
         record_cheap_after("dropout", y, &x, |_| DropoutBackward { mask }, move |x| mask.applied(x))
     }
 
-    /// `dropout(x) + residual` in one pass, where a branch that ends with dropout joins its residual stream; outside of
-    /// [`Tape::train`](crate::Tape::train) the sum alone. The mask is that of [`Tensor::dropout`]. Saves: the number of
-    /// its stream.
+    /// Computes `dropout(x) + residual` in one pass, for a branch that ends with dropout and joins its residual stream;
+    /// without [`Tape::train`](crate::Tape::train) only the sum. The mask is that of [`Tensor::dropout`]. Saves: the
+    /// number of its stream.
     ///
-    /// Shapes: `x` and `residual` are one.
-    /// Errors: as [`Tensor::dropout`], or a residual of another shape, dtype or device.
+    /// Shapes: `x` and `residual` have the same shape.
+    /// Errors: those of [`Tensor::dropout`], or a residual of another shape, dtype or device.
     pub fn dropout_add(&self, residual: &Tensor, p: f64) -> Result<Tensor> {
         const OP: &str = "dropout_add";
         check(OP, self, p)?;
@@ -75,7 +75,7 @@ fn check(op: &'static str, x: &Tensor, p: f64) -> Result<()> {
     x.dtype().expect_float(op)
 }
 
-/// All that it takes to draw a mask.
+/// State from which a mask is drawn.
 #[derive(Clone, Copy)]
 struct Mask {
     random: Philox,
@@ -84,7 +84,7 @@ struct Mask {
 }
 
 impl Mask {
-    /// That of the next call, or `None` where dropout does not act.
+    /// Draws the mask of the next call; returns `None` where dropout does not act.
     fn drawn(p: f64) -> Option<Self> {
         if p == 0.0 {
             return None;
@@ -93,14 +93,14 @@ impl Mask {
         dropout_stream().map(|random| Self { random, threshold, scale })
     }
 
-    /// A masked and scaled tensor, in place if no other handle shares it.
+    /// Masks and scales a tensor, in place if no other handle shares it.
     fn applied(&self, x: Tensor) -> Result<Tensor> {
         let (mut y, source) = reuse(x)?;
         self.apply(source.as_ref(), None, &mut y)?;
         Ok(y)
     }
 
-    /// Masks and scales `source`, or `out` in place, and adds what is to be added.
+    /// Masks and scales `source`, or `out` in place, and adds the residual if there is one.
     fn apply(&self, source: Option<&Tensor>, residual: Option<&Tensor>, out: &mut Tensor) -> Result<()> {
         match *out.device() {
             Device::Cpu => {
@@ -122,7 +122,7 @@ impl Mask {
                 Ok(())
             }
             Device::Gpu(gpu) => {
-                // A replay would draw the same mask again and again.
+                // A replayed graph would draw the same mask every time.
                 gpu.refuse_while_capturing("dropout")?;
                 let (n, dtype, seed, stream) = (out.numel(), out.dtype(), self.random.seed(), self.random.stream());
                 let args = args![
@@ -179,7 +179,7 @@ impl Backward for DropoutBackward {
         "dropout"
     }
 
-    /// The gradient under the same mask.
+    /// Computes the gradient under the same mask.
     fn backward(self: Box<Self>, grad: Tensor, _need: &[bool]) -> Result<InputGrads> {
         self.mask.applied(grad).map(InputGrads::one)
     }
@@ -194,7 +194,7 @@ impl Backward for DropoutAddBackward {
         "dropout_add"
     }
 
-    /// The gradient under the same mask, and the gradient itself.
+    /// Computes the gradient under the same mask; the residual's is the gradient itself.
     fn backward(self: Box<Self>, grad: Tensor, need: &[bool]) -> Result<InputGrads> {
         let residual = need[1].then(|| grad.clone());
         let dx = if need[0] { Some(self.mask.applied(grad)?) } else { None };

@@ -1,4 +1,4 @@
-//! Rows of a table by index.
+//! Embedding lookup.
 
 use crate::{
     DType, Device, Error, Result, Tensor,
@@ -10,10 +10,10 @@ use crate::{
 };
 
 impl Tensor {
-    /// The rows of this table with the given indices: `y[.., j] = table[indices[..], j]`.
+    /// Looks up rows of this table: `y[.., j] = table[indices[..], j]`.
     ///
     /// Shapes: table `[tokens, dim]`, indices `[..]` of [`DType::I64`] → `[.., dim]`. Saves: the indices. The gradient
-    /// of a row is the sum over its uses in their order, in f32 (f64 for f64).
+    /// of a row is the sum over its uses in order, in f32 (f64 for f64).
     ///
     /// Errors: an index outside of the table ([`ErrorKind::Index`](crate::ErrorKind::Index); on a GPU when values are
     /// next read back), a table that is not a float matrix, indices of another dtype or of rank 6.
@@ -80,7 +80,7 @@ impl Tensor {
 
 struct EmbeddingBackward {
     indices: Tensor,
-    /// Of the table.
+    /// Shape of the table.
     shape: Shape,
 }
 
@@ -89,7 +89,7 @@ impl Backward for EmbeddingBackward {
         "embedding"
     }
 
-    /// `dtable[t] = Σ g[i]` over the positions `i` that hold `t`, in their order.
+    /// Computes `dtable[t] = Σ g[i]` over the positions `i` that hold `t`, in their order.
     fn backward(self: Box<Self>, grad: Tensor, _need: &[bool]) -> Result<InputGrads> {
         let grad = grad.contiguous()?;
         let (tokens, dim) = (self.shape[0], self.shape[1]);
@@ -123,9 +123,9 @@ impl Backward for EmbeddingBackward {
     }
 }
 
-/// Keys `token · 2³² + position`, sorted: the uses of each token side by side and in their order.
+/// Returns keys `token · 2³² + position`, sorted: the uses of each token are adjacent and in order.
 fn sorted_keys(gpu: &dyn Gpu, indices: &Tensor, tokens: usize, dtype: DType) -> Result<Tensor> {
-    /// Keys that a block sorts, as in `kernels/embedding.cu`.
+    /// Number of keys that a block sorts, as in `kernels/embedding.cu`.
     const TILE: usize = 2048;
     let option = [("DTYPE", dtype.name())];
     let (count, tokens) = (size32(indices.numel())?, size32(tokens)?);
@@ -148,15 +148,15 @@ fn sorted_keys(gpu: &dyn Gpu, indices: &Tensor, tokens: usize, dtype: DType) -> 
     Ok(keys)
 }
 
-/// For each token the positions that hold it, in order.
+/// Positions of each token, in order.
 struct Uses {
     positions: Vec<usize>,
-    /// Where the positions of each token end.
+    /// End of each token's positions.
     ends: Vec<usize>,
 }
 
 impl Uses {
-    /// A counting sort, which keeps the order within a token.
+    /// Sorts by counting, which keeps the order within a token.
     fn new(indices: &[i64], tokens: usize) -> Self {
         let mut ends = vec![0; tokens];
         for &index in indices {
@@ -182,7 +182,7 @@ impl Uses {
 }
 
 vectorized! {
-    /// `out = Σ g[position]`; `sum` is scratch of the same width.
+    /// Computes `out = Σ g[position]`; `sum` is scratch of the same width.
     fn add_up<T: Float>(g: &[T], positions: &[usize], sum: &mut [T::Acc], out: &mut [T]) {
         if positions.is_empty() {
             return out.fill(T::from_acc(T::Acc::ZERO));

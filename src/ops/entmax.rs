@@ -15,10 +15,11 @@ use crate::{
 const OP: &str = "entmax15";
 
 impl Tensor {
-    /// 1.5-entmax over the last dimension: `y_j = max(x_j / 2 − τ, 0)²`, with `τ` such that a row sums to 1.
+    /// Computes 1.5-entmax over the last dimension: `y_j = max(x_j / 2 − τ, 0)²`, with `τ` such that each row sums to
+    /// 1.
     ///
-    /// A sparse softmax: entries far below the largest become exactly 0. `τ` comes from sorting, on a GPU from Newton's
-    /// method. A row that holds NaN or +∞, or nothing but −∞, becomes NaN.
+    /// A sparse softmax: entries far below the largest become exactly 0. `τ` is found by sorting, on a GPU by Newton's
+    /// method. A row that contains NaN or +∞, or only −∞, becomes NaN.
     ///
     /// Shapes: `[.., j] → [.., j]`. Statistics in f32 (f64 for f64). Saves: `y`.
     /// Errors: rank 0, or a dtype that is not float.
@@ -64,7 +65,7 @@ fn forward_row<T: Float>(x: &[T], y: &mut [T], sorted: &mut Vec<T::Acc>) {
     let max = x.iter().fold(T::Acc::NEG_INFINITY, |max, x| larger(max, x.to_acc()));
     // (x − max) / 2 would overflow to −∞ for masked entries first halved, never to NaN.
     let shifted = |x: T| x.to_acc() * half - max * half;
-    // τ is at least −1, so that lower entries are 0 whatever τ is: they need no sorting, and no squares that overflow.
+    // τ is at least −1, so entries below −1 are always 0: they need no sorting, and no squares that overflow.
     sorted.clear();
     sorted.extend(x.iter().map(|&x| shifted(x)).filter(|&z| z > -T::Acc::ONE));
     sorted.sort_unstable_by(|a, b| b.partial_cmp(a).unwrap_or(std::cmp::Ordering::Equal));
@@ -75,8 +76,8 @@ fn forward_row<T: Float>(x: &[T], y: &mut [T], sorted: &mut Vec<T::Acc>) {
     }
 }
 
-/// The largest support whose threshold its smallest member reaches: for the `k` largest entries `z` with mean `m`,
-/// `τ_k = m − √((1 − Σ (z − m)²) / k)`.
+/// Returns the threshold of the largest support whose smallest member reaches it: for the `k` largest entries `z` with
+/// mean `m`, `τ_k = m − √((1 − Σ (z − m)²) / k)`.
 #[inline(always)]
 fn threshold<A: Real>(sorted: &[A], two: A) -> A {
     let (mut sum, mut squares, mut count) = (A::ZERO, A::ZERO, A::ZERO);

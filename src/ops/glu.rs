@@ -1,4 +1,4 @@
-//! Gated linear units: one half of the features times an activation of the other.
+//! Gated linear units: half of the features times an activation of the other half.
 
 use super::{
     activation::{COST, TILE, add_to, bias_gradient, check_bias, partial_sums, sums_mut, wide_bias},
@@ -18,11 +18,10 @@ use crate::{
 };
 
 impl Tensor {
-    /// `value ⊙ activation(gate)`, where the first half of the features is the value and the second the gate
+    /// Computes `value ⊙ activation(gate)`, where the first half of the features is the value and the second the gate
     /// (Shazeer, GLU variants improve transformer, <https://arxiv.org/abs/2002.05202>).
     ///
-    /// Shapes: `[.., 2 dim] → [.., dim]`. Saves: the input alone; the activation is computed again in the backward
-    /// pass.
+    /// Shapes: `[.., 2 dim] → [.., dim]`. Saves: the input; the backward pass recomputes the activation.
     ///
     /// Errors: rank 0, an odd number of features, or a dtype that is not float.
     ///
@@ -40,13 +39,13 @@ impl Tensor {
         gated("glu", self, None, activation)
     }
 
-    /// [`Tensor::glu`] of the sum with a bias, in one pass, the sum never being rounded: what follows the matrix
-    /// product of a dense layer.
+    /// Computes [`Tensor::glu`] of `x + bias` in one pass, without rounding the sum: for use after the matrix product
+    /// of a dense layer.
     ///
-    /// Shapes: `[.., 2 dim]`, bias `[2 dim]` → `[.., dim]`. Saves: the inputs; the sum and the activation are computed
-    /// again in the backward pass, which adds up the gradient of the bias as it goes.
+    /// Shapes: `[.., 2 dim]`, bias `[2 dim]` → `[.., dim]`. Saves: the inputs; the backward pass recomputes the sum and
+    /// the activation, and accumulates the gradient of the bias as it goes.
     ///
-    /// Errors: as [`Tensor::glu`], a bias of another shape, or dtypes or devices that differ.
+    /// Errors: those of [`Tensor::glu`], a bias of another shape, or dtypes or devices that differ.
     pub fn add_glu(&self, bias: &Tensor, activation: Activation) -> Result<Tensor> {
         gated("add_glu", self, Some(bias), activation)
     }
@@ -105,7 +104,7 @@ fn forward<R: Real>(f: Activation, x: &[R], bias: &[R], y: &mut [R]) {
 }
 
 vectorized! {
-    /// `y = (x + bias) ⊙ y`
+    /// Computes `y = (x + bias) ⊙ y`.
     fn multiply_sum<R: Real>(x: &[R], bias: &[R], y: &mut [R]) {
         for ((y, x), &bias) in y.iter_mut().zip(x).zip(bias) {
             *y = (*x + bias) * *y;
@@ -125,18 +124,18 @@ impl Backward for GluBackward {
         self.op
     }
 
-    /// `dvalue = g ⊙ activation(gate)`, `dgate = g ⊙ value ⊙ activation'(gate)`, `dbias = Σ_rows dx`
+    /// Computes `dvalue = g ⊙ activation(gate)`, `dgate = g ⊙ value ⊙ activation'(gate)`, `dbias = Σ_rows dx`.
     fn backward(self: Box<Self>, grad: Tensor, need: &[bool]) -> Result<InputGrads> {
         let Self { op, x, bias, activation: f } = *self;
         let grad = grad.contiguous()?;
         let dim = grad.dim(-1)?;
         let rows = grad.numel().checked_div(dim).unwrap_or(0);
         let bias_needed = need.get(1).is_some_and(|&need| need);
-        // Nobody else may hold the input: then its gradient takes its place.
+        // If nothing else holds the input, its gradient takes its place.
         let (mut dx, source) = reuse(x)?;
         let sums = match grad.device() {
             Device::Cpu => {
-                // Rows are summed up in blocks whose size depends on the shape alone.
+                // Rows are summed in blocks whose size depends only on the shape.
                 let block = cpu::rows_per_task(rows, 2 * COST * dim);
                 let mut sums = partial_sums(&grad, bias_needed.then(|| rows.div_ceil(block)), 2 * dim)?;
                 let source = source.as_ref().map(|source| source.floats(op)).transpose()?;
@@ -181,7 +180,7 @@ impl Backward for GluBackward {
     }
 }
 
-/// Writes `dx` over the input; `sums`, if not empty, gets the sums of its columns.
+/// Overwrites the input with `dx`; `sums`, if not empty, gets the sums of its columns.
 fn backward<R: Real>(f: Activation, g: &[R], bias: &[R], dx: &mut [R], sums: &mut [R]) {
     let dim = bias.len() / 2;
     let closes = f.closes();
@@ -201,7 +200,7 @@ fn backward<R: Real>(f: Activation, g: &[R], bias: &[R], dx: &mut [R], sums: &mu
 }
 
 vectorized! {
-    /// The gradients of value and gate, the former over the value.
+    /// Computes the gradients of value and gate, the former in place of the value.
     fn gradients<R: Real>(
         closes: bool,
         g: &[R],

@@ -16,11 +16,12 @@ use crate::{
 };
 
 impl Tensor {
-    /// A GRU cell's step from its projections, gates in PyTorch's order (reset, update, new), this being the hidden
-    /// state `h`: `r = σ(i_r + h_r)`, `z = σ(i_z + h_z)`, `n = tanh(i_n + r ⊙ h_n)`, `h' = (1 − z) ⊙ n + z ⊙ h`.
+    /// Computes a GRU cell's step from its projections, with gates in PyTorch's order (reset, update, new) and this
+    /// tensor as the hidden state `h`: `r = σ(i_r + h_r)`, `z = σ(i_z + h_z)`, `n = tanh(i_n + r ⊙ h_n)`, `h' = (1 − z)
+    /// ⊙ n + z ⊙ h`.
     ///
-    /// Shapes: `self [.., dim]`, `input` and `hidden [.., 3 · dim]`, result `[.., dim]`. Saves: its inputs; the gates
-    /// are computed again. Errors: other shapes, or dtypes or devices that differ.
+    /// Shapes: `self [.., dim]`, `input` and `hidden [.., 3 · dim]`, result `[.., dim]`. Saves: its inputs; the
+    /// backward pass recomputes the gates. Errors: shapes, dtypes or devices that do not match.
     pub fn gru_gate(&self, input: &Tensor, hidden: &Tensor) -> Result<Tensor> {
         const OP: &str = "gru_gate";
         self.dtype().expect_float(OP)?;
@@ -84,7 +85,7 @@ vectorized! {
     }
 }
 
-/// `r`, `z` and `n` from the parts of input and hidden state.
+/// Computes `r`, `z` and `n` from the parts of input and hidden state.
 #[inline(always)]
 fn gates<A: Real, const FUSED: bool>(r: (A, A), z: (A, A), n: (A, A)) -> [A; 3] {
     let (r, z) = ((r.0 + r.1).sigmoid::<FUSED>(), (z.0 + z.1).sigmoid::<FUSED>());
@@ -113,7 +114,7 @@ impl Backward for GruGateBackward {
 }
 
 impl GruGateBackward {
-    /// The gradients of state, input and hidden state.
+    /// Computes the gradients of state, input and hidden state.
     fn backward_rows(&self, grad: &Tensor) -> Result<Vec<Tensor>> {
         let dim = self.h.dim(-1)?;
         let rows = self.h.numel().checked_div(dim).unwrap_or(0);
@@ -137,7 +138,7 @@ impl GruGateBackward {
         parts.iter().zip(shapes).map(|(part, shape)| part.contiguous()?.reshape(shape)).collect()
     }
 
-    /// As [`GruGateBackward::backward_rows`].
+    /// Computes the gradients of [`GruGateBackward::backward_rows`] on a GPU.
     fn backward_cuda(&self, gpu: &dyn Gpu, grad: &Tensor) -> Result<Vec<Tensor>> {
         let Self { h, input, hidden } = self;
         let dim = h.dim(-1)?;

@@ -1,4 +1,4 @@
-//! Weights in eight bits for decoding: a scale per row of the matrix, sums in f32.
+//! 8-bit weights for decoding: one scale per row of the matrix, sums in f32.
 
 #[cfg(target_arch = "x86_64")]
 use crate::device::{Level, simd};
@@ -15,12 +15,12 @@ use crate::{
 
 const OP: &str = "int8";
 
-/// Rows of inputs up to which weights are read as they are; for more they are widened once.
+/// Maximum number of input rows for which weights are read as 8-bit integers; for more rows they are widened once.
 const FEW: usize = 8;
-/// Rows of inputs up to which a processor reads the weights once for each [`FEW`] of them instead.
+/// Maximum number of input rows for which the CPU instead reads the weights once per [`FEW`] rows.
 const GROUPED: usize = 32;
 
-/// A matrix `[out, in]` of integers from −127 to 127, each row times its own scale: a quarter of the bytes of f32.
+/// Matrix `[out, in]` of integers from −127 to 127 with one scale per row: a quarter of the size of f32.
 ///
 /// ```
 /// use x_transformers::{Device, Tensor, ops::Int8Matrix};
@@ -42,7 +42,7 @@ pub struct Int8Matrix {
 }
 
 impl Int8Matrix {
-    /// The nearest integers to a float matrix `[out, in]`, the largest of each row being 127.
+    /// Rounds a float matrix `[out, in]` to the nearest integers, scaling the largest magnitude of each row to 127.
     ///
     /// Errors: another rank or dtype, or numbers that are not finite.
     pub fn quantize(weight: &Tensor) -> Result<Self> {
@@ -71,12 +71,12 @@ impl Int8Matrix {
         Ok(Self { bytes: bytes.to_device(device)?, scales: Tensor::from_vec(scales, [rows], device)? })
     }
 
-    /// Bytes that a product reads.
+    /// Returns the number of bytes that a product reads.
     pub fn bytes(&self) -> usize {
         self.bytes.numel() + 4 * self.scales.numel()
     }
 
-    /// The numbers as floats.
+    /// Converts the weights back to floats.
     ///
     /// Errors: a dtype that is not float.
     pub fn dequantize(&self, dtype: DType) -> Result<Tensor> {
@@ -101,9 +101,9 @@ impl Int8Matrix {
         Ok(wide)
     }
 
-    /// [`Tensor::linear`] with these weights: `[.., in] → [.., out]`.
+    /// Computes [`Tensor::linear`] with these weights: `[.., in] → [.., out]`.
     ///
-    /// Errors: sizes, dtypes or devices that do not fit, or a tensor that requires a gradient: integers have none.
+    /// Errors: sizes, dtypes or devices that do not match, or a tensor that requires a gradient: integers have none.
     pub fn linear(&self, x: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
         let (rows, columns) = (self.bytes.shape()[0], self.bytes.shape()[1]);
         ensure!(
@@ -151,7 +151,7 @@ impl Int8Matrix {
         Ok(y)
     }
 
-    /// In f32, rounded to the dtype of `x` once: a copy of this function per dtype would only be code.
+    /// Computes in f32 and rounds to the dtype of `x` once: a copy of this function per dtype would only add code.
     fn on_cpu(&self, x: &Tensor, bias: Option<&Tensor>, count: usize, shape: Shape) -> Result<Tensor> {
         let (rows, columns) = (self.bytes.shape()[0], self.bytes.shape()[1]);
         let wide = x.to_dtype(DType::F32)?;
@@ -159,7 +159,7 @@ impl Int8Matrix {
             (wide.values::<f32>()?, self.bytes.values::<bool>()?, self.scales.values::<f32>()?);
         let bias = bias.map(|bias| bias.to_dtype(DType::F32)).transpose()?;
         let bias = bias.as_ref().map(Tensor::values::<f32>).transpose()?;
-        // By outputs first, so that each task reads its rows of the weights once for all inputs.
+        // Outputs first, so that each task reads its rows of the weights once for all inputs.
         let mut products = Tensor::uninit(Shape::new(&[rows, count])?, DType::F32, x.device())?;
         cpu::for_rows(products.values_mut::<f32>()?, count, 2 * columns, |first, products| {
             let weights = &bytes[first * columns..][..products.len() / count * columns];
@@ -181,7 +181,7 @@ impl Int8Matrix {
     }
 }
 
-/// `products[row][input] = Σ bytes[row] x[input]` for rows and inputs of `columns` elements, at least one.
+/// Computes `products[row][input] = Σ bytes[row] x[input]` for rows and inputs of `columns` elements, at least one.
 fn products_of_rows(bytes: &[u8], x: &[f32], columns: usize, products: &mut [f32]) {
     #[cfg(target_arch = "x86_64")]
     if simd::level() >= Level::Avx512 {
@@ -191,7 +191,7 @@ fn products_of_rows(bytes: &[u8], x: &[f32], columns: usize, products: &mut [f32
 }
 
 vectorized! {
-    /// [`products_of_rows`] in loops that the compiler vectorises.
+    /// Computes [`products_of_rows`] in loops that the compiler vectorises.
     fn rows_in_loops(bytes: &[u8], x: &[f32], columns: usize, products: &mut [f32]) {
         const LANES: usize = 32;
         let count = x.len() / columns;
@@ -214,7 +214,7 @@ vectorized! {
     }
 }
 
-/// The same by AVX-512: every weight is read and widened once for all inputs.
+/// The same with AVX-512: every weight is read and widened once for all inputs.
 #[cfg(target_arch = "x86_64")]
 mod avx512 {
     use std::arch::x86_64::*;
@@ -242,7 +242,7 @@ mod avx512 {
         }
     }
 
-    /// `COUNT` inputs, `SUMS` vectors of sums for each, so that no addition waits for another.
+    /// Computes the products of `COUNT` inputs with `SUMS` vectors of sums each, so that no addition waits for another.
     ///
     /// # Safety
     ///

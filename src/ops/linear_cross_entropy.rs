@@ -1,4 +1,4 @@
-//! Cross-entropy of the logits of a dense layer, which are never stored for all rows at once.
+//! Fused linear layer and cross-entropy, which never stores the logits of all rows at once.
 
 use super::{
     cross_entropy::{
@@ -25,34 +25,33 @@ use crate::{
 
 const OP: &str = "linear_cross_entropy";
 
-/// Bytes of logits that are made at a time. Every block of rows reads the weight twice and adds to its gradient: with
-/// half of it a step of a model with 20,000 tokens is 3 % slower.
+/// Bytes of logits computed at a time. Every block of rows reads the weight twice and adds to its gradient: with half
+/// the size a training step with a vocabulary of 20,000 tokens is 3 % slower.
 const BLOCK_ON_CPU: usize = 96 << 20;
 
-/// The same where the memory is faster and the products must be large.
+/// The same on a GPU, where memory is faster and products must be large.
 const BLOCK_ON_GPU: usize = 256 << 20;
 
 /// On a GPU zeros make the number of classes a multiple of this: cuBLAS has its fast kernels for sizes whose rows are
 /// whole packets of 16 bytes, also in half types, and vocabularies such as the 50257 tokens of GPT-2 are odd.
 const MULTIPLE: usize = 8;
 
-/// Rows of a block however long they are.
+/// Minimum number of rows per block, however long they are.
 const FEWEST_ROWS: usize = 256;
 
-/// Of these bytes, those for logits that are still in f32, where a block is of a half type. Each part packs the weight
-/// anew.
+/// Bytes of f32 logits at a time, out of these, if a block has a half type. Each part packs the weight again.
 const PART_ON_CPU: usize = 40 << 20;
 const PART_ON_GPU: usize = 64 << 20;
 
-/// Rows of such a part however long they are.
+/// Minimum number of rows per such part, however long they are.
 const FEWEST_ROWS_OF_PART: usize = 64;
 
-/// Maximum number of rows of logits that [`Tensor::linear_cross_entropy`] makes at a time.
+/// Returns the maximum number of rows of logits that [`Tensor::linear_cross_entropy`] computes at a time.
 pub fn rows_of_logits(classes: usize, dtype: DType, device: &Device) -> usize {
     rows_at_a_time(classes, dtype, device)[0]
 }
 
-/// Rows of a block, and of its parts.
+/// Returns the number of rows per block, and per part of a block.
 fn rows_at_a_time(classes: usize, dtype: DType, device: &Device) -> [usize; 2] {
     let (block, part) = if *device == Device::Cpu { (BLOCK_ON_CPU, PART_ON_CPU) } else { (BLOCK_ON_GPU, PART_ON_GPU) };
     let rows = |bytes: usize, dtype: DType| bytes / classes.saturating_mul(dtype.size()).max(1);
@@ -64,16 +63,18 @@ fn rows_at_a_time(classes: usize, dtype: DType, device: &Device) -> [usize; 2] {
 }
 
 impl Tensor {
-    /// [`Tensor::cross_entropy`] of [`Tensor::linear`], in blocks of rows: what a language model ends with.
+    /// Computes [`Tensor::cross_entropy`] of [`Tensor::linear`] in blocks of rows: the head and loss of a language
+    /// model.
     ///
     /// Shapes: `x [.., in]`, `weight [classes, in]`, `bias [classes]`, targets `[..]` of [`DType::I64`] → `[]` in f32
     /// (f64 for f64). Of the `[rows, classes]` logits one block exists at a time, in f32 (f64 for f64): half types
-    /// never round them, as [`Tensor::linear`] would, so that what all classes share does not move the loss. Their
-    /// gradient is written over them, or rounded to the half type, and what that gives for `x`, the weight and the bias
-    /// is added up in f32 (f64 for f64), so that the backward pass has only to multiply by the gradient of the loss;
-    /// Hsu et al., "Liger Kernel" (<https://arxiv.org/abs/2410.10989>). Without a tape there is but the loss.
+    /// never round them, as [`Tensor::linear`] would, so an offset shared by all classes does not change the loss.
+    /// Their gradient overwrites them, or is rounded to the half type, and the resulting gradients of `x`, the weight
+    /// and the bias are accumulated in f32 (f64 for f64), so that the backward pass only multiplies by the gradient of
+    /// the loss; Hsu et al., "Liger Kernel" (<https://arxiv.org/abs/2410.10989>). Without a tape only the loss is
+    /// computed.
     ///
-    /// Saves: the gradients of `x`, the weight and the bias, of those that need one. Errors: as those of both ops.
+    /// Saves: the gradients of `x`, the weight and the bias, of those that need one. Errors: those of both ops.
     ///
     /// ```
     /// use x_transformers::{Device, Tensor};
@@ -98,10 +99,10 @@ impl Tensor {
         self.linear_cross_entropy_by(weight, bias, targets, ignore_index, rows_at_a_time)
     }
 
-    /// As [`Tensor::linear_cross_entropy`], with the maximum number of rows of a block, and of its parts in f32 where
-    /// the block is of a half type.
+    /// Like [`Tensor::linear_cross_entropy`], but with a given maximum number of rows per block, and per f32 part of a
+    /// block of a half type.
     ///
-    /// Errors: no row at a time.
+    /// Errors: those of [`Tensor::linear_cross_entropy`], or a maximum of 0 rows.
     #[doc(hidden)]
     pub fn linear_cross_entropy_by(
         &self,
@@ -150,13 +151,13 @@ impl Tensor {
     }
 }
 
-/// The inputs of the op, as constants.
+/// Inputs of the op, as constants.
 struct Layer {
     /// `[rows, in]`, packed.
     x: Tensor,
     /// `[classes, in]`; on a GPU followed by rows of zeros, see [`MULTIPLE`].
     weight: Tensor,
-    /// As many as `weight` has rows.
+    /// One element per row of `weight`.
     bias: Option<Tensor>,
     classes: usize,
     /// `[rows]`, packed.
@@ -164,7 +165,7 @@ struct Layer {
     ignore_index: i64,
 }
 
-/// Gradients in the type of sums, as far as they are needed.
+/// Gradients in the accumulation type, where they are needed.
 struct Gradients {
     /// `[rows, in]`
     x: Option<Tensor>,
@@ -172,16 +173,16 @@ struct Gradients {
     weight: Option<Tensor>,
     /// `[1, classes]`
     bias: Option<Tensor>,
-    /// What they must still be divided by: one element of f64, unless that is 1.
+    /// Divisor still to be applied: one element of f64; `None` if it is 1.
     divisor: Option<Tensor>,
 }
 
 impl Layer {
-    /// The mean loss, and the gradients that are needed.
+    /// Computes the mean loss and the gradients that are needed.
     fn run(self, need: [bool; 3], [rows_at_a_time, rows_of_part]: [usize; 2]) -> Result<(Tensor, Gradients)> {
         let (rows, inputs, padded) = (self.x.dim(0)?, self.x.dim(1)?, self.weight.dim(0)?);
         let (device, dtype) = (self.x.device().clone(), self.x.dtype());
-        // The values of f16 end before those of a mean over many rows.
+        // The gradients of a mean over many rows underflow in f16.
         let divide_at_last = device != Device::Cpu || dtype == DType::F16;
         let count = match device {
             Device::Cpu => count_targets(self.targets.values::<i64>()?, self.classes, self.ignore_index)? as f64,
@@ -237,7 +238,7 @@ impl Layer {
         Ok((loss, Gradients { x, weight, bias, divisor }))
     }
 
-    /// The gradient of a block of logits in the type of its sums, where it is needed, or the logits.
+    /// Computes the gradient of a block of logits in the accumulation type if it is needed, otherwise the logits.
     fn block(&self, x: &Tensor, targets: &Tensor, needed: bool, scale: f64, losses: &mut Losses) -> Result<Tensor> {
         let (height, classes, dtype) = (x.dim(0)?, self.weight.dim(0)?, x.dtype());
         let mut logits = product(x, &self.weight.transpose(0, 1)?, self.bias.as_ref())?;
@@ -253,8 +254,8 @@ impl Layer {
         Ok(logits)
     }
 
-    /// The gradient of a block of logits in a half type, where it is needed. The logits are in f32 until then, of a few
-    /// rows at a time.
+    /// Computes the gradient of a block of logits in a half type, if it is needed. The logits before it are in f32, a
+    /// few rows at a time.
     fn block_in_parts(
         &self,
         x: &Tensor,
@@ -284,8 +285,8 @@ impl Layer {
         Ok(gradient)
     }
 
-    /// The gradient of a block of logits, where it is needed, in the type of `x`. The logits are in the type of the
-    /// sums: of half types they are those of a few rows at a time, otherwise the gradient is written over them.
+    /// Computes the gradient of a block of logits in the type of `x`, if it is needed. The logits are in the
+    /// accumulation type: for half types only a few rows at a time, otherwise the gradient overwrites them.
     fn block_on_gpu(
         &self,
         gpu: &'static dyn Gpu,
@@ -326,7 +327,7 @@ impl Layer {
     }
 }
 
-/// With rows of zeros behind those of `x` `[rows, ..]`, so many together.
+/// Appends rows of zeros to `x` `[rows, ..]`, up to `rows` in total.
 fn pad_rows(x: Tensor, rows: usize) -> Result<Tensor> {
     if x.dim(0)? == rows {
         return Ok(x);
@@ -337,7 +338,7 @@ fn pad_rows(x: Tensor, rows: usize) -> Result<Tensor> {
     Ok(Tensor::joined(&[&x, &zeros], 0)?.0)
 }
 
-/// The losses of rows, as the device has them.
+/// Losses of rows, in the form that their device computes.
 #[derive(Default)]
 struct Losses {
     /// On the processor, their sum.
@@ -346,14 +347,14 @@ struct Losses {
     of_rows: Vec<Tensor>,
 }
 
-/// Cuts rows into blocks of about one size: first row and number of rows of each.
+/// Divides rows into blocks of about equal size: first row and number of rows of each.
 fn of_about_one_size(rows: usize, most: usize) -> impl Iterator<Item = (usize, usize)> {
     let height = rows.div_ceil(rows.div_ceil(most).max(1)).max(1);
     (0..rows).step_by(height).map(move |first| (first, height.min(rows - first)))
 }
 
-/// The sum of the losses of these rows of logits, to which the bias is added unless it is empty. Writes
-/// `(softmax(x) − onehot(target)) scale` to `dx`, unless that is empty.
+/// Adds the bias, unless it is empty, to these rows of logits and returns the sum of their losses. Writes `(softmax(x)
+/// − onehot(target)) scale` to `dx`, unless that is empty.
 fn rows_and_rounded_gradient(
     x: &mut [f32],
     bias: &[f32],
@@ -384,7 +385,7 @@ fn rows_and_rounded_gradient(
 }
 
 vectorized! {
-    /// Of a row with these statistics, maximum and inverse sum; 0 of one without a class.
+    /// Writes the gradient of a row with these statistics, maximum and inverse sum; 0 for a row without a class.
     fn gradient(x: &[f32], statistics: [f32; 2], class: Option<usize>, scale: f32, dx: &mut [f32]) {
         let [max, inverse] = statistics;
         let Some(class) = class else { return dx.fill(0.0) };
@@ -416,7 +417,7 @@ fn launch_rounded_gradient(
 
 struct LinearCrossEntropyBackward {
     gradients: Gradients,
-    /// Of `x`.
+    /// Shape of `x`.
     shape: Shape,
     dtype: DType,
 }
@@ -426,14 +427,14 @@ impl Backward for LinearCrossEntropyBackward {
         OP
     }
 
-    /// What the forward pass has made, times the gradient of the loss.
+    /// Multiplies the gradients of the forward pass by the gradient of the loss.
     fn backward(self: Box<Self>, grad: Tensor, need: &[bool]) -> Result<InputGrads> {
         let Self { gradients: Gradients { x, weight, bias, divisor }, shape, dtype } = *self;
         let factor = match divisor {
             Some(divisor) => grad.div(&divisor.to_dtype(grad.dtype())?)?,
             None => grad,
         };
-        // On the CPU the value is at hand, and mostly 1.
+        // On the CPU the value is available, and usually 1.
         let is_one = *factor.device() == Device::Cpu && factor.item()? == 1.0;
         let finish = |gradient: Option<Tensor>| -> Result<Option<Tensor>> {
             let Some(gradient) = gradient else { return Ok(None) };

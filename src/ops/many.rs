@@ -1,27 +1,27 @@
-//! Tables of tensors, for kernels that take many at once (`kernels/many.cuh`).
+//! Tables of tensors, for kernels that process many tensors at once (`kernels/many.cuh`).
 
 use crate::{
     Device, Result, Tensor,
     device::{Address, Gpu, Grid, size32},
 };
 
-/// Elements of one block: `CHUNK` of `kernels/many.cuh`.
+/// Number of elements per block: `CHUNK` of `kernels/many.cuh`.
 const CHUNK: usize = 4096;
 
-/// Where the tensors of a launch are, on their device.
+/// Addresses of the tensors of a launch, on their device.
 pub(crate) struct Table {
     pub rows: Tensor,
     /// Number of tensors that have elements, below 2³¹.
     pub tensors: usize,
-    /// Number of chunks of all of them, below 2³¹.
+    /// Total number of chunks, below 2³¹.
     pub chunks: usize,
 }
 
 impl Table {
-    /// A table of `POINTERS` addresses, and the number of elements that each of them leads to, per tensor.
+    /// Creates a table of `POINTERS` addresses and the number of elements per tensor.
     ///
-    /// It is uploaded if it is another one than the last with this name: tensors that live on stay where they are, and
-    /// the pool gives the gradients of one step the places of those of the last.
+    /// It is uploaded only if it differs from the last table with this name: long-lived tensors stay in place, and the
+    /// pool gives the gradients of each step the addresses of the last step's.
     pub fn new<const POINTERS: usize>(
         gpu: &'static dyn Gpu,
         name: &str,
@@ -37,25 +37,25 @@ impl Table {
             }
         }
         let tensors = rows.len() / (POINTERS + 2);
-        // Kernels count both in 32 bits.
+        // Kernels count both with 32-bit integers.
         size32(tensors).and(size32(chunks))?;
         Ok(Self { rows: Tensor::table_on(gpu, name, rows)?, tensors, chunks })
     }
 
-    /// A block for each chunk.
+    /// Returns a grid of one block per chunk.
     pub fn grid(&self) -> Grid {
         Grid::new([self.chunks as u32, 1, 1], [256, 1, 1])
     }
 }
 
-/// Items that one launch takes, because they are on one GPU and alike in a key.
+/// Items that one launch processes, because they are on one GPU and share a key.
 pub(crate) struct Group<I, K> {
     pub gpu: &'static dyn Gpu,
     pub key: K,
     pub items: Vec<I>,
 }
 
-/// Those on the CPU, and groups of the others. The order within a group is that of the items.
+/// Returns the items on the CPU, and groups of the others. A group keeps the order of its items.
 pub(crate) fn by_device<I, K: PartialEq>(
     items: impl IntoIterator<Item = I>,
     of: impl Fn(&I) -> (Device, K),

@@ -1,14 +1,15 @@
-//! What can be computed: one file per op, or family of ops, with its backward rule beside it.
+//! Tensor operations: one file per op, or family of ops, with its backward rule next to it.
 //!
-//! Every op is a method of [`Tensor`](crate::Tensor). ARCHITECTURE.md lists the files that a new one touches.
+//! Every op is a method of [`Tensor`](crate::Tensor). ARCHITECTURE.md lists the files to change for a new op.
 //!
 //! # Infinities and NaN
 //!
-//! Where a result or a gradient is NaN or infinite in PyTorch, it is here too, in every dtype and on every device; the
-//! documentation of an op names its exceptions. Where PyTorch overflows on the way to a finite result, the finite one may
-//! come out: half types are computed in f32 and rounded once, and norms and attention scale what would overflow. Sums
-//! whose parts overflow depend on the order of summation, in PyTorch as here. `tests/contract/extremes` holds every op
-//! against PyTorch's classes and exact values at ±0, subnormal, largest and infinite numbers and NaN.
+//! Results and gradients that are NaN or infinite in PyTorch are so here too, in every dtype and on every device; the
+//! documentation of an op names its exceptions. Where PyTorch overflows on the way to a finite result, the finite
+//! result may be returned: half types are computed in f32 and rounded once, and norms and attention scale what would
+//! overflow. Sums whose parts overflow depend on the order of summation, in PyTorch as well as here.
+//! `tests/contract/extremes` compares every op with PyTorch's classes and exact values at ±0, subnormal, largest and
+//! infinite numbers and NaN.
 
 pub(crate) use attention::needs_scores;
 pub use attention::{
@@ -16,17 +17,17 @@ pub use attention::{
 };
 pub use pointwise::{Activation, UNARY};
 
-/// Makes the modules and the list of ops: `file: op, op; …`.
+/// Declares the modules and the list of ops: `file: op, op; …`.
 macro_rules! ops {
     ($($file:ident : $($op:ident),+;)+) => {
         $(pub(crate) mod $file;)+
 
-        /// Every op that is not a row of [`UNARY`].
+        /// Names of the ops that are not rows of [`UNARY`].
         const LISTED: &[&str] = &[$($(stringify!($op)),+),+];
     };
 }
 
-/// Every op; the contract suite has a case for each.
+/// Names of all ops; the contract suite has a case for each.
 pub const NAMES: &[&str] = &{
     let mut names = [""; LISTED.len() + UNARY.len()];
     let mut at = 0;
@@ -40,10 +41,10 @@ pub const NAMES: &[&str] = &{
 mod int8;
 mod views;
 
-// Not ops of tensors: they work on the parameters and the state of an optimizer in place.
+// Not tensor ops: they update the parameters and the state of an optimizer in place.
 pub(crate) mod adamw;
 mod many;
-// Not ops of the tape either: they write and read the buffers of decoding.
+// Not recorded on a tape either: they write and read the buffers of decoding.
 pub(crate) mod cache;
 
 ops! {

@@ -1,4 +1,4 @@
-//! Tensors that depend on positions alone: T5's relative bias and sinusoids.
+//! Tensors that depend only on positions: T5's relative bias and sinusoids.
 
 use crate::{
     DType, Device, Error, Result, Tensor,
@@ -10,7 +10,7 @@ use crate::{
     shape::Shape,
 };
 
-/// The matrix of buckets: which row of the table each distance takes.
+/// Matrix of buckets: the row of the table for each distance.
 #[derive(Clone, Copy)]
 struct Buckets {
     queries: usize,
@@ -21,17 +21,17 @@ struct Buckets {
 }
 
 impl Buckets {
-    /// Number of diagonals.
+    /// Returns the number of diagonals.
     fn length(&self) -> usize {
         (self.queries + self.keys).saturating_sub(1)
     }
 
-    /// The bucket of each diagonal: entry `key − query + queries − 1`.
+    /// Returns the bucket of each diagonal: entry `key − query + queries − 1`.
     fn of_diagonals(&self) -> Vec<usize> {
         (0..self.length()).map(|at| self.at(self.queries as i64 - 1 - at as i64)).collect()
     }
 
-    /// The same on a GPU, a part of a table that serves many sizes.
+    /// Returns the buckets on a GPU, as a part of a table that serves many sizes.
     fn on(&self, gpu: &'static dyn Gpu) -> Result<Tensor> {
         let Self { queries, keys, causal, count, max_distance } = *self;
         let reach = queries.max(keys).next_power_of_two();
@@ -49,7 +49,7 @@ impl Buckets {
 }
 
 impl Tensor {
-    /// T5's bias from its table: `y[h, i, j] = scale · table[bucket(i − j), h]`, the buckets being those of
+    /// Computes T5's bias from its table: `y[h, i, j] = scale · table[bucket(i − j), h]`, the buckets being those of
     /// [`PositionBias::T5`](crate::ops::PositionBias::T5).
     ///
     /// Shapes: `[buckets, heads] → [heads, query, key]`. Saves nothing but sizes.
@@ -110,7 +110,8 @@ impl Tensor {
         record(OP, y, &[&table], |_| RelativePositionBiasBackward { of, scale })
     }
 
-    /// Sinusoids at `n` positions: `[sin(p · f) | cos(p · f)]` for `p` from `first` on, with these frequencies `f`.
+    /// Computes sinusoids at `n` positions: `[sin(p · f) | cos(p · f)]` for `p` from `first` on, with these frequencies
+    /// `f`.
     ///
     /// Shapes: `[frequencies] → [n, 2 · frequencies]` of the given dtype. Computed in f64, rounded once.
     /// Errors: another rank, a dtype that is not float, or frequencies that require a gradient.
@@ -161,7 +162,7 @@ impl Backward for RelativePositionBiasBackward {
         "relative_position_bias"
     }
 
-    /// Sums along diagonals, then over the diagonals of a bucket.
+    /// Sums along diagonals, then over the diagonals of each bucket.
     fn backward(self: Box<Self>, grad: Tensor, _need: &[bool]) -> Result<InputGrads> {
         let grad = grad.contiguous()?;
         let table = match grad.device() {
@@ -172,11 +173,11 @@ impl Backward for RelativePositionBiasBackward {
     }
 }
 
-/// Queries of which a thread of a GPU adds up one diagonal.
+/// Number of queries over which a GPU thread sums one diagonal.
 const CHUNK: usize = 128;
 
 impl RelativePositionBiasBackward {
-    /// The gradient of the table, `[heads, buckets]`.
+    /// Computes the gradient of the table, `[heads, buckets]`.
     fn backward_rows(&self, grad: &Tensor) -> Result<Tensor> {
         let Buckets { queries, keys, count, .. } = self.of;
         let diagonals = self.of.of_diagonals();
@@ -207,7 +208,7 @@ impl RelativePositionBiasBackward {
         Ok(table)
     }
 
-    /// As [`RelativePositionBiasBackward::backward_rows`].
+    /// Computes [`RelativePositionBiasBackward::backward_rows`] on a GPU.
     fn backward_cuda(&self, gpu: &'static dyn Gpu, grad: &Tensor) -> Result<Tensor> {
         let Buckets { queries, keys, count, .. } = self.of;
         let (heads, length, chunks) = (grad.shape()[0], self.of.length(), queries.div_ceil(CHUNK));

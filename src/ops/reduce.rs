@@ -15,11 +15,11 @@ use crate::{
 };
 
 impl Tensor {
-    /// The sum over the given dimensions, which disappear; all of them if none is given. Negative ones count from
-    /// the end; a scalar counts as a vector of one.
+    /// Sums over the given dimensions and removes them; over all of them if none is given. Negative ones count from the
+    /// end; a scalar is treated as a vector of one element.
     ///
-    /// Shapes: `[.., i, ..] → [.., ..]`. Accumulates in f32 (f64 for f64). The sum of i64 wraps around, that of bool is
-    /// the number of true elements, as i64. Saves nothing. Errors: a dimension out of range or named twice.
+    /// Shapes: `[.., i, ..] → [.., ..]`. Accumulates in f32 (f64 for f64). i64 wraps around; the sum of bool is the
+    /// number of true elements, as i64. Saves nothing. Errors: a dimension out of range or named twice.
     ///
     /// ```
     /// use x_transformers::{Device, Tensor};
@@ -35,12 +35,12 @@ impl Tensor {
         }
     }
 
-    /// The mean over the given dimensions, which disappear; all of them if none is given. Negative ones count from
-    /// the end.
+    /// Computes the mean over the given dimensions and removes them; over all of them if none is given. Negative ones
+    /// count from the end.
     ///
-    /// Shapes: `[.., i, ..] → [.., ..]`. Accumulates and divides in f32 (f64 for f64), so that a half type overflows
-    /// only if the mean does. The mean of no elements is NaN, as in PyTorch. Saves nothing.
-    /// Errors: as [`Tensor::sum`], or a dtype that is not float, as in PyTorch.
+    /// Shapes: `[.., i, ..] → [.., ..]`. Accumulates and divides in f32 (f64 for f64), so a half type overflows only if
+    /// the mean does. The mean of no elements is NaN, as in PyTorch. Saves nothing.
+    /// Errors: those of [`Tensor::sum`], or a dtype that is not float, as in PyTorch.
     ///
     /// ```
     /// use x_transformers::{Device, Tensor};
@@ -53,7 +53,7 @@ impl Tensor {
         self.reduce("mean", dims, |count| count as f64)
     }
 
-    /// The sum divided by a function of the number of summands.
+    /// Computes the sum divided by a function of the number of summands.
     fn reduce(&self, op: &'static str, dims: &[isize], divisor: fn(usize) -> f64) -> Result<Tensor> {
         let mut reduced = vec![dims.is_empty(); self.rank().max(1)];
         for &dim in dims {
@@ -86,7 +86,7 @@ impl Tensor {
                 });
             }
             Device::Gpu(gpu) => {
-                // Dimensions that lie side by side are summed where they are, others are moved to the end.
+                // Adjacent dimensions are summed in place, others are moved to the end.
                 let neighbours = gone.windows(2).all(|pair| pair[0] + 1 == pair[1]);
                 let order = if neighbours { (0..self.rank()).collect() } else { [&kept[..], &gone].concat() };
                 let x = self.detach().permute(&order)?.contiguous()?;
@@ -101,7 +101,7 @@ impl Tensor {
         record(op, out, &[self], |_| ReduceBackward { op, shape: *self.shape(), reduced, divisor })
     }
 
-    /// Sums over whatever dimensions broadcasting has added or repeated: the inverse of [`Tensor::expand`].
+    /// Sums over the dimensions that broadcasting added or repeated: the transpose of [`Tensor::expand`].
     ///
     /// Errors: `shape` does not broadcast to this one.
     pub fn sum_to(&self, shape: Shape) -> Result<Tensor> {
@@ -127,7 +127,7 @@ struct MiddleSums {
 }
 
 impl MiddleSums {
-    /// `y = Σ x / divisor`; in two launches where the sums are too few to fill a card.
+    /// Computes `y = Σ x / divisor`; in two launches if there are too few sums to fill a card.
     fn launch(&self, gpu: &dyn Gpu, y: &mut Tensor, x: &Tensor, divisor: f64) -> Result<()> {
         let Self { outer, count, inner } = *self;
         let dtype = x.dtype();
@@ -146,10 +146,10 @@ impl MiddleSums {
         gpu.kernel("reduce_finish", &option)?.launch(self.grid(1, pieces), args)
     }
 
-    /// The length of pieces that a sum is cut into, and their number: by the sizes alone, so that results do not depend
-    /// on the card.
+    /// Returns the length and the number of the pieces of a sum: they depend only on the sizes, so results do not
+    /// depend on the card.
     fn pieces(&self) -> (usize, usize) {
-        // Enough blocks to fill a large card, none with less than what pays for its start, nor with so much that the
+        // Enough blocks to fill a large card, each with enough work to pay for its start, but not so much that the
         // rounding error of its threads grows.
         const BLOCKS: usize = 1024;
         let (smallest, largest) = if self.inner == 1 { (4096, 1 << 16) } else { (64, 1 << 12) };
@@ -158,7 +158,7 @@ impl MiddleSums {
         (piece, self.count.div_ceil(piece).max(1))
     }
 
-    /// Blocks that stand side by side along `inner`, about a packet for each of 32 threads.
+    /// Returns the number of blocks along `inner`, about a packet for each of 32 threads.
     fn tiles(&self) -> usize {
         self.inner.div_ceil(128)
     }
@@ -172,11 +172,11 @@ impl MiddleSums {
     }
 }
 
-/// Rows that are added up in one go before their sum joins the total: bounds the rounding error of long sums, and
-/// gives the threads something to share.
+/// Number of rows summed before their sum is added to the total: bounds the rounding error of long sums, and gives the
+/// threads work to share.
 const ROWS: usize = 256;
 
-/// `out[j] = Σ_i x[i, j] / divisor`, in blocks of rows.
+/// Computes `out[j] = Σ_i x[i, j] / divisor`, in blocks of rows.
 fn sum_rows_together<R: Real>(x: Floats, width: usize, out: FloatsMut, divisor: R) {
     let rows = x.len().checked_div(width).unwrap_or(0);
     if rows <= ROWS {
@@ -194,13 +194,13 @@ fn sum_rows_together<R: Real>(x: Floats, width: usize, out: FloatsMut, divisor: 
     sum_rows_together::<R>(Floats::of(&sums), width, out, divisor);
 }
 
-/// Columns that one pass over the rows adds up, so that their sums stay in the first-level cache.
+/// Number of columns summed in one pass over the rows, so that their sums stay in the L1 cache.
 const COLUMNS: usize = 512;
 
-/// Rows after which the sums of a pass join its total, for the same reason as [`ROWS`].
+/// Number of rows after which the sums of a pass are added to its total, for the same reason as [`ROWS`].
 const FEW: usize = 16;
 
-/// `out[j] = Σ_i x[i, start + j] / divisor`.
+/// Computes `out[j] = Σ_i x[i, start + j] / divisor`.
 fn sum_columns<R: Real>(x: Floats, width: usize, start: usize, out: &mut [R], divisor: R) {
     for (block, out) in out.chunks_mut(COLUMNS).enumerate() {
         let start = start + block * COLUMNS;
@@ -219,7 +219,7 @@ fn sum_columns<R: Real>(x: Floats, width: usize, start: usize, out: &mut [R], di
 }
 
 vectorized! {
-    /// `totals[j] += Σ_i x[i, start + j]`
+    /// Computes `totals[j] += Σ_i x[i, start + j]`.
     fn add_columns<T: Float>(x: &[T], width: usize, start: usize, totals: &mut [T::Acc]) {
         let mut sums = [T::Acc::ZERO; COLUMNS];
         let sums = &mut sums[..totals.len()];
@@ -234,7 +234,7 @@ vectorized! {
     }
 }
 
-/// `out[i] = Σ_j x[i, j]`, which wraps around.
+/// Computes `out[i] = Σ_j x[i, j]`, which wraps around.
 fn sum_integers(x: &[i64], out: &mut [i64]) {
     let width = x.len().checked_div(out.len()).unwrap_or(0);
     cpu::for_rows(out, 1, width, |row, out| {
@@ -244,7 +244,7 @@ fn sum_integers(x: &[i64], out: &mut [i64]) {
     });
 }
 
-/// `out[i] = Σ_j x[i, j] / divisor`; rows that are long enough are shared between threads.
+/// Computes `out[i] = Σ_j x[i, j] / divisor`; rows that are long enough are shared between threads.
 fn sum_each_row<R: Real>(x: Floats, mut out: FloatsMut, divisor: R) {
     let width = x.len().checked_div(out.len()).unwrap_or(0);
     if width < 2 * cpu::GRAIN {
@@ -276,8 +276,8 @@ vectorized! {
     }
 }
 
-/// Sums of `[chunks, width]` over the chunks on a GPU, rounded to a dtype: `[first]` of the first columns and `[width −
-/// first]` of the others, each if it is wanted, by one launch.
+/// Sums `[chunks, width]` over the chunks on a GPU in one launch, rounded to a dtype: `[first]` for the first columns
+/// and `[width − first]` for the others, each if wanted.
 pub(super) fn sum_chunks(
     gpu: &dyn Gpu,
     partials: &Tensor,
@@ -298,25 +298,25 @@ pub(super) fn sum_chunks(
     Ok(sums)
 }
 
-/// Adds up a slice in sixteen lanes, which vectorises and keeps the error small; the order is fixed.
+/// Sums a slice in sixteen lanes, which vectorises and keeps the error small; the order is fixed.
 #[inline(always)]
 pub(crate) fn sum_slice<T: Float>(x: &[T]) -> T::Acc {
     fold(x, T::Acc::ZERO, |x| x.to_acc())
 }
 
-/// Sums of a row that are kept apart, so that they fill the widest registers twice.
+/// Number of independent sums of a row, which fill the widest registers twice.
 pub(crate) const LANES: usize = 16;
 
-/// Elements after which the lanes join the total: bounds the rounding error of long rows.
+/// Number of elements after which the lanes are added to the total: bounds the rounding error of long rows.
 pub(super) const BLOCK: usize = 1024;
 
-/// `start + Σ f(x)` in sixteen lanes.
+/// Computes `start + Σ f(x)` in sixteen lanes.
 #[inline(always)]
 pub(crate) fn fold<T: Float>(x: &[T], start: T::Acc, f: impl Fn(T) -> T::Acc) -> T::Acc {
     fold2(x, x, start, |x, _| f(x))
 }
 
-/// `start + Σ f(x, y)` over two slices of one length, in sixteen lanes.
+/// Computes `start + Σ f(x, y)` over two slices of one length, in sixteen lanes.
 #[inline(always)]
 pub(crate) fn fold2<T: Float>(x: &[T], y: &[T], start: T::Acc, f: impl Fn(T, T) -> T::Acc) -> T::Acc {
     let mut total = start;
@@ -337,7 +337,7 @@ pub(crate) fn fold2<T: Float>(x: &[T], y: &[T], start: T::Acc, f: impl Fn(T, T) 
     total
 }
 
-/// The lanes as one, by halves: unrolled, so that they stay in registers.
+/// Reduces the lanes to one by halving: unrolled, so that they stay in registers.
 #[inline(always)]
 pub(crate) fn join<A: Real>(mut lanes: [A; LANES], both: impl Fn(A, A) -> A) -> A {
     for width in [8, 4, 2, 1] {
@@ -348,7 +348,7 @@ pub(crate) fn join<A: Real>(mut lanes: [A; LANES], both: impl Fn(A, A) -> A) -> 
     lanes[0]
 }
 
-/// The largest element, `−∞` of none; a NaN is passed over.
+/// Returns the largest element, `−∞` for an empty slice; ignores NaN.
 #[inline(always)]
 pub(crate) fn max_slice<T: Float>(x: &[T]) -> T::Acc {
     let packets = x.chunks_exact(LANES);
@@ -387,10 +387,11 @@ impl Backward for ReduceBackward {
 }
 
 impl Tensor {
-    /// The largest value along a dimension, which disappears; the gradient goes to the first of equal ones.
+    /// Returns the largest value along a dimension and removes the dimension; the gradient goes to the first of equal
+    /// values.
     ///
-    /// NaN wins, as in PyTorch; i64 and bool have a largest value too, and a scalar counts as a vector of one. Saves:
-    /// the position of each maximum. Errors: the dimension is out of range or empty.
+    /// NaN counts as the largest, as in PyTorch; i64 and bool work too, and a scalar is treated as a vector of one
+    /// element. Saves: the position of each maximum. Errors: the dimension is out of range or empty.
     ///
     /// ```
     /// use x_transformers::{Device, Tensor};
@@ -408,8 +409,8 @@ impl Tensor {
         record("max", out, &[self], |_| MaxBackward { index, dim, shape: *self.shape() })
     }
 
-    /// The position of the largest value along a dimension, which disappears, as I64; the first of equal ones, NaN
-    /// wins. A scalar counts as a vector of one.
+    /// Returns the position of the largest value along a dimension, as I64, and removes the dimension; the first of
+    /// equal values, and NaN counts as the largest. A scalar is treated as a vector of one element.
     ///
     /// Errors: the dimension is out of range or empty, a bool tensor, as in PyTorch, or one that requires a gradient.
     ///
@@ -425,7 +426,7 @@ impl Tensor {
         computed("argmax", self.largest("argmax", dim, None)?, &[self])
     }
 
-    /// The positions of the largest values along a dimension; the values go to `out`.
+    /// Returns the positions of the largest values along a dimension; writes the values to `out`.
     fn largest(&self, op: &'static str, dim: usize, out: Option<&mut Tensor>) -> Result<Tensor> {
         let known = self.dtype().is_float() || self.dtype() == DType::I64;
         ensure!(
@@ -448,14 +449,14 @@ impl Tensor {
         Ok(index)
     }
 
-    /// Packed, with a dimension moved to the end: each of its lines is a row.
+    /// Returns a packed copy with a dimension moved to the end, so that each slice along it is a row.
     fn dim_last(&self, dim: usize) -> Result<Tensor> {
         let order: Vec<usize> = (0..self.rank()).filter(|&other| other != dim).chain([dim]).collect();
         self.permute(&order)?.contiguous()
     }
 }
 
-/// The first largest element of each row: where it is, and what.
+/// Finds the first largest element of each row: position and value.
 fn largest_of_rows<T: Element<Stored = T> + PartialOrd>(
     x: &Tensor,
     width: usize,

@@ -21,8 +21,8 @@ impl Tensor {
     /// <https://arxiv.org/abs/2104.09864>): feature `k` and feature `k + r/2` by `position · inv_freq[k]`.
     ///
     /// Shapes: `[.., position, d]`, usually `[batch, heads, position, d]`, and `inv_freq` `[r/2]` with `r ≤ d`, of any
-    /// float dtype → the shape of the input. Positions count from `first_position`; features from `r` on stay as they
-    /// are. Angles, sines and cosines are computed in f64 and rounded once. Saves: the frequencies.
+    /// float dtype → the shape of the input. Positions count from `first_position`; features from `r` on are unchanged.
+    /// Angles, sines and cosines are computed in f64 and rounded once. Saves: the frequencies.
     ///
     /// Errors: rank below 2, frequencies that are not a vector, are more than half of the features or require a
     /// gradient, or a dtype that is not float.
@@ -64,7 +64,7 @@ impl Tensor {
         );
         discrete(OP, &[inv_freq])?;
         let turn = Turn { inv_freq: inv_freq.detach().contiguous()?, first_position };
-        // Heads that are still interleaved, as a projection leaves them, are packed on the way.
+        // Heads that are still interleaved after a projection are packed on the way.
         let x = if self.layout().has_packed_rows() { self.clone() } else { self.contiguous()? };
         let mut y = x.uninit_like()?;
         turn.apply(Some(&x), 1.0, &mut y)?;
@@ -72,10 +72,10 @@ impl Tensor {
     }
 }
 
-/// The cosines of all frequencies at each of the first positions, then the sines: `[positions, 2 · frequencies]` in
-/// f32, or f64. What [`Tensor::rotary`] turns by.
+/// Returns the table that [`Tensor::rotary`] rotates by: for each of the first positions the cosines of all
+/// frequencies, then the sines, `[positions, 2 · frequencies]` in f32 or f64.
 ///
-/// Errors: frequencies that are no vector of floats, or memory that runs out.
+/// Errors: frequencies that are not a vector of floats, or out of memory.
 pub(crate) fn rotary_table(inv_freq: &Tensor, positions: usize, dtype: DType) -> Result<Tensor> {
     ensure!(
         inv_freq.rank() == 1 && inv_freq.dtype().is_float(),
@@ -91,7 +91,7 @@ pub(crate) fn rotary_table(inv_freq: &Tensor, positions: usize, dtype: DType) ->
     }
 }
 
-/// By how much to rotate.
+/// Angles of a rotation.
 struct Turn {
     inv_freq: Tensor,
     first_position: usize,
@@ -140,7 +140,7 @@ impl Turn {
         )
     }
 
-    /// As [`Turn::table`], of this dtype.
+    /// Computes [`Turn::table`] on a GPU, in this dtype.
     fn table_cuda(&self, gpu: &dyn Gpu, positions: usize, dtype: DType, direction: f64) -> Result<Tensor> {
         let pairs = self.inv_freq.numel();
         let mut table = Tensor::uninit(Shape::new(&[positions, 2 * pairs])?, dtype, self.inv_freq.device())?;
@@ -152,10 +152,10 @@ impl Turn {
         Ok(table)
     }
 
-    /// For each position the cosines of all frequencies, then the sines.
+    /// Computes for each position the cosines of all frequencies, then the sines.
     ///
-    /// Position `64 a + b` comes from the exact values at `64 a` and at `b` by the addition theorem: the evaluations
-    /// of sine and cosine are few, and a value depends on its position alone, not on where the call starts.
+    /// Position `64 a + b` comes from the exact values at `64 a` and at `b` by the addition theorem: it takes few
+    /// evaluations of sine and cosine, and a value depends only on its position, not on where the call starts.
     fn table<R: Real>(&self, positions: usize, direction: f64) -> Result<Vec<R>> {
         const BLOCK: usize = 64;
         let inv_freq = self.inv_freq.to_f64_vec()?;
@@ -191,7 +191,7 @@ fn copy_rows<R: Real>(from: Floats, layout: &Layout, first: usize, width: usize,
     let stride = layout.strides[layout.shape.rank() - 2];
     let mut start = 0;
     for (index, out) in out.chunks_exact_mut(width).enumerate() {
-        // Within the dimension of positions a row is one stride behind the one before.
+        // Along the position dimension a row is one stride after the previous one.
         let row = first + index;
         start = if index == 0 || row.is_multiple_of(positions) { layout.row_offset(row) } else { start + stride };
         from.range(start..start + width).read(out);
@@ -229,7 +229,7 @@ impl Backward for RotaryBackward {
         "rotary"
     }
 
-    /// A rotation is undone by its transpose: the gradient turns back.
+    /// The inverse of a rotation is its transpose: the gradient rotates back.
     fn backward(self: Box<Self>, grad: Tensor, _need: &[bool]) -> Result<InputGrads> {
         let (mut dx, source) = reuse(grad)?;
         self.turn.apply(source.as_ref(), -1.0, &mut dx)?;

@@ -10,9 +10,9 @@ use crate::{
 
 impl Tensor {
     /// Moves chunks of features along the sequence: chunk `t`, of `dim / amounts` features, by `amounts[t]` positions
-    /// (positive: later). Zeros come in, features that are left over stay.
+    /// (positive: later). Zeros fill the gaps; leftover features stay.
     ///
-    /// Where `mask` is false, a position counts as zeros for every move by another amount than 0.
+    /// A position where `mask` is `false` counts as zeros for every move by an amount other than 0.
     ///
     /// Shapes: `[b, n, dim] → [b, n, dim]`, mask `[b, n]` Bool. Saves: the mask.
     /// Errors: another rank, no amounts or more than features, a mask of another shape or dtype, or a dtype that is
@@ -40,7 +40,7 @@ impl Tensor {
         }
         let x = self.contiguous()?;
         let mask = mask.map(Tensor::contiguous).transpose()?;
-        // By the whole sequence or further: nothing is left.
+        // A move by the whole sequence or further leaves nothing.
         let furthest = n as isize;
         let amounts: Vec<isize> = amounts.iter().map(|amount| (*amount).clamp(-furthest, furthest)).collect();
         let y = moved(&x, &amounts, Masked::Source(mask.as_ref()))?;
@@ -53,7 +53,7 @@ impl Tensor {
     }
 }
 
-/// Which end of a move the mask is about.
+/// The end of a move that the mask applies to.
 enum Masked<'a> {
     Source(Option<&'a Tensor>),
     Target(Option<&'a Tensor>),
@@ -117,7 +117,7 @@ impl Backward for ShiftTokensBackward {
         "shift_tokens"
     }
 
-    /// Moves back; what was masked on its way gets nothing.
+    /// Moves the gradient back; masked positions get none.
     fn backward(self: Box<Self>, grad: Tensor, _need: &[bool]) -> Result<InputGrads> {
         let amounts: Vec<isize> = self.amounts.iter().map(|amount| -amount).collect();
         moved(&grad.contiguous()?, &amounts, Masked::Target(self.mask.as_ref())).map(InputGrads::one)

@@ -16,10 +16,10 @@ use crate::{
 const OP: &str = "softmax";
 
 impl Tensor {
-    /// Softmax over the last dimension: `y_j = exp(x_j − max x) / Σ exp(x − max x)`.
+    /// Computes softmax over the last dimension: `y_j = exp(x_j − max x) / Σ exp(x − max x)`.
     ///
-    /// Shapes: `[.., j] → [.., j]`; a scalar counts as a row of one. A row that holds NaN or +∞, or nothing but −∞,
-    /// gives NaN, as in PyTorch. Statistics in f32 (f64 for f64). Saves: `y`. Errors: a dtype that is not float.
+    /// Shapes: `[.., j] → [.., j]`; a scalar is treated as a row of one element. A row that contains NaN or +∞, or only
+    /// −∞, gives NaN, as in PyTorch. Statistics in f32 (f64 for f64). Saves: `y`. Errors: a dtype that is not float.
     ///
     /// On a GPU exponentials of half types have errors of up to 2⁻¹⁷, which their rounding hides.
     ///
@@ -79,7 +79,7 @@ impl Backward for SoftmaxBackward {
         OP
     }
 
-    /// `dx = y ⊙ (g − ⟨g, y⟩)`
+    /// Computes `dx = y ⊙ (g − ⟨g, y⟩)`.
     fn backward(self: Box<Self>, grad: Tensor, _need: &[bool]) -> Result<InputGrads> {
         let grad = grad.contiguous()?;
         let mut dx = self.y.uninit_like()?;

@@ -1,4 +1,4 @@
-//! Which entries of each row are among its largest.
+//! Mask of the largest entries of each row.
 
 use std::cmp::Ordering;
 
@@ -11,10 +11,12 @@ use crate::{
 };
 
 impl Tensor {
-    /// True where an entry is not below the `k`-th largest of its row: at least `k` entries, more if values tie.
+    /// Returns a mask that is `true` where an entry is at least the `k`-th largest of its row: at least `k` entries,
+    /// more if values tie.
     ///
-    /// Shapes: `[.., j] → [.., j]` Bool; a scalar counts as a row of one. NaN counts as the largest, as in PyTorch's
-    /// `topk`. Errors: `k` = 0, a dtype that is not float, or a tensor that requires a gradient (use `detach`).
+    /// Shapes: `[.., j] → [.., j]` Bool; a scalar is treated as a row of one element. NaN counts as the largest, as in
+    /// PyTorch's `topk`. Errors: `k` = 0, a dtype that is not float, or a tensor that requires a gradient (use
+    /// `detach`).
     pub fn top_k_mask(&self, k: usize) -> Result<Tensor> {
         const OP: &str = "top_k_mask";
         discrete(OP, &[self])?;
@@ -57,7 +59,7 @@ impl Tensor {
     }
 }
 
-/// Largest first, NaN before all.
+/// Orders the largest first, NaN before all.
 fn descending<T: Float>(a: T, b: T) -> Ordering {
     let is_nan = |x: T| x.partial_cmp(&x).is_none();
     b.partial_cmp(&a).unwrap_or_else(|| is_nan(b).cmp(&is_nan(a)))

@@ -1,4 +1,4 @@
-//! Views: other shapes and strides on the same storage. None of them copies, except a `reshape` that strides cannot
+//! Views: new shapes and strides over the same storage. None of them copies, except a `reshape` that strides cannot
 //! express.
 
 use crate::{
@@ -10,10 +10,10 @@ use crate::{
 };
 
 impl Tensor {
-    /// The same elements in the same order under another shape, every size of which is given: −1 is not a `usize`.
-    /// Copies only if the strides do not allow a view.
+    /// Returns the same elements in the same order with another shape, given in full: there is no −1. Copies only if
+    /// the strides do not allow a view.
     ///
-    /// Errors: another number of elements.
+    /// Errors: a different number of elements.
     ///
     /// ```
     /// use x_transformers::{Device, Tensor};
@@ -41,7 +41,7 @@ impl Tensor {
         }
     }
 
-    /// `[a, b, c, …] → [a, b · c, …]`: merges dimensions `first..=last` into one. Negative ones count from the end. A
+    /// Merges dimensions `first..=last` into one: `[a, b, c, …] → [a, b · c, …]`. Negative ones count from the end. A
     /// scalar becomes a vector of one.
     ///
     /// Errors: a dimension out of range, or `first > last`.
@@ -65,7 +65,7 @@ impl Tensor {
         self.reshape(dims)
     }
 
-    /// Swaps two dimensions; negative ones count from the end. A scalar stays as it is.
+    /// Swaps two dimensions; negative ones count from the end. A scalar is unchanged.
     ///
     /// Errors: a dimension out of range.
     ///
@@ -85,8 +85,7 @@ impl Tensor {
         self.permute(&order)
     }
 
-    /// Reorders the dimensions: dimension `i` of the result is dimension `order[i]` of this one, counted from the
-    /// first.
+    /// Reorders the dimensions: dimension `i` of the result is dimension `order[i]` of this tensor, counted from 0.
     ///
     /// Errors: `order` is not a permutation of `0..rank`.
     ///
@@ -110,8 +109,8 @@ impl Tensor {
         self.view("permute", self.layout().permute(order), PermuteBackward { inverse, rank: self.rank() })
     }
 
-    /// Elements `start..start + len` along a dimension; negative dimensions count from the end, `start` from the
-    /// beginning.
+    /// Returns a view of elements `start..start + len` along a dimension; negative dimensions count from the end,
+    /// `start` from the beginning.
     ///
     /// Errors: the dimension or the range is out of range.
     ///
@@ -137,7 +136,7 @@ impl Tensor {
         self.view("narrow", self.layout().narrow(dim, start, len), backward)
     }
 
-    /// Element `index`, counted from the first, along a dimension, which disappears.
+    /// Returns a view of element `index`, counted from 0, along a dimension, and removes the dimension.
     ///
     /// Errors: the dimension or the index is out of range.
     ///
@@ -159,8 +158,8 @@ impl Tensor {
         self.narrow(dim, index, 1)?.squeeze(dim)
     }
 
-    /// Repeats dimensions of size 1, and adds dimensions in front, without copying. The shape is given in full: there
-    /// is no −1 for a size that stays.
+    /// Repeats dimensions of size 1 and adds leading dimensions, without copying. The shape is given in full: there is
+    /// no −1 for an unchanged size.
     ///
     /// Errors: the shape does not broadcast to the target.
     ///
@@ -188,7 +187,7 @@ impl Tensor {
 
     /// Adds a dimension of size 1 at `dim`, which may be the rank; `-1` adds it at the end.
     ///
-    /// Errors: out of range, or the rank is 6 already.
+    /// Errors: `dim` is out of range, or the rank is already 6.
     ///
     /// ```
     /// use x_transformers::{DType, Device, Tensor};
@@ -211,7 +210,7 @@ impl Tensor {
     /// Removes a dimension of size 1; negative ones count from the end. As in PyTorch, a dimension of another size
     /// stays, and so does a scalar.
     ///
-    /// Errors: out of range.
+    /// Errors: `dim` is out of range.
     ///
     /// ```
     /// use x_transformers::{DType, Device, Tensor};
@@ -225,7 +224,7 @@ impl Tensor {
         self.view("squeeze", self.layout().squeeze(at), ReshapeBackward { shape: *self.shape() })
     }
 
-    /// Cuts a dimension into pieces of the given sizes.
+    /// Splits a dimension into pieces of the given sizes.
     ///
     /// Errors: the sizes do not add up to the dimension.
     ///
@@ -256,9 +255,9 @@ impl Tensor {
             .collect()
     }
 
-    /// Cuts a dimension into at most `n` pieces of one size, of which the last may be shorter, as in PyTorch: 13
-    /// elements in 5 pieces are 3, 3, 3, 3 and 1, in 6 the same; an empty dimension gives `n` empty pieces.
-    /// [`Tensor::split`] checks the sizes.
+    /// Splits a dimension into at most `n` pieces of equal size, of which the last may be shorter, as in PyTorch: 13
+    /// elements in 5 or in 6 pieces are 3, 3, 3, 3 and 1; an empty dimension gives `n` empty pieces. Use
+    /// [`Tensor::split`] for exact sizes.
     ///
     /// Errors: `n` is 0, or a dimension out of range.
     ///

@@ -1,4 +1,4 @@
-//! Initial values of parameters, drawn where they are, with the same bits on every device.
+//! Initial values of parameters, drawn on their device, with the same bits on every device.
 
 use crate::{
     Device, Result,
@@ -9,30 +9,30 @@ use crate::{
     tensor::Tensor,
 };
 
-/// How a parameter starts.
+/// Initialization of a parameter.
 #[derive(Clone, Copy, PartialEq, Debug)]
 #[non_exhaustive]
 pub enum Init {
-    /// Every element the same.
+    /// Sets every element to this value.
     Constant(f64),
-    /// Normal with mean 0 and this standard deviation.
+    /// Normal distribution with mean 0 and this standard deviation.
     Normal(f64),
-    /// Uniform in `±bound`.
+    /// Uniform distribution in `±bound`.
     Uniform(f64),
 }
 
 impl Init {
-    /// PyTorch's default for the weight and bias of a linear layer: uniform in `±1/√fan_in`.
+    /// Returns PyTorch's default for the weight and bias of a linear layer: uniform in `±1/√fan_in`.
     pub fn linear(fan_in: usize) -> Self {
         Self::Uniform(1.0 / (fan_in.max(1) as f64).sqrt())
     }
 
-    /// `kaiming_normal_` of an embedding table: normal with deviation `√(2 / dim)`.
+    /// Returns `kaiming_normal_` of an embedding table: normal with standard deviation `√(2 / dim)`.
     pub fn kaiming_normal(dim: usize) -> Self {
         Self::Normal((2.0 / dim.max(1) as f64).sqrt())
     }
 
-    /// Draws the values where the parameter is.
+    /// Draws the values on the parameter's device.
     pub(crate) fn tensor(self, shape: Shape, dtype: DType, device: &Device, random: Philox) -> Result<Tensor> {
         match self {
             Self::Constant(value) => Tensor::full(shape, round(value), dtype, device),
@@ -46,7 +46,7 @@ impl Init {
     }
 }
 
-/// Element `i` is `scale · f(i)`: on the CPU by the function, on a GPU by the kernel, which has the same bits.
+/// Sets element `i` to `scale · f(i)`: on the CPU by the function, on a GPU by the kernel, with the same bits.
 fn draw(
     kernel: &'static str,
     (shape, dtype, device): (Shape, DType, &Device),
@@ -57,7 +57,7 @@ fn draw(
     let mut tensor = Tensor::uninit(shape, dtype, device)?;
     match device {
         Device::Cpu => dispatch_float!("parameter", dtype, T, {
-            // An element takes as long as some hundred additions.
+            // An element takes as long as about a hundred additions.
             cpu::for_rows(tensor.values_mut::<T>()?, 1, 100, |first, part| {
                 for (index, value) in part.iter_mut().enumerate() {
                     *value = <T as Float>::from_f64(round(scale * f((first + index) as u64)));
@@ -77,7 +77,7 @@ fn draw(
     Ok(tensor)
 }
 
-/// To f32, so that an f64 model starts from the values of its f32 twin.
+/// Rounds to f32, so that an f64 model starts from the values of its f32 counterpart.
 fn round(x: f64) -> f64 {
     x as f32 as f64
 }

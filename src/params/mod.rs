@@ -1,4 +1,4 @@
-//! Parameters and their names: one registration serves initialisation, the optimizer, loading and saving.
+//! Named parameters: one registration serves initialisation, the optimizer, loading and saving.
 
 use std::{
     collections::{BTreeMap, HashSet, btree_map::Entry},
@@ -21,12 +21,12 @@ use crate::{
 pub use init::Init;
 pub(crate) use ordered::{ordered, try_ordered};
 
-/// A trainable tensor. Clones share it: a tied weight is one parameter under two names.
+/// Trainable tensor. Clones share it: a tied weight is one parameter under two names.
 ///
-/// Any thread may read it while another trains: a reader gets the value before or after an update, never a mixture, and
-/// keeps it. The one exception is an update that panics half way, which only a bug can cause: the value is then part
-/// old and part new, [`Param::tensor`] returns it as it is, and optimizers refuse it by name until [`Param::set`] or
-/// [`ParamMap::load`] replaces it.
+/// Any thread may read it while another trains: a reader gets, and keeps, the value from before or after an update,
+/// never a mixture. The one exception is an update that panics midway, which only a bug can cause: the value is then
+/// partly old and partly new, [`Param::tensor`] returns it unchanged, and optimizers return an error that names it
+/// until [`Param::set`] or [`ParamMap::load`] replaces it.
 ///
 /// ```
 /// use x_transformers::{DType, Device, Init, ParamStore};
@@ -46,7 +46,7 @@ struct ParamCell {
 }
 
 impl Param {
-    /// A parameter with this value.
+    /// Creates a parameter with this value.
     ///
     /// Errors: the dtype is not float.
     pub fn new(value: Tensor) -> Result<Self> {
@@ -57,7 +57,7 @@ impl Param {
         Ok(Self(Arc::new(ParamCell { leaf: LeafId::new(), value: RwLock::new(value.detach()) })))
     }
 
-    /// The present value, as a leaf of the tape.
+    /// Returns the current value, as a leaf of the tape.
     pub fn tensor(&self) -> Tensor {
         self.read().with_slot(GradSlot::Leaf(self.0.leaf))
     }
@@ -87,25 +87,24 @@ impl Param {
             )
         );
         *old = value.into_constant();
-        // All of it is new, whatever happened to the old one.
+        // The value is entirely new, whatever happened to the old one.
         self.0.value.clear_poison();
         Ok(())
     }
 
-    /// The identity under which gradients are kept.
+    /// Returns the identity under which gradients are stored.
     pub fn leaf(&self) -> LeafId {
         self.0.leaf
     }
 
-    /// Returns `true` if an update of the value panicked half way.
+    /// Returns `true` if an update of the value panicked midway.
     pub(crate) fn is_broken(&self) -> bool {
         self.0.value.is_poisoned()
     }
 
-    /// The value to be changed in place together with others; who reads it waits until the guard is dropped.
+    /// Locks the value for changing it in place together with others; readers wait until the guard is dropped.
     ///
-    /// Several are locked in the order of [`Param::leaf`], and nothing that may wait for other threads is done
-    /// meanwhile.
+    /// Lock several in the order of [`Param::leaf`], and do nothing that may wait for other threads meanwhile.
     pub(crate) fn lock(&self) -> RwLockWriteGuard<'_, Tensor> {
         self.0.value.write().unwrap_or_else(|poisoned| poisoned.into_inner())
     }
@@ -118,7 +117,7 @@ impl fmt::Debug for Param {
     }
 }
 
-/// A tensor that is saved and not trained. Clones share it, so that what [`ParamMap::load`] reads reaches every module.
+/// Tensor that is saved but not trained. Clones share it, so [`ParamMap::load`] updates it in every module.
 #[derive(Clone)]
 pub struct Buffer(Arc<RwLock<Tensor>>);
 
@@ -127,7 +126,7 @@ impl Buffer {
         Self(Arc::new(RwLock::new(value.detach())))
     }
 
-    /// The present value.
+    /// Returns the current value.
     pub fn tensor(&self) -> Tensor {
         self.0.read().unwrap_or_else(|poisoned| poisoned.into_inner()).clone()
     }
@@ -144,9 +143,9 @@ impl fmt::Debug for Buffer {
     }
 }
 
-/// The named parameters and buffers of a model: state dict, optimizer list, loader and saver in one.
+/// Named parameters and buffers of a model: state dict, optimizer list, loader and saver in one.
 ///
-/// Names are those of PyTorch's `state_dict()`.
+/// Names match PyTorch's `state_dict()`.
 ///
 /// ```
 /// use x_transformers::{DType, Device, ParamStore, nn::Linear};
@@ -166,37 +165,38 @@ pub struct ParamMap {
 }
 
 impl ParamMap {
-    /// All parameters by name, in alphabetical order; a tied one appears under each of its names.
+    /// Returns all parameters by name, in alphabetical order; a tied one appears under each of its names.
     pub fn iter(&self) -> impl Iterator<Item = (&str, &Param)> {
         self.params.iter().map(|(name, param)| (name.as_str(), param))
     }
 
-    /// Each parameter once, under the first of its names.
+    /// Returns each parameter once, under the first of its names.
     pub fn unique(&self) -> impl Iterator<Item = (&str, &Param)> {
         let mut seen = HashSet::new();
         self.iter().filter(move |(_, param)| seen.insert(param.leaf()))
     }
 
-    /// Tensors that are saved but not trained.
+    /// Returns the tensors that are saved but not trained.
     pub fn buffers(&self) -> impl Iterator<Item = (&str, Tensor)> {
         self.buffers.iter().map(|(name, buffer)| (name.as_str(), buffer.tensor()))
     }
 
-    /// A parameter by name.
+    /// Returns a parameter by name.
     pub fn get(&self, name: &str) -> Option<&Param> {
         self.params.get(name)
     }
 
-    /// Number of trainable values, tied ones counted once.
+    /// Returns the number of trainable values, counting tied ones once.
     pub fn numel(&self) -> usize {
         self.unique().map(|(_, param)| param.tensor().numel()).sum()
     }
 
-    /// Every tensor by name, parameters and buffers: what PyTorch calls the state dict.
+    /// Returns all parameters and buffers by name, like PyTorch's `state_dict()`.
     ///
-    /// Beside a thread that trains, it has the weights of one step: all from before an update, or all from after it.
+    /// While another thread trains, it holds the weights of a single step: all from before an update, or all from after
+    /// it.
     pub fn state_dict(&self) -> BTreeMap<String, Tensor> {
-        // Optimizers lock all parameters in this order before they change the first.
+        // Optimizers lock all parameters in this order before they change any.
         let cells = ordered(self.params.values().map(|param| (param.leaf(), param)));
         let values = ordered(cells.into_iter().map(|(leaf, param)| (leaf, param.read())));
         let params = self.params.iter().map(|(name, param)| (name.clone(), values[&param.leaf()].clone()));
@@ -205,12 +205,12 @@ impl ParamMap {
 
     /// Loads a state dict, converting to each parameter's dtype and device.
     ///
-    /// Buffers begin as the config says; the state dict may leave them out, or hold them with the right shape, and then
-    /// its values count, as they do in PyTorch. A tied parameter may have any of its names, or several with equal
+    /// Buffers start with the values of the config; the state dict may omit them, or override them with tensors of the
+    /// right shape, as in PyTorch. A tied parameter may appear under any of its names, or under several with equal
     /// values.
     ///
     /// Errors, with nothing changed: [`ErrorKind::Weights`] with every missing, unused and mismatched name; values that
-    /// are not float; a tied parameter with several values.
+    /// are not float; a tied parameter with different values.
     #[doc(alias = "load_state_dict")]
     pub fn load(&self, state: &BTreeMap<String, Tensor>) -> Result<()> {
         let given: HashSet<LeafId> =
@@ -238,7 +238,7 @@ impl ParamMap {
             missing.is_empty() && unused.is_empty() && mismatched.is_empty(),
             Error::new(ErrorKind::Weights { missing, unused, mismatched })
         );
-        // Converted first, so that a failure half way leaves the model as it was.
+        // Converted first, so that a failure midway leaves the model unchanged.
         let mut values: BTreeMap<LeafId, (&str, &Param, Tensor)> = BTreeMap::new();
         for (name, param) in &self.params {
             let Some(tensor) = state.get(name) else { continue };
@@ -277,7 +277,7 @@ impl ParamMap {
             buffers.push((buffer, tensor.packed()?.on(old.device())?.converted(old.dtype())?));
         }
         buffers.into_iter().for_each(|(buffer, value)| buffer.set(value));
-        // Together, and in the order of the optimizers' locks: readers see all old values or all new ones.
+        // All together, in the order of the optimizers' locks: readers see all old values or all new ones.
         let mut locked: Vec<_> = values.into_values().map(|(_, param, value)| (param, param.lock(), value)).collect();
         for (param, old, value) in &mut locked {
             **old = value.detach();
@@ -287,7 +287,7 @@ impl ParamMap {
     }
 }
 
-/// Where modules get their parameters: a place in the tree of names, a source of initial values, and the map.
+/// Source of a module's parameters: a place in the tree of names, initial values, and the map.
 ///
 /// ```
 /// use x_transformers::{DType, Device, Init, ParamStore, nn::Linear};
@@ -325,7 +325,7 @@ impl fmt::Debug for ParamStore {
     }
 }
 
-/// How parameters begin.
+/// Source of the initial values of parameters.
 #[derive(Clone, Copy, Debug)]
 enum Start {
     Random(u64),
@@ -334,22 +334,22 @@ enum Start {
 }
 
 impl ParamStore {
-    /// Parameters drawn at random. A parameter's values depend on the seed and its name alone.
+    /// Creates a store that draws parameters at random. A parameter's values depend only on the seed and its name.
     pub fn new(seed: u64, dtype: DType, device: &Device) -> Self {
         Self { prefix: String::new(), start: Start::Random(seed), dtype, device: device.clone(), map: Arc::default() }
     }
 
-    /// Parameters that start as zeros, to be loaded with [`ParamMap::load`].
+    /// Creates a store of parameters that start as zeros, to be loaded with [`ParamMap::load`].
     pub fn zeros(dtype: DType, device: &Device) -> Self {
         Self { start: Start::Zeros, ..Self::new(0, dtype, device) }
     }
 
-    /// Parameters that are zero and share one number of memory each: names and shapes of a model of any size.
+    /// Creates a store of zero parameters with a single stored element each: names and shapes of a model of any size.
     pub fn shapes(dtype: DType, device: &Device) -> Self {
         Self { start: Start::Shapes, ..Self::new(0, dtype, device) }
     }
 
-    /// The place below this one: `store.at("layers").at(3)`.
+    /// Returns the place below this one: `store.at("layers").at(3)`.
     #[doc(alias = "push_prefix")]
     #[doc(alias = "pp")]
     pub fn at(&self, name: impl fmt::Display) -> ParamStore {
@@ -357,24 +357,24 @@ impl ParamStore {
         ParamStore { prefix, ..self.clone() }
     }
 
-    /// The name of this place, for messages.
+    /// Returns the name of this place, for messages.
     pub fn name(&self) -> &str {
         &self.prefix
     }
 
-    /// The dtype of the parameters.
+    /// Returns the dtype of the parameters.
     pub fn dtype(&self) -> DType {
         self.dtype
     }
 
-    /// The device of the parameters.
+    /// Returns the device of the parameters.
     pub fn device(&self) -> &Device {
         &self.device
     }
 
     /// Creates and registers a parameter.
     ///
-    /// Errors: the name is taken, or the shape is illegal.
+    /// Errors: the name is taken, or the shape is invalid.
     #[doc(alias = "register_parameter")]
     pub fn param(&self, name: &str, shape: impl IntoShape, init: Init) -> Result<Param> {
         self.param_of(name, shape.into_shape(), init)
@@ -420,7 +420,7 @@ impl ParamStore {
         Ok(buffer)
     }
 
-    /// All that is registered so far.
+    /// Returns everything registered so far.
     #[doc(alias = "parameters")]
     #[doc(alias = "named_parameters")]
     pub fn params(&self) -> ParamMap {

@@ -1,9 +1,9 @@
-//! Ordered maps from iterators. `collect` sorts first, by code of its own for each kind of iterator, several kilobytes
-//! each time; maps here are small.
+//! Ordered maps from iterators. `collect` sorts first, with several kilobytes of code for each kind of iterator; maps
+//! here are small.
 
 use std::collections::BTreeMap;
 
-/// The map of these entries; of equal keys the last one counts.
+/// Returns the map of these entries; the last one wins among equal keys.
 pub(crate) fn ordered<K: Ord, V>(entries: impl IntoIterator<Item = (K, V)>) -> BTreeMap<K, V> {
     let mut map = BTreeMap::new();
     entries.into_iter().for_each(|(key, value)| {
@@ -12,7 +12,7 @@ pub(crate) fn ordered<K: Ord, V>(entries: impl IntoIterator<Item = (K, V)>) -> B
     map
 }
 
-/// As [`ordered`], or the first error.
+/// Like [`ordered`], but returns the first error.
 pub(crate) fn try_ordered<K: Ord, V, E>(
     entries: impl IntoIterator<Item = Result<(K, V), E>>,
 ) -> Result<BTreeMap<K, V>, E> {

@@ -15,19 +15,20 @@ use crate::{
     shape::{Layout, collapse_layouts},
 };
 
-/// The elements `start..start + len` along dimension `dim` of a tensor.
+/// Elements `start..start + len` along dimension `dim` of a tensor.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct GradSlice {
     /// The dimension, counted from 0.
     pub dim: usize,
     /// The first element.
     pub start: usize,
-    /// The number of elements.
+    /// Number of elements.
     pub len: usize,
 }
 
 impl Tensor {
-    /// A constant with the same values, packed in row-major order: this handle's storage if it is packed already.
+    /// Returns a constant with the same values, packed in row-major order: shares this handle's storage if it is packed
+    /// already.
     pub(crate) fn packed(&self) -> Result<Tensor> {
         if self.is_contiguous() {
             return Ok(self.detach());
@@ -35,7 +36,7 @@ impl Tensor {
         self.packed_copy()
     }
 
-    /// As [`Tensor::packed`], in storage of its own.
+    /// Like [`Tensor::packed`], but always in new storage.
     pub(crate) fn packed_copy(&self) -> Result<Tensor> {
         let mut out = self.uninit_like()?;
         match (self.device(), self.dtype()) {
@@ -49,7 +50,7 @@ impl Tensor {
         Ok(out)
     }
 
-    /// A constant with the values of this packed tensor as another dtype, converted as by [`Tensor::to_dtype`].
+    /// Returns a constant with the values of this packed tensor in another dtype, converted as by [`Tensor::to_dtype`].
     pub(crate) fn converted(&self, dtype: DType) -> Result<Tensor> {
         if dtype == self.dtype() {
             return Ok(self.detach());
@@ -76,7 +77,7 @@ impl Tensor {
         Ok(out)
     }
 
-    /// A constant with the values of this packed tensor on another device.
+    /// Returns a constant with the values of this packed tensor on another device.
     pub(crate) fn moved(&self, device: &Device) -> Result<Tensor> {
         let mut y = Self::uninit(*self.shape(), self.dtype(), device)?;
         match (self.device(), device) {
@@ -151,7 +152,8 @@ pub(crate) fn same_device(op: &'static str, a: &Tensor, b: &Tensor) -> Result<()
     Ok(())
 }
 
-/// Copies a tensor to a part of a packed one, whose elements `part` counts from the first, or adds it to that.
+/// Copies a tensor to, or adds it to, a part of a packed tensor; `part` is the layout of that part, from the first
+/// element.
 pub(crate) fn launch_strided(gpu: &dyn Gpu, to: &mut Tensor, part: &Layout, from: &Tensor, add: bool) -> Result<()> {
     let (n, options) = (from.numel(), [("DTYPE", from.dtype().name())]);
     let [part, layout] = collapse_layouts(from.shape(), [part, from.layout()]);
@@ -181,10 +183,11 @@ pub(crate) fn launch_strided(gpu: &dyn Gpu, to: &mut Tensor, part: &Layout, from
         .launch(Grid::packets(n, from.dtype()), args![to, Storage(from), &part, &layout, n as i64])
 }
 
-/// The least of both sides that tiles of `copy_transposed` pay for.
+/// Minimum size of both sides for which the tiles of `copy_transposed` are worth it.
 const LONG: usize = 16;
 
-/// The dimension along which `from` is packed, if `to` is packed along the last one and both are long enough for tiles.
+/// Returns the dimension along which `from` is packed, if `to` is packed along the last one and both are long enough
+/// for tiles.
 fn turned(to: &Layout, from: &Layout) -> Option<usize> {
     let last = to.shape.rank().checked_sub(1)?;
     let long = |dim: usize| to.shape[dim] >= LONG;
@@ -212,7 +215,7 @@ fn convert_to<S: Copy + Sync>(from: &[S], widen: impl Fn(S) -> f64 + Sync, out: 
         DType::I64 => convert(from, out.values_mut::<i64>()?, |x| widen(x) as i64),
         DType::Bool => convert(from, out.values_mut::<bool>()?, |x| (widen(x) != 0.0) as u8),
         float => dispatch_float!("to_dtype", float, T, {
-            // Not `T::from_f64`: the half types have a method of that name, which cuts bits off before it rounds.
+            // Not `T::from_f64`: the half types have a method of that name that truncates before it rounds.
             convert(from, out.values_mut::<T>()?, |x| <T as Float>::from_f64(widen(x)));
             Ok(())
         })?,
@@ -220,7 +223,7 @@ fn convert_to<S: Copy + Sync>(from: &[S], widen: impl Fn(S) -> f64 + Sync, out: 
     Ok(())
 }
 
-/// Floats by way of f64.
+/// Converts floats by way of f64.
 fn convert_from<R: Send>(from: Floats, to: &mut [R], f: impl Fn(f64) -> R + Sync) {
     const PIECE: usize = 1024;
     cpu::for_rows(to, 1, 1, |start, to| {

@@ -1,11 +1,12 @@
-//! How tensors print: `Debug` is one line of facts, `Display` adds the values, long dimensions cut in the middle.
+//! Printing of tensors: `Debug` gives one line of facts; `Display` adds the values and elides the middle of long
+//! dimensions.
 
 use std::fmt;
 
 use super::Tensor;
 use crate::dtype::DType;
 
-/// Elements shown at each end of a long dimension.
+/// Number of elements shown at each end of a long dimension.
 const EDGE: usize = 3;
 
 impl fmt::Debug for Tensor {
@@ -35,7 +36,7 @@ fn write_values(tensor: &Tensor, f: &mut fmt::Formatter<'_>, indent: Option<usiz
         let value = tensor.item().map_err(|_| fmt::Error)?;
         return match tensor.dtype() {
             DType::Bool => write!(f, "{}", value != 0.0),
-            // Not through f64, which has no room for the last digits of a large integer.
+            // Not through f64, which would lose the last digits of a large integer.
             DType::I64 => write!(f, "{}", tensor.to_vec::<i64>().map_err(|_| fmt::Error)?[0]),
             _ if value != 0.0 && value.is_finite() && !(1e-3..1e5).contains(&value.abs()) => write!(f, "{value:.4e}"),
             _ => write!(f, "{value:.4}"),

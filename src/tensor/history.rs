@@ -8,12 +8,12 @@ thread_local! {
     static THREAD: ThreadMark = ThreadMark(next_id());
 }
 
-/// Returns a number that the process has not used yet.
+/// Returns an id that the process has not used yet.
 pub(crate) fn next_id() -> u64 {
     NEXT_ID.fetch_add(1, Ordering::Relaxed)
 }
 
-/// The identity of a leaf: a parameter, or a tensor made by [`requires_grad`](super::Tensor::requires_grad).
+/// Identity of a leaf: a parameter, or a tensor made by [`requires_grad`](super::Tensor::requires_grad).
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
 pub struct LeafId(u64);
 
@@ -23,7 +23,7 @@ impl LeafId {
     }
 }
 
-/// A thread, by a number that no later thread gets again.
+/// Identity of a thread, which no later thread reuses.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(crate) struct ThreadMark(u64);
 
@@ -36,7 +36,7 @@ impl ThreadMark {
     }
 }
 
-/// How a tensor takes part in differentiation.
+/// Role of a tensor in differentiation.
 #[derive(Clone, Copy, Debug)]
 pub(crate) enum GradSlot {
     /// No gradient flows through it.
@@ -48,8 +48,8 @@ pub(crate) enum GradSlot {
         index: usize,
         thread: ThreadMark,
     },
-    /// Computed from a leaf while its thread had no tape: a constant to later tapes of that thread, which computed it
-    /// before they began, and an error to tapes of other threads, which might have been meant to record it.
+    /// Computed from a leaf while its thread had no tape: a constant for later tapes of that thread, which started
+    /// after it was computed, and an error for tapes of other threads, which may have been meant to record it.
     Untaped {
         thread: ThreadMark,
         /// The op that first used the leaf.

@@ -1,4 +1,4 @@
-//! Tensors as arguments of kernels.
+//! Tensors as kernel arguments.
 
 use std::sync::Arc;
 
@@ -52,7 +52,8 @@ impl IntoArg for Option<&mut Tensor> {
 }
 
 impl Tensor {
-    /// Where a contiguous tensor on a GPU has its first element. Kernels are given this address and not the strides.
+    /// Returns the address of the first element of a contiguous tensor on a GPU. Kernels get this address without
+    /// strides.
     pub(crate) fn address(&self) -> Result<Address> {
         let strided =
             || format!("a kernel expects packed elements, got {:?} with strides {:?}", self.shape(), self.strides());
@@ -60,7 +61,7 @@ impl Tensor {
         Ok(self.storage_address()?.plus(self.range().start * self.0.dtype.size()))
     }
 
-    /// Where a contiguous tensor on a GPU that no other handle shares has its first element.
+    /// Returns the address of the first element of a contiguous tensor on a GPU that no other handle shares.
     pub(crate) fn address_mut(&mut self) -> Result<Address> {
         ensure!(
             self.is_unique(),
@@ -69,7 +70,7 @@ impl Tensor {
         self.address()
     }
 
-    /// Where the storage of a tensor on a GPU starts.
+    /// Returns the start of the storage of a tensor on a GPU.
     pub(crate) fn storage_address(&self) -> Result<Address> {
         match &*self.0.buffer {
             Buffer::Gpu(buffer) => Ok(buffer.address()),
@@ -79,7 +80,8 @@ impl Tensor {
         }
     }
 
-    /// Numbers that depend on their name alone, `[count]` I64, on a device that may keep them ([`Gpu::constant`]).
+    /// Returns numbers that depend only on their name, `[count]` I64, on a device that may cache them
+    /// ([`Gpu::constant`]).
     pub(crate) fn constant_on(
         gpu: &'static dyn Gpu,
         name: &str,
@@ -91,13 +93,13 @@ impl Tensor {
         Self::of_memory(gpu, gpu.constant(name, &mut once)?, count)
     }
 
-    /// Numbers that seldom change, `[values]` I64, on a device that may keep them ([`Gpu::table`]).
+    /// Returns numbers that seldom change, `[values]` I64, on a device that may cache them ([`Gpu::table`]).
     pub(crate) fn table_on(gpu: &'static dyn Gpu, name: &str, values: Vec<i64>) -> Result<Self> {
         let count = values.len();
         Self::of_memory(gpu, gpu.table(name, values)?, count)
     }
 
-    /// `[count]` I64 in memory that the device may have other handles of.
+    /// Creates `[count]` I64 from memory to which the device may have other handles.
     fn of_memory(gpu: &'static dyn Gpu, memory: Arc<dyn Memory>, count: usize) -> Result<Self> {
         let buffer = Buffer::Gpu(GpuBuffer::shared(memory));
         Ok(Self::of_buffer(buffer, Shape::new(&[count])?, DType::I64, &Device::Gpu(gpu)))
@@ -108,7 +110,7 @@ impl Tensor {
 mod tests {
     use crate::{DType, Device, Result, Tensor, device::launch::IntoArg};
 
-    /// The check comes first: no GPU is needed to see it.
+    /// The check comes first: testing it needs no GPU.
     #[test]
     fn launch_refuses_strided_elements() -> Result<()> {
         let x = Tensor::ones([2, 3], DType::F32, &Device::Cpu)?;

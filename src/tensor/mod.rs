@@ -1,4 +1,4 @@
-//! The tensor: a cheap handle on shared storage, with shape, strides and its place on the tape.
+//! Tensors: cheap handles to shared storage, with shape, strides and a place on the tape.
 
 use std::sync::Arc;
 
@@ -30,10 +30,10 @@ pub(crate) use launch::Storage;
 pub use raw_kernel::{KernelArg, RawKernel};
 pub(crate) use recompute::{Recompute, Saved};
 
-/// An n-dimensional array of up to six dimensions.
+/// n-dimensional array of up to six dimensions.
 ///
-/// Cloning copies a handle; views (`reshape`, `transpose`, `narrow`, …) share the storage. Values never change
-/// once a tensor is made: every op returns a new tensor, or an [`Error`].
+/// Cloning copies a handle; views (`reshape`, `transpose`, `narrow`, …) share the storage. Values are immutable: every
+/// op returns a new tensor, or an [`Error`].
 ///
 /// ```
 /// use x_transformers::{Device, Tensor};
@@ -49,7 +49,7 @@ pub(crate) use recompute::{Recompute, Saved};
 #[must_use = "ops return a new tensor and leave their inputs as they are"]
 pub struct Tensor(Arc<Handle>);
 
-/// The fields of a tensor, on the heap: a tensor is one pointer, so that code which passes tensors on stays small.
+/// Fields of a tensor, on the heap: a tensor is one pointer, so that code that passes tensors on stays small.
 #[derive(Clone)]
 struct Handle {
     buffer: Arc<Buffer>,
@@ -57,14 +57,14 @@ struct Handle {
     dtype: DType,
     device: Device,
     slot: GradSlot,
-    /// How ops that need the values backward may compute them again; views and constants have none.
+    /// Recomputation of the values for ops that need them in the backward pass; views and constants have none.
     recipe: Option<Recompute>,
 }
 
 impl Tensor {
-    /// A tensor from values in row-major order; `u8` and `u32` become [`DType::I64`].
+    /// Creates a tensor from values in row-major order; `u8` and `u32` become [`DType::I64`].
     ///
-    /// Errors: the number of values is not that of the shape, or the shape is illegal.
+    /// Errors: the number of values does not match the shape, or the shape is invalid.
     ///
     /// ```
     /// use x_transformers::{Device, Tensor};
@@ -76,7 +76,7 @@ impl Tensor {
         Self::from_values(values, shape.into_shape(), device)
     }
 
-    // The functions below take a result, so that the generic ones around them are a call.
+    // The functions below take a result, so that the generic ones around them are a single call.
     fn from_values<E: Element>(values: &[E], shape: Result<Shape>, device: &Device) -> Result<Self> {
         let shape = shape?;
         ensure!(
@@ -90,7 +90,7 @@ impl Tensor {
         tensor.on(device)
     }
 
-    /// As [`Tensor::from_slice`], from a vector.
+    /// Like [`Tensor::from_slice`], but takes a vector.
     ///
     /// ```
     /// use x_transformers::{Device, Tensor};
@@ -102,7 +102,7 @@ impl Tensor {
         Self::from_slice(&values, shape, device)
     }
 
-    /// A rank-0 tensor.
+    /// Creates a tensor of rank 0.
     ///
     /// ```
     /// use x_transformers::{Device, Tensor};
@@ -114,7 +114,7 @@ impl Tensor {
         Self::from_slice(&[value], (), device)
     }
 
-    /// All zeros (false for bool).
+    /// Creates a tensor of zeros (`false` for bool).
     ///
     /// ```
     /// use x_transformers::{DType, Device, Tensor};
@@ -135,7 +135,7 @@ impl Tensor {
         Ok(tensor)
     }
 
-    /// All ones (true for bool).
+    /// Creates a tensor of ones (`true` for bool).
     ///
     /// ```
     /// use x_transformers::{DType, Device, Tensor};
@@ -147,7 +147,7 @@ impl Tensor {
         Self::full(shape, 1.0, dtype, device)
     }
 
-    /// All elements equal to `value`, rounded to the dtype; for bool, whether it is not zero.
+    /// Creates a tensor filled with `value`, rounded to the dtype; for bool, `true` if it is not zero.
     ///
     /// ```
     /// use x_transformers::{DType, Device, Tensor};
@@ -175,7 +175,7 @@ impl Tensor {
         }
     }
 
-    /// `0, 1, …, n − 1` as [`DType::I64`], shape `[n]`.
+    /// Creates `0, 1, …, n − 1` as [`DType::I64`], shape `[n]`.
     ///
     /// ```
     /// use x_transformers::{Device, Tensor};
@@ -194,7 +194,7 @@ impl Tensor {
         Ok(tensor)
     }
 
-    /// Element `i` in row-major order is `f(i)`, rounded to the dtype. Called in order.
+    /// Creates a tensor whose element `i` in row-major order is `f(i)`, rounded to the dtype. `f` is called in order.
     ///
     /// ```
     /// use x_transformers::{DType, Device, Philox, Tensor};
@@ -228,7 +228,7 @@ impl Tensor {
         tensor.on(device)
     }
 
-    /// A tensor whose content is unspecified, for ops that write every element.
+    /// Creates a tensor of unspecified content, for ops that write every element.
     pub(crate) fn uninit(shape: Shape, dtype: DType, device: &Device) -> Result<Self> {
         let buffer = Buffer::new(shape.numel() * dtype.size(), device)?;
         Ok(Self::of_buffer(buffer, shape, dtype, device))
@@ -245,12 +245,12 @@ impl Tensor {
         }))
     }
 
-    /// Unspecified content, with this tensor's shape, dtype and device.
+    /// Creates a tensor of unspecified content with this tensor's shape, dtype and device.
     pub(crate) fn uninit_like(&self) -> Result<Self> {
         Self::uninit(*self.shape(), self.0.dtype, &self.0.device)
     }
 
-    /// Sizes of the dimensions.
+    /// Returns the sizes of the dimensions.
     ///
     /// ```
     /// use x_transformers::{DType, Device, Tensor};
@@ -262,7 +262,7 @@ impl Tensor {
         &self.0.layout.shape
     }
 
-    /// Number of dimensions.
+    /// Returns the number of dimensions.
     ///
     /// ```
     /// use x_transformers::{DType, Device, Tensor};
@@ -273,7 +273,7 @@ impl Tensor {
         self.0.layout.shape.rank()
     }
 
-    /// Number of elements.
+    /// Returns the number of elements.
     ///
     /// ```
     /// use x_transformers::{DType, Device, Tensor};
@@ -286,14 +286,14 @@ impl Tensor {
         self.0.layout.shape.numel()
     }
 
-    /// Bytes of the elements, each counted once for every place that a view shows it in.
+    /// Returns the size of the elements in bytes, counting repeated elements of a view each time.
     pub(crate) fn bytes_of_elements(&self) -> usize {
         self.numel() * self.0.dtype.size()
     }
 
-    /// Size of one dimension; negative ones count from the end.
+    /// Returns the size of one dimension; negative ones count from the end.
     ///
-    /// Errors: out of range.
+    /// Errors: `dim` is out of range.
     ///
     /// ```
     /// use x_transformers::{DType, Device, Tensor};
@@ -306,17 +306,17 @@ impl Tensor {
         Ok(self.shape()[self.shape().dim(dim, "dim")?])
     }
 
-    /// Type of the elements.
+    /// Returns the type of the elements.
     pub fn dtype(&self) -> DType {
         self.0.dtype
     }
 
-    /// Where the elements are.
+    /// Returns the device of the elements.
     pub fn device(&self) -> &Device {
         &self.0.device
     }
 
-    /// Steps between neighbours along each dimension, in elements.
+    /// Returns the strides of the dimensions, in elements.
     ///
     /// ```
     /// use x_transformers::{Device, Tensor};
@@ -328,7 +328,7 @@ impl Tensor {
         self.0.layout.strides()
     }
 
-    /// Whether the elements are packed in row-major order.
+    /// Returns `true` if the elements are packed in row-major order.
     ///
     /// ```
     /// use x_transformers::{Device, Tensor};
@@ -340,7 +340,7 @@ impl Tensor {
         self.0.layout.is_contiguous()
     }
 
-    /// Whether two tensors share storage.
+    /// Returns `true` if two tensors share storage.
     ///
     /// ```
     /// use x_transformers::{Device, Tensor};
@@ -352,7 +352,7 @@ impl Tensor {
         Arc::ptr_eq(&self.0.buffer, &other.0.buffer)
     }
 
-    /// The same values as a new leaf: the next [`Tape`](crate::Tape) gives its gradient.
+    /// Returns the same values as a new leaf, whose gradient the next [`Tape`](crate::Tape) computes.
     ///
     /// Errors: the dtype is not float.
     ///
@@ -379,7 +379,7 @@ impl Tensor {
         Ok(self.with_slot(GradSlot::Leaf(LeafId::new())))
     }
 
-    /// The same values as a constant: no gradient flows through it.
+    /// Returns the same values as a constant: no gradient flows through it.
     ///
     /// ```
     /// use x_transformers::{Device, Tape, Tensor};
@@ -395,7 +395,7 @@ impl Tensor {
         self.clone().into_constant()
     }
 
-    /// As [`Tensor::detach`], of a handle that is not needed any more.
+    /// Like [`Tensor::detach`], but consumes the handle.
     pub(crate) fn into_constant(mut self) -> Self {
         if self.0.recipe.is_some() || !matches!(self.0.slot, GradSlot::Constant) {
             self.set_slot(GradSlot::Constant);
@@ -409,18 +409,18 @@ impl Tensor {
         tensor
     }
 
-    /// The tensor's place in differentiation.
+    /// Returns the tensor's role in differentiation.
     pub(crate) fn slot(&self) -> GradSlot {
         self.0.slot
     }
 
-    /// Gives this handle another place in differentiation, and no recipe.
+    /// Sets this handle's role in differentiation, and clears its recipe.
     pub(crate) fn set_slot(&mut self, slot: GradSlot) {
         let handle = Arc::make_mut(&mut self.0);
         (handle.slot, handle.recipe) = (slot, None);
     }
 
-    /// Returns how the values may be computed again, if that is known.
+    /// Returns how to recompute the values, if that is known.
     pub(crate) fn recipe(&self) -> Option<&Recompute> {
         self.0.recipe.as_ref()
     }
@@ -429,7 +429,7 @@ impl Tensor {
         Arc::make_mut(&mut self.0).recipe = recipe;
     }
 
-    /// The values in row-major order.
+    /// Returns the values in row-major order.
     ///
     /// Errors: `E` is not the tensor's dtype; convert with [`Tensor::to_dtype`] first.
     ///
@@ -450,7 +450,7 @@ impl Tensor {
         Ok(values)
     }
 
-    /// The values in row-major order, widened to f64 from any dtype.
+    /// Returns the values in row-major order, widened to f64 from any dtype.
     ///
     /// ```
     /// use x_transformers::{DType, Device, Tensor};
@@ -471,9 +471,9 @@ impl Tensor {
         Ok(values)
     }
 
-    /// The value of a tensor with one element.
+    /// Returns the value of a tensor with one element.
     ///
-    /// Errors: it has another number of elements.
+    /// Errors: the tensor does not have exactly one element.
     ///
     /// ```
     /// use x_transformers::{Device, Tensor};
@@ -490,7 +490,7 @@ impl Tensor {
         Ok(self.to_f64_vec()?[0])
     }
 
-    /// This packed constant on a device.
+    /// Copies this packed constant to a device.
     pub(crate) fn on(self, device: &Device) -> Result<Self> {
         if self.0.device == *device { Ok(self) } else { self.moved(device) }
     }
@@ -499,12 +499,12 @@ impl Tensor {
         &self.0.layout
     }
 
-    /// Another view of the same storage, as a constant: the caller records it.
+    /// Returns another view of the same storage, as a constant: the caller records it.
     pub(crate) fn with_layout(&self, layout: Layout) -> Self {
         Self(Arc::new(Handle { layout, slot: GradSlot::Constant, recipe: None, ..Handle::clone(&self.0) }))
     }
 
-    /// The whole storage, for ops that walk strides from `layout().offset`.
+    /// Returns the whole storage, for ops that walk strides from `layout().offset`.
     pub(crate) fn storage<E: Element>(&self) -> Result<&[E::Stored]> {
         self.check_dtype::<E>()?;
         match &*self.0.buffer {
@@ -513,13 +513,13 @@ impl Tensor {
         }
     }
 
-    /// The elements of a contiguous tensor.
+    /// Returns the elements of a contiguous tensor.
     pub(crate) fn values<E: Element>(&self) -> Result<&[E::Stored]> {
         debug_assert!(self.is_contiguous(), "values of a strided tensor");
         Ok(&self.storage::<E>()?[self.range()])
     }
 
-    /// The elements of a contiguous tensor that no other handle shares.
+    /// Returns the elements of a contiguous tensor that no other handle shares.
     pub(crate) fn values_mut<E: Element>(&mut self) -> Result<&mut [E::Stored]> {
         self.check_dtype::<E>()?;
         debug_assert!(self.is_contiguous(), "values_mut of a strided tensor");
@@ -527,13 +527,13 @@ impl Tensor {
         Ok(&mut bytemuck::cast_slice_mut(self.bytes_mut()?)[range])
     }
 
-    /// The elements of a contiguous tensor of floats.
+    /// Returns the elements of a contiguous tensor of floats.
     pub(crate) fn floats(&self, op: &'static str) -> Result<Floats<'_>> {
         debug_assert!(self.is_contiguous(), "values of a strided tensor");
         Ok(self.stored_floats(op)?.range(self.range()))
     }
 
-    /// The storage of a tensor of floats, of which its layout says which elements it has.
+    /// Returns the storage of a tensor of floats, to be indexed by its layout.
     pub(crate) fn stored_floats(&self, op: &'static str) -> Result<Floats<'_>> {
         Ok(match self.0.dtype {
             DType::F32 => Floats::F32(self.storage::<f32>()?),
@@ -544,7 +544,7 @@ impl Tensor {
         })
     }
 
-    /// The elements of a contiguous tensor of floats that no other handle shares.
+    /// Returns the elements of a contiguous tensor of floats that no other handle shares.
     pub(crate) fn floats_mut(&mut self, op: &'static str) -> Result<FloatsMut<'_>> {
         Ok(match self.0.dtype {
             DType::F32 => FloatsMut::F32(self.values_mut::<f32>()?),
@@ -555,20 +555,20 @@ impl Tensor {
         })
     }
 
-    /// Where the elements of a contiguous tensor are in its storage.
+    /// Returns the range of a contiguous tensor's elements in its storage.
     fn range(&self) -> std::ops::Range<usize> {
         let elements = self.numel();
-        // The offset of an empty view may lie behind the end.
+        // The offset of an empty view may be past the end.
         let start = if elements == 0 { 0 } else { self.0.layout.offset };
         start..start + elements
     }
 
-    /// Whether `values_mut` may write: the handle is the only one, and contiguous.
+    /// Returns `true` if `values_mut` may write: the handle is the only one, and contiguous.
     pub(crate) fn is_unique(&mut self) -> bool {
         self.unshared().is_some_and(|buffer| buffer.is_unique()) && self.is_contiguous()
     }
 
-    /// The storage, if no other tensor has it.
+    /// Returns the storage, if no other tensor shares it.
     fn unshared(&mut self) -> Option<&mut Buffer> {
         Arc::get_mut(&mut self.0).and_then(|handle| Arc::get_mut(&mut handle.buffer))
     }
@@ -586,17 +586,17 @@ impl Tensor {
         Error::device("read", format_args!("the tensor is on {device}; move it to the CPU with `to_device`"))
     }
 
-    /// The same values in packed storage that no other handle shares: this one, or a copy.
+    /// Returns the same values in packed storage that no other handle shares: this tensor, or a copy.
     pub(crate) fn into_owned(mut self) -> Result<Tensor> {
         if self.is_unique() { Ok(self) } else { self.to_owned_copy() }
     }
 
-    /// A packed copy with storage of its own.
+    /// Returns a packed copy with new storage.
     pub(crate) fn to_owned_copy(&self) -> Result<Tensor> {
         if self.is_contiguous() { self.moved(&self.0.device) } else { self.packed_copy() }
     }
 
-    /// The bytes of the elements of a contiguous tensor on the CPU.
+    /// Returns the bytes of the elements of a contiguous tensor on the CPU.
     pub(crate) fn bytes(&self) -> Result<&[u8]> {
         let (range, size) = (self.range(), self.0.dtype.size());
         match &*self.0.buffer {

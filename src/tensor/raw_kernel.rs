@@ -1,4 +1,4 @@
-//! Kernels that do not belong to the library, launched on tensors.
+//! User-defined kernels, launched on tensors.
 
 use std::fmt;
 
@@ -11,12 +11,12 @@ use crate::{
 
 const OP: &str = "raw_kernel";
 
-/// A kernel from source text, compiled for a GPU at run time.
+/// Kernel from source text, compiled for a GPU at run time.
 ///
-/// The text goes through the compiler and the cache of the library's own kernels. The parameters are read from it:
-/// pointers to `float`, `double`, `bf16`, `f16`, `long long` or `bool` take tensors of that dtype, written unless the
-/// pointer is to `const`; numbers are passed by value. Typedefs and macros of `options` may name a type. The text
-/// includes no files; where it computes with half types, it defines the structs `bf16` and `f16` of 16 bits itself.
+/// The text is compiled and cached like the library's own kernels. The parameters are parsed from it: pointers to
+/// `float`, `double`, `bf16`, `f16`, `long long` or `bool` take tensors of that dtype, written unless the pointer is to
+/// `const`; numbers are passed by value. Typedefs and macros of `options` may name a type. The text cannot include
+/// files; if it computes with half types, it must define the 16-bit structs `bf16` and `f16` itself.
 ///
 /// A launch records no gradient: [`record`](crate::record) puts an op that launches kernels on the tape.
 ///
@@ -52,7 +52,7 @@ impl fmt::Debug for RawKernel {
     }
 }
 
-/// An argument of [`RawKernel::launch`].
+/// Argument of [`RawKernel::launch`].
 #[derive(Debug)]
 #[non_exhaustive]
 pub enum KernelArg<'a> {
@@ -93,9 +93,9 @@ impl RawKernel {
     /// `options`: macros, passed to the compiler as `-Dname=value`; not one-letter names such as `T`, which the
     /// compiler's own headers use.
     ///
-    /// Errors: [`ErrorKind::Argument`](crate::ErrorKind::Argument) if the text has no such kernel, or a parameter of
-    /// another type than those above; [`ErrorKind::Device`](crate::ErrorKind::Device) on the CPU, on a GPU whose
-    /// backend compiles no sources, or with the compiler's log.
+    /// Errors: [`ErrorKind::Argument`](crate::ErrorKind::Argument) if the text has no such kernel, or a parameter of a
+    /// type not listed above; [`ErrorKind::Device`](crate::ErrorKind::Device) on the CPU, on a GPU whose backend cannot
+    /// compile sources, or with the compiler's log.
     pub fn new(device: &Device, text: &str, name: &str, options: &[(&str, &str)]) -> Result<Self> {
         let source = Source::new(text, name, options)?;
         let Device::Gpu(gpu) = *device else {
@@ -105,17 +105,17 @@ impl RawKernel {
         Ok(Self { device: device.clone(), kernel: gpu.compile(&source)?, source })
     }
 
-    /// The kernel's parameters, in order.
+    /// Returns the kernel's parameters, in order.
     pub fn parameters(&self) -> &[SourceParameter] {
         self.source.parameters()
     }
 
     /// Enqueues the kernel; a grid without blocks does nothing.
     ///
-    /// Errors: [`ErrorKind::Argument`](crate::ErrorKind::Argument) if number or kinds of the arguments are not those of
+    /// Errors: [`ErrorKind::Argument`](crate::ErrorKind::Argument) if the number or kinds of the arguments do not match
     /// the parameters, for a tensor that is not packed, and for an output whose storage is shared or that belongs to a
     /// tape; [`ErrorKind::DType`](crate::ErrorKind::DType) for a tensor of another dtype;
-    /// [`ErrorKind::Device`](crate::ErrorKind::Device) for one on another device, and for errors of the driver.
+    /// [`ErrorKind::Device`](crate::ErrorKind::Device) for one on another device, and for driver errors.
     ///
     /// # Safety
     ///

@@ -1,26 +1,26 @@
-//! Values that the backward pass computes again instead of keeping them.
+//! Values that the backward pass recomputes instead of keeping them.
 //!
-//! The output of a norm or an activation is cheap to compute, its input is on the tape anyway, and what needs it
-//! backward is the matrix product behind it. Such an output carries a recipe, and the product keeps that. It is what
-//! [`checkpoint`](crate::checkpoint) does for whole segments, but costs no second matrix product.
+//! The output of a norm or an activation is cheap to compute, its input is on the tape anyway, and the matrix product
+//! after it needs it in the backward pass. Such an output carries a recipe, which the product keeps instead.
+//! [`checkpoint`](crate::checkpoint) does the same for whole segments, but this needs no second matrix product.
 
 use std::sync::{Arc, Mutex, PoisonError};
 
 use super::Tensor;
 use crate::Result;
 
-/// Most steps of a recipe.
+/// Maximum number of steps of a recipe.
 const STEPS: usize = 16;
 
-/// How a tensor is computed again, as a constant with the same bits. Clones share the result.
+/// Recomputation of a tensor, as a constant with the same bits. Clones share the result.
 #[derive(Clone)]
 pub(crate) struct Recompute(Arc<Shared>);
 
 struct Shared {
-    /// Recipes that it is the last of.
+    /// Number of recipes in the chain that it ends.
     steps: usize,
     compute: Box<dyn Fn() -> Result<Tensor> + Send + Sync>,
-    /// The result, until the last handle is dropped: several products may need it one after the other.
+    /// Result, kept until the last handle is dropped: several products may need it in turn.
     value: Mutex<Option<Tensor>>,
 }
 
@@ -38,13 +38,13 @@ impl Recompute {
         self.0.steps < STEPS
     }
 
-    /// The recipe of what `f` computes from this one's result.
+    /// Returns the recipe that applies `f` to this one's result.
     pub(crate) fn then(&self, f: impl Fn(Tensor) -> Result<Tensor> + Send + Sync + 'static) -> Self {
         let first = self.clone();
         Self::after(self.0.steps, move || f(first.compute()?))
     }
 
-    /// Computed now, without sharing it.
+    /// Computes the result now, without sharing it.
     fn compute(&self) -> Result<Tensor> {
         (self.0.compute)()
     }
@@ -59,7 +59,7 @@ impl Recompute {
     }
 }
 
-/// What a backward rule needs of a tensor: its values, or how to compute them again.
+/// Tensor saved for a backward rule: its values, or how to compute them again.
 #[derive(Clone)]
 pub(crate) enum Saved {
     Kept(Tensor),
@@ -67,12 +67,12 @@ pub(crate) enum Saved {
 }
 
 impl Saved {
-    /// The recipe, if the tensor has one; otherwise the tensor, as a constant.
+    /// Saves the recipe, if the tensor has one; otherwise the tensor, as a constant.
     pub fn of(x: &Tensor) -> Self {
         x.recipe().cloned().map_or_else(|| Self::Kept(x.detach()), Self::Again)
     }
 
-    /// The values, as a constant.
+    /// Returns the values, as a constant.
     pub fn value(&self) -> Result<Tensor> {
         match self {
             Self::Kept(x) => Ok(x.clone()),

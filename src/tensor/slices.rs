@@ -1,19 +1,19 @@
-//! Elements of tensors as slices, for ops outside of the library.
+//! Elements of tensors as slices, for user-defined ops.
 
 use super::{GradSlot, Tensor};
 use crate::{DType, Device, Element, Error, Result, error::ensure, shape::IntoShape};
 
 impl Tensor {
-    /// A tensor of unspecified content, for an op that writes every element.
+    /// Creates a tensor of unspecified content, for an op that writes every element.
     ///
-    /// Errors: an illegal shape, or memory runs out.
+    /// Errors: an invalid shape, or out of memory.
     pub fn empty(shape: impl IntoShape, dtype: DType, device: &Device) -> Result<Self> {
         Self::uninit(shape.into_shape()?, dtype, device)
     }
 
-    /// The elements in row-major order, as they are stored; see [`Tensor::contiguous`].
+    /// Returns the elements in row-major order, as they are stored; see [`Tensor::contiguous`].
     ///
-    /// Errors: another dtype than `E`'s, a tensor that is not contiguous, or one on a GPU.
+    /// Errors: a dtype other than `E`'s, a tensor that is not contiguous, or one on a GPU.
     ///
     /// ```
     /// use x_transformers::{Device, Tensor};
@@ -30,9 +30,10 @@ impl Tensor {
         self.values::<E>()
     }
 
-    /// The elements of a new tensor, to be written; see [`Tensor::empty`].
+    /// Returns the elements of a new tensor for writing; see [`Tensor::empty`].
     ///
-    /// Errors: as [`Tensor::as_slice`], a tensor whose storage another handle shares, or one that belongs to a tape.
+    /// Errors: those of [`Tensor::as_slice`], a tensor whose storage another handle shares, or one that belongs to a
+    /// tape.
     pub fn as_mut_slice<E: Element>(&mut self) -> Result<&mut [E::Stored]> {
         self.check_packed("as_mut_slice")?;
         ensure!(

@@ -14,7 +14,7 @@ use crate::{
     },
 };
 
-/// Like `streamed::block`, whose checks are done.
+/// Like `streamed::block`, but without its checks, which have been done.
 pub(super) fn multiply<T: Float>(
     rows: usize,
     n: usize,
@@ -73,8 +73,7 @@ unsafe fn columns<T: Widen<V, N>, V: Square<N>, const N: usize>(
     }
 }
 
-/// The depth of a column lies next to each other: `BLOCKS` square blocks at a time are transposed in registers, so
-/// that lanes are columns.
+/// Multiplies contiguous columns: transposes `BLOCKS` square blocks at a time in registers, so that lanes are columns.
 #[inline(always)]
 unsafe fn columns_apart<T: Widen<V, N>, V: Square<N>, const N: usize, const ROWS: usize, const BLOCKS: usize>(
     n: usize,
@@ -141,8 +140,7 @@ unsafe fn columns_apart<T: Widen<V, N>, V: Square<N>, const N: usize, const ROWS
     done
 }
 
-/// The columns of a row lie next to each other: `DEPTH` rows of B at a time are added to sums in the first-level
-/// cache.
+/// Multiplies contiguous rows: adds `DEPTH` rows of B at a time to sums in the L1 cache.
 #[inline(always)]
 unsafe fn columns_together<T: Widen<V, N>, V: Square<N>, const N: usize, const ROWS: usize, const DEPTH: usize>(
     n: usize,
@@ -152,7 +150,7 @@ unsafe fn columns_together<T: Widen<V, N>, V: Square<N>, const N: usize, const R
     row: usize,
     sums: *mut V::Scalar,
 ) -> usize {
-    /// Columns at a time.
+    /// Number of columns at a time.
     const STRIP: usize = 1024;
     let done = n - n % N;
     // SAFETY: as for `columns`.

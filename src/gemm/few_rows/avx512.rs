@@ -12,8 +12,8 @@ use crate::{
     },
 };
 
-/// `sums[i][j] = Σ_p A[i, p] · B[p, j]` for one block of depth `kc`, which comes after `passed` words of the same
-/// columns.
+/// Computes `sums[i][j] = Σ_p A[i, p] · B[p, j]` for one block of depth `kc`, which comes after `passed` words of the
+/// same columns.
 pub(super) fn multiply<T: Float>(
     word: Word,
     a: Rows,
@@ -61,17 +61,17 @@ struct Block {
 /// Reads and multiplies words. The methods may be called only where the processor has the instructions, with pointers
 /// to the bytes of a vector.
 trait Words: Copy {
-    /// Elements of a column in a word.
+    /// Number of elements of a column in a word.
     const DEPTH: usize;
-    /// Bytes of a word in B.
+    /// Returns the number of bytes of a word in B.
     fn bytes(self) -> usize;
-    /// A vector of words of each of [`COLUMNS`] columns.
+    /// Loads a vector of words of each of [`COLUMNS`] columns.
     unsafe fn load(self, from: *const u8, column: usize) -> [__m512; COLUMNS];
     unsafe fn multiply_add(a: __m512, b: __m512, sum: __m512) -> __m512;
 }
 
-/// One element, in f32 or widened. The type may be looked at for each square: a copy of every kernel per type would
-/// only be code.
+/// One element, in f32 or widened. Checking the type for each square is cheap: a copy of every kernel per type would
+/// only add code.
 #[derive(Clone, Copy)]
 struct Singles(Word);
 
@@ -89,7 +89,7 @@ impl Words for Singles {
         unsafe {
             let mut square = [_mm512_setzero_ps(); COLUMNS];
             match self.0 {
-                // The upper halves of f32.
+                // bf16 are the upper halves of f32.
                 Word::Bf16 => {
                     for (index, values) in square.iter_mut().enumerate() {
                         let bits = _mm256_loadu_si256(from.add(index * column).cast());
@@ -143,7 +143,7 @@ impl Words for Pairs {
     }
 }
 
-/// A kernel per number of rows, for words of one kind.
+/// Instantiates a kernel per number of rows, for words of one kind.
 macro_rules! by_rows {
     ($words:expr, $block:expr, $rows:expr, [$($count:literal)*] or $most:literal) => {
         match $rows {
@@ -161,7 +161,7 @@ unsafe fn of_singles(word: Word, block: &Block, rows: usize) {
     // SAFETY: see above.
     unsafe {
         match word {
-            // The compiler knows the type: the fewer the rows, the more a choice per square would cost.
+            // With the type known at compile time: the fewer the rows, the more a choice per square would cost.
             Word::Bf16 if rows <= 4 => by_rows!(Singles(Word::Bf16), block, rows, [1 2 3] or 4),
             Word::F16 if rows <= 4 => by_rows!(Singles(Word::F16), block, rows, [1 2 3] or 4),
             word => by_rows!(Singles(word), block, rows, [1 2 3 4 5 6 7 8 9 10 11] or 12),
@@ -183,7 +183,7 @@ unsafe fn of_pairs(block: &Block, rows: usize) {
 /// As for [`of_singles`]; A and the sums have `ROWS` rows.
 #[inline(always)]
 unsafe fn square_by_square<W: Words, const ROWS: usize>(kind: W, block: &Block) {
-    /// Rows that are reached from one pointer, as in the other micro-kernels.
+    /// Number of rows addressed from one pointer, as in the other micro-kernels.
     const REACHED: usize = 4;
     let &Block { a, row, kc, b, column, passed, .. } = block;
     let mut groups = [0, 1, 2].map(|group| a.wrapping_add(group * REACHED * row));
@@ -236,7 +236,7 @@ unsafe fn square_by_square<W: Words, const ROWS: usize>(kind: W, block: &Block) 
     }
 }
 
-/// The transposed square of the last bytes of the columns, filled up with zeros. A function of its own, which serves
+/// Returns the transposed square of the last bytes of the columns, padded with zeros. A separate function, shared by
 /// the kernels for every number of rows.
 ///
 /// # Safety
@@ -357,16 +357,16 @@ unsafe fn rows_of_pairs<const VECTORS: usize, const TOGETHER: usize>(block: &Blo
     unsafe { word_by_word::<Pairs, VECTORS, TOGETHER>(block) }
 }
 
-/// Some columns at a time, whose words go to all lanes.
+/// Processes some columns at a time, broadcasting their words to all lanes.
 ///
 /// # Safety
 ///
 /// As for the functions that call it.
 #[inline(always)]
 unsafe fn word_by_word<W: Words, const VECTORS: usize, const TOGETHER: usize>(block: &Block) {
-    /// Bytes of a word as it lies in memory.
+    /// Number of bytes of a word in memory.
     const BYTES: usize = 4;
-    /// Columns that are reached from one pointer.
+    /// Number of columns addressed from one pointer.
     const REACHED: usize = 4;
     let &Block { a, kc, b, column, passed, .. } = block;
     let words = kc / W::DEPTH;

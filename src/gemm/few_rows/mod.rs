@@ -1,5 +1,6 @@
-//! Few rows of A: reading B is all the cost, and packing it would be another pass. Each way has the order of additions of
-//! the packed kernel with the same arithmetic, and so its bits; columns that it leaves out are for that kernel.
+//! Products with few rows of A: reading B is all the cost, and packing it would be another pass. Each method adds in
+//! the order of the packed kernel with the same arithmetic, and so gives the same bits; it leaves remaining columns to
+//! that kernel.
 //!
 //! * [`streamed`]: B passes through the registers once, by AVX2;
 //! * [`transposed`]: columns of B lie in memory, and AVX-512 transposes squares of them.
@@ -14,7 +15,7 @@ pub(super) mod transposed;
 use super::matrix::{Beta, Matrix, Window};
 use crate::{DType, dtype::Float};
 
-/// A way to multiply few rows.
+/// Method of multiplying few rows.
 #[derive(Clone, Copy)]
 pub(super) enum FewRows {
     Streamed,
@@ -22,7 +23,8 @@ pub(super) enum FewRows {
 }
 
 impl FewRows {
-    /// `C = beta + A·B` for the first columns; returns their number. `areas` are memory for rows of A and for sums.
+    /// Computes `C = beta + A·B` for the first columns; returns their number. `areas` are memory for rows of A and for
+    /// sums.
     pub fn multiply<T: Float>(
         self,
         k: usize,

@@ -10,20 +10,20 @@ use crate::{
     },
 };
 
-/// At most this many rows are worth it.
+/// Maximum number of rows for which this is worth it.
 pub(in crate::gemm) const ROWS: usize = 8;
 
-/// Rows that are multiplied at a time.
+/// Number of rows multiplied at a time.
 pub(in crate::gemm) const TOGETHER: usize = 4;
 
-/// Columns whose whole depth is read before that of the next ones; they are all done, however many rows are multiplied.
-/// Their lines fill the sets of the first-level cache evenly if they are few, even where columns lie a power of two
-/// apart. Half types take as long as f32 for half of the bytes: twice the columns hide the latency of a chain.
+/// Returns the number of columns whose whole depth is read before the next ones; all of them are computed, for any
+/// number of rows. Few columns fill the sets of the L1 cache evenly, even if they are a power of two apart. Half types
+/// take as long as f32 for half the bytes: twice the columns hide the latency of a chain.
 fn strip<T>() -> usize {
     if size_of::<T>() == 2 { 16 } else { 8 }
 }
 
-/// `C = beta + A·B` for the first columns; returns their number.
+/// Computes `C = beta + A·B` for the first columns; returns their number.
 pub(super) fn multiply<T: Float>(
     k: usize,
     a: Matrix<T>,
@@ -45,8 +45,7 @@ pub(super) fn multiply<T: Float>(
             pack(a.from(first, p), rows, kc, rows, &mut packed[p * m + first * kc..][..rows * kc]);
         }
     }
-    // Columns whose depth lies next to each other are read to the end before the next ones; and each group of rows must
-    // come as far as the others.
+    // Contiguous columns are read to the end before the next ones; and each group of rows must reach the same column.
     let width = if b.row == 1 { strip::<T>() } else { n };
     let end = if m > TOGETHER { n - n % strip::<T>() } else { n };
     let mut done = 0;
@@ -77,10 +76,10 @@ pub(super) fn multiply<T: Float>(
     done
 }
 
-/// `sums[i * n + j] = Σ_p A[i, p] · B[p, j]` for one block of depth `kc`, `rows` rows and the first of `n` columns;
-/// returns their number, 0 if processor or layout do not allow it. Element (i, p) of A is `a[p * rows + i]`; the block
-/// comes after a depth of `passed` in the same columns.
-// Other processors have no instructions that read what is passed here.
+/// Computes `sums[i * n + j] = Σ_p A[i, p] · B[p, j]` for one block of depth `kc`, `rows` rows and the first of `n`
+/// columns; returns their number, 0 if the processor or the layout does not allow it. Element (i, p) of A is `a[p *
+/// rows + i]`; the block comes after a depth of `passed` in the same columns.
+// Other processors leave these arguments unused.
 #[cfg_attr(not(target_arch = "x86_64"), allow(unused_variables))]
 fn block<T: Float>(
     rows: usize,

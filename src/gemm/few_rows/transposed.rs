@@ -1,8 +1,8 @@
-//! Few rows times a matrix whose columns lie in memory, by AVX-512: B is read once, where it lies and in the order of
-//! memory, and not packed. Reading it is all the cost for the first rows, and for more of them multiply-adds are.
+//! Few rows times a matrix with contiguous columns, by AVX-512: B is read once, in place and in the order of memory,
+//! without packing. For a few rows reading B is all the cost, for more of them the multiply-adds are.
 //!
-//! Squares of B are transposed in registers, so that lanes are columns; or, for more rows, each of its elements goes to all
-//! lanes, which are rows. The order of additions is that of the packed product, whose bits these are.
+//! Squares of B are transposed in registers, so that lanes are columns; or, for more rows, each of its elements is
+//! broadcast to all lanes, which are rows. The order of additions, and so the bits, are those of the packed product.
 
 #[cfg(target_arch = "x86_64")]
 use super::avx512;
@@ -13,22 +13,22 @@ use crate::{
     gemm::matrix::{Beta, KC, Matrix, Window},
 };
 
-/// At most this many rows are worth it.
+/// Maximum number of rows for which this is worth it.
 pub(in crate::gemm) const ROWS: usize = 2 * LANES;
 
-/// Rows that are multiplied at a time while lanes are rows: two vectors.
+/// Number of rows multiplied at a time if lanes are rows: two vectors.
 const LANES: usize = 2 * COLUMNS;
 
-/// Columns at a time, the lanes of a vector; remainders are not done.
+/// Number of columns at a time, the lanes of a vector; remainders are left out.
 pub(super) const COLUMNS: usize = 16;
 
-/// Rows that are multiplied at a time while lanes are columns: their sums and a transposed square fill the registers.
+/// Number of rows multiplied at a time if lanes are columns: their sums and a transposed square fill the registers.
 const TOGETHER: usize = 12;
 
-/// At most this many rows are worth it if lanes are columns.
+/// Maximum number of rows for which columns as lanes are worth it.
 pub(in crate::gemm) const GROUPED: usize = 2 * TOGETHER;
 
-/// The content of a lane of B, which fixes the instruction that multiplies it.
+/// Content of a lane of B, which determines the instruction that multiplies it.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(in crate::gemm) enum Word {
     /// An f32, multiplied and added.
@@ -42,12 +42,12 @@ pub(in crate::gemm) enum Word {
 }
 
 impl Word {
-    /// Words of a block of depth `kc`.
+    /// Returns the number of words in a block of depth `kc`.
     pub fn count(self, kc: usize) -> usize {
         if self == Self::Bf16Pair { kc.div_ceil(2) } else { kc }
     }
 
-    /// If `true`, elements of B are words as they lie in memory.
+    /// Returns `true` if elements of B in memory already are words.
     pub fn is_stored(self, k: usize) -> bool {
         match self {
             Self::F32 => true,
@@ -61,12 +61,12 @@ impl Word {
 #[derive(Clone, Copy)]
 pub(super) struct Rows<'a> {
     pub data: &'a [u8],
-    /// Bytes from one row to the next.
+    /// Number of bytes from one row to the next.
     pub row: usize,
 }
 
 impl<'a> Rows<'a> {
-    /// Rows in place if they lie in memory as they are needed, else copied.
+    /// Uses rows in place if their layout allows it, else copies them.
     fn new<T: Float>(word: Word, a: Matrix<'a, T>, rows: usize, k: usize, copy: &'a mut Vec<u64>) -> Self {
         if word.is_stored(k) && a.col == 1 {
             return Self { data: bytemuck::cast_slice(a.data), row: a.row * size_of::<T>() };
@@ -93,19 +93,19 @@ impl<'a> Rows<'a> {
     }
 }
 
-/// The bits of a type of two bytes.
+/// Returns the bits of a two-byte type.
 fn half_bits<T: Float>(value: T) -> u16 {
     bytemuck::pod_read_unaligned(&bytemuck::bytes_of(&value)[..2])
 }
 
-/// A value in f32, which is the type of its sums.
+/// Returns a value in f32, its accumulation type.
 fn single<T: Float>(value: T) -> f32 {
     bytemuck::pod_read_unaligned(&bytemuck::bytes_of(&value.to_acc())[..4])
 }
 
-/// `C = beta + A·B` for the first columns; returns their number, a multiple of [`COLUMNS`]. `copy` is memory for rows
-/// of A.
-// Other processors have no instructions that read what is passed here.
+/// Computes `C = beta + A·B` for the first columns; returns their number, a multiple of [`COLUMNS`]. `copy` is memory
+/// for rows of A.
+// Other processors leave these arguments unused.
 #[cfg_attr(not(target_arch = "x86_64"), allow(unused_variables))]
 pub(super) fn multiply<T: Float>(
     word: Word,
@@ -120,7 +120,7 @@ pub(super) fn multiply<T: Float>(
     if done == 0 || rows == 0 || k == 0 {
         return 0;
     }
-    // Known to the compiler, which leaves out the rest.
+    // A compile-time constant: the compiler removes the other branches.
     let word = match T::DTYPE {
         DType::F32 => Word::F32,
         DType::F16 => Word::F16,
@@ -139,7 +139,7 @@ pub(super) fn multiply<T: Float>(
             let passed = word.count(p);
             let beta = beta.of_block(p, j);
             for group in 0..groups {
-                // Groups of about the same size.
+                // Groups of about equal size.
                 let (first, end) = (group * rows / groups, (group + 1) * rows / groups);
                 let a = Rows { data: &a.data[first * a.row + 4 * passed..], ..a };
                 let sums = &mut sums[..end - first];
@@ -200,7 +200,7 @@ fn multiply_by_rows<T: Float>(
     done
 }
 
-/// Packs rows of A into vectors: of each word all rows, filled up with zeros.
+/// Packs rows of A into vectors: all rows of each word, padded with zeros.
 #[cfg(target_arch = "x86_64")]
 fn pack_words<T: Float>(word: Word, a: Matrix<T>, rows: usize, k: usize, to: &mut [[f32; COLUMNS]]) {
     let whole = avx512::pack(word, a, rows, k, to);

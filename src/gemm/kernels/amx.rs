@@ -21,23 +21,23 @@ use crate::{
     gemm::matrix::{Beta, Window},
 };
 
-/// Rows of sums that are computed together.
+/// Number of rows of sums computed together.
 pub(in crate::gemm) const MR: usize = 32;
 
-/// Columns of a panel: two tiles.
+/// Number of columns per panel: two tiles.
 pub(in crate::gemm) const NR: usize = 32;
 
-/// Depth of one instruction; a block is filled up to a multiple.
+/// Depth of one instruction; blocks are padded to a multiple.
 pub(in crate::gemm) const KR: usize = 32;
 
-/// Bytes of a row of a tile.
+/// Number of bytes per tile row.
 const ROW_BYTES: usize = 64;
 
 /// Set by tests that emulate the instructions.
 #[cfg(test)]
 pub(in crate::gemm) static EMULATED: std::sync::atomic::AtomicBool = std::sync::atomic::AtomicBool::new(false);
 
-/// If `true`, the instructions can be executed.
+/// Returns `true` if the instructions can be executed.
 fn can_run() -> bool {
     #[cfg(test)]
     if EMULATED.load(std::sync::atomic::Ordering::Acquire) {
@@ -46,7 +46,7 @@ fn can_run() -> bool {
     simd::level() >= Level::Amx
 }
 
-/// The shape of each tile register, as `ldtilecfg` reads it.
+/// Shape of each tile register, in the layout of `ldtilecfg`.
 #[repr(C, align(64))]
 struct Shapes {
     palette: u8,
@@ -57,7 +57,7 @@ struct Shapes {
 }
 
 impl Shapes {
-    /// For products of `rows` rows: sums in tiles 0 to 3, A in 4 and 5, B in 6 and 7.
+    /// Returns the shapes for products of `rows` rows: sums in tiles 0 to 3, A in 4 and 5, B in 6 and 7.
     fn new(rows: usize) -> Self {
         let (upper, lower) = (rows.min(16) as u8, rows.saturating_sub(16) as u8);
         let heights = [upper, upper, lower, lower, upper, lower, 16, 16];
@@ -103,7 +103,7 @@ unsafe fn release() {
     }
 }
 
-/// `C = beta + A·B` for one block of depth `kc`, a multiple of [`KR`], on the calling thread.
+/// Computes `C = beta + A·B` for one block of depth `kc`, a multiple of [`KR`], on the calling thread.
 pub(in crate::gemm) fn multiply(kc: usize, a: PanelsA<bf16>, b: PanelsB<bf16>, beta: Beta<f32>, c: Window<f32>) {
     let (m, n) = (c.rows(), c.columns());
     assert!(kc.is_multiple_of(KR) && a.order == Order::Depth, "operands that are not packed for tiles");
@@ -144,15 +144,15 @@ pub(in crate::gemm) fn multiply_planes(
     unsafe { walk(kc, a, b, products, beta, c) };
 }
 
-/// The planes of an operand, with strides in elements.
+/// Planes of an operand, with strides in elements.
 #[derive(Clone, Copy)]
 struct Planes {
     data: *const bf16,
-    /// From a panel to the next one.
+    /// Stride from one panel to the next.
     panel: usize,
-    /// From a plane to the next one.
+    /// Stride from one plane to the next.
     plane: usize,
-    /// From a row of a tile to the next one.
+    /// Stride from one tile row to the next.
     stride: usize,
 }
 
@@ -179,7 +179,7 @@ unsafe fn walk(kc: usize, a: Planes, b: Planes, products: &[(usize, usize)], bet
                 shaped = rows;
             }
             let mut part = c.part(i, j, rows, columns);
-            // Sums of many products start at zero in each block: adding blocks up is more exact than one chain.
+            // Sums of several products start at zero in each block: adding up blocks is more accurate than one chain.
             let direct = products.len() == 1 && columns == NR && !matches!(beta, Beta::Bias(_));
             let (to, row) = if direct { part.as_mut_ptr() } else { (aside.as_flattened_mut().as_mut_ptr(), NR) };
             let clear = !direct || matches!(beta, Beta::Zero);
@@ -206,19 +206,19 @@ unsafe fn walk(kc: usize, a: Planes, b: Planes, products: &[(usize, usize)], bet
 }
 
 vectorized! {
-    /// `row = beta + sums`
+    /// Computes `row = beta + sums`.
     fn add_row(beta: Beta<f32>, sums: &[f32], row: &mut [f32]) {
         beta.store(sums, row);
     }
 }
 
 impl Planes {
-    /// The operand from panel `index` on.
+    /// Returns the operand from panel `index` on.
     fn at(self, index: usize) -> Self {
         Self { data: self.data.wrapping_add(index * self.panel), ..self }
     }
 
-    /// A plane of its first panel, from row `row` of a tile on.
+    /// Returns a plane of its first panel, from row `row` of a tile on.
     fn plane(&self, plane: usize, row: usize) -> *const bf16 {
         self.data.wrapping_add(plane * self.plane + row * self.stride)
     }
@@ -233,11 +233,11 @@ impl Planes {
 struct Sums {
     data: *mut f32,
     row_bytes: usize,
-    /// If `true`, the sums start at zero, else at the present values.
+    /// If `true`, the sums start at zero, otherwise at the current values.
     clear: bool,
 }
 
-/// 17 to 32 rows: `C (+)= A·B` on four tiles of sums.
+/// Computes `C (+)= A·B` for 17 to 32 rows on four tiles of sums.
 ///
 /// # Safety
 ///

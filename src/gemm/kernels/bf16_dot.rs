@@ -1,9 +1,9 @@
 //! Products of bf16 by instructions that multiply two pairs of bf16 numbers and add both products to an f32: twice the
 //! rate of a multiply-add (`vdpbf16ps` of AVX-512 BF16).
 //!
-//! A is read by rows whose depth lies next to each other. B lies in panels of [`NR`] columns in which the two elements of a
-//! pair lie next to each other: element (p, j) at `(p / 2 · NR + j) · 2 + p % 2`. Products and sums below f32's normal range
-//! (1.2e-38) count as zero: the instruction has no others.
+//! A is read by contiguous rows. B is in panels of [`NR`] columns in which the two elements of a pair are adjacent:
+//! element (p, j) at `(p / 2 · NR + j) · 2 + p % 2`. Products and sums below f32's normal range (1.2e-38) count as
+//! zero: the instruction flushes them.
 
 use std::arch::x86_64::*;
 
@@ -18,13 +18,13 @@ use crate::{
     },
 };
 
-/// Rows of a tile, whose sums fill 24 of 32 registers.
+/// Number of rows per tile, whose sums fill 24 of 32 registers.
 pub(in crate::gemm) const MR: usize = 12;
 
-/// Columns of a panel: two registers of sums.
+/// Number of columns per panel: two registers of sums.
 pub(in crate::gemm) const NR: usize = 32;
 
-/// `C = beta + A·B` for one block of depth `kc`, an even number, on the calling thread.
+/// Computes `C = beta + A·B` for one block of depth `kc`, an even number, on the calling thread.
 pub(in crate::gemm) fn multiply(kc: usize, a: PanelsA<bf16>, b: PanelsB<bf16>, beta: Beta<f32>, mut c: Window<f32>) {
     assert!(simd::level() >= Level::Avx512Bf16, "the processor has no products of pairs");
     assert!(kc.is_multiple_of(2) && a.order == Order::Depth, "operands that are not packed for products of pairs");
@@ -52,7 +52,7 @@ pub(in crate::gemm) fn multiply(kc: usize, a: PanelsA<bf16>, b: PanelsB<bf16>, b
     }
 }
 
-/// `C = beta + A·B` for one tile of at most [`MR`] rows and [`NR`] columns.
+/// Computes `C = beta + A·B` for one tile of at most [`MR`] rows and [`NR`] columns.
 ///
 /// # Safety
 ///
@@ -98,7 +98,7 @@ unsafe fn tile_of<const R: usize>(
     beta: Beta<f32>,
     mut c: Window<f32>,
 ) {
-    /// Rows that are reached from one pointer, as in the other micro-kernel.
+    /// Number of rows addressed from one pointer, as in the other micro-kernel.
     const REACHED: usize = 4;
     // SAFETY: the caller answers for the pointers; rows of C are slices, whose ends the masks respect.
     unsafe {
@@ -142,7 +142,7 @@ unsafe fn tile_of<const R: usize>(
     }
 }
 
-/// Mask of the first `lanes` lanes.
+/// Returns the mask of the first `lanes` lanes.
 #[inline(always)]
 fn low_bits(lanes: usize) -> u16 {
     if lanes >= 16 { u16::MAX } else { (1 << lanes) - 1 }

@@ -1,4 +1,4 @@
-//! Multiply-adds: a tile of C in registers, once per instruction level.
+//! Multiply-add kernel: a tile of C in registers, compiled once per instruction level.
 //!
 //! Every element of C is one chain `c = a·b + c` over the depth of a block: tile sizes, and with them the
 //! instruction level, do not change the order of additions. AVX2 and AVX-512 give the same bits.
@@ -17,12 +17,12 @@ use crate::{
     },
 };
 
-/// The largest tile.
+/// Number of rows of the largest tile.
 const MR: usize = 12;
 const NR: usize = 32;
 
-/// The tile for sums of this type on this processor: two vectors wide, as tall as the registers allow. f64, which
-/// serves references and gradient checks, has no kernel of its own for AVX-512.
+/// Returns the tile for sums of this type on this processor: two vectors wide, as tall as the registers allow. f64,
+/// used for references and gradient checks, has no AVX-512 kernel.
 pub(in crate::gemm) fn tile<R: Real>() -> Tile {
     let (mr, bytes) = match simd::level() {
         Level::Portable => (4, 32),
@@ -32,14 +32,14 @@ pub(in crate::gemm) fn tile<R: Real>() -> Tile {
     Tile { mr, nr: bytes / size_of::<R>() }
 }
 
-/// `C = beta + A·B` for one block of depth `kc`, on the calling thread.
+/// Computes `C = beta + A·B` for one block of depth `kc`, on the calling thread.
 pub(in crate::gemm) fn multiply<R: Real>(kc: usize, a: PanelsA<R>, b: PanelsB<R>, beta: Beta<R>, mut c: Window<R>) {
     let (m, n) = (c.rows(), c.columns());
     if m == 0 || n == 0 {
         return;
     }
     if kc == 0 {
-        // Operands may be empty: no place in them can be pointed to.
+        // Operands may be empty: there is no element to point to.
         return beta.fill(&mut c);
     }
     let Tile { mr, nr } = tile::<R>();
@@ -96,8 +96,7 @@ enum Kind {
     One,
 }
 
-/// The arguments of [`multiply`] after its checks. The pointers are those of the type of the sums, the strides count
-/// elements.
+/// Arguments of [`multiply`] after its checks. The pointers have the accumulation type, the strides count elements.
 struct Block {
     m: usize,
     n: usize,
@@ -115,8 +114,8 @@ struct Block {
     beta: Kind,
 }
 
-/// A function per level that walks the tiles of a block: a panel of B stays in the first-level cache while the
-/// panels of A pass.
+/// Defines a function per level that walks the tiles of a block: a panel of B stays in the L1 cache while the panels of
+/// A stream past.
 macro_rules! levels {
     ($($(#[$meta:meta])* $name:ident: $vector:ty, $mr:literal = [$($rows:literal)*];)*) => {$(
         $(#[$meta])*
@@ -150,10 +149,10 @@ levels! {
     avx512_f32: __m512, 12 = [1 2 3 4 5 6 7 8 9 10 11];
 }
 
-/// The sums of one tile.
+/// Sums of one tile.
 type Sums<V, const ROWS: usize> = [[V; 2]; ROWS];
 
-/// The sums of a tile from rows of A that lie next to each other.
+/// Computes the sums of a tile from A with contiguous columns of a panel.
 ///
 /// # Safety
 ///
@@ -183,7 +182,7 @@ unsafe fn sums_of_rows<V: Vector, const ROWS: usize>(
     }
 }
 
-/// The sums of a tile from rows of A whose depth lies next to each other.
+/// Computes the sums of a tile from A with contiguous rows.
 ///
 /// # Safety
 ///
@@ -196,8 +195,8 @@ unsafe fn sums_of_depth<V: Vector, const ROWS: usize>(
     mut b: *const V::Scalar,
     b_row: usize,
 ) -> Sums<V, ROWS> {
-    /// Rows that are reached from one pointer: an address has room for a stride times 1 or 2, and three strides are
-    /// kept in a register. With a pointer per row, or strides that are added up, sums would leave their registers.
+    /// Number of rows addressed from one pointer: an address can hold a stride times 1 or 2, and three strides are kept
+    /// in a register. With a pointer per row, or with accumulated strides, sums would spill from their registers.
     const REACHED: usize = 4;
     // SAFETY: see above.
     unsafe {
@@ -219,7 +218,7 @@ unsafe fn sums_of_depth<V: Vector, const ROWS: usize>(
     }
 }
 
-/// The tile of `ROWS` rows at row `i`, which is panel `panel` of A, and column `j`.
+/// Computes the tile of `ROWS` rows at row `i`, which is panel `panel` of A, and column `j`.
 ///
 /// # Safety
 ///
@@ -230,7 +229,7 @@ unsafe fn one_tile<V: Vector, const ROWS: usize>(block: &Block, i: usize, panel:
     unsafe {
         let a = block.a.cast::<V::Scalar>().add(panel * block.a_panel);
         let b = block.b.cast::<V::Scalar>().add(j / (2 * V::LANES) * block.b_panel);
-        // Each order has its own loop, where all but one stride is a constant of the addresses.
+        // Each order has its own loop, in which all strides but one are constants of the addresses.
         let sums = match block.a_order {
             Order::Rows => sums_of_rows::<V, ROWS>(block.kc, a, block.a_stride, b, block.b_row),
             Order::Depth => sums_of_depth::<V, ROWS>(block.kc, a, block.a_stride, b, block.b_row),
@@ -259,7 +258,7 @@ unsafe fn one_tile<V: Vector, const ROWS: usize>(block: &Block, i: usize, panel:
     }
 }
 
-/// Stores rows of a tile that C ends in. A function of its own, which serves tiles of every height.
+/// Stores rows of a tile at the edge of C. A separate function, shared by tiles of every height.
 ///
 /// # Safety
 ///
@@ -291,7 +290,7 @@ mod tests {
         emulated_avx512: Portable<f32, 16>, 12 = [1 2 3 4 5 6 7 8 9 10 11];
     }
 
-    /// The tile of AVX-512 with vectors that any processor has, on every height and width of the last tile.
+    /// Tests the AVX-512 tile with portable vectors, for every height and width of the last tile.
     #[test]
     fn microkernel_with_the_largest_tile() {
         let (mr, nr, kc) = (12, 32, 5);

@@ -9,7 +9,7 @@ pub(super) mod amx;
 pub(super) mod bf16_dot;
 pub(super) mod fma;
 
-/// The dimension of A along which elements lie next to each other.
+/// Dimension of A along which elements are contiguous.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(super) enum Order {
     /// The rows of a panel; `stride` leads to the next depth.
@@ -40,8 +40,8 @@ impl<R> PanelsA<'_, R> {
     }
 }
 
-/// Columns of B in panels of `nr` that start `panel` elements apart; the columns of a panel lie next to each other,
-/// `row` leads to the next depth. All columns of the last panel are readable, even if C ends before.
+/// Columns of B in panels of `nr` that start `panel` elements apart; the columns of a panel are adjacent, and `row` is
+/// the stride to the next depth. All columns of the last panel are readable, even past the edge of C.
 #[derive(Clone, Copy)]
 pub(super) struct PanelsB<'a, R> {
     pub data: &'a [R],

@@ -1,4 +1,4 @@
-//! Panels by AVX2, for operands whose rows or depth lie next to each other.
+//! Packing with AVX2, for operands with contiguous rows or depth.
 
 use std::arch::x86_64::{__m256, __m256d};
 
@@ -14,7 +14,7 @@ use crate::{
     },
 };
 
-/// The largest width of a panel.
+/// Maximum width of a panel.
 const WIDTH: usize = 32;
 
 /// Packs like [`super::panels::pack`] if the processor and the layout allow it. The caller has checked the reach of
@@ -53,7 +53,7 @@ pub(super) fn pack<T: Float>(from: Matrix<T>, m: usize, kc: usize, width: usize,
     true
 }
 
-/// Panels of `WIDTH` rows that lie next to each other: each depth is a line, which is cut into panels.
+/// Packs panels of `WIDTH` adjacent rows: each depth is a line, which is divided into panels.
 ///
 /// # Safety
 ///
@@ -92,7 +92,7 @@ unsafe fn across<T: Widen<V, N>, V: Square<N>, const N: usize, const WIDTH: usiz
     }
 }
 
-/// A line of a panel near the end of the operand. A function of its own, which serves panels of every width.
+/// Packs a line of a panel near the end of the operand. A separate function, shared by panels of every width.
 ///
 /// # Safety
 ///
@@ -112,20 +112,20 @@ unsafe fn edge<T: Widen<V, N>, V: Square<N>, const N: usize>(from: *const T, cou
     }
 }
 
-/// The values of an operand whose depth lies next to each other.
+/// Values of an operand with contiguous depth.
 ///
 /// # Safety
 ///
 /// As for [`across`].
 unsafe trait Source<const N: usize>: Copy {
     type Vector: Square<N>;
-    /// A square from depth `p` on.
+    /// Returns a square from depth `p` on.
     unsafe fn square(self, rows: &[*const u8; N], p: usize) -> [Self::Vector; N];
     unsafe fn value(self, row: *const u8, p: usize) -> <Self::Vector as Vector>::Scalar;
 }
 
-/// Elements of a dtype that is widened to f32. It is looked at for each square: squares are all the work, and a copy of
-/// the loop per type would only be code.
+/// Elements of a dtype that is widened to f32. The dtype is checked for each square, which is cheap; a copy of the loop
+/// per type would only add code.
 #[derive(Clone, Copy)]
 struct Singles(DType);
 
@@ -193,8 +193,8 @@ unsafe fn widened<T: Widen<V, N>, V: Square<N>, const N: usize>(rows: &[*const u
     }
 }
 
-/// Panels of `width` rows whose depth lies next to each other. `strides` are the bytes from row to row in the operand,
-/// and the width of a panel.
+/// Packs panels of `width` rows with contiguous depth. `strides` are the row stride of the operand in bytes, and the
+/// width of a panel.
 ///
 /// # Safety
 ///
@@ -234,7 +234,7 @@ unsafe fn along<S: Source<N>, const N: usize>(
     // of the cache.
     let whole = kc - kc % (2 * N);
     for first in (0..m).step_by(width) {
-        // Rows beyond the last repeat it: their places in the panel are not used.
+        // Rows past the last repeat it: their places in the panel are not used.
         let last = (m - 1).min(first + width - 1);
         let mut rows = [from; WIDTH];
         for (i, place) in rows.iter_mut().enumerate() {

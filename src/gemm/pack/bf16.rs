@@ -1,5 +1,5 @@
-//! Operands in bf16 with an even number of elements from row to row or from panel to panel, for
-//! [`bf16_dot`](crate::gemm::kernels::bf16_dot) and [`amx`](crate::gemm::kernels::amx).
+//! Packing of bf16 operands with an even row or panel stride, for [`bf16_dot`](crate::gemm::kernels::bf16_dot) and
+//! [`amx`](crate::gemm::kernels::amx).
 
 use std::arch::x86_64::*;
 
@@ -15,14 +15,14 @@ use crate::{
     },
 };
 
-/// Columns of a panel of B, of both kernels.
+/// Number of columns per panel of B, for both kernels.
 const NR: usize = bf16_dot::NR;
 const _: () = assert!(NR == amx::NR);
 
-/// Products of pairs.
+/// Kernel of bf16 pair products.
 pub(in crate::gemm) struct Bf16Dot;
 
-/// Products on tiles.
+/// Kernel of products on AMX tiles.
 pub(in crate::gemm) struct Tiles;
 
 /// Both read rows of A and panels of pairs of B; they differ in the height of a tile and the depth of an instruction.
@@ -78,7 +78,7 @@ packing! {
     Tiles: Amx, amx::multiply, amx::MR, amx::KR;
 }
 
-/// Copies rows so that the depth lies next to each other; they start `stride` apart, filled up with zeros.
+/// Copies rows so that their depth is contiguous; they start `stride` apart, padded with zeros.
 pub(super) fn pack_rows(a: Matrix<bf16>, m: usize, kc: usize, stride: usize, to: &mut [bf16]) {
     assert!(kc <= stride && m * stride <= to.len(), "the packed rows exceed their memory");
     if m == 0 || kc == 0 {
@@ -105,8 +105,8 @@ pub(super) fn pack_rows(a: Matrix<bf16>, m: usize, kc: usize, stride: usize, to:
     }
 }
 
-/// Copies columns into panels of [`NR`], the two elements of a pair next to each other, filled up with zeros to a
-/// depth of `padded` and whole panels.
+/// Copies columns into panels of [`NR`] with adjacent pairs, padded with zeros to a depth of `padded` and to whole
+/// panels.
 pub(super) fn pack_columns(b: Matrix<bf16>, n: usize, kc: usize, padded: usize, to: &mut [bf16]) {
     let panel = NR * padded;
     let panels = n.div_ceil(NR);
@@ -143,7 +143,7 @@ pub(super) fn pack_columns(b: Matrix<bf16>, n: usize, kc: usize, padded: usize, 
     }
 }
 
-/// One panel of B whose rows lie in memory: two rows are shuffled into one another.
+/// Packs one panel of B with contiguous rows: two rows are interleaved.
 ///
 /// # Safety
 ///
@@ -169,7 +169,7 @@ unsafe fn panel_of_rows(from: *const bf16, row: usize, kc: usize, to: *mut bf16)
     }
 }
 
-/// One panel of B whose columns lie in memory: squares of pairs are transposed in registers.
+/// Packs one panel of B with contiguous columns: squares of pairs are transposed in registers.
 ///
 /// # Safety
 ///
@@ -192,8 +192,8 @@ unsafe fn panel_of_columns(from: *const bf16, column: usize, kc: usize, to: *mut
     }
 }
 
-/// Rows of A whose depth does not lie next to each other: two columns are shuffled into one another, and squares of
-/// pairs transposed in registers.
+/// Packs rows of A whose depth is not contiguous: two columns are interleaved, and squares of pairs are transposed in
+/// registers.
 ///
 /// # Safety
 ///

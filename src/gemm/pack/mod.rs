@@ -1,5 +1,5 @@
-//! Operands as kernels read them: in place, or packed into panels. A [`Packing`] is a kernel together with its layout of
-//! operands, what BLIS calls a context:
+//! Operands in the layouts that kernels read: in place, or packed into panels. A [`Packing`] is a kernel together with
+//! the layout of its operands, like a context in BLIS:
 //!
 //! * [`panels`]: the type of the sums, for [multiply-adds](crate::gemm::kernels::fma);
 //! * [`bf16`]: rows and pairs of columns in bf16, for products of pairs and for tiles;
@@ -18,7 +18,7 @@ use bytemuck::Pod;
 use super::matrix::{Beta, Matrix, Tile, Window};
 use crate::dtype::Float;
 
-/// The instructions of a kernel, which fix the order of additions.
+/// Instructions of a kernel, which determine the order of additions.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(super) enum Arithmetic {
     /// Chains of multiply-adds.
@@ -29,48 +29,48 @@ pub(super) enum Arithmetic {
     Amx,
 }
 
-/// An operand of one block.
+/// Operand of one block.
 #[derive(Clone, Copy)]
 pub(super) enum Operand<'a, T> {
-    /// As it lies in memory.
+    /// In place, with its layout in memory.
     InPlace(Matrix<'a, T>),
     /// Panels, in the packing's type of elements.
     Packed(&'a [u8]),
 }
 
 impl<'a, T> Operand<'a, T> {
-    /// The panels of an operand that is never read in place.
+    /// Returns the panels of an operand that is never read in place.
     fn packed<P: Pod>(self) -> &'a [P] {
         match self {
-            // Too short for any block, which the kernel finds.
+            // Too short for any block, which the kernel detects.
             Self::InPlace(_) => &[],
             Self::Packed(bytes) => bytemuck::cast_slice(bytes),
         }
     }
 }
 
-/// A kernel for matrices of `T` with sums in [`Float::Acc`], and the layout of the operands that it reads.
+/// Kernel for matrices of `T` with sums in [`Float::Acc`], and the layout of its operands.
 pub(super) trait Packing<T: Float>: Sync {
-    /// The instructions of the kernel.
+    /// Returns the instructions of the kernel.
     fn arithmetic(&self) -> Arithmetic;
 
-    /// Rows and columns of the panels.
+    /// Returns the number of rows and columns of the panels.
     fn tile(&self) -> Tile;
 
-    /// The depth of an instruction: blocks are packed in multiples of it, filled up with zeros.
+    /// Returns the depth of an instruction: blocks are padded with zeros to multiples of it.
     fn kr(&self) -> usize {
         1
     }
 
-    /// Bytes of a packed element.
+    /// Returns the number of bytes per packed element.
     fn packed_size(&self) -> usize;
 
-    /// If `true`, reading a block of A where it lies is as fast as packing it for `n` columns.
+    /// Returns `true` if reading a block of A in place is as fast as packing it for `n` columns.
     fn reads_a(&self, _a: Matrix<T>, _kc: usize, _n: usize) -> bool {
         false
     }
 
-    /// If `true`, reading `n` columns of B where they lie is as fast as packing them for `m` rows.
+    /// Returns `true` if reading `n` columns of B in place is as fast as packing them for `m` rows.
     fn reads_b(&self, _b: Matrix<T>, _kc: usize, _m: usize, _n: usize) -> bool {
         false
     }
@@ -84,6 +84,6 @@ pub(super) trait Packing<T: Float>: Sync {
     #[must_use]
     fn pack_b(&self, b: Matrix<T>, n: usize, kc: usize, to: &mut [u8]) -> bool;
 
-    /// `C = beta + A·B` for one block, whose depth `kc` is at least 1.
+    /// Computes `C = beta + A·B` for one block, whose depth `kc` is at least 1.
     fn multiply(&self, kc: usize, a: Operand<T>, b: Operand<T>, beta: Beta<T::Acc>, c: Window<T::Acc>);
 }

@@ -9,13 +9,13 @@ use crate::{
     },
 };
 
-/// Elements of an operand that lie so close together that packing them first gains nothing.
+/// Maximum number of elements over which an operand is spread for packing it to gain nothing.
 const CLOSE: usize = 1 << 15;
 
-/// Columns up to which rows of A that lie close together are read in place.
+/// Maximum number of columns for which compact rows of A are read in place.
 const FEW_COLUMNS: usize = 128;
 
-/// Rows up to which columns of B that lie close together are read in place.
+/// Maximum number of rows for which compact columns of B are read in place.
 const FEW_ROWS: usize = 128;
 
 /// Multiply-adds, which every processor has.

@@ -128,7 +128,7 @@ fn pack_parts(
 }
 
 vectorized! {
-    /// The parts of f32 numbers. Returns the largest magnitude, and `true` if all are finite.
+    /// Splits f32 numbers into their parts. Returns the largest magnitude, and `true` if all are finite.
     fn split(from: &[f32], high: &mut [bf16], middle: &mut [bf16], low: &mut [bf16]) -> (f32, bool) {
         let mut largest = 0u32;
         for (((&x, high), middle), low) in from.iter().zip(high).zip(middle).zip(low) {

@@ -143,7 +143,7 @@ fn execute(code: &[u8; 12], registers: &[i64; 23], tiles: &mut Option<[Tile; 8]>
     }
 }
 
-/// The operand in memory: its address, the stride of a tile, and the length of the instruction.
+/// Returns the operand in memory: its address, the stride of a tile, and the length of the instruction.
 fn memory(code: &[u8; 12], registers: &[i64; 23]) -> Option<(usize, usize, usize)> {
     let (map, operands) = (code[1], code[4]);
     let value = |index: usize| registers[REGISTERS[index] as usize] as usize;
@@ -177,7 +177,7 @@ fn memory(code: &[u8; 12], registers: &[i64; 23]) -> Option<(usize, usize, usize
     Some((base.wrapping_add_signed(displacement), stride, length))
 }
 
-/// Empty tiles of the shapes that a configuration names.
+/// Returns empty tiles with the shapes of a configuration.
 fn configured(shapes: &[u8; 64]) -> Option<[Tile; 8]> {
     let mut tiles = [EMPTY; 8];
     if shapes[0] != 1 || shapes[2..16].iter().any(|&byte| byte != 0) {
@@ -194,7 +194,8 @@ fn configured(shapes: &[u8; 64]) -> Option<[Tile; 8]> {
     Some(tiles)
 }
 
-/// `sums += A·B` over pairs, the even and the odd products summed apart; numbers below the normal range are zero.
+/// Computes `sums += A·B` over pairs, the even and the odd products summed apart; numbers below the normal range are
+/// zero.
 fn multiply(sums: &mut Tile, a: &Tile, b: &Tile) {
     let normal = |x: f32| if x.is_subnormal() { 0.0 } else { x };
     let half = |row: &[u8; 64], index: usize| {

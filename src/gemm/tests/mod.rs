@@ -17,7 +17,7 @@ use super::{
 };
 use crate::{Philox, Result, dtype::Float};
 
-/// A product of random numbers, `turned` being operands that lie by columns.
+/// Product of random numbers; operands marked in `turned` are stored by columns.
 struct Case<T> {
     sizes: [usize; 3],
     turned: [bool; 2],
@@ -60,7 +60,7 @@ impl<T: Float> Case<T> {
         Ok(out)
     }
 
-    /// The largest error, as a share of the sum of the products' magnitudes.
+    /// Returns the largest error, relative to the sum of the products' magnitudes.
     fn error(&self, kernel: &dyn Packing<T>) -> Result<f64> {
         let [m, n, k] = self.sizes;
         let [[a_row, a_col], [b_row, b_col]] = self.strides();
@@ -131,7 +131,7 @@ fn amx_products_of_split_f32() -> Result<()> {
     })
 }
 
-/// The claim of [`Precision::Highest`](crate::device::Precision::Highest): no worse than multiply-adds.
+/// Tests the claim of [`Precision::Highest`](crate::device::Precision::Highest): no worse than multiply-adds.
 #[test]
 fn amx_six_products_are_as_exact_as_multiply_adds() -> Result<()> {
     amx_emulator::install();

@@ -1,4 +1,4 @@
-//! Attention of the next positions of sequences, whose keys and values are in a cache.
+//! Attention of the next positions of sequences to cached keys and values.
 
 use super::{Attention, AttentionInput, AttentionOutput};
 use crate::{
@@ -8,17 +8,17 @@ use crate::{
     ops::{DecodeSpec, PositionBias, Window, attention_decode},
 };
 
-/// Keys and values `[b, heads, prefix_len + capacity, d]`; those of a context have no more than they need.
+/// Keys and values `[b, heads, prefix_len + capacity, d]`; those of a context have exactly the size of the context.
 #[derive(Clone, Debug, Default)]
 pub(in crate::nn) struct AttentionCache {
     pub keys_values: Option<[Tensor; 2]>,
-    /// If `true`, each step writes to them in place: they are those of the sequence and not of a context.
+    /// If `true`, each step writes to them in place: they belong to the sequence and not to a context.
     pub grows: bool,
-    /// Keys in front of the sequence: memory key/values and memories.
+    /// Number of keys before the sequence: memory key/values and memories.
     prefix_len: usize,
-    /// Memories among those.
+    /// Number of memories among them.
     memories: usize,
-    /// The position bias by the distance of a key before a query, `[heads, distances]`.
+    /// Position bias by the distance of a key before a query, `[heads, distances]`.
     bias_by_distance: Option<Tensor>,
 }
 
@@ -40,7 +40,7 @@ impl Attention {
         }
     }
 
-    /// The first positions of all sequences: a call of [`Attention::forward`] whose keys and values are kept.
+    /// Computes the first positions of all sequences: a call of [`Attention::forward`] that keeps the keys and values.
     fn begin(
         &self,
         x: &Tensor,
@@ -65,14 +65,14 @@ impl Attention {
         self.attend(x, &operands, input)
     }
 
-    /// New queries to a context, whose keys and values stay.
+    /// Computes attention of new queries to a context, whose keys and values do not change.
     fn extend_to_context(&self, x: &Tensor, input: &AttentionInput, cache: &AttentionCache) -> Result<AttentionOutput> {
         let [k, v] = cache.keys_values()?;
         let q = self.scale_queries(self.queries(&self.to_q.forward(x).context("to_q")?)?)?;
         self.attend(x, &[q, k.clone(), v.clone()], input)
     }
 
-    /// New queries to the whole sequence, to which their own keys and values are added first.
+    /// Computes attention of new queries to the whole sequence, after appending their own keys and values.
     fn extend_to_sequence(
         &self,
         x: &Tensor,
@@ -94,7 +94,7 @@ impl Attention {
             return self.merge(x, out, scores, None);
         }
         if let Some(keys) = cache.chunk(step) {
-            // Many rows at once: blocks of keys serve blocks of queries.
+            // Many rows at once: blocks of keys are reused for blocks of queries.
             let [k, v] = [self.all_heads(&k.narrow(2, 0, keys)?)?, v.narrow(2, 0, keys)?];
             let out = self.fused(&q, &k, &v, &AttentionInput::default())?;
             return self.merge(x, out, None, None);
@@ -112,7 +112,7 @@ impl Attention {
         self.merge(x, out, None, None)
     }
 
-    /// The operands of new positions only. Keys that all heads share are there once.
+    /// Returns the operands of only the new positions. Keys shared by all heads are stored once.
     fn new_operands(
         &self,
         x: &Tensor,
@@ -140,11 +140,11 @@ impl Attention {
         }
         let k = self.normalize_length(k)?;
         let k = if self.plan.num_mem_kv > 0 { self.all_heads(&k)? } else { k };
-        // A tape may be there; what goes through a cache has no gradient.
+        // There may be a tape; values that pass through a cache have no gradient.
         Ok([self.scale_queries(q)?.detach(), k.detach(), v.detach()])
     }
 
-    /// Keys that all heads share, once, unless memory keys tell the heads apart.
+    /// Returns keys shared by all heads once, unless memory keys differ between heads.
     fn shared_once(&self, k: &Tensor) -> Result<Tensor> {
         if self.plan.shared.is_some() && self.plan.num_mem_kv == 0 { k.narrow(1, 0, 1) } else { Ok(k.clone()) }
     }
@@ -155,7 +155,7 @@ impl AttentionCache {
         self.keys_values.as_ref().ok_or_else(|| Error::argument("cache", "is empty"))
     }
 
-    /// Writes keys and values of a step, `[b, heads, n, d]`; those of the first one include what is in front.
+    /// Writes keys and values of a step, `[b, heads, n, d]`; those of the first step include the prefix.
     fn write(&mut self, k: &Tensor, v: &Tensor, step: &DecodeStep) -> Result<()> {
         let offset = if step.first { 0 } else { self.prefix_len };
         let room = self.prefix_len + step.capacity;
@@ -171,15 +171,15 @@ impl AttentionCache {
         Ok(())
     }
 
-    /// The number of keys, if the step is a chunk of sequences of one length whose scores have no other terms than
-    /// products: [`attention`](crate::ops::attention) computes it, and faster for many queries.
+    /// Returns the number of keys if the step is a chunk of sequences of equal length whose scores are only products:
+    /// [`attention`](crate::ops::attention) computes it faster for many queries.
     fn chunk(&self, step: &DecodeStep) -> Option<usize> {
         let equal = step.lengths.iter().all(|&length| length == step.lengths[0]);
         let plain = equal && step.n >= 8 && self.bias_by_distance.is_none() && step.kept.is_none();
         (plain && step.lengths[0] + step.n <= step.capacity).then(|| step.keys(self.prefix_len))
     }
 
-    /// Mask of the step's scores, `[b, 1, n, keys]`; `true` keeps, as in the call without a cache.
+    /// Returns the mask of the step's scores, `[b, 1, n, keys]`; `true` keeps, as in the call without a cache.
     fn keep(&self, step: &DecodeStep, mem_keys: usize, window: Window) -> Result<Tensor> {
         let (prefix_len, keys) = (self.prefix_len, step.keys(self.prefix_len));
         let mut keep = Vec::with_capacity(step.lengths.len() * step.n * keys);
@@ -199,7 +199,7 @@ impl AttentionCache {
         Tensor::from_vec(keep, [step.lengths.len(), 1, step.n, keys], step.device_lengths.device())
     }
 
-    /// The position bias of the step's scores in the dtype of the queries, `[b, heads, n, keys]`.
+    /// Returns the position bias of the step's scores in the dtype of the queries, `[b, heads, n, keys]`.
     fn bias(&self, step: &DecodeStep, q: &Tensor) -> Result<Option<Tensor>> {
         let Some(by_distance) = &self.bias_by_distance else { return Ok(None) };
         let (prefix_len, keys, distances) = (self.prefix_len, step.keys(self.prefix_len), by_distance.dim(1)?);

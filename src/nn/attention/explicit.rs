@@ -1,4 +1,4 @@
-//! Attention from the matrix of scores.
+//! Attention computed from the matrix of scores.
 
 use super::{Attention, AttentionInput};
 use crate::{DType, Param, Result, Tensor, config::Normalize};
@@ -7,7 +7,7 @@ use crate::{DType, Param, Result, Tensor, config::Normalize};
 type Explicit = (Tensor, Option<Tensor>, Option<Tensor>);
 
 impl Attention {
-    /// Attention from the matrix of scores. Returns the output, the scores to pass on, and the map.
+    /// Computes attention from the matrix of scores. Returns the output, the scores to pass on, and the attention map.
     pub(super) fn explicit(
         &self,
         [q, k, v]: [&Tensor; 3],
@@ -16,7 +16,7 @@ impl Attention {
         keep: Option<Tensor>,
     ) -> Result<Explicit> {
         let (k, v) = (&self.repeat_heads(k)?, &self.repeat_heads(v)?);
-        // The factor goes onto the queries, of which there are fewer than of scores.
+        // The queries are scaled instead of the scores, since there are fewer of them.
         let mut scores = q.affine(self.scale(), 0.0)?.matmul(&k.transpose(-1, -2)?)?;
         if let Some(prev) = &input.prev {
             scores = scores.add(prev)?;
@@ -47,7 +47,7 @@ impl Attention {
         Ok((weights.matmul(v)?, passed_on, attn))
     }
 
-    /// Mask of the scores, which broadcasts to them; `true` keeps. `None`: all stay.
+    /// Returns the mask of the scores, which broadcasts to them; `true` keeps. `None` keeps all.
     pub(super) fn keep(&self, q: &Tensor, j: usize, input: &AttentionInput) -> Result<Option<Tensor>> {
         let (b, i) = (q.dim(0)?, q.dim(2)?);
         let device = q.device();
@@ -61,7 +61,7 @@ impl Attention {
             parts.push(Tensor::cat(&[&memory, &pairs], 3)?);
         }
         parts.extend(input.attn_mask.clone());
-        // Query `q` stands at key `q + j − i`. Both sides are shifted so that neither is negative.
+        // Query `q` is at key `q + j − i`. Both sides are shifted so that neither is negative.
         let position = |first: usize, n: usize| Tensor::arange(first + n, device)?.narrow(0, first, n);
         parts.extend(self.plan.window.mask(i, j, device)?);
         if self.plan.causal {
@@ -72,7 +72,7 @@ impl Attention {
         parts.try_fold(first, |keep, part| keep.logical_and(&part)).map(Some)
     }
 
-    /// A key or value head for each head of queries: `[b, kv_heads, n, d] → [b, heads, n, d]`.
+    /// Repeats key or value heads for all query heads: `[b, kv_heads, n, d] → [b, heads, n, d]`.
     fn repeat_heads(&self, x: &Tensor) -> Result<Tensor> {
         let (b, kv_heads, n, d) = (x.dim(0)?, x.dim(1)?, x.dim(2)?, x.dim(3)?);
         if kv_heads == self.plan.heads {
@@ -83,7 +83,7 @@ impl Attention {
     }
 }
 
-/// `y[b, k, i, j] = Σ_h x[b, h, i, j] · mixing[h, k]` (Shazeer et al., <https://arxiv.org/abs/2003.02436>).
+/// Computes `y[b, k, i, j] = Σ_h x[b, h, i, j] · mixing[h, k]` (Shazeer et al., <https://arxiv.org/abs/2003.02436>).
 fn mix_heads(x: &Tensor, mixing: &Param) -> Result<Tensor> {
     mixing.tensor().transpose(0, 1)?.matmul(&x.flatten(2, 3)?)?.reshape(*x.shape())
 }

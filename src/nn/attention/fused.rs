@@ -1,4 +1,4 @@
-//! Attention in blocks, by the fused op.
+//! Attention in blocks, with the fused op.
 
 use super::{Attention, AttentionInput};
 use crate::{
@@ -8,7 +8,7 @@ use crate::{
 };
 
 impl Attention {
-    /// Attention in blocks, without the matrix of scores.
+    /// Computes attention in blocks, without the matrix of scores.
     pub(super) fn fused(&self, q: &Tensor, k: &Tensor, v: &Tensor, input: &AttentionInput) -> Result<Tensor> {
         let spec = AttentionSpec {
             scale: self.scale(),
@@ -25,7 +25,7 @@ impl Attention {
         attention(q, k, v, &spec)
     }
 
-    /// The constant factor of the logits.
+    /// Returns the constant factor of the logits.
     pub(super) fn scale(&self) -> f64 {
         match self.plan.temperature {
             Temperature::Fixed(scale) => scale,

@@ -1,7 +1,7 @@
-//! Multi-head attention with everything that x-transformers puts into it.
+//! Multi-head attention with all options of x-transformers.
 //!
-//! A call projects its operands (`projection`), and computes their products in blocks (`fused`) or from the matrix of
-//! scores (`explicit`); `decode` continues sequences whose keys and values are in a cache.
+//! A call projects its operands (`projection`) and computes attention in blocks (`fused`) or from the matrix of scores
+//! (`explicit`); `decode` continues sequences whose keys and values are in a cache.
 
 mod decode;
 mod explicit;
@@ -21,9 +21,9 @@ pub(super) use decode::AttentionCache;
 
 /// Scaled dot-product attention of several heads (Vaswani et al., <https://arxiv.org/abs/1706.03762>).
 ///
-/// The scores are computed in blocks by one fused op, unless something needs the whole matrix of them:
-/// [`AttentionPlan::needs_scores`] and [`gpu_needs_scores`](crate::ops::gpu_needs_scores) say what. Both ways have one
-/// meaning.
+/// One fused op computes the scores in blocks, unless an option needs the whole matrix of scores: see
+/// [`AttentionPlan::needs_scores`] and [`gpu_needs_scores`](crate::ops::gpu_needs_scores). Both paths compute the same
+/// function.
 #[derive(Clone, Debug)]
 #[doc(alias = "MultiheadAttention")]
 #[doc(alias = "MHA")]
@@ -56,26 +56,26 @@ struct LearnedTemperature {
 /// Inputs of attention besides the sequence; everything is optional.
 #[derive(Clone, Debug, Default)]
 pub struct AttentionInput {
-    /// Keys and values come from here, `[b, m, dim]`; otherwise from the input.
+    /// Source of keys and values, `[b, m, dim]`; the input by default.
     pub context: Option<Tensor>,
-    /// In front of the keys and values as it is, `[b, memories, dim]`.
+    /// Prepended unchanged to the source of keys and values, `[b, memories, dim]`.
     pub mem: Option<Tensor>,
     /// Padding mask of the queries, `[b, i]` Bool; `true` marks a real token.
     pub query_mask: Option<Tensor>,
     /// Padding mask of the keys, `[b, j]` Bool, without memory key/values; `true` marks a real token.
     pub key_mask: Option<Tensor>,
-    /// Pairs that may meet: Bool, broadcasts to `[b, heads, i, j]`, memory key/values included.
+    /// Attention mask: Bool, broadcasts to `[b, heads, i, j]` including memory key/values; `true` keeps.
     pub attn_mask: Option<Tensor>,
     /// Added to the inputs of queries and keys, `[j or more, dim]`: row `k` to key `k`, the last rows of the `j` keys
     /// to the queries.
     pub sinusoids: Option<Tensor>,
     /// Added to the scores; positions count memory key/values.
     pub bias: Option<PositionBias>,
-    /// The scores that the previous layer passed on, `[b, heads, i, j]`.
+    /// Scores passed on by the previous layer, `[b, heads, i, j]`.
     pub prev: Option<Tensor>,
     /// If `true`, return the attention map.
     pub return_attn: bool,
-    /// Compute the matrix of scores even if the fused op would do.
+    /// If `true`, compute the matrix of scores even if the fused op would suffice.
     pub explicit: bool,
 }
 
@@ -85,17 +85,17 @@ pub struct AttentionInput {
 pub struct AttentionOutput {
     /// `[b, i, dim]`
     pub out: Tensor,
-    /// The scores for the next layer, if the plan passes them on: `[b, heads, i, j]`.
+    /// Scores for the next layer, if the plan passes them on: `[b, heads, i, j]`.
     pub scores: Option<Tensor>,
-    /// The weights after the softmax, if they were asked for: `[b, heads, i, j]`.
+    /// Weights after the softmax, if requested: `[b, heads, i, j]`.
     pub attn: Option<Tensor>,
 }
 
 impl Attention {
-    /// The planned attention. A plan with a rotation needs its frequencies,
+    /// Creates the planned attention. A plan with rotary embeddings needs their frequencies,
     /// [`rotary_frequencies`](super::rotary_frequencies), which the layers of a model share.
     ///
-    /// Errors: an illegal plan, or a rotation without frequencies.
+    /// Errors: an invalid plan, or rotary embeddings without frequencies.
     pub fn new(plan: &AttentionPlan, rotary: Option<&Buffer>, store: &ParamStore) -> Result<Self> {
         plan.check()?;
         ensure!(
@@ -122,7 +122,7 @@ impl Attention {
                 unit: Tensor::full([1], (dim_qk as f64).powf(-0.5), store.dtype(), store.device())?,
             }),
         };
-        // The gate starts almost open, whatever it sees.
+        // The gate starts almost open for any input.
         let gate = (Init::Constant(0.0), Some(Init::Constant(1.0)));
         let gate = || Linear::with_init(&store.at("to_v_gate"), plan.dim, width, gate.0, gate.1);
         let (out_place, out_width) = if plan.on_attn { ("to_out.0", 2 * plan.dim) } else { ("to_out", plan.dim) };
@@ -145,21 +145,21 @@ impl Attention {
         })
     }
 
-    /// The linear layers, for quantization.
+    /// Returns the linear layers, for quantization.
     pub(super) fn linears_mut(&mut self) -> impl Iterator<Item = &mut Linear> {
         let always = [&mut self.to_q, &mut self.to_k, &mut self.to_v, &mut self.to_out];
         always.into_iter().chain(self.to_v_gate.as_mut())
     }
 
-    /// `[b, i, dim] → [b, i, dim]`.
+    /// Computes attention: `[b, i, dim] → [b, i, dim]`.
     ///
-    /// Errors: shapes that do not fit.
+    /// Errors: shapes that do not match.
     pub fn forward(&self, x: &Tensor, input: &AttentionInput) -> Result<AttentionOutput> {
         let operands = self.operands(x, input)?;
         self.attend(x, &operands, input)
     }
 
-    /// The output for these operands, by the path that the call needs.
+    /// Computes the output for these operands, by the path that the call needs.
     fn attend(&self, x: &Tensor, [q, k, v]: &[Tensor; 3], input: &AttentionInput) -> Result<AttentionOutput> {
         check_mask(input.attn_mask.as_ref(), q, k)?;
         let (out, scores, attn) = match self.needs_scores(q, v, input) {
@@ -173,7 +173,7 @@ impl Attention {
         self.merge(x, out, scores, attn)
     }
 
-    /// `Some(reason)` if this call needs the matrix of scores; otherwise the fused op computes it.
+    /// Returns `Some(reason)` if this call needs the matrix of scores; otherwise the fused op computes it.
     fn needs_scores(&self, q: &Tensor, v: &Tensor, input: &AttentionInput) -> Option<&'static str> {
         if input.return_attn {
             return Some("the caller asked for attention maps");
@@ -187,7 +187,7 @@ impl Attention {
         self.plan.needs_scores().or_else(|| ops::needs_scores(q, v))
     }
 
-    /// From the heads' outputs to that of the layer.
+    /// Merges the heads' outputs into that of the layer.
     fn merge(&self, x: &Tensor, out: Tensor, scores: Option<Tensor>, attn: Option<Tensor>) -> Result<AttentionOutput> {
         let out = match &self.head_scale {
             Some(scale) => out.mul(&scale.tensor())?,
@@ -206,7 +206,7 @@ impl Attention {
     }
 }
 
-/// Checks the mask of pairs against the scores that queries and keys will have.
+/// Checks the attention mask against the shape of the scores.
 fn check_mask(mask: Option<&Tensor>, q: &Tensor, k: &Tensor) -> Result<()> {
     let Some(mask) = mask else { return Ok(()) };
     let scores = [q.dim(0)?, q.dim(1)?, q.dim(2)?, k.dim(2)?];

@@ -1,10 +1,10 @@
-//! From the input of a layer to queries, keys and values.
+//! Projections from the input of a layer to queries, keys and values.
 
 use super::{Attention, AttentionInput};
 use crate::{Error, Result, Tensor, error::ErrorContext};
 
 impl Attention {
-    /// The operands of the scores: queries `[b, heads, i, d]`, keys and values of `j` positions.
+    /// Returns the operands of the scores: queries `[b, heads, i, d]`, keys and values of `j` positions.
     pub(super) fn operands(&self, x: &Tensor, input: &AttentionInput) -> Result<[Tensor; 3]> {
         let [q, k, v] = self.project(x, input)?;
         let [q, k, v] = self.rotate(q, k, v)?;
@@ -12,7 +12,7 @@ impl Attention {
         Ok([self.scale_queries(q)?, self.normalize_length(k)?, v])
     }
 
-    /// Queries, keys and values of each head: `[b, heads, i, d]`, twice `[b, heads, j, d]`.
+    /// Projects queries, keys and values of each head: `[b, heads, i, d]`, twice `[b, heads, j, d]`.
     pub(super) fn project(&self, x: &Tensor, input: &AttentionInput) -> Result<[Tensor; 3]> {
         let source = input.context.as_ref().unwrap_or(x);
         let source = match &input.mem {
@@ -32,7 +32,7 @@ impl Attention {
         Ok([self.queries(&q)?, k, self.split_heads(&v)?])
     }
 
-    /// Queries of each head, mixed from shared ones: `[b, n, width] → [b, heads, n, d]`.
+    /// Returns the queries of each head, mixed from shared ones: `[b, n, width] → [b, heads, n, d]`.
     pub(super) fn queries(&self, q: &Tensor) -> Result<Tensor> {
         match &self.collab_mixing {
             None => self.split_heads(q),
@@ -40,13 +40,13 @@ impl Attention {
         }
     }
 
-    /// `[b, n, heads · d] → [b, heads, n, d]`, keys and values having heads of their own.
+    /// Splits heads: `[b, n, heads · d] → [b, heads, n, d]`; keys and values have their own number of heads.
     pub(super) fn split_heads(&self, x: &Tensor) -> Result<Tensor> {
         let (b, n, width) = (x.dim(0)?, x.dim(1)?, x.dim(2)?);
         x.reshape([b, n, width / self.plan.dim_head, self.plan.dim_head])?.transpose(1, 2)
     }
 
-    /// Keys that all heads share, for each of them.
+    /// Expands shared keys to all heads.
     pub(super) fn all_heads(&self, k: &Tensor) -> Result<Tensor> {
         if self.plan.shared.is_none() || k.dim(1)? == self.plan.heads {
             return Ok(k.clone());
@@ -54,8 +54,8 @@ impl Attention {
         k.expand([k.dim(0)?, self.plan.heads, k.dim(2)?, k.dim(3)?])
     }
 
-    /// Features whose pairs are neighbours, in the order of `Tensor::rotary`, whose pairs are halves. Queries and keys
-    /// alike, so that their products stay the same.
+    /// Reorders features paired with their neighbours into the order of `Tensor::rotary`, which pairs the two halves.
+    /// Queries and keys are reordered alike, so their products do not change.
     pub(super) fn pairs_as_halves(&self, x: Tensor) -> Result<Tensor> {
         let Some(plan) = self.plan.rotary.as_ref().filter(|plan| plan.interleaved) else { return Ok(x) };
         let (last, features) = (x.rank() - 1, plan.features());
@@ -78,7 +78,7 @@ impl Attention {
         Ok([q.rotary(frequencies, first)?, k.rotary(frequencies, 0)?, v])
     }
 
-    /// Learned keys and values in front of the others.
+    /// Prepends learned keys and values.
     pub(super) fn prepend_memory(&self, k: Tensor, v: Tensor) -> Result<[Tensor; 2]> {
         let Some([mem_k, mem_v]) = &self.memory else { return Ok([k, v]) };
         let batch = k.dim(0)?;
@@ -89,7 +89,7 @@ impl Attention {
         Ok([prepend(self.pairs_as_halves(mem_k.tensor())?, &k)?, prepend(mem_v.tensor(), &v)?])
     }
 
-    /// With a learned temperature, queries are what is divided by it: there are fewer of them than of scores.
+    /// Divides the queries by the learned temperature, if there is one: there are fewer queries than scores.
     pub(super) fn scale_queries(&self, q: Tensor) -> Result<Tensor> {
         let Some(learned) = &self.temperature else { return Ok(q) };
         let scale = learned.scale.tensor().exp()?;
@@ -98,7 +98,7 @@ impl Attention {
         self.normalize_length(q)?.div(&low.where_cond(&floor, &scale)?)
     }
 
-    /// Length 1 for every vector, if the temperature is learned; lengths below 1e-12 count as that.
+    /// Normalises every vector to length 1, if the temperature is learned; lengths below 1e-12 count as 1e-12.
     pub(super) fn normalize_length(&self, x: Tensor) -> Result<Tensor> {
         match &self.temperature {
             Some(learned) => x.scale_norm(&learned.unit, 1e-12 * (self.plan.dim_qk() as f64).powf(-0.5)),
@@ -107,7 +107,7 @@ impl Attention {
     }
 }
 
-/// The position of the first of `queries`, which are the last of `keys`.
+/// Returns the position of the first of `queries`, which are the last of `keys`.
 fn first_query(queries: usize, keys: usize) -> Result<usize> {
     let why =
         || Error::shape("attention", format_args!("{queries} queries are the last of the keys, which are only {keys}"));

@@ -1,4 +1,4 @@
-//! The backward pass: which device computes it, and on the processor, who computes which part of the gradients, and how the parts are put together.
+//! The backward pass: chooses the device, and on the CPU divides the gradients among tasks and joins their parts.
 
 use std::marker::PhantomData;
 
@@ -26,7 +26,8 @@ use crate::{
     shape::{Layout, Shape},
 };
 
-/// The gradients of queries, keys, values, and of the bias and the weights of the position bias if there are any.
+/// Computes the gradients of queries, keys and values, and of the bias and the position bias's weights if there are
+/// any.
 pub(super) fn backward(
     problem: &Problem,
     out: &Tensor,
@@ -45,7 +46,7 @@ pub(super) fn backward(
     }
 }
 
-/// The gradients where there are no scores or no values.
+/// Returns the gradients of a call without scores or without values: zeros.
 fn zeros(problem: &Problem, need: &[bool]) -> Result<Vec<Option<Tensor>>> {
     let operands = [&problem.q, &problem.k, &problem.v].into_iter().chain(&problem.bias);
     let weights = problem.position.as_ref().map(|position| position.weights());
@@ -105,7 +106,7 @@ fn run_tasks<O: Multiply>(pass: &Pass<O>, problem: &Problem, cut: &Cut, tasks: V
     });
 }
 
-/// `delta[b, h, i] = Σ_e grad ⊙ out`, with `out` as it was before its rounding.
+/// Computes `delta[b, h, i] = Σ_e grad ⊙ out`, with `out` before rounding.
 fn delta<T: Float>(out: &Tensor, residual: Option<&Tensor>, grad: &Tensor) -> Result<Tensor> {
     let [batch, heads, queries, e] = [0, 1, 2, 3].map(|dim| out.shape()[dim]);
     let mut delta = Tensor::uninit(Shape::new(&[batch, heads, queries])?, <T::Acc as Element>::DTYPE, out.device())?;
@@ -125,17 +126,17 @@ fn delta<T: Float>(out: &Tensor, residual: Option<&Tensor>, grad: &Tensor) -> Re
     Ok(delta)
 }
 
-/// Tasks that the keys of all heads are cut into, about: enough for many threads. Each has a sum of its own of the
-/// gradient of its queries, so that more of them take more memory.
+/// Approximate number of tasks for the keys of all heads: enough for many threads. Each sums up a gradient of its
+/// queries of its own, so more tasks take more memory.
 const TASKS: usize = 32;
 
-/// How the keys are cut into tasks: by the sizes alone, so that no sum depends on the number of threads.
+/// Division of the keys into tasks: it depends only on the sizes, so no sum depends on the number of threads.
 struct Cut {
-    /// Tasks per key head.
+    /// Number of tasks per key head.
     chunks: usize,
-    /// Keys of a task: whole tiles.
+    /// Number of keys per task: whole tiles.
     keys: usize,
-    /// Query heads per key head.
+    /// Number of query heads per key head.
     group: usize,
 }
 
@@ -147,7 +148,7 @@ impl Cut {
         Self { chunks: sizes.keys.div_ceil(keys), keys, group: sizes.group() }
     }
 
-    /// The parts of each task, one per query head, of `[batch · kv_heads, group, chunks, width]`.
+    /// Returns each task's parts, one per query head, of `[batch · kv_heads, group, chunks, width]`.
     fn deal<'a, S>(&self, values: &'a mut [S], tasks: usize) -> Vec<Vec<&'a mut [S]>> {
         let mut parts: Vec<Vec<&mut [S]>> = (0..tasks).map(|_| Vec::new()).collect();
         let width = values.len() / (tasks * self.group);
@@ -160,7 +161,7 @@ impl Cut {
     }
 }
 
-/// What several tasks contribute to, a part for each of them.
+/// Sums that several tasks contribute to, with a separate part for each.
 struct Sums<A> {
     /// `[batch · heads, chunks, queries, d]`, empty if not wanted.
     dq: Tensor,
@@ -188,13 +189,13 @@ impl<A: Real> Sums<A> {
         })
     }
 
-    /// What each task adds to.
+    /// Returns the sums that each task adds to.
     fn parts(&mut self, cut: &Cut) -> Result<impl Iterator<Item = TaskSums<'_, A>>> {
         let dq = cut.deal(self.dq.values_mut::<A>()?, self.tasks);
         Ok(dq.into_iter().zip(cut.deal(&mut self.position, self.tasks)))
     }
 
-    /// `dq = scale · Σ parts`, the parts in their order.
+    /// Computes `dq = scale · Σ parts`, adding the parts in order.
     fn dq(&self, problem: &Problem, cut: &Cut) -> Result<Tensor> {
         let Sizes { heads, queries, d, .. } = problem.sizes;
         let order = RowOrder::of(&problem.q);

@@ -1,4 +1,4 @@
-//! The forward pass on the processor: one task per block of queries, which walks over the blocks of keys.
+//! The forward pass on the CPU: one task per block of queries, which walks over the blocks of keys.
 
 use std::{ops::Range, sync::Mutex};
 
@@ -16,7 +16,7 @@ use crate::{
     gemm::{Multiply, gemm_block},
 };
 
-/// Writes the output `[batch, query, heads, e]` and what is kept of it, which have elements.
+/// Writes the output `[batch, query, heads, e]` and the values kept for the backward pass; neither is empty.
 pub(super) fn forward(problem: &Problem, out: &mut Tensor, kept: &mut Kept) -> Result<()> {
     if multiplies_bf16(problem) {
         return forward_as::<bf16>(problem, out, kept);
@@ -24,8 +24,8 @@ pub(super) fn forward(problem: &Problem, out: &mut Tensor, kept: &mut Kept) -> R
     dispatch_real!(problem.q.dtype(), R, forward_as::<R>(problem, out, kept))
 }
 
-/// Whether products take operands in bf16: where the processor multiplies them faster than f32. Weights and gradients
-/// of scores are then rounded to bf16 too.
+/// Returns `true` if products take operands in bf16, because the processor multiplies them faster than f32. Weights and
+/// gradients of scores are then rounded to bf16 too.
 pub(super) fn multiplies_bf16(problem: &Problem) -> bool {
     problem.q.dtype() == DType::BF16 && <bf16 as Multiply>::is_fast()
 }
@@ -41,7 +41,8 @@ fn forward_as<O: Multiply>(problem: &Problem, out: &mut Tensor, kept: &mut Kept)
     Ok(())
 }
 
-/// Large blocks read the keys less often; smaller ones are for calls that would have few tasks.
+/// Returns the number of queries per task: large blocks read the keys less often; small ones are for calls that would
+/// otherwise have few tasks.
 fn queries_per_task(sizes: &Sizes) -> usize {
     let tasks = |block: &usize| sizes.batch * sizes.heads * sizes.queries.div_ceil(*block);
     [QUERIES, QUERIES / 2].into_iter().find(|block| tasks(block) >= 16).unwrap_or(QUERIES / 4)
@@ -69,7 +70,7 @@ pub(super) fn run<S: Send>(tasks: Vec<S>, cost: usize, body: impl Fn(usize, S) +
     if tasks.len().saturating_mul(cost) <= cpu::GRAIN {
         return tasks.into_iter().enumerate().for_each(|(index, task)| body(index, task));
     }
-    // Each task is taken out of its slot by the one thread that runs it.
+    // The thread that runs a task takes it out of its slot.
     let slots: Vec<Mutex<Option<S>>> = tasks.into_iter().map(|task| Mutex::new(Some(task))).collect();
     cpu::for_tasks(slots.len(), |index| {
         let task = slots[index].lock().ok().and_then(|mut slot| slot.take());
@@ -77,7 +78,7 @@ pub(super) fn run<S: Send>(tasks: Vec<S>, cost: usize, body: impl Fn(usize, S) +
     });
 }
 
-/// The blocks of keys.
+/// Returns the blocks of keys.
 pub(super) fn key_blocks(at: At, keys: Range<usize>) -> impl Iterator<Item = At> {
     let end = keys.end;
     keys.step_by(KEYS).map(move |key| At { key, keys: KEYS.min(end - key), ..at })
@@ -150,7 +151,7 @@ fn forward_block<O: Multiply>(tiles: &Tiles<O>, at: At, out: &mut RowWriter<'_>,
         }
         for (row, acc) in acc.chunks_exact(e).enumerate() {
             let [largest, share] = statistics[row];
-            // All of `acc` is zero where the weights are.
+            // `acc` is zero where all weights are.
             let divisor = if share == O::Acc::ZERO { O::Acc::ONE } else { sum[row] };
             let factor = if largest.to_f64().is_nan() { largest } else { O::Acc::ONE / divisor };
             out.write(row, acc, if later == O::Acc::ONE { factor } else { factor * later });
@@ -158,7 +159,7 @@ fn forward_block<O: Multiply>(tiles: &Tiles<O>, at: At, out: &mut RowWriter<'_>,
     });
 }
 
-/// `acc += s v`.
+/// Computes `acc += s v`.
 fn add_values<O: Multiply>(tiles: &Tiles<O>, at: At, s: &[O::Acc], rounded: &mut [O::Acc], acc: &mut [O::Acc]) {
     let e = tiles.sizes.e;
     let v = tiles.v.block(at.batch, at.head / tiles.sizes.group(), at.key);

@@ -1,4 +1,4 @@
-//! Attention on a GPU: which kernels run, and on what.
+//! Attention on a GPU: chooses the kernels and prepares their operands.
 
 use std::{fmt, sync::OnceLock};
 
@@ -11,26 +11,26 @@ use crate::{
     tensor::Storage,
 };
 
-/// Which kernels serve a call.
+/// Rung of the kernel ladder that serves a call.
 #[derive(Clone, Copy, PartialEq, Debug)]
 pub(super) enum Rung {
     /// `kernels/attention_wgmma_*.cu`, compiled for rows of up to this many features.
     Warpgroups(usize),
-    /// `kernels/attention_mma_*.cu`, compiled for rows of up to this many features, with the reason for not taking the
-    /// former.
+    /// `kernels/attention_mma_*.cu`, compiled for rows of up to this many features, with the reason why warpgroups do
+    /// not serve.
     TensorCores(usize, &'static str),
-    /// `kernels/attention_*.cu`, with the reason for not taking one of the others.
+    /// `kernels/attention_*.cu`, with the reason why neither of the others serves.
     Plain(&'static str),
 }
 
-/// The highest rung that `XT_ATTENTION` permits: `plain` keeps to the lowest one, to compare it, and `wgmma` adds the
+/// Returns the highest rung that `XT_ATTENTION` permits: `plain` selects the lowest, for comparison; `wgmma` adds the
 /// one that no card has run yet.
 fn limit() -> &'static str {
     static LIMIT: OnceLock<String> = OnceLock::new();
     LIMIT.get_or_init(|| std::env::var("XT_ATTENTION").unwrap_or_default())
 }
 
-/// The rung for rows of `d` and `e` features.
+/// Returns the rung for rows of `d` and `e` features.
 pub(super) fn rung(gpu: &dyn Gpu, dtype: DType, features: [usize; 2]) -> Rung {
     let limits = gpu.limits();
     match limits.compute_capability {
@@ -67,8 +67,8 @@ fn choose(architecture: u32, has_warpgroups: bool, dtype: DType, [d, e]: [usize;
     Rung::Warpgroups(head)
 }
 
-/// The tensor itself if all its rows start at multiples of 16 bytes, which the copies of the tensor-core rung ask for,
-/// else a packed copy.
+/// Returns the tensor itself if all its rows start at multiples of 16 bytes, as the copies of the tensor-core rung
+/// require, else a packed copy.
 fn aligned(x: &Tensor) -> Result<Tensor> {
     let lanes = 16 / x.dtype().size();
     let mut steps = x.shape().iter().zip(x.strides()).take(3);
@@ -89,41 +89,43 @@ impl fmt::Display for Rung {
 }
 
 impl Rung {
-    /// A tensor with packed rows as the kernels take it.
+    /// Returns a tensor with packed rows in the form that the kernels take.
     fn operand(self, x: &Tensor) -> Result<Tensor> {
         if let Self::Plain(_) = self { Ok(x.clone()) } else { aligned(x) }
     }
 }
 
-/// How a kernel cuts its work: the constants of its source.
+/// Block sizes of a kernel, taken from the constants of its source.
 struct Blocks {
     kernel: &'static str,
     /// `HEAD` of its variant, if it has one.
     head: Option<usize>,
-    /// Of the sequence, owned by a block.
+    /// Number of positions of the sequence that a block owns.
     rows: usize,
     threads: usize,
-    /// Features of a result that a block sums up.
+    /// Number of features of a result that a block sums up.
     features: usize,
-    /// Bytes of shared memory beside what the source declares.
+    /// Bytes of dynamic shared memory.
     shared: usize,
 }
 
 impl Blocks {
-    /// `TILE`, `TILE_THREADS` and `GROUPS` of `kernels/attention_tile.cuh` and the kernels that include it.
+    /// Returns the sizes `TILE`, `TILE_THREADS` and `GROUPS` of `kernels/attention_tile.cuh` and the kernels that
+    /// include it.
     fn plain(kernel: &'static str, dtype: DType) -> Self {
         let (rows, threads) = if dtype == DType::F64 { (16, 64) } else { (64, 256) };
         Self { kernel, head: None, rows, threads, features: 2 * rows, shared: 0 }
     }
 
-    /// `ROWS` and `N` of the kernel; a block keeps the rows of `owned` tensors and two stages of two other tiles.
+    /// Returns the sizes for `ROWS` and `N` of the kernel; a block keeps the rows of `owned` tensors and two stages of
+    /// two other tiles.
     fn tensor_cores(kernel: &'static str, head: usize, [rows, n]: [usize; 2], owned: usize) -> Self {
         let shared = (owned * rows + 4 * n) * head * 2;
         Self { kernel, head: Some(head), rows, threads: 128, features: usize::MAX, shared }
     }
 
-    /// The same of a kernel whose `warpgroups` own 64 rows each of `owned` tensors, beside `passing` tiles of `n` rows;
-    /// all tiles start at multiples of 1024 bytes.
+    /// Like [`Blocks::tensor_cores`], but for a kernel whose `warpgroups` own 64 rows each of `owned` tensors, next to
+    /// `passing` tiles of `n` rows; all tiles start at multiples of 1024 bytes.
     fn warpgroups(
         kernel: &'static str,
         head: usize,
@@ -145,7 +147,8 @@ impl Blocks {
         }
     }
 
-    /// `position`: the gradient of the position bias is wanted, which warpgroups do not compute.
+    /// Returns the block sizes of the query pass. `position`: if `true`, the gradient of the position bias is wanted,
+    /// which warpgroups do not compute.
     fn queries(rung: Rung, dtype: DType, position: bool) -> Self {
         match rung {
             Rung::Plain(_) => Self::plain("attention_bwd_queries", dtype),
@@ -177,7 +180,7 @@ impl Blocks {
     }
 }
 
-/// What all kernels of a call are given.
+/// Arguments shared by all kernels of a call.
 struct Call<'a> {
     gpu: &'static dyn Gpu,
     problem: &'a Problem,
@@ -185,12 +188,12 @@ struct Call<'a> {
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    /// The biases of each head and distance.
+    /// Bias of each head and distance.
     curves: Option<Tensor>,
     terms: Option<Terms>,
 }
 
-/// The position bias as the kernels take it: the struct `PositionTerms` of `kernels/attention_position.cuh`.
+/// Position bias in the form that kernels take: the struct `PositionTerms` of `kernels/attention_position.cuh`.
 struct Terms {
     /// `[reach + 1]`; ALiBi has none.
     bucket_of: Option<Tensor>,
@@ -236,24 +239,24 @@ impl<'a> Call<'a> {
         Ok(call)
     }
 
-    /// Memory for values in the type of the computation.
+    /// Allocates memory for values in the compute type.
     fn uninit(&self, shape: &[usize]) -> Result<Tensor> {
         Tensor::uninit(Shape::new(shape)?, self.problem.acc(), self.problem.q.device())
     }
 
-    /// The last inputs of every kernel: masks and biases.
+    /// Returns the last inputs of every kernel: masks and biases.
     fn inputs(&self) -> Result<[Arg; 5]> {
         let Problem { mask, query_mask, key_mask, bias, .. } = self.problem;
         let [mask, bias] = [mask, bias].map(|x| x.as_ref().map(Storage));
         Ok(*args![mask, query_mask.as_ref(), key_mask.as_ref(), bias, self.curves.as_ref()])
     }
 
-    /// The last values of every kernel: the rest of the struct `Spec` of `kernels/attention.cuh`.
+    /// Returns the last values of every kernel: the rest of the struct `Spec` of `kernels/attention.cuh`.
     fn values(&self) -> Result<Vec<Arg>> {
         let problem = self.problem;
         let Sizes { queries, keys, .. } = problem.sizes;
         let scores = problem.sizes.scores()?;
-        // A tensor that is absent has no layout; any other will do.
+        // An absent tensor has no layout; any layout will do.
         let expanded = |x: &Option<Tensor>| x.as_ref().map_or(*problem.q.layout(), |x| x.layout().expand(scores));
         let (mask, bias): (Layout, Layout) = (expanded(&problem.mask), expanded(&problem.bias));
         let masked = problem.key_mask.as_ref().map_or(keys, |mask| mask.shape()[1]);
@@ -274,7 +277,8 @@ impl<'a> Call<'a> {
         Ok([&first[..], &problem.window.values(queries + keys)?, last].concat())
     }
 
-    /// A block for each `blocks.rows` rows of each of `heads` heads, times `columns` for the features of the results.
+    /// Launches one block per `blocks.rows` rows of each of `heads` heads, times `columns` for the features of the
+    /// results.
     fn launch(&self, blocks: &Blocks, [heads, rows]: [usize; 2], columns: usize, args: &[&[Arg]]) -> Result<()> {
         let x = self.problem.sizes.batch.saturating_mul(heads).saturating_mul(rows.div_ceil(blocks.rows));
         let (Ok(x @ 0..=0x7FFF_FFFF), Ok(y @ 0..=0xFFFF)) = (u32::try_from(x), u32::try_from(columns)) else {
@@ -307,7 +311,7 @@ impl Terms {
         let Some((causal, max_distance, scale)) = position.t5() else {
             return Ok(Self { bucket_of: None, parameters, reach: 0, behind: 0, scale: 1.0 });
         };
-        // Farther keys share a bucket. Rounded up, so that sequences that grow do not bring a table each.
+        // More distant keys share a bucket. Rounded up, so that growing sequences do not need a new table each.
         let reach = max_distance.min(sizes.queries.max(sizes.keys).next_power_of_two());
         let name = format!("t5 buckets: causal {causal}, {parameters} up to {max_distance}, {reach} distances");
         let table = Tensor::constant_on(gpu, &name, reach + 1, || {
@@ -318,10 +322,10 @@ impl Terms {
     }
 }
 
-/// Writes the output and what is kept of it, which have elements; see `cpu::forward`.
+/// Writes the output and the values kept for the backward pass; neither is empty. See `cpu::forward`.
 pub(super) fn forward(gpu: &'static dyn Gpu, problem: &Problem, out: &mut Tensor, kept: &mut Kept) -> Result<()> {
     if problem.dropout.is_some() {
-        // A replay would draw the same mask again and again.
+        // A replayed graph would draw the same mask every time.
         gpu.refuse_while_capturing("dropout")?;
     }
     let call = Call::new(gpu, problem)?;
@@ -336,7 +340,7 @@ pub(super) fn forward(gpu: &'static dyn Gpu, problem: &Problem, out: &mut Tensor
     call.launch(&blocks, [sizes.heads, sizes.queries], columns, &[own, &inputs, layouts, &values])
 }
 
-/// The gradients, where there are scores and values; see `backward::backward`.
+/// Computes the gradients of a call with scores and values; see `backward::backward`.
 pub(super) fn backward(
     gpu: &'static dyn Gpu,
     problem: &Problem,
@@ -365,7 +369,7 @@ pub(super) fn backward(
 }
 
 impl Call<'_> {
-    /// `delta[b, h, i] = Σ_e grad ⊙ out`, with `out` as it was before its rounding.
+    /// Computes `delta[b, h, i] = Σ_e grad ⊙ out`, with `out` before rounding.
     fn delta(&self, out: &Tensor, residual: Option<&Tensor>, grad: &Tensor) -> Result<Tensor> {
         let Sizes { batch, heads, queries, e, .. } = self.problem.sizes;
         let mut delta = self.uninit(&[batch, heads, queries])?;
@@ -378,7 +382,7 @@ impl Call<'_> {
     }
 }
 
-/// What the kernels of the backward pass read.
+/// Inputs of the kernels of the backward pass.
 struct Pass<'a> {
     call: Call<'a>,
     grad: Tensor,
@@ -397,7 +401,7 @@ impl Pass<'_> {
         Ok(*args![self.grad.layout(), q.layout(), k.layout(), v.layout()])
     }
 
-    /// The gradients of the queries and of the weights of the position bias.
+    /// Computes the gradients of the queries and of the position bias's weights.
     fn queries(&self, need_q: bool, need_position: bool) -> Result<(Option<Tensor>, Option<Tensor>)> {
         let Pass { call, .. } = self;
         let Problem { q, sizes, position, .. } = call.problem;
@@ -436,12 +440,12 @@ impl Pass<'_> {
         Ok((dq.finish()?, Some(gradient.to_dtype(position.weights().dtype())?)))
     }
 
-    /// The gradients of keys and values.
+    /// Computes the gradients of keys and values.
     fn keys(&self, need_k: bool, need_v: bool) -> Result<(Option<Tensor>, Option<Tensor>)> {
         let Problem { k, v, sizes, .. } = self.call.problem;
         let (mut dk, mut dv) = (Memory::new(k, need_k)?, Memory::new(v, need_v)?);
         let blocks = Blocks::keys(self.call.rung, k.dtype());
-        // Each result is cut into whole tiles, as wide as they are high.
+        // Each result is divided into whole square tiles.
         let tiled = |need: bool, features: usize| if need { features.next_multiple_of(blocks.rows) } else { 0 };
         let columns = (tiled(need_k, sizes.d) + tiled(need_v, sizes.e)).div_ceil(blocks.features);
         self.call.launch(
@@ -460,7 +464,7 @@ impl Pass<'_> {
         Ok((dk.finish()?, dv.finish()?))
     }
 
-    /// The gradient of the bias.
+    /// Computes the gradient of the bias.
     fn bias(&self, bias: &Tensor) -> Result<Tensor> {
         let mut shape = [1; 4];
         shape[4 - bias.rank()..].copy_from_slice(bias.shape());
@@ -487,11 +491,11 @@ impl Pass<'_> {
     }
 }
 
-/// The gradient of an operand, if it is wanted.
+/// Gradient of an operand, if it is wanted.
 struct Memory {
     order: RowOrder,
     memory: Option<Tensor>,
-    /// As `[batch, heads, sequence, features]`.
+    /// Layout as `[batch, heads, sequence, features]`.
     layout: Layout,
 }
 

@@ -1,7 +1,7 @@
-//! Attention of the last few tokens to a cache of keys and values: what decoding computes in each step.
+//! Attention of the last few tokens to a cache of keys and values: the attention of a decoding step.
 //!
-//! Each head's keys are cut into parts of a fixed length, which are read once, in parallel, and whose sums are joined
-//! in their order: a sequence's result depends neither on the rest of its batch nor on the threads.
+//! Each head's keys are split into parts of a fixed length, which are read once, in parallel, and whose sums are joined
+//! in order: a sequence's result depends neither on the rest of its batch nor on the number of threads.
 
 use std::ops::Range;
 
@@ -24,42 +24,42 @@ use crate::{
     tensor::Storage,
 };
 
-/// Keys of a part, on the CPU and on a GPU.
+/// Number of keys per part, on the CPU and, in `CUDA_PART`, on a GPU.
 const PART: usize = 256;
 const CUDA_PART: usize = 64;
-/// Sums that run side by side in a product of a query and a key.
+/// Number of independent sums in a product of a query and a key.
 const LANES: usize = 16;
-/// Features whose sums stay in registers while the keys pass.
+/// Number of features whose sums stay in registers while the keys stream past.
 const WIDE: usize = 64;
 
-/// How [`attention_decode`] reads a cache of keys. In front of the keys of the sequence there may be others, which
-/// every query may see.
+/// Options of [`attention_decode`]: how a cache of keys is read. The keys of the sequence may be preceded by a prefix
+/// that every query may see.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct DecodeSpec<'a> {
     /// Multiplies the products of queries and keys; usually `dim_head^-0.5`.
     pub scale: f64,
-    /// Keys in front of the sequence: learned memory key/values and memories.
+    /// Number of keys before the sequence: learned memory key/values and memories.
     pub prefix_len: usize,
-    /// The first of those, which padded queries see too.
+    /// Number of learned memory keys at the start of that prefix, which padded queries see too.
     pub mem_keys: usize,
-    /// Limits of the keys that a query sees.
+    /// Limits on the keys that a query sees.
     pub window: Window,
     /// Padding of the sequence's keys, Bool with `batch · positions` elements; true keeps.
     pub key_mask: Option<&'a Tensor>,
-    /// Padding of the queries, Bool `[batch, query]`: a padded (false) query sees the memory keys alone.
+    /// Padding of the queries, Bool `[batch, query]`: a padded (false) query sees only the memory keys.
     pub query_mask: Option<&'a Tensor>,
-    /// Added to the scaled products: float `[heads, distances]`, best in the type of the sums, the distance being that
-    /// of the query's position behind the key. The last one serves all that are further.
+    /// Added to the scaled products: float `[heads, distances]`, ideally in the accumulation type, indexed by how far
+    /// the key is before the query's position. The last entry serves all larger distances.
     pub bias_by_distance: Option<&'a Tensor>,
 }
 
-/// Causal attention of new tokens to cached keys: query `i` of sequence `b` stands at position
-/// `prefix_len + lengths[b] + i` and sees the keys up to there. Computes what [`attention`](super::attention) computes
-/// for the last rows.
+/// Computes causal attention of new tokens to cached keys: query `i` of sequence `b` is at position `prefix_len +
+/// lengths[b] + i` and sees the keys up to that position. The result is that of [`attention`](super::attention) for the
+/// last rows.
 ///
 /// Shapes: `q` `[batch, heads, query, d]`, caches `k` `[batch, kv_heads, capacity, d]` and `v` `[batch, kv_heads,
 /// capacity, e]`, `lengths` `[batch]` I64 → `[batch, heads, query, e]`, which lies in memory as `[batch, query, heads,
-/// e]`. `heads` is a multiple of `kv_heads`. Keys behind a query's position are not read: the cache may be larger. A
+/// e]`. `heads` is a multiple of `kv_heads`. Keys after a query's position are not read: the cache may be larger. A
 /// query without any key left attends to all keys of its sequence equally; one whose scores are NaN, or all overflow,
 /// gives NaN.
 ///
@@ -74,7 +74,7 @@ pub fn attention_decode(q: &Tensor, k: &Tensor, v: &Tensor, lengths: &Tensor, sp
         return Tensor::zeros(merged, q.dtype(), q.device())?.permute(&[0, 2, 1, 3]);
     }
     let (q, k, v) = (packed_rows(&q.detach())?, packed_rows(&k.detach())?, packed_rows(&v.detach())?);
-    // All packed already, unless a caller brings tensors of its own.
+    // All packed already, unless a caller passes tensors of its own.
     let packed = |x: Option<&Tensor>| x.map(Tensor::contiguous).transpose();
     let (lengths, key_mask, query_mask) = (lengths.contiguous()?, packed(spec.key_mask)?, packed(spec.query_mask)?);
     let acc = q.dtype().accumulator();
@@ -167,7 +167,7 @@ impl Call<'_> {
         );
         let mut out = Tensor::uninit(merged, q.dtype(), q.device())?;
         let (kv_heads, e) = (self.k.shape()[1], self.sizes.e);
-        // Of each query and part of the keys: sums of values; their largest score and the sum of weights.
+        // For each query and part of the keys: sums of values; the largest score and the sum of weights.
         let parts = keys.div_ceil(CUDA_PART);
         let scratch = |width: usize| {
             let shape = Shape::new(&[batch * heads * queries * parts, width])?;
@@ -175,11 +175,11 @@ impl Call<'_> {
         };
         let (mut sums, mut statistics) = (scratch(e)?, scratch(2)?);
         let distances = spec.bias_by_distance.map_or(1, |bias| bias.shape()[1]);
-        // Queries that read the same keys: those of all heads that share them, and of all new tokens.
+        // Queries that read the same keys: all heads that share them, times all new tokens.
         let sharing = heads / kv_heads * queries;
         let at_once = if sharing == 1 { 1 } else { 4 };
         let blocks = batch * kv_heads * sharing.div_ceil(at_once);
-        // Enough to fill any card several times; each takes parts so many apart.
+        // Enough to fill any card several times; block `i` takes every `side_by_side`-th part from `i` on.
         let side_by_side = (4096 / blocks).clamp(1, parts);
         let options = [("DTYPE", q.dtype().name()), ("QUERIES", if at_once == 1 { "1" } else { "4" })];
         gpu.kernel("attention_decode", &options)?.launch(
@@ -229,7 +229,7 @@ impl Call<'_> {
         let spec = self.spec;
         let acc = R::DTYPE;
         let lengths = self.lengths.values::<i64>()?;
-        // The cache may be far larger than what it holds.
+        // The cache may be far larger than its contents.
         let held =
             lengths.iter().map(|&length| spec.prefix_len + length as usize + queries).max().unwrap_or(0).min(keys);
         let parts = held.div_ceil(PART).max(1);
@@ -246,10 +246,10 @@ impl Call<'_> {
             mem_keys: spec.mem_keys,
             window: spec.window,
         };
-        // Queries in the type of the computation, `[batch, heads, query, d]`.
+        // Queries in the compute type, `[batch, heads, query, d]`.
         let wide = self.q.to_dtype(acc)?.contiguous()?;
         let wide = wide.values::<R>()?;
-        // Of each part and query: sums, their maximum and the sum of weights.
+        // For each part and query: sums, the maximum score and the sum of weights.
         let width = queries * (e + 2);
         let mut sums = Tensor::uninit(Shape::new(&[batch * heads * parts, width])?, acc, self.q.device())?;
         let cost = queries * PART.min(held) * (d + e);
@@ -299,7 +299,7 @@ impl<'a> CacheRows<'a> {
     }
 }
 
-/// What all parts are computed from.
+/// Inputs of all parts.
 struct Cached<'a, R> {
     sizes: Sizes,
     k: CacheRows<'a>,
@@ -315,7 +315,7 @@ struct Cached<'a, R> {
 }
 
 impl<R: Real> Cached<'_, R> {
-    /// The keys that causality, the window and the padding of the queries leave to a query at a position.
+    /// Returns the keys that causality, the window and the query mask leave to a query at a position.
     fn kept(&self, b: usize, i: usize, position: usize) -> Range<usize> {
         let mut end = (position + 1).min(self.sizes.keys);
         if self.query_mask.is_some_and(|mask| mask[b * self.sizes.queries + i] == 0) {
@@ -325,8 +325,8 @@ impl<R: Real> Cached<'_, R> {
         start.min(end)..end
     }
 
-    /// Of each query: the weighted sum of the part's values, the largest score, and the sum of the weights relative to
-    /// it, which is 0 only if no key was kept.
+    /// Computes for each query the weighted sum of the part's values, the largest score, and the sum of the weights
+    /// relative to it, which is 0 only if no key was kept.
     fn part(&self, b: usize, head: usize, part: usize, q: &[R], sums: &mut [R]) {
         let Sizes { d, e, keys, .. } = self.sizes;
         let kv_head = head / self.sizes.group();
@@ -369,7 +369,7 @@ impl<R: Real> Cached<'_, R> {
         }
     }
 
-    /// The mean of all values of a sequence.
+    /// Writes the mean of all values of a sequence.
     fn spread(&self, b: usize, head: usize, largest: R, out: &mut [R]) {
         let Sizes { queries, keys, e, .. } = self.sizes;
         let kv_head = head / self.sizes.group();
@@ -386,7 +386,7 @@ impl<R: Real> Cached<'_, R> {
     }
 }
 
-/// [`products`] of keys of any type, whose computation is in `R`.
+/// Computes [`products`] of keys of any type with compute type `R`.
 fn products_of<R: Real>(q: &[R], k: Floats, row: usize, scale: R, s: &mut [R]) {
     match k {
         Floats::BF16(k) => products::<bf16>(cast_slice(q), k, row, scale.to_f32(), cast_slice_mut(s)),
@@ -396,7 +396,7 @@ fn products_of<R: Real>(q: &[R], k: Floats, row: usize, scale: R, s: &mut [R]) {
     }
 }
 
-/// [`add_weighted`] of values of any type.
+/// Computes [`add_weighted`] of values of any type.
 fn add_weighted_of<R: Real>(p: &[R], v: Floats, row: usize, out: &mut [R]) {
     match v {
         Floats::BF16(v) => add_weighted::<bf16>(cast_slice(p), v, row, cast_slice_mut(out)),
@@ -407,7 +407,7 @@ fn add_weighted_of<R: Real>(p: &[R], v: Floats, row: usize, out: &mut [R]) {
 }
 
 vectorized! {
-    /// `s[j] = scale · q·k[j]`, the rows of `k` being `row` apart.
+    /// Computes `s[j] = scale · q·k[j]`, the rows of `k` being `row` apart.
     fn products<T: Float>(q: &[T::Acc], k: &[T], row: usize, scale: T::Acc, s: &mut [T::Acc]) {
         for (j, s) in s.iter_mut().enumerate() {
             *s = product::<T, FUSED>(q, &k[j * row..][..q.len()]) * scale;
@@ -415,7 +415,7 @@ vectorized! {
     }
 }
 
-/// `q·k`
+/// Computes `q·k`.
 #[inline(always)]
 fn product<T: Float, const FUSED: bool>(q: &[T::Acc], k: &[T]) -> T::Acc {
     let mut lanes = [T::Acc::ZERO; LANES];
@@ -434,7 +434,7 @@ fn product<T: Float, const FUSED: bool>(q: &[T::Acc], k: &[T]) -> T::Acc {
     (even + odd) + rest
 }
 
-/// The sums of both halves: constant lengths keep them in registers.
+/// Adds both halves: constant lengths keep them in registers.
 #[inline(always)]
 fn halved<A: Real, const N: usize, const HALF: usize>(lanes: [A; N]) -> [A; HALF] {
     let mut sums = [A::ZERO; HALF];
@@ -445,7 +445,7 @@ fn halved<A: Real, const N: usize, const HALF: usize>(lanes: [A; N]) -> [A; HALF
 }
 
 vectorized! {
-    /// `out += Σ_j p[j] · v[j]`, the rows of `v` being `row` apart.
+    /// Computes `out += Σ_j p[j] · v[j]`, the rows of `v` being `row` apart.
     fn add_weighted<T: Float>(p: &[T::Acc], v: &[T], row: usize, out: &mut [T::Acc]) {
         let (wide, rest) = out.as_chunks_mut::<WIDE>();
         let narrow = wide.len() * WIDE;
@@ -468,7 +468,7 @@ vectorized! {
 }
 
 vectorized! {
-    /// Replaces scores by `part · exp(score − max)`; gives the maximum and the sum.
+    /// Replaces scores with `part · exp(score − max)`; returns the maximum and the sum.
     fn exponentials<A: Real>(s: &mut [A], part: A) -> (A, A) {
         let mut max = A::NEG_INFINITY;
         for s in &*s {
@@ -487,12 +487,12 @@ vectorized! {
     }
 }
 
-/// The power of two that keeps a sum of `count` numbers among them, without a digit less.
+/// Returns the power of two that keeps a sum of `count` numbers in their range without losing a digit.
 fn part_of<A: Real>(count: usize) -> A {
     A::from_f64(1.0 / count.next_power_of_two() as f64)
 }
 
-/// `out = sums · factor`, a mean of values.
+/// Computes `out = sums · factor`, a mean of values.
 fn mean<R: Real>(sums: &[R], factor: R, largest: R, out: &mut [R]) {
     for (out, sum) in out.iter_mut().zip(sums) {
         *out = mean_of(*sum, factor, largest);

@@ -1,4 +1,4 @@
-//! The gradients that the scores of the tiles give, in the type of the computation.
+//! Gradients from the scores of the tiles, in the compute type.
 
 use std::ops::Range;
 
@@ -18,7 +18,7 @@ use crate::{
     gemm::{Multiply, gemm_block},
 };
 
-/// What a task writes: it owns some keys of one key head.
+/// Outputs of a task, which owns some keys of one key head.
 pub(super) struct Task<'a, A> {
     pub dk: RowWriter<'a>,
     pub dv: RowWriter<'a>,
@@ -28,7 +28,7 @@ pub(super) struct Task<'a, A> {
     pub position: Vec<&'a mut [f64]>,
 }
 
-/// What the backward pass reads.
+/// Inputs of the backward pass.
 pub(super) struct Pass<'a, O: Multiply> {
     pub tiles: Tiles<'a, O>,
     /// The keys as the gradients of the queries see them.
@@ -47,10 +47,10 @@ struct Work<'a, A> {
     factors: &'a mut [A],
 }
 
-/// What a tile gives.
+/// Results computed for a tile.
 #[derive(Clone, Copy, PartialEq)]
 enum Reach {
-    /// The weights of fully masked queries alone: their scores have no gradient.
+    /// Only the weights of fully masked queries: their scores have no gradient.
     Weights,
     /// Weights and the gradient of the scores.
     Scores,
@@ -62,8 +62,8 @@ impl<O: Multiply> Pass<'_, O> {
         &values[(at.batch * heads + at.head) * queries + at.query..][..at.queries]
     }
 
-    /// Weights (as they met the values, after dropout) and gradient of the scores of one tile, in `work`, for those
-    /// queries of the tile that are returned.
+    /// Computes in `work` the weights (after dropout, as they multiply the values) and the gradient of the scores of
+    /// one tile, for the returned queries of the tile.
     fn tile(&self, at: At, work: &mut Work<O::Acc>) -> Option<(At, Reach)> {
         let (tiles, kv_head) = (&self.tiles, at.head / self.tiles.sizes.group());
         let masked = |[largest, _]: &[O::Acc; 2]| *largest == -O::Acc::NEG_INFINITY;
@@ -105,8 +105,8 @@ impl<O: Multiply> Pass<'_, O> {
         }
     }
 
-    /// All that the keys of one task give: `dk` and `dv` if wanted, and parts of the gradients of the queries and of
-    /// the position bias.
+    /// Computes the gradients from the keys of one task: `dk` and `dv` if wanted, and parts of the gradients of the
+    /// queries and of the position bias.
     pub fn keys(
         &self,
         position: Option<&Position>,
@@ -166,7 +166,8 @@ impl<O: Multiply> Pass<'_, O> {
         });
     }
 
-    /// Adds the gradient of the scores to that of each distance, from that of the last query and key `first_key` on.
+    /// Adds the gradient of the scores to that of each distance, starting at the distance of the last query and key
+    /// `first_key`.
     fn add_distances(&self, at: At, first_key: usize, ds: &[O::Acc], curve: &mut [O::Acc]) {
         let last = at.key - first_key + self.tiles.sizes.queries - 1 - at.query;
         for (row, ds) in ds.chunks_exact(KEYS).take(at.queries).enumerate() {
@@ -174,8 +175,8 @@ impl<O: Multiply> Pass<'_, O> {
         }
     }
 
-    /// The gradient of the bias: a pass of its own, whose tasks each own a part of it and walk over all tiles that
-    /// broadcast to that part.
+    /// Computes the gradient of the bias in a separate pass, whose tasks each own a part of it and walk over all tiles
+    /// that broadcast to that part.
     pub fn bias(&self, bias: &Tensor) -> Result<Tensor> {
         let Sizes { batch, heads, queries, keys, .. } = self.tiles.sizes;
         let mut shape = [1; 4];
@@ -217,7 +218,7 @@ impl<O: Multiply> Pass<'_, O> {
     }
 }
 
-/// The blocks of queries.
+/// Returns the blocks of queries.
 fn query_blocks(at: At, queries: Range<usize>) -> impl Iterator<Item = At> {
     let end = queries.end;
     queries.step_by(QUERIES).map(move |query| At { query, queries: QUERIES.min(end - query), ..at })

@@ -31,13 +31,13 @@ pub use window::Window;
 
 const OP: &str = "attention";
 
-/// How [`attention`] turns products of queries and keys into weights.
+/// Options of [`attention`]: scale, masks, biases and dropout.
 ///
-/// Masks replace scores by the most negative finite number: a query without any key left attends to all keys equally,
-/// future ones included, and passes no gradient to its scores. A `bias` of −∞ is not a mask: a query that has it for
-/// each key left gives 0, without gradients, as PyTorch's `scaled_dot_product_attention` does; a query whose scores all
-/// overflow to −∞, or one of whose scores is +∞ or NaN, gives NaN. An infinite value is NaN also where its weight is 0;
-/// in half types its gradients are NaN, where some of PyTorch's are infinite.
+/// Masks replace scores with the most negative finite number: a query without any key left attends equally to all keys,
+/// including future ones, and passes no gradient to its scores. A `bias` of −∞ is not a mask: a query for which the
+/// bias of every key left is −∞ gives 0, without gradients, as PyTorch's `scaled_dot_product_attention` does; a query
+/// whose scores all overflow to −∞, or one of whose scores is +∞ or NaN, gives NaN. An infinite value gives NaN even
+/// where its weight is 0; in half types its gradients are NaN where some of PyTorch's are infinite.
 ///
 /// ```
 /// use x_transformers::{Device, Tensor, ops::{AttentionSpec, attention}};
@@ -52,23 +52,23 @@ const OP: &str = "attention";
 pub struct AttentionSpec<'a> {
     /// Multiplies the products of queries and keys. Default 1; usually `dim_head^-0.5`.
     pub scale: f64,
-    /// Masks the keys behind a query. The last query is aligned with the last key: query `i` sits at position
-    /// `i + keys − queries`. Default false.
+    /// If `true`, masks the keys after each query. The last query is aligned with the last key: query `i` is at
+    /// position `i + keys − queries`. Default `false`.
     pub causal: bool,
-    /// Bool, broadcasts to `[batch, heads, query, key]`; true keeps.
+    /// Attention mask, Bool, broadcasts to `[batch, heads, query, key]`; `true` keeps.
     pub mask: Option<&'a Tensor>,
-    /// Padding of the queries, Bool `[batch, query]`: a padded (false) query sees the memory keys alone.
+    /// Padding of the queries, Bool `[batch, query]`: a padded (`false`) query sees only the memory keys.
     pub query_mask: Option<&'a Tensor>,
-    /// Padding of the keys, Bool `[batch, key]`, with or without the memory keys in front; true keeps.
+    /// Padding of the keys, Bool `[batch, key]`, with or without the leading memory keys; `true` keeps.
     pub key_mask: Option<&'a Tensor>,
-    /// Number of keys in front that `query_mask` and `key_mask` never mask (learned memory key/values). Default 0.
+    /// Number of leading keys that `query_mask` and `key_mask` never mask (learned memory key/values). Default 0.
     pub mem_keys: usize,
-    /// Limits of the keys that a query sees. Default none.
+    /// Limits on the keys that a query sees. Default: none.
     pub window: Window,
     /// Added to the scaled products: the dtype of the queries, broadcasts to `[batch, heads, query, key]`. Has a
     /// gradient, summed to its shape.
     pub bias: Option<&'a Tensor>,
-    /// Added to the scaled products, generated block by block. Default none.
+    /// Added to the scaled products, generated block by block. Default: none.
     pub position_bias: Option<PositionBias>,
     /// Probability of dropping a weight after the softmax; acts under [`Tape::train`](crate::Tape::train). Default 0.
     pub dropout: f64,
@@ -91,17 +91,17 @@ impl Default for AttentionSpec<'_> {
     }
 }
 
-/// Attention: `softmax(scale · q kᵀ + biases) v`, masked scores being replaced by the lowest finite number.
+/// Computes attention, `softmax(scale · q kᵀ + biases) v`, with masked scores replaced by the lowest finite number.
 ///
-/// Shapes: `q` `[batch, heads, query, d]`, `k` `[batch, kv_heads, key, d]`, `v` `[batch, kv_heads, key, e]` →
-/// `[batch, heads, query, e]`. `heads` is a multiple of `kv_heads`; query head `h` uses key head `h / (heads /
-/// kv_heads)` (grouped queries, <https://arxiv.org/abs/2305.13245>). Any strides: rows with a packed last dimension are
-/// read in place. The result lies in memory as `[batch, query, heads, e]`, so that merging the heads is a view.
+/// Shapes: `q` `[batch, heads, query, d]`, `k` `[batch, kv_heads, key, d]`, `v` `[batch, kv_heads, key, e]` → `[batch,
+/// heads, query, e]`. `heads` is a multiple of `kv_heads`; query head `h` uses key head `h / (heads / kv_heads)`
+/// (grouped queries, <https://arxiv.org/abs/2305.13245>). Any strides: rows with a packed last dimension are read in
+/// place. The result is stored as `[batch, query, heads, e]`, so merging the heads is a view.
 ///
 /// Products, statistics and sums are in f32 (f64 for f64); a product of a query and a key overflows before `scale` is
-/// applied. Weights are right at every finite score, forward and backward. A mean of finite values is finite. Without
-/// keys the result is zero. Saves: `q`, `k`, `v`, the output, two numbers per query, and for half types what rounding
-/// took from the output. Errors: shapes, dtypes or devices that do not fit, or a value outside of its domain.
+/// applied. Weights are correct for all finite scores, forward and backward. A mean of finite values is finite. Without
+/// keys the result is zero. Saves: `q`, `k`, `v`, the output, two numbers per query, and for half types the rounding
+/// error of the output. Errors: shapes, dtypes or devices that do not fit, or a value outside of its domain.
 #[doc(alias = "SDPA")]
 #[doc(alias = "scaled_dot_product_attention")]
 #[doc(alias = "flash_attention")]
@@ -137,21 +137,22 @@ pub fn attention(q: &Tensor, k: &Tensor, v: &Tensor, spec: &AttentionSpec) -> Re
     inputs.extend(weights);
     let [bias, weights] = [bias.as_ref(), weights].map(|x| x.unwrap_or(&q));
     let (out, kept) = problem.forward(needs(OP, [&q, &k, &v, bias, weights])?.contains(&true))?;
-    // The scores are computed again, beside two products for each of the forward pass.
+    // The scores are recomputed, and each product of the forward pass has two in the backward pass.
     let backward = BackwardCost::Times(2.5);
     profile::cost(|| Cost { operations: sizes.operations(spec.causal, spec.window), backward });
     record(OP, out, &inputs, |out| AttentionBackward { problem, out: out.detach(), kept })
 }
 
-/// Why a GPU had better compute heads of so many features from the matrix of scores, or `None`: its fused kernels on
-/// tensor cores hold their sums in registers. The CPU has no such limit, and [`attention`] itself takes any width.
+/// Returns `Some(reason)` if a GPU computes heads with this number of features faster from the matrix of scores: its
+/// fused tensor-core kernels hold their sums in registers. The CPU has no such limit, and [`attention`] itself takes
+/// any width.
 pub fn gpu_needs_scores(features: usize) -> Option<&'static str> {
     (features > 128).then_some("heads of more than 128 features do not fit the registers of the fused kernels")
 }
 
-/// Which kernels a GPU computes [`attention`] with, given the features `d` of queries and keys and `e` of values, and
-/// why not a faster one; `None` on the CPU. `XT_ATTENTION=plain` keeps to the plain ones; `XT_ATTENTION=wgmma` asks for
-/// those of sm_90a, which no card has run yet.
+/// Describes the kernels with which a GPU computes [`attention`] for queries and keys of `d` and values of `e`
+/// features, and why it uses no faster ones; `None` on the CPU. `XT_ATTENTION=plain` selects the plain kernels;
+/// `XT_ATTENTION=wgmma` asks for those of sm_90a, which no card has run yet.
 pub fn attention_rung(device: &Device, dtype: DType, d: usize, e: usize) -> Option<String> {
     match device {
         Device::Cpu => None,
@@ -159,18 +160,18 @@ pub fn attention_rung(device: &Device, dtype: DType, d: usize, e: usize) -> Opti
     }
 }
 
-/// Why the device of these operands had better compute their matrix of scores, or `None`.
+/// Returns `Some(reason)` if the device of these operands should compute their matrix of scores instead.
 pub(crate) fn needs_scores(q: &Tensor, v: &Tensor) -> Option<&'static str> {
     let features = [q, v].iter().filter_map(|x| x.shape().last()).max();
     features.filter(|_| *q.device() != Device::Cpu).and_then(|&features| gpu_needs_scores(features))
 }
 
-/// The tensor itself if its last dimension is packed, else a packed copy.
+/// Returns the tensor itself if its last dimension is packed, else a packed copy.
 fn packed_rows(x: &Tensor) -> Result<Tensor> {
     if x.layout().has_packed_rows() { Ok(x.clone()) } else { x.contiguous() }
 }
 
-/// The sizes of one call.
+/// Sizes of one call.
 #[derive(Clone, Copy)]
 struct Sizes {
     batch: usize,
@@ -178,14 +179,15 @@ struct Sizes {
     kv_heads: usize,
     queries: usize,
     keys: usize,
-    /// Features of a query and a key.
+    /// Number of features of a query and a key.
     d: usize,
-    /// Features of a value.
+    /// Number of features of a value.
     e: usize,
 }
 
 impl Sizes {
-    /// Floating-point operations of scores and sums, for the pairs that are looked at whatever a mask says.
+    /// Returns the floating-point operations of scores and sums, for all pairs that causality and the window leave,
+    /// regardless of masks.
     fn operations(&self, causal: bool, window: Window) -> f64 {
         let seen = |query: usize| {
             let behind = (self.keys + query + 1).saturating_sub(self.queries);
@@ -237,7 +239,7 @@ impl Sizes {
             )
         );
         if let Device::Gpu(_) = q.device() {
-            // Kernels read them from layouts as numbers of 32 bits.
+            // Kernels read them from layouts as 32-bit integers.
             for size in [batch, heads, kv_heads, queries, keys, d, e] {
                 size32(size)?;
             }
@@ -245,12 +247,12 @@ impl Sizes {
         Ok(Self { batch, heads, kv_heads, queries, keys, d, e })
     }
 
-    /// Query heads that share one key head.
+    /// Returns the number of query heads that share one key head.
     fn group(&self) -> usize {
         self.heads.checked_div(self.kv_heads).unwrap_or(1)
     }
 
-    /// The shape of the scores, which is never allocated.
+    /// Returns the shape of the scores, which are never allocated.
     fn scores(&self) -> Result<Shape> {
         Shape::new(&[self.batch, self.heads, self.queries, self.keys])
     }
@@ -322,12 +324,12 @@ fn expect_padding(name: &str, mask: &Tensor, batch: usize, lengths: &[usize]) ->
     Ok(())
 }
 
-/// Which weights are dropped: a function of the position in `[batch, heads, query, key]`.
+/// Dropout mask of the weights: a function of the position in `[batch, heads, query, key]`.
 #[derive(Clone, Copy)]
 struct Dropout {
     stream: Philox,
     threshold: u64,
-    /// What a kept weight is multiplied by: `1 / (1 − p)`.
+    /// Factor of a kept weight: `1 / (1 − p)`.
     factor: f64,
 }
 
@@ -358,13 +360,13 @@ struct Problem {
 }
 
 impl Problem {
-    /// The type of the computation.
+    /// Returns the compute type.
     fn acc(&self) -> DType {
         if self.q.dtype() == DType::F64 { DType::F64 } else { DType::F32 }
     }
 
-    /// The output as a view `[batch, heads, query, e]` of memory `[batch, query, heads, e]`, and what the backward pass
-    /// needs besides, all of it if `tracked`.
+    /// Computes the output, a view `[batch, heads, query, e]` of memory `[batch, query, heads, e]`, and the other
+    /// values that the backward pass needs; all of them only if `tracked`.
     fn forward(&self, tracked: bool) -> Result<(Tensor, Kept)> {
         let Sizes { batch, heads, queries, keys, e, .. } = self.sizes;
         let (dtype, device) = (self.q.dtype(), self.q.device());
@@ -387,19 +389,19 @@ impl Problem {
     }
 }
 
-/// What the forward pass leaves for the backward pass, besides the output.
+/// Values that the forward pass keeps for the backward pass, besides the output.
 struct Kept {
-    /// Of each query the largest score and the reciprocal of `Σ exp(score − largest)`, `[batch, heads, query, 2]`:
-    /// their logarithms must not be added, as that of the sum would be lost beside a large score. `[∞, 0]` where
-    /// everything is masked, `[0, 0]` where the bias of all that is not masked is −∞.
+    /// For each query the largest score and the reciprocal of `Σ exp(score − largest)`, `[batch, heads, query, 2]`.
+    /// They are not merged into a log-sum-exp, which would lose the logarithm of the sum next to a large score. `[∞,
+    /// 0]` where every key is masked, `[0, 0]` where the bias of every unmasked key is −∞.
     statistics: Tensor,
-    /// What rounding to a half type took from the output, times [`residual_scale`], laid out as the output: without it,
-    /// `Σ grad ⊙ out` is not exact enough for a query that has most of its weight on one key.
+    /// Error of rounding the output to a half type, times [`residual_scale`], laid out like the output: without it, `Σ
+    /// grad ⊙ out` is not exact enough for a query with most of its weight on one key.
     residual: Option<Tensor>,
 }
 
-/// What multiplies the residual of an output: the inverse of the type's relative precision, so that it is neither
-/// too small for the type nor larger than the output.
+/// Returns the scale of an output's residual: the inverse of the type's relative precision, so that the residual is
+/// neither too small for the type nor larger than the output.
 fn residual_scale(dtype: DType) -> f64 {
     if dtype == DType::F16 { 2048.0 } else { 256.0 }
 }

@@ -1,4 +1,4 @@
-//! Biases that depend on the distance of key and query: one value per head and distance.
+//! Biases that depend on the distance between key and query: one value per head and distance.
 
 use std::{ops::Range, sync::OnceLock};
 
@@ -9,7 +9,7 @@ use crate::{
     error::ensure,
 };
 
-/// A bias that depends on a query's and a key's position alone: no `[heads, query, key]` tensor is made of it.
+/// Bias that depends only on the positions of query and key; it is never expanded to `[heads, query, key]`.
 #[derive(Clone, Debug)]
 #[non_exhaustive]
 pub enum PositionBias {
@@ -26,17 +26,17 @@ pub enum PositionBias {
     T5 {
         /// Float `[buckets, heads]`; has a gradient.
         table: Tensor,
-        /// Multiplies the table; x-transformers has `sqrt(dim_head)`.
+        /// Multiplies the table; `sqrt(dim_head)` in x-transformers.
         scale: f64,
-        /// If `true`, keys after the query share bucket 0. Otherwise half of the buckets are theirs, and `r = |r|`.
+        /// If `true`, keys after the query share bucket 0. Otherwise they take half of the buckets, with `r = |r|`.
         causal: bool,
-        /// The distance from which on all share the last bucket; x-transformers has 128.
+        /// Distance from which all keys share the last bucket; 128 in x-transformers.
         max_distance: usize,
     },
 }
 
 impl PositionBias {
-    /// The tensor that has a gradient.
+    /// Returns the tensor that has a gradient.
     pub(crate) fn weights(&self) -> &Tensor {
         match self {
             Self::Alibi { slopes } => slopes,
@@ -44,7 +44,7 @@ impl PositionBias {
         }
     }
 
-    /// The tensor that has a gradient, to replace it.
+    /// Returns the tensor that has a gradient, for replacing it.
     pub(crate) fn weights_mut(&mut self) -> &mut Tensor {
         match self {
             Self::Alibi { slopes } => slopes,
@@ -52,8 +52,8 @@ impl PositionBias {
         }
     }
 
-    /// The bias as a tensor of this dtype that broadcasts to `[batch, heads, query, key]`: `[heads, query, key]` or
-    /// `[heads, 1, key]`.
+    /// Returns the bias as a tensor of this dtype that broadcasts to `[batch, heads, query, key]`: `[heads, query,
+    /// key]` or `[heads, 1, key]`.
     pub(crate) fn dense(&self, queries: usize, keys: usize, dtype: DType) -> Result<Tensor> {
         match self {
             Self::T5 { table, scale, causal, max_distance } => {
@@ -67,8 +67,9 @@ impl PositionBias {
         }
     }
 
-    /// The bias by the distance of a key before a query's position, when `prefix_len` keys precede a causal sequence:
-    /// `[heads, distances]` of this dtype. Relative to the key at the query's position where only differences count.
+    /// Returns the bias by the distance of a key before a query's position, when `prefix_len` keys precede a causal
+    /// sequence: `[heads, distances]` of this dtype. Where only differences matter, it is relative to the key at the
+    /// query's position.
     pub(crate) fn by_distance(&self, prefix_len: usize, distances: usize, dtype: DType) -> Result<Tensor> {
         match self {
             Self::T5 { table, scale, causal, max_distance } => {
@@ -88,8 +89,8 @@ impl PositionBias {
     }
 }
 
-/// A [`PositionBias`] in one form: `weights[parameter(distance), head] · factor(distance)`, `distance = key − query`,
-/// both counted from 0.
+/// [`PositionBias`] in a uniform form: `weights[parameter(distance), head] · factor(distance)`, `distance = key −
+/// query`, both counted from 0.
 pub(super) struct Position {
     /// `[parameters, heads]`, or `[heads]` for one parameter.
     weights: Tensor,
@@ -164,7 +165,7 @@ impl Position {
         self.terms.get_or_init(|| self.distances.clone().map(term).collect())
     }
 
-    /// The parameter of T5 for a distance `query − key`.
+    /// Returns the parameter of T5 for a distance `query − key`.
     pub fn bucket(&self, distance: i64) -> usize {
         match self.kind {
             Kind::Alibi { .. } => 0,
@@ -172,7 +173,7 @@ impl Position {
         }
     }
 
-    /// Of T5: `causal`, `max_distance` and `scale`.
+    /// Returns `causal`, `max_distance` and `scale` of T5.
     pub fn t5(&self) -> Option<(bool, usize, f64)> {
         match self.kind {
             Kind::Alibi { .. } => None,
@@ -180,17 +181,17 @@ impl Position {
         }
     }
 
-    /// The weights: a gradient has their shape.
+    /// Returns the weights, whose shape the gradient has.
     pub fn weights(&self) -> &Tensor {
         &self.weights
     }
 
-    /// Weights per head.
+    /// Returns the number of weights per head.
     pub fn parameters(&self) -> usize {
         self.parameters
     }
 
-    /// The bias of each head and distance, `[heads, distances]`.
+    /// Returns the bias of each head and distance, `[heads, distances]`.
     pub fn curves<A: Real>(&self) -> Result<Vec<A>> {
         let weights = self.weights.to_f64_vec()?;
         let curve = |head: usize| {
@@ -202,14 +203,14 @@ impl Position {
         Ok((0..self.heads).flat_map(curve).collect())
     }
 
-    /// Adds the gradients of the distances from number `first` on to those of one head's weights.
+    /// Adds the gradients of the distances from number `first` on to the gradients of one head's weights.
     pub fn reduce<A: Real>(&self, gradients: &[A], first: usize, into: &mut [f64]) {
         for (gradient, &(parameter, factor)) in gradients.iter().zip(&self.terms()[first..]) {
             into[parameter] += gradient.to_f64() * factor;
         }
     }
 
-    /// The gradient of the weights from that of each head's, `[heads, parameters]`.
+    /// Returns the gradient of the weights from that of each head, `[heads, parameters]`.
     pub fn gradient(&self, per_head: &[f64]) -> Result<Tensor> {
         let mut gradient = self.weights.contiguous()?.uninit_like()?;
         dispatch_float!(OP, gradient.dtype(), T, {
@@ -239,8 +240,8 @@ fn expect_weights(name: &str, weights: &Tensor, shape: &[usize], device: &Device
     Ok(())
 }
 
-/// The T5 bucket of a distance `query − key`. The quotient is computed in f64: with the usual sizes, powers of two fall
-/// exactly on bucket edges.
+/// Returns the T5 bucket of a distance `query − key`. The quotient is computed in f64: with the usual sizes, powers of
+/// two fall exactly on bucket edges.
 pub(in crate::ops) fn bucket(distance: i64, causal: bool, buckets: usize, max_distance: usize) -> usize {
     let (side, buckets, distance) = match (causal, distance < 0) {
         (true, _) => (0, buckets, distance.max(0) as usize),

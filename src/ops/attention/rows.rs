@@ -1,5 +1,5 @@
-//! How rows of a tensor `[batch, heads, sequence, features]` lie in memory, and who may write which of them. The
-//! passes are compiled for the types of computation; rows of other types are converted here.
+//! Memory order of the rows of a tensor `[batch, heads, sequence, features]`, and their distribution to the tasks that
+//! write them. The passes are compiled for the compute types; rows of other types are converted here.
 
 use half::{bf16, f16};
 
@@ -11,7 +11,7 @@ use crate::{
     shape::Shape,
 };
 
-/// The order of the rows of a tensor in memory.
+/// Order of the rows of a tensor in memory.
 #[derive(Clone, Copy, PartialEq)]
 pub(super) enum RowOrder {
     /// `[batch, heads, sequence, features]`
@@ -21,13 +21,13 @@ pub(super) enum RowOrder {
 }
 
 impl RowOrder {
-    /// The order of an operand. With its gradient in the same order, the views that led to the operand lead back
-    /// without a copy.
+    /// Returns the order of an operand. With its gradient in the same order, the backward pass of the views that led to
+    /// the operand needs no copy.
     pub fn of(x: &Tensor) -> Self {
         if x.strides()[1] < x.strides()[2] { Self::SequenceFirst } else { Self::HeadsFirst }
     }
 
-    /// Memory for a gradient of `x`.
+    /// Allocates memory for a gradient of `x`.
     pub fn uninit(self, x: &Tensor) -> Result<Tensor> {
         let [batch, heads, sequence, width] = [0, 1, 2, 3].map(|dim| x.shape()[dim]);
         let shape = match self {
@@ -37,7 +37,7 @@ impl RowOrder {
         Tensor::uninit(Shape::new(&shape)?, x.dtype(), x.device())
     }
 
-    /// The memory as `[batch, heads, sequence, features]`.
+    /// Returns the memory as `[batch, heads, sequence, features]`.
     pub fn view(self, x: Tensor) -> Result<Tensor> {
         match self {
             Self::HeadsFirst => Ok(x),
@@ -45,7 +45,7 @@ impl RowOrder {
         }
     }
 
-    /// Head (counted over the batch) and position of row `row` in memory.
+    /// Returns the head (counted over the batch) and position of row `row` in memory.
     pub fn place(self, row: usize, heads: usize, sequence: usize) -> (usize, usize) {
         match self {
             Self::HeadsFirst => (row / sequence, row % sequence),
@@ -54,10 +54,10 @@ impl RowOrder {
     }
 }
 
-/// The rows that one task writes, rounding once from the type of the computation.
+/// Rows that one task writes, rounding once from the compute type.
 pub(super) struct RowWriter<'a> {
     rows: Vec<FloatsMut<'a>>,
-    /// Where to leave what rounding takes from them, or nothing.
+    /// Destination of the rounding errors, empty if they are not kept.
     residual: Vec<FloatsMut<'a>>,
     scale: f64,
 }
@@ -78,7 +78,7 @@ macro_rules! write_as {
 }
 
 impl RowWriter<'_> {
-    /// `row = from · factor`; nothing if the row is not wanted. `A` is the type that the rows are computed in.
+    /// Writes `row = from · factor`; does nothing if the row is not wanted. `A` is the compute type.
     pub fn write<A: Real>(&mut self, row: usize, from: &[A], factor: A) {
         let Some(to) = self.rows.get_mut(row) else { return };
         let residual = self.residual.get_mut(row);
@@ -86,7 +86,7 @@ impl RowWriter<'_> {
     }
 }
 
-// One pass each: through rows in f32 these would cost more than the rows of values that they come from.
+// One pass each: going through rows in f32 would cost more than reading the rows of values.
 vectorized! {
     fn write_residual<T: Float>(from: &[T::Acc], factor: T::Acc, rounded: &[T], scale: T::Acc, to: &mut [T]) {
         for ((from, rounded), to) in from.iter().zip(rounded).zip(to) {
@@ -103,8 +103,8 @@ vectorized! {
     }
 }
 
-/// Deals the rows of a tensor to tasks: one per batch entry, head and `block` positions of the sequence, in this order;
-/// and those of the residual of its rounding, if there is one.
+/// Distributes the rows of a tensor to tasks, one per batch entry, head and `block` positions of the sequence, in this
+/// order, together with those of its rounding residual, if there is one.
 pub(super) fn deal<'a>(
     values: FloatsMut<'a>,
     residual: Option<FloatsMut<'a>>,
@@ -127,7 +127,7 @@ fn deal_rows<'a>(
 ) -> Vec<Vec<FloatsMut<'a>>> {
     let blocks = sequence.div_ceil(block);
     let mut tasks: Vec<Vec<FloatsMut>> = (0..batch * heads * blocks).map(|_| Vec::new()).collect();
-    // Without features, or where nothing is wanted, the tasks get no rows.
+    // Without features, or if nothing is wanted, the tasks get no rows.
     if let Some(width) = values.len().checked_div(batch * heads * sequence).filter(|&width| width > 0) {
         for (row, values) in values.chunks(width).into_iter().enumerate() {
             let (head, position) = order.place(row, heads, sequence);
@@ -137,7 +137,7 @@ fn deal_rows<'a>(
     tasks
 }
 
-/// The gradient of an operand, if it is wanted.
+/// Gradient of an operand, if it is wanted.
 pub(super) struct Output {
     order: RowOrder,
     /// Batch, heads and sequence.
@@ -152,7 +152,7 @@ impl Output {
         Ok(Self { order, sizes: [0, 1, 2].map(|dim| x.shape()[dim]), memory })
     }
 
-    /// The rows for tasks of `block` positions each.
+    /// Returns the rows for tasks of `block` positions each.
     pub fn deal(&mut self, block: usize) -> Result<Vec<RowWriter<'_>>> {
         let values = match &mut self.memory {
             Some(memory) => memory.floats_mut(OP)?,
@@ -166,8 +166,8 @@ impl Output {
     }
 }
 
-/// A tensor of rank 4 with packed rows in the type of operands, that of the tensor or of the computation: itself, or a
-/// packed copy.
+/// Returns a tensor of rank 4 with packed rows in the operand type, which is the tensor's type or the compute type:
+/// itself, or a packed copy.
 pub(super) fn widen<O: Float>(x: &Tensor) -> Result<Tensor> {
     if x.dtype() == O::DTYPE {
         return Ok(x.clone());
@@ -183,12 +183,12 @@ pub(super) fn widen<O: Float>(x: &Tensor) -> Result<Tensor> {
     Ok(wide)
 }
 
-/// Keys from which the common part of a head is estimated.
+/// Number of keys from which the common part of a head is estimated.
 const SAMPLE: usize = 64;
 
-/// A packed copy of keys `[batch, heads, key, d]` without what all keys of a head have in common in a feature, where
-/// that is more than what they differ by; `None` if there is nothing. The gradients of a query's scores sum to zero, so
-/// that they may be multiplied by either; but rounded to a half type they do not quite, and the common part would
+/// Returns a packed copy of keys `[batch, heads, key, d]` without the common part of each feature over all keys of a
+/// head, where that exceeds their differences; `None` if there is none. The gradients of a query's scores sum to zero,
+/// so that they may be multiplied by either; but rounded to a half type they do not quite, and the common part would
 /// multiply the difference.
 pub(super) fn without_common<O: Float>(keys: &Tensor) -> Result<Option<Tensor>> {
     let [batch, heads, count, d] = [0, 1, 2, 3].map(|dim| keys.shape()[dim]);
@@ -196,7 +196,7 @@ pub(super) fn without_common<O: Float>(keys: &Tensor) -> Result<Option<Tensor>> 
     let row = |head: usize, key: usize| rows.row(head / heads, head % heads, key, d);
     let step = count.div_ceil(SAMPLE).max(1);
     let part = O::Acc::from_f64(1.0 / count.div_ceil(step).max(1) as f64);
-    // Sums become the common parts of all heads.
+    // The sums become the common parts of all heads.
     let mut common = vec![O::Acc::ZERO; batch * heads * d];
     let mut squares = vec![O::Acc::ZERO; d];
     for (head, sums) in common.chunks_exact_mut(d.max(1)).enumerate() {

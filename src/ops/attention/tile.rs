@@ -1,5 +1,5 @@
-//! A tile: the scores of a block of queries against a block of keys, with every bias and mask, in one place for the
-//! forward and the backward pass.
+//! A tile: the scores of a block of queries against a block of keys, with every bias and mask, shared by the forward
+//! and the backward pass.
 
 use std::ops::Range;
 
@@ -16,9 +16,9 @@ use crate::{
     ops::reduce::{LANES, join, sum_slice},
 };
 
-/// Queries of a tile.
+/// Number of queries per tile.
 pub(super) const QUERIES: usize = 256;
-/// Keys of a tile, and the step from one of its rows to the next.
+/// Number of keys per tile, and the stride of its rows.
 pub(super) const KEYS: usize = 128;
 
 /// One operand `[batch, heads, sequence, features]` with packed rows.
@@ -37,10 +37,10 @@ impl<'a, A: Float> Rows<'a, A> {
         Ok(Self { data, batch: strides[0], head: strides[1], row: strides[2] })
     }
 
-    /// The rows from `start` on.
+    /// Returns the rows from `start` on.
     pub fn block(&self, batch: usize, head: usize, start: usize) -> Matrix<'a, A> {
         let offset = batch * self.batch + head * self.head + start * self.row;
-        // Rows without features may start behind the end.
+        // Rows without features may start past the end.
         Matrix { data: &self.data[offset.min(self.data.len())..], row: self.row, col: 1 }
     }
 
@@ -49,7 +49,7 @@ impl<'a, A: Float> Rows<'a, A> {
     }
 }
 
-/// A tile as an operand of a product: itself, or rounded to `O` in `memory`.
+/// Returns a tile as an operand of a product: itself, or rounded to `O` in `memory`.
 pub(super) fn operand<'a, O: Float>(tile: &'a [O::Acc], width: usize, memory: &'a mut [O::Acc]) -> Matrix<'a, O> {
     let data = if O::DTYPE == O::Acc::DTYPE {
         bytemuck::cast_slice(tile)
@@ -71,12 +71,12 @@ vectorized! {
     }
 }
 
-/// A transposed view.
+/// Returns a transposed view.
 pub(super) fn transposed<A: Copy>(x: Matrix<A>) -> Matrix<A> {
     Matrix { row: x.col, col: x.row, ..x }
 }
 
-/// A tensor that broadcasts to the scores; its last dimension is packed or repeated.
+/// Tensor that broadcasts to the scores; its last dimension is packed or repeated.
 struct Broadcast<V> {
     data: V,
     strides: [usize; 4],
@@ -90,7 +90,7 @@ impl<V> Broadcast<V> {
         Ok(Self { data: data(layout.offset), strides })
     }
 
-    /// Where the entries of a run of keys are: one each, or one for all of them.
+    /// Returns the range of the entries of a run of keys: one each, or one for all of them.
     fn row(&self, index: [usize; 4], keys: usize) -> Range<usize> {
         let start: usize = index.iter().zip(&self.strides).map(|(index, stride)| index * stride).sum();
         start..start + if self.strides[3] == 1 { keys } else { 1 }
@@ -111,7 +111,7 @@ impl Broadcast<Floats<'_>> {
     }
 }
 
-/// Where a tile lies.
+/// Position of a tile.
 #[derive(Clone, Copy)]
 pub(super) struct At {
     pub batch: usize,
@@ -125,31 +125,31 @@ pub(super) struct At {
 }
 
 impl At {
-    /// Keys with those that fill the last group of lanes.
+    /// Returns the number of keys, rounded up to fill the last vector.
     pub fn width(&self) -> usize {
         self.keys.next_multiple_of(LANES)
     }
 }
 
-/// Why all scores of a query are −∞.
+/// Reason why all scores of a query are −∞.
 #[derive(Clone, Copy, PartialEq)]
 pub(super) enum Empty {
     /// No key is left.
     Masked,
     /// The bias of every key left is −∞.
     Biased,
-    /// Sums have left the range of numbers.
+    /// Sums have overflowed.
     Overflown,
 }
 
-/// Everything that the tiles of one call are computed from: operands of products in `O`, all else in `O::Acc`.
+/// Inputs of all tiles of one call: operands of products in `O`, all else in `O::Acc`.
 pub(super) struct Tiles<'a, O: Multiply> {
     pub sizes: Sizes,
     pub q: Rows<'a, O>,
     pub k: Rows<'a, O>,
     pub v: Rows<'a, O>,
     pub scale: O::Acc,
-    /// The largest number of the tensors' type.
+    /// Largest number of the tensors' type.
     pub largest: O::Acc,
     causal: bool,
     mask: Option<Broadcast<&'a [u8]>>,
@@ -164,7 +164,7 @@ pub(super) struct Tiles<'a, O: Multiply> {
 }
 
 impl<'a, O: Multiply> Tiles<'a, O> {
-    /// `operands` are queries, keys and values in the type of products.
+    /// Creates the tiles of a call; `operands` are queries, keys and values in the type of products.
     pub fn new(problem: &'a Problem, operands: &'a [Tensor; 3]) -> Result<Self> {
         let sizes = problem.sizes;
         let padding = |mask: &'a Option<Tensor>| mask.as_ref().map(|mask| mask.values::<bool>()).transpose();
@@ -196,7 +196,7 @@ impl<'a, O: Multiply> Tiles<'a, O> {
         })
     }
 
-    /// The keys that causality, the window and the padding of the queries leave to a query.
+    /// Returns the keys that causality, the window and the query mask leave to a query.
     fn kept(&self, batch: usize, query: usize) -> Range<usize> {
         let keys = self.sizes.keys;
         let position = query as i64 + keys as i64 - self.sizes.queries as i64;
@@ -208,8 +208,8 @@ impl<'a, O: Multiply> Tiles<'a, O> {
         start.min(end)..end
     }
 
-    /// The tile with those of its queries that may keep a score of it, from the first to the last; masks of their own
-    /// are not looked at.
+    /// Returns the tile narrowed to the queries, from the first to the last, that may keep one of its scores, or
+    /// `None`; attention masks are not considered.
     pub fn reach(&self, at: At) -> Option<At> {
         let sees = |&query: &usize| {
             let kept = self.kept(at.batch, query);
@@ -224,7 +224,7 @@ impl<'a, O: Multiply> Tiles<'a, O> {
         Some(At { query: first, queries: last + 1 - first, ..at })
     }
 
-    /// The keys of the tile that no padding masks, counted from its first one, and the mask of those behind.
+    /// Returns the number of leading keys of the tile that no padding masks, and the mask of the others.
     fn padding(&self, at: At) -> Option<(usize, &'a [u8])> {
         let mask = self.key_mask?;
         let length = mask.len() / self.sizes.batch;
@@ -235,7 +235,7 @@ impl<'a, O: Multiply> Tiles<'a, O> {
         Some((free, &mask[start..start + at.keys - free]))
     }
 
-    /// `scale · q kᵀ` with biases, −∞ where masked; rows of `s` are [`KEYS`] apart.
+    /// Computes `scale · q kᵀ` with biases, −∞ where masked; rows of `s` are [`KEYS`] apart.
     pub fn scores(&self, at: At, s: &mut [O::Acc]) {
         let q = self.q.block(at.batch, at.head, at.query);
         let k = self.k.block(at.batch, at.head / self.sizes.group(), at.key);
@@ -268,25 +268,25 @@ impl<'a, O: Multiply> Tiles<'a, O> {
         }
     }
 
-    /// The part of the position bias that a tile reads: that of its last query and first key comes first, and each
-    /// query before it starts one element later.
+    /// Returns the part of the position bias that a tile reads: it starts with that of its last query and first key,
+    /// and each query before it starts one element later.
     pub fn curve(&self, at: At) -> Range<usize> {
         let distances = self.sizes.queries + self.sizes.keys - 1;
         let start = at.head * distances + self.sizes.queries + at.key - at.query - at.queries;
         start..start + at.keys + at.queries - 1
     }
 
-    /// Whether weights are dropped.
+    /// Returns `true` if weights are dropped.
     pub fn drops(&self) -> bool {
         self.dropout.is_some()
     }
 
-    /// What a kept weight is multiplied by.
+    /// Returns the factor of a kept weight.
     pub fn dropout_factor(&self) -> O::Acc {
         self.dropout.map_or(O::Acc::ONE, |dropout| <O::Acc as Float>::from_f64(dropout.factor))
     }
 
-    /// What dropout multiplies the weights of one query by, `kept` or 0; unchanged without dropout.
+    /// Writes the dropout factors of one query's weights, `kept` or 0; leaves them unchanged without dropout.
     pub fn dropout(&self, at: At, row: usize, kept: O::Acc, factors: &mut [O::Acc]) {
         let Some(dropout) = &self.dropout else { return };
         let Sizes { heads, queries, keys, .. } = self.sizes;
@@ -304,7 +304,7 @@ impl<'a, O: Multiply> Tiles<'a, O> {
         }
     }
 
-    /// Why a query has no weight.
+    /// Returns the reason why a query has no weight.
     pub fn empty(&self, at: At, row: usize) -> Empty {
         let (query, keys) = (at.query + row, self.sizes.keys);
         let all = At { key: 0, keys, ..at };
@@ -326,7 +326,7 @@ impl<'a, O: Multiply> Tiles<'a, O> {
         why
     }
 
-    /// Gives fully masked queries their weights, `1 / keys` for every key, times `part`, and applies dropout to them.
+    /// Writes the weights of fully masked queries, `1 / keys` for every key, times `part`, and applies dropout to them.
     pub fn spread(
         &self,
         at: At,
@@ -396,7 +396,7 @@ vectorized! {
 }
 
 vectorized! {
-    /// Word `first + n` of the stream decides on element `n`.
+    /// Word `first + n` of the stream decides whether element `n` is kept.
     fn keep_factors<A: Real>(stream: Philox, first: u64, threshold: u64, factor: A, factors: &mut [A]) {
         const GROUP: u64 = Philox::GROUP as u64;
         let (mut words, skip) = ([0; KEYS + Philox::GROUP], (first % GROUP) as usize);
@@ -413,8 +413,8 @@ vectorized! {
 }
 
 vectorized! {
-    /// One step of the online softmax: turns the scores of a tile into `exp(score − max)`, where `max` is that of all
-    /// tiles so far, and brings the sums so far (`sum`, and rows of `acc`) to that maximum.
+    /// Performs one step of the online softmax: turns the scores of a tile into `exp(score − max)`, where `max` is that
+    /// of all tiles so far, and brings the sums so far (`sum`, and rows of `acc`) to that maximum.
     pub(super) fn softmax_step<A: Real>(s: &mut [A], width: usize, max: &mut [A], sum: &mut [A], acc: &mut [A]) {
         let e = acc.len() / max.len();
         for (row, s) in s.chunks_exact_mut(KEYS).take(max.len()).enumerate() {
@@ -459,15 +459,15 @@ vectorized! {
     }
 }
 
-/// The weight by which the gradient of a score is multiplied: one key that has all the weight passes none, where
-/// `dp − delta` is what rounding leaves. A product with 0 keeps NaN and infinities.
+/// Returns the weight that multiplies the gradient of a score: a key with all the weight passes none, since `dp −
+/// delta` is only rounding error there. A product with 0 keeps NaN and infinities.
 #[inline(always)]
 fn slope<A: Real>(p: A) -> A {
     if p == A::ONE { A::ZERO } else { p }
 }
 
 vectorized! {
-    /// `ds = p ⊙ (dp − delta)`, over `dp`.
+    /// Computes `ds = p ⊙ (dp − delta)`, over `dp`.
     pub(super) fn score_gradients<A: Real>(p: &[A], dp: &mut [A], width: usize, delta: &[A]) {
         for ((p, dp), delta) in p.chunks_exact(KEYS).zip(dp.chunks_exact_mut(KEYS)).zip(delta) {
             for (p, dp) in p[..width].iter().zip(&mut dp[..width]) {
@@ -478,7 +478,7 @@ vectorized! {
 }
 
 vectorized! {
-    /// As [`score_gradients`] for one row with dropout: the weights come back as they met the values.
+    /// Like [`score_gradients`], but for one row with dropout: leaves the weights as they multiply the values.
     pub(super) fn score_gradients_dropped<A: Real>(p: &mut [A], dp: &mut [A], factors: &[A], delta: A) {
         for ((p, dp), factor) in p.iter_mut().zip(dp).zip(factors) {
             *dp = slope(*p) * (*dp * *factor - delta);
@@ -505,7 +505,7 @@ vectorized! {
 }
 
 vectorized! {
-    /// If `true`, there is neither an infinity nor NaN.
+    /// Returns `true` if there is neither an infinity nor NaN.
     pub(super) fn finite<A: Real>(x: &[A]) -> bool {
         let mut lanes = [A::ZERO; LANES];
         let (groups, rest) = x.as_chunks::<LANES>();
@@ -518,7 +518,7 @@ vectorized! {
     }
 }
 
-/// `sum · factor`, the mean of values up to `largest`: only rounding can say that it is larger.
+/// Computes `sum · factor`, the mean of values up to `largest`: only rounding can say that it is larger.
 #[inline(always)]
 pub(super) fn mean_of<A: Real>(sum: A, factor: A, largest: A) -> A {
     let mean = sum * factor;
@@ -540,7 +540,7 @@ vectorized! {
 }
 
 vectorized! {
-    /// `to = factor · Σ rows`, rows being `step` apart.
+    /// Computes `to = factor · Σ rows`, rows being `step` apart.
     pub(super) fn sum_rows<A: Real>(rows: &[A], step: usize, count: usize, factor: A, to: &mut [A]) {
         for (column, to) in to.iter_mut().enumerate() {
             let mut sum = rows[column];
@@ -568,12 +568,12 @@ vectorized! {
     }
 }
 
-/// Lends out `LENGTHS` pieces of this thread's working memory, of unspecified content.
+/// Calls the closure with pieces of this thread's scratch memory, of unspecified content.
 pub(super) fn with_scratch<A: Real, const N: usize, R>(
     lengths: [usize; N],
     body: impl FnOnce([&mut [A]; N]) -> R,
 ) -> R {
-    // Pieces start at cache lines of 64 bytes.
+    // Pieces start at 64-byte cache lines.
     let line = 64 / size_of::<A>();
     let total: usize = lengths.iter().map(|length| length.next_multiple_of(line)).sum();
     lend(User::Attention, |[memory, ..]| {

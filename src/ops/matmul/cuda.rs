@@ -1,4 +1,4 @@
-//! Products on a GPU: the strides as cuBLAS takes them.
+//! Products on a GPU, with strides in the form that cuBLAS takes.
 
 use super::strides::{Merged, Sizes, positions};
 use crate::{
@@ -6,7 +6,7 @@ use crate::{
     device::{Address, Gemm, Gpu, Operand},
 };
 
-/// `a·b (+ bias)` as a constant of this shape, which has elements.
+/// Computes `a·b (+ bias)` as a constant of this shape, which must not be empty.
 pub(super) fn product(
     gpu: &'static dyn Gpu,
     sizes: &Sizes,
@@ -15,7 +15,7 @@ pub(super) fn product(
     bias: Option<&Tensor>,
 ) -> Result<Tensor> {
     let mut out = match bias {
-        // The product is added to it in the type of the sums, so that the result is rounded once.
+        // The product is added to it in the accumulation type, so that the result is rounded once.
         Some(bias) => bias.detach().expand(shape)?.contiguous()?.into_owned()?,
         None => Tensor::uninit(shape, a.dtype(), a.device())?,
     };
@@ -27,7 +27,7 @@ pub(super) fn product(
     let [a, b] = usable(sizes, [a, b])?;
     let merged = Merged::new(sizes, &a, &b)?;
 
-    // One call serves the last dimension of the batch.
+    // One call covers the last dimension of the batch.
     let outer = merged.batch.rank().saturating_sub(1);
     let (outer, last) = merged.batch.split_at(outer);
     let (outer, items) = (Shape::unchecked(outer), last.first().copied().unwrap_or(1));
@@ -54,7 +54,7 @@ pub(super) fn product(
     Ok(out)
 }
 
-/// `sums (+)= a·b` for two matrices, in the type of the sums; `sums` has elements.
+/// Computes `sums (+)= a·b` for two matrices in the accumulation type; `sums` must not be empty.
 pub(super) fn product_sums(
     gpu: &'static dyn Gpu,
     sizes: &Sizes,
@@ -84,7 +84,7 @@ pub(super) fn product_sums(
     })
 }
 
-/// Operands as cuBLAS takes them, with packed rows or packed columns; anything else is packed first.
+/// Returns operands in the form that cuBLAS takes, with packed rows or packed columns; anything else is packed first.
 fn usable(sizes: &Sizes, [a, b]: [&Tensor; 2]) -> Result<[Tensor; 2]> {
     let (mut a, mut b) = (a.detach(), b.detach());
     let usable = |merged: &Merged| [fits(merged.a, [merged.m, merged.k]), fits(merged.b, [merged.k, merged.n])];
@@ -101,8 +101,8 @@ fn usable(sizes: &Sizes, [a, b]: [&Tensor; 2]) -> Result<[Tensor; 2]> {
     Ok([a, b])
 }
 
-/// Returns `true` if the rows of a matrix are packed and do not overlap. The step along a dimension of size 1 is never
-/// taken.
+/// Returns `true` if the rows of a matrix are packed and do not overlap. The stride of a dimension of size 1 is
+/// ignored.
 fn has_packed_rows([row, column]: [usize; 2], [rows, columns]: [usize; 2]) -> bool {
     (column == 1 || columns == 1) && (row >= columns || rows == 1)
 }

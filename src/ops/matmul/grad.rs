@@ -19,7 +19,7 @@ impl Backward for MatmulBackward {
         "matmul"
     }
 
-    /// `dA = G·Bᵀ`, `dB = Aᵀ·G`, summed over the dimensions that were broadcast.
+    /// Computes `dA = G·Bᵀ`, `dB = Aᵀ·G`, summed over the dimensions that were broadcast.
     fn backward(self: Box<Self>, grad: Tensor, need: &[bool]) -> Result<InputGrads> {
         let [a_shape, b_shape] = self.shapes;
         let da = match self.b.filter(|_| need[0]) {
@@ -34,7 +34,7 @@ impl Backward for MatmulBackward {
     }
 }
 
-/// `Aᵀ·G`, summed to the shape of B.
+/// Computes `Aᵀ·G`, summed to the shape of B.
 fn right_gradient(a: &Tensor, grad: &Tensor, b_shape: Shape) -> Result<Tensor> {
     if a.numel() == 0 || grad.numel() == 0 {
         return Tensor::zeros(b_shape, grad.dtype(), grad.device());
@@ -52,7 +52,7 @@ fn right_gradient(a: &Tensor, grad: &Tensor, b_shape: Shape) -> Result<Tensor> {
     let a = a.expand(Shape::new(&[&*batch, &[m, k]].concat())?)?.reshape(shape([rows, k])?)?;
     let grad = grad.reshape(shape([rows, n])?)?;
     let sum = product(&a.transpose(-1, -2)?, &grad, None)?;
-    // What is left in front of B's shape has size 1 now.
+    // The dimensions left before B's shape have size 1 now.
     let b_kept = b_batch.rank().saturating_sub(repeats);
     sum.sum_to(Shape::new(&[&b_batch[..b_kept], &[k, n]].concat())?)?.reshape(b_shape)
 }
@@ -61,17 +61,17 @@ pub(super) struct LinearBackward {
     pub x: Option<Saved>,
     pub weight: Option<Tensor>,
     pub shapes: [Shape; 2],
-    /// The gradient of `x` from later ops.
+    /// Gradient of `x` accumulated from later ops.
     pub sum: Option<Tensor>,
 }
 
 impl LinearBackward {
-    /// `sum + g·W`, written over the sum.
+    /// Computes `sum + g·W`, overwriting the sum.
     fn add_product(sum: Tensor, grad: &Tensor, weight: &Tensor, shape: Shape) -> Result<Tensor> {
         let [outputs, inputs] = [weight.dim(0)?, weight.dim(1)?];
         let rows = shape.without(shape.rank() - 1).numel();
         let mut flat = sum.reshape([rows, inputs])?;
-        // Otherwise this handle would be another one.
+        // Otherwise this handle would count as a second one.
         drop(sum);
         product_sums(&grad.reshape([rows, outputs])?, weight, true, &mut flat)?;
         flat.reshape(shape)
@@ -83,18 +83,18 @@ impl Backward for LinearBackward {
         "linear"
     }
 
-    /// Only if sums have the type of the gradient: half types would round once more.
+    /// Only if the accumulation type is that of the gradient: half types would round once more.
     fn accumulate_into(&mut self, mut sum: Tensor) -> Option<Tensor> {
         let adds = self.weight.is_some() && sum.dtype() == sum.dtype().accumulator() && sum.is_unique();
         self.sum = adds.then(|| sum.detach());
         (!adds).then_some(sum)
     }
 
-    /// `dx = g·W`, `dW = gᵀ·x`, `db = Σ_rows g`.
+    /// Computes `dx = g·W`, `dW = gᵀ·x`, `db = Σ_rows g`.
     fn backward(self: Box<Self>, grad: Tensor, need: &[bool]) -> Result<InputGrads> {
         let [x_shape, weight_shape] = self.shapes;
         let grad = grad.as_rows()?;
-        // First what needs the input, which is gone when the gradient of its size is made.
+        // First the gradient that needs the input, which is freed before a gradient of its size is allocated.
         let dw = match self.x.filter(|_| need[1]) {
             Some(x) => Some(right_gradient(&grad, &x.value()?.as_rows()?, weight_shape)?),
             None => None,

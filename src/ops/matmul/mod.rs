@@ -16,7 +16,7 @@ use crate::{
 use grad::{LinearBackward, MatmulBackward};
 use strides::{Merged, Sizes, positions};
 
-/// Tells the profile of the product of `x` and another matrix that gave `y`.
+/// Reports to the profile the cost of a product of `x` and another matrix with the result `y`.
 fn cost(x: &Tensor, y: &Tensor) {
     profile::cost(|| {
         let steps = x.shape().last().copied().unwrap_or(1);
@@ -25,13 +25,13 @@ fn cost(x: &Tensor, y: &Tensor) {
 }
 
 impl Tensor {
-    /// Matrix product: `y[.., i, j] = Σ_k a[.., i, k] · b[.., k, j]`.
+    /// Computes the matrix product: `y[.., i, j] = Σ_k a[.., i, k] · b[.., k, j]`.
     ///
-    /// Shapes: `[.., m, k], [.., k, n] → [.., m, n]`, leading dimensions broadcast as in PyTorch; any strides,
-    /// nothing is copied. A vector on the left is a row and one on the right a column, and the result lacks its
-    /// dimension: `[k], [k] → []`. Sums in f32 (f64 for f64); `k = 0` gives zeros. Saves each operand if the other one
-    /// needs a gradient. Errors: a scalar, sizes that do not match, dtypes or devices that differ, or integers, which
-    /// PyTorch does not multiply on a GPU either.
+    /// Shapes: `[.., m, k], [.., k, n] → [.., m, n]`, leading dimensions broadcast as in PyTorch; any strides, nothing
+    /// is copied. A vector on the left is treated as a row and one on the right as a column, and the added dimension is
+    /// removed from the result: `[k], [k] → []`. Sums in f32 (f64 for f64); `k = 0` gives zeros. Saves each operand if
+    /// the other one needs a gradient. Errors: a scalar, sizes that do not match, dtypes or devices that differ, or
+    /// integers, which PyTorch cannot multiply on a GPU either.
     ///
     /// ```
     /// use x_transformers::{Device, Tensor};
@@ -64,12 +64,12 @@ impl Tensor {
         })
     }
 
-    /// The affine map of a dense layer: `y = x·Wᵀ + b`.
+    /// Computes the affine map of a dense layer: `y = x·Wᵀ + b`.
     ///
-    /// Shapes: `x [.., in]`, `weight [out, in]`, `bias [out]` → `[.., out]`, or `weight [in]`, `bias []` → `[..]`, the
-    /// layer of one output without its dimension. Sums in f32 (f64 for f64), the bias is
-    /// added before the result is rounded. Saves `x`, or how to compute it again if that is cheap, if the weight needs
-    /// a gradient, and the weight if `x` needs one. Errors: sizes that do not match, other dtypes or devices.
+    /// Shapes: `x [.., in]`, `weight [out, in]`, `bias [out]` → `[.., out]`, or `weight [in]`, `bias []` → `[..]`, a
+    /// layer of one output without its dimension. Accumulates in f32 (f64 for f64) and adds the bias before rounding
+    /// the result. Saves `x`, or how to recompute it if that is cheap, if the weight needs a gradient, and the weight
+    /// if `x` needs one. Errors: sizes, dtypes or devices that do not match.
     ///
     /// ```
     /// use x_transformers::{Device, Tensor};
@@ -106,13 +106,13 @@ impl Tensor {
         }
     }
 
-    /// The same values as a constant with at least two dimensions.
+    /// Returns the same values as a constant with at least two dimensions.
     fn as_rows(&self) -> Result<Tensor> {
         if self.rank() == 1 { self.detach().unsqueeze(0) } else { Ok(self.detach()) }
     }
 }
 
-/// Checks that `x [.., in]`, `weight [out, in]` and `bias [out]` fit.
+/// Checks that the shapes of `x [.., in]`, `weight [out, in]` and `bias [out]` match.
 pub(super) fn check_linear(op: &'static str, x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<()> {
     let fits = x.rank() > 0 && weight.rank() == 2 && x.shape()[x.rank() - 1] == weight.shape()[1];
     ensure!(
@@ -133,7 +133,7 @@ pub(super) fn check_linear(op: &'static str, x: &Tensor, weight: &Tensor, bias: 
     Ok(())
 }
 
-/// `a·b (+ bias)` as a constant.
+/// Computes `a·b (+ bias)` as a constant.
 pub(super) fn product(a: &Tensor, b: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
     let sizes = Sizes::of(a.shape(), b.shape())?;
     same_kind("matmul", a, b)?;
@@ -151,8 +151,8 @@ pub(super) fn product(a: &Tensor, b: &Tensor, bias: Option<&Tensor>) -> Result<T
     Ok(out)
 }
 
-/// `sums (+)= a·b` for two matrices of any strides, `[m, k]` and `[k, n]`, in the type of the sums: `sums [m, n]` is
-/// packed, and f32 for half types. Without `accumulate` it is overwritten.
+/// Computes `sums (+)= a·b` for two matrices of any strides, `[m, k]` and `[k, n]`, in the accumulation type: `sums [m,
+/// n]` is packed, and f32 for half types. Without `accumulate` it is overwritten.
 pub(super) fn product_sums(a: &Tensor, b: &Tensor, accumulate: bool, sums: &mut Tensor) -> Result<()> {
     let sizes = Sizes::of(a.shape(), b.shape())?;
     // The last check before cuBLAS gets addresses.
@@ -202,7 +202,7 @@ mod tests {
     use super::*;
     use crate::DType;
 
-    /// Sums of another size or type would be written beyond their end.
+    /// Sums of another size or type would be written out of bounds.
     #[test]
     fn matmul_refuses_sums_of_another_size() -> Result<()> {
         let of = |shape: [usize; 2], dtype| Tensor::zeros(shape, dtype, &Device::Cpu);

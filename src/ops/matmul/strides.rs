@@ -7,15 +7,15 @@ use crate::{
     shape::{MAX_RANK, Shape, collapse},
 };
 
-/// The sizes of a product of two tensors.
+/// Sizes of a product of two tensors.
 pub(super) struct Sizes {
-    /// The broadcast dimensions in front.
+    /// The leading dimensions, broadcast.
     pub batch: Shape,
     pub m: usize,
     pub n: usize,
     pub k: usize,
-    /// Rows that meet one matrix of B, by the shapes only: those of the last dimensions of the batch that B does not
-    /// have count too. The kernel depends on this number, and must not depend on the layout in memory.
+    /// Number of rows multiplied by one matrix of B, derived from the shapes only: trailing batch dimensions that B
+    /// lacks count too. The kernel depends on this number and must not depend on the layout in memory.
     pub rows: usize,
 }
 
@@ -38,7 +38,7 @@ impl Sizes {
         Ok(Self { batch, m, n, k, rows })
     }
 
-    /// The batch followed by two more dimensions.
+    /// Returns the batch followed by two more dimensions.
     pub fn with(&self, last: [usize; 2]) -> Result<Shape> {
         let mut dims = self.batch.to_vec();
         dims.extend(last);
@@ -54,7 +54,7 @@ pub(super) fn split_last_two(shape: &Shape) -> (Shape, [usize; 2]) {
 /// A product with as few items in its batch as the strides allow.
 pub(super) struct Merged {
     pub batch: Shape,
-    /// Steps of both operands along the batch.
+    /// Strides of both operands along the batch.
     pub strides: [[usize; MAX_RANK]; 2],
     /// Offsets of both operands in their storage.
     pub start: [usize; 2],
@@ -62,7 +62,7 @@ pub(super) struct Merged {
     pub n: usize,
     pub k: usize,
     pub rows: usize,
-    /// Steps of A from row to row and from column to column.
+    /// Row and column stride of A.
     pub a: [usize; 2],
     pub b: [usize; 2],
 }
@@ -74,7 +74,7 @@ impl Merged {
         let mut rank = batch.rank();
         let [mut a_row, a_col] = [a_layout.strides[rank], a_layout.strides[rank + 1]];
         let b_steps = [b_layout.strides[rank], b_layout.strides[rank + 1]];
-        // A dimension along which B repeats continues the rows of A, if their strides agree: one tall product.
+        // A dimension along which B repeats extends the rows of A, if their strides agree: one tall product.
         while rank > 0 && (batch[rank - 1] == 1 || b_layout.strides[rank - 1] == 0) {
             let (size, stride) = (batch[rank - 1], a_layout.strides[rank - 1]);
             if size != 1 && m != 1 && stride != m * a_row {
@@ -92,7 +92,7 @@ impl Merged {
         Ok(Self { batch, strides, start, m, n, k, rows, a: [a_row, a_col], b: b_steps })
     }
 
-    /// The product on the processor.
+    /// Computes the product on the CPU.
     pub fn product<'a, T: Multiply>(
         &self,
         a: &'a Tensor,
@@ -115,7 +115,7 @@ impl Merged {
     }
 }
 
-/// Offsets at which both operands of an item of the batch start.
+/// Returns the offsets at which both operands of a batch item start.
 pub(super) fn positions(
     mut item: usize,
     batch: &Shape,
@@ -135,7 +135,7 @@ pub(super) fn positions(
 mod tests {
     use super::*;
 
-    /// The kernel follows from the shapes: rows of a batch count where it has one matrix B.
+    /// The kernel is chosen by the shapes: the rows of a whole batch count if it has one matrix B.
     #[test]
     fn matmul_rows_by_shape() -> Result<()> {
         let rows = |a: &[usize], b: &[usize]| Ok(Sizes::of(&Shape::new(a)?, &Shape::new(b)?)?.rows);

@@ -24,7 +24,7 @@ pub(super) struct NormBackward {
     pub(super) form: Form,
     /// See [`Form::floor`].
     pub(super) eps: f64,
-    /// Gradient that the one of the input is added to.
+    /// Gradient to which the input's gradient is added.
     pub(super) onto: Option<Tensor>,
 }
 
@@ -68,7 +68,7 @@ impl Backward for NormBackward {
         let mut grads = vec![dx];
         if let Some(weight) = &self.weight {
             grads.push(match (weight.numel() == width, &sums) {
-                // One factor serves all features: its gradient is the sum of theirs.
+                // One weight scales all features: its gradient is the sum over them.
                 (false, Some(sums)) if weight_needed => {
                     Some(sums.narrow(0, 0, width)?.sum(&[])?.reshape([1])?.to_dtype(weight.dtype())?)
                 }
@@ -83,8 +83,8 @@ impl Backward for NormBackward {
 }
 
 impl NormBackward {
-    /// The gradient of the input if it is wanted, and, if they are, the sums for the gradients of weight and bias over
-    /// blocks of rows, `[blocks, 2 · dim]`.
+    /// Computes the gradient of the input and the sums over blocks of rows for the gradients of weight and bias,
+    /// `[blocks, 2 · dim]`, each if wanted.
     fn backward_rows<R: Real>(&self, grad: Tensor, wanted: (bool, bool)) -> Result<(Option<Tensor>, Option<Tensor>)> {
         let op = self.op;
         let (width, rows, per_row) = (self.x.dim(-1)?, rows(&self.x)?, self.form.statistics());
@@ -98,7 +98,7 @@ impl NormBackward {
             [In::new(self.x.floats(op)?, width), In::new(onto, wide), In::new(self.statistics.floats(op)?, per_row)];
         let floor = (self.form != Form::Centred).then(|| R::ONE / R::from_f64(self.eps));
 
-        // Rows are summed up in blocks whose size depends on the shape alone.
+        // Rows are summed in blocks whose size depends only on the shape.
         let block = cpu::rows_per_task(rows, 8 * width);
         let shape = Shape::new(&[rows.div_ceil(block), 2 * width])?;
         let mut partials = Tensor::uninit(shape, self.statistics.dtype(), self.x.device())?;
@@ -113,9 +113,8 @@ impl NormBackward {
 }
 
 vectorized! {
-    /// Writes `dx` over the gradient of the output and adds `onto` to it. `partial`, if not empty, gets the sums for
-    /// weight and bias; `floor` is the inverse divisor of rows where the
-    /// floor acts.
+    /// Overwrites the gradient of the output with `dx` and adds `onto` to it. `partial`, if not empty, gets the sums
+    /// for weight and bias; `floor` is the inverse divisor of rows where the floor acts.
     fn backward<T: Float>(
         x: &[T],
         onto: Option<&[T]>,
@@ -178,7 +177,7 @@ vectorized! {
     }
 }
 
-/// `Σ g ⊙ weight` and `Σ g ⊙ weight ⊙ (x − mean) · inverse`.
+/// Computes `Σ g ⊙ weight` and `Σ g ⊙ weight ⊙ (x − mean) · inverse`.
 #[inline(always)]
 fn sums<T: Float>(x: &[T], g: &[T], weight: &[T::Acc], mean: T::Acc, inverse: T::Acc) -> (T::Acc, T::Acc) {
     let (mut sums, mut dots) = ([T::Acc::ZERO; LANES], [T::Acc::ZERO; LANES]);
@@ -192,7 +191,7 @@ fn sums<T: Float>(x: &[T], g: &[T], weight: &[T::Acc], mean: T::Acc, inverse: T:
     (sum_slice(&sums), sum_slice(&dots))
 }
 
-/// As [`sums`], and in the same pass `dweight += g ⊙ (x − mean) · inverse` and `dbias += g`.
+/// Like [`sums`], but also adds in the same pass: `dweight += g ⊙ (x − mean) · inverse` and `dbias += g`.
 #[inline(always)]
 fn sums_and_partials<T: Float>(
     x: &[T],
@@ -212,7 +211,7 @@ fn sums_and_partials<T: Float>(
     let (dbias_blocks, dbias_rest) = dbias.as_chunks_mut::<LANES>();
     let blocks = x_blocks.iter().zip(g_blocks).zip(weight_blocks).zip(dweight_blocks).zip(dbias_blocks);
     for ((((x, g), weight), dweight), dbias) in blocks {
-        // Copies, so that the compiler sees that they are neither each other nor what is read.
+        // Copies, so that the compiler knows that they alias neither each other nor the inputs.
         let (mut dweights, mut dbiases) = (*dweight, *dbias);
         for lane in 0..LANES {
             let (normal, g) = (normal(x[lane]), g[lane].to_acc());

@@ -1,4 +1,4 @@
-//! The launches: forward, and the two ways backward.
+//! Kernel launches: the forward pass, and two variants of the backward pass.
 
 use super::{Form, Spec, backward::NormBackward, forward::Forward, packed, reuse, rows};
 use crate::{
@@ -31,13 +31,13 @@ impl Forward {
     }
 }
 
-/// Rows whose sums for weight and bias one chunk adds up at least on a GPU; and how many chunks there are at most: two
-/// for each multiprocessor of a large card, which bounds the memory for them too.
+/// Minimum number of rows per chunk of the sums for weight and bias on a GPU, and maximum number of chunks: two for
+/// each multiprocessor of a large card, which also bounds their memory.
 const ROWS_PER_CHUNK: usize = 8;
 const MOST_CHUNKS: usize = 264;
 
-/// Threads for a row and rows of a block at once of `norm_bwd_whole`, whose threads have a packet of columns each and
-/// four rows at once; none for rows that it cannot do.
+/// Returns the threads per row and rows per block of `norm_bwd_whole`, in which each thread handles a packet of columns
+/// and four rows at once; `None` for rows that it does not support.
 fn whole_threads(columns: usize, dtype: DType) -> Option<(usize, usize)> {
     const MOST_THREADS: usize = 512;
     let lanes = 16 / dtype.size();
@@ -45,13 +45,13 @@ fn whole_threads(columns: usize, dtype: DType) -> Option<(usize, usize)> {
     (columns.is_multiple_of(lanes) && threads <= MOST_THREADS).then_some((threads, (256 / threads).max(1)))
 }
 
-/// The same values where kernels read packets of 16 bytes.
+/// Returns the same values, aligned for reads of 16-byte packets.
 fn aligned(x: &Tensor) -> Result<Tensor> {
     if x.address()?.get().is_multiple_of(16) { Ok(x.clone()) } else { x.packed_copy() }
 }
 
 impl NormBackward {
-    /// As [`NormBackward::backward_rows`].
+    /// Computes [`NormBackward::backward_rows`] on a GPU.
     pub(super) fn backward_cuda(
         &self,
         gpu: &dyn Gpu,
@@ -99,7 +99,7 @@ impl NormBackward {
             gpu.kernel("norm_bwd_whole", &dtype)?.launch(grid, args)?;
             return Ok((Some(dx), Some(partials)));
         }
-        // The sums first: the gradient of the output may be overwritten then.
+        // The sums first: the gradient of the output may be overwritten afterwards.
         let partials = wanted.1.then(|| {
             let mut partials = sums()?;
             let grid = Grid::columns(columns, chunks, x.dtype());

@@ -1,4 +1,4 @@
-//! The forward pass: statistics of each row, and the row by them.
+//! The forward pass: statistics of each row, and the row normalised by them.
 
 use super::{Form, LANES, Spec, rows, widen};
 use crate::{
@@ -15,14 +15,14 @@ use crate::{
 /// Results of the forward pass.
 pub(super) struct Forward {
     pub(super) y: Tensor,
-    /// With a residual.
+    /// The sum, if there is a residual.
     pub(super) sum: Option<Tensor>,
     /// `[rows, 2]` or `[rows, 1]`, see [`Form::statistics`]; never rounded to a half type.
     pub(super) statistics: Tensor,
 }
 
 impl Forward {
-    /// The norm of `x`, or of `x + residual`; both packed.
+    /// Normalises `x`, or `x + residual`; both must be packed.
     pub(super) fn of(op: &'static str, x: &Tensor, residual: Option<&Tensor>, spec: &Spec) -> Result<Self> {
         let shape = Shape::new(&[rows(x)?, spec.form.statistics()])?;
         let mut forward = Self {
@@ -63,7 +63,7 @@ impl Forward {
                 let x = match (sums.next(), residuals.next()) {
                     (Some(sum), Some(residual)) => {
                         add_rows(x, residual, sum);
-                        // The backward pass has the sum as it was rounded.
+                        // The backward pass uses the rounded sum.
                         round_to(dtype, sum);
                         &*sum
                     }
@@ -77,7 +77,7 @@ impl Forward {
 }
 
 vectorized! {
-    /// `sum = x + residual`
+    /// Computes `sum = x + residual`.
     fn add_rows<R: Real>(x: &[R], residual: &[R], sum: &mut [R]) {
         for ((sum, x), residual) in sum.iter_mut().zip(x).zip(residual) {
             *sum = *x + *residual;
@@ -86,12 +86,12 @@ vectorized! {
 }
 
 vectorized! {
-    /// One row.
+    /// Normalises one row.
     fn forward<R: Real>(x: &[R], weight: &[R], bias: &[R], form: Form, eps: R, y: &mut [R], statistics: &mut [R]) {
         let count = R::from_f64(x.len() as f64);
         let (mean, square) = match form {
             Form::Centred => {
-                // Deviations from the mean, and not x² − mean²: no cancellation for rows far from zero.
+                // Deviations from the mean instead of x² − mean²: no cancellation for rows far from zero.
                 let mean = sum_of(x, |x| x) / count;
                 (mean, sum_of(x, |x| (x - mean) * (x - mean)) / count)
             }
@@ -109,8 +109,8 @@ vectorized! {
     }
 }
 
-/// As [`forward`] for one row whose squares or whose sum may have overflowed: the norm of the row times a power of two
-/// that neither overflows nor loses what counts. A row with NaN or an infinity becomes NaN here too.
+/// Like [`forward`], but for a row whose squares or sum may have overflowed: normalises the row times a power of two
+/// that neither overflows nor loses significant digits. A row with NaN or an infinity becomes NaN here too.
 #[cold]
 fn shrunk<R: Real>(x: &[R], weight: &[R], bias: &[R], form: Form, eps: R, y: &mut [R], statistics: &mut [R]) {
     // As in `kernels/norm.cu`: squares that overflow come from numbers above 2^48 (2^495 in f64) in rows of up to 2^32.
@@ -137,7 +137,7 @@ fn shrunk<R: Real>(x: &[R], weight: &[R], bias: &[R], form: Form, eps: R, y: &mu
     statistics[form.statistics() - 1] = if equal { R::ONE / eps.sqrt() } else { inverse * shrink };
 }
 
-/// `Σ f(x)`
+/// Computes `Σ f(x)`.
 #[inline(always)]
 fn sum_of<R: Real>(x: &[R], f: impl Fn(R) -> R) -> R {
     let mut lanes = [R::ZERO; LANES];

@@ -1,5 +1,4 @@
-//! Normalisation of rows, or of the sum of two tensors: layer norm, RMS norm and scale norm in the form with a floor, and
-//! RMS norm in that with a summand.
+//! Normalisation of rows, or of the sum of two tensors: layer norm, RMS norm, and clamped RMS and scale norm.
 
 mod backward;
 mod cuda;
@@ -17,18 +16,18 @@ use crate::{
 };
 
 impl Tensor {
-    /// Layer norm over the last dimension: `y = (x − mean) / √(variance + eps) ⊙ weight + bias`, the variance being
-    /// the mean of the squared deviations. <https://arxiv.org/abs/1607.06450>
+    /// Applies layer norm over the last dimension: `y = (x − mean) / √(variance + eps) ⊙ weight + bias`, with the
+    /// biased variance (the mean of the squared deviations). <https://arxiv.org/abs/1607.06450>
     ///
-    /// Shapes: `[.., dim]`, weight and bias `[dim]` → `[.., dim]`; without them 1 and 0. PyTorch's default `eps` is
+    /// Shapes: `[.., dim]`, weight and bias `[dim]` → `[.., dim]`; they default to 1 and 0. PyTorch's default `eps` is
     /// 1e-5. Statistics in f32 (f64 for f64). Saves: `x`, and the mean and inverse deviation of each row.
     ///
-    /// Rows whose sum or squares overflow are normalised as any other, where PyTorch gives 0, infinities or NaN; the
-    /// same holds for the other norms. A gradient that overflows when it is multiplied by the weight makes its row
-    /// infinite or NaN, and not always as PyTorch does.
+    /// Rows whose sum or squares overflow are normalised like any other, where PyTorch gives 0, infinities or NaN; the
+    /// same holds for the other norms. A gradient that overflows when multiplied by the weight makes its row infinite
+    /// or NaN, not always in the same way as PyTorch.
     ///
-    /// Errors: rank 0, a dtype that is not float or not the same for all, a weight or bias of another shape, a
-    /// negative `eps`.
+    /// Errors: rank 0, a dtype that is not float, dtypes that differ, a weight or bias of another shape, a negative
+    /// `eps`.
     ///
     /// ```
     /// use x_transformers::{Device, Tensor};
@@ -42,11 +41,11 @@ impl Tensor {
         normalize("layer_norm", self, &self.layer_spec(weight, bias, eps))
     }
 
-    /// The sum of two tensors and its layer norm, in one pass: `(x + residual, (x + residual).layer_norm(..))`.
+    /// Computes the sum of two tensors and its layer norm in one pass: `(x + residual, (x + residual).layer_norm(..))`.
     ///
-    /// Shapes: `x` and `residual` `[.., dim]`, otherwise as [`Tensor::layer_norm`]. Saves: the sum, and what the norm
-    /// saves of each row.
-    /// Errors: as [`Tensor::layer_norm`], or a residual of another shape.
+    /// Shapes: `x` and `residual` `[.., dim]`, otherwise those of [`Tensor::layer_norm`]. Saves: the sum, and the
+    /// norm's statistics of each row.
+    /// Errors: those of [`Tensor::layer_norm`], or a residual of another shape.
     ///
     /// ```
     /// use x_transformers::{Device, Tensor};
@@ -69,28 +68,29 @@ impl Tensor {
         normalize_sum("add_layer_norm", self, residual, &self.layer_spec(weight, bias, eps))
     }
 
-    /// RMS norm over the last dimension: `y = x / max(|x| dim^-½, eps) ⊙ g`. <https://arxiv.org/abs/1910.07467>
+    /// Applies x-transformers' RMS norm over the last dimension: `y = x / max(|x| dim^-½, eps) ⊙ g`.
+    /// <https://arxiv.org/abs/1910.07467>
     ///
-    /// As in x-transformers `eps` is a floor (1e-8 there), not a summand; where it acts, the divisor is a constant
-    /// for the gradient.
+    /// `eps` is a floor of the divisor (1e-8 in x-transformers), not added to it; where it acts, the divisor is a
+    /// constant for the gradient.
     ///
     /// Shapes: `[.., dim]`, `g` `[dim]` → `[.., dim]`. Saves: `x`, and the inverse divisor of each row.
-    /// Errors: as [`Tensor::layer_norm`].
+    /// Errors: those of [`Tensor::layer_norm`].
     pub fn clamped_rms_norm(&self, g: &Tensor, eps: f64) -> Result<Tensor> {
         normalize("clamped_rms_norm", self, &self.clamped_rms_spec(g, eps))
     }
 
-    /// The sum of two tensors and its [`clamped_rms_norm`](Tensor::clamped_rms_norm), as [`Tensor::add_layer_norm`]
-    /// gives it.
+    /// Computes the sum of two tensors and its [`clamped_rms_norm`](Tensor::clamped_rms_norm), like
+    /// [`Tensor::add_layer_norm`].
     pub fn add_clamped_rms_norm(&self, residual: &Tensor, g: &Tensor, eps: f64) -> Result<(Tensor, Tensor)> {
         normalize_sum("add_clamped_rms_norm", self, residual, &self.clamped_rms_spec(g, eps))
     }
 
-    /// RMS norm over the last dimension as PyTorch's `nn.RMSNorm` and Llama have it, `y = x / √(mean x² + eps) ⊙ g`:
-    /// unlike that of [`Tensor::clamped_rms_norm`], `eps` is a summand. <https://arxiv.org/abs/1910.07467>
+    /// Applies RMS norm over the last dimension, as in PyTorch's `nn.RMSNorm` and Llama: `y = x / √(mean x² + eps) ⊙
+    /// g`. Unlike in [`Tensor::clamped_rms_norm`], `eps` is added. <https://arxiv.org/abs/1910.07467>
     ///
     /// Shapes: `[.., dim]`, `g` `[dim]` → `[.., dim]`. Saves: `x`, and the inverse divisor of each row.
-    /// Errors: as [`Tensor::layer_norm`].
+    /// Errors: those of [`Tensor::layer_norm`].
     ///
     /// ```
     /// use x_transformers::{DType, Device, Tensor};
@@ -104,22 +104,21 @@ impl Tensor {
         normalize("rms_norm", self, &self.rms_spec(g, eps))
     }
 
-    /// The sum of two tensors and its [`rms_norm`](Tensor::rms_norm), as [`Tensor::add_layer_norm`] gives
-    /// it.
+    /// Computes the sum of two tensors and its [`rms_norm`](Tensor::rms_norm), like [`Tensor::add_layer_norm`].
     pub fn add_rms_norm(&self, residual: &Tensor, g: &Tensor, eps: f64) -> Result<(Tensor, Tensor)> {
         normalize_sum("add_rms_norm", self, residual, &self.rms_spec(g, eps))
     }
 
-    /// Scale norm over the last dimension: as [`Tensor::clamped_rms_norm`] with one factor for all features (`eps` is
-    /// 1e-5 in x-transformers). <https://arxiv.org/abs/1910.05895>
+    /// Applies scale norm over the last dimension: [`Tensor::clamped_rms_norm`] with one weight for all features (`eps`
+    /// is 1e-5 in x-transformers). <https://arxiv.org/abs/1910.05895>
     ///
     /// Shapes: `[.., dim]`, `g` `[1]` → `[.., dim]`. Saves: `x`, and the inverse divisor of each row.
-    /// Errors: as [`Tensor::layer_norm`].
+    /// Errors: those of [`Tensor::layer_norm`].
     pub fn scale_norm(&self, g: &Tensor, eps: f64) -> Result<Tensor> {
         normalize("scale_norm", self, &Spec::floored(g, 1, eps))
     }
 
-    /// The sum of two tensors and its [`scale_norm`](Tensor::scale_norm), as [`Tensor::add_layer_norm`] gives it.
+    /// Computes the sum of two tensors and its [`scale_norm`](Tensor::scale_norm), like [`Tensor::add_layer_norm`].
     pub fn add_scale_norm(&self, residual: &Tensor, g: &Tensor, eps: f64) -> Result<(Tensor, Tensor)> {
         normalize_sum("add_scale_norm", self, residual, &Spec::floored(g, 1, eps))
     }
@@ -153,7 +152,7 @@ enum Form {
 }
 
 impl Form {
-    /// Numbers that are saved per row: mean and inverse divisor, or the latter alone.
+    /// Returns the number of values saved per row: mean and inverse divisor, or only the latter.
     fn statistics(self) -> usize {
         match self {
             Self::Centred => 2,
@@ -161,7 +160,7 @@ impl Form {
         }
     }
 
-    /// Divisor of a row, given the mean square of what is left after the mean.
+    /// Returns the divisor of a row, given the mean square after centring.
     #[inline(always)]
     fn divisor<A: Real>(self, square: A, eps: A) -> A {
         match self {
@@ -170,7 +169,7 @@ impl Form {
         }
     }
 
-    /// The number that kernels know it by.
+    /// Returns the number that identifies it in kernels.
     fn code(self) -> u32 {
         match self {
             Self::Floored => 0,
@@ -179,7 +178,8 @@ impl Form {
         }
     }
 
-    /// The floor of the divisor, below which it is a constant for the gradient: never one that is summed.
+    /// Returns the floor of the divisor, at which it is a constant for the gradient; an `eps` that is added is not a
+    /// floor.
     fn floor(self, eps: f64) -> f64 {
         if self == Self::Rms { 0.0 } else { eps }
     }
@@ -234,7 +234,7 @@ fn normalize(op: &'static str, x: &Tensor, spec: &Spec) -> Result<Tensor> {
     record_norm(op, &x, y, statistics, spec)
 }
 
-/// The sum, and its norm.
+/// Computes the sum and its norm.
 fn normalize_sum(op: &'static str, x: &Tensor, residual: &Tensor, spec: &Spec) -> Result<(Tensor, Tensor)> {
     spec.check(op, x)?;
     same_kind(op, x, residual)?;
@@ -245,7 +245,7 @@ fn normalize_sum(op: &'static str, x: &Tensor, residual: &Tensor, spec: &Spec) -
     let (x, residual) = (x.contiguous()?, residual.contiguous()?);
     let Forward { y, sum, statistics } = Forward::of(op, &x, Some(&residual), spec)?;
     let sum = sum.ok_or_else(|| Error::argument(op, "no sum was computed"))?;
-    // Two nodes with an output each: the gradient of the sum is whole when the norm has added its part to it.
+    // Two nodes with one output each: the gradient of the sum is complete once the norm has added its part.
     let sum = record_beside(op, sum, &[&x, &residual], |_| SumBackward)?;
     let y = record_norm(op, &sum, y, statistics, spec)?;
     Ok((sum, y))
@@ -286,33 +286,33 @@ impl Backward for SumBackward {
     }
 }
 
-/// Number of rows that are normalised.
+/// Returns the number of rows.
 fn rows(x: &Tensor) -> Result<usize> {
     Ok(x.numel().checked_div(x.dim(-1)?).unwrap_or(0))
 }
 
-/// Sums that are kept apart: so many that the compiler turns loops over them into vector operations as a whole, and
-/// that no addition waits for another.
+/// Number of independent sums: enough that the compiler vectorises whole loops over them and no addition waits for
+/// another.
 const LANES: usize = 64;
 
-/// A packed constant.
+/// Returns a packed constant.
 pub(super) fn packed(values: Option<&Tensor>) -> Result<Option<Tensor>> {
     values.map(|values| values.detach().contiguous()).transpose()
 }
 
-/// A weight or bias in the type of the computation, one per feature, so that the loops have one form.
+/// Returns a weight or bias in the compute type, one element per feature, so that the loops have one form.
 pub(super) fn widen<R: Real>(op: &'static str, values: Option<&Tensor>, width: usize, default: R) -> Result<Vec<R>> {
     let Some(values) = packed(values)? else { return Ok(vec![default; width]) };
     let values = values.floats(op)?.to_vec::<R>();
     Ok(if let [one] = values[..] { vec![one; width] } else { values })
 }
 
-/// The tensor to write over, and where its values are to be read from if that is another one.
+/// Returns the tensor to overwrite, and the tensor to read from if it is a different one.
 ///
-/// A gradient that no other handle shares is overwritten in place, which saves the memory of a second one.
+/// A gradient that no other handle shares is overwritten in place, which saves the memory for another.
 pub(crate) fn reuse(x: Tensor) -> Result<(Tensor, Option<Tensor>)> {
     let packed = x.contiguous()?;
-    // Otherwise this handle would be another one.
+    // Otherwise this handle would count as a second one.
     drop(x);
     let mut x = packed;
     if x.is_unique() { Ok((x, None)) } else { Ok((x.uninit_like()?, Some(x))) }

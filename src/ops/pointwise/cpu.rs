@@ -1,10 +1,10 @@
-//! The loops of functions of one number. Which function it is, is asked outside of them.
+//! Loops of unary functions, which are dispatched outside of the loops.
 
 use super::{Activation, Function, Keep, Loops, Unary};
 use crate::{device::simd::vectorized, dtype::Real};
 
 vectorized! {
-    /// `y = f(x)`
+    /// Computes `y = f(x)`.
     pub(super) fn map<R: Real>(f: Function, x: &[R], y: &mut [R]) {
         f.with(Map::<R, FUSED> { x, y });
     }
@@ -25,7 +25,7 @@ impl<R: Real, const FUSED: bool> Loops for Map<'_, R, FUSED> {
 }
 
 vectorized! {
-    /// Writes the gradient of the input over that of the output.
+    /// Overwrites the gradient of the output with that of the input.
     pub(super) fn map_backward<R: Real>(f: Function, kept: &[R], dx: &mut [R]) {
         f.with(MapBackward::<R, FUSED> { kept, dx });
     }
@@ -46,7 +46,7 @@ impl<R: Real, const FUSED: bool> Loops for MapBackward<'_, R, FUSED> {
 }
 
 vectorized! {
-    /// `y = x · a + b`
+    /// Computes `y = x · a + b`.
     pub(super) fn affine<R: Real>(x: &[R], y: &mut [R], a: R, b: R) {
         for (x, y) in x.iter().zip(y) {
             *y = *x * a + b;
@@ -55,7 +55,7 @@ vectorized! {
 }
 
 vectorized! {
-    /// `y = f(x + bias)`
+    /// Computes `y = f(x + bias)`.
     pub(in crate::ops) fn sum_value<R: Real>(f: Activation, x: &[R], bias: &[R], y: &mut [R]) {
         f.with(SumValue::<R, FUSED> { x, bias, y });
     }
@@ -76,7 +76,7 @@ impl<R: Real, const FUSED: bool> Loops for SumValue<'_, R, FUSED> {
     }
 }
 
-/// What the gradient of `f` at `x` is written in.
+/// Returns the value that the gradient of `f` at `x` is a function of: the input or the output.
 #[inline(always)]
 fn kept<F: Unary, R: Real, const FUSED: bool>(x: R) -> R {
     match F::KEEP {
@@ -86,7 +86,7 @@ fn kept<F: Unary, R: Real, const FUSED: bool>(x: R) -> R {
 }
 
 vectorized! {
-    /// Writes the gradient of `x` over that of `f(x + bias)`.
+    /// Overwrites the gradient of `f(x + bias)` with that of `x`.
     pub(in crate::ops) fn sum_gradient<R: Real>(f: Activation, x: &[R], bias: &[R], dx: &mut [R]) {
         f.with(SumGradient::<R, FUSED> { x, bias, dx });
     }
@@ -108,7 +108,7 @@ impl<R: Real, const FUSED: bool> Loops for SumGradient<'_, R, FUSED> {
 }
 
 vectorized! {
-    /// `f(x + bias)` and `f'(x + bias)`
+    /// Computes `f(x + bias)` and `f'(x + bias)`.
     pub(in crate::ops) fn sum_value_and_slope<R: Real>(
         f: Activation,
         x: &[R],

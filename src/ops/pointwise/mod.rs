@@ -1,4 +1,4 @@
-//! Elementwise functions of one number: a table row each, with its gradient.
+//! Elementwise unary functions: each is a table row, with its gradient.
 
 mod cpu;
 
@@ -15,22 +15,22 @@ use crate::{
 
 pub(super) use cpu::{sum_gradient, sum_value, sum_value_and_slope};
 
-/// What a unary op keeps for its derivative.
+/// Value that a unary op keeps for its derivative.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Keep {
     Input,
     Output,
 }
 
-/// A differentiable function of one number.
+/// Differentiable unary function.
 pub(crate) trait Unary {
     const KEEP: Keep;
-    /// The value; `FUSED` as for [`Real::fma`].
+    /// Returns the value; `FUSED` as for [`Real::fma`].
     fn value<R: Real, const FUSED: bool>(x: R) -> R;
-    /// The gradient of the input from that of the output, `g`. `kept` is the input or the output as [`Unary::KEEP`]
-    /// says. No factor leaves the range of the type where the product does not.
+    /// Returns the gradient of the input from that of the output, `g`. `kept` is the input or the output, as given by
+    /// [`Unary::KEEP`]. No factor overflows or underflows where the product does not.
     fn gradient<R: Real, const FUSED: bool>(g: R, kept: R) -> R;
-    /// The derivative at `kept`.
+    /// Returns the derivative at `kept`.
     #[inline(always)]
     fn derivative<R: Real, const FUSED: bool>(kept: R) -> R {
         Self::gradient::<R, FUSED>(R::ONE, kept)
@@ -42,9 +42,9 @@ trait Loops {
     fn of<F: Unary>(self);
 }
 
-/// The table: method, type, what the gradient is written in, what integers give, value, gradient. Brackets make a row
-/// an [`Activation`]: its name in descriptions, the option of a feedforward that selects it, `closes` if it is exactly
-/// 0 over a range. All else, here and in `config`, follows from the row; its kernel is a row of
+/// The table: method, type, value that the gradient is a function of, handling of integers, value, gradient. Brackets
+/// make a row an [`Activation`]: its name in descriptions, the feedforward option that selects it, and `closes` if it
+/// is exactly 0 over a range. Everything else, here and in `config`, is generated from the row; its kernel is a row of
 /// `kernels/functions.cuh`.
 macro_rules! unary {
     ($($(#[$doc:meta])* $method:ident $Type:ident $keep:ident $integers:ident
@@ -73,7 +73,7 @@ macro_rules! unary {
         }
 
         impl Function {
-            /// The method's name, which is the kernel's too.
+            /// Returns the name of the method and of the kernel.
             fn name(self) -> &'static str {
                 match self {
                     $(Self::$Type => stringify!($method),)*
@@ -93,7 +93,7 @@ macro_rules! unary {
                 }
             }
 
-            /// The function of a tensor that is not float.
+            /// Applies the function to a tensor that is not float.
             fn of_integers(self, x: &Tensor) -> Result<Tensor> {
                 match self {
                     $(Self::$Type => $integers(self, x),)*
@@ -101,7 +101,7 @@ macro_rules! unary {
             }
         }
 
-        /// The function in [`Tensor::add_activation`] and of the gate in [`Tensor::glu`].
+        /// Activation function for [`Tensor::add_activation`] and the gate of [`Tensor::glu`].
         #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
         pub enum Activation {
             $($(
@@ -112,24 +112,24 @@ macro_rules! unary {
         }
 
         impl Activation {
-            /// Every activation.
+            /// All activations.
             pub const ALL: &'static [Self] = &[$($({ let _ = $title; Self::$Type },)?)*];
 
-            /// The name in descriptions of a model.
+            /// Returns the name in descriptions of a model.
             pub fn title(self) -> &'static str {
                 match self {
                     $($(Self::$Type => $title,)?)*
                 }
             }
 
-            /// The name of the method of [`Tensor`] that computes it, and of its kernels.
+            /// Returns the name of its [`Tensor`] method and of its kernels.
             pub fn name(self) -> &'static str {
                 match self {
                     $($(Self::$Type => { let _ = $title; stringify!($method) })?)*
                 }
             }
 
-            /// The function of each element.
+            /// Applies the function to each element.
             ///
             /// Errors: a dtype that is not float.
             pub fn of(self, x: &Tensor) -> Result<Tensor> {
@@ -138,14 +138,14 @@ macro_rules! unary {
                 }
             }
 
-            /// The option of a feedforward that selects it, without `ff_`; `None` for GELU, the default, and for
+            /// Returns the feedforward option that selects it, without `ff_`; `None` for GELU, the default, and for
             /// activations of other layers.
             pub fn option(self) -> Option<&'static str> {
                 const OPTIONS: &[&[&str]] = &[$($({ let _ = $title; &[$(stringify!($option))?] },)?)*];
                 OPTIONS[self as usize].first().copied()
             }
 
-            /// Returns `true` if it is exactly 0 over a range: where it gates, no gradient passes then, even to an
+            /// Returns `true` if it is exactly 0 over a range: as a gate it passes no gradient there, even to an
             /// infinite value.
             pub(super) fn closes(self) -> bool {
                 const CLOSES: &[&[&str]] = &[$($({ let _ = $title; &[$(stringify!($closes))?] },)?)*];
@@ -164,64 +164,65 @@ macro_rules! unary {
             $(
                 $(#[$doc])*
                 ///
-                /// Errors: a dtype that is not float, unless said otherwise.
+                /// Errors: a dtype that is not float, unless stated otherwise.
                 pub fn $method(&self) -> Result<Tensor> {
                     unary(Function::$Type, self)
                 }
             )*
         }
 
-        /// Every function of one number: its name and its method.
+        /// All unary functions: name and method.
         pub const UNARY: &[(&str, fn(&Tensor) -> Result<Tensor>)] = &[$((stringify!($method), Tensor::$method)),*];
     };
 }
 
-/// A constant in the type of the computation.
+/// Returns a constant in the compute type.
 #[inline(always)]
 fn c<R: Real>(x: f64) -> R {
     R::from_f64(x)
 }
 
 unary! {
-    /// `−x`, of i64 too. Saves nothing but the input's handle.
+    /// Computes `−x`, also for i64. Saves only the input's handle.
     neg Neg Input negated |x| -x, |g, _x| -g;
-    /// `e^x`; i64 and bool become f32 first. Saves the output, which is the derivative as it was rounded: 0 or infinite
-    /// where `e^x` left the range of the dtype, as in PyTorch.
+    /// Computes `e^x`; i64 and bool become f32 first. Saves the output, whose rounded value is the derivative: 0 or
+    /// infinite where `e^x` is out of the dtype's range, as in PyTorch.
     exp Exp Output promoted |x| x.fused_exp::<FUSED>(), |g, y| g * y;
-    /// The natural logarithm; i64 and bool become f32 first. Saves the input.
+    /// Computes the natural logarithm; i64 and bool become f32 first. Saves the input.
     ln Ln Input promoted |x| x.ln(), |g, x| g / x;
-    /// `√x`; i64 and bool become f32 first. Saves the output.
+    /// Computes `√x`; i64 and bool become f32 first. Saves the output.
     sqrt Sqrt Output promoted |x| x.sqrt(), |g, y| g * (c::<R>(0.5) / y);
-    /// `x²`, of i64 too. Saves the input.
+    /// Computes `x²`, also for i64. Saves the input.
     square Square Input squared |x| x * x, |g, x| twice(g * x);
-    /// `1 / (1 + e^−x)`; i64 and bool become f32 first. Saves the input: `y (1 − y)` of an output that was rounded has
-    /// no digits left near 1. On a GPU exponentials of half types, here and in other activations, have errors of up to
+    /// Computes `1 / (1 + e^−x)`; i64 and bool become f32 first. Saves the input: `y (1 − y)` of a rounded output loses
+    /// all digits near 1. On a GPU exponentials of half types, here and in other activations, have errors of up to
     /// 2⁻¹⁷.
     sigmoid Sigmoid Input promoted ["sigmoid"] |x| x.sigmoid::<FUSED>(), |g, x| g * sigmoid_slope::<R, FUSED>(x);
-    /// The hyperbolic tangent; i64 and bool become f32 first. Saves the input, for the same reason as
+    /// Computes the hyperbolic tangent; i64 and bool become f32 first. Saves the input, for the same reason as
     /// [`Tensor::sigmoid`].
     tanh Tanh Input promoted |x| x.fused_tanh::<FUSED>(), |g, x| g * (c::<R>(4.0) * sigmoid_slope::<R, FUSED>(x + x));
-    /// `max(x, 0)`, of i64 too; the derivative at 0 is 0, and at NaN 1, as in PyTorch. Saves the output.
+    /// Computes `max(x, 0)`, also for i64; the derivative is 0 at 0 and 1 at NaN, as in PyTorch. Saves the output.
     relu Relu Output rectified ["ReLU", ff relu; closes] |x| relu(x), |g, y| if y <= R::ZERO { R::ZERO } else { g };
-    /// `max(x, 0)²` (So et al., Primer, <https://arxiv.org/abs/2109.08668>). Saves the input.
+    /// Computes `max(x, 0)²` (So et al., Primer, <https://arxiv.org/abs/2109.08668>). Saves the input.
     relu_squared ReluSquared Input refused ["squared ReLU", ff relu_squared; closes] |x| { let y = relu(x); y * y },
         |g, x| if x <= R::ZERO { R::ZERO } else { twice(g * x) };
-    /// `x Φ(x)` with the exact normal distribution, by erf (Hendrycks and Gimpel,
+    /// Computes `x Φ(x)` with the exact normal distribution, by erf (Hendrycks and Gimpel,
     /// <https://arxiv.org/abs/1606.08415>). Infinite at ∞, where PyTorch's vectorised code for f32 and bf16 gives NaN
-    /// and its other code does not. Saves the input. On a GPU half types have a polynomial in place of erf, with errors
-    /// of up to 2 · 10⁻⁵ of `Φ(−|x|)`, which their rounding hides.
+    /// and its other code does not. Saves the input. On a GPU half types use a polynomial instead of erf, with errors
+    /// of up to 2 · 10⁻⁵ in `Φ(−|x|)`, which their rounding hides.
     gelu Gelu Input refused ["GELU"]
         |x| x.gelu::<FUSED>(),
         |g, x| { let (below, density) = x.normal::<FUSED>(); g * x.fma::<FUSED>(density, below) };
-    /// `x (1 + tanh(√(2/π) (x + 0.044715 x³))) / 2`, the approximation of [`Tensor::gelu`] that BERT's authors and
-    /// GPT-2 computed with (Hendrycks and Gimpel, <https://arxiv.org/abs/1606.08415>). Its derivative is right at every
-    /// finite number, also where the `x²` in it overflows and PyTorch's becomes NaN. Saves the input.
+    /// Computes `x (1 + tanh(√(2/π) (x + 0.044715 x³))) / 2`, the approximation of [`Tensor::gelu`] used by BERT and
+    /// GPT-2 (Hendrycks and Gimpel, <https://arxiv.org/abs/1606.08415>). Its derivative is correct at every finite
+    /// number, even where its `x²` overflows and PyTorch's becomes NaN. Saves the input.
     gelu_tanh GeluTanh Input refused ["GELU by tanh", ff gelu_tanh] |x| x * gelu_gate::<R, FUSED>(x),
         |g, x| g * (gelu_gate::<R, FUSED>(x) + x * gelu_gate_slope::<R, FUSED>(x));
-    /// `x / (1 + e^−x)`, also called swish (Elfwing et al., <https://arxiv.org/abs/1702.03118>). Saves the input.
+    /// Computes `x / (1 + e^−x)`, also called swish (Elfwing et al., <https://arxiv.org/abs/1702.03118>). Saves the
+    /// input.
     silu Silu Input refused ["SiLU", ff swish] |x| x * x.sigmoid::<FUSED>(),
         |g, x| { let gate = x.sigmoid::<FUSED>(); g * (gate * (R::ONE + x * (R::ONE - gate))) };
-    /// `x / (1 + e^(−1.702 x))`, an approximation of [`Tensor::gelu`] (Hendrycks and Gimpel,
+    /// Computes `x / (1 + e^(−1.702 x))`, an approximation of [`Tensor::gelu`] (Hendrycks and Gimpel,
     /// <https://arxiv.org/abs/1606.08415>). Saves the input.
     quick_gelu QuickGelu Input refused ["GELU by sigmoid", ff quick_gelu]
         |x| x * (x * c::<R>(1.702)).sigmoid::<FUSED>(),
@@ -231,13 +232,13 @@ unary! {
         };
 }
 
-/// An op that floats only have.
+/// Returns the error of an op that only takes floats.
 fn refused(f: Function, x: &Tensor) -> Result<Tensor> {
     x.dtype().expect_float(f.name())?;
     unary(f, x)
 }
 
-/// An op whose results are not integers: computed in f32, as in PyTorch.
+/// Computes an op whose results are not integers in f32, as in PyTorch.
 fn promoted(f: Function, x: &Tensor) -> Result<Tensor> {
     unary(f, &x.to_dtype(DType::F32)?)
 }
@@ -264,13 +265,13 @@ fn rectified(f: Function, x: &Tensor) -> Result<Tensor> {
     }
 }
 
-/// `2 x` of a product that is in range.
+/// Doubles a product that is itself in range.
 #[inline(always)]
 fn twice<R: Real>(x: R) -> R {
     x + x
 }
 
-/// The derivative of the sigmoid, to its last digit where the sigmoid is near 0 or 1.
+/// Returns the derivative of the sigmoid, to full precision even where the sigmoid is near 0 or 1.
 #[inline(always)]
 fn sigmoid_slope<R: Real, const FUSED: bool>(x: R) -> R {
     let power = (if x < R::ZERO { x } else { -x }).fused_exp::<FUSED>();
@@ -278,17 +279,18 @@ fn sigmoid_slope<R: Real, const FUSED: bool>(x: R) -> R {
     power / (sum * sum)
 }
 
-/// What multiplies `x` in the approximation of GELU: a sigmoid of twice the angle of its tanh.
+/// Returns the factor of `x` in the tanh approximation of GELU: the sigmoid of twice the argument of its tanh.
 #[inline(always)]
 fn gelu_gate<R: Real, const FUSED: bool>(x: R) -> R {
     (c::<R>(GELU_ANGLE) * x * (R::ONE + c::<R>(0.044_715) * x * x)).sigmoid::<FUSED>()
 }
 
-/// The derivative of [`gelu_gate`].
+/// Returns the derivative of [`gelu_gate`].
 #[inline(always)]
 fn gelu_gate_slope<R: Real, const FUSED: bool>(x: R) -> R {
     let gate = gelu_gate::<R, FUSED>(x);
-    // Beyond ±24 the gate is 0 or 1 in f64 too, and so is the first factor 0 whatever the last one: it must not overflow.
+    // Beyond ±24 the gate is 0 or 1 even in f64, so the first factor is 0 whatever the last one, which must not
+    // overflow.
     let x = if x > c(24.0) { c(24.0) } else { x };
     let x = if x < c(-24.0) { c(-24.0) } else { x };
     gate * (R::ONE - gate) * c::<R>(GELU_ANGLE) * (R::ONE + c::<R>(3.0 * 0.044_715) * x * x)
@@ -297,13 +299,13 @@ fn gelu_gate_slope<R: Real, const FUSED: bool>(x: R) -> R {
 /// `2 √(2/π)`
 const GELU_ANGLE: f64 = 1.595_769_121_605_730_7;
 
-/// `max(x, 0)`, keeping NaN.
+/// Computes `max(x, 0)`, keeping NaN.
 #[inline(always)]
 fn relu<R: Real>(x: R) -> R {
     if x < R::ZERO { R::ZERO } else { x }
 }
 
-/// Element operations that a transcendental function counts for.
+/// Cost of a transcendental function, in element operations.
 const COST: usize = 8;
 
 fn unary(f: Function, x: &Tensor) -> Result<Tensor> {
@@ -347,7 +349,7 @@ impl Backward for UnaryBackward {
         self.function.name()
     }
 
-    /// `dx = g ⊙ f'`, in the order that the table says.
+    /// Computes `dx = g ⊙ f'`, in the order given by the table.
     fn backward(self: Box<Self>, grad: Tensor, _need: &[bool]) -> Result<InputGrads> {
         let (op, f) = (self.name(), self.function);
         let (mut dx, source) = reuse(grad)?;
@@ -375,7 +377,7 @@ impl Backward for UnaryBackward {
 }
 
 impl Tensor {
-    /// `x · multiplier + summand` with constants; computed in f32 for half types. Saves nothing.
+    /// Computes `x · multiplier + summand` with constants, in f32 for half types. Saves nothing.
     ///
     /// Errors: a dtype that is not float; [`Tensor::mul`] and [`Tensor::add`] take integers.
     ///

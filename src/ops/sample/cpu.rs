@@ -1,4 +1,4 @@
-//! Rows on the processor, as integer keys and weights.
+//! Sampling on the CPU: rows as integer keys and weights.
 
 use std::ops::Range;
 
@@ -11,14 +11,14 @@ use crate::{
 };
 
 impl Choice {
-    /// The tokens of all rows on the CPU.
+    /// Samples the tokens of all rows on the CPU.
     pub(super) fn rows<T: Logit>(&self, x: Floats, step: u64, tokens: &mut [i64]) -> Result<()> {
         let columns = self.columns;
         let least = match self.filter {
             SampleFilter::TopA { power, ratio } => self.least_share::<T>(x, power, ratio)?,
             _ => 0.0,
         };
-        // Keys and weights of each row, from the pool: rows are larger than what an allocator keeps at hand.
+        // Keys and weights of each row, from the pool: rows are larger than an allocator caches.
         let half = columns.div_ceil(2);
         let width = half * size_of::<T::Key>() / 4 + half;
         let mut scratch = Tensor::uninit(Shape::new(&[tokens.len(), width])?, DType::F64, &Device::Cpu)?;
@@ -39,7 +39,7 @@ impl Choice {
         Ok(())
     }
 
-    /// The token of one row.
+    /// Samples the token of one row.
     fn token<K: Key>(&self, row: Row<K>, weights: &mut [f32], least: f64, draw: f64) -> usize {
         let Self { scale, unit, .. } = *self;
         let Row { keys, best, .. } = row;
@@ -66,7 +66,7 @@ impl Choice {
                 weigh(keys, best, 1.0, unit, weights);
                 let least = least * sum(weights);
                 weights.iter_mut().for_each(|weight| *weight = f32::from(u8::from(f64::from(*weight) >= least)));
-                // Another row of the batch may have set the limit out of reach.
+                // Another row of the batch may have set a limit that no token of this row reaches.
                 return if sum(weights) == 0.0 { row.best_position() } else { pick(weights, draw) };
             }
             SampleFilter::Entmax => {
@@ -93,7 +93,7 @@ impl Choice {
         pick(weights, draw)
     }
 
-    /// What a probability must reach in [`SampleFilter::TopA`].
+    /// Returns the minimum probability for [`SampleFilter::TopA`].
     fn least_share<T: Logit>(&self, x: Floats, power: f64, ratio: f64) -> Result<f64> {
         let Self { columns, unit, .. } = *self;
         let mut sums = vec![f64::INFINITY; x.len() / columns];
@@ -112,19 +112,19 @@ impl Choice {
     }
 }
 
-/// A float type as logits are: its numbers as integers of the same order.
+/// Float type of logits, with a mapping to integers that preserves the order.
 pub(super) trait Logit: Real {
     type Key: Key;
     fn key(self) -> Self::Key;
 }
 
-/// An integer for each number, in their order, −0 before 0.
+/// Integer key of a number; keys have the order of the numbers, with −0 before 0.
 pub(super) trait Key: Copy + Ord + Send + Sync + bytemuck::Pod + Into<i64> {
     const LOWEST: Self;
-    /// Of the infinities.
+    /// Keys of the infinities.
     const INFINITE: [Self; 2];
     fn from_i64(key: i64) -> Self;
-    /// The number of this key less that of the best, times the scale.
+    /// Returns this key's number minus the best key's number, times the scale.
     fn scaled(self, best: Self, scale: f64) -> f32;
 }
 
@@ -149,7 +149,7 @@ macro_rules! key {
     };
 }
 
-/// Of negative numbers the bits grow with the magnitude: all but the sign are turned. Its own inverse.
+/// The bits of negative numbers grow with the magnitude: all but the sign are inverted. Its own inverse.
 macro_rules! turn_negative {
     ($bits:expr, $key:ty, $unsigned:ty) => {
         $bits ^ (($bits >> (<$key>::BITS - 1)) as $unsigned >> 1) as $key
@@ -182,21 +182,21 @@ struct Row<'a, K> {
     best: K,
 }
 
-/// Tokens that stay: those whose key is larger, and those that have this one, up to a position.
+/// Cut-off of the kept tokens: all with a larger key, and those with this key up to a position.
 #[derive(Clone, Copy)]
 struct Cut<K> {
     key: K,
     position: u32,
 }
 
-/// Keys that are few enough to sort.
+/// Maximum number of keys to sort.
 const FEW: usize = 256;
 
 impl<'a, K: Key> Row<'a, K> {
-    /// The row of these logits; none if one is NaN, or the largest is not finite.
+    /// Creates the row of these logits; `None` if one is NaN or the largest is not finite.
     fn new<T: Logit<Key = K>>(x: &[T], keys: &'a mut [K]) -> Option<Self> {
         let (worst, best) = order::<T>(x, keys);
-        // Keys of NaN lie beyond those of the infinities.
+        // The keys of NaN are beyond those of the infinities.
         let [lowest, highest] = K::INFINITE;
         (worst >= lowest && best > lowest && best < highest).then_some(Self { keys, worst, best })
     }
@@ -205,7 +205,8 @@ impl<'a, K: Key> Row<'a, K> {
         self.keys.iter().position(|key| *key == self.best).unwrap_or(0)
     }
 
-    /// The best entries until their weights (1 each, if there are none) add up to `bound`; none if they never do.
+    /// Returns the cut-off after the best entries whose weights (1 each without weights) add up to `bound`; `None` if
+    /// they never do.
     fn cut(&self, weights: Option<&[f32]>, bound: f64) -> Option<Cut<K>> {
         let Self { keys, worst, best } = *self;
         let all = (keys.len() as u32, weights.map_or(keys.len() as f64, sum));
@@ -216,7 +217,7 @@ impl<'a, K: Key> Row<'a, K> {
             Some(weights) => sum_above(keys, weights, key),
             None => Some(count_above(keys, key)).map_or((0, 0.0), |count| (count, f64::from(count))),
         };
-        // Keys from `low` on reach the bound, those from `high` on do not.
+        // Keys from `low` up reach the bound, keys from `high` up do not.
         let (mut low, mut high): (i64, i64) = (worst.into(), best.into() + 1);
         let (mut from_low, mut from_high) = (all, (0, 0.0));
         while high.abs_diff(low) > 1 && (from_low.0 - from_high.0) as usize > FEW {
@@ -243,7 +244,7 @@ impl<'a, K: Key> Row<'a, K> {
 }
 
 vectorized! {
-    /// Writes the keys; the smallest and the largest.
+    /// Writes the keys; returns the smallest and the largest.
     fn order<T: Logit>(x: &[T], keys: &mut [T::Key]) -> (T::Key, T::Key) {
         let mut range = (x[0].key(), x[0].key());
         for (x, key) in x.iter().zip(keys) {
@@ -262,7 +263,7 @@ vectorized! {
     }
 }
 
-/// To the nearest integer, for numbers from 0 to 2⁵¹.
+/// Rounds to the nearest integer, for numbers from 0 to 2⁵¹.
 #[inline(always)]
 fn round(x: f32) -> f32 {
     const SHIFT: f64 = (1u64 << 52) as f64;
@@ -278,7 +279,7 @@ vectorized! {
 }
 
 vectorized! {
-    /// The weights at another scale of those that have at least `least`, 0 for the others.
+    /// Recomputes at another scale the weights that are at least `least`; sets the others to 0.
     fn reweigh_above<K: Key>(keys: &[K], best: K, scale: f64, unit: f32, least: f64, weights: &mut [f32]) {
         for (key, weight) in keys.iter().zip(weights) {
             let other = round(Real::exp(key.scaled(best, scale)) * unit);
@@ -288,7 +289,7 @@ vectorized! {
 }
 
 vectorized! {
-    /// Nothing for those that a cut leaves out.
+    /// Sets the weights beyond a cut-off to 0.
     fn keep<K: Key>(keys: &[K], last: K, position: u32, weights: &mut [f32]) {
         let (at_most, after) = weights.split_at_mut((position as usize + 1).min(keys.len()));
         for (key, weight) in keys.iter().zip(at_most.iter_mut()) {
@@ -306,11 +307,11 @@ vectorized! {
     }
 }
 
-/// Sums that are computed side by side.
+/// Number of independent sums.
 const LANES: usize = 32;
 
 vectorized! {
-    /// How many keys are not below one, and the sum of their weights.
+    /// Returns the number of keys that are at least `from`, and the sum of their weights.
     fn sum_above<K: Key>(keys: &[K], weights: &[f32], from: K) -> (u32, f64) {
         let (mut counts, mut sums) = ([0u32; LANES], [0.0f64; LANES]);
         let (blocks, rest) = keys.as_chunks::<LANES>();
@@ -331,7 +332,7 @@ vectorized! {
 }
 
 vectorized! {
-    /// Exact, whatever the order.
+    /// Sums the weights: exact in any order.
     fn sum(weights: &[f32]) -> f64 {
         let mut sums = [0.0f64; LANES];
         let (blocks, rest) = weights.as_chunks::<LANES>();
@@ -345,7 +346,7 @@ vectorized! {
 }
 
 vectorized! {
-    /// The keys from `low` to `high` with their positions, in their order.
+    /// Collects the keys from `low` to `high` with their positions, in order.
     fn collect<K: Key>(keys: &[K], low: K, high: K, between: &mut Vec<(K, u32)>) {
         for (index, block) in keys.chunks(64).enumerate() {
             if block.iter().fold(false, |any, key| any | ((*key >= low) & (*key <= high))) {
@@ -357,7 +358,7 @@ vectorized! {
     }
 }
 
-/// The cube root of a normal number, by Newton's method.
+/// Computes the cube root of a normal number by Newton's method.
 #[inline(always)]
 fn cbrt(x: f32) -> f32 {
     let mut y = f32::from_bits(x.to_bits() / 3 + 0x2A51_19F2);
@@ -367,12 +368,12 @@ fn cbrt(x: f32) -> f32 {
     y
 }
 
-/// `unit · max(0, x · (α − 1) − threshold)^(1 / (α − 1))` with α = 1.3 (Peters et al.,
+/// Computes `unit · max(0, x · (α − 1) − threshold)^(1 / (α − 1))` with α = 1.3 (Peters et al.,
 /// <https://arxiv.org/abs/1905.05702>), rounded.
 #[inline(always)]
 fn entmax_weight(x: f32, threshold: f32, unit: f32) -> f32 {
     let above = x * 0.3 - threshold;
-    // A number whose root is one, and which is not used, in place of those that have none.
+    // 1, whose result is not used, in place of numbers without a root.
     let base = if above > 0.0 { above } else { 1.0 };
     let weight = round(base * base * base * cbrt(base) * unit);
     if above > 0.0 { weight } else { 0.0 }
@@ -400,7 +401,7 @@ vectorized! {
     }
 }
 
-/// The token in whose share of all weights the draw falls.
+/// Returns the token into whose share of all weights the draw falls.
 fn pick(weights: &[f32], draw: f64) -> usize {
     const BLOCK: usize = 512;
     let total = sum(weights) as u64;

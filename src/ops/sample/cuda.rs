@@ -1,4 +1,4 @@
-//! The launches.
+//! Kernel launches of sampling.
 
 use super::{Choice, SampleFilter};
 use crate::{
@@ -11,7 +11,7 @@ impl Choice {
     pub(super) fn launch(&self, gpu: &dyn Gpu, x: &Tensor, step: &Tensor, tokens: &mut Tensor) -> Result<()> {
         let Self { filter, scale, seed, columns, unit } = *self;
         let (rows, columns) = (x.shape()[0], size32(columns)?);
-        // One block for each row, as far as a grid goes.
+        // One block per row, up to the limit of the grid.
         let grid = Grid::new([rows.min(1 << 14) as u32, 1, 1], [512, 1, 1]);
         let dtype = [("DTYPE", x.dtype().name())];
         let mut totals = None;

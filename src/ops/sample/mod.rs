@@ -1,8 +1,9 @@
-//! The next token of each row of logits: a filter, a temperature and a draw, where the logits are.
+//! Sampling of the next token from each row of logits, with a filter, a temperature and a draw, on the device of the
+//! logits.
 //!
 //! A row's weights are integers, `round(unit · exp((x − max x) / temperature))` with `unit` a power of two, which are
-//! exact in f32 and whose sums are exact in f64: the chosen token does not depend on the order of summation, nor on the
-//! device. Nothing is sorted: where a filter ends is found by halving a range of integer keys.
+//! exact in f32 and whose sums are exact in f64: the chosen token depends neither on the order of summation nor on the
+//! device. Nothing is sorted: a filter's cut-off is found by bisecting a range of integer keys.
 
 mod cpu;
 mod cuda;
@@ -15,50 +16,52 @@ use crate::{
     shape::Shape,
 };
 
-/// Which tokens [`Tensor::sample`] may choose. Of tokens with equal logits the earlier one is the better.
+/// Filter of the tokens that [`Tensor::sample`] may choose. Among tokens with equal logits the earlier one ranks
+/// higher.
 #[derive(Clone, Copy, PartialEq, Debug)]
 pub enum SampleFilter {
-    /// All of them.
+    /// All tokens.
     All,
-    /// This many of the best ones.
+    /// Top-k: the given number of tokens with the largest logits.
     Best(usize),
-    /// The best one, and each whose betters have this probability together at most. Probabilities are those of
-    /// temperature 1.
+    /// Top-p: the best token, and each token for which the better ones have at most this total probability.
+    /// Probabilities are those of temperature 1.
     MassUpTo(f64),
-    /// The best one, and each whose betters have less than this probability together.
+    /// Top-p with a strict bound: the best token, and each token for which the better ones have less than this total
+    /// probability.
     MassBelow(f64),
-    /// With the same chance each that has at least `ratio · p^power`, where `p` is the largest probability in the whole
-    /// batch; the best one of a row in which there is none.
+    /// Top-a: with equal probability each token of probability at least `ratio · p^power`, where `p` is the largest
+    /// probability in the whole batch; the best token of a row in which there is none.
     TopA {
-        /// Of the largest probability.
+        /// Exponent of the largest probability.
         power: f64,
-        /// The factor on it.
+        /// Factor of that power.
         ratio: f64,
     },
-    /// Each that has at least this share of the row's largest probability.
+    /// Min-p: each token with at least this fraction of the row's largest probability.
     MinP(f64),
-    /// Those that 1.3-entmax gives a probability to, which is also that of being chosen. The temperature divides logits
-    /// before it.
+    /// Tokens to which 1.3-entmax gives a probability, drawn with that probability. The temperature divides the logits
+    /// first.
     Entmax,
 }
 
-/// How [`Tensor::sample`] chooses.
+/// Options of [`Tensor::sample`].
 #[derive(Clone, Copy, PartialEq, Debug)]
 pub struct SampleSpec {
-    /// Which tokens stay.
+    /// Filter of the candidate tokens.
     pub filter: SampleFilter,
-    /// Divides the logits of those that stay; 0 takes the best token.
+    /// Divides the logits of the remaining tokens; 0 takes the best token.
     pub temperature: f64,
-    /// Of the draws: row `i` has stream `i` of [`Philox`](crate::Philox) under this seed.
+    /// Seed of the draws: row `i` uses stream `i` of [`Philox`](crate::Philox) under this seed.
     pub seed: u64,
 }
 
 impl Tensor {
-    /// One token for each row of logits: `[rows, tokens] → [rows]` I64, drawn by draw `step` of the row's stream.
+    /// Samples one token per row of logits: `[rows, tokens] → [rows]` I64, with draw `step` of the row's stream.
     ///
-    /// `step`: one I64 on the same device, so that a recorded graph can be given another one. The tokens are the same
-    /// on every device and for any number of threads. Half types and f32 are computed in f32; shares below about 1e-11
-    /// of the largest are none.
+    /// `step`: one I64 on the same device, so that it can change between replays of a recorded graph. The tokens are
+    /// the same on every device and for any number of threads. Half types and f32 are computed in f32; probabilities
+    /// below about 1e-11 of the largest count as 0.
     ///
     /// Errors: another shape, a dtype that is not float, settings out of their domain, a tensor that requires a
     /// gradient (use `detach`); [`ErrorKind::Argument`](crate::ErrorKind::Argument) for logits that are NaN, +∞ or all
@@ -100,17 +103,17 @@ impl Tensor {
     }
 }
 
-/// In the place of a token whose logits are broken.
+/// Result for a row whose logits are invalid.
 const BROKEN: i64 = -1;
 
-/// A spec in the numbers that rows are computed with, in which the kernel takes it too.
+/// A spec as the numbers that rows are computed with, on the CPU and in the kernel.
 struct Choice {
     filter: SampleFilter,
-    /// `1 / temperature`, as far as f32 goes, or 0 for the best token.
+    /// `1 / temperature`, within the range of f32, or 0 for the best token.
     scale: f64,
     seed: u64,
     columns: usize,
-    /// The weight of the best token.
+    /// Weight of the best token.
     unit: f32,
 }
 
