@@ -2,7 +2,7 @@
 
 use std::fmt::Write;
 
-/// What is drawn; all values in bits per byte.
+/// Data of a chart; all values in bits per byte.
 pub struct Chart<'a> {
     /// `(step, value)` of every training step.
     pub train: &'a [(u64, f64)],

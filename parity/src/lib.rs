@@ -76,7 +76,7 @@ pub struct Case {
     pub expected: BTreeMap<String, Tensor>,
 }
 
-/// How outputs compare with the expected ones.
+/// Result of comparing outputs with the expected ones.
 #[derive(Clone, PartialEq, Debug)]
 #[non_exhaustive]
 #[must_use = "tensors that disagree are in the comparison, not an error"]
@@ -85,7 +85,7 @@ pub struct Comparison {
     pub error: f64,
     /// The name of that tensor; empty if no two tensors could be compared.
     pub tensor: String,
-    /// What does not agree, in words; empty if all does.
+    /// Descriptions of the mismatches; empty if all outputs agree.
     pub wrong: Vec<String>,
 }
 

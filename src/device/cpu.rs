@@ -204,7 +204,7 @@ mod tests {
 
     use super::*;
 
-    /// What makes an element that an op forgets show in debug builds: fresh and used memory is NaN.
+    /// In debug builds fresh and reused memory is NaN, which exposes elements that an op forgets to write.
     #[test]
     #[cfg(debug_assertions)]
     fn cpu_unwritten_memory_is_nan() -> Result<()> {

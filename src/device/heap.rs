@@ -51,7 +51,7 @@ pub struct MemoryStats {
 /// The memory of all tensors on the processor.
 pub(super) struct Heap {
     state: Mutex<State>,
-    /// What else is kept for reuse.
+    /// Working memory of threads, which is also kept for reuse.
     scratch: Option<&'static Scratch>,
 }
 
@@ -409,7 +409,7 @@ mod tests {
         Ok(())
     }
 
-    /// What smaller blocks leave serves a larger one, which takes as few new pages as can be.
+    /// Memory freed by smaller blocks serves a larger one, which takes as few new pages as possible.
     #[test]
     fn heap_sizes_share_their_memory() -> Result<()> {
         let heap = Heap::new(usize::MAX, None);

@@ -155,7 +155,7 @@ impl Device {
         }
     }
 
-    /// What has gone to a GPU and come back so far; all zero for the CPU.
+    /// Returns counts of kernel launches and of copies to and from a GPU so far; all zero for the CPU.
     pub fn transfers(&self) -> Transfers {
         match self {
             Self::Cpu => Transfers::default(),

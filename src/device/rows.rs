@@ -328,8 +328,8 @@ pub(crate) fn convert_floats(from: Floats, to: FloatsMut) {
     });
 }
 
-/// Sums over the rows of each block of `block` rows, a row of `width` elements for each; none if they are not wanted.
-/// What is added up over rows has the same bits for any number of threads, if blocks depend on the sizes alone.
+/// Partial sums over rows: `width` elements for each block of `block` rows, or none if they are not wanted. They have
+/// the same bits for any number of threads if the blocks depend only on the sizes.
 pub(crate) struct Sums<'a, R> {
     start: *mut R,
     len: usize,

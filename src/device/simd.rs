@@ -1,4 +1,4 @@
-//! Which vector instructions to use: detected once, forced by `XT_CPU` for tests and comparisons.
+//! Choice of vector instructions: detected once, or forced by `XT_CPU` for tests and comparisons.
 
 use std::sync::OnceLock;
 
@@ -10,7 +10,7 @@ use crate::{Error, Result};
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
 #[non_exhaustive]
 pub enum Level {
-    /// What every processor of the architecture has.
+    /// Instructions that every processor of the architecture has.
     Portable,
     /// AVX2 and FMA.
     Avx2,
@@ -37,7 +37,7 @@ impl Level {
         }
     }
 
-    /// What this processor has.
+    /// Returns the level of this processor.
     pub fn detected() -> Self {
         // Miri runs portable code alone.
         #[cfg(all(target_arch = "x86_64", not(miri)))]
@@ -82,8 +82,8 @@ pub fn level() -> Level {
     })
 }
 
-/// Whether loops over types of these sizes are compiled for each level: those over f64, which serves references and
-/// gradient tests, are compiled once.
+/// Returns `true` if loops over types of these sizes are compiled for each level; loops over f64, which serves
+/// references and gradient tests, are compiled once.
 pub(crate) const fn per_level(mut sizes: &[usize]) -> bool {
     while let [first, rest @ ..] = sizes {
         if *first == size_of::<f64>() {

@@ -22,7 +22,7 @@ pub struct Source {
 pub struct SourceParameter {
     /// Its name.
     pub name: String,
-    /// What a launch passes for it.
+    /// Kind of argument that a launch passes.
     pub kind: Kind,
     /// Type of the values that it points to, or of the number itself.
     pub of: ParameterType,

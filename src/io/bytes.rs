@@ -4,10 +4,10 @@ use std::cell::Cell;
 
 use super::source::{MAX_HEADER, Source};
 
-/// What a reader says about bytes that are not what they should be; the caller knows the file.
+/// Result of parsing; the error describes the malformed bytes, and the caller adds the file.
 pub(super) type Parsed<T> = std::result::Result<T, String>;
 
-/// Why something could not be read.
+/// Error of a read.
 #[derive(Debug)]
 pub(super) enum Unreadable {
     /// The content is wrong; the caller knows the file.

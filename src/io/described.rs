@@ -30,7 +30,7 @@ pub(super) struct Storage<'a> {
     pub values: Values,
     /// The name of its file in an archive.
     pub key: &'a str,
-    /// How many values it has.
+    /// Number of values.
     pub elements: usize,
     /// Where in the storage of this key it begins, in values.
     pub first: usize,
@@ -46,7 +46,7 @@ pub(super) struct View {
     pub strides: Vec<usize>,
 }
 
-/// What a pickle built.
+/// Values that a pickle built.
 #[derive(Default)]
 pub(super) struct Pickle<'a> {
     pub tuples: Vec<Vec<Value<'a>>>,

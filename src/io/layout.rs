@@ -10,7 +10,7 @@ use super::TensorFile;
 use crate::params::{ordered, try_ordered};
 use crate::{Error, ParamMap, Result, Tensor};
 
-/// How a family names its tensors.
+/// Names of a family's tensors.
 pub(crate) struct Layout {
     /// Begins the names of the model inside one with a head.
     pub base: &'static str,
@@ -27,8 +27,8 @@ pub(crate) struct Layout {
 /// Modules that wrappers put into the middle of names: `torch.compile`, FSDP and activation checkpoints.
 const INFIXES: [&str; 4] = ["_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_forward_module."];
 
-/// What a state dict may lie below, each any number of times and in any order. Where several places of a file have the
-/// weights, those below one of these alone are meant.
+/// Prefixes that a state dict may lie below, each any number of times and in any order. If a file has the weights in
+/// several places, those below only these prefixes are meant.
 const WRAPPERS: [&str; 13] = [
     "state_dict.",
     "model_state_dict.",
@@ -45,7 +45,7 @@ const WRAPPERS: [&str; 13] = [
     "transformer.",
 ];
 
-/// What the tensors of a file are called there, by the family's own names.
+/// Names of tensors in a file, by the family's own names.
 #[derive(Debug, Default)]
 pub(crate) struct Renamed {
     old: BTreeMap<String, String>,

@@ -77,7 +77,7 @@ pub(super) fn listing(source: &Source) -> Reading<Listing> {
     Ok(listing)
 }
 
-/// What a header describes, and where the values begin.
+/// Content of a header, and the offset of the values.
 struct Found {
     tensors: Vec<(String, TensorInfo)>,
     metadata: BTreeMap<String, String>,
@@ -152,8 +152,8 @@ fn entry(info: &TensorInfo, values: usize) -> Parsed<Entry> {
     Ok(Entry { part: 0, stored, shape, strides: None, start: values + info.data_offsets.0 })
 }
 
-/// What a header says. Parsed here and not by the safetensors crate, which keeps the last of several entries
-/// with one name and sets memory aside for fields that it does not know.
+/// Content of a header. Parsed here and not by the safetensors crate, which keeps the last of several entries with
+/// the same name and allocates memory for fields that it does not know.
 struct Header {
     tensors: BTreeMap<String, TensorInfo>,
     metadata: Option<BTreeMap<String, String>>,

@@ -17,7 +17,7 @@ use super::{
 };
 use crate::{DType, Device, Error, ErrorKind, Result, Tensor, device::cpu, dtype::Element};
 
-/// How the values of a tensor lie in a file.
+/// Storage type of a tensor's values in a file.
 ///
 /// The types `Q…` and `Iq…` are GGUF's quantised types: blocks of 32 or 256 values with common scales, each value read
 /// as [`DType::F32`]. [`Stored::dequantize`] turns their bytes into values.

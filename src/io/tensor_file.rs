@@ -71,7 +71,7 @@ pub struct TensorFile {
     pub(super) metadata: BTreeMap<String, Metadata>,
 }
 
-/// What a file is.
+/// Format of a file.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 #[non_exhaustive]
 pub enum Format {
@@ -96,7 +96,7 @@ impl fmt::Display for Format {
     }
 }
 
-/// What a file says beside its tensors.
+/// Metadata that a file has beside its tensors.
 #[derive(Clone, PartialEq, Debug)]
 #[non_exhaustive]
 pub enum Metadata {
@@ -118,7 +118,7 @@ pub enum Metadata {
 #[derive(Clone, PartialEq, Eq, Debug)]
 #[non_exhaustive]
 pub struct TensorInfo {
-    /// How the values lie in the file.
+    /// Storage type of the values.
     pub stored: Stored,
     /// The shape.
     pub shape: Vec<usize>,
@@ -150,13 +150,13 @@ pub(super) struct Entry {
 /// Something with a name that is not read.
 #[derive(Clone, Debug)]
 pub(super) struct Inert {
-    /// Why, as it follows the name.
+    /// Reason, worded to follow the name.
     pub why: String,
     /// If `true`, it is a tensor, and not perhaps an object of another kind.
     pub tensor: bool,
 }
 
-/// What a reader finds in a file. A name is in one of the maps.
+/// Contents of a file as a reader finds them. A name is in one of the maps.
 #[derive(Default)]
 pub(super) struct Listing {
     pub entries: BTreeMap<String, Entry>,
@@ -310,7 +310,7 @@ impl TensorFile {
         &self.path
     }
 
-    /// What it is.
+    /// Returns the format.
     pub fn format(&self) -> Format {
         self.format
     }
@@ -341,7 +341,7 @@ impl TensorFile {
         self.inert.get(name).is_some_and(|inert| inert.tensor)
     }
 
-    /// Why something of this name is not read; `None` if it is a tensor, or nothing.
+    /// Returns the reason why the entry of this name is not read; `None` if it is a tensor or does not exist.
     pub(crate) fn inert(&self, name: &str) -> Option<&str> {
         self.inert.get(name).map(|inert| inert.why.as_str())
     }
@@ -377,7 +377,7 @@ impl TensorFile {
         }
     }
 
-    /// What the file says beside its tensors.
+    /// Returns the metadata that the file has beside its tensors.
     pub fn metadata(&self) -> &BTreeMap<String, Metadata> {
         &self.metadata
     }

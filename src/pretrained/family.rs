@@ -9,7 +9,7 @@ use crate::{
     io::{Layout, TensorFile},
 };
 
-/// What the library knows of a family.
+/// Description of a family.
 struct Description {
     name: &'static str,
     /// `model_type` in `config.json`.

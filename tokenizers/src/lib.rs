@@ -58,8 +58,8 @@ struct Shared {
 }
 
 impl Tokenizer {
-    /// That of the model's files: `tokenizer.json`, a `vocab.txt`, a model of SentencePiece, or the vocabulary in a GGUF
-    /// file; or one in another file or folder.
+    /// Reads the tokenizer of a model's files (`tokenizer.json`, `vocab.txt`, a SentencePiece model or the vocabulary
+    /// in a GGUF file), or the one in the file or folder `given`.
     pub fn of(pretrained: &Pretrained, given: Option<&Path>) -> Result<Self> {
         Self::with_settings(pretrained, given, "", false)
     }

@@ -123,7 +123,7 @@ impl SentencePipeline {
         &self.options.prompts
     }
 
-    /// How the vectors are meant to be compared.
+    /// Returns the similarity function that the vectors are meant for.
     pub fn similarity(&self) -> Similarity {
         self.options.similarity
     }

@@ -13,7 +13,7 @@ use super::{
     decoder::{BY_CHARACTER, OWN},
 };
 
-/// What stands for a space in pieces.
+/// Stands for a space in pieces.
 const SPACE: &str = "▁";
 
 /// Pieces and how texts are split into them.
@@ -64,7 +64,7 @@ impl Kind {
     }
 }
 
-/// What surrounds a text, and what is done to it before.
+/// Tokens around a text, and its normalization.
 #[derive(Default)]
 pub struct Customs {
     /// The model's token for the start goes in front.
@@ -455,7 +455,7 @@ mod tests {
         }
     }
 
-    /// What the package `sentencepiece` makes of texts, see `tests/sentencepiece/make.py`.
+    /// Compares with the tokens of the Python package `sentencepiece`; see `tests/sentencepiece/make.py`.
     fn agrees(model: &[u8], cases: &str, decodes: bool) {
         let model = SentencePiece::parse(model).expect("a model");
         let tokenizer: tokenizers::Tokenizer = model.json(Customs::default()).unwrap().parse().unwrap();

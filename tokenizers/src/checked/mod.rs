@@ -1,10 +1,10 @@
-//! The boundary to the crate `tokenizers`: what goes in is checked, and a panic inside becomes an error.
+//! The boundary to the crate `tokenizers`: its inputs are checked, and a panic inside becomes an error.
 //!
-//! That crate takes its files on trust. Damaged ones make it index out of bounds, unwrap what is missing or recurse until the
-//! stack ends, which is not this crate's to mend. Here the parts of a file are checked first, and models, splitting and
-//! replacing are this crate's own: they compute the same tokens in a time that grows with the text and no faster. What is left
-//! to the other crate (Unicode's normal forms, what surrounds a text, decoders) is called where a panic is caught; its
-//! message is not printed, and the error names the file.
+//! The crate `tokenizers` trusts its files: damaged ones make it index out of bounds, unwrap missing values or overflow
+//! the stack, which this crate cannot fix. Here the parts of a file are checked first, and models, splitting and
+//! replacing are this crate's own: they compute the same tokens in time linear in the text. The rest of the other crate
+//! (Unicode normal forms, templates around a text, decoders) is called where a panic is caught; its message is not
+//! printed, and the error names the file.
 
 use std::{
     borrow::Cow,
