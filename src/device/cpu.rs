@@ -86,7 +86,7 @@ fn for_rows_dyn<T: Send>(out: &mut [T], width: usize, cost: usize, body: &(dyn F
     });
 }
 
-/// As [`for_rows`] with two outputs, whose rows have `widths` elements.
+/// Like [`for_rows`], but with two outputs, whose rows have `widths` elements.
 #[allow(clippy::type_complexity)]
 #[inline(never)]
 pub(crate) fn for_rows2<A: Send, B: Send>(

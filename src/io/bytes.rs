@@ -16,7 +16,7 @@ pub(super) enum Unreadable {
     Failed(crate::Error),
 }
 
-/// As [`Parsed`] where the file itself is read as well.
+/// Like [`Parsed`], but for parsers that also read the file.
 pub(super) type Reading<T> = std::result::Result<T, Unreadable>;
 
 impl From<String> for Unreadable {

@@ -1,8 +1,9 @@
-//! The names that a family has in every file, whatever trained it and saved it.
+//! Names of a family's tensors, whatever program trained and saved the file.
 //!
-//! A state dict may lie below other names: those of the object that it was part of (`state_dict.`, `model.`), of wrappers
-//! around the model (`module.`, `_orig_mod.`, `0.auto_model.`), or those of the model inside one with a head (`bert.`). The
-//! place of one tensor that every model of the family has tells where; all other tensors are named from there.
+//! A state dict may lie below other names: those of the object that it was part of (`state_dict.`, `model.`), of
+//! wrappers around the model (`module.`, `_orig_mod.`, `0.auto_model.`), or those of the model inside one with a head
+//! (`bert.`). The place of one tensor that every model of the family has tells where; all other tensors are named from
+//! there.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -156,10 +157,9 @@ fn is_wrapped(place: &str, base: &str) -> bool {
 }
 
 impl TensorFile {
-    /// Reads a state dict for these parameters: all tensors, as [`TensorFile::tensors`] does, or, where the parameters
-    /// lie below the names that wrappers and trainers give them (`model.`, `state_dict.`, `module.`, `_orig_mod.` and
-    /// the like), all tensors there under their own names. What lies elsewhere, such as the moments of an optimizer, is
-    /// not part of it then.
+    /// Reads a state dict for these parameters: all tensors, like [`TensorFile::tensors`], or, if the parameters lie
+    /// below prefixes of wrappers and trainers (`model.`, `state_dict.`, `module.`, `_orig_mod.` and the like), all
+    /// tensors there under their own names, without tensors elsewhere, such as the moments of an optimizer.
     ///
     /// Errors: those of [`TensorFile::tensors`]; several places with such parameters.
     pub fn state_dict(&self, params: &ParamMap) -> Result<BTreeMap<String, Tensor>> {

@@ -58,7 +58,7 @@ pub(super) fn legacy(source: &Source) -> Reading<Listing> {
     parse_beginning(source, |cursor| pickles(cursor, source))
 }
 
-/// The same from the pickles that the file begins with; behind them lie the storages.
+/// The same from the pickles at the beginning of the file; the storages follow them.
 fn pickles(mut cursor: Cursor, source: &Source) -> Reading<Listing> {
     if Pickle::load(&mut cursor)?.1 != Value::Long(MAGIC) {
         return Err("does not begin with the number of PyTorch's old format".into());

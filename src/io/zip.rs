@@ -119,7 +119,7 @@ fn wide(extra: &[u8], sizes: [&mut u64; 3]) -> Parsed<()> {
     Ok(())
 }
 
-/// Where the content of a file lies, behind its own header.
+/// Returns the place of a file's content, after its own header.
 fn content(source: &Source, name: &str, offset: u64, size: u64) -> Reading<Range<usize>> {
     let total = source.len();
     let outside = || format!("holds `{name}` at byte {offset}, {size} bytes, outside of its {total} bytes");

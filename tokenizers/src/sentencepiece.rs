@@ -16,7 +16,7 @@ use super::{
 /// Stands for a space in pieces.
 const SPACE: &str = "▁";
 
-/// Pieces and how texts are split into them.
+/// Pieces, and the rules for splitting texts into them.
 pub struct SentencePiece {
     pieces: Vec<Piece>,
     /// Unigram model, the likeliest pieces; otherwise BPE, in the order of the scores.
@@ -67,13 +67,13 @@ impl Kind {
 /// Tokens around a text, and its normalization.
 #[derive(Default)]
 pub struct Customs {
-    /// The model's token for the start goes in front.
+    /// If `true`, the model's start token precedes the text.
     pub start: bool,
-    /// The model's token for the end goes behind.
+    /// If `true`, the model's end token follows the text.
     pub end: bool,
-    /// Other tokens for start and end than the model's, with their ids.
+    /// Start and end tokens other than the model's, with their ids.
     pub ends: [Option<(u64, String)>; 2],
-    /// If there is one, whether a space goes in front, whatever the model says.
+    /// If `Some(true)`, a space precedes the text, if `Some(false)` none does; `None`: as the model says.
     pub prefix: Option<bool>,
     /// If `true`, that space goes in front of the whole text only, not of what follows a token that was looked for.
     pub prefix_once: bool,

@@ -1,4 +1,4 @@
-//! The settings of a folder's tokenizer: `tokenizer_config.json`, `special_tokens_map.json` and `added_tokens.json`.
+//! Settings of a folder's tokenizer: `tokenizer_config.json`, `special_tokens_map.json` and `added_tokens.json`.
 
 use std::path::{Path, PathBuf};
 
@@ -7,7 +7,7 @@ use x_transformers::{Result, io::read_text, pretrained::Family};
 
 use super::file_error;
 
-/// Bytes that a file of settings may have; real ones have some thousand, and with chat templates a hundred thousand.
+/// Maximum size of a settings file, in bytes; real ones have a few thousand, with chat templates a hundred thousand.
 const MAX_SETTINGS: u64 = 64 << 20;
 
 /// The files of a folder that are read, with what takes precedence over them.
@@ -23,16 +23,16 @@ pub struct Settings {
     pub added: Vec<(u64, Token)>,
 }
 
-/// A token that is looked for in texts before they are split.
+/// Added token, which is matched in texts before they are split.
 #[derive(Clone, PartialEq, Debug)]
 pub struct Token {
     pub content: String,
     pub single_word: bool,
     pub lstrip: bool,
     pub rstrip: bool,
-    /// If `true`, looked for after texts are normalized, and normalized like them.
+    /// If `true`, matched after texts are normalized, and normalized like them.
     pub normalized: bool,
-    /// If `true`, left out of decoded texts.
+    /// If `true`, omitted from decoded texts.
     pub special: bool,
 }
 

@@ -1,8 +1,8 @@
 //! The target that kernels are compiled for: which one the versions of card, driver and NVRTC allow.
 //!
-//! NVIDIA's rules ("CUDA Compatibility"): a driver loads machine code (CUBIN) of every NVRTC of its own major version or
-//! an older one, but PTX only of an NVRTC that is not newer than itself. So machine code is made wherever NVRTC knows the
-//! card, and PTX, which the driver compiles, for a card that is newer than NVRTC.
+//! NVIDIA's rules ("CUDA Compatibility"): a driver loads machine code (CUBIN) of every NVRTC of its own major version
+//! or an older one, but PTX only of an NVRTC that is not newer than itself. So machine code is made wherever NVRTC
+//! knows the card, and PTX, which the driver compiles, for a card that is newer than NVRTC.
 
 use std::{fmt, str::FromStr};
 
@@ -112,7 +112,7 @@ fn packages(major: i32) -> String {
     }
 }
 
-/// As [`target`], of an NVRTC that knows these architectures, in ascending order.
+/// Like [`target`], but for an NVRTC that knows these architectures, in ascending order.
 fn choose(
     architecture: Architecture,
     driver: Version,
