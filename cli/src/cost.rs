@@ -278,7 +278,7 @@ fn feedforward(plan: &FeedForwardPlan, rows: usize) -> Cost {
     let hidden = if plan.glu { 2 * plan.inner } else { plan.inner };
     let mut cost = linear(rows, plan.dim, hidden);
     cost.add(linear(rows, plan.inner, plan.dim_out));
-    // The input of the activation, and of the norm behind it; their outputs are computed again.
+    // The input of the activation, and of the norm after it; their outputs are recomputed.
     let normed = if plan.post_act_ln { plan.inner } else { 0 };
     cost.saved = (rows * (hidden + normed)) as f64;
     cost

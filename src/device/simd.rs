@@ -6,7 +6,7 @@ use std::sync::OnceLock;
 use super::amx;
 use crate::{Error, Result};
 
-/// A set of vector instructions, each including those before it.
+/// Level of vector instructions; each includes those before it.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
 #[non_exhaustive]
 pub enum Level {
@@ -23,10 +23,10 @@ pub enum Level {
 }
 
 impl Level {
-    /// All of them, from the lowest.
+    /// All levels, from the lowest.
     pub const ALL: [Self; 5] = [Self::Portable, Self::Avx2, Self::Avx512, Self::Avx512Bf16, Self::Amx];
 
-    /// The name that `XT_CPU` takes: `portable`, `avx2`, `avx512`, `avx512_bf16` or `amx`.
+    /// Returns the name of the level in `XT_CPU`: `portable`, `avx2`, `avx512`, `avx512_bf16` or `amx`.
     pub fn name(self) -> &'static str {
         match self {
             Self::Portable => "portable",
@@ -59,9 +59,9 @@ impl Level {
         Self::Portable
     }
 
-    /// The level that the environment variable `XT_CPU` names, if it is set. The library ignores a wrong name.
+    /// Returns the level named by the environment variable `XT_CPU`, if set. The library ignores an unknown name.
     ///
-    /// Errors: a name that no level has.
+    /// Errors: an unknown name.
     pub fn wanted() -> Result<Option<Self>> {
         let Some(name) = std::env::var_os("XT_CPU").filter(|name| !name.is_empty()) else { return Ok(None) };
         let named = Self::ALL.into_iter().find(|level| name == level.name());
@@ -72,7 +72,7 @@ impl Level {
     }
 }
 
-/// The level in use: the detected one, or a lower one named by `XT_CPU`.
+/// Returns the level in use: the detected one, or a lower one named by `XT_CPU`.
 pub fn level() -> Level {
     static LEVEL: OnceLock<Level> = OnceLock::new();
     *LEVEL.get_or_init(|| {
