@@ -177,7 +177,7 @@ pub enum NormPlan {
 }
 
 impl NormPlan {
-    /// Returns LayerNorm with PyTorch's default eps.
+    /// LayerNorm with PyTorch's default eps.
     pub const LAYER: Self = Self::Layer(1e-5);
 }
 

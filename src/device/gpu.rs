@@ -212,7 +212,7 @@ fn uploaded<G: Gpu + ?Sized>(gpu: &'static G, values: &[i64]) -> Result<Arc<dyn 
 pub(crate) struct GpuBuffer(Option<Arc<dyn Memory>>);
 
 impl GpuBuffer {
-    /// Unspecified content.
+    /// Allocates memory with unspecified content.
     pub fn new(bytes: usize, gpu: &'static dyn Gpu) -> Result<Self> {
         if bytes == 0 { Ok(Self(None)) } else { gpu.allocate(bytes).map(Some).map(Self) }
     }

@@ -160,7 +160,7 @@ impl Heap {
         }
     }
 
-    /// Gives all that is kept for reuse back to the system.
+    /// Returns all memory kept for reuse to the system.
     pub fn trim(&self) {
         if let Some(scratch) = self.scratch {
             scratch.trim();

@@ -221,7 +221,7 @@ pub(crate) enum Buffer {
 }
 
 impl Buffer {
-    /// `bytes` bytes whose content is unspecified (on the CPU: but initialised).
+    /// Allocates `bytes` bytes of unspecified content (initialised on the CPU).
     pub fn new(bytes: usize, device: &Device) -> Result<Self> {
         match device {
             Device::Cpu => CpuBuffer::new(bytes).map(Self::Cpu),

@@ -38,7 +38,7 @@ impl From<crate::Error> for Unreadable {
 }
 
 impl Unreadable {
-    /// The error about a file.
+    /// Returns the error about a file.
     pub fn within(self, source: &Source) -> crate::Error {
         match self {
             Self::Content(why) => crate::Error::file(source.path(), why),
@@ -95,7 +95,7 @@ impl<'a> Cursor<'a> {
         self.total - self.at
     }
 
-    /// The next `count` bytes.
+    /// Returns the next `count` bytes.
     pub fn take(&mut self, count: usize) -> Parsed<&'a [u8]> {
         if count > self.left() {
             return Err(format!(
@@ -135,7 +135,7 @@ impl<'a> Cursor<'a> {
         self.array().map(u64::from_le_bytes)
     }
 
-    /// A length or count, which what follows must be able to hold at `least` bytes each.
+    /// Reads a length or count, for which the remaining bytes must suffice at `least` bytes each.
     pub fn count(&mut self, least: usize, what: &str) -> Parsed<usize> {
         let (at, count) = (self.at, self.u64()?);
         let fits = usize::try_from(count)

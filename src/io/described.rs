@@ -59,7 +59,7 @@ pub(super) struct Pickle<'a> {
 }
 
 impl<'a> Pickle<'a> {
-    /// The values of a tuple or list.
+    /// Returns the values of a tuple or list.
     pub fn items(&self, value: Value<'a>) -> Option<&[Value<'a>]> {
         match value {
             Value::Tuple(index) => self.tuples.get(index as usize).map(Vec::as_slice),
@@ -68,7 +68,7 @@ impl<'a> Pickle<'a> {
         }
     }
 
-    /// The entries of a dictionary in their order; of several with one key the last counts.
+    /// Returns the entries of a dictionary in order; the last of several with the same key counts.
     pub fn entries(&self, value: Value<'a>) -> Option<&[(Value<'a>, Value<'a>)]> {
         match value {
             Value::Dict(index) => self.dicts.get(index as usize).map(Vec::as_slice),
@@ -76,7 +76,7 @@ impl<'a> Pickle<'a> {
         }
     }
 
-    /// Module and name of the global of this number.
+    /// Returns module and name of the global with this index.
     pub fn maker(&self, index: u32) -> (&'a str, &'a str) {
         self.others.get(index as usize).copied().unwrap_or_default()
     }

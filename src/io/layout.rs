@@ -58,7 +58,7 @@ pub(crate) struct Renamed {
 }
 
 impl Renamed {
-    /// The name that a tensor has in the file, or would have there.
+    /// Returns the name that a tensor has, or would have, in the file.
     pub fn of_file(&self, own: &str) -> String {
         let [place, base] = &self.place;
         // Nothing has such a name otherwise.

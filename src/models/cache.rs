@@ -56,7 +56,7 @@ impl DecodeCache {
         self.layers.capacity() - self.memory_tokens
     }
 
-    /// Number of tokens in each row.
+    /// Returns the number of tokens in each row.
     pub fn lengths(&self) -> &[usize] {
         &self.lengths
     }

@@ -222,12 +222,12 @@ impl SentencePiece {
         Ok(self)
     }
 
-    /// The id of a piece.
+    /// Returns the id of a piece.
     pub fn id(&self, text: &str) -> Option<usize> {
         self.pieces.iter().position(|piece| piece.text == text)
     }
 
-    /// The form of `tokenizer.json`.
+    /// Converts the model to the form of `tokenizer.json`.
     pub fn json(&self, customs: Customs) -> Result<String, String> {
         let mut normalizers = customs.normalizers;
         let replace =

@@ -39,17 +39,17 @@ impl Target {
         Self { architecture, form: if architecture == 90 { Form::Specific } else { Form::Code } }
     }
 
-    /// The compute capability.
+    /// Returns the compute capability.
     pub fn architecture(self) -> Architecture {
         self.architecture
     }
 
-    /// If `true`, its code may have the products of warpgroups (`wgmma`), which no other card has.
+    /// Returns `true` if its code may use warpgroup products (`wgmma`), which no other card has.
     pub fn has_warpgroups(self) -> bool {
         self == Self::of(90)
     }
 
-    /// If `true`, NVRTC makes PTX and not machine code.
+    /// Returns `true` if NVRTC generates PTX instead of machine code.
     pub fn is_ptx(self) -> bool {
         self.form == Form::Ptx
     }

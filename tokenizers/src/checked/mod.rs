@@ -59,7 +59,7 @@ pub struct Checked {
     around: Vec<u32>,
     /// The file that it comes from.
     path: PathBuf,
-    /// The number of tokens that a text is cut to, if the files have a bound.
+    /// Number of tokens that a text is truncated to, if the files have a limit.
     max_length: Option<usize>,
     /// If `true`, what is cut off a text is its beginning.
     cut_left: bool,
@@ -130,7 +130,7 @@ impl Checked {
         Ok(checked)
     }
 
-    /// The number of tokens that a text is cut to, if the files have a bound.
+    /// Returns the number of tokens that a text is truncated to, if the files have a limit.
     pub fn max_length(&self) -> Option<usize> {
         self.max_length
     }
@@ -175,12 +175,12 @@ impl Checked {
         Ok(CutText { ids, whole })
     }
 
-    /// If `true`, a token is one that is not text.
+    /// Returns `true` if a token is special, not text.
     pub fn is_special(&self, id: u32) -> bool {
         self.inner.id_to_token(id).is_some_and(|token| self.inner.get_added_vocabulary().is_special_token(&token))
     }
 
-    /// Tokens of a text; `around` adds those that the model expects around it.
+    /// Returns the tokens of a text; `around` adds those that the model expects around it.
     pub fn encode(&self, text: &str, around: bool) -> Result<Vec<u32>> {
         self.answer(|| {
             if text.len() > MAX_TEXT {
@@ -229,7 +229,7 @@ impl Checked {
         })
     }
 
-    /// Tokens of a text in which no added token is looked for.
+    /// Returns the tokens of a text, without matching added tokens.
     ///
     /// Errors: a text that the tokenizer does not take.
     pub fn encode_plain(&self, text: &str) -> Result<Vec<u32>> {
@@ -247,17 +247,17 @@ impl Checked {
         })
     }
 
-    /// Vocabulary, added tokens and decoder, for questions that cannot fail.
+    /// Returns vocabulary, added tokens and decoder, for queries that cannot fail.
     pub fn raw(&self) -> &Inner {
         &self.inner
     }
 
-    /// If `true`, texts are changed before they are split.
+    /// Returns `true` if texts are normalized before they are split.
     pub fn normalizes(&self) -> bool {
         self.normalizer.is_some()
     }
 
-    /// The id of a token.
+    /// Returns the id of a token.
     pub fn id(&self, token: &str) -> Option<u32> {
         self.inner.token_to_id(token)
     }
