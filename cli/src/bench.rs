@@ -185,7 +185,7 @@ fn interleaved(time: &mut impl FnMut() -> Result<f64>) -> Result<Vec<f64>> {
     Ok(seconds)
 }
 
-/// What was measured.
+/// Measurements of a run.
 struct Report<'a> {
     args: &'a BenchArgs,
     device: &'a Device,
@@ -272,7 +272,7 @@ impl Report<'_> {
         })
     }
 
-    /// What computes.
+    /// Returns a description of the processor or GPU.
     fn machine(&self) -> String {
         match self.device {
             // The first line is about the CPU.

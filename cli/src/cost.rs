@@ -1,7 +1,7 @@
-//! What a model costs: floating-point operations and saved activations, from its plan.
+//! Cost of a model from its plan: floating-point operations and saved activations.
 //!
-//! Counted are matrix products and attention, a multiplication and an addition each; norms, activations and sums are
-//! below two percent of that for any width worth training. Causal attention is counted as the half that is computed.
+//! Counts matrix products and attention, with a multiplication and an addition as two operations; norms, activations
+//! and sums are below 2% of that for any width worth training. Causal attention counts only the half that is computed.
 
 use x_transformers::{
     DType, Device, Error, ErrorKind, Result,
@@ -11,19 +11,19 @@ use x_transformers::{
     ops::rows_of_logits,
 };
 
-/// What is asked for.
+/// Requested batch size and length.
 #[derive(Clone, Copy)]
 pub struct Sizes {
     /// Sequences, or images.
     pub rows: usize,
-    /// Their length, if not the longest that the model takes.
+    /// Their length; default the longest that the model takes.
     pub tokens: Option<usize>,
 }
 
 /// Sequences that are computed at once.
 #[derive(Clone, Copy)]
 pub struct Batch {
-    /// How many.
+    /// Number of sequences.
     pub rows: usize,
     /// Their length.
     pub tokens: usize,
@@ -43,8 +43,8 @@ pub struct Cost {
 }
 
 impl Cost {
-    /// The cost of a whole model and the batch that it is of, a context being as long as the sequence. `None` for
-    /// what is no model.
+    /// Returns the cost of a whole model and the batch that it applies to, with a context as long as the sequence;
+    /// `None` if the config is not a model.
     ///
     /// Errors: the config is illegal.
     pub fn of_model(config: &Config, sizes: Sizes) -> Result<Option<(Batch, Self)>> {
@@ -278,7 +278,7 @@ fn feedforward(plan: &FeedForwardPlan, rows: usize) -> Cost {
     let hidden = if plan.glu { 2 * plan.inner } else { plan.inner };
     let mut cost = linear(rows, plan.dim, hidden);
     cost.add(linear(rows, plan.inner, plan.dim_out));
-    // The input of the activation, and of the norm behind it; their outputs are computed again.
+    // The input of the activation, and of the norm after it; their outputs are recomputed.
     let normed = if plan.post_act_ln { plan.inner } else { 0 };
     cost.saved = (rows * (hidden + normed)) as f64;
     cost
@@ -293,7 +293,7 @@ mod tests {
         models::{AutoregressiveWrapper, ForwardOptions},
     };
 
-    /// What is estimated against what a training step takes from the pool.
+    /// Compares the estimate with the memory that a training step takes from the pool.
     #[test]
     fn estimated_memory_is_that_of_a_real_step() -> x_transformers::Result<()> {
         for layers in [

@@ -1,4 +1,4 @@
-//! What `xt info --checkpoint` says of files before it looks into the model: architecture, weights, tokens and text.
+//! Summary of files that `xt info --checkpoint` prints first: architecture, weights, tokens and text.
 
 use std::{collections::BTreeMap, path::Path};
 
@@ -59,7 +59,7 @@ pub fn pretrained(pretrained: &Pretrained) -> Lines {
     lines
 }
 
-/// What `xt train` wrote.
+/// Describes a checkpoint that `xt train` wrote.
 pub fn own(config: &Config, file: &TensorFile) -> Lines {
     let mut lines = Lines::new("trained by `xt train`", file);
     if let Config::AutoregressiveWrapper(config) = config {

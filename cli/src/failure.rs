@@ -1,4 +1,4 @@
-//! How a command fails: one line that says what is wrong and what to do.
+//! Failure of a command: one line that says what is wrong and what to do.
 
 use std::{
     fmt,
@@ -10,7 +10,7 @@ use x_transformers::{Error, ErrorKind};
 
 pub type Result<T> = std::result::Result<T, Failure>;
 
-/// Why a command ended early.
+/// Reason that a command ended early.
 #[derive(Debug)]
 pub enum Failure {
     /// Whoever read the output has gone; there is nobody to tell.
@@ -83,7 +83,7 @@ pub fn print(text: impl fmt::Display) -> Result<()> {
     })
 }
 
-/// What to do about an error of the operating system.
+/// Returns advice on an error of the operating system.
 fn advice(error: &io::Error) -> &'static str {
     match error.kind() {
         io::ErrorKind::NotFound => "; check the path",

@@ -52,7 +52,7 @@ impl Run {
                 "{dir}: another `xt train` is writing into this folder; wait for it, or choose another one with `--out`"
             )));
         }
-        // A file system without locks is no reason not to train.
+        // Training continues on a file system without locks.
         self.lock = Some(file);
         Ok(())
     }

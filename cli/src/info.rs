@@ -119,10 +119,10 @@ fn modules(params: &ParamMap, stacks: &Stacks) -> String {
     text
 }
 
-/// What parameters are counted under; the order is that of a forward pass.
+/// Module that parameters are counted under, in the order of a forward pass.
 #[derive(PartialEq, Eq, PartialOrd, Ord)]
 struct Module {
-    /// Which attention layers it belongs to, or its wrapper does.
+    /// Index of the attention layers that it, or its wrapper, belongs to.
     stack: usize,
     /// Before them, in them, or after them.
     part: Part,
@@ -164,7 +164,7 @@ impl Module {
     }
 }
 
-/// What a training step computes and holds.
+/// Describes the operations and the memory of a training step.
 fn step(params: &ParamMap, batch: Batch, cost: Cost) -> String {
     const FLOAT: f64 = 4.0;
     let weights = FLOAT * params.numel() as f64;

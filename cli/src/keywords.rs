@@ -26,7 +26,7 @@ impl KeywordArgs {
         Ok(config)
     }
 
-    /// Whether there is anything to change.
+    /// Returns `true` if there is nothing to change.
     pub fn is_empty(&self) -> bool {
         self.set.is_empty()
     }
@@ -68,7 +68,7 @@ fn part<'v>(whole: &'v mut Value, place: &[&str]) -> Option<&'v mut Map<String, 
     place.iter().try_fold(whole, |value, key| value.get_mut(key))?.as_object_mut()
 }
 
-/// What is no JSON is text: `--set final_norm=same`.
+/// Parses `KEY=VALUE`; a value that is not JSON is text: `--set final_norm=same`.
 fn keyword(text: &str) -> std::result::Result<(String, Value), String> {
     match text.split_once('=') {
         Some((key, value)) if !key.is_empty() => {

@@ -116,7 +116,8 @@ impl RowEnd for ByteEnd {
     }
 }
 
-/// A vocabulary may have tokens behind the bytes; none of them is text, as little as this byte.
+/// Returns the text that a token completes. A vocabulary may have tokens after the bytes; like byte 0xff, none of
+/// them is text.
 fn of_byte(decoder: &mut Decoder, token: i64) -> String {
     decoder.push(u8::try_from(token).unwrap_or(0xff))
 }

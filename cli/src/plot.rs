@@ -2,7 +2,7 @@
 
 use std::fmt::Write;
 
-/// What is drawn; all values in bits per byte.
+/// Data of a chart; all values in bits per byte.
 pub struct Chart<'a> {
     /// `(step, value)` of every training step.
     pub train: &'a [(u64, f64)],
@@ -50,7 +50,7 @@ impl Chart<'_> {
                 r##"<line x1="{LEFT}" x2="{RIGHT}" y1="{at:.1}" y2="{at:.1}" stroke="{REFERENCE}" stroke-width="1.5" stroke-dasharray="6 4"/>"##
             );
         }
-        // The noise of single batches stays visible behind their mean.
+        // The noise of single batches stays visible beneath their mean.
         svg += &curve(&x, &y, &train, TRAIN, 1.0, 0.4);
         svg += &curve(&x, &y, &smooth(&train), TRAIN, 2.0, 1.0);
         svg += &curve(&x, &y, &validation, VALIDATION, 2.0, 1.0);

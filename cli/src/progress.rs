@@ -1,4 +1,4 @@
-//! What a person sees during training: a bar on a terminal, plain lines anywhere else.
+//! Progress of training: a bar on a terminal, plain lines anywhere else.
 
 use std::{
     fmt,

@@ -101,7 +101,8 @@ impl Source {
         }
     }
 
-    /// Tokens that may follow a text of so many: what `xt train` wrote goes on with the last ones that it sees.
+    /// Returns the number of tokens that may follow a text of this many: models of `xt train` have no limit, since they
+    /// continue from the last tokens in their context.
     pub fn room(&self, tokens: usize) -> Result<usize> {
         match &self.kind {
             Kind::Trained(..) => Ok(usize::MAX),

@@ -31,7 +31,7 @@ use crate::{
     replacement, sample, typed,
 };
 
-/// What a run without arguments does; all other options have the library's defaults.
+/// Defaults of a run without arguments; all other options have the library's defaults.
 mod defaults {
     pub const DIM: usize = 128;
     pub const DEPTH: usize = 4;

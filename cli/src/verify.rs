@@ -21,7 +21,7 @@ pub struct VerifyArgs {
     compute: ComputeArgs,
 }
 
-/// What of a case is wrong is told up to so many tensors.
+/// Maximum number of mismatched tensors that are printed per case.
 const TOLD: usize = 3;
 
 pub fn run(args: VerifyArgs) -> Result<()> {

@@ -34,7 +34,7 @@ impl Mode {
     }
 }
 
-/// How much of it.
+/// Size of the workload.
 #[derive(Clone, Copy)]
 pub struct Extent {
     /// Sequences, or images.
@@ -61,7 +61,7 @@ pub struct Workload {
     pub operations: Option<f64>,
 }
 
-/// What the gradients of a training step are of.
+/// Loss that the gradients of a training step are taken of.
 enum Loss {
     /// The output itself.
     Given,

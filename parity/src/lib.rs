@@ -1,9 +1,9 @@
-//! Cases: a model, its weights and inputs, and what another implementation computed from them.
+//! Parity cases: a model, its weights and inputs, and the outputs of another implementation.
 //!
-//! A case is a folder with `config.json`, `weights.safetensors`, `inputs.safetensors` and `expected.safetensors`. Those of
-//! `tests/parity` hold the numbers of PyTorch x-transformers 0.22.0, computed in f64 and rounded to f32: their config may
-//! hold a `call` beside the options, and the names are those of [`Model::run`]. A case of a model of one's own has the
-//! config that the model reads, see [`Case::run_with`].
+//! A case is a folder with `config.json`, `weights.safetensors`, `inputs.safetensors` and `expected.safetensors`. Those
+//! in `tests/parity` have the outputs of PyTorch x-transformers 0.22.0, computed in f64 and rounded to f32: their
+//! config may have a `call` beside the options, and the names are those of [`Model::run`]. A case of a custom model has
+//! the config that the model reads; see [`Case::run_with`].
 
 #![forbid(unsafe_code)]
 #![warn(missing_docs, missing_debug_implementations)]
@@ -30,19 +30,19 @@ struct Readme;
 /// Tensors by name.
 type Tensors = BTreeMap<String, Tensor>;
 
-/// Relative errors `‖a − e‖ / max(‖e‖, 1e-6)` up to which tensors agree.
+/// Upper bounds of relative errors, `‖a − e‖ / max(‖e‖, 1e-6)`, for tensors to agree.
 #[derive(Clone, Copy, PartialEq, Debug)]
 pub struct Bounds {
-    /// Of everything that is not a gradient.
+    /// Bound for everything that is not a gradient.
     pub outputs: f64,
-    /// Of each gradient.
+    /// Bound for each gradient.
     pub gradients: f64,
-    /// Of all gradients of a case as one vector.
+    /// Bound for all gradients of a case as one vector.
     pub whole_gradient: f64,
 }
 
 impl Bounds {
-    /// The bounds for a model of this dtype.
+    /// Returns the bounds for a model of this dtype.
     pub fn of(dtype: DType) -> Self {
         let [outputs, gradients, whole_gradient] = match dtype {
             // The expected values are rounded to f32: half of 2⁻²³ on each element.
@@ -53,8 +53,8 @@ impl Bounds {
             // rounded by up to 100, and gradients of scores are small sums of large terms: the bounds are those of the
             // worst case.
             DType::BF16 => [2e-2, 4e-1, 2e-1],
-            // Three bits more than bf16, so that an eighth of its errors is expected; top-k may keep another key. Values
-            // beyond the range of f16, and below it, are not what these bounds are about.
+            // Three bits more than bf16, so that an eighth of its errors is expected; top-k may keep another key.
+            // Values beyond the range of f16, and below it, are not what these bounds are about.
             DType::F16 => [1e-2, 5e-2, 5e-2],
             // I64 and Bool: exact.
             _ => [0.0; 3],
@@ -63,36 +63,36 @@ impl Bounds {
     }
 }
 
-/// One case, read from its folder.
+/// Case, read from its folder.
 #[derive(Clone, Debug)]
 pub struct Case {
-    /// The content of `config.json`: what the model is, and what is asked of it.
+    /// Content of `config.json`: the options of the model and of the call.
     pub config: Value,
-    /// The model's state dict.
+    /// State dict of the model.
     pub weights: BTreeMap<String, Tensor>,
     /// Inputs by name.
     pub inputs: BTreeMap<String, Tensor>,
-    /// The expected outputs by name.
+    /// Expected outputs by name.
     pub expected: BTreeMap<String, Tensor>,
 }
 
-/// How outputs compare with the expected ones.
+/// Result of comparing outputs with the expected ones.
 #[derive(Clone, PartialEq, Debug)]
 #[non_exhaustive]
 #[must_use = "tensors that disagree are in the comparison, not an error"]
 pub struct Comparison {
-    /// The largest relative error of a tensor; NaN if one holds a NaN.
+    /// Largest relative error of a tensor; NaN if one has a NaN.
     pub error: f64,
-    /// The name of that tensor; empty if no two tensors could be compared.
+    /// Name of that tensor; empty if no tensors could be compared.
     pub tensor: String,
-    /// What does not agree, in words; empty if all does.
+    /// Descriptions of the mismatches; empty if all outputs agree.
     pub wrong: Vec<String>,
 }
 
 impl Case {
-    /// The case folders at and below a folder, in order. What lies below a case belongs to it.
+    /// Returns the case folders at and below a folder, in order. Folders below a case belong to it.
     ///
-    /// Errors: a folder that cannot be read, or none with a `config.json`.
+    /// Errors: a folder that cannot be read, or no `config.json` in any.
     pub fn folders(root: impl AsRef<Path>) -> Result<Vec<PathBuf>> {
         let root = root.as_ref();
         let mut found = Vec::new();
@@ -149,10 +149,10 @@ impl Case {
         model.run(&self.inputs, &call, &RunOptions { gradients: true, ..*options })
     }
 
-    /// Builds a model of one's own from the config, loads the weights, and returns what `forward` makes of the inputs
+    /// Builds a custom model from the config, loads the weights, and returns the result of `forward` on the inputs
     /// (floats in the model's dtype): `loss`, `[1]`, if the case expects one, else `out`; and `grad.NAME` for each
-    /// parameter with a gradient that is not zero everywhere. Gradients of an `out` start with the input `cotangent`,
-    /// without which there are none.
+    /// parameter with a gradient that is not zero everywhere. Gradients of an `out` start with the input `cotangent`;
+    /// without it there are none.
     ///
     /// Errors: those of `build` and `forward`; weights or inputs that do not fit.
     pub fn run_with<M>(
@@ -251,7 +251,7 @@ impl Comparison {
 
 const CONFIG: &str = "config.json";
 
-/// Bytes that a config may have; real ones have some thousand.
+/// Maximum size of a config, in bytes; real ones have a few thousand.
 const MAX_CONFIG: u64 = 16 << 20;
 
 fn unreadable(path: &Path, source: std::io::Error) -> Error {

@@ -1,4 +1,4 @@
-//! Requests of a call besides its tensors.
+//! Options of a call besides its tensors.
 
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
@@ -9,31 +9,31 @@ use super::{
 };
 use crate::{Error, Result, error::ensure};
 
-/// The options of one call, as the key `call` beside a config has them.
+/// Options of one call, as in the key `call` beside a config.
 #[derive(Clone, PartialEq, Debug, Default)]
 pub struct Call {
-    /// Give normed hidden states instead of logits.
+    /// If `true`, returns normed hidden states instead of logits.
     pub return_embeddings: bool,
-    /// Give new memories.
+    /// If `true`, returns new memories.
     pub return_mems: bool,
-    /// Give attention maps.
+    /// If `true`, returns attention maps.
     pub return_attn: bool,
-    /// Generate tokens instead: `"method": "generate"` with the arguments of `generate`.
+    /// If `Some`, generates tokens instead: `"method": "generate"` with the arguments of `generate`.
     pub generate: Option<GenerateCall>,
 }
 
-/// The arguments of `generate`.
+/// Arguments of `generate`.
 #[derive(Clone, PartialEq, Debug)]
 pub struct GenerateCall {
-    /// Tokens to generate.
+    /// Number of tokens to generate.
     pub seq_len: usize,
-    /// Where rows end.
+    /// Token that ends a row. Default none.
     pub eos_token: Option<i64>,
     /// Filter and temperature.
     pub sampling: SamplingConfig,
 }
 
-/// The keys of a call, those of sampling apart.
+/// Keys of a call, except those of sampling.
 #[derive(Clone, Default, Serialize, Deserialize)]
 #[serde(default)]
 struct Keys {
@@ -53,7 +53,7 @@ impl Call {
     /// Reads a JSON object.
     ///
     /// Errors: [`ErrorKind::UnknownOption`](crate::ErrorKind::UnknownOption), or
-    /// [`ErrorKind::Option`](crate::ErrorKind::Option) for what does not go together.
+    /// [`ErrorKind::Option`](crate::ErrorKind::Option) for options that cannot be combined.
     pub fn from_value(value: Value) -> Result<Self> {
         let map = super::object("call", value)?;
         let sampling_keys = kwargs::flat(&SamplingConfig::default());

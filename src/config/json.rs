@@ -1,4 +1,4 @@
-//! Reading and writing the wrappers' keywords: nested configs apart, so that their errors keep their type.
+//! Reading and writing the wrappers' options: nested configs separately, which keeps the type of their errors.
 
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
@@ -20,7 +20,7 @@ pub(super) fn object(name: &str, value: Value) -> Result<Map> {
     }
 }
 
-/// Reads the keyword `attn_layers` apart, so that its errors keep their type.
+/// Reads the option `attn_layers` separately, which keeps the type of its errors.
 fn read_wrapper<T: Keywords>(mut map: Map) -> Result<(T, AttentionLayersConfig)> {
     let layers = map.remove("attn_layers").ok_or_else(|| Error::option("attn_layers", "is required, and missing"))?;
     let layers = kwargs::read(object("attn_layers", layers)?).context("attn_layers")?;
@@ -88,10 +88,10 @@ impl AutoregressiveConfig {
     }
 }
 
-/// The options of a wrapper that are options of [`XTransformerConfig`] too.
+/// Options of a wrapper that are options of [`XTransformerConfig`] too.
 const SIDE_OPTIONS: [&str; 4] = ["num_tokens", "max_seq_len", "emb_dropout", "num_memory_tokens"];
 
-/// The keywords of attention layers that [`XTransformerConfig`] sets itself.
+/// Options of attention layers that [`XTransformerConfig`] sets itself.
 const SIDE_FIXED: [&str; 3] = ["kind", "dim", "cross_attend"];
 
 impl XTransformerConfig {

@@ -11,19 +11,19 @@ pub(super) type Map = serde_json::Map<String, Value>;
 
 /// A struct whose fields are keyword arguments.
 pub(super) trait Keywords: Default + Serialize + DeserializeOwned {
-    /// Keywords without a default.
+    /// Options without a default.
     const REQUIRED: &'static [&'static str];
-    /// Prefixes, and the fields that hold the keywords which carry them.
+    /// Prefixes, and the fields that hold the options with them.
     const GROUPS: &'static [(&'static str, &'static str)] = &[];
-    /// Spellings that are accepted for another keyword.
+    /// Alternative names of options.
     const ALIASES: &'static [(&'static str, &'static str)] = &[];
 
-    /// The fields as JSON, groups as objects of their own.
+    /// Returns the fields as JSON, with groups as nested objects.
     fn to_nested(&self) -> serde_json::Result<Value> {
         serde_json::to_value(self)
     }
 
-    /// The inverse of [`Keywords::to_nested`].
+    /// Inverts [`Keywords::to_nested`].
     fn from_nested(value: Value) -> serde_json::Result<Self> {
         serde_json::from_value(value)
     }
@@ -38,7 +38,7 @@ pub(super) fn read<T: Keywords>(mut map: Map) -> Result<T> {
     build(map.clone()).map_err(|error| failing(map, &defaults, error, &|map| build::<T>(map).err()))
 }
 
-/// Gives keywords their own spelling, and refuses unknown and missing ones.
+/// Replaces aliases by the options' own names, and rejects unknown and missing options.
 fn check(map: &mut Map, defaults: &Map, aliases: &[(&str, &str)], required: &[&'static str]) -> Result<()> {
     for &(alias, key) in aliases {
         if let Some(value) = map.remove(alias) {
@@ -53,8 +53,8 @@ fn check(map: &mut Map, defaults: &Map, aliases: &[(&str, &str)], required: &[&'
     Ok(())
 }
 
-/// Finds the key that caused an error. The message of serde names expected and actual, but not the key: it is the one
-/// that fails alone, or the one without which the others pass.
+/// Finds the key that caused an error. The message of serde names the expected and the actual value but not the key:
+/// it is the key that fails by itself, or the one without which the others pass.
 fn failing(
     map: Map,
     defaults: &Map,
@@ -77,7 +77,7 @@ fn failing(
     })
 }
 
-/// The keywords that differ from their defaults, and the required ones.
+/// Returns the options that differ from their defaults, and the required ones.
 pub(super) fn write<T: Keywords>(config: &T) -> Map {
     let defaults = flat(&T::default());
     let mut map = flat(config);
@@ -85,7 +85,7 @@ pub(super) fn write<T: Keywords>(config: &T) -> Map {
     map
 }
 
-/// Every keyword with its value.
+/// Returns every option with its value.
 pub(super) fn flat<T: Keywords>(config: &T) -> Map {
     flattened(config.to_nested(), T::GROUPS)
 }
@@ -119,7 +119,7 @@ fn nested(map: Map, groups: &[(&str, &str)]) -> Value {
     Value::Object(nested)
 }
 
-/// Refuses keys that are not among the known ones.
+/// Rejects unknown keys.
 pub(super) fn check_known<'a, I: Iterator<Item = &'a str> + Clone>(map: &Map, known: impl Fn() -> I) -> Result<()> {
     match map.keys().find(|&key| !known().any(|known| known == key)) {
         Some(key) => {
@@ -131,7 +131,7 @@ pub(super) fn check_known<'a, I: Iterator<Item = &'a str> + Clone>(map: &Map, kn
     }
 }
 
-/// The known key that takes the fewest edits, if those are few; otherwise one that only has a prefix more.
+/// Returns the known key with the fewest edits if those are few; otherwise one that only has an additional prefix.
 fn nearest<'a>(key: &str, mut known: impl Iterator<Item = &'a str> + Clone) -> Option<String> {
     let (edits, nearest) = known.clone().map(|known| (edit_distance(key, known), known)).min()?;
     if edits <= 2.max(key.len() / 3) {
@@ -141,7 +141,7 @@ fn nearest<'a>(key: &str, mut known: impl Iterator<Item = &'a str> + Clone) -> O
     known.find(has_prefix).map(str::to_string)
 }
 
-/// Levenshtein's distance: insertions, deletions and replacements of single characters.
+/// Returns the Levenshtein distance: insertions, deletions and replacements of single characters.
 fn edit_distance(a: &str, b: &str) -> usize {
     let b: Vec<char> = b.chars().collect();
     let mut row: Vec<usize> = (0..=b.len()).collect();
@@ -157,7 +157,7 @@ fn edit_distance(a: &str, b: &str) -> usize {
     row[b.len()]
 }
 
-/// The same error with a prefix on the keys that it names, and without its place.
+/// Returns the same error with a prefix on the keys that it names, and without its location.
 pub(super) fn with_prefix(error: Error, prefix: &str) -> Error {
     Error::new(match error.into_kind() {
         ErrorKind::Option { key, why } => ErrorKind::Option { key: format!("{prefix}{key}"), why },

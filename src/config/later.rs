@@ -1,6 +1,6 @@
-//! Options that x-transformers got after 0.22.0, up to 2.31: who writes one is told that, and not that there is none.
+//! Options that x-transformers added after 0.22.0, up to 2.31: their error says so instead of calling them unknown.
 
-/// Their names, without the prefixes of groups.
+/// Names of the options, without the prefixes of groups.
 const LATER: &str = "
     adaptive_condition_mlp adaptive_condition_mlp_expansion add_attn_z_loss add_continuous_pred_head
     add_value_residual add_zero_kv amateur_model attend_sdp_kwargs attn_aggregated_residual_kwargs
@@ -38,7 +38,7 @@ const LATER: &str = "
     zero_init_branch_output
 ";
 
-/// If `true`, this is an option of later versions of x-transformers.
+/// Returns `true` if this is an option of later versions of x-transformers.
 pub(super) fn is_later(key: &str) -> bool {
     const PREFIXES: [&str; 6] = ["enc_", "dec_", "cross_", "attn_", "cross_attn_", "ff_"];
     let known = |name: &str| LATER.split_ascii_whitespace().any(|later| later == name);

@@ -1,10 +1,11 @@
-//! Options with x-transformers' names, and the plans that they are turned into.
+//! Options with x-transformers' names, and the plans that they resolve to.
 //!
-//! Two steps, so that no module has to know which options go together:
+//! Two steps spare the modules from checking which options can be combined:
 //!
-//! * Config structs hold keywords. They read and write JSON as flat as Python's calls; an unknown key is an error that
+//! * Config structs hold options. They read and write JSON as flat as Python's calls; an unknown key is an error that
 //!   names the nearest known one.
-//! * Plans ([`LayersPlan`]) say what is built. Making one checks all that can be illegal, and nothing is checked later.
+//! * Plans ([`LayersPlan`]) describe the model to build. Creating one checks all options and their combinations;
+//!   nothing is checked later.
 
 mod call;
 mod json;
@@ -44,7 +45,7 @@ use crate::{
 };
 use json::object;
 
-/// Any model: in JSON the keywords of a class, and its name under `model`.
+/// Config of any model: in JSON the options of a class, and its name under `model`.
 ///
 /// ```
 /// use x_transformers::{Error, config::Config};
@@ -80,9 +81,9 @@ pub enum Config {
     XTransformer(Box<XTransformerConfig>),
     /// `AutoregressiveWrapper`: a decoder with its loss and its sampling.
     AutoregressiveWrapper(AutoregressiveConfig),
-    /// `Encoder`, `Decoder` or `CrossAttender`: attention layers alone.
+    /// `Encoder`, `Decoder` or `CrossAttender`: attention layers without a wrapper.
     AttentionLayers(AttentionLayersConfig),
-    /// `SamplingFilter`: no model, but the step from logits to probabilities.
+    /// `SamplingFilter`: not a model, but the step from logits to probabilities.
     SamplingFilter(SamplingConfig),
 }
 
@@ -102,18 +103,17 @@ const MODELS: [&str; 9] = [
 impl Config {
     /// Reads JSON.
     ///
-    /// Errors: text that is not a JSON object; [`ErrorKind::UnknownOption`]; [`ErrorKind::Option`] for a missing
-    /// keyword or a value of another type. What is illegal in combination is found by [`Config::layers`] and by the
-    /// models.
+    /// Errors: text that is not a JSON object; [`ErrorKind::UnknownOption`]; [`ErrorKind::Option`] for a missing option
+    /// or a value of another type. [`Config::layers`] and the models check combinations.
     pub fn from_json(json: &str) -> Result<Self> {
         let value = serde_json::from_str(json);
         let value = value.map_err(|error| Error::argument("config", format_args!("expected JSON: {error}")))?;
         Self::from_value(value)
     }
 
-    /// Reads JSON that may have the key `call` beside the keywords: what to ask of the model.
+    /// Reads JSON that may have the key `call`, the options of one call, beside the options of the model.
     ///
-    /// Errors: as [`Config::from_json`] and [`Call::from_value`].
+    /// Errors: those of [`Config::from_json`] and [`Call::from_value`].
     pub fn with_call(json: &str) -> Result<(Self, Call)> {
         let value = serde_json::from_str(json);
         let mut value: Value =
@@ -123,7 +123,7 @@ impl Config {
         Ok((Self::from_value(value)?, call))
     }
 
-    /// Reads a JSON value, as [`Config::from_json`].
+    /// Reads a JSON value like [`Config::from_json`].
     pub fn from_value(value: Value) -> Result<Self> {
         let mut map = object("config", value)?;
         let model = match map.remove("model") {
@@ -156,7 +156,7 @@ impl Config {
         }
     }
 
-    /// The keywords as JSON, those at their defaults left out.
+    /// Returns the options as JSON, without those at their defaults.
     pub fn to_value(&self) -> Value {
         let (model, mut map) = match self {
             Self::TransformerWrapper(config) => ("TransformerWrapper", config.to_map()),
@@ -180,14 +180,14 @@ impl Config {
         Value::Object(map)
     }
 
-    /// As [`Config::to_value`], indented text.
+    /// Returns [`Config::to_value`] as indented text.
     pub fn to_json(&self) -> String {
         format!("{:#}", self.to_value())
     }
 
-    /// The plans of all attention layers in the model, with the names that their parameters begin with.
+    /// Returns the plans of all attention layers in the model, with the prefixes of their parameters' names.
     ///
-    /// Errors: whatever the options cannot do alone or together.
+    /// Errors: options that are illegal alone or in combination.
     pub fn layers(&self) -> Result<Vec<(&'static str, LayersPlan)>> {
         Ok(match self {
             Self::TransformerWrapper(config) => vec![("attn_layers", config.plan()?.layers)],

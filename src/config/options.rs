@@ -1,4 +1,4 @@
-//! The keyword arguments of attention layers, with the names and defaults of x-transformers 0.22.0.
+//! Options of attention layers, with the names and defaults of x-transformers 0.22.0.
 
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
@@ -10,16 +10,16 @@ use crate::ops::Activation;
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
 #[non_exhaustive]
 pub enum LayersKind {
-    /// Attends in both directions, as BERT.
+    /// Bidirectional, like BERT.
     #[default]
     Encoder,
-    /// Causal, as GPT.
+    /// Causal, like GPT.
     Decoder,
-    /// Cross-attention and feedforward alone.
+    /// Cross-attention and feedforward only.
     CrossAttender,
 }
 
-/// One sublayer of a [`AttentionLayersConfig::custom_layers`] order.
+/// One sublayer in an [`AttentionLayersConfig::custom_layers`] order.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
 #[non_exhaustive]
 pub enum LayerType {
@@ -35,7 +35,7 @@ pub enum LayerType {
 }
 
 impl LayerType {
-    /// `a`, `c` or `f`.
+    /// Returns the letter of this type: `a`, `c` or `f`.
     pub fn letter(self) -> char {
         match self {
             Self::SelfAttention => 'a',
@@ -45,14 +45,14 @@ impl LayerType {
     }
 }
 
-/// Distance by which tokens are shifted: one number for all sublayers, or one for each.
+/// Amount of token shift: one number for all sublayers, or one for each.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
 #[serde(untagged)]
 #[non_exhaustive]
 pub enum ShiftTokens {
-    /// The same in every sublayer; 0 is off.
+    /// Same amount in every sublayer; 0 turns it off.
     All(usize),
-    /// One number per sublayer.
+    /// One amount per sublayer.
     Each(Vec<usize>),
 }
 
@@ -62,59 +62,59 @@ impl Default for ShiftTokens {
     }
 }
 
-/// The norm that a wrapper has behind its layers.
+/// Final norm of a wrapper, after its layers.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 #[non_exhaustive]
 pub enum FinalNorm {
-    /// LayerNorm, whatever the branches have: as x-transformers 0.22.
+    /// LayerNorm, whatever norm the branches have, as in x-transformers 0.22.
     #[default]
     Layer,
-    /// The kind that the branches have: as today's x-transformers. With `pre_norm` = false it is that of the last sum.
+    /// Same norm as the branches, as in current x-transformers. With `pre_norm = false` it is the norm of the last sum.
     Same,
-    /// None; with `pre_norm` = false the last sum has its norm as the others do.
+    /// No final norm; with `pre_norm = false` the last sum keeps its norm like the others.
     None,
 }
 
-/// Llama 3.1's stretch of the rotation to longer texts (<https://arxiv.org/abs/2407.21783>): frequencies with fewer
-/// than `low_freq_factor` turns in the original context are divided by `factor`, those with more than
-/// `high_freq_factor` turns stay, and in between one goes over into the other. The names are those of `transformers`.
+/// Llama 3.1's RoPE scaling for longer contexts (<https://arxiv.org/abs/2407.21783>): frequencies with fewer than
+/// `low_freq_factor` turns in the original context are divided by `factor`, those with more than `high_freq_factor`
+/// turns are kept, and those in between are interpolated. The names are those of `transformers`.
 #[derive(Clone, Copy, PartialEq, Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Llama3Scaling {
     /// Divides the slow frequencies, at least 1.
     pub factor: f64,
-    /// Turns of the slow frequencies, above 0.
+    /// Maximum number of turns of slow frequencies, above 0.
     pub low_freq_factor: f64,
-    /// Turns of the fast frequencies, more than those of the slow ones.
+    /// Minimum number of turns of fast frequencies, above `low_freq_factor`.
     pub high_freq_factor: f64,
-    /// Tokens that the model saw before it was stretched.
+    /// Context length before scaling, in tokens.
     pub original_max_position_embeddings: usize,
 }
 
-/// YaRN's way to stretch the rotation to longer texts (Peng et al., <https://arxiv.org/abs/2309.00071>): frequencies
-/// with fewer than `beta_slow` turns in the original context are divided by `factor`, those with more than `beta_fast`
-/// turns stay, and in between one changes into the other; queries and keys are multiplied by `attention_factor`. The
-/// names are those of `transformers`.
+/// YaRN's RoPE scaling for longer contexts (Peng et al., <https://arxiv.org/abs/2309.00071>): frequencies with fewer
+/// than `beta_slow` turns in the original context are divided by `factor`, those with more than `beta_fast` turns are
+/// kept, and those in between are interpolated; queries and keys are multiplied by `attention_factor`. The names are
+/// those of `transformers`.
 #[derive(Clone, Copy, PartialEq, Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct YarnScaling {
     /// Divides the slow frequencies, at least 1.
     pub factor: f64,
-    /// Number of tokens that the model saw before it was stretched.
+    /// Context length before scaling, in tokens.
     pub original_max_position_embeddings: usize,
-    /// Multiplies rotated queries and keys, above 0. The paper's value is `0.1 ln(factor) + 1`.
+    /// Multiplies rotated queries and keys, above 0; `0.1 ln(factor) + 1` in the paper.
     pub attention_factor: f64,
-    /// Number of turns of the fast frequencies, above 0; the paper's value is 32.
+    /// Minimum number of turns of fast frequencies, above 0; 32 in the paper.
     pub beta_fast: f64,
-    /// Number of turns of the slow frequencies, above 0; the paper's value is 1.
+    /// Maximum number of turns of slow frequencies, above 0; 1 in the paper.
     pub beta_slow: f64,
-    /// If `true`, as in the paper, the ends of the transition are rounded outward to whole pairs of features.
+    /// If `true`, as in the paper, the ends of the transition are rounded outward to whole feature pairs.
     pub truncate: bool,
 }
 
 impl YarnScaling {
-    /// The scaling of the paper, with its attention factor.
+    /// Creates the paper's scaling, with its attention factor.
     pub fn new(factor: f64, original_max_position_embeddings: usize) -> Self {
         Self {
             factor,
@@ -127,11 +127,11 @@ impl YarnScaling {
     }
 }
 
-/// Keyword arguments of `Encoder`, `Decoder` and `CrossAttender`.
+/// Options of `Encoder`, `Decoder` and `CrossAttender`.
 ///
 /// In JSON the keys are flat, as in Python: those of [`AttentionConfig`] begin with `attn_`, those of
-/// [`FeedForwardConfig`] with `ff_`. Unknown keys are errors. What is legal together is decided by
-/// [`LayersPlan::new`](super::LayersPlan::new).
+/// [`FeedForwardConfig`] with `ff_`. Unknown keys are errors. [`LayersPlan::new`](super::LayersPlan::new) checks
+/// which options can be combined.
 ///
 /// ```
 /// use x_transformers::config::{AttentionLayersConfig, FeedForwardConfig};
@@ -147,104 +147,110 @@ impl YarnScaling {
 #[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
 #[serde(remote = "Self", default)]
 pub struct AttentionLayersConfig {
-    /// The class. Required.
+    /// Class of the layers. Required.
     pub kind: LayersKind,
     /// Width of the model. Required.
     pub dim: usize,
     /// Number of blocks. Required.
     pub depth: usize,
-    /// Attention heads. Default 8.
+    /// Number of attention heads. Default 8.
     pub heads: usize,
-    /// Blocks attend to a context too: `a c f`.
+    /// If `true`, blocks attend to a context too: `a c f`.
     pub cross_attend: bool,
-    /// With `cross_attend`: no self-attention, `c f`.
+    /// If `true`, and with `cross_attend`, blocks have no self-attention: `c f`.
     pub only_cross: bool,
-    /// ScaleNorm instead of LayerNorm. <https://arxiv.org/abs/1910.05895>
+    /// If `true`, uses ScaleNorm instead of LayerNorm. <https://arxiv.org/abs/1910.05895>
     pub use_scalenorm: bool,
-    /// RMSNorm instead of LayerNorm; wins over `use_scalenorm`. <https://arxiv.org/abs/1910.07467>
+    /// If `true`, uses RMSNorm instead of LayerNorm; takes precedence over `use_scalenorm`.
+    /// <https://arxiv.org/abs/1910.07467>
     pub use_rmsnorm: bool,
-    /// Each branch times a learned scalar that starts at 0, in place of all norms of branches: with it the options of
-    /// norms (`use_scalenorm`, `use_rmsnorm`, `sandwich_norm`, `pre_norm`) have nothing to act on, as upstream.
+    /// If `true`, multiplies each branch by a learned scalar that starts at 0, in place of all branch norms: the norm
+    /// options (`use_scalenorm`, `use_rmsnorm`, `sandwich_norm`, `pre_norm`) then have no effect, as upstream.
     /// <https://arxiv.org/abs/2003.04887>
     pub use_rezero: bool,
-    /// Linear position bias; causal models only. `alibi_pos_emb` is accepted too. <https://arxiv.org/abs/2108.12409>
+    /// If `true`, adds the ALiBi position bias; causal models only. `alibi_pos_emb` is accepted too.
+    /// <https://arxiv.org/abs/2108.12409>
     pub alibi_pos_bias: bool,
-    /// The first so many heads get the ALiBi bias. Default all.
+    /// Number of heads, from the first, that get the ALiBi bias. Default all.
     pub alibi_num_heads: Option<usize>,
-    /// The ALiBi slopes are learned, as logarithms.
+    /// If `true`, the ALiBi slopes are learned, as logarithms.
     pub alibi_learned: bool,
-    /// T5's relative position bias, shared by all layers. <https://arxiv.org/abs/1910.10683>
+    /// If `true`, adds T5's relative position bias, shared by all layers. <https://arxiv.org/abs/1910.10683>
     pub rel_pos_bias: bool,
-    /// Buckets of the relative position bias. Default 32.
+    /// Number of buckets of the relative position bias. Default 32.
     pub rel_pos_num_buckets: usize,
-    /// Distance from which on all positions share a bucket. Default 128.
+    /// Distance from which all positions share a bucket. Default 128.
     pub rel_pos_max_distance: usize,
-    /// Sinusoids added to the inputs of queries and keys. <https://arxiv.org/abs/2012.15832>
+    /// If `true`, adds sinusoidal positions to the inputs of queries and keys. <https://arxiv.org/abs/2012.15832>
     pub position_infused_attn: bool,
-    /// Added to the variance in LayerNorm, default 1e-5. Of RMSNorm it is added to the mean square, in place of 0.22's
-    /// lower bound on the length; of ScaleNorm it is that bound.
+    /// Epsilon of the norms. LayerNorm adds it to the variance, default 1e-5; RMSNorm adds it to the mean square, in
+    /// place of 0.22's lower bound on the length; ScaleNorm uses it as that bound.
     pub norm_eps: Option<f64>,
-    /// The norm behind all layers, which belongs to the wrapper. Default LayerNorm. (Today's x-transformers:
-    /// `pre_norm_has_final_norm`.)
+    /// Final norm after the last layer (owned by the wrapper). Default LayerNorm. Current x-transformers:
+    /// `pre_norm_has_final_norm`.
     pub final_norm: FinalNorm,
-    /// All blocks are one, which is run `depth` times (Lan et al., ALBERT, <https://arxiv.org/abs/1909.11942>).
+    /// If `true`, all `depth` blocks share their weights (Lan et al., ALBERT, <https://arxiv.org/abs/1909.11942>).
     pub weight_tie_layers: bool,
-    /// Rotary position embedding of queries, keys and values. <https://arxiv.org/abs/2104.09864>
+    /// If `true`, applies rotary position embeddings to queries, keys and values. <https://arxiv.org/abs/2104.09864>
     pub rotary_pos_emb: bool,
-    /// Features of a head that are rotated, at least 32 as in 0.22, or 2 with `rotary_qk_only`. Default half of the
-    /// head.
+    /// Number of features per head that are rotated: at least 32, as in 0.22, or 2 with `rotary_qk_only`. Default half
+    /// of the head.
     pub rotary_emb_dim: Option<usize>,
-    /// With `rotary_pos_emb`: values are not rotated, as in the paper and in later versions.
+    /// If `true`, and with `rotary_pos_emb`, values are not rotated, as in the paper and in later versions.
     pub rotary_qk_only: bool,
-    /// The base of the rotation's frequencies, also called theta. Default 10000.
+    /// Base of the rotary frequencies, also called theta. Default 10000.
     pub rotary_base: f64,
-    /// Positions are divided by this number: a model that was trained with it sees so many times further. Default 1.
+    /// Divides positions: a model that was trained with it reads contexts longer by this factor. Default 1.
     /// <https://arxiv.org/abs/2306.15595>
     pub rotary_interpolation_factor: f64,
-    /// The frequencies are those of Llama 3.1, the slow ones made slower. Default none.
+    /// Llama 3.1's scaling of the slow rotary frequencies. Default none.
     pub rotary_llama3_scaling: Option<Llama3Scaling>,
-    /// The frequencies are those of YaRN, the slow ones made slower. Needs `rotary_qk_only` and a rotation of whole
-    /// heads; cannot be used with the two above. Default none.
+    /// YaRN's scaling of the slow rotary frequencies. Requires `rotary_qk_only` and a rotation of whole heads; cannot
+    /// be combined with `rotary_interpolation_factor` or `rotary_llama3_scaling`. Default none.
     pub rotary_yarn_scaling: Option<YarnScaling>,
-    /// Divides the frequency of each pair of features by a number of its own, as `rope_freqs.weight` of GGUF files
-    /// does: one number above 0 for each pair. Default none.
+    /// Divisors of the rotary frequencies, one above 0 for each feature pair, like `rope_freqs.weight` in GGUF files.
+    /// Default none.
     pub rotary_freq_factors: Option<Vec<f64>>,
-    /// Rotates neighbours `2k, 2k + 1`, as today's x-transformers and GPT-J, and not `k, k + r/2`, as 0.22 and Llama in
-    /// `transformers`. Needs `rotary_qk_only`.
+    /// If `true`, rotates the feature pairs `2k, 2k + 1`, as in current x-transformers and GPT-J, instead of
+    /// `k, k + r/2`, as in 0.22 and Llama in `transformers`. Requires `rotary_qk_only`.
     pub rotary_interleaved: bool,
-    /// The order of sublayers in place of `depth` blocks; wins over the two below, and over `only_cross`.
+    /// Order of sublayers, in place of `depth` blocks; takes precedence over `sandwich_coef`, `par_ratio` and
+    /// `only_cross`.
     pub custom_layers: Option<Vec<LayerType>>,
-    /// Number of attention sublayers that come first, and of feedforwards that come last.
+    /// Sandwich order: number of attention sublayers that come first, and of feedforwards that come last.
     /// <https://arxiv.org/abs/1911.03864>
     pub sandwich_coef: Option<usize>,
-    /// Fewer attention sublayers, in the first two thirds; wins over `sandwich_coef`.
-    /// <https://arxiv.org/abs/2009.04534>
+    /// Ratio of all sublayers to blocks with attention, which lie in the first two thirds; takes precedence over
+    /// `sandwich_coef`. <https://arxiv.org/abs/2009.04534>
     pub par_ratio: Option<usize>,
-    /// Scores are added to those of the next self-attention. <https://arxiv.org/abs/2012.11747>
+    /// If `true`, adds the scores of each self-attention to those of the next. <https://arxiv.org/abs/2012.11747>
     pub residual_attn: bool,
-    /// The same for cross-attention.
+    /// If `true`, does the same for cross-attention.
     pub cross_residual_attn: bool,
-    /// A feedforward in front of each block, all of them halved. <https://arxiv.org/abs/1906.02762>
+    /// If `true`, adds a feedforward before each block and halves the output of all feedforwards.
+    /// <https://arxiv.org/abs/1906.02762>
     pub macaron: bool,
-    /// Norms before the branches; otherwise after the sums. Default true. <https://arxiv.org/abs/2002.04745>
+    /// If `true`, norms come before the branches, otherwise after the sums. Default true.
+    /// <https://arxiv.org/abs/2002.04745>
     pub pre_norm: bool,
-    /// Residuals through a GRU cell. <https://arxiv.org/abs/1910.06764>
+    /// If `true`, a GRU cell joins each branch and its residual. <https://arxiv.org/abs/1910.06764>
     pub gate_residual: bool,
-    /// The residual stream times a learned vector before each sum.
+    /// If `true`, multiplies the residual stream by a learned vector before each sum.
     pub scale_residual: bool,
-    /// Shifts chunks of features along the sequence before each branch.
+    /// Token shift: moves chunks of features along the sequence before each branch.
     pub shift_tokens: ShiftTokens,
-    /// Another norm on each branch's output. <https://arxiv.org/abs/2105.13290>
+    /// If `true`, adds a norm to each branch's output. <https://arxiv.org/abs/2105.13290>
     pub sandwich_norm: bool,
-    /// Cosine attention with a learned temperature. <https://arxiv.org/abs/2010.04245>
+    /// If `true`, uses cosine attention with a learned temperature. <https://arxiv.org/abs/2010.04245>
     pub use_qk_norm_attn: bool,
-    /// Sequence length from which that temperature starts. Default as for 1024 or so.
+    /// Sequence length that determines the temperature's initial value. Default about 1024.
     pub qk_norm_attn_seq_len: Option<usize>,
-    /// The last linear layer of each branch starts at 0; the gated one of `attn_on_attn` too, where upstream fails.
+    /// If `true`, the last linear layer of each branch starts at 0, including the gated one of `attn_on_attn`, where
+    /// upstream fails.
     pub zero_init_branch_output: bool,
-    /// Keywords `attn_*`.
+    /// Options `attn_*`.
     pub attn: AttentionConfig,
-    /// Keywords `ff_*`.
+    /// Options `ff_*`.
     pub ff: FeedForwardConfig,
 }
 
@@ -300,17 +306,17 @@ impl Default for AttentionLayersConfig {
 }
 
 impl AttentionLayersConfig {
-    /// An encoder of this width and depth, all else at its default.
+    /// Creates the options of an encoder of this width and depth, with defaults for the rest.
     pub fn encoder(dim: usize, depth: usize) -> Self {
         Self { kind: LayersKind::Encoder, dim, depth, ..Self::default() }
     }
 
-    /// A decoder of this width and depth, all else at its default.
+    /// Creates the options of a decoder of this width and depth, with defaults for the rest.
     pub fn decoder(dim: usize, depth: usize) -> Self {
         Self { kind: LayersKind::Decoder, dim, depth, ..Self::default() }
     }
 
-    /// A cross-attender of this width and depth, all else at its default.
+    /// Creates the options of a cross-attender of this width and depth, with defaults for the rest.
     pub fn cross_attender(dim: usize, depth: usize) -> Self {
         Self { kind: LayersKind::CrossAttender, dim, depth, ..Self::default() }
     }
@@ -319,7 +325,7 @@ impl AttentionLayersConfig {
 impl Keywords for AttentionLayersConfig {
     const REQUIRED: &'static [&'static str] = &["kind", "dim", "depth"];
     const GROUPS: &'static [(&'static str, &'static str)] = &[("attn_", "attn"), ("ff_", "ff")];
-    // The documentation of x-transformers teaches this name, its code reads the other.
+    // The documentation of x-transformers uses this name, its code the other.
     const ALIASES: &'static [(&'static str, &'static str)] = &[("alibi_pos_emb", "alibi_pos_bias")];
 
     fn to_nested(&self) -> serde_json::Result<Value> {
@@ -346,48 +352,48 @@ impl<'de> Deserialize<'de> for AttentionLayersConfig {
     }
 }
 
-/// Keyword arguments of attention, written with the prefix `attn_` among those of the layers.
+/// Options of attention, with the prefix `attn_` among the options of the layers.
 #[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
 #[serde(default)]
 pub struct AttentionConfig {
-    /// Features of a head. Default 64, whatever the width of the model.
+    /// Number of features per head. Default 64, whatever the width of the model.
     pub dim_head: usize,
-    /// Heads of keys and values, each shared by as many heads of queries: head `h` of queries uses head
-    /// `h / (heads / kv_heads)`, as in Llama (in today's x-transformers `h % kv_heads`). Default all `heads`.
+    /// Number of key and value heads; each serves an equal group of query heads: query head `h` uses head
+    /// `h / (heads / kv_heads)`, as in Llama (current x-transformers: `h % kv_heads`). Default `heads`.
     /// <https://arxiv.org/abs/2305.13245>
     pub kv_heads: Option<usize>,
-    /// The projections of queries, keys and values have biases, as in BERT.
+    /// If `true`, the projections of queries, keys and values have biases, as in BERT.
     pub qkv_bias: bool,
-    /// The output projection has a bias. Default true.
+    /// If `true`, the output projection has a bias. Default true.
     pub out_bias: bool,
-    /// Scores are mixed across heads before and after the softmax. <https://arxiv.org/abs/2003.02436>
+    /// If `true`, mixes scores across heads before and after the softmax. <https://arxiv.org/abs/2003.02436>
     pub talking_heads: bool,
-    /// A learned factor per head on its output. <https://arxiv.org/abs/2110.09456>
+    /// If `true`, multiplies each head's output by a learned factor. <https://arxiv.org/abs/2110.09456>
     pub head_scale: bool,
-    /// Heads share queries and keys, and mix their features. Together with `num_mem_kv`, which upstream refuses, each
-    /// head's memory keys have the shared width. <https://arxiv.org/abs/2006.16362>
+    /// If `true`, heads share queries and keys and mix their features. Combined with `num_mem_kv`, which upstream
+    /// rejects, each head's memory keys have the shared width. <https://arxiv.org/abs/2006.16362>
     pub collab_heads: bool,
-    /// Shared features relative to those of all heads. Default 0.3.
+    /// Ratio of shared features to the features of all heads. Default 0.3.
     pub collab_compression: f64,
-    /// Attention to the so many best keys of each query. <https://arxiv.org/abs/1912.11637>
+    /// Number of highest-scoring keys that each query attends to. Default all. <https://arxiv.org/abs/1912.11637>
     pub sparse_topk: Option<usize>,
-    /// 1.5-entmax instead of softmax. <https://arxiv.org/abs/1905.05702>
+    /// If `true`, uses 1.5-entmax instead of softmax. <https://arxiv.org/abs/1905.05702>
     pub use_entmax15: bool,
-    /// Learned keys and values in front of the others. <https://arxiv.org/abs/1907.01470>
+    /// Number of learned memory keys and values before the others. <https://arxiv.org/abs/1907.01470>
     pub num_mem_kv: usize,
-    /// Dropout of attention weights.
+    /// Dropout probability of attention weights.
     pub dropout: f64,
-    /// Attention on attention: a gated output projection. <https://arxiv.org/abs/1908.06954>
+    /// If `true`, adds attention on attention, a gated output projection. <https://arxiv.org/abs/1908.06954>
     pub on_attn: bool,
-    /// A gate on the aggregated values, computed from the layer's input.
+    /// If `true`, gates the aggregated values by a function of the layer's input.
     pub gate_values: bool,
-    /// The output projection starts at 0.
+    /// If `true`, the output projection starts at 0.
     pub zero_init_output: bool,
-    /// Keys further in the past are masked.
+    /// Maximum distance to the past; keys further back are masked. Default none.
     pub max_attend_past: Option<usize>,
-    /// Cosine attention, without the move of norms that `use_qk_norm_attn` brings.
+    /// If `true`, uses cosine attention, without the change of norms that `use_qk_norm_attn` makes.
     pub qk_norm: bool,
-    /// Start of the logarithm of its temperature. Default -3.
+    /// Initial value of the log temperature of cosine attention. Default -3.
     pub scale_init_value: Option<f64>,
 }
 
@@ -416,25 +422,25 @@ impl Default for AttentionConfig {
     }
 }
 
-/// Keyword arguments of the feedforward, written with the prefix `ff_` among those of the layers.
+/// Options of the feedforward, with the prefix `ff_` among the options of the layers.
 #[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
 #[serde(default)]
 pub struct FeedForwardConfig {
-    /// Inner width relative to that of the model, rounded down. Default 4.
+    /// Ratio of the inner width, which is rounded down, to the width of the model. Default 4.
     pub mult: f64,
-    /// A gated activation; adds half as many weights again. <https://arxiv.org/abs/2002.05202>
+    /// If `true`, gates the activation (GLU), which adds half as many weights again. <https://arxiv.org/abs/2002.05202>
     pub glu: bool,
-    /// Activation. Default GELU. Among the options of the layers each other one is an option of its own,
-    /// [`Activation::option`], that is true: `ff_relu_squared`, `ff_swish`, …
+    /// Activation. Default GELU. Among the options of the layers each of the others is a boolean option,
+    /// [`Activation::option`]: `ff_relu_squared`, `ff_swish`, …
     #[serde(with = "activation")]
     pub activation: Activation,
-    /// No biases in either layer; of a gated one too, where today's x-transformers keeps them in the first.
+    /// If `true`, neither layer has a bias, even if gated, where current x-transformers keeps that of the first layer.
     pub no_bias: bool,
-    /// A LayerNorm after the activation. <https://arxiv.org/abs/2110.09456>
+    /// If `true`, a LayerNorm follows the activation. <https://arxiv.org/abs/2110.09456>
     pub post_act_ln: bool,
-    /// Dropout before the output layer.
+    /// Dropout probability before the output layer.
     pub dropout: f64,
-    /// The output layer starts at 0.
+    /// If `true`, the output layer starts at 0.
     pub zero_init_output: bool,
 }
 
@@ -452,7 +458,7 @@ impl Default for FeedForwardConfig {
     }
 }
 
-/// An activation by its name; as options of the layers each has one of its own, of which one at most is true.
+/// Activations by name; as options of the layers each is a boolean of its own, of which at most one is true.
 mod activation {
     use serde::{Deserialize, Deserializer, Serializer, de::Error};
     use serde_json::Value;

@@ -1,11 +1,11 @@
-//! The order of sublayers: a pure function of the options.
+//! Order of sublayers: a pure function of the options.
 
 use super::options::{AttentionLayersConfig, LayerType, LayersKind};
 use crate::{Error, Result, error::ensure};
 
 use LayerType::{CrossAttention, FeedForward, SelfAttention};
 
-/// The sublayers in their order: `custom_layers`, else `par_ratio`, else `sandwich_coef`, else `depth` blocks.
+/// Returns the sublayers in order: `custom_layers`, else `par_ratio`, else `sandwich_coef`, else `depth` blocks.
 ///
 /// Errors: an option out of its range, or more sublayers than memory could hold.
 pub(super) fn layer_order(config: &AttentionLayersConfig) -> Result<Vec<LayerType>> {
@@ -36,7 +36,7 @@ pub(super) fn layer_order(config: &AttentionLayersConfig) -> Result<Vec<LayerTyp
     Ok(block.repeat(config.depth))
 }
 
-/// `a f`, with cross-attention `a c f` or `c f`, with macaron an `f` in front.
+/// Returns one block: `a f`, with cross-attention `a c f` or `c f`, with macaron another `f` first.
 fn block(config: &AttentionLayersConfig) -> Vec<LayerType> {
     let cross_attender = config.kind == LayersKind::CrossAttender;
     let mut block = Vec::with_capacity(4);
@@ -53,7 +53,7 @@ fn block(config: &AttentionLayersConfig) -> Vec<LayerType> {
     block
 }
 
-/// Attention in the first two thirds only (<https://arxiv.org/abs/2009.04534>).
+/// Returns an order with attention in the first two thirds only (<https://arxiv.org/abs/2009.04534>).
 fn par_order(depth: usize, ratio: usize, block: &[LayerType]) -> Result<Vec<LayerType>> {
     let total = depth * block.len();
     ensure!(
@@ -73,7 +73,7 @@ fn par_order(depth: usize, ratio: usize, block: &[LayerType]) -> Result<Vec<Laye
     );
     block.resize(width, FeedForward);
     let mut order = block.repeat(attention);
-    // Rounding can make the attention part longer than the whole; nothing is cut off then.
+    // Rounding can make the attention part longer than the whole; it is not truncated.
     order.resize(order.len().max(total), FeedForward);
     Ok(order)
 }

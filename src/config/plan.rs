@@ -1,4 +1,4 @@
-//! Plans: the structs that modules are made from. `resolve.rs` makes them from options.
+//! Plans: the structs that modules are built from. `resolve.rs` creates them from options.
 
 use std::fmt;
 
@@ -34,13 +34,13 @@ use crate::{
 pub struct LayersPlan {
     /// Width of the model.
     pub dim: usize,
-    /// If `true`, a context must be given.
+    /// If `true`, a call must have a context.
     pub cross_attend: bool,
     /// Position schemes of self-attention.
     pub positions: Positions,
     /// The sublayers in their order.
     pub layers: Vec<LayerPlan>,
-    /// Number of sublayers with weights of their own; those after them are the same again.
+    /// Number of sublayers with weights of their own; the rest repeat them.
     pub distinct: usize,
     /// Final norm after the last layer (owned by the wrapper).
     pub final_norm: Option<NormPlan>,
@@ -107,8 +107,8 @@ pub struct AlibiPlan {
 }
 
 impl AlibiPlan {
-    /// The slopes of the paper, as f32 like PyTorch's: `2^(−8k/H)` for a power of two, else those of the power of two
-    /// below, and every second one of the next.
+    /// Returns the paper's slopes, in f32 like PyTorch: `2^(−8k/H)` for a power of two, else those of the power of two
+    /// below and every second one of the next.
     pub fn slopes(&self) -> Vec<f32> {
         let series = |heads: usize| (1..=heads).map(move |k| libm::exp2(-8.0 * k as f64 / heads as f64) as f32);
         let below = (self.sloped + 1).next_power_of_two() / 2;
@@ -120,7 +120,7 @@ impl AlibiPlan {
 #[derive(Clone, PartialEq, Debug)]
 #[non_exhaustive]
 pub struct LayerPlan {
-    /// The function of the sublayer.
+    /// Function of the sublayer.
     pub branch: BranchPlan,
     /// Norms before the branch, after it, and after the sum with the residual.
     pub norms: [Option<NormPlan>; 3],
@@ -130,21 +130,21 @@ pub struct LayerPlan {
     pub residual: ResidualPlan,
 }
 
-/// The function of a sublayer.
+/// Function of a sublayer.
 #[derive(Clone, PartialEq, Debug)]
 pub enum BranchPlan {
-    /// Attention of a sequence to itself.
+    /// Self-attention.
     SelfAttention(AttentionPlan),
-    /// Attention to the context.
+    /// Cross-attention to the context.
     CrossAttention(AttentionPlan),
     /// Feedforward.
     FeedForward(FeedForwardPlan),
-    /// A function of one's own, which the layers were given when they were made. No option asks for it.
+    /// Custom function, passed to the layers' constructor. No option selects it.
     Custom,
 }
 
 impl BranchPlan {
-    /// `a`, `c` or `f`, or `None` for a custom branch.
+    /// Returns the type of the sublayer, or `None` for a custom branch.
     pub fn layer_type(&self) -> Option<LayerType> {
         match self {
             Self::SelfAttention(_) => Some(LayerType::SelfAttention),
@@ -154,7 +154,7 @@ impl BranchPlan {
         }
     }
 
-    /// The attention, if it is one.
+    /// Returns the attention plan, if this is an attention sublayer.
     pub fn attention(&self) -> Option<&AttentionPlan> {
         match self {
             Self::SelfAttention(plan) | Self::CrossAttention(plan) => Some(plan),
@@ -163,41 +163,41 @@ impl BranchPlan {
     }
 }
 
-/// The kind of a norm, with its eps.
+/// Kind of a norm, with its eps.
 #[derive(Clone, Copy, PartialEq, Debug)]
 pub enum NormPlan {
     /// LayerNorm, affine; eps is added to the variance.
     Layer(f64),
-    /// ScaleNorm; eps is the least length.
+    /// ScaleNorm; eps is the lower bound on the length.
     Scale(f64),
-    /// RMSNorm; eps is the least length.
+    /// RMSNorm of x-transformers 0.22; eps is the lower bound on the length.
     ClampedRms(f64),
     /// RMSNorm; eps is added to the mean square.
     Rms(f64),
 }
 
 impl NormPlan {
-    /// LayerNorm as PyTorch has it.
+    /// LayerNorm with PyTorch's default eps.
     pub const LAYER: Self = Self::Layer(1e-5);
 }
 
 /// Wrappers of a branch, outermost first.
 #[derive(Clone, PartialEq, Eq, Debug, Default)]
 pub struct WrapPlan {
-    /// Times a learned scalar.
+    /// If `true`, the branch is multiplied by a learned scalar.
     pub rezero: bool,
-    /// Chunks of features move by these amounts along the sequence.
+    /// Amounts by which chunks of features move along the sequence.
     pub shifts: Option<Vec<isize>>,
-    /// Times one half: the feedforwards of a macaron.
+    /// If `true`, the branch is multiplied by one half: feedforwards with `macaron`.
     pub half: bool,
 }
 
 /// Sum of branch and residual, or another way to join them.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub struct ResidualPlan {
-    /// By a GRU cell, otherwise by a sum.
+    /// If `true`, a GRU cell joins branch and residual, otherwise a sum.
     pub gated: bool,
-    /// The residual is multiplied by a learned vector first.
+    /// If `true`, the residual is multiplied by a learned vector first.
     pub scaled: bool,
 }
 
@@ -231,31 +231,31 @@ pub struct AttentionPlan {
     pub dim: usize,
     /// Heads.
     pub heads: usize,
-    /// Heads of keys and values; a divisor of `heads`.
+    /// Number of key and value heads; a divisor of `heads`.
     pub kv_heads: usize,
     /// If `true`, the projections of queries, keys and values have biases.
     pub qkv_bias: bool,
-    /// If `true`, the output projection has one.
+    /// If `true`, the output projection has a bias.
     pub out_bias: bool,
-    /// Features of a head's values, and of its queries and keys unless heads share them.
+    /// Number of features per head of the values, and of the queries and keys unless heads share them.
     pub dim_head: usize,
-    /// Width of the queries and keys that all heads share, for collaborative heads.
+    /// For collaborative heads: width of the queries and keys that all heads share.
     pub shared: Option<usize>,
-    /// If `true`, queries see only keys up to their own position.
+    /// If `true`, queries attend only to keys up to their own position.
     pub causal: bool,
-    /// Limits of the keys that a query sees.
+    /// Limits of the keys that a query attends to.
     pub window: Window,
     /// Scale of the logits.
     pub temperature: Temperature,
     /// Rotation.
     pub rotary: Option<RotaryPlan>,
-    /// Learned keys and values in front of the others.
+    /// Number of learned memory keys and values before the others.
     pub num_mem_kv: usize,
     /// If `true`, scores are mixed across heads.
     pub talking_heads: bool,
     /// Number of highest-scoring keys that each query attends to.
     pub sparse_topk: Option<usize>,
-    /// Scores to weights.
+    /// Function from scores to weights.
     pub normalize: Normalize,
     /// If `true`, scores are passed on to the next attention of the same kind.
     pub residual: bool,
@@ -281,7 +281,7 @@ pub enum Temperature {
     Learned(f64),
 }
 
-/// Scores to weights.
+/// Function from scores to weights.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 #[non_exhaustive]
 pub enum Normalize {
@@ -295,9 +295,9 @@ pub enum Normalize {
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 #[non_exhaustive]
 pub enum AttentionPath {
-    /// In blocks, without a tensor of all scores.
+    /// Fused: in blocks, without a tensor of all scores.
     Fused,
-    /// From the matrix of scores, for this reason.
+    /// Explicit: from the matrix of scores, for this reason.
     Explicit(&'static str),
 }
 
@@ -311,7 +311,7 @@ impl fmt::Display for AttentionPath {
 }
 
 impl FeedForwardPlan {
-    /// `dim → inner → dim` with GELU and biases, as x-transformers has it by default (`inner = 4 · dim`).
+    /// Creates a plan `dim → inner → dim` with GELU and biases, x-transformers' default (with `inner = 4 · dim`).
     pub fn new(dim: usize, inner: usize) -> Self {
         Self {
             dim,
@@ -326,7 +326,7 @@ impl FeedForwardPlan {
         }
     }
 
-    /// Checks what no options have checked.
+    /// Checks a plan that was not resolved from options.
     ///
     /// Errors: [`ErrorKind::Option`](crate::ErrorKind::Option) for a width of 0 or one that could not be addressed, or
     /// a dropout that is not a probability.
@@ -339,8 +339,8 @@ impl FeedForwardPlan {
 }
 
 impl AttentionPlan {
-    /// `heads` heads of `dim_head` features, softmax of products over `√dim_head`, no mask, and a bias of the output
-    /// only: x-transformers' default for an encoder.
+    /// Creates a plan with `heads` heads of `dim_head` features, softmax of products over `√dim_head`, no mask, and a
+    /// bias of the output only: x-transformers' default for an encoder.
     pub fn new(dim: usize, heads: usize, dim_head: usize) -> Self {
         Self {
             dim,
@@ -367,7 +367,7 @@ impl AttentionPlan {
         }
     }
 
-    /// Checks what would have no meaning for any attention.
+    /// Checks that every number is in its range.
     ///
     /// Errors: [`ErrorKind::Option`](crate::ErrorKind::Option) for the first number that is out of its range.
     pub fn check(&self) -> Result<()> {
@@ -404,17 +404,17 @@ impl AttentionPlan {
         Ok(())
     }
 
-    /// Features of a head's queries and keys.
+    /// Returns the number of features per head of queries and keys.
     pub fn dim_qk(&self) -> usize {
         self.shared.unwrap_or(self.dim_head)
     }
 
-    /// The path that a call takes which asks for nothing special.
+    /// Returns the code path of a call with default options.
     pub fn path(&self) -> AttentionPath {
         self.needs_scores().map_or(AttentionPath::Fused, AttentionPath::Explicit)
     }
 
-    /// `None`: the fused op computes exactly this. `Some(why)`: the matrix of scores is needed.
+    /// Returns `Some(reason)` if the matrix of scores is needed, `None` if the fused op computes exactly this.
     pub fn needs_scores(&self) -> Option<&'static str> {
         if self.talking_heads {
             return Some("talking heads mix scores across heads");
@@ -433,7 +433,7 @@ impl AttentionPlan {
 }
 
 impl LayersPlan {
-    /// Number of self-attention sublayers: each has a memory.
+    /// Returns the number of self-attention sublayers; each has a memory.
     pub fn self_attentions(&self) -> usize {
         self.layers.iter().filter(|layer| matches!(layer.branch, BranchPlan::SelfAttention(_))).count()
     }

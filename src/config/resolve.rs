@@ -1,4 +1,4 @@
-//! Options to plans: the one place that knows which options go together.
+//! Options to plans: the only place that knows which options can be combined.
 
 use super::{
     options::{
@@ -42,7 +42,7 @@ fn layers(config: &AttentionLayersConfig) -> Result<LayersPlan> {
     let feedforward = feedforward(config.dim, config.dim, &config.ff, config.zero_init_branch_output)?;
     let shifts = shifts(config, order.len(), causal)?;
     let norm = norm(config)?;
-    // With post-norm the wrapper's norm is that of the last sum.
+    // With post-norm the wrapper's norm is the norm of the last sum.
     let last = (config.final_norm != FinalNorm::None).then_some(order.len() - 1);
     let distinct = distinct(config, &order)?;
     let layer = |(index, (&kind, shifts)): (usize, (&LayerType, Option<Vec<isize>>))| {
@@ -79,7 +79,7 @@ fn layers(config: &AttentionLayersConfig) -> Result<LayersPlan> {
     Ok(LayersPlan { dim: config.dim, cross_attend, positions, layers, distinct, final_norm })
 }
 
-/// Number of sublayers with weights of their own: with tied ones those of the first block.
+/// Returns the number of sublayers with weights of their own: if they are tied, those of the first block.
 fn distinct(config: &AttentionLayersConfig, order: &[LayerType]) -> Result<usize> {
     if !config.weight_tie_layers {
         return Ok(order.len());
@@ -106,11 +106,11 @@ fn distinct(config: &AttentionLayersConfig, order: &[LayerType]) -> Result<usize
     Ok(block)
 }
 
-/// ReZero replaces all norms of branches; RMSNorm wins over ScaleNorm.
+/// Returns the branch norm. ReZero replaces all of them; RMSNorm takes precedence over ScaleNorm.
 fn norm(config: &AttentionLayersConfig) -> Result<Option<NormPlan>> {
     let eps = config.norm_eps;
     if let Some(eps) = eps {
-        // Written so that NaN is refused.
+        // Written so that NaN is rejected.
         ensure!(
             eps > 0.0 && eps < 1.0,
             Error::option("norm_eps", format_args!("expected a number between 0 and 1, got {eps}"))
@@ -124,7 +124,7 @@ fn norm(config: &AttentionLayersConfig) -> Result<Option<NormPlan>> {
     })
 }
 
-/// Options about a kind of sublayer need one of that kind.
+/// Rejects options of a kind of sublayer that the layers do not have.
 fn check_branches(config: &AttentionLayersConfig, order: &[LayerType], cross_attend: bool) -> Result<()> {
     let cross = order.contains(&LayerType::CrossAttention);
     ensure!(
@@ -222,7 +222,7 @@ fn t5(config: &AttentionLayersConfig, causal: bool) -> Result<T5Plan> {
     Ok(T5Plan { heads: config.heads, scale, buckets, max_distance: distance, causal })
 }
 
-/// Plans for token shift, one per sublayer.
+/// Returns the plans of token shift, one per sublayer.
 fn shifts(config: &AttentionLayersConfig, layers: usize, causal: bool) -> Result<Vec<Option<Vec<isize>>>> {
     let amounts = match &config.shift_tokens {
         ShiftTokens::All(amount) => vec![*amount; layers],
@@ -252,7 +252,7 @@ fn shifts(config: &AttentionLayersConfig, layers: usize, causal: bool) -> Result
     amounts.into_iter().map(plan).collect()
 }
 
-/// The plan of cross-attention; self-attention adds causality, positions and its own chain of scores.
+/// Returns the plan of cross-attention; self-attention adds causality, positions and its own chain of scores.
 fn attention(config: &AttentionLayersConfig) -> Result<AttentionPlan> {
     let attn = &config.attn;
     let kv_heads = attn.kv_heads.unwrap_or(config.heads);
@@ -279,7 +279,7 @@ fn attention(config: &AttentionLayersConfig) -> Result<AttentionPlan> {
     Ok(plan)
 }
 
-/// `⌊compression · heads · dim_head⌋` for collaborative heads.
+/// Returns the shared width of collaborative heads: `⌊compression · heads · dim_head⌋`.
 fn shared_width(attn: &AttentionConfig, width: usize) -> Result<Option<usize>> {
     let compression = attn.collab_compression;
     if !attn.collab_heads {
@@ -288,7 +288,7 @@ fn shared_width(attn: &AttentionConfig, width: usize) -> Result<Option<usize>> {
         return Ok(None);
     }
     let shared = compression * width as f64;
-    // Written so that NaN is refused.
+    // Written so that NaN is rejected.
     ensure!(
         (1.0..=WIDEST as f64).contains(&shared),
         Error::option(
@@ -327,7 +327,7 @@ fn temperature(config: &AttentionLayersConfig) -> Result<Temperature> {
     Ok(Temperature::Learned(start))
 }
 
-/// Factor on the logits of rotated queries and keys.
+/// Returns the factor on the logits of rotated queries and keys.
 fn rotated_temperature(temperature: Temperature, rotary: Option<&RotaryPlan>) -> Result<Temperature> {
     let factor = rotary.map_or(1.0, RotaryPlan::score_factor);
     match temperature {
@@ -340,7 +340,7 @@ fn rotated_temperature(temperature: Temperature, rotary: Option<&RotaryPlan>) ->
     }
 }
 
-/// The plan of a feedforward from `dim` to `dim_out` features.
+/// Returns the plan of a feedforward from `dim` to `dim_out` features.
 pub(super) fn feedforward(
     dim: usize,
     dim_out: usize,
@@ -348,7 +348,7 @@ pub(super) fn feedforward(
     zero_init: bool,
 ) -> Result<FeedForwardPlan> {
     let inner = dim as f64 * config.mult;
-    // Written so that NaN is refused.
+    // Written so that NaN is rejected.
     ensure!(
         (1.0..=WIDEST as f64).contains(&inner),
         Error::option(

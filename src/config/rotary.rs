@@ -1,4 +1,4 @@
-//! Rotary position embedding: from options to the frequencies of the pairs of features.
+//! Rotary position embedding: from options to the frequencies of the feature pairs.
 
 use std::{f64::consts::TAU, sync::Arc};
 
@@ -12,7 +12,7 @@ use crate::{Error, Result, error::ensure};
 #[derive(Clone, PartialEq, Debug)]
 #[non_exhaustive]
 pub struct RotaryPlan {
-    /// The number in the exponents of the frequencies.
+    /// Number of features in the exponents of the frequencies.
     pub dim: usize,
     /// If `true`, values are rotated too.
     pub values: bool,
@@ -24,14 +24,14 @@ pub struct RotaryPlan {
     pub llama3: Option<Llama3Scaling>,
     /// Divides slow frequencies, and multiplies queries and keys.
     pub yarn: Option<YarnScaling>,
-    /// Divides the frequency of each pair of features by a number of its own.
+    /// Divisors of the frequencies, one per feature pair.
     pub factors: Option<Arc<[f64]>>,
-    /// If `true`, the pairs are neighbours, otherwise halves.
+    /// If `true`, the pairs are `2k, 2k + 1`, otherwise `k, k + r/2`.
     pub interleaved: bool,
 }
 
 impl RotaryPlan {
-    /// The frequencies of the paper for this number of features.
+    /// Creates the paper's rotation of this number of features.
     pub(crate) fn plain(dim: usize) -> Self {
         Self {
             dim,
@@ -45,7 +45,7 @@ impl RotaryPlan {
         }
     }
 
-    /// The rotation that the options describe, of heads with `dim_head` features, of which queries and keys have
+    /// Returns the rotation that the options describe, for heads of `dim_head` features, of which queries and keys have
     /// `dim_qk`; `None` without `rotary_pos_emb`.
     pub(super) fn new(config: &AttentionLayersConfig, dim_head: usize, dim_qk: usize) -> Result<Option<Self>> {
         if !config.rotary_pos_emb {
@@ -81,7 +81,7 @@ impl RotaryPlan {
         if let Some(scaling) = &config.rotary_llama3_scaling {
             check_llama3(scaling)?;
         }
-        // 0.22 knows heads of 32 features and more alone; what rotates as others do may be as narrow as theirs.
+        // 0.22 rotates at least 32 features; other rotations may be as narrow as those of other libraries.
         let least = if config.rotary_qk_only && config.rotary_emb_dim.is_some() { 2 } else { 32 };
         let plan = Self {
             dim: config.rotary_emb_dim.unwrap_or(dim_head / 2).max(least),
@@ -151,7 +151,7 @@ impl RotaryPlan {
             self.interpolation == 1.0 && self.llama3.is_none(),
             Error::option(NAME, "cannot be used with `rotary_interpolation_factor` or `rotary_llama3_scaling`")
         );
-        // The factor of queries and keys is one of the scores then.
+        // The factor on queries and keys then becomes one on the scores.
         ensure!(
             !self.values && self.features() == dim_head,
             Error::option(
@@ -162,19 +162,20 @@ impl RotaryPlan {
         Ok(())
     }
 
-    /// Number of features of each head that are rotated: `dim`, rounded up to an even number.
+    /// Returns the number of features per head that are rotated: `dim`, rounded up to an even number.
     pub fn features(&self) -> usize {
         2 * self.dim.div_ceil(2)
     }
 
-    /// Factor on the scores of rotated queries and keys, which YaRN multiplies by `attention_factor` each.
+    /// Returns the factor on the scores of rotated queries and keys, each of which YaRN multiplies by
+    /// `attention_factor`.
     pub fn score_factor(&self) -> f64 {
         self.yarn.map_or(1.0, |scaling| scaling.attention_factor * scaling.attention_factor)
     }
 
-    /// By how much the angle of pair `k` grows from one position to the next: `base^(−2k / dim)`, scaled.
+    /// Returns the frequency of pair `k`, the change of its angle per position: `base^(−2k / dim)`, scaled.
     pub fn frequency(&self, k: usize) -> f64 {
-        // The steps in f32 are PyTorch's.
+        // The f32 roundings are PyTorch's.
         let exponent = (2 * k) as f32 / self.dim as f32;
         let frequency = f64::from(1.0 / libm::pow(self.base, f64::from(exponent)) as f32) / self.interpolation;
         let scaled = match (&self.llama3, &self.yarn) {
@@ -195,18 +196,18 @@ impl RotaryPlan {
         scaled / self.factors.as_ref().and_then(|factors| factors.get(k)).copied().unwrap_or(1.0)
     }
 
-    /// The pairs between which YaRN's fast frequencies change into slow ones.
+    /// Returns the pairs between which YaRN's fast frequencies change into slow ones.
     fn transition(&self, scaling: &YarnScaling) -> [f64; 2] {
         let dim = self.dim as f64;
         let tokens = scaling.original_max_position_embeddings as f64;
-        // The pair that turns this number of times.
+        // Pair with this number of turns.
         let pair = |turns: f64| dim * libm::log(tokens / (turns * TAU)) / (2.0 * libm::log(self.base));
         let (mut low, mut high) = (pair(scaling.beta_fast), pair(scaling.beta_slow));
         if scaling.truncate {
             (low, high) = (low.floor(), high.ceil());
         }
         (low, high) = (low.max(0.0), high.min(dim - 1.0));
-        // Both may be the same pair.
+        // Both ends may be the same pair.
         [low, if low == high { high + 0.001 } else { high }]
     }
 }
@@ -253,7 +254,7 @@ mod tests {
             "beta_fast": fast, "beta_slow": slow, "truncate": truncate})
     }
 
-    /// Those of transformers 5.24, `ROPE_INIT_FUNCTIONS["yarn"]`.
+    /// Compares with transformers 5.24, `ROPE_INIT_FUNCTIONS["yarn"]`.
     #[test]
     fn frequencies_of_yarn() {
         let cases = [

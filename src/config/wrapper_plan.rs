@@ -21,56 +21,56 @@ use crate::{
 pub struct TransformerPlan {
     /// Size of the vocabulary.
     pub num_tokens: usize,
-    /// The longest sequence of a table of absolute positions, and what generation looks back at; 0: no limit.
+    /// Longest sequence of the table of absolute positions, and the context of generation; 0: no limit.
     pub max_seq_len: usize,
     /// Width of the embeddings.
     pub emb_dim: usize,
-    /// If `true`, there is a table of absolute positions.
+    /// If `true`, the model has a table of absolute positions.
     pub absolute_positions: bool,
     /// Dropout after the embeddings.
     pub emb_dropout: f64,
-    /// Learned tokens in front of the sequence.
+    /// Number of learned memory tokens before the sequence.
     pub num_memory_tokens: usize,
-    /// If `true`, logits come from the embedding table.
+    /// If `true`, logits are computed with the embedding table.
     pub tie_embedding: bool,
     /// The norm after the embeddings.
     pub post_emb_norm: Option<NormPlan>,
-    /// Kinds of tokens; 0: there is no table of them.
+    /// Number of token types; 0: no table of them.
     pub num_token_types: usize,
     /// If `true`, absolute positions are multiplied by `emb_dim^-½`.
     pub scale_pos_emb: bool,
     /// If `true`, the output is the mean over the tokens.
     pub average_pool_embed: bool,
-    /// If `true`, there is a pooled head on the first token.
+    /// If `true`, the model has a pooler on the first token.
     pub pooler: bool,
     /// The activation and the norm of the masked-LM head.
     pub mlm_head: Option<(Activation, NormPlan)>,
-    /// If `true`, there are no logits.
+    /// If `true`, the model has no logits.
     pub return_only_embed: bool,
-    /// If `true`, the layer of the logits has a bias.
+    /// If `true`, the logit layer has a bias.
     pub logits_bias: bool,
-    /// Memories kept per layer, 0 for all; `None`: it gives none.
+    /// Number of memories kept per layer, 0 for all; `None`: the model returns none.
     pub max_mem_len: Option<usize>,
-    /// Number of places by which incoming memories are rotated to the left.
+    /// Number of layers by which incoming memories are rotated to the left.
     pub shift_mem_down: usize,
     /// The attention layers.
     pub layers: LayersPlan,
 }
 
-/// Checks `max_seq_len`: a table of positions has at least one, without it 0 is no limit.
+/// Checks `max_seq_len`: a table of positions needs at least one; without a table 0 means no limit.
 fn check_longest(max_seq_len: usize, table: bool) -> Result<()> {
     at_least_one("max_seq_len", if table { max_seq_len } else { max_seq_len.max(1) })
 }
 
 impl TransformerPlan {
-    /// Tokens that generation looks back at: `max_seq_len`, or all where that is 0, as in x-transformers.
+    /// Returns the context of generation in tokens: `max_seq_len`, or all if that is 0, as in x-transformers.
     pub fn window(&self) -> usize {
         window(self.max_seq_len)
     }
 }
 
 impl ContinuousPlan {
-    /// Vectors that generation looks back at: `max_seq_len`, or all where that is 0, as in x-transformers.
+    /// Returns the context of generation in vectors: `max_seq_len`, or all if that is 0, as in x-transformers.
     pub fn window(&self) -> usize {
         window(self.max_seq_len)
     }
@@ -83,8 +83,8 @@ fn window(max_seq_len: usize) -> usize {
 impl TransformerWrapperConfig {
     /// Resolves the options.
     ///
-    /// Errors: [`ErrorKind::Option`](crate::ErrorKind::Option) for the first one that is illegal, alone or with
-    /// another.
+    /// Errors: [`ErrorKind::Option`](crate::ErrorKind::Option) for the first option that is illegal, alone or in
+    /// combination.
     pub fn plan(&self) -> Result<TransformerPlan> {
         at_least_one("num_tokens", self.num_tokens)?;
         probability("emb_dropout", self.emb_dropout)?;
@@ -165,13 +165,13 @@ impl TransformerWrapperConfig {
 #[derive(Clone, PartialEq, Debug)]
 #[non_exhaustive]
 pub struct ContinuousPlan {
-    /// The longest sequence of a table of absolute positions, and what generation looks back at; 0: no limit.
+    /// Longest sequence of the table of absolute positions, and the context of generation; 0: no limit.
     pub max_seq_len: usize,
-    /// Features of the input, if they are projected.
+    /// Number of input features, if they are projected.
     pub dim_in: Option<usize>,
-    /// Features of the output, if it is projected.
+    /// Number of output features, if they are projected.
     pub dim_out: Option<usize>,
-    /// If `true`, there is a table of absolute positions.
+    /// If `true`, the model has a table of absolute positions.
     pub absolute_positions: bool,
     /// Dropout after the positions.
     pub emb_dropout: f64,
@@ -182,8 +182,8 @@ pub struct ContinuousPlan {
 impl ContinuousTransformerWrapperConfig {
     /// Resolves the options.
     ///
-    /// Errors: [`ErrorKind::Option`](crate::ErrorKind::Option) for the first one that is illegal, alone or with
-    /// another.
+    /// Errors: [`ErrorKind::Option`](crate::ErrorKind::Option) for the first option that is illegal, alone or in
+    /// combination.
     pub fn plan(&self) -> Result<ContinuousPlan> {
         at_least_one("dim_in", self.dim_in.unwrap_or(1))?;
         at_least_one("dim_out", self.dim_out.unwrap_or(1))?;
@@ -208,9 +208,9 @@ impl ContinuousTransformerWrapperConfig {
 pub struct ViTransformerPlan {
     /// Side of a patch, in pixels.
     pub patch_size: usize,
-    /// Patches of the largest image.
+    /// Number of patches of the largest image.
     pub patches: usize,
-    /// The head on the class token.
+    /// Head on the class token.
     pub head: Option<FeedForwardPlan>,
     /// Dropout after the positions.
     pub emb_dropout: f64,
@@ -221,10 +221,10 @@ pub struct ViTransformerPlan {
 impl ViTransformerWrapperConfig {
     /// Resolves the options.
     ///
-    /// Errors: [`ErrorKind::Option`](crate::ErrorKind::Option) for the first one that is illegal, alone or with
-    /// another.
+    /// Errors: [`ErrorKind::Option`](crate::ErrorKind::Option) for the first option that is illegal, alone or in
+    /// combination.
     pub fn plan(&self) -> Result<ViTransformerPlan> {
-        /// Three channels of a patch this large are still addressable.
+        /// Largest side; three channels of a patch of this size are still addressable.
         const LARGEST: usize = 1 << 14;
         ensure!(
             (1..=LARGEST).contains(&self.image_size),
@@ -273,15 +273,15 @@ pub struct XTransformerPlan {
     pub enc: TransformerPlan,
     /// The decoder.
     pub dec: TransformerPlan,
-    /// If `true`, they share the table of token embeddings.
+    /// If `true`, encoder and decoder share the table of token embeddings.
     pub tie_token_emb: bool,
 }
 
 impl XTransformerConfig {
     /// Resolves the options.
     ///
-    /// Errors: [`ErrorKind::Option`](crate::ErrorKind::Option) for the first one that is illegal, alone or with
-    /// another.
+    /// Errors: [`ErrorKind::Option`](crate::ErrorKind::Option) for the first option that is illegal, alone or in
+    /// combination.
     pub fn plan(&self) -> Result<XTransformerPlan> {
         for (side, config) in [("enc", &self.enc), ("dec", &self.dec)] {
             let taken = TransformerWrapperConfig {

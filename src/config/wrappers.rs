@@ -1,10 +1,10 @@
-//! The keyword arguments of the wrappers around attention layers, with the names and defaults of x-transformers 0.22.0.
+//! Options of the wrappers around attention layers, with the names and defaults of x-transformers 0.22.0.
 
 use serde::{Deserialize, Serialize};
 
 use super::{AttentionLayersConfig, kwargs::Keywords};
 
-/// Keyword arguments of [`TransformerWrapper`](crate::models::TransformerWrapper).
+/// Options of [`TransformerWrapper`](crate::models::TransformerWrapper).
 ///
 /// ```
 /// use x_transformers::config::{AttentionLayersConfig, TransformerWrapperConfig};
@@ -17,43 +17,42 @@ use super::{AttentionLayersConfig, kwargs::Keywords};
 pub struct TransformerWrapperConfig {
     /// Size of the vocabulary. Required.
     pub num_tokens: usize,
-    /// The longest sequence of a table of absolute positions. Layers with positions of their own take longer ones; for
-    /// them it is only what generation looks back at, and 0 is no limit. Required.
+    /// Longest sequence of the table of absolute positions. Layers with positions of their own accept longer ones; for
+    /// them it only limits the context of generation, and 0 means no limit. Required.
     pub max_seq_len: usize,
     /// The attention layers. Required.
     pub attn_layers: AttentionLayersConfig,
-    /// Width of the embeddings. Default that of the model; otherwise a linear layer follows them.
+    /// Width of the embeddings. Default the width of the model; for other widths a linear layer follows them.
     pub emb_dim: Option<usize>,
-    /// Memories kept per layer for recurrence; 0 keeps all. <https://arxiv.org/abs/1901.02860>
+    /// Number of memories kept per layer for recurrence; 0 keeps all. <https://arxiv.org/abs/1901.02860>
     pub max_mem_len: Option<usize>,
-    /// A layer reads the memory of the layer so many above it. <https://arxiv.org/abs/2012.15688>
+    /// Each layer reads the memory of the layer this many above it. <https://arxiv.org/abs/2012.15688>
     pub shift_mem_down: usize,
-    /// Dropout after the embeddings.
+    /// Dropout probability after the embeddings.
     pub emb_dropout: f64,
-    /// Learned tokens in front of the sequence. <https://arxiv.org/abs/2006.11527>
+    /// Number of learned memory tokens before the sequence. <https://arxiv.org/abs/2006.11527>
     pub num_memory_tokens: usize,
-    /// Logits from the transposed embedding table.
+    /// If `true`, logits are computed with the transposed embedding table.
     pub tie_embedding: bool,
-    /// A LayerNorm after embeddings and positions.
+    /// If `true`, a LayerNorm follows embeddings and positions.
     pub post_emb_norm: bool,
-    /// Kinds of tokens, each with a learned vector that is added to the token's: BERT has two, for the first and the
-    /// second sentence. Default 0.
+    /// Number of token types, each with a learned embedding that is added to the token's: BERT has two, for the first
+    /// and the second sentence. Default 0.
     pub num_token_types: usize,
-    /// Absolute positions are multiplied by `emb_dim^-½`. Default true.
+    /// If `true`, absolute position embeddings are multiplied by `emb_dim^-½`. Default true.
     pub scale_pos_emb: bool,
-    /// The output is the mean of the tokens that are no padding.
+    /// If `true`, the output is the mean over the tokens that are not padding.
     pub average_pool_embed: bool,
-    /// The pooled head of BERT: a linear layer and tanh on the first token.
-    /// <https://arxiv.org/abs/1810.04805>
+    /// If `true`, adds BERT's pooler: a linear layer and tanh on the first token. <https://arxiv.org/abs/1810.04805>
     pub pooler: bool,
-    /// The masked-LM head of BERT: a linear layer to `emb_dim`, the feedforward's activation, a LayerNorm, and logits
-    /// from the embedding table with a bias. Needs `tie_embedding`, which may have another `emb_dim` then.
+    /// If `true`, adds BERT's masked-LM head: a linear layer to `emb_dim`, the feedforward's activation, a LayerNorm,
+    /// and logits from the embedding table with a bias. Requires `tie_embedding`, and allows another `emb_dim` with it.
     pub mlm_head: bool,
-    /// There are no logits: the output are embeddings.
+    /// If `true`, the model has no logits and returns embeddings.
     pub return_only_embed: bool,
-    /// The layer of the logits has a bias, where the table is not tied. Default true.
+    /// If `true`, the logit layer has a bias, unless it is tied. Default true.
     pub logits_bias: bool,
-    /// Learned absolute positions, unless the layers have a scheme of their own. Default true.
+    /// If `true`, adds learned absolute positions, unless the layers have a scheme of their own. Default true.
     pub use_pos_emb: bool,
 }
 
@@ -83,7 +82,7 @@ impl Default for TransformerWrapperConfig {
 }
 
 impl TransformerWrapperConfig {
-    /// A wrapper for this vocabulary, this longest sequence and these layers, all else at its default.
+    /// Creates options with this vocabulary size, longest sequence and layers, and defaults for the rest.
     pub fn new(num_tokens: usize, max_seq_len: usize, attn_layers: AttentionLayersConfig) -> Self {
         Self { num_tokens, max_seq_len, attn_layers, ..Self::default() }
     }
@@ -93,22 +92,22 @@ impl Keywords for TransformerWrapperConfig {
     const REQUIRED: &'static [&'static str] = &["num_tokens", "max_seq_len"];
 }
 
-/// Keyword arguments of [`ContinuousTransformerWrapper`](crate::models::ContinuousTransformerWrapper).
+/// Options of [`ContinuousTransformerWrapper`](crate::models::ContinuousTransformerWrapper).
 #[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct ContinuousTransformerWrapperConfig {
-    /// The longest sequence of a table of absolute positions. Layers with positions of their own take longer ones; for
-    /// them it is only what generation looks back at, and 0 is no limit. Required.
+    /// Longest sequence of the table of absolute positions. Layers with positions of their own accept longer ones; for
+    /// them it only limits the context of generation, and 0 means no limit. Required.
     pub max_seq_len: usize,
     /// The attention layers. Required.
     pub attn_layers: AttentionLayersConfig,
-    /// Features of the input. Default those of the model, without a projection.
+    /// Number of input features. Default the width of the model, without a projection.
     pub dim_in: Option<usize>,
-    /// Features of the output. Default those of the model, without a projection.
+    /// Number of output features. Default the width of the model, without a projection.
     pub dim_out: Option<usize>,
-    /// Dropout after the positions.
+    /// Dropout probability after the positions.
     pub emb_dropout: f64,
-    /// Learned absolute positions, unless the layers have a scheme of their own. Default true.
+    /// If `true`, adds learned absolute positions, unless the layers have a scheme of their own. Default true.
     pub use_pos_emb: bool,
 }
 
@@ -129,7 +128,7 @@ impl Keywords for ContinuousTransformerWrapperConfig {
     const REQUIRED: &'static [&'static str] = &["max_seq_len"];
 }
 
-/// Keyword arguments of [`ViTransformerWrapper`](crate::models::ViTransformerWrapper).
+/// Options of [`ViTransformerWrapper`](crate::models::ViTransformerWrapper).
 #[derive(Clone, PartialEq, Debug, Default, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct ViTransformerWrapperConfig {
@@ -139,11 +138,11 @@ pub struct ViTransformerWrapperConfig {
     pub patch_size: usize,
     /// The attention layers, an encoder. Required.
     pub attn_layers: AttentionLayersConfig,
-    /// Classes of the head. Default none: the embeddings come back.
+    /// Number of classes of the head. Default none: the model returns embeddings.
     pub num_classes: Option<usize>,
-    /// Dropout inside the head.
+    /// Dropout probability in the head.
     pub dropout: f64,
-    /// Dropout after the positions.
+    /// Dropout probability after the positions.
     pub emb_dropout: f64,
 }
 
@@ -151,29 +150,29 @@ impl Keywords for ViTransformerWrapperConfig {
     const REQUIRED: &'static [&'static str] = &["image_size", "patch_size"];
 }
 
-/// Keyword arguments of [`XTransformer`](crate::models::XTransformer), an encoder and a decoder.
+/// Options of [`XTransformer`](crate::models::XTransformer), an encoder and a decoder.
 ///
-/// Of the options of the two wrappers it has `num_tokens`, `max_seq_len`, `emb_dropout` and, in the encoder,
-/// `num_memory_tokens`. In JSON the keys are flat and begin with `enc_` and `dec_`.
+/// Its wrapper options are `num_tokens`, `max_seq_len`, `emb_dropout` and, for the encoder, `num_memory_tokens`. In
+/// JSON the keys are flat and begin with `enc_` and `dec_`.
 #[derive(Clone, PartialEq, Debug)]
 pub struct XTransformerConfig {
-    /// The encoder.
+    /// Options of the encoder.
     pub enc: TransformerWrapperConfig,
-    /// The decoder; `cross_attend` is implied.
+    /// Options of the decoder; `cross_attend` is implied.
     pub dec: TransformerWrapperConfig,
-    /// One table of token embeddings for both.
+    /// If `true`, encoder and decoder share one table of token embeddings.
     pub tie_token_emb: bool,
 }
 
-/// Keyword arguments of [`AutoregressiveWrapper`](crate::models::AutoregressiveWrapper).
+/// Options of [`AutoregressiveWrapper`](crate::models::AutoregressiveWrapper).
 #[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct AutoregressiveConfig {
-    /// The wrapped model. Required.
+    /// Options of the wrapped model. Required.
     pub net: TransformerWrapperConfig,
-    /// Targets that do not count in the loss. Default -100.
+    /// Target value that is ignored in the loss. Default -100.
     pub ignore_index: i64,
-    /// Token that follows the end token of a generated row. Default 0.
+    /// Token that fills a generated row after its end token. Default 0.
     pub pad_value: i64,
 }
 
@@ -187,33 +186,36 @@ impl Keywords for AutoregressiveConfig {
     const REQUIRED: &'static [&'static str] = &[];
 }
 
-/// Filter of the next-token distribution before a token is drawn.
+/// Filter of the next-token distribution before sampling.
 ///
 /// The first four have the names and the meaning of x-transformers 0.22.0. Prefer [`FilterLogits::Nucleus`] to
-/// `TopP` and [`FilterLogits::MinP`] to `TopA`: they do what the names of the papers say.
+/// `TopP` and [`FilterLogits::MinP`] to `TopA`: they compute what the papers describe.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 #[non_exhaustive]
 pub enum FilterLogits {
-    /// The `k` best tokens, or `⌈(1 − filter_thres) · tokens⌉` of them.
+    /// The `k` most likely tokens; default `⌈(1 − filter_thres) · num_tokens⌉`.
     #[default]
     TopK,
-    /// The smallest set of best tokens with more than the mass `1 − filter_thres`.
+    /// The smallest set of most likely tokens with a cumulative probability above `1 − filter_thres`.
     TopP,
-    /// Tokens with at least `max p ^ min_p_pow · min_p_ratio`, all equally likely; the maximum is over the batch.
+    /// Tokens with a probability of at least `max p ^ min_p_pow · min_p_ratio`, all equally likely; the maximum is over
+    /// the batch.
     TopA,
     /// 1.3-entmax in place of softmax. <https://arxiv.org/abs/1905.05702>
     Entmax,
-    /// The smallest set of best tokens with at least the mass `filter_thres`. <https://arxiv.org/abs/1904.09751>
+    /// The smallest set of most likely tokens with a cumulative probability of at least `filter_thres`.
+    /// <https://arxiv.org/abs/1904.09751>
     #[doc(alias = "top_p")]
     Nucleus,
-    /// Tokens with at least `min_p_ratio` times the probability of the row's best. <https://arxiv.org/abs/2407.01082>
+    /// Tokens with at least `min_p_ratio` times the probability of the row's most likely one.
+    /// <https://arxiv.org/abs/2407.01082>
     MinP,
     /// All tokens.
     None,
 }
 
-/// Keyword arguments of sampling: those of `generate` in x-transformers 0.22.0, and `k`.
+/// Options of sampling: those of `generate` in x-transformers 0.22.0, and `k`.
 ///
 /// ```
 /// use x_transformers::config::{FilterLogits, SamplingConfig};
@@ -225,17 +227,17 @@ pub enum FilterLogits {
 #[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct SamplingConfig {
-    /// The filter.
+    /// Filter. Default top-k.
     pub filter_logits_fn: FilterLogits,
     /// Threshold of `top_k`, `top_p` and `nucleus`. Default 0.9.
     pub filter_thres: f64,
-    /// For `top_k`: the number of tokens itself.
+    /// For `top_k`: number of tokens to keep, in place of `filter_thres`. Default none.
     pub k: Option<usize>,
-    /// For `top_a`: the power of the largest probability. Default 2.
+    /// For `top_a`: exponent of the largest probability. Default 2.
     pub min_p_pow: f64,
-    /// For `top_a` and `min_p`: the factor on it. Default 0.02.
+    /// For `top_a` and `min_p`: factor on the largest probability. Default 0.02.
     pub min_p_ratio: f64,
-    /// Divides the logits; 0 takes the best token. Default 1.
+    /// Divides the logits; 0 always takes the most likely token. Default 1.
     pub temperature: f64,
 }
 

@@ -86,7 +86,7 @@ fn for_rows_dyn<T: Send>(out: &mut [T], width: usize, cost: usize, body: &(dyn F
     });
 }
 
-/// As [`for_rows`] with two outputs, whose rows have `widths` elements.
+/// Like [`for_rows`], but with two outputs, whose rows have `widths` elements.
 #[allow(clippy::type_complexity)]
 #[inline(never)]
 pub(crate) fn for_rows2<A: Send, B: Send>(
@@ -204,7 +204,7 @@ mod tests {
 
     use super::*;
 
-    /// What makes an element that an op forgets show in debug builds: fresh and used memory is NaN.
+    /// In debug builds fresh and reused memory is NaN, which exposes elements that an op forgets to write.
     #[test]
     #[cfg(debug_assertions)]
     fn cpu_unwritten_memory_is_nan() -> Result<()> {

@@ -1,7 +1,8 @@
 //! The seam between the library and a GPU: one trait that a backend implements, and the handles that pass through it.
 //!
-//! A backend is a folder of `device/` with its kernels. Tensors, ops and graphs reach it through [`Gpu`] alone; what one
-//! vendor's kernels need to know of the card is in [`Limits`]. `tests/mock_device.rs` implements the trait in host memory.
+//! A backend is a folder of `device/` with its kernels. Tensors, ops and graphs reach it only through [`Gpu`];
+//! properties of the card that one vendor's kernels need are in [`Limits`]. `tests/mock_device.rs` implements the
+//! trait in host memory.
 
 use std::{any::Any, fmt, sync::Arc};
 
@@ -12,22 +13,22 @@ use super::{
 };
 use crate::{Error, Result};
 
-/// A place in the memory of a GPU.
+/// Address in the memory of a GPU.
 ///
-/// Only the library makes addresses, from tensors, so that safe code cannot name memory that it does not own.
+/// Only the library creates addresses, from tensors: safe code cannot name memory that it does not own.
 #[repr(transparent)]
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Address(u64);
 
 impl Address {
-    /// The address that kernels take for an absent or empty tensor.
+    /// Address of an absent or empty tensor.
     pub const NULL: Self = Self(0);
 
     pub(crate) const fn new(address: u64) -> Self {
         Self(address)
     }
 
-    /// The number that a kernel or a driver is given.
+    /// Returns the number to pass to a kernel or a driver.
     pub fn get(self) -> u64 {
         self.0
     }
@@ -37,7 +38,7 @@ impl Address {
         self == Self::NULL
     }
 
-    /// The address this many bytes further on.
+    /// Returns the address offset by this many bytes.
     pub(crate) fn plus(self, bytes: usize) -> Self {
         Self(self.0 + bytes as u64)
     }
@@ -45,19 +46,19 @@ impl Address {
 
 /// Memory of a GPU, freed when the last handle is dropped.
 pub trait Memory: Send + Sync {
-    /// Address of the first byte; not 0.
+    /// Returns the address of the first byte; not 0.
     fn address(&self) -> u64;
 }
 
-/// A compiled kernel of a GPU.
+/// Compiled kernel of a GPU.
 pub trait Kernel: Send + Sync {
     /// Enqueues the kernel; a grid without blocks does nothing.
     ///
-    /// Errors: arguments that are not the kernel's parameters in number and kind, or an error of the driver.
+    /// Errors: arguments that do not match the kernel's parameters in number and kind, or an error of the driver.
     fn launch(&self, grid: Grid, args: &[Arg]) -> Result<()>;
 }
 
-/// A recorded graph of a GPU, which owns the memory that its kernels use.
+/// Recorded graph of a GPU, which owns the memory that its kernels use.
 pub trait Replay {
     /// Enqueues the recorded work.
     ///
@@ -90,10 +91,10 @@ pub struct Limits {
 ///
 /// [`Device::Gpu`]: crate::Device::Gpu
 pub unsafe trait Gpu: Any + fmt::Debug + Send + Sync {
-    /// Name of the backend, as in `cuda` of `cuda:0`.
+    /// Returns the name of the backend, `cuda` in `cuda:0`.
     fn backend(&self) -> &'static str;
 
-    /// Number of the device within its backend.
+    /// Returns the index of the device within its backend.
     fn ordinal(&self) -> usize;
 
     /// Allocates `bytes` bytes, more than 0, of unspecified content.
@@ -104,7 +105,7 @@ pub unsafe trait Gpu: Any + fmt::Debug + Send + Sync {
     /// Enqueues a copy to the device. The source may be changed or freed as soon as this returns.
     fn upload(&self, to: Address, from: &[u8]) -> Result<()>;
 
-    /// Waits for all that was enqueued, and copies from the device.
+    /// Waits for all enqueued work, and copies from the device.
     ///
     /// Errors: also those that kernels reported since the last read-back, for instance
     /// [`ErrorKind::Index`](crate::ErrorKind::Index).
@@ -113,7 +114,7 @@ pub unsafe trait Gpu: Any + fmt::Debug + Send + Sync {
     /// Enqueues a copy within the device.
     fn copy(&self, to: Address, from: Address, bytes: usize) -> Result<()>;
 
-    /// Enqueues writing zeros.
+    /// Enqueues a fill with zeros.
     fn fill_zero(&self, to: Address, bytes: usize) -> Result<()>;
 
     /// Returns a kernel of the library, compiled with these options: the names and parameters are those of `kernels/`.
@@ -125,20 +126,20 @@ pub unsafe trait Gpu: Any + fmt::Debug + Send + Sync {
     /// Enqueues a batch of matrix products.
     fn gemm(&self, gemm: &Gemm) -> Result<()>;
 
-    /// Waits until all that was enqueued is done.
+    /// Waits until all enqueued work is done.
     ///
-    /// Errors: as [`Gpu::read_back`].
+    /// Errors: those of [`Gpu::read_back`].
     fn synchronize(&self) -> Result<()>;
 
-    /// Memory in use and kept for reuse.
+    /// Returns the memory in use and kept for reuse.
     fn memory(&self) -> MemoryStats;
 
-    /// Properties by which ops choose kernels.
+    /// Returns the properties by which ops choose kernels.
     fn limits(&self) -> Limits {
         Limits::default()
     }
 
-    /// Starts a new measurement of [`MemoryStats::peak`].
+    /// Resets [`MemoryStats::peak`].
     fn reset_peak_memory(&self) {}
 
     /// Returns all memory kept for reuse to the driver.
@@ -147,23 +148,24 @@ pub unsafe trait Gpu: Any + fmt::Debug + Send + Sync {
     /// Limits the memory kept for reuse to this many bytes.
     fn set_cache_limit(&self, _bytes: usize) {}
 
-    /// Counts of launches, uploads and read-backs.
+    /// Returns the counts of launches, uploads and read-backs.
     fn transfers(&self) -> Transfers {
         Transfers::default()
     }
 
-    /// Three i64 in which kernels report the first fault they meet: its code, the index and the limit.
+    /// Returns the three i64 in which kernels report the first fault: its code, the index and the limit.
     fn faults(&self) -> Address {
         Address::NULL
     }
 
-    /// Numbers that depend on their name alone, on the device. A backend may keep them; the default uploads them anew.
+    /// Returns numbers on the device that depend only on their name. A backend may cache them; the default uploads them
+    /// each time.
     fn constant(&'static self, _name: &str, values: &mut dyn FnMut() -> Result<Vec<i64>>) -> Result<Arc<dyn Memory>> {
         uploaded(self, &values()?)
     }
 
-    /// Numbers that seldom differ from those of the last call with this name, on the device. A backend may keep them;
-    /// the default uploads them anew. A recorded graph gets the values of its recording.
+    /// Returns numbers on the device that rarely differ from those of the last call with this name. A backend may cache
+    /// them; the default uploads them each time. A recorded graph gets the values of its recording.
     fn table(&'static self, _name: &str, values: Vec<i64>) -> Result<Arc<dyn Memory>> {
         uploaded(self, &values)
     }
@@ -175,26 +177,26 @@ pub unsafe trait Gpu: Any + fmt::Debug + Send + Sync {
         Err(self.lacks(&format!("kernel `{}`: this backend compiles no sources", source.kernel())))
     }
 
-    /// Returns `true` if the work that this thread enqueues is recorded and not done.
+    /// Returns `true` if work enqueued by this thread is recorded instead of executed.
     fn is_capturing(&self) -> bool {
         false
     }
 
-    /// Errors: `what` was called while a graph is recorded, of which it cannot be part.
+    /// Returns an error if a graph is being recorded, of which `what` cannot be part.
     fn refuse_while_capturing(&self, _what: &str) -> Result<()> {
         Ok(())
     }
 
-    /// Records a graph. `f` is called twice: with `false` it runs, by which kernels are compiled and memory is found;
-    /// with `true` its work is recorded and not done.
+    /// Records a graph. `f` is called twice: with `false` it executes, which compiles kernels and allocates memory;
+    /// with `true` its work is recorded instead of executed.
     ///
-    /// Errors: those of `f`, work that a graph cannot hold, another recording that has not ended, or a backend without
-    /// graphs (the default).
+    /// Errors: those of `f`, work that a graph cannot hold, another recording in progress, or a backend without graphs
+    /// (the default).
     fn record(&'static self, _f: &mut dyn FnMut(bool) -> Result<()>) -> Result<Box<dyn Replay>> {
         Err(self.lacks("this backend records no graphs"))
     }
 
-    /// The error for something that this device does not have.
+    /// Returns the error for a feature that this device does not have.
     fn lacks(&self, what: &str) -> Error {
         Error::device(self.backend(), format_args!("{}:{}: {what}", self.backend(), self.ordinal()))
     }
@@ -210,22 +212,22 @@ fn uploaded<G: Gpu + ?Sized>(gpu: &'static G, values: &[i64]) -> Result<Arc<dyn 
 pub(crate) struct GpuBuffer(Option<Arc<dyn Memory>>);
 
 impl GpuBuffer {
-    /// Unspecified content.
+    /// Allocates memory with unspecified content.
     pub fn new(bytes: usize, gpu: &'static dyn Gpu) -> Result<Self> {
         if bytes == 0 { Ok(Self(None)) } else { gpu.allocate(bytes).map(Some).map(Self) }
     }
 
-    /// Memory that the device may have other handles of.
+    /// Wraps memory that the device may have other handles of.
     pub fn shared(memory: Arc<dyn Memory>) -> Self {
         Self(Some(memory))
     }
 
-    /// Its first byte; null if it is empty.
+    /// Returns the address of the first byte; null if it is empty.
     pub fn address(&self) -> Address {
         self.0.as_ref().map_or(Address::NULL, |memory| Address::new(memory.address()))
     }
 
-    /// Returns `true` if nobody else has a handle of the memory.
+    /// Returns `true` if no other handle of the memory exists.
     pub fn is_unique(&mut self) -> bool {
         self.0.as_mut().is_none_or(|memory| Arc::get_mut(memory).is_some())
     }

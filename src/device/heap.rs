@@ -1,8 +1,8 @@
 //! The processor's memory for tensors: a few large maps of which blocks are cut, and to which they return.
 //!
-//! Free neighbours join, so that what one size leaves behind serves every other: a training step finds all of its memory
-//! where the one before it has left it, and no page is touched for the first time twice. A first touch costs as much as
-//! writing the page, or a fifth of that with pages of 2 MiB, which these maps ask for.
+//! Adjacent free ranges merge, and memory of one size serves every other: a training step reuses all memory of the one
+//! before it, and no page is touched for the first time twice. A first touch costs as much as writing the page, or a
+//! fifth of that with pages of 2 MiB, which these maps request.
 
 use std::{
     alloc::{Layout, alloc_zeroed, dealloc},
@@ -34,24 +34,24 @@ const MAP_OF_SMALL: usize = if UNTOUCHED_IS_FREE { 16 << 20 } else { 1 << 20 };
 const MAP_OF_LARGE: usize = if UNTOUCHED_IS_FREE { 1 << 30 } else { 4 << 20 };
 const UNTOUCHED_IS_FREE: bool = Map::UNTOUCHED_IS_FREE;
 
-/// Bytes of a device's memory.
+/// Memory statistics of a device, in bytes.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 #[non_exhaustive]
 pub struct MemoryStats {
-    /// In use by tensors.
+    /// Bytes in use by tensors.
     pub live: usize,
-    /// Kept for reuse by tensors.
+    /// Bytes kept for reuse by tensors.
     pub cached: usize,
-    /// Working memory that the threads of the processor keep for matrix products and attention.
+    /// Bytes of working memory that CPU threads keep for matrix products and attention.
     pub scratch: usize,
-    /// The largest `live` since the start or the last reset.
+    /// Largest `live` since the start or the last reset.
     pub peak: usize,
 }
 
 /// The memory of all tensors on the processor.
 pub(super) struct Heap {
     state: Mutex<State>,
-    /// What else is kept for reuse.
+    /// Working memory of threads, which is also kept for reuse.
     scratch: Option<&'static Scratch>,
 }
 
@@ -88,8 +88,8 @@ impl Heap {
         Self { state: Mutex::new(state), scratch }
     }
 
-    /// At least so many bytes, of unspecified content. Where the system has no more, what is kept for reuse goes back
-    /// to it, and it is asked once more.
+    /// Allocates at least this many bytes, of unspecified content. If the system has no more, returns the memory kept
+    /// for reuse to it and tries once more.
     ///
     /// Errors: [`ErrorKind::OutOfMemory`].
     pub fn allocate(&self, requested: usize) -> Result<Block> {
@@ -160,7 +160,7 @@ impl Heap {
         }
     }
 
-    /// Gives all that is kept for reuse back to the system.
+    /// Returns all memory kept for reuse to the system.
     pub fn trim(&self) {
         if let Some(scratch) = self.scratch {
             scratch.trim();
@@ -277,7 +277,8 @@ impl Arena {
         Self { maps: BTreeMap::new(), map_bytes, kept: Ranges::default(), untouched: Ranges::default() }
     }
 
-    /// A range of so many bytes: the smallest kept one that is enough, else one with as few new pages as can be.
+    /// Takes a range of this many bytes: the smallest kept one that is large enough, else one with the fewest new
+    /// pages.
     fn take(&mut self, bytes: usize) -> Option<NonNull<u8>> {
         let start = self.take_kept(bytes).or_else(|| self.take_untouched(bytes))?;
         self.map_of(start)?.at(start)
@@ -409,7 +410,7 @@ mod tests {
         Ok(())
     }
 
-    /// What smaller blocks leave serves a larger one, which takes as few new pages as can be.
+    /// Memory freed by smaller blocks serves a larger one, which takes as few new pages as possible.
     #[test]
     fn heap_sizes_share_their_memory() -> Result<()> {
         let heap = Heap::new(usize::MAX, None);

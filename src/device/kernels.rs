@@ -11,7 +11,7 @@ pub struct KernelSource<'a> {
     pub hash: u64,
     /// The text.
     pub source: &'a str,
-    /// What it is compiled for: sets of options with their values, of which every combination is a variant.
+    /// Sets of compile options with their values; every combination within a set is a variant.
     pub variants: &'static [Axes],
 }
 
@@ -22,18 +22,18 @@ pub type Axes = &'static [(&'static str, &'static [&'static str])];
 pub type Options = Vec<(&'static str, &'static str)>;
 
 impl KernelSource<'_> {
-    /// The library's source of this name.
+    /// Returns the library's source of this name.
     pub fn named(name: &str) -> Option<&'static KernelSource<'static>> {
         SOURCES.iter().find(|source| source.name == name)
     }
 
-    /// The source of a benchmark's kernel, one of [`LAB_SIGNATURES`].
+    /// Returns the source of a benchmark kernel, one of [`LAB_SIGNATURES`].
     pub fn of_lab(kernel: &str) -> Option<&'static KernelSource<'static>> {
         let signature = LAB_SIGNATURES.iter().find(|signature| signature.kernel == kernel)?;
         LAB_SOURCES.iter().find(|source| source.name == signature.file)
     }
 
-    /// Every combination of options that the source is compiled for.
+    /// Returns every combination of options that the source is compiled for.
     pub fn options(&self) -> Vec<Options> {
         let combinations = |axes: &Axes| {
             axes.iter().fold(vec![Options::new()], |sets, (option, values)| {
@@ -47,7 +47,7 @@ impl KernelSource<'_> {
         self.variants.iter().flat_map(combinations).collect()
     }
 
-    /// Whether these options are a variant, in any order.
+    /// Returns `true` if these options, in any order, are a variant.
     pub(crate) fn has(&self, options: &[(&str, &str)]) -> bool {
         self.variants.iter().any(|axes| {
             axes.len() == options.len()
@@ -74,7 +74,7 @@ pub struct Signature {
 pub struct Parameter {
     /// Its name in the source.
     pub name: &'static str,
-    /// What a launch passes for it.
+    /// Kind of argument that a launch passes.
     pub kind: Kind,
 }
 

@@ -19,7 +19,7 @@ pub struct Grid {
 const MOST_BLOCKS: usize = 1 << 14;
 
 impl Grid {
-    /// A grid without dynamic shared memory.
+    /// Creates a grid without dynamic shared memory.
     pub fn new(blocks: [u32; 3], threads: [u32; 3]) -> Self {
         Self { blocks, threads, shared: 0 }
     }
@@ -89,7 +89,7 @@ impl Grid {
         (rows_per_chunk, rows.div_ceil(rows_per_chunk))
     }
 
-    /// With this many bytes of dynamic shared memory.
+    /// Sets the number of bytes of dynamic shared memory.
     pub fn shared(self, bytes: usize) -> Self {
         Self { shared: bytes.min(u32::MAX as usize) as u32, ..self }
     }
@@ -125,7 +125,7 @@ pub enum Arg {
 }
 
 impl Arg {
-    /// The memory that the kernel reads or writes, if it is a pointer.
+    /// Returns the address that the kernel reads or writes, if it is a pointer.
     pub fn address(&self) -> Option<Address> {
         match *self {
             Self::Output(address) | Self::Input(address) => Some(address),
@@ -133,7 +133,7 @@ impl Arg {
         }
     }
 
-    /// The kind of parameter that takes it.
+    /// Returns the kind of parameter that takes it.
     pub fn kind(&self) -> Kind {
         match self {
             Self::Output(_) => Kind::Output,
@@ -157,17 +157,17 @@ pub struct KernelLayout {
 }
 
 impl KernelLayout {
-    /// Sizes of the dimensions.
+    /// Returns the sizes of the dimensions.
     pub fn dims(&self) -> &[u32] {
         &self.dims[..self.rank as usize]
     }
 
-    /// Elements from one index to the next, per dimension.
+    /// Returns the strides of the dimensions, in elements.
     pub fn strides(&self) -> &[i64] {
         &self.strides[..self.rank as usize]
     }
 
-    /// The first element, counted from the start of the storage.
+    /// Returns the offset of the first element from the start of the storage.
     pub fn offset(&self) -> i64 {
         self.offset
     }

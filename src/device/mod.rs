@@ -1,6 +1,6 @@
 //! Devices: memory, threads and processor features. Knows no tensor and no op.
 //!
-//! The CPU is reached by static calls; every GPU is a [`Gpu`], of which [`cuda`] is one.
+//! The CPU is called statically; every GPU implements [`Gpu`], as [`cuda`] does.
 
 use std::{fmt, sync::OnceLock};
 
@@ -45,7 +45,7 @@ pub(crate) use launch::{args, size32};
 use cpu::CpuBuffer;
 use heap::Heap;
 
-/// Where a tensor lives.
+/// Device of a tensor.
 ///
 /// ```
 /// use x_transformers::{DType, Device, Tensor};
@@ -65,10 +65,10 @@ pub enum Device {
 }
 
 impl Device {
-    /// The CUDA device with this number.
+    /// Returns the CUDA device with this index.
     ///
-    /// Errors: the driver, NVRTC or cuBLAS is missing, with where it was looked for and how to get it; or there is no
-    /// such card.
+    /// Errors: the driver, NVRTC or cuBLAS is missing, with the paths that were searched and how to install it; or no
+    /// such card exists.
     #[doc(alias = "new_cuda")]
     pub fn cuda(ordinal: usize) -> Result<Self> {
         #[cfg(feature = "cuda")]
@@ -80,7 +80,7 @@ impl Device {
         ))
     }
 
-    /// A GPU if one is usable, else the CPU.
+    /// Returns a GPU if one is usable, else the CPU.
     #[doc(alias = "cuda_if_available")]
     #[doc(alias = "is_available")]
     pub fn best() -> Self {
@@ -102,7 +102,7 @@ impl Device {
         }
     }
 
-    /// Memory in use by tensors and graphs on this device, kept for reuse, and the largest amount in use so far.
+    /// Returns the memory in use by tensors and graphs on this device, the memory kept for reuse, and the peak so far.
     pub fn memory(&self) -> MemoryStats {
         match self {
             Self::Cpu => cpu_heap().stats(),
@@ -110,7 +110,7 @@ impl Device {
         }
     }
 
-    /// Starts a new measurement of [`MemoryStats::peak`] from what is in use now.
+    /// Resets [`MemoryStats::peak`] to the memory in use now.
     pub fn reset_peak_memory(&self) {
         match self {
             Self::Cpu => cpu_heap().reset_peak(),
@@ -118,8 +118,8 @@ impl Device {
         }
     }
 
-    /// Gives all memory kept for reuse back to the system: that of tensors, and the working memory of threads
-    /// ([`MemoryStats::scratch`]), of which a thread inside of an op gives its part back when that ends.
+    /// Returns all memory kept for reuse to the system: that of tensors, and the working memory of threads
+    /// ([`MemoryStats::scratch`]); a thread that is inside an op returns its part when the op ends.
     pub fn trim(&self) {
         match self {
             Self::Cpu => cpu_heap().trim(),
@@ -127,9 +127,9 @@ impl Device {
         }
     }
 
-    /// Limits the memory kept for reuse ([`MemoryStats::cached`] and [`MemoryStats::scratch`] together) to this many
-    /// bytes. Default: what `XT_POOL_BYTES` says, else 2 GiB on the CPU and no limit on a GPU. Beside it, up to 64 KiB
-    /// of a page that a tensor has a part of may stay with the process.
+    /// Limits the memory kept for reuse ([`MemoryStats::cached`] plus [`MemoryStats::scratch`]) to this many bytes.
+    /// Default `XT_POOL_BYTES`, else 2 GiB on the CPU and no limit on a GPU. In addition, up to 64 KiB of a page that a
+    /// tensor partly uses may stay with the process.
     pub fn set_cache_limit(&self, bytes: usize) {
         match self {
             Self::Cpu => cpu_heap().set_limit(bytes),
@@ -137,7 +137,7 @@ impl Device {
         }
     }
 
-    /// Waits until all that was enqueued on a GPU is done; the CPU is never behind.
+    /// Waits until all work enqueued on a GPU is done; on the CPU returns at once.
     ///
     /// Errors: an index out of range that a kernel met since the last read-back, or an error of the driver.
     pub fn synchronize(&self) -> Result<()> {
@@ -147,7 +147,7 @@ impl Device {
         }
     }
 
-    /// As [`Device::synchronize`], but nothing while a graph is recorded, which a wait would end.
+    /// Like [`Device::synchronize`], but does nothing while a graph is being recorded, which a wait would end.
     pub(crate) fn settle(&self) -> Result<()> {
         match self {
             Self::Gpu(gpu) if gpu.is_capturing() => Ok(()),
@@ -155,7 +155,7 @@ impl Device {
         }
     }
 
-    /// What has gone to a GPU and come back so far; all zero for the CPU.
+    /// Returns counts of kernel launches and of copies to and from a GPU so far; all zero for the CPU.
     pub fn transfers(&self) -> Transfers {
         match self {
             Self::Cpu => Transfers::default(),
@@ -164,19 +164,19 @@ impl Device {
     }
 }
 
-/// Counts what has gone to a GPU and come back.
+/// Counts of kernel launches and of copies to and from a GPU.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 #[non_exhaustive]
 pub struct Transfers {
-    /// Kernels that were enqueued, and graphs that were replayed.
+    /// Number of enqueued kernels and replayed graphs.
     pub launches: u64,
-    /// Copies to the device.
+    /// Number of copies to the device.
     pub uploads: u64,
-    /// Copies from the device, each of which waits for it.
+    /// Number of copies from the device, each of which waits for it.
     pub read_backs: u64,
 }
 
-/// One line per way to compute: what was found, and what is missing and why.
+/// Returns one line per backend: what was found, and what is missing and why.
 pub fn describe() -> Vec<String> {
     let mut lines =
         vec![format!("cpu: {} threads, {} vector code", rayon::current_num_threads(), simd::level().name())];
@@ -214,14 +214,14 @@ impl fmt::Debug for Device {
     }
 }
 
-/// Untyped bytes on a device, given back to its pool when dropped.
+/// Untyped bytes on a device, returned to its pool on drop.
 pub(crate) enum Buffer {
     Cpu(CpuBuffer),
     Gpu(GpuBuffer),
 }
 
 impl Buffer {
-    /// `bytes` bytes whose content is unspecified (on the CPU: but initialised).
+    /// Allocates `bytes` bytes of unspecified content (initialised on the CPU).
     pub fn new(bytes: usize, device: &Device) -> Result<Self> {
         match device {
             Device::Cpu => CpuBuffer::new(bytes).map(Self::Cpu),

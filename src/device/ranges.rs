@@ -38,7 +38,7 @@ impl Ranges {
         }
     }
 
-    /// The smallest range of at least so many bytes; of equal ones that at the lowest address.
+    /// Returns the smallest range of at least this many bytes; of equal ones that at the lowest address.
     pub fn smallest(&self, bytes: usize) -> Option<(usize, usize)> {
         self.by_size.range((bytes, 0)..).next().map(|&(len, start)| (start, len))
     }

@@ -22,7 +22,7 @@ pub(crate) enum Floats<'a> {
     F16(&'a [f16]),
 }
 
-/// As [`Floats`], to be written.
+/// Like [`Floats`], but mutable.
 pub(crate) enum FloatsMut<'a> {
     F32(&'a mut [f32]),
     F64(&'a mut [f64]),
@@ -102,7 +102,7 @@ impl<'a> Floats<'a> {
 }
 
 impl<'a> FloatsMut<'a> {
-    /// As [`Floats::of`].
+    /// Like [`Floats::of`].
     pub fn of<R: Real>(values: &'a mut [R]) -> Self {
         match R::DTYPE {
             DType::F64 => Self::F64(bytemuck::cast_slice_mut(values)),
@@ -160,7 +160,7 @@ impl<'a> FloatsMut<'a> {
         mapped!(Self, self, x, &mut x[range])
     }
 
-    /// As [`FloatsMut::range`], of values that are borrowed.
+    /// Like [`FloatsMut::range`], but for borrowed values.
     pub fn part(&mut self, range: Range<usize>) -> FloatsMut<'_> {
         match self {
             Self::F32(x) => FloatsMut::F32(&mut x[range]),
@@ -328,8 +328,8 @@ pub(crate) fn convert_floats(from: Floats, to: FloatsMut) {
     });
 }
 
-/// Sums over the rows of each block of `block` rows, a row of `width` elements for each; none if they are not wanted.
-/// What is added up over rows has the same bits for any number of threads, if blocks depend on the sizes alone.
+/// Partial sums over rows: `width` elements for each block of `block` rows, or none if they are not wanted. They have
+/// the same bits for any number of threads if the blocks depend only on the sizes.
 pub(crate) struct Sums<'a, R> {
     start: *mut R,
     len: usize,

@@ -151,7 +151,7 @@ impl Scratch {
         }
     }
 
-    /// Bytes that threads have.
+    /// Returns the number of bytes that threads hold.
     pub fn bytes(&self) -> usize {
         self.bytes.load(Ordering::Relaxed)
     }

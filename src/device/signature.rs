@@ -1,6 +1,6 @@
 //! The parameters of CUDA kernels, read from their source. `build.rs` includes this file for the kernels of the library.
 
-/// What a launch passes for a parameter. Ordered as the parameters of the library's kernels are.
+/// Kind of argument that a launch passes for a parameter, in the order of the parameters of the library's kernels.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
 pub enum Kind {
     /// The address of values that the kernel writes.
@@ -28,7 +28,7 @@ pub struct Declaration {
 pub struct DeclaredParameter {
     /// Its name.
     pub name: String,
-    /// What a launch passes for it.
+    /// Kind of argument that a launch passes.
     pub kind: Kind,
     /// Its type in C, without `const` and `*`.
     pub element: String,

@@ -1,4 +1,4 @@
-//! Which vector instructions to use: detected once, forced by `XT_CPU` for tests and comparisons.
+//! Choice of vector instructions: detected once, or forced by `XT_CPU` for tests and comparisons.
 
 use std::sync::OnceLock;
 
@@ -6,11 +6,11 @@ use std::sync::OnceLock;
 use super::amx;
 use crate::{Error, Result};
 
-/// A set of vector instructions, each including those before it.
+/// Level of vector instructions; each includes those before it.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
 #[non_exhaustive]
 pub enum Level {
-    /// What every processor of the architecture has.
+    /// Instructions that every processor of the architecture has.
     Portable,
     /// AVX2 and FMA.
     Avx2,
@@ -23,10 +23,10 @@ pub enum Level {
 }
 
 impl Level {
-    /// All of them, from the lowest.
+    /// All levels, from the lowest.
     pub const ALL: [Self; 5] = [Self::Portable, Self::Avx2, Self::Avx512, Self::Avx512Bf16, Self::Amx];
 
-    /// The name that `XT_CPU` takes: `portable`, `avx2`, `avx512`, `avx512_bf16` or `amx`.
+    /// Returns the name of the level in `XT_CPU`: `portable`, `avx2`, `avx512`, `avx512_bf16` or `amx`.
     pub fn name(self) -> &'static str {
         match self {
             Self::Portable => "portable",
@@ -37,7 +37,7 @@ impl Level {
         }
     }
 
-    /// What this processor has.
+    /// Returns the level of this processor.
     pub fn detected() -> Self {
         // Miri runs portable code alone.
         #[cfg(all(target_arch = "x86_64", not(miri)))]
@@ -59,9 +59,9 @@ impl Level {
         Self::Portable
     }
 
-    /// The level that the environment variable `XT_CPU` names, if it is set. The library ignores a wrong name.
+    /// Returns the level named by the environment variable `XT_CPU`, if set. The library ignores an unknown name.
     ///
-    /// Errors: a name that no level has.
+    /// Errors: an unknown name.
     pub fn wanted() -> Result<Option<Self>> {
         let Some(name) = std::env::var_os("XT_CPU").filter(|name| !name.is_empty()) else { return Ok(None) };
         let named = Self::ALL.into_iter().find(|level| name == level.name());
@@ -72,7 +72,7 @@ impl Level {
     }
 }
 
-/// The level in use: the detected one, or a lower one named by `XT_CPU`.
+/// Returns the level in use: the detected one, or a lower one named by `XT_CPU`.
 pub fn level() -> Level {
     static LEVEL: OnceLock<Level> = OnceLock::new();
     *LEVEL.get_or_init(|| {
@@ -82,8 +82,8 @@ pub fn level() -> Level {
     })
 }
 
-/// Whether loops over types of these sizes are compiled for each level: those over f64, which serves references and
-/// gradient tests, are compiled once.
+/// Returns `true` if loops over types of these sizes are compiled for each level; loops over f64, which serves
+/// references and gradient tests, are compiled once.
 pub(crate) const fn per_level(mut sizes: &[usize]) -> bool {
     while let [first, rest @ ..] = sizes {
         if *first == size_of::<f64>() {

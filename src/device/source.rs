@@ -22,7 +22,7 @@ pub struct Source {
 pub struct SourceParameter {
     /// Its name.
     pub name: String,
-    /// What a launch passes for it.
+    /// Kind of argument that a launch passes.
     pub kind: Kind,
     /// Type of the values that it points to, or of the number itself.
     pub of: ParameterType,
@@ -101,27 +101,27 @@ impl Source {
         })
     }
 
-    /// The text.
+    /// Returns the text.
     pub fn text(&self) -> &str {
         &self.text
     }
 
-    /// Hash of the text (FNV-1a).
+    /// Returns the FNV-1a hash of the text.
     pub fn hash(&self) -> u64 {
         self.hash
     }
 
-    /// The kernel's name.
+    /// Returns the name of the kernel.
     pub fn kernel(&self) -> &str {
         &self.kernel
     }
 
-    /// Macros that the text is compiled with.
+    /// Returns the macros that the text is compiled with.
     pub fn options(&self) -> Vec<(&str, &str)> {
         self.options.iter().map(|(name, value)| (name.as_str(), value.as_str())).collect()
     }
 
-    /// The kernel's parameters, in order.
+    /// Returns the parameters of the kernel, in order.
     pub fn parameters(&self) -> &[SourceParameter] {
         &self.parameters
     }

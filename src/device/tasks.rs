@@ -63,7 +63,7 @@ fn forked() -> bool {
 const SPINS: usize = 2000;
 const YIELDS: usize = 200;
 
-/// What a caller and its helpers share. Helpers may come late: it outlives the call, `body` does not.
+/// State shared by a caller and its helpers. Helpers may come late: the state outlives the call, `body` does not.
 struct Work {
     body: *const (dyn Fn(usize) + Sync),
     tasks: usize,

@@ -4,10 +4,10 @@ use std::cell::Cell;
 
 use super::source::{MAX_HEADER, Source};
 
-/// What a reader says about bytes that are not what they should be; the caller knows the file.
+/// Result of parsing; the error describes the malformed bytes, and the caller adds the file.
 pub(super) type Parsed<T> = std::result::Result<T, String>;
 
-/// Why something could not be read.
+/// Error of a read.
 #[derive(Debug)]
 pub(super) enum Unreadable {
     /// The content is wrong; the caller knows the file.
@@ -16,7 +16,7 @@ pub(super) enum Unreadable {
     Failed(crate::Error),
 }
 
-/// As [`Parsed`] where the file itself is read as well.
+/// Like [`Parsed`], but for parsers that also read the file.
 pub(super) type Reading<T> = std::result::Result<T, Unreadable>;
 
 impl From<String> for Unreadable {
@@ -38,7 +38,7 @@ impl From<crate::Error> for Unreadable {
 }
 
 impl Unreadable {
-    /// The error about a file.
+    /// Returns the error about a file.
     pub fn within(self, source: &Source) -> crate::Error {
         match self {
             Self::Content(why) => crate::Error::file(source.path(), why),
@@ -95,7 +95,7 @@ impl<'a> Cursor<'a> {
         self.total - self.at
     }
 
-    /// The next `count` bytes.
+    /// Returns the next `count` bytes.
     pub fn take(&mut self, count: usize) -> Parsed<&'a [u8]> {
         if count > self.left() {
             return Err(format!(
@@ -135,7 +135,7 @@ impl<'a> Cursor<'a> {
         self.array().map(u64::from_le_bytes)
     }
 
-    /// A length or count, which what follows must be able to hold at `least` bytes each.
+    /// Reads a length or count, for which the remaining bytes must suffice at `least` bytes each.
     pub fn count(&mut self, least: usize, what: &str) -> Parsed<usize> {
         let (at, count) = (self.at, self.u64()?);
         let fits = usize::try_from(count)

@@ -30,7 +30,7 @@ pub(super) struct Storage<'a> {
     pub values: Values,
     /// The name of its file in an archive.
     pub key: &'a str,
-    /// How many values it has.
+    /// Number of values.
     pub elements: usize,
     /// Where in the storage of this key it begins, in values.
     pub first: usize,
@@ -46,7 +46,7 @@ pub(super) struct View {
     pub strides: Vec<usize>,
 }
 
-/// What a pickle built.
+/// Values that a pickle built.
 #[derive(Default)]
 pub(super) struct Pickle<'a> {
     pub tuples: Vec<Vec<Value<'a>>>,
@@ -59,7 +59,7 @@ pub(super) struct Pickle<'a> {
 }
 
 impl<'a> Pickle<'a> {
-    /// The values of a tuple or list.
+    /// Returns the values of a tuple or list.
     pub fn items(&self, value: Value<'a>) -> Option<&[Value<'a>]> {
         match value {
             Value::Tuple(index) => self.tuples.get(index as usize).map(Vec::as_slice),
@@ -68,7 +68,7 @@ impl<'a> Pickle<'a> {
         }
     }
 
-    /// The entries of a dictionary in their order; of several with one key the last counts.
+    /// Returns the entries of a dictionary in order; the last of several with the same key counts.
     pub fn entries(&self, value: Value<'a>) -> Option<&[(Value<'a>, Value<'a>)]> {
         match value {
             Value::Dict(index) => self.dicts.get(index as usize).map(Vec::as_slice),
@@ -76,7 +76,7 @@ impl<'a> Pickle<'a> {
         }
     }
 
-    /// Module and name of the global of this number.
+    /// Returns module and name of the global with this index.
     pub fn maker(&self, index: u32) -> (&'a str, &'a str) {
         self.others.get(index as usize).copied().unwrap_or_default()
     }

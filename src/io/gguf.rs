@@ -11,7 +11,7 @@ use super::{
 };
 use crate::Shape;
 
-/// What every file begins with.
+/// First bytes of every file.
 pub(super) const MAGIC: &[u8] = b"GGUF";
 
 /// Advice for files that no version of this reader knows.

@@ -49,7 +49,7 @@ pub(super) enum Element {
 }
 
 impl Element {
-    /// Bytes of a value.
+    /// Returns the number of bytes of a value.
     pub fn bytes(self) -> usize {
         match self {
             Self::Read(stored) => stored.block().1,
@@ -59,7 +59,7 @@ impl Element {
 }
 
 impl Values {
-    /// Bytes of a value.
+    /// Returns the number of bytes of a value.
     pub fn bytes(self) -> usize {
         match self {
             Self::Typed(element) => element.bytes(),
@@ -100,7 +100,7 @@ const TYPES: [(&str, &str, Element); 27] = [
 ];
 
 impl Global {
-    /// The one with this name, if it is known.
+    /// Returns the one with this name, if known.
     pub fn named(module: &str, name: &str) -> Option<Self> {
         let known = match (module, name) {
             ("collections", "OrderedDict" | "Counter") => Self::Dict,

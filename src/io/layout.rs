@@ -1,8 +1,9 @@
-//! The names that a family has in every file, whatever trained it and saved it.
+//! Names of a family's tensors, whatever program trained and saved the file.
 //!
-//! A state dict may lie below other names: those of the object that it was part of (`state_dict.`, `model.`), of wrappers
-//! around the model (`module.`, `_orig_mod.`, `0.auto_model.`), or those of the model inside one with a head (`bert.`). The
-//! place of one tensor that every model of the family has tells where; all other tensors are named from there.
+//! A state dict may lie below other names: those of the object that it was part of (`state_dict.`, `model.`), of
+//! wrappers around the model (`module.`, `_orig_mod.`, `0.auto_model.`), or those of the model inside one with a head
+//! (`bert.`). The place of one tensor that every model of the family has tells where; all other tensors are named from
+//! there.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -10,7 +11,7 @@ use super::TensorFile;
 use crate::params::{ordered, try_ordered};
 use crate::{Error, ParamMap, Result, Tensor};
 
-/// How a family names its tensors.
+/// Names of a family's tensors.
 pub(crate) struct Layout {
     /// Begins the names of the model inside one with a head.
     pub base: &'static str,
@@ -27,8 +28,8 @@ pub(crate) struct Layout {
 /// Modules that wrappers put into the middle of names: `torch.compile`, FSDP and activation checkpoints.
 const INFIXES: [&str; 4] = ["_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_forward_module."];
 
-/// What a state dict may lie below, each any number of times and in any order. Where several places of a file have the
-/// weights, those below one of these alone are meant.
+/// Prefixes that a state dict may lie below, each any number of times and in any order. If a file has the weights in
+/// several places, those below only these prefixes are meant.
 const WRAPPERS: [&str; 13] = [
     "state_dict.",
     "model_state_dict.",
@@ -45,7 +46,7 @@ const WRAPPERS: [&str; 13] = [
     "transformer.",
 ];
 
-/// What the tensors of a file are called there, by the family's own names.
+/// Names of tensors in a file, by the family's own names.
 #[derive(Debug, Default)]
 pub(crate) struct Renamed {
     old: BTreeMap<String, String>,
@@ -57,7 +58,7 @@ pub(crate) struct Renamed {
 }
 
 impl Renamed {
-    /// The name that a tensor has in the file, or would have there.
+    /// Returns the name that a tensor has, or would have, in the file.
     pub fn of_file(&self, own: &str) -> String {
         let [place, base] = &self.place;
         // Nothing has such a name otherwise.
@@ -156,10 +157,9 @@ fn is_wrapped(place: &str, base: &str) -> bool {
 }
 
 impl TensorFile {
-    /// Reads a state dict for these parameters: all tensors, as [`TensorFile::tensors`] does, or, where the parameters
-    /// lie below the names that wrappers and trainers give them (`model.`, `state_dict.`, `module.`, `_orig_mod.` and
-    /// the like), all tensors there under their own names. What lies elsewhere, such as the moments of an optimizer, is
-    /// not part of it then.
+    /// Reads a state dict for these parameters: all tensors, like [`TensorFile::tensors`], or, if the parameters lie
+    /// below prefixes of wrappers and trainers (`model.`, `state_dict.`, `module.`, `_orig_mod.` and the like), all
+    /// tensors there under their own names, without tensors elsewhere, such as the moments of an optimizer.
     ///
     /// Errors: those of [`TensorFile::tensors`]; several places with such parameters.
     pub fn state_dict(&self, params: &ParamMap) -> Result<BTreeMap<String, Tensor>> {

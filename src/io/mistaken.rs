@@ -3,7 +3,7 @@
 /// Bytes that tell a file.
 pub(super) const BEGINNING: usize = 512;
 
-/// What a file is, and what to do about it, if it is none that anybody meant to open.
+/// Returns what a file is and what to do about it if its first bytes show that it was opened by mistake.
 pub(crate) fn mistaken(beginning: &[u8]) -> Option<&'static str> {
     /// Beginnings of files and of texts.
     const KNOWN: [(&[u8], &str); 10] = [

@@ -1,4 +1,4 @@
-//! Files: tensors by name in the formats that checkpoints come in, and replacing a file in one step.
+//! Files: named tensors in the formats of checkpoints, and atomic replacement of files.
 
 mod bytes;
 mod described;

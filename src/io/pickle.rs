@@ -1,8 +1,8 @@
 //! Python's pickles, as far as state dicts need them. Nothing is executed.
 //!
-//! A pickle is a program for a stack machine whose instructions can call any Python function. This machine calls none. It
-//! describes what those would give that make tensors, parameters and dictionaries; whatever else a checkpoint holds, an
-//! optimizer's options or a scheduler for instance, becomes an object of which only the name of its maker is known.
+//! A pickle is a program for a stack machine whose instructions can call any Python function. This machine calls none.
+//! It describes what those would give that make tensors, parameters and dictionaries; whatever else a checkpoint holds,
+//! an optimizer's options or a scheduler for instance, becomes an object of which only the name of its maker is known.
 
 use std::collections::HashMap;
 
@@ -19,7 +19,7 @@ const MAX_STEPS: usize = 2_000_000;
 const MAX_RANK: usize = 64;
 
 impl<'a> Pickle<'a> {
-    /// Runs the pickle at the cursor, which ends behind it. Gives what it built and the value at the top.
+    /// Runs the pickle at the cursor, which ends after it. Returns its values and the one at the top of the stack.
     pub fn load(cursor: &mut Cursor<'a>) -> Parsed<(Self, Value<'a>)> {
         let (pickle, steps) = (Self::default(), MAX_STEPS);
         Machine { cursor, pickle, stack: Vec::new(), marks: Vec::new(), memo: HashMap::new(), steps }.run()

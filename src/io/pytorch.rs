@@ -20,7 +20,7 @@ const MAGIC: &[u8] = &[0x6C, 0xFC, 0x9C, 0x46, 0xF9, 0x20, 0x6A, 0xA8, 0x50, 0x1
 /// The version of the old format.
 const VERSION: i64 = 1001;
 
-/// What an archive says of the order of its bytes.
+/// Content of an archive's `byteorder` entry.
 const LITTLE: &[u8] = b"little";
 
 /// Dictionaries inside one another: a checkpoint has its state dict under a name such as `state_dict`.
@@ -30,7 +30,7 @@ const MAX_TENSORS: usize = 100_000;
 /// Bytes of a tensor's name.
 const MAX_NAME: usize = 1024;
 
-/// Whether a file begins as an old one does: a pickle of the magic number.
+/// Returns `true` if a file begins like the old format: with a pickle of the magic number.
 pub(super) fn is_legacy(bytes: &[u8]) -> bool {
     bytes.len() > 4 && bytes[0] == 0x80 && bytes[2..4] == [0x8A, MAGIC.len() as u8] && bytes[4..].starts_with(MAGIC)
 }
@@ -58,7 +58,7 @@ pub(super) fn legacy(source: &Source) -> Reading<Listing> {
     parse_beginning(source, |cursor| pickles(cursor, source))
 }
 
-/// The same from the pickles that the file begins with; behind them lie the storages.
+/// The same from the pickles at the beginning of the file; the storages follow them.
 fn pickles(mut cursor: Cursor, source: &Source) -> Reading<Listing> {
     if Pickle::load(&mut cursor)?.1 != Value::Long(MAGIC) {
         return Err("does not begin with the number of PyTorch's old format".into());
@@ -202,7 +202,7 @@ fn place(
     Ok(Ok(Entry { part: 0, stored, shape, strides, start: range.start + start }))
 }
 
-/// Whether values lie in the order of the shape without gaps.
+/// Returns `true` if values are contiguous: in the order of the shape, without gaps.
 fn packed(shape: &[usize], strides: &[usize]) -> bool {
     let mut expected = 1usize;
     shape.iter().zip(strides).rev().all(|(&dim, &stride)| {

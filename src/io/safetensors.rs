@@ -1,7 +1,7 @@
 //! Tensors by name in a file, in the format of <https://github.com/huggingface/safetensors>: eight bytes with the
 //! length of a JSON header, the header (dtype, shape and position of each tensor), then the values without gaps.
 //!
-//! A file is not trusted: everything it says is checked against its size before memory is taken for it.
+//! Files are not trusted: everything that a file claims is checked against its size before memory is allocated.
 
 use std::{
     collections::{BTreeMap, btree_map::Entry as Slot},
@@ -29,27 +29,27 @@ use crate::{DType, Device, Error, Result, Shape, Tensor, error::ensure, sort::so
 
 const _: () = assert!(cfg!(target_endian = "little"), "values are read and written without swapping their bytes");
 
-/// Bytes that stand before the header: its length.
+/// Number of bytes before the header, which hold its length.
 const LENGTH: usize = 8;
 
-/// The entry of a header that is no tensor.
+/// Entry of a header that is not a tensor.
 const METADATA: &str = "__metadata__";
 
-/// Reads every tensor of a safetensors file, on the CPU.
+/// Reads every tensor of a safetensors file to the CPU.
 ///
-/// F64, F32, BF16, F16, I64 and BOOL come as they are, the other integers as [`DType::I64`], and floats of eight bits
-/// as [`DType::F32`].
+/// F64, F32, BF16, F16, I64 and BOOL keep their type, other integers become [`DType::I64`], and 8-bit floats
+/// [`DType::F32`].
 ///
 /// Errors: [`ErrorKind::Io`](crate::ErrorKind::Io) if the file cannot be read;
-/// [`ErrorKind::File`](crate::ErrorKind::File), which says what is wrong, if it is no regular file, truncated, not a
+/// [`ErrorKind::File`](crate::ErrorKind::File) with a description if it is not a regular file, is truncated, is not a
 /// safetensors file, has a tensor of another dtype or more than six dimensions, or positions that overlap, leave gaps,
-/// contradict shape and dtype, or lie behind the end; or is written to while it is read.
+/// contradict shape and dtype, or lie past the end; or is written to while it is read.
 #[doc(alias = "load_file")]
 pub fn read_safetensors(path: impl AsRef<Path>) -> Result<BTreeMap<String, Tensor>> {
     read_with_metadata(path.as_ref()).map(|(tensors, _)| tensors)
 }
 
-/// As [`read_safetensors`], with the text about the tensors.
+/// Like [`read_safetensors`], but also returns the metadata.
 pub(crate) fn read_with_metadata(path: &Path) -> Result<(BTreeMap<String, Tensor>, BTreeMap<String, String>)> {
     let source = Source::open(path)?;
     let found = parse(&source);
@@ -63,7 +63,7 @@ pub(crate) fn read_with_metadata(path: &Path) -> Result<(BTreeMap<String, Tensor
     Ok((try_ordered(tensors)?, metadata))
 }
 
-/// The tensors and the text of a file.
+/// Returns the tensors and the metadata of a file.
 pub(super) fn listing(source: &Source) -> Reading<Listing> {
     let Found { tensors, metadata, values } = parse(source)?;
     let metadata = ordered(metadata.into_iter().map(|(name, text)| (name, super::Metadata::Text(text))));
@@ -77,7 +77,7 @@ pub(super) fn listing(source: &Source) -> Reading<Listing> {
     Ok(listing)
 }
 
-/// What a header describes, and where the values begin.
+/// Content of a header, and the offset of the values.
 struct Found {
     tensors: Vec<(String, TensorInfo)>,
     metadata: BTreeMap<String, String>,
@@ -121,7 +121,7 @@ fn parse(source: &Source) -> Reading<Found> {
     Ok(Found { tensors, metadata: header.metadata.unwrap_or_default(), values })
 }
 
-/// Where a tensor lies, or why it is not read.
+/// Returns the place of a tensor, or the reason why it is not read.
 fn entry(info: &TensorInfo, values: usize) -> Parsed<Entry> {
     let stored = match info.dtype {
         Dtype::F64 => Stored::F64,
@@ -152,8 +152,8 @@ fn entry(info: &TensorInfo, values: usize) -> Parsed<Entry> {
     Ok(Entry { part: 0, stored, shape, strides: None, start: values + info.data_offsets.0 })
 }
 
-/// What a header says. Parsed here and not by the safetensors crate, which keeps the last of several entries
-/// with one name and sets memory aside for fields that it does not know.
+/// Content of a header. Parsed here and not by the safetensors crate, which keeps the last of several entries with
+/// the same name and allocates memory for fields that it does not know.
 struct Header {
     tensors: BTreeMap<String, TensorInfo>,
     metadata: Option<BTreeMap<String, String>>,
@@ -201,11 +201,11 @@ enum Described<'a> {
     Tensor(TensorInfo),
 }
 
-/// Writes tensors and some text about them to a safetensors file, replacing it in one step
-/// ([`write_atomically`]). The same tensors give the same bytes.
+/// Writes tensors and metadata to a safetensors file, replacing it atomically ([`write_atomically`]). The same tensors
+/// give the same bytes.
 ///
-/// Errors: a tensor named `__metadata__`, which the format reserves, or [`ErrorKind::Io`](crate::ErrorKind::Io); the
-/// old file stays then.
+/// Errors, with the old file intact: a tensor named `__metadata__`, which the format reserves, or
+/// [`ErrorKind::Io`](crate::ErrorKind::Io).
 #[doc(alias = "save_file")]
 pub fn write_safetensors(
     path: impl AsRef<Path>,
@@ -218,7 +218,7 @@ pub fn write_safetensors(
 
 /// Gives `deliver` what writes the content of a safetensors file.
 ///
-/// Errors: as [`write_safetensors`], and those of `deliver`.
+/// Errors: those of [`write_safetensors`] and `deliver`.
 pub(crate) fn pack(
     path: &Path,
     tensors: &BTreeMap<String, Tensor>,

@@ -1,4 +1,4 @@
-//! Files that are read whole: configurations, indices, tokenizers.
+//! Files that are read at once: configurations, indices, tokenizers.
 
 use std::{
     fs::{self, File},
@@ -10,7 +10,7 @@ use crate::{Error, Result, error::ensure};
 
 /// Reads a regular file of at most `limit` bytes.
 ///
-/// Errors: [`ErrorKind::Io`](crate::ErrorKind::Io) if it cannot be read or there is not enough memory for it;
+/// Errors: [`ErrorKind::Io`](crate::ErrorKind::Io) if it cannot be read or memory runs out;
 /// [`ErrorKind::File`](crate::ErrorKind::File) for a folder, a pipe or a device, which might have no end, and for a
 /// file with more than `limit` bytes.
 ///

@@ -83,7 +83,7 @@ impl Source {
         &self.path
     }
 
-    /// Number of bytes.
+    /// Returns the number of bytes.
     pub fn len(&self) -> usize {
         match &self.content {
             Content::File { stamp, .. } => stamp.len as usize,
@@ -108,7 +108,7 @@ impl Source {
         }
     }
 
-    /// A copy of a few bytes.
+    /// Returns a copy of a few bytes.
     ///
     /// Errors: as [`Source::read_at`].
     pub fn array<const N: usize>(&self, at: usize) -> Result<[u8; N]> {
@@ -117,7 +117,7 @@ impl Source {
         Ok(bytes)
     }
 
-    /// A copy of a part that describes tensors, `what`.
+    /// Returns a copy of a part that describes tensors, `what`.
     ///
     /// Errors: a part of more than [`MAX_HEADER`] bytes; as [`Source::read_at`].
     pub fn part(&self, range: Range<usize>, what: &str) -> Reading<Vec<u8>> {

@@ -1,4 +1,4 @@
-//! Element types of files, and how their bytes become tensors.
+//! Element types of files, and the conversion of their bytes to tensors.
 
 use std::{
     fmt,
@@ -17,10 +17,10 @@ use super::{
 };
 use crate::{DType, Device, Error, ErrorKind, Result, Tensor, device::cpu, dtype::Element};
 
-/// How the values of a tensor lie in a file.
+/// Storage type of a tensor's values in a file.
 ///
 /// The types `Q…` and `Iq…` are GGUF's quantised types: blocks of 32 or 256 values with common scales, each value read
-/// as [`DType::F32`]. [`Stored::dequantize`] turns their bytes into values.
+/// as [`DType::F32`]. [`Stored::dequantize`] converts their bytes to values.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 #[non_exhaustive]
 pub enum Stored {
@@ -87,7 +87,7 @@ pub enum Stored {
 }
 
 impl Stored {
-    /// Values of a block, and its bytes.
+    /// Returns the numbers of values and bytes of a block.
     pub fn block(self) -> (usize, usize) {
         match self {
             Self::F64 | Self::I64 | Self::U64 => (1, 8),
@@ -109,7 +109,7 @@ impl Stored {
         }
     }
 
-    /// The dtype of the tensor that is read.
+    /// Returns the dtype of the tensor that is read.
     pub fn dtype(self) -> DType {
         match self {
             Self::F64 => DType::F64,

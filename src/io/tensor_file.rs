@@ -1,4 +1,4 @@
-//! Files with tensors by name, whatever their format.
+//! Files with named tensors, in any of the supported formats.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -21,7 +21,7 @@ use super::{
 use crate::params::{ordered, try_ordered};
 use crate::{Error, ErrorKind, Result, Shape, Tensor, sort::sort};
 
-/// A file with tensors by name, or several that belong together, read tensor by tensor.
+/// File with named tensors, or several files that belong together, read one tensor at a time.
 ///
 /// | format | recognised by |
 /// |---|---|
@@ -32,16 +32,17 @@ use crate::{Error, ErrorKind, Result, Shape, Tensor, sort::sort};
 /// | GGUF 2 and 3 | `GGUF` |
 /// | GGUF in several files | one of them, named `NAME-00001-of-00003.gguf` |
 ///
-/// GGUF's types F32, F16, BF16, F64, the integers, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q2_K to Q6_K, IQ4_NL and IQ4_XS are
-/// read; values of the quantised ones become f32, or stay packed, see [`TensorFile::raw`].
+/// Supported GGUF types are F32, F16, BF16, F64, the integers, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q2_K to Q6_K, IQ4_NL and
+/// IQ4_XS; values of the quantised ones become f32, or stay packed with [`TensorFile::raw`].
 ///
-/// Pickles are read by a machine of its own that executes nothing: it knows what makes tensors and dictionaries, and of
-/// all other objects that lie beside them only the name of what would make them. A tensor that such an object is, or
-/// whose values have a type that there is none for here, is among [`TensorFile::unreadable`].
+/// Pickles are read by an interpreter that executes nothing: it knows the constructors of tensors and dictionaries,
+/// and keeps only the constructor's name of other objects. Tensors that are such objects, or whose values have an
+/// unsupported type, are among [`TensorFile::unreadable`].
 ///
-/// A file is not trusted. Whatever it says is checked against its size before memory is taken for it, and reading all
-/// of its tensors takes at most sixteen times its size. It stays open, and is not mapped into memory: a file that is
-/// shortened or written to meanwhile gives an error that names it; one that is replaced by a rename is read as it was.
+/// Files are not trusted: everything that a file claims is checked against its size before memory is allocated, and
+/// reading all of its tensors takes at most sixteen times its size. The file stays open, and is not mapped into
+/// memory: if it is truncated or written to meanwhile, reading returns an error that names it; if it is replaced by a
+/// rename, the old content is read.
 ///
 /// ```
 /// use x_transformers::{Device, Tensor, io::{TensorFile, write_safetensors}};
@@ -71,7 +72,7 @@ pub struct TensorFile {
     pub(super) metadata: BTreeMap<String, Metadata>,
 }
 
-/// What a file is.
+/// Format of a file.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 #[non_exhaustive]
 pub enum Format {
@@ -79,9 +80,9 @@ pub enum Format {
     Safetensors,
     /// `torch.save` since PyTorch 1.6.
     PytorchArchive,
-    /// `torch.save` before.
+    /// `torch.save` before PyTorch 1.6.
     PytorchLegacy,
-    /// llama.cpp's.
+    /// llama.cpp's format.
     Gguf,
 }
 
@@ -96,21 +97,21 @@ impl fmt::Display for Format {
     }
 }
 
-/// What a file says beside its tensors.
+/// Metadata that a file has beside its tensors.
 #[derive(Clone, PartialEq, Debug)]
 #[non_exhaustive]
 pub enum Metadata {
     /// True or false.
     Bool(bool),
-    /// An integer of any width.
+    /// Integer of any width.
     Int(i64),
-    /// An integer of 64 bits that is larger than [`i64::MAX`].
+    /// 64-bit integer above [`i64::MAX`].
     Unsigned(u64),
-    /// A float of any width.
+    /// Float of any width.
     Float(f64),
     /// Text.
     Text(String),
-    /// Values of one kind.
+    /// List of values of one kind.
     List(Vec<Metadata>),
 }
 
@@ -118,45 +119,45 @@ pub enum Metadata {
 #[derive(Clone, PartialEq, Eq, Debug)]
 #[non_exhaustive]
 pub struct TensorInfo {
-    /// How the values lie in the file.
+    /// Storage type of the values.
     pub stored: Stored,
-    /// The shape.
+    /// Shape.
     pub shape: Vec<usize>,
 }
 
-/// A tensor as it lies in its file: GGUF's blocks for instance, which stay packed.
+/// Tensor as stored in its file, for instance GGUF's packed blocks.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct RawTensor {
     /// Type of the values in `bytes`.
     pub stored: Stored,
-    /// The shape; blocks lie along its last dimension.
+    /// Shape; blocks lie along the last dimension.
     pub shape: Vec<usize>,
-    /// The bytes: [`Stored::block`] says how many values and bytes a block has.
+    /// Bytes; [`Stored::block`] returns the numbers of values and bytes of a block.
     pub bytes: Vec<u8>,
 }
 
-/// Where a tensor lies. Whoever makes one has checked that it lies inside its file.
+/// Place of a tensor, which the constructor has checked to lie inside its file.
 #[derive(Clone, Debug)]
 pub(super) struct Entry {
     pub part: usize,
     pub stored: Stored,
     pub shape: Shape,
-    /// Distances between neighbours, in values; `None`: packed in the order of the shape.
+    /// Strides, in values; `None`: packed in the order of the shape.
     pub strides: Option<Vec<usize>>,
-    /// The byte of the first value.
+    /// Offset of the first value, in bytes.
     pub start: usize,
 }
 
-/// Something with a name that is not read.
+/// Named entry that is not read.
 #[derive(Clone, Debug)]
 pub(super) struct Inert {
-    /// Why, as it follows the name.
+    /// Reason, worded to follow the name.
     pub why: String,
-    /// If `true`, it is a tensor, and not perhaps an object of another kind.
+    /// If `true`, it is a tensor; otherwise it may be an object of another kind.
     pub tensor: bool,
 }
 
-/// What a reader finds in a file. A name is in one of the maps.
+/// Contents of a file as a reader finds them. A name is in one of the maps.
 #[derive(Default)]
 pub(super) struct Listing {
     pub entries: BTreeMap<String, Entry>,
@@ -165,41 +166,42 @@ pub(super) struct Listing {
 }
 
 impl Listing {
-    /// Adds a tensor; of several with one name the last counts.
+    /// Adds a tensor; the last of several with the same name counts.
     pub fn insert(&mut self, name: String, entry: Entry) {
         self.inert.remove(&name);
         self.entries.insert(name, entry);
     }
 
-    /// Adds what is not read, likewise.
+    /// Adds an entry that is not read, likewise.
     pub fn set_inert(&mut self, name: String, inert: Inert) {
         self.entries.remove(&name);
         self.inert.insert(name, inert);
     }
 }
 
-/// Bytes that the index of a sharded checkpoint may have.
+/// Maximum size of a sharded checkpoint's index, in bytes.
 const MAX_INDEX: u64 = 100_000_000;
 
-/// The files of a folder that are looked for, the best first.
+/// Files to look for in a folder, the best first.
 const IN_FOLDERS: [&str; 4] =
     ["model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json"];
 
 impl TensorFile {
-    /// Opens a file of any of the formats, an index of several, or a folder that holds one of
-    /// `model.safetensors`, `model.safetensors.index.json`, `pytorch_model.bin`, `pytorch_model.bin.index.json`, or a
-    /// single `.gguf`, which may be cut into several files. Of those any one may be given.
+    /// Opens a file of any of the formats, an index of several files, any part of a split GGUF model, or a folder with
+    /// one of `model.safetensors`, `model.safetensors.index.json`, `pytorch_model.bin`, `pytorch_model.bin.index.json`,
+    /// or a single `.gguf` model, which may be split.
     ///
-    /// Errors: [`ErrorKind::Io`] if a file cannot be read; [`ErrorKind::File`], which says what is wrong and where.
+    /// Errors: [`ErrorKind::Io`] if a file cannot be read; [`ErrorKind::File`] with a description of what is wrong and
+    /// where.
     pub fn open(path: impl AsRef<Path>) -> Result<Self> {
         let path = path.as_ref();
         let path = if path.is_dir() { &in_folder(path)? } else { path };
         if path.to_string_lossy().ends_with(".index.json") { Self::open_index(path) } else { Self::open_one(path) }
     }
 
-    /// Reads the bytes of one file. Of a GGUF model in several files they are one part.
+    /// Reads a file from memory. A part of a split GGUF model is read as one part.
     ///
-    /// Errors: [`ErrorKind::File`], which says what is wrong and where.
+    /// Errors: [`ErrorKind::File`] with a description of what is wrong and where.
     pub fn from_bytes(bytes: impl Into<Vec<u8>>) -> Result<Self> {
         Self::of(Source::memory(bytes.into()))
     }
@@ -305,48 +307,48 @@ impl TensorFile {
         Ok(whole)
     }
 
-    /// The file that was opened; of a folder the one that was found in it.
+    /// Returns the path of the opened file, for a folder that of the file found in it.
     pub fn path(&self) -> &Path {
         &self.path
     }
 
-    /// What it is.
+    /// Returns the format.
     pub fn format(&self) -> Format {
         self.format
     }
 
-    /// Bytes of all files.
+    /// Returns the total size of all files, in bytes.
     pub fn bytes(&self) -> usize {
         self.parts.iter().map(Source::len).sum()
     }
 
-    /// The names of the tensors, in alphabetical order.
+    /// Returns the names of the tensors, in alphabetical order.
     pub fn names(&self) -> impl Iterator<Item = &str> {
         self.entries.keys().map(String::as_str)
     }
 
-    /// Type and shape of a tensor.
+    /// Returns type and shape of a tensor, or `None` if there is none of this name.
     pub fn info(&self, name: &str) -> Option<TensorInfo> {
         self.entries.get(name).map(|entry| TensorInfo { stored: entry.stored, shape: entry.shape.to_vec() })
     }
 
-    /// Tensors that cannot be read, in alphabetical order, and why: values of a type that no [`Stored`] is, made by a
-    /// function that a pickle names and nobody calls, or placed by an index in a file that lacks it.
+    /// Returns the tensors that cannot be read, in alphabetical order, with the reasons: values of a type without a
+    /// [`Stored`], tensors made by an unknown function in a pickle, or placed by an index in a file that lacks them.
     pub fn unreadable(&self) -> impl Iterator<Item = (&str, &str)> {
         self.inert.iter().filter(|(_, inert)| inert.tensor).map(|(name, inert)| (name.as_str(), inert.why.as_str()))
     }
 
-    /// If `true`, this is one of [`TensorFile::unreadable`].
+    /// Returns `true` if this is one of [`TensorFile::unreadable`].
     pub(super) fn is_unreadable(&self, name: &str) -> bool {
         self.inert.get(name).is_some_and(|inert| inert.tensor)
     }
 
-    /// Why something of this name is not read; `None` if it is a tensor, or nothing.
+    /// Returns the reason why the entry of this name is not read; `None` if it is a tensor or does not exist.
     pub(crate) fn inert(&self, name: &str) -> Option<&str> {
         self.inert.get(name).map(|inert| inert.why.as_str())
     }
 
-    /// The names of all tensors, and of what is not read.
+    /// Returns the names of all tensors and of all entries that are not read.
     pub(super) fn all_names(&self) -> impl Iterator<Item = &str> {
         self.entries.keys().chain(self.inert.keys()).map(String::as_str)
     }
@@ -366,7 +368,7 @@ impl TensorFile {
         renamed(&mut self.inert, old);
     }
 
-    /// If `true`, two tensors are the same bytes of the file.
+    /// Returns `true` if two tensors are the same bytes of the file.
     pub(crate) fn same_place(&self, a: &str, b: &str) -> bool {
         match (self.entries.get(a), self.entries.get(b)) {
             (Some(a), Some(b)) => {
@@ -377,21 +379,21 @@ impl TensorFile {
         }
     }
 
-    /// What the file says beside its tensors.
+    /// Returns the metadata that the file has beside its tensors.
     pub fn metadata(&self) -> &BTreeMap<String, Metadata> {
         &self.metadata
     }
 
-    /// Reads a tensor, on the CPU. Its dtype is that of [`Stored::dtype`].
+    /// Reads a tensor to the CPU, with the dtype of [`Stored::dtype`].
     ///
-    /// Errors: there is none of this name; one of [`TensorFile::unreadable`]; values that its type does not allow; a
-    /// file that has changed since it was opened; [`ErrorKind::OutOfMemory`].
+    /// Errors: no tensor of this name; one of [`TensorFile::unreadable`]; values that its type does not allow; a file
+    /// that has changed since it was opened; [`ErrorKind::OutOfMemory`].
     pub fn tensor(&self, name: &str) -> Result<Tensor> {
         let entry = self.entry(name)?;
         entry.read(&self.parts[entry.part], name)
     }
 
-    /// Reads the bytes of a tensor as they lie in the file, without turning them into numbers.
+    /// Reads the stored bytes of a tensor, without converting them to numbers.
     ///
     /// ```no_run
     /// use x_transformers::io::TensorFile;
@@ -406,8 +408,8 @@ impl TensorFile {
     /// # }
     /// ```
     ///
-    /// Errors: there is none of this name; a view of a PyTorch file whose values lie apart; a file that has changed
-    /// since it was opened; [`ErrorKind::OutOfMemory`].
+    /// Errors: no tensor of this name; a view in a PyTorch file that is not contiguous; a file that has changed since
+    /// it was opened; [`ErrorKind::OutOfMemory`].
     pub fn raw(&self, name: &str) -> Result<RawTensor> {
         let entry = self.entry(name)?;
         let bytes = entry.checked(&self.parts[entry.part], name, stored::raw)?;
@@ -423,7 +425,7 @@ impl TensorFile {
 
     /// Reads every tensor.
     ///
-    /// Errors: as [`TensorFile::tensor`].
+    /// Errors: those of [`TensorFile::tensor`].
     pub fn tensors(&self) -> Result<BTreeMap<String, Tensor>> {
         if let Some((name, why)) = self.unreadable().next() {
             return Err(Error::file(&self.path, format_args!("tensor `{name}` {why}")));
@@ -451,8 +453,8 @@ impl Entry {
     }
 }
 
-/// Refuses a small file that describes many large tensors: tied weights lie in one place, all else in its own. Tensors
-/// that are expanded from fewer values are not read where they would be too large.
+/// Rejects a small file that describes many large tensors: tied weights share their place, others do not. Tensors
+/// expanded from fewer values are not read if they would be too large.
 fn check_total(listing: &mut Listing, bytes: usize) -> Parsed<()> {
     let most = bytes.saturating_mul(2);
     let fits = |entries: &BTreeMap<String, Entry>| {
@@ -479,7 +481,7 @@ fn check_total(listing: &mut Listing, bytes: usize) -> Parsed<()> {
     Err(format!("describes more than twice the {bytes} bytes that it has: its tensors overlap"))
 }
 
-/// A path of an index without its `./`; `None` if it could lead out of the folder.
+/// Returns a path in an index without its `./`; `None` if it could lead out of the folder.
 fn inside(name: &str) -> Option<String> {
     let part = |part| match part {
         Component::CurDir => Some(""),
@@ -492,7 +494,7 @@ fn inside(name: &str) -> Option<String> {
     plain.then(|| parts.join("/"))
 }
 
-/// The file with the weights in a folder.
+/// Returns the file with the weights in a folder.
 fn in_folder(folder: &Path) -> Result<PathBuf> {
     if let Some(found) = IN_FOLDERS.iter().map(|name| folder.join(name)).find(|path| path.is_file()) {
         return Ok(found);
@@ -508,7 +510,7 @@ fn in_folder(folder: &Path) -> Result<PathBuf> {
     }
 }
 
-/// The GGUF files of a folder, in alphabetical order.
+/// Returns the GGUF files of a folder, in alphabetical order.
 fn gguf_files(folder: &Path) -> Result<Vec<PathBuf>> {
     let entries = fs::read_dir(folder).map_err(|source| Error::io(folder, source))?;
     let mut found: Vec<PathBuf> = entries
@@ -519,14 +521,14 @@ fn gguf_files(folder: &Path) -> Result<Vec<PathBuf>> {
     Ok(found)
 }
 
-/// If `true`, the weights of a folder are in GGUF files, readable or not.
+/// Returns `true` if the weights of a folder are in GGUF files, readable or not.
 pub(crate) fn holds_gguf(folder: &Path) -> bool {
     let others = IN_FOLDERS.iter().any(|name| folder.join(name).is_file());
     !others && gguf_files(folder).is_ok_and(|found| !found.is_empty())
 }
 
 impl Metadata {
-    /// The number, if it is an integer that is not negative.
+    /// Returns the number, if it is a non-negative integer.
     pub fn as_usize(&self) -> Option<usize> {
         match self {
             Self::Int(value) => usize::try_from(*value).ok(),
@@ -535,7 +537,7 @@ impl Metadata {
         }
     }
 
-    /// The number, integers included.
+    /// Returns the number, if it is a float or an integer.
     pub fn as_f64(&self) -> Option<f64> {
         match self {
             Self::Int(value) => Some(*value as f64),
@@ -545,7 +547,7 @@ impl Metadata {
         }
     }
 
-    /// The truth value.
+    /// Returns the value, if it is a boolean.
     pub fn as_bool(&self) -> Option<bool> {
         match self {
             Self::Bool(value) => Some(*value),
@@ -553,7 +555,7 @@ impl Metadata {
         }
     }
 
-    /// The text.
+    /// Returns the text, if it is text.
     pub fn as_str(&self) -> Option<&str> {
         match self {
             Self::Text(text) => Some(text),
@@ -561,7 +563,7 @@ impl Metadata {
         }
     }
 
-    /// The values of a list.
+    /// Returns the values, if it is a list.
     pub fn as_list(&self) -> Option<&[Metadata]> {
         match self {
             Self::List(values) => Some(values),

@@ -28,7 +28,7 @@ const LOCAL_BYTES: usize = 30;
 /// Tag of the extra field with 64-bit sizes.
 const EXTRA64: u16 = 1;
 
-/// Whether a file begins as an archive does.
+/// Returns `true` if a file begins like an archive.
 pub(super) fn is_zip(bytes: &[u8]) -> bool {
     bytes.starts_with(&LOCAL.to_le_bytes())
 }
@@ -71,7 +71,7 @@ pub(super) fn directory(source: &Source) -> Reading<BTreeMap<String, Range<usize
     Ok(files)
 }
 
-/// How many entries the directory has, and where it lies.
+/// Returns the number of entries in the directory and its place.
 fn find(source: &Source) -> Reading<(u64, Range<usize>)> {
     let none = || "has no directory at its end: it is truncated or no zip archive".to_string();
     let start = source.len().saturating_sub(END_BYTES + usize::from(u16::MAX) + END64_PLACE_BYTES);
@@ -119,7 +119,7 @@ fn wide(extra: &[u8], sizes: [&mut u64; 3]) -> Parsed<()> {
     Ok(())
 }
 
-/// Where the content of a file lies, behind its own header.
+/// Returns the place of a file's content, after its own header.
 fn content(source: &Source, name: &str, offset: u64, size: u64) -> Reading<Range<usize>> {
     let total = source.len();
     let outside = || format!("holds `{name}` at byte {offset}, {size} bytes, outside of its {total} bytes");

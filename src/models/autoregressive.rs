@@ -1,4 +1,4 @@
-//! A decoder's loss and its sampling.
+//! Loss and generation of a decoder.
 
 use super::{Output, TransformerWrapper};
 use crate::{
@@ -8,7 +8,7 @@ use crate::{
     nn::ForwardOptions,
 };
 
-/// Predicts each token from those before it.
+/// Language model: predicts each token from those before it.
 ///
 /// ```
 /// use x_transformers::{
@@ -50,31 +50,31 @@ pub struct AutoregressiveWrapper {
 }
 
 impl AutoregressiveWrapper {
-    /// A model from its options; its parameters' names begin with `net.`.
+    /// Creates a model from its options; its parameters' names begin with `net.`.
     ///
-    /// Errors: [`ErrorKind::Option`](crate::ErrorKind::Option) for what is illegal alone or together.
+    /// Errors: [`ErrorKind::Option`](crate::ErrorKind::Option) for options that are illegal alone or in combination.
     pub fn new(config: &AutoregressiveConfig, store: &ParamStore) -> Result<Self> {
         check_logits(config.net.average_pool_embed, config.net.return_only_embed)?;
         let net = TransformerWrapper::new(&config.net, &store.at("net")).context("net")?;
         Ok(Self { net, ignore_index: config.ignore_index, pad_value: config.pad_value })
     }
 
-    /// Wraps an existing model, with the default `ignore_index` and `pad_value`. Its parameters keep their names: those
-    /// of [`AutoregressiveWrapper::new`] lie at `net`.
+    /// Wraps an existing model, with the default `ignore_index` and `pad_value`. Its parameters keep their names,
+    /// whereas those of [`AutoregressiveWrapper::new`] lie at `net`.
     ///
-    /// Errors: [`ErrorKind::Option`](crate::ErrorKind::Option) for a model that gives no logits for each token.
+    /// Errors: [`ErrorKind::Option`](crate::ErrorKind::Option) for a model without logits for each token.
     pub fn around(net: TransformerWrapper) -> Result<Self> {
         check_logits(net.plan().average_pool_embed, net.plan().return_only_embed)?;
         let AutoregressiveConfig { ignore_index, pad_value, .. } = AutoregressiveConfig::default();
         Ok(Self { net, ignore_index, pad_value })
     }
 
-    /// Mean cross entropy of `tokens[:, 1:]` given `tokens[:, :-1]`, targets equal to `ignore_index` left out: `[b, n +
-    /// 1]` I64 to a scalar, in f32 for half precision.
+    /// Computes the mean cross-entropy of `tokens[:, 1:]` given `tokens[:, :-1]`, without targets equal to
+    /// `ignore_index`: `[b, n + 1]` I64 to a scalar, in f32 for half precision.
     ///
-    /// A mask as long as the tokens loses its last column; it does not enter the loss.
+    /// A mask as long as the tokens loses its last column; it does not mask the loss.
     ///
-    /// Errors: fewer than two tokens, options that ask for more than the output, and those of
+    /// Errors: fewer than two tokens, options that request more than the output, and those of
     /// [`TransformerWrapper::forward`].
     pub fn loss(&self, tokens: &Tensor, options: &ForwardOptions) -> Result<Tensor> {
         ensure!(
@@ -96,7 +96,7 @@ impl AutoregressiveWrapper {
         self.net.cross_entropy(&out, &tokens.narrow(1, 1, n)?, self.ignore_index).context("net")
     }
 
-    /// As [`TransformerWrapper::quantize_int8`].
+    /// Quantizes the weights like [`TransformerWrapper::quantize_int8`].
     ///
     /// Errors: weights that are not finite.
     #[doc(alias = "quantize_dynamic")]
@@ -104,13 +104,13 @@ impl AutoregressiveWrapper {
         self.net.quantize_int8().context("net")
     }
 
-    /// The token that follows the end of a row.
+    /// Returns the token that fills a row after its end.
     pub(super) fn pad_value(&self) -> i64 {
         self.pad_value
     }
 }
 
-/// Predictions need logits for each token.
+/// Checks that the model has logits for each token.
 fn check_logits(average_pool_embed: bool, return_only_embed: bool) -> Result<()> {
     let pooled = [("average_pool_embed", average_pool_embed), ("return_only_embed", return_only_embed)];
     match pooled.into_iter().find(|(_, on)| *on) {

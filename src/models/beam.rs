@@ -1,4 +1,4 @@
-//! Beam search: the most likely continuations that a bounded search finds.
+//! Beam search.
 
 use super::{AutoregressiveWrapper, GenerateOptions, rows::Rows, sampling::best};
 use crate::{Error, Result, Tensor, error::ensure, sort::sort_by};
@@ -6,10 +6,11 @@ use crate::{Error, Result, Tensor, error::ensure, sort::sort_by};
 /// Options of beam search.
 #[derive(Clone, Copy, Debug)]
 pub struct BeamOptions {
-    /// Continuations that are followed at the same time. Default 4.
+    /// Number of continuations that are kept at a time. Default 4.
     pub beams: usize,
-    /// A score is the logarithm of the probability over `tokens ^ length_penalty`: above 0 favours long continuations,
-    /// 0 the most likely one (Wu et al., <https://arxiv.org/abs/1609.08144>). Default 1.
+    /// Exponent of the length normalization: a score is the log-probability over `tokens ^ length_penalty`. Numbers
+    /// above 0 favour long continuations, 0 the most likely one (Wu et al., <https://arxiv.org/abs/1609.08144>).
+    /// Default 1.
     pub length_penalty: f64,
 }
 
@@ -19,17 +20,17 @@ impl Default for BeamOptions {
     }
 }
 
-/// A continuation that a beam search has found.
+/// Continuation found by a beam search.
 #[derive(Clone, PartialEq, Debug)]
 #[non_exhaustive]
 pub struct Hypothesis {
-    /// The new tokens, with the end token if it was reached.
+    /// New tokens, with the end token if it was reached.
     pub tokens: Vec<i64>,
-    /// The logarithm of their probability over the power of their number.
+    /// Log-probability of the tokens over their number to the power of `length_penalty`.
     pub score: f64,
 }
 
-/// An open continuation: its sum of logarithms, and the beam that it is in.
+/// Open continuation: its log-probability, and the beam that it extends.
 #[derive(Clone, Copy)]
 struct Candidate {
     log_probability: f64,
@@ -38,14 +39,14 @@ struct Candidate {
 }
 
 impl AutoregressiveWrapper {
-    /// The best continuations of each row of a prompt, `[b, t]` or `[t]` I64, by up to `seq_len` tokens: at most
-    /// `beams` for each, the best first.
+    /// Returns the best continuations of each row of a prompt, `[b, t]` or `[t]` I64, by up to `seq_len` tokens: at
+    /// most `beams` per row, the best first.
     ///
-    /// Of the options, the end tokens and other ends, the prompt's lengths and masks, the context and
-    /// `repetition_penalty` act; nothing is drawn. A row that has ended in the prompt gets the empty continuation. A
+    /// The options in effect are the end tokens and other ends, the prompt's lengths and masks, the context and
+    /// `repetition_penalty`; nothing is sampled. A row that has ended in the prompt gets the empty continuation. A
     /// row's search ends when no open continuation can become better than the worst of its `beams` closed ones.
     ///
-    /// Errors: as [`AutoregressiveWrapper::generate`], no beams, or a penalty that is not finite.
+    /// Errors: those of [`AutoregressiveWrapper::generate`], `beams` of 0, or a penalty that is not finite.
     pub fn beam_search(
         &self,
         start_tokens: &Tensor,
@@ -78,7 +79,7 @@ impl AutoregressiveWrapper {
                 Search { open: if ended { vec![] } else { vec![(row, 0.0)] }, closed }
             })
             .collect();
-        // That of each of `rows`.
+        // Stopping criteria, one for each of `rows`.
         let mut row_ends = options.row_ends.clone();
         for step in 0..seq_len {
             let mut wanted = vec![false; rows.tokens.len()];
@@ -109,7 +110,7 @@ impl AutoregressiveWrapper {
                 }
                 sort_by(&mut search.closed, |a, b| b.score.total_cmp(&a.score));
                 search.closed.truncate(beams);
-                // The best that an open one can still come to: its probability only falls.
+                // Upper bound of an open one's score: its probability only falls.
                 let best = open.first().map_or(f64::NEG_INFINITY, |best| {
                     let longest = if length_penalty > 0.0 { seq_len } else { step + 1 };
                     score(best.log_probability, longest)
@@ -148,15 +149,15 @@ impl AutoregressiveWrapper {
     }
 }
 
-/// The search of one row of the prompt.
+/// Search of one row of the prompt.
 struct Search {
-    /// Open continuations: where their tokens are, and the logarithms of their probabilities, the best first.
+    /// Open continuations: indices of their tokens, and their log-probabilities, the best first.
     open: Vec<(usize, f64)>,
     closed: Vec<Hypothesis>,
 }
 
 impl Search {
-    /// The best next steps, twice as many as beams, so that enough of them stay open.
+    /// Returns the best next steps, twice as many as beams, which leaves enough of them open.
     fn candidates(
         &self,
         logits: &[Vec<f64>],
@@ -183,7 +184,7 @@ impl Search {
                 token: token as i64,
             }));
         }
-        // Equal ones in the order of beams and tokens, so that nothing is left to chance.
+        // Ties in the order of beams and tokens, which makes the search deterministic.
         sort_by(&mut candidates, |a, b| {
             let by_probability = b.log_probability.total_cmp(&a.log_probability);
             by_probability.then(a.beam.cmp(&b.beam)).then(a.token.cmp(&b.token))

@@ -1,4 +1,4 @@
-//! Wrappers that continue sequences: what the layers keep, behind memory tokens and positions.
+//! KV caches of the wrappers: the caches of the layers, plus memory tokens and positions.
 
 use super::{ContinuousTransformerWrapper, TransformerWrapper, transformer::norm};
 use crate::{
@@ -7,7 +7,7 @@ use crate::{
     nn::{AbsolutePositionalEmbedding, ForwardOptions, LayersCache},
 };
 
-/// Keys, values and whatever else a model keeps of sequences that grow: one per row, each of its own length.
+/// Keys, values and other state that a model keeps of growing sequences: one per row, each of its own length.
 ///
 /// ```
 /// use x_transformers::{
@@ -35,9 +35,9 @@ use crate::{
 pub struct DecodeCache {
     layers: LayersCache,
     memory_tokens: usize,
-    /// Tokens of each row.
+    /// Number of tokens in each row.
     lengths: Vec<usize>,
-    /// The same on the device, where a recorded graph finds others in each replay.
+    /// The same on the device, where a recorded graph finds new ones in each replay.
     followed: Option<Tensor>,
 }
 
@@ -46,24 +46,24 @@ impl DecodeCache {
         Self { lengths: vec![0; layers.batch()], layers, memory_tokens, followed: None }
     }
 
-    /// Rows.
+    /// Returns the number of rows.
     pub fn batch(&self) -> usize {
         self.layers.batch()
     }
 
-    /// Tokens that fit into each row.
+    /// Returns the maximum number of tokens per row.
     pub fn capacity(&self) -> usize {
         self.layers.capacity() - self.memory_tokens
     }
 
-    /// Tokens of each row.
+    /// Returns the number of tokens in each row.
     pub fn lengths(&self) -> &[usize] {
         &self.lengths
     }
 
-    /// Forgets what is behind these lengths.
+    /// Truncates the rows to these lengths.
     ///
-    /// Errors: another number of lengths than rows, or one that is longer than the sequence.
+    /// Errors: a number of lengths other than the number of rows, or a length beyond the sequence.
     pub fn truncate(&mut self, lengths: &[usize]) -> Result<()> {
         let started = self.layers.lengths().iter().any(|&length| length > 0);
         let prefix_len = if started { self.memory_tokens } else { 0 };
@@ -73,9 +73,9 @@ impl DecodeCache {
         Ok(())
     }
 
-    /// Takes these rows in this order; a row may be taken several times.
+    /// Selects these rows in this order; a row may be selected several times.
     ///
-    /// Errors: no rows, or one that does not exist.
+    /// Errors: no rows, or a row that does not exist.
     pub fn select_rows(&mut self, rows: &[usize]) -> Result<()> {
         self.layers.select_rows(rows)?;
         self.lengths = rows.iter().map(|&row| self.lengths[row]).collect();
@@ -86,7 +86,7 @@ impl DecodeCache {
         self.layers.lengths().iter().all(|&length| length == 0)
     }
 
-    /// Checks new tokens, `n` a row.
+    /// Checks new tokens, `n` per row.
     fn check(&self, b: usize, n: usize, counts: &[usize], mask: Option<&Tensor>) -> Result<()> {
         let fits = |(&count, &length): (&usize, &usize)| count <= n && length + count <= self.capacity();
         ensure!(
@@ -110,7 +110,7 @@ impl DecodeCache {
         Ok(())
     }
 
-    /// Positions of the next `n` tokens; those that will be forgotten stay below the limit. `None` at the start.
+    /// Returns the positions of the next `n` tokens; positions of padding stay below the limit. `None` at the start.
     fn positions(&self, n: usize, limit: usize, like: &Tensor) -> Result<Option<Tensor>> {
         if self.is_empty() {
             return Ok(None);
@@ -123,13 +123,13 @@ impl DecodeCache {
         Tensor::from_vec(positions, [self.lengths.len(), n], like.device()).map(Some)
     }
 
-    /// Lengths as the layers count them, and as tokens are counted, for [`DecodeCache::follow`].
+    /// Returns the lengths as the layers count them, and in tokens, for [`DecodeCache::follow`].
     #[cfg(feature = "cuda")]
     pub(super) fn lengths_to_follow(&self) -> [Vec<i64>; 2] {
         [self.layers.lengths(), &self.lengths].map(|lengths| lengths.iter().map(|&length| length as i64).collect())
     }
 
-    /// Takes lengths from these tensors, `[b]` I64 each, until it is told otherwise.
+    /// Reads lengths from these tensors, `[b]` I64 each, until the next call.
     #[cfg(feature = "cuda")]
     pub(super) fn follow(&mut self, lengths: Option<[Tensor; 2]>) {
         let (of_layers, of_tokens) = lengths.map(|[of_layers, of_tokens]| (of_layers, of_tokens)).unzip();
@@ -137,13 +137,13 @@ impl DecodeCache {
         self.followed = of_tokens;
     }
 
-    /// Returns `true` if nothing else shares what a step writes in place.
+    /// Returns `true` if nothing else shares the memory that a step writes in place.
     #[cfg(feature = "cuda")]
     pub(super) fn is_unique(&mut self) -> bool {
         self.layers.is_unique()
     }
 
-    /// Counts a token in each row, which a graph has added.
+    /// Counts a token in each row, added by a graph.
     #[cfg(feature = "cuda")]
     pub(super) fn count_one(&mut self) {
         let ones = vec![1; self.lengths.len()];
@@ -156,7 +156,7 @@ impl DecodeCache {
     }
 }
 
-/// Absolute positions of new tokens.
+/// Returns the absolute positions of new tokens.
 fn positions_of(
     embedding: &AbsolutePositionalEmbedding,
     cache: &DecodeCache,
@@ -170,13 +170,14 @@ fn positions_of(
 }
 
 impl TransformerWrapper {
-    /// As [`AttentionLayers::supports_kv_cache`](crate::nn::AttentionLayers::supports_kv_cache).
+    /// Checks that these options allow a KV cache, like
+    /// [`AttentionLayers::supports_kv_cache`](crate::nn::AttentionLayers::supports_kv_cache).
     pub fn supports_kv_cache(&self, options: &ForwardOptions) -> std::result::Result<(), &'static str> {
         self.attn_layers().supports_kv_cache(options)
     }
 
-    /// An empty cache for `batch` sequences of up to `capacity` tokens, at most `max_seq_len`, with the context and the
-    /// memories of these options.
+    /// Creates an empty cache for `batch` sequences of up to `capacity` tokens, at most `max_seq_len`, with the context
+    /// and the memories of these options.
     ///
     /// Errors: [`TransformerWrapper::supports_kv_cache`], or no rows or tokens.
     pub fn cache(&self, batch: usize, capacity: usize, options: &ForwardOptions) -> Result<DecodeCache> {
@@ -188,11 +189,11 @@ impl TransformerWrapper {
         Ok(DecodeCache::new(layers, memory_tokens))
     }
 
-    /// Adds the tokens `[b, n]` to sequences and gives their normed hidden states, `[b, n, dim]`, the input of
+    /// Appends the tokens `[b, n]` to sequences and returns their normed hidden states, `[b, n, dim]`, the input of
     /// [`TransformerWrapper::logits`].
     ///
-    /// Of each row the first `counts[b]` tokens count; what is behind them is computed and forgotten, so that rows of
-    /// different lengths go together. `mask` `[b, n]`: which of them are no padding.
+    /// Only the first `counts[b]` tokens of each row count; the rest is padding, which allows rows of different
+    /// lengths. `mask`, `[b, n]` Bool: `true` marks a real token.
     ///
     /// Errors: sequences that outgrow the cache, or tensors that do not fit.
     pub fn extend(
@@ -223,12 +224,13 @@ impl TransformerWrapper {
 }
 
 impl ContinuousTransformerWrapper {
-    /// As [`AttentionLayers::supports_kv_cache`](crate::nn::AttentionLayers::supports_kv_cache).
+    /// Checks that these options allow a KV cache, like
+    /// [`AttentionLayers::supports_kv_cache`](crate::nn::AttentionLayers::supports_kv_cache).
     pub fn supports_kv_cache(&self, options: &ForwardOptions) -> std::result::Result<(), &'static str> {
         self.attn_layers().supports_kv_cache(options)
     }
 
-    /// As [`TransformerWrapper::cache`].
+    /// Creates an empty cache like [`TransformerWrapper::cache`].
     ///
     /// Errors: [`ContinuousTransformerWrapper::supports_kv_cache`], or no rows or vectors.
     pub fn cache(&self, batch: usize, capacity: usize, dtype: DType, options: &ForwardOptions) -> Result<DecodeCache> {
@@ -237,7 +239,7 @@ impl ContinuousTransformerWrapper {
         Ok(DecodeCache::new(layers, 0))
     }
 
-    /// Adds vectors `[b, n, dim_in]` to sequences and gives the outputs, `[b, n, dim_out]`, as
+    /// Appends vectors `[b, n, dim_in]` to sequences and returns the outputs, `[b, n, dim_out]`, like
     /// [`TransformerWrapper::extend`].
     ///
     /// Errors: sequences that outgrow the cache, or tensors that do not fit.

@@ -10,7 +10,7 @@ use crate::{
     nn::{AbsolutePositionalEmbedding, AttentionLayers, ForwardOptions, Linear, Norm},
 };
 
-/// A projection, positions, attention layers, a LayerNorm and a projection.
+/// Transformer on vectors: a projection, positions, attention layers, a LayerNorm and a projection.
 ///
 /// ```
 /// use x_transformers::prelude::*;
@@ -37,9 +37,9 @@ pub struct ContinuousTransformerWrapper {
 }
 
 impl ContinuousTransformerWrapper {
-    /// A model from its keywords, with parameters under the names of PyTorch's state dict.
+    /// Creates a model from its options, with parameters under the names of PyTorch's state dict.
     ///
-    /// Errors: [`ErrorKind::Option`](crate::ErrorKind::Option) for what is illegal alone or together.
+    /// Errors: [`ErrorKind::Option`](crate::ErrorKind::Option) for options that are illegal alone or in combination.
     pub fn new(config: &ContinuousTransformerWrapperConfig, store: &ParamStore) -> Result<Self> {
         let plan = config.plan()?;
         let dim = plan.layers.dim;
@@ -54,15 +54,15 @@ impl ContinuousTransformerWrapper {
         })
     }
 
-    /// The plan that the model was made from.
+    /// Returns the plan that the model was built from.
     pub fn plan(&self) -> &ContinuousPlan {
         &self.plan
     }
 
-    /// `[b, n, dim_in] → [b, n, dim_out]`, or what the options ask for.
+    /// Computes the output, `[b, n, dim_in] → [b, n, dim_out]`, or what the options request.
     ///
-    /// Errors: an input of another shape, longer than a table of absolute positions, or options that do not fit the
-    /// model; this wrapper gives no memories.
+    /// Errors: an input of another shape, longer than the table of absolute positions, or options that do not fit the
+    /// model; this wrapper returns no memories.
     pub fn forward(&self, x: &Tensor, options: &ForwardOptions) -> Result<Output> {
         self.check_vectors(x)?;
         ensure!(
@@ -79,12 +79,12 @@ impl ContinuousTransformerWrapper {
         Ok(Output { out, mems: Vec::new(), attn: layers.attn })
     }
 
-    /// The layers.
+    /// Returns the layers.
     pub(super) fn attn_layers(&self) -> &AttentionLayers {
         &self.attn_layers
     }
 
-    /// Refuses what are no rows of vectors.
+    /// Checks that `x` is a float tensor of shape `[b, n, dim_in]`.
     pub(super) fn check_vectors(&self, x: &Tensor) -> Result<()> {
         let features = self.plan.dim_in.unwrap_or(self.plan.layers.dim);
         ensure!(
@@ -97,7 +97,7 @@ impl ContinuousTransformerWrapper {
         Ok(())
     }
 
-    /// Vectors with the positions that the closure takes from their table: `[b, n, dim_in] → [b, n, dim]`.
+    /// Embeds vectors with the positions that the closure takes from the table: `[b, n, dim_in] → [b, n, dim]`.
     pub(super) fn embed_vectors(
         &self,
         x: &Tensor,
@@ -113,12 +113,12 @@ impl ContinuousTransformerWrapper {
         x.dropout(self.plan.emb_dropout)
     }
 
-    /// The norm behind the layers.
+    /// Returns the final norm.
     pub(super) fn norm(&self) -> Option<&Norm> {
         self.norm.as_ref()
     }
 
-    /// Normed hidden states to outputs: `[.., dim] → [.., dim_out]`.
+    /// Projects normed hidden states to outputs: `[.., dim] → [.., dim_out]`.
     pub(super) fn outputs(&self, normed: Tensor) -> Result<Tensor> {
         match &self.project_out {
             Some(project) => project.forward(&normed).context("project_out"),
@@ -151,10 +151,10 @@ pub struct ContinuousAutoregressiveWrapper {
 }
 
 impl ContinuousAutoregressiveWrapper {
-    /// A model from the keywords of the wrapped one; its parameters' names begin with `net.`.
+    /// Creates a model from the options of the wrapped one; its parameters' names begin with `net.`.
     ///
-    /// Errors: [`ErrorKind::Option`](crate::ErrorKind::Option) for what is illegal alone or together, or an output of
-    /// other features than the input.
+    /// Errors: [`ErrorKind::Option`](crate::ErrorKind::Option) for options that are illegal alone or in combination, or
+    /// different numbers of input and output features.
     pub fn new(config: &ContinuousTransformerWrapperConfig, store: &ParamStore) -> Result<Self> {
         let net = ContinuousTransformerWrapper::new(config, &store.at("net")).context("net")?;
         let dim = net.plan.layers.dim;
@@ -170,12 +170,12 @@ impl ContinuousAutoregressiveWrapper {
         Ok(Self { net })
     }
 
-    /// Mean squared error of the predictions of `x[:, 1:]` from `x[:, :-1]`: `[b, n + 1, dim_in]` to a scalar, in f32
-    /// for half precision.
+    /// Computes the mean squared error of the predictions of `x[:, 1:]` from `x[:, :-1]`: `[b, n + 1, dim_in]` to a
+    /// scalar, in f32 for half precision.
     ///
-    /// A mask as long as the sequence loses its last column. Predictions from masked positions do not count.
+    /// A mask as long as the sequence loses its last column. Predictions from masked positions are ignored.
     ///
-    /// Errors: fewer than two vectors, no position that counts, options that ask for more than the output, and those of
+    /// Errors: fewer than two vectors, no unmasked position, options that request more than the output, and those of
     /// [`ContinuousTransformerWrapper::forward`].
     pub fn loss(&self, x: &Tensor, options: &ForwardOptions) -> Result<Tensor> {
         ensure!(
@@ -201,9 +201,9 @@ impl ContinuousAutoregressiveWrapper {
         error.masked_fill(&mask.logical_not()?, 0.0)?.sum(&[])?.affine(1.0 / kept as f64, 0.0)
     }
 
-    /// Continues a sequence, `[b, t, dim_in]` or `[t, dim_in]`, by `seq_len` vectors, and gives only those.
+    /// Continues a sequence, `[b, t, dim_in]` or `[t, dim_in]`, by `seq_len` vectors, and returns only those.
     ///
-    /// The model sees the last `max_seq_len` vectors; of the options, those of the forward pass that fit every step.
+    /// The context is the last `max_seq_len` vectors; the options apply to the forward pass of every step.
     ///
     /// Errors: an empty sequence, and those of [`ContinuousTransformerWrapper::forward`].
     pub fn generate(&self, start: &Tensor, seq_len: usize, options: &ForwardOptions) -> Result<Tensor> {
@@ -225,7 +225,7 @@ impl ContinuousAutoregressiveWrapper {
         for _ in 0..seq_len {
             let length = all.dim(1)?;
             let out = match &mut cache {
-                // Past the window every vector has another position and another past than before.
+                // Beyond the window every vector gets a new position and a new past in each step.
                 Some(cache) if length <= window => {
                     let new = length - cache.lengths()[0];
                     self.net.extend(&all.narrow(1, length - new, new)?.detach(), &vec![new; b], None, cache)

@@ -33,25 +33,25 @@ pub struct XTransformer {
     pub decoder: AutoregressiveWrapper,
 }
 
-/// Inputs of [`XTransformer::loss`] besides source and target. The default is none of them.
+/// Inputs of [`XTransformer::loss`] besides source and target. Default none.
 #[derive(Clone, Debug, Default)]
 pub struct EncoderDecoderOptions {
     /// Padding mask of the source, `[b, n]` Bool; `true` marks a real token.
     pub src_mask: Option<Tensor>,
     /// Padding mask of the target, `[b, m]` Bool; `true` marks a real token.
     pub tgt_mask: Option<Tensor>,
-    /// Pairs that may meet in the encoder, as [`ForwardOptions::attn_mask`].
+    /// Attention mask of the encoder, like [`ForwardOptions::attn_mask`].
     pub src_attn_mask: Option<Tensor>,
-    /// As [`ForwardOptions::checkpoint_layers`], on both sides.
+    /// Like [`ForwardOptions::checkpoint_layers`], on both sides.
     pub checkpoint_layers: bool,
-    /// As [`ForwardOptions::explicit_attention`], on both sides.
+    /// Like [`ForwardOptions::explicit_attention`], on both sides.
     pub explicit_attention: bool,
 }
 
 impl XTransformer {
-    /// A model from its keywords; names begin with `encoder.` and `decoder.net.`.
+    /// Creates a model from its options; its parameters' names begin with `encoder.` and `decoder.net.`.
     ///
-    /// Errors: [`ErrorKind::Option`](crate::ErrorKind::Option) for what is illegal alone or together.
+    /// Errors: [`ErrorKind::Option`](crate::ErrorKind::Option) for options that are illegal alone or in combination.
     pub fn new(config: &XTransformerConfig, store: &ParamStore) -> Result<Self> {
         let plan = config.plan()?;
         let encoder = TransformerWrapper::from_plan(plan.enc, &store.at("encoder"), None)?;
@@ -60,7 +60,7 @@ impl XTransformer {
         Ok(Self { decoder: AutoregressiveWrapper::around(decoder)?, encoder })
     }
 
-    /// The decoder's loss on `tgt [b, m]` given `src [b, n]`: a scalar.
+    /// Computes the decoder's loss, a scalar, on `tgt [b, m]` given `src [b, n]`.
     ///
     /// Errors: tokens or masks that do not fit.
     pub fn loss(&self, src: &Tensor, tgt: &Tensor, options: &EncoderDecoderOptions) -> Result<Tensor> {
@@ -68,11 +68,11 @@ impl XTransformer {
         self.decoder.loss(tgt, &decoder).context("decoder")
     }
 
-    /// Continues `seq_out_start`, `[b, t]` or `[t]`, given `seq_in [b, n]`, as [`AutoregressiveWrapper::generate`].
+    /// Continues `seq_out_start`, `[b, t]` or `[t]`, given `seq_in [b, n]`, like [`AutoregressiveWrapper::generate`].
     ///
     /// The source is encoded once. Of `options.forward` only the mask of the prompt is used.
     ///
-    /// Errors: as [`AutoregressiveWrapper::generate`], or a context, which is the encoder's to give.
+    /// Errors: those of [`AutoregressiveWrapper::generate`], or a context in the options, which the encoder computes.
     pub fn generate(
         &self,
         seq_in: &Tensor,
@@ -93,7 +93,7 @@ impl XTransformer {
         self.decoder.generate(seq_out_start, seq_len, &options, on_token).context("decoder")
     }
 
-    /// The decoder's options, with the encoded source as context.
+    /// Returns the decoder's options, with the encoded source as context.
     fn encode(&self, src: &Tensor, options: &EncoderDecoderOptions) -> Result<ForwardOptions> {
         let encoder = ForwardOptions {
             mask: options.src_mask.clone(),

@@ -1,10 +1,10 @@
-//! Where rows of generated tokens end, besides at end tokens.
+//! Ends of generated rows other than end tokens.
 
 use std::fmt;
 
 use crate::{Error, Result, error::ensure};
 
-/// Decides from a row's new tokens where the row ends, for instance at a stop string.
+/// Stopping criterion of a row: decides from its new tokens where it ends, for instance at a stop string.
 ///
 /// [`GenerateOptions::row_ends`] takes one for each row; [`GenerateOptions::eos_tokens`] need none.
 ///
@@ -35,7 +35,7 @@ pub trait RowEnd: fmt::Debug + Send + Sync {
     /// Errors: those of the implementation; generation returns them.
     fn push(&mut self, token: i64) -> Result<bool>;
 
-    /// Copies the state: beams that begin alike go on separately.
+    /// Copies the state: beams with a common beginning continue separately.
     fn boxed_clone(&self) -> Box<dyn RowEnd>;
 }
 
@@ -47,8 +47,8 @@ impl Clone for Box<dyn RowEnd> {
 
 /// Finds stop strings in text that comes in pieces.
 ///
-/// A stop string may be cut anywhere across pieces: text that could be the beginning of one is held back until the next
-/// piece decides.
+/// A stop string may be split anywhere across pieces: text that could be the beginning of one is held back until the
+/// next piece decides.
 ///
 /// ```
 /// use x_transformers::models::StopMatcher;
@@ -72,7 +72,7 @@ pub struct StopMatcher {
 }
 
 impl StopMatcher {
-    /// A matcher for these strings; without any it passes all text on.
+    /// Creates a matcher for these strings; without any it passes on all text.
     ///
     /// Errors: an empty stop string.
     pub fn new<S: AsRef<str>>(stops: &[S]) -> Result<Self> {
@@ -84,14 +84,15 @@ impl StopMatcher {
         Ok(Self { stops, held: String::new(), stopped: false })
     }
 
-    /// Takes the next piece; returns the text before any stop string that is certain by now, often empty.
+    /// Takes the next piece; returns the text that is certain to precede any stop string, often empty.
     pub fn push(&mut self, piece: &str) -> String {
         if self.stopped {
             return String::new();
         }
         let mut text = std::mem::take(&mut self.held);
         text.push_str(piece);
-        // The first to be whole, so that it does not matter how the text is cut; of several the longest.
+        // The first to be complete, which makes the result independent of how the text is split; of several the
+        // longest.
         let found = self.stops.iter().filter_map(|stop| text.find(stop).map(|at| (at + stop.len(), at)));
         if let Some((_, at)) = found.min() {
             self.stopped = true;
@@ -124,7 +125,7 @@ impl StopMatcher {
 mod tests {
     use super::StopMatcher;
 
-    /// Text before the first stop string to end, however the text is cut into pieces.
+    /// The result is the text before the first stop string to end, however the text is split into pieces.
     #[test]
     fn stop_strings_are_found_across_pieces() {
         let cases = [

@@ -1,4 +1,4 @@
-//! Tokens after a prompt: one by one as they come, or all at once.
+//! Generation of tokens after a prompt: one by one, or all at once.
 
 use super::{
     AutoregressiveWrapper,
@@ -27,35 +27,34 @@ use crate::{
 /// ```
 #[derive(Clone, Debug)]
 pub struct GenerateOptions {
-    /// Filter and temperature. `top_a` looks at each row alone here.
+    /// Filter and temperature. Here `top_a` looks at each row by itself.
     pub sampling: SamplingConfig,
-    /// Tokens of the vocabulary that end a row, `eos_token` in x-transformers; `pad_value` follows the first one.
-    /// Generation stops once every row has ended. Default none.
+    /// Tokens that end a row, `eos_token` in x-transformers; `pad_value` fills the row after the first one. Generation
+    /// stops once every row has ended. Default none.
     pub eos_tokens: Vec<i64>,
-    /// If `true`, a row whose prompt has one of `eos_tokens` has ended already, as in x-transformers. The turns of a
-    /// chat each end with one: use `false` there. Default `true`.
+    /// If `true`, a row whose prompt has one of `eos_tokens` has already ended, as in x-transformers. Use `false` for
+    /// chats, where each turn ends with one. Default `true`.
     pub eos_in_prompt: bool,
-    /// Other ends, one for each row: each sees the new tokens of its row, the last of which ends the row. Default none.
+    /// Other stopping criteria, one per row, each of which sees the new tokens of its row. Default none.
     pub row_ends: Vec<Box<dyn RowEnd>>,
-    /// The same seed draws the same tokens.
+    /// Seed of sampling: the same seed gives the same tokens.
     pub seed: u64,
-    /// A seed for each row in place of `seed` and the row's number: a row then has the same tokens whatever batch it is
-    /// in.
+    /// Seed for each row, in place of `seed` and the row's index: a row then gets the same tokens in any batch.
     pub row_seeds: Option<Vec<u64>>,
-    /// Number of tokens of each row of the prompt that count; the rest is padding. Every row goes on as if it were
-    /// alone.
+    /// Number of real tokens in each row of the prompt; the rest is padding. Every row continues as if it were the only
+    /// one.
     pub prompt_lengths: Option<Vec<usize>>,
-    /// If `true`, that padding precedes the tokens instead of following them.
+    /// If `true`, the padding precedes the tokens instead of following them.
     pub left_padded: bool,
-    /// Divides the positive logits of tokens that a row has already, and multiplies the negative ones (Keskar et al.,
+    /// Divides the positive logits of tokens that the row already has, and multiplies the negative ones (Keskar et al.,
     /// <https://arxiv.org/abs/1909.05858>). Default 1.
     pub repetition_penalty: f64,
-    /// Number of tokens of a prompt that are computed at a time; all of one with a mask. Default 512.
+    /// Number of prompt tokens that are computed at a time; a prompt with a mask is computed at once. Default 512.
     pub prefill_chunk: usize,
-    /// Compute the whole sequence for each token, without a cache. For comparisons.
+    /// If `true`, computes the whole sequence for each token, without a cache. For comparisons.
     pub recompute: bool,
-    /// Mask of the prompt, context and its mask, and memories, for every step. The mask keeps positions as they are;
-    /// for prompts of different lengths see `prompt_lengths`.
+    /// Mask of the prompt, context and its mask, and memories, for every step. The mask does not change positions; for
+    /// prompts of different lengths see `prompt_lengths`.
     pub forward: ForwardOptions,
 }
 
@@ -79,7 +78,7 @@ impl Default for GenerateOptions {
 }
 
 impl GenerateOptions {
-    /// Refuses what has no meaning, for so many rows of a vocabulary.
+    /// Checks the options for a number of rows and a vocabulary size.
     pub(super) fn check(&self, rows: usize, vocabulary: usize) -> Result<()> {
         check_sampling(&self.sampling)?;
         for &eos in &self.eos_tokens {
@@ -114,12 +113,12 @@ impl GenerateOptions {
         Ok(())
     }
 
-    /// Returns `true` if a prompt has ended its row already.
+    /// Returns `true` if a prompt has already ended its row.
     pub(super) fn ends(&self, prompt: &[i64]) -> bool {
         self.eos_in_prompt && prompt.iter().any(|token| self.eos_tokens.contains(token))
     }
 
-    /// Returns `true` if a new token ends its row, whose other end it is shown to.
+    /// Returns `true` if a new token ends its row, after passing it to the row's other criterion.
     pub(super) fn ends_with(&self, token: i64, row_end: Option<&mut Box<dyn RowEnd>>) -> Result<bool> {
         if self.eos_tokens.contains(&token) {
             return Ok(true);
@@ -127,7 +126,7 @@ impl GenerateOptions {
         row_end.map_or(Ok(false), |end| end.push(token))
     }
 
-    /// A row's random numbers.
+    /// Returns a row's random numbers.
     pub(super) fn draws(&self, row: usize) -> Philox {
         match &self.row_seeds {
             Some(seeds) => Philox::new(seeds[row], 0),
@@ -135,7 +134,7 @@ impl GenerateOptions {
         }
     }
 
-    /// Makes the tokens that a row has already less likely.
+    /// Makes the tokens that a row already has less likely.
     pub(super) fn penalize(&self, logits: &mut [f64], tokens: &[i64]) {
         if self.repetition_penalty == 1.0 {
             return;
@@ -151,9 +150,9 @@ impl GenerateOptions {
     }
 }
 
-/// Tokens as they are drawn: each item is the new token of every row, `pad_value` for rows that have ended.
+/// Iterator over new tokens: each item has the new token of every row, `pad_value` for rows that have ended.
 ///
-/// Made by [`AutoregressiveWrapper::stream`].
+/// Created by [`AutoregressiveWrapper::stream`].
 #[derive(Debug)]
 pub struct TokenStream<'m> {
     rows: Rows<'m>,
@@ -179,10 +178,10 @@ impl TokenStream<'_> {
         Ok(tokens)
     }
 
-    /// A token for every row; those of rows that are not open are anything.
+    /// Draws a token for every row; those of rows that are not open are arbitrary.
     fn draw(&mut self, open: &[bool]) -> Result<Vec<i64>> {
         let GenerateOptions { sampling, seed, row_seeds, .. } = &self.options;
-        // Penalties are those of each row, and top-a would look at the whole batch.
+        // Penalties differ by row, and top-a would look at the whole batch.
         let by_rows = self.options.repetition_penalty != 1.0 || sampling.filter_logits_fn == FilterLogits::TopA;
         if !by_rows {
             let logits = self.rows.logits_of_all(open)?;
@@ -222,7 +221,7 @@ impl Iterator for TokenStream<'_> {
 }
 
 impl AutoregressiveWrapper {
-    /// The tokens after a prompt, `[b, t]` or `[t]` I64, as they are drawn: up to `seq_len` for each row.
+    /// Streams the tokens after a prompt, `[b, t]` or `[t]` I64: up to `seq_len` per row.
     ///
     /// ```
     /// # use x_transformers::{
@@ -260,10 +259,11 @@ impl AutoregressiveWrapper {
         })
     }
 
-    /// Continues a prompt, `[b, t]` or `[t]` I64, by up to `seq_len` tokens, and gives only those: `[b, ..]` or `[..]`.
+    /// Continues a prompt, `[b, t]` or `[t]` I64, by up to `seq_len` tokens, and returns only those: `[b, ..]` or
+    /// `[..]`.
     ///
-    /// The model sees the last `max_seq_len` tokens. `on_token` gets the new token of each row after every step;
-    /// generation stops when it returns false, or when all rows have ended.
+    /// The context is the last `max_seq_len` tokens. `on_token` gets the new token of each row after every step;
+    /// generation stops when it returns `false`, or when all rows have ended.
     ///
     /// Errors: an empty prompt, options that do not fit, and those of [`TransformerWrapper::forward`].
     ///
@@ -288,7 +288,7 @@ impl AutoregressiveWrapper {
     }
 }
 
-/// Rows of one length as a tensor, shaped like the prompt.
+/// Converts rows of one length to a tensor with the prompt's rank.
 pub(super) fn gathered(rows: Vec<Vec<i64>>, start_tokens: &Tensor) -> Result<Tensor> {
     let (b, len) = (rows.len(), rows.first().map_or(0, Vec::len));
     let shape = if start_tokens.rank() == 1 { vec![len] } else { vec![b, len] };

@@ -1,4 +1,4 @@
-//! The models: what x-transformers calls wrappers.
+//! Models, which x-transformers calls wrappers.
 
 #![forbid(unsafe_code)]
 

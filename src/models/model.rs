@@ -1,4 +1,4 @@
-//! A model of any class, run on named tensors.
+//! Models of any class, run on named tensors.
 
 use std::collections::BTreeMap;
 
@@ -14,7 +14,7 @@ use crate::{
     params::{ordered, try_ordered},
 };
 
-/// A model of any class.
+/// Model of any class.
 ///
 /// ```
 /// use std::collections::BTreeMap;
@@ -53,13 +53,13 @@ enum Kind {
 /// Options of [`Model::run`].
 #[derive(Clone, Copy, Debug, Default)]
 pub struct RunOptions {
-    /// Give gradients too.
+    /// If `true`, returns gradients too.
     pub gradients: bool,
-    /// As [`ForwardOptions::explicit_attention`].
+    /// Like [`ForwardOptions::explicit_attention`].
     pub explicit_attention: bool,
-    /// As [`ForwardOptions::checkpoint_layers`].
+    /// Like [`ForwardOptions::checkpoint_layers`].
     pub checkpoint_layers: bool,
-    /// Of generated tokens.
+    /// Seed of generated tokens.
     pub seed: u64,
 }
 
@@ -95,7 +95,7 @@ impl Inputs {
         self.take(name).ok_or_else(|| Error::argument("inputs", format_args!("`{name}` is missing")))
     }
 
-    /// `mems.0`, `mems.1`, … as far as there are any.
+    /// Takes `mems.0`, `mems.1`, … up to the first that is missing.
     fn mems(&mut self) -> Option<Vec<Tensor>> {
         let mems: Vec<Tensor> = (0..).map_while(|index| self.take(&format!("mems.{index}"))).collect();
         (!mems.is_empty()).then_some(mems)
@@ -138,9 +138,9 @@ impl Inputs {
 }
 
 impl Model {
-    /// A model from its config; the store should be fresh.
+    /// Creates a model from its config; the store should be fresh.
     ///
-    /// Errors: [`ErrorKind::Option`](crate::ErrorKind::Option) for what is illegal alone or together.
+    /// Errors: [`ErrorKind::Option`](crate::ErrorKind::Option) for options that are illegal alone or in combination.
     pub fn new(config: &Config, store: &ParamStore) -> Result<Self> {
         let kind = match config {
             Config::TransformerWrapper(config) => Kind::Transformer(TransformerWrapper::new(config, store)?),
@@ -156,22 +156,22 @@ impl Model {
         Ok(Self { kind, params: store.params(), dtype: store.dtype(), device: store.device().clone() })
     }
 
-    /// The parameters and buffers, by PyTorch's names.
+    /// Returns the parameters and buffers, by PyTorch's names.
     pub fn params(&self) -> &ParamMap {
         &self.params
     }
 
-    /// One forward pass, and one backward pass if asked for.
+    /// Runs a forward pass, and a backward pass if requested.
     ///
     /// Inputs have the names of PyTorch's arguments: `x`, `mask`, `context`, `mems.0`, `src`, `img`, …; they are
-    /// moved to the model's device, and floats are converted to its dtype. With gradients, an output that is no loss
-    /// needs a `cotangent` of its shape.
+    /// moved to the model's device, and floats are converted to its dtype. With gradients, an output that is not a loss
+    /// requires a `cotangent` of its shape.
     ///
     /// Outputs: `out` (or `loss`, `[1]`), `mems.N`, `attn.N`, `grad.<parameter>`, and `grad.input.<name>` for the float
-    /// inputs `x`, `context` and `img`. Gradients that are zero everywhere are left out. A tied parameter has one
-    /// entry, in an encoder and decoder under the encoder's name.
+    /// inputs `x`, `context` and `img`. Gradients that are zero everywhere are omitted. A tied parameter has one entry,
+    /// in an encoder-decoder under the encoder's name.
     ///
-    /// Errors: inputs that are missing, not taken by this call, or do not fit.
+    /// Errors: inputs that are missing, not used by this call, or do not fit.
     pub fn run(
         &self,
         inputs: &BTreeMap<String, Tensor>,
@@ -188,7 +188,7 @@ impl Model {
                 leaves.push((name, tensor.clone()));
             }
         }
-        // Only a pass with gradients uses it, but it may lie beside the other inputs always.
+        // Only a pass with gradients uses it, but it may always be among the inputs.
         let cotangent = given.take("cotangent");
         let mut tape = gradients.then(Tape::grad);
         let forward = match &call.generate {
@@ -222,10 +222,10 @@ impl Model {
         Ok(ordered(outputs.into_iter().map(|(name, tensor)| (name, tensor.detach()))))
     }
 
-    /// The forward pass of [`Model::run`] alone: what is called `out` there, or the loss, a scalar. The tape of this
-    /// thread, if there is one, records it, so that [`Tape::backward`] gives the gradients of the parameters.
+    /// Runs only the forward pass of [`Model::run`] and returns its `out`, or the loss, a scalar. The tape of this
+    /// thread, if any, records it: [`Tape::backward`] returns the gradients of the parameters.
     ///
-    /// Errors: inputs that are missing, not taken by this call, or do not fit; a call that generates.
+    /// Errors: inputs that are missing, not used by this call, or do not fit; a call that generates.
     pub fn forward(&self, inputs: &BTreeMap<String, Tensor>, call: &Call, options: &RunOptions) -> Result<Tensor> {
         ensure!(
             call.generate.is_none(),
@@ -237,11 +237,11 @@ impl Model {
         Ok(forward.value)
     }
 
-    /// The mean cross-entropy of the logits of a forward pass and these tokens or classes: what trains an encoder on
-    /// masked tokens, or a classifier. The logits `[.., num_tokens]`, whose targets are `[..]`, are made in blocks of
-    /// rows and not kept, as [`TransformerWrapper::cross_entropy`] says.
+    /// Computes the mean cross-entropy of the logits of a forward pass and target tokens or classes, the loss of masked
+    /// language models and of classifiers. The logits `[.., num_tokens]`, whose targets are `[..]`, are computed in
+    /// blocks of rows and not kept; see [`TransformerWrapper::cross_entropy`].
     ///
-    /// Errors: as [`Model::forward`] and [`Tensor::cross_entropy`]; a model whose output is a loss or no logits.
+    /// Errors: those of [`Model::forward`] and [`Tensor::cross_entropy`]; a model whose output is a loss or not logits.
     pub fn cross_entropy(
         &self,
         inputs: &BTreeMap<String, Tensor>,
@@ -260,7 +260,7 @@ impl Model {
         }
     }
 
-    /// The inputs on the model's device, floats in its dtype.
+    /// Moves the inputs to the model's device, and converts floats to its dtype.
     fn adopt(&self, inputs: &BTreeMap<String, Tensor>) -> Result<Inputs> {
         let adopt = |tensor: &Tensor| {
             let tensor = tensor.to_device(&self.device)?;
@@ -314,7 +314,7 @@ impl Model {
     }
 
     fn generate(&self, inputs: &mut Inputs, call: &Call, generate: &GenerateCall, run: &RunOptions) -> Result<Forward> {
-        // Rows go on behind their ends as long as one of them has none: `Ends` says where all stop.
+        // Rows continue after their ends until every row has one: `Ends` decides where all stop.
         let mut options =
             GenerateOptions { sampling: generate.sampling.clone(), seed: run.seed, ..GenerateOptions::default() };
         let tokens = match &self.kind {
@@ -345,12 +345,12 @@ impl Model {
     }
 }
 
-/// The ends of `generate` as x-transformers 0.22 has them: once every row has the end token, be it in its prompt, it
-/// stops behind the token that it has just drawn, and only then is what follows the first end of each row overwritten.
+/// Ends of rows as in `generate` of x-transformers 0.22: once every row has the end token, possibly in its prompt, it
+/// stops after the token that it has just drawn, and only then overwrites the tokens after the first end of each row.
 struct Ends {
     eos: Option<i64>,
     pad_value: i64,
-    /// The first end of each row, counted from behind its prompt; 0 for one in it.
+    /// First end of each row, counted from the end of its prompt; 0 for one in the prompt.
     ends: Vec<Option<usize>>,
     length: usize,
 }
@@ -366,7 +366,7 @@ impl Ends {
         Ok(Self { eos, pad_value, ends: rows.chunks(width).map(end).collect(), length: 0 })
     }
 
-    /// Counts the new token of every row; `false` once all have ended.
+    /// Counts the new token of every row; returns `false` once all have ended.
     fn push(&mut self, tokens: &[i64]) -> bool {
         self.length += 1;
         for (end, &token) in self.ends.iter_mut().zip(tokens) {
@@ -381,7 +381,7 @@ impl Ends {
         self.ends.iter().all(Option::is_some)
     }
 
-    /// The new tokens, `[b, n]` or `[n]`, with what follows the ends overwritten.
+    /// Returns the new tokens, `[b, n]` or `[n]`, with those after the ends overwritten.
     fn pad(&self, new: Tensor) -> Result<Tensor> {
         if self.eos.is_none() || !self.all() || self.length == 0 {
             return Ok(new);
@@ -394,7 +394,7 @@ impl Ends {
     }
 }
 
-/// Each parameter once. Of the names of a tied one, the encoder's, which PyTorch has first.
+/// Returns each parameter once; a tied one by the encoder's name, which PyTorch has first.
 fn names(params: &ParamMap) -> impl Iterator<Item = (&str, &Param)> {
     let tied_to_encoder = |name: &str, leaf| {
         !name.starts_with("encoder.")
@@ -407,7 +407,7 @@ fn is_zero(tensor: &Tensor) -> bool {
     tensor.to_f64_vec().is_ok_and(|values| values.iter().all(|&value| value == 0.0))
 }
 
-/// The probabilities that the sampling settings make of logits `[b, num_tokens]`.
+/// Returns the probabilities of logits `[b, num_tokens]` after the sampling filter.
 fn filter(logits: &Tensor, config: &SamplingConfig) -> Result<Tensor> {
     ensure!(
         logits.rank() == 2 && logits.dtype().is_float(),

@@ -1,15 +1,15 @@
-//! A step of generation as one CUDA graph.
+//! Steps of generation as one CUDA graph.
 
 use std::cell::RefCell;
 
 use super::{DecodeCache, TransformerWrapper, sample_tokens};
 use crate::{DType, Device, Error, Graph, ParamMap, Result, Tensor, config::SamplingConfig, error::ensure};
 
-/// A token in each row joins a cache, and the next one is drawn: recorded once and replayed with one call of the
-/// driver.
+/// Decoding step as a CUDA graph: appends a token per row to a cache and draws the next one. Recorded once and
+/// replayed with one driver call.
 ///
-/// Tokens, lengths and the number of the step are inputs of the graph; nothing is read back. Tokens are those of
-/// [`TransformerWrapper::extend`] and [`sample_tokens`].
+/// Tokens, lengths and the number of the step are inputs of the graph; nothing is read back. The tokens are the same
+/// as with [`TransformerWrapper::extend`] and [`sample_tokens`].
 #[derive(Debug)]
 pub struct RecordedDecode {
     graph: Graph<Tensor>,
@@ -17,11 +17,11 @@ pub struct RecordedDecode {
 }
 
 impl RecordedDecode {
-    /// Records the step for this cache, which holds the prompt already. `params`: those of the model. The graph keeps
-    /// the memory of all weights: the model may be dropped.
+    /// Records the step for this cache, which already holds the prompt. `params` are the model's. The graph keeps the
+    /// memory of all weights: the model may be dropped.
     ///
-    /// Errors: a cache that is empty, full or on the CPU; options whose steps are not on the device alone, such as
-    /// attention that shows its scores; and what [`Graph::capture`] refuses.
+    /// Errors: a cache that is empty, full or on the CPU; options whose steps do not run entirely on the device, such
+    /// as attention that returns its scores; and those of [`Graph::capture`].
     pub fn new(
         model: &TransformerWrapper,
         params: &ParamMap,
@@ -49,7 +49,7 @@ impl RecordedDecode {
             let hidden = model.extend(&tokens.reshape([batch, 1])?, &vec![1; batch], None, &mut cache);
             cache.follow(None);
             let hidden = hidden?;
-            // What this run has written will be overwritten by the first replay.
+            // The first replay will overwrite the results of this run.
             cache.truncate(&lengths)?;
             let logits = model.logits(&hidden.select(1, 0)?)?;
             sample_tokens(&logits.detach(), sampling, seed, step)
@@ -57,11 +57,11 @@ impl RecordedDecode {
         Ok(Self { graph, cache: cache.into_inner() })
     }
 
-    /// Adds `tokens`, `[b]` I64, to the rows and gives the next ones, `[b]`, drawn by draw `step` of each row's stream:
-    /// they may be given to the next call as they are.
+    /// Appends `tokens`, `[b]` I64, to the rows and returns the next ones, `[b]`, sampled with draw `step` of each
+    /// row's stream; they can be the input of the next call.
     ///
-    /// Errors: a cache that is full, or shared with a clone that still exists, and those of [`Graph::replay`]; those of
-    /// the model and of the draws come with the next read-back.
+    /// Errors: a cache that is full, or shared with a clone that still exists, and those of [`Graph::replay`]; errors
+    /// of the model and of the draws surface at the next read-back.
     pub fn step(&mut self, tokens: &Tensor, step: u64) -> Result<Tensor> {
         let longest = self.cache.lengths().iter().copied().max().unwrap_or(0);
         ensure!(
@@ -78,18 +78,18 @@ impl RecordedDecode {
         Ok(next)
     }
 
-    /// The cache with all tokens so far.
+    /// Returns the cache with all tokens so far.
     pub fn cache(&self) -> &DecodeCache {
         &self.cache
     }
 
-    /// The cache, to go on without the graph.
+    /// Returns the cache, to continue without the graph.
     pub fn into_cache(self) -> DecodeCache {
         self.cache
     }
 }
 
-/// The inputs of the graph: tokens, both kinds of lengths, and the number of the step.
+/// Returns the inputs of the graph: tokens, both kinds of lengths, and the number of the step.
 fn inputs(tokens: &Tensor, cache: &DecodeCache, step: u64) -> Result<[Tensor; 4]> {
     let device = tokens.device();
     let [of_layers, of_tokens] = cache.lengths_to_follow().map(|lengths| {

@@ -1,4 +1,4 @@
-//! The rows of a batch that is being continued, and the logits of what comes next.
+//! Rows of a batch that is being continued, and the logits of their next tokens.
 
 use super::{AutoregressiveWrapper, DecodeCache, GenerateOptions, TransformerWrapper};
 use crate::{
@@ -7,15 +7,14 @@ use crate::{
     nn::ForwardOptions,
 };
 
-/// Sequences that grow, with what the model keeps of them.
+/// Growing sequences, with their cache.
 ///
-/// Each row has its own length. Rows within `max_seq_len` are in a cache, unless the model cannot have one; the window
-/// of a longer row is computed anew for each token, because every token in it has another position and another past
-/// than before.
+/// Each row has its own length. Rows within `max_seq_len` are in a cache, unless the model does not support one; the
+/// window of a longer row is recomputed for each token, because every token in it gets a new position and a new past.
 #[derive(Clone, Debug)]
 pub(super) struct Rows<'m> {
     net: &'m TransformerWrapper,
-    /// All tokens of each row, without padding.
+    /// Tokens of each row, without padding.
     pub tokens: Vec<Vec<i64>>,
     /// Padding mask of the rows, if the prompt has one; `true` marks a real token.
     mask: Option<Vec<Vec<bool>>>,
@@ -26,7 +25,7 @@ pub(super) struct Rows<'m> {
 }
 
 impl<'m> Rows<'m> {
-    /// Checked prompts, to which at most `more` tokens will be added.
+    /// Checks prompts to which at most `more` tokens will be appended.
     pub fn new(
         model: &'m AutoregressiveWrapper,
         start_tokens: &Tensor,
@@ -62,22 +61,22 @@ impl<'m> Rows<'m> {
         let cache = cached.then(|| net.cache(b, longest, forward).context("net")).transpose()?;
         let forward = ForwardOptions { mask: None, return_embeddings: true, ..forward.clone() };
         let device = start_tokens.device().clone();
-        // A padded query sees all keys alike, those of the prompt that follow too.
+        // A padded query attends to all keys equally, including later ones of the prompt.
         let prefill = if mask.is_some() { usize::MAX } else { options.prefill_chunk };
         Ok(Self { net, tokens, mask, cache, forward, prefill, device })
     }
 
-    /// The longest row that the model sees whole.
+    /// Returns the length of the longest row that fits the context.
     pub fn window(&self) -> usize {
         self.net.plan().window()
     }
 
-    /// Returns `true` if the rows are in a cache as long as they fit.
+    /// Returns `true` if rows are in a cache while they fit.
     pub fn is_cached(&self) -> bool {
         self.cache.is_some()
     }
 
-    /// Adds a token to a row.
+    /// Appends a token to a row.
     pub fn push(&mut self, row: usize, token: i64) {
         self.tokens[row].push(token);
         if let Some(mask) = &mut self.mask {
@@ -85,7 +84,7 @@ impl<'m> Rows<'m> {
         }
     }
 
-    /// Cuts a row.
+    /// Truncates a row.
     pub fn truncate(&mut self, row: usize, length: usize) -> Result<()> {
         self.tokens[row].truncate(length);
         if let Some(mask) = &mut self.mask {
@@ -97,7 +96,7 @@ impl<'m> Rows<'m> {
         cache.truncate(&lengths)
     }
 
-    /// Takes these rows in this order; a row may be taken several times.
+    /// Selects these rows in this order; a row may be selected several times.
     pub fn select(&mut self, rows: &[usize]) -> Result<()> {
         self.tokens = rows.iter().map(|&row| self.tokens[row].clone()).collect();
         self.mask = self.mask.as_ref().map(|mask| rows.iter().map(|&row| mask[row].clone()).collect());
@@ -108,14 +107,13 @@ impl<'m> Rows<'m> {
         }
     }
 
-    /// For each row that is wanted the logits behind its last token, in f64; an empty row for the others.
+    /// Returns for each wanted row the logits after its last token, in f64; an empty row for the others.
     pub fn next_logits(&mut self, wanted: &[bool]) -> Result<Vec<Vec<f64>>> {
         let last: Vec<usize> = wanted.iter().map(|&wanted| usize::from(wanted)).collect();
         Ok(self.last_logits(&last)?.into_iter().map(|mut rows| rows.pop().unwrap_or_default()).collect())
     }
 
-    /// The logits behind the last token of every row, `[b, num_tokens]`; those of rows that are not wanted are
-    /// anything.
+    /// Returns the logits after the last token of every row, `[b, num_tokens]`; those of unwanted rows are arbitrary.
     pub fn logits_of_all(&mut self, wanted: &[bool]) -> Result<Tensor> {
         let last: Vec<usize> = wanted.iter().map(|&wanted| usize::from(wanted)).collect();
         let (order, mut hidden) = self.last_hidden(&last)?;
@@ -127,8 +125,8 @@ impl<'m> Rows<'m> {
         Ok(self.net.logits(&hidden).context("net")?.detach())
     }
 
-    /// For each row the logits behind its last `last[row]` tokens, in f64. More than one only of rows in the cache that
-    /// have so many tokens which are not in it yet.
+    /// Returns for each row the logits after its last `last[row]` tokens, in f64. More than one requires a cached row
+    /// with at least that many tokens not in the cache yet.
     pub fn last_logits(&mut self, last: &[usize]) -> Result<Vec<Vec<Vec<f64>>>> {
         let (order, hidden) = self.last_hidden(last)?;
         let values = self.net.logits(&hidden).context("net")?.detach().to_f64_vec()?;
@@ -139,7 +137,7 @@ impl<'m> Rows<'m> {
         Ok(logits)
     }
 
-    /// Normed hidden states, `[.., dim]`, and the row that each belongs to.
+    /// Returns normed hidden states, `[.., dim]`, and the row that each belongs to.
     fn last_hidden(&mut self, last: &[usize]) -> Result<(Vec<usize>, Tensor)> {
         let window = self.window();
         let anew = |row: &usize| last[*row] > 0 && (self.cache.is_none() || self.tokens[*row].len() > window);
@@ -161,7 +159,7 @@ impl<'m> Rows<'m> {
         Ok((order, hidden))
     }
 
-    /// Brings the cache up to date, as far as rows fit.
+    /// Appends missing tokens to the cache for rows that fit.
     fn extend(&mut self, last: &[usize]) -> Result<(Vec<usize>, Vec<Tensor>)> {
         let (b, window) = (last.len(), self.window());
         let (mut order, mut parts) = (Vec::new(), Vec::new());
@@ -188,7 +186,7 @@ impl<'m> Rows<'m> {
             let mask = self.mask.as_ref().map(|_| Tensor::from_vec(kept, [b, n], &self.device)).transpose()?;
             let new = Tensor::from_vec(new, [b, n], &self.device)?;
             let hidden = self.net.extend(&new, &counts, mask.as_ref(), cache).context("net")?.detach();
-            // Positions of which logits are wanted, by rows.
+            // Positions whose logits are wanted, by row.
             let mut wanted = Vec::new();
             for row in 0..b {
                 let first = self.tokens[row].len() - last[row].min(self.tokens[row].len());
@@ -209,8 +207,8 @@ impl<'m> Rows<'m> {
         }
     }
 
-    /// The hidden states of the last tokens of these rows, of which the model sees so many, without a cache: `[rows,
-    /// dim]`.
+    /// Computes the hidden states of the last tokens of these rows from their last `seen` tokens, without a cache:
+    /// `[rows, dim]`.
     fn recompute(&self, rows: &[usize], seen: usize) -> Result<Tensor> {
         let b = rows.len();
         let last = |row: &Vec<i64>| row[row.len() - seen..].to_vec();
@@ -226,13 +224,13 @@ impl<'m> Rows<'m> {
     }
 }
 
-/// The options of these rows.
+/// Returns the options of these rows.
 fn of_rows(options: &ForwardOptions, rows: &[usize]) -> Result<ForwardOptions> {
     let pick = |x: &Tensor| -> Result<Tensor> {
         let parts = rows.iter().map(|&row| x.narrow(0, row, 1)).collect::<Result<Vec<_>>>()?;
         Tensor::cat(&parts.iter().collect::<Vec<_>>(), 0)
     };
-    // A mask of pairs has rows only if it has four dimensions.
+    // An attention mask has rows only if it has four dimensions.
     let pairs = |mask: &Tensor| if mask.rank() == 4 && mask.shape()[0] > 1 { pick(mask) } else { Ok(mask.clone()) };
     Ok(ForwardOptions {
         context: options.context.as_ref().map(pick).transpose()?,
@@ -243,7 +241,7 @@ fn of_rows(options: &ForwardOptions, rows: &[usize]) -> Result<ForwardOptions> {
     })
 }
 
-/// The tokens that count.
+/// Returns the tokens without padding.
 fn unpadded(mut tokens: Vec<Vec<i64>>, options: &GenerateOptions) -> Result<Vec<Vec<i64>>> {
     let Some(lengths) = &options.prompt_lengths else {
         ensure!(
@@ -274,7 +272,7 @@ fn unpadded(mut tokens: Vec<Vec<i64>>, options: &GenerateOptions) -> Result<Vec<
     Ok(tokens)
 }
 
-/// The mask of the prompt by rows, checked.
+/// Checks the mask of the prompt and returns it by row.
 fn prompt_mask(forward: &ForwardOptions, b: usize, t: usize) -> Result<Option<Vec<Vec<bool>>>> {
     let Some(mask) = &forward.mask else { return Ok(None) };
     let fits = mask.numel() == b * t && mask.shape().last() == Some(&t) && mask.dtype() == DType::Bool;

@@ -1,4 +1,4 @@
-//! From logits to the next token.
+//! Sampling: from logits to the next token.
 
 use crate::{
     Error, Result, Tensor,
@@ -7,7 +7,7 @@ use crate::{
     ops::{SampleFilter, SampleSpec},
 };
 
-/// Refuses settings that have no meaning.
+/// Rejects settings outside their domain.
 pub(super) fn check(config: &SamplingConfig) -> Result<()> {
     let SamplingConfig { filter_thres, k, min_p_pow, min_p_ratio, temperature, .. } = *config;
     ensure!(
@@ -37,11 +37,11 @@ pub(super) fn check(config: &SamplingConfig) -> Result<()> {
     Ok(())
 }
 
-/// Draws a token for each row of logits where they are: `[b, tokens] → [b]` I64. Row `i` takes draw `step` of stream
-/// `i` of [`Philox`](crate::Philox) under the seed; `step` is one I64 on the logits' device.
+/// Draws a token for each row of logits on their device: `[b, tokens] → [b]` I64. Row `i` uses draw `step` of stream
+/// `i` of [`Philox`](crate::Philox) with this seed; `step` is one I64 on the logits' device.
 ///
-/// The distribution is that of [`filter_probabilities`], of which shares below about 1e-11 of the largest are lost, and
-/// the tokens are the same on every device ([`Tensor::sample`]).
+/// The distribution is that of [`filter_probabilities`], except that probabilities below about 1e-11 of the largest
+/// are lost; the tokens are the same on every device ([`Tensor::sample`]).
 ///
 /// Errors: settings out of their domain, and those of [`Tensor::sample`].
 pub fn sample_tokens(logits: &Tensor, config: &SamplingConfig, seed: u64, step: &Tensor) -> Result<Tensor> {
@@ -61,15 +61,15 @@ pub fn sample_tokens(logits: &Tensor, config: &SamplingConfig, seed: u64, step: 
     logits.sample(&SampleSpec { filter, temperature, seed }, step).context("sampling")
 }
 
-/// Number of tokens that top-k keeps of a vocabulary for a threshold.
+/// Returns the number of tokens of a vocabulary that top-k keeps for a threshold.
 fn kept_by_share(thres: f64, tokens: Option<&usize>) -> usize {
     (((1.0 - thres) * tokens.copied().unwrap_or(0) as f64).ceil() as usize).max(1)
 }
 
-/// The distribution of the next token for each row of logits, after filter and temperature.
+/// Returns the distribution of the next token for each row of logits, after filter and temperature.
 ///
-/// The filter sees raw logits and the temperature divides after it, except for entmax, where it divides before. A
-/// temperature of 0 leaves the best token alone.
+/// The filter applies to raw logits and the temperature divides after it, except for entmax, where it divides before.
+/// A temperature of 0 keeps only the most likely token.
 ///
 /// Errors: settings out of their domain, rows without entries, or logits that are NaN or all −∞.
 pub fn filter_probabilities(logits: &[Vec<f64>], config: &SamplingConfig) -> Result<Vec<Vec<f64>>> {
@@ -87,7 +87,7 @@ pub fn filter_probabilities(logits: &[Vec<f64>], config: &SamplingConfig) -> Res
     if config.temperature == 0.0 {
         return Ok(logits.iter().map(|row| one_hot(row)).collect());
     }
-    // The best logit is taken off first, so that no temperature makes the others overflow.
+    // The largest logit is subtracted first, or small temperatures would make the others overflow.
     let scaled = |row: &[f64]| {
         let best = row.iter().copied().fold(f64::NEG_INFINITY, f64::max);
         row.iter().map(|x| (x - best) / config.temperature).collect::<Vec<_>>()
@@ -124,9 +124,9 @@ pub fn filter_probabilities(logits: &[Vec<f64>], config: &SamplingConfig) -> Res
     })
 }
 
-/// Draws one token per row in f64, as [`sample_tokens`] does faster; `draws` are uniform in `[0, 1)`.
+/// Draws one token per row in f64; [`sample_tokens`] is faster. `draws` are uniform in `[0, 1)`.
 ///
-/// Errors: as [`filter_probabilities`], or another number of draws than rows.
+/// Errors: those of [`filter_probabilities`], or a number of draws other than the number of rows.
 pub fn sample(logits: &[Vec<f64>], config: &SamplingConfig, draws: &[f64]) -> Result<Vec<i64>> {
     ensure!(
         logits.len() == draws.len(),
@@ -136,7 +136,7 @@ pub fn sample(logits: &[Vec<f64>], config: &SamplingConfig, draws: &[f64]) -> Re
     Ok(probabilities.iter().zip(draws).map(|(row, &draw)| pick(row, draw)).collect())
 }
 
-/// The token in whose share of `0..1` the draw falls.
+/// Returns the token in whose share of `0..1` the draw falls.
 pub(super) fn pick(probabilities: &[f64], draw: f64) -> i64 {
     let target = draw * probabilities.iter().sum::<f64>();
     let mut sum = 0.0;
@@ -154,13 +154,13 @@ pub(super) fn pick(probabilities: &[f64], draw: f64) -> i64 {
 }
 
 fn one_hot(row: &[f64]) -> Vec<f64> {
-    // The first of equal ones.
+    // The first of ties.
     let best = (0..row.len()).reduce(|best, token| if row[token] > row[best] { token } else { best });
     (0..row.len()).map(|token| if Some(token) == best { 1.0 } else { 0.0 }).collect()
 }
 
-/// Equal shares for all with at least this probability; where another row of the batch has set the limit out of
-/// reach, the best token.
+/// Returns equal shares for all tokens with at least this probability; the most likely token if another row of the
+/// batch has set the limit out of reach.
 fn uniform_above(probabilities: &[f64], limit: f64) -> Vec<f64> {
     let kept = probabilities.iter().filter(|&&p| p >= limit).count();
     if kept == 0 {
@@ -169,26 +169,26 @@ fn uniform_above(probabilities: &[f64], limit: f64) -> Vec<f64> {
     probabilities.iter().map(|&p| if p >= limit { 1.0 / kept as f64 } else { 0.0 }).collect()
 }
 
-/// Tokens by falling logit, the earlier of equal ones first.
+/// Returns tokens by decreasing logit; ties in the order of tokens.
 fn best_first(row: &[f64]) -> Vec<usize> {
     let mut order: Vec<usize> = (0..row.len()).collect();
     order.sort_by(|&a, &b| row[b].total_cmp(&row[a]));
     order
 }
 
-/// The logits of these tokens, −∞ for the others.
+/// Returns the logits of these tokens, −∞ for the others.
 fn only(row: &[f64], tokens: impl Iterator<Item = usize>) -> Vec<f64> {
     let mut kept = vec![f64::NEG_INFINITY; row.len()];
     tokens.for_each(|token| kept[token] = row[token]);
     kept
 }
 
-/// Exactly `k` of the best tokens, at least one.
+/// Keeps exactly the `k` highest logits, at least one.
 fn only_best(row: &[f64], k: usize) -> Vec<f64> {
     only(row, best(row, k.max(1)).into_iter())
 }
 
-/// The `k` tokens of the highest logits, the earlier of equal ones, in no order.
+/// Returns the `k` tokens with the highest logits, unordered; the earlier of ties.
 pub(super) fn best(row: &[f64], k: usize) -> Vec<usize> {
     let mut order: Vec<usize> = (0..row.len()).collect();
     if k < order.len() {
@@ -198,7 +198,7 @@ pub(super) fn best(row: &[f64], k: usize) -> Vec<usize> {
     order
 }
 
-/// The best tokens, until the mass before the next one is enough; at least one.
+/// Keeps the highest logits until the mass before the next one is enough; at least one.
 fn only_mass(row: &[f64], enough: impl Fn(f64) -> bool) -> Vec<f64> {
     let probabilities = softmax(row);
     let mut before = 0.0;
@@ -218,7 +218,8 @@ fn softmax(row: &[f64]) -> Vec<f64> {
     powers.into_iter().map(|power| power / sum).collect()
 }
 
-/// α-entmax by bisection, 50 steps, normalised at the end (Peters et al., <https://arxiv.org/abs/1905.05702>).
+/// Computes α-entmax by bisection in 50 steps, normalised at the end (Peters et al.,
+/// <https://arxiv.org/abs/1905.05702>).
 fn entmax(row: &[f64], alpha: f64) -> Vec<f64> {
     let row: Vec<f64> = row.iter().map(|x| x * (alpha - 1.0)).collect();
     let max = row.iter().copied().fold(f64::NEG_INFINITY, f64::max);

@@ -1,28 +1,28 @@
-//! One vector for a text: a model of tokens and the modules of sentence-transformers after it.
+//! Sentence embeddings: a token model followed by the modules of sentence-transformers.
 
 use std::fmt;
 
 use super::TransformerWrapper;
 use crate::{DType, Error, Result, Tensor, error::ensure, nn::ForwardOptions};
 
-/// Reduction of the vectors of tokens to one; padding is left out.
+/// Reduction of token embeddings to one vector; padding is ignored.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 #[non_exhaustive]
 pub enum Pooling {
-    /// Their mean.
+    /// Mean over the tokens.
     Mean,
-    /// The first one.
+    /// First token.
     FirstToken,
-    /// The first one through the model's pooled head, a linear layer and tanh.
+    /// First token through the model's pooler, a linear layer and tanh.
     Pooler,
-    /// The largest value of each feature.
+    /// Maximum of each feature.
     Max,
-    /// Their sum over the square root of their number.
+    /// Sum over the tokens, divided by the square root of their number.
     MeanSqrtLen,
-    /// Their mean, weighted by the position: 1 for the first token, 2 for the second (Muennighoff,
+    /// Mean weighted by position: 1 for the first token, 2 for the second, … (Muennighoff,
     /// <https://arxiv.org/abs/2202.08904>).
     WeightedMean,
-    /// The last one.
+    /// Last token.
     LastToken,
 }
 
@@ -78,11 +78,11 @@ impl DenseActivation {
         Self::Relu6,
     ];
 
-    /// The function of each element.
+    /// Applies the function to each element.
     ///
     /// Errors: a dtype that is not float.
     pub fn of(self, x: &Tensor) -> Result<Tensor> {
-        // Of min(x, 0), its negative.
+        // −min(x, 0).
         let below = || x.neg()?.relu();
         match self {
             Self::Identity => Ok(x.clone()),
@@ -98,28 +98,28 @@ impl DenseActivation {
     }
 }
 
-/// A linear layer with an activation after it: `f(x Wᵀ + b)`, and perhaps a residual.
+/// Linear layer with an activation: `f(x Wᵀ + b)`, and an optional residual.
 #[derive(Clone, Debug)]
 pub struct DenseLayer {
-    /// `[out, in]`.
+    /// Weight, `[out, in]`.
     pub weight: Tensor,
-    /// `[out]`.
+    /// Bias, `[out]`.
     pub bias: Option<Tensor>,
-    /// Applied to the product.
+    /// Activation.
     pub activation: DenseActivation,
-    /// Added to the output.
+    /// Residual, added to the output.
     pub residual: DenseResidual,
 }
 
-/// The residual of a [`DenseLayer`].
+/// Residual of a [`DenseLayer`].
 #[derive(Clone, Debug)]
 #[non_exhaustive]
 pub enum DenseResidual {
-    /// Nothing.
+    /// No residual.
     None,
     /// The input; both have the same number of features.
     Input,
-    /// The product of the input with a weight `[out, in]`.
+    /// The input times a weight, `[out, in]`.
     Projected(Tensor),
 }
 
@@ -134,39 +134,39 @@ impl DenseLayer {
     }
 }
 
-/// The vectors that a module changes.
+/// Vectors that a module transforms.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 #[non_exhaustive]
 pub enum Features {
-    /// Those of the tokens, `[b, n, dim]`.
+    /// Token embeddings, `[b, n, dim]`.
     Tokens,
-    /// Those of the texts, `[b, dim]`.
+    /// Text embeddings, `[b, dim]`.
     Texts,
 }
 
-/// A module after the model of tokens, by the names of sentence-transformers.
+/// Module after the token model, by the names of sentence-transformers.
 #[derive(Clone, Debug)]
 #[non_exhaustive]
 pub enum SentenceModule {
-    /// Vectors of tokens become one of the text; several ways are concatenated.
+    /// Pools token embeddings to a text embedding; several modes are concatenated.
     Pooling {
-        /// In the order of their features.
+        /// Modes, in the order of their features.
         modes: Vec<Pooling>,
-        /// If `false`, the tokens of a prompt are left out, see [`SentenceEncoder::embed_after`].
+        /// If `false`, pooling ignores the tokens of a prompt; see [`SentenceEncoder::embed_after`].
         include_prompt: bool,
     },
-    /// A linear layer with an activation.
+    /// Linear layer with an activation.
     Dense(DenseLayer, Features),
-    /// PyTorch's `nn.LayerNorm` of the text's vector, eps 1e-5.
+    /// PyTorch's `nn.LayerNorm` of the text embedding, eps 1e-5.
     LayerNorm {
         /// `[dim]`.
         weight: Tensor,
         /// `[dim]`.
         bias: Tensor,
     },
-    /// Length 1, so that products are cosines.
+    /// Normalization to length 1, which makes dot products cosine similarities.
     Normalize(Features),
-    /// The first features of the text's vector, as many as it has at most.
+    /// Truncation to the first features of the text embedding, if it has more.
     Truncate(usize),
 }
 
@@ -193,7 +193,7 @@ impl fmt::Display for SentenceModule {
     }
 }
 
-/// An encoder that gives one vector for each text (Reimers and Gurevych, <https://arxiv.org/abs/1908.10084>).
+/// Encoder with one vector for each text (Reimers and Gurevych, <https://arxiv.org/abs/1908.10084>).
 ///
 /// ```
 /// use x_transformers::{models::{Pooling, SentenceEncoder}, prelude::*};
@@ -208,25 +208,26 @@ impl fmt::Display for SentenceModule {
 #[derive(Clone, Debug)]
 #[doc(alias = "SentenceTransformer")]
 pub struct SentenceEncoder {
-    /// The model of tokens.
+    /// Token model.
     pub model: TransformerWrapper,
     modules: Vec<SentenceModule>,
 }
 
 impl SentenceEncoder {
-    /// Around a model; `normalize` gives all vectors the length 1, so that products are cosines.
+    /// Creates an encoder around a model; `normalize` scales all vectors to length 1, which makes dot products cosine
+    /// similarities.
     ///
-    /// Errors: a model that gives one vector already, or [`Pooling::Pooler`] of one that has no pooled head.
+    /// Errors: a model that already returns one vector per text, or [`Pooling::Pooler`] for one without a pooler.
     pub fn new(model: TransformerWrapper, pooling: Pooling, normalize: bool) -> Result<Self> {
         let mut modules = vec![SentenceModule::Pooling { modes: vec![pooling], include_prompt: true }];
         modules.extend(normalize.then_some(SentenceModule::Normalize(Features::Texts)));
         Self::with_modules(model, modules)
     }
 
-    /// Around a model, with modules in the order in which they are applied.
+    /// Creates an encoder around a model, with modules in the order in which they are applied.
     ///
-    /// Errors: a model that gives one vector already; [`Pooling::Pooler`] of one that has no pooled head; modules that
-    /// give no vector of a text, or use it before there is one.
+    /// Errors: a model that already returns one vector per text; [`Pooling::Pooler`] for one without a pooler; modules
+    /// that produce no text embedding, or use it before there is one.
     pub fn with_modules(model: TransformerWrapper, modules: Vec<SentenceModule>) -> Result<Self> {
         const OP: &str = "sentence modules";
         ensure!(
@@ -252,20 +253,20 @@ impl SentenceEncoder {
         Ok(Self { model, modules })
     }
 
-    /// The modules after the model of tokens.
+    /// Returns the modules after the token model.
     pub fn modules(&self) -> &[SentenceModule] {
         &self.modules
     }
 
-    /// Tokens `[b, n]` with a mask of real tokens, Bool `[b, n]`, to vectors `[b, dim]`.
+    /// Embeds tokens `[b, n]`, with a padding mask, Bool `[b, n]`, in which `true` marks a real token: `[b, dim]`.
     ///
-    /// Errors: no token, and those of [`TransformerWrapper::forward`].
+    /// Errors: no tokens, and those of [`TransformerWrapper::forward`].
     pub fn embed(&self, tokens: &Tensor, mask: Option<&Tensor>) -> Result<Tensor> {
         self.embed_after(tokens, mask, 0)
     }
 
-    /// Like [`SentenceEncoder::embed`] of texts whose first `prompt_len` real tokens are a prompt: a pooling with
-    /// `include_prompt: false` leaves them out, though the model sees them.
+    /// Like [`SentenceEncoder::embed`], but for texts whose first `prompt_len` real tokens are a prompt: a pooling with
+    /// `include_prompt: false` ignores them, though the model attends to them.
     ///
     /// Errors: those of [`SentenceEncoder::embed`].
     pub fn embed_after(&self, tokens: &Tensor, mask: Option<&Tensor>, prompt_len: usize) -> Result<Tensor> {
@@ -307,7 +308,7 @@ impl SentenceEncoder {
         text.ok_or_else(|| Error::argument("sentence modules", "there is no pooling"))
     }
 
-    /// `[b, n, dim] → [b, dim]`.
+    /// Pools token embeddings: `[b, n, dim] → [b, dim]`.
     fn pool(&self, mode: Pooling, hidden: &Tensor, kept: &Kept) -> Result<Tensor> {
         match mode {
             Pooling::Pooler => self.model.pooled(hidden),
@@ -324,19 +325,19 @@ impl SentenceEncoder {
     }
 }
 
-/// `x / max(|x|, 1e-12)` over the last dimension.
+/// Computes `x / max(|x|, 1e-12)` over the last dimension.
 fn normalized(x: &Tensor) -> Result<Tensor> {
-    // The norm of `ScaleNorm` times √dim, which takes the root of the mean for the length.
+    // `ScaleNorm`'s norm takes the root mean square for the length, which differs by √dim.
     let scale = (x.dim(-1)? as f64).powf(-0.5);
     x.scale_norm(&Tensor::full([1], scale, x.dtype(), x.device())?, 1e-12 * scale)
 }
 
-/// The tokens of each row that a pooling sees.
+/// Tokens of each row that a pooling includes.
 struct Kept {
     rows: Vec<Vec<bool>>,
-    /// The first token of each row that is not padding.
+    /// First token of each row that is not padding.
     starts: Vec<usize>,
-    /// If `true`, nothing is left out.
+    /// If `true`, all tokens are included.
     all: bool,
 }
 
@@ -360,7 +361,8 @@ impl Kept {
         Ok(Self { rows, starts, all })
     }
 
-    /// A weighted sum of the tokens: `[b, n, dim] → [b, dim]`. Of no token it is 0, of the first one that at 0.
+    /// Computes a weighted sum of the tokens: `[b, n, dim] → [b, dim]`. Without tokens it is 0, except for
+    /// [`Pooling::FirstToken`], which then takes the token at 0.
     fn weighted(&self, hidden: &Tensor, mode: Pooling) -> Result<Tensor> {
         let (b, n) = (hidden.dim(0)?, hidden.dim(1)?);
         let mut weights = Vec::with_capacity(b * n);
@@ -379,7 +381,7 @@ impl Kept {
                 Pooling::Mean | Pooling::Max | Pooling::Pooler => over(&|_| 1.0, &|whole| whole),
             });
         }
-        // Weights of long texts are too small for half types.
+        // Weights of long texts are too small for half precision.
         let wide = if hidden.dtype() == DType::F64 { DType::F64 } else { DType::F32 };
         let weights = Tensor::from_vec(weights, [b, 1, n], hidden.device())?.to_dtype(wide)?;
         weights.matmul(&hidden.to_dtype(wide)?)?.squeeze(1)?.to_dtype(hidden.dtype())

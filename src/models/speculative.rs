@@ -10,33 +10,33 @@ use super::{
 };
 use crate::{Error, Philox, Result, Tensor, error::ensure};
 
-/// Counts of proposed and accepted tokens.
+/// Counts of proposed and accepted tokens in speculative decoding.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 #[non_exhaustive]
 pub struct SpeculativeStats {
-    /// Tokens that the draft model proposed.
+    /// Number of tokens proposed by the draft model.
     pub proposed: usize,
-    /// Those of them that the large model took.
+    /// Number of proposed tokens accepted by the large model.
     pub accepted: usize,
-    /// Passes of the large model.
+    /// Number of forward passes of the large model.
     pub passes: usize,
 }
 
-/// Numbers of a row's streams of draws, away from that of plain generation.
+/// Indices of a row's random streams, distinct from that of plain generation.
 const PROPOSALS: u64 = 1 << 62;
 const ACCEPTANCE: u64 = 2 << 62;
 const CORRECTIONS: u64 = 3 << 62;
 
 impl AutoregressiveWrapper {
-    /// As [`AutoregressiveWrapper::generate`], faster if a smaller model often guesses right: `draft` proposes
-    /// `ahead` tokens one by one, and this model judges them in one pass.
+    /// Like [`AutoregressiveWrapper::generate`], but with speculative decoding, which is faster if a smaller model
+    /// often guesses right: `draft` proposes `ahead` tokens one by one, and this model verifies them in one pass.
     ///
-    /// The tokens are distributed as those of this model alone, whatever the draft; with temperature 0 they are the
-    /// same. Draws are others than those of `generate`. `on_token` gets the tokens of a step row by row, as many as it
-    /// has brought, and is called after each step.
+    /// The tokens have the same distribution as without the draft, and are the same with temperature 0. Random draws
+    /// differ from those of `generate`. `on_token` is called after each step with its new tokens, by row; rows may have
+    /// different numbers of them.
     ///
-    /// Errors: as [`AutoregressiveWrapper::generate`], a draft of another vocabulary, `ahead` of 0, or a model that
-    /// cannot have a cache.
+    /// Errors: those of [`AutoregressiveWrapper::generate`], a draft with another vocabulary, `ahead` of 0, or a model
+    /// that does not support a KV cache.
     #[doc(alias = "speculative")]
     pub fn generate_with_draft(
         &self,
@@ -104,11 +104,11 @@ struct Run<'a> {
 }
 
 impl Run<'_> {
-    /// One pass of the large model: at least one token for each row that has some left.
+    /// Runs one pass of the large model: at least one token for each row that has some left.
     fn step(&mut self, rows: &mut Rows, guesses: &mut Rows, left: &[usize], ahead: usize) -> Result<()> {
         let b = left.len();
         let before: Vec<usize> = rows.tokens.iter().map(Vec::len).collect();
-        // A row that outgrows the window of the large model goes on without proposals.
+        // A row that outgrows the window of the large model continues without proposals.
         let window = rows.window();
         let proposals = |row: usize| ahead.min(left[row].saturating_sub(1)).min(window.saturating_sub(before[row]));
         let wanted: Vec<usize> = (0..b).map(proposals).collect();
@@ -136,7 +136,7 @@ impl Run<'_> {
             rows.truncate(row, before[row])?;
             self.stats.proposed += proposed.len();
             self.judge(rows, row, logits, &proposed, &guessed[row])?;
-            // What both have in common stays in the cache of the draft.
+            // The common prefix stays in the cache of the draft.
             let kept = guesses.tokens[row].iter().zip(&rows.tokens[row]).take_while(|(a, b)| a == b).count();
             guesses.truncate(row, kept)?;
             for at in kept..rows.tokens[row].len() {
@@ -146,7 +146,7 @@ impl Run<'_> {
         Ok(())
     }
 
-    /// Takes proposals as long as the large model agrees, and then a token of its own.
+    /// Accepts proposals as long as the large model agrees, then draws one of its own tokens.
     fn judge(
         &mut self,
         rows: &mut Rows,
@@ -169,7 +169,7 @@ impl Run<'_> {
                     }
                     continue;
                 }
-                // What the large model wants more than the draft has given.
+                // Excess of the large model's probabilities over the draft's.
                 wanted.iter_mut().zip(guessed).for_each(|(p, q)| *p = (*p - q).max(0.0));
             }
             let token = pick(&wanted, self.stream(row, CORRECTIONS).uniform(position));
@@ -185,7 +185,7 @@ impl Run<'_> {
         Ok(filter_probabilities(&[logits], &self.options.sampling)?.remove(0))
     }
 
-    /// A stream of a row's draws, by the position of the token.
+    /// Returns a random stream of a row, by the position of the token.
     fn stream(&self, row: usize, kind: u64) -> Philox {
         let draws = self.options.draws(row);
         Philox::new(draws.seed(), draws.stream() ^ kind)

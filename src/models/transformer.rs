@@ -16,13 +16,13 @@ use crate::{
 pub struct Output {
     /// Logits `[b, n, num_tokens]`, or normed hidden states `[b, n, dim]`.
     pub out: Tensor,
-    /// New memories, with `return_mems`: one `[b, memories, dim]` per self-attention, detached.
+    /// New memories, if `return_mems`: one `[b, memories, dim]` per self-attention, detached.
     pub mems: Vec<Tensor>,
-    /// Attention maps, with `return_attn`: `[b, heads, i, j]` in the order of the layers.
+    /// Attention maps, if `return_attn`: `[b, heads, i, j]` in the order of the layers.
     pub attn: Vec<Tensor>,
 }
 
-/// Token embeddings, positions, attention layers, a LayerNorm and logits.
+/// Transformer on tokens: token embeddings, positions, attention layers, a LayerNorm and logits.
 ///
 /// ```
 /// use x_transformers::{
@@ -61,17 +61,17 @@ pub struct TransformerWrapper {
     to_logits: Option<Linear>,
     mlm_head: Option<MaskedHead>,
     pooler: Option<Linear>,
-    /// The table of embeddings as logits read it, in eight bits.
+    /// Embedding table for tied logits, in int8.
     tied_int8: Option<Arc<Int8Matrix>>,
 }
 
-/// BERT's masked-LM head, in front of the embedding table.
+/// BERT's masked-LM head, before the embedding table.
 #[derive(Clone, Debug)]
 struct MaskedHead {
     dense: Linear,
     activation: Activation,
     norm: Norm,
-    /// Of the logits, `[num_tokens]`.
+    /// Bias of the logits, `[num_tokens]`.
     bias: Param,
 }
 
@@ -92,18 +92,18 @@ impl MaskedHead {
 }
 
 impl TransformerWrapper {
-    /// A model from its keywords, with parameters under the names of PyTorch's state dict.
+    /// Creates a model from its options, with parameters under the names of PyTorch's state dict.
     ///
-    /// Errors: [`ErrorKind::Option`](crate::ErrorKind::Option) for what is illegal alone or together.
+    /// Errors: [`ErrorKind::Option`](crate::ErrorKind::Option) for options that are illegal alone or in combination.
     pub fn new(config: &TransformerWrapperConfig, store: &ParamStore) -> Result<Self> {
         Self::from_plan(config.plan()?, store, None)
     }
 
-    /// A model some of whose layers have a branch of one's own, see [`AttentionLayers::with_branches`]. Generation,
-    /// caches, recomputation and losses work as for any other.
+    /// Creates a model in which some layers have custom branches; see [`AttentionLayers::with_branches`]. Generation,
+    /// caches, recomputation and losses work as for any other model.
     ///
-    /// Errors: [`ErrorKind::Option`](crate::ErrorKind::Option) for what is illegal alone or together, and those of
-    /// `branches`.
+    /// Errors: [`ErrorKind::Option`](crate::ErrorKind::Option) for options that are illegal alone or in combination,
+    /// and those of `branches`.
     pub fn with_branches(
         config: &TransformerWrapperConfig,
         store: &ParamStore,
@@ -112,7 +112,7 @@ impl TransformerWrapper {
         Self::build(config.plan()?, store, None, branches)
     }
 
-    /// A model from its plan, and perhaps the token embeddings of another one.
+    /// Builds a model from its plan, with the token embeddings of another one if given.
     pub(super) fn from_plan(plan: TransformerPlan, store: &ParamStore, tied: Option<&Embedding>) -> Result<Self> {
         Self::build(plan, store, tied, |_, _, _| Ok(None))
     }
@@ -163,21 +163,21 @@ impl TransformerWrapper {
         })
     }
 
-    /// The plan that the model was made from.
+    /// Returns the plan that the model was built from.
     pub fn plan(&self) -> &TransformerPlan {
         &self.plan
     }
 
-    /// The table of token embeddings.
+    /// Returns the table of token embeddings.
     pub(super) fn token_emb(&self) -> &Embedding {
         &self.token_emb
     }
 
-    /// Computes with the weights of linear layers in eight bits from now on, each row with its own scale and sums in
-    /// f32: decoding reads a quarter of the bytes of f32. Embeddings, norms and gates stay as they are. Such a model
-    /// gives no gradients; clones that were made before keep their weights.
+    /// Quantizes the weights of linear layers to int8, with one scale per row and sums in f32: decoding reads a quarter
+    /// of the bytes of f32. Embeddings, norms and gates are not quantized. A quantized model has no gradients; earlier
+    /// clones keep their weights.
     ///
-    /// A text of 66 kB cost SmolLM2-135M 1.3215 bits per byte instead of 1.3207 (`xt generate --score FILE --weights
+    /// On a text of 66 kB SmolLM2-135M has 1.3215 bits per byte instead of 1.3207 (`xt generate --score FILE --weights
     /// int8`); the README has more.
     ///
     /// Errors: weights that are not finite.
@@ -194,21 +194,21 @@ impl TransformerWrapper {
         }
     }
 
-    /// The layers.
+    /// Returns the layers.
     pub(super) fn attn_layers(&self) -> &AttentionLayers {
         &self.attn_layers
     }
 
-    /// The norm after them.
+    /// Returns the final norm.
     pub(super) fn norm(&self) -> Option<&Norm> {
         self.norm.as_ref()
     }
 
-    /// Tokens `[b, n]` to logits, or to what the options ask for. With `average_pool_embed` they are those of the mean
-    /// over the tokens that the mask keeps, `[b, ..]`.
+    /// Computes logits `[b, n, num_tokens]` of tokens `[b, n]`, or what the options request. With `average_pool_embed`
+    /// the output is that of the mean over the tokens that the mask keeps, `[b, ..]`.
     ///
     /// Errors: tokens of another rank or dtype, out of the vocabulary ([`ErrorKind::Index`](crate::ErrorKind::Index)),
-    /// or more than a table of absolute positions has, `max_seq_len`; options that do not fit the model.
+    /// or more than `max_seq_len` with a table of absolute positions; options that do not fit the model.
     pub fn forward(&self, tokens: &Tensor, options: &ForwardOptions) -> Result<Output> {
         let x = self.embed(tokens, options)?;
         let memory_tokens = self.plan.num_memory_tokens;
@@ -224,10 +224,10 @@ impl TransformerWrapper {
         Ok(Output { out, mems, attn: layers.attn })
     }
 
-    /// The mean cross-entropy of the logits of normed hidden states, `[.., dim]` with targets `[..]`, which are made in
-    /// blocks of rows and not kept: see [`Tensor::linear_cross_entropy`].
+    /// Computes the mean cross-entropy of the logits of normed hidden states, `[.., dim]` with targets `[..]`. Logits
+    /// are computed in blocks of rows and not kept; see [`Tensor::linear_cross_entropy`].
     ///
-    /// Errors: as those of [`TransformerWrapper::logits`] and [`Tensor::cross_entropy`].
+    /// Errors: those of [`TransformerWrapper::logits`] and [`Tensor::cross_entropy`].
     pub fn cross_entropy(&self, embeddings: &Tensor, targets: &Tensor, ignore_index: i64) -> Result<Tensor> {
         match (&self.mlm_head, &self.to_logits, &self.tied_int8) {
             (None, Some(to_logits), _) => {
@@ -240,7 +240,7 @@ impl TransformerWrapper {
         }
     }
 
-    /// Normed hidden states `[.., dim]` to logits `[.., num_tokens]`.
+    /// Computes logits `[.., num_tokens]` of normed hidden states `[.., dim]`.
     pub fn logits(&self, embeddings: &Tensor) -> Result<Tensor> {
         ensure!(
             !self.plan.return_only_embed,
@@ -256,16 +256,16 @@ impl TransformerWrapper {
         }
     }
 
-    /// The pooled head on the first of normed hidden states: `[b, n, dim] → [b, dim]`.
+    /// Applies the pooler to the first token of normed hidden states: `[b, n, dim] → [b, dim]`.
     ///
-    /// Errors: a model without `pooler`, or no token.
+    /// Errors: a model without `pooler`, or no tokens.
     pub fn pooled(&self, embeddings: &Tensor) -> Result<Tensor> {
         let none = || Error::option("pooler", "is needed for pooled embeddings, and off");
         let pooler = self.pooler.as_ref().ok_or_else(none)?;
         pooler.forward(&embeddings.select(1, 0)?).context("pooler")?.tanh()
     }
 
-    /// The input of the layers: `[b, n] → [b, memory tokens + n, dim]`.
+    /// Computes the input of the layers: `[b, n] → [b, memory tokens + n, dim]`.
     fn embed(&self, tokens: &Tensor, options: &ForwardOptions) -> Result<Tensor> {
         self.check_tokens(tokens)?;
         let n = tokens.shape()[1];
@@ -288,7 +288,7 @@ impl TransformerWrapper {
         Ok(())
     }
 
-    /// Tokens, of these types, with the positions that the closure takes from their table: `[b, n] → [b, n, dim]`.
+    /// Embeds tokens of these types, with the positions that the closure takes from the table: `[b, n] → [b, n, dim]`.
     pub(super) fn embed_tokens(
         &self,
         tokens: &Tensor,
@@ -312,7 +312,7 @@ impl TransformerWrapper {
         }
     }
 
-    /// Memory tokens in front of embedded ones, if there are any.
+    /// Prepends memory tokens to embedded ones, if there are any.
     pub(super) fn prepend_memory_tokens(&self, x: &Tensor) -> Result<Tensor> {
         let Some(memory) = &self.memory_tokens else { return Ok(x.clone()) };
         let memory = memory.tensor();
@@ -320,7 +320,7 @@ impl TransformerWrapper {
         Tensor::cat(&[&memory, x], 1)
     }
 
-    /// A mask of tokens with that of memory tokens, which are no padding.
+    /// Prepends memory tokens, which are not padding, to a padding mask.
     pub(super) fn mask_with_memory_tokens(&self, mask: Option<&Tensor>) -> Result<Option<Tensor>> {
         let (Some(mask), true) = (mask, self.memory_tokens.is_some()) else { return Ok(mask.cloned()) };
         ensure!(
@@ -331,7 +331,7 @@ impl TransformerWrapper {
         Tensor::cat(&[&kept, mask], 1).map(Some)
     }
 
-    /// The embeddings of the types of tokens, if there are types: `[b, n, dim]`, or `[1, dim]` where all are 0.
+    /// Returns the embeddings of token types, if the model has them: `[b, n, dim]`, or `[1, dim]` if all types are 0.
     fn token_types(&self, tokens: &Tensor, types: Option<&Tensor>) -> Result<Option<Tensor>> {
         let (table, types) = match (&self.token_type_emb, types) {
             (Some(table), Some(types)) => (table, types),
@@ -359,7 +359,7 @@ impl TransformerWrapper {
         table.forward(types).context("token_type_emb").map(Some)
     }
 
-    /// The options as the layers see them: the mask covers memory tokens, memories are rotated.
+    /// Returns the options of the layers: the mask covers memory tokens, memories are rotated.
     pub(super) fn layers_options(&self, options: &ForwardOptions) -> Result<ForwardOptions> {
         let mut options = options.clone();
         options.mask = self.mask_with_memory_tokens(options.mask.as_ref())?;
@@ -368,14 +368,14 @@ impl TransformerWrapper {
             Error::option("max_mem_len", "is needed for `return_mems`: how many memories are kept, 0 for all")
         );
         if let Some(mems) = &mut options.mems {
-            // Too few to be rotated are too few for the layers, which say so.
+            // Too few to rotate are too few for the layers, which return the error.
             let down = self.plan.shift_mem_down.min(mems.len());
             mems.rotate_left(down);
         }
         Ok(options)
     }
 
-    /// Old memories and these hidden states, joined and cut.
+    /// Concatenates old memories and these hidden states, and truncates them.
     fn new_mems(&self, hiddens: &[Tensor], mems: Option<&[Tensor]>) -> Result<Vec<Tensor>> {
         let keep = self.plan.max_mem_len.filter(|&most| most > 0).unwrap_or(usize::MAX);
         let join = |(index, hidden): (usize, &Tensor)| {
@@ -392,12 +392,12 @@ impl TransformerWrapper {
     }
 }
 
-/// The norm behind the layers, if there is one.
+/// Applies the final norm, if there is one.
 pub(super) fn norm(norm: Option<&Norm>, x: Tensor) -> Result<Tensor> {
     norm.map_or(Ok(x.clone()), |norm| norm.forward(&x).context("norm"))
 }
 
-/// The mean of the vectors that the mask keeps, zero where it keeps none: `[b, n, dim] → [b, dim]`.
+/// Computes the mean of the vectors that the mask keeps, zero if it keeps none: `[b, n, dim] → [b, dim]`.
 ///
 /// Errors: a mask of another shape or dtype.
 pub(crate) fn mean_over_tokens(x: &Tensor, mask: Option<&Tensor>) -> Result<Tensor> {
@@ -422,7 +422,7 @@ pub(crate) fn mean_over_tokens(x: &Tensor, mask: Option<&Tensor>) -> Result<Tens
     weights.matmul(x)?.squeeze(1)
 }
 
-/// Refuses a sequence that is too long.
+/// Rejects a sequence that is too long.
 pub(super) fn check_length(n: usize, max_seq_len: usize) -> Result<()> {
     ensure!(
         n <= max_seq_len,

@@ -9,7 +9,8 @@ use crate::{
     nn::{AttentionLayers, FeedForward, ForwardOptions, Linear, Norm},
 };
 
-/// An image as a sequence of patches behind a class token (Dosovitskiy et al., <https://arxiv.org/abs/2010.11929>).
+/// Vision transformer: an image as a sequence of patches after a class token (Dosovitskiy et al.,
+/// <https://arxiv.org/abs/2010.11929>).
 ///
 /// ```
 /// use x_transformers::{
@@ -45,9 +46,9 @@ pub struct ViTransformerWrapper {
 }
 
 impl ViTransformerWrapper {
-    /// A model from its keywords, with parameters under the names of PyTorch's state dict.
+    /// Creates a model from its options, with parameters under the names of PyTorch's state dict.
     ///
-    /// Errors: [`ErrorKind::Option`](crate::ErrorKind::Option) for what is illegal alone or together.
+    /// Errors: [`ErrorKind::Option`](crate::ErrorKind::Option) for options that are illegal alone or in combination.
     pub fn new(config: &ViTransformerWrapperConfig, store: &ParamStore) -> Result<Self> {
         let plan = config.plan()?;
         let dim = plan.layers.dim;
@@ -63,16 +64,16 @@ impl ViTransformerWrapper {
         })
     }
 
-    /// The plan that the model was made from.
+    /// Returns the plan that the model was built from.
     pub fn plan(&self) -> &ViTransformerPlan {
         &self.plan
     }
 
-    /// `[b, 3, height, width]` to class scores `[b, num_classes]`; without a head, or if asked for, to normed
-    /// embeddings `[b, patches + 1, dim]`, the class token first.
+    /// Computes class scores `[b, num_classes]` of images `[b, 3, height, width]`; without a head, or with
+    /// `return_embeddings`, normed embeddings `[b, patches + 1, dim]`, the class token first.
     ///
-    /// Errors: an image of another rank, channels or dtype, sides that patches do not divide, or more patches than
-    /// positions.
+    /// Errors: images of another rank, dtype or number of channels, sides that are not divisible by the patch size, or
+    /// more patches than positions.
     pub fn forward(&self, image: &Tensor, return_embeddings: bool) -> Result<Tensor> {
         let patches = self.patches(image)?;
         let (b, n) = (patches.shape()[0], patches.shape()[1]);
@@ -88,7 +89,7 @@ impl ViTransformerWrapper {
         }
     }
 
-    /// Patches in row-major order, features by row in the patch, column in the patch, channel.
+    /// Splits an image into patches in row-major order, features by row in the patch, column in the patch, channel.
     fn patches(&self, image: &Tensor) -> Result<Tensor> {
         let p = self.plan.patch_size;
         ensure!(

@@ -1,4 +1,4 @@
-//! BERT and ALBERT, in the names of `transformers`.
+//! BERT and ALBERT, by the names of `transformers`.
 
 use super::{Described, Names, Options, TensorFile, ff_mult, names::equal};
 use crate::{
@@ -7,7 +7,7 @@ use crate::{
     ops::Activation,
 };
 
-/// Options that both have in common, without the heads.
+/// Returns the options common to both, without the heads.
 fn encoder(options: &Options, activation: &str) -> Result<TransformerWrapperConfig> {
     options.only("position_embedding_type", "absolute")?;
     options.only("is_decoder", false)?;
@@ -38,7 +38,7 @@ fn encoder(options: &Options, activation: &str) -> Result<TransformerWrapperConf
     })
 }
 
-/// A feedforward with the activation that `hidden_act` names.
+/// Returns a feedforward with the activation that `hidden_act` names.
 fn activated(options: &Options, default: &str) -> Result<FeedForwardConfig> {
     const KEY: &str = "hidden_act";
     let activation = match options.text(KEY, default)? {
@@ -56,11 +56,11 @@ fn activated(options: &Options, default: &str) -> Result<FeedForwardConfig> {
     Ok(FeedForwardConfig { activation, ..FeedForwardConfig::default() })
 }
 
-/// The embeddings of tokens.
+/// Names of the token embeddings.
 const TABLE: &str = "embeddings.word_embeddings.weight";
 
-/// Heads are those that the file has weights of. A masked-LM head whose decoder has another table than the embeddings
-/// is left out: it is of no use to vectors.
+/// Selects the heads that the file has weights of. A masked-LM head whose decoder is not tied to the embeddings is
+/// omitted: embedding texts does not need it.
 fn heads(
     config: &mut TransformerWrapperConfig,
     file: &TensorFile,
@@ -102,7 +102,7 @@ pub(super) fn bert(options: &Options, file: &TensorFile) -> Result<Described> {
         let theirs = format!("encoder.layer.{layer}");
         let own = format!("attn_layers.layers.{}", 2 * layer);
         let ff = format!("attn_layers.layers.{}", 2 * layer + 1);
-        // The norm of the last sum is the wrapper's.
+        // The wrapper owns the norm of the last sum.
         let last = if layer + 1 == depth { "norm".to_string() } else { format!("{ff}.0.2") };
         names.affine(&format!("{own}.1.to_q"), &format!("{theirs}.attention.self.query"));
         names.affine(&format!("{own}.1.to_k"), &format!("{theirs}.attention.self.key"));

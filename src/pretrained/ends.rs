@@ -1,4 +1,4 @@
-//! The tokens that end a text, as files of pretrained models name them.
+//! End tokens, as files of pretrained models name them.
 
 use std::path::Path;
 
@@ -10,7 +10,7 @@ use crate::{
     io::{Metadata, TensorFile},
 };
 
-/// Tokens that llama.cpp lets end a text by their spelling, since many files name none or one of them.
+/// Tokens that llama.cpp treats as end tokens by their spelling, since many files name none or only one of them.
 const SPELLINGS: [&str; 10] = [
     "<|eot_id|>",
     "<|im_end|>",
@@ -24,7 +24,8 @@ const SPELLINGS: [&str; 10] = [
     "<end_of_utterance>",
 ];
 
-/// Ends of a text (`eos`), a turn (`eot`) and a message (`eom`) that a GGUF file names, and tokens spelled like one.
+/// Returns the ends of a text (`eos`), a turn (`eot`) and a message (`eom`) that a GGUF file names, and tokens spelled
+/// like one.
 pub(super) fn of_gguf(file: &TensorFile, vocabulary: usize) -> Vec<i64> {
     let metadata = |key: &str| file.metadata().get(&format!("tokenizer.ggml.{key}"));
     let named = ["eos_token_id", "eot_token_id", "eom_token_id"];
@@ -35,7 +36,7 @@ pub(super) fn of_gguf(file: &TensorFile, vocabulary: usize) -> Vec<i64> {
     within(named.chain(spelled.map(|(id, _)| id as i64)), vocabulary)
 }
 
-/// `eos_token_id` of `generation_config.json`, which wins where it has the key, or of `config.json`.
+/// Returns `eos_token_id` of `generation_config.json`, which takes precedence if it has the key, or of `config.json`.
 ///
 /// Errors: a `generation_config.json` that is not JSON, or ids that are not numbers.
 pub(super) fn of_folder(options: &Options, folder: &Path, vocabulary: usize) -> Result<Vec<i64>> {
@@ -58,7 +59,7 @@ pub(super) fn of_folder(options: &Options, folder: &Path, vocabulary: usize) -> 
     Ok(within(ids, vocabulary))
 }
 
-/// Each of them once. One that the model does not have, -1 for instance, ends nothing.
+/// Returns each token once, without those outside the vocabulary, such as -1.
 fn within(ids: impl IntoIterator<Item = i64>, vocabulary: usize) -> Vec<i64> {
     let mut ends = Vec::new();
     for id in ids {

@@ -1,4 +1,4 @@
-//! The families of models, in one table.
+//! Families of models, in one table.
 
 use std::fmt;
 
@@ -9,36 +9,36 @@ use crate::{
     io::{Layout, TensorFile},
 };
 
-/// What the library knows of a family.
+/// Description of a family.
 struct Description {
     name: &'static str,
     /// `model_type` in `config.json`.
     model_type: &'static str,
-    /// `general.architecture` in GGUF, if such files are read.
+    /// `general.architecture` in GGUF, if supported.
     architecture: Option<&'static str>,
-    /// If `true`, its models continue texts; the others embed them.
+    /// If `true`, its models generate text; the others embed it.
     causal: bool,
-    /// Class of its tokenizers in `transformers`, where their files do not name it.
+    /// Class of its tokenizers in `transformers`, if their files do not name it.
     tokenizer: &'static str,
     /// Names of its weights in `transformers`.
     layout: Layout,
     read: fn(&Options, Family, &TensorFile) -> Result<Described>,
 }
 
-/// Names of the weights of Llama and of what is like it.
+/// Names of the weights of Llama and similar models.
 const LLAMA: Layout = Layout {
     base: "model.",
     with_base: true,
-    // The table is left out where the head has its values.
+    // The table is omitted if the head has its values.
     anchors: &["embed_tokens.weight", "layers.0.input_layernorm.weight"],
     heads: &["lm_head."],
     aliases: &[],
 };
 
-/// Makes the families from one table, a row each.
+/// Defines the families from one table, one row each.
 macro_rules! families {
     ($($(#[$doc:meta])* $family:ident: $description:expr;)+) => {
-        /// A family of models.
+        /// Family of models.
         #[derive(Clone, Copy, PartialEq, Eq, Debug)]
         #[non_exhaustive]
         pub enum Family {
@@ -139,17 +139,17 @@ fn joined(names: &[&str]) -> String {
 }
 
 impl Family {
-    /// Returns `true` if its models continue texts; the others embed them.
+    /// Returns `true` if its models generate text; the others embed it.
     pub fn is_causal(self) -> bool {
         self.description().causal
     }
 
-    /// The class of its tokenizers in `transformers`, where their files do not name it.
+    /// Returns the class of its tokenizers in `transformers`, if their files do not name it.
     pub fn tokenizer_class(self) -> &'static str {
         self.description().tokenizer
     }
 
-    /// The family that a config names.
+    /// Returns the family that a config names.
     pub(super) fn of(options: &Options) -> Result<Self> {
         let found = options.text("model_type", "")?;
         let of_name = |family: &&Self| family.description().model_type == found;
@@ -166,9 +166,9 @@ impl Family {
         family.copied().ok_or_else(|| options.refuse("model_type", format!("is `{found}`, {known}")))
     }
 
-    /// The family whose GGUF files name this architecture.
+    /// Returns the family whose GGUF files name this architecture.
     ///
-    /// Errors: the architectures that are known.
+    /// Errors: an unknown architecture, with a list of the known ones.
     pub(super) fn of_architecture(architecture: &str) -> std::result::Result<Self, String> {
         let of_name = |family: &&Self| family.description().architecture == Some(architecture);
         let known: Vec<&str> = Self::ALL.iter().filter_map(|family| family.description().architecture).collect();
@@ -180,7 +180,7 @@ impl Family {
         &self.description().layout
     }
 
-    /// Reads the options and where each parameter comes from.
+    /// Reads the options and the source of each parameter.
     pub(super) fn read(self, options: &Options, file: &TensorFile) -> Result<Described> {
         (self.description().read)(options, self, file)
     }

@@ -48,7 +48,7 @@ impl<'a> Keys<'a> {
         value.as_f64().map(Some).ok_or_else(|| self.wrong(key, "a number"))
     }
 
-    /// A size that may be given for each of `depth` layers, and has to be the same in all.
+    /// Returns a size that may be listed for each of `depth` layers and must be equal in all.
     fn uniform(&self, key: &str, depth: usize, default: Option<usize>) -> Result<usize> {
         let Some(Metadata::List(values)) = self.get(key) else { return self.size(key, default) };
         ensure!(
@@ -124,7 +124,7 @@ fn names(sizes: &Sizes, family: Family) -> Names {
         for (here, there, heads) in [("to_q", "attn_q", sizes.heads), ("to_k", "attn_k", sizes.kv_heads)] {
             for part in parts(qkv) {
                 let name = format!("{theirs}.{there}.{part}");
-                // Features that rotate together are neighbours in files of the architecture llama alone.
+                // Features that rotate together are adjacent only in files of the architecture llama.
                 let theirs = if family == Family::Llama { Source::Halves(name, heads) } else { Source::One(name) };
                 names.weights.push(Weight { ours: format!("{own}.1.{here}.{part}"), theirs });
             }
@@ -145,7 +145,7 @@ fn names(sizes: &Sizes, family: Family) -> Names {
     if !sizes.tied {
         names.one("to_logits.weight", "output.weight");
     }
-    // The first is part of the config, the others are tables of rotations that old files have.
+    // The first is part of the config, the others are rotation tables in old files.
     names.left_out.push(rope::FREQ_FACTORS.to_string());
     names.left_out.extend((0..sizes.depth).map(|layer| format!("blk.{layer}.attn_rot_embd.")));
     names

@@ -1,4 +1,4 @@
-//! Llama, and what is built as it is, in the names of `transformers`.
+//! Llama and models with the same architecture, by the names of `transformers`.
 
 use super::{
     Described, Family, Names, Options, TensorFile, ff_mult,
@@ -15,7 +15,7 @@ use crate::{
     ops::Activation,
 };
 
-/// The sizes of a model.
+/// Sizes of a model.
 pub(super) struct Sizes {
     pub(super) tokens: usize,
     pub(super) positions: usize,
@@ -33,15 +33,15 @@ pub(super) struct Sizes {
     pub(super) tied: bool,
 }
 
-/// The rotation of queries and keys.
+/// Rotation of queries and keys.
 pub(super) struct Rotation {
     pub(super) base: f64,
     pub(super) scaling: Scaling,
-    /// Divides the frequency of each pair of features.
+    /// Divisors of the frequencies, one per feature pair.
     pub(super) factors: Option<Vec<f64>>,
 }
 
-/// Stretch of the rotation to longer texts.
+/// RoPE scaling for longer contexts.
 #[derive(Clone, Copy)]
 pub(super) enum Scaling {
     None,
@@ -91,32 +91,32 @@ impl Sizes {
     }
 }
 
-/// The places of one block here: attention, then feedforward.
+/// Returns the names of one block in this crate: attention, then feedforward.
 pub(super) fn places(layer: usize) -> [String; 2] {
     [2 * layer, 2 * layer + 1].map(|index| format!("attn_layers.layers.{index}"))
 }
 
-/// Window of attention, if tokens do not attend to the first one.
+/// Returns the attention window, if tokens do not attend to all earlier ones.
 fn max_attend_past(options: &Options, family: Family, depth: usize, positions: usize) -> Result<Option<usize>> {
     const KEY: &str = "sliding_window";
     let window = match family {
-        // Set to null it is none; left out it is this.
+        // Null means none; the default is this.
         Family::Mistral if !options.has(KEY) => Some(4096),
         Family::Qwen2 if !options.flag("use_sliding_window", false)? => return Ok(None),
         Family::Qwen2 if !options.has(KEY) => Some(4096),
         Family::Mistral | Family::Qwen2 if options.get(KEY).is_some() => Some(options.size(KEY, None)?),
         _ => return Ok(None),
     };
-    // A window that is as wide as a text changes nothing, in whichever layers it is.
+    // A window as wide as the text has no effect, in whichever layers it is.
     let window = window.filter(|&window| window < positions);
     if window.is_none() || family == Family::Qwen2 && !all_slide(options, depth)? {
         return Ok(None);
     }
-    // The window has the token itself in it.
+    // The window includes the token itself.
     Ok(window.map(|window| window - 1))
 }
 
-/// If `true`, every layer of a Qwen2 has the window, if `false` none has.
+/// Returns `true` if every layer of a Qwen2 model has the window, `false` if none has.
 fn all_slide(options: &Options, depth: usize) -> Result<bool> {
     const LAYERS: &str = "layer_types";
     const FIRST: &str = "max_window_layers";
@@ -149,12 +149,12 @@ fn all_slide(options: &Options, depth: usize) -> Result<bool> {
     Ok(first == 0)
 }
 
-/// The embeddings of tokens, and the weights of the logits.
+/// Names of the token embeddings and of the logits' weights.
 const TABLE: &str = "model.embed_tokens.weight";
 const HEAD: &str = "lm_head.weight";
 
-/// If `true`, a file has a head with other values than the embeddings, which then counts, whatever the config says, as
-/// it does in `transformers` since version 5.
+/// Returns `true` if a file has a head with values other than the embeddings', which then takes precedence over the
+/// config, as in `transformers` since version 5.
 fn has_own_head(file: &TensorFile) -> Result<bool> {
     let both = file.info(HEAD).is_some() && file.info(TABLE).is_some();
     Ok(both && !equal(file, HEAD, TABLE)?)
@@ -165,7 +165,7 @@ pub(super) fn of_json(options: &Options, family: Family, file: &TensorFile) -> R
     let dim = options.size("hidden_size", Some(4096))?;
     let heads = options.size("num_attention_heads", Some(32))?;
     let depth = options.depth(32)?;
-    // What the classes of transformers have where a file says nothing: tokens, positions, inner features, key heads.
+    // Defaults of the classes of transformers: tokens, positions, inner features, key heads.
     let (tokens, positions, inner, kv_heads) = match family {
         Family::Mistral => (32000, 4096 * 32, 14336, 8),
         Family::Qwen2 => (151936, 32768, 22016, 32),

@@ -1,4 +1,4 @@
-//! Pretrained models of other families: their options, names and weights, as their files describe them.
+//! Pretrained models of other families: options, names and weights, as their files describe them.
 
 mod bert;
 mod ends;
@@ -31,10 +31,10 @@ use crate::{
     sort::sort,
 };
 
-/// A pretrained model of another family: its options as keywords of this crate, and its file of weights.
+/// Pretrained model of another family: its options as options of this crate, and its file of weights.
 ///
 /// [`Family`] lists the families. A model is a folder with `config.json` and weights in any of the formats of
-/// [`TensorFile`], or a GGUF file. What of these families is not supported is refused by name, never left out:
+/// [`TensorFile`], or a GGUF file. Unsupported features of these families are errors that name them, never ignored:
 ///
 /// | | supported | refused |
 /// |---|---|---|
@@ -66,16 +66,16 @@ pub struct Pretrained {
     file: TensorFile,
     renamed: Renamed,
     folder: Option<PathBuf>,
-    /// The folder that was opened: the same one, or that above it with the modules of sentence-transformers.
+    /// Folder that was opened: the model's, or the one above it with the modules of sentence-transformers.
     root: Option<PathBuf>,
     ends: Vec<i64>,
 }
 
-/// A file as its family reads it: the options, and where each parameter comes from.
+/// File as its family reads it: the options, and the source of each parameter.
 type Described = (TransformerWrapperConfig, Names);
 
 impl Pretrained {
-    /// Returns `true` for the path of a pretrained model, `false` for that of a checkpoint which this crate wrote.
+    /// Returns `true` for the path of a pretrained model, `false` for a checkpoint that this crate wrote.
     pub fn is_one(path: impl AsRef<Path>) -> bool {
         let path = path.as_ref();
         if !path.is_dir() {
@@ -85,7 +85,7 @@ impl Pretrained {
         match json(&folder.join("config.json")) {
             // This crate writes the key `model`.
             Ok(config) => config.is_object() && (config.get("model_type").is_some() || config.get("model").is_none()),
-            // A config that a failed download left is the reason to give.
+            // The error should name a config that a failed download left.
             Err(_) if is_mistaken(&folder.join("config.json")) => true,
             Err(_) => holds_gguf(path),
         }
@@ -93,14 +93,13 @@ impl Pretrained {
 
     /// Opens a folder, a file of weights with `config.json` beside it, or a GGUF file.
     ///
-    /// The weights of a folder may have the names that wrappers and trainers give them: below `module.`, `_orig_mod.`,
-    /// `state_dict.`, `0.auto_model.` and the like, with or without the `model.` or `bert.` of a model with a head,
-    /// with `gamma` and `beta` for a norm's `weight` and `bias`. Where a file has the weights of a model at several
-    /// such places, the family's own place is meant, then one below known wrappers. What the model has no use for is
-    /// [`Pretrained::unused`].
+    /// The weights of a folder may have names from wrappers and trainers: below `module.`, `_orig_mod.`, `state_dict.`,
+    /// `0.auto_model.` and the like, with or without the `model.` or `bert.` of a model with a head, with `gamma` and
+    /// `beta` for a norm's `weight` and `bias`. If a file has the weights of a model in several such places, the
+    /// family's own place takes precedence, then one below known wrappers. [`Pretrained::unused`] lists weights that
+    /// the model does not use.
     ///
-    /// Errors: a file that cannot be read, a family that is not among those above, options that they do not have here,
-    /// or weights at several places that may be meant.
+    /// Errors: a file that cannot be read, an unsupported family or option, or weights in several ambiguous places.
     #[doc(alias = "from_pretrained")]
     pub fn open(path: impl AsRef<Path>) -> Result<Self> {
         let root = path.as_ref();
@@ -132,42 +131,42 @@ impl Pretrained {
         })
     }
 
-    /// The family.
+    /// Returns the family.
     pub fn family(&self) -> Family {
         self.family
     }
 
-    /// The options.
+    /// Returns the options.
     pub fn config(&self) -> &TransformerWrapperConfig {
         &self.config
     }
 
-    /// The file with the weights, under the names that the family has in `transformers` or in GGUF.
+    /// Returns the file with the weights, by the family's names in `transformers` or in GGUF.
     pub fn file(&self) -> &TensorFile {
         &self.file
     }
 
-    /// The folder with what belongs to the model, a tokenizer for instance; none for a GGUF file, which holds all.
+    /// Returns the folder with the model's other files, such as the tokenizer; `None` for a GGUF file, which holds all.
     pub fn folder(&self) -> Option<&Path> {
         self.folder.as_deref()
     }
 
-    /// The tokens that end a text, for [`GenerateOptions::eos_tokens`]; none of a model that embeds texts.
+    /// Returns the end tokens, for [`GenerateOptions::eos_tokens`]; none for a model that embeds texts.
     ///
     /// A folder names them in `generation_config.json`, or else in `config.json`. A GGUF file names the ends of a text,
-    /// a turn and a message; tokens that are spelled like one, `<|im_end|>` for instance, are ends too, as in
-    /// llama.cpp. Numbers outside of the vocabulary, such as -1, are left out.
+    /// a turn and a message; tokens spelled like one, such as `<|im_end|>`, are end tokens too, as in llama.cpp.
+    /// Numbers outside the vocabulary, such as -1, are omitted.
     ///
     /// [`GenerateOptions::eos_tokens`]: crate::models::GenerateOptions::eos_tokens
     pub fn end_tokens(&self) -> &[i64] {
         &self.ends
     }
 
-    /// The weights of the file that the model has no use for, by their names in the file, in alphabetical order: those
-    /// of a classifier's head, say, or the moments of an optimizer. Buffers, such as positions and rotations, are not
-    /// among them.
+    /// Returns the weights of the file that the model does not use, by their names in the file, in alphabetical order:
+    /// for instance a classification head or the moments of an optimizer. Buffers, such as positions and rotations, are
+    /// not included.
     ///
-    /// A folder with such weights is loaded without them; they may be a sign that its config is not theirs.
+    /// A folder with such weights loads without them; they may indicate that its config belongs to another model.
     ///
     /// ```no_run
     /// # fn main() -> x_transformers::Result<()> {
@@ -183,10 +182,11 @@ impl Pretrained {
         unused
     }
 
-    /// The model with its weights.
+    /// Creates the model with its weights.
     ///
-    /// Errors: [`ErrorKind::Weights`] with a table of tensors that are missing or of another shape, and for a GGUF file
-    /// unused, by the file's names; weights that are NaN, infinite or too large for the dtype; memory that runs out.
+    /// Errors: [`ErrorKind::Weights`] with a table of tensors that are missing or have another shape and, for a GGUF
+    /// file, unused ones, by the file's names; weights that are NaN, infinite or too large for the dtype; out of
+    /// memory.
     pub fn model(&self, dtype: DType, device: &Device) -> Result<TransformerWrapper> {
         self.check()?;
         let store = ParamStore::zeros(dtype, device);
@@ -195,9 +195,9 @@ impl Pretrained {
         Ok(model)
     }
 
-    /// The same as a model that continues texts.
+    /// Creates the model with its weights, as a model that generates text.
     ///
-    /// Errors: those of [`Pretrained::model`], or a model that sees later tokens.
+    /// Errors: those of [`Pretrained::model`], or a model that is not causal.
     #[doc(alias = "AutoModelForCausalLM")]
     pub fn autoregressive(&self, dtype: DType, device: &Device) -> Result<AutoregressiveWrapper> {
         ensure!(
@@ -215,11 +215,11 @@ impl Pretrained {
         Ok(model)
     }
 
-    /// Checks that file and options fit, before memory is taken for what the options say.
+    /// Checks that file and options fit, before allocating memory for the model.
     fn check(&self) -> Result<()> {
         let shapes = ParamStore::shapes(DType::F32, &Device::Cpu);
         TransformerWrapper::new(&self.config, &shapes)?;
-        // Programs that read GGUF use all that is in it.
+        // Programs that read GGUF use all of its tensors.
         let strict = self.file.format() == Format::Gguf;
         let of_file = |names: Vec<String>| names.iter().map(|name| self.renamed.of_file(name)).collect();
         self.names.check(&self.file, &shapes.params(), strict).map_err(|error| match error.into_kind() {
@@ -239,8 +239,8 @@ impl Pretrained {
     }
 }
 
-/// The `mult` that gives exactly so many inner features of a feedforward.
+/// Returns the `mult` for exactly this number of inner features of a feedforward.
 fn ff_mult(dim: usize, inner: usize) -> f64 {
-    // Rounded down in the plan: the middle of the interval is safe.
+    // The plan rounds down: the middle of the interval is safe.
     (inner as f64 + 0.5) / dim as f64
 }

@@ -1,7 +1,7 @@
-//! Names of other families' tensors, and ours.
+//! Names of other families' tensors and of this crate's.
 //!
-//! A family gives a list of [`Weight`]s: for each parameter of the model where its values come from in the file. A tensor
-//! that is missing or has another shape is an error with a table; what a file has beyond them is listed.
+//! A family has a list of [`Weight`]s: for each parameter of the model, the source of its values in the file. Tensors
+//! that are missing or have another shape are an error with a table; additional tensors of a file are listed.
 
 use std::collections::{BTreeSet, HashSet};
 
@@ -15,23 +15,23 @@ use crate::{
     sort::sort,
 };
 
-/// Where the values of one parameter come from.
+/// Source of the values of one parameter.
 #[derive(Clone, Debug)]
 pub(super) struct Weight {
-    /// The name of the parameter here.
+    /// Name of the parameter in this crate.
     pub ours: String,
-    /// The names in the file.
+    /// Names in the file.
     pub theirs: Source,
 }
 
-/// The source of a parameter in a file.
+/// Source of a parameter in a file.
 #[derive(Clone, Debug)]
 pub(super) enum Source {
-    /// One tensor as it is.
+    /// One tensor, unchanged.
     One(String),
-    /// Two, one below the other.
+    /// Two tensors, concatenated along the rows.
     Stacked([String; 2]),
-    /// Rows of so many heads whose features pair with their neighbours, ordered so that they pair with the other half.
+    /// Rows of this number of heads, permuted from adjacent feature pairs to pairs across the two halves.
     Halves(String, usize),
 }
 
@@ -48,30 +48,30 @@ impl Source {
 #[derive(Clone, Debug, Default)]
 pub(super) struct Names {
     pub weights: Vec<Weight>,
-    /// Copies of tensors that are tied: they must be equal to these.
+    /// Copies of tied tensors: they must be equal to these.
     pub copies: Vec<(String, String)>,
-    /// Beginnings of the names of tensors that the model has no use for.
+    /// Prefixes of the names of tensors that the model does not use.
     pub left_out: Vec<String>,
 }
 
 impl Names {
-    /// A parameter that is a tensor of the file.
+    /// Adds a parameter that is a tensor of the file.
     pub fn one(&mut self, ours: impl Into<String>, theirs: impl Into<String>) {
         self.weights.push(Weight { ours: ours.into(), theirs: Source::One(theirs.into()) });
     }
 
-    /// The weight and the bias of a module.
+    /// Adds the weight and the bias of a module.
     pub fn affine(&mut self, ours: &str, theirs: &str) {
         for part in ["weight", "bias"] {
             self.one(format!("{ours}.{part}"), format!("{theirs}.{part}"));
         }
     }
 
-    /// Loads the parameters from a file; their names begin with `place`. One after the other, so that of the weights of
-    /// the file only one is in memory beside the model.
+    /// Loads the parameters from a file one at a time, which keeps only one of the file's weights in memory beside the
+    /// model; their names begin with `place`.
     ///
-    /// Errors: tied tensors with several values; NaN or infinity, or values that the dtype of a parameter does not
-    /// reach; a parameter that these names leave out.
+    /// Errors: tied tensors with different values; NaN or infinity, or values out of range of a parameter's dtype; a
+    /// parameter without a source.
     pub fn load(&self, file: &TensorFile, params: &ParamMap, place: &str) -> Result<()> {
         for (copy, original) in &self.copies {
             ensure!(
@@ -102,8 +102,8 @@ impl Names {
         Ok(())
     }
 
-    /// Tensors of a file that no parameter comes from: weights of something else. Buffers and what the family leaves
-    /// out are not among them.
+    /// Returns the tensors of a file that are not the source of a parameter, except buffers and those that the family
+    /// ignores.
     pub fn unused(&self, file: &TensorFile) -> Vec<String> {
         let used = self.used();
         let copies: BTreeSet<&str> = self.copies.iter().map(|(copy, _)| copy.as_str()).collect();
@@ -123,11 +123,10 @@ impl Names {
         self.weights.iter().flat_map(|weight| weight.theirs.names()).map(String::as_str).collect()
     }
 
-    /// Checks that a file has what a model of these parameters needs, and, if it is `strict`, no other weight.
+    /// Checks that a file has all tensors that a model with these parameters needs and, if `strict`, no other weights.
     ///
-    /// Errors: [`ErrorKind::Weights`] with a table of all that is missing, of another shape or, unless this is all that
-    /// there is, unused; [`ErrorKind::File`] for a weight that is there and cannot be read, or that is more than a
-    /// tensor.
+    /// Errors: [`ErrorKind::Weights`] with a table of all tensors that are missing, have another shape or, unless these
+    /// are the only problem, are unused; [`ErrorKind::File`] for a weight that cannot be read or is more than a tensor.
     pub fn check(&self, file: &TensorFile, model: &ParamMap, strict: bool) -> Result<()> {
         let used = self.used();
         let missing: Vec<String> =
@@ -178,9 +177,9 @@ impl Weight {
     }
 }
 
-/// If `true`, a tensor is no weight but a table that a module keeps: whole numbers, or one by its name.
+/// Returns `true` if a tensor is not a weight but a buffer of a module, by its integer dtype or its name.
 fn is_buffer(file: &TensorFile, name: &str) -> bool {
-    /// Ends of names: rotations and their tables, positions, and masks of attention.
+    /// Suffixes of names: rotations and their tables, positions, and attention masks.
     const BUFFERS: [&str; 10] = [
         "inv_freq",
         "position_ids",
@@ -197,7 +196,7 @@ fn is_buffer(file: &TensorFile, name: &str) -> bool {
     whole || BUFFERS.iter().any(|end| name.strip_suffix(end).is_some_and(|rest| !rest.ends_with(char::is_alphanumeric)))
 }
 
-/// The effect of a tensor on others, if a model without it would be another one.
+/// Returns the effect of a tensor on others, if the model would compute something else without it.
 fn changes_weights(name: &str) -> Option<&'static str> {
     const SCALES: &str = "the weights are quantised and have scales, a format that is not known; dequantise them first";
     const ADAPTER: &str = "an adapter (LoRA), which changes other weights; merge it into the model first";
@@ -209,20 +208,20 @@ fn changes_weights(name: &str) -> Option<&'static str> {
     }
 }
 
-/// Refuses weights that would make every output NaN.
+/// Rejects weights that would make every output NaN.
 fn check_values(file: &TensorFile, weight: &Weight, tensor: &Tensor, kept_as: DType) -> Result<()> {
     let name = || weight.theirs.names().join("` and `");
     ensure!(
         tensor.dtype().is_float(),
         Error::file(file.path(), format_args!("`{}` is {}, expected floats", name(), tensor.dtype()))
     );
-    // Looked at where they are: a copy in another type would be several times as large as the weights.
+    // Checked in place: a copy in another type would be several times as large as the weights.
     let tensor = tensor.contiguous()?;
     let finite = dispatch_float!("load", tensor.dtype(), T, {
         Ok(tensor.values::<T>()?.iter().all(|value| value.to_acc().to_f64().is_finite()))
     })?;
     ensure!(finite, Error::file(file.path(), format_args!("`{}` holds NaN or infinity", name())));
-    // The largest value of the one is within the range of the other?
+    // Is the largest value of the one within the range of the other?
     if matches!(
         (tensor.dtype(), kept_as),
         (DType::F64, DType::F32) | (DType::F64 | DType::F32 | DType::BF16, DType::F16)
@@ -238,7 +237,7 @@ fn check_values(file: &TensorFile, weight: &Weight, tensor: &Tensor, kept_as: DT
     Ok(())
 }
 
-/// If `true`, two tensors of a file have the same values.
+/// Returns `true` if two tensors of a file have the same values.
 pub(super) fn equal(file: &TensorFile, a: &str, b: &str) -> Result<bool> {
     if file.same_place(a, b) {
         return Ok(true);

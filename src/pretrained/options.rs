@@ -1,4 +1,4 @@
-//! Options as `config.json` of `transformers` has them.
+//! Options in `config.json` of `transformers`.
 
 use std::{
     fmt,
@@ -13,13 +13,13 @@ use crate::{
     io::{mistaken, read_limited},
 };
 
-/// Bytes that a JSON file may have; real ones have some thousand.
+/// Maximum size of a JSON file, in bytes; real ones have a few thousand.
 const MAX_JSON: u64 = 16 << 20;
 
-/// Blocks of a model.
+/// Maximum number of blocks of a model.
 pub(super) const MAX_DEPTH: usize = 10_000;
 
-/// Reads a JSON file of bounded size, as Python writes it: it may hold `NaN` and `Infinity`, which become text.
+/// Reads a JSON file of bounded size in Python's dialect: it may have `NaN` and `Infinity`, which become text.
 pub(super) fn json(path: &Path) -> Result<Value> {
     let bytes = read_limited(path, MAX_JSON)?;
     serde_json::from_slice(&bytes)
@@ -29,12 +29,12 @@ pub(super) fn json(path: &Path) -> Result<Value> {
         })
 }
 
-/// If `true`, a file is none that anybody meant to be a config.
+/// Returns `true` if a file is evidently not meant to be a config.
 pub(super) fn is_mistaken(path: &Path) -> bool {
     read_limited(path, MAX_JSON).is_ok_and(|bytes| mistaken(&bytes).is_some())
 }
 
-/// JSON with `NaN`, `Infinity` and `-Infinity` in quotes.
+/// Returns JSON with `NaN`, `Infinity` and `-Infinity` in quotes.
 fn with_quoted_numbers(bytes: &[u8]) -> Vec<u8> {
     const NUMBERS: [&[u8]; 3] = [b"NaN", b"Infinity", b"-Infinity"];
     let mut quoted = Vec::with_capacity(bytes.len());
@@ -42,7 +42,7 @@ fn with_quoted_numbers(bytes: &[u8]) -> Vec<u8> {
     while let [first, after @ ..] = rest {
         match first {
             b'"' => in_text = !in_text,
-            // What is escaped ends no text.
+            // Escaped quotes do not end a text.
             b'\\' if in_text => {
                 quoted.push(*first);
                 rest = after;
@@ -69,7 +69,7 @@ fn with_quoted_numbers(bytes: &[u8]) -> Vec<u8> {
     quoted
 }
 
-/// A `config.json` of `transformers`.
+/// `config.json` of `transformers`.
 pub(super) struct Options {
     pub(super) path: PathBuf,
     pub(super) value: Value,
@@ -84,17 +84,17 @@ impl Options {
         self.value.get(key).filter(|value| !value.is_null())
     }
 
-    /// Returns `true` if the key is there, be it with null.
+    /// Returns `true` if the key is present, even with null.
     pub(super) fn has(&self, key: &str) -> bool {
         self.value.get(key).is_some()
     }
 
-    /// All keys with their values.
+    /// Returns all keys with their values.
     pub(super) fn entries(&self) -> Result<&Map<String, Value>> {
         self.value.as_object().ok_or_else(|| Error::file(&self.path, "is not a JSON object"))
     }
 
-    /// Refuses keys that a module does not have.
+    /// Rejects keys that a module does not have.
     pub(super) fn known(&self, module: &str, keys: &[&str]) -> Result<()> {
         match self.entries()?.keys().find(|key| !keys.contains(&key.as_str())) {
             Some(key) => Err(self.refuse(key, format!("is not a known option of the module `{module}`"))),
@@ -108,7 +108,7 @@ impl Options {
         value.as_object().ok_or_else(|| self.refuse(key, format!("is {value}, expected an object")))
     }
 
-    /// A JSON object that has no other keys than these.
+    /// Returns a JSON object that has only these keys.
     pub(super) fn object_of(&self, key: &str, keys: &[&str]) -> Result<()> {
         match self.object(key)?.iter().find(|(name, value)| !value.is_null() && !keys.contains(&name.as_str())) {
             Some((name, value)) => Err(self.refuse(key, format!("sets `{name}` to {value}, which is not supported"))),
@@ -127,7 +127,7 @@ impl Options {
         })
     }
 
-    /// The number of blocks, bounded as lists are made of them.
+    /// Returns the number of blocks, which is bounded because lists have one entry per block.
     pub(super) fn depth(&self, default: usize) -> Result<usize> {
         const KEY: &str = "num_hidden_layers";
         let depth = self.size(KEY, Some(default))?;
@@ -158,7 +158,7 @@ impl Options {
         }
     }
 
-    /// Refuses an option whose other values this crate does not have.
+    /// Rejects values of an option that this crate does not support.
     pub(super) fn only(&self, key: &str, value: impl Into<Value>) -> Result<()> {
         let value = value.into();
         match self.get(key) {

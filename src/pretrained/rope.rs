@@ -1,4 +1,4 @@
-//! The stretch of a model's rotation to longer texts, in the words of `config.json` and of GGUF.
+//! RoPE scaling for longer contexts, by the keys of `config.json` and of GGUF.
 
 use serde_json::Value;
 
@@ -17,12 +17,12 @@ use crate::{
 /// Largest context that a file may name.
 const MAX_TOKENS: usize = 1 << 30;
 
-/// The value of `attention_factor` in the paper of YaRN, times `mscale` where files have one.
+/// Returns `attention_factor` of the YaRN paper, times `mscale` if a file has one.
 fn mscale(factor: f64, mscale: f64) -> f64 {
     if factor <= 1.0 { 1.0 } else { 0.1 * mscale * factor.ln() + 1.0 }
 }
 
-/// The object of `config.json` that describes the rotation.
+/// Object in `config.json` that describes the rotation.
 struct Rope<'a> {
     options: &'a Options,
     value: Option<&'a Value>,
@@ -53,7 +53,7 @@ impl Rope<'_> {
         })
     }
 
-    /// The context before it was stretched: that of the config itself goes first, as in transformers.
+    /// Returns the context length before scaling; the key of the config itself takes precedence, as in transformers.
     fn original(&self, positions: usize) -> Result<usize> {
         const KEY: &str = "original_max_position_embeddings";
         if self.options.get(KEY).is_some() {
@@ -69,12 +69,12 @@ impl Rope<'_> {
 
     fn yarn(&self, positions: usize) -> Result<YarnScaling> {
         let original = self.original(positions)?;
-        // Some files have null: the factor is the ratio of the two contexts then.
+        // Some files have null: the factor is then the ratio of the two context lengths.
         let factor = match self.value.and_then(|rope| rope.get("factor")) {
             Some(Value::Null) => positions as f64 / original as f64,
             _ => self.needed("factor")?,
         };
-        // A zero counts as nothing in each of these.
+        // In each of these zero means unset.
         let some = |key: &str| Ok::<_, Error>(self.number(key)?.filter(|&number| number != 0.0));
         let attention_factor = match (self.number("attention_factor")?, some("mscale")?, some("mscale_all_dim")?) {
             (Some(given), ..) => given,
@@ -98,9 +98,9 @@ impl Rope<'_> {
     }
 }
 
-/// The rotation of a model of `transformers` that sees `positions` tokens.
+/// Returns the rotation of a model of `transformers` with a context of `positions` tokens.
 pub(super) fn of_json(options: &Options, positions: usize) -> Result<Rotation> {
-    // As transformers: the older key goes first, unless it is empty.
+    // As in transformers, the older key takes precedence unless it is empty.
     let full = |key: &str| options.get(key).filter(|value| value.as_object().is_none_or(|map| !map.is_empty()));
     let value = full("rope_scaling").or_else(|| full("rope_parameters"));
     ensure!(
@@ -116,8 +116,8 @@ pub(super) fn of_json(options: &Options, positions: usize) -> Result<Rotation> {
     ensure!(part == 1.0, options.refuse("partial_rotary_factor", format!("is {part}, only whole heads are rotated")));
     let base = rope.number("rope_theta")?.map_or_else(|| options.number("rope_theta", 10000.0), Ok)?;
     let scaling = match rope.kind().map(Value::as_str) {
-        // Dynamic frequencies are the plain ones as long as a text is no longer than `max_position_embeddings`, which is
-        // all that this model sees.
+        // Dynamic frequencies equal the plain ones for texts up to `max_position_embeddings`, which is the context of
+        // this model.
         None | Some(Some("default" | "dynamic")) => Scaling::None,
         Some(Some("linear")) => Scaling::Linear(rope.needed("factor")?),
         Some(Some("llama3")) => Scaling::Llama3(Llama3Scaling {
@@ -136,12 +136,13 @@ pub(super) fn of_json(options: &Options, positions: usize) -> Result<Rotation> {
     Ok(Rotation { base, scaling, factors: None })
 }
 
-/// The tensor of factors that divide the frequencies of the pairs, which Llama 3.1 and later have in GGUF files.
+/// Tensor of factors that divide the frequencies of the pairs, in GGUF files of Llama 3.1 and later.
 pub(super) const FREQ_FACTORS: &str = "rope_freqs.weight";
 
-/// The rotation of a GGUF model that sees `positions` tokens, of heads with this number of pairs of features.
+/// Returns the rotation of a GGUF model with a context of `positions` tokens and this number of feature pairs per
+/// head.
 pub(super) fn of_gguf(file: &TensorFile, keys: &Keys, positions: usize, pairs: usize) -> Result<Rotation> {
-    // The older key goes second; a factor of 0 stands for none.
+    // The newer key takes precedence; a factor of 0 means none.
     let factor = match keys.number("rope.scaling.factor")? {
         Some(factor) => Some(factor),
         None => keys.number("rope.scale_linear")?,
@@ -150,7 +151,7 @@ pub(super) fn of_gguf(file: &TensorFile, keys: &Keys, positions: usize, pairs: u
     let kind = keys.get("rope.scaling.type");
     let scaling = match kind.map(|kind| kind.as_str()) {
         Some(Some("none")) => Scaling::None,
-        // What files without a type have is linear.
+        // Without a type the scaling is linear.
         None | Some(Some("linear")) if factor == 1.0 => Scaling::None,
         None | Some(Some("linear")) => Scaling::Linear(factor),
         Some(Some("yarn")) => Scaling::Yarn(yarn(keys, factor, positions)?),
@@ -187,11 +188,11 @@ pub(super) fn of_gguf(file: &TensorFile, keys: &Keys, positions: usize, pairs: u
     Ok(Rotation { base, scaling, factors })
 }
 
-/// YaRN as llama.cpp has it: what its keys say about attention multiplies the value of the paper.
+/// Returns YaRN scaling as in llama.cpp, whose attention keys multiply the paper's value.
 fn yarn(keys: &Keys, factor: f64, positions: usize) -> Result<YarnScaling> {
     let number = |key: &str, default: f64| Ok::<_, Error>(keys.number(key)?.unwrap_or(default));
     let mix = number("rope.scaling.yarn_ext_factor", 1.0)?;
-    // Below 0: not set.
+    // Below 0 means unset.
     ensure!(mix == 1.0 || mix < 0.0, keys.refuse("rope.scaling.yarn_ext_factor", format!("is {mix}, only 1 is known")));
     let all = number("rope.scaling.yarn_log_multiplier", 0.0)?;
     let own = number("rope.scaling.attn_factor", 1.0)? * number("rope.scaling.yarn_attn_factor", 1.0)?;

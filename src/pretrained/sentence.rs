@@ -1,4 +1,4 @@
-//! Folders of sentence-transformers: what they hold besides the encoder.
+//! Folders of sentence-transformers: modules and settings beside the encoder.
 
 use std::{
     collections::BTreeMap,
@@ -19,30 +19,30 @@ use crate::{
     models::{Pooling, SentenceEncoder, SentenceModule},
 };
 
-/// Similarity of the vectors of two texts.
+/// Similarity function of two text embeddings.
 #[derive(Clone, Copy, PartialEq, Eq, Default, Debug)]
 #[non_exhaustive]
 pub enum Similarity {
-    /// The cosine of their angle.
+    /// Cosine similarity.
     #[default]
     Cosine,
-    /// Their product.
+    /// Dot product.
     Dot,
-    /// Their distance, negative.
+    /// Negative Euclidean distance.
     Euclidean,
-    /// The sum of the distances of their features, negative.
+    /// Negative Manhattan distance.
     Manhattan,
 }
 
 impl Similarity {
-    /// Of two vectors of the same length; 0 if one is empty.
+    /// Computes the similarity of two vectors of the same length; 0 if one is empty.
     pub fn of(self, a: &[f64], b: &[f64]) -> f64 {
         let product = |a: &[f64], b: &[f64]| a.iter().zip(b).map(|(a, b)| a * b).sum::<f64>();
         let distances = a.iter().zip(b).map(|(a, b)| (a - b).abs());
         match self {
             Self::Cosine => product(a, b) / (product(a, a) * product(b, b)).sqrt().max(1e-12),
             Self::Dot => product(a, b),
-            // Not −0 of a vector with itself.
+            // Avoids −0 for a vector with itself.
             Self::Euclidean => 0.0 - distances.map(|distance| distance * distance).sum::<f64>().sqrt(),
             Self::Manhattan => 0.0 - distances.sum::<f64>(),
         }
@@ -60,43 +60,43 @@ impl fmt::Display for Similarity {
     }
 }
 
-/// Settings for texts of a folder of sentence-transformers, without the weights.
+/// Text settings of a sentence-transformers folder, without the weights.
 #[derive(Clone, PartialEq, Eq, Default, Debug)]
 #[non_exhaustive]
 pub struct SentenceOptions {
-    /// Number of tokens that a text is cut to, `max_seq_length`; that of the tokenizer and the model by default.
+    /// Number of tokens that a text is truncated to, `max_seq_length`; default that of the tokenizer and the model.
     pub max_seq_length: Option<usize>,
-    /// If `true`, texts are lower-cased before anything else, `do_lower_case`.
+    /// If `true`, texts are lower-cased first, `do_lower_case`.
     pub do_lower_case: bool,
     /// A JSON object whose keys take precedence over those of `tokenizer_config.json`, `processor_kwargs`; empty for
     /// none.
     pub tokenizer: String,
-    /// Another tokenizer, `tokenizer_name_or_path`, which has to be given as a path.
+    /// Another tokenizer, `tokenizer_name_or_path`, which the caller has to pass as a path.
     pub tokenizer_name: Option<String>,
-    /// Texts that are put in front of each text, by name, `prompts`.
+    /// Prompts that can precede each text, by name, `prompts`.
     pub prompts: BTreeMap<String, String>,
-    /// The prompt of texts for which none is named, `default_prompt_name`.
+    /// Prompt of texts for which none is named, `default_prompt_name`.
     pub default_prompt: Option<String>,
     /// Similarity that the vectors are meant for, `similarity_fn_name`.
     pub similarity: Similarity,
-    /// Number of features that vectors are cut to, `truncate_dim`.
+    /// Number of features that vectors are truncated to, `truncate_dim`.
     pub truncate_dim: Option<usize>,
 }
 
-/// The list of modules of a folder.
+/// File with the list of a folder's modules.
 const MODULES: &str = "modules.json";
 
-/// A module of `modules.json`.
+/// Module in `modules.json`.
 pub(super) struct Entry {
-    /// The last part of its class.
+    /// Last part of its class name.
     pub class: String,
-    /// Its folder.
+    /// Folder of the module.
     pub folder: PathBuf,
 }
 
-/// The modules of a folder, or `None` if it lists none.
+/// Returns the modules of a folder, or `None` if it lists none.
 ///
-/// Errors: a list that cannot be read; classes that are not sentence-transformers' own; folders outside of this one.
+/// Errors: a list that cannot be read; classes that are not sentence-transformers' own; folders outside this one.
 pub(super) fn entries(folder: &Path) -> Result<Option<Vec<Entry>>> {
     let path = folder.join(MODULES);
     if !path.exists() {
@@ -126,18 +126,18 @@ pub(super) fn entries(folder: &Path) -> Result<Option<Vec<Entry>>> {
     Ok(Some(entries))
 }
 
-/// The folder of the model of tokens: that of the module `Transformer`, or the folder itself.
+/// Returns the folder of the token model: that of the module `Transformer`, or the folder itself.
 pub(super) fn transformer(folder: &Path) -> Result<PathBuf> {
     let found = entries(folder)?.into_iter().flatten().find(|entry| entry.class == "Transformer");
     Ok(found.map_or_else(|| folder.to_path_buf(), |entry| entry.folder))
 }
 
 impl Pretrained {
-    /// The same as a model that gives one vector for a text, by the modules that the folder lists (`modules.json` of
-    /// sentence-transformers), by the mean of the tokens if it lists none.
+    /// Creates a sentence encoder with the modules that the folder lists (`modules.json` of sentence-transformers), or
+    /// with mean pooling if it lists none.
     ///
-    /// Errors: those of [`Pretrained::model`]; a family that continues texts, unless the folder lists modules; a module
-    /// or an option that is not known.
+    /// Errors: those of [`Pretrained::model`]; a family that generates text, unless the folder lists modules; an
+    /// unknown module or option.
     pub fn sentence_encoder(&self, dtype: DType, device: &Device) -> Result<SentenceEncoder> {
         let listed = self.root.as_deref().is_some_and(|root| root.join(MODULES).exists());
         if self.family.is_causal() {
@@ -145,7 +145,7 @@ impl Pretrained {
             ensure!(listed, Error::file(self.file.path(), format_args!("{why} without `{MODULES}` beside it")));
             self.sees_later_tokens()?;
         }
-        // Small, and sooner refused than weights are read.
+        // Small files: errors come before the weights are read.
         let modules = self.sentence_modules(dtype, device)?;
         let encoder = SentenceEncoder::with_modules(self.model(dtype, device)?, modules);
         encoder.map_err(|why| match &self.root {
@@ -154,7 +154,7 @@ impl Pretrained {
         })
     }
 
-    /// Refuses configs that let the tokens of a family that continues texts see later ones.
+    /// Rejects configs in which the tokens of a causal family attend to later ones.
     fn sees_later_tokens(&self) -> Result<()> {
         let Some(folder) = &self.folder else { return Ok(()) };
         let path = folder.join("config.json");
@@ -163,9 +163,9 @@ impl Pretrained {
         options.only("use_bidirectional_attention", false)
     }
 
-    /// The modules after the model of tokens, as the folder lists them, with their weights.
+    /// Returns the modules after the token model, as the folder lists them, with their weights.
     ///
-    /// Errors: a module or an option that is not known; weights that do not fit.
+    /// Errors: an unknown module or option; weights that do not fit.
     pub fn sentence_modules(&self, dtype: DType, device: &Device) -> Result<Vec<SentenceModule>> {
         let listed = self.root.as_deref().map(entries).transpose()?.flatten();
         let mut modules = match listed {
@@ -188,10 +188,10 @@ impl Pretrained {
         Ok(modules)
     }
 
-    /// The folder's settings for texts: `sentence_bert_config.json` and `config_sentence_transformers.json` of
+    /// Reads the folder's text settings: `sentence_bert_config.json` and `config_sentence_transformers.json` of
     /// sentence-transformers.
     ///
-    /// Errors: a file that cannot be read, or an option that changes vectors and is not known.
+    /// Errors: a file that cannot be read, or an unknown option that changes vectors.
     pub fn sentence_options(&self) -> Result<SentenceOptions> {
         let mut options = SentenceOptions::default();
         let Some(root) = self.root.as_deref().filter(|root| root.join(MODULES).exists()) else { return Ok(options) };
@@ -222,7 +222,7 @@ fn transformer_options(folder: &Path, to: &mut SentenceOptions) -> Result<()> {
             "do_lower_case" => to.do_lower_case = options.flag(key, false)?,
             "tokenizer_args" | "processor_kwargs" => tokenizer.extend(options.object(key)?.clone()),
             "model_args" | "model_kwargs" => {
-                // How the weights are loaded and kept; what they are multiplied with is for the caller to say here.
+                // Loading and storage of the weights; here the caller chooses the dtype.
                 const INERT: [&str; 11] = [
                     "add_pooling_layer",
                     "attn_implementation",
@@ -255,7 +255,8 @@ fn transformer_options(folder: &Path, to: &mut SentenceOptions) -> Result<()> {
                 );
             }
             "tokenizer_name_or_path" => to.tokenizer_name = Some(options.text(key, "")?.to_string()),
-            // Of texts that are marked as queries or documents, which is not asked here; and how batches are packed.
+            // For texts marked as queries or documents, which this crate does not distinguish, and for packing of
+            // batches.
             "query_length" | "document_length" | "query_expansion" | "unpad_inputs" => {}
             _ => return Err(options.refuse(key, "is not a known option of the module `Transformer`")),
         }
@@ -283,7 +284,7 @@ fn model_options(options: &Options, to: &mut SentenceOptions) -> Result<()> {
             }
             "default_prompt_name" => to.default_prompt = Some(options.text(key, "")?.to_string()),
             "similarity_fn_name" => {
-                // Others are not of vectors of texts, and the package goes back to cosines too.
+                // Others do not compare text embeddings; the package falls back to cosine similarity too.
                 to.similarity = match options.text(key, "")? {
                     "dot" | "dot_product" => Similarity::Dot,
                     "euclidean" => Similarity::Euclidean,
@@ -297,7 +298,7 @@ fn model_options(options: &Options, to: &mut SentenceOptions) -> Result<()> {
             _ => return Err(options.refuse(key, "is not a known option of a model of sentences")),
         }
     }
-    // These two are there in every model, and empty unless the folder says otherwise.
+    // Every model has these two; they are empty unless the folder sets them.
     for name in ["query", "document"] {
         to.prompts.entry(name.to_string()).or_default();
     }

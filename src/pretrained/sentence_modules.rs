@@ -1,4 +1,4 @@
-//! The modules of sentence-transformers after the model of tokens.
+//! Modules of sentence-transformers after the token model.
 
 use std::path::Path;
 
@@ -15,9 +15,9 @@ use crate::{
     models::{DenseActivation, DenseLayer, DenseResidual, Features, Pooling, SentenceModule},
 };
 
-/// Reads a module from its folder; `None` if it does nothing once a model is trained.
+/// Reads a module from its folder; returns `None` if it has no effect in inference.
 ///
-/// Errors: a module or an option that is not known, by its name; weights that do not fit.
+/// Errors: an unknown module or option, by name; weights that do not fit.
 pub(super) fn read(entry: &Entry, list: &Path, dtype: DType, device: &Device) -> Result<Option<SentenceModule>> {
     let path = entry.folder.join("config.json");
     let value = if path.exists() { json(&path)? } else { Value::Object(serde_json::Map::new()) };
@@ -44,7 +44,7 @@ pub(super) fn read(entry: &Entry, list: &Path, dtype: DType, device: &Device) ->
     }
 }
 
-/// The ways to pool by their names, in the order in which the older form concatenates them.
+/// Pooling modes by name, in the order in which the older form concatenates them.
 const MODES: [(&str, &str, Pooling); 6] = [
     ("cls", "pooling_mode_cls_token", Pooling::FirstToken),
     ("max", "pooling_mode_max_tokens", Pooling::Max),
@@ -111,7 +111,7 @@ fn dense(entry: &Entry, options: &Options, dtype: DType, device: &Device) -> Res
     Ok(SentenceModule::Dense(layer, features(options)?))
 }
 
-/// The activation by its class in PyTorch, of which the last part counts.
+/// Returns the activation by the last part of its PyTorch class.
 fn activation(options: &Options) -> Result<DenseActivation> {
     const KEY: &str = "activation_function";
     const CLASSES: [(&str, DenseActivation); 9] = [
@@ -136,7 +136,7 @@ fn activation(options: &Options) -> Result<DenseActivation> {
     })
 }
 
-/// The vectors that a module reads and writes.
+/// Vectors that a module reads and writes.
 fn features(options: &Options) -> Result<Features> {
     const KEY: &str = "module_input_name";
     let name = options.text(KEY, "sentence_embedding")?;
@@ -148,7 +148,7 @@ fn features(options: &Options) -> Result<Features> {
     }
 }
 
-/// The weights of a module.
+/// Weights of a module.
 struct Weights<'d> {
     file: TensorFile,
     dtype: DType,

@@ -18,16 +18,16 @@ const OPTIMIZER: &str = "optimizer.safetensors";
 const TRAINING: &str = "training.json";
 const FILES: [&str; 4] = [CONFIG, MODEL, OPTIMIZER, TRAINING];
 
-/// Names of averaged weights in the optimizer's file begin with it.
+/// Prefix of the names of averaged weights in the optimizer's file.
 pub(super) const EMA: &str = "ema.";
 
-/// Bytes that a JSON file of a checkpoint may have; real ones have some thousand.
+/// Maximum size of a checkpoint's JSON files, in bytes; real ones have a few thousand.
 const MAX_JSON: u64 = 16 << 20;
 
-/// Number of times that a checkpoint is read again if others are saved meanwhile.
+/// Number of retries of a read while other checkpoints are being saved.
 const RETRIES: usize = 100;
 
-/// The whole state of a run, as it is saved into a folder.
+/// Complete state of a run, as saved in a folder.
 ///
 /// # Files
 ///
@@ -84,42 +84,42 @@ const RETRIES: usize = 100;
 /// is removed in both cases.
 #[derive(Clone, Debug)]
 pub struct Checkpoint<C = Config> {
-    /// The options of the model: those of a model of the library, or what another one writes.
+    /// Options of the model: the config of a library model, or those that a custom model writes.
     pub config: C,
-    /// The model's state dict.
+    /// State dict of the model.
     pub model: BTreeMap<String, Tensor>,
-    /// The optimizer's state, and the averaged weights under `ema.NAME`.
+    /// State of the optimizer, and the averaged weights as `ema.NAME`.
     pub optimizer: BTreeMap<String, Tensor>,
-    /// Where the run is.
+    /// Progress of the run.
     pub training: TrainingState,
 }
 
-/// Where a run is: the content of `training.json`.
+/// Progress of a run: the content of `training.json`.
 #[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct TrainingState {
-    /// The version of this crate that wrote the checkpoint.
+    /// Version of this crate that wrote the checkpoint.
     pub version: String,
-    /// Steps done.
+    /// Number of completed steps.
     pub step: u64,
-    /// The options of the run, the seed of its random numbers among them.
+    /// Options of the run, including its random seed.
     pub options: TrainOptions,
-    /// The text that it trains on.
+    /// Fingerprint of the training text.
     pub text: TextPrint,
-    /// Losses so far.
+    /// Losses up to this step.
     pub losses: Losses,
-    /// The loss scaling of a run in f16.
+    /// Loss scaling of a run in f16.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub grad_scaler: Option<GradScaler>,
 }
 
-/// Length and hash that a text is recognised by.
+/// Length and hash that identify a text.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct TextPrint {
-    /// Its length in bytes.
+    /// Length in bytes.
     pub bytes: u64,
-    /// Its hash in hexadecimal digits.
+    /// Hash in hexadecimal digits.
     pub fingerprint: String,
 }
 
@@ -127,22 +127,22 @@ pub struct TextPrint {
 #[derive(Clone, Copy, PartialEq, Debug, Default, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Losses {
-    /// Of the last step.
+    /// Training loss of the last step.
     pub last: Option<f64>,
-    /// The lowest of any step.
+    /// Lowest training loss of any step.
     pub best: Option<f64>,
-    /// Of the last validation.
+    /// Loss of the last validation.
     pub last_validation: Option<f64>,
-    /// The lowest of any validation.
+    /// Lowest loss of any validation.
     pub best_validation: Option<f64>,
 }
 
 impl<C: Serialize> Checkpoint<C> {
-    /// Writes the checkpoint into a folder, which is made if it is not there; other files in it are left alone. At
-    /// every instant the folder has a whole checkpoint, the previous one or this one, see [above](Self#files).
+    /// Saves the checkpoint in a folder, which is created if missing; other files in it are not touched. At every
+    /// instant the folder has a whole checkpoint, the previous one or this one; see [above](Self#files).
     ///
-    /// Errors: [`ErrorKind::Io`] with the path for every failure, a full disk for instance; the previous checkpoint is
-    /// still there, or this one is already if the failure came after step 3.
+    /// Errors: [`ErrorKind::Io`] with the path for every failure, such as a full disk; the previous checkpoint remains,
+    /// or this one if the failure came after step 3.
     pub fn save(&self, folder: impl AsRef<Path>) -> Result<()> {
         let metadata = BTreeMap::from([
             ("format".to_string(), "pt".to_string()),
@@ -161,61 +161,61 @@ impl<C: Serialize> Checkpoint<C> {
 }
 
 impl Checkpoint {
-    /// Completes a save that was interrupted after its third step and removes the remains of one that was interrupted
-    /// before, see [above](Self#files). Reading does not need it; other programs do that read the files by their names.
+    /// Completes a save that was interrupted after its third step, or removes the remains of one that was interrupted
+    /// earlier; see [above](Self#files). Only other programs, which read the files by name, need it before reading.
     ///
     /// Errors: [`ErrorKind::Io`]; the checkpoint can be read as before.
     pub fn complete(folder: impl AsRef<Path>) -> Result<()> {
         files(folder.as_ref()).complete()
     }
 
-    /// Returns `true` if a folder has a file of a checkpoint, readable or not.
+    /// Returns `true` if a folder has any file of a checkpoint, readable or not.
     pub fn is_in(folder: impl AsRef<Path>) -> bool {
-        // One that cannot be looked at is there.
+        // A file that cannot be examined counts as present.
         FILES.iter().any(|name| {
             !matches!(files(folder.as_ref()).read(name, found).map_err(Error::into_kind), Err(ErrorKind::File { .. }))
         })
     }
 
-    /// Reads a checkpoint of a model of the library.
+    /// Reads a checkpoint of a library model.
     ///
-    /// Errors: [`ErrorKind::File`] for a folder without one of the files, a file with another content than it should
-    /// have, or files of different checkpoints; [`ErrorKind::Io`] if one cannot be read.
+    /// Errors: [`ErrorKind::File`] for a missing file, a file with unexpected content, or files of different
+    /// checkpoints; [`ErrorKind::Io`] if one cannot be read.
     pub fn load(folder: impl AsRef<Path>) -> Result<Self> {
         Self::load_as(folder)
     }
 
     /// Reads only the options of the model.
     ///
-    /// Errors: as [`Checkpoint::load`].
+    /// Errors: those of [`Checkpoint::load`].
     pub fn load_config(folder: impl AsRef<Path>) -> Result<Config> {
         read_json(folder.as_ref(), CONFIG)
     }
 
-    /// Reads only where the run is.
+    /// Reads only the progress of the run.
     ///
-    /// Errors: as [`Checkpoint::load`].
+    /// Errors: those of [`Checkpoint::load`].
     pub fn load_training(folder: impl AsRef<Path>) -> Result<TrainingState> {
         read_json(folder.as_ref(), TRAINING)
     }
 
-    /// Reads only the model, its options and its state dict; the other two files are not needed.
+    /// Reads only the options and the state dict of the model; the other two files are not needed.
     ///
-    /// Errors: as [`Checkpoint::load`].
+    /// Errors: those of [`Checkpoint::load`].
     pub fn load_model(folder: impl AsRef<Path>) -> Result<(Config, BTreeMap<String, Tensor>)> {
         let folder = folder.as_ref();
         undisturbed(folder, || model(folder))
     }
 
-    /// Reads the model as [`Checkpoint::load_model`], with the averaged weights of a run that has them
-    /// ([`TrainOptions::ema_decay`]): those that its validation judges.
+    /// Reads the model like [`Checkpoint::load_model`], but with the averaged weights of a run that has them
+    /// ([`TrainOptions::ema_decay`]), which its validation uses.
     ///
-    /// Errors: as [`Checkpoint::load`].
+    /// Errors: those of [`Checkpoint::load`].
     pub fn load_averaged(folder: impl AsRef<Path>) -> Result<(Config, BTreeMap<String, Tensor>)> {
         let folder = folder.as_ref();
         undisturbed(folder, || {
             let (config, mut model) = model(folder)?;
-            // A folder with a config and weights alone is a model too.
+            // A folder with only a config and weights is a model too.
             let has_training = files(folder).read(TRAINING, found).is_ok();
             if has_training && Self::load_training(folder)?.options.ema_decay.is_some() {
                 let (optimizer, _) = files(folder).read(OPTIMIZER, read_with_metadata)?;
@@ -232,7 +232,7 @@ impl Checkpoint {
 impl<C: DeserializeOwned> Checkpoint<C> {
     /// Reads a checkpoint whose model has options of this type.
     ///
-    /// Errors: as [`Checkpoint::load`].
+    /// Errors: those of [`Checkpoint::load`].
     pub fn load_as(folder: impl AsRef<Path>) -> Result<Self> {
         let folder = folder.as_ref();
         undisturbed(folder, || {
@@ -270,9 +270,9 @@ fn model(folder: &Path) -> Result<(Config, BTreeMap<String, Tensor>)> {
     Ok((read_json(folder, CONFIG)?, model))
 }
 
-/// Calls `read` again if another process saved a checkpoint meanwhile: it may have met files of both.
+/// Retries `read` if another process saved a checkpoint meanwhile: it may have read files of both.
 fn undisturbed<R>(folder: &Path, read: impl Fn() -> Result<R>) -> Result<R> {
-    // No two checkpoints of a run have the same one, nor do those of two runs: it has the losses with all their bits.
+    // Unique to each checkpoint, within a run and across runs: it has all bits of the losses.
     let state = || files(folder).read(TRAINING, bytes).ok();
     let mut before = state();
     for _ in 0..RETRIES {

@@ -1,4 +1,4 @@
-//! Text as bytes: reading it, splitting it, and the windows of a batch.
+//! Text as bytes: reading, splitting, and the windows of a batch.
 
 use std::{
     fmt,
@@ -10,13 +10,13 @@ use std::{
 use super::random::{Purpose, stream};
 use crate::{DType, Device, Error, ErrorKind, Philox, Result, Shape, Tensor, error::ensure, hash::fnv1a, sort::sort};
 
-/// Windows that [`ByteText::validation_windows`] gives.
+/// Number of windows in [`ByteText::validation_windows`].
 const VALIDATION_WINDOWS: usize = 64;
 
-/// Bytes read at a time, so that a large binary file is recognised before it is read whole.
+/// Number of bytes read at a time: a large binary file is recognised before all of it is read.
 const BLOCK: usize = 64 * 1024;
 
-/// A text for a byte-level model: the first 9/10 of its bytes train, the rest validate.
+/// Text for a byte-level model: the first 9/10 of its bytes are for training, the rest for validation.
 ///
 /// ```
 /// use x_transformers::{Device, train::ByteText};
@@ -41,15 +41,14 @@ impl fmt::Debug for ByteText {
 }
 
 impl ByteText {
-    /// The files, and all files below the folders, one after the other.
+    /// Reads the files, and all files below the folders, one after the other.
     ///
-    /// A folder is walked in the order of its names. Hidden names, binary files (with a zero byte), empty files, links
-    /// to folders, pipes and devices are passed over; so are files and folders in it that cannot be read, which
+    /// Folders are walked in the order of names. Hidden names, binary files (with a zero byte), empty files, links to
+    /// folders, pipes and devices are skipped; so are files and folders below a folder that cannot be read, which
     /// [`ByteText::skipped`] lists.
     ///
-    /// Errors: [`ErrorKind::Io`] for a file or folder that was named itself and cannot be read; [`ErrorKind::File`] for
-    /// a binary or empty file that was named itself, for what is neither file nor folder, and for a folder without
-    /// text; an empty list.
+    /// Errors: [`ErrorKind::Io`] for a path in the list that cannot be read; [`ErrorKind::File`] for a path in the list
+    /// that is a binary or empty file or neither file nor folder, and for a folder without text; an empty list.
     pub fn from_paths<P: AsRef<Path>>(paths: &[P]) -> Result<Self> {
         ensure!(!paths.is_empty(), Error::option("text", "expected at least one file or folder"));
         let (mut bytes, mut skipped) = (Vec::new(), Vec::new());
@@ -72,31 +71,31 @@ impl ByteText {
         Ok(Self { bytes, skipped })
     }
 
-    /// A text from memory.
+    /// Creates a text from bytes in memory.
     ///
-    /// Errors: it is empty.
+    /// Errors: an empty text.
     pub fn from_bytes(bytes: impl Into<Vec<u8>>) -> Result<Self> {
         let bytes = bytes.into();
         ensure!(!bytes.is_empty(), Error::option("text", "is empty"));
         Ok(Self { bytes, skipped: Vec::new() })
     }
 
-    /// Files and folders below a folder that could not be read and are not part of the text, each with the reason.
+    /// Returns files and folders below a folder that could not be read and are not part of the text, with the reasons.
     pub fn skipped(&self) -> &[(PathBuf, String)] {
         &self.skipped
     }
 
-    /// All bytes.
+    /// Returns all bytes.
     pub fn bytes(&self) -> &[u8] {
         &self.bytes
     }
 
-    /// The bytes to train on: the first `⌊9/10⌋`.
+    /// Returns the bytes to train on: the first 9/10, rounded down.
     pub fn train(&self) -> &[u8] {
         &self.bytes[..self.cut()]
     }
 
-    /// The bytes to validate on.
+    /// Returns the bytes to validate on.
     pub fn validation(&self) -> &[u8] {
         &self.bytes[self.cut()..]
     }
@@ -106,7 +105,7 @@ impl ByteText {
         self.bytes.len() / 10 * 9 + self.bytes.len() % 10 * 9 / 10
     }
 
-    /// FNV-1a of all bytes, to recognise a text.
+    /// Returns the FNV-1a hash of all bytes, which identifies a text.
     pub fn fingerprint(&self) -> u64 {
         fnv1a(&self.bytes)
     }
@@ -115,7 +114,7 @@ impl ByteText {
     ///
     /// Errors: [`ErrorKind::Option`] with the sizes.
     pub fn check(&self, seq_len: usize) -> Result<()> {
-        // The validation part is the smaller one but for the shortest texts.
+        // The validation part is the smaller one except for the shortest texts.
         let shortest = self.validation().len().min(self.train().len());
         ensure!(
             seq_len < shortest,
@@ -134,9 +133,9 @@ impl ByteText {
         Ok(())
     }
 
-    /// `batch_size` windows of the training part at random offsets, as tokens `[batch_size, seq_len + 1]`.
+    /// Returns `batch_size` windows of the training part at random offsets, as tokens `[batch_size, seq_len + 1]`.
     ///
-    /// The offsets depend on `seed`, `step` and `micro`, the number of the micro-batch in the step, alone.
+    /// The offsets depend only on `seed`, `step` and `micro`, the index of the micro-batch in the step.
     ///
     /// Errors: a text too short for the windows; a shape too large.
     pub fn batch(
@@ -154,8 +153,8 @@ impl ByteText {
         windows(self.train(), (0..batch_size).map(|row| random.below(row as u64, starts) as usize), seq_len, device)
     }
 
-    /// 64 windows spaced evenly over the validation part, the first at its start and the last at its end, as tokens
-    /// `[64, seq_len + 1]`.
+    /// Returns 64 windows evenly spaced over the validation part, the first at its start and the last at its end, as
+    /// tokens `[64, seq_len + 1]`.
     ///
     /// Errors: a text too short for the windows; a shape too large.
     pub fn validation_windows(&self, seq_len: usize, device: &Device) -> Result<Tensor> {
@@ -181,7 +180,7 @@ fn windows(
     tokens.to_device(device)
 }
 
-/// The error of a folder without text, with the first file in it that could not be read.
+/// Returns the error of a folder without text, with the first file in it that could not be read.
 fn no_text(folder: &Path, skipped: &[(PathBuf, String)]) -> Error {
     let unreadable = skipped.iter().find(|(path, _)| path.starts_with(folder));
     let reason = unreadable.map_or(String::new(), |(path, why)| format!("; {}: {why}", path.display()));
@@ -211,7 +210,7 @@ fn read_folder(folder: &Path, bytes: &mut Vec<u8>, skipped: &mut Vec<(PathBuf, S
     Ok(())
 }
 
-/// Appends a file, or the text below a folder, that was found in a folder.
+/// Appends a file, or the text below a folder, found in a folder.
 fn read_entry(path: &Path, bytes: &mut Vec<u8>, skipped: &mut Vec<(PathBuf, String)>) -> Result<()> {
     let broken = |source| Error::io(path, source);
     let is_link = fs::symlink_metadata(path).map_err(broken)?.is_symlink();
@@ -225,7 +224,8 @@ fn read_entry(path: &Path, bytes: &mut Vec<u8>, skipped: &mut Vec<(PathBuf, Stri
     }
 }
 
-/// Appends a file, or nothing and `false` if it is binary. A file that cannot be read to its end adds nothing.
+/// Appends a file; returns `false` and appends nothing if it is binary. A file that cannot be read to its end adds
+/// nothing.
 fn read_file(path: &Path, bytes: &mut Vec<u8>) -> Result<bool> {
     let before = bytes.len();
     let broken = |source| Error::io(path, source);

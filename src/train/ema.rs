@@ -1,4 +1,4 @@
-//! The exponential moving average of weights.
+//! Exponential moving average of weights.
 
 use std::{collections::BTreeMap, fmt};
 
@@ -10,7 +10,7 @@ use crate::{
     profile::{self, Phase},
 };
 
-/// An exponential moving average of every parameter, often better at evaluation than the last weights (Polyak and
+/// Exponential moving average of every parameter, often better in evaluation than the last weights (Polyak and
 /// Juditsky, 1992).
 ///
 /// `average ← average + (1 − decay) · (value − average)` after each step, from the initial weights on; f32, and f64
@@ -44,9 +44,9 @@ impl fmt::Debug for Ema {
 }
 
 impl Ema {
-    /// An average that starts at the present values.
+    /// Creates an average that starts at the current values.
     ///
-    /// Errors: a decay outside of `[0, 1]`.
+    /// Errors: a decay outside `[0, 1]`.
     pub fn new(params: &ParamMap, decay: f64) -> Result<Self> {
         ensure!((0.0..=1.0).contains(&decay), Error::option("ema_decay", format_args!("expected 0 to 1, got {decay}")));
         let averages = params.unique().map(|(name, param)| {
@@ -58,9 +58,9 @@ impl Ema {
         Ok(Self { decay, averages: try_ordered(averages)? })
     }
 
-    /// Takes the present values into the average.
+    /// Updates the average with the current values.
     ///
-    /// Errors: other parameters than those it was made for.
+    /// Errors: parameters other than those that it was created for.
     pub fn update(&mut self, params: &ParamMap) -> Result<()> {
         let mut values = Vec::with_capacity(self.averages.len());
         for (name, param) in params.unique() {
@@ -72,7 +72,7 @@ impl Ema {
             values.len() == self.averages.len(),
             Error::argument("ema", format_args!("{} parameters for {} averages", values.len(), self.averages.len()))
         );
-        // Both go through the names in alphabetical order.
+        // Both iterate over the names in alphabetical order.
         let mut averages: Vec<&mut Tensor> = self.averages.values_mut().collect();
         averages.iter_mut().try_for_each(|average| own(average))?;
         average(averages, &values, self.decay)?;
@@ -82,9 +82,9 @@ impl Ema {
         profile::done("ema", Phase::Update, &device, || values.iter().map(bytes).sum())
     }
 
-    /// Gives the parameters their averages until the guard is dropped, which gives them their values back.
+    /// Sets the parameters to their averages until the guard is dropped, which restores their values.
     ///
-    /// Errors: other parameters than those it was made for; nothing is changed then.
+    /// Errors, with nothing changed: parameters other than those that it was created for.
     pub fn swap_in(&self, params: &ParamMap) -> Result<Swapped> {
         let mut swaps = Vec::with_capacity(self.averages.len());
         for (name, param) in params.unique() {
@@ -100,7 +100,7 @@ impl Ema {
         Ok(swapped)
     }
 
-    /// The averages by the names of their parameters.
+    /// Returns the averages by the names of their parameters.
     pub fn state_dict(&self) -> BTreeMap<String, Tensor> {
         self.averages.clone()
     }
@@ -136,7 +136,7 @@ impl Ema {
         Ok(())
     }
 
-    /// The average of a parameter, if it fits.
+    /// Returns the average of a parameter, if its shape and dtype fit.
     fn check(&self, name: &str, value: &Tensor) -> Result<&Tensor> {
         match self.averages.get(name) {
             Some(average) if average.shape() == value.shape() && average.dtype() == value.dtype().accumulator() => {
@@ -157,7 +157,7 @@ impl Ema {
     }
 }
 
-/// Parameters that have other values for a while; dropping it gives them their own back.
+/// Guard of parameters with temporary values; dropping it restores their own.
 #[derive(Debug)]
 #[must_use = "dropping it ends the swap"]
 pub struct Swapped {
@@ -167,7 +167,7 @@ pub struct Swapped {
 impl Drop for Swapped {
     fn drop(&mut self) {
         for (param, value) in self.values.drain(..) {
-            // The value came from this parameter, so that shape and dtype fit.
+            // The value came from this parameter: shape and dtype fit.
             let _ = param.set(value);
         }
     }

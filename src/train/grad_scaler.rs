@@ -4,11 +4,11 @@ use serde::{Deserialize, Serialize};
 
 use crate::{Error, Result, error::ensure};
 
-/// Keeps small gradients of f16 models from becoming zero (Micikevicius et al., Mixed precision training,
-/// <https://arxiv.org/abs/1710.03740>), with the rules and constants of PyTorch's `GradScaler`.
+/// Loss scaling, which keeps small gradients of f16 models from becoming zero (Micikevicius et al., Mixed precision
+/// training, <https://arxiv.org/abs/1710.03740>), with the rules and constants of PyTorch's `GradScaler`.
 ///
-/// The backward pass starts from `scale` in place of 1, and the optimizer divides by it. A step whose gradients have
-/// NaN or infinity leaves the weights alone and halves the scale; 2000 steps without that double it.
+/// The backward pass starts from `scale` instead of 1, and the optimizer divides by it. A step whose gradients have
+/// NaN or infinity does not update the weights and halves the scale; 2000 steps without one double it.
 ///
 /// ```
 /// use x_transformers::train::GradScaler;
@@ -22,13 +22,13 @@ use crate::{Error, Result, error::ensure};
 #[doc(alias = "autocast")]
 pub struct GradScaler {
     scale: f64,
-    /// Steps since the scale changed.
+    /// Number of steps since the scale changed.
     growth_tracker: u64,
     skipped: u64,
 }
 
 impl Default for GradScaler {
-    /// A scale of 65536.
+    /// Creates a scaler with a scale of 65536.
     fn default() -> Self {
         Self { scale: 65536.0, growth_tracker: 0, skipped: 0 }
     }
@@ -37,22 +37,22 @@ impl Default for GradScaler {
 impl GradScaler {
     /// Factor on the scale after [`GradScaler::GROWTH_INTERVAL`] steps.
     pub const GROWTH_FACTOR: f64 = 2.0;
-    /// Factor on the scale after a step that was skipped.
+    /// Factor on the scale after a skipped step.
     pub const BACKOFF_FACTOR: f64 = 0.5;
-    /// Steps in a row with finite gradients after which the scale grows.
+    /// Number of consecutive steps with finite gradients after which the scale grows.
     pub const GROWTH_INTERVAL: u64 = 2000;
 
-    /// Factor on the loss.
+    /// Returns the factor on the loss.
     pub fn scale(&self) -> f64 {
         self.scale
     }
 
-    /// Steps that were skipped so far.
+    /// Returns the number of skipped steps so far.
     pub fn skipped(&self) -> u64 {
         self.skipped
     }
 
-    /// Takes note of a step; `finite`: whether its gradients were, so that it was done.
+    /// Updates the scale after a step; `finite` is `true` if its gradients were finite and it was not skipped.
     pub fn update(&mut self, finite: bool) {
         if !finite {
             self.scale *= Self::BACKOFF_FACTOR;
@@ -69,15 +69,15 @@ impl GradScaler {
         }
     }
 
-    /// Returns `true` if a smaller scale could help against gradients that are not finite: below 1 it would not keep
-    /// small gradients from vanishing but make them vanish.
+    /// Returns `true` if a smaller scale could help against gradients that are not finite: a scale below 1 would make
+    /// small gradients vanish.
     pub(super) fn can_back_off(&self) -> bool {
         self.scale > 1.0
     }
 
     /// Checks numbers that come from a file.
     ///
-    /// Errors: a scale that is no positive number, or a count that no run reaches.
+    /// Errors: a scale that is not a positive number, or a count that no run reaches.
     pub(super) fn check(&self) -> Result<()> {
         ensure!(
             self.scale > 0.0 && self.scale <= f64::from(f32::MAX) && self.growth_tracker < Self::GROWTH_INTERVAL,
@@ -101,7 +101,7 @@ mod tests {
         assert_eq!(scaler.scale(), 65536.0);
         scaler.update(true);
         assert_eq!((scaler.scale(), scaler.growth_tracker), (131072.0, 0));
-        // A skipped step starts the count anew.
+        // A skipped step restarts the count.
         (0..1999).for_each(|_| scaler.update(true));
         scaler.update(false);
         (0..1999).for_each(|_| scaler.update(true));

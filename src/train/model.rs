@@ -1,4 +1,4 @@
-//! The model of a trainer.
+//! Models that a trainer trains.
 
 use std::fmt;
 
@@ -10,35 +10,35 @@ use crate::{
     models::{AutoregressiveWrapper, ForwardOptions},
 };
 
-/// A model that a [`Trainer`](super::Trainer) trains: made from options that a checkpoint keeps, with parameters in a
+/// Model that a [`Trainer`](super::Trainer) trains: built from options that a checkpoint keeps, with parameters in a
 /// [`ParamStore`] and a loss on windows of tokens.
 pub trait TrainModel: Sized {
-    /// The options of the model.
+    /// Options of the model.
     type Config: fmt::Debug;
 
-    /// Builds the model; its parameters are those that it registers in the store.
+    /// Builds the model and registers its parameters in the store.
     ///
     /// Errors: illegal options.
     fn build(config: &Self::Config, store: &ParamStore) -> Result<Self>;
 
-    /// The mean loss of predicting each token from those before it, in nats: `[batch, seq_len + 1]` I64 to a scalar.
-    /// Everything random in it comes from the tape, so that a resumed run draws the same.
+    /// Computes the mean loss, in nats, of predicting each token from those before it: `[batch, seq_len + 1]` I64 to a
+    /// scalar. All randomness comes from the tape, which makes a resumed run draw the same numbers.
     fn loss(&self, tokens: &Tensor) -> Result<Tensor>;
 
-    /// The options as JSON: the content of `config.json` in a checkpoint.
+    /// Returns the options as JSON: the content of `config.json` in a checkpoint.
     fn config_to_json(config: &Self::Config) -> Value;
 
-    /// The options that [`TrainModel::config_to_json`] wrote.
+    /// Parses the options that [`TrainModel::config_to_json`] wrote.
     ///
     /// Errors: options of another model, or illegal ones.
     fn config_from_json(json: Value) -> Result<Self::Config>;
 
-    /// Size of the vocabulary. Default 256: bytes.
+    /// Returns the size of the vocabulary. Default 256: bytes.
     fn num_tokens(_config: &Self::Config) -> usize {
         256
     }
 
-    /// The longest window that the model predicts. Default: no limit.
+    /// Returns the longest window that the model predicts. Default no limit.
     fn max_seq_len(_config: &Self::Config) -> usize {
         usize::MAX
     }

@@ -14,16 +14,16 @@ use crate::{
     sort::{order, sort_by},
 };
 
-/// The constants of [`AdamW`]; the learning rate comes with each step.
+/// Hyperparameters of [`AdamW`]; the learning rate is an argument of each step.
 #[derive(Clone, Copy, PartialEq, Debug)]
 pub struct AdamWOptions {
-    /// Weight of the past in the mean of gradients. Default 0.9.
+    /// Decay of the running mean of gradients, β₁. Default 0.9.
     pub beta1: f64,
-    /// Weight of the past in the mean of squared gradients. Default 0.999.
+    /// Decay of the running mean of squared gradients, β₂. Default 0.999.
     pub beta2: f64,
     /// Added to the denominator. Default 1e-8.
     pub eps: f64,
-    /// Each step takes `lr · weight_decay` of every weight away. Default 0.01.
+    /// Decoupled weight decay: each step shrinks every weight by the fraction `lr · weight_decay`. Default 0.01.
     pub weight_decay: f64,
 }
 
@@ -40,12 +40,13 @@ impl Default for AdamWOptions {
 /// `p ← p · (1 − lr · weight_decay)`, `m ← β₁ m + (1 − β₁) g`, `v ← β₂ v + (1 − β₂) g²`,
 /// `p ← p − lr / (1 − β₁ᵗ) · m / (√v / √(1 − β₂ᵗ) + eps)`, where `t` counts the updates of this parameter.
 ///
-/// `m` and `v` are f32 (f64 for f64 parameters). For a bf16 or f16 parameter the state has the weight in f32 too, and
-/// the parameter is that weight rounded: updates smaller than half a unit of the half type are not lost. Whoever sets
-/// such a parameter to another value continues from that value. Results have the same bits for any number of threads.
+/// `m` and `v` are f32 (f64 for f64 parameters). For a bf16 or f16 parameter the state also holds an f32 master
+/// weight, and the parameter is that weight rounded: updates smaller than half a unit of the half type are not lost.
+/// Setting such a parameter to another value makes training continue from that value. Results have the same bits for
+/// any number of threads.
 ///
-/// Other threads may use the model during a step: whoever reads a parameter waits until all of them are updated, which
-/// takes the time of the arithmetic alone.
+/// Other threads may use the model during a step: a reader of a parameter waits until all of them are updated, which
+/// takes only the time of the arithmetic.
 ///
 /// ```
 /// use x_transformers::{DType, Device, Init, ParamStore, Tape, train::{AdamW, AdamWOptions}};
@@ -69,7 +70,7 @@ pub struct AdamW {
     options: AdamWOptions,
     state: BTreeMap<String, State>,
     steps: u64,
-    /// During an update; still after one that panicked.
+    /// If `true`, an update is in progress or has panicked.
     updating: bool,
 }
 
@@ -96,9 +97,9 @@ struct State {
 #[derive(Clone, Copy, PartialEq, Debug)]
 #[non_exhaustive]
 pub struct StepInfo {
-    /// The norm of all gradients together, before clipping.
+    /// Global norm of all gradients, before clipping.
     pub grad_norm: f64,
-    /// Parameters that had a gradient and were changed.
+    /// Number of parameters that had a gradient and were updated.
     pub updated: usize,
 }
 
@@ -112,9 +113,9 @@ impl State {
 }
 
 impl AdamW {
-    /// An optimizer without state.
+    /// Creates an optimizer without state.
     ///
-    /// Errors: a beta outside of `[0, 1)`, or `eps` or `weight_decay` negative or not finite.
+    /// Errors: a beta outside `[0, 1)`, or `eps` or `weight_decay` negative or not finite.
     pub fn new(options: AdamWOptions) -> Result<Self> {
         let AdamWOptions { beta1, beta2, eps, weight_decay } = options;
         for (key, beta) in [("beta1", beta1), ("beta2", beta2)] {
@@ -132,20 +133,20 @@ impl AdamW {
         Ok(Self { options, state: BTreeMap::new(), steps: 0, updating: false })
     }
 
-    /// The constants.
+    /// Returns the hyperparameters.
     pub fn options(&self) -> AdamWOptions {
         self.options
     }
 
-    /// Steps done so far.
+    /// Returns the number of steps so far.
     pub fn steps(&self) -> u64 {
         self.steps
     }
 
-    /// Updates every parameter that has a gradient; the others stay as they are, without weight decay.
+    /// Updates every parameter that has a gradient; the others do not change, not even by weight decay.
     ///
-    /// `clip`: gradients are multiplied by `clip / (norm + 1e-6)` if that is below 1, as PyTorch's `clip_grad_norm_`
-    /// does. A gradient has its parameter's dtype, or f32 where that is a half type.
+    /// With `clip`, gradients are multiplied by `clip / (norm + 1e-6)` if that is below 1, like PyTorch's
+    /// `clip_grad_norm_`. A gradient has its parameter's dtype, or f32 if that is a half type.
     ///
     /// Errors, with nothing changed: [`ErrorKind::NonFinite`] for a gradient with NaN or infinity, naming its
     /// parameter; a rate that is negative or not finite; a clip that is not positive; a gradient of another shape or
@@ -155,7 +156,7 @@ impl AdamW {
         self.step_scaled(params, grads, 1.0, lr, clip)
     }
 
-    /// As [`AdamW::step`], with all gradients multiplied by `scale` first, before their norm is taken.
+    /// Like [`AdamW::step`], but multiplies all gradients by `scale` before taking their norm.
     pub(crate) fn step_scaled(
         &mut self,
         params: &ParamMap,
@@ -173,7 +174,7 @@ impl AdamW {
         let settings = self.settings(lr, grad_scale);
         compile("adamw_step", kinds(&named, &packed))?;
         self.update(&named, &packed, |updates| {
-            // Everything but the gradient is read and written.
+            // Everything except the gradient is read and written.
             let moved = |update: &Update| {
                 let state = [&*update.exp_avg, &*update.exp_avg_sq].into_iter().chain(update.master.as_deref());
                 bytes(update.grad) + 2 * (bytes(update.value) + state.map(bytes).sum::<usize>())
@@ -265,7 +266,7 @@ impl AdamW {
         Ok((norm, named.into_iter().map(|(name, _)| name.to_string()).collect()))
     }
 
-    /// The numbers of the next step of every parameter, in the order of [`ParamMap::unique`].
+    /// Returns the numbers of the next step of every parameter, in the order of [`ParamMap::unique`].
     #[cfg(feature = "cuda")]
     pub(super) fn factors(&self, params: &ParamMap, lr: f64) -> Vec<f64> {
         let settings = self.settings(lr, 1.0);
@@ -273,7 +274,7 @@ impl AdamW {
         params.unique().flat_map(|(name, _)| settings.factors(next(name))).collect()
     }
 
-    /// Returns `true` if nobody else holds the tensors of the state, which a recorded step changes where they are.
+    /// Returns `true` if nothing else shares the tensors of the state, which a recorded step updates in place.
     #[cfg(feature = "cuda")]
     pub(super) fn is_unique(&mut self) -> bool {
         self.state.values_mut().all(|State { exp_avg, exp_avg_sq, master, .. }| {
@@ -281,21 +282,21 @@ impl AdamW {
         })
     }
 
-    /// The norm of all gradients together.
+    /// Returns the global norm of all gradients.
     fn norm(&self, named: &[Named], grads: &[Tensor]) -> Result<f64> {
         let squares = square_norms(grads)?;
         let norm = squares.iter().sum::<f64>().sqrt();
         if norm.is_finite() {
             return Ok(norm);
         }
-        // Finite ones can add up to infinity in f64; the largest is to blame then.
+        // Finite gradients can add up to infinity in f64; the error then names the largest.
         let largest = || squares.iter().enumerate().max_by(|a, b| a.1.total_cmp(b.1)).map(|(index, _)| index);
         let culprit = squares.iter().position(|square| !square.is_finite()).or_else(largest);
         let what = culprit.map_or("gradient norm".to_string(), |index| format!("gradient of {}", named[index].0));
         Err(Error::new(ErrorKind::NonFinite { step: self.steps, what }))
     }
 
-    /// Makes the state of parameters that are new, and every state writable.
+    /// Creates the state of new parameters, and makes every state writable.
     fn prepare(&mut self, named: &[Named]) -> Result<()> {
         for (name, param) in named {
             let value = param.tensor().detach();
@@ -327,8 +328,8 @@ impl AdamW {
         Ok(())
     }
 
-    /// The state by name, for a checkpoint: `exp_avg.P`, `exp_avg_sq.P`, `step.P` and, for half types, `master.P` of
-    /// each parameter `P` that was updated, and `steps`.
+    /// Returns the state by name, for a checkpoint: `exp_avg.P`, `exp_avg_sq.P`, `step.P` and, for half types,
+    /// `master.P` of each updated parameter `P`, and `steps`.
     pub fn state_dict(&self) -> Result<BTreeMap<String, Tensor>> {
         let count = |steps: u64| Tensor::scalar(steps as i64, &crate::Device::Cpu);
         let mut dict = BTreeMap::from([("steps".to_string(), count(self.steps)?)]);
@@ -343,7 +344,7 @@ impl AdamW {
         Ok(dict)
     }
 
-    /// Replaces the state by one from [`AdamW::state_dict`].
+    /// Replaces the state with one from [`AdamW::state_dict`].
     ///
     /// Errors, with nothing changed: [`ErrorKind::Weights`] with every name that is missing, belongs to no parameter or
     /// has another shape; [`ErrorKind::DType`] for a tensor of another dtype; [`ErrorKind::Argument`] for a negative
@@ -391,14 +392,14 @@ pub(super) fn check(lr: f64, clip: Option<f64>) -> Result<()> {
 /// A parameter and its name.
 type Named<'a> = (&'a str, &'a Param);
 
-/// The parameters that have a gradient, and their gradients, packed.
+/// Parameters that have a gradient, and their gradients, packed.
 fn with_gradients<'a>(params: &'a ParamMap, grads: &Gradients) -> Result<(Vec<Named<'a>>, Vec<Tensor>)> {
     let with_grad = params.unique().filter_map(|(name, param)| Some((name, param, grads.param(param)?)));
     let packed = with_grad.map(|(name, param, grad)| Ok(((name, param), grad.detach().contiguous()?)));
     Ok(packed.collect::<Result<Vec<_>>>()?.into_iter().unzip())
 }
 
-/// The types that the kernel of each parameter is compiled for.
+/// Returns the types that the kernel of each parameter is compiled for.
 fn kinds(named: &[Named], grads: &[Tensor]) -> impl Iterator<Item = (Device, DType, DType)> {
     let kind = |((_, param), grad): (&Named, &Tensor)| {
         let value = param.tensor();
@@ -411,7 +412,7 @@ fn bytes(tensor: &Tensor) -> usize {
     tensor.numel() * tensor.dtype().size()
 }
 
-/// Takes tensors out of a state dict and collects what does not fit.
+/// Takes tensors out of a state dict and collects mismatches.
 struct Loader<'a> {
     dict: &'a BTreeMap<String, Tensor>,
     used: std::collections::BTreeSet<String>,
@@ -464,7 +465,7 @@ mod tests {
     use super::*;
     use crate::{Device, Init, ParamStore, Tape};
 
-    /// Micro-batches of a half model are summed in f32: the gradient is of another dtype than the parameter.
+    /// Micro-batches of a half model are summed in f32: gradient and parameter have different dtypes.
     #[test]
     fn adamw_takes_f32_gradients_for_half_parameters() -> Result<()> {
         for dtype in [DType::BF16, DType::F16] {
@@ -480,7 +481,7 @@ mod tests {
             optimizer.step(&store.params(), &grads, 0.1, None)?;
             let mean = optimizer.state_dict()?["exp_avg.p"].to_f64_vec()?;
             assert!(mean.iter().all(|mean| (mean - 0.1 * (1.0 + 2f64.powi(-20))).abs() < 1e-8), "{}", mean[0]);
-            // f64 gradients are nobody's.
+            // No parameter takes f64 gradients.
             for grad in grads.tensors_mut() {
                 *grad = grad.to_dtype(DType::F64)?;
             }
@@ -492,7 +493,7 @@ mod tests {
         }
         Ok(())
     }
-    /// A step that panics half way leaves nothing that goes on as if it were whole.
+    /// After a step that panics half way, nothing continues as if it were complete.
     #[test]
     fn adamw_refuses_half_updated_weights() -> Result<()> {
         let store = ParamStore::new(0, DType::F32, &Device::Cpu);

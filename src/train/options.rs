@@ -1,4 +1,4 @@
-//! The options of a training run.
+//! Options of a training run.
 
 use serde::{Deserialize, Serialize};
 
@@ -20,21 +20,21 @@ use crate::{DType, Error, Result, error::ensure};
 #[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct TrainOptions {
-    /// Steps, each one update of the weights. Default 300.
+    /// Number of steps, each one update of the weights. Default 300.
     pub steps: u64,
-    /// Windows of text in a micro-batch. Default 8.
+    /// Number of text windows in a micro-batch. Default 8.
     pub batch_size: usize,
-    /// Bytes that a window predicts. Default 256.
+    /// Number of bytes that a window predicts. Default 256.
     pub seq_len: usize,
-    /// Micro-batches of a step, whose gradients are averaged. Default 1.
+    /// Number of micro-batches per step, whose gradients are averaged. Default 1.
     pub accumulate: usize,
-    /// The peak of the learning rate. Default 1e-3.
+    /// Peak learning rate. Default 1e-3.
     pub lr: f64,
-    /// Steps until the peak. Default 30.
+    /// Number of warmup steps until the peak. Default 30.
     pub warmup: u64,
-    /// The learning rate at the end as a fraction of the peak. Default 0.1.
+    /// Final learning rate as a fraction of the peak. Default 0.1.
     pub final_lr_ratio: f64,
-    /// The largest norm of all gradients together; longer ones are scaled down. Default 1.
+    /// Maximum global norm of the gradients; larger ones are scaled down. Default 1.
     pub clip: f64,
     /// AdamW's weight decay. Default 0.01.
     pub weight_decay: f64,
@@ -44,14 +44,14 @@ pub struct TrainOptions {
     pub beta2: f64,
     /// AdamW's ε. Default 1e-8.
     pub eps: f64,
-    /// Decay of the moving average of the weights, which validation uses then. Default none.
+    /// Decay of the moving average of the weights, which validation then uses. Default none.
     pub ema_decay: Option<f64>,
-    /// Steps between two validations and checkpoints of the loop around the [`Trainer`](super::Trainer), which does
-    /// neither by itself; `xt train --every`. It is kept here so that a resumed run goes on with it. Default 100.
+    /// Number of steps between validations and checkpoints in the loop around the [`Trainer`](super::Trainer), which
+    /// does neither by itself; `xt train --every`. Stored here for resumed runs. Default 100.
     pub every: u64,
-    /// Fixes the initial weights, the batches and the dropout masks. Default 0.
+    /// Seed of the initial weights, the batches and the dropout masks. Default 0.
     pub seed: u64,
-    /// Type of the weights and activations. Default f32. In f16 the loss is scaled, see
+    /// Type of the weights and activations. Default f32. With f16 the loss is scaled; see
     /// [`GradScaler`](super::GradScaler).
     pub dtype: DType,
 }
@@ -125,12 +125,12 @@ impl TrainOptions {
         AdamW::new(self.adamw()).map(drop)
     }
 
-    /// The learning rate of each step.
+    /// Returns the learning-rate schedule.
     pub fn schedule(&self) -> Schedule {
         Schedule { lr: self.lr, warmup: self.warmup, steps: self.steps, final_ratio: self.final_lr_ratio }
     }
 
-    /// The constants of the optimizer.
+    /// Returns the hyperparameters of the optimizer.
     pub fn adamw(&self) -> AdamWOptions {
         AdamWOptions { beta1: self.beta1, beta2: self.beta2, eps: self.eps, weight_decay: self.weight_decay }
     }

@@ -1,5 +1,5 @@
-//! The random numbers of a step: a function of the seed, the step and the micro-batch, so that a resumed run draws
-//! what an uninterrupted one draws without saving the state of a generator.
+//! Random numbers of a step: a function of the seed, the step and the micro-batch. A resumed run draws the same
+//! numbers as an uninterrupted one, without a saved generator state.
 
 use crate::Philox;
 
@@ -8,22 +8,22 @@ use crate::Philox;
 pub(super) enum Purpose {
     /// Offsets of the windows of a batch.
     Batch = 1,
-    /// The seed of a tape, which gives the dropout masks.
+    /// Seed of a tape, which determines the dropout masks.
     Tape = 2,
 }
 
-/// Micro-batches that a step can have.
+/// Maximum number of micro-batches in a step.
 pub(super) const MAX_MICRO: u64 = 1 << 20;
 
-/// Steps that a run can have.
+/// Maximum number of steps in a run.
 pub(super) const MAX_STEPS: u64 = 1 << 40;
 
-/// The number of a stream: purpose, step and micro-batch in bits of their own.
+/// Returns the index of a stream: purpose, step and micro-batch in separate bits.
 pub(super) fn stream(purpose: Purpose, step: u64, micro: u64) -> u64 {
     ((purpose as u64) << 60) | ((step % MAX_STEPS) << 20) | (micro % MAX_MICRO)
 }
 
-/// The seed of the tape of a micro-batch.
+/// Returns the seed of a micro-batch's tape.
 pub(super) fn tape_seed(seed: u64, step: u64, micro: u64) -> u64 {
     let [high, low, ..] = Philox::new(seed, stream(Purpose::Tape, step, micro)).block(0);
     (high as u64) << 32 | low as u64

@@ -1,18 +1,18 @@
-//! A whole training step as one CUDA graph.
+//! Training steps as one CUDA graph.
 
 use std::{cell::RefCell, collections::BTreeMap};
 
 use super::{AdamW, StepInfo, optimizer::check};
 use crate::{DType, Device, Error, ErrorKind, Graph, ParamMap, Result, Tape, Tensor, error::ensure};
 
-/// Loss, gradients, clipping and AdamW, recorded once and replayed with one call of the driver.
+/// Training step as a CUDA graph: loss, gradients, clipping and AdamW, recorded once and replayed with one driver call.
 ///
 /// The numbers that change from step to step lie in a small buffer on the device, which [`RecordedStep::step`] fills
 /// before the replay: the learning rate, the factors that follow from the number of the step, and the scale of the
 /// loss. The weights are those of [`AdamW::step`] to the bit, if all parameters have one dtype.
 ///
-/// Weights and state change where they are: as long as another tensor shares them, for instance one of
-/// [`ParamMap::state_dict`], a step is refused.
+/// Weights and state are updated in place: a step is an error while another tensor shares them, for instance one from
+/// [`ParamMap::state_dict`].
 pub struct RecordedStep {
     graph: Graph<Recorded>,
     params: ParamMap,
@@ -23,9 +23,9 @@ pub struct RecordedStep {
 /// Results of a recorded step, on the device.
 struct Recorded {
     loss: Tensor,
-    /// The norm of the gradients, and their factor.
+    /// Norm of the gradients, and their factor.
     norm: Tensor,
-    /// The parameters that have gradients.
+    /// Names of the parameters that have gradients.
     names: Vec<String>,
 }
 
@@ -33,9 +33,9 @@ struct Recorded {
 #[derive(Clone, Debug)]
 #[non_exhaustive]
 pub struct RecordedInfo {
-    /// The loss, on the device, until the next step overwrites it: it was not read back.
+    /// Loss on the device, not read back; the next step overwrites it.
     pub loss: Tensor,
-    /// The norm of the gradients and the number of parameters that were changed.
+    /// Norm of the gradients and number of updated parameters.
     pub info: StepInfo,
 }
 
@@ -46,13 +46,13 @@ impl std::fmt::Debug for RecordedStep {
 }
 
 impl RecordedStep {
-    /// Records the step that begins with `loss`, a function of the inputs and the parameters. It is called three
-    /// times and changes no weight.
+    /// Records the step that begins with `loss`, a function of the inputs and the parameters, which is called three
+    /// times. Recording changes no weight.
     ///
     /// `inputs`: packed tensors on one GPU, with the shapes of all later ones. `clip`: as in [`AdamW::step`].
     ///
     /// Errors: dropout, whose masks a graph would repeat; a loss of more than one element; gradients of several dtypes;
-    /// and what [`Graph::capture`] refuses.
+    /// and those of [`Graph::capture`].
     pub fn new(
         optimizer: AdamW,
         params: &ParamMap,
@@ -65,14 +65,14 @@ impl RecordedStep {
         ensure!(device != Device::Cpu, Error::argument("graph", "expected at least one input, on a GPU"));
         let optimizer = RefCell::new(optimizer);
         let factors = optimizer.borrow().factors(params, 0.0);
-        // Not a number: the run before the recording computes everything and updates nothing.
+        // NaN: the run before the recording computes everything and updates nothing.
         let numbers = numbers(&[f64::NAN, 1.0], &factors, &device)?;
         let scale = Tensor::full([1], 1.0, DType::F64, &device)?;
         let all: Vec<Tensor> = inputs.iter().cloned().chain(numbers).chain([scale]).collect();
         let count = inputs.len();
         let record = |all: &[Tensor]| {
             let (inputs, [given, factors, scale]) = (&all[..count], [&all[count], &all[count + 1], &all[count + 2]]);
-            // A training tape, so that dropout is an error and not left out.
+            // A training tape: dropout is an error instead of being omitted.
             let mut tape = Tape::train(0);
             let loss = loss(inputs)?;
             ensure!(loss.numel() == 1, Error::new(ErrorKind::NotScalar { shape: loss.shape().to_vec() }));
@@ -80,20 +80,20 @@ impl RecordedStep {
             let (norm, names) = optimizer.borrow_mut().record(params, &grads, given, factors)?;
             Ok(Recorded { loss: loss.detach(), norm, names })
         };
-        // Makes the optimizer's state, which must not lie in the memory that the graph reuses.
+        // Creates the optimizer's state, which must not lie in memory that the graph reuses.
         drop(record(&all)?);
         let graph = Graph::capture(&all, params, record)?;
         Ok(Self { graph, params: params.clone(), optimizer: optimizer.into_inner(), clip })
     }
 
-    /// One step with this learning rate.
+    /// Runs one step with this learning rate.
     ///
-    /// `scale`: what the loss is multiplied by before the backward pass, and the gradients are divided by after it; 1
-    /// but for f16 ([`super::GradScaler`]).
+    /// `scale` multiplies the loss before the backward pass and divides the gradients after it; 1 except for f16
+    /// ([`super::GradScaler`]).
     ///
     /// Errors, with nothing changed: a rate that is negative or not finite, a scale that is not positive, inputs other
-    /// than those of the recording, weights or a state that others hold, and [`ErrorKind::NonFinite`] for gradients
-    /// with NaN or infinity.
+    /// than those of the recording, weights or a state that other tensors share, and [`ErrorKind::NonFinite`] for
+    /// gradients with NaN or infinity.
     pub fn step(&mut self, inputs: &[Tensor], lr: f64, scale: f64) -> Result<RecordedInfo> {
         check(lr, self.clip)?;
         ensure!(
@@ -131,24 +131,24 @@ impl RecordedStep {
         Ok(RecordedInfo { loss: loss.clone(), info })
     }
 
-    /// Steps done so far, those before the recording included.
+    /// Returns the number of steps so far, including those before the recording.
     pub fn steps(&self) -> u64 {
         self.optimizer.steps()
     }
 
-    /// The optimizer's state as [`AdamW::state_dict`] gives it, in copies.
+    /// Returns a copy of the optimizer's state, as [`AdamW::state_dict`] does.
     pub fn state_dict(&self) -> Result<BTreeMap<String, Tensor>> {
         let copy = |(name, tensor): (String, Tensor)| Ok((name, tensor.to_owned_copy()?));
         self.optimizer.state_dict()?.into_iter().map(copy).collect()
     }
 
-    /// The optimizer, to go on without the graph.
+    /// Returns the optimizer, to continue without the graph.
     pub fn into_optimizer(self) -> AdamW {
         self.optimizer
     }
 }
 
-/// The scale and the clip, `[2]`, and the factors of each parameter, `[parameters, 7]`, on the device.
+/// Returns the scale and the clip, `[2]`, and the factors of each parameter, `[parameters, 7]`, on the device.
 fn numbers(given: &[f64; 2], factors: &[f64], device: &Device) -> Result<[Tensor; 2]> {
     Ok([Tensor::from_slice(given, [2], device)?, Tensor::from_slice(factors, [factors.len() / 7, 7], device)?])
 }

@@ -1,10 +1,10 @@
-//! The learning rate of each step.
+//! Learning-rate schedule.
 
-/// Linear warm-up, then half a cosine down to a fraction of the peak (Loshchilov and Hutter,
+/// Learning-rate schedule: linear warmup, then cosine decay to a fraction of the peak (Loshchilov and Hutter,
 /// <https://arxiv.org/abs/1608.03983>, with one period).
 ///
 /// `lr · (step + 1) / warmup` for `step < warmup`; from there on, with `p = (step − warmup) / (steps − warmup)`,
-/// `lr · (final_ratio + (1 − final_ratio) · (1 + cos πp) / 2)`. Steps count from 0; behind the last one the rate stays
+/// `lr · (final_ratio + (1 − final_ratio) · (1 + cos πp) / 2)`. Steps count from 0; after the last one the rate stays
 /// at `lr · final_ratio`.
 ///
 /// ```
@@ -17,18 +17,18 @@
 #[doc(alias = "CosineAnnealingLR")]
 #[doc(alias = "lr_scheduler")]
 pub struct Schedule {
-    /// The peak.
+    /// Peak learning rate.
     pub lr: f64,
-    /// Steps until the peak.
+    /// Number of warmup steps until the peak.
     pub warmup: u64,
-    /// Steps in all.
+    /// Total number of steps.
     pub steps: u64,
-    /// The rate at the end as a fraction of the peak.
+    /// Final learning rate as a fraction of the peak.
     pub final_ratio: f64,
 }
 
 impl Schedule {
-    /// The learning rate of a step, counted from 0.
+    /// Returns the learning rate of a step, counted from 0.
     pub fn at(&self, step: u64) -> f64 {
         if step < self.warmup {
             return self.lr * (step + 1) as f64 / self.warmup as f64;

@@ -1,4 +1,4 @@
-//! The training loop.
+//! Training loop.
 
 use std::{cell::Cell, collections::BTreeMap, fmt, io, path::Path};
 
@@ -17,14 +17,14 @@ use crate::{
     ops::adamw::square_norms,
 };
 
-/// Trains a byte-level model on a text, step by step: an [`AutoregressiveWrapper`], or any [`TrainModel`] by
+/// Trainer of a byte-level model on a text, step by step: an [`AutoregressiveWrapper`], or any [`TrainModel`] with
 /// [`Trainer::start`] and [`Trainer::resume_from`].
 ///
-/// Everything random depends on the seed and the number of the step: a run that is saved, killed and resumed ends with
-/// the same bits as one that was never interrupted, on any number of threads.
+/// All randomness depends on the seed and the number of the step: a run that is saved, killed and resumed ends with
+/// the same bits as an uninterrupted one, on any number of threads.
 ///
-/// Half types train with the optimizer's weights in f32 and with the loss in f32, f16 with a scaled loss
-/// ([`GradScaler`]) besides.
+/// Half types train with f32 master weights in the optimizer and the loss in f32, f16 also with a scaled loss
+/// ([`GradScaler`]).
 ///
 /// ```
 /// use x_transformers::{
@@ -84,43 +84,43 @@ impl<M: TrainModel> fmt::Debug for Trainer<M> {
 #[derive(Clone, Copy, PartialEq, Debug)]
 #[non_exhaustive]
 pub struct StepReport {
-    /// The number of the step, counted from 0.
+    /// Index of the step, from 0.
     pub step: u64,
-    /// The loss before the update, in nats per byte, averaged over the micro-batches.
+    /// Loss before the update, in nats per byte, averaged over the micro-batches.
     pub loss: f64,
-    /// The norm of all gradients together, before clipping; infinite in a step that was skipped.
+    /// Global norm of all gradients, before clipping; infinite in a skipped step.
     pub grad_norm: f64,
-    /// The learning rate.
+    /// Learning rate.
     pub lr: f64,
-    /// Bytes that were predicted.
+    /// Number of predicted bytes.
     pub tokens: u64,
-    /// If `true`, the weights were left alone, because the gradients of a scaled loss were not finite.
+    /// If `true`, the weights were not updated because the gradients of a scaled loss were not finite.
     pub skipped: bool,
 }
 
 impl Trainer {
-    /// A run from its beginning, with random weights.
+    /// Starts a run with random weights.
     ///
-    /// Errors: [`ErrorKind::Option`] for what is illegal in the config or the options, a text too short for `seq_len`,
-    /// or bytes in it that the model has no tokens for.
+    /// Errors: [`ErrorKind::Option`] for an illegal config or illegal options, a text too short for `seq_len`, or bytes
+    /// in it that the model has no tokens for.
     pub fn new(config: AutoregressiveConfig, options: TrainOptions, text: ByteText, device: &Device) -> Result<Self> {
         Self::start(config, options, text, device)
     }
 
-    /// A run from where [`Trainer::save`] was called. A save that was interrupted is completed first
+    /// Resumes a run from a checkpoint of [`Trainer::save`]. An interrupted save is completed first
     /// ([`Checkpoint::complete`]), unless the folder cannot be written.
     ///
-    /// Errors: those of [`Checkpoint::load`] and [`Checkpoint::complete`]; another text than the run had
-    /// ([`ErrorKind::Option`]); weights or a state that do not fit the config, with the file in front.
+    /// Errors: those of [`Checkpoint::load`] and [`Checkpoint::complete`]; a text other than the run's
+    /// ([`ErrorKind::Option`]); weights or a state that do not fit the config, with the name of the file.
     pub fn resume(folder: impl AsRef<Path>, text: ByteText, device: &Device) -> Result<Self> {
         Self::resume_from(folder, text, device)
     }
 }
 
 impl<M: TrainModel> Trainer<M> {
-    /// Begins as [`Trainer::new`], for any model.
+    /// Starts a run of any model, like [`Trainer::new`].
     ///
-    /// Errors: as [`Trainer::new`], and those of [`TrainModel::build`].
+    /// Errors: those of [`Trainer::new`] and [`TrainModel::build`].
     pub fn start(config: M::Config, options: TrainOptions, text: ByteText, device: &Device) -> Result<Self> {
         let store = ParamStore::new(options.seed, options.dtype, device);
         Self::build(config, options, text, store)
@@ -147,9 +147,9 @@ impl<M: TrainModel> Trainer<M> {
         Ok(Self { config, options, text, print, device, model, params, optimizer, ema, scaler, step: 0, losses })
     }
 
-    /// Resumes as [`Trainer::resume`], for any model.
+    /// Resumes a run of any model, like [`Trainer::resume`].
     ///
-    /// Errors: as [`Trainer::resume`], and those of [`TrainModel::config_from_json`].
+    /// Errors: those of [`Trainer::resume`] and [`TrainModel::config_from_json`].
     pub fn resume_from(folder: impl AsRef<Path>, text: ByteText, device: &Device) -> Result<Self> {
         let folder = folder.as_ref();
         match Checkpoint::complete(folder) {
@@ -196,7 +196,7 @@ impl<M: TrainModel> Trainer<M> {
     }
 
     fn load(&mut self, model: BTreeMap<String, Tensor>, state: BTreeMap<String, Tensor>, step: u64) -> Result<()> {
-        // Converting weights would be a loss that nobody asked for.
+        // Converting weights would silently lose precision.
         let other = model
             .iter()
             .find(|(name, value)| self.params.get(name).is_some_and(|param| param.tensor().dtype() != value.dtype()));
@@ -209,7 +209,7 @@ impl<M: TrainModel> Trainer<M> {
         for (name, value) in state {
             match (name.strip_prefix(EMA), &self.ema) {
                 (Some(name), Some(_)) => averages.insert(name.to_string(), value),
-                // Without an average in the options it is unused, which the optimizer refuses.
+                // Without an average in the options it is unused, which is an error of the optimizer.
                 _ => optimizer.insert(name, value),
             };
         }
@@ -228,10 +228,11 @@ impl<M: TrainModel> Trainer<M> {
         Ok(())
     }
 
-    /// One update of the weights, which a run in f16 skips now and then while it looks for the scale of the loss.
+    /// Runs one step, which updates the weights; in f16 it occasionally skips the update while it searches for the
+    /// scale of the loss.
     ///
-    /// Errors, with the weights as they were: [`ErrorKind::NonFinite`] with the step, and the parameter if one is to
-    /// blame, for a loss or a gradient that is NaN or infinite; the memory runs out.
+    /// Errors, with the weights unchanged: [`ErrorKind::NonFinite`] with the step, and the parameter if one is the
+    /// cause, for a loss or a gradient that is NaN or infinite; out of memory.
     pub fn step(&mut self) -> Result<StepReport> {
         let TrainOptions { batch_size, seq_len, accumulate, seed, .. } = self.options;
         let scale = self.scaler.as_ref().map_or(1.0, GradScaler::scale);
@@ -250,13 +251,13 @@ impl<M: TrainModel> Trainer<M> {
             grads.accumulate(part)?;
             losses.push(output.detach());
         }
-        // Read when all passes are on their way: a GPU does not wait for the processor in between.
+        // Read after all passes are enqueued: a GPU does not wait for the processor in between.
         let loss = losses.iter().map(Tensor::item).sum::<Result<f64>>()? * mean;
         if !loss.is_finite() {
             return Err(self.diverged(&grads));
         }
         let lr = self.options.schedule().at(self.step);
-        // The mean over the micro-batches is taken in the pass that updates the weights.
+        // The pass that updates the weights takes the mean over the micro-batches.
         let info = self.update(&grads, mean / scale, lr)?;
         let report = StepReport {
             step: self.step,
@@ -272,7 +273,7 @@ impl<M: TrainModel> Trainer<M> {
         Ok(report)
     }
 
-    /// Updates the weights and their average, or leaves them alone and gives `None` if a smaller scale of the loss may
+    /// Updates the weights and their average, or returns `None` without an update if a smaller scale of the loss may
     /// help.
     fn update(&mut self, grads: &Gradients, scale: f64, lr: f64) -> Result<Option<StepInfo>> {
         let info = match self.optimizer.step_scaled(&self.params, grads, scale, lr, Some(self.options.clip)) {
@@ -298,10 +299,10 @@ impl<M: TrainModel> Trainer<M> {
         Ok(Some(info))
     }
 
-    /// The error for a loss that is not finite, with a parameter that shows it.
+    /// Returns the error for a loss that is not finite, with a parameter that is not finite either.
     fn diverged(&self, grads: &Gradients) -> Error {
         let mut what = "loss".to_string();
-        // Memory for packed copies may be missing: the message is poorer then, not another one.
+        // Out of memory for packed copies: the message then omits the parameter.
         if let Ok(Some(name)) = self.not_finite(|tensor| Some(tensor.detach())) {
             what = format!("loss (and the parameter {name})");
         } else if let Ok(Some(name)) = self.not_finite(|tensor| grads.get(tensor).cloned()) {
@@ -310,7 +311,7 @@ impl<M: TrainModel> Trainer<M> {
         Error::new(ErrorKind::NonFinite { step: self.step, what })
     }
 
-    /// The first parameter for which a tensor has NaN or infinity.
+    /// Returns the first parameter whose tensor has NaN or infinity.
     fn not_finite(&self, tensor: impl Fn(&Tensor) -> Option<Tensor>) -> Result<Option<&str>> {
         let given = |(name, param): (_, &Param)| Some((name, tensor(&param.tensor())?.contiguous()));
         let (names, tensors): (Vec<_>, Vec<_>) = self.params.unique().filter_map(given).unzip();
@@ -318,10 +319,10 @@ impl<M: TrainModel> Trainer<M> {
         Ok(squares.iter().position(|square| !square.is_finite()).map(|index| names[index]))
     }
 
-    /// Mean loss over 64 windows spaced evenly over the validation part of the text, in nats per byte, without dropout
-    /// and, if the options have `ema_decay`, with the averaged weights.
+    /// Computes the mean loss over 64 windows evenly spaced over the validation part of the text, in nats per byte,
+    /// without dropout and, with `ema_decay`, with the averaged weights.
     ///
-    /// Errors: [`ErrorKind::NonFinite`]; the memory runs out.
+    /// Errors: [`ErrorKind::NonFinite`]; out of memory.
     pub fn validate(&self) -> Result<f64> {
         let windows = self.text.validation_windows(self.options.seq_len, &self.device)?;
         let count = windows.dim(0)?;
@@ -345,19 +346,19 @@ impl<M: TrainModel> Trainer<M> {
         Ok(loss)
     }
 
-    /// Calls `f` with the weights that are meant for use: the averaged ones if the options have `ema_decay`, which the
-    /// parameters hold until `f` returns.
+    /// Calls `f` with the weights for inference: with `ema_decay` the averaged ones, which the parameters hold until
+    /// `f` returns.
     ///
-    /// Errors: those of `f`; the memory runs out.
+    /// Errors: those of `f`; out of memory.
     pub fn evaluate<R>(&self, f: impl FnOnce(&M) -> Result<R>) -> Result<R> {
         let _swapped = self.ema.as_ref().map(|ema| ema.swap_in(&self.params)).transpose()?;
         f(&self.model)
     }
 
-    /// Saves a checkpoint into a folder, as [`Checkpoint::save`] does.
+    /// Saves a checkpoint in a folder with [`Checkpoint::save`].
     ///
-    /// Errors, with the checkpoint before it still there: [`ErrorKind::NonFinite`] for weights with NaN or infinity,
-    /// from which no run could continue; [`ErrorKind::Io`].
+    /// Errors, with the previous checkpoint intact: [`ErrorKind::NonFinite`] for weights with NaN or infinity, from
+    /// which no run could continue; [`ErrorKind::Io`].
     pub fn save(&self, folder: impl AsRef<Path>) -> Result<()> {
         if let Some(name) = self.not_finite(|tensor| Some(tensor.detach()))? {
             return Err(Error::new(ErrorKind::NonFinite { step: self.step, what: format!("parameter {name}") }));
@@ -374,7 +375,7 @@ impl<M: TrainModel> Trainer<M> {
         checkpoint.save(folder)
     }
 
-    /// Where the run is: what [`Trainer::save`] writes into `training.json`.
+    /// Returns the progress of the run, which [`Trainer::save`] writes to `training.json`.
     pub fn state(&self) -> TrainingState {
         TrainingState {
             version: env!("CARGO_PKG_VERSION").to_string(),
@@ -386,12 +387,12 @@ impl<M: TrainModel> Trainer<M> {
         }
     }
 
-    /// Steps done, those before a resume included.
+    /// Returns the number of completed steps, including those before a resume.
     pub fn steps_done(&self) -> u64 {
         self.step
     }
 
-    /// The loss scaling of a run in f16.
+    /// Returns the loss scaling of a run in f16.
     pub fn grad_scaler(&self) -> Option<&GradScaler> {
         self.scaler.as_ref()
     }
@@ -400,9 +401,9 @@ impl<M: TrainModel> Trainer<M> {
         self.scaler.as_ref().map_or(0, GradScaler::skipped)
     }
 
-    /// Moves the end of the run: the learning rate of what is left is that of a run that was begun with so many steps.
+    /// Changes the total number of steps: the remaining learning rates are those of a run started with that number.
     ///
-    /// Errors: [`ErrorKind::Option`] for fewer steps than are done, or more than are possible.
+    /// Errors: [`ErrorKind::Option`] for fewer steps than completed, or more than possible.
     pub fn set_steps(&mut self, steps: u64) -> Result<()> {
         ensure!(
             (self.step..=MAX_STEPS).contains(&steps),
@@ -421,38 +422,38 @@ impl<M: TrainModel> Trainer<M> {
         Ok(())
     }
 
-    /// The options of the run.
+    /// Returns the options of the run.
     pub fn options(&self) -> &TrainOptions {
         &self.options
     }
 
-    /// The model's options.
+    /// Returns the options of the model.
     pub fn config(&self) -> &M::Config {
         &self.config
     }
 
-    /// The model, with the weights of the last step.
+    /// Returns the model, with the weights of the last step.
     pub fn model(&self) -> &M {
         &self.model
     }
 
-    /// The model's parameters.
+    /// Returns the parameters of the model.
     pub fn params(&self) -> &ParamMap {
         &self.params
     }
 
-    /// The text.
+    /// Returns the text.
     pub fn text(&self) -> &ByteText {
         &self.text
     }
 
-    /// Losses so far.
+    /// Returns the losses so far.
     pub fn losses(&self) -> Losses {
         self.losses.get()
     }
 }
 
-/// Gradients of half types to f32, in which micro-batches are summed.
+/// Converts gradients of half types to f32, in which micro-batches are summed.
 fn widen(grads: &mut Gradients) -> Result<()> {
     for grad in grads.tensors_mut() {
         if matches!(grad.dtype(), DType::BF16 | DType::F16) {
@@ -474,7 +475,7 @@ mod tests {
         models::ForwardOptions,
     };
 
-    /// Gradients that are not finite at any scale are an error at last, with the weights as they were.
+    /// Gradients that are not finite at any scale are finally an error, with the weights unchanged.
     #[test]
     fn trainer_gives_up_scaling() -> Result<()> {
         let attn_layers = AttentionLayersConfig::decoder(8, 1);

@@ -7,7 +7,7 @@ use x_transformers::{Error, Result, pretrained::Family};
 
 use super::{described::Described, file_error, pretokenizer::QWEN2, settings::Settings};
 
-/// What the two files stand for with the settings beside them.
+/// Describes the tokenizer of the two files, with the settings beside them.
 ///
 /// Errors: files that are none, or a class of tokenizer that splits texts otherwise.
 pub fn of_files(vocabulary: (&Path, &str), merges: &str, settings: &Settings, family: Family) -> Result<Described> {

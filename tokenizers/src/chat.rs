@@ -1,4 +1,4 @@
-//! Chats in the form of the model's own template.
+//! Chats, formatted with the model's own template.
 
 use std::{sync::Arc, time::SystemTime};
 
@@ -19,52 +19,52 @@ const MARKS: [char; 2] = ['\u{f0000}', '\u{f0001}'];
 const CHATML: &str = "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n\
     {% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}";
 
-/// A turn of a chat.
+/// Turn of a chat.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Message {
-    /// Who speaks; templates know `system`, `user` and `assistant`, some of them other roles.
+    /// Role of the speaker; templates know `system`, `user` and `assistant`, some also others.
     pub role: String,
     /// Text of the turn.
     pub content: String,
 }
 
 impl Message {
-    /// A turn of some role.
+    /// Creates a turn of any role.
     pub fn new(role: impl Into<String>, content: impl Into<String>) -> Self {
         Self { role: role.into(), content: content.into() }
     }
 
-    /// Instructions before the first question.
+    /// Creates a system turn: instructions before the first question.
     pub fn system(content: impl Into<String>) -> Self {
         Self::new("system", content)
     }
 
-    /// A question.
+    /// Creates a user turn.
     pub fn user(content: impl Into<String>) -> Self {
         Self::new("user", content)
     }
 
-    /// An answer that the model gave.
+    /// Creates an assistant turn: an earlier answer of the model.
     pub fn assistant(content: impl Into<String>) -> Self {
         Self::new("assistant", content)
     }
 }
 
-/// Options of a chat: where its text ends, which template writes it, and its variables.
+/// Options of a chat: its end, its template, and its variables.
 #[derive(Clone, Debug)]
 pub struct ChatOptions {
     /// If `true`, the text ends where an answer begins. Default `true`.
     pub add_generation_prompt: bool,
-    /// Name of a template, of a model that has several, or the text of a template of one's own, which has `{{` or `{%`
-    /// somewhere. Default: `default`, or `tool_use` if there is a variable `tools`.
+    /// Name of a template, for models with several, or the text of a custom template, recognised by `{{` or `{%`.
+    /// Default `default`, or `tool_use` if there is a variable `tools`.
     pub template: Option<String>,
     /// Time that the function `strftime_now` of templates formats. Default: when the chat is written.
     pub now: Option<SystemTime>,
-    /// Variables that the template may ask for, by name; [`ChatOptions::variable`] adds one. Default none.
+    /// Variables of the template, by name; [`ChatOptions::variable`] adds one. Default none.
     pub variables: Vec<(String, Variable)>,
 }
 
-/// A value for templates: what JSON can say, keys of objects in their order.
+/// JSON value for templates; objects keep the order of their keys.
 #[derive(Clone, PartialEq, Debug)]
 pub struct Variable(Value);
 
@@ -85,7 +85,7 @@ impl Default for ChatOptions {
 }
 
 impl ChatOptions {
-    /// Adds a variable that the template may ask for, as JSON: `tools`, `documents` or `enable_thinking` for instance.
+    /// Adds a variable of the template, as JSON, for instance `tools`, `documents` or `enable_thinking`.
     ///
     /// ```
     /// # use x_transformers_tokenizers::ChatOptions;
@@ -106,13 +106,13 @@ impl ChatOptions {
 impl Tokenizer {
     /// Returns `true` if the model's files have a chat template.
     ///
-    /// A vocabulary with `<|im_start|>` that comes without one takes turns in the form of ChatML; the chats of other
-    /// models are refused.
+    /// A vocabulary with `<|im_start|>` but without a template uses ChatML; chats of other models without one are
+    /// errors.
     pub fn has_chat_template(&self) -> bool {
         !self.templates.named.is_empty()
     }
 
-    /// The same tokenizer with another chat template, in place of all that it has.
+    /// Returns the same tokenizer with this chat template, in place of all that it has.
     ///
     /// ```no_run
     /// # use x_transformers::pretrained::Pretrained;
@@ -131,12 +131,13 @@ impl Tokenizer {
         Self { shared: Arc::clone(&self.shared), templates: Arc::new(templates) }
     }
 
-    /// Names of the model's chat templates and their sources; that of ordinary chats is `default`.
+    /// Returns the names of the model's chat templates and their sources; that of ordinary chats is `default`.
     pub fn chat_templates(&self) -> impl Iterator<Item = (&str, &str)> {
         self.templates.named.iter().map(|template| (template.name.as_str(), template.source.as_str()))
     }
 
-    /// The token that ends a turn as the tokenizer's own files say, `eos_token` of `tokenizer_config.json` for instance.
+    /// Returns the token that ends a turn by the tokenizer's own files, for instance `eos_token` of
+    /// `tokenizer_config.json`.
     ///
     /// Chats end with it besides `Pretrained::end_tokens`.
     pub fn end_token(&self) -> Option<i64> {
@@ -144,13 +145,13 @@ impl Tokenizer {
         special.iter().find(|(name, _)| *name == "eos_token").and_then(|(_, spelling)| self.token(spelling))
     }
 
-    /// Tokens of a chat as the model's own template writes it, up to where the answer begins.
+    /// Returns the tokens of a chat, formatted with the model's own template, up to the beginning of the answer.
     ///
     /// The template is run as `apply_chat_template` of `transformers` runs it, default system turns and refusals
-    /// (`raise_exception`) included. Special tokens come from the template alone: no other start of a text is put in front,
-    /// except in GGUF files whose `add_bos_token` asks for one that the template does not write. Text of the messages that
-    /// is spelled like a special token, or like an added token that the template writes, stays text: what a person types
-    /// cannot end their turn.
+    /// (`raise_exception`) included. Special tokens come from the template alone: no other start of a text is put in
+    /// front, except in GGUF files whose `add_bos_token` asks for one that the template does not write. Text of the
+    /// messages that is spelled like a special token, or like an added token that the template writes, stays text: what
+    /// a person types cannot end their turn.
     ///
     /// ```no_run
     /// use x_transformers::pretrained::Pretrained;
@@ -164,8 +165,8 @@ impl Tokenizer {
     /// # }
     /// ```
     ///
-    /// Errors: no messages, a model without a template, a name that none of its templates has, and what a template refuses
-    /// or does wrong, with its file.
+    /// Errors: no messages, a model without a template, a name that none of its templates has, and what a template
+    /// refuses or does wrong, with its file.
     pub fn chat(&self, messages: &[Message], options: &ChatOptions) -> Result<Vec<i64>> {
         let chat = self.rendered(messages, options, true)?;
         self.check_messages(messages)?;
@@ -176,15 +177,15 @@ impl Tokenizer {
         Ok(tokens)
     }
 
-    /// Text of a chat as the model's own template writes it. It does not tell special tokens from text of a message that
-    /// is spelled like one; [`Tokenizer::chat`] does.
+    /// Returns the text of a chat, formatted with the model's own template. It does not distinguish special tokens from
+    /// text of a message with the same spelling; [`Tokenizer::chat`] does.
     ///
-    /// Errors: as [`Tokenizer::chat`].
+    /// Errors: those of [`Tokenizer::chat`].
     pub fn chat_text(&self, messages: &[Message], options: &ChatOptions) -> Result<String> {
         self.rendered(messages, options, false)
     }
 
-    /// The template for a chat.
+    /// Returns the template for a chat.
     fn chat_template(&self, options: &ChatOptions) -> Result<Template> {
         let templates = &self.templates.named;
         let find = |name: &str| templates.iter().find(|template| template.name == name);
@@ -249,8 +250,8 @@ impl Tokenizer {
         })
     }
 
-    /// Refuses messages that the tokenizer's normalizer turns into special tokens: their spelling differs, so that they are
-    /// not marked.
+    /// Refuses messages that the tokenizer's normalizer turns into special tokens: their spelling differs, so that they
+    /// are not marked.
     fn check_messages(&self, messages: &[Message]) -> Result<()> {
         let added = self.shared.inner.raw().get_added_vocabulary().get_added_tokens_decoder();
         if !self.shared.inner.normalizes() || !added.values().any(|token| token.special && token.normalized) {
@@ -269,7 +270,8 @@ impl Tokenizer {
         Ok(())
     }
 
-    /// Spellings of the tokens that only a template may write, the longest first: special ones, and added ones in its text.
+    /// Spellings of the tokens that only a template may write, the longest first: special ones, and added ones in its
+    /// text.
     fn control_tokens(&self, template: &str) -> Vec<String> {
         let added = self.shared.inner.raw().get_added_vocabulary().get_added_tokens_decoder();
         let control = added.values().filter(|token| {

@@ -18,36 +18,35 @@ pub struct Described {
     pub json: String,
     /// Tokens with the ids that the files give them, if they do.
     pub added: Vec<(Option<u64>, Token)>,
-    /// How texts are normalized, if the settings of a class of `transformers` have the last word.
+    /// Normalizer, if the settings of a class of `transformers` have the last word.
     pub normalizer: Option<Normalizer>,
-    /// If `true`, texts are lower-cased before anything else is done with them, also before tokens that are normalized are
-    /// looked for.
+    /// If `true`, texts are lower-cased first, even before the search for added tokens that are normalized.
     pub lowercase: bool,
-    /// If `true`, the names of special tokens in texts are text like any other.
+    /// If `true`, the names of special tokens in texts are ordinary text.
     pub split_special: bool,
-    /// The number of tokens that a text is cut to by default.
+    /// Default number of tokens that a text is truncated to.
     pub max_length: Option<usize>,
-    /// If `true`, what is cut off a text is its beginning.
+    /// If `true`, truncation removes the beginning of a text.
     pub cut_left: bool,
 }
 
 /// Settings of a normalizer that take the place of those in `tokenizer.json`.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Normalizer {
-    /// That of BERT.
+    /// BERT's normalizer.
     Bert { lowercase: bool, strip_accents: Option<bool>, chinese: bool },
-    /// That of ALBERT.
+    /// ALBERT's normalizer.
     Albert { lowercase: bool, keep_accents: bool },
 }
 
 impl Described {
-    /// Without anything beyond the form of `tokenizer.json`.
+    /// Creates a description with nothing beyond the form of `tokenizer.json`.
     pub fn new(json: String) -> Self {
         Self { json, ..Self::default() }
     }
 
-    /// With the tokens and the bounds of the settings. `defaults` are tokens that the class of the tokenizer has where
-    /// the settings do not name others.
+    /// Creates a description with the tokens and the limits of the settings. `defaults` are the tokens that the
+    /// tokenizer's class has where the settings do not name others.
     pub fn with(json: String, settings: &Settings, defaults: &[(&str, &str)]) -> x_transformers::Result<Self> {
         let mut added: Vec<(Option<u64>, Token)> =
             settings.added.iter().cloned().map(|(id, t)| (Some(id), t)).collect();
@@ -80,7 +79,7 @@ impl Described {
         })
     }
 
-    /// What takes the place of the normalizer of `tokenizer.json`, in the same form.
+    /// Returns the replacement of `tokenizer.json`'s normalizer, in the same form; `None` to keep it.
     pub(crate) fn instead_of(&self, old: Option<Part>) -> Result<Option<serde_json::Value>, Failure> {
         let (Some(normalizer), Some(old)) = (self.normalizer, old) else { return Ok(None) };
         let changed = normalizer.instead_of(&old.parse_text()?);
@@ -143,7 +142,7 @@ impl From<Token> for AddedToken {
 }
 
 impl Normalizer {
-    /// What takes the place of a normalizer, if it is one that the settings have a say in and says something else.
+    /// Returns the replacement of a normalizer that the settings override and that differs from them.
     fn instead_of(self, old: &NormalizerWrapper) -> Option<NormalizerWrapper> {
         match (self, old) {
             (Self::Bert { lowercase, strip_accents, chinese }, NormalizerWrapper::BertNormalizer(old)) => {

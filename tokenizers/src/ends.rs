@@ -1,4 +1,4 @@
-//! What GGUF files say of the tokens of byte-level vocabularies: those around a text, and which of them are text.
+//! Special tokens of byte-level vocabularies in GGUF files: those around a text, and which of them are text.
 
 use serde_json::{Value, json};
 use x_transformers::io::{Metadata, TensorFile};

@@ -62,7 +62,7 @@ pub fn of_file(path: &Path, family: Family, over: &str) -> Result<Described> {
     }
 }
 
-/// What the tokenizers of `transformers` do with a model of SentencePiece.
+/// Describes a SentencePiece model as the tokenizers of `transformers` use it.
 fn of_sentence_piece(pieces: SentencePiece, path: &Path, family: Family, settings: &Settings) -> Result<Described> {
     let broken = |why: String| file_error(path, why);
     let flag = |key: &str, default: bool| Ok::<bool, Error>(settings.flag(key)?.unwrap_or(default));

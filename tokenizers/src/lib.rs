@@ -1,9 +1,9 @@
-//! Tokenizers of pretrained models: from text to the tokens that a model was taught, and back.
+//! Tokenizers of pretrained models: from text to tokens and back.
 //!
-//! - [`Tokenizer`]: text to tokens and back, as `transformers` and llama.cpp do it with the same files.
+//! - [`Tokenizer`]: text to tokens and back, like `transformers` and llama.cpp with the same files.
 //! - [`TextStream`]: text of tokens as they are generated.
 //! - [`Tokenizer::stop_strings`]: ends of generated rows at stop strings.
-//! - [`Tokenizer::chat`]: turns of a chat in the form of the model's own chat template.
+//! - [`Tokenizer::chat`]: turns of a chat, formatted with the model's own chat template.
 
 use std::{fmt, fmt::Display, path::Path, sync::Arc};
 
@@ -42,9 +42,9 @@ use self::{decoder::Decoder, described::Described, template::Templates};
 #[doc = include_str!("../README.md")]
 struct Readme;
 
-/// The tokenizer of a pretrained model.
+/// Tokenizer of a pretrained model.
 ///
-/// Copies share the vocabulary.
+/// Clones share the vocabulary.
 #[derive(Clone)]
 pub struct Tokenizer {
     shared: Arc<Shared>,
@@ -58,14 +58,14 @@ struct Shared {
 }
 
 impl Tokenizer {
-    /// That of the model's files: `tokenizer.json`, a `vocab.txt`, a model of SentencePiece, or the vocabulary in a GGUF
-    /// file; or one in another file or folder.
+    /// Reads the tokenizer of a model's files (`tokenizer.json`, `vocab.txt`, a SentencePiece model or the vocabulary
+    /// in a GGUF file), or the one in the file or folder `given`.
     pub fn of(pretrained: &Pretrained, given: Option<&Path>) -> Result<Self> {
         Self::with_settings(pretrained, given, "", false)
     }
 
-    /// The same with settings, a JSON object or nothing, that take precedence over those of `tokenizer_config.json`;
-    /// `lowercase` puts texts in lower case first.
+    /// Like [`Tokenizer::of`], but with settings, a JSON object or nothing, that take precedence over
+    /// `tokenizer_config.json`; `lowercase` lower-cases texts first.
     fn with_settings(pretrained: &Pretrained, given: Option<&Path>, settings: &str, lowercase: bool) -> Result<Self> {
         let file = given.unwrap_or(pretrained.file().path());
         let mut described = match given.or(pretrained.folder()) {
@@ -81,7 +81,7 @@ impl Tokenizer {
         Ok(Self { shared: Arc::new(Shared { inner, decoder }), templates: Arc::new(templates) })
     }
 
-    /// From the text of a `tokenizer.json`; it has no chat template.
+    /// Creates a tokenizer from the text of a `tokenizer.json`, without a chat template.
     ///
     /// ```
     /// use x_transformers_tokenizers::Tokenizer;
@@ -99,14 +99,14 @@ impl Tokenizer {
     /// # }
     /// ```
     ///
-    /// Errors: text that is not such a description.
+    /// Errors: text that is not a `tokenizer.json`.
     pub fn from_json(json: &str) -> Result<Self> {
         Self::parse("tokenizer.json", json)
     }
 
-    /// The tokenizer in a file or a folder, for models of a family; it has no chat template.
+    /// Reads the tokenizer in a file or a folder, for models of a family, without a chat template.
     ///
-    /// Errors: a file that cannot be read, is damaged, or asks for what is not supported.
+    /// Errors: a file that cannot be read, is damaged, or requires an unsupported feature.
     pub fn open(path: impl AsRef<Path>, family: Family) -> Result<Self> {
         let path = path.as_ref();
         let described =
@@ -114,9 +114,9 @@ impl Tokenizer {
         Self::without_templates(path, &described)
     }
 
-    /// As [`Tokenizer::from_json`] of the text of a file, which errors name.
+    /// Like [`Tokenizer::from_json`], but for the text of a file, which errors name.
     ///
-    /// Errors: a description that is damaged, or asks for what is not supported.
+    /// Errors: a description that is damaged, or requires an unsupported feature.
     pub fn parse(path: impl AsRef<Path>, json: &str) -> Result<Self> {
         Self::without_templates(path.as_ref(), &Described::new(json.to_string()))
     }
@@ -126,7 +126,7 @@ impl Tokenizer {
         Ok(Self { shared: Arc::new(Shared { inner, decoder }), templates: Arc::default() })
     }
 
-    /// Tokens of a text, with those that the model expects around it.
+    /// Returns the tokens of a text, with the special tokens that the model expects around it.
     pub fn encode(&self, text: &str) -> Result<Vec<i64>> {
         self.encoded(text, true)
     }
@@ -135,7 +135,7 @@ impl Tokenizer {
         Ok(self.shared.inner.encode(text, around)?.into_iter().map(i64::from).collect())
     }
 
-    /// The text of tokens, special ones left out.
+    /// Returns the text of tokens, without special ones.
     pub fn decode(&self, tokens: &[i64]) -> Result<String> {
         let mut stream = self.stream(&[]);
         let mut text = tokens.iter().map(|&token| stream.push(token)).collect::<Result<String>>()?;
@@ -143,22 +143,22 @@ impl Tokenizer {
         Ok(text)
     }
 
-    /// The token that is spelled like this in the vocabulary, a special one such as `</s>` for instance.
+    /// Returns the id of the token with this spelling in the vocabulary, for instance a special one such as `</s>`.
     pub fn token(&self, spelling: &str) -> Option<i64> {
         self.shared.inner.id(spelling).map(i64::from)
     }
 
-    /// Text of tokens that come one at a time after a prompt.
+    /// Creates a stream of the text of tokens that come one at a time after a prompt.
     pub fn stream(&self, prompt: &[i64]) -> TextStream<'_> {
         TextStream::new(self, prompt)
     }
 
-    /// The decoder at the beginning of a text.
+    /// Returns the decoder at the beginning of a text.
     fn decoder(&self) -> Decoder {
         self.shared.decoder.clone()
     }
 
-    /// The spelling of a token that has a text, and if it is an added one.
+    /// Returns the spelling of a token that has text, and `true` if it is an added one.
     fn piece(&self, token: i64) -> Option<(String, bool)> {
         let id = u32::try_from(token).ok()?;
         let inner = self.shared.inner.raw();
@@ -171,7 +171,7 @@ impl Tokenizer {
     }
 }
 
-/// A tokenizer, and its decoder at the beginning of a text.
+/// Tokenizer, and its decoder at the beginning of a text.
 fn parsed(path: &Path, described: &Described) -> Result<(checked::Checked, Decoder)> {
     let inner = checked::Checked::parse(path, described)?;
     let decoder = Decoder::new(&decoder::description(inner.raw().get_decoder(), &described.json)?)?;
@@ -186,12 +186,12 @@ impl fmt::Debug for Tokenizer {
     }
 }
 
-/// An error about a file.
+/// Returns an error about a file.
 fn file_error(path: &Path, why: impl Display) -> Error {
     Error::new(ErrorKind::File { path: path.to_path_buf(), why: why.to_string() })
 }
 
-/// A text or tokens that the tokenizer does not take.
+/// Returns an error about a text or tokens that the tokenizer rejects.
 fn refused(why: impl Display) -> Error {
     Error::new(ErrorKind::Argument { op: "tokenizer", message: why.to_string() })
 }

@@ -1,6 +1,6 @@
-//! How byte-level vocabularies of GGUF files split texts into words: `tokenizer.ggml.pre`, by llama.cpp's names.
+//! Splitting of texts into words for byte-level vocabularies of GGUF files: `tokenizer.ggml.pre`, by llama.cpp's names.
 //!
-//! The expressions are those of the models' own `tokenizer.json`, where llama.cpp has others that come close.
+//! The regular expressions are those of the models' own `tokenizer.json`; llama.cpp approximates them.
 
 use serde_json::{Value, json};
 

@@ -1,4 +1,4 @@
-//! From texts to vectors: a tokenizer, an encoder, and what a folder of sentence-transformers says about both.
+//! From texts to vectors: a tokenizer, an encoder, and the settings of a sentence-transformers folder.
 
 use std::{collections::BTreeMap, path::Path};
 
@@ -10,10 +10,10 @@ use x_transformers::{
 
 use super::{Tokenizer, file_error, refused};
 
-/// Texts that the model sees at the same time.
+/// Number of texts per batch.
 const BATCH: usize = 32;
 
-/// A model that gives each text one vector, with its tokenizer.
+/// Sentence embedding model with its tokenizer.
 ///
 /// ```no_run
 /// use x_transformers::{DType, Device};
@@ -30,45 +30,45 @@ pub struct SentencePipeline {
     encoder: SentenceEncoder,
     options: SentenceOptions,
     device: Device,
-    /// Number of tokens that a text is cut to.
+    /// Number of tokens that a text is truncated to.
     most: usize,
-    /// Number of tokens that the model takes.
+    /// Maximum number of tokens of the model.
     window: usize,
 }
 
-/// A text in front of each text.
+/// Prompt before each text.
 #[derive(Clone, Copy, PartialEq, Eq, Default, Debug)]
 #[non_exhaustive]
 pub enum Prompt<'p> {
-    /// The one that the folder names as its default, if it does.
+    /// The folder's default prompt, if any.
     #[default]
     Default,
-    /// None.
+    /// No prompt.
     None,
-    /// One of the folder's, by its name.
+    /// A prompt of the folder, by name.
     Named(&'p str),
-    /// This one.
+    /// This prompt.
     Text(&'p str),
 }
 
-/// Vectors of texts.
+/// Embeddings of texts.
 #[derive(Clone, Debug)]
 #[non_exhaustive]
 pub struct Embedded {
-    /// `[texts, dim]`.
+    /// Vectors, `[texts, dim]`.
     pub vectors: Tensor,
-    /// Texts that were too long, in their order.
+    /// Texts that were truncated, in order.
     pub cut: Vec<Cut>,
 }
 
-/// A text that was cut to the number of tokens that the model was trained with.
+/// Text that was truncated to the number of tokens that the model was trained with.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Cut {
-    /// Its place among the texts.
+    /// Index of the text.
     pub text: usize,
-    /// The number of its tokens, with the prompt and the tokens around it.
+    /// Number of its tokens, including the prompt and special tokens.
     pub tokens: usize,
-    /// The number that was kept.
+    /// Number of tokens that were kept.
     pub kept: usize,
 }
 
@@ -79,15 +79,15 @@ struct Row {
 }
 
 impl SentencePipeline {
-    /// Opens a folder with an encoder: of sentence-transformers, of any family, or with a BERT or an ALBERT, whose tokens'
-    /// mean is the vector of a text.
+    /// Opens a folder with an encoder: a sentence-transformers model of any family, or a BERT or ALBERT, with mean
+    /// pooling.
     ///
     /// Errors: those of [`Pretrained::open`], [`Tokenizer::of`] and [`Pretrained::sentence_encoder`].
     pub fn open(path: impl AsRef<Path>, dtype: DType, device: &Device) -> Result<Self> {
         Self::of(&Pretrained::open(path)?, None, dtype, device)
     }
 
-    /// The pipeline of a model that is open; `tokenizer` is another place of its tokenizer, see [`Tokenizer::of`].
+    /// Creates the pipeline of an opened model; `tokenizer` is another path of its tokenizer, see [`Tokenizer::of`].
     ///
     /// Errors: those of [`Tokenizer::of`] and [`Pretrained::sentence_encoder`].
     pub fn of(pretrained: &Pretrained, tokenizer: Option<&Path>, dtype: DType, device: &Device) -> Result<Self> {
@@ -108,35 +108,35 @@ impl SentencePipeline {
         Ok(Self { tokenizer, encoder, options, device: device.clone(), most, window })
     }
 
-    /// The tokenizer.
+    /// Returns the tokenizer.
     pub fn tokenizer(&self) -> &Tokenizer {
         &self.tokenizer
     }
 
-    /// The model with its modules.
+    /// Returns the model with its modules.
     pub fn encoder(&self) -> &SentenceEncoder {
         &self.encoder
     }
 
-    /// The prompts of the folder by their names.
+    /// Returns the prompts of the folder by name.
     pub fn prompts(&self) -> &BTreeMap<String, String> {
         &self.options.prompts
     }
 
-    /// How the vectors are meant to be compared.
+    /// Returns the similarity function that the vectors are meant for.
     pub fn similarity(&self) -> Similarity {
         self.options.similarity
     }
 
-    /// Vectors of texts, `[texts, dim]`, each as if it were alone, with the folder's default prompt in front. Texts that
-    /// are too long are cut, as sentence-transformers does; [`SentencePipeline::embed_with`] tells which.
+    /// Embeds texts, `[texts, dim]`, independently of each other, with the folder's default prompt before each. Texts
+    /// that are too long are truncated, as in sentence-transformers; [`SentencePipeline::embed_with`] returns which.
     ///
-    /// Errors: no text, or one without a token.
+    /// Errors: no texts, or one without a token.
     pub fn embed(&self, texts: &[&str]) -> Result<Tensor> {
         Ok(self.embed_with(texts, Prompt::Default)?.vectors)
     }
 
-    /// Vectors of texts with a prompt in front of each, and which of them were cut.
+    /// Embeds texts with a prompt before each; also returns which texts were truncated.
     ///
     /// Errors: those of [`SentencePipeline::embed`], or a prompt that the folder does not have.
     ///
@@ -186,7 +186,7 @@ impl SentencePipeline {
         Ok(Embedded { vectors: Tensor::cat(&in_order.iter().collect::<Vec<_>>(), 0)?, cut })
     }
 
-    /// The text of a prompt.
+    /// Returns the text of a prompt.
     fn prompt<'p>(&'p self, prompt: Prompt<'p>) -> Result<&'p str> {
         let name = match prompt {
             Prompt::None => return Ok(""),
@@ -204,7 +204,7 @@ impl SentencePipeline {
         })
     }
 
-    /// The number of tokens that texts begin with because of a prompt: its own, without the one that ends a text.
+    /// Returns the number of tokens that a prompt adds to the beginning of texts: its own, without the end token.
     fn length_of_prompt(&self, prompt: &str) -> Result<usize> {
         if prompt.is_empty() {
             return Ok(0);
@@ -214,7 +214,7 @@ impl SentencePipeline {
         Ok(ids.len() - usize::from(ended))
     }
 
-    /// Vectors of texts, padded to the longest.
+    /// Embeds a batch of texts, padded to the longest.
     fn vectors(&self, rows: &[Row], prompt_len: usize) -> Result<Tensor> {
         let width = rows.iter().map(|row| row.ids.len()).max().unwrap_or(0);
         let shape = [rows.len(), width];

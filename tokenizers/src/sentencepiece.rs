@@ -13,10 +13,10 @@ use super::{
     decoder::{BY_CHARACTER, OWN},
 };
 
-/// What stands for a space in pieces.
+/// Stands for a space in pieces.
 const SPACE: &str = "▁";
 
-/// Pieces and how texts are split into them.
+/// Pieces, and the rules for splitting texts into them.
 pub struct SentencePiece {
     pieces: Vec<Piece>,
     /// Unigram model, the likeliest pieces; otherwise BPE, in the order of the scores.
@@ -64,16 +64,16 @@ impl Kind {
     }
 }
 
-/// What surrounds a text, and what is done to it before.
+/// Tokens around a text, and its normalization.
 #[derive(Default)]
 pub struct Customs {
-    /// The model's token for the start goes in front.
+    /// If `true`, the model's start token precedes the text.
     pub start: bool,
-    /// The model's token for the end goes behind.
+    /// If `true`, the model's end token follows the text.
     pub end: bool,
-    /// Other tokens for start and end than the model's, with their ids.
+    /// Start and end tokens other than the model's, with their ids.
     pub ends: [Option<(u64, String)>; 2],
-    /// If there is one, whether a space goes in front, whatever the model says.
+    /// If `Some(true)`, a space precedes the text, if `Some(false)` none does; `None`: as the model says.
     pub prefix: Option<bool>,
     /// If `true`, that space goes in front of the whole text only, not of what follows a token that was looked for.
     pub prefix_once: bool,
@@ -222,12 +222,12 @@ impl SentencePiece {
         Ok(self)
     }
 
-    /// The id of a piece.
+    /// Returns the id of a piece.
     pub fn id(&self, text: &str) -> Option<usize> {
         self.pieces.iter().position(|piece| piece.text == text)
     }
 
-    /// The form of `tokenizer.json`.
+    /// Converts the model to the form of `tokenizer.json`.
     pub fn json(&self, customs: Customs) -> Result<String, String> {
         let mut normalizers = customs.normalizers;
         let replace =
@@ -455,7 +455,7 @@ mod tests {
         }
     }
 
-    /// What the package `sentencepiece` makes of texts, see `tests/sentencepiece/make.py`.
+    /// Compares with the tokens of the Python package `sentencepiece`; see `tests/sentencepiece/make.py`.
     fn agrees(model: &[u8], cases: &str, decodes: bool) {
         let model = SentencePiece::parse(model).expect("a model");
         let tokenizer: tokenizers::Tokenizer = model.json(Customs::default()).unwrap().parse().unwrap();

@@ -1,4 +1,4 @@
-//! The settings of a folder's tokenizer: `tokenizer_config.json`, `special_tokens_map.json` and `added_tokens.json`.
+//! Settings of a folder's tokenizer: `tokenizer_config.json`, `special_tokens_map.json` and `added_tokens.json`.
 
 use std::path::{Path, PathBuf};
 
@@ -7,7 +7,7 @@ use x_transformers::{Result, io::read_text, pretrained::Family};
 
 use super::file_error;
 
-/// Bytes that a file of settings may have; real ones have some thousand, and with chat templates a hundred thousand.
+/// Maximum size of a settings file, in bytes; real ones have a few thousand, with chat templates a hundred thousand.
 const MAX_SETTINGS: u64 = 64 << 20;
 
 /// The files of a folder that are read, with what takes precedence over them.
@@ -23,16 +23,16 @@ pub struct Settings {
     pub added: Vec<(u64, Token)>,
 }
 
-/// A token that is looked for in texts before they are split.
+/// Added token, which is matched in texts before they are split.
 #[derive(Clone, PartialEq, Debug)]
 pub struct Token {
     pub content: String,
     pub single_word: bool,
     pub lstrip: bool,
     pub rstrip: bool,
-    /// If `true`, looked for after texts are normalized, and normalized like them.
+    /// If `true`, matched after texts are normalized, and normalized like them.
     pub normalized: bool,
-    /// If `true`, left out of decoded texts.
+    /// If `true`, omitted from decoded texts.
     pub special: bool,
 }
 
@@ -50,7 +50,7 @@ fn object(path: &Path) -> Result<Map<String, Value>> {
 }
 
 impl Settings {
-    /// Those of a folder; `over` is a JSON object whose keys take precedence, or empty.
+    /// Reads the settings of a folder; `over` is a JSON object whose keys take precedence, or empty.
     ///
     /// Errors: files that cannot be read, and tokens that are none.
     pub fn read(folder: &Path, over: &str) -> Result<Self> {
@@ -126,7 +126,7 @@ impl Settings {
         Ok(())
     }
 
-    /// Tokens that the settings name, without those by id: the named ones, then the others.
+    /// Returns the tokens that the settings name, without those by id: the named ones, then the others.
     ///
     /// Errors: tokens that are none.
     pub fn special(&self) -> Result<Vec<Token>> {
@@ -156,7 +156,7 @@ impl Settings {
         }
     }
 
-    /// A token by its name, such as `cls_token`.
+    /// Returns a token by name, such as `cls_token`.
     ///
     /// Errors: a value that is not a token.
     pub fn named(&self, name: &str) -> Result<Option<Token>> {
@@ -190,7 +190,7 @@ impl Settings {
         })
     }
 
-    /// A setting that is `true` or `false`, or `None` if it is not there or null.
+    /// Returns a boolean setting, or `None` if it is missing or null.
     ///
     /// Errors: another value.
     pub fn flag(&self, key: &str) -> Result<Option<bool>> {
@@ -201,7 +201,7 @@ impl Settings {
         }
     }
 
-    /// A setting that is text.
+    /// Returns a text setting.
     ///
     /// Errors: another value.
     pub fn text(&self, key: &str) -> Result<Option<&str>> {
@@ -212,7 +212,7 @@ impl Settings {
         }
     }
 
-    /// The number of tokens that a text is cut to, if there is a bound.
+    /// Returns the number of tokens that a text is truncated to, if there is a limit.
     ///
     /// Errors: a value that is not a number of at least 1.
     pub fn max_length(&self) -> Result<Option<usize>> {
@@ -229,7 +229,7 @@ impl Settings {
         Ok(None)
     }
 
-    /// The class of tokenizer, without `Fast`: the one that the files name, or that of the family.
+    /// Returns the class of tokenizer, without `Fast`: the one that the files name, or that of the family.
     pub fn class(&self, family: Family) -> &str {
         self.class.as_deref().unwrap_or(family.tokenizer_class())
     }
@@ -239,14 +239,14 @@ impl Settings {
         self.class.as_deref()
     }
 
-    /// An error about a setting.
+    /// Returns an error about a setting.
     pub fn refuse(&self, key: &str, why: impl std::fmt::Display) -> x_transformers::Error {
         file_error(&self.path, format_args!("`{key}` {why}"))
     }
 }
 
 impl Token {
-    /// A token without spaces around it.
+    /// Creates a token that does not match spaces around it.
     pub fn new(content: &str, special: bool) -> Self {
         let content = content.to_string();
         Self { content, single_word: false, lstrip: false, rstrip: false, normalized: !special, special }

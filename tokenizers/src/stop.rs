@@ -45,7 +45,7 @@ pub struct StopStrings {
 }
 
 impl Tokenizer {
-    /// The end of a row that follows `prompt` at any of some stop strings; the prompt's text does not count.
+    /// Returns the stopping criterion of a row after `prompt`: any of some stop strings, without the prompt's text.
     ///
     /// Errors: an empty stop string.
     pub fn stop_strings<S: AsRef<str>>(&self, stops: &[S], prompt: &[i64]) -> Result<StopStrings> {

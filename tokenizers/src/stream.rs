@@ -1,14 +1,14 @@
-//! Text of tokens that come one at a time.
+//! Streaming text of tokens that come one at a time.
 
 use x_transformers::Result;
 
 use super::{Tokenizer, decoder::Decoder};
 
-/// Turns tokens that come one at a time into text, after a prompt.
+/// Incremental decoder: converts tokens that come one at a time after a prompt to text.
 ///
-/// The text of a token may depend on those before it, and a character may be spread over several. All pieces together are
-/// the text that the model's tokenizer makes of prompt and tokens at once, without that of the prompt: an incomplete
-/// character waits for its bytes, and [`TextStream::finish`] returns what is left. A character that the prompt leaves
+/// The text of a token may depend on those before it, and a character may span several. All pieces together are the
+/// text that the model's tokenizer makes of prompt and tokens at once, without that of the prompt: an incomplete
+/// character waits for its bytes, and [`TextStream::finish`] returns the rest. A character that the prompt leaves
 /// incomplete belongs to the stream. The cost of a token does not grow with their number.
 ///
 /// ```no_run
@@ -36,16 +36,16 @@ impl<'t> TextStream<'t> {
         Self { tokenizer, state: Stream::new(tokenizer, prompt) }
     }
 
-    /// Returns the text that is whole with this token, often empty.
+    /// Returns the text that this token completes, often empty.
     ///
-    /// Errors: a token that the tokenizer's decoder refuses.
+    /// Errors: a token that the tokenizer's decoder rejects.
     pub fn push(&mut self, token: i64) -> Result<String> {
         self.state.push(self.tokenizer, token)
     }
 
-    /// Returns the text of a sequence that stays incomplete.
+    /// Returns the text of a sequence that remains incomplete.
     ///
-    /// Errors: as [`TextStream::push`].
+    /// Errors: those of [`TextStream::push`].
     pub fn finish(mut self) -> Result<String> {
         self.state.finish()
     }

@@ -20,7 +20,7 @@ const SPECIAL: [(&str, &str); 5] = [
     ("mask_token", "[MASK]"),
 ];
 
-/// What `vocab.txt` stands for with the settings beside it.
+/// Describes the tokenizer of a `vocab.txt`, with the settings beside it.
 ///
 /// Errors: a vocabulary without the tokens that texts need, or a class of tokenizer that splits texts otherwise.
 pub fn of_vocabulary(text: &str, path: &Path, settings: &Settings, family: Family) -> Result<Described> {

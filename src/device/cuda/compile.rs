@@ -86,7 +86,7 @@ impl Drop for Program {
     }
 }
 
-/// Major and minor version of NVRTC.
+/// Returns the major and minor version of NVRTC.
 pub fn nvrtc_version() -> Result<(i32, i32)> {
     libraries::nvrtc().state.as_ref().map_err(|why| error(format!("NVRTC: {why}")))?;
     let (mut major, mut minor) = (0, 0);
@@ -110,7 +110,7 @@ pub(super) fn supported_architectures() -> Result<Vec<Architecture>> {
     Ok(known)
 }
 
-/// Code of a variant: from the cache on disk, or compiled and put there.
+/// Returns the code of a variant: from the cache on disk, or compiled and stored there.
 ///
 /// Errors: those of [`compile`]. Failing to write the cache is not an error.
 pub fn cubin(source: &KernelSource, options: &[(&str, &str)], target: Target) -> Result<Vec<u8>> {
@@ -209,7 +209,7 @@ mod permissions {
         (found.mode() & 0o022 != 0).then(|| format!("can be written by others (mode {:o})", found.mode() & 0o777))
     }
 
-    /// If `true`, others may open the files of a folder.
+    /// Returns `true` if others may open the files of a folder.
     pub fn is_open(folder: &Metadata) -> bool {
         folder.mode() & 0o011 != 0
     }

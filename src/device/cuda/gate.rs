@@ -1,9 +1,9 @@
 //! Who may use a device while a graph is recorded.
 //!
-//! A device has one stream. While it is captured, whatever any thread enqueues becomes part of the graph, whatever waits
-//! for the stream ends the capture, and what is freed may still be needed. So every call of the driver that touches the
-//! stream holds a [`Pass`]: a capture begins and ends only when nobody has one, and until it ends only the thread that
-//! records gets one.
+//! A device has one stream. While it is captured, whatever any thread enqueues becomes part of the graph, whatever
+//! waits for the stream ends the capture, and what is freed may still be needed. So every call of the driver that
+//! touches the stream holds a [`Pass`]: a capture begins and ends only when nobody has one, and until it ends only the
+//! thread that records gets one.
 
 use std::{
     any::Any,
@@ -77,7 +77,7 @@ impl CudaDevice {
         Ok(pass)
     }
 
-    /// As [`CudaDevice::enter`], for what cannot be part of a graph.
+    /// Like [`CudaDevice::enter`], but for work that cannot be part of a graph.
     ///
     /// Errors: this or another thread records a graph.
     pub(super) fn enter_outside(&self, what: &str) -> Result<Pass<'_>> {

@@ -26,7 +26,7 @@ struct Wanted {
     what: &'static str,
     /// The name without `lib` and what follows it.
     name: &'static str,
-    /// How to get it.
+    /// Advice on installing it.
     hint: &'static str,
     symbols: &'static [&'static str],
     is_present: unsafe fn() -> bool,

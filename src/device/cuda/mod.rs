@@ -48,7 +48,7 @@ use pool::Pool;
 use resources::{Context, Module, Plain, Stream};
 pub use target::{Architecture, Target};
 
-/// A CUDA device. There is one value per card and process, which lives as long as the process.
+/// CUDA device. There is one value per card and process, which lives as long as the process.
 pub struct CudaDevice {
     ordinal: usize,
     name: String,
@@ -84,7 +84,7 @@ impl fmt::Debug for CudaDevice {
 }
 
 impl CudaDevice {
-    /// The device with this number.
+    /// Returns the device with this index.
     ///
     /// Errors: a library that is missing or too old, no driver for a card, or no such card.
     pub fn open(ordinal: usize) -> Result<&'static Self> {
@@ -103,7 +103,7 @@ impl CudaDevice {
         Ok(device)
     }
 
-    /// The CUDA device behind a [`Device`], if it is one.
+    /// Returns the CUDA device of a [`Device`], if it is one.
     pub fn of(device: &Device) -> Option<&'static Self> {
         match *device {
             Device::Gpu(gpu) => (gpu as &'static dyn Any).downcast_ref(),
@@ -165,17 +165,17 @@ impl CudaDevice {
         })
     }
 
-    /// The card's name.
+    /// Returns the card's name.
     pub fn name(&self) -> &str {
         &self.name
     }
 
-    /// The card's compute capability: 80 for `sm_80`.
+    /// Returns the card's compute capability: 80 for `sm_80`.
     pub fn architecture(&self) -> Architecture {
         self.architecture
     }
 
-    /// Target that its kernels are compiled for: machine code, or PTX if the card is newer than NVRTC.
+    /// Returns the target that its kernels are compiled for: machine code, or PTX if the card is newer than NVRTC.
     pub fn target(&self) -> Target {
         self.target
     }
@@ -449,7 +449,7 @@ unsafe impl Gpu for CudaDevice {
     }
 }
 
-/// One line per library, and one per card.
+/// Returns one line per library, and one per card.
 pub fn describe() -> Vec<String> {
     let line = |found: &libraries::Found| match &found.state {
         Ok(place) => format!("cuda: {} found in {place}", found.what),
@@ -474,7 +474,7 @@ pub fn describe() -> Vec<String> {
     lines
 }
 
-/// The version of CUDA that the driver is for.
+/// Returns the CUDA version of the driver.
 fn driver_version() -> std::result::Result<(i32, i32), DriverError> {
     let mut version = 0;
     // SAFETY: valid for the write; the symbol was found before the first call of the driver.

@@ -250,7 +250,7 @@ impl<M: Memory> Pool<M> {
         }
     }
 
-    /// The size classes of the recording's blocks that tensors still have.
+    /// Returns the size classes of the recording's blocks that tensors still hold.
     pub fn escaped(&self) -> Vec<usize> {
         let state = self.lock();
         let Some(Recording { free, own, .. }) = &state.recording else { return Vec::new() };

@@ -1,5 +1,5 @@
-//! What a device has of the driver: each is released when its value is dropped. A device that is open lives as long as
-//! the process, so that this happens only if opening it fails, or to a module that nobody needs.
+//! Driver resources of a device, each released on drop. An open device lives as long as the process; hence only a
+//! failed open and modules that are no longer needed release anything.
 
 use std::ffi::CString;
 

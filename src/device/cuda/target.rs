@@ -1,8 +1,8 @@
 //! The target that kernels are compiled for: which one the versions of card, driver and NVRTC allow.
 //!
-//! NVIDIA's rules ("CUDA Compatibility"): a driver loads machine code (CUBIN) of every NVRTC of its own major version or
-//! an older one, but PTX only of an NVRTC that is not newer than itself. So machine code is made wherever NVRTC knows the
-//! card, and PTX, which the driver compiles, for a card that is newer than NVRTC.
+//! NVIDIA's rules ("CUDA Compatibility"): a driver loads machine code (CUBIN) of every NVRTC of its own major version
+//! or an older one, but PTX only of an NVRTC that is not newer than itself. So machine code is made wherever NVRTC
+//! knows the card, and PTX, which the driver compiles, for a card that is newer than NVRTC.
 
 use std::{fmt, str::FromStr};
 
@@ -39,17 +39,17 @@ impl Target {
         Self { architecture, form: if architecture == 90 { Form::Specific } else { Form::Code } }
     }
 
-    /// The compute capability.
+    /// Returns the compute capability.
     pub fn architecture(self) -> Architecture {
         self.architecture
     }
 
-    /// If `true`, its code may have the products of warpgroups (`wgmma`), which no other card has.
+    /// Returns `true` if its code may use warpgroup products (`wgmma`), which no other card has.
     pub fn has_warpgroups(self) -> bool {
         self == Self::of(90)
     }
 
-    /// If `true`, NVRTC makes PTX and not machine code.
+    /// Returns `true` if NVRTC generates PTX instead of machine code.
     pub fn is_ptx(self) -> bool {
         self.form == Form::Ptx
     }
@@ -112,7 +112,7 @@ fn packages(major: i32) -> String {
     }
 }
 
-/// As [`target`], of an NVRTC that knows these architectures, in ascending order.
+/// Like [`target`], but for an NVRTC that knows these architectures, in ascending order.
 fn choose(
     architecture: Architecture,
     driver: Version,

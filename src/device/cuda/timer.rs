@@ -30,8 +30,8 @@ impl CudaDevice {
         end.wait(self)?;
         let elapsed = libraries::elapsed_time().map_err(super::error)?;
         let mut milliseconds = 0f32;
-        // SAFETY: both events were recorded on one stream, the later one was waited for, and the number is valid for the
-        // write.
+        // SAFETY: both events were recorded on one stream, the later one was waited for, and the number is valid for
+        // the write.
         let outcome = unsafe { elapsed(&mut milliseconds, start.handle, end.handle) }.result();
         self.check("cuEventElapsedTime", outcome)?;
         Ok((Duration::from_secs_f64(f64::from(milliseconds.max(0.0)) / 1e3), output))
@@ -49,7 +49,7 @@ impl Event {
         Ok(Self { handle: device.check("cuEventCreate", result::event::create(flags))? })
     }
 
-    /// Puts the event behind all that was enqueued so far.
+    /// Records the event after all work enqueued so far.
     pub fn record(&self, device: &CudaDevice) -> Result<()> {
         // SAFETY: event and stream belong to the device's context and are alive.
         device.check("cuEventRecord", unsafe { result::event::record(self.handle, device.stream.0) })

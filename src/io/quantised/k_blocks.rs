@@ -49,7 +49,7 @@ pub(super) fn q4_k(block: &[u8; 144], out: &mut [f32; BLOCK]) {
     }
 }
 
-/// As [`q4_k`] with 5-bit `q`, whose fifth bits lie apart.
+/// Like [`q4_k`], but with 5-bit `q`, whose fifth bits are stored separately.
 #[inline(always)]
 pub(super) fn q5_k(block: &[u8; 176], out: &mut [f32; BLOCK]) {
     let (scale, least, parts) = (half(block, 0), half(block, 2), sixes(&block[4..16]));

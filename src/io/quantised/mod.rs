@@ -22,7 +22,7 @@ const CHUNK: usize = 1 << 16;
 const COST: usize = 4;
 
 impl Stored {
-    /// If `true`, values lie in blocks with common scales, and are read as [`DType::F32`].
+    /// Returns `true` if values lie in blocks with common scales and are read as [`DType::F32`].
     pub fn is_quantized(self) -> bool {
         self.block().0 > 1
     }

@@ -1,10 +1,10 @@
-//! The boundary to the crate `tokenizers`: what goes in is checked, and a panic inside becomes an error.
+//! The boundary to the crate `tokenizers`: its inputs are checked, and a panic inside becomes an error.
 //!
-//! That crate takes its files on trust. Damaged ones make it index out of bounds, unwrap what is missing or recurse until the
-//! stack ends, which is not this crate's to mend. Here the parts of a file are checked first, and models, splitting and
-//! replacing are this crate's own: they compute the same tokens in a time that grows with the text and no faster. What is left
-//! to the other crate (Unicode's normal forms, what surrounds a text, decoders) is called where a panic is caught; its
-//! message is not printed, and the error names the file.
+//! The crate `tokenizers` trusts its files: damaged ones make it index out of bounds, unwrap missing values or overflow
+//! the stack, which this crate cannot fix. Here the parts of a file are checked first, and models, splitting and
+//! replacing are this crate's own: they compute the same tokens in time linear in the text. The rest of the other crate
+//! (Unicode normal forms, templates around a text, decoders) is called where a panic is caught; its message is not
+//! printed, and the error names the file.
 
 use std::{
     borrow::Cow,
@@ -59,7 +59,7 @@ pub struct Checked {
     around: Vec<u32>,
     /// The file that it comes from.
     path: PathBuf,
-    /// The number of tokens that a text is cut to, if the files have a bound.
+    /// Number of tokens that a text is truncated to, if the files have a limit.
     max_length: Option<usize>,
     /// If `true`, what is cut off a text is its beginning.
     cut_left: bool,
@@ -130,7 +130,7 @@ impl Checked {
         Ok(checked)
     }
 
-    /// The number of tokens that a text is cut to, if the files have a bound.
+    /// Returns the number of tokens that a text is truncated to, if the files have a limit.
     pub fn max_length(&self) -> Option<usize> {
         self.max_length
     }
@@ -175,12 +175,12 @@ impl Checked {
         Ok(CutText { ids, whole })
     }
 
-    /// If `true`, a token is one that is not text.
+    /// Returns `true` if a token is special, not text.
     pub fn is_special(&self, id: u32) -> bool {
         self.inner.id_to_token(id).is_some_and(|token| self.inner.get_added_vocabulary().is_special_token(&token))
     }
 
-    /// Tokens of a text; `around` adds those that the model expects around it.
+    /// Returns the tokens of a text; `around` adds those that the model expects around it.
     pub fn encode(&self, text: &str, around: bool) -> Result<Vec<u32>> {
         self.answer(|| {
             if text.len() > MAX_TEXT {
@@ -229,7 +229,7 @@ impl Checked {
         })
     }
 
-    /// Tokens of a text in which no added token is looked for.
+    /// Returns the tokens of a text, without matching added tokens.
     ///
     /// Errors: a text that the tokenizer does not take.
     pub fn encode_plain(&self, text: &str) -> Result<Vec<u32>> {
@@ -247,17 +247,17 @@ impl Checked {
         })
     }
 
-    /// Vocabulary, added tokens and decoder, for questions that cannot fail.
+    /// Returns vocabulary, added tokens and decoder, for queries that cannot fail.
     pub fn raw(&self) -> &Inner {
         &self.inner
     }
 
-    /// If `true`, texts are changed before they are split.
+    /// Returns `true` if texts are normalized before they are split.
     pub fn normalizes(&self) -> bool {
         self.normalizer.is_some()
     }
 
-    /// The id of a token.
+    /// Returns the id of a token.
     pub fn id(&self, token: &str) -> Option<u32> {
         self.inner.token_to_id(token)
     }
