@@ -12,7 +12,7 @@ use x_transformers::{
 
 use crate::cost::{Cost, Sizes};
 
-/// What is repeated.
+/// A workload to repeat.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, ValueEnum)]
 pub enum Mode {
     /// Logits or vectors, without gradients
