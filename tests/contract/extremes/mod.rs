@@ -37,11 +37,11 @@ const IN_ATTENTION: &str = "src/ops/attention/mod.rs";
 const INFINITE_VALUE: &str = "in half types its gradients are NaN";
 const IN_NORM: &str = "src/ops/norm/mod.rs";
 const OVERFLOWING_GRADIENT: &str =
-    "A gradient that overflows when it is multiplied by the weight makes its row infinite or NaN";
+    "A gradient that overflows when multiplied by the weight makes its row infinite or NaN";
 
 const DEVIATIONS: &[Deviation] = &[
-    deviation("cross_entropy ignored inf", IN_CROSS_ENTROPY, "gradient of rows that are left out is 0, also where"),
-    deviation("cross_entropy ignored nan", IN_CROSS_ENTROPY, "gradient of rows that are left out is 0, also where"),
+    deviation("cross_entropy ignored inf", IN_CROSS_ENTROPY, "gradient of ignored rows is 0, even where"),
+    deviation("cross_entropy ignored nan", IN_CROSS_ENTROPY, "gradient of ignored rows is 0, even where"),
     deviation("cross_entropy g inf", IN_CROSS_ENTROPY, "An infinite gradient of the loss gives −∞ at the target"),
     deviation("attention v inf", IN_ATTENTION, INFINITE_VALUE),
     deviation("attention v -inf", IN_ATTENTION, INFINITE_VALUE),
