@@ -224,7 +224,7 @@ fn remove_dead(path: &Path) -> io::Result<bool> {
 
 /// Exclusive use of a folder among all processes and threads, until it is dropped.
 ///
-/// The lock is on the folder itself and survives renames. There is no lock where folders cannot be locked.
+/// The lock is on the folder itself and survives renames. On file systems that cannot lock folders it does nothing.
 #[derive(Debug)]
 pub(crate) struct FolderLock {
     _file: Option<File>,

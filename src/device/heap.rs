@@ -321,8 +321,8 @@ impl Arena {
         self.maps.insert(map.start(), Arc::new(map));
     }
 
-    /// Takes a part of an untouched range out of the list, with what else is free of its first and last page: there may
-    /// be memory behind what was never touched of a page, and what was given back of it while other parts were in use.
+    /// Takes part of an untouched range out of the list, together with all other free bytes of its first and last page,
+    /// which may already have memory: bytes returned while the rest of the page was in use.
     fn claim(&mut self, start: usize, end: usize) -> Option<Pages> {
         let (first, bytes) = self.untouched.containing(start)?;
         let behind = first + bytes;

@@ -59,8 +59,8 @@ impl Grid {
         Self::new([blocks as u32, 1, 1], [threads as u32, at_once as u32, 1])
     }
 
-    /// For kernels whose rows are held in registers (see `kernels/rows.cuh`): so many threads for a row that they hold
-    /// it, 32 elements each, or 16 of f64; if they can.
+    /// Returns the grid of kernels that hold rows in registers (see `kernels/rows.cuh`), with enough threads a row to
+    /// hold it at 32 elements each (16 for f64), where a block allows it.
     pub(crate) fn held_rows(rows: usize, columns: usize, dtype: DType) -> Self {
         const MOST_THREADS: usize = 256;
         let held = if dtype == DType::F64 { 16 } else { 32 };

@@ -125,7 +125,7 @@ fn generation() {
         assert_eq!(number(&many, "new_tokens"), 9.0);
         assert!(number(&many, "flop") > number(&one, "flop"), "{one} {many}");
     }
-    // If the beginning slides out of the window, keys and values cannot be kept: there is no count.
+    // Once the beginning slides out of the window, keys and values cannot be cached: FLOPs are not counted.
     let report = bench.json(GPT, &["--mode", "generate", "--seq-len", "20", "--new-tokens", "8"]);
     assert!(report["flop"].is_null() && report["flop_per_second"].is_null(), "{report}");
 }

@@ -1,5 +1,5 @@
-//! Driver resources of a device, each released on drop. An open device lives as long as the process; hence only a
-//! failed open and modules that are no longer needed release anything.
+//! Driver resources of a device, each released on drop. An open device lives as long as the process, so only unused
+//! modules and a device that failed to open are ever released.
 
 use std::ffi::CString;
 
