@@ -95,6 +95,7 @@ pub mod io;
 pub mod models;
 pub mod nn;
 pub mod ops;
+mod ordered;
 mod params;
 mod philox;
 pub mod pretrained;

@@ -8,10 +8,11 @@ use std::{
 };
 
 /// Every room of `src/`, the lowest first: a room may use those before it.
-const ROOMS: [&str; 21] = [
+const ROOMS: [&str; 22] = [
     "error",
     "hash",
     "sort",
+    "ordered",
     "atomic_file",
     "shape",
     "dtype",

@@ -1,10 +1,11 @@
 //! Gradients of leaves, and their accumulation.
 
-use std::{collections::BTreeMap, fmt};
+use std::fmt;
 
 use super::rule::InputGrad;
 use crate::{
     Error, Result,
+    ordered::OrderedMap,
     params::{Param, ParamMap},
     tensor::{GradSlot, LeafId, Tensor},
 };
@@ -27,7 +28,7 @@ use crate::{
 #[must_use = "gradients change nothing until an optimizer takes them"]
 #[doc(alias = "GradStore")]
 pub struct Gradients {
-    leaves: BTreeMap<LeafId, Tensor>,
+    leaves: OrderedMap<LeafId, Tensor>,
 }
 
 impl fmt::Debug for Gradients {
@@ -71,7 +72,7 @@ impl Gradients {
     ///
     /// Errors: a leaf with another shape, dtype or device; nothing is added then.
     pub fn accumulate(&mut self, other: Gradients) -> Result<()> {
-        for (leaf, grad) in &other.leaves {
+        for (leaf, grad) in other.leaves.iter() {
             let fits = |sum: &Tensor| {
                 sum.shape() == grad.shape() && sum.dtype() == grad.dtype() && sum.device() == grad.device()
             };
@@ -85,12 +86,12 @@ impl Gradients {
 
     /// Returns all gradients, in the order in which the leaves were created.
     pub fn tensors(&self) -> impl Iterator<Item = &Tensor> {
-        self.leaves.values()
+        self.leaves.values().iter()
     }
 
     /// Returns all gradients, for replacing them.
     pub(crate) fn tensors_mut(&mut self) -> impl Iterator<Item = &mut Tensor> {
-        self.leaves.values_mut()
+        self.leaves.values_mut().iter_mut()
     }
 
     /// Takes the gradient of a leaf out.

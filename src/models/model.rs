@@ -11,7 +11,7 @@ use crate::{
     config::{Call, Config, GenerateCall, LayersPlan, SamplingConfig},
     error::{ErrorContext, ensure},
     nn::{AttentionLayers, ForwardOptions},
-    params::{ordered, try_ordered},
+    ordered::{ordered, try_ordered},
 };
 
 /// Model of any class.

@@ -8,8 +8,8 @@ use crate::{
     DType, Device, Error, ErrorKind, Gradients, ParamMap, Result, Tensor,
     error::ensure,
     ops::adamw::{Settings, Update, adamw, compile, own, square_norms},
+    ordered::OrderedMap,
     params::Param,
-    params::ordered,
     profile::{self, Phase},
     sort::{order, sort_by},
 };
@@ -68,7 +68,7 @@ impl Default for AdamWOptions {
 #[doc(alias = "Optimizer")]
 pub struct AdamW {
     options: AdamWOptions,
-    state: BTreeMap<String, State>,
+    state: OrderedMap<String, State>,
     steps: u64,
     /// If `true`, an update is in progress or has panicked.
     updating: bool,
@@ -130,7 +130,7 @@ impl AdamW {
                 Error::option(key, format_args!("expected a finite number of at least 0, got {value}"))
             );
         }
-        Ok(Self { options, state: BTreeMap::new(), steps: 0, updating: false })
+        Ok(Self { options, state: OrderedMap::default(), steps: 0, updating: false })
     }
 
     /// Returns the hyperparameters.
@@ -218,12 +218,13 @@ impl AdamW {
         let order = order(named.len(), &|a, b| named[a].1.leaf().cmp(&named[b].1.leaf()));
         let mut locked: Vec<_> = order.into_iter().map(|index| (index, named[index].1.lock())).collect();
         sort_by(&mut locked, |a, b| a.0.cmp(&b.0));
-        let mut states = ordered(self.state.iter_mut().map(|(name, state)| (name.as_str(), state)));
+        let mut states = self.state.iter_mut();
         let mut updates = Vec::with_capacity(named.len());
         for (((name, _), (_, value)), grad) in named.iter().zip(&mut locked).zip(grads) {
             own(value)?;
-            // `prepare` made one for every name.
-            let Some(State { exp_avg, exp_avg_sq, master, step }) = states.remove(name) else { continue };
+            // `prepare` made one for every name; both are in alphabetical order.
+            let found = states.find(|(key, _)| key.as_str() == *name);
+            let Some((_, State { exp_avg, exp_avg_sq, master, step })) = found else { continue };
             let master = master.as_mut();
             updates.push(Update { value, grad, exp_avg, exp_avg_sq, master, step: *step + 1 });
         }
@@ -258,7 +259,7 @@ impl AdamW {
         let (named, packed) = with_gradients(params, grads)?;
         let norm = clip_on_device(&packed, given)?;
         let grad_scale = norm.narrow(0, 1, 1)?;
-        let positions: BTreeMap<&str, usize> = ordered(params.unique().map(|(name, _)| name).zip(0..));
+        let positions: OrderedMap<&str, usize> = params.unique().map(|(name, _)| name).zip(0..).collect();
         let place = |(name, _): &Named| factors.narrow(0, positions[name], 1)?.address();
         let places = named.iter().map(place).collect::<Result<Vec<_>>>()?;
         compile("adamw_recorded", kinds(&named, &packed))?;
@@ -277,7 +278,7 @@ impl AdamW {
     /// Returns `true` if nothing else shares the tensors of the state, which a recorded step updates in place.
     #[cfg(feature = "cuda")]
     pub(super) fn is_unique(&mut self) -> bool {
-        self.state.values_mut().all(|State { exp_avg, exp_avg_sq, master, .. }| {
+        self.state.values_mut().iter_mut().all(|State { exp_avg, exp_avg_sq, master, .. }| {
             exp_avg.is_unique() && exp_avg_sq.is_unique() && master.as_mut().is_none_or(Tensor::is_unique)
         })
     }
@@ -302,7 +303,7 @@ impl AdamW {
             let value = param.tensor().detach();
             let state = match self.state.get_mut(*name) {
                 Some(state) => state,
-                None => self.state.entry(name.to_string()).or_insert(State::new(&value)?),
+                None => self.state.or_insert(name.to_string(), State::new(&value)?),
             };
             ensure!(
                 state.exp_avg.shape() == value.shape()
@@ -333,7 +334,7 @@ impl AdamW {
     pub fn state_dict(&self) -> Result<BTreeMap<String, Tensor>> {
         let count = |steps: u64| Tensor::scalar(steps as i64, &crate::Device::Cpu);
         let mut dict = BTreeMap::from([("steps".to_string(), count(self.steps)?)]);
-        for (name, state) in &self.state {
+        for (name, state) in self.state.iter() {
             dict.insert(format!("exp_avg.{name}"), state.exp_avg.clone());
             dict.insert(format!("exp_avg_sq.{name}"), state.exp_avg_sq.clone());
             dict.insert(format!("step.{name}"), count(state.step)?);
@@ -352,7 +353,7 @@ impl AdamW {
     pub fn load_state_dict(&mut self, params: &ParamMap, dict: &BTreeMap<String, Tensor>) -> Result<()> {
         let mut loader = Loader { dict, used: Default::default(), missing: Vec::new(), mismatched: Vec::new() };
         let steps = loader.count("steps")?;
-        let mut state = BTreeMap::new();
+        let mut state = OrderedMap::default();
         for (name, param) in params.unique() {
             let keys = ["exp_avg", "exp_avg_sq", "step", "master"].map(|kind| format!("{kind}.{name}"));
             if !keys.iter().any(|key| dict.contains_key(key)) {
@@ -415,7 +416,7 @@ fn bytes(tensor: &Tensor) -> usize {
 /// Takes tensors out of a state dict and collects mismatches.
 struct Loader<'a> {
     dict: &'a BTreeMap<String, Tensor>,
-    used: std::collections::BTreeSet<String>,
+    used: OrderedMap<String, ()>,
     missing: Vec<String>,
     mismatched: Vec<(String, Vec<usize>, Vec<usize>)>,
 }
@@ -426,7 +427,7 @@ impl Loader<'_> {
             self.missing.push(key.to_string());
             return Ok(None);
         };
-        self.used.insert(key.to_string());
+        self.used.insert(key.to_string(), ());
         if **tensor.shape() != *shape {
             self.mismatched.push((key.to_string(), shape.to_vec(), tensor.shape().to_vec()));
             return Ok(None);
@@ -452,7 +453,7 @@ impl Loader<'_> {
 
     fn finish(self, steps: Option<u64>) -> Result<u64> {
         let Self { dict, used, missing, mismatched } = self;
-        let unused: Vec<_> = dict.keys().filter(|&key| !used.contains(key)).cloned().collect();
+        let unused: Vec<_> = dict.keys().filter(|&key| !used.contains_key(key)).cloned().collect();
         match steps {
             Some(steps) if missing.is_empty() && unused.is_empty() && mismatched.is_empty() => Ok(steps),
             _ => Err(Error::new(ErrorKind::Weights { missing, unused, mismatched })),
