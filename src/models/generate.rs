@@ -11,6 +11,7 @@ use crate::{
     config::{FilterLogits, SamplingConfig},
     error::ensure,
     nn::ForwardOptions,
+    sort::sort,
 };
 
 /// Options of generation.
@@ -140,7 +141,7 @@ impl GenerateOptions {
             return;
         }
         let mut seen = tokens.to_vec();
-        seen.sort_unstable();
+        sort(&mut seen);
         seen.dedup();
         for token in seen {
             if let Some(logit) = logits.get_mut(token as usize) {

@@ -5,6 +5,7 @@ use crate::{
     DType, Device, Error, Result, Tensor,
     error::{ErrorContext, ensure},
     nn::ForwardOptions,
+    sort::sort,
 };
 
 /// Growing sequences, with their cache.
@@ -144,7 +145,7 @@ impl<'m> Rows<'m> {
         let anew: Vec<usize> = (0..last.len()).filter(anew).collect();
         let (mut order, mut parts) = self.extend(last)?;
         let mut lengths: Vec<usize> = anew.iter().map(|&row| self.tokens[row].len().min(window)).collect();
-        lengths.sort_unstable();
+        sort(&mut lengths);
         lengths.dedup();
         for seen in lengths {
             let rows: Vec<usize> =

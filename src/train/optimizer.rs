@@ -333,7 +333,8 @@ impl AdamW {
     /// `master.P` of each updated parameter `P`, and `steps`.
     pub fn state_dict(&self) -> Result<BTreeMap<String, Tensor>> {
         let count = |steps: u64| Tensor::scalar(steps as i64, &crate::Device::Cpu);
-        let mut dict = BTreeMap::from([("steps".to_string(), count(self.steps)?)]);
+        let mut dict = BTreeMap::new();
+        dict.insert("steps".to_string(), count(self.steps)?);
         for (name, state) in self.state.iter() {
             dict.insert(format!("exp_avg.{name}"), state.exp_avg.clone());
             dict.insert(format!("exp_avg_sq.{name}"), state.exp_avg_sq.clone());

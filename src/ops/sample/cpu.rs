@@ -231,6 +231,8 @@ impl<'a, K: Key> Row<'a, K> {
         }
         let mut between = Vec::with_capacity((from_low.0 - from_high.0) as usize);
         collect(keys, K::from_i64(low), K::from_i64(high - 1), &mut between);
+        // One sort for both types of keys.
+        let mut between: Vec<(i64, u32)> = between.into_iter().map(|(key, position)| (key.into(), position)).collect();
         if high.abs_diff(low) > 1 {
             between.sort_unstable_by_key(|&(key, position)| (std::cmp::Reverse(key), position));
         }
@@ -239,7 +241,7 @@ impl<'a, K: Key> Row<'a, K> {
             reached += weights.map_or(1.0, |weights| f64::from(weights[position as usize]));
             reached >= bound
         });
-        last.map(|(key, position)| Cut { key, position })
+        last.map(|(key, position)| Cut { key: K::from_i64(key), position })
     }
 }
 
