@@ -23,7 +23,7 @@ use super::{
 };
 use crate::{
     DType, Error, ErrorKind, Result,
-    error::ensure,
+    error::{TryVec, ensure},
     profile::Cost,
     shape::Shape,
     tensor::{GradSlot, LeafId, Tensor},
@@ -200,7 +200,7 @@ impl Call {
             let [needed] = needs(OP, [input])?;
             if needed { input.requires_grad() } else { Ok(input.detach()) }
         });
-        let inner: Vec<Tensor> = inner.collect::<Result<_>>()?;
+        let inner: Vec<Tensor> = inner.try_vec()?;
         if nest.level == 0 {
             nest.trace = Trace::default();
         }

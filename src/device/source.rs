@@ -3,7 +3,7 @@
 use std::fmt;
 
 use super::signature::{Declaration, DeclaredParameter, Kind, declarations, scalar_bytes};
-use crate::{Error, Result, dtype::DType, error::ensure, hash::fnv1a};
+use crate::{Error, Result, dtype::DType, error::TryVec, error::ensure, hash::fnv1a};
 
 const OP: &str = "raw_kernel";
 
@@ -96,7 +96,7 @@ impl Source {
             text: text.into(),
             hash: fnv1a(text.as_bytes()),
             kernel: kernel.into(),
-            parameters: parameters.collect::<Result<_>>()?,
+            parameters: parameters.try_vec()?,
             options: options.iter().map(|(name, value)| (name.to_string(), value.to_string())).collect(),
         })
     }

@@ -11,6 +11,7 @@ use super::{
     described::{Pickle, Storage, Value, View},
     globals::{Element, Global, Values},
 };
+use crate::error::TryVec;
 
 /// Steps of one pickle. The state dict of a model with ten thousand tensors has about half a million.
 const MAX_STEPS: usize = 2_000_000;
@@ -466,7 +467,7 @@ impl<'a> Machine<'a, '_> {
             Some(&[key, value]) => Ok((key, value)),
             _ => Err(bad(at, "a list of pairs")),
         };
-        let entries = items.iter().map(pair).collect::<Parsed<_>>()?;
+        let entries = items.iter().map(pair).try_vec()?;
         Ok(self.pickle.dict(entries))
     }
 
@@ -486,7 +487,7 @@ impl<'a> Machine<'a, '_> {
                 Value::Int(number) => usize::try_from(number).map_err(|_| bad(at, "the shape of a tensor")),
                 _ => Err(bad(at, "the shape of a tensor")),
             };
-            items.iter().map(number).collect::<Parsed<Vec<_>>>()
+            items.iter().map(number).try_vec()
         };
         let offset = usize::try_from(offset).map_err(|_| bad(at, "the offset of a tensor"))?;
         let view = View { storage, element, offset, shape: numbers(shape)?, strides: numbers(strides)? };

@@ -26,7 +26,7 @@ use super::{
 };
 use crate::{
     DType, Device, Error, Result, Shape, Tensor,
-    error::ensure,
+    error::{TryVec, ensure},
     ordered::{ordered, try_ordered},
     sort::{order, sort_by},
 };
@@ -232,7 +232,7 @@ pub(crate) fn pack(
     let mut packed = tensors
         .iter()
         .map(|(name, tensor)| Ok((name.as_str(), tensor.detach().contiguous()?.to_device(&Device::Cpu)?)))
-        .collect::<Result<Vec<_>>>()?;
+        .try_vec()?;
     // Wide elements first, so that every tensor is aligned to its element; by name among equals.
     sort_by(&mut packed, |a, b| b.1.dtype().size().cmp(&a.1.dtype().size()));
     let mut header = BTreeMap::new();
@@ -259,7 +259,7 @@ pub(crate) fn pack(
             format_args!("would get a header of {} bytes, at most {MAX_HEADER} are allowed", header.len())
         )
     );
-    let bytes = packed.iter().map(|(_, tensor)| tensor.bytes()).collect::<Result<Vec<_>>>()?;
+    let bytes = packed.iter().map(|(_, tensor)| tensor.bytes()).try_vec()?;
     deliver(&|file| {
         file.write_all(&(header.len() as u64).to_le_bytes())?;
         file.write_all(&header)?;

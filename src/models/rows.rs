@@ -3,7 +3,7 @@
 use super::{AutoregressiveWrapper, DecodeCache, GenerateOptions, TransformerWrapper};
 use crate::{
     DType, Device, Error, Result, Tensor,
-    error::{ErrorContext, ensure},
+    error::{ErrorContext, TryVec, ensure},
     nn::ForwardOptions,
     sort::sort,
 };
@@ -228,7 +228,7 @@ impl<'m> Rows<'m> {
 /// Returns the options of these rows.
 fn of_rows(options: &ForwardOptions, rows: &[usize]) -> Result<ForwardOptions> {
     let pick = |x: &Tensor| -> Result<Tensor> {
-        let parts = rows.iter().map(|&row| x.narrow(0, row, 1)).collect::<Result<Vec<_>>>()?;
+        let parts = rows.iter().map(|&row| x.narrow(0, row, 1)).try_vec()?;
         Tensor::cat(&parts.iter().collect::<Vec<_>>(), 0)
     };
     // An attention mask has rows only if it has four dimensions.

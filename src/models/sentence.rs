@@ -3,7 +3,7 @@
 use std::fmt;
 
 use super::TransformerWrapper;
-use crate::{DType, Error, Result, Tensor, error::ensure, nn::ForwardOptions};
+use crate::{DType, Error, Result, Tensor, error::TryVec, error::ensure, nn::ForwardOptions};
 
 /// Reduction of token embeddings to one vector; padding is ignored.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -285,8 +285,7 @@ impl SentenceEncoder {
             match module {
                 SentenceModule::Pooling { modes, include_prompt } => {
                     let kept = Kept::new(&hidden, mask, if *include_prompt { 0 } else { prompt_len })?;
-                    let parts =
-                        modes.iter().map(|&mode| self.pool(mode, &hidden, &kept)).collect::<Result<Vec<_>>>()?;
+                    let parts = modes.iter().map(|&mode| self.pool(mode, &hidden, &kept)).try_vec()?;
                     text = Some(match &parts[..] {
                         [one] => one.clone(),
                         several => Tensor::cat(&several.iter().collect::<Vec<_>>(), -1)?,

@@ -14,7 +14,7 @@ use crate::{
     Buffer, DType, Error, ParamStore, Result, Tensor,
     autograd::dropout_stream,
     config::{BranchPlan, LayerPlan, LayersPlan, RotaryPlan},
-    error::{ErrorContext, ensure},
+    error::{ErrorContext, TryVec, ensure},
     ops::{PositionBias, Window},
 };
 
@@ -94,8 +94,7 @@ impl AttentionLayers {
             let custom = |store: &ParamStore| branches(index, layer, store);
             Layer::new(layer, plan.dim, rotary.as_ref(), &store.at("layers").at(index), custom)
         };
-        let distinct: Vec<Layer> =
-            plan.layers.iter().take(plan.distinct).enumerate().map(&mut layer).collect::<Result<_>>()?;
+        let distinct: Vec<Layer> = plan.layers.iter().take(plan.distinct).enumerate().map(&mut layer).try_vec()?;
         // Tied layers repeat the same modules.
         let layers: Vec<Layer> = distinct.iter().cycle().take(plan.layers.len()).cloned().collect();
         let bias = RelativePositionBias::new(plan.positions.bias, &store.at("rel_pos"))?;

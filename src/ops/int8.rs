@@ -7,7 +7,7 @@ use crate::{
     autograd::discrete,
     device::{Gpu, Grid, args, cpu, simd::vectorized, size32},
     dtype::{Float, Real, dispatch_float},
-    error::ensure,
+    error::{TryVec, ensure},
     ops::reduce::sum_slice,
     shape::Shape,
     tensor::same_device,
@@ -116,7 +116,7 @@ impl Int8Matrix {
         if (FEW + 1..=GROUPED).contains(&count) && *x.device() == Device::Cpu && columns > 0 {
             let inputs = x.detach().reshape(Shape::new(&[count, columns])?)?;
             let group = |first: usize| self.linear(&inputs.narrow(0, first, FEW.min(count - first))?, bias);
-            let groups = (0..count).step_by(FEW).map(group).collect::<Result<Vec<_>>>()?;
+            let groups = (0..count).step_by(FEW).map(group).try_vec()?;
             let y = Tensor::cat(&groups.iter().collect::<Vec<_>>(), 0)?;
             return y.reshape(x.shape().with_dim(x.rank() - 1, rows));
         }

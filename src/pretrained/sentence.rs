@@ -15,7 +15,7 @@ use super::{
 };
 use crate::{
     DType, Device, Error, Result,
-    error::ensure,
+    error::{TryVec, ensure},
     models::{Pooling, SentenceEncoder, SentenceModule},
 };
 
@@ -180,7 +180,7 @@ impl Pretrained {
                         format_args!("begins with the module `{}`, expected `Transformer`", first.class)
                     )
                 );
-                rest.iter().filter_map(read).collect::<Result<Vec<_>>>()?
+                rest.iter().filter_map(read).try_vec()?
             }
             None => vec![SentenceModule::Pooling { modes: vec![Pooling::Mean], include_prompt: true }],
         };

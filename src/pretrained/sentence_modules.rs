@@ -10,7 +10,7 @@ use super::{
 };
 use crate::{
     DType, Device, Error, ErrorKind, Result, Tensor,
-    error::ensure,
+    error::{TryVec, ensure},
     io::TensorFile,
     models::{DenseActivation, DenseLayer, DenseResidual, Features, Pooling, SentenceModule},
 };
@@ -67,7 +67,7 @@ fn pooling(options: &Options) -> Result<SentenceModule> {
         })
     };
     let modes = match options.get(KEY) {
-        Some(Value::Array(names)) if !names.is_empty() => names.iter().map(named).collect::<Result<Vec<_>>>()?,
+        Some(Value::Array(names)) if !names.is_empty() => names.iter().map(named).try_vec()?,
         Some(name) => vec![named(name)?],
         None => {
             let mut modes = Vec::new();

@@ -6,7 +6,7 @@ use super::{GradSlot, Tensor};
 use crate::{
     Device, Error, Result,
     device::{Arg, Grid, Kernel, Kind, ParameterType, Source, SourceParameter, launch::IntoArg},
-    error::ensure,
+    error::{TryVec, ensure},
 };
 
 const OP: &str = "raw_kernel";
@@ -129,7 +129,7 @@ impl RawKernel {
             Error::argument(OP, format_args!("`{name}` takes {} arguments, got {}", parameters.len(), given.len()))
         );
         let args = parameters.iter().zip(given).map(|(parameter, given)| self.argument(parameter, given));
-        self.kernel.launch(grid, &args.collect::<Result<Vec<_>>>()?)
+        self.kernel.launch(grid, &args.try_vec()?)
     }
 
     /// Checks one argument.

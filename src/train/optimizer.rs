@@ -6,7 +6,7 @@ use std::{collections::BTreeMap, fmt};
 use crate::ops::adamw::{adamw_recorded, clip_on_device};
 use crate::{
     DType, Device, Error, ErrorKind, Gradients, ParamMap, Result, Tensor,
-    error::ensure,
+    error::{TryVec, ensure},
     ops::adamw::{Settings, Update, adamw, compile, own, square_norms},
     ordered::OrderedMap,
     params::Param,
@@ -261,7 +261,7 @@ impl AdamW {
         let grad_scale = norm.narrow(0, 1, 1)?;
         let positions: OrderedMap<&str, usize> = params.unique().map(|(name, _)| name).zip(0..).collect();
         let place = |(name, _): &Named| factors.narrow(0, positions[name], 1)?.address();
-        let places = named.iter().map(place).collect::<Result<Vec<_>>>()?;
+        let places = named.iter().map(place).try_vec()?;
         compile("adamw_recorded", kinds(&named, &packed))?;
         self.update(&named, &packed, |updates| adamw_recorded(updates, &places, &grad_scale))?;
         Ok((norm, named.into_iter().map(|(name, _)| name.to_string()).collect()))
@@ -398,7 +398,7 @@ type Named<'a> = (&'a str, &'a Param);
 fn with_gradients<'a>(params: &'a ParamMap, grads: &Gradients) -> Result<(Vec<Named<'a>>, Vec<Tensor>)> {
     let with_grad = params.unique().filter_map(|(name, param)| Some((name, param, grads.param(param)?)));
     let packed = with_grad.map(|(name, param, grad)| Ok(((name, param), grad.detach().contiguous()?)));
-    Ok(packed.collect::<Result<Vec<_>>>()?.into_iter().unzip())
+    Ok(packed.try_vec()?.into_iter().unzip())
 }
 
 /// Returns the types that the kernel of each parameter is compiled for.

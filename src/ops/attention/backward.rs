@@ -2,8 +2,6 @@
 
 use std::marker::PhantomData;
 
-use half::bf16;
-
 use super::{
     Kept, OP, Problem, Sizes,
     cpu::{multiplies_bf16, run},
@@ -40,7 +38,6 @@ pub(super) fn backward(
         return zeros(problem, need);
     }
     match problem.q.device() {
-        Device::Cpu if multiplies_bf16(problem) => backward_as::<bf16>(problem, out, kept, grad, need),
         Device::Cpu => dispatch_real!(problem.q.dtype(), R, backward_as::<R>(problem, out, kept, grad, need)),
         Device::Gpu(gpu) => cuda::backward(*gpu, problem, out, kept, grad, need),
     }
@@ -54,31 +51,31 @@ fn zeros(problem: &Problem, need: &[bool]) -> Result<Vec<Option<Tensor>>> {
     zeros.zip(need).map(|(zeros, need)| need.then_some(zeros).transpose()).collect()
 }
 
-fn backward_as<O: Multiply>(
+fn backward_as<A: Real + Multiply>(
     problem: &Problem,
     out: &Tensor,
     kept: &Kept,
     grad: &Tensor,
     need: &[bool],
 ) -> Result<Vec<Option<Tensor>>> {
-    let operands = [widen::<O>(&problem.q)?, widen::<O>(&problem.k)?, widen::<O>(&problem.v)?];
+    let bf16 = multiplies_bf16(problem);
+    let operands = [widen::<A>(&problem.q, bf16)?, widen::<A>(&problem.k, bf16)?, widen::<A>(&problem.v, bf16)?];
     let grad = packed_rows(grad)?;
     let delta = dispatch_float!(OP, out.dtype(), T, delta::<T>(out, kept.residual.as_ref(), &grad))?;
-    let grad = widen::<O>(&grad)?;
-    let rounds = O::DTYPE != <O::Acc as Element>::DTYPE;
-    let directions = if rounds && need[0] { without_common::<O>(&operands[1])? } else { None };
+    let grad = widen::<A>(&grad, bf16)?;
+    let directions = if bf16 && need[0] { without_common(&operands[1])? } else { None };
     let directions = directions.unwrap_or_else(|| operands[1].clone());
-    let pass = Pass::<O> {
+    let pass = Pass::<A> {
         tiles: Tiles::new(problem, &operands)?,
         directions: Rows::new(&directions)?,
         grad: Rows::new(&grad)?,
-        statistics: kept.statistics.values::<O::Acc>()?.as_chunks().0,
-        delta: delta.values::<O::Acc>()?,
+        statistics: kept.statistics.values::<A>()?.as_chunks().0,
+        delta: delta.values::<A>()?,
     };
     let need_bias = problem.bias.is_some() && need[3];
     let need_position = problem.position.is_some() && need[need.len() - 1];
     let cut = Cut::new(&problem.sizes);
-    let mut sums = Sums::<O::Acc>::new(problem, &cut, need[0], need_position)?;
+    let mut sums = Sums::<A>::new(problem, &cut, need[0], need_position)?;
     let (mut dk, mut dv) = (Output::new(&problem.k, need[1])?, Output::new(&problem.v, need[2])?);
     if need[..3].contains(&true) || need_position {
         let rows = dk.deal(cut.keys)?.into_iter().zip(dv.deal(cut.keys)?);
@@ -96,7 +93,7 @@ fn backward_as<O: Multiply>(
     Ok(gradients)
 }
 
-fn run_tasks<O: Multiply>(pass: &Pass<O>, problem: &Problem, cut: &Cut, tasks: Vec<Task<O::Acc>>, wanted: [bool; 2]) {
+fn run_tasks<A: Real + Multiply>(pass: &Pass<A>, problem: &Problem, cut: &Cut, tasks: Vec<Task<A>>, wanted: [bool; 2]) {
     let Sizes { kv_heads, queries, keys, d, e, .. } = problem.sizes;
     let cost = cut.group * queries * cut.keys.min(keys) * (d + e);
     run(tasks, cost, |index, task| {
