@@ -365,21 +365,3 @@ macro_rules! ensure {
     };
 }
 pub(crate) use ensure;
-
-/// Collects the values of results up to the first error, in one loop for all iterators: `collect` is compiled anew for
-/// each, a kilobyte and a half at a time.
-pub(crate) trait TryVec<T, E>: Iterator<Item = std::result::Result<T, E>> + Sized {
-    fn try_vec(mut self) -> std::result::Result<Vec<T>, E> {
-        try_vec(&mut self)
-    }
-}
-
-impl<T, E, I: Iterator<Item = std::result::Result<T, E>>> TryVec<T, E> for I {}
-
-fn try_vec<T, E>(results: &mut dyn Iterator<Item = std::result::Result<T, E>>) -> std::result::Result<Vec<T>, E> {
-    let mut values = Vec::with_capacity(results.size_hint().1.unwrap_or(0));
-    for result in results {
-        values.push(result?);
-    }
-    Ok(values)
-}

@@ -83,6 +83,7 @@
 
 mod atomic_file;
 mod autograd;
+mod collect;
 pub mod config;
 pub mod device;
 mod dtype;

@@ -32,7 +32,9 @@ use std::{
     time::{Duration, Instant},
 };
 
-use crate::{Error, Result, device::Device, error::ensure, ordered::OrderedMap, shape::Shape, sort::sort_by};
+use crate::{
+    Error, Result, collect::CollectVec, device::Device, error::ensure, ordered::OrderedMap, shape::Shape, sort::sort_by,
+};
 
 thread_local! {
     /// `true` if this thread has a session; read by every op.
@@ -435,7 +437,7 @@ impl fmt::Display for Report {
         };
         writeln!(f, "{:<26}{:>9}{:>12}{:>7}{:>10}{:>10}", "", "calls", "seconds", "%", "FLOP/s", "bytes/s")?;
         for phase in [Phase::Forward, Phase::Backward, Phase::Update, Phase::Read] {
-            let mut ops: Vec<&OpProfile> = self.ops().filter(|op| op.phase == phase).collect();
+            let mut ops: Vec<&OpProfile> = self.ops().filter(|op| op.phase == phase).collect_vec();
             if ops.is_empty() {
                 continue;
             }

@@ -5,6 +5,7 @@ use std::fmt;
 use super::rule::InputGrad;
 use crate::{
     Error, Result,
+    collect::CollectVec,
     ordered::OrderedMap,
     params::{Param, ParamMap},
     tensor::{GradSlot, LeafId, Tensor},
@@ -65,7 +66,7 @@ impl Gradients {
     /// Returns the names of the parameters that received no gradient, in order.
     pub fn unused(&self, params: &ParamMap) -> Vec<String> {
         let unused = params.iter().filter(|(_, param)| !self.leaves.contains_key(&param.leaf()));
-        unused.map(|(name, _)| name.to_string()).collect()
+        unused.map(|(name, _)| name.to_string()).collect_vec()
     }
 
     /// Adds the gradients of another micro-batch.

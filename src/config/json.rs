@@ -7,7 +7,7 @@ use super::{
     AttentionLayersConfig, AutoregressiveConfig, TransformerWrapperConfig, XTransformerConfig,
     kwargs::{self, Map},
 };
-use crate::{Error, Result, error::ensure};
+use crate::{Error, Result, collect::CollectVec, error::ensure};
 
 impl AutoregressiveConfig {
     pub(super) fn from_map(mut map: Map) -> Result<Self> {
@@ -42,13 +42,13 @@ impl XTransformerConfig {
         let layers = layers.into_iter().map(|(key, _)| key).filter(|key| !SIDE_FIXED.contains(&key.as_str()));
         let memory = prefix == "enc_";
         let options = SIDE_OPTIONS.iter().filter(|&&key| memory || key != "num_memory_tokens");
-        layers.chain(options.map(|key| key.to_string())).collect()
+        layers.chain(options.map(|key| key.to_string())).collect_vec()
     }
 
     pub(super) fn from_map(map: Map) -> Result<Self> {
         let sides = ["enc_", "dec_"].map(|prefix| (prefix, Self::side_keys(prefix)));
         let all = sides.iter().flat_map(|(prefix, keys)| keys.iter().map(move |key| format!("{prefix}{key}")));
-        let mut all: Vec<String> = all.chain(["dim".to_string(), "tie_token_emb".to_string()]).collect();
+        let mut all: Vec<String> = all.chain(["dim".to_string(), "tie_token_emb".to_string()]).collect_vec();
         all.push("dec_alibi_pos_emb".to_string());
         kwargs::check_known(&map, &all)?;
         let dim = map.get("dim").cloned().ok_or_else(|| Error::option("dim", "is required, and missing"))?;

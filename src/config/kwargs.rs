@@ -6,6 +6,7 @@ use serde_json::Value;
 use super::later::is_later;
 use crate::{
     Error, ErrorKind, Result,
+    collect::CollectVec,
     error::{ErrorContext, ensure},
 };
 
@@ -128,7 +129,7 @@ fn set(config: &mut dyn Keywords, mut map: Map) -> Result<()> {
             ensure!(!taken, Error::option(alias, format_args!("is another name of `{key}`, which is given too")));
         }
     }
-    let mut known: Vec<String> = aliases.iter().map(|alias| alias.0.to_string()).collect();
+    let mut known: Vec<String> = aliases.iter().map(|alias| alias.0.to_string()).collect_vec();
     config.fields(&mut |key, _| known.push(key.to_string()));
     check_known(&map, &known)?;
     for &key in config.required() {
@@ -200,8 +201,8 @@ fn nearest(key: &str, known: &[String]) -> Option<String> {
 
 /// Returns the Levenshtein distance: insertions, deletions and replacements of single characters.
 fn edit_distance(a: &str, b: &str) -> usize {
-    let b: Vec<char> = b.chars().collect();
-    let mut row: Vec<usize> = (0..=b.len()).collect();
+    let b: Vec<char> = b.chars().collect_vec();
+    let mut row: Vec<usize> = (0..=b.len()).collect_vec();
     for (i, a) in a.chars().enumerate() {
         let mut diagonal = i;
         row[0] = i + 1;

@@ -15,7 +15,7 @@ use super::{
     ranges::Ranges,
     scratch::Scratch,
 };
-use crate::{Error, ErrorKind, Result, ordered::OrderedMap};
+use crate::{Error, ErrorKind, Result, collect::CollectVec, ordered::OrderedMap};
 
 /// Bytes to which blocks are aligned, and of which their sizes are multiples: a cache line, and the widest vector load.
 pub(super) const ALIGNMENT: usize = 64;
@@ -345,16 +345,17 @@ impl Arena {
             done = pages.as_ref().map_or(done, |pages| pages.end);
             pages
         };
-        kept.iter().filter_map(claim).collect()
+        kept.iter().filter_map(claim).collect_vec()
     }
 
     /// Takes out maps without a block.
     fn remove_unused(&mut self) -> Vec<Arc<Map>> {
         let Self { maps, untouched, .. } = self;
         let is_unused = |start: &usize, map: &Arc<Map>| untouched.starting_at(*start) == Some(map.bytes());
-        let unused: Vec<usize> = maps.iter().filter(|(start, map)| is_unused(start, map)).map(|(&at, _)| at).collect();
+        let unused: Vec<usize> =
+            maps.iter().filter(|(start, map)| is_unused(start, map)).map(|(&at, _)| at).collect_vec();
         unused.iter().for_each(|&start| untouched.remove(start));
-        unused.iter().filter_map(|start| maps.remove(start)).collect()
+        unused.iter().filter_map(|start| maps.remove(start)).collect_vec()
     }
 }
 

@@ -9,7 +9,7 @@ use super::{
     stored::Stored,
     tensor_file::{Entry, Listed, Listing, Metadata},
 };
-use crate::{Shape, error::TryVec, ordered::OrderedMap};
+use crate::{Shape, collect::CollectVec, ordered::OrderedMap};
 
 /// First bytes of every file.
 pub(super) const MAGIC: &[u8] = b"GGUF";
@@ -236,7 +236,7 @@ impl Values<'_> {
                 };
                 let count = cursor.count(least, "values")?;
                 let values = (0..count).map(|_| self.of_kind(kind, name, depth + 1));
-                Metadata::List(values.try_vec()?)
+                Metadata::List(values.try_collect_vec()?)
             }
             10 => {
                 let value = cursor.u64()?;

@@ -10,6 +10,7 @@ use std::collections::BTreeMap;
 use super::TensorFile;
 use crate::{
     Error, ParamMap, Result, Tensor,
+    collect::CollectVec,
     ordered::{OrderedMap, try_ordered},
     sort::sort,
 };
@@ -83,7 +84,7 @@ impl Layout {
     ///
     /// Errors: several places that may be meant.
     pub fn apply(&self, file: &mut TensorFile) -> Result<Renamed> {
-        let names: Vec<String> = file.all_names().map(str::to_string).collect();
+        let names: Vec<String> = file.all_names().map(str::to_string).collect_vec();
         let Some(place) = self.place(file, &names)? else { return Ok(Renamed::default()) };
         // Heads lie beside the model, or in it where the model itself has no name.
         let outer = place.strip_suffix(self.base).unwrap_or(&place);
@@ -103,7 +104,7 @@ impl Layout {
         }
         // Of several that have one name the one that has it already is meant, else the first; the last here counts.
         let has_it = |(own, name): &(String, &String)| own == *name;
-        let mut renamed: Vec<(String, &String)> = others.into_iter().map(|name| (name.clone(), name)).collect();
+        let mut renamed: Vec<(String, &String)> = others.into_iter().map(|name| (name.clone(), name)).collect_vec();
         renamed.extend(new.iter().rev().filter(|pair| !has_it(pair)).cloned());
         renamed.extend(new.into_iter().filter(has_it));
         let new = renamed.into_iter().map(|(own, name)| (own, name.clone())).collect();
@@ -121,14 +122,14 @@ impl Layout {
                 let place = name.strip_suffix(anchor)?;
                 (place.is_empty() || place.ends_with('.')).then(|| place.to_string())
             };
-            let mut places: Vec<String> = names.iter().filter_map(place).collect();
+            let mut places: Vec<String> = names.iter().filter_map(place).collect_vec();
             sort(&mut places);
             places.dedup();
             if places.is_empty() {
                 continue;
             }
             let own = ["", self.base].into_iter().find(|&own| places.iter().any(|place| place == own));
-            let wrapped: Vec<&String> = places.iter().filter(|place| is_wrapped(place, self.base)).collect();
+            let wrapped: Vec<&String> = places.iter().filter(|place| is_wrapped(place, self.base)).collect_vec();
             return match (own, &wrapped[..], places.len()) {
                 (Some(own), _, _) => Ok(Some(own.to_string())),
                 (None, [one], _) => Ok(Some(one.to_string())),
@@ -174,7 +175,7 @@ impl TensorFile {
             let place = name.strip_suffix(first)?;
             (place.is_empty() || place.ends_with('.') && is_wrapped(place, "")).then(|| place.to_string())
         };
-        let mut places: Vec<String> = plain.keys().iter().filter_map(place).collect();
+        let mut places: Vec<String> = plain.keys().iter().filter_map(place).collect_vec();
         sort(&mut places);
         let place = match &places[..] {
             [] => return self.tensors(),
@@ -193,7 +194,7 @@ impl TensorFile {
 }
 
 fn several(file: &TensorFile, places: &[String]) -> Error {
-    let list: Vec<String> = places.iter().map(|place| format!("`{place}`")).collect();
+    let list: Vec<String> = places.iter().map(|place| format!("`{place}`")).collect_vec();
     Error::file(
         file.path(),
         format_args!("has the weights of a model below {}; save one of them alone", list.join(" and ")),

@@ -4,6 +4,7 @@
 //! It describes what those would give that make tensors, parameters and dictionaries; whatever else a checkpoint holds,
 //! an optimizer's options or a scheduler for instance, becomes an object of which only the name of its maker is known.
 
+use crate::collect::CollectVec;
 use std::collections::HashMap;
 
 use super::{
@@ -11,7 +12,6 @@ use super::{
     described::{Pickle, Storage, Value, View},
     globals::{Element, Global, Values},
 };
-use crate::error::TryVec;
 
 /// Steps of one pickle. The state dict of a model with ten thousand tensors has about half a million.
 const MAX_STEPS: usize = 2_000_000;
@@ -467,7 +467,7 @@ impl<'a> Machine<'a, '_> {
             Some(&[key, value]) => Ok((key, value)),
             _ => Err(bad(at, "a list of pairs")),
         };
-        let entries = items.iter().map(pair).try_vec()?;
+        let entries = items.iter().map(pair).try_collect_vec()?;
         Ok(self.pickle.dict(entries))
     }
 
@@ -487,7 +487,7 @@ impl<'a> Machine<'a, '_> {
                 Value::Int(number) => usize::try_from(number).map_err(|_| bad(at, "the shape of a tensor")),
                 _ => Err(bad(at, "the shape of a tensor")),
             };
-            items.iter().map(number).try_vec()
+            items.iter().map(number).try_collect_vec()
         };
         let offset = usize::try_from(offset).map_err(|_| bad(at, "the offset of a tensor"))?;
         let view = View { storage, element, offset, shape: numbers(shape)?, strides: numbers(strides)? };

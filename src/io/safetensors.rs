@@ -26,7 +26,8 @@ use super::{
 };
 use crate::{
     DType, Device, Error, Result, Shape, Tensor,
-    error::{TryVec, ensure},
+    collect::CollectVec,
+    error::ensure,
     ordered::{ordered, try_ordered},
     sort::{order, sort_by},
 };
@@ -232,7 +233,7 @@ pub(crate) fn pack(
     let mut packed = tensors
         .iter()
         .map(|(name, tensor)| Ok((name.as_str(), tensor.detach().contiguous()?.to_device(&Device::Cpu)?)))
-        .try_vec()?;
+        .try_collect_vec()?;
     // Wide elements first, so that every tensor is aligned to its element; by name among equals.
     sort_by(&mut packed, |a, b| b.1.dtype().size().cmp(&a.1.dtype().size()));
     let mut header = BTreeMap::new();
@@ -259,7 +260,7 @@ pub(crate) fn pack(
             format_args!("would get a header of {} bytes, at most {MAX_HEADER} are allowed", header.len())
         )
     );
-    let bytes = packed.iter().map(|(_, tensor)| tensor.bytes()).try_vec()?;
+    let bytes = packed.iter().map(|(_, tensor)| tensor.bytes()).try_collect_vec()?;
     deliver(&|file| {
         file.write_all(&(header.len() as u64).to_le_bytes())?;
         file.write_all(&header)?;

@@ -20,6 +20,7 @@ use super::{
 };
 use crate::{
     Error, ErrorKind, Result, Shape, Tensor,
+    collect::CollectVec,
     ordered::{OrderedMap, try_ordered},
     sort::{sort, sort_by},
 };
@@ -273,7 +274,7 @@ impl TensorFile {
                 Error::file(path, why)
             })?;
         }
-        let mut names: Vec<&str> = index.weight_map.values().map(String::as_str).collect();
+        let mut names: Vec<&str> = index.weight_map.values().map(String::as_str).collect_vec();
         sort(&mut names);
         names.dedup();
         let folder = path.parent().unwrap_or(Path::new(""));
@@ -285,7 +286,7 @@ impl TensorFile {
             let why = format!("is not in `{file}`, where the index places it");
             (tensor.clone(), 0, "", Listed::unreadable(why))
         };
-        let mut found: Vec<(String, usize, &str, Listed)> = index.weight_map.iter().map(nowhere).collect();
+        let mut found: Vec<(String, usize, &str, Listed)> = index.weight_map.iter().map(nowhere).collect_vec();
         for name in names {
             let shard = Self::open_one(&folder.join(name))?;
             for (tensor, mut listed) in shard.listed {
@@ -493,7 +494,7 @@ fn inside(name: &str) -> Option<String> {
         _ => None,
     };
     let parts: Vec<&str> = Path::new(name).components().map(part).collect::<Option<_>>()?;
-    let parts: Vec<&str> = parts.into_iter().filter(|part| !part.is_empty()).collect();
+    let parts: Vec<&str> = parts.into_iter().filter(|part| !part.is_empty()).collect_vec();
     let plain = !parts.is_empty() && !name.ends_with('/') && !name.contains(['\\', '\0']);
     plain.then(|| parts.join("/"))
 }
@@ -520,7 +521,7 @@ fn gguf_files(folder: &Path) -> Result<Vec<PathBuf>> {
     let mut found: Vec<PathBuf> = entries
         .filter_map(|entry| Some(entry.ok()?.path()))
         .filter(|path| path.extension().is_some_and(|ending| ending == "gguf") && path.is_file())
-        .collect();
+        .collect_vec();
     sort(&mut found);
     Ok(found)
 }

@@ -10,6 +10,7 @@ mod init;
 
 use crate::{
     DType, Device, Error, ErrorKind, Result,
+    collect::CollectVec,
     error::ensure,
     hash::fnv1a,
     ordered::{OrderedMap, ordered},
@@ -223,16 +224,16 @@ impl ParamMap {
     #[doc(alias = "load_state_dict")]
     pub fn load(&self, state: &BTreeMap<String, Tensor>) -> Result<()> {
         let given = self.params.iter().filter(|(name, _)| state.contains_key(*name));
-        let mut given: Vec<LeafId> = given.map(|(_, param)| param.leaf()).collect();
+        let mut given: Vec<LeafId> = given.map(|(_, param)| param.leaf()).collect_vec();
         sort(&mut given);
         let missing: Vec<_> = self
             .params
             .iter()
             .filter(|(_, param)| given.binary_search(&param.leaf()).is_err())
             .map(|(name, _)| name.clone())
-            .collect();
+            .collect_vec();
         let known = |name: &str| self.params.contains_key(name) || self.buffers.contains_key(name);
-        let unused: Vec<_> = state.keys().filter(|&name| !known(name)).cloned().collect();
+        let unused: Vec<_> = state.keys().filter(|&name| !known(name)).cloned().collect_vec();
         let shape = |name: &String| match self.params.get(name) {
             Some(param) => Some(*param.tensor().shape()),
             None => self.buffers.get(name).map(|buffer| *buffer.tensor().shape()),
@@ -243,7 +244,7 @@ impl ParamMap {
                 let expected = shape(name)?;
                 (expected != *tensor.shape()).then(|| (name.clone(), expected.to_vec(), tensor.shape().to_vec()))
             })
-            .collect();
+            .collect_vec();
         ensure!(
             missing.is_empty() && unused.is_empty() && mismatched.is_empty(),
             Error::new(ErrorKind::Weights { missing, unused, mismatched })
@@ -284,7 +285,7 @@ impl ParamMap {
         buffers.into_iter().for_each(|(buffer, value)| buffer.set(value));
         // All together, in the order of the optimizers' locks: readers see all old values or all new ones.
         let mut locked: Vec<_> =
-            values.into_iter().map(|(_, (_, param, value))| (param, param.lock(), value)).collect();
+            values.into_iter().map(|(_, (_, param, value))| (param, param.lock(), value)).collect_vec();
         for (param, old, value) in &mut locked {
             **old = value.detach();
             param.0.value.clear_poison();

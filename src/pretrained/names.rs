@@ -8,6 +8,7 @@ use half::f16;
 use super::TensorFile;
 use crate::{
     DType, Error, ErrorKind, ParamMap, Result, Tensor,
+    collect::CollectVec,
     dtype::{Float, Real, dispatch_float},
     error::{ErrorContext, ensure},
     sort::sort,
@@ -93,7 +94,7 @@ impl Names {
             .iter()
             .filter(|(_, param)| loaded.binary_search(&param.leaf()).is_err())
             .map(|(name, _)| name.to_string())
-            .collect();
+            .collect_vec();
         ensure!(
             missing.is_empty(),
             Error::new(ErrorKind::Weights { missing, unused: Vec::new(), mismatched: Vec::new() })
@@ -112,7 +113,7 @@ impl Names {
                 || is_buffer(file, name)
         };
         let names = file.names().chain(file.unreadable().map(|(name, _)| name));
-        let mut unused: Vec<String> = names.filter(|name| !known(name)).map(str::to_string).collect();
+        let mut unused: Vec<String> = names.filter(|name| !known(name)).map(str::to_string).collect_vec();
         sort(&mut unused);
         unused
     }
@@ -135,7 +136,7 @@ impl Names {
     pub fn check(&self, file: &TensorFile, model: &ParamMap, strict: bool) -> Result<()> {
         let used = self.used();
         let missing: Vec<String> =
-            used.iter().filter(|name| file.info(name).is_none()).map(|name| name.to_string()).collect();
+            used.iter().filter(|name| file.info(name).is_none()).map(|name| name.to_string()).collect_vec();
         if let Some((name, why)) = missing.iter().find_map(|name| Some((name, file.inert(name)?))) {
             return Err(Error::file(file.path(), format_args!("weight `{name}` {why}")));
         }

@@ -15,7 +15,8 @@ use super::{
 };
 use crate::{
     DType, Device, Error, Result,
-    error::{TryVec, ensure},
+    collect::CollectVec,
+    error::ensure,
     models::{Pooling, SentenceEncoder, SentenceModule},
 };
 
@@ -180,7 +181,7 @@ impl Pretrained {
                         format_args!("begins with the module `{}`, expected `Transformer`", first.class)
                     )
                 );
-                rest.iter().filter_map(read).try_vec()?
+                rest.iter().filter_map(read).try_collect_vec()?
             }
             None => vec![SentenceModule::Pooling { modes: vec![Pooling::Mean], include_prompt: true }],
         };
@@ -304,7 +305,7 @@ fn model_options(options: &Options, to: &mut SentenceOptions) -> Result<()> {
     }
     match &to.default_prompt {
         Some(name) if !to.prompts.contains_key(name) => {
-            let known = to.prompts.keys().map(|name| format!("`{name}`")).collect::<Vec<_>>().join(", ");
+            let known = to.prompts.keys().map(|name| format!("`{name}`")).collect_vec().join(", ");
             Err(options.refuse("default_prompt_name", format!("is `{name}`, expected one of {known}")))
         }
         _ => Ok(()),

@@ -4,6 +4,7 @@ use std::{collections::BTreeMap, fmt};
 
 use crate::{
     Device, Error, ErrorKind, Param, ParamMap, Result, Tensor,
+    collect::CollectVec,
     error::ensure,
     ops::adamw::{average, own},
     ordered::{OrderedMap, ordered},
@@ -73,7 +74,7 @@ impl Ema {
             Error::argument("ema", format_args!("{} parameters for {} averages", values.len(), self.averages.len()))
         );
         // Both iterate over the names in alphabetical order.
-        let mut averages: Vec<&mut Tensor> = self.averages.values_mut().iter_mut().collect();
+        let mut averages: Vec<&mut Tensor> = self.averages.values_mut().iter_mut().collect_vec();
         averages.iter_mut().try_for_each(|average| own(average))?;
         average(averages, &values, self.decay)?;
         let device = values.first().map_or(Device::Cpu, |value| value.device().clone());
@@ -110,13 +111,14 @@ impl Ema {
     /// Errors, with nothing changed: [`ErrorKind::Weights`] with every missing, unused and mismatched name; another
     /// dtype.
     pub fn load_state_dict(&mut self, dict: &BTreeMap<String, Tensor>) -> Result<()> {
-        let missing: Vec<_> = self.averages.keys().iter().filter(|&name| !dict.contains_key(name)).cloned().collect();
-        let unused: Vec<_> = dict.keys().filter(|&name| !self.averages.contains_key(name)).cloned().collect();
+        let missing: Vec<_> =
+            self.averages.keys().iter().filter(|&name| !dict.contains_key(name)).cloned().collect_vec();
+        let unused: Vec<_> = dict.keys().filter(|&name| !self.averages.contains_key(name)).cloned().collect_vec();
         let pairs = || self.averages.iter().filter_map(|(name, average)| Some((name, average, dict.get(name)?)));
         let mismatched: Vec<_> = pairs()
             .filter(|(_, average, given)| average.shape() != given.shape())
             .map(|(name, average, given)| (name.clone(), average.shape().to_vec(), given.shape().to_vec()))
-            .collect();
+            .collect_vec();
         ensure!(
             missing.is_empty() && unused.is_empty() && mismatched.is_empty(),
             Error::new(ErrorKind::Weights { missing, unused, mismatched })

@@ -6,7 +6,8 @@ use std::{collections::BTreeMap, fmt};
 use crate::ops::adamw::{adamw_recorded, clip_on_device};
 use crate::{
     DType, Device, Error, ErrorKind, Gradients, ParamMap, Result, Tensor,
-    error::{TryVec, ensure},
+    collect::CollectVec,
+    error::ensure,
     ops::adamw::{Settings, Update, adamw, compile, own, square_norms},
     ordered::OrderedMap,
     params::Param,
@@ -216,7 +217,7 @@ impl AdamW {
         }
         self.prepare(named)?;
         let order = order(named.len(), &|a, b| named[a].1.leaf().cmp(&named[b].1.leaf()));
-        let mut locked: Vec<_> = order.into_iter().map(|index| (index, named[index].1.lock())).collect();
+        let mut locked: Vec<_> = order.into_iter().map(|index| (index, named[index].1.lock())).collect_vec();
         sort_by(&mut locked, |a, b| a.0.cmp(&b.0));
         let mut states = self.state.iter_mut();
         let mut updates = Vec::with_capacity(named.len());
@@ -261,10 +262,10 @@ impl AdamW {
         let grad_scale = norm.narrow(0, 1, 1)?;
         let positions: OrderedMap<&str, usize> = params.unique().map(|(name, _)| name).zip(0..).collect();
         let place = |(name, _): &Named| factors.narrow(0, positions[name], 1)?.address();
-        let places = named.iter().map(place).try_vec()?;
+        let places = named.iter().map(place).try_collect_vec()?;
         compile("adamw_recorded", kinds(&named, &packed))?;
         self.update(&named, &packed, |updates| adamw_recorded(updates, &places, &grad_scale))?;
-        Ok((norm, named.into_iter().map(|(name, _)| name.to_string()).collect()))
+        Ok((norm, named.into_iter().map(|(name, _)| name.to_string()).collect_vec()))
     }
 
     /// Returns the numbers of the next step of every parameter, in the order of [`ParamMap::unique`].
@@ -272,7 +273,7 @@ impl AdamW {
     pub(super) fn factors(&self, params: &ParamMap, lr: f64) -> Vec<f64> {
         let settings = self.settings(lr, 1.0);
         let next = |name: &str| self.state.get(name).map_or(1, |state| state.step + 1);
-        params.unique().flat_map(|(name, _)| settings.factors(next(name))).collect()
+        params.unique().flat_map(|(name, _)| settings.factors(next(name))).collect_vec()
     }
 
     /// Returns `true` if nothing else shares the tensors of the state, which a recorded step updates in place.
@@ -398,7 +399,7 @@ type Named<'a> = (&'a str, &'a Param);
 fn with_gradients<'a>(params: &'a ParamMap, grads: &Gradients) -> Result<(Vec<Named<'a>>, Vec<Tensor>)> {
     let with_grad = params.unique().filter_map(|(name, param)| Some((name, param, grads.param(param)?)));
     let packed = with_grad.map(|(name, param, grad)| Ok(((name, param), grad.detach().contiguous()?)));
-    Ok(packed.try_vec()?.into_iter().unzip())
+    Ok(packed.try_collect_vec()?.into_iter().unzip())
 }
 
 /// Returns the types that the kernel of each parameter is compiled for.
@@ -454,7 +455,7 @@ impl Loader<'_> {
 
     fn finish(self, steps: Option<u64>) -> Result<u64> {
         let Self { dict, used, missing, mismatched } = self;
-        let unused: Vec<_> = dict.keys().filter(|&key| !used.contains_key(key)).cloned().collect();
+        let unused: Vec<_> = dict.keys().filter(|&key| !used.contains_key(key)).cloned().collect_vec();
         match steps {
             Some(steps) if missing.is_empty() && unused.is_empty() && mismatched.is_empty() => Ok(steps),
             _ => Err(Error::new(ErrorKind::Weights { missing, unused, mismatched })),

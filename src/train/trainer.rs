@@ -11,8 +11,9 @@ use super::{
 };
 use crate::{
     DType, Device, Error, ErrorKind, Gradients, Param, ParamMap, ParamStore, Result, Tape, Tensor,
+    collect::CollectVec,
     config::AutoregressiveConfig,
-    error::{ErrorContext, TryVec, ensure},
+    error::{ErrorContext, ensure},
     models::AutoregressiveWrapper,
     ops::adamw::square_norms,
 };
@@ -315,7 +316,7 @@ impl<M: TrainModel> Trainer<M> {
     fn not_finite(&self, tensor: impl Fn(&Tensor) -> Option<Tensor>) -> Result<Option<&str>> {
         let given = |(name, param): (_, &Param)| Some((name, tensor(&param.tensor())?.contiguous()));
         let (names, tensors): (Vec<_>, Vec<_>) = self.params.unique().filter_map(given).unzip();
-        let squares = square_norms(&tensors.into_iter().try_vec()?)?;
+        let squares = square_norms(&tensors.into_iter().try_collect_vec()?)?;
         Ok(squares.iter().position(|square| !square.is_finite()).map(|index| names[index]))
     }
 

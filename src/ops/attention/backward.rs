@@ -15,6 +15,7 @@ use super::{
 };
 use crate::{
     Device, Result, Tensor,
+    collect::CollectVec,
     device::{
         cpu,
         rows::{Out, Sums as RowSums, for_rows_of},
@@ -48,7 +49,7 @@ fn zeros(problem: &Problem, need: &[bool]) -> Result<Vec<Option<Tensor>>> {
     let operands = [&problem.q, &problem.k, &problem.v].into_iter().chain(&problem.bias);
     let weights = problem.position.as_ref().map(|position| position.weights());
     let zeros = operands.chain(weights).map(|x| Tensor::zeros(*x.shape(), x.dtype(), x.device()));
-    zeros.zip(need).map(|(zeros, need)| need.then_some(zeros).transpose()).collect()
+    zeros.zip(need).map(|(zeros, need)| need.then_some(zeros).transpose()).try_collect_vec()
 }
 
 fn backward_as<A: Real + Multiply>(
@@ -80,7 +81,7 @@ fn backward_as<A: Real + Multiply>(
     if need[..3].contains(&true) || need_position {
         let rows = dk.deal(cut.keys)?.into_iter().zip(dv.deal(cut.keys)?);
         let tasks = rows.zip(sums.parts(&cut)?).map(|((dk, dv), (dq, position))| Task { dk, dv, dq, position });
-        run_tasks(&pass, problem, &cut, tasks.collect(), [need[1], need[2]]);
+        run_tasks(&pass, problem, &cut, tasks.collect_vec(), [need[1], need[2]]);
     }
     let dq = need[0].then(|| sums.dq(problem, &cut)).transpose()?;
     let mut gradients = vec![dq, dk.finish()?, dv.finish()?];
@@ -147,7 +148,7 @@ impl Cut {
 
     /// Returns each task's parts, one per query head, of `[batch · kv_heads, group, chunks, width]`.
     fn deal<'a, S>(&self, values: &'a mut [S], tasks: usize) -> Vec<Vec<&'a mut [S]>> {
-        let mut parts: Vec<Vec<&mut [S]>> = (0..tasks).map(|_| Vec::new()).collect();
+        let mut parts: Vec<Vec<&mut [S]>> = (0..tasks).map(|_| Vec::new()).collect_vec();
         let width = values.len() / (tasks * self.group);
         if width > 0 {
             for (index, values) in values.chunks_exact_mut(width).enumerate() {

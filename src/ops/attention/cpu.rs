@@ -11,6 +11,7 @@ use super::{
 };
 use crate::{
     DType, Result, Tensor,
+    collect::CollectVec,
     device::cpu,
     dtype::{Float, Real, dispatch_real},
     gemm::Multiply,
@@ -55,7 +56,7 @@ fn forward_tasks<A: Real + Multiply>(
     let Sizes { heads, queries, keys, d, e, .. } = tiles.sizes;
     let blocks = queries.div_ceil(block);
     let statistics = statistics.chunks_mut(queries).flat_map(|statistics| statistics.chunks_mut(block));
-    let tasks: Vec<_> = rows.into_iter().zip(statistics).collect();
+    let tasks: Vec<_> = rows.into_iter().zip(statistics).collect_vec();
     run(tasks, block.min(queries) * keys * (d + e), |task, (mut out, statistics)| {
         let (head, query) = (task / blocks, task % blocks * block);
         let at = At { batch: head / heads, head: head % heads, query, queries: statistics.len(), key: 0, keys: 0 };
@@ -69,7 +70,7 @@ pub(super) fn run<S: Send>(tasks: Vec<S>, cost: usize, body: impl Fn(usize, S) +
         return tasks.into_iter().enumerate().for_each(|(index, task)| body(index, task));
     }
     // The thread that runs a task takes it out of its slot.
-    let slots: Vec<Mutex<Option<S>>> = tasks.into_iter().map(|task| Mutex::new(Some(task))).collect();
+    let slots: Vec<Mutex<Option<S>>> = tasks.into_iter().map(|task| Mutex::new(Some(task))).collect_vec();
     cpu::for_tasks(slots.len(), |index| {
         let task = slots[index].lock().ok().and_then(|mut slot| slot.take());
         task.into_iter().for_each(|task| body(index, task));

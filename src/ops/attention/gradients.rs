@@ -12,7 +12,7 @@ use super::{
         transposed, weights, with_scratch,
     },
 };
-use crate::{Result, Tensor, dtype::Real, gemm::Multiply};
+use crate::{Result, Tensor, collect::CollectVec, dtype::Real, gemm::Multiply};
 
 /// Outputs of a task, which owns some keys of one key head.
 pub(super) struct Task<'a, A> {
@@ -182,7 +182,7 @@ impl<A: Real + Multiply> Pass<'_, A> {
         let part = if rows == 1 { KEYS.min(columns) } else { QUERIES * columns };
         let parts = (rows * columns).div_ceil(part);
         let tasks = gradient.values_mut::<A>()?.chunks_mut(rows * columns).flat_map(|slab| slab.chunks_mut(part));
-        run(tasks.collect(), part * batch * heads, |index, gradient: &mut [A]| {
+        run(tasks.collect_vec(), part * batch * heads, |index, gradient: &mut [A]| {
             let (slab, first) = (index / parts, index % parts * part);
             let along = |size: usize, index: usize, all: usize| if size == 1 { 0..all } else { index..index + 1 };
             let (query, key) = (first / columns, first % columns);

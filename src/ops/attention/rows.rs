@@ -6,6 +6,7 @@ use half::{bf16, f16};
 use super::{OP, residual_scale};
 use crate::{
     DType, Result, Tensor,
+    collect::CollectVec,
     device::{cpu, rows::FloatsMut, simd::vectorized},
     dtype::{Float, Real},
     shape::Shape,
@@ -116,7 +117,7 @@ pub(super) fn deal<'a>(
     let mut residuals = residual.map(|residual| deal_rows(residual, order, sizes, block).into_iter());
     let mut residual = || residuals.as_mut().and_then(Iterator::next).unwrap_or_default();
     let rows = deal_rows(values, order, sizes, block).into_iter();
-    rows.map(|rows| RowWriter { rows, residual: residual(), scale }).collect()
+    rows.map(|rows| RowWriter { rows, residual: residual(), scale }).collect_vec()
 }
 
 fn deal_rows<'a>(
@@ -126,7 +127,7 @@ fn deal_rows<'a>(
     block: usize,
 ) -> Vec<Vec<FloatsMut<'a>>> {
     let blocks = sequence.div_ceil(block);
-    let mut tasks: Vec<Vec<FloatsMut>> = (0..batch * heads * blocks).map(|_| Vec::new()).collect();
+    let mut tasks: Vec<Vec<FloatsMut>> = (0..batch * heads * blocks).map(|_| Vec::new()).collect_vec();
     // Without features, or if nothing is wanted, the tasks get no rows.
     if let Some(width) = values.len().checked_div(batch * heads * sequence).filter(|&width| width > 0) {
         for (row, values) in values.chunks(width).into_iter().enumerate() {
