@@ -3,7 +3,7 @@
 
 use std::{borrow::Borrow, collections::BTreeMap, iter, ops::Index, slice, vec};
 
-use crate::sort::order;
+use crate::{collect::CollectVec, sort::order};
 
 /// Map in ascending order of its keys. Inserting moves the entries after the new one; many at once are collected.
 #[derive(Clone, PartialEq, Debug)]
@@ -114,7 +114,11 @@ impl<K: Ord, V> OrderedMap<K, V> {
 
     /// Returns the map of these entries, or the first key that occurs twice.
     pub fn unique(entries: Vec<(K, V)>) -> Result<Self, K> {
-        let (mut keys, values): (Vec<K>, Vec<V>) = entries.into_iter().unzip();
+        let (mut keys, mut values) = (Vec::with_capacity(entries.len()), Vec::with_capacity(entries.len()));
+        for (key, value) in entries {
+            keys.push(key);
+            values.push(value);
+        }
         let order = order(keys.len(), &|a, b| keys[a].cmp(&keys[b]));
         match order.windows(2).find(|two| keys[two[0]] == keys[two[1]]) {
             Some(two) => Err(keys.swap_remove(two[0])),
@@ -128,8 +132,8 @@ fn select<T>(items: Vec<T>, places: &[usize]) -> Vec<T> {
     if places.is_sorted() && places.len() == items.len() {
         return items;
     }
-    let mut items: Vec<Option<T>> = items.into_iter().map(Some).collect();
-    places.iter().filter_map(|&place| items[place].take()).collect()
+    let mut items = items.into_iter().map(Some).collect_vec();
+    places.iter().filter_map(|&place| items[place].take()).collect_vec()
 }
 
 /// The last of several entries with one key counts.
@@ -140,11 +144,18 @@ impl<K: Ord, V> FromIterator<(K, V)> for OrderedMap<K, V> {
             keys.push(key);
             values.push(value);
         });
+        Self::of(keys, values)
+    }
+}
+
+impl<K: Ord, V> OrderedMap<K, V> {
+    /// Once for each type of map, and not for each iterator.
+    #[inline(never)]
+    fn of(keys: Vec<K>, values: Vec<V>) -> Self {
         let mut order = order(keys.len(), &|a, b| keys[a].cmp(&keys[b]));
-        let followed = |two: &[usize]| keys[two[0]] == keys[two[1]];
-        for at in (1..order.len()).rev().filter(|&at| followed(&order[at - 1..=at])).collect::<Vec<_>>() {
-            order.remove(at - 1);
-        }
+        order.reverse();
+        order.dedup_by(|a, b| keys[*a] == keys[*b]);
+        order.reverse();
         Self { keys: select(keys, &order), values: select(values, &order) }
     }
 }
