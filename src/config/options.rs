@@ -46,7 +46,7 @@ impl LayerType {
 }
 
 /// Amount of token shift: one number for all sublayers, or one for each.
-#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[derive(Clone, PartialEq, Eq, Debug, Serialize)]
 #[serde(untagged)]
 #[non_exhaustive]
 pub enum ShiftTokens {
@@ -59,6 +59,17 @@ pub enum ShiftTokens {
 impl Default for ShiftTokens {
     fn default() -> Self {
         Self::All(0)
+    }
+}
+
+impl<'de> Deserialize<'de> for ShiftTokens {
+    fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        let value = Value::deserialize(deserializer)?;
+        let read = match value {
+            Value::Array(_) => serde_json::from_value(value).map(Self::Each),
+            _ => serde_json::from_value(value).map(Self::All),
+        };
+        read.map_err(serde::de::Error::custom)
     }
 }
 

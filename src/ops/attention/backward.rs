@@ -18,9 +18,9 @@ use crate::{
     collect::CollectVec,
     device::{
         cpu,
-        rows::{Out, Sums as RowSums, for_rows_of},
+        rows::{Floats, Out, Sums as RowSums, for_rows_of},
     },
-    dtype::{Element, Float, Real, dispatch_float, dispatch_real},
+    dtype::{Float, Real, dispatch_real},
     gemm::Multiply,
     shape::{Layout, Shape},
 };
@@ -62,7 +62,7 @@ fn backward_as<A: Real + Multiply>(
     let bf16 = multiplies_bf16(problem);
     let operands = [widen::<A>(&problem.q, bf16)?, widen::<A>(&problem.k, bf16)?, widen::<A>(&problem.v, bf16)?];
     let grad = packed_rows(grad)?;
-    let delta = dispatch_float!(OP, out.dtype(), T, delta::<T>(out, kept.residual.as_ref(), &grad))?;
+    let delta = delta::<A>(out, kept.residual.as_ref(), &grad)?;
     let grad = widen::<A>(&grad, bf16)?;
     let directions = if bf16 && need[0] { without_common(&operands[1])? } else { None };
     let directions = directions.unwrap_or_else(|| operands[1].clone());
@@ -105,23 +105,34 @@ fn run_tasks<A: Real + Multiply>(pass: &Pass<A>, problem: &Problem, cut: &Cut, t
 }
 
 /// Computes `delta[b, h, i] = Σ_e grad ⊙ out`, with `out` before rounding.
-fn delta<T: Float>(out: &Tensor, residual: Option<&Tensor>, grad: &Tensor) -> Result<Tensor> {
+fn delta<A: Real>(out: &Tensor, residual: Option<&Tensor>, grad: &Tensor) -> Result<Tensor> {
     let [batch, heads, queries, e] = [0, 1, 2, 3].map(|dim| out.shape()[dim]);
-    let mut delta = Tensor::uninit(Shape::new(&[batch, heads, queries])?, <T::Acc as Element>::DTYPE, out.device())?;
-    let part = T::Acc::from_f64(1.0 / residual_scale(out.dtype()));
-    let of_residual = residual.map(|residual| Ok((residual.storage::<T>()?, residual.layout()))).transpose()?;
-    let (of_out, of_grad, out, grad) = (out.storage::<T>()?, grad.storage::<T>()?, out.layout(), grad.layout());
-    cpu::for_rows(delta.values_mut::<T::Acc>()?, 1, e, |first, delta| {
+    let mut delta = Tensor::uninit(Shape::new(&[batch, heads, queries])?, A::DTYPE, out.device())?;
+    let part = <A as Float>::from_f64(1.0 / residual_scale(out.dtype()));
+    let of_residual = residual.map(|residual| Ok((residual.stored_floats(OP)?, residual.layout()))).transpose()?;
+    let (of_out, of_grad, out, grad) = (out.stored_floats(OP)?, grad.stored_floats(OP)?, out.layout(), grad.layout());
+    cpu::for_rows(delta.values_mut::<A>()?, 1, e, |first, delta| {
         let at = |layout: &Layout, row: usize| layout.row_offset(row)..layout.row_offset(row) + e;
         for (row, delta) in (first..).zip(delta) {
-            let grad = &of_grad[at(grad, row)];
-            *delta = dot(&of_out[at(out, row)], grad);
+            let grad = of_grad.range(at(grad, row));
+            *delta = dot_of(of_out.range(at(out, row)), grad);
             if let Some((residual, layout)) = of_residual {
-                *delta += dot(&residual[at(layout, row)], grad) * part;
+                *delta += dot_of::<A>(residual.range(at(layout, row)), grad) * part;
             }
         }
     });
     Ok(delta)
+}
+
+/// Returns the product of two rows of one type.
+fn dot_of<A: Real>(x: Floats, y: Floats) -> A {
+    <A as Float>::from_f64(match (x, y) {
+        (Floats::F64(x), Floats::F64(y)) => dot(x, y),
+        (Floats::F32(x), Floats::F32(y)) => dot(x, y).into(),
+        (Floats::BF16(x), Floats::BF16(y)) => dot(x, y).into(),
+        (Floats::F16(x), Floats::F16(y)) => dot(x, y).into(),
+        _ => unreachable!("rows of two types"),
+    })
 }
 
 /// Approximate number of tasks for the keys of all heads: enough for many threads. Each sums up a gradient of its
