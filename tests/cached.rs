@@ -369,15 +369,15 @@ fn cached_sequences_that_do_not_fit_are_refused() -> Result<()> {
     }
     for lengths in [&[8, 8][..], &[8]] {
         let error = cache.truncate(lengths).unwrap_err().to_string();
-        assert!(error.contains("cannot shorten sequences of ["), "{error}");
+        assert!(error.contains("cannot shorten sequences of lengths ["), "{error}");
     }
     for rows in [&[][..], &[2]] {
         let error = cache.select_rows(rows).unwrap_err().to_string();
-        assert!(error.contains(&format!("cannot take rows {rows:?} of 2")), "{error}");
+        assert!(error.contains(&format!("cannot select rows {rows:?} from 2")), "{error}");
     }
     let _ = model.extend(&x.narrow(1, 0, 1)?, &[0, 1], None, &mut cache)?;
     let error = model.cache(0, 3, &ForwardOptions::default()).unwrap_err().to_string();
-    assert!(error.contains("expected rows and positions, got 0 and"), "{error}");
+    assert!(error.contains("expected at least one row and one position, got 0 and"), "{error}");
     let encoder = json!({"model": "TransformerWrapper", "num_tokens": VOCABULARY, "max_seq_len": 9,
         "attn_layers": {"kind": "Encoder", "dim": 16, "depth": 1, "heads": 2}});
     let encoder = self::model(&Draw { value: encoder, ..draw }, DType::F64)?;

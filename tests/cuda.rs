@@ -444,7 +444,7 @@ fn a_recorded_optimizer_step_refuses_what_would_go_wrong() -> Result<()> {
     // Tensors that others hold must not change.
     let held = params.state_dict();
     let error = step.step(&[input(1.0)?], 0.1, 1.0).unwrap_err();
-    assert!(error.to_string().contains("another tensor shares `weight`"), "{error}");
+    assert!(error.to_string().contains("another tensor shares the storage of `weight`"), "{error}");
     drop(held);
     step.step(&[input(1.0)?], 0.1, 1.0)?;
     assert!(values()? != after && step.steps() == 3);

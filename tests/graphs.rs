@@ -464,7 +464,7 @@ fn graphs_do_not_nest() -> Result<()> {
     let mut outer = Graph::capture(std::slice::from_ref(&x), &none(), |i| {
         calls.set(calls.get() + 1);
         let nested = Graph::capture(i, &none(), |i| i[0].exp()).unwrap_err();
-        assert!(nested.to_string().contains("as part of another"), "{nested}");
+        assert!(nested.to_string().contains("while recording another"), "{nested}");
         let replayed = inner.borrow_mut().replay(std::slice::from_ref(&x)).err().map(|error| error.to_string());
         let refused = replayed.is_some_and(|error| error.contains("cannot be part of a graph"));
         assert_eq!(refused, calls.get() == 2, "the run before the recording may replay graphs");

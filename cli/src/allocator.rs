@@ -21,7 +21,8 @@ impl OrExit {
             // Standard error has no buffer, and nothing here allocates.
             let _ = writeln!(
                 io::stderr(),
-                "xt: out of memory: {bytes} bytes were refused; give the process more, or use a smaller model or text"
+                "xt: out of memory: allocating {bytes} bytes failed; give the process more memory, or use a smaller \
+                 model or text"
             );
             process::exit(1);
         }

@@ -123,14 +123,14 @@ pub fn run(args: BenchArgs) -> Result<()> {
         new_tokens: args.new_tokens as usize,
     };
     if let (Config::ViTransformerWrapper(_), Some(_)) = (&config, extent.seq_len) {
-        let why = "an image has the length that its patches give; leave --seq-len out";
+        let why = "the length of an image follows from its patches; omit --seq-len";
         return Err(Failure::new(why).within(&args.config));
     }
     let workload = Workload::new(&config, &call, args.mode, extent, args.compute.dtype, &device).map_err(broken)?;
     let Some(mut workload) = workload else {
         let why = match args.mode {
-            Mode::Generate => "only an AutoregressiveWrapper and an XTransformer generate",
-            Mode::Forward | Mode::Train => "is no model, so there is nothing to time",
+            Mode::Generate => "expected an AutoregressiveWrapper or XTransformer for `--mode generate`",
+            Mode::Forward | Mode::Train => "is not the config of a model",
         };
         return Err(Failure::new(why).within(&args.config));
     };
@@ -180,7 +180,7 @@ fn interleaved(time: &mut impl FnMut() -> Result<f64>) -> Result<Vec<f64>> {
         print(format_args!("{}\n", json!({ "seconds": seconds.last() })))?;
     }
     if seconds.len() < 2 {
-        return Err(Failure::new("--interleaved takes a line of standard input for each step, and at least two"));
+        return Err(Failure::new("--interleaved expects one line of standard input per step, and at least two lines"));
     }
     Ok(seconds)
 }

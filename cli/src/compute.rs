@@ -44,7 +44,8 @@ pub fn start_threads(wanted: Option<u32>) -> failure::Result<()> {
     let pool = if threads == 1 { pool.use_current_thread() } else { pool };
     pool.spawn_handler(start_thread).build_global().map_err(|error| {
         Failure::new(format_args!(
-            "{threads} threads: {error}; allow the process more threads and memory, or set RAYON_NUM_THREADS=1"
+            "cannot start {threads} threads: {error}; allow the process more threads and memory, or set \
+             RAYON_NUM_THREADS=1"
         ))
     })
 }

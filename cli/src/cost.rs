@@ -53,7 +53,7 @@ impl Cost {
             const MANY: usize = 1024;
             let tokens = sizes.tokens.unwrap_or(if longest == 0 { MANY } else { longest });
             if tokens > longest && longest > 0 {
-                let why = format!("expected up to max_seq_len, {longest}, got {tokens}");
+                let why = format!("expected at most `max_seq_len` ({longest}), got {tokens}");
                 return Err(Error::new(ErrorKind::Option { key: "seq_len".to_string(), why }));
             }
             Ok(Batch { rows: sizes.rows, tokens, context: tokens })

@@ -59,7 +59,7 @@ pub fn run(args: EmbedArgs) -> Result<()> {
     let device = &Device::parse(&args.device)?;
     let texts = &args.text;
     if Checkpoint::load_config(files::checkpoint(&args.checkpoint)).is_ok() {
-        let why = "holds what `xt train` wrote, which continues texts; give an encoder of `transformers`, or use `xt generate`";
+        let why = "contains a model of `xt train`, which generates text; use a transformers encoder, or `xt generate`";
         return Err(Failure::new(why).within(&args.checkpoint));
     }
     let pretrained = Pretrained::open(&args.checkpoint)?;
@@ -74,7 +74,7 @@ pub fn run(args: EmbedArgs) -> Result<()> {
     for cut in &embedded.cut {
         let start: String = texts[cut.text].chars().take(40).collect();
         let warning = Failure::new(format_args!(
-            "the text `{start}` is cut: it has {} tokens, the model takes {}; the rest is left out of its vector",
+            "the text `{start}` is truncated: it has {} tokens, but the model takes {}; its vector ignores the rest",
             cut.tokens, cut.kept
         ));
         // A warning that nobody can read must not stop the run.

@@ -51,7 +51,7 @@ impl From<Error> for Failure {
     fn from(error: Error) -> Self {
         let advice = match error.kind() {
             ErrorKind::Io { source, .. } => advice(source),
-            ErrorKind::Weights { .. } => "; they belong to another config, give the one that they were trained with",
+            ErrorKind::Weights { .. } => "; use the config that they were trained with",
             ErrorKind::UnknownOption { nearest: None, .. } => "; remove it",
             _ => "",
         };

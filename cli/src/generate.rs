@@ -137,7 +137,7 @@ pub struct GenerateArgs {
 
 /// Clap's own parser says of an empty value that there is none.
 fn some_text(text: &str) -> std::result::Result<String, &'static str> {
-    if text.is_empty() { Err("expected some text, got an empty one") } else { Ok(text.to_string()) }
+    if text.is_empty() { Err("expected some text, got an empty string") } else { Ok(text.to_string()) }
 }
 
 /// A text to continue.
@@ -156,7 +156,7 @@ pub fn run(args: GenerateArgs) -> Result<()> {
     }
     let (prompts, length) = args.prompts(&source)?;
     if args.chat && source.language.assumes_chat_form() {
-        let note = "xt: the model's files have no chat template; its turns are written as ChatML, whose tokens it has";
+        let note = "xt: the model has no chat template; using ChatML, whose tokens it has";
         let _ = writeln!(io::stderr(), "{note}");
     }
     let draft = args
@@ -167,13 +167,13 @@ pub fn run(args: GenerateArgs) -> Result<()> {
     if let Some((draft, path)) = &draft {
         let same = |(own, other): (&Prompt, &Prompt)| own.tokens == other.tokens;
         if !prompts.iter().zip(&args.prompts(draft).map_err(|failure| failure.within(path))?.0).all(same) {
-            let why = "has other tokens than the model; a draft needs the same tokenizer";
+            let why = "has a different tokenizer from the model; a draft model needs the same one";
             return Err(Failure::new(why).within(path));
         }
     }
     let vocabulary = source.vocabulary();
     if let Some(eos) = args.eos.iter().find(|&&eos| eos as usize >= vocabulary) {
-        let why = format!("`--eos`: expected one of the model's {vocabulary} tokens, from 0 on, got {eos}");
+        let why = format!("`--eos`: expected a token id in 0..{vocabulary} (the vocabulary), got {eos}");
         return Err(Failure::new(why).within(&args.checkpoint));
     }
     let model = source.model(args.weights, &device)?;
@@ -218,7 +218,7 @@ pub fn run(args: GenerateArgs) -> Result<()> {
             tokens += new.numel();
             (proposed, accepted) = (proposed + stats.proposed, accepted + stats.accepted);
         }
-        note = format!(", {accepted} of {proposed} proposals of the draft taken");
+        note = format!(", {accepted} of {proposed} draft tokens accepted");
     } else if let [prompt] = &prompts[..] {
         print(&prompt.shown)?;
         let options = prompt.options(language, &options, stops)?;
@@ -249,7 +249,7 @@ impl GenerateArgs {
                 (decode(text.as_bytes()), source.language.encode(text)?)
             };
             if tokens.is_empty() {
-                return Err(Failure::new("the prompt has no token; give some text"));
+                return Err(Failure::new("the prompt has no tokens; give some text"));
             }
             length = length.min(source.room(tokens.len())?);
             prompts.push(Prompt { shown, tokens });
@@ -357,7 +357,7 @@ fn score(source: &Source, weights: Weights, path: &Path, device: &Device) -> Res
         language => language.encode(str::from_utf8(&text).map_err(|why| Failure::new(why).within(path))?)?,
     };
     if tokens.len() < 2 {
-        let why = format!("has {} tokens; a score takes 2, the first one predicts the second", tokens.len());
+        let why = format!("has {} tokens, expected at least 2 to score", tokens.len());
         return Err(Failure::new(why).within(path));
     }
     let model = source.model(weights, device)?;
@@ -381,8 +381,8 @@ fn score(source: &Source, weights: Weights, path: &Path, device: &Device) -> Res
     let bytes = text.len() - source.language.length(tokens[0])?.min(text.len() - 1);
     let bits = nats / bytes as f64 / std::f64::consts::LN_2;
     if !bits.is_finite() {
-        let overflow = if weights == Weights::F16 { ", or its values overflow f16; try `--weights bf16`" } else { "" };
-        return Err(Failure::new(format_args!("the model gives no probabilities: its weights are broken{overflow}")));
+        let overflow = if weights == Weights::F16 { " or overflow f16; try `--weights bf16`" } else { "" };
+        return Err(Failure::new(format_args!("the loss is not finite: the weights are broken{overflow}")));
     }
     print(format_args!("{bits:.4} bits per byte of {bytes} bytes\n"))
 }

@@ -97,7 +97,7 @@ fn read(args: &InfoArgs) -> Result<Option<(PathBuf, Config)>> {
             }
             (dir, config)
         }
-        (None, None) => return Err(Failure::new("give --config or --checkpoint")),
+        (None, None) => return Err(Failure::new("expected --config or --checkpoint")),
     }))
 }
 

@@ -56,7 +56,7 @@ pub fn run(args: RunArgs) -> Result<()> {
             model.params().load(&weights).map_err(|error| Failure::from(error).within(path))?;
         }
         None if model.params().iter().next().is_none() => {}
-        None => return Err(Failure::new("the model has parameters; give a file for them with --weights")),
+        None => return Err(Failure::new("the model has parameters; name their file with --weights")),
     }
     let inputs = TensorFile::open(&args.inputs)?.tensors()?;
     let options = RunOptions { gradients: args.grad, ..RunOptions::default() };

@@ -46,7 +46,7 @@ mod defaults {
 const SAMPLE: usize = 96;
 const LAST_SAMPLE: usize = 384;
 
-/// The name of the yardstick.
+/// The name of the baseline.
 const ORDER_2: &str = "order-2 model";
 
 #[derive(Args)]
@@ -242,19 +242,19 @@ pub fn run(args: TrainArgs) -> Result<()> {
     };
     warn_of_skipped(&text);
     // Counted before the text is the trainer's; takes a moment even for large texts.
-    let yardstick = Markov::new(text.train()).bits_per_byte(text.validation());
+    let baseline = Markov::new(text.train()).bits_per_byte(text.validation());
     let size = |bytes_: &[u8]| bytes(bytes_.len() as u64);
     let source = if args.text.is_empty() { "eight plays of Shakespeare".into() } else { size(text.bytes()) };
     let sizes = format!("{source}: {} to train on, {} to validate", size(text.train()), size(text.validation()));
 
     let (run, trainer, metrics) = match &args.resume {
         Some(_) if !args.keywords.is_empty() => {
-            return Err(Failure::new("`--set` cannot change the model of a run that is resumed; begin another one"));
+            return Err(Failure::new("`--set` cannot change the model of a resumed run; start a new run"));
         }
         Some(dir) => {
             let run = Run::find(dir)?;
             if !run.is_begun() && run.metrics().is_file() {
-                let why = "the run was interrupted before it saved; begin it again, without `--resume`";
+                let why = "the run was interrupted before its first checkpoint; start it again without `--resume`";
                 return Err(Failure::new(why).within(&run.dir));
             }
             let mut trainer = Trainer::resume(run.checkpoint(), text, &device)?;
@@ -275,7 +275,7 @@ pub fn run(args: TrainArgs) -> Result<()> {
     let TrainOptions { steps, every, .. } = *trainer.options();
     let progress = Progress::start(trainer.steps_done(), steps, every, &device);
     let profiler = Profiler::new(&args.profile);
-    let mut training = Training { run, trainer, metrics, progress, device, yardstick, profiler };
+    let mut training = Training { run, trainer, metrics, progress, device, baseline, profiler };
     if training.metrics.held().is_none() {
         // A run that is resumed may have been killed after the checkpoint and before the picture. The one of a new run
         // is empty, and not that of an earlier one.
@@ -297,7 +297,7 @@ fn warn_of_skipped(text: &ByteText) {
         warn(format_args!("skipped {}: {why}", path.display()));
     }
     if skipped.len() > NAMED {
-        warn(format_args!("skipped {} more that cannot be read", skipped.len() - NAMED));
+        warn(format_args!("skipped {} more unreadable files", skipped.len() - NAMED));
     }
 }
 
@@ -309,7 +309,7 @@ struct Training<'a> {
     progress: Progress,
     device: Device,
     /// Bits per byte of the order-2 model.
-    yardstick: f64,
+    baseline: f64,
     /// Watches the steps; what is between them is validation and samples.
     profiler: Profiler<'a>,
 }
@@ -326,11 +326,11 @@ impl Training<'_> {
         let batch = options.batch_size * options.accumulate;
         let done = match self.trainer.steps_done() {
             0 => String::new(),
-            done => format!(", {done} done before"),
+            done => format!(", {done} already done"),
         };
         self.progress.say(format_args!("model       {model}"));
         self.progress.say(format_args!("text        {text}"));
-        self.progress.say(format_args!("yardstick   {:.3} bits/byte, {ORDER_2}", self.yardstick));
+        self.progress.say(format_args!("baseline    {:.3} bits/byte, {ORDER_2}", self.baseline));
         self.progress.say(format_args!("device      {}, {}", self.device, options.dtype));
         self.progress
             .say(format_args!("steps       {}{done}, each {batch} x {} bytes", options.steps, options.seq_len));
@@ -410,13 +410,13 @@ impl Training<'_> {
         }
         let dir = quoted(&self.run.dir);
         failure.advising(format_args!(
-            "the last checkpoint is whole, `{} train --resume {dir}` goes on from it",
+            "the last checkpoint is intact; `{} train --resume {dir}` continues from it",
             typed::program()
         ))
     }
 
     fn draw(&self) -> Result<()> {
-        let reference = Some((ORDER_2, self.yardstick));
+        let reference = Some((ORDER_2, self.baseline));
         let chart = Chart { train: &self.metrics.train, validation: &self.metrics.validation, reference };
         let svg = chart.svg();
         Ok(write_atomically(self.run.plot(), |file| file.write_all(svg.as_bytes()))?)
@@ -433,7 +433,7 @@ impl Training<'_> {
         let bits = self.metrics.validation.last().map_or(f64::NAN, |&(_, bits)| bits);
         let sample = self.sample(LAST_SAMPLE)?;
         self.progress.say(format_args!("\nvalidation  {bits:.3} bits/byte after {took}"));
-        self.progress.say(format_args!("yardstick   {:.3} bits/byte, {ORDER_2} on the same text", self.yardstick));
+        self.progress.say(format_args!("baseline    {:.3} bits/byte, {ORDER_2} on the same text", self.baseline));
         if let Some(scaler) = self.trainer.grad_scaler() {
             let (scale, skipped) = (scaler.scale(), scaler.skipped());
             self.progress.say(format_args!("loss scale  {scale} at the end, {skipped} steps skipped for overflow"));

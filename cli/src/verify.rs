@@ -48,7 +48,7 @@ pub fn run(args: VerifyArgs) -> Result<()> {
     print(format_args!("{} passed, {failed} failed\n", cases.len() - failed))?;
     match failed {
         0 => Ok(()),
-        _ => Err(Failure::new(format_args!("{failed} of {} cases do not agree", cases.len()))),
+        _ => Err(Failure::new(format_args!("{failed} of {} cases failed", cases.len()))),
     }
 }
 

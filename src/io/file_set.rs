@@ -87,10 +87,13 @@ impl<'a> FileSet<'a> {
         }
         let why = match fs::metadata(self.folder) {
             Ok(found) if found.is_dir() => "is not a checkpoint",
-            Ok(_) => "is not a folder, so not a checkpoint",
-            Err(_) => "does not exist, so there is no checkpoint",
+            Ok(_) => "is not a folder",
+            Err(_) => "does not exist",
         };
-        Err(Error::file(self.folder, format_args!("{why}: it has no {name} (expected {})", self.names.join(", "))))
+        Err(Error::file(
+            self.folder,
+            format_args!("{why}: expected a checkpoint folder with {}, found no {name}", self.names.join(", ")),
+        ))
     }
 
     /// Makes the folder for new files, which is this process's alone.
@@ -150,7 +153,7 @@ fn lock(folder: &Path) -> Result<Option<FolderLock>> {
 fn check_folder(folder: &Path) -> Result<bool> {
     match retry(|| fs::symlink_metadata(folder)) {
         Ok(found) => {
-            ensure!(found.is_dir(), Error::file(folder, "is in the way of saving and not a folder; move it away"));
+            ensure!(found.is_dir(), Error::file(folder, "must be a folder to save into; move this file away"));
             Ok(true)
         }
         Err(error) if matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory) => Ok(false),

@@ -54,7 +54,7 @@ impl<'a> Machine<'a, '_> {
     fn spend(&mut self, steps: usize) -> Parsed<()> {
         let left = self.steps.checked_sub(steps);
         self.steps =
-            left.ok_or_else(|| format!("holds a pickle of more than {MAX_STEPS} steps, too many for a state dict"))?;
+            left.ok_or_else(|| format!("contains a pickle of more than {MAX_STEPS} steps, too many for a state dict"))?;
         Ok(())
     }
 
@@ -63,7 +63,7 @@ impl<'a> Machine<'a, '_> {
             // PROTO
             0x80 => match self.cursor.u8()? {
                 0..=5 => {}
-                protocol => return Err(format!("holds a pickle of protocol {protocol}, known are those up to 5")),
+                protocol => return Err(format!("contains a pickle of protocol {protocol}, expected at most 5")),
             },
             // FRAME: the instructions go on inside it.
             0x95 => drop(self.cursor.u64()?),
@@ -192,7 +192,7 @@ impl<'a> Machine<'a, '_> {
             b'j' => self.recall(at, Cursor::u32)?,
             // PUT and GET, with digits
             b'p' | b'g' => {
-                let key = self.line(at)?.parse().map_err(|_| bad(at, "the number of a value"))?;
+                let key = self.line(at)?.parse().map_err(|_| bad(at, "a memo index"))?;
                 if code == b'p' { self.remember(at, |_, _| Ok(key))? } else { self.recall(at, |_| Ok(key))? }
             }
             b'c' => {
@@ -231,12 +231,13 @@ impl<'a> Machine<'a, '_> {
                 self.pop(at)?;
                 match self.stack.last() {
                     Some(Value::Dict(_) | Value::Tensor(_) | Value::Object(_) | Value::Global(_)) => {}
-                    _ => return Err(bad(at, "an object whose attributes are set")),
+                    _ => return Err(bad(at, "an object to set attributes on")),
                 }
             }
             other => {
                 return Err(format!(
-                    "holds a pickle with the instruction {other:#04x} at byte {at}, which no state dict needs; nothing was executed"
+                    "contains a pickle with instruction {other:#04x} at byte {at}, which a state dict does not need; \
+                     nothing was executed"
                 ));
             }
         }
@@ -277,7 +278,7 @@ impl<'a> Machine<'a, '_> {
 
     fn text(&mut self, at: usize, length: impl FnOnce(&mut Cursor<'a>) -> Parsed<u64>) -> Parsed<()> {
         let bytes = self.counted(length)?;
-        let text = str::from_utf8(bytes).map_err(|_| bad(at, "text in UTF-8"))?;
+        let text = str::from_utf8(bytes).map_err(|_| bad(at, "UTF-8 text"))?;
         self.stack.push(Value::Text(text));
         Ok(())
     }
@@ -343,14 +344,14 @@ impl<'a> Machine<'a, '_> {
 
     fn remember(&mut self, at: usize, key: impl FnOnce(&mut Cursor<'a>, usize) -> Parsed<u32>) -> Parsed<()> {
         let key = key(self.cursor, self.memo.len())?;
-        let value = *self.stack.last().ok_or_else(|| bad(at, "a value to remember"))?;
+        let value = *self.stack.last().ok_or_else(|| bad(at, "a value to memoize"))?;
         self.memo.insert(key, value);
         Ok(())
     }
 
     fn recall(&mut self, at: usize, key: impl FnOnce(&mut Cursor<'a>) -> Parsed<u32>) -> Parsed<()> {
         let key = key(self.cursor)?;
-        let value = *self.memo.get(&key).ok_or_else(|| bad(at, "a value that was remembered"))?;
+        let value = *self.memo.get(&key).ok_or_else(|| bad(at, "a memoized value"))?;
         self.stack.push(value);
         Ok(())
     }
@@ -365,7 +366,7 @@ impl<'a> Machine<'a, '_> {
 
     /// `('storage', class, key, device, elements)`, and in old files a part of it: `(key, first, elements)`.
     fn persistent(&mut self, at: usize) -> Parsed<()> {
-        let wrong = || bad(at, "the description of a storage");
+        let wrong = || bad(at, "a storage descriptor");
         let value = self.pop(at)?;
         let items = self.pickle.items(value).ok_or_else(wrong)?;
         let (&[Value::Text("storage"), Value::Global(class), Value::Text(key), _, elements], part) =
@@ -410,7 +411,7 @@ impl<'a> Machine<'a, '_> {
     }
 
     fn result(&mut self, at: usize, function: Value<'a>, arguments: Value<'a>) -> Parsed<Value<'a>> {
-        let items = self.pickle.items(arguments).ok_or_else(|| bad(at, "arguments in a tuple"))?;
+        let items = self.pickle.items(arguments).ok_or_else(|| bad(at, "a tuple of arguments"))?;
         let global = match function {
             Value::Global(global) => global,
             Value::Object(_) => return Ok(function),
@@ -425,7 +426,7 @@ impl<'a> Machine<'a, '_> {
             (Global::RebuildFromType, &[function, class, arguments, _]) => match class {
                 Value::Global(Global::Tensor) => match function {
                     // A function of this kind around another one has no end.
-                    Value::Global(Global::RebuildFromType) => return Err(bad(at, "a function that makes a tensor")),
+                    Value::Global(Global::RebuildFromType) => return Err(bad(at, "a function that returns a tensor")),
                     _ => self.result(at, function, arguments)?,
                 },
                 class => made_by(class).ok_or_else(|| bad(at, "the class of a tensor"))?,
@@ -437,7 +438,7 @@ impl<'a> Machine<'a, '_> {
             (Global::RebuildTensor | Global::RebuildTensorV3, &[storage @ Value::Object(_), ..]) => storage,
             (Global::RebuildTensor, &[Value::Storage(storage), Value::Int(offset), shape, strides, ..]) => {
                 let values = self.pickle.storages.get(storage as usize).map(|storage| storage.values);
-                let Some(Values::Typed(element)) = values else { return Err(bad(at, "a storage with a type")) };
+                let Some(Values::Typed(element)) = values else { return Err(bad(at, "a typed storage")) };
                 self.view(at, storage, element, offset, [shape, strides])?
             }
             (
@@ -445,10 +446,10 @@ impl<'a> Machine<'a, '_> {
                 &[Value::Storage(storage), Value::Int(offset), shape, strides, _, _, dtype, ..],
             ) => match dtype {
                 Value::Global(Global::DType(element)) => self.view(at, storage, element, offset, [shape, strides])?,
-                dtype => made_by(dtype).ok_or_else(|| bad(at, "the type of a tensor"))?,
+                dtype => made_by(dtype).ok_or_else(|| bad(at, "the dtype of a tensor"))?,
             },
             (Global::Tensor | Global::Storage(_) | Global::DType(_), _) => self.pickle.object("torch", "Tensor"),
-            _ => return Err(bad(at, "arguments that fit their function")),
+            _ => return Err(bad(at, "arguments that match the function")),
         })
     }
 
@@ -524,5 +525,5 @@ fn pairs<'a>(values: Vec<Value<'a>>, at: usize) -> Parsed<Vec<(Value<'a>, Value<
 }
 
 fn bad(at: usize, expected: &str) -> String {
-    format!("holds a damaged pickle: at byte {at} it lacks {expected}")
+    format!("contains a damaged pickle: expected {expected} at byte {at}")
 }

@@ -42,7 +42,7 @@ fn numbers(path: &Path, metadata: &BTreeMap<String, Metadata>) -> Result<Option<
         return Ok(None);
     }
     let part = number("split.no")?.unwrap_or(0);
-    ensure!(part < count, Error::file(path, format_args!("says that it is part {} of {count}", part + 1)));
+    ensure!(part < count, Error::file(path, format_args!("claims to be part {} of {count}", part + 1)));
     Ok(Some((count, part)))
 }
 
@@ -54,7 +54,7 @@ pub(super) fn complete(opened: TensorFile, open: impl Fn(&Path) -> Result<Tensor
     let Some((count, part)) = numbers(&path, &opened.metadata)? else { return Ok(opened) };
     let Some((name, ..)) = part_of(&path).filter(|&(_, number, parts)| (number, parts) == (part + 1, count)) else {
         let ending = format!("-{:05}-of-{count:05}.gguf", part + 1);
-        let why = format!("is part {} of {count} of a model: its name has to end in `{ending}`", part + 1);
+        let why = format!("is part {} of {count} of a model, so its name must end in `{ending}`", part + 1);
         return Err(Error::file(path, why));
     };
     let place = |part: usize| path.with_file_name(format!("{name}-{:05}-of-{count:05}.gguf", part + 1));
@@ -63,15 +63,12 @@ pub(super) fn complete(opened: TensorFile, open: impl Fn(&Path) -> Result<Tensor
         let place = place(other);
         ensure!(
             place.is_file(),
-            Error::file(&place, format_args!("is missing: it is part {} of {count} of the model", other + 1))
+            Error::file(&place, format_args!("is missing (part {} of {count} of the model)", other + 1))
         );
         let file = open(&place)?;
         ensure!(
             numbers(&place, &file.metadata)? == Some((count, other)),
-            Error::file(
-                &place,
-                format_args!("does not say that it is part {} of {count}, as its name does", other + 1)
-            )
+            Error::file(&place, format_args!("is named as part {} of {count}, but its metadata disagrees", other + 1))
         );
         others.push(file);
     }
@@ -81,7 +78,10 @@ pub(super) fn complete(opened: TensorFile, open: impl Fn(&Path) -> Result<Tensor
         let first = whole.parts.len();
         for (tensor, entry) in file.entries {
             let twice = whole.entries.insert(tensor.clone(), Entry { part: first + entry.part, ..entry }).is_some();
-            ensure!(!twice, Error::file(&file.path, format_args!("has tensor `{tensor}`, which another part has too")));
+            ensure!(
+                !twice,
+                Error::file(&file.path, format_args!("has tensor `{tensor}`, which is also in another part"))
+            );
         }
         // The first part has the metadata of the model, the others have their own numbers.
         for (key, value) in file.metadata {
@@ -91,7 +91,7 @@ pub(super) fn complete(opened: TensorFile, open: impl Fn(&Path) -> Result<Tensor
     }
     if let Some(expected) = whole.metadata.get("split.tensors.count").and_then(Metadata::as_usize) {
         let found = whole.entries.len();
-        let why = format!("says that the model has {expected} tensors, all {count} parts together have {found}");
+        let why = format!("says that the model has {expected} tensors, but its {count} parts have {found} in total");
         ensure!(found == expected, Error::file(&whole.path, why));
     }
     Ok(whole)

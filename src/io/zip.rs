@@ -43,7 +43,7 @@ pub(super) fn directory(source: &Source) -> Reading<BTreeMap<String, Range<usize
     for _ in 0..count {
         let at = start + cursor.at();
         if cursor.u32()? != ENTRY {
-            return Err(format!("has no entry of its directory at byte {at}").into());
+            return Err(format!("has no directory entry at byte {at}").into());
         }
         let _versions = cursor.u32()?;
         let flags = cursor.u16()?;
@@ -53,19 +53,21 @@ pub(super) fn directory(source: &Source) -> Reading<BTreeMap<String, Range<usize
         let [name, extra, comment] = [cursor.u16()?, cursor.u16()?, cursor.u16()?].map(usize::from);
         let _disk_and_attributes: [u8; 8] = cursor.array()?;
         let mut offset = u64::from(cursor.u32()?);
-        let name = str::from_utf8(cursor.take(name)?).map_err(|_| format!("names a file at byte {at} not in UTF-8"))?;
+        let name = str::from_utf8(cursor.take(name)?)
+            .map_err(|_| format!("has a file name at byte {at} that is not UTF-8"))?;
         wide(cursor.take(extra)?, [&mut size, &mut packed, &mut offset])?;
         cursor.take(comment)?;
         if method != 0 || packed != size {
-            return Err(
-                format!("holds `{name}` compressed (method {method}); expected it stored, as PyTorch does").into()
-            );
+            return Err(format!(
+                "stores `{name}` compressed (method {method}), expected uncompressed as PyTorch writes it"
+            )
+            .into());
         }
         if flags & 1 != 0 {
-            return Err(format!("holds `{name}` encrypted").into());
+            return Err(format!("contains `{name}` encrypted, which is not supported").into());
         }
         if files.insert(name.to_string(), content(source, name, offset, size)?).is_some() {
-            return Err(format!("holds `{name}` twice").into());
+            return Err(format!("contains `{name}` twice").into());
         }
     }
     Ok(files)
@@ -73,7 +75,7 @@ pub(super) fn directory(source: &Source) -> Reading<BTreeMap<String, Range<usize
 
 /// Returns the number of entries in the directory and its place.
 fn find(source: &Source) -> Reading<(u64, Range<usize>)> {
-    let none = || "has no directory at its end: it is truncated or no zip archive".to_string();
+    let none = || "is truncated or not a zip archive: it has no directory at its end".to_string();
     let start = source.len().saturating_sub(END_BYTES + usize::from(u16::MAX) + END64_PLACE_BYTES);
     let end = source.part(start..source.len(), "an end")?;
     let latest = end.len().checked_sub(END_BYTES).ok_or_else(none)?;
@@ -92,7 +94,7 @@ fn find(source: &Source) -> Reading<(u64, Range<usize>)> {
         let bytes: [u8; END64_BYTES] = source.array(record)?;
         let mut cursor = Cursor::new(&bytes, 0);
         if cursor.u32()? != END64 {
-            return Err(format!("has no record of 64-bit sizes at byte {record}").into());
+            return Err(format!("has no zip64 record at byte {record}").into());
         }
         let _sizes_and_disks: [u8; 28] = cursor.array()?;
         (count, _, offset) = (cursor.u64()?, cursor.u64()?, cursor.u64()?);
@@ -100,7 +102,7 @@ fn find(source: &Source) -> Reading<(u64, Range<usize>)> {
     let end = start + at;
     match usize::try_from(offset).ok().filter(|&start| start <= end) {
         Some(start) => Ok((count, start..end)),
-        None => Err(format!("has its directory at byte {offset}, behind its end").into()),
+        None => Err(format!("has its directory at byte {offset}, past its end").into()),
     }
 }
 
@@ -122,7 +124,7 @@ fn wide(extra: &[u8], sizes: [&mut u64; 3]) -> Parsed<()> {
 /// Returns the place of a file's content, after its own header.
 fn content(source: &Source, name: &str, offset: u64, size: u64) -> Reading<Range<usize>> {
     let total = source.len();
-    let outside = || format!("holds `{name}` at byte {offset}, {size} bytes, outside of its {total} bytes");
+    let outside = || format!("is truncated: `{name}` has {size} bytes at byte {offset}, but the file has only {total}");
     let offset = usize::try_from(offset).ok();
     let header_end = offset.and_then(|offset| offset.checked_add(LOCAL_BYTES)).filter(|&end| end <= total);
     let header_end = header_end.ok_or_else(outside)?;

@@ -100,7 +100,14 @@ pub(super) fn check_targets(op: &'static str, x: &Tensor, batch: &[usize], targe
     );
     ensure!(
         x.device() == targets.device(),
-        Error::device(op, format_args!("the values are on {} and the targets on {}", x.device(), targets.device()))
+        Error::device(
+            op,
+            format_args!(
+                "the values are on {} but the targets are on {}; move one with `to_device`",
+                x.device(),
+                targets.device()
+            )
+        )
     );
     x.dtype().expect_float(op)
 }

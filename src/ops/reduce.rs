@@ -59,7 +59,7 @@ impl Tensor {
         for &dim in dims {
             let dim = self.shape().dim_unless_scalar(dim, op)?.unwrap_or(0);
             let repeated = std::mem::replace(&mut reduced[dim], true);
-            ensure!(!repeated, Error::argument(op, format_args!("dimension {dim} is named twice in {dims:?}")));
+            ensure!(!repeated, Error::argument(op, format_args!("dimension {dim} occurs twice in {dims:?}")));
         }
         let (gone, kept): (Vec<usize>, Vec<usize>) = (0..self.rank()).partition(|&dim| reduced[dim]);
         let shape = Shape::unchecked(&kept.iter().map(|&dim| self.shape()[dim]).collect::<Vec<_>>());
@@ -109,7 +109,13 @@ impl Tensor {
             return Ok(self.clone());
         }
         let fits = shape.broadcast(self.shape(), "sum_to").is_ok_and(|result| result == *self.shape());
-        ensure!(fits, Error::shape("sum_to", format_args!("{shape:?} does not expand to {:?}", self.shape())));
+        ensure!(
+            fits,
+            Error::shape(
+                "sum_to",
+                format_args!("cannot sum {:?} to {shape:?}: it does not broadcast back", self.shape())
+            )
+        );
         let added = self.rank() - shape.rank();
         let dims: Vec<isize> = (0..self.rank())
             .filter(|&dim| dim < added || shape[dim - added] != self.shape()[dim])

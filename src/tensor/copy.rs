@@ -103,7 +103,7 @@ impl Tensor {
         let inside = |&size: &usize| part.start.checked_add(part.len).is_some_and(|end| end <= size);
         ensure!(
             self.rank() == 0 || self.shape().get(part.dim).is_some_and(inside),
-            Error::shape("accumulate", format_args!("{part:?} is no part of a gradient of shape {:?}", self.shape()))
+            Error::shape("accumulate", format_args!("{part:?} is outside a gradient of shape {:?}", self.shape()))
         );
         let expected = if self.rank() == 0 { *self.shape() } else { self.shape().with_dim(part.dim, part.len) };
         ensure!(
@@ -111,7 +111,7 @@ impl Tensor {
             Error::shape(
                 "accumulate",
                 format_args!(
-                    "a gradient of shape {:?} {} was given where {expected:?} {} is needed",
+                    "the gradient is {:?} {}, expected {expected:?} {}",
                     value.shape(),
                     value.dtype(),
                     self.dtype()
@@ -147,7 +147,10 @@ pub(crate) fn same_kind(op: &'static str, a: &Tensor, b: &Tensor) -> Result<()> 
 pub(crate) fn same_device(op: &'static str, a: &Tensor, b: &Tensor) -> Result<()> {
     ensure!(
         a.device() == b.device(),
-        Error::device(op, format_args!("the tensors are on {} and {}; move one", a.device(), b.device()))
+        Error::device(
+            op,
+            format_args!("the tensors are on {} and {}; move one with `to_device`", a.device(), b.device())
+        )
     );
     Ok(())
 }

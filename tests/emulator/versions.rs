@@ -74,7 +74,9 @@ fn a_card_that_no_version_here_knows() {
         ("XT_EMULATOR_NVRTC", "12.9"),
         ("XT_EMULATOR_NVRTC_ARCHS", "75,80,90"),
     ];
-    emulated(here!(), &versions, || refuses(&["NVRTC 12.9 does not know", "sm_120", "CUDA 12.8", "nvidia-cuda-nvrtc"]));
+    emulated(here!(), &versions, || {
+        refuses(&["NVRTC 12.9 does not support", "sm_120", "CUDA 12.8", "nvidia-cuda-nvrtc"])
+    });
 }
 
 #[test]
@@ -133,8 +135,8 @@ fn a_cache_that_others_may_write_is_not_read() {
             let cached = get();
             assert!(!cached.found, "mode {wrong:o}");
             let why = cached.unwritten.expect("a reason").to_string();
-            assert!(why.contains("can be written by others") && why.contains("chmod 700"), "{why}");
-            assert!(describe().iter().any(|line| line.contains("can be written by others")));
+            assert!(why.contains("is writable by others") && why.contains("chmod 700"), "{why}");
+            assert!(describe().iter().any(|line| line.contains("is writable by others")));
         }
         // A file that others may write, in a folder that others may enter.
         let file = fs::read_dir(&folder).unwrap().next().expect("a file").unwrap().path();

@@ -428,7 +428,7 @@ fn wrong_contributions_are_named() -> Result<()> {
     let message = refused(|_| Tensor::zeros([3, 2], DType::F32, device()).map(InputGrads::one));
     assert!(message.contains("f32") && message.contains("f64"), "{message}");
     let message = refused(|grad| Ok(InputGrads::whole([Some(grad.clone()), Some(grad)])));
-    assert!(message.contains("2 contributions for 1 input"), "{message}");
+    assert!(message.contains("2 gradients for 1 input"), "{message}");
     for part in [
         GradSlice { dim: 2, start: 0, len: 1 },
         GradSlice { dim: 0, start: 3, len: 1 },
@@ -475,7 +475,7 @@ fn wrong_sums_are_named() -> Result<()> {
     for wrong in [zeros(&[1], DType::F64)?, zeros(&[3, 2], DType::F64)?, zeros(&[2, 3], DType::F32)?] {
         let message = gradient(Some(wrong.clone())).unwrap_err().to_string();
         let expected =
-            format!("sum_of_mine: its accumulate_into gave a gradient {:?} {}", wrong.shape(), wrong.dtype());
+            format!("sum_of_mine: its accumulate_into returned a gradient {:?} {}", wrong.shape(), wrong.dtype());
         assert!(message.starts_with(&expected) && message.contains("[2, 3] f64"), "{message}");
     }
     // A rule may keep the sum, or return something that is not a constant.

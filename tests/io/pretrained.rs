@@ -273,7 +273,7 @@ fn sentences_are_pooled_as_a_folder_says() -> Result<()> {
     }
     list(&[("Transformer", ""), ("Normalize", "2_Normalize")]);
     let error = embed().unwrap_err().to_string();
-    assert!(error.contains("modules.json") && error.contains("before any pooling"), "{error}");
+    assert!(error.contains("modules.json") && error.contains("before the first pooling"), "{error}");
     Ok(())
 }
 
@@ -471,13 +471,18 @@ fn what_does_not_fit_is_refused_with_a_table() -> Result<()> {
     let bias = "albert.encoder.embedding_hidden_mapping_in.bias";
     let cases = [
         ("NaN", config.clone(), with(bias, nan), "NaN"),
-        ("integers", config.clone(), with(bias, integers), "expected floats"),
+        ("integers", config.clone(), with(bias, integers), "expected a float dtype"),
         ("family", config.replace("\"albert\"", "\"gpt_neox\""), weights.clone(), "`gpt_neox`"),
         ("no_family", "{}".into(), weights.clone(), "model_type"),
         ("no_json", "{".into(), weights.clone(), "JSON"),
         ("activation", config.replace("\"gelu\"", "\"mish\""), weights.clone(), "`mish`"),
         ("wrong_family", config.replace("\"albert\"", "\"bert\""), weights.clone(), "missing"),
-        ("groups", config.replace("\"num_hidden_groups\": 1", "\"num_hidden_groups\": 2"), weights.clone(), "only 1"),
+        (
+            "groups",
+            config.replace("\"num_hidden_groups\": 1", "\"num_hidden_groups\": 2"),
+            weights.clone(),
+            "expected 1",
+        ),
         (
             "huge",
             config.replace("\"vocab_size\": 591", "\"vocab_size\": 1000000000"),

@@ -91,8 +91,11 @@ fn models_refuse_bad_masks_and_contexts() -> Result<()> {
         (ForwardOptions { attn_mask: Some(keep(&[5, 4])?), ..none() }, vec!["attn_mask", "[2, 2, 5, 5]", "[5, 4]"]),
         (ForwardOptions { attn_mask: Some(keep(&[5])?), ..none() }, vec!["attn_mask", "[5]"]),
         (ForwardOptions { attn_mask: Some(tokens(5, 5)?), ..none() }, vec!["attn_mask", "bool", "i64"]),
-        (ForwardOptions { context: Some(context.clone()), ..none() }, vec!["context", "no cross-attention"]),
-        (ForwardOptions { context_mask: Some(keep(&[2, 3])?), ..none() }, vec!["context_mask", "no cross-attention"]),
+        (ForwardOptions { context: Some(context.clone()), ..none() }, vec!["context", "layers with cross-attention"]),
+        (
+            ForwardOptions { context_mask: Some(keep(&[2, 3])?), ..none() },
+            vec!["context_mask", "layers with cross-attention"],
+        ),
         (ForwardOptions { mems: Some(vec![]), ..none() }, vec!["mems", "2", "0"]),
         (
             ForwardOptions { mems: Some(vec![context.clone(), Tensor::ones([1, 3, 16], DType::F64, &CPU)?]), ..none() },

@@ -466,7 +466,7 @@ fn trainer_moves_its_end() -> Result<()> {
     let mut parts = Trainer::resume(&run, text(), device())?;
     for steps in [1, u64::MAX] {
         let message = parts.set_steps(steps).unwrap_err().to_string();
-        assert!(message.contains("steps") && message.contains("expected 2, which are done"), "{message}");
+        assert!(message.contains("steps") && message.contains("expected 2 (the steps done)"), "{message}");
     }
     parts.set_steps(5)?;
     assert_eq!(parts.options(), whole.options());

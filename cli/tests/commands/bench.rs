@@ -237,7 +237,7 @@ fn what_cannot_be_timed() {
     let forward = ["--mode", "forward"];
     let generate = ["--mode", "generate"];
     assert!(bench.fails(BERT, &generate).contains("AutoregressiveWrapper"));
-    assert!(bench.fails(r#"{"model": "SamplingFilter"}"#, &forward).contains("no model"));
+    assert!(bench.fails(r#"{"model": "SamplingFilter"}"#, &forward).contains("not the config of a model"));
     let message = bench.fails(GPT, &["--mode", "train", "--seq-len", "25"]);
     assert!(message.contains("c.json") && message.contains("max_seq_len") && message.contains("25"), "{message}");
     assert!(bench.fails(IMAGES, &["--mode", "train", "--seq-len", "9"]).contains("--seq-len"));

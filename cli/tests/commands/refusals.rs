@@ -173,7 +173,7 @@ fn the_hint_is_a_command() {
     assert_eq!(hint(start(&arguments).env("CARGO_PKG_NAME", "x-transformers-cli")), format!("{run}{rest}"));
 
     let arguments = ["generate", "--checkpoint", &storage[1], "--prompt", ""];
-    assert!(refuses(&arguments).contains("got an empty one"));
+    assert!(refuses(&arguments).contains("got an empty string"));
 }
 
 /// Unreadable files below a folder are named and skipped; one that is an argument itself is an error.

@@ -138,7 +138,7 @@ fn weights_of_another_config() {
             "unused          norm.gamma",
             "unused          attn_layers.rotary_pos_emb.inv_freq",
             "shape mismatch  norm.bias: [32] in the model, [7] in the file",
-            "another config",
+            "trained with",
         ],
     );
 }
@@ -181,8 +181,8 @@ fn inputs_that_do_not_fit() {
     let tokens = Tensor::full(shape, 1e6, DType::I64, &Device::Cpu).expect("a small tensor");
     let long = [shape[0], 2000];
     let cases: [(Files, &[&str]); 11] = [
-        (with(&|inputs| drop(inputs.remove("x"))), &["changed.safetensors", "`x` is missing"]),
-        (with(&|inputs| drop(inputs.remove("cotangent"))), &["`cotangent` of shape", "[2, "]),
+        (with(&|inputs| drop(inputs.remove("x"))), &["changed.safetensors", "missing `x`"]),
+        (with(&|inputs| drop(inputs.remove("cotangent"))), &["`cotangent` input of shape", "[2, "]),
         (insert("cotangent", ones(&[2, 3], DType::F32)), &["cotangent", "[2, 3]"]),
         (insert("cotangent", ones(&[2, 3], DType::I64)), &["cotangent", "i64"]),
         (insert("x", ones(&shape, DType::F32)), &["tokens", "i64", "f32"]),
@@ -190,8 +190,8 @@ fn inputs_that_do_not_fit() {
         (insert("x", ones(&long, DType::I64)), &["2000", "max_seq_len"]),
         (insert("mask", ones(&shape, DType::I64)), &["mask", "bool", "i64"]),
         (insert("mask", ones(&[1, 3], DType::Bool)), &["mask", "[1, 3]"]),
-        (insert("context", ones(&[2, 3, 32], DType::F32)), &["context", "no cross-attention"]),
-        (insert("src", ones(&shape, DType::I64)), &["`src`", "does not take it"]),
+        (insert("context", ones(&[2, 3, 32], DType::F32)), &["context", "requires layers with cross-attention"]),
+        (insert("src", ones(&shape, DType::I64)), &["`src`", "not used by this call"]),
     ];
     for (files, parts) in cases {
         says(&files.fails(&["--grad"]), parts);

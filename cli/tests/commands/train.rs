@@ -112,7 +112,7 @@ fn a_killed_run_continues_as_if_nothing_had_happened() {
     running.kill().expect("kill");
     running.wait().expect("wait");
     let resumed = succeeds(&["train", "--resume", &cut, "--text", &corpus, "--every", "5"]);
-    assert!(resumed.contains("done before"), "{resumed}");
+    assert!(resumed.contains("already done"), "{resumed}");
     assert_eq!(rows(&folder.path().join("cut")), rows(&folder.path().join("whole")));
     let weights = |run: &str| fs::read(folder.path().join(run).join("checkpoint/model.safetensors")).expect("read");
     assert!(weights("cut") == weights("whole"));

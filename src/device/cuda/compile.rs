@@ -50,7 +50,7 @@ pub fn compile(source: &KernelSource, options: &[(&str, &str)], target: Target, 
     let name = CString::new(format!("{}.cu", source.name)).map_err(|why| error(why.to_string()))?;
     let text = CString::new(source.source).map_err(|why| error(why.to_string()))?;
     if let Some(bad) = arguments.iter().find(|argument| argument.contains('\0')) {
-        return Err(error(format!("the option {bad:?} contains a zero byte")));
+        return Err(error(format!("option {bad:?} contains a NUL byte")));
     }
     let program = Program(result::create_program(&text, Some(&name)).map_err(|why| error(format!("NVRTC: {why:?}")))?);
     // SAFETY: the program lives until the end of this function, and so do its text and name.
@@ -169,8 +169,8 @@ pub(super) fn trusted(folder: &Path) -> Result<()> {
     let why = fs::metadata(folder).ok().and_then(|found| owner_of(&found).or_else(|| writers_of(&found)));
     why.map_or(Ok(()), |why| {
         Err(error(format!(
-            "the kernel cache {} {why}, and its code runs on the GPU with this process's data: it is neither read nor \
-             written; `chmod 700` it or name a folder of your own in XT_KERNEL_CACHE",
+            "the kernel cache {} {why}, so its code, which would run on the GPU with this process's data, is neither \
+             read nor written; `chmod 700` it or set XT_KERNEL_CACHE to a folder of your own",
             folder.display()
         )))
     })
@@ -206,7 +206,7 @@ mod permissions {
 
     /// The mode, in words, if others than the owner may write.
     pub fn writers_of(found: &Metadata) -> Option<String> {
-        (found.mode() & 0o022 != 0).then(|| format!("can be written by others (mode {:o})", found.mode() & 0o777))
+        (found.mode() & 0o022 != 0).then(|| format!("is writable by others (mode {:o})", found.mode() & 0o777))
     }
 
     /// Returns `true` if others may open the files of a folder.

@@ -70,7 +70,8 @@ impl CudaDevice {
         let pass = self.gate.pass();
         if self.gate.capturing.load(Ordering::Relaxed) && !self.gate.is_recorder() {
             return Err(error(format!(
-                "cuda:{}: {what} while another thread records a graph; wait until its `Graph::capture` has returned",
+                "cuda:{}: {what} is not possible while another thread records a graph; wait until its `Graph::capture` \
+                 returns",
                 self.ordinal
             )));
         }
@@ -108,9 +109,9 @@ impl CudaDevice {
         let free = self.gate.recorder.compare_exchange(0, this_thread(), Ordering::Acquire, Ordering::Relaxed);
         free.map(drop).map_err(|recorder| {
             error(match recorder == this_thread() {
-                true => "a graph cannot be recorded as part of another".into(),
+                true => "a graph cannot be recorded while recording another".into(),
                 false => format!(
-                    "cuda:{}: another thread records a graph; wait until its `Graph::capture` has returned",
+                    "cuda:{}: another thread records a graph; wait until its `Graph::capture` returns",
                     self.ordinal
                 ),
             })

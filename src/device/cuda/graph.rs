@@ -131,7 +131,7 @@ impl Recording {
         outcome?;
         let captured = captured?;
         if captured.0.is_null() {
-            return Err(error("the driver gave no graph".into()));
+            return Err(error("the driver returned no graph".into()));
         }
         Ok(captured)
     }

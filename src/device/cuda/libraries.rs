@@ -180,7 +180,7 @@ impl Wanted {
             let looked: Vec<_> = before.iter().chain(&after).map(|folder| folder.display().to_string()).collect();
             let folders = if looked.is_empty() { String::new() } else { format!(" and in {}", looked.join(", ")) };
             return Err(format!(
-                "lib{} was not found among the system's libraries{folders}; {}, or name its folder in XT_CUDA_LIBS",
+                "lib{} was not found among the system's libraries{folders}; {}, or set XT_CUDA_LIBS to its folder",
                 self.name, self.hint
             ));
         };
@@ -195,7 +195,7 @@ impl Wanted {
             unsafe { library.get::<unsafe extern "C" fn()>(symbol.as_bytes()) }.is_err()
         });
         match missing {
-            Some(symbol) => Err(format!("lib{} in {place} is too old, it has no `{symbol}`; {}", self.name, self.hint)),
+            Some(symbol) => Err(format!("lib{} in {place} is too old: it lacks `{symbol}`; {}", self.name, self.hint)),
             None => Ok(place),
         }
     }
@@ -249,7 +249,7 @@ fn folders() -> Result<(Vec<PathBuf>, Vec<PathBuf>), String> {
     let named = paths_of("XT_CUDA_LIBS");
     if let Some(relative) = named.iter().find(|folder| !folder.as_os_str().is_empty() && !folder.is_absolute()) {
         return Err(format!(
-            "XT_CUDA_LIBS names the folder `{}`, which depends on the working folder; name it by its absolute path",
+            "XT_CUDA_LIBS contains the relative path `{}`, which depends on the working folder; use an absolute path",
             relative.display()
         ));
     }
@@ -287,9 +287,9 @@ fn refuse_foreign(search: Option<&OsStr>) -> Result<(), String> {
             };
             if let Some(name) = names.into_iter().find(cuda) {
                 return Err(format!(
-                    "{} lies in the working folder, and LD_LIBRARY_PATH has an empty or relative entry, by which it would \
-                     be loaded; remove that entry (`export LD_LIBRARY_PATH=$LD_LIBRARY_PATH:…` makes an empty one where \
-                     nothing was set)",
+                    "{} is in the working folder and would be loaded from there, because LD_LIBRARY_PATH has an empty \
+                     or relative entry; remove that entry (`export LD_LIBRARY_PATH=$LD_LIBRARY_PATH:…` adds an empty \
+                     one if nothing was set)",
                     folder.join(name).display()
                 ));
             }

@@ -109,8 +109,8 @@ impl CudaMemory {
             }
             // Memory cannot be asked for while a graph is recorded: the run before has left what this one needs.
             return Err(error(format!(
-                "the recording of a graph needs a tensor of {bytes} bytes more than the run before it; let the closure \
-                 do the same each time it is called, and keep no more of its tensors"
+                "recording a graph needs {bytes} bytes that the run before it did not use; the closure must do the \
+                 same work each time and keep no extra tensors"
             )));
         }
         let block = Block::new(class, device)?;

@@ -116,7 +116,7 @@ impl CudaDevice {
         result::init().map_err(|why| place("cuInit", why))?;
         let count = result::device::get_count().map_err(|why| place("cuDeviceGetCount", why))?;
         if ordinal >= count.max(0) as usize {
-            return Err(error(format!("cuda:{ordinal} does not exist, the driver found {count} cards")));
+            return Err(error(format!("cuda:{ordinal} does not exist: the driver found {count} GPUs")));
         }
         let device = result::device::get(ordinal as i32).map_err(|why| place("cuDeviceGet", why))?;
         let attribute = |attribute| {
@@ -311,12 +311,12 @@ fn pointer(arg: &Arg) -> *mut c_void {
 fn check_arguments(signature: &Signature, args: &[Arg]) -> Result<()> {
     let (expected, given) = (signature.parameters.len(), args.len());
     if expected != given {
-        return Err(error(format!("{}: {given} arguments, expected {expected}", signature.kernel)));
+        return Err(error(format!("{}: expected {expected} arguments, got {given}", signature.kernel)));
     }
     for (parameter, arg) in signature.parameters.iter().zip(args) {
         if parameter.kind != arg.kind() {
             return Err(error(format!(
-                "{}: the argument `{}` is {:?}, expected {:?}",
+                "{}: argument `{}` is {:?}, expected {:?}",
                 signature.kernel,
                 parameter.name,
                 arg.kind(),
@@ -364,10 +364,10 @@ unsafe impl Gpu for CudaDevice {
 
     fn kernel(&self, name: &'static str, options: &[(&str, &str)]) -> Result<Box<dyn Kernel + '_>> {
         let signature = SIGNATURES.iter().find(|signature| signature.kernel == name);
-        let signature = signature.ok_or_else(|| error(format!("there is no kernel `{name}`")))?;
+        let signature = signature.ok_or_else(|| error(format!("unknown kernel `{name}`")))?;
         let function = self.function(name, options, || {
             let source = KernelSource::named(signature.file).filter(|source| source.has(options)).ok_or_else(|| {
-                error(format!("{}.cu has no variant {options:?}; its `// Variants:` say what", signature.file))
+                error(format!("{}.cu has no variant {options:?}; see its `// Variants:` lines", signature.file))
             })?;
             self.load(&compile::cubin(source, options, self.target)?, signature)
         })?;

@@ -118,8 +118,12 @@ impl CudaDevice {
         if self.captures() {
             let used = tables.used;
             let known = tables.made.get_mut(used).filter(|(_, known)| known.len() == values.len());
-            let (table, known) =
-                known.ok_or_else(|| error("a graph's recording is unlike the run before it".into()))?;
+            let (table, known) = known.ok_or_else(|| {
+                error(
+                    "recording a graph differs from the run before it; the closure must do the same work each time"
+                        .into(),
+                )
+            })?;
             // Some are addresses of tensors, which the graph must hold; a number that looks like one does no harm.
             for &value in &values {
                 self.pool.hold(value as u64);

@@ -78,9 +78,9 @@ impl FromStr for Target {
         let plain = number.bytes().all(|byte| byte.is_ascii_digit());
         match number.parse() {
             Ok(architecture @ OLDEST..=999) if plain => Ok(Self { architecture, form }),
-            _ => {
-                Err(error(format!("expected a target like sm_80, sm_90a or compute_90, at least sm_75, got `{text}`")))
-            }
+            _ => Err(error(format!(
+                "expected a target such as sm_80, sm_90a or compute_90, sm_75 or later, got `{text}`"
+            ))),
         }
     }
 }
@@ -122,7 +122,7 @@ fn choose(
     let text = |(major, minor): Version| format!("{major}.{minor}");
     if architecture < OLDEST {
         return Err(format!(
-            "the card is an sm_{architecture}, expected sm_{OLDEST} (Turing) or later: use another card, or the device `cpu`"
+            "the GPU is sm_{architecture}, expected sm_{OLDEST} (Turing) or later: use another GPU, or the device `cpu`"
         ));
     }
     if driver.0 < 12 {
@@ -137,8 +137,8 @@ fn choose(
             major => format!("a driver for CUDA {major}"),
         };
         return Err(format!(
-            "NVRTC {} makes code that a driver for CUDA {} does not load: install {newer}, or NVRTC and cuBLAS of CUDA {} \
-             (`pip install {}`, or name their folders in XT_CUDA_LIBS)",
+            "NVRTC {} generates code that a driver for CUDA {} cannot load: install {newer}, or NVRTC and cuBLAS of \
+             CUDA {} (`pip install {}`, or set XT_CUDA_LIBS to their folders)",
             text(nvrtc),
             text(driver),
             driver.0,
@@ -151,16 +151,16 @@ fn choose(
     let Some(&newest) = known.iter().rev().find(|&&known| known < architecture) else {
         let oldest = known.first().map_or("none".to_string(), |oldest| format!("sm_{oldest}"));
         return Err(format!(
-            "NVRTC {} does not compile for the card, an sm_{architecture}: the oldest that it knows is {oldest}; install an \
-             older NVRTC (`pip install nvidia-cuda-nvrtc-cu12`, or name its folder in XT_CUDA_LIBS)",
+            "NVRTC {} cannot compile for this GPU (sm_{architecture}): the oldest target it supports is {oldest}; \
+             install an older NVRTC (`pip install nvidia-cuda-nvrtc-cu12`, or set XT_CUDA_LIBS to its folder)",
             text(nvrtc)
         ));
     };
     if driver < nvrtc {
         return Err(format!(
-            "NVRTC {} does not know the card, an sm_{architecture}, and a driver for CUDA {} does not compile its PTX, which \
-             is newer: install an NVRTC that knows the card (`pip install nvidia-cuda-nvrtc`), or a driver for CUDA {0} or \
-             later",
+            "NVRTC {} does not support this GPU (sm_{architecture}), and a driver for CUDA {} cannot compile its newer \
+             PTX: install an NVRTC that supports the GPU (`pip install nvidia-cuda-nvrtc`), or a driver for CUDA {0} \
+             or later",
             text(nvrtc),
             text(driver)
         ));
@@ -197,7 +197,7 @@ mod tests {
         assert_eq!(name(100, (13, 0), (12, 0), &KNOWN[..5]), "compute_90");
         assert_eq!(name(87, (13, 0), (13, 0), &KNOWN), "compute_86");
         let newer = name(100, (13, 0), (13, 1), &KNOWN[..5]);
-        for part in ["NVRTC 13.1 does not know", "sm_100", "driver for CUDA 13.0", "nvidia-cuda-nvrtc`"] {
+        for part in ["NVRTC 13.1 does not support", "sm_100", "driver for CUDA 13.0", "nvidia-cuda-nvrtc`"] {
             assert!(newer.contains(part), "{part}: {newer}");
         }
     }

@@ -39,8 +39,7 @@ pub fn of_json(tokenizer: &Value) -> Result<Vec<AddedToken>, String> {
         Some(_) => return Err("added_tokens: expected a list".to_string()),
     };
     let token = |value: &Value| {
-        let content =
-            value.get("content").and_then(Value::as_str).ok_or("added_tokens: a token lacks its `content`")?;
+        let content = value.get("content").and_then(Value::as_str).ok_or("added_tokens: a token has no `content`")?;
         if content.len() > MAX_TOKEN {
             let (start, bytes) = (shown(content), content.len());
             return Err(format!("added_tokens: `{start}` has {bytes} bytes, expected at most {MAX_TOKEN}"));

@@ -69,7 +69,7 @@ impl Bpe {
         for (first, second) in &merges {
             let rest = second.get(skipped..).ok_or_else(|| {
                 let prefix = options.prefix.as_deref().unwrap_or_default();
-                format!("model.merges: `{second}` lacks the prefix `{prefix}` of continuing_subword_prefix")
+                format!("model.merges: `{second}` does not start with continuing_subword_prefix (`{prefix}`)")
             })?;
             token.clear();
             token.extend([first, rest]);

@@ -42,7 +42,7 @@ impl<'j> Part<'j> {
     /// The members of a sequence.
     pub fn sequence<T>(&self, list: &str, of_part: impl Fn(&Self) -> Result<T, String>) -> Result<Vec<T>, String> {
         if self.depth == MAX_DEPTH {
-            return Err(format!("{}: has sequences in more than {MAX_DEPTH} others", self.name));
+            return Err(format!("{}: sequences are nested more than {MAX_DEPTH} deep", self.name));
         }
         let Some(Value::Array(parts)) = self.value.get(list) else {
             return Err(self.broken(list, "expected a list"));
@@ -51,7 +51,7 @@ impl<'j> Part<'j> {
     }
 
     pub fn text(&self, key: &str) -> Result<&'j str, String> {
-        self.value.get(key).and_then(Value::as_str).ok_or_else(|| self.broken(key, "expected a text"))
+        self.value.get(key).and_then(Value::as_str).ok_or_else(|| self.broken(key, "expected a string"))
     }
 
     pub fn flag(&self, key: &str) -> Result<bool, String> {
@@ -81,7 +81,7 @@ impl<'j> Part<'j> {
         let pattern = self.value.get("pattern");
         let get = |key: &str| pattern.and_then(|pattern| pattern.get(key)).and_then(Value::as_str);
         let text = match (get("String"), get("Regex")) {
-            (Some(""), _) => return Err(self.broken("pattern", "is empty, it would match everywhere")),
+            (Some(""), _) => return Err(self.broken("pattern", "is empty and would match everywhere")),
             (Some(text), _) => fancy_regex::escape(text).into_owned(),
             (None, Some(regex)) => regex.to_string(),
             (None, None) => return Err(self.broken("pattern", "expected `String` or `Regex`")),
@@ -117,7 +117,7 @@ impl<'j> Part<'j> {
             Some(
                 "BPEDecoder" | "ByteLevel" | "WordPiece" | "Metaspace" | "CTC" | "Fuse" | "Strip" | "ByteFallback",
             ) => Ok(()),
-            _ => Err(self.broken("type", "is unknown")),
+            _ => Err(self.broken("type", "is not supported")),
         }
     }
 
@@ -141,7 +141,7 @@ impl<'j> Part<'j> {
                     return Err(self.broken("special_tokens", "expected an object of tokens"));
                 };
                 if let Some((name, _)) = tokens.iter().find(|(_, token)| !token.get("ids").is_some_and(ids)) {
-                    return Err(self.broken("special_tokens", format_args!("the ids of `{}` are none", shown(name))));
+                    return Err(self.broken("special_tokens", format_args!("`{}` has invalid ids", shown(name))));
                 }
                 let Some(Value::Array(pieces)) = self.get("single") else {
                     return Err(self.broken("single", "expected a list of pieces"));
@@ -158,17 +158,20 @@ impl<'j> Part<'j> {
                         (None, Some("A")) => texts += 1,
                         _ => {
                             return Err(
-                                self.broken("single", "has a piece that is neither a special token nor the text")
+                                self.broken("single", "contains a piece that is neither a special token nor the text")
                             );
                         }
                     }
                 }
                 if texts > MAX_DEPTH {
-                    return Err(self.broken("single", format_args!("has the text {texts} times, at most {MAX_DEPTH}")));
+                    return Err(self.broken(
+                        "single",
+                        format_args!("contains the text {texts} times, expected at most {MAX_DEPTH}"),
+                    ));
                 }
                 Ok(())
             }
-            _ => Err(self.broken("type", "is unknown")),
+            _ => Err(self.broken("type", "is not supported")),
         }
     }
 

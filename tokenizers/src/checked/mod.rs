@@ -90,11 +90,11 @@ impl Checked {
 
     fn of_json(path: &Path, mut tokenizer: Value, described: &Described) -> std::result::Result<Self, Failure> {
         if let Some(version) = tokenizer.get("version").filter(|version| version.as_str() != Some("1.0")) {
-            return Err(format!("version is {version}, expected 1.0").into());
+            return Err(format!("`version` is {version}, expected 1.0").into());
         }
         // Files may ask for a fixed length (`truncation`, `padding`): what is padding is for the caller to say, and nothing
         // is cut in silence.
-        let model = tokenizer.get_mut("model").map(Value::take).ok_or("has no model")?;
+        let model = tokenizer.get_mut("model").map(Value::take).ok_or("`model` is missing")?;
         let model = Model::of_json(model)?;
         let tokens = added::of_json(&tokenizer)?;
         let part = |name| Part::of(&tokenizer, name);
@@ -155,7 +155,7 @@ impl Checked {
         let whole = inside.len() + around;
         if whole > most {
             let Some(room) = most.checked_sub(around) else {
-                let why = format!("texts are cut to {most} tokens, and the model expects {around} around them");
+                let why = format!("texts are truncated to {most} tokens, but the model adds {around} special tokens");
                 return Err(refused(why));
             };
             if self.cut_left {
@@ -282,7 +282,7 @@ impl Display for Broken {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self {
             Self::Refused(why) => why.fmt(f),
-            Self::Panic(why) => write!(f, "the crate `tokenizers` cannot work with it ({why})"),
+            Self::Panic(why) => write!(f, "the crate `tokenizers` failed ({why})"),
         }
     }
 }
@@ -330,7 +330,7 @@ mod tests {
             let broken = guarded::<()>(|| panic!("index {} out of bounds", 7)).expect_err("a panic");
             let Broken::Panic(why) = &broken else { panic!("{broken}") };
             assert_eq!(why, "index 7 out of bounds");
-            assert!(broken.to_string().contains("cannot work with it (index 7"), "{broken}");
+            assert!(broken.to_string().contains("failed (index 7"), "{broken}");
         }
         assert!(matches!(guarded::<()>(|| Err("no".into())), Err(Broken::Refused(_))));
         assert_eq!(guarded(|| Ok(3)).ok(), Some(3));

@@ -89,9 +89,7 @@ impl Model {
 
     fn bpe_options(model: &Value) -> Result<bpe::Options, String> {
         if let Some(dropout) = model.get("dropout").and_then(Value::as_f64).filter(|&dropout| dropout != 0.0) {
-            return Err(format!(
-                "model.dropout is {dropout}: it draws other tokens each time, for training; set it to null"
-            ));
+            return Err(format!("model.dropout is {dropout}, which randomizes tokens for training; set it to null"));
         }
         let text = |key: &str| Ok::<_, String>(text(model, key)?.map(str::to_string));
         let affix = |key: &str| match text(key)? {
@@ -112,14 +110,14 @@ impl Model {
 
     fn unigram(model: &Value, vocabulary: Value) -> Result<Self, String> {
         let Value::Array(pieces) = vocabulary else {
-            return Err("model.vocab: expected a list of pieces with their scores".to_string());
+            return Err("model.vocab: expected a list of pieces and scores".to_string());
         };
         let piece = |(at, piece): (usize, Value)| match piece {
             Value::Array(mut pair) if pair.len() == 2 => match (pair[0].take(), pair[1].as_f64()) {
                 (Value::String(piece), Some(score)) => Ok((piece, score)),
-                _ => Err(format!("model.vocab: piece {at} is not a text and a score")),
+                _ => Err(format!("model.vocab: piece {at} is not a pair of string and score")),
             },
-            _ => Err(format!("model.vocab: piece {at} is not a text and a score")),
+            _ => Err(format!("model.vocab: piece {at} is not a pair of string and score")),
         };
         let pieces: Vec<(String, f64)> = pieces.into_iter().enumerate().map(piece).collect::<Result<_, _>>()?;
         let mut vocabulary = Vocabulary::default();
@@ -204,7 +202,7 @@ fn text<'j>(model: &'j Value, key: &str) -> Result<Option<&'j str>, String> {
     match model.get(key) {
         None | Some(Value::Null) => Ok(None),
         Some(Value::String(text)) => Ok(Some(text)),
-        Some(_) => Err(format!("model.{key}: expected a text")),
+        Some(_) => Err(format!("model.{key}: expected a string")),
     }
 }
 
@@ -221,7 +219,7 @@ fn number(model: &Value, key: &str) -> Result<Option<usize>, String> {
         None | Some(Value::Null) => Ok(None),
         Some(number) => {
             let number = number.as_u64().and_then(|number| usize::try_from(number).ok());
-            number.map(Some).ok_or_else(|| format!("model.{key}: expected a whole number"))
+            number.map(Some).ok_or_else(|| format!("model.{key}: expected an integer of at least 0"))
         }
     }
 }
@@ -255,7 +253,7 @@ impl tokenizers::Model for Model {
     }
 
     fn save(&self, _folder: &Path, _name: Option<&str>) -> tokenizers::Result<Vec<PathBuf>> {
-        Err("models are not saved".into())
+        Err("saving is not supported".into())
     }
 
     fn get_trainer(&self) -> TrainerWrapper {

@@ -49,7 +49,7 @@ impl Normalizer {
                 | NormalizerWrapper::Lowercase(_)
                 | NormalizerWrapper::Nmt(_)
                 | NormalizerWrapper::ByteLevel(_)) => Self::Local(normalizer),
-                _ => return Err(part.broken("type", "is unknown")),
+                _ => return Err(part.broken("type", "is not supported")),
             },
         })
     }
@@ -110,7 +110,7 @@ impl Normalizer {
 
 fn grown(text: &str, limit: usize) -> Result<(), Failure> {
     if text.len() > limit {
-        return Err(format!("the normalizer makes more than {limit} bytes of the text").into());
+        return Err(format!("the normalized text has more than {limit} bytes").into());
     }
     Ok(())
 }
@@ -127,7 +127,7 @@ fn replace(
     let mut end = 0;
     let mut any = false;
     for found in pattern.find_iter(text) {
-        let found = found.map_err(|why| format!("a regular expression of the normalizer gives up: {why}"))?;
+        let found = found.map_err(|why| format!("a regular expression of the normalizer failed: {why}"))?;
         // A replacement of several characters counts as being where the last one was.
         *first &= found.start() > 0 || !content.is_empty() && found.as_str().chars().count() < 2;
         made.push_str(&text[end..found.start()]);

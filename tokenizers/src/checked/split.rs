@@ -101,7 +101,7 @@ impl Splitter {
                     },
                     split: space.get_split(),
                 }],
-                _ => return Err(part.broken("type", "is unknown")),
+                _ => return Err(part.broken("type", "is not supported")),
             },
             Some("FixedLength") => {
                 if part.get("length").and_then(Value::as_u64) == Some(0) {
@@ -110,7 +110,7 @@ impl Splitter {
                 vec![Self::Other(part.parse()?)]
             }
             Some("UnicodeScripts") => vec![Self::Other(part.parse()?)],
-            _ => return Err(part.broken("type", "is unknown")),
+            _ => return Err(part.broken("type", "is not supported")),
         })
     }
 
@@ -210,8 +210,7 @@ impl Find {
             Self::Character(is) => by(is, &mut each)?,
             Self::One(one) => by(&|character| character == *one, &mut each)?,
             Self::Pattern(pattern) => pattern.find_iter(text).try_for_each(|place| {
-                let place =
-                    place.map_err(|why| format!("a regular expression of the pre-tokenizer gives up: {why}"))?;
+                let place = place.map_err(|why| format!("a regular expression of the pre-tokenizer failed: {why}"))?;
                 each(place.start(), place.end())
             })?,
             Self::Words(words) => {
@@ -286,7 +285,7 @@ fn behavior(part: &Part) -> Result<SplitDelimiterBehavior, String> {
         "MergedWithPrevious" => SplitDelimiterBehavior::MergedWithPrevious,
         "MergedWithNext" => SplitDelimiterBehavior::MergedWithNext,
         "Contiguous" => SplitDelimiterBehavior::Contiguous,
-        _ => return Err(part.broken("behavior", "is unknown")),
+        _ => return Err(part.broken("behavior", "is not supported")),
     })
 }
 

@@ -57,7 +57,10 @@ impl Unigram {
         };
         if let Some(unknown) = unknown {
             if unknown >= pieces.len() {
-                return Err(format!("model.unk_id is {unknown}, expected less than the {} pieces", pieces.len()));
+                return Err(format!(
+                    "model.unk_id is {unknown}, expected less than {} (the number of pieces)",
+                    pieces.len()
+                ));
             }
             trie.unknown = Some(unknown as u32);
         }
@@ -142,7 +145,9 @@ impl Unigram {
             if !alone {
                 let piece = self.unknown.unwrap_or(u32::MAX);
                 if better(start + size, self.unknown_score, piece) && self.unknown.is_none() {
-                    return Err("the text has a character without a piece, and the model no `unk_id`".to_string());
+                    return Err(
+                        "the text has a character that no piece covers, and the model has no `unk_id`".to_string()
+                    );
                 }
             }
         }
