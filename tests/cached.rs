@@ -186,7 +186,7 @@ proptest! {
     #![proptest_config(runner())]
 
     #[test]
-    fn cached_logits_are_those_of_the_whole(
+    fn cached_logits_equal_those_of_a_full_pass(
         draw in draws().prop_filter("not causal", cacheable),
         extras in 0u8..8,
         steps in proptest::collection::vec(1usize..6, 1..5),
@@ -203,7 +203,7 @@ proptest! {
     }
 
     #[test]
-    fn cached_rows_of_several_lengths_are_those_alone(
+    fn cached_rows_of_several_lengths_equal_separate_rows(
         draw in draws().prop_filter("not causal", cacheable),
         extras in 0u8..8,
     ) {

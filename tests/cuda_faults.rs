@@ -98,8 +98,8 @@ fn every_failing_call_is_an_error_and_costs_nothing() -> Result<()> {
 
 /// A single failed allocation is recovered by freeing the memory kept for reuse.
 #[test]
-fn an_allocation_that_fails_once_is_made_good() -> Result<()> {
-    let Some(gpu) = emulated("an_allocation_that_fails_once_is_made_good") else { return Ok(()) };
+fn an_allocation_that_fails_once_is_retried() -> Result<()> {
+    let Some(gpu) = emulated("an_allocation_that_fails_once_is_retried") else { return Ok(()) };
     let run = |failing: bool| -> Result<f64> {
         let mut trainer = trainer(&gpu)?;
         trainer.step()?;

@@ -480,8 +480,8 @@ fn graphs_do_not_nest() -> Result<()> {
 /// A fault reported by a replay's kernel is an error, even if the graph was dropped meanwhile; and the graph can be
 /// replayed.
 #[test]
-fn faults_of_a_replay_are_told() -> Result<()> {
-    let Some(gpu) = gpu("faults_of_a_replay_are_told") else { return Ok(()) };
+fn faults_of_a_replay_are_reported() -> Result<()> {
+    let Some(gpu) = gpu("faults_of_a_replay_are_reported") else { return Ok(()) };
     let table = Tensor::ones([4, 3], DType::F32, &gpu)?;
     let tokens = |index: i64| Tensor::from_slice(&[0, index], [2], &gpu);
     let capture = || Graph::capture(&[tokens(3)?], &none(), |i| table.embedding(&i[0]));

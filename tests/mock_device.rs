@@ -263,7 +263,7 @@ fn memory_comes_and_goes() -> Result<()> {
 
 /// An op whose kernel is missing says which, and so does everything else that a small backend lacks.
 #[test]
-fn what_is_missing_is_named() -> Result<()> {
+fn missing_features_are_named() -> Result<()> {
     let (device, _, _alone) = mock();
     let x = Tensor::ones([2, 3], DType::F32, &device)?;
     let refused = |result: Result<Tensor>, part: &str| {

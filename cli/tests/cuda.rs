@@ -26,8 +26,8 @@ fn losses(run: &str) -> Vec<f64> {
 }
 
 #[test]
-fn training_and_text_are_those_of_the_cpu() {
-    let Some(device) = device("training_and_text_are_those_of_the_cpu") else { return };
+fn training_and_text_match_the_cpu() {
+    let Some(device) = device("training_and_text_match_the_cpu") else { return };
     let folder = tempfile::tempdir().expect("a temporary folder");
     let corpus = path(folder.path(), "text.txt");
     write_text(&corpus);

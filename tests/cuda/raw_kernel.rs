@@ -87,8 +87,8 @@ fn raw_kernels_take_numbers() -> Result<()> {
 
 /// Every mistake in a call is an error of its type, found before anything is launched.
 #[test]
-fn raw_kernels_refuse_what_does_not_fit() -> Result<()> {
-    let Some(gpu) = gpu("raw_kernels_refuse_what_does_not_fit") else { return Ok(()) };
+fn raw_kernels_refuse_mismatched_arguments() -> Result<()> {
+    let Some(gpu) = gpu("raw_kernels_refuse_mismatched_arguments") else { return Ok(()) };
     let kernel = RawKernel::new(&gpu, REVERSE, "reverse", &[("ELEMENT", "float")])?;
     let (x, mut y) = (Tensor::ones([4, 4], DType::F32, &gpu)?, Tensor::zeros([4, 4], DType::F32, &gpu)?);
     let launches = gpu.transfers().launches;

@@ -30,7 +30,7 @@ fn refuses(parts: &[&str]) {
 }
 
 #[test]
-fn the_newest_of_each() {
+fn the_newest_versions_work() {
     emulated(here!(), &[("XT_KERNEL_CACHE", "off")], || runs("sm_80"));
 }
 
@@ -56,7 +56,7 @@ fn a_compiler_of_a_later_major_version() {
 }
 
 #[test]
-fn a_card_that_the_compiler_does_not_know() {
+fn a_gpu_that_the_compiler_does_not_support() {
     let versions = [
         ("XT_EMULATOR_ARCH", "100"),
         ("XT_EMULATOR_DRIVER", "13.0"),
@@ -67,7 +67,7 @@ fn a_card_that_the_compiler_does_not_know() {
 }
 
 #[test]
-fn a_card_that_no_version_here_knows() {
+fn a_gpu_that_no_installed_version_supports() {
     let versions = [
         ("XT_EMULATOR_ARCH", "120"),
         ("XT_EMULATOR_DRIVER", "12.8"),
@@ -80,7 +80,7 @@ fn a_card_that_no_version_here_knows() {
 }
 
 #[test]
-fn cards_and_drivers_that_are_too_old() {
+fn gpus_and_drivers_that_are_too_old() {
     emulated(here!(), &[("XT_EMULATOR_ARCH", "70")], || refuses(&["sm_70", "sm_75 (Turing) or later", "`cpu`"]));
 }
 

@@ -413,7 +413,7 @@ fn gradients_come_back_as_constants() -> Result<()> {
 }
 
 #[test]
-fn wrong_contributions_are_named() -> Result<()> {
+fn wrong_gradients_are_named() -> Result<()> {
     let refused = |give: fn(Tensor) -> Result<InputGrads>| {
         let x = grid(2, 3).requires_grad().unwrap();
         let mut tape = Tape::grad();
@@ -513,7 +513,7 @@ fn gradients_of_other_devices_are_named() -> Result<()> {
 }
 
 #[test]
-fn a_contribution_of_none_stops_there() -> Result<()> {
+fn a_rule_without_a_gradient_ends_its_branch() -> Result<()> {
     let (x, y) = (leaf(&[1.0]), leaf(&[2.0]));
     let mut tape = Tape::grad();
     let z = Tensor::cat(&[&giving(&square(&x)?, |_| Ok(InputGrads::new(vec![InputGrad::None])))?, &y], 0)?;

@@ -97,7 +97,7 @@ fn large_tensors_are_read_in_parts() -> Result<()> {
 }
 
 #[test]
-fn blocks_that_are_not_whole_are_refused() {
+fn partial_blocks_are_refused() {
     let error = |stored: Stored, bytes: usize, values: usize| {
         stored.dequantize(&vec![0; bytes], &mut vec![0.0; values]).unwrap_err().to_string()
     };
@@ -126,7 +126,7 @@ fn blocks_that_are_not_whole_are_refused() {
 
 /// Tensors outside the file are an error before memory is allocated for them.
 #[test]
-fn sizes_that_are_not_there_are_refused() {
+fn sizes_beyond_the_file_are_refused() {
     for stored in KINDS {
         let rows = (1 << 40) / stored.block().0 as u64;
         let file = gguf(&[], &[("w", &[stored.block().0 as u64, rows], number(stored), vec![0; 4096])]);

@@ -368,7 +368,7 @@ fn oversized_files_are_refused() -> Result<()> {
 
 /// A table of missing, unused and mismatched tensors, by the names in the file, in each family and format.
 #[test]
-fn tables_name_what_does_not_fit() -> Result<()> {
+fn tables_list_mismatched_weights() -> Result<()> {
     let folder = files("llama");
     let (config, weights) =
         (fs::read_to_string(folder.join("config.json")).unwrap(), TensorFile::open(&folder)?.tensors()?);
@@ -442,7 +442,7 @@ fn tables_name_what_does_not_fit() -> Result<()> {
 }
 
 #[test]
-fn what_does_not_fit_is_refused_with_a_table() -> Result<()> {
+fn mismatched_weights_are_listed_in_a_table() -> Result<()> {
     let Some((folder, _)) = rxnmapper() else { return Ok(()) };
     let config = fs::read_to_string(folder.join("config.json")).unwrap();
     let weights = TensorFile::open(&folder)?.tensors()?;

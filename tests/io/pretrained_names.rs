@@ -98,7 +98,7 @@ fn expected_names(of: &str) -> usize {
 }
 
 #[test]
-fn weights_without_a_use_are_listed_and_buffers_are_not() -> Result<()> {
+fn unused_weights_are_listed_but_buffers_are_not() -> Result<()> {
     let expected = read_safetensors(files("llama/expected.safetensors"))?;
     let ones = |shape: &[usize], dtype: DType| Tensor::ones(shape, dtype, &Device::Cpu).unwrap();
     let folder = changed("llama", "extra", |weights| {

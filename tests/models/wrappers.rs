@@ -187,7 +187,7 @@ fn models_losses_of_half_precision_are_f32() -> Result<()> {
 
 /// Requests that a loss or a continuation cannot return are an error, not dropped silently.
 #[test]
-fn models_losses_give_nothing_else() -> Result<()> {
+fn models_losses_return_only_the_loss() -> Result<()> {
     let model = autoregressive(AutoregressiveConfig { net: wrapper(decoder()), ..Default::default() })?;
     let continuous =
         ContinuousTransformerWrapperConfig { max_seq_len: 6, attn_layers: decoder(), ..Default::default() };
@@ -735,7 +735,7 @@ fn encoder_decoder_masks() -> Result<()> {
 }
 
 #[test]
-fn cross_entropy_of_any_model_is_that_of_its_logits() -> Result<()> {
+fn cross_entropy_of_any_model_equals_that_of_its_logits() -> Result<()> {
     let vision = ViTransformerWrapperConfig {
         image_size: 8,
         patch_size: 4,

@@ -287,7 +287,7 @@ fn views_of_rank_0_to_6() -> Result<()> {
 }
 
 #[test]
-fn views_of_nothing() -> Result<()> {
+fn views_of_empty_tensors() -> Result<()> {
     let x = counting([3, 0, 2]);
     assert!(x.is_contiguous());
     for (view, shape) in [
@@ -456,7 +456,7 @@ fn long_sums_keep_their_precision() -> Result<()> {
 }
 
 #[test]
-fn means_of_nothing() -> Result<()> {
+fn means_of_empty_tensors() -> Result<()> {
     assert!(counting([0]).mean(&[])?.item()?.is_nan());
     assert!(values(&counting([2, 0]).mean(&[1])?).iter().all(|x| x.is_nan()));
     assert!(values(&counting([2, 0]).mean(&[0])?).is_empty());

@@ -100,7 +100,7 @@ fn every_class_in_every_mode() {
 
 /// The operations of a training step are those that `xt info` gives.
 #[test]
-fn operations_are_those_of_info() {
+fn operations_match_info() {
     let bench = Bench::new();
     let forward = number(&bench.json(GPT, &["--mode", "forward", "--batch", "2", "--seq-len", "20"]), "flop");
     let config = bench.config(GPT);
@@ -232,7 +232,7 @@ fn the_configs_of_the_benchmarks_make_models() {
 }
 
 #[test]
-fn what_cannot_be_timed() {
+fn configs_that_cannot_be_timed() {
     let bench = Bench::new();
     let forward = ["--mode", "forward"];
     let generate = ["--mode", "generate"];

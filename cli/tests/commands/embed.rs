@@ -46,7 +46,7 @@ fn close(a: &[f64], b: &[f64]) -> bool {
 }
 
 #[test]
-fn prompts_go_in_front_of_texts() {
+fn prompts_precede_texts() {
     let (folder, case) = model("default prompt", &[]);
     let expected: Vec<Vec<f64>> = serde_json::from_value(case["vectors"].clone()).unwrap();
     let texts = ["The cat sat.", "dogs"];
@@ -66,7 +66,7 @@ fn prompts_go_in_front_of_texts() {
 }
 
 #[test]
-fn texts_that_are_cut_are_told() {
+fn truncated_texts_are_reported() {
     let (folder, _) = model("cut to max_seq_length", &[]);
     let checkpoint = folder.path().to_string_lossy();
     let output =
@@ -109,7 +109,7 @@ fn tables_compare_as_the_model_says() {
 
 /// An unsupported setting that changes vectors is an error that names it.
 #[test]
-fn what_is_not_known_is_refused_by_name() {
+fn unknown_settings_are_refused_by_name() {
     let listed = |last: &str| {
         let module =
             |class: &str, path: &str| format!(r#"{{"idx": 0, "name": "0", "path": "{path}", "type": "{class}"}}"#);

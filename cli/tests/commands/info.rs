@@ -41,7 +41,7 @@ fn figures_of_a_small_gpt() {
 
 /// Options on the command line, which override those of a config and of a checkpoint.
 #[test]
-fn keywords_of_the_command_line() {
+fn options_of_the_command_line() {
     let folder = tempfile::tempdir().expect("a temporary folder");
     let (config, out) = (path(folder.path(), "c.json"), path(folder.path(), "out"));
     fs::write(&config, GPT).expect("write");

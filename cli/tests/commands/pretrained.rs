@@ -70,7 +70,7 @@ fn pieces() -> String {
 }
 
 #[test]
-fn what_is_no_pretrained_model_is_refused() {
+fn files_that_are_not_pretrained_models_are_refused() {
     let folder = tempfile::tempdir().unwrap();
     let file = path(folder.path(), "broken.gguf");
     fs::write(&file, b"GGUF\x03\0\0\0").unwrap();
@@ -199,7 +199,7 @@ fn pretrained_models_score_texts() {
 }
 
 #[test]
-fn what_a_pretrained_model_cannot_do_is_refused() {
+fn unsupported_uses_of_a_pretrained_model_are_refused() {
     let model = llama();
     let generate =
         |more: &[&str]| fails(&[&["generate", "--checkpoint", &model, "--device", "cpu"][..], more].concat());
@@ -347,7 +347,7 @@ fn pretrained_folders_embed_texts() {
 /// A tokenizer that is not next to the weights.
 #[test]
 #[cfg(feature = "tokenizers")]
-fn tokenizers_of_other_places() {
+fn tokenizers_in_other_folders() {
     let beside = folder("bert", |_| (), ("vocab.txt", &pieces()));
     let elsewhere = tempfile::tempdir().unwrap();
     let vocabulary = path(elsewhere.path(), "vocab.txt");
@@ -446,7 +446,7 @@ fn a_chat_is_answered() {
 /// Unused weights are reported on standard error, and are an error if requested.
 #[test]
 #[cfg(feature = "tokenizers")]
-fn weights_without_a_use_are_a_warning() {
+fn unused_weights_are_a_warning() {
     let extra = |weights: &mut BTreeMap<String, Tensor>| {
         let ones = |shape: &[usize], dtype| Tensor::ones(shape, dtype, &Device::Cpu).expect("ones");
         weights.insert("classifier.weight".into(), ones(&[2, 16], DType::F32));
@@ -489,7 +489,7 @@ fn weights_without_a_use_are_a_warning() {
 
 /// A GGUF file, only weights, and the output of `xt train`.
 #[test]
-fn info_tells_what_files_are() {
+fn info_describes_files() {
     let info = succeeds(&["info", "--checkpoint", &llama()]);
     for part in ["Llama", "4 heads of 8 (2 of keys and values)", "15 of Q8_0", "end tokens", "gpt2, split as smollm"] {
         assert!(info.contains(part), "{part} in\n{info}");

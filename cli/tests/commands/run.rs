@@ -95,7 +95,7 @@ fn every_case_gives_what_pytorch_gives() {
 }
 
 #[test]
-fn gradients_are_given_on_demand_in_the_dtype_of_the_model() {
+fn gradients_are_returned_on_request_in_the_dtype_of_the_model() {
     let files = Files::of("decoder_cross_context_mask");
     assert_eq!(files.run(&[]).into_keys().collect::<Vec<_>>(), ["out"]);
     for (name, dtype) in [("f32", DType::F32), ("f64", DType::F64), ("bf16", DType::BF16), ("f16", DType::F16)] {
@@ -144,7 +144,7 @@ fn weights_of_another_config() {
 }
 
 #[test]
-fn weights_that_are_no_numbers_or_not_tied() {
+fn weights_of_another_dtype_or_not_tied() {
     let mut files = Files::of("decoder_gpt");
     files.weights = files.change(&files.weights, |weights| {
         weights.insert("norm.bias".to_string(), ones(&[32], DType::I64));
@@ -170,7 +170,7 @@ fn weights_that_are_no_numbers_or_not_tied() {
 }
 
 #[test]
-fn inputs_that_do_not_fit() {
+fn mismatched_inputs() {
     let with = |change: &dyn Fn(&mut Tensors)| {
         let files = Files::of("decoder_gpt");
         Files { inputs: files.change(&files.inputs, change), ..files }
@@ -199,7 +199,7 @@ fn inputs_that_do_not_fit() {
 }
 
 #[test]
-fn files_that_are_no_model() {
+fn files_that_are_not_a_model() {
     let mut files = Files::of("decoder_gpt");
     let (inputs, broken) = (files.inputs.clone(), path(files.folder.path(), "broken"));
     fs::write(&broken, &fs::read(&files.inputs).expect("read")[..100]).expect("write");

@@ -178,7 +178,7 @@ fn links_to_nowhere() {
 
 /// In f16 the loss is scaled: a scale that is too large skips steps, which are logged and counted.
 #[test]
-fn f16_says_what_it_skips() {
+fn f16_reports_skipped_steps() {
     let folder = tempfile::tempdir().expect("a temporary folder");
     let (corpus, out) = (path(folder.path(), "text.txt"), path(folder.path(), "out"));
     write_text(&corpus);
@@ -227,7 +227,7 @@ fn a_loss_that_is_not_finite_stops_the_run() {
 
 #[test]
 #[cfg(unix)]
-fn a_reader_that_leaves_is_no_error() {
+fn a_closed_pipe_is_not_an_error() {
     let folder = tempfile::tempdir().expect("a temporary folder");
     let (corpus, out) = (path(folder.path(), "text.txt"), path(folder.path(), "out"));
     write_text(&corpus);

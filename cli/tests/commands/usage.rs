@@ -235,7 +235,7 @@ fn a_full_disk() {
 }
 
 #[test]
-fn an_instruction_level_that_is_none() {
+fn an_unknown_instruction_level() {
     let run = |level: &str| start(&["devices"]).env("XT_CPU", level).output().expect("xt starts");
     let message = failed(&["devices"], run("avx1024"));
     assert!(message.contains("XT_CPU") && message.contains("avx512_bf16") && message.contains("avx1024"), "{message}");

@@ -76,7 +76,7 @@ fn folders_are_searched() {
 
 /// Whatever is wrong with a case, its line says so, and the others still run.
 #[test]
-fn cases_that_do_not_agree() {
+fn cases_that_fail() {
     let folder = tempfile::tempdir().expect("a temporary folder");
     let case = |name: &str| copy("decoder_gpt", folder.path(), name);
     let expected =

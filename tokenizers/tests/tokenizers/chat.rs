@@ -60,7 +60,7 @@ fn rendered(template: &str, messages: &[Message]) -> x_transformers::Result<Stri
 }
 
 #[test]
-fn chats_are_those_of_transformers() {
+fn chats_match_transformers() {
     let expected: Value = serde_json::from_str(include_str!("../chat/expected.json")).expect("JSON");
     let (mut texts, mut refusals, mut tokens) = (0, 0, 0);
     for name in ["llama3", "zephyr", "chatml", "mistral", "gemma", "python"] {

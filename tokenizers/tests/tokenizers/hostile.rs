@@ -155,7 +155,7 @@ fn given_files_are_refused_by_name() {
 
 /// More is stripped than a token has, where the crate `tokenizers` panics.
 #[test]
-fn decoders_take_no_more_than_there_is() {
+fn decoders_strip_at_most_the_whole_token() {
     let strip = json!({"type": "Strip", "content": "h", "start": 0, "stop": 9});
     let tokenizer = Tokenizer::parse("there/tokenizer.json", &with("/decoder", strip)).unwrap();
     assert_eq!(tokenizer.decode(&[1]).unwrap(), "");
@@ -172,7 +172,7 @@ fn texts_do_not_explode() {
 }
 
 #[test]
-fn regular_expressions_give_up_by_name() {
+fn failing_regular_expressions_are_named() {
     let split =
         json!({"type": "Split", "pattern": {"Regex": "(?:a(?=a)|aa?)+b"}, "behavior": "Isolated", "invert": false});
     let tokenizer = Tokenizer::parse("tokenizer.json", &with("/pre_tokenizer", split)).unwrap();
