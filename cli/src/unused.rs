@@ -9,7 +9,7 @@ use crate::failure::{Failure, Result, warn};
 
 #[derive(Args, Clone, Copy)]
 pub struct StrictArgs {
-    /// Refuse a pretrained model whose files hold weights that it does not use, instead of a warning
+    /// Fail instead of warning if the files of a pretrained model hold weights that it does not use
     #[arg(long)]
     strict: bool,
 }
