@@ -41,7 +41,7 @@ pub struct BenchArgs {
     #[arg(long, value_enum)]
     mode: Mode,
 
-    /// Batch size: number of sequences or images
+    /// Batch size, in sequences or images
     #[arg(long, value_name = "B", default_value_t = 1, value_parser = value_parser!(u32).range(1..))]
     batch: u32,
 
@@ -65,7 +65,7 @@ pub struct BenchArgs {
     #[arg(long, value_name = "N", value_parser = value_parser!(u32).range(1..=1024))]
     pub threads: Option<u32>,
 
-    /// Number of timed repetitions; a first one, reported separately, and a warm-up come before them
+    /// Number of timed repetitions, after the first one, which is reported separately, and a warm-up
     #[arg(long, value_name = "R", default_value_t = 10, value_parser = value_parser!(u32).range(1..))]
     repeat: u32,
 

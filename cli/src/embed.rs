@@ -22,7 +22,7 @@ use crate::{
 
 #[derive(Args)]
 pub struct EmbedArgs {
-    /// Path of the checkpoint: a folder of `transformers` or sentence-transformers with an encoder such as MiniLM
+    /// Path of the checkpoint: a `transformers` or sentence-transformers folder with an encoder such as MiniLM
     #[arg(long, value_name = "DIR")]
     checkpoint: PathBuf,
 
@@ -30,8 +30,8 @@ pub struct EmbedArgs {
     #[arg(long, value_name = "PATH")]
     tokenizer: Option<PathBuf>,
 
-    /// Text to embed; may be repeated, to print a table of pairwise similarities (cosine, unless the model specifies
-    /// another one)
+    /// Text to embed; repeat it to print a table of pairwise similarities (cosine, unless the model specifies another
+    /// measure)
     #[arg(long, value_name = "TEXT", required = true)]
     text: Vec<String>,
 

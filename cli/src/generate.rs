@@ -27,8 +27,8 @@ use crate::{
 #[derive(Args)]
 #[command(group = ArgGroup::new("filter").multiple(false))]
 pub struct GenerateArgs {
-    /// Path of the checkpoint: a folder written by `xt train`, or a pretrained Llama, Mistral or Qwen 2 as a GGUF file
-    /// or a folder of `transformers`
+    /// Path of the checkpoint: a folder written by `xt train`, or a pretrained Llama, Mistral or Qwen 2 (a GGUF file or
+    /// a `transformers` folder)
     #[arg(long, value_name = "PATH")]
     checkpoint: PathBuf,
 
@@ -37,7 +37,7 @@ pub struct GenerateArgs {
     #[arg(long, value_name = "PATH")]
     tokenizer: Option<PathBuf>,
 
-    /// Text to continue; may be repeated, to continue several texts independently of each other [default: a newline]
+    /// Text to continue; repeat it to continue several texts independently [default: a newline]
     #[arg(long, value_name = "TEXT", default_value = "\n", hide_default_value = true, value_parser = some_text)]
     prompt: Vec<String>,
 
@@ -96,7 +96,7 @@ pub struct GenerateArgs {
     #[arg(long, value_name = "N", default_value_t = 0)]
     seed: u64,
 
-    /// Number of beams: search for the most likely text (beam search) instead of sampling
+    /// Number of beams of a beam search, which replaces sampling and prints the most likely text found
     #[arg(long, value_name = "N", value_parser = value_parser!(u32).range(1..), conflicts_with_all = ["filter", "draft"])]
     beams: Option<u32>,
 
@@ -128,7 +128,7 @@ pub struct GenerateArgs {
     #[arg(long)]
     stats: bool,
 
-    /// Path of a text to score instead of generating: print its bits per byte under the model, for instance to compare
+    /// Path of a text to score instead of generating; prints its bits per byte under the model, for instance to compare
     /// --weights
     #[arg(long, value_name = "FILE", conflicts_with_all = ["prompt", "beams", "draft"])]
     score: Option<PathBuf>,

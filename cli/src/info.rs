@@ -30,8 +30,8 @@ pub struct InfoArgs {
     #[arg(long, value_name = "FILE", group = "model")]
     config: Option<PathBuf>,
 
-    /// Path of the checkpoint: a folder written by `xt train`, a pretrained model as a GGUF file or a folder of
-    /// `transformers`, or a file of weights without a config
+    /// Path of the checkpoint: a folder written by `xt train`, a pretrained model (a GGUF file or a `transformers`
+    /// folder), or a file of weights without a config
     #[arg(long, value_name = "PATH", group = "model")]
     checkpoint: Option<PathBuf>,
 

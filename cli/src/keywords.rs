@@ -8,8 +8,8 @@ use crate::failure::{Failure, Result};
 
 #[derive(Args)]
 pub struct KeywordArgs {
-    /// Set an option of the model, by its name in x-transformers, to a JSON value, such as ff_glu=true; null restores
-    /// its default; may be repeated
+    /// Set an option of the model, by its x-transformers name, to a JSON value, such as ff_glu=true; null restores the
+    /// default; may be repeated
     #[arg(long, value_name = "KEY=VALUE", value_parser = keyword)]
     set: Vec<(String, Value)>,
 }

@@ -73,7 +73,7 @@ enum Command {
     Bench(bench::BenchArgs),
     /// Compare models with reference outputs
     Verify(verify::VerifyArgs),
-    /// List the available devices and the missing GPU libraries
+    /// List the available devices and the state of the GPU libraries
     Devices,
     /// Compile the CUDA kernels ahead of time
     #[cfg(feature = "cuda")]

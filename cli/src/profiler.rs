@@ -15,12 +15,12 @@ use crate::failure::Result;
 
 #[derive(Args)]
 pub struct ProfileArgs {
-    /// Print the time, FLOP/s, bytes/s and number of calls of each op, forward and backward separately; synchronizes a
-    /// GPU after each op
+    /// Print the time, FLOP/s, bytes/s and number of calls of each op, forward and backward separately; waits for a GPU
+    /// after each op
     #[arg(long)]
     profile: bool,
 
-    /// Path of a Chrome trace to write, with every call of an op, for chrome://tracing or ui.perfetto.dev
+    /// Path of a Chrome trace of all op calls to write, for chrome://tracing or ui.perfetto.dev
     #[arg(long, value_name = "FILE")]
     trace: Option<PathBuf>,
 }

@@ -51,12 +51,13 @@ const ORDER_2: &str = "order-2 model";
 
 #[derive(Args)]
 pub struct TrainArgs {
-    /// Paths of text files, or of folders to search for them; the first 90% of the bytes are the training set, the rest
-    /// the validation set [default: eight plays of Shakespeare, built into this program]
+    /// Paths of text files or folders; the first 90% of the bytes are for training, the rest for validation [default:
+    /// eight plays of Shakespeare, built into this program]
     #[arg(long, value_name = "FILE|DIR", num_args = 1..)]
     text: Vec<PathBuf>,
 
-    /// Path of the JSON config of an AutoregressiveWrapper or TransformerWrapper to train in place of a plain decoder
+    /// Path of the JSON config of the model to train, an AutoregressiveWrapper or a TransformerWrapper [default: a
+    /// plain decoder]
     #[arg(long, value_name = "FILE", conflicts_with_all = ["dim", "depth", "heads", "resume"])]
     config: Option<PathBuf>,
 
@@ -77,7 +78,7 @@ pub struct TrainArgs {
     #[arg(long, value_name = "DIR", default_value = "out", conflicts_with = "resume")]
     out: PathBuf,
 
-    /// Replace the run in the folder of --out; its files stay until the first save of the new run
+    /// Replace the run in --out; its files stay until the first save of the new run
     #[arg(long, conflicts_with = "resume")]
     overwrite: bool,
 
@@ -98,12 +99,12 @@ pub struct TrainArgs {
 /// The shape of the plain decoder.
 #[derive(Args)]
 struct ModelArgs {
-    /// Model dimension of the decoder. With --dim, --depth or --heads, heads have 64 features and positions are
-    /// learned; with none of them, heads have 32 features and positions are rotary [default: 128]
+    /// Model dimension of the decoder; --dim, --depth or --heads selects learned positions and heads of 64 features, in
+    /// place of rotary positions and heads of 32 [default: 128]
     #[arg(long, value_name = "N", conflicts_with = "resume")]
     dim: Option<usize>,
 
-    /// Number of blocks of attention and feedforward [default: 4]
+    /// Number of decoder blocks, each attention and feedforward [default: 4]
     #[arg(long, value_name = "N", conflicts_with = "resume")]
     depth: Option<usize>,
 

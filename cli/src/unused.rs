@@ -9,7 +9,7 @@ use crate::failure::{Failure, Result, warn};
 
 #[derive(Args, Clone, Copy)]
 pub struct StrictArgs {
-    /// Fail instead of warning if the files of a pretrained model hold weights that it does not use
+    /// Fail, instead of warning, if a pretrained model does not use all weights in its files
     #[arg(long)]
     strict: bool,
 }
