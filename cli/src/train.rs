@@ -221,7 +221,7 @@ impl TrainArgs {
         let text = files::config(path)?;
         let broken = |error: Error| Failure::from(error).within(path);
         let config = Config::from_json(&text).map_err(broken)?;
-        // What is illegal together is found here, where the file is known.
+        // Conflicting options are detected here, where the file is known.
         config.layers().map_err(broken)?;
         match config {
             Config::AutoregressiveWrapper(config) => self.changed(config),

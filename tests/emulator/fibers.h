@@ -28,7 +28,7 @@ struct PartOfProduct {
     uint64_t a_at, b_at;
     bool add, bf16;
     unsigned group;
-    // What `a` points to, when it was started, and when that was; the last barrier before.
+    // Registers of `a` at the start of the product, the time of its start, and that of the last barrier before it.
     unsigned copy[4];
     uint32_t started, barrier;
 };
