@@ -64,8 +64,8 @@ __device__ __forceinline__ Acc twice(Acc x) { return x + x; }
 enum { INPUT, OUTPUT };
 
 // Name, whether the derivative is a function of the input or of the output, value at x, and gradient of the input from
-// that of the output, g, and the kept number: no factor overflows unless the gradient does. In a namespace, because
-// some have the names of functions.
+// that of the output, g, and the kept number: no factor leaves the type's range unless the gradient does. In a
+// namespace, because some have the names of functions.
 #define ROW(name, keep, value_at_x, gradient_at_kept) \
     struct name { \
         static constexpr int KEEP = keep; \
@@ -85,7 +85,7 @@ ROW(sqrt, OUTPUT, ::sqrt(x), g * (Acc(0.5) / kept))
 ROW(square, INPUT, x * x, twice(g * kept))
 ACTIVATION_ROW(sigmoid, INPUT, logistic(x), g * logistic_slope(kept))
 ROW(tanh, INPUT, ::tanh(x), g * (4 * logistic_slope(kept + kept)))
-// The gradient is 0 where x <= 0; unlike with x > 0, NaN passes it on.
+// The gradient is 0 where x <= 0; this test, unlike x > 0, lets NaN pass.
 ACTIVATION_ROW(relu, OUTPUT, positive(x), kept <= 0 ? 0 : g)
 ACTIVATION_ROW(relu_squared, INPUT, positive(x) * positive(x), kept <= 0 ? 0 : twice(g * kept))
 ACTIVATION_ROW(gelu, INPUT, x * normal_cdf(x), g * (normal_cdf(kept) + kept * normal_pdf(kept)))

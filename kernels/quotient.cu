@@ -4,10 +4,10 @@
 // the host has merged them. T: f32, f64, bf16, f16, computed in f64.
 // Variants: DTYPE=FLOATS
 //
-// No intermediate overflows unless the result does: f64 holds the square of every f32, and exponents of f64 are added
-// separately. Each thread takes packets a grid apart where the last dimension of each operand is packed or repeated,
-// else single elements. Moves 4 sizeof(T) per element; limited by memory bandwidth, on consumer GPUs by their few f64
-// units.
+// No intermediate leaves its type's range unless the result does: f64 holds the square of every f32, and exponents of
+// f64 are added separately. Each thread takes packets a grid apart where the last dimension of each operand is packed
+// or repeated, else single elements. Moves 4 sizeof(T) per element; limited by memory bandwidth, on consumer GPUs by
+// their few f64 units.
 
 #include "common.cuh"
 #include "strided.cuh"

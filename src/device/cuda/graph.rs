@@ -93,7 +93,7 @@ struct Recording {
 }
 
 impl Recording {
-    /// First run: tensors are still in shared memory of the pool.
+    /// Begins a recording. Tensors still use the pool's common blocks.
     fn begin(device: &'static CudaDevice) -> Result<Self> {
         device.begin_recording()?;
         *device.graph_tables() = GraphTables::default();

@@ -130,7 +130,7 @@ impl<M: Memory> State<M> {
         self.keep(block)
     }
 
-    /// Moves the remaining blocks of a recording to the shared ones; returns those that the caller must free.
+    /// Moves the remaining blocks of a recording to the common ones; returns those that the caller must free.
     fn merge(&mut self, free: FreeBlocks<M>) -> Vec<Arc<M>> {
         let mut surplus = Vec::new();
         for block in free.into_values().flatten() {
