@@ -12,6 +12,7 @@ use std::{
 
 use criterion::{BenchmarkGroup, Criterion, Throughput, measurement::WallTime};
 use rayon::prelude::*;
+use x_transformers::device::Level;
 
 /// Peak rates per second.
 #[derive(Clone, Copy, Debug)]
@@ -47,20 +48,20 @@ const CHAINS: usize = 12;
 /// Loop of `rounds` multiply-adds on each of [`CHAINS`] vectors, and its number of lanes per vector.
 type Loop = (fn(usize) -> f32, &'static str, usize);
 
-/// Returns the widest loop that this processor supports.
+/// Returns the loop with the instructions of the level in use: the processor's, or the one that `XT_CPU` names.
 fn multiply_add() -> Loop {
-    #[cfg(target_arch = "x86_64")]
-    {
-        if is_x86_feature_detected!("avx512f") {
-            // SAFETY: the feature was detected.
-            return (|rounds| unsafe { x86::avx512(rounds) }, "AVX-512", 16);
-        }
-        if is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") {
-            // SAFETY: the features were detected.
-            return (|rounds| unsafe { x86::avx2(rounds) }, "AVX2", 8);
-        }
+    let wanted = Level::wanted().ok().flatten();
+    match wanted.map_or(Level::detected(), |wanted| wanted.min(Level::detected())) {
+        Level::Portable => (portable, "portable", 8),
+        // SAFETY: a level in use is one that the processor has.
+        #[cfg(target_arch = "x86_64")]
+        Level::Avx2 => (|rounds| unsafe { x86::avx2(rounds) }, "AVX2", 8),
+        // SAFETY: as above.
+        #[cfg(target_arch = "x86_64")]
+        _ => (|rounds| unsafe { x86::avx512(rounds) }, "AVX-512", 16),
+        #[cfg(not(target_arch = "x86_64"))]
+        _ => (portable, "portable", 8),
     }
-    (portable, "portable", 8)
 }
 
 /// Multiplies and adds in the vectors that every processor of the architecture has.
