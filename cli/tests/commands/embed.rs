@@ -217,7 +217,7 @@ fn unknown_settings_are_refused_by_name() {
             "no modules",
             "tokenizer_config.json",
             r#"{"cls_token": "<none>"}"#.into(),
-            "lacks one of [UNK], <none> and [SEP]",
+            "lacks one of the tokens [UNK], <none> and [SEP]",
         ),
         (
             "no modules",
