@@ -12,6 +12,7 @@ use std::{
 
 use criterion::{BenchmarkGroup, Criterion, Throughput, measurement::WallTime};
 use rayon::prelude::*;
+use x_transformers::device::Level;
 
 /// Peak rates per second.
 #[derive(Clone, Copy, Debug)]
@@ -47,16 +48,18 @@ const CHAINS: usize = 12;
 /// Loop of `rounds` multiply-adds on each of [`CHAINS`] vectors, and its number of lanes per vector.
 type Loop = (fn(usize) -> f32, &'static str, usize);
 
-/// Returns the widest loop that this processor supports.
+/// Returns the widest loop of the level in use: a forced one is compared with its own peak.
 fn multiply_add() -> Loop {
     #[cfg(target_arch = "x86_64")]
     {
-        if is_x86_feature_detected!("avx512f") {
-            // SAFETY: the feature was detected.
+        let wanted = Level::wanted().ok().flatten().unwrap_or(Level::detected());
+        let level = wanted.min(Level::detected());
+        if level >= Level::Avx512 {
+            // SAFETY: the level was detected.
             return (|rounds| unsafe { x86::avx512(rounds) }, "AVX-512", 16);
         }
-        if is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") {
-            // SAFETY: the features were detected.
+        if level >= Level::Avx2 {
+            // SAFETY: the level was detected.
             return (|rounds| unsafe { x86::avx2(rounds) }, "AVX2", 8);
         }
     }
@@ -117,6 +120,17 @@ fn best(runs: usize, mut run: impl FnMut()) -> f64 {
         start.elapsed().as_secs_f64()
     };
     (0..runs).map(time).fold(f64::INFINITY, f64::min)
+}
+
+/// Multiplies and adds in registers on all threads of the pool, `rounds` times on each.
+pub fn multiply_adds(rounds: usize) {
+    let (run, ..) = multiply_add();
+    rayon::broadcast(|_| black_box(run(black_box(rounds))));
+}
+
+/// Returns the floating-point operations of [`multiply_adds`], a fused multiply-add being two.
+pub fn flops_of(rounds: usize) -> usize {
+    2 * rounds * CHAINS * multiply_add().2 * rayon::current_num_threads()
 }
 
 /// Floating-point operations per second in f32, a fused multiply-add being two, on one thread or on all of the pool.
