@@ -22,6 +22,15 @@ TUNED = {
     "MALLOC_TRIM_THRESHOLD_": str(16 << 30),
     "MALLOC_TOP_PAD_": str(64 << 20),
 }
+# What XT_CPU does to this library, for the peers that can be told.
+LIKEWISE = {
+    "avx2": {
+        "MKL_ENABLE_INSTRUCTIONS": "AVX2",
+        "ONEDNN_MAX_CPU_ISA": "AVX2",
+        "ATEN_CPU_CAPABILITY": "avx2",
+        "OPENBLAS_CORETYPE": "Zen",
+    }
+}
 
 
 def threads_of(count):
@@ -101,7 +110,7 @@ class Contender:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
-            env={**os.environ, **environment},
+            env={**os.environ, **LIKEWISE.get(os.environ.get("XT_CPU"), {}), **environment},
         )
 
     def step(self):
