@@ -258,12 +258,16 @@ fn sum_each_row<R: Real>(x: Floats, mut out: FloatsMut, divisor: R) {
     let pieces = width.div_ceil(cpu::GRAIN);
     let mut sums = vec![R::ZERO; out.len() * pieces];
     cpu::for_rows(&mut sums, 1, cpu::GRAIN, |start, sums| {
-        let mut memory = Vec::new();
         for (index, sum) in sums.iter_mut().enumerate() {
             let (row, piece) = ((start + index) / pieces, (start + index) % pieces);
             let first = row * width + piece * cpu::GRAIN;
-            let x = x.range(first..(row * width + width).min(first + cpu::GRAIN));
-            *sum = sum_row::<R>(x.to_slice(&mut memory));
+            // Half types are read where they lie, as in `sum_columns`.
+            *sum = R::from_f64(match x.range(first..(row * width + width).min(first + cpu::GRAIN)) {
+                Floats::F32(x) => sum_row(x).into(),
+                Floats::F64(x) => sum_row(x),
+                Floats::BF16(x) => sum_row(x).into(),
+                Floats::F16(x) => sum_row(x).into(),
+            });
         }
     });
     let sums: Vec<R> = sums.chunks_exact(pieces).map(|sums| sum_row::<R>(sums) / divisor).collect();
@@ -271,7 +275,7 @@ fn sum_each_row<R: Real>(x: Floats, mut out: FloatsMut, divisor: R) {
 }
 
 vectorized! {
-    fn sum_row<R: Real>(x: &[R]) -> R {
+    fn sum_row<T: Float>(x: &[T]) -> T::Acc {
         sum_slice(x)
     }
 }
