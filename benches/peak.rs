@@ -48,22 +48,20 @@ const CHAINS: usize = 12;
 /// Loop of `rounds` multiply-adds on each of [`CHAINS`] vectors, and its number of lanes per vector.
 type Loop = (fn(usize) -> f32, &'static str, usize);
 
-/// Returns the widest loop of the level in use: a forced one is compared with its own peak.
+/// Returns the loop with the instructions of the level in use: the processor's, or the one that `XT_CPU` names.
 fn multiply_add() -> Loop {
-    #[cfg(target_arch = "x86_64")]
-    {
-        let wanted = Level::wanted().ok().flatten().unwrap_or(Level::detected());
-        let level = wanted.min(Level::detected());
-        if level >= Level::Avx512 {
-            // SAFETY: the level was detected.
-            return (|rounds| unsafe { x86::avx512(rounds) }, "AVX-512", 16);
-        }
-        if level >= Level::Avx2 {
-            // SAFETY: the level was detected.
-            return (|rounds| unsafe { x86::avx2(rounds) }, "AVX2", 8);
-        }
+    let wanted = Level::wanted().ok().flatten();
+    match wanted.map_or(Level::detected(), |wanted| wanted.min(Level::detected())) {
+        Level::Portable => (portable, "portable", 8),
+        // SAFETY: a level in use is one that the processor has.
+        #[cfg(target_arch = "x86_64")]
+        Level::Avx2 => (|rounds| unsafe { x86::avx2(rounds) }, "AVX2", 8),
+        // SAFETY: as above.
+        #[cfg(target_arch = "x86_64")]
+        _ => (|rounds| unsafe { x86::avx512(rounds) }, "AVX-512", 16),
+        #[cfg(not(target_arch = "x86_64"))]
+        _ => (portable, "portable", 8),
     }
-    (portable, "portable", 8)
 }
 
 /// Multiplies and adds in the vectors that every processor of the architecture has.

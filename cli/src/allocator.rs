@@ -1,7 +1,7 @@
 //! Memory of this program outside of tensors: where there is none left, one line says so and the exit code is 1.
 //!
-//! The library reports missing memory of tensors as an error. Strings, tables and what dependencies allocate cannot fail
-//! in stable Rust: the standard library aborts with a core dump, and there is no stable hook for it.
+//! The library reports missing memory of tensors as an error. Strings, tables and what dependencies allocate cannot
+//! fail in stable Rust: the standard library aborts with a core dump, and there is no stable hook for it.
 
 use std::{
     alloc::{GlobalAlloc, Layout, System},

@@ -144,7 +144,7 @@ impl Cost {
     }
 }
 
-/// A wrapper from tokens to logits, and their cross-entropy.
+/// Returns the cost of a wrapper from tokens to logits, and of their cross-entropy.
 fn transformer(plan: &TransformerPlan, batch: Batch) -> Cost {
     let rows = batch.rows * batch.tokens;
     let mut cost = up_to_logits(plan, batch);
@@ -153,7 +153,7 @@ fn transformer(plan: &TransformerPlan, batch: Batch) -> Cost {
     cost
 }
 
-/// The same with the loss in blocks of rows.
+/// Returns the cost of a wrapper from tokens to their cross-entropy, computed in blocks of rows.
 fn language_model(plan: &TransformerPlan, batch: Batch) -> Cost {
     let (rows, dim) = (batch.rows * batch.tokens, plan.layers.dim);
     let mut cost = up_to_logits(plan, batch);

@@ -119,7 +119,7 @@ fn weights(lines: &mut Lines, file: &TensorFile) {
     lines.add("weights", format!("{elements} values: {}", types.collect::<Vec<_>>().join(", ")));
 }
 
-/// Tokenizer and chat template beside the weights.
+/// Adds the tokenizer and chat template beside the weights.
 fn of_folder(lines: &mut Lines, folder: &Path) {
     let json =
         |name: &str| read_text(folder.join(name), MAX_JSON).ok().and_then(|text| serde_json::from_str(&text).ok());
@@ -153,7 +153,7 @@ fn of_folder(lines: &mut Lines, folder: &Path) {
     lines.add("chat template", template);
 }
 
-/// Those in a GGUF file.
+/// Adds the tokenizer and chat template in a GGUF file.
 fn of_gguf(lines: &mut Lines, file: &TensorFile) {
     let text = |key: &str| file.metadata().get(key).and_then(Metadata::as_str);
     let kind = text("tokenizer.ggml.model").map(|model| match text("tokenizer.ggml.pre") {

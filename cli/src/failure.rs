@@ -30,7 +30,7 @@ impl Failure {
         Self::new(format_args!("{}: {error}{}", path.display(), advice(error)))
     }
 
-    /// The same failure with what to do about it.
+    /// Adds advice to the failure.
     pub fn advising(self, advice: impl fmt::Display) -> Self {
         match self {
             Self::ClosedPipe => self,
@@ -38,7 +38,7 @@ impl Failure {
         }
     }
 
-    /// The same failure with the file or folder that it is about.
+    /// Prefixes the failure with the path that it concerns.
     pub fn within(self, path: &Path) -> Self {
         match self {
             Self::ClosedPipe => self,

@@ -27,110 +27,116 @@ use crate::{
 #[derive(Args)]
 #[command(group = ArgGroup::new("filter").multiple(false))]
 pub struct GenerateArgs {
-    /// Folder that `xt train` wrote; or a pretrained Llama: a GGUF file, or a folder of `transformers`
+    /// Path of the checkpoint: a folder written by `xt train`, or a pretrained Llama, Mistral or Qwen 2 (a GGUF file or
+    /// a `transformers` folder)
     #[arg(long, value_name = "PATH")]
     checkpoint: PathBuf,
 
-    /// The tokenizer of a pretrained model, if it is not beside the weights: a folder, or a .json, .model or .txt in it
+    /// Path of a pretrained model's tokenizer: its folder, or a .json, .model or .txt file in it [default: beside the
+    /// weights]
     #[arg(long, value_name = "PATH")]
     tokenizer: Option<PathBuf>,
 
-    /// Text to continue; several are continued together, each by itself
+    /// Text to continue; repeat it to continue several texts independently [default: a newline]
     #[arg(long, value_name = "TEXT", default_value = "\n", hide_default_value = true, value_parser = some_text)]
     prompt: Vec<String>,
 
-    /// The prompt is a question, written as a chat by the chat template of the pretrained model
+    /// Format the prompt as a user message with the chat template of the pretrained model
     #[arg(long)]
     chat: bool,
 
-    /// With --chat: system turn before the question [default: that of the template, if any]
+    /// System message for --chat [default: that of the chat template, if any]
     #[arg(long, value_name = "TEXT", requires = "chat", value_parser = some_text)]
     system: Option<String>,
 
-    /// Bytes to add, of a pretrained model tokens
+    /// Maximum number of tokens to generate; models of `xt train` have one token per byte
     #[arg(long, value_name = "N", default_value_t = 256)]
     length: usize,
 
-    /// Divides the logits: below 1 safer, above 1 bolder, 0 takes the best byte
+    /// Sampling temperature, which divides the logits; 0 always takes the most likely token
     #[arg(long, value_name = "T", default_value_t = 1.0, value_parser = positive_or_zero)]
     temperature: f64,
 
-    /// Choose among the N best bytes [default: a tenth of the vocabulary]
+    /// Top-k sampling: keep the N most likely tokens [default: a tenth of the vocabulary, unless another filter is
+    /// given]
     #[arg(long, value_name = "N", value_parser = value_parser!(u32).range(1..), group = "filter")]
     top_k: Option<u32>,
 
-    /// Choose among the best bytes that have this probability together
+    /// Nucleus (top-p) sampling: keep the smallest set of tokens whose probability reaches P
     #[arg(long, value_name = "P", value_parser = fraction, group = "filter")]
     top_p: Option<f64>,
 
-    /// Choose among bytes with at least this share of the best one's probability
+    /// Min-p sampling: keep tokens with at least P times the probability of the most likely one
     #[arg(long, value_name = "P", value_parser = fraction, group = "filter")]
     min_p: Option<f64>,
 
-    /// Choose alike among bytes with at least this share of the square of the best one's probability
+    /// Top-a sampling: keep tokens with at least P times the squared probability of the most likely one, and draw them
+    /// uniformly
     #[arg(long, value_name = "P", value_parser = fraction, group = "filter")]
     top_a: Option<f64>,
 
-    /// Choose by 1.3-entmax instead of softmax
+    /// Sample from the 1.3-entmax of the logits instead of their softmax
     #[arg(long, group = "filter")]
     entmax: bool,
 
-    /// Makes bytes that are there already less likely, above 1
+    /// Penalty on tokens that are already in the text; above 1 makes them less likely
     #[arg(long, value_name = "R", default_value_t = 1.0, value_parser = positive)]
     repetition_penalty: f64,
 
-    /// Token that ends a text, for instance 10 for a line; may be repeated [default: those that a pretrained model names]
+    /// ID of a token that ends the text, such as 10 (newline) for bytes; may be repeated [default: the end tokens of a
+    /// pretrained model]
     #[arg(long, value_name = "N")]
     eos: Vec<u32>,
 
-    /// Stop string: ends a text and is not shown; may be repeated
+    /// Stop string, which ends the text and is not printed; may be repeated
     #[arg(long, value_name = "TEXT", value_parser = some_text)]
     stop: Vec<String>,
 
-    /// The same seed gives the same text
+    /// Seed of the random number generator; the same seed gives the same text
     #[arg(long, value_name = "N", default_value_t = 0)]
     seed: u64,
 
-    /// Follow the N most likely texts at once and show the best; nothing is drawn
+    /// Number of beams of a beam search, which replaces sampling and prints the most likely text found
     #[arg(long, value_name = "N", value_parser = value_parser!(u32).range(1..), conflicts_with_all = ["filter", "draft"])]
     beams: Option<u32>,
 
-    /// With --beams: above 0 favours long texts
+    /// Length penalty of --beams: scores are log-probabilities divided by length^P, so that above 0 favours long texts
     #[arg(long, value_name = "P", default_value_t = 1.0, requires = "beams", value_parser = finite)]
     length_penalty: f64,
 
-    /// A smaller model of the same tokens that proposes some, which the model then judges several at a time
+    /// Path of a smaller draft model with the same tokenizer, for speculative decoding
     #[arg(long, value_name = "PATH")]
     draft: Option<PathBuf>,
 
-    /// With --draft: tokens that it proposes at a time
+    /// Number of tokens that the model of --draft proposes at a time
     #[arg(long, value_name = "N", default_value_t = 4, value_parser = value_parser!(u32).range(1..=64), requires = "draft")]
     ahead: u32,
 
-    /// Type that the weights are kept in
+    /// Data type of the weights in memory
     #[arg(long, value_enum, default_value_t = Weights::F32)]
     weights: Weights,
 
-    /// Tokens of a prompt that are computed at a time
+    /// Number of prompt tokens to process at a time
     #[arg(long, value_name = "N", default_value_t = 512, value_parser = value_parser!(u32).range(1..))]
     prefill: u32,
 
-    /// Compute the whole text for each token, without a cache of keys and values
+    /// Recompute the whole text for each token instead of using a KV cache
     #[arg(long)]
     no_cache: bool,
 
-    /// Print tokens per second on standard error, as on a terminal always
+    /// Print tokens per second to standard error; always on if that is a terminal
     #[arg(long)]
     stats: bool,
 
-    /// Print the bits per byte that the model needs for a text instead: what --weights costs
+    /// Path of a text to score instead of generating; prints its bits per byte under the model, for instance to compare
+    /// --weights
     #[arg(long, value_name = "FILE", conflicts_with_all = ["prompt", "beams", "draft"])]
     score: Option<PathBuf>,
 
     #[command(flatten)]
     strict: StrictArgs,
 
-    /// Where to compute: auto, cpu or cuda:N
+    /// Device: auto (a GPU if there is one), cpu or cuda:N
     #[arg(long, default_value = "auto")]
     device: String,
 }
@@ -257,8 +263,8 @@ impl GenerateArgs {
         Ok((prompts, length))
     }
 
-    /// The tokens that end a text: those asked for, or those that the model's files name, and special ones among the stop
-    /// strings.
+    /// The tokens that end a text: those asked for, or those that the model's files name, and special ones among the
+    /// stop strings.
     fn ends(&self, source: &Source) -> Result<Vec<i64>> {
         let mut ends: Vec<i64> = self.eos.iter().map(|&eos| eos.into()).collect();
         if ends.is_empty() {

@@ -14,18 +14,19 @@ use crate::failure::{Failure, Result, print};
 
 #[derive(Args)]
 pub struct KernelsArgs {
-    /// Sources to compile, by their names in `kernels/` [default: all]
+    /// Names of the kernel sources to compile, such as copy for kernels/copy.cu [default: all]
     names: Vec<String>,
 
-    /// Cards to compile for, as sm_80,sm_90a (H100 and H200 are sm_90a); needs no GPU [default: the card at hand]
+    /// Architectures to compile for, comma-separated, such as sm_80,sm_90a (H100 and H200: sm_90a); needs no GPU
+    /// [default: that of the first GPU]
     #[arg(long, value_name = "LIST", value_delimiter = ',', value_parser = target())]
     arch: Vec<Target>,
 
-    /// Compile the kernels that only benchmarks launch (kernels/lab) as well
+    /// Also compile the kernels that only benchmarks launch (kernels/lab)
     #[arg(long)]
     lab: bool,
 
-    /// Where the code is kept [default: XT_KERNEL_CACHE, else the user's cache folder]
+    /// Folder for the compiled kernels [default: XT_KERNEL_CACHE, or the user's cache folder]
     #[arg(long, value_name = "DIR")]
     cache: Option<PathBuf>,
 }

@@ -22,13 +22,16 @@ use crate::{
     unused::StrictArgs,
 };
 
-/// Type that weights are kept in.
+/// Data type of the weights in memory.
 #[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum Weights {
+    /// 32-bit floats
     F32,
+    /// 16-bit bfloat16
     Bf16,
+    /// 16-bit half precision
     F16,
-    /// Eight bits, a scale per row, sums in f32
+    /// 8-bit integers with a scale per row, and sums in f32
     Int8,
 }
 

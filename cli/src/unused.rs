@@ -9,7 +9,7 @@ use crate::failure::{Failure, Result, warn};
 
 #[derive(Args, Clone, Copy)]
 pub struct StrictArgs {
-    /// Refuse a pretrained model whose files hold weights that it does not use, instead of a warning
+    /// Fail, instead of warning, if a pretrained model does not use all weights in its files
     #[arg(long)]
     strict: bool,
 }

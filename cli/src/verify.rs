@@ -13,7 +13,7 @@ use crate::{
 
 #[derive(Args)]
 pub struct VerifyArgs {
-    /// Folders to search for cases: config.json with weights, inputs and expected tensors beside it
+    /// Paths of folders to search for cases, each a config.json with weights, inputs and expected tensors beside it
     #[arg(value_name = "DIR", required = true)]
     dirs: Vec<PathBuf>,
 

@@ -1,4 +1,4 @@
-//! GGUF models in several files, as `gguf-split` of llama.cpp cuts them: `NAME-00001-of-00003.gguf` and its siblings.
+//! GGUF models in several files, as split by llama.cpp's `gguf-split`: `NAME-00001-of-00003.gguf` and its siblings.
 
 use std::{
     collections::BTreeMap,
@@ -8,10 +8,10 @@ use std::{
 use super::{Metadata, TensorFile, tensor_file::Entry};
 use crate::{Error, Result, error::ensure};
 
-/// Number of parts of a model; the names have five digits.
+/// Maximum number of parts of a model; the names have five digits.
 const MAX_PARTS: usize = 99_999;
 
-/// Name, number from 1 on and count of a part by its file name.
+/// Parses the file name of a part into name, number (from 1) and count.
 pub(super) fn part_of(path: &Path) -> Option<(&str, usize, usize)> {
     let (rest, count) = path.file_name()?.to_str()?.strip_suffix(".gguf")?.rsplit_once("-of-")?;
     let (name, number) = rest.rsplit_once('-')?;
@@ -20,7 +20,7 @@ pub(super) fn part_of(path: &Path) -> Option<(&str, usize, usize)> {
     Some((name, parse(number)?, parse(count)?))
 }
 
-/// The first of several files if all are parts of one model.
+/// Returns the first of several files if all are parts of one model.
 pub(super) fn first_of(found: &[PathBuf]) -> Option<&PathBuf> {
     let first = found.first()?;
     let (name, _, count) = part_of(first)?;
@@ -28,7 +28,7 @@ pub(super) fn first_of(found: &[PathBuf]) -> Option<&PathBuf> {
     found.iter().all(same).then_some(first)
 }
 
-/// Number of parts, and the number of this one from 0 on, of a file that says that it is a part.
+/// Returns the number of parts and the index of this one, for a file whose metadata says that it is a part.
 fn numbers(path: &Path, metadata: &BTreeMap<String, Metadata>) -> Result<Option<(usize, usize)>> {
     let number = |key: &str| match metadata.get(key) {
         None => Ok(None),
@@ -46,9 +46,9 @@ fn numbers(path: &Path, metadata: &BTreeMap<String, Metadata>) -> Result<Option<
     Ok(Some((count, part)))
 }
 
-/// Opens the other parts of a model of which one part was opened; a model in one file stays as it is.
+/// Opens the other parts of a model of which one part is open; leaves a model in one file unchanged.
 ///
-/// Errors: a part that is missing or belongs to another model; tensors that are in two parts or in none.
+/// Errors: a part is missing or belongs to another model; a tensor is in two parts or in none.
 pub(super) fn complete(opened: TensorFile, open: impl Fn(&Path) -> Result<TensorFile>) -> Result<TensorFile> {
     let path = opened.path.clone();
     let Some((count, part)) = numbers(&path, &opened.metadata)? else { return Ok(opened) };
@@ -83,7 +83,7 @@ pub(super) fn complete(opened: TensorFile, open: impl Fn(&Path) -> Result<Tensor
             let twice = whole.entries.insert(tensor.clone(), Entry { part: first + entry.part, ..entry }).is_some();
             ensure!(!twice, Error::file(&file.path, format_args!("has tensor `{tensor}`, which another part has too")));
         }
-        // The first part has the metadata of the model, the others have their own numbers.
+        // The first part has the model's metadata, the others only their own numbers.
         for (key, value) in file.metadata {
             whole.metadata.entry(key).or_insert(value);
         }

@@ -1,4 +1,4 @@
-//! The directory of a zip archive whose files are stored as they are, which is how PyTorch writes them.
+//! Reader for the directory of a zip archive with uncompressed files, as PyTorch writes them.
 
 use std::{collections::BTreeMap, ops::Range};
 
@@ -7,33 +7,33 @@ use super::{
     source::Source,
 };
 
-/// Signature of a file's own header.
+/// Signature of a local file header.
 const LOCAL: u32 = 0x0403_4B50;
-/// Signature of an entry of the directory.
+/// Signature of an entry of the central directory.
 const ENTRY: u32 = 0x0201_4B50;
-/// Signature of the record at the end.
+/// Signature of the end of central directory record.
 const END: u32 = 0x0605_4B50;
-/// Signature of the record of 64-bit sizes, and of what says where it is.
+/// Signatures of the ZIP64 end of central directory record, and of its locator.
 const END64: u32 = 0x0606_4B50;
 const END64_PLACE: u32 = 0x0706_4B50;
 
-/// Bytes of the record at the end, before its comment of up to 64 KiB.
+/// Size of the end of central directory record, before its comment of up to 64 KiB.
 const END_BYTES: usize = 22;
-/// Bytes of the record of 64-bit sizes, and of what says where it is.
+/// Sizes of the ZIP64 end of central directory record, and of its locator.
 const END64_BYTES: usize = 56;
 const END64_PLACE_BYTES: usize = 20;
-/// Bytes of a file's own header before its name.
+/// Size of a local file header, before the name.
 const LOCAL_BYTES: usize = 30;
 
-/// Tag of the extra field with 64-bit sizes.
+/// Tag of the ZIP64 extra field.
 const EXTRA64: u16 = 1;
 
-/// Returns `true` if a file begins like an archive.
+/// Returns `true` if a file begins like a zip archive.
 pub(super) fn is_zip(bytes: &[u8]) -> bool {
     bytes.starts_with(&LOCAL.to_le_bytes())
 }
 
-/// Where the content of each file lies.
+/// Returns the location of each file's content.
 pub(super) fn directory(source: &Source) -> Reading<BTreeMap<String, Range<usize>>> {
     let (count, place) = find(source)?;
     let start = place.start;
@@ -71,7 +71,7 @@ pub(super) fn directory(source: &Source) -> Reading<BTreeMap<String, Range<usize
     Ok(files)
 }
 
-/// Returns the number of entries in the directory and its place.
+/// Returns the number of entries in the central directory and its location.
 fn find(source: &Source) -> Reading<(u64, Range<usize>)> {
     let none = || "has no directory at its end: it is truncated or no zip archive".to_string();
     let start = source.len().saturating_sub(END_BYTES + usize::from(u16::MAX) + END64_PLACE_BYTES);
@@ -83,7 +83,7 @@ fn find(source: &Source) -> Reading<(u64, Range<usize>)> {
     let _disks: [u8; 6] = cursor.array()?;
     let (count, _size, offset) = (cursor.u16()?, cursor.u32()?, cursor.u32()?);
     let (mut count, mut offset) = (u64::from(count), u64::from(offset));
-    // The place of the record of 64-bit sizes is right in front, if there is one.
+    // The ZIP64 locator, if there is one, precedes the record.
     let place = at.checked_sub(END64_PLACE_BYTES);
     if let Some(place) = place.filter(|&place| end[place..].starts_with(&END64_PLACE.to_le_bytes())) {
         let record = Cursor::new(&end, place + 8).u64()?;
@@ -104,7 +104,7 @@ fn find(source: &Source) -> Reading<(u64, Range<usize>)> {
     }
 }
 
-/// Reads the 64-bit sizes that take the place of those at their maximum.
+/// Reads the 64-bit sizes that replace 32-bit sizes at their maximum.
 fn wide(extra: &[u8], sizes: [&mut u64; 3]) -> Parsed<()> {
     let mut cursor = Cursor::new(extra, 0);
     let mut sizes = sizes.into_iter().filter(|size| **size == u64::from(u32::MAX)).peekable();
@@ -119,7 +119,7 @@ fn wide(extra: &[u8], sizes: [&mut u64; 3]) -> Parsed<()> {
     Ok(())
 }
 
-/// Returns the place of a file's content, after its own header.
+/// Returns the location of a file's content, after its local header.
 fn content(source: &Source, name: &str, offset: u64, size: u64) -> Reading<Range<usize>> {
     let total = source.len();
     let outside = || format!("holds `{name}` at byte {offset}, {size} bytes, outside of its {total} bytes");

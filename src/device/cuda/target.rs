@@ -1,15 +1,15 @@
-//! The target that kernels are compiled for: which one the versions of card, driver and NVRTC allow.
+//! Target that kernels are compiled for, chosen by the versions of GPU, driver and NVRTC.
 //!
-//! NVIDIA's rules ("CUDA Compatibility"): a driver loads machine code (CUBIN) of every NVRTC of its own major version
-//! or an older one, but PTX only of an NVRTC that is not newer than itself. So machine code is made wherever NVRTC
-//! knows the card, and PTX, which the driver compiles, for a card that is newer than NVRTC.
+//! NVIDIA's rules ("CUDA Compatibility"): a driver loads machine code (CUBIN) from any NVRTC of its own major version
+//! or an older one, but PTX only from an NVRTC no newer than itself. So kernels are compiled to machine code if NVRTC
+//! knows the GPU, and to PTX, which the driver compiles further, if the GPU is newer than NVRTC.
 
 use std::{fmt, str::FromStr};
 
 use super::{compile, libraries};
 use crate::{Error, Result};
 
-/// A card's compute capability: 80 for 8.0.
+/// Compute capability of a GPU: 80 for 8.0.
 pub type Architecture = u32;
 
 /// Oldest compute capability that the kernels are written for.
@@ -24,17 +24,17 @@ pub struct Target {
 
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
 enum Form {
-    /// Machine code that also runs on later cards of the same major version.
+    /// Machine code that also runs on later GPUs of the same major version.
     Code,
-    /// Machine code for this very architecture, with the instructions that no other one has.
+    /// Machine code for exactly this architecture, including its specific instructions.
     Specific,
-    /// PTX, which the driver compiles for its card.
+    /// PTX, which the driver compiles for its GPU.
     Ptx,
 }
 
 impl Target {
-    /// Machine code for a card of this compute capability; for 9.0 that is `sm_90a`, which has the instructions of
-    /// Hopper's tensor cores.
+    /// Returns the machine-code target of a GPU with this compute capability; for 9.0 that is `sm_90a`, which has the
+    /// instructions of Hopper's tensor cores.
     pub fn of(architecture: Architecture) -> Self {
         Self { architecture, form: if architecture == 90 { Form::Specific } else { Form::Code } }
     }
@@ -44,7 +44,7 @@ impl Target {
         self.architecture
     }
 
-    /// Returns `true` if its code may use warpgroup products (`wgmma`), which no other card has.
+    /// Returns `true` if its code may use warpgroup products (`wgmma`), which no other target supports.
     pub fn has_warpgroups(self) -> bool {
         self == Self::of(90)
     }
@@ -69,7 +69,7 @@ impl fmt::Display for Target {
 impl FromStr for Target {
     type Err = Error;
 
-    /// Reads `80`, `sm_80`, `90a`, `sm_90a` or `compute_90`.
+    /// Parses `80`, `sm_80`, `90a`, `sm_90a` or `compute_90`.
     fn from_str(text: &str) -> Result<Self> {
         let (number, form) = match (text.strip_prefix("compute_"), text.strip_prefix("sm_").unwrap_or(text)) {
             (Some(number), _) => (number, Form::Ptx),
@@ -85,11 +85,10 @@ impl FromStr for Target {
     }
 }
 
-/// Versions of CUDA: `(12, 4)` for 12.4.
+/// CUDA version: `(12, 4)` for 12.4.
 pub(super) type Version = (i32, i32);
 
-/// The target for a card of this compute capability, under a driver for this version of CUDA and the NVRTC of this
-/// machine.
+/// Returns the target for a GPU with this compute capability, a driver for this CUDA version, and the installed NVRTC.
 ///
 /// Errors: versions that do not work together, with the remedy.
 pub(super) fn target(architecture: Architecture, driver: Version) -> std::result::Result<Target, String> {
@@ -99,12 +98,12 @@ pub(super) fn target(architecture: Architecture, driver: Version) -> std::result
     choose(architecture, driver, nvrtc, &known)
 }
 
-/// The version of CUDA that the driver's `cuDriverGetVersion` means by 12040.
+/// Decodes the result of `cuDriverGetVersion`: 12040 is CUDA 12.4.
 pub(super) fn driver_version(number: i32) -> Version {
     (number / 1000, number % 1000 / 10)
 }
 
-/// PyPI's packages of NVRTC and cuBLAS for a major version of CUDA.
+/// Returns the PyPI packages of NVRTC and cuBLAS for a major version of CUDA.
 fn packages(major: i32) -> String {
     match major {
         12 => "nvidia-cuda-nvrtc-cu12 nvidia-cublas-cu12".into(),
@@ -225,7 +224,7 @@ mod tests {
 
     #[test]
     fn one_target_has_warpgroups() {
-        // Code for all cards of the generation and PTX have no such instructions.
+        // Code for the whole generation, and PTX, lack these instructions.
         for (text, has) in
             [("sm_90a", true), ("sm_90", false), ("compute_90", false), ("sm_89", false), ("sm_100", false)]
         {

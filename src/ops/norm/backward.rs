@@ -4,10 +4,7 @@ use super::{Form, LANES, packed, reuse, rows, widen};
 use crate::{
     Device, Element, Result, Tensor,
     autograd::{Backward, InputGrads},
-    device::{
-        cpu,
-        simd::vectorized,
-    },
+    device::{cpu, simd::vectorized},
     dtype::{Float, Real, dispatch_float},
     ops::reduce::{sum_chunks, sum_slice},
     shape::Shape,

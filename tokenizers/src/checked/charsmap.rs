@@ -1,13 +1,13 @@
-//! The rules of SentencePiece by which characters are replaced: a trie of bytes in a double array, and texts.
+//! SentencePiece's character replacement rules: a byte trie in a double array, and replacement texts.
 
 use tokenizers::normalizers::Precompiled;
 
 use super::file::Part;
 
-/// Bytes that a character becomes at most; the longest one of Unicode has 33.
+/// Maximum number of bytes that replace a character; the longest replacement in Unicode has 33.
 const MAX_TEXT: usize = 1024;
 
-/// The rules of a normalizer `Precompiled`.
+/// Rules of a normalizer `Precompiled`.
 pub fn of_json(part: &Part) -> Result<Precompiled, String> {
     let text = part.text("precompiled_charsmap")?;
     let rules = of_base64(text).ok_or_else(|| part.broken("precompiled_charsmap", "is not base64"))?;
@@ -15,7 +15,7 @@ pub fn of_json(part: &Part) -> Result<Precompiled, String> {
     Precompiled::from(&rules).map_err(|why| part.broken("precompiled_charsmap", why))
 }
 
-/// Checks rules: wherever the bytes of a text lead, there is a node, and a text for each that is the end of one.
+/// Checks the rules: any sequence of bytes stays within the nodes, and each final node has a replacement text.
 pub fn check(rules: &[u8]) -> Result<(), String> {
     let (size, rest) = rules.split_first_chunk::<4>().ok_or("lacks the size of its trie")?;
     let size = u32::from_le_bytes(*size) as usize;
@@ -30,7 +30,7 @@ pub fn check(rules: &[u8]) -> Result<(), String> {
     let mut seen = vec![false; units.len()];
     let mut open = vec![offset(root)];
     while let Some(node) = open.pop() {
-        // Bytes are looked up at `node ^ byte`, whatever they are.
+        // Any byte may be looked up, at `node ^ byte`.
         if node | 255 >= units.len() {
             return Err(format!("refers to node {node} of {}", units.len()));
         }
@@ -39,7 +39,7 @@ pub fn check(rules: &[u8]) -> Result<(), String> {
         }
         for byte in 1..=255 {
             let unit = units[node ^ byte];
-            // The label of another node's child.
+            // The label belongs to the child of another node.
             if unit & (1 << 31 | 255) != byte as u32 {
                 continue;
             }
@@ -58,7 +58,7 @@ pub fn check(rules: &[u8]) -> Result<(), String> {
     Ok(())
 }
 
-/// The bytes of base64 (RFC 4648).
+/// Decodes base64 (RFC 4648).
 fn of_base64(text: &str) -> Option<Vec<u8>> {
     let text = text.as_bytes();
     if !text.len().is_multiple_of(4) {

@@ -1,4 +1,4 @@
-//! Models, from a word to its tokens.
+//! Models: from a word to its tokens.
 
 use std::{
     collections::HashMap,
@@ -18,7 +18,7 @@ use super::{
     vocabulary::{Vocabulary, shown},
 };
 
-/// The model of a tokenizer with its vocabulary.
+/// Model of a tokenizer, with its vocabulary.
 pub struct Model {
     vocabulary: Vocabulary,
     /// Length of the vocabulary in the file.
@@ -33,7 +33,7 @@ enum Kind {
     WordLevel { unknown: u32 },
 }
 
-/// Memory that words share.
+/// Scratch memory reused between words.
 #[derive(Default)]
 pub struct Scratch {
     bpe: bpe::Scratch,
@@ -42,12 +42,12 @@ pub struct Scratch {
 }
 
 impl Model {
-    /// The key `model` of `tokenizer.json`.
+    /// Reads the key `model` of `tokenizer.json`.
     pub fn of_json(mut model: Value) -> Result<Self, String> {
         let has = |key: &str| model.get(key).is_some();
         let kind = match model.get("type").and_then(Value::as_str) {
             Some(kind) => kind.to_string(),
-            // Old files do not say it.
+            // Old files omit the type.
             None if has("merges") => "BPE".to_string(),
             None if has("max_input_chars_per_word") => "WordPiece".to_string(),
             None if matches!(model.get("vocab"), Some(Value::Array(_))) => "Unigram".to_string(),
@@ -129,7 +129,7 @@ impl Model {
         Ok(Self { size: pieces.len(), vocabulary, kind })
     }
 
-    /// Adds the tokens of a word.
+    /// Appends the tokens of a word.
     pub fn split(&self, word: &str, scratch: &mut Scratch, tokens: &mut Vec<u32>) -> Result<(), Failure> {
         let vocabulary = &self.vocabulary;
         match &self.kind {
@@ -148,7 +148,7 @@ impl Model {
         Ok(())
     }
 
-    /// The longest pieces from left to right; `false` if there is none somewhere.
+    /// Matches the longest pieces from left to right; returns `false` if some position has none.
     fn word_pieces(&self, word: &str, prefix: &str, piece: &mut String, tokens: &mut Vec<u32>) -> bool {
         let mut start = 0;
         while start < word.len() {
@@ -158,7 +158,7 @@ impl Model {
             }
             let skipped = piece.len();
             let rest = &word[start..];
-            // None is longer.
+            // No token is longer.
             let longest = self.vocabulary.longest().saturating_sub(skipped).min(rest.len());
             piece.push_str(&rest[..rest.floor_char_boundary(longest)]);
             loop {
@@ -177,7 +177,7 @@ impl Model {
     }
 }
 
-/// The pairs of the key `merges`: lists of two texts, or texts with a space between.
+/// Returns the pairs of the key `merges`: lists of two texts, or two texts separated by a space.
 fn pairs(merges: Value) -> Result<Vec<(String, String)>, String> {
     let Value::Array(merges) = merges else {
         return Err("model.merges: expected a list".to_string());
@@ -226,14 +226,14 @@ fn number(model: &Value, key: &str) -> Result<Option<usize>, String> {
     }
 }
 
-/// The interface of models in the crate `tokenizers`.
+/// Implements the model interface of the crate `tokenizers`.
 impl tokenizers::Model for Model {
     type Trainer = TrainerWrapper;
 
     fn tokenize(&self, word: &str) -> tokenizers::Result<Vec<Token>> {
         let mut tokens = Vec::new();
         self.split(word, &mut Scratch::default(), &mut tokens)?;
-        // Offsets are not asked for.
+        // Offsets are not used.
         let token = |id| Token::new(id, self.id_to_token(id).unwrap_or_default(), (0, 0));
         Ok(tokens.into_iter().map(token).collect())
     }
