@@ -120,6 +120,17 @@ fn best(runs: usize, mut run: impl FnMut()) -> f64 {
     (0..runs).map(time).fold(f64::INFINITY, f64::min)
 }
 
+/// Multiplies and adds in registers on all threads of the pool, `rounds` times on each.
+pub fn multiply_adds(rounds: usize) {
+    let (run, ..) = multiply_add();
+    rayon::broadcast(|_| black_box(run(black_box(rounds))));
+}
+
+/// Returns the floating-point operations of [`multiply_adds`], a fused multiply-add being two.
+pub fn flops_of(rounds: usize) -> usize {
+    2 * rounds * CHAINS * multiply_add().2 * rayon::current_num_threads()
+}
+
 /// Floating-point operations per second in f32, a fused multiply-add being two, on one thread or on all of the pool.
 pub fn flops(all_threads: bool) -> f64 {
     let (run, _, lanes) = multiply_add();
