@@ -251,7 +251,12 @@ fn unknown_settings_are_refused_by_name() {
             r#"{"tokenizer_class": "XLNetTokenizer"}"#.into(),
             "`XLNetTokenizer`",
         ),
-        ("sentence pieces", "tokenizer_config.json", r#"{"sep_token": "<none>"}"#.into(), "lacks [CLS] or <none>"),
+        (
+            "sentence pieces",
+            "tokenizer_config.json",
+            r#"{"sep_token": "<none>"}"#.into(),
+            "lacks the token [CLS] or <none>",
+        ),
     ];
     // A model of a generative family.
     let config = |key: &str| {
