@@ -51,7 +51,7 @@ impl XTransformerConfig {
         let mut all: Vec<String> = all.chain(["dim".to_string(), "tie_token_emb".to_string()]).collect_vec();
         all.push("dec_alibi_pos_emb".to_string());
         kwargs::check_known(&map, &all)?;
-        let dim = map.get("dim").cloned().ok_or_else(|| Error::option("dim", "is required, and missing"))?;
+        let dim = map.get("dim").cloned().ok_or_else(|| Error::missing_option("dim"))?;
         let tie_token_emb = match map.get("tie_token_emb") {
             None => false,
             Some(Value::Bool(tie)) => *tie,

@@ -126,14 +126,14 @@ fn set(config: &mut dyn Keywords, mut map: Map) -> Result<()> {
     for &(alias, key) in aliases {
         if let Some(value) = map.remove(alias) {
             let taken = map.insert(key.to_string(), value).is_some();
-            ensure!(!taken, Error::option(alias, format_args!("is another name of `{key}`, which is given too")));
+            ensure!(!taken, Error::option(alias, format_args!("is an alias of `{key}`, which is also set")));
         }
     }
     let mut known: Vec<String> = aliases.iter().map(|alias| alias.0.to_string()).collect_vec();
     config.fields(&mut |key, _| known.push(key.to_string()));
     check_known(&map, &known)?;
     for &key in config.required() {
-        ensure!(map.contains_key(key), Error::option(key, "is required, and missing"));
+        ensure!(map.contains_key(key), Error::missing_option(key));
     }
     // The first key in alphabetical order with an error.
     let mut first: Option<(String, Error)> = None;

@@ -493,7 +493,7 @@ impl Json for IsActivation<'_> {
         match (value, self.chosen.option(), self.own.option()) {
             (Value::Bool(false), ..) => {}
             (Value::Bool(true), Some(other), Some(own)) => {
-                let both = format!("only one activation can be chosen, got `ff_{other}` and `ff_{own}`");
+                let both = format!("expected at most one activation, got `ff_{other}` and `ff_{own}`");
                 return Err(serde::de::Error::custom(both));
             }
             (Value::Bool(true), ..) => *self.chosen = self.own,

@@ -265,12 +265,12 @@ impl TensorFile {
         }
         let text = read_limited(path, MAX_INDEX)?;
         let mut index: Index = serde_json::from_slice(&text).map_err(|why| {
-            let no_index = || format!("is no index of a checkpoint in several files: {why}");
+            let no_index = || format!("is not the index of a sharded checkpoint: {why}");
             Error::file(path, mistaken::mistaken(&text).map_or_else(no_index, str::to_string))
         })?;
         for name in index.weight_map.values_mut() {
             *name = inside(name).ok_or_else(|| {
-                let why = format!("names the file `{name}`, expected one in the same folder or below it");
+                let why = format!("refers to `{name}`, expected a file in the same folder or below it");
                 Error::file(path, why)
             })?;
         }
@@ -283,7 +283,7 @@ impl TensorFile {
         // tensor that the index means. One that no file has, say a tied weight, is an error only where it is needed.
         const TENSOR: usize = 2;
         let nowhere = |(tensor, file): (&String, &String)| {
-            let why = format!("is not in `{file}`, where the index places it");
+            let why = format!("is not in `{file}`, where the index lists it");
             (tensor.clone(), 0, "", Listed::unreadable(why))
         };
         let mut found: Vec<(String, usize, &str, Listed)> = index.weight_map.iter().map(nowhere).collect_vec();
@@ -304,7 +304,7 @@ impl TensorFile {
         sort_by(&mut found, |a, b| a.0.cmp(&b.0).then(a.1.cmp(&b.1)));
         for same in found.chunk_by(|a, b| a.0 == b.0) {
             if let [.., (_, TENSOR, other, _), (tensor, TENSOR, name, _)] = same {
-                let why = format!("tensor `{tensor}` is meant, which is in `{other}` and in `{name}`");
+                let why = format!("tensor `{tensor}` to use, which is in both `{other}` and `{name}`");
                 return Err(Error::file(path, format_args!("does not say which {why}")));
             }
         }
@@ -476,14 +476,14 @@ fn check_total(listing: &mut Listing, bytes: usize) -> Parsed<()> {
     };
     for listed in listing.listed.values_mut() {
         if listed.entry().is_some_and(expanded) {
-            let why = "is expanded to more values than the file has; save it with `.contiguous()`";
+            let why = "is expanded to more values than the file contains; save it with `.contiguous()`";
             *listed = Listed::unreadable(why.to_string());
         }
     }
     if fits(listing.listed.values()) {
         return Ok(());
     }
-    Err(format!("describes more than twice the {bytes} bytes that it has: its tensors overlap"))
+    Err(format!("describes tensors of more than twice its {bytes} bytes: they overlap"))
 }
 
 /// Returns a path in an index without its `./`; `None` if it could lead out of the folder.
@@ -510,8 +510,11 @@ fn in_folder(folder: &Path) -> Result<PathBuf> {
     }
     match &found[..] {
         [one] => Ok(one.clone()),
-        [] => Err(Error::file(folder, format_args!("has no weights: none of {}, and no .gguf", IN_FOLDERS.join(", ")))),
-        _ => Err(Error::file(folder, format_args!("has {} .gguf files, give one of them", found.len()))),
+        [] => Err(Error::file(
+            folder,
+            format_args!("has no weights: expected one of {}, or a .gguf file", IN_FOLDERS.join(", ")),
+        )),
+        _ => Err(Error::file(folder, format_args!("has {} .gguf files; name one of them", found.len()))),
     }
 }
 

@@ -53,7 +53,7 @@ impl Param {
     pub fn new(value: Tensor) -> Result<Self> {
         ensure!(
             value.dtype().is_float(),
-            Error::dtype("param", format_args!("parameters are float, this one is {}", value.dtype()))
+            Error::dtype("param", format_args!("expected a float parameter, got {}", value.dtype()))
         );
         Ok(Self(Arc::new(ParamCell { leaf: LeafId::new(), value: RwLock::new(value.detach()) })))
     }
@@ -77,7 +77,7 @@ impl Param {
             Error::shape(
                 "set",
                 format_args!(
-                    "the parameter is {:?} {} {}, the value {:?} {} {}",
+                    "the parameter is {:?} {} {}, but the value is {:?} {} {}",
                     old.shape(),
                     old.dtype(),
                     old.device(),
@@ -255,7 +255,7 @@ impl ParamMap {
             let Some(tensor) = state.get(name) else { continue };
             ensure!(
                 tensor.dtype().is_float(),
-                Error::dtype("load", format_args!("{name} is {}, expected a float type", tensor.dtype()))
+                Error::dtype("load", format_args!("{name}: expected a float dtype, got {}", tensor.dtype()))
             );
             if let Some((other, ..)) = values.get(&param.leaf()) {
                 ensure!(
@@ -278,7 +278,7 @@ impl ParamMap {
             let old = buffer.tensor();
             ensure!(
                 tensor.dtype().is_float() == old.dtype().is_float(),
-                Error::dtype("load", format_args!("buffer {name} is {}, expected {}", tensor.dtype(), old.dtype()))
+                Error::dtype("load", format_args!("buffer {name}: expected {}, got {}", old.dtype(), tensor.dtype()))
             );
             buffers.push((buffer, tensor.packed()?.on(old.device())?.converted(old.dtype())?));
         }
