@@ -7,11 +7,12 @@ use super::{
     cpu::{multiplies_bf16, run},
     cuda,
     gradients::{Pass, Task},
+    operand::Rows,
     packed_rows,
     position::Position,
     residual_scale,
     rows::{Output, RowOrder, widen, without_common},
-    tile::{KEYS, Rows, Tiles, add, dot, sum_rows},
+    tile::{KEYS, Tiles, add, dot, sum_rows},
 };
 use crate::{
     Device, Result, Tensor,

@@ -6,8 +6,9 @@ use half::bf16;
 
 use super::{
     Kept, OP, Problem, Sizes,
+    operand::{operand, product},
     rows::{RowOrder, RowWriter, deal, widen},
-    tile::{At, Empty, KEYS, QUERIES, Tiles, finite, mean_of, operand, product, softmax_step, weights, with_scratch},
+    tile::{At, Empty, KEYS, QUERIES, Tiles, finite, mean_of, softmax_step, weights, with_scratch},
 };
 use crate::{
     DType, Result, Tensor,

@@ -5,12 +5,10 @@ use std::ops::Range;
 use super::{
     Sizes,
     cpu::{key_blocks, run},
+    operand::{Rows, operand, product, transposed},
     position::Position,
     rows::RowWriter,
-    tile::{
-        At, KEYS, QUERIES, Rows, Tiles, add, operand, product, score_gradients, score_gradients_dropped, sum,
-        transposed, weights, with_scratch,
-    },
+    tile::{At, KEYS, QUERIES, Tiles, add, score_gradients, score_gradients_dropped, sum, weights, with_scratch},
 };
 use crate::{Result, Tensor, collect::CollectVec, dtype::Real, gemm::Multiply};
 
