@@ -45,8 +45,8 @@ struct Packed {
 impl Check<'_> {
     fn all(&mut self) -> Result<()> {
         let arrays = self.case.draw();
-        self.gradients(&arrays)?;
         self.layouts(&arrays, &[Lay::Packed, Lay::Transposed, Lay::Sliced, Lay::Offset])?;
+        self.gradients(&arrays)?;
         for lay in [Lay::RepeatedRows, Lay::RepeatedColumns] {
             if self.case.repeats {
                 let possible = |(array, input): (&Array, &Input)| match input {
