@@ -5,6 +5,7 @@ use crate::device::{Level, simd};
 use crate::{
     DType, Device, Error, Result, Tensor,
     autograd::discrete,
+    collect::CollectVec,
     device::{Gpu, Grid, args, cpu, simd::vectorized, size32},
     dtype::{Float, Real, dispatch_float},
     error::ensure,
@@ -116,8 +117,8 @@ impl Int8Matrix {
         if (FEW + 1..=GROUPED).contains(&count) && *x.device() == Device::Cpu && columns > 0 {
             let inputs = x.detach().reshape(Shape::new(&[count, columns])?)?;
             let group = |first: usize| self.linear(&inputs.narrow(0, first, FEW.min(count - first))?, bias);
-            let groups = (0..count).step_by(FEW).map(group).collect::<Result<Vec<_>>>()?;
-            let y = Tensor::cat(&groups.iter().collect::<Vec<_>>(), 0)?;
+            let groups = (0..count).step_by(FEW).map(group).try_collect_vec()?;
+            let y = Tensor::cat(&groups.iter().collect_vec(), 0)?;
             return y.reshape(x.shape().with_dim(x.rank() - 1, rows));
         }
         if count > FEW || columns == 0 {

@@ -3,6 +3,7 @@
 use crate::{
     DType, Device, Element, Error, Result, Tensor,
     autograd::{Backward, InputGrads, computed, discrete, record},
+    collect::CollectVec,
     device::{
         Gpu, Grid, args, cpu,
         rows::{Floats, FloatsMut, In, Out, Sums, for_rows_of},
@@ -62,7 +63,7 @@ impl Tensor {
             ensure!(!repeated, Error::argument(op, format_args!("dimension {dim} occurs twice in {dims:?}")));
         }
         let (gone, kept): (Vec<usize>, Vec<usize>) = (0..self.rank()).partition(|&dim| reduced[dim]);
-        let shape = Shape::unchecked(&kept.iter().map(|&dim| self.shape()[dim]).collect::<Vec<_>>());
+        let shape = Shape::unchecked(&kept.iter().map(|&dim| self.shape()[dim]).collect_vec());
         let divisor = divisor(gone.iter().map(|&dim| self.shape()[dim]).product());
         let mut out = Tensor::uninit(shape, self.dtype(), self.device())?;
         let kept_is_last = gone.last() < kept.first();
@@ -120,7 +121,7 @@ impl Tensor {
         let dims: Vec<isize> = (0..self.rank())
             .filter(|&dim| dim < added || shape[dim - added] != self.shape()[dim])
             .map(|dim| dim as isize)
-            .collect();
+            .collect_vec();
         if dims.is_empty() { self.reshape(shape) } else { self.sum(&dims)?.reshape(shape) }
     }
 }
@@ -276,7 +277,7 @@ fn sum_each_row<R: Real>(x: Floats, mut out: FloatsMut, divisor: R) {
             });
         }
     });
-    let sums: Vec<R> = sums.chunks_exact(pieces).map(|sums| sum_row::<R>(sums) / divisor).collect();
+    let sums: Vec<R> = sums.chunks_exact(pieces).map(|sums| sum_row::<R>(sums) / divisor).collect_vec();
     out.write(&sums);
 }
 
@@ -461,7 +462,7 @@ impl Tensor {
 
     /// Returns a packed copy with a dimension moved to the end, so that each slice along it is a row.
     fn dim_last(&self, dim: usize) -> Result<Tensor> {
-        let order: Vec<usize> = (0..self.rank()).filter(|&other| other != dim).chain([dim]).collect();
+        let order: Vec<usize> = (0..self.rank()).filter(|&other| other != dim).chain([dim]).collect_vec();
         self.permute(&order)?.contiguous()
     }
 }
@@ -516,7 +517,7 @@ impl Backward for MaxBackward {
         let zero = Tensor::zeros((), grad.dtype(), grad.device())?;
         let spread = hit.where_cond(&grad.unsqueeze(-1)?, &zero)?;
         // The inverse of `dim_last`.
-        let mut order: Vec<usize> = (0..self.shape.rank() - 1).collect();
+        let mut order: Vec<usize> = (0..self.shape.rank() - 1).collect_vec();
         order.insert(self.dim, self.shape.rank() - 1);
         spread.permute(&order).map(InputGrads::one)
     }
