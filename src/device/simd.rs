@@ -100,16 +100,8 @@ pub(crate) const fn has_levels(mut sizes: &[usize]) -> bool {
 /// The body is ordinary Rust; it is inlined into a wrapper per level, so that the compiler vectorises it for that
 /// level's registers. Bodies call only functions that are inlined themselves. In the body `FUSED` says whether the
 /// level multiplies and adds in one instruction; [`Real::fma`](crate::dtype::Real::fma) and others take it.
-///
-/// `memory_bound` before the function leaves AVX-512 out: wider registers do not load faster.
 macro_rules! vectorized {
-    (memory_bound $($function:tt)*) => { $crate::device::simd::per_level! { false $($function)* } };
-    ($($function:tt)*) => { $crate::device::simd::per_level! { true $($function)* } };
-}
-pub(crate) use vectorized;
-
-macro_rules! per_level {
-    ($wide:literal $(#[$meta:meta])* $vis:vis fn $name:ident $(<$($T:ident : $bound:path),+>)? ($($arg:ident : $ty:ty),* $(,)?) $(-> $ret:ty)? $body:block) => {
+    ($(#[$meta:meta])* $vis:vis fn $name:ident $(<$($T:ident : $bound:path),+>)? ($($arg:ident : $ty:ty),* $(,)?) $(-> $ret:ty)? $body:block) => {
         $(#[$meta])*
         #[allow(clippy::too_many_arguments)]
         $vis fn $name $(<$($T: $bound),+>)? ($($arg: $ty),*) $(-> $ret)? {
@@ -130,7 +122,7 @@ macro_rules! per_level {
                     body::<true $(, $($T),+)?>($($arg),*)
                 }
                 let level = $crate::device::simd::level();
-                if $wide && level >= $crate::device::Level::Avx512 {
+                if level >= $crate::device::Level::Avx512 {
                     // SAFETY: `level` is at most what was detected on this processor.
                     return unsafe { avx512 $(::<$($T),+>)? ($($arg),*) };
                 }
@@ -143,4 +135,4 @@ macro_rules! per_level {
         }
     };
 }
-pub(crate) use per_level;
+pub(crate) use vectorized;

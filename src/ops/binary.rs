@@ -248,7 +248,6 @@ fn run<'a, T: Pod>(x: &'a [T], at: usize, step: usize, len: usize, memory: &'a m
 }
 
 vectorized! {
-    memory_bound
     fn zip<T: Float>(f: Function, y: &mut [T], pairs: Pairs<'_, T>) {
         f.zip(y, pairs);
     }
@@ -374,7 +373,6 @@ fn by_divisor(g: &Tensor, a: &Tensor, b: &Tensor) -> Result<Tensor> {
 }
 
 vectorized! {
-    memory_bound
     fn zip_by_divisor<T: Float>(y: &mut [T], g: &[T], a: &[T], b: &[T]) {
         let n = y.len();
         let value = |g: T, a: T, b: T| T::from_acc(g.to_acc().by_divisor(a.to_acc(), b.to_acc()));

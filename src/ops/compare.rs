@@ -111,7 +111,6 @@ impl Stored for i64 {}
 impl Stored for u8 {}
 
 vectorized! {
-    memory_bound
     /// Compares operands with one element per result, or one for all.
     fn zip<E: Stored>(kind: Kind, not: bool, y: &mut [u8], a: &[E], b: &[E]) {
         match kind {
@@ -123,7 +122,6 @@ vectorized! {
 }
 
 vectorized! {
-    memory_bound
     /// Like [`zip`], for the bits of either half type, which differ in those of infinity.
     fn zip_halves(kind: Kind, not: bool, infinity: u16, y: &mut [u8], a: &[u16], b: &[u16]) {
         let are_numbers = |a: u16, b: u16| (a & 0x7FFF <= infinity) & (b & 0x7FFF <= infinity);

@@ -212,14 +212,12 @@ fn sum_columns<R: Real>(x: Floats, width: usize, start: usize, out: &mut [R], di
     for (block, out) in out.chunks_mut(COLUMNS).enumerate() {
         let start = start + block * COLUMNS;
         out.fill(R::ZERO);
-        for first in (0..x.len()).step_by(FEW * width) {
-            // Half types are read where they lie: through rows in f32, a sum would take twice its time.
-            match x.range(first..x.len().min(first + FEW * width)) {
-                Floats::F32(rows) => add_columns(rows, width, start, bytemuck::cast_slice_mut(out)),
-                Floats::F64(rows) => add_columns(rows, width, start, bytemuck::cast_slice_mut(out)),
-                Floats::BF16(rows) => add_columns(rows, width, start, bytemuck::cast_slice_mut(out)),
-                Floats::F16(rows) => add_columns(rows, width, start, bytemuck::cast_slice_mut(out)),
-            }
+        // Half types are read where they lie: through rows in f32, a sum would take twice its time.
+        match x {
+            Floats::F32(rows) => add_columns(rows, width, start, bytemuck::cast_slice_mut(out)),
+            Floats::F64(rows) => add_columns(rows, width, start, bytemuck::cast_slice_mut(out)),
+            Floats::BF16(rows) => add_columns(rows, width, start, bytemuck::cast_slice_mut(out)),
+            Floats::F16(rows) => add_columns(rows, width, start, bytemuck::cast_slice_mut(out)),
         }
         out.iter_mut().for_each(|out| *out = *out / divisor);
     }
@@ -228,15 +226,17 @@ fn sum_columns<R: Real>(x: Floats, width: usize, start: usize, out: &mut [R], di
 vectorized! {
     /// Computes `totals[j] += Σ_i x[i, start + j]`.
     fn add_columns<T: Float>(x: &[T], width: usize, start: usize, totals: &mut [T::Acc]) {
-        let mut sums = [T::Acc::ZERO; COLUMNS];
-        let sums = &mut sums[..totals.len()];
-        for row in x.chunks_exact(width) {
-            for (sum, x) in sums.iter_mut().zip(&row[start..]) {
-                *sum += x.to_acc();
+        for rows in x.chunks(FEW * width) {
+            let mut sums = [T::Acc::ZERO; COLUMNS];
+            let sums = &mut sums[..totals.len()];
+            for row in rows.chunks_exact(width) {
+                for (sum, x) in sums.iter_mut().zip(&row[start..]) {
+                    *sum += x.to_acc();
+                }
             }
-        }
-        for (total, sum) in totals.iter_mut().zip(sums) {
-            *total += *sum;
+            for (total, sum) in totals.iter_mut().zip(sums) {
+                *total += *sum;
+            }
         }
     }
 }
