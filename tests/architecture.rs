@@ -8,7 +8,7 @@ use std::{
 };
 
 /// Every room of `src/`, the lowest first: a room may use those before it.
-const ROOMS: [&str; 21] = [
+const ROOMS: [&str; 22] = [
     "error",
     "hash",
     "sort",
@@ -17,6 +17,7 @@ const ROOMS: [&str; 21] = [
     "dtype",
     "philox",
     "device",
+    "quantised",
     "gemm",
     "profile",
     "tensor",

@@ -108,7 +108,7 @@ pub struct GenerateArgs {
     ahead: u32,
 
     /// Type that the weights are kept in
-    #[arg(long, value_enum, default_value_t = Weights::F32)]
+    #[arg(long, value_enum, default_value_t = Weights::Stored)]
     weights: Weights,
 
     /// Tokens of a prompt that are computed at a time
@@ -150,7 +150,7 @@ struct Prompt {
 pub fn run(args: GenerateArgs) -> Result<()> {
     let device = Device::parse(&args.device)?;
     let tokenizer = args.tokenizer.as_deref();
-    let source = Source::open(&args.checkpoint, tokenizer, args.strict)?;
+    let source = Source::open(&args.checkpoint, tokenizer, args.strict, args.weights)?;
     if let Some(path) = &args.score {
         return score(&source, args.weights, path, &device);
     }
@@ -162,7 +162,7 @@ pub fn run(args: GenerateArgs) -> Result<()> {
     let draft = args
         .draft
         .as_ref()
-        .map(|path| Source::open(path, tokenizer, args.strict).map(|draft| (draft, path)))
+        .map(|path| Source::open(path, tokenizer, args.strict, args.weights).map(|draft| (draft, path)))
         .transpose()?;
     if let Some((draft, path)) = &draft {
         let same = |(own, other): (&Prompt, &Prompt)| own.tokens == other.tokens;
