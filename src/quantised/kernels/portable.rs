@@ -41,10 +41,13 @@ unsafe impl Bytes for [u8; GROUP] {
         self.map(|byte| table[usize::from(byte & 0xF)] as u8)
     }
 
+    // Not once for each type.
+    #[inline(never)]
     unsafe fn halves(bits: [u16; ROWS]) -> [f32; ROWS] {
         bits.map(half_of)
     }
 
+    #[inline(never)]
     unsafe fn interleave(rows: [Self; 8], flip: u8, to: *mut u8) {
         for (row, bytes) in rows.into_iter().enumerate() {
             for (step, bytes) in bytes.as_chunks::<STEP>().0.iter().enumerate() {
