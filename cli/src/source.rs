@@ -22,21 +22,24 @@ use crate::{
     unused::StrictArgs,
 };
 
-/// Type that weights are kept in.
+/// Data type of the weights in memory.
 #[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum Weights {
-    /// As the file has them if they are quantised, else f32
+    /// Quantized weights as the file has them, others as f32
     Stored,
+    /// 32-bit floats
     F32,
+    /// 16-bit bfloat16
     Bf16,
+    /// 16-bit half precision
     F16,
-    /// 8 bits, a scale for 32 values
+    /// 8-bit integers with a scale per 32 values
     #[value(name = "q8_0")]
     Q8_0,
-    /// 4 bits, a scale for 32 values
+    /// 4-bit integers with a scale per 32 values
     #[value(name = "q4_0")]
     Q4_0,
-    /// 4 bits, scales and minima of 6 bits
+    /// 4-bit integers with 6-bit scales and minimums
     #[value(name = "q4_k")]
     Q4K,
 }
@@ -77,7 +80,8 @@ impl Source {
             strict.check(&pretrained, path)?;
             if !pretrained.family().is_causal() {
                 let why = format!(
-                    "is of the family {}, which does not continue texts; give a Llama, or use `xt embed`",
+                    "belongs to the {} family, which does not generate text; use a causal model such as Llama, or `xt \
+                     embed`",
                     pretrained.family()
                 );
                 return Err(Failure::new(why).within(path));
@@ -86,13 +90,13 @@ impl Source {
             return Ok(Self { language, kind: Kind::Pretrained(Box::new(pretrained)), path: path.to_path_buf() });
         }
         if tokenizer.is_some() {
-            let why = "`--tokenizer` is for pretrained models; what `xt train` wrote continues bytes";
+            let why = "`--tokenizer` requires a pretrained model; models of `xt train` continue bytes";
             return Err(Failure::new(why).within(path));
         }
         let path = files::checkpoint(path);
         let (config, values) = Checkpoint::load_averaged(&path)?;
         let Config::AutoregressiveWrapper(config) = config else {
-            let why = "expected an AutoregressiveWrapper; give the folder that `xt train` wrote";
+            let why = "expected an AutoregressiveWrapper; name a folder that `xt train` wrote";
             return Err(Failure::new(why).within(&path));
         };
         Ok(Self { language: Language::Bytes, kind: Kind::Trained(Box::new(config), values), path })
@@ -135,7 +139,7 @@ impl Source {
                 let window = self.window();
                 if tokens >= window {
                     return Err(Failure::new(format_args!(
-                        "the prompt has {tokens} tokens, the model sees {window}; give a shorter one"
+                        "the prompt has {tokens} tokens, but the model's context is {window}; use a shorter prompt"
                     )));
                 }
                 Ok(window - tokens)

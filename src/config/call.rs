@@ -63,11 +63,14 @@ impl Call {
         let generate = match keys.method.as_deref() {
             None => {
                 let given = keys.seq_len.is_some() || keys.eos_token.is_some() || samples;
-                ensure!(!given, Error::option("method", "must be \"generate\" for seq_len, eos_token or sampling"));
+                ensure!(
+                    !given,
+                    Error::option("method", "must be \"generate\" to use `seq_len`, `eos_token` or sampling options")
+                );
                 None
             }
             Some("generate") => {
-                let seq_len = keys.seq_len.ok_or_else(|| Error::option("seq_len", "is required, and missing"))?;
+                let seq_len = keys.seq_len.ok_or_else(|| Error::missing_option("seq_len"))?;
                 Some(GenerateCall { seq_len, eos_token: keys.eos_token, sampling })
             }
             Some(other) => return Err(Error::option("method", format_args!("expected \"generate\", got \"{other}\""))),

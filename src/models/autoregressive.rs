@@ -115,7 +115,8 @@ fn check_logits(average_pool_embed: bool, return_only_embed: bool) -> Result<()>
     let pooled = [("average_pool_embed", average_pool_embed), ("return_only_embed", return_only_embed)];
     match pooled.into_iter().find(|(_, on)| *on) {
         Some((key, _)) => {
-            Err(Error::option(key, "leaves no logits for each token, which predictions need").context("net"))
+            Err(Error::option(key, "cannot be used with AutoregressiveWrapper, which needs logits for every token")
+                .context("net"))
         }
         None => Ok(()),
     }

@@ -67,7 +67,10 @@ impl ContinuousTransformerWrapper {
         self.check_vectors(x)?;
         ensure!(
             !options.return_mems,
-            Error::argument("return_mems", "is for TransformerWrapper; the continuous wrapper gives no memories")
+            Error::argument(
+                "return_mems",
+                "requires a TransformerWrapper; ContinuousTransformerWrapper returns no memories"
+            )
         );
         let n = x.shape()[1];
         if self.plan.absolute_positions {
@@ -163,7 +166,7 @@ impl ContinuousAutoregressiveWrapper {
             dim_in == dim_out,
             Error::option(
                 "dim_out",
-                format_args!("predictions are inputs: expected `dim_in` = {dim_in}, got {dim_out}")
+                format_args!("expected `dim_in` ({dim_in}), because predictions become inputs, got {dim_out}")
             )
             .context("net")
         );
@@ -197,7 +200,7 @@ impl ContinuousAutoregressiveWrapper {
         let error = out.to_dtype(precise)?.sub(&x.narrow(1, 1, n)?.to_dtype(precise)?)?.square()?.mean(&[-1])?;
         let Some(mask) = &options.mask else { return error.mean(&[]) };
         let kept = mask.to_vec::<bool>()?.into_iter().filter(|&kept| kept).count();
-        ensure!(kept > 0, Error::argument("mask", "masks every position: there is no prediction to average over"));
+        ensure!(kept > 0, Error::argument("mask", "masks every position, so the mean has no terms"));
         error.masked_fill(&mask.logical_not()?, 0.0)?.sum(&[])?.affine(1.0 / kept as f64, 0.0)
     }
 

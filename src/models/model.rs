@@ -92,7 +92,7 @@ impl Inputs {
     }
 
     fn need(&mut self, name: &str) -> Result<Tensor> {
-        self.take(name).ok_or_else(|| Error::argument("inputs", format_args!("`{name}` is missing")))
+        self.take(name).ok_or_else(|| Error::argument("inputs", format_args!("missing `{name}`")))
     }
 
     /// Takes `mems.0`, `mems.1`, … up to the first that is missing.
@@ -129,9 +129,7 @@ impl Inputs {
 
     fn finish(self) -> Result<()> {
         match self.0.into_keys().next() {
-            Some(name) => {
-                Err(Error::argument("inputs", format_args!("`{name}` is given, but this call does not take it")))
-            }
+            Some(name) => Err(Error::argument("inputs", format_args!("`{name}` is not used by this call"))),
             None => Ok(()),
         }
     }
@@ -205,7 +203,7 @@ impl Model {
                     let shape = forward.value.shape();
                     return Err(Error::argument(
                         "inputs",
-                        format_args!("gradients need a `cotangent` of shape {shape:?}"),
+                        format_args!("gradients require a `cotangent` input of shape {shape:?}"),
                     ));
                 }
             };
@@ -229,7 +227,7 @@ impl Model {
     pub fn forward(&self, inputs: &BTreeMap<String, Tensor>, call: &Call, options: &RunOptions) -> Result<Tensor> {
         ensure!(
             call.generate.is_none(),
-            Error::option("method", "a forward pass does not generate; use `run`").context("call")
+            Error::option("method", "`forward` does not generate; use `run`").context("call")
         );
         let mut given = self.adopt(inputs)?;
         let forward = self.pass(&mut given, call, options)?;
@@ -284,7 +282,7 @@ impl Model {
             Kind::EncoderDecoder(_) | Kind::Autoregressive(_) | Kind::Filter(_) => &[],
         };
         if let Some((name, _)) = asks.into_iter().find(|(name, on)| *on && !taken.contains(name)) {
-            return Err(Error::option(name, "this model does not take it").context("call"));
+            return Err(Error::option(name, "not supported by this model").context("call"));
         }
         Ok(match &self.kind {
             Kind::Transformer(model) => {
@@ -337,7 +335,7 @@ impl Model {
                 ends.pad(new)?
             }
             _ => {
-                let why = "\"generate\" is for AutoregressiveWrapper and XTransformer";
+                let why = "\"generate\" requires an AutoregressiveWrapper or XTransformer";
                 return Err(Error::option("method", why).context("call"));
             }
         };

@@ -250,10 +250,7 @@ impl TransformerWrapper {
 
     /// Computes logits `[.., num_tokens]` of normed hidden states `[.., dim]`.
     pub fn logits(&self, embeddings: &Tensor) -> Result<Tensor> {
-        ensure!(
-            !self.plan.return_only_embed,
-            Error::option("return_only_embed", "is on: the model gives no logits, only embeddings")
-        );
+        ensure!(!self.plan.return_only_embed, Error::option("return_only_embed", "must be false to compute logits"));
         if let Some(head) = &self.mlm_head {
             return head.forward(embeddings, &self.token_emb).context("mlm_head");
         }
@@ -267,7 +264,7 @@ impl TransformerWrapper {
     ///
     /// Errors: a model without `pooler`, or no tokens.
     pub fn pooled(&self, embeddings: &Tensor) -> Result<Tensor> {
-        let none = || Error::option("pooler", "is needed for pooled embeddings, and off");
+        let none = || Error::option("pooler", "must be true to compute pooled embeddings");
         let pooler = self.pooler.as_ref().ok_or_else(none)?;
         pooler.forward(&embeddings.select(1, 0)?).context("pooler")?.tanh()
     }
@@ -345,10 +342,7 @@ impl TransformerWrapper {
             (Some(table), None) => return table.table()?.narrow(0, 0, 1).map(Some),
             (None, None) => return Ok(None),
             (None, Some(_)) => {
-                return Err(Error::argument(
-                    "token_types",
-                    "are given, but the model has none: `num_token_types` is 0",
-                ));
+                return Err(Error::argument("token_types", "require a model with `num_token_types` above 0"));
             }
         };
         ensure!(
@@ -356,7 +350,7 @@ impl TransformerWrapper {
             Error::shape(
                 "token_types",
                 format_args!(
-                    "expected i64 {:?}, as the tokens, got {:?} {}",
+                    "expected i64 {:?}, the shape of the tokens, got {:?} {}",
                     tokens.shape(),
                     types.shape(),
                     types.dtype()
@@ -372,7 +366,7 @@ impl TransformerWrapper {
         options.mask = self.mask_with_memory_tokens(options.mask.as_ref())?;
         ensure!(
             !options.return_mems || self.plan.max_mem_len.is_some(),
-            Error::option("max_mem_len", "is needed for `return_mems`: how many memories are kept, 0 for all")
+            Error::option("max_mem_len", "must be set for `return_mems`: the number of memories to keep, 0 for all")
         );
         if let Some(mems) = &mut options.mems {
             // Too few to rotate are too few for the layers, which return the error.
@@ -433,7 +427,7 @@ pub(crate) fn mean_over_tokens(x: &Tensor, mask: Option<&Tensor>) -> Result<Tens
 pub(super) fn check_length(n: usize, max_seq_len: usize) -> Result<()> {
     ensure!(
         n <= max_seq_len,
-        Error::argument("sequence", format_args!("has length {n}, `max_seq_len` is {max_seq_len}"))
+        Error::argument("sequence", format_args!("expected at most `max_seq_len` ({max_seq_len}) positions, got {n}"))
     );
     Ok(())
 }

@@ -211,11 +211,11 @@ impl AttentionLayers {
         let branches = || self.plan.layers.iter().map(|layer| &layer.branch);
         let own = branches().filter(|branch| matches!(branch, BranchPlan::SelfAttention(_)));
         if own.filter_map(BranchPlan::attention).any(|plan| !plan.causal) {
-            return Err("tokens see those after them: `kind` is not Decoder");
+            return Err("tokens attend to later tokens: `kind` is not Decoder");
         }
         let shifts = || self.plan.layers.iter().filter_map(|layer| layer.wrap.shifts.as_ref());
         if shifts().flatten().any(|&amount| amount < 0) {
-            return Err("`shift_tokens` moves tokens to the front: `kind` is not Decoder");
+            return Err("`shift_tokens` shifts later tokens backwards: `kind` is not Decoder");
         }
         let cross = branches().filter(|branch| matches!(branch, BranchPlan::CrossAttention(_)));
         if cross.filter_map(BranchPlan::attention).any(|plan| plan.window != Window::default()) {
@@ -223,16 +223,16 @@ impl AttentionLayers {
         }
         self.layers.iter().filter_map(Layer::custom).try_for_each(Branch::supports_kv_cache)?;
         if options.token_types.is_some() {
-            return Err("`token_types` are those of the tokens that are there");
+            return Err("`token_types` cover only the tokens of the prompt");
         }
         if options.attn_mask.is_some() {
-            return Err("`attn_mask` is about all tokens at once");
+            return Err("`attn_mask` is given for the whole sequence");
         }
         if options.mask.is_some() && shifts().next().is_some() {
-            return Err("`shift_tokens` mixes padded positions, which see what follows them, into others");
+            return Err("`shift_tokens` mixes padding, which attends to later tokens, into other positions");
         }
         match dropout_stream() {
-            Some(_) => Err("the tape draws dropout for whole sequences"),
+            Some(_) => Err("dropout is drawn for whole sequences"),
             None => Ok(()),
         }
     }
@@ -286,7 +286,8 @@ impl AttentionLayers {
             Error::shape(
                 "cache",
                 format_args!(
-                    "{counts:?} of {n} new positions in {b} rows do not fit {} sequences of {:?} of {} positions",
+                    "cannot append {counts:?} of {n} new positions in {b} rows to {} sequences of lengths {:?} with \
+                     capacity {}",
                     cache.batch(),
                     cache.lengths(),
                     cache.capacity()

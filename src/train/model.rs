@@ -62,7 +62,7 @@ impl TrainModel for AutoregressiveWrapper {
     fn config_from_json(json: Value) -> Result<AutoregressiveConfig> {
         match Config::from_value(json)? {
             Config::AutoregressiveWrapper(config) => Ok(config),
-            _ => Err(Error::argument("config", "is of another model than an AutoregressiveWrapper")),
+            _ => Err(Error::argument("config", "expected an AutoregressiveWrapper, got another model")),
         }
     }
 
