@@ -101,6 +101,7 @@ mod params;
 mod philox;
 pub mod pretrained;
 pub mod profile;
+mod quantised;
 mod shape;
 mod sort;
 mod tensor;
@@ -118,6 +119,7 @@ pub use crate::{
     error::{Error, ErrorKind, Result},
     params::{Buffer, Init, Param, ParamMap, ParamStore},
     philox::{Philox, philox4x32},
+    quantised::QuantType,
     shape::{IntoShape, MAX_RANK, Shape},
     tensor::{GradSlice, KernelArg, LeafId, RawKernel, Tensor},
 };
@@ -167,6 +169,7 @@ mod book {
         memory: "../docs/src/options/memory.md",
         embeddings: "../docs/src/options/embeddings.md",
         pretrained: "../docs/src/pretrained.md",
+        quantised: "../docs/src/quantised.md",
         pytorch: "../docs/src/pytorch.md",
         training: "../docs/src/training.md",
         generation: "../docs/src/generation.md",

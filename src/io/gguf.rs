@@ -9,7 +9,7 @@ use super::{
     stored::Stored,
     tensor_file::{Entry, Listed, Listing, Metadata},
 };
-use crate::{Shape, collect::CollectVec, ordered::OrderedMap};
+use crate::{QuantType, Shape, collect::CollectVec, ordered::OrderedMap};
 
 /// First bytes of every file.
 pub(super) const MAGIC: &[u8] = b"GGUF";
@@ -126,21 +126,12 @@ fn tensor(cursor: &mut Cursor) -> Parsed<(String, Shape, Stored, u64)> {
 
 /// The types by their numbers, or the name of one that is not read.
 fn stored(kind: u32) -> Result<Stored, String> {
+    if let Some(&quantized) = QuantType::ALL.iter().find(|quantized| quantized.number() == kind) {
+        return Ok(Stored::Quantized(quantized));
+    }
     Ok(match kind {
         0 => Stored::F32,
         1 => Stored::F16,
-        2 => Stored::Q4_0,
-        3 => Stored::Q4_1,
-        6 => Stored::Q5_0,
-        7 => Stored::Q5_1,
-        8 => Stored::Q8_0,
-        10 => Stored::Q2K,
-        11 => Stored::Q3K,
-        12 => Stored::Q4K,
-        13 => Stored::Q5K,
-        14 => Stored::Q6K,
-        20 => Stored::Iq4Nl,
-        23 => Stored::Iq4Xs,
         24 => Stored::I8,
         25 => Stored::I16,
         26 => Stored::I32,

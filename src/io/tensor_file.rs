@@ -21,6 +21,7 @@ use super::{
 use crate::{
     Error, ErrorKind, Result, Shape, Tensor,
     collect::CollectVec,
+    ops::PackedMatrix,
     ordered::{OrderedMap, try_ordered},
     sort::{sort, sort_by},
 };
@@ -37,7 +38,7 @@ use crate::{
 /// | GGUF in several files | one of them, named `NAME-00001-of-00003.gguf` |
 ///
 /// Supported GGUF types are F32, F16, BF16, F64, the integers, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q2_K to Q6_K, IQ4_NL and
-/// IQ4_XS; values of the quantised ones become f32, or stay packed with [`TensorFile::raw`].
+/// IQ4_XS; values of the quantised ones become f32, or stay packed with [`TensorFile::packed`].
 ///
 /// Pickles are read by an interpreter that executes nothing: it knows the constructors of tensors and dictionaries,
 /// and keeps only the constructor's name of other objects. Tensors that are such objects, or whose values have an
@@ -401,14 +402,16 @@ impl TensorFile {
     /// Reads the stored bytes of a tensor, without converting them to numbers.
     ///
     /// ```no_run
-    /// use x_transformers::io::TensorFile;
+    /// use x_transformers::io::{Stored, TensorFile};
     /// # fn main() -> x_transformers::Result<()> {
     /// let file = TensorFile::open("Llama-3.2-1B-Instruct-Q4_K_M.gguf")?;
     /// let raw = file.raw("blk.0.ffn_down.weight")?;
-    /// let (values_per_block, bytes_per_block) = raw.stored.block();
-    /// let row = raw.shape[1] / values_per_block * bytes_per_block;
-    /// let mut values = vec![0.0; raw.shape[1]];
-    /// raw.stored.dequantize(&raw.bytes[..row], &mut values)?;
+    /// if let Stored::Quantized(kind) = raw.stored {
+    ///     let (values_per_block, bytes_per_block) = kind.block();
+    ///     let row = raw.shape[1] / values_per_block * bytes_per_block;
+    ///     let mut values = vec![0.0; raw.shape[1]];
+    ///     kind.dequantize(&raw.bytes[..row], &mut values)?;
+    /// }
     /// # Ok(())
     /// # }
     /// ```
@@ -419,6 +422,15 @@ impl TensorFile {
         let entry = self.entry(name)?;
         let bytes = entry.checked(&self.parts[entry.part], name, stored::raw)?;
         Ok(RawTensor { stored: entry.stored, shape: entry.shape.to_vec(), bytes })
+    }
+
+    /// Reads a matrix of a quantised type as it is stored, to the CPU.
+    ///
+    /// Errors: those of [`TensorFile::tensor`]; a tensor that is not a matrix of a type that
+    /// [is packed](QuantType::is_packed); scales that are not finite.
+    pub fn packed(&self, name: &str) -> Result<PackedMatrix> {
+        let entry = self.entry(name)?;
+        entry.checked(&self.parts[entry.part], name, stored::packed)
     }
 
     fn entry(&self, name: &str) -> Result<&Entry> {

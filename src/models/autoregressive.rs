@@ -2,7 +2,7 @@
 
 use super::{Output, TransformerWrapper};
 use crate::{
-    Error, ParamStore, Result, Tensor,
+    Error, ParamStore, QuantType, Result, Tensor,
     config::AutoregressiveConfig,
     error::{ErrorContext, ensure},
     nn::ForwardOptions,
@@ -96,12 +96,12 @@ impl AutoregressiveWrapper {
         self.net.cross_entropy(&out, &tokens.narrow(1, 1, n)?, self.ignore_index).context("net")
     }
 
-    /// Quantizes the weights like [`TransformerWrapper::quantize_int8`].
+    /// Rounds weights to a quantised type like [`TransformerWrapper::quantize`].
     ///
-    /// Errors: weights that are not finite.
+    /// Errors: weights that are not finite; a type that [is not packed](QuantType::is_packed).
     #[doc(alias = "quantize_dynamic")]
-    pub fn quantize_int8(&mut self) -> Result<()> {
-        self.net.quantize_int8().context("net")
+    pub fn quantize(&mut self, kind: QuantType) -> Result<()> {
+        self.net.quantize(kind).context("net")
     }
 
     /// Returns the token that fills a row after its end.

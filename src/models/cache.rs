@@ -186,7 +186,7 @@ impl TransformerWrapper {
         let options = self.layers_options(&ForwardOptions { mask: None, ..options.clone() })?;
         let memory_tokens = self.plan().num_memory_tokens;
         let capacity = capacity.min(self.plan().window()).saturating_add(memory_tokens);
-        let dtype = self.token_emb().table().dtype();
+        let dtype = self.token_emb().dtype();
         let layers = self.attn_layers().cache(batch, capacity, dtype, &options).context("attn_layers")?;
         Ok(DecodeCache::new(layers, memory_tokens))
     }

@@ -1,14 +1,17 @@
 //! Tokens in, logits out.
 
-use std::sync::Arc;
+use std::{
+    collections::{HashMap, hash_map::Entry},
+    sync::Arc,
+};
 
 use crate::{
-    DType, Error, Init, Param, ParamStore, Result, Tensor,
+    DType, Error, Init, Param, ParamStore, QuantType, Result, Tensor,
     collect::CollectVec,
     config::{LayerPlan, NormPlan, TransformerPlan, TransformerWrapperConfig},
     error::{ErrorContext, ensure},
-    nn::{AbsolutePositionalEmbedding, AttentionLayers, Branch, Embedding, ForwardOptions, Linear, Norm},
-    ops::{Activation, Int8Matrix},
+    nn::{AbsolutePositionalEmbedding, AttentionLayers, Branch, Embedding, ForwardOptions, Linear, Norm, Packer},
+    ops::{Activation, PackedMatrix},
 };
 
 /// Output of a wrapper.
@@ -62,8 +65,6 @@ pub struct TransformerWrapper {
     to_logits: Option<Linear>,
     mlm_head: Option<MaskedHead>,
     pooler: Option<Linear>,
-    /// Embedding table for tied logits, in int8.
-    tied_int8: Option<Arc<Int8Matrix>>,
 }
 
 /// BERT's masked-LM head, before the embedding table.
@@ -86,9 +87,9 @@ impl MaskedHead {
         })
     }
 
-    fn forward(&self, x: &Tensor, table: &Tensor) -> Result<Tensor> {
+    fn forward(&self, x: &Tensor, table: &Embedding) -> Result<Tensor> {
         let x = self.activation.of(&self.dense.forward(x).context("dense")?)?;
-        self.norm.forward(&x).context("norm")?.linear(table, Some(&self.bias.tensor()))
+        table.logits(&self.norm.forward(&x).context("norm")?, Some(&self.bias.tensor()))
     }
 }
 
@@ -159,7 +160,6 @@ impl TransformerWrapper {
             mlm_head: plan.mlm_head.map(mlm_head).transpose()?,
             pooler: plan.pooler.then(|| Linear::new(&store.at("pooler"), dim, dim)).transpose()?,
             to_logits: (!plan.tie_embedding && !plan.return_only_embed).then(to_logits).transpose()?,
-            tied_int8: None,
             plan,
         })
     }
@@ -174,25 +174,35 @@ impl TransformerWrapper {
         &self.token_emb
     }
 
-    /// Quantizes the weights of linear layers to int8, with one scale per row and sums in f32: decoding reads a quarter
-    /// of the bytes of f32. Embeddings, norms and gates are not quantized. A quantized model has no gradients; earlier
-    /// clones keep their weights.
+    /// Rounds the weights of linear layers and the table of token embeddings to a quantised type; norms, gates and biases
+    /// stay as they are. Rows that are not whole blocks take the type of [`QuantType::for_rows_of`], or stay floats.
     ///
-    /// On a text of 66 kB SmolLM2-135M has 1.3215 bits per byte instead of 1.3207 (`xt generate --score FILE --weights
-    /// int8`); the README has more.
+    /// The packed weights have no gradients and are in no map of parameters; the model of another clone keeps its own. See
+    /// [`PackedMatrix`] for what their products compute.
     ///
-    /// Errors: weights that are not finite.
+    /// Errors: weights that are not finite; a type that [is not packed](QuantType::is_packed).
     #[doc(alias = "quantize_dynamic")]
-    pub fn quantize_int8(&mut self) -> Result<()> {
-        self.attn_layers.quantize_int8().context("attn_layers")?;
-        self.project_emb.iter_mut().try_for_each(Linear::quantize_int8).context("project_emb")?;
-        match &mut self.to_logits {
-            Some(to_logits) => to_logits.quantize_int8().context("to_logits"),
-            None => {
-                self.tied_int8 = Some(Arc::new(Int8Matrix::quantize(&self.token_emb.table().detach())?));
-                Ok(())
-            }
-        }
+    #[doc(alias = "int8")]
+    pub fn quantize(&mut self, kind: QuantType) -> Result<()> {
+        // Tied layers share what replaces their weights.
+        let mut packed = HashMap::new();
+        self.pack(&mut |param| {
+            let weight = param.tensor();
+            let &[_, columns] = &weight.shape()[..] else { return Ok(None) };
+            let Some(kind) = kind.for_rows_of(columns) else { return Ok(None) };
+            Ok(Some(match packed.entry(param.leaf()) {
+                Entry::Occupied(entry) => PackedMatrix::clone(entry.get()),
+                Entry::Vacant(entry) => entry.insert(PackedMatrix::quantize(&weight, kind)?).clone(),
+            }))
+        })
+    }
+
+    /// Replaces weights by packed ones: those of linear layers, and the table of token embeddings.
+    pub(crate) fn pack(&mut self, packer: Packer) -> Result<()> {
+        self.token_emb.pack(packer).context("token_emb")?;
+        self.attn_layers.pack(packer).context("attn_layers")?;
+        self.project_emb.iter_mut().try_for_each(|linear| linear.pack(packer)).context("project_emb")?;
+        self.to_logits.iter_mut().try_for_each(|linear| linear.pack(packer)).context("to_logits")
     }
 
     /// Returns the layers.
@@ -230,12 +240,10 @@ impl TransformerWrapper {
     ///
     /// Errors: those of [`TransformerWrapper::logits`] and [`Tensor::cross_entropy`].
     pub fn cross_entropy(&self, embeddings: &Tensor, targets: &Tensor, ignore_index: i64) -> Result<Tensor> {
-        match (&self.mlm_head, &self.to_logits, &self.tied_int8) {
-            (None, Some(to_logits), _) => {
-                to_logits.cross_entropy(embeddings, targets, ignore_index).context("to_logits")
-            }
-            (None, None, None) if !self.plan.return_only_embed => embeddings
-                .linear_cross_entropy(&self.token_emb.table(), None, targets, ignore_index)
+        match (&self.mlm_head, &self.to_logits) {
+            (None, Some(to_logits)) => to_logits.cross_entropy(embeddings, targets, ignore_index).context("to_logits"),
+            (None, None) if !self.plan.return_only_embed => embeddings
+                .linear_cross_entropy(&self.token_emb.table()?, None, targets, ignore_index)
                 .context("to_logits"),
             _ => self.logits(embeddings)?.cross_entropy(targets, ignore_index),
         }
@@ -245,12 +253,11 @@ impl TransformerWrapper {
     pub fn logits(&self, embeddings: &Tensor) -> Result<Tensor> {
         ensure!(!self.plan.return_only_embed, Error::option("return_only_embed", "must be false to compute logits"));
         if let Some(head) = &self.mlm_head {
-            return head.forward(embeddings, &self.token_emb.table()).context("mlm_head");
+            return head.forward(embeddings, &self.token_emb).context("mlm_head");
         }
-        match (&self.to_logits, &self.tied_int8) {
-            (Some(to_logits), _) => to_logits.forward(embeddings).context("to_logits"),
-            (None, Some(table)) => table.linear(embeddings, None).context("to_logits"),
-            (None, None) => embeddings.linear(&self.token_emb.table(), None).context("to_logits"),
+        match &self.to_logits {
+            Some(to_logits) => to_logits.forward(embeddings).context("to_logits"),
+            None => self.token_emb.logits(embeddings, None).context("to_logits"),
         }
     }
 
@@ -333,7 +340,7 @@ impl TransformerWrapper {
     fn token_types(&self, tokens: &Tensor, types: Option<&Tensor>) -> Result<Option<Tensor>> {
         let (table, types) = match (&self.token_type_emb, types) {
             (Some(table), Some(types)) => (table, types),
-            (Some(table), None) => return table.table().narrow(0, 0, 1).map(Some),
+            (Some(table), None) => return table.table()?.narrow(0, 0, 1).map(Some),
             (None, None) => return Ok(None),
             (None, Some(_)) => {
                 return Err(Error::argument("token_types", "require a model with `num_token_types` above 0"));

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use super::{
-    Attention, AttentionInput, Branch, FeedForward, Linear, Norm, Past, Residual, cache::Decode, residual::Stream,
+    Attention, AttentionInput, Branch, FeedForward, Norm, Packer, Past, Residual, cache::Decode, residual::Stream,
     wrap::Wrap,
 };
 use crate::{
@@ -78,11 +78,11 @@ impl Layer {
         }
     }
 
-    /// Quantizes the weights of the linear layers to 8 bits for later calls; a custom branch is unchanged.
-    pub fn quantize_int8(&mut self) -> Result<()> {
+    /// Replaces weights of linear layers by packed ones; a custom branch is unchanged.
+    pub fn pack(&mut self, packer: Packer) -> Result<()> {
         match &mut self.function {
-            Function::Attention(attention) => attention.linears_mut().try_for_each(Linear::quantize_int8),
-            Function::FeedForward(feedforward) => feedforward.linears_mut().try_for_each(Linear::quantize_int8),
+            Function::Attention(attention) => attention.linears_mut().try_for_each(|linear| linear.pack(packer)),
+            Function::FeedForward(feedforward) => feedforward.linears_mut().try_for_each(|linear| linear.pack(packer)),
             Function::Custom(_) => Ok(()),
         }
     }

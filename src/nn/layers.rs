@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use super::{
-    AttentionInput, Branch, ForwardOptions, LayersCache, Norm, RelativePositionBias,
+    AttentionInput, Branch, ForwardOptions, LayersCache, Norm, Packer, RelativePositionBias,
     cache::{Decode, LayerCache},
     layer::Layer,
     positions::rotary_frequencies,
@@ -109,13 +109,10 @@ impl AttentionLayers {
         Ok(Self { plan: Arc::new(plan), layers, bias, rotary, infused })
     }
 
-    /// Quantizes the weights of all linear layers to 8 bits for later calls; norms, gates and custom branches are
-    /// unchanged.
-    ///
-    /// Errors: weights that are not finite.
-    pub fn quantize_int8(&mut self) -> Result<()> {
+    /// Replaces weights of linear layers by packed ones; norms, gates and custom branches are unchanged.
+    pub(crate) fn pack(&mut self, packer: Packer) -> Result<()> {
         let mut layers = self.layers.iter_mut().enumerate();
-        layers.try_for_each(|(index, layer)| layer.quantize_int8().context(format_args!("layers.{index}")))
+        layers.try_for_each(|(index, layer)| layer.pack(packer).context(format_args!("layers.{index}")))
     }
 
     /// Returns the plan of the layers, in which custom branches are [`BranchPlan::Custom`].

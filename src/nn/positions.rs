@@ -25,7 +25,7 @@ impl AbsolutePositionalEmbedding {
     ///
     /// Errors: a position past the end of the table.
     pub fn forward(&self, n: usize) -> Result<Tensor> {
-        self.emb.table().narrow(0, 0, n)?.affine(self.scale, 0.0)
+        self.emb.table()?.narrow(0, 0, n)?.affine(self.scale, 0.0)
     }
 
     /// Returns the embeddings of these positions: `[..] → [.., dim]`.
@@ -37,7 +37,7 @@ impl AbsolutePositionalEmbedding {
 
     /// Returns the number of positions.
     pub(crate) fn len(&self) -> usize {
-        self.emb.table().shape()[0]
+        self.emb.count()
     }
 }
 
@@ -100,7 +100,7 @@ impl RelativePositionBias {
         Ok(match self {
             Self::T5 { plan, table } => {
                 let T5Plan { scale, causal, max_distance, .. } = *plan;
-                PositionBias::T5 { table: table.table(), scale, causal, max_distance }
+                PositionBias::T5 { table: table.table()?, scale, causal, max_distance }
             }
             Self::Alibi(slopes) => PositionBias::Alibi { slopes: slopes.clone() },
             Self::LearnedAlibi { heads, logslopes } => {

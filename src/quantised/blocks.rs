@@ -7,13 +7,13 @@ const BLOCK: usize = 32;
 
 /// The 4-bit integers of sixteen bytes: the low halves first, then the high ones.
 #[inline(always)]
-fn nibbles(bytes: &[u8]) -> [u8; BLOCK] {
+pub(super) fn nibbles(bytes: &[u8]) -> [u8; BLOCK] {
     std::array::from_fn(|i| if i < BLOCK / 2 { bytes[i] & 0xF } else { bytes[i - BLOCK / 2] >> 4 })
 }
 
 /// The 5-bit integers of twenty bytes: the fifth bits of all are the bits of a number of 32 bits in front.
 #[inline(always)]
-fn fives(bytes: &[u8]) -> [u8; BLOCK] {
+pub(super) fn fives(bytes: &[u8]) -> [u8; BLOCK] {
     const BITS: [u8; 8] = [1, 2, 4, 8, 16, 32, 64, 128];
     let mut q = nibbles(&bytes[4..]);
     for (q, high) in q.as_chunks_mut::<8>().0.iter_mut().zip(bytes) {
