@@ -427,7 +427,7 @@ impl TensorFile {
     /// Reads a matrix of a quantised type as it is stored, to the CPU.
     ///
     /// Errors: those of [`TensorFile::tensor`]; a tensor that is not a matrix of a type that
-    /// [is packed](QuantType::is_packed); scales that are not finite.
+    /// [is packed](crate::QuantType::is_packed); scales that are not finite.
     pub fn packed(&self, name: &str) -> Result<PackedMatrix> {
         let entry = self.entry(name)?;
         entry.checked(&self.parts[entry.part], name, stored::packed)

@@ -109,7 +109,7 @@ fn iq4_nl(x: &[f32; 32]) -> [u8; 18] {
             if distance(LEVELS[usize::from(i)]) < distance(LEVELS[usize::from(best)]) { i } else { best }
         })
     };
-    let (scale, q) = best_scale(x, |step| -127.0 + 4.0 * step, |x| nearest(x), |q| f32::from(LEVELS[usize::from(*q)]));
+    let (scale, q) = best_scale(x, |step| -127.0 + 4.0 * step, nearest, |q| f32::from(LEVELS[usize::from(*q)]));
     packed(Rounded { scale, offset: 0.0, q })
 }
 

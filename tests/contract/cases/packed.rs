@@ -18,7 +18,7 @@ fn matrix(kind: QuantType, rows: usize, columns: usize) -> (PackedMatrix, Vec<f3
     let mut values = vec![0.0; rows * columns];
     kind.dequantize(&blocks, &mut values).expect("whole blocks");
     let matrix = PackedMatrix::new(kind, [rows, columns], &blocks).expect("a packed type");
-    (matrix.to_device(&device()).expect("memory"), values)
+    (matrix.to_device(device()).expect("memory"), values)
 }
 
 /// Inputs that rounding to 8 bits leaves as they are: integers, of which each 32 have one of magnitude 127.
