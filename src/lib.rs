@@ -83,6 +83,7 @@
 
 mod atomic_file;
 mod autograd;
+mod collect;
 pub mod config;
 pub mod device;
 mod dtype;
@@ -95,6 +96,7 @@ pub mod io;
 pub mod models;
 pub mod nn;
 pub mod ops;
+mod ordered;
 mod params;
 mod philox;
 pub mod pretrained;

@@ -1,11 +1,10 @@
 //! Options of a call besides its tensors.
 
-use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use super::{
     SamplingConfig,
-    kwargs::{self, Keywords, Map},
+    kwargs::{self, Map, keywords},
 };
 use crate::{Error, Result, error::ensure};
 
@@ -34,8 +33,7 @@ pub struct GenerateCall {
 }
 
 /// Keys of a call, except those of sampling.
-#[derive(Clone, Default, Serialize, Deserialize)]
-#[serde(default)]
+#[derive(Clone, Default)]
 struct Keys {
     return_embeddings: bool,
     return_mems: bool,
@@ -45,8 +43,10 @@ struct Keys {
     eos_token: Option<i64>,
 }
 
-impl Keywords for Keys {
-    const REQUIRED: &'static [&'static str] = &[];
+keywords! {
+    Keys {
+        options { return_embeddings, return_mems, return_attn, method, seq_len, eos_token }
+    }
 }
 
 impl Call {
@@ -55,8 +55,8 @@ impl Call {
     /// Errors: [`ErrorKind::UnknownOption`](crate::ErrorKind::UnknownOption), or
     /// [`ErrorKind::Option`](crate::ErrorKind::Option) for options that cannot be combined.
     pub fn from_value(value: Value) -> Result<Self> {
-        let map = super::object("call", value)?;
-        let sampling_keys = kwargs::flat(&SamplingConfig::default());
+        let map = kwargs::object("call", value)?;
+        let sampling_keys = kwargs::flat(&mut SamplingConfig::default());
         let (sampling, keys): (Map, Map) = map.into_iter().partition(|(key, _)| sampling_keys.contains_key(key));
         let samples = !sampling.is_empty();
         let (keys, sampling) = (kwargs::read::<Keys>(keys)?, kwargs::read(sampling)?);

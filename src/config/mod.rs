@@ -43,7 +43,7 @@ use crate::{
     Error, ErrorKind, Result,
     error::{ErrorContext, ensure},
 };
-use json::object;
+use kwargs::object;
 
 /// Config of any model: in JSON the options of a class, and its name under `model`.
 ///
@@ -106,7 +106,7 @@ impl Config {
     /// Errors: text that is not a JSON object; [`ErrorKind::UnknownOption`]; [`ErrorKind::Option`] for a missing option
     /// or a value of another type. [`Config::layers`] and the models check combinations.
     pub fn from_json(json: &str) -> Result<Self> {
-        let value = serde_json::from_str(json);
+        let value = serde_json::from_slice(json.as_bytes());
         let value = value.map_err(|error| Error::argument("config", format_args!("expected JSON: {error}")))?;
         Self::from_value(value)
     }
@@ -115,7 +115,7 @@ impl Config {
     ///
     /// Errors: those of [`Config::from_json`] and [`Call::from_value`].
     pub fn with_call(json: &str) -> Result<(Self, Call)> {
-        let value = serde_json::from_str(json);
+        let value = serde_json::from_slice(json.as_bytes());
         let mut value: Value =
             value.map_err(|error| Error::argument("config", format_args!("expected JSON: {error}")))?;
         let call = value.as_object_mut().and_then(|map| map.remove("call"));
@@ -134,11 +134,9 @@ impl Config {
             }
         };
         match model.as_str() {
-            "TransformerWrapper" => TransformerWrapperConfig::from_map(map).map(Self::TransformerWrapper),
-            "ContinuousTransformerWrapper" => {
-                ContinuousTransformerWrapperConfig::from_map(map).map(Self::ContinuousTransformerWrapper)
-            }
-            "ViTransformerWrapper" => ViTransformerWrapperConfig::from_map(map).map(Self::ViTransformerWrapper),
+            "TransformerWrapper" => kwargs::read(map).map(Self::TransformerWrapper),
+            "ContinuousTransformerWrapper" => kwargs::read(map).map(Self::ContinuousTransformerWrapper),
+            "ViTransformerWrapper" => kwargs::read(map).map(Self::ViTransformerWrapper),
             "XTransformer" => XTransformerConfig::from_map(map).map(Box::new).map(Self::XTransformer),
             "AutoregressiveWrapper" => AutoregressiveConfig::from_map(map).map(Self::AutoregressiveWrapper),
             "Encoder" | "Decoder" | "CrossAttender" => {
@@ -161,9 +159,9 @@ impl Config {
     /// Returns the options as JSON, without those at their defaults.
     pub fn to_value(&self) -> Value {
         let (model, mut map) = match self {
-            Self::TransformerWrapper(config) => ("TransformerWrapper", config.to_map()),
-            Self::ContinuousTransformerWrapper(config) => ("ContinuousTransformerWrapper", config.to_map()),
-            Self::ViTransformerWrapper(config) => ("ViTransformerWrapper", config.to_map()),
+            Self::TransformerWrapper(config) => ("TransformerWrapper", kwargs::write(config)),
+            Self::ContinuousTransformerWrapper(config) => ("ContinuousTransformerWrapper", kwargs::write(config)),
+            Self::ViTransformerWrapper(config) => ("ViTransformerWrapper", kwargs::write(config)),
             Self::XTransformer(config) => ("XTransformer", config.to_map()),
             Self::AutoregressiveWrapper(config) => ("AutoregressiveWrapper", config.to_map()),
             Self::SamplingFilter(config) => ("SamplingFilter", kwargs::write(config)),

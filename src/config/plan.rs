@@ -9,6 +9,7 @@ use super::{
 };
 use crate::{
     Error, Result,
+    collect::CollectVec,
     error::ensure,
     ops::{Activation, Window, gpu_needs_scores},
 };
@@ -112,7 +113,7 @@ impl AlibiPlan {
     pub fn slopes(&self) -> Vec<f32> {
         let series = |heads: usize| (1..=heads).map(move |k| libm::exp2(-8.0 * k as f64 / heads as f64) as f32);
         let below = (self.sloped + 1).next_power_of_two() / 2;
-        series(below).chain(series(2 * below).step_by(2)).take(self.sloped).collect()
+        series(below).chain(series(2 * below).step_by(2)).take(self.sloped).collect_vec()
     }
 }
 
@@ -460,7 +461,7 @@ impl fmt::Display for LayerPlan {
             .iter()
             .zip(places)
             .filter_map(|(norm, place)| Some(format!("{} {place}", norm.as_ref()?)))
-            .collect();
+            .collect_vec();
         let norms = if norms.is_empty() { "none".to_string() } else { norms.join(", ") };
         write!(f, "{kind:15}  norms: {norms}  ")?;
         match &self.branch {

@@ -3,6 +3,7 @@
 use super::{ContinuousTransformerWrapper, TransformerWrapper, transformer::norm};
 use crate::{
     DType, Error, Result, Tensor,
+    collect::CollectVec,
     error::{ErrorContext, ensure},
     nn::{AbsolutePositionalEmbedding, ForwardOptions, LayersCache},
 };
@@ -67,7 +68,7 @@ impl DecodeCache {
     pub fn truncate(&mut self, lengths: &[usize]) -> Result<()> {
         let started = self.layers.lengths().iter().any(|&length| length > 0);
         let prefix_len = if started { self.memory_tokens } else { 0 };
-        let with_memory: Vec<usize> = lengths.iter().map(|length| length + prefix_len).collect();
+        let with_memory: Vec<usize> = lengths.iter().map(|length| length + prefix_len).collect_vec();
         self.layers.truncate(&with_memory)?;
         self.lengths = lengths.to_vec();
         Ok(())
@@ -78,7 +79,7 @@ impl DecodeCache {
     /// Errors: no rows, or a row that does not exist.
     pub fn select_rows(&mut self, rows: &[usize]) -> Result<()> {
         self.layers.select_rows(rows)?;
-        self.lengths = rows.iter().map(|&row| self.lengths[row]).collect();
+        self.lengths = rows.iter().map(|&row| self.lengths[row]).collect_vec();
         Ok(())
     }
 
@@ -120,14 +121,14 @@ impl DecodeCache {
             return lengths.reshape([self.lengths.len(), 1]).map(Some);
         }
         let row = |&length: &usize| (0..n).map(move |i| (length + i).min(limit.saturating_sub(1)) as i64);
-        let positions: Vec<i64> = self.lengths.iter().flat_map(row).collect();
+        let positions: Vec<i64> = self.lengths.iter().flat_map(row).collect_vec();
         Tensor::from_vec(positions, [self.lengths.len(), n], like.device()).map(Some)
     }
 
     /// Returns the lengths as the layers count them, and in tokens, for [`DecodeCache::follow`].
     #[cfg(feature = "cuda")]
     pub(super) fn lengths_to_follow(&self) -> [Vec<i64>; 2] {
-        [self.layers.lengths(), &self.lengths].map(|lengths| lengths.iter().map(|&length| length as i64).collect())
+        [self.layers.lengths(), &self.lengths].map(|lengths| lengths.iter().map(|&length| length as i64).collect_vec())
     }
 
     /// Reads lengths from these tensors, `[b]` I64 each, until the next call.

@@ -8,10 +8,11 @@ use super::{
 };
 use crate::{
     DType, Device, Error, Param, ParamMap, ParamStore, Result, Tape, Tensor,
+    collect::CollectVec,
     config::{Call, Config, GenerateCall, LayersPlan, SamplingConfig},
     error::{ErrorContext, ensure},
     nn::{AttentionLayers, ForwardOptions},
-    params::{ordered, try_ordered},
+    ordered::{ordered, try_ordered},
 };
 
 /// Model of any class.
@@ -79,7 +80,7 @@ impl Forward {
         let name = |kind: &'static str| move |(index, tensor)| (format!("{kind}.{index}"), tensor);
         let mems = output.mems.into_iter().enumerate().map(name("mems"));
         let attn = output.attn.into_iter().enumerate().map(name("attn"));
-        Self { name: "out", value: output.out, extras: mems.chain(attn).collect() }
+        Self { name: "out", value: output.out, extras: mems.chain(attn).collect_vec() }
     }
 }
 
@@ -97,7 +98,7 @@ impl Inputs {
 
     /// Takes `mems.0`, `mems.1`, … up to the first that is missing.
     fn mems(&mut self) -> Option<Vec<Tensor>> {
-        let mems: Vec<Tensor> = (0..).map_while(|index| self.take(&format!("mems.{index}"))).collect();
+        let mems: Vec<Tensor> = (0..).map_while(|index| self.take(&format!("mems.{index}"))).collect_vec();
         (!mems.is_empty()).then_some(mems)
     }
 
@@ -361,7 +362,7 @@ impl Ends {
         let width = start.shape().last().copied().unwrap_or(0).max(1);
         let rows = if start.dtype() == DType::I64 { start.to_vec::<i64>()? } else { Vec::new() };
         let end = |row: &[i64]| eos.is_some_and(|eos| row.contains(&eos)).then_some(0);
-        Ok(Self { eos, pad_value, ends: rows.chunks(width).map(end).collect(), length: 0 })
+        Ok(Self { eos, pad_value, ends: rows.chunks(width).map(end).collect_vec(), length: 0 })
     }
 
     /// Counts the new token of every row; returns `false` once all have ended.
@@ -415,7 +416,7 @@ fn filter(logits: &Tensor, config: &SamplingConfig) -> Result<Tensor> {
         )
     );
     let width = logits.shape()[1].max(1);
-    let rows: Vec<Vec<f64>> = logits.to_f64_vec()?.chunks(width).map(<[f64]>::to_vec).collect();
+    let rows: Vec<Vec<f64>> = logits.to_f64_vec()?.chunks(width).map(<[f64]>::to_vec).collect_vec();
     let probabilities: Vec<f64> = filter_probabilities(&rows, config)?.concat();
     Tensor::from_vec(probabilities, *logits.shape(), logits.device())?.to_dtype(logits.dtype())
 }

@@ -7,6 +7,7 @@ use std::{
 
 use crate::{
     DType, Error, Init, Param, ParamStore, QuantType, Result, Tensor,
+    collect::CollectVec,
     config::{LayerPlan, NormPlan, TransformerPlan, TransformerWrapperConfig},
     error::{ErrorContext, ensure},
     nn::{AbsolutePositionalEmbedding, AttentionLayers, Branch, Embedding, ForwardOptions, Linear, Norm, Packer},
@@ -389,7 +390,7 @@ impl TransformerWrapper {
             let kept = length.min(keep);
             joined.narrow(1, length - kept, kept)
         };
-        hiddens.iter().enumerate().map(join).collect()
+        hiddens.iter().enumerate().map(join).try_collect_vec()
     }
 }
 
@@ -418,7 +419,7 @@ pub(crate) fn mean_over_tokens(x: &Tensor, mask: Option<&Tensor>) -> Result<Tens
             let kept = row.iter().filter(|&&kept| kept).count().max(1) as f64;
             row.iter().map(move |&keep| if keep { 1.0 / kept } else { 0.0 })
         })
-        .collect();
+        .collect_vec();
     let weights = Tensor::from_vec(weights, [x.dim(0)?, 1, n], x.device())?.to_dtype(x.dtype())?;
     weights.matmul(x)?.squeeze(1)
 }

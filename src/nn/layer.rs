@@ -8,6 +8,7 @@ use super::{
 };
 use crate::{
     Buffer, Error, ParamStore, Result, Tensor, checkpoint,
+    collect::CollectVec,
     config::{BranchPlan, LayerPlan},
     error::{ErrorContext, ensure},
     ops::PositionBias,
@@ -130,8 +131,8 @@ impl Layer {
         let x = stream.whole()?;
         let mut input = input.clone();
         // Tensors that receive gradients must be inputs of the checkpoint; the closure captures the rest.
-        let flowing: Vec<Tensor> = flowing_mut(&mut input).map(|tensor| tensor.clone()).collect();
-        let inputs: Vec<&Tensor> = std::iter::once(&x).chain(&flowing).collect();
+        let flowing: Vec<Tensor> = flowing_mut(&mut input).map(|tensor| tensor.clone()).collect_vec();
+        let inputs: Vec<&Tensor> = std::iter::once(&x).chain(&flowing).collect_vec();
         let layer = self.clone();
         let run = move |given: &[Tensor]| {
             let mut input = input.clone();

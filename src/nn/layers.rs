@@ -13,6 +13,7 @@ use super::{
 use crate::{
     Buffer, DType, Error, ParamStore, Result, Tensor,
     autograd::dropout_stream,
+    collect::CollectVec,
     config::{BranchPlan, LayerPlan, LayersPlan, RotaryPlan},
     error::{ErrorContext, ensure},
     ops::{PositionBias, Window},
@@ -95,9 +96,9 @@ impl AttentionLayers {
             Layer::new(layer, plan.dim, rotary.as_ref(), &store.at("layers").at(index), custom)
         };
         let distinct: Vec<Layer> =
-            plan.layers.iter().take(plan.distinct).enumerate().map(&mut layer).collect::<Result<_>>()?;
+            plan.layers.iter().take(plan.distinct).enumerate().map(&mut layer).try_collect_vec()?;
         // Tied layers repeat the same modules.
-        let layers: Vec<Layer> = distinct.iter().cycle().take(plan.layers.len()).cloned().collect();
+        let layers: Vec<Layer> = distinct.iter().cycle().take(plan.layers.len()).cloned().collect_vec();
         let bias = RelativePositionBias::new(plan.positions.bias, &store.at("rel_pos"))?;
         let mut plan = plan.clone();
         for (plan, layer) in plan.layers.iter_mut().zip(&layers) {

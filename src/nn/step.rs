@@ -2,6 +2,7 @@
 
 use crate::{
     Buffer, DType, Result, Tensor,
+    collect::CollectVec,
     ops::{PositionBias, rotary::rotary_table},
 };
 
@@ -55,7 +56,7 @@ impl DecodeStep {
     /// Returns the positions of the step, offset by `first` and kept below `limit`: `[b, n]` I64.
     pub fn positions(&self, first: usize, limit: usize) -> Result<Tensor> {
         let row = |&length: &usize| (0..self.n).map(move |i| (first + length + i).min(limit - 1) as i64);
-        let positions: Vec<i64> = self.lengths.iter().flat_map(row).collect();
+        let positions: Vec<i64> = self.lengths.iter().flat_map(row).collect_vec();
         Tensor::from_vec(positions, [self.lengths.len(), self.n], self.device_lengths.device())
     }
 

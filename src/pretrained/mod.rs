@@ -28,6 +28,7 @@ use self::{
 };
 use crate::{
     DType, Device, Error, ErrorKind, ParamStore, Result,
+    collect::CollectVec,
     config::{AutoregressiveConfig, TransformerWrapperConfig},
     error::ensure,
     io::{Format, Renamed, TensorFile, holds_gguf},
@@ -184,7 +185,7 @@ impl Pretrained {
     /// ```
     pub fn unused(&self) -> Vec<String> {
         let unused = self.names.unused(&self.file);
-        let mut unused: Vec<String> = unused.iter().map(|name| self.renamed.of_file(name)).collect();
+        let mut unused: Vec<String> = unused.iter().map(|name| self.renamed.of_file(name)).collect_vec();
         sort(&mut unused);
         unused
     }

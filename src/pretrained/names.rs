@@ -3,13 +3,14 @@
 //! A family has a list of [`Weight`]s: for each parameter of the model, the source of its values in the file. Tensors
 //! that are missing or have another shape are an error with a table; additional tensors of a file are listed.
 
-use std::collections::{BTreeSet, HashMap, HashSet};
+use std::collections::{HashMap, HashSet};
 
 use half::f16;
 
 use super::TensorFile;
 use crate::{
     DType, Error, ErrorKind, LeafId, ParamMap, QuantType, Result, Tensor,
+    collect::CollectVec,
     dtype::{Float, Real, dispatch_float},
     error::{ErrorContext, ensure},
     io::Stored,
@@ -98,12 +99,12 @@ impl Names {
                 Error::file(file.path(), format_args!("`{copy}` and `{original}` are tied in this family, but differ"))
             );
         }
-        let (mut loaded, mut packed) = (HashSet::new(), HashMap::new());
+        let (mut loaded, mut packed) = (Vec::new(), HashMap::new());
         for weight in &self.weights {
             let name = format!("{place}{}", weight.ours);
             let Some(param) = params.get(&name) else { continue };
             let old = param.tensor();
-            loaded.insert(param.leaf());
+            loaded.push(param.leaf());
             if may_be_packed.contains(&param.leaf()) && weight.theirs.quantized(file).is_some() {
                 packed.insert(param.leaf(), weight.packed(file)?.to_device(old.device())?);
                 continue;
@@ -113,11 +114,12 @@ impl Names {
             let tensor = tensor.to_device(old.device())?.to_dtype(old.dtype())?.contiguous()?;
             param.set(tensor).context(&name)?;
         }
+        sort(&mut loaded);
         let missing: Vec<String> = params
             .iter()
-            .filter(|(_, param)| !loaded.contains(&param.leaf()))
+            .filter(|(_, param)| loaded.binary_search(&param.leaf()).is_err())
             .map(|(name, _)| name.to_string())
-            .collect();
+            .collect_vec();
         ensure!(
             missing.is_empty(),
             Error::new(ErrorKind::Weights { missing, unused: Vec::new(), mismatched: Vec::new() })
@@ -129,21 +131,27 @@ impl Names {
     /// ignores.
     pub fn unused(&self, file: &TensorFile) -> Vec<String> {
         let used = self.used();
-        let copies: BTreeSet<&str> = self.copies.iter().map(|(copy, _)| copy.as_str()).collect();
         let known = |name: &str| {
-            used.contains(name)
-                || copies.contains(name)
+            used.binary_search(&name).is_ok()
+                || self.copies.iter().any(|(copy, _)| copy == name)
                 || self.left_out.iter().any(|start| name.starts_with(start.as_str()))
                 || is_buffer(file, name)
         };
         let names = file.names().chain(file.unreadable().map(|(name, _)| name));
-        let mut unused: Vec<String> = names.filter(|name| !known(name)).map(str::to_string).collect();
+        let mut unused: Vec<String> = names.filter(|name| !known(name)).map(str::to_string).collect_vec();
         sort(&mut unused);
         unused
     }
 
-    fn used(&self) -> BTreeSet<&str> {
-        self.weights.iter().flat_map(|weight| weight.theirs.names()).map(String::as_str).collect()
+    /// Returns the names of the tensors that weights are made from, each once, in alphabetical order.
+    fn used(&self) -> Vec<&str> {
+        let mut used = Vec::new();
+        for weight in &self.weights {
+            used.extend(weight.theirs.names().iter().map(String::as_str));
+        }
+        sort(&mut used);
+        used.dedup();
+        used
     }
 
     /// Checks that a file has all tensors that a model with these parameters needs and, if `strict`, no other weights.
@@ -153,7 +161,7 @@ impl Names {
     pub fn check(&self, file: &TensorFile, model: &ParamMap, strict: bool) -> Result<()> {
         let used = self.used();
         let missing: Vec<String> =
-            used.iter().filter(|name| file.info(name).is_none()).map(|name| name.to_string()).collect();
+            used.iter().filter(|name| file.info(name).is_none()).map(|name| name.to_string()).collect_vec();
         if let Some((name, why)) = missing.iter().find_map(|name| Some((name, file.inert(name)?))) {
             return Err(Error::file(file.path(), format_args!("weight `{name}` {why}")));
         }
