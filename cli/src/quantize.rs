@@ -64,11 +64,11 @@ impl Kind {
 pub fn run(args: QuantizeArgs) -> Result<()> {
     let pretrained = Pretrained::open(&args.model)?;
     if !pretrained.family().is_causal() {
-        let why = format!("is of the family {}, which does not continue texts", pretrained.family());
+        let why = format!("belongs to the {} family, which does not generate text", pretrained.family());
         return Err(Failure::new(why).within(&args.model));
     }
     if fs::symlink_metadata(&args.out).is_ok() && !args.overwrite {
-        return Err(Failure::new("exists; replace it with `--overwrite`").within(&args.out));
+        return Err(Failure::new("already exists; replace it with `--overwrite`").within(&args.out));
     }
     pretrained.write_quantized(&args.out, args.kind.quantized())?;
     print(format_args!("{}\n", describe::types(&TensorFile::open(&args.out)?)))

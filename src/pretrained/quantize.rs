@@ -41,7 +41,7 @@ impl Pretrained {
             file.format() == Format::Gguf,
             Error::file(
                 file.path(),
-                "is not GGUF, and only GGUF is quantised: convert the folder with `convert_hf_to_gguf.py` of llama.cpp first"
+                "expected a GGUF file; convert the folder with llama.cpp's `convert_hf_to_gguf.py` first"
             )
         );
         let Some(number) = file_type(kind) else {
