@@ -1,6 +1,9 @@
 //! Lists from iterators, in one loop for each type of element. The standard `collect` is compiled anew for each iterator, half
 //! a kilobyte at a time, and three times that for results.
 
+/// Number of results that memory is taken for at first: the count may come from a file that does not hold as many.
+const ROOM: usize = 1024;
+
 /// Collecting where the number of elements does not matter: each costs an indirect call.
 pub(crate) trait CollectVec: Iterator + Sized {
     fn collect_vec(mut self) -> Vec<Self::Item> {
@@ -12,7 +15,7 @@ pub(crate) trait CollectVec: Iterator + Sized {
     where
         Self: Iterator<Item = Result<T, E>>,
     {
-        try_collect(self.size_hint().1.unwrap_or(0), &mut self)
+        try_collect(self.size_hint().1.unwrap_or(0).min(ROOM), &mut self)
     }
 }
 

@@ -184,7 +184,7 @@ impl OptionArgs {
         TrainOptions {
             steps: self.steps.unwrap_or(defaults::STEPS),
             batch_size: self.batch_size,
-            // 0 is no limit.
+            // 0 means no limit.
             seq_len: self.seq_len.unwrap_or(if max_seq_len == 0 {
                 defaults.seq_len
             } else {

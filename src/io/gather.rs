@@ -52,7 +52,7 @@ fn for_blocks(
     });
     let mut dims: Vec<Dim> = dims.filter(|dim| dim.size > 1).collect_vec();
     sort_by(&mut dims, |a, b| a.from.cmp(&b.from));
-    // The dimensions that are innermost in the file, as many as fit a window, and a part of the next one.
+    // The innermost dimensions of the file that fit a window, and a part of the next one.
     let (mut inner, mut outer, mut span, mut rest) = (Vec::new(), Vec::new(), 1, None);
     for dim in dims {
         if !outer.is_empty() || dim.from * bytes > span * bytes + GAP {

@@ -187,7 +187,7 @@ impl TensorFile {
             return self.tensors();
         }
         let below = plain.iter().filter_map(|(plain, name)| Some((plain.strip_prefix(place)?, name)));
-        // An object of another kind is no tensor of a state dict.
+        // An object of another kind is not a tensor of a state dict.
         let below = below.filter(|(_, name)| self.info(name).is_some() || self.is_unreadable(name));
         try_ordered(below.map(|(own, name)| Ok((own.to_string(), self.tensor(name)?))))
     }

@@ -12,12 +12,14 @@ mod products;
 
 use std::fmt;
 
+use half::f16;
+
 pub(crate) use self::{
     panels::ROWS,
     products::{Activations, multiply},
 };
 
-use crate::{Error, Result, device::simd::vectorized, error::ensure};
+use crate::{Error, Result, device::simd::vectorized, dtype::Float, error::ensure};
 
 /// Quantised type of GGUF: blocks of 32 or 256 values with common scales.
 ///
@@ -267,32 +269,5 @@ fn each<const N: usize, const M: usize>(bytes: &[u8], out: &mut [f32], one: impl
 /// The f16 that begins at this byte of a block.
 #[inline(always)]
 fn half(block: &[u8], at: usize) -> f32 {
-    half_of(u16::from_le_bytes([block[at], block[at + 1]]))
-}
-
-/// The f16 of these bits: in integers, for levels without the instruction, and so that loops are vectorised.
-#[inline(always)]
-fn half_of(bits: u16) -> f32 {
-    let bits = u32::from(bits);
-    let rest = bits & 0x7FFF;
-    let normal = (rest << 13).wrapping_add(112 << 23);
-    let subnormal = (rest as f32 * (1.0 / (1 << 24) as f32)).to_bits();
-    let special = 0x7F80_0000 | (rest & 0x3FF) << 13 | if rest > 0x7C00 { 1 << 22 } else { 0 };
-    let magnitude = if rest < 0x400 { subnormal } else { normal };
-    let magnitude = if rest >= 0x7C00 { special } else { magnitude };
-    f32::from_bits((bits & 0x8000) << 16 | magnitude)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    /// Every number of 16 bits is what the crate `half` makes of it.
-    #[test]
-    fn halves_have_the_bits_of_the_crate_half() {
-        for bits in 0..=u16::MAX {
-            let expected = half::f16::from_bits(bits).to_f32();
-            assert_eq!(half_of(bits).to_bits(), expected.to_bits(), "{bits:x}");
-        }
-    }
+    f16::from_le_bytes([block[at], block[at + 1]]).to_acc()
 }

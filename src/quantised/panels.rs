@@ -111,7 +111,7 @@ unsafe fn halves<V: Bytes>(blocks: [*const u8; ROWS], at: usize) -> [f32; ROWS] 
     unsafe { V::halves(blocks.map(|block| u16::from_le_bytes(*block.add(at).cast()))) }
 }
 
-/// What is added to integers times their scale.
+/// Term added to integers times their scale.
 enum Offset {
     None,
     /// The scale times this factor.

@@ -26,7 +26,7 @@ pub(crate) struct Activations {
     pub(super) factors: Vec<Factors>,
 }
 
-/// What belongs to a group besides its integers.
+/// Scale and sums of a group.
 #[derive(Clone, Copy, Default)]
 pub(super) struct Factors {
     pub scale: f32,

@@ -581,7 +581,7 @@ fn gguf_files_are_quantised() {
         succeeds(&all).split(' ').next().and_then(|bits| bits.parse::<f64>().ok()).expect("a number of bits")
     };
     let exact = score(&model, "f32");
-    // Rows of 32 and 64 values are no blocks of 256.
+    // Rows of 32 and 64 values are not whole blocks of 256.
     for (kind, of_rows, of_table, most) in [
         ("q8_0", "Q8_0", "Q8_0", 0.05),
         ("q4_0", "Q4_0", "Q8_0", 0.6),

@@ -7,7 +7,6 @@ mod x86;
 use std::sync::OnceLock;
 
 use super::{
-    half_of,
     panels::{self, Bytes, GROUP, Panel, ROWS, Rows, STEP},
     products::Activations,
 };
@@ -31,15 +30,13 @@ impl Instructions {
         #[cfg(target_arch = "x86_64")]
         {
             use crate::device::{Level, simd};
-            // Every processor with AVX2 has F16C, so far.
-            let avx2 = simd::level() >= Level::Avx2 && is_x86_feature_detected!("f16c");
-            if avx2 && simd::level() >= Level::Avx512 && is_x86_feature_detected!("avx512vnni") {
+            if simd::level() >= Level::Avx512 && is_x86_feature_detected!("avx512vnni") {
                 usable.push(Self::Avx512Vnni);
             }
-            if avx2 && is_x86_feature_detected!("avxvnni") {
-                usable.push(Self::AvxVnni);
-            }
-            if avx2 {
+            if simd::level() >= Level::Avx2 {
+                if is_x86_feature_detected!("avxvnni") {
+                    usable.push(Self::AvxVnni);
+                }
                 usable.push(Self::Avx2);
             }
         }

@@ -1,6 +1,9 @@
 //! Kernels in plain code.
 
-use super::{Bytes, GROUP, Kernel, ROWS, STEP, half_of};
+use half::f16;
+
+use super::{Bytes, GROUP, Kernel, ROWS, STEP};
+use crate::dtype::Float;
 
 // SAFETY: plain arithmetic; the caller answers for the pointers.
 unsafe impl Bytes for [u8; GROUP] {
@@ -44,7 +47,7 @@ unsafe impl Bytes for [u8; GROUP] {
     // Not once for each type.
     #[inline(never)]
     unsafe fn halves(bits: [u16; ROWS]) -> [f32; ROWS] {
-        bits.map(half_of)
+        bits.map(|bits| f16::from_bits(bits).to_acc())
     }
 
     #[inline(never)]

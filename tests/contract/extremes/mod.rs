@@ -98,7 +98,7 @@ pub fn sweep() {
     }
     for Deviation { cases, said, file } in DEVIATIONS {
         let deviates = failures.iter().any(|(name, _)| name.starts_with(cases));
-        assert!(deviates, "`{cases}` agrees with PyTorch: it is no deviation any more");
+        assert!(deviates, "`{cases}` agrees with PyTorch and is no longer a deviation");
         let path = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join(file);
         let source =
             std::fs::read_to_string(path).expect("a source file").replace("\n    /// ", " ").replace("\n/// ", " ");
