@@ -5,6 +5,7 @@ mod ends;
 mod family;
 mod gguf;
 mod llama;
+mod llama_gguf;
 mod names;
 mod options;
 mod quantize;
@@ -19,6 +20,7 @@ use std::{
 
 pub use self::{
     family::Family,
+    quantize::write_quantized,
     sentence::{SentenceOptions, Similarity},
 };
 
