@@ -15,9 +15,10 @@ use x_transformers::{
 };
 
 use crate::{
+    allocator,
+    compute::dtypes,
     failure::{Failure, Result},
     files,
-    compute::dtypes,
     language::Language,
     tokenizer::Tokenizer,
     unused::StrictArgs,
@@ -128,6 +129,8 @@ impl Source {
                 return Err(Failure::new(why).within(path));
             }
             let language = Language::Pieces(Box::new(Tokenizer::of(&pretrained, tokenizer)?));
+            drop(pretrained.take_metadata());
+            allocator::trim();
             return Ok(Self { language, kind: Kind::Pretrained(Box::new(pretrained)), path: path.to_path_buf() });
         }
         if tokenizer.is_some() {

@@ -14,7 +14,7 @@ mod sentence;
 mod sentence_modules;
 
 use std::{
-    collections::HashSet,
+    collections::{BTreeMap, HashSet},
     path::{Path, PathBuf},
 };
 
@@ -33,7 +33,7 @@ use crate::{
     collect::CollectVec,
     config::{AutoregressiveConfig, TransformerWrapperConfig},
     error::ensure,
-    io::{Format, Renamed, TensorFile, holds_gguf},
+    io::{Format, Metadata, Renamed, TensorFile, holds_gguf},
     models::{AutoregressiveWrapper, TransformerWrapper},
     sort::sort,
 };
@@ -154,6 +154,12 @@ impl Pretrained {
     /// Returns the file with the weights, by the family's names in `transformers` or in GGUF.
     pub fn file(&self) -> &TensorFile {
         &self.file
+    }
+
+    /// Moves the metadata out of a GGUF file, the vocabulary among them: several megabytes that a model does not need. The
+    /// tokenizer is read before, and [`Pretrained::write_quantized`] needs them.
+    pub fn take_metadata(&mut self) -> BTreeMap<String, Metadata> {
+        self.file.take_metadata()
     }
 
     /// Returns the folder with the model's other files, such as the tokenizer; `None` for a GGUF file, which holds all.

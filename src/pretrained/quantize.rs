@@ -69,7 +69,7 @@ impl Pretrained {
     /// The metadata of a GGUF file stay, tokenizer included. For a folder they are made from its config, and `metadata` is
     /// added, in which the caller describes the tokenizer (`gguf_metadata` of the crate `x-transformers-tokenizers`).
     ///
-    /// Errors: a folder with options that GGUF has no name for, such as a window; a type that
+    /// Errors: a GGUF file whose metadata [were taken](Pretrained::take_metadata); a folder with options that GGUF has no name for, such as a window; a type that
     /// [is not packed](QuantType::is_packed); weights that are not finite or cannot be read;
     /// [`ErrorKind::Io`](crate::ErrorKind::Io).
     pub fn write_quantized(
@@ -101,6 +101,10 @@ impl Pretrained {
     fn write_anew(&self, path: &Path, kind: QuantType, more: &BTreeMap<String, Metadata>) -> Result<()> {
         let file = &self.file;
         let mut metadata: BTreeMap<String, Metadata> = file.metadata().clone();
+        ensure!(
+            metadata.contains_key("general.architecture"),
+            Error::file(file.path(), "has no metadata any more: they were moved out by `Pretrained::take_metadata`")
+        );
         metadata.retain(|key, _| key != "general.alignment" && !key.starts_with("split."));
         metadata.extend(more.clone());
         let tied = self.config.tie_embedding;

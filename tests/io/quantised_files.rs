@@ -62,6 +62,10 @@ fn folders_become_gguf_files_with_the_same_logits() -> Result<()> {
         let written = Pretrained::open(&path)?;
         assert_eq!(written.family(), pretrained.family());
         assert_eq!(written.file().metadata()["tokenizer.ggml.model"], Metadata::Text("none".to_string()));
+        let mut emptied = Pretrained::open(&path)?;
+        assert!(emptied.take_metadata().contains_key("general.architecture"));
+        let error = emptied.write_quantized(folder.0.join("none.gguf"), QuantType::Q8_0, &more).unwrap_err();
+        assert!(error.to_string().contains("take_metadata"), "{error}");
         let [before, after] = [&pretrained, &written].map(|model| logits(&model.model(DType::F32, &Device::Cpu)?));
         let off = relative(&after?, &before?)?;
         assert!(off < 0.01, "{name}: {off}");
