@@ -9,6 +9,7 @@ mod continuous;
 mod encoder_decoder;
 mod ends;
 mod generate;
+mod lora;
 mod model;
 #[cfg(feature = "cuda")]
 mod recorded;
@@ -27,9 +28,11 @@ pub use continuous::{ContinuousAutoregressiveWrapper, ContinuousTransformerWrapp
 pub use encoder_decoder::{EncoderDecoderOptions, XTransformer};
 pub use ends::{RowEnd, StopMatcher};
 pub use generate::{GenerateOptions, TokenStream};
+pub use lora::{LoraAdapter, LoraOptions};
 pub use model::{Model, RunOptions};
 #[cfg(feature = "cuda")]
 pub use recorded::RecordedDecode;
+pub(crate) use lora::LoraTarget;
 pub use sampling::{filter_probabilities, sample, sample_tokens};
 pub use sentence::{DenseActivation, DenseLayer, DenseResidual, Features, Pooling, SentenceEncoder, SentenceModule};
 pub use speculative::SpeculativeStats;

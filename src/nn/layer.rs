@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use super::{
-    Attention, AttentionInput, Branch, FeedForward, Norm, Packer, Past, Residual, cache::Decode, residual::Stream,
+    Attention, AttentionInput, Branch, FeedForward, Linear, Norm, Past, Residual, cache::Decode, residual::Stream,
     wrap::Wrap,
 };
 use crate::{
@@ -78,11 +78,11 @@ impl Layer {
         }
     }
 
-    /// Replaces weights of linear layers by packed ones; a custom branch is unchanged.
-    pub fn pack(&mut self, packer: Packer) -> Result<()> {
+    /// Calls `f` with each linear layer; those of a custom branch are not known.
+    pub fn for_linears(&mut self, f: &mut dyn FnMut(&mut Linear) -> Result<()>) -> Result<()> {
         match &mut self.function {
-            Function::Attention(attention) => attention.linears_mut().try_for_each(|linear| linear.pack(packer)),
-            Function::FeedForward(feedforward) => feedforward.linears_mut().try_for_each(|linear| linear.pack(packer)),
+            Function::Attention(attention) => attention.linears_mut().try_for_each(f),
+            Function::FeedForward(feedforward) => feedforward.linears_mut().try_for_each(f),
             Function::Custom(_) => Ok(()),
         }
     }

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use super::{
-    AttentionInput, Branch, ForwardOptions, LayersCache, Norm, Packer, RelativePositionBias,
+    AttentionInput, Branch, ForwardOptions, LayersCache, Linear, Norm, RelativePositionBias,
     cache::{Decode, LayerCache},
     layer::Layer,
     positions::rotary_frequencies,
@@ -109,10 +109,10 @@ impl AttentionLayers {
         Ok(Self { plan: Arc::new(plan), layers, bias, rotary, infused })
     }
 
-    /// Replaces weights of linear layers by packed ones; norms, gates and custom branches are unchanged.
-    pub(crate) fn pack(&mut self, packer: Packer) -> Result<()> {
+    /// Calls `f` with each linear layer of the branches; those of norms, gates and custom branches are not among them.
+    pub(crate) fn for_linears(&mut self, f: &mut dyn FnMut(&mut Linear) -> Result<()>) -> Result<()> {
         let mut layers = self.layers.iter_mut().enumerate();
-        layers.try_for_each(|(index, layer)| layer.pack(packer).context(format_args!("layers.{index}")))
+        layers.try_for_each(|(index, layer)| layer.for_linears(f).context(format_args!("layers.{index}")))
     }
 
     /// Returns the plan of the layers, in which custom branches are [`BranchPlan::Custom`].
