@@ -164,6 +164,7 @@ mod book {
         positions: "../docs/src/options/positions.md",
         memory: "../docs/src/options/memory.md",
         embeddings: "../docs/src/options/embeddings.md",
+        two: "../docs/src/options/two.md",
         pretrained: "../docs/src/pretrained.md",
         pytorch: "../docs/src/pytorch.md",
         training: "../docs/src/training.md",

@@ -3,7 +3,10 @@
 use serde::{Serialize, de::DeserializeOwned};
 use serde_json::Value;
 
-use super::later::is_later;
+use super::{
+    AttentionLayersConfig, ContinuousTransformerWrapperConfig, SamplingConfig, TransformerWrapperConfig,
+    ViTransformerWrapperConfig, later::is_later,
+};
 use crate::{Error, ErrorKind, Result, error::ensure};
 
 /// A JSON object.
@@ -119,6 +122,19 @@ fn nested(map: Map, groups: &[(&str, &str)]) -> Value {
     Value::Object(nested)
 }
 
+/// Returns `true` if this is an option of a class of x-transformers 0.22, or one that this crate added to them.
+pub(super) fn is_of_first(key: &str) -> bool {
+    let of_stack = ["enc_", "dec_"].iter().find_map(|prefix| key.strip_prefix(prefix)).unwrap_or(key);
+    let layers = flat(&AttentionLayersConfig::default());
+    let wrappers = [
+        flat(&TransformerWrapperConfig::default()),
+        flat(&ContinuousTransformerWrapperConfig::default()),
+        flat(&ViTransformerWrapperConfig::default()),
+        flat(&SamplingConfig::default()),
+    ];
+    wrappers.iter().chain([&layers]).any(|known| known.contains_key(of_stack))
+}
+
 /// Rejects unknown keys.
 pub(super) fn check_known<'a, I: Iterator<Item = &'a str> + Clone>(map: &Map, known: impl Fn() -> I) -> Result<()> {
     match map.keys().find(|&key| !known().any(|known| known == key)) {
@@ -132,7 +148,7 @@ pub(super) fn check_known<'a, I: Iterator<Item = &'a str> + Clone>(map: &Map, kn
 }
 
 /// Returns the known key with the fewest edits if those are few; otherwise one that only has an additional prefix.
-fn nearest<'a>(key: &str, mut known: impl Iterator<Item = &'a str> + Clone) -> Option<String> {
+pub(super) fn nearest<'a>(key: &str, mut known: impl Iterator<Item = &'a str> + Clone) -> Option<String> {
     let (edits, nearest) = known.clone().map(|known| (edit_distance(key, known), known)).min()?;
     if edits <= 2.max(key.len() / 3) {
         return Some(nearest.to_string());

@@ -53,6 +53,10 @@ pub fn sample_tokens(logits: &Tensor, config: &SamplingConfig, seed: u64, step: 
         FilterLogits::TopK => {
             SampleFilter::Best(k.unwrap_or_else(|| kept_by_share(filter_thres, logits.shape().last())))
         }
+        FilterLogits::TopShare => SampleFilter::Best(share(filter_thres, logits.shape().last())),
+        FilterLogits::RowTopA => {
+            return Err(Error::option("filter_logits_fn", "row_top_a is drawn row by row: use `generate`"));
+        }
         FilterLogits::TopP => SampleFilter::MassUpTo(1.0 - filter_thres),
         FilterLogits::Nucleus => SampleFilter::MassBelow(filter_thres),
         FilterLogits::TopA => SampleFilter::TopA { power: min_p_pow, ratio: min_p_ratio },
@@ -63,7 +67,12 @@ pub fn sample_tokens(logits: &Tensor, config: &SamplingConfig, seed: u64, step: 
 
 /// Returns the number of tokens of a vocabulary that top-k keeps for a threshold.
 fn kept_by_share(thres: f64, tokens: Option<&usize>) -> usize {
-    (((1.0 - thres) * tokens.copied().unwrap_or(0) as f64).ceil() as usize).max(1)
+    share(1.0 - thres, tokens)
+}
+
+/// Returns a share of a vocabulary, at least one token.
+fn share(share: f64, tokens: Option<&usize>) -> usize {
+    ((share * tokens.copied().unwrap_or(0) as f64).ceil() as usize).max(1)
 }
 
 /// Returns the distribution of the next token for each row of logits, after filter and temperature.
@@ -100,6 +109,10 @@ pub fn filter_probabilities(logits: &[Vec<f64>], config: &SamplingConfig) -> Res
             let keep = |row: &[f64]| config.k.unwrap_or(kept_by_share(thres, Some(&row.len())));
             logits.iter().map(|row| softmax(&scaled(&only_best(row, keep(row))))).collect()
         }
+        FilterLogits::TopShare => {
+            let keep = |row: &[f64]| share(thres, Some(&row.len()));
+            logits.iter().map(|row| softmax(&scaled(&only_best(row, keep(row))))).collect()
+        }
         FilterLogits::TopP => {
             logits.iter().map(|row| softmax(&scaled(&only_mass(row, |before| before > 1.0 - thres)))).collect()
         }
@@ -112,10 +125,11 @@ pub fn filter_probabilities(logits: &[Vec<f64>], config: &SamplingConfig) -> Res
             let limit = best.powf(config.min_p_pow) * config.min_p_ratio;
             probabilities.iter().map(|row| uniform_above(row, limit)).collect()
         }
-        FilterLogits::MinP => {
+        FilterLogits::MinP | FilterLogits::RowTopA => {
+            let power = if config.filter_logits_fn == FilterLogits::MinP { 1.0 } else { config.min_p_pow };
             let filter = |row: &Vec<f64>| {
                 let probabilities = softmax(row);
-                let limit = probabilities.iter().copied().fold(0.0, f64::max) * config.min_p_ratio;
+                let limit = probabilities.iter().copied().fold(0.0, f64::max).powf(power) * config.min_p_ratio;
                 let kept = row.iter().zip(probabilities).map(|(&x, p)| if p < limit { f64::NEG_INFINITY } else { x });
                 softmax(&scaled(&kept.collect::<Vec<_>>()))
             };

@@ -72,6 +72,11 @@ impl Linear {
         self.product(x, self.bias.as_ref())
     }
 
+    /// Returns the weight, `[out, in]`.
+    pub(super) fn weight(&self) -> Tensor {
+        self.weight.tensor()
+    }
+
     /// Computes the product with the weight or its 8-bit form, plus the bias if one is given.
     fn product(&self, x: &Tensor, bias: Option<&Param>) -> Result<Tensor> {
         let bias = bias.map(Param::tensor);
