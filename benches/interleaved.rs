@@ -1,11 +1,15 @@
 //! Single ops, one round for each line of standard input; benches/peers/cpu.py interleaves them with PyTorch's.
 //!
 //! `cargo bench --bench interleaved -- NAME` prints, for each line that it reads, a line of JSON with the median
-//! seconds of a repetition and the bytes of memory-bound ops; without a name it lists the names. `copy` times a copy,
-//! the reference for those ops. Shapes are those of a decoder of width 512 on 1024 tokens, and larger ones that do not
-//! fit the caches.
+//! seconds of a repetition and its work: the bytes of memory-bound ops, the operations of f32 products. Without a name
+//! it lists the names. `copy` and `peak` time their references: a copy, and multiply-adds in registers. `gemm:NAME`
+//! times the crate `gemm` on a product. Shapes are those of a decoder of width 512 on 1024 tokens, and larger ones that
+//! do not fit the caches.
+
+mod peak;
 
 use std::{
+    hint::black_box,
     io::BufRead,
     time::{Duration, Instant},
 };
@@ -104,20 +108,98 @@ fn adamw(clip: Option<f64>) -> Result<Run> {
     Ok(Box::new(move || timed(|| optimizer.step(&params, &gradients, 1e-4, clip))))
 }
 
-/// Product of `[m, k]` and `[k, n]`; a letter `t` marks an operand that is transposed in memory.
-fn product(form: &str, [m, k, n]: [usize; 3], dtype: DType) -> Result<Run> {
-    let (left, right) = (form.starts_with('t'), form.ends_with('t'));
-    let a = if left { normal(&[k, m], dtype)?.transpose(0, 1)? } else { normal(&[m, k], dtype)? };
-    let b = if right { normal(&[n, k], dtype)?.transpose(0, 1)? } else { normal(&[k, n], dtype)? };
-    Ok(Box::new(move || timed(|| a.matmul(&b))))
+/// Products of `[m, k]` and `[k, n]`: one, or eight of one attention head each.
+struct Products<'a> {
+    batch: usize,
+    sizes: [usize; 3],
+    /// A letter `t` marks an operand that is transposed in memory.
+    form: &'a str,
+    f32: bool,
 }
 
-/// Eight products of one head each: scores, then weighted values.
-fn batched(form: &str, [m, k, n]: [usize; 3], dtype: DType) -> Result<Run> {
-    let (left, right) = (form.starts_with('t'), form.ends_with('t'));
-    let a = if left { normal(&[8, k, m], dtype)?.transpose(1, 2)? } else { normal(&[8, m, k], dtype)? };
-    let b = if right { normal(&[8, n, k], dtype)?.transpose(1, 2)? } else { normal(&[8, k, n], dtype)? };
-    Ok(Box::new(move || timed(|| a.matmul(&b))))
+impl<'a> Products<'a> {
+    /// Returns `None` for the name of another op.
+    fn of(name: &'a str) -> Option<Self> {
+        let mut parts = name.split('-');
+        let batch = match parts.next()? {
+            "matmul" => 1,
+            "batched" => 8,
+            _ => return None,
+        };
+        let (form, sizes) = (parts.next()?, parts.next()?);
+        let sizes: Vec<usize> = sizes.split('x').filter_map(|size| size.parse().ok()).collect();
+        Some(Self { batch, sizes: sizes.try_into().ok()?, form, f32: parts.next()? == "f32" })
+    }
+
+    /// Returns `true` for each operand that is transposed in memory.
+    fn turned(&self) -> (bool, bool) {
+        (self.form.starts_with('t'), self.form.ends_with('t'))
+    }
+
+    fn run(&self) -> Result<Run> {
+        let ([m, k, n], (left, right)) = (self.sizes, self.turned());
+        let dtype = if self.f32 { DType::F32 } else { DType::BF16 };
+        let operand = |rows: usize, columns: usize, turned: bool| {
+            let sizes = if turned { [self.batch, columns, rows] } else { [self.batch, rows, columns] };
+            let shape = if self.batch == 1 { &sizes[1..] } else { &sizes[..] };
+            let x = normal(shape, dtype)?;
+            if turned { x.transpose(-2, -1) } else { Ok(x) }
+        };
+        let (a, b) = (operand(m, k, left)?, operand(k, n, right)?);
+        Ok(Box::new(move || timed(|| a.matmul(&b))))
+    }
+
+    /// Returns the products computed by the crate `gemm`, with the same layouts; it allocates its result too.
+    fn by_gemm(&self) -> Result<Run> {
+        let (batch, [m, k, n], (left, right)) = (self.batch, self.sizes, self.turned());
+        let values = |rows: usize, columns: usize| normal(&[batch, rows, columns], DType::F32)?.to_vec::<f32>();
+        let (a, b) = (values(m, k)?, values(k, n)?);
+        // Column stride, then row stride.
+        let strides = |turned: bool, rows: usize, columns: usize| {
+            if turned { (rows as isize, 1) } else { (1, columns as isize) }
+        };
+        let ((a_column, a_row), (b_column, b_row)) = (strides(left, m, k), strides(right, k, n));
+        let parallelism = match rayon::current_num_threads() {
+            1 => gemm::Parallelism::None,
+            threads => gemm::Parallelism::Rayon(threads),
+        };
+        Ok(Box::new(move || {
+            let clock = Instant::now();
+            let mut c = Vec::<f32>::with_capacity(batch * m * n);
+            for item in 0..batch {
+                let (a, b) = (&a[item * m * k..][..m * k], &b[item * k * n..][..k * n]);
+                // SAFETY: sizes and strides are those of the slices and of the allocation, which is only written.
+                unsafe {
+                    let c = c.as_mut_ptr().add(item * m * n);
+                    let (a, b, row) = (a.as_ptr(), b.as_ptr(), n as isize);
+                    gemm::gemm(
+                        m,
+                        n,
+                        k,
+                        c,
+                        1,
+                        row,
+                        false,
+                        a,
+                        a_column,
+                        a_row,
+                        b,
+                        b_column,
+                        b_row,
+                        0.0,
+                        1.0,
+                        false,
+                        false,
+                        false,
+                        parallelism,
+                    );
+                }
+            }
+            let elapsed = clock.elapsed();
+            black_box(c.as_ptr());
+            Ok(elapsed)
+        }))
+    }
 }
 
 /// Numbers of rows of elementwise ops that fit the caches, and of ones that do not.
@@ -155,7 +237,30 @@ fn names() -> Vec<String> {
     names
 }
 
-/// Returns the bytes that the formula of a memory-bound op must read and write; `None` for other ops.
+/// What bounds the speed of an op.
+#[derive(Clone, Copy, PartialEq)]
+enum Limit {
+    Memory,
+    Compute,
+}
+
+/// Returns what limits an op, and its work: the bytes that the formula of a memory-bound op must read and write, or the
+/// floating-point operations of an f32 product; `None` for other ops.
+fn work(name: &str) -> Option<(Limit, usize)> {
+    if name == "peak" {
+        return Some((Limit::Compute, peak::flops_of(PEAK_ROUNDS)));
+    }
+    if let Some(products) = Products::of(name) {
+        let flops = 2 * products.batch * products.sizes.iter().product::<usize>();
+        return products.f32.then_some((Limit::Compute, flops));
+    }
+    traffic(name).map(|bytes| (Limit::Memory, bytes))
+}
+
+/// Rounds of the multiply-add loop in a repetition of `peak`: some milliseconds.
+const PEAK_ROUNDS: usize = 200_000;
+
+/// Returns the bytes of a memory-bound op.
 fn traffic(name: &str) -> Option<usize> {
     let mut parts = name.split('-');
     let (kind, rows) = (parts.next()?, parts.next().and_then(|rows| rows.parse::<usize>().ok()).unwrap_or(1));
@@ -233,12 +338,20 @@ fn find(name: &str) -> Result<Option<Run>> {
         "adamw" => adamw(None)?,
         "adamw_clip" => adamw(Some(1.0))?,
         "attention" => attend(rows, dtype, pass)?,
-        kind @ ("matmul" | "batched") => {
-            let sizes: Vec<usize> = parts[2].split('x').filter_map(|size| size.parse().ok()).collect();
-            let sizes = [sizes[0], sizes[1], sizes[2]];
-            if kind == "matmul" { product(parts[1], sizes, dtype)? } else { batched(parts[1], sizes, dtype)? }
+        "peak" => Box::new(|| {
+            timed(|| {
+                peak::multiply_adds(PEAK_ROUNDS);
+                Ok(())
+            })
+        }),
+        _ => {
+            let (products, by_gemm) = match name.strip_prefix("gemm:") {
+                Some(name) => (Products::of(name).filter(|products| products.f32), true),
+                None => (Products::of(name), false),
+            };
+            let Some(products) = products else { return Ok(None) };
+            if by_gemm { products.by_gemm()? } else { products.run()? }
         }
-        _ => return Ok(None),
     }))
 }
 
@@ -256,22 +369,31 @@ fn main() -> Result<()> {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
     let given = arguments.iter().find(|argument| !argument.starts_with("--"));
     if arguments.iter().any(|argument| argument == "--test") {
-        for name in names() {
+        let more = ["copy", "peak", "gemm:matmul-tn-1024x512x512-f32", "gemm:batched-nt-1024x64x1024-f32"];
+        for name in names().into_iter().chain(more.map(String::from)) {
             let mut run = find(&name)?.unwrap_or_else(|| panic!("{name} is listed and not known"));
             run()?;
         }
         return Ok(());
     }
-    let known = given.filter(|name| *name == "copy" || names().contains(name));
+    let known = given.filter(|name| {
+        ["copy", "peak"].contains(&name.as_str())
+            || names().iter().any(|known| name.trim_start_matches("gemm:") == known)
+    });
     let Some(mut run) = known.map(|name| find(name)).transpose()?.flatten() else {
         for name in names() {
-            println!("{name}{}", if traffic(&name).is_some() { " memory" } else { "" });
+            let limit = match work(&name) {
+                Some((Limit::Memory, _)) => " memory",
+                Some((Limit::Compute, _)) => " compute",
+                None => "",
+            };
+            println!("{name}{limit}");
         }
         return Ok(());
     };
-    let bytes = given.and_then(|name| traffic(name)).map_or(String::new(), |bytes| format!(", \"bytes\": {bytes}"));
+    let work = given.and_then(|name| work(name)).map_or(String::new(), |(_, work)| format!(", \"work\": {work}"));
     for _ in std::io::stdin().lock().lines() {
-        println!("{{\"seconds\": {:e}{bytes}}}", round(&mut run)?);
+        println!("{{\"seconds\": {:e}{work}}}", round(&mut run)?);
     }
     Ok(())
 }

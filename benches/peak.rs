@@ -12,6 +12,7 @@ use std::{
 
 use criterion::{BenchmarkGroup, Criterion, Throughput, measurement::WallTime};
 use rayon::prelude::*;
+use x_transformers::device::Level;
 
 /// Peak rates per second.
 #[derive(Clone, Copy, Debug)]
@@ -47,20 +48,20 @@ const CHAINS: usize = 12;
 /// Loop of `rounds` multiply-adds on each of [`CHAINS`] vectors, and its number of lanes per vector.
 type Loop = (fn(usize) -> f32, &'static str, usize);
 
-/// Returns the widest loop that this processor supports.
+/// Returns the loop with the instructions of the level in use: the processor's, or the one that `XT_CPU` names.
 fn multiply_add() -> Loop {
-    #[cfg(target_arch = "x86_64")]
-    {
-        if is_x86_feature_detected!("avx512f") {
-            // SAFETY: the feature was detected.
-            return (|rounds| unsafe { x86::avx512(rounds) }, "AVX-512", 16);
-        }
-        if is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") {
-            // SAFETY: the features were detected.
-            return (|rounds| unsafe { x86::avx2(rounds) }, "AVX2", 8);
-        }
+    let wanted = Level::wanted().ok().flatten();
+    match wanted.map_or(Level::detected(), |wanted| wanted.min(Level::detected())) {
+        Level::Portable => (portable, "portable", 8),
+        // SAFETY: a level in use is one that the processor has.
+        #[cfg(target_arch = "x86_64")]
+        Level::Avx2 => (|rounds| unsafe { x86::avx2(rounds) }, "AVX2", 8),
+        // SAFETY: as above.
+        #[cfg(target_arch = "x86_64")]
+        _ => (|rounds| unsafe { x86::avx512(rounds) }, "AVX-512", 16),
+        #[cfg(not(target_arch = "x86_64"))]
+        _ => (portable, "portable", 8),
     }
-    (portable, "portable", 8)
 }
 
 /// Multiplies and adds in the vectors that every processor of the architecture has.
@@ -117,6 +118,17 @@ fn best(runs: usize, mut run: impl FnMut()) -> f64 {
         start.elapsed().as_secs_f64()
     };
     (0..runs).map(time).fold(f64::INFINITY, f64::min)
+}
+
+/// Multiplies and adds in registers on all threads of the pool, `rounds` times on each.
+pub fn multiply_adds(rounds: usize) {
+    let (run, ..) = multiply_add();
+    rayon::broadcast(|_| black_box(run(black_box(rounds))));
+}
+
+/// Returns the floating-point operations of [`multiply_adds`], a fused multiply-add being two.
+pub fn flops_of(rounds: usize) -> usize {
+    2 * rounds * CHAINS * multiply_add().2 * rayon::current_num_threads()
 }
 
 /// Floating-point operations per second in f32, a fused multiply-add being two, on one thread or on all of the pool.

@@ -4,7 +4,7 @@
 //   w <- decay w - rate m / (sqrt(v) / correction + eps)
 //
 // with the factors of src/ops/adamw.rs. Shapes: any; a row of the table has the addresses of w (T), g (GRAD), m, v and,
-// for half types, the weight in f32 that w is the rounding of. m and v are f32, f64 for f64.
+// for half types, the f32 master weight that w is rounded from. m and v are f32, f64 for f64.
 // Variants: DTYPE=f32 GRAD=f32
 // Variants: DTYPE=f64 GRAD=f64
 // Variants: DTYPE=bf16 GRAD=bf16,f32
@@ -20,7 +20,7 @@ typedef Element<T>::Acc Acc;
 
 enum { VALUE, GRADIENT, EXP_AVG, EXP_AVG_SQ, MASTER, POINTERS };
 
-// The factors, as the state's type.
+// The factors, in the type of the state.
 struct Factors {
     Acc grad_scale, decay, mean, beta2, square, rate, correction, eps;
 };

@@ -27,7 +27,7 @@ template <> constexpr f32 LARGEST<f16> = 65504;
 template <> constexpr f32 LARGEST<f32> = 3.4028234663852886e38f;
 template <> constexpr f64 LARGEST<f64> = 1.7976931348623157e308;
 
-// sum · factor, the mean of values: only rounding can make it larger than all of them.
+// sum · factor, a mean of values, which can only exceed all of them by rounding.
 __device__ __forceinline__ Acc mean_of(Acc sum, Acc factor) {
     const Acc mean = sum * factor;
     return fabs(mean) > LARGEST<T> && fabs(sum) < infinity() ? copysign((Acc)LARGEST<T>, mean) : mean;
@@ -111,7 +111,7 @@ struct Scores {
     i64 bias_query, bias_key;
     // The bias of distance 0; distances run from 1 - queries to keys - 1.
     const Acc* curve;
-    // If it is linear, the bias of the key after a query's position.
+    // For a linear curve, the bias of the key after a query's position.
     Acc slope;
     // Position of the head's first score among all: dropout counts them.
     u64 first;
@@ -140,7 +140,7 @@ struct Scores {
         const i64 padding = (i64)batch * (keys - spec.unmasked) - spec.unmasked;
         key_mask = spec.key_mask ? spec.key_mask + padding : nullptr;
         curve = spec.curves ? spec.curves + (i64)head * (queries + keys - 1) + queries - 1 : nullptr;
-        // A distance of 1 from the first query's position: a single query has none, nor needs it.
+        // A distance of 1 from the first query's position; a single query has none and needs none.
         linear = curve && spec.linear && queries > 1;
         slope = linear ? curve[shift + 1] : 0;
     }

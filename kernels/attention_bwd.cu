@@ -1,9 +1,9 @@
-// Attention, backward. With P the weights, P' the weights after dropout, D = Σ_e grad ⊙ out, with `out` as it was
-// before its rounding:
+// Attention, backward. With P the weights, P' the weights after dropout, and D = Σ_e grad ⊙ out, with `out` before
+// rounding:
 //
 //   dv = P'ᵀ grad    ds = P ⊙ (dropout(grad vᵀ) − D)    dq = scale ds k    dk = scale dsᵀ q
 //
-// and the biases get the sums of ds over the dimensions they were broadcast to. A key that has all the weight of a
+// and the biases get ds summed over the dimensions they were broadcast to. A key that has the whole weight of a
 // query has a ds of 0: dropout(grad vᵀ) − D would only be rounding error. Shapes and types as in attention_fwd.cu;
 // delta, which is D, and statistics [batch, heads, query].
 //
@@ -15,9 +15,9 @@
 //                          gradient of the position bias
 //   attention_bwd_keys     a block per tile of keys and tiles of [e, d]: dv and dk over the queries of all heads that
 //                          share the keys
-//   attention_bwd_bias     a block per tile of the bias: its gradient over all tiles that it was broadcast to. A pass
-//                          of its own costs two products more where a bias is learned, but needs no scratch for any
-//                          broadcast shape.
+//   attention_bwd_bias     a block per tile of the bias: its gradient over all tiles that it was broadcast to. A
+//                          separate pass costs two more products if a bias is learned, but needs no scratch memory for
+//                          any broadcast shape.
 //
 // Scores of one tile cost 2 d operations, their gradients 2 e more, each result 2 d or 2 e: limited by multiply-adds.
 //

@@ -7,14 +7,13 @@
 // [batch, capacity - front], query_mask [batch, query] and curves [heads, distances] may be null. T: f32, f64, bf16,
 // f16; products, statistics and sums in f32 (f64 for f64).
 //
-// Keys are cut into parts of PART, as on the CPU. attention_decode: a block takes parts of one head of keys a grid
-// apart, for QUERIES of the queries that read them, of all heads that share it and of all new tokens: their keys and
-// values are read once. Groups of lanes take the packets of a key, all keys of a batch in flight at once, then the
-// packets of values. attention_decode_join adds up the parts of a query in their order. The result of a query depends
-// only on its sequence, not on the batch, the capacity or the grid.
-// Reads each key and value once, and writes and reads e + 2 numbers for PART keys and query; limited by memory
-// bandwidth, for short caches of few heads and sequences by latency. Nothing that the host passes grows with the
-// sequence, so that a graph can hold the launch.
+// Keys are split into parts of PART, as on the CPU. attention_decode: a block takes parts of one key head, a grid
+// apart, for up to QUERIES of the queries (of the heads that share it, and of the new tokens) that read them, so that
+// keys and values are read once. Groups of lanes take the packets of a key, all keys of a batch in flight at once, then
+// the packets of values. attention_decode_join adds up the parts of a query in order. The result of a query depends
+// only on its sequence, not on the batch, the capacity or the grid. Reads each key and value once, and writes and reads
+// e + 2 numbers per query and PART keys; limited by memory bandwidth, for short caches with few heads and sequences by
+// latency. No launch argument depends on the length of the sequence, so that a graph can contain the launch.
 //
 // Variants: DTYPE=FLOATS QUERIES=1,4
 
@@ -187,8 +186,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
                 any_kept |= kept[n];
             }
             max = reduce_warp(max, [](Acc a, Acc b) { return fmax(a, b); });
-            // With nothing but -inf, exponentials must be 0 and not NaN. A power of two keeps sums of values in the
-            // range of numbers.
+            // If all scores are -inf, exponentials must be 0, not NaN. A power of two keeps sums of values within the
+            // finite range.
             const Acc shift = max == negative_infinity<Acc>() ? 0 : max;
 #pragma unroll
             for (i32 n = 0; n < PART / 32; ++n) {
@@ -202,7 +201,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
                 const i64 row = ((i64)b * heads + of.head) * queries + of.i;
                 Acc* to = statistics + (row * parts + part) * 2;
                 to[0] = max;
-                // 0 where no key was kept, and only there.
+                // 0 if, and only if, no key was kept.
                 to[1] = any && sum == 0 ? 1 : sum;
             }
         }
@@ -286,7 +285,7 @@ __device__ __forceinline__ void join(T* out, const Acc* sums, const Acc* of_part
     // and the result is NaN.
     const bool blind = !__syncthreads_or(seen);
     const i32 items = blind ? keys : count;
-    // Powers of two that keep sums of values in the range of numbers.
+    // Powers of two that keep sums of values within the finite range.
     Acc share = 1;
     for (i32 rest = items - 1; rest > 0; rest /= 2) share /= 2;
 
@@ -328,7 +327,7 @@ __device__ __forceinline__ void join(T* out, const Acc* sums, const Acc* of_part
 #pragma unroll
         for (i32 n = 0; n < N; ++n) {
             const Acc mean = total[n] / weights;
-            // Only rounding can make the mean of finite values infinite.
+            // The mean of finite values can only become infinite by rounding.
             const bool exceeds = fabs(mean) > -lowest<Acc>() && fabs(total[n]) <= -lowest<Acc>();
             out[f + n] = Element<T>::from_acc(exceeds ? copysign(-lowest<Acc>(), mean) : mean);
         }

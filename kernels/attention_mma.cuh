@@ -7,8 +7,8 @@
 
 #include "mma.cuh"
 
-// The file that includes this says by SPANS whether registers leave room for a path of its own for scores without masks
-// and biases, but those that are a slope times the distance.
+// The including file defines SPANS, which says whether registers leave room for a separate path for scores without
+// masks and biases, except biases that are a slope times the distance.
 
 constexpr i32 WARPS = 4, MMA_THREADS = 32 * WARPS;
 
@@ -16,8 +16,8 @@ constexpr i32 WARPS = 4, MMA_THREADS = 32 * WARPS;
 
 constexpr f32 LOG2_E = 1.4426950408889634f;
 
-// Up to here the largest score may be subtracted as a logarithm to base 2, by the multiply-add that brings a score to
-// it: rounding changes a weight by less than half types show. Beyond, scores are subtracted first.
+// Up to this magnitude the largest score may be subtracted after scaling to base 2, in one multiply-add: rounding then
+// changes a weight by less than half types resolve. Larger scores are subtracted first.
 constexpr f32 LARGE_SCORE = 256;
 
 typedef SwizzledTile<HEAD> Tile;
@@ -31,8 +31,8 @@ template <i32 COUNT, i32 THREADS = MMA_THREADS, typename To>
 __device__ __forceinline__ void copy_rows(const To& to, const Rows& rows, i32 first, i64 offset = 0) {
     constexpr u32 STEP = THREADS / To::PACKETS;
     static_assert(STEP % 8 == 0, "threads copy rows at one place of the swizzle");
-    // Places of the thread that are known before the loop over tiles would be kept in registers through it, which wider
-    // heads have no room for.
+    // Positions of the thread that are computed before the loop over tiles would occupy registers throughout, for which
+    // wider heads have no room.
     const u32 thread = HEAD > 32 ? ptx_opaque(threadIdx.x) : (u32)threadIdx.x;
     const u32 row = thread / To::PACKETS, packet = thread % To::PACKETS;
     const T* const none = rows.start;
@@ -57,11 +57,11 @@ template <typename A, typename B> struct Choice<false, A, B> {
     typedef B Type;
 };
 
-// Scores or weights of a warp. BY_KEY: its rows are keys, else queries.
+// Scores or weights of a warp. If BY_KEY, its rows are keys, otherwise queries.
 template <i32 M, i32 N, bool BY_KEY> struct ScoreSums : Sums<M, N> {
     typedef Sums<M, N> Base;
     static constexpr i32 QUERIES = BY_KEY ? Base::COLUMNS : Base::ROWS, KEYS = BY_KEY ? Base::ROWS : Base::COLUMNS;
-    // A bit for each of the thread's scores.
+    // One bit per score of the thread.
     static_assert(QUERIES * KEYS <= 64, "a thread has up to 64 scores");
     typedef typename Choice<QUERIES * KEYS <= 32, u32, u64>::Type Bits;
 
@@ -82,7 +82,7 @@ template <i32 M, i32 N, bool BY_KEY> struct ScoreSums : Sums<M, N> {
     __device__ __forceinline__ f32 finish(const Scores& scores, i32 first_query, i32 first_key) {
         constexpr i32 ROWS = 16 * M;
         const i32 rows = BY_KEY ? N : ROWS, columns = BY_KEY ? ROWS : N;
-        // The largest score stays the largest only under a positive scale.
+        // The largest score stays the largest only if the scale is positive.
         if (scores.scale > 0 && scores.plain(first_query, first_key, rows, columns)) return scores.scale;
         Bits kept = ~Bits(0);
         const bool masked = scores.mask || scores.pads_keys(first_key, columns), biased = scores.biased();
@@ -189,7 +189,7 @@ template <i32 M, i32 N, bool BY_KEY> struct ScoreSums : Sums<M, N> {
         return kept;
     }
 
-    // Sets the weights that dropout takes away to zero. Those it keeps are multiplied where the sums are complete.
+    // Sets the weights that dropout drops to zero. The others are scaled once the sums are complete.
     __device__ __forceinline__ void drop(Bits kept) {
 #pragma unroll
         for (i32 q = 0; q < QUERIES; ++q) {
@@ -251,12 +251,12 @@ template <i32 M, i32 N, bool BY_KEY> struct ScoreSums : Sums<M, N> {
             for (i32 k = 0; k < KEYS; ++k) score(q, k) = ptx_exp2(score(q, k) * to_log2 - base);
         }
     }
-    // A share of 0, of queries without weights, is an infinite exponent.
+    // A share of 0, for queries without weights, is an infinite exponent.
     static __device__ __forceinline__ f32 exponent_base(const Statistics& row) {
         return row.share == 0 ? infinity() : row.largest * LOG2_E - log2(row.share);
     }
 
-    // Gives the queries without keys their weights; `statistics` are those of the tile's queries.
+    // Sets the weights of queries without keys; `statistics` are those of the tile's queries.
     __device__ __forceinline__ void spread(
         const Scores& scores, const Statistics* statistics, i32 first_query, i32 first_key) {
         const Bits kept = scores.drops ? undropped(scores, first_query, first_key) : ~Bits(0);
@@ -346,8 +346,8 @@ __device__ __forceinline__ bool common_part(f32* common, const By& keys, const S
     return __syncthreads_or(mean != 0);
 }
 
-// Subtracts from the rows of a warp the common part of the keys times the sums of their gradients as they were
-// multiplied, of which each thread has a part.
+// Subtracts from the rows of a warp the common part of the keys times the sums of the rounded gradients, of which each
+// thread has a part.
 template <i32 M>
 __device__ __forceinline__ void take_common(Sums<M, HEAD>& sums, f32 (&gradients)[2 * M], const f32* common) {
 #pragma unroll
@@ -371,7 +371,7 @@ template <i32 M> __device__ __forceinline__ void to_residual(Sums<M, HEAD>& sums
     }
 }
 
-// Writes the rows of a warp, times `factor`, through its part of `tile`, which nobody else uses any more.
+// Writes the rows of a warp, times `factor`, through its part of `tile`, which no other warp uses any more.
 template <i32 M, typename By>
 __device__ __forceinline__ void write_rows(
     T* storage, const Layout& at, i32 batch, i32 head, i32 first, Sums<M, HEAD>& sums, f32 factor, const By& tile) {

@@ -4,9 +4,9 @@
 //   attention_mma_bwd_queries  blocks own 64 M queries, tiles of keys and values pass by: dq, position bias
 //   attention_mma_bwd_keys     blocks own 64 M keys, tiles of queries and output gradients pass by: dk, dv
 //
-// The second computes the transposed scores, k qᵀ: weights and gradients of scores are then operands of the products
-// with the gradients and the queries as they lie in the registers. Three products for the one and four for the other,
-// two of which are the same: adding nothing atomically costs 7 products where 5 would do.
+// The second computes the transposed scores, k qᵀ: weights and score gradients are then operands, straight from
+// registers, of the products with the output gradients and the queries. The first takes three products and the second
+// four, two of which are the same: avoiding atomic additions costs 7 products instead of 5.
 //
 // Variants: DTYPE=HALVES HEAD=32,64,128
 
@@ -52,7 +52,7 @@ extern "C" __global__ void __launch_bounds__(MMA_THREADS, 2) attention_mma_bwd_q
     const Tile q_tile = {start}, grad_tile = {start + ROWS * HEAD};
     const auto k_tile = [&](i32 stage) { return Tile{start + (2 * ROWS + 2 * N * stage) * HEAD}; };
     const auto v_tile = [&](i32 stage) { return Tile{start + (2 * ROWS + 2 * N * stage + N) * HEAD}; };
-    // The gradients of scores as a tile, for the sums over its diagonals; used if `position` is wanted.
+    // The gradients of scores as a tile, for the sums over its diagonals; used only if `position` is requested.
     f32* const ds_tile = reinterpret_cast<f32*>(start + (2 * ROWS + 4 * N) * HEAD);
     constexpr i32 DS_PITCH = N + 4;
 
@@ -115,7 +115,7 @@ extern "C" __global__ void __launch_bounds__(MMA_THREADS, 2) attention_mma_bwd_q
         key = following, stage ^= 1;
     }
     ptx_cp_async_wait<0>();
-    // The copies of all threads have landed where results are put together.
+    // The copies of all threads are complete: results reuse their memory.
     __syncthreads();
     if (has_common) take_common(acc, gradients, common);
     if (dq) write_rows(dq, dq_at, batch, head, first, acc, scores.scale, q_tile);
@@ -130,10 +130,10 @@ extern "C" __global__ void __launch_bounds__(MMA_THREADS, 2) attention_mma_bwd_k
     extern __shared__ uint4 memory[];
     __shared__ Scores scores;
     __shared__ Rows q_rows, k_rows, v_rows, grad_rows;
-    // Of the queries of a step; every thread reads those of many.
+    // Per query of a step; every thread reads those of many queries.
     __shared__ Statistics row_statistics[N];
     __shared__ f32 row_delta[N];
-    // Of the first head.
+    // Those of the first head.
     __shared__ const Statistics* all_statistics;
     __shared__ const f32* all_delta;
     const i32 heads = q_at.dims[1], queries = q_at.dims[2], kv_heads = k_at.dims[1], keys = k_at.dims[2];
@@ -229,7 +229,7 @@ extern "C" __global__ void __launch_bounds__(MMA_THREADS, 2) attention_mma_bwd_k
         step = following, stage ^= 1;
     }
     ptx_cp_async_wait<0>();
-    // The copies of all threads have landed where results are put together.
+    // The copies of all threads are complete: results reuse their memory.
     __syncthreads();
     if (dk) write_rows(dk, dk_at, batch, kv_head, first, dk_sums, scores.scale, k_tile);
     if (dv) write_rows(dv, dv_at, batch, kv_head, first, dv_sums, scores.factor, v_tile);

@@ -1,12 +1,12 @@
 // Attention, forward, on tensor cores; shapes and results as in attention_fwd.cu, for rows of up to HEAD features.
 //
 // A block of four warps owns 64 M queries of a head, 16 M per warp, and walks over tiles of N keys: scores by
-// mma.m16n8k16, the running maximum and sum of FlashAttention-2 (Dao, 2023), then the product with the values, whose
-// operand is the registers of the weights. Exponentials are to base 2, with the scale folded in, and take differences
-// first where scores are large. If bf16 values near the largest number have overflowed in the sums, everything is
-// computed again with weights that are a power of two smaller.
-// M = 2 reads each fragment of keys and values for two products, which halves the traffic of shared memory; that, and
-// not the tensor cores, limits M = 1. N is what registers allow without spills.
+// mma.m16n8k16, the running maximum and sum of FlashAttention-2 (Dao, 2023), then the product with the values, which
+// takes the weights from registers. Exponentials are to base 2, with the scale folded in; where scores are large, they
+// are subtracted first. If sums of bf16 values near the largest number overflow, everything is recomputed with weights
+// smaller by a power of two.
+// With M = 2 each fragment of keys and values is read for two products, which halves the traffic of shared memory, the
+// bottleneck of M = 1. N is the largest size without spills.
 //
 // Variants: DTYPE=HALVES HEAD=32,64,128
 

@@ -1,10 +1,9 @@
 // Position biases of attention as curves, and the gradients of their weights; see attention_position.cuh.
 //
-// Shapes: curves [heads, queries + keys - 1], from distance 1 - queries on; weights, dweights [parameters, heads];
-// sums [batch, heads, tiles, parameters], from attention_bwd_queries for each tile of queries. T: f32, f64, the
-// type that attention computes in.
-// Forward a thread per distance, backward a warp per weight, which adds the tiles up in f64 in a fixed order. Both move
-// little: curves are linear in the sequence.
+// Shapes: curves [heads, queries + keys - 1], from distance 1 - queries on; weights, dweights [parameters, heads]; sums
+// [batch, heads, tiles, parameters], from attention_bwd_queries for each tile of queries. T: f32, f64, the type that
+// attention computes in. Forward, one thread per distance; backward, one warp per weight, which adds up the tiles in
+// f64 in a fixed order. Both move little: curves are linear in the length of the sequence.
 //
 // Variants: DTYPE=f32,f64
 

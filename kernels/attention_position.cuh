@@ -3,8 +3,8 @@
 //   curve[distance] = weights[parameter(distance), head] · factor(distance),    distance = key - query
 //
 // T5 has a parameter per bucket and one factor for all; ALiBi has one parameter per head, the slope, times the distance
-// counted from the query's position (the softmax does not see the difference to counting from 0, and small numbers
-// keep their digits). The sums over a head's distances are the gradients of its weights.
+// counted from the query's position (the softmax is invariant to the offset, and small numbers keep their digits). The
+// sums over a head's distances are the gradients of its weights.
 
 struct PositionTerms {
     // Buckets of the distances 0 to `reach` of keys before the query; null for ALiBi. Larger distances share the last.
@@ -34,8 +34,8 @@ template <i32 QUERIES, i32 KEYS, typename A> struct PositionTile {
     A sums[DIAGONALS];
     i32 parameters[DIAGONALS];
 
-    // Adds a tile in shared memory, the first key and query of which are `distance` apart, to the sums of the block.
-    // Each parameter has one thread that adds to it, and the diagonals have a fixed order.
+    // Adds a tile in shared memory, whose first key and query are `distance` apart, to the sums of the block. One
+    // thread adds to each parameter, in a fixed order of the diagonals.
     __device__ __forceinline__ void add(
         A* to, const A* tile, i32 pitch, const PositionTerms& terms, i32 distance) {
         __syncthreads();

@@ -2,9 +2,9 @@
 // computation. It serves every element type, every card and every number of features.
 //
 // A block of ACROSS × ACROSS threads owns tiles of TILE × TILE scores, SIDE × SIDE of them per thread, and TILE columns
-// of a result at a time. SIDE is what 128 bits hold, so that every access to shared memory is that wide. Features are
-// staged CHUNK at a time; nothing depends on how many there are. Blocks of f64, the type of gradient tests, are small,
-// because their sequences are short.
+// of a result at a time. SIDE elements have 128 bits, the width of every access to shared memory. Features are staged
+// CHUNK at a time; nothing depends on their number. Blocks of f64, the type of gradient tests, are small, because their
+// sequences are short.
 
 constexpr i32 SIDE = 16 / sizeof(Acc);
 constexpr i32 ACROSS = sizeof(Acc) == 8 ? 8 : 16;
@@ -12,7 +12,7 @@ constexpr i32 TILE = ACROSS * SIDE;
 constexpr i32 CHUNK = 128 / sizeof(Acc);
 constexpr i32 TILE_THREADS = ACROSS * ACROSS;
 
-// Steps between the rows of shared tiles: 128 bits more than the row, so that columns meet different banks.
+// Strides of shared tiles: 128 bits more than the row, so that columns hit different banks.
 constexpr i32 CHUNK_PITCH = CHUNK + SIDE;
 constexpr i32 SCORE_PITCH = TILE + SIDE;
 
@@ -30,7 +30,7 @@ __device__ __forceinline__ i32 thread_row() { return threadIdx.x / ACROSS; }
 __device__ __forceinline__ i32 thread_column() { return threadIdx.x % ACROSS; }
 
 // Copies TILE rows of COLUMNS features to shared memory, zeros where there are none. Row r goes to slot
-// r % SIDE * ACROSS + r / SIDE if `INTERLEAVED`: the threads that read every SIDE-th row then meet different banks.
+// r % SIDE * ACROSS + r / SIDE if `INTERLEAVED`: threads that read every SIDE-th row then hit different banks.
 template <i32 COLUMNS, i32 PITCH, bool INTERLEAVED, int N>
 __device__ __forceinline__ void stage_packets(Acc* to, const Rows& rows, i32 first, i32 column) {
     constexpr i32 PER_ROW = COLUMNS / N;
@@ -68,7 +68,7 @@ __device__ __forceinline__ void stage(Acc* to, const Rows& rows, i32 first, i32 
 struct Shared {
     Scores of_head;
     Rows q, k, v, grad;
-    // Of the head's queries; the backward pass has them.
+    // Statistics of the head's queries; only in the backward pass.
     const Statistics* statistics;
     const Acc* delta;
     alignas(16) Acc scores[TILE * SCORE_PITCH];
@@ -112,13 +112,13 @@ __device__ __forceinline__ void multiply_rows(
     }
 }
 
-// The place of a row of the thread's square in the shared tile.
+// Position of a row of the thread's square in the shared tile.
 __device__ __forceinline__ Vector& score_row(Shared& shared, i32 r) {
     Acc* row = shared.scores + (thread_row() * SIDE + r) * SCORE_PITCH + thread_column() * SIDE;
     return *reinterpret_cast<Vector*>(row);
 }
 
-// Puts a tile in shared memory for the products below. The barrier waits for the readers of the previous one.
+// Stores a tile in shared memory for the products below. The barrier waits for the readers of the previous one.
 __device__ __forceinline__ void put_scores(Shared& shared, const Square& s) {
     __syncthreads();
 #pragma unroll
@@ -171,7 +171,7 @@ __device__ __forceinline__ void add_product(
     }
 }
 
-// Writes TILE columns of the thread's rows of a result, and their rounding errors if wanted.
+// Writes TILE columns of the thread's rows of a result, and their rounding errors if requested.
 __device__ __forceinline__ void write_rows(
     T* storage, const Layout& at, i32 batch, i32 head, i32 first, i32 column, const Square& acc, Acc factor,
     T* residual = nullptr) {
@@ -254,7 +254,7 @@ __device__ __forceinline__ bool blind_query(const Shared& shared, i32 query) {
     return warp_any(query, min(query + TILE, shared.q.count), blind);
 }
 
-// Gives the queries without keys their weights.
+// Sets the weights of queries without keys.
 __device__ __forceinline__ void spread_weights(Square& p, const Shared& shared, i32 query, i32 key) {
     const Scores& scores = shared.of_head;
 #pragma unroll

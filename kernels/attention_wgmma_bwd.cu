@@ -4,8 +4,8 @@
 //   attention_wgmma_bwd_queries  blocks own 128 queries, tiles of keys and values pass by: dq
 //   attention_wgmma_bwd_keys     blocks own 128 keys, tiles of queries and output gradients pass by: dk, dv
 //
-// Products with operands in registers run while the next tile's weights are computed: their tiles stay in one of three
-// stages. The gradient of position biases is that of attention_mma_bwd.cu.
+// Products with operands in registers run while the weights of the next tile are computed: their tiles stay in one of
+// three stages. The gradient of position biases is computed by attention_mma_bwd.cu.
 //
 // Variants: DTYPE=HALVES HEAD=64,128
 
@@ -112,7 +112,7 @@ extern "C" __global__ void __launch_bounds__(BACKWARD_THREADS, 1) attention_wgmm
     acc.clear(), gradients.clear();
     copy_rows<ROWS, BACKWARD_THREADS>(q_tile, q_rows, first);
     copy_rows<ROWS, BACKWARD_THREADS>(grad_tile, grad_rows, first);
-    // The product before the first tile's is one with zeros, and nothing is added to it.
+    // The product before that of the first tile is with zeros, and its result is overwritten.
     i32 key = next(seen.start / N * N), count = 0, stage = 0, before = 0;
     copy_keys(key, 0, 0);
     landed();

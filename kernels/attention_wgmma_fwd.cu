@@ -1,6 +1,6 @@
 // Attention, forward, on the tensor cores of sm_90a; shapes and results as in attention_fwd.cu, for rows of up to HEAD
 // features. The algorithm is that of attention_mma_fwd.cu, with warpgroup products: 64 queries each, operands in
-// swizzled shared memory, weights from the registers. The tensor cores work while the warps compute exponentials
+// swizzled shared memory, weights from registers. The tensor cores work while the warps compute exponentials
 // (FlashAttention-3, Shah et al., 2024).
 //
 // Variants: DTYPE=HALVES HEAD=64,128

@@ -1,4 +1,4 @@
-// The body of attention_wgmma_fwd.cu, by the sizes of its tiles.
+// The body of attention_wgmma_fwd.cu, parameterized by tile sizes.
 
 #include "common.cuh"
 
@@ -10,8 +10,8 @@
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
 
-// Forward pass of blocks of WARPGROUPS · 64 queries over tiles of KEYS keys. OVERLAP: the product with the values of a
-// tile runs while the weights of the next are computed.
+// Forward pass of blocks of WARPGROUPS · 64 queries over tiles of KEYS keys. If OVERLAP, the product with the values of
+// a tile runs while the weights of the next one are computed.
 template <i32 WARPGROUPS, i32 KEYS, bool OVERLAP> struct WgmmaForward {
     static constexpr i32 ROWS = 64 * WARPGROUPS, THREADS = WARPGROUP * WARPGROUPS;
     typedef WgmmaTile<ROWS, HEAD> QueryTile;
@@ -110,7 +110,7 @@ template <i32 WARPGROUPS, i32 KEYS, bool OVERLAP> struct WgmmaForward {
         const auto here = [](i32 position) { return (i32)ptx_opaque(position); };
         copy_rows<ROWS, THREADS>(q_tile, q_rows, first);
         bool empty;
-        // Once more if sums overflow.
+        // Repeats once if sums overflow.
         for (bool done = false; !done;) {
             acc.clear();
             max[0] = max[1] = -infinity(), sum[0] = sum[1] = 0;
@@ -119,7 +119,8 @@ template <i32 WARPGROUPS, i32 KEYS, bool OVERLAP> struct WgmmaForward {
             if constexpr (OVERLAP) {
                 ptx_cp_async_commit();
                 weights.clear();
-                // Tiles so far. The product before the first is one with zeros, and nothing is added to it.
+                // Number of tiles so far. The product before the first one is with zeros, and its result is
+                // overwritten.
                 i32 count = 0;
                 while (key < seen.end) {
                     const i32 following = next(key + KEYS);
@@ -136,7 +137,7 @@ template <i32 WARPGROUPS, i32 KEYS, bool OVERLAP> struct WgmmaForward {
                     const f32 unit = s.finish(scores, here(query), key, plain[threadIdx.x / 32], key, KEYS);
                     exponentials(s, unit, lower, correction);
                     if (scores.drops) s.drop(s.undropped(scores, here(query), key));
-                    // Computed before the wait, and not when they are used.
+                    // Computed before the wait instead of at their use.
                     wgmma_settle(s);
                     ptx_wgmma_wait<0>();
                     wgmma_settle(acc);

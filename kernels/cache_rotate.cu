@@ -1,4 +1,4 @@
-// Rotary position embedding of the rows of a step, see rotary.cu: row i of sequence b is turned by the angles of
+// Rotary position embedding of the rows of a step, see rotary.cu: row i of sequence b is rotated by the angles of
 // position offset + ends[b] + i.
 //
 // Shapes: y [batch, heads, rows, d] packed, x the same of any layout with packed features, table [positions, 2 pairs],

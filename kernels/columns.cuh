@@ -1,10 +1,10 @@
-// Walks down the columns of packed rows: a block has WIDTH threads side by side, each for a packet of columns, and
-// HEIGHT rows at once.
+// Loops down the columns of packed rows: a block has WIDTH threads, each for a packet of columns, and takes HEIGHT rows
+// at once.
 
 constexpr u32 WIDTH = 32, HEIGHT = 8;
 
-// Calls body(column, Lanes<N>()) for the first of the columns of this thread: packets if `packed`, which asks for
-// 128-bit aligned rows, or single ones.
+// Calls body(column, Lanes<N>()) for the first column of this thread: packets if `packed`, which requires 128-bit
+// aligned rows, otherwise single columns.
 template <typename Body> __device__ __forceinline__ void for_columns(u32 columns, bool packed, Body body) {
     if (packed && columns % LANES == 0) {
         const u32 step = gridDim.x * WIDTH * LANES;

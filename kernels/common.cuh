@@ -77,7 +77,7 @@ template <> struct Element<bool> {
 // a truth value is true if the number is not 0.
 template <typename E> __device__ __forceinline__ E from_f64(f64 x) {
     if constexpr (sizeof(E) == 2) {
-        // To f32 first, with the last bit set if anything was cut off: rounding that is as good as rounding x itself.
+        // To f32 first, with the last bit set if any bits were cut off: rounding that equals rounding x itself.
         const f32 nearest = (f32)x;
         const bool cut = (f64)nearest != x, away = fabs((f64)nearest) > fabs(x);
         return Element<E>::from_acc(__uint_as_float((__float_as_uint(nearest) - away) | cut));
@@ -92,7 +92,7 @@ template <> __device__ __forceinline__ i64 from_f64<i64>(f64 x) {
     return x >= 9223372036854775808.0 ? MAX : x < -9223372036854775808.0 ? -MAX - 1 : (i64)x;
 }
 
-// The smallest finite number: where a running maximum starts. exp(lowest - lowest) is 1 where infinities give NaN.
+// The lowest finite number: the start of a running maximum. exp(lowest - lowest) is 1, where infinities give NaN.
 template <typename A> __device__ __forceinline__ A lowest();
 template <> __device__ __forceinline__ f32 lowest<f32>() { return -3.4028234663852886e38f; }
 template <> __device__ __forceinline__ f64 lowest<f64>() { return -1.7976931348623157e308; }
@@ -117,7 +117,8 @@ struct Layout {
 };
 static_assert(sizeof(Layout) == 88, "Layout must have the size that the launch passes");
 
-// The remainder of i / size; i becomes the quotient. In 32 bits where they suffice: cards have no division in 64 bits.
+// Returns the remainder of i / size; i becomes the quotient. In 32 bits where they suffice: GPUs have no 64-bit
+// division.
 __device__ __forceinline__ u32 divide(u64& i, u32 size) {
     const u64 whole = i;
     i = whole >> 32 == 0 ? (u32)whole / size : whole / size;
@@ -166,7 +167,7 @@ template <int N, typename E> __device__ __forceinline__ Packet<N, E> load(const 
     }
 }
 
-// As above, from addresses that are aligned for a packet only if `packed`.
+// The same, from addresses that are aligned for a packet only if `packed`.
 template <int N, typename E> __device__ __forceinline__ Packet<N, E> load(const E* from, bool packed) {
     if (packed) return load<N>(from);
     Packet<N, E> packet;
@@ -185,8 +186,8 @@ template <int N, typename E> __device__ __forceinline__ void store(E* to, const 
     }
 }
 
-// The elements of a packet of 128 bits. Those of half types by shifts, which become one instruction with that of the
-// conversion to f32; as bytes of memory they would take two or three.
+// The elements of a packet of 128 bits. Half types are extracted by shifts, which fuse with the conversion to f32 into
+// one instruction; extracting them as bytes would take two or three.
 template <int N, typename E> __device__ __forceinline__ Packet<N, E> unpack(const u32 (&part)[4]) {
     Packet<N, E> packet;
     if constexpr (sizeof(E) == 2) {
@@ -201,8 +202,8 @@ template <int N, typename E> __device__ __forceinline__ Packet<N, E> unpack(cons
     return packet;
 }
 
-// A packet of 128 bits as it lies in memory, to hold in registers for later, where lanes of half types would take one
-// each. `forget` makes the compiler unpack it again instead of keeping the unpacked values.
+// A packet of 128 bits as in memory, for holding in registers: unpacked lanes of half types would take a register each.
+// `forget` makes the compiler unpack it again instead of keeping the unpacked values.
 template <int N, typename E = T> struct Raw {
     u32 part[4] = {};
 
@@ -257,7 +258,7 @@ template <int N, typename E = T> struct Raw {
     }
 };
 
-// As Raw, for packets of any width.
+// Like Raw, for packets of any width.
 template <int N, typename E> struct Few {
     Packet<N, E> packet = {};
 
@@ -286,7 +287,7 @@ template <int N> struct Lanes {
 };
 
 // Calls body(i, Lanes<N>()) for the positions 0, N, 2N, … of n elements, each by one thread of the grid: packets of
-// WIDTH if `packed`, which asks for 128-bit aligned addresses, then what is left one by one.
+// WIDTH if `packed`, which requires 128-bit aligned addresses, then the remainder one by one.
 template <int WIDTH = LANES, typename Body>
 __device__ __forceinline__ void for_elements(i64 n, bool packed, Body body) {
     const i64 thread = (i64)blockIdx.x * blockDim.x + threadIdx.x, threads = (i64)gridDim.x * blockDim.x;
@@ -295,8 +296,8 @@ __device__ __forceinline__ void for_elements(i64 n, bool packed, Body body) {
     for (i64 i = in_packets + thread; i < n; i += threads) body(i, Lanes<1>());
 }
 
-// As for_elements, by use(i, fetch(i, true, lanes), lanes); AT_ONCE packets of a thread are read before the first is
-// used. fetch(i, false, lanes) reads nothing.
+// Like for_elements, with use(i, fetch(i, true, lanes), lanes); AT_ONCE packets of a thread are read before the first
+// is used. fetch(i, false, lanes) reads nothing.
 template <int AT_ONCE, typename Fetch, typename Use>
 __device__ __forceinline__ void for_batches(i64 n, bool packed, Fetch fetch, Use use) {
     const i64 thread = (i64)blockIdx.x * blockDim.x + threadIdx.x, threads = (i64)gridDim.x * blockDim.x;
@@ -315,11 +316,11 @@ __device__ __forceinline__ void for_batches(i64 n, bool packed, Fetch fetch, Use
     for (i64 i = in_packets + thread; i < n; i += threads) use(i, fetch(i, true, Lanes<1>()), Lanes<1>());
 }
 
-// The threads with one threadIdx.y share a row: a warp each (blockDim.x 32, several rows a block), or several warps
-// (blockDim.x a larger multiple of 32), which must then walk through their rows in step with all of the block.
+// Threads with the same threadIdx.y share a row: one warp (blockDim.x 32, several rows per block), or several warps
+// (blockDim.x a larger multiple of 32), which must then loop over their rows together with the whole block.
 //
 // Calls body(j, Lanes<N>()) for the positions 0, N, 2N, … of a row, each by one thread: packets of WIDTH if `packed`,
-// which asks for 128-bit aligned rows, then what is left one by one. A thread sees the same elements in the same order
+// which requires 128-bit aligned rows, then the remainder one by one. A thread sees the same elements in the same order
 // either way, so that sums do not depend on where a row starts.
 template <int WIDTH = LANES, typename Body>
 __device__ __forceinline__ void for_row(u32 columns, bool packed, Body body) {
@@ -335,7 +336,7 @@ __device__ __forceinline__ void for_row(u32 columns, bool packed, Body body) {
 }
 
 // Combines the values of the threads of a row; each of them gets the same bits, in an order fixed by blockDim.x.
-// `none` is the value that changes nothing. All threads of the row must call it, and all of the block if a row has
+// `none` is the identity of the operation. All threads of the row must call it, and the whole block if a row has
 // several warps.
 template <typename A, typename F> __device__ __forceinline__ A reduce_warp(A value, F combine) {
 #pragma unroll
@@ -363,8 +364,8 @@ template <typename A> __device__ __forceinline__ A max_row(A value) {
     return reduce_row(value, lowest<A>(), [](A a, A b) { return a > b ? a : b; });
 }
 
-// Indices out of range cannot stop a kernel. It stays within its tables and reports a fault, of which the first one
-// counts; the host turns it into an error the next time it waits for the device.
+// An index out of range cannot stop a kernel. It stays within its tables and reports a fault, the first of which the
+// host turns into an error the next time it waits for the device.
 constexpr i64 FAULT_EMBEDDING = 1, FAULT_CROSS_ENTROPY = 2, FAULT_NO_TARGETS = 3, FAULT_LOGITS = 4;
 
 __device__ __forceinline__ void report_fault(i64* fault, i64 kind, i64 index, i64 limit) {

@@ -5,13 +5,13 @@
 // Variants: DTYPE=FLOATS,i64,bool FROM=FLOATS,i64,bool
 //
 // Each thread takes packets a grid apart, 16 bytes of the wider type. Moves sizeof(T) + sizeof(FROM) per element.
-// Limited by memory bandwidth; from and to the integers on consumer cards by their few units for f64.
+// Limited by memory bandwidth; from and to integers on consumer GPUs by their few f64 units.
 
 #include "common.cuh"
 
 constexpr int WIDTH = 16 / (sizeof(T) > sizeof(FROM) ? sizeof(T) : sizeof(FROM));
 
-// f32 holds every bf16, f16 and bool; f64 the rest, integers up to 2^53.
+// f32 represents every bf16, f16 and bool; f64 the rest, with integers up to 2^53.
 __device__ __forceinline__ f32 widen(f32 x) { return x; }
 __device__ __forceinline__ f32 widen(bf16 x) { return Element<bf16>::to_acc(x); }
 __device__ __forceinline__ f32 widen(f16 x) { return Element<f16>::to_acc(x); }

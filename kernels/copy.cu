@@ -8,11 +8,11 @@
 // copy_strided and copy_add: each thread takes elements a grid apart, so that writes are coalesced; where the innermost
 // dimension is packed and everything is aligned to 128 bits, it takes 16 bytes at a time instead of one element.
 // copy_transposed: where x is packed along another dimension than y, a block reads square tiles along that and writes
-// them along the other, in packets of 128 bits where those are aligned; in between they are in shared memory, where no
-// more than two threads of a warp meet in a bank.
-// Moves 2 sizeof(T) per element, 3 for a sum. Limited by memory bandwidth where x and y are packed along a dimension
-// of some length; otherwise x is read in sectors of 32 bytes of which one element is used at a time, the rest being
-// left to the caches.
+// them along the other, in packets of 128 bits where those are aligned, through shared memory, where at most two
+// threads of a warp hit the same bank.
+// Moves 2 sizeof(T) per element, 3 for a sum. Limited by memory bandwidth if x and y are packed along a dimension of
+// sufficient length; otherwise x is read in sectors of 32 bytes, of which one element is used at a time and the caches
+// keep the rest.
 
 #include "common.cuh"
 #include "strided.cuh"
@@ -44,8 +44,8 @@ extern "C" __global__ void copy_add(T* sum, const T* x, Layout to, Layout from, 
     });
 }
 
-// Sides of the tiles, threads of a block, packets along a side and per thread. Rows of the tile are padded by a word or
-// more, so that a column lies in many banks; their length is a multiple of a word.
+// Tile size, threads per block, packets along a side and per thread. Rows of the tile are padded by at least a word, so
+// that a column spreads over many banks; their length is a multiple of a word.
 constexpr u32 TILE = sizeof(T) == 8 ? 32 : 64, PAD = sizeof(T) >= 4 ? 1 : 4 / sizeof(T), THREADS = 256;
 constexpr u32 ALONG = TILE / LANES, COUNT = TILE * ALONG / THREADS;
 static_assert(TILE % LANES == 0 && COUNT > 0, "each thread has a packet");

@@ -20,8 +20,8 @@
 
 typedef Element<T>::Acc Acc;
 
-// Blocks of 512 threads per multiprocessor: three where they fit without loss, as many rows at once as
-// linear_cross_entropy takes of GPT-2.
+// Blocks of 512 threads per multiprocessor: three where they fit without loss, so that all rows that
+// linear_cross_entropy takes of GPT-2 run at once.
 constexpr u32 BLOCKS = sizeof(Acc) == 8 ? 1 : __CUDA_ARCH__ >= 900 ? 3 : 2;
 
 extern "C" __global__ void __launch_bounds__(512, BLOCKS)
@@ -37,14 +37,14 @@ extern "C" __global__ void __launch_bounds__(512, BLOCKS)
         Softmax softmax = {0, 1};
         if (counts && known) softmax = softmax_of_row(from, columns);
         if (threadIdx.x > 0) continue;
-        // Not from a rounded log-sum-exp: its error would grow with the logits.
+        // Not computed from a rounded log-sum-exp, whose error would grow with the logits.
         losses[row] = counts && known ? softmax.max - Element<T>::to_acc(from[target]) + log((f64)softmax.sum) : 0;
         statistics[2 * row] = softmax.max;
         statistics[2 * row + 1] = 1 / softmax.sum;
     }
 }
 
-// For one block of one row of threads.
+// Launched with one block of one row of threads.
 extern "C" __global__ void cross_entropy_mean(Acc* loss, f64* count, i64* fault, const f64* losses, const i64* targets,
                                               i64 rows, i64 ignore_index) {
     f64 sum = 0, counted = 0;

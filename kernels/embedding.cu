@@ -9,11 +9,11 @@
 //
 // Forward: a warp or a block copies a row (see for_row). An index outside the table is reported, and its row is zero.
 // Backward, without atomics and in an order that does not depend on the threads: keys `index 2^32 + i` are sorted by a
-// bitonic network (Batcher, "Sorting networks and their applications", 1968), which puts the uses of a token side by
-// side in their order. Then each row of the table finds its uses by bisection, and each thread adds up one packet of
-// columns over them. Steps of the network within a tile of TILE keys are taken in shared memory, by one kernel.
+// bitonic network (Batcher, "Sorting networks and their applications", 1968), which makes the uses of a token adjacent
+// and keeps their order. Then each row of the table finds its uses by bisection, and each thread adds up one packet of
+// columns over them. Steps of the network within a tile of TILE keys run in shared memory, in one kernel.
 // Moves 2 sizeof(T) per element of y forward; backward sizeof(T) per element of g and of dtable, and 16 bytes per key
-// and launch of the sort. Limited by memory bandwidth, or by the latency of the uses of one token that has very many.
+// and launch of the sort. Limited by memory bandwidth, or by the latency of a token with very many uses.
 
 #include "common.cuh"
 
@@ -135,7 +135,7 @@ __device__ __forceinline__ void add_up_uses(T* dtable, const T* g, const u64* ke
     }
 }
 
-// Rows by blockIdx.x and threadIdx.y, columns by blockIdx.y and threadIdx.x.
+// blockIdx.x and threadIdx.y select rows, blockIdx.y and threadIdx.x columns.
 extern "C" __global__ void embedding_bwd(T* dtable, const T* g, const u64* keys, i64 count, i64 tokens, u32 dim) {
     if (dim % LANES == 0 && aligned(dtable) && aligned(g)) {
         add_up_uses<LANES>(dtable, g, keys, count, tokens, dim);

@@ -7,10 +7,10 @@
 // Variants: DTYPE=FLOATS
 //
 // One row per warp, or per block for long rows (see for_row); rows are a grid apart. t is a root of
-// f(t) = sum_j max(z_j - t, 0)^2 - 1, which is convex and falls: Newton's method from t = -1, where f >= 0, climbs to
-// the root and never past it, and needs no sorting. It ends where rounding stops the climb, after about
-// log2(sqrt(columns)) + 4 readings of the row from the caches.
-// Moves 2 sizeof(T) per element forward and 3 backward as long as a row stays in the caches between its readings.
+// f(t) = sum_j max(z_j - t, 0)^2 - 1, which is convex and decreasing: Newton's method from t = -1, where f >= 0,
+// increases t to the root and never past it, and needs no sorting. It stops where rounding stops the increase, after
+// about log2(sqrt(columns)) + 4 passes over the row in the caches.
+// Moves 2 sizeof(T) per element forward and 3 backward as long as a row stays in the caches between passes.
 // Limited by the latency of the reductions.
 //
 // A row that holds NaN or +inf, or nothing but -inf, gives NaN, as on the CPU.
@@ -28,7 +28,7 @@ extern "C" __global__ void entmax_fwd(T* y, const T* x, i64 rows, u32 columns) {
         T* to = y + row * columns;
         const T* from = x + row * columns;
         const bool packed = aligned(to) && aligned(from);
-        // The larger one; NaN is larger than all.
+        // The larger one; NaN counts as the largest.
         const auto larger = [](Acc a, Acc b) { return b > a || b != b ? b : a; };
         Acc max = negative_infinity<Acc>();
         for_row(columns, packed, [&](u32 j, auto lanes) {

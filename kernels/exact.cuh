@@ -1,6 +1,6 @@
-// Arithmetic with the same bits as on the CPU: every operation is rounded separately, where the compiler would fuse a
-// product and a sum. The functions are those of src/dtype/real.rs and of the crate libm (Sun's fdlibm), step by step,
-// so that neither tokens nor initial weights depend on the device.
+// Arithmetic with the same bits as on the CPU: every operation is rounded separately, whereas the compiler would fuse
+// products and sums. The functions follow src/dtype/real.rs and the crate libm (Sun's fdlibm) step by step, so that
+// neither tokens nor initial weights depend on the device.
 
 template <typename A> struct Exact {
     A value;

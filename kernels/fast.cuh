@@ -1,5 +1,5 @@
-// exp(x) and 1 / x; of half types by the instructions of the card, whose errors of at most 2^-17 of the result are lost
-// when that is rounded to 11 bits; results below 2^-126 are 0.
+// exp(x) and 1 / x; for half types by approximate instructions, whose errors of at most 2^-17 of the result vanish when
+// it is rounded to 11 bits; results below 2^-126 are 0.
 
 constexpr bool HALF = sizeof(T) == 2;
 

@@ -1,4 +1,4 @@
-// The functions of one number: a row for each row of the table in src/ops/pointwise/mod.rs.
+// Functions of one number: one row for each row of the table in src/ops/pointwise/mod.rs.
 
 #include "fast.cuh"
 
@@ -7,9 +7,9 @@ typedef Element<T>::Acc Acc;
 // max(x, 0), keeping NaN.
 __device__ __forceinline__ Acc positive(Acc x) { return x < 0 ? 0 : x; }
 
-// Distribution and density of the standard normal. In f64 the tail keeps its digits, as PyTorch's does. Half types have
-// a polynomial of 1 / (1 + 0.315 |x|) times exp(-x^2 / 2) in place of erf: errors of 2e-5 of the smaller tail at most,
-// which rounding to 11 bits exceeds twelve times.
+// Distribution and density of the standard normal. In f64 the tail keeps its digits, as in PyTorch. Half types use a
+// polynomial of 1 / (1 + 0.315 |x|) times exp(-x^2 / 2) in place of erf: errors of at most 2e-5 of the smaller tail, a
+// twelfth of the error of rounding to 11 bits.
 __device__ __forceinline__ Acc normal_cdf(Acc x) {
     if constexpr (HALF) {
         const Acc t = fast_inverse(1 + 0.315f * fabs(x));
@@ -35,7 +35,7 @@ __device__ __forceinline__ Acc normal_pdf(Acc x) {
 }
 
 // The factor of x in the tanh approximation of GELU, and its derivative. 2 sqrt(2 / pi) is 1.5957691216057308.
-// Beyond 24 the gate is 0 or 1 in f64 too, and so is the first factor of its slope 0: the last one must not overflow.
+// Beyond 24 the gate is 0 or 1 even in f64, and the first factor of its slope is 0: the last one must not overflow.
 __device__ __forceinline__ Acc gelu_gate(Acc x) {
     return fast_inverse(1 + fast_exp(-Acc(1.5957691216057308) * x * (1 + Acc(0.044715) * x * x)));
 }
@@ -63,9 +63,9 @@ __device__ __forceinline__ Acc twice(Acc x) { return x + x; }
 
 enum { INPUT, OUTPUT };
 
-// Name, whether the gradient is written in input or output, value at x, gradient of the input from that of the output,
-// g, and the number that is kept: no factor of it leaves the range of the type where it does not. In a namespace, as
-// some have the names of functions.
+// Name, whether the derivative is a function of the input or of the output, value at x, and gradient of the input from
+// that of the output, g, and the kept number: no factor leaves the type's range unless the gradient does. In a
+// namespace, because some have the names of functions.
 #define ROW(name, keep, value_at_x, gradient_at_kept) \
     struct name { \
         static constexpr int KEEP = keep; \
@@ -85,7 +85,7 @@ ROW(sqrt, OUTPUT, ::sqrt(x), g * (Acc(0.5) / kept))
 ROW(square, INPUT, x * x, twice(g * kept))
 ACTIVATION_ROW(sigmoid, INPUT, logistic(x), g * logistic_slope(kept))
 ROW(tanh, INPUT, ::tanh(x), g * (4 * logistic_slope(kept + kept)))
-// No gradient where x <= 0, which is not where x > 0 is false: NaN lets it pass.
+// The gradient is 0 where x <= 0; this test, unlike x > 0, lets NaN pass.
 ACTIVATION_ROW(relu, OUTPUT, positive(x), kept <= 0 ? 0 : g)
 ACTIVATION_ROW(relu_squared, INPUT, positive(x) * positive(x), kept <= 0 ? 0 : twice(g * kept))
 ACTIVATION_ROW(gelu, INPUT, x * normal_cdf(x), g * (normal_cdf(kept) + kept * normal_pdf(kept)))

@@ -11,7 +11,7 @@
 //
 // A thread takes the packets of a few columns in every eighth row of a chunk (see columns.cuh), two in flight at once:
 // it reads the bias once and accumulates its columns along the way. Moves 3 sizeof(T) per element of y forward and 5
-// backward. Limited by memory bandwidth if f is cheap; erf and exp in f64 are not.
+// backward. Limited by memory bandwidth if f is cheap, which erf and exp in f64 are not.
 
 #include "common.cuh"
 #include "columns.cuh"

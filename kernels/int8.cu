@@ -4,14 +4,14 @@
 // f32, bias [rows] or none; all packed. T: f32, f64, bf16, f16; sums in f32 (f64 for f64).
 // Variants: DTYPE=FLOATS
 //
-// A warp owns a row of the weights and reads it once for INPUTS of the inputs, 16 bytes a load; the inputs, a few, stay
-// in the caches. One byte per weight and INPUTS inputs. Limited by memory bandwidth for one input.
+// A warp owns a row of the weights and reads it once for INPUTS of the inputs, 16 bytes per load; the few inputs stay
+// in the caches. Moves one byte per weight and INPUTS inputs. Limited by memory bandwidth for one input.
 
 #include "common.cuh"
 
 typedef Element<T>::Acc Acc;
 
-// Inputs that share a reading of the weights, and weights of a packet.
+// Number of inputs that share a pass over the weights, and of weights per packet.
 constexpr int INPUTS = 4, BYTES = 16;
 
 // Converts a weight to a number: for f32 by placing its bits below those of 2^23, since conversions take four times as

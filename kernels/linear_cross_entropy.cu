@@ -1,4 +1,4 @@
-// The gradient of softmax cross-entropy by logits in f32, rounded to a half type once.
+// The gradient of softmax cross-entropy with respect to f32 logits, rounded once to a half type.
 //
 //   dx_j = exp(x_j - max x) / sum_k exp(x_k - max x) - [j = target]
 //

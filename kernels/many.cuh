@@ -1,7 +1,7 @@
 // Many tensors in one launch: a table locates them, and blocks take chunks of them.
 //
-// A row of the table is POINTERS addresses, the number of elements, and the number of chunks of all tensors before it;
-// tensors of no elements are left out. A launch has one block for each chunk.
+// A row of the table has POINTERS addresses, the number of elements, and the number of chunks of all tensors before it;
+// empty tensors are omitted. A launch has one block per chunk.
 
 constexpr i64 CHUNK = 4096;
 
@@ -32,8 +32,8 @@ template <int POINTERS> __device__ __forceinline__ Chunk chunk_of_block(const u6
     return {row, begin, begin + CHUNK < elements ? begin + CHUNK : elements};
 }
 
-// Calls body(i, Lanes<N>()) for the elements of a chunk: packets of WIDTH if `packed`, which asks for 128-bit aligned
-// addresses, then what is left one by one. A thread sees the same elements in the same order either way.
+// Calls body(i, Lanes<N>()) for the elements of a chunk: packets of WIDTH if `packed`, which requires 128-bit aligned
+// addresses, then the remainder one by one. A thread sees the same elements in the same order either way.
 template <int WIDTH, typename Body>
 __device__ __forceinline__ void for_chunk(const Chunk& chunk, bool packed, Body body) {
     for_row<WIDTH>((u32)(chunk.end - chunk.begin), packed, [&](u32 j, auto lanes) { body(chunk.begin + j, lanes); });

@@ -7,7 +7,7 @@ template <typename E> struct TensorCore;
 
 template <> struct TensorCore<bf16> {
     static __device__ __forceinline__ u32 pack(f32 low, f32 high) { return ptx_pack_bf16(low, high); }
-    // Of the two values.
+    // The sum of the two values.
     static __device__ __forceinline__ f32 sum(u32 pair) {
         return __uint_as_float(pair << 16) + __uint_as_float(pair & 0xFFFF0000);
     }
@@ -26,11 +26,11 @@ template <> struct TensorCore<f16> {
     }
 };
 
-// A tile in shared memory: rows of WIDTH elements in packets of 128 bits. The packets of a row change places, so that
-// the eight packets that an access reads, one of each of eight rows, lie in different banks.
+// A tile in shared memory: rows of WIDTH elements in packets of 128 bits. The packets of a row are permuted, so that
+// the eight packets that an access reads, one from each of eight rows, lie in different banks.
 template <i32 WIDTH> struct SwizzledTile {
     static_assert(WIDTH % 32 == 0, "rows must fill whole groups of four packets");
-    // Between rows, in elements.
+    // Row stride, in elements.
     static constexpr i32 PITCH = WIDTH;
     static constexpr i32 PACKETS = WIDTH / 8;
     T* start;
@@ -85,7 +85,7 @@ template <i32 M, i32 N> struct Sums {
     // += a bᵀ for the rows of `a` from `row` on and N rows of `b`.
     template <i32 WIDTH>
     __device__ __forceinline__ void add_rows(const SwizzledTile<WIDTH>& a, i32 row, const SwizzledTile<WIDTH>& b) {
-        // Unrolled further, the addresses of wide tiles would not fit the registers beside the sums.
+        // With more unrolling, the addresses of wide tiles would not fit into registers beside the sums.
 #pragma unroll(WIDTH > 64 ? 4 : 8)
         for (i32 k = 0; k < WIDTH / 16; ++k) {
             u32 a_part[M][4];

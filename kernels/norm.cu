@@ -14,15 +14,15 @@
 // and for bias. T: f32, f64, bf16, f16; statistics and sums in f32 (f64 for f64). The norm is that of the rounded sum.
 // Variants: DTYPE=FLOATS
 //
-// norm_fwd and norm_bwd: a row for one warp, or several of a block of its own, which hold it in registers, up to HELD
-// packets a thread; the rest of a longer row is read again, from the caches if it stays there. The variance is that of
-// the deviations from the mean: rows far from zero lose nothing. Rows are a grid apart.
-// norm_bwd_whole, for columns that the threads of a block have a packet each of: threads own columns, several rows at
-// once, so that the gradients of weight and bias accumulate in registers. A barrier serves ROWS rows of each group of
-// threads. A block takes a chunk of neighbouring rows; reduce_chunks adds up the chunks, in order. For longer rows, or
-// if only these sums are wanted, there is norm_bwd_sums: a thread sums a few columns over every eighth row of a chunk.
-// Moves 2 sizeof(T) per element forward, 4 with a residual; 3 backward, 4 with onto; 2 for norm_bwd_sums. Limited by
-// memory bandwidth; for few rows by the latency of the reductions.
+// norm_fwd and norm_bwd: a row for one warp, or for all warps of a block, which hold it in registers, up to HELD
+// packets per thread; the rest of a longer row is read again, from the caches if it stays there. The variance is
+// computed from the deviations from the mean, so that rows far from zero lose no digits. Rows are a grid apart.
+// norm_bwd_whole, for rows of at most one packet per thread of a block: threads own columns of several rows at once, so
+// that the gradients of weight and bias accumulate in registers. A barrier serves ROWS rows of each group of threads. A
+// block takes a chunk of neighbouring rows; reduce_chunks adds up the chunks, in order. For longer rows, or if only
+// these sums are needed, norm_bwd_sums: a thread sums a few columns over every eighth row of a chunk. Moves 2 sizeof(T)
+// per element forward, 4 with a residual; 3 backward, 4 with onto; 2 for norm_bwd_sums. Limited by memory bandwidth;
+// for few rows by the latency of the reductions.
 
 #include "common.cuh"
 #include "columns.cuh"
@@ -44,7 +44,7 @@ template <bool PACKED> struct Values {
     }
 };
 
-// A weight of one element serves all features: it is a factor of the row then, and there are no others.
+// A weight of one element applies to all features: it is the only factor of the row.
 __device__ __forceinline__ const T* weight_of_each(const T* weight, u32 weights, u32 columns, u32 first) {
     return weight != nullptr && weights == columns ? weight + first : nullptr;
 }
@@ -78,7 +78,7 @@ __device__ __forceinline__ Normal shrunk(const Row<PACKED>& row, u32 columns, u3
     Acc mean = 0;
     if (centred) {
         mean = row.sum_again([](Acc value) { return value * SHRINK; }) / columns;
-        // Subtract the rounding error of the mean, or a row of equal numbers would have a deviation.
+        // Subtract the rounding error of the mean, or a row of equal numbers would have a non-zero deviation.
         mean += row.sum_again([=](Acc value) { return value * SHRINK - mean; }) / columns;
     }
     const auto deviation = [=](Acc value) { return value * SHRINK - mean; };
@@ -89,7 +89,7 @@ __device__ __forceinline__ Normal shrunk(const Row<PACKED>& row, u32 columns, u3
     return {SHRINK, mean, inverse, mean * GROW, equal ? 1 / sqrt(eps) : inverse * SHRINK};
 }
 
-// Rows that do not fill a card.
+// Number of rows that do not fill a GPU.
 constexpr i64 FEW = 1024;
 
 template <bool PACKED>
@@ -102,7 +102,7 @@ __device__ __forceinline__ void forward(T* y, T* sum, Acc* statistics, const T* 
     const Acc common = weight_of_all(weight, weights, columns);
     const bool centred = form == CENTRED;
     const i64 step = (i64)gridDim.x * blockDim.y;
-    // With few rows, the weights cause a wait, since nobody has read them before.
+    // With few rows, loading the weights stalls, since they are not in the caches yet.
     if (PACKED && rows <= FEW) {
         for_packets<PACKED>(left, [&](i32 j, u32) {
             if (each != nullptr) ptx_prefetch(each + j);
@@ -242,12 +242,12 @@ extern "C" __global__ void __launch_bounds__(ROW_THREADS, 2)
     }
 }
 
-// Most threads of a block of norm_bwd_whole, and rows that each of them works on at once.
+// Maximum threads of a block of norm_bwd_whole, and rows that each works on at once.
 constexpr u32 THREADS = 512;
 constexpr int ROWS = 4;
 
-// Sums of ROWS pairs over the threads of a row, in `sums`, which each of them gets. Lanes add up half of what they
-// have and pass on the other half, until each has one sum of a pair's part.
+// Adds ROWS pairs up over the threads of a row; each thread receives the `sums`. Lanes add up half of their values and
+// pass on the other half, until each has one sum of a part of a pair.
 struct Sums {
     Acc lane[2 * ROWS];
 };

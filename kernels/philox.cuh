@@ -1,4 +1,4 @@
-// Philox-4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011), word for word the generator of
+// Philox-4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011), the same generator as in
 // src/philox.rs: a value depends only on seed, stream and position, so that the CPU draws the same numbers.
 
 struct Words {

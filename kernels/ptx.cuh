@@ -2,7 +2,7 @@
 // "Parallel Thread Execution ISA"; the layouts of the tensor-core fragments are repeated here, because kernels index by
 // them.
 //
-// The emulated compiler of tests/emulator takes its ptx.h in place of this text: a function added here is added there.
+// The emulator in tests/emulator replaces this text by its ptx.h: functions added here must be added there.
 
 __device__ __forceinline__ f32 ptx_f16_to_f32(unsigned short bits) {
     f32 y;
@@ -46,7 +46,7 @@ __device__ __forceinline__ void ptx_prefetch(const void* from) {
     asm volatile("prefetch.global.L2 [%0];" : : "l"(__cvta_generic_to_global(from)));
 }
 
-// An assignment may be taken apart into stores of single lanes, which PTX prevents.
+// A plain assignment may be split into stores of single lanes; PTX prevents this.
 __device__ __forceinline__ void ptx_store_128(void* to, uint4 raw) {
     asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};"
                  :
@@ -166,12 +166,12 @@ __device__ __forceinline__ void ptx_wgmma_fence() { asm volatile("wgmma.fence.sy
 // Ends a group of products.
 __device__ __forceinline__ void ptx_wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" : : : "memory"); }
 
-// Waits until at most the N youngest groups are in flight. Registers of products in flight must be left alone.
+// Waits until at most the N youngest groups are in flight. Registers of products in flight must not be accessed.
 template <int N> __device__ __forceinline__ void ptx_wgmma_wait() {
     asm volatile("wgmma.wait_group.sync.aligned %0;" : : "n"(N) : "memory");
 }
 
-// The same value, which the compiler takes for a new one, so that it is not used before a preceding wait.
+// The same value, opaque to the compiler, so that it is not used before a preceding wait.
 __device__ __forceinline__ void ptx_settle(f32& x) { asm volatile("" : "+f"(x) : : "memory"); }
 __device__ __forceinline__ void ptx_settle(u32& x) { asm volatile("" : "+r"(x) : : "memory"); }
 

@@ -1,13 +1,13 @@
-// The gradient of a quotient by its divisor, with broadcasting: y_i = -g_i a_i / b_i^2.
+// The gradient of a quotient with respect to its divisor, with broadcasting: y_i = -g_i a_i / b_i^2.
 //
 // Shapes: y [n] packed; g, a and b any layouts of its shape, with step 0 along the dimensions in which they repeat, as
 // the host has merged them. T: f32, f64, bf16, f16, computed in f64.
 // Variants: DTYPE=FLOATS
 //
-// No factor leaves the range of its type where the result does not: f64 holds the square of every f32, and exponents of
-// f64 are added up beside the numbers. Each thread takes packets a grid apart where the last dimension of each operand
-// is packed or repeated, else single elements. Moves 4 sizeof(T) per element; limited by memory bandwidth, on consumer
-// cards by their few units for f64.
+// No intermediate leaves its type's range unless the result does: f64 holds the square of every f32, and exponents of
+// f64 are added separately. Each thread takes packets a grid apart where the last dimension of each operand is packed
+// or repeated, else single elements. Moves 4 sizeof(T) per element; limited by memory bandwidth, on consumer GPUs by
+// their few f64 units.
 
 #include "common.cuh"
 #include "strided.cuh"

@@ -26,10 +26,10 @@ template <> struct Sum<i64> {
 };
 typedef Sum<Acc>::Type Total;
 
-// FEW summands join the total together, which bounds the rounding error of long sums.
+// FEW summands are added before they join the total, which bounds the rounding error of long sums.
 constexpr u32 WARP = 32, HEIGHT = 8, FEW = 16;
 
-// The part of a sum that piece `piece_index` of its summands makes up.
+// The partial sum of piece `piece_index` of the summands.
 struct Span {
     i64 first, last;
 };

@@ -8,22 +8,21 @@
 // packed; table [positions, 2 pairs], cosines then sines. T: f32, f64, bf16, f16; table in f32 (f64 for f64).
 // Variants: DTYPE=FLOATS
 //
-// A thread takes a packet of pairs, or of unrotated features, of one position, whose cosines and sines it reads once,
-// for HEADS of the heads, all in flight at once. Blocks take positions, heads and the rest, so that a packet needs no
-// division.
-// Moves 2 sizeof(T) per element; the table stays in the caches. Limited by memory bandwidth.
+// A thread takes a packet of pairs, or of unrotated features, of one position, and reads its cosines and sines once for
+// HEADS heads, all in flight at once. The grid covers positions, heads and the rest, so that a packet needs no
+// division. Moves 2 sizeof(T) per element; the table stays in the caches. Limited by memory bandwidth.
 
 #include "common.cuh"
 
 typedef Element<T>::Acc Acc;
 
-// Heads that blockIdx.y stands for.
+// Number of heads per blockIdx.y.
 constexpr u32 HEADS = 4;
 
-// Where the rows of the heads of one position are.
+// Locations of the rows of the heads of one position.
 struct Rows {
     T* to;
-    // Without x, y holds it.
+    // Without x, y holds the input.
     const T* from;
     i64 to_step, from_step;
     u32 heads;

@@ -3,9 +3,9 @@
 // Shapes: table [positions, 2 pairs], frequencies [pairs]. T is the dtype of the frequencies; the table is TABLE.
 // Variants: DTYPE=FLOATS TABLE=f32,f64
 //
-// A thread takes one angle, a grid apart. Computed in f64 and rounded once: f32 has no exact angles at far positions.
-// Writes 2 sizeof(TABLE) per angle; limited by the arithmetic of f64, which is why the table is made once for all
-// heads.
+// A thread takes one angle, a grid apart. Computed in f64 and rounded once, because f32 angles are inexact at distant
+// positions. Writes 2 sizeof(TABLE) per angle; limited by f64 arithmetic, which is why the table is computed once for
+// all heads.
 
 #include "common.cuh"
 

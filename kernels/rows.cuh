@@ -11,8 +11,8 @@ constexpr u32 ROW_THREADS = 256, ROW_BLOCKS = sizeof(T) == 2 ? 4 : 2;
 // Packets of a row that a thread holds: 32 elements, 16 of f64.
 constexpr u32 HELD = sizeof(T) == 2 ? 4 : 8;
 
-// Where the columns of a thread begin: a warp has HELD packets of each of its threads side by side, which puts those of
-// a thread at constant distances. Columns and pointers count from there on; `left` columns remain, or none.
+// First column of a thread: the HELD packets of the threads of a warp are interleaved, so that those of a thread have
+// constant distances. Columns and pointers are relative to it; `left` columns remain, or none.
 constexpr u32 APART = 32 * LANES;
 
 __device__ __forceinline__ u32 first_column() {
@@ -129,7 +129,7 @@ template <bool PACKED> struct Row {
         return sum_row(total);
     }
 
-    // As above, for rows that are rare: read again, and little code.
+    // The same for rare rows: reads them again, with little code.
     template <typename F> __device__ __forceinline__ Acc sum_again(F f) const {
         Acc total = 0;
         again([&](i32 j) {

@@ -1,16 +1,16 @@
-// The next token of each row of logits: a filter, a temperature, a draw (src/ops/sample.rs says what the filters keep).
+// The next token of each row of logits: filter, temperature and draw (src/ops/sample.rs describes the filters).
 //
 //   weight_j = round(unit exp((x_j - max x) scale)),  token = first j with weight_0 + … + weight_j > draw · all weights
 //
 // Shapes: token [rows], x [rows, columns]. T: f32, f64, bf16, f16.
 // Variants: DTYPE=FLOATS
 //
-// Weights are integers: sums of them do not depend on the order, so that any number of threads, and the CPU, choose the
+// Weights are integers: their sums do not depend on the order, so that any number of threads, and the CPU, choose the
 // same token. Nothing is sorted: logits become unsigned keys of the same order, and the key where the filter ends is
-// found by two bits a reading, from the sums of what is not below each of three candidates. A block takes a row, at
-// once or a grid apart.
+// found two bits per pass, from the sums over the keys not below each of three candidates. A block takes a row, at once
+// or a grid apart.
 // Reads a row from memory once and from the caches 5 times without a filter, 5 + 4 sizeof(T) times with top-k and
-// top-p. Limited by the latency of the reductions, and by the one multiprocessor that a single row has.
+// top-p. Limited by the latency of the reductions, and by the single multiprocessor of a row.
 
 #include "common.cuh"
 #include "exact.cuh"
@@ -18,10 +18,10 @@
 
 constexpr u32 THREADS = 512, WARPS = THREADS / 32;
 
-// Thresholds of entmax are -1 and steps of this many in 1.
+// Thresholds of entmax go from -1 on in this many steps per unit.
 constexpr u32 THRESHOLD_STEPS = 1 << 24;
 
-// The numbers of src/ops/sample.rs.
+// The constants of src/ops/sample.rs.
 enum Filter { ALL, BEST, MASS, TOP_A, MIN_P, ENTMAX };
 
 template <int BYTES> struct Unsigned;
@@ -79,7 +79,7 @@ struct Row {
     }
 };
 
-// The sum of a measure of the positions, for every thread.
+// The sum of a measure over the positions, for every thread.
 template <typename Measure> __device__ __forceinline__ u64 total(u32 columns, Measure measure) {
     u64 sum = 0;
     for (u32 j = threadIdx.x; j < columns; j += THREADS) sum += measure(j);
@@ -91,7 +91,7 @@ __device__ __forceinline__ void sum_rows(u64 (&sums)[3]) {
     __shared__ u64 of_warp[3][WARPS];
     const u32 warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const auto add = [](u64 a, u64 b) { return a + b; };
-    // An earlier call has been read by all.
+    // All threads have read the result of an earlier call.
     __syncthreads();
 #pragma unroll
     for (int which = 0; which < 3; ++which) {
@@ -114,7 +114,7 @@ template <typename Measure> __device__ __forceinline__ u32 locate(u32 columns, u
     u64 sum = 0;
     for (u32 j = begin + lane; j < end; j += 32) sum += measure(j);
     sum = reduce_warp(sum, [](u64 a, u64 b) { return a + b; });
-    // An earlier call has been read by all.
+    // All threads have read the result of an earlier call.
     __syncthreads();
     if (lane == 0) sums[warp] = sum;
     if (threadIdx.x == 0) found = columns;
@@ -211,7 +211,7 @@ sample_token(i64* token, i64* fault, const T* x, const u64* totals, const i64* s
             }
             continue;
         }
-        // Of the tokens that stay: they are within the cut, or have at least this weight at temperature 1.
+        // Condition of the tokens that stay: they are within the cut, or have at least this weight at temperature 1.
         Cut cut = {0, columns};
         f64 least = 0;
         u32 steps = 0;
@@ -220,7 +220,7 @@ sample_token(i64* token, i64* fault, const T* x, const u64* totals, const i64* s
             if (filter == MASS) {
                 const u64 sum = total(columns, [&](u32 j) { return row.weight(j, 1); });
                 const f64 ends = (exact(limit) * exact((f64)sum)).value;
-                // The best token stays in any case.
+                // The best token always stays.
                 bound = max((u64)1, closed ? (u64)floor(ends) + 1 : (u64)ceil(ends));
             }
             cut = select(from, columns, bound, [&](u32 j) { return filter == MASS ? row.weight(j, 1) : (u64)1; });

@@ -7,9 +7,9 @@
 // Shapes: any; a row of the table has the address of x (T). Sums are f64: squares of f32 overflow in f32.
 // Variants: DTYPE=FLOATS
 //
-// First a block takes a chunk of a tensor (see many.cuh), then a block a tensor: two stages of a fixed order, whose
-// result does not depend on which block is first. Moves sizeof(T) per element. Limited by memory bandwidth, and by the
-// arithmetic of f64 on cards that have little of it.
+// First one block per chunk of a tensor (see many.cuh), then one block per tensor: two stages in a fixed order, whose
+// result does not depend on the schedule of blocks. Moves sizeof(T) per element. Limited by memory bandwidth, and by
+// f64 arithmetic on GPUs with few f64 units.
 
 #include "common.cuh"
 #include "exact.cuh"
@@ -33,7 +33,7 @@ extern "C" __global__ void square_norm_chunks(f64* partials, const u64* table, u
     if (threadIdx.x == 0) partials[blockIdx.x] = sum;
 }
 
-// A block for each tensor.
+// One block per tensor.
 extern "C" __global__ void square_norm_totals(f64* totals, const f64* partials, const u64* table) {
     const u64* row = table + blockIdx.x * (POINTERS + 2);
     const u64 chunks = (row[POINTERS] + CHUNK - 1) / CHUNK, first = row[POINTERS + 1];
@@ -43,8 +43,8 @@ extern "C" __global__ void square_norm_totals(f64* totals, const f64* partials, 
     if (threadIdx.x == 0) totals[blockIdx.x] = sum;
 }
 
-// One thread, in the CPU's order and with its bits; the second is NaN if the first is not finite. given: scale and
-// clip.
+// One thread, with the order and the bits of the CPU; the second result is NaN if the first is not finite. given: scale
+// and clip.
 extern "C" __global__ void square_norm_clip(f64* norm, const f64* totals, const f64* given, u32 tensors) {
     Exact<f64> sum = exact(0.0);
     for (u32 tensor = 0; tensor < tensors; ++tensor) sum = sum + exact(totals[tensor]);

@@ -1,4 +1,4 @@
-// Elementwise walks over tensors of any strides: groups of LANES neighbours in row-major order are read and written as
+// Elementwise loops over tensors of any strides: groups of LANES neighbours in row-major order are read and written as
 // packets where, in each of the tensors, they are aligned neighbours or one repeated element.
 
 // The step between neighbours of the last dimension: 1 packed, 0 repeated.

@@ -5,9 +5,8 @@
 //
 // Numbers become unsigned keys of the same order. The k-th largest key is found bit by bit from the top: a bit is set
 // if at least k keys of the row reach the number so far with it; exactly k of them end the search. One row per warp, or
-// per block for long rows (see for_row); rows are a grid apart.
-// Moves sizeof(T) + 1 bytes per element, and reads a row about log2(columns) + 10 times from the caches, at most once
-// per bit of T. Limited by the latency of the reductions.
+// per block for long rows (see for_row); rows are a grid apart. Moves sizeof(T) + 1 bytes per element, and reads a row
+// from the caches about log2(columns) + 10 times, at most once per bit of T. Limited by the latency of the reductions.
 //
 // Values that tie with the k-th are all kept. NaN is larger than all numbers, as in PyTorch's topk; zeros are equal.
 

@@ -1,7 +1,7 @@
 // Functions of one number.
 //
 //   forward:  y_i = f(x_i)
-//   backward: dx_i = g_i f'(kept_i), kept being x or y, whichever the derivative is written in
+//   backward: dx_i = g_i f'(kept_i), kept being x or y, whichever the derivative is a function of
 //
 // Shapes: all [n], packed. T: f32, f64, bf16, f16, computed in f32 (f64 for f64). FUNCTION is a row of functions.cuh.
 // Variants: DTYPE=FLOATS FUNCTION=ROW(*)

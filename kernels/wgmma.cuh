@@ -1,5 +1,5 @@
-// Products of warpgroups (sm_90a) for bf16 and f16, summed in f32, of tiles in shared memory. The instructions, the
-// layouts of their fragments and of their operands in memory are in ptx.cuh.
+// Warpgroup products (sm_90a) for bf16 and f16, summed in f32, of tiles in shared memory. The instructions, and the
+// layouts of their fragments and of their operands in memory, are in ptx.cuh.
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
 
@@ -9,7 +9,7 @@ constexpr i32 WARPGROUP = 128;
 // an order that depends on the row. Starts at a multiple of 1024 bytes.
 template <i32 ROWS, i32 WIDTH> struct WgmmaTile {
     static_assert(WIDTH % 64 == 0 && ROWS % 16 == 0, "tiles are whole blocks of 64 columns");
-    // Between rows, in elements.
+    // Row stride, in elements.
     static constexpr i32 PITCH = 64;
     static constexpr i32 PACKETS = WIDTH / 8, ELEMENTS = ROWS * WIDTH;
     T* start;
@@ -28,7 +28,7 @@ template <i32 ROWS, i32 WIDTH> struct WgmmaTile {
     // The `place` of both: the distance between blocks of 64 columns, and the address, in units of 16 bytes.
     __device__ __forceinline__ u32 place() const {
         const u32 place = (u32)(64 * ROWS * 2 / 16) << 16 | (ptx_shared_address(start) & 0x3FFFF) / 16;
-        // With wide sums, descriptors known before a loop would not fit the registers next to them.
+        // With wide sums, descriptors computed before a loop would not fit into registers beside them.
         return WIDTH > 64 ? ptx_opaque(place) : place;
     }
 
@@ -39,7 +39,7 @@ template <i32 ROWS, i32 WIDTH> struct WgmmaTile {
     }
 };
 
-// The start of dynamic shared memory for tiles, which launches give 1024 bytes more for.
+// The aligned start of dynamic shared memory for tiles, for which launches add 1024 bytes.
 __device__ __forceinline__ T* wgmma_memory(void* memory) {
     const u32 address = ptx_shared_address(memory);
     return reinterpret_cast<T*>(static_cast<char*>(memory) + (1024 - address % 1024) % 1024);
@@ -60,7 +60,7 @@ template <i32 K> struct WgmmaOperand {
             of[k][3] = TensorCore<T>::pack(right[2], right[3]);
         }
     }
-    // Adds what the thread has of its two rows to their sums.
+    // Adds the thread's elements of its two rows to their sums.
     __device__ __forceinline__ void add_to(f32 (&sums)[2]) const {
 #pragma unroll
         for (i32 k = 0; k < K / 16; ++k) {

@@ -206,7 +206,7 @@ impl Error {
 
     /// Returns the error of a mean loss over no targets.
     pub(crate) fn no_targets(targets: usize, ignore_index: i64) -> Self {
-        let message = format!("all of the {targets} targets are ignore_index {ignore_index}, the mean is over none");
+        let message = format!("all {targets} targets are `ignore_index` ({ignore_index}), so the mean has no terms");
         Self::argument("cross_entropy", message)
     }
 
@@ -214,12 +214,16 @@ impl Error {
     pub(crate) fn broken_logits() -> Self {
         Self::argument(
             "sample",
-            "expected finite logits, got NaN or infinity: the weights are broken, or overflow f16 (then use bf16 or f32)",
+            "expected finite logits, got NaN or infinity: the weights are broken or overflow f16 (try bf16 or f32)",
         )
     }
 
     pub(crate) fn option(key: impl Into<String>, why: impl fmt::Display) -> Self {
         Self::new(ErrorKind::Option { key: key.into(), why: why.to_string() })
+    }
+
+    pub(crate) fn missing_option(key: &str) -> Self {
+        Self::option(key, MISSING)
     }
 
     pub(crate) fn io(path: impl Into<PathBuf>, source: io::Error) -> Self {
@@ -237,6 +241,9 @@ impl Error {
         self
     }
 }
+
+/// Reason of an [`ErrorKind::Option`] for an option without a default.
+const MISSING: &str = "missing required option";
 
 /// Adds a place to the error of a result.
 pub(crate) trait ErrorContext<T> {
@@ -272,11 +279,12 @@ impl fmt::Display for ErrorKind {
             | Self::Device { op, message }
             | Self::Argument { op, message } => write!(f, "{op}: {message}"),
             Self::Index { op, what, index, limit: 0 } => {
-                write!(f, "{op}: {what} {index} is out of range, there is none to choose from")
+                write!(f, "{op}: {what} {index} is out of range: the valid range is empty")
             }
             Self::Index { op, what, index, limit } => {
-                write!(f, "{op}: {what} {index} is out of range, valid are 0 to {}", *limit as i64 - 1)
+                write!(f, "{op}: {what} {index} is out of range, expected 0 to {}", *limit as i64 - 1)
             }
+            Self::Option { key, why } if why == MISSING => write!(f, "{MISSING} `{key}`"),
             Self::Option { key, why } => write!(f, "option `{key}`: {why}"),
             Self::UnknownOption { key, nearest: Some(nearest), .. } => {
                 write!(f, "unknown option `{key}`, did you mean `{nearest}`?")
@@ -289,46 +297,47 @@ impl fmt::Display for ErrorKind {
             Self::UnknownOption { key, nearest: None, later: false } => write!(f, "unknown option `{key}`"),
             Self::BackwardTwice => write!(
                 f,
-                "backward: called twice on one tape; its saved activations are freed, record the forward pass again"
+                "backward: called twice on one tape; its saved activations are freed, so record the forward pass again"
             ),
             Self::NotScalar { shape } => write!(
                 f,
-                "backward: the tensor has shape {shape:?}, only a single element has an implied cotangent; \
-                 use `backward_with` and give one of that shape"
+                "backward: expected a tensor with one element, got shape {shape:?}; reduce it to a scalar, or pass a \
+                 cotangent of that shape to `backward_with`"
             ),
-            Self::NotTracked => write!(
-                f,
-                "backward: the tensor depends on no parameter or `requires_grad` leaf of this tape, \
-                 so there is nothing to differentiate"
-            ),
+            Self::NotTracked => {
+                write!(f, "backward: the tensor does not depend on a parameter or `requires_grad` leaf of this tape")
+            }
             Self::StaleTape { op } => write!(
                 f,
-                "{op}: an input was recorded on another tape; use `.detach()` for its value alone \
-                 (inside `checkpoint`, pass it as an input)"
+                "{op}: an input was recorded on another tape; `.detach()` it to use only its value (inside \
+                 `checkpoint`, pass it as an input)"
             ),
             Self::OtherThread { op, by: None } => write!(
                 f,
-                "{op}: an input was recorded by a tape of another thread, and a tape belongs to its thread; compute this \
-                 on the thread of the tape, or use `.detach()` for the value alone"
+                "{op}: an input was recorded by a tape of another thread, and a tape works only on its own thread; \
+                 compute this on that thread, or `.detach()` the input to use only its value"
             ),
             Self::OtherThread { op, by: Some(by) } => write!(
                 f,
-                "{op}: an input depends on a parameter or `requires_grad` leaf that `{by}` used on another thread, where \
-                 this tape does not record: a tape belongs to its thread; compute it on the thread of the tape, or use \
-                 `.detach()` for the value alone"
+                "{op}: an input depends on a parameter or `requires_grad` leaf that `{by}` used on another thread, \
+                 which this tape does not record; compute the input on the tape's thread, or `.detach()` it to use \
+                 only its value"
             ),
             Self::NoGradient { op } => {
-                write!(f, "{op}: this op has no gradient but an input requires one; use `.detach()` if that is meant")
+                write!(
+                    f,
+                    "{op}: this op has no gradient but an input requires one; `.detach()` the input if that is intended"
+                )
             }
             Self::OutOfMemory { requested, live, cached } => write!(
                 f,
-                "out of memory: {requested} bytes requested with {live} bytes live ({cached} cached bytes were given \
-                 back first); use a smaller batch or sequence, or activation checkpointing"
+                "out of memory: {requested} bytes requested with {live} bytes live (after releasing {cached} cached \
+                 bytes); use a smaller batch or sequence, or activation checkpointing"
             ),
             Self::Io { path, source } => write!(f, "{}: {source}", path.display()),
             Self::File { path, why } => write!(f, "{}: {why}", path.display()),
             Self::Weights { missing, unused, mismatched } => {
-                write!(f, "the weights do not fit the model:")?;
+                write!(f, "the weights do not match the model:")?;
                 for name in missing {
                     write!(f, "\n  missing         {name}")?;
                 }

@@ -71,17 +71,20 @@ impl<R> Graph<R> {
             !is_recording(),
             Error::argument(
                 "graph",
-                "a tape of this thread records, but gradients do not flow through a graph; record the graph before the \
-                 tape begins, or let the recorded function begin one of its own"
+                "a tape is recording on this thread, but gradients do not flow through a graph; record the graph \
+                 before starting the tape, or start a tape inside the recorded function"
             )
         );
         let device = match inputs.first().map(Tensor::device) {
             Some(&Device::Gpu(device)) => device,
-            _ => return Err(Error::argument("graph", "expected at least one input, on a GPU")),
+            _ => return Err(Error::argument("graph", "expected at least one input on a GPU")),
         };
         let here = Device::Gpu(device);
         if let Some(other) = inputs.iter().find(|input| *input.device() != here) {
-            return Err(Error::argument("graph", format_args!("inputs are on {here} and {}", other.device())));
+            return Err(Error::argument(
+                "graph",
+                format_args!("expected all inputs on one device, got {here} and {}", other.device()),
+            ));
         }
         discrete("graph", &inputs.iter().collect::<Vec<_>>())?;
         // Separate copies: a replay writes into them.
@@ -116,7 +119,7 @@ impl<R> Graph<R> {
         self.device.refuse_while_capturing("a replay")?;
         if inputs.len() != self.inputs.len() {
             let (given, expected) = (inputs.len(), self.inputs.len());
-            return Err(Error::argument("graph", format_args!("{given} inputs, {expected} were recorded")));
+            return Err(Error::argument("graph", format_args!("expected {expected} inputs as recorded, got {given}")));
         }
         discrete("graph", &inputs.iter().collect::<Vec<_>>())?;
         for (name, recorded) in &self.params {
@@ -132,7 +135,7 @@ impl<R> Graph<R> {
                 return Err(Error::argument(
                     "graph",
                     format_args!(
-                        "input {index} is {:?} {} on {}, recorded was {:?} {} on {}",
+                        "input {index} is {:?} {} on {}, but was recorded as {:?} {} on {}",
                         from.shape(),
                         from.dtype(),
                         from.device(),

@@ -153,7 +153,7 @@ impl Profile {
     fn begin(calls: Option<Vec<Call>>) -> Result<Self> {
         ensure!(
             !ACTIVE.get(),
-            Error::argument("profile", "this thread has a profile already; finish it before the next one")
+            Error::argument("profile", "this thread already has a profile; finish it before starting another")
         );
         epoch();
         let now = Instant::now();

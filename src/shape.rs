@@ -21,16 +21,13 @@ impl Shape {
     pub fn new(dims: &[usize]) -> Result<Self> {
         ensure!(
             dims.len() <= MAX_RANK,
-            Error::shape(
-                "shape",
-                format_args!("{dims:?} has {} dimensions, at most {MAX_RANK} are supported", dims.len())
-            )
+            Error::shape("shape", format_args!("{dims:?} has {} dimensions, expected at most {MAX_RANK}", dims.len()))
         );
         // Zeros are skipped so that the strides of an empty tensor cannot overflow either.
         let elements = dims.iter().filter(|&&d| d != 0).try_fold(1usize, |n, &d| n.checked_mul(d));
         ensure!(
             elements.is_some_and(|n| n <= isize::MAX as usize / 8),
-            Error::shape("shape", format_args!("{dims:?} has more elements than can be addressed"))
+            Error::shape("shape", format_args!("{dims:?} has too many elements to address"))
         );
         Ok(Self::unchecked(dims))
     }

@@ -173,10 +173,10 @@ fn attention_rungs() {
     }
     for (d, e, head) in [(64, 64, "64"), (8, 32, "32"), (72, 128, "128")] {
         let rung = rung(DType::BF16, d, e).expect("a rung on a GPU");
-        let warpgroups = rung.starts_with("warpgroups on tensor cores") && head != "32";
+        let warpgroups = rung.starts_with("warpgroup tensor cores") && head != "32";
         assert!((rung.starts_with("tensor cores") || warpgroups) && rung.contains(head), "{rung}");
     }
-    plain(DType::BF16, 63, 64, "packets");
+    plain(DType::BF16, 63, 64, "16 bytes");
     plain(DType::F16, 64, 136, "128 features");
 }
 
@@ -498,8 +498,8 @@ fn attention_errors_name_what_is_wrong() {
     text(attention(&q, &float(&[2, 2, 7, 9]), &v, &plain), &["[2, 2, 7, 9]", "[2, 4, 5, 8]"]);
     text(attention(&q, &k, &float(&[2, 2, 6, 3]), &plain), &["[2, 2, 7, 8]", "[2, 2, 6, 3]"]);
     text(attention(&q, &float(&[1, 2, 7, 8]), &float(&[1, 2, 7, 3]), &plain), &["[1, 2, 7, 8]"]);
-    text(attention(&q, &float(&[2, 3, 7, 8]), &float(&[2, 3, 7, 3]), &plain), &["4 heads", "3 heads"]);
-    text(attention(&q, &float(&[2, 0, 7, 8]), &float(&[2, 0, 7, 3]), &plain), &["4 heads", "0 heads"]);
+    text(attention(&q, &float(&[2, 3, 7, 8]), &float(&[2, 3, 7, 3]), &plain), &["q (4)", "k and v (3)"]);
+    text(attention(&q, &float(&[2, 0, 7, 8]), &float(&[2, 0, 7, 3]), &plain), &["q (4)", "k and v (0)"]);
     let error = text(attention(&q, &k.to_dtype(DType::BF16).unwrap(), &v, &plain), &["f32", "bf16"]);
     assert!(matches!(error.kind(), ErrorKind::DType { .. }));
     let int = Tensor::zeros([1, 1, 1, 1], DType::I64, device()).unwrap();
@@ -509,16 +509,16 @@ fn attention_errors_name_what_is_wrong() {
     text(with(&AttentionSpec { mask: Some(&mask), ..plain.clone() }), &["mask [5, 6]", "[2, 4, 5, 7]"]);
     let large = bools(&[3, 2, 4, 5, 7], |_| true);
     text(with(&AttentionSpec { mask: Some(&large), ..plain.clone() }), &["[3, 2, 4, 5, 7]", "[2, 4, 5, 7]"]);
-    text(with(&AttentionSpec { mask: Some(&float(&[5, 7])), ..plain.clone() }), &["mask is f32", "bool"]);
+    text(with(&AttentionSpec { mask: Some(&float(&[5, 7])), ..plain.clone() }), &["mask of bool", "got f32"]);
     text(with(&AttentionSpec { query_mask: Some(&mask), ..plain.clone() }), &["query_mask", "[5, 6]", "[2, 5]"]);
     text(with(&AttentionSpec { key_mask: Some(&mask), ..plain.clone() }), &["key_mask", "[5, 6]", "[2, 7]"]);
     text(with(&AttentionSpec { mem_keys: 8, ..plain.clone() }), &["mem_keys is 8", "7 keys"]);
     text(with(&AttentionSpec { bias: Some(&float(&[5, 6])), ..plain.clone() }), &["bias [5, 6]", "[2, 4, 5, 7]"]);
     let half = random(&[5, 7], DType::F16, 0);
     text(with(&AttentionSpec { bias: Some(&half), ..plain.clone() }), &["f32", "f16"]);
-    text(with(&AttentionSpec { dropout: 1.5, ..plain.clone() }), &["dropout is 1.5"]);
-    text(with(&AttentionSpec { dropout: f64::NAN, ..plain.clone() }), &["dropout is NaN"]);
-    text(with(&AttentionSpec { scale: f64::INFINITY, ..plain.clone() }), &["scale is inf"]);
+    text(with(&AttentionSpec { dropout: 1.5, ..plain.clone() }), &["dropout", "got 1.5"]);
+    text(with(&AttentionSpec { dropout: f64::NAN, ..plain.clone() }), &["dropout", "got NaN"]);
+    text(with(&AttentionSpec { scale: f64::INFINITY, ..plain.clone() }), &["scale", "got inf"]);
 
     let alibi = |slopes: &Tensor| {
         let position_bias = Some(PositionBias::Alibi { slopes: slopes.clone() });

@@ -186,7 +186,7 @@ proptest! {
     #![proptest_config(runner())]
 
     #[test]
-    fn cached_logits_are_those_of_the_whole(
+    fn cached_logits_equal_those_of_a_full_pass(
         draw in draws().prop_filter("not causal", cacheable),
         extras in 0u8..8,
         steps in proptest::collection::vec(1usize..6, 1..5),
@@ -203,7 +203,7 @@ proptest! {
     }
 
     #[test]
-    fn cached_rows_of_several_lengths_are_those_alone(
+    fn cached_rows_of_several_lengths_equal_separate_rows(
         draw in draws().prop_filter("not causal", cacheable),
         extras in 0u8..8,
     ) {
@@ -369,15 +369,15 @@ fn cached_sequences_that_do_not_fit_are_refused() -> Result<()> {
     }
     for lengths in [&[8, 8][..], &[8]] {
         let error = cache.truncate(lengths).unwrap_err().to_string();
-        assert!(error.contains("cannot shorten sequences of ["), "{error}");
+        assert!(error.contains("cannot shorten sequences of lengths ["), "{error}");
     }
     for rows in [&[][..], &[2]] {
         let error = cache.select_rows(rows).unwrap_err().to_string();
-        assert!(error.contains(&format!("cannot take rows {rows:?} of 2")), "{error}");
+        assert!(error.contains(&format!("cannot select rows {rows:?} from 2")), "{error}");
     }
     let _ = model.extend(&x.narrow(1, 0, 1)?, &[0, 1], None, &mut cache)?;
     let error = model.cache(0, 3, &ForwardOptions::default()).unwrap_err().to_string();
-    assert!(error.contains("expected rows and positions, got 0 and"), "{error}");
+    assert!(error.contains("expected at least one row and one position, got 0 and"), "{error}");
     let encoder = json!({"model": "TransformerWrapper", "num_tokens": VOCABULARY, "max_seq_len": 9,
         "attn_layers": {"kind": "Encoder", "dim": 16, "depth": 1, "heads": 2}});
     let encoder = self::model(&Draw { value: encoder, ..draw }, DType::F64)?;

@@ -173,8 +173,8 @@ fn sizes_beyond_what_kernels_count_are_refused() -> Result<()> {
 }
 
 #[test]
-fn a_gradient_goes_back_to_where_its_tensor_is() -> Result<()> {
-    let Some(gpu) = gpu("a_gradient_goes_back_to_where_its_tensor_is") else { return Ok(()) };
+fn a_gradient_returns_to_the_device_of_its_tensor() -> Result<()> {
+    let Some(gpu) = gpu("a_gradient_returns_to_the_device_of_its_tensor") else { return Ok(()) };
     let x = Tensor::from_slice(&[1.0f32, -2.0, 3.0], [3], &Device::Cpu)?.requires_grad()?;
     let mut tape = Tape::grad();
     let y = x.to_device(&gpu)?.square()?.sum(&[])?;
@@ -197,8 +197,8 @@ fn tensors_of_two_devices_do_not_mix() -> Result<()> {
 
 /// Once kernels are compiled and constants exist, a pass over the model consists only of launches.
 #[test]
-fn passes_are_launches_alone_and_a_step_reads_one_number_back() -> Result<()> {
-    let Some(gpu) = gpu("passes_are_launches_alone_and_a_step_reads_one_number_back") else { return Ok(()) };
+fn passes_only_launch_and_a_step_reads_back_one_number() -> Result<()> {
+    let Some(gpu) = gpu("passes_only_launch_and_a_step_reads_back_one_number") else { return Ok(()) };
     let (model, params) = model(&gpu, DType::F32, 0.1)?;
     let (tokens, mut optimizer) = (tokens(&gpu)?, AdamW::new(AdamWOptions::default())?);
     let mut counts = Vec::new();
@@ -224,8 +224,8 @@ fn passes_are_launches_alone_and_a_step_reads_one_number_back() -> Result<()> {
 }
 
 #[test]
-fn random_numbers_are_those_of_the_cpu() -> Result<()> {
-    let Some(gpu) = gpu("random_numbers_are_those_of_the_cpu") else { return Ok(()) };
+fn random_numbers_match_the_cpu() -> Result<()> {
+    let Some(gpu) = gpu("random_numbers_match_the_cpu") else { return Ok(()) };
     let weights = |device: &Device| -> Result<Vec<Vec<f64>>> {
         model(device, DType::BF16, 0.0)?.1.state_dict().values().map(Tensor::to_f64_vec).collect()
     };
@@ -310,8 +310,8 @@ fn memory_that_runs_out_is_an_error_with_numbers() -> Result<()> {
 }
 
 #[test]
-fn nothing_is_left_of_a_step() -> Result<()> {
-    let Some(gpu) = gpu("nothing_is_left_of_a_step") else { return Ok(()) };
+fn a_step_leaves_no_memory_behind() -> Result<()> {
+    let Some(gpu) = gpu("a_step_leaves_no_memory_behind") else { return Ok(()) };
     train(&gpu, DType::F32, 0.1, 1)?;
     let before = gpu.memory().live;
     train(&gpu, DType::F32, 0.1, 2)?;
@@ -414,8 +414,8 @@ fn a_recorded_optimizer_step_gives_the_same_bits() -> Result<()> {
 }
 
 #[test]
-fn a_recorded_optimizer_step_refuses_what_would_go_wrong() -> Result<()> {
-    let Some(gpu) = gpu("a_recorded_optimizer_step_refuses_what_would_go_wrong") else { return Ok(()) };
+fn a_recorded_optimizer_step_refuses_unsafe_calls() -> Result<()> {
+    let Some(gpu) = gpu("a_recorded_optimizer_step_refuses_unsafe_calls") else { return Ok(()) };
     let store = ParamStore::new(0, DType::F32, &gpu);
     let weight = store.param("weight", [4], Init::Constant(2.0))?;
     let params = store.params();
@@ -444,7 +444,7 @@ fn a_recorded_optimizer_step_refuses_what_would_go_wrong() -> Result<()> {
     // Tensors that others hold must not change.
     let held = params.state_dict();
     let error = step.step(&[input(1.0)?], 0.1, 1.0).unwrap_err();
-    assert!(error.to_string().contains("another tensor shares `weight`"), "{error}");
+    assert!(error.to_string().contains("another tensor shares the storage of `weight`"), "{error}");
     drop(held);
     step.step(&[input(1.0)?], 0.1, 1.0)?;
     assert!(values()? != after && step.steps() == 3);
@@ -546,8 +546,8 @@ fn a_recorded_decode_step_gives_the_same_bits() -> Result<()> {
 }
 
 #[test]
-fn what_a_graph_cannot_hold_is_refused() -> Result<()> {
-    let Some(gpu) = gpu("what_a_graph_cannot_hold_is_refused") else { return Ok(()) };
+fn work_that_a_graph_cannot_record_is_refused() -> Result<()> {
+    let Some(gpu) = gpu("work_that_a_graph_cannot_record_is_refused") else { return Ok(()) };
     let x = Tensor::ones([4], DType::F32, &gpu)?;
     let none = ParamMap::default();
     let read = Graph::capture(std::slice::from_ref(&x), &none, |x| x[0].exp()?.item()).unwrap_err();

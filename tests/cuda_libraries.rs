@@ -120,7 +120,7 @@ fn no_library_is_loaded_from_the_working_folder() {
 fn refusals_name_the_variable_and_the_remedy() {
     let Some(folder) = working_folder("refusals") else { return };
     let text = devices(&folder.0, &[("XT_CUDA_LIBS", "/usr/lib:sub")]);
-    assert!(text.contains("XT_CUDA_LIBS names the folder `sub`") && text.contains("absolute path"), "{text}");
+    assert!(text.contains("XT_CUDA_LIBS contains the relative path `sub`") && text.contains("absolute path"), "{text}");
     let text = devices(&folder.0, &[("LD_LIBRARY_PATH", ":/usr/lib")]);
     assert!(text.contains("LD_LIBRARY_PATH has an empty or relative entry") && text.contains("remove"), "{text}");
     // Nothing of CUDA's lies there: the entry does no harm.

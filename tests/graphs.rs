@@ -464,7 +464,7 @@ fn graphs_do_not_nest() -> Result<()> {
     let mut outer = Graph::capture(std::slice::from_ref(&x), &none(), |i| {
         calls.set(calls.get() + 1);
         let nested = Graph::capture(i, &none(), |i| i[0].exp()).unwrap_err();
-        assert!(nested.to_string().contains("as part of another"), "{nested}");
+        assert!(nested.to_string().contains("while recording another"), "{nested}");
         let replayed = inner.borrow_mut().replay(std::slice::from_ref(&x)).err().map(|error| error.to_string());
         let refused = replayed.is_some_and(|error| error.contains("cannot be part of a graph"));
         assert_eq!(refused, calls.get() == 2, "the run before the recording may replay graphs");
@@ -480,8 +480,8 @@ fn graphs_do_not_nest() -> Result<()> {
 /// A fault reported by a replay's kernel is an error, even if the graph was dropped meanwhile; and the graph can be
 /// replayed.
 #[test]
-fn faults_of_a_replay_are_told() -> Result<()> {
-    let Some(gpu) = gpu("faults_of_a_replay_are_told") else { return Ok(()) };
+fn faults_of_a_replay_are_reported() -> Result<()> {
+    let Some(gpu) = gpu("faults_of_a_replay_are_reported") else { return Ok(()) };
     let table = Tensor::ones([4, 3], DType::F32, &gpu)?;
     let tokens = |index: i64| Tensor::from_slice(&[0, index], [2], &gpu);
     let capture = || Graph::capture(&[tokens(3)?], &none(), |i| table.embedding(&i[0]));

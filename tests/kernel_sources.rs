@@ -126,7 +126,7 @@ fn signatures_that_break_a_rule_are_refused() {
     let message = error("extern \"C\" __global__ void b_fwd(T* y) {}");
     assert_eq!(message, "a.cu: kernel `b_fwd` must be named `a_…`");
     let message = error("__global__ void a_fwd(T* y) {}");
-    assert!(message.contains("is not written as `extern \"C\" __global__ void name(parameters)`"), "{message}");
+    assert!(message.contains("is not declared as `extern \"C\" __global__ void name(parameters)`"), "{message}");
     let message = error("extern \"C\" __global__ void a_fwd(const T* x, T* y) {}");
     assert_eq!(message, "a.cu: `T* y` of `a_fwd`: the order is outputs, inputs, sizes, scalars");
     let message = error("extern \"C\" __global__ void a_fwd(T* y, T scale) {}");

@@ -198,7 +198,7 @@ fn loading_peaks_at_the_file_and_the_model() {
 
 /// Weights that a config claims and the file lacks are an error before memory is allocated for them.
 #[test]
-fn sizes_that_are_only_claimed_take_no_memory() {
+fn claimed_sizes_take_no_memory() {
     let folder = Folder::new("claims");
     let small = safetensors("BF16", 2);
     fs::write(folder.0.as_path().join("model.safetensors"), &small).unwrap();

@@ -76,7 +76,7 @@ fn views_copy_nothing() -> Result<()> {
 }
 
 #[test]
-fn an_op_allocates_its_output_alone() -> Result<()> {
+fn an_op_allocates_only_its_output() -> Result<()> {
     let _alone = alone();
     let x = mebibyte();
     type Op = fn(&Tensor) -> Result<Tensor>;
@@ -102,7 +102,7 @@ fn an_op_allocates_its_output_alone() -> Result<()> {
 }
 
 #[test]
-fn nothing_of_nothing() -> Result<()> {
+fn empty_tensors_take_no_memory() -> Result<()> {
     let _alone = alone();
     let (_, peak) = peak_of(|| -> Result<()> {
         let x = Tensor::zeros([0, 1 << 40], DType::F64, &CPU)?;
@@ -174,7 +174,7 @@ fn other_sizes_use_what_is_free() -> Result<()> {
 }
 
 #[test]
-fn trim_gives_back_what_is_free_alone() -> Result<()> {
+fn trim_releases_only_free_memory() -> Result<()> {
     let _alone = alone();
     let kept = mebibyte();
     drop(mebibyte());
@@ -189,7 +189,7 @@ fn trim_gives_back_what_is_free_alone() -> Result<()> {
 
 /// Scratch memory that threads keep for products and attention is counted, limited and freed like the rest.
 #[test]
-fn working_memory_is_counted_and_given_back() -> Result<()> {
+fn working_memory_is_counted_and_released() -> Result<()> {
     let _alone = alone();
     assert_eq!(CPU.memory().scratch, 0);
     let half = |shape: [usize; 4]| Tensor::ones(shape, DType::BF16, &CPU);
@@ -391,7 +391,7 @@ fn slices_add_into_one_gradient() -> Result<()> {
 }
 
 #[test]
-fn what_is_cheap_is_computed_again() -> Result<()> {
+fn cheap_values_are_recomputed() -> Result<()> {
     let _alone = alone();
     let (x, weight) = (mebibyte().requires_grad()?, mebibyte().affine(0.1, 0.0)?.requires_grad()?);
     let ones = Tensor::ones([512], DType::F32, &CPU)?;
@@ -451,7 +451,7 @@ fn activation_bytes(length: usize) -> Result<f64> {
 /// be 1.21 GB there, and with 0.28 GB for its weights and moments less than 1.5 GB. Of the two statistics that attention
 /// keeps for each query and head, the second counts apart: heads of a test are small.
 #[test]
-fn training_memory_grows_with_the_length_alone() -> Result<()> {
+fn training_memory_is_linear_in_the_length() -> Result<()> {
     let _alone = alone();
     let (short, long) = (activation_bytes(512)?, activation_bytes(1024)?);
     let statistic = 8.0 * 4.0 / 128.0;

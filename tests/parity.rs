@@ -70,7 +70,7 @@ fn expect_all(dtype: DType, options: RunOptions) {
 
 /// No case is silently lost.
 #[test]
-fn parity_cases_are_all_there() {
+fn parity_cases_are_complete() {
     if std::env::var_os("XT_CASE").is_none() && std::env::var_os("XT_PARITY_DIR").is_none() {
         assert_eq!(folders().len(), 149);
     }

@@ -54,7 +54,7 @@ fn calls(report: &Report, phase: Phase) -> Vec<(&'static str, u64)> {
 }
 
 #[test]
-fn every_op_of_a_plain_decoder_is_there() -> Result<()> {
+fn the_profile_has_every_op_of_a_plain_decoder() -> Result<()> {
     let report = step(&gpt(""), DType::F32)?;
     // Two layers: norm, three projections, attention, output; norm, two projections around an activation. Then a norm,
     // and logits with the loss in one. All norms but the first take a sum.
@@ -78,7 +78,7 @@ fn every_op_of_a_plain_decoder_is_there() -> Result<()> {
 }
 
 #[test]
-fn every_op_of_the_options_is_there() -> Result<()> {
+fn the_profile_has_every_op_of_the_options() -> Result<()> {
     for (options, names) in [
         (r#", "rotary_pos_emb": true"#, &["rotary"][..]),
         (r#", "ff_glu": true"#, &["add_glu"]),
@@ -119,7 +119,7 @@ fn times_add_up_to_the_step() -> Result<()> {
 }
 
 #[test]
-fn operations_are_those_of_products() -> Result<()> {
+fn operations_of_products_are_exact() -> Result<()> {
     let report = step(&gpt(""), DType::F32)?;
     let linears = |phase| -> f64 {
         report.ops().filter(|op| op.phase == phase && op.name.contains("linear")).map(|op| op.operations).sum()
@@ -185,7 +185,7 @@ fn one_profile_at_a_time() -> Result<()> {
 
 /// An error in a backward rule leaves the profile usable.
 #[test]
-fn errors_leave_the_profile_whole() -> Result<()> {
+fn errors_keep_the_profile_intact() -> Result<()> {
     let x = Tensor::ones([2, 2], DType::F32, device())?.requires_grad()?;
     let profile = Profile::start()?;
     let mut tape = Tape::grad();

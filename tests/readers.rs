@@ -203,15 +203,17 @@ fn files_of_other_kinds_are_named() {
     let mut tar = vec![0; 1024];
     tar[..9].copy_from_slice(b"model.bin");
     tar[257..262].copy_from_slice(b"ustar");
-    let cases: [(&[u8], &str); 10] = [
-        (lfs, "git-lfs"),
+    let cases: [(&[u8], &str); 12] = [
+        (lfs, "Git LFS"),
         (b"<!DOCTYPE html><html><head><title>Not found</title>", "HTML"),
         (b"\n  <html>\n<body>sign in</body></html>", "HTML"),
         (b"<?xml version='1.0'?><Error><Code>AccessDenied</Code>", "XML"),
         (b"\x1f\x8b\x08\0\0\0\0\0\0\x03", "gzip"),
         (b"BZh91AY&SY\0\0\0\0", "bzip2"),
         (&tar, "tar archive"),
-        (b"{\"error\": \"Repository not found\"}", "JSON"),
+        (b"{\"error\": \"Repository not found\"}", "is JSON"),
+        (b"[package]\nname = \"model\"\n\n[[bin]]\n", "is text"),
+        ("# Modèle\n".as_bytes(), "is text, not weights"),
         (b"\x80\x04\x95\x0b\0\0\0\0\0\0\0}.", "torch.save"),
         (b"\x89HDF\r\n\x1a\n\0\0\0\0\0\x08\x08\0", "HDF5"),
     ];
@@ -308,10 +310,10 @@ fn pickles_execute_nothing_and_say_what_they_were_asked_for() {
         ("a hidden loader", b"ctorch.storage\n_load_from_bytes\n.".to_vec(), "_load_from_bytes"),
         ("an unknown instruction", b"\x82\0.".to_vec(), "0x82"),
         ("a new protocol", b"\x80\x09.".to_vec(), "protocol 9"),
-        ("an empty stack", b".".to_vec(), "lacks a value"),
-        ("a mark that is not there", b"t.".to_vec(), "lacks a mark"),
-        ("values below a mark", b"K\x01(\x85.".to_vec(), "lacks values"),
-        ("a memory that is not there", b"h\x07.".to_vec(), "remembered"),
+        ("an empty stack", b".".to_vec(), "expected a value"),
+        ("a mark that is not there", b"t.".to_vec(), "expected a mark"),
+        ("values below a mark", b"K\x01(\x85.".to_vec(), "expected values"),
+        ("a memory that is not there", b"h\x07.".to_vec(), "a memoized value"),
         ("no dictionary", b"K\x01.".to_vec(), "dictionary of tensors"),
         ("text that is none", b"X\x02\0\0\0\xff\xff.".to_vec(), "UTF-8"),
         ("text longer than the file", b"X\xff\xff\xff\xff.".to_vec(), "truncated"),
@@ -425,15 +427,15 @@ fn gguf_lies_are_refused() {
         read(&changed).unwrap_err()
     };
     let find = |text: &str| whole.windows(text.len()).position(|window| window == text.as_bytes()).unwrap();
-    assert!(with(4, &9u32.to_le_bytes()).contains("version 9, known are 2 and 3"));
-    assert!(with(8, &u64::MAX.to_le_bytes()).contains("tensors follow"));
-    assert!(with(16, &(1u64 << 60).to_le_bytes()).contains("pairs of metadata follow"));
+    assert!(with(4, &9u32.to_le_bytes()).contains("version 9, expected 2 or 3"));
+    assert!(with(8, &u64::MAX.to_le_bytes()).contains("tensors, but"));
+    assert!(with(16, &(1u64 << 60).to_le_bytes()).contains("metadata entries, but"));
     let tokens = find("tokens") + "tokens".len();
     assert!(with(tokens, &99u32.to_le_bytes()).contains("unknown type 99"));
-    assert!(with(tokens + 8, &(1u64 << 61).to_le_bytes()).contains("values follow"));
+    assert!(with(tokens + 8, &(1u64 << 61).to_le_bytes()).contains("values, but"));
     let tensor = find("Q8_0") + "Q8_0".len();
     assert!(with(tensor, &7u32.to_le_bytes()).contains("7 dimensions"));
-    assert!(with(tensor + 4, &63u64.to_le_bytes()).contains("whole blocks of 32"));
+    assert!(with(tensor + 4, &63u64.to_le_bytes()).contains("multiple of the block size 32"));
     assert!(with(tensor + 12, &(1u64 << 40).to_le_bytes()).contains("`Q8_0`"));
     assert!(with(tensor + 20, &16u32.to_le_bytes()).contains("is IQ2_XXS"));
     assert!(with(tensor + 24, &(u64::MAX - 31).to_le_bytes()).contains("the file has"));
@@ -471,7 +473,7 @@ fn an_index_is_held_to_its_word() -> Result<()> {
         ("a way out and back", index.replacen("part-2", "below/../../part-2", 1), "same folder"),
         ("the root", index.replacen("part-2", "/part-2", 1), "same folder"),
         ("a file that is not there", index.replace("part-2", "part-3"), "part-3"),
-        ("no JSON", "{".into(), "no index"),
+        ("no JSON", "{".into(), "not the index"),
         ("no map", "{}".into(), "weight_map"),
     ];
     for (what, text, expected) in cases {

@@ -155,7 +155,7 @@ fn sampling_of_ties_and_infinities() -> Result<()> {
 }
 
 #[test]
-fn sampling_refuses_what_it_cannot_draw_from() -> Result<()> {
+fn sampling_refuses_broken_logits() -> Result<()> {
     let _alone = alone();
     let good = Tensor::zeros([2, 3], DType::F32, device())?;
     let zero = step(0, device())?;

@@ -235,7 +235,7 @@ fn op_of(name: &str) -> Op {
 
 /// The leaf itself is free on other threads (that is inference), but its result must not enter a tape of this one.
 #[test]
-fn what_another_thread_makes_of_a_leaf_is_refused_by_the_tape() -> Result<()> {
+fn values_computed_from_a_leaf_on_another_thread_are_refused() -> Result<()> {
     let x = leaf(&[1.0, 2.0]);
     let made = |op: Op| elsewhere(|| op(&x)).unwrap();
     let squared = made(|x| x.square());

@@ -25,7 +25,9 @@ from statistics import median
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
 sys.path.insert(0, str(HERE))
-from cpu import commit, newest, processor, time_text  # noqa: E402
+from contenders import newest  # noqa: E402
+from machine import commit, processor  # noqa: E402
+from tables import time_text  # noqa: E402
 
 RAW = HERE.parent / "results/pretrained-raw.jsonl"
 XT = ROOT / "target/release/xt"

@@ -1,7 +1,7 @@
 //! Memory of this program outside of tensors: where there is none left, one line says so and the exit code is 1.
 //!
-//! The library reports missing memory of tensors as an error. Strings, tables and what dependencies allocate cannot fail
-//! in stable Rust: the standard library aborts with a core dump, and there is no stable hook for it.
+//! The library reports missing memory of tensors as an error. Strings, tables and what dependencies allocate cannot
+//! fail in stable Rust: the standard library aborts with a core dump, and there is no stable hook for it.
 
 use std::{
     alloc::{GlobalAlloc, Layout, System},
@@ -21,7 +21,8 @@ impl OrExit {
             // Standard error has no buffer, and nothing here allocates.
             let _ = writeln!(
                 io::stderr(),
-                "xt: out of memory: {bytes} bytes were refused; give the process more, or use a smaller model or text"
+                "xt: out of memory: allocating {bytes} bytes failed; give the process more memory, or use a smaller \
+                 model or text"
             );
             process::exit(1);
         }

@@ -30,53 +30,54 @@ const WARM_UP: usize = 1;
 
 #[derive(Args)]
 pub struct BenchArgs {
-    /// JSON config of a model
+    /// Path of the JSON config of a model
     #[arg(long, value_name = "FILE")]
     config: PathBuf,
 
     #[command(flatten)]
     keywords: KeywordArgs,
 
-    /// Workload to time. The loss is the model's own, the cross-entropy of its logits, or the mean square of its vectors
+    /// Workload to time
     #[arg(long, value_enum)]
     mode: Mode,
 
-    /// Batch size: number of sequences or images
+    /// Batch size, in sequences or images
     #[arg(long, value_name = "B", default_value_t = 1, value_parser = value_parser!(u32).range(1..))]
     batch: u32,
 
-    /// Sequence length; the prompt's length in mode `generate` [default: the longest that the model takes]
+    /// Sequence length, in tokens; length of the prompt in mode generate [default: the model's max_seq_len, or 1024 if
+    /// it has none]
     #[arg(long, value_name = "N", value_parser = value_parser!(u32).range(1..))]
     seq_len: Option<u32>,
 
-    /// Tokens that `generate` adds
+    /// Number of tokens to generate in mode generate
     #[arg(long, value_name = "T", default_value_t = 64, value_parser = value_parser!(u32).range(1..))]
     new_tokens: u32,
 
     #[command(flatten)]
     compute: ComputeArgs,
 
-    /// Precision of f32 matrix products
+    /// Precision of f32 matrix products, as in torch.set_float32_matmul_precision
     #[arg(long, value_enum, default_value_t = Exactness::Highest)]
     precision: Exactness,
 
-    /// Threads of the CPU [default: RAYON_NUM_THREADS, or one per core]
+    /// Number of CPU threads [default: RAYON_NUM_THREADS, or one per logical CPU]
     #[arg(long, value_name = "N", value_parser = value_parser!(u32).range(1..=1024))]
     pub threads: Option<u32>,
 
-    /// Repetitions that are timed, after a first one and a warm-up
+    /// Number of timed repetitions, after the first one, which is reported separately, and a warm-up
     #[arg(long, value_name = "R", default_value_t = 10, value_parser = value_parser!(u32).range(1..))]
     repeat: u32,
 
     #[command(flatten)]
     profile: ProfileArgs,
 
-    /// Print one line of JSON
+    /// Print the results as one line of JSON
     #[arg(long)]
     json: bool,
 
-    /// Interleave with other programs: do a step, the first one included, for each line of standard input, print its
-    /// seconds as a line of JSON, and report after the last line
+    /// Interleave with other programs: run one repetition per line of standard input, print its seconds as a line of
+    /// JSON, and report at the end of the input
     #[arg(long, conflicts_with_all = ["repeat", "profile", "trace"])]
     interleaved: bool,
 }
@@ -86,9 +87,9 @@ pub struct BenchArgs {
 enum Exactness {
     /// Operands and sums in f32
     Highest,
-    /// A device may round operands, to TF32 or better
+    /// Operands may be rounded, to TF32 or better
     High,
-    /// A device may round operands to bf16
+    /// Operands may be rounded to bf16
     Medium,
 }
 
@@ -123,14 +124,14 @@ pub fn run(args: BenchArgs) -> Result<()> {
         new_tokens: args.new_tokens as usize,
     };
     if let (ModelPlan::Vision(_), Some(_)) = (config.plan().map_err(broken)?, extent.seq_len) {
-        let why = "an image has the length that its patches give; leave --seq-len out";
+        let why = "the length of an image follows from its patches; omit --seq-len";
         return Err(Failure::new(why).within(&args.config));
     }
     let workload = Workload::new(&config, &call, args.mode, extent, args.compute.dtype, &device).map_err(broken)?;
     let Some(mut workload) = workload else {
         let why = match args.mode {
-            Mode::Generate => "only an AutoregressiveWrapper and an XTransformer generate",
-            Mode::Forward | Mode::Train => "is no model, so there is nothing to time",
+            Mode::Generate => "expected an AutoregressiveWrapper or XTransformer for `--mode generate`",
+            Mode::Forward | Mode::Train => "is not the config of a model",
         };
         return Err(Failure::new(why).within(&args.config));
     };
@@ -180,7 +181,7 @@ fn interleaved(time: &mut impl FnMut() -> Result<f64>) -> Result<Vec<f64>> {
         print(format_args!("{}\n", json!({ "seconds": seconds.last() })))?;
     }
     if seconds.len() < 2 {
-        return Err(Failure::new("--interleaved takes a line of standard input for each step, and at least two"));
+        return Err(Failure::new("--interleaved expects one line of standard input per step, and at least two lines"));
     }
     Ok(seconds)
 }

@@ -18,11 +18,11 @@ use crate::failure::{self, Failure};
 /// For commands that compare with other implementations: the CPU unless another device is asked for.
 #[derive(Args)]
 pub struct ComputeArgs {
-    /// Where to compute: auto, cpu or cuda:N
+    /// Device: auto (a GPU if there is one), cpu or cuda:N
     #[arg(long, default_value = "cpu")]
     device: String,
 
-    /// Type of the weights and activations
+    /// Data type of the weights and activations
     #[arg(long, default_value = "f32", value_parser = dtypes([DType::F32, DType::F64, DType::BF16, DType::F16]))]
     pub dtype: DType,
 }
@@ -44,13 +44,14 @@ pub fn start_threads(wanted: Option<u32>) -> failure::Result<()> {
     let pool = if threads == 1 { pool.use_current_thread() } else { pool };
     pool.spawn_handler(start_thread).build_global().map_err(|error| {
         Failure::new(format_args!(
-            "{threads} threads: {error}; allow the process more threads and memory, or set RAYON_NUM_THREADS=1"
+            "cannot start {threads} threads: {error}; allow the process more threads and memory, or set \
+             RAYON_NUM_THREADS=1"
         ))
     })
 }
 
-/// Starts one thread, and returns when it runs. The standard library aborts the process if a thread that exists finds no
-/// memory for its signal stack, so that is looked for first, and no other thread is made meanwhile.
+/// Starts one thread, and returns when it runs. The standard library aborts the process if a thread that exists finds
+/// no memory for its signal stack, so that is looked for first, and no other thread is made meanwhile.
 fn start_thread(worker: rayon::ThreadBuilder) -> io::Result<()> {
     const ROOM: usize = 4 << 20;
     let mut room = Vec::<u8>::new();

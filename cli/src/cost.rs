@@ -61,7 +61,7 @@ impl Cost {
             const MANY: usize = 1024;
             let tokens = sizes.tokens.unwrap_or(if longest == 0 { MANY } else { longest });
             if tokens > longest && longest > 0 {
-                let why = format!("expected up to max_seq_len, {longest}, got {tokens}");
+                let why = format!("expected at most `max_seq_len` ({longest}), got {tokens}");
                 return Err(Error::new(ErrorKind::Option { key: "seq_len".to_string(), why }));
             }
             Ok(Batch { rows: sizes.rows, tokens, context: tokens })
@@ -149,7 +149,7 @@ impl Cost {
     }
 }
 
-/// A wrapper from tokens to logits, and their cross-entropy.
+/// Returns the cost of a wrapper from tokens to logits, and of their cross-entropy.
 fn transformer(plan: &TransformerPlan, batch: Batch) -> Cost {
     let rows = batch.rows * batch.tokens;
     let mut cost = up_to_logits(plan, batch);
@@ -158,7 +158,7 @@ fn transformer(plan: &TransformerPlan, batch: Batch) -> Cost {
     cost
 }
 
-/// The same with the loss in blocks of rows.
+/// Returns the cost of a wrapper from tokens to their cross-entropy, computed in blocks of rows.
 fn language_model(plan: &TransformerPlan, batch: Batch) -> Cost {
     let (rows, dim) = (batch.rows * batch.tokens, plan.layers.dim);
     let mut cost = up_to_logits(plan, batch);

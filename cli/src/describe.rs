@@ -52,7 +52,7 @@ pub fn pretrained(pretrained: &Pretrained) -> Lines {
     }
     if !pretrained.family().is_causal() {
         let modules = pretrained.folder().and_then(modules);
-        lines.add("pooling", modules.unwrap_or_else(|| "mean, as no modules.json says otherwise".to_string()));
+        lines.add("pooling", modules.unwrap_or_else(|| "mean (no modules.json)".to_string()));
     }
     let unused = pretrained.unused();
     lines.add("not used", if unused.is_empty() { "nothing".to_string() } else { listed(&unused) });
@@ -120,7 +120,7 @@ fn weights(lines: &mut Lines, file: &TensorFile) {
     lines.add("weights", format!("{elements} values: {}", types.collect::<Vec<_>>().join(", ")));
 }
 
-/// Tokenizer and chat template beside the weights.
+/// Adds the tokenizer and chat template beside the weights.
 fn of_folder(lines: &mut Lines, folder: &Path) {
     let json =
         |name: &str| read_text(folder.join(name), MAX_JSON).ok().and_then(|text| serde_json::from_str(&text).ok());
@@ -128,9 +128,9 @@ fn of_folder(lines: &mut Lines, folder: &Path) {
     let tokenizer: Option<Value> = json("tokenizer.json");
     let kind = match &tokenizer {
         Some(tokenizer) => {
-            Some(format!("tokenizer.json ({})", tokenizer["model"]["type"].as_str().unwrap_or("of another kind")))
+            Some(format!("tokenizer.json ({})", tokenizer["model"]["type"].as_str().unwrap_or("unknown type")))
         }
-        None if there("tokenizer.json") => Some("tokenizer.json, which is not JSON".to_string()),
+        None if there("tokenizer.json") => Some("tokenizer.json (not valid JSON)".to_string()),
         None if there("tokenizer.model") => Some("tokenizer.model (SentencePiece)".to_string()),
         None if there("spiece.model") => Some("spiece.model (SentencePiece)".to_string()),
         None if there("vocab.txt") => Some("vocab.txt (WordPiece)".to_string()),
@@ -154,7 +154,7 @@ fn of_folder(lines: &mut Lines, folder: &Path) {
     lines.add("chat template", template);
 }
 
-/// Those in a GGUF file.
+/// Adds the tokenizer and chat template in a GGUF file.
 fn of_gguf(lines: &mut Lines, file: &TensorFile) {
     let text = |key: &str| file.metadata().get(key).and_then(Metadata::as_str);
     let kind = text("tokenizer.ggml.model").map(|model| match text("tokenizer.ggml.pre") {

@@ -22,34 +22,36 @@ use crate::{
 
 #[derive(Args)]
 pub struct EmbedArgs {
-    /// Folder with a pretrained encoder, such as MiniLM: config.json, weights and tokenizer
+    /// Path of the checkpoint: a `transformers` or sentence-transformers folder with an encoder such as MiniLM
     #[arg(long, value_name = "DIR")]
     checkpoint: PathBuf,
 
-    /// The tokenizer, if it is not beside the weights: a folder, or a .json, .model or .txt in it
+    /// Path of the tokenizer: its folder, or a .json, .model or .txt file in it [default: beside the weights]
     #[arg(long, value_name = "PATH")]
     tokenizer: Option<PathBuf>,
 
-    /// A text; several give a table of their similarities, cosines unless the model says otherwise
+    /// Text to embed; repeat it to print a table of pairwise similarities (cosine, unless the model specifies another
+    /// measure)
     #[arg(long, value_name = "TEXT", required = true)]
     text: Vec<String>,
 
-    /// Put the model's prompt of this name in front of each text, such as query or passage [default: the model's]
+    /// Name of the model's prompt to prepend to each text, such as query or passage [default: the model's default
+    /// prompt]
     #[arg(long, value_name = "NAME", conflicts_with = "prompt")]
     prompt_name: Option<String>,
 
-    /// Put this in front of each text in place of a prompt of the model; nothing for none
+    /// Text to prepend to each text in place of a prompt of the model; empty for none
     #[arg(long, value_name = "TEXT")]
     prompt: Option<String>,
 
-    /// Write the vectors here, as the tensor `embeddings` of a safetensors file
+    /// Path of a safetensors file to write the embeddings to, as the tensor `embeddings`
     #[arg(long, value_name = "FILE")]
     output: Option<PathBuf>,
 
     #[command(flatten)]
     strict: StrictArgs,
 
-    /// Where to compute: auto, cpu or cuda:N
+    /// Device: auto (a GPU if there is one), cpu or cuda:N
     #[arg(long, default_value = "auto")]
     device: String,
 }
@@ -59,7 +61,7 @@ pub fn run(args: EmbedArgs) -> Result<()> {
     let device = &Device::parse(&args.device)?;
     let texts = &args.text;
     if Checkpoint::load_config(files::checkpoint(&args.checkpoint)).is_ok() {
-        let why = "holds what `xt train` wrote, which continues texts; give an encoder of `transformers`, or use `xt generate`";
+        let why = "contains a model of `xt train`, which generates text; use a transformers encoder, or `xt generate`";
         return Err(Failure::new(why).within(&args.checkpoint));
     }
     let pretrained = Pretrained::open(&args.checkpoint)?;
@@ -74,7 +76,7 @@ pub fn run(args: EmbedArgs) -> Result<()> {
     for cut in &embedded.cut {
         let start: String = texts[cut.text].chars().take(40).collect();
         let warning = Failure::new(format_args!(
-            "the text `{start}` is cut: it has {} tokens, the model takes {}; the rest is left out of its vector",
+            "the text `{start}` is truncated: it has {} tokens, but the model takes {}; its vector ignores the rest",
             cut.tokens, cut.kept
         ));
         // A warning that nobody can read must not stop the run.

@@ -30,7 +30,7 @@ impl Failure {
         Self::new(format_args!("{}: {error}{}", path.display(), advice(error)))
     }
 
-    /// The same failure with what to do about it.
+    /// Adds advice to the failure.
     pub fn advising(self, advice: impl fmt::Display) -> Self {
         match self {
             Self::ClosedPipe => self,
@@ -38,7 +38,7 @@ impl Failure {
         }
     }
 
-    /// The same failure with the file or folder that it is about.
+    /// Prefixes the failure with the path that it concerns.
     pub fn within(self, path: &Path) -> Self {
         match self {
             Self::ClosedPipe => self,
@@ -51,7 +51,7 @@ impl From<Error> for Failure {
     fn from(error: Error) -> Self {
         let advice = match error.kind() {
             ErrorKind::Io { source, .. } => advice(source),
-            ErrorKind::Weights { .. } => "; they belong to another config, give the one that they were trained with",
+            ErrorKind::Weights { .. } => "; use the config that they were trained with",
             ErrorKind::UnknownOption { nearest: None, .. } => "; remove it",
             _ => "",
         };

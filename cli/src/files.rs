@@ -49,7 +49,8 @@ impl Run {
         if let Err(TryLockError::WouldBlock) = locked {
             let dir = self.dir.display();
             return Err(Failure::new(format_args!(
-                "{dir}: another `xt train` is writing into this folder; wait for it, or choose another one with `--out`"
+                "{dir}: another `xt train` is writing to this folder; wait for it, or choose another folder with \
+                 `--out`"
             )));
         }
         // Training continues on a file system without locks.

@@ -27,117 +27,123 @@ use crate::{
 #[derive(Args)]
 #[command(group = ArgGroup::new("filter").multiple(false))]
 pub struct GenerateArgs {
-    /// Folder that `xt train` wrote; or a pretrained Llama: a GGUF file, or a folder of `transformers`
+    /// Path of the checkpoint: a folder written by `xt train`, or a pretrained Llama, Mistral or Qwen 2 (a GGUF file or
+    /// a `transformers` folder)
     #[arg(long, value_name = "PATH")]
     checkpoint: PathBuf,
 
-    /// The tokenizer of a pretrained model, if it is not beside the weights: a folder, or a .json, .model or .txt in it
+    /// Path of a pretrained model's tokenizer: its folder, or a .json, .model or .txt file in it [default: beside the
+    /// weights]
     #[arg(long, value_name = "PATH")]
     tokenizer: Option<PathBuf>,
 
-    /// Text to continue; several are continued together, each by itself
+    /// Text to continue; repeat it to continue several texts independently [default: a newline]
     #[arg(long, value_name = "TEXT", default_value = "\n", hide_default_value = true, value_parser = some_text)]
     prompt: Vec<String>,
 
-    /// The prompt is a question, written as a chat by the chat template of the pretrained model
+    /// Format the prompt as a user message with the chat template of the pretrained model
     #[arg(long)]
     chat: bool,
 
-    /// With --chat: system turn before the question [default: that of the template, if any]
+    /// System message for --chat [default: that of the chat template, if any]
     #[arg(long, value_name = "TEXT", requires = "chat", value_parser = some_text)]
     system: Option<String>,
 
-    /// Bytes to add, of a pretrained model tokens
+    /// Maximum number of tokens to generate; models of `xt train` have one token per byte
     #[arg(long, value_name = "N", default_value_t = 256)]
     length: usize,
 
-    /// Divides the logits: below 1 safer, above 1 bolder, 0 takes the best byte
+    /// Sampling temperature, which divides the logits; 0 always takes the most likely token
     #[arg(long, value_name = "T", default_value_t = 1.0, value_parser = positive_or_zero)]
     temperature: f64,
 
-    /// Choose among the N best bytes [default: a tenth of the vocabulary]
+    /// Top-k sampling: keep the N most likely tokens [default: a tenth of the vocabulary, unless another filter is
+    /// given]
     #[arg(long, value_name = "N", value_parser = value_parser!(u32).range(1..), group = "filter")]
     top_k: Option<u32>,
 
-    /// Choose among the best bytes that have this probability together
+    /// Nucleus (top-p) sampling: keep the smallest set of tokens whose probability reaches P
     #[arg(long, value_name = "P", value_parser = fraction, group = "filter")]
     top_p: Option<f64>,
 
-    /// Choose among bytes with at least this share of the best one's probability
+    /// Min-p sampling: keep tokens with at least P times the probability of the most likely one
     #[arg(long, value_name = "P", value_parser = fraction, group = "filter")]
     min_p: Option<f64>,
 
-    /// Choose alike among bytes with at least this share of the square of the best one's probability
+    /// Top-a sampling: keep tokens with at least P times the squared probability of the most likely one, and draw them
+    /// uniformly
     #[arg(long, value_name = "P", value_parser = fraction, group = "filter")]
     top_a: Option<f64>,
 
-    /// Choose by 1.3-entmax instead of softmax
+    /// Sample from the 1.3-entmax of the logits instead of their softmax
     #[arg(long, group = "filter")]
     entmax: bool,
 
-    /// Makes bytes that are there already less likely, above 1
+    /// Penalty on tokens that are already in the text; above 1 makes them less likely
     #[arg(long, value_name = "R", default_value_t = 1.0, value_parser = positive)]
     repetition_penalty: f64,
 
-    /// Token that ends a text, for instance 10 for a line; may be repeated [default: those that a pretrained model names]
+    /// ID of a token that ends the text, such as 10 (newline) for bytes; may be repeated [default: the end tokens of a
+    /// pretrained model]
     #[arg(long, value_name = "N")]
     eos: Vec<u32>,
 
-    /// Stop string: ends a text and is not shown; may be repeated
+    /// Stop string, which ends the text and is not printed; may be repeated
     #[arg(long, value_name = "TEXT", value_parser = some_text)]
     stop: Vec<String>,
 
-    /// The same seed gives the same text
+    /// Seed of the random number generator; the same seed gives the same text
     #[arg(long, value_name = "N", default_value_t = 0)]
     seed: u64,
 
-    /// Follow the N most likely texts at once and show the best; nothing is drawn
+    /// Number of beams of a beam search, which replaces sampling and prints the most likely text found
     #[arg(long, value_name = "N", value_parser = value_parser!(u32).range(1..), conflicts_with_all = ["filter", "draft"])]
     beams: Option<u32>,
 
-    /// With --beams: above 0 favours long texts
+    /// Length penalty of --beams: scores are log-probabilities divided by length^P, so that above 0 favours long texts
     #[arg(long, value_name = "P", default_value_t = 1.0, requires = "beams", value_parser = finite)]
     length_penalty: f64,
 
-    /// A smaller model of the same tokens that proposes some, which the model then judges several at a time
+    /// Path of a smaller draft model with the same tokenizer, for speculative decoding
     #[arg(long, value_name = "PATH")]
     draft: Option<PathBuf>,
 
-    /// With --draft: tokens that it proposes at a time
+    /// Number of tokens that the model of --draft proposes at a time
     #[arg(long, value_name = "N", default_value_t = 4, value_parser = value_parser!(u32).range(1..=64), requires = "draft")]
     ahead: u32,
 
-    /// Type that the weights are kept in
+    /// Data type of the weights in memory
     #[arg(long, value_enum, default_value_t = Weights::F32)]
     weights: Weights,
 
-    /// Tokens of a prompt that are computed at a time
+    /// Number of prompt tokens to process at a time
     #[arg(long, value_name = "N", default_value_t = 512, value_parser = value_parser!(u32).range(1..))]
     prefill: u32,
 
-    /// Compute the whole text for each token, without a cache of keys and values
+    /// Recompute the whole text for each token instead of using a KV cache
     #[arg(long)]
     no_cache: bool,
 
-    /// Print tokens per second on standard error, as on a terminal always
+    /// Print tokens per second to standard error; always on if that is a terminal
     #[arg(long)]
     stats: bool,
 
-    /// Print the bits per byte that the model needs for a text instead: what --weights costs
+    /// Path of a text to score instead of generating; prints its bits per byte under the model, for instance to compare
+    /// --weights
     #[arg(long, value_name = "FILE", conflicts_with_all = ["prompt", "beams", "draft"])]
     score: Option<PathBuf>,
 
     #[command(flatten)]
     strict: StrictArgs,
 
-    /// Where to compute: auto, cpu or cuda:N
+    /// Device: auto (a GPU if there is one), cpu or cuda:N
     #[arg(long, default_value = "auto")]
     device: String,
 }
 
 /// Clap's own parser says of an empty value that there is none.
 fn some_text(text: &str) -> std::result::Result<String, &'static str> {
-    if text.is_empty() { Err("expected some text, got an empty one") } else { Ok(text.to_string()) }
+    if text.is_empty() { Err("expected some text, got an empty string") } else { Ok(text.to_string()) }
 }
 
 /// A text to continue.
@@ -156,7 +162,7 @@ pub fn run(args: GenerateArgs) -> Result<()> {
     }
     let (prompts, length) = args.prompts(&source)?;
     if args.chat && source.language.assumes_chat_form() {
-        let note = "xt: the model's files have no chat template; its turns are written as ChatML, whose tokens it has";
+        let note = "xt: the model has no chat template; using ChatML, whose tokens it has";
         let _ = writeln!(io::stderr(), "{note}");
     }
     let draft = args
@@ -167,13 +173,13 @@ pub fn run(args: GenerateArgs) -> Result<()> {
     if let Some((draft, path)) = &draft {
         let same = |(own, other): (&Prompt, &Prompt)| own.tokens == other.tokens;
         if !prompts.iter().zip(&args.prompts(draft).map_err(|failure| failure.within(path))?.0).all(same) {
-            let why = "has other tokens than the model; a draft needs the same tokenizer";
+            let why = "has a different tokenizer from the model; a draft model needs the same one";
             return Err(Failure::new(why).within(path));
         }
     }
     let vocabulary = source.vocabulary();
     if let Some(eos) = args.eos.iter().find(|&&eos| eos as usize >= vocabulary) {
-        let why = format!("`--eos`: expected one of the model's {vocabulary} tokens, from 0 on, got {eos}");
+        let why = format!("`--eos`: expected a token id in 0..{vocabulary} (the vocabulary), got {eos}");
         return Err(Failure::new(why).within(&args.checkpoint));
     }
     let model = source.model(args.weights, &device)?;
@@ -218,7 +224,7 @@ pub fn run(args: GenerateArgs) -> Result<()> {
             tokens += new.numel();
             (proposed, accepted) = (proposed + stats.proposed, accepted + stats.accepted);
         }
-        note = format!(", {accepted} of {proposed} proposals of the draft taken");
+        note = format!(", {accepted} of {proposed} draft tokens accepted");
     } else if let [prompt] = &prompts[..] {
         print(&prompt.shown)?;
         let options = prompt.options(language, &options, stops)?;
@@ -249,7 +255,7 @@ impl GenerateArgs {
                 (decode(text.as_bytes()), source.language.encode(text)?)
             };
             if tokens.is_empty() {
-                return Err(Failure::new("the prompt has no token; give some text"));
+                return Err(Failure::new("the prompt has no tokens; give some text"));
             }
             length = length.min(source.room(tokens.len())?);
             prompts.push(Prompt { shown, tokens });
@@ -257,8 +263,8 @@ impl GenerateArgs {
         Ok((prompts, length))
     }
 
-    /// The tokens that end a text: those asked for, or those that the model's files name, and special ones among the stop
-    /// strings.
+    /// The tokens that end a text: those asked for, or those that the model's files name, and special ones among the
+    /// stop strings.
     fn ends(&self, source: &Source) -> Result<Vec<i64>> {
         let mut ends: Vec<i64> = self.eos.iter().map(|&eos| eos.into()).collect();
         if ends.is_empty() {
@@ -357,7 +363,7 @@ fn score(source: &Source, weights: Weights, path: &Path, device: &Device) -> Res
         language => language.encode(str::from_utf8(&text).map_err(|why| Failure::new(why).within(path))?)?,
     };
     if tokens.len() < 2 {
-        let why = format!("has {} tokens; a score takes 2, the first one predicts the second", tokens.len());
+        let why = format!("has {} tokens, expected at least 2 to score", tokens.len());
         return Err(Failure::new(why).within(path));
     }
     let model = source.model(weights, device)?;
@@ -381,8 +387,8 @@ fn score(source: &Source, weights: Weights, path: &Path, device: &Device) -> Res
     let bytes = text.len() - source.language.length(tokens[0])?.min(text.len() - 1);
     let bits = nats / bytes as f64 / std::f64::consts::LN_2;
     if !bits.is_finite() {
-        let overflow = if weights == Weights::F16 { ", or its values overflow f16; try `--weights bf16`" } else { "" };
-        return Err(Failure::new(format_args!("the model gives no probabilities: its weights are broken{overflow}")));
+        let overflow = if weights == Weights::F16 { " or overflow f16; try `--weights bf16`" } else { "" };
+        return Err(Failure::new(format_args!("the loss is not finite: the weights are broken{overflow}")));
     }
     print(format_args!("{bits:.4} bits per byte of {bytes} bytes\n"))
 }

@@ -26,11 +26,12 @@ use crate::{
 #[derive(Args)]
 #[command(group = ArgGroup::new("model").required(true))]
 pub struct InfoArgs {
-    /// JSON config of a model
+    /// Path of the JSON config of a model
     #[arg(long, value_name = "FILE", group = "model")]
     config: Option<PathBuf>,
 
-    /// Folder that `xt train` wrote; a pretrained model: a GGUF file, or a folder of `transformers`; or weights alone
+    /// Path of the checkpoint: a folder written by `xt train`, a pretrained model (a GGUF file or a `transformers`
+    /// folder), or a file of weights without a config
     #[arg(long, value_name = "PATH", group = "model")]
     checkpoint: Option<PathBuf>,
 
@@ -40,11 +41,11 @@ pub struct InfoArgs {
     #[command(flatten)]
     keywords: KeywordArgs,
 
-    /// Sequences of a training step
+    /// Number of sequences in the training step whose cost is estimated
     #[arg(long, value_name = "N", default_value_t = 8, value_parser = value_parser!(u32).range(1..))]
     batch_size: u32,
 
-    /// Length of the sequences [default: the longest that the model takes]
+    /// Sequence length, in tokens [default: the model's max_seq_len, or 1024 if it has none]
     #[arg(long, value_name = "N", value_parser = value_parser!(u32).range(1..))]
     seq_len: Option<u32>,
 }
@@ -98,7 +99,7 @@ fn read(args: &InfoArgs) -> Result<Option<(PathBuf, Config)>> {
             }
             (dir, config)
         }
-        (None, None) => return Err(Failure::new("give --config or --checkpoint")),
+        (None, None) => return Err(Failure::new("expected --config or --checkpoint")),
     }))
 }
 

@@ -14,18 +14,19 @@ use crate::failure::{Failure, Result, print};
 
 #[derive(Args)]
 pub struct KernelsArgs {
-    /// Sources to compile, by their names in `kernels/` [default: all]
+    /// Names of the kernel sources to compile, such as copy for kernels/copy.cu [default: all]
     names: Vec<String>,
 
-    /// Cards to compile for, as sm_80,sm_90a (H100 and H200 are sm_90a); needs no GPU [default: the card at hand]
+    /// Architectures to compile for, comma-separated, such as sm_80,sm_90a (H100 and H200: sm_90a); needs no GPU
+    /// [default: that of the first GPU]
     #[arg(long, value_name = "LIST", value_delimiter = ',', value_parser = target())]
     arch: Vec<Target>,
 
-    /// Compile the kernels that only benchmarks launch (kernels/lab) as well
+    /// Also compile the kernels that only benchmarks launch (kernels/lab)
     #[arg(long)]
     lab: bool,
 
-    /// Where the code is kept [default: XT_KERNEL_CACHE, else the user's cache folder]
+    /// Folder for the compiled kernels [default: XT_KERNEL_CACHE, or the user's cache folder]
     #[arg(long, value_name = "DIR")]
     cache: Option<PathBuf>,
 }
@@ -37,12 +38,12 @@ fn target() -> impl TypedValueParser<Value = Target> {
 
 pub fn run(args: KernelsArgs) -> Result<()> {
     let Some(folder) = args.cache.or_else(folder) else {
-        return Err(Failure::new("XT_KERNEL_CACHE=off: there is nowhere to keep the code; give --cache"));
+        return Err(Failure::new("XT_KERNEL_CACHE=off leaves nowhere to store the kernels; set --cache"));
     };
     let sources: Vec<_> = SOURCES.iter().chain(args.lab.then_some(LAB_SOURCES).into_iter().flatten()).collect();
     if let Some(name) = args.names.iter().find(|name| !sources.iter().any(|source| source.name == name.as_str())) {
         let known: Vec<_> = sources.iter().map(|source| source.name).collect();
-        return Err(Failure::new(format_args!("there is no kernel source `{name}`; there are {}", known.join(", "))));
+        return Err(Failure::new(format_args!("unknown kernel source `{name}`, expected one of {}", known.join(", "))));
     }
     let wanted = |source: &&&KernelSource| args.names.is_empty() || args.names.iter().any(|name| name == source.name);
     let targets = match args.arch.as_slice() {
@@ -62,7 +63,7 @@ pub fn run(args: KernelsArgs) -> Result<()> {
         let found = found.collect::<Result<Vec<_>>>()?;
         let present = found.iter().filter(|found| **found).count();
         let (compiled, folder) = (found.len() - present, folder.display());
-        print(format_args!("{target}: {compiled} compiled, {present} were there already, in {folder}\n"))?;
+        print(format_args!("{target}: {compiled} compiled, {present} already cached, in {folder}\n"))?;
     }
     Ok(())
 }

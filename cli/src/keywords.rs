@@ -1,4 +1,4 @@
-//! Keywords of a model on the command line, in place of those in its config.
+//! Options of a model on the command line, in place of those in its config.
 
 use clap::Args;
 use serde_json::{Map, Value};
@@ -8,16 +8,17 @@ use crate::failure::{Failure, Result};
 
 #[derive(Args)]
 pub struct KeywordArgs {
-    /// A keyword of the model, of x-transformers' name, with a JSON value: `--set ff_glu=true`; `null` is its default
+    /// Set an option of the model, by its x-transformers name, to a JSON value, such as ff_glu=true; null restores the
+    /// default; may be repeated
     #[arg(long, value_name = "KEY=VALUE", value_parser = keyword)]
     set: Vec<(String, Value)>,
 }
 
-/// The parts of a config that have keywords, from the inside: attention layers, their wrapper, and what is around it.
+/// The parts of a config that have options, innermost first: attention layers, their wrapper, and the outer wrapper.
 const PLACES: [&[&str]; 4] = [&["net", "attn_layers"], &["attn_layers"], &["net"], &[]];
 
 impl KeywordArgs {
-    /// The config with these keywords, each in the innermost part that has it.
+    /// Returns the config with these options, each set in the innermost part that has it.
     pub fn apply(&self, mut config: Config) -> Result<Config> {
         for (key, value) in &self.set {
             config = with(&config, key, value)
@@ -43,12 +44,12 @@ fn with(config: &Config, key: &str, value: &Value) -> x_transformers::Result<Con
             part.insert(key.to_string(), value.clone());
         }
         match Config::from_value(whole) {
-            // Removed where it was not, it may be somewhere else.
+            // Nothing was removed here; the option may be set in another part.
             Ok(same) if value.is_null() && same == *config => {}
             Ok(changed) => return Ok(changed),
             Err(error) => match error.kind() {
                 ErrorKind::UnknownOption { key: other, nearest, .. } if other == key => {
-                    // The part with a keyword of nearly this name is the one that was meant.
+                    // The part that has an option of a similar name is probably the intended one.
                     if unknown.is_none() || nearest.is_some() && !is_near(&unknown) {
                         unknown = Some(error);
                     }
@@ -68,7 +69,7 @@ fn part<'v>(whole: &'v mut Value, place: &[&str]) -> Option<&'v mut Map<String, 
     place.iter().try_fold(whole, |value, key| value.get_mut(key))?.as_object_mut()
 }
 
-/// Parses `KEY=VALUE`; a value that is not JSON is text: `--set final_norm=same`.
+/// Parses `KEY=VALUE`; a value that is not JSON is a string: `--set final_norm=same`.
 fn keyword(text: &str) -> std::result::Result<(String, Value), String> {
     match text.split_once('=') {
         Some((key, value)) if !key.is_empty() => {

@@ -33,12 +33,11 @@ impl Language {
     pub fn chat(&self, system: Option<&str>, question: &str) -> Result<Vec<i64>> {
         match self {
             Self::Bytes => {
-                Err(Failure::new("`--chat` is for pretrained models; what `xt train` wrote continues bytes"))
+                Err(Failure::new("`--chat` requires a pretrained model; models of `xt train` continue bytes"))
             }
             Self::Pieces(tokenizer) => {
                 let tokens = tokenizer::chat(tokenizer, system, question);
-                tokens
-                    .map_err(|why| if tokenizer.has_chat_template() { why } else { why.advising("leave out `--chat`") })
+                tokens.map_err(|why| if tokenizer.has_chat_template() { why } else { why.advising("omit `--chat`") })
             }
         }
     }

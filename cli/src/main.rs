@@ -49,7 +49,7 @@ use failure::{Failure, Result};
 #[global_allocator]
 static ALLOCATOR: allocator::OrExit = allocator::OrExit;
 
-/// Train, sample, inspect and check x-transformers.
+/// Train, run, inspect and verify x-transformers models.
 #[derive(Parser)]
 #[command(name = "xt", version)]
 struct Cli {
@@ -61,21 +61,21 @@ struct Cli {
 enum Command {
     /// Train a byte-level language model on text
     Train(train::TrainArgs),
-    /// Continue a prompt with a trained model
+    /// Generate text with a trained or pretrained model
     Generate(generate::GenerateArgs),
-    /// Turn texts into vectors with a pretrained encoder
+    /// Compute sentence embeddings with a pretrained encoder
     Embed(embed::EmbedArgs),
-    /// Show what a model consists of and what it costs
+    /// Show the parameters, layers and cost of a model
     Info(info::InfoArgs),
-    /// Run a model on named tensors, forward and backward
+    /// Run the forward and backward pass of a model on tensors from files
     Run(run::RunArgs),
-    /// Time a model on random data
+    /// Benchmark a model on random data
     Bench(bench::BenchArgs),
-    /// Compare models with results that are known to be right
+    /// Compare models with reference outputs
     Verify(verify::VerifyArgs),
-    /// Show what there is to compute on, and what is missing and why
+    /// List the available devices and the state of the GPU libraries
     Devices,
-    /// Compile the CUDA kernels ahead of their first use
+    /// Compile the CUDA kernels ahead of time
     #[cfg(feature = "cuda")]
     Kernels(kernels::KernelsArgs),
 }

@@ -1,4 +1,4 @@
-//! The yardstick of `xt train`: a Markov model that predicts a byte from the two before it.
+//! The baseline of `xt train`: a Markov model that predicts a byte from the two before it.
 
 /// Bytes of context.
 const ORDER: usize = 2;

@@ -15,11 +15,12 @@ use crate::failure::Result;
 
 #[derive(Args)]
 pub struct ProfileArgs {
-    /// Print time, FLOP/s, bytes/s and calls of each op, forward and backward apart; on a GPU each op is waited for
+    /// Print the time, FLOP/s, bytes/s and number of calls of each op, forward and backward separately; waits for a GPU
+    /// after each op
     #[arg(long)]
     profile: bool,
 
-    /// Write every call of an op as a Chrome trace, for chrome://tracing and ui.perfetto.dev
+    /// Path of a Chrome trace of all op calls to write, for chrome://tracing or ui.perfetto.dev
     #[arg(long, value_name = "FILE")]
     trace: Option<PathBuf>,
 }

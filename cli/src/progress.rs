@@ -91,7 +91,7 @@ impl Progress {
             // The next line is tried again: a disk may get space.
             Err(failure) if !self.warned => {
                 self.warned = true;
-                let warn = || writeln!(stderr(), "xt: {failure}; training goes on, lines of its log are lost");
+                let warn = || writeln!(stderr(), "xt: {failure}; training continues, but log lines are lost");
                 // Where standard error is gone too, nobody is there to tell.
                 let _ = match &self.bar {
                     Some(bar) => bar.suspend(warn),

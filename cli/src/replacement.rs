@@ -32,7 +32,7 @@ pub fn settle(run: &Run) -> Result<()> {
     let folder = run.replacement();
     match fs::symlink_metadata(&folder) {
         Ok(found) if found.is_dir() => {}
-        Ok(_) => return Err(Failure::new("is in the way and not a folder; move it away").within(&folder)),
+        Ok(_) => return Err(Failure::new("must be a folder; move this file away").within(&folder)),
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
         Err(error) => return Err(Failure::io(&folder, &error)),
     }

@@ -18,25 +18,26 @@ use crate::{
 
 #[derive(Args)]
 pub struct RunArgs {
-    /// JSON config of a model, and under `call` what to ask of it
+    /// Path of the JSON config of a model; its key `call` holds the options of the call, such as return_mems
     #[arg(long, value_name = "FILE")]
     config: PathBuf,
 
-    /// Its weights, under the names of PyTorch's state dict: safetensors, or a file of `torch.save`, where they may lie below
-    /// `model`, `state_dict` or `module`; only a SamplingFilter has none
+    /// Path of the weights, named as in PyTorch's state dict: a safetensors file, or a file of `torch.save`, which may
+    /// nest them in `model`, `state_dict` or `module`; only a SamplingFilter needs none
     #[arg(long, value_name = "FILE")]
     weights: Option<PathBuf>,
 
-    /// Inputs under the names of PyTorch's arguments: x, mask, context, mems.0, …; also the cotangent, for gradients of an
-    /// output that is not a loss
+    /// Path of the input tensors, named like PyTorch's arguments: x, mask, context, mems.0, …; for gradients of an
+    /// output that is not a loss, also its cotangent
     #[arg(long, value_name = "FILE")]
     inputs: PathBuf,
 
-    /// Where to write out or loss, mems.N, attn.N, grad.NAME and grad.input.NAME; they have the type of --dtype
+    /// Path of the safetensors file to write: out or loss, mems.N, attn.N, grad.NAME and grad.input.NAME, in the type
+    /// of --dtype
     #[arg(long, value_name = "FILE")]
     outputs: PathBuf,
 
-    /// Give gradients of parameters and inputs too
+    /// Also compute the gradients of parameters and inputs
     #[arg(long)]
     grad: bool,
 
@@ -56,7 +57,7 @@ pub fn run(args: RunArgs) -> Result<()> {
             model.params().load(&weights).map_err(|error| Failure::from(error).within(path))?;
         }
         None if model.params().iter().next().is_none() => {}
-        None => return Err(Failure::new("the model has parameters; give a file for them with --weights")),
+        None => return Err(Failure::new("the model has parameters; name their file with --weights")),
     }
     let inputs = TensorFile::open(&args.inputs)?.tensors()?;
     let options = RunOptions { gradients: args.grad, ..RunOptions::default() };

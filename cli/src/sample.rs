@@ -10,8 +10,8 @@ use crate::{
     language::{Language, Shown},
 };
 
-/// Continues a prompt by `length` tokens or up to an end, and gives the `text` to `show` as soon as it is whole. Gives the
-/// number of tokens.
+/// Continues a prompt by `length` tokens or up to an end, and gives the `text` to `show` as soon as it is whole. Gives
+/// the number of tokens.
 pub fn stream(
     model: &AutoregressiveWrapper,
     mut text: Shown,

@@ -22,13 +22,16 @@ use crate::{
     unused::StrictArgs,
 };
 
-/// Type that weights are kept in.
+/// Data type of the weights in memory.
 #[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum Weights {
+    /// 32-bit floats
     F32,
+    /// 16-bit bfloat16
     Bf16,
+    /// 16-bit half precision
     F16,
-    /// Eight bits, a scale per row, sums in f32
+    /// 8-bit integers with a scale per row, and sums in f32
     Int8,
 }
 
@@ -52,7 +55,8 @@ impl Source {
             strict.check(&pretrained, path)?;
             if !pretrained.family().is_causal() {
                 let why = format!(
-                    "is of the family {}, which does not continue texts; give a Llama, or use `xt embed`",
+                    "belongs to the {} family, which does not generate text; use a causal model such as Llama, or `xt \
+                     embed`",
                     pretrained.family()
                 );
                 return Err(Failure::new(why).within(path));
@@ -61,14 +65,14 @@ impl Source {
             return Ok(Self { language, kind: Kind::Pretrained(Box::new(pretrained)), path: path.to_path_buf() });
         }
         if tokenizer.is_some() {
-            let why = "`--tokenizer` is for pretrained models; what `xt train` wrote continues bytes";
+            let why = "`--tokenizer` requires a pretrained model; models of `xt train` continue bytes";
             return Err(Failure::new(why).within(path));
         }
         let path = files::checkpoint(path);
         let (config, values) = Checkpoint::load_averaged(&path)?;
         let broken = |error: Error| Failure::from(error).within(&path);
         let ModelPlan::Autoregressive(plan) = config.plan().map_err(broken)? else {
-            let why = "expected an AutoregressiveWrapper; give the folder that `xt train` wrote";
+            let why = "expected an AutoregressiveWrapper; name a folder that `xt train` wrote";
             return Err(Failure::new(why).within(&path));
         };
         Ok(Self { language: Language::Bytes, kind: Kind::Trained(Box::new(plan), values), path })
@@ -110,7 +114,7 @@ impl Source {
                 let window = self.window();
                 if tokens >= window {
                     return Err(Failure::new(format_args!(
-                        "the prompt has {tokens} tokens, the model sees {window}; give a shorter one"
+                        "the prompt has {tokens} tokens, but the model's context is {window}; use a shorter prompt"
                     )));
                 }
                 Ok(window - tokens)

@@ -76,7 +76,7 @@ mod without {
     }
 
     fn missing() -> Failure {
-        Failure::new("this `xt` was built without tokenizers; build it with `--features tokenizers`")
+        Failure::new("this `xt` was built without tokenizers; rebuild it with `--features tokenizers`")
     }
 
     impl SentencePipeline {

@@ -48,17 +48,18 @@ mod defaults {
 const SAMPLE: usize = 96;
 const LAST_SAMPLE: usize = 384;
 
-/// The name of the yardstick.
+/// The name of the baseline.
 const ORDER_2: &str = "order-2 model";
 
 #[derive(Args)]
 pub struct TrainArgs {
-    /// Text files, or folders of them; the first nine tenths train, the rest validates [default: eight plays
-    /// of Shakespeare, built into this program]
+    /// Paths of text files or folders; the first 90% of the bytes are for training, the rest for validation [default:
+    /// eight plays of Shakespeare, built into this program]
     #[arg(long, value_name = "FILE|DIR", num_args = 1..)]
     text: Vec<PathBuf>,
 
-    /// JSON config of an AutoregressiveWrapper or TransformerWrapper, in place of a plain decoder
+    /// Path of the JSON config of the model to train, an AutoregressiveWrapper or a TransformerWrapper [default: a
+    /// plain decoder]
     #[arg(long, value_name = "FILE", conflicts_with_all = ["dim", "depth", "heads", "resume"])]
     config: Option<PathBuf>,
 
@@ -71,24 +72,25 @@ pub struct TrainArgs {
     #[command(flatten)]
     options: OptionArgs,
 
-    /// Where to compute: auto, cpu or cuda:N; not saved, with --resume it may be another one
+    /// Device: auto (a GPU if there is one), cpu or cuda:N; --resume may use another one
     #[arg(long, default_value = "auto")]
     device: String,
 
-    /// Folder for the checkpoint, metrics.csv and loss.svg
+    /// Folder to write the checkpoint, metrics.csv and loss.svg to
     #[arg(long, value_name = "DIR", default_value = "out", conflicts_with = "resume")]
     out: PathBuf,
 
-    /// Replace the run in that folder: its checkpoint, metrics.csv and loss.svg, all at the first save
+    /// Replace the run in --out; its files stay until the first save of the new run
     #[arg(long, conflicts_with = "resume")]
     overwrite: bool,
 
-    /// Continue the run in this folder, with its model and all its options; give the same --text. --steps and --every
-    /// change those of the run; --device, --profile and --trace are not part of it
+    /// Folder of a run to resume, with its model and all its options; requires the same --text. --steps and --every
+    /// override those of the run; --device, --profile and --trace are not saved with it
     #[arg(long, value_name = "DIR")]
     resume: Option<PathBuf>,
 
-    /// Validate, sample and save after every N steps [default: 100, or with --resume as the run did before]
+    /// Number of steps between checkpoints, each with a validation and a sample [default: 100, with --resume that of
+    /// the run]
     #[arg(long, value_name = "N", value_parser = value_parser!(u64).range(1..))]
     every: Option<u64>,
 
@@ -99,16 +101,16 @@ pub struct TrainArgs {
 /// The shape of the plain decoder.
 #[derive(Args)]
 struct ModelArgs {
-    /// Train a plain Decoder(dim, depth, heads) of this width, with learned absolute positions [default: 128; if none
-    /// of the three is given, the heads are small and the positions rotary]
+    /// Model dimension of the decoder; --dim, --depth or --heads selects learned positions and heads of 64 features, in
+    /// place of rotary positions and heads of 32 [default: 128]
     #[arg(long, value_name = "N", conflicts_with = "resume")]
     dim: Option<usize>,
 
-    /// Number of its blocks [default: 4]
+    /// Number of decoder blocks, each attention and feedforward [default: 4]
     #[arg(long, value_name = "N", conflicts_with = "resume")]
     depth: Option<usize>,
 
-    /// Its attention heads [default: 4]
+    /// Number of attention heads per block [default: 4]
     #[arg(long, value_name = "N", conflicts_with = "resume")]
     heads: Option<usize>,
 }
@@ -130,47 +132,50 @@ impl ModelArgs {
 
 #[derive(Args)]
 struct OptionArgs {
-    /// Bytes of context [default: 256, or the config's max_seq_len if that is less]
+    /// Context length, in bytes [default: 256, or the config's max_seq_len if that is smaller]
     #[arg(long, value_name = "N", conflicts_with = "resume")]
     seq_len: Option<usize>,
 
-    /// Windows of text in a batch
+    /// Number of sequences in a micro-batch
     #[arg(long, value_name = "N", default_value_t = TrainOptions::default().batch_size, conflicts_with = "resume")]
     batch_size: usize,
 
-    /// Batches of a step, whose gradients are averaged
+    /// Number of micro-batches per step, whose gradients are averaged (gradient accumulation)
     #[arg(long, value_name = "N", default_value_t = TrainOptions::default().accumulate, conflicts_with = "resume")]
     accumulate: usize,
 
-    /// Updates of the weights; with --resume it moves the end of the run, and its learning rate follows [default: 600]
+    /// Number of training steps; with --resume, the new total, to which the learning rate schedule adapts [default:
+    /// 600, with --resume that of the run]
     #[arg(long, value_name = "N")]
     steps: Option<u64>,
 
-    /// Peak learning rate; it falls to a tenth along a cosine
+    /// Peak learning rate, which decays to a tenth along a cosine
     #[arg(long, value_name = "X", default_value_t = TrainOptions::default().lr, conflicts_with = "resume")]
     lr: f64,
 
-    /// Steps until the learning rate is at its peak
+    /// Number of linear warmup steps to the peak learning rate
     #[arg(long, value_name = "N", default_value_t = TrainOptions::default().warmup, conflicts_with = "resume")]
     warmup: u64,
 
-    /// Largest norm of the gradient
+    /// Maximum global norm of the gradients; larger gradients are scaled down to it
     #[arg(long, value_name = "X", default_value_t = TrainOptions::default().clip, conflicts_with = "resume")]
     clip: f64,
 
-    /// AdamW's weight decay
+    /// Weight decay of AdamW
     #[arg(long, value_name = "X", default_value_t = TrainOptions::default().weight_decay, conflicts_with = "resume")]
     weight_decay: f64,
 
-    /// Validate and sample with a moving average of the weights that keeps this share of itself in each step
+    /// Decay of an exponential moving average of the weights, from 0 to 1, for validation and samples [default: no
+    /// average]
     #[arg(long, value_name = "DECAY", value_parser = fraction, conflicts_with = "resume")]
     ema: Option<f64>,
 
-    /// Fixes the initial weights and the order of the text
+    /// Seed of the initial weights, the batches and dropout
     #[arg(long, value_name = "N", default_value_t = TrainOptions::default().seed, conflicts_with = "resume")]
     seed: u64,
 
-    /// Type of the weights and activations; half types keep f32 weights for the optimizer, f16 scales the loss
+    /// Data type of the weights and activations; with bf16 and f16 the optimizer keeps f32 weights, with f16 the loss
+    /// is scaled
     #[arg(long, default_value = "f32", value_parser = dtypes([DType::F32, DType::BF16, DType::F16]), conflicts_with = "resume")]
     dtype: DType,
 }
@@ -224,7 +229,7 @@ impl TrainArgs {
             }
             config => config,
         };
-        // What is illegal together is found here, where the file is known.
+        // Conflicting options are detected here, where the file is known.
         match config.plan().map_err(broken)? {
             ModelPlan::Autoregressive(_) => self.changed(config),
             _ => Err(Failure::new("expected an AutoregressiveWrapper or a TransformerWrapper").within(path)),
@@ -253,19 +258,19 @@ pub fn run(args: TrainArgs) -> Result<()> {
     };
     warn_of_skipped(&text);
     // Counted before the text is the trainer's; takes a moment even for large texts.
-    let yardstick = Markov::new(text.train()).bits_per_byte(text.validation());
+    let baseline = Markov::new(text.train()).bits_per_byte(text.validation());
     let size = |bytes_: &[u8]| bytes(bytes_.len() as u64);
     let source = if args.text.is_empty() { "eight plays of Shakespeare".into() } else { size(text.bytes()) };
     let sizes = format!("{source}: {} to train on, {} to validate", size(text.train()), size(text.validation()));
 
     let (run, trainer, metrics) = match &args.resume {
         Some(_) if !args.keywords.is_empty() => {
-            return Err(Failure::new("`--set` cannot change the model of a run that is resumed; begin another one"));
+            return Err(Failure::new("`--set` cannot change the model of a resumed run; start a new run"));
         }
         Some(dir) => {
             let run = Run::find(dir)?;
             if !run.is_begun() && run.metrics().is_file() {
-                let why = "the run was interrupted before it saved; begin it again, without `--resume`";
+                let why = "the run was interrupted before its first checkpoint; start it again without `--resume`";
                 return Err(Failure::new(why).within(&run.dir));
             }
             let mut trainer = Trainer::resume(run.checkpoint(), text, &device)?;
@@ -286,7 +291,7 @@ pub fn run(args: TrainArgs) -> Result<()> {
     let TrainOptions { steps, every, .. } = *trainer.options();
     let progress = Progress::start(trainer.steps_done(), steps, every, &device);
     let profiler = Profiler::new(&args.profile);
-    let mut training = Training { run, trainer, metrics, progress, device, yardstick, profiler };
+    let mut training = Training { run, trainer, metrics, progress, device, baseline, profiler };
     if training.metrics.held().is_none() {
         // A run that is resumed may have been killed after the checkpoint and before the picture. The one of a new run
         // is empty, and not that of an earlier one.
@@ -308,7 +313,7 @@ fn warn_of_skipped(text: &ByteText) {
         warn(format_args!("skipped {}: {why}", path.display()));
     }
     if skipped.len() > NAMED {
-        warn(format_args!("skipped {} more that cannot be read", skipped.len() - NAMED));
+        warn(format_args!("skipped {} more unreadable files", skipped.len() - NAMED));
     }
 }
 
@@ -320,7 +325,7 @@ struct Training<'a> {
     progress: Progress,
     device: Device,
     /// Bits per byte of the order-2 model.
-    yardstick: f64,
+    baseline: f64,
     /// Watches the steps; what is between them is validation and samples.
     profiler: Profiler<'a>,
 }
@@ -337,11 +342,11 @@ impl Training<'_> {
         let batch = options.batch_size * options.accumulate;
         let done = match self.trainer.steps_done() {
             0 => String::new(),
-            done => format!(", {done} done before"),
+            done => format!(", {done} already done"),
         };
         self.progress.say(format_args!("model       {model}"));
         self.progress.say(format_args!("text        {text}"));
-        self.progress.say(format_args!("yardstick   {:.3} bits/byte, {ORDER_2}", self.yardstick));
+        self.progress.say(format_args!("baseline    {:.3} bits/byte, {ORDER_2}", self.baseline));
         self.progress.say(format_args!("device      {}, {}", self.device, options.dtype));
         self.progress
             .say(format_args!("steps       {}{done}, each {batch} x {} bytes", options.steps, options.seq_len));
@@ -421,13 +426,13 @@ impl Training<'_> {
         }
         let dir = quoted(&self.run.dir);
         failure.advising(format_args!(
-            "the last checkpoint is whole, `{} train --resume {dir}` goes on from it",
+            "the last checkpoint is intact; `{} train --resume {dir}` continues from it",
             typed::program()
         ))
     }
 
     fn draw(&self) -> Result<()> {
-        let reference = Some((ORDER_2, self.yardstick));
+        let reference = Some((ORDER_2, self.baseline));
         let chart = Chart { train: &self.metrics.train, validation: &self.metrics.validation, reference };
         let svg = chart.svg();
         Ok(write_atomically(self.run.plot(), |file| file.write_all(svg.as_bytes()))?)
@@ -444,7 +449,7 @@ impl Training<'_> {
         let bits = self.metrics.validation.last().map_or(f64::NAN, |&(_, bits)| bits);
         let sample = self.sample(LAST_SAMPLE)?;
         self.progress.say(format_args!("\nvalidation  {bits:.3} bits/byte after {took}"));
-        self.progress.say(format_args!("yardstick   {:.3} bits/byte, {ORDER_2} on the same text", self.yardstick));
+        self.progress.say(format_args!("baseline    {:.3} bits/byte, {ORDER_2} on the same text", self.baseline));
         if let Some(scaler) = self.trainer.grad_scaler() {
             let (scale, skipped) = (scaler.scale(), scaler.skipped());
             self.progress.say(format_args!("loss scale  {scale} at the end, {skipped} steps skipped for overflow"));

@@ -9,7 +9,7 @@ use crate::failure::{Failure, Result, warn};
 
 #[derive(Args, Clone, Copy)]
 pub struct StrictArgs {
-    /// Refuse a pretrained model whose files hold weights that it does not use, instead of a warning
+    /// Fail, instead of warning, if a pretrained model does not use all weights in its files
     #[arg(long)]
     strict: bool,
 }
@@ -31,13 +31,13 @@ impl StrictArgs {
         if unused.is_empty() {
             return Ok(());
         }
-        let why = format!("{}; leave out `--strict` to load it without them", told(&unused));
+        let why = format!("{}; omit `--strict` to load the model without them", told(&unused));
         Err(Failure::new(why).within(path))
     }
 }
 
 fn told(unused: &[String]) -> String {
-    format!("{} of the weights are not used: {}", unused.len(), listed(unused))
+    format!("{} unused weights: {}", unused.len(), listed(unused))
 }
 
 /// Names, the first of them where there are many.

@@ -13,7 +13,7 @@ use crate::{
 
 #[derive(Args)]
 pub struct VerifyArgs {
-    /// Folders to search for cases: config.json with weights, inputs and expected tensors beside it
+    /// Paths of folders to search for cases, each a config.json with weights, inputs and expected tensors beside it
     #[arg(value_name = "DIR", required = true)]
     dirs: Vec<PathBuf>,
 
@@ -48,7 +48,7 @@ pub fn run(args: VerifyArgs) -> Result<()> {
     print(format_args!("{} passed, {failed} failed\n", cases.len() - failed))?;
     match failed {
         0 => Ok(()),
-        _ => Err(Failure::new(format_args!("{failed} of {} cases do not agree", cases.len()))),
+        _ => Err(Failure::new(format_args!("{failed} of {} cases failed", cases.len()))),
     }
 }
 

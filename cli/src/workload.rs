@@ -15,16 +15,17 @@ use crate::cost::{Cost, Sizes};
 /// A workload to repeat.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, ValueEnum)]
 pub enum Mode {
-    /// Logits or vectors, without gradients
+    /// Forward pass to logits or vectors, without gradients
     Forward,
-    /// Loss, backward pass and AdamW
+    /// Training step: loss (the model's own, cross-entropy of its logits, or mean square of its vectors), backward
+    /// pass, AdamW
     Train,
-    /// New tokens after a prompt
+    /// Generation of new tokens after a prompt
     Generate,
 }
 
 impl Mode {
-    /// As the command line has it.
+    /// Returns the name on the command line.
     pub fn name(self) -> &'static str {
         match self {
             Self::Forward => "forward",

@@ -61,7 +61,7 @@ impl Runs {
         }
         let message = text(&output.stderr);
         assert!(!Checkpoint::is_in(root.join("checkpoint")), "{message}");
-        assert!(message.contains("begin it again") || message.contains("checkpoint"), "{message}");
+        assert!(message.contains("start it again") || message.contains("checkpoint"), "{message}");
         succeeds(&mut xt(&self.train(out, &[]), root));
     }
 

@@ -6,8 +6,8 @@
 //
 //   thread: one query per thread, which keeps query and sum in registers and reads every key and value from the caches
 //           itself; softmax with a running maximum, so that no score is stored.
-//   shared: the same, with 32 keys and values at a time in shared memory, which the 64 queries of a block share: each
-//           comes from memory once per block, and all threads of a warp read one address at a time.
+//   shared: the same, with 32 keys and values at a time in shared memory, shared by the 64 queries of a block: each is
+//           read from memory once per block, and all threads of a warp read the same address at a time.
 //
 // The plain rung gives a thread 4 x 4 scores, so that an operand from shared memory serves four products; the rung on
 // tensor cores gives a warp tiles of 32 queries.

@@ -1,5 +1,5 @@
-// Sizes of the tiles of attention_wgmma_fwd.cu, for benches/ladder.rs: o_i = sum_j softmax_j(scale q_i · k_j) v_j,
-// causal or not, with the shipped kernel's own source.
+// Tile sizes of attention_wgmma_fwd.cu, for benches/ladder.rs: o_i = sum_j softmax_j(scale q_i · k_j) v_j, causal or
+// not, from the source of the shipped kernel.
 //
 // Shapes: q, k, v, o [heads, length, HEAD], packed. Blocks of 64 TILE_WARPGROUPS queries, tiles of TILE_KEYS keys,
 // TILE_BLOCKS of them on a multiprocessor; TILE_OVERLAP=1: products with values run beside the exponentials of the
@@ -21,7 +21,7 @@ attention_wgmma_rungs_tiles(T* o, const T* q, const T* k, const T* v, u32 heads,
     at.strides[1] = (i64)length * HEAD, at.strides[0] = heads * at.strides[1], at.strides[2] = HEAD, at.strides[3] = 1;
     Spec spec = {};
     spec.window.past = 2 * length, spec.causal = causal, spec.scale = scale, spec.factor = 1;
-    // Always 0, which the compiler cannot know: the shipped kernel asks at each tile, too.
+    // Always 0, which the compiler cannot know: the shipped kernel tests it at each tile too.
     spec.threshold = length >> 31;
     WgmmaForward<TILE_WARPGROUPS, TILE_KEYS, TILE_OVERLAP> forward;
     forward.run(o, nullptr, nullptr, q, k, v, at, at, at, at, spec);

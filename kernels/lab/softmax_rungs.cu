@@ -6,7 +6,7 @@
 //   thread: one row per thread, read three times. Neighbouring threads read addresses a row apart, so each load of a
 //           warp touches 32 sectors and uses 4 of their 32 bytes.
 //   block:  one row per block of 256 threads, reductions as a tree in shared memory: loads are coalesced, but a row
-//           waits for eight barriers twice, and most threads of the last steps are idle.
+//           waits for eight barriers twice, and most threads are idle in the last steps.
 //   warp:   one row per warp, reductions by shuffles: no barrier and no shared memory, but one element per load.
 //
 // The shipped kernel adds packets of 128 bits and finds maximum and sum in one reading.

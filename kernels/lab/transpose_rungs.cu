@@ -4,10 +4,10 @@
 // Variants: DTYPE=f32,bf16
 //
 //   read:   neighbouring threads read neighbours and write a column apart: each store of a warp touches 32 sectors.
-//   write:  the other way round; loads are scattered, which the caches forgive more than scattered stores.
+//   write:  the other way round; loads are scattered, which caches tolerate better than scattered stores.
 //   tile:   32 x 32 elements through shared memory, so that both sides are coalesced; but a column of the tile lies in
-//           one bank (f32), whose 32 accesses come one after the other.
-//   padded: a column more in the tile, which moves each row by a bank.
+//           one bank (f32), whose 32 accesses are serialized.
+//   padded: one more column in the tile, which shifts each row by a bank.
 //
 // The shipped copy_transposed of kernels/copy.cu does the last for tensors of any strides.
 

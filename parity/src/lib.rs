@@ -114,7 +114,7 @@ impl Case {
             }
         }
         if found.is_empty() {
-            let why = "has no case: no `config.json` in it or in a folder below it".to_string();
+            let why = "has no cases: expected a `config.json` in it or in a folder below it".to_string();
             return Err(Error::new(ErrorKind::File { path: root.to_path_buf(), why }));
         }
         found.sort();
@@ -197,7 +197,7 @@ impl Case {
     pub fn compare(&self, actual: &BTreeMap<String, Tensor>, bounds: &Bounds) -> Result<Comparison> {
         let mut comparison = Comparison { error: 0.0, tensor: String::new(), wrong: Vec::new() };
         let unexpected = actual.keys().filter(|name| !self.expected.contains_key(*name));
-        comparison.wrong.extend(unexpected.map(|name| format!("{name} is not expected")));
+        comparison.wrong.extend(unexpected.map(|name| format!("{name} is unexpected")));
         let (mut gradients, mut expected_gradients) = (Vec::new(), Vec::new());
         for (name, expected) in &self.expected {
             let Some(actual) = actual.get(name) else {

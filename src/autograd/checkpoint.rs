@@ -105,8 +105,8 @@ impl Segment {
 fn differs() -> Error {
     Error::argument(
         OP,
-        "the segment did something else when it was run again for the backward pass; it may depend on its inputs, \
-         parameters and constants only",
+        "the segment computed something else when it was rerun for the backward pass; it must depend only on its \
+         inputs, parameters and constants",
     )
 }
 
@@ -114,7 +114,7 @@ fn too_deep(level: usize) -> Error {
     Error::argument(
         OP,
         format_args!(
-            "a nest of {level} is too deep for the stack that this thread has left; nest less, or compute on a thread with \
+            "{level} nested checkpoints need more stack than this thread has left; nest fewer, or run on a thread with \
              a larger `stack_size` (std::thread::Builder)"
         ),
     )

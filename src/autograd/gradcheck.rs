@@ -106,7 +106,7 @@ pub fn gradcheck(
     for input in inputs {
         ensure!(
             input.dtype() == DType::F64 || !input.dtype().is_float(),
-            Error::dtype("gradcheck", format_args!("float inputs must be f64, one is {}", input.dtype()))
+            Error::dtype("gradcheck", format_args!("float inputs must be f64, got {}", input.dtype()))
         );
     }
     let leaves: Vec<Tensor> = inputs
@@ -117,7 +117,7 @@ pub fn gradcheck(
     let output = f(&leaves)?;
     ensure!(
         output.dtype() == DType::F64,
-        Error::dtype("gradcheck", format_args!("the output must be f64, it is {}", output.dtype()))
+        Error::dtype("gradcheck", format_args!("the output must be f64, got {}", output.dtype()))
     );
     let random = Philox::new(0x6772_6164, 0);
     let cotangent = Tensor::generate(*output.shape(), DType::F64, output.device(), |i| random.normal(i as u64))?;

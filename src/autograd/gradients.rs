@@ -76,7 +76,7 @@ impl Gradients {
                 sum.shape() == grad.shape() && sum.dtype() == grad.dtype() && sum.device() == grad.device()
             };
             if let Some(sum) = self.leaves.get(leaf).filter(|&sum| !fits(sum)) {
-                return Err(Error::shape("accumulate", format_args!("a gradient {grad:?} cannot be added to {sum:?}")));
+                return Err(Error::shape("accumulate", format_args!("cannot add gradient {grad:?} to {sum:?}")));
             }
         }
         let mut add = |(leaf, grad)| self.contribute(leaf, InputGrad::Whole(grad));

@@ -155,7 +155,10 @@ impl Tape {
             output.shape() == cotangent.shape()
                 && output.dtype() == cotangent.dtype()
                 && output.device() == cotangent.device(),
-            Error::shape("backward", format_args!("the cotangent is {}, the output {}", kind(cotangent), kind(output)))
+            Error::shape(
+                "backward",
+                format_args!("the cotangent is {}, but the output is {}", kind(cotangent), kind(output))
+            )
         );
         // Checked first, so that a wrong output leaves the tape usable.
         ensure!(with_stack(|stack| self.find(stack)).is_some(), Error::new(ErrorKind::BackwardTwice));

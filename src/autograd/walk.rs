@@ -74,7 +74,7 @@ impl Input {
             Error::shape(
                 op,
                 format_args!(
-                    "its {rule} gave a gradient {shape:?} {dtype} for an input {:?} {}",
+                    "its {rule} returned a gradient {shape:?} {dtype} for an input {:?} {}",
                     self.shape, self.dtype
                 )
             )
@@ -84,7 +84,7 @@ impl Input {
             Error::device(
                 op,
                 format_args!(
-                    "its {rule} gave a gradient on {device} for an input on {}; move it with `to_device`",
+                    "its {rule} returned a gradient on {device} for an input on {}; move it with `to_device`",
                     self.device
                 )
             )
@@ -188,7 +188,7 @@ impl Frame {
             given.inputs.len() == inputs.len(),
             Error::argument(
                 name,
-                format_args!("its backward gave {} contributions for {} inputs", given.inputs.len(), inputs.len())
+                format_args!("its backward returned {} gradients for {} inputs", given.inputs.len(), inputs.len())
             )
         );
         for (input, contribution) in inputs.into_iter().zip(given.inputs) {

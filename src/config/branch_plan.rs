@@ -328,7 +328,10 @@ impl AttentionPlan {
         at_least_one("attn_dim_context", self.dim_context)?;
         let width = self.dim_head.max(self.dim_value).checked_mul(self.heads).filter(|&width| width <= WIDEST);
         if width.is_none() {
-            let why = format!("{} heads of {} features are more than {WIDEST} in all", self.heads, self.dim_head);
+            let why = format!(
+                "{} heads of {} features exceed the limit of {WIDEST} features in total",
+                self.heads, self.dim_head
+            );
             return Err(Error::option("attn_dim_head", why));
         }
         let kv_heads = self.kv_heads;
@@ -336,12 +339,12 @@ impl AttentionPlan {
             kv_heads > 0 && self.heads.is_multiple_of(kv_heads),
             Error::option(
                 "attn_kv_heads",
-                format_args!("expected a divisor of `heads` = {}, got {kv_heads}", self.heads)
+                format_args!("expected a divisor of `heads` ({}), got {kv_heads}", self.heads)
             )
         );
         ensure!(
             kv_heads == self.heads || self.shared.is_none(),
-            Error::option("attn_kv_heads", "cannot be used with `attn_collab_heads`, whose heads share keys already")
+            Error::option("attn_kv_heads", "cannot be used with `attn_collab_heads`, whose heads already share keys")
         );
         self.shared.map_or(Ok(()), |shared| at_least_one("attn_collab_compression", shared))?;
         probability("attn_dropout", self.dropout)?;
@@ -356,10 +359,7 @@ impl AttentionPlan {
                 )
             )
         );
-        ensure!(
-            self.sparse_topk != Some(0),
-            Error::option("attn_sparse_topk", "expected at least 1, got 0: no key would be left")
-        );
+        ensure!(self.sparse_topk != Some(0), Error::option("attn_sparse_topk", "expected at least 1, got 0"));
         ensure!(
             self.num_mem_kv <= WIDEST,
             Error::option("attn_num_mem_kv", format_args!("expected at most {WIDEST}, got {}", self.num_mem_kv))
@@ -402,7 +402,7 @@ impl AttentionPlan {
             return Some("the learned sink is one more score per row");
         }
         if self.residual != ScoreResidual::None {
-            return Some("residual attention hands scores to the next layer");
+            return Some("residual attention passes scores to the next layer");
         }
         None
     }

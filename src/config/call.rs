@@ -118,12 +118,15 @@ impl Call {
         let samples = !sampling.is_empty();
         let keys = kwargs::read::<Keys>(keys)?;
         let sampling = if two { v2::SamplingConfig::from_map(sampling)?.sampling()? } else { kwargs::read(sampling)? };
-        let seq_len = || keys.seq_len.ok_or_else(|| Error::option("seq_len", "is required, and missing"));
+        let seq_len = || keys.seq_len.ok_or_else(|| Error::missing_option("seq_len"));
         let (mut generate, mut beam_search) = (None, None);
         match keys.method.as_deref() {
             None => {
                 let given = keys.seq_len.is_some() || keys.eos_token.is_some() || samples;
-                ensure!(!given, Error::option("method", "must be \"generate\" for seq_len, eos_token or sampling"));
+                ensure!(
+                    !given,
+                    Error::option("method", "must be \"generate\" to use `seq_len`, `eos_token` or sampling options")
+                );
             }
             Some("generate") => {
                 generate = Some(GenerateCall {

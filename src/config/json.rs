@@ -22,7 +22,7 @@ pub(super) fn object(name: &str, value: Value) -> Result<Map> {
 
 /// Reads the option `attn_layers` separately, which keeps the type of its errors.
 fn read_wrapper<T: Keywords>(mut map: Map) -> Result<(T, AttentionLayersConfig)> {
-    let layers = map.remove("attn_layers").ok_or_else(|| Error::option("attn_layers", "is required, and missing"))?;
+    let layers = map.remove("attn_layers").ok_or_else(|| Error::missing_option("attn_layers"))?;
     let layers = kwargs::read(object("attn_layers", layers)?).context("attn_layers")?;
     Ok((kwargs::read(map)?, layers))
 }
@@ -68,7 +68,7 @@ impl ViTransformerWrapperConfig {
 
 impl AutoregressiveConfig {
     pub(super) fn from_map(mut map: Map) -> Result<Self> {
-        let net = map.remove("net").ok_or_else(|| Error::option("net", "is required, and missing"))?;
+        let net = map.remove("net").ok_or_else(|| Error::missing_option("net"))?;
         let mut net = object("net", net)?;
         let model = net.remove("model").unwrap_or_else(|| json!("TransformerWrapper"));
         ensure!(
@@ -110,7 +110,7 @@ impl XTransformerConfig {
         let mut all: Vec<String> = all.chain(["dim".to_string(), "tie_token_emb".to_string()]).collect();
         all.push("dec_alibi_pos_emb".to_string());
         kwargs::check_known(&map, || all.iter().map(String::as_str))?;
-        let dim = map.get("dim").cloned().ok_or_else(|| Error::option("dim", "is required, and missing"))?;
+        let dim = map.get("dim").cloned().ok_or_else(|| Error::missing_option("dim"))?;
         let tie_token_emb = match map.get("tie_token_emb") {
             None => false,
             Some(Value::Bool(tie)) => *tie,

@@ -46,12 +46,12 @@ fn check(map: &mut Map, defaults: &Map, aliases: &[(&str, &str)], required: &[&'
     for &(alias, key) in aliases {
         if let Some(value) = map.remove(alias) {
             let taken = map.insert(key.to_string(), value).is_some();
-            ensure!(!taken, Error::option(alias, format_args!("is another name of `{key}`, which is given too")));
+            ensure!(!taken, Error::option(alias, format_args!("is an alias of `{key}`, which is also set")));
         }
     }
     check_known(map, || defaults.keys().map(String::as_str).chain(aliases.iter().map(|alias| alias.0)))?;
     for &key in required {
-        ensure!(map.contains_key(key), Error::option(key, "is required, and missing"));
+        ensure!(map.contains_key(key), Error::missing_option(key));
     }
     Ok(())
 }

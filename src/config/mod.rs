@@ -151,7 +151,9 @@ impl Config {
         let model = match map.remove("model") {
             Some(Value::String(model)) => model,
             Some(other) => return Err(Error::option("model", format_args!("expected a name, got {other}"))),
-            None => return Err(Error::option("model", format_args!("is required: one of {}", MODELS.join(", ")))),
+            None => {
+                return Err(Error::option("model", format_args!("missing, expected one of {}", MODELS.join(", "))));
+            }
         };
         match model.as_str() {
             "TransformerWrapper" => TransformerWrapperConfig::from_map(map).map(Self::TransformerWrapper),

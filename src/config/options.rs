@@ -500,7 +500,7 @@ mod activation {
                 (None | Some(Value::Bool(false)), _) => {}
                 (Some(Value::Bool(true)), None) => selected = Some((option, activation.name())),
                 (Some(Value::Bool(true)), Some((other, _))) => {
-                    let both = format!("only one activation can be chosen, got `ff_{other}` and `ff_{option}`");
+                    let both = format!("expected at most one activation, got `ff_{other}` and `ff_{option}`");
                     return Err(Error::custom(both));
                 }
                 (Some(value), _) => return Err(Error::custom(format!("expected a boolean, got {value}"))),

@@ -26,7 +26,7 @@ pub(super) fn layer_order(config: &AttentionLayersConfig) -> Result<Vec<LayerTyp
     if let Some(coefficient) = config.sandwich_coef {
         ensure!(
             (1..=config.depth).contains(&coefficient),
-            Error::option("sandwich_coef", format_args!("expected 1 to depth = {}, got {coefficient}", config.depth))
+            Error::option("sandwich_coef", format_args!("expected 1 to `depth` ({}), got {coefficient}", config.depth))
         );
         let mut order = vec![SelfAttention; coefficient];
         order.extend(block.repeat(config.depth - coefficient));
@@ -58,7 +58,7 @@ fn par_order(depth: usize, ratio: usize, block: &[LayerType]) -> Result<Vec<Laye
     let total = depth * block.len();
     ensure!(
         (2..=total).contains(&ratio),
-        Error::option("par_ratio", format_args!("expected 2 to the number of sublayers, {total}, got {ratio}"))
+        Error::option("par_ratio", format_args!("expected 2 to {total} (the number of sublayers), got {ratio}"))
     );
     let mut block: Vec<LayerType> = block.iter().copied().filter(|&layer| layer != FeedForward).collect();
     let attention = total / ratio;
@@ -68,7 +68,10 @@ fn par_order(depth: usize, ratio: usize, block: &[LayerType]) -> Result<Vec<Laye
         block.len() <= width,
         Error::option(
             "par_ratio",
-            format_args!("{ratio} leaves {width} sublayers for a block with {} attentions", block.len())
+            format_args!(
+                "{ratio} leaves {width} sublayers per block, but a block has {} attention layers",
+                block.len()
+            )
         )
     );
     block.resize(width, FeedForward);

@@ -368,7 +368,7 @@ impl fmt::Display for LayerPlan {
         match &self.branch {
             BranchPlan::SelfAttention(plan) | BranchPlan::CrossAttention(plan) => write!(f, "{plan}")?,
             BranchPlan::FeedForward(plan) => write!(f, "{plan}")?,
-            BranchPlan::Custom => f.write_str("a function of one's own")?,
+            BranchPlan::Custom => f.write_str("a custom function")?,
         }
         let marks = [
             (self.wrap.rezero, "re-zero"),

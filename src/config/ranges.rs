@@ -19,6 +19,6 @@ pub(super) fn probability(key: &str, value: f64) -> Result<()> {
 
 /// Rejects an option that would have no effect because another one is off.
 pub(super) fn without(key: &str, given: bool, needed: &str) -> Result<()> {
-    ensure!(!given, Error::option(key, format_args!("needs `{needed}` = true, which is off")));
+    ensure!(!given, Error::option(key, format_args!("requires `{needed} = true`")));
     Ok(())
 }

@@ -33,7 +33,10 @@ fn layers(config: &AttentionLayersConfig) -> Result<LayersPlan> {
     without("only_cross", config.only_cross && !cross_attend, "cross_attend")?;
     ensure!(
         config.pre_norm || !config.sandwich_norm,
-        Error::option("sandwich_norm", "cannot be used with `pre_norm` = false, which puts norms after the sums")
+        Error::option(
+            "sandwich_norm",
+            "cannot be used with `pre_norm = false`, which puts the norms after the residual sums"
+        )
     );
     let order = layer_order(config)?;
     check_branches(config, &order, cross_attend)?;
@@ -110,18 +113,19 @@ fn distinct(config: &AttentionLayersConfig, order: &[LayerType]) -> Result<usize
         block > 0 && order.len().is_multiple_of(block) && order.chunks(block).all(|blocks| *blocks == order[..block]);
     ensure!(
         config.custom_layers.is_none() && repeats,
-        Error::option(KEY, "needs blocks that are alike: no `custom_layers`, `sandwich_coef` or `par_ratio`")
+        Error::option(KEY, "requires identical blocks: no `custom_layers`, `sandwich_coef` or `par_ratio`")
     );
     ensure!(
         config.pre_norm || config.final_norm == FinalNorm::None,
         Error::option(
             KEY,
-            "needs `final_norm` = \"none\" with `pre_norm` = false, so that the last block has the norms of all"
+            "requires `final_norm = \"none\"` with `pre_norm = false`, because the last block must have the same norms \
+             as the others"
         )
     );
     ensure!(
         matches!(config.shift_tokens, ShiftTokens::All(_)),
-        Error::option(KEY, "needs one number for `shift_tokens`")
+        Error::option(KEY, "requires a single number for `shift_tokens`")
     );
     Ok(block)
 }
@@ -149,15 +153,15 @@ fn check_branches(config: &AttentionLayersConfig, order: &[LayerType], cross_att
     let cross = order.contains(&LayerType::CrossAttention);
     ensure!(
         cross_attend || !cross,
-        Error::option("custom_layers", "has a cross-attention `c`, which needs `cross_attend` = true")
+        Error::option("custom_layers", "contains cross-attention (`c`), which requires `cross_attend = true`")
     );
     ensure!(
         !cross_attend || cross,
-        Error::option("cross_attend", "is true, but the order of layers has no cross-attention `c`")
+        Error::option("cross_attend", "is true, but the layer order has no cross-attention (`c`)")
     );
     ensure!(
         cross || !config.cross_residual_attn,
-        Error::option("cross_residual_attn", "needs cross-attention: `cross_attend` = true")
+        Error::option("cross_residual_attn", "requires cross-attention (`cross_attend = true`)")
     );
     let own = order.contains(&LayerType::SelfAttention);
     let needs_own = [
@@ -169,7 +173,7 @@ fn check_branches(config: &AttentionLayersConfig, order: &[LayerType], cross_att
     ];
     needs_own.into_iter().try_for_each(|(key, on)| {
         let legal = own || !on;
-        ensure!(legal, Error::option(key, "acts on self-attention, and the order of layers has none"));
+        ensure!(legal, Error::option(key, "applies to self-attention, but the layer order has none"));
         Ok(())
     })
 }
@@ -183,7 +187,7 @@ fn positions(config: &AttentionLayersConfig, order: &[LayerType], causal: bool, 
             even,
             Error::option(
                 "position_infused_attn",
-                format_args!("needs an even `dim`: half sines, half cosines; it is {}", config.dim)
+                format_args!("requires an even `dim` (half sines, half cosines), got {}", config.dim)
             )
         );
     }
@@ -208,16 +212,16 @@ fn bias(config: &AttentionLayersConfig, causal: bool) -> Result<PositionBiasPlan
     }
     match (config.alibi_pos_bias, config.rel_pos_bias) {
         (false, false) => Ok(PositionBiasPlan::None),
-        (true, true) => Err(Error::option("alibi_pos_bias", "cannot be used with `rel_pos_bias`: choose one of them")),
+        (true, true) => Err(Error::option("alibi_pos_bias", "cannot be used with `rel_pos_bias`: choose one")),
         (false, true) => t5(config, causal).map(PositionBiasPlan::T5),
         (true, false) => {
-            ensure!(causal, Error::option("alibi_pos_bias", "needs a causal model: `kind` = Decoder"));
+            ensure!(causal, Error::option("alibi_pos_bias", "requires a causal model (`kind = \"Decoder\"`)"));
             let sloped = config.alibi_num_heads.unwrap_or(config.heads);
             ensure!(
                 (1..=config.heads).contains(&sloped),
                 Error::option(
                     "alibi_num_heads",
-                    format_args!("expected 1 to `heads` = {}, got {sloped}", config.heads)
+                    format_args!("expected 1 to `heads` ({}), got {sloped}", config.heads)
                 )
             );
             Ok(PositionBiasPlan::Alibi(AlibiPlan { heads: config.heads, sloped, learned: config.alibi_learned }))
@@ -236,7 +240,7 @@ fn t5(config: &AttentionLayersConfig, causal: bool) -> Result<T5Plan> {
         buckets <= distance,
         Error::option(
             "rel_pos_num_buckets",
-            format_args!("expected at most `rel_pos_max_distance` = {distance}, got {buckets}")
+            format_args!("expected at most `rel_pos_max_distance` ({distance}), got {buckets}")
         )
     );
     let scale = (config.attn.dim_head as f64).sqrt();
@@ -252,7 +256,7 @@ pub(super) fn shifts(config: &AttentionLayersConfig, layers: usize, causal: bool
                 amounts.len() == layers,
                 Error::option(
                     "shift_tokens",
-                    format_args!("expected one number per sublayer, {layers}, got {}", amounts.len())
+                    format_args!("expected {layers} numbers, one per sublayer, got {}", amounts.len())
                 )
             );
             amounts.clone()
@@ -264,7 +268,7 @@ pub(super) fn shifts(config: &AttentionLayersConfig, layers: usize, causal: bool
             amount <= most,
             Error::option(
                 "shift_tokens",
-                format_args!("each shift needs a feature: expected at most {most}, got {amount}")
+                format_args!("expected at most {most} (each shift takes at least one feature), got {amount}")
             )
         );
         let amount = amount as isize;
@@ -314,7 +318,7 @@ fn shared_width(attn: &AttentionConfig, width: usize) -> Result<Option<usize>> {
         (1.0..=WIDEST as f64).contains(&shared),
         Error::option(
             "attn_collab_compression",
-            format_args!("expected a number that leaves at least one of {width} features, got {compression}")
+            format_args!("expected a factor that leaves at least one of {width} features, got {compression}")
         )
     );
     Ok(Some(shared as usize))
@@ -330,7 +334,10 @@ fn temperature(config: &AttentionLayersConfig) -> Result<Temperature> {
     without("attn_scale_init_value", attn.scale_init_value.is_some() && !attn.qk_norm, "attn_qk_norm")?;
     ensure!(
         !(attn.scale_init_value.is_some() && config.use_qk_norm_attn),
-        Error::option("attn_scale_init_value", "cannot be used with `use_qk_norm_attn`: give `qk_norm_attn_seq_len`")
+        Error::option(
+            "attn_scale_init_value",
+            "cannot be used with `use_qk_norm_attn`; set `qk_norm_attn_seq_len` instead"
+        )
     );
     if let Some(length) = config.qk_norm_attn_seq_len {
         ensure!(length >= 2, Error::option("qk_norm_attn_seq_len", format_args!("expected at least 2, got {length}")));
@@ -355,7 +362,7 @@ fn rotated_temperature(temperature: Temperature, rotary: Option<&RotaryPlan>) ->
         Temperature::Fixed(scale) => Ok(Temperature::Fixed(scale * factor)),
         Temperature::Learned(_) if factor != 1.0 => Err(Error::option(
             "rotary_yarn_scaling",
-            "cannot be used with queries and keys of length 1 (`attn_qk_norm`, `use_qk_norm_attn`)",
+            "cannot be used with normalized queries and keys (`attn_qk_norm`, `use_qk_norm_attn`)",
         )),
         learned => Ok(learned),
     }
@@ -374,7 +381,7 @@ pub(super) fn feedforward(
         (1.0..=WIDEST as f64).contains(&inner),
         Error::option(
             "ff_mult",
-            format_args!("expected a number that gives 1 to {WIDEST} inner features, got {}", config.mult)
+            format_args!("expected a factor that gives 1 to {WIDEST} inner features, got {}", config.mult)
         )
     );
     probability("ff_dropout", config.dropout)?;

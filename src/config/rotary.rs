@@ -105,7 +105,7 @@ impl RotaryPlan {
             Error::option(
                 "rotary_pos_emb",
                 format_args!(
-                    "rotates at least {least} features, here {}; `attn_dim_head` is only {dim_head}",
+                    "rotates {} features (at least {least}), but `attn_dim_head` is only {dim_head}",
                     plan.dim
                 )
             )
@@ -114,7 +114,7 @@ impl RotaryPlan {
             plan.features() <= dim_qk,
             Error::option(
                 "rotary_pos_emb",
-                format_args!("rotates {} features; the {dim_qk} that `attn_collab_heads` shares are fewer", plan.dim)
+                format_args!("rotates {} features, but `attn_collab_heads` shares only {dim_qk}", plan.dim)
             )
         );
         if let Some(scaling) = &plan.yarn {
@@ -126,9 +126,7 @@ impl RotaryPlan {
                 factors.len() == pairs && factors.iter().all(|&factor| factor > 0.0 && factor.is_finite()),
                 Error::option(
                     "rotary_freq_factors",
-                    format_args!(
-                        "expected {pairs} finite numbers above 0, one for each pair of features, got {factors:?}"
-                    )
+                    format_args!("expected {pairs} finite numbers above 0, one per pair of features, got {factors:?}")
                 )
             );
         }
@@ -163,7 +161,9 @@ impl RotaryPlan {
             !self.values && self.features() == dim_head,
             Error::option(
                 NAME,
-                format_args!("requires `rotary_qk_only` = true and `rotary_emb_dim` = `attn_dim_head` = {dim_head}")
+                format_args!(
+                    "requires `rotary_qk_only = true` and `rotary_emb_dim` equal to `attn_dim_head` ({dim_head})"
+                )
             )
         );
         Ok(())
@@ -309,7 +309,7 @@ mod tests {
                 json!({"rotary_yarn_scaling": usual, "rotary_qk_only": false, "rotary_emb_dim": null, "attn_dim_head": 32}),
                 "rotary_qk_only",
             ),
-            (json!({"rotary_yarn_scaling": usual, "rotary_emb_dim": 8}), "`attn_dim_head` = 16"),
+            (json!({"rotary_yarn_scaling": usual, "rotary_emb_dim": 8}), "`attn_dim_head` (16)"),
             (json!({"rotary_yarn_scaling": usual, "rotary_interpolation_factor": 2.0}), "cannot be used with"),
             (json!({"rotary_yarn_scaling": usual, "attn_qk_norm": true}), "attn_qk_norm"),
             (json!({"rotary_yarn_scaling": yarn(0.5, 16, 1.0, 32.0, 1.0, true)}), "a factor of at least 1"),
@@ -329,7 +329,7 @@ mod tests {
             let mut options = off.clone();
             options[key] = value;
             let error = plan(&options).unwrap_err().to_string();
-            assert!(error.contains(key) && error.contains("needs `rotary_pos_emb`"), "{error}");
+            assert!(error.contains(key) && error.contains("requires `rotary_pos_emb"), "{error}");
         }
     }
 }

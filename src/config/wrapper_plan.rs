@@ -3,7 +3,7 @@
 use super::{
     AttentionPlan, FeedForwardPlan, LayersKind, LayersPlan, NormPlan,
     options::FeedForwardConfig,
-    ranges::{at_least_one, probability},
+    ranges::{WIDEST, at_least_one, probability},
     resolve::feedforward,
     wrappers::{
         AutoregressiveConfig, ContinuousTransformerWrapperConfig, TransformerWrapperConfig, ViTransformerWrapperConfig,
@@ -181,28 +181,31 @@ impl TransformerWrapperConfig {
             !self.tie_embedding || self.mlm_head || emb_dim == layers.dim,
             Error::option(
                 "tie_embedding",
-                format_args!("needs `emb_dim` = `dim`; they are {emb_dim} and {}", layers.dim)
+                format_args!("requires `emb_dim` equal to `dim`, got {emb_dim} and {}", layers.dim)
             )
         );
         ensure!(
             !self.mlm_head || self.tie_embedding,
-            Error::option("mlm_head", "needs `tie_embedding` = true, whose table its logits come from")
+            Error::option(
+                "mlm_head",
+                "requires `tie_embedding = true`: its logits are computed with the embedding table"
+            )
         );
         ensure!(
             !(self.return_only_embed && self.tie_embedding),
-            Error::option("return_only_embed", "cannot be used with `tie_embedding`, which is about logits")
+            Error::option("return_only_embed", "cannot be used with `tie_embedding`, which applies only to logits")
         );
         ensure!(
             self.logits_bias || !self.return_only_embed,
-            Error::option("logits_bias", "is of the layer that `return_only_embed` leaves out")
+            Error::option("logits_bias", "applies to the logit layer, which `return_only_embed` omits")
         );
         ensure!(
             self.logits_bias || !self.tie_embedding,
-            Error::option("logits_bias", "is of the layer that `tie_embedding` leaves out")
+            Error::option("logits_bias", "applies to the logit layer, which `tie_embedding` omits")
         );
         ensure!(
-            self.num_token_types == 0 || at_least_one("num_token_types", self.num_token_types).is_ok(),
-            Error::option("num_token_types", format_args!("{} are too many", self.num_token_types))
+            self.num_token_types <= WIDEST,
+            Error::option("num_token_types", format_args!("expected at most {WIDEST}, got {}", self.num_token_types))
         );
         let norm = NormPlan::Layer(self.attn_layers.norm_eps.unwrap_or(1e-5));
         let activation =
@@ -213,14 +216,17 @@ impl TransformerWrapperConfig {
             Error::option(
                 "shift_mem_down",
                 format_args!(
-                    "expected at most the number of self-attention layers, {memories}, got {}",
+                    "expected at most {memories} (the number of self-attention layers), got {}",
                     self.shift_mem_down
                 )
             )
         );
         ensure!(
-            self.num_memory_tokens == 0 || at_least_one("num_memory_tokens", self.num_memory_tokens).is_ok(),
-            Error::option("num_memory_tokens", format_args!("{} are too many", self.num_memory_tokens))
+            self.num_memory_tokens <= WIDEST,
+            Error::option(
+                "num_memory_tokens",
+                format_args!("expected at most {WIDEST}, got {}", self.num_memory_tokens)
+            )
         );
         Ok(TransformerPlan {
             num_tokens: self.num_tokens,
@@ -396,7 +402,7 @@ impl ViTransformerWrapperConfig {
             self.patch_size > 0 && self.image_size.is_multiple_of(self.patch_size),
             Error::option(
                 "patch_size",
-                format_args!("expected a divisor of `image_size` = {}, got {}", self.image_size, self.patch_size)
+                format_args!("expected a divisor of `image_size` ({}), got {}", self.image_size, self.patch_size)
             )
         );
         ensure!(
@@ -409,7 +415,7 @@ impl ViTransformerWrapperConfig {
         let layers = LayersPlan::new(&self.attn_layers).context("attn_layers")?;
         ensure!(
             !layers.cross_attend,
-            Error::option("cross_attend", "an image transformer has no context to attend to").context("attn_layers")
+            Error::option("cross_attend", "a ViTransformerWrapper has no context to attend to").context("attn_layers")
         );
         let head = |classes: usize| {
             at_least_one("num_classes", classes)?;
@@ -419,7 +425,7 @@ impl ViTransformerWrapperConfig {
         let head = self.num_classes.map(head).transpose()?;
         ensure!(
             head.is_some() || self.dropout == 0.0,
-            Error::option("dropout", "acts in the head, which needs `num_classes`")
+            Error::option("dropout", "applies to the head, which requires `num_classes`")
         );
         let side = self.image_size / self.patch_size;
         Ok(ViTransformerPlan {
@@ -542,8 +548,8 @@ impl XTransformerConfig {
                 attn_layers: config.attn_layers.clone(),
                 ..Default::default()
             };
-            let why = "XTransformer takes only num_tokens, max_seq_len, emb_dropout and enc_num_memory_tokens of the \
-                       options of a wrapper";
+            let why = "of a wrapper's options, XTransformer takes only num_tokens, max_seq_len, emb_dropout and \
+                       enc_num_memory_tokens";
             ensure!(*config == taken, Error::option(side, why));
         }
         let (enc, dec) = (&self.enc.attn_layers, &self.dec.attn_layers);
@@ -553,13 +559,13 @@ impl XTransformerConfig {
         );
         ensure!(
             dec.kind == LayersKind::Decoder && dec.cross_attend,
-            Error::option("dec", format_args!("expected a Decoder with `cross_attend` = true, got {:?}", dec.kind))
+            Error::option("dec", format_args!("expected a Decoder with `cross_attend = true`, got {:?}", dec.kind))
         );
         ensure!(
             enc.dim == dec.dim,
             Error::option(
                 "dim",
-                format_args!("encoder and decoder have one width; they are {} and {}", enc.dim, dec.dim)
+                format_args!("encoder and decoder must have the same width, got {} and {}", enc.dim, dec.dim)
             )
         );
         let (encoder, decoder) = (self.enc.num_tokens, self.dec.num_tokens);
@@ -567,7 +573,7 @@ impl XTransformerConfig {
             !self.tie_token_emb || encoder == decoder,
             Error::option(
                 "tie_token_emb",
-                format_args!("needs `enc_num_tokens` = `dec_num_tokens`; they are {encoder} and {decoder}")
+                format_args!("requires `enc_num_tokens` equal to `dec_num_tokens`, got {encoder} and {decoder}")
             )
         );
         Ok(XTransformerPlan {

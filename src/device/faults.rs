@@ -20,7 +20,7 @@ pub(crate) fn check([code, index, limit]: [i64; FAULT_WORDS]) -> Result<()> {
         Some(Fault::CrossEntropy) => Error::index("cross_entropy", "class", index, limit),
         Some(Fault::NoTargets) => Error::no_targets(limit, index),
         Some(Fault::Logits) => Error::broken_logits(),
-        None => Error::device("launch", format_args!("a kernel reported the unknown fault {code}")),
+        None => Error::device("launch", format_args!("a kernel reported an unknown fault, code {code}")),
     })
 }
 

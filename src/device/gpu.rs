@@ -174,7 +174,7 @@ pub unsafe trait Gpu: Any + fmt::Debug + Send + Sync {
     ///
     /// Errors: the compiler's log, or a backend that compiles no sources (the default).
     fn compile(&self, source: &Source) -> Result<Box<dyn Kernel + '_>> {
-        Err(self.lacks(&format!("kernel `{}`: this backend compiles no sources", source.kernel())))
+        Err(self.lacks(&format!("kernel `{}`: this backend cannot compile kernel sources", source.kernel())))
     }
 
     /// Returns `true` if work enqueued by this thread is recorded instead of executed.
@@ -193,7 +193,7 @@ pub unsafe trait Gpu: Any + fmt::Debug + Send + Sync {
     /// Errors: those of `f`, work that a graph cannot hold, another recording in progress, or a backend without graphs
     /// (the default).
     fn record(&'static self, _f: &mut dyn FnMut(bool) -> Result<()>) -> Result<Box<dyn Replay>> {
-        Err(self.lacks("this backend records no graphs"))
+        Err(self.lacks("this backend does not support graphs"))
     }
 
     /// Returns the error for a feature that this device does not have.

@@ -202,10 +202,7 @@ impl IntoArg for Arg {
 pub(crate) fn size32(n: usize) -> Result<u32> {
     match u32::try_from(n) {
         Ok(size) if size < 1 << 31 => Ok(size),
-        _ => Err(Error::shape(
-            "launch",
-            format_args!("a size of {n} was given to a kernel that is made for less than 2^31"),
-        )),
+        _ => Err(Error::shape("launch", format_args!("expected a size below 2^31, got {n}"))),
     }
 }
 

@@ -76,7 +76,7 @@ impl Device {
         #[cfg(not(feature = "cuda"))]
         Err(Error::device(
             "cuda",
-            format_args!("cuda:{ordinal} was asked for, but this build has no CUDA; enable the feature `cuda`"),
+            format_args!("cuda:{ordinal} is not available: this build has no CUDA; enable the feature `cuda`"),
         ))
     }
 
@@ -183,7 +183,7 @@ pub fn describe() -> Vec<String> {
     #[cfg(feature = "cuda")]
     lines.extend(cuda::describe());
     #[cfg(not(feature = "cuda"))]
-    lines.push("cuda: this build has no CUDA, the feature `cuda` is off".into());
+    lines.push("cuda: not built in (the feature `cuda` is off)".into());
     lines
 }
 

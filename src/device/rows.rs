@@ -291,6 +291,15 @@ impl<'a> Out<'a> {
         Self { before: source.map_or(Before::Own, Before::From), ..Self::new(values, width) }
     }
 
+    /// Rows that are computed from those of `source`, returned as an input, or from their own if that input is empty.
+    pub fn from_or_over(values: FloatsMut<'a>, width: usize, source: Option<Floats<'a>>) -> (Self, In<'a>) {
+        match source {
+            // Half types are converted in any case: to where they are overwritten.
+            Some(source) if values.dtype().size() > 2 => (Self::new(values, width), In::new(source, width)),
+            source => (Self::over(values, width, source), In::new(Floats::F32(&[]), 0)),
+        }
+    }
+
     /// # Safety
     ///
     /// The range is within the output, and no two calls whose results are in use at once overlap.

@@ -71,7 +71,7 @@ pub fn declarations(text: &str, scalar: &dyn Fn(&str) -> Option<usize>) -> Resul
                 Some((kernel.trim(), list))
             });
             let (kernel, list) = parsed.ok_or_else(|| {
-                format!("kernel {index} is not written as `extern \"C\" __global__ void name(parameters)`")
+                format!("kernel {index} is not declared as `extern \"C\" __global__ void name(parameters)`")
             })?;
             let list = expanded(list, &macros);
             let list = list.split(',').map(str::trim).filter(|parameter| !parameter.is_empty());

@@ -76,16 +76,16 @@ impl Source {
         let found = declared.iter().find(|declaration| declaration.kernel == kernel);
         let Declaration { parameters, .. } = found.ok_or_else(|| {
             let names: Vec<_> = declared.iter().map(|declaration| declaration.kernel.as_str()).collect();
-            fail(format!("the source has no kernel `{kernel}`, it has [{}]", names.join(", ")))
+            fail(format!("the source has no kernel `{kernel}`, only [{}]", names.join(", ")))
         })?;
         let identifier = |name: &str| {
             !name.is_empty()
                 && name.bytes().all(|c| c == b'_' || c.is_ascii_alphanumeric())
                 && !name.as_bytes()[0].is_ascii_digit()
         };
-        ensure!(identifier(kernel), fail(format!("`{kernel}` is not a name in C")));
+        ensure!(identifier(kernel), fail(format!("`{kernel}` is not a C identifier")));
         let bad = options.iter().find(|(name, value)| !identifier(name) || value.contains(['\0', '\n']));
-        ensure!(bad.is_none(), fail(format!("the option {bad:?} is not a macro")));
+        ensure!(bad.is_none(), fail(format!("option {bad:?} is not a valid macro")));
         let parameters = parameters.iter().map(|declared| {
             let of = type_of(declared, text, options).ok_or_else(|| {
                 fail(format!("`{}` of `{kernel}` points to elements of an unknown type", declared.text))
@@ -223,12 +223,12 @@ mod tests {
                 "{error}"
             );
         };
-        refused("", &[], "the source has no kernel `a`, it has []");
-        refused("extern \"C\" __global__ void b(float* y) {}", &[], "it has [b]");
-        refused("__global__ void a(float* y) {}", &[], "is not written as");
+        refused("", &[], "the source has no kernel `a`, only []");
+        refused("extern \"C\" __global__ void b(float* y) {}", &[], "only [b]");
+        refused("__global__ void a(float* y) {}", &[], "is not declared as");
         refused("extern \"C\" __global__ void a(float y, T n) {}", &[], "`T n` of `a` is neither a pointer nor one of");
         refused("extern \"C\" __global__ void a(T* y) {}", &[], "`T* y` of `a` points to elements of an unknown type");
         refused("typedef U T;\ntypedef T U;\nextern \"C\" __global__ void a(T* y) {}", &[], "unknown type");
-        refused("extern \"C\" __global__ void a(T* y) {}", &[("T", "float"), ("-I", "x")], "is not a macro");
+        refused("extern \"C\" __global__ void a(T* y) {}", &[("T", "float"), ("-I", "x")], "is not a valid macro");
     }
 }

@@ -63,9 +63,7 @@ pub(super) fn parse_beginning<R>(source: &Source, parse: impl Fn(Cursor) -> Read
             return result;
         }
         if wanted > MAX_HEADER {
-            return Err(
-                format!("has a header of more than {MAX_HEADER} bytes, which are all that is read of it").into()
-            );
+            return Err(format!("has a header of more than {MAX_HEADER} bytes, the limit").into());
         }
         length = wanted.max(4 * length).min(MAX_HEADER).min(source.len());
     }
@@ -98,18 +96,14 @@ impl<'a> Cursor<'a> {
     /// Returns the next `count` bytes.
     pub fn take(&mut self, count: usize) -> Parsed<&'a [u8]> {
         if count > self.left() {
-            return Err(format!(
-                "is truncated: {count} bytes are expected at byte {}, there are {}",
-                self.at,
-                self.left()
-            ));
+            return Err(format!("is truncated: expected {count} bytes at byte {}, got {}", self.at, self.left()));
         }
         let end = self.at + count;
         let Some(taken) = self.bytes.get(self.at..end) else {
             if let Some(wanted) = self.wanted {
                 wanted.set(wanted.get().max(end));
             }
-            return Err(format!("has a header that goes on behind byte {}", self.bytes.len()));
+            return Err(format!("has a header that continues past byte {}", self.bytes.len()));
         };
         self.at = end;
         Ok(taken)
@@ -143,7 +137,7 @@ impl<'a> Cursor<'a> {
             .filter(|&count| count.checked_mul(least).is_some_and(|bytes| bytes <= self.left()));
         fits.ok_or_else(|| {
             format!(
-                "says at byte {at} that {count} {what} follow; the {} bytes behind it cannot hold them",
+                "is truncated or damaged: byte {at} announces {count} {what}, but only {} bytes follow",
                 self.left()
             )
         })

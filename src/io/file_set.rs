@@ -1,5 +1,4 @@
-//! Files of one folder that belong together and are replaced in one step. The protocol is described at
-//! `train::Checkpoint`.
+//! Sets of files in one folder that are replaced atomically. The protocol is described at `train::Checkpoint`.
 
 use std::{
     fs, io,
@@ -12,9 +11,9 @@ use crate::{
     error::ensure,
 };
 
-/// A whole set of files on its way into the folder.
+/// Folder of a complete set of files that is being moved into place.
 const INCOMING: &str = ".incoming";
-/// A set that is being written.
+/// Folder of a set that is being written.
 const PARTIAL: &str = ".incoming.partial";
 
 /// The files with these names in a folder.
@@ -38,22 +37,22 @@ impl Writer<'_> {
 }
 
 impl<'a> FileSet<'a> {
-    /// Replaces all files by those that `write` writes. The folder is made if it is not there.
+    /// Replaces all files by those that `write` writes. Creates the folder if necessary.
     pub fn replace(self, write: impl FnOnce(&Writer<'a>) -> Result<()>) -> Result<()> {
         create_folders(self.folder)?;
         let (partial, incoming) = (self.folder.join(PARTIAL), self.folder.join(INCOMING));
-        // In the way: what is there is none of ours, and better found now than when it is too late.
+        // Foreign files in the way are an error now rather than in the middle of the replacement.
         check_folder(&incoming)?;
         let lock = self.begin(&partial)?;
         let writer = Writer { set: self, partial };
         let written = write(&writer).and_then(|()| {
             sync_folder(&writer.partial).map_err(|source| Error::io(&writer.partial, source))?;
-            // What another process saved while this one was writing, or what one that was killed left.
+            // Saved by another process in the meantime, or left by a killed one.
             self.move_incoming()?;
             retry(|| fs::rename(&writer.partial, &incoming)).map_err(|source| Error::io(&incoming, source))
         });
         if let Err(error) = written {
-            // The first error counts; what cannot be removed now is removed by the next save.
+            // The first error is returned; the next save removes what cannot be removed now.
             let _ = remove(&writer.partial);
             return Err(error);
         }
@@ -63,8 +62,8 @@ impl<'a> FileSet<'a> {
         Ok(())
     }
 
-    /// Completes a replacement that was interrupted after its one step, and removes what is left of one that was
-    /// interrupted before. Waits for other processes that are at it.
+    /// Completes a replacement that was interrupted after its atomic step, and removes the remains of one that was
+    /// interrupted before it. Waits for other processes that are doing so.
     pub fn complete(self) -> Result<()> {
         self.move_incoming()?;
         let partial = self.folder.join(PARTIAL);
@@ -74,9 +73,9 @@ impl<'a> FileSet<'a> {
         }
     }
 
-    /// Where a file is.
+    /// Returns the path of a file.
     ///
-    /// Errors: those of `read`; [`ErrorKind::File`](crate::ErrorKind::File) if there is none.
+    /// Errors: those of `read`; [`ErrorKind::File`](crate::ErrorKind::File) if there is no such file.
     pub fn read<T>(self, name: &str, read: impl Fn(&Path) -> Result<T>) -> Result<T> {
         for place in [self.folder.join(INCOMING).join(name), self.folder.join(name)] {
             match read(&place) {
@@ -87,13 +86,16 @@ impl<'a> FileSet<'a> {
         }
         let why = match fs::metadata(self.folder) {
             Ok(found) if found.is_dir() => "is not a checkpoint",
-            Ok(_) => "is not a folder, so not a checkpoint",
-            Err(_) => "does not exist, so there is no checkpoint",
+            Ok(_) => "is not a folder",
+            Err(_) => "does not exist",
         };
-        Err(Error::file(self.folder, format_args!("{why}: it has no {name} (expected {})", self.names.join(", "))))
+        Err(Error::file(
+            self.folder,
+            format_args!("{why}: expected a checkpoint folder with {}, found no {name}", self.names.join(", ")),
+        ))
     }
 
-    /// Makes the folder for new files, which is this process's alone.
+    /// Creates the folder for new files, which only this process uses.
     fn begin(self, partial: &Path) -> Result<FolderLock> {
         loop {
             self.complete()?;
@@ -103,14 +105,14 @@ impl<'a> FileSet<'a> {
                 Err(error) if error.kind() == io::ErrorKind::AlreadyExists => continue,
                 Err(error) => return Err(Error::io(partial, error)),
             }
-            // `None` if another process took it for what a dead one left.
+            // `None` if another process mistook it for the remains of a dead one.
             if let Some(lock) = lock(partial)? {
                 return Ok(lock);
             }
         }
     }
 
-    /// Moves the files out of `.incoming`, if it is there.
+    /// Moves the files out of `.incoming`, if it exists.
     fn move_incoming(self) -> Result<()> {
         let incoming = self.folder.join(INCOMING);
         match lock(&incoming)? {
@@ -132,7 +134,7 @@ impl<'a> FileSet<'a> {
     }
 }
 
-/// Waits until no other process uses a folder of ours. `None` if it is not there.
+/// Waits until no other process uses a temporary folder and locks it. Returns `None` if the folder does not exist.
 fn lock(folder: &Path) -> Result<Option<FolderLock>> {
     loop {
         if !check_folder(folder)? {
@@ -144,13 +146,13 @@ fn lock(folder: &Path) -> Result<Option<FolderLock>> {
     }
 }
 
-/// If a folder of ours is there.
+/// Returns `true` if a temporary folder exists.
 ///
-/// Errors: something else has its name.
+/// Errors: its name belongs to something other than a folder.
 fn check_folder(folder: &Path) -> Result<bool> {
     match retry(|| fs::symlink_metadata(folder)) {
         Ok(found) => {
-            ensure!(found.is_dir(), Error::file(folder, "is in the way of saving and not a folder; move it away"));
+            ensure!(found.is_dir(), Error::file(folder, "must be a folder to save into; move this file away"));
             Ok(true)
         }
         Err(error) if matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory) => Ok(false),
@@ -158,7 +160,7 @@ fn check_folder(folder: &Path) -> Result<bool> {
     }
 }
 
-/// Removes a folder if it is there.
+/// Removes a folder if it exists.
 fn remove(folder: &Path) -> Result<()> {
     match retry(|| fs::remove_dir_all(folder)) {
         Err(error) if error.kind() != io::ErrorKind::NotFound => Err(Error::io(folder, error)),

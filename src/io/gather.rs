@@ -1,16 +1,16 @@
-//! Strided views of a file: values that lie apart, read in the order of the file, a bounded part at a time.
+//! Strided views of a file: reads scattered values in file order, a bounded part at a time.
 
 use super::{bytes::Reading, source::Source};
 use crate::{Shape, sort::sort_by};
 
-/// Bytes of the file that are held at a time.
+/// Number of bytes of the file held at a time.
 const WINDOW: usize = if cfg!(miri) { 1 << 12 } else { 1 << 20 };
 
-/// Bytes between two runs of values up to which both are read together: reading what lies between costs less than
-/// another call of the system.
+/// Maximum gap in bytes between two runs of values that are read together: reading the gap costs less than another
+/// system call.
 const GAP: usize = 4 << 10;
 
-/// A dimension of a view: its size, and the distance of neighbours in the file and in the output, in values.
+/// A dimension of a view: its size, and its strides in the file and in the output, in values.
 #[derive(Clone, Copy)]
 struct Dim {
     size: usize,
@@ -18,7 +18,7 @@ struct Dim {
     to: usize,
 }
 
-/// Writes the values of a view, `N` bytes each from the byte `start` on, to `out` in the order of the shape.
+/// Writes the values of a view, `N` bytes each, from byte `start` on, to `out` in row-major order.
 pub(super) fn gather<S: Copy, const N: usize>(
     source: &Source,
     start: usize,
@@ -35,8 +35,8 @@ pub(super) fn gather<S: Copy, const N: usize>(
     })
 }
 
-/// Calls `body` with the dimensions and the bytes of each block, and where its first value goes; values have `bytes`
-/// bytes.
+/// Calls `body` with the dimensions and bytes of each block, and the position of its first value in the output; values
+/// have `bytes` bytes.
 #[allow(clippy::type_complexity)]
 fn for_blocks(
     source: &Source,
@@ -52,7 +52,7 @@ fn for_blocks(
     });
     let mut dims: Vec<Dim> = dims.filter(|dim| dim.size > 1).collect();
     sort_by(&mut dims, |a, b| a.from.cmp(&b.from));
-    // The innermost dimensions in the order of the file, as far as a window holds them, and of the next one a part.
+    // The dimensions that are innermost in the file, as many as fit a window, and a part of the next one.
     let (mut inner, mut outer, mut span, mut rest) = (Vec::new(), Vec::new(), 1, None);
     for dim in dims {
         if !outer.is_empty() || dim.from * bytes > span * bytes + GAP {
@@ -65,7 +65,7 @@ fn for_blocks(
         };
         if fits < dim.size {
             outer.push(Dim { size: dim.size.div_ceil(fits), from: fits * dim.from, to: fits * dim.to });
-            // Of the last part there may be less.
+            // The last part may be smaller.
             let left = (dim.size - 1) % fits + 1;
             rest = Some(Block::new(&inner, Dim { size: left, ..dim }, span));
         }
@@ -83,7 +83,7 @@ fn for_blocks(
         let window = &mut window[..block.span * bytes];
         source.read_at(start + from * bytes, window)?;
         body(&block.dims, window, to);
-        // The next place, the first dimension being the fastest.
+        // Advances to the next position; the first dimension varies fastest.
         let next = index.iter_mut().zip(&outer).find_map(|(index, dim)| {
             *index = (*index + 1) % dim.size;
             (*index > 0).then_some(())
@@ -96,14 +96,14 @@ fn for_blocks(
 
 /// Values that are read together.
 struct Block {
-    /// In the order of the output, the outermost first.
+    /// In the order of the output, outermost first.
     dims: Vec<Dim>,
-    /// Values from the first to the last in the file.
+    /// Number of values in the file from the first to the last.
     span: usize,
 }
 
 impl Block {
-    /// The product of `inner`, which spans `span` values, and one more dimension.
+    /// Adds one more dimension to `inner`, which spans `span` values.
     fn new(inner: &[Dim], dim: Dim, span: usize) -> Self {
         let mut dims: Vec<Dim> = inner.iter().copied().chain([dim]).filter(|dim| dim.size > 1).collect();
         sort_by(&mut dims, |a, b| b.to.cmp(&a.to));
@@ -111,7 +111,7 @@ impl Block {
     }
 }
 
-/// Copies a block, whose first value is the first of `from`.
+/// Copies a block, whose first value is at the start of `from`.
 fn copy<S: Copy, const N: usize>(dims: &[Dim], from: &[[u8; N]], out: &mut [S], value: &impl Fn([u8; N]) -> S) {
     match dims {
         [] => out[0] = value(from[0]),
@@ -127,7 +127,7 @@ mod tests {
     use super::*;
     use crate::Philox;
 
-    /// The same as value by value, for views of every kind: turned, cut, repeated, overlapping, larger than a window.
+    /// Compares with reading value by value, for transposed, sliced, repeated, overlapping and large views.
     #[test]
     fn gathered_views_equal_their_definition() {
         let length = if cfg!(miri) { 60_000u32 } else { 6_000_000 };

@@ -15,7 +15,7 @@ use crate::Shape;
 pub(super) const MAGIC: &[u8] = b"GGUF";
 
 /// Advice for files that no version of this reader knows.
-const CONVERT: &str = "convert the model anew with `convert_hf_to_gguf.py` of llama.cpp";
+const CONVERT: &str = "convert the model again with llama.cpp's `convert_hf_to_gguf.py`";
 
 /// Values of all lists together; the largest vocabularies have about half a million entries with merges and scores.
 const MAX_VALUES: usize = 4_000_000;
@@ -36,23 +36,23 @@ fn header(mut cursor: Cursor, total: usize) -> Parsed<Listing> {
     cursor.take(MAGIC.len())?;
     match cursor.u32()? {
         2 | 3 => {}
-        1 => return Err(format!("is GGUF of version 1, which no program writes any more; {CONVERT}")),
+        1 => return Err(format!("is GGUF version 1, which is obsolete; {CONVERT}")),
         // The first versions of the other byte order.
         version if (1..256).contains(&version.swap_bytes()) => {
             return Err(format!(
-                "is GGUF of version {} in big-endian byte order, expected little-endian: `gguf-convert-endian FILE \
-                 little` of the Python package gguf converts it",
+                "is big-endian GGUF version {}, expected little-endian; convert it with `gguf-convert-endian FILE \
+                 little` from the Python package gguf",
                 version.swap_bytes()
             ));
         }
-        version => return Err(format!("is GGUF of version {version}, known are 2 and 3; {CONVERT}")),
+        version => return Err(format!("is GGUF version {version}, expected 2 or 3; {CONVERT}")),
     }
     // Bytes that the smallest description of a tensor and the smallest pair take.
     let tensors = cursor.count(24, "tensors")?;
     if tensors > MAX_TENSORS {
-        return Err(format!("has {tensors} tensors, at most {MAX_TENSORS} are read"));
+        return Err(format!("has {tensors} tensors, expected at most {MAX_TENSORS}"));
     }
-    let pairs = cursor.count(13, "pairs of metadata")?;
+    let pairs = cursor.count(13, "metadata entries")?;
     let mut values = Values { cursor, left: MAX_VALUES };
     let mut metadata = BTreeMap::new();
     for _ in 0..pairs {
@@ -79,7 +79,8 @@ fn header(mut cursor: Cursor, total: usize) -> Parsed<Listing> {
         let start = usize::try_from(offset).ok().and_then(|offset| data.checked_add(offset));
         let Some(start) = start.filter(|&start| start.checked_add(size).is_some_and(|end| end <= total)) else {
             return Err(format!(
-                "tensor `{name}` has {size} bytes from byte {offset} of the values on; the file has {total} in all"
+                "is truncated or damaged: tensor `{name}` has {size} bytes at byte {offset} of the values, but the \
+                 file has only {total} bytes"
             ));
         };
         match entries.entry(name) {
@@ -95,24 +96,30 @@ fn tensor(cursor: &mut Cursor) -> Parsed<(String, Shape, Stored, u64)> {
     let name = name(cursor)?;
     let rank = cursor.u32()?;
     if rank > 6 {
-        return Err(format!("tensor `{name}` has {rank} dimensions, tensors have at most 6"));
+        return Err(format!("tensor `{name}` has {rank} dimensions, expected at most 6"));
     }
     let mut dims = Vec::new();
     for _ in 0..rank {
         let dim = cursor.u64()?;
-        dims.push(usize::try_from(dim).map_err(|_| format!("tensor `{name}` has a dimension of {dim}"))?);
+        dims.push(
+            usize::try_from(dim)
+                .map_err(|_| format!("tensor `{name}` has a dimension of size {dim}, which is too large"))?,
+        );
     }
     let kind = cursor.u32()?;
     let stored = stored(kind).map_err(|kind| {
         format!(
-            "tensor `{name}` is {kind}, expected one of {READ}; quantise the model anew, to Q4_K_M or Q8_0 for instance"
+            "tensor `{name}` is {kind}, expected one of {READ}; quantise the model again, for instance to Q4_K_M or \
+             Q8_0"
         )
     })?;
     // Blocks lie along the first dimension, which is the last of a tensor here.
     let values = stored.block().0;
     let row = dims.first().copied().unwrap_or(1);
     if !row.is_multiple_of(values) {
-        return Err(format!("tensor `{name}` has rows of {row} values, not of whole blocks of {values}"));
+        return Err(format!(
+            "tensor `{name}` has rows of {row} values, expected a multiple of the block size {values}"
+        ));
     }
     dims.reverse();
     let shape = Shape::new(&dims).map_err(|why| format!("tensor `{name}`: {why}"))?;
@@ -180,7 +187,7 @@ const READ: &str = "F32, F16, BF16, F64, I8, I16, I32, I64, Q8_0, Q4_0, Q4_1, Q5
 fn name(cursor: &mut Cursor) -> Parsed<String> {
     let name = text(cursor)?;
     if name.len() > MAX_NAME {
-        return Err(format!("has a name of {} bytes, at most {MAX_NAME} are allowed", name.len()));
+        return Err(format!("has a name of {} bytes, expected at most {MAX_NAME}", name.len()));
     }
     Ok(name)
 }
@@ -189,7 +196,7 @@ fn text(cursor: &mut Cursor) -> Parsed<String> {
     let length = cursor.count(1, "bytes of text")?;
     let at = cursor.at();
     let bytes = cursor.take(length)?;
-    str::from_utf8(bytes).map(str::to_string).map_err(|_| format!("has text at byte {at} that is not UTF-8"))
+    str::from_utf8(bytes).map(str::to_string).map_err(|_| format!("has invalid UTF-8 at byte {at}"))
 }
 
 /// The values of metadata, limited in number.
@@ -206,7 +213,7 @@ impl Values<'_> {
 
     fn of_kind(&mut self, kind: u32, name: &str, depth: usize) -> Parsed<Metadata> {
         let Some(left) = self.left.checked_sub(1) else {
-            return Err(format!("has more than {MAX_VALUES} values of metadata"));
+            return Err(format!("has more than {MAX_VALUES} metadata values"));
         };
         self.left = left;
         let cursor = &mut self.cursor;
@@ -221,12 +228,12 @@ impl Values<'_> {
             7 => match cursor.u8()? {
                 0 => Metadata::Bool(false),
                 1 => Metadata::Bool(true),
-                other => return Err(format!("has metadata `{name}` with the truth value {other}, expected 0 or 1")),
+                other => return Err(format!("has metadata `{name}` with the boolean {other}, expected 0 or 1")),
             },
             8 => Metadata::Text(text(cursor)?),
             9 => {
                 if depth == MAX_DEPTH {
-                    return Err(format!("has metadata `{name}` with lists {MAX_DEPTH} deep"));
+                    return Err(format!("has metadata `{name}` with lists nested more than {MAX_DEPTH} deep"));
                 }
                 let kind = cursor.u32()?;
                 let least = match kind {

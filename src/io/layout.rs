@@ -191,7 +191,7 @@ fn several(file: &TensorFile, places: &BTreeSet<String>) -> Error {
     let list: Vec<String> = places.iter().map(|place| format!("`{place}`")).collect();
     Error::file(
         file.path(),
-        format_args!("has the weights of a model below {}; save one of them alone", list.join(" and ")),
+        format_args!("has the weights of a model under {}; save only one of them", list.join(" and ")),
     )
 }
 

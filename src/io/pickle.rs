@@ -1,8 +1,9 @@
-//! Python's pickles, as far as state dicts need them. Nothing is executed.
+//! Reader for Python pickles, as far as state dicts need them. Nothing is executed.
 //!
-//! A pickle is a program for a stack machine whose instructions can call any Python function. This machine calls none.
-//! It describes what those would give that make tensors, parameters and dictionaries; whatever else a checkpoint holds,
-//! an optimizer's options or a scheduler for instance, becomes an object of which only the name of its maker is known.
+//! A pickle is a program for a stack machine whose instructions can call any Python function. This machine calls none:
+//! it describes the results of the functions that create tensors, parameters and dictionaries. Anything else in a
+//! checkpoint, such as optimizer options or a scheduler, becomes an object of which only the constructor's name is
+//! known.
 
 use std::collections::HashMap;
 
@@ -12,14 +13,15 @@ use super::{
     globals::{Element, Global, Values},
 };
 
-/// Steps of one pickle. The state dict of a model with ten thousand tensors has about half a million.
+/// Maximum number of steps of one pickle. The state dict of a model with ten thousand tensors has about half a million.
 const MAX_STEPS: usize = 2_000_000;
 
-/// Dimensions of a tensor; those with more than a tensor may have here are known by their name alone.
+/// Maximum number of dimensions; of a tensor with more than the library allows, only the name is known.
 const MAX_RANK: usize = 64;
 
 impl<'a> Pickle<'a> {
-    /// Runs the pickle at the cursor, which ends after it. Returns its values and the one at the top of the stack.
+    /// Runs the pickle at the cursor and moves the cursor past it. Returns its values and the one at the top of the
+    /// stack.
     pub fn load(cursor: &mut Cursor<'a>) -> Parsed<(Self, Value<'a>)> {
         let (pickle, steps) = (Self::default(), MAX_STEPS);
         Machine { cursor, pickle, stack: Vec::new(), marks: Vec::new(), memo: HashMap::new(), steps }.run()
@@ -32,7 +34,7 @@ struct Machine<'a, 'c> {
     stack: Vec<Value<'a>>,
     marks: Vec<usize>,
     memo: HashMap<u32, Value<'a>>,
-    /// Steps that are left.
+    /// Number of steps left.
     steps: usize,
 }
 
@@ -50,11 +52,11 @@ impl<'a> Machine<'a, '_> {
         }
     }
 
-    /// Counts steps, so that a small file cannot keep the machine busy.
+    /// Counts steps, so that a small file cannot keep the machine busy forever.
     fn spend(&mut self, steps: usize) -> Parsed<()> {
         let left = self.steps.checked_sub(steps);
         self.steps =
-            left.ok_or_else(|| format!("holds a pickle of more than {MAX_STEPS} steps, too many for a state dict"))?;
+            left.ok_or_else(|| format!("contains a pickle of more than {MAX_STEPS} steps, too many for a state dict"))?;
         Ok(())
     }
 
@@ -63,9 +65,9 @@ impl<'a> Machine<'a, '_> {
             // PROTO
             0x80 => match self.cursor.u8()? {
                 0..=5 => {}
-                protocol => return Err(format!("holds a pickle of protocol {protocol}, known are those up to 5")),
+                protocol => return Err(format!("contains a pickle of protocol {protocol}, expected at most 5")),
             },
-            // FRAME: the instructions go on inside it.
+            // FRAME: the instructions continue inside it.
             0x95 => drop(self.cursor.u64()?),
             b'(' => self.marks.push(self.stack.len()),
             b'0' => drop(self.pop(at)?),
@@ -98,7 +100,7 @@ impl<'a> Machine<'a, '_> {
                 let bytes = self.cursor.take(length as usize)?;
                 self.stack.push(long(bytes));
             }
-            // INT and LONG, which are digits, perhaps with an `L` at the end; INT has the truth values too.
+            // INT and LONG: digits, optionally followed by `L`; INT also encodes booleans.
             b'I' | b'L' => {
                 let line = self.line(at)?;
                 let digits = line.trim_end_matches('L').parse();
@@ -114,7 +116,7 @@ impl<'a> Machine<'a, '_> {
                 self.line(at)?;
                 self.stack.push(Value::Float);
             }
-            // STRING and UNICODE; texts with escapes are nothing that is looked for.
+            // STRING and UNICODE; names that matter contain no escapes.
             b'S' | b'V' => {
                 let line = self.line(at)?;
                 let text = if code == b'S' { line.trim_matches(['\'', '"']) } else { line };
@@ -192,14 +194,14 @@ impl<'a> Machine<'a, '_> {
             b'j' => self.recall(at, Cursor::u32)?,
             // PUT and GET, with digits
             b'p' | b'g' => {
-                let key = self.line(at)?.parse().map_err(|_| bad(at, "the number of a value"))?;
+                let key = self.line(at)?.parse().map_err(|_| bad(at, "a memo index"))?;
                 if code == b'p' { self.remember(at, |_, _| Ok(key))? } else { self.recall(at, |_| Ok(key))? }
             }
             b'c' => {
                 let (module, name) = (self.line(at)?, self.line(at)?);
                 self.global(module, name);
             }
-            // INST and OBJ: the instance of a class, whose arguments are marked.
+            // INST and OBJ: an instance of a class, with its arguments above a mark.
             b'i' => {
                 let (module, name) = (self.line(at)?, self.line(at)?);
                 self.pop_marked(at)?;
@@ -211,7 +213,7 @@ impl<'a> Machine<'a, '_> {
                 let object = class.and_then(made_by).ok_or_else(|| bad(at, "a class"))?;
                 self.stack.push(object);
             }
-            // NEWOBJ, NEWOBJ_EX: the same with arguments in a tuple, and named ones in a dictionary.
+            // NEWOBJ, NEWOBJ_EX: the same with arguments in a tuple, and keyword arguments in a dictionary.
             0x81 | 0x92 => {
                 if code == 0x92 {
                     self.pop(at)?;
@@ -226,17 +228,18 @@ impl<'a> Machine<'a, '_> {
             }
             b'Q' => self.persistent(at)?,
             b'R' => self.call(at)?,
-            // BUILD: attributes, such as the `_metadata` of an ordered dictionary, are of no use here.
+            // BUILD: attributes, such as the `_metadata` of an ordered dictionary, are ignored.
             b'b' => {
                 self.pop(at)?;
                 match self.stack.last() {
                     Some(Value::Dict(_) | Value::Tensor(_) | Value::Object(_) | Value::Global(_)) => {}
-                    _ => return Err(bad(at, "an object whose attributes are set")),
+                    _ => return Err(bad(at, "an object to set attributes on")),
                 }
             }
             other => {
                 return Err(format!(
-                    "holds a pickle with the instruction {other:#04x} at byte {at}, which no state dict needs; nothing was executed"
+                    "contains a pickle with instruction {other:#04x} at byte {at}, which a state dict does not need; \
+                     nothing was executed"
                 ));
             }
         }
@@ -244,7 +247,7 @@ impl<'a> Machine<'a, '_> {
     }
 
     fn pop(&mut self, at: usize) -> Parsed<Value<'a>> {
-        // Values below the last mark belong to whoever set it.
+        // Values below the last mark belong to the instructions before it.
         let floor = self.marks.last().copied().unwrap_or(0);
         if self.stack.len() <= floor {
             return Err(bad(at, "a value on the stack"));
@@ -269,7 +272,7 @@ impl<'a> Machine<'a, '_> {
         Ok(())
     }
 
-    /// The bytes whose number comes first.
+    /// Reads length-prefixed bytes.
     fn counted(&mut self, length: impl FnOnce(&mut Cursor<'a>) -> Parsed<u64>) -> Parsed<&'a [u8]> {
         let length = length(self.cursor)?;
         self.cursor.take(usize::try_from(length).unwrap_or(usize::MAX))
@@ -277,12 +280,12 @@ impl<'a> Machine<'a, '_> {
 
     fn text(&mut self, at: usize, length: impl FnOnce(&mut Cursor<'a>) -> Parsed<u64>) -> Parsed<()> {
         let bytes = self.counted(length)?;
-        let text = str::from_utf8(bytes).map_err(|_| bad(at, "text in UTF-8"))?;
+        let text = str::from_utf8(bytes).map_err(|_| bad(at, "UTF-8 text"))?;
         self.stack.push(Value::Text(text));
         Ok(())
     }
 
-    /// A string of Python 2, which is text or bytes.
+    /// Reads a string of Python 2, which is text or bytes.
     fn string(&mut self, length: impl FnOnce(&mut Cursor<'a>) -> Parsed<u64>) -> Parsed<()> {
         let bytes = self.counted(length)?;
         self.stack.push(str::from_utf8(bytes).map_or(Value::Bytes, Value::Text));
@@ -296,7 +299,7 @@ impl<'a> Machine<'a, '_> {
     }
 
     fn line(&mut self, at: usize) -> Parsed<&'a str> {
-        /// Bytes of the longest line that is read.
+        /// Maximum number of bytes of a line.
         const LONGEST: usize = 4096;
         let mut rest = self.cursor.clone();
         let rest = rest.take(rest.left().min(LONGEST))?;
@@ -315,7 +318,7 @@ impl<'a> Machine<'a, '_> {
         self.stack.push(Value::List(self.pickle.lists.len() as u32 - 1));
     }
 
-    /// Adds values to the list at the top. Of other objects nothing is kept.
+    /// Adds values to the list at the top of the stack; other objects ignore them.
     fn list(&mut self, at: usize, values: Vec<Value<'a>>) -> Parsed<()> {
         match self.stack.last() {
             Some(&Value::List(index)) => {
@@ -328,7 +331,7 @@ impl<'a> Machine<'a, '_> {
         Ok(())
     }
 
-    /// Adds entries to the dictionary at the top, likewise.
+    /// Adds entries to the dictionary at the top of the stack; other objects ignore them.
     fn dict(&mut self, at: usize, entries: Vec<(Value<'a>, Value<'a>)>) -> Parsed<()> {
         match self.stack.last() {
             Some(&Value::Dict(index)) => {
@@ -343,14 +346,14 @@ impl<'a> Machine<'a, '_> {
 
     fn remember(&mut self, at: usize, key: impl FnOnce(&mut Cursor<'a>, usize) -> Parsed<u32>) -> Parsed<()> {
         let key = key(self.cursor, self.memo.len())?;
-        let value = *self.stack.last().ok_or_else(|| bad(at, "a value to remember"))?;
+        let value = *self.stack.last().ok_or_else(|| bad(at, "a value to memoize"))?;
         self.memo.insert(key, value);
         Ok(())
     }
 
     fn recall(&mut self, at: usize, key: impl FnOnce(&mut Cursor<'a>) -> Parsed<u32>) -> Parsed<()> {
         let key = key(self.cursor)?;
-        let value = *self.memo.get(&key).ok_or_else(|| bad(at, "a value that was remembered"))?;
+        let value = *self.memo.get(&key).ok_or_else(|| bad(at, "a memoized value"))?;
         self.stack.push(value);
         Ok(())
     }
@@ -363,9 +366,10 @@ impl<'a> Machine<'a, '_> {
         self.stack.push(Value::Global(global));
     }
 
-    /// `('storage', class, key, device, elements)`, and in old files a part of it: `(key, first, elements)`.
+    /// Reads a storage, `('storage', class, key, device, elements)`, which old files follow by a view of it,
+    /// `(key, first, elements)`.
     fn persistent(&mut self, at: usize) -> Parsed<()> {
-        let wrong = || bad(at, "the description of a storage");
+        let wrong = || bad(at, "a storage descriptor");
         let value = self.pop(at)?;
         let items = self.pickle.items(value).ok_or_else(wrong)?;
         let (&[Value::Text("storage"), Value::Global(class), Value::Text(key), _, elements], part) =
@@ -375,7 +379,7 @@ impl<'a> Machine<'a, '_> {
         };
         let values = match class {
             Global::Storage(values) => values,
-            // Of a class that is not known: so is the tensor.
+            // A storage of an unknown class makes an unknown tensor.
             Global::Other(index) => {
                 self.stack.push(Value::Object(index));
                 return Ok(());
@@ -400,7 +404,7 @@ impl<'a> Machine<'a, '_> {
         Ok(())
     }
 
-    /// Describes what a function would give.
+    /// Describes the result of a function.
     fn call(&mut self, at: usize) -> Parsed<()> {
         let called = self.pop_many(2, at)?;
         let &[function, arguments] = &called[..] else { return Err(bad(at, "a function and its arguments")) };
@@ -410,7 +414,7 @@ impl<'a> Machine<'a, '_> {
     }
 
     fn result(&mut self, at: usize, function: Value<'a>, arguments: Value<'a>) -> Parsed<Value<'a>> {
-        let items = self.pickle.items(arguments).ok_or_else(|| bad(at, "arguments in a tuple"))?;
+        let items = self.pickle.items(arguments).ok_or_else(|| bad(at, "a tuple of arguments"))?;
         let global = match function {
             Value::Global(global) => global,
             Value::Object(_) => return Ok(function),
@@ -424,8 +428,8 @@ impl<'a> Machine<'a, '_> {
             (Global::RebuildParameter, &[tensor @ (Value::Tensor(_) | Value::Object(_)), ..]) => tensor,
             (Global::RebuildFromType, &[function, class, arguments, _]) => match class {
                 Value::Global(Global::Tensor) => match function {
-                    // A function of this kind around another one has no end.
-                    Value::Global(Global::RebuildFromType) => return Err(bad(at, "a function that makes a tensor")),
+                    // Nested functions of this kind could recurse without end.
+                    Value::Global(Global::RebuildFromType) => return Err(bad(at, "a function that returns a tensor")),
                     _ => self.result(at, function, arguments)?,
                 },
                 class => made_by(class).ok_or_else(|| bad(at, "the class of a tensor"))?,
@@ -437,7 +441,7 @@ impl<'a> Machine<'a, '_> {
             (Global::RebuildTensor | Global::RebuildTensorV3, &[storage @ Value::Object(_), ..]) => storage,
             (Global::RebuildTensor, &[Value::Storage(storage), Value::Int(offset), shape, strides, ..]) => {
                 let values = self.pickle.storages.get(storage as usize).map(|storage| storage.values);
-                let Some(Values::Typed(element)) = values else { return Err(bad(at, "a storage with a type")) };
+                let Some(Values::Typed(element)) = values else { return Err(bad(at, "a typed storage")) };
                 self.view(at, storage, element, offset, [shape, strides])?
             }
             (
@@ -445,14 +449,14 @@ impl<'a> Machine<'a, '_> {
                 &[Value::Storage(storage), Value::Int(offset), shape, strides, _, _, dtype, ..],
             ) => match dtype {
                 Value::Global(Global::DType(element)) => self.view(at, storage, element, offset, [shape, strides])?,
-                dtype => made_by(dtype).ok_or_else(|| bad(at, "the type of a tensor"))?,
+                dtype => made_by(dtype).ok_or_else(|| bad(at, "the dtype of a tensor"))?,
             },
             (Global::Tensor | Global::Storage(_) | Global::DType(_), _) => self.pickle.object("torch", "Tensor"),
-            _ => return Err(bad(at, "arguments that fit their function")),
+            _ => return Err(bad(at, "arguments that match the function")),
         })
     }
 
-    /// A dictionary with the content of another one, or of a list of pairs.
+    /// Returns a dictionary with the content of another one, or of a list of pairs.
     fn copied(&mut self, at: usize, content: Value<'a>) -> Parsed<Value<'a>> {
         let count =
             self.pickle.items(content).map_or_else(|| self.pickle.entries(content).map_or(0, <[_]>::len), <[_]>::len);
@@ -470,7 +474,7 @@ impl<'a> Machine<'a, '_> {
         Ok(self.pickle.dict(entries))
     }
 
-    /// A tensor of a storage.
+    /// Returns a tensor that views a storage.
     fn view(
         &mut self,
         at: usize,
@@ -495,7 +499,7 @@ impl<'a> Machine<'a, '_> {
     }
 }
 
-/// The object that a class or function would make.
+/// Returns the object that a class or function would create.
 fn made_by(class: Value<'_>) -> Option<Value<'_>> {
     match class {
         Value::Global(Global::Other(index)) | Value::Object(index) => Some(Value::Object(index)),
@@ -503,12 +507,12 @@ fn made_by(class: Value<'_>) -> Option<Value<'_>> {
     }
 }
 
-/// An integer from its bytes, the lowest first.
+/// Decodes a little-endian integer.
 fn long(bytes: &[u8]) -> Value<'_> {
     if bytes.len() > 8 {
         return Value::Long(bytes);
     }
-    // The sign is that of the last byte.
+    // The last byte has the sign.
     let fill = if bytes.last().is_some_and(|&byte| byte > 0x7F) { 0xFF } else { 0 };
     let mut whole = [fill; 8];
     whole[..bytes.len()].copy_from_slice(bytes);
@@ -524,5 +528,5 @@ fn pairs<'a>(values: Vec<Value<'a>>, at: usize) -> Parsed<Vec<(Value<'a>, Value<
 }
 
 fn bad(at: usize, expected: &str) -> String {
-    format!("holds a damaged pickle: at byte {at} it lacks {expected}")
+    format!("contains a damaged pickle: expected {expected} at byte {at}")
 }

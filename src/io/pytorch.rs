@@ -40,12 +40,12 @@ pub(super) fn archive(source: &Source) -> Reading<Listing> {
     let files = zip::directory(source)?;
     let pickle = files.keys().find_map(|name| name.strip_suffix("data.pkl").map(|folder| (folder, name)));
     let Some((folder, name)) = pickle.filter(|(folder, _)| folder.is_empty() || folder.ends_with('/')) else {
-        return Err("is a zip archive without `data.pkl`, so that PyTorch did not write it".into());
+        return Err("is a zip archive without `data.pkl`, so it is not a PyTorch file".into());
     };
     if let Some(order) = files.get(&format!("{folder}byteorder"))
         && (order.len() != LITTLE.len() || source.part(order.clone(), "a byte order")? != LITTLE)
     {
-        return Err("was written on a machine of another byte order".into());
+        return Err("is big-endian, expected little-endian; save it again on a little-endian machine".into());
     }
     let bytes = source.part(files[name].clone(), "a pickle")?;
     let (pickle, top) = Pickle::load(&mut Cursor::new(&bytes, 0))?;
@@ -61,16 +61,16 @@ pub(super) fn legacy(source: &Source) -> Reading<Listing> {
 /// The same from the pickles at the beginning of the file; the storages follow them.
 fn pickles(mut cursor: Cursor, source: &Source) -> Reading<Listing> {
     if Pickle::load(&mut cursor)?.1 != Value::Long(MAGIC) {
-        return Err("does not begin with the number of PyTorch's old format".into());
+        return Err("does not start with the magic number of PyTorch's legacy format".into());
     }
     match Pickle::load(&mut cursor)?.1 {
         Value::Int(VERSION) => {}
-        _ => return Err(format!("has another version of PyTorch's old format than {VERSION}").into()),
+        _ => return Err(format!("is not version {VERSION} of PyTorch's legacy format").into()),
     }
     let (machine, described) = Pickle::load(&mut cursor)?;
     let entries = machine.entries(described).unwrap_or_default();
     if entries.contains(&(Value::Text("little_endian"), Value::Bool(false))) {
-        return Err("was written on a machine of another byte order".into());
+        return Err("is big-endian, expected little-endian; save it again on a little-endian machine".into());
     }
     let (pickle, top) = Pickle::load(&mut cursor)?;
     let (keys, list) = Pickle::load(&mut cursor)?;
@@ -78,11 +78,14 @@ fn pickles(mut cursor: Cursor, source: &Source) -> Reading<Listing> {
         pickle.storages.iter().map(|storage| (storage.key, storage.values.bytes())).collect();
     let mut ranges: HashMap<&str, Range<usize>> = HashMap::new();
     let mut at = cursor.at();
-    for key in keys.items(list).ok_or("has no list of its storages")? {
-        let Value::Text(key) = *key else { return Err("has a list of storages with something else than names".into()) };
-        let size = sizes.get(key).ok_or_else(|| format!("holds a storage `{key}` that no tensor refers to"))?;
+    for key in keys.items(list).ok_or("has no list of storages")? {
+        let Value::Text(key) = *key else {
+            return Err("has a list of storages with an entry that is not a name".into());
+        };
+        let size = sizes.get(key).ok_or_else(|| format!("has a storage `{key}` that no tensor uses"))?;
         let left = source.len().saturating_sub(at);
-        let truncated = |count: u64| format!("is truncated: storage `{key}` has {count} values, {left} bytes are left");
+        let truncated =
+            |count: u64| format!("is truncated: storage `{key}` has {count} values, but only {left} bytes are left");
         let values = left.checked_sub(8).ok_or_else(|| truncated(0))?;
         let count = u64::from_le_bytes(source.array(at)?);
         let bytes = usize::try_from(count).ok().and_then(|count| count.checked_mul(*size));
@@ -118,7 +121,7 @@ fn listing(pickle: &Pickle, top: Value, storage: &dyn Fn(&str) -> Option<Range<u
             match value {
                 Value::Dict(_) => open.push((format!("{name}."), value, depth + 1)),
                 Value::Tensor(index) => {
-                    let view = pickle.tensor(index).ok_or("refers to a tensor that it does not have")?;
+                    let view = pickle.tensor(index).ok_or("refers to a missing tensor")?;
                     match place(pickle, view, storage).map_err(|why| format!("tensor `{name}`: {why}"))? {
                         Ok(entry) => found.insert(name, entry),
                         Err(why) => found.set_inert(name, Inert { why, tensor: true }),
@@ -127,7 +130,7 @@ fn listing(pickle: &Pickle, top: Value, storage: &dyn Fn(&str) -> Option<Range<u
                 Value::Object(index) => {
                     let (module, maker) = pickle.maker(index);
                     let tensor = module.starts_with("torch.") && maker.starts_with("_rebuild");
-                    let why = format!("is made by `{module}.{maker}`, which is not executed");
+                    let why = format!("is created by `{module}.{maker}`, which is not executed");
                     found.set_inert(name, Inert { why, tensor });
                 }
                 // Steps, options and the like.
@@ -146,10 +149,10 @@ fn no_dictionary(pickle: &Pickle, top: Value) -> String {
     match top {
         Value::Object(index) | Value::Global(Global::Other(index)) => {
             let (module, name) = pickle.maker(index);
-            format!("holds an object of `{module}.{name}`, of which nothing was executed, {EXPECTED}")
+            format!("contains a `{module}.{name}` object (nothing was executed), {EXPECTED}")
         }
-        Value::Tensor(_) => format!("holds one tensor without a name, {EXPECTED}"),
-        _ => format!("holds something else, {EXPECTED}"),
+        Value::Tensor(_) => format!("contains a single unnamed tensor, {EXPECTED}"),
+        _ => format!("contains no dictionary, {EXPECTED}"),
     }
 }
 
@@ -163,7 +166,7 @@ fn place(
     let range = storage(of.key).ok_or_else(|| format!("its storage `{}` is not in the file", of.key))?;
     let stored = match view.element {
         Element::Read(stored) => stored,
-        Element::Unread(name, _) => return Ok(Err(format!("is {name}, which is not read"))),
+        Element::Unread(name, _) => return Ok(Err(format!("is {name}, which is not supported"))),
     };
     let size = stored.block().1;
     let shape = match Shape::new(&view.shape) {
@@ -171,7 +174,7 @@ fn place(
         Err(why) => return Ok(Err(why.to_string())),
     };
     if view.strides.len() != view.shape.len() {
-        return Err(format!("has {} dimensions and {} strides", view.shape.len(), view.strides.len()));
+        return Err(format!("has {} dimensions but {} strides", view.shape.len(), view.strides.len()));
     }
     // The bytes of the storage, and where it begins.
     let [length, first] = [of.elements, of.first].map(|count| count.checked_mul(of.values.bytes()));
@@ -189,7 +192,7 @@ fn place(
     let last = start.zip(bytes).and_then(|(start, bytes)| start.checked_add(bytes));
     let (Some(start), true) = (start, inside && last.is_some_and(|last| last <= range.len())) else {
         return Err(format!(
-            "shape {:?}, strides {:?}, offset {} do not fit into a storage of {} values, {} bytes in the file",
+            "shape {:?}, strides {:?}, offset {} exceed the storage of {} values ({} bytes in the file)",
             view.shape,
             view.strides,
             view.offset,

@@ -88,7 +88,7 @@ struct Found {
 fn parse(source: &Source) -> Reading<Found> {
     let total = source.len();
     let Some(left) = total.checked_sub(LENGTH) else {
-        return Err(format!("has {total} bytes, which is too short for a safetensors file").into());
+        return Err(format!("has {total} bytes, too few for a safetensors file").into());
     };
     let mut beginning = vec![0; total.min(mistaken::BEGINNING)];
     source.read_at(0, &mut beginning)?;
@@ -99,22 +99,23 @@ fn parse(source: &Source) -> Reading<Found> {
     let length = match usize::try_from(length) {
         Ok(length) if length <= MAX_HEADER => length,
         _ => {
-            let why = format!("a header of {length} bytes, at most {MAX_HEADER} are allowed");
+            let why = format!("it starts with a header length of {length} bytes, expected at most {MAX_HEADER}");
             return Err(format!("is not a safetensors file: {why}").into());
         }
     };
     let Some(left) = left.checked_sub(length) else {
-        return Err(format!("is truncated: a header of {length} bytes in a file of {total}").into());
+        return Err(format!("is truncated: its header has {length} bytes, but the file only {total}").into());
     };
     let values = LENGTH + length;
     let header = &source.part(LENGTH..values, "a header")?[..];
-    let header: Header = serde_json::from_slice(header).map_err(|why| format!("has a bad header: {why}"))?;
+    let header: Header = serde_json::from_slice(header).map_err(|why| format!("has an invalid header: {why}"))?;
     let mut tensors: Vec<_> = header.tensors.into_iter().collect();
     sort_by(&mut tensors, |a, b| a.1.data_offsets.cmp(&b.1.data_offsets));
-    let described = Metadata::new(None, tensors.clone()).map_err(|why| format!("has a bad header: {why}"))?.data_len();
+    let described =
+        Metadata::new(None, tensors.clone()).map_err(|why| format!("has an invalid header: {why}"))?.data_len();
     if described != left {
         return Err(format!(
-            "is truncated or damaged: the header describes {described} bytes of values, there are {left}"
+            "is truncated or damaged: the header describes {described} bytes of values, but {left} follow"
         )
         .into());
     }
@@ -166,7 +167,7 @@ impl<'de> Deserialize<'de> for Header {
             type Value = Header;
 
             fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-                f.write_str("an object with an entry per tensor")
+                f.write_str("an object with one entry per tensor")
             }
 
             fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> std::result::Result<Header, A::Error> {
@@ -254,10 +255,7 @@ pub(crate) fn pack(
     header.resize(header.len().next_multiple_of(LENGTH), b' ');
     ensure!(
         header.len() <= MAX_HEADER,
-        Error::file(
-            path,
-            format_args!("would get a header of {} bytes, at most {MAX_HEADER} are allowed", header.len())
-        )
+        Error::file(path, format_args!("would have a header of {} bytes, expected at most {MAX_HEADER}", header.len()))
     );
     let bytes = packed.iter().map(|(_, tensor)| tensor.bytes()).collect::<Result<Vec<_>>>()?;
     deliver(&|file| {

@@ -123,7 +123,7 @@ impl Source {
     pub fn part(&self, range: Range<usize>, what: &str) -> Reading<Vec<u8>> {
         let len = range.len();
         if len > MAX_HEADER {
-            return Err(format!("has {what} of {len} bytes, at most {MAX_HEADER} are read").into());
+            return Err(format!("has {what} of {len} bytes, expected at most {MAX_HEADER}").into());
         }
         let mut bytes = vec![0; len];
         self.read_at(range.start, &mut bytes)?;
@@ -138,17 +138,20 @@ impl Source {
         let Content::File { file, stamp } = &self.content else { return Ok(()) };
         let now = Stamp::of(file).map_err(|source| Error::io(&self.path, source))?;
         ensure!(now.len >= stamp.len, self.shortened());
-        ensure!(now == *stamp, Error::file(&self.path, format_args!("was written to while it was open; {CURE}")));
+        ensure!(now == *stamp, Error::file(&self.path, format_args!("changed while it was open; {CURE}")));
         Ok(())
     }
 
     fn shortened(&self) -> Error {
-        Error::file(&self.path, format_args!("is truncated: it became shorter than its {} bytes; {CURE}", self.len()))
+        Error::file(
+            &self.path,
+            format_args!("is truncated: it was {} bytes long when opened and is shorter now; {CURE}", self.len()),
+        )
     }
 }
 
 /// Advice for those whose file changed.
-const CURE: &str = "write to another file and rename it over this one, or wait for its writer, then open it again";
+const CURE: &str = "write to another file and rename it over this one, or wait until writing ends, then open it again";
 
 impl fmt::Debug for Source {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {

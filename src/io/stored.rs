@@ -230,7 +230,7 @@ pub(super) fn read(source: &Source, entry: &Entry) -> Reading<Tensor> {
 /// Refuses the values from 2⁶³ on, which the bits of an i64 make negative.
 fn check_u64(values: &[i64]) -> Parsed<()> {
     match values.iter().find(|&&value| value < 0) {
-        Some(&value) => Err(format!("holds {}, which is larger than the largest i64", value as u64)),
+        Some(&value) => Err(format!("contains {}, which exceeds the range of i64", value as u64)),
         None => Ok(()),
     }
 }
@@ -238,7 +238,9 @@ fn check_u64(values: &[i64]) -> Parsed<()> {
 /// Copies the bytes of a tensor as they lie in the file, which has them.
 pub(super) fn raw(source: &Source, entry: &Entry) -> Reading<Vec<u8>> {
     if entry.strides.is_some() {
-        return Err("is a view whose values lie apart: it has no bytes of its own".into());
+        return Err(
+            "is a view that is not contiguous, so it has no bytes of its own; save it with `.contiguous()`".into()
+        );
     }
     let size = entry.stored.bytes(entry.shape.numel()).ok_or("is too large")?;
     let mut bytes = Vec::new();
@@ -252,7 +254,7 @@ pub(super) fn raw(source: &Source, entry: &Entry) -> Reading<Vec<u8>> {
 
 fn check_bool(bytes: &[u8]) -> Parsed<()> {
     match bytes.iter().find(|&&byte| byte > 1) {
-        Some(byte) => Err(format!("is BOOL but holds the byte {byte}, expected 0 or 1")),
+        Some(byte) => Err(format!("is BOOL but contains the byte {byte}, expected 0 or 1")),
         None => Ok(()),
     }
 }

@@ -249,12 +249,12 @@ impl TensorFile {
         }
         let text = read_limited(path, MAX_INDEX)?;
         let mut index: Index = serde_json::from_slice(&text).map_err(|why| {
-            let no_index = || format!("is no index of a checkpoint in several files: {why}");
+            let no_index = || format!("is not the index of a sharded checkpoint: {why}");
             Error::file(path, mistaken::mistaken(&text).map_or_else(no_index, str::to_string))
         })?;
         for name in index.weight_map.values_mut() {
             *name = inside(name).ok_or_else(|| {
-                let why = format!("names the file `{name}`, expected one in the same folder or below it");
+                let why = format!("refers to `{name}`, expected a file in the same folder or below it");
                 Error::file(path, why)
             })?;
         }
@@ -279,7 +279,7 @@ impl TensorFile {
                     if wanted == Some(other) {
                         continue;
                     }
-                    unclear.insert(tensor.clone(), format!("is in `{other}` and in `{name}`"));
+                    unclear.insert(tensor.clone(), format!("is in both `{other}` and `{name}`"));
                 }
                 if wanted == Some(name) {
                     unclear.remove(&tensor);
@@ -293,14 +293,14 @@ impl TensorFile {
             whole.parts.extend(shard.parts);
         }
         if let Some((tensor, why)) = unclear.first_key_value() {
-            return Err(Error::file(path, format_args!("does not say which tensor `{tensor}` is meant, which {why}")));
+            return Err(Error::file(path, format_args!("does not say which tensor `{tensor}` to use, which {why}")));
         }
         whole.inert.retain(|name, _| !whole.entries.contains_key(name));
         for (tensor, file) in index.weight_map {
             let is_there = whole.entries.contains_key(&tensor) || whole.inert.contains_key(&tensor);
             if !is_there {
                 // A tied weight, say, that was left out of its file: an error only where it is needed.
-                let why = format!("is not in `{file}`, where the index places it");
+                let why = format!("is not in `{file}`, where the index lists it");
                 whole.inert.insert(tensor, Inert { why, tensor: true });
             }
         }
@@ -472,13 +472,13 @@ fn check_total(listing: &mut Listing, bytes: usize) -> Parsed<()> {
     let large: Vec<String> =
         listing.entries.iter().filter(|(_, entry)| expanded(entry)).map(|(name, _)| name.clone()).collect();
     for name in large {
-        let why = "is expanded to more values than the file has; save it with `.contiguous()`".to_string();
+        let why = "is expanded to more values than the file contains; save it with `.contiguous()`".to_string();
         listing.set_inert(name, Inert { why, tensor: true });
     }
     if fits(&listing.entries) {
         return Ok(());
     }
-    Err(format!("describes more than twice the {bytes} bytes that it has: its tensors overlap"))
+    Err(format!("describes tensors of more than twice its {bytes} bytes: they overlap"))
 }
 
 /// Returns a path in an index without its `./`; `None` if it could lead out of the folder.
@@ -505,8 +505,11 @@ fn in_folder(folder: &Path) -> Result<PathBuf> {
     }
     match &found[..] {
         [one] => Ok(one.clone()),
-        [] => Err(Error::file(folder, format_args!("has no weights: none of {}, and no .gguf", IN_FOLDERS.join(", ")))),
-        _ => Err(Error::file(folder, format_args!("has {} .gguf files, give one of them", found.len()))),
+        [] => Err(Error::file(
+            folder,
+            format_args!("has no weights: expected one of {}, or a .gguf file", IN_FOLDERS.join(", ")),
+        )),
+        _ => Err(Error::file(folder, format_args!("has {} .gguf files; name one of them", found.len()))),
     }
 }
 

@@ -1,4 +1,4 @@
-//! The directory of a zip archive whose files are stored as they are, which is how PyTorch writes them.
+//! Reader for the directory of a zip archive with uncompressed files, as PyTorch writes them.
 
 use std::{collections::BTreeMap, ops::Range};
 
@@ -7,33 +7,33 @@ use super::{
     source::Source,
 };
 
-/// Signature of a file's own header.
+/// Signature of a local file header.
 const LOCAL: u32 = 0x0403_4B50;
-/// Signature of an entry of the directory.
+/// Signature of an entry of the central directory.
 const ENTRY: u32 = 0x0201_4B50;
-/// Signature of the record at the end.
+/// Signature of the end of central directory record.
 const END: u32 = 0x0605_4B50;
-/// Signature of the record of 64-bit sizes, and of what says where it is.
+/// Signatures of the ZIP64 end of central directory record, and of its locator.
 const END64: u32 = 0x0606_4B50;
 const END64_PLACE: u32 = 0x0706_4B50;
 
-/// Bytes of the record at the end, before its comment of up to 64 KiB.
+/// Size of the end of central directory record, before its comment of up to 64 KiB.
 const END_BYTES: usize = 22;
-/// Bytes of the record of 64-bit sizes, and of what says where it is.
+/// Sizes of the ZIP64 end of central directory record, and of its locator.
 const END64_BYTES: usize = 56;
 const END64_PLACE_BYTES: usize = 20;
-/// Bytes of a file's own header before its name.
+/// Size of a local file header, before the name.
 const LOCAL_BYTES: usize = 30;
 
-/// Tag of the extra field with 64-bit sizes.
+/// Tag of the ZIP64 extra field.
 const EXTRA64: u16 = 1;
 
-/// Returns `true` if a file begins like an archive.
+/// Returns `true` if a file begins like a zip archive.
 pub(super) fn is_zip(bytes: &[u8]) -> bool {
     bytes.starts_with(&LOCAL.to_le_bytes())
 }
 
-/// Where the content of each file lies.
+/// Returns the location of each file's content.
 pub(super) fn directory(source: &Source) -> Reading<BTreeMap<String, Range<usize>>> {
     let (count, place) = find(source)?;
     let start = place.start;
@@ -43,7 +43,7 @@ pub(super) fn directory(source: &Source) -> Reading<BTreeMap<String, Range<usize
     for _ in 0..count {
         let at = start + cursor.at();
         if cursor.u32()? != ENTRY {
-            return Err(format!("has no entry of its directory at byte {at}").into());
+            return Err(format!("has no directory entry at byte {at}").into());
         }
         let _versions = cursor.u32()?;
         let flags = cursor.u16()?;
@@ -53,27 +53,29 @@ pub(super) fn directory(source: &Source) -> Reading<BTreeMap<String, Range<usize
         let [name, extra, comment] = [cursor.u16()?, cursor.u16()?, cursor.u16()?].map(usize::from);
         let _disk_and_attributes: [u8; 8] = cursor.array()?;
         let mut offset = u64::from(cursor.u32()?);
-        let name = str::from_utf8(cursor.take(name)?).map_err(|_| format!("names a file at byte {at} not in UTF-8"))?;
+        let name = str::from_utf8(cursor.take(name)?)
+            .map_err(|_| format!("has a file name at byte {at} that is not UTF-8"))?;
         wide(cursor.take(extra)?, [&mut size, &mut packed, &mut offset])?;
         cursor.take(comment)?;
         if method != 0 || packed != size {
-            return Err(
-                format!("holds `{name}` compressed (method {method}); expected it stored, as PyTorch does").into()
-            );
+            return Err(format!(
+                "stores `{name}` compressed (method {method}), expected uncompressed as PyTorch writes it"
+            )
+            .into());
         }
         if flags & 1 != 0 {
-            return Err(format!("holds `{name}` encrypted").into());
+            return Err(format!("contains `{name}` encrypted, which is not supported").into());
         }
         if files.insert(name.to_string(), content(source, name, offset, size)?).is_some() {
-            return Err(format!("holds `{name}` twice").into());
+            return Err(format!("contains `{name}` twice").into());
         }
     }
     Ok(files)
 }
 
-/// Returns the number of entries in the directory and its place.
+/// Returns the number of entries in the central directory and its location.
 fn find(source: &Source) -> Reading<(u64, Range<usize>)> {
-    let none = || "has no directory at its end: it is truncated or no zip archive".to_string();
+    let none = || "is truncated or not a zip archive: it has no directory at its end".to_string();
     let start = source.len().saturating_sub(END_BYTES + usize::from(u16::MAX) + END64_PLACE_BYTES);
     let end = source.part(start..source.len(), "an end")?;
     let latest = end.len().checked_sub(END_BYTES).ok_or_else(none)?;
@@ -83,7 +85,7 @@ fn find(source: &Source) -> Reading<(u64, Range<usize>)> {
     let _disks: [u8; 6] = cursor.array()?;
     let (count, _size, offset) = (cursor.u16()?, cursor.u32()?, cursor.u32()?);
     let (mut count, mut offset) = (u64::from(count), u64::from(offset));
-    // The place of the record of 64-bit sizes is right in front, if there is one.
+    // The ZIP64 locator, if there is one, precedes the record.
     let place = at.checked_sub(END64_PLACE_BYTES);
     if let Some(place) = place.filter(|&place| end[place..].starts_with(&END64_PLACE.to_le_bytes())) {
         let record = Cursor::new(&end, place + 8).u64()?;
@@ -92,7 +94,7 @@ fn find(source: &Source) -> Reading<(u64, Range<usize>)> {
         let bytes: [u8; END64_BYTES] = source.array(record)?;
         let mut cursor = Cursor::new(&bytes, 0);
         if cursor.u32()? != END64 {
-            return Err(format!("has no record of 64-bit sizes at byte {record}").into());
+            return Err(format!("has no zip64 record at byte {record}").into());
         }
         let _sizes_and_disks: [u8; 28] = cursor.array()?;
         (count, _, offset) = (cursor.u64()?, cursor.u64()?, cursor.u64()?);
@@ -100,11 +102,11 @@ fn find(source: &Source) -> Reading<(u64, Range<usize>)> {
     let end = start + at;
     match usize::try_from(offset).ok().filter(|&start| start <= end) {
         Some(start) => Ok((count, start..end)),
-        None => Err(format!("has its directory at byte {offset}, behind its end").into()),
+        None => Err(format!("has its directory at byte {offset}, past its end").into()),
     }
 }
 
-/// Reads the 64-bit sizes that take the place of those at their maximum.
+/// Reads the 64-bit sizes that replace 32-bit sizes at their maximum.
 fn wide(extra: &[u8], sizes: [&mut u64; 3]) -> Parsed<()> {
     let mut cursor = Cursor::new(extra, 0);
     let mut sizes = sizes.into_iter().filter(|size| **size == u64::from(u32::MAX)).peekable();
@@ -119,10 +121,10 @@ fn wide(extra: &[u8], sizes: [&mut u64; 3]) -> Parsed<()> {
     Ok(())
 }
 
-/// Returns the place of a file's content, after its own header.
+/// Returns the location of a file's content, after its local header.
 fn content(source: &Source, name: &str, offset: u64, size: u64) -> Reading<Range<usize>> {
     let total = source.len();
-    let outside = || format!("holds `{name}` at byte {offset}, {size} bytes, outside of its {total} bytes");
+    let outside = || format!("is truncated: `{name}` has {size} bytes at byte {offset}, but the file has only {total}");
     let offset = usize::try_from(offset).ok();
     let header_end = offset.and_then(|offset| offset.checked_add(LOCAL_BYTES)).filter(|&end| end <= total);
     let header_end = header_end.ok_or_else(outside)?;

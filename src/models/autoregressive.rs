@@ -193,7 +193,8 @@ fn check_logits(plan: &TransformerPlan) -> Result<()> {
     ];
     match pooled.into_iter().find(|(_, on)| *on) {
         Some((key, _)) => {
-            Err(Error::option(key, "leaves no logits for each token, which predictions need").context("net"))
+            Err(Error::option(key, "cannot be used with AutoregressiveWrapper, which needs logits for every token")
+                .context("net"))
         }
         None => Ok(()),
     }

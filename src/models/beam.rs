@@ -58,7 +58,7 @@ impl AutoregressiveWrapper {
         let most = self.net.plan().num_tokens;
         ensure!(
             (1..=most).contains(&beams),
-            Error::option("beams", format_args!("expected 1 to the {most} tokens, got {beams}"))
+            Error::option("beams", format_args!("expected 1 to {most} (the vocabulary size), got {beams}"))
         );
         ensure!(
             length_penalty.is_finite(),
@@ -174,7 +174,8 @@ impl Search {
                 max.is_finite() && !logits.iter().any(|x| x.is_nan()),
                 Error::argument(
                     "beam_search",
-                    "expected finite logits, got NaN or infinity: the weights are broken, or overflow f16 (then use bf16 or f32)"
+                    "expected finite logits, got NaN or infinity: the weights are broken or overflow f16 (try bf16 or \
+                     f32)"
                 )
             );
             let log_sum = max + logits.iter().map(|x| (x - max).exp()).sum::<f64>().ln();

@@ -98,7 +98,8 @@ impl DecodeCache {
             Error::argument(
                 "cache",
                 format_args!(
-                    "{counts:?} of {n} new tokens in {b} rows do not fit {} sequences of {:?}, up to {}",
+                    "cannot append {counts:?} of {n} new tokens in {b} rows to {} sequences of lengths {:?} with \
+                     capacity {}",
                     self.batch(),
                     self.lengths,
                     self.capacity()

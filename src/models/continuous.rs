@@ -86,7 +86,10 @@ impl ContinuousTransformerWrapper {
         self.check_vectors(x)?;
         ensure!(
             !options.return_mems || self.plan.memories != MemoryPlan::None,
-            Error::argument("return_mems", "is for TransformerWrapper; this continuous wrapper gives no memories")
+            Error::argument(
+                "return_mems",
+                "requires a TransformerWrapper; ContinuousTransformerWrapper returns no memories"
+            )
         );
         let memory_tokens = self.plan.num_memory_tokens;
         ensure!(

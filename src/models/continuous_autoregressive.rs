@@ -52,7 +52,7 @@ impl ContinuousAutoregressiveWrapper {
             dim_in == dim_out,
             Error::option(
                 "dim_out",
-                format_args!("predictions are inputs: expected `dim_in` = {dim_in}, got {dim_out}")
+                format_args!("expected `dim_in` ({dim_in}), because predictions become inputs, got {dim_out}")
             )
             .context("net")
         );
@@ -99,7 +99,7 @@ impl ContinuousAutoregressiveWrapper {
             return sums.div(&kept.masked_fill(&none, 1.0)?)?.mean(&[]);
         }
         let kept = mask.to_vec::<bool>()?.into_iter().filter(|&kept| kept).count();
-        ensure!(kept > 0, Error::argument("mask", "masks every position: there is no prediction to average over"));
+        ensure!(kept > 0, Error::argument("mask", "masks every position, so the mean has no terms"));
         error.mean(&[-1])?.masked_fill(&mask.logical_not()?, 0.0)?.sum(&[])?.affine(1.0 / kept as f64, 0.0)
     }
 

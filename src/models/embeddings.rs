@@ -160,10 +160,7 @@ impl TransformerWrapper {
             (Some(table), None) => return table.table().narrow(0, 0, 1).map(Some),
             (None, None) => return Ok(None),
             (None, Some(_)) => {
-                return Err(Error::argument(
-                    "token_types",
-                    "are given, but the model has none: `num_token_types` is 0",
-                ));
+                return Err(Error::argument("token_types", "require a model with `num_token_types` above 0"));
             }
         };
         ensure!(
@@ -171,7 +168,7 @@ impl TransformerWrapper {
             Error::shape(
                 "token_types",
                 format_args!(
-                    "expected i64 {:?}, as the tokens, got {:?} {}",
+                    "expected i64 {:?}, the shape of the tokens, got {:?} {}",
                     tokens.shape(),
                     types.shape(),
                     types.dtype()

@@ -92,7 +92,7 @@ impl XTransformer {
     ) -> Result<Tensor> {
         ensure!(
             options.forward.context.is_none() && options.forward.context_mask.is_none(),
-            Error::argument("context", "comes from the encoder; it cannot be given")
+            Error::argument("context", "must not be set; it comes from the encoder")
         );
         let encoded = self.encode(seq_in, source)?;
         let forward =

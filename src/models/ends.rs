@@ -79,7 +79,7 @@ impl StopMatcher {
         let stops: Vec<String> = stops.iter().map(|stop| stop.as_ref().to_string()).collect();
         ensure!(
             !stops.iter().any(String::is_empty),
-            Error::option("stop", "expected stop strings of at least one character, got an empty one")
+            Error::option("stop", "expected non-empty stop strings, got an empty one")
         );
         Ok(Self { stops, held: String::new(), stopped: false })
     }

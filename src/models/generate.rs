@@ -86,7 +86,7 @@ impl GenerateOptions {
                 usize::try_from(eos).is_ok_and(|eos| eos < vocabulary),
                 Error::option(
                     "eos_tokens",
-                    format_args!("expected some of the {vocabulary} tokens, from 0 on, got {eos}")
+                    format_args!("expected token ids in 0..{vocabulary} (the vocabulary), got {eos}")
                 )
             );
         }
@@ -94,7 +94,7 @@ impl GenerateOptions {
             self.row_ends.is_empty() || self.row_ends.len() == rows,
             Error::option(
                 "row_ends",
-                format_args!("expected none or {rows}, one for each row, got {}", self.row_ends.len())
+                format_args!("expected none or {rows}, one per row, got {}", self.row_ends.len())
             )
         );
         ensure!(
@@ -107,7 +107,7 @@ impl GenerateOptions {
         if let Some(seeds) = &self.row_seeds {
             ensure!(
                 seeds.len() == rows,
-                Error::option("row_seeds", format_args!("expected {rows}, one for each row, got {}", seeds.len()))
+                Error::option("row_seeds", format_args!("expected {rows}, one per row, got {}", seeds.len()))
             );
         }
         Ok(())

@@ -116,7 +116,8 @@ impl Forward {
         let cotangent = |name: &str, value: &Tensor| {
             let name = Self::cotangent(name);
             let shape = value.shape();
-            let missing = || Error::argument("inputs", format_args!("gradients need a `{name}` of shape {shape:?}"));
+            let missing =
+                || Error::argument("inputs", format_args!("gradients require a `{name}` input of shape {shape:?}"));
             cotangents.get(&name).ok_or_else(missing)
         };
         if let [(name, value)] = &self.outputs[..] {
@@ -246,7 +247,7 @@ impl Model {
     pub fn forward(&self, inputs: &BTreeMap<String, Tensor>, call: &Call, options: &RunOptions) -> Result<Tensor> {
         ensure!(
             call.generate.is_none() && call.beam_search.is_none(),
-            Error::option("method", "a forward pass does not generate; use `run`").context("call")
+            Error::option("method", "`forward` does not generate; use `run`").context("call")
         );
         let mut given = self.adopt(inputs)?;
         let forward = self.pass(&mut given, call, options)?;
@@ -315,7 +316,7 @@ impl Model {
             | Kind::Filter(_) => &[],
         };
         if let Some((name, _)) = asks.into_iter().find(|(name, on)| *on && !taken.contains(name)) {
-            return Err(Error::option(name, "this model does not take it").context("call"));
+            return Err(Error::option(name, "not supported by this model").context("call"));
         }
         Ok(match &self.kind {
             Kind::Transformer(model) => {
@@ -440,7 +441,7 @@ impl Model {
                 model.generate(&start, generate.seq_len, &generate.sampling, run.seed, &forward)?
             }
             _ => {
-                let why = "\"generate\" is for AutoregressiveWrapper and XTransformer";
+                let why = "\"generate\" requires an AutoregressiveWrapper or XTransformer";
                 return Err(Error::option("method", why).context("call"));
             }
         };

@@ -19,7 +19,7 @@ impl Inputs {
     }
 
     pub fn need(&mut self, name: &str) -> Result<Tensor> {
-        self.take(name).ok_or_else(|| Error::argument("inputs", format_args!("`{name}` is missing")))
+        self.take(name).ok_or_else(|| Error::argument("inputs", format_args!("missing `{name}`")))
     }
 
     /// Takes `mems.0`, `mems.1`, … up to the first that is missing.
@@ -102,9 +102,7 @@ impl Inputs {
 
     pub fn finish(self) -> Result<()> {
         match self.0.into_keys().next() {
-            Some(name) => {
-                Err(Error::argument("inputs", format_args!("`{name}` is given, but this call does not take it")))
-            }
+            Some(name) => Err(Error::argument("inputs", format_args!("`{name}` is not used by this call"))),
             None => Ok(()),
         }
     }

@@ -125,7 +125,7 @@ pub(super) fn with_real_tokens(mask: Option<&Tensor>, count: usize) -> Result<Op
 pub(super) fn check_length(n: usize, max_seq_len: usize) -> Result<()> {
     ensure!(
         n <= max_seq_len,
-        Error::argument("sequence", format_args!("has length {n}, `max_seq_len` is {max_seq_len}"))
+        Error::argument("sequence", format_args!("expected at most `max_seq_len` ({max_seq_len}) positions, got {n}"))
     );
     Ok(())
 }

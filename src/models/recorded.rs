@@ -31,10 +31,7 @@ impl RecordedDecode {
     ) -> Result<Self> {
         let device = model.token_emb().table().device().clone();
         ensure!(device != Device::Cpu, Error::argument("graph", "expected a model on a GPU"));
-        ensure!(
-            !cache.is_empty(),
-            Error::argument("graph", "expected a cache that holds a prompt; give it to `extend` first")
-        );
+        ensure!(!cache.is_empty(), Error::argument("graph", "expected a cache with a prompt; call `extend` first"));
         let batch = cache.batch();
         let tokens = Tensor::zeros([batch], DType::I64, &device)?;
         let inputs = inputs(&tokens, &cache, 0)?;
@@ -66,11 +63,11 @@ impl RecordedDecode {
         let longest = self.cache.lengths().iter().copied().max().unwrap_or(0);
         ensure!(
             longest < self.cache.capacity(),
-            Error::argument("cache", format_args!("is full: a row has all of its {longest} tokens"))
+            Error::argument("cache", format_args!("is full: a row already has {longest} tokens"))
         );
         ensure!(
             self.cache.is_unique(),
-            Error::argument("cache", "a clone shares the sequences, which the step would change under it; drop it")
+            Error::argument("cache", "a clone shares the sequences that the step overwrites; drop the clone")
         );
         let inputs = inputs(tokens, &self.cache, step)?;
         let next = self.graph.replay(&inputs)?.to_owned_copy()?;

@@ -45,7 +45,10 @@ impl<'m> Rows<'m> {
         let t = start_tokens.shape().last().copied().unwrap_or(0);
         ensure!(
             start_tokens.numel() > 0,
-            Error::shape("start_tokens", format_args!("expected a token, got {:?}", start_tokens.shape()))
+            Error::shape(
+                "start_tokens",
+                format_args!("expected at least one token, got shape {:?}", start_tokens.shape())
+            )
         );
         let tokens: Vec<Vec<i64>> = start_tokens.to_vec::<i64>()?.chunks(t).map(<[i64]>::to_vec).collect();
         let vocabulary = net.plan().num_tokens;
@@ -249,22 +252,19 @@ fn of_rows(options: &ForwardOptions, rows: &[usize]) -> Result<ForwardOptions> {
 /// Returns the tokens without padding.
 fn unpadded(mut tokens: Vec<Vec<i64>>, options: &GenerateOptions) -> Result<Vec<Vec<i64>>> {
     let Some(lengths) = &options.prompt_lengths else {
-        ensure!(
-            !options.left_padded,
-            Error::option("left_padded", "says where the padding is of rows that `prompt_lengths` makes shorter")
-        );
+        ensure!(!options.left_padded, Error::option("left_padded", "requires `prompt_lengths`"));
         return Ok(tokens);
     };
     ensure!(
         options.forward.mask.is_none(),
-        Error::option("prompt_lengths", "cannot be used with a `mask`: both say what is padding")
+        Error::option("prompt_lengths", "cannot be used with `mask`: both mark padding")
     );
     let t = tokens[0].len();
     ensure!(
         lengths.len() == tokens.len() && lengths.iter().all(|length| (1..=t).contains(length)),
         Error::option(
             "prompt_lengths",
-            format_args!("expected {} numbers from 1 to {t}, one for each row, got {lengths:?}", tokens.len())
+            format_args!("expected {} lengths from 1 to {t}, one per row, got {lengths:?}", tokens.len())
         )
     );
     for (row, &length) in tokens.iter_mut().zip(lengths) {

@@ -21,10 +21,7 @@ pub(super) fn check(config: &SamplingConfig) -> Result<()> {
     ensure!(k != Some(0), Error::option("k", "expected at least 1, got 0"));
     ensure!(
         k.is_none() || config.filter_logits_fn == FilterLogits::TopK,
-        Error::option(
-            "k",
-            format_args!("acts with `filter_logits_fn` = top_k, not with {:?}", config.filter_logits_fn)
-        )
+        Error::option("k", format_args!("requires `filter_logits_fn = top_k`, got {:?}", config.filter_logits_fn))
     );
     ensure!(
         (0.0..=1.0).contains(&min_p_ratio),
@@ -89,7 +86,7 @@ pub fn filter_probabilities(logits: &[Vec<f64>], config: &SamplingConfig) -> Res
             best.is_finite() && !row.iter().any(|x| x.is_nan()),
             Error::argument(
                 "sampling",
-                "expected finite logits, got NaN or infinity: the weights are broken, or overflow f16 (then use bf16 or f32)"
+                "expected finite logits, got NaN or infinity: the weights are broken or overflow f16 (try bf16 or f32)"
             )
         );
     }

@@ -232,24 +232,27 @@ impl SentenceEncoder {
         const OP: &str = "sentence modules";
         ensure!(
             !model.plan().average_pool_embed,
-            Error::option("average_pool_embed", "is on: the model gives one vector for a text already")
+            Error::option("average_pool_embed", "must be false: the modules need one vector per token")
         );
         let mut pooled = false;
         for module in &modules {
             match module {
                 SentenceModule::Pooling { modes, .. } => {
-                    ensure!(!modes.is_empty(), Error::argument(OP, "a pooling names no way"));
+                    ensure!(!modes.is_empty(), Error::argument(OP, "a pooling module has no mode"));
                     ensure!(
                         !modes.contains(&Pooling::Pooler) || model.plan().pooler,
-                        Error::option("pooler", "is off: the model has no pooled head")
+                        Error::option("pooler", "must be true: a pooling module uses it")
                     );
                     pooled = true;
                 }
                 SentenceModule::Dense(_, Features::Tokens) | SentenceModule::Normalize(Features::Tokens) => {}
-                other => ensure!(pooled, Error::argument(OP, format_args!("`{other}` comes before any pooling"))),
+                other => ensure!(
+                    pooled,
+                    Error::argument(OP, format_args!("`{other}` comes before the first pooling module"))
+                ),
             }
         }
-        ensure!(pooled, Error::argument(OP, "none is a pooling, which gives a text one vector"));
+        ensure!(pooled, Error::argument(OP, "expected at least one pooling module"));
         Ok(Self { model, modules })
     }
 
@@ -281,7 +284,9 @@ impl SentenceEncoder {
         let mut hidden = self.model.forward(tokens, &options)?.out;
         let mut text = None;
         for module in &self.modules {
-            let pooled = || text.as_ref().ok_or_else(|| Error::argument("sentence modules", "there is no pooling"));
+            let pooled = || {
+                text.as_ref().ok_or_else(|| Error::argument("sentence modules", "expected at least one pooling module"))
+            };
             match module {
                 SentenceModule::Pooling { modes, include_prompt } => {
                     let kept = Kept::new(&hidden, mask, if *include_prompt { 0 } else { prompt_len })?;
@@ -305,7 +310,7 @@ impl SentenceEncoder {
                 }
             }
         }
-        text.ok_or_else(|| Error::argument("sentence modules", "there is no pooling"))
+        text.ok_or_else(|| Error::argument("sentence modules", "expected at least one pooling module"))
     }
 
     /// Pools token embeddings: `[b, n, dim] → [b, dim]`.

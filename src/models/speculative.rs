@@ -50,17 +50,20 @@ impl AutoregressiveWrapper {
         let (own, other) = (self.net.plan().num_tokens, draft.net.plan().num_tokens);
         ensure!(
             own == other,
-            Error::option("draft", format_args!("expected a model of the same {own} tokens, this one has {other}"))
+            Error::option(
+                "draft",
+                format_args!("expected a vocabulary of {own} tokens, as the model has, got {other}")
+            )
         );
         ensure!(ahead > 0, Error::option("ahead", "expected at least 1, got 0"));
         ensure!(
             options.forward.context.is_none() && options.forward.mems.is_none(),
-            Error::option("draft", "cannot be used with a context or memories, which are made for one model")
+            Error::option("draft", "cannot be used with a context or memories, which belong to one model")
         );
         let room = seq_len.saturating_add(ahead);
         let mut rows = Rows::new(self, start_tokens, room, options)?;
         if let Err(why) = self.net.supports_kv_cache(&options.forward) {
-            return Err(Error::option("draft", format_args!("needs a model whose sequences grow in a cache: {why}")));
+            return Err(Error::option("draft", format_args!("requires a model that can use a KV cache: {why}")));
         }
         ensure!(rows.is_cached(), Error::option("draft", "cannot be used with `recompute`"));
         let b = rows.tokens.len();

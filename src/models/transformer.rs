@@ -299,10 +299,7 @@ impl TransformerWrapper {
 
     /// Computes logits `[.., num_tokens]` of normed hidden states `[.., dim]`.
     pub fn logits(&self, embeddings: &Tensor) -> Result<Tensor> {
-        ensure!(
-            !self.plan.return_only_embed,
-            Error::option("return_only_embed", "is on: the model gives no logits, only embeddings")
-        );
+        ensure!(!self.plan.return_only_embed, Error::option("return_only_embed", "must be false to compute logits"));
         if let Some(head) = &self.mlm_head {
             return head.forward(embeddings, &self.token_emb.table()).context("mlm_head");
         }
@@ -330,7 +327,7 @@ impl TransformerWrapper {
     ///
     /// Errors: a model without `pooler`, or no tokens.
     pub fn pooled(&self, embeddings: &Tensor) -> Result<Tensor> {
-        let none = || Error::option("pooler", "is needed for pooled embeddings, and off");
+        let none = || Error::option("pooler", "must be true to compute pooled embeddings");
         let pooler = self.pooler.as_ref().ok_or_else(none)?;
         pooler.forward(&embeddings.select(1, 0)?).context("pooler")?.tanh()
     }
@@ -339,7 +336,7 @@ impl TransformerWrapper {
     pub(super) fn layers_options(&self, mut options: ForwardOptions) -> Result<ForwardOptions> {
         ensure!(
             !options.return_mems || self.plan.memories != MemoryPlan::None,
-            Error::option("max_mem_len", "is needed for `return_mems`: how many memories are kept, 0 for all")
+            Error::option("max_mem_len", "must be set for `return_mems`: the number of memories to keep, 0 for all")
         );
         options.pos = options.pos.filter(|pos| !pos.dtype().is_float());
         if let Some(mems) = &mut options.mems {

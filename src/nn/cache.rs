@@ -57,7 +57,10 @@ impl LayersCache {
     ) -> Result<Self> {
         ensure!(
             batch > 0 && capacity > 0,
-            Error::argument("cache", format_args!("expected rows and positions, got {batch} and {capacity}"))
+            Error::argument(
+                "cache",
+                format_args!("expected at least one row and one position, got {batch} and {capacity}")
+            )
         );
         Ok(Self {
             options,
@@ -93,7 +96,10 @@ impl LayersCache {
     pub fn truncate(&mut self, lengths: &[usize]) -> Result<()> {
         ensure!(
             lengths.len() == self.batch && lengths.iter().zip(&self.lengths).all(|(new, old)| new <= old),
-            Error::argument("cache", format_args!("cannot shorten sequences of {:?} to {lengths:?}", self.lengths))
+            Error::argument(
+                "cache",
+                format_args!("cannot shorten sequences of lengths {:?} to {lengths:?}", self.lengths)
+            )
         );
         self.lengths.copy_from_slice(lengths);
         Ok(())
@@ -128,7 +134,7 @@ impl LayersCache {
     pub fn select_rows(&mut self, rows: &[usize]) -> Result<()> {
         ensure!(
             !rows.is_empty() && rows.iter().all(|&row| row < self.batch),
-            Error::argument("cache", format_args!("cannot take rows {rows:?} of {}", self.batch))
+            Error::argument("cache", format_args!("cannot select rows {rows:?} from {}", self.batch))
         );
         let device =
             self.layers.iter_mut().flat_map(LayerCache::tensors_mut).next().map(|tensor| tensor.device().clone());

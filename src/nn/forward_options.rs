@@ -95,9 +95,10 @@ impl ForwardOptions {
             ("return_attn", self.return_attn),
         ];
         match asked.into_iter().find(|(_, asked)| *asked) {
-            Some((name, _)) => {
-                Err(Error::argument(op, format_args!("has no place for `{name}`; use `forward` of the wrapped model")))
-            }
+            Some((name, _)) => Err(Error::argument(
+                op,
+                format_args!("`{name}` is not supported here; call `forward` of the wrapped model"),
+            )),
             None => Ok(()),
         }
     }
@@ -116,13 +117,13 @@ impl ForwardOptions {
         let (b, n) = (x.shape()[0], x.shape()[1]);
         check_mask("mask", self.mask.as_ref(), b, n)?;
         match (&self.context, plan.cross_attend) {
-            (None, true) => return Err(Error::argument("context", "is missing: the layers have cross-attention")),
+            (None, true) => return Err(Error::argument("context", "missing: the layers have cross-attention")),
             (Some(_), false) => {
-                return Err(Error::argument("context", "is given, but the layers have no cross-attention to use it"));
+                return Err(Error::argument("context", "requires layers with cross-attention"));
             }
             (None, false) => ensure!(
                 self.context_mask.is_none(),
-                Error::argument("context_mask", "is given, but the layers have no cross-attention to use it")
+                Error::argument("context_mask", "requires layers with cross-attention")
             ),
             (Some(context), true) => {
                 let shape = context.shape();
@@ -155,14 +156,12 @@ impl ForwardOptions {
             !(self.checkpoint_layers && (scores || self.return_attn)),
             Error::argument(
                 "checkpoint_layers",
-                "cannot be used with residual_attn, cross_residual_attn or return_attn: scores leave the layers there"
+                "cannot be used with `residual_attn`, `cross_residual_attn` or `return_attn`, which need the layers' \
+                 scores"
             )
         );
         let own = plan.self_attentions() > 0;
-        ensure!(
-            own || self.attn_mask.is_none(),
-            Error::argument("attn_mask", "is given, but the layers have no self-attention to use it")
-        );
+        ensure!(own || self.attn_mask.is_none(), Error::argument("attn_mask", "requires layers with self-attention"));
         Ok(())
     }
 
@@ -173,7 +172,7 @@ impl ForwardOptions {
             mems.len() == expected,
             Error::argument(
                 "mems",
-                format_args!("expected one per self-attention layer, {expected}, got {}", mems.len())
+                format_args!("expected {expected}, one per self-attention layer, got {}", mems.len())
             )
         );
         let fits =
@@ -196,7 +195,7 @@ fn check_mask(name: &'static str, mask: Option<&Tensor>, b: usize, n: usize) -> 
     );
     ensure!(
         mask.dtype() == DType::Bool,
-        Error::dtype(name, format_args!("expected bool, true for tokens that are no padding, got {}", mask.dtype()))
+        Error::dtype(name, format_args!("expected bool (true marks a real token), got {}", mask.dtype()))
     );
     Ok(())
 }

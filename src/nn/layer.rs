@@ -67,7 +67,7 @@ impl Layer {
             }
             (None, BranchPlan::FeedForward(plan)) => Function::FeedForward(FeedForward::new(plan, &place)?),
             (None, BranchPlan::Custom) => {
-                return Err(Error::argument("layers", "a custom branch needs `AttentionLayers::with_branches`"));
+                return Err(Error::argument("layers", "a custom branch requires `AttentionLayers::with_branches`"));
             }
         };
         let residual = Residual::new(plan.residual, dim, &store.at(2))?;

@@ -355,11 +355,11 @@ impl AttentionLayers {
         let branches = || self.plan.layers.iter().map(|layer| &layer.branch);
         let own = branches().filter(|branch| matches!(branch, BranchPlan::SelfAttention(_)));
         if own.filter_map(BranchPlan::attention).any(|plan| !plan.causal) {
-            return Err("tokens see those after them: `kind` is not Decoder");
+            return Err("tokens attend to later tokens: `kind` is not Decoder");
         }
         let shifts = || self.plan.layers.iter().filter_map(|layer| layer.wrap.shifts.as_ref());
         if shifts().flatten().any(|&amount| amount < 0) {
-            return Err("`shift_tokens` moves tokens to the front: `kind` is not Decoder");
+            return Err("`shift_tokens` shifts later tokens backwards: `kind` is not Decoder");
         }
         let cross = branches().filter(|branch| matches!(branch, BranchPlan::CrossAttention(_)));
         if cross.filter_map(BranchPlan::attention).any(|plan| plan.window != Window::default()) {
@@ -373,7 +373,7 @@ impl AttentionLayers {
             return Err("`polar_pos_emb` turns all keys of a call at once");
         }
         if options.token_types.is_some() {
-            return Err("`token_types` are those of the tokens that are there");
+            return Err("`token_types` cover only the tokens of the prompt");
         }
         let of_all_tokens = [&options.pos, &options.sum_embeds, &options.attn_bias, &options.self_attn_kv_mask];
         let condition = options.condition.as_ref().is_some_and(|condition| condition.rank() == 3);
@@ -385,13 +385,13 @@ impl AttentionLayers {
             return Err("an input of the call is about all tokens at once");
         }
         if options.attn_mask.is_some() {
-            return Err("`attn_mask` is about all tokens at once");
+            return Err("`attn_mask` is given for the whole sequence");
         }
         if options.mask.is_some() && shifts().next().is_some() {
-            return Err("`shift_tokens` mixes padded positions, which see what follows them, into others");
+            return Err("`shift_tokens` mixes padding, which attends to later tokens, into other positions");
         }
         match dropout_stream() {
-            Some(_) => Err("the tape draws dropout for whole sequences"),
+            Some(_) => Err("dropout is drawn for whole sequences"),
             None => Ok(()),
         }
     }
@@ -447,7 +447,8 @@ impl AttentionLayers {
             Error::shape(
                 "cache",
                 format_args!(
-                    "{counts:?} of {n} new positions in {b} rows do not fit {} sequences of {:?} of {} positions",
+                    "cannot append {counts:?} of {n} new positions in {b} rows to {} sequences of lengths {:?} with \
+                     capacity {}",
                     cache.batch(),
                     cache.lengths(),
                     cache.capacity()

@@ -173,7 +173,7 @@ fn check(updates: &[Update<'_>]) -> Result<()> {
             Error::shape(
                 "adamw",
                 format_args!(
-                    "the parameter is {:?} {}, its gradient {:?} {}",
+                    "the parameter is {:?} {}, but its gradient is {:?} {}",
                     value.shape(),
                     value.device(),
                     grad.shape(),
@@ -183,7 +183,10 @@ fn check(updates: &[Update<'_>]) -> Result<()> {
         );
         ensure!(
             [value.dtype(), value.dtype().accumulator()].contains(&grad.dtype()),
-            Error::dtype("adamw", format_args!("the parameter is {}, its gradient {}", value.dtype(), grad.dtype()))
+            Error::dtype(
+                "adamw",
+                format_args!("the parameter is {}, but its gradient is {}", value.dtype(), grad.dtype())
+            )
         );
     }
     Ok(())

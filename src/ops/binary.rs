@@ -25,7 +25,7 @@ struct Saved {
 
 /// Returns a tensor that the forward pass kept because a gradient needs it.
 fn kept<'a>(op: &'static str, saved: &'a Option<Tensor>) -> Result<&'a Tensor> {
-    saved.as_ref().ok_or_else(|| Error::argument(op, "an input that its gradient needs was not kept"))
+    saved.as_ref().ok_or_else(|| Error::argument(op, "an input that the gradient needs was not saved"))
 }
 
 /// `true` for each input (first, second) that the gradients need.

@@ -24,7 +24,7 @@ fn check_lengths(lengths: &Tensor, batch: usize, like: &Tensor) -> Result<()> {
     );
     ensure!(
         lengths.device() == like.device(),
-        Error::device(OP, format_args!("lengths are on {}, values on {}", lengths.device(), like.device()))
+        Error::device(OP, format_args!("lengths are on {} but values are on {}", lengths.device(), like.device()))
     );
     Ok(())
 }
@@ -59,7 +59,7 @@ impl Tensor {
         );
         check_lengths(lengths, batch, self)?;
         ensure!(self.dtype() != DType::I64, Error::dtype(OP, "expected floats or bool, got i64"));
-        ensure!(self.is_unique(), Error::argument(OP, "a view of the buffer is still held: it cannot be written to"));
+        ensure!(self.is_unique(), Error::argument(OP, "the buffer cannot be written to while a view of it exists"));
         if rows.numel() == 0 || capacity == 0 {
             return Ok(());
         }
@@ -164,7 +164,7 @@ impl Tensor {
         };
         ensure!(
             (1..=dim).contains(&amounts.len()) && amounts.iter().all(|&amount| amount >= 0) && capacity > 0,
-            Error::argument(OP, format_args!("cannot shift {dim} features of a growing sequence by {amounts:?}"))
+            Error::argument(OP, format_args!("cannot shift {dim} features of a cached sequence by {amounts:?}"))
         );
         if let Some(mask) = mask {
             ensure!(

@@ -121,7 +121,7 @@ impl Tensor {
                 fits,
                 Error::shape(
                     "cat",
-                    format_args!("{:?} and {:?} differ outside dimension {dim}", first.shape(), tensor.shape())
+                    format_args!("shapes {:?} and {:?} differ outside dimension {dim}", first.shape(), tensor.shape())
                 )
             );
             total = total.saturating_add(tensor.shape()[dim]);

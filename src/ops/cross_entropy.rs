@@ -100,7 +100,14 @@ pub(super) fn check_targets(op: &'static str, x: &Tensor, batch: &[usize], targe
     );
     ensure!(
         x.device() == targets.device(),
-        Error::device(op, format_args!("the values are on {} and the targets on {}", x.device(), targets.device()))
+        Error::device(
+            op,
+            format_args!(
+                "the values are on {} but the targets are on {}; move one with `to_device`",
+                x.device(),
+                targets.device()
+            )
+        )
     );
     x.dtype().expect_float(op)
 }
@@ -252,7 +259,7 @@ pub(super) fn rows_and_gradient<R: Real>(
             rows.map(|(x, &target)| {
                 let mut statistics = [R::ZERO; 2];
                 let loss = forward(x, target, ignore_index, &mut statistics);
-                backward(statistics, target, ignore_index, scale, x);
+                backward(statistics, target, ignore_index, scale, &[], x);
                 loss
             }),
         );
@@ -341,13 +348,16 @@ impl Backward for CrossEntropyBackward {
                 let source = source.as_ref().map(|source| source.floats(OP)).transpose()?;
                 let (saved, targets) = (In::new(statistics.floats(OP)?, 2), targets.values::<i64>()?);
                 let scale = grad.item()? / count.item()?;
-                let out = Out::over(dx.floats_mut(OP)?, classes, source);
+                let (out, logits) = Out::from_or_over(dx.floats_mut(OP)?, classes, source);
                 dispatch_real!(statistics.dtype(), R, {
                     let scale = R::from_f64(scale);
-                    for_rows_of::<R, 1, 1>([out], [saved], Sums::none(), COST * classes, &|row, [dx], [saved], _| {
+                    let (ins, cost) = ([saved, logits], COST * classes);
+                    for_rows_of::<R, 1, 2>([out], ins, Sums::none(), cost, &|row, [dx], [saved, logits], _| {
                         let saved = saved.as_chunks().0.iter().zip(&targets[row..]);
+                        let mut logits = logits.chunks_exact(classes);
                         for (dx, (&statistics, &target)) in dx.chunks_exact_mut(classes).zip(saved) {
-                            backward(statistics, target, ignore_index, scale, dx);
+                            let logits = logits.next().unwrap_or_default();
+                            backward(statistics, target, ignore_index, scale, logits, dx);
                         }
                     });
                 });
@@ -370,16 +380,26 @@ impl Backward for CrossEntropyBackward {
 }
 
 vectorized! {
-    /// Overwrites the logits of a row with their gradient.
-    fn backward<R: Real>(statistics: [R; 2], target: i64, ignore_index: i64, scale: R, dx: &mut [R]) {
+    /// Computes the gradient of a row of logits, which `dx` holds if `logits` is empty.
+    fn backward<R: Real>(
+        statistics: [R; 2],
+        target: i64,
+        ignore_index: i64,
+        scale: R,
+        logits: &[R],
+        dx: &mut [R],
+    ) {
         if target == ignore_index {
             return dx.fill(R::ZERO);
         }
         let [max, inverse] = statistics;
-        let chosen = (dx[target as usize] - max).probability::<FUSED>() * inverse;
         let factor = inverse * scale;
-        for dx in dx.iter_mut() {
-            *dx = (*dx - max).probability::<FUSED>() * factor;
+        let probability = |x: R| (x - max).probability::<FUSED>();
+        let chosen = probability(*logits.get(target as usize).unwrap_or(&dx[target as usize])) * inverse;
+        if logits.is_empty() {
+            dx.iter_mut().for_each(|dx| *dx = probability(*dx) * factor);
+        } else {
+            dx.iter_mut().zip(logits).for_each(|(dx, x)| *dx = probability(*x) * factor);
         }
         dx[target as usize] = (chosen - R::ONE) * scale;
     }

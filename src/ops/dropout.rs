@@ -68,10 +68,7 @@ impl Tensor {
 }
 
 fn check(op: &'static str, x: &Tensor, p: f64) -> Result<()> {
-    ensure!(
-        (0.0..=1.0).contains(&p),
-        Error::argument(op, format_args!("the probability must be between 0 and 1, got {p}"))
-    );
+    ensure!((0.0..=1.0).contains(&p), Error::argument(op, format_args!("expected a probability from 0 to 1, got {p}")));
     x.dtype().expect_float(op)
 }
 

@@ -46,7 +46,11 @@ impl Tensor {
             self.device() == indices.device(),
             Error::device(
                 OP,
-                format_args!("the table is on {} and the indices on {}", self.device(), indices.device())
+                format_args!(
+                    "the table is on {} but the indices are on {}; move one with `to_device`",
+                    self.device(),
+                    indices.device()
+                )
             )
         );
         let (table, indices) = (self.contiguous()?, indices.contiguous()?);

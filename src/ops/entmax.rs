@@ -10,6 +10,7 @@ use crate::{
     },
     dtype::{Float, Real, dispatch_real},
     error::ensure,
+    ops::reduce::LANES,
 };
 
 const OP: &str = "entmax15";
@@ -62,7 +63,11 @@ fn forward_row<T: Float>(x: &[T], y: &mut [T], sorted: &mut Vec<T::Acc>) {
     // NaN is larger than all, and stays the maximum.
     let is_nan = |x: T::Acc| x.partial_cmp(&x).is_none();
     let larger = |max: T::Acc, x: T::Acc| if x > max || is_nan(x) { x } else { max };
-    let max = x.iter().fold(T::Acc::NEG_INFINITY, |max, x| larger(max, x.to_acc()));
+    let mut lanes = [T::Acc::NEG_INFINITY; LANES];
+    for x in x.chunks(LANES) {
+        lanes.iter_mut().zip(x).for_each(|(max, x)| *max = larger(*max, x.to_acc()));
+    }
+    let max = lanes.into_iter().fold(T::Acc::NEG_INFINITY, larger);
     // (x − max) / 2 would overflow to −∞ for masked entries first halved, never to NaN.
     let shifted = |x: T| x.to_acc() * half - max * half;
     // τ is at least −1, so entries below −1 are always 0: they need no sorting, and no squares that overflow.

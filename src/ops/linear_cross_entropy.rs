@@ -113,7 +113,7 @@ impl Tensor {
         rows_at_a_time: [usize; 2],
     ) -> Result<Tensor> {
         check_linear(OP, self, weight, bias)?;
-        ensure!(!rows_at_a_time.contains(&0), Error::argument(OP, "expected at least one row at a time"));
+        ensure!(!rows_at_a_time.contains(&0), Error::argument(OP, "expected at least one row per block, got 0"));
         let (&inputs, batch) = self.shape().split_last().unwrap_or((&0, &[]));
         check_targets(OP, self, batch, targets)?;
         let rows = targets.numel();

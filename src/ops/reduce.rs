@@ -59,7 +59,7 @@ impl Tensor {
         for &dim in dims {
             let dim = self.shape().dim_unless_scalar(dim, op)?.unwrap_or(0);
             let repeated = std::mem::replace(&mut reduced[dim], true);
-            ensure!(!repeated, Error::argument(op, format_args!("dimension {dim} is named twice in {dims:?}")));
+            ensure!(!repeated, Error::argument(op, format_args!("dimension {dim} occurs twice in {dims:?}")));
         }
         let (gone, kept): (Vec<usize>, Vec<usize>) = (0..self.rank()).partition(|&dim| reduced[dim]);
         let shape = Shape::unchecked(&kept.iter().map(|&dim| self.shape()[dim]).collect::<Vec<_>>());
@@ -109,7 +109,13 @@ impl Tensor {
             return Ok(self.clone());
         }
         let fits = shape.broadcast(self.shape(), "sum_to").is_ok_and(|result| result == *self.shape());
-        ensure!(fits, Error::shape("sum_to", format_args!("{shape:?} does not expand to {:?}", self.shape())));
+        ensure!(
+            fits,
+            Error::shape(
+                "sum_to",
+                format_args!("cannot sum {:?} to {shape:?}: it does not broadcast back", self.shape())
+            )
+        );
         let added = self.rank() - shape.rank();
         let dims: Vec<isize> = (0..self.rank())
             .filter(|&dim| dim < added || shape[dim - added] != self.shape()[dim])
@@ -258,12 +264,16 @@ fn sum_each_row<R: Real>(x: Floats, mut out: FloatsMut, divisor: R) {
     let pieces = width.div_ceil(cpu::GRAIN);
     let mut sums = vec![R::ZERO; out.len() * pieces];
     cpu::for_rows(&mut sums, 1, cpu::GRAIN, |start, sums| {
-        let mut memory = Vec::new();
         for (index, sum) in sums.iter_mut().enumerate() {
             let (row, piece) = ((start + index) / pieces, (start + index) % pieces);
             let first = row * width + piece * cpu::GRAIN;
-            let x = x.range(first..(row * width + width).min(first + cpu::GRAIN));
-            *sum = sum_row::<R>(x.to_slice(&mut memory));
+            // Half types are read where they lie, as in `sum_columns`.
+            *sum = R::from_f64(match x.range(first..(row * width + width).min(first + cpu::GRAIN)) {
+                Floats::F32(x) => sum_row(x).into(),
+                Floats::F64(x) => sum_row(x),
+                Floats::BF16(x) => sum_row(x).into(),
+                Floats::F16(x) => sum_row(x).into(),
+            });
         }
     });
     let sums: Vec<R> = sums.chunks_exact(pieces).map(|sums| sum_row::<R>(sums) / divisor).collect();
@@ -271,7 +281,7 @@ fn sum_each_row<R: Real>(x: Floats, mut out: FloatsMut, divisor: R) {
 }
 
 vectorized! {
-    fn sum_row<R: Real>(x: &[R]) -> R {
+    fn sum_row<T: Float>(x: &[T]) -> T::Acc {
         sum_slice(x)
     }
 }

@@ -48,7 +48,7 @@ impl Tensor {
             Error::shape(
                 OP,
                 format_args!(
-                    "expected inv_freq of shape [r/2] with r at most {}, the last dimension of {shape:?}, got {:?}",
+                    "expected inv_freq of shape [r/2] with r at most {} (the last dimension of {shape:?}), got {:?}",
                     shape[rank - 1],
                     inv_freq.shape()
                 )
@@ -56,11 +56,18 @@ impl Tensor {
         );
         for tensor in [self, inv_freq] {
             let dtype = tensor.dtype();
-            ensure!(dtype.is_float(), Error::dtype(OP, format_args!("expected float tensors, one is {dtype}")));
+            ensure!(dtype.is_float(), Error::dtype(OP, format_args!("expected float tensors, got {dtype}")));
         }
         ensure!(
             self.device() == inv_freq.device(),
-            Error::device(OP, format_args!("the input is on {} and inv_freq on {}", self.device(), inv_freq.device()))
+            Error::device(
+                OP,
+                format_args!(
+                    "the input is on {} but inv_freq is on {}; move one with `to_device`",
+                    self.device(),
+                    inv_freq.device()
+                )
+            )
         );
         discrete(OP, &[inv_freq])?;
         let turn = Turn { inv_freq: inv_freq.detach().contiguous()?, first_position };

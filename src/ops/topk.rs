@@ -24,7 +24,7 @@ impl Tensor {
             return self.unsqueeze(0)?.top_k_mask(k)?.squeeze(0);
         }
         self.dtype().expect_float(OP)?;
-        ensure!(k > 0, Error::argument(OP, "expected a k of at least 1, got 0"));
+        ensure!(k > 0, Error::argument(OP, "expected k of at least 1, got 0"));
         let x = self.contiguous()?;
         let width = x.dim(-1)?;
         if k >= width {

@@ -32,7 +32,7 @@ impl Tensor {
             shape.numel() == self.numel(),
             Error::shape(
                 "reshape",
-                format_args!("{:?} and {shape:?} have different numbers of elements", self.shape())
+                format_args!("cannot reshape {:?} to {shape:?}: the number of elements differs", self.shape())
             )
         );
         match self.layout().reshape(shape) {
@@ -57,7 +57,7 @@ impl Tensor {
         let (Some(first), Some(last)) = (at(first)?, at(last)?) else { return self.reshape([1]) };
         ensure!(
             first <= last,
-            Error::argument("flatten", format_args!("first dimension {first} comes after the last, {last}"))
+            Error::argument("flatten", format_args!("first dimension {first} comes after last dimension {last}"))
         );
         let mut dims = self.shape()[..first].to_vec();
         dims.push(self.shape()[first..=last].iter().product());
@@ -104,7 +104,10 @@ impl Tensor {
                 .all(|(to, &from)| from < self.rank() && std::mem::replace(&mut inverse[from], to) == usize::MAX);
         ensure!(
             legal,
-            Error::argument("permute", format_args!("{order:?} does not reorder the dimensions of {:?}", self.shape()))
+            Error::argument(
+                "permute",
+                format_args!("{order:?} is not a permutation of the dimensions of {:?}", self.shape())
+            )
         );
         self.view("permute", self.layout().permute(order), PermuteBackward { inverse, rank: self.rank() })
     }
@@ -178,7 +181,7 @@ impl Tensor {
     fn expanded(&self, shape: Result<Shape>) -> Result<Tensor> {
         let shape = shape?;
         let fits = self.shape().broadcast(&shape, "expand").is_ok_and(|result| result == shape);
-        ensure!(fits, Error::shape("expand", format_args!("{:?} does not expand to {shape:?}", self.shape())));
+        ensure!(fits, Error::shape("expand", format_args!("cannot expand {:?} to {shape:?}", self.shape())));
         if shape == *self.shape() {
             return Ok(self.clone());
         }
@@ -202,7 +205,7 @@ impl Tensor {
         let at = if dim < 0 { dim.saturating_add(rank as isize + 1) } else { dim };
         ensure!(
             rank < MAX_RANK && (0..=rank as isize).contains(&at),
-            Error::shape("unsqueeze", format_args!("no dimension can be added at {dim} of shape {:?}", self.shape()))
+            Error::shape("unsqueeze", format_args!("cannot add a dimension at {dim} to shape {:?}", self.shape()))
         );
         self.view("unsqueeze", self.layout().unsqueeze(at as usize), ReshapeBackward { shape: *self.shape() })
     }
@@ -240,10 +243,7 @@ impl Tensor {
         let total = sizes.iter().try_fold(0usize, |sum, &size| sum.checked_add(size));
         ensure!(
             total == Some(self.shape()[at]),
-            Error::shape(
-                "split",
-                format_args!("sizes {sizes:?} do not add up to dimension {dim} of {:?}", self.shape())
-            )
+            Error::shape("split", format_args!("sizes {sizes:?} do not sum to dimension {dim} of {:?}", self.shape()))
         );
         let mut start = 0;
         sizes

@@ -52,7 +52,7 @@ impl Param {
     pub fn new(value: Tensor) -> Result<Self> {
         ensure!(
             value.dtype().is_float(),
-            Error::dtype("param", format_args!("parameters are float, this one is {}", value.dtype()))
+            Error::dtype("param", format_args!("expected a float parameter, got {}", value.dtype()))
         );
         Ok(Self(Arc::new(ParamCell { leaf: LeafId::new(), value: RwLock::new(value.detach()) })))
     }
@@ -76,7 +76,7 @@ impl Param {
             Error::shape(
                 "set",
                 format_args!(
-                    "the parameter is {:?} {} {}, the value {:?} {} {}",
+                    "the parameter is {:?} {} {}, but the value is {:?} {} {}",
                     old.shape(),
                     old.dtype(),
                     old.device(),
@@ -244,7 +244,7 @@ impl ParamMap {
             let Some(tensor) = state.get(name) else { continue };
             ensure!(
                 tensor.dtype().is_float(),
-                Error::dtype("load", format_args!("{name} is {}, expected a float type", tensor.dtype()))
+                Error::dtype("load", format_args!("{name}: expected a float dtype, got {}", tensor.dtype()))
             );
             match values.entry(param.leaf()) {
                 Entry::Vacant(entry) => {
@@ -272,7 +272,7 @@ impl ParamMap {
             let old = buffer.tensor();
             ensure!(
                 tensor.dtype().is_float() == old.dtype().is_float(),
-                Error::dtype("load", format_args!("buffer {name} is {}, expected {}", tensor.dtype(), old.dtype()))
+                Error::dtype("load", format_args!("buffer {name}: expected {}, got {}", old.dtype(), tensor.dtype()))
             );
             buffers.push((buffer, tensor.packed()?.on(old.device())?.converted(old.dtype())?));
         }

@@ -15,7 +15,9 @@ fn encoder(options: &Options, activation: &str) -> Result<TransformerWrapperConf
     let dim = options.size("hidden_size", Some(768))?;
     let heads = options.size("num_attention_heads", Some(12))?;
     if !dim.is_multiple_of(heads) {
-        return Err(options.refuse("num_attention_heads", format!("is {heads}, no divisor of `hidden_size` = {dim}")));
+        return Err(
+            options.refuse("num_attention_heads", format!("is {heads}, expected a divisor of `hidden_size` ({dim})"))
+        );
     }
     let inner = options.size("intermediate_size", Some(3072))?;
     let layers = AttentionLayersConfig {
@@ -49,7 +51,7 @@ fn activated(options: &Options, default: &str) -> Result<FeedForwardConfig> {
         "relu2" => Activation::ReluSquared,
         "silu" | "swish" => Activation::Silu,
         other => {
-            let known = "gelu, gelu_new, gelu_fast, quick_gelu, relu, relu2 and silu, and their other names";
+            let known = "gelu, gelu_new, gelu_fast, quick_gelu, relu, relu2, silu, or an alias";
             return Err(options.refuse(KEY, format!("is `{other}`, expected one of {known}")));
         }
     };

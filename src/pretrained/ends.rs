@@ -48,7 +48,7 @@ pub(super) fn of_folder(options: &Options, folder: &Path, vocabulary: usize) -> 
         None => (&options.path, options.value.get(KEY).unwrap_or(&Value::Null)),
     };
     let id = |value: &Value| {
-        let why = || format!("`{KEY}` is {value}, expected a token's number, a list of them, or null");
+        let why = || format!("`{KEY}` is {value}, expected a token id, a list of them, or null");
         value.as_i64().ok_or_else(|| Error::file(path, why()))
     };
     let ids = match value {

@@ -157,10 +157,7 @@ impl Family {
         let known = format!("expected {}", joined(&types));
         ensure!(
             !found.is_empty(),
-            Error::file(
-                &options.path,
-                format_args!("has no `model_type`, which names the family of the model; {known}")
-            )
+            Error::file(&options.path, format_args!("has no `model_type`, so it is not a transformers model; {known}"))
         );
         let family = Self::ALL.iter().find(of_name);
         family.copied().ok_or_else(|| options.refuse("model_type", format!("is `{found}`, {known}")))

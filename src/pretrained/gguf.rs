@@ -53,12 +53,12 @@ impl<'a> Keys<'a> {
         let Some(Metadata::List(values)) = self.get(key) else { return self.size(key, default) };
         ensure!(
             values.len() == depth,
-            self.refuse(key, format!("has {} values, expected one for each of {depth} layers", values.len()))
+            self.refuse(key, format!("has {} values, expected {depth}, one per layer", values.len()))
         );
         let value = values.first().and_then(Metadata::as_usize).filter(|value| (1..=1 << 30).contains(value));
         match value {
             Some(value) if values.iter().all(|other| other.as_usize() == Some(value)) => Ok(value),
-            _ => Err(self.refuse(key, format!("is {values:?}: layers that differ are not supported"))),
+            _ => Err(self.refuse(key, format!("is {values:?}, expected the same value for all layers"))),
         }
     }
 }
@@ -67,20 +67,23 @@ pub(super) fn of_gguf(file: &TensorFile) -> Result<(Family, Described)> {
     const ARCHITECTURE: &str = "general.architecture";
     let architecture = file.metadata().get(ARCHITECTURE).and_then(Metadata::as_str).unwrap_or("missing");
     let family = Family::of_architecture(architecture).map_err(|known| {
-        let why = format!("`{ARCHITECTURE}` is {architecture}, expected {known}; Mistral's files have that of llama");
+        let why = format!("`{ARCHITECTURE}` is {architecture}, expected {known} (llama includes Mistral)");
         Error::file(file.path(), why)
     })?;
     let keys = Keys { file, architecture };
     if keys.get("expert_count").and_then(Metadata::as_usize).is_some_and(|count| count > 0) {
-        return Err(keys.refuse("expert_count", "is not 0: mixtures of experts are not supported"));
+        return Err(keys.refuse("expert_count", "must be 0: mixtures of experts are not supported"));
     }
     if keys.get("attention.causal").and_then(Metadata::as_bool) == Some(false) {
-        return Err(keys.refuse("attention.causal", "is false: only models that see no later tokens are supported"));
+        return Err(keys.refuse("attention.causal", "must be true: only causal models are supported"));
     }
     let depth = keys.size("block_count", None)?;
     ensure!(
         depth <= file.names().count().min(MAX_DEPTH),
-        keys.refuse("block_count", format!("is {depth}, more than there are tensors or more than {MAX_DEPTH}"))
+        keys.refuse(
+            "block_count",
+            format!("is {depth}, expected at most {MAX_DEPTH} and at most the number of tensors")
+        )
     );
     let dim = keys.size("embedding_length", None)?;
     let heads = keys.uniform("attention.head_count", depth, None)?;
@@ -88,7 +91,7 @@ pub(super) fn of_gguf(file: &TensorFile) -> Result<(Family, Described)> {
     let dim_head = keys.size("attention.key_length", Some(dim / heads))?;
     for key in ["attention.value_length", "rope.dimension_count"] {
         let found = keys.size(key, Some(dim_head))?;
-        ensure!(found == dim_head, keys.refuse(key, format!("is {found}, not the {dim_head} features of a head")));
+        ensure!(found == dim_head, keys.refuse(key, format!("is {found}, expected the head size {dim_head}")));
     }
     let table = file.info("token_embd.weight").and_then(|info| info.shape.first().copied());
     let positions = keys.size("context_length", None)?;

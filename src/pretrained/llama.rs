@@ -125,24 +125,20 @@ fn all_slide(options: &Options, depth: usize) -> Result<bool> {
         let all = |kind: &str| kinds.len() == depth && kinds.iter().all(|found| found == kind);
         ensure!(
             all("sliding_attention") || all("full_attention"),
-            options
-                .refuse(LAYERS, "differ, expected all layers to be of one type: sliding_attention or full_attention")
+            options.refuse(LAYERS, "must be sliding_attention or full_attention for all layers")
         );
         return Ok(all("sliding_attention"));
     }
     let first = match options.get(FIRST) {
         None => 28,
-        Some(value) => value
-            .as_u64()
-            .ok_or_else(|| options.refuse(FIRST, format!("is {value}, expected the number of a layer")))?,
+        Some(value) => {
+            value.as_u64().ok_or_else(|| options.refuse(FIRST, format!("is {value}, expected a layer index")))?
+        }
     };
     let differ = || {
         options.refuse(
             FIRST,
-            format!(
-                "is {first}: only the layers from there to {depth} have a window, \
-        expected none or all ({depth} or 0)"
-            ),
+            format!("is {first}, so only layers {first} to {depth} have a window; expected none ({depth}) or all (0)"),
         )
     };
     ensure!(first == 0 || first >= depth as u64, differ());

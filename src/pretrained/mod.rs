@@ -204,7 +204,7 @@ impl Pretrained {
             self.family.is_causal(),
             Error::file(
                 self.file.path(),
-                format_args!("is of the family {}, which does not continue texts", self.family)
+                format_args!("belongs to the {} family, which does not generate text", self.family)
             )
         );
         let config = AutoregressiveConfig { net: self.config.clone(), ..AutoregressiveConfig::default() };

@@ -198,8 +198,8 @@ fn is_buffer(file: &TensorFile, name: &str) -> bool {
 
 /// Returns the effect of a tensor on others, if the model would compute something else without it.
 fn changes_weights(name: &str) -> Option<&'static str> {
-    const SCALES: &str = "the weights are quantised and have scales, a format that is not known; dequantise them first";
-    const ADAPTER: &str = "an adapter (LoRA), which changes other weights; merge it into the model first";
+    const SCALES: &str = "the weights are quantised with scales in an unsupported format; dequantise them first";
+    const ADAPTER: &str = "a LoRA adapter, which changes other weights; merge it into the model first";
     match name.rsplit('.').find(|part| *part != "weight" && *part != "default")? {
         "weight_scale" | "weight_scale_inv" | "weight_scale_2" | "scale_weight" | "scales" | "weight_packed"
         | "qweight" | "qzeros" | "SCB" | "absmax" | "quant_map" => Some(SCALES),
@@ -213,14 +213,14 @@ fn check_values(file: &TensorFile, weight: &Weight, tensor: &Tensor, kept_as: DT
     let name = || weight.theirs.names().join("` and `");
     ensure!(
         tensor.dtype().is_float(),
-        Error::file(file.path(), format_args!("`{}` is {}, expected floats", name(), tensor.dtype()))
+        Error::file(file.path(), format_args!("`{}` is {}, expected a float dtype", name(), tensor.dtype()))
     );
     // Checked in place: a copy in another type would be several times as large as the weights.
     let tensor = tensor.contiguous()?;
     let finite = dispatch_float!("load", tensor.dtype(), T, {
         Ok(tensor.values::<T>()?.iter().all(|value| value.to_acc().to_f64().is_finite()))
     })?;
-    ensure!(finite, Error::file(file.path(), format_args!("`{}` holds NaN or infinity", name())));
+    ensure!(finite, Error::file(file.path(), format_args!("`{}` contains NaN or infinity", name())));
     // Is the largest value of the one within the range of the other?
     if matches!(
         (tensor.dtype(), kept_as),
@@ -231,7 +231,7 @@ fn check_values(file: &TensorFile, weight: &Weight, tensor: &Tensor, kept_as: DT
         })?;
         let fits =
             if kept_as == DType::F16 { f16::from_f64(largest).is_finite() } else { (largest as f32).is_finite() };
-        let why = format!("holds {largest}, which overflows {kept_as}; load the model as bf16 or f32");
+        let why = format!("contains {largest}, which overflows {kept_as}; load the model as bf16 or f32");
         ensure!(fits, Error::file(file.path(), format_args!("`{}` {why}", name())));
     }
     Ok(())

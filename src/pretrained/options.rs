@@ -97,7 +97,7 @@ impl Options {
     /// Rejects keys that a module does not have.
     pub(super) fn known(&self, module: &str, keys: &[&str]) -> Result<()> {
         match self.entries()?.keys().find(|key| !keys.contains(&key.as_str())) {
-            Some(key) => Err(self.refuse(key, format!("is not a known option of the module `{module}`"))),
+            Some(key) => Err(self.refuse(key, format!("is not a supported option of the module `{module}`"))),
             None => Ok(()),
         }
     }
@@ -154,7 +154,7 @@ impl Options {
     pub(super) fn text<'a>(&'a self, key: &str, default: &'a str) -> Result<&'a str> {
         match self.get(key) {
             None => Ok(default),
-            Some(value) => value.as_str().ok_or_else(|| self.refuse(key, format!("is {value}, expected text"))),
+            Some(value) => value.as_str().ok_or_else(|| self.refuse(key, format!("is {value}, expected a string"))),
         }
     }
 
@@ -162,7 +162,7 @@ impl Options {
     pub(super) fn only(&self, key: &str, value: impl Into<Value>) -> Result<()> {
         let value = value.into();
         match self.get(key) {
-            Some(found) if *found != value => Err(self.refuse(key, format!("is {found}, only {value} is known"))),
+            Some(found) if *found != value => Err(self.refuse(key, format!("is {found}, expected {value}"))),
             _ => Ok(()),
         }
     }

@@ -49,7 +49,7 @@ impl Rope<'_> {
     fn needed(&self, key: &str) -> Result<f64> {
         self.number(key)?.ok_or_else(|| {
             let kind = self.kind().and_then(Value::as_str).unwrap_or_default();
-            self.options.refuse(Self::KEY, format!("is of type `{kind}` and has no number `{key}`"))
+            self.options.refuse(Self::KEY, format!("has type `{kind}`, which requires a number `{key}`"))
         })
     }
 
@@ -109,11 +109,17 @@ pub(super) fn of_json(options: &Options, positions: usize) -> Result<Rotation> {
     );
     let rope = Rope { options, value };
     for key in ["full_attention", "sliding_attention"] {
-        ensure!(rope.get(key).is_none(), options.refuse(Rope::KEY, "differs by layer, expected one rotation for all"));
+        ensure!(
+            rope.get(key).is_none(),
+            options.refuse(Rope::KEY, "differs by layer, expected the same for all layers")
+        );
     }
     let part =
         rope.number("partial_rotary_factor")?.map_or_else(|| options.number("partial_rotary_factor", 1.0), Ok)?;
-    ensure!(part == 1.0, options.refuse("partial_rotary_factor", format!("is {part}, only whole heads are rotated")));
+    ensure!(
+        part == 1.0,
+        options.refuse("partial_rotary_factor", format!("is {part}, expected 1: partial rotation is not supported"))
+    );
     let base = rope.number("rope_theta")?.map_or_else(|| options.number("rope_theta", 10000.0), Ok)?;
     let scaling = match rope.kind().map(Value::as_str) {
         // Dynamic frequencies equal the plain ones for texts up to `max_position_embeddings`, which is the context of
@@ -128,8 +134,8 @@ pub(super) fn of_json(options: &Options, positions: usize) -> Result<Rotation> {
         }),
         Some(Some("yarn")) => Scaling::Yarn(rope.yarn(positions)?),
         Some(kind) => {
-            let kind = kind.unwrap_or("not text");
-            let why = format!("is of type `{kind}`, expected default, linear, dynamic, yarn or llama3");
+            let kind = kind.unwrap_or("not a string");
+            let why = format!("has type `{kind}`, expected default, linear, dynamic, yarn or llama3");
             return Err(options.refuse(Rope::KEY, why));
         }
     };
@@ -156,7 +162,7 @@ pub(super) fn of_gguf(file: &TensorFile, keys: &Keys, positions: usize, pairs: u
         None | Some(Some("linear")) => Scaling::Linear(factor),
         Some(Some("yarn")) => Scaling::Yarn(yarn(keys, factor, positions)?),
         Some(kind) => {
-            let why = format!("is `{}`, expected none, linear or yarn", kind.unwrap_or("not text"));
+            let why = format!("is `{}`, expected none, linear or yarn", kind.unwrap_or("not a string"));
             return Err(keys.refuse("rope.scaling.type", why));
         }
     };
@@ -168,7 +174,7 @@ pub(super) fn of_gguf(file: &TensorFile, keys: &Keys, positions: usize, pairs: u
                 Error::file(
                     file.path(),
                     format_args!(
-                        "tensor `{FREQ_FACTORS}` has shape {:?}, expected [{pairs}], one for each pair",
+                        "tensor `{FREQ_FACTORS}` has shape {:?}, expected [{pairs}], one value per pair",
                         info.shape
                     )
                 )
@@ -178,7 +184,7 @@ pub(super) fn of_gguf(file: &TensorFile, keys: &Keys, positions: usize, pairs: u
                 factors.iter().all(|&factor| factor > 0.0 && factor.is_finite()),
                 Error::file(
                     file.path(),
-                    format_args!("tensor `{FREQ_FACTORS}` holds {factors:?}, expected numbers above 0")
+                    format_args!("tensor `{FREQ_FACTORS}` contains {factors:?}, expected numbers above 0")
                 )
             );
             Some(factors)
@@ -193,7 +199,7 @@ fn yarn(keys: &Keys, factor: f64, positions: usize) -> Result<YarnScaling> {
     let number = |key: &str, default: f64| Ok::<_, Error>(keys.number(key)?.unwrap_or(default));
     let mix = number("rope.scaling.yarn_ext_factor", 1.0)?;
     // Below 0 means unset.
-    ensure!(mix == 1.0 || mix < 0.0, keys.refuse("rope.scaling.yarn_ext_factor", format!("is {mix}, only 1 is known")));
+    ensure!(mix == 1.0 || mix < 0.0, keys.refuse("rope.scaling.yarn_ext_factor", format!("is {mix}, expected 1")));
     let all = number("rope.scaling.yarn_log_multiplier", 0.0)?;
     let own = number("rope.scaling.attn_factor", 1.0)? * number("rope.scaling.yarn_attn_factor", 1.0)?;
     Ok(YarnScaling {

@@ -115,11 +115,11 @@ pub(super) fn entries(folder: &Path) -> Result<Option<Vec<Entry>>> {
         let Some(("sentence_transformers", last)) =
             class.split_once('.').zip(class.rsplit_once('.')).map(|((first, _), (_, last))| (first, last))
         else {
-            return Err(broken(format!("lists the module `{class}`, which is not one of sentence-transformers")));
+            return Err(broken(format!("lists the module `{class}`, expected a class of sentence-transformers")));
         };
         ensure!(
             place.components().all(|part| matches!(part, Component::Normal(_) | Component::CurDir)),
-            broken(format!("names the folder `{}`, expected one below this one", place.display()))
+            broken(format!("refers to the folder `{}`, expected one below this folder", place.display()))
         );
         entries.push(Entry { class: last.to_string(), folder: folder.join(place) });
     }
@@ -141,7 +141,7 @@ impl Pretrained {
     pub fn sentence_encoder(&self, dtype: DType, device: &Device) -> Result<SentenceEncoder> {
         let listed = self.root.as_deref().is_some_and(|root| root.join(MODULES).exists());
         if self.family.is_causal() {
-            let why = format!("is of the family {}, which embeds no sentences", self.family);
+            let why = format!("belongs to the {} family, which does not embed sentences", self.family);
             ensure!(listed, Error::file(self.file.path(), format_args!("{why} without `{MODULES}` beside it")));
             self.sees_later_tokens()?;
         }
@@ -172,12 +172,12 @@ impl Pretrained {
             Some(entries) => {
                 let path = self.root.as_deref().unwrap_or(Path::new("")).join(MODULES);
                 let read = |entry: &Entry| sentence_modules::read(entry, &path, dtype, device).transpose();
-                let (first, rest) = entries.split_first().ok_or_else(|| Error::file(&path, "lists no module"))?;
+                let (first, rest) = entries.split_first().ok_or_else(|| Error::file(&path, "lists no modules"))?;
                 ensure!(
                     first.class == "Transformer",
                     Error::file(
                         &path,
-                        format_args!("begins with the module `{}`, expected `Transformer`", first.class)
+                        format_args!("starts with the module `{}`, expected `Transformer`", first.class)
                     )
                 );
                 rest.iter().filter_map(read).collect::<Result<Vec<_>>>()?
@@ -249,16 +249,13 @@ fn transformer_options(folder: &Path, to: &mut SentenceOptions) -> Result<()> {
             "modality_config" => {
                 let text = serde_json::json!({"method": "forward", "method_output_name": "last_hidden_state"});
                 let found = options.object(key)?.get("text");
-                ensure!(
-                    found == Some(&text),
-                    options.refuse(key, format!("is {value}, expected the last hidden state of texts, {text}"))
-                );
+                ensure!(found == Some(&text), options.refuse(key, format!("is {value}, expected {text} for text")));
             }
             "tokenizer_name_or_path" => to.tokenizer_name = Some(options.text(key, "")?.to_string()),
             // For texts marked as queries or documents, which this crate does not distinguish, and for packing of
             // batches.
             "query_length" | "document_length" | "query_expansion" | "unpad_inputs" => {}
-            _ => return Err(options.refuse(key, "is not a known option of the module `Transformer`")),
+            _ => return Err(options.refuse(key, "is not a supported option of the module `Transformer`")),
         }
     }
     to.tokenizer = Value::Object(tokenizer).to_string();
@@ -277,7 +274,9 @@ fn model_options(options: &Options, to: &mut SentenceOptions) -> Result<()> {
                     let text = match prompt {
                         Value::Null => "",
                         Value::String(text) => text,
-                        other => return Err(options.refuse(key, format!("has {other} for `{name}`, expected text"))),
+                        other => {
+                            return Err(options.refuse(key, format!("has {other} for `{name}`, expected a string")));
+                        }
                     };
                     to.prompts.insert(name.clone(), text.to_string());
                 }
@@ -295,7 +294,7 @@ fn model_options(options: &Options, to: &mut SentenceOptions) -> Result<()> {
             "truncate_dim" => to.truncate_dim = Some(options.size(key, None)?),
             "model_type" => options.only(key, "SentenceTransformer")?,
             "__version__" => {}
-            _ => return Err(options.refuse(key, "is not a known option of a model of sentences")),
+            _ => return Err(options.refuse(key, "is not a supported option of a sentence model")),
         }
     }
     // Every model has these two; they are empty unless the folder sets them.

@@ -38,8 +38,8 @@ pub(super) fn read(entry: &Entry, list: &Path, dtype: DType, device: &Device) ->
         }
         "Dropout" => Ok(None),
         other => {
-            let known = "Transformer, Pooling, Dense, LayerNorm, Normalize and Dropout";
-            Err(Error::file(list, format_args!("lists the module `{other}`, known are {known}")))
+            let known = "Transformer, Pooling, Dense, LayerNorm, Normalize, Dropout";
+            Err(Error::file(list, format_args!("lists the module `{other}`, expected one of {known}")))
         }
     }
 }
@@ -132,7 +132,7 @@ fn activation(options: &Options) -> Result<DenseActivation> {
     let last = class.strip_prefix("torch.nn.").map(|rest| rest.rsplit('.').next().unwrap_or(rest));
     CLASSES.iter().find(|(name, _)| last == Some(name)).map(|&(_, activation)| activation).ok_or_else(|| {
         let known = CLASSES.map(|(name, _)| name).join(", ");
-        options.refuse(KEY, format!("is `{class}`, expected one of `torch.nn`: {known}"))
+        options.refuse(KEY, format!("is `{class}`, expected a `torch.nn` class: {known}"))
     })
 }
 
@@ -176,12 +176,12 @@ impl<'d> Weights<'d> {
             found == shape,
             Error::file(
                 self.file.path(),
-                format_args!("`{name}` has shape {found:?}, its config.json asks for {shape:?}")
+                format_args!("`{name}` has shape {found:?}, expected {shape:?} by its config.json")
             )
         );
         let tensor = self.file.tensor(name)?;
         let finite = tensor.dtype().is_float() && tensor.to_f64_vec()?.iter().all(|value| value.is_finite());
-        ensure!(finite, Error::file(self.file.path(), format_args!("`{name}` holds NaN, infinity or integers")));
+        ensure!(finite, Error::file(self.file.path(), format_args!("`{name}` contains NaN, infinity or integers")));
         tensor.to_dtype(self.dtype)?.to_device(self.device)
     }
 }

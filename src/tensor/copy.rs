@@ -10,7 +10,7 @@ use crate::{
         simd::vectorized,
         size32,
     },
-    dtype::{DType, Element, Float, dispatch_float},
+    dtype::{DType, Element, Float, Pod, dispatch_float},
     error::ensure,
     shape::{Layout, collapse_layouts},
 };
@@ -103,7 +103,7 @@ impl Tensor {
         let inside = |&size: &usize| part.start.checked_add(part.len).is_some_and(|end| end <= size);
         ensure!(
             self.rank() == 0 || self.shape().get(part.dim).is_some_and(inside),
-            Error::shape("accumulate", format_args!("{part:?} is no part of a gradient of shape {:?}", self.shape()))
+            Error::shape("accumulate", format_args!("{part:?} is outside a gradient of shape {:?}", self.shape()))
         );
         let expected = if self.rank() == 0 { *self.shape() } else { self.shape().with_dim(part.dim, part.len) };
         ensure!(
@@ -111,7 +111,7 @@ impl Tensor {
             Error::shape(
                 "accumulate",
                 format_args!(
-                    "a gradient of shape {:?} {} was given where {expected:?} {} is needed",
+                    "the gradient is {:?} {}, expected {expected:?} {}",
                     value.shape(),
                     value.dtype(),
                     self.dtype()
@@ -147,7 +147,10 @@ pub(crate) fn same_kind(op: &'static str, a: &Tensor, b: &Tensor) -> Result<()> 
 pub(crate) fn same_device(op: &'static str, a: &Tensor, b: &Tensor) -> Result<()> {
     ensure!(
         a.device() == b.device(),
-        Error::device(op, format_args!("the tensors are on {} and {}; move one", a.device(), b.device()))
+        Error::device(
+            op,
+            format_args!("the tensors are on {} and {}; move one with `to_device`", a.device(), b.device())
+        )
     );
     Ok(())
 }
@@ -197,6 +200,18 @@ fn turned(to: &Layout, from: &Layout) -> Option<usize> {
 
 fn pack_into<E: Element>(x: &Tensor, out: &mut Tensor) -> Result<()> {
     let from = x.storage::<E>()?;
+    let [to, layout] = collapse_layouts(x.shape(), [&Layout::contiguous(*x.shape()), x.layout()]);
+    let last = to.shape.rank().saturating_sub(1);
+    if last > 0 && turned(&to, &layout) == Some(last - 1) {
+        let (out, width) = (out.bytes_mut()?, to.shape[last]);
+        match size_of::<E::Stored>() {
+            1 => pack_turned::<u8>(bytemuck::cast_slice(from), &layout, width, out),
+            2 => pack_turned::<u16>(bytemuck::cast_slice(from), &layout, width, out),
+            4 => pack_turned::<u32>(bytemuck::cast_slice(from), &layout, width, out),
+            _ => pack_turned::<u64>(bytemuck::cast_slice(from), &layout, width, out),
+        }
+        return Ok(());
+    }
     cpu::for_strided(out.values_mut::<E>()?, x.shape(), [x.layout()], |run, [start], [step]| {
         if step == 1 {
             run.copy_from_slice(&from[start..start + run.len()]);
@@ -207,6 +222,40 @@ fn pack_into<E: Element>(x: &Tensor, out: &mut Tensor) -> Result<()> {
         }
     });
     Ok(())
+}
+
+/// Packs matrices of rows of `width` elements whose columns lie packed, in tiles of [`LONG`] × [`LONG`]: a line of the
+/// cache is read once and written once, whatever the distance of the columns.
+fn pack_turned<E: Pod + Send + Sync>(from: &[E], layout: &Layout, width: usize, out: &mut [u8]) {
+    let last = layout.shape.rank() - 1;
+    let (height, step) = (layout.shape[last - 1], layout.strides[last]);
+    cpu::for_rows(bytemuck::cast_slice_mut::<u8, E>(out), width, width, |mut row, mut out| {
+        while !out.is_empty() {
+            // The rows of a band belong to one matrix.
+            let (band, rest) = out.split_at_mut(LONG.min(height - row % height).min(out.len() / width) * width);
+            let mut start = layout.offset + row % height;
+            let mut matrix = row / height;
+            for dim in (0..last - 1).rev() {
+                start += matrix % layout.shape[dim] * layout.strides[dim];
+                matrix /= layout.shape[dim];
+            }
+            let rows = band.len() / width;
+            for column in (0..width).step_by(LONG) {
+                let columns = LONG.min(width - column);
+                let mut tile = [[E::zeroed(); LONG]; LONG];
+                for (index, tile) in tile[..columns].iter_mut().enumerate() {
+                    tile[..rows].copy_from_slice(&from[start + (column + index) * step..][..rows]);
+                }
+                for (row, band) in band.chunks_exact_mut(width).enumerate() {
+                    for (to, tile) in band[column..column + columns].iter_mut().zip(&tile) {
+                        *to = tile[row];
+                    }
+                }
+            }
+            row += rows;
+            out = rest;
+        }
+    });
 }
 
 /// Every conversion goes through f64, which holds each of the types exactly (integers up to 2⁵³).

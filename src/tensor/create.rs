@@ -29,7 +29,7 @@ impl Tensor {
         let shape = shape?;
         ensure!(
             shape.numel() == values.len(),
-            Error::shape("from_slice", format_args!("{} values do not fill shape {shape:?}", values.len()))
+            Error::shape("from_slice", format_args!("cannot fill shape {shape:?} with {} values", values.len()))
         );
         let mut tensor = Self::uninit(shape, E::DTYPE, &Device::Cpu)?;
         for (to, &from) in tensor.values_mut::<E>()?.iter_mut().zip(values) {

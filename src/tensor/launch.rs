@@ -56,7 +56,7 @@ impl Tensor {
     /// strides.
     pub(crate) fn address(&self) -> Result<Address> {
         let strided =
-            || format!("a kernel expects packed elements, got {:?} with strides {:?}", self.shape(), self.strides());
+            || format!("kernels require a contiguous tensor, got {:?} with strides {:?}", self.shape(), self.strides());
         ensure!(self.is_contiguous(), Error::argument("launch", strided()));
         Ok(self.storage_address()?.plus(self.range().start * self.0.dtype.size()))
     }
@@ -65,7 +65,7 @@ impl Tensor {
     pub(crate) fn address_mut(&mut self) -> Result<Address> {
         ensure!(
             self.is_unique(),
-            Error::argument("write", "the storage is shared; ops write only to packed tensors that they own")
+            Error::argument("write", "the storage is shared; ops write only to contiguous tensors that they own")
         );
         self.address()
     }
@@ -74,9 +74,10 @@ impl Tensor {
     pub(crate) fn storage_address(&self) -> Result<Address> {
         match &*self.0.buffer {
             Buffer::Gpu(buffer) => Ok(buffer.address()),
-            Buffer::Cpu(_) => {
-                Err(Error::device("launch", "a tensor on the CPU was given to a kernel; move it with `to_device`"))
-            }
+            Buffer::Cpu(_) => Err(Error::device(
+                "launch",
+                "expected a tensor on the GPU, got one on the CPU; move it with `to_device`",
+            )),
         }
     }
 
@@ -116,8 +117,8 @@ mod tests {
         let x = Tensor::ones([2, 3], DType::F32, &Device::Cpu)?;
         let refusal = |x: &Tensor| x.into_arg().expect_err("there is no GPU").to_string();
         let strided = refusal(&x.transpose(0, 1)?);
-        assert!(strided.contains("expects packed elements, got [3, 2] with strides [1, 3]"), "{strided}");
-        assert!(refusal(&x).contains("a tensor on the CPU was given to a kernel"));
+        assert!(strided.contains("require a contiguous tensor, got [3, 2] with strides [1, 3]"), "{strided}");
+        assert!(refusal(&x).contains("expected a tensor on the GPU, got one on the CPU"));
         Ok(())
     }
 }

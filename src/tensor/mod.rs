@@ -206,10 +206,7 @@ impl Tensor {
     pub fn requires_grad(&self) -> Result<Self> {
         ensure!(
             self.0.dtype.is_float(),
-            Error::dtype(
-                "requires_grad",
-                format_args!("only float tensors have gradients, this one is {}", self.0.dtype)
-            )
+            Error::dtype("requires_grad", format_args!("expected a float tensor, got {}", self.0.dtype))
         );
         Ok(self.with_slot(GradSlot::Leaf(LeafId::new())))
     }
@@ -320,7 +317,7 @@ impl Tensor {
     pub fn item(&self) -> Result<f64> {
         ensure!(
             self.numel() == 1,
-            Error::shape("item", format_args!("expected one element, the shape is {:?}", self.shape()))
+            Error::shape("item", format_args!("expected one element, got shape {:?}", self.shape()))
         );
         Ok(self.to_f64_vec()?[0])
     }
@@ -445,7 +442,7 @@ impl Tensor {
             self.0.dtype == E::DTYPE,
             Error::dtype(
                 "read",
-                format_args!("the tensor is {}, not {}; convert with `to_dtype`", self.0.dtype, E::DTYPE)
+                format_args!("the tensor is {}, expected {}; convert with `to_dtype`", self.0.dtype, E::DTYPE)
             )
         );
         Ok(())

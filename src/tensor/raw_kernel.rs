@@ -99,7 +99,7 @@ impl RawKernel {
     pub fn new(device: &Device, text: &str, name: &str, options: &[(&str, &str)]) -> Result<Self> {
         let source = Source::new(text, name, options)?;
         let Device::Gpu(gpu) = *device else {
-            let message = format!("kernel `{name}` was asked for on the CPU; it runs on a GPU");
+            let message = format!("kernel `{name}` requires a GPU, got the CPU");
             return Err(Error::device(OP, message));
         };
         Ok(Self { device: device.clone(), kernel: gpu.compile(&source)?, source })
@@ -138,7 +138,10 @@ impl RawKernel {
         let tensor = |tensor: &Tensor| {
             ensure!(
                 *tensor.device() == self.device,
-                Error::device(OP, format_args!("{} is on {}, the kernel on {}", place(), tensor.device(), self.device))
+                Error::device(
+                    OP,
+                    format_args!("{} is on {} but the kernel is on {}", place(), tensor.device(), self.device)
+                )
             );
             ensure!(
                 parameter.of == ParameterType::Elements(tensor.dtype()),
@@ -154,7 +157,10 @@ impl RawKernel {
                 tensor(y)?;
                 ensure!(
                     matches!(y.slot(), GradSlot::Constant),
-                    Error::argument(OP, format_args!("{} belongs to a tape, which would miss the change", place()))
+                    Error::argument(
+                        OP,
+                        format_args!("{} belongs to a tape, which would not see the change; `.detach()` it", place())
+                    )
                 );
                 return y.into_arg();
             }

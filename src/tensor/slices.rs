@@ -38,7 +38,10 @@ impl Tensor {
         self.check_packed("as_mut_slice")?;
         ensure!(
             matches!(self.slot(), GradSlot::Constant),
-            Error::argument("as_mut_slice", "the tensor belongs to a tape, which would miss the change")
+            Error::argument(
+                "as_mut_slice",
+                "the tensor belongs to a tape, which would not see the change; `.detach()` it"
+            )
         );
         self.values_mut::<E>()
     }

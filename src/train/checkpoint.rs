@@ -246,7 +246,8 @@ impl<C: DeserializeOwned> Checkpoint<C> {
                         Error::file(
                             path,
                             format_args!(
-                                "is of step {}, {TRAINING} of step {}: the files are of different checkpoints",
+                                "is from step {}, but {TRAINING} is from step {}: the files belong to different \
+                                 checkpoints",
                                 step.map_or("", String::as_str),
                                 training.step
                             )
@@ -283,7 +284,7 @@ fn undisturbed<R>(folder: &Path, read: impl Fn() -> Result<R>) -> Result<R> {
         }
         before = after;
     }
-    Err(Error::file(folder, "is replaced faster than it can be read"))
+    Err(Error::file(folder, "is being replaced faster than it can be read"))
 }
 
 fn found(path: &Path) -> Result<()> {

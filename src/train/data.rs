@@ -121,8 +121,8 @@ impl ByteText {
             Error::option(
                 "text",
                 format_args!(
-                    "{} bytes are too short for windows of {} bytes: {} are to train on and {} to validate; use a \
-                     longer text or a smaller seq_len",
+                    "{} bytes are too few for windows of {} bytes: {} are for training and {} for validation; use a \
+                     longer text or a smaller `seq_len`",
                     self.bytes.len(),
                     seq_len.saturating_add(1),
                     self.train().len(),
@@ -184,7 +184,7 @@ fn windows(
 fn no_text(folder: &Path, skipped: &[(PathBuf, String)]) -> Error {
     let unreadable = skipped.iter().find(|(path, _)| path.starts_with(folder));
     let reason = unreadable.map_or(String::new(), |(path, why)| format!("; {}: {why}", path.display()));
-    Error::file(folder, format_args!("has no readable text in it or below it{reason}"))
+    Error::file(folder, format_args!("contains no readable text{reason}"))
 }
 
 /// Appends the text below a folder.

@@ -70,7 +70,10 @@ impl Ema {
         }
         ensure!(
             values.len() == self.averages.len(),
-            Error::argument("ema", format_args!("{} parameters for {} averages", values.len(), self.averages.len()))
+            Error::argument(
+                "ema",
+                format_args!("got {} parameters for {} averages", values.len(), self.averages.len())
+            )
         );
         // Both iterate over the names in alphabetical order.
         let mut averages: Vec<&mut Tensor> = self.averages.values_mut().collect();
@@ -126,7 +129,7 @@ impl Ema {
                 average.dtype() == given.dtype(),
                 Error::dtype(
                     "load_state_dict",
-                    format_args!("{name} is {}, expected {}", given.dtype(), average.dtype())
+                    format_args!("the average of {name} is {}, expected {}", given.dtype(), average.dtype())
                 )
             );
         }
@@ -145,14 +148,14 @@ impl Ema {
             Some(average) => Err(Error::shape(
                 "ema",
                 format_args!(
-                    "the average of {name} is {:?} {}, the parameter {:?} {}",
+                    "the average of {name} is {:?} {}, but the parameter is {:?} {}",
                     average.shape(),
                     average.dtype(),
                     value.shape(),
                     value.dtype()
                 ),
             )),
-            None => Err(Error::argument("ema", format_args!("there is no average of {name}"))),
+            None => Err(Error::argument("ema", format_args!("{name} has no average"))),
         }
     }
 }

@@ -83,7 +83,7 @@ impl GradScaler {
             self.scale > 0.0 && self.scale <= f64::from(f32::MAX) && self.growth_tracker < Self::GROWTH_INTERVAL,
             Error::argument(
                 "grad_scaler",
-                format_args!("expected a positive scale and a count below 2000, got {self:?}")
+                format_args!("expected a positive scale and a growth tracker below 2000, got {self:?}")
             )
         );
         Ok(())

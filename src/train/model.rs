@@ -82,6 +82,6 @@ impl TrainModel for AutoregressiveWrapper {
 fn plan(config: &Config) -> Result<AutoregressivePlan> {
     match config.plan()? {
         ModelPlan::Autoregressive(plan) => Ok(plan),
-        _ => Err(Error::argument("config", "is of another model than an AutoregressiveWrapper")),
+        _ => Err(Error::argument("config", "expected an AutoregressiveWrapper, got another model")),
     }
 }

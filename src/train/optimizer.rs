@@ -207,11 +207,11 @@ impl AdamW {
             !self.updating,
             Error::argument(
                 "adamw",
-                "the last step panicked half way, and the state is part old and part new; replace it with `load_state_dict`"
+                "the last step panicked, leaving the state partly updated; replace it with `load_state_dict`"
             )
         );
         if let Some((name, _)) = named.iter().find(|(_, param)| param.is_broken()) {
-            let why = "was left half updated by a step that panicked; `set` or load it first";
+            let why = "was left partly updated by a step that panicked; `set` or load it first";
             return Err(Error::argument("adamw", format_args!("`{name}` {why}")));
         }
         self.prepare(named)?;
@@ -312,7 +312,7 @@ impl AdamW {
                 Error::argument(
                     "adamw",
                     format_args!(
-                        "the state of {name} is for a parameter of shape {:?} on {}, the parameter is {:?} {} on {}",
+                        "the state of {name} is for a parameter {:?} on {}, but the parameter is {:?} {} on {}",
                         state.exp_avg.shape(),
                         state.exp_avg.device(),
                         value.shape(),

@@ -100,7 +100,7 @@ impl TrainOptions {
             (1..=max_seq_len).contains(&self.seq_len),
             Error::option(
                 "seq_len",
-                format_args!("expected 1 to {max_seq_len}, the model's max_seq_len, got {}", self.seq_len)
+                format_args!("expected 1 to {max_seq_len} (the model's `max_seq_len`), got {}", self.seq_len)
             )
         );
         let positive = |key: &str, value: f64| {

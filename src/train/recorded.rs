@@ -62,7 +62,7 @@ impl RecordedStep {
     ) -> Result<Self> {
         check(0.0, clip)?;
         let device = inputs.first().map_or(Device::Cpu, |input| input.device().clone());
-        ensure!(device != Device::Cpu, Error::argument("graph", "expected at least one input, on a GPU"));
+        ensure!(device != Device::Cpu, Error::argument("graph", "expected at least one input on a GPU"));
         let optimizer = RefCell::new(optimizer);
         let factors = optimizer.borrow().factors(params, 0.0);
         // NaN: the run before the recording computes everything and updates nothing.
@@ -106,14 +106,18 @@ impl RecordedStep {
                 Error::argument(
                     "graph",
                     format_args!(
-                        "another tensor shares `{name}`, which the step would change under it; drop it, or copy it"
+                        "another tensor shares the storage of `{name}`, which the step overwrites; drop or copy that \
+                         tensor"
                     )
                 )
             );
         }
         ensure!(
             self.optimizer.is_unique(),
-            Error::argument("graph", "another tensor shares the optimizer's state; drop it, or copy it")
+            Error::argument(
+                "graph",
+                "another tensor shares the optimizer's state, which the step overwrites; drop or copy that tensor"
+            )
         );
         let device = self.graph.output().norm.device().clone();
         let given = [1.0 / scale, self.clip.unwrap_or(f64::INFINITY)];

@@ -134,7 +134,7 @@ impl<M: TrainModel> Trainer<M> {
             usize::from(largest) < num_tokens,
             Error::option(
                 "num_tokens",
-                format_args!("expected more than {largest}, which is a byte of the text, got {num_tokens}")
+                format_args!("expected more than {largest} (the largest byte of the text), got {num_tokens}")
             )
         );
         let model = M::build(&config, &store)?;
@@ -161,12 +161,12 @@ impl<M: TrainModel> Trainer<M> {
             completed => completed?,
         }
         let Checkpoint { config, model, optimizer, training } = Checkpoint::<Value>::load_as(folder)?;
-        let broken = |error| Error::file(folder.join(CONFIG), format_args!("does not fit: {error}"));
+        let broken = |error| Error::file(folder.join(CONFIG), format_args!("does not match the checkpoint: {error}"));
         let config = M::config_from_json(config).map_err(broken)?;
         let TrainingState { step, options, text: print, losses, grad_scaler, .. } = training;
         ensure!(
             step <= MAX_STEPS,
-            Error::file(folder, format_args!("is of step {step}, at most {MAX_STEPS} are possible"))
+            Error::file(folder, format_args!("is from step {step}, expected at most {MAX_STEPS}"))
         );
         let store = ParamStore::zeros(options.dtype, device);
         let mut trainer = Self::build(config, options, text, store).context(folder.display())?;
@@ -175,8 +175,8 @@ impl<M: TrainModel> Trainer<M> {
             Error::option(
                 "text",
                 format_args!(
-                    "the run in {} trains on a text of {} bytes (fingerprint {}), this one has {} bytes \
-                     (fingerprint {}); give the same text",
+                    "the run in {} trains on a text of {} bytes (fingerprint {}), but this text has {} bytes \
+                     (fingerprint {}); use the same text",
                     folder.display(),
                     print.bytes,
                     print.fingerprint,
@@ -201,7 +201,7 @@ impl<M: TrainModel> Trainer<M> {
             .iter()
             .find(|(name, value)| self.params.get(name).is_some_and(|param| param.tensor().dtype() != value.dtype()));
         if let Some((name, value)) = other {
-            let message = format!("{name} is {}, the run trains in {}", value.dtype(), self.options.dtype);
+            let message = format!("{name} is {}, but the run trains in {}", value.dtype(), self.options.dtype);
             return Err(Error::dtype("resume", message));
         }
         self.params.load(&model).context("model.safetensors")?;
@@ -222,7 +222,7 @@ impl<M: TrainModel> Trainer<M> {
             steps.checked_add(skipped) == Some(step),
             Error::argument(
                 "resume",
-                format_args!("the optimizer has done {steps} steps and skipped {skipped}, the run {step}")
+                format_args!("the optimizer has done {steps} steps and skipped {skipped}, but the run has done {step}")
             )
         );
         Ok(())
@@ -407,7 +407,7 @@ impl<M: TrainModel> Trainer<M> {
     pub fn set_steps(&mut self, steps: u64) -> Result<()> {
         ensure!(
             (self.step..=MAX_STEPS).contains(&steps),
-            Error::option("steps", format_args!("expected {}, which are done, to {MAX_STEPS}, got {steps}", self.step))
+            Error::option("steps", format_args!("expected {} (the steps done) to {MAX_STEPS}, got {steps}", self.step))
         );
         self.options.steps = steps;
         Ok(())
@@ -417,7 +417,7 @@ impl<M: TrainModel> Trainer<M> {
     ///
     /// Errors: [`ErrorKind::Option`] for 0.
     pub fn set_every(&mut self, every: u64) -> Result<()> {
-        ensure!(every > 0, Error::option("every", "must be at least 1, got 0"));
+        ensure!(every > 0, Error::option("every", "expected at least 1, got 0"));
         self.options.every = every;
         Ok(())
     }

@@ -1,4 +1,4 @@
-// Runs a kernel: the blocks of its grid, shared out among threads of the system where that pays.
+// Runs the blocks of a kernel's grid, on several OS threads where that is faster.
 
 #include <atomic>
 #include <chrono>
@@ -13,7 +13,7 @@
 namespace xt {
 namespace {
 
-// What is left to do of a launch must take this long to wake others for it.
+// Minimum estimated time of the remaining blocks for which helper threads are woken.
 constexpr std::chrono::microseconds WORTH_HELP(300);
 
 struct Team {
@@ -21,18 +21,18 @@ struct Team {
     std::condition_variable begun, ended;
     unsigned helpers = 0, helping = 0;
     uint64_t launches = 0;
-    // Of the launch that they help with.
+    // State of the launch that the helpers work on.
     const Launch* launch = nullptr;
     uint64_t blocks = 0;
     std::atomic<uint64_t> next{0};
     std::atomic<bool> failed{false};
-    // Who has it.
+    // Held by the thread whose launch the team runs.
     std::mutex taken;
 
     Team() {
         const char* const given = getenv("XT_EMULATOR_THREADS");
         const unsigned threads = given != nullptr ? atoi(given) : std::min(std::thread::hardware_concurrency(), 4u);
-        // An order that was asked for is for one thread.
+        // A given order is that of a single thread.
         if (getenv("XT_EMULATOR_ORDER") != nullptr) return;
         for (; helpers + 1 < threads; ++helpers) std::thread([this] { help(); }).detach();
     }
@@ -69,7 +69,7 @@ struct Team {
         }
         begun.notify_all();
         work(worker);
-        // Who has not come by now is not waited for.
+        // Helpers that have not joined by now are not waited for.
         std::unique_lock guard(lock);
         launch = nullptr;
         ended.wait(guard, [&] { return helping == 0; });
@@ -107,7 +107,7 @@ bool run(const Launch& launch) {
     for (uint64_t block = 0; block < blocks; ++block) {
         const uint64_t left = blocks - block;
         if (block > 0 && (std::chrono::steady_clock::now() - start) / block * left > WORTH_HELP) {
-            // Unless another thread's launch has it.
+            // Unless the launch of another thread holds the team.
             std::unique_lock mine(team().taken, std::try_to_lock);
             if (mine) return team().run(worker, launch, block, blocks);
         }

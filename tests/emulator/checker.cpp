@@ -1,6 +1,6 @@
-// Every access of a kernel to memory: g++ puts a call before each (-fsanitize=thread), and one where a pointer is not
-// aligned for its type, an index outside of its array or a divisor zero (-fsanitize=alignment,bounds,
-// integer-divide-by-zero). These are what it calls.
+// Checks every memory access of a kernel: defines the functions that g++ calls before each access (-fsanitize=thread),
+// and for a misaligned pointer, an index outside of its array or a zero divisor (-fsanitize=alignment,bounds,
+// integer-divide-by-zero).
 
 #include <cstdio>
 #include <cstring>
@@ -14,8 +14,8 @@ namespace {
 std::mutex report_lock;
 std::string last_report;
 
-// Cells hold a time in the upper bits and a thread in the lower ones. For readers, that thread may be all that are
-// known: several of one warp, or of several warps. For writers, two bits say what kind of write it was.
+// Cells hold a time in the upper bits and a thread in the lower ones. For readers, the thread may stand for several
+// threads of one warp, or of several warps. For writers, two bits encode the kind of write.
 constexpr uint32_t WHO = 12, WHO_MASK = (1 << WHO) - 1, SEVERAL = 1024, SEVERAL_WARPS = 2048;
 constexpr uint32_t ATOMIC_WRITE = 1 << 10, PENDING_COPY = 2 << 10, KIND_MASK = 3 << 10;
 constexpr uint32_t END_OF_TIME = 1 << (32 - WHO);
@@ -28,10 +28,10 @@ struct Race {
     uint32_t other;  // a thread, or SEVERAL…
 };
 
-// Whether an access to a byte is right, what is wrong if not, and the byte's new state.
+// Returns true if an access to a byte is correct; describes the race otherwise. Updates the byte's state.
 bool access_byte(const Worker& worker, unsigned thread, Cell& cell, Access access, Race& race) {
     const uint32_t warp = thread / WARP;
-    // Whether something that another thread did at a time may come before or after what this one does now.
+    // True if an earlier access of another thread at `time` is not ordered before the current one.
     const auto unordered = [&](uint32_t other, uint32_t time) {
         return time >= worker.last_barrier && (other / WARP != warp || time >= worker.last_warp_barrier[warp]);
     };
@@ -90,10 +90,10 @@ std::string in_words(const Worker& worker, const Race& race) {
     return text + name.substr(name.rfind("thread"));
 }
 
-// Where dynamic shared memory starts: behind what kernels and the driver have, and not at a multiple of 1024.
+// Start of dynamic shared memory: behind the static memory of kernels and driver, and not at a multiple of 1024.
 uint32_t product_base(const Worker& worker) { return (worker.static_bytes + 1024 + 15) / 16 * 16; }
 
-// The cell of an address; null if it is not in shared memory.
+// Returns the cell of an address, or null if it is not in shared memory.
 Cell* find(Worker& worker, uintptr_t address, size_t bytes) {
     const size_t in_static = address - uintptr_t(worker.static_shared);
     const size_t in_dynamic = address - uintptr_t(worker.dynamic_shared);
@@ -110,7 +110,7 @@ std::string shared_place(const Worker& worker, const Cell* cell) {
            std::to_string(in_static ? at : at - worker.static_bytes);
 }
 
-// A report of another thread's doing, or of the running one's.
+// Reports an error of the given thread, which need not be the running one.
 void fail_as(const Thread& thread, const std::string& what) {
     report(name_of(*thread.worker, thread.number) + ": " + what);
     thread.worker->failed = true;
@@ -141,7 +141,7 @@ void wrong_address(const Thread& thread, uintptr_t address, size_t bytes, bool w
     }
 }
 
-// Neither device memory nor the thread's own: shared memory, or constants of the module.
+// Checks an address outside of device memory and of the thread's stack: shared memory, or constants of the module.
 [[gnu::noinline]] void check_other(uintptr_t address, size_t bytes, bool write, bool aligned) {
     const Thread& thread = *self();
     const void* const pointer = reinterpret_cast<const void*>(address);
@@ -184,7 +184,7 @@ template <size_t N, bool WRITES, bool ALIGN> inline void access(const void* poin
     const Thread& thread = *self();
     Cell* const cells = find(*thread.worker, address, N);
     if (cells == nullptr || !aligned) return check_other(address, N, WRITES, aligned);
-    // Bytes of a value mostly have one history, so that one of them speaks for all.
+    // Fast path: the bytes of a value mostly share one history, so that checking one of them suffices.
     uint64_t first, differences = 0;
     memcpy(&first, cells, sizeof first);
     for (size_t i = 1; i < N; ++i) {
@@ -195,7 +195,7 @@ template <size_t N, bool WRITES, bool ALIGN> inline void access(const void* poin
     Cell cell = cells[0];
     const Worker& worker = *thread.worker;
     if (!WRITES && differences == 0) {
-        // Written before the last barrier, and read since then by the same threads as it is now: nothing new.
+        // Written before the last barrier, and since then read only by the same threads: nothing changes.
         const uint32_t written = when(cell.write), known = cell.read - (worker.now << WHO);
         const bool settled = written >= worker.block_start && written < worker.last_barrier &&
                              (cell.write & KIND_MASK) != PENDING_COPY;
@@ -264,7 +264,7 @@ const char* read_by_product(const Thread& thread, const PartOfProduct& part, uin
         if (worker.fenced[writer] <= written) {
             return wrong(in_words(worker, {"wgmma reads what is written without fence.proxy.async by", writer}));
         }
-        // Of all warps of the warpgroup: whoever writes there needs a barrier of the block.
+        // Read by all warps of the warpgroup: a later writer needs a barrier of the block.
         cells[i].read = worker.now << WHO | SEVERAL_WARPS;
     }
     return worker.dynamic_shared + at;
@@ -272,11 +272,11 @@ const char* read_by_product(const Thread& thread, const PartOfProduct& part, uin
 
 void Worker::tick() { ++now; }
 
-// Nothing of what the block before it left can be found: everything reads as NaN and counts as never written.
+// Erases what the previous block left: all shared memory reads as NaN and counts as uninitialized.
 void Worker::begin_shared() {
     memset(static_shared, 0xFF, static_bytes);
     memset(dynamic_shared, 0xFF, dynamic_bytes);
-    // Half of time is left for this block; times are counted anew before they run out.
+    // Restarts the clock before it overflows: half of its range is left for this block.
     if (now > END_OF_TIME / 2 || cells.size() < static_bytes + dynamic_bytes) {
         cells.assign(std::max(cells.size(), static_bytes + dynamic_bytes), Cell{0, 0});
         now = 0;
@@ -287,7 +287,7 @@ void Worker::begin_shared() {
 
 }  // namespace xt
 
-// The report made last, or an empty text.
+// Returns the last report, or an empty string.
 XT_EXPORT const char* xt_emulator_report(void) {
     static thread_local std::string text;
     std::lock_guard guard(xt::report_lock);
@@ -318,7 +318,7 @@ XT_HOOKS(4)
 XT_HOOKS(8)
 XT_HOOKS(16)
 
-// What g++ says of a place in the source and of a type, in the form of its own run-time library.
+// Source locations and types as g++ passes them to its sanitizer runtime.
 struct SourceLocation {
     const char* file;
     unsigned line, column;
@@ -360,7 +360,7 @@ XT_EXPORT void __ubsan_handle_out_of_bounds(const OutOfBounds* what, uintptr_t i
     xt::fail(in_words(what->where) + ": index " + std::to_string(long(index)) + " is outside of " + what->array->name);
 }
 
-// A card goes on with some number.
+// A GPU continues with some number.
 XT_EXPORT void __ubsan_handle_divrem_overflow(const Overflow* what, uintptr_t, uintptr_t) {
     xt::fail(in_words(what->where) + ": an integer division by zero");
 }

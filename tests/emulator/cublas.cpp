@@ -1,4 +1,4 @@
-// cuBLAS: C = alpha op(A) op(B) + beta C, columns first, in the order of k and without blocks.
+// cuBLAS: C = alpha op(A) op(B) + beta C, column-major, summed in the order of k without blocking.
 
 #include <bit>
 #include <cstring>
@@ -29,7 +29,7 @@ struct Handle {
 
 size_t size_of(int type) { return type == F64 ? 8 : type == F32 ? 4 : 2; }
 
-// Rounded to the ten bits that TF32 keeps.
+// Rounds to TF32, which has ten mantissa bits.
 float to_tf32(float x) {
     const uint32_t bits = std::bit_cast<uint32_t>(x);
     if ((bits >> 23 & 0xFF) == 0xFF) return x;
@@ -69,7 +69,7 @@ template <typename A> void write(char* to, int type, A value) {
     }
 }
 
-// A matrix as it lies in memory.
+// Layout of a matrix in memory.
 struct Matrix {
     uintptr_t address;
     int type;
@@ -86,7 +86,7 @@ struct Gemm : Operation {
     Matrix a, b, c;
     bool in_f64, tf32;
 
-    // Whether all elements may be read or written; columns one by one, because of what lies between them.
+    // Checks the access to all elements, column by column, because the gaps between columns are not accessed.
     bool allowed(const char* name, const Matrix& matrix, int rows, int columns, bool write) const {
         std::string why;
         for (int item = 0; item < items; ++item) {
@@ -101,7 +101,7 @@ struct Gemm : Operation {
         return true;
     }
 
-    // op(matrix) with its rows next to each other: [columns, rows].
+    // Returns op(matrix) with packed rows: [columns, rows].
     template <typename A> std::vector<A> packed(const Matrix& matrix, int item, int rows, int columns) const {
         std::vector<A> out(size_t(rows) * columns);
         const char* const from = reinterpret_cast<const char*>(matrix.of(item));
@@ -227,7 +227,7 @@ XT_EXPORT int cublasSetMathMode(Handle* handle, int mode) {
     return BLAS_SUCCESS;
 }
 
-// Factors lie in the host's memory, which is the default.
+// Scaling factors are in host memory, the default pointer mode.
 XT_EXPORT int cublasSetPointerMode_v2(Handle*, int mode) { return mode == 0 ? BLAS_SUCCESS : BLAS_NOT_SUPPORTED; }
 
 XT_EXPORT int cublasGetVersion_v2(Handle*, int* version) {

@@ -1,5 +1,5 @@
-// CUDA C++ for g++: what NVRTC has built in and the kernels use. Stands before the source of every kernel; includes no
-// header of the system, so that nothing is at hand that NVRTC would refuse.
+// CUDA C++ for g++: the built-ins of NVRTC that the kernels use. Prepended to the source of every kernel; includes no
+// system headers, so that kernels cannot use anything that NVRTC lacks.
 
 #include "runtime.h"
 
@@ -13,9 +13,9 @@
 #define __noinline__ __attribute__((noinline))
 #define __align__(n) __attribute__((aligned(n)))
 #define __grid_constant__
-// Shared memory of a block is what threads of the system have of their own, because each runs a block at a time.
+// Shared memory of a block is thread-local, because each OS thread runs one block at a time.
 #define __shared__ static thread_local
-// The emulated compiler looks for these two words.
+// The emulated compiler searches for these two words.
 #define __global__ __attribute__((xt_global, noinline, visibility("default")))
 #define __launch_bounds__(...) __attribute__((xt_launch_bounds((__VA_ARGS__))))
 
@@ -23,7 +23,7 @@ typedef decltype(sizeof(0)) size_t;
 
 static const int warpSize = 32;
 
-// --- Indices. Read by assembly, which the checker of memory accesses leaves alone.
+// --- Indices. Read by assembly, which the memory checker does not instrument.
 
 static inline __attribute__((always_inline)) XtThread* xt_self() {
     XtThread* self;
@@ -67,7 +67,7 @@ template <typename E> static inline __attribute__((always_inline)) E xt_read(con
         return &place;                                     \
     }())
 
-// Compilers must not keep memory in registers across these.
+// The compiler must not keep memory in registers across these.
 #define XT_FENCED(call)                    \
     ({                                     \
         asm volatile("" : : : "memory");   \
@@ -383,7 +383,7 @@ static inline float __ll2float_rn(long long x) { return (float)x; }
 static inline float __ull2float_rn(unsigned long long x) { return (float)x; }
 static inline float __double2float_rn(double x) { return (float)x; }
 
-// --- How the emulator calls a kernel. A line XT_KERNEL(name, most threads) follows the source for each.
+// --- Entry points for the emulator. A line XT_KERNEL(name, maximum threads) follows the source for each kernel.
 
 template <typename A> constexpr bool xt_is_pointer = false;
 template <typename A> constexpr bool xt_is_pointer<A*> = true;
@@ -395,7 +395,7 @@ template <typename... A> struct XtCall<void(A...)> {
     static constexpr unsigned SIZES[COUNT + 1] = {sizeof(A)..., 0};
     static constexpr bool POINTERS[COUNT + 1] = {xt_is_pointer<A>..., false};
 
-    // Arguments lie in the host's memory, which the checker would refuse.
+    // Arguments are in host memory, which the checker would reject.
     template <unsigned... I>
     __attribute__((no_sanitize("thread"))) static void unpack(void (*kernel)(A...), void** arguments, XtIndices<I...>) {
         kernel(*static_cast<A*>(arguments[I])...);
@@ -405,7 +405,7 @@ template <typename... A> struct XtCall<void(A...)> {
     }
 };
 
-// Of the numbers of __launch_bounds__.
+// Arguments of __launch_bounds__.
 template <typename... R> constexpr unsigned xt_first(unsigned first, R...) { return first; }
 
 #define XT_KERNEL(kernel, most_threads)                                                                    \
@@ -420,6 +420,6 @@ template <typename... R> constexpr unsigned xt_first(unsigned first, R...) { ret
                                          XtCall<decltype(kernel)>::POINTERS,                               \
                                          most_threads};
 
-// The address of this brings the shared memory of the calling thread of the system into being.
+// Taking this address allocates the shared memory of the calling OS thread.
 static thread_local char xt_anchor;
 extern "C" __attribute__((visibility("default"))) void* xt_shared_memory() { return &xt_anchor; }

@@ -221,7 +221,7 @@ fn shuffle_that_a_thread_leaves_out() {
 }
 
 #[test]
-fn shuffle_from_a_thread_that_is_not_there() {
+fn shuffle_from_a_missing_thread() {
     emulated(here!(), &[], || {
         Twins {
             wrong: "if (i < 16) y[i] = __shfl_xor_sync(0xFFFF, x[i], 16);",

@@ -1,4 +1,4 @@
-// The driver's functions for devices, contexts, memory and modules. There is one device.
+// Driver API for devices, contexts, memory and modules. There is one device.
 
 #include <atomic>
 #include <cstdio>
@@ -100,7 +100,7 @@ int release_checked(uintptr_t address) {
     if (address == 0) return SUCCESS;
     if (int error = refuse_while_recording()) return error;
     catch_up();
-    // Also in a lost context: what is live is counted.
+    // Also in a lost context, because live allocations are counted.
     if (!release(address)) return refuse(INVALID_VALUE, "cuMemFree of what is not allocated: " + place_of(address));
     return lost();
 }
@@ -159,7 +159,7 @@ struct FillOperation : Operation {
     }
 };
 
-// `stream` null: a call that waits, which is not for recordings.
+// If `waits`, the call is synchronous, which is an error while a stream is recorded; `stream` may then be null.
 template <typename O> int start(Stream* stream, bool waits, O operation) {
     if (int error = lost()) return error;
     if (waits) {
@@ -197,7 +197,7 @@ unsigned version_of(const char* variable) {
 int lost() { return context_lost ? ILLEGAL_ADDRESS : SUCCESS; }
 
 void lose() {
-    // To see all that is wrong in one run, and not only what comes first.
+    // Shows all errors in one run instead of only the first.
     static const bool goes_on = getenv("XT_EMULATOR_GO_ON") != nullptr;
     context_lost = !goes_on;
 }
@@ -211,7 +211,7 @@ int refuse(Result result, const std::string& what) {
 
 using namespace xt;
 
-// Makes a lost context usable again, for tests that have broken it on purpose.
+// Makes a lost context usable again, for tests that broke it on purpose.
 XT_EXPORT void xt_emulator_clear(void) { context_lost = false; }
 
 // --- Devices and contexts.
@@ -379,10 +379,10 @@ XT_EXPORT int cuModuleLoadData(const Module** module, const void* image) {
     if (*module == nullptr) return INVALID_IMAGE;
     const unsigned made_for = origin.architecture, present = card().architecture;
     const unsigned driver = version_of("XT_EMULATOR_DRIVER");
-    // A driver compiles PTX of compilers that are not newer than itself, for the card and earlier ones.
+    // A driver compiles PTX of compilers no newer than itself, for the card's architecture or an earlier one.
     if (origin.ptx && origin.compiler > driver) return UNSUPPORTED_PTX;
-    // Machine code may come from any compiler of the same major version, for the same generation of cards and no later
-    // member of it than this one.
+    // Machine code may come from any compiler of the same major version, for the card's major architecture and at most
+    // its minor one.
     if (!origin.ptx && origin.compiler / 1000 > driver / 1000) return INVALID_IMAGE;
     if (made_for > present || (!origin.ptx && made_for / 10 != present / 10)) return NO_BINARY_FOR_GPU;
     count_alive(MODULE, 1);

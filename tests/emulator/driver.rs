@@ -80,7 +80,7 @@ fn graph_replays_in_order() {
 
 /// Calls that wait or allocate invalidate a recording.
 #[test]
-fn graph_refuses_what_it_cannot_hold() {
+fn graph_refuses_unsupported_work() {
     emulated(here!(), &[], || {
         let card = Card::open();
         begin(&card);
@@ -149,7 +149,7 @@ fn copies_from_the_host_are_late() {
 }
 
 #[test]
-fn what_is_alive_is_counted() {
+fn live_memory_is_counted() {
     emulated(here!(), &[], || {
         let alive: unsafe extern "C" fn(*const std::ffi::c_char) -> i64 = exported("xt_emulator_alive");
         // SAFETY: the text ends with a zero.

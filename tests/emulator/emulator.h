@@ -1,4 +1,4 @@
-// What the rooms of the emulator share: memory, checker, fibers, modules, faults.
+// Interfaces between the files of the emulator: memory, checker, fibers, modules, faults.
 
 #pragma once
 
@@ -15,8 +15,8 @@
 
 namespace xt {
 
-// --- memory.cpp: device memory. Addresses are real ones of this process, in one range that nothing else lies in; a
-// byte's state lies at the same distance behind it. Addresses are never used twice, so that a freed one stays known.
+// --- memory.cpp: device memory. Addresses are real addresses of this process, in a reserved range; the state of a byte
+// is at a fixed offset behind it. Addresses are never reused, so that freed ones are recognized.
 
 constexpr uintptr_t ARENA = 0x100000000000, ARENA_BYTES = uintptr_t(1) << 40;
 enum State : uint8_t { NOTHING = 0, FRESH = 1, WRITTEN = 3 };
@@ -24,39 +24,39 @@ enum State : uint8_t { NOTHING = 0, FRESH = 1, WRITTEN = 3 };
 inline bool in_arena(uintptr_t address) { return address - ARENA < ARENA_BYTES; }
 inline uint8_t* state_of(uintptr_t address) { return reinterpret_cast<uint8_t*>(address + ARENA_BYTES); }
 
-// 0 if there is no more memory.
+// Returns 0 if memory is exhausted.
 uintptr_t allocate(size_t bytes);
 bool release(uintptr_t address);
 size_t live_bytes();
 size_t memory_limit();
 
-// Whether an access is right; else what is wrong with it.
+// Returns true if an access is valid; otherwise `why` says what is wrong with it.
 bool may_read(uintptr_t address, size_t bytes, std::string& why);
 bool may_write(uintptr_t address, size_t bytes, std::string& why);
-// As may_read, also of bytes that were never written.
+// Like may_read, but accepts uninitialized bytes.
 bool may_copy(uintptr_t address, size_t bytes, std::string& why);
 void mark_written(uintptr_t address, size_t bytes);
-// Within device memory: values and whether they were written.
+// Copies values within device memory, with the state of each byte.
 void copy(uintptr_t to, uintptr_t from, size_t bytes);
-// Where an address is, in words.
+// Describes the location of an address.
 std::string place_of(uintptr_t address);
 
 // --- checker.cpp: reports.
 
-// Prints a report and keeps it for xt_emulator_report.
+// Prints a report and stores it for xt_emulator_report.
 void report(const std::string& text);
 
 // --- fibers.cpp: running a kernel.
 
 struct Module;
 
-// The architecture of the card, 80 for sm_80, and what it allows.
+// Architecture of the card, 80 for sm_80, and its limits.
 struct Card {
     unsigned architecture;
     unsigned shared_opt_in, shared_per_multiprocessor, threads_per_multiprocessor;
 };
 const Card& card();
-// The version of CUDA that a variable gives as 12.4: 12040; 13000 if it is not set.
+// Returns the CUDA version in a variable, 12040 for 12.4; 13000 if it is not set.
 unsigned version_of(const char* variable);
 constexpr unsigned SHARED_DEFAULT = 48 << 10;
 
@@ -68,7 +68,7 @@ struct Launch {
     void** arguments;
 };
 
-// Whether it ran to its end; if not, a report was made.
+// Returns true if the kernel ran to its end; otherwise the error has been reported.
 bool run(const Launch& launch);
 
 // --- module.cpp: compiled kernels.
@@ -76,7 +76,7 @@ bool run(const Launch& launch);
 struct Function {
     const Module* module;
     const XtKernel* kernel;
-    unsigned dynamic_shared = 0;  // what cuFuncSetAttribute allowed
+    unsigned dynamic_shared = 0;  // limit set by cuFuncSetAttribute
 };
 
 // A variable in shared memory.
@@ -89,43 +89,43 @@ struct Module {
     void* handle;
     uintptr_t begin, end;      // of the image in memory
     size_t shared_bytes;       // static shared memory of all kernels of the module
-    size_t anchor;             // how far into it `shared_memory` points
+    size_t anchor;             // offset of `shared_memory` in it
     unsigned architecture;
     void* (*shared_memory)();  // of the calling thread
     std::vector<Variable> shared_variables;
 };
 
-// The folder of this library; kernels are kept below it.
+// Folder of this library, which also holds compiled kernels.
 const std::string& folder();
 std::string hash_of(const std::string& text);
 bool write_file(const std::string& path, const std::string& bytes);
 bool read_file(const std::string& path, std::string& bytes);
-// What a compiled image was made for, and by which version of NVRTC, as 13000 for 13.0.
+// Target of a compiled image, and the version of NVRTC that compiled it, 13000 for 13.0.
 struct Origin {
     uint32_t architecture, ptx, compiler;
 };
-// A module as the "machine code" that nvrtcGetCUBIN returns, or the PTX.
+// Packs a module as the "machine code" that nvrtcGetCUBIN returns, or as PTX.
 std::string pack(const std::string& shared_object, const Origin& origin);
-// Null if the image is damaged or another emulator's.
+// Returns null if the image is damaged or from another version of the emulator.
 const Module* load(const void* image, Origin& origin);
 const XtKernel* kernel_of(const Module& module, const char* name);
-// Static shared memory that a kernel may use.
+// Returns the static shared memory that a kernel may use.
 size_t shared_bytes_of(const Module& module, const XtKernel& kernel);
 
-// --- faults.cpp: errors on demand.
+// --- faults.cpp: injected errors.
 
 enum Kind { ALLOC, LAUNCH, COPY, COMPILE, PIN, FUNCTION, BLAS, KINDS };
-// Counts a call; whether it shall fail.
+// Counts a call and returns true if it must fail.
 bool shall_fail(Kind kind);
 
-// --- faults.cpp: what was made and not yet destroyed.
+// --- faults.cpp: counts of live objects.
 
 enum Thing { CONTEXT, STREAM, EVENT, GRAPH, EXECUTABLE, MODULE, BLAS_HANDLE, PINNED, THINGS };
 void count_alive(Thing thing, int change);
 
 // --- stream.cpp
 
-// What a stream does, now or when the graph that it was recorded into is launched.
+// Work of a stream, done now or when the graph that it was recorded into is launched.
 struct Operation {
     virtual ~Operation() = default;
     // 0, or a CUresult.
@@ -134,13 +134,12 @@ struct Operation {
 
 struct Stream;
 int enqueue(Stream* stream, std::unique_ptr<Operation> operation);
-// What a copy from the host's memory does: as late as the order of its stream permits, because a card may read the
-// source that late.
+// Copies from host memory as late as the order of the stream permits, because a GPU may read the source that late.
 void postpone(std::function<void()> copy);
-// Does what was postponed: before all that may depend on it.
+// Does the postponed copies; called before anything that may depend on them.
 void catch_up();
 bool is_recording(Stream* stream);
-// While a stream is recorded, calls that wait or allocate are errors, which end the recording.
+// While a stream is recorded, calls that wait or allocate are errors and end the recording.
 int refuse_while_recording();
 
 // --- driver.cpp
@@ -166,10 +165,10 @@ enum Result {
     UNKNOWN = 999,
 };
 
-// A context is lost after a kernel did what it must not: this is then the result of every call.
+// Result of every call after an error of a kernel, which makes the context unusable.
 int lost();
 void lose();
-// A report about a call that is not a kernel's.
+// Reports an error of an API call.
 int refuse(Result result, const std::string& what);
 
 }  // namespace xt

@@ -1,4 +1,4 @@
-// Errors on demand: the n-th allocation, launch, copy or compilation fails.
+// Injected errors: the n-th allocation, launch, copy or compilation fails.
 
 #include <atomic>
 #include <cstdlib>
@@ -16,14 +16,14 @@ std::atomic<int64_t> alive[THINGS];
 
 struct Counter {
     std::atomic<uint64_t> calls{0};
-    // The call that fails, counted like `calls`, 0 for none; and whether all after it fail too.
+    // Number of the call that fails, counted like `calls`, or 0; with `from_then_on`, all later calls fail too.
     std::atomic<uint64_t> failing{0};
     std::atomic<bool> from_then_on{false};
 };
 
 Counter counters[KINDS];
 
-// `alloc`, or `alloc+` for all calls from the n-th on. Null if there is no such kind.
+// Parses `alloc`, or `alloc+` for all calls from the n-th on. Null for an unknown kind.
 Counter* find(const char* kind, size_t length, bool& from_then_on) {
     from_then_on = length > 0 && kind[length - 1] == '+';
     length -= from_then_on;
@@ -71,20 +71,19 @@ void count_alive(Thing thing, int change) { alive[thing] += change; }
 
 }  // namespace xt
 
-// Makes the n-th call from now on of a kind fail (1 is the next one), and with `alloc+` all that follow it; 0 ends
-// that.
-// 0 if there is no such kind.
+// Makes the n-th call of a kind fail, counted from the next one (1), and with `alloc+` all later ones too; n = 0 ends
+// this. Returns 0 for an unknown kind.
 XT_EXPORT int xt_emulator_fail(const char* kind, uint64_t n) { return xt::arrange(kind, strlen(kind), n); }
 
-// How many calls of a kind there were.
+// Returns the number of calls of a kind.
 XT_EXPORT uint64_t xt_emulator_count(const char* kind) {
     bool from_then_on;
     const xt::Counter* const counter = xt::find(kind, strlen(kind), from_then_on);
     return counter == nullptr ? 0 : counter->calls.load();
 }
 
-// How many contexts (references), streams, events, graphs, executables, modules, handles of cuBLAS or pieces of
-// page-locked memory there are; -1 if there is no such kind.
+// Returns the number of live context references, streams, events, graphs, executables, modules, cuBLAS handles or
+// page-locked allocations; -1 for an unknown kind.
 XT_EXPORT int64_t xt_emulator_alive(const char* thing) {
     for (int i = 0; i < xt::THINGS; ++i) {
         if (strcmp(xt::THING_NAMES[i], thing) == 0) return xt::alive[i];

@@ -1,4 +1,4 @@
-// Runs a block: its threads as fibers that give way at barriers and exchanges.
+// Runs a block, with its threads as fibers that yield at barriers and exchanges.
 
 #include "order.h"
 
@@ -9,7 +9,7 @@
 #include <cstdlib>
 #include <cstring>
 
-// Saves the registers that a call must preserve on this stack and takes those of the other stack.
+// Saves the callee-saved registers on this stack and restores those of the other stack.
 asm(R"(
     .text
     .type xt_switch, @function
@@ -109,9 +109,9 @@ Worker::~Worker() {
     }
 }
 
-// A header, a guard page, and what the fiber uses.
+// Header, guard page, and the fiber's stack.
 Thread* Worker::new_stack() {
-    // Aligned to its size, which mmap does not promise.
+    // Aligned to its size, which mmap does not guarantee.
     char* const raw = static_cast<char*>(
         mmap(nullptr, 2 * XT_STACK, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
     if (raw == MAP_FAILED) {
@@ -148,7 +148,7 @@ void Worker::resume(unsigned number) {
         thread->fenced_products = false;
         thread->products->clear();
         running[number] = thread;
-        // Stacks start at different offsets, or all would compete for the same lines of the cache.
+        // Stacks start at different offsets, so that they do not compete for the same cache lines.
         const uintptr_t top = uintptr_t(thread) + XT_STACK - 64 - uintptr_t(thread) / XT_STACK % 16 * 192;
         void** const frame = reinterpret_cast<void**>(top) - 8;
         memset(frame, 0, 64);
@@ -179,7 +179,7 @@ void Worker::schedule() {
             return !failed;
         });
         if (failed || done == threads) return;
-        // A later warp may have brought its warpgroup together.
+        // A later warp may have completed its warpgroup.
         if (std::any_of(ready_in_warp, ready_in_warp + warps, [](unsigned ready) { return ready > 0; })) continue;
         const bool together = at_barrier == threads && std::all_of(places, places + threads, [&](const XtPlace* place) {
                                   return same(place, places[0]);
@@ -201,7 +201,7 @@ void Worker::release_barrier() {
     last_barrier = now;
 }
 
-// No thread can go on: names one that waits, and one that it waits for.
+// Reports a deadlock: names a thread that waits, and one that it waits for.
 void Worker::complain() {
     unsigned waiting = 0;
     while (states[waiting] == Stage::DONE) ++waiting;

@@ -1,4 +1,4 @@
-// The threads of a block as fibers of one thread of the system.
+// The threads of a block, as fibers of one OS thread.
 
 #pragma once
 
@@ -12,7 +12,7 @@ struct Worker;
 
 constexpr unsigned WARP = 32, WARPGROUP = 128, MOST_THREADS = 1024, MOST_WARPS = MOST_THREADS / WARP;
 
-// A copy from global to shared memory that was started and not waited for.
+// A pending copy from global to shared memory: started and not yet waited for.
 struct Copy {
     void* shared;
     const void* global;
@@ -20,7 +20,7 @@ struct Copy {
     unsigned group;
 };
 
-// A thread's part of a product of its warpgroup that was started and not waited for.
+// A thread's part of a pending product of its warpgroup: started and not yet waited for.
 struct PartOfProduct {
     float* d;
     unsigned n;
@@ -28,7 +28,7 @@ struct PartOfProduct {
     uint64_t a_at, b_at;
     bool add, bf16;
     unsigned group;
-    // What `a` points to, when it was started, and when that was; the last barrier before.
+    // Registers of `a` at the start of the product, the time of its start, and that of the last barrier before it.
     unsigned copy[4];
     uint32_t started, barrier;
 };
@@ -38,10 +38,10 @@ struct Thread : XtThread {
     Worker* worker;
     void* stack_pointer;
     unsigned number;
-    // Groups of copies: those that were closed.
+    // Closed groups of copies.
     unsigned groups;
     std::vector<Copy>* copies;
-    // Groups of products that were closed, whether a fence is after all that was waited for, and products under way.
+    // Closed groups of products; true if a fence followed the last wait; pending products.
     unsigned product_groups, wait_for;
     bool fenced_products;
     std::vector<PartOfProduct>* products;
@@ -50,7 +50,7 @@ struct Thread : XtThread {
     unsigned lane() const { return number % WARP; }
 };
 
-// The fiber that runs, from its stack pointer.
+// Returns the running fiber, found by the stack pointer.
 inline Thread* self() {
     Thread* thread;
     asm volatile("movq %%rsp, %0\n\tandq %1, %0" : "=r"(thread) : "i"(-long(XT_STACK)));
@@ -59,23 +59,23 @@ inline Thread* self() {
 
 enum class Stage : uint8_t { NEW, READY, AT_BARRIER, IN_WARP, IN_WARPGROUP, DONE };
 
-// What the threads of a warp have come together for; some may still be missing.
+// A collective operation of a warp, for which some threads may still be missing.
 struct Gathering {
     const XtPlace* place;
     unsigned mask, arrived;
     void* arguments[WARP];
 };
 
-// Called once all of `gathering.mask` are there.
+// Called once all threads of `gathering.mask` have arrived.
 typedef void (*Together)(Worker& worker, unsigned warp, Gathering& gathering);
 
-// Waits for the threads of `mask` and has one of them call `together`, which finds what each of them brought.
+// Waits for the threads of `mask`; one of them then calls `together` with the arguments of all.
 void gather(const XtPlace* place, unsigned mask, void* arguments, Together together);
 
-// Waits for the threads of the warpgroup and has one of them call `together` with its first thread.
+// Waits for the threads of the warpgroup; one of them then calls `together` with the first thread.
 void gather_warpgroup(const XtPlace* place, void (*together)(Worker& worker, unsigned first));
 
-// What is known of a byte of shared memory: who wrote it last and who has read it since, and when. Time passes at
+// History of a byte of shared memory: its last writer, the readers since then, and their times. Time advances at
 // barriers of the block and of its warps.
 struct Cell {
     uint32_t write, read;
@@ -88,7 +88,7 @@ struct Worker {
     XtBlock block;
     unsigned threads, warps;
 
-    // By number of the thread.
+    // Indexed by thread number.
     Stage states[MOST_THREADS];
     Thread* running[MOST_THREADS];
     const XtPlace* places[MOST_THREADS];
@@ -102,19 +102,19 @@ struct Worker {
     void* scheduler;
     bool failed;
 
-    // Shared memory: static and dynamic, whose cells follow each other.
+    // Static and dynamic shared memory, with consecutive cells.
     char *static_shared, *dynamic_shared;
     size_t static_bytes, dynamic_bytes;
     std::vector<Cell> cells;
     uint32_t now, block_start, last_barrier, last_warp_barrier[MOST_WARPS];
-    // When each thread last made what it had written visible to products.
+    // Time at which each thread last made its writes visible to products.
     uint32_t fenced[MOST_THREADS];
 
     Worker();
     ~Worker();
-    // That of this thread of the system, for a launch.
+    // Returns the worker of this OS thread, prepared for a launch.
     static Worker& prepared(const Launch& launch);
-    // Whether the block ran to its end.
+    // Returns true if the block ran to its end.
     bool run_block(uint64_t number);
     void schedule();
     void run_warp(unsigned warp);
@@ -122,24 +122,24 @@ struct Worker {
     void release_barrier();
     void complain();
     Thread* new_stack();
-    // A barrier of the block, or of a warp, has been passed.
+    // Records that a barrier of the block, or of a warp, has been passed.
     void tick();
     void begin_shared();
 };
 
-// Reports what the thread that runs did, and ends its launch.
+// Reports an error of the running thread and ends its launch.
 [[noreturn]] void fail(const std::string& what);
-// Gives control to the scheduler.
+// Yields to the scheduler.
 void yield();
 
 std::string name_of(const Worker& worker, unsigned thread);
 
-// checker.cpp: an access to shared memory by a thread, which may be another than the running one.
+// checker.cpp: checks an access to shared memory by a thread, which need not be the running one.
 enum Access { READ, WRITE, ATOMIC, COPY_START, COPY_END };
-// Whether it is shared memory at all.
+// Returns true for an address in shared memory.
 bool check_shared(const Thread& thread, const void* address, size_t bytes, Access access);
 void check(const Thread& thread, const void* address, size_t bytes, Access access);
-// 16 bytes of shared memory that a product reads, by their address there; null, after a report, if it must not.
+// Returns the 16 bytes at an address in shared memory that a product reads; null, after a report, if they are invalid.
 const char* read_by_product(const Thread& thread, const PartOfProduct& part, uint32_t address);
 
 }  // namespace xt

@@ -43,7 +43,7 @@ fn softmax_follows_the_cpu() {
 }
 
 #[test]
-fn copies_and_dropout_are_those_of_the_cpu() {
+fn copies_and_dropout_match_the_cpu() {
     emulated(here!(), &[], || {
         let values = |device: &Device, dtype: DType| -> Result<Vec<Vec<f64>>> {
             let x = Tensor::generate([4, 6, 16], dtype, device, |i| (i % 100) as f64)?;

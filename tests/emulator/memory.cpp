@@ -1,4 +1,4 @@
-// Device memory: allocations with guard pages between them, and the state of every byte.
+// Device memory: allocations separated by guard pages, and the state of every byte.
 
 #include <sys/mman.h>
 #include <unistd.h>
@@ -15,7 +15,7 @@ namespace xt {
 namespace {
 
 constexpr size_t PAGE = 4096;
-// Freed allocations of which reports can still tell.
+// Maximum number of freed allocations kept for reports.
 constexpr size_t REMEMBERED = 1 << 16;
 
 struct Allocation {
@@ -26,7 +26,7 @@ struct Allocation {
 
 struct Memory {
     std::mutex lock;
-    std::map<uintptr_t, Allocation> allocations;  // freed ones too
+    std::map<uintptr_t, Allocation> allocations;  // including freed ones
     uintptr_t next = ARENA + PAGE;
     uint64_t number = 0;
     size_t live = 0, freed = 0;
@@ -34,7 +34,7 @@ struct Memory {
 
     Memory() {
         const int flags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED_NOREPLACE;
-        // States follow the memory itself.
+        // States are placed after the memory itself.
         void* const got = mmap(reinterpret_cast<void*>(ARENA), 2 * ARENA_BYTES, PROT_READ | PROT_WRITE, flags, -1, 0);
         if (got != reinterpret_cast<void*>(ARENA)) {
             perror("xt-emulator: no address space for device memory");
@@ -53,7 +53,7 @@ Memory& memory() {
 
 size_t pages(size_t bytes) { return (bytes + PAGE - 1) / PAGE * PAGE; }
 
-// The first byte that is in none of the states, or `bytes`.
+// Returns the index of the first byte in none of the states, or `bytes`.
 template <typename Wrong> size_t first(uintptr_t address, size_t bytes, Wrong wrong) {
     const uint8_t* const states = state_of(address);
     for (size_t i = 0; i < bytes; ++i) {
@@ -62,7 +62,7 @@ template <typename Wrong> size_t first(uintptr_t address, size_t bytes, Wrong wr
     return bytes;
 }
 
-// `fresh`: whether bytes that were never written will do.
+// If `fresh`, uninitialized bytes are accepted.
 bool may_access(uintptr_t address, size_t bytes, const char* verb, bool fresh, std::string& why) {
     if (!in_arena(address) || ARENA + ARENA_BYTES - address < bytes) {
         char text[128];
@@ -93,7 +93,7 @@ uintptr_t allocate(size_t bytes) {
     self.next += pages(bytes) + PAGE;
     self.live += bytes;
     self.allocations[address] = {bytes, ++self.number, false};
-    // A pattern that is NaN in every floating-point type.
+    // This pattern is NaN in every floating-point type.
     memset(reinterpret_cast<void*>(address), 0xFF, bytes);
     memset(state_of(address), FRESH, bytes);
     return address;
@@ -107,7 +107,7 @@ bool release(uintptr_t address) {
     Allocation& allocation = found->second;
     allocation.freed = true;
     self.live -= allocation.bytes;
-    // Gives the pages back; what reads them finds zeros, whose state is NOTHING.
+    // Returns the pages to the system; their states then read as zero, NOTHING.
     madvise(reinterpret_cast<void*>(address), pages(allocation.bytes), MADV_DONTNEED);
     madvise(state_of(address), pages(allocation.bytes), MADV_DONTNEED);
     if (++self.freed > REMEMBERED) {

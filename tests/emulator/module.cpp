@@ -1,4 +1,4 @@
-// Compiled kernels: shared objects, packed as the "machine code" of the emulated card, and loaded.
+// Compiled kernels: packs shared objects as the "machine code" of the emulated card, and loads them.
 
 #include <dlfcn.h>
 #include <elf.h>
@@ -18,7 +18,7 @@
 namespace xt {
 namespace {
 
-// What an image starts with. The version is that of the emulator's sources: another one's images are refused.
+// Header of an image. The version is that of the emulator's sources; images of other versions are refused.
 struct Header {
     char magic[8];
     char version[40];
@@ -49,7 +49,7 @@ int measure(dl_phdr_info* info, size_t, void* data) {
     return 1;
 }
 
-// Name and size of each shared variable, from the symbols of a shared object.
+// Returns name and size of each shared variable, from the symbols of a shared object.
 std::vector<Variable> variables_of(const std::string& object) {
     const auto at = [&](size_t offset) { return object.data() + offset; };
     ElfW(Ehdr) file;
@@ -82,7 +82,7 @@ const Module* open_module(const std::string& path, const std::string& object, un
     image.base = map->l_addr;
     dl_iterate_phdr(measure, &image);
     const auto shared = reinterpret_cast<void* (*)()>(dlsym(handle, "xt_shared_memory"));
-    // The compiler's linker sorts thread-local memory; this finds where it starts.
+    // The linker sorts thread-local memory; this finds its start.
     char* const anchor = static_cast<char*>(shared());
     void* start = nullptr;
     dlinfo(handle, RTLD_DI_TLS_DATA, &start);
@@ -96,7 +96,7 @@ const std::string& folder() {
     static const std::string folder = [] {
         Dl_info info;
         dladdr(reinterpret_cast<void*>(&hash_of), &info);
-        // By its real name, so that kernels find the symbols of this library and not of a second copy.
+        // Opened by its real path, so that kernels resolve symbols in this library and not in a second copy.
         char* const path = realpath(info.dli_fname, nullptr);
         const std::string name(path == nullptr ? info.dli_fname : path);
         free(path);
@@ -105,7 +105,7 @@ const std::string& folder() {
     return folder;
 }
 
-// 128 bits: two FNV-1a hashes from different starts.
+// Returns 128 bits: two FNV-1a hashes with different offset bases.
 std::string hash_of(const std::string& text) {
     uint64_t a = 0xcbf29ce484222325, b = 0x9e3779b97f4a7c15;
     for (unsigned char c : text) {
@@ -129,7 +129,7 @@ bool read_file(const std::string& path, std::string& bytes) {
     return ok;
 }
 
-// Under a name of its own first, so that nobody finds half a file.
+// Written under a temporary name first, so that no reader finds a partial file.
 bool write_file(const std::string& path, const std::string& bytes) {
     static std::atomic<unsigned> number{0};
     const std::string part = path + "." + std::to_string(getpid()) + "." + std::to_string(++number);
@@ -182,7 +182,7 @@ const XtKernel* kernel_of(const Module& module, const char* name) {
     return static_cast<const XtKernel*>(dlsym(module.handle, (std::string("xt_kernel_") + name).c_str()));
 }
 
-// A variable `s` of a kernel `k` has the symbol _ZZ1kE1s; one of a function may be any kernel's.
+// A variable `s` of kernel `k` has the symbol _ZZ1kE1s; one of a device function may belong to any kernel.
 size_t shared_bytes_of(const Module& module, const XtKernel& kernel) {
     size_t bytes = 0;
     for (const Variable& variable : module.shared_variables) {
@@ -198,7 +198,7 @@ size_t shared_bytes_of(const Module& module, const XtKernel& kernel) {
 
 }  // namespace xt
 
-// Kernels are loaded into the process as libraries of their own; what they call of the emulator must be found there.
+// Kernels are separate libraries in the same process, which must find the emulator's functions that they call.
 __attribute__((constructor)) static void share_symbols() {
     Dl_info info;
     dladdr(reinterpret_cast<void*>(&share_symbols), &info);

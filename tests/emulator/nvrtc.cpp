@@ -1,4 +1,4 @@
-// NVRTC: the same source, compiled by g++ to a shared object with the emulator's CUDA C++ before it.
+// NVRTC: compiles the unchanged source with g++ to a shared object, after the emulator's CUDA C++ header.
 
 #include <spawn.h>
 #include <sys/stat.h>
@@ -34,7 +34,7 @@ enum NvrtcResult {
     NVRTC_INTERNAL_ERROR = 11,
 };
 
-// What is known and changes nothing here.
+// Options that are accepted and have no effect here.
 const char* const IGNORED[] = {"--ptxas-options", "-Xptxas", "--std", "-std", "--use_fast_math", "-use_fast_math",
                                "--fmad", "-fmad", "--ftz", "-ftz", "--prec-div", "--prec-sqrt", "--device-debug", "-G",
                                "--generate-line-info", "-lineinfo", "--maxrregcount", "-default-device",
@@ -51,7 +51,7 @@ struct Options {
     std::vector<std::string> definitions;
 };
 
-// What nvrtcGetSupportedArchs lists: XT_EMULATOR_NVRTC_ARCHS, as 80,90.
+// Architectures that nvrtcGetSupportedArchs returns: XT_EMULATOR_NVRTC_ARCHS, such as 80,90.
 std::vector<int> architectures() {
     const char* list = getenv("XT_EMULATOR_NVRTC_ARCHS");
     if (list == nullptr) list = "75,80,86,89,90,100,120";
@@ -60,7 +60,7 @@ std::vector<int> architectures() {
     return known;
 }
 
-// An option that is not known, or an empty text.
+// Parses the options; returns an unknown one, or an empty string.
 std::string parse(const std::vector<std::string>& given, Options& options) {
     for (size_t i = 0; i < given.size(); ++i) {
         const std::string& option = given[i];
@@ -89,12 +89,12 @@ std::string parse(const std::vector<std::string>& given, Options& options) {
     return "";
 }
 
-// Runs a program; what it writes to both of its outputs goes to `output`.
+// Runs a program and collects its standard output and error in `output`.
 bool execute(const std::vector<std::string>& command, std::string& output) {
     std::vector<char*> arguments;
     for (const std::string& word : command) arguments.push_back(const_cast<char*>(word.c_str()));
     arguments.push_back(nullptr);
-    // The compiler must not find this library in place of another.
+    // Keeps the compiler from loading this library in place of another one.
     std::vector<char*> environment;
     for (char** entry = environ; *entry != nullptr; ++entry) {
         const bool locale = strncmp(*entry, "LC_ALL=", 7) == 0;
@@ -130,7 +130,7 @@ bool execute(const std::vector<std::string>& command, std::string& output) {
     return WIFEXITED(status) && WEXITSTATUS(status) == 0;
 }
 
-// The text of ptx.cuh, by that of ptx.h.
+// Replaces the text of ptx.cuh by that of ptx.h.
 bool replace_ptx(std::string& source) {
     static const std::string MARK = "#line 1 \"ptx.cuh\"\n";
     const size_t start = source.find(MARK);
@@ -143,7 +143,7 @@ bool replace_ptx(std::string& source) {
     return true;
 }
 
-// `extern __shared__ T name[];` is where dynamic shared memory starts.
+// Turns `extern __shared__ T name[];` into a pointer to dynamic shared memory.
 std::string replace_dynamic_shared(const std::string& source) {
     static const std::string ALIGN = R"((?:(?:__align__|alignas)\s*\([^)]*\)\s*)?)";
     static const std::regex PATTERN(R"(extern\s+__shared__\s+)" + ALIGN + R"(([\w\s:<>]+?)\s+)" + ALIGN +
@@ -151,7 +151,7 @@ std::string replace_dynamic_shared(const std::string& source) {
     return std::regex_replace(source, PATTERN, "$1* const $2 = reinterpret_cast<$1*>(xt_dynamic_shared);");
 }
 
-// A line XT_KERNEL for each kernel of a preprocessed source.
+// Returns a line XT_KERNEL for each kernel of a preprocessed source.
 std::string kernels_of(const std::string& source) {
     static const std::string MARK = "__attribute__((xt_global, noinline, visibility(\"default\")))";
     static const std::string BOUNDS = "__attribute__((xt_launch_bounds((";
@@ -161,7 +161,7 @@ std::string kernels_of(const std::string& source) {
         at += MARK.size();
         std::string head = source.substr(at, source.find('{', at) - at), bounds = "0";
         if (const size_t start = head.find(BOUNDS); start != std::string::npos) {
-            // Up to the parenthesis that closes the first of the last two that BOUNDS opens.
+            // Ends at the parenthesis that closes the first of the last two opened by BOUNDS.
             size_t end = start + BOUNDS.size();
             for (int open = 1; open > 0 && end < head.size(); ++end) open += (head[end] == '(') - (head[end] == ')');
             bounds = head.substr(start + BOUNDS.size(), end - 1 - start - BOUNDS.size());
@@ -197,12 +197,12 @@ NvrtcResult compile(Program& program, const std::vector<std::string>& given) {
     preprocess.insert(preprocess.end(), options.definitions.begin(), options.definitions.end());
     const std::vector<std::string> build = {
         compiler, "-std=c++20", "-O2", "-fPIC", "-shared", "-nostdlib", "-pipe", "-w", "-x", "c++",
-        // Memory accesses call the checker, which is in this library.
+        // Memory accesses call the checker in this library.
         "-fsanitize=thread", "--param", "tsan-instrument-func-entry-exit=0",
         "-fsanitize=alignment,bounds,integer-divide-by-zero",
-        // No two modules share anything.
+        // Modules share nothing.
         "-fvisibility=hidden", "-fno-gnu-unique",
-        // Functions mean what cuda_host.h says, and arithmetic is done as it is written.
+        // Functions are those of cuda_host.h, and arithmetic is not reordered or fused.
         "-fno-builtin", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-fno-strict-aliasing",
         "-fno-exceptions", "-fno-rtti", "-fno-plt", "-fcf-protection=none", "-fno-stack-protector",
         "-fno-asynchronous-unwind-tables"};
@@ -215,7 +215,7 @@ NvrtcResult compile(Program& program, const std::vector<std::string>& given) {
     std::string object;
     if (!read_file(path + ".so", object)) {
         mkdir(objects.c_str(), 0777);
-        // Of this process and this program: others may compile the same.
+        // Unique to this process and program, since others may compile the same source.
         const std::string mine = std::to_string(getpid()) + "." + std::to_string(uintptr_t(&program));
         const std::string part = path + "." + mine;
         const std::string text = part + ".cu", expanded = part + ".ii", library = part + ".so";
@@ -226,7 +226,7 @@ NvrtcResult compile(Program& program, const std::vector<std::string>& given) {
         ok = ok && execute(preprocess, program.log) && read_file(expanded, whole);
         if (ok) {
             const std::string lines = kernels_of(whole);
-            // XT_KERNEL is a macro: it is expanded from the source, with the lines at its end.
+            // XT_KERNEL is a macro, expanded in the source with these lines appended.
             ok = write_file(text, source + "\n" + lines);
             std::vector<std::string> command = build;
             command.insert(command.end(), preprocess.begin() + 6, preprocess.end() - 3);
@@ -307,8 +307,8 @@ XT_EXPORT int nvrtcCompileProgram(Program* program, int count, const char* const
     return compile(*program, std::vector<std::string>(options, options + count));
 }
 
-// PTX and machine code are the same here, but a virtual architecture has no machine code; the length of a text counts its
-// end.
+// PTX and machine code are the same here, but a virtual architecture has no machine code. Lengths of strings include
+// the terminating null.
 XT_EXPORT int nvrtcGetPTXSize(Program* program, size_t* bytes) {
     *bytes = program->image.size();
     return program->image.empty() ? NVRTC_INVALID_PROGRAM : NVRTC_SUCCESS;

@@ -1,4 +1,4 @@
-// The order in which threads and blocks run. A kernel must not depend on it.
+// Order in which threads and blocks run. Kernels must not depend on it.
 
 #pragma once
 
@@ -11,10 +11,10 @@ namespace xt {
 
 enum class Order { FORWARD, REVERSE, RANDOM };
 
-// That of XT_EMULATOR_ORDER.
+// Returns the order given by XT_EMULATOR_ORDER.
 Order order();
 
-// Calls body(i) for each i below n, in that order; stops when it returns false.
+// Calls body(i) for each i below n in this order; stops when it returns false.
 template <typename Body> bool in_order(uint64_t n, Body body) {
     switch (order()) {
         case Order::FORWARD:

@@ -1,10 +1,9 @@
-// What kernels/ptx.cuh does by inline PTX, by the emulator. Takes that file's place when a kernel is compiled for it,
-// and has the same functions.
+// Replacement for kernels/ptx.cuh when kernels are compiled for the emulator: the same functions, without inline PTX.
 
 inline f32 ptx_f16_to_f32(unsigned short bits) { return xt_f16_to_f32(bits); }
 inline unsigned short ptx_f32_to_f16(f32 x) { return xt_f32_to_f16(x); }
 inline f32 ptx_exp2(f32 x) { return exp2(x); }
-// Numbers below 2^-126 are 0, here and as a result.
+// Flushes numbers below 2^-126 to 0, in arguments and results.
 inline f32 ptx_inverse(f32 x) {
     const f32 least = 0x1p-126f, y = 1 / (fabs(x) < least ? copysign(0.0f, x) : x);
     return fabs(y) < least ? copysign(0.0f, y) : y;

@@ -1,5 +1,5 @@
-// The border between a kernel that g++ compiled and the emulator that runs it. Kernels see nothing else of the
-// emulator; both sides include this file.
+// Interface between kernels compiled by g++ and the emulator that runs them, included by both sides. Kernels see
+// nothing else of the emulator.
 
 #pragma once
 
@@ -7,20 +7,20 @@ struct XtDim {
     unsigned x, y, z;
 };
 
-// Where a kernel was when it called: for reports, and to tell one barrier from another.
+// Call site in a kernel, for reports and to distinguish barriers.
 struct XtPlace {
     const char* file;
     int line;
     const char* what;
 };
 
-// What every thread of a block reads.
+// Values that every thread of a block reads.
 struct XtBlock {
     XtDim index, dim, grid;
     char* dynamic_shared;
 };
 
-// Lies at the start of the stack of the thread, which is aligned to its size: the stack pointer leads here.
+// At the start of the thread's stack, which is aligned to its size, so that the stack pointer locates it.
 struct XtThread {
     XtDim index;
     XtBlock* block;
@@ -28,14 +28,14 @@ struct XtThread {
 
 constexpr unsigned long XT_STACK = 1 << 16;
 
-// What a module tells of a kernel.
+// Description of a kernel in a module.
 struct XtKernel {
     const char* name;
     void (*invoke)(void** arguments);
     unsigned arguments;
     const unsigned* sizes;
     const bool* pointers;
-    // The first number of __launch_bounds__, or 0.
+    // First argument of __launch_bounds__, or 0.
     unsigned most_threads;
 };
 
@@ -47,10 +47,10 @@ enum XtAtomic { XT_ATOMIC_ADD, XT_ATOMIC_EXCHANGE, XT_ATOMIC_MIN, XT_ATOMIC_MAX,
                 XT_ATOMIC_MAX_SIGNED, XT_ATOMIC_AND, XT_ATOMIC_OR, XT_ATOMIC_XOR };
 
 extern "C" {
-// A barrier of the block; how many of its threads gave a `value` that is not 0.
+// Barrier of the block; returns the number of its threads with a non-zero `value`.
 unsigned xt_barrier(const XtPlace*, unsigned value);
 
-// What the threads of a warp do together: each waits for all of `mask`.
+// Collective operations of a warp: each thread waits for all of `mask`.
 void xt_warp_barrier(const XtPlace*, unsigned mask);
 unsigned long long xt_shuffle(const XtPlace*, XtShuffle, unsigned mask, unsigned long long value, unsigned operand,
                               unsigned width);
@@ -59,7 +59,7 @@ unsigned xt_match(const XtPlace*, unsigned mask, unsigned long long value);
 unsigned xt_reduce(const XtPlace*, XtReduce, unsigned mask, unsigned value);
 unsigned xt_active(void);
 
-// `matrices` of 8x8 elements, 1, 2 or 4, from shared memory.
+// Loads 1, 2 or 4 `matrices` of 8x8 elements from shared memory.
 void xt_ldmatrix(const XtPlace*, unsigned* r, unsigned matrices, bool transposed, const void* shared);
 // d [16, 8] += a [16, 16] b [16, 8], of f16 or bf16.
 void xt_mma_m16n8k16(const XtPlace*, float* d, const unsigned* a, const unsigned* b, bool bf16);
@@ -68,8 +68,8 @@ void xt_copy_start(void* shared, const void* global, unsigned bytes, unsigned va
 void xt_copy_commit(void);
 void xt_copy_wait(unsigned groups);
 
-// Products of a warpgroup, sm_90a: d [64, n] += a b, or = a b unless `add`. `a` are registers; if null, `a_at` describes it
-// in shared memory, and b is transposed. They run when they are waited for.
+// Warpgroup products, sm_90a: d [64, n] += a b, or = a b unless `add`. `a` points to registers; if it is null, `a_at`
+// describes the operand in shared memory, and b is transposed. They are computed when they are waited for.
 unsigned xt_shared_address(const void*);
 void xt_fence_async(void);
 void xt_wgmma_fence(void);
@@ -81,10 +81,10 @@ unsigned long long xt_atomic(XtAtomic, void* address, unsigned bytes, unsigned l
 unsigned long long xt_compare_and_swap(void* address, unsigned bytes, unsigned long long expected,
                                        unsigned long long value);
 
-// Ends the launch with an error.
+// Reports an error and ends the launch.
 [[noreturn]] void xt_fail(const char* what);
 
-// Checks an access that the compiler does not see.
+// Checks an access that the compiler does not instrument.
 void xt_check(const void* address, unsigned long bytes, bool write);
 
 float xt_f16_to_f32(unsigned short bits);

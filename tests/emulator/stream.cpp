@@ -1,4 +1,4 @@
-// Streams, events, launches and graphs. A stream does its work when it is given; a recorded one keeps it for a graph.
+// Streams, events, launches and graphs. A stream does its work at once; a recorded one stores it for a graph.
 
 #include <time.h>
 
@@ -35,7 +35,7 @@ std::recursive_mutex late_lock;
 std::vector<std::function<void()>> late;
 Stream default_stream;
 
-// Null, 1 and 2 are names of the default stream.
+// Null, 1 and 2 are handles of the default stream.
 Stream& stream_of(Stream* handle) { return uintptr_t(handle) <= 2 ? default_stream : *handle; }
 
 struct LaunchOperation : Operation {
@@ -63,7 +63,7 @@ struct LaunchOperation : Operation {
     }
 };
 
-// What is wrong with a launch, if anything.
+// Returns the error of an invalid launch, or an empty string.
 std::string objection(const Function& function, XtDim grid, XtDim block, unsigned dynamic_shared, void** arguments,
                       Result& result) {
     const XtKernel& kernel = *function.kernel;

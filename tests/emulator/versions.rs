@@ -30,7 +30,7 @@ fn refuses(parts: &[&str]) {
 }
 
 #[test]
-fn the_newest_of_each() {
+fn the_newest_versions_work() {
     emulated(here!(), &[("XT_KERNEL_CACHE", "off")], || runs("sm_80"));
 }
 
@@ -56,7 +56,7 @@ fn a_compiler_of_a_later_major_version() {
 }
 
 #[test]
-fn a_card_that_the_compiler_does_not_know() {
+fn a_gpu_that_the_compiler_does_not_support() {
     let versions = [
         ("XT_EMULATOR_ARCH", "100"),
         ("XT_EMULATOR_DRIVER", "13.0"),
@@ -67,18 +67,20 @@ fn a_card_that_the_compiler_does_not_know() {
 }
 
 #[test]
-fn a_card_that_no_version_here_knows() {
+fn a_gpu_that_no_installed_version_supports() {
     let versions = [
         ("XT_EMULATOR_ARCH", "120"),
         ("XT_EMULATOR_DRIVER", "12.8"),
         ("XT_EMULATOR_NVRTC", "12.9"),
         ("XT_EMULATOR_NVRTC_ARCHS", "75,80,90"),
     ];
-    emulated(here!(), &versions, || refuses(&["NVRTC 12.9 does not know", "sm_120", "CUDA 12.8", "nvidia-cuda-nvrtc"]));
+    emulated(here!(), &versions, || {
+        refuses(&["NVRTC 12.9 does not support", "sm_120", "CUDA 12.8", "nvidia-cuda-nvrtc"])
+    });
 }
 
 #[test]
-fn cards_and_drivers_that_are_too_old() {
+fn gpus_and_drivers_that_are_too_old() {
     emulated(here!(), &[("XT_EMULATOR_ARCH", "70")], || refuses(&["sm_70", "sm_75 (Turing) or later", "`cpu`"]));
 }
 
@@ -133,8 +135,8 @@ fn a_cache_that_others_may_write_is_not_read() {
             let cached = get();
             assert!(!cached.found, "mode {wrong:o}");
             let why = cached.unwritten.expect("a reason").to_string();
-            assert!(why.contains("can be written by others") && why.contains("chmod 700"), "{why}");
-            assert!(describe().iter().any(|line| line.contains("can be written by others")));
+            assert!(why.contains("is writable by others") && why.contains("chmod 700"), "{why}");
+            assert!(describe().iter().any(|line| line.contains("is writable by others")));
         }
         // A file that others may write, in a folder that others may enter.
         let file = fs::read_dir(&folder).unwrap().next().expect("a file").unwrap().path();

@@ -1,4 +1,4 @@
-// What the threads of a warp do together, atomics, and asynchronous copies.
+// Collective operations of a warp, atomics, and asynchronous copies.
 
 #include <bit>
 #include <cstring>
@@ -16,7 +16,7 @@ struct Shuffle {
     uint64_t result;
 };
 
-// By the definition of `shfl` in the PTX ISA.
+// Follows the definition of `shfl` in the PTX ISA.
 void shuffle(Worker& worker, unsigned warp, Gathering& gathering) {
     for (unsigned lane = 0; lane < WARP; ++lane) {
         if (!(gathering.arrived >> lane & 1)) continue;
@@ -131,8 +131,8 @@ void whole_warp(const XtPlace* place, void* arguments, Together together) {
     gather(place, 0xFFFFFFFF, arguments, together);
 }
 
-// PTX ISA, "Warp-level matrix load instruction: ldmatrix": threads 8 m … 8 m + 7 give the rows of matrix m; a thread
-// gets of each matrix the elements of row lane / 4 and columns 2 (lane % 4), 2 (lane % 4) + 1.
+// PTX ISA, "Warp-level matrix load instruction: ldmatrix": threads 8 m … 8 m + 7 supply the rows of matrix m; a thread
+// receives, of each matrix, the elements of row lane / 4 and columns 2 (lane % 4), 2 (lane % 4) + 1.
 void ldmatrix(Worker& worker, unsigned warp, Gathering& gathering) {
     uint16_t rows[WARP][8];
     for (unsigned lane = 0; lane < WARP; ++lane) {
@@ -211,7 +211,7 @@ void finish_copies(Thread& thread, unsigned until) {
     copies.erase(copies.begin(), copies.begin() + done);
 }
 
-// Host threads may run kernels at the same time.
+// Several host threads may run kernels at the same time.
 std::mutex atomics;
 
 uint64_t load_atomic(const void* address, unsigned bytes) {
@@ -294,7 +294,7 @@ XT_EXPORT void xt_mma_m16n8k16(const XtPlace* place, float* d, const unsigned* a
     whole_warp(place, &arguments, mma);
 }
 
-// The bytes are copied when the thread waits for them, so that nobody can find them earlier.
+// The bytes are copied when the thread waits for them, so that no thread can read them earlier.
 XT_EXPORT void xt_copy_start(void* shared, const void* global, unsigned bytes, unsigned valid) {
     Thread& thread = *self();
     if (uintptr_t(shared) % bytes != 0) fail("cp.async to a misaligned address of shared memory");
@@ -336,7 +336,7 @@ XT_EXPORT unsigned long long xt_compare_and_swap(void* address, unsigned bytes, 
 
 XT_EXPORT float xt_f16_to_f32(unsigned short bits) { return float(std::bit_cast<_Float16>(bits)); }
 
-// NaN becomes the one NaN of the PTX instructions.
+// NaN becomes the canonical NaN of the PTX instructions.
 XT_EXPORT unsigned short xt_f32_to_f16(float x) { return x != x ? 0x7FFF : std::bit_cast<unsigned short>(_Float16(x)); }
 
 XT_EXPORT unsigned short xt_f32_to_bf16(float x) {

@@ -1,4 +1,4 @@
-// Products of warpgroups (wgmma of sm_90a), by the PTX ISA's "Asynchronous Warpgroup Level Matrix Instructions".
+// Warpgroup products (wgmma of sm_90a); see "Asynchronous Warpgroup Level Matrix Instructions" in the PTX ISA.
 
 #include <bit>
 #include <cstring>
@@ -22,13 +22,13 @@ struct Descriptor {
           offset(bits >> 49 & 7), swizzle(bits >> 62) {}
 };
 
-// A read of an operand, eight elements at a time.
+// Reads an operand, eight elements at a time.
 struct Reader {
     const Thread& thread;
     const PartOfProduct& part;
     Descriptor at;
 
-    // Element 0 … 7 of the 16 bytes at a distance from the start. The swizzle works on addresses.
+    // Elements 0 … 7 of the 16 bytes at an offset from the start. The swizzle applies to addresses.
     bool read(uint32_t distance, float* to) const {
         const uint32_t address = at.start + distance;
         const char* const from = read_by_product(thread, part, address ^ (address >> 7 & 7) << 4);
@@ -40,7 +40,7 @@ struct Reader {
     }
 };
 
-// What is wrong with how the threads of a warpgroup start a product, or an empty text.
+// Returns the error in how the threads of a warpgroup start a product, or an empty string.
 std::string difference(const PartOfProduct& a, const PartOfProduct& b) {
     const bool same = a.n == b.n && (a.a == nullptr) == (b.a == nullptr) && a.a_at == b.a_at && a.b_at == b.b_at &&
                       a.add == b.add && a.bf16 == b.bf16 && a.group == b.group;
@@ -89,7 +89,8 @@ bool multiply(Worker& worker, unsigned first, unsigned index) {
                 a[row][column] = half_to_float(of.copy[i / 2] >> 16 * (i % 2), of.bf16);
             }
         }
-        // "MN-major": rows of 64 columns; the leading stride leads to the next 64, the other from eight rows to the next.
+        // "MN-major": rows of 64 columns; the leading stride is that to the next 64, the other from eight rows to the
+        // next.
         for (unsigned k = 0; k < 16; ++k) {
             for (unsigned column = 0; column < part.n; column += 8) {
                 const uint32_t at = column / 64 * b_at.leading + column % 64 * 2 + k / 8 * b_at.stride + k % 8 * 128;
@@ -97,7 +98,7 @@ bool multiply(Worker& worker, unsigned first, unsigned index) {
             }
         }
     }
-    // Of d, thread t holds the rows 16 (t / 32) + t % 32 / 4 and that plus 8, columns 8 j + 2 (t % 4) and the next.
+    // Thread t holds rows r = 16 (t / 32) + t % 32 / 4 and r + 8 of d, and columns 8 j + 2 (t % 4) and the next.
     const auto each = [&](auto&& apply) {
         for (unsigned thread = 0; thread < WARPGROUP; ++thread) {
             float* const values = (*worker.running[first + thread]->products)[index].d;
@@ -122,7 +123,7 @@ bool multiply(Worker& worker, unsigned first, unsigned index) {
     return true;
 }
 
-// Runs the products whose groups the warpgroup waits for.
+// Computes the products whose groups the warpgroup waits for.
 void run_products(Worker& worker, unsigned first) {
     const std::vector<PartOfProduct>& parts = *worker.running[first]->products;
     unsigned done = 0;

@@ -35,7 +35,7 @@ fn spoiled(a: &Tensor, b: &Tensor, spoil: fn(&mut Vec<f64>, &mut Vec<f64>)) -> R
 }
 
 #[test]
-fn a_right_backward_passes() -> Result<()> {
+fn a_correct_backward_passes() -> Result<()> {
     let report =
         gradcheck(|x| spoiled(&x[0], &x[1], |_, _| {}), &[input(&[3, 4]), input(&[3, 4])], Gradcheck::default())?;
     assert!(report.passed(), "{report}");

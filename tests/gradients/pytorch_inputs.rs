@@ -183,7 +183,7 @@ fn masks_that_are_larger() -> Result<()> {
 }
 
 #[test]
-fn vectors_of_nothing_are_joined() -> Result<()> {
+fn empty_vectors_are_concatenated() -> Result<()> {
     let (nothing, x) = (f(&[], &[0])?, f(&[1.0, 2.0], &[1, 2])?);
     for dim in [0, 1, -1, -2] {
         assert_eq!(Tensor::cat(&[&nothing, &x, &nothing], dim)?.to_vec::<f32>()?, [1.0, 2.0]);
@@ -197,7 +197,7 @@ fn vectors_of_nothing_are_joined() -> Result<()> {
 }
 
 #[test]
-fn squeezing_what_is_not_one_changes_nothing() -> Result<()> {
+fn squeezing_a_larger_dimension_changes_nothing() -> Result<()> {
     let x = f(&[1.0, 2.0], &[2, 1])?;
     assert_eq!(x.squeeze(0)?.shape(), [2, 1]);
     assert_eq!(x.squeeze(-1)?.shape(), [2]);

@@ -304,7 +304,7 @@ fn a_segment_that_does_something_else_is_refused() -> Result<()> {
             let loss = wrapped(around, change, &runs, &x)?.sum(&[])?;
             match tape.backward(&loss).map_err(Error::into_kind) {
                 Err(ErrorKind::Argument { op: "checkpoint", message }) => {
-                    assert!(message.contains("again"), "{message}")
+                    assert!(message.contains("rerun"), "{message}")
                 }
                 // A shallow inner segment leaves no trace: it may come and go.
                 Ok(_) if index >= 3 && around == 0 => {}

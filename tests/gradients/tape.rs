@@ -413,7 +413,7 @@ fn gradients_come_back_as_constants() -> Result<()> {
 }
 
 #[test]
-fn wrong_contributions_are_named() -> Result<()> {
+fn wrong_gradients_are_named() -> Result<()> {
     let refused = |give: fn(Tensor) -> Result<InputGrads>| {
         let x = grid(2, 3).requires_grad().unwrap();
         let mut tape = Tape::grad();
@@ -428,7 +428,7 @@ fn wrong_contributions_are_named() -> Result<()> {
     let message = refused(|_| Tensor::zeros([3, 2], DType::F32, device()).map(InputGrads::one));
     assert!(message.contains("f32") && message.contains("f64"), "{message}");
     let message = refused(|grad| Ok(InputGrads::whole([Some(grad.clone()), Some(grad)])));
-    assert!(message.contains("2 contributions for 1 input"), "{message}");
+    assert!(message.contains("2 gradients for 1 input"), "{message}");
     for part in [
         GradSlice { dim: 2, start: 0, len: 1 },
         GradSlice { dim: 0, start: 3, len: 1 },
@@ -475,7 +475,7 @@ fn wrong_sums_are_named() -> Result<()> {
     for wrong in [zeros(&[1], DType::F64)?, zeros(&[3, 2], DType::F64)?, zeros(&[2, 3], DType::F32)?] {
         let message = gradient(Some(wrong.clone())).unwrap_err().to_string();
         let expected =
-            format!("sum_of_mine: its accumulate_into gave a gradient {:?} {}", wrong.shape(), wrong.dtype());
+            format!("sum_of_mine: its accumulate_into returned a gradient {:?} {}", wrong.shape(), wrong.dtype());
         assert!(message.starts_with(&expected) && message.contains("[2, 3] f64"), "{message}");
     }
     // A rule may keep the sum, or return something that is not a constant.
@@ -513,7 +513,7 @@ fn gradients_of_other_devices_are_named() -> Result<()> {
 }
 
 #[test]
-fn a_contribution_of_none_stops_there() -> Result<()> {
+fn a_rule_without_a_gradient_ends_its_branch() -> Result<()> {
     let (x, y) = (leaf(&[1.0]), leaf(&[2.0]));
     let mut tape = Tape::grad();
     let z = Tensor::cat(&[&giving(&square(&x)?, |_| Ok(InputGrads::new(vec![InputGrad::None])))?, &y], 0)?;

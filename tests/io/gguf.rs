@@ -97,7 +97,7 @@ fn large_tensors_are_read_in_parts() -> Result<()> {
 }
 
 #[test]
-fn blocks_that_are_not_whole_are_refused() {
+fn partial_blocks_are_refused() {
     let error = |stored: Stored, bytes: usize, values: usize| {
         stored.dequantize(&vec![0; bytes], &mut vec![0.0; values]).unwrap_err().to_string()
     };
@@ -111,7 +111,9 @@ fn blocks_that_are_not_whole_are_refused() {
             TensorFile::from_bytes(file).unwrap_err().to_string()
         };
         let half = values as u64 / 2;
-        assert!(cut(half, size).contains(&format!("rows of {half} values, not of whole blocks of {values}")));
+        assert!(
+            cut(half, size).contains(&format!("rows of {half} values, expected a multiple of the block size {values}"))
+        );
         assert!(cut(values as u64, size).contains("the file has"), "{}", cut(values as u64, size));
     }
     // Types of other programs are named.
@@ -124,7 +126,7 @@ fn blocks_that_are_not_whole_are_refused() {
 
 /// Tensors outside the file are an error before memory is allocated for them.
 #[test]
-fn sizes_that_are_not_there_are_refused() {
+fn sizes_beyond_the_file_are_refused() {
     for stored in KINDS {
         let rows = (1 << 40) / stored.block().0 as u64;
         let file = gguf(&[], &[("w", &[stored.block().0 as u64, rows], number(stored), vec![0; 4096])]);
@@ -143,11 +145,11 @@ fn versions_and_byte_orders_are_named() {
     for version in [2u32, 3] {
         assert!(with(version.to_le_bytes()).is_ok());
         let error = with(version.to_be_bytes()).unwrap_err();
-        assert!(error.contains(&format!("version {version} in big-endian byte order")), "{error}");
+        assert!(error.contains(&format!("is big-endian GGUF version {version}")), "{error}");
         assert!(error.contains("gguf-convert-endian"), "{error}");
     }
-    assert!(with(1u32.to_le_bytes()).unwrap_err().contains("version 1, which no program writes any more"));
-    assert!(with(9u32.to_le_bytes()).unwrap_err().contains("version 9, known are 2 and 3"));
+    assert!(with(1u32.to_le_bytes()).unwrap_err().contains("version 1, which is obsolete"));
+    assert!(with(9u32.to_le_bytes()).unwrap_err().contains("version 9, expected 2 or 3"));
 }
 
 /// Integers of every width, up to the largest.
@@ -342,13 +344,16 @@ fn metadata_that_asks_for_more_is_refused() {
     let kind = |kind: &str| pair("qwen2.rope.scaling.type", 8, &text(kind));
     for (pairs, expected) in [
         (vec![kind("longrope")], "`qwen2.rope.scaling.type` is `longrope`, expected none, linear or yarn"),
-        (vec![float("qwen2.rope.scaling.type", 1.0)], "`qwen2.rope.scaling.type` is `not text`"),
+        (vec![float("qwen2.rope.scaling.type", 1.0)], "`qwen2.rope.scaling.type` is `not a string`"),
         (vec![pair("qwen2.rope.scaling.factor", 8, &text("4"))], "`qwen2.rope.scaling.factor` is Text(\"4\")"),
-        (vec![kind("yarn"), float("qwen2.rope.scaling.yarn_ext_factor", 0.5)], "only 1 is known"),
+        (vec![kind("yarn"), float("qwen2.rope.scaling.yarn_ext_factor", 0.5)], "is 0.5, expected 1"),
         (vec![size("qwen2.expert_count", 8)], "mixtures of experts"),
-        (vec![pair("qwen2.attention.causal", 7, &[0])], "`qwen2.attention.causal` is false"),
-        (vec![size("qwen2.attention.value_length", 8)], "`qwen2.attention.value_length` is 8, not the 16"),
-        (vec![size("qwen2.rope.dimension_count", 8)], "`qwen2.rope.dimension_count` is 8, not the 16"),
+        (vec![pair("qwen2.attention.causal", 7, &[0])], "`qwen2.attention.causal` must be true"),
+        (
+            vec![size("qwen2.attention.value_length", 8)],
+            "`qwen2.attention.value_length` is 8, expected the head size 16",
+        ),
+        (vec![size("qwen2.rope.dimension_count", 8)], "`qwen2.rope.dimension_count` is 8, expected the head size 16"),
     ] {
         let error = error(&pairs);
         assert!(error.contains(expected), "{error}");
@@ -365,19 +370,19 @@ fn metadata_that_asks_for_more_is_refused() {
         [&b"llama.attention.head_count_kv\x09\0\0\0\x05\0\0\0\x02\0\0\0\0\0\0\0"[..], &values].concat()
     };
     let error = changed(&list(&[2, 2]), &list(&[2, 4]));
-    assert!(error.contains("layers that differ are not supported"), "{error}");
+    assert!(error.contains("expected the same value for all layers"), "{error}");
     let error = changed(&list(&[2, 2]), &list(&[0, 0]));
-    assert!(error.contains("layers that differ are not supported"), "{error}");
+    assert!(error.contains("expected the same value for all layers"), "{error}");
     let depth = |depth: u32| size("llama.block_count", depth);
     let error = changed(&depth(2), &depth(1));
-    assert!(error.contains("has 2 values, expected one for each of 1 layers"), "{error}");
+    assert!(error.contains("has 2 values, expected 1, one per layer"), "{error}");
     let architecture = |name: &str| pair("general.architecture", 8, &text(name));
     let error = changed(&architecture("llama"), &architecture("gemma"));
     assert!(error.contains("is gemma, expected llama or qwen2"), "{error}");
     // Invalid factors.
     let factors = |values: [f32; 4]| values.map(f32::to_le_bytes).concat();
     let error = changed(&factors([1.0, 3.25, 8.0, 8.0]), &factors([1.0, 0.0, 8.0, 8.0]));
-    assert!(error.contains("`rope_freqs.weight` holds [1.0, 0.0, 8.0, 8.0], expected numbers above 0"), "{error}");
+    assert!(error.contains("`rope_freqs.weight` contains [1.0, 0.0, 8.0, 8.0], expected numbers above 0"), "{error}");
 }
 
 /// A model in three files, opened by the folder or by any of them.
@@ -411,25 +416,25 @@ fn models_in_several_files() -> Result<()> {
     changed[at] += 1;
     folder.write(&part(1), changed);
     let count = error(&folder.0);
-    assert!(count.contains("says that the model has") && count.contains("all 3 parts together have"), "{count}");
+    assert!(count.contains("says that the model has") && count.contains("but its 3 parts have"), "{count}");
     folder.write(&part(1), first);
     // A part twice, in the place of another one.
     let second = fs::read(folder.0.join(part(2))).unwrap();
     folder.write(&part(2), fs::read(folder.0.join(part(3))).unwrap());
     let twice = error(&folder.0);
-    assert!(twice.contains("does not say that it is part 2 of 3"), "{twice}");
+    assert!(twice.contains("is named as part 2 of 3"), "{twice}");
     // A part that is missing.
     fs::remove_file(folder.0.join(part(2))).unwrap();
     for path in [folder.0.clone(), folder.0.join(part(3))] {
         let missing = error(&path);
-        assert!(missing.contains(&part(2)) && missing.contains("is missing: it is part 2 of 3"), "{missing}");
+        assert!(missing.contains(&part(2)) && missing.contains("is missing (part 2 of 3"), "{missing}");
     }
     // A part of another name, and two models in one folder.
     let alone = folder.write("alone.gguf", &second);
     let renamed = error(&alone);
-    assert!(renamed.contains("its name has to end in `-00002-of-00003.gguf`"), "{renamed}");
+    assert!(renamed.contains("its name must end in `-00002-of-00003.gguf`"), "{renamed}");
     let several = error(&folder.0);
-    assert!(several.contains("has 3 .gguf files, give one of them"), "{several}");
+    assert!(several.contains("has 3 .gguf files; name one of them"), "{several}");
     // Invalid numbers.
     for (key, pairs) in [
         ("split.count", vec![pair("split.count", 8, &text("3"))]),
@@ -468,13 +473,13 @@ fn rotations_of_folders() -> Result<()> {
         json!({"rope_scaling": rope})
     };
     let refused = [
-        (json!({"rope_scaling": {"rope_type": "longrope", "factor": 4.0}}), "is of type `longrope`"),
-        (json!({"rope_scaling": {"type": "su"}}), "is of type `su`, expected default, linear, dynamic, yarn"),
-        (json!({"rope_scaling": {"type": 3}}), "is of type `not text`"),
+        (json!({"rope_scaling": {"rope_type": "longrope", "factor": 4.0}}), "has type `longrope`"),
+        (json!({"rope_scaling": {"type": "su"}}), "has type `su`, expected default, linear, dynamic, yarn"),
+        (json!({"rope_scaling": {"type": 3}}), "has type `not a string`"),
         (json!({"rope_scaling": "linear"}), "expected an object"),
-        (json!({"rope_scaling": {"type": "linear"}}), "has no number `factor`"),
+        (json!({"rope_scaling": {"type": "linear"}}), "requires a number `factor`"),
         (json!({"rope_parameters": {"full_attention": {"rope_type": "default"}}}), "differs by layer"),
-        (json!({"partial_rotary_factor": 0.5}), "`partial_rotary_factor` is 0.5, only whole heads"),
+        (json!({"partial_rotary_factor": 0.5}), "`partial_rotary_factor` is 0.5, expected 1"),
         (yarn("truncate", "no".into()), "has `truncate` = \"no\", expected true or false"),
         (yarn("beta_fast", "fast".into()), "has `beta_fast` = \"fast\", expected a number"),
         (yarn("original_max_position_embeddings", 0.5.into()), "`original_max_position_embeddings` = 0.5"),
@@ -519,13 +524,13 @@ fn windows_of_qwen2() -> Result<()> {
     config(json!({"use_sliding_window": true, "sliding_window": 32, "max_window_layers": 1}));
     check("qwen2.window.off", &folder.0, &expected)?;
     for (keys, expected) in [
-        (json!({"max_window_layers": 1}), "`max_window_layers` is 1: only the layers from there to 2"),
-        (json!({"max_window_layers": -1}), "`max_window_layers` is -1, expected the number of a layer"),
+        (json!({"max_window_layers": 1}), "`max_window_layers` is 1, so only layers 1 to 2"),
+        (json!({"max_window_layers": -1}), "`max_window_layers` is -1, expected a layer index"),
         (
             json!({"layer_types": ["sliding_attention", "full_attention"]}),
-            "`layer_types` differ, expected all layers to be of one type",
+            "`layer_types` must be sliding_attention or full_attention for all layers",
         ),
-        (json!({"layer_types": ["sliding_attention"]}), "`layer_types` differ"),
+        (json!({"layer_types": ["sliding_attention"]}), "`layer_types` must be"),
     ] {
         let mut keys = keys;
         keys["use_sliding_window"] = true.into();

@@ -273,7 +273,7 @@ fn sentences_are_pooled_as_a_folder_says() -> Result<()> {
     }
     list(&[("Transformer", ""), ("Normalize", "2_Normalize")]);
     let error = embed().unwrap_err().to_string();
-    assert!(error.contains("modules.json") && error.contains("before any pooling"), "{error}");
+    assert!(error.contains("modules.json") && error.contains("before the first pooling"), "{error}");
     Ok(())
 }
 
@@ -368,7 +368,7 @@ fn oversized_files_are_refused() -> Result<()> {
 
 /// A table of missing, unused and mismatched tensors, by the names in the file, in each family and format.
 #[test]
-fn tables_name_what_does_not_fit() -> Result<()> {
+fn tables_list_mismatched_weights() -> Result<()> {
     let folder = files("llama");
     let (config, weights) =
         (fs::read_to_string(folder.join("config.json")).unwrap(), TensorFile::open(&folder)?.tensors()?);
@@ -442,7 +442,7 @@ fn tables_name_what_does_not_fit() -> Result<()> {
 }
 
 #[test]
-fn what_does_not_fit_is_refused_with_a_table() -> Result<()> {
+fn mismatched_weights_are_listed_in_a_table() -> Result<()> {
     let Some((folder, _)) = rxnmapper() else { return Ok(()) };
     let config = fs::read_to_string(folder.join("config.json")).unwrap();
     let weights = TensorFile::open(&folder)?.tensors()?;
@@ -471,13 +471,18 @@ fn what_does_not_fit_is_refused_with_a_table() -> Result<()> {
     let bias = "albert.encoder.embedding_hidden_mapping_in.bias";
     let cases = [
         ("NaN", config.clone(), with(bias, nan), "NaN"),
-        ("integers", config.clone(), with(bias, integers), "expected floats"),
+        ("integers", config.clone(), with(bias, integers), "expected a float dtype"),
         ("family", config.replace("\"albert\"", "\"gpt_neox\""), weights.clone(), "`gpt_neox`"),
         ("no_family", "{}".into(), weights.clone(), "model_type"),
         ("no_json", "{".into(), weights.clone(), "JSON"),
         ("activation", config.replace("\"gelu\"", "\"mish\""), weights.clone(), "`mish`"),
         ("wrong_family", config.replace("\"albert\"", "\"bert\""), weights.clone(), "missing"),
-        ("groups", config.replace("\"num_hidden_groups\": 1", "\"num_hidden_groups\": 2"), weights.clone(), "only 1"),
+        (
+            "groups",
+            config.replace("\"num_hidden_groups\": 1", "\"num_hidden_groups\": 2"),
+            weights.clone(),
+            "expected 1",
+        ),
         (
             "huge",
             config.replace("\"vocab_size\": 591", "\"vocab_size\": 1000000000"),

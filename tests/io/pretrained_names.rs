@@ -98,7 +98,7 @@ fn expected_names(of: &str) -> usize {
 }
 
 #[test]
-fn weights_without_a_use_are_listed_and_buffers_are_not() -> Result<()> {
+fn unused_weights_are_listed_but_buffers_are_not() -> Result<()> {
     let expected = read_safetensors(files("llama/expected.safetensors"))?;
     let ones = |shape: &[usize], dtype: DType| Tensor::ones(shape, dtype, &Device::Cpu).unwrap();
     let folder = changed("llama", "extra", |weights| {
@@ -206,7 +206,7 @@ fn configs_are_read_as_python_writes_them() -> Result<()> {
     assert!(refused.contains("rms_norm_eps") && refused.contains("Infinity"), "{refused}");
     for (text, part) in [
         (config.replace("model_type", "kind"), "no `model_type`"),
-        ("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n".to_string(), "git-lfs"),
+        ("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n".to_string(), "Git LFS"),
         ("<!DOCTYPE html><p>".to_string(), "HTML"),
         ("{".to_string(), "not JSON"),
     ] {

@@ -129,7 +129,7 @@ fn safetensors_integers_are_widened() {
 }
 
 #[test]
-fn safetensors_lying_files_are_refused() {
+fn safetensors_inconsistent_files_are_refused() {
     let folder = Folder::new("lies");
     let one = |dtype: &str, shape: &str, offsets: &str| {
         format!(r#"{{"x":{{"dtype":"{dtype}","shape":{shape},"data_offsets":{offsets}}}}}"#)
@@ -207,7 +207,7 @@ fn safetensors_huge_header_takes_no_memory() {
 }
 
 #[test]
-fn safetensors_what_is_no_file_is_refused() {
+fn safetensors_other_than_regular_files_are_refused() {
     let folder = Folder::new("nofile");
     let missing = folder.at("missing");
     assert!(matches!(read_safetensors(&missing).unwrap_err().kind(), ErrorKind::Io { path, .. } if *path == missing));

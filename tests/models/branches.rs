@@ -101,7 +101,7 @@ fn tokens(rows: usize, n: usize) -> Result<Tensor> {
 }
 
 #[test]
-fn own_branches_are_in_the_plan_and_the_state_dict() -> Result<()> {
+fn custom_branches_are_in_the_plan_and_the_state_dict() -> Result<()> {
     let store = ParamStore::new(0, DType::F32, &Device::Cpu);
     let model = model(&store)?;
     let plan = &model.net.plan().layers;
@@ -116,7 +116,7 @@ fn own_branches_are_in_the_plan_and_the_state_dict() -> Result<()> {
 
 /// Chunks of any size, rows of different lengths, repeated rows and truncated sequences give the values of whole ones.
 #[test]
-fn own_branches_continue_in_a_cache() -> Result<()> {
+fn custom_branches_continue_in_a_cache() -> Result<()> {
     let store = ParamStore::new(1, DType::F64, &Device::Cpu);
     let model = model(&store)?;
     let all = tokens(2, 12)?;
@@ -168,7 +168,7 @@ fn own_branches_continue_in_a_cache() -> Result<()> {
 }
 
 #[test]
-fn own_branches_generate_with_cache_beams_and_drafts() -> Result<()> {
+fn custom_branches_generate_with_cache_beams_and_drafts() -> Result<()> {
     let store = ParamStore::new(2, DType::F64, &Device::Cpu);
     let model = model(&store)?;
     let sampling = SamplingConfig { temperature: 0.0, ..Default::default() };
@@ -197,7 +197,7 @@ fn own_branches_generate_with_cache_beams_and_drafts() -> Result<()> {
 }
 
 #[test]
-fn own_branches_are_recomputed() -> Result<()> {
+fn custom_branches_are_recomputed() -> Result<()> {
     let store = ParamStore::new(4, DType::F32, &Device::Cpu);
     let model = model(&store)?;
     let gradients = |checkpoint_layers: bool| -> Result<Gradients> {
@@ -216,7 +216,7 @@ fn own_branches_are_recomputed() -> Result<()> {
 }
 
 #[test]
-fn own_branches_refused() -> Result<()> {
+fn invalid_custom_branches_are_refused() -> Result<()> {
     let plan = LayersPlan::new(&AttentionLayersConfig::decoder(DIM, 1))?;
     let store = || ParamStore::new(0, DType::F32, &Device::Cpu);
     let with = |branch: Arc<dyn Branch>| {

@@ -435,7 +435,7 @@ fn options_that_exclude_each_other() {
             json!({"rotary_pos_emb": true, "attn_dim_head": 32, "attn_collab_heads": true, "attn_collab_compression": 0.2}),
             ["rotary_pos_emb", "attn_collab_heads"],
         ),
-        ("Decoder", json!({"cross_attend": true, "custom_layers": ["a", "f"]}), ["cross_attend", "order of layers"]),
+        ("Decoder", json!({"cross_attend": true, "custom_layers": ["a", "f"]}), ["cross_attend", "layer order"]),
         ("Decoder", json!({"custom_layers": ["c"]}), ["custom_layers", "cross_attend"]),
         ("Decoder", json!({"cross_residual_attn": true}), ["cross_residual_attn", "cross_attend"]),
         ("Decoder", json!({"dim": 33, "position_infused_attn": true}), ["position_infused_attn", "dim"]),

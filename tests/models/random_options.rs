@@ -124,7 +124,7 @@ proptest! {
     #![proptest_config(runner())]
 
     #[test]
-    fn random_options_gradients_are_those_of_differences(draw in draws()) {
+    fn random_options_gradients_match_differences(draw in draws()) {
         let (along, numeric, unused) = directional(&draw).unwrap();
         prop_assert!((along - numeric).abs() <= 1e-6 * along.abs().max(1.0), "{along} by the tape, {numeric} by differences");
         // A parameter without a gradient, for instance because no visible position uses it, has no effect.

@@ -91,8 +91,11 @@ fn models_refuse_bad_masks_and_contexts() -> Result<()> {
         (ForwardOptions { attn_mask: Some(keep(&[5, 4])?), ..none() }, vec!["attn_mask", "[2, 2, 5, 5]", "[5, 4]"]),
         (ForwardOptions { attn_mask: Some(keep(&[5])?), ..none() }, vec!["attn_mask", "[5]"]),
         (ForwardOptions { attn_mask: Some(tokens(5, 5)?), ..none() }, vec!["attn_mask", "bool", "i64"]),
-        (ForwardOptions { context: Some(context.clone()), ..none() }, vec!["context", "no cross-attention"]),
-        (ForwardOptions { context_mask: Some(keep(&[2, 3])?), ..none() }, vec!["context_mask", "no cross-attention"]),
+        (ForwardOptions { context: Some(context.clone()), ..none() }, vec!["context", "layers with cross-attention"]),
+        (
+            ForwardOptions { context_mask: Some(keep(&[2, 3])?), ..none() },
+            vec!["context_mask", "layers with cross-attention"],
+        ),
         (ForwardOptions { mems: Some(vec![]), ..none() }, vec!["mems", "2", "0"]),
         (
             ForwardOptions { mems: Some(vec![context.clone(), Tensor::ones([1, 3, 16], DType::F64, &CPU)?]), ..none() },
@@ -184,7 +187,7 @@ fn models_losses_of_half_precision_are_f32() -> Result<()> {
 
 /// Requests that a loss or a continuation cannot return are an error, not dropped silently.
 #[test]
-fn models_losses_give_nothing_else() -> Result<()> {
+fn models_losses_return_only_the_loss() -> Result<()> {
     let model = autoregressive(AutoregressiveConfig { net: wrapper(decoder()), ..Default::default() })?;
     let continuous =
         ContinuousTransformerWrapperConfig { max_seq_len: 6, attn_layers: decoder(), ..Default::default() };
@@ -732,7 +735,7 @@ fn encoder_decoder_masks() -> Result<()> {
 }
 
 #[test]
-fn cross_entropy_of_any_model_is_that_of_its_logits() -> Result<()> {
+fn cross_entropy_of_any_model_equals_that_of_its_logits() -> Result<()> {
     let vision = ViTransformerWrapperConfig {
         image_size: 8,
         patch_size: 4,

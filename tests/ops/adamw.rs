@@ -243,7 +243,7 @@ fn adamw_tied_and_shared_parameters() -> Result<()> {
 }
 
 #[test]
-fn adamw_refuses_what_is_not_finite_and_changes_nothing() -> Result<()> {
+fn adamw_refuses_non_finite_gradients_and_changes_nothing() -> Result<()> {
     let store = ParamStore::new(0, DType::F32, device());
     let params: Vec<Param> =
         ["a", "b", "c"].iter().map(|name| store.param(name, [3], Init::Constant(1.0))).collect::<Result<_>>()?;

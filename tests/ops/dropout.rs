@@ -45,7 +45,7 @@ fn statistics() -> Result<()> {
 }
 
 #[test]
-fn words_of_the_stream_decide() -> Result<()> {
+fn masks_follow_the_random_stream() -> Result<()> {
     let (y, _) = masks(&[1000], 0.25, DType::F32, 9)?;
     let (random, threshold) = (Philox::new(9, 1), Philox::drop_threshold(0.25));
     for (i, y) in y.iter().enumerate() {
@@ -75,7 +75,7 @@ fn dropped_elements_are_zero_whatever_they_were() -> Result<()> {
 }
 
 #[test]
-fn masks_depend_on_seed_and_call_alone() -> Result<()> {
+fn masks_depend_only_on_seed_and_call() -> Result<()> {
     let shape = [129, 513];
     let kept = |y: &[f64]| y.iter().map(|&y| y != 0.0).collect::<Vec<_>>();
     let (y, _) = masks(&shape, 0.4, DType::F32, 3)?;

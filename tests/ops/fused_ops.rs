@@ -105,7 +105,7 @@ fn weight_gradients_add_up_over_parts() -> Result<()> {
 
 /// A gradient may reuse memory that is no longer used, but never a tensor that somebody still holds.
 #[test]
-fn backward_leaves_held_tensors_alone() -> Result<()> {
+fn backward_does_not_change_held_tensors() -> Result<()> {
     let x = random(&[5, 8], DType::F32, 0)?.requires_grad()?;
     let g = random(&[8], DType::F32, 1)?;
     let targets = tokens(&[5], 4)?;
@@ -221,7 +221,7 @@ fn variance_far_from_zero() -> Result<()> {
 
 /// A key that is rotated on its own, as with a cache, has the same bits as within a sequence.
 #[test]
-fn rotation_depends_on_the_position_alone() -> Result<()> {
+fn rotation_depends_only_on_the_position() -> Result<()> {
     let frequencies = Tensor::generate([8], DType::F32, device(), |k| 10000f64.powf(k as f64 / -8.0))?;
     let x = random(&[1, 300, 20], DType::F32, 0)?;
     let whole = x.rotary(&frequencies, 7)?;

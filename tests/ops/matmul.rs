@@ -308,7 +308,7 @@ fn bad_input_is_a_typed_error() -> Result<()> {
     assert!(matches!(a.matmul(&zeros(&[4, 3])?).map_err(Error::into_kind), Err(ErrorKind::Shape { op: "matmul", .. })));
     assert_eq!(
         message(a.matmul(&zeros(&[4, 5])?)),
-        Err("matmul: [2, 3] and [4, 5] do not match: 3 columns times 4 rows".into())
+        Err("matmul: cannot multiply [2, 3] by [4, 5]: inner dimensions 3 and 4 differ".into())
     );
     assert!(matches!(a.matmul(&zeros(&[4])?).map_err(Error::into_kind), Err(ErrorKind::Shape { .. })));
     assert!(matches!(

@@ -494,7 +494,7 @@ proptest! {
 
     /// Conversions from f32 round as the `half` crate does, which is right for f32.
     #[test]
-    fn halves_of_singles(bits in prop::collection::vec(any::<u32>(), 1..200)) {
+    fn half_types_round_like_the_half_crate(bits in prop::collection::vec(any::<u32>(), 1..200)) {
         let singles: Vec<f32> = bits.into_iter().map(f32::from_bits).filter(|x| !x.is_nan()).collect();
         let x = Tensor::from_slice(&singles, [singles.len()], device()).unwrap();
         let expected: Vec<f64> = singles.iter().map(|&x| half::bf16::from_f32(x).to_f64()).collect();

@@ -163,7 +163,7 @@ fn checkpoint_every_interrupted_state_loads() -> Result<()> {
     copy("new", &run.join(INCOMING));
     fs::write(run.join(PARTIAL), "a file where a folder should be").unwrap();
     let message = checkpoint(3, 5).save(run).unwrap_err().to_string();
-    assert!(message.contains(PARTIAL) && message.contains("in the way"), "{message}");
+    assert!(message.contains(PARTIAL) && message.contains("must be a folder"), "{message}");
     assert_eq!(whole(&Checkpoint::load(run)?), 2);
     Ok(())
 }
@@ -311,7 +311,7 @@ fn checkpoint_through_links() {
         for target in ["nowhere", "real"] {
             symlink(at(target), at("real").join(name)).unwrap();
             let message = checkpoint(3, 5).save(at("run")).unwrap_err().to_string();
-            assert!(message.contains(name) && message.contains("in the way"), "{message}");
+            assert!(message.contains(name) && message.contains("must be a folder"), "{message}");
             assert_eq!(whole(&Checkpoint::load(at("run")).unwrap()), 2);
             fs::remove_file(at("real").join(name)).unwrap();
         }

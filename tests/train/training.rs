@@ -167,7 +167,7 @@ fn text_from_files_and_folders() -> Result<()> {
 }
 
 #[test]
-fn text_that_cannot_be_used() {
+fn invalid_texts_are_refused() {
     let folder = Folder::new("bad-text");
     let message = |path: &PathBuf| ByteText::from_paths(&[path]).map(drop).unwrap_err().to_string();
     for (name, bytes, expected) in [("binary", &b"abc\0def"[..], "binary"), ("empty", b"", "empty")] {
@@ -454,7 +454,7 @@ fn trainer_resume_is_exact() -> Result<()> {
 
 /// A run whose number of steps is changed continues as if it had started with that number.
 #[test]
-fn trainer_moves_its_end() -> Result<()> {
+fn trainer_changes_its_number_of_steps() -> Result<()> {
     let folder = Folder::new("moved");
     // Where the learning rate depends on the end, the steps before it was moved would differ.
     let constant = |steps| TrainOptions { warmup: 0, final_lr_ratio: 1.0, ..options(steps) };
@@ -466,7 +466,7 @@ fn trainer_moves_its_end() -> Result<()> {
     let mut parts = Trainer::resume(&run, text(), device())?;
     for steps in [1, u64::MAX] {
         let message = parts.set_steps(steps).unwrap_err().to_string();
-        assert!(message.contains("steps") && message.contains("expected 2, which are done"), "{message}");
+        assert!(message.contains("steps") && message.contains("expected 2 (the steps done)"), "{message}");
     }
     parts.set_steps(5)?;
     assert_eq!(parts.options(), whole.options());
@@ -603,7 +603,7 @@ fn trainer_killed_at_any_moment_ends_with_the_same_bits() {
 }
 
 #[test]
-fn trainer_stops_at_what_is_not_finite() -> Result<()> {
+fn trainer_stops_at_non_finite_values() -> Result<()> {
     let folder = Folder::new("nan");
     let mut trainer = trainer(0.0, options(10))?;
     trainer.step()?;
@@ -644,7 +644,7 @@ fn trainer_stops_at_what_is_not_finite() -> Result<()> {
 }
 
 #[test]
-fn trainer_refuses_what_cannot_work() -> Result<()> {
+fn trainer_refuses_invalid_options() -> Result<()> {
     let key = |result: Result<Trainer>| match result.map(drop).map_err(Error::into_kind) {
         Err(ErrorKind::Option { key, .. }) => key,
         other => panic!("{other:?}"),
@@ -660,7 +660,7 @@ fn trainer_refuses_what_cannot_work() -> Result<()> {
 }
 
 #[test]
-fn trainer_resume_refuses_what_does_not_fit() -> Result<()> {
+fn trainer_resume_refuses_mismatched_runs() -> Result<()> {
     let folder = Folder::new("unfit");
     let run = &folder.0;
     let mut first = trainer(0.0, TrainOptions { ema_decay: Some(0.5), ..options(5) })?;

@@ -30,20 +30,20 @@ pub fn of_files(vocabulary: (&Path, &str), merges: &str, settings: &Settings, fa
         ],
         other => {
             let why = format_args!(
-                "is `{other}`; of `vocab.json` and `merges.txt` only GPT2Tokenizer, Qwen2Tokenizer and RobertaTokenizer \
-                 are read; let transformers write a `tokenizer.json` beside them"
+                "is `{other}`, but `vocab.json` with `merges.txt` is supported only for GPT2Tokenizer, Qwen2Tokenizer \
+                 and RobertaTokenizer; save a `tokenizer.json` with transformers"
             );
             return Err(settings.refuse("tokenizer_class", why));
         }
     };
     let broken = |why: String| file_error(vocabulary.0, why);
     let pieces: Map<String, Value> =
-        serde_json::from_str(vocabulary.1).map_err(|why| broken(format!("is not an object of tokens: {why}")))?;
+        serde_json::from_str(vocabulary.1).map_err(|why| broken(format!("is not a JSON object of tokens: {why}")))?;
     let merges = merges.lines().filter(|line| !line.starts_with("#version") && !line.trim().is_empty());
     let merges: Vec<Value> = merges
         .map(|line| match line.trim_end().split_once(' ') {
             Some((first, second)) if !second.contains(' ') => Ok(json!([first, second])),
-            _ => Err(broken(format!("stands beside `merges.txt` with the line `{line}`, expected two tokens"))),
+            _ => Err(broken(format!("has a `merges.txt` beside it with the line `{line}`, expected two tokens"))),
         })
         .collect::<Result<_>>()?;
     let prefix = settings.flag("add_prefix_space")?.unwrap_or(false);

@@ -74,7 +74,7 @@ impl Variable {
     /// Errors: a text that is not JSON.
     pub fn from_json(json: &str) -> Result<Self> {
         let value = serde_json::from_str(json);
-        value.map(Self).map_err(|why| refused(format_args!("a variable of a chat is not JSON: {why}")))
+        value.map(Self).map_err(|why| refused(format_args!("a chat variable is not JSON: {why}")))
     }
 }
 
@@ -204,17 +204,17 @@ impl Tokenizer {
                 Ok(Template { name: "given".to_string(), source: text.clone(), path: Default::default() })
             }
             (None, Some(name)) if !templates.is_empty() => {
-                Err(refused(format_args!("the model has no chat template `{name}`; it has {}", names())))
+                Err(refused(format_args!("the model has no chat template `{name}`, expected one of {}", names())))
             }
             (None, None) if !templates.is_empty() => {
-                Err(refused(format_args!("the model has no default chat template; name one of {}", names())))
+                Err(refused(format_args!("the model has no default chat template; choose one of {}", names())))
             }
             (None, None) if self.token("<|im_start|>").is_some() && self.token("<|im_end|>").is_some() => {
                 Ok(Template { name: "ChatML".to_string(), source: CHATML.to_string(), path: Default::default() })
             }
             _ => Err(refused(
                 "the model has no chat template (`chat_template` in tokenizer_config.json, chat_template.jinja, or \
-                 `tokenizer.chat_template` in a GGUF file), so that the form of its chats is not known",
+                 `tokenizer.chat_template` in a GGUF file), so its chat format is unknown",
             )),
         }
     }
@@ -222,7 +222,7 @@ impl Tokenizer {
     /// Text that the template writes, with spellings of control tokens in messages between [`MARKS`] if `marks`.
     fn rendered(&self, messages: &[Message], options: &ChatOptions, marks: bool) -> Result<String> {
         if messages.is_empty() {
-            return Err(refused("a chat needs at least one message, got none"));
+            return Err(refused("expected at least one message, got none"));
         }
         let template = self.chat_template(options)?;
         let control = if marks { self.control_tokens(&template.source) } else { Vec::new() };
@@ -263,7 +263,7 @@ impl Tokenizer {
             let special = |token: &i64| self.piece(*token).is_none();
             if let Some(token) = tokens.into_iter().find(special).and_then(|token| u32::try_from(token).ok()) {
                 let spelling = self.shared.inner.raw().id_to_token(token).unwrap_or_default();
-                let why = format!("a message has a text that the tokenizer takes for the special token `{spelling}`");
+                let why = format!("a message contains text that the tokenizer reads as the special token `{spelling}`");
                 return Err(refused(why));
             }
         }
@@ -301,8 +301,7 @@ impl Tokenizer {
             if !piece.is_empty() {
                 let more = if first { self.encoded(piece, false)? } else { self.inside(piece, as_text)? };
                 if as_text && self.token(piece).is_some_and(|control| more.contains(&control)) {
-                    let why =
-                        format!("a message has the text `{piece}`, which the tokenizer takes for a special token");
+                    let why = format!("a message contains `{piece}`, which the tokenizer reads as a special token");
                     return Err(refused(why));
                 }
                 tokens.extend(more);

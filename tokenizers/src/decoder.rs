@@ -183,7 +183,7 @@ impl Decoder {
                     Stage::Strip { content, start, stop }
                 }
             }
-            other => return Err(refused(format_args!("the decoder {other:?} is not known"))),
+            other => return Err(refused(format_args!("unsupported decoder {other:?}"))),
         };
         self.stages.push(stage);
         Ok(())

@@ -103,7 +103,7 @@ impl Described {
             if found != Some(*id) {
                 let found = found.map_or("none".to_string(), |found| found.to_string());
                 let why = format!(
-                    "the added token `{}` has the id {id} in the files of the folder, and {found} after the vocabulary",
+                    "the added token `{}` has the id {id} in the folder's files, but gets {found} after the vocabulary",
                     token.content
                 );
                 return Err(why.into());

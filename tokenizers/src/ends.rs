@@ -24,7 +24,7 @@ impl Ends {
         let flag = |key: &str, default: bool| match metadata(key) {
             None => Ok(default),
             Some(Metadata::Bool(flag)) => Ok(*flag),
-            Some(_) => Err(format!("has a `tokenizer.ggml.{key}` that is not true or false")),
+            Some(_) => Err(format!("`tokenizer.ggml.{key}` is not a boolean")),
         };
         let tokens = metadata("tokens").and_then(Metadata::as_list).unwrap_or_default();
         let token = |wanted: bool, flag: &str, key: &str| {
@@ -38,7 +38,7 @@ impl Ends {
                 // Of a model that has none.
                 None if metadata(key).is_none() => Ok(None),
                 None => {
-                    Err(format!("has `tokenizer.ggml.{flag}`, but `tokenizer.ggml.{key}` is not one of its tokens"))
+                    Err(format!("sets `tokenizer.ggml.{flag}`, but `tokenizer.ggml.{key}` is not the id of a token"))
                 }
             }
         };
@@ -164,12 +164,10 @@ mod tests {
         assert_eq!(ids(vec![("add_bos_token", Flag(false)), ("add_eos_token", Flag(true))]).unwrap(), [0, 1, 4]);
         assert_eq!(ids(vec![("add_bos_token", Flag(true)), ("add_eos_token", Flag(true))]).unwrap(), [3, 0, 1, 4]);
         assert_eq!(ids(vec![("add_space_prefix", Flag(true))]).unwrap(), [2, 0, 1]);
-        assert!(
-            ids(vec![("add_bos_token", Number(1))]).unwrap_err().contains("add_bos_token` that is not true or false")
-        );
+        assert!(ids(vec![("add_bos_token", Number(1))]).unwrap_err().contains("add_bos_token` is not a boolean"));
         let named = [("model", Text("gpt2")), ("tokens", Texts(&TOKENS)), ("merges", Texts(&[]))];
         let lost = opened(&[&named[..], &[("add_bos_token", Flag(true)), ("bos_token_id", Number(77))]].concat());
-        assert!(lost.unwrap_err().contains("`tokenizer.ggml.bos_token_id` is not one of its tokens"));
+        assert!(lost.unwrap_err().contains("`tokenizer.ggml.bos_token_id` is not the id of a token"));
         assert!(opened(&[&named[..], &[("add_bos_token", Flag(true))]].concat()).is_ok());
     }
 }

@@ -15,7 +15,7 @@ pub fn of_gguf(file: &TensorFile) -> std::result::Result<String, String> {
     let text = |key: &str| metadata.get(key).and_then(Metadata::as_str);
     let list = |key: &str| {
         let found = metadata.get(key).and_then(Metadata::as_list);
-        found.ok_or_else(|| format!("has no tokenizer: no list `{key}`"))
+        found.ok_or_else(|| format!("has no tokenizer: missing list `{key}`"))
     };
     match text("tokenizer.ggml.model") {
         Some("gpt2") => {}
@@ -24,8 +24,8 @@ pub fn of_gguf(file: &TensorFile) -> std::result::Result<String, String> {
             return pieces.json(customs);
         }
         other => {
-            let why = "expected gpt2, byte-level BPE, or llama, SentencePiece";
-            return Err(format!("has a tokenizer of the model {other:?}, {why}"));
+            let why = "expected gpt2 (byte-level BPE) or llama (SentencePiece)";
+            return Err(format!("has `tokenizer.ggml.model` = {other:?}, {why}"));
         }
     }
     // Files from before there were names of splits have what their models had.
@@ -33,8 +33,8 @@ pub fn of_gguf(file: &TensorFile) -> std::result::Result<String, String> {
     let name = text("tokenizer.ggml.pre").unwrap_or(usual);
     let PreTokenizer { json: pre_tokenizer, ignore_merges } = pretokenizer::of(name).ok_or_else(|| {
         format!(
-            "splits text as `tokenizer.ggml.pre` = `{name}` does, known are gpt-2, llama-bpe, qwen2, tekken, smollm, \
-            deepseek-llm and their like"
+            "has `tokenizer.ggml.pre` = `{name}`, expected gpt-2, llama-bpe, qwen2, tekken, smollm, deepseek-llm or a \
+             variant of one"
         )
     })?;
     let tokens = list("tokenizer.ggml.tokens")?;
@@ -42,7 +42,7 @@ pub fn of_gguf(file: &TensorFile) -> std::result::Result<String, String> {
     let mut vocabulary = Map::new();
     let mut added = Vec::new();
     for (id, token) in tokens.iter().enumerate() {
-        let token = token.as_str().ok_or("has a token that is no text")?;
+        let token = token.as_str().ok_or("has a token that is not a string")?;
         if vocabulary.insert(token.to_string(), json!(id)).is_some() {
             return Err(format!("has the token `{token}` twice"));
         }
@@ -53,7 +53,7 @@ pub fn of_gguf(file: &TensorFile) -> std::result::Result<String, String> {
         Some((first, second)) if !second.contains(' ') => Some(json!([first, second])),
         _ => None,
     });
-    let merges = merges.collect::<Option<Vec<_>>>().ok_or("has a merge that is no pair of tokens")?;
+    let merges = merges.collect::<Option<Vec<_>>>().ok_or("has a merge that is not a pair of tokens")?;
     Ok(json!({
         "version": "1.0",
         "added_tokens": added,

@@ -47,17 +47,17 @@ pub(crate) fn render(source: &str, variables: Value, bytes: usize, now: Option<S
         .template_from_str(&source)
         .and_then(|template| template.render_captured_to(variables, &mut output).map(drop));
     if output.most == 0 {
-        return Err("makes more text than a chat has".to_string());
+        return Err("produces too much text for a chat".to_string());
     }
     rendered.map_err(|error| described(&error))?;
-    String::from_utf8(output.bytes).map_err(|_| "makes what is not text".to_string())
+    String::from_utf8(output.bytes).map_err(|_| "produces invalid UTF-8".to_string())
 }
 
 /// Where the template fails and why: its own message, or that of the engine.
 fn described(error: &Error) -> String {
     let line = error.line().map_or_else(String::new, |line| format!("line {line}: "));
     match error.kind() {
-        ErrorKind::OutOfFuel => format!("{line}takes more steps or makes more text than a chat needs"),
+        ErrorKind::OutOfFuel => format!("{line}takes too many steps or produces too much text for a chat"),
         ErrorKind::InvalidOperation => format!("{line}{}", error.detail().unwrap_or("an invalid operation")),
         kind => match error.detail() {
             Some(detail) => format!("{line}{kind}: {detail}"),
@@ -230,7 +230,7 @@ struct Json<'a, 'e> {
 impl Json<'_, '_> {
     fn write(&mut self, value: &Value, depth: usize) -> Result<(), Error> {
         if depth > DEPTH {
-            return Err(Error::new(ErrorKind::InvalidOperation, "tojson: lists within each other too deeply"));
+            return Err(Error::new(ErrorKind::InvalidOperation, "tojson: lists are nested too deeply"));
         }
         let before = self.text.len();
         match value.kind() {
@@ -268,7 +268,10 @@ impl Json<'_, '_> {
                 self.close(any, depth, '}');
             }
             kind => {
-                return Err(Error::new(ErrorKind::InvalidOperation, format!("tojson: {kind} has no JSON")));
+                return Err(Error::new(
+                    ErrorKind::InvalidOperation,
+                    format!("tojson: {kind} cannot be converted to JSON"),
+                ));
             }
         }
         self.state.consume_fuel(1 + (self.text.len() - before) as u64 / 64)
@@ -330,6 +333,8 @@ fn strftime(now: &DateTime<Local>, format: &str) -> Result<String, Error> {
     let mut text = String::new();
     match write!(text, "{}", now.naive_local().format(&format)) {
         Ok(()) => Ok(text),
-        Err(_) => Err(Error::new(ErrorKind::InvalidOperation, format!("strftime_now: `{format}` is not a format"))),
+        Err(_) => {
+            Err(Error::new(ErrorKind::InvalidOperation, format!("strftime_now: `{format}` is not a valid format")))
+        }
     }
 }

@@ -41,9 +41,9 @@ pub fn of_folder(folder: &Path, family: Family, over: &str) -> Result<Described>
             family,
         );
     }
-    let why = "has no tokenizer: no `tokenizer.json`, no `tokenizer.model`, no `spiece.model`, no `vocab.txt`, and not \
-               both of `vocab.json` and `merges.txt`. Put one of them there or name it by `--tokenizer`; \
-               `AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)` of transformers writes the first";
+    let why = "has no tokenizer: expected `tokenizer.json`, `tokenizer.model`, `spiece.model`, `vocab.txt`, or \
+               `vocab.json` with `merges.txt`; add one or name it with `--tokenizer` (in transformers, \
+               `AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)` writes `tokenizer.json`)";
     Err(file_error(folder, why))
 }
 
@@ -58,7 +58,7 @@ pub fn of_file(path: &Path, family: Family, over: &str) -> Result<Described> {
             of_sentence_piece(pieces, path, family, &settings()?)
         }
         Some("txt") => wordpiece::of_vocabulary(&read_text(path, MAX_FILE)?, path, &settings()?, family),
-        _ => Err(broken("is no tokenizer: expected a name that ends in .json, .model or .txt".to_string())),
+        _ => Err(broken("is not a tokenizer: expected a name that ends in .json, .model or .txt".to_string())),
     }
 }
 
@@ -72,7 +72,7 @@ fn of_sentence_piece(pieces: SentencePiece, path: &Path, family: Family, setting
             Some(Token { content, .. }) => {
                 let listed = settings.added.iter().find(|(_, token)| token.content == content).map(|(id, _)| *id);
                 let id = listed.or(pieces.id(&content).map(|id| id as u64));
-                let lacks = || settings.refuse(key, format_args!("is `{content}`, which the vocabulary lacks"));
+                let lacks = || settings.refuse(key, format_args!("is `{content}`, which is not in the vocabulary"));
                 Ok::<_, Error>(Some((id.ok_or_else(lacks)?, content.clone())))
             }
         };
@@ -95,7 +95,7 @@ fn of_sentence_piece(pieces: SentencePiece, path: &Path, family: Family, setting
     let class = settings.class(family);
     if !matches!(class, "AlbertTokenizer" | "BertTokenizer") {
         let why = format_args!(
-            "is `{class}`, whose models of SentencePiece are not read; let transformers write a `tokenizer.json` beside it"
+            "is `{class}`, whose SentencePiece models are not supported; save a `tokenizer.json` with transformers"
         );
         return Err(settings.refuse("tokenizer_class", why));
     }
@@ -115,7 +115,7 @@ fn of_sentence_piece(pieces: SentencePiece, path: &Path, family: Family, setting
     };
     let names = [name("cls_token", "[CLS]")?, name("sep_token", "[SEP]")?];
     let [Some(start), Some(end)] = [&names[0], &names[1]].map(|name| pieces.id(name)) else {
-        return Err(broken(format!("lacks {} or {}", names[0], names[1])));
+        return Err(broken(format!("lacks the token {} or {}", names[0], names[1])));
     };
     let [first, last] = names;
     let ends = [Some((start as u64, first)), Some((end as u64, last))];

@@ -93,7 +93,7 @@ impl SentencePipeline {
     pub fn of(pretrained: &Pretrained, tokenizer: Option<&Path>, dtype: DType, device: &Device) -> Result<Self> {
         let options = pretrained.sentence_options()?;
         if let (Some(name), None) = (&options.tokenizer_name, tokenizer) {
-            let why = format!("has its tokenizer elsewhere, `{name}`; name the folder by `--tokenizer`");
+            let why = format!("uses the tokenizer of `{name}`; name its folder with `--tokenizer`");
             return Err(file_error(pretrained.file().path(), why));
         }
         let tokenizer = Tokenizer::with_settings(pretrained, tokenizer, &options.tokenizer, options.do_lower_case)?;
@@ -154,7 +154,7 @@ impl SentencePipeline {
     /// ```
     pub fn embed_with(&self, texts: &[&str], prompt: Prompt) -> Result<Embedded> {
         if texts.is_empty() {
-            return Err(refused("there is no text to embed"));
+            return Err(refused("expected at least one text, got none"));
         }
         let prompt = self.prompt(prompt)?;
         let prompt_len = self.length_of_prompt(prompt)?;
@@ -165,7 +165,7 @@ impl SentencePipeline {
             let kept = encoded.ids.len();
             if kept == 0 || kept > self.window {
                 let start: String = content.chars().take(40).collect();
-                let why = format!("the text `{start}` has {kept} tokens, the model takes 1 to {}", self.window);
+                let why = format!("the text `{start}` has {kept} tokens, expected 1 to {}", self.window);
                 return Err(refused(why));
             }
             if kept < encoded.whole {
@@ -200,7 +200,7 @@ impl SentencePipeline {
         self.options.prompts.get(name).map(String::as_str).ok_or_else(|| {
             let known = self.options.prompts.keys().map(|name| format!("`{name}`")).collect::<Vec<_>>();
             let known = if known.is_empty() { "none".to_string() } else { known.join(", ") };
-            refused(format!("the model has no prompt `{name}`, its prompts are: {known}"))
+            refused(format!("the model has no prompt `{name}`, expected one of: {known}"))
         })
     }
 

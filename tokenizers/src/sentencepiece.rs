@@ -59,7 +59,7 @@ impl Kind {
             4 => Self::UserDefined,
             5 => Self::Unused,
             6 => Self::Byte,
-            other => return Err(format!("has a piece of the kind {other}, there are 1 to 6")),
+            other => return Err(format!("has a piece of type {other}, expected 1 to 6")),
         })
     }
 }
@@ -113,8 +113,14 @@ impl SentencePiece {
             match field? {
                 (3, Field::Number(1)) => self.unigram = true,
                 (3, Field::Number(2)) => self.unigram = false,
-                (3, Field::Number(_)) => return Err("splits texts into words or characters, not pieces".to_string()),
-                (24, Field::Number(suffix)) if suffix != 0 => return Err("has spaces behind words".to_string()),
+                (3, Field::Number(_)) => {
+                    return Err("is a word or character model, expected unigram or BPE".to_string());
+                }
+                (24, Field::Number(suffix)) if suffix != 0 => {
+                    return Err(
+                        "puts spaces after words (`treat_whitespace_as_suffix`), which is not supported".to_string()
+                    );
+                }
                 (35, Field::Number(fallback)) => self.byte_fallback = fallback != 0,
                 (40, Field::Number(number)) => self.unknown = id(number),
                 (41, Field::Number(number)) => self.start = id(number),
@@ -131,7 +137,10 @@ impl SentencePiece {
                 (2, Field::Bytes(rules)) => self.rules = rules.to_vec(),
                 (3, Field::Number(prefix)) => self.prefix = prefix != 0,
                 (4, Field::Number(collapse)) => self.collapse = collapse != 0,
-                (5, Field::Number(0)) => return Err("keeps spaces as they are".to_string()),
+                (5, Field::Number(0)) => {
+                    return Err("does not escape whitespace (`escape_whitespaces` is false), which is not supported"
+                        .to_string());
+                }
                 _ => {}
             }
         }
@@ -143,12 +152,12 @@ impl SentencePiece {
         let metadata = |key: &str| file.metadata().get(&format!("tokenizer.ggml.{key}"));
         let list = |key: &str| {
             let found = metadata(key).and_then(Metadata::as_list);
-            found.ok_or_else(|| format!("has no tokenizer: no list `tokenizer.ggml.{key}`"))
+            found.ok_or_else(|| format!("has no tokenizer: missing list `tokenizer.ggml.{key}`"))
         };
         let flag = |key: &str, default: bool| match metadata(key) {
             None => Ok(default),
             Some(Metadata::Bool(flag)) => Ok(*flag),
-            Some(_) => Err(format!("has a `tokenizer.ggml.{key}` that is not true or false")),
+            Some(_) => Err(format!("`tokenizer.ggml.{key}` is not a boolean")),
         };
         let id = |key: &str| metadata(key).and_then(Metadata::as_usize);
         let (tokens, scores) = (list("tokens")?, list("scores")?);
@@ -159,19 +168,21 @@ impl SentencePiece {
             .map(|(key, usual)| id(key).unwrap_or(usual));
         let rules = match metadata("precompiled_charsmap") {
             None => Vec::new(),
-            Some(rules) => of_bytes(rules).ok_or("has a `tokenizer.ggml.precompiled_charsmap` that is not bytes")?,
+            Some(rules) => of_bytes(rules).ok_or("`tokenizer.ggml.precompiled_charsmap` is not a list of bytes")?,
         };
         let count = kinds.map_or(tokens.len(), <[_]>::len);
         if scores.len() != tokens.len() || count != tokens.len() {
             let (tokens, scores, kinds) = (tokens.len(), scores.len(), count);
-            return Err(format!("has {tokens} tokens, {scores} scores of them and {kinds} kinds"));
+            return Err(format!(
+                "has {tokens} tokens, {scores} scores and {kinds} token types, expected the same number of each"
+            ));
         }
         let piece = |(index, (token, score)): (usize, (&Metadata, &Metadata))| {
-            let text = token.as_str().ok_or("has a token that is no text")?.to_string();
+            let text = token.as_str().ok_or("has a token that is not a string")?.to_string();
             let score = match *score {
                 Metadata::Float(score) => score as f32,
                 Metadata::Int(score) => score as f32,
-                _ => return Err("has a score that is no number".to_string()),
+                _ => return Err("has a score that is not a number".to_string()),
             };
             let kind = match kinds {
                 // Tokens that fill up a vocabulary are like all others to llama.cpp.
@@ -205,19 +216,19 @@ impl SentencePiece {
     fn checked(self) -> Result<Self, String> {
         let kind = |kind: Kind| self.pieces.iter().find(|piece| piece.kind == kind);
         if self.pieces.is_empty() {
-            return Err("has no pieces: it is no model of SentencePiece".to_string());
+            return Err("has no pieces, so it is not a SentencePiece model".to_string());
         }
         if let Some(piece) = kind(Kind::Unused) {
-            return Err(format!("has pieces that are not used, `{}` among them", piece.text));
+            return Err(format!("has unused pieces, such as `{}`, which are not supported", piece.text));
         }
         if let Some(piece) = self.pieces.iter().find(|piece| !piece.score.is_finite()) {
-            return Err(format!("has the score {} of `{}`", piece.score, piece.text));
+            return Err(format!("has the score {} for `{}`, expected a finite number", piece.score, piece.text));
         }
         if let Some(id) = self.unknown.filter(|&id| id >= self.pieces.len()) {
-            return Err(format!("has {} pieces, without that of unknown characters, {id}", self.pieces.len()));
+            return Err(format!("has {} pieces, but its unknown piece has the id {id}", self.pieces.len()));
         }
         if self.byte_fallback && self.pieces.iter().filter(|piece| piece.kind == Kind::Byte).count() != 256 {
-            return Err("falls back to bytes, and lacks some of them".to_string());
+            return Err("uses byte fallback but lacks some of the 256 byte pieces".to_string());
         }
         Ok(self)
     }
@@ -352,7 +363,7 @@ impl Piece {
         for field in Fields(bytes) {
             match field? {
                 (1, Field::Bytes(text)) => {
-                    piece.text = str::from_utf8(text).map_err(|_| "has a piece that is no text")?.to_string();
+                    piece.text = str::from_utf8(text).map_err(|_| "has a piece that is not UTF-8")?.to_string();
                 }
                 (2, Field::Fixed32(score)) => piece.score = f32::from_bits(score),
                 (3, Field::Number(kind)) => piece.kind = Kind::new(kind)?,
@@ -420,7 +431,7 @@ impl<'a> Iterator for Fields<'a> {
         if field.is_none() {
             self.0 = &[];
         }
-        Some(field.ok_or_else(|| "is damaged: it is no model of SentencePiece, or its end is missing".to_string()))
+        Some(field.ok_or_else(|| "is truncated or not a SentencePiece model".to_string()))
     }
 }
 

@@ -74,7 +74,7 @@ impl Settings {
         let class = class.map(|class| class.strip_suffix("Fast").unwrap_or(&class).to_string());
         if !over.is_empty() {
             let over: Map<String, Value> = serde_json::from_str(over)
-                .map_err(|why| file_error(folder, format_args!("options of the tokenizer are not JSON: {why}")))?;
+                .map_err(|why| file_error(folder, format_args!("tokenizer options are not JSON: {why}")))?;
             values.extend(over);
         }
         // The older name of the list, which is read for the newer one.
@@ -93,7 +93,7 @@ impl Settings {
         match settings.values.get("added_tokens_decoder") {
             Some(Value::Object(added)) => {
                 let parse = |(id, token): (&String, &Value)| {
-                    let id = id.parse().map_err(|_| settings.refuse("added_tokens_decoder", "has an id that is none"));
+                    let id = id.parse().map_err(|_| settings.refuse("added_tokens_decoder", "has an invalid id"));
                     Ok((id?, settings.token_of("added_tokens_decoder", token, false)?))
                 };
                 settings.added = added.iter().map(parse).collect::<Result<_>>()?;
@@ -118,7 +118,12 @@ impl Settings {
             special.extend(self.named(name)?);
         }
         for (content, id) in added.unwrap_or_default() {
-            let refuse = || file_error(&folder.join("added_tokens.json"), format_args!("`{content}` has the id {id}"));
+            let refuse = || {
+                file_error(
+                    &folder.join("added_tokens.json"),
+                    format_args!("`{content}` has the id {id}, expected an integer of at least 0"),
+                )
+            };
             let id = id.as_u64().ok_or_else(refuse)?;
             let is_special = special.iter().any(|token| token.content == content);
             self.added.push((id, Token { normalized: !is_special, ..Token::new(&content, is_special) }));
@@ -173,7 +178,7 @@ impl Settings {
 
     fn token_of(&self, key: &str, value: &Value, special: bool) -> Result<Token> {
         let refuse =
-            || self.refuse(key, format_args!("has the token {value}, expected text or an object with `content`"));
+            || self.refuse(key, format_args!("has the token {value}, expected a string or an object with `content`"));
         if let Value::String(content) = value {
             return Ok(Token::new(content, special));
         }
@@ -208,7 +213,7 @@ impl Settings {
         match self.values.get(key) {
             None | Some(Value::Null) => Ok(None),
             Some(Value::String(text)) => Ok(Some(text)),
-            Some(other) => Err(self.refuse(key, format_args!("is {other}, expected text"))),
+            Some(other) => Err(self.refuse(key, format_args!("is {other}, expected a string"))),
         }
     }
 

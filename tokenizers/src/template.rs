@@ -116,7 +116,7 @@ impl Templates {
         let mut add = |name: &str, key: &str| {
             let Some(found) = metadata.get(key) else { return Ok(()) };
             let Some(source) = found.as_str().filter(|source| source.len() as u64 <= MAX_TEMPLATE) else {
-                let why = format!("`{key}` is not a text of at most {MAX_TEMPLATE} bytes");
+                let why = format!("`{key}` is not a string of at most {MAX_TEMPLATE} bytes");
                 return Err(file_error(file.path(), why));
             };
             let path = file.path().to_path_buf();
@@ -148,7 +148,7 @@ fn token(file: &TensorFile, key: &str) -> Option<usize> {
 fn of_json(found: &Value, path: &Path) -> Result<Vec<Template>> {
     let template = |name: &str, source: &Value| {
         let source = source.as_str().filter(|source| source.len() as u64 <= MAX_TEMPLATE).ok_or_else(|| {
-            file_error(path, format!("`chat_template` `{name}` is not a text of at most {MAX_TEMPLATE} bytes"))
+            file_error(path, format!("`chat_template` `{name}` is not a string of at most {MAX_TEMPLATE} bytes"))
         })?;
         Ok(Template { name: name.to_string(), source: source.to_string(), path: path.to_path_buf() })
     };

@@ -33,12 +33,12 @@ pub fn of_vocabulary(text: &str, path: &Path, settings: &Settings, family: Famil
     let albert = class == "AlbertTokenizer" && family == Family::Albert;
     if !albert && !WORD_PIECES.contains(&class) {
         let why = format_args!(
-            "is `{class}`, which does not split texts as BERT does; let transformers write a `tokenizer.json` beside it"
+            "is `{class}`, which does not split text like BERT; save a `tokenizer.json` with transformers"
         );
         return Err(settings.refuse("tokenizer_class", why));
     }
     if let Some(prefix) = settings.text("wordpieces_prefix")?.filter(|&prefix| prefix != "##") {
-        return Err(settings.refuse("wordpieces_prefix", format_args!("is `{prefix}`, only ## is known")));
+        return Err(settings.refuse("wordpieces_prefix", format_args!("is `{prefix}`, expected ##")));
     }
     // Without settings, a vocabulary with large letters tells them from small ones.
     let sentences = path.parent().is_some_and(|folder| folder.join("modules.json").is_file());
@@ -87,7 +87,7 @@ impl Pieces {
         let (unknown, start, end) = (unknown?, start?, end?);
         let id = |token: &str| vocabulary.get(token).and_then(Value::as_u64);
         let (Some(_), Some(first), Some(last)) = (id(&unknown), id(&start), id(&end)) else {
-            return Err(format!("lacks one of {unknown}, {start} and {end}"));
+            return Err(format!("lacks one of the tokens {unknown}, {start} and {end}"));
         };
         let added = SPECIAL.iter().filter_map(|(_, token)| super::added_token(token, id(token)?)).collect();
         let around = json!({"type": "BertProcessing", "sep": [end, last], "cls": [start, first]});

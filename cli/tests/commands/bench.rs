@@ -100,7 +100,7 @@ fn every_class_in_every_mode() {
 
 /// The operations of a training step are those that `xt info` gives.
 #[test]
-fn operations_are_those_of_info() {
+fn operations_match_info() {
     let bench = Bench::new();
     let forward = number(&bench.json(GPT, &["--mode", "forward", "--batch", "2", "--seq-len", "20"]), "flop");
     let config = bench.config(GPT);
@@ -232,12 +232,12 @@ fn the_configs_of_the_benchmarks_make_models() {
 }
 
 #[test]
-fn what_cannot_be_timed() {
+fn configs_that_cannot_be_timed() {
     let bench = Bench::new();
     let forward = ["--mode", "forward"];
     let generate = ["--mode", "generate"];
     assert!(bench.fails(BERT, &generate).contains("AutoregressiveWrapper"));
-    assert!(bench.fails(r#"{"model": "SamplingFilter"}"#, &forward).contains("no model"));
+    assert!(bench.fails(r#"{"model": "SamplingFilter"}"#, &forward).contains("not the config of a model"));
     let message = bench.fails(GPT, &["--mode", "train", "--seq-len", "25"]);
     assert!(message.contains("c.json") && message.contains("max_seq_len") && message.contains("25"), "{message}");
     assert!(bench.fails(IMAGES, &["--mode", "train", "--seq-len", "9"]).contains("--seq-len"));

@@ -46,7 +46,7 @@ fn close(a: &[f64], b: &[f64]) -> bool {
 }
 
 #[test]
-fn prompts_go_in_front_of_texts() {
+fn prompts_precede_texts() {
     let (folder, case) = model("default prompt", &[]);
     let expected: Vec<Vec<f64>> = serde_json::from_value(case["vectors"].clone()).unwrap();
     let texts = ["The cat sat.", "dogs"];
@@ -59,14 +59,14 @@ fn prompts_go_in_front_of_texts() {
     assert!(close(&vectors(&folder, &texts, &["--prompt-name", "document"]), &none) && !close(&none, &query));
     let checkpoint = folder.path().to_string_lossy();
     let other = fails(&["embed", "--checkpoint", &checkpoint, "--text", "a", "--prompt-name", "title"]);
-    assert!(other.contains("no prompt `title`, its prompts are: `document`, `passage`, `query`"), "{other}");
+    assert!(other.contains("no prompt `title`, expected one of: `document`, `passage`, `query`"), "{other}");
     let both =
         refuses(&["embed", "--checkpoint", &checkpoint, "--text", "a", "--prompt-name", "query", "--prompt", "b"]);
     assert!(both.contains("--prompt"), "{both}");
 }
 
 #[test]
-fn texts_that_are_cut_are_told() {
+fn truncated_texts_are_reported() {
     let (folder, _) = model("cut to max_seq_length", &[]);
     let checkpoint = folder.path().to_string_lossy();
     let output =
@@ -75,7 +75,7 @@ fn texts_that_are_cut_are_told() {
     assert!(output.status.success(), "{warning}");
     assert!(warning.starts_with("xt: warning: the text `the cat sat the cat"), "{warning}");
     assert!(
-        warning.ends_with("cut: it has 11 tokens, the model takes 6; the rest is left out of its vector\n"),
+        warning.ends_with("truncated: it has 11 tokens, but the model takes 6; its vector ignores the rest\n"),
         "{warning}"
     );
     assert!(warning.lines().count() == 1 && !warning.contains('\u{1b}'), "{warning:?}");
@@ -109,7 +109,7 @@ fn tables_compare_as_the_model_says() {
 
 /// An unsupported setting that changes vectors is an error that names it.
 #[test]
-fn what_is_not_known_is_refused_by_name() {
+fn unknown_settings_are_refused_by_name() {
     let listed = |last: &str| {
         let module =
             |class: &str, path: &str| format!(r#"{{"idx": 0, "name": "0", "path": "{path}", "type": "{class}"}}"#);
@@ -119,9 +119,14 @@ fn what_is_not_known_is_refused_by_name() {
     let of = |class: &str| listed(&format!("sentence_transformers.models.{class}"));
     let dense = r#"{"in_features": 16, "out_features": 8, "bias": true, "#;
     let cases: &[(&str, &str, String, &str)] = &[
-        ("no modules", "modules.json", of("WeightedLayerPooling"), "the module `WeightedLayerPooling`, known are"),
+        (
+            "no modules",
+            "modules.json",
+            of("WeightedLayerPooling"),
+            "the module `WeightedLayerPooling`, expected one of",
+        ),
         ("no modules", "modules.json", of("CNN"), "`CNN`"),
-        ("no modules", "modules.json", listed("custom.Pooling"), "`custom.Pooling`, which is not one of"),
+        ("no modules", "modules.json", listed("custom.Pooling"), "`custom.Pooling`, expected a class of"),
         ("no modules", "modules.json", "[]".into(), "lists no module"),
         ("no modules", "modules.json", "{}".into(), "not a list of modules"),
         ("no modules", "modules.json", r#"[{"path": ""}]"#.into(), "without `type`"),
@@ -131,7 +136,7 @@ fn what_is_not_known_is_refused_by_name() {
             listed("sentence_transformers.models.Pooling").replace("1_Pooling", "../p"),
             "`../p`",
         ),
-        ("no modules", "modules.json", of("Normalize"), "`normalize` comes before any pooling"),
+        ("no modules", "modules.json", of("Normalize"), "`normalize` comes before the first pooling"),
         (
             "pooling mean",
             "modules.json",
@@ -159,7 +164,7 @@ fn what_is_not_known_is_refused_by_name() {
         ),
         ("dense Tanh", "2_Dense/config.json", dense.to_string() + r#""activation_function": "own.Tanh"}"#, "own.Tanh"),
         ("dense Tanh", "2_Dense/config.json", dense.to_string() + r#""scale": 2}"#, "`scale`"),
-        ("dense Tanh", "2_Dense/config.json", dense.replace("16", "12").replace("true, ", "true}"), "asks for [8, 12]"),
+        ("dense Tanh", "2_Dense/config.json", dense.replace("16", "12").replace("true, ", "true}"), "expected [8, 12]"),
         ("dense Tanh", "2_Dense/config.json", dense.replace("true, ", "false}"), "unused          linear.bias"),
         (
             "dense Tanh",
@@ -172,7 +177,7 @@ fn what_is_not_known_is_refused_by_name() {
             "pooling mean",
             "sentence_bert_config.json",
             r#"{"max_seq_length": 1}"#.into(),
-            "cut to 1 tokens, and the model expects 2",
+            "truncated to 1 tokens, but the model adds 2",
         ),
         ("pooling mean", "sentence_bert_config.json", r#"{"do_lower_cased": true}"#.into(), "`do_lower_cased`"),
         (
@@ -186,7 +191,7 @@ fn what_is_not_known_is_refused_by_name() {
             "pooling mean",
             "sentence_bert_config.json",
             r#"{"tokenizer_name_or_path": "other"}"#.into(),
-            "`other`; name the folder by",
+            "`other`; name its folder",
         ),
         (
             "pooling mean",
@@ -212,7 +217,7 @@ fn what_is_not_known_is_refused_by_name() {
             "no modules",
             "tokenizer_config.json",
             r#"{"cls_token": "<none>"}"#.into(),
-            "lacks one of [UNK], <none> and [SEP]",
+            "lacks one of the tokens [UNK], <none> and [SEP]",
         ),
         (
             "no modules",
@@ -231,7 +236,7 @@ fn what_is_not_known_is_refused_by_name() {
             "no modules",
             "added_tokens.json",
             r#"{"[ENT]": 500}"#.into(),
-            "`[ENT]` has the id 500 in the files of the folder, and 110",
+            "`[ENT]` has the id 500 in the folder's files, but gets 110",
         ),
         ("no modules", "added_tokens.json", r#"{"the": 7}"#.into(), "`the` has the id 7"),
         (
@@ -246,7 +251,12 @@ fn what_is_not_known_is_refused_by_name() {
             r#"{"tokenizer_class": "XLNetTokenizer"}"#.into(),
             "`XLNetTokenizer`",
         ),
-        ("sentence pieces", "tokenizer_config.json", r#"{"sep_token": "<none>"}"#.into(), "lacks [CLS] or <none>"),
+        (
+            "sentence pieces",
+            "tokenizer_config.json",
+            r#"{"sep_token": "<none>"}"#.into(),
+            "lacks the token [CLS] or <none>",
+        ),
     ];
     // A model of a generative family.
     let config = |key: &str| {

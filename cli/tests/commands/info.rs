@@ -41,7 +41,7 @@ fn figures_of_a_small_gpt() {
 
 /// Options on the command line, which override those of a config and of a checkpoint.
 #[test]
-fn keywords_of_the_command_line() {
+fn options_of_the_command_line() {
     let folder = tempfile::tempdir().expect("a temporary folder");
     let (config, out) = (path(folder.path(), "c.json"), path(folder.path(), "out"));
     fs::write(&config, GPT).expect("write");
@@ -100,14 +100,13 @@ fn layers_and_attention_paths() {
         assert_eq!(info.matches("; fused\n").count(), attentions, "{options}: {info}");
     }
     let wide = layers(r#", "attn_dim_head": 136"#);
-    let why =
-        "; fused, on a GPU explicit: heads of more than 128 features do not fit the registers of the fused kernels\n";
+    let why = "; fused, on a GPU explicit: the fused kernels support at most 128 features per head\n";
     assert_eq!(wide.matches(why).count(), 2, "{wide}");
     for (options, why) in [
         (r#", "attn_talking_heads": true"#, "talking heads mix scores across heads"),
         (r#", "attn_sparse_topk": 4"#, "top-k needs whole rows of scores"),
         (r#", "attn_use_entmax15": true"#, "entmax needs whole rows of scores"),
-        (r#", "residual_attn": true"#, "residual attention hands scores to the next layer"),
+        (r#", "residual_attn": true"#, "residual attention passes scores to the next layer"),
     ] {
         let info = layers(options);
         assert_eq!(info.matches(&format!("; explicit: {why}\n")).count(), 2, "{options}: {info}");

@@ -70,7 +70,7 @@ fn pieces() -> String {
 }
 
 #[test]
-fn what_is_no_pretrained_model_is_refused() {
+fn files_that_are_not_pretrained_models_are_refused() {
     let folder = tempfile::tempdir().unwrap();
     let file = path(folder.path(), "broken.gguf");
     fs::write(&file, b"GGUF\x03\0\0\0").unwrap();
@@ -199,18 +199,18 @@ fn pretrained_models_score_texts() {
 }
 
 #[test]
-fn what_a_pretrained_model_cannot_do_is_refused() {
+fn unsupported_uses_of_a_pretrained_model_are_refused() {
     let model = llama();
     let generate =
         |more: &[&str]| fails(&[&["generate", "--checkpoint", &model, "--device", "cpu"][..], more].concat());
     let long = "cat".repeat(22);
-    assert!(generate(&["--prompt", &long]).contains("the prompt has 66 tokens, the model sees 64"));
+    assert!(generate(&["--prompt", &long]).contains("the prompt has 66 tokens, but the model's context is 64"));
     assert!(generate(&["--prompt", "a", "--prompt", &long]).contains("66 tokens"));
     assert!(refuses(&["generate", "--checkpoint", &model, "--prompt", ""]).contains("--prompt"));
     assert!(generate(&["--beams", "1000"]).contains("beams"));
     // Wrong families.
-    assert!(fails(&["embed", "--checkpoint", &model, "--text", "a"]).contains("embeds no sentences"));
-    assert!(fails(&["generate", "--checkpoint", &files("bert")]).contains("family BERT"));
+    assert!(fails(&["embed", "--checkpoint", &model, "--text", "a"]).contains("does not embed sentences"));
+    assert!(fails(&["generate", "--checkpoint", &files("bert")]).contains("BERT family"));
     let other = folder("bert", |_| (), ("config.json", r#"{"model_type": "gpt_neox"}"#));
     for command in [&["embed", "--text", "a"][..], &["generate"], &["info"]] {
         let error = fails(&[command, &["--checkpoint", &other.path().to_string_lossy()]].concat());
@@ -230,7 +230,9 @@ fn what_a_pretrained_model_cannot_do_is_refused() {
         fs::write(file.path(), [&bytes[..at], to, &bytes[at + from.len()..]].concat()).unwrap();
         fails(&["generate", "--checkpoint", &file.path().to_string_lossy()])
     };
-    assert!(changed(b"tokenizer.ggml.tokens", b"tokenizer.ggml.token5").contains("no list `tokenizer.ggml.tokens`"));
+    assert!(
+        changed(b"tokenizer.ggml.tokens", b"tokenizer.ggml.token5").contains("missing list `tokenizer.ggml.tokens`")
+    );
     assert!(changed(b"gpt2", b"bert").contains("expected gpt2"));
     assert!(changed(b"smollm", b"qwen99").contains("`qwen99`"));
     // Weights that are not numbers, and none.
@@ -283,9 +285,9 @@ fn pretrained_folders_continue_texts() {
     succeeds(&[&["train", "--text", &corpus, "--out", &out, "--steps", "1"][..], &TINY].concat());
     for draft in [&llama(), &out] {
         let error = fails(&[&all[..], &["a b", "--draft", draft]].concat());
-        assert!(error.contains("same tokenizer"), "{error}");
+        assert!(error.contains("a different tokenizer"), "{error}");
     }
-    assert!(fails(&["generate", "--checkpoint", &out, "--chat"]).contains("pretrained models"));
+    assert!(fails(&["generate", "--checkpoint", &out, "--chat"]).contains("requires a pretrained model"));
 }
 
 /// A folder like that of Llama 2, with a SentencePiece model.
@@ -316,7 +318,7 @@ fn models_of_sentencepiece_are_read() {
     assert!(score.ends_with("bits per byte of 20 bytes\n"), "{score}");
     fs::write(whole.path().join("tokenizer.model"), &model[..model.len() / 2]).unwrap();
     let error = fails(&all);
-    assert!(error.contains("tokenizer.model") && error.contains("no model of SentencePiece"), "{error}");
+    assert!(error.contains("tokenizer.model") && error.contains("not a SentencePiece model"), "{error}");
 }
 
 #[test]
@@ -345,7 +347,7 @@ fn pretrained_folders_embed_texts() {
 /// A tokenizer that is not next to the weights.
 #[test]
 #[cfg(feature = "tokenizers")]
-fn tokenizers_of_other_places() {
+fn tokenizers_in_other_folders() {
     let beside = folder("bert", |_| (), ("vocab.txt", &pieces()));
     let elsewhere = tempfile::tempdir().unwrap();
     let vocabulary = path(elsewhere.path(), "vocab.txt");
@@ -382,7 +384,7 @@ fn an_albert_reads_reactions() {
     assert!(
         succeeds(&["info", "--checkpoint", &folder]).starts_with("ALBERT: PyTorch before 1.6 of 3.1 MiB, 32 tensors")
     );
-    assert!(fails(&["generate", "--checkpoint", &folder, "--prompt", "CCO"]).contains("family ALBERT"));
+    assert!(fails(&["generate", "--checkpoint", &folder, "--prompt", "CCO"]).contains("ALBERT family"));
     let output = tempfile::tempdir().unwrap();
     let output = path(output.path(), "vectors.safetensors");
     let reactions =
@@ -411,12 +413,12 @@ fn sentences_are_embedded() {
     let long = "word ".repeat(600);
     let output = crate::command::xt(&["embed", "--checkpoint", &folder, "--text", &long]);
     let warning = crate::command::text(&output.stderr);
-    assert!(output.status.success() && warning.contains("602 tokens, the model takes 256"), "{warning}");
+    assert!(output.status.success() && warning.contains("602 tokens, but the model takes 256"), "{warning}");
     assert_eq!(
         crate::command::text(&output.stdout),
         succeeds(&["embed", "--checkpoint", &folder, "--text", &"word ".repeat(254)])
     );
-    assert!(fails(&["generate", "--checkpoint", &folder, "--prompt", "a"]).contains("does not continue texts"));
+    assert!(fails(&["generate", "--checkpoint", &folder, "--prompt", "a"]).contains("does not generate text"));
 }
 
 #[test]
@@ -436,15 +438,15 @@ fn a_chat_is_answered() {
     }
     let two = succeeds(&[&asked[..], &["--prompt", "How many days are in a week?", "--temperature", "0"]].concat());
     assert_eq!(two, "The capital of Germany is Berlin.\nA week is approximately 7 days.\n");
-    assert!(fails(&["embed", "--checkpoint", &folder, "--text", "a"]).contains("embeds no sentences"));
+    assert!(fails(&["embed", "--checkpoint", &folder, "--text", "a"]).contains("does not embed sentences"));
     let long = "word ".repeat(9000);
-    assert!(fails(&["generate", "--checkpoint", &folder, "--prompt", &long]).contains("the model sees 8192"));
+    assert!(fails(&["generate", "--checkpoint", &folder, "--prompt", &long]).contains("the model's context is 8192"));
 }
 
 /// Unused weights are reported on standard error, and are an error if requested.
 #[test]
 #[cfg(feature = "tokenizers")]
-fn weights_without_a_use_are_a_warning() {
+fn unused_weights_are_a_warning() {
     let extra = |weights: &mut BTreeMap<String, Tensor>| {
         let ones = |shape: &[usize], dtype| Tensor::ones(shape, dtype, &Device::Cpu).expect("ones");
         weights.insert("classifier.weight".into(), ones(&[2, 16], DType::F32));
@@ -460,7 +462,7 @@ fn weights_without_a_use_are_a_warning() {
     let shown = embed(&[]);
     let warning = String::from_utf8_lossy(&shown.stderr).into_owned();
     assert!(shown.status.success(), "{warning}");
-    assert!(warning.starts_with("xt: warning: ") && warning.contains("1 of the weights are not used"), "{warning}");
+    assert!(warning.starts_with("xt: warning: ") && warning.contains("1 unused weights"), "{warning}");
     assert!(warning.contains("classifier.weight") && !warning.contains("position_ids"), "{warning}");
     assert_eq!(embed(&["--strict"]).status.code(), Some(1));
     let refused = fails(&["info", "--checkpoint", &place, "--strict"]);
@@ -487,7 +489,7 @@ fn weights_without_a_use_are_a_warning() {
 
 /// A GGUF file, only weights, and the output of `xt train`.
 #[test]
-fn info_tells_what_files_are() {
+fn info_describes_files() {
     let info = succeeds(&["info", "--checkpoint", &llama()]);
     for part in ["Llama", "4 heads of 8 (2 of keys and values)", "15 of Q8_0", "end tokens", "gpt2, split as smollm"] {
         assert!(info.contains(part), "{part} in\n{info}");
@@ -516,7 +518,7 @@ fn messages_name_what_a_folder_lacks() {
     assert!(says().contains("`model_type`"), "{}", says());
     let pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n";
     write("config.json", pointer);
-    assert!(says().contains("git-lfs"), "{}", says());
+    assert!(says().contains("Git LFS"), "{}", says());
     write("config.json", &config);
     write("model.safetensors", pointer);
     assert!(says().contains("git lfs pull"), "{}", says());

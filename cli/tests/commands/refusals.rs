@@ -95,7 +95,7 @@ fn train<'a>(folder: &Path, storage: &'a mut Vec<String>, more: &[&'a str]) -> V
 }
 
 #[test]
-fn memory_that_is_refused() {
+fn allocations_that_fail() {
     let folder = tempfile::tempdir().expect("a temporary folder");
     let mut storage = Vec::new();
     let arguments = train(folder.path(), &mut storage, &["--overwrite"]);
@@ -118,7 +118,7 @@ fn memory_that_is_refused() {
 }
 
 #[test]
-fn threads_that_are_refused() {
+fn threads_that_cannot_start() {
     let folder = tempfile::tempdir().expect("a temporary folder");
     let mut storage = Vec::new();
     let arguments = train(folder.path(), &mut storage, &[]);
@@ -173,7 +173,7 @@ fn the_hint_is_a_command() {
     assert_eq!(hint(start(&arguments).env("CARGO_PKG_NAME", "x-transformers-cli")), format!("{run}{rest}"));
 
     let arguments = ["generate", "--checkpoint", &storage[1], "--prompt", ""];
-    assert!(refuses(&arguments).contains("got an empty one"));
+    assert!(refuses(&arguments).contains("got an empty string"));
 }
 
 /// Unreadable files below a folder are named and skipped; one that is an argument itself is an error.

@@ -95,7 +95,7 @@ fn every_case_gives_what_pytorch_gives() {
 }
 
 #[test]
-fn gradients_are_given_on_demand_in_the_dtype_of_the_model() {
+fn gradients_are_returned_on_request_in_the_dtype_of_the_model() {
     let files = Files::of("decoder_cross_context_mask");
     assert_eq!(files.run(&[]).into_keys().collect::<Vec<_>>(), ["out"]);
     for (name, dtype) in [("f32", DType::F32), ("f64", DType::F64), ("bf16", DType::BF16), ("f16", DType::F16)] {
@@ -138,13 +138,13 @@ fn weights_of_another_config() {
             "unused          norm.gamma",
             "unused          attn_layers.rotary_pos_emb.inv_freq",
             "shape mismatch  norm.bias: [32] in the model, [7] in the file",
-            "another config",
+            "trained with",
         ],
     );
 }
 
 #[test]
-fn weights_that_are_no_numbers_or_not_tied() {
+fn weights_of_another_dtype_or_not_tied() {
     let mut files = Files::of("decoder_gpt");
     files.weights = files.change(&files.weights, |weights| {
         weights.insert("norm.bias".to_string(), ones(&[32], DType::I64));
@@ -170,7 +170,7 @@ fn weights_that_are_no_numbers_or_not_tied() {
 }
 
 #[test]
-fn inputs_that_do_not_fit() {
+fn mismatched_inputs() {
     let with = |change: &dyn Fn(&mut Tensors)| {
         let files = Files::of("decoder_gpt");
         Files { inputs: files.change(&files.inputs, change), ..files }
@@ -181,8 +181,8 @@ fn inputs_that_do_not_fit() {
     let tokens = Tensor::full(shape, 1e6, DType::I64, &Device::Cpu).expect("a small tensor");
     let long = [shape[0], 2000];
     let cases: [(Files, &[&str]); 11] = [
-        (with(&|inputs| drop(inputs.remove("x"))), &["changed.safetensors", "`x` is missing"]),
-        (with(&|inputs| drop(inputs.remove("cotangent"))), &["`cotangent` of shape", "[2, "]),
+        (with(&|inputs| drop(inputs.remove("x"))), &["changed.safetensors", "missing `x`"]),
+        (with(&|inputs| drop(inputs.remove("cotangent"))), &["`cotangent` input of shape", "[2, "]),
         (insert("cotangent", ones(&[2, 3], DType::F32)), &["cotangent", "[2, 3]"]),
         (insert("cotangent", ones(&[2, 3], DType::I64)), &["cotangent", "i64"]),
         (insert("x", ones(&shape, DType::F32)), &["tokens", "i64", "f32"]),
@@ -190,8 +190,8 @@ fn inputs_that_do_not_fit() {
         (insert("x", ones(&long, DType::I64)), &["2000", "max_seq_len"]),
         (insert("mask", ones(&shape, DType::I64)), &["mask", "bool", "i64"]),
         (insert("mask", ones(&[1, 3], DType::Bool)), &["mask", "[1, 3]"]),
-        (insert("context", ones(&[2, 3, 32], DType::F32)), &["context", "no cross-attention"]),
-        (insert("src", ones(&shape, DType::I64)), &["`src`", "does not take it"]),
+        (insert("context", ones(&[2, 3, 32], DType::F32)), &["context", "requires layers with cross-attention"]),
+        (insert("src", ones(&shape, DType::I64)), &["`src`", "not used by this call"]),
     ];
     for (files, parts) in cases {
         says(&files.fails(&["--grad"]), parts);
@@ -199,7 +199,7 @@ fn inputs_that_do_not_fit() {
 }
 
 #[test]
-fn files_that_are_no_model() {
+fn files_that_are_not_a_model() {
     let mut files = Files::of("decoder_gpt");
     let (inputs, broken) = (files.inputs.clone(), path(files.folder.path(), "broken"));
     fs::write(&broken, &fs::read(&files.inputs).expect("read")[..100]).expect("write");

@@ -112,7 +112,7 @@ fn a_killed_run_continues_as_if_nothing_had_happened() {
     running.kill().expect("kill");
     running.wait().expect("wait");
     let resumed = succeeds(&["train", "--resume", &cut, "--text", &corpus, "--every", "5"]);
-    assert!(resumed.contains("done before"), "{resumed}");
+    assert!(resumed.contains("already done"), "{resumed}");
     assert_eq!(rows(&folder.path().join("cut")), rows(&folder.path().join("whole")));
     let weights = |run: &str| fs::read(folder.path().join(run).join("checkpoint/model.safetensors")).expect("read");
     assert!(weights("cut") == weights("whole"));
@@ -178,7 +178,7 @@ fn links_to_nowhere() {
 
 /// In f16 the loss is scaled: a scale that is too large skips steps, which are logged and counted.
 #[test]
-fn f16_says_what_it_skips() {
+fn f16_reports_skipped_steps() {
     let folder = tempfile::tempdir().expect("a temporary folder");
     let (corpus, out) = (path(folder.path(), "text.txt"), path(folder.path(), "out"));
     write_text(&corpus);
@@ -227,7 +227,7 @@ fn a_loss_that_is_not_finite_stops_the_run() {
 
 #[test]
 #[cfg(unix)]
-fn a_reader_that_leaves_is_no_error() {
+fn a_closed_pipe_is_not_an_error() {
     let folder = tempfile::tempdir().expect("a temporary folder");
     let (corpus, out) = (path(folder.path(), "text.txt"), path(folder.path(), "out"));
     write_text(&corpus);

@@ -452,7 +452,7 @@ pub(super) fn inherited(own: &PerLayer<AttentionConfig>) -> AttentionConfig {
 }
 
 fn missing(key: &str) -> Error {
-    Error::option(key, "is required, and missing")
+    Error::missing_option(key)
 }
 
 fn required(map: &Map, keys: &[&str]) -> Result<()> {

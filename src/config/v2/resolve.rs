@@ -119,7 +119,7 @@ fn has_final_norm(config: &AttentionLayersConfig) -> bool {
 fn depth(config: &AttentionLayersConfig) -> Result<usize> {
     let block = config.kind == LayersKind::TransformerBlock;
     let given = config.depth.or(block.then_some(1)).or(config.custom_layers.is_some().then_some(1));
-    given.ok_or_else(|| Error::option("depth", "is required, and missing"))
+    given.ok_or_else(|| Error::missing_option("depth"))
 }
 
 /// Returns the types of the sublayers in order.

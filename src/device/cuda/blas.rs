@@ -1,4 +1,4 @@
-//! Matrix products by cuBLAS.
+//! Matrix products with cuBLAS.
 
 use std::ffi::c_void;
 
@@ -23,14 +23,14 @@ use crate::{
     },
 };
 
-/// A handle of cuBLAS with a workspace of its own: with one stream, its results are then the same in every run.
+/// A cuBLAS handle with its own workspace, which on a single stream makes results reproducible.
 pub(super) struct Handle {
     handle: Library,
     // Freed after the handle, which uses it.
     _workspace: Plain,
 }
 
-/// A handle as `cublasCreate` made it.
+/// A raw handle from `cublasCreate`.
 struct Library(sys::cublasHandle_t);
 
 // SAFETY: used by one thread at a time, behind a lock.
@@ -44,13 +44,13 @@ impl Drop for Library {
 }
 
 impl Handle {
-    /// For products on this stream of the context, which is current.
+    /// Creates a handle for products on this stream. The stream's context must be current.
     pub fn new(stream: &Stream, architecture: Architecture, current: &Context) -> Result<Self> {
         let fail = |why: CublasError| error(format!("cuBLAS: {why:?}"));
         let handle = Library(result::create_handle().map_err(fail)?);
         // SAFETY: the handle was made above; both libraries mean the same handle of a stream.
         unsafe { result::set_stream(handle.0, stream.0.cast()) }.map_err(fail)?;
-        // What cuBLAS itself takes on these cards.
+        // The size that cuBLAS itself would choose on these cards.
         let bytes = if architecture >= 90 { 32 << 20 } else { 4 << 20 };
         let workspace = Plain::new(bytes, current).map_err(|DriverError(why)| match why {
             CUresult::CUDA_ERROR_OUT_OF_MEMORY => {
@@ -88,7 +88,7 @@ impl CudaDevice {
             _ if sums => sys::cudaDataType_t::CUDA_R_32F,
             _ => kind,
         };
-        // TF32 only where it was asked for; sums of half types are never rounded to half on the way.
+        // TF32 only on request; sums of half types are never rounded to half precision on the way.
         let math = match (dtype, float32_matmul_precision()) {
             (DType::F32, Precision::High | Precision::Medium) => Math::CUBLAS_TF32_TENSOR_OP_MATH,
             _ => Math::CUBLAS_MATH_DISALLOW_REDUCED_PRECISION_REDUCTION,
@@ -112,9 +112,9 @@ impl CudaDevice {
         let handle = blas.handle.0;
         // SAFETY: the handle lives as long as the device.
         let moded = unsafe { sys::cublasSetMathMode(handle, math) }.result();
-        // cuBLAS counts columns first: our rows are its columns, so that it computes cᵀ = bᵀ aᵀ.
-        // SAFETY: the caller's tensors hold what sizes and strides say, and are freed on this stream, after this product;
-        // a graph that it becomes part of holds their memory. The factors are read before the call returns.
+        // cuBLAS is column-major: our rows are its columns, so it computes cᵀ = bᵀ aᵀ. SAFETY: the caller's tensors
+        // hold what sizes and strides say, and are freed on this stream, after this product; a graph that it becomes
+        // part of holds their memory. The factors are read before the call returns.
         let outcome = moded.and_then(|()| unsafe {
             result::gemm_strided_batched_ex(
                 handle,

@@ -1,9 +1,8 @@
-//! Kernels from source to machine code by NVRTC, kept on disk.
+//! Compiles kernels with NVRTC and caches their machine code on disk.
 //!
-//! Code from the cache runs on the GPU, with access to all that this process has there. A file's hash (FNV-1a) shows
-//! damage and other versions; it says nothing about who wrote the file. The cache is trusted for another reason: its
-//! folder and its files belong to this user or to root, and nobody else may write to them. Where that is not so, nothing
-//! is read and nothing written.
+//! Code from the cache runs on the GPU, with access to everything that this process has there. A file's hash (FNV-1a)
+//! detects damage and other versions, but not who wrote the file. The cache is trusted because its folder and files
+//! belong to this user or to root and nobody else may write to them. Otherwise it is neither read nor written.
 
 use std::{
     env,
@@ -27,21 +26,21 @@ use crate::{Error, Result, atomic_file::write_atomically, device::kernels::Kerne
 #[derive(Clone, Debug)]
 #[non_exhaustive]
 pub struct Compiled {
-    /// Machine code (CUBIN), or the text of PTX with a zero at its end, as the target says.
+    /// Machine code (CUBIN) or null-terminated PTX, depending on the target.
     pub code: Vec<u8>,
-    /// Log of the compiler: warnings, and with [`compile`]'s `verbose` the registers and memory of each kernel.
+    /// Compiler log: warnings, and with `verbose` of [`compile`] the registers and memory of each kernel.
     pub log: String,
 }
 
 /// Compiles one variant. Needs NVRTC but no GPU.
 ///
-/// `verbose` asks for the use of registers and memory in the log.
+/// If `verbose`, the log includes the registers and memory that each kernel uses.
 ///
 /// Errors: [`ErrorKind::Device`](crate::ErrorKind::Device) without NVRTC, or with the compiler's log.
 pub fn compile(source: &KernelSource, options: &[(&str, &str)], target: Target, verbose: bool) -> Result<Compiled> {
     libraries::nvrtc().state.as_ref().map_err(|why| error(format!("NVRTC: {why}")))?;
     let definitions = options.iter().map(|(name, value)| format!("-D{name}={value}"));
-    // Older versions take generic lambdas for functions of the host unless told otherwise.
+    // Older versions treat generic lambdas as host functions by default.
     let mut arguments = vec![format!("--gpu-architecture={target}"), "--std=c++17".into(), "-default-device".into()];
     arguments.extend(definitions);
     if verbose {
@@ -50,7 +49,7 @@ pub fn compile(source: &KernelSource, options: &[(&str, &str)], target: Target, 
     let name = CString::new(format!("{}.cu", source.name)).map_err(|why| error(why.to_string()))?;
     let text = CString::new(source.source).map_err(|why| error(why.to_string()))?;
     if let Some(bad) = arguments.iter().find(|argument| argument.contains('\0')) {
-        return Err(error(format!("the option {bad:?} contains a zero byte")));
+        return Err(error(format!("option {bad:?} contains a NUL byte")));
     }
     let program = Program(result::create_program(&text, Some(&name)).map_err(|why| error(format!("NVRTC: {why:?}")))?);
     // SAFETY: the program lives until the end of this function, and so do its text and name.
@@ -120,20 +119,20 @@ pub fn cubin(source: &KernelSource, options: &[(&str, &str)], target: Target) ->
     }
 }
 
-/// Code from a cache folder.
+/// Code of a variant, from a cache folder or freshly compiled.
 #[derive(Debug)]
 #[non_exhaustive]
 pub struct Cached {
     /// Machine code, or PTX.
     pub code: Vec<u8>,
-    /// If `true`, it was in the cache; else it was compiled now.
+    /// If `true`, the code was in the cache; otherwise it was compiled now.
     pub found: bool,
-    /// Reason why it was not put into the cache.
+    /// Error of writing the code to the cache, if any.
     pub unwritten: Option<Error>,
 }
 
-/// Code of a variant, from a cache in this folder, which is made if need be. A file that is damaged or foreign is
-/// replaced.
+/// Returns the code of a variant, from a cache in this folder, which is created if necessary. Damaged or untrusted
+/// files are replaced.
 ///
 /// Errors: those of [`compile`].
 pub fn cubin_in(folder: &Path, source: &KernelSource, options: &[(&str, &str)], target: Target) -> Result<Cached> {
@@ -154,7 +153,7 @@ pub fn cubin_in(folder: &Path, source: &KernelSource, options: &[(&str, &str)], 
     Ok(Cached { code, found: false, unwritten: written.err() })
 }
 
-/// Makes a folder that nobody but this user may enter, with those above it.
+/// Creates a folder that only this user may enter, and its parents.
 fn create(folder: &Path) -> io::Result<()> {
     let mut builder = fs::DirBuilder::new();
     #[cfg(unix)]
@@ -162,24 +161,24 @@ fn create(folder: &Path) -> io::Result<()> {
     builder.recursive(true).create(folder)
 }
 
-/// Checks that nobody but this user and root may write to a cache, if it exists.
+/// Checks that only this user and root may write to a cache, if it exists.
 ///
-/// Errors: who may, and the remedy.
+/// Errors: names who else may, and the remedy.
 pub(super) fn trusted(folder: &Path) -> Result<()> {
     let why = fs::metadata(folder).ok().and_then(|found| owner_of(&found).or_else(|| writers_of(&found)));
     why.map_or(Ok(()), |why| {
         Err(error(format!(
-            "the kernel cache {} {why}, and its code runs on the GPU with this process's data: it is neither read nor \
-             written; `chmod 700` it or name a folder of your own in XT_KERNEL_CACHE",
+            "the kernel cache {} {why}, so its code, which would run on the GPU with this process's data, is neither \
+             read nor written; `chmod 700` it or set XT_KERNEL_CACHE to a folder of your own",
             folder.display()
         )))
     })
 }
 
-/// Bytes of a file in a trusted folder, unless somebody else wrote it or may write to it.
+/// Returns the bytes of a file in a trusted folder, unless another user owns it or may write to it.
 fn read_own(folder: &Path, path: &Path) -> Option<Vec<u8>> {
     let mut file = fs::File::open(path).ok()?;
-    // Of the file that was opened, whatever its name means by now.
+    // Metadata of the opened file, even if its path now names another one.
     let found = file.metadata().ok()?;
     let reachable = fs::metadata(folder).is_ok_and(|folder| is_open(&folder));
     if owner_of(&found).is_some() || reachable && writers_of(&found).is_some() {
@@ -190,12 +189,12 @@ fn read_own(folder: &Path, path: &Path) -> Option<Vec<u8>> {
     Some(bytes)
 }
 
-/// Ownership and permissions, where the system has them.
+/// Ownership and permissions on Unix.
 #[cfg(unix)]
 mod permissions {
     use std::{fs::Metadata, os::unix::fs::MetadataExt};
 
-    /// The owner, in words, unless it is this user or root.
+    /// Describes the owner, unless it is this user or root.
     pub fn owner_of(found: &Metadata) -> Option<String> {
         unsafe extern "C" {
             safe fn geteuid() -> u32;
@@ -204,18 +203,18 @@ mod permissions {
         (owner != 0 && owner != user).then(|| format!("belongs to user {owner}, not to user {user}"))
     }
 
-    /// The mode, in words, if others than the owner may write.
+    /// Describes the mode if users other than the owner may write.
     pub fn writers_of(found: &Metadata) -> Option<String> {
-        (found.mode() & 0o022 != 0).then(|| format!("can be written by others (mode {:o})", found.mode() & 0o777))
+        (found.mode() & 0o022 != 0).then(|| format!("is writable by others (mode {:o})", found.mode() & 0o777))
     }
 
-    /// Returns `true` if others may open the files of a folder.
+    /// Returns `true` if other users may open the files of a folder.
     pub fn is_open(folder: &Metadata) -> bool {
         folder.mode() & 0o011 != 0
     }
 }
 
-/// Elsewhere a user's cache folder is the user's alone.
+/// On other systems, a user's cache folder is private to the user.
 #[cfg(not(unix))]
 mod permissions {
     use std::fs::Metadata;
@@ -233,8 +232,8 @@ mod permissions {
     }
 }
 
-/// Folder of the cache: `XT_KERNEL_CACHE` (`off` for none), else `x-transformers/kernels` in the user's cache folder.
-/// It is made with mode 700, and used only while nobody but this user and root may write to it.
+/// Returns the folder of the cache: `XT_KERNEL_CACHE` (`off` for none), else `x-transformers/kernels` in the user's
+/// cache folder. It is created with mode 700, and used only if no one but this user and root may write to it.
 pub fn folder() -> Option<PathBuf> {
     match env::var_os("XT_KERNEL_CACHE") {
         Some(off) if off == "off" => None,
@@ -249,13 +248,13 @@ pub fn folder() -> Option<PathBuf> {
     }
 }
 
-/// Name and hash of a file of the cache, from everything that its code depends on.
+/// Returns name and hash of a cache file, from everything that its code depends on.
 struct Key {
     file: String,
     hash: u64,
 }
 
-/// Marks the files of the cache, and the version of their form.
+/// Magic number of cache files, with the version of their format.
 const MAGIC: &[u8; 8] = b"xtcubin1";
 const HEADER: usize = 32;
 
@@ -280,7 +279,7 @@ impl Key {
         header
     }
 
-    /// The code of a file, if it is whole and this key's.
+    /// Returns the code in a file, if the file is intact and has this key.
     fn code(&self, bytes: &[u8]) -> Option<Vec<u8>> {
         let (header, code) = bytes.split_at_checked(HEADER)?;
         (*header == self.header(code)).then(|| code.to_vec())

@@ -1,9 +1,9 @@
-//! Who may use a device while a graph is recorded.
+//! Exclusive use of a device while a graph is recorded.
 //!
-//! A device has one stream. While it is captured, whatever any thread enqueues becomes part of the graph, whatever
-//! waits for the stream ends the capture, and what is freed may still be needed. So every call of the driver that
-//! touches the stream holds a [`Pass`]: a capture begins and ends only when nobody has one, and until it ends only the
-//! thread that records gets one.
+//! A device has one stream. While it is captured, work that any thread enqueues becomes part of the graph, a wait for
+//! the stream ends the capture, and freed memory may still be needed. So every driver call that touches the stream
+//! holds a [`Pass`]: a capture begins and ends only while no thread holds one, and until it ends only the recording
+//! thread gets one.
 
 use std::{
     any::Any,
@@ -19,20 +19,20 @@ use crate::Result;
 #[derive(Default)]
 pub(super) struct Gate {
     turn: RwLock<()>,
-    /// The thread that records a graph, by its number; 0 if there is none.
+    /// Number of the thread that records a graph, or 0.
     recorder: AtomicU64,
-    /// If `true`, the stream is being captured. Written by the recorder with `turn` locked for writing.
+    /// If `true`, the stream is being captured. Written by the recording thread while `turn` is locked for writing.
     capturing: AtomicBool,
     /// Garbage to drop once the capture has ended.
     later: Mutex<Vec<Box<dyn Any + Send>>>,
 }
 
-/// Permission to use the stream. Nothing that asks for another one may be called while it is held.
+/// Permission to use the stream. Its holder must not call anything that requests another one.
 pub(super) struct Pass<'a> {
     _turn: RwLockReadGuard<'a, ()>,
 }
 
-/// A number of this thread that no other thread has or had.
+/// Returns the number of this thread, which is unique within the process and never reused.
 fn this_thread() -> u64 {
     static NEXT: AtomicU64 = AtomicU64::new(1);
     thread_local! {
@@ -53,7 +53,8 @@ impl Gate {
         Pass { _turn: self.turn.read().unwrap_or_else(PoisonError::into_inner) }
     }
 
-    /// Begins or ends the capture by `f`, while nobody else uses the stream. It is captured afterwards if `f` says so.
+    /// Calls `f` to begin or end the capture, while no other thread uses the stream. `f` returns whether the stream is
+    /// captured afterwards.
     pub fn switch<R>(&self, f: impl FnOnce() -> (bool, R)) -> R {
         let _turn = self.turn.write().unwrap_or_else(PoisonError::into_inner);
         let (capturing, outcome) = f();
@@ -63,14 +64,15 @@ impl Gate {
 }
 
 impl CudaDevice {
-    /// Permission to enqueue `what`, which becomes part of the graph that this thread records, if it does.
+    /// Returns permission to enqueue `what`, which becomes part of the graph if this thread records one.
     ///
     /// Errors: another thread records a graph.
     pub(super) fn enter(&self, what: &str) -> Result<Pass<'_>> {
         let pass = self.gate.pass();
         if self.gate.capturing.load(Ordering::Relaxed) && !self.gate.is_recorder() {
             return Err(error(format!(
-                "cuda:{}: {what} while another thread records a graph; wait until its `Graph::capture` has returned",
+                "cuda:{}: {what} is not possible while another thread records a graph; wait until its `Graph::capture` \
+                 returns",
                 self.ordinal
             )));
         }
@@ -88,7 +90,7 @@ impl CudaDevice {
         Ok(pass)
     }
 
-    /// Returns `true` if what this thread enqueues is recorded and not done.
+    /// Returns `true` if work that this thread enqueues is recorded instead of run.
     pub(super) fn captures(&self) -> bool {
         self.gate.capturing.load(Ordering::Relaxed) && self.gate.is_recorder()
     }
@@ -101,16 +103,16 @@ impl CudaDevice {
         }
     }
 
-    /// Makes this thread the one that records.
+    /// Makes this thread the recording one.
     ///
-    /// Errors: this or another thread does already.
+    /// Errors: this or another thread is already recording.
     pub(super) fn begin_recording(&self) -> Result<()> {
         let free = self.gate.recorder.compare_exchange(0, this_thread(), Ordering::Acquire, Ordering::Relaxed);
         free.map(drop).map_err(|recorder| {
             error(match recorder == this_thread() {
-                true => "a graph cannot be recorded as part of another".into(),
+                true => "a graph cannot be recorded while recording another".into(),
                 false => format!(
-                    "cuda:{}: another thread records a graph; wait until its `Graph::capture` has returned",
+                    "cuda:{}: another thread records a graph; wait until its `Graph::capture` returns",
                     self.ordinal
                 ),
             })
@@ -120,11 +122,11 @@ impl CudaDevice {
     pub(super) fn end_recording(&self) {
         self.gate.recorder.store(0, Ordering::Release);
         let later = std::mem::take(&mut *self.gate.later.lock().unwrap_or_else(PoisonError::into_inner));
-        // Another thread may have begun a capture.
+        // Another thread may have started a capture.
         later.into_iter().for_each(|garbage| self.discard(garbage));
     }
 
-    /// Drops what frees something of the driver's: now, or when the present capture has ended.
+    /// Drops a value that releases a driver resource: now, or after the current capture.
     pub(super) fn discard(&self, garbage: impl Send + 'static) {
         let pass = self.gate.pass();
         if self.gate.capturing.load(Ordering::Relaxed) {

@@ -1,4 +1,4 @@
-//! CUDA graphs: the work of a closure, captured once and replayed with one call of the driver.
+//! CUDA graphs: the work of a closure, captured once and replayed with one driver call.
 
 use std::sync::{Arc, atomic::Ordering};
 
@@ -15,7 +15,7 @@ use crate::{
     device::gpu::{Memory, Replay},
 };
 
-/// Does [`Gpu::record`](crate::device::Gpu::record).
+/// Implements [`Gpu::record`](crate::device::Gpu::record).
 pub(super) fn record(device: &'static CudaDevice, f: &mut dyn FnMut(bool) -> Result<()>) -> Result<Box<dyn Replay>> {
     let recording = Recording::begin(device)?;
     recording.warm(|| f(false))?;
@@ -23,7 +23,7 @@ pub(super) fn record(device: &'static CudaDevice, f: &mut dyn FnMut(bool) -> Res
     Ok(Box::new(recording.finish(captured)?))
 }
 
-/// A graph that can be launched, and the memory that its work uses.
+/// An instantiated graph, and the memory that its work uses.
 struct Executable {
     handle: sys::CUgraphExec,
     blocks: Vec<Arc<Block>>,
@@ -49,7 +49,7 @@ impl Replay for Executable {
 impl Drop for Executable {
     fn drop(&mut self) {
         self.device.discard(ToDestroy { handle: self.handle, device: self.device });
-        // A replay may still be at work; what is enqueued for the next owners of its memory comes after it.
+        // A replay may still be running; work of the next owners of its memory is enqueued after it.
         self.blocks.drain(..).for_each(|block| self.device.pool.give(block));
     }
 }
@@ -65,15 +65,15 @@ unsafe impl Send for ToDestroy {}
 impl Drop for ToDestroy {
     fn drop(&mut self) {
         let _ = self.device.bind();
-        // SAFETY: the stream lives as long as the device. Waits for the last replay, and leaves faults of kernels to the
-        // next read-back. An error leaves nothing to do.
+        // SAFETY: the stream lives as long as the device. Waits for the last replay, and leaves faults of kernels to
+        // the next read-back. An error leaves nothing to do.
         let _ = unsafe { result::stream::synchronize(self.device.stream.0) };
         // SAFETY: instantiated in `finish`, not used again. `discard` calls this outside of captures.
         let _ = unsafe { result::graph::exec_destroy(self.handle) };
     }
 }
 
-/// A captured graph, until it is instantiated.
+/// A captured graph, not yet instantiated.
 struct Captured(sys::CUgraph);
 
 impl Drop for Captured {
@@ -85,37 +85,37 @@ impl Drop for Captured {
     }
 }
 
-/// A recording that ends, whatever happens in the recorded function: without [`Recording::finish`] everything is as
-/// before it.
+/// A recording in progress, which ends even if the recorded function fails or panics: without [`Recording::finish`],
+/// dropping it restores the previous state.
 struct Recording {
     device: &'static CudaDevice,
     open: bool,
 }
 
 impl Recording {
-    /// Tensors still lie in common memory.
+    /// Begins a recording. Tensors still use the pool's common blocks.
     fn begin(device: &'static CudaDevice) -> Result<Self> {
         device.begin_recording()?;
         *device.graph_tables() = GraphTables::default();
         Ok(Self { device, open: true })
     }
 
-    /// Runs what will be recorded, in memory of its own, and provides what the recording needs beyond what is free by
-    /// then: as much as the tensors have that the function stored elsewhere.
+    /// Runs the function in memory reserved for it, and allocates what the recording needs beyond the memory free by
+    /// then: the size of the tensors that the function stored elsewhere.
     fn warm(&self, f: impl FnOnce() -> Result<()>) -> Result<()> {
         self.device.pool.record();
         f()?;
         self.device.read_back_at(0, &mut [])?;
         let pool = &self.device.pool;
         pool.set_source(Source::Fresh);
-        // The recording may do without what cannot be had; if not, it says so.
+        // A failed allocation is not an error: the recording may not need it, and reports it otherwise.
         let spare = pool.escaped().into_iter().filter_map(|bytes| CudaMemory::new(bytes, self.device).ok());
         drop(spare.collect::<Vec<_>>());
         pool.set_source(Source::Freed);
         Ok(())
     }
 
-    /// Captures what `f` enqueues.
+    /// Captures the work that `f` enqueues.
     fn capture(&self, f: impl FnOnce() -> Result<()>) -> Result<Captured> {
         let device = self.device;
         device.bind()?;
@@ -126,12 +126,12 @@ impl Recording {
             (begun.is_ok(), device.check("cuStreamBeginCapture", begun))
         })?;
         let outcome = f();
-        // Ended in any case, or the stream would stay in capture.
+        // Ended even after an error, or the stream would stay in capture mode.
         let captured = self.end_capture();
         outcome?;
         let captured = captured?;
         if captured.0.is_null() {
-            return Err(error("the driver gave no graph".into()));
+            return Err(error("the driver returned no graph".into()));
         }
         Ok(captured)
     }
@@ -145,7 +145,7 @@ impl Recording {
         })
     }
 
-    /// Makes the graph, which has all memory that its work uses, and its tables with what belongs in them.
+    /// Creates the graph, which owns all memory that its work uses, and uploads the content of its tables.
     fn finish(mut self, captured: Captured) -> Result<Executable> {
         let device = self.device;
         let flags = sys::CUgraphInstantiate_flags(0);

@@ -1,12 +1,12 @@
-//! Finding the driver, NVRTC and cuBLAS.
+//! Search for the driver, NVRTC and cuBLAS.
 //!
-//! cudarc panics in calls to a library, or a symbol of one, that is not there. So nothing of it is called before all
-//! three libraries were opened and asked for every symbol in use.
+//! cudarc panics in calls to missing libraries or symbols. So it is not called before all three libraries have been
+//! opened and every symbol in use has been looked up.
 //!
-//! Loading a library runs its code, so that none is ever loaded from the working folder, which may be anybody's. Empty and
-//! relative entries of the environment mean that folder. They are passed over in `CUDA_HOME`, `CUDA_PATH`, `VIRTUAL_ENV`,
-//! `CONDA_PREFIX`, `HOME` and `PATH`, and are an error in `XT_CUDA_LIBS`, which is this library's own. `LD_LIBRARY_PATH` is
-//! the system's: where an entry of it is such a folder and a library of CUDA lies there, nothing is loaded at all.
+//! Loading a library runs its code, so none is ever loaded from the working folder, to which anyone may have written.
+//! Empty and relative entries of the environment mean that folder. They are skipped in `CUDA_HOME`, `CUDA_PATH`,
+//! `VIRTUAL_ENV`, `CONDA_PREFIX`, `HOME` and `PATH`, and are an error in `XT_CUDA_LIBS`, this library's own variable.
+//! `LD_LIBRARY_PATH` belongs to the dynamic loader: if such an entry leads to a CUDA library, nothing is loaded at all.
 
 use std::{
     env,
@@ -24,7 +24,7 @@ use crate::sort::sort;
 /// One of the libraries.
 struct Wanted {
     what: &'static str,
-    /// The name without `lib` and what follows it.
+    /// Name without the prefix `lib` and the suffix.
     name: &'static str,
     /// Advice on installing it.
     hint: &'static str,
@@ -33,7 +33,7 @@ struct Wanted {
     opened: unsafe fn() -> &'static Library,
 }
 
-/// All that is called of the driver, here and inside of cudarc.
+/// Functions of the driver that this crate and cudarc call.
 const DRIVER: &[&str] = &[
     "cuInit",
     "cuDriverGetVersion",
@@ -132,25 +132,25 @@ const WANTED: [Wanted; 3] = [
 pub struct Found {
     /// `driver`, `NVRTC` or `cuBLAS`.
     pub what: &'static str,
-    /// Where it is, or why it cannot be used and what to do.
+    /// Its location, or the reason why it cannot be used and the remedy.
     pub state: Result<String, String>,
 }
 
-/// Looks for the three libraries, once per process: in `XT_CUDA_LIBS`, in `CUDA_HOME` and `CUDA_PATH`, where the system
-/// looks, and in the folders of Python's NVIDIA packages.
+/// Searches for the three libraries, once per process: in `XT_CUDA_LIBS`, in `CUDA_HOME` and `CUDA_PATH`, in the
+/// system's search path, and in the folders of Python's NVIDIA packages.
 pub fn find() -> &'static [Found; 3] {
     static FOUND: OnceLock<[Found; 3]> = OnceLock::new();
     FOUND.get_or_init(|| WANTED.each_ref().map(|wanted| Found { what: wanted.what, state: wanted.find() }))
 }
 
-/// Result for NVRTC alone, which is enough to compile kernels without a GPU.
+/// Returns the result for NVRTC, which suffices to compile kernels without a GPU.
 pub fn nvrtc() -> &'static Found {
     &find()[1]
 }
 
-/// `cuEventElapsedTime` of the driver: the second version from CUDA 12.8 on (driver 570), else the first.
+/// Returns `cuEventElapsedTime` of the driver: the second version from CUDA 12.8 on (driver 570), else the first.
 ///
-/// Errors: there is neither.
+/// Errors: the driver has neither.
 pub fn elapsed_time() -> Result<ElapsedTime, String> {
     find()[0].state.clone()?;
     // SAFETY: it is present, so that the call does not panic.
@@ -180,7 +180,7 @@ impl Wanted {
             let looked: Vec<_> = before.iter().chain(&after).map(|folder| folder.display().to_string()).collect();
             let folders = if looked.is_empty() { String::new() } else { format!(" and in {}", looked.join(", ")) };
             return Err(format!(
-                "lib{} was not found among the system's libraries{folders}; {}, or name its folder in XT_CUDA_LIBS",
+                "lib{} was not found among the system's libraries{folders}; {}, or set XT_CUDA_LIBS to its folder",
                 self.name, self.hint
             ));
         };
@@ -195,24 +195,24 @@ impl Wanted {
             unsafe { library.get::<unsafe extern "C" fn()>(symbol.as_bytes()) }.is_err()
         });
         match missing {
-            Some(symbol) => Err(format!("lib{} in {place} is too old, it has no `{symbol}`; {}", self.name, self.hint)),
+            Some(symbol) => Err(format!("lib{} in {place} is too old: it lacks `{symbol}`; {}", self.name, self.hint)),
             None => Ok(place),
         }
     }
 
-    /// Opens the library of this folder for good, so that a later look-up by its bare name finds it.
+    /// Opens the library in this folder and never closes it, so that a later lookup by its bare name finds it.
     fn open(&self, folder: &Path) -> Option<String> {
         let opened = files_of(folder, self.name).iter().any(|path| open_for_good(path));
         if opened && self.name == "nvrtc" {
-            // NVRTC opens this one by its bare name at the first compilation. Version 13.0 of PyPI does not say
-            // that it lies beside it; what is open already is found.
+            // NVRTC opens this library by its bare name at the first compilation. Version 13.0 from PyPI lacks a run
+            // path to its own folder, but a library that is already open is found.
             files_of(folder, "nvrtc-builtins").iter().any(|path| open_for_good(path));
         }
         opened.then(|| folder.display().to_string())
     }
 }
 
-/// The files of a folder that have the name of a library, with any version, in order.
+/// Returns the files of a folder with the name of a library and any version, sorted.
 fn files_of(folder: &Path, library: &str) -> Vec<PathBuf> {
     let prefix = format!("{}{library}{}", env::consts::DLL_PREFIX, env::consts::DLL_SUFFIX);
     let windows = format!("{library}64_");
@@ -242,14 +242,14 @@ fn open_for_good(path: &Path) -> bool {
     unsafe { Library::new(path) }.map(std::mem::forget).is_ok()
 }
 
-/// The folders that exist of those to look in before the system's, and after them.
+/// Returns the existing folders to search before the system's, and after them.
 ///
 /// Errors: a relative path in `XT_CUDA_LIBS`.
 fn folders() -> Result<(Vec<PathBuf>, Vec<PathBuf>), String> {
     let named = paths_of("XT_CUDA_LIBS");
     if let Some(relative) = named.iter().find(|folder| !folder.as_os_str().is_empty() && !folder.is_absolute()) {
         return Err(format!(
-            "XT_CUDA_LIBS names the folder `{}`, which depends on the working folder; name it by its absolute path",
+            "XT_CUDA_LIBS contains the relative path `{}`, which depends on the working folder; use an absolute path",
             relative.display()
         ));
     }
@@ -260,20 +260,22 @@ fn folders() -> Result<(Vec<PathBuf>, Vec<PathBuf>), String> {
     Ok((existing(before), existing(after)))
 }
 
-/// The entries of a variable that is a list of folders.
+/// Returns the entries of a variable that lists folders.
 fn paths_of(name: &str) -> Vec<PathBuf> {
     env::var_os(name).map(|folders| env::split_paths(&folders).collect()).unwrap_or_default()
 }
 
-/// The folders that these variables name, without those that depend on the working folder.
+/// Returns the folders in these variables, without those relative to the working folder.
 fn absolute<const N: usize>(names: [&'static str; N]) -> impl Iterator<Item = PathBuf> {
     names.into_iter().filter_map(env::var_os).map(PathBuf::from).filter(|folder| folder.is_absolute())
 }
 
-/// Errors: the dynamic loader would take a library of CUDA from the working folder, for `search` (`LD_LIBRARY_PATH`)
-/// has an entry that is empty or relative.
+/// Checks the search path of the dynamic loader.
+///
+/// Errors: the loader would take a CUDA library from the working folder, because `search` (`LD_LIBRARY_PATH`) has an
+/// empty or relative entry.
 fn refuse_foreign(search: Option<&OsStr>) -> Result<(), String> {
-    // The loader takes an empty value for none, but an empty entry for the working folder.
+    // To the loader, an empty value is unset, but an empty entry is the working folder.
     let Some(search) = search.filter(|search| cfg!(unix) && !search.is_empty()) else { return Ok(()) };
     let relative: Vec<_> = split_search(search).into_iter().filter(|folder| !folder.is_absolute()).collect();
     for folder in relative {
@@ -287,9 +289,9 @@ fn refuse_foreign(search: Option<&OsStr>) -> Result<(), String> {
             };
             if let Some(name) = names.into_iter().find(cuda) {
                 return Err(format!(
-                    "{} lies in the working folder, and LD_LIBRARY_PATH has an empty or relative entry, by which it would \
-                     be loaded; remove that entry (`export LD_LIBRARY_PATH=$LD_LIBRARY_PATH:…` makes an empty one where \
-                     nothing was set)",
+                    "{} is in the working folder and would be loaded from there, because LD_LIBRARY_PATH has an empty \
+                     or relative entry; remove that entry (`export LD_LIBRARY_PATH=$LD_LIBRARY_PATH:…` adds an empty \
+                     one if nothing was set)",
                     folder.join(name).display()
                 ));
             }
@@ -298,7 +300,7 @@ fn refuse_foreign(search: Option<&OsStr>) -> Result<(), String> {
     Ok(())
 }
 
-/// The entries of a search path of the dynamic loader, which also takes semicolons.
+/// Returns the entries of a search path of the dynamic loader, which also accepts semicolons.
 fn split_search(search: &OsStr) -> Vec<PathBuf> {
     search.as_encoded_bytes().split(|byte| matches!(byte, b':' | b';')).map(to_path).collect()
 }
@@ -323,7 +325,7 @@ fn existing(folders: impl Iterator<Item = PathBuf>) -> Vec<PathBuf> {
     found
 }
 
-/// `site-packages/nvidia/*/lib` of the active virtual environment, of every Python on `PATH`, and of the user.
+/// Returns `site-packages/nvidia/*/lib` of the active virtual environment, of every Python on `PATH`, and of the user.
 fn python_folders() -> Vec<PathBuf> {
     let environments = absolute(["VIRTUAL_ENV", "CONDA_PREFIX"]);
     let on_path = paths_of("PATH").into_iter().filter(|bin| bin.is_absolute());
@@ -345,7 +347,7 @@ fn subfolders(folder: &Path) -> Vec<PathBuf> {
     let entries = fs::read_dir(folder).into_iter().flatten().flatten();
     let mut folders: Vec<PathBuf> = entries.map(|entry| entry.path()).filter(|path| path.is_dir()).collect();
     sort(&mut folders);
-    // The newest first: cu13 before the folders of older packages.
+    // Newest first: cu13 before the folders of older packages.
     folders.reverse();
     folders
 }

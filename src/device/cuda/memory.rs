@@ -1,4 +1,4 @@
-//! Device memory, and copies within it and back to the processor's.
+//! Device memory, and copies within it and to host memory.
 
 use std::sync::{Arc, atomic::Ordering};
 
@@ -25,7 +25,7 @@ pub(in crate::device) struct Block {
 }
 
 impl Block {
-    /// `None` if there is no more memory.
+    /// Allocates memory; returns `None` if there is not enough.
     ///
     /// Errors: any other error of the driver.
     fn new(bytes: usize, device: &'static CudaDevice) -> Result<Option<Arc<Self>>> {
@@ -57,32 +57,32 @@ impl Drop for Block {
     fn drop(&mut self) {
         // An error here means that the context is lost, and its memory with it.
         let _ = self.device.bind();
-        // SAFETY: allocated in `new`, freed here only. Blocks leave the pool when neither a tensor nor a graph has them,
-        // and `discard` drops them outside of captures; the driver waits for what was enqueued before.
+        // SAFETY: allocated in `new`, freed here only. Blocks leave the pool when neither a tensor nor a graph has
+        // them, and `discard` drops them outside of captures; the driver waits for what was enqueued before.
         let _ = unsafe { result::free_sync(self.address) };
     }
 }
 
 /// Bytes on a device, returned to its pool on drop.
 pub(super) struct CudaMemory {
-    /// There until the value is dropped.
+    /// `Some` until the value is dropped.
     block: Option<Arc<Block>>,
     address: u64,
     device: &'static CudaDevice,
 }
 
 impl CudaMemory {
-    /// More than 0 bytes. The content is whatever was there: the emulated driver poisons it, which finds what a kernel
-    /// forgets.
+    /// Allocates `bytes`, which must not be 0, uninitialized. The emulated driver poisons fresh memory, which reveals
+    /// elements that a kernel does not write.
     ///
     /// Errors: [`ErrorKind::OutOfMemory`]; another error of the driver; while a graph is recorded, memory that the run
-    /// before its recording did not need, or another thread that records.
+    /// before the recording did not need, or a recording of another thread.
     pub fn new(bytes: usize, device: &'static CudaDevice) -> Result<Self> {
         let from = |block: Arc<Block>| Self { address: block.address, block: Some(block), device };
         if let Some(block) = Self::allocate(bytes, device)? {
             return Ok(from(block));
         }
-        // What is kept for reuse goes back to the driver, which may then have enough.
+        // Returns cached blocks to the driver, which may then have enough.
         let before = device.pool.stats();
         device.pool.trim();
         let block = Self::allocate(bytes, device)?;
@@ -90,10 +90,10 @@ impl CudaMemory {
         block.ok_or_else(none).map(from)
     }
 
-    /// A block of the pool or a new one; `None` if there is no more memory.
+    /// Returns a block of the pool or a new one, or `None` if memory is exhausted.
     fn allocate(bytes: usize, device: &'static CudaDevice) -> Result<Option<Arc<Block>>> {
         let _pass = device.enter("an allocation")?;
-        // Nothing kept, nothing rounded: checkers of memory then see accesses beyond a tensor and after its end.
+        // Without caching and rounding, memory checkers detect accesses past the end of a tensor and after its release.
         let (class, other) = match device.pool.keeps_nothing() {
             true => (bytes, size_class(bytes)),
             false => (size_class(bytes), bytes),
@@ -103,18 +103,18 @@ impl CudaMemory {
             return Ok(Some(block));
         }
         if phase == Phase::Capture {
-            // The limit may have changed since the run before.
+            // The limit may have changed since the last call.
             if let Some(block) = device.pool.take(other, phase) {
                 return Ok(Some(block));
             }
-            // Memory cannot be asked for while a graph is recorded: the run before has left what this one needs.
+            // Memory cannot be allocated while a graph is recorded: the previous run left what this one needs.
             return Err(error(format!(
-                "the recording of a graph needs a tensor of {bytes} bytes more than the run before it; let the closure \
-                 do the same each time it is called, and keep no more of its tensors"
+                "recording a graph needs {bytes} bytes that the run before it did not use; the closure must do the \
+                 same work each time and keep no extra tensors"
             )));
         }
         let block = Block::new(class, device)?;
-        // Counted once it exists: a request that fails must not leave its size in the peak.
+        // Counted after the allocation: a failed request must not raise the peak.
         Ok(block.inspect(|block| device.pool.insert(block, phase)))
     }
 }
@@ -134,14 +134,15 @@ impl Drop for CudaMemory {
 }
 
 impl CudaDevice {
-    /// Lets the graph that this thread records hold what its next call reads or writes: the memory of these addresses.
+    /// Makes the graph that this thread records hold the memory at these addresses, which its next call reads or
+    /// writes.
     ///
     /// Errors: an address that belongs to no tensor.
     pub(super) fn hold(&self, what: &str, addresses: impl IntoIterator<Item = u64>) -> Result<()> {
         if !self.captures() {
             return Ok(());
         }
-        // Null stands for a tensor that is absent or empty. The words of faults live as long as the process.
+        // Null stands for an absent or empty tensor. The fault words live as long as the process.
         let mut held = addresses.into_iter().filter(|&address| address != 0 && address != self.faults.address());
         match held.find(|&address| !self.pool.hold(address)) {
             None => Ok(()),
@@ -149,9 +150,9 @@ impl CudaDevice {
         }
     }
 
-    /// Waits for all that was enqueued, and copies from the device.
+    /// Waits for all enqueued work and copies from the device.
     ///
-    /// Errors: also what a kernel reported since the last read-back, for instance [`ErrorKind::Index`].
+    /// Errors: also those that kernels reported since the last read-back, such as [`ErrorKind::Index`].
     pub(super) fn read_back_at(&self, from: u64, to: &mut [u8]) -> Result<()> {
         let pass = self.enter_outside("a read-back")?;
         self.bind()?;
@@ -188,7 +189,7 @@ impl CudaDevice {
         self.check("cuMemcpyDtoDAsync", unsafe { result::memcpy_dtod_async(to, from, bytes, self.stream.0) })
     }
 
-    /// Enqueues writing zeros.
+    /// Enqueues filling the memory with zeros.
     pub(super) fn fill_zero_at(&self, to: u64, bytes: usize) -> Result<()> {
         if bytes == 0 {
             return Ok(());

@@ -1,7 +1,7 @@
 //! CUDA devices: one context and one stream each, memory from a pool, kernels compiled on first use.
 //!
-//! Everything is enqueued on the one stream, so that a block of memory can be reused as soon as its last use has been
-//! enqueued, and nothing waits for the device but read-backs.
+//! All work is enqueued on this stream, so that a block of memory can be reused as soon as its last use has been
+//! enqueued, and only read-backs wait for the device.
 
 mod blas;
 mod compile;
@@ -48,30 +48,30 @@ use pool::Pool;
 use resources::{Context, Module, Plain, Stream};
 pub use target::{Architecture, Target};
 
-/// CUDA device. There is one value per card and process, which lives as long as the process.
+/// CUDA device. There is one value per GPU, which lives as long as the process.
 pub struct CudaDevice {
     ordinal: usize,
     name: String,
     architecture: Architecture,
-    /// The target that its kernels are compiled for.
+    /// Target that its kernels are compiled for.
     target: Target,
     pool: Pool<Block>,
     /// Loaded kernels by name and options.
     functions: RwLock<HashMap<String, Function>>,
-    /// Values that kernels need and that do not change, by name.
+    /// Constants that kernels read, by name.
     constants: Mutex<tables::Constants>,
-    /// The tables of [`CudaDevice::table`], with what they were made from.
+    /// Tables of [`CudaDevice::table`], with the values that they were made from.
     tables: Mutex<tables::Tables>,
-    /// The tables of a graph that is being made, from its first run on.
+    /// Tables of the graph that is being recorded, from its first run on.
     graph_tables: Mutex<tables::GraphTables>,
     gate: gate::Gate,
     staging: Mutex<staging::Staging>,
     launches: AtomicU64,
     uploads: AtomicU64,
     read_backs: AtomicU64,
-    // In this order they are freed, if the device cannot be opened.
+    // Dropped in this order if the device cannot be opened.
     blas: Mutex<blas::Handle>,
-    /// Words that kernels report the first fault in.
+    /// Words in which kernels report the first fault.
     faults: Plain,
     stream: Stream,
     context: Context,
@@ -116,7 +116,7 @@ impl CudaDevice {
         result::init().map_err(|why| place("cuInit", why))?;
         let count = result::device::get_count().map_err(|why| place("cuDeviceGetCount", why))?;
         if ordinal >= count.max(0) as usize {
-            return Err(error(format!("cuda:{ordinal} does not exist, the driver found {count} cards")));
+            return Err(error(format!("cuda:{ordinal} does not exist: the driver found {count} GPUs")));
         }
         let device = result::device::get(ordinal as i32).map_err(|why| place("cuDeviceGet", why))?;
         let attribute = |attribute| {
@@ -131,7 +131,7 @@ impl CudaDevice {
         let target = target::target(architecture, driver)
             .map_err(|why| error(format!("cuda:{ordinal} is not usable: {why}")))?;
         let name = result::device::get_name(device).map_err(|why| place("cuDeviceGetName", why))?;
-        // What follows frees itself if a later step fails.
+        // The following values release themselves if a later step fails.
         let context = Context::retain(device).map_err(|why| place("cuDevicePrimaryCtxRetain", why))?;
         let stream = Stream::new(&context).map_err(|why| place("cuStreamCreate", why))?;
         let faults = Plain::new(FAULT_WORDS * 8, &context).map_err(|why| place("cuMemAlloc", why))?;
@@ -192,7 +192,7 @@ impl CudaDevice {
         outcome.map_err(|why| error(format!("cuda:{}: {call}: {}", self.ordinal, text(why))))
     }
 
-    /// The loaded kernel of these options; `name` tells it from all others.
+    /// Returns the loaded kernel with these options; `name` is its unique key.
     fn function(
         &self,
         name: &str,
@@ -204,7 +204,7 @@ impl CudaDevice {
         if let Some(function) = self.functions.read().unwrap_or_else(PoisonError::into_inner).get(&key) {
             return Ok(*function);
         }
-        // Others may load kernels meanwhile, and even this one: compiling takes seconds.
+        // Compiling takes seconds; meanwhile other threads may load kernels, even this one.
         let (module, function) = load()?;
         match self.functions.write().unwrap_or_else(PoisonError::into_inner).entry(key) {
             Entry::Vacant(entry) => {
@@ -218,18 +218,18 @@ impl CudaDevice {
     /// Loads the kernel of this signature from compiled code.
     fn load(&self, cubin: &[u8], signature: &'static Signature) -> Result<(Module, Function)> {
         let kernel = CString::new(signature.kernel).map_err(|why| error(why.to_string()))?;
-        // Loading may wait for the whole context. What is recorded was loaded by the run before.
+        // Loading may wait for the whole context. Recorded kernels were loaded by the previous run.
         let _pass = self.enter_outside("loading a kernel")?;
         self.bind()?;
-        // SAFETY: the context is current, and NVRTC made the code, now or earlier: a cache that somebody else may write to is
-        // not read, and a hash shows damage.
+        // SAFETY: the context is current, and NVRTC made the code, now or earlier: a cache that somebody else may write
+        // to is not read, and a hash shows damage.
         let module = self.check("cuModuleLoadData", unsafe { Module::load(cubin) })?;
         let handle = self.check("cuModuleGetFunction", module.function(kernel))?;
         Ok((module, Function { handle, signature }))
     }
 }
 
-/// A loaded kernel and what it expects.
+/// A loaded kernel and its signature.
 #[derive(Clone, Copy)]
 struct Function {
     handle: sys::CUfunction,
@@ -247,8 +247,8 @@ struct Loaded<'a> {
     function: Function,
 }
 
-/// Shared memory of a launch, in bytes, that needs no leave of the driver: 48 KiB less what kernels declare themselves
-/// beside it.
+/// Maximum dynamic shared memory of a launch, in bytes, without raising the driver's limit: 48 KiB less the static
+/// shared memory of kernels.
 const PLAIN_SHARED: u32 = 40 << 10;
 
 impl Kernel for Loaded<'_> {
@@ -285,13 +285,13 @@ impl Kernel for Loaded<'_> {
     }
 }
 
-/// Returns `true` if `XT_SYNC=1` asks to wait after each launch, by which an error names its kernel.
+/// Returns `true` if `XT_SYNC=1` requests a wait after each launch, so that an error names its kernel.
 fn synchronous() -> bool {
     static SYNC: OnceLock<bool> = OnceLock::new();
     *SYNC.get_or_init(|| std::env::var("XT_SYNC").is_ok_and(|value| value == "1"))
 }
 
-/// The address of an argument's value, for the driver.
+/// Returns the address of an argument's value, for the driver.
 fn pointer(arg: &Arg) -> *mut c_void {
     let pointer = match arg {
         // A struct of one u64 and nothing else.
@@ -307,16 +307,17 @@ fn pointer(arg: &Arg) -> *mut c_void {
     pointer.cast_mut()
 }
 
-/// The driver is given no number and no types of arguments: what does not fit would be read as something else.
+/// Checks the arguments of a launch against the kernel's signature: the driver receives neither their number nor their
+/// types, and would misread arguments that do not match.
 fn check_arguments(signature: &Signature, args: &[Arg]) -> Result<()> {
     let (expected, given) = (signature.parameters.len(), args.len());
     if expected != given {
-        return Err(error(format!("{}: {given} arguments, expected {expected}", signature.kernel)));
+        return Err(error(format!("{}: expected {expected} arguments, got {given}", signature.kernel)));
     }
     for (parameter, arg) in signature.parameters.iter().zip(args) {
         if parameter.kind != arg.kind() {
             return Err(error(format!(
-                "{}: the argument `{}` is {:?}, expected {:?}",
+                "{}: argument `{}` is {:?}, expected {:?}",
                 signature.kernel,
                 parameter.name,
                 arg.kind(),
@@ -327,8 +328,8 @@ fn check_arguments(signature: &Signature, args: &[Arg]) -> Result<()> {
     Ok(())
 }
 
-// SAFETY: addresses go to this device's driver alone; that the kernels of `kernels/` stay within their tensors is what the
-// contract suite checks on the emulated driver, access by access.
+// SAFETY: addresses go to this device's driver alone; that the kernels of `kernels/` stay within their tensors is what
+// the contract suite checks on the emulated driver, access by access.
 unsafe impl Gpu for CudaDevice {
     fn backend(&self) -> &'static str {
         "cuda"
@@ -364,10 +365,10 @@ unsafe impl Gpu for CudaDevice {
 
     fn kernel(&self, name: &'static str, options: &[(&str, &str)]) -> Result<Box<dyn Kernel + '_>> {
         let signature = SIGNATURES.iter().find(|signature| signature.kernel == name);
-        let signature = signature.ok_or_else(|| error(format!("there is no kernel `{name}`")))?;
+        let signature = signature.ok_or_else(|| error(format!("unknown kernel `{name}`")))?;
         let function = self.function(name, options, || {
             let source = KernelSource::named(signature.file).filter(|source| source.has(options)).ok_or_else(|| {
-                error(format!("{}.cu has no variant {options:?}; its `// Variants:` say what", signature.file))
+                error(format!("{}.cu has no variant {options:?}; see its `// Variants:` lines", signature.file))
             })?;
             self.load(&compile::cubin(source, options, self.target)?, signature)
         })?;
@@ -376,13 +377,13 @@ unsafe impl Gpu for CudaDevice {
 
     fn compile(&self, source: &Source) -> Result<Box<dyn Kernel + '_>> {
         let (name, options) = (source.kernel(), source.options());
-        // No name in C has a space.
+        // C identifiers contain no spaces.
         let function = self.function(&format!("{:016x} {name}", source.hash()), &options, || {
-            // A source of the library has its own name in the cache.
+            // Sources of the library have names of their own in the cache.
             let known = LAB_SOURCES.iter().find(|known| known.hash == source.hash()).map_or(name, |known| known.name);
             let text = KernelSource { name: known, hash: source.hash(), source: source.text(), variants: &[] };
             let cubin = compile::cubin(&text, &options, self.target)?;
-            // Kept for as long as the loaded code, which is as long as the process lives.
+            // Kept as long as the loaded code, which is for the life of the process.
             let name: &'static str = name.to_string().leak();
             let parameters = source.parameters().iter();
             let parameters = parameters.map(|one| Parameter { name: one.name.clone().leak(), kind: one.kind });
@@ -449,7 +450,7 @@ unsafe impl Gpu for CudaDevice {
     }
 }
 
-/// Returns one line per library, and one per card.
+/// Returns one line per library, and one per GPU.
 pub fn describe() -> Vec<String> {
     let line = |found: &libraries::Found| match &found.state {
         Ok(place) => format!("cuda: {} found in {place}", found.what),

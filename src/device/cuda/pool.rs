@@ -1,6 +1,6 @@
-//! A caching pool of memory blocks in size classes, so that training does not return memory to the driver after each
-//! op and wait for it. While a graph is recorded, the pool keeps its blocks apart; afterwards the graph holds every block
-//! that its recorded work reads or writes, and a block returns to the pool when neither a tensor nor a graph has it.
+//! A caching pool of memory blocks in size classes, which avoids returning memory to the driver, and waiting for it,
+//! after each op. While a graph is recorded, the pool keeps its blocks separate; afterwards the graph holds every block
+//! that its recorded work reads or writes, and a block returns to the pool when no tensor and no graph holds it.
 
 use std::{
     collections::{BTreeMap, HashSet},
@@ -11,69 +11,69 @@ use crate::device::MemoryStats;
 
 /// A block of device memory.
 pub(in crate::device) trait Memory {
-    /// Its first byte.
+    /// Address of its first byte.
     fn address(&self) -> u64;
-    /// Its size, which is its size class.
+    /// Its size class.
     fn bytes(&self) -> usize;
-    /// Frees a block that left the pool. Called without the pool's lock.
+    /// Frees a block that has left the pool. Called without holding the pool's lock.
     fn free(block: Arc<Self>);
 }
 
 /// The blocks of one device.
 ///
-/// Every handle of a block is cloned and dropped under this lock, so that the number of handles says who has it: one
-/// in a list of free blocks or in a tensor, and one in each graph that uses the block.
+/// Every handle of a block is cloned and dropped under this lock, so that the reference count tells who holds it: one
+/// handle in a list of free blocks or in a tensor, and one in each graph that uses the block.
 pub(in crate::device) struct Pool<M>(Mutex<State<M>>);
 
 struct State<M> {
-    /// Blocks that are kept for reuse.
+    /// Free blocks, cached for reuse.
     free: FreeBlocks<M>,
-    /// Every block that exists, by its first byte.
+    /// All existing blocks, by address.
     all: BTreeMap<u64, Weak<M>>,
     recording: Option<Recording<M>>,
     limit: usize,
     stats: MemoryStats,
 }
 
-/// Free blocks by size class, in descending order of address: the block to be used next is the last one. Where the
-/// tensors of a step are then depends on the step alone, not on the order in which those of the last one were freed,
-/// and tables of addresses stay as they are.
+/// Free blocks by size class, in descending order of address; the last one is used next. The addresses of a step's
+/// tensors then depend only on the step, not on the order in which the previous step freed its tensors, and tables of
+/// addresses stay unchanged.
 type FreeBlocks<M> = BTreeMap<usize, Vec<Arc<M>>>;
 
-/// The memory of a graph that is being recorded.
+/// Memory of the graph that is being recorded.
 struct Recording<M> {
-    /// Blocks that its tensors have freed, for its later tensors.
+    /// Blocks freed by its tensors, for reuse by its later tensors.
     free: FreeBlocks<M>,
-    /// Blocks that were taken for it: they return to the list above.
+    /// Blocks taken for the recording, which return to the list above.
     own: HashSet<u64>,
     /// Blocks that recorded work uses.
     used: BTreeMap<u64, Arc<M>>,
     source: Source,
 }
 
-/// Where the thread that records takes its blocks from.
+/// Source of blocks for the recording thread.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(in crate::device) enum Source {
-    /// Blocks that its tensors have freed, else as below.
+    /// Blocks freed by its tensors; if there are none, fresh ones.
     Freed,
-    /// Blocks that none of its tensors had yet; they belong to the recording from now on.
+    /// Blocks that none of its tensors has used; they belong to the recording from now on.
     Fresh,
-    /// Blocks that none of its tensors had or will have.
+    /// Blocks that none of its tensors has used or will use.
     Aside,
 }
 
-/// On whose behalf memory is requested.
+/// Context of a memory request.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(in crate::device) enum Phase {
-    /// No graph is being recorded by this thread.
+    /// This thread records no graph.
     Eager,
-    /// This thread runs what it will record.
+    /// This thread runs the function that it will record.
     Warm,
-    /// This thread's work is recorded.
+    /// This thread's work is being recorded.
     Capture,
 }
 
-/// A size that blocks are made in: eight steps per power of two, at least 64 bytes; at most 12.5 % is unused.
+/// Size class of blocks: eight per power of two, at least 64 bytes, so that at most 12.5 % of a block is unused.
 pub(super) fn size_class(bytes: usize) -> usize {
     let bytes = bytes.max(64);
     let step = (1usize << (usize::BITS - 1 - bytes.leading_zeros())) / 8;
@@ -91,7 +91,7 @@ fn pop<M>(free: &mut FreeBlocks<M>, class: usize) -> Option<Arc<M>> {
 }
 
 impl<M> Recording<M> {
-    /// Returns `true` if who asks in this phase gets the recording's own blocks.
+    /// Returns `true` if requests in this phase are served from the recording's own blocks.
     fn serves(&self, phase: Phase) -> bool {
         phase != Phase::Eager && self.source != Source::Aside
     }
@@ -103,7 +103,7 @@ impl<M: Memory> State<M> {
         self.stats.peak = self.stats.peak.max(self.stats.live);
     }
 
-    /// Keeps a block that nobody has, or returns it to be freed if the cache is full.
+    /// Caches an unused block, or returns it to be freed if the cache is full.
     fn keep(&mut self, block: Arc<M>) -> Option<Arc<M>> {
         if self.stats.cached + block.bytes() <= self.limit {
             self.stats.cached += block.bytes();
@@ -114,7 +114,7 @@ impl<M: Memory> State<M> {
         Some(block)
     }
 
-    /// Does [`Pool::give`]; returns the block if it is to be freed.
+    /// Implements [`Pool::give`]; returns the block if the caller must free it.
     fn give(&mut self, block: Arc<M>) -> Option<Arc<M>> {
         if let Some(recording) = self.recording.as_mut().filter(|recording| recording.own.contains(&block.address())) {
             self.stats.live -= block.bytes();
@@ -123,20 +123,20 @@ impl<M: Memory> State<M> {
             return None;
         }
         if Arc::strong_count(&block) > 1 {
-            // Whoever has it still will give it back.
+            // The remaining holder will return it.
             return None;
         }
         self.stats.live -= block.bytes();
         self.keep(block)
     }
 
-    /// Moves what a recording has left to the common blocks; returns those that are to be freed.
+    /// Moves the remaining blocks of a recording to the common ones; returns those that the caller must free.
     fn merge(&mut self, free: FreeBlocks<M>) -> Vec<Arc<M>> {
         let mut surplus = Vec::new();
         for block in free.into_values().flatten() {
             self.stats.cached -= block.bytes();
             if Arc::strong_count(&block) > 1 {
-                // A graph has it from now on.
+                // Held by a graph from now on.
                 self.grow(block.bytes());
             } else {
                 surplus.extend(self.keep(block));
@@ -157,7 +157,7 @@ impl<M: Memory> Pool<M> {
         }))
     }
 
-    /// A free block of this class, if there is one; it is in use from now on.
+    /// Takes a free block of this class, if there is one.
     pub fn take(&self, class: usize, phase: Phase) -> Option<Arc<M>> {
         let mut guard = self.lock();
         let state = &mut *guard;
@@ -181,7 +181,7 @@ impl<M: Memory> Pool<M> {
         Some(block)
     }
 
-    /// Registers a new block, which is in use from now on.
+    /// Registers a new block as used.
     pub fn insert(&self, block: &Arc<M>, phase: Phase) {
         let mut state = self.lock();
         state.all.insert(block.address(), Arc::downgrade(block));
@@ -191,8 +191,8 @@ impl<M: Memory> Pool<M> {
         state.grow(block.bytes());
     }
 
-    /// Takes back the block of a tensor or of a graph. It is kept for reuse unless somebody else has it or the cache
-    /// is full.
+    /// Takes back the block of a tensor or of a graph, and caches it for reuse unless it has another holder or the
+    /// cache is full.
     pub fn give(&self, block: Arc<M>) {
         let surplus = self.lock().give(block);
         if let Some(block) = surplus {
@@ -200,7 +200,7 @@ impl<M: Memory> Pool<M> {
         }
     }
 
-    /// Frees all blocks that are kept for reuse, but not those that a recording will need.
+    /// Frees all cached blocks, except those that a recording will need.
     pub fn trim(&self) {
         let mut state = self.lock();
         let blocks: Vec<_> = std::mem::take(&mut state.free).into_values().flatten().collect();
@@ -243,7 +243,7 @@ impl<M: Memory> Pool<M> {
         });
     }
 
-    /// Where the thread that records takes its blocks from, from now on.
+    /// Sets the source of blocks for the recording thread.
     pub fn set_source(&self, source: Source) {
         if let Some(recording) = &mut self.lock().recording {
             recording.source = source;
@@ -259,7 +259,7 @@ impl<M: Memory> Pool<M> {
         escaped.map(|block| block.bytes()).collect()
     }
 
-    /// Adds the block that has this address to those that recorded work uses. `false` if no block has it.
+    /// Adds the block at this address to those that recorded work uses. Returns `false` if there is no such block.
     pub fn hold(&self, address: u64) -> bool {
         let mut guard = self.lock();
         let state = &mut *guard;
@@ -276,7 +276,7 @@ impl<M: Memory> Pool<M> {
         }
     }
 
-    /// Ends a recording. The blocks that its work uses belong to the graph, which gives each back when it is gone.
+    /// Ends a recording. The blocks that its work uses belong to the graph, which returns them when it is dropped.
     pub fn finish(&self) -> Vec<Arc<M>> {
         let mut state = self.lock();
         let Some(Recording { free, used, .. }) = state.recording.take() else { return Vec::new() };
@@ -286,7 +286,7 @@ impl<M: Memory> Pool<M> {
         used.into_values().collect()
     }
 
-    /// Ends a recording that failed. Its blocks are kept for reuse as any others.
+    /// Ends a failed recording. Its blocks are cached for reuse like any others.
     pub fn abandon(&self) {
         let mut state = self.lock();
         let Some(Recording { free, used, .. }) = state.recording.take() else { return };
@@ -297,7 +297,7 @@ impl<M: Memory> Pool<M> {
     }
 
     fn lock(&self) -> std::sync::MutexGuard<'_, State<M>> {
-        // Nothing panics while the state is changed: a poisoned lock leaves it usable.
+        // No code panics while it changes the state, so the state is valid even if the lock is poisoned.
         self.0.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
     }
 }
@@ -364,7 +364,7 @@ mod tests {
         assert_eq!((pool.stats().live, pool.stats().cached), (2 * 64, 0));
     }
 
-    /// A block that a graph uses is nobody else's until the graph is gone, whoever frees its tensor and when.
+    /// A block that a graph uses is not reused before the graph is dropped, no matter who frees its tensor and when.
     #[test]
     fn pool_leaves_a_block_with_its_graph() {
         for limit in [0, usize::MAX] {
@@ -380,7 +380,7 @@ mod tests {
             let (temporary, escaped) = (take(&pool, Phase::Capture), take(&pool, Phase::Capture));
             assert_eq!(pool.escaped(), [64; 2]);
             assert!(pool.hold(1010) && !pool.hold(1064) && !pool.hold(999) && !pool.hold(0));
-            // A tensor that was moved into the closure dies with the recording, a temporary one in it.
+            // A tensor moved into the closure is dropped after the recording, a temporary one during it.
             pool.give(weight);
             pool.give(temporary);
             let again = take(&pool, Phase::Capture);
@@ -401,7 +401,7 @@ mod tests {
         }
     }
 
-    /// Two graphs use one block; a recording that fails leaves everything as it was.
+    /// Two graphs share a block; a failed recording restores the previous state.
     #[test]
     fn pool_counts_the_graphs_of_a_block() {
         let pool = Pool::new(usize::MAX);

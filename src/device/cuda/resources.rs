@@ -21,7 +21,7 @@ unsafe impl Send for Context {}
 unsafe impl Sync for Context {}
 
 impl Context {
-    /// Makes it current, too. `device` is one that the driver named.
+    /// Retains the context and makes it current. `device` must come from the driver.
     pub fn retain(device: sys::CUdevice) -> Result<Self, DriverError> {
         // SAFETY: the device exists; released once, when the value is dropped.
         let context = Self { handle: unsafe { result::primary_ctx::retain(device) }?, device };
@@ -33,7 +33,7 @@ impl Context {
         self.handle
     }
 
-    /// Makes it the one that calls of this thread are about.
+    /// Makes this context current on the calling thread.
     pub fn make_current(&self) -> Result<(), DriverError> {
         // SAFETY: the context is retained.
         unsafe { result::ctx::set_current(self.handle) }
@@ -49,7 +49,7 @@ impl Drop for Context {
     }
 }
 
-/// A stream that does not wait for the default one.
+/// A stream that does not synchronize with the default stream.
 pub(super) struct Stream(pub sys::CUstream);
 
 // SAFETY: streams may be used from any thread whose current context is theirs; the driver locks what its calls share.
@@ -93,25 +93,25 @@ impl Drop for Plain {
     }
 }
 
-/// Loaded code. Unloaded when dropped, unless it is kept.
+/// Loaded code, unloaded on drop unless it is kept.
 pub(super) struct Module(sys::CUmodule);
 
 impl Module {
     /// # Safety
     ///
-    /// A context is current, also when the value is dropped, and `image` is a whole CUBIN.
+    /// A context must be current, also when the value is dropped, and `image` must be a complete CUBIN.
     pub unsafe fn load(image: &[u8]) -> Result<Self, DriverError> {
         // SAFETY: the caller's part.
         unsafe { result::module::load_data(image.as_ptr().cast()) }.map(Self)
     }
 
-    /// The kernel of this name, which may be used as long as the module is loaded.
+    /// Returns the kernel with this name, which is valid while the module is loaded.
     pub fn function(&self, kernel: CString) -> Result<sys::CUfunction, DriverError> {
         // SAFETY: the module is loaded.
         unsafe { result::module::get_function(self.0, kernel) }
     }
 
-    /// Leaves the code loaded for as long as the process lives.
+    /// Keeps the code loaded for the life of the process.
     pub fn keep(self) {
         std::mem::forget(self);
     }

@@ -1,9 +1,9 @@
-//! Copies to the device, by way of page-locked memory.
+//! Copies to the device through page-locked memory.
 //!
-//! Of a copy from pageable memory the driver says neither that it is done nor that it has read its source when the call
-//! returns; a system whose cards read the processor's page tables (ATS, HMM) may copy from the source itself, later. A
-//! source of ours may change or be freed at once. So its bytes go to page-locked memory first, from which the copy is
-//! asynchronous by definition, and that memory is used again when an event says that the copy is done.
+//! When a copy from pageable memory returns, the driver guarantees neither that it is complete nor that it has read its
+//! source; systems whose GPUs read the CPU's page tables (ATS, HMM) may read the source later. Our sources may change
+//! or be freed at once. So their bytes are first copied to page-locked memory, from which copies are asynchronous by
+//! definition, and which is reused after an event signals that the copy is complete.
 
 use std::sync::{PoisonError, atomic::Ordering};
 
@@ -12,18 +12,18 @@ use cudarc::driver::{result, sys};
 use super::{CudaDevice, timer::Event};
 use crate::Result;
 
-/// Bytes of one slot: large enough that a copy of its size takes far longer than its calls.
+/// Bytes per slot: large enough that copying them takes far longer than the calls.
 const SLOT: usize = 1 << 20;
-/// One slot is filled while others are copied.
+/// Number of slots: one is filled while others are copied.
 const SLOTS: usize = 4;
 
-/// Page-locked memory in a few slots, which are filled in turn.
+/// Page-locked memory in slots that are filled in turn.
 #[derive(Default)]
 pub(super) struct Staging {
-    /// Made on first use.
+    /// Allocated on first use.
     slots: Vec<Slot>,
     current: usize,
-    /// Bytes of the current slot that copies were enqueued from.
+    /// Number of bytes of the current slot from which copies have been enqueued.
     used: usize,
 }
 
@@ -55,7 +55,7 @@ impl Drop for Slot {
 }
 
 impl Staging {
-    /// Enqueues a copy whose source may change as soon as this returns. The context must be current.
+    /// Enqueues a copy; the source may change as soon as this returns. The context must be current.
     fn send(&mut self, device: &CudaDevice, to: u64, from: &[u8]) -> Result<()> {
         let mut sent = 0;
         while sent < from.len() {
@@ -74,8 +74,8 @@ impl Staging {
                 std::slice::from_raw_parts(staged, part.len())
             };
             self.used += part.len();
-            // SAFETY: the caller's memory at `to` has room for `from` and is freed on this stream, after this copy. What
-            // it reads stays as it is until `turn` has waited for the slot's event.
+            // SAFETY: the caller's memory at `to` has room for `from` and is freed on this stream, after this copy.
+            // What it reads stays as it is until `turn` has waited for the slot's event.
             let copied = unsafe { result::memcpy_htod_async(to + sent as u64, staged, device.stream.0) };
             device.check("cuMemcpyHtoDAsync", copied)?;
             sent += part.len();
@@ -83,7 +83,7 @@ impl Staging {
         Ok(())
     }
 
-    /// Goes on to the next slot, once the copies from it are done. After an error the present one is still full.
+    /// Waits for the copies from the next slot and makes it current. After an error the current slot stays full.
     fn turn(&mut self, device: &CudaDevice) -> Result<()> {
         self.slots[self.current].done.record(device)?;
         let next = (self.current + 1) % SLOTS;

@@ -1,4 +1,4 @@
-//! Values that kernels need besides their tensors, kept on the device: constants, and tables of addresses.
+//! Values on the device that kernels read besides their tensors: constants, and tables of addresses.
 
 use std::{
     collections::BTreeMap,
@@ -12,23 +12,23 @@ use super::{
 };
 use crate::{Result, device::gpu::Memory};
 
-/// Limits of the constants that are kept: their number and their bytes. A model has a few dozen.
+/// Limits of cached constants: their number and their bytes. A model has a few dozen.
 const MOST: usize = 256;
 const MOST_BYTES: usize = 64 << 20;
 
-/// Constants by name. Those that were not used for longest go first when there are too many: names contain sizes that
+/// Constants by name. The least recently used are dropped first when there are too many, since names contain sizes that
 /// callers choose.
 #[derive(Default)]
 pub(super) struct Constants {
     by_name: BTreeMap<String, Constant>,
-    /// Counts uses.
+    /// Number of uses so far.
     clock: u64,
 }
 
 struct Constant {
     memory: Arc<dyn Memory>,
     bytes: usize,
-    /// When it was used last.
+    /// Time of its last use.
     used: u64,
 }
 
@@ -45,8 +45,8 @@ impl Constants {
         self.by_name.insert(name.into(), Constant { memory, bytes, used: self.clock });
     }
 
-    /// Lets go of constants but the last one, until the others are within the bounds. Kernels that were enqueued with
-    /// them come before whatever their memory is used for next.
+    /// Drops constants, except the last one, until the others are within the limits. Kernels already enqueued with them
+    /// run before the next use of their memory.
     fn evict(&mut self) {
         let mut total: usize = self.by_name.values().map(|constant| constant.bytes).sum();
         while self.by_name.len() > 1 && (self.by_name.len() > MOST || total > MOST_BYTES) {
@@ -60,7 +60,7 @@ impl Constants {
 /// Tables by name, with the values that they hold.
 pub(super) type Tables = BTreeMap<String, (Vec<i64>, Arc<dyn Memory>)>;
 
-/// The tables of a graph that is being made, with their values, and how many the recording has come to.
+/// Tables of the graph that is being recorded, with their values, and the number that the recording has reached.
 #[derive(Default)]
 pub(super) struct GraphTables {
     pub made: Vec<(Arc<dyn Memory>, Vec<i64>)>,
@@ -68,7 +68,8 @@ pub(super) struct GraphTables {
 }
 
 impl CudaDevice {
-    /// Values that do not depend on the data, on the device: made and uploaded on the first call with this name.
+    /// Returns values on the device that do not depend on the data: computed and uploaded on the first call with this
+    /// name.
     pub(super) fn kept_constant(
         &'static self,
         name: &str,
@@ -81,15 +82,15 @@ impl CudaDevice {
         let values = values()?;
         let constant = self.uploaded(&values)?;
         constants.insert(name, constant.clone(), size_of_val(&values[..]));
-        // What a recording will ask for again must still be there.
+        // Constants that a recording will request again must stay.
         if self.phase() == Phase::Eager {
             constants.evict();
         }
         Ok(constant)
     }
 
-    /// Numbers that are seldom others than at the last call with this name, on the device; uploaded if they are. A
-    /// graph that is being made gets tables of its own, which the recording fills when it is done.
+    /// Returns numbers on the device that seldom differ from those of the last call with this name; uploaded if they
+    /// do. A graph that is being recorded gets its own tables, which are filled at the end of the recording.
     pub(super) fn kept_table(&'static self, name: &str, values: Vec<i64>) -> Result<Arc<dyn Memory>> {
         if self.phase() != Phase::Eager {
             return self.table_of_graph(values);
@@ -99,8 +100,8 @@ impl CudaDevice {
             if *known == values {
                 return Ok(table.clone());
             }
-            // Over the old one, which earlier launches have read when the copy begins: a table in a new place would move
-            // what comes after it. One that another thread has still to launch with stays as it is.
+            // Overwrites the old table, which earlier launches have read when the copy begins: a new allocation would
+            // move later ones. A table that another thread is still to launch with stays unchanged.
             if known.len() == values.len() && Arc::get_mut(table).is_some() {
                 self.upload_at(table.address(), bytemuck::cast_slice(&values))?;
                 *known = values;
@@ -112,15 +113,19 @@ impl CudaDevice {
         Ok(table)
     }
 
-    /// The next table of a graph: the first run makes them, the recording goes through them again.
+    /// Returns the next table of a graph: the first run creates them, the recording visits them again.
     fn table_of_graph(&'static self, values: Vec<i64>) -> Result<Arc<dyn Memory>> {
         let mut tables = self.graph_tables();
         if self.captures() {
             let used = tables.used;
             let known = tables.made.get_mut(used).filter(|(_, known)| known.len() == values.len());
-            let (table, known) =
-                known.ok_or_else(|| error("a graph's recording is unlike the run before it".into()))?;
-            // Some are addresses of tensors, which the graph must hold; a number that looks like one does no harm.
+            let (table, known) = known.ok_or_else(|| {
+                error(
+                    "recording a graph differs from the run before it; the closure must do the same work each time"
+                        .into(),
+                )
+            })?;
+            // Some are addresses of tensors, which the graph must hold; a number that looks like one is harmless.
             for &value in &values {
                 self.pool.hold(value as u64);
             }
@@ -129,7 +134,7 @@ impl CudaDevice {
             tables.used += 1;
             return Ok(table);
         }
-        // Memory that no other tensor of the graph has, neither before nor after: what is free for those is not for it.
+        // Needs memory that no other tensor of the graph uses, before or after, so blocks free for those do not serve.
         self.pool.set_source(Source::Aside);
         let table = self.uploaded(&values);
         self.pool.set_source(Source::Freed);
@@ -138,14 +143,14 @@ impl CudaDevice {
         Ok(table)
     }
 
-    /// Values in new memory.
+    /// Uploads values to new memory.
     fn uploaded(&'static self, values: &[i64]) -> Result<Arc<dyn Memory>> {
         let memory = CudaMemory::new(size_of_val(values).max(size_of::<i64>()), self)?;
         self.upload_at(memory.address(), bytemuck::cast_slice(values))?;
         Ok(Arc::new(memory))
     }
 
-    /// Those of the graph that this thread makes.
+    /// Returns the tables of the graph that this thread records.
     pub(super) fn graph_tables(&self) -> MutexGuard<'_, GraphTables> {
         self.graph_tables.lock().unwrap_or_else(PoisonError::into_inner)
     }

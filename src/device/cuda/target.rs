@@ -1,15 +1,15 @@
-//! The target that kernels are compiled for: which one the versions of card, driver and NVRTC allow.
+//! Target that kernels are compiled for, chosen by the versions of GPU, driver and NVRTC.
 //!
-//! NVIDIA's rules ("CUDA Compatibility"): a driver loads machine code (CUBIN) of every NVRTC of its own major version
-//! or an older one, but PTX only of an NVRTC that is not newer than itself. So machine code is made wherever NVRTC
-//! knows the card, and PTX, which the driver compiles, for a card that is newer than NVRTC.
+//! NVIDIA's rules ("CUDA Compatibility"): a driver loads machine code (CUBIN) from any NVRTC of its own major version
+//! or an older one, but PTX only from an NVRTC no newer than itself. So kernels are compiled to machine code if NVRTC
+//! knows the GPU, and to PTX, which the driver compiles further, if the GPU is newer than NVRTC.
 
 use std::{fmt, str::FromStr};
 
 use super::{compile, libraries};
 use crate::{Error, Result};
 
-/// A card's compute capability: 80 for 8.0.
+/// Compute capability of a GPU: 80 for 8.0.
 pub type Architecture = u32;
 
 /// Oldest compute capability that the kernels are written for.
@@ -24,17 +24,17 @@ pub struct Target {
 
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
 enum Form {
-    /// Machine code that also runs on later cards of the same major version.
+    /// Machine code that also runs on later GPUs of the same major version.
     Code,
-    /// Machine code for this very architecture, with the instructions that no other one has.
+    /// Machine code for exactly this architecture, including its specific instructions.
     Specific,
-    /// PTX, which the driver compiles for its card.
+    /// PTX, which the driver compiles for its GPU.
     Ptx,
 }
 
 impl Target {
-    /// Machine code for a card of this compute capability; for 9.0 that is `sm_90a`, which has the instructions of
-    /// Hopper's tensor cores.
+    /// Returns the machine-code target of a GPU with this compute capability; for 9.0 that is `sm_90a`, which has the
+    /// instructions of Hopper's tensor cores.
     pub fn of(architecture: Architecture) -> Self {
         Self { architecture, form: if architecture == 90 { Form::Specific } else { Form::Code } }
     }
@@ -44,7 +44,7 @@ impl Target {
         self.architecture
     }
 
-    /// Returns `true` if its code may use warpgroup products (`wgmma`), which no other card has.
+    /// Returns `true` if its code may use warpgroup products (`wgmma`), which no other target supports.
     pub fn has_warpgroups(self) -> bool {
         self == Self::of(90)
     }
@@ -69,7 +69,7 @@ impl fmt::Display for Target {
 impl FromStr for Target {
     type Err = Error;
 
-    /// Reads `80`, `sm_80`, `90a`, `sm_90a` or `compute_90`.
+    /// Parses `80`, `sm_80`, `90a`, `sm_90a` or `compute_90`.
     fn from_str(text: &str) -> Result<Self> {
         let (number, form) = match (text.strip_prefix("compute_"), text.strip_prefix("sm_").unwrap_or(text)) {
             (Some(number), _) => (number, Form::Ptx),
@@ -78,18 +78,17 @@ impl FromStr for Target {
         let plain = number.bytes().all(|byte| byte.is_ascii_digit());
         match number.parse() {
             Ok(architecture @ OLDEST..=999) if plain => Ok(Self { architecture, form }),
-            _ => {
-                Err(error(format!("expected a target like sm_80, sm_90a or compute_90, at least sm_75, got `{text}`")))
-            }
+            _ => Err(error(format!(
+                "expected a target such as sm_80, sm_90a or compute_90, sm_75 or later, got `{text}`"
+            ))),
         }
     }
 }
 
-/// Versions of CUDA: `(12, 4)` for 12.4.
+/// CUDA version: `(12, 4)` for 12.4.
 pub(super) type Version = (i32, i32);
 
-/// The target for a card of this compute capability, under a driver for this version of CUDA and the NVRTC of this
-/// machine.
+/// Returns the target for a GPU with this compute capability, a driver for this CUDA version, and the installed NVRTC.
 ///
 /// Errors: versions that do not work together, with the remedy.
 pub(super) fn target(architecture: Architecture, driver: Version) -> std::result::Result<Target, String> {
@@ -99,12 +98,12 @@ pub(super) fn target(architecture: Architecture, driver: Version) -> std::result
     choose(architecture, driver, nvrtc, &known)
 }
 
-/// The version of CUDA that the driver's `cuDriverGetVersion` means by 12040.
+/// Decodes the result of `cuDriverGetVersion`: 12040 is CUDA 12.4.
 pub(super) fn driver_version(number: i32) -> Version {
     (number / 1000, number % 1000 / 10)
 }
 
-/// PyPI's packages of NVRTC and cuBLAS for a major version of CUDA.
+/// Returns the PyPI packages of NVRTC and cuBLAS for a major version of CUDA.
 fn packages(major: i32) -> String {
     match major {
         12 => "nvidia-cuda-nvrtc-cu12 nvidia-cublas-cu12".into(),
@@ -122,7 +121,7 @@ fn choose(
     let text = |(major, minor): Version| format!("{major}.{minor}");
     if architecture < OLDEST {
         return Err(format!(
-            "the card is an sm_{architecture}, expected sm_{OLDEST} (Turing) or later: use another card, or the device `cpu`"
+            "the GPU is sm_{architecture}, expected sm_{OLDEST} (Turing) or later: use another GPU, or the device `cpu`"
         ));
     }
     if driver.0 < 12 {
@@ -137,8 +136,8 @@ fn choose(
             major => format!("a driver for CUDA {major}"),
         };
         return Err(format!(
-            "NVRTC {} makes code that a driver for CUDA {} does not load: install {newer}, or NVRTC and cuBLAS of CUDA {} \
-             (`pip install {}`, or name their folders in XT_CUDA_LIBS)",
+            "NVRTC {} generates code that a driver for CUDA {} cannot load: install {newer}, or NVRTC and cuBLAS of \
+             CUDA {} (`pip install {}`, or set XT_CUDA_LIBS to their folders)",
             text(nvrtc),
             text(driver),
             driver.0,
@@ -151,16 +150,16 @@ fn choose(
     let Some(&newest) = known.iter().rev().find(|&&known| known < architecture) else {
         let oldest = known.first().map_or("none".to_string(), |oldest| format!("sm_{oldest}"));
         return Err(format!(
-            "NVRTC {} does not compile for the card, an sm_{architecture}: the oldest that it knows is {oldest}; install an \
-             older NVRTC (`pip install nvidia-cuda-nvrtc-cu12`, or name its folder in XT_CUDA_LIBS)",
+            "NVRTC {} cannot compile for this GPU (sm_{architecture}): the oldest target it supports is {oldest}; \
+             install an older NVRTC (`pip install nvidia-cuda-nvrtc-cu12`, or set XT_CUDA_LIBS to its folder)",
             text(nvrtc)
         ));
     };
     if driver < nvrtc {
         return Err(format!(
-            "NVRTC {} does not know the card, an sm_{architecture}, and a driver for CUDA {} does not compile its PTX, which \
-             is newer: install an NVRTC that knows the card (`pip install nvidia-cuda-nvrtc`), or a driver for CUDA {0} or \
-             later",
+            "NVRTC {} does not support this GPU (sm_{architecture}), and a driver for CUDA {} cannot compile its newer \
+             PTX: install an NVRTC that supports the GPU (`pip install nvidia-cuda-nvrtc`), or a driver for CUDA {0} \
+             or later",
             text(nvrtc),
             text(driver)
         ));
@@ -197,7 +196,7 @@ mod tests {
         assert_eq!(name(100, (13, 0), (12, 0), &KNOWN[..5]), "compute_90");
         assert_eq!(name(87, (13, 0), (13, 0), &KNOWN), "compute_86");
         let newer = name(100, (13, 0), (13, 1), &KNOWN[..5]);
-        for part in ["NVRTC 13.1 does not know", "sm_100", "driver for CUDA 13.0", "nvidia-cuda-nvrtc`"] {
+        for part in ["NVRTC 13.1 does not support", "sm_100", "driver for CUDA 13.0", "nvidia-cuda-nvrtc`"] {
             assert!(newer.contains(part), "{part}: {newer}");
         }
     }
@@ -225,7 +224,7 @@ mod tests {
 
     #[test]
     fn one_target_has_warpgroups() {
-        // Code for all cards of the generation and PTX have no such instructions.
+        // Code for the whole generation, and PTX, lack these instructions.
         for (text, has) in
             [("sm_90a", true), ("sm_90", false), ("compute_90", false), ("sm_89", false), ("sm_100", false)]
         {

@@ -1,4 +1,4 @@
-//! Events of a device's stream, and time on the device by them.
+//! Events of a device's stream, and device time measured with them.
 
 use std::time::Duration;
 
@@ -8,8 +8,8 @@ use super::{CudaDevice, libraries};
 use crate::Result;
 
 impl CudaDevice {
-    /// Measures how long the device takes for what `f` enqueues, which is not the time of enqueuing as long as the
-    /// device is still busy with earlier work when `f` begins. Waits for the end.
+    /// Measures the device time of the work that `f` enqueues. This excludes the time of enqueuing if the device is
+    /// still busy with earlier work when `f` begins. Waits for the end of the work.
     ///
     /// Errors: those of `f` and of the driver, or a graph that is being recorded.
     pub fn time<R>(&self, f: impl FnOnce() -> Result<R>) -> Result<(Duration, R)> {
@@ -55,7 +55,7 @@ impl Event {
         device.check("cuEventRecord", unsafe { result::event::record(self.handle, device.stream.0) })
     }
 
-    /// Waits until the device has come to where the event was recorded last.
+    /// Waits until the device reaches the point at which the event was last recorded.
     pub fn wait(&self, device: &CudaDevice) -> Result<()> {
         // SAFETY: the event is alive.
         device.check("cuEventSynchronize", unsafe { result::event::synchronize(self.handle) })

@@ -1,4 +1,4 @@
-//! Panels in the type of the sums, for multiply-adds: half types are widened while they are packed.
+//! Panels in the accumulation type, for fused multiply-adds: half types are widened during packing.
 
 use super::{Arithmetic, Operand, Packing};
 use crate::{
@@ -9,7 +9,7 @@ use crate::{
     },
 };
 
-/// Maximum number of elements over which an operand is spread for packing it to gain nothing.
+/// Maximum extent of an operand, in elements, up to which packing it does not pay.
 const CLOSE: usize = 1 << 15;
 
 /// Maximum number of columns for which compact rows of A are read in place.
@@ -18,7 +18,7 @@ const FEW_COLUMNS: usize = 128;
 /// Maximum number of rows for which compact columns of B are read in place.
 const FEW_ROWS: usize = 128;
 
-/// Multiply-adds, which every processor has.
+/// Multiply-adds, which every processor supports.
 pub(in crate::gemm) struct Fma;
 
 impl<T: Float> Packing<T> for Fma {
@@ -35,7 +35,7 @@ impl<T: Float> Packing<T> for Fma {
     }
 
     fn reads_a(&self, a: Matrix<T>, kc: usize, n: usize) -> bool {
-        // A depth that lies together is read along cache lines; another only if few lines serve all rows and columns.
+        // A packed depth is read along cache lines; a strided one only if few lines serve all rows and columns.
         as_sums(a.data).is_some() && (a.col == 1 || (a.row == 1 && kc * a.col <= CLOSE && n <= FEW_COLUMNS))
     }
 
@@ -74,9 +74,9 @@ impl<T: Float> Packing<T> for Fma {
 }
 
 /// Packs `m` rows of a matrix of depth `kc` into panels of `width` rows: element (i, p) goes to
-/// `to[i / width * width * kc + p * width + i % width]`. What the last panel has beyond `m` rows is unspecified.
+/// `to[i / width * width * kc + p * width + i % width]`. Elements of the last panel beyond row `m` are unspecified.
 ///
-/// A is packed by its rows; B by its columns, that is as the rows of its transpose.
+/// A is packed by rows; B by columns, as the rows of its transpose.
 pub(in crate::gemm) fn pack<T: Float>(from: Matrix<T>, m: usize, kc: usize, width: usize, to: &mut [T::Acc]) {
     if m == 0 || kc == 0 {
         return;

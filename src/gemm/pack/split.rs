@@ -1,5 +1,5 @@
-//! Operands in f32 as three bf16 parts each, for [`amx`]: an f32 number is their sum up to its last bit. The kernel
-//! multiplies those parts that matter, the smallest products first (Henry et al., "Leveraging the bfloat16 Artificial
+//! f32 operands split into three bf16 parts each, for [`amx`]: an f32 number is their sum up to its last bit. The
+//! kernel multiplies the parts that matter, smallest products first (Henry et al., "Leveraging the bfloat16 Artificial
 //! Intelligence Datatype For Higher-Precision Computations", <https://arxiv.org/abs/1904.06376>).
 
 use half::bf16;
@@ -19,15 +19,15 @@ use crate::{
 
 /// Products of parts on tiles.
 ///
-/// [`Precision::Highest`] multiplies the six pairs of parts whose orders add up to at most two: what is left out is
-/// below 2⁻²⁴ of the product. [`Precision::High`] leaves out the third parts: three pairs, 2⁻¹⁶. [`Precision::Medium`]
-/// has only the first pair, 2⁻⁸.
+/// [`Precision::Highest`] multiplies the six pairs of parts whose orders add up to at most two: the error is below 2⁻²⁴
+/// of the product. [`Precision::High`] omits the third parts: three pairs, 2⁻¹⁶. [`Precision::Medium`] multiplies only
+/// the first pair, 2⁻⁸.
 pub(in crate::gemm) struct Split;
 
 /// Parts of an f32 number.
 pub(in crate::gemm) const PARTS: usize = 3;
 
-/// Pairs of parts, the smallest product first.
+/// Pairs of parts, smallest product first.
 fn products() -> &'static [(usize, usize)] {
     const PRODUCTS: [(usize, usize); 6] = [(2, 0), (1, 1), (0, 2), (1, 0), (0, 1), (0, 0)];
     match float32_matmul_precision() {
@@ -37,8 +37,8 @@ fn products() -> &'static [(usize, usize)] {
     }
 }
 
-/// Magnitudes between which the largest element of an operand has to lie: products of parts then stay in the normal
-/// range, beyond which tiles know nothing but zero and infinity.
+/// Range of the largest magnitude in an operand for which products of parts stay in the normal range; outside of it,
+/// tiles produce only zero and infinity.
 const ORDINARY: std::ops::Range<f32> = 9.0e-13..1.0e18;
 
 impl Packing<f32> for Split {
@@ -78,8 +78,8 @@ impl Packing<f32> for Split {
 /// Packs one part of the rows.
 type PackPart<'a> = &'a dyn Fn(Matrix<bf16>, usize, &mut [bf16]);
 
-/// Splits panels of `width` rows and packs the parts of each one after the other, `panel` elements each. Returns `true`
-/// if the operand is ordinary: of finite numbers, the largest of which is neither huge nor tiny.
+/// Splits panels of `width` rows and packs the parts of each panel consecutively, `panel` elements each. Returns `true`
+/// if all numbers are finite and the largest magnitude is neither huge nor tiny.
 fn pack_parts(
     from: Matrix<f32>,
     rows: usize,
@@ -93,13 +93,13 @@ fn pack_parts(
         return true;
     }
     let to: &mut [bf16] = bytemuck::cast_slice_mut(to);
-    // The parts of one panel, in the order of the operand.
+    // Parts of one panel, in the order of the operand.
     let mut parts = vec![bf16::ZERO; PARTS * width * kc];
     let (mut largest, mut finite) = (0.0f32, true);
     for (index, to) in to.chunks_exact_mut(PARTS * panel).take(rows.div_ceil(width)).enumerate() {
         let rows = width.min(rows - index * width);
         let from = from.from(index * width, 0);
-        // Lines of elements that lie next to each other: rows or columns.
+        // Contiguous lines of elements: rows or columns.
         let (lines, length, stride) = if from.col == 1 { (rows, kc, from.row) } else { (kc, rows, from.col) };
         let (high, rest) = parts.split_at_mut(width * kc);
         let (middle, low) = rest.split_at_mut(width * kc);

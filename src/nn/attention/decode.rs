@@ -162,7 +162,7 @@ impl Attention {
 
 impl AttentionCache {
     fn keys_values(&self) -> Result<&[Tensor; 2]> {
-        self.keys_values.as_ref().ok_or_else(|| Error::argument("cache", "is empty"))
+        self.keys_values.as_ref().ok_or_else(|| Error::argument("cache", "has no keys and values yet"))
     }
 
     /// Writes keys and values of a step, `[b, heads, n, d]`; those of the first step include the prefix.

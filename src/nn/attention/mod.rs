@@ -126,7 +126,7 @@ impl Attention {
         plan.check()?;
         ensure!(
             plan.rotary.is_none() || rotary.is_some(),
-            Error::argument("attention", "the plan has a rotation; give its frequencies")
+            Error::argument("attention", "the plan has rotary positions, so its frequencies are required")
         );
         let (heads, dim_qk) = (plan.heads, plan.dim_qk());
         let width = heads * plan.dim_value;
@@ -257,10 +257,10 @@ impl Attention {
             return Some("the caller asked for scores");
         }
         if input.return_attn {
-            return Some("the caller asked for attention maps");
+            return Some("the caller requested attention maps");
         }
         if input.explicit {
-            return Some("the caller asked for the explicit path");
+            return Some("the caller requested the explicit path");
         }
         if input.prev.is_some() {
             return Some("residual attention adds scores of the previous layer");

@@ -202,7 +202,8 @@ pub(super) fn zero_first(x: &Tensor) -> Result<Tensor> {
 
 /// Returns the position of the first of `queries`, which are the last of `keys`.
 fn first_query(queries: usize, keys: usize) -> Result<usize> {
-    let why =
-        || Error::shape("attention", format_args!("{queries} queries are the last of the keys, which are only {keys}"));
+    let why = || {
+        Error::shape("attention", format_args!("expected at most {keys} queries (the number of keys), got {queries}"))
+    };
     keys.checked_sub(queries).ok_or_else(why)
 }

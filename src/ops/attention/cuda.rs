@@ -35,34 +35,34 @@ pub(super) fn rung(gpu: &dyn Gpu, dtype: DType, features: [usize; 2]) -> Rung {
     let limits = gpu.limits();
     match limits.compute_capability {
         Some(architecture) => choose(architecture, limits.has_warpgroups, dtype, features, limit()),
-        None => Rung::Plain("the tensor cores of other vendors take other fragments"),
+        None => Rung::Plain("tensor-core kernels support only NVIDIA GPUs"),
     }
 }
 
 fn choose(architecture: u32, has_warpgroups: bool, dtype: DType, [d, e]: [usize; 2], limit: &str) -> Rung {
     if limit == "plain" {
-        return Rung::Plain("XT_ATTENTION=plain asks for it");
+        return Rung::Plain("XT_ATTENTION=plain");
     }
     if !matches!(dtype, DType::BF16 | DType::F16) {
         return Rung::Plain("tensor cores would round f32 and f64");
     }
     if architecture < 80 {
-        return Rung::Plain("the tensor cores of cards before sm_80 take other fragments");
+        return Rung::Plain("tensor-core kernels require sm_80 or later");
     }
     if !d.is_multiple_of(8) || !e.is_multiple_of(8) {
-        return Rung::Plain("rows are not whole packets of 16 bytes");
+        return Rung::Plain("rows are not a multiple of 16 bytes");
     }
     let head = match d.max(e) {
-        0..=32 => return Rung::TensorCores(32, "warpgroups multiply rows of 64 features and more"),
+        0..=32 => return Rung::TensorCores(32, "warpgroup kernels require at least 64 features"),
         33..=64 => 64,
         65..=128 => 128,
-        _ => return Rung::Plain("the registers hold sums of up to 128 features"),
+        _ => return Rung::Plain("tensor-core kernels support at most 128 features"),
     };
     if !has_warpgroups {
-        return Rung::TensorCores(head, "only sm_90a has instructions of warpgroups");
+        return Rung::TensorCores(head, "warpgroup instructions require sm_90a");
     }
     if limit != "wgmma" {
-        return Rung::TensorCores(head, "products of warpgroups are new; XT_ATTENTION=wgmma asks for them");
+        return Rung::TensorCores(head, "warpgroup kernels are experimental; set XT_ATTENTION=wgmma to use them");
     }
     Rung::Warpgroups(head)
 }
@@ -81,8 +81,8 @@ fn aligned(x: &Tensor) -> Result<Tensor> {
 impl fmt::Display for Rung {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::Warpgroups(head) => write!(f, "warpgroups on tensor cores, for rows of up to {head} features"),
-            Self::TensorCores(head, why) => write!(f, "tensor cores, for rows of up to {head} features: {why}"),
+            Self::Warpgroups(head) => write!(f, "warpgroup tensor cores, up to {head} features"),
+            Self::TensorCores(head, why) => write!(f, "tensor cores, up to {head} features: {why}"),
             Self::Plain(why) => write!(f, "plain: {why}"),
         }
     }
@@ -209,7 +209,7 @@ impl<'a> Call<'a> {
         // Kernels count positions and distances in 32 bits.
         ensure!(
             queries.saturating_add(keys) < i32::MAX as usize / 4,
-            Error::shape(OP, format_args!("{queries} queries and {keys} keys are more than the kernels can count"))
+            Error::shape(OP, format_args!("{queries} queries and {keys} keys exceed the kernels' 32-bit positions"))
         );
         let terms = problem.position.as_ref().map(|position| Terms::new(gpu, position, &problem.sizes)).transpose()?;
         let rung = rung(gpu, problem.q.dtype(), [d, e]);
@@ -282,7 +282,7 @@ impl<'a> Call<'a> {
     fn launch(&self, blocks: &Blocks, [heads, rows]: [usize; 2], columns: usize, args: &[&[Arg]]) -> Result<()> {
         let x = self.problem.sizes.batch.saturating_mul(heads).saturating_mul(rows.div_ceil(blocks.rows));
         let (Ok(x @ 0..=0x7FFF_FFFF), Ok(y @ 0..=0xFFFF)) = (u32::try_from(x), u32::try_from(columns)) else {
-            return Err(Error::shape(OP, format_args!("{x} × {columns} blocks are more than a grid has")));
+            return Err(Error::shape(OP, format_args!("{x} × {columns} blocks exceed the largest grid")));
         };
         let grid = Grid::new([x, y, 1], [blocks.threads as u32, 1, 1]).shared(blocks.shared);
         let dtype = ("DTYPE", self.problem.q.dtype().name());
@@ -473,10 +473,9 @@ impl Pass<'_> {
         let layout = Layout::contiguous(shape);
         let Blocks { rows: tile, threads, .. } = Blocks::plain("attention_bwd_bias", bias.dtype());
         let blocks = shape[0] * shape[1] * shape[2].div_ceil(tile) * shape[3].div_ceil(tile);
-        let blocks = u32::try_from(blocks)
-            .ok()
-            .filter(|&blocks| blocks <= i32::MAX as u32)
-            .ok_or_else(|| Error::shape(OP, format_args!("the bias {shape:?} has more tiles than a grid")))?;
+        let blocks = u32::try_from(blocks).ok().filter(|&blocks| blocks <= i32::MAX as u32).ok_or_else(|| {
+            Error::shape(OP, format_args!("the bias {shape:?} needs more tiles than the largest grid"))
+        })?;
         let parts: [&[Arg]; 6] = [
             args![&mut gradient],
             &self.inputs()?,

@@ -105,7 +105,7 @@ fn check(sizes: &Sizes, q: &Tensor, lengths: &Tensor, spec: &DecodeSpec) -> Resu
         Error::argument(
             OP,
             format_args!(
-                "scale {}, prefix_len {} and mem_keys {} do not fit",
+                "expected a finite scale, and prefix_len and mem_keys within the keys, got {}, {} and {}",
                 spec.scale, spec.prefix_len, spec.mem_keys
             )
         )
@@ -163,7 +163,12 @@ impl Call<'_> {
         let (q, spec) = (self.q, self.spec);
         ensure!(
             keys < i32::MAX as usize / 2 && batch * heads * queries <= i32::MAX as usize,
-            Error::shape(OP, format_args!("{keys} keys, or {batch} × {heads} × {queries} queries, are too many"))
+            Error::shape(
+                OP,
+                format_args!(
+                    "{keys} keys, or {batch} × {heads} × {queries} queries, exceed the kernels' 32-bit positions"
+                )
+            )
         );
         let mut out = Tensor::uninit(merged, q.dtype(), q.device())?;
         let (kv_heads, e) = (self.k.shape()[1], self.sizes.e);

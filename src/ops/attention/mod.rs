@@ -148,7 +148,7 @@ pub fn attention(q: &Tensor, k: &Tensor, v: &Tensor, spec: &AttentionSpec) -> Re
 /// fused tensor-core kernels hold their sums in registers. The CPU has no such limit, and [`attention`] itself takes
 /// any width.
 pub fn gpu_needs_scores(features: usize) -> Option<&'static str> {
-    (features > 128).then_some("heads of more than 128 features do not fit the registers of the fused kernels")
+    (features > 128).then_some("the fused kernels support at most 128 features per head")
 }
 
 /// Describes the kernels with which a GPU computes [`attention`] for queries and keys of `d` and values of `e`
@@ -236,7 +236,7 @@ impl Sizes {
             heads == kv_heads || (kv_heads > 0 && heads.is_multiple_of(kv_heads)),
             Error::shape(
                 OP,
-                format_args!("the {heads} heads of q are not a multiple of the {kv_heads} heads of k and v")
+                format_args!("the heads of q ({heads}) must be a multiple of the heads of k and v ({kv_heads})")
             )
         );
         if let Device::Gpu(_) = q.device() {
@@ -263,15 +263,15 @@ impl AttentionSpec<'_> {
     fn check(&self, sizes: &Sizes, q: &Tensor) -> Result<()> {
         ensure!(
             self.scale.is_finite(),
-            Error::argument(OP, format_args!("scale is {}, expected a finite number", self.scale))
+            Error::argument(OP, format_args!("expected a finite scale, got {}", self.scale))
         );
         ensure!(
             (0.0..=1.0).contains(&self.dropout),
-            Error::argument(OP, format_args!("dropout is {}, expected a probability from 0 to 1", self.dropout))
+            Error::argument(OP, format_args!("expected dropout from 0 to 1, got {}", self.dropout))
         );
         ensure!(
             self.mem_keys <= sizes.keys,
-            Error::argument(OP, format_args!("mem_keys is {}, there are {} keys", self.mem_keys, sizes.keys))
+            Error::argument(OP, format_args!("mem_keys is {}, but there are only {} keys", self.mem_keys, sizes.keys))
         );
         if let Some(mask) = self.mask {
             expect_bool("mask", mask, q)?;
@@ -296,11 +296,14 @@ impl AttentionSpec<'_> {
 fn expect_bool(name: &str, mask: &Tensor, q: &Tensor) -> Result<()> {
     ensure!(
         mask.dtype() == DType::Bool,
-        Error::dtype(OP, format_args!("{name} is {}, expected bool (true keeps)", mask.dtype()))
+        Error::dtype(OP, format_args!("expected {name} of bool (true keeps), got {}", mask.dtype()))
     );
     ensure!(
         mask.device() == q.device(),
-        Error::device(OP, format_args!("{name} is on {}, q on {}; move one", mask.device(), q.device()))
+        Error::device(
+            OP,
+            format_args!("{name} is on {} but q is on {}; move one with `to_device`", mask.device(), q.device())
+        )
     );
     Ok(())
 }
@@ -320,7 +323,7 @@ fn expect_scores(name: &str, x: &Tensor, sizes: &Sizes) -> Result<()> {
 fn expect_padding(name: &str, mask: &Tensor, batch: usize, lengths: &[usize]) -> Result<()> {
     ensure!(
         lengths.iter().any(|&length| mask.shape()[..] == [batch, length]),
-        Error::shape(OP, format_args!("{name} has shape {:?}, expected {:?}", mask.shape(), [batch, lengths[0]]))
+        Error::shape(OP, format_args!("expected {name} of shape {:?}, got {:?}", [batch, lengths[0]], mask.shape()))
     );
     Ok(())
 }

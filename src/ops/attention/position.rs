@@ -129,7 +129,7 @@ impl Position {
                 expect_weights("table", table, &[buckets, sizes.heads], device)?;
                 ensure!(
                     scale.is_finite(),
-                    Error::argument(OP, format_args!("the T5 scale is {scale}, expected a finite number"))
+                    Error::argument(OP, format_args!("expected a finite T5 scale, got {scale}"))
                 );
                 let one_side = if causal { buckets } else { buckets / 2 };
                 ensure!(
@@ -137,8 +137,8 @@ impl Position {
                     Error::argument(
                         OP,
                         format_args!(
-                            "the T5 table has {buckets} buckets with max_distance {max_distance}; expected at least {} \
-                             buckets, and a max_distance above {}",
+                            "the T5 table has {buckets} buckets and max_distance {max_distance}; expected at least {} \
+                             buckets and a max_distance above {}",
                             if causal { 2 } else { 4 },
                             one_side / 2
                         )
@@ -227,15 +227,18 @@ impl Position {
 fn expect_weights(name: &str, weights: &Tensor, shape: &[usize], device: &Device) -> Result<()> {
     ensure!(
         weights.dtype().is_float(),
-        Error::dtype(OP, format_args!("{name} is {}, expected a float tensor", weights.dtype()))
+        Error::dtype(OP, format_args!("expected {name} to be a float tensor, got {}", weights.dtype()))
     );
     ensure!(
         weights.device() == device,
-        Error::device(OP, format_args!("{name} is on {}, q on {device}; move one", weights.device()))
+        Error::device(
+            OP,
+            format_args!("{name} is on {} but q is on {device}; move one with `to_device`", weights.device())
+        )
     );
     ensure!(
         weights.shape()[..] == *shape,
-        Error::shape(OP, format_args!("{name} has shape {:?}, expected {shape:?}", weights.shape()))
+        Error::shape(OP, format_args!("expected {name} of shape {shape:?}, got {:?}", weights.shape()))
     );
     Ok(())
 }

@@ -29,7 +29,10 @@ impl Sizes {
         let (batch_b, [rows, n]) = split_last_two(b);
         ensure!(
             k == rows,
-            Error::shape("matmul", format_args!("{a:?} and {b:?} do not match: {k} columns times {rows} rows"))
+            Error::shape(
+                "matmul",
+                format_args!("cannot multiply {a:?} by {b:?}: inner dimensions {k} and {rows} differ")
+            )
         );
         let batch = batch_a.broadcast(&batch_b, "matmul")?;
         let own = |back: usize| batch_b.rank().checked_sub(back).map_or(1, |dim| batch_b[dim]);

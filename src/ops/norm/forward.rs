@@ -57,19 +57,17 @@ impl Forward {
             Out::new(self.statistics.floats_mut(op)?, per_row),
         ];
         for_rows_of::<R, 3, 2>(outs, ins, Sums::none(), 4 * width, &|_, [y, sum, statistics], [x, residual], _| {
+            if sum.is_empty() {
+                return forward::<R>(x, &weight, &bias, spec.form, eps, y, statistics);
+            }
             let rows = x.chunks_exact(width).zip(y.chunks_exact_mut(width)).zip(statistics.chunks_exact_mut(per_row));
-            let (mut sums, mut residuals) = (sum.chunks_exact_mut(width), residual.chunks_exact(width));
-            for ((x, y), statistics) in rows {
-                let x = match (sums.next(), residuals.next()) {
-                    (Some(sum), Some(residual)) => {
-                        add_rows(x, residual, sum);
-                        // The backward pass uses the rounded sum.
-                        round_to(dtype, sum);
-                        &*sum
-                    }
-                    _ => x,
-                };
-                forward::<R>(x, &weight, &bias, spec.form, eps, y, statistics);
+            // Row by row, so that the sum is in the cache when it is normalised.
+            let sums = sum.chunks_exact_mut(width).zip(residual.chunks_exact(width));
+            for (((x, y), statistics), (sum, residual)) in rows.zip(sums) {
+                add_rows(x, residual, sum);
+                // The backward pass uses the rounded sum.
+                round_to(dtype, sum);
+                forward::<R>(sum, &weight, &bias, spec.form, eps, y, statistics);
             }
         });
         Ok(())
@@ -86,26 +84,31 @@ vectorized! {
 }
 
 vectorized! {
-    /// Normalises one row.
+    /// Normalises rows.
     fn forward<R: Real>(x: &[R], weight: &[R], bias: &[R], form: Form, eps: R, y: &mut [R], statistics: &mut [R]) {
-        let count = R::from_f64(x.len() as f64);
-        let (mean, square) = match form {
-            Form::Centred => {
-                // Deviations from the mean instead of x² − mean²: no cancellation for rows far from zero.
-                let mean = sum_of(x, |x| x) / count;
-                (mean, sum_of(x, |x| (x - mean) * (x - mean)) / count)
+        let (width, per_row) = (weight.len(), form.statistics());
+        let count = R::from_f64(width as f64);
+        let rows = x.chunks_exact(width).zip(y.chunks_exact_mut(width)).zip(statistics.chunks_exact_mut(per_row));
+        for ((x, y), statistics) in rows {
+            let (mean, square) = match form {
+                Form::Centred => {
+                    // Deviations from the mean instead of x² − mean²: no cancellation for rows far from zero.
+                    let mean = sum_of(x, |x| x) / count;
+                    (mean, sum_of(x, |x| (x - mean) * (x - mean)) / count)
+                }
+                Form::Floored | Form::Rms => (R::ZERO, sum_of(x, |x| x * x) / count),
+            };
+            if !(square < -R::NEG_INFINITY) {
+                shrunk::<R>(x, weight, bias, form, eps, y, statistics);
+                continue;
             }
-            Form::Floored | Form::Rms => (R::ZERO, sum_of(x, |x| x * x) / count),
-        };
-        if !(square < -R::NEG_INFINITY) {
-            return shrunk::<R>(x, weight, bias, form, eps, y, statistics);
+            let inverse = R::ONE / form.divisor(square, eps);
+            for (((y, x), &weight), &bias) in y.iter_mut().zip(x).zip(weight).zip(bias) {
+                *y = (*x - mean) * inverse * weight + bias;
+            }
+            statistics[0] = mean;
+            statistics[per_row - 1] = inverse;
         }
-        let inverse = R::ONE / form.divisor(square, eps);
-        for (((y, x), &weight), &bias) in y.iter_mut().zip(x).zip(weight).zip(bias) {
-            *y = (*x - mean) * inverse * weight + bias;
-        }
-        statistics[0] = mean;
-        statistics[form.statistics() - 1] = inverse;
     }
 }
 

@@ -205,7 +205,7 @@ impl<'a> Spec<'a> {
         ensure!(x.rank() > 0, Error::shape(op, "expected at least one dimension, got a scalar"));
         ensure!(
             self.eps >= 0.0 && self.eps.is_finite(),
-            Error::argument(op, format_args!("eps must be a number that is not negative, got {}", self.eps))
+            Error::argument(op, format_args!("expected a finite eps of at least 0, got {}", self.eps))
         );
         x.dtype().expect_float(op)?;
         for (name, operand, expected) in [("weight", self.weight, self.weights), ("bias", self.bias, x.features())] {

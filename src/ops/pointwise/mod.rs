@@ -7,9 +7,10 @@ use crate::{
     autograd::{Backward, InputGrads, record, record_cheap},
     device::{
         Grid, args,
+        cpu::for_rows,
         rows::{In, Out, Sums, for_rows_of},
     },
-    dtype::{Real, dispatch_real},
+    dtype::{Real, dispatch_float, dispatch_real},
     ops::norm::reuse,
 };
 
@@ -232,6 +233,37 @@ unary! {
         };
 }
 
+impl Function {
+    /// Runs loops over values where they lie if the function costs less than going through rows in f32, and otherwise
+    /// nothing.
+    #[inline(always)]
+    fn with_light(self, loops: impl Loops) {
+        match self {
+            Self::Neg => loops.of::<Neg>(),
+            Self::Square => loops.of::<Square>(),
+            Self::Relu => loops.of::<Relu>(),
+            _ => {}
+        }
+    }
+
+    fn is_light(self) -> bool {
+        matches!(self, Self::Neg | Self::Square | Self::Relu)
+    }
+
+    /// Like [`Function::with_light`], but for the gradient.
+    #[inline(always)]
+    fn with_light_gradient(self, loops: impl Loops) {
+        match self {
+            Self::Exp => loops.of::<Exp>(),
+            _ => self.with_light(loops),
+        }
+    }
+
+    fn has_light_gradient(self) -> bool {
+        self.is_light() || self == Self::Exp
+    }
+}
+
 /// Returns the error of an op that only takes floats.
 fn refused(f: Function, x: &Tensor) -> Result<Tensor> {
     x.dtype().expect_float(f.name())?;
@@ -316,6 +348,11 @@ fn unary(f: Function, x: &Tensor) -> Result<Tensor> {
     let x = x.contiguous()?;
     let mut y = x.uninit_like()?;
     match x.device() {
+        Device::Cpu if f.is_light() => dispatch_float!(op, x.dtype(), T, {
+            let x = x.values::<T>()?;
+            for_rows(y.values_mut::<T>()?, 1, 1, |at, y| cpu::map_light(f, &x[at..at + y.len()], y));
+            Ok(())
+        })?,
         Device::Cpu => {
             let from = In::new(x.floats(op)?, 1);
             let to = Out::new(y.floats_mut(op)?, 1);
@@ -354,13 +391,22 @@ impl Backward for UnaryBackward {
         let (op, f) = (self.name(), self.function);
         let (mut dx, source) = reuse(grad)?;
         match *dx.device() {
+            Device::Cpu if f.has_light_gradient() => dispatch_float!(op, dx.dtype(), T, {
+                let kept = self.kept.values::<T>()?;
+                let g = source.as_ref().map_or(Ok(&[][..]), |source| source.values::<T>())?;
+                for_rows(dx.values_mut::<T>()?, 1, 1, |at, dx| {
+                    let (range, of_g) = (at..at + dx.len(), if g.is_empty() { 0..0 } else { at..at + dx.len() });
+                    cpu::map_light_backward(f, &kept[range], &g[of_g], dx);
+                });
+                Ok(())
+            })?,
             Device::Cpu => {
                 let kept = In::new(self.kept.floats(op)?, 1);
                 let source = source.as_ref().map(|source| source.floats(op)).transpose()?;
                 dispatch_real!(dx.dtype(), R, {
-                    let dx = Out::over(dx.floats_mut(op)?, 1, source);
-                    for_rows_of::<R, 1, 1>([dx], [kept], Sums::none(), COST, &|_, [dx], [kept], _| {
-                        cpu::map_backward(f, kept, dx);
+                    let (dx, g) = Out::from_or_over(dx.floats_mut(op)?, 1, source);
+                    for_rows_of::<R, 1, 2>([dx], [kept, g], Sums::none(), COST, &|_, [dx], [kept, g], _| {
+                        cpu::map_backward(f, kept, g, dx);
                     });
                 });
             }
@@ -395,14 +441,11 @@ impl Tensor {
         let x = self.contiguous()?;
         let mut y = x.uninit_like()?;
         match x.device() {
-            Device::Cpu => {
-                let from = In::new(x.floats(OP)?, 1);
-                let to = Out::new(y.floats_mut(OP)?, 1);
-                dispatch_real!(x.dtype(), R, {
-                    let (a, b) = (c::<R>(multiplier), c::<R>(summand));
-                    for_rows_of::<R, 1, 1>([to], [from], Sums::none(), 1, &|_, [y], [x], _| cpu::affine(x, y, a, b));
-                });
-            }
+            Device::Cpu => dispatch_float!(OP, x.dtype(), T, {
+                let (x, a, b) = (x.values::<T>()?, c(multiplier), c(summand));
+                for_rows(y.values_mut::<T>()?, 1, 1, |at, y| cpu::affine(&x[at..at + y.len()], y, a, b));
+                Ok(())
+            })?,
             Device::Gpu(gpu) => {
                 let n = x.numel();
                 gpu.kernel("affine_fwd", &[("DTYPE", x.dtype().name())])?

@@ -72,7 +72,10 @@ impl Tensor {
         discrete(OP, &[self])?;
         ensure!(
             self.rank() == 2 && self.shape()[1] > 0,
-            Error::shape(OP, format_args!("expected logits [rows, tokens] with a token, got {:?}", self.shape()))
+            Error::shape(
+                OP,
+                format_args!("expected logits [rows, tokens] with at least one token, got {:?}", self.shape())
+            )
         );
         self.dtype().expect_float(OP)?;
         ensure!(
@@ -132,7 +135,10 @@ impl Choice {
             legal,
             Error::argument(
                 "sample",
-                format_args!("{filter:?} is out of its domain: counts from 1, shares from 0 to 1, powers from 0")
+                format_args!(
+                    "{filter:?} is out of range: expected counts of at least 1, probabilities from 0 to 1 and powers \
+                     of at least 0"
+                )
             )
         );
         ensure!(

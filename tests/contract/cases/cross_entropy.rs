@@ -60,7 +60,7 @@ fn errors() {
         let class = |error: &Error| matches!(error.kind(), ErrorKind::Index { what: "class", limit: 4, .. });
         refused(logits.cross_entropy(&tokens(&[0, bad]), -100), class, &["cross_entropy", message, "0 to 3"]);
     }
-    refused(logits.cross_entropy(&tokens(&[7, 7]), 7), argument, &["cross_entropy", "2 targets", "ignore_index 7"]);
+    refused(logits.cross_entropy(&tokens(&[7, 7]), 7), argument, &["cross_entropy", "2 targets", "`ignore_index` (7)"]);
     refused(floats(&[0, 4]).cross_entropy(&tokens(&[]), -100), argument, &["cross_entropy", "0 targets"]);
     let no_classes = |error: &Error| matches!(error.kind(), ErrorKind::Index { what: "class", limit: 0, .. });
     refused(floats(&[1, 0]).cross_entropy(&tokens(&[0]), -100), no_classes, &["cross_entropy"]);

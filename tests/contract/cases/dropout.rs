@@ -33,12 +33,12 @@ pub fn cases() -> Vec<Case> {
 fn errors() {
     let _alone = crate::alone();
     for p in [-0.1, 1.1, f64::NAN] {
-        refused(floats(&[3]).dropout(p), argument, &["dropout", "between 0 and 1"]);
+        refused(floats(&[3]).dropout(p), argument, &["dropout", "from 0 to 1"]);
     }
     // Not only where it acts.
     refused(tokens(&[1]).dropout(0.0), dtype, &["dropout", "i64"]);
     let x = floats(&[3]);
-    refused(x.dropout_add(&x, 1.5), argument, &["dropout_add", "between 0 and 1", "1.5"]);
+    refused(x.dropout_add(&x, 1.5), argument, &["dropout_add", "from 0 to 1", "1.5"]);
     refused(x.dropout_add(&floats(&[1]), 0.5), shape, &["dropout_add", "[3]", "[1]"]);
     refused(x.dropout_add(&x.to_dtype(DType::F64).expect("f64"), 0.5), dtype, &["dropout_add", "f32", "f64"]);
 }

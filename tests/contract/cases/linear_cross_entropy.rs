@@ -76,7 +76,7 @@ fn errors() {
     refused(loss(&x, &half, None, &tokens(&[0, 1])), dtype, &[OP, "f32", "f16"]);
     let class = |error: &Error| matches!(error.kind(), ErrorKind::Index { what: "class", limit: 4, .. });
     refused(loss(&x, &weight, None, &tokens(&[0, 4])), class, &["class 4", "0 to 3"]);
-    refused(x.linear_cross_entropy(&weight, None, &tokens(&[7, 7]), 7), argument, &["2 targets", "ignore_index 7"]);
+    refused(x.linear_cross_entropy(&weight, None, &tokens(&[7, 7]), 7), argument, &["2 targets", "`ignore_index` (7)"]);
     refused(loss(&floats(&[0, 3]), &weight, None, &tokens(&[])), argument, &["0 targets"]);
     refused(x.linear_cross_entropy_by(&weight, None, &tokens(&[0, 1]), -100, [0, 1]), argument, &[OP, "one row"]);
 }

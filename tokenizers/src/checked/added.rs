@@ -1,4 +1,4 @@
-//! Added tokens, which are found in a text before all else.
+//! Added tokens, which are matched in a text before anything else.
 
 use std::borrow::Cow;
 
@@ -9,11 +9,11 @@ use tokenizers::AddedToken;
 
 use super::{Failure, normalize::Normalizer, vocabulary::shown};
 
-/// Added tokens by where they are looked for.
+/// Matchers of added tokens.
 pub struct Added {
-    /// In the text as it is.
+    /// Matches unmodified texts.
     plain: Option<Finder>,
-    /// In the normalized text.
+    /// Matches normalized texts.
     normalized: Option<Finder>,
 }
 
@@ -28,7 +28,7 @@ pub enum Piece<'t> {
     Text(&'t str),
 }
 
-/// Bytes that an added token may have.
+/// Maximum number of bytes of an added token.
 const MAX_TOKEN: usize = 64 << 10;
 
 /// The added tokens of `tokenizer.json`, in the order of the file.
@@ -39,8 +39,7 @@ pub fn of_json(tokenizer: &Value) -> Result<Vec<AddedToken>, String> {
         Some(_) => return Err("added_tokens: expected a list".to_string()),
     };
     let token = |value: &Value| {
-        let content =
-            value.get("content").and_then(Value::as_str).ok_or("added_tokens: a token lacks its `content`")?;
+        let content = value.get("content").and_then(Value::as_str).ok_or("added_tokens: a token has no `content`")?;
         if content.len() > MAX_TOKEN {
             let (start, bytes) = (shown(content), content.len());
             return Err(format!("added_tokens: `{start}` has {bytes} bytes, expected at most {MAX_TOKEN}"));
@@ -62,7 +61,8 @@ pub fn of_json(tokenizer: &Value) -> Result<Vec<AddedToken>, String> {
 }
 
 impl Added {
-    /// Tokens with their ids, as the vocabulary of the crate has them; `split_special` leaves special ones out.
+    /// Builds the matchers from tokens with their ids, as in the vocabulary of the crate; `split_special` omits special
+    /// ones.
     pub fn new(
         tokens: &[(u32, AddedToken)],
         normalizer: Option<&Normalizer>,
@@ -70,7 +70,7 @@ impl Added {
     ) -> Result<Self, Failure> {
         let (mut plain, mut normalized) = (Vec::new(), Vec::new());
         let mut known = AHashSet::new();
-        // Of two that are normalized to the same text the special one is found.
+        // If two tokens normalize to the same text, the special one is matched.
         let (special, others): (Vec<_>, Vec<_>) = tokens.iter().partition(|(_, token)| token.special);
         for (id, token) in special.into_iter().chain(others) {
             if token.content.is_empty() || split_special && token.special || !known.insert(token.content.as_str()) {
@@ -81,7 +81,7 @@ impl Added {
                     Some(normalizer) => normalizer.normalize(Cow::Borrowed(&token.content), &mut false)?,
                     None => Cow::Borrowed(token.content.as_str()),
                 };
-                // A token of which nothing is left is nowhere.
+                // A token that normalizes to an empty text never matches.
                 if !content.is_empty() {
                     normalized.push((content, (*id, token.clone())));
                 }
@@ -92,7 +92,7 @@ impl Added {
         Ok(Self { plain: Finder::new(plain)?, normalized: Finder::new(normalized)? })
     }
 
-    /// The tokens that are looked for in a text as it is, and what is between them.
+    /// Splits an unmodified text into the tokens that match it and the text between them.
     pub fn in_text<'t>(
         &self,
         text: &'t str,
@@ -101,7 +101,7 @@ impl Added {
         Finder::split(self.plain.as_ref(), text, sink)
     }
 
-    /// The same for the tokens that are looked for in a normalized text.
+    /// Splits a normalized text likewise, by the tokens that match normalized texts.
     pub fn in_normalized<'t>(
         &self,
         text: &'t str,
@@ -138,19 +138,19 @@ impl Finder {
                     }
                 }
                 if token.lstrip {
-                    // Not those that the token before has taken.
+                    // Excludes spaces that the previous token has consumed.
                     let from = end.min(start);
                     start = end.max(from + text[from..start].trim_end().len());
                 }
                 if token.rstrip {
-                    // Behind the token before there are spaces up to here.
+                    // Only spaces separate the previous token from here.
                     stop = stop.max(end);
                     stop = text.len() - text[stop..].trim_start().len();
                 }
                 if end < start {
                     sink(Piece::Text(&text[end..start]))?;
                 }
-                // The one before may have taken all spaces of this one.
+                // The previous token may have consumed all spaces of this one.
                 if start < stop {
                     sink(Piece::Token(*id))?;
                 }
@@ -161,7 +161,7 @@ impl Finder {
     }
 }
 
-/// `\w` of regular expressions.
+/// Returns `true` for characters in the regex class `\w`.
 fn is_word(character: char) -> bool {
     regex_syntax::try_is_word_character(character).unwrap_or_else(|_| character.is_alphanumeric())
 }

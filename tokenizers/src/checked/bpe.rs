@@ -1,4 +1,4 @@
-//! Byte pair encoding (Sennrich et al., <https://arxiv.org/abs/1508.07909>), as the crate `tokenizers` does it.
+//! Byte pair encoding (Sennrich et al., <https://arxiv.org/abs/1508.07909>) with the results of the crate `tokenizers`.
 
 use std::{cmp::Reverse, collections::BinaryHeap, sync::OnceLock};
 
@@ -6,11 +6,11 @@ use ahash::{AHashMap, AHashSet};
 
 use super::vocabulary::Vocabulary;
 
-/// Pairs of tokens that become one, in the order of their rank.
+/// Pairs of tokens that merge into one, ordered by rank.
 pub struct Bpe {
     /// Rank of a pair of tokens.
     ranks: AHashMap<(u32, u32), u32>,
-    /// Token of each rank.
+    /// Merged token of each rank.
     merged: Vec<u32>,
     /// Last character of the first token and first character of the second, for each rank.
     seams: Vec<(char, char)>,
@@ -22,9 +22,9 @@ pub struct Bpe {
     prefix: Option<String>,
     suffix: Option<String>,
     fuse_unknown: bool,
-    /// Words that are tokens are not split.
+    /// If `true`, words that are tokens are not split.
     whole_words: bool,
-    /// Characters between which a long word can be cut, found when the first one comes.
+    /// Characters between which a long word can be cut, computed at the first long word.
     cuts: OnceLock<Option<AHashSet<(char, char)>>>,
 }
 
@@ -38,7 +38,7 @@ pub struct Options {
     pub whole_words: bool,
 }
 
-/// Memory that words share.
+/// Scratch memory reused between words.
 #[derive(Default)]
 pub struct Scratch {
     symbols: Vec<Symbol>,
@@ -52,10 +52,10 @@ struct Symbol {
     next: u32,
 }
 
-/// No symbol; a token that has become part of another.
+/// Marks no symbol, or a token that has been merged into another.
 const NONE: u32 = u32::MAX;
 
-/// Bytes of a word from which on it is cut.
+/// Minimum number of bytes of a word that is cut.
 const LONG: usize = 512;
 
 impl Bpe {
@@ -69,7 +69,7 @@ impl Bpe {
         for (first, second) in &merges {
             let rest = second.get(skipped..).ok_or_else(|| {
                 let prefix = options.prefix.as_deref().unwrap_or_default();
-                format!("model.merges: `{second}` lacks the prefix `{prefix}` of continuing_subword_prefix")
+                format!("model.merges: `{second}` does not start with continuing_subword_prefix (`{prefix}`)")
             })?;
             token.clear();
             token.extend([first, rest]);
@@ -87,7 +87,7 @@ impl Bpe {
             bytes
         });
         let cuts = OnceLock::new();
-        // Pieces that are no characters of the word would have to be followed.
+        // Pieces that are not characters of the word would have to be tracked.
         let stands_for_others = |token: &String| {
             Some(token) == options.unknown.as_ref() || options.byte_fallback && token.starts_with("<0x")
         };
@@ -114,7 +114,7 @@ impl Bpe {
         })
     }
 
-    /// Adds the tokens of a word.
+    /// Appends the tokens of a word.
     pub fn split(&self, word: &str, vocabulary: &Vocabulary, scratch: &mut Scratch, tokens: &mut Vec<u32>) {
         if self.whole_words
             && let Some(id) = vocabulary.id(word)
@@ -132,15 +132,15 @@ impl Bpe {
         self.merge(rest, vocabulary, scratch, tokens);
     }
 
-    /// A place, after some hundred bytes of a long word, that no token lies across: where none of the pairs that are merged
-    /// has these characters at its seam. What is to the left of it and to the right are merged independently.
+    /// Returns a position, after a few hundred bytes of a long word, that no token spans: no merged pair has these
+    /// characters at its seam. The two sides are merged independently.
     fn cut(&self, word: &str) -> Option<usize> {
         let seams = self.cuts.get_or_init(|| Some(self.seams.iter().copied().collect())).as_ref()?;
         let start = word.floor_char_boundary(LONG / 2);
         let mut before = word[..start].chars().next_back()?;
         for (at, character) in word[start..].char_indices() {
             let known = |character| self.characters.contains_key(&character);
-            // Unknown characters in a row may be one token, and what has none at all brings its neighbours together.
+            // Consecutive unknown characters may be one token, and characters without a token join their neighbours.
             let apart = match (&self.bytes, self.unknown) {
                 (Some(_), _) => true,
                 (None, Some(_)) => !self.fuse_unknown || known(before) || known(character),
@@ -161,7 +161,7 @@ impl Bpe {
             let at = symbols.len() as u32;
             symbols.push(Symbol { token, previous: at.wrapping_sub(1), next: at + 1 });
         };
-        // A character that has no token waits for others like it.
+        // Unknown characters are collected until a known one follows.
         let mut waiting = None;
         let mut affixed = String::new();
         let mut characters = word.char_indices().peekable();
@@ -212,7 +212,7 @@ impl Bpe {
         }
     }
 
-    /// Merges pairs, those of the lowest rank first and of one rank from left to right.
+    /// Merges pairs, lowest rank first, and left to right within a rank.
     fn merge_all(&self, symbols: &mut [Symbol], queue: &mut Queue) {
         queue.clear();
         for at in 1..symbols.len() {
@@ -227,7 +227,7 @@ impl Bpe {
             }
             let second = symbols[first.next as usize];
             let merged = self.merged[rank as usize];
-            // The pair may have become another one since.
+            // The pair may have changed since it was queued.
             let current = self.ranks.get(&(first.token, second.token));
             if current.is_none_or(|&rank| self.merged[rank as usize] != merged) {
                 continue;
@@ -249,18 +249,18 @@ impl Bpe {
     }
 }
 
-/// Places of pairs, those of the lowest rank first and of one rank from left to right.
+/// Queue of pair positions, lowest rank first, and left to right within a rank.
 ///
-/// In a long word, places of one rank wait in a list of their own, so that memory is read in order; a heap of all of them
-/// would jump about in it, and a word twice as long take three times as long.
+/// In a long word, the positions of each rank are in a separate list, so that memory is read in order; one heap for all
+/// of them would access memory at random, and a word twice as long would take three times as long.
 #[derive(Default)]
 struct Queue {
-    /// Rank and place of all pairs of a short word; of a long one, those whose turn has come since its rank was reached.
+    /// Rank and position of all pairs of a short word; of a long word, pairs found after their rank was reached.
     heap: BinaryHeap<Reverse<u64>>,
     lists: AHashMap<u32, Vec<u32>>,
-    /// Ranks of the lists.
+    /// Ranks that have a list.
     ranks: BinaryHeap<Reverse<u32>>,
-    /// The list whose turn it is, backwards, and its rank.
+    /// Current list, in reverse order, and its rank.
     current: Vec<u32>,
     rank: Option<u32>,
 }
@@ -274,7 +274,7 @@ impl Queue {
         self.rank = None;
     }
 
-    /// `symbols` is the length of the word.
+    /// Queues a pair at a position of a word of `symbols` symbols.
     fn push(&mut self, rank: u32, at: u32, symbols: usize) {
         const SHORT: usize = 1024;
         if symbols <= SHORT || self.rank.is_some_and(|current| rank <= current) {

@@ -1,4 +1,4 @@
-//! The parts of `tokenizer.json` before they are handed on.
+//! Checked access to the parts of `tokenizer.json`.
 
 use serde::de::DeserializeOwned;
 use serde_json::Value;
@@ -9,40 +9,40 @@ use super::vocabulary::{id, shown};
 #[derive(Clone, Copy)]
 pub struct Part<'j> {
     value: &'j Value,
-    /// The key of the part in `tokenizer.json`.
+    /// Key of the part in `tokenizer.json`.
     name: &'static str,
     depth: usize,
 }
 
-/// Sequences in sequences.
+/// Maximum depth of nested sequences.
 const MAX_DEPTH: usize = 16;
 
-/// Bytes of a text that takes the place of another one or is put in front of it.
+/// Maximum number of bytes of a text that replaces or precedes another one.
 const MAX_AFFIX: usize = 256;
 
-/// Bytes of a regular expression.
+/// Maximum number of bytes of a regular expression.
 const MAX_PATTERN: usize = 16 << 10;
 
 impl<'j> Part<'j> {
-    /// The part of a name, `None` if there is none.
+    /// Returns the part with this name, if there is one.
     pub fn of(tokenizer: &'j Value, name: &'static str) -> Option<Self> {
         tokenizer.get(name).filter(|value| !value.is_null()).map(|value| Self { value, name, depth: 0 })
     }
 
-    /// The type.
+    /// Returns the key `type`.
     pub fn kind(&self) -> Option<&'j str> {
         let kind = self.value.get("type").and_then(Value::as_str);
-        // Old files leave it out for sequences.
+        // Old files omit it for sequences.
         kind.or_else(|| {
             let lists = ["normalizers", "pretokenizers", "decoders", "processors"];
             lists.iter().any(|list| self.value.get(list).is_some()).then_some("Sequence")
         })
     }
 
-    /// The members of a sequence.
+    /// Returns the members of a sequence.
     pub fn sequence<T>(&self, list: &str, of_part: impl Fn(&Self) -> Result<T, String>) -> Result<Vec<T>, String> {
         if self.depth == MAX_DEPTH {
-            return Err(format!("{}: has sequences in more than {MAX_DEPTH} others", self.name));
+            return Err(format!("{}: sequences are nested more than {MAX_DEPTH} deep", self.name));
         }
         let Some(Value::Array(parts)) = self.value.get(list) else {
             return Err(self.broken(list, "expected a list"));
@@ -51,7 +51,7 @@ impl<'j> Part<'j> {
     }
 
     pub fn text(&self, key: &str) -> Result<&'j str, String> {
-        self.value.get(key).and_then(Value::as_str).ok_or_else(|| self.broken(key, "expected a text"))
+        self.value.get(key).and_then(Value::as_str).ok_or_else(|| self.broken(key, "expected a string"))
     }
 
     pub fn flag(&self, key: &str) -> Result<bool, String> {
@@ -62,7 +62,7 @@ impl<'j> Part<'j> {
         self.value.get(key)
     }
 
-    /// A text that is put somewhere for each match or text.
+    /// Returns a text that is inserted for each match or text.
     pub fn affix(&self, key: &str) -> Result<&'j str, String> {
         let text = self.text(key)?;
         if text.len() > MAX_AFFIX {
@@ -71,17 +71,17 @@ impl<'j> Part<'j> {
         Ok(text)
     }
 
-    /// Replacement of a match.
+    /// Returns the replacement of a match.
     pub fn content(&self) -> Result<&'j str, String> {
         self.affix("content")
     }
 
-    /// The key `pattern`: a text or a regular expression.
+    /// Returns the key `pattern`: a text or a regular expression.
     pub fn pattern_text(&self) -> Result<String, String> {
         let pattern = self.value.get("pattern");
         let get = |key: &str| pattern.and_then(|pattern| pattern.get(key)).and_then(Value::as_str);
         let text = match (get("String"), get("Regex")) {
-            (Some(""), _) => return Err(self.broken("pattern", "is empty, it would match everywhere")),
+            (Some(""), _) => return Err(self.broken("pattern", "is empty and would match everywhere")),
             (Some(text), _) => fancy_regex::escape(text).into_owned(),
             (None, Some(regex)) => regex.to_string(),
             (None, None) => return Err(self.broken("pattern", "expected `String` or `Regex`")),
@@ -94,17 +94,17 @@ impl<'j> Part<'j> {
         Ok(text)
     }
 
-    /// The key `pattern`, compiled.
+    /// Returns the key `pattern`, compiled.
     pub fn pattern(&self) -> Result<fancy_regex::Regex, String> {
         compile(&self.pattern_text()?).map_err(|why| self.broken("pattern", why))
     }
 
-    /// Lets the crate `tokenizers` read the part.
+    /// Deserializes the part with the crate `tokenizers`.
     pub fn parse<T: DeserializeOwned>(&self) -> Result<T, String> {
         T::deserialize(self.value).map_err(|why| format!("{}: {why}", self.name))
     }
 
-    /// A decoder of the crate `tokenizers`.
+    /// Returns a decoder of the crate `tokenizers`.
     pub fn decoder<T: DeserializeOwned>(&self) -> Result<T, String> {
         self.check_decoder()?;
         self.parse()
@@ -117,11 +117,11 @@ impl<'j> Part<'j> {
             Some(
                 "BPEDecoder" | "ByteLevel" | "WordPiece" | "Metaspace" | "CTC" | "Fuse" | "Strip" | "ByteFallback",
             ) => Ok(()),
-            _ => Err(self.broken("type", "is unknown")),
+            _ => Err(self.broken("type", "is not supported")),
         }
     }
 
-    /// A post-processor of the crate `tokenizers`.
+    /// Returns a post-processor of the crate `tokenizers`.
     pub fn processor<T: DeserializeOwned>(&self) -> Result<T, String> {
         self.check_processor()?;
         self.parse()
@@ -141,7 +141,7 @@ impl<'j> Part<'j> {
                     return Err(self.broken("special_tokens", "expected an object of tokens"));
                 };
                 if let Some((name, _)) = tokens.iter().find(|(_, token)| !token.get("ids").is_some_and(ids)) {
-                    return Err(self.broken("special_tokens", format_args!("the ids of `{}` are none", shown(name))));
+                    return Err(self.broken("special_tokens", format_args!("`{}` has invalid ids", shown(name))));
                 }
                 let Some(Value::Array(pieces)) = self.get("single") else {
                     return Err(self.broken("single", "expected a list of pieces"));
@@ -158,33 +158,36 @@ impl<'j> Part<'j> {
                         (None, Some("A")) => texts += 1,
                         _ => {
                             return Err(
-                                self.broken("single", "has a piece that is neither a special token nor the text")
+                                self.broken("single", "contains a piece that is neither a special token nor the text")
                             );
                         }
                     }
                 }
                 if texts > MAX_DEPTH {
-                    return Err(self.broken("single", format_args!("has the text {texts} times, at most {MAX_DEPTH}")));
+                    return Err(self.broken(
+                        "single",
+                        format_args!("contains the text {texts} times, expected at most {MAX_DEPTH}"),
+                    ));
                 }
                 Ok(())
             }
-            _ => Err(self.broken("type", "is unknown")),
+            _ => Err(self.broken("type", "is not supported")),
         }
     }
 
-    /// [`Self::parse`] of what the crate takes only as text.
+    /// Like [`Self::parse`], for parts that the crate reads only from text.
     pub fn parse_text<T: DeserializeOwned>(&self) -> Result<T, String> {
         serde_json::from_str(&self.value.to_string()).map_err(|why| format!("{}: {why}", self.name))
     }
 
-    /// An error about a key.
+    /// Returns an error about a key.
     pub fn broken(&self, key: &str, why: impl std::fmt::Display) -> String {
         let kind = self.kind().map(|kind| format!(" ({})", shown(kind))).unwrap_or_default();
         format!("{}{kind}.{key}: {why}", self.name)
     }
 }
 
-/// A regular expression whose memory is bounded.
+/// Compiles a regular expression with bounded memory.
 pub fn compile(pattern: &str) -> Result<fancy_regex::Regex, String> {
     fancy_regex::RegexBuilder::new(pattern).delegate_size_limit(8 << 20).build().map_err(|why| why.to_string())
 }

@@ -1,9 +1,9 @@
-//! The boundary to the crate `tokenizers`: its inputs are checked, and a panic inside becomes an error.
+//! Wrapper around the crate `tokenizers`: checks its inputs, and turns its panics into errors.
 //!
 //! The crate `tokenizers` trusts its files: damaged ones make it index out of bounds, unwrap missing values or overflow
 //! the stack, which this crate cannot fix. Here the parts of a file are checked first, and models, splitting and
-//! replacing are this crate's own: they compute the same tokens in time linear in the text. The rest of the other crate
-//! (Unicode normal forms, templates around a text, decoders) is called where a panic is caught; its message is not
+//! replacement are implemented in this crate, with the same tokens in time linear in the text. The remaining parts of
+//! the other crate (Unicode normal forms, templates, decoders) are called with panics caught; their messages are not
 //! printed, and the error names the file.
 
 use std::{
@@ -41,10 +41,10 @@ mod split;
 mod unigram;
 mod vocabulary;
 
-/// A tokenizer in the form of the crate `tokenizers`, with models of this crate.
+/// A tokenizer of the crate `tokenizers`, with models of this crate.
 pub type Inner = TokenizerImpl<Model, NormalizerWrapper, PreTokenizerWrapper, PostProcessorWrapper, DecoderWrapper>;
 
-/// A tokenizer whose file has been checked.
+/// A tokenizer from a checked file.
 pub struct Checked {
     /// Vocabulary, added tokens and decoder.
     inner: Inner,
@@ -53,35 +53,35 @@ pub struct Checked {
     splitters: Vec<Splitter>,
     /// Added tokens with their ids.
     tokens: Vec<(u32, AddedToken)>,
-    /// If `true`, the names of special tokens in texts are text like any other.
+    /// If `true`, names of special tokens in texts are ordinary text.
     split_special: bool,
-    /// Tokens of a text with those around it; [`HOLE`] stands for the text.
+    /// Template tokens around a text; [`HOLE`] stands for the text.
     around: Vec<u32>,
-    /// The file that it comes from.
+    /// Path of its file.
     path: PathBuf,
-    /// Number of tokens that a text is truncated to, if the files have a limit.
+    /// Number of tokens to which texts are truncated, if the files have a limit.
     max_length: Option<usize>,
-    /// If `true`, what is cut off a text is its beginning.
+    /// If `true`, texts are truncated at the beginning.
     cut_left: bool,
 }
 
-/// Tokens of a text that may have been cut.
+/// Tokens of a text, possibly truncated.
 pub struct CutText {
     pub ids: Vec<u32>,
-    /// The number of tokens of the whole text.
+    /// Number of tokens of the whole text.
     pub whole: usize,
 }
 
-/// No token has this id.
+/// Id of no token.
 const HOLE: u32 = u32::MAX;
 
-/// Bytes of a text; places in it are kept in 32 bits.
+/// Maximum number of bytes of a text; positions have 32 bits.
 const MAX_TEXT: usize = u32::MAX as usize / 4;
 
 impl Checked {
-    /// Parses what `tokenizer.json` holds, with what other files say; `path` is the file that errors name.
+    /// Parses the content of `tokenizer.json`, with settings from other files; `path` is the file named in errors.
     ///
-    /// Errors: a description that is damaged, or that Hugging Face's own tokenizers do not take; a token whose id in the
+    /// Errors: a description that is damaged, or that Hugging Face's own tokenizers reject; a token whose id in the
     /// files is not its id in the vocabulary.
     pub fn parse(path: &Path, described: &Described) -> Result<Self> {
         let made = guarded(|| Self::of_json(path, serde_json::from_str(&described.json)?, described));
@@ -90,16 +90,16 @@ impl Checked {
 
     fn of_json(path: &Path, mut tokenizer: Value, described: &Described) -> std::result::Result<Self, Failure> {
         if let Some(version) = tokenizer.get("version").filter(|version| version.as_str() != Some("1.0")) {
-            return Err(format!("version is {version}, expected 1.0").into());
+            return Err(format!("`version` is {version}, expected 1.0").into());
         }
-        // Files may ask for a fixed length (`truncation`, `padding`): what is padding is for the caller to say, and nothing
-        // is cut in silence.
-        let model = tokenizer.get_mut("model").map(Value::take).ok_or("has no model")?;
+        // Files may request a fixed length (`truncation`, `padding`): padding is up to the caller, and no text is
+        // truncated silently.
+        let model = tokenizer.get_mut("model").map(Value::take).ok_or("`model` is missing")?;
         let model = Model::of_json(model)?;
         let tokens = added::of_json(&tokenizer)?;
         let part = |name| Part::of(&tokenizer, name);
         let normalizer = part("normalizer").map(|part| Normalizer::of_json(&part)).transpose()?;
-        // Settings of other files may change one that has been checked.
+        // Settings of other files may change a checked one.
         let normalizer = match described.instead_of(part("normalizer"))? {
             Some(changed) => {
                 Some(Normalizer::of_json(&Part::of(&json!({"normalizer": changed}), "normalizer").ok_or("")?)?)
@@ -110,7 +110,7 @@ impl Checked {
         let decoder = part("decoder").map(|part| part.decoder()).transpose()?;
         let processor = part("post_processor").map(|part| part.processor()).transpose()?;
         let inner = TokenizerBuilder::new().with_model(model).with_decoder(decoder).with_post_processor(processor);
-        // Their ids are those of the model, or follow them, whatever the file says.
+        // Their ids are those of the model, or follow them, regardless of the file.
         let mut inner: Inner = inner.build()?;
         inner.add_tokens(&tokens);
         let more = described.extend(&mut inner)?;
@@ -135,27 +135,28 @@ impl Checked {
         self.max_length
     }
 
-    /// Lower-cases texts before anything else is done with them, also before tokens that are normalized are looked for.
+    /// Lower-cases texts first, even before normalized added tokens are matched.
     fn lowercase(&mut self) {
         let lower = Normalizer::Local(NormalizerWrapper::Lowercase(Lowercase));
         let parts = [lower].into_iter().chain(self.normalizer.take()).collect();
         self.normalizer = Some(Normalizer::Sequence(parts));
-        // Those that are normalized are looked for in the new form.
+        // Normalized added tokens are matched in the new form.
         if let Ok(added) = Added::new(&self.tokens, self.normalizer.as_ref(), self.split_special) {
             self.added = added;
         }
     }
 
-    /// Tokens of a text with those around it, together at most `most`: what is too long is cut, the tokens around it stay.
+    /// Returns the tokens of a text with the template tokens around it, at most `most` together: the text is truncated,
+    /// the template tokens stay.
     ///
-    /// Errors: a text that the tokenizer does not take, or a bound below the number of tokens around it.
+    /// Errors: a text that the tokenizer does not accept, or a limit below the number of template tokens.
     pub fn encode_within(&self, text: &str, most: usize) -> Result<CutText> {
         let mut inside = self.encode(text, false)?;
         let around = self.around.iter().filter(|&&token| token != HOLE).count();
         let whole = inside.len() + around;
         if whole > most {
             let Some(room) = most.checked_sub(around) else {
-                let why = format!("texts are cut to {most} tokens, and the model expects {around} around them");
+                let why = format!("texts are truncated to {most} tokens, but the model adds {around} special tokens");
                 return Err(refused(why));
             };
             if self.cut_left {
@@ -180,7 +181,7 @@ impl Checked {
         self.inner.id_to_token(id).is_some_and(|token| self.inner.get_added_vocabulary().is_special_token(&token))
     }
 
-    /// Returns the tokens of a text; `around` adds those that the model expects around it.
+    /// Returns the tokens of a text; if `around`, with the template tokens that the model expects around it.
     pub fn encode(&self, text: &str, around: bool) -> Result<Vec<u32>> {
         self.answer(|| {
             if text.len() > MAX_TEXT {
@@ -201,7 +202,7 @@ impl Checked {
     fn encode_into(&self, text: &str, tokens: &mut Vec<u32>) -> std::result::Result<(), Failure> {
         let model = self.inner.get_model();
         let mut scratch = Scratch::default();
-        // Some models put something in front of a word at the start of the text.
+        // Some models prepend a prefix to the first word of a text.
         let mut first = true;
         self.added.in_text(text, &mut |piece| {
             let text = match piece {
@@ -272,7 +273,7 @@ impl Checked {
 
 pub type Failure = Box<dyn std::error::Error + Send + Sync>;
 
-/// An answer that is none.
+/// Failure of a call of the other crate: an error or a panic.
 enum Broken {
     Refused(Failure),
     Panic(String),
@@ -282,20 +283,20 @@ impl Display for Broken {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self {
             Self::Refused(why) => why.fmt(f),
-            Self::Panic(why) => write!(f, "the crate `tokenizers` cannot work with it ({why})"),
+            Self::Panic(why) => write!(f, "the crate `tokenizers` failed ({why})"),
         }
     }
 }
 
 thread_local! {
-    /// `true` while this thread is in the other crate.
+    /// `true` while this thread runs the other crate.
     static INSIDE: Cell<bool> = const { Cell::new(false) };
 }
 
-/// Calls the other crate; its panics are caught and print nothing.
+/// Calls the other crate; catches its panics without printing them.
 ///
-/// The panic hook is the process's, so that it is changed once, to one that asks where the panic comes from and passes all
-/// others on. A program that sets a hook of its own later sees the message; the error is the same.
+/// The panic hook is global, so it is replaced once, by one that ignores panics of the other crate and passes all
+/// others to the previous hook. A program that sets its own hook later sees the message; the error is the same.
 fn guarded<T>(call: impl FnOnce() -> std::result::Result<T, Failure>) -> std::result::Result<T, Broken> {
     static HOOK: Once = Once::new();
     HOOK.call_once(|| {
@@ -307,7 +308,7 @@ fn guarded<T>(call: impl FnOnce() -> std::result::Result<T, Failure>) -> std::re
         }));
     });
     let before = INSIDE.replace(true);
-    // What a panic leaves behind is dropped, or only read again: caches that are poisoned are not used.
+    // State after a panic is dropped, or only read: poisoned caches are not used.
     let answer = panic::catch_unwind(AssertUnwindSafe(call));
     INSIDE.set(before);
     match answer {
@@ -330,7 +331,7 @@ mod tests {
             let broken = guarded::<()>(|| panic!("index {} out of bounds", 7)).expect_err("a panic");
             let Broken::Panic(why) = &broken else { panic!("{broken}") };
             assert_eq!(why, "index 7 out of bounds");
-            assert!(broken.to_string().contains("cannot work with it (index 7"), "{broken}");
+            assert!(broken.to_string().contains("failed (index 7"), "{broken}");
         }
         assert!(matches!(guarded::<()>(|| Err("no".into())), Err(Broken::Refused(_))));
         assert_eq!(guarded(|| Ok(3)).ok(), Some(3));

@@ -1,4 +1,4 @@
-//! Models, from a word to its tokens.
+//! Models: from a word to its tokens.
 
 use std::{
     collections::HashMap,
@@ -18,7 +18,7 @@ use super::{
     vocabulary::{Vocabulary, shown},
 };
 
-/// The model of a tokenizer with its vocabulary.
+/// Model of a tokenizer, with its vocabulary.
 pub struct Model {
     vocabulary: Vocabulary,
     /// Length of the vocabulary in the file.
@@ -33,7 +33,7 @@ enum Kind {
     WordLevel { unknown: u32 },
 }
 
-/// Memory that words share.
+/// Scratch memory reused between words.
 #[derive(Default)]
 pub struct Scratch {
     bpe: bpe::Scratch,
@@ -42,12 +42,12 @@ pub struct Scratch {
 }
 
 impl Model {
-    /// The key `model` of `tokenizer.json`.
+    /// Reads the key `model` of `tokenizer.json`.
     pub fn of_json(mut model: Value) -> Result<Self, String> {
         let has = |key: &str| model.get(key).is_some();
         let kind = match model.get("type").and_then(Value::as_str) {
             Some(kind) => kind.to_string(),
-            // Old files do not say it.
+            // Old files omit the type.
             None if has("merges") => "BPE".to_string(),
             None if has("max_input_chars_per_word") => "WordPiece".to_string(),
             None if matches!(model.get("vocab"), Some(Value::Array(_))) => "Unigram".to_string(),
@@ -89,9 +89,7 @@ impl Model {
 
     fn bpe_options(model: &Value) -> Result<bpe::Options, String> {
         if let Some(dropout) = model.get("dropout").and_then(Value::as_f64).filter(|&dropout| dropout != 0.0) {
-            return Err(format!(
-                "model.dropout is {dropout}: it draws other tokens each time, for training; set it to null"
-            ));
+            return Err(format!("model.dropout is {dropout}, which randomizes tokens for training; set it to null"));
         }
         let text = |key: &str| Ok::<_, String>(text(model, key)?.map(str::to_string));
         let affix = |key: &str| match text(key)? {
@@ -112,14 +110,14 @@ impl Model {
 
     fn unigram(model: &Value, vocabulary: Value) -> Result<Self, String> {
         let Value::Array(pieces) = vocabulary else {
-            return Err("model.vocab: expected a list of pieces with their scores".to_string());
+            return Err("model.vocab: expected a list of pieces and scores".to_string());
         };
         let piece = |(at, piece): (usize, Value)| match piece {
             Value::Array(mut pair) if pair.len() == 2 => match (pair[0].take(), pair[1].as_f64()) {
                 (Value::String(piece), Some(score)) => Ok((piece, score)),
-                _ => Err(format!("model.vocab: piece {at} is not a text and a score")),
+                _ => Err(format!("model.vocab: piece {at} is not a pair of string and score")),
             },
-            _ => Err(format!("model.vocab: piece {at} is not a text and a score")),
+            _ => Err(format!("model.vocab: piece {at} is not a pair of string and score")),
         };
         let pieces: Vec<(String, f64)> = pieces.into_iter().enumerate().map(piece).collect::<Result<_, _>>()?;
         let mut vocabulary = Vocabulary::default();
@@ -129,7 +127,7 @@ impl Model {
         Ok(Self { size: pieces.len(), vocabulary, kind })
     }
 
-    /// Adds the tokens of a word.
+    /// Appends the tokens of a word.
     pub fn split(&self, word: &str, scratch: &mut Scratch, tokens: &mut Vec<u32>) -> Result<(), Failure> {
         let vocabulary = &self.vocabulary;
         match &self.kind {
@@ -148,7 +146,7 @@ impl Model {
         Ok(())
     }
 
-    /// The longest pieces from left to right; `false` if there is none somewhere.
+    /// Matches the longest pieces from left to right; returns `false` if some position has none.
     fn word_pieces(&self, word: &str, prefix: &str, piece: &mut String, tokens: &mut Vec<u32>) -> bool {
         let mut start = 0;
         while start < word.len() {
@@ -158,7 +156,7 @@ impl Model {
             }
             let skipped = piece.len();
             let rest = &word[start..];
-            // None is longer.
+            // No token is longer.
             let longest = self.vocabulary.longest().saturating_sub(skipped).min(rest.len());
             piece.push_str(&rest[..rest.floor_char_boundary(longest)]);
             loop {
@@ -177,7 +175,7 @@ impl Model {
     }
 }
 
-/// The pairs of the key `merges`: lists of two texts, or texts with a space between.
+/// Returns the pairs of the key `merges`: lists of two texts, or two texts separated by a space.
 fn pairs(merges: Value) -> Result<Vec<(String, String)>, String> {
     let Value::Array(merges) = merges else {
         return Err("model.merges: expected a list".to_string());
@@ -204,7 +202,7 @@ fn text<'j>(model: &'j Value, key: &str) -> Result<Option<&'j str>, String> {
     match model.get(key) {
         None | Some(Value::Null) => Ok(None),
         Some(Value::String(text)) => Ok(Some(text)),
-        Some(_) => Err(format!("model.{key}: expected a text")),
+        Some(_) => Err(format!("model.{key}: expected a string")),
     }
 }
 
@@ -221,19 +219,19 @@ fn number(model: &Value, key: &str) -> Result<Option<usize>, String> {
         None | Some(Value::Null) => Ok(None),
         Some(number) => {
             let number = number.as_u64().and_then(|number| usize::try_from(number).ok());
-            number.map(Some).ok_or_else(|| format!("model.{key}: expected a whole number"))
+            number.map(Some).ok_or_else(|| format!("model.{key}: expected an integer of at least 0"))
         }
     }
 }
 
-/// The interface of models in the crate `tokenizers`.
+/// Implements the model interface of the crate `tokenizers`.
 impl tokenizers::Model for Model {
     type Trainer = TrainerWrapper;
 
     fn tokenize(&self, word: &str) -> tokenizers::Result<Vec<Token>> {
         let mut tokens = Vec::new();
         self.split(word, &mut Scratch::default(), &mut tokens)?;
-        // Offsets are not asked for.
+        // Offsets are not used.
         let token = |id| Token::new(id, self.id_to_token(id).unwrap_or_default(), (0, 0));
         Ok(tokens.into_iter().map(token).collect())
     }
@@ -255,7 +253,7 @@ impl tokenizers::Model for Model {
     }
 
     fn save(&self, _folder: &Path, _name: Option<&str>) -> tokenizers::Result<Vec<PathBuf>> {
-        Err("models are not saved".into())
+        Err("saving is not supported".into())
     }
 
     fn get_trainer(&self) -> TrainerWrapper {

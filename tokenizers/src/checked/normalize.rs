@@ -1,7 +1,7 @@
-//! Normalizers, from text to text.
+//! Normalizers: from text to text.
 //!
-//! The crate `tokenizers` keeps for each byte where it comes from, many times the size of a text. No one asks here, so that a
-//! text is normalized in short parts where that cannot make a difference.
+//! The crate `tokenizers` tracks the origin of each byte, which takes many times the size of a text. Origins are not
+//! used here, so texts are normalized in short parts where that gives the same result.
 
 use std::borrow::Cow;
 
@@ -22,16 +22,16 @@ pub enum Normalizer {
         left: bool,
         right: bool,
     },
-    /// One that the characters at [`is_alone`] let work in parts.
+    /// A normalizer that may work in parts, cut at characters for which [`is_alone`] is true.
     Local(NormalizerWrapper),
 }
 
-/// A text may become this many times as long, and [`GROWTH`] bytes more.
+/// Factor by which a text may grow, in addition to [`GROWTH`] bytes.
 const TIMES: usize = 64;
 const GROWTH: usize = 1 << 20;
 
 impl Normalizer {
-    /// Reads a normalizer; `depth` is that of sequences around it.
+    /// Reads a normalizer; `depth` is the number of enclosing sequences.
     pub fn of_json(part: &Part) -> Result<Self, String> {
         Ok(match part.kind() {
             Some("Sequence") => Self::Sequence(part.sequence("normalizers", Self::of_json)?),
@@ -49,12 +49,12 @@ impl Normalizer {
                 | NormalizerWrapper::Lowercase(_)
                 | NormalizerWrapper::Nmt(_)
                 | NormalizerWrapper::ByteLevel(_)) => Self::Local(normalizer),
-                _ => return Err(part.broken("type", "is unknown")),
+                _ => return Err(part.broken("type", "is not supported")),
             },
         })
     }
 
-    /// The normalized text. `first` becomes `false` if its first character is no longer that of the text.
+    /// Returns the normalized text. Sets `first` to `false` if its first character is no longer that of the text.
     pub fn normalize<'t>(&self, text: Cow<'t, str>, first: &mut bool) -> Result<Cow<'t, str>, Failure> {
         let limit = text.len().saturating_mul(TIMES).saturating_add(GROWTH);
         self.within(text, first, limit)
@@ -110,12 +110,12 @@ impl Normalizer {
 
 fn grown(text: &str, limit: usize) -> Result<(), Failure> {
     if text.len() > limit {
-        return Err(format!("the normalizer makes more than {limit} bytes of the text").into());
+        return Err(format!("the normalized text has more than {limit} bytes").into());
     }
     Ok(())
 }
 
-/// Replaces all matches, `None` if there are none.
+/// Replaces all matches; returns `None` if there are none.
 fn replace(
     text: &str,
     pattern: &Regex,
@@ -127,8 +127,8 @@ fn replace(
     let mut end = 0;
     let mut any = false;
     for found in pattern.find_iter(text) {
-        let found = found.map_err(|why| format!("a regular expression of the normalizer gives up: {why}"))?;
-        // A replacement of several characters counts as being where the last one was.
+        let found = found.map_err(|why| format!("a regular expression of the normalizer failed: {why}"))?;
+        // A replacement of several characters takes the position of the last one.
         *first &= found.start() > 0 || !content.is_empty() && found.as_str().chars().count() < 2;
         made.push_str(&text[end..found.start()]);
         made.push_str(content);
@@ -143,7 +143,7 @@ fn replace(
     Ok(Some(made))
 }
 
-/// Bytes of the next part of a text.
+/// Returns the number of bytes of the next part of a text.
 fn part(text: &str) -> usize {
     const PART: usize = 4096;
     if text.len() <= PART {
@@ -160,8 +160,8 @@ fn part(text: &str) -> usize {
     text.len()
 }
 
-/// `true` for characters that neither compose nor form a grapheme with another of them: a text between two of them can be
-/// normalized in parts. Characters that are not known to be of that kind are not among them.
+/// Returns `true` for characters that neither compose nor form a grapheme with each other: between two of them, a text
+/// can be split for normalization. Returns `false` for characters that are not known to be safe.
 fn is_alone(character: char) -> bool {
     matches!(character,
         ' '..='~' | '\t'

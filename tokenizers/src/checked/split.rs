@@ -1,4 +1,4 @@
-//! Pre-tokenizers, from a text to its words.
+//! Pre-tokenizers: from a text to its words.
 
 use fancy_regex::Regex;
 use regex_automata::{PatternID, meta};
@@ -12,13 +12,13 @@ use super::{Failure, file::Part, file::compile};
 
 /// A pre-tokenizer of `tokenizer.json`.
 pub enum Splitter {
-    /// Splits at what is found.
+    /// Splits at matches of a pattern.
     Split {
         find: Find,
         behavior: SplitDelimiterBehavior,
         invert: bool,
     },
-    /// Bytes as characters, of words if there is a pattern.
+    /// Maps bytes to characters, after splitting into words if there is a pattern.
     ByteLevel {
         space: bool,
         words: Option<Find>,
@@ -28,35 +28,35 @@ pub enum Splitter {
         prepend: Prepend,
         split: bool,
     },
-    /// Others, as the crate has them.
+    /// Any other, implemented by the crate `tokenizers`.
     Other(PreTokenizerWrapper),
 }
 
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub enum Prepend {
     Never,
-    /// To the first word.
+    /// Prepends to the first word only.
     First,
     Always,
 }
 
-/// Places at which a text is split.
+/// Pattern at which a text is split.
 pub enum Find {
     Character(fn(char) -> bool),
     One(char),
     Pattern(Box<Regex>),
-    /// A pattern that ends with `\s+(?!\S)|\s+`: its other alternatives, and spaces.
+    /// A pattern that ends with `\s+(?!\S)|\s+`: its other alternatives, with spaces handled separately.
     Words(Box<meta::Regex>),
 }
 
-/// Pattern of GPT-2's words.
+/// Word pattern of GPT-2.
 const WORDS: &str = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+";
 
-/// Receives each word; `true` for one at the start of the text.
+/// Receives each word, with `true` for one at the start of the text.
 type Sink<'s> = &'s mut dyn FnMut(&str, bool) -> Result<(), Failure>;
 
 impl Splitter {
-    /// Reads a pre-tokenizer, a sequence as its members.
+    /// Reads a pre-tokenizer; a sequence is flattened into its members.
     pub fn of_json(part: &Part) -> Result<Vec<Self>, String> {
         use SplitDelimiterBehavior::{Contiguous, Isolated, Removed};
         let split = |find, behavior| Self::Split { find, behavior, invert: false };
@@ -101,7 +101,7 @@ impl Splitter {
                     },
                     split: space.get_split(),
                 }],
-                _ => return Err(part.broken("type", "is unknown")),
+                _ => return Err(part.broken("type", "is not supported")),
             },
             Some("FixedLength") => {
                 if part.get("length").and_then(Value::as_u64) == Some(0) {
@@ -110,12 +110,12 @@ impl Splitter {
                 vec![Self::Other(part.parse()?)]
             }
             Some("UnicodeScripts") => vec![Self::Other(part.parse()?)],
-            _ => return Err(part.broken("type", "is unknown")),
+            _ => return Err(part.broken("type", "is not supported")),
         })
     }
 
-    /// Splits a text by the first of some pre-tokenizers, and its words by the others; `first` says that it begins at the
-    /// start of all.
+    /// Splits a text by the first of the pre-tokenizers, and its words by the others; `first` is `true` at the start of
+    /// the whole text.
     pub fn split_all(splitters: &[Self], text: &str, first: bool, sink: Sink<'_>) -> Result<(), Failure> {
         if text.is_empty() {
             return Ok(());
@@ -175,9 +175,9 @@ impl Splitter {
 }
 
 impl Find {
-    /// A regular expression. What most models have at its end is found without going back.
+    /// Compiles a regular expression. The end that most models share is matched without backtracking.
     fn pattern(pattern: &str) -> Result<Self, String> {
-        // The crate `regex` reads possessive quantifiers as something else.
+        // The crate `regex` interprets possessive quantifiers differently.
         if let Some(others) = pattern.strip_suffix(r"|\s+(?!\S)|\s+").filter(|others| !is_possessive(others))
             && let Ok(words) = meta::Regex::new_many(&[others, r"\s+"])
             && let Ok(parsed) = regex_syntax::parse(others)
@@ -188,7 +188,7 @@ impl Find {
         compile(pattern).map(|pattern| Self::Pattern(Box::new(pattern)))
     }
 
-    /// Calls `found` with all places in order, `true` for a match.
+    /// Calls `found` with all parts of the text in order, with `true` for a match.
     fn each(
         &self,
         text: &str,
@@ -210,8 +210,7 @@ impl Find {
             Self::Character(is) => by(is, &mut each)?,
             Self::One(one) => by(&|character| character == *one, &mut each)?,
             Self::Pattern(pattern) => pattern.find_iter(text).try_for_each(|place| {
-                let place =
-                    place.map_err(|why| format!("a regular expression of the pre-tokenizer gives up: {why}"))?;
+                let place = place.map_err(|why| format!("a regular expression of the pre-tokenizer failed: {why}"))?;
                 each(place.start(), place.end())
             })?,
             Self::Words(words) => {
@@ -239,7 +238,7 @@ impl Find {
 
     fn split(&self, text: &str, behavior: SplitDelimiterBehavior, invert: bool, sink: Sink<'_>) -> Result<(), Failure> {
         use SplitDelimiterBehavior::{Contiguous, Isolated, MergedWithNext, MergedWithPrevious, Removed};
-        // A word that is not complete.
+        // Start of an incomplete word.
         let mut open: Option<(usize, usize)> = None;
         let mut before = false;
         self.each(text, &mut |start, end, is_match| {
@@ -249,7 +248,7 @@ impl Find {
                 Removed | Isolated => return sink(&text[start..end], start == 0),
                 Contiguous => is_match == before,
                 MergedWithPrevious => is_match && !before,
-                // Here `before` is that of the match that waits for its next.
+                // Here `before` belongs to the match that is waiting for its next part.
                 MergedWithNext => !is_match && before,
             };
             before = is_match;
@@ -267,7 +266,7 @@ impl Find {
     }
 }
 
-/// `true` for a pattern with `?+`, `*+`, `++` or `{1,2}+`.
+/// Returns `true` for a pattern with `?+`, `*+`, `++` or `{1,2}+`.
 fn is_possessive(pattern: &str) -> bool {
     let counts = |before: &str| {
         let count = before.strip_suffix('}').and_then(|before| before.rsplit_once('{'));
@@ -286,7 +285,7 @@ fn behavior(part: &Part) -> Result<SplitDelimiterBehavior, String> {
         "MergedWithPrevious" => SplitDelimiterBehavior::MergedWithPrevious,
         "MergedWithNext" => SplitDelimiterBehavior::MergedWithNext,
         "Contiguous" => SplitDelimiterBehavior::Contiguous,
-        _ => return Err(part.broken("behavior", "is unknown")),
+        _ => return Err(part.broken("behavior", "is not supported")),
     })
 }
 
@@ -302,7 +301,7 @@ fn is_punctuation(character: char) -> bool {
     character.is_ascii_punctuation() || character.is_punctuation()
 }
 
-/// The character that stands for a byte in tokens (Radford et al., GPT-2).
+/// Returns the character that stands for a byte in tokens (Radford et al., GPT-2).
 fn character_of_byte(byte: u8) -> char {
     match byte {
         b'!'..=b'~' | 0xa1..=0xac | 0xae..=0xff => char::from(byte),

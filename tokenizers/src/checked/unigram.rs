@@ -1,14 +1,15 @@
-//! The likeliest pieces of a text (Kudo, <https://arxiv.org/abs/1804.10959>), as the crate `tokenizers` finds them.
+//! Unigram language model (Kudo, <https://arxiv.org/abs/1804.10959>): the most likely pieces of a text, with the
+//! results of the crate `tokenizers`.
 
 use ahash::AHashMap;
 
 use super::vocabulary::Vocabulary;
 
-/// Pieces with the logarithms of their probabilities.
+/// Pieces with their log-probabilities.
 pub struct Unigram {
-    /// From a node and the next byte to another node.
+    /// Trie edges: from a node and the next byte to another node.
     children: AHashMap<(u32, u8), u32>,
-    /// Piece that ends at a node.
+    /// Pieces that end at a node.
     ends: Vec<Option<u32>>,
     scores: Vec<f64>,
     /// Score of a character without a piece.
@@ -17,10 +18,10 @@ pub struct Unigram {
     bytes: Option<Box<[Option<u32>; 256]>>,
 }
 
-/// Memory that words share.
+/// Scratch memory reused between words.
 #[derive(Default)]
 pub struct Scratch {
-    /// Best way to each byte after the last place that every way leads through.
+    /// Best path to each byte after the last position on all paths.
     ways: Vec<Way>,
     path: Vec<(u32, usize)>,
 }
@@ -28,12 +29,12 @@ pub struct Scratch {
 #[derive(Clone, Copy)]
 struct Way {
     score: f64,
-    /// Bytes of the last piece; 0 for none so far.
+    /// Number of bytes of the last piece; 0 if there is no path yet.
     length: u32,
     piece: u32,
 }
 
-/// Unknown characters in a row that are not a token yet.
+/// Consecutive unknown characters that are not yet a token.
 #[derive(Default)]
 struct Fused {
     start: usize,
@@ -57,7 +58,10 @@ impl Unigram {
         };
         if let Some(unknown) = unknown {
             if unknown >= pieces.len() {
-                return Err(format!("model.unk_id is {unknown}, expected less than the {} pieces", pieces.len()));
+                return Err(format!(
+                    "model.unk_id is {unknown}, expected less than {} (the number of pieces)",
+                    pieces.len()
+                ));
             }
             trie.unknown = Some(unknown as u32);
         }
@@ -71,7 +75,7 @@ impl Unigram {
                     trie.ends.push(None);
                 }
             }
-            // The empty piece is never found.
+            // The empty piece never matches.
             if node != 0 {
                 trie.ends[node as usize] = Some(id as u32);
             }
@@ -80,7 +84,7 @@ impl Unigram {
                 least = *score;
             }
         }
-        /// Difference of an unknown character's score from that of the unlikeliest piece.
+        /// Difference between the score of an unknown character and that of the least likely piece.
         const PENALTY: f64 = 10.0;
         trie.unknown_score = least - PENALTY;
         trie.bytes = bytes.then(|| {
@@ -91,7 +95,7 @@ impl Unigram {
         Ok(trie)
     }
 
-    /// Adds the tokens of a text.
+    /// Appends the tokens of a text.
     pub fn split(
         &self,
         text: &str,
@@ -103,13 +107,13 @@ impl Unigram {
         let Scratch { ways, path } = scratch;
         ways.clear();
         ways.push(NO_WAY);
-        // `ways[0]` is that to `base`, and all ways end at `reach` or before it.
+        // `ways[0]` is the path to `base`, and all paths end at `reach` or before it.
         let (mut base, mut reach) = (0, 0);
         let mut fused = Fused::default();
         for (start, character) in text.char_indices() {
             if start == reach && start > base {
                 self.take(text, base, reach, ways, path, vocabulary, &mut fused, tokens)?;
-                // Sums go on as if nothing had been cut: rounding decides between pieces that are as likely.
+                // Sums continue as if nothing had been cut: rounding decides between equally likely pieces.
                 ways[0] = Way { length: 0, ..ways[reach - base] };
                 ways.truncate(1);
                 base = reach;
@@ -142,7 +146,9 @@ impl Unigram {
             if !alone {
                 let piece = self.unknown.unwrap_or(u32::MAX);
                 if better(start + size, self.unknown_score, piece) && self.unknown.is_none() {
-                    return Err("the text has a character without a piece, and the model no `unk_id`".to_string());
+                    return Err(
+                        "the text has a character that no piece covers, and the model has no `unk_id`".to_string()
+                    );
                 }
             }
         }
@@ -150,7 +156,7 @@ impl Unigram {
         self.take_unknown(text, &mut fused, vocabulary, tokens)
     }
 
-    /// Adds the pieces of the best way from `base` to `end`.
+    /// Appends the pieces of the best path from `base` to `end`.
     #[allow(clippy::too_many_arguments)]
     fn take(
         &self,
@@ -172,7 +178,7 @@ impl Unigram {
         }
         for &(piece, end) in path.iter().rev() {
             if Some(piece) == self.unknown {
-                // Unknown characters in a row are one token.
+                // Consecutive unknown characters are one token.
                 fused.end = end;
             } else {
                 self.take_unknown(text, fused, vocabulary, tokens)?;

@@ -5,17 +5,17 @@ use std::sync::Arc;
 use ahash::AHashMap;
 use serde_json::Value;
 
-/// The tokens of a model, by text and by id.
+/// Tokens of a model, by text and by id.
 #[derive(Default)]
 pub struct Vocabulary {
     ids: AHashMap<Arc<str>, u32>,
     tokens: AHashMap<u32, Arc<str>>,
-    /// Bytes of the longest token.
+    /// Number of bytes of the longest token.
     longest: usize,
 }
 
 impl Vocabulary {
-    /// From the object of texts and ids in `tokenizer.json`.
+    /// Reads the object of texts and ids in `tokenizer.json`.
     pub fn of_json(vocabulary: Value) -> Result<Self, String> {
         let Value::Object(vocabulary) = vocabulary else {
             return Err("model.vocab: expected an object of tokens and ids".to_string());
@@ -31,7 +31,7 @@ impl Vocabulary {
         Ok(made)
     }
 
-    /// A token; of two with the same text the last one stays.
+    /// Adds a token; of two with the same text, the last one stays.
     pub fn add(&mut self, token: &str, id: u32) {
         let token: Arc<str> = token.into();
         self.longest = self.longest.max(token.len());
@@ -47,7 +47,7 @@ impl Vocabulary {
         self.tokens.get(&id).map(AsRef::as_ref)
     }
 
-    /// Bytes of the longest token.
+    /// Returns the number of bytes of the longest token.
     pub fn longest(&self) -> usize {
         self.longest
     }
@@ -56,7 +56,7 @@ impl Vocabulary {
         self.ids.len()
     }
 
-    /// Tokens of one character.
+    /// Returns the tokens of one character.
     pub fn characters(&self) -> AHashMap<char, u32> {
         let single = |(token, &id): (&Arc<str>, &u32)| {
             let mut characters = token.chars();
@@ -71,15 +71,15 @@ impl Vocabulary {
     }
 }
 
-/// Ids are rows of a table of embeddings; none has more.
+/// Maximum id: ids are rows of an embedding table.
 pub const MAX_ID: u32 = i32::MAX as u32;
 
-/// An id in JSON.
+/// Reads an id from JSON.
 pub fn id(value: &Value) -> Option<u32> {
     value.as_u64().and_then(|id| u32::try_from(id).ok()).filter(|&id| id <= MAX_ID)
 }
 
-/// The beginning of a text that a file has.
+/// Returns the beginning of a text from a file, for messages.
 pub fn shown(text: &str) -> String {
     let mut start: String = text.chars().take(40).collect();
     if start.len() < text.len() {

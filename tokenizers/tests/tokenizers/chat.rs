@@ -60,7 +60,7 @@ fn rendered(template: &str, messages: &[Message]) -> x_transformers::Result<Stri
 }
 
 #[test]
-fn chats_are_those_of_transformers() {
+fn chats_match_transformers() {
     let expected: Value = serde_json::from_str(include_str!("../chat/expected.json")).expect("JSON");
     let (mut texts, mut refusals, mut tokens) = (0, 0, 0);
     for name in ["llama3", "zephyr", "chatml", "mistral", "gemma", "python"] {
@@ -123,12 +123,12 @@ fn templates_are_found_by_name_and_place() {
     assert_eq!(text(&[config], named(&one("given"))).unwrap(), "given:hi");
     assert_eq!(text(&[], named(&one("given"))).unwrap(), "given:hi");
     let error = |files: &[(&str, &str)], options| text(files, options).unwrap_err().to_string();
-    assert!(error(&[config], named("rag")).contains("no chat template `rag`; it has `default`, `tool_use`"));
+    assert!(error(&[config], named("rag")).contains("no chat template `rag`, expected one of `default`, `tool_use`"));
     assert!(
-        error(&[config, additional], ChatOptions::default()).contains("no default chat template; name one of `rag`")
+        error(&[config, additional], ChatOptions::default()).contains("no default chat template; choose one of `rag`")
     );
     assert!(
-        error(&[("tokenizer_config.json", r#"{"chat_template": 3}"#)], ChatOptions::default()).contains("not a text")
+        error(&[("tokenizer_config.json", r#"{"chat_template": 3}"#)], ChatOptions::default()).contains("not a string")
     );
     assert!(error(&[("tokenizer_config.json", "{")], ChatOptions::default()).contains("tokenizer_config.json"));
     let large = " ".repeat((1 << 20) + 1);
@@ -306,7 +306,9 @@ fn templates_are_bounded() {
     }
     let error = rendered("\n\n{{ raise_exception('only questions') }}", &hi).unwrap_err().to_string();
     assert!(error.contains("line 3: only questions"), "{error}");
-    assert!(rendered("{{ strftime_now('%Q %') }}", &hi).unwrap_err().to_string().contains("`%Q %` is not a format"));
+    assert!(
+        rendered("{{ strftime_now('%Q %') }}", &hi).unwrap_err().to_string().contains("`%Q %` is not a valid format")
+    );
     // Long chats are none of these.
     let turns: Vec<Message> =
         (0..2000).map(|n| Message::new(["user", "assistant"][n % 2], "word ".repeat(200))).collect();

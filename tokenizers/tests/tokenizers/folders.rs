@@ -7,7 +7,7 @@ use x_transformers::pretrained::Pretrained;
 use x_transformers_tokenizers::Tokenizer;
 
 #[test]
-fn tokens_are_those_of_transformers() {
+fn tokens_match_transformers() {
     let files = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/folders");
     let models = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/files");
     let cases: Vec<Value> = serde_json::from_str(&fs::read_to_string(files.join("cases.json")).unwrap()).unwrap();

@@ -87,7 +87,7 @@ fn differs(case: &Value) -> Result<(), String> {
 }
 
 #[test]
-fn vectors_are_those_of_sentence_transformers() {
+fn vectors_match_sentence_transformers() {
     let cases = cases();
     assert!(cases.len() > 100, "{}", cases.len());
     let wrong = cases.iter().filter_map(|case| Some(format!("{} {}", case["name"], differs(case).err()?)));

@@ -168,7 +168,7 @@ fn whole_characters_do_not_wait() {
 
 /// SentencePiece shows each character with its last byte, and a mark for each byte of none.
 #[test]
-fn runs_of_bytes_are_those_of_sentencepiece() {
+fn runs_of_bytes_match_sentencepiece() {
     let expected: Value = serde_json::from_str(include_str!("../sentencepiece/bytes.json")).expect("JSON");
     let folder = tempfile::tempdir().expect("a folder");
     let model = file("../tests/files/mistral");
@@ -231,7 +231,7 @@ fn tokens_of_gguf_files_are_bytes() {
 
 /// A stream does not keep the tokens that it has shown, so that the cost of a token does not grow with their number.
 #[test]
-fn long_streams_hold_no_more() {
+fn long_streams_take_constant_memory() {
     let (_, pieces, decoder) = kinds().swap_remove(1);
     let own = Tokenizer::from_json(&tokenizer(&pieces, &decoder)).expect("a tokenizer");
     let mut stream = own.stream(&[]);
