@@ -108,7 +108,7 @@ fn attention_of_warpgroups_follows_the_cpu() {
             [(DType::BF16, [2, 1, 140, 150, 64, 40], 1e-2), (DType::F16, [2, 2, 70, 200, 72, 128], 2e-3)]
         {
             let rung = attention_rung(&gpu, dtype, sizes[4], sizes[5]).unwrap();
-            assert!(rung.starts_with("warpgroups"), "{rung}");
+            assert!(rung.starts_with("warpgroup"), "{rung}");
             let actual = attend(&gpu, dtype, sizes).unwrap();
             let expected = attend(&Device::Cpu, DType::F32, sizes).unwrap();
             for (i, (actual, expected)) in actual.iter().zip(&expected).enumerate() {
